@@ -1,4 +1,4 @@
-"""``python -m qlora_tui`` is ``qlora-tui``."""
+"""Run ``qlora-tui`` as ``python -m qlora_tui``."""
 
 import sys
 

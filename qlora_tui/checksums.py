@@ -1,6 +1,6 @@
-"""Folders that are written whole, with a ``SHA256SUMS`` to compare with what is read later.
+"""Folders published atomically, with a ``SHA256SUMS`` file to verify them later.
 
-``sha256sum -c SHA256SUMS`` checks such a folder without this program.
+``sha256sum -c SHA256SUMS`` verifies such a folder without this program.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ NAME = "SHA256SUMS"
 
 @contextmanager
 def checked_folder(final: Path, draft: Path) -> Iterator[Path]:
-    """Fill ``draft`` within the ``with``; after it the folder is on the disk as ``final``, with checksums.
+    """Fill ``draft`` inside the ``with`` block; on exit it is published as ``final``, with checksums.
 
-    Raises OSError when it cannot be written. After any exception the draft is gone, and what ``final`` was
-    before is in its place.
+    Raises OSError if it cannot be written. After any exception the draft is deleted and the previous content
+    of ``final`` is back in place.
     """
     shutil.rmtree(draft, ignore_errors=True)
     try:
@@ -33,24 +33,24 @@ def checked_folder(final: Path, draft: Path) -> Iterator[Path]:
 
 
 def write_checksums(folder: Path) -> None:
-    """Hash every file in ``folder``, in folders within it too."""
+    """Hash every file in ``folder`` and its subfolders."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != NAME)
     lines = [f"{_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
     (folder / NAME).write_text("".join(lines), "utf-8")
 
 
 def digest(folder: Path) -> str:
-    """The hash of ``SHA256SUMS`` itself, which covers every file it lists. Raises OSError."""
+    """Return the hash of ``SHA256SUMS`` itself, which covers every file it lists. Raises OSError."""
     return _sha256(folder / NAME)
 
 
 def mismatch(folder: Path, only: Collection[str] = (), listed: Collection[str] = ()) -> str | None:
-    """What differs from ``SHA256SUMS``, in a clause; None where nothing does, or the file is not there.
+    """Describe how the folder differs from ``SHA256SUMS``, in a clause; None if it matches or has no list.
 
     Args:
-        folder: The folder that has the file.
-        only: Names of the files to look at, where not all of them are to be read.
-        listed: Names of files that ``SHA256SUMS`` must have a checksum of.
+        folder: The folder that contains the file.
+        only: Names of the files to check; empty checks all.
+        listed: Names of files that ``SHA256SUMS`` must have a checksum for.
     """
     required = {*only, *listed}
     try:
@@ -82,7 +82,7 @@ def mismatch(folder: Path, only: Collection[str] = (), listed: Collection[str] =
 
 
 def _sha256(path: Path) -> str:
-    import hashlib  # it loads OpenSSL, which a start that checks nothing need not
+    import hashlib  # imports OpenSSL, which a start that verifies nothing does not need
 
     with open_to_read(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

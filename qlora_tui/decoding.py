@@ -1,4 +1,4 @@
-"""Decoding JSON that may have been damaged, cut short or written by somebody else."""
+"""Decoding of JSON that may be damaged, truncated or written by another program."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from msgspec import Meta
 T = TypeVar("T")
 
 UnixTime: TypeAlias = Annotated[float, Meta(ge=-62_135_596_800, le=253_402_300_799)]
-"""Seconds since 1970, of the years 1 to 9999: calendar functions fail beyond these."""
+"""Seconds since 1970, within the years 1 to 9999: calendar functions fail outside them."""
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**62)]
-"""A number of things, or of bytes, that fits a 64-bit integer and converts to a float."""
+"""A count, or a number of bytes, that fits a 64-bit integer and converts to a float."""
 
 
 def decode_json(content: bytes, decoder: msgspec.json.Decoder[T]) -> T:
-    """The decoded value; raises msgspec.DecodeError for whatever cannot be decoded.
+    """Decode JSON; raises msgspec.DecodeError for anything that cannot be decoded.
 
     msgspec itself raises UnicodeDecodeError for bytes that are not UTF-8 and RecursionError for deep nesting,
-    neither of which is one of its own errors.
+    neither of which is a DecodeError.
     """
     try:
         return decoder.decode(content)

@@ -1,4 +1,4 @@
-"""The one exception a user may meet.
+"""The one exception that users see.
 
 The same object becomes a modal in the app, lines on stderr, and a ``failed`` event.
 """
@@ -12,32 +12,32 @@ from contextlib import contextmanager
 from pathlib import Path
 
 EXIT_FAILURE = 1
-"""Exit code: the call was right and it failed."""
+"""Exit code: the call was valid but failed."""
 EXIT_USAGE = 2
-"""Exit code: the call itself was wrong (a bad argument, an invalid recipe)."""
+"""Exit code: the call itself was invalid (a bad argument, an invalid recipe)."""
 EXIT_DISK = 74
 """Exit code of a trainer that the disk failed (``EX_IOERR`` of sysexits.h): its events may not say so."""
 INTERNAL_ERROR = "Internal error"
-"""Title of an exception that is a defect of this program. The fault drill looks for it."""
+"""Title of an exception that is a bug in this program. The fault drill searches for it."""
 
 
 class UserError(Exception):
-    """Something the user can act on."""
+    """An error that the user can act on."""
 
     def __init__(self, title: str, *, what: str, why: str = "", fix: str = "", exit_code: int = EXIT_FAILURE):
         super().__init__(title)
         self.title = title
         """A few words: ``Out of GPU memory``."""
         self.what = what
-        """One sentence: what happened, naming file, key or model."""
+        """One sentence: what happened, naming the file, key or model."""
         self.why = why
-        """One sentence: why, where it is known."""
+        """One sentence: why, if known."""
         self.fix = fix
         """One sentence: what to do about it."""
         self.exit_code = exit_code
 
     def __str__(self) -> str:
-        """All of it, as stderr shows it: what happened, why, what to do."""
+        """Return the full message as stderr shows it: what happened, why, what to do."""
         parts = [f"{self.title}: {self.what}", self.why, self.fix]
         return "\n  ".join(part for part in parts if part)
 
@@ -79,9 +79,9 @@ _DISK: dict[int, tuple[str, str]] = {
 
 
 def disk_problem(error: OSError, path: Path | None = None) -> UserError | None:
-    """Describe what the disk would not do; None for an error that is not the disk's.
+    """Describe a disk error as a UserError; None if the error is not about the disk.
 
-    ``path``: the file to name where the error does not.
+    ``path``: the file to name if the error names none.
     """
     if error.errno not in _DISK:
         return None
@@ -99,7 +99,7 @@ def disk_problem(error: OSError, path: Path | None = None) -> UserError | None:
 
 @contextmanager
 def disk_problems() -> Iterator[None]:
-    """Raise UserError for what the disk would not do."""
+    """Convert disk errors raised in the block to UserError."""
     try:
         yield
     except OSError as error:

@@ -1,12 +1,12 @@
-"""Files that survive a crash: after a kill or a power cut there is the old content or the new, never half.
+"""Crash-safe files: after a kill or a power cut a file has its old content or the new, never a mix.
 
 atomic_write     replaces one file
-publish          moves a finished folder to its place, the files in it on the disk first
-restore_earlier  puts an earlier folder back where a crash came in between
-sync             has the disk hold what was written so far
-open_regular     opens a file, and waits for no pipe that is in its place
+publish          moves a finished folder into place after its files are synced to disk
+restore_earlier  puts the previous folder back if a crash interrupted ``publish``
+sync             flushes what was written so far to disk
+open_regular     opens a file, and refuses a pipe instead of waiting for it
 
-A rename alone is not enough: a file's content, and a folder's list of names, each reach the disk only when
+A rename alone is not enough: a file's content and a folder's list of names reach the disk only when
 synced. Otherwise a power cut leaves empty files on ext4 and XFS, and no files on btrfs.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 
 
 def private_dir(path: Path) -> Path:
-    """Create ``path`` (and its parents) readable by its owner only; return it."""
+    """Create ``path`` and its parents, readable by the owner only, and return it."""
     missing = [path, *path.parents]
     for folder in reversed([p for p in missing if not p.exists()]):
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -33,11 +33,11 @@ def atomic_write(
 ) -> None:
     """Replace ``path`` in one step.
 
-    With ``durable`` content and name are on the disk on return, so that a power cut neither empties the file
-    nor brings the earlier one back. ``keep`` is where the earlier file stays, on the disk before the
-    replacement. Raises OSError; what was there before is untouched then.
+    With ``durable``, content and name are on disk on return, so a power cut neither empties the file nor
+    restores the previous one. ``keep`` is where the previous file is saved, synced before the replacement.
+    Raises OSError and leaves the previous file unchanged.
     """
-    import tempfile  # 15 ms, which a start that writes nothing need not spend
+    import tempfile  # takes 15 ms, which a start that writes nothing avoids
 
     data = content.encode() if isinstance(content, str) else content
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -59,7 +59,7 @@ def atomic_write(
 
 
 def _keep(path: Path, keep: Path) -> None:
-    """Give a file a second name, durably; a copy where the file system has no hard links."""
+    """Give a file a second name, durably; a copy if the file system has no hard links."""
     try:
         os.link(path, keep)
     except OSError as error:
@@ -71,14 +71,14 @@ def _keep(path: Path, keep: Path) -> None:
 
 
 def write_all(handle: int, data: bytes) -> None:
-    """Write every byte: one call may write only some, as on a disk that is nearly full. Raises OSError."""
+    """Write every byte: a single call may write only some, as on a nearly full disk. Raises OSError."""
     view = memoryview(data)
     while view:
         view = view[os.write(handle, view) :]
 
 
 def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
-    """Open a file; a pipe or a device in its place, which may block its reader for ever, is refused.
+    """Open a regular file; refuse a pipe or a device, which may block a reader forever.
 
     Raises OSError, with EISDIR for a folder and ENXIO for a pipe or a device.
     """
@@ -92,7 +92,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
 
 
 def read_regular(path: Path, most_bytes: int = 1 << 24) -> bytes:
-    """The beginning of a file, or all of a small one. Raises OSError, as :func:`open_regular` does."""
+    """Return up to ``most_bytes`` from the start of a file. Raises OSError, as :func:`open_regular` does."""
     with open_to_read(path) as file:
         return file.read(most_bytes)
 
@@ -103,17 +103,17 @@ def open_to_read(path: Path) -> BufferedReader:
 
 
 def open_append(path: Path) -> BufferedWriter:
-    """Open a file to write at its end, created if need be. Raises OSError, as :func:`open_regular` does."""
+    """Open a file for appending, creating it if needed. Raises OSError, as :func:`open_regular` does."""
     return os.fdopen(open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab")
 
 
 def sync(path: Path) -> None:
-    """Wait until the content of a file, or the names in a folder, are on the disk. Raises OSError."""
+    """Wait until a file's content, or the names in a folder, are on disk. Raises OSError."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        # Some network file systems sync no folder: there is nothing more to be done on them.
+        # Some network file systems cannot sync folders; nothing more can be done on them.
         if error.errno != errno.EINVAL or not path.is_dir():
             raise
     finally:
@@ -121,7 +121,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Sync every file and folder in ``folder``, and ``folder`` itself last."""
+    """Sync every file and folder in ``folder``, then ``folder`` itself."""
     for entry in sorted(folder.iterdir()):
         if entry.is_dir() and not entry.is_symlink():
             sync_tree(entry)
@@ -131,10 +131,10 @@ def sync_tree(folder: Path) -> None:
 
 
 def publish(draft: Path, final: Path) -> None:
-    """Move a finished folder to its place beside it, durably; an earlier folder there is deleted afterwards.
+    """Move a finished folder into place next to it, durably, and then delete the folder it replaces.
 
-    A crash in between leaves the earlier one under another name: :func:`restore_earlier` finds it. Raises
-    OSError; the earlier folder is in its place then.
+    A crash in between leaves the previous folder under another name, where :func:`restore_earlier` finds it.
+    Raises OSError; the previous folder is then still in place.
     """
     sync_tree(draft)
     earlier = earlier_folder(final)
@@ -152,12 +152,12 @@ def publish(draft: Path, final: Path) -> None:
 
 
 def earlier_folder(final: Path) -> Path:
-    """Where :func:`publish` keeps what ``final`` was, until the new one is on the disk."""
+    """Path where :func:`publish` keeps the previous ``final`` until the new one is on disk."""
     return final.with_name(f".{final.name}.earlier")
 
 
 def restore_earlier(final: Path) -> bool:
-    """Put the earlier folder back where none is in its place; whether it was."""
+    """Put the previous folder back if nothing is in its place; return whether it was restored."""
     earlier = earlier_folder(final)
     if final.exists() or not earlier.exists():
         return False

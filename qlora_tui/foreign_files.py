@@ -1,6 +1,6 @@
-"""Opening files that others made: regular files only, and no more of them than makes sense.
+"""Opening of files from other programs: regular files only, up to a size limit.
 
-A pipe blocks whoever opens it, a device may never end, and a sparse file of gigabytes takes no disk space.
+A pipe blocks its reader, a device may never end, and a sparse file of gigabytes takes no disk space.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _MIB = 1 << 20
 
 
 def open_regular(path: Path) -> io.BufferedReader:
-    """Open a regular file, or a link to one, for reading. Raises OSError for anything else; never waits."""
+    """Open a regular file, or a link to one, for reading. Raises OSError for anything else; never blocks."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -27,7 +27,7 @@ def open_regular(path: Path) -> io.BufferedReader:
 
 
 def read_bounded(path: Path, most_bytes: int) -> bytes:
-    """The content of a regular file. Raises OSError where it is none, or is larger than ``most_bytes``."""
+    """Read a regular file. Raises OSError if it is not regular or exceeds ``most_bytes``."""
     with open_regular(path) as file:
         content = file.read(most_bytes + 1)
     if len(content) > most_bytes:

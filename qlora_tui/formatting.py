@@ -1,4 +1,4 @@
-"""Numbers as people read them, the same on every screen and in the command line's tables."""
+"""Human-readable numbers, the same on every screen and in the command line's tables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MIB = 1 << 20
 
 
 def format_bytes(bytes_: int | None) -> str:
-    """``9.1 GiB``, ``512 MiB``, ``14 KiB``; NA where it is not known."""
+    """``9.1 GiB``, ``512 MiB``, ``14 KiB``; NA if unknown."""
     if bytes_ is None:
         return "NA"
     for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (1 << 10, "KiB")):
@@ -20,7 +20,7 @@ def format_bytes(bytes_: int | None) -> str:
 
 
 def format_gib(bytes_: int | None) -> str:
-    """``18.2``: GiB without the unit, for where it stands beside another; NA where it is not known."""
+    """``18.2``: a size in GiB without the unit; NA if unknown."""
     return "NA" if bytes_ is None else f"{bytes_ / GIB:.1f}"
 
 
@@ -30,7 +30,7 @@ def pluralize(number: int, word: str) -> str:
 
 
 def format_count(number: int | None) -> str:
-    """``7.6B``, ``135M``, ``4,812``; NA where it is not known."""
+    """``7.6B``, ``135M``, ``4,812``; NA if unknown."""
     if number is None:
         return "NA"
     for unit, letter in ((10**9, "B"), (10**6, "M")):
@@ -41,7 +41,7 @@ def format_count(number: int | None) -> str:
 
 
 def format_duration(seconds: float | None) -> str:
-    """``41 min``, ``3 h 12 min``, ``25 s``; NA where it is not known."""
+    """``41 min``, ``3 h 12 min``, ``25 s``; NA if unknown."""
     if seconds is None:
         return "NA"
     whole = round(seconds)
@@ -57,25 +57,25 @@ def format_duration(seconds: float | None) -> str:
 
 
 def format_float(value: float | None, digits: int = 4) -> str:
-    """A loss or a gradient norm; ``NaN`` where it was not a number, NA where there is none."""
+    """Format a loss or a gradient norm: ``NaN`` if it is not a number, NA if there is no value."""
     if value is None:
         return "NA"
     return "NaN" if value != value else f"{value:.{digits}g}"
 
 
 def format_percent(part: float | None) -> str:
-    """``97%`` of a share between 0 and 1."""
+    """Format a share between 0 and 1 as ``97%``."""
     return "NA" if part is None else f"{part * 100:.0f}%"
 
 
 def format_path(path: Path) -> str:
-    """With ``~`` for the home folder."""
+    """Format a path with ``~`` for the home folder."""
     home = Path.home()
     return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
 
 
 def truncate_middle(text: str, width: int) -> str:
-    """Cut in the middle: names that begin alike, as those of runs do, differ at their ends."""
+    """Shorten text in the middle: run names often begin alike and differ at the end."""
     if len(text) <= width:
         return text
     end = width // 2

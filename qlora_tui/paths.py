@@ -1,6 +1,6 @@
-"""Where things are: the XDG directories, and what ships with the program.
+"""File locations: the XDG directories, and the files shipped with the program.
 
-``qlora-tui locate`` prints these. Set ``XDG_CONFIG_HOME``, ``XDG_STATE_HOME`` and ``XDG_CACHE_HOME``
+``qlora-tui locate`` prints them. Set ``XDG_CONFIG_HOME``, ``XDG_STATE_HOME`` and ``XDG_CACHE_HOME``
 to move them. Each is created on first use, readable by its owner only.
 """
 
@@ -17,41 +17,41 @@ _PACKAGE = Path(__file__).parent
 
 
 def config_dir() -> Path:
-    """The user's presets, themes and ``config.toml``."""
+    """Folder of the user's presets, themes and ``config.toml``."""
     return private_dir(Path(platformdirs.user_config_dir(_APP, appauthor=False)))
 
 
 def state_dir() -> Path:
-    """Runs, and the runner's lock and log."""
+    """Folder of the runs, and of the runner's lock and log."""
     return private_dir(Path(platformdirs.user_state_dir(_APP, appauthor=False)))
 
 
 def cache_dir() -> Path:
-    """What can be made again: converted models, tokenized data, downloads."""
+    """Folder of files that can be recreated: converted models, tokenized data, downloads."""
     return private_dir(Path(platformdirs.user_cache_dir(_APP, appauthor=False)))
 
 
 def runs_dir() -> Path:
-    """One directory a run."""
+    """Folder with one directory per run."""
     return private_dir(state_dir() / "runs")
 
 
 def log_path() -> Path:
-    """What went wrong in a process that has a terminal, and what libraries say that is not for its reader."""
+    """Log of errors in processes that own a terminal, and of library output the user need not see."""
     return state_dir() / "qlora-tui.log"
 
 
 def user_presets_dir() -> Path:
-    """Presets the user saved."""
+    """Folder of presets the user saved."""
     return private_dir(config_dir() / "presets")
 
 
 def user_themes_dir() -> Path:
-    """Themes the user wrote."""
+    """Folder of themes the user wrote."""
     return private_dir(config_dir() / "themes")
 
 
 def shipped_dir(kind: str) -> Path:
-    """``presets`` or ``themes`` as shipped: inside the wheel, or at the top of a checkout."""
+    """Folder of the shipped ``presets`` or ``themes``: inside the wheel, or at the top of a checkout."""
     installed = _PACKAGE / "shipped" / kind
     return installed if installed.is_dir() else _PACKAGE.parent / kind

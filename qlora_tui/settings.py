@@ -1,4 +1,4 @@
-"""``config.toml``: what holds for every recipe. Written by the user; the app only reads it."""
+"""``config.toml``: settings that apply to every recipe. Written by the user; the app only reads it."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ from qlora_tui.errors import EXIT_USAGE, UserError
 
 
 class NotificationSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What happens when a run finishes or fails."""
+    """Notifications when a run finishes or fails."""
 
     bell: bool = True
-    """Ring the terminal's bell, while the app is open."""
+    """Ring the terminal's bell while the app is open."""
     title: bool = True
-    """Say it in the window's title, while the app is open."""
+    """Show the result in the window title while the app is open."""
     desktop: bool = True
-    """Ask the terminal for a desktop notification (OSC 9), while the app is open."""
+    """Ask the terminal for a desktop notification (OSC 9) while the app is open."""
     webhook: Annotated[str, Meta(pattern=r"^(https?://\S+)?$")] = ""
-    """An address that gets a small JSON body by POST, app or no app."""
+    """URL that receives a small JSON body by POST, whether the app is open or not."""
     command: str = ""
-    """A shell command, app or no app; ``$QLORA_TUI_TEXT`` is the news in a sentence."""
+    """Shell command, run whether the app is open or not; ``$QLORA_TUI_TEXT`` is the message, one sentence."""
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The user's own settings; every one may be left out."""
+    """The user's own settings; all are optional."""
 
     theme: str = "harbour"
-    """Name of a theme (see `qlora-tui locate` for the folders)."""
+    """Name of a theme (``qlora-tui locate`` prints the folders)."""
     model_folders: tuple[str, ...] = ()
-    """Folders to look for models in, besides the Hugging Face cache."""
+    """Folders to search for models, in addition to the Hugging Face cache."""
     keymap: dict[str, str] = {}
-    """Keys by command, as in ``"train.stop" = "x"``; F1 in the app names every command."""
+    """Keys by command, as in ``"train.stop" = "x"``; F1 in the app lists every command."""
     mouse: bool = True
     notify: NotificationSettings = NotificationSettings()
     gpu_memory_gib: Annotated[float, Meta(gt=0)] | None = msgspec.field(default=None, name="card_gib")
-    """Memory to estimate against, where it is not the card of this machine."""
+    """GPU memory in GiB to estimate against, instead of this machine's."""
 
 
 def config_path() -> Path:
-    """Where the file is, or would be."""
+    """Path of the settings file, which may not exist."""
     return paths.config_dir() / "config.toml"
 
 
 def load_settings() -> Settings:
-    """The settings, or the defaults where there is no file. Raises UserError for one that is wrong."""
+    """Read the settings, or return the defaults if there is no file. Raises UserError if it is invalid."""
     path = config_path()
     try:
         return msgspec.convert(tomllib.loads(path.read_text("utf-8")), Settings)

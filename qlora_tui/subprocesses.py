@@ -1,4 +1,4 @@
-"""Starting a module of this program in a process of its own, wherever this one was started."""
+"""Starting a module of this program in its own process, from any working directory."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ _PACKAGE = str(Path(__file__).parents[1])
 
 
 def module_argv(module: str, *arguments: str) -> list[str]:
-    """This Python on ``module``. ``-P``: a file named torch.py where the user stands is not torch."""
+    """Command that runs ``module`` in this Python. ``-P`` ignores a torch.py in the working directory."""
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
 def subprocess_env() -> dict[str, str]:
-    """This process's own, in which ``command`` finds this very package and what it prints comes at once."""
+    """This process's environment, extended so that a child finds this package and prints unbuffered."""
     paths = dict.fromkeys((_PACKAGE, *filter(None, os.environ.get(PYTHONPATH, "").split(os.pathsep))))
     return {**os.environ, PYTHONPATH: os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
 
 
 def user_env() -> dict[str, str]:
-    """What ``environment`` adds would lead the user's own programs of Python's astray."""
+    """Environment for the user's own programs, without the variables :func:`subprocess_env` adds."""
     return {name: value for name, value in os.environ.items() if name not in (PYTHONPATH, "PYTHONUNBUFFERED")}

@@ -10,15 +10,15 @@ import re
 from functools import cache
 
 _JOINERS = "\u180e\u200b-\u200d\u2060-\u2064\ufeff"
-"""Zero-width characters that scripts and emoji need, and that hide in ASCII."""
+"""Zero-width characters that scripts and emoji need, but that can hide in ASCII."""
 _FLAG = "\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]{1,6}\U000e007f"
 """A black flag and the tag characters that name a region, as in the flag of Scotland."""
 _OBEYED = (
-    # C0 but for tab and line end, DEL and C1; lone surrogates, which no terminal's encoding has.
+    # C0 except tab and line end, DEL and C1; lone surrogates, which no terminal can encode.
     "\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff"
     # Line and paragraph separators, embeddings, overrides and isolates, deprecated and interlinear formats.
     "\u2028-\u202e\u2066-\u206f\ufff9-\ufffb"
-    # Tag characters, and what else of their plane selects nothing.
+    # Tag characters, and other characters of their plane that select nothing.
     "\U000e0000-\U000e00ff\U000e01f0-\U000e0fff"
 )
 _HIGHEST_BMP = 0xFFFF
@@ -26,12 +26,12 @@ _HIGHEST_BMP = 0xFFFF
 
 @cache
 def _unsafe() -> re.Pattern[str]:
-    # Compiling takes some milliseconds, and most text never needs it.
+    # Compiled on first use: it takes some milliseconds, and most text never needs it.
     return re.compile(f"(?P<flag>{_FLAG})|[{_OBEYED}]|(?<![^\x00-\x7f{_JOINERS}{_OBEYED}])[{_JOINERS}]")
 
 
 def visible(text: str) -> str:
-    """``text`` with a symbol for each character that a terminal would obey or hide.
+    """Return ``text`` with a symbol in place of each character that a terminal would obey or hide.
 
     ESC becomes ``␛``, U+202E ``⟨U+202E⟩``. Line ends and tabs stay, as do joiners after a character
     that is not ASCII: emoji, Persian and Thai text need them.
@@ -40,7 +40,7 @@ def visible(text: str) -> str:
 
 
 def visible_in_json(encoded: str) -> str:
-    r"""JSON with ``\uXXXX`` in place of the same characters; it decodes to what it did."""
+    r"""Escape unsafe characters in JSON as ``\uXXXX``; it decodes to the same value."""
     return encoded if _is_plain(encoded) else _unsafe().sub(_escape, encoded)
 
 

@@ -1,6 +1,6 @@
-"""The command line: ``qlora-tui`` opens the app, a verb does one thing of the app without it.
+"""The command line: ``qlora-tui`` opens the app, and each command does one of its tasks without it.
 
-The words are declared in :mod:`qlora_tui.cli.main`; what each does is in the module of its subject.
+The commands are declared in :mod:`qlora_tui.cli.main` and implemented in one module per topic.
 """
 
 from qlora_tui.cli.main import main

@@ -1,4 +1,4 @@
-"""Types of arguments. Imports nothing, since the app's start passes here too."""
+"""Argument types. Imports nothing, since starting the app loads this module too."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import argparse
 
 
 def positive_int(text: str) -> int:
-    """A number of things, one at least."""
+    """Parse an integer of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError("it must be a whole number above 0")
     return int(text)
 
 
 def positive_float(text: str) -> float:
-    """A size above nothing, in GiB."""
+    """Parse a positive number, such as a size in GiB."""
     try:
         value = float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""``chat``: talk to a run's adapter, or to the base."""
+"""``chat``: talk to a run's adapter or to the base model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qlora_tui.runs.directory import find_run
 
 
 def run(args: argparse.Namespace) -> CommandResult | int:
-    """One answer with ``--prompt``; a conversation on stdin and stdout without."""
+    """Print one answer with ``--prompt``; without it, hold a conversation on stdin and stdout."""
     chosen = find_run(args.run_id)
     if args.prompt is not None and not args.prompt.strip():
         raise UserError(

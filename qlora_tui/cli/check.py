@@ -1,4 +1,4 @@
-"""``runs check``: whether every run is whole, a line each, and what was repaired."""
+"""``runs check``: whether every run is intact, one line each, and what was repaired."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qlora_tui.runs.repair import CheckResult, apply_repairs
 
 
 def check(run: RunDir | None, *, repair: bool) -> CommandResult:
-    """Check one run, or all runs, the queue and what was left behind; repair what can be if asked to."""
+    """Check one run, or all runs, the queue and leftovers; with ``repair``, repair what can be repaired."""
     checks: list[Callable[[], CheckResult]] = [
         partial(check_run, each) for each in ([run] if run else all_runs())
     ]

@@ -1,9 +1,9 @@
-"""``completion``: what a shell needs to complete commands, options, runs, presets, models and settings.
+"""``completion``: shell completion of commands, options, runs, presets, models and settings.
 
 The script that ``qlora-tui completion SHELL`` prints has the shell call ``qlora-tui`` again at each Tab,
-with ``_ARGCOMPLETE`` in its environment; :func:`answer` then lists what fits. argcomplete is used rather than
-shtab because values such as run ids exist only at that moment: shtab's scripts are static, and would need a
-function in each shell's own language for them. It is imported only here, so no other start is slower.
+with ``_ARGCOMPLETE`` in its environment; :func:`answer` then lists the matches. argcomplete is used rather
+than shtab because values such as run ids exist only at that moment: shtab's scripts are static, and would
+need a function in each shell's language for them. It is imported only here, so no other start is slower.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 def run(args: argparse.Namespace) -> CommandResult:
-    """The script of one shell."""
+    """Return the script for one shell."""
     from argcomplete.shell_integration import shellcode
 
     script = shellcode(["qlora-tui"], shell=args.shell).strip()
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> CommandResult:
 
 
 def answer(parser: argparse.ArgumentParser) -> NoReturn:
-    """Write what may follow the line in ``COMP_LINE`` to descriptor 8, where the shell reads it, and exit."""
+    """Write the completions of ``COMP_LINE`` to descriptor 8, which the shell reads, and exit."""
     import argcomplete
 
     _set_completers(parser)
@@ -36,21 +36,21 @@ def answer(parser: argparse.ArgumentParser) -> NoReturn:
 
 
 def run_names() -> Iterable[str]:
-    """``last``, then every run."""
+    """Return ``last``, then every run's name."""
     from qlora_tui.runs.directory import LAST, all_runs
 
     return (LAST, *(run.id for run in all_runs()))
 
 
 def preset_names() -> Iterable[str]:
-    """The shipped presets and the user's."""
+    """Return the names of the shipped presets and the user's."""
     from qlora_tui.recipe.presets import list_presets
 
     return (preset.name for preset in list_presets())
 
 
 def model_names() -> Iterable[str]:
-    """The models on this machine that can be trained."""
+    """Return the models on this machine that can be trained."""
     from pathlib import Path
 
     from qlora_tui.catalog.local_models import list_local_models
@@ -61,7 +61,7 @@ def model_names() -> Iterable[str]:
 
 
 def settings() -> Iterable[str]:
-    """``lora.rank=`` of every setting; with each value where there are few."""
+    """Return ``lora.rank=`` for every setting, followed by each value if there are few."""
     from qlora_tui.recipe.fields import fields
 
     for path, field in fields().items():
@@ -75,7 +75,7 @@ _VALUES: dict[str, Callable[[], Iterable[str]]] = {
     "sets": settings,
     "presets show name": preset_names,
 }
-"""What completes an argument, by its ``dest``; with the command where that alone is ambiguous."""
+"""Completions of an argument, by its ``dest``; with the command if ``dest`` alone is ambiguous."""
 
 
 def _set_completers(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +89,7 @@ def _set_completers(parser: argparse.ArgumentParser) -> None:
 
 
 class _Completer:
-    """Calls ``values`` at a Tab, and leaves out names that would control the terminal."""
+    """Calls ``values`` at a Tab, and skips names that contain terminal control characters."""
 
     def __init__(self, values: Callable[[], Iterable[str]]) -> None:
         self._values = values

@@ -1,4 +1,4 @@
-"""``data inspect`` and ``data show``: the data doctor."""
+"""``data inspect`` and ``data show``: check data files and show their rows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _ROWS_NAMED = 8
 
 
 def run(args: argparse.Namespace) -> CommandResult | int:
-    """Inspect or show. With ``--json`` a refusal is an object on stdout too: title, what, why and fix."""
+    """Inspect or show. With ``--json``, an error is also an object on stdout: title, what, why and fix."""
     try:
         if args.action == "show":
             return _show(args)
@@ -82,7 +82,7 @@ def _show(args: argparse.Namespace) -> CommandResult | int:
 
 
 def _print_marked(pieces: Iterable[tuple[str, bool]]) -> None:
-    """Print a line, what is trained bold and underlined; in brackets where stdout is no terminal."""
+    """Print a line with trained text bold and underlined, or in brackets if stdout is not a terminal."""
     bold, plain = ("\x1b[1;4m", "\x1b[0m") if sys.stdout.isatty() else ("⟦", "⟧")
     for text, is_trained in pieces:
         if is_trained:
@@ -100,7 +100,7 @@ def _source(args: argparse.Namespace) -> Source:
 
 
 def _data(args: argparse.Namespace) -> Data:
-    """The data settings of ``--set``, and of the options beside it. Raises UserError."""
+    """Build the data settings from ``--set`` and the other options. Raises UserError."""
     given: dict[str, Any] = {}
     if args.max_length is not None:
         given["max_length"] = args.max_length
@@ -114,7 +114,7 @@ def _data(args: argparse.Namespace) -> Data:
 def _tokenizer(args: argparse.Namespace) -> ChatTokenizer | None:
     if not args.model:
         return None
-    from qlora_tui.engine.data_service import tokenizer_folder  # 0.1 s
+    from qlora_tui.engine.data_service import tokenizer_folder  # takes 0.1 s
 
     chosen = to_recipe({"model": {"chat_template": args.template}}, origin="the command line")
     return ChatTokenizer.from_folder(tokenizer_folder(args.model), chosen.model.chat_template)
@@ -123,7 +123,7 @@ def _tokenizer(args: argparse.Namespace) -> ChatTokenizer | None:
 def _format_report(report: Report) -> str:
     lines = [f"{file.path}: {file.format}, because {'; '.join(file.evidence)}" for file in report.files]
     counts = report.counts
-    # Blank lines are no rows, so that the last of 38 may stand on line 51.
+    # Blank lines do not count as rows, so the last of 38 rows may be on line 51.
     by_line = sum(file.last_row for file in report.files) > counts.rows
     numbering = "; rows are numbered by their first line" if by_line else ""
     lines.append(

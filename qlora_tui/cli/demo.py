@@ -1,4 +1,4 @@
-"""``demo``: the whole loop on a small model."""
+"""``demo``: the whole workflow on a small model."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from qlora_tui.runs.events import AnyEvent, Step
 from qlora_tui.runs.view import RunView
 
 _INTERVAL_S = 10.0
-"""Between two lines of progress where there is no terminal to rewrite one."""
+"""Seconds between two progress lines when there is no terminal to rewrite one."""
 
 
 class DemoProgress:
-    """The run on stderr: one line that moves on a terminal, a line now and then elsewhere."""
+    """Progress of the run on stderr: one updating line on a terminal, occasional lines elsewhere."""
 
     def __init__(self) -> None:
         self._is_terminal = sys.stderr.isatty()
         self._printed_at = 0.0
 
     def show_status(self, text: str) -> None:
-        """A line of its own."""
+        """Print a status on its own line."""
         self._clear()
         print(text, file=sys.stderr, flush=True)
 
     def on_event(self, event: AnyEvent, view: RunView) -> None:
-        """An event of the run."""
+        """Show an event of the run."""
         if not isinstance(event, Step):
             if line := describe(event, view.total_steps):
                 self.show_status(f"  {line}")
@@ -53,7 +53,7 @@ class DemoProgress:
 
 
 def run(args: argparse.Namespace) -> CommandResult:
-    """Run it, showing progress on stderr."""
+    """Run the demo, showing progress on stderr."""
     progress = DemoProgress()
     result = run_demo(progress.show_status, progress.on_event)
     return CommandResult(data=result, text=_format_result(result))

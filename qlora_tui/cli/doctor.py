@@ -1,4 +1,4 @@
-"""``doctor``: check that this machine can train, by trying it, and suggest fixes."""
+"""``doctor``: test whether this machine can train, and suggest fixes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from qlora_tui.runs.locks import locked
 from qlora_tui.runs.machine_checks import Check, CheckKind, check_disk, check_gpu, read_machine
 
 _DISK_BYTES = 5 * 2**30
-"""Below this a model's download or a few checkpoints fill the disk."""
+"""Free space below which a model's download or a few checkpoints fill the disk."""
 
 
 def run(args: argparse.Namespace) -> CommandResult:
-    """Every check, in the order in which a run would fail for them."""
+    """Run every check, in the order in which they would fail a run."""
     checks = [_python(), *_disks(), _locks(), check_gpu(read_machine()), *_libraries()]
     failed = any(check.outcome == "error" for check in checks)
     lines = []

@@ -1,4 +1,4 @@
-"""``download``: a model from the hub, or the rest of one."""
+"""``download``: download a model from the hub, or resume a download."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from qlora_tui.formatting import format_bytes
 
 _TERMINAL_INTERVAL_S = 0.5
 _LOG_INTERVAL_S = 10.0
-"""Into a file or a pipe, where each word is a line of its own."""
+"""Seconds between progress lines in a file or a pipe, where each update is a separate line."""
 
 
 def run(args: argparse.Namespace) -> CommandResult:
-    """Fetch what is missing of the model. Raises UserError; what was fetched is kept in any case."""
+    """Download the missing files of the model. Raises UserError; downloaded files are always kept."""
     progress = _DownloadProgress()
     resume_command = f"qlora-tui download {args.model}"
     if args.revision != "main":
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> CommandResult:
         raise
     finally:
         progress.end_line()
-    # Where a name alone is given, the main revision is meant.
+    # A name alone means the main revision.
     name = args.model if args.revision == "main" else str(path)
     return CommandResult(
         data={
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> CommandResult:
 
 
 class _DownloadProgress:
-    """How far it is, on stderr: one line that changes in a terminal, else a line now and then."""
+    """Download progress on stderr: one updating line in a terminal, occasional lines elsewhere."""
 
     def __init__(self) -> None:
         self.total_bytes = 0
@@ -74,7 +74,7 @@ class _DownloadProgress:
         sys.stderr.flush()
 
     def end_line(self) -> None:
-        """Leave the line that changed."""
+        """End the updating line."""
         if self._open:
             print(file=sys.stderr)
             self._open = False

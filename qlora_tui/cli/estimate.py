@@ -1,4 +1,4 @@
-"""``estimate``: itemised memory of a recipe, NF4 beside int8 and 16 bits, and what fits."""
+"""``estimate``: itemized memory of a recipe, NF4 compared with int8 and 16-bit, and what fits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LARGEST_ITEMS = 12
 
 
 def run(args: argparse.Namespace) -> CommandResult:
-    """The estimate for the recipe the options describe. Exit code 0 also where it does not fit."""
+    """Estimate the recipe that the options describe. Exit code 0 even if it does not fit."""
     recipe = recipe_from_args(args)
     if not recipe.model.id:
         raise UserError(
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> CommandResult:
     trace = _optional_trace(recipe, architecture, budget, requested=args.trace)
     data = as_json(recipe, architecture, budget.bytes, device=budget.device, traced=trace)
     compared = compare(recipe, architecture, device=budget.device, traced=trace)
-    # The name of a card that was only said is its size.
+    # The name of a GPU given only by its size is that size.
     compared_with = budget.name if args.gpu_gib else f"{budget.name} ({format_gib(budget.bytes)} GiB)"
     lines = [f"{recipe.model.id} against {compared_with}", ""]
     rows = []
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> CommandResult:
     )
     if data["trace"]:
         lines += ["", _trace_table(data["trace"])]
-    # Only a GGUF file has something to convert, and finding out loads tokenizers.
+    # Only GGUF files need conversion, and finding out loads tokenizers.
     conversion = _conversion(recipe.model.id)
     if conversion is not None:
         on_cpu = budget.device.kind == "cpu"
@@ -100,7 +100,7 @@ def _conversion(model_id: str) -> Conversion | None:
 
 
 def _what_fits(largest: dict[str, Any]) -> list[str]:
-    """A line, unless nothing can be said."""
+    """Return one line on the largest settings that fit; none if nothing is known."""
     names = {"sequence_length": "sequence length", "micro_batch": "micro-batch", "rank": "rank"}
     limits = ", ".join(f"{name} {largest[key]:,}" for key, name in names.items() if largest[key])
     return [f"largest values that fit, each alone: {limits}"] if limits else []
@@ -117,16 +117,16 @@ TRACE_LABELS = {
 def _optional_trace(
     recipe: Recipe, architecture: Architecture, budget: MemoryBudget, *, requested: bool
 ) -> StepTrace | None:
-    """The trace that was asked for, or that stands in for a formula the family has not.
+    """Return the trace that was requested, or one to replace a formula that the model family lacks.
 
-    Raises UserError where one was asked for and cannot be had.
+    Raises UserError if a requested trace is not available.
     """
     without_formula = architecture.model_type not in STYLES
     if not requested and not without_formula:
         return None
     why = f": {architecture.model_type} layers have no formula" if without_formula else ""
     print(f"tracing a step{why}", file=sys.stderr)
-    # With the loop they take half as long to load as the whole estimate takes.
+    # Including the event loop, they take half as long to load as the whole estimate takes.
     import asyncio
 
     from qlora_tui.engine.trace_client import trace_step
@@ -154,7 +154,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu-gib",
         type=positive_float,
-        # The same option before the verb: what was said there stays.
+        # The same option exists before the command: keep the value given there.
         default=argparse.SUPPRESS,
         help="estimate for a GPU of this size",
     )

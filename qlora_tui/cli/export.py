@@ -1,4 +1,4 @@
-"""``export``: a run's result in a form that other programs load."""
+"""``export``: a run's result in a format that other programs load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run told line by line: what ``train`` and ``attach`` print, for people, screen readers and programs."""
+"""A run as lines of text: what ``train`` and ``attach`` print, for people, screen readers and programs."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from qlora_tui.runs.telemetry import Sample, TelemetryTail
 from qlora_tui.runs.view import RunView
 
 PLAIN_INTERVAL_S = 10.0
-"""Least time between two lines on how far a run or a phase is: what a voice can read out."""
+"""Minimum seconds between progress lines, so that a screen reader can read them out."""
 _MAX_PAST_STEPS = 2000
-"""Lines of steps that lie behind: of a longer run so many are told, evenly."""
+"""Maximum number of past steps to print; of a longer run, an even sample."""
 
 
 def follow(run: RunDir, *, as_json: bool) -> int:
-    """Print every event from the first to the run's end. 1 when it failed; Ctrl-C detaches with 0.
+    """Print every event from the first to the run's end. Returns 1 if it failed; Ctrl-C detaches with 0.
 
-    Of a run of many thousand steps only some of those behind are told, but with ``as_json`` all.
+    Past steps of a very long run are sampled; with ``as_json`` all are printed.
     """
     view, past_events = (RunView(run), []) if as_json else RunView.from_sample(run, _MAX_PAST_STEPS)
     phases = PhaseFilter()
@@ -52,9 +52,9 @@ def follow(run: RunDir, *, as_json: bool) -> int:
 
 
 def follow_plain(run: RunDir) -> int:
-    """What the live screen says, in sentences: how the run stands now, what happens, how it stands since.
+    """Print the live screen's content as sentences: the current state, events, and state updates.
 
-    For screen readers and logs: only whole lines, and of the steps one in :data:`PLAIN_INTERVAL_S`.
+    For screen readers and logs: whole lines only, and one step per :data:`PLAIN_INTERVAL_S`.
     """
     view, past_events = RunView.from_sample(run, _MAX_PAST_STEPS)
     phases = PhaseFilter()
@@ -87,7 +87,7 @@ class _LastSample:
         self._sample: Sample | None = None
 
     def poll(self) -> Sample | None:
-        """The newest there is."""
+        """Return the newest sample; None without one."""
         self._sample = next(reversed(self._tail.poll()), self._sample)
         return self._sample
 

@@ -1,4 +1,4 @@
-"""``locate``: where things are."""
+"""``locate``: print where files are."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qlora_tui.cli.subcommand import CommandResult, Subcommand
 
 
 def run(args: argparse.Namespace) -> CommandResult:
-    """Every directory the program uses."""
+    """Return every directory the program uses."""
     places = {
         "config": paths.config_dir(),
         "presets": paths.user_presets_dir(),

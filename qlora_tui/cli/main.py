@@ -1,4 +1,4 @@
-"""``qlora-tui``: reads the words, runs the verb, and turns what went wrong into a sentence."""
+"""``qlora-tui``: parses arguments, runs the command, and prints errors as sentences."""
 
 from __future__ import annotations
 
@@ -41,14 +41,15 @@ SUBCOMMANDS = {
     "locate": ("locate", "Print where presets, runs and caches are stored."),
     "completion": ("completion", "Print a script that completes commands in bash, zsh or fish."),
 }
-"""Module of ``qlora_tui.cli`` and help of each verb. A module is loaded when its verb is called, so that the
-app and the quick verbs wait for no other's imports."""
+"""Module of ``qlora_tui.cli`` and help of each command. A module is loaded when its command is called, so
+that the app and the fast commands do not wait for other imports.
+"""
 
 _INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; its exit code. 0 done, 1 failed, 2 the call was wrong."""
+    """Run one command; return its exit code: 0 done, 1 failed, 2 invalid call."""
     with visible_output():
         return _run(list(sys.argv[1:] if argv is None else argv))
 
@@ -71,7 +72,7 @@ def _run(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:
-        # Whoever read us (head, less) has seen enough.
+        # The reader (head, less) has closed the pipe: not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
     except Exception as error:
@@ -105,7 +106,7 @@ def _parser(name_called: str | None) -> argparse.ArgumentParser:
 
 
 def _open_app(*, gpu_gib: float | None = None, mouse: bool = True) -> int:
-    # The app turns it on again with its first frame: until then there is no garbage worth looking for.
+    # The app enables it again with its first frame: until then there is no garbage worth collecting.
     gc.disable()
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UserError(
@@ -136,7 +137,7 @@ def _open_app(*, gpu_gib: float | None = None, mouse: bool = True) -> int:
 
 
 def _complete() -> NoReturn:
-    """Answer a shell that completes a line; see :mod:`qlora_tui.cli.completion`."""
+    """Answer a shell's completion request; see :mod:`qlora_tui.cli.completion`."""
     from qlora_tui.cli.completion import answer
 
     words = os.environ.get("COMP_LINE", "").split()

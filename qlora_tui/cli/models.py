@@ -1,4 +1,4 @@
-"""``models``: those on this machine, and with a query the hub's."""
+"""``models``: the models on this machine and, with a query, those on the hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qlora_tui.settings import load_settings
 
 
 def run(args: argparse.Namespace) -> CommandResult:
-    """Local models, then the hub's where a query is given."""
+    """List local models, then the hub's if a query is given."""
     folders = [Path(folder).expanduser() for folder in load_settings().model_folders]
     query = (args.query or "").lower()
     local = [model for model in list_local_models(folders) if query in model.name.lower()]

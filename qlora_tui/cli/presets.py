@@ -1,4 +1,4 @@
-"""``presets``: the shipped ones and the user's."""
+"""``presets``: the shipped presets and the user's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qlora_tui.recipe.toml import dump, read_text
 
 
 def run(args: argparse.Namespace) -> CommandResult:
-    """List presets, show one as its file has it, or every setting there is."""
+    """List presets, print one as in its file, or print every available setting."""
     if args.action == "reference":
         settings = {path: msgspec.to_builtins(field.default) for path, field in fields().items()}
         return CommandResult(data={"settings": settings}, text=dump(Recipe(), comments=True).rstrip())

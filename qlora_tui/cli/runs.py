@@ -1,4 +1,4 @@
-"""``runs``, ``attach``, and what can be asked of a run."""
+"""``runs``, ``attach``, and the requests to a run."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from qlora_tui.runs.status import read_status
 from qlora_tui.runs.view import RunView
 
 _FEW_STEPS = 16
-"""Of a long run: a list shows no curve."""
+"""Steps to sample from a long run: a list shows no curve."""
 
 
 def runs(args: argparse.Namespace) -> CommandResult:
-    """Every run, a change to one, or a check of all."""
+    """List all runs, change one, or check all."""
     if args.action == "rename":
         run = find_run(args.run_id)
         actions.rename(run, args.name)
@@ -51,7 +51,7 @@ def _delete(run: RunDir, *, confirmed: bool) -> CommandResult:
 
 
 def _list() -> CommandResult:
-    """Every run, newest first, and the queue's order."""
+    """List every run, newest first, and the queue's order."""
     waiting = run_queue.waiting()
     views = [RunView.from_sample(run, _FEW_STEPS)[0] for run in all_runs()]
     rows = [
@@ -74,10 +74,10 @@ def _list() -> CommandResult:
 
 
 def attach(args: argparse.Namespace) -> int:
-    """Show a run's events from its first, and follow it to its end. Ctrl-C leaves it running."""
+    """Show a run's events from the first, and follow it to its end. Ctrl-C leaves it running."""
     run = find_run(args.run_id)
     if run.id in run_queue.waiting():
-        # Its runner may have been killed, or gone down with the machine.
+        # Its runner may have been killed, or stopped with the machine.
         ensure_runner()
     return follow_plain(run) if args.plain and not args.json else follow(run, as_json=args.json)
 
@@ -118,7 +118,7 @@ _REQUESTS: dict[str, control.Kind] = {
 
 
 def send_request(args: argparse.Namespace) -> CommandResult:
-    """Leave a request for the trainer; it is taken at the next step."""
+    """Send a request to the trainer, which takes it at the next step."""
     run = find_run(args.run_id)
     kind = _REQUESTS[args.request]
     if (kind == "set_learning_rate") != (args.value is not None):
@@ -158,7 +158,7 @@ def _summary(view: RunView) -> dict[str, Any]:
 
 
 def _format_validation(view: RunView) -> str:
-    """``1.29, exact 97%, base 12%``: the lowest loss, and the last share of exact short answers."""
+    """``1.29, exact 97%, base 12%``: lowest loss, and latest share of exact short answers."""
     best = format_float(None if view.best is None else view.best.loss, 3)
     exact = format_exact(view.accuracy, view.base_accuracy)
     return f"{best}, exact {exact}" if exact else best

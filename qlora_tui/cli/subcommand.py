@@ -1,4 +1,4 @@
-"""How a verb is declared, and how its outcome is printed."""
+"""Declaring commands and printing their results."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ JSON_HELP = "JSON on stdout, an object a line; messages on stderr"
 
 @dataclass(frozen=True)
 class CommandResult:
-    """What a verb found: the same for people and for programs."""
+    """A command's result, for people and for programs."""
 
     data: Any
     """Printed with ``--json``: stable keys, bytes as integers."""
     text: str
-    """Printed without."""
+    """Printed without ``--json``."""
     exit_code: int = 0
 
 
 @dataclass(frozen=True)
 class Subcommand:
-    """What a word of the command line does; :mod:`qlora_tui.cli.main` has the words."""
+    """A command's implementation; :mod:`qlora_tui.cli.main` lists the commands."""
 
     run: Callable[[argparse.Namespace], CommandResult | int]
-    """Gives an outcome to print, or the exit code when it has printed as it went."""
+    """Returns a result to print, or the exit code if it has already printed its output."""
     arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
 
 
 def print_result(result: CommandResult, *, as_json: bool) -> int:
-    """Print an outcome on stdout; its exit code."""
+    """Print a result on stdout; return its exit code."""
     if as_json:
         print_json(result.data)
     elif result.text:
@@ -49,23 +49,23 @@ def print_result(result: CommandResult, *, as_json: bool) -> int:
 
 
 def print_json(data: Any) -> None:
-    """Print one object on one line; what a terminal would obey is escaped in it."""
+    """Print one object on one line, with terminal control characters escaped."""
     try:
         encoded = msgspec.json.encode(data).decode()
     except UnicodeEncodeError:
-        # A file name that is not UTF-8: its bytes become lone surrogates, which only an escape can hold.
+        # In a file name that is not UTF-8, bytes become lone surrogates, which must be escaped.
         encoded = json.dumps(msgspec.to_builtins(data))
     sys.stdout.write(visible_in_json(encoded) + "\n")
     sys.stdout.flush()
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
-    """``--json`` of a verb's action: unlike the verb's own it has no default, which would undo that one."""
+    """Add ``--json`` to a subcommand, with no default, which would override the command's ``--json``."""
     parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=JSON_HELP)
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options from which a recipe is laid together."""
+    """Add the options from which a recipe is built."""
     parser.add_argument("--preset", help="start from this preset (list them with `qlora-tui presets`)")
     parser.add_argument("--model", help="a Hub id, a folder, or a GGUF file")
     parser.add_argument("--data", action="append", default=[], metavar="FILE", help="a data file; repeatable")
@@ -80,7 +80,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def recipe_from_args(args: argparse.Namespace) -> Recipe:
-    """The recipe the options describe: defaults < preset < file < options. Raises UserError."""
+    """Build the recipe the options describe: defaults < preset < file < options. Raises UserError."""
     file = getattr(args, "recipe", None)
     return build_recipe(
         preset=args.preset,
@@ -93,7 +93,7 @@ def recipe_from_args(args: argparse.Namespace) -> Recipe:
 
 
 def format_table(rows: list[list[str]], header: list[str]) -> str:
-    """Columns as wide as they need; numbers are told by the caller's own alignment."""
+    """Format columns as wide as needed; the caller aligns numbers."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))

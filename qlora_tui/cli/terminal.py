@@ -1,4 +1,4 @@
-"""Stdout and stderr of a verb: a terminal obeys only what this program itself sends."""
+"""Stdout and stderr of commands: a terminal receives only control sequences of this program."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from qlora_tui.visible import visible
 
 
 class VisibleStream:
-    """A text stream that shows unsafe characters as symbols; everything else is the stream's it writes to."""
+    """Text stream that shows unsafe characters as symbols; everything else goes to the wrapped stream."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._last = ""
-        """What was written last, where the next piece may go on with it: an emoji can come in pieces."""
+        """Text written last, if the next piece may continue it: an emoji can arrive in pieces."""
 
     def write(self, text: str) -> int:
-        """Write ``text``, made visible."""
+        """Write ``text`` with unsafe characters made visible."""
         safe = visible(self._last + text)[len(self._last) :]
         last = text[-1:]
         self._last = "" if last.isascii() or visible(last) != last else last
@@ -27,12 +27,12 @@ class VisibleStream:
         return len(text)
 
     def writelines(self, lines: list[str]) -> None:
-        """Write each."""
+        """Write each line with unsafe characters made visible."""
         for line in lines:
             self.write(line)
 
     def write_control(self, sequence: str) -> None:
-        """Write a control sequence of this program's own."""
+        """Write one of this program's own control sequences."""
         self._stream.write(sequence)
 
     def __getattr__(self, name: str) -> Any:
@@ -41,7 +41,7 @@ class VisibleStream:
 
 @contextmanager
 def visible_output() -> Iterator[None]:
-    """Show unsafe characters as symbols on stdout and stderr as long as the block lasts."""
+    """Show unsafe characters as symbols on stdout and stderr within the block."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = VisibleStream(sys.stdout), VisibleStream(sys.stderr)
     try:
@@ -51,12 +51,12 @@ def visible_output() -> Iterator[None]:
 
 
 def write_control(stream: TextIO, sequence: str) -> None:
-    """Write a control sequence of this program's own to stdout or stderr."""
+    """Write one of this program's own control sequences to stdout or stderr."""
     (stream.write_control if isinstance(stream, VisibleStream) else stream.write)(sequence)
 
 
 def _encodable(text: str, stream: TextIO) -> str:
-    # In the C locale and in a terminal of another encoding a symbol must not end the program.
+    # A symbol that the terminal's encoding lacks, as in the C locale, must not end the program.
     if text.isascii():
         return text
     encoding = stream.encoding or "utf-8"

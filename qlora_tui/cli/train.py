@@ -1,4 +1,4 @@
-"""``train``: queue a run and follow it unless told otherwise, or print how several GPUs train it."""
+"""``train``: queue a run and, by default, follow it, or print the command that trains it on several GPUs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from qlora_tui.runs.preflight import errors, preflight
 
 
 def run(args: argparse.Namespace) -> CommandResult | int:
-    """Check and queue the run, and start a runner if there is none."""
+    """Check and queue the run, and start a runner if none is active."""
     if args.gpus is not None and not args.print_command:
         raise UserError(
             "One GPU per run",
@@ -51,9 +51,9 @@ def run(args: argparse.Namespace) -> CommandResult | int:
 
 
 def _confirm(checks: tuple[Check, ...]) -> bool:
-    """Print what the checks found; whether to go on. Raises UserError where the run cannot start.
+    """Print the checks' results; return whether to continue. Raises UserError if the run cannot start.
 
-    An error that the user may override is asked about at a terminal, and only printed in a script.
+    For an error that the user may override, it prompts at a terminal, and only prints it in a script.
     """
     for check in checks:
         if check.problem is not None:
@@ -68,7 +68,7 @@ def _confirm(checks: tuple[Check, ...]) -> bool:
 
 
 def _print_command(recipe: Recipe, requested: int | None) -> CommandResult:
-    """Create the run, and print the command that trains it with one process per GPU."""
+    """Create the run and print the command that trains it with one process per GPU."""
     available = _visible_gpu_count()
     gpus = requested or available or 1
     if available and gpus > available:
@@ -103,7 +103,7 @@ def _launch(run: RunDir, gpus: int) -> list[str]:
 
 
 def _visible_gpu_count() -> int:
-    """GPUs that torch will see."""
+    """Number of GPUs that torch will see."""
     try:
         return len(cuda_device_order(list_gpus()))
     except GpuUnavailableError:

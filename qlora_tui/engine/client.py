@@ -1,10 +1,10 @@
-"""Asking the engine from asyncio: the app's side. Loads no torch.
+"""Client of the engine for asyncio: the app's side. Loads no torch.
 
     async with EngineClient() as engine:
-        async for reply in engine.ask(Generate(messages=messages, voice="adapter")):
+        async for reply in engine.ask(Generate(messages=messages, adapter_name="adapter")):
             ...
 
-The child starts with the first question. It ends when its stdin closes, so it cannot outlive this process,
+The child starts with the first request. It exits when its stdin closes, so it cannot outlive this process,
 however this process ends.
 """
 
@@ -36,18 +36,18 @@ from qlora_tui.errors import UserError
 
 _LONGEST_LINE_BYTES = 1 << 26
 _SHUTDOWN_TIMEOUT_S = 3.0
-"""How long a child may take to end by itself."""
+"""Seconds that a child may take to exit by itself."""
 
 
 class EngineClosedError(UserError):
-    """Whoever asked closed the engine before it had answered: no failure, and nobody need be told."""
+    """The caller closed the engine before it replied: not a failure, and not shown to the user."""
 
     def __init__(self) -> None:
         super().__init__("The engine was closed", what="It had not answered.", fix="Ask again.")
 
 
 class EngineClient:
-    """One child process, started when first needed and again after it was lost."""
+    """One child process, started when first needed and restarted after it was lost."""
 
     def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
@@ -66,21 +66,21 @@ class EngineClient:
 
     @property
     def pid(self) -> int | None:
-        """Of the child; None while there is none."""
+        """PID of the child; None without one."""
         return self._process.pid if self._process and self._process.returncode is None else None
 
     def ask(self, request: AnyRequest) -> ReplyStream:
-        """The replies to a question; the last is ``final``. It is sent when the first is awaited."""
+        """Return the replies to a request, sent when the first reply is awaited; the last is ``final``."""
         return ReplyStream(self, request)
 
     async def start(self) -> None:
-        """Start the child ahead of need. Raises UserError."""
+        """Start the child before the first request. Raises UserError."""
         async with self._starting:
             if self.pid is None:
                 await self._start()
 
     async def close(self) -> None:
-        """End the child and give back all it held; the next question starts another."""
+        """Stop the child and free all it held; the next request starts another."""
         async with self._starting:
             process, self._process = self._process, None
         if process is None:
@@ -128,7 +128,7 @@ class EngineClient:
             if (queue := self._waiting.get(envelope.number)) is not None:
                 queue.put_nowait(envelope.reply)
         code = await process.wait()
-        # Whoever closes it lets go of it first.
+        # ``close`` clears ``_process`` first.
         lost = _lost_error(code) if self._process is process else EngineClosedError()
         for queue in self._waiting.values():
             queue.put_nowait(lost)
@@ -144,15 +144,15 @@ class EngineClient:
         return number
 
     def _write(self, envelope: RequestEnvelope) -> None:
-        # A child that has just died is noticed by _listen, which has more to say about it.
+        # _listen detects a child that has just died, and reports it in more detail.
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.write(encode(envelope))
 
 
 class ReplyStream(AsyncIterator["AnyReply"]):
-    """Replies as they come. A Failure is raised as the UserError it tells of; so is a lost engine.
+    """Replies as they arrive. A Failure is raised as its UserError; so is a lost engine.
 
-    When the task that waits is cancelled, the engine stops too.
+    If the task that waits is cancelled, the engine stops too.
     """
 
     def __init__(self, client: EngineClient, request: AnyRequest) -> None:
@@ -185,7 +185,7 @@ class ReplyStream(AsyncIterator["AnyReply"]):
         return reply
 
     def stop(self) -> None:
-        """Have the engine end this answer at once; what it has said, and Done, still come."""
+        """Stop this answer at once; text generated so far, and GenerationDone, still arrive."""
         if self._number is None:
             self._over = True
         elif not self._over:

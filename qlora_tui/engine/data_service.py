@@ -1,4 +1,4 @@
-"""Data as a model will see it: reports on files, and one row at a time. Loads no torch."""
+"""Data as a model will see it: reports on files, and single rows. Loads no torch."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from qlora_tui.training.gguf_conversion import cached_conversion
 
 
 class DataService:
-    """Keeps the last tokenizer: rows are asked for one after the other."""
+    """Reads data for the app; caches the last tokenizer, since rows are requested one after the other."""
 
     def __init__(self) -> None:
         self._cached: tuple[tuple[str, str], ChatTokenizer] | None = None
 
     def inspect(self, request: InspectData, stop: threading.Event) -> Iterator[DataReport | DataInspected]:
-        """Reports that get better, until the last or until nobody wants it any more. Raises UserError."""
+        """Yield increasingly complete reports, until the last or until ``stop`` is set. Raises UserError."""
         tokenizer = self._tokenizer(request.model, request.template) if request.model else None
         last: Report | None = None
         for last in inspecting(request.source, tokenizer, request.data):
@@ -46,14 +46,14 @@ class DataService:
         yield DataInspected(report=last)
 
     def show(self, request: ShowRow) -> RowShown:
-        """One row. Raises UserError."""
+        """Return one row. Raises UserError."""
         if not request.model:
             return RowShown(shown=_as_read(request))
         tokenizer = self._tokenizer(request.model, request.template)
         return RowShown(shown=show(request.source, request.row, tokenizer, request.data, request.path))
 
     def fields(self, request: ShowFields) -> FieldsShown:
-        """What the first rows hold, whatever their format. Raises UserError."""
+        """Return the columns of the first rows, whatever their format. Raises UserError."""
         path = paths_of(request.source)[0][0]
         first_values: dict[str, str] = {}
         for row in islice(rows(path), SNIFFED_ROWS):
@@ -70,9 +70,9 @@ class DataService:
 
 
 def tokenizer_folder(model: str) -> Path:
-    """The folder with a model's tokenizer; that of a GGUF file is made when the file is converted.
+    """Return the folder with a model's tokenizer; for a GGUF file, converting it creates the folder.
 
-    Raises ``UserError`` where the model is not on this machine or has not been converted.
+    Raises ``UserError`` if the model is not on this machine or has not been converted.
     """
     files = resolve_model(model)
     if files.gguf_file is None:
@@ -89,7 +89,7 @@ def tokenizer_folder(model: str) -> Path:
 
 
 def _as_read(request: ShowRow) -> Shown:
-    """A row without a tokenizer: its turns, and the answers marked as what would be learnt."""
+    """Show a row without a tokenizer: its turns, with the answers marked as trained."""
     file, row = row_of(request.source, request.row, request.data, request.path)
     one = conversation_of(row, file)
     if isinstance(one, RowRejectedError):

@@ -1,4 +1,4 @@
-"""Where the engine's log is, known at both ends."""
+"""The engine's log file, shared by client and server."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _ENOUGH_BYTES = 1 << 20
 
 
 def log_path() -> Path:
-    """What the engine and the libraries in it print."""
+    """Path of the output of the engine and its libraries."""
     return state_dir() / "engine.log"
 
 
 def truncated_log() -> Path:
-    """The log, emptied when it has grown long."""
+    """Return the log's path, after emptying a log that is too large."""
     path = log_path()
     if path.exists() and path.stat().st_size > _ENOUGH_BYTES:
         path.write_bytes(b"")
@@ -25,7 +25,7 @@ def truncated_log() -> Path:
 
 
 def open_log() -> IO[bytes]:
-    """The log, to write at its end; nowhere, where it cannot be written: that must not stop an engine."""
+    """Open the log for appending, or the null device: an unwritable log must not stop the engine."""
     try:
         return truncated_log().open("ab")
     except OSError:

@@ -14,7 +14,7 @@ from qlora_tui.recipe.schema import Recipe
 
 
 def build(request: TraceRequest, architecture: Architecture, dtype: torch.dtype) -> tuple[Any, bool]:
-    """The model as the trainer prepares it, without weights, and whether samples in a row are kept apart."""
+    """Build the trainer's model without weights; also return whether packed samples are isolated."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from qlora_tui.training import model_loading
@@ -29,7 +29,7 @@ def build(request: TraceRequest, architecture: Architecture, dtype: torch.dtype)
     with torch.device("meta"):
         try:
             model = factory.from_config(config, dtype=dtype, attn_implementation=attention)
-        except ValueError:  # a family without SDPA
+        except ValueError:  # the family has no SDPA
             model = factory.from_config(config, dtype=dtype, attn_implementation="eager")
     if recipe.quantization.method in ("nf4", "fp4"):
         _quantize(model, recipe, architecture, dtype)
@@ -49,7 +49,7 @@ def build(request: TraceRequest, architecture: Architecture, dtype: torch.dtype)
 
 
 def inputs(request: TraceRequest, *, packing_isolated: bool) -> dict[str, Any]:
-    """One micro-batch, every token learnt from: end to end in one row where samples are kept apart."""
+    """Build one micro-batch with every token in the loss, packed into one row if samples are isolated."""
     recipe = request.recipe
     rows, length = recipe.training.micro_batch_size, recipe.data.max_length
     shape = (1, rows * length) if packing_isolated else (rows, length)
@@ -62,13 +62,13 @@ def inputs(request: TraceRequest, *, packing_isolated: bool) -> dict[str, Any]:
         batch["position_ids"] = torch.zeros(shape, dtype=torch.long, device="meta")
         batch["segments"] = [length] * rows
     else:
-        # On the CPU, where transformers can look into it and find nothing masked.
+        # On the CPU, where transformers can read it and find nothing masked.
         batch["attention_mask"] = torch.ones(shape, dtype=torch.long)
     return batch
 
 
 def _quantize(model: nn.Module, recipe: Recipe, architecture: Architecture, dtype: torch.dtype) -> None:
-    """Put bitsandbytes' modules in, with packed weights and scales of the right sizes and no values."""
+    """Insert bitsandbytes modules with packed weights and scales of the right sizes but no values."""
     from bitsandbytes import functional as quantization
     from bitsandbytes.nn import Linear4bit, Params4bit
 
@@ -79,7 +79,7 @@ def _quantize(model: nn.Module, recipe: Recipe, architecture: Architecture, dtyp
         parent, _, leaf = module.name.rpartition(".")
         try:
             holder = model.get_submodule(parent)
-        except AttributeError:  # text model taken out of a multimodal one
+        except AttributeError:  # text model extracted from a multimodal one
             continue
         layer = Linear4bit(
             module.in_features, module.out_features, bias=module.bias, compute_dtype=dtype, device="meta"

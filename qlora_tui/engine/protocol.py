@@ -1,8 +1,8 @@
 """Messages between the app and the engine: JSON lines, one envelope each. Loads no torch.
 
-A request travels as :class:`RequestEnvelope` on the engine's stdin. Each reply carries the request's number,
+A request is sent as :class:`RequestEnvelope` on the engine's stdin. Each reply carries the request's number,
 and exactly one ``final`` reply ends it. The engine handles one request at a time, except for chat answers,
-which are generated side by side.
+which are generated concurrently.
 """
 
 from __future__ import annotations
@@ -21,46 +21,46 @@ from qlora_tui.recipe.schema import Data, Source, Thinking
 
 
 class EngineRequest(Struct, frozen=True, kw_only=True, tag_field="ask", omit_defaults=True):
-    """A question to the engine."""
+    """A request to the engine."""
 
 
 class LoadChat(EngineRequest, frozen=True, kw_only=True, tag="load_chat"):
-    """Hold this model ready to talk, in place of the one held. Replies: Stage…, then ChatReady."""
+    """Load a model for chat, replacing the current one. Replies: StatusUpdate…, then ChatReady."""
 
     source: ChatSource
 
 
 class Generate(EngineRequest, frozen=True, kw_only=True, tag="generate"):
-    """Answer a conversation with the model that is loaded. Replies: Text…, then Done."""
+    """Answer a conversation with the loaded model. Replies: Text…, then GenerationDone."""
 
     messages: tuple[Message, ...]
     adapter_name: str
-    """One of the source's voices: ``base``, ``adapter``, ``step-120``."""
+    """One of the source's adapters: ``base``, ``adapter``, ``step-120``."""
     sampling: Sampling = Sampling()
     thinking: Thinking = "auto"
 
 
 class MeasureEffect(EngineRequest, frozen=True, kw_only=True, tag="measure_effect"):
-    """Compare a voice of the loaded model with its base on held-out data. Replies: Stage…, EffectMeasured.
+    """Compare an adapter with its base on held-out data. Replies: StatusUpdate…, then EffectMeasured.
 
-    A Stop ends it early, with what was compared so far.
+    A Stop ends it early, with the samples compared so far.
     """
 
     adapter_name: str
 
 
 class Unload(EngineRequest, frozen=True, kw_only=True, tag="unload"):
-    """Give back the memory of the model. Reply: Unloaded."""
+    """Free the memory of the model. Reply: Unloaded."""
 
 
 class InspectData(EngineRequest, frozen=True, kw_only=True, tag="inspect_data"):
-    """Look a data file over. Replies: DataReport…, each better than the last, then DataInspected."""
+    """Inspect a data file. Replies: DataReport…, each more complete than the last, then DataInspected."""
 
     source: Source
     data: Data
-    """The settings that decide what is cut and trained."""
+    """Settings that decide what is truncated and trained."""
     model: str = ""
-    """Count in this model's tokens; empty counts characters."""
+    """Model whose tokens are counted; empty counts characters."""
     template: str = "auto"
 
 
@@ -70,35 +70,35 @@ class ShowRow(EngineRequest, frozen=True, kw_only=True, tag="show_row"):
     source: Source
     row: int
     path: str = ""
-    """Which file of the source; empty is its first."""
+    """File of the source; empty is its first."""
     data: Data
     model: str = ""
-    """Empty shows the row as the file has it."""
+    """Model whose tokenizer and template are used; empty shows the row as in the file."""
     template: str = "auto"
 
 
 class ShowFields(EngineRequest, frozen=True, kw_only=True, tag="show_fields"):
-    """What the rows of a file hold whose format nobody knows. Reply: FieldsShown."""
+    """Show the columns of a file of unknown format. Reply: FieldsShown."""
 
     source: Source
 
 
 class Stop(EngineRequest, frozen=True, kw_only=True, tag="stop"):
-    """End the answer to an earlier question at once; that question's Done is the reply."""
+    """Stop the answer to an earlier request at once; that request's GenerationDone is the reply."""
 
     request_number: int
-    """The number of that question."""
+    """Number of the request to stop."""
 
 
 class EngineReply(Struct, frozen=True, kw_only=True, tag_field="reply", omit_defaults=True):
-    """An answer of the engine, or a part of one."""
+    """A reply of the engine, or a part of one."""
 
     final: ClassVar[bool] = True
-    """Whether nothing more follows."""
+    """Whether it is the last reply to its request."""
 
 
 class StatusUpdate(EngineReply, frozen=True, kw_only=True, tag="stage"):
-    """What is being done, for the one who waits: ``Loading SmolLM2-135M-Instruct``."""
+    """Current activity, for display: ``Loading SmolLM2-135M-Instruct``."""
 
     final: ClassVar[bool] = False
     words: str
@@ -114,12 +114,12 @@ class ChatReady(EngineReply, frozen=True, kw_only=True, tag="chat_ready"):
     context_tokens: int
     seconds: float
     memory_bytes: int
-    """Memory the model takes: of the card, or of the host where there is none."""
+    """Memory used by the model: of the GPU, or of the host without one."""
     thinking: ThinkingSupport = ThinkingSupport()
 
 
 class Text(EngineReply, frozen=True, kw_only=True, tag="text"):
-    """The next piece of an answer, or of a thought before it."""
+    """The next piece of an answer, or of the reasoning before it."""
 
     final: ClassVar[bool] = False
     chunk: TextChunk
@@ -132,43 +132,43 @@ class GenerationDone(EngineReply, frozen=True, kw_only=True, tag="done"):
 
 
 class EffectMeasured(EngineReply, frozen=True, kw_only=True, tag="effect_measured"):
-    """What the adapter does; ``effect.sentence`` says it in words."""
+    """Effect of the adapter; ``effect.sentence`` describes it."""
 
     effect: Effect
 
 
 class Unloaded(EngineReply, frozen=True, kw_only=True, tag="unloaded"):
-    """No model is held."""
+    """No model is loaded."""
 
 
 class DataReport(EngineReply, frozen=True, kw_only=True, tag="data_report"):
-    """What is known of the data so far."""
+    """Report on the rows read so far."""
 
     final: ClassVar[bool] = False
     report: Report
 
 
 class DataInspected(EngineReply, frozen=True, kw_only=True, tag="data_inspected"):
-    """Every row was read, or the question was stopped."""
+    """Every row was read, or the request was stopped."""
 
     report: Report | None
 
 
 class RowShown(EngineReply, frozen=True, kw_only=True, tag="row_shown"):
-    """The row."""
+    """One row as the model will see it."""
 
     shown: Shown
 
 
 class FieldsShown(EngineReply, frozen=True, kw_only=True, tag="fields_shown"):
-    """The columns there are."""
+    """Columns of a file."""
 
     fields: dict[str, str]
-    """Column to the beginning of what the first row with it holds."""
+    """Column name to the beginning of its value in the first row that has it."""
 
 
 class Failure(EngineReply, frozen=True, kw_only=True, tag="failure"):
-    """It cannot be done. :class:`EngineClient` raises it as the UserError it is."""
+    """The request failed. :class:`EngineClient` raises it as the UserError it carries."""
 
     title: str
     what: str
@@ -178,7 +178,7 @@ class Failure(EngineReply, frozen=True, kw_only=True, tag="failure"):
 
     @classmethod
     def of(cls, problem: UserError) -> Failure:
-        """To send a UserError."""
+        """Convert a UserError to a reply."""
         return cls(
             title=problem.title,
             what=problem.what,
@@ -188,7 +188,7 @@ class Failure(EngineReply, frozen=True, kw_only=True, tag="failure"):
         )
 
     def problem(self) -> UserError:
-        """To raise it again at the other end."""
+        """Convert the reply back to a UserError."""
         return UserError(self.title, what=self.what, why=self.why, fix=self.fix, exit_code=self.exit_code)
 
 
@@ -211,14 +211,14 @@ AnyReply: TypeAlias = (
 
 
 class RequestEnvelope(Struct, frozen=True):
-    """A numbered question: one line."""
+    """A numbered request: one line."""
 
     number: int
     request: AnyRequest
 
 
 class ReplyEnvelope(Struct, frozen=True):
-    """A reply to the question of that number: one line."""
+    """A reply to the request of that number: one line."""
 
     number: int
     reply: AnyReply
@@ -230,15 +230,15 @@ _reply_decoder = msgspec.json.Decoder(ReplyEnvelope)
 
 
 def encode(envelope: RequestEnvelope | ReplyEnvelope) -> bytes:
-    """One line, newline included."""
+    """Encode an envelope as one line, newline included."""
     return _encoder.encode(envelope) + b"\n"
 
 
 def decode_request(line: bytes) -> RequestEnvelope:
-    """Raises msgspec.MsgspecError for what is no question."""
+    """Decode a request; raises msgspec.MsgspecError if it is not valid."""
     return _request_decoder.decode(line)
 
 
 def decode_reply(line: bytes) -> ReplyEnvelope:
-    """Raises msgspec.MsgspecError for what is no reply."""
+    """Decode a reply; raises msgspec.MsgspecError if it is not valid."""
     return _reply_decoder.decode(line)

@@ -1,6 +1,6 @@
-"""The engine's side: questions in, replies out, one model held.
+"""The engine's side: reads requests, writes replies, holds one model.
 
-The main thread does the work. A second one reads questions, so that a stop, or the end of whoever asks, takes
+The main thread does the work. A second one reads requests, so that a stop, or the client's exit, takes
 effect in the middle of an answer.
 """
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 class Server:
-    """Serves one client until its end of the pipe closes."""
+    """Serves one client until the client closes the pipe."""
 
     def __init__(self, questions: BinaryIO, replies: BinaryIO) -> None:
         self._questions = questions
@@ -56,13 +56,13 @@ class Server:
         self._data_service = DataService()
 
     def run(self) -> None:
-        """Work until the client is gone; then the process ends from the reading thread."""
+        """Work until the client is gone; the reading thread then ends the process."""
         threading.Thread(target=self._read, daemon=True).start()
         with suppress(BrokenPipeError):
             while True:
                 if not self._active or not self._waiting.empty():
                     self._start(self._waiting.get())
-                # Answers take turns, a piece each, so that those asked together grow side by side.
+                # Answers take turns, one piece each, so that concurrent requests progress together.
                 for number in list(self._active):
                     self._advance(number)
 
@@ -72,8 +72,8 @@ class Server:
                 self._dispatch(decode_request(line))
         except msgspec.MsgspecError:
             traceback.print_exc()
-        # The client is gone, or talks nonsense. Whatever the main thread is in the middle of, nobody waits
-        # for it any more.
+        # The client is gone, or sends invalid messages: nothing waits for the result of
+        # the main thread any more.
         os._exit(0)
 
     def _dispatch(self, envelope: RequestEnvelope) -> None:
@@ -89,7 +89,7 @@ class Server:
             case LoadChat() | Unload():
                 self._end_answers(list(self._active))
             case Generate(adapter_name=adapter_name):
-                # A voice says one thing at a time.
+                # One answer at a time per adapter.
                 self._end_answers([n for n in self._active if self._adapter_names.get(n) == adapter_name])
                 self._adapter_names[envelope.number] = adapter_name
         self._active[envelope.number] = self._work(envelope)
@@ -118,7 +118,7 @@ class Server:
         self._replies.flush()
 
     def _work(self, envelope: RequestEnvelope) -> Iterator[AnyReply]:
-        """The replies to a question; each ``next`` does a little of the work."""
+        """Yield the replies to a request; each ``next`` does a little of the work."""
         number, request = envelope.number, envelope.request
 
         def on_status(words: str) -> None:

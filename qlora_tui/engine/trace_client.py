@@ -1,4 +1,4 @@
-"""Having a step traced, by a child process that loads torch for it and ends. Loads none itself."""
+"""Client of the trace worker, a child process that loads torch, traces a step and exits. Loads no torch."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from qlora_tui.recipe.schema import Recipe
 
 
 class TraceRequest(Struct, kw_only=True):
-    """What to trace."""
+    """The step to trace."""
 
     config: dict[str, Any]
     """The model's ``config.json``."""
     recipe: Recipe
     device: str = "cuda"
-    """Whose choices of kernels to follow: ``cuda`` or ``cpu``."""
+    """Device whose kernels to imitate: ``cuda`` or ``cpu``."""
     loss: str = "chunked"
-    """``chunked`` (ours) or ``stock`` (transformers', over all logits)."""
+    """``chunked`` (this project's) or ``stock`` (transformers', over all logits)."""
     dtype: str = "bfloat16"
 
 
 async def trace_step(config: dict[str, Any], recipe: Recipe, device: Device) -> StepTrace:
-    """One step of ``recipe`` as this project's trainer runs it on ``device``, counted.
+    """Count the memory of one step of ``recipe`` as this project's trainer runs it on ``device``.
 
     Takes seconds; the child ends when the task does.
 
-    Raises UserError: for what a trace does not know, and where the libraries cannot build the model.
+    Raises UserError for a recipe that tracing does not support, or if the libraries cannot build the model.
     """
     path = trainer_execution(recipe, device)
     check_traceable(recipe, path)

@@ -1,8 +1,8 @@
-"""A training step run on torch's ``meta`` device, every storage counted: the estimate's oracle.
+"""A training step run on torch's ``meta`` device with every storage counted: a reference for the estimate.
 
 Nothing is computed and no weight is read, but the code is the real one: transformers' model, peft's adapter,
-bitsandbytes' 4-bit product, this project's loss and attention. A dispatch mode sees each tensor made on the
-way and a weak reference tells when its storage goes, so the peak follows from lifetimes nobody wrote down.
+bitsandbytes' 4-bit product, this project's loss and attention. A dispatch mode sees each tensor created, and
+a weak reference reports when its storage is freed, so the peak follows from actual lifetimes.
 
 Where torch chooses an implementation by device, ``meta`` would take a slower path than a GPU.
 :class:`_DeviceKernels` makes the GPU's choices instead (fused attention, fused dropout, one-pass softmax).
@@ -39,7 +39,7 @@ from qlora_tui.memory.step_trace import StepTrace
 
 
 def trace_request(request: TraceRequest) -> StepTrace:
-    """Build the model on ``meta``, run one forward and backward, and count."""
+    """Build the model on ``meta``, run one forward and backward, and count its memory."""
     architecture = parse_architecture(request.config)
     dtype = getattr(torch, request.dtype)
     model, packing_isolated = build(request, architecture, dtype)
@@ -84,7 +84,7 @@ def _size(storage: torch.UntypedStorage) -> int:
 
 
 class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
-    """Counts the storages made under it, until they go. Those made before do not count."""
+    """Counts storages created under this mode until they are freed; earlier ones do not count."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -93,7 +93,7 @@ class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         self._known: dict[int, int] = {}
 
     def restart(self) -> None:
-        """Forget the peak: it starts again from what is alive."""
+        """Reset the peak to the bytes that are allocated now."""
         gc.collect()
         self.peak_bytes = self.live_bytes
 
@@ -110,10 +110,10 @@ class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         return result
 
     def _workspace(self, func: Any, args: Any) -> Tensor | None:
-        """What a device's kernel makes for itself, and the meta kernel, which knows only shapes, does not.
+        """Return the workspace that a device's kernel allocates and the meta kernel does not.
 
         A 4-bit product dequantizes the weight; ``logsumexp`` takes the exponentials of all its input
-        (``logsumexp_out_impl`` in aten/src/ATen/native/ReduceOps.cpp); a card's softmax backward multiplies
+        (``logsumexp_out_impl`` in aten/src/ATen/native/ReduceOps.cpp); a GPU's softmax backward multiplies
         gradient and result first (``softmax_backward_cuda_out`` in aten/src/ATen/native/cuda/SoftMax.cu).
         """
         name = str(func)
@@ -138,7 +138,7 @@ class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Sizes of FlashAttention: keeps q, k, v, its output and a number a row."""
+    """Memory of FlashAttention: saves q, k, v, its output and one number per row."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ class _DeviceKernels:
 
 
 _unfused_attention = functional.scaled_dot_product_attention
-"""torch's own, which is written out on ``meta`` as in its fallback on a card."""
+"""torch's own, which on ``meta`` is decomposed as in its fallback on a GPU."""
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -202,7 +202,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: 
 
 
 def _no_autocast(*args: Any, **kwargs: Any) -> contextlib.nullcontext[None]:
-    """The meta device knows no autocast, and the traced path uses none."""
+    """Replace autocast: the meta device has none, and the traced path uses none."""
     return contextlib.nullcontext()
 
 
@@ -214,7 +214,7 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Libraries talk on stdout; the answer must be alone there."""
+    """Redirect output of libraries away from stdout, which must hold only the reply."""
     before, sys.stdout = sys.stdout, sys.stderr
     try:
         yield
@@ -223,7 +223,7 @@ def _quiet() -> Iterator[None]:
 
 
 def main() -> None:
-    """One request from stdin, one answer to stdout."""
+    """Read one request from stdin and write one reply to stdout."""
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=TraceRequest)
     answer: StepTrace | Failure
     with _quiet():

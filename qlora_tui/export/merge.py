@@ -1,8 +1,8 @@
 """The adapter merged into its base: an ordinary model folder that any program loads.
 
-The base's weight files are copied as they are, and the weights the adapter changes are then changed in the
-copy, one at a time: it takes the memory of one weight, not of the model. The base is the 16-bit one, not the
-4-bit one the adapter was trained on: merging into rounded weights would round the adapter away.
+The base's weight files are copied, and the weights that the adapter changes are then modified in the copy,
+one at a time: this takes the memory of one weight, not of the model. The base is the 16-bit one, not the
+4-bit one the adapter was trained on: merging into quantized weights would round the adapter away.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ _MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.inde
 
 
 class MergeResult(Struct, frozen=True, kw_only=True):
-    """What was written."""
+    """Result of a merge."""
 
     folder: str
     bytes: int
     changed_weights: int
-    """Weight matrices that the adapter changed."""
+    """Number of weight matrices that the adapter changed."""
     check: MergeCheck | None = None
-    """Its scores beside those of base and adapter; None where they were not compared."""
+    """Comparison with the scores of base and adapter; None if they were not compared."""
     unchecked_because: str = ""
-    """Why they were not."""
+    """Why they were not compared."""
 
 
 def merge(
     source: ChatSource, adapter_name: str, out: Path, on_status: Callable[[str], None] = lambda words: None
 ) -> MergeResult:
-    """Write the base with the adapter of ``adapter_name`` merged into it; ``out`` must not exist yet.
+    """Write the base with the adapter ``adapter_name`` merged into it; ``out`` must not exist yet.
 
-    ``source`` is of :mod:`qlora_tui.chat.chat_sources`. ``on_status`` hears what is being done. Raises
-    UserError; then nothing is left behind.
+    ``source`` is from :mod:`qlora_tui.chat.chat_sources`. ``on_status`` gets the current activity. Raises
+    UserError and leaves nothing behind.
     """
     out = out.expanduser().absolute()
     base = model_folder(source.recipe, on_status)

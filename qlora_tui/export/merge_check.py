@@ -1,7 +1,7 @@
-"""A merged model against its 16-bit base with the adapter on it, as peft computes that.
+"""Comparison of a merged model with its 16-bit base plus adapter, as peft computes it.
 
 Both read the same prompt, one after the other, so that one model is in memory at a time. Merging rounds each
-changed weight once more; the scores of the next token may differ by what rounding does to peft's own.
+changed weight once more; next-token scores may differ by as much as rounding changes peft's own.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ _SPARE_BYTES = 1 << 30
 
 
 class MergeCheck(Struct, frozen=True, kw_only=True):
-    """The merged model's scores of the next token beside those of base and adapter."""
+    """Next-token scores of the merged model compared with those of base and adapter."""
 
     tokens: int
-    """Positions compared."""
+    """Number of positions compared."""
     difference: float
-    """Share of the scores' spread by which they differ: root mean square over positions and vocabulary."""
+    """Difference relative to the scores' spread: root mean square over positions and vocabulary."""
     noise: float
-    """What rounding in the stored dtype moves the scores of base and adapter by, likewise."""
+    """Relative change of the scores of base and adapter due to rounding in the stored dtype."""
     same_choices: int
-    """Positions at which both find the same token the likeliest."""
+    """Number of positions at which both rank the same token first."""
     agrees: bool
     """Whether rounding explains the difference."""
 
     @property
     def sentence(self) -> str:
-        """What was seen, for a user."""
+        """Describe the result for users."""
         return (
             f"its scores differ from those of base and adapter by {self.difference:.2g} of their spread, "
             f"where rounding explains {self.noise:.2g}; the most likely token is the same at "
@@ -61,13 +61,16 @@ class MergeCheck(Struct, frozen=True, kw_only=True):
 def verify_merge(
     source: ChatSource, adapter_name: str, merged: Path, on_status: Callable[[str], None] = lambda words: None
 ) -> MergeCheck | str:
-    """Compare a merged model with its base and the adapter of ``adapter_name``, on the CPU.
+    """Compare a merged model with its base and the adapter ``adapter_name``, on the CPU.
 
     Args:
-        merged: the folder that :func:`qlora_tui.export.merge.merge` wrote.
+        source: The base and its adapters.
+        adapter_name: The adapter that was merged.
+        merged: The folder that :func:`qlora_tui.export.merge.merge` wrote.
+        on_status: Called with the current activity.
 
     Returns:
-        What was seen, or why nothing was compared.
+        The comparison, or why nothing was compared.
     """
     base = model_folder(source.recipe)
     needed = sum((base / name).stat().st_size for name in weight_files(base)) + _SPARE_BYTES
@@ -100,7 +103,7 @@ def verify_merge(
 
 
 def _load(source: ChatSource, folder: Path) -> Any:
-    """The model of a folder, in the dtype it is stored in."""
+    """Load the model of a folder in the dtype it is stored in."""
     quantization = structs.replace(source.recipe.quantization, method="none")
     recipe = structs.replace(source.recipe, quantization=quantization)
     device = ComputeDevice(torch.device("cpu"), "CPU", 0, _stored_dtype(folder))
@@ -126,6 +129,6 @@ def _with_adapter(model: Any, folder: Path) -> Any:
 
 @torch.inference_mode()
 def _logits(model: Any, ids: Tensor) -> Tensor:
-    """(tokens, vocabulary), fp32."""
+    """Return the logits, (tokens, vocabulary), fp32."""
     logits: Tensor = model(input_ids=ids, use_cache=False).logits[0].float()
     return logits

@@ -1,4 +1,4 @@
-"""A model card: what the model is, what it was trained on and how. Names no folder of this machine."""
+"""A model card: what the model is, what it was trained on and how. Contains no paths of this machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qlora_tui.recipe.schema import Recipe
 
 
 def render_model_card(recipe: Recipe, *, from_hub: bool) -> str:
-    """README.md for a merged model. ``from_hub``: the base is named so that others find it."""
+    """Return README.md for a merged model. ``from_hub``: refer to the base by its hub id."""
     base = recipe.model.id if from_hub else PurePath(recipe.model.id).name
     lora, training = recipe.lora, recipe.training
     title = recipe.name or f"{PurePath(base).name}, fine-tuned"
@@ -43,10 +43,10 @@ def render_model_card(recipe: Recipe, *, from_hub: bool) -> str:
 
 
 def _code(tokens: Iterable[str]) -> str:
-    # A pipe would end the table's cell.
+    # A pipe would end the table cell.
     return ", ".join(f"`{token}`" for token in tokens).replace("|", r"\|")
 
 
 def _trained_part(recipe: Recipe) -> str:
-    """What of the conversations was learnt."""
+    """Describe which parts of the conversations were trained on."""
     return "the assistant's turns" if recipe.data.train_on == "assistant" else "whole conversations"

@@ -1,4 +1,4 @@
-"""Changing single tensors of a safetensors file in place, one in memory at a time."""
+"""Changing single tensors of a safetensors file in place, with one in memory at a time."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from qlora_tui.catalog.safetensors_header import read_header
 
 
 def change_tensors(file: Path, changes: dict[str, Callable[[Tensor], Tensor]]) -> None:
-    """Put ``changes[name](tensor)``, of the same shape and dtype, in place of each named tensor."""
+    """Replace each named tensor by ``changes[name](tensor)``, of the same shape and dtype."""
     start, entries = read_header(file)
     for name, change in changes.items():
         with safe_open(file, framework="pt") as content:
-            # A copy: the original is a view of the file that is about to change.
+            # Copy: the original is a view of the file that is about to change.
             before = content.get_tensor(name).clone()
         after = change(before)
         assert (after.shape, after.dtype) == (before.shape, before.dtype)

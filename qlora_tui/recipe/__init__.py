@@ -15,5 +15,5 @@ diff            the settings in which two recipes differ, formatted
 targets         which modules LoRA adapts: patterns parsed and written
 absolute_paths  paths in a recipe, made absolute
 
-A *layer* is what TOML gives: nested dicts that hold some of the settings.
+A *layer* is parsed TOML: nested dicts that hold some of the settings.
 """

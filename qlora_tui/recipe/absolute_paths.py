@@ -1,4 +1,4 @@
-"""Paths of a recipe, made independent of the folder it was written in."""
+"""Paths in a recipe, made independent of the folder it was written in."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from qlora_tui.recipe.schema import Recipe
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
-    """The recipe with every local file named in full: a run is trained in another working directory.
+    """Return the recipe with absolute paths of local files: a run trains in another working directory.
 
-    What is not a file here (a hub id) stays as it is.
+    Values that are not local files (such as a hub id) stay unchanged.
     """
     data = recipe.data
     return msgspec.structs.replace(

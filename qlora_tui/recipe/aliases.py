@@ -67,7 +67,7 @@ RELATED = {
 
 
 def resolve(section: str, key: str) -> str | None:
-    """The setting that ``key`` in ``section`` is another spelling of, as ``section.key``; None: of none.
+    """Resolve an alias to its setting, as ``section.key``; None if ``key`` is not an alias.
 
     ``section`` is empty above the sections of a file.
     """
@@ -78,7 +78,7 @@ def resolve(section: str, key: str) -> str | None:
 
 
 def canonical(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """The layer with our own spelling of every key. ``layer`` has passed validation."""
+    """Return the layer with our spelling of every key. ``layer`` has passed validation."""
     result: dict[str, Any] = {}
     for section, key, value in _entries(layer):
         path = resolve(section, key)
@@ -92,13 +92,13 @@ def canonical(layer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def notes(layer: Mapping[str, Any]) -> list[str]:
-    """A sentence for each key of another trainer in the layer: which setting of ours it is read as."""
+    """Return a sentence for each key of another trainer in the layer, naming the setting it is read as."""
     spelled = [(key, resolve(section, key)) for section, key, _ in _entries(layer) if key in ALIASES]
     return [f"{key} is read as {path}." for key, path in spelled if path]
 
 
 def duplicates(layer: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    """Keys that set what another key of the layer sets: (section, key, the other as written, the setting)."""
+    """Yield keys that set the same setting as another key: (section, key, other key as written, setting)."""
     first: dict[str, str] = {}
     for section, key, _ in _entries(layer):
         written = f"{section}.{key}" if section else key
@@ -109,7 +109,7 @@ def duplicates(layer: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
 
 
 def _entries(layer: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """(section, key, value) of a layer; an empty section for what stands above them."""
+    """Yield (section, key, value) of a layer; the section is empty for keys above the sections."""
     for name, value in layer.items():
         if name in sections() and isinstance(value, Mapping):
             for key, inner in value.items():

@@ -1,4 +1,4 @@
-"""Settings that are right each alone and wrong together."""
+"""Settings that are each valid alone and invalid together."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qlora_tui.recipe.schema import Recipe
 
 
 class Conflict(Struct, frozen=True):
-    """Settings that cannot both hold."""
+    """Settings that contradict each other."""
 
     paths: tuple[str, ...]
     """The settings, for the form to mark."""
@@ -18,7 +18,7 @@ class Conflict(Struct, frozen=True):
 
 
 def find_conflicts(recipe: Recipe) -> list[Conflict]:
-    """All conflicts in a recipe; a valid one has none."""
+    """Return all conflicts in a recipe; empty for a valid one."""
     conflicting = []
     validates = bool(recipe.data.validation_fraction or recipe.data.validation_path)
     if recipe.training.early_stopping and not validates:
@@ -55,9 +55,7 @@ def check_conflicts(recipe: Recipe) -> None:
 
 
 def require_runnable(recipe: Recipe) -> None:
-    """Raise UserError, exit code 2, where a run could not start for want of a model or data; also
-    ``check``.
-    """
+    """Raise UserError, exit code 2, if the recipe lacks a model or data, or has conflicts."""
     missing = []
     if not recipe.model.id:
         missing.append(("no model", "model.id", "Name a model: --model, or id under [model]."))

@@ -1,4 +1,4 @@
-"""What two recipes disagree on, in words: for run comparison and "differs from the preset"."""
+"""Differences between two recipes: for run comparison and "differs from the preset"."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qlora_tui.recipe.schema import Recipe, Source
 
 
 class SettingChange(Struct, frozen=True):
-    """One setting, before and after."""
+    """One setting in two recipes."""
 
     path: str
     before: str
@@ -22,7 +22,7 @@ class SettingChange(Struct, frozen=True):
 
 
 def diff_recipes(a: Recipe, b: Recipe) -> list[SettingChange]:
-    """What changes from ``a`` to ``b``, in the order of declaration."""
+    """Return the settings that change from ``a`` to ``b``, in the order of declaration."""
     pairs = [(path, get_setting(a, path), get_setting(b, path)) for path in fields()]
     return [
         SettingChange(path, format_value(before), format_value(after))
@@ -32,7 +32,7 @@ def diff_recipes(a: Recipe, b: Recipe) -> list[SettingChange]:
 
 
 def format_value(value: Any) -> str:
-    """A setting's value as a person writes it: ``on``, ``1,024``, ``q_proj, k_proj``, ``none``."""
+    """Format a setting's value for people: ``on``, ``1,024``, ``q_proj, k_proj``, ``none``."""
     match value:
         case bool():
             return "on" if value else "off"

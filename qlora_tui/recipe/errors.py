@@ -1,4 +1,4 @@
-"""A mistake in a recipe, and the exception that carries all of them at once."""
+"""An issue in a recipe, and the exception that carries all of them at once."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from msgspec import Struct
 from qlora_tui.errors import EXIT_USAGE, UserError
 
 _MAX_SHOWN = 20
-"""More than these in one file, and it is not a recipe."""
+"""Maximum number of issues shown: a file with more is probably not a recipe."""
 
 
 class RecipeIssue(Struct, frozen=True):
-    """One thing that is wrong, where, and what was probably meant."""
+    """One error in a recipe: its place, and what was probably meant."""
 
     origin: str
     """The file, or the argument: ``--set lora.rank=x``."""
     path: str
-    """``lora.rank``; empty where the mistake is not in one setting."""
+    """``lora.rank``; empty if the error is not in a single setting."""
     message: str
     """``lora.rank must be a whole number from 1 to 1,024, not "x"``."""
     hint: str = ""
     """What to do: ``did you mean lora.rank?``"""
     line: int | None = None
-    """Counted from 1; None where it is not known."""
+    """Line number, from 1; None if unknown."""
 
     @property
     def where(self) -> str:
@@ -35,7 +35,7 @@ class RecipeIssue(Struct, frozen=True):
 
 
 class InvalidRecipeError(UserError):
-    """A recipe, a preset or a ``--set`` that cannot be used."""
+    """A recipe, a preset or a ``--set`` that is invalid."""
 
     def __init__(self, issues: Sequence[RecipeIssue]):
         self.issues = tuple(issues)

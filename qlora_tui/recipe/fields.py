@@ -1,4 +1,4 @@
-"""The settings as data: what forms, ``--set`` and the reference page are made from."""
+"""The settings as data: the source of forms, ``--set`` and the reference page."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from msgspec import Meta, Struct
 from qlora_tui.recipe.schema import Recipe, Source
 
 Kind = Literal["int", "float", "bool", "text", "choice", "texts", "tables", "names", "numbers"]
-"""``tables`` is a list of :class:`ModelSource`; ``names`` maps texts to texts, ``numbers`` patterns to
-numbers."""
+"""``tables`` is a list of :class:`ModelSource`; ``names`` maps text to text, ``numbers`` maps patterns to
+numbers.
+"""
 
 
 class Field(Struct, frozen=True, kw_only=True):
@@ -25,9 +26,9 @@ class Field(Struct, frozen=True, kw_only=True):
     label: str
     help: str
     memory: str
-    """What it does to memory; empty where it does nothing."""
+    """Effect of the setting on memory; empty without one."""
     default: Any
-    """``msgspec.NODEFAULT`` where the setting must be given."""
+    """``msgspec.NODEFAULT`` for a required setting."""
     type: Any
     """The annotated type, for ``msgspec.convert``."""
     choices: tuple[str, ...] = ()
@@ -37,17 +38,17 @@ class Field(Struct, frozen=True, kw_only=True):
     exclusive_minimum: bool = False
     exclusive_maximum: bool = False
     min_length: int = 0
-    """Of a text in characters, of a list in items."""
+    """Minimum length of a text in characters, of a list in items."""
     max_length: int | None = None
 
     @property
     def section(self) -> str:
-        """``lora`` of ``lora.rank``; empty for ``name`` and ``note``."""
+        """``lora`` for ``lora.rank``; empty for ``name`` and ``note``."""
         return self.path.rpartition(".")[0]
 
     @property
     def key(self) -> str:
-        """``rank`` of ``lora.rank``."""
+        """``rank`` for ``lora.rank``."""
         return self.path.rpartition(".")[2]
 
     @property
@@ -56,7 +57,7 @@ class Field(Struct, frozen=True, kw_only=True):
 
     @property
     def expected(self) -> str:
-        """What a value must be, in words: ``a whole number from 1 to 1,024``."""
+        """Describe valid values: ``a whole number from 1 to 1,024``."""
         match self.kind:
             case "choice":
                 return "one of " + ", ".join(self.choices)
@@ -105,7 +106,7 @@ class Field(Struct, frozen=True, kw_only=True):
 
 @cache
 def fields() -> dict[str, Field]:
-    """Every setting by its path, in the order of declaration."""
+    """Return every setting by its path, in the order of declaration."""
     ordered: dict[str, Field] = {}
     by_path = {field.path: field for field in _declared_fields(Recipe, "")}
     for member in msgspec.structs.fields(Recipe):
@@ -120,18 +121,18 @@ def fields() -> dict[str, Field]:
 
 @cache
 def sections() -> tuple[str, ...]:
-    """``model``, ``quantization``, ``lora``, ``data``, ``training``."""
+    """Return ``model``, ``quantization``, ``lora``, ``data``, ``training``."""
     return tuple(dict.fromkeys(field.section for field in fields().values() if field.section))
 
 
 @cache
 def source_fields() -> dict[str, Field]:
-    """What one table of ``data.sources`` holds, by key."""
+    """Return the fields of one table of ``data.sources``, by key."""
     return {field.path: field for field in _declared_fields(Source, "")}
 
 
 def get_setting(recipe: Recipe, path: str) -> Any:
-    """The value of ``lora.rank`` in a recipe."""
+    """Return the value of a setting, such as ``lora.rank``, in a recipe."""
     value: Any = recipe
     for part in path.split("."):
         value = getattr(value, part)
@@ -139,7 +140,7 @@ def get_setting(recipe: Recipe, path: str) -> Any:
 
 
 def replace_setting(recipe: Recipe, path: str, value: Any) -> Recipe:
-    """A copy of the recipe with one setting changed. The value is taken as it is: see ``validate``."""
+    """Return a copy of the recipe with one setting changed. The value is not checked: see ``validate``."""
     section, _, key = path.rpartition(".")
     if not section:
         return msgspec.structs.replace(recipe, **{key: value})
@@ -148,7 +149,7 @@ def replace_setting(recipe: Recipe, path: str, value: Any) -> Recipe:
 
 
 def format_exact(value: float) -> str:
-    """A number as a person reads it: ``1,048,576``, ``0.0002``, ``2e-5``; exact."""
+    """Format a number for people without rounding: ``1,048,576``, ``0.0002``, ``2e-5``."""
     if float(value).is_integer() and abs(value) < 1e16:
         return f"{int(value):,}"
     short = f"{value:g}"

@@ -1,4 +1,4 @@
-"""One recipe from its layers: defaults < preset < the user's file < ``--set``."""
+"""Building a recipe from its layers: defaults < preset < the user's file < ``--set``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.validation import find_issues
 
 _MAX_SHOWN_CHARS = 200
-"""Characters of an argument that a message repeats."""
+"""Maximum number of characters of an argument that a message repeats."""
 
 
 def build_recipe(
@@ -26,16 +26,16 @@ def build_recipe(
     data: Sequence[str] = (),
     on_note: Callable[[str], None] | None = None,
 ) -> Recipe:
-    """The recipe of a command line, checked, conflicts included.
+    """Build the recipe of a command line and check it, conflicts included.
 
-    ``sets`` are ``section.key=value``; ``model`` and ``data`` stand for ``model.id`` and ``data.sources`` and
-    yield to a ``--set`` of these. Each layer is checked against its own origin, so that an error names the
-    file or the argument. ``on_note`` gets a sentence for each key in another trainer's spelling. Raises
-    UserError, exit code 2. See also ``conflicts.require_runnable``.
+    ``sets`` are ``section.key=value``; ``model`` and ``data`` set ``model.id`` and ``data.sources``, which
+    ``--set`` overrides. Each layer is checked against its own origin, so that an error names the file or the
+    argument. ``on_note`` gets a sentence for each key in another trainer's spelling. Raises UserError, exit
+    code 2. See also ``conflicts.require_runnable``.
     """
     recipe: dict[str, Any] = {}
     if preset is not None:
-        from qlora_tui.recipe.presets import find_preset  # with platformdirs it costs as much as all the rest
+        from qlora_tui.recipe.presets import find_preset  # half of the import time
 
         recipe = merge_layers(recipe, find_preset(preset).settings())
     if file is not None:
@@ -47,7 +47,7 @@ def build_recipe(
 
 
 def merge_layers(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """A layer over another: sections key by key, lists and all else as a whole."""
+    """Merge a layer over another: sections key by key; lists and other values are replaced."""
     result = dict(below)
     for key, value in above.items():
         under = result.get(key)
@@ -57,11 +57,11 @@ def merge_layers(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str
 
 
 def parse_override(argument: str) -> dict[str, Any]:
-    """The layer of one ``section.key=value``, checked, in our own spelling of the key.
+    """Parse and check one ``section.key=value`` into a layer, in our spelling of the key.
 
     The value is TOML, but needs no quotes: ``training.lr_scheduler=linear``. A list of target modules may be
     comma-separated, and so may ranks by pattern: ``q_proj=32,8-23.v_proj=8``. Any other list needs brackets,
-    or is taken as its one item. Raises InvalidRecipeError.
+    or is read as its one item. Raises InvalidRecipeError.
     """
     layer, issues = _parse_set(argument)
     if issues:
@@ -99,7 +99,7 @@ def _argument_layer(
 
 
 def _model_layer(below: Mapping[str, Any], id_: str) -> dict[str, Any]:
-    """A revision of the file's model is none of another model's."""
+    """Layer that sets the model id, dropping the file's revision if that is of another model."""
     same = below.get("model", {}).get("id") == id_
     return {"id": id_} if same else {"id": id_, "revision": "main"}
 
@@ -111,7 +111,7 @@ def _check_text(origin: str, path: str, text: str) -> list[RecipeIssue]:
 
 
 def _check_utf8(origin: str, path: str, text: str) -> list[RecipeIssue]:
-    """What the shell passed may be no text at all; a recipe could not hold it."""
+    """Report text from the shell that is not valid UTF-8, which a recipe cannot hold."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -162,7 +162,7 @@ def _printable(text: str) -> str:
 
 
 def _parse_value(field: Field, raw: str) -> Any:
-    """``raw`` as TOML where it is that, or as the bare text it is."""
+    """Parse ``raw`` as TOML if it is valid, else as bare text."""
     match field.kind:
         case "text" | "choice":
             return _parse_toml_value(raw) if raw[:1] in ("'", '"') else raw
@@ -184,7 +184,7 @@ def _unquoted_text(raw: str) -> Any:
 
 
 def _parse_toml_value(raw: str) -> Any:
-    """One TOML value; the text itself where it is none."""
+    """Parse one TOML value; return the text itself if it is not TOML."""
     try:
         table = tomllib.loads(f"value = {raw}")
     except (ValueError, RecursionError):

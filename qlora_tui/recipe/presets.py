@@ -1,8 +1,8 @@
 """Presets: named layers in TOML files, shipped ones and the user's.
 
-A user's preset hides the shipped one of the same name. One that cannot be read is listed with its
-problem. What the app writes starts with a line that holds a hash of the rest, by which it knows its own
-files from those that a person wrote or edited: it replaces the latter only when told to.
+A user's preset hides the shipped one of the same name. A preset that cannot be read is listed with its
+problem. A file the app writes starts with a line that holds a hash of the rest, which distinguishes it from
+files that a person wrote or edited: the app replaces those only with ``overwrite``.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ _MAX_NAME_BYTES = 60
 
 
 class Preset(Struct, frozen=True, kw_only=True):
-    """A preset as found."""
+    """A preset, valid or not."""
 
     name: str
     """The file's name without ``.toml``."""
     note: str
-    """Its ``note``: what it is for."""
+    """The preset's ``note``: its purpose."""
     path: Path
     shipped: bool
-    """Came with the program; False for one of the user's."""
+    """Whether it is shipped with the program; False for one of the user's."""
     layer: dict[str, Any]
-    """As the file has it; empty where there is a problem."""
+    """Content of the file; empty if there is a problem."""
     problem: UserError | None = None
-    """Why it cannot be used."""
+    """Why it cannot be used; None for a valid preset."""
 
     def settings(self) -> dict[str, Any]:
-        """The layer without name and note, which are the preset's own. Raises its problem."""
+        """Return the layer without the preset's own name and note. Raises its problem."""
         if self.problem:
             raise self.problem
         return {key: value for key, value in self.layer.items() if key not in ("name", "note")}
 
     def recipe(self, current: Recipe | None = None) -> Recipe:
-        """The preset over the defaults, with the model and data of ``current``, its name and note.
+        """Build the preset over the defaults, with the model, data, name and note of ``current``.
 
-        Raises its problem.
+        Raises the preset's problem.
         """
         recipe = toml.to_recipe(self.settings(), str(self.path))
         if current is None:
@@ -67,19 +67,19 @@ class Preset(Struct, frozen=True, kw_only=True):
 
 
 class OverwriteError(UserError):
-    """A file that the app did not write, or that was edited since, would be lost. To be asked about."""
+    """Saving would replace a file that the app did not write, or that was edited since: ask first."""
 
 
 class Snapshot(Struct, frozen=True):
-    """A user's preset file as it was, to undo a save or a deletion with :func:`restore`."""
+    """Content of a user's preset file, to undo a save or a deletion with :func:`restore`."""
 
     name: str
     content: bytes | None
-    """None: there was no file."""
+    """Content of the file; None if there was no file."""
 
 
 def list_presets() -> list[Preset]:
-    """All presets by name. Never raises: what cannot be read has a ``problem``."""
+    """Return all presets by name. Never raises: an unreadable preset has a ``problem``."""
     by_name: dict[str, Preset] = {}
     for folder, shipped in ((paths.shipped_dir("presets"), True), (_user_dir(), False)):
         for path in sorted(folder.glob("[!.]*.toml")) if folder else ():
@@ -89,7 +89,7 @@ def list_presets() -> list[Preset]:
 
 
 def find_preset(name: str) -> Preset:
-    """The preset of that name, which may have a problem. Raises UserError with the near match."""
+    """Find the preset of that name, which may have a problem. Raises UserError with a similar name."""
     by_name = {preset.name: preset for preset in list_presets()}
     if name in by_name:
         return by_name[name]
@@ -104,11 +104,11 @@ def find_preset(name: str) -> Preset:
 
 
 def save(name: str, recipe: Recipe, *, note: str = "", overwrite: bool = False) -> Path:
-    """Write what ``recipe`` changes from the defaults as the user's preset ``name``; return its path.
+    """Save the settings in which ``recipe`` differs from the defaults as a preset; return its path.
 
-    Model id, revision and data files are left out: a preset is for any of them. The file is replaced in one
-    step. Raises OverwriteError, unless told to ``overwrite``, where the file there is not as the app wrote
-    it; UserError where the name is not a file name, the recipe is not valid, or the disk says no.
+    Model id, revision and data files are left out: a preset applies to any of them. The file is replaced in
+    one step. Raises OverwriteError, without ``overwrite``, if the existing file is not as the app wrote it;
+    UserError if the name is not a valid file name, the recipe is not valid, or on a disk error.
     """
     path = _user_path(name)
     body = toml.dump_overrides(_for_any_model(recipe, note), Recipe())
@@ -120,7 +120,7 @@ def save(name: str, recipe: Recipe, *, note: str = "", overwrite: bool = False) 
 
 
 def delete(name: str) -> Snapshot:
-    """Remove the user's preset ``name``; a shipped one of that name appears again. Undo with ``restore``."""
+    """Delete the user's preset ``name``, revealing a shipped one of that name. Undo with ``restore``."""
     snapshot = take_snapshot(name)
     if snapshot.content is None:
         shipped = any(preset.name == name for preset in list_presets())
@@ -138,7 +138,7 @@ def delete(name: str) -> Snapshot:
 
 
 def take_snapshot(name: str) -> Snapshot:
-    """The user's preset ``name`` as it is now, or that there is none: take one before a save."""
+    """Record the current content or absence of the user's preset ``name``; call it before a save."""
     path = _user_path(name)
     try:
         return Snapshot(name, path.read_bytes())
@@ -149,7 +149,7 @@ def take_snapshot(name: str) -> Snapshot:
 
 
 def restore(snapshot: Snapshot, *, overwrite: bool = False) -> None:
-    """Bring a user's preset back to a snapshot, byte by byte. Raises as ``save`` does."""
+    """Restore a user's preset to a snapshot, byte for byte. Raises as ``save`` does."""
     path = _user_path(snapshot.name)
     if not overwrite:
         _check_overwrite(path)
@@ -188,7 +188,7 @@ def _for_any_model(recipe: Recipe, note: str) -> Recipe:
 
 
 def _user_dir() -> Path | None:
-    """None where the home cannot be written, and so holds no presets."""
+    """Return the user's presets folder; None if the home cannot be written, and so holds no presets."""
     try:
         return paths.user_presets_dir()
     except OSError:
@@ -251,7 +251,7 @@ def _is_unedited(content: bytes) -> bool:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Through a link, so that a preset kept among someone's dotfiles stays there."""
+    """Write through a symbolic link, so that a preset kept in a dotfiles repository stays there."""
     try:
         atomic_write(path.resolve() if path.exists() else path, content, durable=True)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What was probably meant by a key that is no setting, a section that is none, or a value off the list."""
+"""Suggestions for a misspelled key, section or value."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from qlora_tui.recipe.fields import fields, sections
 
 
 def closest(word: str, candidates: Iterable[str]) -> str | None:
-    """The candidate most like ``word``, whatever its case and dashes; None where none is near."""
-    from difflib import get_close_matches  # only an error needs it, and it costs a tenth of the import
+    """Return the candidate most similar to ``word``, ignoring case and dashes; None if none is similar."""
+    from difflib import get_close_matches  # only an error needs it, and it takes a tenth of the import time
 
     by_plain = {normalize_key(candidate): candidate for candidate in candidates}
     matches = get_close_matches(normalize_key(word), by_plain, n=1)
@@ -18,13 +18,13 @@ def closest(word: str, candidates: Iterable[str]) -> str | None:
 
 
 def did_you_mean(word: str, candidates: Iterable[str], shape: str = "{}") -> str:
-    """``did you mean [lora]?``, or nothing. ``shape`` is how the candidate is written."""
+    """``did you mean [lora]?``, or an empty string. ``shape`` is the format of the candidate."""
     match = closest(word, candidates)
     return f"did you mean {shape.format(match)}?" if match else ""
 
 
 def hint_for_key(section: str, key: str) -> str:
-    """What to do about ``section.key``, which is no setting. ``section`` is empty at the top of a file."""
+    """Hint for ``section.key``, an unknown setting. ``section`` is empty at the top of a file."""
     normalized = normalize_key(key)
     section_keys = [field.key for field in fields().values() if field.section == section]
     homes = [field for field in fields().values() if field.key == normalized]
@@ -51,5 +51,5 @@ def _closest_key(key: str) -> str | None:
 
 
 def normalize_key(word: str) -> str:
-    """A key without what people vary in it: case and dashes."""
+    """Normalize a key's case and dashes."""
     return word.lower().replace("-", "_")

@@ -1,4 +1,4 @@
-"""Which linear modules LoRA touches, and how wide: the patterns of ``lora.target_modules``, read and written.
+"""Which linear modules LoRA adapts, and at which rank: parsing and writing of ``lora.target_modules``.
 
 A pattern is one of
 
@@ -8,7 +8,7 @@ A pattern is one of
 * one module's full dotted name.
 
 Modules of a vision tower are matched by their full name only: fine-tuning on text gives them no
-gradient, and their layers are counted apart.
+gradient, and their layers are numbered separately.
 
 The LoRA screen turns check boxes into patterns (:func:`to_patterns`) and back (:func:`match_modules`); memory
 and training use :func:`match_modules`.
@@ -28,7 +28,7 @@ from qlora_tui.recipe.schema import ALL_LINEAR, Lora
 from qlora_tui.recipe.suggestions import did_you_mean
 
 SETTINGS = ("lora.target_modules", "lora.rank_pattern", "lora.alpha_pattern")
-"""Those that hold patterns."""
+"""Settings that hold patterns."""
 _SYNTAX = "write all-linear, a module name (q_proj), layers and a name (8-23.q_proj), or a full module path"
 
 _PATTERN = re.compile(
@@ -40,11 +40,11 @@ _ONLY_LAYERS = re.compile(r"\s*\d+(?:-\d+)?\s*")
 
 
 class Module(Protocol):
-    """What a pattern looks at. ``catalog.facts.LinearModule`` is one."""
+    """Attributes that a pattern matches on, as in ``catalog.architecture_types.LinearModule``."""
 
     @property
     def name(self) -> str:
-        """Full and dotted: ``model.layers.0.self_attn.q_proj``."""
+        """Full dotted name: ``model.layers.0.self_attn.q_proj``."""
 
     @property
     def kind(self) -> str:
@@ -52,11 +52,11 @@ class Module(Protocol):
 
     @property
     def layer(self) -> int | None:
-        """None outside layers."""
+        """Layer number from 0; None outside layers."""
 
     @property
     def part(self) -> str:
-        """``vision`` for a module of a vision tower; anything else is the language model."""
+        """``vision`` for a module of a vision tower; any other value is the language model."""
 
 
 ModuleT = TypeVar("ModuleT", bound=Module)
@@ -67,7 +67,7 @@ class _Pattern(Struct, frozen=True):
     kind: str = ""
     """A kind or ``all-linear``; empty for one module by name."""
     layers: tuple[tuple[int, int], ...] = ()
-    """First and last of each run; empty for every layer."""
+    """First and last layer of each range; empty for every layer."""
     name: str = ""
 
     def matches(self, module: Module) -> bool:
@@ -89,7 +89,7 @@ class _PatternError(Exception):
 
 
 def syntax_error(pattern: str) -> tuple[str, str] | None:
-    """What is wrong with a pattern, whatever the model, and what to write; None where it parses."""
+    """Return what is wrong with a pattern, for any model, and what to write; None if it parses."""
     try:
         _parse(pattern)
     except _PatternError as error:
@@ -98,21 +98,21 @@ def syntax_error(pattern: str) -> tuple[str, str] | None:
 
 
 def matches(patterns: Iterable[str], module: Module) -> bool:
-    """Whether any of the patterns touches the module. Patterns of a valid recipe always parse."""
+    """Whether any of the patterns matches the module. Patterns of a valid recipe always parse."""
     return any(_parse(pattern).matches(module) for pattern in patterns)
 
 
 def match_modules(patterns: Iterable[str], modules: Sequence[ModuleT]) -> list[ModuleT]:
-    """The modules that the patterns touch, in the model's order.
+    """Return the modules that the patterns match, in the model's order.
 
-    Raises UserError where a pattern touches nothing: an unknown kind, layers the model has not.
+    Raises UserError if a pattern matches nothing: an unknown kind, or layers the model does not have.
     """
     parsed = [_parse_matching(pattern, modules, SETTINGS[0]) for pattern in patterns]
     return [module for module in modules if any(pattern.matches(module) for pattern in parsed)]
 
 
 def resolve_targets(lora: Lora, modules: Sequence[ModuleT]) -> list[ModuleT]:
-    """The modules that get an adapter. Raises UserError where a pattern touches nothing."""
+    """Return the modules that get an adapter. Raises UserError if a pattern matches nothing."""
     for setting, patterns in zip(SETTINGS[1:], ([*lora.rank_pattern], [*lora.alpha_pattern]), strict=True):
         for pattern in patterns:
             _parse_matching(pattern, modules, setting)
@@ -120,18 +120,18 @@ def resolve_targets(lora: Lora, modules: Sequence[ModuleT]) -> list[ModuleT]:
 
 
 def rank_of(lora: Lora, module: Module) -> int:
-    """The rank of a module's adapter, should it get one."""
+    """Rank that a module's adapter has if it gets one."""
     return _pattern_value(lora.rank_pattern, lora.rank, module)
 
 
 def format_rank(lora: Lora) -> str:
-    """``r16``; where patterns have ranks of their own, ``r8-32``."""
+    """``r16``; ``r8-32`` if patterns set other ranks."""
     ranks = {lora.rank, *lora.rank_pattern.values()}
     return f"r{lora.rank}" if len(ranks) == 1 else f"r{min(ranks)}-{max(ranks)}"
 
 
 def alpha_of(lora: Lora, module: Module) -> float:
-    """The alpha of a module's adapter, should it get one."""
+    """Alpha that a module's adapter has if it gets one."""
     return _pattern_value(lora.alpha_pattern, lora.alpha, module)
 
 
@@ -146,9 +146,9 @@ def assign_pattern_values(
     number: NumberT,
     modules: Sequence[Module],
 ) -> dict[str, NumberT]:
-    """Short patterns by which the named modules have ``number`` and all others what ``table`` gave them.
+    """Short patterns that assign ``number`` to the named modules and keep ``table``'s values for the others.
 
-    ``usual`` is what a module has without a pattern.
+    ``default`` is the value of a module without a pattern.
     """
     numbers = {m.name: number if m.name in names else _pattern_value(table, default, m) for m in modules}
     return {
@@ -167,11 +167,11 @@ def _parse_matching(text: str, modules: Sequence[Module], setting: str) -> _Patt
 
 
 def to_patterns(selected_names: Iterable[str], modules: Sequence[Module]) -> tuple[str, ...]:
-    """Short patterns that select exactly the named modules; empty where none is named.
+    """Return short patterns that select exactly the named modules; empty if none is named.
 
-    Whole kinds and runs of layers become one pattern each; only modules that share kind and layer with
-    one left out are named in full. Of two ways to say it, with and without ``all-linear`` over the layers
-    that are whole, the shorter is taken.
+    Whole kinds and ranges of layers become one pattern each; only modules that share kind and layer with an
+    unselected one are named in full. Returns the shorter of two forms, with and without ``all-linear`` over
+    the layers that are selected completely.
     """
     chosen = set(selected_names)
     language = [module for module in modules if module.part != "vision"]
@@ -184,7 +184,7 @@ def to_patterns(selected_names: Iterable[str], modules: Sequence[Module]) -> tup
 
 
 def split_patterns(text: str) -> list[str]:
-    """Patterns from a comma list: ``0-3,7.q_proj,k_proj`` is two, for layers alone are no pattern."""
+    """Split a comma-separated list: ``0-3,7.q_proj,k_proj`` is two, as layers alone are not a pattern."""
     patterns: list[str] = []
     for piece in text.split(","):
         if patterns and _ONLY_LAYERS.fullmatch(patterns[-1].rpartition(",")[2]):
@@ -195,7 +195,7 @@ def split_patterns(text: str) -> list[str]:
 
 
 class _Grid:
-    """The language model's modules by kind and layer, and which of these cells are wholly chosen."""
+    """The language model's modules by kind and layer, and which of these cells are fully selected."""
 
     def __init__(self, modules: Sequence[Module], chosen: set[str]):
         self._cells: dict[str, dict[int | None, list[Module]]] = {}
@@ -211,7 +211,7 @@ class _Grid:
         self.whole_layers = frozenset(set(self._layers) - broken)
 
     def patterns(self, covered: frozenset[int]) -> tuple[str, ...]:
-        """Patterns for the choice; layers in ``covered`` are said by one ``all-linear``."""
+        """Patterns for the selection; layers in ``covered`` are covered by one ``all-linear``."""
         patterns = [f"{_format_ranges(covered, self._layers)}.{ALL_LINEAR}"] if covered else []
         for kind, row in self._cells.items():
             full = self._full[kind]
@@ -238,7 +238,7 @@ class _Grid:
 
 
 def _format_ranges(layers: Iterable[int], places: Sequence[int]) -> str:
-    """``0-3,7``. ``places`` are the layers there are: a run may pass over what does not exist."""
+    """``0-3,7``. ``places`` are the existing layers: a range may skip numbers that do not exist."""
     included = set(layers)
     ranges: list[list[int]] = []
     joined = False

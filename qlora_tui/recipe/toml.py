@@ -1,7 +1,7 @@
 """Recipes as TOML: a file or text to a layer, a layer to a recipe, a recipe to text.
 
-A layer is a partial recipe as nested dicts, the way ``tomllib`` gives it. ``load`` checks what it reads;
-layers are laid over each other in :mod:`.layering`.
+A layer is a partial recipe as nested dicts, as ``tomllib`` returns it. ``load`` checks what it reads;
+:mod:`.layering` merges layers.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from qlora_tui.recipe.toml_lines import key_lines
 from qlora_tui.recipe.validation import find_issues
 
 _MAX_BYTES = 1_000_000
-"""A recipe is a few kilobytes; more is a model or a data file given by mistake."""
+"""Maximum size of a recipe, normally a few KB; a larger file is a model or data given by mistake."""
 
 _PLACE = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
 
 
 def load(path: Path, *, on_note: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """The layer in a file, checked, in our own spelling of every key.
+    """Load and check the layer in a file, in our spelling of every key.
 
     ``on_note`` gets a sentence for each key in another trainer's spelling (:mod:`.aliases`). Raises
     UserError, exit code 2, if the file cannot be read or is not TOML, and InvalidRecipeError with every
-    mistake and its line.
+    error and its line.
     """
     text = read_text(path)
     layer = parse(text, str(path))
@@ -47,7 +47,7 @@ def load(path: Path, *, on_note: Callable[[str], None] | None = None) -> dict[st
 
 
 def read_text(path: Path) -> str:
-    """A small UTF-8 file. Raises UserError, exit code 2: missing, a directory, too large, not UTF-8."""
+    """Read a small UTF-8 file. Raises UserError, exit code 2: missing, a directory, too large, not UTF-8."""
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
@@ -68,7 +68,7 @@ def read_text(path: Path) -> str:
 
 
 def parse(text: str, origin: str) -> dict[str, Any]:
-    """The layer in a text, unchecked. Raises UserError, exit code 2, with the line where it is not TOML."""
+    """Parse a text into a layer, unchecked. Raises UserError, exit code 2, with the line that is not TOML."""
     try:
         return tomllib.loads(text)
     except RecursionError:
@@ -88,7 +88,7 @@ def parse(text: str, origin: str) -> dict[str, Any]:
 
 
 def validate(layer: Mapping[str, Any], origin: str, text: str | None = None) -> None:
-    """Raise InvalidRecipeError with every mistake in the layer.
+    """Raise InvalidRecipeError with every error in the layer.
 
     ``origin`` is the file or argument to name; with the ``text`` that was parsed, lines are named too.
     """
@@ -98,25 +98,25 @@ def validate(layer: Mapping[str, Any], origin: str, text: str | None = None) -> 
 
 
 def to_recipe(layer: Mapping[str, Any], origin: str = "recipe") -> Recipe:
-    """The layer over the defaults, as a recipe. Raises InvalidRecipeError."""
+    """Build a recipe from the layer over the defaults. Raises InvalidRecipeError."""
     validate(layer, origin)
     return msgspec.convert(aliases.canonical(layer), Recipe, strict=True)
 
 
 def to_layer(recipe: Recipe) -> dict[str, Any]:
-    """Every setting of a recipe as a layer."""
+    """Return every setting of a recipe as a layer."""
     layer: dict[str, Any] = msgspec.to_builtins(recipe)
     return layer
 
 
 def dump(recipe: Recipe, comments: bool = False) -> str:
-    """Every setting as TOML; with ``comments``, each under its help, bounds and memory effect."""
+    """Write every setting as TOML; with ``comments``, each below its help, bounds and memory effect."""
     text = tomli_w.dumps(to_layer(recipe))
     return _commented(text) if comments else text
 
 
 def override_layer(recipe: Recipe, base: Recipe) -> dict[str, Any]:
-    """The settings in which ``recipe`` is not ``base``, as a layer."""
+    """Return the settings in which ``recipe`` differs from ``base``, as a layer."""
     full = to_layer(recipe)
     layer: dict[str, Any] = {}
     for field in fields().values():
@@ -130,7 +130,7 @@ def override_layer(recipe: Recipe, base: Recipe) -> dict[str, Any]:
 
 
 def dump_overrides(recipe: Recipe, base: Recipe) -> str:
-    """Only the settings in which ``recipe`` is not ``base``, as TOML. Empty where they are equal."""
+    """Write the settings in which ``recipe`` differs from ``base`` as TOML; empty if they are equal."""
     return tomli_w.dumps(override_layer(recipe, base))
 
 

@@ -1,7 +1,7 @@
-"""On which line of a TOML text each key stands, so that an error can name it.
+"""Line numbers of keys in a TOML text, for error messages.
 
-``tomllib`` reads values only. This scans for table headers and ``key =``; it is given texts that
-``tomllib`` has already accepted, and a key it does not see merely has no line.
+``tomllib`` reads values only. This scans for table headers and ``key =`` in texts that ``tomllib`` has
+already accepted; a key it misses merely has no line.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _OPAQUE = re.compile(
     r'"""(?:\\.|[^\\])*?"""+' r"|'''.*?'''+" r'|"(?:\\.|[^"\\\n])*"' r"|'[^'\n]*'" r"|#[^\n]*",
     re.DOTALL,
 )
-"""Strings and comments, whose brackets and equals signs mean nothing."""
+"""Strings and comments, in which brackets and equals signs have no meaning."""
 _MEANINGFUL = re.compile(r"[\[\]{}=#.,\"']")
 _NAME = r"[\w-]+(?:\s*\.\s*[\w-]+)*"
 _HEADER = re.compile(rf"\s*(\[\[?)\s*({_NAME})\s*\]")
@@ -24,7 +24,7 @@ _ASSIGNMENT = re.compile(rf"\s*({_NAME})\s*=")
 
 
 def key_lines(text: str) -> dict[Key, int]:
-    """The line of each key and table, counted from 1. Keys of inline tables are not among them."""
+    """Return the line of each key and table, from 1. Keys of inline tables are not included."""
     line_numbers: dict[Key, int] = {}
     arrays: dict[Key, int] = {}
     table: Key = ()
@@ -49,7 +49,7 @@ def key_lines(text: str) -> dict[Key, int]:
 
 
 def line_of(lines: Mapping[Key, int], key: Key) -> int | None:
-    """The line of ``key``, or of the nearest thing around it."""
+    """Line of ``key``, or of the closest enclosing table; None if unknown."""
     while key:
         if key in lines:
             return lines[key]
@@ -67,7 +67,7 @@ def _parts(dotted: str) -> Key:
 
 
 def _inside_arrays(parts: Key, arrays: dict[Key, int]) -> Key:
-    """``data.sources.columns`` under ``[[data.sources]]`` is of the latest source."""
+    """Insert array indices: ``data.sources.columns`` after ``[[data.sources]]`` is in the last source."""
     key: Key = ()
     for position, part in enumerate(parts):
         key = (*key, part)

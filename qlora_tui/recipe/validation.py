@@ -1,4 +1,4 @@
-"""Every mistake in a layer: unknown keys, wrong types, values out of bounds, patterns that do not parse."""
+"""Every error in a layer: unknown keys, wrong types, values out of bounds, patterns that do not parse."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from qlora_tui.recipe.toml_lines import Key, line_of
 
 _MAX_SHOWN_CHARS = 40
 _PATHS = frozenset(("id", "path", "validation_path"))
-"""Last parts of the settings that may name a file."""
+"""Last path components of settings that may name a file."""
 _MAX_PATH_BYTES = 4000
 _MAX_NAME_BYTES = 255
-"""No Linux file system takes more; looking for such a file is an error of its own."""
+"""Maximum length of a Linux file name; looking up a longer one raises an error."""
 
 
 def find_issues(
     layer: Mapping[str, Any], origin: str, lines: Mapping[Key, int] | None = None
 ) -> list[RecipeIssue]:
-    """All of them, in the order of the file; with ``lines`` of ``key_lines``, each with its line."""
+    """Return all errors in file order; with ``lines`` of ``key_lines``, each with its line."""
     issues = []
     for key, path, message, hint in _check_layer(layer):
         issues.append(
@@ -35,7 +35,7 @@ def find_issues(
 
 
 _RawIssue = tuple[Key, str, str, str]
-"""Where in the layer, the setting's path, what is wrong, what to do."""
+"""Key in the layer, path of the setting, what is wrong, what to do."""
 
 
 def _check_layer(layer: Mapping[str, Any]) -> Iterator[_RawIssue]:
@@ -77,7 +77,7 @@ def _check_section(section: str, table: Mapping[str, Any]) -> Iterator[_RawIssue
 
 
 def _check_value(key: Key, path: str, field: Field, value: Any) -> Iterator[_RawIssue]:
-    """``path`` is the key as written, which may be another spelling of the field's."""
+    """Check one value; ``path`` is the key as written, which may be another spelling of the field's."""
     if field.kind == "tables" and isinstance(value, list | tuple):
         yield from _check_sources(key, path, value)
         return
@@ -139,7 +139,7 @@ def _hint_for_value(field: Field, value: Any) -> str:
 
 
 def _unquoted(text: str) -> Any:
-    """What ``text`` would be without its quotes; None where it would be nothing."""
+    """Return the value that ``text`` would be without quotes; None if it is not valid TOML then."""
     try:
         table = tomllib.loads(f"value = {text.lower()}")
     except (ValueError, RecursionError):
@@ -156,7 +156,7 @@ def _fits(field: Field, value: Any) -> bool:
 
 
 def describe_value(value: Any) -> str:
-    """What was found, as the file has it, and short."""
+    """Format an invalid value as in the file, shortened."""
     match value:
         case bool():
             return "true" if value else "false"

@@ -1,11 +1,11 @@
 """Runs: their directories and events, the queue, and the process that trains them one after another.
 
 directory       a run's folder, its name, and how to find it again
-events          what happens in a run, one JSON line each
+events          the events of a run, one JSON line each
 event_log       writes and tails these lines
-event_sampling  reads a long log quickly, a part of its lines
+event_sampling  reads a long log quickly, by sampling its lines
 view            a run as its events describe it: the one reader behind every screen and command
-status          a run's state now
+status          a run's current state
 status_summary  the state in a sentence, for a screen reader
 liveness        whether the process behind a run is still working
 process         identifies processes by start tick, boot and machine
@@ -14,25 +14,25 @@ follow          waits for a run's next events
 telemetry       GPU and host metrics during a run
 energy          adds up the measured power
 describe        events as sentences
-actions         everything one can do with runs, shared by keys and commands
+actions         every action on runs, shared by keys and commands
 preflight       checks a recipe before a launch
 machine_checks  checks GPU, disk and queue
 control         sends a request to a running trainer
 trash           deleted runs, for an undo
 leftovers       deletes what killed processes left behind
-damage          whether a checkpoint or an adapter is as it was written
+damage          whether a checkpoint or an adapter is intact
 check           verifies runs
-repair          repairs what a check found
-run_queue       the runs that wait
+repair          repairs the defects that a check reports
+run_queue       the waiting runs
 queue_entries   the folder that holds their order
 runner          starts the trainers, one at a time
 spawn           starts the runner, detached from the terminal
 outcomes        how an attempt ended
-out_of_memory   what would fit where memory ran out
+out_of_memory   what would fit after memory ran out
 retry           settings for the next attempt after that
 notification    what to report about a run's end
 notify          sends it to a command or a webhook
 run_summary     a run in one line, for lists
 length_costs    memory and time at other sequence lengths
-suggested_fix   what one key can do about a warning
+suggested_fix   a fix for a warning that one key applies
 """

@@ -1,4 +1,4 @@
-"""What can be done with runs: the verbs of the command line and the keys of the app, once."""
+"""Actions on runs, shared by the command line and the app's keys."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LONGEST_NAME = 60
 
 @disk_problems()
 def submit(recipe: Recipe) -> RunDir:
-    """Queue a new run and see that a runner is at work. The recipe should be ready to run."""
+    """Queue a new run and make sure a runner is active. The recipe should be ready to run."""
     run = create_run(with_absolute_paths(recipe))
     run_queue.enqueue(run)
     ensure_runner()
@@ -28,7 +28,7 @@ def submit(recipe: Recipe) -> RunDir:
 
 @disk_problems()
 def prepare(recipe: Recipe) -> RunDir:
-    """Make a new run without queueing it, for trainers that the user starts."""
+    """Create a run without queueing it, for trainers that the user starts."""
     run = create_run(with_absolute_paths(recipe))
     run_queue.mark_not_queued(run, "Not queued: start it with the printed command.")
     return run
@@ -36,7 +36,7 @@ def prepare(recipe: Recipe) -> RunDir:
 
 @disk_problems()
 def resume(run: RunDir) -> None:
-    """Queue an ended run again: it goes on from its last checkpoint, or from the start without one."""
+    """Queue an ended run again, to continue from its last checkpoint, or from the start if it has none."""
     status = read_status(run)
     if status.state not in RESUMABLE:
         raise UserError(
@@ -51,20 +51,20 @@ def resume(run: RunDir) -> None:
 
 @disk_problems()
 def stop(run: RunDir) -> None:
-    """End a run: take it out of the queue, or have its trainer save a checkpoint and the adapter and go."""
+    """End a run: remove it from the queue, or have its trainer save a checkpoint and the adapter and exit."""
     if not run_queue.cancel(run):
         control.send_request(run, "stop")
 
 
 @disk_problems()
 def pause(run: RunDir) -> None:
-    """Have the trainer save a checkpoint and leave the GPU; ``resume`` goes on."""
+    """Have the trainer save a checkpoint and free the GPU; ``resume`` continues the run."""
     control.send_request(run, "pause")
 
 
 @disk_problems()
 def rename(run: RunDir, name: str) -> None:
-    """Call a run otherwise; its id stays. Raises UserError for what is no name, or is another run's."""
+    """Rename a run; its id stays. Raises UserError if the name is invalid or taken by another run."""
     wrong = validate_name(name) or _taken(run, name.strip())
     if wrong:
         raise UserError("Invalid run name", what=wrong, fix="Use one short line.", exit_code=EXIT_USAGE)
@@ -72,7 +72,7 @@ def rename(run: RunDir, name: str) -> None:
 
 
 def validate_name(name: str) -> str:
-    """What is wrong with a name for a run, in a sentence; empty where nothing is."""
+    """Describe what is wrong with a run name, in a sentence; empty if it is valid."""
     if not name.strip() or not name.strip().isprintable():
         return "A name is one non-empty line."
     if name.strip() == LAST:
@@ -86,7 +86,7 @@ def _taken(run: RunDir, name: str) -> str:
 
 
 def check_deletable(run: RunDir) -> None:
-    """Raise UserError for a run that waits or is in training."""
+    """Raise UserError if the run is queued or in training."""
     status = read_status(run)
     if status.state in ACTIVE or run.id in run_queue.waiting():
         raise UserError(
@@ -99,9 +99,9 @@ def check_deletable(run: RunDir) -> None:
 
 @disk_problems()
 def delete(run: RunDir) -> None:
-    """Delete a run and all it made, for good; raises UserError while it is not over.
+    """Delete a run and everything it produced, permanently. Raises UserError until it has ended.
 
-    It leaves the runs in one step: killed in the middle, it leaves a hidden folder for the next sweep.
+    It leaves the runs folder in one step: if killed midway, a hidden folder remains for the next sweep.
     """
     check_deletable(run)
     hidden = run.path.with_name(f".deleting-{os.getpid()}-{run.id}")

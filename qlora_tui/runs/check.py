@@ -1,6 +1,6 @@
-"""Whether every run is whole, and what can be done where one is not: ``qlora-tui runs check [--repair]``.
+"""Checks that every run is intact, and lists repairs: ``qlora-tui runs check [--repair]``.
 
-Runs in training are left alone. The repairs are in :mod:`qlora_tui.runs.repair`.
+Runs in training are skipped. The repairs are in :mod:`qlora_tui.runs.repair`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from qlora_tui.runs.status import ACTIVE, State, is_stranded, read_status, statu
 
 
 def check_run(run: RunDir) -> CheckResult:
-    """Look at everything a run keeps, and read every adapter and checkpoint of it."""
+    """Check all of a run's files, and read every adapter and checkpoint in full."""
     seen = fingerprint(run)
     state = read_status(run).state
     if state in ACTIVE:
@@ -41,7 +41,7 @@ def check_run(run: RunDir) -> CheckResult:
 
 
 def check_queue() -> CheckResult:
-    """Look for names in the queue's folder that queue nothing."""
+    """Check the queue's folder for names that queue nothing."""
     defects = [
         Defect(
             f"{entry.path.name} queues a run that is not there",
@@ -59,7 +59,7 @@ def check_queue() -> CheckResult:
 
 
 def check_leftovers() -> CheckResult:
-    """Look for what killed processes left half written, an hour ago or longer."""
+    """List what killed processes left half written an hour ago or longer."""
     defects = (
         Defect(f"{path} was left by a killed process", "a repair deletes it", partial(repair.delete, path))
         for path in leftovers.leftovers()
@@ -89,7 +89,7 @@ def _recipe(run: RunDir) -> Iterator[Defect]:
 
 
 def _copies_of_recipe(run: RunDir) -> Iterator[tuple[str, Path]]:
-    """Each copy of the recipe that can be read, and the file it is in; the adapter's first."""
+    """Yield each readable copy of the recipe and the file it is in; the adapter's first."""
     checkpoints = [folder / "state.json" for _, folder in reversed(run.checkpoints())]
     for file in (run.adapter_dir / "recipe.toml", *checkpoints):
         try:

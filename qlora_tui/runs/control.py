@@ -1,6 +1,6 @@
-"""Asking something of a running trainer: one file in ``control/`` a request.
+"""Requests to a running trainer: one file in ``control/`` per request.
 
-A request appears by rename, whole; the trainer removes it as it takes it.
+A request appears complete, by rename; the trainer deletes the file when it takes the request.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Kind: TypeAlias = Literal[
 
 
 class ControlRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What is asked."""
+    """One request to a trainer."""
 
     kind: Kind
     value: float | None = None
@@ -42,9 +42,7 @@ _LARGEST_BYTES = 4096
 
 @disk_problems()
 def send_request(run: RunDir, kind: Kind, value: float | None = None) -> None:
-    """Leave a request for the trainer of ``run``; raises UserError when no trainer has it, or nothing to
-    do.
-    """
+    """Send a request to the trainer of ``run``. Raises UserError if no trainer can act on it."""
     status = read_status(run)
     if status.state not in ACTIVE:
         raise UserError(
@@ -65,13 +63,13 @@ def send_request(run: RunDir, kind: Kind, value: float | None = None) -> None:
     try:
         atomic_write(private_dir(run.control_dir) / name, content)
     except OSError:
-        # A stop needs no file: SIGTERM asks for the same. A run that is starting names its runner instead.
+        # A stop needs no file: SIGTERM means the same. A run that is starting names its runner instead.
         if kind != "stop" or status.state != "running" or not _terminate(status.process):
             raise
 
 
 def _terminate(process: ProcessIdentity | None) -> bool:
-    """Send SIGTERM to this very process; False where it cannot be reached from here."""
+    """Send SIGTERM to exactly this process; False if it cannot be reached from here."""
     if process is None or not process.is_visible:
         return False
     try:
@@ -79,7 +77,7 @@ def _terminate(process: ProcessIdentity | None) -> bool:
     except (OSError, OverflowError, AttributeError):
         return False
     try:
-        # The handle stays with the process that had the number when it was opened, so look only then.
+        # The handle refers to the process that had the PID when it was opened, so check identity after.
         if not process.is_alive():
             return False
         signal.pidfd_send_signal(handle, signal.SIGTERM)
@@ -91,10 +89,10 @@ def _terminate(process: ProcessIdentity | None) -> bool:
 
 
 def take_requests(run: RunDir) -> list[ControlRequest]:
-    """Return every waiting request, oldest first, and remove it.
+    """Return every waiting request, oldest first, and delete it.
 
-    Whatever else is in the folder neither fails nor blocks: it is removed where that is possible. A request
-    that cannot be removed is not taken, since it would be taken again at every step.
+    Any other entry in the folder neither fails nor blocks: it is deleted if possible. A request that cannot
+    be deleted is skipped, since it would otherwise be taken again at every step.
     """
     try:
         paths = sorted(path for path in run.control_dir.iterdir() if path.suffix == ".json")
@@ -113,8 +111,8 @@ def take_requests(run: RunDir) -> list[ControlRequest]:
 
 
 def _read(path: Path) -> ControlRequest:
-    """Read one request; raises OSError or msgspec.DecodeError for what is none."""
-    # A pipe would block the reader, and a link may lead to one.
+    """Read one request; raises OSError or msgspec.DecodeError if it is not a valid request."""
+    # A pipe would block the reader, and a link may point to one.
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         content = os.read(file, _LARGEST_BYTES) if stat.S_ISREG(os.fstat(file).st_mode) else b""

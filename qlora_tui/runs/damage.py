@@ -1,7 +1,7 @@
-"""Whether a checkpoint or an adapter is what was written: by its sizes and checksums. Loads no torch.
+"""Checks that a checkpoint or an adapter is intact, by sizes and checksums. Loads no torch.
 
 Folders from before there were checksums are checked by what their formats allow: sizes, the headers of
-safetensors files, and the CRCs of zip archives, which is what torch saves.
+safetensors files, and the CRCs of zip archives, which is the format torch saves.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from qlora_tui.runs.event_log import last_event
 from qlora_tui.runs.events import Finished, Stopped
 
 MARKER = "complete"
-"""In a checkpoint: every file and its size, written last."""
+"""File in a checkpoint that lists every file and its size, written last."""
 WEIGHTS = "adapter_model.safetensors"
 _SIZES = msgspec.json.Decoder(dict[str, int])
 ADAPTER_FILES = (WEIGHTS, "adapter_config.json")
-"""What peft reads of an adapter, or of a checkpoint."""
+"""Files that peft reads from an adapter or a checkpoint."""
 
 
 def checkpoint_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, in a clause; None where nothing is. Reads every file in it."""
+    """Describe the damage to a checkpoint, in a clause; None if it is intact. Reads every file in it."""
     try:
         sizes = decode_json(read_regular(folder / MARKER), _SIZES)
     except (OSError, msgspec.MsgspecError):
@@ -46,9 +46,9 @@ def checkpoint_damage(folder: Path) -> str | None:
 
 
 def adapter_damage(folder: Path, *, only: Collection[str] = ()) -> str | None:
-    """What is wrong with an adapter's folder, in a clause; None where nothing is.
+    """Describe the damage to an adapter's folder, in a clause; None if it is intact.
 
-    ``only``: names of the files to read, where not all of them matter.
+    ``only``: names of the files to read; empty reads all.
     """
     for name in ADAPTER_FILES:
         if not (folder / name).is_file():
@@ -59,10 +59,10 @@ def adapter_damage(folder: Path, *, only: Collection[str] = ()) -> str | None:
 
 
 def checksum_damage(folder: Path, *, only: Collection[str] = ()) -> str | None:
-    """What of an adapter's or a checkpoint's folder differs from its checksums, in a clause.
+    """Describe how an adapter's or a checkpoint's folder differs from its checksums, in a clause.
 
-    None where nothing does, and where it never had any: where neither the checkpoint's list of files nor the
-    run's last event says that it had. ``only``: names of the files to read, where not all of them matter.
+    None if it matches or never had checksums: neither the checkpoint's list of files nor the run's last event
+    mentions them. ``only``: names of the files to read; empty reads all.
     """
     recorded = _recorded_digest(folder)
     try:
@@ -76,7 +76,7 @@ def checksum_damage(folder: Path, *, only: Collection[str] = ()) -> str | None:
 
 
 def _recorded_digest(folder: Path) -> str | None:
-    """The hash of the folder's checksums, empty where it had some of an unknown hash; None for none."""
+    """Recorded hash of the folder's checksums: empty if it had some of unknown hash, None if it had none."""
     try:
         if (folder / MARKER).is_file():
             sizes = decode_json(read_regular(folder / MARKER), _SIZES)
@@ -105,7 +105,7 @@ def _format_damage(file: Path) -> str | None:
 
 
 def _zip_damage(file: Path) -> str | None:
-    import zipfile  # 10 ms, needed for old checkpoints alone
+    import zipfile  # takes 10 ms, needed for old checkpoints only
 
     try:
         with zipfile.ZipFile(file) as archive:

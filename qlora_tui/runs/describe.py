@@ -1,4 +1,4 @@
-"""Events in words: what ``attach`` prints line by line, and the live screen's log."""
+"""Events as sentences: the lines of ``attach`` and of the live screen's log."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from qlora_tui.runs.events import (
 
 
 def describe(event: AnyEvent, total_steps: int = 0) -> str:
-    """An event as one line, or a few."""
+    """Describe an event in one line or a few."""
     match event:
         case Queued():
             return "queued"
@@ -94,16 +94,16 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
 
 
 class PhaseFilter:
-    """Whether an event is worth a line: each phase is, once an attempt.
+    """Filter for events worth a line: each phase is, once per attempt.
 
-    A run trains on after every validation and checkpoint, and what came of those has a line of its own.
+    Training resumes after every validation and checkpoint, whose results have their own lines.
     """
 
     def __init__(self) -> None:
         self._seen: set[tuple[str, str]] = set()
 
     def is_new(self, event: AnyEvent) -> bool:
-        """False for a phase that was told; to be asked of every event, in order."""
+        """Return False for a phase already shown; call it for every event, in order."""
         if isinstance(event, Started):
             self._seen.clear()
         if not isinstance(event, PhaseChanged):
@@ -115,13 +115,13 @@ class PhaseFilter:
 
 
 def unknown_lines(number: int) -> str:
-    """What is said where a run was written by another version."""
+    """Message about lines that another version wrote."""
     lines = "1 line is" if number == 1 else f"{number:,} lines are"
     return f"{lines} not shown: another version of qlora-tui wrote them. Update to read all of this run."
 
 
 def format_energy(ending: Finished) -> str:
-    """``0.42 kWh, 3.1 tokens/J``; empty where the card told no power."""
+    """``0.42 kWh, 3.1 tokens/J``; empty if the GPU reported no power."""
     if ending.energy_kwh is None:
         return ""
     efficiency = ending.tokens_per_joule
@@ -129,7 +129,7 @@ def format_energy(ending: Finished) -> str:
 
 
 def format_exact(accuracy: float | None, base: float | None) -> str:
-    """``97%, base 12%`` of short answers are exact; empty for data without such."""
+    """``97%, base 12%``: share of exact short answers; empty for data without short answers."""
     if accuracy is None:
         return ""
     return format_percent(accuracy) + ("" if base is None else f", base {format_percent(base)}")
@@ -148,5 +148,5 @@ def _format_verified(event: StepVerified) -> str:
 
 
 def _number(value: float | None) -> float:
-    # None is how an event writes what JSON cannot: NaN or infinity.
+    # Events write NaN and infinity, which JSON cannot hold, as None.
     return float("nan") if value is None else value

@@ -3,13 +3,13 @@
 runs/<id>/
   recipe.toml      frozen when the run was queued
   events.jsonl     what happened (:mod:`qlora_tui.runs.events`)
-  telemetry.jsonl  the card, once a second
-  status.json      where it stands now (:mod:`qlora_tui.runs.status`)
-  heartbeat.json   how far its trainer has come, once a second
-  name             what the user calls it now, where they renamed it
+  telemetry.jsonl  GPU and host metrics, once a second
+  status.json      the current state (:mod:`qlora_tui.runs.status`)
+  heartbeat.json   the trainer's progress, once a second
+  name             the run's name, if the user renamed it
   trainer.log      the trainer's output
-  trainer.lock     locked by the trainer as long as it lives
-  untold           there until the runner has dealt with how the run ended
+  trainer.lock     locked by the trainer as long as it runs
+  untold           present until the runner has handled the run's end
   control/         requests to the trainer (:mod:`qlora_tui.runs.control`)
   checkpoints/     step-N/, to resume from
   adapter/         the result: adapter, tokenizer, chat template, recipe
@@ -35,14 +35,14 @@ from qlora_tui.runs.events import Queued, decode
 
 _FIRST_EVENT_BYTES = 1024
 DRAFT = ".new-"
-"""How the folder of a run is called before it is whole; the number of its process follows."""
+"""Name prefix of an incomplete run folder; its process's PID follows."""
 TRASH = ".deleted"
-"""Folder among the runs of those that can be brought back: see :mod:`qlora_tui.runs.trash`."""
+"""Folder, next to the runs, of deleted runs that can be restored: see :mod:`qlora_tui.runs.trash`."""
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """Paths of one run. Nothing is read until asked for."""
+    """Paths of one run. Nothing is read until requested."""
 
     path: Path
 
@@ -53,7 +53,7 @@ class RunDir:
 
     @property
     def name(self) -> str:
-        """What lists call it: the name it was given since, or its id."""
+        """Name shown in lists: the one the user gave it, or its id."""
         try:
             return read_regular(self.name_path).decode().strip() or self.id
         except (OSError, UnicodeDecodeError):
@@ -109,11 +109,11 @@ class RunDir:
 
     @property
     def adapter_draft(self) -> Path:
-        """Where the trainer writes the adapter before it is whole."""
+        """Folder where the trainer writes the adapter until it is complete."""
         return self.path / ".adapter"
 
     def recipe(self) -> Recipe:
-        """The recipe as it was when the run was queued. Raises UserError."""
+        """Read the recipe as it was when the run was queued. Raises UserError."""
         if self.recipe_path.exists() and not self.recipe_path.is_file():
             raise self._recipe_damaged("is not a file")
         layer = load(self.recipe_path)
@@ -130,7 +130,7 @@ class RunDir:
         )
 
     def checkpoints(self) -> list[tuple[int, Path]]:
-        """(step, folder) of every complete checkpoint, oldest first."""
+        """Return (step, folder) of every complete checkpoint, oldest first."""
         complete = []
         for folder in self.checkpoints_dir.glob("step-*"):
             step = folder.name.removeprefix("step-")
@@ -140,21 +140,21 @@ class RunDir:
 
 
 LAST = "last"
-"""What the newest run can be called."""
+"""Alias of the newest run."""
 
 
 def create_run(recipe: Recipe) -> RunDir:
-    """Make the directory of a run that is to be queued.
+    """Create the directory of a run that will be queued.
 
-    It appears under its name when it is whole and on the disk. Raises UserError when the disk is full or the
+    It appears under its name once it is complete and on disk. Raises UserError if the disk is full or the
     directory cannot be written.
     """
-    import tempfile  # 15 ms, which a start that creates nothing need not spend
+    import tempfile  # takes 15 ms, which a start that creates nothing avoids
 
     parent = paths.runs_dir()
     draft: Path | None = None
     try:
-        # Under a name of its own: another run may be created at the same moment.
+        # A unique draft name: another run may be created at the same moment.
         draft = Path(tempfile.mkdtemp(prefix=f"{DRAFT}{os.getpid()}-", dir=parent))
         for folder in ("control", "checkpoints"):
             private_dir(draft / folder)
@@ -173,7 +173,7 @@ def create_run(recipe: Recipe) -> RunDir:
 
 
 def _publish(draft: Path, parent: Path, recipe: Recipe) -> Path:
-    """Give a whole draft the first name that is free; a name is taken once a rename onto it fails."""
+    """Move a complete draft to the first free name; a name is taken if renaming onto it fails."""
     sync_tree(draft)
     while True:
         final = parent / _free_name(parent, recipe)
@@ -188,13 +188,13 @@ def _publish(draft: Path, parent: Path, recipe: Recipe) -> Path:
 
 
 def all_runs() -> list[RunDir]:
-    """Every run, newest first."""
+    """Return every run, newest first."""
     folders = [p for p in paths.runs_dir().iterdir() if p.is_dir() and not p.name.startswith(".")]
     return [RunDir(p) for p in sorted(folders, key=_created, reverse=True)]
 
 
 def find_run(name: str) -> RunDir:
-    """The run of that id or name, or the only one of which either begins so; ``last`` is the newest."""
+    """Find the run with that id or name, or the only one that starts so; ``last`` is the newest."""
     runs = all_runs()
     if name == LAST and runs:
         return runs[0]
@@ -236,7 +236,7 @@ def find_run(name: str) -> RunDir:
 
 
 def _created(path: Path) -> tuple[float, str]:
-    """When the run was queued first, which no repair changes; where that is unreadable, its recipe's time."""
+    """When the run was first queued, unaffected by repairs; if unreadable, its recipe's modification time."""
     try:
         event = decode(read_from(path / "events.jsonl", 0, _FIRST_EVENT_BYTES).partition(b"\n")[0])
         return (path / "recipe.toml").stat().st_mtime if event is None else event.at, path.name
@@ -250,7 +250,7 @@ def _free_name(parent: Path, recipe: Recipe) -> str:
     slug = re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-.")[:48] or "run"
     base = f"{slug}-{time.strftime('%Y%m%d-%H%M')}"
     name, number = base, 1
-    # One that was deleted may come back under its name.
+    # A deleted run may be restored under its name.
     taken = {path.name for path in (*parent.iterdir(), *parent.glob(f"{TRASH}/*/*"))}
     while name in taken:
         number += 1

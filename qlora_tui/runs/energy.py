@@ -1,4 +1,4 @@
-"""The energy a run has used so far, summed over the power its telemetry tells."""
+"""The energy a run has used so far: the power in its telemetry, integrated over time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ JOULES_A_KWH = 3.6e6
 _CHUNK_BYTES = 1 << 20
 MAX_CHUNKS = 24
 MAX_SAMPLE_GAP_S = 10.0
-"""A longer silence is a pause of the run, over which nothing is counted."""
+"""A longer gap in seconds is a pause of the run, and counts as no energy."""
 
 
 class _Power(Struct):
@@ -22,7 +22,7 @@ class _Power(Struct):
 
 
 class _Sample(Struct):
-    """Only what is needed of a telemetry line, so that hours of it are read in a moment."""
+    """The fields of a telemetry line that energy needs, so that hours of it decode quickly."""
 
     at: UnixTime
     gpu: _Power | None = None
@@ -32,7 +32,7 @@ _decoder = msgspec.json.Decoder(_Sample)
 
 
 class EnergyMeter:
-    """Reads on from where it stopped, so that a look a second costs nothing."""
+    """Incremental reader that continues where it stopped, so that reading every second is cheap."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -44,11 +44,11 @@ class EnergyMeter:
 
     @property
     def kwh(self) -> float | None:
-        """None where the card has not told its power, and until all that was written has been read."""
+        """Energy in kWh; None if the GPU reported no power, and until the whole file has been read."""
         return self._joules / JOULES_A_KWH if self._has_power and not self._is_behind else None
 
     def read(self) -> None:
-        """Take in what is new, at most a day of it: who looks every second waits for no week."""
+        """Read new samples, a day of them at most, so that a call every second stays short."""
         self._is_behind = True
         for _ in range(MAX_CHUNKS):
             chunk = read_from(self._path, self._offset, _CHUNK_BYTES)
@@ -64,7 +64,7 @@ class EnergyMeter:
                     continue
 
     def read_all(self) -> None:
-        """Take in everything, however long that takes."""
+        """Read all new samples, however long it takes."""
         self.read()
         while self._is_behind:
             self.read()
@@ -75,7 +75,7 @@ class EnergyMeter:
             self._before = None
             return
         if self._before is not None and 0 < sample.at - self._before[0] <= MAX_SAMPLE_GAP_S:
-            # The trapezoid between two readings.
+            # Trapezoid rule between two readings.
             self._joules += (sample.at - self._before[0]) * (power + self._before[1]) / 2
             self._has_power = True
         self._before = (sample.at, power)

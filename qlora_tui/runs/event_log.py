@@ -1,7 +1,7 @@
 """Appending to ``events.jsonl`` and following it.
 
 The file is append-only. A crash can leave its last line torn: readers wait for the newline, and the next
-writer cuts the torn end off before it appends.
+writer truncates the torn end before it appends.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from qlora_tui.runs.events import AnyEvent, CheckpointSaved, Failed, Finished, P
 _READ_BYTES = 1 << 20
 _BACKWARDS_BYTES = 1 << 16
 LONGEST_LINE_BYTES = 1 << 24
-"""A longer line is no event: a power cut can leave gigabytes without a line end. It is passed over."""
+"""Maximum length of an event. Longer lines are skipped: a power cut can leave gigabytes without a newline."""
 
 
 class EventWriter:
-    """Appends events; the ends of a run and its checkpoints are on the disk before ``append`` returns."""
+    """Appends events; ends of runs and checkpoints are on disk before ``append`` returns."""
 
     def __init__(self, path: Path) -> None:
         self._file = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         _cut_torn_end(self._file)
 
     def append(self, event: AnyEvent) -> None:
-        """Write one event in one system call, so that no reader sees half of it for long.
+        """Write one event in a single system call, so that readers rarely see half of it.
 
-        Raises OSError; the file is as it was then, so that the event can be written again.
+        Raises OSError and leaves the file as it was, so that the event can be written again.
         """
         line = encode(event)
         end = os.fstat(self._file).st_size
@@ -63,18 +63,18 @@ class EventWriter:
 
 
 class EventTail:
-    """Reads events from where it stopped the last time, never from the start again."""
+    """Reads events from where it last stopped, never from the start again."""
 
     def __init__(self, path: Path, offset: int = 0, unknown: int = 0) -> None:
         self._path = path
         self._offset = offset
         self._is_skipping = False
-        """Whether the offset is within a line that is too long."""
+        """Whether the offset is inside a line that is too long."""
         self.unknown = unknown
-        """Whole lines this version does not understand."""
+        """Number of complete lines this version does not understand."""
 
     def poll(self, most_bytes: int = _READ_BYTES) -> list[AnyEvent]:
-        """The whole events among the next ``most_bytes``; empty when there is nothing more yet."""
+        """Return the complete events among the next ``most_bytes``; empty if there is nothing more yet."""
         chunk = read_from(self._path, self._offset, most_bytes)
         end = chunk.rfind(b"\n") + 1
         if not end and self._is_skipping:
@@ -101,11 +101,11 @@ class EventTail:
         return events
 
     def drain(self) -> Iterator[AnyEvent]:
-        """Every whole event to the end of the file, of which only a read's worth is in memory."""
+        """Yield every complete event to the end of the file, holding one read at a time in memory."""
         return chain.from_iterable(self.pieces())
 
     def pieces(self) -> Iterator[list[AnyEvent]]:
-        """The same, a read at a time."""
+        """Yield complete events to the end of the file, one list per read."""
         before = -1
         while self._offset != before:
             before = self._offset
@@ -113,12 +113,12 @@ class EventTail:
 
 
 def last_event(path: Path) -> AnyEvent | None:
-    """The last whole event of the file, read from its end; None where there is none."""
+    """Return the last complete event, read from the end of the file; None if it has none."""
     return next(events_backwards(path), None)
 
 
 def events_backwards(path: Path, start: int = 0) -> Iterator[AnyEvent]:
-    """Whole events, the last one first, back to byte ``start``, where a line begins."""
+    """Yield complete events in reverse, back to byte ``start``, where a line begins."""
     try:
         end = path.stat().st_size
     except FileNotFoundError:
@@ -129,9 +129,9 @@ def events_backwards(path: Path, start: int = 0) -> Iterator[AnyEvent]:
         begin = max(start, end - most)
         chunk = read_from(path, begin, end - begin)
         if torn:
-            # Nothing after the last newline is a whole line.
+            # Text after the last newline is not a complete line.
             chunk = chunk[: chunk.rfind(b"\n") + 1]
-        # The first line of a part may lack its beginning: it is read with the part before it.
+        # The first line of a chunk may lack its beginning: it is read with the chunk before it.
         first = 0 if begin == start else chunk.find(b"\n") + 1
         if begin > start and first in (0, len(chunk)):
             if most >= LONGEST_LINE_BYTES:
@@ -148,7 +148,7 @@ def events_backwards(path: Path, start: int = 0) -> Iterator[AnyEvent]:
 
 
 def read_from(path: Path, offset: int, most_bytes: int) -> bytes:
-    """Up to ``most_bytes`` of a file from ``offset``; empty where there is none, or a pipe or a folder."""
+    """Read up to ``most_bytes`` of a file from ``offset``; empty if it is missing, a pipe or a folder."""
     try:
         file = open_regular(path)
     except OSError as error:
@@ -156,7 +156,7 @@ def read_from(path: Path, offset: int, most_bytes: int) -> bytes:
             return b""
         raise
     try:
-        # Room for what is there and no more: a megabyte taken and given back every second leaves holes.
+        # Allocate no more than is there: freeing a megabyte every second fragments the heap.
         there = os.fstat(file).st_size - offset
         return os.pread(file, max(0, min(most_bytes, there)), offset)
     finally:
@@ -164,14 +164,14 @@ def read_from(path: Path, offset: int, most_bytes: int) -> bytes:
 
 
 def events_and_damage(path: Path) -> Iterator[tuple[bytes, bool]]:
-    """What can be read of each line, and whether that is all of it; an event of another version is whole.
+    """Yield the readable part of each line and whether it is complete; events of other versions are complete.
 
-    A torn last line is none, unless it is longer than any event. Raises OSError.
+    A torn last line is skipped, unless it is longer than any event. Raises OSError.
     """
     with open_to_read(path) as file:
         while line := file.readline(LONGEST_LINE_BYTES):
             if line.endswith(b"\n"):
-                # A power cut leaves zeros where content had not reached the disk.
+                # A power cut leaves zeros where content was not yet on disk.
                 clean = line.lstrip(b"\0")
                 is_event = _is_json_object(clean)
                 yield (clean if is_event else b""), is_event and clean == line

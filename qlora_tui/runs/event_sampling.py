@@ -1,7 +1,7 @@
-"""A long run in a moment: every event but the steps, and an even sample of those.
+"""Fast reading of long runs: every event except steps, and an even sample of the steps.
 
 A run of a million steps has events of 200 MB, which take seconds to decode and more memory than a screen
-should have. Lists and graphs read such a run so, through :meth:`qlora_tui.runs.view.RunView.from_sample`.
+should use. Lists and graphs read such runs through :meth:`qlora_tui.runs.view.RunView.from_sample`.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from qlora_tui.runs.events import AnyEvent, decode
 
 _CHUNK_BYTES = 4 << 20
 _READ_WHOLE_BYTES = 256 << 10
-"""A file up to this size is read whole: it has few steps to leave out."""
+"""Files up to this size are read in full: they have few steps to skip."""
 _MAX_BROKEN = 2000
-"""Steps without a finite loss that are kept beyond the sample."""
+"""Maximum number of steps without a finite loss that are kept in addition to the sample."""
 _NOT_A_STEP = re.compile(rb'"event":"(?:[^s]|s[^t]|st[^e])')
 _BROKEN = b'"loss":null'
 
 
 @dataclass(frozen=True)
 class SampledEvents:
-    """What was read of a run."""
+    """The events sampled from a run."""
 
     events: list[AnyEvent]
     end: int
-    """How far into the file they go, in bytes."""
+    """Offset in the file up to which they were read, in bytes."""
     unknown: int
-    """Lines that this version does not understand, among those looked at."""
+    """Number of sampled lines that this version does not understand."""
 
 
 def sample_events(path: Path, steps: int) -> SampledEvents:
-    """The events of a run in order with about so many of its steps.
+    """Return the events of a run in order, with about ``steps`` of its steps.
 
-    Steps whose loss is not finite, the last step and the last line are among them.
+    Steps whose loss is not finite, the last step and the last line are always included.
     """
     size = _end_of_lines(path)
     every = 1 if size <= _READ_WHOLE_BYTES else max(1, size // steps)
@@ -64,14 +64,14 @@ def sample_events(path: Path, steps: int) -> SampledEvents:
 
 
 def _end_of_lines(path: Path) -> int:
-    """Bytes up to the last whole line: what follows it is torn, or being written."""
+    """Number of bytes up to the last complete line: what follows is torn, or being written."""
     size = path.stat().st_size if path.exists() else 0
     start = max(0, size - _READ_WHOLE_BYTES)
     return start + read_from(path, start, size - start).rfind(b"\n") + 1
 
 
 def _starts(chunk: bytes, every: int, *, last: bool) -> set[int]:
-    """Where the chosen lines of a chunk of whole lines begin."""
+    """Offsets at which the chosen lines of a chunk of complete lines begin."""
     if every == 1:
         return {0, *(match.end() for match in re.finditer(b"\n", chunk[:-1]))}
     chosen = {chunk.rfind(b"\n", 0, place) + 1 for place in range(0, len(chunk), every)}

@@ -1,7 +1,7 @@
-"""What a run says of itself: one line of ``events.jsonl`` each.
+"""Events of a run: one line of ``events.jsonl`` each.
 
-Written by the trainer and the runner, read by everyone else. A field may be added with a default; one is
-never renamed or given another meaning, so that old runs stay readable.
+Written by the trainer and the runner, read by everything else. A field may be added with a default; none
+is ever renamed or given another meaning, so that old runs stay readable.
 """
 
 from __future__ import annotations
@@ -18,42 +18,42 @@ Phase: TypeAlias = Literal[
     "loading", "converting", "tokenizing", "probing", "training", "evaluating", "saving"
 ]
 STEP_PHASES: frozenset[Phase] = frozenset(("training", "evaluating", "saving"))
-"""Phases that a run goes to and fro between, from its first step to its last."""
+"""Phases that a run alternates between, from its first step to its last."""
 
 
 class Event(Struct, frozen=True, kw_only=True, tag_field="event", omit_defaults=True):
-    """Common to all."""
+    """Base of all events."""
 
     at: UnixTime
     """Unix time, seconds."""
 
 
 class Queued(Event, tag="queued", frozen=True, kw_only=True):
-    """The run exists and waits for its turn."""
+    """The run exists and waits in the queue."""
 
 
 class Started(Event, tag="started", frozen=True, kw_only=True):
     """A trainer took the run."""
 
     attempt: Count
-    """1 for the first; one more for each resume or retry."""
+    """1 for the first attempt; one more for each resume or retry."""
     pid: Count
     resumed_from_step: Count = 0
     micro_batch_size: Count = msgspec.field(default=0, name="micro_batch")
-    """As used in this attempt: a retry after running out of memory halves it."""
+    """Micro-batch size of this attempt: a retry after running out of memory halves it."""
     gradient_accumulation: Count = 0
     gradient_checkpointing: bool = False
 
 
 class PhaseChanged(Event, tag="phase", frozen=True, kw_only=True):
-    """What the trainer does from here on."""
+    """The trainer enters another phase."""
 
     phase: Phase
     detail: str = ""
 
 
 class Progress(Event, tag="progress", frozen=True, kw_only=True):
-    """How far a phase without steps has come (converting, tokenizing, evaluating)."""
+    """Progress of a phase without steps (converting, tokenizing, evaluating)."""
 
     phase: Phase
     done: Count
@@ -61,94 +61,94 @@ class Progress(Event, tag="progress", frozen=True, kw_only=True):
 
 
 class Environment(Event, tag="environment", frozen=True, kw_only=True):
-    """What this attempt runs on: enough to explain a difference later."""
+    """Environment of this attempt: enough to explain a difference later."""
 
     device: str
-    """``NVIDIA GeForce RTX 4090`` or the CPU's name."""
+    """``NVIDIA GeForce RTX 4090``, or the CPU's name."""
     device_kind: Literal["cuda", "cpu"]
     device_total_bytes: Count
     compute_dtype: str
     attention: str
     optimizer: str
     loss: str
-    """``chunked``, ``liger`` or ``stock``, with the reason where it is not the usual one."""
+    """``chunked``, ``liger`` or ``stock``, with the reason if it is not the usual one."""
     versions: dict[str, str]
 
 
 class DataReady(Event, tag="data_ready", frozen=True, kw_only=True):
-    """The data as it will be trained on."""
+    """The prepared training data."""
 
     samples: Count
     validation_samples: Count
     tokens: Count
     trained_tokens: Count
     rows: Count
-    """Rows an epoch, after packing."""
+    """Rows per epoch, after packing."""
     steps_per_epoch: Count
     total_steps: Count
     data_hash: str
     dropped: Count = 0
     cut: Count = 0
     thinking: Literal["auto", "on", "off"] = "auto"
-    """How the model is to be asked, as it was trained; ``auto``: as its chat template does by itself."""
+    """Thinking mode the model was trained in; ``auto``: the default of its chat template."""
 
 
 class AdapterReady(Event, tag="adapter_ready", frozen=True, kw_only=True):
-    """What is trained."""
+    """The adapter is attached: what is trained."""
 
     trained_parameters: Count
     total_parameters: Annotated[int, Meta(ge=1, le=2**62)]
 
 
 class StepVerified(Event, tag="step_verified", frozen=True, kw_only=True):
-    """The first micro-batch, computed by transformers and peft alone and as this run computes it."""
+    """The first micro-batch, computed with transformers and peft alone and as this run computes it."""
 
     tokens: Count
-    """Tokens that both ways were computed on; 0 where they could not be compared."""
+    """Number of tokens that both computed; 0 if they could not be compared."""
     seconds: float
     loss: float | None = None
     reference_loss: float | None = None
-    """The library's."""
+    """Loss as the libraries alone compute it."""
     loss_noise: float | None = None
-    """What rounding in this dtype moves the library's loss by."""
+    """Change of the library's loss due to rounding in this dtype."""
     gradient_difference: float | None = None
-    """Share of its size by which one tensor's gradient differs: the tensor furthest beyond its noise."""
+    """Relative gradient difference of the tensor whose difference exceeds its noise the most."""
     gradient_noise: float | None = None
-    """What rounding moves that gradient by, likewise."""
+    """Relative change of that tensor's gradient due to rounding."""
     tensor: str = ""
     replaced: tuple[str, ...] = ()
-    """Fast paths that computed something else; this run uses the library's instead."""
+    """Fast paths that computed another result; this run uses the library's instead."""
     agrees: bool = True
-    """Whether the step as this run computes it, after any replacement, is the library's."""
+    """Whether the step as this run computes it, after any replacement, matches the library's."""
     reason: str = ""
     """Why the two could not be compared."""
 
 
 class MemoryMeasured(Event, tag="memory", frozen=True, kw_only=True):
-    """A peak beside what was predicted. Bytes."""
+    """A measured memory peak and its prediction, in bytes."""
 
     when: Literal["probe", "end"]
     estimated_bytes: Count
-    """Of the tier that ``measured_bytes`` is of."""
+    """Predicted peak, on the same memory level as ``measured_bytes``."""
     measured_bytes: Count
-    """The process's peak: on CUDA the reserved pool and the context, on a CPU the resident set."""
+    """Peak of the process: on CUDA the reserved pool and the context, on a CPU the resident set."""
     allocated_bytes: Count = 0
     reserved_bytes: Count = 0
 
 
 class Step(Event, tag="step", frozen=True, kw_only=True):
-    """One optimizer step. ``loss`` and ``grad_norm`` may be NaN or infinite: they are told as they were."""
+    """One optimizer step. ``loss`` and ``grad_norm`` may be NaN or infinite: they are recorded unchanged."""
 
     step: Count
     epoch: float
     loss: float | None
-    """None stands for NaN or infinity, which JSON cannot hold."""
+    """None represents NaN or infinity, which JSON cannot hold."""
     learning_rate: float
     grad_norm: float | None
     tokens: Count
-    """Real tokens learnt from so far, padding not counted."""
+    """Number of real tokens trained on so far, without padding."""
     tokens_per_s: float
-    """Real tokens a second over this step."""
+    """Real tokens per second over this step."""
 
 
 class Evaluated(Event, tag="evaluated", frozen=True, kw_only=True):
@@ -158,19 +158,19 @@ class Evaluated(Event, tag="evaluated", frozen=True, kw_only=True):
     loss: float | None
     best: bool = False
     accuracy: float | None = None
-    """Share of greedy answers that match exactly, for short-answer data; at step 0 it is the base's."""
+    """Share of greedy answers that match exactly, for short-answer data; at step 0, the base's share."""
 
 
 class CheckpointSaved(Event, tag="checkpoint_saved", frozen=True, kw_only=True):
-    """Training can be resumed from here."""
+    """A checkpoint is complete: training can be resumed from here."""
 
     step: Count
     folder: str
-    """Relative to the run's directory."""
+    """Path relative to the run's directory."""
 
 
 class SampleGenerated(Event, tag="sampled", frozen=True, kw_only=True):
-    """What the model in training answers to a fixed prompt."""
+    """The current model's answer to a fixed prompt."""
 
     step: Count
     prompt: str
@@ -178,7 +178,7 @@ class SampleGenerated(Event, tag="sampled", frozen=True, kw_only=True):
 
 
 class Health(Event, tag="health", frozen=True, kw_only=True):
-    """Something is wrong or odd, with the evidence and the remedy."""
+    """A warning about the run, with evidence and remedy."""
 
     kind: str
     """``nan_loss``, ``exploding_gradient``, ``plateau``, ``gpu_idle``, ``throttled``, ``disk_full``…"""
@@ -189,30 +189,30 @@ class Health(Event, tag="health", frozen=True, kw_only=True):
 
 
 class RequestReceived(Event, tag="asked", frozen=True, kw_only=True):
-    """A request from ``control/`` was taken."""
+    """A request from ``control/`` was accepted."""
 
     request: str
     value: float | None = None
 
 
 class Finished(Event, tag="finished", frozen=True, kw_only=True):
-    """Done; the adapter is complete."""
+    """The run is done and the adapter complete."""
 
     step: Count
     seconds: float
-    """Of training in this attempt, without loading."""
+    """Training time of this attempt, without loading."""
     tokens_per_s: float
     reason: str = "all steps done"
     energy_kwh: float | None = None
-    """Of the card over the whole run, loading and evaluating included; None where it tells no power."""
+    """Energy of the GPU over the whole run, with loading and evaluation; None if it reports no power."""
     tokens_per_joule: float | None = None
-    """Real tokens learnt from, by that energy."""
+    """Real tokens trained on, divided by that energy."""
     checksums: str = ""
     """SHA-256 of the adapter's ``SHA256SUMS``; empty in events of older versions."""
 
 
 class Failed(Event, tag="failed", frozen=True, kw_only=True):
-    """Ended by an error: the same what, why and fix as everywhere."""
+    """The run ended with an error: the what, why and fix of a UserError."""
 
     title: str
     what: str
@@ -222,7 +222,7 @@ class Failed(Event, tag="failed", frozen=True, kw_only=True):
     exit_code: int | None = None
 
     def problem(self) -> UserError:
-        """As an exception, to show like any other."""
+        """Convert the event to the exception it records."""
         return UserError(self.title, what=self.what, why=self.why, fix=self.fix)
 
 
@@ -231,11 +231,11 @@ class Stopped(Event, tag="stopped", frozen=True, kw_only=True):
 
     step: Count
     checksums: str = ""
-    """SHA-256 of the adapter's ``SHA256SUMS``; empty where no adapter was written."""
+    """SHA-256 of the adapter's ``SHA256SUMS``; empty if no adapter was written."""
 
 
 class Paused(Event, tag="paused", frozen=True, kw_only=True):
-    """The GPU was left on request; resume goes on from the checkpoint."""
+    """The GPU was freed on request; resume continues from the checkpoint."""
 
     step: Count
 
@@ -268,12 +268,12 @@ _decoder: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)
 
 
 def encode(event: AnyEvent) -> bytes:
-    """One line, newline included."""
+    """Encode an event as one line, newline included."""
     return _encoder.encode(event) + b"\n"
 
 
 def decode(line: bytes) -> AnyEvent | None:
-    """The event of a whole line; None for one this version does not understand."""
+    """Decode a complete line; None for an event this version does not understand."""
     try:
         return decode_json(line, _decoder)
     except msgspec.MsgspecError:

@@ -1,4 +1,4 @@
-"""A run's events as they come, to its end: what ``train``, ``attach`` and ``demo`` wait on."""
+"""Events of a run as they arrive, until it ends: what ``train``, ``attach`` and ``demo`` wait on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qlora_tui.runs.view import RunView
 
 POLL_S = 0.25
 GRACE_S = 10.0
-"""How long a runner may take to start, and to make way for the next."""
+"""Time in seconds that a runner may take to start, and to make way for the next."""
 
 
 def follow_events(
@@ -24,12 +24,12 @@ def follow_events(
 ) -> Iterator[AnyEvent]:
     """Yield every event that the view has not read yet, until the run is over.
 
-    ``view.ending`` is then how it ended, or None, where only ``view.status`` says so: a run that is lost or
-    unreadable, or whose last event was never written or is damaged. Raises UserError for a run that waits and
-    that no runner takes.
+    Afterwards ``view.ending`` is how it ended, or None if only ``view.status`` knows: for a run that is lost
+    or unreadable, or whose last event was never written or is damaged. Raises UserError for a queued run that
+    no runner takes.
 
-    ``on_status`` is called with a sentence on a trainer that may send no events for long: it is suspended,
-    does not respond, or works on another machine. So it is on a runner that is suspended.
+    ``on_status`` gets a sentence about a trainer that may send no events for long: it is suspended, does not
+    respond, or runs on another machine. It also gets one about a suspended runner.
     """
     settled_before = False
     runner = _RunnerMonitor(view.run)
@@ -38,11 +38,11 @@ def follow_events(
         yield from view.iter_new()
         state = view.status.state
         settled = state != "queued" and state not in ACTIVE
-        # Resuming appends Queued a moment before it changes the status, so an ending may be missing once.
+        # Resuming appends Queued shortly before it changes the status, so an ending may be missing once.
         if state in ("lost", "unreadable", "gone") or (settled and (view.ending or settled_before)):
             return
         settled_before = settled
-        # What comes before a colon stays the same, and what follows it may be an age.
+        # The text before a colon stays the same; the text after it may be an age.
         detail = view.status.detail if state == "queued" or state in ACTIVE else ""
         if detail.partition(":")[0] != said:
             on_status(detail or f"The {waited_for} responds again.")
@@ -62,7 +62,7 @@ class _RunnerMonitor:
         self._tried = False
 
     def check(self) -> None:
-        """Start a runner where none has worked for a while; raise UserError where that did not help."""
+        """Start a runner if none has been active for a while; raise UserError if that did not help."""
         now = time.monotonic()
         if is_locked(runner_lock_path()):
             self._missing_since = None

@@ -1,9 +1,10 @@
-"""What a killed process left in the runs folder: drafts to delete, and earlier folders to put back.
+"""Leftovers of killed processes in the runs folder: drafts to delete, previous folders to restore.
 
-Its views of models are in the folder for temporary files.
+Temporary views of models are in the system's temporary folder.
 
-Only what nobody can be writing is touched. The trainer holds its run, so what an earlier one left can go when
-the next one starts. Anything else must be an hour old, of a run not in training, and its process gone.
+Only files that no process can be writing are touched. The trainer holds its run, so an earlier trainer's
+leftovers can go when the next one starts. Anything else must be an hour old, belong to a run that is not in
+training, and come from a process that has ended.
 """
 
 from __future__ import annotations
@@ -22,25 +23,25 @@ from qlora_tui.runs.directory import DRAFT, TRASH, RunDir
 from qlora_tui.runs.status import ACTIVE, read_status
 
 OLD_S = 3600.0
-"""No write takes so long."""
+"""Age in seconds of a leftover; no write takes so long."""
 _EARLIER = re.compile(r"\.(.+)\.earlier")
 _TEMPORARY = re.compile(r"\.(status\.json|heartbeat\.json|recipe\.toml|name)\.\w+")
 CHECKPOINT_DRAFT = ".writing-"
-"""How a checkpoint's folder is called before it is whole; its own name follows."""
+"""Name prefix of an incomplete checkpoint folder; the checkpoint's name follows."""
 VIEW = "qlora-tui-view-"
-"""How a temporary folder of links to a model is called; the number of its process follows."""
+"""Name prefix of a temporary folder of links to a model; its process's PID follows."""
 
 
 def restore(run: RunDir) -> list[Path]:
-    """Put back an adapter and checkpoints that were moved aside for a new one which never came.
+    """Restore an adapter and checkpoints that were moved aside for a replacement that never came.
 
-    For the trainer that holds the run, or while none does. Raises OSError.
+    For the trainer that holds the run, or while no trainer does. Raises OSError.
     """
     return [final for final in moved_aside(run) if restore_earlier(final)]
 
 
 def moved_aside(run: RunDir) -> list[Path]:
-    """Places of an adapter or a checkpoint that are empty, and whose earlier folder is still there."""
+    """Paths of a missing adapter or checkpoint whose previous folder still exists."""
     places = (
         parent / match[1]
         for parent in (run.path, run.checkpoints_dir)
@@ -57,7 +58,7 @@ def sweep_own(run: RunDir) -> None:
 
 
 def sweep() -> list[Path]:
-    """Delete everything left behind that is old enough and nobody's; what was deleted."""
+    """Delete all leftovers that are old enough and that no process uses; return their paths."""
     swept = list(leftovers())
     for path in swept:
         delete(path)
@@ -65,7 +66,7 @@ def sweep() -> list[Path]:
 
 
 def leftovers() -> Iterator[Path]:
-    """Everything left behind in the runs folder, and for temporary files, that :func:`sweep` would delete."""
+    """Yield all leftovers, in the runs folder and the temporary folder, that :func:`sweep` would delete."""
     yield from _views()
     for path in _listed(paths.runs_dir()):
         if path.name.startswith("."):
@@ -76,12 +77,12 @@ def leftovers() -> Iterator[Path]:
 
 
 def _views() -> Iterator[Path]:
-    """Folders of links that killed processes of this user left."""
-    import tempfile  # 15 ms, which a start that sweeps nothing need not spend
+    """Yield folders of links left by killed processes of this user."""
+    import tempfile  # takes 15 ms, which a start that sweeps nothing avoids
 
     try:
         folder = Path(tempfile.gettempdir())
-    except OSError:  # it is on a full disk
+    except OSError:  # the disk is full
         return
     for path in folder.glob(f"{VIEW}*"):
         with suppress(OSError):
@@ -91,7 +92,7 @@ def _views() -> Iterator[Path]:
 
 
 def leftovers_of(run: RunDir) -> list[Path]:
-    """Everything left behind in one run's folder that :func:`sweep` would delete."""
+    """Return all leftovers in one run's folder that :func:`sweep` would delete."""
     left = [path for path in _listed(run.path) if _TEMPORARY.fullmatch(path.name)] + _trainers_drafts(run)
     left = [path for path in left if _is_old(path)]
     return left if left and read_status(run).state not in ACTIVE else []
@@ -103,7 +104,7 @@ def _trainers_drafts(run: RunDir) -> list[Path]:
         match = _EARLIER.fullmatch(path.name)
         if path.name.startswith(CHECKPOINT_DRAFT) or (match and path.with_name(match[1]).exists()):
             drafts.append(path)
-    # Without its marker it is none: its deletion was cut short.
+    # Without its marker it is not a checkpoint: its deletion was interrupted.
     return drafts + [
         path
         for path in _listed(run.checkpoints_dir)
@@ -126,13 +127,13 @@ def _is_old(path: Path) -> bool:
 
 
 def _lives(name: str, prefix: str = DRAFT) -> bool:
-    """Whether the process lives whose number follows ``prefix`` in the name of its draft or its view."""
+    """Whether the process is alive whose PID follows ``prefix`` in the name of its draft or view."""
     match = re.match(rf"{re.escape(prefix)}(\d+)-", name)
     return match is not None and Path(f"/proc/{match[1]}").exists()
 
 
 def delete(path: Path) -> None:
-    """Delete a file, or a folder and all in it, as far as that can be done."""
+    """Delete a file, or a folder and its contents, as far as possible."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -1,4 +1,4 @@
-"""What other sequence lengths would cost: memory by the estimate, time by the pace of the last run."""
+"""Cost of other sequence lengths: memory from the estimate, time from the throughput of the last run."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LengthCost:
-    """One sequence length."""
+    """The cost of one sequence length."""
 
     name: str
-    """``p90``, or ``now`` for that of the recipe."""
+    """``p90``, or ``now`` for the recipe's length."""
     length: int
     whole: float
-    """Share of the samples that would not be cut."""
+    """Share of the samples that would not be truncated."""
     verdict: Verdict | None
     """None without a model."""
     seconds: float | None
@@ -42,7 +42,7 @@ def length_costs(
     budget: MemoryBudget,
     tokens_per_s: float | None,
 ) -> list[LengthCost]:
-    """The recipe's own length, and the data's percentiles. Takes some milliseconds a length."""
+    """Cost of the recipe's own length and of the data's percentiles. Takes some milliseconds per length."""
     stats = report.lengths
     if not stats.count or not report.template:
         return []
@@ -64,14 +64,14 @@ def length_costs(
 
 
 def share_within(lengths: Lengths, limit: int) -> float:
-    """Share of the samples up to ``limit`` tokens, interpolated within a bin of the histogram."""
+    """Share of the samples of up to ``limit`` tokens, interpolated within a histogram bin."""
     if not lengths.count or limit >= lengths.longest:
         return 1.0
     return sum(count * min(1.0, part) for count, part in _parts(lengths, limit)) / lengths.count
 
 
 def _parts(lengths: Lengths, limit: int) -> list[tuple[int, float]]:
-    """(count, part below ``limit``) of each bin; the part exceeds 1 if the whole bin is below."""
+    """Return (count, part below ``limit``) of each bin; the part exceeds 1 if the whole bin is below."""
     parts, low = [], 0
     for bin_ in lengths.histogram:
         parts.append((bin_.count, max(0.0, (limit - low) / (bin_.up_to - low))))
@@ -80,7 +80,7 @@ def _parts(lengths: Lengths, limit: int) -> list[tuple[int, float]]:
 
 
 def _tokens(lengths: Lengths, recipe: Recipe) -> float:
-    """Tokens that a whole run would read at the recipe's length."""
+    """Number of tokens that a whole run would read at the recipe's length."""
     limit, total, low = recipe.data.max_length, 0.0, 0
     everything = lengths.mean * lengths.count
     for bin_ in lengths.histogram:
@@ -98,7 +98,7 @@ def _allowed(length: int) -> int:
 
 
 def last_throughput(model: str) -> float | None:
-    """Tokens per second of the last finished run with this model; None if there is none."""
+    """Tokens per second of the last finished run with this model; None without such a run."""
     for run in all_runs():
         ending = last_event(run.events_path)
         if not isinstance(ending, Finished) or ending.tokens_per_s <= 0:

@@ -1,7 +1,7 @@
-"""Whether an active run's process still works on it, and what to say of it.
+"""Whether an active run's process is still working, and how to describe it.
 
-A process of this machine is looked up. One of another container on the same kernel is judged by the lock that
-a trainer holds and by its heartbeat, one of another machine by its heartbeat alone.
+A process of this machine is looked up. One in another container on the same kernel is judged by the lock that
+a trainer holds and by its heartbeat, one on another machine by its heartbeat alone.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from qlora_tui.runs.process import ProcessIdentity, machine_id, process_identity
 from qlora_tui.runs.spawn import runner_lock_path
 
 BEAT_S = 60.0
-"""Age at which the heartbeat of a process that cannot be looked up counts as its last."""
+"""Age in seconds after which a heartbeat counts as the last, if its process cannot be looked up."""
 SILENT_S = 30.0
-"""Age of a live trainer's heartbeat at which it is said not to respond."""
+"""Age in seconds of a live trainer's heartbeat after which it counts as not responding."""
 
 
 class Sighting(NamedTuple):
-    """What can be said of a process."""
+    """What is known about a process."""
 
     alive: bool
     detail: str = ""
-    """A sentence; empty where there is nothing to say of it."""
+    """One sentence; empty if there is nothing to report."""
 
 
 _beats: dict[Path, tuple[float, float]] = {}
-"""Of each run: its last heartbeat, and when this process saw it change, by its own monotonic clock. One that
-moves is of a live process, however far apart the clocks of two machines are."""
+"""Last heartbeat of each run, and when this process saw it change, by its own monotonic clock. A heartbeat
+that changes proves a live process, however much the clocks of two machines differ.
+"""
 
 
 def find_trainer(mark: ProcessIdentity | None, run: RunDir, beat_at: float, *, beats: bool) -> Sighting:
@@ -43,7 +44,7 @@ def find_trainer(mark: ProcessIdentity | None, run: RunDir, beat_at: float, *, b
         mark: The process that the status names.
         run: The run.
         beat_at: Unix time of the last heartbeat, by the clock of its writer.
-        beats: Whether the process is one with a heartbeat: a trainer, and not the runner that starts it.
+        beats: Whether the process writes a heartbeat: the trainer does, the runner that starts it does not.
     """
     if mark is None:
         return Sighting(False, "Its status has no process.")
@@ -67,7 +68,7 @@ def find_trainer(mark: ProcessIdentity | None, run: RunDir, beat_at: float, *, b
 
 
 def describe_runner() -> str:
-    """What keeps the runner from taking runs, in a sentence; empty where nothing is known to."""
+    """Describe what keeps the runner from taking runs, in a sentence; empty if nothing is known to."""
     try:
         pid = int(read_regular(runner_lock_path(), 32))
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -82,7 +83,7 @@ def describe_runner() -> str:
 def _here(mark: ProcessIdentity, run: RunDir, beat_at: float, *, beats: bool) -> Sighting:
     state = mark.state
     if not mark.start_ticks and state in ("", "Z", "X") and is_locked(run.trainer_lock_path):
-        # An older version noted only a time, and the clock was set since.
+        # An older version recorded only a time, and the clock was set since.
         state = "S"
     if state in ("", "Z", "X"):
         return Sighting(False, "Its process is gone without an exit record; it was probably killed.")
@@ -95,7 +96,7 @@ def _here(mark: ProcessIdentity, run: RunDir, beat_at: float, *, beats: bool) ->
 
 
 def _has_moved(run: RunDir, beat_at: float) -> bool:
-    """Whether this process has seen the heartbeat change lately."""
+    """Whether this process has recently seen the heartbeat change."""
     now = time.monotonic()
     last, moved_at = _beats.get(run.path, (beat_at, -BEAT_S))
     if last != beat_at:
@@ -105,7 +106,7 @@ def _has_moved(run: RunDir, beat_at: float) -> bool:
 
 
 def _is_recent(run: RunDir, beat_at: float) -> bool:
-    """By the writer's clock, or by that of the file system."""
+    """Whether the heartbeat is recent, by the writer's clock or by the file system's."""
     try:
         changed_at = run.heartbeat_path.stat().st_mtime
     except OSError:

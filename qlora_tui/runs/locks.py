@@ -1,4 +1,4 @@
-"""Locks that the kernel releases however their holder ends."""
+"""Locks that the kernel releases no matter how their holder ends."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import IO
 from qlora_tui.errors import UserError
 
 PATIENCE_S = 0.5
-"""How long to try again where :func:`is_locked` of another process may hold the lock for a moment."""
+"""Seconds to retry, since :func:`is_locked` of another process may hold the lock for a moment."""
 _RETRY_S = 0.05
 
 
 @contextmanager
 def locked(path: Path, *, patience_s: float = 0.0) -> Iterator[IO[str] | None]:
-    """Hold an exclusive lock on a file, created if need be; None where another process holds it.
+    """Hold an exclusive lock on a file, created if needed; yields None if another process holds it.
 
-    ``patience_s``: how long to try again before that.
-    Raises UserError where the file system has no locks, OSError where the file cannot be opened.
+    ``patience_s``: seconds to retry before that.
+    Raises UserError if the file system has no locks, OSError if the file cannot be opened.
     """
     deadline = time.monotonic() + patience_s
     with path.open("a+") as file:
@@ -41,7 +41,7 @@ def locked(path: Path, *, patience_s: float = 0.0) -> Iterator[IO[str] | None]:
 
 
 def is_locked(path: Path) -> bool | None:
-    """Whether a process holds the lock, on any machine that shares it; None where that cannot be said."""
+    """Whether a process holds the lock, on any machine that shares it; None if unknown."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -60,7 +60,7 @@ def is_locked(path: Path) -> bool | None:
 
 
 def no_locks(path: Path, error: OSError) -> UserError:
-    """What to say where the file system refuses locks."""
+    """Return the error for a file system that refuses locks."""
     return UserError(
         "File locks do not work",
         what=f"{path} could not be locked: {error.strerror or error}.",

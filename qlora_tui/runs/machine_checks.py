@@ -23,11 +23,11 @@ from qlora_tui.runs.status import ACTIVE, read_status
 
 Outcome = Literal["ok", "note", "warning", "error"]
 _NOTABLE_BYTES = 512 << 20
-"""GPU memory held by other programs that is worth a warning."""
+"""GPU memory used by other programs above which to warn."""
 
 
 class CheckKind(Enum):
-    """What a check is about; the value is its name on screens and in JSON."""
+    """Subject of a check; the value is its name on screens and in JSON."""
 
     MODEL = "model"
     DATA = "data"
@@ -45,28 +45,28 @@ class CheckKind(Enum):
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was checked."""
+    """The result of one check."""
 
     kind: CheckKind
     outcome: Outcome
     text: str
-    """What was found: one or two sentences."""
+    """The result: one or two sentences."""
     fix: str = ""
     """What to do about it."""
     problem: UserError | None = None
-    """Set where a run cannot start at all; otherwise an error is the user's to override."""
+    """Set if a run cannot start at all; otherwise the user can override an error."""
     name: str = ""
-    """Replaces the kind's name, where there are several of a kind: ``disk for runs``."""
+    """Replaces the kind's name if there are several of a kind: ``disk for runs``."""
 
     @property
     def label(self) -> str:
-        """The name to show."""
+        """Name to show."""
         return self.name or self.kind.value
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the checks need to know about this machine, read once."""
+    """Facts about this machine that the checks need, read once."""
 
     budget: MemoryBudget
     gpu: GpuDevice | None = None
@@ -74,13 +74,13 @@ class Machine:
     """GPU memory in use now; None if unknown."""
     no_gpu_reason: str = ""
     active: str = ""
-    """Id of the run in training; empty if there is none."""
+    """Id of the run in training; empty without one."""
     waiting: tuple[str, ...] = ()
-    """Ids in the queue, the next one first."""
+    """Ids of the queued runs, the next one first."""
 
     @property
     def free_bytes(self) -> int | None:
-        """GPU memory that no program uses now; None if unknown."""
+        """Free GPU memory; None if unknown."""
         usable = self.gpu.usable_bytes if self.gpu else None
         return None if usable is None or self.used_bytes is None else usable - self.used_bytes
 
@@ -100,7 +100,7 @@ def read_machine(assumed_bytes: int | None = None) -> Machine:
 
 
 def check_gpu(machine: Machine, needed_bytes: int = 0) -> Check:
-    """Whether there is a GPU, and whether other programs leave ``needed_bytes`` of its memory free."""
+    """Check that there is a GPU and that other programs leave ``needed_bytes`` of its memory free."""
     if machine.gpu is None:
         why = f" {machine.no_gpu_reason}" if machine.no_gpu_reason else ""
         return Check(CheckKind.GPU, "warning", f"No GPU: runs train on the CPU, slowly.{why}")
@@ -135,7 +135,7 @@ def _format_process(process: GpuProcess) -> str:
 
 
 def check_disk(folder: Path, needed_bytes: int, *, variable: str, name: str = "") -> Check:
-    """Whether the disk of ``folder``, which may not exist yet, has ``needed_bytes`` free.
+    """Check that the disk of ``folder``, which may not exist yet, has ``needed_bytes`` free.
 
     ``variable``: the environment variable that moves the folder to another disk.
     """
@@ -148,7 +148,7 @@ def check_disk(folder: Path, needed_bytes: int, *, variable: str, name: str = ""
 
 
 def check_queue(machine: Machine) -> Check:
-    """Whether a new run would start at once, or which run it waits for."""
+    """Report whether a run would start at once, or which run it waits for."""
     ahead = [*filter(None, [machine.active]), *machine.waiting]
     if not ahead:
         return Check(CheckKind.QUEUE, "ok", "No other run: it starts at once.")

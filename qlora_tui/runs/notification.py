@@ -1,6 +1,6 @@
-"""What is worth telling of a run that is over: it finished, or it failed (a loss that is NaN ends a run so).
+"""Notifications about ended runs: a run finished or failed (a NaN loss ends a run as failed).
 
-What the user asked for, stopping and pausing, is no news; nor is a failure that the runner mends by itself.
+Stops and pauses, which the user requested, are not reported; nor is a failure that the runner retries.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ _STEPS = 64
 
 
 class RunNotification(Struct, frozen=True, kw_only=True):
-    """The body of a webhook's request: no path, no address, nothing of the data."""
+    """Body of a webhook's request: no paths, no addresses, nothing from the data."""
 
     event: Literal["finished", "failed"]
     run: str
-    """Its id."""
+    """The run's id."""
     name: str
     text: str
-    """All of it in a sentence: ``tickets is finished: best loss 1.21 at step 640.``"""
+    """The message in a sentence: ``tickets is finished: best loss 1.21 at step 640.``"""
     step: int
     total_steps: int
     best_loss: float | None
-    """Lowest validation loss; None where none was measured."""
+    """Lowest validation loss; None if none was measured."""
 
 
 def notification_for(run: RunDir) -> RunNotification | None:
-    """The news of a run; None where there is none."""
+    """Return the notification about a run; None if there is nothing to report."""
     ending = last_event(run.events_path)
     if not isinstance(ending, Finished | Failed) or next_plan(run, ending) is not None:
         return None

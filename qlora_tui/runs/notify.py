@@ -1,8 +1,8 @@
-"""Telling the user that a run is over, wherever they are: a webhook and a command of their own.
+"""Notifying the user that a run has ended, by webhook and by the user's own command.
 
-``python -m qlora_tui.runs.notify RUN_DIR`` is a process by itself, which the runner starts and does not wait
-for: nothing here can hold up the queue or harm a run. What fails is said on stderr, which is the runner's
-log; the webhook's address, often a secret, is not.
+``python -m qlora_tui.runs.notify RUN_DIR`` is a separate process, which the runner starts and does not wait
+for: nothing here can delay the queue or harm a run. Failures go to stderr, which is the runner's log; the
+webhook's address, often a secret, does not.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ COMMAND_S = 30.0
 
 
 def main(folder: str) -> int:
-    """Tell of one run what there is to tell."""
+    """Send the notifications about one run; return the exit code."""
     try:
         wanted = load_settings().notify
     except UserError as problem:
@@ -45,7 +45,7 @@ def main(folder: str) -> int:
     news = notification_for(run)
     if news is None:
         return 0
-    # The command first: it does not depend on a network.
+    # The command goes first: it does not depend on a network.
     for trouble in (_command(wanted.command, news), _webhook(wanted.webhook, news)):
         if trouble:
             print(f"{run.id}: {trouble}", file=sys.stderr)
@@ -53,7 +53,7 @@ def main(folder: str) -> int:
 
 
 def _webhook(url: str, notification: RunNotification) -> str:
-    """Post the news; what went wrong, or nothing."""
+    """Post the notification; return an error message, if any."""
     if not url:
         return ""
     try:
@@ -61,7 +61,7 @@ def _webhook(url: str, notification: RunNotification) -> str:
     except ValueError:
         return "notify.webhook in config.toml is not an address: its host or its port is not valid"
     answers: list[str] = []
-    # In a thread, since a library's time limit is for each read, and a name may take its time to be found.
+    # In a thread: the library's timeout applies to each read, and DNS lookup can take longer.
     thread = threading.Thread(target=lambda: answers.append(_post(url, notification)), daemon=True)
     thread.start()
     thread.join(WEBHOOK_S)
@@ -70,10 +70,10 @@ def _webhook(url: str, notification: RunNotification) -> str:
 
 
 def _ascii_address(url: str) -> tuple[str, str]:
-    """The host, and the address in ASCII: the host by IDNA, the rest percent-encoded. Raises ValueError."""
+    """Return the host and the URL in ASCII: the host by IDNA, the rest percent-encoded. Raises ValueError."""
     parts = urlsplit(url)
     host = parts.hostname
-    # The port raises where it is no number.
+    # Reading ``port`` raises if it is not a number.
     if not host or parts.port == 0:
         raise ValueError("no host or no port")
     netloc = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
@@ -82,7 +82,7 @@ def _ascii_address(url: str) -> tuple[str, str]:
 
 
 def _post(url: str, notification: RunNotification) -> str:
-    """What went wrong, or nothing."""
+    """Send the request; return an error message, if any."""
     request = urllib.request.Request(
         url,
         data=msgspec.json.encode(notification),
@@ -99,14 +99,14 @@ def _post(url: str, notification: RunNotification) -> str:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirected POST would go on as a GET without its body: better told than lost."""
+    """Refuses redirects: a redirected POST would become a GET without its body."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
 
 
 def _command(command: str, notification: RunNotification) -> str:
-    """Run the user's command with the news in its environment; what went wrong, or nothing."""
+    """Run the user's command with the message in its environment; return an error message, if any."""
     if not command:
         return ""
     variables = {
@@ -125,7 +125,7 @@ def _command(command: str, notification: RunNotification) -> str:
     try:
         code = started.wait(COMMAND_S)
     except subprocess.TimeoutExpired:
-        # With all it started: a pipe outlives the shell that made it.
+        # Kill the whole process group: a pipeline outlives the shell that started it.
         with suppress(ProcessLookupError):
             os.killpg(started.pid, signal.SIGKILL)
         started.wait()

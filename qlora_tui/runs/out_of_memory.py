@@ -1,4 +1,4 @@
-"""A run that memory ran out for: what killed it, and the cheapest change that would fit."""
+"""Runs that ran out of memory: what killed them, and the cheapest change that would fit."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _CGROUPS = Path("/proc/self/cgroup")
 _HIERARCHIES = Path("/sys/fs/cgroup")
 _VMSTAT = Path("/proc/vmstat")
 _LEAST_SAVING = 0.1
-"""What was estimated to fit and did not must shrink by this share at least."""
+"""Minimum share by which a recipe that was estimated to fit, and did not, must shrink."""
 
 
 def suggest_settings(recipe: Recipe) -> str:
-    """The cheapest change after which the recipe should fit here, as a sentence; empty where it is not known.
+    """Describe the cheapest change after which the recipe should fit here, in a sentence; empty if unknown.
 
-    Takes the word of the failure, not of the estimate: the recipe as it stands does not fit.
+    Trusts the failure rather than the estimate: the unchanged recipe does not fit.
     """
     try:
         architecture, room = resolve_model(recipe.model.id).architecture, local_budget()
@@ -42,17 +42,17 @@ def suggest_settings(recipe: Recipe) -> str:
 
 
 def _at_most(saved_bytes: int) -> str:
-    """Where nothing is known to be enough: what checkpointing would save, which is tried in any case."""
+    """Suggestion when nothing is known to be enough: what checkpointing would save, always worth trying."""
     if saved_bytes > 0:
         return f"Gradient checkpointing saves {format_bytes(saved_bytes)}, which may not be enough."
     return "No change of settings is enough: use a smaller model or more memory."
 
 
 def host_oom_kills() -> int:
-    """Processes that the kernel's out-of-memory killer has ended since boot; 0 where it does not say.
+    """Number of processes killed by the kernel's out-of-memory killer since boot; 0 if unknown.
 
-    Of this process's control group where the kernel counts by group (what others lost there is no evidence),
-    else of the whole machine. Sources: ``memory.events`` of cgroup v2, ``memory.oom_control`` of v1,
+    Counts this process's control group if the kernel counts by group (kills elsewhere are no evidence), else
+    the whole machine. Sources: ``memory.events`` of cgroup v2, ``memory.oom_control`` of v1,
     ``/proc/vmstat``.
     """
     for counter in (*_group_counters(), _VMSTAT):
@@ -66,7 +66,7 @@ def host_oom_kills() -> int:
 
 
 def _group_counters() -> list[Path]:
-    """Where this process's control group counts such kills."""
+    """Files in which this process's control group counts such kills."""
     try:
         lines = _CGROUPS.read_text().splitlines()
     except OSError:

@@ -1,7 +1,7 @@
-"""How an attempt ended: read from its own events and the exit code, and recorded where that is missing.
+"""How an attempt ended: read from its own events and the exit code, and recorded if that is missing.
 
-An attempt's events are those after its ``Started``. The file's last event need not be one of them: a run that
-is resumed while its trainer still exits has ``Queued`` there.
+An attempt's events are those after its ``Started``. The file's last event may belong to no attempt: a run
+that is resumed while its trainer still exits has ``Queued`` there.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from qlora_tui.runs.telemetry import TelemetryTail
 from qlora_tui.runs.view import RunView
 
 _STEPS = 64
-"""Read of a long run, the last one among them."""
+"""Number of steps sampled from a long run, including the last."""
 _FINAL_STATES: frozenset[State] = frozenset(("finished", "failed", "stopped", "paused"))
 _LOG_BYTES = 1 << 16
 LOG_LINES = 3
-"""How much of the trainer's log is quoted when it died without a word."""
+"""Lines of the trainer's log to quote when it died without an event."""
 
 
 def determine_outcome(
     run: RunDir, exit_code: int | None, *, events_from: int | None = None, host_out_of_memory: bool = False
 ) -> RunEnded:
-    """The ending that the trainer recorded, or what can be said without one.
+    """Return the ending that the trainer recorded, or one derived from the exit code.
 
     Args:
         run: The run, whose trainer has exited.
-        exit_code: As ``subprocess`` gives it (negative: a signal); None when the trainer was not our child.
-        events_from: Size of the event file when the trainer was started; None where it is not known.
+        exit_code: As ``subprocess`` gives it (negative: a signal); None if the trainer was not our child.
+        events_from: Size of the event file when the trainer was started; None if unknown.
         host_out_of_memory: Whether the kernel's out-of-memory killer acted while the trainer ran.
     """
     recorded = _terminal_event(run, events_from)
@@ -108,9 +108,9 @@ def determine_outcome(
 
 
 def record_outcome(run: RunDir, ending: RunEnded, *, events_from: int | None = None) -> None:
-    """Make events and status say how an attempt ended, where they do not yet.
+    """Record in events and status how an attempt ended, where they do not say so yet.
 
-    A run that was queued again meanwhile is left alone: whoever did that saw its attempt end.
+    A run that was queued again in the meantime is skipped: its end was known when it was queued.
     """
     now = read_status(run).state
     if now == "queued":
@@ -145,7 +145,7 @@ def record_outcome(run: RunDir, ending: RunEnded, *, events_from: int | None = N
 
 
 def _out_of_host_memory(run: RunDir, what: str, exit_code: int, now: float) -> Failed:
-    """The kernel's out-of-memory killer struck while the trainer ran, and the trainer is gone."""
+    """Failure of a trainer that died while the kernel's out-of-memory killer was active."""
     samples = TelemetryTail(run.telemetry_path).poll()
     held = f" It last held {format_bytes(samples[-1].rss_bytes)}." if samples else ""
     try:
@@ -164,9 +164,9 @@ def _out_of_host_memory(run: RunDir, what: str, exit_code: int, now: float) -> F
 
 
 def _terminal_event(run: RunDir, events_from: int | None = None) -> RunEnded | None:
-    """The first terminal event after the last ``Started``.
+    """Return the first terminal event after the last ``Started``.
 
-    Without ``events_from`` only the time since the run was last queued counts: a trainer that died before its
+    Without ``events_from`` only events since the run was last queued count: a trainer that died before its
     ``Started`` did not end as the attempt before it.
     """
     ending: RunEnded | None = None
@@ -182,7 +182,7 @@ def _signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
     except ValueError:
-        # Real-time signals have no name of their own in Python.
+        # Python has no individual names for real-time signals.
         return f"signal {number}"
 
 

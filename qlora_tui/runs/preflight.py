@@ -1,4 +1,4 @@
-"""The checks before a launch: the same, in the same words, for ``train`` and the Train screen.
+"""Checks before a launch, with the same messages in ``train`` and the Train screen.
 
 They read the model's files and the data, for a few seconds at most.
 """
@@ -37,12 +37,12 @@ from qlora_tui.runs.machine_checks import (
 )
 
 _COLUMNAR = ("parquet", "arrow")
-"""Kinds of file whose reader takes a while to import, and memory that the app should not hold."""
+"""File types whose reader is slow to import and takes memory that the app should not hold."""
 _SPARE_BYTES = 1 << 30
 
 
 def preflight(recipe: Recipe, machine: Machine, *, read_columnar: bool) -> tuple[Check, ...]:
-    """Every check of a recipe on a machine, in the order of what to fix first.
+    """Run every check of a recipe on a machine, in the order of what to fix first.
 
     ``read_columnar``: whether this process may load the reader of Parquet and Arrow files. Never raises: a
     run that cannot start has a check with a ``problem``.
@@ -63,7 +63,7 @@ def preflight(recipe: Recipe, machine: Machine, *, read_columnar: bool) -> tuple
 
 
 def errors(checks: tuple[Check, ...]) -> tuple[Check, ...]:
-    """Those that the run would fail for."""
+    """Return the checks for which the run would fail."""
     return tuple(check for check in checks if check.outcome == "error")
 
 
@@ -121,7 +121,7 @@ def _row_warning(problem: DataProblem) -> Check:
 
 
 def _token_fingerprint(recipe: Recipe, files: ModelFiles | None) -> Tokens | None:
-    """What errors in tokens depend on; None without a model, or with a tokenizer inside a GGUF file."""
+    """Fingerprint that token errors depend on; None without a model, or for a GGUF tokenizer."""
     if files is None or files.gguf_file is not None:
         return None
     return tokenizer_fingerprint(files.folder, recipe.model.chat_template, recipe.data.train_on)
@@ -140,7 +140,7 @@ def _fingerprints(data: Data) -> tuple[_Fingerprint, ...]:
 
 
 def _reading_settings(data: Data) -> bytes:
-    """The settings that decide what is read of a row, as JSON."""
+    """Settings that decide what is read from a row, as JSON."""
     return msgspec.json.encode(
         {"preferences": data.preferences, "max_length": data.max_length, "overflow": data.overflow}
     )
@@ -150,7 +150,7 @@ def _reading_settings(data: Data) -> bytes:
 def _check_rows(
     fingerprints: tuple[_Fingerprint, ...], settings: bytes, read_columnar: bool
 ) -> QuickCheckResult | UserError:
-    """The rows' warnings, or the error that blocks a run; cached, since the Train screen checks often."""
+    """Return the rows' warnings, or the error that blocks a run; cached: the Train screen checks often."""
     data = msgspec.json.decode(settings, type=Data)
     files = [
         (path, msgspec.json.decode(source, type=Source))
@@ -167,7 +167,7 @@ def _check_rows(
 
 
 def _local_files(source: Source) -> list[Path] | None:
-    """Files of a source; None for a Hub dataset that is not downloaded yet, which the run does."""
+    """Files of a source; None for a Hub dataset that the run will download."""
     if is_of_the_hub(source.path):
         return local_files(source.path)
     return files_of(Path(source.path).expanduser())[0]
@@ -192,7 +192,7 @@ def _settings(recipe: Recipe) -> list[Check]:
 
 
 def _lora(recipe: Recipe, files: ModelFiles) -> list[Check]:
-    """Target patterns that match nothing, and trainable tokens that the tokenizer does not have."""
+    """Report target patterns that match nothing, and trainable tokens missing from the tokenizer."""
     try:
         resolve_targets(recipe.lora, files.architecture.modules)
         if files.gguf_file is None:
@@ -231,7 +231,7 @@ def _memory(recipe: Recipe, files: ModelFiles, budget: MemoryBudget) -> tuple[Ch
 
 
 def _checkpoint_bytes(recipe: Recipe, estimated: Estimate | None) -> int:
-    """Disk space that a run may take: a checkpoint holds the adapter and its optimizer states."""
+    """Disk space a run may take: each checkpoint holds the adapter and its optimizer states."""
     one = estimated.bytes_of("adapter") + estimated.bytes_of("optimizer") if estimated else 0
-    # Besides those that are kept there are the best one and the result.
+    # In addition to the checkpoints kept there are the best one and the result.
     return one * (recipe.training.keep_checkpoints + 2) + _SPARE_BYTES

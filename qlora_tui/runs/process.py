@@ -1,7 +1,7 @@
-"""Identifying a process beyond doubt: its number alone is used again, and the clock can be set.
+"""Unambiguous process identification: PIDs are reused, and the clock can be set.
 
-A process is identified by its number, the clock tick since boot in which it began, and the boot. Where
-several machines or containers share a folder, machine and PID namespace say where that number counts.
+A process is identified by its PID, the clock tick since boot at which it started, and the boot. If several
+machines or containers share a folder, machine and PID namespace tell where that PID is valid.
 """
 
 from __future__ import annotations
@@ -18,48 +18,48 @@ from msgspec import Struct
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _MACHINE_ID = Path("/etc/machine-id")
 _SAME_START_S = 2.0
-"""Two readings of one process's start time differ by less, as long as the clock is not set."""
+"""Maximum difference in seconds between two readings of one process's start time, unless the clock is set."""
 
 
 class ProcessIdentity(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Identifies one process for good."""
+    """Permanent identity of a process."""
 
     pid: int
     started: float
-    """Unix time of its start, by the clock of the moment; older versions compare it."""
+    """Unix time of its start, by the clock at that moment; older versions compare it."""
     boot_id: str
     """Changes at every boot of the machine."""
     start_ticks: int = 0
-    """Clock ticks from boot to its start; 0 in files of older versions and where there is no ``/proc``."""
+    """Clock ticks from boot to its start; 0 in files of older versions and without ``/proc``."""
     machine: str = ""
-    """Identifies machine or container; empty in files of older versions."""
+    """Machine or container id; empty in files of older versions."""
     host: str = ""
-    """Host name, for people."""
+    """Host name, for display."""
     pid_namespace: str = ""
-    """Where ``pid`` counts; empty in files of older versions."""
+    """PID namespace in which ``pid`` is valid; empty in files of older versions."""
 
     @property
     def is_from_this_boot(self) -> bool:
-        """Whether it belongs to this kernel, since it started."""
+        """Whether it belongs to the current boot of this kernel."""
         return self.boot_id == boot_id()
 
     @property
     def is_of_this_machine(self) -> bool:
-        """Whether it ran on this machine, before a restart or since; True where that is not known."""
+        """Whether it ran on this machine, before or since a reboot; True if unknown."""
         return self.is_from_this_boot or self.machine in ("", machine_id())
 
     @property
     def is_visible(self) -> bool:
-        """Whether it can be looked up by its number here."""
+        """Whether its PID can be looked up here."""
         return self.is_from_this_boot and self.pid_namespace in ("", _pid_namespace())
 
     def is_alive(self) -> bool:
-        """Whether this very process is visible and runs; a zombie does not."""
+        """Whether exactly this process is visible and running; a zombie is not."""
         return self.state not in ("", "Z", "X")
 
     @property
     def state(self) -> str:
-        """The kernel's letter (``R``, ``S``, ``D``, ``T``, ``Z``…); empty where it cannot be seen."""
+        """State letter of the kernel (``R``, ``S``, ``D``, ``T``, ``Z``…); empty if not visible."""
         seen = _read_process(self.pid) if self.is_visible else None
         if seen is None:
             return ""
@@ -75,7 +75,7 @@ class ProcessIdentity(Struct, frozen=True, kw_only=True, omit_defaults=True):
             time.sleep(timeout_s)
             return
         try:
-            # The handle stays with the process that had the number when it was opened, so look only then.
+            # The handle refers to the process that had the PID when it was opened, so check identity after.
             if self.is_alive():
                 ended = select.poll()
                 ended.register(handle, select.POLLIN)
@@ -93,7 +93,7 @@ class _Seen(NamedTuple):
 
 
 def process_identity(pid: int | None = None) -> ProcessIdentity:
-    """Identify a running process, this one by default; raises ProcessLookupError where there is none."""
+    """Identify a running process, this one by default; raises ProcessLookupError if it does not exist."""
     pid = os.getpid() if pid is None else pid
     seen = _read_process(pid)
     if seen is None:
@@ -110,7 +110,7 @@ def process_identity(pid: int | None = None) -> ProcessIdentity:
 
 
 def boot_id() -> str:
-    """The kernel's identifier of this boot; empty where it has none."""
+    """The kernel's identifier of this boot; empty if unavailable."""
     # Tests simulate a restarted machine with this variable; nothing else sets it.
     if simulated := os.environ.get("QLORA_TUI_BOOT_ID"):
         return simulated
@@ -127,7 +127,7 @@ def _real_boot_id() -> str:
 
 @cache
 def machine_id() -> str:
-    """Identify this machine or container, by machine id and host name: images share a machine id."""
+    """Identify this machine or container by machine id and host name: images can share a machine id."""
     import hashlib
 
     try:
@@ -149,7 +149,7 @@ def _pid_namespace() -> str:
 def _read_process(pid: int) -> _Seen | None:
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
-        # The second field is the command in parentheses, which may hold anything.
+        # The second field is the command in parentheses, which may contain any character.
         fields = stat[stat.rindex(b")") + 2 :].split()
         state, start_ticks = fields[0].decode(), int(fields[19])
         return _Seen(state, start_ticks, _boot_time() + start_ticks / os.sysconf("SC_CLK_TCK"))
@@ -158,7 +158,7 @@ def _read_process(pid: int) -> _Seen | None:
 
 
 def _boot_time() -> float:
-    """Unix time of the boot by today's clock: it moves when the clock is set."""
+    """Unix time of the boot by the current clock: it changes when the clock is set."""
     for line in Path("/proc/stat").read_bytes().splitlines():
         if line.startswith(b"btime "):
             return float(line.split()[1])
@@ -166,7 +166,7 @@ def _boot_time() -> float:
 
 
 def _read_process_elsewhere(pid: int) -> _Seen | None:
-    """Where there is no ``/proc``: without ticks."""
+    """Read a process on systems without ``/proc``: without ticks."""
     import psutil
 
     try:

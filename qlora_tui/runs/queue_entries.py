@@ -1,6 +1,6 @@
-"""The queue's folder: one empty file a waiting run, ``<order>.<run id>``, and a lock that its writers hold.
+"""The queue's folder: one empty file per queued run, ``<order>.<run id>``, and a lock that its writers hold.
 
-Names of any other shape in it are not ours and are left alone.
+Names of any other form in it are not ours and are left alone.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ class Entry:
 
     @property
     def path(self) -> Path:
-        """The file."""
+        """Path of the entry's file."""
         return queue_dir() / f"{self.order:020d}.{self.run_id}"
 
 
 def entries() -> list[Entry]:
-    """Every place in the queue, the next one first."""
+    """Return every entry in the queue, the next one first."""
     return sorted(entry for listed in _listed() if (entry := _parsed(listed)) is not None)
 
 
 def entries_of(run_id: str) -> list[Entry]:
-    """A run's places: one, or none when it does not wait."""
+    """Return a run's entries: one, or none if it is not queued."""
     return [entry for entry in entries() if entry.run_id == run_id]
 
 
 def stray_names() -> list[str]:
-    """Names in the folder that are no place of a run."""
+    """Return names in the folder that are not queue entries."""
     return sorted(entry.name for entry in _listed() if _parsed(entry) is None)
 
 
 def queue_dir() -> Path:
-    """The folder."""
+    """Path of the queue's folder."""
     return private_dir(paths.state_dir() / "queue")
 
 
 @contextmanager
 def queue_lock() -> Iterator[None]:
-    """Hold the queue: a run's entry and its status change together for every other writer.
+    """Hold the queue's lock: a run's entry and its status change together for every other writer.
 
-    Held for as long as a few files take to be written. Where the file system has no locks, nothing is held.
+    Held only while a few files are written. Without locks in the file system, nothing is held.
     """
     handle = os.open(paths.state_dir() / "queue.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

@@ -1,7 +1,7 @@
-"""What a check finds wrong with a run, and the repairs.
+"""Defects that a check reports about a run, and their repairs.
 
-A repair deletes nothing of a run but what killed processes left half written: what is damaged is moved aside,
-under a name that says so. What replaces a file is on the disk before it is replaced.
+A repair deletes nothing but what killed processes left half written: damaged files are moved aside, under a
+name that says so. A replacement is on disk before it takes the file's place.
 """
 
 from __future__ import annotations
@@ -28,40 +28,40 @@ from qlora_tui.runs.queue_entries import Entry, queue_lock
 from qlora_tui.runs.status import ACTIVE, State, is_stranded, read_status, write_status
 
 _DAMAGED = "damaged-"
-"""Before the name of what is moved aside."""
+"""Name prefix of what is moved aside."""
 Fingerprint: TypeAlias = tuple[tuple[str, int, int, int], ...]
 
 
 @dataclass(frozen=True)
 class Defect:
-    """Something that is not as it should be."""
+    """One defect of a run or of the shared files."""
 
     what: str
     """A clause: ``adapter: adapter_model.safetensors is missing``."""
     remedy: str
-    """A clause: what the user can do, or what a repair does."""
+    """A clause: what the user can do, or what the repair does."""
     repair: Callable[[], str] | None = field(default=None, compare=False)
-    """Does what can be done, and says what that was, in a clause. Raises OSError or UserError."""
+    """Performs the repair and returns what was done, in a clause. Raises OSError or UserError."""
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What a check says of one run, or of what all share."""
+    """Result of checking one run, or the files that all runs share."""
 
     name: str
     state: State | None
-    """None for what is no run."""
+    """State of the run; None if the result is not about a run."""
     defects: tuple[Defect, ...] = ()
     in_training: bool = False
-    """It was left alone."""
+    """Whether the run was skipped because it is in training."""
     run: RunDir | None = field(default=None, compare=False)
-    """None for what is no run."""
+    """The run; None if the result is not about a run."""
     seen: Fingerprint = field(default=(), compare=False)
-    """The run's files before the check."""
+    """Fingerprint of the run's files before the check."""
 
 
 def fingerprint(run: RunDir) -> Fingerprint:
-    """The run's files and checkpoints: name, inode, size and time of each. It changes with every repair."""
+    """Name, inode, size and time of the run's files and checkpoints. It changes with every repair."""
     files: list[tuple[str, int, int, int]] = []
     for folder in (run.path, run.checkpoints_dir):
         with suppress(OSError), os.scandir(folder) as listed:
@@ -75,9 +75,9 @@ def fingerprint(run: RunDir) -> Fingerprint:
 def apply_repairs(
     checked: CheckResult, check_again: Callable[[], CheckResult]
 ) -> tuple[CheckResult, list[str]]:
-    """Repair what can be repaired; what a second check says, and what was done, in clauses.
+    """Repair what can be repaired; return a second check's result and what was done, in clauses.
 
-    A run is held meanwhile, so that no trainer starts on it, and left alone where it has changed since the
+    A run is held in the meantime, so that no trainer starts on it, and skipped if it has changed since the
     check. A repair that fails says why, and leaves its defect to the second check.
     """
     repairs = [defect for defect in checked.defects if defect.repair is not None]
@@ -93,7 +93,7 @@ def apply_repairs(
 
 @contextmanager
 def _held(checked: CheckResult) -> Iterator[str]:
-    """Keep trainers and queue away from a run; why it must not be repaired now, in a clause, or nothing."""
+    """Keep trainers and queue away from a run; yields why it cannot be repaired now, or an empty string."""
     run = checked.run
     if run is None:
         yield ""
@@ -126,20 +126,20 @@ def _reason(error: OSError | UserError) -> str:
 
 
 def put_back(run: RunDir, final: Path) -> str:
-    """Put back what was moved aside for a new one that never came."""
+    """Restore a folder that was moved aside for a replacement that never came."""
     leftovers.restore(run)
     return f"put {final.name} back"
 
 
 def restore_recipe(run: RunDir, text: str, origin: Path) -> str:
-    """Write the recipe from its copy ``text``, which is in the file ``origin``."""
+    """Write the recipe from its copy ``text``, read from the file ``origin``."""
     keep = _place_aside(run.recipe_path) if run.recipe_path.exists() else None
     atomic_write(run.recipe_path, text, durable=True, keep=keep)
     return f"restored recipe.toml from {origin.relative_to(run.path)}"
 
 
 def rewrite_events(run: RunDir) -> str:
-    """Leave damaged lines out of ``events.jsonl``."""
+    """Remove damaged lines from ``events.jsonl``."""
     content = b"".join(line for line, _ in events_and_damage(run.events_path))
     aside = _place_aside(run.events_path)
     atomic_write(run.events_path, content, durable=True, keep=aside)
@@ -147,7 +147,7 @@ def rewrite_events(run: RunDir) -> str:
 
 
 def restore_events(run: RunDir, aside: Path) -> str:
-    """Take the history from the file that an interrupted repair moved aside."""
+    """Restore the events from the file that an interrupted repair moved aside."""
     content = b"".join(line for line, _ in events_and_damage(aside))
     atomic_write(run.events_path, content, durable=True)
     return f"restored events.jsonl from {aside.name}"
@@ -159,7 +159,7 @@ def set_aside(folder: Path) -> str:
 
 
 def reopen(run: RunDir, damage: str) -> str:
-    """Make a finished run one that failed, so that it can be resumed."""
+    """Turn a finished run into a failed one, so that it can be resumed."""
     if run.adapter_dir.exists():
         _move_aside(run.adapter_dir)
     resume = f"`qlora-tui resume {run.id}`"
@@ -189,25 +189,25 @@ def restore_status(run: RunDir) -> str:
 
 
 def take_out(entry: Entry) -> str:
-    """Take the entry of a run that is gone out of the queue."""
+    """Remove the queue entry of a run that no longer exists."""
     run_queue.remove(RunDir(paths.runs_dir() / entry.run_id))
     return "taken out"
 
 
 def delete(path: Path) -> str:
-    """Delete what a killed process left."""
+    """Delete the leftovers of a killed process."""
     leftovers.delete(path)
     return "deleted"
 
 
 def last_aside(path: Path) -> Path | None:
-    """Where a file or folder was moved aside last; None where it never was."""
+    """Path to which a file or folder was last moved aside; None if it never was."""
     asides = (path.with_name(name) for name in _names_aside(path))
     return max(takewhile(Path.exists, asides), key=lambda aside: aside.stat().st_ctime_ns, default=None)
 
 
 def _move_aside(path: Path) -> Path:
-    """Rename a file or folder within its folder, durably; its new path."""
+    """Rename a file or folder within its folder, durably; return its new path."""
     aside = _place_aside(path)
     path.rename(aside)
     sync(path.parent)
@@ -215,7 +215,7 @@ def _move_aside(path: Path) -> Path:
 
 
 def _place_aside(path: Path) -> Path:
-    """The first free name beside ``path``."""
+    """First free name for ``path`` in its folder."""
     return next(aside for name in _names_aside(path) if not (aside := path.with_name(name)).exists())
 
 

@@ -1,7 +1,7 @@
-"""What to change when memory ran out, so that the run still learns the same thing.
+"""Recipe changes after running out of memory that do not change what is trained.
 
-First the micro-batch is halved and accumulation doubled: the effective batch stays. At a micro-batch of one,
-activation checkpointing is turned on. After that nothing that keeps the recipe's meaning is left.
+First the micro-batch is halved and accumulation doubled, which keeps the effective batch. At a micro-batch
+of one, activation checkpointing is turned on. After that no change keeps the recipe's meaning.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ class RetryPlan(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_un
 
     @classmethod
     def used_by(cls, settings: Training | Started) -> RetryPlan:
-        """The plan that names every field: the values that a recipe asks for or that an attempt used."""
+        """Return a plan that sets every field: the values that a recipe requests or that an attempt used."""
         return msgspec.convert(settings, cls, from_attributes=True)
 
     def overrides(self) -> dict[str, Any]:
-        """The settings that this plan names."""
+        """Settings that this plan sets."""
         return {name: value for name, value in structs.asdict(self).items() if value is not None}
 
     def applied(self, recipe: Recipe) -> Recipe:
-        """The recipe as the attempt runs it."""
+        """Return the recipe as the attempt runs it."""
         return structs.replace(recipe, training=structs.replace(recipe.training, **self.overrides()))
 
     def to_arguments(self) -> list[str]:
-        """The option of ``python -m qlora_tui.training`` that carries the plan; empty without overrides."""
+        """Option of ``python -m qlora_tui.training`` that carries the plan; empty without overrides."""
         return ["--plan", msgspec.json.encode(self).decode()] if self.overrides() else []
 
 
@@ -52,7 +52,7 @@ _DECODER = msgspec.json.Decoder(RetryPlan)
 
 
 def parse_plan(argument: str) -> RetryPlan:
-    """Decode the value of ``--plan``. Raises UserError where it is not the JSON of a plan."""
+    """Decode the value of ``--plan``. Raises UserError if it is not valid JSON of a plan."""
     try:
         return decode_json(argument.encode(errors="surrogateescape"), _DECODER)
     except msgspec.MsgspecError as error:
@@ -65,7 +65,7 @@ def parse_plan(argument: str) -> RetryPlan:
 
 
 def last_plan(run: RunDir) -> RetryPlan:
-    """What the last attempt used; empty before the first."""
+    """Plan of the last attempt; empty before the first."""
     plan = RetryPlan()
     for event in EventTail(run.events_path).drain():
         if isinstance(event, Started) and event.micro_batch_size and event.gradient_accumulation:
@@ -74,14 +74,14 @@ def last_plan(run: RunDir) -> RetryPlan:
 
 
 def plan_resume(run: RunDir) -> RetryPlan:
-    """The recipe's own settings, or those that a retry found: what did not fit once is not tried again."""
+    """Plan with the recipe's settings, or those of a retry: settings that did not fit are not tried again."""
     drained = EventTail(run.events_path).drain()
     ran_out = any(isinstance(event, Failed) and event.kind == "out_of_memory" for event in drained)
     return last_plan(run) if ran_out else RetryPlan()
 
 
 def next_plan(run: RunDir, ending: RunEnded) -> RetryPlan | None:
-    """The next attempt after an ending; None when there should be none."""
+    """Plan of the next attempt after an ending; None if there should be none."""
     if not isinstance(ending, Failed) or ending.kind != "out_of_memory":
         return None
     try:
@@ -91,7 +91,7 @@ def next_plan(run: RunDir, ending: RunEnded) -> RetryPlan | None:
 
 
 def plan_retry(run: RunDir, ending: RunEnded) -> RetryPlan | None:
-    """The next attempt after an ending, told in the run's events."""
+    """Plan the next attempt after an ending, and record it in the run's events."""
     plan = next_plan(run, ending)
     if plan is not None and isinstance(ending, Failed):
         with EventWriter(run.events_path) as log:
@@ -108,7 +108,7 @@ def plan_retry(run: RunDir, ending: RunEnded) -> RetryPlan | None:
 
 
 def reduce_memory(recipe: Recipe, used: RetryPlan) -> RetryPlan | None:
-    """The next cheaper plan with the same effective batch, or None at the end of the road."""
+    """Return the next cheaper plan with the same effective batch; None if there is none."""
     training = used.applied(recipe).training
     micro_batch_size, accumulation = training.micro_batch_size, training.gradient_accumulation
     checkpointing = training.gradient_checkpointing
@@ -126,6 +126,6 @@ def reduce_memory(recipe: Recipe, used: RetryPlan) -> RetryPlan | None:
 
 
 def describe_plan(plan: RetryPlan) -> str:
-    """In words, for events and screens."""
+    """Describe the plan, for events and screens."""
     words = f"micro-batch {plan.micro_batch_size} × accumulation {plan.gradient_accumulation}"
     return words + (" and gradient checkpointing" if plan.gradient_checkpointing else "")

@@ -1,9 +1,9 @@
-"""The queue: which run is next, and a run's way in and out of it.
+"""The queue: the next run, and adding, removing and moving runs.
 
-A run waits while its entry is there (:mod:`qlora_tui.runs.queue_entries`): moving is a rename, taking is an
+A run is queued while its entry exists (:mod:`qlora_tui.runs.queue_entries`): moving is a rename, taking is an
 unlink.
 The entry is written before the status says "queued" and removed after it says "starting", each synced: a run
-that a crash caught in between waits.
+that a crash caught in between stays queued.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from qlora_tui.runs.queue_entries import Entry, entries, entries_of, queue_dir, 
 from qlora_tui.runs.status import ACTIVE, read_status, write_status
 
 ORDER_GAP_NS = 1_000_000_000
-"""Between the orders of two runs: a second, in nanoseconds."""
+"""Distance between the orders of two runs: one second, in nanoseconds."""
 
 
 def enqueue(run: RunDir) -> None:
-    """Put a run at the end of the queue (once; a second call changes nothing). Raises OSError."""
+    """Append a run to the queue (once; a second call changes nothing). Raises OSError."""
     _enter(run, again=False)
 
 
 def requeue(run: RunDir) -> None:
-    """Queue a run that had ended, to go on from its last checkpoint. Raises OSError; it stays ended then."""
+    """Queue an ended run, to continue from its last checkpoint. Raises OSError; the run then stays ended."""
     _enter(run, again=True)
-    # Who queues it again knows how it ended.
+    # The caller that queues it again knows how it ended.
     run.unreported_path.unlink(missing_ok=True)
 
 
 def _enter(run: RunDir, *, again: bool) -> None:
     with queue_lock():
         line = entries()
-        # Behind the others also where the clock was set back.
+        # Behind the others even if the clock was set back.
         order = max(time.time_ns(), max((entry.order for entry in line), default=0) + ORDER_GAP_NS)
         # A crash may have come between an entry and its status.
         entry = next((entry for entry in line if entry.run_id == run.id), Entry(order, run.id))
@@ -61,36 +61,36 @@ def _enter(run: RunDir, *, again: bool) -> None:
 
 
 def _forget_requests(run: RunDir) -> None:
-    """Delete what was requested of a trainer that was killed before it took it."""
+    """Delete requests to a trainer that was killed before it took them."""
     for path in run.control_dir.glob("*.json"):
-        # A folder among them is no request, and is never taken for one.
+        # A folder among them is not a request, and is never taken for one.
         with suppress(OSError):
             path.unlink()
 
 
 def take(run: RunDir, process: ProcessIdentity) -> None:
-    """Make a run the runner's: it is starting, and waits no longer."""
+    """Take a run for the runner: its status becomes "starting" and it leaves the queue."""
     with queue_lock():
         write_status(run, read_status(run).transition("starting", process=process))
         _unlink(entries_of(run.id))
 
 
 def waiting() -> list[str]:
-    """Ids of the waiting runs, the next one first."""
+    """Return ids of the queued runs, the next one first."""
     return list(dict.fromkeys(entry.run_id for entry in entries()))
 
 
 def remove(run: RunDir) -> bool:
-    """Take a run out of the queue; False when it was not (or no longer) in it."""
+    """Remove a run from the queue; False if it was not (or no longer) queued."""
     with queue_lock():
         return _unlink(entries_of(run.id))
 
 
 def cancel(run: RunDir) -> bool:
-    """Stop a run that has not begun; False when it was no longer waiting.
+    """Stop a run that has not started; False if it was no longer queued.
 
-    Raises OSError where it still waits. A full disk may not take the record of it: a run in
-    no queue reads as stopped all the same.
+    Raises OSError if it is still queued. A full disk may prevent recording the stop: a run in no queue reads
+    as stopped all the same.
     """
     if not entries_of(run.id):
         return False
@@ -108,7 +108,7 @@ def cancel(run: RunDir) -> bool:
 
 
 def mark_not_queued(run: RunDir, why: str) -> None:
-    """Make a run that has not begun a stopped one; ``why`` is its detail, a sentence."""
+    """Mark a run that has not started as stopped; ``why`` is its detail, a sentence."""
     status = read_status(run).transition("stopped", detail=why)
     with EventWriter(run.events_path) as log:
         log.append(Stopped(at=status.at, step=status.step))
@@ -116,7 +116,7 @@ def mark_not_queued(run: RunDir, why: str) -> None:
 
 
 def move(run: RunDir, places: int) -> None:
-    """Move a waiting run by so many places: negative is sooner."""
+    """Move a queued run by ``places``; negative is sooner."""
     with queue_lock():
         line = entries()
         here = next((place for place, entry in enumerate(line) if entry.run_id == run.id), None)
@@ -136,14 +136,14 @@ def move(run: RunDir, places: int) -> None:
 
 
 def _order_at(line: list[Entry], place: int) -> int | None:
-    """An order between the entries before and after ``place``; None where there is no room for one."""
+    """Order between the entries before and after ``place``; None if there is no gap."""
     low = line[place - 1].order if place else 0
     high = line[place].order if place < len(line) else low + 2 * ORDER_GAP_NS
     return (low + high) // 2 if high - low > 1 else None
 
 
 def _spread_out(line: list[Entry]) -> list[Entry]:
-    """Give the entries orders a second apart, the last one first, so that none passes another meanwhile."""
+    """Renumber the entries one second apart, the last one first, so that none overtakes another meanwhile."""
     last = line[-1].order
     spread = [Entry(last + place * ORDER_GAP_NS, entry.run_id) for place, entry in enumerate(line, 1)]
     for entry, moved in reversed(list(zip(line, spread, strict=True))):

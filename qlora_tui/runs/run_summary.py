@@ -1,6 +1,6 @@
 """Summaries of runs, one line each, for lists of hundreds, without reading whole logs.
 
-Used in a thread. What was read of a run is kept until its status or its events change.
+Used in a thread. A summary is cached until the run's status or events change.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _STEPS = 64
 
 @dataclass(frozen=True)
 class RunSummary:
-    """The facts of a run at a glance."""
+    """Summary of a run."""
 
     run: RunDir
     name: str
@@ -45,7 +45,7 @@ class RunSummary:
     """Unix time; 0 if the events are missing."""
     model: str
     settings: str
-    """``nf4 r16 2,048×2×8``: what most often differs between two runs."""
+    """``nf4 r16 2,048×2×8``: the settings in which runs most often differ."""
     best: tuple[float, int] | None
     """Lowest validation loss after training began, and its step."""
     accuracy: float | None
@@ -73,7 +73,7 @@ class Listing:
     summaries: tuple[RunSummary, ...]
     waiting: tuple[str, ...]
     complete: bool
-    """False while some runs have only been read by status."""
+    """False while only the status has been read of some runs."""
 
 
 class SummaryCache:
@@ -208,9 +208,9 @@ def short_settings(recipe: Recipe) -> str:
 
 
 def _changed_at(run: RunDir) -> int:
-    """The folder's mtime, when a file in it was last created or replaced: one stat instead of three.
+    """mtime of the folder, when a file in it was last created or replaced: one stat instead of three.
 
-    Events are appended without that, but never without the status or the heartbeat being replaced after them.
+    Appending events does not change it, but the status or the heartbeat is always replaced afterwards.
     """
     try:
         return run.path.stat().st_mtime_ns

@@ -1,8 +1,8 @@
-"""The runner: takes queued runs one at a time and watches over each one's trainer.
+"""The runner: takes queued runs one at a time and supervises each one's trainer.
 
-``python -m qlora_tui.runs.runner`` is started by whoever queues a run. One works per user and machine,
-held by a lock; it ends when the queue is empty. It holds nothing that cannot be read from files again: killed
-at any moment, the trainer goes on, and the next runner takes over from where things are.
+``python -m qlora_tui.runs.runner`` is started whenever a run is queued. A lock ensures one runner per user
+and machine; it exits when the queue is empty. All of its state can be read from files again: if it is
+killed, the trainer continues, and the next runner takes over.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from qlora_tui.runs.spawn import runner_lock_path, spawn_detached
 from qlora_tui.runs.status import ACTIVE, read_status
 
 POLL_S = 0.5
-"""How often a run that another process has is looked at."""
+"""Seconds between checks of a run that another process trains."""
 EXITING_S = 60.0
-"""How long a trainer that has settled its run may take to exit."""
+"""Seconds that a trainer may take to exit after recording its run's end."""
 
 
 def main() -> int:
-    """Work until the queue is empty; 0 also when another runner is at work."""
+    """Work until the queue is empty; return the exit code, 0 also if another runner is active."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     passed_over: set[str] = set()
     try:
-        # Whoever queues a run does so before starting a runner, so a runner that finds the queue empty with
-        # the lock released can go: a later entry comes with a runner of its own.
+        # A run is queued before a runner is started for it, so a runner that finds the queue empty with
+        # the lock released can exit: a later entry starts its own runner.
         while True:
             with locked(runner_lock_path(), patience_s=PATIENCE_S) as lock:
                 if lock is None:
@@ -77,7 +77,7 @@ def _next(passed_over: set[str]) -> RunDir | None:
 
 
 def _guarded(run: RunDir, work: Callable[[RunDir], None]) -> bool:
-    """Work on one run; False, with a line in the log, where that fails: the other runs go on."""
+    """Work on one run; log any error and return False, so that the other runs continue."""
     try:
         work(run)
     except (OSError, UserError) as error:
@@ -97,7 +97,7 @@ def _take_over(run: RunDir) -> None:
             return
         status.process.wait(POLL_S)
     if status.state == "lost" and status.process is not None and not status.process.is_of_this_machine:
-        # Its machine may be back, or only out of reach: nobody here can know that it has ended.
+        # Its machine may be back, or just out of reach: nothing here can prove that it has ended.
         return
     if status.state == "lost" or (
         status.state not in ("queued", "unreadable", "gone") and run.unreported_path.exists()
@@ -107,7 +107,7 @@ def _take_over(run: RunDir) -> None:
 
 def _begin(run: RunDir) -> None:
     deadline = time.monotonic() + EXITING_S
-    # Its last trainer may still be exiting, and may be nobody's child any more.
+    # Its last trainer may still be exiting, and may have no parent that waits for it.
     while is_locked(run.trainer_lock_path):
         if time.monotonic() > deadline:
             raise UserError(
@@ -120,12 +120,12 @@ def _begin(run: RunDir) -> None:
 def _record_outcome(
     run: RunDir, exit_code: int | None, events_from: int | None = None, *, host_out_of_memory: bool = False
 ) -> RetryPlan | None:
-    """Record how an attempt ended; the next attempt's plan, where one with less memory can help."""
+    """Record how an attempt ended; return a plan for the next attempt if less memory can help."""
     ending = determine_outcome(run, exit_code, events_from=events_from, host_out_of_memory=host_out_of_memory)
     try:
         record_outcome(run, ending, events_from=events_from)
         if read_status(run).state == "queued":
-            # Resumed while its trainer was still exiting: its turn comes with the queue.
+            # Resumed while its trainer was still exiting: the queue handles it.
             return None
         plan = plan_retry(run, ending)
     except OSError as error:
@@ -139,7 +139,7 @@ def _record_outcome(
 
 def _notify(run: RunDir) -> None:
     try:
-        # First: a runner that is killed here must not have the next one tell it again.
+        # Before notifying: if this runner is killed now, the next one must not notify again.
         run.unreported_path.unlink(missing_ok=True)
         spawn_detached("qlora_tui.runs.notify", str(run.path), output=None)
     except OSError as error:
@@ -147,7 +147,7 @@ def _notify(run: RunDir) -> None:
 
 
 def _supervise(run: RunDir, plan: RetryPlan | None) -> None:
-    """Train a run to its end, with less memory again where it ran out."""
+    """Train a run to its end, retrying with less memory if it runs out."""
     while plan is not None:
         kills_before = host_oom_kills()
         events_from = run.events_path.stat().st_size
@@ -158,7 +158,7 @@ def _supervise(run: RunDir, plan: RetryPlan | None) -> None:
 
 
 def _train(run: RunDir, plan: RetryPlan) -> int:
-    """Run one trainer to its end; its exit code. Raises OSError, with the run as it was, where it cannot."""
+    """Run one trainer to its end; return its exit code. Raises OSError if the run cannot be taken."""
     with open_append(run.log_path) as log:
         run.unreported_path.touch(mode=0o600)
         run_queue.take(run, process_identity())

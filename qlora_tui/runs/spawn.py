@@ -1,4 +1,4 @@
-"""Processes of ours that outlive who started them: the runner, a trainer, the news of an ending."""
+"""Processes of ours that outlive their parent: the runner, a trainer, a notification."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from qlora_tui.gpu.visible_devices import PCI_BUS_ORDER_ENV
 
 
 def runner_lock_path() -> Path:
-    """The file that the one runner holds a lock on."""
+    """Path of the file that the runner holds a lock on."""
     return paths.state_dir() / "runner.lock"
 
 
 def runner_log_path() -> Path:
-    """What runners wrote on stdout and stderr."""
+    """Path of the runners' stdout and stderr."""
     return paths.state_dir() / "runner.log"
 
 
 def ensure_runner() -> None:
-    """Start a runner that outlives this process and its terminal; harmless where one is at work."""
+    """Start a runner that outlives this process and its terminal; harmless if one is active."""
     with runner_log_path().open("ab") as log:
         spawn_detached("qlora_tui.runs.runner", output=log)
 
 
 def spawn_detached(module: str, *arguments: str, output: IO[bytes] | None) -> subprocess.Popen[bytes]:
-    """A process of ours in a session of its own: a signal to this one's group does not reach it.
+    """Start a module in its own session, so that a signal to this process group does not reach it.
 
-    Without ``output`` it writes where this process does.
+    Without ``output`` it writes to this process's output.
     """
     return subprocess.Popen(
         subprocesses.module_argv(module, *arguments),

@@ -1,10 +1,10 @@
-"""Where a run stands: ``status.json``, and what it means once its process is gone.
+"""A run's current state: ``status.json``, and how to read it after its process has ended.
 
-``status.json`` is written at each change of state and is on the disk before anything relies on it. The
-heartbeat has a file of its own, replaced once a second and never synced: a power cut may empty it, and costs
-no more than the last second. Where ``status.json`` cannot be read, the run's events say how it stands.
+``status.json`` is written at each change of state and is on disk before anything relies on it. The
+heartbeat is a separate file, replaced once a second and never synced: a power cut may empty it, and loses
+no more than the last second. If ``status.json`` cannot be read, the state is derived from the events.
 
-Written by whoever has the run: the one who queues it, the runner, the trainer; never by two at once.
+Written by the one process that currently owns the run: the one that queues it, the runner, or the trainer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from qlora_tui.runs.queue_entries import entries_of
 State: TypeAlias = Literal[
     "queued", "starting", "running", "finished", "failed", "stopped", "paused", "lost", "unreadable", "gone"
 ]
-"""The last three are never written: they are what a reader finds. ``gone``: not even its folder is there."""
+"""The last three are never written, only derived on reading. ``gone``: the folder does not exist."""
 
 ACTIVE: frozenset[State] = frozenset(("starting", "running"))
 RESUMABLE: frozenset[State] = frozenset(("failed", "stopped", "paused", "lost"))
@@ -39,7 +39,7 @@ class Status(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     state: State
     at: UnixTime
-    """Unix time of this writing: the heartbeat."""
+    """Unix time when this was written: the heartbeat."""
     process: ProcessIdentity | None = None
     phase: Phase | None = None
     step: Count = 0
@@ -49,7 +49,7 @@ class Status(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One sentence: how it ended, or what it waits for."""
 
     def transition(self, state: State, *, process: ProcessIdentity | None = None, detail: str = "") -> Status:
-        """The next state, from now on; how far the run has come stays."""
+        """Return the next state, starting now; the run's progress is kept."""
         return structs.replace(self, state=state, at=time.time(), process=process, phase=None, detail=detail)
 
 
@@ -64,12 +64,12 @@ def write_status(run: RunDir, status: Status) -> None:
 
 
 def write_heartbeat(run: RunDir, status: Status) -> None:
-    """Say that the process in ``status.json`` lives and how far it has come. Raises OSError."""
+    """Record that the process in ``status.json`` is alive, and its progress. Raises OSError."""
     atomic_write(run.heartbeat_path, msgspec.json.encode(status))
 
 
 def read_status(run: RunDir) -> Status:
-    """The status as it is true now: an active run whose process is gone is ``lost``."""
+    """Read the actual status: an active run whose process has ended is ``lost``."""
     status = _state_from_events(run)
     if status.state == "queued":
         if not entries_of(run.id):
@@ -87,12 +87,12 @@ def read_status(run: RunDir) -> Status:
 
 
 def is_stranded(run: RunDir) -> bool:
-    """Whether the run was queued last, as far as is recorded, and is not in the queue."""
+    """Whether the run's last recorded state is queued, but it is not in the queue."""
     return _state_from_events(run).state == "queued" and not entries_of(run.id)
 
 
 def status_problem(run: RunDir) -> str | None:
-    """Why ``status.json`` cannot be read, in a clause; None where it can."""
+    """Describe why ``status.json`` cannot be read, in a clause; None if it can."""
     try:
         _decoded(run.status_path)
     except (OSError, msgspec.MsgspecError) as error:
@@ -127,7 +127,7 @@ def _heartbeat(run: RunDir) -> Status | None:
 
 
 def _without_status(run: RunDir, error: Exception) -> Status:
-    """What heartbeat and events tell of a run whose ``status.json`` does not."""
+    """Derive the status from heartbeat and events, for an unreadable ``status.json``."""
     if not run.recipe_path.is_file():
         return Status(
             state="unreadable", at=0.0, detail=f"{_reason(error)}; recipe.toml cannot be read either."

@@ -1,4 +1,4 @@
-"""How a run stands, in one spoken sentence each for the run and for its card: no chart, no column."""
+"""A run's state for screen readers: one sentence each for the run and its GPU, without charts or columns."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _machine(sample: Sample) -> str:
 
 
 def _gpu(card: GpuMetrics) -> list[str]:
-    """What it tells; the rest is left out."""
+    """Parts of the GPU sentence; metrics that the GPU does not report are left out."""
     parts = []
     if card.utilization_percent is not None:
         parts.append(f"{card.utilization_percent}% busy")

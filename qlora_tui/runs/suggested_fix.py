@@ -1,4 +1,4 @@
-"""What one key can do about a warning or failure: a request to the trainer, or another recipe."""
+"""Fixes for a warning or failure that one key applies: a request to the trainer, or another recipe."""
 
 from __future__ import annotations
 

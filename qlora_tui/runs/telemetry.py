@@ -1,4 +1,4 @@
-"""What the machine did during a run: one line of ``telemetry.jsonl`` a second, written by the trainer."""
+"""Machine metrics during a run: one line of ``telemetry.jsonl`` a second, written by the trainer."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from qlora_tui.runs.event_log import read_from
 
 
 class Sample(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One look at card and process."""
+    """One sample of GPU and process metrics."""
 
     at: UnixTime
     """Unix time, seconds."""
     rss_bytes: Count
     """Resident memory of the trainer process."""
     cpu_percent: float
-    """Of one core, so 200 is two cores at work."""
+    """CPU usage in percent of one core: 200 is two busy cores."""
     gpu: GpuMetrics | None = None
-    """None on a machine without a card."""
+    """GPU metrics; None on a machine without a GPU."""
 
 
 _decoder = msgspec.json.Decoder(Sample)
 
 
 def encode(sample: Sample) -> bytes:
-    """One line, newline included."""
+    """Encode a sample as one line, newline included."""
     return msgspec.json.encode(sample) + b"\n"
 
 
 class TelemetryTail:
-    """Reads samples from where it stopped; the first look takes only the last ``most_bytes``."""
+    """Reads samples from where it stopped; the first call reads only the last ``most_bytes``."""
 
     def __init__(self, path: Path, most_bytes: int = 256 * 1024) -> None:
         self._path = path
@@ -42,7 +42,7 @@ class TelemetryTail:
         self._offset: int | None = None
 
     def poll(self) -> list[Sample]:
-        """What is new, oldest first; torn and strange lines are passed over."""
+        """Return new samples, oldest first; torn and unknown lines are skipped."""
         if self._offset is None:
             size = self._path.stat().st_size if self._path.exists() else 0
             self._offset = max(0, size - self._most)

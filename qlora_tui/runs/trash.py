@@ -1,7 +1,7 @@
-"""Deleted runs that can still be brought back: until the app that deleted them ends.
+"""Deleted runs that can still be restored, until the app that deleted them exits.
 
-``runs/.deleted/<owner>/<run id>``: beside the runs, so that deleting is a rename whatever disk they lie on.
-The owner holds a lock while it lives; a folder whose lock is free was left behind and can go.
+``runs/.deleted/<owner>/<run id>``: inside the runs folder, so that deleting is a rename on the same disk.
+The owner holds a lock while it runs; a folder whose lock is free is abandoned and can be deleted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LOCK = ".lock"
 
 
 class Trash:
-    """What one app has deleted, the last on top."""
+    """Runs that one app has deleted, the most recent on top."""
 
     def __init__(self) -> None:
         self._folder: Path | None = None
@@ -33,7 +33,7 @@ class Trash:
         return len(self._deleted)
 
     def put(self, run: RunDir) -> None:
-        """Take a run away; raises UserError while it is not over, or where the disk says no."""
+        """Move a run to the trash; raises UserError until it has ended, or on a disk error."""
         check_deletable(run)
         try:
             run.path.rename(self._own_folder() / run.id)
@@ -42,7 +42,7 @@ class Trash:
         self._deleted.append(run.id)
 
     def restore(self) -> RunDir | None:
-        """The run that was deleted last, at its place again; None where there is none. Raises UserError."""
+        """Restore the run that was deleted last; None if the trash is empty. Raises UserError."""
         if not self._deleted:
             return None
         run = RunDir(paths.runs_dir() / self._deleted[-1])
@@ -54,7 +54,7 @@ class Trash:
         return run
 
     def empty(self) -> None:
-        """Delete for good what is in it."""
+        """Delete the contents permanently."""
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             os.close(self._lock)
@@ -63,7 +63,7 @@ class Trash:
     def _own_folder(self) -> Path:
         if self._folder is None:
             name = f"{time.time_ns()}-{os.getpid()}"
-            # It appears under its name when it is locked: another app that starts now leaves it alone.
+            # The folder appears under its name once locked, so that another app starting now leaves it alone.
             draft = private_dir(_home() / f".{name}")
             self._lock = os.open(draft / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
@@ -72,7 +72,7 @@ class Trash:
 
 
 def empty_abandoned() -> None:
-    """Delete for good what apps left that could not empty it themselves, being killed."""
+    """Permanently delete the trash of apps that were killed."""
     if not _home().exists():
         return
     for folder in _home().glob("[!.]*"):

@@ -1,7 +1,7 @@
-"""A run as its events tell it: the one reader behind the live screen, history and the command line.
+"""A run as its events describe it: the one reader behind the live screen, history and the command line.
 
-``RunView.refresh`` reads what is new and folds it in. Steps that a resumed attempt does again replace those
-of the attempt that was cut off, so that every step is there once.
+``RunView.refresh`` reads new events and applies them. Steps that a resumed attempt repeats replace those of
+the interrupted attempt, so that every step occurs once.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ from qlora_tui.runs.events import (
 from qlora_tui.runs.status import Status, read_status
 
 _RATE_STEPS = 20
-"""Steps over which the time left is reckoned."""
+"""Number of steps from which the remaining time is estimated."""
 
 
 class StepSeries:
-    """The steps as columns: one float a step and column, however long the run."""
+    """Steps as columns: one float per step and column, however long the run."""
 
     def __init__(self) -> None:
         self.step = array("q")
         self.at = array("d")
         self.epoch = array("d")
         self.loss = array("d")
-        """NaN where the loss was not a number."""
+        """Training losses; NaN where the loss was not a number."""
         self.learning_rate = array("d")
         self.grad_norm = array("d")
         self.tokens = array("q")
@@ -63,7 +63,7 @@ class StepSeries:
         return len(self.step)
 
     def append(self, event: Step) -> None:
-        """Add a step; those from it on are forgotten first."""
+        """Add a step; that step and later ones are removed first."""
         if self.step and event.step <= self.step[-1]:
             self.cut(event.step)
         self.step.append(event.step)
@@ -76,9 +76,9 @@ class StepSeries:
         self.tokens_per_s.append(event.tokens_per_s)
 
     def seconds(self, first: int = 0) -> float:
-        """What the steps from index ``first`` on took to train, without validations and pauses.
+        """Training time of the steps from index ``first`` on, without validations and pauses.
 
-        By the trainer's own measure of its speed: the clock may have been set meanwhile.
+        Computed from the trainer's own throughput: the clock may have been set meanwhile.
         """
         before = self.tokens[first - 1] if first else 0
         total = 0.0
@@ -89,22 +89,22 @@ class StepSeries:
         return total
 
     def keep_last(self, most: int) -> None:
-        """Forget all but the last ``most`` steps, 1 at least: a run that is followed is thinned elsewhere.
+        """Remove all but the last ``most`` steps, at least 1: a followed run is decimated elsewhere.
 
-        The first that is left then stands for all tokens before it in :meth:`seconds`.
+        The first remaining step then counts for all tokens before it in :meth:`seconds`.
         """
         for column in vars(self).values():
             del column[:-most]
 
     def cut(self, step: int) -> None:
-        """Forget ``step`` and all after it."""
+        """Remove ``step`` and all later steps."""
         keep = bisect_left(self.step, step)
         for column in vars(self).values():
             del column[keep:]
 
 
 class RunView:
-    """What is known of a run so far."""
+    """State of a run, derived from its events so far."""
 
     def __init__(self, run: RunDir) -> None:
         self.run = run
@@ -112,7 +112,7 @@ class RunView:
         self.status: Status = read_status(run)
         self.series = StepSeries()
         self.queued_at: float | None = None
-        """When it was first queued."""
+        """When it was first queued, Unix time."""
         self.attempt = 0
         self.started_at: float | None = None
         self.phase: Phase | None = None
@@ -131,9 +131,9 @@ class RunView:
 
     @classmethod
     def from_sample(cls, run: RunDir, steps: int) -> tuple[Self, list[AnyEvent]]:
-        """A run's story so far with only about so many of its steps; ``refresh`` goes on from there.
+        """Read a run with only about ``steps`` of its steps; ``refresh`` continues from there.
 
-        Also the events, for those who show each.
+        Also returns the events, for callers that show each one.
         """
         view = cls(run)
         sampled = sample_events(run.events_path, steps)
@@ -142,11 +142,11 @@ class RunView:
         return view, sampled.events
 
     def refresh(self) -> list[AnyEvent]:
-        """Read what is new; the events, in order, for those who show each."""
+        """Read new events; return them in order, for callers that show each one."""
         return list(self.iter_new())
 
     def iter_new(self) -> Iterator[AnyEvent]:
-        """The same in pieces, for a run whose events are too many to hold."""
+        """Read new events piece by piece, for a run with too many events to hold in memory."""
         self.status = read_status(self.run)
         for events in self._tail.pieces():
             self._apply_all(events)
@@ -158,26 +158,26 @@ class RunView:
 
     @property
     def unknown_events(self) -> int:
-        """Lines written by another version, which this one could not read."""
+        """Number of lines by another version, which this one could not read."""
         return self._tail.unknown
 
     @property
     def step(self) -> int:
-        """The last step done: the events tell of some, this attempt's heartbeat of every one."""
+        """The last completed step: events record some, this attempt's heartbeat every one."""
         last_step = self.series.step[-1] if len(self.series) else 0
         beats = self.started_at is None or self.status.at >= self.started_at
         return max(last_step, self.status.step) if beats else last_step
 
     @property
     def loss(self) -> float | None:
-        """Of the last step, in training; NaN where it was not a number, None before there is one."""
+        """Training loss of the last step; NaN if it was not a number, None before the first step."""
         last_loss = self.series.loss[-1] if len(self.series) else None
         ahead = not len(self.series) or self.step > self.series.step[-1]
         return self.status.loss if ahead and self.status.loss is not None else last_loss
 
     @property
     def total_steps(self) -> int:
-        """Of the whole run; 0 before it is known."""
+        """Number of steps of the whole run; 0 until known."""
         return self.data.total_steps if self.data else self.status.total_steps
 
     @property
@@ -188,23 +188,23 @@ class RunView:
 
     @property
     def accuracy(self) -> float | None:
-        """Exact answers at the last validation; None for data without short ones."""
+        """Share of exact answers at the last validation; None for data without short answers."""
         return self.evaluations[-1].accuracy if self.evaluations else None
 
     @property
     def base_accuracy(self) -> float | None:
-        """Exact answers of the base model: of the adapter before it has learnt anything, which adds zero."""
+        """Share of exact answers of the base model: those of the untrained adapter, which adds zero."""
         return next((e.accuracy for e in self.evaluations if e.step == 0), None)
 
     @property
     def seconds_left(self) -> float | None:
-        """By the pace of the last steps; None when there is no pace yet."""
+        """Remaining time at the speed of the last steps; None until it is known."""
         series = self.series
         n = min(len(series), _RATE_STEPS)
         if n < 2 or not self.total_steps or self.ending is not None:
             return None
         trained = series.seconds(len(series) - n + 1)
-        # With the validations between them; but a pause, or a clock that was set, at most doubles it.
+        # Validations between them are included; a pause, or a clock that was set, at most doubles it.
         took = min(max(trained, series.at[-1] - series.at[-n]), 2 * trained)
         return max(0, self.total_steps - self.step) * took / (series.step[-1] - series.step[-n])
 
