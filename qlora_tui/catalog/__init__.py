@@ -1,12 +1,12 @@
-"""Which models there are, and what each is made of.
+"""The available models and their architectures.
 
 * ``architecture_types``: ``Architecture`` and its linear modules, embeddings, head and other parameters.
 * ``config_parser``: ``parse_architecture``, from a ``config.json`` to those types. Pure Python, no weights.
-* ``families/``: what each model family is built of, as tables; ``family_spec`` and ``config_fields`` read
+* ``families/``: the structure of each model family, as tables; ``family_spec`` and ``config_fields`` read
   them.
 * ``local_models``, ``model_validation``, ``gguf_header``: the models on this machine, whether each can be
   trained, and finding one by name.
-* ``safetensors_header``: shapes and places of the tensors in a file of weights, and whether it is whole.
+* ``safetensors_header``: shapes and offsets of the tensors in a weights file, and whether it is complete.
 * ``adapter_config``: a LoRA adapter's config, checked before peft reads it.
 * ``code_keys``: keys of configs that would choose which code runs, rejected or removed.
 * ``lookup``: an architecture by the model's name, with or without its weights.

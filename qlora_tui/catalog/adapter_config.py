@@ -1,8 +1,8 @@
 """A LoRA adapter's config, checked before peft or torch reads it.
 
-peft takes most values as they come: a rank of twenty million is allocated, and names of modules are regular
-expressions, of which some take years. So types and bounds are checked here, patterns may hold no repetition,
-and which modules an adapter changes is taken from its weights.
+peft does not check most values: a rank of twenty million is allocated, and module names are regular
+expressions, some of which take years. So types and bounds are checked here, patterns may not repeat, and the
+modules that an adapter changes are read from its weights.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from qlora_tui.errors import UserError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-"""An adapter's files, as peft calls them."""
+"""An adapter's files, under their names in peft."""
 MOST_PATTERNS = 20_000
-"""One for each expert's projection in large mixtures."""
+"""Most patterns: one for each expert's projection in large mixtures."""
 _Rank = Annotated[int, Meta(ge=1, le=1024)]
 _Alpha = Annotated[float, Meta(ge=0, le=1e6)]
 _Names = list[str] | None
@@ -33,7 +33,7 @@ _LORA_KEY = re.compile(r"base_model\.model\.(.+?)\.lora_\w+(?:\.\w+)*")
 
 
 class _Schema(Struct):
-    """What of an adapter's config reaches peft, by type; ``code_keys`` leaves out the rest."""
+    """The keys of an adapter's config that reach peft, by type; ``code_keys`` drops all others."""
 
     peft_type: str | None = None
     task_type: str | None = None
@@ -66,7 +66,7 @@ class _Schema(Struct):
 
 
 def load_adapter_config(folder: Path) -> dict[str, Any]:
-    """The config of the adapter in ``folder``. Raises UserError where it cannot be used."""
+    """Load the config of the adapter in ``folder``. Raises UserError where it cannot be used."""
     file = folder / CONFIG
     values = load_config(file)
     try:
@@ -86,9 +86,9 @@ def load_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def with_exact_targets(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The config with the modules that the weights in ``folder`` change, in place of patterns for them.
+    """Return the config with patterns replaced by the modules that the weights in ``folder`` change.
 
-    Raises UserError where neither weights nor config name them plainly.
+    Raises UserError where neither weights nor config name them exactly.
     """
     try:
         names = sorted(

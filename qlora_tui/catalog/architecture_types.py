@@ -8,7 +8,7 @@ from typing import Literal
 from msgspec import Struct
 
 Part = Literal["attention", "mixer", "mlp", "shared_expert", "router", "vision", "other"]
-"""What a linear module is for. ``mixer``: what stands in for attention in a hybrid's other layers."""
+"""Purpose of a linear module. ``mixer`` replaces attention in the other layers of a hybrid."""
 
 Role = Literal["norm", "router", "expert", "conv", "vision", "other"]
 """The role of a parameter outside linear modules and embeddings."""
@@ -20,7 +20,7 @@ class LinearModule(Struct, frozen=True):
     name: str
     """The model's own full dotted name: ``model.layers.0.self_attn.q_proj``."""
     kind: str
-    """The last part of the name, by which LoRA targets it: ``q_proj``."""
+    """Last part of the name, which LoRA targets use: ``q_proj``."""
     part: Part
     layer: int | None
     """Index of the decoder layer (of the vision layer when ``part`` is ``vision``); None outside layers."""
@@ -28,9 +28,9 @@ class LinearModule(Struct, frozen=True):
     out_features: int
     bias: bool
     quantizable: bool
-    """bitsandbytes replaces it. False stays in 16 bits, whatever the recipe says."""
+    """Whether bitsandbytes quantizes it. If not, it stays in 16 bits, whatever the recipe says."""
     conv1d: bool = False
-    """GPT-2's ``Conv1D``: the weight is stored transposed; bitsandbytes replaces it like a Linear."""
+    """Whether it is GPT-2's ``Conv1D``, whose weight is stored transposed; quantized like a Linear."""
 
     @property
     def weight_params(self) -> int:
@@ -61,11 +61,11 @@ class OutputHead(Struct, frozen=True):
     out_features: int
     bias: bool
     tied: bool
-    """Shares its weight with the token embedding, which then counts once."""
+    """Whether it shares its weight with the token embedding, which then counts once."""
 
     @property
     def weight_params(self) -> int:
-        """Parameters of the weight, tied or not."""
+        """Return the parameters of the weight, tied or not."""
         return self.in_features * self.out_features
 
     @property
@@ -74,7 +74,7 @@ class OutputHead(Struct, frozen=True):
 
     @property
     def own_params(self) -> int:
-        """Parameters it adds to the model: no weight when tied."""
+        """Return the parameters it adds to the model: no weight when tied."""
         return (0 if self.tied else self.weight_params) + self.bias_params
 
 
@@ -98,48 +98,48 @@ class Experts(Struct, frozen=True):
     per_token: int
     intermediate_size: int
     shared_intermediate_size: int | None
-    """Width of the expert every token passes, where there is one."""
+    """Width of the expert for all tokens; None without one."""
 
 
 class Architecture(Struct, frozen=True):
-    """One model, to the last parameter, as transformers builds it for causal language modelling."""
+    """One model, to the last parameter, as transformers builds it for causal language modeling."""
 
     model_type: str
     layers: int
     hidden_size: int
     intermediate_size: int | None
-    """Of the dense MLP; None where every layer is a mixture."""
+    """Width of the dense MLP; None where every layer is a mixture."""
     heads: int
     kv_heads: int
     head_dim: int
-    """Of queries and keys."""
+    """Width of a head of queries and keys."""
     vocab_size: int
     max_positions: int | None
     tied_head: bool
     activation: str
-    """As the file names it: ``silu``, ``gelu_pytorch_tanh``."""
+    """Activation, under its name in the config: ``silu``, ``gelu_pytorch_tanh``."""
     gated: bool
-    """The MLP multiplies two projections (gate and up)."""
+    """Whether the MLP multiplies two projections (gate and up)."""
     residual_dropout: float
     """Share of each half's output that the model itself drops in training (GPT-2, OPT, Phi-2); mostly 0."""
     final_logit_softcapping: float | None
     logit_scale: float | None
-    """What the logits are multiplied by after the head, where that is not 1."""
+    """Factor of the logits after the head; None for 1."""
     dtype: str | None
-    """Of the weights in the file: ``bfloat16``."""
+    """Dtype of the weights in the file: ``bfloat16``."""
     quantized_as: str | None
-    """``quant_method`` of a checkpoint that is stored quantised: ``mxfp4``, ``awq``, ``bitsandbytes``."""
+    """``quant_method`` of a checkpoint that is stored quantized: ``mxfp4``, ``awq``, ``bitsandbytes``."""
     experts: Experts | None
     modules: tuple[LinearModule, ...]
-    """Every linear module but the head, in the model's order."""
+    """Every linear module except the head, in the model's order."""
     embeddings: tuple[Embedding, ...]
     head: OutputHead
     parameters: tuple[Parameter, ...]
-    """Everything else."""
+    """All other parameters."""
 
     @property
     def total_params(self) -> int:
-        """Equal to transformers' own count; a tied head counts once."""
+        """Return the number of parameters as transformers counts them; a tied head counts once."""
         return (
             self.linear_params
             + self.linear_bias_params
@@ -150,7 +150,7 @@ class Architecture(Struct, frozen=True):
 
     @property
     def linear_params(self) -> int:
-        """Weights of all linear modules but the head."""
+        """Return the weights of all linear modules except the head."""
         return sum(module.weight_params for module in self.modules)
 
     @property
@@ -159,7 +159,7 @@ class Architecture(Struct, frozen=True):
 
     @property
     def quantizable_params(self) -> int:
-        """Weights that become 4-bit (or 8-bit) when the model is loaded quantised."""
+        """Return the weights that become 4-bit (or 8-bit) when the model is loaded quantized."""
         return sum(module.weight_params for module in self.modules if module.quantizable)
 
     @property
@@ -168,12 +168,12 @@ class Architecture(Struct, frozen=True):
 
     @property
     def expert_params(self) -> int:
-        """Of the fused experts, their biases included."""
+        """Return the parameters of the fused experts, including biases."""
         return self.role_params("expert")
 
     def role_params(self, role: Role) -> int:
         return sum(parameter.params for parameter in self.parameters if parameter.role == role)
 
     def kinds(self) -> tuple[str, ...]:
-        """The distinct module kinds, in the model's order: what LoRA can target by name."""
+        """Return the distinct module kinds, in the model's order, which LoRA can target by name."""
         return tuple(dict.fromkeys(module.kind for module in self.modules))

@@ -1,6 +1,6 @@
-"""Keys of configs that would choose which code runs: refused, or left out before a library reads them.
+"""Keys of configs that would choose which code runs: rejected, or removed before a library reads them.
 
-``trust_remote_code=False`` does not cover all of them. Transformers loads a kernel from the hub when
+``trust_remote_code=False`` does not cover all of them. Transformers loads a kernel from the Hub when
 ``attn_implementation`` names a repository (CVE-2026-4372 in versions before 5.3), peft imports the module
 that ``megatron_core`` names, and both read further files that a config names.
 """
@@ -18,16 +18,16 @@ IMPLEMENTATIONS = frozenset(
     for part in ("attn", "experts")
     for suffix in ("", "_internal", "_autoset")
 )
-"""Which attention and which expert layers compute: this program chooses."""
+"""Keys that select the attention and expert implementations, which this program chooses."""
 _MODEL_KEYS = IMPLEMENTATIONS | {
     # Python files of a repository.
     "auto_map", "custom_generate", "custom_pipelines", "trust_remote_code", "code_revision",
-    # Kernels of the hub.
+    # Kernels on the Hub.
     "kernel_config", "use_kernels", "use_hub_kernels", "allow_all_kernels",
     # Other files and repositories.
     "configuration_files", "transformers_weights", "adapter_kwargs", "peft_config", "base_model_name_or_path",
     "_name_or_path", "name_or_path", "_adapter_model_path", "_commit_hash", "use_pretrained_backbone",
-    # What torch is told to compile.
+    # What torch compiles.
     "compile_config",
 }  # fmt: skip
 _QUANTIZATION_KEYS = frozenset(
@@ -39,7 +39,7 @@ _QUANTIZATION_KEYS = frozenset(
         "llm_int8_enable_fp32_cpu_offload",
     )
 )  # fmt: skip
-"""All that says how bitsandbytes stored weights; other ways of storing are refused by the catalog."""
+"""Keys that describe how bitsandbytes stored weights; the catalog rejects other storage formats."""
 _ADAPTER_KEYS = frozenset(
     (
         "peft_type", "task_type", "inference_mode", "r", "lora_alpha", "lora_dropout", "bias", "lora_bias",
@@ -49,22 +49,22 @@ _ADAPTER_KEYS = frozenset(
         "use_qalora", "qalora_group_size", "alora_invocation_tokens", "use_bdlora", "peft_version",
     )
 )  # fmt: skip
-"""What decides the values an adapter computes. Left out: modules to import (``megatron_core``,
+"""Keys that decide the values an adapter computes. Removed: modules to import (``megatron_core``,
 ``auto_mapping``), repositories and revisions, files of statistics (``corda_config``, ``lora_ga_config``)."""
 _ORIGIN = ("base_model_name_or_path", "revision", "auto_mapping")
-"""Where it was made, which every adapter says and nothing here reads."""
+"""Keys on an adapter's origin, which every adapter has and nothing here reads."""
 _PEFT_DEFAULTS = {"megatron_core": "megatron.core"}
-"""Written by peft into every adapter."""
+"""Values that peft writes into every adapter."""
 _FROM_FILES = ("corda", "lora_ga")
-"""Ways to begin an adapter that change the base by statistics from another file."""
+"""Initializations that change the base by statistics from another file."""
 _FROM_BASE = ("eva", "loftq")
-"""Ways to begin an adapter whose values its own weights replace."""
+"""Initializations whose values the adapter's own weights replace."""
 
 
 def without_code(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A model's or its generation's config without the keys that choose code; which keys those were.
+    """Return a model's or generation config without the keys that choose code, and the removed keys.
 
-    Nested configs are read too. Keys are named as ``text_config.auto_map``.
+    Nested configs are included; their keys are named like ``text_config.auto_map``.
     """
     return _without_code_keys(config, "")
 
@@ -105,7 +105,7 @@ def _without_code_entries(values: list[Any], place: str) -> tuple[list[Any], lis
 
 
 def named_kernels(config: Mapping[str, Any]) -> str | None:
-    """``key = 'owner/name'`` of the first key, at any depth, that names a kernel repository, or None."""
+    """Return ``key = 'owner/name'`` of the first key at any depth that names a kernel repository, or None."""
     for key, value in config.items():
         if key in IMPLEMENTATIONS:
             for name in value.values() if isinstance(value, dict) else (value,):
@@ -117,9 +117,9 @@ def named_kernels(config: Mapping[str, Any]) -> str | None:
 
 
 def adapter_without_code(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
-    """A LoRA adapter's config with the keys that decide its values alone; which others it had.
+    """Return a LoRA adapter's config with only the keys that decide its values, and the removed keys.
 
-    Raises UserError where its values depend on a file that ``where``, the adapter's folder, does not hold.
+    Raises UserError where its values depend on a file that ``where``, the adapter's folder, does not contain.
     """
     init_method = config.get("init_lora_weights")
     if init_method in _FROM_FILES:

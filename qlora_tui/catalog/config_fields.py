@@ -14,7 +14,7 @@ MAX_SIZE_BY_KEY = {"layer": 1000, "head": 100_000}
 
 
 def config_problem(where: str, what: str) -> UserError:
-    """The error for a config that cannot be used."""
+    """Build the error for a config that cannot be used."""
     return UserError(
         "The model's config cannot be used",
         what=f"{where}: {what}.",
@@ -24,15 +24,15 @@ def config_problem(where: str, what: str) -> UserError:
 
 
 class ConfigFields:
-    """One JSON object of a config, and where it is in the file."""
+    """One JSON object of a config, and its location in the file."""
 
     def __init__(self, values: Mapping[str, Any], where: str):
         self.values = values
         self.where = where
-        """For messages: ``config.json``, ``config.json, text_config``."""
+        """Location for messages: ``config.json``, ``config.json, text_config``."""
 
     def first(self, keys: tuple[str, ...]) -> tuple[str, object] | None:
-        """The first of ``keys`` that is present, with its value (which may be None)."""
+        """Return the first of ``keys`` that is present, with its value (which may be None)."""
         for key in keys:
             if key in self.values:
                 return key, self.values[key]
@@ -48,7 +48,7 @@ class ConfigFields:
         return config_problem(self.where, f"{key} is missing")
 
     def size(self, keys: tuple[str, ...], *, minimum: int = 1) -> int | None:
-        """A whole number from ``least`` up; None when absent or null. Raises UserError otherwise."""
+        """Return an integer from ``minimum`` up; None when absent or null. Raises UserError otherwise."""
         entry = self.first(keys)
         if entry is None or entry[1] is None:
             return None
@@ -75,7 +75,7 @@ class ConfigFields:
         return entry[1]
 
     def number(self, key: str) -> float | None:
-        """A number above 0 and up to 1e6; None when absent or null."""
+        """Return a number above 0 and up to 1e6; None when absent or null. Raises UserError otherwise."""
         value = self.values.get(key)
         if value is None:
             return None
@@ -84,7 +84,7 @@ class ConfigFields:
         return float(value)
 
     def indices(self, key: str) -> frozenset[int]:
-        """A list of layer indices; empty when absent or null."""
+        """Return a list of layer indices as a set; empty when absent or null. Raises UserError otherwise."""
         value = self.values.get(key)
         if value is None:
             return frozenset()
@@ -93,7 +93,7 @@ class ConfigFields:
         return frozenset(value)
 
     def names(self, key: str, length: int) -> tuple[str, ...] | None:
-        """A list of ``length`` strings; None when absent or null."""
+        """Return a list of ``length`` strings; None when absent or null. Raises UserError otherwise."""
         value = self.values.get(key)
         if value is None:
             return None
@@ -104,7 +104,7 @@ class ConfigFields:
         return tuple(value[:length])
 
     def child(self, key: str) -> ConfigFields:
-        """A nested object. Raises UserError when absent or not an object."""
+        """Return a nested object. Raises UserError when absent or not an object."""
         if self.values.get(key) is None:
             raise self.missing(key)
         value = self.values[key]

@@ -1,7 +1,7 @@
 """From a ``config.json`` to an ``Architecture``: no weights, no torch, a few milliseconds.
 
-The tables in ``families/`` say what a family is built of; this reads the sizes they need from the file and
-expands them. Read by the estimate, the LoRA screen, the model list and the trainer.
+The tables in ``families/`` describe the structure of a family; this module reads the sizes they need from the
+file and expands them. Read by the estimate, the LoRA screen, the model list and the trainer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from qlora_tui.errors import UserError
 from qlora_tui.foreign_files import read_bounded
 
 MOST_CONFIG_BYTES = 4 << 20
-"""Real ones are kilobytes; those that name every module that is not quantized come near a megabyte."""
+"""Largest config file in bytes. Real ones are kilobytes; those that list all unquantized modules are up to a
+megabyte."""
 COMMON_SIZES: dict[str, SizeField] = {
     "layers": SizeField(("num_hidden_layers", "n_layer", "n_layers", "num_layers")),
     "hidden": SizeField(("hidden_size", "n_embd", "n_embed")),
@@ -33,17 +34,17 @@ COMMON_SIZES: dict[str, SizeField] = {
     "vocab": SizeField(("vocab_size",)),
     "positions": SizeField(("max_position_embeddings", "n_positions", "seq_length"), default=0),
 }
-"""Every family's. ``positions`` 0 means that the file does not say, and no parameter depends on it."""
+"""Sizes of every family. ``positions`` 0 means that the file does not say, and no parameter depends on it."""
 
 DENSE_WIDTH = SizeField(("intermediate_size", "n_inner", "ffn_dim"))
 ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation")
 
 
 def parse_architecture(config: Mapping[str, Any] | Path) -> Architecture:
-    """The architecture a config describes.
+    """Return the architecture that a config describes.
 
     ``config`` is the parsed ``config.json``, the file, or the folder that holds it. Raises UserError, naming
-    the field, for an unknown family, a missing field, or a value that cannot be.
+    the field, for an unknown family, a missing field, or an invalid value.
     """
     if isinstance(config, Path):
         file = config / "config.json" if config.is_dir() else config
@@ -52,9 +53,9 @@ def parse_architecture(config: Mapping[str, Any] | Path) -> Architecture:
 
 
 def load_config(file: Path, most_bytes: int = MOST_CONFIG_BYTES) -> dict[str, Any]:
-    """The JSON object in ``file``.
+    """Load the JSON object in ``file``.
 
-    Raises UserError when the file cannot be read, is larger than ``most_bytes``, or is not one.
+    Raises UserError when the file cannot be read, is larger than ``most_bytes``, or is not a JSON object.
     """
     try:
         values = json.loads(read_bounded(file, most_bytes))
@@ -70,7 +71,7 @@ def load_config(file: Path, most_bytes: int = MOST_CONFIG_BYTES) -> dict[str, An
 
 
 def known_model_types() -> frozenset[str]:
-    """Every ``model_type`` that ``parse_architecture`` accepts."""
+    """Return every ``model_type`` that ``parse_architecture`` accepts."""
     return frozenset(FAMILY) | frozenset(COMPOSITE)
 
 
@@ -123,7 +124,8 @@ def _parse_composite(fields: ConfigFields, model_type: str) -> Architecture:
 
 
 def read_sizes(family: Family, fields: ConfigFields) -> dict[str, int]:
-    """Every size and flag that the tables of ``family`` use. Raises UserError naming the invalid field."""
+    """Read the sizes and flags that the tables of ``family`` use. Raises UserError naming an invalid
+    field."""
     size_fields = {**COMMON_SIZES, **_dense_width(family), **family.sizes}
     sizes: dict[str, int] = {}
     for name, size in size_fields.items():
@@ -179,7 +181,8 @@ def _assemble(
     sizes: dict[str, int],
     text: ConfigFields | None = None,
 ) -> Architecture:
-    """``outer`` is the whole file; ``text`` the nested config of the language model, if there is one."""
+    """Build the architecture. ``outer`` is the whole file; ``text`` the nested config of the language model,
+    if any."""
     fields = text or outer
     sizes["hidden_per_head"] = sizes["hidden"] // sizes["heads"]
     expanded = expand(family, base, sizes, _layers(family, fields, sizes))
@@ -229,7 +232,7 @@ _DEFAULT_DROPOUT_0_1 = ("gpt2", "gpt_bigcode", "opt", "seed_oss")
 
 
 def _residual_dropout(fields: ConfigFields, family: Family) -> float:
-    """``resid_pdrop``, ``dropout`` (OPT) or ``hidden_dropout``; GPT-2 and OPT drop a tenth by default."""
+    """Return ``resid_pdrop``, ``dropout`` (OPT) or ``hidden_dropout``; GPT-2 and OPT default to 0.1."""
     key = _DROPOUT_KEYS.get(family.model_types[0], "hidden_dropout")
     value = fields.values.get(key)
     if value is None:
@@ -240,14 +243,14 @@ def _residual_dropout(fields: ConfigFields, family: Family) -> float:
 
 
 def _softcap(fields: ConfigFields, family: Family) -> float | None:
-    """Gemma's ``cap · tanh(logits / cap)``; the second generation's class default is 30."""
+    """Return the cap of Gemma's ``cap · tanh(logits / cap)``; the second generation's class default is 30."""
     if "gemma2" in family.model_types and "final_logit_softcapping" not in fields.values:
         return 30.0
     return fields.number("final_logit_softcapping")
 
 
 def _logit_scale(fields: ConfigFields, family: Family) -> float | None:
-    """Cohere multiplies the logits by ``logit_scale``, Granite divides them by ``logits_scaling``."""
+    """Return the logit factor: Cohere multiplies by ``logit_scale``, Granite divides by its own."""
     if family.model_types[0] in ("cohere", "cohere2"):
         return fields.number("logit_scale") or 0.0625
     if family.model_types[0] in ("granite", "granitemoe"):

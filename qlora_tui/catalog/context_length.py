@@ -1,4 +1,4 @@
-"""The warning for samples longer than the model's context: allowed, but seldom intended."""
+"""The warning for samples longer than the model's context: allowed, but rarely intended."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _LEARNED_POSITION_TABLES = ("wpe", "embed_positions")
 
 
 def context_length_warning(length: int, architecture: Architecture) -> UserError | None:
-    """The warning where samples may be ``length`` tokens long; None where they fit the model's context."""
+    """Return the warning where samples may have ``length`` tokens; None where they fit the context."""
     limit = architecture.max_positions
     if limit is None or length <= limit:
         return None

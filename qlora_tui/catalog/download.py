@@ -1,9 +1,9 @@
-"""Fetching a model from the hub, in a process of its own: ``python -m qlora_tui.catalog.download ID``.
+"""Download of a model from the Hub, in a separate process: ``python -m qlora_tui.catalog.download ID``.
 
-It prints one JSON object a line: ``start`` and ``progress`` (``done_bytes``, ``total_bytes``, ``file``), then
-``done`` (``path``) or ``problem`` (``title``, ``what``, ``why``, ``fix``). It goes on when whoever reads its
-output has gone. ``huggingface_hub`` 2 begins a file anew after its process has died; here every file is kept
-as far as it came and continued, and is checked against its hash when it is whole.
+It prints one JSON object per line: ``start`` and ``progress`` (``done_bytes``, ``total_bytes``, ``file``),
+then ``done`` (``path``) or ``problem`` (``title``, ``what``, ``why``, ``fix``). It continues when the reader
+of its output exits. ``huggingface_hub`` 2 restarts a file after its process has died; here partial files are
+kept and resumed, and checked against their hash when complete.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.files import atomic_write, sync
 
 OnProgress = Callable[[int, int, str], None]
-"""Called with bytes here, bytes in all, and the name of the file in hand."""
+"""Callback with the bytes so far, the total bytes, and the name of the current file."""
 CHUNK_BYTES = 1 << 20
 RESERVED_BYTES = 256 << 20
-"""Left free on the disk."""
+"""Bytes left free on the disk."""
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 15.0)
 """Delays between attempts after a connection error without progress."""
 MOST_REQUESTS = 1000
-"""For one file. Each goes on where the one before it broke off."""
+"""Most requests for one file. Each resumes where the previous one stopped."""
 PROGRESS_EVERY_S = 0.25
 
 
@@ -48,9 +48,9 @@ def download(
     retry_delays_s: tuple[float, ...] = RETRY_DELAYS_S,
     revision: str = "main",
 ) -> Path:
-    """Fetch a revision of ``model_id`` into the Hugging Face cache; return the folder to load.
+    """Download a revision of ``model_id`` into the Hugging Face cache; return the folder to load.
 
-    Continues what an earlier attempt left. Raises UserError when it cannot; what was fetched is kept.
+    Resumes an earlier attempt. Raises UserError on failure; downloaded data is kept.
     """
     plan = plan_download(model_id, revision)
     check_space(plan)
@@ -72,7 +72,7 @@ def download(
 
 
 def check_space(plan: DownloadPlan) -> None:
-    """Raise UserError when what is missing does not fit on the disk."""
+    """Raise UserError when the missing files do not fit on the disk."""
     existing_parent = next(folder for folder in plan.folder.parents if folder.exists())
     free = shutil.disk_usage(existing_parent).free
     missing = plan.total_bytes - plan.done_bytes
@@ -88,7 +88,7 @@ def check_space(plan: DownloadPlan) -> None:
 
 
 def _is_here(plan: DownloadPlan, file: HubFile) -> bool:
-    """Whether the cache has ``file`` whole, by size and hash. What is damaged there is deleted."""
+    """Return whether the cache has all of ``file``, by size and hash. A damaged copy is deleted."""
     blob, pointer = plan.blob(file), plan.snapshot / file.name
     present = [path for path in (blob, pointer) if path.is_file()]
     damaged = [path for path in present if _size(path) != file.size_bytes or _hash(path, file) != file.etag]
@@ -98,7 +98,7 @@ def _is_here(plan: DownloadPlan, file: HubFile) -> bool:
 
 
 def _link(plan: DownloadPlan, file: HubFile) -> None:
-    """Put ``file`` in the snapshot: a link to its blob, or the blob itself where links cannot be made."""
+    """Put ``file`` into the snapshot: a link to its blob, or the blob itself if links are unsupported."""
     pointer = plan.snapshot / file.name
     if pointer.is_file():
         return
@@ -125,7 +125,7 @@ def _open_partial(plan: DownloadPlan, file: HubFile) -> Iterator[IO[bytes]]:
 
 
 def _fetch(plan: DownloadPlan, file: HubFile, report: OnProgress, retry_delays_s: tuple[float, ...]) -> None:
-    """Fetch ``file`` whole, however often the connection drops, as long as something arrives each time."""
+    """Download all of ``file``, through any number of disconnects, as long as each request makes progress."""
     before = plan.done_bytes - min(file.size_bytes, _size(plan.partial(file)))
 
     def on_bytes(size: int) -> None:
@@ -155,7 +155,7 @@ def _fetch(plan: DownloadPlan, file: HubFile, report: OnProgress, retry_delays_s
         partial.flush()
         if _size(plan.partial(file)) != file.size_bytes or _hash(plan.partial(file), file) != file.etag:
             raise _damaged(plan, file, partial, "does not match the hash on the Hub")
-        # Before the rename: a power cut must not leave the blob's name on an empty file.
+        # Before the rename: a power cut must not leave an empty file under the blob's name.
         os.fsync(partial.fileno())
         plan.partial(file).replace(plan.blob(file))
         sync(plan.blob(file).parent)
@@ -173,7 +173,7 @@ def _damaged(plan: DownloadPlan, file: HubFile, partial: IO[bytes], what: str) -
 
 
 def _append(plan: DownloadPlan, file: HubFile, partial: IO[bytes], on_bytes: Callable[[int], None]) -> None:
-    """One request for what is missing of ``file``."""
+    """Request the missing part of ``file`` once."""
     size = partial.tell()
     headers = request_headers() | {"Range": f"bytes={size}-"}
     url = f"{endpoint()}/{plan.id}/resolve/{plan.commit}/{file.name}"
@@ -196,7 +196,7 @@ def _append(plan: DownloadPlan, file: HubFile, partial: IO[bytes], on_bytes: Cal
 
 
 def _hash(path: Path, file: HubFile) -> str:
-    """The hash of ``path`` that the hub names files by: SHA-256, or git's of a blob."""
+    """Return the hash by which the Hub names ``path``: SHA-256, or git's blob hash."""
     if len(file.etag) == 64:
         hashed = hashlib.sha256()
     else:
@@ -215,7 +215,7 @@ def _size(path: Path) -> int:
 
 
 def spawn(model_id: str) -> subprocess.Popen[bytes]:
-    """Start a download that outlives this process and its terminal. Its JSON lines come on ``stdout``."""
+    """Start a download that outlives this process and its terminal. Its JSON lines are on ``stdout``."""
     return subprocess.Popen(
         subprocesses.module_argv("qlora_tui.catalog.download", model_id),
         env=subprocesses.subprocess_env(),
@@ -254,7 +254,7 @@ class _JsonLinesWriter:
 
 
 def main(arguments: list[str]) -> int:
-    """The command line: one model id. Returns the exit code."""
+    """Run the command line with one model id. Returns the exit code."""
     writer = _JsonLinesWriter()
     try:
         if len(arguments) != 1:

@@ -1,4 +1,4 @@
-"""What a model family is made of, as a table, and how a table becomes modules.
+"""Tables that describe a model family, and their expansion to modules.
 
 A size in a table is a name (``hidden``, ``q``) or a sum of products of names and numbers (``q+2*kv``). A
 condition (``only``, ``bias``) is the name of a size or flag that must not be 0. ``families/`` holds the
@@ -20,14 +20,14 @@ Sizes = Mapping[str, int]
 
 @dataclass(frozen=True, slots=True)
 class SizeField:
-    """A whole number of ``config.json``."""
+    """An integer of ``config.json``."""
 
     keys: tuple[str, ...]
-    """What the file may call it, the usual name first."""
+    """Its possible keys in the file, the usual one first."""
     default: int | str | None = None
-    """The config class's default, a number or an expression; None: the file must have it."""
+    """The config class's default, a number or an expression; None if the file must have it."""
     null_value: int | str | None = None
-    """What an explicit null means, where that differs from ``absent``."""
+    """Meaning of an explicit null, where it differs from ``default``."""
     minimum: int = 1
 
 
@@ -47,19 +47,19 @@ class LinearSpec:
 
 @dataclass(frozen=True, slots=True)
 class NormSpec:
-    """A normalisation: one weight, and a bias where it has one."""
+    """A normalization layer: one weight, and optionally a bias."""
 
     name: str
     width: str = "hidden"
     bias: bool = False
     condition: str = ""
     repeat: str = ""
-    """As many of them as this size says, numbered: ``q_layernorm.norms.0`` and on."""
+    """Name of the size that counts numbered copies: ``q_layernorm.norms.0`` and so on."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParameterSpec:
-    """Any other parameter, by its own name."""
+    """Any other parameter, by name."""
 
     name: str
     shape: tuple[str, ...]
@@ -83,31 +83,31 @@ PerLayer = Callable[[ConfigFields, Sizes], list[Sizes]]
 
 @dataclass(frozen=True)
 class Family:
-    """How transformers builds the models of some ``model_type`` values."""
+    """The structure that transformers builds for some ``model_type`` values."""
 
     model_types: tuple[str, ...]
     layer: tuple[LayerEntry, ...]
-    """What each layer holds; names are relative to the layer."""
+    """Entries of each layer; names are relative to the layer."""
     base: str = "model"
     blocks: str = "layers"
-    """Where the layers stand: ``{base}.{blocks}.0``."""
+    """Path of the layers: ``{base}.{blocks}.0``."""
     embedding_tables: tuple[EmbeddingSpec, ...] = (EmbeddingSpec("embed_tokens", "vocab", "hidden"),)
     top_level: tuple[LayerEntry, ...] = (NormSpec("norm"),)
-    """What stands beside the layers; names are relative to ``base``."""
+    """Entries outside the layers; names are relative to ``base``."""
     head: LinearSpec = LinearSpec("lm_head", "hidden", "vocab")
     tied: bool = False
-    """The class default of ``tie_word_embeddings``."""
+    """Class default of ``tie_word_embeddings``."""
     activation: str = "silu"
-    """The class default."""
+    """Class default of the activation."""
     gated: bool = True
     sizes: Mapping[str, SizeField] = field(default_factory=dict)
-    """Beyond, or instead of, ``COMMON_SIZES``."""
+    """Sizes in addition to, or instead of, ``COMMON_SIZES``."""
     flags: Mapping[str, bool] = field(default_factory=dict)
-    """Booleans of the file, with the class default."""
+    """Booleans of the file, with their class defaults."""
     adjust: Adjust | None = None
-    """Works out sizes the file does not state."""
+    """Function that computes sizes the file does not state."""
     per_layer: PerLayer | None = None
-    """Sizes and flags that differ from layer to layer: one mapping a layer, laid over the model's."""
+    """Function that returns the sizes and flags of each layer, which are merged over the model's."""
 
 
 @lru_cache(maxsize=512)
@@ -116,7 +116,7 @@ def _terms(expression: str) -> tuple[tuple[str, ...], ...]:
 
 
 def evaluate(expression: str, sizes: Sizes) -> int:
-    """The value of a size expression: ``q+2*kv``."""
+    """Evaluate a size expression such as ``q+2*kv``."""
     total = 0
     for term in _terms(expression):
         product = 1
@@ -132,7 +132,7 @@ def _is_true(condition: bool | str, sizes: Sizes) -> bool:
 
 @dataclass
 class ExpandedModel:
-    """What expanding tables collects."""
+    """Result of expanding tables."""
 
     modules: list[LinearModule] = field(default_factory=list)
     parameters: list[Parameter] = field(default_factory=list)
@@ -140,7 +140,7 @@ class ExpandedModel:
     def add(
         self, entries: tuple[LayerEntry, ...], prefix: str, layer: int | None, sizes: Sizes, vision: bool
     ) -> None:
-        """Expand ``entries`` under ``prefix``. With ``vision`` everything is booked as the vision tower's."""
+        """Expand ``entries`` under ``prefix``. With ``vision`` all entries count as the vision tower's."""
         for entry in entries:
             if entry.condition and not sizes[entry.condition]:
                 continue
@@ -183,7 +183,7 @@ def _parameter_shapes(entry: NormSpec | ParameterSpec, sizes: Sizes) -> Iterator
 def expand(
     family: Family, base: str, sizes: Sizes, layers: list[Sizes], *, vision: bool = False
 ) -> ExpandedModel:
-    """All linear modules and parameters of ``family`` under ``base``. ``layers``: overrides by layer."""
+    """Return all linear modules and parameters of ``family`` under ``base``. ``layers`` has overrides."""
     expanded = ExpandedModel()
     for index, overrides in enumerate(layers):
         merged = {**sizes, **overrides} if overrides else sizes

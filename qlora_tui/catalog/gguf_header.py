@@ -1,6 +1,6 @@
-"""The header of a GGUF file: what the model list and the estimate need of it, and no more.
+"""The parts of a GGUF file's header that the model list and the estimate need.
 
-Written here because the ``gguf`` package imports numpy, which the app must start without. Format:
+This parser exists because the ``gguf`` package imports numpy, which the app must start without. Format:
 github.com/ggml-org/ggml, docs/gguf.md. Arrays are skipped, not read: only their lengths are kept.
 """
 
@@ -37,7 +37,7 @@ FILE_TYPES = {
     12: "Q3_K_M", 13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K",
     32: "BF16",
 }  # fmt: skip
-"""``general.file_type``, as llama.cpp numbers it; the commonest."""
+"""Common values of ``general.file_type``, numbered as in llama.cpp."""
 
 CONFIG_KEYS = {
     "block_count": "num_hidden_layers",
@@ -49,7 +49,7 @@ CONFIG_KEYS = {
     "context_length": "max_position_embeddings",
     "vocab_size": "vocab_size",
 }
-"""Of each architecture's own keys, those that shape the model, as config.json calls them."""
+"""Keys of an architecture that define the model's shape, with their names in config.json."""
 
 MODEL_TYPES = {
     "llama": "llama",
@@ -60,7 +60,7 @@ MODEL_TYPES = {
     "gemma3": "gemma3_text",
     "starcoder2": "starcoder2",
 }
-"""GGUF architectures that transformers can turn back into a dense model and ``families/`` has a table for."""
+"""GGUF architectures that transformers can convert to a dense model and ``families/`` has a table for."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class GgufHeader:
     values: dict[str, Any]
     """Metadata by key: numbers, booleans and strings."""
     lengths: dict[str, int]
-    """Lengths of the metadata that are arrays: ``tokenizer.ggml.tokens``."""
+    """Lengths of metadata arrays, such as ``tokenizer.ggml.tokens``."""
     tensors: dict[str, tuple[int, ...]]
     """Dimensions by tensor name, the fastest-moving first: (in, out) for a linear weight."""
 
@@ -81,7 +81,7 @@ class GgufHeader:
 
     @property
     def quantization(self) -> str | None:
-        """``Q4_1``; None where the file does not say."""
+        """Return the quantization, such as ``Q4_1``; None where the file does not say."""
         return FILE_TYPES.get(self.values.get("general.file_type", -1))
 
     @property
@@ -102,7 +102,7 @@ class _Cursor:
         self.offset = 0
 
     def skip(self, count: int) -> int:
-        """Move on by ``count`` bytes; return where they began."""
+        """Advance by ``count`` bytes; return the offset before them."""
         start = self.offset
         if count < 0 or start + count > len(self.data):
             raise _CorruptFileError
@@ -144,7 +144,7 @@ class _Cursor:
 
 
 def read_gguf(path: Path) -> GgufHeader:
-    """The header of ``path``. Raises UserError when it cannot be read or is not GGUF."""
+    """Read the header of ``path``. Raises UserError when it cannot be read or is not GGUF."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _read(_Cursor(data))
@@ -195,9 +195,9 @@ def _tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...]]:
 
 
 def to_hf_config(header: GgufHeader, path: Path) -> dict[str, Any]:
-    """The header as ``config.json`` would say it, for ``parse_architecture``.
+    """Convert the header to the form of ``config.json``, for ``parse_architecture``.
 
-    Raises UserError for an architecture that cannot be turned back into a dense model.
+    Raises UserError for an architecture that cannot be converted to a dense model.
     """
     architecture = header.architecture
     if architecture not in MODEL_TYPES or header.values.get(f"{architecture}.expert_count"):

@@ -1,7 +1,7 @@
-"""The hub: search, and what one model there would be. Asks whatever ``HF_ENDPOINT`` says.
+"""Search on the Hub, and configs of its models. Uses the server in ``HF_ENDPOINT``.
 
 Requests go through ``huggingface_hub``'s session, headers and errors, but not through its ``HfApi``: that has
-no timeout and retries for half a minute before it says that there is no network, and a screen must answer.
+no timeout and retries for half a minute before it reports a missing network, which is too slow for a screen.
 ``huggingface_hub`` takes a fifth of a second to import, so every function here imports it when called; it
 reads ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` once, at that import.
 """
@@ -22,7 +22,7 @@ from qlora_tui.decoding import Count, decode_json
 from qlora_tui.errors import UserError
 
 MOST_BYTES = 16 << 20
-"""Of a list of results or files: some hundred thousand."""
+"""Most bytes of a list of results or files: some hundred thousand entries."""
 _ANY_JSON = msgspec.json.Decoder[Any](Any)
 EXPANDED_FIELDS = ("downloads", "gated", "safetensors", "tags", "config", "lastModified")
 
@@ -32,7 +32,7 @@ class _Safetensors(Struct):
 
 
 class _Result(Struct, rename="camel"):
-    """What a search says of one model."""
+    """Fields of one model in a search result."""
 
     id: str
     downloads: Count | None = None
@@ -48,23 +48,23 @@ class HubModel(Struct, frozen=True):
 
     id: str
     parameters: int | None
-    """As the hub counts: a tied head that is stored twice counts twice."""
+    """Parameter count on the Hub: a tied head that is stored twice counts twice."""
     downloads: int
-    """In the last month."""
+    """Downloads in the last month."""
     gated: bool
-    """Its license must be accepted on the Hub first, and a token is needed."""
+    """Whether its license must be accepted on the Hub first, which needs a token."""
     license: str | None
     model_type: str | None
     modified: str
     """ISO date, or empty."""
     refusal: UserError | None
-    """Why it cannot be trained here, as far as the hub says."""
+    """Why it cannot be trained here, as far as the Hub's data shows; None if it can."""
 
 
 def search_models(query: str, limit: int = 30) -> list[HubModel]:
-    """Models whose name has ``query`` in it and whose weights are safetensors, most downloaded first.
+    """Return models with ``query`` in the name and safetensors weights, most downloaded first.
 
-    Raises UserError when the hub does not answer.
+    Raises UserError when the Hub does not respond.
     """
     params = {
         "search": query,
@@ -83,7 +83,7 @@ def search_models(query: str, limit: int = 30) -> list[HubModel]:
 
 
 def _parse_model(entry: Any) -> HubModel | None:
-    """One result; None for an entry that no Hub gives, which hides no other."""
+    """Return one result; None for an invalid entry, so that it does not hide the others."""
     try:
         result = msgspec.convert(entry, _Result)
     except msgspec.ValidationError:
@@ -103,9 +103,9 @@ def _parse_model(entry: Any) -> HubModel | None:
 
 
 def fetch_config(model_id: str, revision: str = "main") -> dict[str, Any]:
-    """The model's ``config.json``, read without writing anything to the cache.
+    """Download the model's ``config.json`` without writing to the cache.
 
-    Raises UserError when it does not exist, is gated, or the hub does not answer.
+    Raises UserError when it does not exist, is gated, or the Hub does not respond.
     """
     path = f"{validate_model_id(model_id)}/resolve/{revision}/{CONFIG}"
     config = get_json(path, model_id=model_id, most_bytes=MOST_CONFIG_BYTES)
@@ -117,7 +117,7 @@ def fetch_config(model_id: str, revision: str = "main") -> dict[str, Any]:
 def get_json(
     path: str, params: Mapping[str, Any] | None = None, model_id: str = "", most_bytes: int = MOST_BYTES
 ) -> Any:
-    """The JSON response for ``path``.
+    """Request ``path`` and return its JSON response.
 
     Raises UserError when the request fails, or the response is not JSON or longer than ``most_bytes``.
     """
@@ -133,7 +133,7 @@ def get_json(
 
 
 def request_headers() -> dict[str, str]:
-    """Headers of every request: the user agent, and the token if there is one."""
+    """Return the headers of every request: the user agent, and the token if there is one."""
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # exported lazily
 
     headers: dict[str, str] = build_hf_headers(library_name="qlora-tui")
@@ -141,7 +141,7 @@ def request_headers() -> dict[str, str]:
 
 
 def endpoint() -> str:
-    """The base URL of the Hub. Raises UserError when ``HF_ENDPOINT`` is not a web address."""
+    """Return the base URL of the Hub. Raises UserError when ``HF_ENDPOINT`` is not a web address."""
     from huggingface_hub import constants
 
     address: str = constants.ENDPOINT
@@ -172,7 +172,7 @@ def validate_model_id(model_id: str) -> str:
 
 
 def not_a_hub_problem() -> UserError:
-    """The error for a response that does not come from a model Hub."""
+    """Build the error for a response that does not come from a model Hub."""
     return UserError(
         "The response is not from a model Hub",
         what=f"{endpoint()} did not respond like a Hub.",

@@ -1,7 +1,7 @@
 """Hub errors, translated into messages a user can act on.
 
-Only status and model name go into a message: the client's own texts carry request addresses, which may be
-signed, so none of them is repeated. No token can reach a message or a log from here.
+Only status and model name go into a message: the client's own texts contain request addresses, which may be
+signed, so they are not repeated. No token can reach a message or a log from here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qlora_tui.errors import UserError
 
 @contextmanager
 def translate_hub_errors(model_id: str = "") -> Iterator[None]:
-    """Turn what the client raises inside into a UserError."""
+    """Convert the client's exceptions inside the block to UserError."""
     import huggingface_hub.errors as hub_errors
 
     try:
@@ -38,7 +38,7 @@ def translate_hub_errors(model_id: str = "") -> Iterator[None]:
 
 
 def network_error() -> type[Exception]:
-    """The base of what the client's HTTP library raises: httpx's in huggingface_hub 1, httpx2's in 2."""
+    """Return the base exception of the client's HTTP library: httpx in huggingface_hub 1, httpx2 in 2."""
     from huggingface_hub.errors import HfHubHTTPError
 
     base = HfHubHTTPError.__mro__[1]
@@ -47,7 +47,7 @@ def network_error() -> type[Exception]:
 
 
 def is_permanent(error: Exception) -> bool:
-    """Whether retrying is useless: an HTTP error other than 429 or 5xx."""
+    """Return whether retrying is useless: an HTTP error other than 429 or 5xx."""
     from huggingface_hub.errors import HfHubHTTPError
 
     if not isinstance(error, HfHubHTTPError):
@@ -68,7 +68,7 @@ def unreachable(reason: str) -> UserError:
 
 
 def _http_problem(error: Any, model_id: str) -> UserError:
-    """``error``: an HfHubHTTPError. Its response has the status and, from the hub, a code."""
+    """Build the error for an HfHubHTTPError. Its response has the status and, from the Hub, a code."""
     import huggingface_hub.errors as hub_errors
 
     status = error.response.status_code

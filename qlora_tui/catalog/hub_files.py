@@ -1,8 +1,8 @@
-"""Which files of a model on the hub are fetched, and what of them is here already.
+"""Selection of the files of a Hub model to download, and which of them are already in the cache.
 
-Safetensors, configuration and tokenizer: nothing that runs when it is opened, so never ``.bin``, ``.pt`` or
-``.py``. The files go where ``huggingface_hub`` would put them (``blobs``, ``snapshots``, ``refs``), so that
-every program that reads its cache finds them.
+Safetensors, configuration and tokenizer: no files that can execute code when opened, so never ``.bin``,
+``.pt`` or ``.py``. The files go to the paths that ``huggingface_hub`` uses (``blobs``, ``snapshots``,
+``refs``), so that every program that reads its cache finds them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from qlora_tui.errors import EXIT_USAGE, UserError
 
 SMALL_FILES = frozenset((CONFIG, "generation_config.json", *TOKENIZER_FILES))
 HASH = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
-"""Of a git blob or commit, or SHA-256."""
+"""Hash of a git blob or commit, or SHA-256."""
 REVISION = re.compile(r"\w[\w-]*(?:[./]\w[\w-]*)*")
 
 
@@ -43,7 +43,7 @@ class _LargeFile(Struct):
 
 
 class _Sibling(Struct, rename="camel"):
-    """What a model's page says of one file."""
+    """Fields of one file on a model's page."""
 
     rfilename: str
     size: Count | None = None
@@ -57,7 +57,7 @@ class _ModelPage(Struct):
 
 
 class HubFile(Struct, frozen=True):
-    """One file to fetch."""
+    """One file to download."""
 
     name: str
     size_bytes: int
@@ -66,7 +66,7 @@ class HubFile(Struct, frozen=True):
 
 
 class DownloadPlan(Struct, frozen=True):
-    """What fetching one model takes."""
+    """Files and folder of one model download."""
 
     id: str
     commit: str
@@ -80,7 +80,7 @@ class DownloadPlan(Struct, frozen=True):
 
     @property
     def done_bytes(self) -> int:
-        """What is here already, of whole and of half-fetched files."""
+        """Return the bytes already on disk, of complete and partial files."""
         return sum(min(file.size_bytes, self._downloaded_bytes(file)) for file in self.files)
 
     def _downloaded_bytes(self, file: HubFile) -> int:
@@ -93,22 +93,22 @@ class DownloadPlan(Struct, frozen=True):
 
     @property
     def snapshot(self) -> Path:
-        """The folder transformers loads."""
+        """Return the folder that transformers loads."""
         return self.folder / "snapshots" / self.commit
 
     def blob(self, file: HubFile) -> Path:
         return self.folder / "blobs" / file.etag
 
     def partial(self, file: HubFile) -> Path:
-        """Where a file grows until it is whole."""
+        """Return the path of a file until it is complete."""
         return self.folder / "blobs" / f"{file.etag}.incomplete"
 
 
 def plan_download(model_id: str, revision: str = "main") -> DownloadPlan:
-    """What fetching ``model_id`` takes. Nothing is written yet.
+    """Plan the download of ``model_id``. Nothing is written yet.
 
-    Raises UserError when the hub does not answer, the model is gated, or it cannot be trained here (the
-    reason is known from its config and file list, before gigabytes are fetched).
+    Raises UserError when the Hub does not respond, the model is gated, or it cannot be trained here (known
+    from its config and file list, before gigabytes are downloaded).
     """
     page = f"api/models/{validate_model_id(model_id)}/revision/{quote(validate_revision(revision), safe='')}"
     info = get_json(page, {"blobs": "true"}, model_id)
@@ -123,7 +123,7 @@ def plan_download(model_id: str, revision: str = "main") -> DownloadPlan:
 
 
 def validate_revision(revision: str) -> str:
-    """A name that may become part of an address and of a path; raises UserError for any other."""
+    """Return the revision if it is safe in a URL and a path. Raises UserError otherwise."""
     if not REVISION.fullmatch(revision):
         raise UserError(
             "Invalid revision",
@@ -135,7 +135,7 @@ def validate_revision(revision: str) -> str:
 
 
 def _parse_listing(info: Any) -> tuple[str, dict[str, HubFile]]:
-    """The commit and the files of the model's page, those in subfolders left out."""
+    """Return the commit and the files on the model's page, without subfolders."""
     try:
         page = msgspec.convert(info, _ModelPage)
     except msgspec.ValidationError:

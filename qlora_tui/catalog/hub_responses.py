@@ -1,7 +1,7 @@
-"""Responses of the Hub, or of whatever answers in its place, read within bounds.
+"""Responses of the Hub, or of any server in its place, read within bounds.
 
-``huggingface_hub`` reads the body of each error and redirection whole, however long it is. Here no body is
-read but those that are wanted, and those as far as a bound.
+``huggingface_hub`` reads the whole body of each error and redirection, of any length. Here only requested
+bodies are read, up to a bound.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 TIMEOUT_S = 15
-"""For connecting, and for each wait for data."""
+"""Seconds for connecting, and for each wait for data."""
 _MOST_REDIRECTS = 10
 _CHUNK_BYTES = 1 << 16
 _USED_HEADERS = ("x-error-code", "x-error-message", "x-request-id", "retry-after")
-"""Headers by which ``huggingface_hub`` tells errors apart, and what a message here takes from them."""
+"""Headers that ``huggingface_hub`` uses to distinguish errors, and that messages here use."""
 
 
 class TooLong(Exception):
@@ -26,9 +26,9 @@ class TooLong(Exception):
 def open_response(
     url: str, headers: Mapping[str, str], params: Mapping[str, Any] | None = None
 ) -> Iterator[Any]:
-    """The response for ``url`` after redirections, its body not read yet, and not compressed.
+    """Open the response for ``url`` after redirections, its body unread and uncompressed.
 
-    Raises what the client does, and ConnectionError for a response that cannot be read within bounds.
+    Raises the client's exceptions, and ConnectionError for a response that cannot be read within bounds.
     """
     from huggingface_hub import get_session
 
@@ -55,7 +55,7 @@ def open_response(
 
 
 def raise_for_status(response: Any) -> None:
-    """Raise the client's error for a status that is one, without the body of the response."""
+    """Raise the client's error for an error status, without reading the body."""
     from huggingface_hub import hf_raise_for_status
 
     if response.status_code < 400:
@@ -65,7 +65,7 @@ def raise_for_status(response: Any) -> None:
 
 
 def read_body(response: Any, most_bytes: int) -> bytes:
-    """The body of a response. Raises TooLong where it is longer than ``most_bytes``."""
+    """Read the body of a response. Raises TooLong where it is longer than ``most_bytes``."""
     parts, size = [], 0
     for part in response.iter_bytes(_CHUNK_BYTES):
         size += len(part)

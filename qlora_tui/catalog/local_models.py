@@ -1,4 +1,4 @@
-"""The models on this machine, and finding one by name.
+"""The models on this machine, and lookup by name.
 
 Four places are searched: the Hugging Face cache, the folders the user names, models converted by this
 program, and GGUF files in those folders. The cache is walked here rather than through ``huggingface_hub``,
@@ -34,7 +34,7 @@ class LocalModel(Struct, frozen=True):
     """A model on this machine, whether it can be trained or not."""
 
     id: str
-    """``model.id`` in a recipe: ``org/name`` from the Hub, the name of a converted model, or a path."""
+    """Value of ``model.id`` in a recipe: ``org/name`` from the Hub, a converted model's name, or a path."""
     name: str
     """Name shown in lists."""
     path: Path
@@ -43,23 +43,23 @@ class LocalModel(Struct, frozen=True):
     size_bytes: int
     architecture: Architecture | None
     refusal: UserError | None
-    """Why it cannot be trained."""
+    """Why it cannot be trained; None if it can."""
 
 
 class ModelFiles(Struct, frozen=True):
-    """The files of a local model that can be trained: what the trainer loads."""
+    """Files of a trainable local model, for the trainer."""
 
     id: str
-    """``LocalModel.id``, valid in every working directory."""
+    """Value of ``LocalModel.id``, valid in every working directory."""
     folder: Path
     gguf_file: str | None
-    """Name of the file in ``folder``, where the model is a GGUF that has to be converted first."""
+    """Name of the GGUF file in ``folder`` that has to be converted first; None for other models."""
     source: ModelSource
     architecture: Architecture
 
 
 def hub_cache_dir() -> Path:
-    """Where ``huggingface_hub`` keeps models. Its own rules (its ``constants.py``), without importing it."""
+    """Return the model folder of ``huggingface_hub``, by its ``constants.py``, without importing it."""
     environ = os.environ
     for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if environ.get(variable):
@@ -70,14 +70,14 @@ def hub_cache_dir() -> Path:
 
 
 def converted_dir() -> Path:
-    """The folder of models converted by this program, one subfolder each."""
+    """Return the folder of models converted by this program, one subfolder each."""
     return paths.cache_dir() / "models"
 
 
 def list_local_models(folders: Iterable[Path] = ()) -> list[LocalModel]:
-    """Every model on this machine, trainable ones first, then by name.
+    """Return every model on this machine, trainable ones first, then by name.
 
-    ``folders``: the folders the user configured; missing ones are skipped. Takes about 2 ms per model.
+    ``folders`` are the user's configured folders; missing ones are skipped. Takes about 2 ms per model.
     """
     by_path: dict[Path, LocalModel] = {}
     for model in (*_hub_models(), *_converted_models(), *_folder_models(folders)):
@@ -86,7 +86,7 @@ def list_local_models(folders: Iterable[Path] = ()) -> list[LocalModel]:
 
 
 def resolve_model(model_id: str) -> ModelFiles:
-    """The files of the model a recipe names: a hub id in the cache, a converted model, a folder, a GGUF file.
+    """Return the files of a recipe's model: a cached Hub id, a converted model, a folder or a GGUF file.
 
     Raises UserError when it is not on this machine (with close matches), cannot be trained, or is truncated.
     """
@@ -95,7 +95,7 @@ def resolve_model(model_id: str) -> ModelFiles:
         raise model_not_found(model_id)
     if model.refusal is not None:
         raise model.refusal
-    assert model.architecture is not None  # a model without one is refused
+    assert model.architecture is not None  # a model without an architecture is rejected
     if model.source == "gguf":
         return ModelFiles(model.id, model.path.parent, model.path.name, "gguf", model.architecture)
     for file in weight_files(model.path):
@@ -110,7 +110,7 @@ def resolve_model(model_id: str) -> ModelFiles:
 
 
 def model_not_found(model_id: str) -> UserError:
-    """The error for a name that no model on this machine has."""
+    """Build the error for a name that no model on this machine has."""
     names = {model.id.lower(): model.id for model in list_local_models()}
     short = {name.rpartition("/")[2]: model for name, model in names.items()}
     lowered = model_id.lower()
@@ -157,7 +157,7 @@ def _find_model(model_id: str) -> LocalModel | None:
         OSError,
         ValueError,
         RuntimeError,
-    ):  # a name too long, with a NUL, or with the home of an unknown user
+    ):  # a name that is too long, contains a NUL, or uses the home of an unknown user
         pass
     return None
 
@@ -177,7 +177,7 @@ def _hub_models() -> Iterator[LocalModel]:
 
 
 def _read_cached_model(folder: Path) -> LocalModel:
-    """The model of one ``models--org--name`` folder: the snapshot its ``main`` points to, else the newest."""
+    """Read the model of one ``models--org--name`` folder: the snapshot of its ``main``, else the newest."""
     name = folder.name.removeprefix("models--").replace("--", "/")
     snapshot = _snapshot(folder)
     if snapshot is None or not (snapshot / CONFIG).is_file():
@@ -241,7 +241,7 @@ def _folder_models(folders: Iterable[Path]) -> Iterator[LocalModel]:
 
 
 def _walk(folder: Path, depth: int) -> Iterator[LocalModel]:
-    """Models in and below ``folder``. A folder that is a model is not searched further."""
+    """Yield models in and below ``folder``. A folder that is a model is not searched further."""
     files = list(_files(folder))
     if any(file.name in (CONFIG, "pytorch_model.bin") or file.suffix == ".safetensors" for file in files):
         yield _read_folder(folder, "folder", folder.name, str(folder))
@@ -257,7 +257,7 @@ def _read_folder(folder: Path, source: ModelSource, name: str, model_id: str) ->
     try:
         architecture, refusal = check_folder(folder, name)
         size_bytes = sum(file.stat().st_size for file in _files(folder))
-    except Exception as error:  # whatever one model does to its reader, the others are listed
+    except Exception as error:  # any failure to read one model must not hide the others
         architecture, size_bytes, refusal = None, 0, _unreadable(folder, error)
     return LocalModel(model_id, name, folder, source, size_bytes, architecture, refusal)
 
@@ -269,7 +269,7 @@ def _read_gguf_model(file: Path) -> LocalModel:
         architecture = parse_architecture(to_hf_config(read_gguf(file), file))
     except UserError as problem:
         refusal = problem
-    except Exception as error:  # whatever one model does to its reader, the others are listed
+    except Exception as error:  # any failure to read one model must not hide the others
         refusal = _unreadable(file, error)
     return LocalModel(str(file), file.stem, file, "gguf", size_bytes, architecture, refusal)
 
@@ -295,7 +295,7 @@ def _subfolders(folder: Path) -> Iterator[Path]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Files of ``folder``, links to files included, broken links not."""
+    """Yield the files of ``folder``, including links to files but not broken links."""
     yield from _entries(folder, folders=False)
 
 

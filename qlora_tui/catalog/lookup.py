@@ -15,7 +15,7 @@ from qlora_tui.foreign_files import read_bounded
 
 
 def load_architecture(model_id: str) -> Architecture:
-    """The architecture of a local model, of a folder that holds only a ``config.json``, or of such a file.
+    """Load the architecture of a local model, of a folder with only a ``config.json``, or of such a file.
 
     Raises UserError where the model is not on this machine or its config cannot be used.
     """
@@ -24,7 +24,7 @@ def load_architecture(model_id: str) -> Architecture:
 
 
 def load_model_config(model_id: str) -> dict[str, Any]:
-    """The parsed ``config.json`` of a model, a folder or a file. Raises UserError where it cannot be read."""
+    """Load the ``config.json`` of a model, a folder or a file. Raises UserError where it cannot be read."""
     file = _config_file(model_id) or resolve_model(model_id).folder / "config.json"
     try:
         return msgspec.json.decode(read_bounded(file, MOST_CONFIG_BYTES), type=dict[str, Any])

@@ -1,7 +1,7 @@
 """Whether the model in a folder can be trained, and why not.
 
-A folder is what transformers loads: ``config.json`` and safetensors beside it. Read by ``local`` for the list
-and for ``resolve``, and by ``hub`` for models not yet downloaded.
+A folder has the form that transformers loads: ``config.json`` and safetensors. Used by ``local_models`` for
+its list and lookup, and by ``hub`` for models not yet downloaded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MOST_INDEX_BYTES = 32 << 20
-"""Some 280,000 tensors, which is a trillion parameters in experts."""
+"""Most bytes of an index: some 280,000 tensors, a mixture of a trillion parameters."""
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
@@ -39,7 +39,7 @@ TRAINABLE_AS_STORED = ("bitsandbytes",)
 
 
 def model_problem(title: str, what: str, why: str, fix: str) -> UserError:
-    """The error for a model that cannot be used."""
+    """Build the error for a model that cannot be used."""
     return UserError(title, what=what, why=why, fix=fix)
 
 
@@ -69,7 +69,7 @@ def check_config(config: Mapping[str, Any], name: str) -> tuple[Architecture | N
 
 
 def check_model_type(config: Mapping[str, Any], name: str) -> UserError | None:
-    """Why a model of this kind cannot be trained here, whatever its size."""
+    """Return why a model of this type cannot be trained here, whatever its size; None if it can."""
     model_type = config.get("model_type")
     if model_type is not None and not isinstance(model_type, str):
         return ConfigFields(config, name).invalid("model_type", "a string")
@@ -130,7 +130,7 @@ def _no_config(files: set[str], name: str) -> UserError:
 
 
 def weights_problem(folder: Path, name: str) -> UserError | None:
-    """What is wrong with the weights in ``folder``: pickled, missing or incomplete; None if nothing."""
+    """Return what is wrong with the weights in ``folder``: pickled, missing or incomplete; else None."""
     try:
         weight_names = weight_files(folder)
     except UserError as problem:
@@ -149,7 +149,7 @@ def weights_problem(folder: Path, name: str) -> UserError | None:
 
 
 def no_weights_problem(files: Iterable[str], name: str) -> UserError:
-    """Why ``files`` hold no weights that can be loaded."""
+    """Build the error for ``files`` without loadable weights."""
     if pickled := sorted(file for file in files if file.endswith(PICKLE_SUFFIXES)):
         return model_problem(
             "This model has only pickled weights",
@@ -166,11 +166,11 @@ def no_weights_problem(files: Iterable[str], name: str) -> UserError:
 
 
 def weight_files(folder: Path) -> tuple[str, ...]:
-    """The safetensors files that make up the model, whether they are there or not; none named: empty.
+    """Return the model's safetensors files, existing or not; empty where none are named.
 
     Raises UserError when the index cannot be read.
     """
-    # A link into the cache whose blob is gone is a file that is missing, not a model without weights.
+    # A link into the cache without its blob is a missing file, not a model without weights.
     if (folder / SINGLE).is_file() or (folder / SINGLE).is_symlink():
         return (SINGLE,)
     if not (folder / INDEX).is_file():
@@ -179,9 +179,9 @@ def weight_files(folder: Path) -> tuple[str, ...]:
 
 
 def indexed_files(index: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    """The files an index names.
+    """Return the files that an index names.
 
-    Raises UserError when it is no index, or names something outside the folder.
+    Raises UserError when it is not an index, or names a file outside the folder.
     """
     names = index.get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):

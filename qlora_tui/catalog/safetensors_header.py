@@ -1,6 +1,6 @@
-"""The header of a safetensors file: names, shapes and places of its tensors, without torch or safetensors.
+"""The header of a safetensors file: names, shapes and offsets of its tensors, without torch or safetensors.
 
-The layout is that of https://github.com/huggingface/safetensors.
+Format: https://github.com/huggingface/safetensors.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 from qlora_tui.foreign_files import open_regular
 
 MOST_HEADER_BYTES = 16 << 20
-"""Some 130,000 tensors. The library allows 100 MB, which can take gigabytes when it is parsed."""
+"""Most bytes of a header: some 130,000 tensors. The library allows 100 MB, which parses to gigabytes."""
 
 
 def read_header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Where the data begins, and the entries by tensor: dtype, shape, ``data_offsets`` from there.
+    """Return the start of the data, and each tensor's entry: dtype, shape, ``data_offsets`` from there.
 
     Raises OSError where the file cannot be read, and ValueError where its header is damaged or too large.
     """
@@ -36,7 +36,7 @@ def read_header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
 
 
 def safetensors_damage(file: Path) -> str | None:
-    """Why a file cannot be what was saved, by its header and its length; None where it can.
+    """Return why a file is damaged, by its header and its length; None where it is not.
 
     Raises OSError where the file cannot be read.
     """

@@ -1,8 +1,8 @@
-"""What an adapter makes of each weight: read from its folder, computed one weight at a time.
+"""The update of each weight by an adapter, read from its folder and computed one weight at a time.
 
 LoRA (arXiv:2106.09685, section 4.1): W + s·B·A with s = alpha / r,
 or alpha / √r with rsLoRA (arXiv:2312.03732).
-DoRA (arXiv:2402.09353, equation 5): the rows of that, scaled to the magnitudes learnt.
+DoRA (arXiv:2402.09353, equation 5): the rows of that, scaled to the learned magnitudes.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _PART = re.compile(
     r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)"
 )
 ROWS = re.compile(r"base_model\.model\.(.+)\.token_adapter\.trainable_tokens_delta")
-"""What peft calls a module's rows of tokens."""
+"""Name of a module's token rows in peft."""
 
 
 @dataclass(frozen=True)
 class LoraDelta:
-    """What is learnt for one weight matrix (outputs, inputs)."""
+    """LoRA update of one weight matrix (outputs, inputs)."""
 
     down: Tensor
     """A: (rank, inputs)."""
@@ -39,26 +39,26 @@ class LoraDelta:
     """B: (outputs, rank)."""
     scale: float
     magnitude: Tensor | None
-    """DoRA's: (outputs,)."""
+    """DoRA's magnitudes: (outputs,)."""
     transposed: bool
-    """Whether the weight is kept as (inputs, outputs), as GPT-2's layers do."""
+    """Whether the weight is stored as (inputs, outputs), as in GPT-2's layers."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight as it is kept."""
+        """Return the shape of the weight as stored."""
         outputs, inputs = self.up.shape[0], self.down.shape[1]
         return (inputs, outputs) if self.transposed else (outputs, inputs)
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether it is of a weight of this shape."""
+        """Return whether the update belongs to a weight of this shape."""
         return shape == self.shape
 
     def change(self) -> Tensor:
-        """s·B·A, in fp32: (outputs, inputs)."""
+        """Compute s·B·A, in fp32: (outputs, inputs)."""
         return self.up.float() @ self.down.float() * self.scale
 
     def apply_to(self, weight: Tensor) -> Tensor:
-        """The merged weight, in the dtype and layout of ``weight``; computed in fp32."""
+        """Return the merged weight, in the dtype and layout of ``weight``; computed in fp32."""
         wide = weight.float().T if self.transposed else weight.float()
         merged = wide + self.change()
         if self.magnitude is not None:
@@ -68,34 +68,34 @@ class LoraDelta:
 
 @dataclass(frozen=True)
 class EmbeddingRowDelta:
-    """Rows of an embedding or a head that were learnt (``lora.trainable_tokens``)."""
+    """Trained rows of an embedding or a head (``lora.trainable_tokens``)."""
 
     ids: tuple[int, ...]
     rows: Tensor
-    """(ids, width)."""
+    """Rows: (ids, width)."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the smallest matrix that has such rows."""
+        """Return the shape of the smallest matrix with these rows."""
         return max(self.ids) + 1, self.rows.shape[1]
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether it is of a matrix of this shape."""
+        """Return whether the rows belong to a matrix of this shape."""
         return len(shape) == 2 and shape[0] >= self.shape[0] and shape[1] == self.shape[1]
 
     def apply_to(self, weight: Tensor) -> Tensor:
-        """The matrix with these rows in place of its own, in its dtype."""
+        """Return the matrix with these rows replaced, in its dtype."""
         changed = weight.clone()
         changed[list(self.ids)] = self.rows.to(weight.dtype)
         return changed
 
 
 AdapterDeltas = dict[str, LoraDelta | EmbeddingRowDelta]
-"""By module name."""
+"""Updates by module name."""
 
 
 def check_unchanged(folder: Path) -> None:
-    """Raise UserError where an adapter's files are not what was written, by their checksums."""
+    """Raise UserError where an adapter's files do not match their checksums."""
     damage = checksum_damage(folder, only=(WEIGHTS, CONFIG))
     if damage is not None:
         raise UserError(
@@ -107,7 +107,7 @@ def check_unchanged(folder: Path) -> None:
 
 
 def read_deltas(folder: Path) -> AdapterDeltas:
-    """Every update of an adapter. Raises UserError where one is neither LoRA of a linear module nor rows."""
+    """Read all updates of an adapter. Raises UserError for one that is neither plain LoRA nor token rows."""
     check_unchanged(folder)
     try:
         config = load_adapter_config(folder)
@@ -151,7 +151,7 @@ def read_deltas(folder: Path) -> AdapterDeltas:
 
 
 def _ids_of(module: str, config: dict[str, Any]) -> tuple[int, ...]:
-    """Whose rows: a list is the embedding's; of several modules, each is named, or the end of its name is."""
+    """Return the token ids of a module's rows: a list is for the embedding, a mapping is by module."""
     indices = config.get("trainable_token_indices")
     if isinstance(indices, dict):
         indices = next((ids for name, ids in indices.items() if f".{module}".endswith(f".{name}")), None)

@@ -1,12 +1,11 @@
-"""LoRA without what training needs: three matrix products a layer and nothing else.
+"""LoRA for inference only: three matrix products per layer and nothing else.
 
 peft's layers convert dtypes, apply dropout, scale and copy at every call, which costs more than the adapter's
-arithmetic when one token is read at a time. Here the scale is folded into one factor and the update is added
-in place.
+arithmetic at one token per step. Here the scale is folded into one factor and the update is added in place.
 
-On a CPU the factors are kept in fp32: torch answers a thin product in half precision through a library that
-takes three times as long to begin, and sets every core to it, which on a busy machine wait for each other.
-Where many tokens are read at once that is no matter, and half precision spares the conversion of them all.
+On a CPU the factors are in fp32: torch computes a thin product in half precision through a library with three
+times the overhead, on all cores, which wait for each other on a busy machine. With many tokens at once that
+does not matter, and half precision saves their conversion.
 """
 
 from __future__ import annotations
@@ -24,20 +23,20 @@ from qlora_tui.training.trainable_tokens import TokenRows, row_wrappers, rows_of
 
 _MANY_TOKENS = 64
 _FP32 = 64 * torch.finfo(torch.float32).eps
-"""Share of an update by which fp32 products may be wrong."""
+"""Relative error of an update allowed for fp32 products."""
 _ROUNDINGS = 1.0
-"""By which a layer's output may differ from peft's in float64."""
+"""Rounding steps by which a layer's output may differ from peft's in float64."""
 
 
 class ActiveAdapter:
-    """Whose adapter the layers add: shared by all, so that a switch costs nothing."""
+    """Name of the active adapter, shared by all layers, so that switching is free."""
 
     def __init__(self, adapter_name: str) -> None:
         self.adapter_name = adapter_name
 
 
 class LoraForward:
-    """Stands in for the ``forward`` of one peft layer. Inference only: it adds in place."""
+    """Replacement of the ``forward`` of one peft layer. Inference only: it adds in place."""
 
     def __init__(self, base: nn.Module, active: ActiveAdapter) -> None:
         self._base = base
@@ -45,7 +44,7 @@ class LoraForward:
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
 
     def register(self, adapter_name: str, layer: Any) -> None:
-        """Take the factors of an adapter over from peft."""
+        """Copy the factors of an adapter from peft."""
         down, up = layer.lora_A[adapter_name].weight.detach(), layer.lora_B[adapter_name].weight.detach()
         if down.device.type == "cpu":
             down, up = down.float(), up.float()
@@ -56,7 +55,7 @@ class LoraForward:
         return self.forward_with(self._active.adapter_name, x)
 
     def forward_with(self, adapter_name: str, x: Tensor) -> Tensor:
-        """The layer's output with ``adapter_name``, or the base's where it has none."""
+        """Compute the layer's output with ``adapter_name``, or the base's without such an adapter."""
         output: Tensor = self._base(x)
         factors = self._factors.get(adapter_name)
         if factors is not None:
@@ -73,12 +72,12 @@ class LoraForward:
 
 
 def _is_quick(x: Tensor) -> bool:
-    """Whether products in the dtype of x are as quick as in fp32."""
+    """Return whether products in the dtype of x are as fast as in fp32."""
     return x.device.type != "cpu" or (x.dtype == torch.bfloat16 and this_processor().native_bfloat16)
 
 
 class TokenRowsForward:
-    """Stands in for the ``forward`` of peft's module around an embedding or a head."""
+    """Replacement of the ``forward`` of peft's module around an embedding or a head."""
 
     def __init__(self, base: nn.Module, active: ActiveAdapter) -> None:
         self._base = base
@@ -86,7 +85,7 @@ class TokenRowsForward:
         self._rows: dict[str, TokenRows] = {}
 
     def register(self, adapter_name: str, wrapper: Any) -> None:
-        """Take the rows of an adapter over from peft."""
+        """Copy the rows of an adapter from peft."""
         self._rows[adapter_name] = rows_of(wrapper, adapter_name)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -94,7 +93,7 @@ class TokenRowsForward:
 
 
 def fuse_token_rows(model: nn.Module, adapter_name: str, active: ActiveAdapter) -> None:
-    """Let embedding and head take the rows that ``adapter_name`` has of them, if any."""
+    """Make embedding and head use the token rows of ``adapter_name``, if any."""
     for wrapper in row_wrappers(model):
         forward = vars(wrapper).get("forward")
         if forward is None:
@@ -104,7 +103,7 @@ def fuse_token_rows(model: nn.Module, adapter_name: str, active: ActiveAdapter) 
 
 
 def fuse_adapter(model: nn.Module, adapter_name: str, active: ActiveAdapter) -> bool:
-    """Add ``adapter_name`` to the layers of ``model`` in this way; False where it is not plain LoRA."""
+    """Add ``adapter_name`` to ``model`` with fused forwards; False where it is not plain LoRA."""
     layers = [layer for layer in _layers(model) if _has(layer, adapter_name)]
     if not all(_is_plain(layer, adapter_name) for layer in layers):
         return False
@@ -121,10 +120,10 @@ def fuse_adapter(model: nn.Module, adapter_name: str, active: ActiveAdapter) -> 
 
 @torch.inference_mode()
 def matches_peft(layer: Any, adapter_name: str, forward: LoraForward) -> bool:
-    """Whether ``forward`` adds to the base's output what peft's own forward adds, element by element.
+    """Return whether ``forward`` adds the same update as peft's own forward, element by element.
 
-    The base stands aside and gives values of our choice. peft computes in float64, so that what is left is
-    the rounding of ``forward``: of its result and, where its factors have 16 bits, of the update's terms.
+    The base is replaced by fixed values. peft computes in float64, so the difference is the rounding of
+    ``forward``: of its result and, with 16-bit factors, of the update's terms.
     """
     down, up = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
     x, output = _example_tokens(down, up)
@@ -154,7 +153,7 @@ def matches_peft(layer: Any, adapter_name: str, forward: LoraForward) -> bool:
 
 
 def _example_tokens(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs (64, inputs) with massive channels, and a base's outputs (64, outputs), half of them 0."""
+    """Return inputs (64, inputs) with massive channels, and base outputs (64, outputs), half of them 0."""
     generator = torch.Generator().manual_seed(0)
     x, output = (torch.randn(_MANY_TOKENS, n, generator=generator) for n in (down.shape[1], up.shape[0]))
     x[:, :: max(x.shape[1] // 3, 1)] *= 100
@@ -163,13 +162,13 @@ def _example_tokens(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def restore_peft(model: nn.Module) -> None:
-    """Undo ``lean``."""
+    """Restore peft's own forwards."""
     for layer in _layers(model):
         vars(layer).pop("forward", None)
 
 
 def _layers(model: nn.Module) -> Iterator[Any]:
-    # Here, because peft takes seconds to load and a base alone does without.
+    # Imported here because peft takes seconds to load and a base alone does not need it.
     from peft.tuners.lora import LoraLayer
 
     return (module for module in model.modules() if isinstance(module, LoraLayer))
@@ -180,7 +179,7 @@ def _has(layer: Any, adapter_name: str) -> bool:
 
 
 def _is_plain(layer: Any, adapter_name: str) -> bool:
-    """Whether the update is scale · B·A·x, which DoRA's and an embedding's are not."""
+    """Return whether the update is scale · B·A·x, unlike DoRA's and an embedding's."""
     return (
         adapter_name in layer.lora_A
         and type(layer.lora_A[adapter_name]) is nn.Linear

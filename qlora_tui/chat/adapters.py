@@ -1,4 +1,4 @@
-"""Adapters on a base model: read when first needed, switched between tokens."""
+"""Adapters on a base model: loaded on first use, switched between tokens."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from qlora_tui.training.adapter import exact_target_names
 from qlora_tui.training.clean_files import adapter_view
 
 _PEFT_RANK = 8
-"""Where the config names none."""
+"""Rank where the config names none."""
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
 class AdapterSet:
-    """Which adapter the model speaks with."""
+    """The adapters of a model, one of which is active."""
 
     def __init__(self, model: Any, folders: Mapping[str, str]) -> None:
         self._model = model
@@ -32,11 +32,10 @@ class AdapterSet:
         self._loaded: set[str] = set()
         self._active = ActiveAdapter(BASE)
         self._fused = True
-        """Whether every adapter read so far is plain LoRA, and none needs peft's own forward."""
+        """Whether every loaded adapter is plain LoRA, so that none needs peft's own forward."""
 
     def ensure_loaded(self, adapter_name: str) -> None:
-        """See that ``adapter_name`` can speak, reading its adapter if it has not been read. Raises
-        UserError."""
+        """Load ``adapter_name`` unless it is loaded. Raises UserError."""
         if adapter_name == BASE or adapter_name in self._loaded:
             return
         folder = self._folders.get(adapter_name)
@@ -53,7 +52,7 @@ class AdapterSet:
         self._fused = self._fused and fuse_adapter(self._model, adapter_name, self._active)
         if not self._fused:
             restore_peft(self._model)
-            # Reading an adapter switches it on.
+            # Loading an adapter activates it.
             self._active.adapter_name = adapter_name
 
     def activate(self, adapter_name: str) -> None:
@@ -67,7 +66,7 @@ class AdapterSet:
 
     @contextmanager
     def through_peft(self, adapter_name: str) -> Iterator[None]:
-        """Let peft compute ``adapter_name`` while the layers run its code; restore the state afterwards."""
+        """Let peft compute ``adapter_name`` while the layers use its code; restore the state afterwards."""
         if self._peft_model is None:
             yield
             return
@@ -80,7 +79,7 @@ class AdapterSet:
                 self._switch_peft_to(before)
 
     def use_peft(self) -> None:
-        """Let peft compute every adapter from here on."""
+        """Use peft's own forward for every adapter from now on."""
         self._fused = False
         if self._peft_model is not None:
             self._switch_peft_to(self._active.adapter_name)
@@ -99,7 +98,7 @@ class AdapterSet:
         _check(folder)
         check_unchanged(folder)
         _check_fits(folder, self._model)
-        # At the precision the model computes in: the conversions would cost time at every token.
+        # In the model's compute dtype: conversions would cost time at every token.
         options = {"adapter_name": adapter_name, "is_trainable": False, "autocast_adapter_dtype": False}
         try:
             with adapter_view(folder) as view, exact_target_names(self._model, _targets(view)):
@@ -120,7 +119,7 @@ class AdapterSet:
 
 
 def uses_dora(folder: str) -> bool:
-    """Whether this adapter computes with the base weights, which must then keep their usual layout."""
+    """Return whether the adapter computes with the base weights, which must then keep their usual layout."""
     try:
         return bool(load_adapter_config(Path(folder)).get("use_dora"))
     except UserError:
@@ -150,7 +149,7 @@ def _check(folder: Path) -> None:
 
 
 def _check_fits(folder: Path, model: Any) -> None:
-    """Compare shapes before anything is changed: an adapter that fails half-way would stay in the model."""
+    """Compare shapes before any change: an adapter that fails halfway would stay in the model."""
     from peft.utils.other import get_pattern_key
     from safetensors import SafetensorError, safe_open
 
@@ -172,7 +171,7 @@ def _check_fits(folder: Path, model: Any) -> None:
             name, side = match[1], "rows"
         else:
             continue
-        # Rows of an adapter read before are around it.
+        # Rows of an adapter loaded earlier wrap it.
         module = modules.get(f"{name}.token_adapter.base_layer") or modules.get(name)
         if module is None:
             raise _unfit(folder, f"the model has no {name}.")

@@ -1,4 +1,4 @@
-"""The base model's weight files, and where an adapter's updates belong in them."""
+"""The base model's weight files, and the tensors that an adapter's updates apply to."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from qlora_tui.errors import UserError
 
 
 def assign_deltas(deltas: AdapterDeltas, files: list[Path], adapter: Path) -> dict[Path, AdapterDeltas]:
-    """File to tensor to update, for updates by module name. Raises UserError where one finds no tensor.
+    """Group updates by weight file and tensor name. Raises UserError for an update without a tensor.
 
-    ``adapter`` is the folder the updates are of, for the message.
+    ``adapter`` is the folder of the updates, for the message.
     """
     shapes = {name: (file, shape) for file in files for name, shape in _shapes(file).items()}
     by_tail = {_tail(name): name for name in shapes}
@@ -21,7 +21,7 @@ def assign_deltas(deltas: AdapterDeltas, files: list[Path], adapter: Path) -> di
     for module, update in deltas.items():
         name = f"{module}.weight"
         if name not in shapes:
-            # A text model in a multimodal one is named with or without the outer part.
+            # A text model inside a multimodal one is named with or without the outer part.
             name = by_tail.get(_tail(name), name)
         if name not in shapes and isinstance(update, EmbeddingRowDelta):
             last = f".{module.rpartition('.')[2]}.weight"
@@ -40,9 +40,9 @@ def assign_deltas(deltas: AdapterDeltas, files: list[Path], adapter: Path) -> di
 
 
 def with_tied_head(deltas: AdapterDeltas, files: list[Path], head: OutputHead) -> AdapterDeltas:
-    """The updates, the embedding's rows also as those of a tied head that the files hold beside it.
+    """Return the updates, with the embedding's rows also for a tied head that the files store separately.
 
-    transformers ties the two of a file only while they are equal.
+    transformers ties two stored matrices only while they are equal.
     """
     rows = next((update for update in deltas.values() if isinstance(update, EmbeddingRowDelta)), None)
     is_stored = any(f"{head.name}.weight" in _shapes(file) for file in files)

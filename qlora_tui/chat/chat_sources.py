@@ -1,4 +1,4 @@
-"""What a run, or an adapter's folder, offers to talk to. Loads no torch."""
+"""Chat sources of a run or an adapter's folder. Loads no torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DATA_READY = b'"data_ready"'
 
 
 def run_source(run: RunDir) -> ChatSource:
-    """The final adapter of a run, where there is one, and every checkpoint, the newest first."""
+    """Return the chat source of a run: its final adapter, if any, and every checkpoint, newest first."""
     adapters = {}
     if (run.adapter_dir / _CONFIG).is_file():
         adapters[ADAPTER] = str(run.adapter_dir)
@@ -28,9 +28,9 @@ def run_source(run: RunDir) -> ChatSource:
 
 
 def adapter_source(folder: Path, model: str | None = None) -> ChatSource:
-    """An adapter's folder: with the recipe it holds, or on ``model`` where it holds none.
+    """Return the chat source of an adapter's folder, with its recipe, or on ``model`` if it has none.
 
-    Raises UserError.
+    Raises UserError where the folder cannot be used.
     """
     if not (folder / _CONFIG).is_file():
         raise UserError(
@@ -59,7 +59,7 @@ def adapter_source(folder: Path, model: str | None = None) -> ChatSource:
 
 
 def _trained_thinking(run: RunDir) -> Thinking:
-    """What a run's data decided, from its first event on them."""
+    """Return the thinking setting that a run's first event on its data records."""
     try:
         with run.events_path.open("rb") as events:
             for line in events:
@@ -71,12 +71,12 @@ def _trained_thinking(run: RunDir) -> Thinking:
 
 
 def checkpoint_name(step: int) -> str:
-    """``step-120``."""
+    """Return the adapter name of a checkpoint, such as ``step-120``."""
     return f"step-{step}"
 
 
 def choose_adapter(source: ChatSource, *, base: bool = False, checkpoint: int | None = None) -> str:
-    """The voice that is asked for: the final adapter, else the newest checkpoint. Raises UserError."""
+    """Return the selected adapter: by default the final one, else the newest checkpoint. Raises UserError."""
     if base:
         return BASE
     if checkpoint is not None:

@@ -1,6 +1,6 @@
-"""What is said about a chat: settings, how an answer ended, what there is to talk to. Loads no torch.
+"""Types of a chat: settings, results and sources. Loads no torch.
 
-Used by the chat itself, by the engine's protocol, and by whoever shows a chat.
+Used by the chat itself, by the engine's protocol, and by the user interfaces.
 """
 
 from __future__ import annotations
@@ -12,57 +12,58 @@ from msgspec import Meta, Struct
 from qlora_tui.recipe.schema import Recipe, Thinking
 
 BASE = "base"
-"""The voice of the model without an adapter."""
+"""Adapter name of the model without an adapter."""
 ADAPTER = "adapter"
-"""The voice of a run's final adapter. A checkpoint's is ``step-120``."""
+"""Adapter name of a run's final adapter. A checkpoint's is ``step-120``."""
 
 FinishReason: TypeAlias = Literal["turn end", "most tokens", "context full", "stopped"]
-"""Why an answer ended: by itself, at ``max_new_tokens``, at the model's context length, or on request."""
+"""Why an answer ended: end of turn, ``max_new_tokens``, the model's context length, or a stop request."""
 
 
 class Sampling(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the next token is chosen. The defaults are a calm conversation."""
+    """Sampling settings. The defaults suit a calm conversation."""
 
     temperature: Annotated[float, Meta(ge=0, le=5)] = 0.7
-    """0 always takes the likeliest token."""
+    """Sampling temperature; 0 always selects the likeliest token."""
     top_p: Annotated[float, Meta(gt=0, le=1)] = 0.95
-    """Only the likeliest tokens that together have this probability; 1 is all."""
+    """Probability that the likeliest tokens to sample from must reach together; 1 includes all."""
     top_k: Annotated[int, Meta(ge=0)] = 50
-    """Only so many of the likeliest tokens; 0 is all."""
+    """Number of likeliest tokens to sample from; 0 includes all."""
     repetition_penalty: Annotated[float, Meta(gt=0, le=10)] = 1.0
-    """Above 1, tokens already in the conversation become less likely (arXiv:1909.05858, section 4.1)."""
+    """Penalty; above 1, tokens already in the conversation become less likely (arXiv:1909.05858, 4.1)."""
     max_new_tokens: Annotated[int, Meta(ge=1)] = 512
     seed: Annotated[int, Meta(ge=0, lt=2**32)] | None = None
-    """The same seed and conversation give the same answer on the same machine; None is another each time."""
+    """Random seed; the same seed and conversation give the same answer on one machine. None is random."""
 
 
 GREEDY = Sampling(temperature=0.0)
-"""Always the likeliest token: for comparing."""
+"""Always the likeliest token, for comparisons."""
 
 
 class TextChunk(Struct, frozen=True):
-    """A piece of what a model says."""
+    """A piece of a model's output."""
 
     text: str
     thought: bool = False
-    """Whether it is a thought and not the answer."""
+    """Whether it is a thought rather than the answer."""
     tokens: int = 0
-    """Of the thought so far."""
+    """Tokens of the thought so far."""
 
 
 class ThinkingSupport(Struct, frozen=True, kw_only=True):
-    """What a model's chat template makes of thinking."""
+    """How a model's chat template supports thinking."""
 
     kind: Literal["switch", "effort", "always", "none"] = "none"
-    """Turned on and off; only lowered; a thought is always opened; the template does not know of it."""
+    """``switch``: on or off; ``effort``: can only be lowered; ``always``: always on; ``none``:
+    unsupported."""
     variable: str = ""
-    """What the template calls it: ``enable_thinking``."""
+    """Name of the template variable: ``enable_thinking``."""
     off: str = ""
-    """An effort's least: ``low``."""
+    """Lowest level of an effort: ``low``."""
     default: Literal["on", "off"] = "off"
 
     def effect_of(self, thinking: Thinking) -> str:
-        """What the setting does here, where that is not what it says; else empty."""
+        """Return the setting's effect with this template, where it differs from its name; else empty."""
         if thinking == "auto" or self.kind == "switch":
             return ""
         if self.kind == "none":
@@ -77,31 +78,31 @@ class ThinkingSupport(Struct, frozen=True, kw_only=True):
 
 
 class GenerationResult(Struct, frozen=True, kw_only=True):
-    """How an answer came about."""
+    """Result of generating one answer."""
 
     ending: FinishReason
     text: str
     """The answer, without thoughts."""
     prompt_tokens: int
     reused_tokens: int
-    """Of the prompt, those still known from the turn before: they cost nothing."""
+    """Prompt tokens reused from the turn before, at no cost."""
     new_tokens: int
     first_token_s: float
-    """From the question to the first token."""
+    """Seconds from the question to the first token."""
     tokens_per_s: float
-    """After the first token; 0 where there was only one."""
+    """Tokens per second after the first; 0 where there was only one."""
     thought: str = ""
-    """What it thought before it answered."""
+    """The thought before the answer."""
     thought_tokens: int = 0
     thought_s: float = 0.0
     warning: str = ""
-    """Where the chat computed other scores than transformers and peft: what that means for the answer."""
+    """Warning where the chat's scores differed from those of transformers and peft; empty otherwise."""
     thought_ended: bool = True
-    """False where it was still thinking when it stopped."""
+    """False if the model was still thinking when it stopped."""
 
 
 class AnswerComparison(Struct, frozen=True):
-    """What base and adapter answer to the same prompt."""
+    """Answers of base and adapter to the same prompt."""
 
     prompt: str
     base: str
@@ -109,15 +110,15 @@ class AnswerComparison(Struct, frozen=True):
 
 
 class ChatSource(Struct, frozen=True, kw_only=True):
-    """What to load: a base model as the recipe holds it, and adapters to put on it."""
+    """What to load: the recipe's base model, and adapters for it."""
 
     recipe: Recipe
     adapters: dict[str, str] = {}
-    """Voice to the folder of its adapter; each is read when it first speaks."""
+    """Folder of each adapter by name; an adapter is loaded on first use."""
     thinking: Thinking = "auto"
-    """How it was trained to be asked."""
+    """Thinking setting of the training."""
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
-        """Every voice, the base first."""
+        """Return every adapter name, the base first."""
         return (BASE, *self.adapters)

@@ -1,8 +1,8 @@
-"""4-bit weights on CPUs with AVX512-BF16: bitsandbytes' own layout, and its kernel without the way to it.
+"""4-bit weights on CPUs with AVX512-BF16: bitsandbytes' own layout, and direct calls of its kernel.
 
-bitsandbytes looks at every call what its layer holds, in Python and through torch's dispatcher: 25 µs, where
-the kernel itself takes 3 to 15 for a product of a small model. Here one token's product goes straight to the
-kernel; everything else, and the change of layout, stays bitsandbytes' own.
+bitsandbytes inspects its layer at every call, in Python and through torch's dispatcher: 25 µs, where the
+kernel itself takes 3 to 15 for a product of a small model. Here one token's product goes directly to the
+kernel; everything else, including the change of layout, is left to bitsandbytes.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from torch import Tensor, nn
 from qlora_tui.training.agreement import bitwise_equal, within_rounding
 
 _SUPPORTED = re.compile(r"0\.(49|50)\.")
-"""Versions of bitsandbytes whose kernel takes what is handed over here; others are called as they ask for."""
+"""Versions of bitsandbytes with a matching kernel signature; with others the layer's own forward runs."""
 _CHUNK_ROWS = 1024
-"""Of a weight that are in fp32 at a time."""
+"""Rows of a weight that are in fp32 at a time."""
 _ROUNDINGS = 4.0
-"""By which a product may differ from the exact one, of the size that its rounding has."""
+"""Rounding steps by which a product may differ from the exact one."""
 _ROWS = 32
-"""Outputs that the layout takes together."""
+"""Outputs that the layout groups together."""
 
 
 def use_cpu_layout(model: nn.Module) -> None:
-    """Let 4-bit layers take the layout that this CPU answers fastest from, if any; nothing trains here."""
+    """Convert 4-bit layers to the layout that is fastest on this CPU, if any. Inference only."""
     layers: list[Any] = [each for each in model.modules() if hasattr(each, "support_avx512bf16_for_cpu")]
     if not layers:
         return
-    # Here, because it takes a second to load and a model of 16 bits does without.
+    # Imported here: it takes a second to load and a 16-bit model does not need it.
     import bitsandbytes
     from bitsandbytes.functional import has_avx512bf16
 
@@ -49,7 +49,7 @@ def use_cpu_layout(model: nn.Module) -> None:
         if not verified[case]:
             continue
         layer.support_avx512bf16_for_cpu = True
-        # The layout changes with the first product: now, so that the first question need not wait for it.
+        # The layout changes with the first product: do it now, so that the first question does not wait.
         layer(torch.zeros(1, layer.in_features, dtype=layer.compute_dtype))
         layer._save_to_state_dict = _save_nothing
         if is_supported and (product := _direct_kernel(layer)) and _matches_layer(product, layer):
@@ -57,17 +57,17 @@ def use_cpu_layout(model: nn.Module) -> None:
 
 
 def _has_the_shape(layer: Any) -> bool:
-    """Whether the layout has room for it; bitsandbytes only finds out as it makes it."""
+    """Return whether the layout supports the layer's shape; bitsandbytes checks it only while converting."""
     outputs, inputs, blocksize = layer.out_features, layer.in_features, layer.weight.quant_state.blocksize
     return not (outputs % _ROWS or inputs % blocksize)
 
 
 @torch.no_grad()
 def layout_agrees(layer: Any) -> bool:
-    """Whether the layout gives the products of the weights as they are stored, seen on a copy of the layer.
+    """Return whether the layout gives the products of the stored weights, tested on a copy of the layer.
 
-    A product's rounding has the size of the root of its terms' squares, and of its blocks' sums, whose scales
-    are rounded too: each output is held to that, so neither a wrong row nor a wrong block passes.
+    The rounding of a product is bounded by the root of its squared terms and of its squared block sums, whose
+    scales are rounded too. Each output must be within that, so neither a wrong row nor a wrong block passes.
     """
     from bitsandbytes.functional import dequantize_4bit
 
@@ -85,7 +85,7 @@ def layout_agrees(layer: Any) -> bool:
         scale.append(x.float().square() @ weight.float().square().t() + blocks.square().sum(-1))
     exact = torch.cat(expected, dim=1) + bias
     size = (torch.cat(scale, dim=1) + bias.square()).sqrt()
-    # One token and several take different kernels.
+    # One token and several use different kernels.
     return all(
         within_rounding(copied(x[:count]), exact[:count], size[:count], _ROUNDINGS) for count in (1, len(x))
     )
@@ -93,26 +93,25 @@ def layout_agrees(layer: Any) -> bool:
 
 @torch.no_grad()
 def _matches_layer(product: Callable[[Tensor], Tensor], layer: Any) -> bool:
-    """Whether the kernel, called without bitsandbytes, gives each bit of what the layer gives."""
+    """Return whether the kernel, called directly, gives bit-identical results to the layer."""
     x = _example_tokens(layer)[:1]
     return bitwise_equal(product(x), layer(x))
 
 
 def _example_tokens(layer: Any) -> Tensor:
-    """Inputs (3, inputs) of the layer, with a few massive channels."""
+    """Return inputs (3, inputs) of the layer, with a few massive channels."""
     x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
     x[:, :: max(layer.in_features // 3, 1)] *= 100
     return x.to(layer.compute_dtype)
 
 
 def _save_nothing(*args: Any, **kwargs: Any) -> None:
-    """What is saved of a layer. bitsandbytes would lay its weights out for saving, for good, and round their
-    scales a second time: peft asks for them as it reads an adapter, and does without.
-    """
+    """Save nothing of a layer. bitsandbytes would convert its weights back for saving, permanently, and round
+    their scales a second time; peft requests them when it loads an adapter, and does not need them."""
 
 
 class SingleTokenForward:
-    """Stands in for the ``forward`` of one ``Linear4bit``."""
+    """Replacement of the ``forward`` of one ``Linear4bit``."""
 
     def __init__(
         self, original_forward: Callable[[Tensor], Tensor], product: Callable[[Tensor], Tensor]
@@ -126,7 +125,7 @@ class SingleTokenForward:
 
 
 def _direct_kernel(layer: Any) -> Callable[[Tensor], Tensor] | None:
-    """A function from one token's inputs (…, inputs) to its outputs; None where the layout is another."""
+    """Return a function from one token's inputs (…, inputs) to its outputs; None for another layout."""
     from bitsandbytes.cextension import lib
 
     weight, state, bias = layer.weight.data, layer.weight.quant_state, layer.bias

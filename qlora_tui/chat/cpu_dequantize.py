@@ -1,6 +1,6 @@
-"""4-bit weights written out once, where that answers faster than unpacking them for every token.
+"""4-bit weights dequantized once, where that is faster than dequantizing them for every token.
 
-A CPU without AVX512-BF16 has no 4-bit product: bitsandbytes writes each layer's weights out at every token.
+A CPU without AVX512-BF16 has no 4-bit product: bitsandbytes dequantizes each layer's weights at every token.
 Doing it once gives the same numbers in half the time, for eight times the memory in fp32.
 """
 
@@ -18,10 +18,10 @@ _SHARE_OF_FREE_MEMORY = 0.25
 
 
 def dequantize_on_cpu(model: Any, device: ComputeDevice) -> bool:
-    """Write the 4-bit weights out if this CPU is slow without and has room; whether it was done."""
+    """Dequantize the 4-bit weights if this CPU has no fast product and enough memory; return whether done."""
     if not any(hasattr(each, "quant_state") for each in model.modules()):
         return False
-    # Here: it takes a second to load.
+    # Imported here: it takes a second to load.
     from bitsandbytes.functional import has_avx512bf16
     from bitsandbytes.nn import Linear4bit
 

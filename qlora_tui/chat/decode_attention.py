@@ -1,7 +1,7 @@
-"""Attention of one new token on a CPU: the query heads that share a key head as rows of one product.
+"""Attention of one new token on a CPU: the query heads of one key head are rows of one product.
 
-torch's kernel takes head by head, each a product of a single row, and reads shared keys once for each of
-them. As rows of their key head, several answer four to thirteen times as fast, to the same figures.
+torch's kernel computes one head at a time, each as a product with a single row, and reads shared keys once
+for each of them. As rows of one product they are four to thirteen times as fast, with the same results.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from qlora_tui.training.attention_check import attention_matches
 from qlora_tui.training.model_loading import set_attention
 
 NAME = "qlora_chat"
-"""The attention implementation as transformers knows it."""
+"""Name of the attention implementation in transformers."""
 _verified: dict[tuple[object, ...], bool] = {}
-"""Whether heads in groups attend as head by head, by shapes, dtype and settings; tried at the first call."""
+"""Whether grouped heads give the same results, by shapes, dtype and settings; tested at the first call."""
 
 
 def use_grouped_heads(model: Any) -> None:
-    """Let ``model``, if it attends by SDPA, do so in this way."""
+    """Use grouped heads in ``model`` if its attention is SDPA."""
     if model.config._attn_implementation != "sdpa":
         return
     AttentionInterface.register(NAME, attend)
@@ -42,7 +42,7 @@ def attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: (batch, heads, tokens, width) to (batch, tokens, heads, width)."""
+    """Compute attention: (batch, heads, tokens, width) to (batch, tokens, heads, width)."""
     settings = {name: value for name, value in kwargs.items() if value is not None}
 
     def by_library(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def attend(
     if tokens > 1 or heads == shared or attention_mask is not None or "position_bias" in settings:
         return by_library(query, key, value), None
     case = (type(module), heads, key.shape[1::2], value.shape[-1], width, query.dtype, scaling, *settings)
-    if case not in _verified and key.shape[2] > 1:  # a single key takes all, however heads are grouped
+    if case not in _verified and key.shape[2] > 1:  # a single key gets all the weight, grouped or not
         _verified[case] = attention_matches(
             partial(_in_groups, scaling), by_library, query, key, value, scaling
         )
@@ -63,7 +63,7 @@ def attend(
 
 
 def _in_groups(scaling: float | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The query heads that share a key head as rows, (batch, 1, heads, width)."""
+    """Attend with the query heads of a key head as rows; returns (batch, 1, heads, width)."""
     batch, heads, _, width = query.shape
     rows = query.reshape(batch, key.shape[1], heads // key.shape[1], width)
     output = functional.scaled_dot_product_attention(rows, key, value, scale=scaling)

@@ -1,17 +1,17 @@
-"""What an adapter does to a model, in figures and in one sentence. Loads no torch."""
+"""The effect of an adapter on a model, in figures and in one sentence. Loads no torch."""
 
 from __future__ import annotations
 
 from msgspec import Struct
 
 _HARDLY = 0.01
-"""Share of changed choices under which an adapter is as good as none."""
+"""Share of changed choices below which an adapter has practically no effect."""
 _NAMED = 3
-"""Tokens named in the sentence."""
+"""Number of tokens named in the sentence."""
 
 
 class LayerChange(Struct, frozen=True, kw_only=True):
-    """How far an adapter moves the weights of one layer."""
+    """Change of the weights of one layer by an adapter."""
 
     layer: int
     relative: float
@@ -19,33 +19,33 @@ class LayerChange(Struct, frozen=True, kw_only=True):
 
 
 class Effect(Struct, frozen=True, kw_only=True):
-    """Base and adapter over the same held-out conversations."""
+    """Comparison of base and adapter on the same held-out conversations."""
 
     adapter_name: str
     samples: int
     tokens: int
-    """Next-token choices compared: those the model is trained to make."""
+    """Next-token choices compared: those in the loss."""
     mean_kl: float
     """KL(adapter ‖ base) of the next-token distributions, in nats, mean over the choices."""
     changed_choices: float
-    """Share of the choices at which the likeliest token is another."""
+    """Share of the choices at which the likeliest token differs."""
     base_loss: float
     adapter_loss: float
-    """Mean cross-entropy of the held-out answers, nats a token."""
+    """Mean cross-entropy of the held-out answers, in nats per token."""
     turns: int
-    """Ends of turns among the choices; 0 where the template has none."""
+    """Number of turn ends among the choices; 0 where the template has none."""
     turns_ended: int
-    """How many of them the adapter ends."""
+    """Number of these that the adapter predicts."""
     turns_ended_by_base: int
     warning: str = ""
-    """Where these figures rest on other scores than those of transformers and peft."""
+    """Warning where these figures use scores that differ from those of transformers and peft."""
     token_rows: tuple[str, ...] = ()
-    """Tokens for which the adapter has rows of the embedding and the head of its own."""
+    """Tokens with their own trained rows of embedding and head."""
     layers: tuple[LayerChange, ...]
 
     @property
     def sentence(self) -> str:
-        """The verdict, for someone who is not interested in figures."""
+        """Return the verdict in one sentence, for readers who skip the figures."""
         where = f"{self.samples} held-out conversation{'s' if self.samples != 1 else ''}"
         much = f"{self.changed_choices:.0%}"
         verb = "changes"

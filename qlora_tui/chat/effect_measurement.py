@@ -1,4 +1,4 @@
-"""Measure what an adapter changes: base and adapter score the run's validation conversations."""
+"""Measurement of an adapter's effect: base and adapter score the run's validation conversations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from qlora_tui.errors import EXIT_USAGE, UserError
 
 _MOST_SAMPLES = 24
 _MOST_TOKENS = 1024
-"""Of one conversation; more of it says nothing else."""
+"""Most tokens of one conversation; longer ones add no information."""
 _ROWS_AT_ONCE = 64
 """Vocabulary-wide rows compared at a time."""
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -39,9 +39,9 @@ def measure_effect(
     on_status: Callable[[str], None] = lambda words: None,
     stop: Event | None = None,
 ) -> Effect:
-    """Compare ``adapter_name`` with the base on the validation side of the run's data.
+    """Compare ``adapter_name`` with the base on the validation split of the run's data.
 
-    ``stop`` ends it with the conversations compared so far. Raises UserError where there is nothing to
+    ``stop`` ends the comparison with the conversations so far. Raises UserError where there is nothing to
     compare.
     """
     if adapter_name == BASE:
@@ -96,7 +96,7 @@ def measure_effect(
 
 @dataclass
 class _EffectSums:
-    """Over all choices so far."""
+    """Sums over all choices so far."""
 
     end_ids: frozenset[int]
     samples: int = 0
@@ -148,7 +148,7 @@ def _validation_samples(session: ChatSession) -> Samples:
 
 
 def _spread(count: int, most: int) -> list[int]:
-    """At most ``most`` of ``count`` numbers, evenly spread."""
+    """Return at most ``most`` of ``count`` indices, evenly spaced."""
     return [i * count // min(count, most) for i in range(min(count, most))]
 
 
@@ -159,7 +159,7 @@ def _token_rows(session: ChatSession, deltas: AdapterDeltas) -> tuple[str, ...]:
 
 
 def _layer_changes(session: ChatSession, adapter_name: str, deltas: AdapterDeltas) -> tuple[LayerChange, ...]:
-    """Against the 16-bit base as it is on the disk, one weight in memory at a time."""
+    """Compare with the 16-bit base weights on disk, one weight in memory at a time."""
     base = model_folder(session.source.recipe)
     adapter = Path(session.source.adapters[adapter_name])
     files = [base / name for name in weight_files(base)]

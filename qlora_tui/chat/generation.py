@@ -1,4 +1,4 @@
-"""One answer, token by token."""
+"""Generation of one answer, token by token."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from qlora_tui.chat.thought_splitter import ThoughtSplitter
 from qlora_tui.chat.token_sampler import make_sampler
 
 _READ_AT_ONCE = 512
-"""Tokens of a prompt between two looks at whether to stop."""
+"""Tokens of a prompt between two checks for a stop request."""
 
 
 class DecoderModel(Protocol):
-    """What an answer needs of the session: one voice of its model."""
+    """Methods of the session that an answer needs."""
 
     device: torch.device
     context_length: int
@@ -29,14 +29,14 @@ class DecoderModel(Protocol):
     warning: str
 
     def next_logits(self, adapter_name: str, token_ids: list[int], prefix_cache: PrefixCache) -> Tensor:
-        """Scores (1, vocabulary) of what comes after ``token_ids``."""
+        """Return the scores (1, vocabulary) of the token after ``token_ids``."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Their text, special tokens left out."""
+        """Return the text of the ids without special tokens."""
 
 
 class AnswerStream:
-    """An answer in the making. Iterate once, for pieces of thought and answer; then ``outcome`` is there."""
+    """An answer while it is generated. Iterate once over its chunks, then read ``outcome``."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class AnswerStream:
         self.outcome: GenerationResult | None = None
 
     def stop(self) -> None:
-        """End the answer before its next token. Any thread may call this."""
+        """Stop the answer before its next token. Callable from any thread."""
         self._stop.set()
 
     def __iter__(self) -> Iterator[TextChunk]:
@@ -106,7 +106,7 @@ class AnswerStream:
         return "most tokens" if answered == self._sampling.max_new_tokens else "context full"
 
     def _tokens(self, reused: int) -> Iterator[int]:
-        """The answer's ids, up to the most there may be or until stopped."""
+        """Yield the answer's ids, up to the maximum or until stopped."""
         choose = make_sampler(self._sampling, self._model.device)
         ids = torch.tensor([self._prompt], device=self._model.device)
         unread = self._prompt[reused:]
@@ -120,7 +120,7 @@ class AnswerStream:
             yield token_id
 
     def _read(self, token_ids: list[int]) -> Tensor | None:
-        """Scores after ``token_ids``; None when asked to stop."""
+        """Return the scores after ``token_ids``; None after a stop request."""
         scores = None
         for start in range(0, len(token_ids), _READ_AT_ONCE):
             if self._stop.is_set():
@@ -132,7 +132,7 @@ class AnswerStream:
 
 
 class _AnswerParts:
-    """What has been said so far, thoughts and answer apart."""
+    """Text generated so far, with thoughts and answer separated."""
 
     def __init__(self, splitter: ThoughtSplitter) -> None:
         self._splitter = splitter
@@ -141,10 +141,10 @@ class _AnswerParts:
         self.thought_tokens = 0
         self.thought_s = 0.0
         self.began_at = 0.0
-        """When the first token came."""
+        """Time of the first token."""
 
     def add_text(self, text: str, *, is_last: bool = False) -> Iterator[TextChunk]:
-        """The pieces that one more token makes certain; with ``is_last``, all that is left."""
+        """Yield the chunks that one more token completes; with ``is_last``, all the rest."""
         was_in_thought = self._splitter.in_thought
         pieces = self._splitter.feed(text) + (self._splitter.rest() if is_last else [])
         if was_in_thought:

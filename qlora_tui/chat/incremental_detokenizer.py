@@ -1,36 +1,36 @@
-"""Token ids to text as they come, never giving out half a character."""
+"""Incremental decoding of token ids to text, without incomplete characters."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 _BROKEN = "\ufffd"
-"""What a decoder writes for bytes that are no whole character (yet)."""
+"""Character that a decoder writes for bytes that are not a complete character (yet)."""
 _LONGEST_CHARACTER = 4
-"""Bytes in UTF-8, so tokens at most until a character is whole."""
+"""Most bytes of a UTF-8 character, so most tokens until a character is complete."""
 
 
 class IncrementalDetokenizer:
-    """Feed it ids one by one; what it returns, joined, is the text."""
+    """Decodes ids one at a time; the returned texts, joined, are the full text."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
-        """``decode`` gives the text of ids, special tokens left out."""
+        """``decode`` returns the text of ids without special tokens."""
         self._decode = decode
         self._ids: list[int] = []
-        # The piece given out last is decoded again in front of the next: many decoders treat the beginning
+        # The previous piece is decoded again before the next: many decoders treat the beginning
         # of a text differently.
         self._context = 0
         self._given = 0
 
     def add(self, token_id: int) -> str:
-        """The text that is certain now and was not before; often a word, empty within a character."""
+        """Return the text completed by this id; often a word, empty within a character."""
         self._ids.append(token_id)
         piece = self._pending_text()
         unfinished = piece.endswith(_BROKEN) and len(self._ids) - self._given < _LONGEST_CHARACTER
         return "" if unfinished else self._give(piece)
 
     def rest(self) -> str:
-        """What was held back, when no more ids come."""
+        """Return the text still held back after the last id."""
         return self._give(self._pending_text())
 
     def _pending_text(self) -> str:

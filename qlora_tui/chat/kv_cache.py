@@ -1,7 +1,7 @@
-"""Keys and values of what one voice has read, kept from turn to turn.
+"""Cache of keys and values for one adapter, kept from turn to turn.
 
-A conversation grows at its end, so each turn reads only what is new. Memory is taken in strides and written
-in place, where the stock cache copies everything it holds for every token.
+A conversation grows at its end, so each turn computes only the new tokens. Memory grows in blocks and is
+written in place, where the stock cache copies all its content for every token.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _STRIDE_TOKENS = 256
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers' caches are not all typed
-    """One layer's keys and values: views into room that grows ahead of need.
+    """Keys and values of one layer: views into buffers that grow ahead of need.
 
-    ``keys`` and ``values``: (1, heads, tokens, width), as :class:`DynamicLayer` has them.
+    ``keys`` and ``values``: (1, heads, tokens, width), as in :class:`DynamicLayer`.
     """
 
     _buffers: tuple[Tensor, Tensor] | None = None
@@ -29,7 +29,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add the keys and values of the tokens just read; all of them, as views."""
+        """Append the keys and values of new tokens; return all of them, as views."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
@@ -47,27 +47,27 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
         return self.keys, self.values
 
     def truncate(self, tokens: int) -> None:
-        """Keep the first ``tokens`` only."""
+        """Keep only the first ``tokens``."""
         if self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys[:, :, :tokens], self.values[:, :, :tokens]
 
 
 class PrefixCache:
-    """What one voice has read so far, and the cache that goes with it."""
+    """Token ids that one adapter has processed, with their cache."""
 
     def __init__(self, config: Any) -> None:
         self._config = config
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Clear ids and cache."""
         self.cache = _new_cache(self._config)
         self.token_ids: list[int] = []
 
     def reuse(self, prompt: Sequence[int]) -> int:
-        """Go back to where ``prompt`` parts from what was read; how many of its tokens are known.
+        """Truncate the cache to the common prefix with ``prompt``; return its length in tokens.
 
-        The last token is always read again: the answer begins with what the model says after it.
+        The last token is always processed again, because its scores give the first token of the answer.
         """
         pairs = zip(self.token_ids, prompt[:-1], strict=False)
         known = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
@@ -77,7 +77,7 @@ class PrefixCache:
                 for layer in layers:
                     layer.truncate(known)
             else:
-                # Sliding windows and recurrent states cannot go back.
+                # Sliding windows and recurrent states cannot be truncated.
                 self.clear()
                 known = 0
             del self.token_ids[known:]

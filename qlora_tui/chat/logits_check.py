@@ -1,9 +1,9 @@
-"""The first tokens of a conversation, answered as this chat does and by transformers and peft alone.
+"""Comparison of this chat's first logits with those of transformers and peft alone.
 
-The chat reads a prompt into its own cache, adds adapters, groups heads and calls 4-bit kernels by shorter
-ways. Here the end of a real prompt goes through all of that and through the library's own code. The scores of
-the next token must agree as nearly as the library agrees with itself when each module's output is moved by
-the rounding error of the dtype (see :mod:`qlora_tui.training.step_check`).
+The chat reads a prompt into its own cache, adds adapters, groups heads and calls 4-bit kernels directly. This
+check runs the end of a real prompt through both that code and the library's own. The scores of the next token
+must agree as closely as the library agrees with itself when each module's output is perturbed by the rounding
+error of the dtype (see :mod:`qlora_tui.training.step_check`).
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from qlora_tui.training.model_loading import set_attention
 from qlora_tui.training.step_check import FACTOR, rounding_error_of, rounding_errors
 
 TOKENS = 16
-"""Of the prompt's end: a forward pass over so few costs little more than one token of the answer."""
+"""Tokens of the prompt's end: a forward pass over these costs little more than one token of the answer."""
 _MOST_DRAWS = 4
 
 
 @dataclass(frozen=True)
 class LogitsComparison:
-    """How far the chat's scores are from the library's."""
+    """Difference between the chat's scores and the library's."""
 
     difference: float
-    """Share of the scores' spread by which they differ: root mean square over the vocabulary."""
+    """Root mean square difference over the vocabulary, as a share of the scores' spread."""
     noise: float
-    """What rounding moves the library's by, likewise."""
+    """Difference that rounding makes to the library's scores, in the same unit."""
 
     @property
     def agrees(self) -> bool:
-        """Whether rounding explains the difference. False where a score is not finite."""
+        """Return whether rounding explains the difference. False where a score is not finite."""
         return self.difference <= FACTOR * self.noise
 
 
 def compare_logits(
     model: Any, dtype: torch.dtype, ours: Callable[[], Tensor], library: Callable[[], Tensor]
 ) -> LogitsComparison:
-    """Compare two ways to the same scores (rows, vocabulary).
+    """Compare two implementations of the same scores (rows, vocabulary).
 
     Args:
-        model: computes ``library`` by transformers and peft alone while that is called.
-        dtype: what the model computes in.
+        model: computes ``library`` with transformers and peft alone while that is called.
+        dtype: compute dtype of the model.
     """
     expected = library().float()
     spread = float((expected - expected.mean(-1, keepdim=True)).norm()) or 1.0
@@ -66,7 +66,7 @@ def compare_logits(
 
 @contextmanager
 def library_code(model: nn.Module) -> Iterator[None]:
-    """Let the model compute by transformers and peft alone; then as before."""
+    """Let the model compute with transformers and peft alone inside the block."""
     replaced = _replaced(model)
     config: Any = model.config
     grouped = config._attn_implementation == NAME
@@ -81,7 +81,7 @@ def library_code(model: nn.Module) -> Iterator[None]:
 
 
 def use_library_code(model: nn.Module) -> None:
-    """Let the model compute by transformers and peft alone from here on."""
+    """Let the model compute with transformers and peft alone from now on."""
     for module in _replaced(model):
         vars(module).pop("forward")
     config: Any = model.config

@@ -1,4 +1,4 @@
-"""The chat of the command line: one answer, a conversation, or base and adapter compared.
+"""Chat on the command line: one answer, a conversation, or base and adapter compared.
 
 Torch is loaded with the first answer, in this process.
 """
@@ -42,9 +42,9 @@ def generate_once(
     sampling: Sampling | None = None,
     thinking: Thinking = "auto",
 ) -> Iterator[TextChunk]:
-    """One answer, in pieces as they come, its thoughts among them; notes go to stderr. Raises UserError.
+    """Yield one answer in chunks, including thoughts; notes go to stderr. Raises UserError.
 
-    ``thinking`` is on, off, or ``auto``: as the run was trained.
+    ``thinking`` is on, off, or ``auto``, which follows the training.
     """
     source = run_source(run)
     adapter_name = choose_adapter(source, base=base, checkpoint=checkpoint)
@@ -59,9 +59,9 @@ def generate_once(
 def compare_answers(
     source: ChatSource, prompts: Sequence[str], *, max_new_tokens: int = 80, adapter_name: str = ""
 ) -> list[AnswerComparison]:
-    """What the base and an adapter (the final one unless told) answer to each prompt, greedily.
+    """Generate greedy answers of base and adapter (by default the final one) to each prompt.
 
-    One copy of the base serves both. Raises UserError.
+    Both share one copy of the base. Raises UserError.
     """
     adapter_name = adapter_name or choose_adapter(source)
     session = _load(source, lambda words: None)
@@ -86,10 +86,10 @@ def run_repl(
     thinking: Thinking = "auto",
     ask_user: Callable[[str], str] = input,
 ) -> None:
-    """Talk on stdin and stdout until end of file; notes go to stderr. Raises UserError."""
+    """Chat on stdin and stdout until end of file; notes go to stderr. Raises UserError."""
     source = run_source(run)
     adapter_name = choose_adapter(source, base=base, checkpoint=checkpoint)
-    # Line editing for input(), where Python has it.
+    # Line editing for input(), if Python has it.
     with suppress(ImportError):
         import readline  # noqa: F401
     session = _load(source, _note)
@@ -98,7 +98,7 @@ def run_repl(
     messages: list[Message] = []
     while True:
         try:
-            # The library of line editing writes the prompt past sys.stdout.
+            # The line editing library writes the prompt past sys.stdout.
             line = ask_user(f"{visible(adapter_name)}> ").strip()
         except (EOFError, KeyboardInterrupt):
             print()
@@ -135,13 +135,13 @@ def _load(source: ChatSource, on_status: Callable[[str], None]) -> ChatSession:
 
 
 def _note_effect(session: ChatSession, thinking: Thinking) -> None:
-    """Say where the setting does nothing, or something else, with this model."""
+    """Print a note where the setting has no effect, or another one, with this model."""
     if words := session.thinking.effect_of(thinking):
         _note(words)
 
 
 def _with_notes(reply: AnswerStream) -> Iterator[TextChunk]:
-    """The pieces of a reply; that it thinks, and for how long it did, goes to stderr."""
+    """Yield the chunks of a reply; notes on thinking and its duration go to stderr."""
     began, thought = 0.0, None
     for chunk in reply:
         if chunk.thought and thought is None:
@@ -168,12 +168,12 @@ def _turn(
     sampling: Sampling | None,
     thinking: Thinking,
 ) -> list[Message]:
-    """Print the answer as it comes; the conversation with it."""
+    """Print the answer while it is generated; return the conversation with it."""
     answer = thought = ""
     try:
         reply = session.ask(messages, adapter_name=adapter_name, sampling=sampling, thinking=thinking)
     except UserError as problem:
-        # Too long, or refused by the template: what was said before stands.
+        # Too long, or rejected by the template: the conversation stays unchanged.
         _note(str(problem))
         return messages[:-1]
     try:

@@ -1,7 +1,7 @@
-"""A base model in memory, and the adapters that speak through it.
+"""A base model in memory, with its adapters.
 
-One copy of the base serves every voice: an adapter is switched on, off, or changed for another between two
-tokens, so two answers can grow side by side.
+All adapters share one copy of the base: adapters are switched between tokens, so two answers can be generated
+side by side.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from qlora_tui.training.gguf_conversion import convert_cached
 from qlora_tui.training.model_loading import load_base
 
 _OPENING_TOKENS = 8
-"""Of a prompt's end, in which a thought that it opens is seen."""
+"""Tokens of a prompt's end that are checked for an opened thought."""
 StatusFn = Callable[[str], None]
-"""Takes a few words on what is being done: ``Loading the model``."""
+"""Callback for status messages such as ``Loading the model``."""
 
 
 class ChatSession:
-    """What there is to talk to. Not for two threads at once, but for a reply's ``stop``."""
+    """A loaded model with its adapters. Not thread-safe, except for a reply's ``stop``."""
 
     def __init__(
         self, source: ChatSource, model: Any, tokenizer: ChatTokenizer, device: ComputeDevice
@@ -62,7 +62,8 @@ class ChatSession:
         config = model.config.get_text_config()
         self.context_length = int(getattr(config, "max_position_embeddings", 1 << 30))
         self._shares_keys = bool(getattr(config, "num_kv_shared_layers", 0))
-        """Such a model reads a prompt's last token alone in those layers, if it is asked for as a number."""
+        """Whether layers share keys; such a model computes only the last token in those layers if
+        ``logits_to_keep`` is an integer."""
         self.end_ids = frozenset(tokenizer.turn_end_ids) | _model_ends(model)
         self._marks = marks_in_template(tokenizer.template.literals)
         self._mark_ids = frozenset(
@@ -74,23 +75,23 @@ class ChatSession:
         self._adapter_names = AdapterSet(model, source.adapters)
         self._caches: dict[str, PrefixCache] = {}
         self.checked: dict[str, LogitsComparison] = {}
-        """By voice, its scores beside the library's, once it has answered."""
+        """Comparison with the library's scores by adapter name, after its first answer."""
         self._not_checkable: set[str] = set()
-        """Voices whose scores could not be compared."""
+        """Adapters whose scores could not be compared."""
         self.warning = ""
-        """What the user should know of how this session answers; empty where all is well."""
+        """Warning on how this session computes; empty where there is none."""
         takes = signature(model.forward).parameters
-        # Its name changes within transformers 5.
+        # The name changes within transformers 5.
         self._cache_argument = "cache" if "cache" in takes else "past_key_values"
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
-        """Who can answer: ``base``, ``adapter``, ``step-120``."""
+        """Return the available names: ``base``, ``adapter``, ``step-120``."""
         return self.source.adapter_names
 
     @property
     def thinking(self) -> ThinkingSupport:
-        """What the chat template makes of thinking."""
+        """Return how the chat template supports thinking."""
         traits = self.tokenizer.traits
         if traits.switch is None:
             return ThinkingSupport(kind="always" if traits.opens_thought else "none")
@@ -104,7 +105,7 @@ class ChatSession:
 
     @property
     def memory_bytes(self) -> int:
-        """Memory of the weights, adapters included."""
+        """Return the bytes of the weights, including adapters."""
         return int(self._model.get_memory_footprint())
 
     def ask(
@@ -116,13 +117,13 @@ class ChatSession:
         stop: Event | None = None,
         thinking: Thinking = "auto",
     ) -> AnswerStream:
-        """The answer of one voice to a conversation that ends with the user's turn; ``stop`` ends it.
+        """Start the answer to a conversation that ends with the user's turn; ``stop`` ends it.
 
-        ``thinking`` is on, off, or ``auto``: as the source says. Earlier answers are sent back with their
-        reasoning, of which the chat template keeps what it does in training.
+        ``thinking`` is on, off, or ``auto``, which follows the source. Earlier answers are passed with their
+        reasoning, of which the chat template keeps the same part as in training.
 
-        Raises UserError where the voice cannot be loaded, the chat template refuses the conversation, or it
-        is longer than the model's context. Only the last answer of each voice may be under way.
+        Raises UserError where the adapter cannot be loaded, the chat template rejects the conversation, or it
+        is longer than the model's context. Only the latest answer of each adapter may be in progress.
         """
         prompt = self.prompt(messages, thinking)
         self.ensure_loaded(adapter_name)
@@ -135,14 +136,14 @@ class ChatSession:
         )
 
     def ensure_loaded(self, adapter_name: str) -> None:
-        """Read the adapter of ``adapter_name`` if it has not been read. Raises UserError."""
+        """Load ``adapter_name`` unless it is loaded. Raises UserError."""
         self._adapter_names.ensure_loaded(adapter_name)
 
     def check(self, adapter_name: str, prompt: list[int]) -> None:
-        """Compare the scores of a voice that ``ensure_loaded`` has loaded with the library's, once.
+        """Compare the scores of a loaded adapter with the library's, once.
 
-        Where they differ, the session computes by transformers and peft alone from here on, and says so in
-        ``warning``. Where they cannot be compared, ``warning`` says why, and nothing else changes.
+        Where they differ, the session uses transformers and peft alone from then on, and ``warning`` says so.
+        Where they cannot be compared, ``warning`` says why, and nothing else changes.
         """
         ids = prompt[-TOKENS:]
         if adapter_name in self.checked or adapter_name in self._not_checkable or len(ids) < 2:
@@ -168,7 +169,7 @@ class ChatSession:
             self._caches.clear()
             again = compare()
         except Exception as error:
-            # An answer that cannot be checked is better than none.
+            # An answer without a check is better than none.
             self._not_checkable.add(adapter_name)
             lines = str(error).strip().splitlines() or [""]
             self.warning = (
@@ -189,13 +190,13 @@ class ChatSession:
 
     @torch.inference_mode()
     def _library_logits(self, adapter_name: str, token_ids: list[int]) -> Tensor:
-        """Scores (2, vocabulary) after the last two of ``token_ids``, by transformers and peft alone."""
+        """Return the scores (2, vocabulary) after the last two of ``token_ids``, without this chat's code."""
         with library_code(self._model), self._adapter_names.through_peft(adapter_name):
             output = self._model(input_ids=torch.tensor([token_ids], device=self.device), use_cache=False)
         return output.logits[0, -2:]  # type: ignore[no-any-return]  # transformers' outputs are untyped
 
     def prompt(self, messages: Sequence[Message], thinking: Thinking = "auto") -> list[int]:
-        """The conversation as the model reads it, up to where the answer begins. Raises UserError."""
+        """Return the conversation's token ids, up to where the answer begins. Raises UserError."""
         wanted = self.source.thinking if thinking == "auto" else thinking
         try:
             prompt = prompt_ids(messages, self.tokenizer, thinking=wanted)
@@ -217,11 +218,11 @@ class ChatSession:
 
     @torch.inference_mode()
     def next_logits(self, adapter_name: str, token_ids: list[int], prefix_cache: PrefixCache) -> Tensor:
-        """Scores (1, vocabulary) of what comes after ``token_ids``, which are kept."""
+        """Return the scores (1, vocabulary) after ``token_ids``, which are added to the cache."""
         self._adapter_names.activate(adapter_name)
         last: int | Tensor = 1
         if len(token_ids) > 1 and self.device.type == "cpu" and not self._shares_keys:
-            # By its number: a slice of several lies in memory in such a way that a CPU copies the whole head.
+            # By index: a slice of several is laid out so that a CPU copies the whole head.
             last = torch.tensor([len(token_ids) - 1])
         try:
             output = self._model(
@@ -231,7 +232,7 @@ class ChatSession:
                 **{self._cache_argument: prefix_cache.cache},
             )
         except BaseException:
-            # Some layers may have read the tokens and others not.
+            # Some layers may have processed the tokens and others not.
             prefix_cache.clear()
             raise
         prefix_cache.token_ids += token_ids
@@ -239,7 +240,7 @@ class ChatSession:
 
     @torch.inference_mode()
     def logits_at(self, adapter_name: str, token_ids: list[int], positions: list[int]) -> Tensor:
-        """Scores (positions, vocabulary) of the token after each of ``positions``, nothing kept."""
+        """Return the scores (positions, vocabulary) of the token after each position, without a cache."""
         self._adapter_names.activate(adapter_name)
         output = self._model(
             input_ids=torch.tensor([token_ids], device=self.device),
@@ -249,7 +250,7 @@ class ChatSession:
         return output.logits[0]  # type: ignore[no-any-return]  # transformers' outputs are untyped
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Their text, special tokens left out but for those that a thought is marked with."""
+        """Return the text of the ids, without special tokens except those that mark a thought."""
         backend = self.tokenizer.backend
         with panics_as_errors():
             if self._mark_ids.isdisjoint(token_ids):
@@ -259,9 +260,9 @@ class ChatSession:
 
 
 def load_session(source: ChatSource, on_status: StatusFn = lambda words: None) -> ChatSession:
-    """Load the base model of ``source`` once; its adapters follow when they are asked for.
+    """Load the base model of ``source``; its adapters are loaded on first use.
 
-    Raises UserError.
+    Raises UserError where the model cannot be loaded.
     """
     recipe = source.recipe
     folder = model_folder(recipe, on_status)
@@ -282,7 +283,7 @@ def load_session(source: ChatSource, on_status: StatusFn = lambda words: None) -
 
 
 def model_folder(recipe: Recipe, on_status: StatusFn = lambda words: None) -> Path:
-    """The folder that holds the recipe's model, a GGUF file converted first. Raises UserError."""
+    """Return the folder with the recipe's model, converting a GGUF file first. Raises UserError."""
     files = resolve_model(recipe.model.id)
     if files.gguf_file is None:
         return files.folder
@@ -294,7 +295,7 @@ def model_folder(recipe: Recipe, on_status: StatusFn = lambda words: None) -> Pa
 
 
 def out_of_memory(device: ComputeDevice) -> UserError:
-    """What to say when the card is full."""
+    """Build the error for a full GPU or CPU memory."""
     return UserError(
         "Out of GPU memory",
         what=f"{device.name} does not have enough memory for this model and conversation.",
@@ -304,7 +305,7 @@ def out_of_memory(device: ComputeDevice) -> UserError:
 
 
 def _tokenizer(source: ChatSource, folder: Path) -> ChatTokenizer:
-    """The one saved with an adapter, whose template it was trained on; else the model's own."""
+    """Load the tokenizer saved with an adapter, whose template was used in training; else the model's own."""
     for adapter in map(Path, source.adapters.values()):
         if (adapter / "tokenizer.json").is_file():
             return ChatTokenizer.from_folder(adapter)
@@ -312,7 +313,7 @@ def _tokenizer(source: ChatSource, folder: Path) -> ChatTokenizer:
 
 
 def _model_ends(model: Any) -> frozenset[int]:
-    """What the model's own generation settings end at."""
+    """Return the end tokens of the model's own generation settings."""
     ends = getattr(model.generation_config, "eos_token_id", None)
     if ends is None:
         return frozenset()

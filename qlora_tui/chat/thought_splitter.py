@@ -1,4 +1,4 @@
-"""Telling a model's thoughts from its answer while the text comes. Loads no torch.
+"""Separation of a model's thoughts from its answer in a stream of text. Loads no torch.
 
 Models write thoughts between marks: ``<think>`` and ``</think>`` (Qwen, GLM, DeepSeek, SmolLM3), ``[THINK]``
 (Mistral), ``<|channel>thought`` (Gemma 4), or named channels (gpt-oss). ``marks_in_template`` finds them in a
@@ -14,15 +14,15 @@ from msgspec import Struct
 from qlora_tui.chat.chat_types import TextChunk
 
 SplitterState = Literal["start", "thought", "answer"]
-"""Nothing said yet; in a thought; in the answer."""
+"""Before any text; in a thought; in the answer."""
 
 
 class ThoughtMark(Struct, frozen=True):
-    """A text that is not shown, and after which the text is of another kind."""
+    """A marker text that is hidden and switches the kind of the text after it."""
 
     text: str
     seen_in: tuple[SplitterState, ...]
-    """Elsewhere it is ordinary text: an answer may be about ``<think>``."""
+    """States in which it is a marker; elsewhere it is ordinary text: an answer may be about ``<think>``."""
     to: SplitterState
 
 
@@ -46,7 +46,7 @@ _GPT_OSS = (
 
 
 def marks_in_template(literals: str) -> tuple[ThoughtMark, ...]:
-    """The marks of a model whose chat template writes ``literals``; ``<think>`` where it names none."""
+    """Return the marks of a model whose chat template writes ``literals``; default ``<think>``."""
     for name, marks in (("<|channel|>analysis", _GPT_OSS), ("<channel|>", _GEMMA), ("[THINK]", _MISTRAL)):
         if name in literals:
             return marks
@@ -54,14 +54,14 @@ def marks_in_template(literals: str) -> tuple[ThoughtMark, ...]:
 
 
 class ThoughtSplitter:
-    """Feed it text piece by piece; what it returns, joined, is the text without its marks."""
+    """Splits text fed in pieces; the returned chunks, joined, are the text without its marks."""
 
     def __init__(self, marks: tuple[ThoughtMark, ...], *, in_thought: bool = False) -> None:
-        """``in_thought``: the prompt has opened a thought already."""
+        """``in_thought`` means that the prompt has already opened a thought."""
         self._marks = marks
         self._pending = ""
         self._trimming = in_thought
-        """Whether white space is left out: what stands between a mark and a text."""
+        """Whether white space is dropped, between a mark and the text after it."""
         self.state: SplitterState = "thought" if in_thought else "start"
 
     @property
@@ -69,7 +69,7 @@ class ThoughtSplitter:
         return self.state == "thought"
 
     def feed(self, text: str) -> list[TextChunk]:
-        """What is certain now; the beginning of what may become a mark waits."""
+        """Return the chunks that are complete; the beginning of a possible mark is held back."""
         self._pending += text
         chunks: list[TextChunk] = []
         while mark := self._first_mark():
@@ -84,7 +84,7 @@ class ThoughtSplitter:
         return chunks
 
     def rest(self) -> list[TextChunk]:
-        """What was held back, when no more comes."""
+        """Return what is still held back at the end of the text."""
         chunks: list[TextChunk] = []
         ready, self._pending = self._pending, ""
         self._append(chunks, ready)
@@ -106,13 +106,13 @@ class ThoughtSplitter:
             for mark in self._marks
             if self.state in mark.seen_in and (place := self._pending.find(mark.text)) >= 0
         ]
-        # Before an answer only white space may stand before a thought.
+        # Before an answer only white space may precede a thought.
         if self.state == "start":
             places = [candidate for candidate in places if not self._pending[: candidate[0]].strip()]
         return min(places, key=lambda candidate: candidate[:2])[2] if places else None
 
     def _held_back_length(self) -> int:
-        """Characters at the end that may begin a mark; white space that may stand before one."""
+        """Count the characters at the end that may begin a mark, or white space that may precede one."""
         text, state = self._pending, self.state
         if state == "start":
             begun = text.lstrip()

@@ -1,4 +1,4 @@
-"""Choosing the next token from the model's scores."""
+"""Selection of the next token from the model's scores."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qlora_tui.chat.chat_types import Sampling
 
 
 def make_sampler(sampling: Sampling, device: torch.device) -> Callable[[Tensor, Tensor], int]:
-    """A function from the ids so far (1, tokens) and the scores of the next (1, vocabulary) to its id."""
+    """Return a function from ids so far (1, tokens) and next scores (1, vocabulary) to the next id."""
     warp: Any = LogitsProcessorList()
     if sampling.repetition_penalty != 1.0:
         warp.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))

@@ -1,8 +1,8 @@
-"""Rows of Parquet files and Arrow streams, which are checked before they are believed.
+"""Rows of Parquet files and Arrow streams, validated before they are used.
 
-Both formats are memory laid out by whoever wrote the file: an offset that points elsewhere is a crash of the
-process, a length that is too great all its memory. Each batch is read under a memory bound, validated by
-Arrow, and turned into Python values a piece at a time.
+Both formats are memory images: a wrong offset in the file crashes the process, and a wrong length takes all
+its memory. Each batch is read under a memory bound, validated by Arrow, and converted to Python values one
+slice at a time.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ _ROWS = 256
 _PIECE_BYTES = 16 * MIB
 _LARGEST_ROW_PYTHON_BYTES = 4 * LARGEST_ROW_BYTES
 _OBJECT_BYTES = 64
-"""What a value takes as a Python object, beside its characters."""
+"""Bytes that a value takes as a Python object, in addition to its characters."""
 _DEEPEST_TYPE = 30
 _BATCH_BYTES = 448 * MIB
-"""What reading one batch may take."""
+"""Most bytes that reading one batch may take."""
 
 
 def arrow_rows(path: Path, kind: str, position: Position | None) -> Iterator[Row]:
-    """Rows of a Parquet file (``kind`` is ``parquet``) or an Arrow stream as ``datasets`` keeps it.
+    """Yield the rows of a Parquet file (``kind`` is ``parquet``) or an Arrow stream as ``datasets`` stores
+    it.
 
     Raises ``UserError`` where the file is empty, damaged, or not what its name says, and ``TooLarge``.
     """
-    # The usual one reserves a gigabyte, which would count as held and be filled past the bound.
+    # The default pool reserves a gigabyte, which would count as used and could be filled past the bound.
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     import pyarrow
 
@@ -71,7 +72,7 @@ def arrow_rows(path: Path, kind: str, position: Position | None) -> Iterator[Row
 
 
 def _validated(path: Path, batches: Iterator[Any]) -> Iterator[Any]:
-    """Batches whose every offset and character was checked. Raises ``TooLarge``, ``ArrowException``."""
+    """Yield batches after checking every offset and character. Raises ``TooLarge`` and ``ArrowException``."""
     disk_bytes, read_bytes = path.stat().st_size, 0
     while True:
         with memory_bound(_BATCH_BYTES):
@@ -85,7 +86,7 @@ def _validated(path: Path, batches: Iterator[Any]) -> Iterator[Any]:
 
 
 def _pieces(batch: Any, number: int) -> Iterator[Any]:
-    """Slices of a batch that begins at row ``number``, each small as Python values. Raises ``TooLarge``."""
+    """Yield slices of a batch from row ``number``, each small as Python values. Raises ``TooLarge``."""
     size = _size(batch)
     if size <= _PIECE_BYTES:
         yield batch
@@ -104,9 +105,9 @@ def _size(batch: Any, object_bytes: int = _OBJECT_BYTES) -> int:
 
 
 def _python_bytes(array: Any, object_bytes: int, depth: int = 0) -> int:
-    """About what an array takes as Python values, without making them. Raises ``TooLarge``.
+    """Estimate the bytes of an array as Python values, without creating them. Raises ``TooLarge``.
 
-    ``object_bytes`` is counted for each value, a null too.
+    ``object_bytes`` is counted for each value, including nulls.
     """
     from pyarrow import types
 
@@ -129,7 +130,7 @@ def _python_bytes(array: Any, object_bytes: int, depth: int = 0) -> int:
 
 
 def _dictionary_bytes(array: Any, object_bytes: int, depth: int) -> int:
-    """What the values of a dictionary come to, once in each row that names them."""
+    """Estimate the bytes of a dictionary array's values, counted once for each row that refers to them."""
     import pyarrow.compute as compute
     from pyarrow import types
 
@@ -163,7 +164,7 @@ def _parquet(path: Path, position: Position | None) -> tuple[Iterator[Any], dict
 def _stream(path: Path, position: Position | None) -> tuple[Iterator[Any], dict[str, list[str]]]:
     import pyarrow
 
-    # Not mapped: a file that is cut short meanwhile would end the process (SIGBUS).
+    # Not mapped: a file truncated during the read would end the process (SIGBUS).
     source = pyarrow.OSFile(str(path))
     reader = pyarrow.ipc.open_stream(source)
 
@@ -177,7 +178,7 @@ def _stream(path: Path, position: Position | None) -> tuple[Iterator[Any], dict[
 
 
 def label_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
-    """Names of integer labels by column, as the ``datasets`` library keeps them in a Parquet schema."""
+    """Return the names of integer labels by column, as ``datasets`` stores them in a Parquet schema."""
     try:
         features = msgspec.json.decode(metadata[b"huggingface"])["info"]["features"]
         return {

@@ -1,17 +1,16 @@
-"""Where in a rendered conversation the assistant speaks.
+"""The spans of a rendered conversation that the assistant says.
 
-For each assistant turn that trains, the conversation is rendered up to the turn (with the generation
-prompt, as the model sees it when it is to answer) and up to the turn's end: the text that the
-second adds is what the model should say, its turn-end token included.
+For each assistant turn that trains, the conversation is rendered up to the turn (with the generation prompt,
+as the model sees it before it answers) and up to the turn's end: the text that the second adds is what the
+model should say, including its turn-end token.
 
-Some templates rewrite the past (Qwen3 drops old reasoning, Mistral moves the system prompt, gpt-oss
-closes earlier turns with another token). Then the turn is found in the whole conversation by marking
-its text; and where rewriting has removed reasoning, which would otherwise never be learned, or the turn
-cannot be found, the conversation up to that turn becomes a sample of its own, just as the model will
-meet it.
+Some templates rewrite the past (Qwen3 drops old reasoning, Mistral moves the system prompt, gpt-oss closes
+earlier turns with another token). Then the turn is found in the whole conversation by marking its text; where
+rewriting has removed reasoning, which would otherwise never be learned, or the turn cannot be found, the
+conversation up to that turn becomes a separate sample, exactly as the model sees it in use.
 
-A prompt that opens a thought (DeepSeek-R1's) is followed by one: by the turn's reasoning or, where it has
-none, by the end of the thought at once.
+After a prompt that opens a thought (DeepSeek-R1's) comes the turn's reasoning or, where it has none, the end
+of the thought immediately.
 """
 
 from __future__ import annotations
@@ -30,16 +29,16 @@ from qlora_tui.data.thought_text import TAGS, after_thought, answered, tags_of
 _OPEN, _CLOSE = "\U000f0002", "\U000f0003"
 _PROBES = ("\U000f0004", "\U000f0005")
 PRIVATE = re.compile("[\U000f0000-\U000f0005]")
-"""Characters this program uses as marks; taken out of every text before it is rendered."""
+"""Characters used as internal marks; removed from every text before rendering."""
 
 
 class RenderedText(Struct, frozen=True):
-    """A text the model sees, and the spans of it that train, in characters."""
+    """A text as the model sees it, and the spans of it that train, in characters."""
 
     text: str
     spans: tuple[Span, ...]
     weights: tuple[float, ...] = ()
-    """How much each span counts in the loss; empty where each counts 1."""
+    """Loss weight of each span; empty where each weighs 1."""
 
 
 class _Finder:
@@ -63,9 +62,9 @@ class _Finder:
         self._prompts: dict[int, str] = {}
 
     def layouts(self, weights: Mapping[int, float]) -> list[RenderedText]:
-        """The whole conversation with the spans of the turns that train, and samples of their own.
+        """Render the whole conversation with the spans that train, and the turns that need a separate sample.
 
-        ``weights`` has how much each of these turns counts.
+        ``weights`` maps each of these turns to its loss weight.
         """
         template, turns = self._template, self._turns
         whole = self._thought_closed(template.render(turns, self._tools))
@@ -104,7 +103,7 @@ class _Finder:
         return [*own, _weighed(self._closed(whole, marked), *counts)]
 
     def everything(self) -> RenderedText:
-        """The whole conversation, all of which trains."""
+        """Render the whole conversation as one span that trains."""
         whole = self._template.render(self._turns, self._tools)
         layout = self._closed(whole, [(0, len(whole))]) if self._turns[-1]["role"] == "assistant" else None
         layout = layout or RenderedText(whole, ((0, len(whole)),))
@@ -120,7 +119,7 @@ class _Finder:
         return RenderedText(layout.text, (*spans, (at, len(layout.text))))
 
     def _thought_closed(self, whole: str) -> str:
-        """``whole`` with an empty thought before its last answer, where the prompt opens one it lacks."""
+        """Return ``whole`` with an empty thought before its last answer, if the prompt opens one."""
         last = len(self._turns) - 1
         prompt = self._prompt_for(last)
         if _reasoning(self._turns[last]) or not OPENED.search(prompt) or whole.startswith(prompt):
@@ -129,21 +128,21 @@ class _Finder:
         return whole if start is None else answered(prompt, "", whole[start:])
 
     def _alone(self, text: str, start: int, reasoning: str) -> RenderedText:
-        """A sample of its own for the turn that begins at ``start`` and ends ``text``."""
+        """Build a separate sample for the turn that begins at ``start`` and ends ``text``."""
         return self._closed(text, [self._learned(text, (start, len(text)), reasoning)])
 
     def _learned(self, text: str, span: Span, reasoning: str) -> Span:
-        """What of ``span`` is in the loss: all of it, or what comes after the reasoning."""
+        """Return the part of ``span`` that is in the loss: all of it, or only what follows the reasoning."""
         start, end = span
         place = text.find(reasoning, start, end) if reasoning and not self._reasoning_in_loss else -1
         return span if place < 0 else (min(after_thought(text, place + len(reasoning)), end), end)
 
     def _start(self, i: int, ended: str) -> int | None:
-        """Where the answer of turn ``i`` begins in the text that ends with it.
+        """Find where the answer of turn ``i`` begins in the text that ends with it.
 
-        Where the prompt is not what the text begins with (it opens a ``<think>`` the text has not), the
-        answer begins where they part, but never inside a token. None where the answer rewrites what
-        came before it.
+        Where the text does not begin with the prompt (which opens a ``<think>`` that the text lacks), the
+        answer begins where they diverge, but never inside a token. None where the answer rewrites the earlier
+        text.
         """
         prompt = self._prompt_for(i)
         if prompt and ended.startswith(prompt):
@@ -161,14 +160,15 @@ class _Finder:
         return self._template.render(self._turns[:i], self._tools)
 
     def _header(self, i: int) -> str:
-        """What the prompt adds to the conversation before turn ``i``; empty where it is not just added."""
+        """Return what the prompt adds before turn ``i``; empty where it also changes earlier text."""
         prompt, before = self._prompt_for(i), self._before(i) if i else ""
         return prompt[len(before) :] if prompt.startswith(before) else ""
 
     def _after_prompt(self, i: int, ended: str, reasoning: str) -> RenderedText:
-        """A sample of its own for an answer before which the template, once it is given, drops something.
+        """Build a separate sample for an answer whose presence makes the template drop earlier text.
 
-        gpt-oss drops what was said beside a tool call. The model was asked with it: so it is trained.
+        gpt-oss drops the text next to a tool call. The model sees it when it answers, so it is trained with
+        it.
         """
         header = self._header(i)
         core = self._core_in(self._turns[: i + 1], i, ended)
@@ -181,7 +181,7 @@ class _Finder:
         return self._alone(prompt + ended[begin + len(header) :], len(prompt), reasoning)
 
     def _prompt_for(self, i: int) -> str:
-        """What the model is given to answer turn ``i``; empty where the template cannot ask for it."""
+        """Return the prompt that the model gets before turn ``i``; empty where there is none."""
         if i not in self._prompts:
             try:
                 text = self._template.render(self._turns[:i], self._tools, prompt=True) if i else ""
@@ -191,16 +191,17 @@ class _Finder:
         return self._prompts[i]
 
     def _probe(self, i: int, character: str) -> str:
-        """The same text, but with an answer no text begins with."""
+        """Render the conversation up to turn ``i`` with a probe character as its answer."""
         turn: dict[str, Any] = {"role": "assistant", "content": character}
         if isinstance(self._turns[i].get("content"), list):
             turn["content"] = [{"type": "text", "text": character}]
         return self._template.render([*self._turns[:i], turn], self._tools)
 
     def _in_rewritten(self, i: int, whole: str, ended: str, start: int) -> Span | None:
-        """Turn ``i`` in a whole conversation that does not begin with the conversation up to it.
+        """Find turn ``i`` in a whole conversation that does not start with the conversation up to that turn.
 
-        ``ended`` is the conversation up to it, in which it begins at ``start``. None if it is not found.
+        ``ended`` is the conversation up to the turn, which begins at ``start`` in it. None if it is not
+        found.
         """
         there = self._core_in(self._turns[: i + 1], i, ended)
         here = self._core_in(self._turns, i, whole)
@@ -216,9 +217,11 @@ class _Finder:
         return begin, core_end + self._closing(after, whole[core_end:])
 
     def _begin(self, whole: str, core_start: int, before: str, header: str) -> int | None:
-        """Where the turn begins whose core is at ``core_start``, if what lies between can be accounted for.
+        """Find where the turn with its core at ``core_start`` begins, if the text in between can be
+        explained.
 
-        It is all that the template puts there in a last turn, or the end of that, right after the header.
+        That text is all that the template writes there in a last turn, or the end of it right after the
+        header.
         """
         if whole[:core_start].endswith(before):
             return core_start - len(before)
@@ -229,10 +232,10 @@ class _Finder:
         return None
 
     def _closing(self, after: str, rest: str) -> int:
-        """How much of ``rest`` closes the turn, given what closes it where it is the last.
+        """Count the characters of ``rest`` that close the turn; ``after`` closes it where it is the last
+        turn.
 
-        They are compared token by token at special tokens, for ``<|end|>`` and ``<|endoftext|>`` begin
-        alike.
+        Special tokens are compared as a whole, because ``<|end|>`` and ``<|endoftext|>`` share a prefix.
         """
         same = 0
         for one, other in zip(self._pieces(after), self._pieces(rest), strict=False):
@@ -251,9 +254,9 @@ class _Finder:
         return [piece for piece in (*pieces, text[at:]) if piece]
 
     def _core_in(self, turns: Turns, i: int, text: str) -> Span | None:
-        """Where the core of turn ``i`` is in the rendered ``text`` of ``turns``.
+        """Find the core of turn ``i`` in the rendered ``text`` of ``turns``.
 
-        None if it is not shown, or the template is put off by the marks around it.
+        None if it is not rendered, or if the template fails on the marks around it.
         """
         if not _core(turns[i]):
             return None
@@ -267,9 +270,9 @@ class _Finder:
         return begin, end - 1
 
     def _with_reasoning(self, i: int, ended: str, start: int, reasoning: str) -> RenderedText:
-        """A sample of its own for a turn whose reasoning the template drops even from the last answer.
+        """Build a separate sample for a turn whose reasoning the template drops even from the last answer.
 
-        DeepSeek-R1's does: its prompt opens ``<think>`` and the model goes on from there.
+        DeepSeek-R1's template does this: its prompt opens ``<think>`` and the model continues from there.
         """
         prompt = self._prompt_for(i) or ended[:start]
         return self._alone(
@@ -279,7 +282,7 @@ class _Finder:
         )
 
     def _with_stop(self, whole: str, span: Span) -> Span:
-        """With the token after it, where nothing else closes the turn: GLM's models stop at ``<|user|>``."""
+        """Extend ``span`` by the token after it if nothing else closes the turn (``<|user|>`` of GLM)."""
         start, end = span
         following = self._special.match(whole, end)
         return (start, following.end()) if following and not self._is_closed(whole[start:end]) else span
@@ -289,21 +292,21 @@ class _Finder:
         return bool(specials) and not answer[specials[-1].end() :].strip()
 
     def _by_marks(self, whole: str, spans: list[Span]) -> list[Span]:
-        """The template's own generation marks, where it has put any on a turn that trains."""
+        """Apply the template's own generation marks where it puts any on a turn that trains."""
         text, marks = self._template.render_marked(self._turns, self._tools)
         if text != whole:
             return spans
         result: list[Span] = []
         for span in spans:
-            # Some templates mark the header of the turn and an empty thought too, which the prompt gives.
+            # Some templates also mark the turn header and an empty thought, which belong to the prompt.
             inside = [(max(m[0], span[0]), min(m[1], span[1])) for m in marks if _meet(m, span)]
             result += inside or [span]
         return sorted(set(result))
 
     def _closed(self, text: str, spans: list[Span]) -> RenderedText:
-        """Up to the last answer, with an end-of-text token where the template leaves that open."""
+        """Cut after the last answer and add an end-of-text token where the template leaves the turn open."""
         start, end = spans[-1]
-        if end < len(text):  # a last turn that is learned elsewhere
+        if end < len(text):  # a last turn that is learned in a separate sample
             text = text[:end]
         elif self._eos and not self._is_closed(text[start:]):
             text += self._eos
@@ -321,13 +324,13 @@ def find_assistant_spans(
     everything: bool = False,
     reasoning_in_loss: bool = True,
 ) -> list[RenderedText]:
-    """The texts of one conversation and what trains in each.
+    """Render the texts of one conversation, with the spans that train in each.
 
-    ``weights`` says for each turn how much it counts; turns after the last that counts are left out, for
-    nothing is learned from them. With ``everything`` all of all turns trains alike. Without
-    ``reasoning_in_loss`` what an answer is reasoned from is read and not learned, its tags included.
-    ``special`` matches any special token, ``eos`` is the end-of-text token. Raises ``RowRejectedError`` where
-    the template does.
+    ``weights`` has the loss weight of each turn; turns after the last with a weight are left out, because
+    nothing is learned from them. With ``everything`` the full text of all turns trains with weight 1. Without
+    ``reasoning_in_loss`` the reasoning of an answer and its tags are input only. ``special`` matches any
+    special token, ``eos`` is the end-of-text token. Raises ``RowRejectedError`` where the template rejects
+    the conversation.
     """
     if everything:
         return [_Finder(template, turns, tools, special, eos, reasoning_in_loss).everything()]
@@ -347,7 +350,7 @@ def _meet(one: Span, other: Span) -> bool:
 
 
 def _shared_start(texts: Sequence[str]) -> str:
-    """The longest text that all begin with."""
+    """Return the longest common prefix of the texts."""
     low, high = min(texts), max(texts)
     same = next(
         (n for n, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high))
@@ -363,7 +366,7 @@ def _content(turn: Any) -> str:
 
 
 def _core(turn: Any) -> str:
-    """A text that marks a turn: its content or, where it says nothing, the name of the tool it calls."""
+    """Return the text that identifies a turn: its content or, if empty, the name of the tool it calls."""
     text = _content(turn).strip()
     if not text and turn.get("tool_calls"):
         return str(turn["tool_calls"][0]["function"]["name"])
@@ -371,14 +374,14 @@ def _core(turn: Any) -> str:
 
 
 def _reasoning(turn: Any) -> str:
-    """What a turn thinks before it answers."""
+    """Return the reasoning of a turn before its answer."""
     content = _content(turn)
     inside = content.split("</think>")[0].rpartition("<think>")[2] if "</think>" in content else ""
     return (str(turn.get("reasoning_content") or "") or inside).strip()
 
 
 def _with_marks(turn: Any) -> dict[str, Any]:
-    """The turn with marks around its core."""
+    """Return the turn with marks around its core."""
     text, core = _content(turn), _core(turn)
     if not text.strip():
         call, *rest = turn["tool_calls"]

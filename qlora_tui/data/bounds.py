@@ -1,8 +1,8 @@
-"""How much of a file this program takes into memory: bounds that no honest data set comes near.
+"""Bounds on how much of a file is read into memory, far above any real data set.
 
 A few kilobytes can describe terabytes: one long line under compression, one value of a Parquet dictionary
-repeated in every row, a list of a billion nulls. What is over a bound is refused, naming file, place and
-bound.
+repeated in every row, a list of a billion nulls. Content over a bound is rejected with an error that names
+file, place and bound.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from qlora_tui.errors import UserError
 
 MIB = 1 << 20
 LARGEST_ROW_BYTES = 16 * MIB
-"""Of a line, a JSON value, a CSV row, a paragraph or a record: some four million tokens."""
+"""Most bytes of a line, JSON value, CSV row, paragraph or record: some four million tokens."""
 MOST_VALUES = 3_000_000
-"""In one JSON value, which may be a whole file; each takes up to 80 bytes as a Python object."""
+"""Most values in one JSON value, which may be a whole file; each takes up to 80 bytes as a Python object."""
 MOST_VALUES_IN_LINE = 250_000
 MOST_CHARACTERS = 2_000_000
-"""Of one conversation as the model reads it: a tokenizer takes some 350 bytes for each."""
+"""Most characters of one rendered conversation: a tokenizer takes some 350 bytes for each."""
 DEEPEST = 100
-"""Lists and objects inside each other."""
+"""Deepest nesting of lists and objects."""
 _PART_BYTES = 64
 UNQUESTIONED_BYTES = 64 * MIB
 MOST_EXPANSION = 1000
-"""Bytes read for each byte on disk, once more than ``UNQUESTIONED_BYTES`` have been. Real text compresses to
-between a third and a fiftieth."""
+"""Most bytes read for each byte on disk, once more than ``UNQUESTIONED_BYTES`` have been read. Real text
+compresses to between a third and a fiftieth."""
 
 
 class TooLarge(Exception):
@@ -34,7 +34,7 @@ class TooLarge(Exception):
 
 
 def too_large(path: Path, error: TooLarge) -> UserError:
-    """What the user is told."""
+    """Build the error shown to the user."""
     return UserError(
         "Too large to read",
         what=f"{path}: {error}.",
@@ -44,12 +44,12 @@ def too_large(path: Path, error: TooLarge) -> UserError:
 
 
 def row_too_large(place: str) -> TooLarge:
-    """``place`` names the line or row."""
+    """Build the error for a row over the size bound; ``place`` names the line or row."""
     return TooLarge(f"{place} is larger than {LARGEST_ROW_BYTES // MIB} MiB")
 
 
 def check_expansion(disk_bytes: int, read_bytes: int) -> None:
-    """Raise ``TooLarge`` where this much was read from that much of a file."""
+    """Raise ``TooLarge`` where ``read_bytes`` is too much for a file of ``disk_bytes``."""
     if read_bytes > UNQUESTIONED_BYTES and read_bytes > MOST_EXPANSION * max(1, disk_bytes):
         raise TooLarge(
             f"{disk_bytes:,} bytes of it became {read_bytes // MIB:,} MiB, more than {MOST_EXPANSION:,} to 1"
@@ -57,7 +57,7 @@ def check_expansion(disk_bytes: int, read_bytes: int) -> None:
 
 
 def line_over_bound(line: bytes) -> str:
-    """Why a line of JSON is over a bound, before it is decoded; empty where it is not."""
+    """Return why a line of JSON is over a bound, before it is decoded; empty where it is not."""
     if len(line) > LARGEST_ROW_BYTES:
         return f"it is larger than {LARGEST_ROW_BYTES // MIB} MiB"
     if len(line) > MOST_VALUES_IN_LINE and sum(map(line.count, (b",", b"[", b"{"))) > MOST_VALUES_IN_LINE:
@@ -66,7 +66,7 @@ def line_over_bound(line: bytes) -> str:
 
 
 def rough_bytes(value: Any) -> int:
-    """About what a decoded value takes: characters of strings, and some for each part."""
+    """Estimate the bytes of a decoded value: characters of strings, and a constant for each part."""
     if isinstance(value, str):
         return _PART_BYTES + len(value)
     if isinstance(value, dict):
@@ -75,7 +75,7 @@ def rough_bytes(value: Any) -> int:
 
 
 def is_too_deep(value: Any, left: int = DEEPEST) -> bool:
-    """Whether lists and objects are nested deeper than ``MAX_DEPTH``."""
+    """Return whether lists and objects are nested deeper than ``DEEPEST``."""
     if isinstance(value, dict):
         value = value.values()
     elif not isinstance(value, list):

@@ -51,7 +51,7 @@ _LARGEST_WEIGHT = 1000
 
 
 def decoded(value: Any) -> Any:
-    """``value``, or what it holds if it is JSON in a string, as CSV cells and some Parquet columns are."""
+    """Return ``value``, decoded if it is JSON in a string, as in CSV cells and some Parquet columns."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return msgspec.json.decode(value)
@@ -61,7 +61,7 @@ def decoded(value: Any) -> Any:
 
 
 def turn_keys(value: Any) -> tuple[str, str] | None:
-    """The names under which a list of turns keeps role and content; None if it is no list of turns."""
+    """Return the keys of role and content in a list of turns; None if ``value`` is no list of turns."""
     turns = decoded(value)
     if not isinstance(turns, list) or not turns or not isinstance(turns[0], dict):
         return None
@@ -75,18 +75,18 @@ def turn_keys(value: Any) -> tuple[str, str] | None:
 
 
 def is_role(name: Any) -> bool:
-    """Whether this is what someone in a conversation is called."""
+    """Return whether ``name`` is the name of a role in a conversation."""
     return str(name).strip().lower() in _ROLES
 
 
 def are_alternate(value: Any) -> bool:
-    """Whether this is a list of texts, two or more: said by user and assistant in turn, if by anyone."""
+    """Return whether ``value`` is a list of two or more texts, which may alternate between speakers."""
     texts = decoded(value)
     return isinstance(texts, list) and len(texts) > 1 and all(isinstance(text, str) for text in texts)
 
 
 def messages_of(value: Any) -> tuple[Message, ...]:
-    """The turns of a list. Raises ``RowRejectedError``."""
+    """Parse the turns of a list. Raises ``RowRejectedError``."""
     turns = decoded(value)
     if not isinstance(turns, list):
         raise RowRejectedError("wrong-format", f"Expected a list of turns, found {type(turns).__name__}.")
@@ -102,7 +102,7 @@ def messages_of(value: Any) -> tuple[Message, ...]:
 
 
 def _unfolded(turns: list[Any]) -> list[Any]:
-    """One item a turn, where the file has texts in turn, or question and answer as one item."""
+    """Return one item for each turn; splits alternating texts and question and answer pairs."""
     if are_alternate(turns):
         return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
     keys = turn_keys(turns)
@@ -116,7 +116,7 @@ def _unfolded(turns: list[Any]) -> list[Any]:
 
 
 def calls_of(value: Any) -> tuple[ToolCall, ...]:
-    """Tool calls in any of the usual spellings; nothing if it is none of them."""
+    """Parse tool calls in any of the usual spellings; empty for anything else."""
     value = decoded(value)
     if isinstance(value, dict):
         value = [value]
@@ -135,7 +135,7 @@ def calls_of(value: Any) -> tuple[ToolCall, ...]:
 
 
 def tools_of(value: Any) -> tuple[dict[str, Any], ...]:
-    """Functions offered to the assistant, in OpenAI's wrapping. Raises ``RowRejectedError``."""
+    """Parse the functions offered to the assistant, in OpenAI's wrapping. Raises ``RowRejectedError``."""
     tools = decoded(value)
     if tools in (None, "", [], {}):
         return ()
@@ -152,7 +152,7 @@ def tools_of(value: Any) -> tuple[dict[str, Any], ...]:
 
 
 def text_of(content: Any, where: str) -> str:
-    """The text of a content: a string, nothing, or a list of typed parts that must all be text."""
+    """Return the text of a content: a string, nothing, or a list of typed parts that must all be text."""
     if isinstance(content, str):
         return content
     text, reasoning, calls = _content_of(content, where)
@@ -163,8 +163,7 @@ def text_of(content: Any, where: str) -> str:
 
 
 def _content_of(content: Any, where: str) -> tuple[str, str, tuple[ToolCall, ...]]:
-    """Text, reasoning and tool calls of a content, each joined over its parts. Raises
-    ``RowRejectedError``."""
+    """Return text, reasoning and tool calls of a content, over all parts. Raises ``RowRejectedError``."""
     if content is None:
         return "", "", ()
     if isinstance(content, str):
@@ -201,7 +200,7 @@ def _content_of(content: Any, where: str) -> tuple[str, str, tuple[ToolCall, ...
 
 
 def _part_value(part: Mapping[str, Any]) -> Any:
-    """What a typed part holds: OpenAI keeps it under ``text``, LLaMA-Factory's v1 format under ``value``."""
+    """Return the value of a typed part: under ``text`` (OpenAI) or ``value`` (LLaMA-Factory's v1 format)."""
     return next((part[key] for key in _PART_KEYS if part.get(key) is not None), None)
 
 
@@ -248,7 +247,7 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
 
 
 def _weight(turn: Mapping[str, Any]) -> float:
-    """1 where nothing is said; the first flag found decides."""
+    """Return the loss weight of a turn: the first flag that is set, else 1."""
     for key in _TRAIN_KEYS:
         value = turn.get(key)
         if isinstance(value, bool | int | float):
@@ -262,7 +261,7 @@ def _weight(turn: Mapping[str, Any]) -> float:
 
 
 def _continues(last: Message, message: Message, turn: Mapping[str, Any]) -> bool:
-    """A call that follows the assistant's own words (or another call) belongs to the same turn."""
+    """Return whether ``message`` is a call that belongs to the assistant turn ``last``."""
     name = str(next((turn[k] for k in ROLE_KEYS if k in turn), "")).strip().lower()
     return name in _CALL_ROLES and last.role == "assistant" and last.train == message.train
 

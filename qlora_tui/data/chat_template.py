@@ -1,9 +1,9 @@
 """A chat template, rendered as transformers renders it but without importing it.
 
 The environment (sandbox, block trimming, ``tojson``, ``raise_exception``, ``strftime_now``, the
-``generation`` tag) follows ``transformers/utils/chat_template_utils.py``; a test holds the two equal.
-Two things differ: the date is pinned, so that the same row gives the same tokens every day, and time and
-memory are bounded (:mod:`qlora_tui.data.template_guard`).
+``generation`` tag) follows ``transformers/utils/chat_template_utils.py``; a test checks that both render the
+same. Two things differ: the date is pinned, so that the same row gives the same tokens every day, and time
+and memory are bounded (:mod:`qlora_tui.data.template_guard`).
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ PINNED_DATE = datetime(2024, 7, 26)
 """Today, for templates that print it: the date Llama 3's template falls back to."""
 
 Turns = Sequence[Mapping[str, Any]]
-"""Messages as templates read them: role, content, tool_calls and so on."""
+"""Messages in the form templates read: role, content, tool_calls and so on."""
 Tools = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]
-"""Characters from, to."""
+"""Start and end, in characters."""
 
 
 _TOO_SLOW = f"The template takes more than {MOST_CPU_S:.0f} seconds for one conversation."
 
 
 class TemplateCompileError(Exception):
-    """The template itself cannot be compiled."""
+    """The template cannot be compiled."""
 
 
 class ChatTemplate:
-    """A compiled template with the special tokens it may name."""
+    """A compiled template with the special tokens it may use."""
 
     def __init__(self, text: str, variables: Mapping[str, Any]):
         self.text = text
         self._variables = dict(variables)
         self._marks = _GenerationSpans()
         self._stopped: list[str] = []
-        """Why it is not rendered any more: one rendering took too long."""
+        """Why the template is no longer rendered: one rendering took too long."""
         environment = _environment(self._marks)
         try:
             with Bounded():
@@ -66,9 +66,9 @@ class ChatTemplate:
                 tree = environment.parse(text)
                 code = environment.compile(tree, filename="<the model's chat template>")
             self.literals = "\0".join(_literals(tree))
-            """Every piece of text the template itself writes."""
+            """All text that the template itself writes, joined."""
             self.names = frozenset(name.name for name in tree.find_all(jinja2.nodes.Name))
-            """Every variable the template reads or sets."""
+            """Every variable that the template reads or sets."""
             self._template = jinja2.Template.from_code(environment, code, environment.globals)
         except TemplateStopped:
             raise TemplateCompileError(_TOO_SLOW) from None
@@ -77,7 +77,7 @@ class ChatTemplate:
         self.has_generation_marks = self._marks.in_template
 
     def with_variables(self, variables: Mapping[str, Any]) -> ChatTemplate:
-        """This template, compiled once, with further variables set: ``enable_thinking=False``."""
+        """Return this compiled template with more variables set, such as ``enable_thinking=False``."""
         if not variables:
             return self
         other = copy.copy(self)
@@ -85,9 +85,9 @@ class ChatTemplate:
         return other
 
     def render(self, turns: Turns, tools: Tools | None = None, prompt: bool = False) -> str:
-        """The conversation as text; with ``prompt``, up to where the assistant would begin.
+        """Render the conversation as text; with ``prompt``, up to where the assistant begins.
 
-        Raises ``RowRejectedError`` with the template's own words where it refuses.
+        Raises ``RowRejectedError`` with the template's own message where it rejects the conversation.
         """
         self._refuse_if_stopped()
         try:
@@ -101,11 +101,11 @@ class ChatTemplate:
                 )
         except TemplateStopped:
             raise self._stop() from None
-        except Exception as error:  # a template is somebody's program, and may fail in any way
+        except Exception as error:  # a template is a program by a third party and may raise anything
             raise RowRejectedError("template-refuses", _in_words(error)) from error
 
     def render_marked(self, turns: Turns, tools: Tools | None = None) -> tuple[str, list[Span]]:
-        """The same, and the spans the template's own generation marks enclose."""
+        """Render the conversation as text, with the spans of the template's own generation marks."""
         self._refuse_if_stopped()
         with self._marks.collected() as (written, spans):
             try:
@@ -125,7 +125,7 @@ class ChatTemplate:
             return "".join(written), list(spans)
 
     def _refuse_if_stopped(self) -> None:
-        # Else each row of a large file would take that long.
+        # Otherwise each row of a large file would take that long.
         if self._stopped:
             raise RowRejectedError("template-refuses", self._stopped[0])
 
@@ -143,7 +143,7 @@ def _in_words(error: BaseException) -> str:
 
 
 class _GenerationSpans:
-    """Where generation blocks begin and end while a template is rendered."""
+    """Records where generation blocks begin and end while a template is rendered."""
 
     def __init__(self) -> None:
         self.in_template = False
@@ -188,15 +188,15 @@ class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("*", "**"))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """A product or a power, of numbers within the bound."""
+        """Compute a product or power whose numbers stay within the bound."""
         return raised(left, right) if operator == "**" else multiplied(left, right)
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        """As the sandbox has it; a method may not give a number over the bound."""
+        """Call as the sandbox does, and reject results that are numbers over the bound."""
         return check_number(super().call(*args, **kwargs))
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        """As the sandbox has it, which for ``message.role`` fails at an attribute first, for each turn."""
+        """Look up as the sandbox does, but the item first: ``message.role`` is never an attribute."""
         if type(obj) is dict and attribute in obj and not hasattr(dict, attribute):
             return obj[attribute]
         return super().getattr(obj, attribute)
@@ -218,7 +218,7 @@ def _environment(marks: _GenerationSpans) -> _Environment:
 
 @jinja2.pass_environment
 def _sum(environment: jinja2.Environment, values: Any, attribute: Any = None, start: Any = 0) -> Any:
-    """jinja2's own, in steps that can be stopped: of lists each one copies what came before."""
+    """Sum like jinja2's filter, in steps that can be interrupted: adding lists copies the sum each time."""
     attribute_of = make_attrgetter(environment, attribute) if attribute is not None else None
     total = start
     for value in values:

@@ -1,7 +1,6 @@
-"""What may be wrong with a conversation that can be read, and with the samples it gives.
+"""Checks on a conversation that can be read, and on the samples made from it.
 
-Each finding is a kind of ``problems.CHECKS`` and an example. ``examine`` asks for them while rows
-stream by.
+Each finding is a kind of ``problems.CHECKS`` and an example. ``row_result`` calls them for each row.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ _AFTER: dict[str, tuple[str, ...]] = {
 _CALL_MARKS = ("<tool_call>", "<functioncall>", "<function_call>", "<function=", "[TOOL_CALLS]")
 
 _CONTROL_CHARACTERS = "[\\x00-\\x08\\x0b\\x0e-\\x1f]"
-"""No text needs them."""
+"""Control characters that no text needs."""
 _CONTROL = re.compile(_CONTROL_CHARACTERS)
 _DAMAGE = re.compile(
-    "\ufffd"  # what decoders write for bytes they do not understand
+    "\ufffd"  # what decoders write for invalid bytes
     "|\u00c3[\u0080-\u00bf\u0192\u201a\u2030\u0152\u0160\u0161\u0153]"  # Ã©: UTF-8 read as Latin-1
-    "|\u00e2\u20ac[\u2122\u0153\u009d\u201c\u201d\u02dc\u00a6\u00a2]"  # â€™: the same of quotes and dashes
+    "|\u00e2\u20ac[\u2122\u0153\u009d\u201c\u201d\u02dc\u00a6\u00a2]"  # â€™: the same for quotes, dashes
     "|\u00c2[\u00a0-\u00bf](?![\u00c0-\u024f])"  # Â°
     "|" + _CONTROL_CHARACTERS
 )
@@ -53,13 +52,13 @@ _SECRET_MARKS = (
     *("-----BEGIN", "AKIA", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_"),
     *("hf_", "sk-", "xox", "AIza", "eyJ"),
 )
-"""What every secret contains: looking for these first is a hundred times faster than the pattern."""
+"""Substrings that every secret contains: searching for them is a hundred times faster than the pattern."""
 _SECRET_MARKS_WITHOUT_LINE = tuple(mark for mark in _SECRET_MARKS if "_" not in mark)
 _SHOWN_OF_A_SECRET = 6
 
 
 def conversation_findings(conversation: Conversation) -> Iterator[Finding]:
-    """What can be said without a tokenizer."""
+    """Yield the findings on a conversation that need no tokenizer."""
     disorder = _disorder(conversation)
     if disorder:
         yield "role-order", disorder
@@ -84,7 +83,7 @@ def conversation_findings(conversation: Conversation) -> Iterator[Finding]:
 def sample_findings(
     tokenizer: ChatTokenizer, conversation: Conversation, rendered: Sequence[TokenizedSample], train_on: str
 ) -> Iterator[Finding]:
-    """What the samples of a conversation show, before any cut."""
+    """Yield the findings on the samples of a conversation, before any truncation."""
     notes = rendered[0].notes
     if "control-tokens" in notes:
         yield "control-tokens", _control_token(tokenizer, conversation)
@@ -105,7 +104,7 @@ def sample_findings(
 
 
 def _disorder(conversation: Conversation) -> str:
-    """Which turn is out of order; empty if none is."""
+    """Return which turn is out of order; empty if none is."""
     before = ""
     for number, message in enumerate(conversation.messages, 1):
         if message.role not in _AFTER[before]:
@@ -116,14 +115,14 @@ def _disorder(conversation: Conversation) -> str:
 
 
 def _calls(message: Message) -> bool:
-    """Whether a turn calls a tool, perhaps in its text, as the Hermes and Glaive sets have it."""
+    """Return whether a turn calls a tool, also in its text as in the Hermes and Glaive data sets."""
     return bool(message.tool_calls) or (
         message.role == "assistant" and any(mark in message.content for mark in _CALL_MARKS)
     )
 
 
 def _ends_in_the_loss(tokenizer: ChatTokenizer, sample: TokenizedSample) -> bool:
-    """Whether the last stretch that trains ends with a special token, white space aside."""
+    """Return whether the last span that trains ends with a special token, ignoring white space."""
     last = sample.loss_mask.rindex(1)
     first = sample.loss_mask.rfind(b"\x00", 0, last) + 1
     for token in reversed(sample.token_ids[first : last + 1]):

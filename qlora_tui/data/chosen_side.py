@@ -1,4 +1,4 @@
-"""The conversation that ends with the chosen answer of a row that compares two. Used by ``formats``."""
+"""The conversation that ends with the chosen answer of a preference row. Used by ``formats``."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ \t]?")
 
 
 def preferred(cells: Mapping[str, Any], source: int, row: int) -> Conversation:
-    """The conversation that ends with the chosen answer. Raises ``RowRejectedError``.
+    """Return the conversation that ends with the chosen answer. Raises ``RowRejectedError``.
 
     Turns that both sides share are the prompt and do not train. Both sides may be whole conversations, turns,
-    texts, or the dialogues of Anthropic's sets as one text.
+    texts, or dialogues in one text as in Anthropic's data sets.
     """
     prompt, tools = _question(cells)
     chosen = _side(cells.get("chosen"), prompt, "chosen")
@@ -40,7 +40,7 @@ def preferred(cells: Mapping[str, Any], source: int, row: int) -> Conversation:
 
 
 def _question(cells: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[dict[str, Any], ...]]:
-    """What was said before the answer, and the tools."""
+    """Return the turns before the answer, and the tools."""
     prompt, tools = decoded(cells.get("prompt")), tools_of(cells.get("tools"))
     if isinstance(prompt, dict) and "messages" in prompt:  # OpenAI's format
         tools = tools_of(prompt.get("tools")) or tools
@@ -72,7 +72,7 @@ def _alternating(texts: Sequence[str]) -> tuple[Message, ...]:
 
 
 def _alternatives(value: Any) -> list[Any]:
-    """One rejected side, or each of several texts."""
+    """Return the rejected side as a list: one item, or several texts."""
     value = decoded(value)
     if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
         return value
@@ -80,7 +80,7 @@ def _alternatives(value: Any) -> list[Any]:
 
 
 def _side(value: Any, prompt: tuple[Message, ...], name: str) -> tuple[Message, ...]:
-    """The whole conversation of one side."""
+    """Return the whole conversation of one side."""
     value = decoded(value)
     if is_turn(value):
         value = [value]
@@ -97,7 +97,7 @@ def _side(value: Any, prompt: tuple[Message, ...], name: str) -> tuple[Message, 
 
 
 def dialogue(text: str) -> tuple[Message, ...] | None:
-    """The turns of a text that begins with ``Human:``, as Anthropic's sets have it; None for any other."""
+    """Parse a text that begins with ``Human:``, as in Anthropic's data sets; None for any other."""
     pieces = _SPEAKER.split(text)
     if len(pieces) < 3 or pieces[0].strip() or pieces[1] != "Human":
         return None
@@ -111,7 +111,7 @@ def dialogue(text: str) -> tuple[Message, ...] | None:
 
 
 def _before_answer(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """Up to the last turn that is not the assistant's."""
+    """Return the turns up to the last one that is not the assistant's."""
     end = len(messages)
     while end and messages[end - 1].role == "assistant":
         end -= 1
@@ -127,7 +127,7 @@ def _same(one: Sequence[Message], other: Sequence[Message]) -> bool:
 
 
 def _shared(one: Sequence[Message], other: Sequence[Message]) -> int:
-    """How many turns both begin with."""
+    """Count the turns that both sides begin with."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((n for n, (a, b) in pairs if _said(a) != _said(b)), min(len(one), len(other)))
 

@@ -1,4 +1,4 @@
-"""Which column plays which part: known by its name, or by what it holds. Used by ``formats``."""
+"""Detection of the role of each column, by its name or its values. Used by ``formats``."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "text": {"text": ("text", "content", "document", "body")},
 }
-"""What each format needs, and the column names it is known by, likeliest first."""
+"""Parts that each format needs, with their usual column names, likeliest first."""
 
 OPTIONAL: dict[str, dict[str, tuple[str, ...]]] = {
     "preference": preferences.OPTIONAL,
@@ -86,11 +86,11 @@ _PAIRS = (
     *(("message_1", "message_2"), ("inputs", "targets")),
     ("source", "target"),
 )
-"""Columns that are prompt and completion where they stand together, though one of them alone says little."""
+"""Columns that mean prompt and completion only as a pair."""
 _NAMES_NO_SOURCE = ("prompt", "question", "text")
-"""Beside one of these a ``source`` is where the row was taken from."""
+"""Next to one of these columns ``source`` is the origin of the row, not a text."""
 _SAID_IN_TURN = ("conversations", "conversation", "messages", "dialogs", "dialog", "dialogue", "data")
-"""Columns whose plain texts are said by user and assistant in turn."""
+"""Columns whose plain texts alternate between user and assistant."""
 _HALVES = ("prompt", "completion", *preferences.CHOSEN, *preferences.REJECTED)
 """Columns that may hold turns, but only half of a conversation, or one side of a comparison."""
 
@@ -98,9 +98,9 @@ _HALVES = ("prompt", "completion", *preferences.CHOSEN, *preferences.REJECTED)
 def detect_columns(
     format_: str, values: list[dict[str, Any]], mapping: Mapping[str, str], by_hand: bool
 ) -> dict[str, str] | None:
-    """Column by part where most rows have all a format needs, else None.
+    """Return the column of each part where most rows have all that a format needs, else None.
 
-    A format chosen ``by_hand`` takes turns of either spelling.
+    A format chosen ``by_hand`` accepts turns of either spelling.
     """
     if format_ == "preference":
         columns = preferences.preference_columns(values, mapping)
@@ -122,7 +122,7 @@ def detect_columns(
 def _named(
     format_: str, values: list[dict[str, Any]], mapping: Mapping[str, str], by_hand: bool
 ) -> dict[str, str] | None:
-    """The same without columns that say something only together."""
+    """Return the column of each part, without columns that have a meaning only as a pair."""
     columns: dict[str, str] = {}
     for part, names in PARTS[format_].items():
         column = mapping.get(part) or _pick(format_, part, names, values, columns.values(), by_hand)
@@ -145,7 +145,7 @@ def _optional(
 
 
 def _pair_of(values: list[dict[str, Any]]) -> tuple[str, str] | None:
-    """Two columns that are prompt and completion by being together, in at least half of the rows."""
+    """Return two columns that form a prompt and completion pair in at least half of the rows."""
     spelled = {c.lower(): c for v in values for c in v}
     for one, other in _PAIRS:
         if one == "source" and any(name in spelled for name in _NAMES_NO_SOURCE):
@@ -166,14 +166,14 @@ def _pick(
     taken: Iterable[str],
     by_hand: bool,
 ) -> str:
-    """The column that plays a part in at least half of the rows."""
+    """Return the column that holds a part in at least half of the rows."""
     taken = set(taken)
     spelled = {c.lower(): c for v in values for c in v}
     candidates = [spelled[n] for n in names if n in spelled]
     named = set(candidates) if part == "messages" else set()
     if part == "messages":
         candidates += [c for c in spelled.values() if c not in candidates and c.lower() not in _HALVES]
-        if "completion" in spelled and "prompt" not in spelled:  # the whole conversation, then
+        if "completion" in spelled and "prompt" not in spelled:  # then this column is the whole conversation
             candidates.append(spelled["completion"])
         kinds: tuple[str, ...] = ("messages", "sharegpt") if by_hand else (format_,)
     elif part in ("prompt", "completion"):
@@ -193,7 +193,7 @@ def _pick(
 
 
 def _is_label(value: Any) -> bool:
-    """Whether this is a label or several, rather than an object of them."""
+    """Return whether ``value`` is a label or a list of labels rather than a list of objects."""
     return not any(isinstance(one, dict | list) for one in (value if isinstance(value, list) else [value]))
 
 
@@ -202,9 +202,9 @@ def _texts_in_turn(values: list[dict[str, Any]], column: str) -> bool:
 
 
 def _turn_format(value: Any, column: str, named: bool) -> str:
-    """``messages`` or ``sharegpt`` for a list of turns, else empty.
+    """Return ``messages`` or ``sharegpt`` for a list of turns, else empty.
 
-    A list of texts or of questions with their answers is one only in a column ``named`` like one.
+    A list of texts or of question and answer pairs counts only in a column ``named`` like a conversation.
     """
     keys = turn_keys(value)
     if keys is None:

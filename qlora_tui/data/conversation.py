@@ -1,4 +1,4 @@
-"""What a conversation is, whatever file it came from."""
+"""Conversation types, independent of the file format."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ Role = Literal["system", "user", "assistant", "tool"]
 
 
 class ToolCall(Struct, frozen=True):
-    """One function the assistant asks for."""
+    """One function call by the assistant."""
 
     name: str
     arguments: Any = {}
-    """The parsed JSON, nearly always an object."""
+    """The parsed JSON arguments, nearly always an object."""
     id: str = ""
 
 
 class Message(Struct, frozen=True):
-    """One turn."""
+    """One turn of a conversation."""
 
     role: Role
     content: str
     train: bool = True
-    """Whether the model learns to say it; looked at for assistant turns only."""
+    """Whether the model learns to say this turn; used for assistant turns only."""
     reasoning: str = ""
-    """What the assistant thought before it answered, where the file keeps that apart from the answer."""
+    """The assistant's reasoning before the answer, where the file stores it separately."""
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str = ""
-    """Which call a tool turn answers."""
+    """Id of the call that a tool turn answers."""
     name: str = ""
-    """The tool that answers, for a tool turn."""
+    """Name of the tool that answers, for a tool turn."""
     weight: float = 1.0
-    """How much each of its tokens counts in the loss, as the file says; 0 is not to train it."""
+    """Loss weight of each of its tokens, from the file; 0 excludes the turn from training."""
 
 
 class Conversation(Struct, frozen=True):
@@ -43,15 +43,15 @@ class Conversation(Struct, frozen=True):
     tools: tuple[dict[str, Any], ...] = ()
     """Functions offered to the assistant, as JSON schemas in OpenAI's wrapping."""
     text: str = ""
-    """Plain text to continue; then there are no messages."""
+    """Plain text to continue; messages are then empty."""
     source: int = 0
     """Index of the recipe's source."""
     row: int = 0
-    """Its number in the file, from 1; the line number in JSONL and text files."""
+    """Row number in the file, from 1; the line number in JSONL and text files."""
 
     @property
     def answers(self) -> list[Message]:
-        """The assistant turns that train."""
+        """Return the assistant turns that train."""
         return [m for m in self.messages if m.role == "assistant" and m.train]
 
 

@@ -1,8 +1,7 @@
-"""From a recipe to tokenized samples on disk, made once and found again.
+"""Tokenized samples on disk for a recipe, made once and reused.
 
-``prepare`` is what the trainer calls. The set is kept under the cache directory by a key of content,
-template, tokenizer and settings, and made a batch at a time, so that memory does not grow with the
-data.
+The trainer calls ``prepare``. The data set is stored in the cache directory under a key of content, template,
+tokenizer and settings, and made batch by batch, so memory does not grow with the data.
 """
 
 from __future__ import annotations
@@ -40,46 +39,46 @@ from qlora_tui.recipe.schema import Recipe
 _KEPT_UNUSED_S = 60 * 24 * 3600
 _KEPT_UNFINISHED_S = 3 * 24 * 3600
 _RENDERING = 7
-"""Raised when the same data and settings come to give other tokens, or other sides."""
+"""Version of the rendering; increased when the same data and settings give different tokens or splits."""
 
 
 class PrepareProgress(Struct, frozen=True):
-    """How far preparation is."""
+    """Progress of the preparation."""
 
     share: float
-    """Of the bytes to read, 0 to 1."""
+    """Share of the bytes that have been read, 0 to 1."""
     rows: int
     tokens: int
 
 
 class Prepared(Struct, frozen=True):
-    """A tokenized set."""
+    """A tokenized data set."""
 
     folder: Path
     data_hash: str
-    """Of every token, mask and side: equal only for exactly the same training data."""
+    """Hash of every token, mask and split: equal only for exactly the same training data."""
     counts: Counts
     train: Samples
     validation: Samples
-    """May have no samples."""
+    """Validation samples; may be empty."""
     problems: tuple[DataProblem, ...]
     notes: dict[str, int]
-    """Conversations for which something was changed for the template, by kind (see ``render.Rendered``)."""
+    """Number of conversations that were changed for the template, by kind (see ``render.Rendered``)."""
     cached: bool
-    """Whether it was found rather than made."""
+    """Whether the data set came from the cache."""
 
 
 class _FileVersion(Struct, frozen=True):
-    """What a file was when it was hashed."""
+    """State of a file when it was hashed."""
 
     modified_ns: int
-    """Notices a change that was undone again."""
+    """Modification time in nanoseconds; detects a change that was reverted."""
     sha256: str
-    """Notices a change on a file system with coarse times, or by a program that sets them back."""
+    """Content hash; detects a change on file systems with coarse times, or by programs that reset them."""
 
     @classmethod
     def of(cls, path: Path) -> _FileVersion:
-        # Before the hash: a change from here on counts.
+        # Before the hash, so that a change from here on is detected.
         return cls(path.stat().st_mtime_ns, content_hash(path))
 
 
@@ -96,10 +95,10 @@ _META = msgspec.json.Decoder(_Meta)
 def prepare(
     recipe: Recipe, tokenizer: ChatTokenizer, progress: Callable[[PrepareProgress], None] | None = None
 ) -> Prepared:
-    """The tokenized set of ``recipe.data``.
+    """Return the tokenized data set of ``recipe.data``, from the cache if possible.
 
-    Raises ``UserError`` where a file cannot be used, a row has an error that blocks, or nothing is left
-    to train on.
+    Raises ``UserError`` where a file cannot be used, a row has a blocking error, or nothing is left to train
+    on.
     """
     if not recipe.data.sources:
         raise UserError(
@@ -129,7 +128,7 @@ def prepare(
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise _no_space(folder, error) from error
-        if not (folder / "meta.json").exists():  # else another process has made the same meanwhile
+        if not (folder / "meta.json").exists():  # else another process made the same set
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -139,7 +138,7 @@ def prepare(
 
 
 def _forget_old_sets(folder: Path) -> None:
-    """Delete sets that no run has asked for in a long time, and what killed processes have left."""
+    """Delete data sets that no run has used for a long time, and leftovers of killed processes."""
     for old in folder.iterdir():
         sign = old if old.name.startswith(".making-") else old / "meta.json"
         kept_s = _KEPT_UNFINISHED_S if sign is old else _KEPT_UNUSED_S
@@ -158,7 +157,7 @@ def _make(
     validation_source: int | None,
     progress: Callable[[PrepareProgress], None] | None,
 ) -> None:
-    # A validation file takes the place of the fraction.
+    # A validation file replaces the validation fraction.
     fraction = 0.0 if validation_source is not None else recipe.data.validation_fraction
     total = sum(file.path.stat().st_size for file in files)
     outcomes = RowProcessor(recipe.data, tokenizer, recipe.training.seed)
@@ -184,7 +183,7 @@ def _make(
 
 
 class _Maker:
-    """Writes what an examiner lets through."""
+    """Writes the samples of rows that pass the checks."""
 
     def __init__(self, writer: Writer, split: Split, recipe: Recipe, work: Work):
         self.split = split
@@ -192,7 +191,7 @@ class _Maker:
         self._writer = writer
 
     def write(self, file: SourceFile, position: Position) -> Iterator[None]:
-        """Write what becomes of a file, a batch at a step."""
+        """Write the samples of a file, yielding after each batch."""
         for outcomes in self.examiner.scan(file, position):
             for one in outcomes:
                 if one.samples and one.key is not None:
@@ -205,7 +204,7 @@ class _Maker:
 def _key(
     recipe: Recipe, files: Sequence[SourceFile], versions: Sequence[_FileVersion], tokenizer: ChatTokenizer
 ) -> str:
-    """Changes with anything that could change a token, a mask or a side."""
+    """Return a key that changes with anything that can change a token, a mask or the split."""
     data = recipe.data
     what = (
         _RENDERING,
@@ -222,7 +221,7 @@ def _key(
 
 
 def _refuse_changed(files: Sequence[SourceFile], versions: Sequence[_FileVersion]) -> None:
-    """Raise UserError where a file is not what it was hashed as: its tokens belong under no key."""
+    """Raise UserError where a file has changed since it was hashed: its tokens match no key."""
     for file, version in zip(files, versions, strict=True):
         try:
             is_same = _FileVersion.of(file.path) == version

@@ -1,4 +1,4 @@
-"""What ``inspect`` says of data, and nothing that costs time to import: the Data screen reads this."""
+"""Types of the report on data. Cheap to import, for the Data screen."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qlora_tui.data.problems import DataProblem
 
 
 class Counts(Struct):
-    """What became of the rows."""
+    """Counts of rows and samples by outcome."""
 
     rows: int = 0
     conversations: int = 0
@@ -18,47 +18,47 @@ class Counts(Struct):
     tokens: int = 0
     trained_tokens: int = 0
     left_out: int = 0
-    """Rows refused: empty, without an answer, refused by the template."""
+    """Rows rejected: empty, without an answer, or rejected by the template."""
     dropped: int = 0
-    """Samples longer than a row that were dropped, or in which nothing was left to learn."""
+    """Samples dropped because they are too long or nothing in them is left to learn."""
     cut: int = 0
     split: int = 0
     """Samples split into several rows."""
 
 
 class Piece(Struct, frozen=True):
-    """A stretch of a sample to show."""
+    """A stretch of a sample for display."""
 
     text: str
     trained: bool
     special: bool
-    """One special token."""
+    """Whether the piece is one special token."""
 
 
 class FileReport(Struct, frozen=True):
-    """What one file is."""
+    """Format and columns of one file."""
 
     path: str
     bytes: int
     format: str
     columns: dict[str, str]
-    """Column by part."""
+    """Column of each part."""
     all_columns: tuple[str, ...]
     evidence: tuple[str, ...]
     last_row: int = 0
-    """Number of the last row; 0 until all of the file has been read."""
+    """Number of the last row; 0 until the whole file has been read."""
 
 
 class Report(Struct, frozen=True):
-    """What is known of a source. JSON-ready through msgspec."""
+    """Report on one source. JSON-ready through msgspec."""
 
     files: tuple[FileReport, ...]
     complete: bool
     """Whether every row has been read."""
     share: float
-    """Of the bytes that have been read, 0 to 1."""
+    """Share of the bytes that have been read, 0 to 1."""
     counts: Counts
-    """Tokens and samples are 0 where no tokenizer was given."""
+    """Counts; tokens and samples are 0 without a tokenizer."""
     lengths: Lengths
     too_long: int
     """Samples longer than ``max_length``."""
@@ -67,22 +67,22 @@ class Report(Struct, frozen=True):
     template: str
     """``tokenizer``, or the stock template in use; empty without a tokenizer."""
     thinking: tuple[str, ...] = ()
-    """Sentences on the reasoning in the rows and what the template makes of it."""
+    """Sentences on the reasoning in the rows and how the template handles it."""
 
 
 class Shown(Struct, frozen=True):
-    """One row as the model will see it."""
+    """One row as the model sees it."""
 
     row: int
     samples: tuple[tuple[Piece, ...], ...]
-    """Nearly always one; what lies behind a cut is not in it."""
+    """Pieces of each sample, nearly always one; without what truncation removed."""
     token_counts: tuple[int, ...]
-    """Before any cut."""
+    """Tokens of each sample before truncation."""
     trained_counts: tuple[int, ...]
     refused: str = ""
-    """Why there is no sample."""
+    """Why the row gives no sample; empty if it does."""
     notes: tuple[str, ...] = ()
     findings: tuple[tuple[str, str], ...] = ()
-    """Kind and example of what the checks say of this row."""
+    """Kind and example of each finding on this row."""
     path: str = ""
-    """The file it is from."""
+    """File that the row is from."""

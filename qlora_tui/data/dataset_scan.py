@@ -1,7 +1,6 @@
-"""Rows looked at in the order of their file: what became of each, counted, and set beside the others.
+"""Rows in file order: the result of each, counted and compared with the other rows.
 
-``dataset`` writes what comes out, ``inspect`` measures it; so the two never disagree on what a run
-would train on.
+``dataset`` writes the results, ``inspection`` measures them, so both agree on what a run trains on.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from qlora_tui.recipe.schema import Data
 
 
 class DatasetScanner:
-    """Counts and problems of all rows that were put through ``examined``."""
+    """Counts and problems of all rows that passed through ``scan``."""
 
     def __init__(self, data: Data, work: Work, *, sketched: bool = False, near_duplicates: bool = False):
-        """``sketched``: every outcome is to have its sketch; ``near_duplicates``: they are looked for."""
+        """``sketched`` requests a sketch with every result; ``near_duplicates`` turns on their search."""
         self.counts = Counts()
         self.notes: dict[str, int] = {}
-        """Conversations for which something was changed for the template, by kind."""
+        """Number of conversations that were changed for the template, by kind."""
         self._data = data
         self._work = work
         self._sketched = sketched
@@ -39,7 +38,7 @@ class DatasetScanner:
         self._near = NearDuplicates() if near_duplicates else None
 
     def scan(self, file: SourceFile, position: Position) -> Iterator[list[RowResult]]:
-        """What became of the rows of a file, a batch at a time; ``position`` tells how far it was read."""
+        """Yield the results of a file's rows, batch by batch; ``position`` is updated with the progress."""
         tally = self._counters.setdefault(
             (file.source, str(file.path)), ProblemCounter(file.source, str(file.path))
         )
@@ -50,7 +49,7 @@ class DatasetScanner:
             yield outcomes
 
     def problems(self) -> list[DataProblem]:
-        """Everything found, errors first."""
+        """Return all problems, errors first."""
         problems = [problem for tally in self._counters.values() for problem in tally.problems()]
         problems += [long.problem(self._data) for long in self._long_texts.values()]
         return sorted(problems, key=lambda p: p.severity != "error")
@@ -102,5 +101,5 @@ class DatasetScanner:
             tally.add("near-duplicate", row, f"Row {row} is nearly the same as row {near}.")
 
     def _is_validation(self, source: int) -> bool:
-        """Whether a source is the recipe's validation file, which comes after its sources."""
+        """Return whether a source is the recipe's validation file, which comes after its sources."""
         return bool(self._data.validation_path) and source >= len(self._data.sources)

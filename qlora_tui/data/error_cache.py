@@ -1,8 +1,8 @@
-"""Errors that an inspection has found, kept so that a launch is refused at once, however large the file.
+"""Cached errors of earlier inspections, so that a launch is rejected at once even with a large file.
 
-``inspect`` writes what it meets, ``quick_check`` and the Train screen read it. A note holds for one file as
-it was when it was read (its time and size) and one way of reading it; an error that shows only in tokens
-holds for one tokenizer and template as well.
+``inspection`` writes them, ``quick_check`` and the Train screen read it. An entry is valid for one state of a
+file (its time and size) and one way of reading it; an error that shows only in tokens also depends on
+tokenizer and template.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ _TOKENIZER_FILES = (
 )
 _KEPT_S = 60 * 24 * 3600
 _READING = 3
-"""Raised when rows that were an error come to be read."""
+"""Version of the row checks; increased when rows that were an error become readable."""
 
 _DECODER = msgspec.json.Decoder(DataProblem)
 
 Tokens = tuple[object, ...]
-"""What errors in tokens depend on: see ``tokenizer_fingerprint``."""
+"""Inputs that errors in tokens depend on; see ``tokenizer_fingerprint``."""
 
 
 def tokenizer_fingerprint(folder: Path, template: str, train_on: str) -> Tokens:
-    """A tokenizer as its files are now, the recipe's ``model.chat_template`` and ``data.train_on``."""
+    """Return a tokenizer's file states with the recipe's ``model.chat_template`` and ``data.train_on``."""
     files = sorted(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern))
     stamps = tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
     return (str(folder.resolve()), stamps, template, train_on)
 
 
 Stamp = tuple[int, int]
-"""The time and the size of a file."""
+"""Modification time and size of a file."""
 
 
 def file_fingerprint(path: Path) -> Stamp:
-    """What a file is now: to be taken before its first row is read, as it may be mended meanwhile."""
+    """Return the current state of a file; call it before reading, because the file may be fixed meanwhile."""
     stat = path.stat()
     return stat.st_mtime_ns, stat.st_size
 
@@ -63,8 +63,8 @@ def cache_errors(
     *,
     read: bool,
 ) -> None:
-    """Keep the first error of each sort among the problems of a file; forget what is not so any more, where
-    all of it was ``read``."""
+    """Store the first error of each kind among the problems of a file, and remove errors that are gone if the
+    whole file was ``read``."""
     errors = [problem for problem in problems if problem.severity == "error" and problem.path == str(path)]
     for of_tokens in (False, True):
         if of_tokens and tokens is None:
@@ -79,7 +79,7 @@ def cache_errors(
 
 
 def raise_cached_error(files: Sequence[tuple[Source, Path]], tokens: Tokens | None = None) -> None:
-    """Raise ``UserError`` for the first of the files of which an error is known."""
+    """Raise ``UserError`` for the first file with a cached error."""
     for source, path in files:
         for one in dict.fromkeys((None, tokens)):
             try:

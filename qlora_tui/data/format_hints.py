@@ -1,4 +1,4 @@
-"""What to say of rows that no format fits, or that one fits only at first sight. Used by ``formats``."""
+"""Hints for rows that match no format, or that match one only at first sight. Used by ``formats``."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from qlora_tui.data.chat_formats import ROLE_KEYS, is_role
 
 _MARKS = ("### Human:", "### Instruction:", "\n\nHuman:", "[INST]", "<|im_start|>", "USER:")
-"""What a conversation that was already written out as one text begins its questions with."""
+"""Markers that begin a question in conversations already rendered as one text."""
 _TREE = ("parent_id", "message_tree_id", "message_id")
 
 
 def single_turns(values: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """Why rows are single turns of conversations rather than texts; empty if they are not."""
+    """Return why rows are single turns of conversations rather than texts; empty if they are not."""
     role = next((c for c in columns if c.lower() in ROLE_KEYS), "")
     if not role or not any(c in columns for c in _TREE):
         return ""
@@ -23,14 +23,14 @@ def single_turns(values: Sequence[Mapping[str, Any]], columns: Sequence[str]) ->
 
 
 def written_out(texts: Sequence[Any]) -> str:
-    """The mark by which most texts are whole conversations; empty if they are not."""
+    """Return the marker by which most texts are whole conversations; empty if they are not."""
     strings = [text for text in texts if isinstance(text, str)]
     common_mark = Counter(mark for text in strings for mark in _MARKS if mark in text).most_common(1)
     return common_mark[0][0].strip() if common_mark and 2 * common_mark[0][1] >= len(strings) else ""
 
 
 def mapping_hint(values: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """How to map these columns by hand, with their own names where they can be guessed."""
+    """Suggest how to map these columns by hand, with their own names where they can be guessed."""
     nested = next((c for c in columns if any(isinstance(value.get(c), dict) for value in values)), "")
     texts = [c for c in columns if _is_text(values, c)]
     if len(texts) < 2 and nested:
@@ -40,6 +40,6 @@ def mapping_hint(values: Sequence[Mapping[str, Any]], columns: Sequence[str]) ->
 
 
 def _is_text(values: Sequence[Mapping[str, Any]], column: str) -> bool:
-    """Whether most rows have words there: no number, no id."""
+    """Return whether most rows have words in a column, not numbers or ids."""
     string_count = sum(isinstance(v.get(column), str) and not v[column].isdigit() for v in values)
     return 2 * string_count >= max(1, len(values)) and not column.lower().endswith("id")

@@ -1,7 +1,7 @@
-"""Which format the rows of a file are in, with the evidence, and conversations from them.
+"""Detection of the format of a file's rows, with evidence, and conversations from them.
 
-``detect`` looks at the first rows; ``parse`` turns one row into a ``Conversation``. Used by
-``dataset`` and ``inspect``.
+``detect`` reads the first rows; ``parse`` turns one row into a ``Conversation``. Used by ``dataset`` and
+``inspection``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SNIFFED_ROWS = 200
 _COLUMNS_NAMED = 12
 
 LABEL_NAMES = "label_names"
-"""A part that is no column: the names of integer labels in order, with commas between."""
+"""A part that is not a column: the names of integer labels in order, separated by commas."""
 
 
 class RowFormat(Struct, frozen=True):
@@ -38,22 +38,22 @@ class RowFormat(Struct, frozen=True):
 
     format: str
     columns: dict[str, str]
-    """Column by part."""
+    """Column of each part."""
     label_names: tuple[str, ...] = ()
 
 
 class Detection(Struct, frozen=True):
-    """A layout, and what speaks for it."""
+    """A format, and the evidence for it."""
 
     layout: RowFormat
     evidence: tuple[str, ...]
     """Sentences for the Data screen."""
     columns: tuple[str, ...]
-    """Every column seen, in order."""
+    """All columns seen, in order."""
 
 
 def parts_of(format_: str) -> tuple[str, ...]:
-    """The parts a format has, those it needs first: what ``ModelSource.columns`` may map."""
+    """Return the parts of a format, required ones first; ``ModelSource.columns`` may map them."""
     parts = (*PARTS[format_], *OPTIONAL[format_])
     if format_ in preferences.RATABLE:
         return (*parts, RATING)
@@ -67,11 +67,11 @@ def detect(
     mapping: Mapping[str, str] | None = None,
     preference_choice: str = "refuse",
 ) -> Detection:
-    """The layout of the first rows of ``name``.
+    """Detect the format of the first rows of ``name``.
 
     ``wanted``, ``mapping`` and ``preference_choice`` are the recipe's format, columns and
-    ``data.preferences``. Raises ``UserError`` if nothing fits, naming what is there, and for preferences that
-    were not opted into.
+    ``data.preferences``. Raises ``UserError`` if nothing fits, naming the columns, and for preference data
+    without opt-in.
     """
     seen_rows = [row for row in rows if not row.error]
     values = [_as_fields(row.value) for row in seen_rows]
@@ -115,7 +115,7 @@ def detect(
 
 
 def parse(row: Row, layout: RowFormat, source: int = 0) -> Conversation:
-    """The conversation of one row. Raises ``RowRejectedError`` with kind and reason."""
+    """Convert one row to a conversation. Raises ``RowRejectedError`` with kind and reason."""
     if row.error:
         raise RowRejectedError(row.kind, row.error)
     fields = _as_fields(row.value)
@@ -136,8 +136,7 @@ def parse(row: Row, layout: RowFormat, source: int = 0) -> Conversation:
 
 
 def _check_not_rejected(fields: Mapping[str, Any], cells: Mapping[str, Any], layout: RowFormat) -> None:
-    """Raise ``RowRejectedError`` for a row whose answer was rated bad, or that holds a rejected one
-    unannounced."""
+    """Raise ``RowRejectedError`` for an answer that is rated bad, or an undeclared rejected answer."""
     if RATING in layout.columns:
         column, good = layout.columns[RATING], preferences.is_good(cells[RATING])
         if good is None:
@@ -198,7 +197,7 @@ _READERS: dict[str, Callable[[Mapping[str, Any], RowFormat], tuple[Message, ...]
 
 
 def _as_fields(value: Any) -> dict[str, Any]:
-    """A row as fields: a bare list of turns is ``messages``, a bare string is ``text``."""
+    """Return a row as fields: a bare list of turns becomes ``messages``, a bare string ``text``."""
     if isinstance(value, dict):
         return value
     if isinstance(value, str):
@@ -283,7 +282,7 @@ def _turn_a_row(name: str, why: str) -> UserError:
 
 
 def _check_no_media(rows: Sequence[Row], values: Sequence[Mapping[str, Any]], name: str) -> None:
-    """Raise ``UserError`` where the first rows hold images, video or audio: no other remedy would do."""
+    """Raise ``UserError`` where the first rows hold images, video or audio, which nothing else can fix."""
     with_media = [
         (row.number, media) for row, v in zip(rows, values, strict=True) if (media := media_column(v))
     ]

@@ -1,8 +1,8 @@
-"""Datasets of the hub, by id: downloaded by the ``datasets`` library in a child process.
+"""Hub datasets by id, downloaded by the ``datasets`` library in a child process.
 
-``datasets`` imports numpy, pandas and more, so it never runs in this process. It leaves Arrow files
-in the Hugging Face cache, which ``read`` reads in place; where they are is noted in the cache
-directory, so that the next time nothing is asked of the hub.
+``datasets`` imports numpy, pandas and more, so it never runs in this process. It leaves Arrow files in the
+Hugging Face cache, which ``read`` reads in place; their location is stored in the cache directory, so the
+next use makes no request to the Hub.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")
 
 
 class HubFiles(Struct, frozen=True):
-    """What the child process found."""
+    """Files that the child process downloaded."""
 
     files: tuple[str, ...]
     split: str
 
 
 class HubFailure(Struct, frozen=True):
-    """Why it found nothing."""
+    """Why the child process found no files."""
 
     reason: str
     fix: str
@@ -43,14 +43,14 @@ _FAILURE = msgspec.json.Decoder(HubFailure)
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether ``name`` could be a dataset id: ``owner/name``, perhaps with ``:subset``."""
+    """Return whether ``name`` may be a dataset id: ``owner/name``, optionally with ``:subset``."""
     return _ID.fullmatch(name) is not None and not name.startswith(("./", "../", "~"))
 
 
 def hub_files(name: str) -> tuple[list[Path], str]:
-    """The files of a dataset's training split, downloaded if need be, and a word on them.
+    """Return the files of a dataset's training split, downloaded if needed, and a note on them.
 
-    Raises ``UserError`` where there is no such dataset, or no way to it.
+    Raises ``UserError`` where the dataset does not exist or cannot be reached.
     """
     cached = _read_cached(name)
     if cached is None:
@@ -60,7 +60,7 @@ def hub_files(name: str) -> tuple[list[Path], str]:
 
 
 def local_files(name: str) -> list[Path] | None:
-    """The same files where they were downloaded before; None where they were not. Asks nothing of the hub."""
+    """Return the files of an earlier download, else None. Makes no request to the Hub."""
     cached = _read_cached(name)
     return None if cached is None else [Path(file) for file in cached.files]
 
@@ -78,7 +78,7 @@ def _read_cached(name: str) -> HubFiles | None:
 
 
 def _fetch(name: str) -> HubFiles:
-    # This child is there to ask the hub, also where this process holds a model and is offline.
+    # The child process may use the network, even where this process holds a model and is offline.
     environment = {
         key: value for key, value in subprocesses.subprocess_env().items() if key not in offline_variables_set
     }

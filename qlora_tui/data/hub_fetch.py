@@ -1,7 +1,7 @@
 """The child process that loads a Hub dataset: ``python -m qlora_tui.data.hub_fetch ID[:SUBSET]``.
 
-Prints one JSON object: ``HubFiles``, or ``HubFailure`` with exit code 1. ``trust_remote_code`` is
-never given: a dataset that is a script is refused by the library.
+Prints one JSON object: ``HubFiles``, or ``HubFailure`` with exit code 1. ``trust_remote_code`` is never set,
+so the library rejects a dataset that is a script.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _TRAINING = ("train", "training", "train_sft", "sft")
 
 
 def main(name: str) -> int:
-    """Load the training split and tell where its Arrow files are."""
+    """Load the training split and print where its Arrow files are."""
     import datasets
 
     path, _, subset = name.partition(":")

@@ -1,8 +1,8 @@
-"""A report on data files before any run: format, counts, lengths, problems by row.
+"""Report on data files before a run: format, counts, lengths, problems by row.
 
-``inspect`` gives the whole report; ``inspecting`` gives one at once from the first rows and better
-ones while it reads on, for the Data screen and for large files. ``show`` renders one row as the model
-will see it. Used by ``qlora-tui data`` and the engine behind the Data screen.
+``inspect`` returns the whole report; ``inspecting`` yields one at once from the first rows, then better ones
+as it reads further, for the Data screen and large files. ``show`` renders one row as the model sees it. Used
+by ``qlora-tui data`` and the engine behind the Data screen.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _NEXT_REPORT_S = 1.0
 
 
 def inspect(source: Source, tokenizer: ChatTokenizer | None = None, data: Data | None = None) -> Report:
-    """The whole report on one source under the settings of ``data``. Raises ``UserError``."""
+    """Return the whole report on one source under the settings of ``data``. Raises ``UserError``."""
     *_, last = inspecting(source, tokenizer, data)
     return last
 
@@ -51,7 +51,7 @@ def inspect(source: Source, tokenizer: ChatTokenizer | None = None, data: Data |
 def inspecting(
     source: Source, tokenizer: ChatTokenizer | None = None, data: Data | None = None
 ) -> Iterator[Report]:
-    """Reports that get better; the last one is complete. Raises ``UserError`` before the first."""
+    """Yield increasingly complete reports, up to the complete one. Raises ``UserError`` before the first."""
     data = data or Data()
     files, note = open_source(source, data.preferences)
     yield from _Inspection(source, files, note, tokenizer, data).reports()
@@ -60,7 +60,7 @@ def inspecting(
 def show(
     source: Source, row: int, tokenizer: ChatTokenizer, data: Data | None = None, path: str = ""
 ) -> Shown:
-    """Row number ``row`` of the source's file ``path``, or of its first. Raises ``UserError``."""
+    """Render row number ``row`` of the source's file ``path``, or of its first file. Raises ``UserError``."""
     data = data or Data()
     file, found_row = row_of(source, row, data, path)
     shown = _shown(found_row.number, conversation_of(found_row, file), tokenizer, data)
@@ -68,7 +68,7 @@ def show(
 
 
 def row_of(source: Source, row: int, data: Data, path: str = "") -> tuple[SourceFile, Row]:
-    """Row number ``row`` of a source's file as it is there, or the next there is. Raises ``UserError``."""
+    """Read row number ``row`` of a source's file, or the next existing row. Raises ``UserError``."""
     file = open_file_of(source, data.preferences, path)
     found_row = row_at(file.path, row)
     if found_row is None:
@@ -79,7 +79,7 @@ def row_of(source: Source, row: int, data: Data, path: str = "") -> tuple[Source
 
 
 class _Inspection:
-    """What has been counted so far."""
+    """Counts of an inspection in progress."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class _Inspection:
         self._bytes = sum(file.path.stat().st_size for file in files)
 
     def reports(self) -> Iterator[Report]:
-        """One at once, then one every second, and the complete one."""
+        """Yield one report at once, then one every second, and the complete one."""
         with open_worker_pool(
             RowProcessor(self._data, self._tokenizer, keep_samples=False), self._bytes
         ) as work:
@@ -125,7 +125,7 @@ class _Inspection:
             yield self._report(examiner, True, 1.0)
 
     def _note_errors(self, file: SourceFile, examiner: DatasetScanner, *, read: bool) -> None:
-        """For a launch to know; that there is none, once all of the file was ``read``."""
+        """Store errors for later launches, and their absence once the whole file was ``read``."""
         problems = examiner.problems()
         if not read and not any(problem.severity == "error" for problem in problems):
             return
@@ -135,11 +135,11 @@ class _Inspection:
             if one is not None and one.folder is not None
             else None
         )
-        with suppress(OSError):  # a full disk is no reason to show nothing
+        with suppress(OSError):  # a full disk must not hide the report
             cache_errors(self._source, file.path, self._stamps[file.path], problems, tokens, read=read)
 
     def _measure(self, outcomes: list[RowResult]) -> int:
-        """Add the lengths; the number of the last row."""
+        """Add the lengths; return the number of the last row."""
         for one in outcomes:
             self._lengths.add(one.lengths, one.row)
         return outcomes[-1].row if outcomes else 0
@@ -157,7 +157,7 @@ class _Inspection:
         )
 
     def _dataset_problems(self, examiner: DatasetScanner, complete: bool) -> Iterator[DataProblem]:
-        """What no row shows by itself."""
+        """Yield the problems that no single row shows."""
         most, path = self._context, str(self._files[0].path)
         if most is not None and self._data.max_length > most and (over := self._lengths.above(most)):
             longest = self._lengths.summary().longest_row
@@ -168,7 +168,7 @@ class _Inspection:
             yield problem_of("one-row", 1, row, path, "There are no other rows to train or validate on.")
 
     def _is_one_long_text(self, examiner: DatasetScanner) -> bool:
-        """Whether the only row is a text that is split, or should be."""
+        """Return whether the only row is a text that is split, or should be."""
         if any(problem.kind == "long-text" for problem in examiner.problems()) or examiner.counts.split:
             return True
         is_text = self._files[0].detection.layout.format == "text"
@@ -197,7 +197,7 @@ class _Inspection:
 
 
 def _context_of(tokenizer: ChatTokenizer | None) -> int | None:
-    """Tokens the model can read at most; None where that is not known."""
+    """Return the model's maximum context in tokens; None where it is unknown."""
     if tokenizer is None or tokenizer.folder is None:
         return None
     try:

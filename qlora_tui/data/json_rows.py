@@ -1,5 +1,5 @@
-"""Rows out of a .json file without holding all of it: an array of rows, rows one after the other, or
-one object that holds the rows under a name."""
+"""Rows from a .json file without loading all of it: an array of rows, consecutive rows, or one object that
+holds the rows under a key."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from qlora_tui.data.row import Row
 from qlora_tui.data.text_reader import NotUtf8, Stream
 
 _LARGEST_ROW_CHARACTERS = 64 << 20
-"""A value that has not ended by then is broken, not long."""
+"""Characters after which an unfinished value counts as broken rather than long."""
 _HOLDERS = ("data", "train", "rows", "examples", "conversations", "items", "samples", "instances")
-"""Names under which a whole data set is kept in one object."""
+"""Keys under which a whole data set is stored in one object."""
 
 
 def json_rows(stream: Stream) -> Iterator[Row]:
-    """The rows of an array, of a sequence of values (JSONL by another name), or under a name."""
+    """Yield the rows of an array, of consecutive values (JSONL by another name), or under a key."""
     values = _Values(stream)
     number = 0
     try:
@@ -47,7 +47,7 @@ def _row(number: int, value: Any) -> Row:
 
 
 def has_lone_surrogate(value: Any) -> bool:
-    """Whether a decoded value holds half of a surrogate pair, which JSON can name but no text can hold."""
+    """Return whether a decoded value holds half of a surrogate pair, which is valid JSON but not text."""
     if isinstance(value, str):
         return not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value)
     if isinstance(value, list):
@@ -58,7 +58,7 @@ def has_lone_surrogate(value: Any) -> bool:
 
 
 def _held_rows(value: dict[str, Any]) -> list[Any] | None:
-    """The rows inside a whole-file object, or None where the object is itself a row."""
+    """Return the rows inside a whole-file object, or None where the object is itself a row."""
     for name in _HOLDERS:
         held = value.get(name)
         if (
@@ -86,7 +86,7 @@ class _InvalidJsonError(Exception):
 
 
 class _Values:
-    """JSON values one after the other, decoded as the text comes in."""
+    """Consecutive JSON values, decoded while the text is read."""
 
     def __init__(self, stream: Stream):
         self._chunks = stream.chunks()
@@ -97,10 +97,10 @@ class _Values:
         self._line = 1
         self._ended = False
         self.top_level = True
-        """Whether the values stand on their own, not in an array."""
+        """Whether the values are outside an array."""
 
     def at_end(self) -> bool:
-        """Nothing but white space follows."""
+        """Return whether only white space follows."""
         return self._next_character() == ""
 
     def __iter__(self) -> Iterator[Any]:
@@ -149,7 +149,7 @@ class _Values:
             return value
 
     def _need_more(self, reason: str, position: int) -> None:
-        """Read on if the value may only be cut off by the end of what was read, else it is broken."""
+        """Read more if the value may only be cut by the end of what was read; else it is broken."""
         held, inside = len(self._text) - self._at, position - self._at
         cut_off = position >= len(self._text) - 16 or reason.startswith("Unterminated string")
         if held > _LARGEST_ROW_CHARACTERS or not cut_off or not self._more(held):
@@ -169,7 +169,7 @@ class _Values:
                 return ""
 
     def _more(self, at_least: int = 1) -> bool:
-        """Append at least ``at_least`` characters where there are so many; drop what has been consumed."""
+        """Append at least ``at_least`` characters, if there are that many; drop the consumed ones."""
         if self._ended:
             return False
         self._line += self._text.count("\n", 0, self._at)

@@ -1,6 +1,6 @@
-"""A hash table of 64-bit keys in flat arrays: sixteen bytes a slot where a dict takes over a hundred.
+"""A hash table of 64-bit keys in flat arrays: sixteen bytes per slot where a dict takes over a hundred.
 
-Finds duplicates among millions of rows in bounded memory. Used by ``examine``.
+Finds duplicates among millions of rows in bounded memory. Used by ``dataset_scan``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ _START_SLOTS = 1 << 10
 
 
 class KeyTable:
-    """Which row was the first to have a key."""
+    """Maps each key to the first row that had it."""
 
     def __init__(self) -> None:
         self._keys = array("Q", bytes(8 * _START_SLOTS))
@@ -22,7 +22,7 @@ class KeyTable:
         return self._count
 
     def first(self, key: int, row: int) -> int | None:
-        """The row that came with ``key`` before; None if none did, and then ``row`` is remembered."""
+        """Return the earlier row with ``key``; None if there is none, and ``row`` is then stored."""
         slot = self._slot(key)
         if self._rows[slot]:
             return self._rows[slot] - 1
@@ -33,12 +33,12 @@ class KeyTable:
         return None
 
     def get(self, key: int) -> int | None:
-        """The row that came with ``key``, if any did."""
+        """Return the row stored for ``key``, or None."""
         slot = self._slot(key)
         return self._rows[slot] - 1 if self._rows[slot] else None
 
     def _slot(self, key: int) -> int:
-        """Where ``key`` is, or would be."""
+        """Return the slot where ``key`` is, or would be."""
         mask = len(self._keys) - 1
         slot = key & mask
         while self._rows[slot] and self._keys[slot] != key:

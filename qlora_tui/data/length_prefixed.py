@@ -1,4 +1,4 @@
-"""Bytes through a pipe, each piece under its length. Used by ``workers`` and ``worker``."""
+"""Length-prefixed frames over a pipe. Used by ``worker_pool`` and ``worker``."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ _LENGTH_BYTES = 8
 
 
 def write_frame(pipe: IO[bytes], content: bytes) -> None:
-    """One piece. Raises ``OSError`` where nobody reads."""
+    """Write one frame. Raises ``OSError`` where the other end is closed."""
     pipe.write(len(content).to_bytes(_LENGTH_BYTES, "little"))
     pipe.write(content)
     pipe.flush()
 
 
 def read_frame(pipe: IO[bytes]) -> bytes:
-    """The next piece. Raises ``EOFError`` at the end, or in the middle of a piece."""
+    """Read the next frame. Raises ``EOFError`` at the end, or in the middle of a frame."""
     length = int.from_bytes(_exactly(pipe, _LENGTH_BYTES), "little")
     return _exactly(pipe, length)
 

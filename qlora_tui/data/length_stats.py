@@ -18,7 +18,7 @@ class Bin(Struct, frozen=True):
 
 
 class Lengths(Struct, frozen=True):
-    """How long the samples are, before any cut."""
+    """Length distribution of the samples, before truncation."""
 
     unit: str
     """``tokens``, or ``characters`` where no tokenizer was given."""
@@ -33,7 +33,7 @@ class Lengths(Struct, frozen=True):
 
 
 class LengthCounter:
-    """Lengths added one by one."""
+    """Collects lengths one at a time."""
 
     def __init__(self, unit: str) -> None:
         self.unit = unit
@@ -42,18 +42,18 @@ class LengthCounter:
         self._longest = -1
 
     def add(self, lengths: Iterable[int], row: int) -> None:
-        """The samples of one row."""
+        """Add the samples of one row."""
         for length in lengths:
             self._counts[length] += 1
             if length > self._longest:
                 self._longest, self._longest_row = length, row
 
     def above(self, limit: int) -> int:
-        """Samples longer than ``limit``."""
+        """Count the samples longer than ``limit``."""
         return sum(count for length, count in self._counts.items() if length > limit)
 
     def summary(self) -> Lengths:
-        """Percentiles (nearest rank) and histogram."""
+        """Compute percentiles (nearest rank) and the histogram."""
         if not self._counts:
             return Lengths(self.unit)
         ordered = sorted(self._counts.items())
@@ -82,7 +82,7 @@ def _percentile(ordered: list[tuple[int, int]], total: int, percent: int) -> int
 
 
 def _histogram(ordered: list[tuple[int, int]], p99: int) -> tuple[Bin, ...]:
-    """Even bins for nearly all samples, and one last bin for a tail that would flatten all the others."""
+    """Compute even bins for nearly all samples, and one last bin for a tail that would flatten the others."""
     longest = ordered[-1][0]
     width = _round_width(min(longest, 1.15 * p99) / (_BINS - 1))
     bins: Counter[int] = Counter()
@@ -95,7 +95,7 @@ def _histogram(ordered: list[tuple[int, int]], p99: int) -> tuple[Bin, ...]:
 
 
 def _round_width(least: float) -> int:
-    """The smallest width not below ``least`` that is easy to read: 1 to 6 or 8, and zeros."""
+    """Return the smallest readable width not below ``least``: 1 to 6 or 8, times a power of ten."""
     power = 1
     while True:
         for digit in (1, 2, 3, 4, 5, 6, 8):

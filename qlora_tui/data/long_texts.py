@@ -16,28 +16,28 @@ _LOSES = {"cut-left": "keeps the last", "cut-right": "keeps the first", "drop": 
 _MOST_CHARACTERS_A_TOKEN = 10
 """A text with more than this many for each token of the limit is over it with any tokenizer."""
 _BYTES_A_TOKEN = 4
-"""Of UTF-8, roughly. Measured with the tokenizers of SmolLM2 and Gemma 3: 4.8 and 4.9 in English Wikipedia,
-3.6 in Markdown with links, 1.8 and 4.2 in Chinese."""
+"""Rough UTF-8 bytes of a token. Measured with the tokenizers of SmolLM2 and Gemma 3: 4.8 and 4.9 in English
+Wikipedia, 3.6 in Markdown with links, 1.8 and 4.2 in Chinese."""
 
 
 class LongText(Struct, frozen=True, array_like=True):
     """A plain text over the length limit that is not split."""
 
     length: int
-    """Tokens; characters where there is no tokenizer."""
+    """Length in tokens; in characters without a tokenizer."""
     split_rows: int
-    """Rows that splitting makes of it; an estimate where there is no tokenizer."""
+    """Rows that splitting gives; an estimate without a tokenizer."""
     remaining: int | None = None
-    """Tokens that stay of it; None where there is no tokenizer."""
+    """Tokens that remain; None without a tokenizer."""
 
 
 def most_characters(data: Data) -> int:
-    """Characters above which a text is over the length limit with any tokenizer."""
+    """Return the number of characters above which a text is over the length limit with any tokenizer."""
     return data.max_length * _MOST_CHARACTERS_A_TOKEN
 
 
 def estimated_long_text(conversation: Conversation, data: Data) -> LongText | None:
-    """What is known without a tokenizer of a plain text that is surely cut or dropped; else None."""
+    """Estimate the length of a plain text that is certain to be cut or dropped, without a tokenizer."""
     text = conversation.text
     if data.overflow == "split" or len(text) <= most_characters(data):
         return None
@@ -46,7 +46,7 @@ def estimated_long_text(conversation: Conversation, data: Data) -> LongText | No
 
 
 class LongTexts:
-    """Those of one file."""
+    """Long plain texts of one file."""
 
     def __init__(self, source: int, path: str) -> None:
         self._source = source
@@ -60,7 +60,7 @@ class LongTexts:
         return self._count
 
     def add(self, row: int, long_text: LongText) -> None:
-        """Count one more."""
+        """Count one more long text."""
         if len(self._rows) < MAX_LISTED_ROWS:
             self._rows.append(row)
         self._count += 1
@@ -70,7 +70,7 @@ class LongTexts:
         self._estimated |= long_text.remaining is None
 
     def problem(self, data: Data) -> DataProblem:
-        """What ``data.overflow`` does to them, and the number of rows that splitting makes of them."""
+        """Describe what ``data.overflow`` does to long texts, with the rows that splitting gives."""
         rows = pluralize(self._split_rows, "row")
         if self._estimated:
             texts = "One text holds" if self._count == 1 else f"{self._count:,} texts hold"

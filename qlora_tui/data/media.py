@@ -1,4 +1,4 @@
-"""Images, video and audio in a row: found so that no run trains on the text that is left without them.
+"""Images, video and audio in a row: detected, so that no run trains on the text without them.
 
 Read by ``formats`` for columns and placeholders, by ``chat_formats`` for typed parts.
 """
@@ -14,10 +14,10 @@ from qlora_tui.data.conversation import Message
 
 _MEDIA = {"image": "an image", "video": "a video", "audio": "audio"}
 _COLUMN = re.compile(r"(?:input_|output_)?(image|video|audio)s?(?:_(?:url|path|file|bytes))?s?")
-"""``images``, ``image_path``, ``audios``: the names that LLaVA, LLaMA-Factory, ms-swift and the hub use."""
+"""``images``, ``image_path``, ``audios``: the names that LLaVA, LLaMA-Factory, ms-swift and the Hub use."""
 _PART = re.compile(r"(?:input_)?(image|video|audio)(?:_url|_file)?")
 _FILE_COLUMNS = ("file_name", "file", "path")
-"""In ``metadata.jsonl`` of an ImageFolder or AudioFolder."""
+"""Columns in the ``metadata.jsonl`` of an ImageFolder or AudioFolder."""
 _ENDINGS = (
     *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tiff"),
     *(".wav", ".mp3", ".flac", ".ogg", ".mp4", ".avi", ".mov", ".mkv", ".webm"),
@@ -25,25 +25,25 @@ _ENDINGS = (
 _TAG = r"<(?:image|video|audio)>"
 _PLACEHOLDER = re.compile(
     rf"\A\s*{_TAG}"  # before the question
-    rf"|^\s*(?:{_TAG}\s*)+$"  # on a line of its own
+    rf"|^\s*(?:{_TAG}\s*)+$"  # on a separate line
     rf"|[.?!:\n]\s*{_TAG}\s*\Z",  # after it
     re.MULTILINE,
 )
-"""Only where placeholders stand: a question about HTML may name ``<video>`` in the middle of a sentence."""
+"""Placeholders only in their usual positions: a question about HTML may contain ``<video>`` mid-sentence."""
 _CODE_BLOCK = re.compile(r"^[ \t]*(```|~~~).*?(?:^[ \t]*\1|\Z)", re.MULTILINE | re.DOTALL)
-"""Fenced, as Markdown has it."""
+"""Fenced code blocks, as in Markdown."""
 _STRUCTS = ({"bytes", "path"}, {"array", "sampling_rate"}, {"array", "path", "sampling_rate"})
-"""Keys of an image or a sound as the ``datasets`` library keeps it in Parquet."""
+"""Keys of an image or a sound as the ``datasets`` library stores it in Parquet."""
 
 
 def medium_of(part_type: Any) -> str | None:
-    """``an image`` for the type of a content part such as ``image_url``; None where it is no medium."""
+    """Return ``an image`` for a content part type such as ``image_url``; None for other types."""
     match = _PART.fullmatch(str(part_type))
     return _MEDIA[match[1]] if match else None
 
 
 def media_column(fields: Mapping[str, Any]) -> str:
-    """A sentence that names the first column of a row with an image, a video or audio; empty if none has."""
+    """Return a sentence on the first column of a row with an image, video or audio; empty if none has one."""
     suspects = _suspect_columns(tuple(fields))
     for column, value in fields.items():
         if isinstance(value, str):
@@ -61,10 +61,10 @@ def media_column(fields: Mapping[str, Any]) -> str:
 
 
 def placeholder(messages: Iterable[Message]) -> str:
-    """A sentence that names the first turn with a placeholder for a medium; empty if none has.
+    """Return a sentence on the first turn with a placeholder for a medium; empty if none has one.
 
-    Code blocks are skipped. In an answer ``<video>`` and ``<audio>`` are elements of HTML; ``<image>`` is not
-    one.
+    Code blocks are skipped. In an answer ``<video>`` and ``<audio>`` are elements of HTML; ``<image>`` is
+    not.
     """
     for number, message in enumerate(messages, 1):
         text = message.content
@@ -82,9 +82,9 @@ def placeholder(messages: Iterable[Message]) -> str:
 
 @lru_cache(maxsize=1024)
 def _suspect_columns(columns: tuple[str, ...]) -> dict[str, str]:
-    """Columns whose names say that they hold a medium, with the medium; empty for one that names a file.
+    """Return the columns that hold a medium by their names, with the medium; empty for a file name column.
 
-    Cached, for it is asked of every row and most rows have the same columns.
+    Cached, because it runs for every row and most rows have the same columns.
     """
     suspects = {}
     for column in columns:
@@ -103,5 +103,5 @@ def _is_struct(value: Any) -> bool:
 
 
 def _is_switch(value: Any) -> bool:
-    """Whether the value is a number or a flag, such as a count of images, rather than a medium."""
+    """Return whether the value is a number or a flag, such as a count of images, rather than a medium."""
     return isinstance(value, bool | int | float)

@@ -1,7 +1,7 @@
-"""A bound on the memory that a block of code may take, kept by the kernel.
+"""A memory limit for a block of code, enforced by the kernel.
 
-For libraries that have none of their own: a compressed page names its size, a chat template is a program. An
-allocation over the bound fails as ``MemoryError`` in place of taking the machine's memory.
+For libraries without a limit: a compressed page declares its size, a chat template is a program. An
+allocation over the bound fails with ``MemoryError`` instead of exhausting the machine's memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
 _FRESH_S = 0.25
-"""How long a reading of what the process holds is good for: it costs as much as rendering a short row."""
+"""Seconds that a reading of the process's memory stays valid: reading costs as much as a short row."""
 _lock = threading.Lock()
 _open_blocks = 0
 _before = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
@@ -27,8 +27,8 @@ _read_at = float("-inf")
 def memory_bound(more_bytes: int) -> Iterator[None]:
     """Let the process hold ``more_bytes`` more than now while the block runs.
 
-    Other threads are bound by it too, so it should be wide. Blocks may overlap: the first one's bound holds.
-    Does nothing where the kernel has no such limit, or one that is lower.
+    The limit applies to all threads, so leave room. Blocks may overlap: the first one's bound applies. Does
+    nothing where the kernel has no such limit, or a lower one.
     """
     enter(more_bytes)
     try:
@@ -38,7 +38,7 @@ def memory_bound(more_bytes: int) -> Iterator[None]:
 
 
 def enter(more_bytes: int) -> None:
-    """Begin what ``memory_bound`` does; for code that runs thousands of times a second."""
+    """Start the limit of ``memory_bound``; for code that runs thousands of times a second."""
     global _open_blocks, _before
     with _lock:
         _open_blocks += 1
@@ -51,7 +51,7 @@ def enter(more_bytes: int) -> None:
 
 
 def leave() -> None:
-    """End a block that ``enter`` began."""
+    """End a block that ``enter`` started."""
     global _open_blocks
     with _lock:
         _open_blocks -= 1
@@ -60,7 +60,7 @@ def leave() -> None:
 
 
 def _held() -> int:
-    """Bytes of private memory that count towards the limit; 0 where the kernel does not say."""
+    """Return the bytes of private memory that count toward the limit; 0 where the kernel does not say."""
     global _held_bytes, _read_at
     now = time.monotonic()
     if now - _read_at > _FRESH_S:

@@ -1,8 +1,8 @@
-"""Which rows say nearly the same, so that a split keeps them on one side.
+"""Groups of nearly identical rows, so that a split keeps each on one side.
 
-All sketches are looked at together, in an order that their content decides: the groups are the same in
-whatever order the rows came. Sketches stay on disk, and every step takes a slice of them: with their pages
-that is under two hundred bytes a row. Imports numpy when called: only the trainer prepares data.
+All sketches are compared in an order given by their content, so the groups do not depend on the order of the
+rows. Sketches stay on disk, and every step reads a slice of them: under two hundred bytes per row, mapped
+pages included. Imports numpy when called: only the trainer prepares data.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ if TYPE_CHECKING:
     Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 SAME_SIDE_THRESHOLD = 0.6
-"""Share of word triples in common from which on two rows belong together. Less than makes a near
-duplicate: to keep two more rows on one side costs nothing."""
+"""Share of common word triples from which two rows are kept on one side. Lower than for a near duplicate,
+because keeping two more rows on one side costs nothing."""
 _EMPTY = 0xFFFFFFFF
-"""Fills a sketch up."""
+"""Padding value of a sketch."""
 _MIXES = tuple(random.Random(number).getrandbits(32) | 1 for number in range(12))
-"""Each puts the hashes in another order. Two rows that share 0.8 of their triples have the same first two
-hashes in one of these orders, but for 5 cases in a million."""
+"""Multipliers that each put the hashes in another order. Two rows that share 0.8 of their triples have the
+same first two hashes in one of these orders, except for 5 cases in a million."""
 _NEIGHBOURS = 8
-"""Rows compared with each, of those with the same first two hashes."""
+"""Rows that each row is compared with, among those with the same first two hashes."""
 _SLICE = 1 << 16
 
 
 def padded(sketch: array[int]) -> array[int]:
-    """As it lies in the file of sketches: ``SKETCH`` numbers."""
+    """Return the sketch padded to ``SKETCH`` numbers, as stored in the file of sketches."""
     return sketch + array("I", [_EMPTY]) * (SKETCH - len(sketch))
 
 
 def group_keys(keys: array[int], sketches: Path) -> array[int]:
-    """For each row a key of 64 bits: the same for rows that say the same or nearly so.
+    """Return a 64-bit key for each row, equal for rows that are identical or nearly so.
 
-    ``keys`` are those of ``split.group_key``, ``sketches`` is a file with the padded sketch of each row.
-    Chains of such rows are one group; one of more than half of all rows is rather a common wording,
-    and only its exact duplicates are kept together.
+    ``keys`` come from ``split.group_key``, ``sketches`` is a file with the padded sketch of each row. Chains
+    of such rows are one group. A group of more than half of all rows is treated as a common wording, and only
+    its exact duplicates are kept together.
     """
     import numpy as np
 
@@ -70,7 +70,7 @@ def group_keys(keys: array[int], sketches: Path) -> array[int]:
 
 
 def _buckets(rows: Array, numbers: Array, mix: int) -> Array:
-    """The first two hashes of each row in the order that ``mix`` makes, as one number."""
+    """Return the first two hashes of each row in the order that ``mix`` makes, as one number."""
     import numpy as np
 
     buckets = np.empty(len(numbers), dtype=np.uint64)
@@ -83,7 +83,7 @@ def _buckets(rows: Array, numbers: Array, mix: int) -> Array:
 
 
 def _similarity(one: Array, other: Array) -> Array:
-    """What ``near_duplicates`` estimates of two sketches, for each pair of rows."""
+    """Estimate the similarity of two sketches for each pair of rows, as ``near_duplicates`` does."""
     import numpy as np
 
     both = np.sort(np.concatenate([one, other], axis=1), axis=1)
@@ -97,7 +97,7 @@ def _similarity(one: Array, other: Array) -> Array:
 
 
 def _joined(label: Array, one: Array, other: Array) -> Array:
-    """The labels after each pair is put together: of a group the smallest number."""
+    """Return the labels after merging each pair: the smallest number of a group."""
     import numpy as np
 
     while len(one):

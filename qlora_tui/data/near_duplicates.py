@@ -1,9 +1,9 @@
 """Rows that are nearly the same, by the smallest hashes of their word triples (a bottom-k MinHash sketch).
 
-Two rows are near duplicates if they share at least ``ALIKE`` of their word triples, as estimated
-from their sketches (Broder, "On the resemblance and containment of documents", 1997).
-``NearDuplicates`` looks back from a row while rows stream by, for ``inspect``: only the first
-``MAX_ROWS`` are looked at, so that time and memory stay bounded. ``groups`` takes all rows at once.
+Two rows are near duplicates if they share at least ``SIMILARITY_THRESHOLD`` of their word triples, as
+estimated from their sketches (Broder, "On the resemblance and containment of documents", 1997).
+``NearDuplicates`` compares each row with earlier ones while rows stream by, for ``inspection``: only the
+first ``MAX_ROWS``, so that time and memory stay bounded. ``near_duplicate_groups`` takes all rows at once.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ SKETCH = 32
 """Hashes in a sketch, at most."""
 _PROBES = 4
 _FEWEST_WORDS = 12
-"""Shorter rows share triples by chance."""
+"""Fewest words of a row that is compared; shorter rows share triples by chance."""
 _KNOWN_WORDS = 200_000
 _SPARE = 3
-"""Of a long row only so many times ``SKETCH`` hashes are sorted, those below a bound."""
+"""Multiple of ``SKETCH`` hashes that are sorted for a long row, those below a bound."""
 _LEAST = -(1 << 63)
 _PUNCTUATION = str.maketrans({c: " " for c in map(chr, range(128)) if not c.isalnum()})
 
 
 class NearDuplicates:
-    """Sketches of the rows seen so far."""
+    """Sketches of the rows read so far."""
 
     def __init__(self) -> None:
         self._by_hash: dict[int, int] = {}
@@ -37,11 +37,11 @@ class NearDuplicates:
 
     @property
     def full(self) -> bool:
-        """Whether no more rows are looked at."""
+        """Return whether no more rows are compared."""
         return len(self._rows) >= MAX_ROWS
 
     def find_earlier(self, own: array[int], row: int) -> int | None:
-        """An earlier row that is nearly the same as one with this sketch; ``row`` is remembered."""
+        """Return an earlier row nearly identical to the one with this sketch; stores ``row`` too."""
         if self.full or not own:
             return None
         earlier_row = None
@@ -58,7 +58,7 @@ class NearDuplicates:
 
 
 def minhash_sketch(conversation: Conversation) -> array[int]:
-    """The smallest hashes of 32 bits, ascending, at most ``SKETCH``; none where there are few words."""
+    """Return the smallest 32-bit hashes, ascending, at most ``SKETCH``; none for a row with few words."""
     text = conversation.text or " ".join(m.content for m in conversation.messages if m.role != "system")
     words = list(map(_words.__getitem__, text.lower().translate(_PUNCTUATION).split()))
     if len(words) < _FEWEST_WORDS:
@@ -71,7 +71,7 @@ def minhash_sketch(conversation: Conversation) -> array[int]:
 
 
 class _Words(dict[str, int]):
-    """Word to a hash of 32 bits; forgets all when there are too many."""
+    """Maps a word to a 32-bit hash; cleared when there are too many."""
 
     def __missing__(self, word: str) -> int:
         if len(self) >= _KNOWN_WORDS:
@@ -84,7 +84,7 @@ _words = _Words()
 
 
 def _similarity(one: array[int], other: array[int]) -> float:
-    """The share of triples two rows have in common: of the smallest of both, those that are in each."""
+    """Estimate the share of triples that two rows have in common, among the smallest hashes of both."""
     smallest = sorted({*one, *other})[: max(len(one), len(other))]
     both = set(one) & set(other)
     return sum(value in both for value in smallest) / len(smallest)

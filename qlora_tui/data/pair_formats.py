@@ -1,5 +1,5 @@
-"""Conversations from rows whose columns are the parts: Alpaca, prompt and completion, question and
-answer, text and label, plain text."""
+"""Conversations from rows with one column for each part: Alpaca, prompt and completion, question and answer,
+text and label, plain text."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from qlora_tui.data.chat_formats import CONTENT_KEYS, calls_of, decoded, message
 from qlora_tui.data.conversation import Message, RowRejectedError
 
 Cells = Mapping[str, Any]
-"""The value of each part the row has."""
+"""The value of each part that the row has."""
 
 
 def alpaca(cells: Cells) -> tuple[Message, ...]:
-    """Instruction, perhaps an input under it, output; perhaps earlier turns in ``history``."""
+    """Convert an instruction, an optional input and an output, with optional earlier turns in ``history``."""
     instruction = _text(cells, "instruction")
     given = _text(cells, "input")
     prompt = f"{instruction}\n\n{given}" if instruction.strip() and given.strip() else instruction or given
@@ -28,7 +28,7 @@ def alpaca(cells: Cells) -> tuple[Message, ...]:
 
 
 def prompt_completion(cells: Cells) -> tuple[Message, ...]:
-    """Prompt and completion, each a text or a list of turns; only the completion trains."""
+    """Convert a prompt and a completion, each a text or a list of turns; only the completion trains."""
     prompt, completion = cells.get("prompt"), cells.get("completion")
     if not turn_keys(prompt) and not turn_keys(completion):
         return (
@@ -49,11 +49,11 @@ def prompt_completion(cells: Cells) -> tuple[Message, ...]:
 
 
 def question_answer(cells: Cells) -> tuple[Message, ...]:
-    """Question, perhaps with the context it is about or with choices, and answer (the first, where there are
-    several); where tools are offered, the answer may be calls of them."""
+    """Convert a question, optionally with context or choices, and an answer (the first of several); where
+    tools are offered, the answer may be tool calls."""
     answer = decoded(cells.get("answer"))
     calls = calls_of(answer) if cells.get("tools") else ()
-    for _ in range(2):  # a list of answers, of which each may be an object; or lists under names
+    for _ in range(2):  # a list of answers, each possibly an object; or lists under names
         if isinstance(answer, dict):
             answer = next((answer[key] for key in CONTENT_KEYS if key in answer), answer)
         if isinstance(answer, list):
@@ -70,7 +70,7 @@ def question_answer(cells: Cells) -> tuple[Message, ...]:
 
 
 def _choices(value: Any) -> list[tuple[str, str]]:
-    """Letter and text of each choice: a list of texts, or an object as ARC and MedQA have it; else empty."""
+    """Return letter and text of each choice, from a list or an object as in ARC and MedQA; else empty."""
     value = decoded(value)
     if isinstance(value, dict) and isinstance(value.get("text"), list):
         texts, letters = value["text"], value.get("label")
@@ -86,7 +86,7 @@ def _choices(value: Any) -> list[tuple[str, str]]:
 
 
 def _chosen_choice(answer: Any, choices: list[tuple[str, str]]) -> Any:
-    """The letter and text that an answer names by letter or text, or by its number from 0."""
+    """Return letter and text of the choice that an answer names by letter, text, or number from 0."""
     choice = str(answer).strip()
     for letter, text in choices:
         if choice in (letter, text, text.strip()):
@@ -102,14 +102,14 @@ def _chosen_choice(answer: Any, choices: list[tuple[str, str]]) -> Any:
 
 
 def label(cells: Cells, names: tuple[str, ...]) -> tuple[Message, ...]:
-    """A text and its class, or its classes with commas between."""
+    """Convert a text and its class, or its classes separated by commas."""
     value = cells.get("label")
     answer = ", ".join(_label(one, names) for one in (value if isinstance(value, list) else [value]))
     return (*_system(cells), *_pair(_text(cells, "text"), answer, "text", "label"))
 
 
 def _label(value: Any, names: tuple[str, ...]) -> str:
-    """One class in words. An integer is looked up in ``names`` where there are any."""
+    """Return the name of one class. An integer is looked up in ``names`` if there are any."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     number = int(str(value)) if names and str(value).strip().isdigit() else None

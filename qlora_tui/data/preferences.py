@@ -1,4 +1,4 @@
-"""Rows that hold preferences: a chosen and a rejected answer, or an answer rated good or bad.
+"""Preference data: rows with a chosen and a rejected answer, or an answer rated good or bad.
 
 There is no preference training, and no run trains on a rejected answer. ``data.preferences`` decides:
 ``refuse`` stops with the reason, ``chosen`` trains on the chosen or good answers only. Used by ``formats``.
@@ -27,7 +27,7 @@ REJECTED = (
 """Names of the two sides, in TRL, LLaMA-Factory, ms-swift, axolotl and OpenAI's format."""
 _CONVERSATIONS = ("messages", "conversations", "conversation")
 _ANSWERS = ("response", "completion", "output", "answer", *_CONVERSATIONS)
-"""What is preferred to the rejected side where no column is named as chosen (ms-swift)."""
+"""Columns that are preferred to the rejected side where no column is named as chosen (ms-swift)."""
 PARTS: dict[str, tuple[str, ...]] = {"chosen": (*CHOSEN, *_ANSWERS), "rejected": REJECTED}
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt", "instruction", "question", "query", "problem", "trajectory", "context", "input"),
@@ -39,27 +39,27 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
 }
 
 RATING = "rating"
-"""A part of any format: the column that says whether the answer is good."""
+"""A part of any format: the column that rates the answer as good or bad."""
 _ALWAYS_RATINGS = ("kto_tag", "kto_label", "desirable", "is_desirable")
-"""Names that are a rating whatever the values are."""
+"""Columns that are a rating whatever their values are."""
 _RATED = (*_ALWAYS_RATINGS, "label", "is_chosen", "is_good", "is_correct")
 _SCORED = ("score", "rating", "reward", "preference", "feedback", "thumbs_up")
 RATABLE = ("messages", "sharegpt", "alpaca", "prompt-completion", "question-answer")
-"""Formats of conversations that a column may rate good or bad."""
+"""Conversation formats that a column may rate good or bad."""
 _RATED_BY_NUMBERS = ("messages", "sharegpt", "prompt-completion")
-"""Those in which 1 and 0 beside an answer are a rating: in the others a number is rather a class, unless the
-column is one of ``_ALWAYS_RATINGS``."""
+"""Formats in which 1 and 0 next to an answer are a rating. In the others a number is more likely a class,
+unless the column is one of ``_ALWAYS_RATINGS``."""
 _GOOD = ("true", "1", "1.0", "yes", "good", "desirable", "chosen", "accepted", "thumbs_up")
 _BAD = ("false", "0", "0.0", "-1", "-1.0", "no", "bad", "undesirable", "rejected", "thumbs_down")
 
 TITLES = (PAIRS_TITLE, RATED_TITLE) = ("Preference data", "Rated answers")
-"""Of the refusals that ``data.preferences = "chosen"`` answers."""
+"""Titles of the errors that ``data.preferences = "chosen"`` resolves."""
 
 
 def preference_columns(values: Sequence[Mapping[str, Any]], mapping: Mapping[str, str]) -> dict[str, str]:
-    """Column by part of rows with a chosen and a rejected side; empty where no row has a rejected one.
+    """Return the column of each part in preference rows; empty where no row has a rejected side.
 
-    ``chosen`` is missing where there is a rejected side and nothing that it was compared to.
+    ``chosen`` is missing where the rejected side has no counterpart.
     """
     spelled = {column.lower(): column for value in values for column in value}
 
@@ -85,9 +85,9 @@ def preference_columns(values: Sequence[Mapping[str, Any]], mapping: Mapping[str
 
 
 def rejected_column(fields: Mapping[str, Any], known: Iterable[str] = ()) -> str:
-    """The column in which one row holds a rejected answer, or rates its own as bad; empty if none does.
+    """Return the column where a row holds a rejected answer or a bad rating; empty if none does.
 
-    Rows of a file whose first rows have no such column are held to this; ``known`` columns do not count.
+    Checks rows of files whose first rows have no such column; ``known`` columns do not count.
     """
     for column, name in _suspect_columns(tuple(fields)):
         value = fields[column]
@@ -102,9 +102,9 @@ def rejected_column(fields: Mapping[str, Any], known: Iterable[str] = ()) -> str
 
 @lru_cache(maxsize=1024)
 def _suspect_columns(columns: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """Columns that by their names may hold a rejected side or a rating, each with its name in lower case.
+    """Return the columns that may hold a rejected side or a rating by name, with the lower-case name.
 
-    Cached, for it is asked of every row and most rows have the same columns.
+    Cached, because it runs for every row and most rows have the same columns.
     """
     names = [(column, str(column).lower()) for column in columns]
     return tuple((column, name) for column, name in names if name in (*REJECTED, *_RATED))
@@ -113,10 +113,10 @@ def _suspect_columns(columns: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
 def _rating_column(
     values: Sequence[Mapping[str, Any]], taken: Iterable[str], *, numbers: bool = True
 ) -> tuple[str, int, int]:
-    """The column that rates the answers of most rows, with the count of good and of bad rows among them.
+    """Return the column that rates the answers of most rows, with the counts of good and bad rows.
 
-    Ratings are true and false; with ``numbers`` also 1 and 0, or 1 and -1. Empty where nothing rates them:
-    a grade from 1 to 5 or a class is no rating, unless the column is named as one (``kto_tag``).
+    Ratings are true and false; with ``numbers`` also 1 and 0, or 1 and -1. Empty if there is no such column:
+    a grade from 1 to 5 or a class is not a rating, unless the column name says so (``kto_tag``).
     """
     spelled = {column.lower(): column for value in values for column in value}
     for name in (*_RATED, *_SCORED):
@@ -138,7 +138,7 @@ def _rating_column(
 
 
 def is_good(rating: Any) -> bool | None:
-    """Whether a rating is a good one; None where it is no rating."""
+    """Return whether a rating is good; None if the value is not a rating."""
     word = str(rating).strip().lower()
     return True if word in _GOOD else False if word in _BAD else None
 
@@ -146,7 +146,7 @@ def is_good(rating: Any) -> bool | None:
 def preference_problem(
     name: str, columns: Mapping[str, str], values: Sequence[Mapping[str, Any]]
 ) -> UserError:
-    """Why rows with a chosen and a rejected side are not trained on unasked, or cannot be."""
+    """Build the error on why preference rows are not trained on without opt-in, or cannot be."""
     rejected = columns["rejected"]
     having = sum(_is_answer(value.get(rejected)) for value in values)
     if "chosen" not in columns:
@@ -167,7 +167,7 @@ def preference_problem(
 
 
 def rated_problem(name: str, column: str, good: int, bad: int) -> UserError:
-    """Why rows with rated answers are not trained on unasked."""
+    """Build the error on why rows with rated answers are not trained on without opt-in."""
     return UserError(
         RATED_TITLE,
         what=f"{name} rates its answers: of the first {good + bad} rows, {column!r} calls {good} good and "
@@ -185,9 +185,9 @@ def _choice(which: str) -> str:
 
 
 def without_prompt(values: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> bool:
-    """Whether both sides are bare answers in most rows, and nothing says what was asked.
+    """Return whether both sides are bare answers in most rows, without a prompt.
 
-    Texts that begin alike, as TRL's implicit prompt has them, say it themselves.
+    Texts with a common beginning contain the prompt (TRL's implicit prompt).
     """
     if any(part in columns for part in ("prompt", "messages", "history")):
         return False
@@ -205,8 +205,8 @@ def without_prompt(values: Sequence[Mapping[str, Any]], columns: Mapping[str, st
 def compared_columns(
     mapping: Mapping[str, str], values: list[dict[str, Any]], name: str, wanted: str
 ) -> dict[str, str]:
-    """Column by part of rows with a chosen and a rejected side; empty where they have none, or where the
-    user's own mapping already names the chosen side as what to learn."""
+    """Return the column of each part in preference rows; empty if there are none, or if the user's mapping
+    already names the chosen side as what to learn."""
     own = {part: column for part, column in mapping.items() if part in (*PARTS, *OPTIONAL)}
     sides = own.keys() & PARTS.keys()
     compared = preference_columns(values, own if sides else {})
@@ -234,7 +234,7 @@ def compared_columns(
 def rating_of(
     format_: str, values: list[dict[str, Any]], columns: Mapping[str, str], by_hand: str
 ) -> tuple[str, int, int] | None:
-    """The column that rates the answers, with the counts of good and bad ones in the first rows."""
+    """Return the column that rates the answers, with the counts of good and bad ones in the first rows."""
     if format_ not in RATABLE:
         return None
     if by_hand:
@@ -247,7 +247,7 @@ def rating_of(
 
 
 def _are_answered(values: list[dict[str, Any]], column: str) -> bool:
-    """Whether most lists of turns hold an answer: a label beside a question alone is its class."""
+    """Return whether most lists of turns hold an answer; next to a question alone, a label is its class."""
     answered = 0
     for value in values:
         with suppress(RowRejectedError):
@@ -273,5 +273,5 @@ def no_prompt_problem(
 
 
 def _is_answer(value: Any) -> bool:
-    """Whether a cell can be an answer or a conversation, rather than a flag or a number."""
+    """Return whether a cell can be an answer or a conversation, rather than a flag or a number."""
     return bool(value) and isinstance(value, str | list | dict)

@@ -1,7 +1,7 @@
-"""The kinds of things that are wrong with data, and the tally of where.
+"""The kinds of data problems, and a counter of their rows.
 
-``CHECKS`` declares each kind once: how bad it is, what it means, and what to do. ``Tally`` counts
-them while rows stream by, keeping the first row numbers and one example of each.
+``CHECKS`` declares each kind once: severity, meaning and fix. ``ProblemCounter`` counts them while rows
+stream by, keeping the first row numbers and one example of each.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from msgspec import Struct
 from qlora_tui.errors import UserError
 
 MAX_LISTED_ROWS = 1000
-"""Row numbers kept of each kind; the count goes on."""
+"""Most row numbers stored for each kind; further rows are only counted."""
 EXAMPLE_CHARACTERS = 200
 
 
 class CheckSpec(Struct, frozen=True):
-    """One thing that can be wrong."""
+    """Declaration of one kind of problem."""
 
     severity: Literal["error", "warning"]
-    """An error blocks a run; a warning does not."""
+    """Whether the problem blocks a run (``error``) or not (``warning``)."""
     title: str
     fix: str
 
@@ -164,7 +164,7 @@ CHECKS: dict[str, CheckSpec] = {
         "warning", "Looks like a secret key", "The model may learn to repeat it. Remove and revoke it."
     ),
 }
-"""Every kind there is."""
+"""Every kind of problem."""
 
 
 NOTES: dict[str, str] = {
@@ -184,11 +184,11 @@ NOTES: dict[str, str] = {
     "thinking-off": "Rendered with thinking off; an empty thought in the prompt is not in the loss.",
     "thought-closed": "The template's prompt opens a thought: it is closed at once, and that is in the loss.",
 }
-"""What was changed so that the template keeps it: the notes of a report and of a sample, in words."""
+"""Descriptions of what was changed for the template: the notes of a report and of a sample."""
 
 
 ON_THINKING = frozenset(kind for kind in NOTES if kind.startswith(("reasoning-", "thinking-", "thought-")))
-"""Notes that ``thinking_facts`` puts into sentences for data as a whole."""
+"""Notes that ``thinking_facts`` turns into sentences on the data as a whole."""
 
 
 class DataProblem(Struct, frozen=True):
@@ -201,22 +201,22 @@ class DataProblem(Struct, frozen=True):
     rows: tuple[int, ...]
     """The first row numbers, at most ``MAX_LISTED_ROWS``."""
     example: str
-    """What it looks like in the first of them."""
+    """Example from the first of these rows."""
     fix: str
     source: int = 0
-    """Index of the source."""
+    """Index of the recipe's source."""
     path: str = ""
-    """The file whose rows these are."""
+    """File that the rows are in."""
     tokens: tuple[str, ...] = ()
-    """For ``lora.trainable_tokens``, where that mends it."""
+    """Tokens to set in ``lora.trainable_tokens``, where that fixes it."""
     split_rows: int = 0
-    """Rows that ``data.overflow = "split"`` makes of these, where that fixes it."""
+    """Rows that ``data.overflow = "split"`` makes of these, where that fixes the problem."""
     is_estimate: bool = False
-    """Whether ``split_rows`` is estimated, for there is no tokenizer to count with."""
+    """Whether ``split_rows`` is an estimate, because there is no tokenizer."""
 
 
 class ProblemCounter:
-    """Problems of one file, counted as they come."""
+    """Counts the problems of one file."""
 
     def __init__(self, source: int = 0, path: str = "") -> None:
         self._source = source
@@ -226,7 +226,7 @@ class ProblemCounter:
         self._examples: dict[str, str] = {}
 
     def add(self, kind: str, row: int, example: str = "") -> None:
-        """One more row with this problem."""
+        """Count one more row with this problem."""
         rows = self._rows.setdefault(kind, [])
         if len(rows) < MAX_LISTED_ROWS and (not rows or rows[-1] != row):
             rows.append(row)
@@ -234,7 +234,7 @@ class ProblemCounter:
         self._examples.setdefault(kind, shorten(example))
 
     def problems(self) -> list[DataProblem]:
-        """All kinds met, errors first, the most frequent first."""
+        """Return all kinds of problems, errors first, then by descending number of rows."""
         problems = [
             DataProblem(
                 kind=kind,
@@ -253,13 +253,13 @@ class ProblemCounter:
 
 
 def problem_of(kind: str, count: int, row: int, path: str, example: str) -> DataProblem:
-    """A problem that shows in all rows together, with one of them to look at."""
+    """Build a problem that concerns all rows together, with one of them as the example."""
     check = CHECKS[kind]
     return DataProblem(kind, check.severity, check.title, count, (row,), example, check.fix, path=path)
 
 
 def raise_first_error(problems: Sequence[DataProblem]) -> None:
-    """Raise ``UserError`` for the first that blocks a run."""
+    """Raise ``UserError`` for the first problem that blocks a run."""
     for problem in problems:
         if problem.severity == "error":
             rows = ", ".join(map(str, problem.rows[:5])) + (" and others" if problem.count > 5 else "")
@@ -273,6 +273,6 @@ def raise_first_error(problems: Sequence[DataProblem]) -> None:
 
 
 def shorten(text: str) -> str:
-    """``text`` on one line, no longer than an example may be."""
+    """Return ``text`` on one line, cut to the length of an example."""
     line = " ".join(text.split())
     return line if len(line) <= EXAMPLE_CHARACTERS else line[: EXAMPLE_CHARACTERS - 1] + "…"

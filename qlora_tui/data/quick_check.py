@@ -1,7 +1,7 @@
-"""Rows that would stop a run, found before it is queued: all of a small file, the beginning of a large one.
+"""A search for rows that would stop a run, before it is queued: all of a small file, or a large one's start.
 
-Used by ``qlora-tui train`` and the checks of the Train screen. It needs no tokenizer; what only shows
-in tokens, and the rest of a large file, ``dataset`` finds when the run starts.
+Used by ``qlora-tui train`` and the checks of the Train screen. It needs no tokenizer. Problems that show only
+in tokens, and those in the rest of a large file, are found by ``dataset`` when the run starts.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from qlora_tui.recipe.schema import Data
 
 TIME_LIMIT_S = 2.0
 _SHOWN_BEFORE_RUN = ("rated-bad", "same-answers", "long-text", "ends-with-user")
-"""Warnings of rows that are left out or cut: shown before the run, too."""
+"""Warnings on rows that are left out or cut, also shown before a run."""
 
 
 class QuickCheckResult(Struct, frozen=True):
-    """What a look at the rows shows, where nothing in them blocks a run."""
+    """Result of a check in which no row blocks a run."""
 
     complete: bool
     """Whether there was time for every row."""
     warnings: tuple[DataProblem, ...]
-    """Kinds in ``_SHOWN_BEFORE_RUN``, of the rows looked at."""
+    """Warnings of the kinds in ``_SHOWN_BEFORE_RUN``, on the rows that were read."""
 
 
 def quick_check(
     files: Iterable[SourceFile], data: Data, time_limit_s: float = TIME_LIMIT_S
 ) -> QuickCheckResult:
-    """Read every row that can be read within ``retry_delays_s`` seconds.
+    """Check as many rows as can be read within ``time_limit_s`` seconds.
 
     Raises ``UserError`` for the first file with rows that block a run.
     """

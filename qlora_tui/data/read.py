@@ -1,8 +1,8 @@
-"""Rows out of files: JSON, JSONL, CSV, TSV, Parquet and text, plain or compressed, and folders of them.
+"""Rows from files: JSON, JSONL, CSV, TSV, Parquet and text, plain or compressed, and folders of them.
 
-Used by ``formats`` (to look at the first rows) and by ``dataset`` and ``inspect`` (to stream all of
-them). Only a chunk of the file is in memory at a time. A row that cannot be read is a ``Row`` with
-``error`` set; a file that cannot be read at all raises ``UserError``.
+Used by ``formats`` (for the first rows) and by ``dataset`` and ``inspection`` (to stream all of them). Only a
+chunk of the file is in memory at a time. A row that cannot be read is a ``Row`` with ``error`` set; a file
+that cannot be read at all raises ``UserError``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SUFFIXES = {
     ".text": "text",
     ".md": "text",
 }
-"""What a file holds, by the end of its name (before ``.gz`` or ``.zst``)."""
+"""Format of a file by the end of its name (before ``.gz`` or ``.zst``)."""
 COMPRESSED = (".gz", ".zst", ".zstd")
 _HELD_OUT = ("valid", "validation", "val", "test", "dev", "eval", "evaluation")
 _IGNORED = (
@@ -62,7 +62,7 @@ _decode = msgspec.json.Decoder().decode
 
 
 def kind_of(path: Path) -> str:
-    """What a file holds (``json``, ``csv`` and so on, see ``SUFFIXES``); empty if its name does not say."""
+    """Return the format of a file by its name (``json``, ``csv``, see ``SUFFIXES``); empty if unknown."""
     name = path.name.lower()
     for suffix in COMPRESSED:
         name = name.removesuffix(suffix)
@@ -70,10 +70,10 @@ def kind_of(path: Path) -> str:
 
 
 def files_of(path: Path) -> tuple[list[Path], str]:
-    """The data files ``path`` stands for, and a word on which of a folder's files were left out.
+    """Return the data files of ``path``, and a note on the files of a folder that were left out.
 
-    A folder gives the files in it, sorted by name, folders within included. Where some names say
-    that they are for training, files whose names say validation or test are left out.
+    A folder gives its files, sorted by name, including subfolders. Where some names mark training files,
+    files whose names mark validation or test are left out.
     """
     if not path.exists():
         raise UserError(
@@ -90,7 +90,7 @@ def files_of(path: Path) -> tuple[list[Path], str]:
                 fix="Save its content to a file, and name that.",
             )
         return [path], ""
-    # Unlike rglob, walk passes over a folder that goes while it looks.
+    # Unlike rglob, walk skips a folder that disappears during the search.
     inside = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
     files = sorted(p for p in inside if p.is_file() and kind_of(p) and _is_data(p.relative_to(path)))
     if not files:
@@ -119,7 +119,7 @@ def _held_out(path: Path) -> bool:
 
 
 def rows(path: Path, position: Position | None = None) -> Iterator[Row]:
-    """Every row of one file, in order; ``position`` is kept up to date.
+    """Yield every row of one file, in order; ``position`` is updated with the progress.
 
     Raises ``UserError`` if the file is empty, unreadable, damaged or of no known kind.
     """
@@ -127,7 +127,7 @@ def rows(path: Path, position: Position | None = None) -> Iterator[Row]:
 
 
 def first_rows(path: Path, most: int) -> list[Row]:
-    """The first ``most`` rows of a file, or fewer where they are large. Raises ``UserError``."""
+    """Return the first ``most`` rows of a file, or fewer if they are large. Raises ``UserError``."""
     first: list[Row] = []
     size = 0
     for row in islice(rows(path), most):
@@ -139,12 +139,12 @@ def first_rows(path: Path, most: int) -> list[Row]:
 
 
 def row_of(raw: Row | Line) -> Row | None:
-    """The row; None for a blank line."""
+    """Return the row; None for a blank line."""
     return jsonl_row(raw.number, raw.text) if isinstance(raw, Line) else raw
 
 
 def raw_rows(path: Path, position: Position | None = None) -> Iterator[Row | Line]:
-    """The same, but the lines of a JSONL file as they are, blank ones too."""
+    """Yield every row of one file, with the lines of a JSONL file unparsed and including blank ones."""
     kind = kind_of(path)
     try:
         if kind in ("parquet", "arrow"):
@@ -171,7 +171,7 @@ def raw_rows(path: Path, position: Position | None = None) -> Iterator[Row | Lin
 
 
 def _guess(stream: Stream) -> str:
-    """What a file holds whose name does not say: JSON if it starts so, else text."""
+    """Guess the format of a file without a known suffix: JSON if it starts like it, else text."""
     start = stream.peek().lstrip()[:1]
     return "json" if start in (b"[", b"{") else "text"
 
@@ -181,7 +181,7 @@ def _jsonl_lines(stream: Stream) -> Iterator[Line]:
 
 
 def jsonl_row(number: int, line: bytes) -> Row | None:
-    """The row of one line of a JSONL file; None for a blank one."""
+    """Parse one line of a JSONL file; None for a blank one."""
     line = line.strip()
     if not line:
         return None
@@ -199,7 +199,7 @@ def jsonl_row(number: int, line: bytes) -> Row | None:
 
 
 def _text_rows(stream: Stream) -> Iterator[Row]:
-    """Paragraphs: blank lines separate one text from the next."""
+    """Yield paragraphs as rows; blank lines separate them."""
     held: list[str] = []
     start, size = 1, 0
     for number, line in enumerate(stream.text_lines(), 1):
@@ -263,7 +263,7 @@ def _table_rows(stream: Stream, delimiter: str | None) -> Iterator[Row]:
 
 
 class _FedLines:
-    """Lines for a reader of CSV, which joins as many to a row as its quotes say. Raises ``TooLarge``."""
+    """Lines for a CSV reader, which joins as many as the quotes of a row require. Raises ``TooLarge``."""
 
     def __init__(self, lines: Iterator[str], delimiter: str) -> None:
         self._lines = lines

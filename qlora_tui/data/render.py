@@ -1,8 +1,8 @@
-"""Token ids of a conversation, and which of them train.
+"""Token ids of a conversation, with its loss mask.
 
 ``render`` is for one conversation (the Data screen, ``data show``), ``render_many`` for a batch (the
-trainer's preparation): the same code, so what is shown is what is trained. Control tokens inside
-anyone's text are encoded as ordinary text.
+trainer's preparation): both use the same code, so what is shown is what is trained. Control tokens inside the
+text of a turn are encoded as ordinary text.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ class TokenizedSample(Struct, frozen=True):
 
     token_ids: list[int]
     loss_mask: bytes
-    """One byte a token: 1 where the model learns to say it."""
+    """One byte per token: 1 where the model learns to say it."""
     notes: tuple[str, ...] = ()
-    """What had to be changed for the template: ``system-in-user``, ``tools-as-text``, ``calls-as-text``,
-    ``tool-as-user``, ``control-tokens`` (some were neutralised), ``answer-changed`` (the template did);
-    ``weights``; and what became of reasoning: see ``_notes_on_thinking``."""
+    """Changes made for the template: ``system-in-user``, ``tools-as-text``, ``calls-as-text``,
+    ``tool-as-user``, ``control-tokens`` (some were neutralized), ``answer-changed`` (by the template);
+    ``weights``; and the handling of reasoning, see ``_notes_on_thinking``."""
     weights: array[float] | None = None
-    """How much each token counts in the loss, 32-bit; None where each that trains counts 1."""
+    """Loss weight of each token, 32-bit; None where each that trains weighs 1."""
 
     @property
     def trained_count(self) -> int:
-        """Tokens that train."""
+        """Return the number of tokens that train."""
         return self.loss_mask.count(1)
 
 
@@ -66,7 +66,7 @@ class RenderedConversation(Struct, frozen=True):
 
 
 class RenderOptions(Struct, frozen=True):
-    """The settings of a recipe's ``data`` that decide how a conversation is rendered."""
+    """Settings of a recipe's ``data`` that decide how a conversation is rendered."""
 
     train_on: TrainOn = "assistant"
     thinking: Thinking = "auto"
@@ -74,7 +74,7 @@ class RenderOptions(Struct, frozen=True):
 
     @classmethod
     def of(cls, data: Data) -> RenderOptions:
-        """Those of ``data``."""
+        """Return the options in ``data``."""
         return cls(data.train_on, data.thinking, data.reasoning_in_loss)
 
 
@@ -84,9 +84,9 @@ DEFAULT = RenderOptions()
 def render(
     conversation: Conversation, tokenizer: ChatTokenizer, choices: RenderOptions = DEFAULT
 ) -> list[TokenizedSample]:
-    """The samples of one conversation: one, or more where the template rewrites what came before.
+    """Return the samples of one conversation: one, or more where the template rewrites earlier turns.
 
-    Raises ``RowRejectedError``.
+    Raises ``RowRejectedError`` where the conversation cannot be rendered.
     """
     result = next(render_many([conversation], tokenizer, choices))
     if isinstance(result, RowRejectedError):
@@ -97,9 +97,9 @@ def render(
 def render_many(
     conversations: Sequence[Conversation], tokenizer: ChatTokenizer, choices: RenderOptions = DEFAULT
 ) -> Iterator[list[TokenizedSample] | RowRejectedError]:
-    """The samples of each conversation, in order, or why it gives none."""
+    """Return the samples of each conversation, in order, or the error that explains why it gives none."""
     with memory_bound(MORE_MEMORY_BYTES):
-        # Once for all of them, since to set it for each rendering would take longer than that.
+        # Once for all of them: setting it for each rendering would take longer than rendering.
         laid = [_laid_or_refused(conversation, tokenizer, choices) for conversation in conversations]
     layouts = [layout for one in laid if isinstance(one, RenderedConversation) for layout in one.layouts]
     marked = iter(tokenizer.encode_marked([layout.text for layout in layouts], list(map(_places, layouts))))
@@ -129,8 +129,8 @@ def prompt_ids(
     tools: Sequence[dict[str, Any]] = (),
     thinking: Thinking = "auto",
 ) -> list[int]:
-    """What the model is given when it is to answer ``messages``: the same tokens as in training, up to where
-    the answer begins. ``auto`` leaves thinking to the template's default. Raises ``RowRejectedError``."""
+    """Return the prompt for an answer to ``messages``: the same tokens as in training, up to where the answer
+    begins. ``auto`` leaves thinking to the template's default. Raises ``RowRejectedError``."""
     template, traits = _template_of(tokenizer, bool(tools))
     template = template.with_variables(variables(traits.switch, thinking))
     conversation = _prepared(Conversation(tuple(messages), tuple(tools)), traits, thinking)
@@ -143,7 +143,7 @@ def prompt_ids(
 
 
 def pieces(tokenizer: ChatTokenizer, token_ids: Sequence[int], trained: bytes) -> list[Piece]:
-    """A sample for the eye: stretches of text that train or do not, special tokens by themselves."""
+    """Split a sample for display: stretches of text that train or do not, special tokens separately."""
     shown: list[Piece] = []
     start = 0
     for end in range(1, len(token_ids) + 1):
@@ -161,7 +161,7 @@ def pieces(tokenizer: ChatTokenizer, token_ids: Sequence[int], trained: bytes) -
 
 
 def _text_at(tokenizer: ChatTokenizer, ids: Sequence[int], start: int, end: int) -> str:
-    """The text of ``ids[start:end]`` in its place: some decoders drop a space at the start of a text."""
+    """Decode ``ids[start:end]`` in context: some decoders drop a space at the start of a text."""
     if ids[start] in tokenizer.special_ids or start == 0:
         return tokenizer.decode(ids[start:end])
     before = max(0, start - 4)
@@ -173,7 +173,7 @@ def _text_at(tokenizer: ChatTokenizer, ids: Sequence[int], start: int, end: int)
 def render_text(
     conversation: Conversation, tokenizer: ChatTokenizer, choices: RenderOptions = DEFAULT
 ) -> RenderedConversation:
-    """The texts of one conversation and the spans that train. Raises ``RowRejectedError``."""
+    """Render the texts of one conversation and the spans that train. Raises ``RowRejectedError``."""
     eos = tokenizer.special_tokens.get("eos_token", "")
     if not conversation.messages:
         bos = tokenizer.special_tokens.get("bos_token", "") if tokenizer.begins_with_bos else ""
@@ -213,7 +213,7 @@ def _template_of(tokenizer: ChatTokenizer, with_tools: bool) -> tuple[ChatTempla
 
 
 def _prepared(conversation: Conversation, traits: TemplateCapabilities, thinking: Thinking) -> Conversation:
-    """The conversation with reasoning where the template looks for it, or with none where thinking is off."""
+    """Return the conversation with reasoning where the template expects it, or without if thinking is off."""
     if thinking == "off":
         return replace(conversation, messages=without_reasoning(conversation.messages))
     if traits.switch is not None and (traits.reasoning or traits.own_tags):
@@ -224,12 +224,11 @@ def _prepared(conversation: Conversation, traits: TemplateCapabilities, thinking
 def _notes_on_thinking(
     conversation: Conversation, traits: TemplateCapabilities, thinking: Thinking, choices: RenderOptions
 ) -> list[str]:
-    """What became of a conversation's reasoning, and whether it was rendered with thinking on or off.
+    """Return notes on how a conversation's reasoning was handled, and whether thinking was on or off.
 
-    One of ``reasoning-learned``, ``reasoning-read`` (not in the loss) and ``reasoning-left-out`` where it
-    has any; ``reasoning-split`` where each such turn gets a sample of its own; ``thinking-on`` or
-    ``thinking-off`` where the template has a switch, ``thought-closed`` where its prompt opens a thought all
-    the same.
+    One of ``reasoning-learned``, ``reasoning-read`` (not in the loss) and ``reasoning-left-out`` where it has
+    any; ``reasoning-split`` where each such turn gets a separate sample; ``thinking-on`` or ``thinking-off``
+    where the template has a switch, ``thought-closed`` where its prompt opens a thought anyway.
     """
     notes = []
     reasons = [i for i, m in enumerate(conversation.messages) if m.role == "assistant" and reasoning_of(m)]
@@ -248,7 +247,7 @@ def _notes_on_thinking(
 
 
 def _without_reasoning(turn: Mapping[str, Any], layouts: Sequence[RenderedText]) -> bool:
-    """Whether the answer of a turn, less its thoughts, is somewhere in what is shown."""
+    """Return whether the answer of a turn appears somewhere in the layouts without its thoughts."""
     content = turn.get("content") or ""
     if isinstance(content, list):
         content = "".join(part["text"] for part in content)
@@ -259,9 +258,9 @@ def _without_reasoning(turn: Mapping[str, Any], layouts: Sequence[RenderedText])
 def _neutral_turns(
     turns: list[dict[str, Any]], tokenizer: ChatTokenizer
 ) -> tuple[list[dict[str, Any]], bool]:
-    """Control tokens in the texts put between marks.
+    """Put control tokens in the texts between marks; return the turns and whether any had one.
 
-    In an assistant's text only special tokens are: ``<think>`` and ``<tool_call>`` are tokens the model
+    In an assistant's text only special tokens count: ``<think>`` and ``<tool_call>`` are tokens the model
     should say.
     """
     result, any_marked = [], False
@@ -275,7 +274,7 @@ def _neutral_turns(
 
 
 def _neutral_value(value: Any, pattern: re.Pattern[str]) -> tuple[Any, bool]:
-    """Every string inside ``value`` neutralised; whether anything had to be."""
+    """Neutralize every string inside ``value``; return it and whether anything changed."""
     if isinstance(value, str):
         return _neutral(value, pattern)
     if isinstance(value, Mapping):
@@ -295,7 +294,7 @@ def _neutral(text: str, pattern: re.Pattern[str]) -> tuple[str, bool]:
 
 
 def _places(layout: RenderedText) -> list[int]:
-    """Where spans begin and end, but for both ends of the text."""
+    """Return where spans begin and end, except at both ends of the text."""
     return sorted({place for span in layout.spans for place in span if 0 < place < len(layout.text)})
 
 
@@ -321,10 +320,10 @@ def _sample(
 
 
 def _by_pieces(layout: RenderedText, tokenizer: ChatTokenizer, notes: tuple[str, ...]) -> TokenizedSample:
-    """Tokenize spans in and out of the loss separately, marked tokens as plain text.
+    """Tokenize the spans inside and outside the loss separately, marked tokens as plain text.
 
-    So is a sample whose answer begins in the middle of a token of the whole: the model will be given
-    the prompt by itself.
+    Also used for a sample whose answer begins inside a token of the whole text: in use, the model gets the
+    prompt separately.
     """
     ids: list[int] = []
     trained = bytearray()
@@ -344,7 +343,7 @@ def _by_pieces(layout: RenderedText, tokenizer: ChatTokenizer, notes: tuple[str,
 
 
 def _stretches(text: str) -> list[tuple[str, bool]]:
-    """Text between marks, and whether it is to be taken literally."""
+    """Split text at marks; return each piece and whether it is literal text."""
     result: list[tuple[str, bool]] = []
     at = 0
     for match in _LITERALS.finditer(text):

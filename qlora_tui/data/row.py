@@ -1,4 +1,4 @@
-"""One row as a file gives it, before anyone knows its format."""
+"""One row of a file, before its format is known."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from msgspec import Struct
 
 
 class Line(Struct, frozen=True):
-    """One line of a JSONL file, not yet read: that is most of the work, and can be done elsewhere."""
+    """One unparsed line of a JSONL file: parsing is most of the work, and can run in another process."""
 
     number: int
     text: bytes
 
 
 class Row(Struct, frozen=True):
-    """One row of a file, or why there is none."""
+    """One row of a file, or the error that explains why it cannot be read."""
 
     number: int
-    """From 1: the line in JSONL and text files, the record elsewhere (a CSV header does not count)."""
+    """Row number from 1: the line in JSONL and text files, else the record (a CSV header does not count)."""
     value: Any = None
-    """Field by name; a list or a string where the file holds bare lists or strings."""
+    """Value of each field; a list or a string where the file holds bare lists or strings."""
     kind: str = ""
-    """For a row that cannot be read: which check (``bad-json``, ``bad-encoding``, ``bad-row``)."""
+    """Kind of error of a row that cannot be read: ``bad-json``, ``bad-encoding`` or ``bad-row``."""
     error: str = ""
-    """And the reason, naming the line."""
+    """Reason why the row cannot be read, naming the line."""

@@ -1,7 +1,7 @@
-"""One row of a file by its number, without reading all that comes before it where that can be helped.
+"""Access to one row of a file by its number, without reading all earlier rows where possible.
 
-Lines of a JSONL file are found through an index of where each megabyte's lines begin, made at the speed of
-the disk and only as far as needed. Other files are read up to the row.
+Lines of a JSONL file are found through an index of the lines in each megabyte, built at the speed of the disk
+and only as far as needed. Other files are read up to the row.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _INDEXED_BYTES = 4 << 20
 
 
 def row_at(path: Path, number: int) -> Row | None:
-    """The row with this number, or the next there is; None if the file ends before. Raises ``UserError``."""
+    """Return the row with this number, or the next existing one; None past the end. Raises ``UserError``."""
     stat = path.stat()
     if path.name.lower().endswith((".jsonl", ".ndjson")) and stat.st_size >= _INDEXED_BYTES:
         return _line_row(path, number, _index(path, stat.st_size, stat.st_mtime_ns))
@@ -29,14 +29,14 @@ def row_at(path: Path, number: int) -> Row | None:
 
 
 class _LineIndex:
-    """How many line ends come before each megabyte of a file, counted as far as anyone has asked."""
+    """Number of line ends before each megabyte of a file, counted only as far as needed."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._before = array("Q", [0])
 
     def chunk_of(self, line: int) -> tuple[int, int]:
-        """The last megabyte that begins before this line does, and how many line ends come before it."""
+        """Return the last megabyte that begins before this line, and the number of line ends before it."""
         if self._before[-1] < line - 1:
             self._count_on(line)
         chunk = max(0, bisect_left(self._before, line - 1) - 1)
@@ -51,7 +51,7 @@ class _LineIndex:
 
 @lru_cache(maxsize=4)
 def _index(path: Path, size: int, modified_ns: int) -> _LineIndex:
-    """Of a file of this size and age."""
+    """Return the index of a file with this size and modification time."""
     return _LineIndex(path)
 
 
@@ -59,7 +59,7 @@ def _line_row(path: Path, number: int, index: _LineIndex) -> Row | None:
     chunk, before = index.chunk_of(number)
     with path.open("rb") as file:
         file.seek(chunk * CHUNK_BYTES)
-        # A line longer than any that is read comes in parts: the first says that it is too long.
+        # A line over the length limit comes in parts: the first reports that it is too long.
         lines = iter(lambda: file.readline(LARGEST_ROW_BYTES + 1), b"")
         for line_number, line in enumerate(lines, before + 1):
             if line_number >= number:

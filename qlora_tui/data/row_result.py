@@ -1,7 +1,7 @@
-"""What becomes of a row looked at by itself: read, rendered, fitted and checked.
+"""The result of one row, processed independently: read, rendered, truncated and checked.
 
-What depends on other rows (duplicates, counts, sides) ``examine`` adds, in the order of the file; what is
-here may be done in any order, and in other processes (see ``workers``).
+``dataset_scan`` adds what depends on other rows (duplicates, counts, split), in file order. The work here may
+run in any order and in other processes (see ``worker_pool``).
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from qlora_tui.recipe.schema import Data
 _FIRST_BATCH_ROWS = 32
 _BATCH_ROWS = 256
 _BATCH_BYTES = 1 << 20
-"""Of text: what is in memory at a time stays small where rows are long."""
+"""Bytes of text in a batch; limits the memory where rows are long."""
 
 
 class Batch(Struct, frozen=True):
-    """Rows of one file that are worked on together."""
+    """Rows of one file that are processed together."""
 
     file: SourceFile
     rows: list[Row | Line]
     sketched: bool
-    """Whether their sketches are wanted (see ``near_duplicates``)."""
+    """Whether sketches are needed (see ``near_duplicates``)."""
 
 
 def batches(file: SourceFile, rows: Iterable[Row | Line], sketched: Callable[[], bool]) -> Iterator[Batch]:
-    """Rows, a batch at a time: small ones first, so that there is something to see at once."""
+    """Yield rows in batches: small ones first, so that the first results appear at once."""
     max_rows, batch, size = _FIRST_BATCH_ROWS, list[Row | Line](), 0
     for row in rows:
         batch.append(row)
@@ -56,31 +56,31 @@ def batches(file: SourceFile, rows: Iterable[Row | Line], sketched: Callable[[],
 
 
 class RowResult(Struct, frozen=True, array_like=True):
-    """What became of a row."""
+    """The result of one row."""
 
     row: int
     rejected: Finding | None = None
-    """Why it gives no sample, where that is so: kind and reason."""
+    """Kind and reason why the row gives no sample; None if it does."""
     key: int | None = None
-    """The same for rows that say the same (see ``split.group_key``); None where it is no conversation."""
+    """Key that is equal for rows with equal content (see ``split.group_key``); None for no conversation."""
     messages: tuple[Finding, ...] = ()
-    """What the conversation shows without a tokenizer."""
+    """Findings on the conversation that need no tokenizer."""
     sample_findings: tuple[Finding, ...] = ()
-    """What its samples show, and what the length limit did to them."""
+    """Findings on its samples, and what the length limit did to them."""
     notes: tuple[str, ...] = ()
     lengths: tuple[int, ...] = ()
-    """Tokens of each sample before any cut; the characters of the conversation without a tokenizer."""
+    """Tokens of each sample before truncation; characters of the conversation without a tokenizer."""
     samples: tuple[StoredSample, ...] = ()
-    """As they will be trained; empty if the length limit leaves nothing, or they are not wanted."""
+    """Samples as trained; empty if the length limit leaves nothing, or samples are not requested."""
     counts: tuple[int, ...] = ()
-    """Samples, tokens, trained tokens, dropped, cut, split."""
+    """Numbers of samples, tokens, trained tokens, dropped, cut and split samples."""
     long_text: LongText | None = None
-    """For plain text over the length limit that is not split."""
+    """Facts on a plain text over the length limit that is not split."""
     sketch: bytes = b""
 
 
 class RowProcessor:
-    """Looks at rows under the settings of a recipe. Pickled to where the work is done."""
+    """Processes rows under the settings of a recipe. Pickled to the worker processes."""
 
     def __init__(self, data: Data, tokenizer: ChatTokenizer | None, seed: int = 0, keep_samples: bool = True):
         """Without a tokenizer rows are only read and checked, and give no samples."""
@@ -90,7 +90,7 @@ class RowProcessor:
         self._keep_samples = keep_samples
 
     def process(self, batch: Batch) -> list[RowResult]:
-        """One outcome a row, in order; none for a blank line."""
+        """Return one result for each row, in order; none for a blank line."""
         rows = list(filter(None, map(row_of, batch.rows)))
         read = [conversation_of(row, batch.file) for row in rows]
         usable = [one for one in read if isinstance(one, Conversation)]
@@ -163,7 +163,7 @@ class RowProcessor:
         )
 
     def _long_text(self, sample: TokenizedSample, fitted: list[TokenizedSample]) -> LongText | None:
-        """What becomes of a plain text that is cut or dropped; None for any other."""
+        """Describe a plain text that is cut or dropped; None for any other."""
         assert self._tokenizer is not None
         length = len(sample.token_ids)
         if length <= self._data.max_length or self._data.overflow == "split":
@@ -174,7 +174,7 @@ class RowProcessor:
     def _truncate(
         self, row: int, sample: TokenizedSample, sample_problems: list[Finding], length_counts: list[int]
     ) -> list[TokenizedSample]:
-        """What the length limit leaves; what it did is added to ``found`` and ``fates``."""
+        """Return what the length limit leaves; updates ``sample_problems`` and ``length_counts``."""
         assert self._tokenizer is not None
         limit, too_long = self._data.max_length, self._data.overflow
         length = len(sample.token_ids)

@@ -1,6 +1,6 @@
-"""The recipe's sources as files with a layout each, and their rows as conversations.
+"""The recipe's sources as files with a format each, and their rows as conversations.
 
-Used by ``dataset`` (to tokenize) and ``inspect`` (to look).
+Used by ``dataset`` (to tokenize) and ``inspection`` (to report).
 """
 
 from __future__ import annotations
@@ -31,41 +31,41 @@ class SourceFile(Struct, frozen=True):
 
 
 def every_source(data: Data) -> list[Source]:
-    """What a run reads: the sources, and the validation file after them."""
+    """Return what a run reads: the sources, then the validation file."""
     validation = [Source(path=data.validation_path)] if data.validation_path else []
     return [*data.sources, *validation]
 
 
 def open_source(source: Source, preferences: str, index: int = 0) -> tuple[list[SourceFile], str]:
-    """The files of a source, each with its layout, and a word on files that were left out.
+    """Return the files of a source, each with its format, and a note on files that were left out.
 
-    ``preferences`` is the recipe's ``data.preferences``. Raises ``UserError`` for what does not exist, is
-    empty, has no usable field, or holds preferences that the recipe refuses.
+    ``preferences`` is the recipe's ``data.preferences``. Raises ``UserError`` for a source that does not
+    exist, is empty, has no usable field, or holds preferences that the recipe rejects.
     """
     paths, note = paths_of(source)
     return [SourceFile(path, index, sniff(path, source, preferences)) for path in paths], note
 
 
 def open_file_of(source: Source, preferences: str, path: str = "") -> SourceFile:
-    """The file ``path`` of a source, or its first. Raises ``UserError``."""
+    """Open the file ``path`` of a source, or its first file. Raises ``UserError``."""
     paths, _ = paths_of(source)
     chosen = next((one for one in paths if str(one) == path), paths[0])
     return SourceFile(chosen, 0, sniff(chosen, source, preferences))
 
 
 def paths_of(source: Source) -> tuple[list[Path], str]:
-    """The files a source stands for, and a word on them; a Hub dataset is fetched. Raises ``UserError``."""
+    """Return the files of a source, with a note; downloads a Hub dataset. Raises ``UserError``."""
     return hub_files(source.path) if is_of_the_hub(source.path) else files_of(Path(source.path).expanduser())
 
 
 def is_of_the_hub(name: str) -> bool:
-    """Whether a source's path is the id of a Hub dataset rather than a file or folder."""
+    """Return whether a source's path is a Hub dataset id rather than a file or folder."""
     path = Path(name).expanduser()
     return is_hub_id(name) and not path.exists() and not kind_of(path)
 
 
 def sniff(path: Path, source: Source, preferences: str) -> Detection:
-    """The layout of one file, from its first rows, under ``data.preferences``. Raises ``UserError``."""
+    """Detect the format of one file from its first rows, under ``data.preferences``. Raises ``UserError``."""
     first = first_rows(path, SNIFFED_ROWS)
     readable = [row for row in first if not row.error]
     if not readable and first:
@@ -76,13 +76,13 @@ def sniff(path: Path, source: Source, preferences: str) -> Detection:
 def conversations(
     file: SourceFile, position: Position | None = None
 ) -> Iterator[tuple[Row, Conversation | RowRejectedError]]:
-    """Every row of a file with its conversation, or why it has none."""
+    """Yield every row of a file with its conversation, or with the error that explains why it has none."""
     for row in rows(file.path, position):
         yield row, conversation_of(row, file)
 
 
 def conversation_of(row: Row, file: SourceFile) -> Conversation | RowRejectedError:
-    """The conversation of one row of a file, or why it has none."""
+    """Return the conversation of one row of a file, or the error that explains why it has none."""
     try:
         return parse(row, file.detection.layout, file.source)
     except RowRejectedError as refused:
@@ -90,7 +90,7 @@ def conversation_of(row: Row, file: SourceFile) -> Conversation | RowRejectedErr
 
 
 def unreadable(path: Path, row: Row) -> UserError:
-    """A file none of whose first rows can be read."""
+    """Build the error for a file of which none of the first rows can be read."""
     titles = {"bad-json": "Not valid JSON", "bad-encoding": "Not UTF-8", "bad-row": "Not a table"}
     # Every other byte of a Western text in UTF-16 is NUL.
     encoding = "UTF-16LE" if "NUL bytes" in row.error else "LATIN1"
@@ -105,6 +105,6 @@ def unreadable(path: Path, row: Row) -> UserError:
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

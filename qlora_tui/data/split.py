@@ -1,6 +1,6 @@
-"""Which rows are held back to validate on: seeded, the same share of each source, duplicates together.
+"""Selection of validation rows: seeded, the same share of each source, duplicates kept together.
 
-What is nearly the same counts as a duplicate: see ``groups``.
+Near duplicates count as duplicates: see ``near_duplicate_groups``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 def group_key(conversation: Conversation, seed: int) -> int:
-    """64 bits that are the same for rows that say the same, whatever case and white space they use.
+    """Return a 64-bit key, equal for rows that differ only in case and white space.
 
     The seed is mixed in, so that the order of the keys is the random order of the split.
     """
@@ -35,10 +35,10 @@ def group_key(conversation: Conversation, seed: int) -> int:
 
 
 class Split:
-    """Collects rows, then says which are held back."""
+    """Collects rows, then selects the validation rows."""
 
     def __init__(self, folder: Path, fraction: float):
-        """Sketches of the rows lie in ``folder`` until it is decided."""
+        """``folder`` holds the sketches of the rows until the split is decided."""
         self._fraction = fraction
         self._keys = array("Q")
         self._sources = array("H")
@@ -47,18 +47,18 @@ class Split:
 
     @property
     def wanted(self) -> bool:
-        """Whether any rows are to be held back, so that their sketches are needed."""
+        """Return whether any rows are held back for validation, so that sketches are needed."""
         return self._fraction > 0
 
     def add(self, source: int, key: int, sketch: array[int]) -> None:
-        """One row; ``key`` is its ``group_key``, ``sketch`` that of ``near_duplicates``."""
+        """Add one row; ``key`` is its ``group_key``, ``sketch`` comes from ``near_duplicates``."""
         if self.wanted:
             self._keys.append(key)
             self._sources.append(source)
             self._sketches.write(padded(sketch))
 
     def held_back(self) -> frozenset[int]:
-        """The keys of the rows to validate on."""
+        """Return the keys of the validation rows."""
         self._sketches.close()
         try:
             if not self._keys:
@@ -71,11 +71,11 @@ class Split:
 
 
 def validation_rows(groups: array[int], sources: Iterable[int], fraction: float) -> frozenset[int]:
-    """The groups to validate on: about ``fraction`` of the rows of each source, and no more.
+    """Select the validation groups: about ``fraction`` of the rows of each source, and no more.
 
-    ``groups`` and ``sources`` have one entry a row; the numbers of the groups are their random order. A
-    source that would so give none, its groups being too large, gives its smallest if it has others. At
-    least one group is held back where there are two, and at least one is left to train on.
+    ``groups`` and ``sources`` have one entry per row; the group numbers define their random order. A source
+    whose groups are all too large gives its smallest one if it has others. At least one group is held back
+    where there are two, and at least one is left to train on.
     """
     if fraction <= 0:
         return frozenset()
@@ -114,7 +114,7 @@ def _some_but_not_all(chosen: set[int], groups: array[int]) -> frozenset[int]:
 
 
 def _by_group(groups: array[int], sources: array[int]) -> Iterator[tuple[int, Counter[int]]]:
-    """Each group, ascending, with its rows by source."""
+    """Yield each group, ascending, with its number of rows by source."""
     import numpy as np
 
     numbers = np.frombuffer(groups, dtype=np.uint64)

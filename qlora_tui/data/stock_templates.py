@@ -1,8 +1,8 @@
-"""Chat templates for base models that bring none; the trainer saves the chosen one with the adapter.
+"""Chat templates for base models without one; the trainer saves the chosen one with the adapter.
 
-Each ends an assistant turn with a token the base model knows: its own turn-end token where its
-vocabulary has the one the template is named for, else its end-of-text token. The words around the
-turns (``<|im_start|>``, ``### Response:``) are plain text to a model that has no such tokens.
+Each ends an assistant turn with a token the base model knows: its own turn-end token where its vocabulary has
+the one that the template is named after, else its end-of-text token. The words around the turns
+(``<|im_start|>``, ``### Response:``) are plain text to a model that has no such tokens.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _TEXTS = {"chatml": _CHATML, "llama-3": _LLAMA_3, "alpaca": _ALPACA, "plain": _P
 
 
 def stock_template(name: str, added_tokens: Container[str], begins_with_bos: bool) -> str:
-    """The template called ``name``, for a tokenizer with these added tokens, that begins texts so."""
+    """Return the stock template ``name`` for a tokenizer with these added tokens."""
     end = _TURN_ENDS.get(name, "")
     end = f"'{end}'" if end and end in added_tokens else "eos_token"
     return (

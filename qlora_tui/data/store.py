@@ -1,14 +1,14 @@
 """Tokenized samples on disk: flat files that are mapped, never read whole.
 
-One folder a set. Little-endian, no headers:
+One folder per data set. Little-endian, no headers:
 
 * ``tokens.u32``: every token id, sample after sample.
-* ``trained.u8``: one byte a token, 1 where it trains.
-* ``weights.f32``: how much each token counts in the loss; only there if some do not count 0 or 1.
-* ``offsets.u64``: where each sample begins, and where the last ends.
-* ``trained_counts.u32``, ``rows.u32``, ``sources.u16``: one entry a sample.
-* ``train.u32``, ``validation.u32``: sample numbers of the two sides.
-* ``meta.json``: what ``dataset.Prepared`` says of it.
+* ``trained.u8``: one byte per token, 1 where it trains.
+* ``weights.f32``: the loss weight of each token; exists only if some weigh neither 0 nor 1.
+* ``offsets.u64``: start of each sample, and the end of the last.
+* ``trained_counts.u32``, ``rows.u32``, ``sources.u16``: one entry per sample.
+* ``train.u32``, ``validation.u32``: sample numbers of the two splits.
+* ``meta.json``: the fields of ``dataset.Prepared``.
 
 Written by ``dataset``; the trainer wraps the views with ``torch.frombuffer``.
 """
@@ -43,12 +43,12 @@ _WEIGHTS = "weights.f32"
 
 
 class StoredSample(Struct, frozen=True, array_like=True):
-    """One training sample, as it lies on disk."""
+    """One training sample, as stored on disk."""
 
     tokens: bytes
     trained: bytes
     weights: bytes | None = None
-    """Where there are none, each token that trains counts 1."""
+    """Loss weight of each token as 32-bit floats; None where each token that trains weighs 1."""
 
 
 class Writer:
@@ -61,9 +61,9 @@ class Writer:
         self._stack = ExitStack()
         self._files: dict[str, BinaryIO] = {}
         self.keys = array("Q")
-        """Of each sample, the key of the row it comes from."""
+        """Key of the source row of each sample."""
         self.sources = array("H")
-        """Of each sample, its source."""
+        """Source index of each sample."""
 
     def __enter__(self) -> Writer:
         for name in _FILES:
@@ -77,7 +77,7 @@ class Writer:
         self._stack.close()
 
     def add(self, sample: StoredSample, source: int, row: int, key: int) -> None:
-        """One sample."""
+        """Add one sample."""
         count = len(sample.trained)
         self._add_weights(sample.trained, sample.weights)
         self._end += count
@@ -94,9 +94,9 @@ class Writer:
         self._hash.update(sample.trained)
 
     def finish(self, validation: frozenset[int], validation_source: int | None) -> str:
-        """Write the two sides; return the hash of everything.
+        """Write the two splits; return the hash of all files.
 
-        A sample is on the validation side if its key is in ``validation`` or it comes from
+        A sample is in the validation split if its key is in ``validation`` or it comes from
         ``validation_source``.
         """
         sides = {"train.u32": array("I"), "validation.u32": array("I")}
@@ -129,7 +129,7 @@ class Writer:
 
 
 class Store:
-    """A finished folder, mapped. Raises ``ValueError`` or ``OSError`` where files are missing or cut off."""
+    """A finished folder, memory-mapped. Raises ``ValueError`` or ``OSError`` for damaged files."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -151,14 +151,14 @@ class Store:
             raise ValueError(f"{folder} is incomplete")
 
     def side(self, name: str, weights: Sequence[float]) -> Samples:
-        """``train`` or ``validation``."""
+        """Return the samples of the split ``name``, ``train`` or ``validation``."""
         numbers = array("I")
         numbers.frombytes((self.folder / f"{name}.u32").read_bytes())
         return Samples(self, numbers, weights)
 
 
 class Samples:
-    """The samples of one side. Numbered from 0; every view is read-only memory of the mapped files."""
+    """The samples of one split, numbered from 0; every view is read-only memory of the mapped files."""
 
     def __init__(self, store: Store, numbers: array[int], weights: Sequence[float]):
         self._store = store
@@ -169,45 +169,45 @@ class Samples:
         return len(self._numbers)
 
     def token_ids(self, i: int) -> memoryview:
-        """Token ids of sample ``i``, 32-bit unsigned."""
+        """Return the token ids of sample ``i``, 32-bit unsigned."""
         return self._store.tokens[self._slice(i)]
 
     def trained(self, i: int) -> memoryview:
-        """One byte a token of sample ``i``: 1 where it trains."""
+        """Return the loss mask of sample ``i``, one byte per token: 1 where it trains."""
         return self._store.trained[self._slice(i)]
 
     @property
     def weighted(self) -> bool:
-        """Whether a token may count for more or less than others in the loss."""
+        """Return whether some tokens have a loss weight other than 0 and 1."""
         return self._store.weights is not None
 
     def weights(self, i: int) -> memoryview | None:
-        """How much each token of sample ``i`` counts in the loss, 32-bit; None where no row says."""
+        """Return the loss weights of sample ``i``, 32-bit; None where no row sets any."""
         return None if self._store.weights is None else self._store.weights[self._slice(i)]
 
     def length(self, i: int) -> int:
-        """Tokens in sample ``i``."""
+        """Return the number of tokens in sample ``i``."""
         n = self._numbers[i]
         return int(self._store.offsets[n + 1] - self._store.offsets[n])
 
     def trained_count(self, i: int) -> int:
-        """Tokens of sample ``i`` that train."""
+        """Return the number of tokens of sample ``i`` that train."""
         return int(self._store.trained_counts[self._numbers[i]])
 
     def origin(self, i: int) -> tuple[int, int]:
-        """Source and row number of sample ``i``."""
+        """Return source and row number of sample ``i``."""
         n = self._numbers[i]
         return int(self._store.sources[n]), int(self._store.rows[n])
 
     def lengths(self) -> array[int]:
-        """Tokens of every sample."""
+        """Return the number of tokens of every sample."""
         return array("I", (self.length(i) for i in range(len(self))))
 
     def epoch(self, epoch: int, seed: int) -> array[int]:
-        """The samples of one pass in their random order, each source as often as its weight says.
+        """Return the samples of one epoch in random order, each source repeated by its weight.
 
-        A weight of 2 gives each of its samples twice, one of 0.5 half of them, the other half in the
-        next epoch. The same for the same ``epoch`` and ``seed``, always.
+        A weight of 2 gives each of its samples twice, one of 0.5 half of them, the other half in the next
+        epoch. Deterministic for ``epoch`` and ``seed``.
         """
         by_source: dict[int, list[int]] = {}
         for i, n in enumerate(self._numbers):

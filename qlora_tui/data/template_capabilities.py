@@ -1,8 +1,8 @@
-"""What a chat template can say, found by trying: system turns, tools, tool calls, content as parts.
+"""Capabilities of a chat template, found by probing: system turns, tools, tool calls, typed parts.
 
-``adapted`` turns a conversation into the messages a template reads, and writes what the template
-would lose (tool calls, tool answers, tool descriptions, a system prompt) into the text of a turn it
-keeps. Every such change is a note, so that the Data screen can say it.
+``adapt_conversation`` converts a conversation to the messages a template reads, and writes what the template
+would lose (tool calls, tool answers, tool descriptions, a system prompt) into the text of a turn that it
+keeps. Every such change is a note for the Data screen.
 """
 
 from __future__ import annotations
@@ -26,44 +26,44 @@ _ASKED, _ANSWERED, _SYSTEM, _NAME, _VALUE, _FOUND = (
     "qvzvalue",
     "qvzfound",
 )
-"""Words no template writes by itself."""
+"""Probe words that no template writes itself."""
 
 
 class TemplateCapabilities(Struct, frozen=True):
-    """How a template wants its messages."""
+    """What a template supports, and the message format it needs."""
 
     system: bool
-    """It writes a system turn; else system text goes before the first user turn."""
+    """Whether it writes a system turn; else system text goes before the first user turn."""
     parts: bool
-    """It wants content as a list of typed parts; a string would be lost."""
+    """Whether it needs content as a list of typed parts and would lose a string."""
     tools: bool
-    """It writes the descriptions of the tools."""
+    """Whether it writes the descriptions of the tools."""
     calls: Literal["object", "string", "text"]
-    """Tool calls with arguments as an object, as a JSON string, or only as text of the turn."""
+    """Form of tool calls: arguments as an object, as a JSON string, or only as text of the turn."""
     calls_without_content: bool
-    """A turn with calls must have no content key at all where it says nothing."""
+    """Whether a turn with calls and no text must have no content key."""
     reasoning: bool
-    """It writes ``reasoning_content``; else reasoning goes into the content, between ``<think>`` tags."""
+    """Whether it writes ``reasoning_content``; else reasoning goes into the content, in ``<think>`` tags."""
     own_tags: bool
-    """Its model writes other tags than ``<think>``: ``spans`` puts reasoning that it does not write after the
-    prompt."""
+    """Whether its model uses other tags than ``<think>``: ``assistant_spans`` puts reasoning that it does not
+    write after the prompt."""
     tool_turns: bool
-    """It writes tool turns; else their text is given as a user turn."""
+    """Whether it writes tool turns; else their text is given as a user turn."""
     switch: Switch | None
-    """How it is told to think or not; None where it has no such variable."""
+    """The variable that turns thinking on or off; None where it has none."""
     opens_thought: bool
-    """Its prompt begins a thought, whatever it is told."""
+    """Whether its prompt opens a thought regardless of the switch."""
     forgets_reasoning: bool
-    """It leaves the reasoning out of every answer but the last."""
+    """Whether it omits the reasoning of every answer except the last."""
 
     @property
     def thinks(self) -> bool:
-        """Whether it is a thinking model's."""
+        """Return whether the template belongs to a thinking model."""
         return self.switch is not None or self.opens_thought
 
 
 def probe_template(template: ChatTemplate) -> TemplateCapabilities:
-    """Try the template on a few tiny conversations."""
+    """Probe the template with a few tiny conversations."""
     question, answer = {"role": "user", "content": _ASKED}, {"role": "assistant", "content": _ANSWERED}
     shown = _shows(template, [question, answer])
     parts = not shown(_ASKED, _ANSWERED) and _shows(template, [_as_parts(question), _as_parts(answer)])(
@@ -170,7 +170,7 @@ def _as_parts(turn: Mapping[str, Any]) -> dict[str, Any]:
 def adapt_conversation(
     conversation: Conversation, traits: TemplateCapabilities
 ) -> tuple[list[dict[str, Any]], list[float], list[dict[str, Any]] | None, list[str]]:
-    """Turns as the template reads them, how much each counts in the loss (0 for those that do not train), the
+    """Return the turns in the template's format, the loss weight of each (0 for those that do not train), the
     tools, and notes on what was changed."""
     notes: list[str] = []
     messages = list(conversation.messages)
@@ -220,7 +220,7 @@ def _turn(message: Message, traits: TemplateCapabilities) -> tuple[dict[str, Any
 
 
 def _call_as_text(call: ToolCall) -> str:
-    """As the Hermes models write it, which many templates and parsers follow."""
+    """Write a call as text in the format of the Hermes models, which many templates and parsers follow."""
     written = json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False)
     return f"<tool_call>\n{written}\n</tool_call>"
 

@@ -1,14 +1,14 @@
-"""Bounds on what a chat template may take: it is a program that somebody else wrote.
+"""Time and memory limits for chat templates, which are programs by third parties.
 
-Time is that of the processor, so a busy machine or one that slept changes nothing. A thread watches; past the
-bound it has ``TemplateStopped`` raised in the thread that renders, wherever that is. Memory is bounded by the
-kernel. Arithmetic on numbers of millions of digits, which neither can end, is refused.
+Time is processor time, so a busy or suspended machine changes nothing. A watcher thread raises
+``TemplateStopped`` in the rendering thread past the limit. Memory is limited by the kernel. Arithmetic on
+numbers of millions of digits, which neither limit can interrupt, is rejected.
 
-A single operation of the interpreter, such as comparing two lists that hold each other a million times, lets
-neither that thread run nor the exception in. For this a timer of the kernel ends the process. The thread that
-watches starts it anew ten times a second, which it can as long as operations come to an end. The timer counts
-the processor time of the process, so one that is suspended is safe. Whoever started the process sees the
-cause by the signal (``HANG_SIGNAL``).
+A single operation of the interpreter, such as comparing two lists that hold each other a million times,
+blocks both the watcher thread and the exception. For this case a kernel timer ends the process. The watcher
+restarts the timer ten times a second, which works as long as operations finish. The timer counts the
+processor time of the process, so a suspended process is safe. The parent process recognizes the cause by the
+signal (``HANG_SIGNAL``).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from qlora_tui.data import memory_bound
 from qlora_tui.errors import UserError
 
 MOST_CPU_S = 5.0
-"""For one rendering. A long conversation takes some milliseconds."""
+"""Most processor seconds of one rendering. A long conversation takes some milliseconds."""
 MORE_MEMORY_BYTES = 256 << 20
 MOST_BITS = 4096
-"""Of a whole number."""
+"""Most bits of an integer."""
 MOST_HUNG_CPU_S = 20.0
-"""Processor time of the process in which no other thread came to run."""
+"""Most processor seconds of the process in which no other thread can run."""
 HANG_SIGNAL = signal.SIGVTALRM
-"""What ends a process whose template hangs in one operation; nothing else sends it."""
+"""Signal that ends a process whose template hangs in one operation; no other code sends it."""
 HUNG = "The chat template was stuck in one operation."
 _LOOK_S = 0.1
 _IDLE_LOOKS = 50
@@ -42,30 +42,30 @@ _raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
 
 
 class TemplateStopped(BaseException):
-    """The bound of time was reached. No ``Exception``, so that nothing between takes it for its own."""
+    """The time limit was reached. Not an ``Exception``, so that no handler in between catches it."""
 
 
 def check_number(value: Any) -> Any:
-    """``value``, unless it is a number that is too large. Raises ``OverflowError``."""
+    """Return ``value``, unless it is a number that is too large. Raises ``OverflowError``."""
     if type(value) is int and value.bit_length() > MOST_BITS:
         raise OverflowError(f"a number has more than {MOST_BITS:,} bits")
     return value
 
 
 def multiplied(left: Any, right: Any) -> Any:
-    """``left * right`` of numbers, or a text repeated."""
+    """Return ``left * right`` of numbers, or a repeated text. Raises ``OverflowError``."""
     return check_number(left * right)
 
 
 def raised(base: Any, exponent: Any) -> Any:
-    """``base ** exponent``. Raises ``OverflowError`` before it takes long."""
+    """Return ``base ** exponent``. Raises ``OverflowError`` instead of taking long."""
     if type(base) is int and type(exponent) is int and base.bit_length() * abs(exponent) > MOST_BITS:
         raise OverflowError(f"a number has more than {MOST_BITS:,} bits")
     return base**exponent
 
 
 class Bounded:
-    """``with Bounded():`` around one rendering. Raises ``TemplateStopped`` and ``MemoryError``."""
+    """Limits one rendering: ``with Bounded():``. Raises ``TemplateStopped`` and ``MemoryError``."""
 
     __slots__ = ("clock", "ends_at", "thread")
 
@@ -73,7 +73,7 @@ class Bounded:
         self.thread = threading.get_ident()
         self.clock = _clock_of(self.thread)
         self.ends_at = time.clock_gettime(self.clock) + MOST_CPU_S
-        _watch.begin(self)  # before memory is bounded: a new thread takes some
+        _watch.begin(self)  # before memory is limited: a new thread takes some
         memory_bound.enter(MORE_MEMORY_BYTES)
 
     def __exit__(
@@ -84,13 +84,13 @@ class Bounded:
 
 
 def _clock_of(thread: int) -> int:
-    # macOS has none of a thread; there a busy machine counts.
+    # macOS has no clock for one thread; there a busy machine counts.
     of_thread = getattr(time, "pthread_getcpuclockid", None)
     return of_thread(thread) if of_thread else time.CLOCK_MONOTONIC
 
 
 def hung_template(process: str) -> UserError:
-    """The error where ``process`` ("The trainer process") was ended by ``HANG_SIGNAL``."""
+    """Build the error for a ``process`` ("The trainer process") that was ended by ``HANG_SIGNAL``."""
     return UserError(
         "The chat template hangs",
         what=f"{process} was ended: {HUNG[:1].lower()}{HUNG[1:]}",
@@ -100,7 +100,7 @@ def hung_template(process: str) -> UserError:
 
 
 class _HangTimer:
-    """Ends the process when it is not started anew in time."""
+    """Ends the process unless it is restarted in time."""
 
     def __init__(self) -> None:
         self._is_prepared = False
@@ -112,17 +112,17 @@ class _HangTimer:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
     def prepare(self) -> None:
-        """Have stderr say where it hung; then the default action of the signal ends the process."""
+        """Let stderr report where it hung; then the default action of the signal ends the process."""
         if self._is_prepared:
             return
         self._is_prepared = True
-        with suppress(OSError, ValueError, RuntimeError):  # a stderr that is no file
+        with suppress(OSError, ValueError, RuntimeError):  # a stderr that is not a file
             if sys.__stderr__ is not None:
                 faulthandler.register(HANG_SIGNAL, file=sys.__stderr__, all_threads=False, chain=True)
 
 
 class _Watch:
-    """The thread that watches. It ends when nothing was rendered for a while."""
+    """The watcher thread. It exits when nothing has been rendered for a while."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -141,18 +141,18 @@ class _Watch:
             self._under_way.add(block)
 
     def end(self, block: Bounded) -> None:
-        """Stop watching. Nothing is raised in the block's thread after the return."""
+        """Stop watching. Nothing is raised in the block's thread after this returns."""
         while True:
             try:
                 with self._lock:
                     self._under_way.discard(block)
                     if not self._under_way:
                         self._hang_timer.stop()
-                    # Raised, but not arrived yet: the rendering is finished, or failed for another reason.
+                    # Raised but not yet delivered: the rendering has finished, or failed for another reason.
                     _raise_in(ctypes.c_ulong(block.thread), None)
                 return
             except TemplateStopped:
-                continue  # it arrived here
+                continue  # it was delivered here
 
     def _run(self) -> None:
         idle = 0
@@ -168,10 +168,10 @@ class _Watch:
                         self._hang_timer.start()
                     self._stop_overdue()
                 except (MemoryError, OSError):
-                    continue  # with the memory bound reached, this thread has none either: try again
+                    continue  # out of memory in this thread too: try again
 
     def _stop_overdue(self) -> None:
-        """Raise TemplateStopped in every block past its bound; again each time, as a finalizer drops it."""
+        """Raise TemplateStopped in every block past its limit, repeatedly, because a finalizer drops it."""
         for block in self._under_way:
             if time.clock_gettime(block.clock) > block.ends_at:
                 _raise_in(ctypes.c_ulong(block.thread), ctypes.py_object(TemplateStopped))

@@ -1,4 +1,4 @@
-"""Opening a data file: decompression and UTF-8, with the line where it goes wrong."""
+"""Opening of data files: decompression and UTF-8 decoding, with the line of an error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHUNK_BYTES = 1 << 20
 
 
 class NotUtf8(Exception):
-    """The text stops being UTF-8 on ``line``."""
+    """The text is not valid UTF-8 on ``line``."""
 
     def __init__(self, line: int, reason: str):
         super().__init__(f"Line {line}: {reason}.")
@@ -28,10 +28,10 @@ class NotUtf8(Exception):
 
 
 class Position:
-    """How far a file has been read, for whoever shows progress."""
+    """How far a file has been read, for progress display."""
 
     bytes = 0
-    """Of the file as it lies on the disk, compressed or not."""
+    """Bytes read of the file as stored on disk, compressed or not."""
 
 
 class Stream:
@@ -46,11 +46,11 @@ class Stream:
             self._start = self._start[3:]
 
     def peek(self) -> bytes:
-        """The first bytes, without consuming them."""
+        """Return the first bytes, without consuming them."""
         return self._start
 
     def chunks(self) -> Iterator[bytes]:
-        """All of it, a megabyte at a time. Raises ``TooLarge``, as do the others."""
+        """Yield the content in chunks of a megabyte. Raises ``TooLarge``, like the other readers."""
         chunk, read_bytes = self._start, 0
         while chunk:
             disk_bytes = self._file.tell()
@@ -62,7 +62,7 @@ class Stream:
             chunk = self._raw.read(CHUNK_BYTES)
 
     def lines(self) -> Iterator[bytes]:
-        """All of it, line by line, the line ends kept."""
+        """Yield the content line by line, with line ends."""
         rest: list[bytes] = []
         number, size = 1, 0
         for chunk in self.chunks():
@@ -84,7 +84,7 @@ class Stream:
             yield last
 
     def text_lines(self) -> Iterator[str]:
-        """The same, decoded. Raises ``NotUtf8``."""
+        """Yield the decoded content line by line. Raises ``NotUtf8``."""
         for number, line in enumerate(self.lines(), 1):
             if b"\x00" in line:
                 raise NotUtf8(number, "NUL bytes, so this is not a text file")
@@ -95,7 +95,7 @@ class Stream:
 
 
 def bad_utf8(line: bytes) -> str:
-    """Why ``line`` is not UTF-8; empty if it is."""
+    """Return why ``line`` is not UTF-8; empty if it is."""
     try:
         line.decode()
     except UnicodeDecodeError as error:
@@ -104,13 +104,13 @@ def bad_utf8(line: bytes) -> str:
 
 
 def describe(error: UnicodeDecodeError) -> str:
-    """The offending byte and where it is."""
+    """Describe the invalid byte and its position."""
     return f"byte 0x{error.object[error.start]:02x} at position {error.start + 1} is not UTF-8"
 
 
 @contextmanager
 def opened(path: Path, position: Position | None = None) -> Iterator[Stream]:
-    """The decompressed bytes of ``path``. Raises ``UserError`` where the compression is damaged."""
+    """Open the decompressed bytes of ``path``. Raises ``UserError`` where the compression is damaged."""
     with open_regular(path) as file:
         start = file.peek(4)[:4]
         _refuse_utf16(path, start)

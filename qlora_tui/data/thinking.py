@@ -1,9 +1,10 @@
-"""Whether a model thinks before it answers: what its chat template calls that, and what a row has of it.
+"""Thinking before an answer: the switch of a chat template, and the reasoning in a row.
 
-Templates of hybrid models take a variable: ``enable_thinking`` (Qwen3, SmolLM3, GLM-4.5, Gemma 4,
-Nemotron), ``thinking`` (DeepSeek-V3.1, Granite), ``reasoning_effort`` (gpt-oss). ``switch_of`` finds it by
-name and tries what it does. ``decided`` chooses on or off for one conversation, ``without_reasoning`` takes
-the reasoning out of one. Training and chat both render through these: a model is asked as it was trained.
+Templates of hybrid models read a variable: ``enable_thinking`` (Qwen3, SmolLM3, GLM-4.5, Gemma 4, Nemotron),
+``thinking`` (DeepSeek-V3.1, Granite), ``reasoning_effort`` (gpt-oss). ``switch_of`` finds it by name and
+probes its effect. ``decided`` chooses on or off for one conversation, ``without_reasoning`` removes the
+reasoning from one. Training and chat both use these functions, so a model gets the same prompts as in
+training.
 """
 
 from __future__ import annotations
@@ -24,29 +25,29 @@ OnOff = Literal["on", "off"]
 _FLAGS = ("enable_thinking", "thinking", "enable_reasoning", "reasoning")
 """Variables that are true or false."""
 _EFFORTS = ("reasoning_effort", "reasoning_strength")
-"""Variables that are ``low``, ``medium``, ``high``; some templates know ``none``."""
+"""Variables that are ``low``, ``medium`` or ``high``; some templates accept ``none``."""
 
 THOUGHT_TAGS = ("<think>", "</think>")
 """Tokens of an answer, whether or not the tokenizer calls them special."""
 OPENED = re.compile(r"<think>(\s*)\Z")
-"""A prompt that has opened a thought, with the white space after the tag."""
+"""A prompt that opens a thought, with the white space after the tag."""
 
 
 class Switch(Struct, frozen=True):
-    """How a template is told to think, or not to."""
+    """The template variable that turns thinking on or off."""
 
     variable: str
     on: dict[str, Any]
     """Variables to render with; empty where the template thinks by default."""
     off: dict[str, Any]
     default: OnOff
-    """What the template does when it is told nothing."""
+    """Whether the template thinks when the variable is not set."""
     can_turn_off: bool = True
-    """False for an effort whose least is ``low``: the model thinks less, but thinks."""
+    """False for an effort whose lowest level is ``low``: the model then thinks less, but still thinks."""
 
 
 def switch_of(template: ChatTemplate, turns: Turns) -> Switch | None:
-    """The switch of ``template``, tried on the conversation ``asked``; None where it has none."""
+    """Return the switch of ``template``, probed on the conversation ``turns``; None where it has none."""
 
     def prompt(variables: Mapping[str, Any]) -> str | None:
         try:
@@ -78,14 +79,14 @@ def switch_of(template: ChatTemplate, turns: Turns) -> Switch | None:
 
 
 def variables(switch: Switch | None, thinking: Thinking) -> dict[str, Any]:
-    """What to render with; nothing for ``auto``, or where there is no switch."""
+    """Return the variables to render with; empty for ``auto``, or without a switch."""
     if switch is None or thinking == "auto":
         return {}
     return switch.on if thinking == "on" else switch.off
 
 
 def decided(thinking: Thinking, switch: Switch | None, conversation: Conversation) -> Thinking:
-    """The setting for one conversation: ``auto`` is on where an answer has reasoning, else off.
+    """Return the setting for one conversation: ``auto`` is on where an answer has reasoning, else off.
 
     An effort that cannot be turned off stays at the template's default, ``auto``.
     """
@@ -97,22 +98,22 @@ def decided(thinking: Thinking, switch: Switch | None, conversation: Conversatio
 
 
 def has_reasoning(messages: Sequence[Message]) -> bool:
-    """Whether any answer comes with reasoning."""
+    """Return whether any answer has reasoning."""
     return any(message.role == "assistant" and reasoning_of(message) for message in messages)
 
 
 def reasoning_of(message: Message) -> str:
-    """What an answer is preceded by, kept apart from it or written into it; empty where there is none."""
+    """Return the reasoning of an answer, stored separately or written into it; empty if there is none."""
     return (message.reasoning or _inline(message)[0]).strip()
 
 
 def without_reasoning(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """The messages with answers alone."""
+    """Return the messages without reasoning."""
     return tuple(map(_answer_alone, messages))
 
 
 def reasoning_apart(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """The messages with reasoning that is written into an answer moved into ``Message.reasoning``."""
+    """Return the messages with reasoning inside an answer moved to ``Message.reasoning``."""
     return tuple(map(_reasoning_moved, messages))
 
 
@@ -129,7 +130,7 @@ def _answer_alone(message: Message) -> Message:
 
 
 def _inline(message: Message) -> tuple[str, str]:
-    """The reasoning written into an answer, and the rest of it."""
+    """Split an answer into the reasoning written into it and the rest."""
     before, tag, rest = message.content.partition("</think>")
     if message.role != "assistant" or not tag:
         return "", message.content

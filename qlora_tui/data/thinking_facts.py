@@ -1,4 +1,4 @@
-"""What became of the reasoning in data, in sentences: for ``data inspect`` and the Data screen.
+"""Sentences on how the reasoning in the data is handled, for ``data inspect`` and the Data screen.
 
 Counted from the notes that ``render`` gives each conversation.
 """
@@ -16,10 +16,10 @@ from qlora_tui.recipe.schema import Data, Thinking
 def facts(
     notes: Mapping[str, int], conversations: int, traits: TemplateCapabilities | None, data: Data
 ) -> tuple[str, ...]:
-    """One sentence on the reasoning and one on the switch of the template, where there is something to say.
+    """Return up to two sentences, on the reasoning and on the switch of the template.
 
-    ``notes`` counts conversations by kind of note, ``conversations`` is how many there are in all. Without a
-    model (``traits`` is None) rows with reasoning are counted.
+    ``notes`` counts conversations by kind of note, ``conversations`` is their total number. Without a model
+    (``traits`` is None) rows with reasoning are counted.
     """
     if traits is None:
         present = notes.get("reasoning-present", 0)
@@ -91,7 +91,7 @@ def _on_effort(switch: Switch, data: Data) -> str:
 
 
 def for_prompts(setting: Thinking, notes: Mapping[str, int]) -> Thinking:
-    """How to ask a model trained on such data: as set or, with ``auto``, as most rows were rendered."""
+    """Return the prompt setting for a model trained on this data: as set or, with ``auto``, as most rows."""
     on, off = notes.get("thinking-on", 0), notes.get("thinking-off", 0)
     if setting != "auto" or not (on or off):
         return setting

@@ -1,7 +1,7 @@
-"""Whether tokens are in a model's vocabulary, read from ``tokenizer.json`` without the tokenizers library.
+"""Lookup of tokens in a model's vocabulary, from ``tokenizer.json`` without the tokenizers library.
 
 The app checks ``lora.trainable_tokens`` with it: building a tokenizer of 262k entries would take its memory
-and a second. The trainer resolves the ids with the library.
+and one second. The trainer resolves the ids with the library.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _DECODER = msgspec.json.Decoder(_Tokenizer)
 def check_tokens(tokens: Iterable[str], folder: Path) -> None:
     """Raise UserError, exit code 2, for a token that is not in the vocabulary of the model in ``folder``.
 
-    A tokenizer that cannot be read raises nothing: loading it says why.
+    A tokenizer that cannot be read raises nothing here: loading it raises the error.
     """
     tokens = list(dict.fromkeys(tokens))
     if not tokens:
@@ -53,7 +53,7 @@ def check_tokens(tokens: Iterable[str], folder: Path) -> None:
 
 
 def unknown_token(token: str) -> UserError:
-    """The error for a trainable token that the tokenizer does not have."""
+    """Build the error for a trainable token that the tokenizer does not have."""
     return UserError(
         "Unknown token",
         what=f"lora.trainable_tokens contains {token!r}, which is not a token of this model.",
@@ -63,7 +63,7 @@ def unknown_token(token: str) -> UserError:
 
 
 def _is_in(token: str, vocab: bytes) -> bool:
-    """Whether a JSON table has the key, or a list of pairs the first item, with or without ASCII escapes."""
+    """Return whether a JSON table or a list of pairs has the token, with or without ASCII escapes."""
     written = {json.dumps(token).encode(), json.dumps(token, ensure_ascii=False).encode()}
     table = vocab.lstrip()[:1] == b"{"
     return any(_occurs(text, vocab, is_key=table) for text in written)

@@ -43,13 +43,13 @@ from qlora_tui.errors import UserError
 from qlora_tui.foreign_files import read_bounded
 
 OWN = "tokenizer"
-"""``template_name`` where the tokenizer's own template is used."""
+"""Value of ``template_name`` where the tokenizer's own template is used."""
 _JSON_OBJECT: msgspec.json.Decoder[dict[str, Any]] = msgspec.json.Decoder(dict[str, Any])
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 class ChatTokenizer:
-    """Text to token ids, conversations to text."""
+    """Converts text to token ids, and conversations to text."""
 
     def __init__(
         self,
@@ -59,17 +59,17 @@ class ChatTokenizer:
         template: str = "auto",
         tool_template: str = "",
     ):
-        """``special_tokens`` by name (``eos_token``); ``template`` as the recipe's ``model.chat_template``.
+        """``special_tokens`` are keyed by name (``eos_token``); ``template`` is ``model.chat_template``.
 
         Raises ``UserError`` if the chosen template cannot be compiled.
         """
         self.folder: Path | None = None
-        """The model it came with, if any."""
+        """Folder of the model, if any."""
         self.asked_template = template
-        # As a str it takes four bytes a character where one of them is an emoji: 110 MB for Gemma's.
+        # As a str it takes four bytes per character if one of them is an emoji: 110 MB for Gemma.
         self._json = tokenizer_json.encode()
         self.expansion = check_tokenizer(decode_json(self._json, _JSON_OBJECT))
-        """Characters that the tokenizer's normalizer may make of one."""
+        """Most characters that the tokenizer's normalizer makes of one."""
         with panics_as_errors():
             self.backend = Tokenizer.from_str(tokenizer_json)
             check_normalizer(self.backend)
@@ -91,11 +91,11 @@ class ChatTokenizer:
             tool_template = ""
         self.template = self._compiled(own_template)
         self.tool_template = self._compiled(tool_template) if tool_template else self.template
-        """Used for conversations with tools; nearly always the same."""
+        """Template for conversations with tools; nearly always the same as ``template``."""
 
     @classmethod
     def from_folder(cls, folder: Path, template: str = "auto") -> ChatTokenizer:
-        """The tokenizer of a model folder. Raises ``UserError`` if there is none, or it is broken."""
+        """Load the tokenizer of a model folder. Raises ``UserError`` if it is missing or broken."""
         path = folder / "tokenizer.json"
         if not path.is_file():
             has_old = any((folder / n).is_file() for n in ("tokenizer.model", "vocab.json", "spiece.model"))
@@ -125,46 +125,46 @@ class ChatTokenizer:
         return tokenizer
 
     def __reduce__(self) -> tuple[type[ChatTokenizer], tuple[str, dict[str, str], str, str, str]]:
-        """To another process: with the template that was chosen as its own."""
+        """Pickle with the chosen template as the tokenizer's own template."""
         tools = "" if self.tool_template is self.template else self.tool_template.text
         return (ChatTokenizer, (self._json.decode(), self.special_tokens, self.template.text, "auto", tools))
 
     @property
     def has_own_template(self) -> bool:
-        """Whether the template came with the tokenizer; else the trainer saves it with the adapter."""
+        """Return whether the template came with the tokenizer; else the trainer saves it with the adapter."""
         return self.template_name == OWN
 
     @cached_property
     def traits(self) -> TemplateCapabilities:
-        """What the template can say."""
+        """Return the capabilities of the template."""
         return probe_template(self.template)
 
     @cached_property
     def tool_traits(self) -> TemplateCapabilities:
-        """The same for the template that conversations with tools use."""
+        """Return the capabilities of the template for conversations with tools."""
         return self.traits if self.tool_template is self.template else probe_template(self.tool_template)
 
     @cached_property
     def added_tokens(self) -> dict[str, int]:
-        """Tokens beside the ordinary vocabulary, special or not, and their ids."""
+        """Return the tokens outside the ordinary vocabulary, special or not, and their ids."""
         return {token.content: i for i, token in self._added.items()}
 
     @cached_property
     def begins_with_bos(self) -> bool:
-        """Whether the tokenizer puts its begin token before plain text."""
+        """Return whether the tokenizer puts its begin token before plain text."""
         ids = self.backend.encode("a", add_special_tokens=True).ids
         return self.bos_id is not None and ids[:1] == [self.bos_id]
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes whenever the same conversation could give other tokens."""
+        """Return a hash that changes whenever the same conversation could give other tokens."""
         templates = (self.template.text, self.tool_template.text)
         whole = json.dumps([self._json.decode(), self.special_tokens, *templates])
         return hashlib.sha256(whole.encode()).hexdigest()
 
     @cached_property
     def turn_end_ids(self) -> tuple[int, ...]:
-        """Tokens at which an answer ends: the end-of-text token and what the template closes a turn with."""
+        """Return the tokens at which an answer ends: end of text, and the template's turn end."""
         ends = [self.eos_id] if self.eos_id is not None else []
         turns: list[dict[str, Any]] = [
             {"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "qvz"))
@@ -183,33 +183,34 @@ class ChatTokenizer:
 
     @cached_property
     def special_pattern(self) -> re.Pattern[str]:
-        """Matches any special token."""
+        """Pattern that matches any special token."""
         return _any_of([t.content for t in self._added.values() if t.special])
 
     @cached_property
     def said_pattern(self) -> re.Pattern[str]:
-        """Matches what must not come from an answer's text: special tokens, but for the tags of a thought."""
+        """Pattern of what an answer's text must not produce: special tokens, except the tags of a thought."""
         return _any_of(
             [t.content for t in self._added.values() if t.special and t.content not in THOUGHT_TAGS]
         )
 
     @cached_property
     def control_pattern(self) -> re.Pattern[str]:
-        """Matches what must not come from a user's text: special tokens, and words the template writes.
+        """Pattern of what a user's text must not produce: special tokens, and words the template writes.
 
-        White space is no control token, though Gemma's line ends are added tokens that its template writes.
+        White space is not a control token, though Gemma's line ends are added tokens that its template
+        writes.
         """
         literals = self.template.literals + self.tool_template.literals
         written = (t.content for t in self._added.values() if t.special or t.content in literals)
         return _any_of([content for content in written if not content.isspace()])
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``, in which added tokens are control tokens; nothing is put before or after."""
+        """Encode ``text``, in which added tokens are control tokens; adds nothing before or after."""
         with panics_as_errors():
             return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_marked(self, texts: Sequence[str], places: Sequence[Sequence[int]]) -> list[Marked]:
-        """The ids of each text, and where its ``places`` are in them (see ``WordTokenCache.encode``)."""
+        """Encode each text, and locate its ``places`` in the ids (see ``WordTokenCache.encode``)."""
         if self._words is not None:
             return self._words.encode(texts, places)
         return [
@@ -218,10 +219,10 @@ class ChatTokenizer:
         ]
 
     def encode_inside(self, piece: str, literal: bool = False) -> list[int]:
-        """Ids of a piece from the middle of a text; with ``literal`` its control tokens are ordinary text.
+        """Encode a piece from the middle of a text; with ``literal`` its control tokens are ordinary text.
 
-        A new line is put before it and taken away again, so that a tokenizer that begins every text
-        with a space adds none here.
+        A new line is added before it and removed afterwards, so that a tokenizer that begins every text with
+        a space adds none here.
         """
         if not piece:
             return []
@@ -238,7 +239,7 @@ class ChatTokenizer:
         return ids
 
     def release_caches(self) -> None:
-        """Drop what encoding has remembered, 90 MB with Gemma's vocabulary; it is built again when needed."""
+        """Release the encoding caches, 90 MB with Gemma's vocabulary; they are rebuilt when needed."""
         for name in ("_words", "_without_added"):
             self.__dict__.pop(name, None)
         clear = getattr(self.backend.model, "_clear_cache", None)  # tokenizers 0.21 and newer
@@ -246,7 +247,7 @@ class ChatTokenizer:
             clear()
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``, special tokens included."""
+        """Return the text of ``ids``, including special tokens."""
         with panics_as_errors():
             return self.backend.decode(list(ids), skip_special_tokens=False)
 
@@ -307,7 +308,7 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 
 def _special_tokens(config: Mapping[str, Any], older: Mapping[str, Any]) -> dict[str, str]:
-    """Name to token, from ``tokenizer_config.json`` or, where that is silent, ``special_tokens_map.json``."""
+    """Return special tokens by name, from ``tokenizer_config.json``, else ``special_tokens_map.json``."""
     extra = config.get("extra_special_tokens")
     named = {**older, **config, **(extra if isinstance(extra, dict) else {})}
     wanted = {f"{role}_token" for role in _ROLES} | (extra.keys() if isinstance(extra, dict) else set())
@@ -321,7 +322,7 @@ def _special_tokens(config: Mapping[str, Any], older: Mapping[str, Any]) -> dict
 
 
 def _own_templates(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
-    """The folder's template, and the one for conversations with tools where there is such; empty if none."""
+    """Return the folder's template, and the one for conversations with tools; each empty if missing."""
     path = folder / "chat_template.jinja"
     named: dict[str, str] = {}
     held = config.get("chat_template")
@@ -359,7 +360,7 @@ def _template_text(path: Path) -> str:
 
 
 def _with_missing_tokens(tokenizer_json: str, config: Mapping[str, Any]) -> str:
-    """Tokens that only ``tokenizer_config.json`` declares, added as transformers adds them."""
+    """Add the tokens that only ``tokenizer_config.json`` declares, as transformers does."""
     declared = config.get("added_tokens_decoder")
     if not isinstance(declared, dict):
         return tokenizer_json

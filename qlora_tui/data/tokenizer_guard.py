@@ -1,9 +1,9 @@
-"""Bounds on what a ``tokenizer.json`` may ask for: it is a program, run by a library without bounds.
+"""Limits on a ``tokenizer.json``: it is a program, run by a library without limits.
 
-Three replacements of one character by a thousand make gigabytes of a word. What the steps may make of a text
-is told from the file, before anything is encoded. A regular expression that repeats a repetition makes the
-library give up with a panic, which is no ``Exception``; it becomes a ``UserError``, at the first text at the
-latest, which is a probe.
+Three replacements of one character by a thousand turn a word into gigabytes. The possible expansion is
+computed from the file, before anything is encoded. A regular expression that repeats a repetition makes the
+library panic, which is not an ``Exception``; it becomes a ``UserError``, at the latest with the first text,
+which is a probe.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import Any
 from qlora_tui.errors import UserError
 
 MOST_BYTES = 64 << 20
-"""Of ``tokenizer.json``; the largest vocabularies take some 35 MB."""
+"""Most bytes of a ``tokenizer.json``; the largest vocabularies take some 35 MB."""
 MOST_EXPANSION = 16.0
-"""Characters that a normalizer or decoder makes of one."""
+"""Most characters that a normalizer or decoder makes of one."""
 LONGEST_TOKEN = 4096
-"""Characters. The longest in use are lines of some hundred spaces or dashes."""
+"""Most characters of a token. The longest in use are lines of some hundred spaces or dashes."""
 LONGEST_PATTERN = 8192
 MOST_STEPS = 64
-"""Of a normalizer, a decoder or a pre-tokenizer."""
+"""Most steps of a normalizer, decoder or pre-tokenizer."""
 _CHUNK = 16
 _PROBED = (*range(0x20, 0x7F), 0xE9, 0x416, 0x5B57, 0x1F600)
 PROBE = "".join(f"{chr(code) * 32} " for code in _PROBED) + "\n\t\n"
-"""Runs of one character, in which a pattern that repeats a repetition has most to try."""
+"""Runs of one character, the most work for a pattern that repeats a repetition."""
 
 
 def check_tokenizer(content: dict[str, Any]) -> float:
-    """Characters that the normalizer may make of one. Raises ValueError with what is over a bound."""
+    """Return the most characters that the normalizer makes of one. Raises ValueError over a bound."""
     _check_vocabulary(content)
     for part in ("normalizer", "pre_tokenizer", "decoder", "post_processor"):
         steps = list(_steps(content.get(part)))
@@ -45,12 +45,12 @@ def check_tokenizer(content: dict[str, Any]) -> float:
 
 
 def check_normalizer(backend: Any) -> None:
-    """Raise ValueError where a table of characters (``Precompiled``) makes a long text of one of them."""
+    """Raise ValueError where a character table (``Precompiled``) makes a long text of one character."""
     if backend.normalizer is None:
         return
     for first in (*range(0x20, 0xD800, _CHUNK), *range(0xE000, 0x10000, _CHUNK)):
         text = "".join(map(chr, range(first, first + _CHUNK)))
-        # One Arabic ligature stands for 18 letters; no sixteen neighbors come near this.
+        # One Arabic ligature becomes 18 letters; no sixteen neighbors come near this.
         if len(backend.normalizer.normalize_str(text)) > MOST_EXPANSION * _CHUNK:
             raise ValueError(f"it makes more than {MOST_EXPANSION:.0f} characters of one near U+{first:04X}")
 
@@ -72,7 +72,7 @@ def panics_as_errors() -> Iterator[None]:
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether an exception is a panic of a library written in Rust; its class cannot be imported."""
+    """Return whether an exception is a panic of a Rust library; its class cannot be imported."""
     return type(error).__name__ == "PanicException"
 
 
@@ -94,7 +94,7 @@ def _check_vocabulary(content: Mapping[str, Any]) -> None:
 
 
 def _steps(value: Any) -> Iterator[Mapping[str, Any]]:
-    """The steps of a normalizer, pre-tokenizer, decoder or post-processor, those of sequences one by one."""
+    """Yield the steps of a normalizer, pre-tokenizer, decoder or post-processor, flattening sequences."""
     pending = [value]
     while pending:
         step = pending.pop()
@@ -126,5 +126,5 @@ def _expansion(value: Any) -> float:
             if isinstance(literal, str):
                 factor *= max(1.0, len(text) / max(1, len(literal)))
             else:
-                factor *= 1 + len(text)  # a regular expression may match nothing, at each character
+                factor *= 1 + len(text)  # a regular expression may match the empty text at each character
     return factor

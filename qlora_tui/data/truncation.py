@@ -1,4 +1,4 @@
-"""What happens to a sample longer than a row: dropped, cut, or split, as the recipe says."""
+"""What happens to a sample longer than a row: dropped, cut or split, as the recipe says."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ TooLong = Literal["drop", "cut-left", "cut-right", "split"]
 def truncate(
     sample: TokenizedSample, max_length: int, too_long: TooLong, bos_id: int | None = None
 ) -> list[TokenizedSample]:
-    """``sample`` as rows of at most ``max_length`` tokens; those in which nothing trains are left out.
+    """Return ``sample`` as rows of at most ``max_length`` tokens, without rows in which nothing trains.
 
-    The first token of a row is predicted from nothing, so it does not count. Cutting at the left keeps a
+    The first token of a row is predicted from nothing, so it does not count. Cutting on the left keeps a
     begin token at the start. Empty if nothing is left to learn.
     """
     length = len(sample.token_ids)
@@ -36,11 +36,10 @@ def truncate(
 
 
 def _pieces(trained: bytes, max_length: int) -> Iterator[tuple[int, int]]:
-    """Where the pieces of a split sample begin and end.
+    """Yield start and end of the pieces of a split sample, in tokens.
 
     Each ends after the last answer that fits, so that the next begins with a turn. An answer that does not
-    fit is cut at the limit. Of a question that fills a piece by itself only the end is kept, before its
-    answer.
+    fit is cut at the limit. Of a question that fills a whole piece only the end is kept, before its answer.
     """
     start = 0
     while len(trained) - start > max_length:
@@ -52,7 +51,7 @@ def _pieces(trained: bytes, max_length: int) -> Iterator[tuple[int, int]]:
             over = trained.find(b"\x00", answer) if 0 in trained[answer:] else len(trained)
             start = max(start, min(over - max_length, answer - max_length // 2))
             continue
-        # The end of the last answer in reach: what trains is followed by what does not.
+        # The end of the last answer within the limit: a token that trains before one that does not.
         turn_end = trained.rfind(b"\x01\x00", start, end + 1) + 1
         yield start, turn_end or end
         start = turn_end or end

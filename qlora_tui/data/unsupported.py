@@ -1,4 +1,4 @@
-"""Public formats that are recognized and cannot be trained on, with what they are. Used by ``formats``."""
+"""Detection of public formats that are recognized but cannot be trained on. Used by ``formats``."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from qlora_tui.errors import UserError
 _NUMBERED = re.compile(
     r"(conversation|response|answer|completion|output|human_ref|model_response|chat)s?_?([ab]|[0-3])"
 )
-"""``response_0`` and ``response_1``, ``conversation_a`` and ``conversation_b``: answers beside each other."""
+"""Columns with alternative answers: ``response_0`` and ``response_1``, or ``conversation_a`` and so on."""
 _VERDICT = re.compile(
     r"(?:overall_)?(?:prefer|better|best|safer|winner|labels?|choice|chosen|score)(?:_?\w*)"
 )
-"""``better_response_id``, ``overall_preference``, ``winner_model_a``, ``score_0``."""
+"""Columns with a verdict: ``better_response_id``, ``overall_preference``, ``winner_model_a``, ``score_0``."""
 _RANKS = ("rank", "pm_score", "selected", "is_selected")
 _Values = Sequence[Mapping[str, Any]]
 
 
 def compared_answers(name: str, values: _Values, mapping: Mapping[str, str]) -> UserError | None:
-    """Why answers that are compared or graded among each other cannot be trained on; None for other rows.
+    """Return the error for answers that are compared or graded with each other; None for other rows.
 
-    Answers side by side are refused even where ``mapping`` names one: it is the worse one in some rows.
+    Side-by-side answers are rejected even where ``mapping`` names one: in some rows it is the worse one.
     """
     columns = list(dict.fromkeys(column for value in values for column in value))
     what = _side_by_side(columns) or _ranked(columns, values, mapping) or _steps(values)
@@ -39,7 +39,7 @@ def compared_answers(name: str, values: _Values, mapping: Mapping[str, str]) -> 
 
 
 def without_text(name: str, values: _Values) -> UserError | None:
-    """What rows are that hold nothing to learn from by any format; None where they are not known."""
+    """Return the error for known rows without any text to learn from; None for other rows."""
     columns = {column for value in values for column in value}
     if _mostly(values, lambda v: _is_numbers(v.get("input_ids"))):
         return UserError(
@@ -69,7 +69,7 @@ def without_text(name: str, values: _Values) -> UserError | None:
 
 
 def _side_by_side(columns: Sequence[str]) -> str:
-    """Two numbered answers and a column that says which is better."""
+    """Return two numbered answers and a column that says which is better."""
     verdict = next((c for c in columns if _VERDICT.fullmatch(c.lower())), "")
     stems: dict[str, list[str]] = {}
     for column in columns:

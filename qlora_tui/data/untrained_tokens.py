@@ -1,9 +1,9 @@
-"""Special tokens of a chat template that the model has never learned, told from its embedding rows.
+"""Special tokens of a chat template that the model has never learned, detected by embedding rows.
 
-A base model's vocabulary often holds tokens kept for later (Llama 3's ``<|eot_id|>``) whose rows are
-still near zero, or all alike. LoRA does not train the embedding, so a template built on them cannot
-be learned, unless ``lora.trainable_tokens`` has their rows trained. Reads a few rows of the safetensors
-files, without torch.
+A base model's vocabulary often holds tokens reserved for later (Llama 3's ``<|eot_id|>``) whose rows are
+still near zero, or all equal. LoRA does not train the embedding, so a template built on them cannot be
+learned, unless ``lora.trainable_tokens`` trains their rows. Reads a few rows of the safetensors files,
+without torch.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ _EMBEDDINGS = (
 _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 _ORDINARY_ROWS = 64
 UNTRAINED_NORM_RATIO = 0.1
-"""A row whose size is less than this share of an ordinary row's has not been trained."""
+"""Share of an ordinary row's norm below which a row counts as untrained."""
 _SPARE_ROWS = 64
 _ALIKE = 2
-"""More special tokens than this with the very same row were all set alike and never trained."""
+"""Most special tokens with an identical row; with more, the rows were only initialized."""
 _MOST_ROW_BYTES = 1 << 20
 
 
 def untrained_tokens(folder: Path, tokenizer: ChatTokenizer) -> list[str]:
-    """The special tokens the template writes that look untrained in the model of ``folder``.
+    """Return the special tokens the template writes that look untrained in the model of ``folder``.
 
-    Empty where the embedding cannot be found or read: nothing is said then, rather than guessed.
+    Empty where the embedding cannot be found or read, rather than a guess.
     """
     wanted = _template_tokens(tokenizer)
     if not wanted:
@@ -65,7 +65,7 @@ def untrained_tokens(folder: Path, tokenizer: ChatTokenizer) -> list[str]:
 
 
 def untrained_problem(folder: Path, tokenizer: ChatTokenizer) -> DataProblem | None:
-    """The same as a problem for the report; None if all is well."""
+    """Return the untrained tokens as a problem for the report; None if there are none."""
     tokens = untrained_tokens(folder, tokenizer)
     if not tokens:
         return None
@@ -84,7 +84,7 @@ def untrained_problem(folder: Path, tokenizer: ChatTokenizer) -> DataProblem | N
 
 
 def token_ids(tokens: Iterable[str], tokenizer: ChatTokenizer) -> list[int]:
-    """Ids of ``lora.trainable_tokens``, each once. Raises UserError for a text that is not a token."""
+    """Return the ids of ``lora.trainable_tokens``, each once. Raises UserError for an unknown token."""
     ids = []
     for token in dict.fromkeys(tokens):
         token_id = tokenizer.backend.token_to_id(token)
@@ -95,7 +95,7 @@ def token_ids(tokens: Iterable[str], tokenizer: ChatTokenizer) -> list[int]:
 
 
 def _template_tokens(tokenizer: ChatTokenizer) -> list[str]:
-    """Special tokens in a rendered conversation, without begin and end of text."""
+    """Return the special tokens in a rendered conversation, without begin and end of text."""
     turns: list[dict[str, object]] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     if tokenizer.traits.parts:
         turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
@@ -130,7 +130,7 @@ class _Embedding:
         return None
 
     def row(self, number: int) -> tuple[float, ...]:
-        """One row. Raises ``IndexError`` past the last, and ``ValueError`` for one of absurd width."""
+        """Read one row. Raises ``IndexError`` past the last, and ``ValueError`` for one of absurd width."""
         if number >= self._rows:
             raise IndexError(number)
         size = self._width * _ITEM_BYTES[self._dtype]
@@ -146,7 +146,7 @@ class _Embedding:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The file that holds the embedding if an index says so, else all of them."""
+    """Return the file that holds the embedding if an index says so, else all of them."""
     index = folder / INDEX
     if index.is_file():
         names = load_config(index, MOST_INDEX_BYTES)

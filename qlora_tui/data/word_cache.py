@@ -1,9 +1,9 @@
 """Token ids of texts, each word encoded once and then remembered.
 
-Most tokenizers of today cut a text into words before they look for tokens, and no word reaches across a
-single space that stands between two characters that are no white space. Where that can be proved of a
-tokenizer (``splits_on_spaces``) a text may be encoded word by word, and a word gives the same tokens wherever
-it stands: a look into a table instead of a search. Used by ``tokenizer``.
+Most current tokenizers split a text into words before they search for tokens, and no word extends across a
+single space between two non-space characters. Where that can be proved for a tokenizer
+(``splits_on_spaces``), a text can be encoded word by word, and a word gives the same tokens anywhere: a table
+lookup instead of a search. Used by ``tokenizer``.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from msgspec import Struct
 from tokenizers import Encoding
 
 _MAX_CACHED_WORDS = 100_000
-"""All are forgotten when there are more: with their tokens, some 25 MB."""
+"""Most words in the cache; it is cleared when full. With their tokens, they take some 25 MB."""
 _LONGEST_WORD = 48
-"""Characters. What is longer is seldom met again: addresses, code, writing without spaces."""
+"""Most characters of a cached word. Longer ones rarely repeat: addresses, code, writing without spaces."""
 _WORDS = re.compile(r"(?: ?\S+|\s+\S*)(?:(?! \S)\s+(?:\S+|$))*")
-"""A word and the white space before it; with what follows it, where that is not a single space and a word."""
+"""A word with the white space before it, and what follows unless that is a single space and a word."""
 
 _CHAINED = re.compile(r" \S(?:.*\S)?", re.DOTALL)
-"""A word that begins with its space and ends without one."""
+"""A word that begins with a space and ends without one."""
 
 
 class Marked(Struct, frozen=True):
-    """A text, encoded."""
+    """An encoded text."""
 
     ids: list[int]
     cuts: list[tuple[int, bool]]
-    """For each place that was asked for: see ``token_at``."""
+    """Result of ``token_at`` for each requested place."""
 
 
 def token_at(encoding: Encoding, character: int) -> tuple[int, bool]:
-    """The first token that begins at ``character`` or later, and whether the one before reaches across."""
+    """Return the first token that begins at ``character`` or later, and whether the previous one spans it."""
     token = encoding.char_to_token(character)
     if token is None:
         offsets = encoding.offsets
@@ -49,21 +49,20 @@ def token_at(encoding: Encoding, character: int) -> tuple[int, bool]:
 
 
 class WordTokenCache:
-    """Words and their tokens."""
+    """Cache of the tokens of words."""
 
     def __init__(self, encode_batch: Callable[[list[str]], list[Encoding]], apart: Iterable[str] = ()):
-        """``apart``: tokens at which a text is cut before anything else is done (see
-        ``isolated_added_tokens``)."""
+        """``apart`` are tokens that split a text before any other step (see ``isolated_added_tokens``)."""
         self._encode_batch = encode_batch
         self._words: dict[str, tuple[int, ...]] = {}
         self._inside: dict[tuple[str, int], tuple[int, bool]] = {}
-        """For places inside words, what ``token_at`` says."""
+        """Results of ``token_at`` for places inside words."""
         longest_first = sorted(apart, key=len, reverse=True)
         self._apart = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
 
     def encode(self, texts: Sequence[str], places: Sequence[Sequence[int]]) -> list[Marked]:
-        """The tokens of each text, and which of them begin at its ``places``: characters, ascending, none of
-        them at either end."""
+        """Return the tokens of each text, and which of them begin at its ``places``: characters, ascending,
+        none of them at either end."""
         if len(self._words) + len(self._inside) > _MAX_CACHED_WORDS:
             self._words.clear()
             self._inside.clear()
@@ -107,7 +106,7 @@ class WordTokenCache:
         return Marked(ids, cuts)
 
     def _learn(self, words: list[str]) -> None:
-        """Encode words. Those that may stand one behind the other are one text, which is quicker by half."""
+        """Encode words. Words that may follow each other are joined into one text, which is twice as fast."""
         chained = [word for word in words if _CHAINED.fullmatch(word)]
         alone = list(set(words).difference(chained))
         *encodings, chain_ = self._encode_batch([*alone, "".join(chained)])
@@ -130,7 +129,7 @@ class WordTokenCache:
 
 
 _Cut: TypeAlias = tuple[list[str], list[tuple[int, int]]]
-"""The words of a text, and for each place the word it is in and the character of that word."""
+"""The words of a text, and for each place the index of its word and the character within that word."""
 
 _CLASS = r"(?:\\p\{[LMN]\w?\}|\[(?:\\p\{[LMN]\w?\})+\]|\[\^\\s(?:\\p\{[LMN]\w?\})+\]|\[\\r\\n/?\])"
 _SHORT_FORMS = r"\(\?i:'s\|'t\|'re\|'ve\|'m\|'ll\|'d\)"
@@ -138,15 +137,15 @@ _LEAD = r"(?: \?|\[\^\\r\\n\\p\{L\}\\p\{N\}\]\?)?"
 _BLANKS = r"\\s\*\[\\r\\n\]\+|\\s\+\(\?!\\S\)|\\s\+"
 _WORD = rf"(?:{_LEAD}(?:(?:{_CLASS}|{_SHORT_FORMS})(?:[+*?]|\{{\d(?:,\d)?\}})?)+|{_BLANKS})"
 _PATTERN = re.compile(rf"(?:{_WORD}\|)+\\s\+")
-"""Patterns whose words are white space alone, or have a space at most in the first place, and that take any
-space for the beginning of a word: those of Llama 3, Qwen, gpt-oss, Mistral's Tekken and their kin."""
+"""Patterns whose words are white space only, or have a space at most in first position, and that treat any
+space as the beginning of a word: those of Llama 3, Qwen, gpt-oss, Mistral's Tekken and similar ones."""
 
 
 def splits_on_spaces(tokenizer: Mapping[str, Any]) -> bool:
-    """Whether the words of a tokenizer (its ``tokenizer.json``) can be encoded one by one.
+    """Return whether the words of a tokenizer (its ``tokenizer.json``) can be encoded separately.
 
-    For that its pattern must end a word at every single space between two characters that are no white
-    space, and nothing else may look across it.
+    For that its pattern must end a word at every single space between two non-space characters, and no other
+    step may look across it.
     """
     model, normalizer = tokenizer.get("model") or {}, tokenizer.get("normalizer")
     steps = _steps(tokenizer.get("pre_tokenizer"))
@@ -161,8 +160,8 @@ def splits_on_spaces(tokenizer: Mapping[str, Any]) -> bool:
 
 
 def isolated_added_tokens(tokenizer: Mapping[str, Any]) -> list[str]:
-    """The added tokens that are cut out of a text before anything else looks at it, and that do not look at
-    what is beside them; none where one of the same kind does."""
+    """Return the added tokens that are split off before any other step and that do not depend on adjacent
+    text; none where one of the same kind does."""
     first = [token for token in tokenizer.get("added_tokens") or () if not token.get("normalized")]
     plain = not any(token.get(flag) for token in first for flag in ("lstrip", "rstrip", "single_word"))
     return [token["content"] for token in first] if plain else []
@@ -177,7 +176,7 @@ def _steps(pre_tokenizer: Any) -> list[dict[str, Any]]:
 
 
 def _cuts(step: Mapping[str, Any]) -> bool:
-    """Whether it ends a word at every such space. ByteLevel's own pattern is that of GPT-2."""
+    """Return whether the step ends a word at every such space. ByteLevel's own pattern is that of GPT-2."""
     if step["type"] == "ByteLevel":
         return bool(step.get("use_regex", True))
     pattern = (step.get("pattern") or {}).get("Regex", "")
@@ -193,5 +192,5 @@ def _is_local(step: Mapping[str, Any]) -> bool:
 
 
 def _looks_across(token: Mapping[str, Any]) -> bool:
-    """Whether an added token has such a space in it, or takes white space after it."""
+    """Return whether an added token contains such a space, or takes the white space after it."""
     return bool(token.get("rstrip")) or re.search(r"\S \S", token["content"]) is not None

@@ -1,7 +1,7 @@
-"""A child process that works on batches of rows: ``python -m qlora_tui.data.worker``, started by ``workers``.
+"""A child process that processes batches of rows: ``python -m qlora_tui.data.worker``.
 
-It is given ``RowProcessor`` first and answers that it is ready, then a batch at a time. Both come pickled,
-from its own parent. When its input ends, so does it.
+Started by ``worker_pool``. It receives ``RowProcessor`` first and replies when it is ready, then batches, one
+at a time. Both are pickled by its own parent. It exits when its input ends.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from qlora_tui.data.length_prefixed import read_frame, write_frame
 
 
 def main() -> None:
-    """Answer until there is nobody to ask."""
+    """Process batches until the input ends."""
     requests = sys.stdin.buffer
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no answer
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is not a reply
     encode = msgspec.msgpack.Encoder().encode
     try:
         outcomes = pickle.loads(read_frame(requests))

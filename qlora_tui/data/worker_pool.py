@@ -1,8 +1,8 @@
-"""Batches of rows worked on by several processes, their outcomes in the order of the rows.
+"""Processing of row batches by several processes, with results in the order of the rows.
 
-A small file is worked on right here. For a large one each core gets a child process (``worker``); until the
-first of them is ready, and where one has died, the work is done here too. The outcomes are the same either
-way. Children leave when their input ends: none outlives this process, however it ends.
+A small file is processed in this process. For a large one each core gets a child process (``worker``); until
+the first is ready, and where one has died, this process does the work too. The results are the same either
+way. Children exit when their input ends: none outlives this process, however it ends.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from qlora_tui.data.template_guard import HANG_SIGNAL, hung_template
 Work: TypeAlias = Callable[[Iterable[Batch]], Iterator[list[RowResult]]]
 
 MIN_PARALLEL_BYTES = 16 << 20
-"""Of data from which on it is worth it: a child takes a third of a second of a core to start,
-and gets through some five megabytes a second."""
+"""Bytes of data from which child processes pay off: a child takes a third of a second of a core to start, and
+processes some five megabytes a second."""
 MODULE = "qlora_tui.data.worker"
 MAX_WORKERS = 4
-"""Children. A set is to be made within a gigabyte: each holds a tokenizer, 82 MiB at its start with a
-vocabulary of 49,000 and 141 with one of 139,000, and the words it has met, some 25."""
+"""Most child processes. A data set must be made within a gigabyte: each holds a tokenizer, 82 MiB at its
+start with a vocabulary of 49,000 and 141 with one of 139,000, and its word cache, some 25."""
 _decode = msgspec.msgpack.Decoder(list[RowResult]).decode
 
 
 @contextmanager
 def open_worker_pool(outcomes: RowProcessor, data_bytes: int) -> Iterator[Work]:
-    """How batches of so many bytes in all are to be worked on."""
+    """Provide the function that processes batches, chosen by ``data_bytes`` in total."""
     count = min(cores(), MAX_WORKERS) if data_bytes >= MIN_PARALLEL_BYTES else 1
     if count < 2:
         yield lambda batches: map(outcomes.process, batches)
@@ -53,7 +53,7 @@ def open_worker_pool(outcomes: RowProcessor, data_bytes: int) -> Iterator[Work]:
 
 
 def cores() -> int:
-    """How many this process may use."""
+    """Return the number of cores this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on Linux
@@ -67,12 +67,12 @@ class WorkerPool:
         self._outcomes = outcomes
         self._count = count
         self._waiting: SimpleQueue[subprocess.Popen[bytes] | None] = SimpleQueue()
-        """Children with nothing to do; None once all have died."""
+        """Idle children; None once all have died."""
         self._alive = 0
-        """Children that have answered and not died since."""
+        """Number of children that have replied and not died since."""
         self._counting = Lock()
         self.ready = False
-        """Whether a child has answered."""
+        """Whether a child has replied."""
         self.children = [_start_child() for _ in range(count)]
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="data-worker")
         what = pickle.dumps(outcomes)
@@ -80,7 +80,7 @@ class WorkerPool:
             self._threads.submit(self._initialize_child, child, what)
 
     def work(self, batches: Iterable[Batch]) -> Iterator[list[RowResult]]:
-        """The outcomes of each batch, in order; a few batches are in work at a time."""
+        """Yield the results of each batch, in order; a few batches are processed at a time."""
         pending: deque[tuple[Batch, Future[list[RowResult]]]] = deque()
         for batch in batches:
             if not self.ready:
@@ -93,7 +93,7 @@ class WorkerPool:
             yield self._result(*pending.popleft())
 
     def close(self) -> None:
-        """End the children."""
+        """Stop the children."""
         for child in self.children:
             child.kill()
         self._threads.shutdown(cancel_futures=True)
@@ -114,20 +114,20 @@ class WorkerPool:
     def _run_in_child(self, batch: Batch) -> list[RowResult]:
         child = self._waiting.get()
         if child is None:
-            self._waiting.put(None)  # for whoever asks next
+            self._waiting.put(None)  # for the next caller
             raise EOFError
         try:
             answer = _request(child, pickle.dumps(batch))
         except (OSError, EOFError):
             self._on_child_death()
             if child.wait() == -HANG_SIGNAL:
-                raise hung_template("A process that renders rows") from None  # here it would hang too
+                raise hung_template("A process that renders rows") from None  # it would hang here too
             raise
         self._waiting.put(child)
         return _decode(answer)
 
     def _on_child_death(self) -> None:
-        """A child has died: it is given nothing more, or it would take every batch that waits."""
+        """Handle the death of a child: it gets no more batches, or it would take every one that waits."""
         with self._counting:
             self._alive -= 1
             if not self._alive:
@@ -136,14 +136,14 @@ class WorkerPool:
     def _result(self, batch: Batch, future: Future[list[RowResult]]) -> list[RowResult]:
         try:
             return future.result()
-        except (OSError, EOFError):  # the child has died: of this batch, or killed for its memory
+        except (OSError, EOFError):  # the child died on this batch, or was killed for its memory
             return self._outcomes.process(batch)
 
 
 def _start_child() -> subprocess.Popen[bytes]:
-    """Out of reach of Ctrl-C: that is for this process, which then ends its children.
+    """Start a child that ignores Ctrl-C, which is for this process, which then stops its children.
 
-    What a child says goes to the log: a library's last words may hold what a row holds.
+    The child's stderr goes to the log: a library's last message may contain text of a row.
     """
     log = paths.log_path()
     with (log if os.access(log.parent, os.W_OK) else Path(os.devnull)).open("ab") as errors:
@@ -158,7 +158,7 @@ def _start_child() -> subprocess.Popen[bytes]:
 
 
 def _request(child: subprocess.Popen[bytes], what: bytes) -> bytes:
-    """The child's answer. Raises ``OSError`` or ``EOFError`` where it has died."""
+    """Return the child's reply. Raises ``OSError`` or ``EOFError`` where it has died."""
     assert child.stdin is not None
     assert child.stdout is not None
     write_frame(child.stdin, what)

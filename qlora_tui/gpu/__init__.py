@@ -1,4 +1,4 @@
-"""The GPU: what it is, its current metrics, and why none can be read.
+"""The GPU: its properties, its current metrics, and errors when it cannot be read.
 
 ``metrics``          facts as msgspec structs: ``GpuDevice``, ``GpuMetrics``, ``GpuProcess``
 ``errors``           ``GpuUnavailableError``, raised when no GPU can be read, with its reason

@@ -1,4 +1,4 @@
-"""``GpuUnavailableError``: why no GPU can be read, in sentences ready to be shown.
+"""``GpuUnavailableError``: why no GPU can be read, in sentences for the user.
 
 Every NVML failure is mapped to this exception, so that callers need not know NVML.
 """
@@ -105,7 +105,7 @@ mismatch of library and module, 28 GPU not found."""
 
 
 class GpuUnavailableError(UserError):
-    """No GPU can be read; ``what``, ``why`` and ``fix`` are ready to be shown."""
+    """No GPU can be read; ``what``, ``why`` and ``fix`` are sentences for the user."""
 
     def __init__(self, reason: GpuUnavailableReason, why: str = ""):
         text = _TEXTS[reason]
@@ -117,7 +117,7 @@ class GpuUnavailableError(UserError):
 
 
 def from_nvml_error(code: int, message: str) -> GpuUnavailableError:
-    """The exception for an NVML error ``code``; ``message`` is shown for an unknown code."""
+    """Return the exception for an NVML error ``code``; ``message`` is shown for an unknown code."""
     reason = _REASON_BY_NVML_CODE.get(code, GpuUnavailableReason.OTHER)
     return GpuUnavailableError(
         reason, f"NVML says: {message}." if reason is GpuUnavailableReason.OTHER else ""

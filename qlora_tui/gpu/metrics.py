@@ -1,4 +1,4 @@
-"""Facts and metrics of a GPU, as they are shown, sent and written to ``telemetry.jsonl``.
+"""Properties and metrics of a GPU, for display, messages and ``telemetry.jsonl``.
 
 ``None`` always means that the GPU does not report the value (WSL2, laptops, containers, old drivers): it is
 shown as NA, never as 0.
@@ -15,13 +15,13 @@ class GpuDevice(msgspec.Struct, frozen=True):
     """Properties of a GPU that do not change while the machine runs."""
 
     index: int
-    """NVML's number, the one ``nvidia-smi`` shows. Torch's number may differ: see ``visible_devices``."""
+    """Number in NVML and ``nvidia-smi``. Torch's number may differ: see ``visible_devices``."""
     name: str
     """The name the driver reports: ``NVIDIA GeForce RTX 4090``."""
     uuid: str | None
-    """``GPU-`` and 36 characters; CUDA_VISIBLE_DEVICES takes it."""
+    """``GPU-`` and 36 characters; CUDA_VISIBLE_DEVICES accepts it."""
     total_bytes: int | None
-    """All memory of the GPU, the driver's share included."""
+    """Total memory of the GPU, including the driver's share."""
     compute_capability: str | None
     """``8.9``; bf16 needs 8.0."""
     driver: str | None
@@ -31,12 +31,12 @@ class GpuDevice(msgspec.Struct, frozen=True):
 
     @property
     def short_name(self) -> str:
-        """The name without the vendor: ``RTX 4090``."""
+        """Return the name without the vendor: ``RTX 4090``."""
         return self.name.removeprefix("NVIDIA ").removeprefix("GeForce ")
 
     @property
     def usable_bytes(self) -> int | None:
-        """What programs can have of it in all; less ``GpuMetrics.memory_used_bytes`` it is what is free."""
+        """Return the bytes available to programs, used or free; None where unknown."""
         return None if self.total_bytes is None else self.total_bytes - (self.reserved_bytes or 0)
 
 
@@ -58,7 +58,7 @@ class GpuMetrics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     utilization_percent: Count | None = None
     """Share of the last sample period in which any kernel ran, 0 to 100; not the share of the GPU in use."""
     memory_used_bytes: Count | None = None
-    """By all processes, as ``nvidia-smi`` counts: without ``GpuDevice.reserved_bytes`` where that is told."""
+    """Bytes used by all processes, as in ``nvidia-smi``; without ``GpuDevice.reserved_bytes`` if known."""
     memory_total_bytes: Count | None = None
     power_w: float | None = None
     power_limit_w: float | None = None
@@ -70,4 +70,4 @@ class GpuMetrics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     throttle: tuple[str, ...] | None = None
     """Why the clocks are reduced, as names; empty when they are not."""
     processes: tuple[GpuProcess, ...] | None = None
-    """Largest first. ``None`` also when they were not requested."""
+    """Processes, largest first. ``None`` also when they were not requested."""

@@ -49,7 +49,7 @@ class MetricsSampler:
         self._retry_s = retry_s
         self._callback_fails = False
         self._stopping = threading.Event()
-        # A daemon: a driver that hangs in a call must not keep the process from ending.
+        # A daemon: a driver that hangs in a call must not keep the process alive.
         self._thread = threading.Thread(target=self._run, name="gpu-sampler", daemon=True)
 
     def __enter__(self) -> Self:
@@ -66,7 +66,7 @@ class MetricsSampler:
         self._thread.start()
 
     def stop(self, timeout_s: float = 5.0) -> None:
-        """Return when no further call of ``on_sample`` can come, or the driver has hung for ``timeout_s``.
+        """Stop, and wait until no more calls of ``on_sample`` can come, at most ``timeout_s`` seconds.
 
         May be called twice, before the start, and from ``on_sample`` itself.
         """

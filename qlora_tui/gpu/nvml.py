@@ -15,8 +15,8 @@ from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason, from
 from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics, GpuProcess
 
 _FATAL = frozenset({1, 9, 15, 16, 18, 28})
-"""Errors after which no other question makes sense: not initialised, driver not loaded, GPU lost, reset
-required, mismatch, GPU not found. Every other error concerns only the one query."""
+"""Errors after which no other query makes sense: not initialized, driver not loaded, GPU lost, reset
+required, mismatch, GPU not found. Every other error affects only that query."""
 _INVALID_ARGUMENT = 2
 
 _THERMAL = "thermal"
@@ -36,7 +36,7 @@ _HARDWARE_SLOWDOWN = 0x8
 
 
 def list_gpus() -> list[GpuDevice]:
-    """Every GPU of the machine, at least one. Raises ``GpuUnavailableError``."""
+    """Return every GPU of the machine, at least one. Raises ``GpuUnavailableError``."""
     with Nvml() as nvml:
         return nvml.list_gpus()
 
@@ -73,12 +73,13 @@ class Nvml:
         if not self._open:
             return
         self._open = False
-        # A driver that fails to say goodbye changes nothing for us.
+        # A driver that fails at shutdown changes nothing here.
         with contextlib.suppress(self._lib.NVMLError):
             self._lib.nvmlShutdown()
 
     def list_gpus(self) -> list[GpuDevice]:
-        """Every GPU that responds, at least one. Raises ``GpuUnavailableError``, with the first reason."""
+        """Return every GPU that responds. Raises ``GpuUnavailableError`` with the first reason if none
+        does."""
         try:
             count: int = self._lib.nvmlDeviceGetCount()
         except self._lib.NVMLError as error:
@@ -95,7 +96,7 @@ class Nvml:
         return devices
 
     def read(self, index: int, *, processes: bool = False) -> GpuMetrics:
-        """The current metrics of GPU ``index``. Raises ``GpuUnavailableError``.
+        """Return the current metrics of GPU ``index``. Raises ``GpuUnavailableError``.
 
         ``processes`` adds the processes that hold its memory, which costs milliseconds and a lock.
         """
@@ -107,7 +108,7 @@ class Nvml:
         if reasons is None:  # Its name before driver 535.
             reasons = self._query("nvmlDeviceGetCurrentClocksThrottleReasons", handle)
         temperature = self._query("nvmlDeviceGetTemperature", handle, lib.NVML_TEMPERATURE_GPU)
-        if temperature is None:  # The call above is announced to go with CUDA 14.
+        if temperature is None:  # The call above is announced for removal with CUDA 14.
             temperature = self._query("nvmlDeviceGetTemperatureV", handle, lib.NVML_TEMPERATURE_GPU)
         return GpuMetrics(
             at=time.time(),
@@ -153,7 +154,7 @@ class Nvml:
         return self._handles[index]
 
     def _query(self, function: str, *arguments: Any, **options: Any) -> Any:
-        """The result of one NVML function, or ``None`` where GPU, driver or binding does not support it."""
+        """Call one NVML function; return ``None`` where GPU, driver or binding does not support it."""
         question = getattr(self._lib, function, None)
         if question is None:
             return None
@@ -165,12 +166,12 @@ class Nvml:
             return None
 
     def _memory(self, handle: Any) -> Any:
-        """Total and used bytes. The first version counts what the driver reserves as used."""
+        """Return total and used bytes. The struct's first version counts the driver's reserve as used."""
         memory = self._query("nvmlDeviceGetMemoryInfo", handle, version=self._lib.nvmlMemory_v2)
         return self._query("nvmlDeviceGetMemoryInfo", handle) if memory is None else memory
 
     def _processes(self, handle: Any) -> tuple[GpuProcess, ...] | None:
-        """Compute and graphics processes: a desktop or a browser takes memory from a run too."""
+        """Return compute and graphics processes: a desktop or a browser also takes memory from a run."""
         # The name without _v3 raises something that is not an NVMLError when the driver is old.
         computing = self._query("nvmlDeviceGetComputeRunningProcesses_v3", handle)
         drawing = self._query("nvmlDeviceGetGraphicsRunningProcesses_v3", handle)
@@ -178,14 +179,14 @@ class Nvml:
             return None
         memory_by_pid: dict[int, int | None] = {}
         for process in [*(computing or ()), *(drawing or ())]:
-            # A process that does both is in both lists with the same total.
+            # A process that uses both is in both lists with the same total.
             memory_by_pid[process.pid] = memory_by_pid.get(process.pid) or process.usedGpuMemory
         largest_first = sorted(memory_by_pid.items(), key=lambda item: -(item[1] or 0))
         return tuple(GpuProcess(pid, memory_bytes) for pid, memory_bytes in largest_first)
 
 
 def describe_throttle(reasons: int) -> tuple[str, ...]:
-    """Names, each once, of the throttle reasons in NVML's bit mask."""
+    """Return the unique names of the throttle reasons in NVML's bit mask."""
     descriptions = dict.fromkeys(word for bit, word in _THROTTLE_WORDS.items() if reasons & bit)
     # This bit alone says only that the hardware halved the clocks; with it usually comes one that says why.
     if reasons & _HARDWARE_SLOWDOWN and not descriptions.keys() & {_THERMAL, _POWER_BRAKE}:

@@ -25,9 +25,9 @@ OFFLINE = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
 }
-"""A process that loads a model needs no network: model and data are on this machine by then."""
+"""Variables for offline mode: a process that loads a model has model and data on this machine."""
 offline_variables_set: set[str] = set()
-"""Variables of ``OFFLINE`` that this process set because the user had not."""
+"""Variables of ``OFFLINE`` that this process set because the user had not set them."""
 _USER_WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
@@ -52,13 +52,13 @@ def configure_torch_env(extra: Mapping[str, str] = {}) -> None:
 def _log_bitsandbytes_warnings() -> None:
     """Send the warnings of bitsandbytes' CPU backend to the log instead of the terminal.
 
-    On import it warns that an optional kernel from the Hub is missing. ``doctor`` reports that in a sentence.
+    On import it warns that an optional kernel from the Hub is missing. ``doctor`` reports it in a sentence.
     """
     # Imported here because commands that start without logging import this module.
     import logging
 
     class LogHandler(logging.FileHandler):
-        """Writes to the log; one that cannot be written is said once, and refuses nothing."""
+        """Writes to the log; reports an unwritable log once and continues."""
 
         def emit(self, record: logging.LogRecord) -> None:
             try:

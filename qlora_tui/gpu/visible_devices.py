@@ -1,4 +1,4 @@
-"""Which GPU torch will use, determined without torch.
+"""Detection of the GPU that torch will use, without importing torch.
 
 The trainer and every other process that loads torch must run with ``PCI_BUS_ORDER_ENV`` in its environment:
 by default CUDA numbers the fastest GPU first, so its device 0 may differ from NVML's.
@@ -20,7 +20,7 @@ _VARIABLE = "CUDA_VISIBLE_DEVICES"
 
 
 def default_cuda_device(environ: Mapping[str, str] = os.environ) -> GpuDevice:
-    """The GPU that torch calls ``cuda:0``. Raises ``GpuUnavailableError``."""
+    """Return the GPU that torch calls ``cuda:0``. Raises ``GpuUnavailableError``."""
     visible = cuda_device_order(list_gpus(), environ)
     if not visible:
         raise GpuUnavailableError(GpuUnavailableReason.HIDDEN, f'It is set to "{environ[_VARIABLE]}".')
@@ -30,10 +30,10 @@ def default_cuda_device(environ: Mapping[str, str] = os.environ) -> GpuDevice:
 def cuda_device_order(
     devices: Sequence[GpuDevice], environ: Mapping[str, str] = os.environ
 ) -> list[GpuDevice]:
-    """``devices`` in torch's order: the first is ``cuda:0``. Empty when all are hidden.
+    """Return ``devices`` in torch's order: the first is ``cuda:0``. Empty when all are hidden.
 
-    CUDA's rules (CUDA Programming Guide, "CUDA Environment Variables"): indices or UUIDs, which may be cut
-    short while they stay unique; the first entry that matches no GPU ends the list. As in
+    CUDA's rules (CUDA Programming Guide, "CUDA Environment Variables"): indices or UUIDs, which may be
+    shortened while they stay unique; the first entry that matches no GPU ends the list. As in
     ``torch/cuda/__init__.py``, a GPU named twice hides them all.
     """
     value = environ.get(_VARIABLE)

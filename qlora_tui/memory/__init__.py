@@ -1,20 +1,21 @@
 """The memory estimate: what a recipe will need, item by item, and what would fit instead.
 
-Call :func:`estimate` (or :func:`compare` for NF4, int8 and 16 bits), :func:`check_fit` it against the memory
-there is, ask :func:`largest_settings` or :func:`cheapest_changes`; :func:`as_json` is what ``--json`` prints.
+Call :func:`estimate` (or :func:`compare` for NF4, int8 and 16 bits), :func:`check_fit` it against the
+available memory, and call :func:`largest_settings` or :func:`cheapest_changes`; :func:`as_json` is what
+``--json`` prints.
 
-``execution`` says which trainer's code is meant, ``versions`` and ``trl_loss`` what its libraries did;
-``step`` walks one step of it over the ``autograd``, with ``layout``, ``decoder_layer``, ``ops``,
-``attention``, ``linear`` and ``loss`` for what most families share, and ``moe``, ``mla``, ``cohere`` and
-``unsloth_kernels`` for what some have, ``fused_lora`` for what our trainer keeps less of; ``weights`` and
-``static_memory`` count what stays; ``replay`` puts ``loading`` and the ``allocation_trace`` of each part on
-a model of CUDA's ``allocator``; ``conversion`` is the peak of converting a GGUF file; ``levels`` (on a CPU
-with ``onednn_cache``) goes from tensors to what the card sees; ``step_trace`` takes a counted step in place
-of the walked one; ``calibration`` corrects by what past runs measured; ``explain`` has the sentence of each
-item, ``report`` all of them for programs.
+``execution`` describes which trainer's code runs, ``versions`` and ``trl_loss`` what its libraries do;
+``step`` replays one step of it on ``autograd``, with ``layout``, ``decoder_layer``, ``ops``, ``attention``,
+``linear`` and ``loss`` for what most families share, and ``moe``, ``mla``, ``cohere`` and ``unsloth_kernels``
+for what some have, ``fused_lora`` for our trainer's functions that save less memory; ``weights`` and
+``static_memory`` count what is constant; ``replay`` puts ``loading`` and the ``allocation_trace`` of each
+part on a model of CUDA's ``allocator``; ``conversion`` is the peak of converting a GGUF file; ``levels`` (on
+a CPU with ``onednn_cache``) goes from tensors to what the GPU sees; ``step_trace`` replaces the replayed step
+by a traced one; ``calibration`` corrects by measurements of past runs; ``explain`` has a sentence for each
+item, ``report`` the JSON output.
 
-``budget`` is what there is to compute on (``cpu``: where that is the CPU); ``verdict`` holds the estimate
-against it, ``solver`` finds what would fit, ``model_sizes`` how large a model.
+``budget`` is the memory of the device (``cpu`` describes a CPU); ``verdict`` compares the estimate with it,
+``solver`` finds what fits, ``model_sizes`` how large a model fits.
 """
 
 from qlora_tui.memory.calibration import Correction, MeasuredRun, correction_for, record_run

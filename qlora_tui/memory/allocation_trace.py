@@ -1,4 +1,4 @@
-"""What one part of a step makes and lets go of, in order, so that it can be replayed on an allocator."""
+"""Allocations and frees of one part of a step, in order, so that they can be replayed on an allocator."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from functools import cached_property
 from qlora_tui.memory.allocator import SMALL, CachingAllocator, MemoryBlock
 
 Event = tuple[int, int]
-"""Number of a storage, and its bytes: positive where it is made, negative where it goes."""
+"""Number of a storage and its bytes: positive for an allocation, negative for a free."""
 Blocks = dict[int, MemoryBlock]
-"""What each storage's number stands for in one run of a part."""
+"""Block of each storage number in one run of a part."""
 
 
 @dataclass(frozen=True)
 class AllocationPhase:
-    """The forward or the backward of a part."""
+    """Events of the forward or the backward of a part."""
 
     events: tuple[Event, ...] = ()
 
@@ -26,7 +26,7 @@ class AllocationPhase:
 
     @cached_property
     def _lasting(self) -> tuple[Event, ...]:
-        """Without what is both made and let go of in it: that finds the same places each time."""
+        """Return the events without storages that are allocated and freed within the phase."""
         gone = {number for number, size in self._large if size < 0}
         large_allocations = {number for number, size in self._large if size > 0}
         passing = gone & large_allocations
@@ -34,7 +34,7 @@ class AllocationPhase:
 
     @cached_property
     def _small(self) -> tuple[int, int]:
-        """Most bytes in small storages, and what is left of them."""
+        """Return the peak of the bytes in small storages, and the bytes that remain."""
         now = most = 0
         for _, size in self.events:
             if abs(size) <= SMALL:
@@ -43,7 +43,7 @@ class AllocationPhase:
         return most, now
 
     def replay(self, allocator: CachingAllocator, blocks: Blocks, *, whole: bool) -> None:
-        """Take and give what the stage does; ``whole`` with what only passes."""
+        """Replay the phase on the allocator; with ``whole`` including short-lived storages."""
         allocator.count(*self._small)
         for number, size in self._large if whole else self._lasting:
             if size > 0:
@@ -54,27 +54,27 @@ class AllocationPhase:
 
 @dataclass
 class Recording:
-    """One part: a layer, or the head with the loss. Numbers are those of storages."""
+    """Events of one part: a layer, or the head with the loss. Numbers identify storages."""
 
     forward: AllocationPhase = field(default_factory=AllocationPhase)
     backward: AllocationPhase = field(default_factory=AllocationPhase)
     enters: int = 0
-    """The input."""
+    """Number of the input."""
     leaves: int = 0
-    """The output, which is the next part's input."""
+    """Number of the output, which is the next part's input."""
     seed: int = 0
-    """The gradient that comes in."""
+    """Number of the incoming gradient."""
     gradient: int = 0
-    """The gradient that goes on to the part before."""
+    """Number of the gradient passed to the previous part."""
 
     @cached_property
     def owns_output(self) -> bool:
-        """A node of its own saved the output, and lets go of it last."""
+        """Return whether a node in the part saved the output, and frees it last."""
         return any(number == self.leaves and size < 0 for number, size in self.backward.events)
 
 
 def build_phase(events: Iterable[Event], *without: int) -> AllocationPhase:
-    """Of these events, but for the last farewell of some storages."""
+    """Build a phase from events, except for the last free of the storages in ``without``."""
     events_left = list(events)
     for number in without:
         for place in range(len(events_left) - 1, -1, -1):
@@ -85,5 +85,5 @@ def build_phase(events: Iterable[Event], *without: int) -> AllocationPhase:
 
 
 def without_input_gradient(events: list[Event]) -> int:
-    """After a backward that is the gradient of the part's input, which here nobody takes."""
+    """Return the number of the input's gradient after a backward, which no other part uses here."""
     return next((number for number, size in reversed(events) if size < 0), 0)

@@ -1,15 +1,15 @@
-"""The CUDA caching allocator, replayed: which tensors get which blocks, and what it holds in all for them.
+"""Replay of the CUDA caching allocator: which tensor gets which block, and how much memory is reserved.
 
-A freed block stays with the allocator, to be given to a later tensor that it is large enough for. Without
-expandable segments every large tensor that finds none gets a segment of its own, and is cut from it exactly
-only where more than 1 MiB would be left; so up to that much counts as allocated though nobody asked for it,
-and a segment whose tensor is gone serves only smaller ones. With expandable segments, which our trainer
-switches on, there is one segment that grows at its end, and blocks are cut to size.
+A freed block stays with the allocator, for a later tensor that fits. Without expandable segments every large
+tensor that finds none gets a new segment, and is split off only if more than 1 MiB would remain; so up to
+that much unused memory counts as allocated, and a segment whose tensor was freed serves only smaller ones.
+With expandable segments, which our trainer turns on, there is one segment that grows at its end, and blocks
+are cut to size.
 
 Rules and names are those of c10/cuda/CUDACachingAllocator.cpp: ``round_size``, ``get_free_block`` (the
 smallest that is large enough, at the lowest address), ``get_allocation_size``, ``should_split``,
-``try_merge_blocks``, ``try_allocate_expandable_block``. Tensors of up to 1 MiB come from a pool of their own,
-of which only the bytes are counted: its segments are of 2 MiB.
+``try_merge_blocks``, ``try_allocate_expandable_block``. Tensors of up to 1 MiB come from a separate pool, of
+which only the bytes are counted: its segments have 2 MiB.
 """
 
 from __future__ import annotations
@@ -21,20 +21,19 @@ from qlora_tui.memory.autograd import ALLOCATION_BYTES
 
 MIB = 1024 * 1024
 SMALL = MIB
-"""Up to this size a tensor comes from the pool of small blocks (``kSmallSize``)."""
+"""Largest tensor that comes from the pool of small blocks (``kSmallSize``)."""
 SMALL_SEGMENT = 2 * MIB
 LARGE_SEGMENT = 20 * MIB
-"""A segment for a tensor of less than 10 MiB, and the step in which one that grows does (``kLargeBuffer``).
-"""
+"""Segment size for a tensor of less than 10 MiB, and step of a growing segment (``kLargeBuffer``)."""
 OWN_SEGMENT = 10 * MIB
-"""From this size on a tensor gets a segment of its own, a multiple of 2 MiB (``kMinLargeAlloc``)."""
+"""Size from which a tensor gets its own segment, a multiple of 2 MiB (``kMinLargeAlloc``)."""
 HIGHEST = 1 << 62
-"""Linux hands out addresses from the top down, so a new segment lies below those before it. It matters where
-two free blocks are of one size."""
+"""Start of the address range. Linux hands out addresses from the top down, so a new segment lies below the
+earlier ones; this matters where two free blocks have the same size."""
 
 
 class MemoryBlock:
-    """A part of a segment: one tensor's, or free."""
+    """A part of a segment: used by one tensor, or free."""
 
     __slots__ = ("address", "after", "before", "free", "size")
 
@@ -50,7 +49,7 @@ class MemoryBlock:
 
 
 class CachingAllocator:
-    """Blocks in use and free, in segments that are kept."""
+    """Used and free blocks, in segments that are kept."""
 
     __slots__ = (
         "_address",
@@ -67,40 +66,40 @@ class CachingAllocator:
     )
 
     def __init__(self, *, expandable: bool, capacity_bytes: int | None = None) -> None:
-        """``capacity_bytes`` is what the card has for it; None for a card without end."""
+        """``capacity_bytes`` is the GPU memory available to it; None is unlimited."""
         self._expandable = expandable
         self._capacity_bytes = capacity_bytes
         self._free: list[tuple[int, MemoryBlock]] = []
-        """By size, then address."""
+        """Free blocks by size, then address."""
         self._last: MemoryBlock | None = None
-        """At the end of the segment that grows."""
+        """Block at the end of the growing segment."""
         self._address = HIGHEST
         self._taken_bytes = 0
         self._before_emptied_bytes = 0
         self._large_bytes = 0
         self._most_small_bytes = 0
         self.small_bytes = 0
-        """In small tensors now."""
+        """Bytes in small tensors now."""
         self.most_allocated_bytes = 0
 
     @property
     def reserved_bytes(self) -> int:
-        """Of all segments that it has not given back."""
+        """Return the bytes of all segments that have not been released."""
         return self._taken_bytes + -(-self._most_small_bytes // SMALL_SEGMENT) * SMALL_SEGMENT
 
     @property
     def most_reserved_bytes(self) -> int:
-        """The most it held, counting what a full card made it give back."""
+        """Return the peak of reserved bytes, including segments that a full GPU made it release."""
         return max(self.reserved_bytes, self._before_emptied_bytes)
 
     def count(self, most: int, left: int = 0) -> None:
-        """Small tensors came and went, of so many bytes together at most, and so many are left."""
+        """Count small tensors: at most ``most`` bytes at once, of which ``left`` bytes remain."""
         self._most_small_bytes = max(self._most_small_bytes, self.small_bytes + most)
         self.small_bytes += left
         self._note()
 
     def keep(self, sizes: Iterable[int]) -> None:
-        """Make tensors that stay."""
+        """Allocate permanent tensors."""
         small = 0
         for size in sizes:
             if size <= SMALL:
@@ -110,7 +109,7 @@ class CachingAllocator:
         self.count(small, small)
 
     def malloc(self, size: int) -> MemoryBlock:
-        """Make a tensor."""
+        """Allocate a tensor."""
         size = -(-size // ALLOCATION_BYTES) * ALLOCATION_BYTES
         if size <= SMALL:
             self.count(size, size)
@@ -125,7 +124,7 @@ class CachingAllocator:
         return block
 
     def free(self, block: MemoryBlock) -> None:
-        """Let a tensor go: its block joins free ones beside it."""
+        """Free a tensor: its block is merged with adjacent free ones."""
         if block.size <= SMALL:
             self.small_bytes -= block.size
             return
@@ -142,9 +141,9 @@ class CachingAllocator:
         insort(self._free, (block.size, block))
 
     def empty_cache(self) -> None:
-        """``torch.cuda.empty_cache``: give back the segments that are wholly free.
+        """Release the segments that are entirely free, like ``torch.cuda.empty_cache``.
 
-        Of one that grows, whole steps that are free would go too; nothing that lets it grow calls this.
+        Free steps of a growing segment would be released too, but no caller uses both.
         """
         for size, block in [] if self._expandable else list(self._free):
             if block.before is None and block.after is None:
@@ -160,7 +159,7 @@ class CachingAllocator:
         if place == len(self._free):
             return None
         if self._expandable and self._free[place][1] is self._last and place + 1 < len(self._free):
-            place += 1  # the end counts as what it could grow to
+            place += 1  # the end counts with what it could grow to
         return self._free.pop(place)[1]
 
     def _new(self, size: int) -> MemoryBlock:

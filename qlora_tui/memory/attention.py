@@ -1,4 +1,4 @@
-"""Scaled dot-product attention, kernel by kernel: what each keeps and what its backward needs."""
+"""Scaled dot-product attention, kernel by kernel: what each saves and what its backward needs."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from qlora_tui.memory.autograd import AllocationMeter, Grads, Storage, Tape, Ten
 from qlora_tui.memory.ops import FLOAT, Ops
 
 Kernel = Literal["flash", "efficient", "math", "eager"]
-"""flash: FlashAttention (its own or SDPA's). efficient: SDPA's memory-efficient kernel. math: SDPA without
-a fused kernel. eager: transformers' own, which keeps the scores."""
+"""flash: FlashAttention (its own or SDPA's). efficient: SDPA's memory-efficient kernel. math: SDPA without a
+fused kernel. eager: transformers' own, which saves the scores."""
 
 
 ATTENTION_BLOCK_ROWS = 512
-"""Queries whose scores our backward holds at a time on a CPU, twice (heads, rows, tokens): more would compute
-more above the diagonal in vain, fewer make the products small."""
+"""Queries whose scores our CPU backward holds at a time, twice (heads, rows, tokens): more would compute more
+of the masked upper triangle, fewer make the matrix products too small."""
 EXTRA_COLUMNS = 3
-"""Of queries and keys there, for what is subtracted from each score, as the sum of numbers of 16 bits."""
+"""Extra columns of queries and keys there, for the value subtracted from each score in 16-bit parts."""
 
 
 @dataclass(frozen=True)
@@ -28,36 +28,35 @@ class Heads:
     rows: int
     """Sequences in the micro-batch."""
     length: int
-    """Tokens in each."""
+    """Tokens in each sequence."""
     heads: int
     kv_heads: int
     head_dim: int
     value_dim: int
     pieces: int = 1
-    """Samples in one row, each attended by itself (``training/packed_attention.py``); their outputs are
-    joined."""
+    """Samples in one row, each attended separately (``training/packed_attention.py``) and concatenated."""
     softcap: bool = False
     sinks: bool = False
-    """A learned logit a head that takes part in the softmax (gpt-oss)."""
+    """Whether a learned logit for each head takes part in the softmax (gpt-oss)."""
     repeated_by: Literal["layer", "kernel", ""] = ""
-    """Who copies each key and value head for the query heads that share it, where the kernel is flash or
-    efficient: the layer, which lets go of the originals; the function that calls the kernel, whose caller
-    still holds them; or nobody."""
+    """Where each key and value head is copied for its query heads, if the kernel is flash or efficient: in
+    the layer, which frees the originals; in the function that calls the kernel, whose caller still holds
+    them; or not at all."""
     copied: bool = False
-    """Queries, keys and values are made contiguous for the kernel."""
+    """Whether queries, keys and values are made contiguous for the kernel."""
 
     @property
     def scores(self) -> int:
-        """Elements of the whole score matrix."""
+        """Return the number of elements in the whole score matrix."""
         return self.rows * self.heads * self.length * self.length
 
 
 def attend(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, kernel: Kernel) -> Tensor:
-    """The attention's output, laid out for the output projection."""
+    """Compute the attention output, laid out for the output projection."""
     if (kernel == "flash" and ops.device == "cuda") or (ops.autocast and kernel != "eager"):
-        # Flash kernels know two bytes only; transformers casts for them, autocast for SDPA.
+        # Flash kernels support two-byte dtypes only; transformers casts for them, autocast for SDPA.
         q, k, v = (ops.cast(tensor, ops.compute) for tensor in (q, k, v))
-    # FlashAttention caps scores itself, and transformers' SDPA leaves the cap out.
+    # FlashAttention caps scores itself; transformers' SDPA omits the cap.
     if kernel != "eager" and ops.lean and (shape.softcap or shape.sinks):
         return _eager_attention(ops, q, k, v, shape)
     bfloat16 = q.width < FLOAT and not ops.float16
@@ -86,27 +85,27 @@ def attend(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, kernel: Kern
 
 
 def repeated(ops: Ops, k: Tensor, v: Tensor, shape: Heads) -> tuple[Tensor, Tensor, Heads]:
-    """Keys and values as the layer itself hands them on, and the shape they then have."""
+    """Return keys and values as the layer passes them to the kernel, and the resulting shape."""
     if shape.repeated_by != "layer":
         return k, v, shape
     return _repeat(ops, k, shape), _repeat(ops, v, shape), replace(shape, kv_heads=shape.heads)
 
 
 def _split(ops: Ops, x: Tensor) -> Tensor:
-    """``split``: views; the gradients of the pieces are joined in a copy."""
+    """Replay ``split``: views; the gradients of the pieces are joined in a copy."""
     numel, width = x.numel, x.width
     return x.view(ops.tape.node((x,), lambda grad, saved: (ops.new(numel, width),)))
 
 
 def _joined(ops: Ops, x: Tensor) -> Tensor:
-    """``cat``: a copy; its gradient is handed out in views."""
+    """Replay ``cat``: a copy; its gradient is passed on in views."""
     out = ops.new(x.numel, x.width)
     out.node = ops.tape.node((x,), lambda grad, saved: (grad.view(None),))
     return out
 
 
 def _repeat(ops: Ops, x: Tensor, shape: Heads) -> Tensor:
-    """``repeat_kv``: each key and value head copied for the query heads that share it."""
+    """Replay ``repeat_kv``: each key and value head copied for the query heads that share it."""
     groups = shape.heads // max(shape.kv_heads, 1)
     if groups <= 1:
         return x
@@ -122,7 +121,7 @@ def _repeat(ops: Ops, x: Tensor, shape: Heads) -> Tensor:
 
 
 def _fused(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, *, grouped: bool) -> Tensor:
-    """A kernel that keeps q, k, v, its output and one number a row instead of the scores."""
+    """Replay a kernel that saves q, k, v, its output and one number per row instead of the scores."""
     sizes, width = (q.numel, k.numel, v.numel), q.width
     statistic = shape.rows * shape.heads * shape.length
     half = width == 2
@@ -133,7 +132,7 @@ def _fused(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, *, grouped: 
         # in the CUTLASS kernel), unless everything is float32 already.
         sums = ops.new(sizes[0], FLOAT) if half else None
         gradients = [ops.new(size, width) for size in sizes]
-        if grouped:  # flash computes dk and dv for every query head, then adds the groups up
+        if grouped:  # flash computes dk and dv for every query head, then sums over the groups
             spread = [ops.new(sizes[0], width), ops.new(sizes[0] // shape.head_dim * shape.value_dim, width)]
             del spread
         del sums, delta
@@ -146,7 +145,7 @@ def _fused(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, *, grouped: 
 
 
 def _by_blocks(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads) -> Tensor:
-    """Our own on a CPU in bfloat16 (``training/fused/cpu_attention.py``), a sample and a block at a time."""
+    """Replay our CPU bfloat16 code (``training/fused/cpu_attention.py``), a sample and a block at a time."""
     numel, shared, width = q.numel, k.numel, q.width
     statistic = shape.rows * shape.heads * shape.length
 
@@ -169,19 +168,19 @@ def _by_blocks(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads) -> Tenso
 
 
 def _sample_backward(ops: Ops, numel: int, shared: int, width: int, shape: Heads) -> None:
-    """What the backward of one sample makes for itself."""
+    """Replay the temporary tensors in the backward of one sample."""
     heads, tokens = shape.heads, numel // shape.head_dim // shape.heads
     rows, shared_rows = heads * tokens, shared // shape.head_dim
     laid_out = [
         ops.new(count * (shape.head_dim + EXTRA_COLUMNS), width)
         for count in (rows, shared_rows, shared_rows, rows)
     ]
-    laid_out.append(ops.new(shared, width))  # keys without what they share
+    laid_out.append(ops.new(shared, width))  # keys without the storage they share
     sums = [ops.new(shared, width) for _ in range(2)] if tokens > ATTENTION_BLOCK_ROWS else []
     for start in range(0, tokens, ATTENTION_BLOCK_ROWS):
         end = min(start + ATTENTION_BLOCK_ROWS, tokens)
         block, seen = (end - start) * heads, shared // tokens * end
-        # One block is all of them, and no copy.
+        # One block covers all queries, without a copy.
         copies = [ops.new(block * (shape.head_dim + EXTRA_COLUMNS), width) for _ in range(2)] if sums else []
         with ops.meter.attribute_to("scores"):
             weights = ops.new(block * end, width)
@@ -196,10 +195,10 @@ def _sample_backward(ops: Ops, numel: int, shared: int, width: int, shape: Heads
 
 
 def _written_out(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, *, math: bool) -> Tensor:
-    """softmax(q kᵀ) v with every step a tensor; the score matrix is rows × heads × length².
+    """Replay softmax(q kᵀ) v with a tensor for every step; the score matrix is rows × heads × length².
 
     SDPA's fallback computes in float32 (``_scaled_dot_product_attention_math``); transformers' eager
-    attention only takes the softmax so.
+    attention uses float32 for the softmax only.
     """
     scores, width, numel = shape.scores, q.width, q.numel // shape.head_dim * shape.value_dim
     if math:
@@ -227,12 +226,12 @@ def _written_out(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, *, mat
 
 
 def _broadcast(ops: Ops, x: Tensor, shape: Heads) -> Tensor:
-    """A matrix product's own broadcasting of shared heads: a view for one row, a copy for more."""
+    """Replay a matrix product's own broadcasting of shared heads: a view for one row, a copy for more."""
     return x if shape.rows == 1 else _repeat(ops, x, shape)
 
 
 def _eager_attention(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads) -> Tensor:
-    """What no fused kernel does, sample by sample: capped scores, sinks
+    """Replay attention that no fused kernel supports, sample by sample: capped scores, sinks
     (``training/packed_attention.py``)."""
     one, others = replace(shape, rows=1, pieces=1), shape.pieces - 1
     if not others:
@@ -251,15 +250,15 @@ def _eager_attention(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads) ->
 
 
 def _others_by_hand(ops: Ops, one: Heads, samples: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """All samples but the last, as what the graph keeps of them and their output.
+    """Replay all samples except the last, as the tensors the graph saves and their output.
 
-    They are alike and done one by one, so most is there while the last one is made, and while its backward
-    runs, which is the first.
+    Samples are equal and run one after another, so the peak is in the last one's forward and in its backward,
+    which is the first.
     """
     width, sizes = q.width, (q.numel, k.numel, v.numel)
     saved_tensors = _saved_by_hand(ops, one, samples, q, k, v)
     held: list[Tensor | None] = [None] * len(saved_tensors)
-    if ops.tape.mode[0] != "first":  # a layer that will be recomputed keeps nothing
+    if ops.tape.mode[0] != "first":  # a layer that will be recomputed saves nothing
         held = [ops.new(size * samples, 1, item) for item, size in saved_tensors.items()]
     shared = (q,) if one.heads != one.kv_heads else (q, k, v)  # repeated heads are copies
     node = ops.tape.node(
@@ -271,7 +270,7 @@ def _others_by_hand(ops: Ops, one: Heads, samples: int, q: Tensor, k: Tensor, v:
 
 
 def _saved_by_hand(ops: Ops, one: Heads, samples: int, q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
-    """What the graph keeps of one sample of so many, beyond its queries, keys and values, by item."""
+    """Return the elements that the graph saves for one of the samples besides q, k and v, by item."""
     apart = copy(ops)
     apart.meter = AllocationMeter()
     apart.tape = Tape(apart.meter)
@@ -283,7 +282,7 @@ def _saved_by_hand(ops: Ops, one: Heads, samples: int, q: Tensor, k: Tensor, v: 
 
 
 def _one_by_hand(ops: Ops, shape: Heads, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One sample alone."""
+    """Replay the attention of one sample."""
     width, scores = q.width, shape.scores
     k, v = _repeat(ops, k, shape), _repeat(ops, v, shape)
     with ops.meter.attribute_to("scores"):
@@ -321,7 +320,7 @@ def _product(ops: Ops, a: Tensor, b: Tensor, numel: int) -> Tensor:
 
 
 def _masked(ops: Ops, x: Tensor) -> Tensor:
-    """``scores + mask``: a sum with something that needs no gradient."""
+    """Replay ``scores + mask``: a sum with a tensor that needs no gradient."""
     node = ops.tape.node((x,), lambda grad, saved: (grad,))
     out = ops.new(x.numel, x.width)
     out.node = node
@@ -329,7 +328,7 @@ def _masked(ops: Ops, x: Tensor) -> Tensor:
 
 
 def _softmax(ops: Ops, x: Tensor, width: int) -> Tensor:
-    """``softmax(x, dtype=…)``: saves its result. A GPU widens inside the kernel, a CPU makes a copy first."""
+    """Replay ``softmax(x, dtype=…)``: saves its result. A GPU widens in the kernel, a CPU copies first."""
     if not (ops.float16 and ops.device == "cuda"):  # only Half is widened inside the kernel
         x = ops.cast(x, width)
     numel, back = x.numel, x.width

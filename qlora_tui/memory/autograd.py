@@ -1,13 +1,13 @@
-"""Torch's allocations, replayed without torch: storages that count themselves, and a small autograd.
+"""Replay of torch's allocations without torch: storages that count their bytes, and a small autograd.
 
 A training step's peak depends on *when* each tensor dies, not only on how large it is. So the estimate
-walks one layer of each kind the way the library's own ``forward`` does. A :class:`Tensor` holds a
-:class:`Storage`; a storage adds its bytes to the :class:`AllocationMeter` when it is made and takes them
-off when CPython drops the last reference to it, which is when torch's would go too. Operations that need
-gradients leave a :class:`Node`, and :func:`backward` runs the nodes in autograd's order (highest sequence
-number first) and frees what they saved as it goes.
+replays one layer of each kind in the order of the library's own ``forward``. A :class:`Tensor` holds a
+:class:`Storage`; a storage adds its bytes to the :class:`AllocationMeter` when it is created and subtracts
+them when CPython drops the last reference to it, which is when torch frees its memory too. Operations that
+need gradients leave a :class:`Node`, and :func:`backward` runs the nodes in autograd's order (highest
+sequence number first) and frees what they saved along the way.
 
-``ops.py`` has the operations, ``decoder_layer.py`` the layers, ``step.py`` puts the step together.
+``ops.py`` has the operations, ``decoder_layer.py`` the layers, ``step.py`` the whole step.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 ALLOCATION_BYTES = 512
-"""The CUDA caching allocator rounds each block up to this (``kMinBlockSize`` in CUDACachingAllocator)."""
+"""Granularity to which the CUDA caching allocator rounds blocks up (``kMinBlockSize``)."""
 
 
 class AllocationMeter:
-    """Bytes alive now and at the peak, by item, and every storage that was made or went."""
+    """Bytes alive now and at the peak, by item, and every allocation and free."""
 
     __slots__ = ("events", "item", "live_bytes", "live_items", "made", "peak_bytes", "peak_items", "rounding")
 
@@ -35,11 +35,11 @@ class AllocationMeter:
         self.peak_items: dict[str, int] = {}
         self.made = 0
         self.events: list[tuple[int, int]] = []
-        """Number of a storage and its bytes, negative where it goes."""
+        """Number of a storage and its bytes, negative for a free."""
 
     @contextmanager
     def attribute_to(self, item: str) -> Iterator[None]:
-        """Count what is made inside under ``item``."""
+        """Count allocations inside the block under ``item``."""
         before, self.item = self.item, item
         try:
             yield
@@ -47,17 +47,17 @@ class AllocationMeter:
             self.item = before
 
     def restart(self) -> None:
-        """Forget the peak: it starts again from what is alive."""
+        """Reset the peak to the bytes alive now."""
         self.peak_bytes = self.live_bytes
         self.peak_items = dict(self.live_items)
 
     def number(self) -> int:
-        """Of one more storage."""
+        """Return the number of a new storage."""
         self.made += 1
         return self.made
 
     def add(self, number: int, size: int, item: str) -> None:
-        """Count ``size`` more bytes (or fewer, when negative) in the storage of that number."""
+        """Add ``size`` bytes (negative for a free) to the storage with that number."""
         self.events.append((number, size))
         self.live_items[item] = self.live_items.get(item, 0) + size
         self.live_bytes += size
@@ -67,7 +67,7 @@ class AllocationMeter:
 
 
 class Storage:
-    """Bytes that live as long as something refers to them."""
+    """Bytes that are alive as long as an object refers to them."""
 
     __slots__ = ("__weakref__", "item", "meter", "number", "size")
 
@@ -82,14 +82,14 @@ class Storage:
         self.meter.add(self.number, -self.size, self.item)
 
     def reattribute(self, item: str) -> None:
-        """Move the bytes to another item without making them anew."""
+        """Count the bytes under another item without a new allocation."""
         self.meter.live_items[self.item] -= self.size
         self.meter.live_items[item] = self.meter.live_items.get(item, 0) + self.size
         self.item = item
 
 
 class Tensor:
-    """A number of elements of one width in a storage; two tensors that share one are views."""
+    """A number of elements of one width (bytes) in a storage; tensors that share a storage are views."""
 
     __slots__ = ("node", "numel", "storage", "width")
 
@@ -101,11 +101,11 @@ class Tensor:
 
     @property
     def needs_grad(self) -> bool:
-        """Whether a gradient will flow back through it."""
+        """Return whether a gradient will flow back through the tensor."""
         return self.node is not None
 
     def view(self, node: Node | None) -> Tensor:
-        """The same storage under another node."""
+        """Return a view of the storage with another node."""
         return Tensor(self.storage, self.numel, self.width, node)
 
 
@@ -114,14 +114,14 @@ BackwardFn = Callable[[Tensor, list[Tensor | None]], Grads]
 
 
 class StopRecomputing(Exception):
-    """Everything a checkpointed layer saves is there again; the rest of its forward is not needed."""
+    """Raised when all tensors that a checkpointed layer saves exist again; its rerun can end."""
 
 
 class ActivationCheckpoint:
     """One layer under ``torch.utils.checkpoint`` (non-reentrant).
 
-    The first forward keeps nothing but its input. When the backward asks for the first saved tensor, the
-    layer runs again and everything it saves is kept until the node that saved it has run.
+    The first forward saves only its input. When the backward needs the first saved tensor, the layer runs
+    again, and everything it saves is kept until the node that saved it has run.
     """
 
     __slots__ = ("forward", "packed", "ready", "recomputed")
@@ -133,7 +133,7 @@ class ActivationCheckpoint:
         self.recomputed: dict[int, Tensor | None] = {}
 
     def take(self, slot: int, tape: Tape) -> Tensor | None:
-        """A tensor saved in slot ``slot``, recomputing the layer if that has not been done."""
+        """Return the tensor saved in slot ``slot``, recomputing the layer if that has not been done."""
         if not self.ready:
             self.ready = True
             outer, tape.mode = tape.mode, ("recompute", self)
@@ -149,7 +149,7 @@ class ActivationCheckpoint:
 
 
 class Node:
-    """One differentiable operation: what it saved, and where its gradients go."""
+    """One differentiable operation: saved tensors, and the nodes that receive its gradients."""
 
     __slots__ = ("checkpoint", "fn", "inputs", "item", "pinned", "saved", "sequence", "slots")
 
@@ -162,14 +162,14 @@ class Node:
         self.checkpoint: ActivationCheckpoint | None = None
         self.slots: list[int] = []
         self.pinned: tuple[Tensor, ...] = ()
-        """What a Python autograd function keeps as a plain attribute, out of the checkpoint's reach."""
+        """Tensors that a Python autograd function stores as attributes, which a checkpoint cannot drop."""
 
     def __lt__(self, other: Node) -> bool:
         return self.sequence > other.sequence
 
 
 class Tape:
-    """Makes nodes, and knows whether what they save is kept, dropped or being recomputed."""
+    """Creates nodes, and decides whether their saved tensors are kept, dropped or recomputed."""
 
     __slots__ = ("meter", "mode", "sequence", "stop_after")
 
@@ -182,9 +182,9 @@ class Tape:
     def node(
         self, inputs: tuple[Tensor | None, ...], fn: BackwardFn, save: tuple[Tensor | None, ...] = ()
     ) -> Node | None:
-        """A node for an operation on ``inputs`` that saves ``save`` (None stands for a parameter).
+        """Create a node for an operation on ``inputs`` that saves ``save`` (None is a parameter).
 
-        Returns None when no input needs a gradient: then nothing is saved either.
+        Returns None when no input needs a gradient: nothing is saved then.
         """
         parents = tuple(None if tensor is None else tensor.node for tensor in inputs)
         if not any(parents):
@@ -207,12 +207,12 @@ class Tape:
         return node
 
     def leaf(self) -> Node:
-        """Where a parameter's gradient ends up; it stays, booked as a gradient."""
+        """Create a node that accumulates a parameter's gradient, counted under gradients."""
         self.sequence += 1
         return Node(self.sequence, "gradients", (), _keep)
 
     def saved(self, node: Node) -> list[Tensor | None]:
-        """What ``node`` saved, recomputed if its layer was checkpointed: then nothing else holds it."""
+        """Return the saved tensors of ``node``, recomputed if its layer was checkpointed."""
         if node.checkpoint is None:
             return list(node.saved)
         return [node.checkpoint.take(slot, self) for slot in node.slots]
@@ -223,12 +223,12 @@ def _keep(grad: Tensor, saved: list[Tensor | None]) -> Grads:
 
 
 def _counts(tensor: Tensor) -> tuple[int, int]:
-    """References to ``tensor`` and to its storage, as seen from here."""
+    """Return the reference counts of ``tensor`` and of its storage inside this function."""
     return sys.getrefcount(tensor), sys.getrefcount(tensor.storage)
 
 
 def _counts_when_alone() -> tuple[int, int]:
-    """What :func:`_counts` says when a buffer and one name are all that hold the tensor."""
+    """Return the result of :func:`_counts` when only a buffer and one name refer to the tensor."""
     buffers = {0: Tensor(Storage(AllocationMeter(), 1), 1, 1)}
     there = buffers.get(0)
     assert there is not None
@@ -236,7 +236,7 @@ def _counts_when_alone() -> tuple[int, int]:
 
 
 _ALONE = _counts_when_alone()
-"""Differs between versions of CPython, so it is measured."""
+"""Reference counts of a tensor with one owner; measured, because CPython versions differ."""
 
 
 def _shared(counts: tuple[int, int]) -> bool:
@@ -244,10 +244,10 @@ def _shared(counts: tuple[int, int]) -> bool:
 
 
 def backward(tape: Tape, root: Node, seed: Tensor, retained: list[Storage] | None) -> None:
-    """Run the nodes from ``root`` down, freeing as autograd does.
+    """Run the backward from ``root``, freeing tensors like autograd.
 
-    Gradients that reach a leaf are booked as gradients and put in ``kept``; with ``kept`` None they are
-    dropped, as when they are added to gradients that an earlier micro-step left.
+    Gradients of leaves are counted under gradients and added to ``retained``; with None they are dropped, as
+    when they are added to the gradients of an earlier micro-step.
     """
     meter = tape.meter
     buffers: dict[int, Tensor] = {root.sequence: seed}
@@ -275,7 +275,7 @@ def backward(tape: Tape, root: Node, seed: Tensor, retained: list[Storage] | Non
             if there is None:
                 buffers[parent.sequence] = output
                 heapq.heappush(heap, parent)
-            elif _shared(_counts(there)):  # in place only where nothing else holds it (input_buffer.cpp)
+            elif _shared(_counts(there)):  # in place only if there is no other reference (input_buffer.cpp)
                 buffers[parent.sequence] = Tensor(
                     Storage(meter, there.numel * there.width), there.numel, there.width
                 )

@@ -1,4 +1,4 @@
-"""Where a run would be computed, and how much memory it could have there."""
+"""The device of a run, and the memory available on it."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from qlora_tui.memory.execution import Device
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """What an estimate is held against."""
+    """The memory that an estimate is compared with."""
 
     device: Device
     bytes: int
-    """All that a program could have of it, with nothing else running."""
+    """Memory available to programs in total, in bytes, with no other program running."""
     name: str
-    """``RTX 4090``, ``a GPU with 24.0 GiB``, ``this machine's memory``."""
+    """Name for messages: ``RTX 4090``, ``a GPU with 24.0 GiB``, ``this machine's memory``."""
     is_assumed: bool = False
-    """The size was given by the user; it is not this machine's."""
+    """Whether the user gave the size, instead of this machine's."""
 
 
 def budget_for(card: GpuDevice | None, assumed_bytes: int | None = None) -> MemoryBudget:
-    """The budget of this GPU, of an assumed size instead, or of the machine's memory without either."""
+    """Return the budget of this GPU, of an assumed size, or of the machine's memory without either."""
     if assumed_bytes is not None:
-        # Not this machine's GPU: corrections learned here do not apply.
+        # Not this machine's GPU: corrections measured here do not apply.
         liger = liger_is_installed()
         device = Device(liger=liger) if card is None else Device(capability=_capability(card), liger=liger)
         return MemoryBudget(
@@ -55,7 +55,7 @@ def budget_for(card: GpuDevice | None, assumed_bytes: int | None = None) -> Memo
 
 
 def local_budget(assumed_bytes: int | None = None) -> MemoryBudget:
-    """The budget of this machine, whose driver is queried, or of an assumed size."""
+    """Return the budget of this machine, whose driver is queried, or of an assumed size."""
     try:
         card = default_cuda_device()
     except GpuUnavailableError:

@@ -1,15 +1,15 @@
-"""What past runs measured beside what was predicted, and the correction that follows for this machine.
+"""Measured and predicted memory of past runs, and the resulting correction for this machine.
 
-One line of JSON a run in ``memory.jsonl`` in the state directory. The trainer calls :func:`record_run` when a
-run ends; :func:`correction_for` is what every estimate for this machine is corrected by, and says from how
-many runs.
+Each run adds one line of JSON to ``memory.jsonl`` in the state directory. The trainer calls
+:func:`record_run` when a run ends; :func:`correction_for` returns the correction for every estimate on this
+machine, with the number of runs.
 
-Two things are learnt apart, because they grow differently. On a card, what torch's allocator reserves grows
-with the tensors: that is a factor. What the process holds beside it, the CUDA context, is the same for every
-recipe: that is bytes. A CPU tells one figure only, the largest resident set, in which tensors, heap and
-libraries cannot be told apart: it says nothing of allocated or reserved bytes, and nothing of any card. All
-of its difference is taken for the libraries', as bytes, so that a tiny run does not bend the estimate of a
-large one.
+Two values are fitted separately, because they scale differently. On a GPU, the memory that torch's allocator
+reserves grows with the tensors, so its correction is a factor. The rest of the process, the CUDA context, is
+the same for every recipe, so its correction is in bytes. A CPU run measures only the largest resident set,
+which mixes tensors, heap and libraries: it gives no allocated or reserved bytes, and no information on any
+GPU. The whole difference is attributed to the libraries, in bytes, so that a tiny run does not distort the
+estimate of a large one.
 """
 
 from __future__ import annotations
@@ -26,43 +26,43 @@ from qlora_tui.decoding import Count, UnixTime, decode_json
 from qlora_tui.paths import state_dir
 
 FEWEST = 2
-"""Runs before anything is corrected: one could be an accident."""
+"""Fewest runs before a correction: one could be an accident."""
 MOST_RUNS = 20
-"""The latest count; a driver or library may have changed since."""
+"""Number of latest runs used; a driver or library may have changed since earlier ones."""
 LEAST, MOST = 0.8, 1.5
-"""A factor beyond these says that something else is wrong."""
+"""Range of the factor; values outside mean that something else is wrong."""
 
 
 class MeasuredRun(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Predicted and measured peaks of one run, in bytes. Predicted is without any correction, for the longest
-    batch that the run had."""
+    """Predicted and measured peaks of one run, in bytes. Predictions are uncorrected, for the longest batch
+    of the run."""
 
     at: UnixTime
-    """Seconds since the epoch."""
+    """Unix time, in seconds."""
     machine: str
-    """Name of the card, or of the CPU."""
+    """Name of the GPU or the CPU."""
     driver: str = ""
     versions: dict[str, str] = {}
-    """Of torch and the libraries that matter beside it."""
+    """Versions of torch and related libraries."""
     model_type: str = ""
     ran_out: bool = False
-    """It ended for want of memory: the measured bytes are what it had by then."""
+    """Whether the run ran out of memory: the measured bytes are those reached by then."""
     own_process: bool = False
-    """Its process did the run's work only. Before this was recorded, the trainer of a GGUF file's first run
-    also converted the file, and the peak of that is in ``measured_process_bytes``."""
+    """Whether the process did only the run's work. Before this was recorded, the trainer of a GGUF file's
+    first run also converted the file, whose peak is included in ``measured_process_bytes``."""
     managed_bytes: Count = 0
-    """Predicted states of a paged optimizer. They lie outside torch's pool, on the card or not."""
+    """Predicted states of a paged optimizer. They are outside torch's pool, on the GPU or not."""
     predicted_allocated_bytes: Count
     predicted_reserved_bytes: Count
     predicted_process_bytes: Count
     measured_allocated_bytes: Count = 0
-    """0 on a CPU, as the next."""
+    """Peak of allocated bytes; 0 on a CPU, like ``measured_reserved_bytes``."""
     measured_reserved_bytes: Count = 0
     measured_process_bytes: Count
 
     @property
     def outside_bytes(self) -> int:
-        """What the process held beside torch's pool; on a CPU, beside what the tensors should have taken."""
+        """Return the process bytes outside torch's pool; on a CPU, those beyond the predicted tensors."""
         pool = self.measured_reserved_bytes or self.predicted_reserved_bytes
         return max(0, self.measured_process_bytes - pool)
 
@@ -72,37 +72,37 @@ _DECODER = msgspec.json.Decoder(MeasuredRun)
 
 @dataclass(frozen=True)
 class Correction:
-    """What the runs on a machine say of its estimates."""
+    """Correction of a machine's estimates by its past runs."""
 
     runs: int
     factor: float = 1.0
-    """The reserved tier is multiplied by it."""
+    """Factor for the reserved level."""
     outside_bytes: int | None = None
-    """What the process holds beside that; None where no run tells."""
+    """Process bytes outside the reserved level; None where no run measured them."""
     low: float = 1.0
-    """The smallest ratio, among the runs, of what was measured to what it predicts."""
+    """Smallest ratio of measured to predicted bytes among the runs."""
     high: float = 1.0
 
     @property
     def applies(self) -> bool:
-        """There are runs enough."""
+        """Return whether there are enough runs."""
         return self.runs >= FEWEST
 
 
 def record_file() -> Path:
-    """Where the runs are kept."""
+    """Return the file with the recorded runs."""
     return state_dir() / "memory.jsonl"
 
 
 def record_run(peaks: MeasuredRun) -> None:
-    """Add one run. Raises OSError."""
+    """Append one run. Raises OSError."""
     with record_file().open("ab") as out:
-        # One that was torn by a full disk must not take this one with it.
+        # A line truncated by a full disk must not damage this one.
         out.write(b"\n" + msgspec.json.encode(peaks) + b"\n")
 
 
 def load_runs() -> tuple[MeasuredRun, ...]:
-    """Every run kept, oldest first; a line that cannot be read is passed over."""
+    """Return all recorded runs, oldest first; unreadable lines are skipped."""
     file = record_file()
     try:
         stat = file.stat()
@@ -113,7 +113,7 @@ def load_runs() -> tuple[MeasuredRun, ...]:
 
 @lru_cache(maxsize=1)
 def _read(file: Path, modified_ns: int, size: int) -> tuple[MeasuredRun, ...]:
-    """The screens ask at every key: the file is read again when it has changed."""
+    """Read the file; cached until it changes, because screens call this at every key press."""
     runs = []
     try:
         lines = file.read_bytes().splitlines()
@@ -128,7 +128,7 @@ def _read(file: Path, modified_ns: int, size: int) -> tuple[MeasuredRun, ...]:
 
 
 def correction_for(machine: str) -> Correction | None:
-    """From the latest runs on ``machine``; None where there are none."""
+    """Compute the correction from the latest runs on ``machine``; None where there are none."""
     runs = [run for run in load_runs() if run.machine == machine and _tells(run)][-MOST_RUNS:]
     if not runs:
         return None
@@ -147,7 +147,7 @@ def correction_for(machine: str) -> Correction | None:
 
 
 def _tells(run: MeasuredRun) -> bool:
-    # On a card a conversion leaves no trace; on a CPU it cannot be told from the run.
+    # On a GPU a conversion leaves no trace; on a CPU it cannot be separated from the run.
     if not (run.own_process or run.measured_reserved_bytes):
         return False
     return run.measured_process_bytes > 0 and 0 < run.predicted_reserved_bytes <= run.predicted_process_bytes

@@ -7,9 +7,9 @@ from qlora_tui.memory.ops import FLOAT, Ops
 
 
 def layer_norm(ops: Ops, x: Tensor) -> Tensor:
-    """``(x - mean) * rsqrt((x - mean).pow(2).mean() + eps)``, times the weight.
+    """Replay ``(x - mean) * rsqrt((x - mean).pow(2).mean() + eps)``, times the weight.
 
-    The deviation is made twice and saved twice, by the square and by the product.
+    The deviation is computed twice and saved twice, by the square and by the product.
     """
     start = x.width
     wide = ops.cast(x, FLOAT)
@@ -25,7 +25,7 @@ def layer_norm(ops: Ops, x: Tensor) -> Tensor:
 
 
 def rotate(ops: Ops, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Both are turned before either is cast back."""
+    """Replay the rotary positions: query and key are both rotated in float32 before either is cast back."""
     width = query.width
     query, key = ops.cast(query, FLOAT), ops.cast(key, FLOAT)
     turned, key_turned = ops.rotate(query), ops.rotate(key)
@@ -33,7 +33,7 @@ def rotate(ops: Ops, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mean(ops: Ops, x: Tensor) -> Tensor:
-    """Of each row; the gradient is spread over it again."""
+    """Replay the mean of each row; its gradient is expanded over the row."""
     numel = x.numel
     node = ops.tape.node((x,), lambda grad, saved: (ops.new(numel, FLOAT),))
     out = ops.new(ops.tokens, FLOAT)
@@ -45,7 +45,7 @@ def _deviation(ops: Ops, x: Tensor, mean: Tensor) -> Tensor:
     numel = x.numel
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        negated = ops.new(numel, FLOAT)  # before it is summed over the row
+        negated = ops.new(numel, FLOAT)  # before the sum over the row
         del negated
         return (grad, ops.new(ops.tokens, FLOAT))
 
@@ -56,11 +56,11 @@ def _deviation(ops: Ops, x: Tensor, mean: Tensor) -> Tensor:
 
 
 def _square(ops: Ops, x: Tensor) -> Tensor:
-    """``pow(2)``: saves its input."""
+    """Replay ``pow(2)``: saves its input."""
     numel = x.numel
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        # grad * (2 * self.pow(1)): a C++ expression's temporaries live to its end.
+        # grad * (2 * self.pow(1)): temporaries of a C++ expression live until its end.
         power, doubled = ops.new(numel, FLOAT), ops.new(numel, FLOAT)
         gradient = ops.new(numel, FLOAT)
         del power, doubled
@@ -73,7 +73,7 @@ def _square(ops: Ops, x: Tensor) -> Tensor:
 
 
 def _product(ops: Ops, x: Tensor, by_row: Tensor) -> Tensor:
-    """A number a row times the row: saves both."""
+    """Replay the product of each row with one number: saves both."""
     numel = x.numel
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:

@@ -1,7 +1,7 @@
-"""What converting a GGUF file takes, in the process of its own that does it before the first run.
+"""Memory of converting a GGUF file, in a separate process before the first run.
 
-It is compared with a run's peak and never added to it: the conversion is over, and its process gone, before
-the trainer loads anything.
+It is compared with a run's peak and never added to it: the conversion process ends before the trainer loads
+anything.
 """
 
 from __future__ import annotations
@@ -12,32 +12,32 @@ from typing import Literal
 from qlora_tui.formatting import MIB, format_bytes
 
 Way = Literal["plain", "streamed", "whole"]
-"""How the file is converted: all of it by this program; tokenizer and configuration by transformers; or all
-of it by transformers, with every weight at once."""
+"""How the file is converted: all of it by this program (plain); tokenizer and configuration by transformers
+(streamed); or all of it by transformers, with every weight in memory at once (whole)."""
 PLAIN_BYTES = 50 * MIB
 """Python, numpy, tokenizers, and a block of rows in float32."""
 PLAIN_BYTES_A_TOKEN = 4000
-"""Of the vocabulary: lists of its words and merges in Python, and the tokenizer made from them."""
+"""Bytes per vocabulary token: Python lists of words and merges, and the tokenizer built from them."""
 LIBRARIES_BYTES = 320 * MIB
-"""The same with torch and transformers."""
+"""Bytes of the libraries with torch and transformers."""
 BYTES_A_TOKEN = 2000
-"""Of the vocabulary, by transformers."""
+"""Bytes per vocabulary token in transformers."""
 BYTES_A_WEIGHT = 8
-"""Of all weights at once: as float32, and in a copy of it."""
+"""Bytes per weight with all weights in memory: float32, and a copy."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """A conversion that has yet to be done."""
+    """A pending conversion."""
 
     file: str
     """Name of the GGUF file."""
     peak_bytes: int
-    """Largest resident set of its process."""
+    """Largest resident set of the conversion process."""
 
     def words(self, run_bytes: int | None) -> str:
-        """One sentence. ``run_bytes``: the peak of a run on the CPU, with which the conversion's is compared;
-        None for a run on a card, which it takes nothing of."""
+        """Return one sentence. ``run_bytes`` is the peak of a run on the CPU, with which the conversion's is
+        compared; None for a run on a GPU, whose memory it does not use."""
         beside = "of the machine's memory"
         if run_bytes is not None:
             beside = "more than the run" if self.peak_bytes > run_bytes else "less than the run"
@@ -48,10 +48,10 @@ class Conversion:
 
 
 def peak_bytes(way: Way, *, file_bytes: int, vocabulary: int, weights: int) -> int:
-    """Largest resident set of the process. The whole GGUF file is mapped, and counts as it is read.
+    """Return the largest resident set. The whole GGUF file is mapped, and counts as it is read.
 
     Measured: 329 MiB for SmolLM2 135M in Q4_1 (plain), 995 for Gemma 3 270M in Q4_K_M (streamed), 3,161 for
-    the same file at once.
+    the same file with all weights at once.
     """
     if way == "plain":
         return PLAIN_BYTES + file_bytes + vocabulary * PLAIN_BYTES_A_TOKEN

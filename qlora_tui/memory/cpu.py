@@ -1,4 +1,4 @@
-"""The CPU, as Linux tells of it, and the libraries that would compute here."""
+"""Properties of the CPU, from Linux, and of the installed libraries that compute on this machine."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from importlib.util import find_spec
 from pathlib import Path
 
 _BFLOAT16_FLAGS = frozenset(("avx512_bf16", "amx_bf16"))
-"""Without one of these a CPU multiplies bf16 matrices a hundred times slower than fp32 ones."""
+"""CPU flags; without one, bf16 matrix products are a hundred times slower than fp32 ones."""
 
 
 @dataclass(frozen=True)
 class Processor:
-    """What a run on the CPU depends on."""
+    """CPU properties that a run depends on."""
 
     name: str
     native_bfloat16: bool
-    """It multiplies bfloat16 in hardware; the trainer computes in float32 where it does not."""
+    """Whether it multiplies bfloat16 in hardware; if not, the trainer computes in float32."""
 
 
 @cache
 def torch_is_for_cuda() -> bool:
-    """Whether the torch installed is a build for CUDA. Does not import it."""
+    """Return whether the installed torch is a CUDA build. Does not import it."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         return False
@@ -31,12 +31,12 @@ def torch_is_for_cuda() -> bool:
 
 @cache
 def liger_is_installed() -> bool:
-    """Whether Liger's kernels, and the Triton they are written in, are there. Imports neither."""
+    """Return whether Liger's kernels and Triton, which they need, are installed. Imports neither."""
     return find_spec("liger_kernel") is not None and find_spec("triton") is not None
 
 
 def this_processor() -> Processor:
-    """The first of this machine."""
+    """Return the first processor of this machine."""
     name, native = "CPU", False
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,7 +1,7 @@
-"""One decoder layer of each family, written as its ``forward`` is in transformers.
+"""One decoder layer of each family, following its ``forward`` in transformers.
 
-A :class:`DecoderLayer` says how a family's layer is put together; :func:`run_block` walks it over a tape. The
-names and lifetimes of the variables follow the library's, because they decide when a tensor dies.
+A :class:`DecoderLayer` describes the structure of a family's layer; :func:`run_block` replays it on a tape.
+The names and lifetimes of the variables follow the library's, because they decide when a tensor is freed.
 """
 
 from __future__ import annotations
@@ -21,40 +21,40 @@ from qlora_tui.memory.ops import Linear, Ops
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """How one layer is put together."""
+    """Structure of one layer."""
 
     linears: tuple[Linear, ...]
     heads: Heads
     norm: Literal["rms", "float", "layer", "cohere"]
     """float: an RMSNorm that multiplies by its weight in float32 (Gemma, OLMo-2). cohere: a LayerNorm written
-    out in float32, and rotary positions turned in float32 too."""
+    out in float32, and rotary positions in float32 too."""
     order: Literal["pre", "parallel", "sandwich", "post"]
-    """pre: norm before each half. parallel: both halves read the layer's input, normed. sandwich: norms on
-    both sides of each half (Gemma 2 and 3). post: norms after each half (OLMo-2)."""
+    """pre: norm before each half. parallel: both halves read the layer's input, normalized. sandwich: norms
+    on both sides of each half (Gemma 2 and 3). post: norms after each half (OLMo-2)."""
     two_norms: bool
-    """Where the halves are parallel: each has a norm of its own (GPT-NeoX), or they share one (Phi-2)."""
+    """Whether parallel halves have a norm each (GPT-NeoX) or share one (Phi-2)."""
     activation: str
     gated: bool
     intermediate: int
     hidden: int
     norm_width: int
-    """Bytes of an element of the norms' weights."""
+    """Bytes per element of the norms' weights."""
     kernel: Kernel
     rotary: float = 1.0
     """Share of each head that rotates; 0 without rotary positions."""
     head_norms: Literal["no", "head", "full"] = "no"
-    """RMSNorm on queries and keys: a head at a time (Qwen3, Gemma 3) or over the full width (OLMo-2)."""
+    """RMSNorm on queries and keys: per head (Qwen3, Gemma 3) or over the full width (OLMo-2)."""
     residual_scale: bool = False
-    """Each half is multiplied by a number before it is added (Granite)."""
+    """Whether each half is multiplied by a number before it is added (Granite)."""
     attended_held: bool = False
-    """``forward()`` keeps the attention output alive until it returns (StableLM)."""
+    """Whether ``forward()`` keeps the attention output alive until it returns (StableLM)."""
     mixture: Mixture | None = None
-    """Routed experts in place of the MLP."""
+    """Routed experts instead of the MLP."""
     dropout: float = 0.0
-    """The base model's own, on what each half adds."""
+    """Rate of the base model's own dropout on the output of each half."""
 
     def find(self, part: str, *names: str) -> Linear | None:
-        """The module of one of these kinds in one part of the layer."""
+        """Return the module with one of these names in one part of the layer."""
         for module in self.linears:
             if module.part == part and module.name in names:
                 return module
@@ -62,7 +62,7 @@ class DecoderLayer:
 
 
 def run_block(ops: Ops, block: DecoderLayer, hidden_states: Tensor) -> Tensor:
-    """The layer's forward; returns its output."""
+    """Replay the layer's forward; return its output."""
     try:
         return _run(ops, block, hidden_states)
     finally:
@@ -110,7 +110,7 @@ def _add(ops: Ops, block: DecoderLayer, residual: Tensor, hidden_states: Tensor)
 
 
 def norm(ops: Ops, block: DecoderLayer, x: Tensor) -> Tensor:
-    """The family's normalisation."""
+    """Replay the family's normalization."""
     if block.norm == "cohere":
         return cohere.layer_norm(ops, x)
     if block.norm == "layer":
@@ -164,7 +164,7 @@ def _project(ops: Ops, block: DecoderLayer, hidden_states: Tensor) -> tuple[Tens
 
 
 def _feed_forward(ops: Ops, block: DecoderLayer, x: Tensor) -> Tensor:
-    """The MLP, or the routed experts and the shared one."""
+    """Replay the MLP, or the routed experts and the shared one."""
     if block.mixture is None:
         return _mlp(ops, block, x, "mlp")
     shared_gate = block.find("shared_expert", "shared_expert_gate")
@@ -204,7 +204,7 @@ def _mlp(ops: Ops, block: DecoderLayer, x: Tensor, part: str) -> Tensor:
 
 
 def _gated(ops: Ops, block: DecoderLayer, x: Tensor, part: str) -> Tensor:
-    """``act_fn(gate_proj(x)) * up_proj(x)``: the activation's input dies only if nothing saved it."""
+    """Replay ``act_fn(gate_proj(x)) * up_proj(x)``: the activation's input is freed if nothing saved it."""
     gate, up = block.find(part, "gate_proj"), block.find(part, "up_proj")
     if ops.fused_mlp:
         gate_output = linear(ops, x, gate) if gate else x

@@ -1,7 +1,7 @@
-"""The estimate: one recipe on one model, itemised, in three tiers.
+"""The memory estimate of one recipe on one model, by item, on three levels.
 
-``estimate`` is what the Memory screen, the CLI, the runner and the demo call. Everything is pure Python and
-takes a few milliseconds.
+The Memory screen, the CLI, the runner and the demo call ``estimate``. Everything is pure Python and takes a
+few milliseconds.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from qlora_tui.recipe.schema import Recipe
 
 Precision = Literal["nf4", "int8", "fp16"]
 PRECISIONS: tuple[Precision, ...] = ("nf4", "int8", "fp16")
-"""What the Memory screen shows side by side; fp16 stands for 16 bits of either kind."""
+"""Precisions that the Memory screen compares; fp16 means 16 bits of either kind."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One part of the memory at the peak."""
+    """One item of the memory at the peak."""
 
     key: str
     label: str
     bytes: int
     explanation: str
-    """One sentence, with the formula."""
+    """One sentence with the formula."""
 
 
 @dataclass(frozen=True)
@@ -45,37 +45,37 @@ class Estimate:
     """Predicted memory of one recipe on one model."""
 
     method: str
-    """nf4, fp4, int8 or none (16 bits)."""
+    """Quantization: nf4, fp4, int8 or none (16 bits)."""
     items: tuple[Item, ...]
-    """What is there at the fullest moment, largest contributors named; they add up to ``process_bytes``."""
+    """Items at the peak, the largest contributors named; their sum is ``process_bytes``."""
     allocated_bytes: int
-    """In tensors: ``torch.cuda.max_memory_allocated``. On a CPU: tensors."""
+    """Bytes in tensors: ``torch.cuda.max_memory_allocated`` on a GPU."""
     reserved_bytes: int
-    """Held by torch's allocator: ``torch.cuda.max_memory_reserved``."""
+    """Bytes held by torch's allocator: ``torch.cuda.max_memory_reserved``."""
     process_bytes: int
-    """What the card (or, on a CPU, the system) sees of the process. This is what must fit."""
+    """Bytes of the process as seen by the GPU driver (on a CPU, by the system). This must fit."""
     band: UncertaintyBand
-    """Where the process tier may really lie, and why."""
+    """Uncertainty range of the process level, and its reason."""
     peak_phase: str
-    """When the peak comes: ``loss``, ``backward of layer 21``, ``optimizer step``."""
+    """Phase of the peak: ``loss``, ``backward of layer 21``, ``optimizer step``."""
     path: ExecutionConfig
     exact: bool
-    """The family's layer is written out; otherwise it is walked as Llama's."""
+    """Whether the family's layer is implemented; otherwise it is approximated by Llama's."""
     notes: tuple[str, ...] = ()
-    """What a person should know about this estimate: experts in 16 bits, an unknown family."""
+    """Notes for the user on this estimate: experts in 16 bits, an unknown family."""
     correction: Correction | None = None
-    """What past runs on this machine say; it is in the figures where it ``applies``."""
+    """Correction from past runs on this machine; included in the figures where it ``applies``."""
     uncorrected_bytes: int = 0
-    """The process tier before that."""
+    """Bytes of the process level before the correction."""
 
     @property
     def total_bytes(self) -> int:
-        """The process tier: what must be free."""
+        """Return the bytes of the process level, which must be free."""
         return self.process_bytes
 
     @property
     def correction_words(self) -> str:
-        """``corrected +2 % from 3 runs``; empty where none were measured on this machine."""
+        """Return ``corrected +2 % from 3 runs``; empty where no run was measured on this machine."""
         if self.correction is None:
             return ""
         runs = f"{self.correction.runs} run{'s' if self.correction.runs > 1 else ''}"
@@ -84,7 +84,7 @@ class Estimate:
         return f"corrected {(self.process_bytes / self.uncorrected_bytes - 1) * 100:+.0f} % from {runs}"
 
     def bytes_of(self, key: str) -> int:
-        """Of one item; 0 where it plays no part at the peak."""
+        """Return the bytes of one item; 0 where it is not present at the peak."""
         return sum(item.bytes for item in self.items if item.key == key)
 
 
@@ -99,10 +99,10 @@ def estimate(
 ) -> Estimate:
     """Predict the memory of ``recipe`` on the model described by ``architecture``.
 
-    Without ``path`` it is the one this project's trainer takes on ``device`` (a CUDA card of Ampere's
-    generation where none is given). With ``traced``, a trace of this very recipe, the step is not walked but
-    taken from there. With ``capacity_bytes``, the card's memory, the allocator gives back what is free before
-    it takes more than that. Raises UserError for target modules the model does not have.
+    ``path`` defaults to the code path of this project's trainer on ``device`` (default: an Ampere GPU). With
+    ``traced``, a trace of this exact recipe, the step is taken from it instead of being replayed. With
+    ``capacity_bytes``, the GPU's memory, the allocator releases free segments before it exceeds that. Raises
+    UserError for target modules that the model does not have.
     """
     device = device or Device()
     path = path or trainer_execution(recipe, device, architecture)
@@ -127,7 +127,7 @@ def estimate(
     frozen = {key: size for key, size in resident.items() if key in FROZEN}
     loading = _together(frozen, Peak("loading", {"loading": loading_bytes(recipe, architecture, path)}))
     levels = tiers(items, fullest.total_bytes, pool, architecture, layout, path)
-    # By the process: a step on a CPU also leaves holes and kernels, which loading does not.
+    # By process bytes: a step on a CPU also leaves heap gaps and kernels, which loading does not.
     levels_at_loading = tiers(loading, 0, pool, architecture, layout, path)
     if levels_at_loading.process_bytes > levels.process_bytes:
         fullest, items, levels = Peak("loading", loading), loading, levels_at_loading
@@ -153,12 +153,12 @@ def _traced_moment(traced: StepTrace) -> Peak:
 
 
 LOADERS = 4
-"""Threads with which transformers reads weights (``core_model_loading.GLOBAL_WORKERS``)."""
+"""Threads that transformers uses to read weights (``core_model_loading.GLOBAL_WORKERS``)."""
 
 
 def loading_bytes(recipe: Recipe, architecture: Architecture, path: ExecutionConfig) -> int:
-    """What is there while weights are read: a card holds some tensors in 16 bits before each is quantized; a
-    CPU has the whole file mapped. Weights that stay as they are stored are what is read."""
+    """Return the peak bytes while weights are read: a GPU holds some tensors in 16 bits before each is
+    quantized; a CPU has the whole file mapped. Weights that stay in their stored dtype count as read."""
     if recipe.quantization.method == "none" and path.compute_bytes == 2:
         return 0
     if path.device == "cpu":
@@ -216,13 +216,13 @@ def _notes(recipe: Recipe, architecture: Architecture, layout: Layout) -> tuple[
 
 
 def with_precision(recipe: Recipe, precision: Precision) -> Recipe:
-    """The same recipe with its base in another precision."""
+    """Return the recipe with its base model in another precision."""
     method: Literal["nf4", "int8", "none"] = "none" if precision == "fp16" else precision
     return structs.replace(recipe, quantization=structs.replace(recipe.quantization, method=method))
 
 
 def precision_of(recipe: Recipe) -> Precision:
-    """Which of the compared precisions the recipe asks for; fp4 takes what NF4 does."""
+    """Return which of the compared precisions the recipe uses; fp4 takes the same memory as NF4."""
     methods: dict[str, Precision] = {"int8": "int8", "none": "fp16"}
     return methods.get(recipe.quantization.method, "nf4")
 
@@ -235,7 +235,7 @@ def compare(
     path: ExecutionConfig | None = None,
     traced: StepTrace | None = None,
 ) -> dict[Precision, Estimate]:
-    """The recipe in NF4, int8 and 16 bits, side by side. ``traced`` is of the recipe as it is."""
+    """Estimate the recipe in NF4, int8 and 16 bits. ``traced`` is a trace of the unchanged recipe."""
     return {
         precision: estimate(
             with_precision(recipe, precision),

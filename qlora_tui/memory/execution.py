@@ -1,9 +1,10 @@
-"""Which code a run goes through, as far as memory can tell.
+"""The code path of a run, as far as it affects memory.
 
 The same recipe costs different amounts under different trainers: whether the frozen weights were cast to
-float32, what the loss keeps of the logits, which attention kernel runs. :func:`trainer_execution` derives
-the path of this project's trainer from a recipe and a :class:`Device`; ``bench/estimator.py`` describes
-others'."""
+float32, which logits the loss keeps, which attention kernel runs. :func:`trainer_execution` derives the path
+of this project's trainer from a recipe and a :class:`Device`; ``bench/estimator.py`` describes those of other
+trainers.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +21,19 @@ if TYPE_CHECKING:
 
 Loss = Literal["stock", "chunked", "liger", "fused", "trl_chunked", "trl_tiled"]
 """stock: the model's own or transformers' ``ForCausalLMLoss`` (``versions.loss_code`` says which).
-chunked: ours, a few rows of logits at a time. liger: fused linear cross-entropy. fused: like stock, but one
-kernel in place of log-softmax and its gradient, which writes the gradient over the logits. trl_chunked,
-trl_tiled: TRL's own since 1.7 and 1.15 (``trl_loss.py``)."""
+chunked: this project's, a few rows of logits at a time. liger: fused linear cross-entropy. fused: like
+stock, but one kernel instead of log-softmax and its gradient, which writes the gradient over the logits.
+trl_chunked, trl_tiled: TRL's own since 1.7 and 1.15 (``trl_loss.py``)."""
 
 Optimizer = Literal["adamw", "adamw_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
 
 LOSS_CHUNK_ROWS = 256
-"""Positions whose logits our trainer holds at a time: enough rows to keep the matrix product busy, and
-78 MB in 16 bits at a vocabulary of 152,000."""
+"""Positions whose logits our trainer holds at a time: enough rows for an efficient matrix product, and 78 MB
+in 16 bits at a vocabulary of 152,000."""
 
 LOSS_BLOCK_ROWS = {"cpu": 32, "cuda": 128}
-"""Of them, those that are in float32 at a time: few enough for a CPU's cache, and on a card, whose kernels
-take one of its multiprocessors a row, enough to keep all at work."""
+"""Rows of these in float32 at a time: few enough for a CPU's cache; on a GPU, whose kernels use one
+multiprocessor per row, enough to keep all of them busy."""
 
 BFLOAT16_CAPABILITY = (8, 0)
 """Compute capability from which bfloat16 is computed natively (Ampere)."""
@@ -40,84 +41,85 @@ BFLOAT16_CAPABILITY = (8, 0)
 
 @dataclass(frozen=True)
 class Device:
-    """Where the run will be computed."""
+    """The device of the run."""
 
     kind: Literal["cuda", "cpu"] = "cuda"
     capability: tuple[int, int] = (8, 6)
-    """CUDA compute capability; 8.6 (RTX 30) where no card was found."""
+    """CUDA compute capability; 8.6 (RTX 30) where no GPU was found."""
     native_bfloat16: bool = False
-    """On a CPU: whether it multiplies bfloat16 in hardware (AVX512-BF16, AMX)."""
+    """Whether a CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX)."""
     cuda_libraries: bool = False
-    """On a CPU: torch's build is one for CUDA, whose libraries a process reads in all the same."""
+    """Whether torch is a CUDA build, whose libraries a process loads even on a CPU."""
     liger: bool = False
-    """On a card: Liger's kernels are installed."""
+    """Whether Liger's kernels are installed, on a GPU."""
     correction: Correction | None = None
-    """What past runs on it measured."""
+    """Correction from past runs on the device."""
 
 
 @dataclass(frozen=True)
 class ExecutionConfig:
-    """Everything about the code that moves the peak."""
+    """Properties of the code that affect the peak."""
 
     compute_bytes: int = 2
-    """Of an element of the compute dtype: activations, and weights once dequantized."""
+    """Bytes per element of the compute dtype: activations, and dequantized weights."""
     float16: bool = False
-    """The two bytes are float16, not bfloat16."""
+    """Whether a two-byte compute dtype is float16, not bfloat16."""
     cast_to_float32: bool = False
-    """peft's ``prepare_model_for_kbit_training``: norms, embedding and head in float32, and with them the
-    residual stream."""
+    """Whether norms, embedding, head and so the residual stream are in float32, as after peft's
+    ``prepare_model_for_kbit_training``."""
     norms_float32: bool = False
-    """Only the norms, as TRL leaves them after casting the rest back."""
+    """Whether only the norms are in float32, as TRL leaves them after casting the rest back."""
     adapter_bytes: int = 4
     autocast: bool = False
-    """Forward under ``torch.autocast``, as ``Trainer(bf16=True)`` runs it."""
+    """Whether the forward runs under ``torch.autocast``, as with ``Trainer(bf16=True)``."""
     loss: Loss = "chunked"
     transformers: Version = CURRENT
-    """Version of transformers whose modeling code ran."""
+    """Version of transformers whose modeling code runs."""
     logits_alive_in_backward: bool = False
-    """The model's output, and with it the logits, is still referred to during the backward."""
+    """Whether the model's output, and so the logits, is still referenced during the backward."""
     checkpointing: bool = True
     reentrant: bool = False
-    """The older kind of checkpointing: the whole layer again, its output and gradient held throughout."""
+    """Whether checkpointing is reentrant: it reruns the whole layer and holds its output and gradient."""
     attention: Kernel = "flash"
     sdpa: bool = False
-    """The kernel is called by transformers' SDPA code, not by ours or by FlashAttention's own."""
+    """Whether transformers' SDPA code calls the kernel, not ours or FlashAttention's own."""
     optimizer: Optimizer = "adamw"
     accumulates: bool = False
-    """Gradients of earlier micro-steps are there during the forward."""
+    """Whether gradients of earlier micro-steps exist during the forward."""
     packing: bool = False
     segments: bool = False
-    """The micro-batch is one long row whose samples are attended one by one."""
+    """Whether the micro-batch is one long row whose samples are attended one at a time."""
     device: Literal["cuda", "cpu"] = "cuda"
     capability: tuple[int, int] = (8, 6)
-    """Of a card: CUDA compute capability."""
+    """CUDA compute capability of a GPU."""
     cuda_libraries: bool = False
-    """On a CPU: with a build of torch for CUDA."""
+    """Whether torch is a CUDA build, on a CPU."""
     library_kernels: bool = False
-    """Fused RMSNorm and rotary kernels (Unsloth's, FOAK's, Liger's)."""
+    """Whether RMSNorm and rotary kernels are fused (Unsloth's, FOAK's, Liger's)."""
     foak_lora: bool = False
-    """LoRA on 4-bit weights in one function (FOAK's)."""
+    """Whether LoRA on 4-bit weights is one function (FOAK's)."""
     liger_mlp: bool = False
-    """The product of a gated MLP's halves in one function (Liger's)."""
+    """Whether the product of a gated MLP's halves is one function (Liger's)."""
     own_fused: bool = False
-    """Our own functions for adapters on 4- and 16-bit weights, gated MLPs, RMSNorm, and attention on a CPU
-    (``training/fused``), which keep less."""
+    """Whether our functions are used, which save less: adapters on 4- and 16-bit weights, gated MLPs,
+    RMSNorm, and attention on a CPU (``training/fused``)."""
     expandable_segments: bool = True
-    """The allocator grows its segments (our trainer asks for it), so blocks are cut to size."""
+    """Whether the allocator grows its segments (our trainer requests it), so that blocks are cut to size."""
     name: str = "this trainer"
 
     @property
     def separate_experts(self) -> bool:
-        """Each expert's matrices are linear modules, which bitsandbytes quantizes."""
+        """Return whether each expert's matrices are linear modules, which bitsandbytes quantizes."""
         return self.transformers < FUSED_EXPERTS
 
 
 def trainer_execution(
     recipe: Recipe, device: Device, architecture: Architecture | None = None
 ) -> ExecutionConfig:
-    """The path this project's trainer takes: no float32 cast, no full logits, non-reentrant checkpointing.
+    """Return the path of this project's trainer: no float32 cast, no full logits, non-reentrant
+    checkpointing.
 
-    Without an architecture, assume no Liger: it is faster only for some models.
+    Without an architecture, Liger is assumed off: it is faster only for some models.
     """
     compute = _compute_bytes(recipe, device)
     float16 = compute == 2 and _is_float16(recipe, device)
@@ -143,13 +145,13 @@ def trainer_execution(
 
 
 def liger_rows(tokens: int, hidden: int, vocabulary: int) -> int:
-    """Rows of logits that Liger makes at a time (its ``fused_linear_cross_entropy.py``)."""
+    """Return the rows of logits that Liger computes at a time (its ``fused_linear_cross_entropy.py``)."""
     rows = -(-tokens // -(-vocabulary // hidden))
     return min(1 << (rows - 1).bit_length(), tokens)
 
 
 def _liger_pays(recipe: Recipe, architecture: Architecture | None) -> bool:
-    """Whether Liger's loss is as fast as ours: it reads the head (about 1 GB for 7B) twice per chunk.
+    """Return whether Liger's loss is as fast as ours: it reads the head (about 1 GB for 7B) twice per chunk.
 
     It does not support trained token rows.
     """
@@ -175,7 +177,7 @@ def _is_float16(recipe: Recipe, device: Device) -> bool:
 
 
 def _attention(recipe: Recipe, device: Device, compute: int) -> Kernel:
-    """SDPA's choice on a card: flash for two-byte dtypes from Ampere on, else memory-efficient."""
+    """Return SDPA's choice on a GPU: flash for two-byte dtypes from Ampere on, else memory-efficient."""
     if recipe.model.attention == "eager":
         return "eager"
     if device.kind == "cuda" and (compute == 4 or device.capability < BFLOAT16_CAPABILITY):

@@ -1,4 +1,4 @@
-"""What each item is called, and one sentence on why it is as large as it is, with its formula."""
+"""The label of each item, and one sentence with the formula that explains its size."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ LABELS: dict[str, str] = {
     "tokenizer": "Tokenizer",
     "runtime": "Python and libraries",
 }
-"""In the order a stacked bar shows them."""
+"""Label of each item, in the order of the stacked bar."""
 
 
 @dataclass(frozen=True)
 class ExplainContext:
-    """What the sentences need."""
+    """Facts that the sentences use."""
 
     recipe: Recipe
     architecture: Architecture
@@ -58,7 +58,7 @@ class ExplainContext:
 
 
 def explanations(facts: ExplainContext) -> dict[str, str]:
-    """One sentence an item, with the formula in this recipe's numbers."""
+    """Return one sentence for each item, with the formula in this recipe's numbers."""
     return {
         **_weight_sentences(facts),
         **_training_sentences(facts),

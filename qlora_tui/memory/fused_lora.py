@@ -1,4 +1,4 @@
-"""This project's own functions, which keep less than the library's (``training/fused``)."""
+"""This project's fused functions, which save less than the library's (``training/fused``)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from qlora_tui.memory.ops import Linear, Ops
 
 
 def linear(ops: Ops, x: Tensor, module: Linear) -> Tensor:
-    """Base and adapter as one function that keeps its input as it came."""
+    """Replay base and adapter as one function that saves its uncast input."""
     needs, entered, numel = x.needs_grad, x.width, x.numel
     width = ops.compute if ops.autocast else entered
 
@@ -20,7 +20,7 @@ def linear(ops: Ops, x: Tensor, module: Linear) -> Tensor:
 
 
 def gated(ops: Ops, gate: Tensor, up: Tensor, module: Linear) -> Tensor:
-    """``down(act(gate) * up)`` as one function that keeps gate and up, and makes the rest again."""
+    """Replay ``down(act(gate) * up)`` as one function that saves gate and up, and recomputes the rest."""
     numel, width = gate.numel, gate.width
 
     def product() -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ def gated(ops: Ops, gate: Tensor, up: Tensor, module: Linear) -> Tensor:
 
 
 def _linear_forward(ops: Ops, x: Tensor, module: Linear, width: int) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The outputs, what dropout kept, and the inputs times A."""
+    """Replay the forward; return the outputs, the dropout result, and the inputs times A."""
     rows, numel = x.numel // module.inputs, x.numel
     workspace = _weight(ops, module, ops.compute)
     out = ops.new(rows * module.outputs, x.width)
@@ -63,7 +63,7 @@ def _linear_forward(ops: Ops, x: Tensor, module: Linear, width: int) -> tuple[Te
 
 
 def _linear_backward(ops: Ops, module: Linear, numel: int, entered: int, width: int, *, needs: bool) -> Grads:
-    """Gradients of the inputs, of A and of B."""
+    """Replay the backward; return the gradients of the inputs, of A and of B."""
     narrow = _narrowed(ops, numel, entered, width)
     grad_xa = ops.new(numel // module.inputs * module.rank, width)
     grad_b = _gradient(ops, module.rank * module.outputs, width)
@@ -88,17 +88,17 @@ def _linear_backward(ops: Ops, module: Linear, numel: int, entered: int, width: 
 
 
 def _narrowed(ops: Ops, numel: int, entered: int, width: int) -> Tensor | None:
-    """Under autocast a LayerNorm's float32 output comes in, and is cast for the products."""
+    """Replay the cast of a float32 LayerNorm output for the products under autocast."""
     return ops.new(numel, width) if entered != width else None
 
 
 def _gradient(ops: Ops, weights: int, width: int) -> Tensor:
-    """Of an adapter's weight: made in the compute dtype, cast to the adapter's."""
+    """Replay the gradient of an adapter's weight: computed in the compute dtype, cast to the adapter's."""
     with ops.meter.attribute_to("gradients"):
         gradient = ops.new(weights, width)
         return gradient if width == ops.adapter else ops.new(weights, ops.adapter)
 
 
 def _weight(ops: Ops, module: Linear, width: int) -> Tensor | None:
-    """The base weight for a product: dequantized where it is packed, else itself."""
+    """Return the base weight for a product, dequantized if it is packed."""
     return ops.dequantized(module, width) if module.method in ("nf4", "fp4") else None

@@ -1,4 +1,4 @@
-"""From an architecture and a code path to the layers the step walks."""
+"""From an architecture and a code path to the layers that the step replays."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from qlora_tui.recipe.targets import rank_of, resolve_targets
 
 @dataclass(frozen=True)
 class LayerStyle:
-    """How a family puts its layer together; sizes come from the architecture."""
+    """Structure of a family's layer; sizes come from the architecture."""
 
     norm: Literal["rms", "float", "layer", "cohere"] = "rms"
     order: Literal["pre", "parallel", "sandwich", "post"] = "pre"
@@ -75,42 +75,42 @@ STYLES: dict[str, LayerStyle] = {
     "falcon": LayerStyle(norm="layer", order="parallel"),
     "cohere": LayerStyle(norm="cohere", order="parallel"),
 }
-"""Families whose layer is written out here; any other is walked as Llama's, and said to be approximate."""
+"""Families with an implemented layer; any other is replayed as Llama's and marked as approximate."""
 GPT_2 = ("gpt2", "gpt_bigcode")
-"""These apply dropout to the embedding too."""
+"""Families that apply dropout to the embedding too."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One run's model: what is resident, and its layers in order."""
+    """The model of one run: its resident tensors, and its layers in order."""
 
     blocks: tuple[DecoderLayer, ...]
-    """One a layer; equal ones are the same object."""
+    """One entry per layer; equal layers are the same object."""
     tokens: int
     rows: int
     length: int
     hidden: int
     vocabulary: int
     embedding_apart: bool
-    """The first layer's input is not the embedding's output itself: positions were added, or a factor."""
+    """Whether the first layer's input differs from the embedding's output: positions or a factor."""
     embedding_dropout: float
     softcap: bool
     logit_scale: bool
     token_rows: int
-    """Tokens whose rows of embedding and head are trained."""
+    """Number of tokens whose rows of embedding and head are trained."""
     own_head: bool
-    """The head is not the embedding, and has such rows of its own."""
+    """Whether the head is untied and has its own trained rows."""
     adapter_parameters: int
     adapter_tensors: tuple[int, ...]
     """Elements of each trained tensor."""
     exact: bool
-    """Whether the family's layer is written out."""
+    """Whether the family's layer is implemented."""
     loss_code: LossCode
-    """How the family's stock loss is written in the path's version of transformers."""
+    """Variant of the family's stock loss in the path's version of transformers."""
 
 
 def build_layout(recipe: Recipe, architecture: Architecture, path: ExecutionConfig) -> Layout:
-    """Every layer with its modules as this recipe and path hold them."""
+    """Build every layer with its modules in the form of this recipe and path."""
     ranks = {m.name: rank_of(recipe.lora, m) for m in resolve_targets(recipe.lora, architecture.modules)}
     style = STYLES.get(architecture.model_type, LayerStyle())
     rows, length = recipe.training.micro_batch_size, recipe.data.max_length
@@ -188,14 +188,14 @@ def build_layout(recipe: Recipe, architecture: Architecture, path: ExecutionConf
 
 
 def row_tensors(lora: Lora, architecture: Architecture) -> list[int]:
-    """Elements of each tensor of trained token rows: the embedding's, and the head's if it is not tied."""
+    """Return the elements of each tensor of trained token rows: the embedding's, and an untied head's."""
     rows = len(set(lora.trainable_tokens)) * architecture.hidden_size
     return [rows] * (1 if architecture.head.tied else 2) if rows else []
 
 
 def _kernel(architecture: Architecture, path: ExecutionConfig) -> Kernel:
-    """Falcon hands SDPA one key head for all query heads, which no fused kernel takes; gpt-oss has no SDPA in
-    transformers."""
+    """Return the attention kernel. Falcon passes SDPA one key head for all query heads, which no fused kernel
+    supports; gpt-oss has no SDPA in transformers."""
     if architecture.model_type == "gpt_oss" and path.sdpa:
         return "eager"
     shared = architecture.model_type == "falcon" and architecture.heads != architecture.kv_heads
@@ -203,7 +203,7 @@ def _kernel(architecture: Architecture, path: ExecutionConfig) -> Kernel:
 
 
 def _repeated_by(architecture: Architecture, path: ExecutionConfig) -> Literal["layer", "kernel", ""]:
-    """Who copies key and value heads for the query heads that share them."""
+    """Return where key and value heads are copied for the query heads that share them."""
     if path.attention in ("flash", "efficient") and repeats_heads_in_layer(
         architecture.model_type, path.transformers, sdpa=path.sdpa
     ):
@@ -214,7 +214,7 @@ def _repeated_by(architecture: Architecture, path: ExecutionConfig) -> Literal["
 
 
 def _layer_norms(architecture: Architecture) -> int:
-    """Norms over the hidden state in the first layer."""
+    """Count the norms over the hidden state in the first layer."""
     wanted = (architecture.hidden_size,)
     norms = [p for p in architecture.parameters if p.layer == 0 and p.role == "norm" and p.shape == wanted]
     return sum(p.name.endswith(".weight") for p in norms)
@@ -240,7 +240,7 @@ def _mixture(recipe: Recipe, architecture: Architecture, path: ExecutionConfig) 
 def _linear(
     module: LinearModule, recipe: Recipe, rank: int, linear_cache: dict[tuple[object, ...], Linear]
 ) -> Linear:
-    """The module as the path holds it, its rank 0 where it is not trained; equal ones are made once."""
+    """Return the module as the path holds it, with rank 0 where it is not trained; equal ones are cached."""
     key = (
         module.kind,
         module.in_features,

@@ -1,4 +1,4 @@
-"""From tensors to what the card sees: allocated, reserved, process, and how sure we are."""
+"""Memory levels from tensors to what the GPU sees: allocated, reserved, process, and their uncertainty."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ MIB = 1024 * 1024
 CONTEXT_BYTES = 141 * MIB
 """CUDA context with cuBLAS's and bitsandbytes' kernels loaded. Measured 133 to 147 MiB on a T4."""
 A100_CONTEXT_BYTES = 522 * MIB
-"""That of an A100: what ten runs of a 16-bit base held beside what the allocator reserved (fms-acceleration's
-``a100_80gb_liger.csv`` and ``a100_80gb_granite.csv``; torch 2.4.1 with flash-attn and Triton)."""
+"""CUDA context on an A100: memory of ten runs of a 16-bit base outside what the allocator reserved
+(fms-acceleration's ``a100_80gb_liger.csv`` and ``a100_80gb_granite.csv``; torch 2.4.1 with flash-attn and
+Triton)."""
 CONTEXT_UNCERTAINTY_BYTES = 400 * MIB
-"""Newer cards and drivers take up to this much more."""
+"""Additional bytes that newer GPUs and drivers may take."""
 
 SLACK_UNCERTAINTY = 0.5
-"""How weights are read and which addresses segments get differ from run to run, and with them which free
-block a tensor takes: of the 27 runs on a T4 with a quantized base, 24 had at most so much more slack than
-replayed, and three 54 to 302 MiB more. Without a quantization 19 runs were within 23 MiB."""
+"""Uncertainty of the slack, as a share. The order in which weights are read and the addresses of segments
+differ between runs, and with them which free block a tensor gets: of 27 runs on a T4 with a quantized base,
+24 had at most this much more slack than replayed, and three had 54 to 302 MiB more. Without quantization 19
+runs were within 23 MiB."""
 
 
 @dataclass(frozen=True)
 class UncertaintyBand:
-    """Where the truth may lie."""
+    """Uncertainty range of a figure."""
 
     low_bytes: int
     high_bytes: int
@@ -39,7 +41,7 @@ class UncertaintyBand:
 
 @dataclass(frozen=True)
 class MemoryLevels:
-    """Three figures that must not be mixed, and the items that lead from one to the next."""
+    """Three figures that must not be confused, and the items between one and the next."""
 
     allocated_bytes: int
     reserved_bytes: int
@@ -49,25 +51,26 @@ class MemoryLevels:
 
 
 RUNTIME_BYTES = 535 * MIB
-"""What a trainer on the CPU holds beside its tensors and its tokenizer. Measured, with torch's build for the
-CPU: 482 MiB once torch, transformers (which brings pandas and pyarrow), peft and bitsandbytes are imported,
-of which 126 are read-in library files; 29 of library files that are read in later, as weights are loaded
-and kernels first called; the rest Python's objects for data, modules and optimizer."""
+"""Memory of a trainer on the CPU without tensors and tokenizer. Measured, with torch's CPU build: 482 MiB
+once torch, transformers (which brings pandas and pyarrow), peft and bitsandbytes are imported, of which 126
+are library files; 29 of library files that are loaded later, with weights and first kernel calls; the rest
+are Python objects for data, modules and optimizer."""
 TOKENIZER_BYTES_A_TOKEN = 500
-"""Of the vocabulary. Measured with tokenizers 0.23, once what reading it left free is returned: 472 bytes for
-49,152 tokens (SmolLM2), 511 for 262,144 (Gemma 3): the words twice, the merges, and the JSON text itself."""
+"""Bytes per vocabulary token. Measured with tokenizers 0.23, after returning the memory that reading left
+free: 472 bytes for 49,152 tokens (SmolLM2), 511 for 262,144 (Gemma 3): it holds the words twice, the merges,
+and the JSON text itself."""
 CUDA_LIBRARIES_BYTES = 640 * MIB
-"""More than that with a build of torch for CUDA, card or not: its libraries are read in, and their kernels
-registered. Measured with torch 2.15 for CUDA 13.2: 725 MiB in place of 221 once torch is imported, 1,117 in
-place of 475 with the rest (and Triton)."""
+"""Additional memory with a CUDA build of torch, with or without a GPU: its libraries are loaded and their
+kernels registered. Measured with torch 2.15 for CUDA 13.2: 725 MiB instead of 221 once torch is imported,
+1,117 instead of 475 with the rest (and Triton)."""
 RUNTIME_UNCERTAINTY_BYTES = RUNTIME_BYTES // 10
-"""Libraries of other versions and builds."""
+"""Uncertainty for other versions and builds of the libraries."""
 HEAP_HOLES = 6
-"""One part in so many of what comes and goes with a step stays in gaps of the heap: rows and samples of other
-lengths leave holes too small for the next. glibc returns only what lies at the heap's top. Measured over the
-demo, in float32 and in bfloat16."""
+"""Divisor: one part in this many of the memory that moves with each step remains in gaps of the heap, because
+rows and samples of other lengths leave holes too small for the next. glibc returns only the memory at the
+heap's top. Measured over the demo, in float32 and in bfloat16."""
 MAPPED_BYTES = 32 * MIB
-"""From this size on glibc maps a block by itself and returns all of it (``DEFAULT_MMAP_THRESHOLD_MAX``)."""
+"""Size from which glibc maps a block separately and returns all of it (``DEFAULT_MMAP_THRESHOLD_MAX``)."""
 
 
 def tiers(
@@ -78,12 +81,12 @@ def tiers(
     layout: Layout,
     path: ExecutionConfig,
 ) -> MemoryLevels:
-    """All three, from the items at the peak; ``moving_bytes`` of them come and go with each step. ``pool`` is
-    what the allocator of a card came to."""
+    """Compute all three levels from the items at the peak. ``moving_bytes`` of them are allocated and freed
+    in each step. ``pool`` has the totals of a GPU's allocator."""
     allocated = sum(items.values())
     if pool is None:
         return _on_cpu(allocated, moving_bytes, architecture, layout, path)
-    # Blocks that were not cut count as allocated; with segments that grow all are.
+    # Blocks that were not split count as allocated; with growing segments all are split.
     unsplit = 0 if path.expandable_segments else max(0, pool.allocated_bytes - allocated)
     allocated += unsplit
     slack = pool.reserved_bytes - pool.allocated_bytes
@@ -113,7 +116,7 @@ def tiers(
 
 
 def context_bytes(path: ExecutionConfig) -> int:
-    """Of the CUDA context on the path's card. Cards that were not measured are taken for a T4."""
+    """Return the bytes of the CUDA context on the path's GPU. GPUs that were not measured count as a T4."""
     return A100_CONTEXT_BYTES if path.capability == (8, 0) else CONTEXT_BYTES
 
 
@@ -139,7 +142,7 @@ def _on_cpu(
 
 
 def _mapped_bytes(layout: Layout, path: ExecutionConfig) -> int:
-    """Of the chunked loss, the tensors that are blocks of their own and leave no holes."""
+    """Return the bytes of the chunked loss's tensors that are mapped separately and leave no holes."""
     if path.loss != "chunked":
         return 0
     rows = min(LOSS_CHUNK_ROWS, layout.tokens)
@@ -150,7 +153,7 @@ def _mapped_bytes(layout: Layout, path: ExecutionConfig) -> int:
 
 
 def corrected(levels: MemoryLevels, layout: Layout, correction: Correction) -> MemoryLevels:
-    """As past runs on the machine say they should have been. Allocated stays: it is counted, not guessed."""
+    """Apply the correction from past runs on the machine. Allocated bytes are counted and stay."""
     allocated = levels.allocated_bytes
     reserved = max(allocated, int(levels.reserved_bytes * correction.factor))
     added = dict(levels.added)
@@ -178,8 +181,8 @@ def corrected(levels: MemoryLevels, layout: Layout, correction: Correction) -> M
 
 
 def _uncertainty_bytes(allocated: int, layout: Layout) -> int:
-    """2 % of the tensors: most rows of other people's runs and all of the trace's are nearer than that.
+    """Return 2 % of the tensors: most runs in public records and all traces are closer than that.
 
-    A seventh where the layers are not the family's own: walked as Llama's, each known family is within 12 %.
+    A seventh where the family's layer is not implemented: as Llama's, each known family is within 12 %.
     """
     return allocated // (50 if layout.exact else 7)

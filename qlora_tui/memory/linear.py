@@ -1,4 +1,4 @@
-"""Linear modules: the frozen base in 4, 8 or 16 bits and its adapter, as bitsandbytes and peft run them."""
+"""Linear modules: the frozen base in 4, 8 or 16 bits and its adapter, as in bitsandbytes and peft."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from qlora_tui.memory.ops import FLOAT, Linear, Ops
 
 
 def linear(ops: Ops, x: Tensor, module: Linear) -> Tensor:
-    """The whole module: base, and adapter where it is a target."""
+    """Replay the whole module: base, and adapter where it is a target."""
     if not module.rank:
         return base(ops, x, module)
     if ops.fused_lora and module.method in ("nf4", "fp4"):
@@ -21,24 +21,24 @@ def linear(ops: Ops, x: Tensor, module: Linear) -> Tensor:
     out_width = result.width
     if module.dora:
         return ops.cast(_dora(ops, x, result, module), out_width)
-    # peft binds the cast input to a name that lives to the end of its forward.
+    # peft binds the cast input to a name that lives until the end of its forward.
     entered = _entered(ops, x, module)
     update = _adapter(ops, entered, module)
     if module.method != "none" and not ops.autocast:
         update = ops.cast(update, out_width)
     result = ops.add(result, update)
     if module.method == "none":
-        del update  # an unnamed value in peft's layer.py; bnb.py gives it a name
+        del update  # a temporary value in peft's layer.py; bnb.py gives it a name
     return ops.cast(result, out_width)
 
 
 def lean_target(ops: Ops, module: Linear) -> bool:
-    """Whether the module and its adapter are one of our functions: not with DoRA, nor on 8-bit weights."""
+    """Return whether module and adapter are one of our functions: not with DoRA, nor on 8-bit weights."""
     return ops.lean and bool(module.rank) and not module.dora and module.method != "int8"
 
 
 def base(ops: Ops, x: Tensor, module: Linear) -> Tensor:
-    """The frozen product alone."""
+    """Replay the product with the frozen weight."""
     if module.method in ("nf4", "fp4"):
         return _four_bit(ops, x, module)
     if module.method == "int8":
@@ -51,7 +51,7 @@ def _rows(x: Tensor, module: Linear) -> int:
 
 
 def _dense(ops: Ops, x: Tensor, module: Linear, width: int) -> Tensor:
-    """``F.linear`` with a frozen weight: the backward needs only the weight."""
+    """Replay ``F.linear`` with a frozen weight: the backward needs only the weight."""
     if ops.autocast:
         x = ops.cast(x, ops.compute)
         width = ops.compute
@@ -67,7 +67,7 @@ def _dense(ops: Ops, x: Tensor, module: Linear, width: int) -> Tensor:
 
 
 def _four_bit(ops: Ops, x: Tensor, module: Linear) -> Tensor:
-    """``Linear4bit.forward``: input to the compute dtype, product, result back to the input's dtype."""
+    """Replay ``Linear4bit.forward``: input to the compute dtype, product, result to the input's dtype."""
     entered = x.width
     x = ops.cast(x, ops.compute)
     numel, width = x.numel, ops.compute
@@ -79,7 +79,7 @@ def _four_bit(ops: Ops, x: Tensor, module: Linear) -> Tensor:
         del weight
         return (gradient,)
 
-    # The packed weight is kept as a plain attribute: nothing is packed for the checkpoint.
+    # The packed weight is a plain attribute: the checkpoint packs nothing.
     node = ops.tape.node((x,), fn)
     workspace = ops.dequantized(module, ops.compute)
     out = ops.new(_rows(x, module) * module.outputs, width)
@@ -89,9 +89,9 @@ def _four_bit(ops: Ops, x: Tensor, module: Linear) -> Tensor:
 
 
 def _eight_bit(ops: Ops, x: Tensor, module: Linear) -> Tensor:
-    """``MatMul8bitLt``, which keeps its input as an attribute of its context.
+    """Replay ``MatMul8bitLt``, which stores its input as an attribute of its context.
 
-    Checkpointing cannot drop it, and it stays until the loss goes, which holds the graph.
+    Checkpointing cannot drop it, and it lives as long as the loss, which holds the graph.
     """
     numel, width = x.numel, x.width
 
@@ -124,8 +124,8 @@ def _eight_bit(ops: Ops, x: Tensor, module: Linear) -> Tensor:
 
 
 def _entered(ops: Ops, x: Tensor, module: Linear) -> Tensor:
-    """The input in the adapter's dtype. On quantized weights peft leaves that to autocast, where it is on; on
-    others it casts in any case (``layer.py``)."""
+    """Replay the cast of the input to the adapter's dtype. On quantized weights peft leaves that to autocast,
+    where it is on; on others it always casts (``layer.py``)."""
     if ops.autocast and module.method != "none":
         return x
     with ops.meter.attribute_to("adapter_inputs"):
@@ -133,7 +133,7 @@ def _entered(ops: Ops, x: Tensor, module: Linear) -> Tensor:
 
 
 def _adapter(ops: Ops, x: Tensor, module: Linear) -> Tensor:
-    """``lora_B(lora_A(dropout(x))) * scaling``."""
+    """Replay ``lora_B(lora_A(dropout(x))) * scaling``."""
     with ops.meter.attribute_to("adapter_inputs"):
         x = _dropout(ops, x)
         if ops.autocast:
@@ -147,7 +147,7 @@ def _adapter(ops: Ops, x: Tensor, module: Linear) -> Tensor:
 
 
 def _trained(ops: Ops, x: Tensor, inputs: int, outputs: int, rows: int, width: int) -> Tensor:
-    """A linear with a trained weight: saves its input, and gives the weight a gradient."""
+    """Replay a linear layer with a trained weight: saves its input, and computes the weight's gradient."""
     numel, weights, adapter, needs = x.numel, inputs * outputs, ops.adapter, x.needs_grad
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
@@ -160,7 +160,7 @@ def _trained(ops: Ops, x: Tensor, inputs: int, outputs: int, rows: int, width: i
 
     weight = Tensor(x.storage, 0, adapter, ops.tape.leaf())
     cast = None
-    if width != adapter:  # autocast's copy is what the product saves
+    if width != adapter:  # the product saves autocast's copy
         with ops.meter.attribute_to("adapter"):
             cast = ops.new(weights, width)
     node = ops.tape.node((x, weight), fn, (x, cast))
@@ -170,7 +170,7 @@ def _trained(ops: Ops, x: Tensor, inputs: int, outputs: int, rows: int, width: i
 
 
 def _dropout(ops: Ops, x: Tensor) -> Tensor:
-    """``nn.Dropout``: CUDA's fused kernel saves a mask of one byte; a CPU multiplies by float noise."""
+    """Replay ``nn.Dropout``: CUDA's fused kernel saves a one-byte mask; a CPU multiplies by float noise."""
     if not ops.dropout:
         return x
     numel, width = x.numel, x.width
@@ -188,7 +188,8 @@ def _dropout(ops: Ops, x: Tensor) -> Tensor:
 
 
 def _dora(ops: Ops, x: Tensor, result: Tensor, module: Linear) -> Tensor:
-    """DoRA rebuilds the weight to take its norms, then scales the result (peft/tuners/lora/dora.py)."""
+    """Replay DoRA, which rebuilds the weight for its norms and scales the result
+    (peft/tuners/lora/dora.py)."""
     with ops.meter.attribute_to("dequantized"):
         weight = ops.new(module.weights, ops.compute)
         update = ops.new(module.weights, FLOAT)

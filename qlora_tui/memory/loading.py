@@ -1,8 +1,8 @@
-"""The model as it comes into the allocator: what loading leaves free is where the step's tensors go.
+"""Loading of the model into the allocator: the step's tensors use the blocks that loading leaves free.
 
-With a quantization transformers first makes one tensor of the size of the whole model and lets it go, so
-that the weights are cut from one segment (``caching_allocator_warmup`` in modeling_utils.py). It then reads
-them in the natural order of their names, and quantizes each before it reads the next
+With quantization transformers first allocates one tensor of the size of the whole model and frees it, so that
+the weights are split from one segment (``caching_allocator_warmup`` in modeling_utils.py). It then reads them
+in the natural order of their names, and quantizes each before it reads the next
 (``convert_and_load_state_dict_in_model`` in core_model_loading.py).
 """
 
@@ -21,7 +21,7 @@ from qlora_tui.memory.weights import four_bit_scale_sizes
 from qlora_tui.recipe.schema import Recipe
 
 READ_BYTES = 2
-"""Of a weight as it is read."""
+"""Bytes per weight as read from the file."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def load(
     layout: Layout,
     path: ExecutionConfig,
 ) -> None:
-    """Weights, casts of those that are not quantized, adapter."""
+    """Load the weights, the casts of unquantized ones, and the adapter."""
     weights = _weights(architecture, path.separate_experts)
     if recipe.quantization.method == "none":
         allocator.keep(weight.count * path.compute_bytes for weight in weights)
@@ -58,7 +58,7 @@ def load(
 def _quantize(
     allocator: CachingAllocator, recipe: Recipe, architecture: Architecture, path: ExecutionConfig
 ) -> dict[str, MemoryBlock]:
-    """Returns what is left as it was read."""
+    """Load and quantize the weights; return the blocks of those that stay as read."""
     method, nested = recipe.quantization.method, recipe.quantization.double_quantization
     weights = _in_natural_order(architecture, path.separate_experts)
     a_weight = 1.0 if method == "int8" else 0.5
@@ -81,7 +81,7 @@ def _quantize(
 
 @lru_cache(maxsize=16)
 def _weights(architecture: Architecture, separate_experts: bool) -> tuple[_Weight, ...]:
-    """Every parameter, in the model's order as far as it is known: norms come last."""
+    """Return every parameter, in the model's order as far as it is known: norms come last."""
     weights = [_Weight(table.name, table.params, 0) for table in architecture.embeddings]
     for module in architecture.modules:
         rows = module.out_features if module.quantizable else 0
@@ -98,7 +98,7 @@ def _weights(architecture: Architecture, separate_experts: bool) -> tuple[_Weigh
 
 @lru_cache(maxsize=16)
 def _in_natural_order(architecture: Architecture, separate_experts: bool) -> tuple[_Weight, ...]:
-    """By name, numbers in it as numbers."""
+    """Return the parameters by name, in natural order: numbers in names compare as numbers."""
     return tuple(sorted(_weights(architecture, separate_experts), key=_natural))
 
 

@@ -12,7 +12,7 @@ from qlora_tui.memory.ops import FLOAT, Ops
 def head_and_loss(
     ops: Ops, layout: Layout, path: ExecutionConfig, hidden: Tensor, width: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """The scalar loss, and what the caller goes on holding (the output object's logits)."""
+    """Replay head and loss; return the scalar loss, and what the caller still holds (logits)."""
     if path.loss == "chunked":
         return _chunked(ops, layout, path, hidden, width), []
     if path.loss == "liger":
@@ -28,17 +28,17 @@ def head_and_loss(
             logits = wide
         if layout.loss_code == "padded" and path.loss != "fused":
             source = wide
-        else:  # logits[..., :-1, :].contiguous(), which FOAK's loss has kept to
+        else:  # logits[..., :-1, :].contiguous(), which FOAK's loss still has
             source = ops.copy(ops.slice(wide, wide.numel - layout.rows * layout.vocabulary))
         loss = (_in_place if path.loss == "fused" else _cross_entropy)(ops, source)
         return loss, [logits] if path.logits_alive_in_backward else []
 
 
 def _head(ops: Ops, layout: Layout, hidden: Tensor, rows: int, width: int) -> Tensor:
-    """``lm_head(hidden)`` and what the family does to the logits after it."""
+    """Replay ``lm_head(hidden)`` and the family's operations on the logits."""
     numel, weight = rows * layout.hidden, None
     if ops.autocast:
-        if width != ops.compute:  # a weight in float32, which the product saves as autocast made it
+        if width != ops.compute:  # a weight in float32, which the product saves in autocast's dtype
             weight = ops.new(layout.vocabulary * layout.hidden, ops.compute, "head")
         width = ops.compute
         hidden = ops.cast(hidden, width)
@@ -60,7 +60,7 @@ def _head(ops: Ops, layout: Layout, hidden: Tensor, rows: int, width: int) -> Te
 
 
 def _cross_entropy(ops: Ops, logits: Tensor) -> Tensor:
-    """Log-softmax (saved) and the gradients of both its steps: three tensors at the peak."""
+    """Replay log-softmax (saved) and the gradients of both its steps: three tensors at the peak."""
     numel, width = logits.numel, logits.width
 
     def softmax_grad(grad: Tensor, saved: list[Tensor | None]) -> Grads:
@@ -78,9 +78,10 @@ def _cross_entropy(ops: Ops, logits: Tensor) -> Tensor:
 
 
 def _chunked(ops: Ops, layout: Layout, path: ExecutionConfig, hidden: Tensor, width: int) -> Tensor:
-    """Our loss (``training/chunked_loss.py``), with every token learnt from: the fullest case.
+    """Replay our loss (``training/chunked_loss.py``), with every token in the loss: the worst case.
 
-    The positions learnt from are copied out; their gradient is made a chunk of logits at a time, in place.
+    The positions in the loss are copied out; their gradient is computed one chunk of logits at a time, in
+    place.
     """
     rows = min(LOSS_CHUNK_ROWS, layout.tokens)
     numel, chunk, item = hidden.numel, rows * layout.vocabulary, "hidden_gradient"
@@ -110,11 +111,11 @@ def _chunked(ops: Ops, layout: Layout, path: ExecutionConfig, hidden: Tensor, wi
 
 
 def _learnt_from(ops: Ops, hidden: Tensor, width: int) -> Tensor:
-    """The states of the positions learnt from, cut out and copied."""
+    """Replay the selection of the hidden states at the positions in the loss, as a copy."""
     numel = hidden.numel
 
     def spread(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        # The gradient of a masked index is zeros of the whole with the rows put in.
+        # The gradient of a masked index is a full tensor of zeros with the rows filled in.
         return (ops.new(numel, width),)
 
     cut = hidden.view(ops.tape.node((hidden,), spread))
@@ -125,7 +126,7 @@ def _learnt_from(ops: Ops, hidden: Tensor, width: int) -> Tensor:
 
 
 def _slopes(ops: Ops, layout: Layout, numel: int, width: int) -> Tensor:
-    """The gradient of a block of logits, in float32 like all that comes between."""
+    """Replay the gradient of a block of logits, in float32 like all intermediate values."""
     logits, bent = ops.new(numel, FLOAT) if width != FLOAT else None, None
     if layout.logit_scale:
         logits = ops.new(numel, FLOAT)
@@ -138,9 +139,9 @@ def _slopes(ops: Ops, layout: Layout, numel: int, width: int) -> Tensor:
 
 
 def _liger(ops: Ops, layout: Layout, path: ExecutionConfig, hidden: Tensor, width: int) -> Tensor:
-    """Liger's fused linear cross-entropy: chunks of ``tokens / ceil(vocabulary / hidden)`` rows.
+    """Replay Liger's fused linear cross-entropy: chunks of ``tokens / ceil(vocabulary / hidden)`` rows.
 
-    Our trainer gives it the positions learnt from: every one, in the fullest case.
+    Our trainer passes it the positions in the loss: in the worst case, all of them.
     """
     rows = liger_rows(layout.tokens, layout.hidden, layout.vocabulary)
     numel = hidden.numel
@@ -160,7 +161,7 @@ def _liger(ops: Ops, layout: Layout, path: ExecutionConfig, hidden: Tensor, widt
 
 
 def _in_place(ops: Ops, logits: Tensor) -> Tensor:
-    """One kernel over all logits that writes the gradient in their place."""
+    """Replay one kernel over all logits that writes the gradient over them."""
     node = ops.tape.node((logits,), lambda grad, saved: (saved[0],), (logits,))
     loss = ops.new(1, FLOAT)
     loss.node = node

@@ -13,7 +13,7 @@ from qlora_tui.memory.ops import FLOAT, Linear, Ops
 def latent_attention(
     ops: Ops, linears: dict[str, Linear], shape: Heads, kernel: Kernel, hidden_states: Tensor, norm_width: int
 ) -> Tensor:
-    """The attention's output before the output projection."""
+    """Compute the attention output before the output projection."""
     down, up = linears["kv_a_proj_with_mqa"], linears["kv_b_proj"]
     heads, tokens = shape.heads, ops.tokens
     value_dim = linears["o_proj"].inputs // heads
@@ -40,7 +40,7 @@ def latent_attention(
 
 
 def _queries(ops: Ops, linears: dict[str, Linear], x: Tensor, norm_width: int) -> Tensor:
-    """One projection, or two with a norm between."""
+    """Replay the query projection, or two with a norm between."""
     if "q_proj" in linears:
         return linear(ops, x, linears["q_proj"])
     narrow = ops.rms_norm(linear(ops, x, linears["q_a_proj"]), weight=norm_width)
@@ -48,12 +48,12 @@ def _queries(ops: Ops, linears: dict[str, Linear], x: Tensor, norm_width: int) -
 
 
 def _turned(ops: Ops, x: Tensor) -> Tensor:
-    """Rotary positions as a product of complex numbers, in float32."""
+    """Replay rotary positions as a product of complex numbers, in float32."""
     return ops.cast(ops.scale(ops.cast(x, FLOAT)), x.width)
 
 
 def _filled(ops: Ops, numel: int, *parts: Tensor) -> Tensor:
-    """A tensor put together from parts; each takes a copy of its share of the gradient."""
+    """Replay a tensor assembled from parts; each takes a copy of its share of the gradient."""
     sizes = [(part.numel, part.width) for part in parts]
     node = ops.tape.node(parts, lambda grad, saved: tuple(ops.new(count, width) for count, width in sizes))
     out = ops.new(numel, parts[0].width)

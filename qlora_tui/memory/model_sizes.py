@@ -1,4 +1,4 @@
-"""Which size of model would fit with a recipe: Qwen2.5's shapes stand for their class."""
+"""The largest model size that fits with a recipe; Qwen2.5's shapes represent each class."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ _SHAPES = (
 
 @dataclass(frozen=True)
 class ModelClass:
-    """One size of model under the recipe."""
+    """One model size under the recipe."""
 
     label: str
-    """``7B``."""
+    """Name of the class: ``7B``."""
     estimate: Estimate
 
 
 def largest_model_size(
     recipe: Recipe, available_bytes: int, *, device: Device | None = None
 ) -> ModelClass | None:
-    """The largest class that fits; None when not even the smallest does.
+    """Return the largest class that fits; None when not even the smallest does.
 
-    Targets are taken as ``all-linear``: another model has other modules.
+    Target modules are assumed ``all-linear``, because another model has other modules.
     """
     anywhere = structs.replace(recipe, lora=structs.replace(recipe.lora, target_modules=(ALL_LINEAR,)))
     largest = None

@@ -1,8 +1,8 @@
-"""A mixture of experts in place of the MLP.
+"""A mixture of experts instead of the MLP.
 
 transformers 5 keeps the experts as two fused 3-D parameters and sorts the tokens by expert
-(``integrations/moe.py``, ``grouped_mm_experts_forward``); before, each expert was a module of its own and
-took its tokens in turn. Tokens are taken to spread evenly over the experts.
+(``integrations/moe.py``, ``grouped_mm_experts_forward``); before, each expert was a separate module and
+processed its tokens in turn. Tokens are assumed to spread evenly over the experts.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ class Mixture:
     intermediate: int
     activation: str
     clamped: bool = False
-    """gpt-oss clamps both halves, gates by a sigmoid of its own, and has biases."""
+    """Whether the experts follow gpt-oss: both halves clamped, a scaled sigmoid gate, and biases."""
     wide_weights: bool = False
-    """Routing weights stay float32 (Mixtral, DeepSeek), and with them what they are multiplied with."""
+    """Whether routing weights stay float32 (Mixtral, DeepSeek), and so do their products."""
     separate: bool = False
-    """Each expert's matrices are modules of their own (transformers 4)."""
+    """Whether each expert's matrices are separate modules (transformers 4)."""
     method: str = "none"
-    """How separate experts are quantized."""
+    """Quantization of separate experts."""
 
 
 def mixture(ops: Ops, made_of: Mixture, x: Tensor) -> Tensor:
-    """The routed experts' part of the layer."""
+    """Replay the routed experts of the layer."""
     weights = _route(ops, made_of, x)
     if made_of.separate:
         return _in_turn(ops, made_of, x, weights)
@@ -42,7 +42,7 @@ def mixture(ops: Ops, made_of: Mixture, x: Tensor) -> Tensor:
 
 
 def _route(ops: Ops, made_of: Mixture, x: Tensor) -> Tensor:
-    """Router logits, their softmax in float32 (saved), and the chosen weights."""
+    """Replay router logits, their softmax in float32 (saved), and the chosen weights."""
     tokens, numel, width = ops.tokens, x.numel, x.width
     logits = ops.new(tokens * made_of.experts, width)
     logits.node = ops.tape.node((x,), lambda grad, saved: (ops.new(numel, width),), (None,))
@@ -59,7 +59,7 @@ def _route(ops: Ops, made_of: Mixture, x: Tensor) -> Tensor:
 def _grouped(ops: Ops, made_of: Mixture, x: Tensor, weights: Tensor) -> Tensor:
     slots = ops.tokens * made_of.per_token
     tokens, width = ops.tokens, x.width
-    # The gathered rows, and gpt-oss's biases a row, keep their names to the end of the function.
+    # The gathered rows, and gpt-oss's biases per row, stay bound to names until the function ends.
     gathered = _index(ops, x, slots * made_of.hidden)
     bias = ops.new(slots * 2 * made_of.intermediate, width) if made_of.clamped else None
     both = _product(ops, gathered, slots, made_of.hidden, 2 * made_of.intermediate)
@@ -73,7 +73,7 @@ def _grouped(ops: Ops, made_of: Mixture, x: Tensor, weights: Tensor) -> Tensor:
     out = _index(ops, out, slots * made_of.hidden)
     summed = out.width
     node = ops.tape.node(
-        # The gradient of a sum is expanded, and made whole where it is used.
+        # The gradient of a sum is expanded, and materialized where it is used.
         (out,),
         lambda grad, saved: (ops.new(slots * made_of.hidden, summed),),
     )
@@ -88,7 +88,7 @@ def _gate(ops: Ops, both: Tensor, made_of: Mixture) -> Tensor:
 
 
 def _clamped(ops: Ops, both: Tensor, made_of: Mixture) -> Tensor:
-    """gpt-oss: ``(clamp(up) + 1) * clamp(gate) * sigmoid(alpha * clamp(gate))``."""
+    """Replay gpt-oss's ``(clamp(up) + 1) * clamp(gate) * sigmoid(alpha * clamp(gate))``."""
     half = both.numel // 2
     gate = ops.activation(ops.slice(both, half), "clamp")
     up = ops.activation(ops.slice(both, half), "clamp")
@@ -98,7 +98,7 @@ def _clamped(ops: Ops, both: Tensor, made_of: Mixture) -> Tensor:
 
 
 def _index(ops: Ops, x: Tensor, numel: int) -> Tensor:
-    """``x[rows]``: a copy; its gradient is added into zeros."""
+    """Replay ``x[rows]``: a copy; its gradient is added into zeros."""
     whole, width = x.numel, x.width
     node = ops.tape.node((x,), lambda grad, saved: (ops.new(whole, width),), (None,))
     out = ops.new(numel, width)
@@ -107,7 +107,7 @@ def _index(ops: Ops, x: Tensor, numel: int) -> Tensor:
 
 
 def _product(ops: Ops, x: Tensor, rows: int, inputs: int, outputs: int) -> Tensor:
-    """One grouped matrix product over all experts; frozen weights need no input kept."""
+    """Replay one grouped matrix product over all experts; with frozen weights no input is saved."""
     width = x.width
     node = ops.tape.node((x,), lambda grad, saved: (ops.new(rows * inputs, width),), (None,))
     out = ops.new(rows * outputs, width)
@@ -116,7 +116,7 @@ def _product(ops: Ops, x: Tensor, rows: int, inputs: int, outputs: int) -> Tenso
 
 
 def weighted(ops: Ops, x: Tensor, weights: Tensor) -> Tensor:
-    """Times each slot's routing weight, which needs a gradient too: keeps the experts' outputs."""
+    """Replay the product with each slot's routing weight, which needs a gradient: saves expert outputs."""
     numel, rows, back = x.numel, weights.numel, x.width
     width = max(x.width, weights.width)
 
@@ -125,7 +125,7 @@ def weighted(ops: Ops, x: Tensor, weights: Tensor) -> Tensor:
         spread = ops.new(numel, width)
         if width != back:
             # The engine casts one gradient before it sums the other over the row (validate_outputs); what the
-            # function had unpacked is gone by then, unless the node holds it.
+            # function had unpacked is freed by then, unless the node holds it.
             saved.clear()
             toward = ops.new(numel, back)
         del spread
@@ -138,7 +138,7 @@ def weighted(ops: Ops, x: Tensor, weights: Tensor) -> Tensor:
 
 
 def _in_turn(ops: Ops, made_of: Mixture, x: Tensor, weights: Tensor) -> Tensor:
-    """Expert after expert: gather its tokens, its MLP, add into the sum in place."""
+    """Replay the experts in turn: gather tokens, run the MLP, add into the sum in place."""
     rows = ops.tokens * made_of.per_token // made_of.experts
     hidden, inner = made_of.hidden, made_of.intermediate
     total = ops.new(x.numel, x.width)
@@ -152,7 +152,7 @@ def _in_turn(ops: Ops, made_of: Mixture, x: Tensor, weights: Tensor) -> Tensor:
         del product
         part = _index(ops, weights, rows)
         out = weighted(ops, out, part)
-        # index_add_ in place: its gradient for the part is the rows picked out of the sum's.
+        # index_add_ in place: the part's gradient is the selected rows of the sum's.
         joined = ops.tape.node(
             (total if expert else None, out), lambda grad, saved: (grad, ops.new(rows * hidden, width))
         )
@@ -164,4 +164,4 @@ def _in_turn(ops: Ops, made_of: Mixture, x: Tensor, weights: Tensor) -> Tensor:
 
 def _expert(ops: Ops, made_of: Mixture, x: Tensor, name: str, inputs: int, outputs: int) -> Tensor:
     method = made_of.method if made_of.method in ("nf4", "fp4", "int8") else "none"
-    return linear(ops, x, Linear(name, inputs, outputs, method))  # type: ignore[arg-type]  # one of Linear's
+    return linear(ops, x, Linear(name, inputs, outputs, method))  # type: ignore[arg-type]  # a Linear module

@@ -1,8 +1,9 @@
-"""What oneDNN holds on a CPU: the code it makes for each shape of a bfloat16 product.
+"""Memory of oneDNN on a CPU: the code it generates for each shape of a bfloat16 product.
 
-torch hands products of bfloat16 to oneDNN, those of float32 to MKL, which makes no code. Measured with torch
-2.13: each new shape adds 0.57 MB to the heap, of which 0.3 go when oneDNN's cache lets go of the shape. The
-rest, a code buffer of 256 KiB a kernel, stays (cpu/x64/brgemm/brgemm_containers.cpp keeps every kernel made).
+torch passes bfloat16 products to oneDNN, float32 ones to MKL, which generates no code. Measured with torch
+2.13: each new shape adds 0.57 MB to the heap, of which 0.3 are freed when oneDNN's cache evicts the shape.
+The rest, a code buffer of 256 KiB per kernel, stays (cpu/x64/brgemm/brgemm_containers.cpp keeps every
+kernel).
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ from qlora_tui.memory.layout import Layout
 KEPT_BYTES = 300 * 1024
 KERNEL_BYTES = 268 * 1024
 TOKEN_MULTIPLE = 32
-"""Rows, samples and chunks of the loss are filled up to a multiple of so many tokens (training/padding.py): a
-kernel takes milliseconds to make, and there would be some 10 for each new length of a sample, some 25 for
-each of a row."""
+"""Multiple of tokens to which rows, samples and loss chunks are padded (training/padding.py): a kernel takes
+milliseconds to generate, and without padding there would be some 10 for each new length of a sample, some 25
+for each of a row."""
 ATTENTION_PRODUCTS = 5
-"""Of each length of a sample: those of attention's backward (training/fused/cpu_attention.py). The forward
-makes no kernel."""
+"""Products for each sample length: those of attention's backward (training/fused/cpu_attention.py). The
+forward generates no kernel."""
 FULL_ROWS = 4
-"""Lengths that packed rows have: all are nearly full."""
+"""Number of lengths that packed rows have: all are nearly full."""
 
 
 def kernel_bytes(layout: Layout, path: ExecutionConfig) -> int:
-    """In the heap at the end of a run with samples of every length; nothing but for bfloat16 on a CPU."""
+    """Return the heap bytes after a run with samples of every length; 0 except for bfloat16 on a CPU."""
     if path.device != "cpu" or path.compute_bytes != 2 or path.float16:
         return 0
     lengths = -(-layout.length // TOKEN_MULTIPLE)
@@ -36,7 +37,7 @@ def kernel_bytes(layout: Layout, path: ExecutionConfig) -> int:
 
 
 def _products(layout: Layout) -> int:
-    """Shapes of the products over one row: two with each weight, three with each half of an adapter."""
+    """Count the product shapes over one row: two with each weight, three with each half of an adapter."""
     linears = {linear for block in layout.blocks for linear in block.linears}
     weights = {(linear.inputs, linear.outputs) for linear in linears}
     halves = {(linear.inputs, "A") for linear in linears if linear.rank}

@@ -1,7 +1,7 @@
 """The operations of a decoder, each with what it allocates, saves and frees.
 
-Every method mirrors one call in torch, transformers, peft or bitsandbytes; where it does something one
-would not expect (a copy, a cast, a saved tensor), the comment names the code that does it.
+Every method mirrors one call in torch, transformers, peft or bitsandbytes; where it does something unexpected
+(a copy, a cast, a saved tensor), the comment names that code.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ FLOAT = 4
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear module of a layer, as the path holds it."""
+    """One linear module of a layer, in the form of the path."""
 
     name: str
     inputs: int
     outputs: int
     method: Literal["nf4", "fp4", "int8", "none"]
     part: str = "other"
-    """What it is for, as the catalog says: ``attention``, ``mlp``, ``shared_expert``."""
+    """Part of the layer, as in the catalog: ``attention``, ``mlp``, ``shared_expert``."""
     bias: bool = False
     rank: int = 0
-    """Of the adapter on it; 0 where it is not a target."""
+    """Rank of its adapter; 0 where it is not a target."""
     dora: bool = False
 
     @property
     def weights(self) -> int:
-        """Elements of the base weight."""
+        """Return the elements of the base weight."""
         return self.inputs * self.outputs
 
     @property
     def adapter_parameters(self) -> int:
-        """Elements of lora_A and lora_B (and of DoRA's magnitudes)."""
+        """Return the elements of lora_A and lora_B (and of DoRA's magnitudes)."""
         if not self.rank:
             return 0
         return self.rank * (self.inputs + self.outputs) + (self.outputs if self.dora else 0)
 
 
 class Ops:
-    """The operations over one tape, under one code path."""
+    """Operations on one tape, under one code path."""
 
     def __init__(
         self,
@@ -66,9 +66,9 @@ class Ops:
         self.meter = meter
         self.tape = Tape(meter)
         self.compute = compute
-        """Bytes of an element in the compute dtype (what 4-bit weights are dequantized to)."""
+        """Bytes per element of the compute dtype (to which 4-bit weights are dequantized)."""
         self.weight = weight
-        """Bytes of an element of an unquantized weight."""
+        """Bytes per element of an unquantized weight."""
         self.adapter = adapter
         self.device = device
         self.dropout = dropout
@@ -80,24 +80,24 @@ class Ops:
         self.lean = lean
         self.float16 = float16
         self.returned_extra: Tensor | None = None
-        """What a layer's forward returns beside its output, and so holds to its end."""
+        """A tensor that a layer's forward returns besides its output, and so holds until its end."""
 
     def new(self, numel: int, width: int, item: str | None = None) -> Tensor:
-        """An uninitialised tensor outside the graph."""
+        """Allocate an uninitialized tensor outside the graph."""
         return Tensor(Storage(self.meter, numel * width, item), numel, width)
 
     def dequantized(self, module: Linear, width: int) -> Tensor:
-        """A packed weight, rebuilt for a product."""
+        """Replay dequantizing a packed weight for a product."""
         with self.meter.attribute_to("dequantized"):
             return self.new(module.weights, width)
 
     def adapter_leaves(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """An adapter's two weights as inputs of a node; their bytes are booked where they are kept."""
+        """Return an adapter's two weights as inputs of a node; their bytes are part of the static memory."""
         a, b = (Tensor(x.storage, 0, self.adapter, self.tape.leaf()) for _ in range(2))
         return a, b
 
     def cast(self, x: Tensor, width: int) -> Tensor:
-        """``x.to(dtype)``: nothing if it has the dtype already."""
+        """Replay ``x.to(dtype)``: nothing if the dtype is the same."""
         if x.width == width:
             return x
         back, numel = x.width, x.numel
@@ -111,14 +111,14 @@ class Ops:
         return out
 
     def copy(self, x: Tensor) -> Tensor:
-        """``x.clone()`` or ``x.contiguous()`` of a strided view: a copy forward, the same gradient back."""
+        """Replay ``x.clone()`` or ``x.contiguous()`` of a strided view: a copy; the same gradient back."""
         node = self.tape.node((x,), lambda grad, saved: (grad,))
         out = self.new(x.numel, x.width)
         out.node = node
         return out
 
     def slice(self, x: Tensor, numel: int) -> Tensor:
-        """A view of part of ``x``; its gradient is a full tensor of zeros with the part filled in."""
+        """Replay a view of part of ``x``; its gradient is a full tensor of zeros with the part filled in."""
         full, width = x.numel, x.width
 
         def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
@@ -127,7 +127,7 @@ class Ops:
         return Tensor(x.storage, numel, x.width, self.tape.node((x,), fn))
 
     def split(self, x: Tensor, *sizes: int) -> tuple[Tensor, ...]:
-        """``chunk`` or ``split``: views of these sizes; their gradients are joined once all are there."""
+        """Replay ``chunk`` or ``split``: views of these sizes; their gradients are joined once all exist."""
         full, width = x.numel, x.width
         waiting: list[Tensor] = []
 
@@ -142,7 +142,7 @@ class Ops:
         return tuple(Tensor(x.storage, size, width, self.tape.node((x,), fn)) for size in sizes)
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
-        """Elementwise sum; the dtype is the wider one's."""
+        """Replay an elementwise sum; the result has the wider dtype."""
         width = max(a.width, b.width)
         widths, needs = (a.width, b.width), (a.needs_grad, b.needs_grad)
 
@@ -157,11 +157,11 @@ class Ops:
         return out
 
     def _as(self, grad: Tensor, width: int) -> Tensor:
-        """The engine casts a gradient to the dtype of what it is a gradient of (``validate_outputs``)."""
+        """Cast a gradient to the dtype of its tensor, like the engine (``validate_outputs``)."""
         return grad if grad.width == width else self.new(grad.numel, width)
 
     def scale(self, x: Tensor, width: int | None = None) -> Tensor:
-        """``x * number``, or times a tensor that needs no gradient: saves only that."""
+        """Replay ``x * number``, or times a tensor that needs no gradient: saves only that."""
         numel, back, wide = x.numel, x.width, width or x.width
 
         def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
@@ -174,7 +174,7 @@ class Ops:
         return out
 
     def multiply(self, a: Tensor, b: Tensor) -> Tensor:
-        """``a * b`` where both need gradients: saves both."""
+        """Replay ``a * b`` where both need gradients: saves both."""
         numel, width = a.numel, max(a.width, b.width)
 
         def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
@@ -186,7 +186,7 @@ class Ops:
         return out
 
     def activation(self, x: Tensor, kind: str = "silu") -> Tensor:
-        """A fused pointwise activation: saves its input, or its result for relu and tanh."""
+        """Replay a fused pointwise activation: saves its input, or its result for relu and tanh."""
         numel, width = x.numel, x.width
         if kind in ("gelu_new", "gelu_fast"):
             return self._gelu_in_steps(x)
@@ -204,7 +204,7 @@ class Ops:
         return out
 
     def _gelu_in_steps(self, x: Tensor) -> Tensor:
-        """``NewGELUActivation``: 0.5 · x · (1 + tanh(√(2/π) · (x + 0.044715 x³))), a tensor a step."""
+        """Replay ``NewGELUActivation``: 0.5 · x · (1 + tanh(√(2/π) · (x + 0.044715 x³))), in steps."""
         half = self.times_number(x)
         cubed = self.activation(x, "pow")
         inner = self.times_number(self.add(x, self.times_number(cubed)))
@@ -214,7 +214,7 @@ class Ops:
         return self.multiply(half, bent)
 
     def times_number(self, x: Tensor) -> Tensor:
-        """Times, or plus, a number: nothing is saved."""
+        """Replay adding or multiplying by a number: nothing is saved."""
         numel, width = x.numel, x.width
         node = self.tape.node((x,), lambda grad, saved: (self.new(numel, width),))
         out = self.new(numel, width)
@@ -222,7 +222,7 @@ class Ops:
         return out
 
     def dropout_residual(self, x: Tensor, share: float) -> Tensor:
-        """The base model's own dropout: keeps a mask."""
+        """Replay the base model's own dropout: saves a mask."""
         if not share:
             return x
         numel, width = x.numel, x.width
@@ -233,10 +233,10 @@ class Ops:
         return out
 
     def rms_norm(self, x: Tensor, *, weight: int, scale_in_float: bool = False) -> Tensor:
-        """RMSNorm as transformers writes it out: float32 inside, four passes over the row.
+        """Replay RMSNorm as written in transformers: float32 inside, four passes over the row.
 
-        ``x.to(float32)``; ``pow(2).mean``; ``x * rsqrt``; back to the input's dtype; times the weight.
-        Saved: the float32 copy (by pow and by the product). Gemma multiplies in float32 and casts last.
+        ``x.to(float32)``; ``pow(2).mean``; ``x * rsqrt``; cast to the input's dtype; times the weight. Saved:
+        the float32 copy (by pow and by the product). Gemma multiplies in float32 and casts last.
         """
         if self.lean:
             return self._lean_rms_norm(x)
@@ -250,11 +250,11 @@ class Ops:
         return self.scale(self.cast(normed, start), max(weight, start))
 
     def _normalize(self, wide: Tensor) -> Tensor:
-        """``wide * rsqrt(wide.pow(2).mean(-1) + eps)``."""
+        """Replay ``wide * rsqrt(wide.pow(2).mean(-1) + eps)``."""
         numel, rows = wide.numel, self.tokens
 
         def square(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-            # grad * (2 * self.pow(1)): a C++ expression's temporaries live to its end.
+            # grad * (2 * self.pow(1)): temporaries of a C++ expression live until its end.
             power = self.new(numel, FLOAT)
             doubled = self.new(numel, FLOAT)
             squares = self.new(numel, FLOAT)
@@ -287,7 +287,8 @@ class Ops:
         return out
 
     def _lean_rms_norm(self, x: Tensor) -> Tensor:
-        """Keeps the input as it came and one number a row (``training/fused/rms_norm.py``)."""
+        """Replay our RMSNorm, which saves its uncast input and one number per row
+        (``training/fused/rms_norm.py``)."""
         numel, width = x.numel, x.width
 
         def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
@@ -305,7 +306,7 @@ class Ops:
         return out
 
     def layer_norm(self, x: Tensor, *, weight: int) -> Tensor:
-        """``torch.nn.LayerNorm``: one kernel that saves its input, mean and deviation."""
+        """Replay ``torch.nn.LayerNorm``: one kernel that saves its input, mean and deviation."""
         wide = self.cast(x, max(weight, x.width)) if self.autocast else x
         numel, width = wide.numel, wide.width
 
@@ -319,7 +320,7 @@ class Ops:
         return out
 
     def rotate(self, x: Tensor, width: int | None = None) -> Tensor:
-        """``x * cos + rotate_half(x) * sin``; cos and sin need no gradient, so nothing of x is saved."""
+        """Replay ``x * cos + rotate_half(x) * sin``; cos and sin need no gradient, so x is not saved."""
         straight = self.scale(x, width)
         turned = self.scale(self._rotate_half(x), width)
         return self.add(straight, turned)

@@ -1,9 +1,9 @@
-"""A run's allocations in their order, on a model of CUDA's allocator: what it reserves for them.
+"""Replay of a run's allocations in order, on a model of CUDA's allocator, for the reserved bytes.
 
-The weights are loaded, the adapter is put in, and two steps are done, since the optimizer's states are made
-at the end of the first and lie between the tensors of the second. What is alive at the peak says little of
-what must be reserved: a block that one tensor left serves the next only if it is large enough, and logits, or
-the scores of an eager attention, often find none that is.
+The weights and the adapter are loaded and two steps run, because the optimizer's states are created at the
+end of the first and lie between the tensors of the second. The bytes alive at the peak do not give the
+reserved bytes: a freed block serves another tensor only if it is large enough, and for logits, or the scores
+of eager attention, there is often none.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ from qlora_tui.recipe.schema import Recipe
 
 STEPS = 2
 ENDS, ENDS_THAT_KEEP = 2, 8
-"""Layers at either end of a row of equal ones that are replayed in full where blocks are cut to size: what
-only passes finds the same places in all layers between. Over eight families, with and without dropout, that
-is within 1 % of the whole where a layer leaves but its checkpoint, and 2 % where it keeps what it saves."""
+"""Layers at either end of a series of equal ones that are replayed in full where blocks are cut to size:
+short-lived tensors get the same blocks in all layers between. Over eight families, with and without dropout,
+this is within 1 % of the full replay where a layer keeps only its checkpoint, and 2 % where it keeps what it
+saves."""
 
 NOTHING = MemoryBlock(0, 0)
-"""Stands for a small tensor, which the parts only count."""
+"""Placeholder for a small tensor, which the parts only count."""
 
 
 @dataclass(frozen=True)
 class Pool:
-    """What the allocator came to, in bytes."""
+    """Totals of the allocator, in bytes."""
 
     allocated_bytes: int
-    """``max_memory_allocated``: tensors, and what was not cut off their blocks."""
+    """``max_memory_allocated``: tensors, and the unused rest of their blocks."""
     reserved_bytes: int
     """``max_memory_reserved`` of the steps."""
 
@@ -51,8 +52,8 @@ def replay(
     walked: StepProfile,
     capacity_bytes: int | None = None,
 ) -> Pool:
-    """Load and train. An allocator that reaches ``capacity_bytes`` gives back what is free before it takes
-    more, unless its segments grow."""
+    """Load the model and run two steps. An allocator that reaches ``capacity_bytes`` releases free segments
+    before it takes more, unless its segments grow."""
     allocator = CachingAllocator(expandable=path.expandable_segments, capacity_bytes=capacity_bytes)
     load(allocator, recipe, architecture, layout, path)
     run = _Run(allocator, architecture, layout, path, walked)
@@ -62,7 +63,7 @@ def replay(
 
 
 class _Run:
-    """Steps on one allocator."""
+    """Steps of a run on one allocator."""
 
     def __init__(
         self,
@@ -86,7 +87,7 @@ class _Run:
         self._inputs = (input_bytes(architecture, layout, path), mask_bytes(layout, path))
 
     def step(self, *, first: bool) -> None:
-        """Forward, backward, optimizer. At the end all that it made goes, gradients too."""
+        """Replay forward, backward and optimizer. At the end all tensors of the step are freed."""
         allocator = self._allocator
         small = allocator.small_bytes
         alive = take_all(allocator, self._inputs)
@@ -96,7 +97,7 @@ class _Run:
         if self._keeps_embedding and not self._layout.embedding_apart:
             alive.append(x)
         if first:
-            allocator.malloc(workspace_bytes(self._path))  # this thread's, with its first product
+            allocator.malloc(workspace_bytes(self._path))  # this thread's workspace, with its first product
         owned = not self._keeps_embedding or self._layout.embedding_apart
         parts: list[Blocks] = []
         for recording, whole in self._layers:
@@ -104,8 +105,8 @@ class _Run:
             owned = not recording.owns_output
         self._forward(self._head, x, parts, owned=owned, whole=True)
         if first:
-            allocator.malloc(workspace_bytes(self._path))  # that of autograd's thread
-        gradient = allocator.malloc(FLOAT)  # of the loss: 1
+            allocator.malloc(workspace_bytes(self._path))  # the workspace of autograd's thread
+        gradient = allocator.malloc(FLOAT)  # the gradient of the loss: 1
         for recording, whole in [*self._layers, (self._head, True)][::-1]:
             blocks = parts.pop()
             blocks[recording.seed] = gradient
@@ -116,13 +117,13 @@ class _Run:
         allocated_bytes = self._optimize(first=first) + self._accumulate(first=first)
         for block in alive:
             allocator.free(block)
-        # Small ones were counted by the parts, not given back one by one.
+        # Small tensors were counted by the parts, not freed one at a time.
         allocator.small_bytes = small + allocated_bytes
 
     def _forward(
         self, recording: Recording, x: MemoryBlock, parts: list[Blocks], *, owned: bool, whole: bool
     ) -> MemoryBlock:
-        """One part's; returns its output. Without ``owned`` its input is another's to let go of."""
+        """Replay a part's forward; return its output. Without ``owned`` another part frees its input."""
         blocks: Blocks = {recording.enters: x} if owned else {}
         recording.forward.replay(self._allocator, blocks, whole=whole)
         parts.append(blocks)
@@ -131,16 +132,16 @@ class _Run:
         return blocks.pop(recording.leaves, NOTHING)
 
     def _accumulate(self, *, first: bool) -> int:
-        """Gradients stay from one micro-step to the next. Returns how many bytes are in small tensors."""
+        """Keep the gradients between micro-steps. Return the bytes in small tensors."""
         before = self._allocator.small_bytes
         if first and self._path.accumulates:
             self._allocator.keep(count * self._path.adapter_bytes for count in self._layout.adapter_tensors)
         return self._allocator.small_bytes - before
 
     def _optimize(self, *, first: bool) -> int:
-        """Make the states, in the first step; gradients are there all the while.
+        """Create the optimizer states in the first step; gradients stay alive.
 
-        Returns how many bytes of them are in small tensors.
+        Returns the bytes of these in small tensors.
         """
         allocator, path, sizes = self._allocator, self._path, self._layout.adapter_tensors
         before = allocator.small_bytes
@@ -154,12 +155,12 @@ class _Run:
 
 
 def take_all(allocator: CachingAllocator, sizes: Iterable[int]) -> list[MemoryBlock]:
-    """Make tensors one after another."""
+    """Allocate tensors in order."""
     return [allocator.malloc(size) for size in sizes if size]
 
 
 def _between_equals(layers: tuple[PartProfile, ...], ends: int) -> Iterator[tuple[PartProfile, bool]]:
-    """Each layer, and whether so many on either side of it are equal to it."""
+    """Yield each layer, and whether ``ends`` layers on either side equal it."""
     for place, layer in enumerate(layers):
         near = layers[max(0, place - ends) : place] + layers[place + 1 : place + 1 + ends]
         yield layer, len(near) == 2 * ends and all(other is layer for other in near)

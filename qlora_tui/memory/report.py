@@ -1,4 +1,4 @@
-"""The estimate as ``qlora-tui estimate --json`` prints it: stable keys, bytes as integers."""
+"""The output of ``qlora-tui estimate --json``: stable keys, bytes as integers."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def as_json(
     device: Device | None = None,
     traced: StepTrace | None = None,
 ) -> dict[str, Any]:
-    """``{"precisions": {"nf4": …, "int8": …, "fp16": …}, "what_fits": …, "cheapest_changes": …}``.
+    """Return ``{"precisions": {"nf4": …, "int8": …, "fp16": …}, "what_fits": …, "cheapest_changes": …}``.
 
-    Without ``available_bytes`` there is nothing to fit into: verdicts and ``largest_settings`` are null.
-    ``minimum_bytes`` is what every change together comes to, where even that does not fit.
+    Without ``available_bytes`` verdicts and ``largest_settings`` are null. ``minimum_bytes`` is the result of
+    all changes together, where even that does not fit.
     """
     compared = compare(recipe, architecture, device=device, traced=traced)
     fitting: dict[str, Any] | None = None
@@ -69,8 +69,8 @@ def as_json(
 def trace_as_json(
     traced: StepTrace, recipe: Recipe, architecture: Architecture, device: Device
 ) -> dict[str, Any]:
-    """Bytes by item as they were traced and by the closed form, whose ``exact`` says whether it is the
-    family's own."""
+    """Return the bytes by item, traced and by the closed form, whose ``exact`` says whether the family's
+    layer is implemented."""
     closed = closed_form(recipe, architecture, trainer_execution(recipe, device))
     return {
         "precision": precision_of(recipe),
@@ -82,7 +82,7 @@ def trace_as_json(
 
 
 def one_as_json(result: Estimate, available_bytes: int | None) -> dict[str, Any]:
-    """One precision's part."""
+    """Return the entry of one precision."""
     return {
         "total_bytes": result.total_bytes,
         "items": {item.key: item.bytes for item in result.items},

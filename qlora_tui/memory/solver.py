@@ -1,4 +1,4 @@
-"""What fits: the largest of each setting, and the cheapest change for a recipe that does not fit."""
+"""What fits: the largest value of each setting, and the cheapest change for a recipe that does not fit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RANKS = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 @dataclass(frozen=True)
 class WhatFits:
-    """The largest value of each setting that fits with the others as they are; 0 where none does."""
+    """Largest value of each setting that fits with the others unchanged; 0 where none does."""
 
     sequence_length: int
     micro_batch: int
@@ -31,14 +31,14 @@ class WhatFits:
 
 @dataclass(frozen=True)
 class MemorySaving:
-    """One change to a recipe, and what it comes to."""
+    """One change to a recipe, and its effect."""
 
     label: str
-    """``Checkpoint activations``, ``Micro-batch 4 → 2, accumulation 4 → 8``."""
+    """Label of the change: ``Checkpoint activations``, ``Micro-batch 4 → 2, accumulation 4 → 8``."""
     cost: str
-    """What is given up, in a few words: ``about a third slower``; empty where nothing is."""
+    """Cost of the change in a few words: ``about a third slower``; empty where there is none."""
     settings: dict[str, Any]
-    """Dotted keys and values, as ``--set`` takes them."""
+    """Dotted keys and values, in the form of ``--set``."""
     recipe: Recipe
     estimate: Estimate
     verdict: Verdict
@@ -51,7 +51,7 @@ class MemorySaving:
 def largest_settings(
     recipe: Recipe, architecture: Architecture, available_bytes: int, *, device: Device | None = None
 ) -> WhatFits:
-    """The largest sequence length, micro-batch and rank that fit in ``available_bytes``."""
+    """Return the largest sequence length, micro-batch and rank that fit in ``available_bytes``."""
 
     def fits(settings: dict[str, Any]) -> bool:
         changed = set_values(recipe, settings)
@@ -66,7 +66,7 @@ def largest_settings(
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:
-    """The largest number up to ``most`` that fits, found by halving; 0 if not even 1 does."""
+    """Return the largest number up to ``most`` that fits, by bisection; 0 if not even 1 does."""
     if most < 1 or not fits(1):
         return 0
     low, high = 1, 2
@@ -85,10 +85,10 @@ def _largest(most: int, fits: Callable[[int], bool]) -> int:
 def cheapest_changes(
     recipe: Recipe, architecture: Architecture, available_bytes: int, *, device: Device | None = None
 ) -> tuple[MemorySaving, ...]:
-    """Single changes that make the recipe fit, the one that gives up least first.
+    """Return single changes that make the recipe fit, the least costly first.
 
-    Where no single change is enough, changes are taken together, cheapest first, until they are: the result
-    is then one :class:`MemorySaving`. Empty where the recipe fits already, or nothing helps.
+    Where no single change is enough, changes are combined, cheapest first, into one :class:`MemorySaving`.
+    Empty where the recipe already fits, or nothing helps.
     """
     whole = estimate(recipe, architecture, device=device)
     if check_fit(whole, available_bytes).fits:
@@ -100,7 +100,7 @@ def cheapest_changes(
 
 
 def minimum_bytes(recipe: Recipe, architecture: Architecture, *, device: Device | None = None) -> int:
-    """The least memory in which this model can be trained at all: with every change made that saves some."""
+    """Return the least memory in which this model can be trained, with every saving change made."""
     result = estimate(recipe, architecture, device=device)
     for change in _together(recipe, architecture, 0, device):
         result = change.estimate
@@ -110,7 +110,7 @@ def minimum_bytes(recipe: Recipe, architecture: Architecture, *, device: Device 
 def _together(
     recipe: Recipe, architecture: Architecture, available_bytes: int, device: Device | None
 ) -> Iterator[MemorySaving]:
-    """Setting after setting changed as far as it goes, until the recipe fits: each time all so far as one."""
+    """Yield all changes so far after each one that saves memory, until the recipe fits."""
     taken: list[MemorySaving] = []
     now, size = recipe, estimate(recipe, architecture, device=device).process_bytes
     for offer in _offers(recipe, architecture):
@@ -129,7 +129,7 @@ def _together(
 
 @dataclass(frozen=True)
 class SavingOption:
-    """One setting that could be changed, with its values from the gentlest to the strongest."""
+    """One setting that can change, with its values from mildest to strongest."""
 
     cost: str
     steps: tuple[tuple[str, dict[str, Any]], ...]
@@ -142,7 +142,7 @@ def _gentlest(
     device: Device | None,
     offer: SavingOption,
 ) -> MemorySaving:
-    """The first step of the offer that fits, or its last."""
+    """Return the first value of the option that fits, or its last."""
     for label, settings in offer.steps:
         changed = set_values(recipe, settings)
         result = estimate(changed, architecture, device=device)
@@ -155,7 +155,7 @@ def _gentlest(
 
 
 def _offers(recipe: Recipe, architecture: Architecture) -> Iterator[SavingOption]:
-    """Changes that save memory, the one that gives up least first."""
+    """Yield changes that save memory, the least costly first."""
     training, quantization, lora = recipe.training, recipe.quantization, recipe.lora
     if recipe.model.attention == "eager":
         yield _single("", "Attention eager → auto", "model.attention", "auto")
@@ -209,7 +209,7 @@ def _shorter_rows(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def set_values(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
-    """The recipe with dotted keys replaced. Values must be of the field's own type."""
+    """Return the recipe with dotted keys replaced. Values must have the field's type."""
     for key, value in settings.items():
         section, _, name = key.partition(".")
         if not name or not hasattr(recipe, section):

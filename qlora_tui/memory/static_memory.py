@@ -1,4 +1,4 @@
-"""What is in memory at every moment of a step: weights, adapter, optimizer states, batch, workspace."""
+"""Memory that is constant through a step: weights, adapter, optimizer states, batch, workspace."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from qlora_tui.memory.weights import adapter_bytes, frozen_weights, optimizer_by
 from qlora_tui.recipe.schema import Recipe
 
 FROZEN = ("weights", "scales", "linear", "embedding", "head", "norms", "experts", "vision")
-"""Items that are the base model."""
+"""Items that belong to the base model."""
 CUBLAS_WORKSPACE_BYTES = 8_519_680
 """torch's default ``CUBLAS_WORKSPACE_CONFIG``, ``:4096:2:16:8``: 2 × 4,096 KiB + 8 × 16 KiB
 (``parseChosenWorkspaceSize`` in aten/src/ATen/cuda/CublasHandlePool.cpp), taken from the allocator."""
 HOPPER_WORKSPACE_BYTES = 32 * 2**20
-"""That of compute capability 9.0 and 10.0, ``:4096:8``."""
+"""cuBLAS workspace for compute capability 9.0 and 10.0, ``:4096:8``."""
 CUBLAS_HANDLES = 2
-"""A workspace belongs to a handle, and each thread has its own: the caller's and autograd's."""
+"""Number of cuBLAS handles, each with a workspace: the calling thread's and autograd's."""
 
 
 def static_items(
     recipe: Recipe, architecture: Architecture, layout: Layout, path: ExecutionConfig
 ) -> dict[str, int]:
-    """Bytes by item."""
+    """Return the bytes by item."""
     frozen = frozen_weights(recipe, architecture, path)
     items = {
         "weights": frozen.packed_bytes,
@@ -46,18 +46,18 @@ def static_items(
 
 
 def workspace_bytes(path: ExecutionConfig) -> int:
-    """Of one cuBLAS handle on the path's card."""
+    """Return the workspace bytes of one cuBLAS handle on the path's GPU."""
     return HOPPER_WORKSPACE_BYTES if path.capability in ((9, 0), (10, 0)) else CUBLAS_WORKSPACE_BYTES
 
 
 def input_bytes(architecture: Architecture, layout: Layout, path: ExecutionConfig) -> int:
-    """Ids, labels (and their shifted copy) and positions, 8 bytes each; the rotary tables."""
+    """Return the bytes of ids, labels, shifted labels and positions, 8 each, and of the rotary tables."""
     tables = 2 * layout.length * architecture.head_dim * residual_dtype_bytes(path)
     return 4 * round_to_block(layout.tokens * 8) + round_to_block(tables)
 
 
 def mask_bytes(layout: Layout, path: ExecutionConfig) -> int:
-    """Eager attention adds a mask of the hidden states' dtype."""
+    """Return the bytes of eager attention's mask, in the hidden states' dtype."""
     if path.attention == "eager":
         return round_to_block(layout.length * layout.length * residual_dtype_bytes(path))
     return 0

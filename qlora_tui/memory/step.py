@@ -1,7 +1,7 @@
-"""One training step: each kind of layer walked once, then the peak found among all moments of the step.
+"""One training step: each kind of layer is replayed once, then the peak is searched over the whole step.
 
-What is alive in layer ``l`` is what the layers before it keep, what the layers after it left as
-gradients, and the layer's own. The first two are sums over layers, so one walk a kind is enough.
+In layer ``l`` the bytes alive are those that earlier layers keep, the gradients of later layers, and the
+layer's own. The first two are sums over layers, so one replay of each kind is enough.
 """
 
 from __future__ import annotations
@@ -25,39 +25,39 @@ Items = dict[str, int]
 
 @dataclass
 class PartProfile:
-    """What one part of the step costs by itself."""
+    """Memory of one part of the step."""
 
     retained: Items = field(default_factory=dict)
-    """After its forward, until its backward."""
+    """Bytes between its forward and its backward."""
     forward: Items = field(default_factory=dict)
-    """At the peak of its forward, its input included."""
+    """Bytes at the peak of its forward, including its input."""
     backward: Items = field(default_factory=dict)
-    """At the peak of its backward, its input included."""
+    """Bytes at the peak of its backward, including its input."""
     held: Items = field(default_factory=dict)
-    """Still there after its backward, because the caller or a node of the graph refers to it."""
+    """Bytes still alive after its backward, because the caller or a node of the graph refers to them."""
     keeps_input: bool = True
-    """Something in it saves its input."""
+    """Whether an operation in it saves its input."""
     gradient_bytes: int = 0
-    """Of the parameters in it, after its backward."""
+    """Gradient bytes of its parameters, after its backward."""
     recording: Recording = field(default_factory=Recording)
 
 
 @dataclass(frozen=True)
 class StepProfile:
-    """The parts of a step, each walked once."""
+    """The parts of a step, each replayed once."""
 
     layers: tuple[PartProfile, ...]
-    """In order; equal layers are the same object."""
+    """Layers in order; equal layers are the same object."""
     head: PartProfile
     """Final norm, output head and loss."""
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The fullest moment of the step, beyond what is resident."""
+    """Peak of the step, beyond the static memory."""
 
     phase: str
-    """Where it is: ``forward``, ``loss``, ``backward of layer 31``, ``optimizer step``."""
+    """Phase of the peak: ``forward``, ``loss``, ``backward of layer 31``, ``optimizer step``."""
     items: Items
 
     @property
@@ -66,7 +66,7 @@ class Peak:
 
 
 def make_ops(meter: AllocationMeter, layout: Layout, path: ExecutionConfig, dropout: float) -> Ops:
-    """Operations of this path."""
+    """Create the operations of this path."""
     return Ops(
         meter,
         compute=path.compute_bytes,
@@ -85,17 +85,17 @@ def make_ops(meter: AllocationMeter, layout: Layout, path: ExecutionConfig, drop
 
 
 def residual_dtype_bytes(path: ExecutionConfig) -> int:
-    """Width of the residual stream: float32 once embeddings or norms were cast."""
+    """Return the bytes per element of the residual stream: float32 once embeddings or norms were cast."""
     return 4 if path.cast_to_float32 or path.norms_float32 else path.compute_bytes
 
 
 def embedding_bytes(path: ExecutionConfig) -> int:
-    """Width of the embedding's output, the first layer's input."""
+    """Return the bytes per element of the embedding's output, the first layer's input."""
     return 4 if path.cast_to_float32 else path.compute_bytes
 
 
 def profile_step(layout: Layout, path: ExecutionConfig, dropout: float) -> StepProfile:
-    """Each kind of layer once, and the head."""
+    """Replay each kind of layer once, and the head."""
     profiles: dict[tuple[int, int], PartProfile] = {}
     layers = []
     width = embedding_bytes(path)
@@ -111,23 +111,23 @@ def profile_step(layout: Layout, path: ExecutionConfig, dropout: float) -> StepP
 
 
 def peak_candidates(walked: StepProfile, layout: Layout, path: ExecutionConfig) -> list[Peak]:
-    """Every candidate for the step's peak, in order of time."""
+    """Return every candidate for the step's peak, in order of time."""
     embedded = _embedded(layout, path, embedding_bytes(path))
-    rows = Counter(activations=layout.tokens * layout.token_rows)  # which token is which of the trained rows
+    rows = Counter(activations=layout.tokens * layout.token_rows)  # trained row index of each token
     if not path.accumulates:
         rows["gradients"] = layout.token_rows * layout.hidden * path.adapter_bytes
     return list(_candidates(walked, _cast_once(layout, path), embedded, rows, always=layout.embedding_apart))
 
 
 def _embedded(layout: Layout, path: ExecutionConfig, width: int) -> Items:
-    """The embedding's output, and the mask of GPT-2's dropout on it."""
+    """Return the bytes of the embedding's output, and of the mask of GPT-2's dropout on it."""
     numel = layout.tokens * layout.hidden
     mask = numel * (1 if path.device == "cuda" else width) if layout.embedding_dropout else 0
     return {"activations": numel * width + mask}
 
 
 ForwardFn = Callable[[Ops, list[Tensor]], tuple[Tensor, list[Tensor]]]
-"""A part's forward. Its input comes in a list, so that it can be dropped by the part itself."""
+"""Forward of a part. Its input comes in a list, so that the part itself can drop it."""
 
 
 def _layer(ops: Ops, given: list[Tensor], *, block: DecoderLayer) -> tuple[Tensor, list[Tensor]]:
@@ -137,7 +137,7 @@ def _layer(ops: Ops, given: list[Tensor], *, block: DecoderLayer) -> tuple[Tenso
 def _tail(
     ops: Ops, given: list[Tensor], *, layout: Layout, path: ExecutionConfig
 ) -> tuple[Tensor, list[Tensor]]:
-    """Final norm, head, loss. The model lets go of the last layer's output once it is normed."""
+    """Replay final norm, head and loss. The last layer's output is freed after the norm."""
     normed = norm(ops, layout.blocks[-1], given[0])
     given.clear()
     width = 4 if path.cast_to_float32 else path.compute_bytes
@@ -147,7 +147,7 @@ def _tail(
 def _profile(
     layout: Layout, path: ExecutionConfig, dropout: float, run: ForwardFn, width: int, *, checkpointed: bool
 ) -> PartProfile:
-    """Walk one part; ``width`` is that of its input."""
+    """Replay one part; ``width`` is the bytes per element of its input."""
     meter = AllocationMeter()
     ops = make_ops(meter, layout, path, dropout)
     profile = PartProfile()
@@ -204,7 +204,7 @@ def _reentrant_backward(
     width: int,
     path: ExecutionConfig,
 ) -> None:
-    """``CheckpointFunction.backward``: the whole layer again with its graph, then its own backward.
+    """Replay ``CheckpointFunction.backward``: the whole layer with its graph, then its backward.
 
     Its locals hold the incoming gradient and the layer's output until it returns.
     """
@@ -235,9 +235,9 @@ def _nothing(grad: Tensor, saved: list[Tensor | None]) -> tuple[Tensor | None, .
 
 
 def _cast_once(layout: Layout, path: ExecutionConfig) -> Items:
-    """Autocast keeps its cast of each trained float32 weight until the forward, loss included, is over.
+    """Return the bytes of autocast's copies of trained float32 weights, kept until the loss is computed.
 
-    A LoRA projection fused into one function casts for itself and keeps nothing.
+    A LoRA projection fused into one function casts separately and keeps nothing.
     """
     casts_for_itself = path.own_fused or path.foak_lora
     if not path.autocast or casts_for_itself or path.adapter_bytes == path.compute_bytes:
@@ -248,11 +248,11 @@ def _cast_once(layout: Layout, path: ExecutionConfig) -> Items:
 def _candidates(
     walked: StepProfile, forward_only: Items, embedded: Items, rows: Items, *, always: bool
 ) -> list[Peak]:
-    """Every moment that could be the fullest.
+    """Yield every phase that may be the peak.
 
-    ``embedded`` is the embedding's output: gradients were switched on for it, so the graph holds it as a leaf
-    even where the first layer does not. Where something is added to it, it is apart in any case. ``rows``:
-    what trained rows of embedding and head keep from the start, and as gradients once the loss is done.
+    ``embedded`` is the embedding's output: it requires gradients, so the graph holds it as a leaf even where
+    the first layer does not. Where something is added to it, it is always separate. ``rows`` has the bytes
+    that trained rows of embedding and head keep from the start, and as gradients after the loss.
     """
     order, head, last = walked.layers, walked.head, len(walked.layers) - 1
     before: Counter[str] = Counter()

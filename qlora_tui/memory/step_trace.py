@@ -1,4 +1,4 @@
-"""A traced step (``engine/trace.py``) as the estimate takes it, and the same figures by the closed form."""
+"""A traced step (``engine/trace.py``) as input of the estimate, and the same figures by the closed form."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from qlora_tui.recipe.schema import Recipe
 
 
 class StepTrace(Struct, frozen=True, kw_only=True, tag_field="reply", tag="traced"):
-    """What a step held at most, in bytes of storages."""
+    """Peak bytes of a step, in storages."""
 
     parameter_bytes: int
-    """Frozen weights as stored, scales included."""
+    """Frozen weights as stored, including scales."""
     adapter_bytes: int
     forward_bytes: int
-    """Peak of the forward beyond weights and adapter; gradients of an earlier micro-step included."""
+    """Peak of the forward beyond weights and adapter; including gradients of an earlier micro-step."""
     backward_bytes: int
-    """Peak of the backward beyond weights and adapter, gradients included."""
+    """Peak of the backward beyond weights and adapter, including gradients."""
     gradient_bytes: int
     kept_bytes: int
-    """Alive between forward and backward."""
+    """Bytes alive between forward and backward."""
 
     @property
     def step_bytes(self) -> int:
-        """The fuller of the two, beyond weights and adapter."""
+        """Return the larger of both peaks, beyond weights and adapter."""
         return max(self.forward_bytes, self.backward_bytes)
 
     def figures(self) -> dict[str, int]:
-        """What :func:`closed_form` gives too."""
+        """Return the figures under the keys of :func:`closed_form`."""
         return {
             "frozen": self.parameter_bytes,
             "adapter": self.adapter_bytes,
@@ -44,8 +44,8 @@ class StepTrace(Struct, frozen=True, kw_only=True, tag_field="reply", tag="trace
 
 
 def closed_form(recipe: Recipe, architecture: Architecture, path: ExecutionConfig) -> dict[str, int]:
-    """The estimate's own figures for what a trace counts: frozen weights, adapter, gradients, and the step's
-    peak beyond weights and adapter."""
+    """Return the estimate's own values of the figures in a trace: frozen weights, adapter, gradients, and the
+    step's peak beyond weights and adapter."""
     layout = build_layout(recipe, architecture, path)
     resident = static_items(recipe, architecture, layout, path)
     gradients = gradient_bytes(layout, path)
@@ -62,7 +62,7 @@ def closed_form(recipe: Recipe, architecture: Architecture, path: ExecutionConfi
 
 
 def check_traceable(recipe: Recipe, path: ExecutionConfig) -> None:
-    """Raises UserError for what the meta device cannot play."""
+    """Raise UserError for recipes that the meta device cannot run."""
     if recipe.quantization.method == "int8":
         raise UserError(
             "An int8 step cannot be traced",

@@ -1,4 +1,4 @@
-"""How TRL's SFTTrainer computes its loss without making all logits (``trl/trainer/sft_trainer.py``)."""
+"""The loss of TRL's SFTTrainer without full logits (``trl/trainer/sft_trainer.py``)."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.ops import FLOAT, Ops
 
 CHUNK_ROWS = 256
-"""``_CHUNKED_LM_HEAD_CHUNK_SIZE``: positions whose logits are there at a time, in float32."""
+"""``_CHUNKED_LM_HEAD_CHUNK_SIZE``: positions whose logits are in memory at a time, in float32."""
 TILE_ROWS, TILE_COLUMNS = 4096, 32768
-"""``TOKEN_CHUNK_SIZE`` and ``_CHUNKED_LOGPROB_CHUNK_SIZE``: the part of the logits that is there at once."""
+"""``TOKEN_CHUNK_SIZE`` and ``_CHUNKED_LOGPROB_CHUNK_SIZE``: the tile of the logits in memory at a time."""
 
 
 def chunked(ops: Ops, layout: Layout, hidden: Tensor) -> Tensor:
-    """TRL 1.7 to 1.14 (``_chunked_cross_entropy_loss``): each chunk is checkpointed, makes the whole head in
-    float32 (which autocast then casts back), and its entropy beside its loss."""
+    """Replay TRL 1.7 to 1.14 (``_chunked_cross_entropy_loss``): each chunk is checkpointed, casts the whole
+    head to float32 (autocast then casts it back), and computes its entropy as well as its loss."""
     states = _shifted(ops, layout, hidden)
     numel, width = states.numel, states.width
     head, rows = layout.vocabulary * layout.hidden, min(CHUNK_ROWS, layout.tokens)
     chunk = rows * layout.vocabulary
 
     def project() -> tuple[Tensor, Tensor, Tensor]:
-        """The weight that the product saves, the logits, and their log-softmax."""
+        """Return the weight that the product saves, the logits, and their log-softmax."""
         weight = ops.new(head, FLOAT)
         if ops.autocast:
             weight = ops.new(head, ops.compute)
@@ -34,7 +34,7 @@ def chunked(ops: Ops, layout: Layout, hidden: Tensor) -> Tensor:
         return weight, logits, log_probabilities
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        toward = ops.new(numel, width)  # the gradients of the chunks' slices, each as large as the whole
+        toward = ops.new(numel, width)  # the gradients of the chunks' slices, each of full size
         with ops.meter.attribute_to("logits"):
             projected = project()
             entropy = [ops.new(chunk, FLOAT) for _ in range(2)]
@@ -54,8 +54,8 @@ def chunked(ops: Ops, layout: Layout, hidden: Tensor) -> Tensor:
 
 
 def tiled(ops: Ops, layout: Layout, hidden: Tensor) -> Tensor:
-    """TRL from 1.15 on (``ChunkedLogProbFunction``): a tile of logits at a time, made again in the backward,
-    where the states' gradient is summed in float32."""
+    """Replay TRL from 1.15 on (``ChunkedLogProbFunction``): one tile of logits at a time, recomputed in the
+    backward, where the gradient of the hidden states is summed in float32."""
     states = _shifted(ops, layout, hidden)
     numel, width = states.numel, states.width
     rows, columns = min(TILE_ROWS, layout.tokens), min(TILE_COLUMNS, layout.vocabulary)
@@ -75,7 +75,7 @@ def tiled(ops: Ops, layout: Layout, hidden: Tensor) -> Tensor:
 
 
 def _shifted(ops: Ops, layout: Layout, hidden: Tensor) -> Tensor:
-    """``hidden[:, :-1][mask]``, every label valid: a copy, whose gradient is put into zeros of the whole."""
+    """Replay ``hidden[:, :-1][mask]``, every label valid: a copy; its gradient is put into zeros."""
     whole, width = hidden.numel, hidden.width
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:

@@ -1,8 +1,8 @@
-"""Kernels that do several operations at once and so keep less: Unsloth's, FOAK's made from them, Liger's.
+"""Fused kernels, which save less: Unsloth's, FOAK's derived from them, Liger's.
 
-RMSNorm keeps its input and writes its gradient over the incoming one; rotary positions turn queries and
-keys in place; a LoRA projection (FOAK's) is one function that keeps its input and the dropped copy, and no
-mask; the product of a gated MLP (Liger's) keeps both halves and writes their gradients over them.
+RMSNorm saves its input and writes its gradient over the incoming one; rotary positions rotate queries and
+keys in place; a LoRA projection (FOAK's) is one function that saves its input and the result of dropout, but
+no mask; the product of a gated MLP (Liger's) saves both halves and writes their gradients over them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from qlora_tui.memory.ops import Linear, Ops
 
 
 def rms_norm(ops: Ops, x: Tensor) -> Tensor:
-    """Saves the input as it is and one number a row."""
+    """Replay RMSNorm, which saves its input and one number per row."""
     spread = ops.new(ops.tokens, 4)
     node = ops.tape.node((x,), lambda grad, saved: (grad,), (x, None, spread))
     out = ops.new(x.numel, x.width)
@@ -21,12 +21,12 @@ def rms_norm(ops: Ops, x: Tensor) -> Tensor:
 
 
 def rotate(ops: Ops, x: Tensor) -> Tensor:
-    """In place, forward and back."""
+    """Replay rotary positions in place, forward and backward."""
     return x.view(ops.tape.node((x,), lambda grad, saved: (grad,), (None, None)))
 
 
 def gated(ops: Ops, gate: Tensor, up: Tensor) -> Tensor:
-    """``silu(gate) * up`` (``LigerSiLUMulFunction``)."""
+    """Replay ``silu(gate) * up`` (``LigerSiLUMulFunction``)."""
     node = ops.tape.node((gate, up), lambda grad, saved: (saved[0], saved[1]), (gate, up))
     out = ops.new(gate.numel, gate.width)
     out.node = node
@@ -34,7 +34,7 @@ def gated(ops: Ops, gate: Tensor, up: Tensor) -> Tensor:
 
 
 def lora(ops: Ops, x: Tensor, module: Linear) -> Tensor:
-    """A 4-bit projection and its adapter in one function; gradients of both in one backward."""
+    """Replay a 4-bit projection and its adapter as one function; gradients of both in one backward."""
     rows, numel, width = x.numel // module.inputs, x.numel, x.width
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:

@@ -1,4 +1,4 @@
-"""Does it fit: an estimate against the memory there is, with its doubt."""
+"""Comparison of an estimate with the available memory, including its uncertainty."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Literal
 from qlora_tui.memory.estimate import Estimate
 
 TIGHT_SHARE = 0.05
-"""Less than this share of the memory left over is tight: another process or a longer row ends the run."""
+"""Share of the memory; if less remains, the fit is tight: another process or a longer row ends the run."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One word, and what it rests on."""
+    """The verdict in one word, and its basis."""
 
     word: Literal["fits", "tight", "does not fit", "uncertain"]
     needed_bytes: int
@@ -21,21 +21,21 @@ class Verdict:
     high_bytes: int
     available_bytes: int
     reason: str
-    """Why the band of doubt is as wide as it is."""
+    """Reason for the width of the uncertainty range."""
 
     @property
     def spare_bytes(self) -> int:
-        """Left over; negative where it does not fit."""
+        """Return the bytes left over; negative where it does not fit."""
         return self.available_bytes - self.needed_bytes
 
     @property
     def fits(self) -> bool:
-        """Fits for certain, if only just."""
+        """Return whether it fits for certain, including tightly."""
         return self.word in ("fits", "tight")
 
 
 def check_fit(estimated: Estimate, available_bytes: int) -> Verdict:
-    """``fits`` only when even the upper end of the band does."""
+    """Return the verdict: ``fits`` only if even the upper end of the range does."""
     band = estimated.band
     word: Literal["fits", "tight", "does not fit", "uncertain"]
     if band.low_bytes > available_bytes:

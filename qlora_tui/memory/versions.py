@@ -1,7 +1,7 @@
-"""What transformers' modeling code did, version by version, where it moves the peak.
+"""Differences between versions of transformers' modeling code that affect the peak.
 
-Read in the sources of 4.43.3, 4.44.2, 4.45.2, 4.46.3, 4.47.1, 4.48.1, 4.49.0, 4.50.3, 4.52.4, 4.53.3,
-4.54.1, 4.55.4, 4.56.2 and 5.24: ``models/*/modeling_*.py``, ``loss/loss_utils.py``,
+From the sources of 4.43.3, 4.44.2, 4.45.2, 4.46.3, 4.47.1, 4.48.1, 4.49.0, 4.50.3, 4.52.4, 4.53.3, 4.54.1,
+4.55.4, 4.56.2 and 5.24: ``models/*/modeling_*.py``, ``loss/loss_utils.py``,
 ``integrations/sdpa_attention.py``.
 """
 
@@ -10,46 +10,47 @@ from __future__ import annotations
 from typing import Literal
 
 Version = tuple[int, int]
-"""Major and minor."""
+"""Major and minor version."""
 
 CURRENT: Version = (5, 24)
 
 FUSED_EXPERTS: Version = (5, 0)
-"""From here on a layer's experts are two 3-D parameters; before, each matrix was a linear module."""
+"""First version in which experts are two 3-D parameters; before, each matrix was a linear module."""
 
 LossCode = Literal["narrow", "rebound", "shifted", "padded"]
 """narrow: the model's own loss, in the logits' dtype, on a shifted copy.
-rebound: the model's own loss on a shifted copy in float32; the 16-bit logits go once they are cast.
-shifted: ``ForCausalLMLoss`` on a shifted copy in float32; the caller holds the 16-bit logits meanwhile.
+rebound: the model's own loss on a shifted copy in float32; the 16-bit logits are freed once they are cast.
+shifted: ``ForCausalLMLoss`` on a shifted copy in float32; the caller still holds the 16-bit logits.
 padded: ``ForCausalLMLoss`` shifts the labels, so nothing is copied."""
 
 _NARROW_FAMILIES = ("bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "opt", "stablelm")
 _LABELS_SHIFTED: Version = (4, 49)
-"""``ForCausalLMLoss`` pads the labels from here on, and every family above calls it."""
+"""First version in which ``ForCausalLMLoss`` pads the labels, and every family above calls it."""
 _LOSS_FUNCTION: Version = (4, 46)
 _LATE_LOSS_FUNCTION: dict[str, Version] = {"starcoder2": (4, 47), "mistral": (4, 48), "granite": (4, 48)}
-"""Families that called ``self.loss_function`` later than the others."""
+"""Families that adopted ``self.loss_function`` later than the others."""
 
 _REPEATED_FOR_FLASH = ("mistral", "mixtral", "phi3", "phimoe", "qwen2", "qwen2_moe", "starcoder2")
 _ONE_ATTENTION_FOR_ALL: Version = (4, 48)
-"""Before, each family had a class for each kernel (``MistralFlashAttention2``, ``LlamaSdpaAttention``)."""
+"""First version with one attention class; before, each family had one per kernel (``LlamaSdpaAttention``)."""
 _SDPA_SHARES_HEADS: Version = (4, 54)
 _SDPA_WITHOUT_COPIES: Version = (4, 56)
 
 
 _EMBEDDING_SCALES_ITSELF: Version = (5, 4)
-"""Gemma's and Gemma 2's models multiplied what their embedding gave up to 5.2, no longer in 5.4."""
+"""First version without the multiplication of the embedding's output in Gemma's and Gemma 2's models (5.2
+still had it)."""
 
 
 def multiplies_embedding(model_type: str, version: Version) -> bool:
-    """Whether the model multiplies its embedding's output, so that both are there in the first layer."""
+    """Return whether the model multiplies its embedding's output, so that both exist in the first layer."""
     if model_type in ("gemma", "gemma2"):
         return version < _EMBEDDING_SCALES_ITSELF
     return model_type == "granite"
 
 
 def loss_code(model_type: str, version: Version) -> LossCode:
-    """How a family computed its stock loss in one version."""
+    """Return the variant of a family's stock loss in one version."""
     if version >= _LABELS_SHIFTED:
         return "padded"
     if model_type in _NARROW_FAMILIES:
@@ -58,19 +59,19 @@ def loss_code(model_type: str, version: Version) -> LossCode:
 
 
 def repeats_heads_in_layer(model_type: str, version: Version, *, sdpa: bool) -> bool:
-    """Whether the layer itself repeated shared key and value heads before it called a fused kernel."""
+    """Return whether the layer itself copies shared key and value heads before it calls a fused kernel."""
     if version >= _ONE_ATTENTION_FOR_ALL:
         return False
     return sdpa or model_type in _REPEATED_FOR_FLASH
 
 
 def repeats_heads_in_sdpa(version: Version) -> bool:
-    """Whether ``sdpa_attention_forward`` repeated them: later versions let the kernel share heads, as long as
-    there is no mask."""
+    """Return whether ``sdpa_attention_forward`` copies shared heads: later versions let the kernel share
+    them, as long as there is no mask."""
     return _ONE_ATTENTION_FOR_ALL <= version < _SDPA_SHARES_HEADS
 
 
 def copies_for_sdpa(version: Version) -> bool:
-    """Whether ``sdpa_attention_forward`` made queries, keys and values contiguous, all of which came as
+    """Return whether ``sdpa_attention_forward`` makes queries, keys and values contiguous, which all come as
     transposed views."""
     return _ONE_ATTENTION_FOR_ALL <= version < _SDPA_WITHOUT_COPIES

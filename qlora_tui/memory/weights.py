@@ -1,4 +1,4 @@
-"""What lies in memory through the whole run: the frozen model, the adapter, the optimizer's states.
+"""Memory that is constant through the run: the frozen model, the adapter, the optimizer's states.
 
 Sources: bitsandbytes ``functional.py`` (``quantize_4bit`` with blocks of 64, ``quantize_blockwise`` with
 blocks of 256 for the scales of a double quantization), ``optim/optimizer.py`` (8-bit states from 4,096
@@ -21,26 +21,26 @@ BLOCK = 64
 NESTED_BLOCK = 256
 """Scales that share one scale, with double quantization."""
 CODE_BYTES = 16 * 4
-"""The sixteen values of NF4 or FP4, kept by each module."""
+"""The sixteen values of NF4 or FP4, stored by each module."""
 NESTED_CODE_BYTES = 256 * 4
 SMALL_TENSOR = 4096
-"""bitsandbytes keeps 32-bit states for tensors with fewer elements."""
+"""Elements below which bitsandbytes uses 32-bit optimizer states for a tensor."""
 STATE_BLOCK = 256
 
 
 def round_to_block(size: int) -> int:
-    """As the allocator rounds it."""
+    """Round up to the allocator's block size."""
     return -(-size // ALLOCATION_BYTES) * ALLOCATION_BYTES
 
 
 @dataclass(frozen=True)
 class FrozenWeights:
-    """Bytes of the frozen model, by what they are."""
+    """Bytes of the frozen model, by kind."""
 
     packed_bytes: int
-    """Quantised linear weights."""
+    """Quantized linear weights."""
     scale_bytes: int
-    """Their scales, nested scales and code tables."""
+    """Scales, nested scales and code tables of the quantized weights."""
     dense_bytes: int
     """Linear weights and biases kept in 16 bits (or more)."""
     embedding_bytes: int
@@ -51,7 +51,7 @@ class FrozenWeights:
 
 
 def frozen_weights(recipe: Recipe, architecture: Architecture, path: ExecutionConfig) -> FrozenWeights:
-    """Every parameter of the base model, in the dtype this path keeps it in."""
+    """Compute the bytes of every base model parameter, in the dtype of this path."""
     method = recipe.quantization.method
     packed = scales = dense = vision = 0
     itemsize = 4 if path.cast_to_float32 else path.compute_bytes
@@ -90,12 +90,12 @@ def frozen_weights(recipe: Recipe, architecture: Architecture, path: ExecutionCo
 
 
 def four_bit_scale_bytes(weights: int, nested: bool) -> int:
-    """Scales and code tables of one 4-bit module."""
+    """Return the bytes of scales and code tables of one 4-bit module."""
     return sum(round_to_block(size) for size in four_bit_scale_sizes(weights, nested))
 
 
 def four_bit_scale_sizes(weights: int, nested: bool) -> tuple[int, ...]:
-    """The same, tensor by tensor."""
+    """Return the bytes of each tensor of scales and code tables in one 4-bit module."""
     blocks = -(-weights // BLOCK)
     if not nested:
         return (blocks * 4, CODE_BYTES)
@@ -103,18 +103,18 @@ def four_bit_scale_sizes(weights: int, nested: bool) -> tuple[int, ...]:
 
 
 def adapter_bytes(layout: Layout, path: ExecutionConfig) -> int:
-    """The trained matrices."""
+    """Return the bytes of the trained matrices."""
     sizes = Counter(layout.adapter_tensors).items()
     return sum(times * round_to_block(count * path.adapter_bytes) for count, times in sizes)
 
 
 def gradient_bytes(layout: Layout, path: ExecutionConfig) -> int:
-    """Gradients have their parameters' dtype."""
+    """Return the bytes of the gradients, which have their parameters' dtype."""
     return adapter_bytes(layout, path)
 
 
 def optimizer_bytes(layout: Layout, path: ExecutionConfig) -> int:
-    """Both moments. Paged states are the same bytes in managed memory."""
+    """Return the bytes of both moments. Paged states take the same bytes in managed memory."""
     return sum(times * _state_bytes(count, path) for count, times in Counter(layout.adapter_tensors).items())
 
 
@@ -123,7 +123,7 @@ def _state_bytes(count: int, path: ExecutionConfig) -> int:
 
 
 def state_sizes(count: int, path: ExecutionConfig) -> tuple[int, ...]:
-    """Both moments of one trained tensor, and their scales."""
+    """Return the bytes of each state of one trained tensor: both moments, and their scales."""
     if "8bit" in path.optimizer and count >= SMALL_TENSOR:
         return (count, count, *[-(-count // STATE_BLOCK) * 4] * 2)
     width = path.adapter_bytes if path.optimizer.startswith("adamw") and "8bit" not in path.optimizer else 4
@@ -131,8 +131,8 @@ def state_sizes(count: int, path: ExecutionConfig) -> tuple[int, ...]:
 
 
 def optimizer_step_bytes(layout: Layout, path: ExecutionConfig) -> int:
-    """What one optimizer step makes and drops: torch's multi-tensor AdamW takes a square root of every
-    second moment at once (``_foreach_sqrt``); fused and bitsandbytes kernels need nothing."""
+    """Return the temporary bytes of one optimizer step: torch's multi-tensor AdamW takes a square root of all
+    second moments at once (``_foreach_sqrt``); fused and bitsandbytes kernels need none."""
     if path.optimizer == "adamw" and path.device == "cuda":
         return adapter_bytes(layout, path)
     largest = max(layout.adapter_tensors, default=0)

@@ -1,7 +1,7 @@
-"""The model families, as tables, by the ``model_type`` of their config.
+"""The model families as tables, by the ``model_type`` of their config.
 
-A family that is missing here is refused with its name. To add one, write its table beside the relative it
-resembles most; the slow test compares every table with what transformers builds, name by name.
+A family without a table is rejected by name. To add one, write its table next to the most similar family; a
+slow test compares every table with the model that transformers builds, name by name.
 """
 
 from __future__ import annotations

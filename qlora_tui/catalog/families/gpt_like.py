@@ -1,4 +1,4 @@
-"""The decoders before Llama: learned positions, fused projections, plain MLPs, biases."""
+"""Decoders before Llama: learned positions, fused projections, plain MLPs, biases."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ GPT2 = Family(
 
 
 def _one_kv_head(fields: ConfigFields, sizes: dict[str, int]) -> None:
-    """``multi_query``: all heads share one key and one value."""
+    """Apply ``multi_query``: all heads share one key and one value head."""
     if sizes["multi_query"]:
         sizes["kv_heads"] = 1
 
@@ -128,7 +128,7 @@ BLOOM = Family(
     blocks="h",
     embedding_tables=(EmbeddingSpec("word_embeddings", "vocab", "hidden"),),
     top_level=(NormSpec("word_embeddings_layernorm", bias=True), NormSpec("ln_f", bias=True)),
-    # The class has four times the width built in, whatever n_inner says.
+    # The class always uses four times the width, whatever n_inner says.
     sizes={"inner": SizeField((), default="4*hidden")},
     tied=True,
     activation="bloom_gelu",
@@ -137,9 +137,9 @@ BLOOM = Family(
 
 
 def _falcon(fields: ConfigFields, sizes: dict[str, int]) -> None:
-    """Falcon's three attentions and three ways to place its norms.
+    """Set the sizes of Falcon's three attention variants and three norm placements.
 
-    The file's ``num_kv_heads`` counts in the newer architecture only.
+    The file's ``num_kv_heads`` applies to the newer architecture only.
     """
     if not sizes["new_decoder_architecture"]:
         sizes["kv_heads"] = 1 if sizes["multi_query"] else sizes["heads"]
@@ -151,7 +151,7 @@ def _falcon(fields: ConfigFields, sizes: dict[str, int]) -> None:
 
 FALCON = Family(
     model_types=("falcon",),
-    # FalconLinear is a subclass of nn.Linear, and bitsandbytes' integration takes nn.Linear itself only.
+    # FalconLinear is a subclass of nn.Linear, and bitsandbytes' integration only replaces nn.Linear itself.
     layer=(
         LinearSpec(
             "self_attention.query_key_value", "hidden", "hidden+2*kv", "attention", "bias", quantizable=False
@@ -182,7 +182,7 @@ FALCON = Family(
 
 
 def _opt(fields: ConfigFields, sizes: dict[str, int]) -> None:
-    """The smallest OPT embeds narrower than it thinks, and normalises after, not before."""
+    """Set the sizes of OPT; the smallest has a narrower embedding, and norms after each half."""
     sizes["projected"] = int(sizes["embed"] != sizes["hidden"])
     final = sizes["do_layer_norm_before"] and not sizes["_remove_final_layer_norm"]
     sizes["final_norm"] = int(final and sizes["layer_norm_elementwise_affine"])

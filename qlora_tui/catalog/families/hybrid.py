@@ -26,7 +26,7 @@ from qlora_tui.catalog.family_spec import (
 
 
 def _lfm2_sizes(fields: ConfigFields, sizes: dict[str, int]) -> None:
-    """The width in the file is before the two-thirds rule (``Lfm2MLP`` in transformers)."""
+    """Set the MLP width; the one in the file is before the two-thirds rule (``Lfm2MLP`` in transformers)."""
     if not sizes["block_auto_adjust_ff_dim"]:
         return
     inner = 2 * sizes["inner"] // 3
@@ -79,7 +79,7 @@ LFM2 = Family(
 
 
 def _linear_attention_layers(fields: ConfigFields, sizes: Sizes) -> list[Sizes]:
-    """Three layers of linear attention, then one of full attention, unless the file lists them."""
+    """Return three layers of linear attention, then one of full attention, unless the file lists them."""
     layers = sizes["layers"]
     kinds = fields.names("layer_types", layers)
     if kinds is None:
@@ -103,7 +103,7 @@ GATED_ATTENTION: tuple[LayerEntry, ...] = (
     NormSpec("self_attn.q_norm", "head_dim", condition="full"),
     NormSpec("self_attn.k_norm", "head_dim", condition="full"),
 )
-"""Queries come with a gate of their own width."""
+"""Attention whose query projection includes a gate of the same width."""
 DELTA_NET: tuple[LayerEntry, ...] = (
     ParameterSpec("linear_attn.dt_bias", ("linear_value_heads",), "other", "linear"),
     ParameterSpec("linear_attn.A_log", ("linear_value_heads",), "other", "linear"),
@@ -181,7 +181,7 @@ QWEN3_NEXT = replace(
 
 
 def _gemma4_sizes(fields: ConfigFields, sizes: dict[str, int]) -> None:
-    """What the tables do not know is refused, not miscounted."""
+    """Set the sizes of Gemma 4. Raises UserError for variants that the tables do not cover."""
     defaults = {"hidden_size_per_layer_input": 256, "num_kv_shared_layers": 0}
     for key, absent in defaults.items():
         if fields.values.get(key, absent):
@@ -191,7 +191,7 @@ def _gemma4_sizes(fields: ConfigFields, sizes: dict[str, int]) -> None:
 
 
 def _gemma4_layers(fields: ConfigFields, sizes: Sizes) -> list[Sizes]:
-    """Full-attention layers have wider heads, fewer keys, and values that may be the keys."""
+    """Return the sizes by layer: full attention has wider heads, fewer keys, and may use keys as values."""
     layers = sizes["layers"]
     kinds = fields.names("layer_types", layers)
     if kinds is None:

@@ -1,4 +1,4 @@
-"""Decoders with separate q, k, v, o projections and a gated MLP, and their near relatives."""
+"""Decoders with separate q, k, v, o projections and a gated MLP, and similar ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qlora_tui.catalog.family_spec import Family, LayerEntry, LinearSpec, NormSp
 def attention(
     bias: bool | str = "attention_bias", out_bias: bool | str | None = None
 ) -> tuple[LayerEntry, ...]:
-    """The four projections; ``out_bias`` where the output's differs from the others'."""
+    """Return the four projections; ``out_bias`` is for an output projection that differs from the others."""
     return (
         LinearSpec("self_attn.q_proj", "hidden", "q", "attention", bias),
         LinearSpec("self_attn.k_proj", "hidden", "kv", "attention", bias),
@@ -40,12 +40,12 @@ BIASED_TWO_NORMS = (NormSpec("input_layernorm", bias=True), NormSpec("post_atten
 
 
 def kv_heads(default: int) -> dict[str, SizeField]:
-    """``num_key_value_heads`` with a class default; null means one for each head."""
+    """Return ``num_key_value_heads`` with a class default; null means one for each head."""
     return {"kv_heads": SizeField(("num_key_value_heads",), default=default, null_value="heads")}
 
 
 def head_dim(default: int) -> dict[str, SizeField]:
-    """``head_dim`` with a class default; null means hidden size over heads."""
+    """Return ``head_dim`` with a class default; null means hidden size over heads."""
     return {"head_dim": SizeField(("head_dim",), default=default, null_value="hidden_per_head")}
 
 
@@ -154,7 +154,7 @@ GEMMA3 = replace(
     GEMMA2,
     model_types=("gemma3_text",),
     layer=(*attention(), *HEAD_NORMS, *gated_mlp(), *FOUR_NORMS),
-    # The published multimodal configs leave these to the class.
+    # The published multimodal configs rely on the class defaults.
     sizes={
         "heads": SizeField(("num_attention_heads",), default=8),
         **kv_heads(4),

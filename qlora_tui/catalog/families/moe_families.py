@@ -37,7 +37,7 @@ def expert_sizes(inner: str = "moe_intermediate_size") -> dict[str, SizeField]:
 
 
 def routed(at: str = "mlp", router: str = "gate", condition: str = "") -> tuple[LayerEntry, ...]:
-    """A router (a plain parameter, not a Linear) and the experts it chooses from."""
+    """Return a router (a plain parameter, not a Linear) and its experts."""
     return (
         ParameterSpec(f"{at}.{router}.weight", ("experts", "hidden"), "router", condition),
         ParameterSpec(
@@ -48,7 +48,7 @@ def routed(at: str = "mlp", router: str = "gate", condition: str = "") -> tuple[
 
 
 def shared_expert(name: str, condition: str = "", bias: bool | str = False) -> tuple[LayerEntry, ...]:
-    """The expert that every token passes."""
+    """Return the expert for all tokens."""
     return (
         LinearSpec(f"mlp.{name}.gate_proj", "hidden", "shared_inner", "shared_expert", bias, condition),
         LinearSpec(f"mlp.{name}.up_proj", "hidden", "shared_inner", "shared_expert", bias, condition),
@@ -63,7 +63,7 @@ QWEN_SHARED_EXPERT = (
 
 
 def sparse_every(fields: ConfigFields, sizes: Sizes) -> list[Sizes]:
-    """Qwen's rule: each ``decoder_sparse_step``-th layer, but those of ``mlp_only_layers``."""
+    """Apply Qwen's rule: each ``decoder_sparse_step``-th layer is sparse, except ``mlp_only_layers``."""
     step = fields.size(("decoder_sparse_step",)) or 1
     dense = fields.indices("mlp_only_layers")
     sparse = [(i + 1) % step == 0 and i not in dense for i in range(sizes["layers"])]
@@ -71,7 +71,7 @@ def sparse_every(fields: ConfigFields, sizes: Sizes) -> list[Sizes]:
 
 
 def sparse_after_first(fields: ConfigFields, sizes: Sizes) -> list[Sizes]:
-    """DeepSeek's rule: the first ``first_k_dense_replace`` layers are dense."""
+    """Apply DeepSeek's rule: the first ``first_k_dense_replace`` layers are dense."""
     first = sizes["dense_layers"]
     return [{"sparse": int(i >= first), "dense": int(i < first)} for i in range(sizes["layers"])]
 
@@ -153,7 +153,7 @@ GPT_OSS = Family(
 
 
 def _latent_attention(fields: ConfigFields, sizes: dict[str, int]) -> None:
-    """Multi-head latent attention: queries and keys of two parts, values of their own width."""
+    """Set the sizes of multi-head latent attention: two-part queries and keys, values of another width."""
     sizes["head_dim"] = sizes["qk_nope"] + sizes["qk_rope"]
     sizes["latent_q"] = int(sizes["q_rank"] > 0)
     sizes["direct_q"] = int(sizes["q_rank"] == 0)

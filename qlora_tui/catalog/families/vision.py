@@ -1,4 +1,4 @@
-"""Models with eyes: a text family under another name, and the tower transformers builds beside it."""
+"""Vision-language models: a text family under another name, and the tower that transformers adds to it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class Composite:
 
     model_type: str
     text: str
-    """``model_type`` of the language model's family."""
+    """Value of ``model_type`` for the language model's family."""
     base: str = "model"
-    """Where the language model stands."""
+    """Path of the language model."""
     tower: Family | None = None
-    """What is built from ``vision_config``; names are relative to ``model``, ``text_hidden`` is a size."""
+    """Structure built from ``vision_config``; names are relative to ``model``, ``text_hidden`` is a size."""
     tied: bool | None = None
-    """Class default of the outer ``tie_word_embeddings``; None: the inner one decides."""
+    """Class default of the outer ``tie_word_embeddings``; None if the inner one decides."""
 
 
 def _siglip_sizes(fields: ConfigFields, sizes: dict[str, int]) -> None:
@@ -102,7 +102,7 @@ GEMMA4_VISION = Family(
             "vision_tower.patch_embedder.position_embedding_table", ("2", "positions", "hidden"), "vision"
         ),
         LinearSpec("vision_tower.patch_embedder.input_proj", "3*patch*patch", "hidden"),
-        # The last parameter of the model, which transformers leaves alone when it quantises.
+        # The model's last parameter, which transformers does not quantize.
         LinearSpec("embed_vision.embedding_projection", "hidden", "text_hidden", quantizable=False),
     ),
     sizes={
@@ -117,7 +117,7 @@ GEMMA4_VISION = Family(
 COMPOSITES = (
     Composite("gemma3", "gemma3_text", base="model.language_model", tower=SIGLIP, tied=True),
     Composite("gemma4", "gemma4_text", base="model.language_model", tower=GEMMA4_VISION, tied=True),
-    # AutoModelForCausalLM builds the language model alone.
+    # AutoModelForCausalLM builds only the language model.
     Composite("qwen3_5", "qwen3_5_text"),
     Composite("qwen3_5_moe", "qwen3_5_moe_text"),
 )
