@@ -43,6 +43,8 @@ Span = tuple[int, int]
 """Start and end, in characters."""
 
 
+_MOST_WASTED_S = 3.0
+"""Processor time that renderings which run out of memory may take together."""
 _TOO_SLOW = f"The template takes more than {MOST_CPU_S:.0f} seconds for one conversation."
 
 
@@ -57,6 +59,8 @@ class ChatTemplate:
         self.text = text
         self._variables = dict(variables)
         self._marks = _GenerationSpans()
+        self._wasted_s: list[float] = []
+        """Processor time of each rendering that ran out of memory; shared by copies, as ``_stopped`` is."""
         self._stopped: list[str] = []
         """Why the template is no longer rendered: one rendering took too long."""
         environment = _environment(self._marks)
@@ -90,8 +94,9 @@ class ChatTemplate:
         Raises ``RowRejectedError`` with the template's own message where it rejects the conversation.
         """
         self._refuse_if_stopped()
+        bounded = Bounded()
         try:
-            with Bounded():
+            with bounded:
                 return self._template.render(
                     messages=turns,
                     tools=tools,
@@ -102,14 +107,15 @@ class ChatTemplate:
         except TemplateStopped:
             raise self._stop() from None
         except Exception as error:  # a template is a program by a third party and may raise anything
-            raise RowRejectedError("template-refuses", _in_words(error)) from error
+            raise self._rejection(error, bounded) from error
 
     def render_marked(self, turns: Turns, tools: Tools | None = None) -> tuple[str, list[Span]]:
         """Render the conversation as text, with the spans of the template's own generation marks."""
         self._refuse_if_stopped()
         with self._marks.collected() as (written, spans):
+            bounded = Bounded()
             try:
-                with Bounded():
+                with bounded:
                     for piece in self._template.generate(
                         messages=turns,
                         tools=tools,
@@ -121,8 +127,17 @@ class ChatTemplate:
             except TemplateStopped:
                 raise self._stop() from None
             except Exception as error:
-                raise RowRejectedError("template-refuses", _in_words(error)) from error
+                raise self._rejection(error, bounded) from error
             return "".join(written), list(spans)
+
+    def _rejection(self, error: Exception, bounded: Bounded) -> RowRejectedError:
+        """The error of one row. A template that keeps running out of memory is not tried any longer."""
+        reason = _in_words(error)
+        if isinstance(error, MemoryError):
+            self._wasted_s.append(bounded.seconds())
+            if sum(self._wasted_s) > _MOST_WASTED_S:
+                self._stopped.append(reason)
+        return RowRejectedError("template-refuses", reason)
 
     def _refuse_if_stopped(self) -> None:
         # Otherwise each row of a large file would take that long.

@@ -180,6 +180,22 @@ def _cannot_start(thread: threading.Thread) -> None:
     raise RuntimeError("can't start new thread")
 
 
+def test_a_template_that_keeps_running_out_of_memory_is_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(template_guard, "MOST_CPU_S", 1e9)
+    monkeypatch.setattr(template_guard, "MORE_MEMORY_BYTES", 32 << 20)
+    monkeypatch.setattr(chat_template, "_MOST_WASTED_S", 0.0)
+    template = ChatTemplate(LARGE["sum of texts"], {})
+    reasons = []
+    for _ in range(2):
+        with pytest.raises(RowRejectedError) as refused:
+            template.render(TURNS)
+        reasons.append(refused.value.reason)
+        monkeypatch.setattr(template_guard, "MORE_MEMORY_BYTES", 1 << 62)
+    assert reasons[0] == reasons[1] and "takes more than" in reasons[0]
+
+
 def test_a_template_is_stopped_in_any_thread_and_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_guard, "MOST_CPU_S", 0.2)
     reasons: list[str] = []
