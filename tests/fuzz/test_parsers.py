@@ -205,10 +205,10 @@ def test_damage_is_read_or_refused(
     name: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     whole, parse = PARSERS[name]
-    content = data.draw(damaged([*whole, *_corpus(name)]))
+    content = data.draw(damaged([*whole, *corpus(name)]))
     path = tmp_path_factory.mktemp("damaged") / "file"
     path.write_bytes(content)
-    _read_or_refused(parse, path)
+    read_or_refused(parse, path)
 
 
 @pytest.mark.parametrize("name", JSON_PARSERS)
@@ -222,7 +222,7 @@ def test_a_value_of_a_wrong_type_is_read_or_refused(name: str, tmp_path: Path) -
             folder.mkdir()
             (folder / "file").write_bytes(content)
             try:
-                _read_or_refused(parse, folder / "file")
+                read_or_refused(parse, folder / "file")
             except Exception as error:
                 error.add_note(which)
                 raise
@@ -236,19 +236,20 @@ def test_damaged_data_is_read_or_refused(
 ) -> None:
     path = tmp_path_factory.mktemp("damaged") / name
     path.write_bytes(data.draw(damaged([SEEDS[name]])))
-    _read_or_refused(lambda path: inspect(Source(path=str(path)), None), path)
+    read_or_refused(lambda path: inspect(Source(path=str(path)), None), path)
 
 
 @pytest.mark.parametrize("name", sorted(folder.name for folder in CORPUS.iterdir()))
 def test_what_once_failed_is_read_or_refused(name: str, tmp_path: Path) -> None:
-    for number, content in enumerate(_corpus(name)):
+    for number, content in enumerate(corpus(name)):
         folder = tmp_path / str(number)
         folder.mkdir()
         (folder / "file").write_bytes(content)
-        _read_or_refused(PARSERS[name][1], folder / "file")
+        read_or_refused(PARSERS[name][1], folder / "file")
 
 
-def _read_or_refused(parse: Parse, path: Path) -> None:
+def read_or_refused(parse: Parse, path: Path) -> None:
+    """Fail for anything but a result or a UserError with words."""
     try:
         parse(path)
     except UserError as problem:
@@ -256,5 +257,6 @@ def _read_or_refused(parse: Parse, path: Path) -> None:
         assert problem.what
 
 
-def _corpus(name: str) -> list[bytes]:
+def corpus(name: str) -> list[bytes]:
+    """Inputs that failed once."""
     return [file.read_bytes() for file in sorted((CORPUS / name).glob("*"))]
