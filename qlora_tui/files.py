@@ -82,7 +82,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
 
     Raises OSError, with EISDIR for a folder and ENXIO for a pipe or a device.
     """
-    handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    handle = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o600)
     mode = os.fstat(handle).st_mode
     if not stat.S_ISREG(mode):
         os.close(handle)

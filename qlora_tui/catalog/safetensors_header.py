@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.foreign_files import open_regular
+from qlora_tui.foreign_files import open_foreign
 
 MOST_HEADER_BYTES = 16 << 20
 """Most bytes of a header: some 130,000 tensors. The library allows 100 MB, which parses to gigabytes."""
@@ -20,7 +20,7 @@ def read_header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
 
     Raises OSError where the file cannot be read, and ValueError where its header is damaged or too large.
     """
-    with open_regular(file) as content:
+    with open_foreign(file) as content:
         size = int.from_bytes(content.read(8), "little")
         if 8 + size > file.stat().st_size:
             raise ValueError("it is not as long as its header says")

@@ -14,7 +14,7 @@ import zstandard
 
 from qlora_tui.data.bounds import LARGEST_ROW_BYTES, check_expansion, row_too_large
 from qlora_tui.errors import UserError
-from qlora_tui.foreign_files import open_regular
+from qlora_tui.foreign_files import open_foreign
 
 CHUNK_BYTES = 1 << 20
 
@@ -111,7 +111,7 @@ def describe(error: UnicodeDecodeError) -> str:
 @contextmanager
 def opened(path: Path, position: Position | None = None) -> Iterator[Stream]:
     """Open the decompressed bytes of ``path``. Raises ``UserError`` where the compression is damaged."""
-    with open_regular(path) as file:
+    with open_foreign(path) as file:
         start = file.peek(4)[:4]
         _refuse_utf16(path, start)
         if start[:2] == b"\x1f\x8b":

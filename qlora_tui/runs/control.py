@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import stat
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +17,7 @@ from msgspec import Struct
 
 from qlora_tui.decoding import decode_json
 from qlora_tui.errors import EXIT_USAGE, UserError, disk_problems
-from qlora_tui.files import atomic_write, private_dir
+from qlora_tui.files import atomic_write, open_regular, private_dir
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.process import ProcessIdentity
 from qlora_tui.runs.status import ACTIVE, read_status
@@ -112,10 +111,6 @@ def take_requests(run: RunDir) -> list[ControlRequest]:
 
 def _read(path: Path) -> ControlRequest:
     """Read one request; raises OSError or msgspec.DecodeError if it is not a valid request."""
-    # A pipe would block the reader, and a link may point to one.
-    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        content = os.read(file, _LARGEST_BYTES) if stat.S_ISREG(os.fstat(file).st_mode) else b""
-    finally:
-        os.close(file)
-    return decode_json(content, _DECODER)
+    # A link may point anywhere.
+    with os.fdopen(open_regular(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+        return decode_json(file.read(_LARGEST_BYTES), _DECODER)
