@@ -221,6 +221,18 @@ class Failed(Event, tag="failed", frozen=True, kw_only=True):
     kind: Literal["problem", "out_of_memory", "killed", "lost", "bug"] = "problem"
     exit_code: int | None = None
 
+    @classmethod
+    def from_problem(cls, problem: UserError, *, at: float, exit_code: int) -> Failed:
+        """Record an exception as the event."""
+        return cls(
+            at=at,
+            title=problem.title,
+            what=problem.what,
+            why=problem.why,
+            fix=problem.fix,
+            exit_code=exit_code,
+        )
+
     def problem(self) -> UserError:
         """Convert the event to the exception it records."""
         return UserError(self.title, what=self.what, why=self.why, fix=self.fix)

@@ -55,16 +55,7 @@ def determine_outcome(
             kind="lost",
         )
     if exit_code == -HANG_SIGNAL:
-        hung = hung_template("The trainer process")
-        return Failed(
-            at=now,
-            title=hung.title,
-            what=hung.what,
-            why=hung.why,
-            fix=hung.fix,
-            kind="problem",
-            exit_code=exit_code,
-        )
+        return Failed.from_problem(hung_template("The trainer process"), at=now, exit_code=exit_code)
     if exit_code is None or exit_code < 0:
         by = "" if exit_code is None else f" by {_signal_name(-exit_code)}"
         what = f"The trainer process was ended{by} before it could save."

@@ -35,25 +35,12 @@ def failure_event(
     if is_out_of_memory(error):
         return _out_of_memory(error, recipe, estimate, now)
     if isinstance(error, UserError):
-        return Failed(
-            at=now,
-            title=error.title,
-            what=error.what,
-            why=error.why,
-            fix=error.fix,
-            exit_code=error.exit_code,
-        )
+        return Failed.from_problem(error, at=now, exit_code=error.exit_code)
     on_disk = disk_error(error)
     problem = on_disk and disk_problem(on_disk, run.path)
     if problem:
-        return Failed(
-            at=now,
-            title=problem.title,
-            what=problem.what,
-            why=problem.why,
-            fix=f"{problem.fix} `qlora-tui resume {run.id}` then continues from the last checkpoint.",
-            exit_code=EXIT_DISK,
-        )
+        problem.fix = f"{problem.fix} `qlora-tui resume {run.id}` then continues from the last checkpoint."
+        return Failed.from_problem(problem, at=now, exit_code=EXIT_DISK)
     return Failed(
         at=now,
         title="Unexpected error in the trainer",
