@@ -24,11 +24,11 @@ class Sampling(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Sampling settings. The defaults suit a calm conversation."""
 
     temperature: Annotated[float, Meta(ge=0, le=5)] = 0.7
-    """Sampling temperature; 0 always selects the likeliest token."""
+    """Sampling temperature; 0 always selects the most likely token."""
     top_p: Annotated[float, Meta(gt=0, le=1)] = 0.95
-    """Probability that the likeliest tokens to sample from must reach together; 1 includes all."""
+    """Total probability of the most likely tokens to sample from (top-p); 1 includes all."""
     top_k: Annotated[int, Meta(ge=0)] = 50
-    """Number of likeliest tokens to sample from; 0 includes all."""
+    """Number of most likely tokens to sample from (top-k); 0 includes all."""
     repetition_penalty: Annotated[float, Meta(gt=0, le=10)] = 1.0
     """Penalty; above 1, tokens already in the conversation become less likely (arXiv:1909.05858, 4.1)."""
     max_new_tokens: Annotated[int, Meta(ge=1)] = 512
@@ -37,7 +37,7 @@ class Sampling(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 GREEDY = Sampling(temperature=0.0)
-"""Always the likeliest token, for comparisons."""
+"""Always the most likely token, for comparisons."""
 
 
 class TextChunk(Struct, frozen=True):

@@ -28,7 +28,7 @@ class Effect(Struct, frozen=True, kw_only=True):
     mean_kl: float
     """KL(adapter ‖ base) of the next-token distributions, in nats, mean over the choices."""
     changed_choices: float
-    """Share of the choices at which the likeliest token differs."""
+    """Share of the choices at which the most likely token differs."""
     base_loss: float
     adapter_loss: float
     """Mean cross-entropy of the held-out answers, in nats per token."""
