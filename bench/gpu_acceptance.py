@@ -26,8 +26,8 @@ from typing import Any
 
 from bench.acceptance_checks import CHECKS, GRID, Box, Outcome, Skip
 from bench.acceptance_model import SIZES, make_model, make_rows
+from qlora_tui.gpu.driver import open_driver
 from qlora_tui.gpu.errors import GpuUnavailableError
-from qlora_tui.gpu.nvml import Nvml
 
 
 def main() -> int:
@@ -93,7 +93,7 @@ def described(box: Box) -> dict[str, Any]:
     if box.has_card:
         card = torch.cuda.get_device_properties(0)
         facts |= {"card": card.name, "card_bytes": card.total_memory, "cuda": torch.version.cuda}
-        with suppress(GpuUnavailableError), Nvml() as driver:
+        with suppress(GpuUnavailableError), open_driver() as driver:
             facts["driver"] = driver.list_gpus()[0].driver
     return facts
 

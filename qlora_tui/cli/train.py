@@ -12,8 +12,8 @@ from qlora_tui.cli.follow import follow
 from qlora_tui.cli.subcommand import CommandResult, Subcommand, add_recipe_arguments, recipe_from_args
 from qlora_tui.data.sources import every_source, paths_of
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
+from qlora_tui.gpu.driver import list_gpus
 from qlora_tui.gpu.errors import GpuUnavailableError
-from qlora_tui.gpu.nvml import list_gpus
 from qlora_tui.gpu.visible_devices import cuda_device_order
 from qlora_tui.recipe.conflicts import require_runnable
 from qlora_tui.recipe.schema import Recipe

@@ -2,7 +2,8 @@
 
 ``metrics``          facts as msgspec structs: ``GpuDevice``, ``GpuMetrics``, ``GpuProcess``
 ``errors``           ``GpuUnavailableError``, raised when no GPU can be read, with its reason
-``nvml``             ``list_gpus()`` and ``Nvml``: the driver, queried through NVML
+``driver``           ``open_driver()`` and ``list_gpus()``: what the rest of the program reads GPUs through
+``nvml``             ``Nvml``: the driver of NVIDIA GPUs, the only one supported
 ``visible_devices``  which GPU torch will use: CUDA_VISIBLE_DEVICES
 ``metrics_sampler``  ``MetricsSampler``: a thread that reads a GPU every second
 ``torch_env``        environment variables and warning filters to set before torch is imported

@@ -14,9 +14,9 @@ from typing import Self
 
 import msgspec
 
+from qlora_tui.gpu.driver import GpuDriver, open_driver
 from qlora_tui.gpu.errors import GpuUnavailableError
 from qlora_tui.gpu.metrics import GpuMetrics, GpuProcess
-from qlora_tui.gpu.nvml import Nvml
 
 PROCESSES_EVERY_S = 5.0
 """Process lists cost 4.5 ms and a driver lock, everything else together well under one millisecond."""
@@ -77,8 +77,8 @@ class MetricsSampler:
     def _run(self) -> None:
         while not self._stopping.is_set():
             try:
-                with Nvml() as nvml:
-                    self._read_until_stopped(nvml)
+                with open_driver() as driver:
+                    self._read_until_stopped(driver)
             except GpuUnavailableError as unavailable:
                 if not (
                     isinstance(self.latest, GpuUnavailableError) and self.latest.reason is unavailable.reason
@@ -86,17 +86,17 @@ class MetricsSampler:
                     self._deliver(unavailable)
                 self._stopping.wait(self._retry_s)
 
-    def _read_until_stopped(self, nvml: Nvml) -> None:
+    def _read_until_stopped(self, driver: GpuDriver) -> None:
         """Read until stopped, or until ``GpuUnavailableError`` is raised."""
         due_s = processes_due_s = time.monotonic()
         processes: tuple[GpuProcess, ...] | None = None
         while not self._stopping.is_set():
             if time.monotonic() >= processes_due_s:
                 processes_due_s += PROCESSES_EVERY_S
-                reading = nvml.read(self._index, processes=True)
+                reading = driver.read(self._index, processes=True)
                 processes = reading.processes
             else:
-                reading = msgspec.structs.replace(nvml.read(self._index), processes=processes)
+                reading = msgspec.structs.replace(driver.read(self._index), processes=processes)
             self._deliver(reading)
             now_s = time.monotonic()
             due_s += self._period_s

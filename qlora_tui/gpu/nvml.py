@@ -1,7 +1,7 @@
 """The driver, queried through NVML (package ``nvidia-ml-py``, module ``pynvml``).
 
-``list_gpus()`` opens a session for one query; ``Nvml`` is for the sampler, which queries repeatedly. A value
-that the GPU does not report is ``None``; a GPU that cannot be read raises ``GpuUnavailableError``.
+The NVIDIA implementation of :class:`qlora_tui.gpu.driver.GpuDriver`. A value that the GPU does not report is
+``None``; a GPU that cannot be read raises ``GpuUnavailableError``.
 """
 
 from __future__ import annotations
@@ -33,12 +33,6 @@ _THROTTLE_WORDS = {
 """``nvmlClocksEventReasons`` in ``nvml.h``. Left out: 0x1, the GPU is idle; 0x2 and 0x100,
 application clocks, which data-center GPUs always have. ``describe_throttle`` handles 0x8."""
 _HARDWARE_SLOWDOWN = 0x8
-
-
-def list_gpus() -> list[GpuDevice]:
-    """Return every GPU of the machine, at least one. Raises ``GpuUnavailableError``."""
-    with Nvml() as nvml:
-        return nvml.list_gpus()
 
 
 class Nvml:

@@ -12,9 +12,9 @@ import psutil
 
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes, format_gib, format_path
+from qlora_tui.gpu.driver import open_driver
 from qlora_tui.gpu.errors import GpuUnavailableError
 from qlora_tui.gpu.metrics import GpuDevice, GpuProcess
-from qlora_tui.gpu.nvml import Nvml
 from qlora_tui.gpu.visible_devices import default_cuda_device
 from qlora_tui.memory.budget import MemoryBudget, budget_for
 from qlora_tui.runs import run_queue
@@ -90,8 +90,8 @@ def read_machine(assumed_bytes: int | None = None) -> Machine:
     gpu, used, reason = None, None, ""
     try:
         gpu = default_cuda_device()
-        with Nvml() as nvml:
-            used = nvml.read(gpu.index).memory_used_bytes
+        with open_driver() as driver:
+            used = driver.read(gpu.index).memory_used_bytes
     except GpuUnavailableError as error:
         reason = error.what
     active = next((run.id for run in all_runs() if read_status(run).state in ACTIVE), "")
@@ -119,8 +119,8 @@ def check_gpu(machine: Machine, needed_bytes: int = 0) -> Check:
 
 def _gpu_processes(gpu: GpuDevice) -> str:
     try:
-        with Nvml() as nvml:
-            processes = nvml.read(gpu.index, processes=True).processes
+        with open_driver() as driver:
+            processes = driver.read(gpu.index, processes=True).processes
     except GpuUnavailableError:
         processes = None
     return ", ".join(_format_process(process) for process in (processes or ())[:3]) or "other programs"

@@ -14,8 +14,8 @@ from msgspec import structs
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.errors import UserError
+from qlora_tui.gpu.driver import open_driver
 from qlora_tui.gpu.errors import GpuUnavailableError
-from qlora_tui.gpu.nvml import Nvml
 from qlora_tui.gpu.visible_devices import default_cuda_device
 from qlora_tui.memory import Device as EstimatedDevice
 from qlora_tui.memory import Estimate, MeasuredRun, correction_for, estimate, record_run, trainer_execution
@@ -155,8 +155,8 @@ def peak_resident_bytes() -> int:
 
 def _gpu_memory_used() -> int | None:
     try:
-        with Nvml() as nvml:
-            processes = nvml.read(default_cuda_device().index, processes=True).processes or ()
+        with open_driver() as driver:
+            processes = driver.read(default_cuda_device().index, processes=True).processes or ()
     except GpuUnavailableError:
         return None
     return next((p.memory_bytes for p in processes if p.pid == os.getpid()), None)

@@ -10,9 +10,9 @@ import time
 from contextlib import suppress
 
 from qlora_tui import paths
+from qlora_tui.gpu.driver import GpuDriver, open_driver
 from qlora_tui.gpu.errors import GpuUnavailableError
 from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics
-from qlora_tui.gpu.nvml import Nvml
 from qlora_tui.gpu.visible_devices import default_cuda_device
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import RunDir, all_runs
@@ -38,7 +38,7 @@ class SystemMonitor:
         """When a file in the run's folder was last replaced, in ns, and its status then."""
         self._training: set[str] = set()
         """Ids of runs seen in training, whose end will be news."""
-        self._nvml: Nvml | None = None
+        self._driver: GpuDriver | None = None
         self._gpu: GpuDevice | None = None
         self._no_gpu_reason = ""
         self._retry_at = 0.0
@@ -47,7 +47,7 @@ class SystemMonitor:
 
     def poll(self) -> SystemStatus:
         """Return the current status. Never raises for a missing GPU or a damaged run."""
-        card, reading, no_card = self._read_gpu()
+        gpu, metrics, no_gpu_reason = self._read_gpu()
         waiting = tuple(run_queue.waiting())
         queued = frozenset(waiting)
         statuses = [(run, self._status(run, is_queued=run.id in queued)) for run in self._all_runs()]
@@ -58,9 +58,9 @@ class SystemMonitor:
         self._restart_stalled_runner(is_stalled=bool(waiting) and active[0] is None)
         return SystemStatus(
             is_known=True,
-            gpu=card,
-            gpu_metrics=reading,
-            no_gpu_reason=no_card,
+            gpu=gpu,
+            gpu_metrics=metrics,
+            no_gpu_reason=no_gpu_reason,
             active=active[0],
             active_status=active[1],
             latest=last[0],
@@ -93,26 +93,26 @@ class SystemMonitor:
 
     def close(self) -> None:
         """Let go of the driver."""
-        if self._nvml is not None:
-            self._nvml.close()
-            self._nvml = None
+        if self._driver is not None:
+            self._driver.close()
+            self._driver = None
 
     def _read_gpu(self) -> tuple[GpuDevice | None, GpuMetrics | None, str]:
         if self._no_gpu_reason and time.monotonic() < self._retry_at:
             return self._gpu, None, self._no_gpu_reason
         try:
-            if self._nvml is None:
-                self._nvml = Nvml()
+            if self._driver is None:
+                self._driver = open_driver()
             if self._gpu is None:
                 self._gpu = default_cuda_device()
-            reading = self._nvml.read(self._gpu.index)
+            metrics = self._driver.read(self._gpu.index)
             self._no_gpu_reason = ""
         except GpuUnavailableError as problem:
             self.close()
             self._no_gpu_reason = problem.what
             self._retry_at = time.monotonic() + _RETRY_S
             return self._gpu, None, self._no_gpu_reason
-        return self._gpu, reading, ""
+        return self._gpu, metrics, ""
 
     def _all_runs(self) -> list[RunDir]:
         seen_at = paths.runs_dir().stat().st_mtime_ns

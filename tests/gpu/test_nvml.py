@@ -13,9 +13,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from qlora_tui.gpu.driver import list_gpus
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics, GpuProcess
-from qlora_tui.gpu.nvml import Nvml, list_gpus
+from qlora_tui.gpu.nvml import Nvml
 from tests.gpu.nvml_stub import install_nvml_stub, stub_env
 
 REPOSITORY = Path(__file__).parents[2]
@@ -25,7 +26,8 @@ GIB = 1 << 30
 READ = """
 import msgspec
 from qlora_tui.gpu.errors import GpuUnavailableError
-from qlora_tui.gpu.nvml import Nvml, list_gpus
+from qlora_tui.gpu.driver import list_gpus
+from qlora_tui.gpu.nvml import Nvml
 out = {"cards": [], "readings": [], "no_gpu": None}
 try:
     out["cards"] = list_gpus()
