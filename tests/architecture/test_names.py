@@ -23,7 +23,7 @@ SAME_IDEA = {
     "errors": "the errors of a package",
     "screen": "the screen of a folder",
     "commands": "the keys of a screen, and what they are made of",
-    "actions": "what keys do: with a screen's data, or with runs",
+    "actions": "what the keys of a screen do, and what both interfaces do with a run",
     "text": "the text of a screen",
     "presets": "a command line's subcommand and what it works on",
     "estimate": "a command line's subcommand and what it works on",
@@ -75,3 +75,13 @@ def test_no_class_name_is_used_twice() -> None:
 
 def test_no_module_has_the_name_of_one_in_the_standard_library() -> None:
     assert not {path.stem for path in PACKAGE} & sys.stdlib_module_names - {"__main__"}
+
+
+def test_a_screen_keeps_its_action_methods_in_one_module() -> None:
+    screens = ROOT / "qlora_tui/tui/screens"
+    split = [
+        str(actions.parent.relative_to(ROOT))
+        for actions in screens.glob("*/actions.py")
+        if "def action_" in (actions.parent / "screen.py").read_text()
+    ]
+    assert not split, "these have action methods in screen.py as well as in actions.py"

@@ -1,7 +1,9 @@
-"""Changes of the recipe by the keys of the Data screen."""
+"""What the keys of the Data screen do: changes of the recipe, and moves from row to row."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,12 +13,13 @@ from qlora_tui.data.sources import is_of_the_hub
 from qlora_tui.recipe.fields import source_fields
 from qlora_tui.recipe.schema import Source
 from qlora_tui.tui.screens.base import WorkScreen
+from qlora_tui.tui.screens.data import row_navigation
 from qlora_tui.tui.screens.data.column_mapping import ColumnMappingScreen
 from qlora_tui.tui.screens.data.file_picker import FilePickerScreen
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
 
 if TYPE_CHECKING:
-    from qlora_tui.data.dataset_report import Report
+    from qlora_tui.data.dataset_report import Report, Shown
     from qlora_tui.data.problems import DataProblem
 
 DATA_ENDINGS = (
@@ -33,6 +36,7 @@ DATA_ENDINGS = (
     ".zst",
     ".zstd",
 )
+_VIEWS = ("both", "figures", "sample")
 
 
 class DataActions(WorkScreen):
@@ -48,6 +52,19 @@ class DataActions(WorkScreen):
     """The format to map columns for if ``unread`` has the format ``auto``."""
     unread: Source | None = None
     """The source that was looked at last, where nothing of it could be read."""
+    shown: Shown | None
+    """The row on the screen; None until one was read."""
+    row: int
+    path: str
+    """The file of the source that the row is from; empty is its first."""
+
+    @abstractmethod
+    def show_report(self) -> None:
+        """Show lengths and problems again."""
+
+    @abstractmethod
+    def show_another(self, path: str, row: int) -> None:
+        """Read and show another row."""
 
     def action_open(self) -> None:
         """Add a file, a folder or a dataset of the hub to the sources."""
@@ -152,10 +169,55 @@ class DataActions(WorkScreen):
             self.qlora_app.edit("lora.trainable_tokens", tuple(dict.fromkeys((*now, *tokens))))
             self.notify(f"Embedding and head will be trained for {', '.join(tokens)}. Press [u] to undo.")
 
+    def action_row(self, by: int) -> None:
+        """Show a neighbouring row."""
+        place = row_navigation.neighbor((self.path, self.row), by, self.report.files if self.report else ())
+        if self.shown is None or place != (self.path, self.row):
+            self.show_another(*place)
+
+    def action_go_to(self) -> None:
+        """Ask for a row's number."""
+        files = self.report.files if self.report else ()
+
+        def answered(text: str | None) -> None:
+            if text is not None and (place := row_navigation.parse_place(text, self.path, files)) is not None:
+                self.show_another(*place)
+
+        def wrong(text: str) -> str:
+            return "" if row_navigation.parse_place(text, self.path, files) else "Enter a row number."
+
+        help_ = "The row number, from 1."
+        if len(files) > 1:
+            help_ += " To go to another file, put a part of its name before the number."
+        self.app.push_screen(TextPromptScreen("Go to a row", help_, "", wrong), answered)
+
+    def action_problem(self, by: int) -> None:
+        """Show the next row with a problem, from the first again after the last."""
+        if not any(problem.rows for problem in self.problems):
+            complete = self.report is not None and self.report.complete
+            self.notify("No problems found." if complete else "No problems so far. Still reading.")
+            return
+        self.go_to_next_problem(self.problems, by)
+
+    def action_view(self) -> None:
+        """Show the sample, the statistics, or both."""
+        body = self.query_one("#data-body")
+        now = next((view for view in _VIEWS if body.has_class(f"-{view}")), "both")
+        body.set_class(False, f"-{now}")
+        body.set_class(True, f"-{_VIEWS[(_VIEWS.index(now) + 1) % len(_VIEWS)]}")
+        self.call_after_refresh(self.show_report)
+
     @property
     def can_fix(self) -> bool:
         """Whether one setting fixes any of the problems."""
         return self.offers_chosen or bool(self.split_rows() or self.untrained())
+
+    def go_to_next_problem(self, problems: Sequence[DataProblem], by: int) -> None:
+        """Show the next row with one of these problems."""
+        files = self.report.files if self.report else ()
+        place = row_navigation.next_problem(problems, (self.path, self.row), by, files)
+        if place is not None:
+            self.show_another(*place)
 
     def split_rows(self) -> int:
         """Number of rows that plain texts would be split into which are now cut or dropped."""

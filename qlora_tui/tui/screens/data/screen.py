@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import ClassVar
 
@@ -15,22 +15,18 @@ from textual.widgets import OptionList, Static
 
 from qlora_tui.data.dataset_report import Report, Shown
 from qlora_tui.data.preferences import PAIRS_TITLE, TITLES
-from qlora_tui.data.problems import DataProblem
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.length_costs import LengthCost, last_throughput, length_costs
 from qlora_tui.tui.commands import Command
-from qlora_tui.tui.screens.data import row_navigation as steps
 from qlora_tui.tui.screens.data import text as words
 from qlora_tui.tui.screens.data.actions import DataActions
 from qlora_tui.tui.screens.data.commands import COMMANDS
 from qlora_tui.tui.screens.data.histogram import histogram
 from qlora_tui.tui.screens.data.length_table import cost_table, total_time
 from qlora_tui.tui.screens.data.previews import DataPreviews, PreviewRequest
-from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
 from qlora_tui.tui.widgets.vi_list import ViList
 
-_VIEWS = ("both", "figures", "sample")
 _TALL = 50
 """Height of a terminal, in lines, from which each problem is listed with its fix."""
 _SETTLE_S = 0.1
@@ -101,11 +97,11 @@ class DataScreen(DataActions):
         wanted = PreviewRequest.of(recipe, self.source_number)
         if wanted != self._request:
             self._set_request(wanted)
-        self._show_report()
+        self.show_report()
         self._update_costs()
 
     def on_resize(self) -> None:
-        self._show_report()
+        self.show_report()
         self._show_row()
 
     def on_option_list_option_highlighted(self, event: OptionList.OptionHighlighted) -> None:
@@ -117,55 +113,10 @@ class DataScreen(DataActions):
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """Go to the next row with the problem chosen."""
         if event.option_list.id == "problems" and self.problems:
-            self._go_to_next([self.problems[event.option_index]], 1)
+            self.go_to_next_problem([self.problems[event.option_index]], 1)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         return self.can_fix if action == "fix" else super().check_action(action, parameters)
-
-    def action_row(self, by: int) -> None:
-        """Show a neighbouring row."""
-        place = steps.neighbor((self.path, self.row), by, self.report.files if self.report else ())
-        if self.shown is None or place != (self.path, self.row):
-            self._show_another(*place)
-
-    def action_go_to(self) -> None:
-        """Ask for a row's number."""
-
-        files = self.report.files if self.report else ()
-
-        def answered(text: str | None) -> None:
-            if text is not None and (place := steps.parse_place(text, self.path, files)) is not None:
-                self._show_another(*place)
-
-        def wrong(text: str) -> str:
-            return "" if steps.parse_place(text, self.path, files) else "Enter a row number."
-
-        help_ = "The row number, from 1."
-        if len(files) > 1:
-            help_ += " To go to another file, put a part of its name before the number."
-        self.app.push_screen(TextPromptScreen("Go to a row", help_, "", wrong), answered)
-
-    def action_problem(self, by: int) -> None:
-        """Show the next row with a problem, from the first again after the last."""
-        if not any(problem.rows for problem in self.problems):
-            complete = self.report is not None and self.report.complete
-            self.notify("No problems found." if complete else "No problems so far. Still reading.")
-            return
-        self._go_to_next(self.problems, by)
-
-    def action_view(self) -> None:
-        """Show the sample, the statistics, or both."""
-        body = self.query_one("#data-body")
-        now = next((view for view in _VIEWS if body.has_class(f"-{view}")), "both")
-        body.set_class(False, f"-{now}")
-        body.set_class(True, f"-{_VIEWS[(_VIEWS.index(now) + 1) % len(_VIEWS)]}")
-        self.call_after_refresh(self._show_report)
-
-    def _go_to_next(self, problems: Sequence[DataProblem], by: int) -> None:
-        files = self.report.files if self.report else ()
-        place = steps.next_problem(problems, (self.path, self.row), by, files)
-        if place is not None:
-            self._show_another(*place)
 
     def _set_request(self, wanted: PreviewRequest) -> None:
         """Look at another source, or with other settings."""
@@ -181,7 +132,8 @@ class DataScreen(DataActions):
         self._fetch_row(wanted, self.path, self.row)
         self._inspect(wanted)
 
-    def _show_another(self, path: str, row: int) -> None:
+    def show_another(self, path: str, row: int) -> None:
+        """Read and show another row."""
         if self._request is not None:
             self.path, self.row = path, row
             self._show_row_line()
@@ -223,7 +175,7 @@ class DataScreen(DataActions):
             async for report in self._previews.reports(wanted):
                 news = self.report is None or report.problems != self.report.problems
                 self.report = report
-                self._show_report()
+                self.show_report()
                 if news:
                     self._show_row()
         except UserError as error:
@@ -260,7 +212,7 @@ class DataScreen(DataActions):
             self.qlora_app.memory_budget,
             self._throughput[1],
         )
-        self._show_report()
+        self.show_report()
 
     def _show_row(self) -> None:
         self._show_row_line()
@@ -280,7 +232,8 @@ class DataScreen(DataActions):
             line = words.row_line(place, self.report, self.shown, self._request.data, width)
             self.query_one("#row-line", Static).update(line)
 
-    def _show_report(self) -> None:
+    def show_report(self) -> None:
+        """Show lengths and problems, as far as the source was read."""
         report, recipe = self.report, self.qlora_app.workbench.recipe
         if report is None:
             return

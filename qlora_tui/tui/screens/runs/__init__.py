@@ -1,4 +1,4 @@
-"""Runs: ``screen`` and its ``commands``; ``run_table`` lists runs, ``actions`` act on one.
+"""Runs: ``screen`` and its ``commands``; ``actions`` is what its keys do, ``run_table`` lists runs.
 
 ``compare`` shows up to four runs side by side.
 """

@@ -1,4 +1,4 @@
-"""Actions of the Runs screen on a run or its recipe."""
+"""What the keys of the Runs screen do: with a run, its recipe, or the list."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ import shlex
 from abc import abstractmethod
 from collections.abc import Callable
 
+from textual.widgets import Input
+
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.presets import OverwriteError
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs import actions
+from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.run_summary import RunSummary
+from qlora_tui.runs.run_summary import Listing, RunSummary
 from qlora_tui.runs.trash import Trash
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
 from qlora_tui.tui.screens.presets.preset_files import save_as
-from qlora_tui.tui.screens.train.screen import prepare_run
+from qlora_tui.tui.screens.runs.compare import MAX_COMPARED, CompareScreen
+from qlora_tui.tui.screens.runs.run_table import RunTable
+from qlora_tui.tui.screens.train.screen import prepare_run, show_run
 
 
 class RunActions(WorkScreen):
@@ -26,6 +30,9 @@ class RunActions(WorkScreen):
     def __init__(self) -> None:
         super().__init__()
         self.trash = Trash()
+        self.listing: Listing | None = None
+        self.marked: tuple[str, ...] = ()
+        """The runs selected for a comparison."""
 
     def on_unmount(self) -> None:
         self.trash.empty()
@@ -38,6 +45,57 @@ class RunActions(WorkScreen):
     @abstractmethod
     def refresh_runs(self) -> None:
         """Reload the run list."""
+
+    @abstractmethod
+    def show_listing(self) -> None:
+        """Show the run list as it was read last."""
+
+    async def action_open(self) -> None:
+        """Watch the run under the cursor."""
+        if self.current is not None:
+            await show_run(self.qlora_app, self.current.run)
+
+    def action_mark(self) -> None:
+        """Toggle the run's mark for a comparison."""
+        if self.current is None:
+            return
+        name = self.current.id
+        if name in self.marked:
+            self.marked = tuple(marked for marked in self.marked if marked != name)
+        elif len(self.marked) == MAX_COMPARED:
+            self.notify(f"At most {MAX_COMPARED} runs can be compared.", severity="warning")
+        else:
+            self.marked = (*self.marked, name)
+        self.show_listing()
+        self.query_one(RunTable).action_move(1)
+
+    def action_compare(self) -> None:
+        """Show the marked runs side by side."""
+        known = {summary.id: summary.run for summary in self.listing.summaries} if self.listing else {}
+        self.app.push_screen(CompareScreen([known[name] for name in self.marked if name in known]))
+
+    def action_filter(self) -> None:
+        """Focus the filter."""
+        self.add_class("-filtering")
+        self.query_one("#runs-filter", Input).focus()
+
+    async def action_chat(self) -> None:
+        """Talk to the adapter."""
+        from qlora_tui.tui.screens.chat.screen import show_chat
+
+        if self.current is not None:
+            await show_chat(self.qlora_app, self.current.run)
+
+    def action_move(self, places: int) -> None:
+        """Move the run in the queue."""
+        if self.current is not None:
+            run_queue.move(self.current.run, places)
+            self.refresh_runs()
+
+    def action_withdraw(self) -> None:
+        """Take the run out of the queue."""
+        if self.current is not None:
+            self.try_to(actions.stop, self.current.run)
 
     async def action_rerun(self) -> None:
         """Take the run's recipe to the workbench."""

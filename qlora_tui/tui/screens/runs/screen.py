@@ -10,16 +10,13 @@ from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Input, Static
 
-from qlora_tui.runs import actions, run_queue
-from qlora_tui.runs.run_summary import Listing, RunSummary, SummaryCache
+from qlora_tui.runs.run_summary import RunSummary, SummaryCache
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.screens.runs.actions import RunActions
 from qlora_tui.tui.screens.runs.commands import COMMANDS
-from qlora_tui.tui.screens.runs.compare import MAX_COMPARED, CompareScreen
 from qlora_tui.tui.screens.runs.run_table import RunTable
 from qlora_tui.tui.screens.static_update import update_if_changed
-from qlora_tui.tui.screens.train.screen import show_run
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.text_field import TextField
 
@@ -43,8 +40,6 @@ class RunsScreen(RunActions):
     def __init__(self) -> None:
         super().__init__()
         self._summaries = SummaryCache()
-        self._listing: Listing | None = None
-        self._marked: tuple[str, ...] = ()
         self._filter = ""
         self._reading = False
         self._footer_key: object = None
@@ -70,45 +65,16 @@ class RunsScreen(RunActions):
         if action in ("withdraw", "move"):
             return self.current is not None and self._is_waiting(self.current)
         if action == "compare":
-            return True if len(self._marked) > 1 else None
+            return True if len(self.marked) > 1 else None
         if action == "restore":
             # If nothing was deleted, ``u`` undoes a change of the recipe as on other screens.
             return bool(self.trash)
         return super().check_action(action, parameters)
 
-    async def action_open(self) -> None:
-        """Watch the run under the cursor."""
-        if self.current is not None:
-            await show_run(self.qlora_app, self.current.run)
-
-    def action_mark(self) -> None:
-        """Toggle the run's mark for a comparison."""
-        if self.current is None:
-            return
-        name = self.current.id
-        if name in self._marked:
-            self._marked = tuple(marked for marked in self._marked if marked != name)
-        elif len(self._marked) == MAX_COMPARED:
-            self.notify(f"At most {MAX_COMPARED} runs can be compared.", severity="warning")
-        else:
-            self._marked = (*self._marked, name)
-        self._show()
-        self.query_one(RunTable).action_move(1)
-
-    def action_compare(self) -> None:
-        """Show the marked runs side by side."""
-        known = {summary.id: summary.run for summary in self._listing.summaries} if self._listing else {}
-        self.app.push_screen(CompareScreen([known[name] for name in self._marked if name in known]))
-
-    def action_filter(self) -> None:
-        """Focus the filter."""
-        self.add_class("-filtering")
-        self.query_one("#runs-filter", Input).focus()
-
     def on_input_changed(self, event: Input.Changed) -> None:
         """Filter the list while typing."""
         self._filter = event.value.casefold()
-        self._show()
+        self.show_listing()
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
         """Back to the list."""
@@ -120,24 +86,6 @@ class RunsScreen(RunActions):
         self.query_one("#runs-filter", Input).value = ""
         self.remove_class("-filtering")
         self.query_one(RunTable).focus()
-
-    async def action_chat(self) -> None:
-        """Talk to the adapter."""
-        from qlora_tui.tui.screens.chat.screen import show_chat
-
-        if self.current is not None:
-            await show_chat(self.qlora_app, self.current.run)
-
-    def action_move(self, places: int) -> None:
-        """Move the run in the queue."""
-        if self.current is not None:
-            run_queue.move(self.current.run, places)
-            self.refresh_runs()
-
-    def action_withdraw(self) -> None:
-        """Take the run out of the queue."""
-        if self.current is not None:
-            self.try_to(actions.stop, self.current.run)
 
     def on_run_table_moved(self) -> None:
         """Say more of the run under the cursor."""
@@ -159,24 +107,25 @@ class RunsScreen(RunActions):
             listing = await asyncio.to_thread(self._summaries.read_all, _READ_BUDGET_S)
         finally:
             self._reading = False
-        before, self._listing = self._listing, listing
+        before, self.listing = self.listing, listing
         names = {summary.id for summary in listing.summaries}
-        self._marked = tuple(name for name in self._marked if name in names)
+        self.marked = tuple(name for name in self.marked if name in names)
         if listing != before:
-            self._show()
+            self.show_listing()
         if not listing.complete:
             self.refresh_runs()
 
-    def _show(self) -> None:
-        if self._listing is None:
+    def show_listing(self) -> None:
+        """Show what was read, filtered."""
+        if self.listing is None:
             return
-        rows = [row for row in self._listing.summaries if self._filter in _search_text(row)]
+        rows = [row for row in self.listing.summaries if self._filter in _search_text(row)]
         self.set_class(not rows, "-empty")
         if not rows:
             none = "No runs yet. Press [5] to launch one."
-            text = "No run matches. Press Esc to show all." if self._listing.summaries else none
+            text = "No run matches. Press Esc to show all." if self.listing.summaries else none
             self.query_one("#runs-empty", Static).update(text)
-        self.query_one(RunTable).show(rows, self._listing.waiting, self._marked)
+        self.query_one(RunTable).show(rows, self.listing.waiting, self.marked)
         self._show_detail()
         self._refresh_footer()
 
@@ -184,7 +133,7 @@ class RunsScreen(RunActions):
         """Change the footer where other keys mean something than before."""
         current = self.current
         waits = current is not None and self._is_waiting(current)
-        bound_for = (waits, len(self._marked) > 1)
+        bound_for = (waits, len(self.marked) > 1)
         if bound_for != self._footer_key:
             self._footer_key = bound_for
             self.refresh_bindings()
@@ -202,7 +151,7 @@ class RunsScreen(RunActions):
         update_if_changed(self.query_one("#run-detail", Static), Content("\n").join(lines))
 
     def _is_waiting(self, summary: RunSummary) -> bool:
-        return self._listing is not None and summary.id in self._listing.waiting
+        return self.listing is not None and summary.id in self.listing.waiting
 
 
 def _search_text(summary: RunSummary) -> str:
