@@ -1,68 +1,56 @@
-"""A terminal's screen: what stands on it after the bytes of a program, character by character with style."""
+"""What a terminal shows after the bytes of a program, character by character with style, by pyte."""
 
 from __future__ import annotations
 
-import re
 import time
 
-from rich.cells import cell_len
+import pyte
+from pyte import graphics
+from pyte.screens import Char
 
 from bench.terminal import Terminal
 
 DEADLINE_S = 60.0
 """A guard against waiting for ever, not a budget."""
-_TOKEN = re.compile(
-    r"\x1b\[(?P<args>[0-?]*)[ -/]*(?P<final>[@-~])|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1bP.*?\x1b\\|\x1b."
-    r"|(?P<text>[^\x1b])",
-    re.DOTALL,
-)
+graphics.TEXT |= {2: "+blink"}
+"""pyte has no dim text. It is stored as blinking text, which the app never sends."""
 
 
-class Glass:
-    """Takes moves, styles and text, all that Textual sends; everything else is passed over."""
+class TerminalScreen:
+    """The screen of a terminal that received ``painted``."""
 
-    def __init__(self, columns: int, rows: int) -> None:
-        self._cells = [[(" ", "")] * columns for _ in range(rows)]
-
-    def shown(self, painted: bytes) -> Glass:
-        """After these bytes."""
-        x = y = 0
-        style = ""
-        for token in _TOKEN.finditer(painted.decode("utf-8", "ignore")):
-            if token["final"] == "H":
-                y, x = (int(part) - 1 for part in token["args"].split(";"))
-            elif token["final"] == "m":
-                style = "" if token["args"] in ("", "0") else token["args"]
-            elif token["text"] == "\n":
-                x, y = 0, y + 1
-            elif token["text"] and token["text"].isprintable():
-                for place, part in enumerate(token["text"].ljust(cell_len(token["text"]), "\0")):
-                    if y < len(self._cells) and x + place < len(self._cells[y]):
-                        self._cells[y][x + place] = (part, style)
-                x += cell_len(token["text"])
-        return self
+    def __init__(self, painted: bytes, columns: int = 80, rows: int = 24) -> None:
+        self._screen = pyte.Screen(columns, rows)
+        pyte.ByteStream(self._screen).feed(painted)
 
     @property
     def text(self) -> str:
-        """Its lines."""
-        return "\n".join("".join(text for text, _ in line) for line in self._cells)
+        """The lines of the screen."""
+        return "\n".join(self._screen.display)
 
-    def style_of(self, text: str) -> set[str]:
-        """Attributes and colours, as SGR has them, that ``text`` begins with where it first stands."""
-        for line, cells in zip(self.text.splitlines(), self._cells, strict=True):
+    def style_of(self, text: str) -> Char:
+        """Attributes and colors at the start of the first occurrence of ``text``."""
+        for cells in self._cells():
+            line = "".join(cell.data or "\0" for cell in cells)
             if text in line:
-                return set(cells[line.index(text)][1].split(";"))
-        return set()
+                return cells[line.index(text)]
+        return self._screen.default_char
+
+    def _cells(self) -> list[list[Char]]:
+        return [
+            [self._screen.buffer[row][column] for column in range(self._screen.columns)]
+            for row in range(self._screen.lines)
+        ]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Glass) and self._cells == other._cells
+        return isinstance(other, TerminalScreen) and self._cells() == other._cells()
 
 
 def see(terminal: Terminal, *texts: str, since: int = 0, size: tuple[int, int] = (80, 24)) -> str:
-    """Wait until these are on the screen, as painted from byte ``since`` on; its text."""
+    """Wait until ``texts`` are on the screen, as painted from byte ``since`` on; return its text."""
     deadline = time.monotonic() + DEADLINE_S
     while True:
-        shown = Glass(*size).shown(bytes(terminal.painted[since:])).text
+        shown = TerminalScreen(bytes(terminal.painted[since:]), *size).text
         missing = [text for text in texts if text not in shown]
         if not missing:
             return shown

@@ -16,7 +16,7 @@ from qlora_tui import paths
 from qlora_tui.tui.app import QloraApp
 from tests.tui.fake_runs import FakeRun, write_fake_run
 from tests.tui.screen_assertions import shows
-from tests.tui.terminal_emulator import DEADLINE_S, Glass, see
+from tests.tui.terminal_emulator import DEADLINE_S, TerminalScreen, see
 
 pytestmark = pytest.mark.slow
 
@@ -49,8 +49,8 @@ def test_what_is_sent_piece_by_piece_is_what_a_whole_repaint_shows() -> None:
         deadline = time.monotonic() + DEADLINE_S
         while True:
             terminal.read(0.2)
-            pieces = Glass(*size).shown(bytes(terminal.painted))
-            whole = Glass(*size).shown(bytes(terminal.painted[before:]))
+            pieces = TerminalScreen(bytes(terminal.painted), *size)
+            whole = TerminalScreen(bytes(terminal.painted[before:]), *size)
             if pieces == whole:
                 break
             assert time.monotonic() < deadline, f"{pieces.text}\n\n{whole.text}"

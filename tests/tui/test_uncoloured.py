@@ -6,12 +6,13 @@ import re
 import sys
 
 import pytest
+from pyte.screens import Char
 
 from bench.terminal import Terminal
 from qlora_tui import paths
 from tests.polling import wait_for
 from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
-from tests.tui.terminal_emulator import Glass, see
+from tests.tui.terminal_emulator import TerminalScreen, see
 
 pytestmark = pytest.mark.slow
 
@@ -52,26 +53,26 @@ def test_cursor_selection_and_fields_are_told_by_attributes() -> None:
     write_fake_run(FakeRun(name="second", state="finished", steps=300, total=300))
     with Terminal(APP, env={"NO_COLOR": "1"}) as terminal:
 
-        def styled(text: str) -> set[str]:
+        def style_of(text: str) -> Char:
             terminal.read(0)
-            return Glass(80, 24).shown(bytes(terminal.painted)).style_of(text)
+            return TerminalScreen(bytes(terminal.painted)).style_of(text)
 
         see(terminal, "Next")
         terminal.press("6")
-        wait_for(lambda: REVERSE in styled("6 Runs") and REVERSE not in styled("0 Home"))
-        wait_for(lambda: REVERSE in styled("second") and REVERSE not in styled("first"))
+        wait_for(lambda: style_of("6 Runs").reverse and not style_of("0 Home").reverse)
+        wait_for(lambda: style_of("second").reverse and not style_of("first").reverse)
         terminal.press("j")
-        wait_for(lambda: REVERSE in styled("first") and REVERSE not in styled("second"))
+        wait_for(lambda: style_of("first").reverse and not style_of("second").reverse)
         terminal.press("p")
         see(terminal, "Enter open")
-        wait_for(lambda: REVERSE in styled("balanced") and REVERSE not in styled("cpu-demo"))
+        wait_for(lambda: style_of("balanced").reverse and not style_of("cpu-demo").reverse)
         terminal.press("q")
         see(terminal, "v Compare")
         terminal.press("7o")
         see(terminal, "Sampling", "empty: a random one")
-        assert UNDERLINE in styled("0.95")
+        assert style_of("0.95").underscore
         # The seed, which is empty.
-        assert UNDERLINE in styled("    empty: a random one")
+        assert style_of("    empty: a random one").underscore
 
 
 def test_a_click_finds_what_it_is_on() -> None:
