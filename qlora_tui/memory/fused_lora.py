@@ -20,27 +20,48 @@ def linear(ops: Ops, x: Tensor, module: Linear) -> Tensor:
 
 
 def gated(ops: Ops, gate: Tensor, up: Tensor, module: Linear) -> Tensor:
-    """Replay ``down(act(gate) * up)`` as one function that saves gate and up, and recomputes the rest."""
+    """Replay ``down(act(gate) * up)`` as two functions that save gate and up, and recompute the rest.
+
+    The second saves nothing, so that a recomputation ends before it; it pins the inputs times A.
+    """
     numel, width = gate.numel, gate.width
+    rows = numel // module.inputs
+    grads_of_xa: list[Tensor] = []
 
-    def product() -> tuple[Tensor, Tensor]:
-        opened = ops.new(numel, width)
-        return opened, ops.new(numel, width)
+    def product_fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        activated = ops.new(numel, width)
+        product = ops.new(numel, width)
+        with ops.meter.attribute_to("dropout"):
+            dropped = ops.new(numel, width) if ops.dropout else None
+        grad_a = _gradient(ops, module.rank * module.inputs, width)
+        del dropped, product
+        _adapter_grad(ops, numel, width)
+        grad_up = ops.new(numel, width)
+        grad_gate = ops.new(numel, width)
+        grads_of_xa.clear()
+        del activated
+        return (grad_gate, grad_up, grad_a)
 
-    def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        opened, inputs = product()
-        gradient = _linear_backward(ops, module, numel, width, width, needs=True)
-        del inputs
-        toward_up = ops.new(numel, width)
-        toward_gate = ops.new(numel, width)
-        del opened
-        return (toward_gate, toward_up, *gradient[1:])
+    def down_fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        grads_of_xa.append(ops.new(rows * module.rank, width))
+        grad_b = _gradient(ops, module.rank * module.outputs, width)
+        weight = _weight(ops, module, width)
+        grad_product = ops.new(numel, width)
+        del weight
+        return (grad_product, grad_b)
 
-    opened, inputs = product()
-    del opened
-    out, saved_input, thin = _linear_forward(ops, inputs, module, width)
-    del inputs
-    out.node = ops.tape.node((gate, up, *ops.adapter_leaves(gate)), fn, (gate, up, saved_input, thin))
+    activated = ops.new(numel, width)
+    product = ops.new(numel, width)
+    del activated
+    saved_mask, xa = _adapter_inputs(ops, numel, width, width, module)
+    leaf_a, leaf_b = ops.adapter_leaves(gate)
+    product.node = ops.tape.node((gate, up, leaf_a), product_fn, (gate, up, saved_mask))
+    weight = _weight(ops, module, ops.compute)
+    out = ops.new(rows * module.outputs, width)
+    del weight
+    out.node = ops.tape.node((product, leaf_b), down_fn)
+    if out.node is not None:
+        out.node.pinned = (xa,)
     return out
 
 
@@ -50,16 +71,30 @@ def _linear_forward(ops: Ops, x: Tensor, module: Linear, width: int) -> tuple[Te
     workspace = _weight(ops, module, ops.compute)
     out = ops.new(rows * module.outputs, x.width)
     del workspace
-    narrow = _narrowed(ops, numel, x.width, width)
-    saved_input = None
+    return out, *_adapter_inputs(ops, numel, x.width, width, module)
+
+
+def _adapter_inputs(
+    ops: Ops, numel: int, entered: int, width: int, module: Linear
+) -> tuple[Tensor | None, Tensor]:
+    """Replay the product with A; return the dropout mask, and the inputs times A."""
+    narrow = _narrowed(ops, numel, entered, width)
     with ops.meter.attribute_to("dropout"):
-        if ops.dropout:
-            saved_input = ops.new(numel, 1)
+        saved_mask = ops.new(numel, 1) if ops.dropout else None
         dropped = ops.new(numel, width) if ops.dropout else None
     with ops.meter.attribute_to("adapter_inputs"):
-        xa = ops.new(rows * module.rank, width)
+        xa = ops.new(numel // module.inputs * module.rank, width)
     del dropped, narrow
-    return out, saved_input, xa
+    return saved_mask, xa
+
+
+def _adapter_grad(ops: Ops, numel: int, width: int) -> None:
+    """Replay adding the adapter's gradient of the inputs, in place where there is no dropout."""
+    if ops.dropout:
+        with ops.meter.attribute_to("dropout"):
+            through = ops.new(numel, width)
+            masked = ops.new(numel, width)
+        del through, masked
 
 
 def _linear_backward(ops: Ops, module: Linear, numel: int, entered: int, width: int, *, needs: bool) -> Grads:
@@ -76,11 +111,7 @@ def _linear_backward(ops: Ops, module: Linear, numel: int, entered: int, width: 
     weight = _weight(ops, module, width)
     grad_x = ops.new(numel, width)
     del weight
-    if ops.dropout:
-        with ops.meter.attribute_to("dropout"):
-            through = ops.new(numel, width)
-            masked = ops.new(numel, width)
-        del through, masked
+    _adapter_grad(ops, numel, width)
     if entered != width:
         grad_x = ops.new(numel, entered)
     del grad_xa, narrow

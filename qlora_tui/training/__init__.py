@@ -17,6 +17,7 @@
                           ``gguf_tokenizer``) the rest of a plain Llama, ``gguf_streaming`` that of the others
 ``adapter``               adds LoRA; ``fused``: module and adapter as one autograd function;
                           ``trainable_tokens``: trained rows of embedding and head
+``dropout``               where a model draws random numbers
 ``packed_attention``      several samples in one row, each attending only to itself; ``padding``: to the
                           token multiple of CPU kernels
 ``chunked_loss``          cross-entropy without the whole logits; ``liger``: Liger's kernel in its place

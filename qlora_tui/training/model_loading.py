@@ -18,6 +18,7 @@ from qlora_tui.recipe.schema import Quantization, Recipe
 from qlora_tui.training import packed_attention
 from qlora_tui.training.clean_files import model_view
 from qlora_tui.training.compute_device import AttentionPath, ComputeDevice
+from qlora_tui.training.dropout import draws_random_numbers
 from qlora_tui.training.kernel_publishers import PUBLISHER, pin_publisher
 
 _FLASH = f"{PUBLISHER}/flash-attn2"
@@ -106,12 +107,15 @@ def set_attention(model: Any, name: str) -> bool:
     return False
 
 
-def checkpoint_activations(model: Any, *, keep_rng: bool = True) -> None:
+def checkpoint_activations(model: Any, *, keep_rng: bool | None = None) -> None:
     """Save one hidden state per layer and recompute the rest in the backward.
 
     Args:
-        keep_rng: repeat the dropout of the forward, of adapter and model. Needs a real device.
+        keep_rng: repeat the random numbers of the forward, which needs a real device and costs time in each
+            layer. None: where the model or its adapter, which must be there already, draws any.
     """
+    if keep_rng is None:
+        keep_rng = draws_random_numbers(model)
     kwargs = {"use_reentrant": False, "preserve_rng_state": keep_rng}
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)

@@ -19,11 +19,11 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from qlora_tui.training.batches import Row, TokenizedDataset, collate, on_device, sum_loss_weights
 from qlora_tui.training.chunked_loss import IGNORED
 from qlora_tui.training.compute_device import ComputeDevice
+from qlora_tui.training.dropout import dropout_settings
 
 Gradients: TypeAlias = dict[str, Tensor]
 """Gradient of each trained parameter, by its name in the model."""
@@ -270,20 +270,9 @@ def ready_to_compare(model: nn.Module, device: ComputeDevice) -> Iterator[None]:
 
 @contextmanager
 def _no_dropout(model: nn.Module) -> Iterator[None]:
-    """Keep every dropout from dropping, in training mode: checkpointing works in no other.
-
-    Dropouts are modules, probabilities that a module passes to a function (``attention_dropout``), and, in
-    Falcon, ones that it reads from its config at each call.
-    """
+    """Keep every dropout from dropping, in training mode: checkpointing works in no other."""
     modes = {module: module.training for module in model.modules()}
-    configs = {id(config): config for m in modes if (config := getattr(m, "config", None)) is not None}
-    probabilities = [
-        (owner, name, value)
-        for owner in (*modes, *configs.values())
-        for name, value in vars(owner).items()
-        if isinstance(value, float) and value
-        if "drop" in name or (name == "p" and isinstance(owner, _DropoutNd))
-    ]
+    probabilities = dropout_settings(model)
     try:
         for owner, name, _ in probabilities:
             setattr(owner, name, 0.0)

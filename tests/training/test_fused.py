@@ -15,6 +15,7 @@ from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.recipe.schema import Lora, Model, Quantization, Recipe
 from qlora_tui.training import adapter
 from qlora_tui.training.compute_device import find_device
+from qlora_tui.training.dropout import draws_random_numbers
 from qlora_tui.training.fused import lora_linear
 from qlora_tui.training.model_loading import checkpoint_activations, load_base
 from tests.training.tiny_model import make_tiny_model
@@ -105,12 +106,44 @@ def test_bf16_is_as_near_to_fp32_as_autocast_is(folder: Path, monkeypatch: pytes
     assert 0 < distance(ours) < 1.2 * distance(usual)
 
 
+@pytest.mark.parametrize(("dropout", "repeated"), [(0.0, False), (0.1, True)])
+def test_recomputation_repeats_random_numbers_where_there_is_dropout(
+    folder: Path, dropout: float, repeated: bool
+) -> None:
+    model = adapted(folder, dropout=dropout).get_base_model()
+    checkpoint_activations(model)
+    (options,) = {
+        layer._gradient_checkpointing_func.keywords["preserve_rng_state"] for layer in model.model.layers
+    }
+    assert options is repeated
+
+
+def test_a_recomputed_layer_does_not_multiply_by_down_again(folder: Path) -> None:
+    model = adapted(folder)
+    checkpoint_activations(model.get_base_model())
+    calls = {"up_proj": 0, "down_proj": 0}
+    for name, module in model.named_modules():
+        if (kind := name.split(".")[-2] if "." in name else "") in calls and name.endswith("base_layer"):
+            module.register_forward_hook(lambda *_, kind=kind: calls.__setitem__(kind, calls[kind] + 1))
+    learn(model)
+    layers = model.config.num_hidden_layers
+    assert calls == {"up_proj": 2 * layers, "down_proj": layers}
+
+
+@pytest.mark.parametrize("config", ["attention_dropout", "router_jitter_noise"])
+def test_probabilities_in_configs_count_as_random_numbers(folder: Path, config: str) -> None:
+    model = adapted(folder)
+    assert not draws_random_numbers(model)
+    setattr(model.config, config, 0.1)
+    assert draws_random_numbers(model)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_dropout_drops_its_share_and_gradients_follow_what_was_kept(dtype: str) -> None:
     values = torch.ones(1001, 999, dtype=getattr(torch, dtype))
     torch.manual_seed(0)
     mask = lora_linear._dropout_mask(values, 0.05)
-    passed = lora_linear._apply_dropout(values, mask)
+    passed = lora_linear.apply_dropout(values, mask)
     assert mask.element_size() == 1
     assert set(passed.flatten().tolist()) == {0.0, 1.0}
     assert (passed == 0).float().mean().item() == pytest.approx(0.05, abs=1e-3)

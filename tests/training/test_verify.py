@@ -107,7 +107,7 @@ def test_every_family_with_heavy_tails_keeps_its_fast_paths(model_type: str, tmp
 
 def no_offset(patch: pytest.MonkeyPatch) -> None:
     """Gemma's norm multiplies by the weight alone."""
-    patch.setattr(rms_norm, "_factor", lambda weight, form: weight.float())
+    patch.setattr(rms_norm, "_factor", lambda weight, variant: weight.float())
 
 
 def norm_without_projection(patch: pytest.MonkeyPatch) -> None:
@@ -115,20 +115,15 @@ def norm_without_projection(patch: pytest.MonkeyPatch) -> None:
 
     def backward(ctx: Any, gradient: Tensor) -> Any:
         _, spread = ctx.saved_tensors
-        factor = rms_norm._factor(ctx.weight, ctx.form)
+        factor = rms_norm._factor(ctx.weight, ctx.variant)
         return (gradient.float() * factor * spread).to(gradient.dtype), None, None, None
 
     patch.setattr(rms_norm._FusedRmsNorm, "backward", staticmethod(backward))
 
 
 def gate_and_up_swapped(patch: pytest.MonkeyPatch) -> None:
-    class Swapped(gated_mlp._FusedGatedMlp):
-        @staticmethod
-        def forward(ctx: Any, gate: Tensor, up: Tensor, *rest: Any) -> Tensor:
-            return gated_forward(ctx, up, gate, *rest)
-
-    gated_forward = gated_mlp._FusedGatedMlp.forward
-    patch.setattr(gated_mlp, "_FusedGatedMlp", Swapped)
+    right = gated_mlp.gated_down
+    patch.setattr(gated_mlp, "gated_down", lambda gate, up, *rest: right(up, gate, *rest))
 
 
 def scale_dropped(patch: pytest.MonkeyPatch) -> None:
@@ -136,8 +131,8 @@ def scale_dropped(patch: pytest.MonkeyPatch) -> None:
     right = lora_linear.lora_backward
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
-        toward_x, toward_a, toward_b = right(*args, **kwargs)
-        return toward_x, toward_a / args[6].scale, toward_b
+        grad_x, grad_a, grad_b = right(*args, **kwargs)
+        return grad_x, grad_a / args[6].scale, grad_b
 
     patch.setattr(lora_linear, "lora_backward", wrong)
 

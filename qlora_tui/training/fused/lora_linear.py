@@ -148,20 +148,30 @@ class _FusedLoraLinear(torch.autograd.Function):
 def lora_forward(x: Tensor, adapter: LoraParameters) -> tuple[Tensor, Tensor | None, Tensor]:
     """The outputs (…, outputs), the dropout mask (None without dropout) and dropout(x) · Aᵀ (rows, rank)."""
     out: Tensor = adapter.base(x)
+    dropout_mask, xa = adapter_inputs(x, adapter)
+    add_adapter_outputs(out, xa, adapter)
+    return out, dropout_mask, xa
+
+
+def adapter_inputs(x: Tensor, adapter: LoraParameters) -> tuple[Tensor | None, Tensor]:
+    """The dropout mask (None without dropout) and dropout(x) · Aᵀ, (rows, rank), of x (…, inputs)."""
     device = x.device.type
-    # Under autocast x may be the fp32 output of a norm; the products are in half precision all the same.
-    under_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if under_autocast else x.dtype
-    with _without_autocast(device, under_autocast):
+    dtype = _product_dtype(x)
+    with torch.autocast(device, enabled=False) if _is_autocast(device) else nullcontext():
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         dropout_mask = _dropout_mask(rows, adapter.p) if adapter.p else None
-        xa = _apply_dropout(rows, dropout_mask) @ adapter.a.to(dtype).t()
-        flat = out.view(-1, out.shape[-1])
-        if out.dtype == dtype:
-            flat.addmm_(xa, adapter.b.to(dtype).t(), alpha=adapter.scale)
+        return dropout_mask, apply_dropout(rows, dropout_mask) @ adapter.a.to(dtype).t()
+
+
+def add_adapter_outputs(out: Tensor, xa: Tensor, adapter: LoraParameters) -> None:
+    """Add scale · xa · Bᵀ in place to the outputs of the base, (…, outputs)."""
+    device = out.device.type
+    with torch.autocast(device, enabled=False) if _is_autocast(device) else nullcontext():
+        flat, b = out.view(-1, out.shape[-1]), adapter.b.to(xa.dtype)
+        if out.dtype == xa.dtype:
+            flat.addmm_(xa, b.t(), alpha=adapter.scale)
         else:
-            flat.add_(xa @ adapter.b.to(dtype).t(), alpha=adapter.scale)
-    return out, dropout_mask, xa
+            flat.add_(xa @ b.t(), alpha=adapter.scale)
 
 
 def lora_backward(
@@ -176,24 +186,46 @@ def lora_backward(
     needs_input_grad: bool = True,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients of x (None where not needed), of A and of B, in the shape and dtype of each."""
-    dtype = xa.dtype
-    grad = grad.reshape(-1, b.shape[0]).to(dtype)
-    rows = x.reshape(-1, x.shape[-1]).to(dtype)
-    grad_xa = (grad @ b.to(dtype)).mul_(adapter.scale)
-    grad_b = (grad.t() @ xa).mul_(adapter.scale).to(b.dtype)
-    grad_a = (grad_xa.t() @ _apply_dropout(rows, dropout_mask)).to(a.dtype)
+    grad, grad_xa, grad_b = grad_of_outputs(grad, xa, b, adapter)
+    grad_a = grad_of_a(grad_xa, x, dropout_mask, a)
     if not needs_input_grad:
         return None, grad_a, grad_b
-    grad_x = grad @ adapter.weight().to(dtype)
-    if dropout_mask is None:
-        grad_x.addmm_(grad_xa, a.to(dtype))
-    else:
-        grad_x += _apply_dropout(grad_xa @ a.to(dtype), dropout_mask)
+    grad_x = grad @ adapter.weight().to(grad.dtype)
+    add_adapter_grad(grad_x, grad_xa, dropout_mask, a)
     return grad_x.view(x.shape).to(x.dtype), grad_a, grad_b
 
 
-def _without_autocast(device: str, is_on: bool) -> Any:
-    return torch.autocast(device, enabled=False) if is_on else nullcontext()
+def grad_of_outputs(
+    grad: Tensor, xa: Tensor, b: Tensor, adapter: LoraParameters
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of the outputs as (rows, outputs), and the gradients of ``xa`` and of B."""
+    grad = grad.reshape(-1, b.shape[0]).to(xa.dtype)
+    grad_xa = (grad @ b.to(xa.dtype)).mul_(adapter.scale)
+    return grad, grad_xa, (grad.t() @ xa).mul_(adapter.scale).to(b.dtype)
+
+
+def grad_of_a(grad_xa: Tensor, x: Tensor, dropout_mask: Tensor | None, a: Tensor) -> Tensor:
+    """The gradient of A, from the inputs x (…, inputs)."""
+    rows = x.reshape(-1, x.shape[-1]).to(grad_xa.dtype)
+    return (grad_xa.t() @ apply_dropout(rows, dropout_mask)).to(a.dtype)
+
+
+def add_adapter_grad(grad_x: Tensor, grad_xa: Tensor, dropout_mask: Tensor | None, a: Tensor) -> None:
+    """Add the adapter's part in place to the base's gradient of the inputs, (rows, inputs)."""
+    a = a.to(grad_xa.dtype)
+    if dropout_mask is None and grad_x.dtype == grad_xa.dtype:
+        grad_x.addmm_(grad_xa, a)
+    else:
+        grad_x += apply_dropout(grad_xa @ a, dropout_mask)
+
+
+def _is_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """Dtype of the adapter's products. Under autocast x may be the fp32 output of a norm."""
+    return torch.get_autocast_dtype(x.device.type) if _is_autocast(x.device.type) else x.dtype
 
 
 def _dropout_mask(values: Tensor, p: float) -> Tensor:
@@ -213,7 +245,7 @@ def _dropout_mask(values: Tensor, p: float) -> Tensor:
     return words.to(torch.int8).view(values.shape)
 
 
-def _apply_dropout(values: Tensor, dropout_mask: Tensor | None) -> Tensor:
+def apply_dropout(values: Tensor, dropout_mask: Tensor | None) -> Tensor:
     """Zero the dropped elements. On a CPU by a bitwise and: mixed-dtype arithmetic is many times slower."""
     if dropout_mask is None:
         return values
