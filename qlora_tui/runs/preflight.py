@@ -221,11 +221,11 @@ def _memory(recipe: Recipe, files: ModelFiles, budget: MemoryBudget) -> tuple[Ch
         case "fits":
             check = Check(CheckKind.MEMORY, "ok", text)
         case "does not fit":
-            fix = "Press a on the Memory screen (3) for the cheapest fix, or run `qlora-tui estimate`."
+            fix = "See the Memory screen for the cheapest fix, or run `qlora-tui estimate`."
             check = Check(CheckKind.MEMORY, "error", text, fix)
         case _:
             low, high = format_gib(verdict.low_bytes), format_gib(verdict.high_bytes)
-            fix = f"It may take {low} to {high} GiB: see the Memory screen (3) or `qlora-tui estimate`."
+            fix = f"It may take {low} to {high} GiB: see the Memory screen or `qlora-tui estimate`."
             check = Check(CheckKind.MEMORY, "warning", text, fix)
     return check, estimated
 

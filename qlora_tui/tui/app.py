@@ -26,6 +26,7 @@ from qlora_tui.tui.disk_faults import DiskFaults
 from qlora_tui.tui.glyph_fallback import fallback_glyphs
 from qlora_tui.tui.monochrome import TWO_COLORS, MonochromeFilter
 from qlora_tui.tui.palette import CommandProvider
+from qlora_tui.tui.render.key_names import key_names
 from qlora_tui.tui.screen_diff import ScreenDiff, TerminalContents
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.modals.too_small import TooSmallScreen, is_too_small
@@ -265,9 +266,7 @@ class QloraApp(HookedApp):
 
     def action_help_quit(self) -> None:
         """Notify which key quits the app: Ctrl+C does not."""
-        leaves = next(command for command in EVERYWHERE if command.id == "app.quit")
-        keys = ",".join(leaves.keys(self.settings.keymap))
-        self.notify(f"Press [{keys}] to quit the app. Runs continue without it.")
+        self.notify(f"Press {key_names('app.quit')} to quit the app. Runs continue without it.")
 
     def action_presets(self) -> None:
         """Browse, open and save presets."""

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from qlora_tui.tui.commands import EVERYWHERE, NAVIGATION, Command
+from qlora_tui.tui.render.key_names import key_name
 from qlora_tui.tui.screens.registry import screen_class
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ def _clashes(tables: list[Table], keymap: Mapping[str, str]) -> Iterator[tuple[s
 def _unknown_command(name: str, known: list[str]) -> str:
     near = get_close_matches(name, known, 1)
     meant = f" Did you mean {near[0]}?" if near else ""
-    return f"config.toml: {name} in [keymap] is not a command.{meant} Press F1 to list all commands."
+    listed = f"Press {key_name('app.keys')} to list all commands."
+    return f"config.toml: {name} in [keymap] is not a command.{meant} {listed}"
 
 
 def _invalid_key(name: str, key: str) -> str:

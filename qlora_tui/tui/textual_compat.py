@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from textual._compositor import ChopsUpdate, CompositorUpdate, LayoutUpdate
+from textual._context import active_app
 from textual._styles_cache import StylesCache
 from textual.app import App
 from textual.binding import Binding
@@ -25,6 +26,7 @@ __all__ = [
     "CompositorUpdate",
     "HookedApp",
     "LayoutUpdate",
+    "active_app",
     "bindings_of_widget",
     "clear_style_caches",
     "follow_end",

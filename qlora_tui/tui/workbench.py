@@ -13,6 +13,7 @@ from qlora_tui.recipe.fields import get_setting, replace_setting
 from qlora_tui.recipe.layering import build_recipe
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import to_layer, to_recipe
+from qlora_tui.tui.render.key_names import key_name
 
 if TYPE_CHECKING:
     from qlora_tui.catalog.architecture_types import Architecture
@@ -171,7 +172,11 @@ class Workbench:
 
 def _read(model: str) -> Architecture | UserError:
     if not model:
-        return UserError("No model yet", what="The recipe has no model.", fix="Press [1] to select one.")
+        return UserError(
+            "No model yet",
+            what="The recipe has no model.",
+            fix=f"Press {key_name('go.models')} to select one.",
+        )
     from qlora_tui.catalog.lookup import load_architecture
 
     try:

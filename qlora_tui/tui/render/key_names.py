@@ -1,12 +1,58 @@
-"""Keys inside sentences: ``[u]`` for a character, ``Enter`` or ``Ctrl+P`` for a named key."""
+"""Keys inside sentences, as the user's keymap has them: ``[u]`` for a character, ``Enter`` or ``Ctrl+P``.
+
+``key_name("app.undo")`` is the key of a command. A constant text names the command instead, as in
+``Press {app.undo} to undo.``, and is passed through ``name_keys`` when it is shown.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, cast
 
 from textual.content import Content
+from textual.keys import format_key
 
-_KEYS = re.compile(r"\[[^\s\[\]]{1,3}\]|\b(?:Enter|Esc|Tab|Space|Backspace|F1|Ctrl\+[A-Z])(?![\w-])")
+from qlora_tui.tui.commands import EVERYWHERE, Command
+from qlora_tui.tui.textual_compat import active_app
+
+if TYPE_CHECKING:
+    from qlora_tui.tui.app import QloraApp
+
+_KEYS = re.compile(
+    r"\[[^\s\[\]]{1,3}\]|\b(?:Enter|Esc|Tab|Space|Backspace|F\d{1,2}|(?:Ctrl|Alt|Shift)\+\w+)(?![\w-])"
+)
+_COMMAND = re.compile(r"\{([a-z]+\.[a-z_]+)\}")
+_OF_THE_APP = ("app", "go")
+"""First parts of the ids in ``EVERYWHERE``."""
+
+
+def key_name(command_id: str) -> str:
+    """The first key of a command: ``[u]``, ``Enter``."""
+    return _in_brackets(_keys(command_id)[0])
+
+
+def key_names(command_id: str) -> str:
+    """All keys of a command: ``[z] or Ctrl+O``."""
+    return " or ".join(map(_in_brackets, _keys(command_id)))
+
+
+def key_while_typing(command_id: str) -> str:
+    """The first key that is no character, since those go into a field that has the focus."""
+    keys = _keys(command_id)
+    return _in_brackets(next((key for key in keys if _character(key) is None), keys[0]))
+
+
+def bare_key(command_id: str) -> str:
+    """The first key without brackets, for a column of keys: ``u``, ``Enter``."""
+    return _bare(_keys(command_id)[0])
+
+
+def name_keys(text: str) -> str:
+    """Replace each ``{command.id}`` by the key of that command."""
+    return _COMMAND.sub(lambda match: key_name(match[1]), text)
 
 
 def highlight_keys(text: str, style: str = "") -> Content:
@@ -15,3 +61,42 @@ def highlight_keys(text: str, style: str = "") -> Content:
     for match in _KEYS.finditer(text):
         content = content.stylize("bold $accent", *match.span())
     return content
+
+
+def _keys(command_id: str) -> list[str]:
+    return _commands(command_id.partition(".")[0])[command_id].keys(_keymap())
+
+
+@cache
+def _commands(prefix: str) -> dict[str, Command]:
+    """The commands of the app, or of one screen, by id."""
+    if prefix in _OF_THE_APP:
+        commands = EVERYWHERE
+    else:
+        commands = import_module(f"qlora_tui.tui.screens.{prefix}.commands").COMMANDS
+    return {command.id: command for command in commands}
+
+
+def _keymap() -> Mapping[str, str]:
+    """The keymap of the app that is running; empty where none is."""
+    app = active_app.get(None)
+    return {} if app is None else cast("QloraApp", app).settings.keymap
+
+
+def _in_brackets(key: str) -> str:
+    return _bare(key) if _character(key) is None else f"[{_bare(key)}]"
+
+
+def _bare(key: str) -> str:
+    if (character := _character(key)) is not None:
+        return character
+    return "+".join("Esc" if part == "escape" else part.title() for part in key.split("+"))
+
+
+def _character(key: str) -> str | None:
+    """The character that a key types; None for a named key or a combination."""
+    if len(key) == 1:
+        return key
+    # Arrows and Enter are shown as symbols, none of them ASCII.
+    shown = format_key(key)
+    return shown if len(shown) == 1 and shown.isascii() else None

@@ -10,19 +10,20 @@ from textual.widgets import Static
 from qlora_tui.chat.chat_types import GenerationResult, TextChunk
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_duration, format_float
-from qlora_tui.tui.render.key_names import highlight_keys
+from qlora_tui.tui.render.key_names import highlight_keys, name_keys
 from qlora_tui.tui.widgets.streaming_markdown import StreamingMarkdown
 from qlora_tui.tui.widgets.thought_view import ThoughtView
 
 _ENDINGS = {
-    "most tokens": "Cut off at the token limit. Press [o] to raise it.",
+    "most tokens": "Cut off at the token limit. Press {chat.settings} to raise it.",
     "context full": "Cut off: the context is full.",
     "stopped": "Stopped.",
 }
 """The note under an answer that did not end by itself, by finish reason."""
 _STILL_THINKING = {
-    "most tokens": "Still thinking at the token limit. Press [o] to raise it, or [t] to turn thinking off.",
-    "context full": "Still thinking when the context was full. Press [t] to turn thinking off.",
+    "most tokens": "Still thinking at the token limit. Press {chat.settings} to raise it, or {chat.thinking} "
+    "to turn thinking off.",
+    "context full": "Still thinking when the context was full. Press {chat.thinking} to turn thinking off.",
     "stopped": "Stopped while thinking.",
 }
 """The note if the answer had not started, by finish reason."""
@@ -95,7 +96,7 @@ class AdapterAnswer(Vertical):
         if not outcome.thought_ended:
             under = _STILL_THINKING.get(outcome.ending, "Ended its turn without an answer.")
         if under:
-            self._show_note(under)
+            self._show_note(name_keys(under))
 
     async def stop(self, words: str) -> None:
         """Mark the answer as stopped, with a note; the text so far stays."""

@@ -12,10 +12,11 @@ from qlora_tui.memory import Estimate, check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Precision, precision_of
 from qlora_tui.tui.render.block_charts import bar
+from qlora_tui.tui.render.key_names import name_keys
 from qlora_tui.tui.render.recipe_line import PRECISION_NAMES, VERDICT_STYLE, recipe_line
 from qlora_tui.tui.workbench import Workbench
 
-KEYS_HINT = "[p] Presets  [u] Undo"
+_KEYS = "{app.presets} Presets  {app.undo} Undo"
 
 
 class RecipeStrip(Widget):
@@ -52,7 +53,8 @@ class RecipeStrip(Widget):
     def render(self) -> RenderResult:
         width = self.content_size.width
         line = "" if self._bench is None else recipe_line(self._bench, width)
-        hint = KEYS_HINT if len(line) + len(KEYS_HINT) + 2 <= width else ""
+        keys = name_keys(_KEYS)
+        hint = keys if len(line) + len(keys) + 2 <= width else ""
         gap = " " * (width - len(line) - len(hint))
         return Content.assemble(line, (gap + hint, "dim"), "\n", self._cost_line(width))
 

@@ -12,6 +12,7 @@ from textual.widgets import Static
 
 from qlora_tui.chat.chat_types import GenerationResult, TextChunk
 from qlora_tui.formatting import format_duration, pluralize
+from qlora_tui.tui.render.key_names import key_while_typing
 from qlora_tui.tui.widgets.streaming_markdown import StreamingMarkdown
 
 _PAINT_EVERY_S = 0.5
@@ -126,4 +127,6 @@ class ThoughtView(Vertical):
         took = f"{seconds:.1f} s" if seconds < 10 else format_duration(seconds)
         verb = "Thinking for" if not self._is_over else "Thought for" if ended else "Unfinished:"
         line = f"{'▾' if self.unfolded else '▸'} {verb} {took}, {pluralize(self._tokens, 'token')}"
-        self.query_one(ThoughtLine).update(Content.assemble(line, ("  Ctrl+O", "dim")))
+        self.query_one(ThoughtLine).update(
+            Content.assemble(line, (f"  {key_while_typing('chat.unfold')}", "dim"))
+        )

@@ -29,6 +29,7 @@ from qlora_tui.recipe.schema import Thinking
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.status import ACTIVE, read_status
 from qlora_tui.tui.deferred import DeferredWork
+from qlora_tui.tui.render.key_names import name_keys
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.chat import text as words
 from qlora_tui.tui.screens.chat import transcript
@@ -147,7 +148,7 @@ class ChatController(WorkScreen):
             )
         except EngineClosedError:
             for answer in turn.answers.values():
-                await answer.stop(words.STOPPED_LOADING)
+                await answer.stop(name_keys(words.STOPPED_LOADING))
         except UserError as problem:
             for answer in turn.answers.values():
                 await answer.fail(problem)
@@ -186,7 +187,7 @@ class ChatController(WorkScreen):
                     await turn.answers[adapter_name].end(reply.outcome)
                     self._warn(reply.outcome.warning)
         except EngineClosedError:
-            await turn.answers[adapter_name].stop(words.UNLOADED)
+            await turn.answers[adapter_name].stop(name_keys(words.UNLOADED))
         except UserError as problem:
             await turn.answers[adapter_name].fail(problem)
         finally:
@@ -214,7 +215,7 @@ class ChatController(WorkScreen):
             finally:
                 self.answers.remove(request)
         except EngineClosedError:
-            self.show_effect(words.NOT_MEASURED)
+            self.show_effect(name_keys(words.NOT_MEASURED))
         except UserError as problem:
             self.show_effect("")
             self.qlora_app.show_error(problem)

@@ -16,6 +16,7 @@ from qlora_tui.chat.effect import Effect
 from qlora_tui.errors import UserError
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui.commands import Command
+from qlora_tui.tui.render.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.screens.chat import text as words
 from qlora_tui.tui.screens.chat import transcript
 from qlora_tui.tui.screens.chat.adapter_pair import AdapterPair
@@ -41,11 +42,13 @@ class ChatScreen(ChatController):
     CSS_PATH = "chat.tcss"
     HELP_TEXT = (
         "Base and adapter answer the same prompt with the same seed, from one copy of the model. While "
-        "the prompt field has the focus, every character goes into it. Esc stops an answer; if none is "
-        "running, it leaves the field, so that [0] to [7] and the keys below work. [i] returns to the "
-        "field. Each conversation is saved in the chats folder of the run, as Markdown.\n"
-        "What the model thinks before it answers is folded into one line: [z] (Ctrl+O while typing) shows "
-        "it. [t] (Ctrl+G while typing) turns thinking on and off; it starts as the run was trained. [f] "
+        "the prompt field has the focus, every character goes into it. {chat.stop} stops an answer; "
+        "if none is running, {chat.leave} leaves the field, so that {go.home} to {go.chat} and the keys "
+        "below work. {chat.write} returns to the field. Each conversation is saved in the chats folder "
+        "of the run, as Markdown.\n"
+        "What the model thinks before it answers is folded into one line: {chat.unfold} shows it. "
+        "{chat.thinking} turns thinking on and off; it starts as the run was trained. Each has a second key "
+        "for use while you type, listed below. {chat.effect} "
         "measures what the adapter changes. KL is the distance between its next-token distribution and "
         "the base model's (0: identical). The columns show for each layer how far its weights moved, "
         "relative to their size."
@@ -63,8 +66,8 @@ class ChatScreen(ChatController):
             yield Static(id="how")
             yield Static(id="effect", markup=False)
         with VerticalScroll(id="talk", can_focus=False):
-            yield Static(words.NOTHING_TO_CHAT_WITH, id="nobody")
-        yield PromptBox(words.HINT, id="prompt")
+            yield Static(highlight_keys(name_keys(words.NOTHING_TO_CHAT_WITH)), id="nobody")
+        yield PromptBox(name_keys(words.HINT), id="prompt")
 
     def on_screen_resume(self) -> None:
         """Talk to the newest run, until another is chosen; and once that one is deleted."""
@@ -124,7 +127,7 @@ class ChatScreen(ChatController):
         """Send the prompt."""
         if self.busy:
             self.query_one(PromptBox).put(event.text)
-            self.notify("The model is still answering. Press Esc to stop it.")
+            self.notify(f"The model is still answering. Press {key_name('chat.stop')} to stop it.")
             return
         await self.send(event.text)
 
@@ -219,7 +222,10 @@ class ChatScreen(ChatController):
         if runs or recipe.model.id:
             self.app.push_screen(ChatSourceScreen(runs, recipe.model.id), answered)
         else:
-            self.notify("No run has an adapter and the recipe has no model. Press [1] to select one.")
+            self.notify(
+                "No run has an adapter and the recipe has no model. "
+                f"Press {key_name('go.models')} to select one."
+            )
 
     async def action_clear(self) -> None:
         """Begin a new conversation."""

@@ -12,19 +12,19 @@ from qlora_tui.engine.protocol import ChatReady
 from qlora_tui.formatting import format_bytes, format_float, format_path
 from qlora_tui.recipe.schema import Thinking
 from qlora_tui.tui.render.block_charts import blocks, downsample
-from qlora_tui.tui.render.key_names import highlight_keys
 from qlora_tui.tui.screens.chat.adapter_pair import AdapterPair
 
-NOTHING_TO_CHAT_WITH = highlight_keys(
+NOTHING_TO_CHAT_WITH = (
     "Nothing to chat with yet.\n\nA run becomes available once it has saved a checkpoint. "
-    "Press [5] to launch one.\n\nOr press [m] to chat with the recipe's model as it is, before any training."
+    "Press {go.train} to launch one.\n\nOr press {chat.source} to chat with the recipe's model as it is, "
+    "before any training."
 )
-HINT = "Type a message. Enter: send · Ctrl+J: new line · Esc: leave the field"
-STOPPED_LOADING = "Stopped loading the model. Press Esc, then [r], to try again."
-UNLOADED = "Stopped because the model was unloaded. Press Esc, then [r], to try again."
+HINT = "Type a message. Enter: send · Ctrl+J: new line · {chat.leave}: leave the field"
+STOPPED_LOADING = "Stopped loading the model. Press {chat.leave}, then {chat.retry}, to try again."
+UNLOADED = "Stopped because the model was unloaded. Press {chat.leave}, then {chat.retry}, to try again."
 _FEWEST_COLUMNS = 8
 """Least number of columns that the layers are drawn in, however narrow the window."""
-NOT_MEASURED = "Not measured: the model was unloaded. Press [f] to load it and measure."
+NOT_MEASURED = "Not measured: the model was unloaded. Press {chat.effect} to load it and measure."
 
 
 def session_line(name: str, pair: AdapterPair, state: str) -> Content:

@@ -12,6 +12,7 @@ import msgspec
 from qlora_tui.data.sources import is_of_the_hub
 from qlora_tui.recipe.fields import source_fields
 from qlora_tui.recipe.schema import Source
+from qlora_tui.tui.render.key_names import key_name
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.data import row_navigation
 from qlora_tui.tui.screens.data.column_mapping import ColumnMappingScreen
@@ -154,20 +155,23 @@ class DataActions(WorkScreen):
         if sources:
             gone = sources.pop(self.source_number)
             self.qlora_app.edit("data.sources", tuple(sources))
-            self.notify(f"Removed {Path(gone.path).name}. Press [u] to undo.")
+            self.notify(f"Removed {Path(gone.path).name}. Press {key_name('app.undo')} to undo.")
 
     def action_fix(self) -> None:
         """Change the setting that fixes the first problem which has such a fix."""
         if self.offers_chosen:
             self.qlora_app.edit("data.preferences", "chosen")
-            self.notify("Trains on the chosen and good answers only. Press [u] to undo.")
+            self.notify(f"Trains on the chosen and good answers only. Press {key_name('app.undo')} to undo.")
         elif self.split_rows():
             self.qlora_app.edit("data.overflow", "split")
-            self.notify("Long texts are split into rows. Press [u] to undo.")
+            self.notify(f"Long texts are split into rows. Press {key_name('app.undo')} to undo.")
         elif tokens := self.untrained():
             now = self.qlora_app.workbench.recipe.lora.trainable_tokens
             self.qlora_app.edit("lora.trainable_tokens", tuple(dict.fromkeys((*now, *tokens))))
-            self.notify(f"Embedding and head will be trained for {', '.join(tokens)}. Press [u] to undo.")
+            self.notify(
+                f"Embedding and head will be trained for {', '.join(tokens)}. "
+                f"Press {key_name('app.undo')} to undo."
+            )
 
     def action_row(self, by: int) -> None:
         """Show a neighbouring row."""
@@ -250,7 +254,7 @@ class DataActions(WorkScreen):
         if gone is not None and gone == self.unread:
             self._change_source(Source(path=str(path)))
             if gone.path != str(path):
-                self.notify(f"Replaced {Path(gone.path).name}. Press [u] to undo.")
+                self.notify(f"Replaced {Path(gone.path).name}. Press {key_name('app.undo')} to undo.")
             return
         sources = self.qlora_app.workbench.recipe.data.sources
         self.source_number = len(sources)

@@ -19,6 +19,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.length_costs import LengthCost, last_throughput, length_costs
 from qlora_tui.tui.commands import Command
+from qlora_tui.tui.render.key_names import highlight_keys, name_keys
 from qlora_tui.tui.screens.data import text as words
 from qlora_tui.tui.screens.data.actions import DataActions
 from qlora_tui.tui.screens.data.commands import COMMANDS
@@ -222,7 +223,7 @@ class DataScreen(DataActions):
         if self._no_tokens is not None:
             text = Content.assemble(words.error_text(self._no_tokens), "\n\n", text)
         elif not self._request.model:
-            text = Content.assemble(words.NO_MODEL, text)
+            text = Content.assemble(highlight_keys(name_keys(words.NO_MODEL), "dim"), text)
         self.query_one("#sample", Static).update(text)
 
     def _show_row_line(self) -> None:
@@ -269,4 +270,4 @@ class DataScreen(DataActions):
     def _show_empty(self) -> None:
         self._request = self.report = self.shown = None
         self._clear_figures()
-        self.query_one("#sample", Static).update(words.EMPTY)
+        self.query_one("#sample", Static).update(highlight_keys(name_keys(words.EMPTY)))

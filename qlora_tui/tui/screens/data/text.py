@@ -15,21 +15,20 @@ from qlora_tui.data.sources import is_of_the_hub
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes, format_percent, pluralize
 from qlora_tui.recipe.schema import Data, Recipe, Source
-from qlora_tui.tui.render.key_names import highlight_keys
+from qlora_tui.tui.render.key_names import key_name
 from qlora_tui.tui.screens.data.row_navigation import Place
 
-EMPTY = highlight_keys(
-    "No data yet.\n\nPress [o] to open a file (JSON, JSONL, CSV, TSV, Parquet or text, also compressed with "
-    "gzip or zstd), a folder of such files, or a dataset from the Hub.\n\n"
+EMPTY = (
+    "No data yet.\n\nPress {data.open} to open a file (JSON, JSONL, CSV, TSV, Parquet or text, also "
+    "compressed with gzip or zstd), a folder of such files, or a dataset from the Hub.\n\n"
     "The format is detected: conversations (messages, ShareGPT), instructions (Alpaca), prompt and "
     "completion, question and answer, text and label, plain text.\n\n"
     "Every row is then shown here exactly as the model will see it.\n\n"
-    "To try it without a file of your own, press [0] for Home and then [d] for the demo's conversations."
+    "To try it without a file of your own, press {go.home} for Home and then {home.demo} for the demo's "
+    "conversations."
 )
 PLAIN = Content.styled("The row as it is in the file:\n\n", "dim")
-NO_MODEL = highlight_keys(
-    "Select a model with [1] to see tokens, the chat template and what is in the loss.\n\n", "dim"
-)
+NO_MODEL = "Select a model with {go.models} to see tokens, the chat template and what is in the loss.\n\n"
 TOO_LONG = {
     "drop": "left out",
     "cut-left": "cut left",
@@ -112,22 +111,31 @@ def error_text(error: UserError) -> Content:
 
 def unreadable_text(error: UserError, fields: dict[str, str]) -> Content:
     """The error for a file that cannot be read, with its columns and the keys that may help."""
-    keys = [("[o]", "open another file"), ("[x]", "remove this one")]
+    keys = [(key_name("data.open"), "open another file"), (key_name("data.remove"), "remove this one")]
     if fields and error.fix.startswith(("Say which column", "Map the columns")):
         # The fix is for the recipe as a file; here there is a key for it.
-        error = UserError(error.title, what=error.what, why=error.why, fix="Press [c] to map the columns.")
+        error = UserError(
+            error.title,
+            what=error.what,
+            why=error.why,
+            fix=f"Press {key_name('data.columns')} to map the columns.",
+        )
     if error.title in TITLES:
         side = "chosen" if error.title == PAIRS_TITLE else "good"
-        fix = f"Press [m] to train on the {side} answers only."
+        fix = f"Press {key_name('data.mend')} to train on the {side} answers only."
         error = UserError(error.title, what=error.what, why=error.why, fix=fix)
-        keys = [("[m]", f"train on the {side} answers only"), *keys]
+        keys = [(key_name("data.mend"), f"train on the {side} answers only"), *keys]
     parts: list[Content | tuple[str, str]] = [error_text(error)]
     if fields and error.title not in TITLES:
         parts.append(("\n\nIts rows contain:", ""))
         parts += [
             part for name, held in fields.items() for part in ((f"\n  {name}  ", "bold"), (held, "dim"))
         ]
-        keys = [("[c]", "map the columns"), ("[f]", "read it in another format"), *keys]
+        keys = [
+            (key_name("data.columns"), "map the columns"),
+            (key_name("data.format"), "read it in another format"),
+            *keys,
+        ]
     parts.append(("\n\n", ""))
     parts += [part for key, does in keys for part in ((key, "$accent bold"), (f" {does}   ", "dim"))]
     return Content.assemble(*parts)
@@ -265,13 +273,13 @@ def problem_line(problem: DataProblem, *, brief: bool = False, several: bool = F
         (f"{sign} {problem.title} ", style),
         (f"{problem.count:,}", "bold"),
         (where, "dim"),
-        (f"\n  ▸ [m] {remedy}" if (remedy := _fix_label(problem)) else "", "$accent"),
+        (f"\n  ▸ {key_name('data.mend')} {remedy}" if (remedy := _fix_label(problem)) else "", "$accent"),
         ("" if brief or not problem.fix else f"\n  ▸ {problem.fix}", "dim"),
     )
 
 
 def _fix_label(problem: DataProblem) -> str:
-    """What the key ``m`` does about the problem; empty if nothing."""
+    """What the key for fixes does about the problem; empty if nothing."""
     if problem.split_rows:
         return f"split into {'about ' if problem.is_estimate else ''}{pluralize(problem.split_rows, 'row')}"
     return f"train {', '.join(problem.tokens)}" if problem.tokens else ""

@@ -33,10 +33,10 @@ class HomeState:
 
 @dataclass(frozen=True)
 class NextStep:
-    """A step, its key besides Enter, and the reason."""
+    """A step, the command that does the same, and the reason."""
 
-    key: str
-    """The key that does the same as Enter; empty if there is none."""
+    command: str
+    """Id of a command that does the same as Home's Enter; empty if there is none."""
     action: str
     """The Textual action to run."""
     text: str
@@ -44,13 +44,16 @@ class NextStep:
 
 
 DEMO = NextStep(
-    "d",
+    "home.demo",
     "demo",
     "Train the 135M demo model",
     "a real adapter in minutes; downloads 89 MiB, asks first",
 )
 SEARCH = NextStep(
-    "1", "app.go('models')", "Search the Hub for a model", "there are no models on this machine yet"
+    "go.models",
+    "app.go('models')",
+    "Search the Hub for a model",
+    "there are no models on this machine yet",
 )
 
 
@@ -91,7 +94,7 @@ def _resume(now: HomeState) -> NextStep:
         f"the checkpoint at step {now.last_checkpoint:,}{total}" if now.last_checkpoint else "the beginning"
     )
     why = f"{now.last_run} {_ended(now.last_state)}; it resumes from {where}"
-    return NextStep("r", "resume", "Resume the run", why)
+    return NextStep("home.resume", "resume", "Resume the run", why)
 
 
 def _is_complete(now: HomeState) -> bool:
@@ -103,12 +106,14 @@ def _prepare(now: HomeState) -> NextStep:
         if not now.local_models:
             return DEMO
         number = f"{now.local_models} model{'s are' if now.local_models > 1 else ' is'} on this machine"
-        return NextStep("1", "app.go('models')", "Select a model", number)
+        return NextStep("go.models", "app.go('models')", "Select a model", number)
     if not now.recipe.data.sources:
-        return NextStep("2", "app.go('data')", "Select the training data", "the recipe has no data yet")
+        return NextStep("go.data", "app.go('data')", "Select the training data", "the recipe has no data yet")
     if now.verdict == "does not fit":
-        return NextStep("3", "app.go('memory')", "Make it fit", "the recipe needs more memory than there is")
-    return NextStep("n", "prepare", "Check and launch", "the recipe is complete")
+        return NextStep(
+            "go.memory", "app.go('memory')", "Make it fit", "the recipe needs more memory than there is"
+        )
+    return NextStep("home.prepare", "prepare", "Check and launch", "the recipe is complete")
 
 
 def _ended(state: State | None) -> str:

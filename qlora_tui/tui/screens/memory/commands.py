@@ -22,7 +22,7 @@ COMMANDS: tuple[Command, ...] = (
         "a",
         "apply",
         "Make it fit",
-        "Apply the change that fits at the least cost. Undo with [u].",
+        "Apply the change that fits at the least cost.",
     ),
     _hidden("length_up", "s", "step('data.max_length', 1)", "Length ×2", "Double the sequence length."),
     _hidden("length_down", "S", "step('data.max_length', -1)", "Length ÷2", "Halve the sequence length."),

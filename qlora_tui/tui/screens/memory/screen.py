@@ -32,6 +32,7 @@ from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.deferred import DeferredWork
+from qlora_tui.tui.render.key_names import key_name
 from qlora_tui.tui.render.recipe_line import PRECISION_NAMES, VERDICT_STYLE
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.memory.commands import COMMANDS
@@ -69,10 +70,10 @@ class MemoryScreen(WorkScreen):
     HELP_TEXT = (
         "The bars show the predicted peak memory of a training step, by what takes it. The list breaks "
         "down the bar marked ▸; the sentence below explains the selected item. ◂ recipe marks the "
-        "precision that the recipe trains in; [m] changes it to the one marked ▸.\n"
+        "precision that the recipe trains in; {memory.use} changes it to the one marked ▸.\n"
         "On the right, lower-case keys double a setting and capital keys halve it. 'fits up to' is the "
-        "largest value that fits with the other settings unchanged. If the recipe does not fit, [a] "
-        "applies the change that costs least.\n"
+        "largest value that fits with the other settings unchanged. If the recipe does not fit, "
+        "{memory.apply} applies the change that costs least.\n"
         "'fits': even the upper end of the uncertainty fits. 'tight': less than 5% is left. 'uncertain': "
         "only a part of the range fits."
     )
@@ -191,7 +192,7 @@ class MemoryScreen(WorkScreen):
         if self.qlora_app.workbench.replace(change.recipe):
             self._precision = None
             self.qlora_app.recipe_edited()
-            self.notify(f"{change.label}. Press [u] to undo.")
+            self.notify(f"{change.label}. Press {key_name('app.undo')} to undo.")
 
     def on_option_list_option_highlighted(self) -> None:
         """Explain the item under the cursor."""

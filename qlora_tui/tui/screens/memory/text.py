@@ -10,7 +10,7 @@ from qlora_tui.formatting import GIB, format_bytes, format_gib, format_percent
 from qlora_tui.memory import Estimate, Item, MemorySaving, Verdict, WhatFits
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.render.block_charts import bar
-from qlora_tui.tui.render.key_names import highlight_keys
+from qlora_tui.tui.render.key_names import bare_key, highlight_keys, key_name
 from qlora_tui.tui.render.recipe_line import VERDICT_STYLE
 from qlora_tui.tui.screens.memory.stacked_bar import part_of
 
@@ -53,18 +53,29 @@ def setting_controls(recipe: Recipe, fitting: WhatFits | None, context_tokens: i
     training = recipe.training
     targets = ",".join(recipe.lora.target_modules)
     counted = (
-        ("s  S", "length", recipe.data.max_length, fitting and fitting.sequence_length),
-        ("b  B", "micro-batch", training.micro_batch_size, fitting and fitting.micro_batch),
-        ("r  R", "rank", recipe.lora.rank, fitting and fitting.rank),
+        ("length", "length", recipe.data.max_length, fitting and fitting.sequence_length),
+        ("batch", "micro-batch", training.micro_batch_size, fitting and fitting.micro_batch),
+        ("rank", "rank", recipe.lora.rank, fitting and fitting.rank),
     )
     lines = [Content.styled(f"×2 ÷2 {'setting':<13} {'now':>7} fits up to", "dim")]
-    for keys, name, now, most in counted:
+    for command, name, now, most in counted:
         fits = "…" if most is None else f"{most:,}" if most else "none"
+        keys = "  ".join(bare_key(f"memory.{command}_{way}") for way in ("up", "down"))
         lines.append(_setting_control(keys, name, f"{now:>7,} {fits:>10}"))
         if name == "length" and context_tokens is not None and now > context_tokens:
             lines.append(Content.styled(f"      ! the model's context is {context_tokens:,}", "$warning"))
-    lines.append(_setting_control("t", "targets", targets if len(targets) < 18 else targets[:16] + "…"))
-    lines.append(_setting_control("c", "checkpointing", "on" if training.gradient_checkpointing else "off"))
+    lines.append(
+        _setting_control(
+            bare_key("memory.targets"), "targets", targets if len(targets) < 18 else targets[:16] + "…"
+        )
+    )
+    lines.append(
+        _setting_control(
+            bare_key("memory.checkpointing"),
+            "checkpointing",
+            "on" if training.gradient_checkpointing else "off",
+        )
+    )
     return Content("\n").join(lines)
 
 
@@ -74,7 +85,11 @@ def _setting_control(keys: str, name: str, text: str) -> Content:
 
 def changes_text(changes: tuple[MemorySaving, ...], width: int) -> Content:
     """Each change that makes it fit, the cheapest first, with its cost."""
-    lines = [Content.assemble(("To make it fit, press ", "bold"), ("[a]", "$accent bold"), (":", "bold"))]
+    lines = [
+        Content.assemble(
+            ("To make it fit, press ", "bold"), (key_name("memory.apply"), "$accent bold"), (":", "bold")
+        )
+    ]
     for number, change in enumerate(changes[:CHANGES_SHOWN]):
         if number == 1:
             lines.append(Content.styled("or change one of these:", "bold"))
@@ -95,7 +110,8 @@ def nothing_helps(least_bytes: int) -> Content:
     """The text shown if no change makes it fit."""
     return highlight_keys(
         "No change makes it fit: with every change that saves memory it still needs "
-        f"{format_gib(least_bytes)} GiB. Select a smaller model with [1], or use a larger GPU."
+        f"{format_gib(least_bytes)} GiB. Select a smaller model with {key_name('go.models')}, "
+        "or use a larger GPU."
     )
 
 

@@ -12,6 +12,7 @@ from textual.widgets import Static
 
 from qlora_tui.recipe.diff import diff_recipes
 from qlora_tui.tui.draft import Draft
+from qlora_tui.tui.render.key_names import key_name
 from qlora_tui.tui.workbench import Workbench
 
 if TYPE_CHECKING:
@@ -72,4 +73,4 @@ def _adopt(app: QloraApp, theirs: Draft, other: Workbench) -> None:
     app.draft = theirs
     app.workbench.adopt(other)
     app.recipe_edited()
-    app.notify("Loaded the other app's recipe. Press [u] to restore yours.")
+    app.notify(f"Loaded the other app's recipe. Press {key_name('app.undo')} to restore yours.")

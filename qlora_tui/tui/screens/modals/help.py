@@ -14,7 +14,7 @@ from textual.widgets import Static
 
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.keymap import Table, all_commands
-from qlora_tui.tui.render.key_names import highlight_keys
+from qlora_tui.tui.render.key_names import highlight_keys, name_keys
 from qlora_tui.tui.screens.static_update import update_if_changed
 from qlora_tui.tui.widgets.vi_scroll import ViScroll
 
@@ -52,7 +52,7 @@ class HelpScreen(ModalScreen[None]):
         with ViScroll(classes="card") as card:
             card.border_title = f"Help: {self._title}"
             card.border_subtitle = "Esc close"
-            yield Static(highlight_keys(self._text))
+            yield Static(highlight_keys(name_keys(self._text)))
             self._wrapped_for = self.app.size.width
             for heading, commands in self._tables:
                 yield Static(self._table(heading, commands), classes="commands")

@@ -8,6 +8,7 @@ from textual.content import Content
 
 from qlora_tui.formatting import format_bytes, format_duration
 from qlora_tui.tui.render.block_charts import bar
+from qlora_tui.tui.render.key_names import key_name
 from qlora_tui.tui.screens.models.downloads import Download
 
 LINES = 3
@@ -20,10 +21,11 @@ def download_lines(downloads: Sequence[Download], width: int) -> Content:
 
 def _line(download: Download, width: int) -> Content:
     head = f"↓ {download.name} "
+    stop = (f"  {key_name('models.cancel')} stop", "$text-muted")
     if download.status_text:
-        return Content.assemble(
-            (head, "bold"), f"{download.status_text}…", ("  [c] stop", "$text-muted")
-        ).truncate(width, ellipsis=True)
+        return Content.assemble((head, "bold"), f"{download.status_text}…", stop).truncate(
+            width, ellipsis=True
+        )
     speed, left = download.bytes_per_s, download.seconds_left
     figures = f" {format_bytes(download.done_bytes)} of {format_bytes(download.total_bytes)}"
     if speed is not None and left is not None:
@@ -31,4 +33,4 @@ def _line(download: Download, width: int) -> Content:
     width_left = min(30, width - len(head) - len(figures) - 9)
     share = download.done_bytes / download.total_bytes if download.total_bytes else 0.0
     drawn = bar(share, width_left) if width_left >= 6 else ""
-    return Content.assemble((head, "bold"), (drawn, "$primary"), figures, ("  [c] stop", "$text-muted"))
+    return Content.assemble((head, "bold"), (drawn, "$primary"), figures, stop)

@@ -12,6 +12,7 @@ from qlora_tui.catalog.hub_files import plan_download
 from qlora_tui.demo.wheel_download import SMOLLM2
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes
+from qlora_tui.tui.render.key_names import key_name
 from qlora_tui.tui.screens.models.model_facts import HubFacts
 
 
@@ -47,7 +48,7 @@ def demo_model() -> Content:
         "\n",
         "llama · 135M parameters · license apache-2.0\n",
         "small enough to train on a CPU in minutes\n\n",
-        ("[d]", "$accent bold"),
+        (key_name("models.download"), "$accent bold"),
         f" downloads {format_bytes(SMOLLM2.download_bytes)} from the package index"
         f" and converts them to {format_bytes(SMOLLM2.converted_bytes)}",
     )

@@ -18,6 +18,7 @@ from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Precision
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
+from qlora_tui.tui.render.key_names import key_name
 from qlora_tui.tui.render.recipe_line import PRECISION_NAMES, VERDICT_STYLE
 
 _LICENSE = re.compile(r"^license:\s*[\"']?([\w.+-]+)", re.MULTILINE)
@@ -144,7 +145,9 @@ def _to_fetch(known: HubFacts, speed: float | None) -> Content:
         return Content("Already on this machine.")
     took = f", {format_duration(missing / speed)} at the last speed" if speed else ""
     part = f"; {format_bytes(known.done_bytes)} already here" if known.done_bytes else ""
-    return Content.assemble(("[d]", "$accent bold"), f" downloads {format_bytes(missing)}{took}{part}")
+    return Content.assemble(
+        (key_name("models.download"), "$accent bold"), f" downloads {format_bytes(missing)}{took}{part}"
+    )
 
 
 def _refused(problem: UserError) -> list[Content]:

@@ -9,6 +9,7 @@ from textual.content import Content
 from qlora_tui.catalog.hub import HubModel
 from qlora_tui.catalog.local_models import LocalModel
 from qlora_tui.formatting import format_bytes, format_count
+from qlora_tui.tui.render.key_names import key_name
 from qlora_tui.tui.widgets.vi_list import HEADING
 
 LOCAL, HUB = "local:", "hub:"
@@ -36,7 +37,7 @@ def hub_lines(
 ) -> list[tuple[str, Content]]:
     """A heading and a line for each result; None if the Hub was not searched."""
     if models is None:
-        text = "On the Hub: press [/], type a name, then Enter"
+        text = f"On the Hub: press {key_name('models.filter')}, type a name, then Enter"
         return [(f"{HEADING}hub", Content.styled(text, "$text-muted"))]
     lines = [(f"{HEADING}hub", Content.styled(f"On the Hub, for {query!r} ({len(models)})", "$text-muted"))]
     for model in models:

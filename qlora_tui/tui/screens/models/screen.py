@@ -18,7 +18,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.deferred import DeferredWork
-from qlora_tui.tui.render.key_names import highlight_keys
+from qlora_tui.tui.render.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
 from qlora_tui.tui.screens.models import downloads
@@ -37,9 +37,9 @@ from qlora_tui.tui.screens.static_update import update_if_changed
 from qlora_tui.tui.widgets.text_field import TextField
 from qlora_tui.tui.widgets.vi_list import ViList
 
-EMPTY = highlight_keys(
-    "No models on this machine yet. Press [/] and type a name to search the Hub, or press [d] for the 135M "
-    "demo model."
+EMPTY = (
+    "No models on this machine yet. Press {models.filter} and type a name to search the Hub, or press "
+    "{models.download} for the 135M demo model."
 )
 
 
@@ -53,9 +53,9 @@ class ModelsScreen(WorkScreen):
         "● is the recipe's model. ✗ marks models that cannot be trained; the facts say why. Models come "
         "from the Hugging Face cache, the folders in config.toml, GGUF files, and models converted by "
         "this app.\n"
-        "The Hub is contacted only when you press Enter: after [/] and a name to search, on a result to "
-        "see its details. A download continues when you leave the screen or the app; if it was stopped, "
-        "[d] resumes it."
+        "The Hub is contacted only when you press Enter: after {models.filter} and a name to search, on a "
+        "result to see its details. A download continues when you leave the screen or the app; "
+        "if it was stopped, {models.download} resumes it."
     )
     ACTIONS: ClassVar[tuple[Command, ...]] = COMMANDS
 
@@ -72,11 +72,13 @@ class ModelsScreen(WorkScreen):
         with Horizontal(id="models-filter-line"):
             yield Static("search ", id="models-filter-label")
             yield TextField(
-                placeholder="[/] type a name; Enter also searches the Hub", compact=True, id="models-filter"
+                placeholder=f"{key_name('models.filter')} type a name; Enter also searches the Hub",
+                compact=True,
+                id="models-filter",
             )
         with Horizontal(id="models-parts"):
             with Vertical(id="models-side"):
-                yield Static(EMPTY, id="models-empty")
+                yield Static(highlight_keys(name_keys(EMPTY)), id="models-empty")
                 yield ViList(id="models-list")
             with VerticalScroll(id="facts-side", can_focus=False):
                 yield Static(id="model-facts")
@@ -120,7 +122,7 @@ class ModelsScreen(WorkScreen):
             return
         download = list(self._downloads.values())[-1]
         download.cancel()
-        self.notify(f"Stopped downloading {download.name}. Press [d] to resume.")
+        self.notify(f"Stopped downloading {download.name}. Press {key_name('models.download')} to resume.")
 
     def action_open_path(self) -> None:
         """Ask for a folder or a GGUF file."""
@@ -180,7 +182,10 @@ class ModelsScreen(WorkScreen):
             # A config alone is enough to plan with.
             self.qlora_app.show_error(model.refusal)
         else:
-            self.notify(f"Model set to {model.name}. Next: [2] Data, [3] Memory.")
+            self.notify(
+                f"Model set to {model.name}. "
+                f"Next: {key_name('go.data')} Data, {key_name('go.memory')} Memory."
+            )
 
     def _start_download(self, start: object, id_: str) -> None:
         if id_ in self._downloads:

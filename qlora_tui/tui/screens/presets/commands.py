@@ -18,7 +18,7 @@ COMMANDS: tuple[Command, ...] = (
         "D",
         "delete",
         "Delete",
-        "Delete one of your presets. Undo with [u] while this window is open.",
+        "Delete one of your presets. It can be undone while this window is open.",
     ),
     _command("undo", "u", "undo", "Undo", "Undo the last deletion, save or import."),
     _command("preview_down", "J", "scroll_preview(1)", "Down", "Scroll the preview down."),

@@ -13,6 +13,7 @@ from qlora_tui.files import atomic_write
 from qlora_tui.recipe import toml
 from qlora_tui.recipe.presets import OverwriteError, Preset, Snapshot, restore, save, take_snapshot
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.tui.render.key_names import key_name
 
 EDITORS = ("sensible-editor", "nano", "vim", "vi")
 """Tried in this order where neither VISUAL nor EDITOR is set."""
@@ -84,7 +85,7 @@ def edit(preset: Preset) -> None:
         raise UserError(
             "Shipped presets cannot be edited",
             what=f"{preset.name} is part of qlora-tui.",
-            fix="Open it, press [s] to save it under another name, and edit that one.",
+            fix=f"Open it, press {key_name('presets.save')} to save it under another name, then edit that.",
         )
     command = editor()
     try:

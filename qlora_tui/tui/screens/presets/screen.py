@@ -24,6 +24,7 @@ from qlora_tui.recipe.presets import (
     take_snapshot,
 )
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.tui.render.key_names import bare_key, key_name
 from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 from qlora_tui.tui.screens.modals.error import ErrorScreen
 from qlora_tui.tui.screens.modals.help import HelpScreen
@@ -36,9 +37,6 @@ from qlora_tui.tui.widgets.vi_list import ViList
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
-
-KEYS = "Enter open  s save as  e edit  i import  x export  D delete  u undo"
-
 
 HELP_TEXT = (
     "A preset is part of a recipe. Opening one keeps your model and data; the preview lists what would "
@@ -86,7 +84,7 @@ class PresetsScreen(ModalScreen[None]):
     def compose(self) -> ComposeResult:
         with Vertical(id="presets-card") as card:
             card.border_title = "Presets"
-            card.border_subtitle = KEYS
+            card.border_subtitle = _keys_line()
             with Horizontal():
                 yield ViList(id="preset-list")
                 with VerticalScroll(id="preview-side", can_focus=False):
@@ -145,7 +143,7 @@ class PresetsScreen(ModalScreen[None]):
         """Delete one of the user's own."""
         preset = self._current
         if preset is not None and self._try(lambda: self._remember(delete(preset.name))):
-            self.notify(f"Deleted {preset.name}. Press [u] here to undo.")
+            self.notify(f"Deleted {preset.name}. Press {key_name('presets.undo')} here to undo.")
             self._refresh_list()
 
     def action_undo(self) -> None:
@@ -219,7 +217,7 @@ class PresetsScreen(ModalScreen[None]):
             self.app.push_screen(ErrorScreen(problem))
         else:
             self._refresh_list(path.stem)
-            self.notify(f"Imported {path.stem}. Press [u] here to undo.")
+            self.notify(f"Imported {path.stem}. Press {key_name('presets.undo')} here to undo.")
 
     def _export_preset(self, preset: Preset, target: Path) -> None:
         file = target / preset.path.name if target.is_dir() else target
@@ -247,7 +245,7 @@ class PresetsScreen(ModalScreen[None]):
             return
         self._remember(before, bench.saved_as(name))
         self.qlora_app.recipe_edited()
-        self.notify(f"Saved as {name}. Press [u] here to undo.")
+        self.notify(f"Saved as {name}. Press {key_name('presets.undo')} here to undo.")
         self.action_leave()
         self._refresh_list(name)
 
@@ -286,3 +284,9 @@ class PresetsScreen(ModalScreen[None]):
         if preset is not None:
             shown = preview(preset, bench.recipe, bench.architecture(), self.qlora_app.memory_budget.device)
             self.query_one("#preview", Static).update(shown)
+
+
+def _keys_line() -> str:
+    """``Enter open  s save as  …``: there is no footer in a modal."""
+    shown = [command for command in COMMANDS if not command.id.startswith("presets.preview")]
+    return "  ".join(["Enter open", *(f"{bare_key(each.id)} {each.label.lower()}" for each in shown)])

@@ -15,6 +15,7 @@ from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.run_summary import Listing, RunSummary
 from qlora_tui.runs.trash import Trash
+from qlora_tui.tui.render.key_names import key_name
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
@@ -106,7 +107,7 @@ class RunActions(WorkScreen):
         if bench.replace(recipe):
             bench.forget_architecture()
             self.qlora_app.recipe_edited()
-            self.notify("Loaded the run's recipe. Press [u] to undo.")
+            self.notify(f"Loaded the run's recipe. Press {key_name('app.undo')} to undo.")
         await prepare_run(self.qlora_app)
 
     def action_save_preset(self) -> None:
@@ -142,7 +143,9 @@ class RunActions(WorkScreen):
         """Move the run to the trash without asking; it can be restored until the app ends."""
         summary = self.current
         if summary is not None and self.try_to(self.trash.put, summary.run):
-            self.notify(f"{summary.name} will be deleted when you quit. Press [u] to undo.")
+            self.notify(
+                f"{summary.name} will be deleted when you quit. Press {key_name('runs.undelete')} to undo."
+            )
 
     def action_restore(self) -> None:
         """Undo the last deletion."""
@@ -184,7 +187,7 @@ class RunActions(WorkScreen):
         except UserError as problem:
             self.qlora_app.show_error(problem)
         else:
-            self.notify(f"Saved as {name}. Press [p] to see your presets.")
+            self.notify(f"Saved as {name}. Press {key_name('app.presets')} to see your presets.")
 
     def try_to(self, act: Callable[[RunDir], None], run: RunDir) -> bool:
         """Call ``act``; show an error and return False if it fails."""

@@ -20,7 +20,12 @@ COMMANDS: tuple[Command, ...] = (
     ),
     _hidden("preset", "S", "save_preset", "Save preset", "Save its settings as a preset."),
     _command(
-        "delete", "D", "delete", "Delete", "Delete the run and its files. Undo with [u].", verb="runs delete"
+        "delete",
+        "D",
+        "delete",
+        "Delete",
+        "Delete the run and its files. It can be undone until you quit.",
+        verb="runs delete",
     ),
     _hidden(
         "undelete", "u", "restore", "Undo", "Restore the run that was deleted last. Possible until you quit."

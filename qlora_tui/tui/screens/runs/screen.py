@@ -13,6 +13,7 @@ from textual.widgets import Input, Static
 from qlora_tui.runs.run_summary import RunSummary, SummaryCache
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.deferred import DeferredWork
+from qlora_tui.tui.render.key_names import name_keys
 from qlora_tui.tui.screens.runs.actions import RunActions
 from qlora_tui.tui.screens.runs.commands import COMMANDS
 from qlora_tui.tui.screens.runs.run_table import RunTable
@@ -20,6 +21,7 @@ from qlora_tui.tui.screens.static_update import update_if_changed
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.text_field import TextField
 
+_NO_RUNS = "No runs yet. Press {go.train} to launch one."
 _READ_BUDGET_S = 0.3
 """A look takes about so long at most; hundreds of runs are read in several."""
 
@@ -47,7 +49,7 @@ class RunsScreen(RunActions):
     def compose_body(self) -> Iterable[Widget]:
         yield TextField(placeholder="Part of a name, model, setting or state", id="runs-filter", compact=True)
         yield RunTable()
-        yield Static("No runs yet. Press [5] to launch one.", id="runs-empty", markup=False)
+        yield Static(name_keys(_NO_RUNS), id="runs-empty", markup=False)
         yield Static(id="run-detail")
 
     def on_mount(self) -> None:
@@ -122,9 +124,8 @@ class RunsScreen(RunActions):
         rows = [row for row in self.listing.summaries if self._filter in _search_text(row)]
         self.set_class(not rows, "-empty")
         if not rows:
-            none = "No runs yet. Press [5] to launch one."
-            text = "No run matches. Press Esc to show all." if self.listing.summaries else none
-            self.query_one("#runs-empty", Static).update(text)
+            text = "No run matches. Press Esc to show all." if self.listing.summaries else _NO_RUNS
+            self.query_one("#runs-empty", Static).update(name_keys(text))
         self.query_one(RunTable).show(rows, self.listing.waiting, self.marked)
         self._show_detail()
         self._refresh_footer()

@@ -16,6 +16,7 @@ from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.machine_checks import Check, CheckKind, Outcome
 from qlora_tui.runs.preflight import errors
+from qlora_tui.tui.render.key_names import key_name
 from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 from qlora_tui.tui.screens.static_update import update_if_changed
 from qlora_tui.tui.widgets.settings_form import SettingsForm
@@ -99,7 +100,9 @@ def _conclusion(checks: tuple[Check, ...]) -> Content:
         names = ", ".join(dict.fromkeys(check.label for check in wrong))
         return Content.styled(f"Not ready: {names}.", "bold $error")
     waits = any(check.kind is CheckKind.QUEUE and check.outcome == "note" for check in checks)
-    return Content.styled(f"Ready. Press [t] to {'queue' if waits else 'launch'} it.", "bold $success")
+    return Content.styled(
+        f"Ready. Press {key_name('train.launch')} to {'queue' if waits else 'launch'} it.", "bold $success"
+    )
 
 
 async def launch(app: QloraApp, checks: tuple[Check, ...]) -> RunDir | None:

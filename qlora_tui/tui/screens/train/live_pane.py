@@ -13,7 +13,7 @@ from textual.content import Content
 from textual.widgets import Static
 
 from qlora_tui.tui import clock
-from qlora_tui.tui.render.key_names import highlight_keys
+from qlora_tui.tui.render.key_names import bare_key, highlight_keys, key_name
 from qlora_tui.tui.screens.train.loss_plot import loss_plot, sparklines, steps_axis
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 from qlora_tui.tui.screens.train.run_header import RunHeader, RunOutcomeText, outcome_text
@@ -29,7 +29,6 @@ _LEVELS: tuple[tuple[str, frozenset[Level]], ...] = (
     ("errors only", frozenset(("error",))),
 )
 TABS = ("log", "samples", "health", "output")
-_KEYS = "Tab next · / search · v level"
 
 
 class LivePane(Vertical):
@@ -71,7 +70,9 @@ class LivePane(Vertical):
         if snapshot is None:
             return
         notes = {"samples": str(len(snapshot.samples) or ""), "health": _health_note(snapshot)}
-        self.query_one(TabBar).show(name, notes, _KEYS, self._left_out())
+        does = {"train.tab": "next", "train.search": "search", "train.level": "level"}
+        keys = " · ".join(f"{bare_key(command)} {verb}" for command, verb in does.items())
+        self.query_one(TabBar).show(name, notes, keys, self._left_out())
         self.query_one(LogTail).show(_entries(snapshot, name))
 
     def next_tab(self, places: int) -> None:
@@ -167,7 +168,7 @@ def _health_entries(snapshot: RunSnapshot) -> tuple[LogEntry, ...]:
         times = "" if len(warnings) == 1 else f" ({len(warnings)} times)"
         entries.append(LogEntry(last.at, last.severity, f"{steps}: {last.evidence}{times} ▸ {last.remedy}"))
     if snapshot.fix is not None:
-        entries.append(LogEntry(None, "info", f"▸ [m] {snapshot.fix.label}"))
+        entries.append(LogEntry(None, "info", f"▸ {key_name('train.remedy')} {snapshot.fix.label}"))
     return tuple(entries)
 
 

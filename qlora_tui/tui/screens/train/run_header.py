@@ -11,6 +11,7 @@ from qlora_tui.runs.describe import format_energy
 from qlora_tui.runs.events import Failed, Finished
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.tui.render.block_charts import bar
+from qlora_tui.tui.render.key_names import key_name
 from qlora_tui.tui.render.run_labels import SIGNS, format_ago
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 from qlora_tui.tui.widgets.diff_widget import DiffWidget
@@ -143,12 +144,14 @@ class RunOutcomeText:
 def outcome_text(snapshot: RunSnapshot) -> RunOutcomeText | None:
     """What happened, why, and what to do; None while the run is active."""
     state, view = snapshot.status.state, snapshot.view
+    again, prepare = key_name("train.resume"), f"{key_name('train.prepare')} prepare another run"
+    chat = key_name("train.chat")
     resume_hint = (
-        "▸ [r] resume from the last checkpoint"
+        f"▸ {again} resume from the last checkpoint"
         if view.checkpoints
-        else "▸ [r] start again"
+        else f"▸ {again} start again"
         if view.attempt
-        else "▸ [r] queue it"
+        else f"▸ {again} queue it"
     )
     match state:
         case "finished":
@@ -156,7 +159,7 @@ def outcome_text(snapshot: RunSnapshot) -> RunOutcomeText | None:
             reason_text = "" if reason in ("", "all steps done") else f"{reason[:1].upper()}{reason[1:]}. "
             return RunOutcomeText(
                 f"{reason_text}Adapter: {format_path(view.run.adapter_dir)}",
-                "▸ [c] chat with it   [n] prepare another run",
+                f"▸ {chat} chat with it   {prepare}",
             )
         case "failed":
             if isinstance(view.ending, Failed):
@@ -166,16 +169,14 @@ def outcome_text(snapshot: RunSnapshot) -> RunOutcomeText | None:
                 )
             else:
                 text = snapshot.status.detail
-            return RunOutcomeText(text, f"{resume_hint}   [n] prepare another run", is_error=True)
+            return RunOutcomeText(text, f"{resume_hint}   {prepare}", is_error=True)
         case "lost":
-            return RunOutcomeText(
-                snapshot.status.detail, f"{resume_hint}   [n] prepare another run", is_error=True
-            )
+            return RunOutcomeText(snapshot.status.detail, f"{resume_hint}   {prepare}", is_error=True)
         case "stopped" | "paused":
-            talk = "   [c] chat with its adapter" if view.checkpoints else ""
-            return RunOutcomeText(snapshot.status.detail, f"{resume_hint}{talk}   [n] prepare another run")
+            offer = f"   {chat} chat with its adapter" if view.checkpoints else ""
+            return RunOutcomeText(snapshot.status.detail, f"{resume_hint}{offer}   {prepare}")
         case "unreadable" | "gone":
-            offer = "▸ [x] show other runs   [n] prepare another run"
+            offer = f"▸ {key_name('train.another')} show other runs   {prepare}"
             return RunOutcomeText(snapshot.status.detail, offer, is_error=True)
         case _:
             return None

@@ -35,7 +35,7 @@ class RunPickerScreen(ModalScreen[RunDir | None]):
     def compose(self) -> ComposeResult:
         with Vertical(classes="card") as card:
             card.border_title = "Watch another run"
-            card.border_subtitle = "Enter watch · 6 all runs · Esc close"
+            card.border_subtitle = "Enter watch · Esc close"
             if self._runs:
                 yield ViList()
             else:

@@ -20,6 +20,7 @@ from qlora_tui.runs.status import ACTIVE, State, read_status
 from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.deferred import DeferredWork
+from qlora_tui.tui.render.key_names import key_name
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
@@ -197,7 +198,7 @@ class TrainScreen(WorkScreen):
                 self.qlora_app.recipe_edited()
             self.action_prepare()
 
-        text = "This run's recipe replaces the one you are editing. Press [u] to undo."
+        text = f"This run's recipe replaces the one you are editing. Press {key_name('app.undo')} to undo."
         self.app.push_screen(ConfirmScreen(f"{fix.label[:1].upper()}{fix.label[1:]}?", text), take)
 
     async def action_chat(self) -> None:

@@ -1,0 +1,107 @@
+"""Keys named in texts are those of the user's keymap."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qlora_tui.tui.keymap import all_commands
+from qlora_tui.tui.render.key_names import bare_key, key_name, key_names, key_while_typing, name_keys
+from tests.tui.screen_assertions import shows
+from tests.tui.workstation import open_on
+
+TUI = Path(__file__).parents[2] / "qlora_tui/tui"
+_COMMAND = re.compile(r"\{([a-z]+\.[a-z_]+)\}")
+_LOOKUPS = {"key_name", "key_names", "bare_key", "key_while_typing"}
+_KEY = re.compile(r"\[[A-Za-z0-9?/'+:-]\]|\bF\d{1,2}\b|\bCtrl\+\w")
+_FIXED = {
+    "modals/confirm.py": ("[y]", "[n]"),
+    "modals/draft_changed.py": ("[m]", "[t]"),
+    "train/screen.py": ("[h]", "[l]", "[']"),
+    "chat/text.py": ("Ctrl+J",),
+    "chat/sampling_settings.py": ("Ctrl+S",),
+    "data/file_picker.py": ("Ctrl+O",),
+    "lora/module_grid.py": ("[x]", "[-]"),
+}
+"""Keys of dialogs, fields and lists, which a keymap cannot change, and the check boxes of the grid."""
+
+
+def commands_named_in(path: Path) -> Iterator[str]:
+    """Ids in the texts of a module, and in its calls for a key."""
+    for text in texts_of(path):
+        yield from _COMMAND.findall(text)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _LOOKUPS:
+            yield from (str(arg.value) for arg in node.args if isinstance(arg, ast.Constant))
+
+
+def texts_of(path: Path) -> Iterator[str]:
+    """The strings of a module, without its docstrings."""
+    tree = ast.parse(path.read_text())
+    docstrings = {
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.value
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        ("app.undo", "[u]"),
+        ("models.filter", "[/]"),
+        ("runs.delete", "[D]"),
+        ("app.palette", "Ctrl+P"),
+        ("app.keys", "F1"),
+        ("chat.stop", "Esc"),
+        ("lora.toggle", "Space"),
+        ("memory.previous", "Shift+Tab"),
+    ],
+)
+def test_a_character_is_in_brackets_and_a_named_key_is_not(command: str, shown: str) -> None:
+    assert key_name(command) == shown
+    assert bare_key(command) == shown.strip("[]")
+    assert name_keys(f"Press {{{command}}}.") == f"Press {shown}."
+
+
+def test_a_command_with_several_keys_can_name_all_of_them() -> None:
+    assert key_names("chat.unfold") == "[z] or Ctrl+O"
+    assert key_while_typing("chat.unfold") == "Ctrl+O"
+
+
+def test_every_command_that_a_text_names_exists() -> None:
+    known = {command.id for _, commands in all_commands() for command in commands}
+    named = {name for path in TUI.rglob("*.py") for name in commands_named_in(path)}
+    assert len(named) > 30
+    assert named - known == set()
+
+
+def test_no_text_has_a_key_that_a_keymap_can_change() -> None:
+    written = [
+        f"{path.relative_to(TUI)}: {key} in {text!r}"
+        for path in TUI.rglob("*.py")
+        for text in texts_of(path)
+        for key in _KEY.findall(text)
+        if not any(str(path).endswith(name) and key in keys for name, keys in _FIXED.items())
+        and path.name != "key_names.py"
+    ]
+    assert not written, "name the command with key_name() or name_keys()"
+
+
+async def test_texts_name_the_keys_of_the_users_keymap() -> None:
+    keymap = {"go.train": "f7", "models.filter": "ctrl+f", "app.undo": "z", "memory.apply": "f2"}
+    app = open_on("runs", keymap=keymap)
+    async with app.run_test(size=(120, 40), notifications=True) as pilot:
+        await shows(pilot, "No runs yet. Press F7 to launch one.")
+        await app.action_go("models")
+        await shows(pilot, "Ctrl+F type a name", "[z] Undo")
+        await app.action_go("memory")
+        await pilot.press("question_mark")
+        await shows(pilot, "If the recipe does not fit, F2", "applies")
