@@ -16,6 +16,6 @@ clipboard, escapes, run_notifications   what a terminal does besides showing tex
 deferred, gc_tuning, shutdown, stderr_capture, clock   the process: workers, memory, its end, stderr, time
 
 screens/       a package for each screen, and one for modals
-widgets/       widgets that are not of one screen alone
+widgets/       widgets that two screens or more share
 render/        text and numbers for widgets: no widget is imported there
 """

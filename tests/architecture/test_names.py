@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -85,3 +86,16 @@ def test_a_screen_keeps_its_action_methods_in_one_module() -> None:
         if "def action_" in (actions.parent / "screen.py").read_text()
     ]
     assert not split, "these have action methods in screen.py as well as in actions.py"
+
+
+def test_shared_widgets_are_shared() -> None:
+    """Those of a single screen are in that screen's package."""
+    tui = ROOT / "qlora_tui/tui"
+    users: dict[str, set[str]] = {path.stem: set() for path in (tui / "widgets").glob("[a-z]*.py")}
+    for path in tui.rglob("*.py"):
+        imported = re.findall(r"from qlora_tui\.tui\.widgets\.(\w+) import", path.read_text())
+        for name in imported:
+            users[name].add(str(path.parent if path.parent.parent.name == "screens" else path))
+    assert not {
+        name for name, used_by in users.items() if len(used_by) == 1 and "screens/base.py" not in str(used_by)
+    }

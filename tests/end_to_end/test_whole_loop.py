@@ -20,9 +20,9 @@ from qlora_tui.runs.status import read_status
 from qlora_tui.runs.view import RunView
 from qlora_tui.settings import Settings
 from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.screens.chat.chat_turn import AdapterAnswer
+from qlora_tui.tui.screens.chat.prompt_box import PromptBox
 from qlora_tui.tui.screens.chat.screen import ChatScreen
-from qlora_tui.tui.widgets.chat_turn import AdapterAnswer
-from qlora_tui.tui.widgets.prompt_box import PromptBox
 
 
 async def until(pilot: Pilot[None], what: Callable[[], Any], seconds: float = 60.0) -> None:

@@ -22,10 +22,10 @@ from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui.screens.chat import text as words
 from qlora_tui.tui.screens.chat.adapter_pair import AdapterPair
+from qlora_tui.tui.screens.chat.chat_turn import ChatTurn
+from qlora_tui.tui.screens.chat.prompt_box import PromptBox
 from qlora_tui.tui.screens.chat.screen import ChatScreen, show_chat
 from qlora_tui.tui.screens.chat.transcript import append_exchange, transcript_path
-from qlora_tui.tui.widgets.chat_turn import ChatTurn
-from qlora_tui.tui.widgets.prompt_box import PromptBox
 from tests.chat.measured import EFFECT
 from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
 from tests.tui.sample_data import tickets

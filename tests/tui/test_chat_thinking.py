@@ -14,9 +14,9 @@ from qlora_tui.chat.chat_types import ADAPTER, BASE, GenerationResult, Sampling,
 from qlora_tui.data.conversation import Message
 from qlora_tui.engine.protocol import ChatReady
 from qlora_tui.recipe.schema import Data, Recipe
+from qlora_tui.tui.screens.chat.chat_turn import ChatTurn
 from qlora_tui.tui.screens.chat.screen import ChatScreen
 from qlora_tui.tui.screens.chat.transcript import append_exchange
-from qlora_tui.tui.widgets.chat_turn import ChatTurn
 from tests.tui.fake_runs import FakeRun, write_fake_run
 from tests.tui.screen_assertions import shows, text_of, until
 from tests.tui.test_chat_screen import OUTCOME, chat_of, finished, with_adapters

@@ -6,7 +6,7 @@ from textual import events
 from textual.app import App, ComposeResult
 from textual.pilot import Pilot
 
-from qlora_tui.tui.widgets.prompt_box import PromptBox
+from qlora_tui.tui.screens.chat.prompt_box import PromptBox
 from qlora_tui.tui.widgets.text_field import TextField
 from tests.tui.screen_assertions import until
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from textual.app import App, ComposeResult
 
-from qlora_tui.tui.widgets.log_tail import LogEntry, LogTail
+from qlora_tui.tui.screens.train.log_tail import LogEntry, LogTail
 from tests.tui.screen_assertions import shows, text_of, until
 
 

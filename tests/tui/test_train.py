@@ -24,7 +24,7 @@ from qlora_tui.tui.screens.train.output_tail import strip_escapes
 from qlora_tui.tui.screens.train.run_follower import RunFollower
 from qlora_tui.tui.screens.train.run_header import facts
 from qlora_tui.tui.screens.train.screen import TrainScreen, show_run
-from qlora_tui.tui.widgets.settings_form import SettingsForm
+from qlora_tui.tui.screens.train.settings_form import SettingsForm
 from tests.tui.fake_runs import BEGAN, TICKETS, FakeRun, write_fake_run
 from tests.tui.recorded_runs import recorded_run
 from tests.tui.sample_data import readable_model

@@ -10,8 +10,8 @@ from qlora_tui.recipe.fields import fields
 from qlora_tui.runs import energy
 from qlora_tui.runs.energy import EnergyMeter
 from qlora_tui.runs.telemetry import Sample, encode
+from qlora_tui.tui.screens.train.gpu_panel import GpuPanel, MachineState
 from qlora_tui.tui.setting_stepper import step_value
-from qlora_tui.tui.widgets.gpu_panel import GpuPanel, MachineState
 from tests.tui.fake_runs import GIB, FakeRun, write_fake_run
 
 CARD = GpuMetrics(

@@ -1,5 +1,7 @@
 """Chat: ``screen`` and its ``commands``; the ``controller`` talks to the engine.
 
 ``adapter_pair`` says which adapters answer, ``text`` formats the header, ``transcript`` saves the
-conversation. ``sampling_settings`` and ``source_picker`` are windows of this screen.
+conversation. ``prompt_box`` is the field to type in, ``chat_turn`` shows a prompt and its answers (with
+``thought_view`` and ``streaming_markdown``). ``sampling_settings`` and ``source_picker`` are windows of this
+screen.
 """

@@ -34,10 +34,10 @@ from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.chat import text as words
 from qlora_tui.tui.screens.chat import transcript
 from qlora_tui.tui.screens.chat.adapter_pair import AdapterPair
+from qlora_tui.tui.screens.chat.chat_turn import ChatTurn
+from qlora_tui.tui.screens.chat.prompt_box import PromptBox
 from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 from qlora_tui.tui.system_status import SystemStatus
-from qlora_tui.tui.widgets.chat_turn import ChatTurn
-from qlora_tui.tui.widgets.prompt_box import PromptBox
 
 _WARNING_S = 20.0
 

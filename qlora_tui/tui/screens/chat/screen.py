@@ -20,13 +20,13 @@ from qlora_tui.tui.render.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.screens.chat import text as words
 from qlora_tui.tui.screens.chat import transcript
 from qlora_tui.tui.screens.chat.adapter_pair import AdapterPair
+from qlora_tui.tui.screens.chat.chat_turn import ChatTurn
 from qlora_tui.tui.screens.chat.commands import COMMANDS
 from qlora_tui.tui.screens.chat.controller import ChatController
+from qlora_tui.tui.screens.chat.prompt_box import PromptBox
 from qlora_tui.tui.screens.chat.sampling_settings import ChatSettingsScreen
 from qlora_tui.tui.screens.chat.source_picker import ChatSourceScreen, chat_runs
 from qlora_tui.tui.screens.static_update import update_if_changed
-from qlora_tui.tui.widgets.chat_turn import ChatTurn
-from qlora_tui.tui.widgets.prompt_box import PromptBox
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp

@@ -1,5 +1,6 @@
 """Train: ``screen`` and its ``commands``.
 
-``launch_pane`` prepares a run. ``live_pane`` watches one: ``run_follower`` reads its files (``output_tail``
-the output of the trainer), ``run_header`` and ``loss_plot`` show it. ``run_picker`` chooses another run.
+``launch_pane`` prepares a run: ``settings_form`` over a ``setting_list``. ``live_pane`` watches one:
+``run_follower`` reads its files (``output_tail`` the output of the trainer); ``run_header``, ``loss_plot``,
+``sparklines``, ``gpu_panel``, and ``log_tail`` under a ``tab_bar`` show it. ``run_picker`` chooses another.
 """

@@ -14,14 +14,14 @@ from textual.widgets import Static
 
 from qlora_tui.tui import clock
 from qlora_tui.tui.render.key_names import bare_key, highlight_keys, key_name
+from qlora_tui.tui.screens.train.gpu_panel import GpuPanel, MachineState
+from qlora_tui.tui.screens.train.log_tail import SIGNS, Level, LogEntry, LogTail
 from qlora_tui.tui.screens.train.loss_plot import loss_plot, sparklines, steps_axis
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 from qlora_tui.tui.screens.train.run_header import RunHeader, RunOutcomeText, outcome_text
-from qlora_tui.tui.widgets.gpu_panel import GpuPanel, MachineState
+from qlora_tui.tui.screens.train.sparklines import Sparklines
+from qlora_tui.tui.screens.train.tab_bar import TabBar
 from qlora_tui.tui.widgets.graph import Graph
-from qlora_tui.tui.widgets.log_tail import SIGNS, Level, LogEntry, LogTail
-from qlora_tui.tui.widgets.sparklines import Sparklines
-from qlora_tui.tui.widgets.tab_bar import TabBar
 
 _LEVELS: tuple[tuple[str, frozenset[Level]], ...] = (
     ("", frozenset(SIGNS)),

@@ -12,7 +12,7 @@ from qlora_tui.tui.render.block_charts import NOT_A_NUMBER
 from qlora_tui.tui.render.plot import Curve, Mark, Plot, overall
 from qlora_tui.tui.render.series import Envelope
 from qlora_tui.tui.screens.train.run_follower import Curves, RunSnapshot
-from qlora_tui.tui.widgets.sparklines import SparklineData
+from qlora_tui.tui.screens.train.sparklines import SparklineData
 
 VALIDATION, BEST = "◆", "★"
 

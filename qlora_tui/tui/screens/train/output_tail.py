@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from qlora_tui.runs.event_log import read_from
-from qlora_tui.tui.widgets.log_tail import LogEntry
+from qlora_tui.tui.screens.train.log_tail import LogEntry
 
 _MOST_BYTES = 128 << 10
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")

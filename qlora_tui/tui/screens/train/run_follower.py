@@ -32,8 +32,8 @@ from qlora_tui.runs.suggested_fix import SuggestedFix, suggest_fix
 from qlora_tui.runs.telemetry import Sample, TelemetryTail
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.render.series import BiasCorrectedEma, DecimatedSeries, Envelope
+from qlora_tui.tui.screens.train.log_tail import Level, LogEntry
 from qlora_tui.tui.screens.train.output_tail import OutputTail
-from qlora_tui.tui.widgets.log_tail import Level, LogEntry
 
 LONG_BYTES = 8 << 20
 """Size of an event log, some 40,000 steps, above which only a sample of the steps is read."""

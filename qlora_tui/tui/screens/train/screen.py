@@ -36,8 +36,8 @@ from qlora_tui.tui.screens.train.live_pane import LivePane
 from qlora_tui.tui.screens.train.loss_plot import zoom_start
 from qlora_tui.tui.screens.train.run_follower import RunFollower, RunSnapshot
 from qlora_tui.tui.screens.train.run_picker import RunPickerScreen
+from qlora_tui.tui.screens.train.settings_form import SettingsForm
 from qlora_tui.tui.system_status import SystemStatus
-from qlora_tui.tui.widgets.settings_form import SettingsForm
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp

@@ -21,8 +21,8 @@ from qlora_tui.recipe.errors import InvalidRecipeError
 from qlora_tui.recipe.fields import Field, fields, get_setting
 from qlora_tui.recipe.layering import parse_override
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.tui.screens.train.setting_list import SettingList
 from qlora_tui.tui.setting_stepper import step_value
-from qlora_tui.tui.widgets.setting_list import SettingList
 from qlora_tui.tui.widgets.text_field import TextField
 
 _BETWEEN_TEXTS = " | "

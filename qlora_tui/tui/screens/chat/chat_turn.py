@@ -11,8 +11,8 @@ from qlora_tui.chat.chat_types import GenerationResult, TextChunk
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_duration, format_float
 from qlora_tui.tui.render.key_names import highlight_keys, name_keys
-from qlora_tui.tui.widgets.streaming_markdown import StreamingMarkdown
-from qlora_tui.tui.widgets.thought_view import ThoughtView
+from qlora_tui.tui.screens.chat.streaming_markdown import StreamingMarkdown
+from qlora_tui.tui.screens.chat.thought_view import ThoughtView
 
 _ENDINGS = {
     "most tokens": "Cut off at the token limit. Press {chat.settings} to raise it.",
