@@ -38,8 +38,8 @@ _PRESETS_INTRODUCTION = """\
 A preset is part of a recipe. Use one with `--preset NAME` or with `p` in the app. Your own are TOML files in
 the `presets` folder that `qlora-tui locate` prints; a file there hides the shipped preset of its name."""
 _CLI_INTRODUCTION = """\
-`qlora-tui` without a command opens the app. Every command takes `--json`, which prints an object a line on
-stdout and messages on stderr. Exit codes: 0 done, 1 failed, 2 wrong call, 130 interrupted."""
+`qlora-tui` without a command opens the app. Every command takes `--json`, which prints one JSON object
+per line on stdout, and messages on stderr. Exit codes: 0 done, 1 failed, 2 wrong call, 130 interrupted."""
 _KEYS_INTRODUCTION = """\
 F1 shows this list in the app. A `[keymap]` in `config.toml` gives a command another key, by its name:
 `"train.stop" = "x"`. Keys are written `ctrl+x`, `escape`, `enter`, `slash`, `f2`; several as `"x,f2"`."""

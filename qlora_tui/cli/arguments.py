@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+GPU_GIB_HELP = "estimate for a GPU with this many GiB of memory"
+"""Help of ``--gpu-gib``."""
+
 
 def positive_int(text: str) -> int:
     """Parse an integer of at least 1."""

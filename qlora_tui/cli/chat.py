@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> CommandResult | int:
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_id", metavar="RUN", help="a run's id or name, the beginning of one, or `last`")
-    parser.add_argument("--prompt", help="print the answer to this question")
+    parser.add_argument("--prompt", help="print the answer to this prompt and exit")
     parser.add_argument("--base", action="store_true", help="chat with the base model, without the adapter")
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="chat with a checkpoint")
     parser.add_argument(

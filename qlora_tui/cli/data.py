@@ -163,12 +163,16 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     show_parser = actions.add_parser(
         "show", help="one row as the model sees it, with the tokens in the loss marked"
     )
-    show_parser.add_argument("--row", type=positive_int, default=1, help="which row, counted from 1")
+    show_parser.add_argument("--row", type=positive_int, default=1, help="number of the row (default: 1)")
     for action in (inspect_parser, show_parser):
         action.add_argument("file", metavar="FILE", help="a data file, a folder of them, or a Hub dataset")
         action.add_argument("--model", help="count tokens of this model, with its chat template")
-        action.add_argument("--format", default="auto", help="format of the rows, if detection is wrong")
-        action.add_argument("--template", default="auto", help="chat template, for a model without one")
+        action.add_argument(
+            "--format", default="auto", help="format of the rows, if detection is wrong, such as alpaca"
+        )
+        action.add_argument(
+            "--template", default="auto", help="chat template for a model without one, such as chatml"
+        )
         action.add_argument(
             "--thinking",
             choices=("auto", "on", "off"),

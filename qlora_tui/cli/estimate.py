@@ -8,7 +8,7 @@ from typing import Any
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.lookup import load_architecture, load_model_config
-from qlora_tui.cli.arguments import positive_float
+from qlora_tui.cli.arguments import GPU_GIB_HELP, positive_float
 from qlora_tui.cli.subcommand import (
     CommandResult,
     Subcommand,
@@ -22,6 +22,7 @@ from qlora_tui.formatting import GIB, format_bytes, format_gib
 from qlora_tui.memory import PRECISIONS, as_json, check_fit, compare
 from qlora_tui.memory.budget import MemoryBudget, local_budget
 from qlora_tui.memory.conversion import Conversion
+from qlora_tui.memory.estimate import precision_of
 from qlora_tui.memory.layout import STYLES
 from qlora_tui.memory.step_trace import StepTrace
 from qlora_tui.recipe.schema import Recipe
@@ -56,13 +57,17 @@ def run(args: argparse.Namespace) -> CommandResult:
         verdict = check_fit(estimate, budget.bytes)
         band = f"{format_gib(verdict.low_bytes)} to {format_gib(verdict.high_bytes)}"
         rows.append([precision, f"{format_gib(estimate.total_bytes)} GiB", band, verdict.word])
-    lines += [format_table(rows, ["precision", "peak", "between", "verdict"]), ""]
-    estimate = compared["nf4"]
+    lines += [format_table(rows, ["precision", "peak", "range", "verdict"]), ""]
+    own = precision_of(recipe)
+    estimate = compared[own]
     if estimate.correction_words:
-        lines += [f"nf4 on this machine: {estimate.correction_words}", ""]
+        lines += [f"{own} on this machine: {estimate.correction_words}", ""]
     largest = sorted(estimate.items, key=lambda item: -item.bytes)[:_LARGEST_ITEMS]
     lines.append(
-        format_table([[i.label, format_bytes(i.bytes), i.explanation] for i in largest], ["nf4", "", ""])
+        format_table(
+            [[i.label, format_bytes(i.bytes), i.explanation] for i in largest],
+            [f"{own} (the recipe's)", "", ""],
+        )
     )
     if data["trace"]:
         lines += ["", _trace_table(data["trace"])]
@@ -75,8 +80,8 @@ def run(args: argparse.Namespace) -> CommandResult:
     lines += ["", *_what_fits(data["what_fits"])]
     for change in data["cheapest_changes"]:
         lines.append(
-            f"cheapest change that fits: {change['label']} → {format_gib(change['total_bytes'])} GiB, "
-            f"{change['verdict']}"
+            f"cheapest change that fits: {change['label']} ({format_gib(change['total_bytes'])} GiB, "
+            f"{change['verdict']})"
         )
     if data["least_bytes"]:
         lines.append(
@@ -156,12 +161,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_float,
         # The same option exists before the command: keep the value given there.
         default=argparse.SUPPRESS,
-        help="estimate for a GPU of this size",
+        metavar="GIB",
+        help=GPU_GIB_HELP,
     )
     parser.add_argument(
         "--trace",
         action="store_true",
-        help="also trace one step of the real model without its weights: exact, takes seconds",
+        help="also run one step of the model without loading its weights, for exact numbers; takes seconds",
     )
 
 

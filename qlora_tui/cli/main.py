@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, NoReturn
 
 from qlora_tui import __version__, paths
-from qlora_tui.cli.arguments import positive_float
+from qlora_tui.cli.arguments import GPU_GIB_HELP, positive_float
 from qlora_tui.cli.terminal import visible_output
 from qlora_tui.errors import EXIT_FAILURE, INTERNAL_ERROR, UserError, disk_problem
 from qlora_tui.settings import load_settings
@@ -31,13 +31,13 @@ SUBCOMMANDS = {
     "runs": ("runs", "List every run and the queue; rename, delete or check them."),
     "attach": ("runs", "Show a run from its first event and follow it."),
     "stop": ("runs", "Save a checkpoint and the adapter, and end a run."),
-    "pause": ("runs", "Save a checkpoint and free the GPU."),
-    "resume": ("runs", "Resume an ended run from its last checkpoint."),
+    "pause": ("runs", "Save a checkpoint and free the GPU; `resume` continues the run."),
+    "resume": ("runs", "Resume a stopped, paused, failed or lost run from its last checkpoint."),
     "ask": ("runs", "Send a request to a running trainer (checkpoint, evaluate, …)."),
     "chat": ("chat", "Chat with a run's adapter, or with the base model."),
     "export": ("export", "Write adapter and base as one model that other programs load."),
     "doctor": ("doctor", "Check that this machine can train, and suggest fixes."),
-    "demo": ("demo", "Fine-tune a small real model and see that it worked."),
+    "demo": ("demo", "Download a small model (89 MiB), fine-tune it, and compare it with its base."),
     "locate": ("locate", "Print where presets, runs and caches are stored."),
     "completion": ("completion", "Print a script that completes commands in bash, zsh or fish."),
 }
@@ -89,10 +89,10 @@ def _parser(name_called: str | None) -> argparse.ArgumentParser:
         description="Fine-tune language models with QLoRA on one GPU. Without a command it opens the app.",
     )
     parser.add_argument("--version", action="version", version=f"qlora-tui {__version__}")
-    parser.add_argument("--gpu-gib", type=positive_float, help="estimate for a GPU of this size")
+    parser.add_argument("--gpu-gib", type=positive_float, metavar="GIB", help=GPU_GIB_HELP)
     parser.add_argument("--no-mouse", action="store_true", help="leave the mouse to the terminal")
     parser.set_defaults(verb=None)
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
+    verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", title="commands")
     for name, (module, help_) in SUBCOMMANDS.items():
         sub = verbs.add_parser(name, help=help_, description=help_)
         if name == name_called:

@@ -48,9 +48,11 @@ def run(args: argparse.Namespace) -> CommandResult:
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", metavar="show|reference")
-    show_parser = actions.add_parser("show", help="print one preset")
-    show_parser.add_argument("name", metavar="NAME")
+    actions = parser.add_subparsers(
+        dest="action", metavar="show|reference", help="without a subcommand, all presets are listed"
+    )
+    show_parser = actions.add_parser("show", help="print one preset, as in its file")
+    show_parser.add_argument("name", metavar="NAME", help="a preset from the list")
     reference_parser = actions.add_parser(
         "reference", help="print every setting: default, bounds, and what it does"
     )

@@ -169,15 +169,19 @@ def _add_run_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _runs_arguments(parser: argparse.ArgumentParser) -> None:
-    changes = parser.add_subparsers(dest="action", metavar="rename|delete|check")
+    changes = parser.add_subparsers(
+        dest="action", metavar="rename|delete|check", help="without a subcommand, all runs are listed"
+    )
     rename = changes.add_parser("rename", help="rename a run (its id does not change)")
     _add_run_argument(rename)
-    rename.add_argument("name", metavar="NAME")
+    rename.add_argument("name", metavar="NAME", help="its new name")
     delete = changes.add_parser("delete", help="delete an ended run for good")
     _add_run_argument(delete)
-    delete.add_argument("--yes", action="store_true", help="yes, delete it")
-    verify = changes.add_parser("check", help="verify runs; adapters and checkpoints by checksum")
-    verify.add_argument("run_id", metavar="RUN", nargs="?", help="check this run only")
+    delete.add_argument("--yes", action="store_true", help="confirm: without this, nothing is deleted")
+    verify = changes.add_parser(
+        "check", help="verify the files of runs, adapters and checkpoints by their checksums"
+    )
+    verify.add_argument("run_id", metavar="RUN", nargs="?", help="check this run only (default: every run)")
     verify.add_argument(
         "--repair", action="store_true", help="repair what can be repaired and list the repairs"
     )
@@ -190,14 +194,14 @@ def _attach_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plain",
         action="store_true",
-        help="sentences for a screen reader: the state of the run and its GPU, what happens, and the state "
-        f"every {PLAIN_INTERVAL_S:.0f} s",
+        help="print sentences, for a screen reader: each event, and the state of run and GPU every "
+        f"{PLAIN_INTERVAL_S:.0f} s",
     )
 
 
 def _resume_arguments(parser: argparse.ArgumentParser) -> None:
     _add_run_argument(parser)
-    parser.add_argument("--follow", action="store_true", help="follow it to its end")
+    parser.add_argument("--follow", action="store_true", help="also follow it to its end")
 
 
 def _request_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ from qlora_tui.recipe.layering import build_recipe
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.visible import visible_in_json
 
-JSON_HELP = "JSON on stdout, an object a line; messages on stderr"
+JSON_HELP = "print one JSON object per line on stdout, and messages on stderr"
 
 
 @dataclass(frozen=True)

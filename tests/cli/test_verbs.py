@@ -61,7 +61,7 @@ def test_every_verb_explains_itself(verb: str, call: Call) -> None:
     "words", [("data", "show"), ("data", "inspect"), ("presets", "show"), ("runs", "rename")]
 )
 def test_an_action_explains_its_json(words: tuple[str, str], call: Call) -> None:
-    assert "JSON on stdout, an object a line" in call(*words, "--help").out
+    assert "one JSON object per line" in call(*words, "--help").out
 
 
 def test_the_help_names_every_verb(call: Call) -> None:
@@ -117,6 +117,12 @@ def test_an_estimate_has_items_tiers_verdicts_and_what_fits(call: Call, qwen: Pa
     assert nf4["tiers"]["allocated"] <= nf4["tiers"]["reserved"] <= nf4["tiers"]["process"]
     assert nf4["verdict"] == "fits"
     assert estimated["what_fits"]["sequence_length"] > 1024
+
+
+def test_an_estimate_itemizes_the_precision_of_the_recipe(call: Call, qwen: Path) -> None:
+    said = call("estimate", "--model", str(qwen), "--gpu-gib", "24", "--set", "quantization.method=none")
+    assert "\nfp16 (the recipe's)\n" in said.out
+    assert "Linear weights" in said.out and "Quantized weights" not in said.out
 
 
 def test_an_estimate_that_does_not_fit_names_the_cheapest_change(call: Call, qwen: Path) -> None:
