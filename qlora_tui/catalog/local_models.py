@@ -128,7 +128,9 @@ def model_not_found(model_id: str) -> UserError:
     return UserError(
         "Model not found",
         what=f"The model {model_id!r} is not on this machine.",
-        why=f"Looked in {hub_cache_dir()} and {converted_dir()}.",
+        why="There is no such file or folder."
+        if looks_like_path
+        else f"Looked in {hub_cache_dir()} and {converted_dir()}.",
         fix=hint + advice,
         exit_code=EXIT_USAGE,
     )
