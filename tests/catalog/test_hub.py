@@ -25,6 +25,13 @@ def test_a_search_finds_the_most_downloaded_first(hub: FakeHub, ask: Ask) -> Non
     ]
 
 
+def test_a_search_sends_one_request(hub: FakeHub, ask: Ask) -> None:
+    # With telemetry on, huggingface_hub fetches a list of coding agents of any length first.
+    hub.endless = "/api/agent-harnesses"
+    assert ask(SEARCH, HF_HUB_DISABLE_TELEMETRY="")
+    assert [request.path.partition("?")[0] for request in hub.requests] == ["/api/models"]
+
+
 def test_a_search_may_find_nothing(ask: Ask) -> None:
     assert ask('hub.search_models("no such thing")') == []
 
