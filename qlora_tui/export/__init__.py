@@ -1,4 +1,4 @@
-"""Export of a run's result: ``merge`` (with ``safetensors_patch``), and its ``model_card``.
+"""Export of a run's result: ``merge``, and its ``model_card``.
 
 ``merge_check`` compares a merged model with its base and adapter.
 """

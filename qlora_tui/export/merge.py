@@ -13,9 +13,12 @@ from functools import partial
 from pathlib import Path
 
 from msgspec import Struct
+from safetensors import safe_open
+from torch import Tensor, uint8
 
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.catalog.model_validation import TOKENIZER_FILES, weight_files
+from qlora_tui.catalog.safetensors_header import read_header
 from qlora_tui.chat.adapter_deltas import read_deltas
 from qlora_tui.chat.base_weights import assign_deltas, with_tied_head
 from qlora_tui.chat.chat_types import ChatSource
@@ -23,7 +26,6 @@ from qlora_tui.chat.session import model_folder
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.export.merge_check import MergeCheck
 from qlora_tui.export.model_card import render_model_card
-from qlora_tui.export.safetensors_patch import change_tensors
 from qlora_tui.files import private_dir, publish
 
 _SPARE_BYTES = 64 << 20
@@ -66,7 +68,7 @@ def merge(
             on_status(f"Merging {file.name} ({number} of {len(files)})")
             shutil.copyfile(file, draft / file.name)
             changes = {name: update.apply_to for name, update in placed[file].items()}
-            change_tensors(draft / file.name, dict(changes))
+            _change_tensors(draft / file.name, dict(changes))
         for folder, names in ((base, _MODEL_FILES), (adapter, TOKENIZER_FILES)):
             for name in filter(partial(_is_in, folder), names):
                 shutil.copyfile(folder / name, draft / name)
@@ -113,3 +115,20 @@ def _check_target(out: Path, files: list[Path]) -> None:
             what=f"The merged model takes {needed / 1e9:.1f} GB, and {parent} has {free / 1e9:.1f} GB left.",
             fix="Free some space, or write to another disk.",
         )
+
+
+def _change_tensors(file: Path, changes: dict[str, Callable[[Tensor], Tensor]]) -> None:
+    """Replace each named tensor of a safetensors file in place, one in memory at a time.
+
+    ``changes[name](tensor)`` returns the new one, of the same shape and dtype.
+    """
+    start, entries = read_header(file)
+    for name, change in changes.items():
+        with safe_open(file, framework="pt") as content:
+            # Copy: the original is a view of the file that is about to change.
+            before = content.get_tensor(name).clone()
+        after = change(before)
+        assert (after.shape, after.dtype) == (before.shape, before.dtype)
+        with file.open("r+b") as content:
+            content.seek(start + entries[name]["data_offsets"][0])
+            content.write(after.contiguous().view(-1).view(uint8).numpy().data)
