@@ -34,7 +34,7 @@ from qlora_tui.training.gguf_worker import ConversionMessage, draft_path
 
 _MESSAGES = msgspec.json.Decoder(ConversionMessage)
 
-POLL_INTERVAL_S = 0.2
+_STOP_POLL_INTERVAL_S = 0.2
 """How often ``should_stop`` is called while the child is silent, in seconds."""
 
 
@@ -139,7 +139,7 @@ def _lines(output: IO[bytes], should_stop: Callable[[], bool]) -> Iterator[bytes
         while True:
             if should_stop():
                 raise ConversionStopped
-            if not selector.select(POLL_INTERVAL_S):
+            if not selector.select(_STOP_POLL_INTERVAL_S):
                 continue
             piece = output.read1(65_536)  # type: ignore[attr-defined]  # a pipe is a BufferedReader
             if not piece:

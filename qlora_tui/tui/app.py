@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import msgspec
 from textual.app import App
 from textual.await_complete import AwaitComplete
 from textual.binding import BindingType
@@ -20,7 +21,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.formatting import GIB
 from qlora_tui.settings import Settings
 from qlora_tui.tui import escapes, gc_tuning, themes
-from qlora_tui.tui.commands import EVERYWHERE, NAVIGATION
+from qlora_tui.tui.commands import EVERYWHERE, NAVIGATION, with_current_ids
 from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.disk_faults import DiskFaults
 from qlora_tui.tui.glyph_fallback import fallback_glyphs
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
 # The first frame shows no recipe and no modal, so it does not wait for these: they are imported
 # where they are first used.
 
-POLL_INTERVAL_S = 1.0
+SYSTEM_POLL_INTERVAL_S = 1.0
 _VISIBLE_TEXT = VisibleTextFilter()
 _WITHOUT_COLOURS = (_VISIBLE_TEXT, MonochromeFilter())
 _RESIZES_AT_START = 2
@@ -74,7 +75,8 @@ class QloraApp(HookedApp):
 
     def __init__(self, settings: Settings | None = None) -> None:
         super().__init__()
-        self.settings = settings or Settings()
+        settings = settings or Settings()
+        self.settings = msgspec.structs.replace(settings, keymap=with_current_ids(settings.keymap))
         self.stylesheet = CachedStylesheet(variables=self.get_css_variables())
         # Over a slow link an animation is only a delay.
         self.animation_level = "none"
@@ -131,7 +133,7 @@ class QloraApp(HookedApp):
         self.write_escape(escapes.PUSH_TITLE)
         if not self.is_headless:
             install_shutdown_handlers(self._leave)
-        self.set_interval(POLL_INTERVAL_S, self._start_polling)
+        self.set_interval(SYSTEM_POLL_INTERVAL_S, self._start_polling)
         self.call_after_refresh(self._start_polling)
 
     def on_unmount(self) -> None:
@@ -197,7 +199,7 @@ class QloraApp(HookedApp):
         self.dismiss_information()
         super().notify(message, markup=False, **how)
 
-    def action_clear_notes(self) -> None:
+    def action_dismiss_notifications(self) -> None:
         """Dismiss all notifications."""
         self.clear_notifications()
 
@@ -255,7 +257,7 @@ class QloraApp(HookedApp):
         here = self.screen
         if isinstance(here, WorkScreen):
             label = next(command.label for command in NAVIGATION if command.id == f"go.{here.MODE}")
-            tables = (("On this screen", here.ACTIONS), ("Everywhere", EVERYWHERE))
+            tables = (("On this screen", here.SCREEN_COMMANDS), ("Everywhere", EVERYWHERE))
             self.push_screen(HelpScreen(label, here.HELP_TEXT, *tables))
 
     async def action_keys(self) -> None:

@@ -1,7 +1,8 @@
 """One declaration a command: its key, its line in the footer, the palette and the help screen.
 
-A screen lists its commands in ``ACTIONS``; :class:`~qlora_tui.tui.screens.base.WorkScreen` turns them
-into bindings. A user's keymap names them by ``id``.
+A screen lists its commands in ``SCREEN_COMMANDS`` (Textual has another ``COMMANDS``, for the palette);
+:class:`~qlora_tui.tui.screens.base.WorkScreen` turns them into bindings. A user's keymap names them by
+``id``.
 """
 
 from __future__ import annotations
@@ -143,9 +144,9 @@ EVERYWHERE: tuple[Command, ...] = (
         in_footer=False,
     ),
     Command(
-        id="app.clear_notes",
+        id="app.dismiss",
         key="escape",
-        action="app.clear_notes",
+        action="app.dismiss_notifications",
         label="Clear notifications",
         help="Dismiss notifications.",
         in_footer=False,
@@ -168,3 +169,22 @@ EVERYWHERE: tuple[Command, ...] = (
     ),
 )
 """Commands of the app itself, on every screen."""
+
+FORMER_IDS: Mapping[str, str] = {
+    "app.clear_notes": "app.dismiss",
+    "chat.left": "chat.left_adapter",
+    "chat.right": "chat.next_adapter",
+    "chat.voice": "chat.adapter",
+    "data.back": "data.previous_problem",
+    "data.mend": "data.fix",
+    "train.rate": "train.learning_rate",
+    "train.remedy": "train.fix",
+}
+"""Ids that released versions had, and what they are now: a keymap with them still works."""
+
+
+def with_current_ids(keymap: Mapping[str, str]) -> dict[str, str]:
+    """Replace former ids of commands by the present ones; where a keymap has both, the present one counts."""
+    return {FORMER_IDS.get(name, name): keys for name, keys in keymap.items()} | {
+        name: keys for name, keys in keymap.items() if name not in FORMER_IDS
+    }

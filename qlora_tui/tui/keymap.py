@@ -22,7 +22,7 @@ def all_commands() -> list[Table]:
     """The commands of the app, then of each screen. Imports all screens, so call it in a thread."""
     from qlora_tui.tui.screens.presets.commands import COMMANDS
 
-    screens = [(go.label, screen_class(go.id.removeprefix("go.")).ACTIONS) for go in NAVIGATION]
+    screens = [(go.label, screen_class(go.id.removeprefix("go.")).SCREEN_COMMANDS) for go in NAVIGATION]
     return [("Everywhere", EVERYWHERE), *screens, ("Presets", COMMANDS)]
 
 

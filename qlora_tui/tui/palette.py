@@ -49,7 +49,7 @@ class CommandProvider(Provider):
                 )
 
     def _commands(self) -> tuple[Command, ...]:
-        here = self.screen.ACTIONS if isinstance(self.screen, WorkScreen) else ()
+        here = self.screen.SCREEN_COMMANDS if isinstance(self.screen, WorkScreen) else ()
         return (*here, *EVERYWHERE)
 
     async def _run(self, command: Command) -> None:
@@ -63,4 +63,5 @@ class CommandProvider(Provider):
 def _elsewhere(here: object) -> list[tuple[Command, Command]]:
     """The commands of the other screens, each after the one that goes there. Some have yet to be imported."""
     screens = [(go, screen_class(go.id.removeprefix("go."))) for go in NAVIGATION]
-    return [(go, command) for go, kind in screens if not isinstance(here, kind) for command in kind.ACTIONS]
+    others = [(go, kind) for go, kind in screens if not isinstance(here, kind)]
+    return [(go, command) for go, kind in others for command in kind.SCREEN_COMMANDS]

@@ -64,8 +64,8 @@ async def test_a_hobbyist_goes_from_a_model_to_a_chat_with_the_adapter(
 
         # Choose data, and see a row as the model will.
         await pilot.press("2", "o")
-        await until(pilot, lambda: app.screen.query("#typed"))
-        app.screen.query_one("#typed", Input).value = str(conversations)
+        await until(pilot, lambda: app.screen.query("#path-input"))
+        app.screen.query_one("#path-input", Input).value = str(conversations)
         await pilot.press("enter")
         await until(pilot, lambda: recipe_of().data.sources)
         await until(pilot, lambda: "the fox is red" in text_of(app, "#sample"))
@@ -120,12 +120,12 @@ async def test_a_hobbyist_goes_from_a_model_to_a_chat_with_the_adapter(
         answers = app.screen.query(AdapterAnswer)
         await until(
             pilot,
-            lambda: len(answers) == 2 and all(" tok" in text_of_voice(one) for one in answers),
+            lambda: len(answers) == 2 and all(" tok" in text_of_head(one) for one in answers),
             seconds=120,
         )
 
 
-def text_of_voice(answer: AdapterAnswer) -> str:
-    widgets = answer.query(".voice")
+def text_of_head(answer: AdapterAnswer) -> str:
+    widgets = answer.query(".answer-head")
     shown = widgets.first(Static).visual if widgets else ""
     return shown.plain if isinstance(shown, Content) else str(shown)

@@ -51,8 +51,8 @@ def utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test need not wait a second for the next look."""
-    monkeypatch.setattr(app, "POLL_INTERVAL_S", 0.1)
-    monkeypatch.setattr(train, "POLL_INTERVAL_S", 0.1)
+    monkeypatch.setattr(app, "SYSTEM_POLL_INTERVAL_S", 0.1)
+    monkeypatch.setattr(train, "RUN_POLL_INTERVAL_S", 0.1)
 
 
 @pytest.fixture(autouse=True)

@@ -62,7 +62,7 @@ async def chatting(
         screen = chat_of(app)
         if thinking is not None:
             screen.ready = ready(thinking)
-            screen.show_head()
+            screen.show_header()
         yield pilot, screen
 
 
@@ -72,7 +72,7 @@ async def exchange(
     """A prompt, and what the adapter says to it."""
     turn = ChatTurn("Where is my parcel?", (ADAPTER,), unfolded=screen.unfolded)
     screen.turns.append(turn)
-    await screen.query_one("#talk").mount(turn)
+    await screen.query_one("#conversation").mount(turn)
     for piece in pieces:
         await turn.answers[ADAPTER].append_text(piece)
     if outcome is not None:
@@ -91,10 +91,10 @@ def test_looks_of_a_thought(
         await shows(pilot, "not loaded yet")
         screen = chat_of(pilot.app)
         screen.ready = ready(SWITCH)
-        screen.show_head()
+        screen.show_header()
         turn = ChatTurn("Where is my parcel?", (BASE, ADAPTER))
         screen.turns.append(turn)
-        await screen.query_one("#talk").mount(turn)
+        await screen.query_one("#conversation").mount(turn)
         await turn.answers[BASE].append_text(TextChunk("Okay, the", True, 512))
         await turn.answers[BASE].end(CUT)
         await turn.answers[ADAPTER].append_text(TextChunk(WHY, True, 340))

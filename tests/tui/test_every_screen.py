@@ -12,7 +12,8 @@ from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Health
 from qlora_tui.runs.status import State
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.keymap import validate_keymap
+from qlora_tui.tui.commands import FORMER_IDS
+from qlora_tui.tui.keymap import all_commands, validate_keymap
 from qlora_tui.tui.screens.train.screen import show_run
 from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
 from tests.tui.sample_data import readable_model, tickets
@@ -146,6 +147,17 @@ def test_a_keymap_is_told_what_in_it_cannot_work() -> None:
     assert validate_keymap({"train.stop": "z", "train.pause": "s"}) == []
     (everywhere,) = validate_keymap({"train.stop": "q"})
     assert "which app.quit has" in everywhere
+
+
+async def test_a_keymap_with_former_names_of_commands_still_works() -> None:
+    app = open_on("home", keymap={"chat.voice": "f9", "data.mend": "f8", "data.fix": "f7", "app.undo": "z"})
+    assert app.settings.keymap == {"chat.adapter": "f9", "data.fix": "f7", "app.undo": "z"}
+    known = {command.id for _, commands in all_commands() for command in commands}
+    assert known.issuperset(FORMER_IDS.values()) and not known.intersection(FORMER_IDS)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await app.action_go("chat")
+        await pilot.press("question_mark")
+        await shows(pilot, "f9", "Switch the adapter off or on")
 
 
 async def test_ctrl_c_says_what_leaves_the_app() -> None:

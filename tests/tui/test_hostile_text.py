@@ -54,7 +54,7 @@ async def test_an_answer_in_the_chat_is_painted_with_symbols() -> None:
     async with app.run_test(size=(120, 40)) as pilot:
         await shows(pilot, "Nothing to chat with")
         turn = ChatTurn("Hi" + POISON, (BASE,))
-        await app.screen.query_one("#talk").mount(turn)
+        await app.screen.query_one("#conversation").mount(turn)
         turn.answers[BASE].display = True
         await turn.answers[BASE].append_text(
             TextChunk(f"{POISON}\n\n`code{POISON}`\n\n[link{POISON}](http://x{POISON})")

@@ -36,7 +36,7 @@ class CancelsWorkersFirst(Widget):
 
 
 class WorkScreen(CancelsWorkersFirst, Screen[None]):
-    """A numbered screen. Subclasses define ``MODE``, ``ACTIONS`` and ``compose_body``.
+    """A numbered screen. Subclasses define ``MODE``, ``SCREEN_COMMANDS`` and ``compose_body``.
 
     Textual calls the ``on_mount`` and ``on_screen_resume`` of every class of a screen, this one's last: a
     subclass that called ``super()`` would run them twice and hear of every change twice.
@@ -44,8 +44,8 @@ class WorkScreen(CancelsWorkersFirst, Screen[None]):
 
     MODE: ClassVar[str]
     """The name in ``app.MODES``."""
-    ACTIONS: ClassVar[tuple[Command, ...]] = ()
-    """The commands of this screen: bindings, footer, palette and help follow from them."""
+    SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = ()
+    """What the user can do on this screen: bindings, footer, palette and help follow from them."""
     HELP_TEXT: ClassVar[str] = ""
     """A few sentences for the help screen: what is shown and what the terms mean."""
     EDITS_RECIPE: ClassVar[bool] = False
@@ -55,7 +55,7 @@ class WorkScreen(CancelsWorkersFirst, Screen[None]):
     AUTO_FOCUS = ""
 
     def __init_subclass__(cls, **options: Any) -> None:
-        cls.BINDINGS = [command.binding() for command in cls.ACTIONS]
+        cls.BINDINGS = [command.binding() for command in cls.SCREEN_COMMANDS]
         super().__init_subclass__(**options)
 
     @property

@@ -38,14 +38,14 @@ class RecipeStrip(Widget):
         self._recipe_line = ""
         self._shown: tuple[Precision, Precision] = ("nf4", "fp16")
         self._comparison: dict[Precision, Estimate] | UserError | None = None
-        self._room: MemoryBudget | None = None
+        self._budget: MemoryBudget | None = None
 
     def show_recipe(self, workbench: Workbench, budget: MemoryBudget) -> None:
         """Repaint with the recipe as it is now, against the memory there is."""
         shown = (recipe_line(workbench), workbench.comparison(budget.device), budget)
-        if shown != (self._recipe_line, self._comparison, self._room):
+        if shown != (self._recipe_line, self._comparison, self._budget):
             self._bench = workbench
-            self._recipe_line, self._comparison, self._room = shown
+            self._recipe_line, self._comparison, self._budget = shown
             own = precision_of(workbench.recipe)
             self._shown = ("nf4" if own == "fp16" else own, "fp16")
             self.refresh()
@@ -59,13 +59,15 @@ class RecipeStrip(Widget):
         return Content.assemble(line, (gap + hint, "dim"), "\n", self._cost_line(width))
 
     def _cost_line(self, width: int) -> Content:
-        if self._comparison is None or self._room is None:
+        if self._comparison is None or self._budget is None:
             return Content("")
         if isinstance(self._comparison, UserError):
             problem = self._comparison
             return Content.styled(f"{problem.what} {problem.fix}".replace("\n", " ")[:width], "dim")
         each = (width - 2) // len(self._shown)
-        costs = [_cost(PRECISION_NAMES[key], self._comparison[key], self._room, each) for key in self._shown]
+        costs = [
+            _cost(PRECISION_NAMES[key], self._comparison[key], self._budget, each) for key in self._shown
+        ]
         return Content("  ").join(costs)
 
 

@@ -44,7 +44,7 @@ class AdapterAnswer(Vertical):
     AdapterAnswer Static {
         height: auto;
     }
-    AdapterAnswer .voice {
+    AdapterAnswer .answer-head {
         text-wrap: nowrap;
         text-overflow: ellipsis;
     }
@@ -58,10 +58,10 @@ class AdapterAnswer(Vertical):
         self.outcome: GenerationResult | None = None
 
     def compose(self) -> ComposeResult:
-        yield Static(voice_line(self.adapter_name, "…"), classes="voice")
+        yield Static(answer_head(self.adapter_name, "…"), classes="answer-head")
         yield self._thought
         yield StreamingMarkdown(id="answer")
-        yield Static("", classes="trouble")
+        yield Static("", classes="answer-note")
 
     @property
     def thought(self) -> str:
@@ -91,7 +91,7 @@ class AdapterAnswer(Vertical):
         await self._answer.finish()
         await self._thought.end(outcome)
         self.text, self.outcome = outcome.text, outcome
-        self.query_one(".voice", Static).update(voice_line(self.adapter_name, outcome_words(outcome)))
+        self.query_one(".answer-head", Static).update(answer_head(self.adapter_name, outcome_words(outcome)))
         under = _ENDINGS.get(outcome.ending, "" if outcome.text.strip() else "Ended its turn immediately.")
         if not outcome.thought_ended:
             under = _STILL_THINKING.get(outcome.ending, "Ended its turn without an answer.")
@@ -102,27 +102,27 @@ class AdapterAnswer(Vertical):
         """Mark the answer as stopped, with a note; the text so far stays."""
         await self._answer.finish()
         await self._thought.end()
-        self.query_one(".voice", Static).update(voice_line(self.adapter_name, "stopped"))
+        self.query_one(".answer-head", Static).update(answer_head(self.adapter_name, "stopped"))
         self._show_note(words)
 
     async def fail(self, problem: UserError) -> None:
         """Show why there is no answer, or no more of it."""
         await self._answer.finish()
         await self._thought.end()
-        self.query_one(".voice", Static).update(voice_line(self.adapter_name, "no answer"))
+        self.query_one(".answer-head", Static).update(answer_head(self.adapter_name, "no answer"))
         why = f"\n{problem.why}" if problem.why else ""
         fix = f"\n▸ {problem.fix}" if problem.fix else ""
-        self.query_one(".trouble", Static).update(
+        self.query_one(".answer-note", Static).update(
             Content.assemble(
                 (f"✗ {problem.title}\n", "$error bold"), problem.what, (why, "dim"), (fix, "$accent")
             )
         )
 
     def _show_note(self, words: str) -> None:
-        self.query_one(".trouble", Static).update(highlight_keys(f"■ {words}", "dim"))
+        self.query_one(".answer-note", Static).update(highlight_keys(f"■ {words}", "dim"))
 
 
-def voice_line(adapter_name: str, words: str) -> Content:
+def answer_head(adapter_name: str, words: str) -> Content:
     """The line over an answer."""
     return Content.assemble((f" {adapter_name} ", "reverse"), (f" {words}", "dim"))
 

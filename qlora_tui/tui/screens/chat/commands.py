@@ -18,14 +18,24 @@ COMMANDS: tuple[Command, ...] = (
         "Leave the prompt field, so that the keys below work.",
     ),
     _command(
-        "voice", "a,ctrl+t", "switch", "On/off", "Switch the adapter off or on: only one of the two answers."
+        "adapter",
+        "a,ctrl+t",
+        "toggle_adapter",
+        "On/off",
+        "Switch the adapter off or on: only one of the two answers.",
     ),
     _command("thinking", "t,ctrl+g", "thinking", "Think", "Turn thinking before the answer on or off."),
     _hidden("unfold", "z,ctrl+o", "unfold", "Thoughts", "Show or hide what the model thought."),
     _command("split", "s", "split", "Split", "Show both answers side by side, or only one."),
-    _command("right", "v", "voice('right')", "Adapter", "Select another checkpoint of this run."),
+    _command(
+        "next_adapter", "v", "next_adapter('right')", "Adapter", "Select another checkpoint of this run."
+    ),
     _hidden(
-        "left", "V", "voice('left')", "Left", "Select what answers on the left, to compare two checkpoints."
+        "left_adapter",
+        "V",
+        "next_adapter('left')",
+        "Left",
+        "Select what answers on the left, to compare two checkpoints.",
     ),
     _hidden("retry", "r", "retry", "Retry", "Answer the last prompt again."),
     _hidden("edit", "e", "edit_last", "Edit", "Edit the last prompt (also Up in the empty field)."),
@@ -37,9 +47,11 @@ COMMANDS: tuple[Command, ...] = (
         "Measure on validation data how much the adapter changes the model.",
     ),
     _command("settings", "o", "settings", "Options", "Set sampling options and the system prompt."),
-    _command("source", "m", "choose", "Model", "Chat with another run, or with a model without an adapter."),
+    _command(
+        "source", "m", "choose_source", "Model", "Chat with another run, or with a model without an adapter."
+    ),
     _hidden("clear", "x", "clear", "New", "Start a new conversation."),
     _hidden("unload", "U", "unload", "Unload", "Unload the model to free its memory."),
-    _hidden("down", "j,down", "scroll_talk(1)", "Down", "Scroll down."),
-    _hidden("up", "k,up", "scroll_talk(-1)", "Up", "Scroll up."),
+    _hidden("down", "j,down", "scroll_conversation(1)", "Down", "Scroll down."),
+    _hidden("up", "k,up", "scroll_conversation(-1)", "Up", "Scroll up."),
 )

@@ -77,7 +77,7 @@ class ChatController(WorkScreen):
         self.workers.cancel_node(self)
         await self.engine.close()
 
-    def show_head(self, doing: str = "") -> None:
+    def show_header(self, doing: str = "") -> None:
         """Show the model, its adapters, and the current state."""
 
     def show_effect(self, effect: str | Effect) -> None:
@@ -126,16 +126,16 @@ class ChatController(WorkScreen):
 
     async def _unload_for(self, run_id: str) -> None:
         await self.engine.close()
-        self.show_head()
+        self.show_header()
         self.notify(f"Unloaded the chat model to free memory for {run_id}. The next prompt loads it again.")
 
     @work(group="answers")
     async def _answer(self, prompt: str) -> None:
         turn = ChatTurn(prompt, self.pair.active, unfolded=self.unfolded)
         self.turns.append(turn)
-        talk = self.query_one("#talk", VerticalScroll)
-        await talk.mount(turn)
-        talk.anchor()
+        conversation = self.query_one("#conversation", VerticalScroll)
+        await conversation.mount(turn)
+        conversation.anchor()
         self._set_busy()
         sampling = self.sampling
         if sampling.seed is None:
@@ -158,15 +158,15 @@ class ChatController(WorkScreen):
     async def _load(self) -> None:
         if self.ready is not None or self.source is None:
             return
-        self.show_head("Starting the engine")
+        self.show_header("Starting the engine")
         async for reply in self.engine.ask(LoadChat(source=self.source)):
             if isinstance(reply, StatusUpdate):
-                self.show_head(reply.words)
+                self.show_header(reply.words)
             elif isinstance(reply, ChatReady):
                 self.ready = reply
                 if effect := reply.thinking.effect_of(self.thinking):
                     self.notify(effect)
-        self.show_head()
+        self.show_header()
 
     async def _generate(self, turn: ChatTurn, adapter_name: str, sampling: Sampling) -> None:
         """Stream one adapter's answer; an error is shown in its place."""
@@ -230,13 +230,13 @@ class ChatController(WorkScreen):
         self.busy = False
         if self.engine.pid is None:
             self.ready = None
-        self.show_head()
+        self.show_header()
         self.refresh_bindings()
 
     def _save_transcript(self, turn: ChatTurn, sampling: Sampling) -> None:
-        spoken = {v: answer for v, answer in turn.answers.items() if answer.text or answer.thought}
-        texts = {adapter_name: answer.text for adapter_name, answer in spoken.items()}
-        thoughts = {adapter_name: answer.thought for adapter_name, answer in spoken.items()}
+        answered = {name: answer for name, answer in turn.answers.items() if answer.text or answer.thought}
+        texts = {adapter_name: answer.text for adapter_name, answer in answered.items()}
+        thoughts = {adapter_name: answer.thought for adapter_name, answer in answered.items()}
         if not texts or turn not in self.turns:
             return
         try:

@@ -32,7 +32,7 @@ class ChatSettingsScreen(ModalScreen[tuple[Sampling, str] | None]):
     CSS_PATH = ["../modals/modal.tcss", "../modals/fields.tcss", "sampling_settings.tcss"]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "dismiss(None)", "Close"),
-        Binding("ctrl+s", "take", "Apply", priority=True),
+        Binding("ctrl+s", "apply", "Apply", priority=True),
     ]
 
     def __init__(self, sampling: Sampling, system_prompt: str) -> None:
@@ -41,9 +41,9 @@ class ChatSettingsScreen(ModalScreen[tuple[Sampling, str] | None]):
         self._system_prompt = system_prompt
 
     def compose(self) -> ComposeResult:
-        with VerticalScroll(classes="card", can_focus=False) as card:
-            card.border_title = "Sampling"
-            card.border_subtitle = "Tab next · Enter or Ctrl+S apply · Esc close"
+        with VerticalScroll(classes="dialog", can_focus=False) as dialog:
+            dialog.border_title = "Sampling"
+            dialog.border_subtitle = "Tab next · Enter or Ctrl+S apply · Esc close"
             yield Label("system prompt")
             system = TextArea(self._system_prompt, id="system", soft_wrap=True, tab_behavior="focus")
             system.cursor_blink = False
@@ -52,24 +52,24 @@ class ChatSettingsScreen(ModalScreen[tuple[Sampling, str] | None]):
                 with Horizontal(classes="field"):
                     yield Label(_LABELS.get(name, name.replace("_", " ")))
                     yield TextField("" if value is None else format_setting(value), name=name, compact=True)
-                    yield Static(_HELP[name], classes="quiet help", markup=False)
-            yield Static("", id="wrong", markup=False)
+                    yield Static(_HELP[name], classes="muted help", markup=False)
+            yield Static("", id="settings-error", markup=False)
 
     def on_mount(self) -> None:
         self.query_one(Input).focus()
 
     def on_input_submitted(self) -> None:
         """Enter in any of the figures."""
-        self.action_take()
+        self.action_apply()
 
-    def action_take(self) -> None:
+    def action_apply(self) -> None:
         """Apply the fields if they are valid, or else show what is wrong."""
         given = {field.name or "": field.value.strip() for field in self.query(Input)}
         try:
             numbers: dict[str, Any] = {name: _number(name, text) for name, text in given.items()}
             sampling = msgspec.convert(numbers, Sampling)
         except (ValueError, msgspec.ValidationError) as error:
-            self.query_one("#wrong", Static).update(f"✗ {_words(error)}")
+            self.query_one("#settings-error", Static).update(f"✗ {_words(error)}")
             return
         self.dismiss((sampling, self.query_one(TextArea).text.strip()))
 

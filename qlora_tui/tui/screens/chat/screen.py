@@ -31,7 +31,7 @@ from qlora_tui.tui.screens.static_update import update_if_changed
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
 
-_TYPING_ACTIONS = ("stop", "leave_field", "switch", "scroll_talk", "thinking", "unfold")
+_TYPING_ACTIONS = ("stop", "leave_field", "toggle_adapter", "scroll_conversation", "thinking", "unfold")
 """Actions whose keys are no text: the footer shows no others while a prompt is written."""
 
 
@@ -53,7 +53,7 @@ class ChatScreen(ChatController):
         "the base model's (0: identical). The columns show for each layer how far its weights moved, "
         "relative to their size."
     )
-    ACTIONS: ClassVar[tuple[Command, ...]] = COMMANDS
+    SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = COMMANDS
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,12 +61,12 @@ class ChatScreen(ChatController):
         self._effect: str | Effect = ""
 
     def compose_body(self) -> Iterable[Widget]:
-        with Vertical(id="chat-head"):
-            yield Static(id="who")
-            yield Static(id="how")
+        with Vertical(id="chat-header"):
+            yield Static(id="session-line")
+            yield Static(id="sampling-line")
             yield Static(id="effect", markup=False)
-        with VerticalScroll(id="talk", can_focus=False):
-            yield Static(highlight_keys(name_keys(words.NOTHING_TO_CHAT_WITH)), id="nobody")
+        with VerticalScroll(id="conversation", can_focus=False):
+            yield Static(highlight_keys(name_keys(words.NOTHING_TO_CHAT_WITH)), id="chat-empty")
         yield PromptBox(name_keys(words.HINT), id="prompt")
 
     def on_screen_resume(self) -> None:
@@ -76,13 +76,13 @@ class ChatScreen(ChatController):
             self.notify(f"{self._source_name} was deleted.")
         runs = chat_runs() if deleted or self.source is None else []
         if runs:
-            self.call_later(self.talk_to, runs[0])
+            self.call_later(self.chat_with, runs[0])
         elif deleted:
             self.call_later(self._set_source, None, None, "")
-        self.show_head()
+        self.show_header()
 
     def on_resize(self) -> None:
-        self.show_head()
+        self.show_header()
         self.show_effect(self._effect)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
@@ -93,10 +93,10 @@ class ChatScreen(ChatController):
         if action == "leave_field":
             return typing and not self.busy
         if typing and action not in _TYPING_ACTIONS:
-            return not any(action == command.action.partition("(")[0] for command in self.ACTIONS)
+            return not any(action == command.action.partition("(")[0] for command in self.SCREEN_COMMANDS)
         return super().check_action(action, parameters)
 
-    async def talk_to(self, run: RunDir) -> None:
+    async def chat_with(self, run: RunDir) -> None:
         """Turn to another run; its model is loaded with the first prompt."""
         try:
             source = run_source(run)
@@ -120,7 +120,7 @@ class ChatScreen(ChatController):
             # The model loaded before is no longer needed.
             await self.engine.close()
         self.show_effect("")
-        self.show_head()
+        self.show_header()
         self.query_one(PromptBox).focus()
 
     async def on_prompt_box_sent(self, event: PromptBox.Sent) -> None:
@@ -146,14 +146,14 @@ class ChatScreen(ChatController):
             answer.stop()
         if not self.answers:
             # A model that is loading cannot be interrupted, so its process is ended.
-            self.show_head("Stopping")
+            self.show_header("Stopping")
             await self.engine.close()
 
     def action_leave_field(self) -> None:
         """Out of the field: keys are commands again."""
         self.set_focus(None)
 
-    def action_switch(self) -> None:
+    def action_toggle_adapter(self) -> None:
         """From the adapter to the base and back."""
         self._choose(self.pair.switched())
 
@@ -169,7 +169,7 @@ class ChatScreen(ChatController):
             if known.kind != "effort":
                 self.thinking = "auto"
             self.notify(effect)
-        self.show_head()
+        self.show_header()
 
     async def action_unfold(self) -> None:
         """Show every thought, or fold each into a line."""
@@ -182,7 +182,7 @@ class ChatScreen(ChatController):
         """Two columns, or one."""
         self._choose(self.pair.split())
 
-    def action_voice(self, side: str) -> None:
+    def action_next_adapter(self, side: str) -> None:
         """Another of the run's checkpoints."""
         self._choose(self.pair.next(side))
 
@@ -202,17 +202,17 @@ class ChatScreen(ChatController):
         def answered(given: tuple[Sampling, str] | None) -> None:
             if given is not None:
                 self.sampling, self.system_prompt = given
-                self.show_head()
+                self.show_header()
 
         self.app.push_screen(ChatSettingsScreen(self.sampling, self.system_prompt), answered)
 
-    def action_choose(self) -> None:
+    def action_choose_source(self) -> None:
         """Another run."""
         recipe = self.qlora_app.workbench.recipe
 
         async def answered(chosen: RunDir | str | None) -> None:
             if isinstance(chosen, RunDir):
-                await self.talk_to(chosen)
+                await self.chat_with(chosen)
             elif chosen is not None:
                 name = recipe.model.id.rstrip("/").rpartition("/")[2]
                 source = ChatSource(recipe=recipe, thinking=recipe.data.thinking)
@@ -238,11 +238,11 @@ class ChatScreen(ChatController):
         """Unload the model; the next prompt loads it again."""
         await self.engine.close()
         self.ready = None
-        self.show_head()
+        self.show_header()
 
-    def action_scroll_talk(self, by: int) -> None:
+    def action_scroll_conversation(self, by: int) -> None:
         """Up or down by some lines."""
-        self.query_one("#talk", VerticalScroll).scroll_relative(y=3 * by, animate=False)
+        self.query_one("#conversation", VerticalScroll).scroll_relative(y=3 * by, animate=False)
 
     def action_effect(self) -> None:
         """Measure what the adapter changes."""
@@ -255,7 +255,7 @@ class ChatScreen(ChatController):
         if pair == self.pair and self.source is not None:
             self.notify("This run has no other adapter or checkpoint.")
         self.pair = pair
-        self.show_head()
+        self.show_header()
 
     async def _remove_last_turn(self) -> ChatTurn:
         turn = self.turns.pop()
@@ -268,15 +268,17 @@ class ChatScreen(ChatController):
         self.query_one("#effect").display = bool(effect)
         update_if_changed(self.query_one("#effect", Static), shown)
 
-    def show_head(self, doing: str = "") -> None:
-        somebody = self.source is not None
-        self.query_one("#nobody").display = not somebody
-        self.query_one("#chat-head").display = somebody
-        self.query_one(PromptBox).display = somebody
-        if not somebody:
+    def show_header(self, doing: str = "") -> None:
+        has_source = self.source is not None
+        self.query_one("#chat-empty").display = not has_source
+        self.query_one("#chat-header").display = has_source
+        self.query_one(PromptBox).display = has_source
+        if not has_source:
             return
         state = doing or (words.loaded_text(self.ready) if self.ready else "not loaded yet")
-        self.query_one("#who", Static).update(words.session_line(self._source_name, self.pair, state))
+        self.query_one("#session-line", Static).update(
+            words.session_line(self._source_name, self.pair, state)
+        )
         path = transcript.transcript_path(self.run_dir)
         # Not the line's own width, which is known only once it has been shown.
         width = self.size.width - 2
@@ -284,10 +286,10 @@ class ChatScreen(ChatController):
         line = words.sampling_line(
             self.sampling, self.system_prompt, path if path.exists() else None, width, thinking
         )
-        self.query_one("#how", Static).update(line)
+        self.query_one("#sampling-line", Static).update(line)
 
 
 async def show_chat(app: QloraApp, run: RunDir) -> None:
     """Go to the chat and talk to ``run``."""
     await app.switch_mode("chat")
-    await cast("ChatScreen", app.screen).talk_to(run)
+    await cast("ChatScreen", app.screen).chat_with(run)

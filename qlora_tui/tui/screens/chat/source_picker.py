@@ -37,9 +37,9 @@ class ChatSourceScreen(ModalScreen[RunDir | str | None]):
         self._model = model
 
     def compose(self) -> ComposeResult:
-        with Vertical(classes="card") as card:
-            card.border_title = "Chat with"
-            card.border_subtitle = "Enter select · Esc close"
+        with Vertical(classes="dialog") as dialog:
+            dialog.border_title = "Chat with"
+            dialog.border_subtitle = "Enter select · Esc close"
             yield ViList()
 
     def on_mount(self) -> None:

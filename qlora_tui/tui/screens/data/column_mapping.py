@@ -28,10 +28,10 @@ class ColumnMappingScreen(ModalScreen[dict[str, str]]):
         self._mapping = mapping
 
     def compose(self) -> ComposeResult:
-        with VerticalScroll(classes="card", can_focus=False) as card:
-            card.border_title = f"Columns of {self._format}"
-            card.border_subtitle = "Tab next · → complete · Enter apply · Esc close"
-            yield Static(f"Columns in the file: {', '.join(self._columns)}", markup=False, classes="quiet")
+        with VerticalScroll(classes="dialog", can_focus=False) as dialog:
+            dialog.border_title = f"Columns of {self._format}"
+            dialog.border_subtitle = "Tab next · → complete · Enter apply · Esc close"
+            yield Static(f"Columns in the file: {', '.join(self._columns)}", markup=False, classes="muted")
             for part in parts_of(self._format):
                 with Horizontal(classes="field"):
                     yield Label(part.replace("_", " "))

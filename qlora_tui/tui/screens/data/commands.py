@@ -13,7 +13,7 @@ COMMANDS: tuple[Command, ...] = (
     _hidden("previous", "left,h", "row(-1)", "Previous", "Show the previous row."),
     _command("goto", "colon", "go_to", "Row", "Go to a row by number."),
     _command("problem", "n", "problem(1)", "Problem", "Go to the next row with a problem."),
-    _hidden("back", "N", "problem(-1)", "Back", "Go to the previous row with a problem."),
+    _hidden("previous_problem", "N", "problem(-1)", "Back", "Go to the previous row with a problem."),
     _command("format", "f", "format", "Format", "Read the rows in another format."),
     _command(
         "columns", "c", "columns", "Columns", "Map the columns of the file to prompt, answer, and so on."
@@ -57,7 +57,7 @@ COMMANDS: tuple[Command, ...] = (
     ),
     _hidden("packing", "b", "step('data.packing')", "Packing", "Pack several samples into one row, or not."),
     _hidden(
-        "mend",
+        "fix",
         "m",
         "fix",
         "Fix",

@@ -54,12 +54,12 @@ class FilePickerScreen(ModalScreen[Path]):
         self._listed: list[Path] = []
 
     def compose(self) -> ComposeResult:
-        with Vertical(id="open-card") as card:
-            card.border_title = self._title
-            yield TextField(placeholder="A path, or part of a name", id="typed", compact=True)
+        with Vertical(id="open-dialog") as dialog:
+            dialog.border_title = self._title
+            yield TextField(placeholder="A path, or part of a name", id="path-input", compact=True)
             # Above the list, since notifications may cover the bottom of the screen.
             yield Static(_KEYS, id="keys", markup=False)
-            yield Static(id="where", markup=False)
+            yield Static(id="location", markup=False)
             yield ViList(id="entries")
 
     def on_mount(self) -> None:
@@ -162,7 +162,7 @@ class FilePickerScreen(ModalScreen[Path]):
                 yield Content.assemble(path.name, (f"  {_size(path)}", "dim"))
 
     def _show_location(self, words: str) -> None:
-        self.query_one("#where", Static).update(words)
+        self.query_one("#location", Static).update(words)
 
     def _entries(self) -> list[Path]:
         """The entries of the folder: matching files first, then folders."""

@@ -73,6 +73,6 @@ def _axis(edges: list[int], cut_at: int | None, cut: int, width: int) -> Content
         return Content.assemble((f"0{line} {end} ", "dim"), mark)
     mark = f"✂ {cut_at:,}"
     place = min(max(1, cut), width - len(mark))
-    right_room = width - place - len(mark)
-    right = "─" * (right_room - len(end) - 1) + f" {end}" if right_room > len(end) else "─" * right_room
+    width_right = width - place - len(mark)
+    right = "─" * (width_right - len(end) - 1) + f" {end}" if width_right > len(end) else "─" * width_right
     return Content.assemble(("0" + "─" * (place - 1), "dim"), (mark, "$warning bold"), (right, "dim"))

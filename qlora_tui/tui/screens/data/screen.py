@@ -46,7 +46,7 @@ class DataScreen(DataActions):
         "▒ behind ✂ are samples longer than the sequence length.\n"
         "Press Enter on a problem to go to its next row. Tab moves between the lists."
     )
-    ACTIONS: ClassVar[tuple[Command, ...]] = COMMANDS
+    SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = COMMANDS
 
     def __init__(self) -> None:
         super().__init__()

@@ -122,9 +122,9 @@ def unreadable_text(error: UserError, fields: dict[str, str]) -> Content:
         )
     if error.title in TITLES:
         side = "chosen" if error.title == PAIRS_TITLE else "good"
-        fix = f"Press {key_name('data.mend')} to train on the {side} answers only."
+        fix = f"Press {key_name('data.fix')} to train on the {side} answers only."
         error = UserError(error.title, what=error.what, why=error.why, fix=fix)
-        keys = [(key_name("data.mend"), f"train on the {side} answers only"), *keys]
+        keys = [(key_name("data.fix"), f"train on the {side} answers only"), *keys]
     parts: list[Content | tuple[str, str]] = [error_text(error)]
     if fields and error.title not in TITLES:
         parts.append(("\n\nIts rows contain:", ""))
@@ -273,7 +273,7 @@ def problem_line(problem: DataProblem, *, brief: bool = False, several: bool = F
         (f"{sign} {problem.title} ", style),
         (f"{problem.count:,}", "bold"),
         (where, "dim"),
-        (f"\n  ▸ {key_name('data.mend')} {remedy}" if (remedy := _fix_label(problem)) else "", "$accent"),
+        (f"\n  ▸ {key_name('data.fix')} {remedy}" if (remedy := _fix_label(problem)) else "", "$accent"),
         ("" if brief or not problem.fix else f"\n  ▸ {problem.fix}", "dim"),
     )
 

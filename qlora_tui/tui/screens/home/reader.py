@@ -100,7 +100,7 @@ class HomeReader:
         )
         step = next_step(standing)
         parts = {
-            "card": gpu_lines(system_status, budget),
+            "gpu": gpu_lines(system_status, budget),
             "run": run_lines(summary, away, now, across),
             "queue": queue_lines(system_status.waiting),
             "recipe": recipe_lines(bench, budget),

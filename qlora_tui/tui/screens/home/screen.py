@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from qlora_tui.tui.workbench import Workbench
 
 _LAST_SEEN_INTERVAL_S = 30.0
-_PARTS = ("card", "run", "queue", "recipe", "next", "recent")
+_PARTS = ("gpu", "run", "queue", "recipe", "next", "recent")
 _TITLE = 8
 """Cells of a part's title, and of the margin under it."""
 _TITLES = {
-    "card": "GPU",
+    "gpu": "GPU",
     "run": "Run",
     "queue": "Queue",
     "recipe": "Recipe",
@@ -67,7 +67,7 @@ class HomeScreen(WorkScreen):
         "The GPU, the active run or how the last one ended, the queue, and the recipe you are preparing. "
         "{home.next} does the suggested next step."
     )
-    ACTIONS: ClassVar[tuple[Command, ...]] = COMMANDS
+    SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = COMMANDS
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ class HomeScreen(WorkScreen):
             await app.shown.wait()
             if not app.system_status.is_known:
                 # Before the first poll the suggestion could be wrong, and Enter would do it.
-                self._put("card", (Content.styled("looking…", "dim"),))
+                self._put("gpu", (Content.styled("looking…", "dim"),))
                 return
             await asyncio.to_thread(import_module, "qlora_tui.tui.screens.home.reader")
             size = self.query_one("#home").scrollable_content_region.size

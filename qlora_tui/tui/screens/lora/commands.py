@@ -18,8 +18,16 @@ COMMANDS: tuple[Command, ...] = (
     _command("block", "x", "block", "Block", "Start selecting a block of layers; press again to toggle it."),
     _command("patterns", "i", "patterns", "Patterns", "Type target patterns, such as q,v or 8-23.q."),
     _command("all", "f", "all_linear", "All", "Select every linear module (all-linear)."),
-    _hidden("rank_here", "e", "here('rank')", "Rank here", "Set a custom rank for the selected modules."),
-    _hidden("alpha_here", "E", "here('alpha')", "Alpha here", "Set a custom alpha for the selected modules."),
+    _hidden(
+        "rank_here", "e", "set_pattern('rank')", "Rank here", "Set a custom rank for the selected modules."
+    ),
+    _hidden(
+        "alpha_here",
+        "E",
+        "set_pattern('alpha')",
+        "Alpha here",
+        "Set a custom alpha for the selected modules.",
+    ),
     _hidden("rank_up", "r", "step('lora.rank', 1)", "Rank ×2", "Double the rank."),
     _hidden("rank_down", "R", "step('lora.rank', -1)", "Rank ÷2", "Halve the rank."),
     _hidden("alpha_up", "a", "step('lora.alpha', 1)", "Alpha ×2", "Double alpha."),

@@ -64,15 +64,15 @@ class LoraScreen(WorkScreen):
         "for every kind. {lora.rank_here} gives the selected modules a custom rank, shown as ◆.\n"
         "An adapter adds B·A × alpha/rank to a weight. Only A and B are trained."
     )
-    ACTIONS: ClassVar[tuple[Command, ...]] = COMMANDS
+    SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = COMMANDS
 
     class DeltasReady(Message):
         """The estimates that a key press does not wait for."""
 
-        def __init__(self, recipe: Recipe, prices: MemoryDeltas | None) -> None:
+        def __init__(self, recipe: Recipe, deltas: MemoryDeltas | None) -> None:
             super().__init__()
             self.recipe = recipe
-            self.prices = prices
+            self.deltas = deltas
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class LoraScreen(WorkScreen):
                 yield ModuleGrid(id="modules")
                 yield Static(id="no-modules", markup=False)
                 yield Static(id="under-cursor")
-            yield Static(id="knobs")
+            yield Static(id="lora-settings")
         yield Static(id="totals")
 
     def on_mount(self) -> None:
@@ -136,7 +136,7 @@ class LoraScreen(WorkScreen):
         """Every linear module."""
         self.qlora_app.edit("lora.target_modules", (ALL_LINEAR,))
 
-    def action_here(self, key: str) -> None:
+    def action_set_pattern(self, key: str) -> None:
         """Ask for a custom rank or alpha of the modules under the cursor."""
         recipe, modules = self.qlora_app.workbench.recipe, self.query_one(ModuleGrid).under_cursor
         architecture = self.qlora_app.workbench.architecture()
@@ -175,7 +175,7 @@ class LoraScreen(WorkScreen):
     def on_lora_screen_deltas_ready(self, message: DeltasReady) -> None:
         """Show what the estimates say, if the recipe is still the same."""
         if message.recipe == self.qlora_app.workbench.recipe:
-            self._deltas = (message.recipe, message.prices)
+            self._deltas = (message.recipe, message.deltas)
             self._show_controls_and_totals(message.recipe)
 
     def on_module_grid_chosen(self, message: ModuleGrid.Chosen) -> None:
@@ -280,7 +280,7 @@ class LoraScreen(WorkScreen):
         )
 
     def _show_controls(self, recipe: Recipe) -> None:
-        panel = self.query_one("#knobs", Static)
+        panel = self.query_one("#lora-settings", Static)
         width = max(20, panel.content_size.width)
         base = self.qlora_app.workbench.base
         known = self._deltas_for(recipe)

@@ -77,7 +77,7 @@ class MemoryScreen(WorkScreen):
         "'fits': even the upper end of the uncertainty fits. 'tight': less than 5% is left. 'uncertain': "
         "only a part of the range fits."
     )
-    ACTIONS: ClassVar[tuple[Command, ...]] = COMMANDS
+    SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = COMMANDS
 
     class Solved(Message):
         """The slow computations are done."""
@@ -113,10 +113,10 @@ class MemoryScreen(WorkScreen):
         yield Static(id="memory-empty", markup=False)
         with Vertical(id="memory-body"):
             yield Static(id="bars")
-            with Horizontal(id="parts"):
+            with Horizontal(id="memory-parts"):
                 yield ViList(id="items")
-                with Vertical(id="beside"):
-                    yield Static(id="levers")
+                with Vertical(id="memory-side"):
+                    yield Static(id="memory-settings")
                     yield Static(id="changes")
             yield Static(id="explanation")
 
@@ -302,7 +302,9 @@ class MemoryScreen(WorkScreen):
         architecture = self.qlora_app.workbench.architecture()
         known = None if isinstance(architecture, UserError) else architecture
         context = known.max_positions if known else None
-        update_if_changed(self.query_one("#levers", Static), setting_controls(recipe, self._fitting, context))
+        update_if_changed(
+            self.query_one("#memory-settings", Static), setting_controls(recipe, self._fitting, context)
+        )
         beside = self.query_one("#changes", Static)
         parts = [changes_text(self._changes, beside.content_size.width)] if self._changes else []
         if self._least_bytes:

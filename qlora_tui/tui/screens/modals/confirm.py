@@ -17,7 +17,7 @@ class ConfirmScreen(ModalScreen[bool]):
     CSS_PATH = "modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("y", "dismiss(True)", "Yes"),
-        Binding("enter", "agree", "Yes"),
+        Binding("enter", "confirm", "Yes"),
         Binding("n,escape", "dismiss(False)", "No"),
     ]
 
@@ -32,13 +32,13 @@ class ConfirmScreen(ModalScreen[bool]):
         self._harmless = harmless
 
     def compose(self) -> ComposeResult:
-        with Vertical(classes="card") as card:
-            card.border_title = self._title
+        with Vertical(classes="dialog") as dialog:
+            dialog.border_title = self._title
             yield Static(self._text, markup=False)
             yes = f"{'Enter or ' if self._harmless else ''}[y] {self._yes}"
             yield Static(f"{yes}      [n] {self._no}", markup=False, classes="fix")
 
-    def action_agree(self) -> None:
+    def action_confirm(self) -> None:
         """Answer yes by Enter, if nothing can be lost."""
         if self._harmless:
             self.dismiss(True)

@@ -40,8 +40,8 @@ class DraftChangedScreen(ModalScreen[Choice | None]):
         shown = self._changes[:_MOST_LINES]
         if len(self._changes) > _MOST_LINES:
             shown.append(f"and {len(self._changes) - _MOST_LINES} more")
-        with Vertical(classes="card") as card:
-            card.border_title = "Another app changed the recipe"
+        with Vertical(classes="dialog") as dialog:
+            dialog.border_title = "Another app changed the recipe"
             yield Static("Your last edit is not saved. Changes from yours to theirs:", markup=False)
             yield Static("\n".join(shown) or "Only the preset it started from differs.", markup=False)
             keys = "[m] Keep mine      [t] Use theirs      Esc Decide later"

@@ -24,11 +24,11 @@ class ErrorScreen(ModalScreen[None]):
         self._problem = problem
 
     def compose(self) -> ComposeResult:
-        with ViScroll(classes="card") as card:
-            card.border_title = self._problem.title
-            card.border_subtitle = "Esc close"
+        with ViScroll(classes="dialog") as dialog:
+            dialog.border_title = self._problem.title
+            dialog.border_subtitle = "Esc close"
             yield Static(self._problem.what, markup=False)
             if self._problem.why:
-                yield Static(self._problem.why, markup=False, classes="quiet")
+                yield Static(self._problem.why, markup=False, classes="muted")
             if self._problem.fix:
                 yield Static(f"▸ {self._problem.fix}", markup=False, classes="fix")

@@ -49,9 +49,9 @@ class HelpScreen(ModalScreen[None]):
         """The window's width when the lines were broken."""
 
     def compose(self) -> ComposeResult:
-        with ViScroll(classes="card") as card:
-            card.border_title = f"Help: {self._title}"
-            card.border_subtitle = "Esc close"
+        with ViScroll(classes="dialog") as dialog:
+            dialog.border_title = f"Help: {self._title}"
+            dialog.border_subtitle = "Esc close"
             yield Static(highlight_keys(name_keys(self._text)))
             self._wrapped_for = self.app.size.width
             for heading, commands in self._tables:

@@ -31,16 +31,16 @@ class TextPromptScreen(ModalScreen[str | None]):
         self._validate = validate
 
     def compose(self) -> ComposeResult:
-        with Vertical(classes="card") as card:
-            card.border_title = escape(self._title)
-            card.border_subtitle = "Enter apply · Esc cancel"
+        with Vertical(classes="dialog") as dialog:
+            dialog.border_title = escape(self._title)
+            dialog.border_subtitle = "Enter apply · Esc cancel"
             yield Static(self._text, markup=False)
             yield TextField(self._value, compact=True)
-            yield Static("", id="ask-wrong", markup=False)
+            yield Static("", id="prompt-error", markup=False)
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
         wrong = self._validate(event.value)
         if wrong:
-            self.query_one("#ask-wrong", Static).update(f"✗ {wrong}")
+            self.query_one("#prompt-error", Static).update(f"✗ {wrong}")
         else:
             self.dismiss(event.value)

@@ -27,8 +27,8 @@ class TooSmallScreen(ModalScreen[None]):
     BINDINGS: ClassVar[list[BindingType]] = [Binding("enter,escape", "dismiss", "Show it")]
 
     def compose(self) -> ComposeResult:
-        with Vertical(classes="card") as card:
-            card.border_title = "This window is too small"
+        with Vertical(classes="dialog") as dialog:
+            dialog.border_title = "This window is too small"
             yield Static(markup=False)
             yield Static("Enter  show it cut off", classes="fix")
 

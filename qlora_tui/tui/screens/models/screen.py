@@ -57,7 +57,7 @@ class ModelsScreen(WorkScreen):
         "result to see its details. A download continues when you leave the screen or the app; "
         "if it was stopped, {models.download} resumes it."
     )
-    ACTIONS: ClassVar[tuple[Command, ...]] = COMMANDS
+    SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = COMMANDS
 
     def __init__(self) -> None:
         super().__init__()

@@ -82,9 +82,9 @@ class PresetsScreen(ModalScreen[None]):
         return next((preset for preset in self._presets if preset.name == name), None)
 
     def compose(self) -> ComposeResult:
-        with Vertical(id="presets-card") as card:
-            card.border_title = "Presets"
-            card.border_subtitle = _keys_line()
+        with Vertical(id="presets-dialog") as dialog:
+            dialog.border_title = "Presets"
+            dialog.border_subtitle = _keys_line()
             with Horizontal():
                 yield ViList(id="preset-list")
                 with VerticalScroll(id="preview-side", can_focus=False):

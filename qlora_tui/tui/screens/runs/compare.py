@@ -162,9 +162,9 @@ class CompareScreen(CancelsWorkersFirst, ModalScreen[None]):
         self._compared: list[ComparedRun] = []
 
     def compose(self) -> ComposeResult:
-        with Vertical(id="compare") as card:
-            card.border_title = f"{len(self._runs)} runs compared"
-            card.border_subtitle = "Esc close"
+        with Vertical(id="compare") as dialog:
+            dialog.border_title = f"{len(self._runs)} runs compared"
+            dialog.border_subtitle = "Esc close"
             yield Graph(empty="Reading the runs…")
             with VerticalScroll(id="compare-table-side"):
                 yield Static(id="compare-table")

@@ -37,7 +37,7 @@ class RunsScreen(RunActions):
         "short answers that were exactly right in the last validation. The small curve is scaled from the "
         "lowest to the highest loss of its run."
     )
-    ACTIONS: ClassVar[tuple[Command, ...]] = COMMANDS
+    SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = COMMANDS
 
     def __init__(self) -> None:
         super().__init__()

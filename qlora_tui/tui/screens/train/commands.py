@@ -16,23 +16,30 @@ COMMANDS: tuple[Command, ...] = (
     ),
     _command("pause", "z", "pause", "Pause", "Save a checkpoint and free the GPU.", verb="pause"),
     _command("resume", "r", "resume", "Resume", "Resume from the last checkpoint.", verb="resume"),
-    _hidden("checkpoint", "k", "ask('checkpoint')", "Checkpoint", "Save a checkpoint now.", verb="ask"),
-    _hidden("evaluate", "e", "ask('evaluate')", "Evaluate", "Measure the validation loss now.", verb="ask"),
-    _hidden("sample", "g", "ask('sample')", "Sample", "Answer the sample prompts now.", verb="ask"),
+    _hidden("checkpoint", "k", "request('checkpoint')", "Checkpoint", "Save a checkpoint now.", verb="ask"),
+    _hidden(
+        "evaluate", "e", "request('evaluate')", "Evaluate", "Measure the validation loss now.", verb="ask"
+    ),
+    _hidden("sample", "g", "request('sample')", "Sample", "Answer the sample prompts now.", verb="ask"),
     _hidden(
         "finish_epoch",
         "f",
-        "ask('finish_epoch')",
+        "request('finish_epoch')",
         "Finish epoch",
         "Stop the run at the end of this epoch.",
         verb="ask",
     ),
     _hidden(
-        "rate", "L", "learning_rate", "Learning rate", "Change the learning rate of the run.", verb="ask"
+        "learning_rate",
+        "L",
+        "learning_rate",
+        "Learning rate",
+        "Change the learning rate of the run.",
+        verb="ask",
     ),
-    _command("remedy", "m", "fix", "Fix", "Apply the suggested fix for the latest warning (asks first)."),
+    _command("fix", "m", "fix", "Fix", "Apply the suggested fix for the latest warning (asks first)."),
     _command("chat", "c", "chat", "Chat", "Chat with this run's adapter.", verb="chat"),
-    _command("another", "x", "another", "Another run", "Watch another run.", verb="attach"),
+    _command("another", "x", "watch_another", "Another run", "Watch another run.", verb="attach"),
     _command("prepare", "n", "prepare", "New run", "Prepare a new run: edit the recipe and see its checks."),
     _command("detach", "d", "detach", "Detach", "Leave the app. The run continues."),
     _hidden("tab", "tab", "next_tab(1)", "Next tab", "Show the next tab: log, samples, health, output."),
@@ -58,9 +65,9 @@ REQUEST_NOTICES: dict[Kind, str] = {
     "finish_epoch": "The run will stop at the end of this epoch.",
 }
 """Notification for each kind of request."""
-_WHEN_RUNNING = frozenset(("pause", "ask", "learning_rate"))
+_WHEN_RUNNING = frozenset(("pause", "request", "learning_rate"))
 _WHEN_LIVE = frozenset(
-    ("another", "prepare", "detach", "next_tab", "zoom", "level", "search", "copy_command")
+    ("watch_another", "prepare", "detach", "next_tab", "zoom", "level", "search", "copy_command")
 )
 ACTION_NAMES = frozenset(command.action.partition("(")[0] for command in COMMANDS)
 """The action names of all commands."""
@@ -69,7 +76,7 @@ ACTION_NAMES = frozenset(command.action.partition("(")[0] for command in COMMAND
 def is_available(action: str, watching: bool, state: State | None) -> bool:
     """Whether one of :data:`ACTION_NAMES` means something now; ``state`` is that of the run being watched."""
     if not watching:
-        return action in ("launch", "another")
+        return action in ("launch", "watch_another")
     return (
         action in _WHEN_LIVE
         or (action in _WHEN_RUNNING and state in ACTIVE)

@@ -44,7 +44,7 @@ class LivePane(Vertical):
 
     def compose(self) -> ComposeResult:
         yield RunHeader()
-        yield Static(id="ending", markup=False)
+        yield Static(id="run-outcome", markup=False)
         with Horizontal(id="live-top"):
             with Vertical(id="live-curves"):
                 yield Graph(empty="Reading the run…")
@@ -107,7 +107,7 @@ class LivePane(Vertical):
 
     def _show_outcome(self, snapshot: RunSnapshot) -> None:
         outcome = outcome_text(snapshot)
-        box = self.query_one("#ending", Static)
+        box = self.query_one("#run-outcome", Static)
         text = "" if outcome is None else f"{outcome.text}\n{outcome.next_step}"
         if str(box.content) != text:
             box.update(text if outcome is None else _outcome_content(outcome))
@@ -168,7 +168,7 @@ def _health_entries(snapshot: RunSnapshot) -> tuple[LogEntry, ...]:
         times = "" if len(warnings) == 1 else f" ({len(warnings)} times)"
         entries.append(LogEntry(last.at, last.severity, f"{steps}: {last.evidence}{times} ▸ {last.remedy}"))
     if snapshot.fix is not None:
-        entries.append(LogEntry(None, "info", f"▸ {key_name('train.remedy')} {snapshot.fix.label}"))
+        entries.append(LogEntry(None, "info", f"▸ {key_name('train.fix')} {snapshot.fix.label}"))
     return tuple(entries)
 
 

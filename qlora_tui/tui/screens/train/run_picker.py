@@ -33,9 +33,9 @@ class RunPickerScreen(ModalScreen[RunDir | None]):
         self._runs = [run for run in all_runs() if run != now][:_MOST]
 
     def compose(self) -> ComposeResult:
-        with Vertical(classes="card") as card:
-            card.border_title = "Watch another run"
-            card.border_subtitle = "Enter watch · Esc close"
+        with Vertical(classes="dialog") as dialog:
+            dialog.border_title = "Watch another run"
+            dialog.border_subtitle = "Enter watch · Esc close"
             if self._runs:
                 yield ViList()
             else:

@@ -42,7 +42,7 @@ from qlora_tui.tui.system_status import SystemStatus
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
 
-POLL_INTERVAL_S = 1.0
+RUN_POLL_INTERVAL_S = 1.0
 _MAX_ZOOM = 6
 
 
@@ -59,7 +59,7 @@ class TrainScreen(WorkScreen):
         "steps where the loss was not a number. Each small chart goes from zero to the number beside it. "
         "▲ under the memory bar is the estimate. The run continues when you leave the app."
     )
-    ACTIONS: ClassVar[tuple[Command, ...]] = COMMANDS
+    SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = COMMANDS
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,8 +77,8 @@ class TrainScreen(WorkScreen):
         yield LivePane()
 
     def on_mount(self) -> None:
-        self.set_interval(POLL_INTERVAL_S, self._start_poll)
-        self._show_half()
+        self.set_interval(RUN_POLL_INTERVAL_S, self._start_poll)
+        self._show_pane()
 
     def on_screen_resume(self) -> None:
         if self.run is not None and not self.run.path.exists():
@@ -102,7 +102,7 @@ class TrainScreen(WorkScreen):
         if self.run == run:
             return
         self._follower, self._snapshot, self._zoom = RunFollower(run), None, 0
-        self._show_half()
+        self._show_pane()
         self._start_poll()
 
     def show_recipe(self, recipe: Recipe) -> None:
@@ -148,7 +148,7 @@ class TrainScreen(WorkScreen):
         """Queue the run again."""
         self._try(actions.resume, "Queued. The run will resume from its last checkpoint.")
 
-    def action_ask(self, kind: control.Kind) -> None:
+    def action_request(self, kind: control.Kind) -> None:
         """Leave a request for the trainer."""
         self._try(lambda run: control.send_request(run, kind), REQUEST_NOTICES[kind])
 
@@ -208,7 +208,7 @@ class TrainScreen(WorkScreen):
         if self.run is not None:
             await show_chat(self.qlora_app, self.run)
 
-    def action_another(self) -> None:
+    def action_watch_another(self) -> None:
         """Choose a run to watch."""
 
         def take(run: RunDir | None) -> None:
@@ -280,9 +280,9 @@ class TrainScreen(WorkScreen):
         """Watch no run until one becomes active."""
         self._follower = self._snapshot = None
         self._chosen = False
-        self._show_half()
+        self._show_pane()
 
-    def _show_half(self) -> None:
+    def _show_pane(self) -> None:
         self.set_class(self.run is not None, "-live")
         if self.run is None:
             self.query_one(SettingsForm).focus()
