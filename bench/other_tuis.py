@@ -45,6 +45,6 @@ def _card() -> dict[str, str]:
     """``nvitop`` needs a card, played where there is none."""
     if Path("/dev/nvidiactl").exists():
         return {}
-    from tests.gpu.nvml_stub import stub_env
+    from bench.support.nvml_stub import stub_env
 
     return stub_env("card")

@@ -1,9 +1,9 @@
 """Draws the pictures of README and docs: ``make screenshots``.
 
-The run is a real one of ``qlora-tui demo`` (``tests/tui/recordings``), as its trainer wrote it. It is copied
-into a home of its own and shown by the app itself; nothing is drawn by hand. The data shown are the demo's,
-through the demo's tokenizer, so the demo's model must have been fetched. The chat needs a trained adapter:
-that of the newest demo on this machine (``make demo`` trains one).
+The run is a real one of ``qlora-tui demo`` (``bench/support/recordings``), as its trainer wrote it. It is
+copied into a home of its own and shown by the app itself; nothing is drawn by hand. The data shown are the
+demo's, through the demo's tokenizer, so the demo's model must have been fetched. The chat needs a trained
+adapter: that of the newest demo on this machine (``make demo`` trains one).
 """
 
 from __future__ import annotations
@@ -167,8 +167,8 @@ def clear_runs() -> None:
 
 def lay_out_run(until: float) -> None:
     """Put the recorded run in place as it was at a step, or at a share of its steps, still in training."""
+    from bench.support.recorded_runs import STEPS, recorded_until
     from qlora_tui.runs.process import process_identity
-    from tests.tui.recorded_runs import STEPS, recorded_until
 
     clear_runs()
     run, at = recorded_until(round(STEPS * until if until < 1 else until), process=process_identity())
@@ -179,7 +179,7 @@ def lay_out_run(until: float) -> None:
 
 def show_ended_run() -> None:
     """Put the whole recorded run in place, as if it had just ended."""
-    from tests.tui.recorded_runs import ENDED, recorded_run
+    from bench.support.recorded_runs import ENDED, recorded_run
 
     run = recorded_run()
     for path in (run.events_path, run.telemetry_path, run.status_path):

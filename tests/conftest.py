@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu.nvml_stub import install_nvml_stub
+from tests.support.nvml_stub import install_nvml_stub
 
 # Tests run side by side: threads that spin while they wait would take each other's cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_tui.visible import visible, visible_in_json
-from tests.hostile import raw
+from tests.support.hostile import raw
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from tests.catalog.configs import config
 from tests.catalog.conftest import Ask, child_environ, tiny_repo
 from tests.catalog.fake_hub import FakeHub, FakeRepo, git_hash, sha256
 from tests.catalog.models import TINY, safetensors_bytes
-from tests.polling import wait_for
-from tests.power import Disk
+from tests.support.polling import wait_for
+from tests.support.power import Disk
 
 DOWNLOAD = 'download.download("org/tiny", retry_delays_s=(0.01, 0.01))'
 FETCHED = {

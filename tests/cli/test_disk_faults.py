@@ -23,7 +23,7 @@ from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.status import State, Status, read_status, write_status
 from qlora_tui.runs.view import RunView
 from tests.cli.conftest import Call
-from tests.power import FaultyDisk
+from tests.support.power import FaultyDisk
 
 
 @pytest.fixture

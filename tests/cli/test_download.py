@@ -12,7 +12,7 @@ from pathlib import Path
 from qlora_tui.catalog.local_models import hub_cache_dir, resolve_model
 from tests.catalog.conftest import child_environ, hub, tiny_repo
 from tests.catalog.fake_hub import FakeHub, sha256
-from tests.polling import wait_for
+from tests.support.polling import wait_for
 
 __all__ = ["hub"]
 

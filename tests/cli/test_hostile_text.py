@@ -20,7 +20,7 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.status import State
 from tests.catalog.models import TINY, make_gguf, make_model
 from tests.cli.conftest import Call
-from tests.hostile import FOR_FILE_NAMES, POISON, poison_run, poisoned, raw
+from tests.support.hostile import FOR_FILE_NAMES, POISON, poison_run, poisoned, raw
 from tests.tui.fake_runs import FakeRun, write_fake_run
 
 STATES: tuple[State, ...] = ("finished", "failed", "stopped", "lost")

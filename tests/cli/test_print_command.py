@@ -11,7 +11,7 @@ from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import all_runs, find_run
 from qlora_tui.runs.status import RESUMABLE, read_status
 from tests.cli.conftest import Call
-from tests.gpu.nvml_stub import install_nvml_stub
+from tests.support.nvml_stub import install_nvml_stub
 
 
 @pytest.fixture

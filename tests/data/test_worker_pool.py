@@ -25,7 +25,7 @@ from qlora_tui.data.worker_pool import WorkerPool, open_worker_pool
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Recipe, Source
 from tests.data.families import family
-from tests.polling import wait_for
+from tests.support.polling import wait_for
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ from qlora_tui.demo.wheel_download import WheelAsset
 from qlora_tui.errors import UserError
 from qlora_tui.paths import cache_dir
 from tests.demo.package_index import PackageIndex, pack
-from tests.polling import wait_for
+from tests.support.polling import wait_for
 
 pytestmark = pytest.mark.slow
 

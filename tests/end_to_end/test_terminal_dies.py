@@ -22,7 +22,7 @@ from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.status import read_status
 from qlora_tui.tui.draft import Draft
 from qlora_tui.tui.workbench import Workbench
-from tests.polling import wait_for
+from tests.support.polling import wait_for
 
 ROOT = Path(__file__).parents[2]
 STEPS = 300

@@ -9,7 +9,7 @@ import pytest
 
 from qlora_tui.checksums import checked_folder, mismatch
 from qlora_tui.files import atomic_write, restore_earlier
-from tests.power import Disk
+from tests.support.power import Disk
 
 
 @pytest.fixture

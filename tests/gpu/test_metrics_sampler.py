@@ -15,8 +15,8 @@ import pytest
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.metrics import GpuMetrics, GpuProcess
 from qlora_tui.gpu.metrics_sampler import MetricsSampler
-from tests.gpu.nvml_stub import install_nvml_stub, stub_env
 from tests.gpu.test_nvml import REPOSITORY
+from tests.support.nvml_stub import install_nvml_stub, stub_env
 
 Samples = queue.SimpleQueue[GpuMetrics | GpuUnavailableError]
 SOON_S = 20.0

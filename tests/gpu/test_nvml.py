@@ -17,7 +17,7 @@ from qlora_tui.gpu.driver import list_gpus
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics, GpuProcess
 from qlora_tui.gpu.nvml import Nvml
-from tests.gpu.nvml_stub import install_nvml_stub, stub_env
+from tests.support.nvml_stub import install_nvml_stub, stub_env
 
 REPOSITORY = Path(__file__).parents[2]
 MIB = 1 << 20

@@ -4,7 +4,7 @@ import pytest
 
 from qlora_tui.gpu.errors import GpuUnavailableError
 from qlora_tui.gpu.visible_devices import default_cuda_device
-from tests.gpu.nvml_stub import install_nvml_stub
+from tests.support.nvml_stub import install_nvml_stub
 
 
 def test_a_card_is_gone_when_the_test_that_played_it_is_over() -> None:

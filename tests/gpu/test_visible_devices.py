@@ -7,7 +7,7 @@ import pytest
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.metrics import GpuDevice
 from qlora_tui.gpu.visible_devices import cuda_device_order, default_cuda_device
-from tests.gpu.nvml_stub import install_nvml_stub
+from tests.support.nvml_stub import install_nvml_stub
 
 CARDS = [
     GpuDevice(0, "A", "GPU-aaaa1111-0000", None, None, None),

@@ -23,9 +23,9 @@ from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.queue_entries import queue_dir
 from qlora_tui.runs.repair import apply_repairs
 from qlora_tui.runs.status import Status, read_status, write_status
-from tests.power import FaultyDisk
 from tests.runs import story
 from tests.runs.test_damage import flip
+from tests.support.power import FaultyDisk
 
 
 @pytest.fixture(autouse=True)

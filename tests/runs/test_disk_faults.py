@@ -18,8 +18,8 @@ from qlora_tui.runs.directory import RunDir, all_runs, create_run
 from qlora_tui.runs.event_log import EventTail, last_event
 from qlora_tui.runs.events import Step
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, read_status
-from tests.power import FaultyDisk
 from tests.runs import story
+from tests.support.power import FaultyDisk
 
 CODES = [errno.ENOSPC, errno.EIO, errno.EDQUOT]
 

@@ -15,7 +15,7 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.energy import JOULES_A_KWH, EnergyMeter
 from qlora_tui.runs.events import Finished
 from qlora_tui.runs.telemetry import Sample, encode
-from tests.gpu.nvml_stub import install_nvml_stub
+from tests.support.nvml_stub import install_nvml_stub
 
 
 def a_reading(monkeypatch: pytest.MonkeyPatch) -> GpuMetrics:

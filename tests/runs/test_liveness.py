@@ -16,7 +16,7 @@ from qlora_tui.runs import liveness, locks, process, runner
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.process import ProcessIdentity, process_identity
 from qlora_tui.runs.status import Status, read_status, write_status
-from tests.polling import wait_for
+from tests.support.polling import wait_for
 
 HOUR = 3600.0
 

@@ -26,8 +26,8 @@ from qlora_tui.runs.events import Evaluated, Failed, Finished, RunEnded, Stopped
 from qlora_tui.runs.notification import RunNotification, notification_for
 from qlora_tui.runs.status import read_status
 from qlora_tui.settings import config_path
-from tests.polling import wait_for
 from tests.runs.conftest import let_go
+from tests.support.polling import wait_for
 
 pytestmark = pytest.mark.slow
 

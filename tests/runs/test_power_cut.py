@@ -1,4 +1,4 @@
-"""The power fails at any moment of a run's life; see :mod:`tests.power`."""
+"""The power fails at any moment of a run's life; see :mod:`tests.support.power`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from qlora_tui.runs.events import CheckpointSaved, Paused, Started
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.repair import apply_repairs
 from qlora_tui.runs.status import RESUMABLE, read_status
-from tests.power import MODES, Disk
 from tests.runs import story
 from tests.runs.test_damage import put_adapter
+from tests.support.power import MODES, Disk
 
 Work = Callable[[], object]
 

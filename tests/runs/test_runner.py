@@ -27,8 +27,8 @@ from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.spawn import runner_lock_path
 from qlora_tui.runs.status import Status, read_status, write_status
 from qlora_tui.runs.view import RunView
-from tests.polling import wait_for
 from tests.runs.conftest import let_go
+from tests.support.polling import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("played_trainer")]
 

@@ -14,7 +14,7 @@ from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import AnyEvent, CheckpointSaved, Failed, Finished, Paused, Started
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.status import Status, read_status, write_heartbeat, write_status
-from tests.polling import wait_for
+from tests.support.polling import wait_for
 
 STARTED = Started(at=1.0, attempt=1, pid=1)
 

@@ -23,7 +23,7 @@ from qlora_tui.training.gguf_conversion import (
     convert_cached,
     convert_in_child,
 )
-from tests.polling import wait_for
+from tests.support.polling import wait_for
 
 
 @pytest.fixture

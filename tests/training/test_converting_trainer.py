@@ -14,7 +14,7 @@ from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import Failed, Finished, Paused, PhaseChanged, Progress, Stopped
 from qlora_tui.runs.status import read_status
 from qlora_tui.training.gguf_conversion import cached_conversion, folder_of
-from tests.polling import wait_for
+from tests.support.polling import wait_for
 from tests.training.conftest import MakeRecipe, Trainers
 from tests.training.event_helpers import events
 

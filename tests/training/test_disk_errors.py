@@ -21,7 +21,7 @@ from qlora_tui.training.checkpoints import CheckpointState
 from qlora_tui.training.disk_errors import disk_error, true_disk_errors
 from qlora_tui.training.distributed import DistributedContext
 from qlora_tui.training.failure import failure_event
-from tests.power import FaultyDisk
+from tests.support.power import FaultyDisk
 
 ADAPTER = {"lora_A": torch.ones(64, 8)}
 OPTIMIZER = {"state": {n: torch.full((64, 8), float(n)) for n in range(4)}}

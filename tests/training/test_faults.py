@@ -25,7 +25,7 @@ from qlora_tui.runs.events import (
 )
 from qlora_tui.runs.outcomes import determine_outcome
 from qlora_tui.runs.status import read_status
-from tests.polling import wait_for
+from tests.support.polling import wait_for
 from tests.training.conftest import MakeRecipe, Trainers
 from tests.training.event_helpers import events, events_of, last_step, losses
 

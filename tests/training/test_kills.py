@@ -18,7 +18,7 @@ from qlora_tui.runs.events import CheckpointSaved, Failed, Finished, Phase, Phas
 from qlora_tui.runs.outcomes import determine_outcome, record_outcome
 from qlora_tui.runs.status import read_status
 from qlora_tui.training import checkpoints
-from tests.polling import wait_for
+from tests.support.polling import wait_for
 from tests.training.conftest import MakeRecipe, Trainers
 from tests.training.event_helpers import events, events_of, losses
 

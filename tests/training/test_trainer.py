@@ -40,7 +40,7 @@ from qlora_tui.runs.events import (
 )
 from qlora_tui.runs.status import read_status
 from qlora_tui.runs.telemetry import TelemetryTail
-from tests.polling import wait_for
+from tests.support.polling import wait_for
 from tests.training.conftest import MakeRecipe, Trainers
 from tests.training.event_helpers import events, events_of, last_step, losses
 

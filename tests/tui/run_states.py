@@ -8,6 +8,7 @@ from typing import Any
 
 from textual.pilot import Pilot
 
+from bench.support.recorded_runs import ENDED, NO_MEMORY, NOT_A_NUMBER, recorded_run, recorded_until
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import RunDir
@@ -18,7 +19,6 @@ from qlora_tui.runs.status import read_status
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.train.screen import show_run
 from tests.tui.fake_runs import BEGAN, TICKETS, FakeRun, write_fake_run
-from tests.tui.recorded_runs import ENDED, NO_MEMORY, NOT_A_NUMBER, recorded_run, recorded_until
 from tests.tui.screen_assertions import shows
 
 

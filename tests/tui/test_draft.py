@@ -10,7 +10,7 @@ import pytest
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.draft import Draft, draft_path
 from qlora_tui.tui.screens.modals.draft_changed import DraftChangedScreen
-from tests.power import FaultyDisk
+from tests.support.power import FaultyDisk
 from tests.tui.screen_assertions import shows, until
 
 MakeApp = Callable[[], QloraApp]

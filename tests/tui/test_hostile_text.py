@@ -18,7 +18,7 @@ from qlora_tui.tui.draft import Draft
 from qlora_tui.tui.screens.chat.chat_turn import ChatTurn
 from qlora_tui.tui.visible_lines import VisibleTextFilter
 from qlora_tui.tui.workbench import Workbench
-from tests.hostile import FOR_FILE_NAMES, POISON, poison_run, poisoned, raw
+from tests.support.hostile import FOR_FILE_NAMES, POISON, poison_run, poisoned, raw
 from tests.tui.fake_runs import FakeRun, write_fake_run
 from tests.tui.sample_data import readable_model, ticket, write_rows
 from tests.tui.screen_assertions import shows, text_of

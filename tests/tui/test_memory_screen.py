@@ -15,7 +15,7 @@ from qlora_tui.tui.screens.memory import screen as memory
 from qlora_tui.tui.screens.memory.screen import MemoryScreen
 from qlora_tui.tui.screens.memory.stacked_bar import parts_of, stacked_bar
 from qlora_tui.tui.widgets.vi_list import ViList
-from tests.gpu.nvml_stub import install_nvml_stub
+from tests.support.nvml_stub import install_nvml_stub
 from tests.tui.screen_assertions import shows, text_of, until
 from tests.tui.workstation import config_folder, open_on, open_with_card, settle
 

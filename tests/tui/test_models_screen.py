@@ -22,7 +22,7 @@ from qlora_tui.tui.widgets.vi_list import ViList
 from tests.catalog.conftest import tiny_repo
 from tests.catalog.fake_hub import FakeHub, serve
 from tests.catalog.models import make_cached, make_model
-from tests.polling import wait_for
+from tests.support.polling import wait_for
 from tests.tui.screen_assertions import shows, text_of
 from tests.tui.workstation import config_of, go_to, open_on, settle
 

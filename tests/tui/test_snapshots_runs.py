@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from textual.pilot import Pilot
 
+from bench.support.recorded_runs import ENDED, recorded_run
 from qlora_tui import paths
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.train import run_follower
 from tests.tui.fake_runs import BEGAN, write_fake_run
-from tests.tui.recorded_runs import ENDED, recorded_run
 from tests.tui.run_states import STATES, STATES_ONCE, three_runs, watching
 from tests.tui.screen_assertions import shows
 

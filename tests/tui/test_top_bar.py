@@ -7,7 +7,7 @@ from qlora_tui.gpu.metrics import GpuDevice
 from qlora_tui.runs.status import Status
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.top_bar import TopBar
-from tests.gpu.nvml_stub import install_nvml_stub
+from tests.support.nvml_stub import install_nvml_stub
 from tests.tui.fake_runs import FakeRun, write_fake_run
 from tests.tui.screen_assertions import shows, text_of
 from tests.tui.workstation import open_on, open_with_card

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from msgspec import structs
 
+from bench.support.recorded_runs import recorded_run
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.directory import RunDir, all_runs
@@ -26,7 +27,6 @@ from qlora_tui.tui.screens.train.run_header import facts
 from qlora_tui.tui.screens.train.screen import TrainScreen, show_run
 from qlora_tui.tui.screens.train.settings_form import SettingsForm
 from tests.tui.fake_runs import BEGAN, TICKETS, FakeRun, write_fake_run
-from tests.tui.recorded_runs import recorded_run
 from tests.tui.sample_data import readable_model
 from tests.tui.screen_assertions import shows, text_of, until
 

@@ -10,7 +10,7 @@ from pyte.screens import Char
 
 from bench.terminal import Terminal
 from qlora_tui import paths
-from tests.polling import wait_for
+from tests.support.polling import wait_for
 from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
 from tests.tui.terminal_emulator import TerminalScreen, see
 

@@ -1,9 +1,9 @@
 """Real runs, recorded: SmolLM2-135M with NF4 on the demo's conversations, on two CPU cores.
 
-One of 81 steps that ended well; one in float16 that was asked for a learning rate of 1 and lost its numbers;
-one that might hold 1.06 GB of data (``prlimit --data``), and had too little with every smaller micro-batch
-and with checkpointing. Made by the project's own trainer; only folders were renamed, and of the telemetry the
-last 300 lines are kept, of the log the end.
+One of 81 steps that finished; one in float16 with a learning rate of 1, whose loss became NaN; one limited to
+1.06 GB of data (``prlimit --data``), which ran out of memory at every smaller micro-batch and with
+checkpointing. Recorded by the project's own trainer. Only folders were renamed, and of the telemetry the last
+300 lines remain, of the log the end.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NOT_A_NUMBER, NO_MEMORY = "smollm2-135m-demo-20261125-2000", "smollm2-135m-demo-
 
 
 def recorded_run(name: str = NAME) -> RunDir:
-    """The run, copied to where runs are kept."""
+    """Copy the run into the runs folder and return it."""
     run = RunDir(paths.runs_dir() / name)
     shutil.copytree(Path(__file__).parent / "recordings" / name, run.path)
     began = read_status(run).at - 1500
@@ -36,9 +36,9 @@ def recorded_run(name: str = NAME) -> RunDir:
 
 
 def recorded_until(step: int, *, process: ProcessIdentity) -> tuple[RunDir, float]:
-    """The run as it was when it had done ``step``, 0 being before the first, and the time it then was.
+    """Copy the run as it was after ``step`` (0: before the first); return it with the time of that step.
 
-    ``process`` is who trains it: one that is gone makes it lost.
+    ``process`` is its trainer; with a process that no longer exists the run is lost.
     """
     run = recorded_run()
     lines = run.events_path.read_bytes().splitlines(keepends=True)

@@ -1,0 +1,1 @@
+"""What the benchmarks, the screenshots and the tests share."""
