@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -157,18 +156,16 @@ def test_a_changed_file_is_looked_up_anew(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_large_file_reports_within_a_second_and_again_while_it_goes_on(tmp_path: Path) -> None:
+def test_a_large_file_reports_at_once_and_while_read(tmp_path: Path) -> None:
     path = tmp_path / "large.jsonl"
     block = "".join(json.dumps({"prompt": f"q {n}", "completion": "word " * 40}) + "\n" for n in range(2000))
     with path.open("w") as file:
         for _ in range(150):
             file.write(block)
-    began = time.monotonic()
     reports = inspecting(Source(path=str(path)), family("chatml"))
     first = next(reports)
-    assert time.monotonic() - began < 1.0
     assert not first.complete
-    assert first.counts.rows > 0
+    assert 0 < first.counts.rows <= 32
     assert next(reports).counts.rows > first.counts.rows
     reports.close()  # type: ignore[attr-defined]  # a generator
 

@@ -29,7 +29,8 @@ async def until(pilot: Pilot[None], what: Callable[[], Any], seconds: float = 60
     """Let the app go on until ``what`` is true."""
     deadline = time.monotonic() + seconds
     while not what():
-        assert time.monotonic() < deadline, screen_text(pilot.app)
+        if time.monotonic() > deadline:
+            raise TimeoutError(screen_text(pilot.app))
         await pilot.pause(0.1)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
+from functools import partial
 
 import pytest
 
@@ -24,6 +24,7 @@ from qlora_tui.memory.levels import CUDA_LIBRARIES_BYTES
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
 from tests.catalog.configs import config
 from tests.memory.models import qwen_7b, tinyllama
+from tests.support.counting import count_calls
 
 GIB = 2**30
 
@@ -193,23 +194,20 @@ def test_json_has_the_documented_shape() -> None:
     assert as_json(Recipe(), tinyllama(), None)["what_fits"] is None
 
 
-def test_one_estimate_takes_less_than_twenty_milliseconds() -> None:
+def test_one_estimate_is_cheap() -> None:
     model = qwen_7b()
-    times = []
-    for _ in range(5):
-        started = time.process_time()
-        estimate(Recipe(), model)
-        times.append(time.process_time() - started)
-    assert min(times) < 0.020
+    # 29,000 calls take some 10 ms; the budget is 20.
+    assert count_calls(lambda: estimate(Recipe(), model)) < 50_000
 
 
 @pytest.mark.parametrize("name", ["google/gemma-2-2b", "openai/gpt-oss-20b"])
 def test_samples_that_are_attended_one_by_one_take_no_longer_for_being_many(name: str) -> None:
     model = parse_architecture(config(name))
-    recipe = Recipe(training=Training(micro_batch_size=4096, gradient_checkpointing=False))
-    started = time.process_time()
-    estimate(recipe, model)
-    assert time.process_time() - started < 0.5  # walked one by one they take some seconds
+    recipes = [
+        Recipe(training=Training(micro_batch_size=size, gradient_checkpointing=False)) for size in (1, 4096)
+    ]
+    one, many = (count_calls(partial(estimate, recipe, model)) for recipe in recipes)
+    assert many < 2 * one
 
 
 def test_it_needs_no_machine_learning_library() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -144,9 +146,19 @@ def test_an_old_heartbeat_of_a_live_trainer_is_told(run: RunDir) -> None:
     assert "Not responding: no heartbeat for 2 min" in silent.detail
 
 
-def test_waiting_for_a_process_ends_with_it(child: subprocess.Popen[bytes]) -> None:
+def test_waiting_for_a_process_ends_with_it(
+    child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poll, polls = select.poll, threading.Event()
+
+    def record_poll() -> select.poll:
+        polls.set()
+        return poll()
+
+    monkeypatch.setattr(select, "poll", record_poll)
     there = process_identity(child.pid)
+    waiting = threading.Thread(target=there.wait, args=(3600.0,), daemon=True)
+    waiting.start()
+    assert polls.wait(60.0)
     child.kill()
-    began = time.monotonic()
-    there.wait(60.0)
-    assert time.monotonic() - began < 30
+    wait_for(lambda: not waiting.is_alive())

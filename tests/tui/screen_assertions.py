@@ -48,7 +48,8 @@ async def until(pilot: Pilot[Any], what: Callable[[], bool]) -> None:
     """Let the app go on until this is so."""
     deadline = time.monotonic() + DEADLINE_S
     while not what():
-        assert time.monotonic() < deadline
+        if time.monotonic() > deadline:
+            raise TimeoutError(text_of(pilot.app))
         await pilot.pause(0.05)
 
 

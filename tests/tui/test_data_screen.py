@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -363,11 +362,9 @@ async def test_a_row_of_a_large_file_comes_while_it_is_still_being_read(model: s
         await shows(pilot, "Where is parcel 1?")
         screen = screen_of(app)
         assert screen.report is None or not screen.report.complete
-        began = time.monotonic()
         screen.action_row(8_999)
         await shows(pilot, "Where is parcel 9000?")
         assert screen.report is None or not screen.report.complete
-        assert time.monotonic() - began < 10
         await pilot.press("h")
         await shows(pilot, "Where is parcel 8999?")
 

@@ -88,19 +88,14 @@ def test_hundreds_of_runs_are_listed_at_once_and_read_in_pieces() -> None:
             FakeRun(name=f"run-{number:03}", state="finished", steps=5, total=5, began=BEGAN + number)
         )
     summaries = SummaryCache()
-    began = time.monotonic()
     listing = summaries.read_all(0.0)
     assert len(listing.summaries) == 300
     in_pieces = not listing.complete
     assert in_pieces
     assert listing.summaries[0].id == "run-299"
-    assert time.monotonic() - began < 5
     while not listing.complete:
         listing = summaries.read_all(0.2)
     assert all(summary.losses for summary in listing.summaries)
-    began = time.process_time()
-    summaries.read_all(10.0)
-    assert time.process_time() - began < 1
 
 
 @pytest.mark.parametrize("state", ["paused", "lost"])
