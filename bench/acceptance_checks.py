@@ -32,7 +32,7 @@ class Box:
     """Every sample as long as the longest sequence of the grid."""
     scratch: Path
     size: str
-    has_card: bool
+    has_gpu: bool
 
 
 @dataclass
@@ -106,7 +106,7 @@ def loop(box: Box) -> Outcome:
 
     story = trained(recipe_for(box)).require_finished()
     finished, environment = story.of(Finished)[0], story.of(Environment)[0]
-    wants = "cuda" if box.has_card else "cpu"
+    wants = "cuda" if box.has_gpu else "cpu"
     base = AutoModelForCausalLM.from_pretrained(box.model, dtype=torch.float32)
     tuned = PeftModel.from_pretrained(base, str(story.run.adapter_dir))
     tokenizer = AutoTokenizer.from_pretrained(story.run.adapter_dir)
@@ -137,8 +137,8 @@ def resume(box: Box) -> Outcome:
     actions.resume(paused.run)
     halves = watched(paused.run).require_finished().losses
     apart = max(abs(a - b) / abs(a) for a, b in zip(whole, halves, strict=True))
-    # Sums on a card come in no fixed order.
-    bound = 2e-2 if box.has_card else 1e-6
+    # Sums on a GPU come in no fixed order.
+    bound = 2e-2 if box.has_gpu else 1e-6
     return Outcome(
         len(whole) == len(halves) and apart <= bound,
         f"{len(halves)} losses, at most {apart:.1e} apart from those of a run never paused",
@@ -150,7 +150,7 @@ def where(box: Box) -> Device:
     """The box, as the estimate knows it; without what earlier runs on it taught."""
     import torch
 
-    if not box.has_card:
+    if not box.has_gpu:
         return Device(kind="cpu")
     return Device(kind="cuda", capability=torch.cuda.get_device_capability(0))
 
@@ -182,8 +182,8 @@ def grid(box: Box) -> Outcome:
             continue
         measured = story.of(MemoryMeasured)[-1]
         estimated = estimate(recipe, architecture, device=where(box))
-        foretold = estimated.allocated_bytes if box.has_card else measured.estimated_bytes
-        counted = measured.allocated_bytes if box.has_card else measured.measured_bytes
+        foretold = estimated.allocated_bytes if box.has_gpu else measured.estimated_bytes
+        counted = measured.allocated_bytes if box.has_gpu else measured.measured_bytes
         rows.append(
             {"micro_batch": micro_batch, "length": length, "checkpointing": checkpointing}
             | {"estimated_bytes": foretold, "measured_bytes": counted, "error": foretold / counted - 1}
@@ -193,9 +193,9 @@ def grid(box: Box) -> Outcome:
     if not errors:
         raise AssertionError("no run of the grid fitted")
     mean, worst = sum(errors) / len(errors), max(errors)
-    tier, note = ("allocated", "") if box.has_card else ("process", " (on a CPU nothing is asked of it)")
+    tier, note = ("allocated", "") if box.has_gpu else ("process", " (on a CPU nothing is asked of it)")
     return Outcome(
-        not box.has_card or (mean <= 0.02 and worst <= 0.05),
+        not box.has_gpu or (mean <= 0.02 and worst <= 0.05),
         f"{len(errors)} of {len(rows)} fitted; {tier} foretold within {mean:.1%} on average, {worst:.1%} at "
         f"worst{note}",
         {"rows": rows, "mean": mean, "worst": worst},
@@ -207,8 +207,8 @@ def memory(box: Box) -> Outcome:
     from qlora_tui.catalog.local_models import resolve_model
     from qlora_tui.memory import estimate
 
-    if not box.has_card:
-        raise Skip("memory runs out for real on a card only")
+    if not box.has_gpu:
+        raise Skip("memory runs out for real on a GPU only")
     import torch
 
     total = torch.cuda.get_device_properties(0).total_memory
@@ -229,7 +229,7 @@ def memory(box: Box) -> Outcome:
             break
         micro_batch *= 2
         if micro_batch > 4096:
-            raise Skip("no micro-batch is too large for this card")
+            raise Skip("no micro-batch is too large for this GPU")
     more = make_rows(box.scratch / "many.json", 2 * micro_batch, long_words=2048)
     recipe = replace_setting(recipe, "data.sources", (Source(path=str(more)),))
     story = trained(recipe).require_finished()
@@ -243,9 +243,9 @@ def memory(box: Box) -> Outcome:
 
 
 def nvml(box: Box) -> Outcome:
-    """Telemetry of the card while it trains."""
-    if not box.has_card:
-        raise Skip("there is no card")
+    """Telemetry of the GPU while it trains."""
+    if not box.has_gpu:
+        raise Skip("there is no GPU")
     story = trained(recipe_for(box, training__max_steps=40)).require_finished()
     samples = [s for s in TelemetryTail(story.run.path / "telemetry.jsonl").poll() if s.gpu is not None]
     readings = [sample.gpu for sample in samples if sample.gpu is not None]
@@ -263,7 +263,7 @@ def ways(box: Box) -> Outcome:
     """The usual script, TRL's packing and ours."""
     from bench.training import TRL_PYTHON, one_setting, shared_work
 
-    if not box.has_card:
+    if not box.has_gpu:
         raise Skip("bench/training.py measures it on a CPU")
     if not TRL_PYTHON.exists():
         raise Skip("`make bench-deps` makes the environment that TRL runs in")

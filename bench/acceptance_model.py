@@ -40,7 +40,7 @@ def make_model(folder: Path, size: str) -> Path:
         eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
         pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
     )
-    # Where there is a card, made there: eight billion random numbers take a CPU minutes.
+    # Where there is a GPU, made there: eight billion random numbers take a CPU minutes.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)

@@ -152,7 +152,7 @@ def serve(answer: Answer) -> None:
 
 
 def peak_bytes() -> int:
-    """The most memory this process has held: of the card, where there is one."""
+    """The most memory this process has held: of the GPU, where there is one."""
     import torch
 
     if torch.cuda.is_available():

@@ -9,7 +9,7 @@ attention, extra, gpu, measured_gb, unit, measure``; ``measure`` says which tier
 its own words by :mod:`bench.published_rows`; a row whose code is not modeled is listed with the reason, never
 with a figure.
 
-A row that ran out of memory has no figure: there the process tier is compared with the card, and so it is for
+A row that ran out of memory has no figure: there the process tier is compared with the GPU, and so it is for
 the rows that ran. Where ``extra`` gives what the allocator reserved or the process held beside what was
 allocated (``peak_reserved_MiB``, ``process_MiB``, ``nvidia_smi_MiB``), those tiers are scored too.
 
@@ -74,8 +74,8 @@ class Score:
         return _percent(predicted, self.measured_bytes)
 
     @property
-    def exceeds_card(self) -> bool | None:
-        """Whether the estimate says that the run goes out of memory; None without the card's size."""
+    def exceeds_gpu_memory(self) -> bool | None:
+        """Whether the estimate says that the run goes out of memory; None without the GPU's size."""
         return None if self.capacity_bytes is None else self.process_bytes > self.capacity_bytes
 
 
@@ -172,7 +172,7 @@ def run(tables: Path | Sequence[Path], configs: Path, fitcheck: Path) -> dict[st
         "by_tier": _by_tier(scores),
         "out_of_memory": [_out_of_memory(scored) for scored in scores if scored.measured_bytes is None],
         "ran_but_said_not_to_fit": [
-            scored.id for scored in scores if scored.measured_bytes is not None and scored.exceeds_card
+            scored.id for scored in scores if scored.measured_bytes is not None and scored.exceeds_gpu_memory
         ],
         "unplaced": unplaced,
     }
@@ -192,7 +192,7 @@ def _group(scores: list[Score], group: str) -> dict[str, Any]:
         **summary(rows, "ours"),
         "by_path": _by_path(rows),
         "out_of_memory": len(failed),
-        "out_of_memory_predicted": sum(bool(scored.exceeds_card) for scored in failed),
+        "out_of_memory_predicted": sum(bool(scored.exceeds_gpu_memory) for scored in failed),
     }
 
 
@@ -221,7 +221,7 @@ def _out_of_memory(scored: Score) -> dict[str, Any]:
         "model": scored.model,
         "ours_bytes": scored.ours_bytes,
         "process_bytes": scored.process_bytes,
-        "said_it_would_not_fit": scored.exceeds_card,
+        "said_it_would_not_fit": scored.exceeds_gpu_memory,
         "verdict": scored.verdict,
     }
 

@@ -39,8 +39,8 @@ for question in json.load(sys.stdin):
         with mock.patch.object(config_parser, "hf_hub_download", lambda **_: question["config"]), \\
              mock.patch.object(config_parser, "_reported_param_count", lambda *a, **k: None):
             model = config_parser.fetch_model_config(question["model"])
-        card = get_gpu(question["card"]) if question["card"] else get_gpu(vram_mib=200_000)
-        report = estimate(model, TrainingConfig(**question["training"]), card)
+        gpu = get_gpu(question["gpu"]) if question["gpu"] else get_gpu(vram_mib=200_000)
+        report = estimate(model, TrainingConfig(**question["training"]), gpu)
         answers.append([int((report.total_mib - report.overhead_mib) * 2**20), int(report.total_mib * 2**20)])
     except Exception as error:
         print(question["model"], repr(error), file=sys.stderr)
@@ -50,13 +50,13 @@ print(json.dumps(answers))
 
 
 def question(row: Row, config: Path) -> dict[str, Any]:
-    """A row in its words. The card is named where it has a profile of it: the overhead depends on that."""
+    """A row in its words. The GPU is named where it has a profile of it: the overhead depends on that."""
     recipe, path = read_path(row)
     method = recipe.quantization.method
     return {
         "config": str(config),
         "model": row["model_id"],
-        "card": "t4" if "T4" in row["gpu"] else None,
+        "gpu": "t4" if "T4" in row["gpu"] else None,
         "training": {
             "precision": "fp16" if path.float16 else "bf16",
             "quantization": method,

@@ -1,10 +1,10 @@
-"""Everything that only a card can prove, in one go: for a checkout on a box with CUDA, without a hub.
+"""Everything that only a GPU can prove, in one go: for a checkout on a box with CUDA, without a hub.
 
     python -m bench.gpu_acceptance [--size 0.5b|1.5b|8b] [--out FILE.json]
     python -m bench.gpu_acceptance --size tiny --only loop resume grid     (a dry run, on a CPU)
 
 A Llama of that size with random weights is made on the spot. Each check prints one line and leaves its
-figures in the JSON file, beside card, driver and versions: the loop from recipe to an adapter that plain peft
+figures in the JSON file, beside GPU, driver and versions: the loop from recipe to an adapter that plain peft
 loads; exact resuming; the estimate against what torch counted, over a grid; a real lack of memory and the
 retry; NVML while it trains; the usual script and TRL beside ours (with ``make bench-deps``). Exit code 1
 where one fails.
@@ -76,12 +76,12 @@ def make_box(scratch: Path, size: str) -> Box:
         long_rows=make_rows(scratch / "long.json", 16, long_words=longest),
         scratch=scratch,
         size=size,
-        has_card=torch.cuda.is_available(),
+        has_gpu=torch.cuda.is_available(),
     )
 
 
 def described(box: Box) -> dict[str, Any]:
-    """Card, driver and versions."""
+    """GPU, driver and versions."""
     import platform
     from importlib.metadata import version
 
@@ -90,9 +90,9 @@ def described(box: Box) -> dict[str, Any]:
     packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
     facts: dict[str, Any] = {"python": platform.python_version()}
     facts |= {package: version(package) for package in packages}
-    if box.has_card:
-        card = torch.cuda.get_device_properties(0)
-        facts |= {"card": card.name, "card_bytes": card.total_memory, "cuda": torch.version.cuda}
+    if box.has_gpu:
+        gpu = torch.cuda.get_device_properties(0)
+        facts |= {"gpu": gpu.name, "gpu_bytes": gpu.total_memory, "cuda": torch.version.cuda}
         with suppress(GpuUnavailableError), open_driver() as driver:
             facts["driver"] = driver.list_gpus()[0].driver
     return facts

@@ -1,4 +1,4 @@
-"""Programs of the same kind, to be measured as ours is: ``btop``, and ``nvitop`` with a card real or played.
+"""Programs of the same kind, to be measured as ours is: ``btop``, and ``nvitop`` with a GPU real or played.
 
 Each looks once a second, as ours does, and has a help that a key opens.
 """
@@ -37,14 +37,14 @@ def installed() -> list[Neighbour]:
         programs.append(Neighbour("btop", command, Help("h", "Mouse 1", "\x1b")))
     if shutil.which("nvitop"):
         command = ("nvitop", "--interval", "1")
-        programs.append(Neighbour("nvitop", command, Help("h", "show this help screen", "\x1b"), _card()))
+        programs.append(Neighbour("nvitop", command, Help("h", "show this help screen", "\x1b"), _gpu_env()))
     return programs
 
 
-def _card() -> dict[str, str]:
-    """``nvitop`` needs a card, played where there is none."""
+def _gpu_env() -> dict[str, str]:
+    """``nvitop`` needs a GPU, played where there is none."""
     if Path("/dev/nvidiactl").exists():
         return {}
     from bench.support.nvml_stub import stub_env
 
-    return stub_env("card")
+    return stub_env("one_gpu")

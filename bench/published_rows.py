@@ -36,7 +36,7 @@ _NOT_MODELED = {
     r"unsloth": "Unsloth's own layers are not walked",
     r"torch[._]compile": "a compiled step keeps and makes other tensors",
     r"fsdp|deepspeed|zero-|\bddp\b|tensor parallel|pipeline parallel|\b[2-9]\d* ?gpus?\b|num_gpus=[2-9]": (
-        "a model spread over several cards is not walked"
+        "a model spread over several GPUs is not walked"
     ),
     r"offload": "what is moved to the host is not known",
     r"axolotl|llama[-_ ]?factory|torchtune|litgpt|ms-swift|megatron|nemo\b|colossal|xtuner|mlx": (
@@ -195,7 +195,7 @@ def _check_modeled(row: Row) -> None:
         if re.search(pattern, words):
             raise Unplaced(reason)
     if re.search(r"^\s*([2-9]|\d\d+)\s*[x×*]|(?<![a-z])[x×*]\s*([2-9]|\d\d+)\s*$", row["gpu"].lower()):
-        raise Unplaced("a model spread over several cards is not walked")
+        raise Unplaced("a model spread over several GPUs is not walked")
 
 
 _HALF_ADAPTER = ("lora in bf16", "lora bf16", "lora fp16", "lora in fp16", "autocast_adapter_dtype=false")

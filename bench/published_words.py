@@ -22,7 +22,7 @@ class Unplaced(Exception):
 
 
 _NO_FLASH = ("T4", "V100", "P100", "RTX 20", "GTX", "TITAN")
-"""Cards before Ampere, where SDPA has no flash kernel."""
+"""GPUs before Ampere, where SDPA has no flash kernel."""
 
 _TRL_NON_REENTRANT: Version = (0, 27)
 _TRL_CHUNKED: Version = (1, 7)
@@ -172,7 +172,7 @@ def read_capability(row: Row) -> tuple[int, int]:
 
 
 def has_no_flash(row: Row) -> bool:
-    """Whether the row's card is older than Ampere."""
+    """Whether the row's GPU is older than Ampere."""
     return any(name in row["gpu"] for name in _NO_FLASH)
 
 

@@ -1,4 +1,4 @@
-"""What every test gets: its own XDG directories, no hub, no card but the one it asks for."""
+"""What every test gets: its own XDG directories, no hub, no GPU but the one it asks for."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def signal_handlers() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def private_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Config, state, cache and the Hugging Face cache in a fresh folder; hub offline; no card.
+    """Config, state, cache and the Hugging Face cache in a fresh folder; hub offline; no GPU.
 
-    A driver library, once loaded, stays in the process: without the last, a test that played a card would
+    A driver library, once loaded, stays in the process: without the last, a test that played a GPU would
     leave it to those after it, and a machine with a real one would show it to all.
     """
     home = tmp_path_factory.mktemp("home")

@@ -146,7 +146,7 @@ def start_counting() -> None:
 
 
 def tell_peak() -> None:
-    """The most that was allocated on a card."""
+    """The most that was allocated on a GPU."""
     if torch.cuda.is_available():
         tell("peak", allocated=torch.cuda.max_memory_allocated())
 

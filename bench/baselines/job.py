@@ -72,8 +72,8 @@ def steps_of(work: Work) -> list[list[dict[str, list[int]]]]:
 def tell(event: str, **values: Any) -> None:
     """One line to whoever measures.
 
-    ``loaded`` (``pid`` of the process that trains, ``allocated`` bytes on the card), ``step`` (``tokens`` and
+    ``loaded`` (``pid`` of the process that trains, ``allocated`` bytes on the GPU), ``step`` (``tokens`` and
     ``trained`` tokens so far, ``loss`` and, where known, ``grad_norm`` before clipping), ``peak`` (most bytes
-    ``allocated`` on the card), ``data`` (``hash`` of every token and label read).
+    ``allocated`` on the GPU), ``data`` (``hash`` of every token and label read).
     """
     print(json.dumps({"event": event} | {"at": time.time()} | values), flush=True)

@@ -39,7 +39,7 @@ class Measured:
     growth_bytes: int = 0
     """Most memory held in training above what the loaded model held."""
     peak_bytes: int = 0
-    """On a card: the most allocated, the model included."""
+    """On a GPU: the most allocated, the model included."""
     estimated_bytes: int = 0
     """Where the way itself estimates its memory."""
     process_bytes: int = 0

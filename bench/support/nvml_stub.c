@@ -1,17 +1,17 @@
-/* A driver library that plays any card: the part of NVML's ABI that qlora_tui/gpu asks for.
+/* A driver library that plays any GPU: the part of NVML's ABI that qlora_tui/gpu asks for.
  *
  * stub.py builds it as libnvidia-ml.so.1. What it plays is chosen by the environment at each nvmlInit:
  *
- *   NVML_STUB_SCENARIO    one of the names in `scenarios` below; "card" when unset
- *   NVML_STUB_LOST_AFTER  for lost_later and recovers: device questions answered before the card is lost
+ *   NVML_STUB_SCENARIO    one of the names in `scenarios` below; "one_gpu" when unset
+ *   NVML_STUB_LOST_AFTER  for lost_later and recovers: device questions answered before the GPU is lost
  *
  * Nothing is random and nothing depends on time. Each call of nvmlDeviceGetUtilizationRates is one tick of
- * that card, and every other value follows from the number of ticks; so the n-th reading is always the same.
+ * that GPU, and every other value follows from the number of ticks; so the n-th reading is always the same.
  */
 #include <stdlib.h>
 #include <string.h>
 
-typedef struct Card *nvmlDevice_t;
+typedef struct Gpu *nvmlDevice_t;
 typedef struct { unsigned gpu, memory; } nvmlUtilization_t;
 typedef struct { unsigned long long total, free, used; } nvmlMemory_t;
 typedef struct { unsigned version; unsigned long long total, reserved, free, used; } nvmlMemory_v2_t;
@@ -36,7 +36,7 @@ enum {
 #define MEMORY_V2 0x02000028u
 #define NOT_AVAILABLE (~0ull)
 
-struct Card {
+struct Gpu {
     const char *name, *uuid;
     unsigned long long total, reserved, base_used;
     int major, minor;
@@ -48,12 +48,12 @@ struct Card {
 #define RTX_4090(number) \
     { "NVIDIA GeForce RTX 4090", "GPU-4090" number "-1111-2222-3333-444455556666", 24564 * MIB, 430 * MIB, \
       8 * GIB, 8, 9, 450000, 0, 0, 0 }
-static struct Card cards[] = {
+static struct Gpu gpus[] = {
     RTX_4090("0001"),
     { "NVIDIA GeForce RTX 3060", "GPU-30600001-1111-2222-3333-444455556666", 12288 * MIB, 240 * MIB,
       1 * GIB, 8, 6, 170000, 1, 0, 0 },
 };
-static struct Card small_card[] = {
+static struct Gpu small_gpu[] = {
     { "NVIDIA GeForce RTX 2060", "GPU-20600001-1111-2222-3333-444455556666", 6144 * MIB, 200 * MIB,
       512 * MIB, 7, 5, 160000, 0, 0, 0 },
 };
@@ -62,22 +62,22 @@ enum Play { PLAIN, IDLE, HOT, UNSUPPORTED, OLD_DRIVER, LOST, LOST_LATER, RECOVER
 static const struct Scenario {
     const char *name;
     int init_result;
-    struct Card *cards;
+    struct Gpu *gpus;
     unsigned count;
     enum Play play;
 } scenarios[] = {
-    { "card", SUCCESS, cards, 1, PLAIN },              /* RTX 4090, training */
-    { "two_cards", SUCCESS, cards, 2, PLAIN },         /* beside it an RTX 3060 that says little */
-    { "small_card", SUCCESS, small_card, 1, PLAIN },   /* RTX 2060, 6 GiB, no bf16 */
-    { "idle", SUCCESS, cards, 1, IDLE },               /* RTX 4090, nothing runs on it */
-    { "hot", SUCCESS, cards, 1, HOT },                 /* RTX 4090, held back by heat and power */
-    { "unsupported", SUCCESS, cards, 1, UNSUPPORTED }, /* every question: NotSupported */
-    { "old_driver", SUCCESS, cards, 1, OLD_DRIVER },   /* lacks what came after driver 470 */
-    { "lost", SUCCESS, cards, 1, LOST },               /* lost from the start */
-    { "lost_later", SUCCESS, cards, 1, LOST_LATER },   /* lost in mid-run, for good */
-    { "recovers", SUCCESS, cards, 1, RECOVERS },       /* lost in mid-run, back when the driver is reopened */
-    { "broken", SUCCESS, cards, 1, BROKEN },           /* Unknown Error for the card */
-    { "no_device", SUCCESS, cards, 0, PLAIN },
+    { "one_gpu", SUCCESS, gpus, 1, PLAIN },              /* RTX 4090, training */
+    { "two_gpus", SUCCESS, gpus, 2, PLAIN },         /* beside it an RTX 3060 that says little */
+    { "small_gpu", SUCCESS, small_gpu, 1, PLAIN },   /* RTX 2060, 6 GiB, no bf16 */
+    { "idle", SUCCESS, gpus, 1, IDLE },               /* RTX 4090, nothing runs on it */
+    { "hot", SUCCESS, gpus, 1, HOT },                 /* RTX 4090, held back by heat and power */
+    { "unsupported", SUCCESS, gpus, 1, UNSUPPORTED }, /* every question: NotSupported */
+    { "old_driver", SUCCESS, gpus, 1, OLD_DRIVER },   /* lacks what came after driver 470 */
+    { "lost", SUCCESS, gpus, 1, LOST },               /* lost from the start */
+    { "lost_later", SUCCESS, gpus, 1, LOST_LATER },   /* lost in mid-run, for good */
+    { "recovers", SUCCESS, gpus, 1, RECOVERS },       /* lost in mid-run, back when the driver is reopened */
+    { "broken", SUCCESS, gpus, 1, BROKEN },           /* Unknown Error for the GPU */
+    { "no_device", SUCCESS, gpus, 0, PLAIN },
     { "no_driver", LIBRARY_NOT_FOUND, NULL, 0, PLAIN },
     { "not_loaded", DRIVER_NOT_LOADED, NULL, 0, PLAIN },
     { "no_permission", NO_PERMISSION, NULL, 0, PLAIN },
@@ -93,9 +93,9 @@ void nvmlStubReset(void)
     playing = NULL;
     users = questions = 0;
     was_lost = healed = 0;
-    for (unsigned i = 0; i < sizeof cards / sizeof *cards; i++)
-        cards[i].ticks = cards[i].process_calls = 0;
-    small_card->ticks = small_card->process_calls = 0;
+    for (unsigned i = 0; i < sizeof gpus / sizeof *gpus; i++)
+        gpus[i].ticks = gpus[i].process_calls = 0;
+    small_gpu->ticks = small_gpu->process_calls = 0;
 }
 
 int nvmlInitWithFlags(unsigned flags)
@@ -128,12 +128,12 @@ int nvmlShutdown(void)
 
 const char *nvmlErrorString(int result) { return result == UNKNOWN ? "Unknown Error" : "Stub Error"; }
 
-/* What every question about a card meets first. */
-static int meet(struct Card *card)
+/* What every question about a GPU meets first. */
+static int meet(struct Gpu *gpu)
 {
     if (!users)
         return UNINITIALIZED;
-    if (!card)
+    if (!gpu)
         return INVALID_ARGUMENT;
     questions++;
     switch (playing->play) {
@@ -147,8 +147,8 @@ static int meet(struct Card *card)
     default: return SUCCESS;
     }
 }
-#define MEET(card) do { int met = meet(card); if (met != SUCCESS) return met; } while (0)
-#define MEET_TALKATIVE(card) do { MEET(card); if ((card)->says_little) return NOT_SUPPORTED; } while (0)
+#define MEET(gpu) do { int met = meet(gpu); if (met != SUCCESS) return met; } while (0)
+#define MEET_TALKATIVE(gpu) do { MEET(gpu); if ((gpu)->says_little) return NOT_SUPPORTED; } while (0)
 #define SINCE_NEWER_DRIVER do { if (playing->play == OLD_DRIVER) return FUNCTION_NOT_FOUND; } while (0)
 
 static int write_text(char *out, unsigned size, const char *text)
@@ -176,7 +176,7 @@ int nvmlDeviceGetCount_v2(unsigned *count)
     return SUCCESS;
 }
 
-int nvmlDeviceGetHandleByIndex_v2(unsigned index, nvmlDevice_t *card)
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, nvmlDevice_t *gpu)
 {
     if (!users)
         return UNINITIALIZED;
@@ -186,95 +186,95 @@ int nvmlDeviceGetHandleByIndex_v2(unsigned index, nvmlDevice_t *card)
         return GPU_IS_LOST;
     if (playing->play == BROKEN)
         return UNKNOWN;
-    *card = &playing->cards[index];
+    *gpu = &playing->gpus[index];
     return SUCCESS;
 }
 
-int nvmlDeviceGetName(nvmlDevice_t card, char *name, unsigned size)
+int nvmlDeviceGetName(nvmlDevice_t gpu, char *name, unsigned size)
 {
-    MEET(card);
-    return write_text(name, size, card->name);
+    MEET(gpu);
+    return write_text(name, size, gpu->name);
 }
 
-int nvmlDeviceGetUUID(nvmlDevice_t card, char *uuid, unsigned size)
+int nvmlDeviceGetUUID(nvmlDevice_t gpu, char *uuid, unsigned size)
 {
-    MEET(card);
-    return write_text(uuid, size, card->uuid);
+    MEET(gpu);
+    return write_text(uuid, size, gpu->uuid);
 }
 
-int nvmlDeviceGetCudaComputeCapability(nvmlDevice_t card, int *major, int *minor)
+int nvmlDeviceGetCudaComputeCapability(nvmlDevice_t gpu, int *major, int *minor)
 {
-    MEET(card);
-    *major = card->major;
-    *minor = card->minor;
+    MEET(gpu);
+    *major = gpu->major;
+    *minor = gpu->minor;
     return SUCCESS;
 }
 
-static unsigned long long used_by_processes(const struct Card *card)
+static unsigned long long used_by_processes(const struct Gpu *gpu)
 {
-    return playing->play == IDLE ? 0 : card->base_used + card->ticks % 32 * 64 * MIB;
+    return playing->play == IDLE ? 0 : gpu->base_used + gpu->ticks % 32 * 64 * MIB;
 }
 
-int nvmlDeviceGetMemoryInfo(nvmlDevice_t card, nvmlMemory_t *memory)
+int nvmlDeviceGetMemoryInfo(nvmlDevice_t gpu, nvmlMemory_t *memory)
 {
-    MEET(card);
-    memory->total = card->total;
-    memory->used = card->reserved + used_by_processes(card);
+    MEET(gpu);
+    memory->total = gpu->total;
+    memory->used = gpu->reserved + used_by_processes(gpu);
     memory->free = memory->total - memory->used;
     return SUCCESS;
 }
 
-int nvmlDeviceGetMemoryInfo_v2(nvmlDevice_t card, nvmlMemory_v2_t *memory)
+int nvmlDeviceGetMemoryInfo_v2(nvmlDevice_t gpu, nvmlMemory_v2_t *memory)
 {
-    MEET(card);
+    MEET(gpu);
     SINCE_NEWER_DRIVER;
     if (memory->version != MEMORY_V2)
         return INVALID_ARGUMENT;
-    memory->total = card->total;
-    memory->reserved = card->reserved;
-    memory->used = used_by_processes(card);
+    memory->total = gpu->total;
+    memory->reserved = gpu->reserved;
+    memory->used = used_by_processes(gpu);
     memory->free = memory->total - memory->reserved - memory->used;
     return SUCCESS;
 }
 
-int nvmlDeviceGetUtilizationRates(nvmlDevice_t card, nvmlUtilization_t *rates)
+int nvmlDeviceGetUtilizationRates(nvmlDevice_t gpu, nvmlUtilization_t *rates)
 {
-    MEET(card);
-    card->ticks++;
-    rates->gpu = playing->play == IDLE ? 0 : 90 + card->ticks % 10;
+    MEET(gpu);
+    gpu->ticks++;
+    rates->gpu = playing->play == IDLE ? 0 : 90 + gpu->ticks % 10;
     rates->memory = rates->gpu / 2;
     return SUCCESS;
 }
 
-int nvmlDeviceGetPowerUsage(nvmlDevice_t card, unsigned *milliwatts)
+int nvmlDeviceGetPowerUsage(nvmlDevice_t gpu, unsigned *milliwatts)
 {
-    MEET(card);
-    *milliwatts = playing->play == IDLE ? 21500 : card->power_limit_mw * 7 / 10 + card->ticks % 20 * 1000;
+    MEET(gpu);
+    *milliwatts = playing->play == IDLE ? 21500 : gpu->power_limit_mw * 7 / 10 + gpu->ticks % 20 * 1000;
     return SUCCESS;
 }
 
-int nvmlDeviceGetEnforcedPowerLimit(nvmlDevice_t card, unsigned *milliwatts)
+int nvmlDeviceGetEnforcedPowerLimit(nvmlDevice_t gpu, unsigned *milliwatts)
 {
-    MEET_TALKATIVE(card);
-    *milliwatts = card->power_limit_mw;
+    MEET_TALKATIVE(gpu);
+    *milliwatts = gpu->power_limit_mw;
     return SUCCESS;
 }
 
-int nvmlDeviceGetTemperature(nvmlDevice_t card, unsigned sensor, unsigned *celsius)
+int nvmlDeviceGetTemperature(nvmlDevice_t gpu, unsigned sensor, unsigned *celsius)
 {
-    MEET(card);
+    MEET(gpu);
     if (sensor != 0)
         return INVALID_ARGUMENT;
-    *celsius = playing->play == IDLE ? 34 : playing->play == HOT ? 88 : 60 + card->ticks % 8;
+    *celsius = playing->play == IDLE ? 34 : playing->play == HOT ? 88 : 60 + gpu->ticks % 8;
     return SUCCESS;
 }
 
-int nvmlDeviceGetClockInfo(nvmlDevice_t card, unsigned type, unsigned *mhz)
+int nvmlDeviceGetClockInfo(nvmlDevice_t gpu, unsigned type, unsigned *mhz)
 {
-    MEET(card);
+    MEET(gpu);
     enum { SM = 1, MEM = 2 };
     if (type == SM)
-        *mhz = playing->play == IDLE ? 210 : playing->play == HOT ? 1200 : 2520 + card->ticks % 4 * 15;
+        *mhz = playing->play == IDLE ? 210 : playing->play == HOT ? 1200 : 2520 + gpu->ticks % 4 * 15;
     else if (type == MEM)
         *mhz = playing->play == IDLE ? 405 : 10501;
     else
@@ -282,10 +282,10 @@ int nvmlDeviceGetClockInfo(nvmlDevice_t card, unsigned type, unsigned *mhz)
     return SUCCESS;
 }
 
-int nvmlDeviceGetFanSpeed(nvmlDevice_t card, unsigned *percent)
+int nvmlDeviceGetFanSpeed(nvmlDevice_t gpu, unsigned *percent)
 {
-    MEET_TALKATIVE(card);
-    *percent = playing->play == IDLE ? 0 : 40 + card->ticks % 10;
+    MEET_TALKATIVE(gpu);
+    *percent = playing->play == IDLE ? 0 : 40 + gpu->ticks % 10;
     return SUCCESS;
 }
 
@@ -295,16 +295,16 @@ static unsigned long long throttle_reasons(void)
     return playing->play == IDLE ? 0x1 : playing->play == HOT ? 0x4 | 0x8 | 0x20 | 0x40 : 0;
 }
 
-int nvmlDeviceGetCurrentClocksThrottleReasons(nvmlDevice_t card, unsigned long long *reasons)
+int nvmlDeviceGetCurrentClocksThrottleReasons(nvmlDevice_t gpu, unsigned long long *reasons)
 {
-    MEET_TALKATIVE(card);
+    MEET_TALKATIVE(gpu);
     *reasons = throttle_reasons();
     return SUCCESS;
 }
 
-int nvmlDeviceGetCurrentClocksEventReasons(nvmlDevice_t card, unsigned long long *reasons)
+int nvmlDeviceGetCurrentClocksEventReasons(nvmlDevice_t gpu, unsigned long long *reasons)
 {
-    MEET_TALKATIVE(card);
+    MEET_TALKATIVE(gpu);
     SINCE_NEWER_DRIVER;
     *reasons = throttle_reasons();
     return SUCCESS;
@@ -324,23 +324,23 @@ static int write_processes(const nvmlProcessInfo_t *held, unsigned held_count, u
 }
 
 /* A trainer whose memory grows by 1 MiB each time it is asked for, and one whose memory is not told. */
-int nvmlDeviceGetComputeRunningProcesses_v3(nvmlDevice_t card, unsigned *count, nvmlProcessInfo_t *out)
+int nvmlDeviceGetComputeRunningProcesses_v3(nvmlDevice_t gpu, unsigned *count, nvmlProcessInfo_t *out)
 {
-    MEET(card);
+    MEET(gpu);
     SINCE_NEWER_DRIVER;
     if (out)
-        card->process_calls++;
+        gpu->process_calls++;
     nvmlProcessInfo_t held[] = {
         { 5151, NOT_AVAILABLE, ~0u, ~0u },
-        { 4242, 7 * GIB + card->process_calls * MIB, ~0u, ~0u },
+        { 4242, 7 * GIB + gpu->process_calls * MIB, ~0u, ~0u },
     };
     return write_processes(held, playing->play == IDLE ? 0 : 2, count, out);
 }
 
 /* A desktop, and the second process above, which also draws. */
-int nvmlDeviceGetGraphicsRunningProcesses_v3(nvmlDevice_t card, unsigned *count, nvmlProcessInfo_t *out)
+int nvmlDeviceGetGraphicsRunningProcesses_v3(nvmlDevice_t gpu, unsigned *count, nvmlProcessInfo_t *out)
 {
-    MEET(card);
+    MEET(gpu);
     SINCE_NEWER_DRIVER;
     nvmlProcessInfo_t held[] = { { 1001, 350 * MIB, ~0u, ~0u }, { 5151, 90 * MIB, ~0u, ~0u } };
     return write_processes(held, playing->play == IDLE ? 0 : 2, count, out);

@@ -27,20 +27,20 @@ class MemoryBudget:
     """Whether the user gave the size, instead of this machine's."""
 
 
-def budget_for(card: GpuDevice | None, assumed_bytes: int | None = None) -> MemoryBudget:
+def budget_for(gpu: GpuDevice | None, assumed_bytes: int | None = None) -> MemoryBudget:
     """Return the budget of this GPU, of an assumed size, or of the machine's memory without either."""
     if assumed_bytes is not None:
         # Not this machine's GPU: corrections measured here do not apply.
         liger = liger_is_installed()
-        device = Device(liger=liger) if card is None else Device(capability=_capability(card), liger=liger)
+        device = Device(liger=liger) if gpu is None else Device(capability=_capability(gpu), liger=liger)
         return MemoryBudget(
             device, assumed_bytes, f"a GPU with {assumed_bytes / 2**30:.1f} GiB", is_assumed=True
         )
-    if card is not None and card.usable_bytes is not None:
+    if gpu is not None and gpu.usable_bytes is not None:
         device = Device(
-            capability=_capability(card), liger=liger_is_installed(), correction=correction_for(card.name)
+            capability=_capability(gpu), liger=liger_is_installed(), correction=correction_for(gpu.name)
         )
-        return MemoryBudget(device, card.usable_bytes, card.short_name)
+        return MemoryBudget(device, gpu.usable_bytes, gpu.short_name)
     cpu = this_processor()
     return MemoryBudget(
         Device(
@@ -57,14 +57,14 @@ def budget_for(card: GpuDevice | None, assumed_bytes: int | None = None) -> Memo
 def local_budget(assumed_bytes: int | None = None) -> MemoryBudget:
     """Return the budget of this machine, whose driver is queried, or of an assumed size."""
     try:
-        card = default_cuda_device()
+        gpu = default_cuda_device()
     except GpuUnavailableError:
-        card = None
-    return budget_for(card, assumed_bytes)
+        gpu = None
+    return budget_for(gpu, assumed_bytes)
 
 
-def _capability(card: GpuDevice) -> tuple[int, int]:
-    if card.compute_capability is None:
+def _capability(gpu: GpuDevice) -> tuple[int, int]:
+    if gpu.compute_capability is None:
         return Device().capability
-    major, _, minor = card.compute_capability.partition(".")
+    major, _, minor = gpu.compute_capability.partition(".")
     return int(major), int(minor or 0)

@@ -172,8 +172,8 @@ def _compute_bytes(recipe: Recipe, device: Device) -> int:
 
 def _is_float16(recipe: Recipe, device: Device) -> bool:
     compute_dtype = recipe.quantization.compute_dtype
-    old_card = device.kind == "cuda" and device.capability < BFLOAT16_CAPABILITY
-    return compute_dtype == "float16" or (compute_dtype == "auto" and old_card)
+    old_gpu = device.kind == "cuda" and device.capability < BFLOAT16_CAPABILITY
+    return compute_dtype == "float16" or (compute_dtype == "auto" and old_gpu)
 
 
 def _attention(recipe: Recipe, device: Device, compute: int) -> Kernel:

@@ -42,18 +42,18 @@ def _machine(sample: Sample) -> str:
     return f"GPU {', '.join(_gpu(sample.gpu)) or 'tells nothing'}."
 
 
-def _gpu(card: GpuMetrics) -> list[str]:
+def _gpu(gpu: GpuMetrics) -> list[str]:
     """Parts of the GPU sentence; metrics that the GPU does not report are left out."""
     parts = []
-    if card.utilization_percent is not None:
-        parts.append(f"{card.utilization_percent}% busy")
-    if card.memory_used_bytes is not None:
-        parts.append(f"{format_gib(card.memory_used_bytes)} of {format_gib(card.memory_total_bytes)} GiB")
-    if card.power_w is not None:
-        limit = "" if card.power_limit_w is None else f" of {card.power_limit_w:.0f}"
-        parts.append(f"{card.power_w:.0f}{limit} W")
-    if card.temperature_c is not None:
-        parts.append(f"{card.temperature_c} °C")
-    if card.throttle:
-        parts.append(f"slowed by {', '.join(card.throttle)}")
+    if gpu.utilization_percent is not None:
+        parts.append(f"{gpu.utilization_percent}% busy")
+    if gpu.memory_used_bytes is not None:
+        parts.append(f"{format_gib(gpu.memory_used_bytes)} of {format_gib(gpu.memory_total_bytes)} GiB")
+    if gpu.power_w is not None:
+        limit = "" if gpu.power_limit_w is None else f" of {gpu.power_limit_w:.0f}"
+        parts.append(f"{gpu.power_w:.0f}{limit} W")
+    if gpu.temperature_c is not None:
+        parts.append(f"{gpu.temperature_c} °C")
+    if gpu.throttle:
+        parts.append(f"slowed by {', '.join(gpu.throttle)}")
     return parts

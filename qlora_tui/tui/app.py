@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 SYSTEM_POLL_INTERVAL_S = 1.0
 _VISIBLE_TEXT = VisibleTextFilter()
-_WITHOUT_COLOURS = (_VISIBLE_TEXT, MonochromeFilter())
+_MONOCHROME_FILTERS = (_VISIBLE_TEXT, MonochromeFilter())
 _RESIZES_AT_START = 2
 """Sent by the app itself and by its driver at startup, before anything can have happened to the terminal."""
 
@@ -159,7 +159,7 @@ class QloraApp(HookedApp):
 
     def get_line_filters(self) -> Sequence[LineFilter]:
         """The filters that each line passes before it is painted."""
-        return _WITHOUT_COLOURS if self.no_color else (_VISIBLE_TEXT, *super().get_line_filters())
+        return _MONOCHROME_FILTERS if self.no_color else (_VISIBLE_TEXT, *super().get_line_filters())
 
     def edit(self, path: str, value: Any) -> bool:
         """Change a setting of the recipe; a value that is not allowed is explained. True when it changed."""
@@ -304,10 +304,10 @@ class QloraApp(HookedApp):
             notify_run_ended(self, news)
         if themes.user_theme_mtimes() != self._themes_written:
             self._reload_themes()
-        card_changed = system_status.gpu != self.system_status.gpu
+        gpu_changed = system_status.gpu != self.system_status.gpu
         self.system_status = system_status
         self.system_status_changed.publish(system_status)
-        if card_changed:
+        if gpu_changed:
             self.recipe_changed.publish(self.workbench.recipe)
 
     def _poll_in_thread(self) -> SystemStatus:

@@ -21,7 +21,7 @@ _INK, _PAGE = "#ffffff", "#000000"
 _HALF = 0.5
 
 TWO_COLORS = Theme(
-    name="two-colours",
+    name="two-colors",
     dark=True,
     primary=_INK,
     secondary=_INK,
@@ -89,7 +89,7 @@ def _in_ink(style: Style) -> Style:
     return style.without_color + Style(dim=faint, reverse=reverse, meta=style.meta or None)
 
 
-def _is_ink(colour: RichColor | None, *, otherwise: bool) -> bool:
-    if colour is None or colour.is_default:
+def _is_ink(color: RichColor | None, *, otherwise: bool) -> bool:
+    if color is None or color.is_default:
         return otherwise
-    return Color.from_rich_color(colour).brightness > _HALF
+    return Color.from_rich_color(color).brightness > _HALF

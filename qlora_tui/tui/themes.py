@@ -25,7 +25,7 @@ MUTED_SHARE = 0.7
 SELECTION_SHARE = 0.35
 """Mix of a field's selection between the background color (0) and the primary color (1)."""
 ThemeColor = Annotated[str, Meta(pattern=r"^(#[0-9a-fA-F]{6}|ansi_[a-z_]+)$")]
-_NO_COLOUR = re.compile(r"Expected `str` matching regex '\^\(#.*' - at `\$\.(\w+)`")
+_NOT_A_COLOR = re.compile(r"Expected `str` matching regex '\^\(#.*' - at `\$\.(\w+)`")
 """msgspec's message for a value that is not a color."""
 
 
@@ -49,13 +49,13 @@ class ThemeFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def theme(self) -> Theme:
         """Convert to a Textual theme, with the variables that its widgets need."""
-        needed = _sixteen_colours(self.dark) if self.ansi else _blended(self)
+        needed = _sixteen_colors(self.dark) if self.ansi else _blended(self)
         return Theme(**{**msgspec.structs.asdict(self), "variables": {**needed, **self.variables}})
 
 
 def _blended(file: ThemeFile) -> dict[str, str]:
     """Variables that Textual makes too faint to read, or does not resolve inside a line (``auto 60%``)."""
-    page, ink, primary = (Color.parse(colour) for colour in (file.background, file.foreground, file.primary))
+    page, ink, primary = (Color.parse(color) for color in (file.background, file.foreground, file.primary))
     muted = page.blend(ink, MUTED_SHARE).hex6
     return {
         "text-muted": muted,
@@ -65,7 +65,7 @@ def _blended(file: ThemeFile) -> dict[str, str]:
     }
 
 
-def _sixteen_colours(dark: bool) -> dict[str, str]:
+def _sixteen_colors(dark: bool) -> dict[str, str]:
     ink, page = ("ansi_white", "ansi_black") if dark else ("ansi_black", "ansi_white")
     muted = "ansi_white" if dark else "ansi_bright_black"
     return {
@@ -105,7 +105,7 @@ def _read(path: Path) -> Theme:
         _check_colors(file)
         return file.theme()
     except (OSError, ValueError, RecursionError, ColorParseError, msgspec.ValidationError) as error:
-        wrong = _NO_COLOUR.sub(r"\1 is not a color", str(error))
+        wrong = _NOT_A_COLOR.sub(r"\1 is not a color", str(error))
         raise UserError(
             "Theme not loaded",
             what=f"{path}: {wrong}.",

@@ -15,7 +15,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Source
 from tests.chat.measured import EFFECT
 
-COLOURS = ("red", "blue", "green")
+COLORS = ("red", "blue", "green")
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def source(tiny_source: ChatSource, tmp_path: Path) -> ChatSource:
         rows = (
             [
                 {"role": "user", "content": f"what is colour {i} of {name}"},
-                {"role": "assistant", "content": f"it is {COLOURS[i % 3]}"},
+                {"role": "assistant", "content": f"it is {COLORS[i % 3]}"},
             ]
             for i in range(count)
         )

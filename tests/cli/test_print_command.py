@@ -51,11 +51,11 @@ def test_only_the_command_is_on_stdout(call: Call, train: list[str]) -> None:
     assert "is not queued" in said.err and "8 micro-batches per step leave some of 3 GPUs idle" in said.err
 
 
-def test_every_card_is_used_unless_told_and_no_more(
+def test_every_gpu_is_used_unless_told_and_no_more(
     call: Call, train: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert call(*train, "--print-command", "--json").json["gpus"] == 1
-    install_nvml_stub(monkeypatch, "two_cards")
+    install_nvml_stub(monkeypatch, "two_gpus")
     assert call(*train, "--print-command", "--json").json["gpus"] == 2
     runs = len(all_runs())
     refused = call(*train, "--print-command", "--gpus", "3")

@@ -11,7 +11,7 @@ from qlora_tui.recipe.layering import build_recipe
 from qlora_tui.recipe.schema import Recipe
 from tests.training.tiny_model import make_tiny_model
 
-COLOURS = ("red", "blue", "green", "brown", "quick", "lazy", "wise", "old")
+COLORS = ("red", "blue", "green", "brown", "quick", "lazy", "wise", "old")
 
 
 @pytest.fixture(scope="session")
@@ -22,12 +22,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def conversations(tmp_path: Path) -> Path:
     """Forty questions and answers."""
-    path = tmp_path / "colours.jsonl"
+    path = tmp_path / "colors.jsonl"
     with path.open("w") as file:
         for number in range(40):
-            colour = COLOURS[number % len(COLOURS)]
+            color = COLORS[number % len(COLORS)]
             question = f"what is the colour of fox {number}?"
-            answer = f"the fox is {colour} and so are the owls {number}"
+            answer = f"the fox is {color} and so are the owls {number}"
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             file.write(json.dumps({"messages": messages}) + "\n")
     return path

@@ -1,4 +1,4 @@
-"""Having no card is an answer with sentences in it."""
+"""Having no GPU is an answer with sentences in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The thread that reads the card: steady, outliving a lost card, gone when told."""
+"""The thread that reads the GPU: steady, outliving a lost GPU, gone when told."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def take_reason(samples: Samples) -> GpuUnavailableReason:
 
 
 def test_readings_come_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    install_nvml_stub(monkeypatch, "card")
+    install_nvml_stub(monkeypatch, "one_gpu")
     samples: Samples = queue.SimpleQueue()
     with MetricsSampler(0, samples.put, period_s=0.01) as sampler:
         readings = [take_reading(samples) for _ in range(5)]
@@ -47,7 +47,7 @@ def test_readings_come_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_processes_are_asked_for_seldom_and_carried_along(monkeypatch: pytest.MonkeyPatch) -> None:
-    install_nvml_stub(monkeypatch, "card")
+    install_nvml_stub(monkeypatch, "one_gpu")
     monkeypatch.setattr("qlora_tui.gpu.metrics_sampler.PROCESSES_EVERY_S", 3600.0)
     samples: Samples = queue.SimpleQueue()
     with MetricsSampler(0, samples.put, period_s=0.01):
@@ -57,7 +57,7 @@ def test_processes_are_asked_for_seldom_and_carried_along(monkeypatch: pytest.Mo
 
 
 def test_processes_are_asked_for_again_when_due(monkeypatch: pytest.MonkeyPatch) -> None:
-    install_nvml_stub(monkeypatch, "card")
+    install_nvml_stub(monkeypatch, "one_gpu")
     monkeypatch.setattr("qlora_tui.gpu.metrics_sampler.PROCESSES_EVERY_S", 0.0)
     samples: Samples = queue.SimpleQueue()
     with MetricsSampler(0, samples.put, period_s=0.01):
@@ -65,7 +65,7 @@ def test_processes_are_asked_for_again_when_due(monkeypatch: pytest.MonkeyPatch)
     assert readings[0].processes != readings[1].processes
 
 
-def test_a_card_lost_for_good_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_lost_for_good_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     install_nvml_stub(monkeypatch, "lost_later", lost_after=30)
     opened = threading.Semaphore(0)
     samples: Samples = queue.SimpleQueue()
@@ -81,7 +81,7 @@ def test_a_card_lost_for_good_is_told_once(monkeypatch: pytest.MonkeyPatch) -> N
     assert samples.empty()
 
 
-def test_a_card_that_comes_back_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_comes_back_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     install_nvml_stub(monkeypatch, "recovers", lost_after=30)
     samples: Samples = queue.SimpleQueue()
     with MetricsSampler(0, samples.put, period_s=0.01, retry_s=0.01):
@@ -92,19 +92,19 @@ def test_a_card_that_comes_back_is_read_again(monkeypatch: pytest.MonkeyPatch) -
         assert take_reading(samples).memory_total_bytes == 24564 << 20
 
 
-def test_a_machine_without_a_card_is_told_once_and_a_driver_that_comes_is_found(
+def test_a_machine_without_a_gpu_is_told_once_and_a_driver_that_comes_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     install_nvml_stub(monkeypatch, "not_loaded")
     samples: Samples = queue.SimpleQueue()
     with MetricsSampler(0, samples.put, period_s=0.01, retry_s=0.01):
         assert take_reason(samples) is GpuUnavailableReason.NOT_LOADED
-        monkeypatch.setenv("NVML_STUB_SCENARIO", "card")
+        monkeypatch.setenv("NVML_STUB_SCENARIO", "one_gpu")
         assert take_reading(samples).utilization_percent == 91
 
 
 def test_stopping_interrupts_the_wait_for_the_next_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    install_nvml_stub(monkeypatch, "card")
+    install_nvml_stub(monkeypatch, "one_gpu")
     samples: Samples = queue.SimpleQueue()
     sampler = MetricsSampler(0, samples.put, period_s=3600)
     sampler.start()
@@ -115,7 +115,7 @@ def test_stopping_interrupts_the_wait_for_the_next_sample(monkeypatch: pytest.Mo
 
 
 def test_the_one_who_gets_the_samples_may_stop_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    install_nvml_stub(monkeypatch, "card")
+    install_nvml_stub(monkeypatch, "one_gpu")
     samples: Samples = queue.SimpleQueue()
 
     def take_one(sample: GpuMetrics | GpuUnavailableError) -> None:
@@ -132,7 +132,7 @@ def test_the_one_who_gets_the_samples_may_stop_them(monkeypatch: pytest.MonkeyPa
 def test_a_failing_receiver_is_logged_once_and_ends_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    install_nvml_stub(monkeypatch, "card")
+    install_nvml_stub(monkeypatch, "one_gpu")
     enough = threading.Event()
     calls = 0
 
@@ -156,7 +156,7 @@ got = threading.Event()
 MetricsSampler(0, lambda sample: got.set()).start()
 assert got.wait(20)
 """
-    env = {**os.environ, **stub_env("card")}
+    env = {**os.environ, **stub_env("one_gpu")}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, env=env, capture_output=True, timeout=60
     )

@@ -28,13 +28,13 @@ import msgspec
 from qlora_tui.gpu.errors import GpuUnavailableError
 from qlora_tui.gpu.driver import list_gpus
 from qlora_tui.gpu.nvml import Nvml
-out = {"cards": [], "readings": [], "no_gpu": None}
+out = {"gpus": [], "readings": [], "no_gpu": None}
 try:
-    out["cards"] = list_gpus()
+    out["gpus"] = list_gpus()
     with Nvml() as nvml:
         for _ in range(3):
-            for card in out["cards"]:
-                out["readings"].append(nvml.read(card.index, processes=True))
+            for gpu in out["gpus"]:
+                out["readings"].append(nvml.read(gpu.index, processes=True))
 except GpuUnavailableError as no_gpu:
     out["no_gpu"] = [no_gpu.reason, no_gpu.what, no_gpu.why, no_gpu.fix]
 print(msgspec.json.encode(out).decode())
@@ -44,7 +44,7 @@ print(msgspec.json.encode(out).decode())
 class Seen(msgspec.Struct):
     """What a child process saw of the machine."""
 
-    cards: list[GpuDevice]
+    gpus: list[GpuDevice]
     readings: list[GpuMetrics]
     no_gpu: tuple[GpuUnavailableReason, str, str, str] | None
 
@@ -67,10 +67,10 @@ def look(scenario: str) -> Seen:
     return msgspec.convert(run_child(READ, stub_env(scenario)), Seen)
 
 
-def test_a_card_tells_everything() -> None:
-    seen = look("card")
+def test_a_gpu_tells_everything() -> None:
+    seen = look("one_gpu")
     assert seen.no_gpu is None
-    assert seen.cards == [
+    assert seen.gpus == [
         GpuDevice(
             index=0,
             name="NVIDIA GeForce RTX 4090",
@@ -104,34 +104,34 @@ def test_a_card_tells_everything() -> None:
 
 
 def test_values_move_from_reading_to_reading() -> None:
-    readings = look("card").readings
+    readings = look("one_gpu").readings
     assert [reading.utilization_percent for reading in readings] == [91, 92, 93]
     assert [reading.temperature_c for reading in readings] == [61, 62, 63]
 
 
-def test_two_cards_are_told_apart_and_one_may_say_less() -> None:
-    seen = look("two_cards")
-    assert [card.short_name for card in seen.cards] == ["RTX 4090", "RTX 3060"]
+def test_two_gpus_are_told_apart_and_one_may_say_less() -> None:
+    seen = look("two_gpus")
+    assert [gpu.short_name for gpu in seen.gpus] == ["RTX 4090", "RTX 3060"]
     quiet = next(reading for reading in seen.readings if reading.index == 1)
     assert quiet.memory_total_bytes == 12288 * MIB
     assert quiet.utilization_percent == 91
     assert (quiet.fan_percent, quiet.power_limit_w, quiet.throttle) == (None, None, None)
 
 
-def test_not_supported_everywhere_is_a_card_that_says_nothing() -> None:
+def test_not_supported_everywhere_is_a_gpu_that_says_nothing() -> None:
     seen = look("unsupported")
     assert seen.no_gpu is None
-    assert seen.cards == [GpuDevice(0, "GPU 0", None, None, None, None)]
+    assert seen.gpus == [GpuDevice(0, "GPU 0", None, None, None, None)]
     assert all(reading == GpuMetrics(at=reading.at, index=0) for reading in seen.readings)
 
 
-def test_an_idle_card_reads_zero_and_is_not_throttled() -> None:
+def test_an_idle_gpu_reads_zero_and_is_not_throttled() -> None:
     reading = look("idle").readings[0]
     assert (reading.utilization_percent, reading.fan_percent, reading.memory_used_bytes) == (0, 0, 0)
     assert (reading.throttle, reading.processes) == ((), ())
 
 
-def test_a_hot_card_says_what_holds_it_back() -> None:
+def test_a_hot_gpu_says_what_holds_it_back() -> None:
     assert look("hot").readings[0].throttle == ("power cap", "thermal")
 
 
@@ -139,7 +139,7 @@ def test_an_old_driver_is_asked_in_the_old_way() -> None:
     """Memory counts the reserve as used there, and process lists are missing."""
     seen = look("old_driver")
     reading = seen.readings[0]
-    assert seen.cards[0].reserved_bytes is None
+    assert seen.gpus[0].reserved_bytes is None
     assert reading.memory_used_bytes == (8 * 1024 + 64 + 430) * MIB
     assert (reading.throttle, reading.processes) == ((), None)
 
@@ -156,9 +156,9 @@ def test_an_old_driver_is_asked_in_the_old_way() -> None:
         ("broken", GpuUnavailableReason.OTHER),
     ],
 )
-def test_each_way_to_have_no_card_has_its_own_sentences(scenario: str, reason: GpuUnavailableReason) -> None:
+def test_each_way_to_have_no_gpu_has_its_own_sentences(scenario: str, reason: GpuUnavailableReason) -> None:
     seen = look(scenario)
-    assert (seen.cards, seen.readings) == ([], [])
+    assert (seen.gpus, seen.readings) == ([], [])
     assert seen.no_gpu is not None
     reason_value, what, why, fix = seen.no_gpu
     assert reason_value == reason
@@ -167,7 +167,7 @@ def test_each_way_to_have_no_card_has_its_own_sentences(scenario: str, reason: G
         assert why == "NVML says: Unknown Error."
 
 
-def test_a_card_lost_between_two_readings_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_lost_between_two_readings_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     install_nvml_stub(monkeypatch, "lost_later", lost_after=14)
     with Nvml() as nvml:
         assert nvml.read(0).utilization_percent == 91
@@ -175,14 +175,14 @@ def test_a_card_lost_between_two_readings_is_reported(monkeypatch: pytest.Monkey
     assert _reason(list_gpus) is GpuUnavailableReason.LOST
 
 
-def test_an_index_the_driver_does_not_know_is_no_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    install_nvml_stub(monkeypatch, "card")
+def test_an_index_the_driver_does_not_know_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvml_stub(monkeypatch, "one_gpu")
     with Nvml() as nvml:
         assert _reason(lambda: nvml.read(3)) is GpuUnavailableReason.NO_DEVICE
 
 
 def test_closing_twice_and_opening_twice_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    install_nvml_stub(monkeypatch, "card")
+    install_nvml_stub(monkeypatch, "one_gpu")
     with Nvml() as outer:
         with Nvml() as inner:
             inner.read(0)
@@ -191,7 +191,7 @@ def test_closing_twice_and_opening_twice_is_allowed(monkeypatch: pytest.MonkeyPa
 
 
 def test_processes_are_asked_for_only_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
-    install_nvml_stub(monkeypatch, "card")
+    install_nvml_stub(monkeypatch, "one_gpu")
     with Nvml() as nvml:
         assert nvml.read(0).processes is None
         assert nvml.read(0, processes=True).processes is not None

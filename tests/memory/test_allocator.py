@@ -98,7 +98,7 @@ def test_an_emptied_cache_gives_back_whole_segments_only() -> None:
     assert allocator.reserved_bytes == 0
 
 
-def test_a_full_card_first_gives_back_what_is_free() -> None:
+def test_a_full_gpu_first_gives_back_what_is_free() -> None:
     allocator = CachingAllocator(expandable=False, capacity_bytes=100 * MIB)
     allocator.free(allocator.malloc(40 * MIB))
     cut = allocator.malloc(30 * MIB)
@@ -110,7 +110,7 @@ def test_a_full_card_first_gives_back_what_is_free() -> None:
     assert allocator.reserved_bytes == allocator.most_reserved_bytes == 120 * MIB
 
 
-def test_what_a_full_card_gave_back_counts_as_reserved() -> None:
+def test_what_a_full_gpu_gave_back_counts_as_reserved() -> None:
     allocator = CachingAllocator(expandable=False, capacity_bytes=100 * MIB)
     allocator.free(allocator.malloc(90 * MIB))
     allocator.malloc(95 * MIB)

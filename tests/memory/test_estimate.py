@@ -90,24 +90,24 @@ def test_it_fits_only_when_the_whole_band_does() -> None:
 
 
 def test_what_fits_fits_and_the_next_size_does_not() -> None:
-    recipe, model, card = Recipe(), qwen_7b(), 12 * GIB
-    largest = largest_settings(recipe, model, card)
+    recipe, model, gpu = Recipe(), qwen_7b(), 12 * GIB
+    largest = largest_settings(recipe, model, gpu)
     at = Recipe(data=Data(max_length=largest.sequence_length))
     beyond = Recipe(data=Data(max_length=largest.sequence_length + 128))
-    assert check_fit(estimate(at, model), card).fits
-    assert not check_fit(estimate(beyond, model), card).fits
+    assert check_fit(estimate(at, model), gpu).fits
+    assert not check_fit(estimate(beyond, model), gpu).fits
     assert check_fit(
-        estimate(Recipe(training=Training(micro_batch_size=largest.micro_batch)), model), card
+        estimate(Recipe(training=Training(micro_batch_size=largest.micro_batch)), model), gpu
     ).fits
 
 
-def test_a_larger_card_fits_a_larger_class_of_model() -> None:
+def test_a_larger_gpu_fits_a_larger_class_of_model() -> None:
     labels = [largest_model_size(Recipe(), size * GIB) for size in (1, 8, 24, 48)]
     assert labels[0] is None
     assert [size.label for size in labels if size] == ["7B", "32B", "72B"]
 
 
-def test_nothing_fits_on_a_card_smaller_than_the_weights() -> None:
+def test_nothing_fits_on_a_gpu_smaller_than_the_weights() -> None:
     largest = largest_settings(Recipe(), qwen_7b(), 3 * GIB)
     assert (largest.sequence_length, largest.micro_batch, largest.rank) == (0, 0, 0)
     assert cheapest_changes(Recipe(), qwen_7b(), 3 * GIB) == ()
@@ -157,7 +157,7 @@ def test_a_cpu_run_has_no_cuda_context() -> None:
     assert estimated.path.compute_bytes == 4
 
 
-def test_a_build_of_torch_for_cuda_weighs_more_on_a_cpu_and_nothing_on_a_card() -> None:
+def test_a_build_of_torch_for_cuda_weighs_more_on_a_cpu_and_nothing_on_a_gpu() -> None:
     plain, built = (
         [
             estimate(Recipe(), tinyllama(), device=Device(kind="cpu", cuda_libraries=libraries)),

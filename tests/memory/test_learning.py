@@ -13,11 +13,11 @@ from tests.memory.models import qwen_7b, tinyllama
 
 MIB = 2**20
 GIB = 2**30
-CARD = "NVIDIA GeForce RTX 4090"
+GPU = "NVIDIA GeForce RTX 4090"
 
 
-def _run(factor: float, outside: int = 300 * MIB, machine: str = CARD, managed: int = 0) -> MeasuredRun:
-    """A run on a card whose allocator took ``factor`` of what was predicted."""
+def _run(factor: float, outside: int = 300 * MIB, machine: str = GPU, managed: int = 0) -> MeasuredRun:
+    """A run on a GPU whose allocator took ``factor`` of what was predicted."""
     return MeasuredRun(
         at=0.0,
         machine=machine,
@@ -42,7 +42,7 @@ def _cpu_run(process: int) -> MeasuredRun:
     )
 
 
-def _corrected_estimate(machine: str = CARD) -> Estimate:
+def _corrected_estimate(machine: str = GPU) -> Estimate:
     return estimate(Recipe(), qwen_7b(), device=Device(correction=correction_for(machine)))
 
 
@@ -58,8 +58,8 @@ def test_one_run_corrects_nothing_and_is_counted() -> None:
 def test_tensors_are_scaled_and_the_context_is_taken_as_it_was_measured() -> None:
     for factor, outside in ((1.02, 290), (1.1, 300), (1.04, 500)):
         record_run(_run(factor, outside * MIB))
-    record_run(_run(1.4, machine="another card"))
-    correction = correction_for(CARD)
+    record_run(_run(1.4, machine="another GPU"))
+    correction = correction_for(GPU)
     assert correction is not None and correction.runs == 3
     assert (round(correction.factor, 3), correction.outside_bytes) == (1.04, 300 * MIB)
     assert correction.low < 1 < correction.high
@@ -106,11 +106,11 @@ def test_a_cpu_run_whose_process_may_have_converted_a_file_is_not_learned_from()
     assert correction is not None and (correction.runs, correction.outside_bytes) == (2, 580 * MIB)
 
 
-def test_a_run_on_a_card_is_learned_from_whoever_converted_its_file() -> None:
+def test_a_run_on_a_gpu_is_learned_from_whoever_converted_its_file() -> None:
     assert not _run(1.0).own_process
     record_run(_run(1.0))
     record_run(_run(1.0))
-    correction = correction_for(CARD)
+    correction = correction_for(GPU)
     assert correction is not None and correction.runs == 2
 
 
@@ -141,7 +141,7 @@ def test_a_paged_optimizers_states_are_not_taken_for_the_context() -> None:
     record_run(_run(1.0, 200 * MIB))
     record_run(_run(1.0, 5 * GIB, managed=GIB))
     record_run(_run(1.0, 5 * GIB, managed=GIB))
-    correction = correction_for(CARD)
+    correction = correction_for(GPU)
     assert correction is not None and correction.outside_bytes == 200 * MIB
 
 
@@ -150,5 +150,5 @@ def test_a_torn_line_is_passed_over() -> None:
     with record_file().open("ab") as file:
         file.write(b'{"at": 1.0, "mach')
     record_run(_run(1.0))
-    correction = correction_for(CARD)
+    correction = correction_for(GPU)
     assert correction is not None and correction.runs == 2

@@ -65,13 +65,13 @@ def test_rows_of_older_versions_are_met_within_3_in_10_000(id_: str, more: dict[
     assert abs(row["error_pct"]) < 0.03, row
 
 
-def test_a_full_card_decides_what_ran_and_what_did_not(more: dict[str, Any]) -> None:
-    # 79.7 GiB of tensors went out of memory on a card of 80, and 69.3 with as much again in gaps ran.
+def test_a_full_gpu_decides_what_ran_and_what_did_not(more: dict[str, Any]) -> None:
+    # 79.7 GiB of tensors went out of memory on a GPU of 80, and 69.3 with as much again in gaps ran.
     assert [row["id"] for row in more["out_of_memory"] if row["said_it_would_not_fit"]] == ["m112"]
     assert more["ran_but_said_not_to_fit"] == []
 
 
-def test_a_16_bit_base_held_on_a_card_what_the_replay_comes_to(more: dict[str, Any]) -> None:
+def test_a_16_bit_base_held_on_a_gpu_what_the_replay_comes_to(more: dict[str, Any]) -> None:
     # Those whose allocator's gaps the replay finds: Liger's loss, and a Granite's.
     rows = {row["id"]: row["tier_error_pct"].get("process (nvidia-smi)", 99) for row in more["rows"]}
     assert [abs(rows[id_]) < 0.1 for id_ in ("m109", "m137", "m139")] == [True] * 3, rows
@@ -119,7 +119,7 @@ def _row(**changes: str) -> dict[str, str]:
         ("optimizer", "paged_adamw_32bit", "optimizer", "paged_adamw_32bit"),
         ("optimizer", "paged_adamw_8bit", "optimizer", "paged_adamw_8bit"),
         ("optimizer", "adamw_torch_fused", "optimizer", "adamw_fused"),
-        ("attention", "sdpa", "attention", "efficient"),  # the row's card has no flash kernel
+        ("attention", "sdpa", "attention", "efficient"),  # the row's GPU has no flash kernel
         ("attention", "flash_attention_2", "attention", "flash"),
         ("attention", "sdpa(math)", "attention", "math"),
         ("grad_ckpt", "false", "checkpointing", False),
@@ -168,12 +168,12 @@ def test_a_row_is_read_by_its_words(column: str, text: str, field: str, value: o
         ("optimizer", "sgd", "sgd"),
         ("attention", "flex_attention", "flex"),
         ("extra", "torch.compile; bf16", "compiled"),
-        ("extra", "DeepSpeed ZeRO-3", "several cards"),
+        ("extra", "DeepSpeed ZeRO-3", "several GPUs"),
         ("extra", "Unsloth 2025.1", "Unsloth"),
         ("lora_r", "", "whole model"),
-        ("extra", "2 GPUs; bf16", "several cards"),
-        ("gpu", "2x A100 80GB", "several cards"),
-        ("gpu", "A100 80GB x 4", "several cards"),
+        ("extra", "2 GPUs; bf16", "several GPUs"),
+        ("gpu", "2x A100 80GB", "several GPUs"),
+        ("gpu", "A100 80GB x 4", "several GPUs"),
         ("extra", "LLaMA-Factory", "engine"),
         ("extra", "TRL DPO", "supervised"),
         ("extra", "modules_to_save=lm_head", "more than an adapter"),
@@ -266,7 +266,7 @@ def test_foak_fuses_queries_keys_and_values_only_together() -> None:
             read_path(_row(**words, targets=targets))
 
 
-def test_one_card_of_a_numbered_series_is_one_card() -> None:
+def test_one_gpu_of_a_numbered_series_is_one_gpu() -> None:
     for gpu in ("RTX 3090 24GB", "GTX 1080", "NVIDIA RTX A6000 48GB", "1x A100 80GB"):
         read_path(_row(gpu=gpu))
 

@@ -32,7 +32,7 @@ def _replayed(recipe: Recipe, name: str) -> Pool:
     return replay.replay(recipe, architecture, layout, path, profile_step(layout, path, recipe.lora.dropout))
 
 
-def test_what_was_reserved_on_a_card_is_met_as_what_was_allocated_is() -> None:
+def test_what_was_reserved_on_a_gpu_is_met_as_what_was_allocated_is() -> None:
     errors = {}
     for row in _rows():
         recipe, path = read_path(row)

@@ -54,7 +54,7 @@ def finish(run: RunDir, reporter: Reporter, step: int) -> None:
 
 
 def pause(run: RunDir, reporter: Reporter, step: int) -> None:
-    """Leave the card."""
+    """Leave the GPU."""
     _end(run, reporter, Paused(at=time.time(), step=step))
 
 

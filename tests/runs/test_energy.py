@@ -1,4 +1,4 @@
-"""Energy and tokens a joule, from what a card told while the clock was set."""
+"""Energy and tokens a joule, from what a GPU told while the clock was set."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tests.support.nvml_stub import install_nvml_stub
 
 
 def a_reading(monkeypatch: pytest.MonkeyPatch) -> GpuMetrics:
-    """What the played card tells, its power among it."""
-    install_nvml_stub(monkeypatch, "card")
+    """What the played GPU tells, its power among it."""
+    install_nvml_stub(monkeypatch, "one_gpu")
     results: queue.SimpleQueue[object] = queue.SimpleQueue()
     with MetricsSampler(0, results.put, period_s=0.01):
         reading = results.get(timeout=30)

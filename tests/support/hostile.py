@@ -15,7 +15,7 @@ POISON = (
     "\x1b]52;c;Q0xJUA==\x07\x1b]2;TITLE\x1b\\\x1b]8;;http://evil.example\x1b\\\x1b[2J\x1b[666m\x9b2J\x9d2;T\x9c\x85"
     "\x00\x08\x0b\x0c\x7f\u202edrowssap\u2066\u2028\ufeff\u200b\U000e0041"
 )
-"""Clipboard, title, link, clearing, colours, the same as C1, overprinting, bidi, hidden characters."""
+"""Clipboard, title, link, clearing, colors, the same as C1, overprinting, bidi, hidden characters."""
 FOR_FILE_NAMES = POISON.replace("/", "").replace("\x00", "")[:60]
 _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u206f\ufeff\u200b\U000e0000-\U000e007f\ud800-\udfff]"

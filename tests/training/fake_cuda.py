@@ -21,7 +21,7 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-KIND, CARD = "card", "card:0"
+KIND, FAKE_DEVICE = "fakegpu", "fakegpu:0"
 _COPIES = ("aten::copy_", "aten::_to_copy")
 _WAITS = (
     *("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::bincount"),
@@ -43,7 +43,7 @@ class FakeCudaTensor(Tensor):
             strides=on_cpu.stride(),
             storage_offset=on_cpu.storage_offset(),
             dtype=on_cpu.dtype,
-            device=torch.device(CARD),
+            device=torch.device(FAKE_DEVICE),
         )
         tensor.on_cpu = on_cpu
         return tensor

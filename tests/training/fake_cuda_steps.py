@@ -14,7 +14,7 @@ from torch import Tensor
 from qlora_tui.training import chunked_loss, equivalence_checks, model_loading
 from qlora_tui.training.batches import on_device
 from qlora_tui.training.fused import lora_linear
-from tests.training.fake_cuda import CARD, fake_cuda, move_to_fake_cuda, set_up, values
+from tests.training.fake_cuda import FAKE_DEVICE, fake_cuda, move_to_fake_cuda, set_up, values
 from tests.training.families import FAMILIES, build, with_adapter
 
 LENGTHS = [11, 17, 12]
@@ -133,7 +133,7 @@ def compare_with_cpu(
         model = ready(there)
         log.waits.clear()
         torch.manual_seed(3)
-        loss, others = step(model, on_device(batch, CARD))
+        loss, others = step(model, on_device(batch, FAKE_DEVICE))
     far = torch.stack(
         [
             (others[name] - gradient).norm() / gradient.norm().clamp(min=1e-9)
@@ -165,7 +165,7 @@ def checked(family: str) -> dict[str, Any]:
     head = chunked_loss.find_head(model)
     assert not isinstance(head, str)
     move_to_fake_cuda(model)
-    device = torch.device(CARD)
+    device = torch.device(FAKE_DEVICE)
     with fake_cuda() as log:
         # Of the model's own loss, before ours is in its place.
         is_exact = equivalence_checks.head_matches_model(model, head, device)

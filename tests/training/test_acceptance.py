@@ -12,7 +12,7 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
 
 
-def test_the_acceptance_of_a_card_runs_dry_on_a_cpu(tmp_path: Path) -> None:
+def test_the_acceptance_of_a_gpu_runs_dry_on_a_cpu(tmp_path: Path) -> None:
     out = tmp_path / "report.json"
     command = [sys.executable, "-m", "bench.gpu_acceptance", "--size", "tiny", "--out", str(out)]
     done = subprocess.run(

@@ -23,7 +23,7 @@ from tests.training.event_helpers import events_of
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
 
 END = 9
-COLOURS = ("red", "blue", "green", "brown")
+COLORS = ("red", "blue", "green", "brown")
 
 
 def exact(predicted: list[int], labels: list[list[int]], segments: list[int] | None) -> tuple[int, int]:
@@ -50,8 +50,8 @@ def test_the_share_of_exact_answers_is_that_of_greedy_search(
         rows = [
             {
                 "messages": [
-                    {"role": "user", "content": f"what colour is {COLOURS[n % 4]} {n}"},
-                    {"role": "assistant", "content": COLOURS[n % 4]},
+                    {"role": "user", "content": f"what colour is {COLORS[n % 4]} {n}"},
+                    {"role": "assistant", "content": COLORS[n % 4]},
                 ]
             }
             for n in numbers
@@ -64,14 +64,14 @@ def test_the_share_of_exact_answers_is_that_of_greedy_search(
     settings = {
         "data.sources": (source,),
         "data.validation_path": str(write("validation.jsonl", range(100, 104))),
-        "training.sample_prompts": tuple(f"what colour is {COLOURS[n % 4]} {n}" for n in range(100, 104)),
+        "training.sample_prompts": tuple(f"what colour is {COLORS[n % 4]} {n}" for n in range(100, 104)),
         "training.epochs": 8.0,
         "training.eval_every": 1000,
         "training.learning_rate": 1e-2,
     }
     run = create_run(recipe(settings))
     assert trainers.run(run) == 0
-    wanted = [COLOURS[n % 4] for n in range(100, 104)]
+    wanted = [COLORS[n % 4] for n in range(100, 104)]
     shares = {e.step: e.accuracy for e in events_of(run, Evaluated)}
     for step, share in shares.items():
         answers = [sampled.answer for sampled in events_of(run, SampleGenerated) if sampled.step == step]

@@ -11,7 +11,7 @@ CPU = (
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
     "allocate 56623104 bytes. Error code 12 (Cannot allocate memory)"
 )
-CARD = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB."
+OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB."
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ CARD = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capaci
     [
         (CPU, "It requested 54 MiB, more than the machine had left."),
         ("could not create a primitive", "The machine is out of memory."),
-        (CARD, CARD),
+        (OUT_OF_MEMORY, OUT_OF_MEMORY),
     ],
 )
 def test_a_lack_of_memory_is_known_and_said_in_plain_words(tmp_path: Path, said: str, what: str) -> None:

@@ -57,7 +57,7 @@ CHECKS = ["checks of llama", "checks of gemma2"]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_step_on_a_card_is_that_on_the_cpu(results: dict[str, dict[str, Any]], case: str) -> None:
+def test_a_step_on_a_gpu_is_that_on_the_cpu(results: dict[str, dict[str, Any]], case: str) -> None:
     result = results[case]
     assert "error" not in result, result["error"]
     assert result["refused"] == []
@@ -67,7 +67,7 @@ def test_a_step_on_a_card_is_that_on_the_cpu(results: dict[str, dict[str, Any]],
 
 
 @pytest.mark.parametrize("case", CHECKS)
-def test_what_is_proved_before_training_is_proved_on_a_card(
+def test_what_is_proved_before_training_is_proved_on_a_gpu(
     results: dict[str, dict[str, Any]], case: str
 ) -> None:
     assert results[case] == {"loss_is_exact": True, "packing_isolated": True, "refused": []}

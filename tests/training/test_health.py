@@ -40,7 +40,7 @@ def test_a_run_of_few_steps_is_told(steps: int, odd: bool) -> None:
     assert (too_few_steps(steps) is not None) is odd
 
 
-def test_a_card_that_idles_with_memory_held_is_told_once_until_it_works_again() -> None:
+def test_a_gpu_that_idles_with_memory_held_is_told_once_until_it_works_again() -> None:
     watch = GpuMonitor()
     idle = [finding for at in range(200) for finding in watch.check(busy(0), at)]
     assert [finding.kind for finding in idle] == ["gpu_idle"]
@@ -48,7 +48,7 @@ def test_a_card_that_idles_with_memory_held_is_told_once_until_it_works_again() 
     assert [f.kind for at in range(201, 300) for f in watch.check(busy(0), at)] == ["gpu_idle"]
 
 
-def test_a_clock_that_is_set_makes_no_card_idle() -> None:
+def test_a_clock_that_is_set_makes_no_gpu_idle() -> None:
     watch = GpuMonitor()
     findings = [watch.check(busy(0, at=at), now) for now, at in enumerate([100.0, 101.0, 7300.0, 50.0])]
     assert findings == [[], [], [], []]
@@ -71,6 +71,6 @@ def test_heat_is_told_and_a_power_cap_is_not() -> None:
     assert kinds("power cap") == []
 
 
-def test_a_card_that_says_nothing_shows_nothing() -> None:
+def test_a_gpu_that_says_nothing_shows_nothing() -> None:
     watch = GpuMonitor()
     assert [f for at in range(200) for f in watch.check(GpuMetrics(at=at, index=0), at)] == []

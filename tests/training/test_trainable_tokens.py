@@ -204,7 +204,7 @@ def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def answering(recipe: MakeRecipe, base_model: Path, tmp_path: Path) -> Any:
     """A recipe that teaches a short answer, and when to stop."""
     rows = [{"prompt": f"what is {n}", "completion": "blue"} for n in range(40)]
-    data = write_rows(tmp_path / "colours.jsonl", rows)
+    data = write_rows(tmp_path / "colors.jsonl", rows)
 
     def make(**settings: Any) -> RunDir:
         changes = {path.replace("__", "."): value for path, value in settings.items()}

@@ -69,7 +69,7 @@ class FakeRun:
     seed: int = 1
     began: float = BEGAN
     failed: Failed | None = None
-    card: bool = True
+    has_gpu: bool = True
     health: bool = False
     recipe: Recipe = TICKETS
     exact: tuple[float, float] | None = None
@@ -115,8 +115,8 @@ def _events(what: FakeRun) -> list[AnyEvent]:
         PhaseChanged(at=began + 2, phase="loading"),
         Environment(
             at=began + 9,
-            device="NVIDIA GeForce RTX 4090" if what.card else "AMD EPYC 7B13",
-            device_kind="cuda" if what.card else "cpu",
+            device="NVIDIA GeForce RTX 4090" if what.has_gpu else "AMD EPYC 7B13",
+            device_kind="cuda" if what.has_gpu else "cpu",
             device_total_bytes=24 * GIB,
             compute_dtype="bfloat16",
             attention="sdpa",
@@ -142,8 +142,8 @@ def _events(what: FakeRun) -> list[AnyEvent]:
         MemoryMeasured(
             at=began + 38,
             when="probe",
-            estimated_bytes=round(17.9 * GIB) if what.card else round(1.7 * GIB),
-            measured_bytes=round(18.2 * GIB) if what.card else round(1.6 * GIB),
+            estimated_bytes=round(17.9 * GIB) if what.has_gpu else round(1.7 * GIB),
+            measured_bytes=round(18.2 * GIB) if what.has_gpu else round(1.6 * GIB),
         ),
         Evaluated(at=began + 39, step=0, loss=2.71, accuracy=_accuracy(what, 0)),
         PhaseChanged(at=began + 40, phase="training"),
@@ -178,7 +178,7 @@ def _steps(what: FakeRun) -> list[AnyEvent]:
                     kind="nan_loss",
                     severity="error",
                     evidence=f"The loss is not a number at step {step}.",
-                    remedy="Lower training.learning_rate, or use bfloat16 where the card has it.",
+                    remedy="Lower training.learning_rate, or use bfloat16 where the GPU has it.",
                     step=step,
                 )
             )
@@ -220,7 +220,7 @@ def _ending(what: FakeRun) -> RunEnded | None:
                 at=at,
                 title="Out of GPU memory",
                 what=f"The backward pass of step {what.steps} needed 1.1 GiB more than there was.",
-                why="Another program took 2.4 GiB of the card during the run.",
+                why="Another program took 2.4 GiB of the GPU during the run.",
                 fix="Close it and resume, or halve training.micro_batch_size.",
                 kind="out_of_memory",
             )
@@ -262,7 +262,7 @@ def _telemetry(what: FakeRun) -> list[Sample]:
 
 
 def _sample(what: FakeRun, at: float, luck: random.Random) -> Sample:
-    card = GpuMetrics(
+    gpu = GpuMetrics(
         at=at,
         index=0,
         utilization_percent=min(100, round(96 + luck.gauss(0, 2))),
@@ -278,9 +278,9 @@ def _sample(what: FakeRun, at: float, luck: random.Random) -> Sample:
     )
     return Sample(
         at=at,
-        rss_bytes=round(3.1 * GIB) if what.card else round(1.6 * GIB),
-        cpu_percent=104.0 if what.card else round(188 + luck.gauss(0, 5), 1),
-        gpu=card if what.card else None,
+        rss_bytes=round(3.1 * GIB) if what.has_gpu else round(1.6 * GIB),
+        cpu_percent=104.0 if what.has_gpu else round(188 + luck.gauss(0, 5), 1),
+        gpu=gpu if what.has_gpu else None,
     )
 
 
@@ -294,6 +294,6 @@ def _output(what: FakeRun) -> list[str]:
 
 
 def with_reading(sample: Sample, **changes: object) -> Sample:
-    """The same second with other readings of the card."""
+    """The same second with other readings of the GPU."""
     assert sample.gpu is not None
     return msgspec.structs.replace(sample, gpu=msgspec.structs.replace(sample.gpu, **changes))

@@ -41,7 +41,7 @@ STATES: dict[str, tuple[FakeRun, str]] = {
     "finished": (FakeRun(state="finished", steps=3000), ""),
     "failed": (FakeRun(state="failed", steps=640), ""),
     "nan": (FakeRun(state="stopped", steps=900, nan=range(700, 760), health=True), "tab tab"),
-    "no_gpu": (FakeRun(state="paused", steps=90, total=200, card=False), "tab"),
+    "no_gpu": (FakeRun(state="paused", steps=90, total=200, has_gpu=False), "tab"),
 }
 
 

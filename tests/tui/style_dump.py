@@ -42,10 +42,10 @@ def illegible(app: Any) -> set[str]:
     }
 
 
-def colours_of(app: Any) -> set[str]:
-    """Of what kinds the colours are: default, standard, eight_bit, truecolor; none where there are none."""
+def colors_of(app: Any) -> set[str]:
+    """Of what kinds the colors are: default, standard, eight_bit, truecolor; none where there are none."""
     styles = [_seen(one.style) for line in segments_of(app) for one in line]
-    return {colour.type.name.lower() for style in styles for colour in (style.color, style.bgcolor) if colour}
+    return {color.type.name.lower() for style in styles for color in (style.color, style.bgcolor) if color}
 
 
 def contrast(a: Color, b: Color) -> float:
@@ -56,15 +56,15 @@ def contrast(a: Color, b: Color) -> float:
 
 def _contrast_of(style: Style) -> Iterator[float]:
     # What a terminal shows for one of its own sixteen is not known.
-    if all(colour is not None and colour.triplet for colour in (style.color, style.bgcolor)):
+    if all(color is not None and color.triplet for color in (style.color, style.bgcolor)):
         yield contrast(*map(Color.from_rich_color, (style.color, style.bgcolor)))
 
 
-def _luminance(colour: Color) -> float:
+def _luminance(color: Color) -> float:
     def linear(part: float) -> float:
         return part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
 
-    red, green, blue = (linear(part) for part in colour.normalized)
+    red, green, blue = (linear(part) for part in color.normalized)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 

@@ -101,7 +101,7 @@ async def test_texts_name_the_keys_of_the_users_keymap() -> None:
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await shows(pilot, "No runs yet. Press F7 to launch one.")
         await app.action_go("models")
-        await shows(pilot, "Ctrl+F type a name", "[z] Undo")
+        await shows(pilot, "Ctrl+F type a name", "[z] Undo", "F7 Train")
         await app.action_go("memory")
         await pilot.press("question_mark")
         await shows(pilot, "If the recipe does not fit, F2", "applies")

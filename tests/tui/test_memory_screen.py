@@ -18,7 +18,7 @@ from qlora_tui.tui.widgets.vi_list import ViList
 from tests.support.counting import count_calls
 from tests.support.nvml_stub import install_nvml_stub
 from tests.tui.screen_assertions import shows, text_of, until
-from tests.tui.workstation import config_folder, open_on, open_with_card, settle
+from tests.tui.workstation import config_folder, open_on, open_with_gpu, settle
 
 Snapshot = Callable[..., bool]
 
@@ -44,7 +44,7 @@ def test_looks_of_a_recipe_that_fits(
 def test_looks_of_a_recipe_that_does_not_fit(
     snap_compare: Snapshot, seven_billion: str, size: tuple[int, int]
 ) -> None:
-    app = open_on("memory", model=seven_billion, card_gib=12)
+    app = open_on("memory", model=seven_billion, gpu_gib=12)
     _big(app)
     assert snap_compare(app, terminal_size=size, run_before=settle)
 
@@ -125,7 +125,7 @@ async def test_another_bar_is_taken_apart(seven_billion: str) -> None:
 
 
 async def test_the_cheapest_change_is_applied_and_taken_back(seven_billion: str) -> None:
-    app = open_on("memory", model=seven_billion, card_gib=12)
+    app = open_on("memory", model=seven_billion, gpu_gib=12)
     _big(app)
     before = app.workbench.recipe
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
@@ -155,7 +155,7 @@ async def test_samples_beyond_the_models_context_are_warned_of_also_where_it_doe
     private_home: Path,
 ) -> None:
     model = str(config_folder(private_home, "TinyLlama__TinyLlama-1.1B-Chat-v1.0"))
-    app = open_on("memory", model=model, card_gib=4)
+    app = open_on("memory", model=model, gpu_gib=4)
     async with app.run_test(size=(80, 24)) as pilot:
         assert "model's context" not in await shows(pilot, "checkpointing")
         await pilot.press("s", "s")
@@ -171,11 +171,11 @@ async def test_what_fits_at_most_is_shown_for_each_setting(seven_billion: str) -
         assert "…" not in text_of(pilot.app).split("fits up to")[1].split("targets")[0], shown
 
 
-async def test_the_card_and_what_is_free_of_it_are_named(
+async def test_the_gpu_and_what_is_free_of_it_are_named(
     seven_billion: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install_nvml_stub(monkeypatch, "card")
-    async with open_with_card("memory", model=seven_billion).run_test(size=(120, 40)) as pilot:
+    install_nvml_stub(monkeypatch, "one_gpu")
+    async with open_with_gpu("memory", model=seven_billion).run_test(size=(120, 40)) as pilot:
         await shows(pilot, "Peak of a training step against", "GiB: RTX 4090", "free now")
 
 
@@ -204,7 +204,7 @@ def test_the_parts_of_a_bar_add_up_and_its_end_is_marked(seven_billion: str) -> 
 async def test_the_correction_by_past_runs_is_named_with_their_count(
     seven_billion: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install_nvml_stub(monkeypatch, "card")
+    install_nvml_stub(monkeypatch, "one_gpu")
     for _ in range(3):
         record_run(
             MeasuredRun(
@@ -217,7 +217,7 @@ async def test_the_correction_by_past_runs_is_named_with_their_count(
                 measured_process_bytes=int(10.8 * 2**30),
             )
         )
-    async with open_with_card("memory", model=seven_billion).run_test(size=(80, 24)) as pilot:
+    async with open_with_gpu("memory", model=seven_billion).run_test(size=(80, 24)) as pilot:
         shown = await shows(pilot, "Peak against", "free now; corrected +", "% from 3 runs")
         assert "runs…" not in shown
 

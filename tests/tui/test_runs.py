@@ -240,7 +240,7 @@ def test_runs_on_short_answers_are_compared_by_those_that_are_exact(three_runs: 
     assert "exact answers" in shown and "97%, base 12%" in shown
 
 
-def test_curves_differ_by_their_symbols_and_not_by_colour_alone(three_runs: list[RunDir]) -> None:
+def test_curves_differ_by_their_symbols_and_not_by_color_alone(three_runs: list[RunDir]) -> None:
     compared = [read(run) for run in three_runs]
     text = "\n".join(line.plain for line in draw(plot(compared), 100, 20))
     assert all(mark in text for mark in "●▲■")

@@ -1,7 +1,7 @@
 """Home, Train and Runs as pictures.
 
 States at 80×24 and 120×40, played; each state once more at 200×60, from recorded real runs but for a million
-steps. In other colours than the usual: ``test_colours.py``.
+steps. In other colors than the usual: ``test_colors.py``.
 """
 
 from __future__ import annotations

@@ -61,16 +61,16 @@ def test_text_is_legible_on_every_ground(name: str) -> None:
     for cursor in cursors:
         ground = Color.parse(variables[f"{cursor}-background"])
         assert contrast(Color.parse(variables[f"{cursor}-foreground"]), ground) >= LEAST_CONTRAST
-        low = {ink: round(contrast(colour, ground), 2) for ink, colour in inks.items()}
+        low = {ink: round(contrast(color, ground), 2) for ink, color in inks.items()}
         assert min(low.values()) >= LEAST_CONTRAST, (cursor, low)
 
 
 @pytest.mark.parametrize("name", [theme.name for theme in SHIPPED if theme.ansi])
-def test_a_theme_of_16_colours_names_nothing_else(name: str) -> None:
+def test_a_theme_of_16_colors_names_nothing_else(name: str) -> None:
     theme = next(theme for theme in SHIPPED if theme.name == name)
-    colours = [getattr(theme, part) for part in (*TEXT, *GROUNDS)]
-    colours += [value for key, value in theme.variables.items() if not key.endswith("-style")]
-    assert all(colour.startswith("ansi_") for colour in colours)
+    colors = [getattr(theme, part) for part in (*TEXT, *GROUNDS)]
+    colors += [value for key, value in theme.variables.items() if not key.endswith("-style")]
+    assert all(color.startswith("ansi_") for color in colors)
 
 
 @pytest.mark.parametrize("name", [theme.name for theme in SHIPPED])
@@ -117,7 +117,7 @@ async def test_the_app_opens_in_spite_of_a_wrong_theme_and_says_so() -> None:
         await shows(pilot, "Theme not loaded")
 
 
-def test_what_is_no_colour_is_named() -> None:
+def test_what_is_no_color_is_named() -> None:
     _write("bad", MINE.format(name="bad", foreground="grey"))
     _, problems = load_themes()
     assert [problem.what.rpartition(": ")[2] for problem in problems] == ["foreground is not a color."]

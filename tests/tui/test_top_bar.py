@@ -10,7 +10,7 @@ from qlora_tui.tui.widgets.top_bar import TopBar
 from tests.support.nvml_stub import install_nvml_stub
 from tests.tui.fake_runs import FakeRun, write_fake_run
 from tests.tui.screen_assertions import shows, text_of
-from tests.tui.workstation import open_on, open_with_card
+from tests.tui.workstation import open_on, open_with_gpu
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 120, 200])
@@ -25,18 +25,18 @@ async def test_the_line_never_wraps_and_the_map_is_whole(width: int) -> None:
         assert ("7 Chat" in first) or width < 62
 
 
-async def test_the_run_and_the_card_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    install_nvml_stub(monkeypatch, "card")
+async def test_the_run_and_the_gpu_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvml_stub(monkeypatch, "one_gpu")
     write_fake_run(FakeRun(steps=1240))
-    async with open_with_card("memory", model="").run_test(size=(160, 40)) as pilot:
+    async with open_with_gpu("memory", model="").run_test(size=(160, 40)) as pilot:
         first = (await shows(pilot, "● 1,240/3,000 loss", "RTX 4090")).splitlines()[0]
         assert first.rstrip().endswith("°")
 
 
 async def test_in_a_narrow_window_the_least_important_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    install_nvml_stub(monkeypatch, "card")
+    install_nvml_stub(monkeypatch, "one_gpu")
     write_fake_run(FakeRun(steps=1240))
-    async with open_with_card("memory", model="").run_test(size=(80, 24)) as pilot:
+    async with open_with_gpu("memory", model="").run_test(size=(80, 24)) as pilot:
         first = (await shows(pilot, "● 1,240/3,000")).splitlines()[0]
         assert "RTX" not in first
 
@@ -60,9 +60,9 @@ async def test_nothing_is_repainted_while_nothing_changes() -> None:
         assert "2 waiting" in text_of(app)
 
 
-def test_a_card_that_says_nothing_is_na_and_never_zero() -> None:
-    card = GpuDevice(0, "NVIDIA GeForce RTX 4090", None, None, None, None)
-    assert "NA" in TopBar.status_options(SystemStatus(gpu=card))[0]
+def test_a_gpu_that_says_nothing_is_na_and_never_zero() -> None:
+    gpu = GpuDevice(0, "NVIDIA GeForce RTX 4090", None, None, None, None)
+    assert "NA" in TopBar.status_options(SystemStatus(gpu=gpu))[0]
 
 
 @pytest.mark.parametrize(

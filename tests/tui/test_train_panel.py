@@ -14,7 +14,7 @@ from qlora_tui.tui.screens.train.gpu_panel import GpuPanel, MachineState
 from qlora_tui.tui.setting_stepper import step_value
 from tests.tui.fake_runs import GIB, FakeRun, write_fake_run
 
-CARD = GpuMetrics(
+GPU = GpuMetrics(
     at=100.0,
     index=0,
     utilization_percent=50,
@@ -30,8 +30,8 @@ CARD = GpuMetrics(
 
 
 def sample(at: float, **changes: Any) -> Sample:
-    card = msgspec.structs.replace(CARD, at=at, **changes)
-    return Sample(at=at, rss_bytes=3 * GIB, cpu_percent=104.0, gpu=card)
+    gpu = msgspec.structs.replace(GPU, at=at, **changes)
+    return Sample(at=at, rss_bytes=3 * GIB, cpu_percent=104.0, gpu=gpu)
 
 
 def drawn(machine: MachineState, width: int = 30, height: int = 24) -> list[str]:
@@ -40,7 +40,7 @@ def drawn(machine: MachineState, width: int = 30, height: int = 24) -> list[str]
     return [line.plain for line in panel.draw(width, height)]
 
 
-def test_what_a_card_does_not_tell_is_na_and_never_zero() -> None:
+def test_what_a_gpu_does_not_tell_is_na_and_never_zero() -> None:
     nothing = Sample(at=1.0, rss_bytes=GIB, cpu_percent=1.0, gpu=GpuMetrics(at=1.0, index=0))
     for height in (24, 2):
         text = "\n".join(drawn(MachineState("RTX 4090", (nothing,)), 80, height))
@@ -62,14 +62,14 @@ def test_the_estimate_is_a_tick_under_the_memory() -> None:
     assert next(line for line in full if "estimate" in line).endswith("estimate 30.0 ▲")
 
 
-def test_a_throttled_and_hot_card_says_so_in_words() -> None:
+def test_a_throttled_and_hot_gpu_says_so_in_words() -> None:
     hot = sample(1.0, temperature_c=90, throttle=("power cap", "thermal"))
     text = "\n".join(drawn(MachineState("RTX 4090", (hot,)), width=44))
     assert "90 °C hot" in text
     assert "slowed  by power cap, thermal" in text
 
 
-def test_without_a_card_the_trainer_and_its_share_of_the_machine_are_shown() -> None:
+def test_without_a_gpu_the_trainer_and_its_share_of_the_machine_are_shown() -> None:
     here = Sample(at=1.0, rss_bytes=2 * GIB, cpu_percent=150.0)
     text = "\n".join(drawn(MachineState("AMD EPYC", (here,), None, 16 * GIB, 2)))
     assert "150% of 2 cores" in text
@@ -77,7 +77,7 @@ def test_without_a_card_the_trainer_and_its_share_of_the_machine_are_shown() -> 
     assert "No GPU in this run." in text
 
 
-def test_energy_is_summed_over_what_the_card_told_and_not_over_pauses() -> None:
+def test_energy_is_summed_over_what_the_gpu_told_and_not_over_pauses() -> None:
     run = write_fake_run(FakeRun(steps=0))
     seconds = [*range(100), *range(5000, 5100)]
     run.telemetry_path.write_bytes(

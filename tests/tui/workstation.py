@@ -1,4 +1,4 @@
-"""The app opened on one screen, with a real model's config and a card of a given size."""
+"""The app opened on one screen, with a real model's config and a GPU of a given size."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def config_of(published: str) -> dict[str, Any]:
     return content
 
 
-def open_on(mode: str, *, model: str = "", card_gib: float = 24.0, **settings: Any) -> QloraApp:
+def open_on(mode: str, *, model: str = "", gpu_gib: float = 24.0, **settings: Any) -> QloraApp:
     """An app that shows ``mode`` first, its draft on this model."""
     bench = Workbench()
     if model:
         bench.replace(replace_setting(bench.recipe, "model.id", model))
     Draft().save(bench, replace=True)
-    return _first_shown(mode)(Settings(gpu_memory_gib=card_gib, **settings))
+    return _first_shown(mode)(Settings(gpu_memory_gib=gpu_gib, **settings))
 
 
-def open_with_card(mode: str, *, model: str) -> QloraApp:
-    """The same against the card that NVML tells of."""
+def open_with_gpu(mode: str, *, model: str) -> QloraApp:
+    """The same against the GPU that NVML tells of."""
     app = _first_shown(mode)()
     app.workbench.set("model.id", model)
     return app

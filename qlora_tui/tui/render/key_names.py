@@ -10,16 +10,13 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, cast
 
 from textual.content import Content
 from textual.keys import format_key
 
+from qlora_tui.settings import Settings
 from qlora_tui.tui.commands import EVERYWHERE, Command
 from qlora_tui.tui.textual_compat import active_app
-
-if TYPE_CHECKING:
-    from qlora_tui.tui.app import QloraApp
 
 _KEYS = re.compile(
     r"\[[^\s\[\]]{1,3}\]|\b(?:Enter|Esc|Tab|Space|Backspace|F\d{1,2}|(?:Ctrl|Alt|Shift)\+\w+)(?![\w-])"
@@ -78,9 +75,9 @@ def _commands(prefix: str) -> dict[str, Command]:
 
 
 def _keymap() -> Mapping[str, str]:
-    """The keymap of the app that is running; empty where none is."""
-    app = active_app.get(None)
-    return {} if app is None else cast("QloraApp", app).settings.keymap
+    """The keymap of the app that is running; empty where there is none, or one of a single widget."""
+    settings: Settings = getattr(active_app.get(None), "settings", Settings())
+    return settings.keymap
 
 
 def _in_brackets(key: str) -> str:

@@ -8,6 +8,7 @@ from textual.widget import Widget
 
 from qlora_tui.formatting import format_float, format_gib
 from qlora_tui.tui.commands import NAVIGATION
+from qlora_tui.tui.render.key_names import bare_key
 from qlora_tui.tui.system_status import SystemStatus
 
 
@@ -49,7 +50,7 @@ class TopBar(Widget):
             mode = command.id.removeprefix("go.")
             if mode == "home" and self.size.width < 100:
                 continue
-            text = f" {command.key} {command.label} "
+            text = f" {bare_key(command.id)} {command.label} "
             style = "reverse bold" if mode == self._mode else ""
             parts.append(Content.styled(text, style).stylize(f"@click=app.go('{mode}')"))
         return Content.assemble(*parts)
@@ -58,9 +59,9 @@ class TopBar(Widget):
     def status_options(system_status: SystemStatus) -> list[str]:
         """Possible texts, the longest first."""
         run = _run_text(system_status)
-        card = _card_text(system_status)
+        gpu = _gpu_text(system_status)
         short_run = run.split(" loss ")[0]
-        options = [f"{run}   {card}", f"{short_run}   {card}", run, card, short_run, ""]
+        options = [f"{run}   {gpu}", f"{short_run}   {gpu}", run, gpu, short_run, ""]
         return [option.strip() + " " for option in options]
 
 
@@ -77,13 +78,13 @@ def _run_text(system_status: SystemStatus) -> str:
     return f"● {status.step:,}/{status.total_steps:,}{loss}"
 
 
-def _card_text(system_status: SystemStatus) -> str:
+def _gpu_text(system_status: SystemStatus) -> str:
     if system_status.gpu is None:
         return "no GPU"
-    reading = system_status.gpu_metrics
-    if reading is None:
+    metrics = system_status.gpu_metrics
+    if metrics is None:
         return f"{system_status.gpu.short_name} NA"
-    use = "NA" if reading.utilization_percent is None else f"{reading.utilization_percent}%"
-    heat = "" if reading.temperature_c is None else f" {reading.temperature_c}°"
-    memory = f"{format_gib(reading.memory_used_bytes)}/{format_gib(reading.memory_total_bytes)}G"
+    use = "NA" if metrics.utilization_percent is None else f"{metrics.utilization_percent}%"
+    heat = "" if metrics.temperature_c is None else f" {metrics.temperature_c}°"
+    memory = f"{format_gib(metrics.memory_used_bytes)}/{format_gib(metrics.memory_total_bytes)}G"
     return f"{system_status.gpu.short_name} {use} {memory}{heat}"

@@ -44,7 +44,7 @@ class HomeFacts:
     """All of Home."""
 
     parts: dict[str, tuple[Content, ...]]
-    """Lines by part (card, run, queue, recipe, next, recent), none wider than the window."""
+    """Lines by part (GPU, run, queue, recipe, next, recent), none wider than the window."""
     step: NextStep
 
 
@@ -151,19 +151,19 @@ def gpu_lines(system_status: SystemStatus, budget: MemoryBudget) -> list[Content
             first,
             *([Content.styled(system_status.no_gpu_reason, "dim")] if system_status.no_gpu_reason else []),
         ]
-    card, reading = system_status.gpu, system_status.gpu_metrics
-    if reading is None:
+    gpu, metrics = system_status.gpu, system_status.gpu_metrics
+    if metrics is None:
         return [
-            Content.assemble((card.short_name, "bold"), "   does not respond"),
+            Content.assemble((gpu.short_name, "bold"), "   does not respond"),
             Content.styled(system_status.no_gpu_reason, "dim"),
         ]
-    use = "NA" if reading.utilization_percent is None else f"{reading.utilization_percent}%"
-    heat = "NA" if reading.temperature_c is None else f"{reading.temperature_c} °C"
-    used, total = reading.memory_used_bytes, reading.memory_total_bytes
+    use = "NA" if metrics.utilization_percent is None else f"{metrics.utilization_percent}%"
+    heat = "NA" if metrics.temperature_c is None else f"{metrics.temperature_c} °C"
+    used, total = metrics.memory_used_bytes, metrics.memory_total_bytes
     drawn = f"{bar(used / total, 16)} " if used is not None and total else ""
     return [
         Content.assemble(
-            (card.short_name, "bold"),
+            (gpu.short_name, "bold"),
             f"   util {use}   {drawn}{format_gib(used)} of {format_gib(total)} GiB   {heat}",
         )
     ]

@@ -102,15 +102,15 @@ def _gpu_lines(
     return lines
 
 
-def _gpu_short(machine: MachineState, sample: Sample, card: GpuMetrics, width: int) -> list[Content]:
-    used, total = card.memory_used_bytes, card.memory_total_bytes
+def _gpu_short(machine: MachineState, sample: Sample, gpu: GpuMetrics, width: int) -> list[Content]:
+    used, total = gpu.memory_used_bytes, gpu.memory_total_bytes
     chart = max(0, min(24, width - 66))
     drawn = _chart([_utilization(s) for s in machine.samples], machine.samples, chart, 1, 100.0)[0]
     tick = "" if machine.estimate_bytes is None else f"  estimate {format_gib(machine.estimate_bytes)}"
     first = Content.assemble(
         (f"{machine.device}  ", "bold"),
         ("util ", "dim"),
-        f"{_percent(card.utilization_percent)} ",
+        f"{_percent(gpu.utilization_percent)} ",
         drawn,
         ("  mem ", "dim"),
         f"{format_gib(used)}/{format_gib(total)} GiB",
@@ -118,11 +118,11 @@ def _gpu_short(machine: MachineState, sample: Sample, card: GpuMetrics, width: i
     )
     second = Content.assemble(
         ("power ", "dim"),
-        _power(card),
+        _power(gpu),
         ("  temp ", "dim"),
-        _temperature(card),
+        _temperature(gpu),
         ("  slowed ", "dim"),
-        _throttle(card),
+        _throttle(gpu),
     )
     return [first, second]
 
@@ -216,22 +216,22 @@ def _percent(value: int | None) -> str:
     return "NA" if value is None else f"{value}%"
 
 
-def _power(card: GpuMetrics) -> str:
-    used = "NA" if card.power_w is None else f"{card.power_w:.0f}"
-    limit = "NA" if card.power_limit_w is None else f"{card.power_limit_w:.0f}"
+def _power(gpu: GpuMetrics) -> str:
+    used = "NA" if gpu.power_w is None else f"{gpu.power_w:.0f}"
+    limit = "NA" if gpu.power_limit_w is None else f"{gpu.power_limit_w:.0f}"
     return f"{used} of {limit} W"
 
 
-def _temperature(card: GpuMetrics) -> Content:
-    if card.temperature_c is None:
+def _temperature(gpu: GpuMetrics) -> Content:
+    if gpu.temperature_c is None:
         return Content("NA")
-    hot = card.temperature_c >= _HOT_C
-    return Content.styled(f"{card.temperature_c} °C{' hot' if hot else ''}", "$warning" if hot else "")
+    hot = gpu.temperature_c >= _HOT_C
+    return Content.styled(f"{gpu.temperature_c} °C{' hot' if hot else ''}", "$warning" if hot else "")
 
 
-def _throttle(card: GpuMetrics) -> Content:
-    if card.throttle is None:
+def _throttle(gpu: GpuMetrics) -> Content:
+    if gpu.throttle is None:
         return Content("NA")
-    if not card.throttle:
+    if not gpu.throttle:
         return Content("no")
-    return Content.styled("by " + ", ".join(card.throttle), "$warning")
+    return Content.styled("by " + ", ".join(gpu.throttle), "$warning")

@@ -1,4 +1,4 @@
-"""Without colours: the terminal's own two, and attributes that tell things apart."""
+"""Without colors: the terminal's own two, and attributes that tell things apart."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ VISITED = [
 
 
 @pytest.mark.parametrize("how", [{"NO_COLOR": "1"}, {"TERM": "vt100"}], ids=["NO_COLOR", "vt100"])
-def test_no_colour_is_sent_from_any_screen(how: dict[str, str]) -> None:
+def test_no_color_is_sent_from_any_screen(how: dict[str, str]) -> None:
     write_fake_run(FakeRun(state="failed", steps=120, total=300))
     (paths.config_dir() / "config.toml").write_text('theme = "paper"\n')
     with Terminal(APP, env=how) as terminal:

@@ -1,4 +1,4 @@
-"""A run in every state, at every size, in every kind of colours; and every screen legible in every theme."""
+"""A run in every state, at every size, in every kind of colors; and every screen legible in every theme."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from qlora_tui.tui.themes import load_themes
 from tests.tui.fake_runs import BEGAN
 from tests.tui.run_states import STATES_ONCE, three_runs, watching
 from tests.tui.screen_assertions import shows, text_of, until
-from tests.tui.style_dump import colours_of, illegible, styles_of
+from tests.tui.style_dump import colors_of, illegible, styles_of
 from tests.tui.workstation import config_folder, open_on
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("same_machine")]
 
 SIZES = {"80x24": (80, 24), "120x40": (120, 40), "200x60": (200, 60)}
-COLOURS = {
+COLORS = {
     "dark": ("harbour", {"truecolor"}),
     "light": ("paper", {"truecolor"}),
     "sixteen": ("terminal-dark", {"default", "standard"}),
 }
-"""A theme of each kind, and what its colours may be."""
+"""A theme of each kind, and what its colors may be."""
 _STILL = 6
 """Looks of a twentieth of a second: three of the app's own, in tests."""
 SHIPPED = {path.stem for path in paths.shipped_dir("themes").glob("*.toml")}
-TRUECOLOUR = [theme.name for theme in load_themes()[0] if not theme.ansi and theme.name in SHIPPED]
+TRUECOLOR = [theme.name for theme in load_themes()[0] if not theme.ansi and theme.name in SHIPPED]
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("state", STATES_ONCE)
-async def test_a_run_in_every_state_at_every_size_in_every_kind_of_colours(
+async def test_a_run_in_every_state_at_every_size_in_every_kind_of_colors(
     state: str,
     size: str,
     set_clock: Callable[[float], None],
@@ -49,18 +49,18 @@ async def test_a_run_in_every_state_at_every_size_in_every_kind_of_colours(
     async with app.run_test(size=SIZES[size]) as pilot:
         await watching(run)(pilot)
         shown = await settled(pilot)
-        for name, (theme, colours) in COLOURS.items():
+        for name, (theme, colors) in COLORS.items():
             await dressed(pilot, theme)
             assert text_of(app) == shown
             assert not illegible(app)
-            assert colours_of(app) and colours_of(app) <= colours
+            assert colors_of(app) and colors_of(app) <= colors
             looks[name] = styles_of(app)
     monkeypatch.setenv("NO_COLOR", "1")
     app = QloraApp()
     async with app.run_test(size=SIZES[size]) as pilot:
         await watching(run)(pilot)
         assert await settled(pilot) == shown
-        assert not colours_of(app)
+        assert not colors_of(app)
         looks["none"] = styles_of(app)
     assert shown == snapshot(name="text")
     for name, look in looks.items():
@@ -99,7 +99,7 @@ async def test_every_word_of_a_screen_stands_out(
         await shows(pilot, "▸ NF4")
         await pilot.press(*keys.split())
         await shows(pilot, text)
-        for theme in TRUECOLOUR:
+        for theme in TRUECOLOR:
             await dressed(pilot, theme)
             assert not illegible(app), theme
 
@@ -114,7 +114,7 @@ async def dressed(pilot: Pilot[Any], theme: str) -> None:
 
 
 async def settled(pilot: Pilot[Any]) -> str:
-    """The screen's text, once text and colours stay as they are over three looks of the app."""
+    """The screen's text, once text and colors stay as they are over three looks of the app."""
     seen: list[tuple[str, str]] = []
 
     def stays() -> bool:
