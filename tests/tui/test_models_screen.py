@@ -93,6 +93,15 @@ async def test_a_model_is_chosen_and_told_apart_from_the_others() -> None:
         assert app.workbench.recipe.model.id == ""
 
 
+async def test_a_converted_model_chosen_by_its_path_is_marked() -> None:
+    make_three()
+    app = open_on("models")
+    async with app.run_test(size=(120, 40)) as pilot:
+        await shows(pilot, "  SmolLM2-135M-Instruct")
+        app.edit("model.id", str(converted_dir() / "SmolLM2-135M-Instruct"))
+        await shows(pilot, "● SmolLM2-135M-Instruct")
+
+
 async def test_names_have_all_the_room_there_is_after_the_window_changed() -> None:
     make_cached(
         hub_cache_dir(), "a-maker/of-very-long-names-for-its-models-7B", config_of("Qwen__Qwen2.5-7B")

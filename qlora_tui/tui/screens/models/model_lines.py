@@ -24,7 +24,7 @@ def local_lines(models: Sequence[LocalModel], chosen: str, width: int) -> list[t
     lines = [(f"{HEADING}local", Content.styled(f"On this machine ({len(models)})", "$text-muted"))]
     for model in models:
         mark, style = ("✗", "$text-muted") if model.refusal else (" ", "")
-        if model.id == chosen:
+        if chosen in (model.id, str(model.path)):
             mark = "●"
         parameters = format_count(model.architecture.total_params) if model.architecture else "NA"
         figures = f"{parameters:>7} {format_bytes(model.size_bytes):>9} {_SOURCES[model.source]:>9}"
