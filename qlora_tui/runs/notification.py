@@ -27,7 +27,7 @@ class RunNotification(Struct, frozen=True, kw_only=True):
     """The run's id."""
     name: str
     text: str
-    """The message in a sentence: ``tickets is finished: best loss 1.21 at step 640.``"""
+    """The message in a sentence: ``tickets is finished: best validation loss 1.21 at step 640.``"""
     step: int
     total_steps: int
     best_loss: float | None
@@ -44,7 +44,11 @@ def notification_for(run: RunDir) -> RunNotification | None:
     if isinstance(ending, Failed):
         text = f"{run.name} failed: {ending.title}."
     else:
-        reached = "" if best is None else f": best loss {format_float(best.loss, 3)} at step {best.step:,}"
+        reached = (
+            ""
+            if best is None
+            else f": best validation loss {format_float(best.loss, 3)} at step {best.step:,}"
+        )
         text = f"{run.name} is finished{reached}."
     return RunNotification(
         event="finished" if isinstance(ending, Finished) else "failed",

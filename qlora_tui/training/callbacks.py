@@ -189,8 +189,8 @@ class RunCallback(TrainerCallback):
             )
         )
         self._reporter.log(
-            f"step {step}/{self._total_steps}  loss {loss:.4f}  lr {learning_rate:.2e}  norm {grad_norm:.3f}"
-            f"  {tokens_per_s:.0f} tokens/s"
+            f"step {step}/{self._total_steps}  loss {loss:.4f}  lr {learning_rate:.2e}  grad {grad_norm:.3f}"
+            f"  {tokens_per_s:.0f} tok/s"
         )
         return True
 

@@ -324,7 +324,14 @@ async def test_a_run_that_ended_while_away_is_told(
     write_fake_run(FakeRun(state="finished", steps=300, total=300))
     set_clock(BEGAN + 8000)
     async with make_app().run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "finished", "while you were away", "best loss", "at step", "Chat with the adapter")
+        await shows(
+            pilot,
+            "finished",
+            "while you were away",
+            "best validation loss",
+            "at step",
+            "Chat with the adapter",
+        )
 
 
 async def test_the_queue_and_the_run_at_work_are_shown_and_enter_watches_it(

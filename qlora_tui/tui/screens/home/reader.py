@@ -206,7 +206,7 @@ def _ended(at: float, now: float, *, away: bool) -> list[Content]:
 def _outcome(summary: RunSummary) -> str:
     facts = []
     if summary.best is not None:
-        facts.append(f"best loss {format_float(summary.best[0], 3)} at step {summary.best[1]:,}")
+        facts.append(f"best validation loss {format_float(summary.best[0], 3)} at step {summary.best[1]:,}")
     elif summary.loss is not None:
         facts.append(f"loss {format_float(summary.loss, 3)}")
     if summary.step < summary.total_steps:

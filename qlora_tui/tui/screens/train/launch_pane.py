@@ -98,7 +98,9 @@ def _conclusion(checks: tuple[Check, ...]) -> Content:
     wrong = errors(checks)
     if wrong:
         names = ", ".join(dict.fromkeys(check.label for check in wrong))
-        return Content.styled(f"Not ready: {names}.", "bold $error")
+        return Content.styled(
+            f"Not ready: {names}. Press {key_name('train.launch')} to check again.", "bold $error"
+        )
     waits = any(check.kind is CheckKind.QUEUE and check.outcome == "note" for check in checks)
     return Content.styled(
         f"Ready. Press {key_name('train.launch')} to {'queue' if waits else 'launch'} it.", "bold $success"

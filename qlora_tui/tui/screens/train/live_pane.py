@@ -29,6 +29,13 @@ _LEVELS: tuple[tuple[str, frozenset[Level]], ...] = (
     ("errors only", frozenset(("error",))),
 )
 TABS = ("log", "samples", "health", "output")
+_NO_EVENTS = "No events yet."
+_EMPTY = {
+    "samples": "No samples yet. Prompts in training.sample_prompts are answered at each validation.",
+    "health": "No warnings.",
+    "output": "No output yet.",
+}
+"""Text of a tab without entries; the others show ``_NO_EVENTS``."""
 
 
 class LivePane(Vertical):
@@ -51,7 +58,7 @@ class LivePane(Vertical):
                 yield Sparklines()
             yield GpuPanel()
         yield TabBar(TABS)
-        yield LogTail("No events yet.")
+        yield LogTail(_NO_EVENTS)
 
     def show(self, snapshot: RunSnapshot, from_step: float = 0.0) -> None:
         """Show the snapshot; unchanged parts are not painted again."""
@@ -73,7 +80,7 @@ class LivePane(Vertical):
         does = {"train.tab": "next", "train.search": "search", "train.level": "level"}
         keys = " · ".join(f"{bare_key(command)} {verb}" for command, verb in does.items())
         self.query_one(TabBar).show(name, notes, keys, self._left_out())
-        self.query_one(LogTail).show(_entries(snapshot, name))
+        self.query_one(LogTail).show(_entries(snapshot, name), _EMPTY.get(name, _NO_EVENTS))
 
     def next_tab(self, places: int) -> None:
         """Go along the tabs."""

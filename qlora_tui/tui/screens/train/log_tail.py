@@ -69,8 +69,14 @@ class LogTail(ScrollView, can_focus=True):
         """The levels shown."""
         return self._only
 
-    def show(self, entries: Sequence[LogEntry]) -> None:
-        """Show these; a sequence that grew at its end costs only what is new."""
+    def show(self, entries: Sequence[LogEntry], empty: str | None = None) -> None:
+        """Show these; a sequence that grew at its end costs only what is new.
+
+        ``empty`` replaces the text that is shown if there are none.
+        """
+        if empty is not None and empty != self._empty:
+            self._empty = empty
+            self.refresh()
         if isinstance(entries, tuple) and entries == self._entries:
             return
         if entries is not self._entries or len(entries) < self._shown_count:

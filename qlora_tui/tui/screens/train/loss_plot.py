@@ -117,6 +117,8 @@ def _number(value: float | None) -> float:
 
 def _nothing_yet(snapshot: RunSnapshot) -> str:
     view: RunView = snapshot.view
+    if view.ending is not None:
+        return "The run ended before its first step."
     if view.phase in (None, "training"):
         return "No steps yet."
     return f"No steps yet: {view.phase}."
