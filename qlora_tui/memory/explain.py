@@ -35,7 +35,7 @@ LABELS: dict[str, str] = {
     "hidden_gradient": "Loss gradient",
     "logits": "Logits and loss",
     "inputs": "Batch and positions",
-    "loading": "Weights while loading",
+    "loading": "Loading the weights",
     "workspace": "cuBLAS workspace",
     "unsplit": "Uncut blocks",
     "kernels": "oneDNN kernels",

@@ -46,8 +46,6 @@ class ScreenCommands:
 
     screen: str
     """The mode of the screen, and the first part of each id."""
-    verb: str = ""
-    """The command of the command line that does the same, unless a command names another."""
     in_footer: bool = True
     """Whether the footer shows these commands."""
 
@@ -59,7 +57,7 @@ class ScreenCommands:
             label=label,
             help=help,
             in_footer=self.in_footer,
-            verb=verb or self.verb,
+            verb=verb,
         )
 
 
@@ -107,7 +105,7 @@ EVERYWHERE: tuple[Command, ...] = (
         key="f1",
         action="app.keys",
         label="All keys",
-        help="Show every key of every screen, and its name in a keymap.",
+        help="Show every key of every screen, and its name for a keymap of your own.",
         in_footer=False,
     ),
     Command(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from qlora_tui.tui.commands import Command, ScreenCommands
 
-_command = ScreenCommands("chat", verb="chat")
-_hidden = ScreenCommands("chat", verb="chat", in_footer=False)
+_command = ScreenCommands("chat")
+_hidden = ScreenCommands("chat", in_footer=False)
 
 COMMANDS: tuple[Command, ...] = (
-    _command("write", "i,enter", "write", "Write", "Type a prompt."),
+    _command("write", "i,enter", "write", "Write", "Type a prompt.", verb="chat"),
     _command("stop", "escape", "stop", "Stop", "Stop the answer, or stop loading the model."),
     _command(
         "leave",
@@ -21,15 +21,13 @@ COMMANDS: tuple[Command, ...] = (
         "adapter",
         "a,ctrl+t",
         "toggle_adapter",
-        "On/off",
+        "Adapter",
         "Switch the adapter off or on: only one of the two answers.",
     ),
     _command("thinking", "t,ctrl+g", "thinking", "Think", "Turn thinking before the answer on or off."),
     _hidden("unfold", "z,ctrl+o", "unfold", "Thoughts", "Show or hide what the model thought."),
     _command("split", "s", "split", "Split", "Show both answers side by side, or only one."),
-    _command(
-        "next_adapter", "v", "next_adapter('right')", "Adapter", "Select another checkpoint of this run."
-    ),
+    _command("next_adapter", "v", "next_adapter('right')", "Step", "Select another checkpoint of this run."),
     _hidden(
         "left_adapter",
         "V",

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from qlora_tui.tui.commands import Command, ScreenCommands
 
-_command = ScreenCommands("data", verb="data")
-_hidden = ScreenCommands("data", verb="data", in_footer=False)
+_command = ScreenCommands("data")
+_hidden = ScreenCommands("data", in_footer=False)
 
 COMMANDS: tuple[Command, ...] = (
-    _command("open", "o", "open", "Open", "Add a data file, a folder of files, or a dataset from the Hub."),
+    _command(
+        "open",
+        "o",
+        "open",
+        "Open",
+        "Add a data file, a folder of files, or a dataset from the Hub.",
+        verb="data inspect",
+    ),
     _hidden("next", "right,l", "row(1)", "Next", "Show the next row."),
     _hidden("previous", "left,h", "row(-1)", "Previous", "Show the previous row."),
-    _command("goto", "colon", "go_to", "Row", "Go to a row by number."),
+    _command("goto", "colon", "go_to", "Row", "Go to a row by number.", verb="data show"),
     _command("problem", "n", "problem(1)", "Problem", "Go to the next row with a problem."),
     _hidden("previous_problem", "N", "problem(-1)", "Back", "Go to the previous row with a problem."),
     _command("format", "f", "format", "Format", "Read the rows in another format."),

@@ -43,7 +43,8 @@ class DataScreen(DataActions):
     HELP_TEXT = (
         "The sample is shown as the model will see it. Tokens in the loss are bold and underlined, tokens "
         "it only reads are dim, control tokens are reversed; ↵ is a line break in the loss. Bars hatched "
-        "▒ behind ✂ are samples longer than the sequence length.\n"
+        "▒ after ✂ are samples longer than the sequence length.\n"
+        "{data.open} adds a file to those of the recipe; {data.remove} removes the selected one. "
         "Press Enter on a problem to go to its next row. Tab moves between the lists."
     )
     SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = COMMANDS

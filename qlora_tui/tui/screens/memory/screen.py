@@ -69,13 +69,16 @@ class MemoryScreen(WorkScreen):
     EDITS_RECIPE = True
     HELP_TEXT = (
         "The bars show the predicted peak memory of a training step, by what takes it. The list breaks "
-        "down the bar marked ▸; the sentence below explains the selected item. ◂ recipe marks the "
-        "precision that the recipe trains in; {memory.use} changes it to the one marked ▸.\n"
+        "down the bar marked ▸; the sentence below explains the selected item. The last line is the peak "
+        "with its range, the part of the step it is in, what torch reserves then, and what of that is in "
+        "tensors. ◂ recipe marks the precision that the recipe trains in; {memory.use} changes it to the "
+        "one marked ▸.\n"
         "On the right, lower-case keys double a setting and capital keys halve it. 'fits up to' is the "
-        "largest value that fits with the other settings unchanged. If the recipe does not fit, "
-        "{memory.apply} applies the change that costs least.\n"
+        "largest value that fits, in the recipe's precision, with the other settings unchanged. If the "
+        "recipe does not fit, {memory.apply} applies the change that costs least.\n"
         "'fits': even the upper end of the uncertainty fits. 'tight': less than 5% is left. 'uncertain': "
-        "only a part of the range fits."
+        "only a part of the range fits.\n"
+        "To see the estimate for another GPU, start the app with its memory: qlora-tui --gpu-gib 12."
     )
     SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = COMMANDS
 

@@ -45,7 +45,7 @@ def levels_line(estimate: Estimate) -> str:
         else ""
     )
     parts = f"{torch}tensors {format_gib(estimate.allocated_bytes)}"
-    return f"{format_gib(estimate.process_bytes)} GiB {doubt}, {parts}, in the {estimate.peak_phase}"
+    return f"Peak {format_gib(estimate.process_bytes)} GiB {doubt}, in the {estimate.peak_phase}: {parts}"
 
 
 def setting_controls(recipe: Recipe, fitting: WhatFits | None, context_tokens: int | None) -> Content:

@@ -91,9 +91,7 @@ class PresetsScreen(ModalScreen[None]):
                     yield Static(id="preview")
             with Horizontal(id="save-line"):
                 yield Static("Save as ", id="save-label")
-                yield TextField(
-                    placeholder="name, or name: a note on what it is for", compact=True, id="save-name"
-                )
+                yield TextField(placeholder="name, or name: what it is for", compact=True, id="save-name")
 
     def on_mount(self) -> None:
         self.query_one("#save-line").display = False
@@ -245,7 +243,9 @@ class PresetsScreen(ModalScreen[None]):
             return
         self._remember(before, bench.saved_as(name))
         self.qlora_app.recipe_edited()
-        self.notify(f"Saved as {name}. Press {key_name('presets.undo')} here to undo.")
+        self.notify(
+            f"Saved as {name}; --preset {name} uses it. Press {key_name('presets.undo')} here to undo."
+        )
         self.action_leave()
         self._refresh_list(name)
 
