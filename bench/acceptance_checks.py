@@ -173,7 +173,7 @@ def grid(box: Box) -> Outcome:
             data__max_length=length,
             training__micro_batch_size=micro_batch,
             training__gradient_accumulation=1,
-            training__gradient_checkpointing=checkpointing,
+            training__gradient_checkpointing="on" if checkpointing else "off",
             training__max_steps=2,
         )
         story = trained(recipe)
@@ -218,7 +218,7 @@ def memory(box: Box) -> Outcome:
         data__validation_fraction=0.0,
         data__max_length=2048,
         data__packing=False,
-        training__gradient_checkpointing=False,
+        training__gradient_checkpointing="off",
         training__gradient_accumulation=1,
         training__max_steps=2,
     )

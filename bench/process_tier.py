@@ -48,7 +48,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "1024": {"data.max_length": 1024},
     "512 x 2": {"data.max_length": 512, "training.micro_batch_size": 2},
     "512 x 2 unpacked": {"data.max_length": 512, "training.micro_batch_size": 2, "data.packing": False},
-    "1024 checkpointing": {"data.max_length": 1024, "training.gradient_checkpointing": True},
+    "1024 checkpointing": {"data.max_length": 1024, "training.gradient_checkpointing": "on"},
 }
 METHODS = ("nf4", "none")
 LOOK_EVERY_S = 0.02

@@ -158,7 +158,7 @@ def recipe_of(case: Case) -> Recipe:
         training=Training(
             micro_batch_size=case.rows,
             gradient_accumulation=1,
-            gradient_checkpointing=case.checkpointing,
+            gradient_checkpointing="on" if case.checkpointing else "off",
             optimizer="adamw",
         ),
     )

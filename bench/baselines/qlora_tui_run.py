@@ -66,7 +66,7 @@ def recipe(work: Work) -> Recipe:
             lr_scheduler=work.schedule,
             warmup_ratio=work.warmup,
             optimizer="adamw",
-            gradient_checkpointing=work.checkpointing,
+            gradient_checkpointing="on" if work.checkpointing else "off",
             seed=work.seed,
         ),
     )

@@ -78,6 +78,8 @@ def run(args: argparse.Namespace) -> CommandResult:
         lines += ["", conversion.words(estimate.process_bytes if on_cpu else None)]
     data["conversion"] = conversion and {"file": conversion.file, "peak_bytes": conversion.peak_bytes}
     lines += ["", *_what_fits(data["what_fits"])]
+    if data["kept_layers"]:
+        lines.append(_kept_layers(**data["kept_layers"]))
     for change in data["cheapest_changes"]:
         lines.append(
             f"cheapest change that fits: {change['label']} ({format_gib(change['total_bytes'])} GiB, "
@@ -102,6 +104,13 @@ def _conversion(model_id: str) -> Conversion | None:
     from qlora_tui.training.gguf_conversion import pending_conversion
 
     return pending_conversion(model_id)
+
+
+def _kept_layers(count: int, layers: int, total_bytes: int, speedup: float) -> str:
+    words = f"gradient checkpointing: {count} of {layers} layers keep their activations"
+    return (
+        f"{words} ({format_gib(total_bytes)} GiB in all, about {speedup - 1:.0%} faster)" if count else words
+    )
 
 
 def _what_fits(largest: dict[str, Any]) -> list[str]:

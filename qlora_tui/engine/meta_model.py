@@ -35,7 +35,7 @@ def build(request: TraceRequest, architecture: Architecture, dtype: torch.dtype)
         _quantize(model, recipe, architecture, dtype)
     model_loading.freeze(model)
     segments = attention != "eager" and model_loading.use_segment_attention(model)
-    if recipe.training.gradient_checkpointing:
+    if recipe.training.gradient_checkpointing != "off":
         model_loading.checkpoint_activations(model, keep_rng=False)
     model.enable_input_require_grads()
     head = find_head(model)

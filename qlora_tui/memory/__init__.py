@@ -15,12 +15,14 @@ by a traced one; ``calibration`` corrects by measurements of past runs; ``explai
 item, ``report`` the JSON output.
 
 ``budget`` is the memory of the device (``cpu`` describes a CPU); ``verdict`` compares the estimate with it,
-``solver`` finds what fits, ``model_sizes`` how large a model fits.
+``solver`` finds what fits, ``kept_layers`` how many layers need no recomputation, ``model_sizes`` how large a
+model fits.
 """
 
 from qlora_tui.memory.calibration import Correction, MeasuredRun, correction_for, record_run
 from qlora_tui.memory.estimate import PRECISIONS, Estimate, Item, compare, estimate
 from qlora_tui.memory.execution import Device, ExecutionConfig, trainer_execution
+from qlora_tui.memory.kept_layers import KeptLayers, keep_layers
 from qlora_tui.memory.levels import UncertaintyBand
 from qlora_tui.memory.model_sizes import ModelClass, largest_model_size
 from qlora_tui.memory.report import as_json
@@ -34,6 +36,7 @@ __all__ = [
     "Estimate",
     "ExecutionConfig",
     "Item",
+    "KeptLayers",
     "MeasuredRun",
     "MemorySaving",
     "ModelClass",
@@ -46,6 +49,7 @@ __all__ = [
     "compare",
     "correction_for",
     "estimate",
+    "keep_layers",
     "largest_model_size",
     "largest_settings",
     "minimum_bytes",

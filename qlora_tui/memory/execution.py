@@ -78,6 +78,8 @@ class ExecutionConfig:
     logits_alive_in_backward: bool = False
     """Whether the model's output, and so the logits, is still referenced during the backward."""
     checkpointing: bool = True
+    kept_layers: int = 0
+    """Layers at the end of the model that keep their activations despite checkpointing."""
     reentrant: bool = False
     """Whether checkpointing is reentrant: it reruns the whole layer and holds its output and gradient."""
     attention: Kernel = "flash"
@@ -117,7 +119,7 @@ def trainer_execution(
     recipe: Recipe, device: Device, architecture: Architecture | None = None
 ) -> ExecutionConfig:
     """Return the path of this project's trainer: no float32 cast, no full logits, non-reentrant
-    checkpointing.
+    checkpointing of every layer, also where the recipe leaves it to the free memory (``kept_layers``).
 
     Without an architecture, Liger is assumed off: it is faster only for some models.
     """
@@ -132,7 +134,7 @@ def trainer_execution(
         own_fused=True,
         # Liger would keep float16's gradients in 16 bits.
         loss="liger" if device.liger and not float16 and _liger_pays(recipe, architecture) else "chunked",
-        checkpointing=recipe.training.gradient_checkpointing,
+        checkpointing=recipe.training.gradient_checkpointing != "off",
         attention=_attention(recipe, device, compute),
         optimizer="adamw_fused" if recipe.training.optimizer == "adamw" else recipe.training.optimizer,
         accumulates=recipe.training.gradient_accumulation > 1,

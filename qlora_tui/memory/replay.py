@@ -77,7 +77,7 @@ class _Run:
         self._layout = layout
         self._path = path
         self._head = walked.head.recording
-        ends = ENDS if path.checkpointing else ENDS_THAT_KEEP
+        ends = ENDS if path.checkpointing and not path.kept_layers else ENDS_THAT_KEEP
         if not path.expandable_segments:
             ends = len(walked.layers)
         between = _between_equals(walked.layers, ends)

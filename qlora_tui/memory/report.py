@@ -8,6 +8,7 @@ from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.context_length import context_length_warning
 from qlora_tui.memory.estimate import Estimate, compare, precision_of
 from qlora_tui.memory.execution import Device, trainer_execution
+from qlora_tui.memory.kept_layers import keep_layers
 from qlora_tui.memory.layout import STYLES
 from qlora_tui.memory.model_sizes import largest_model_size
 from qlora_tui.memory.solver import cheapest_changes, largest_settings, minimum_bytes
@@ -54,12 +55,22 @@ def as_json(
         ]
         if not changes and not check_fit(compared[precision_of(recipe)], available_bytes).fits:
             least = minimum_bytes(recipe, architecture, device=device)
+    kept_layers = (
+        None if available_bytes is None else keep_layers(recipe, architecture, available_bytes, device=device)
+    )
     too_long = context_length_warning(recipe.data.max_length, architecture)
     return {
         "available_bytes": available_bytes,
         "precisions": {name: one_as_json(result, available_bytes) for name, result in compared.items()},
         "trace": traced and trace_as_json(traced, recipe, architecture, device or Device()),
         "what_fits": fitting,
+        "kept_layers": kept_layers
+        and {
+            "count": kept_layers.count,
+            "layers": kept_layers.layers,
+            "total_bytes": kept_layers.estimate.total_bytes,
+            "speedup": round(kept_layers.speedup, 3),
+        },
         "cheapest_changes": changes,
         "least_bytes": least,
         "warnings": [] if too_long is None else [f"{too_long.what} {too_long.why} {too_long.fix}"],

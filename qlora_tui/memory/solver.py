@@ -166,8 +166,8 @@ def _offers(recipe: Recipe, architecture: Architecture) -> Iterator[SavingOption
         yield _single("", label, "training.optimizer", "paged_adamw_8bit")
     if training.micro_batch_size > 1:
         yield SavingOption("same effective batch, a little slower", tuple(_smaller_batches(recipe)))
-    if not training.gradient_checkpointing:
-        yield _single("a third slower", "Checkpoint activations", "training.gradient_checkpointing", True)
+    if training.gradient_checkpointing == "off":
+        yield _single("a third slower", "Checkpoint activations", "training.gradient_checkpointing", "on")
     if quantization.method in ("none", "int8"):
         label = "16 bits → NF4" if quantization.method == "none" else "int8 → NF4"
         yield _single("slightly less exact", label, "quantization.method", "nf4")

@@ -96,14 +96,16 @@ def embedding_bytes(path: ExecutionConfig) -> int:
 
 def profile_step(layout: Layout, path: ExecutionConfig, dropout: float) -> StepProfile:
     """Replay each kind of layer once, and the head."""
-    profiles: dict[tuple[int, int], PartProfile] = {}
+    profiles: dict[tuple[int, int, bool], PartProfile] = {}
     layers = []
     width = embedding_bytes(path)
-    for block in layout.blocks:
-        key = (id(block), width)
+    first_kept = len(layout.blocks) - path.kept_layers
+    for index, block in enumerate(layout.blocks):
+        checkpointed = path.checkpointing and index < first_kept
+        key = (id(block), width, checkpointed)
         if key not in profiles:
             run = partial(_layer, block=block)
-            profiles[key] = _profile(layout, path, dropout, run, width, checkpointed=path.checkpointing)
+            profiles[key] = _profile(layout, path, dropout, run, width, checkpointed=checkpointed)
         layers.append(profiles[key])
         width = residual_dtype_bytes(path)
     tail = partial(_tail, layout=layout, path=path)

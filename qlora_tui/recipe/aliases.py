@@ -3,6 +3,7 @@
 ``RENAMED``  keys of version 0.1: read without a note, in their own section
 ``ALIASES``  keys of other trainers with the same meaning and values: read in any section or above the first
              one, with a note that names ours
+``VALUES``   other spellings of a value: those of version 0.2 and of other trainers
 ``RELATED``  keys of other trainers that need another value here: not read, but named in the error's hint
 """
 
@@ -51,6 +52,8 @@ ALIASES = {
     "val_set_size": "data.validation_fraction",
 }
 
+VALUES: dict[str, dict[Any, str]] = {"training.gradient_checkpointing": {True: "on", False: "off"}}
+
 RELATED = {
     "attn_implementation": "model.attention",
     "batch_size": "training.micro_batch_size",
@@ -77,13 +80,20 @@ def resolve(section: str, key: str) -> str | None:
     return RENAMED.get(path) or ALIASES.get(key)
 
 
+def canonical_value(path: str, value: Any) -> Any:
+    """Return our spelling of the value of a setting, ``section.key``; any other value as it is."""
+    spellings = VALUES.get(path, {})
+    return spellings.get(value, value) if isinstance(value, bool) else value
+
+
 def canonical(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the layer with our spelling of every key. ``layer`` has passed validation."""
+    """Return the layer with our spelling of every key and value. ``layer`` has passed validation."""
     result: dict[str, Any] = {}
     for section, key, value in _entries(layer):
         path = resolve(section, key)
         if path is not None:
             section, _, key = path.rpartition(".")
+        value = canonical_value(f"{section}.{key}", value)
         if section:
             result.setdefault(section, {})[key] = value
         else:

@@ -13,6 +13,7 @@ ALL_LINEAR = "all-linear"
 """Target pattern: every linear module of the language model but the output head. See :mod:`.targets`."""
 
 Thinking = Literal["auto", "on", "off"]
+Checkpointing = Literal["auto", "on", "off"]
 """The setting. ``auto`` is, for a row, on where it has reasoning; for a prompt, the template's default."""
 
 _MANY_STEPS = 10_000_000
@@ -278,13 +279,14 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         float, _about("Max grad norm", "Clip gradients to this norm. 0: no clipping.", ge=0, le=1000)
     ] = 1.0
     gradient_checkpointing: Annotated[
-        bool,
+        Checkpointing,
         _about(
             "Gradient checkpointing",
-            "Recompute each layer in the backward pass: about a third slower.",
-            "Keeps one hidden state per layer instead of every activation.",
+            "Recompute layers in the backward pass. auto: only those whose activations do not fit in free "
+            "memory. on: every layer, about a third slower. off: none.",
+            "Keeps one hidden state per recomputed layer instead of every activation.",
         ),
-    ] = True
+    ] = "auto"
     log_every: Annotated[
         int, _about("Log every", "Steps between points of the loss graph.", ge=1, le=_MANY_STEPS)
     ] = 1

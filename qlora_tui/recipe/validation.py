@@ -82,7 +82,7 @@ def _check_value(key: Key, path: str, field: Field, value: Any) -> Iterator[_Raw
         yield from _check_sources(key, path, value)
         return
     try:
-        msgspec.convert(value, field.type, strict=True)
+        msgspec.convert(aliases.canonical_value(field.path, value), field.type, strict=True)
     except msgspec.ValidationError:
         yield (
             key,
@@ -149,7 +149,7 @@ def _unquoted(text: str) -> Any:
 
 def _fits(field: Field, value: Any) -> bool:
     try:
-        msgspec.convert(value, field.type, strict=True)
+        msgspec.convert(aliases.canonical_value(field.path, value), field.type, strict=True)
     except msgspec.ValidationError:
         return False
     return True

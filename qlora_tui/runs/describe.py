@@ -14,6 +14,7 @@ from qlora_tui.runs.events import (
     Failed,
     Finished,
     Health,
+    LayersKept,
     MemoryMeasured,
     Paused,
     PhaseChanged,
@@ -52,6 +53,8 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
             return f"training {format_count(event.trained_parameters)} parameters ({share:.2%} of the model)"
         case StepVerified():
             return _format_verified(event)
+        case LayersKept():
+            return _format_kept(event)
         case MemoryMeasured():
             return (
                 f"memory: {format_bytes(event.measured_bytes)} measured, "
@@ -133,6 +136,16 @@ def format_exact(accuracy: float | None, base: float | None) -> str:
     if accuracy is None:
         return ""
     return format_percent(accuracy) + ("" if base is None else f", base {format_percent(base)}")
+
+
+def _format_kept(event: LayersKept) -> str:
+    available = format_bytes(event.available_bytes)
+    if not event.kept_layers:
+        return f"gradient checkpointing: every layer, as {available} of memory is available"
+    return (
+        f"gradient checkpointing: {event.kept_layers} of {event.layers} layers keep their activations "
+        f"({format_bytes(event.estimated_bytes)} of {available} available)"
+    )
 
 
 def _format_verified(event: StepVerified) -> str:

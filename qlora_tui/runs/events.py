@@ -42,7 +42,8 @@ class Started(Event, tag="started", frozen=True, kw_only=True):
     micro_batch_size: Count = msgspec.field(default=0, name="micro_batch")
     """Micro-batch size of this attempt: a retry after running out of memory halves it."""
     gradient_accumulation: Count = 0
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Literal["auto", "on", "off"] | bool = "off"
+    """Version 0.2 wrote true and false."""
 
 
 class PhaseChanged(Event, tag="phase", frozen=True, kw_only=True):
@@ -122,6 +123,17 @@ class StepVerified(Event, tag="step_verified", frozen=True, kw_only=True):
     """Whether the step as this run computes it, after any replacement, matches the library's."""
     reason: str = ""
     """Why the two could not be compared."""
+
+
+class LayersKept(Event, tag="layers_kept", frozen=True, kw_only=True):
+    """How many layers keep their activations, where the recipe leaves it to the free memory."""
+
+    kept_layers: Count
+    layers: Count
+    available_bytes: Count
+    """Free memory of the device that the run may take."""
+    estimated_bytes: Count
+    """Memory of the run with these layers."""
 
 
 class MemoryMeasured(Event, tag="memory", frozen=True, kw_only=True):
@@ -262,6 +274,7 @@ AnyEvent: TypeAlias = (
     | DataReady
     | AdapterReady
     | StepVerified
+    | LayersKept
     | MemoryMeasured
     | Step
     | Evaluated

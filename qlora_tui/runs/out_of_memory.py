@@ -31,7 +31,7 @@ def suggest_settings(recipe: Recipe) -> str:
         available = min(room.bytes, round(whole * (1 - _LEAST_SAVING)))
         changes = cheapest_changes(recipe, architecture, available, device=room.device)
         if not changes:
-            lean = replace_setting(recipe, "training.gradient_checkpointing", True)
+            lean = replace_setting(recipe, "training.gradient_checkpointing", "on")
             return _at_most(whole - estimate(lean, architecture, device=room.device).process_bytes)
     except UserError:
         return ""

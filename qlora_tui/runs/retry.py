@@ -1,7 +1,8 @@
 """Recipe changes after running out of memory that do not change what is trained.
 
-First the micro-batch is halved and accumulation doubled, which keeps the effective batch. At a micro-batch
-of one, activation checkpointing is turned on. After that no change keeps the recipe's meaning.
+First fewer layers keep their activations, where the recipe leaves that open. Then the micro-batch is halved
+and accumulation doubled, which keeps the effective batch. At a micro-batch of one, gradient checkpointing is
+turned on. After that no change keeps the recipe's meaning.
 """
 
 from __future__ import annotations
@@ -14,30 +15,44 @@ from msgspec import Struct, structs
 
 from qlora_tui.decoding import decode_json
 from qlora_tui.errors import EXIT_USAGE, UserError
-from qlora_tui.recipe.schema import Recipe, Training
+from qlora_tui.recipe.aliases import canonical_value
+from qlora_tui.recipe.schema import Checkpointing, Recipe, Training
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventTail, EventWriter
-from qlora_tui.runs.events import Failed, Health, RunEnded, Started
+from qlora_tui.runs.events import Failed, Health, LayersKept, RunEnded, Started
+
+_KEPT_DIVISOR = 4
+"""Retries keep the activations of a fourth of the layers: a wrong estimate is rarely wrong by more."""
 
 
 class RetryPlan(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """Settings of ``[training]`` that an attempt overrides; None leaves a setting as it is.
+    """What an attempt overrides; None leaves a setting as it is.
 
-    The field names are those of the recipe and of the ``started`` event.
+    The field names are those of the recipe's ``[training]`` and of the ``started`` event, but for
+    ``kept_layers``.
     """
 
     micro_batch_size: int | None = None
     gradient_accumulation: int | None = None
-    gradient_checkpointing: bool | None = None
+    gradient_checkpointing: Checkpointing | None = None
+    kept_layers: int | None = None
+    """The most layers that keep their activations, where gradient checkpointing is ``auto``."""
 
     @classmethod
     def used_by(cls, settings: Training | Started) -> RetryPlan:
-        """Return a plan that sets every field: the values that a recipe requests or that an attempt used."""
-        return msgspec.convert(settings, cls, from_attributes=True)
+        """Return a plan that sets every setting: to what a recipe requests or an attempt used."""
+        checkpointing = canonical_value("training.gradient_checkpointing", settings.gradient_checkpointing)
+        return cls(
+            micro_batch_size=settings.micro_batch_size,
+            gradient_accumulation=settings.gradient_accumulation,
+            gradient_checkpointing=checkpointing,
+        )
 
     def overrides(self) -> dict[str, Any]:
-        """Settings that this plan sets."""
-        return {name: value for name, value in structs.asdict(self).items() if value is not None}
+        """Settings of ``[training]`` that this plan sets."""
+        values = structs.asdict(self)
+        del values["kept_layers"]
+        return {name: value for name, value in values.items() if value is not None}
 
     def applied(self, recipe: Recipe) -> Recipe:
         """Return the recipe as the attempt runs it."""
@@ -45,7 +60,7 @@ class RetryPlan(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_un
 
     def to_arguments(self) -> list[str]:
         """Option of ``python -m qlora_tui.training`` that carries the plan; empty without overrides."""
-        return ["--plan", msgspec.json.encode(self).decode()] if self.overrides() else []
+        return ["--plan", msgspec.json.encode(self).decode()] if self != RetryPlan() else []
 
 
 _DECODER = msgspec.json.Decoder(RetryPlan)
@@ -65,11 +80,13 @@ def parse_plan(argument: str) -> RetryPlan:
 
 
 def last_plan(run: RunDir) -> RetryPlan:
-    """Plan of the last attempt; empty before the first."""
+    """What the last attempt used; empty before the first."""
     plan = RetryPlan()
     for event in EventTail(run.events_path).drain():
         if isinstance(event, Started) and event.micro_batch_size and event.gradient_accumulation:
             plan = RetryPlan.used_by(event)
+        elif isinstance(event, LayersKept):
+            plan = structs.replace(plan, kept_layers=event.kept_layers)
     return plan
 
 
@@ -109,23 +126,24 @@ def plan_retry(run: RunDir, ending: RunEnded) -> RetryPlan | None:
 
 def reduce_memory(recipe: Recipe, used: RetryPlan) -> RetryPlan | None:
     """Return the next cheaper plan with the same effective batch; None if there is none."""
-    training = used.applied(recipe).training
-    micro_batch_size, accumulation = training.micro_batch_size, training.gradient_accumulation
-    checkpointing = training.gradient_checkpointing
-    if micro_batch_size > 1:
+    now = structs.replace(RetryPlan.used_by(used.applied(recipe).training), kept_layers=used.kept_layers)
+    assert now.micro_batch_size is not None and now.gradient_accumulation is not None
+    if now.gradient_checkpointing == "auto" and now.kept_layers:
+        return structs.replace(now, kept_layers=now.kept_layers // _KEPT_DIVISOR)
+    if now.micro_batch_size > 1:
         # An odd micro-batch cannot be halved exactly: one row at a time keeps the product.
-        factor = 2 if micro_batch_size % 2 == 0 else micro_batch_size
-        return RetryPlan(
-            micro_batch_size=micro_batch_size // factor,
-            gradient_accumulation=accumulation * factor,
-            gradient_checkpointing=checkpointing,
+        factor = 2 if now.micro_batch_size % 2 == 0 else now.micro_batch_size
+        return structs.replace(
+            now,
+            micro_batch_size=now.micro_batch_size // factor,
+            gradient_accumulation=now.gradient_accumulation * factor,
         )
-    if not checkpointing:
-        return RetryPlan(micro_batch_size=1, gradient_accumulation=accumulation, gradient_checkpointing=True)
-    return None
+    return structs.replace(now, gradient_checkpointing="on") if now.gradient_checkpointing == "off" else None
 
 
 def describe_plan(plan: RetryPlan) -> str:
     """Describe the plan, for events and screens."""
     words = f"micro-batch {plan.micro_batch_size} × accumulation {plan.gradient_accumulation}"
-    return words + (" and gradient checkpointing" if plan.gradient_checkpointing else "")
+    if plan.gradient_checkpointing == "auto" and plan.kept_layers:
+        return f"{words}, keeping the activations of {plan.kept_layers} layers"
+    return words + (" and gradient checkpointing" if plan.gradient_checkpointing != "off" else "")

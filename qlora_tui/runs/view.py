@@ -25,6 +25,7 @@ from qlora_tui.runs.events import (
     Failed,
     Finished,
     Health,
+    LayersKept,
     MemoryMeasured,
     Paused,
     Phase,
@@ -242,7 +243,7 @@ class RunView:
                 self.samples.append(event)
             case Health():
                 self.health.append(event)
-            case RequestReceived():
+            case RequestReceived() | LayersKept():
                 pass
             case Finished() | Failed() | Stopped() | Paused():
                 self.ending = event

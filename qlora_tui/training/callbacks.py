@@ -13,7 +13,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qlora_tui.errors import UserError
 from qlora_tui.runs.control import Kind
-from qlora_tui.runs.events import Evaluated, SampleGenerated, Step
+from qlora_tui.runs.events import Evaluated, LayersKept, SampleGenerated, Step
+from qlora_tui.training import model_loading
 from qlora_tui.training.batches import PlannedStep, computed_tokens
 from qlora_tui.training.checkpoint_saver import CheckpointSaver, RunProgress
 from qlora_tui.training.evaluation import Evaluator
@@ -162,9 +163,26 @@ class RunCallback(TrainerCallback):
             prepared.step_plan, samples, prepared.recipe.training.micro_batch_size, packing_isolated=isolated
         )
         prepared.meter.set_longest_batch(len(rows), computed_tokens(rows, samples, packing_isolated=isolated))
+        self._keep_layers()
         probe_memory(self._trainer, rows, fresh=prepared.checkpoint is None)
         self._reporter.emit(prepared.meter.measure("probe"))
         self._requests.raise_if_stop_requested()
+
+    def _keep_layers(self) -> None:
+        """Let as many layers keep their activations as the free memory allows, where the recipe says so."""
+        prepared = self._prepared
+        kept_layers = prepared.meter.keep_layers(prepared.max_kept_layers)
+        if kept_layers is None or not model_loading.keep_activations(prepared.base.model, kept_layers.count):
+            return
+        self._reporter.emit(
+            LayersKept(
+                at=time.time(),
+                kept_layers=kept_layers.count,
+                layers=kept_layers.layers,
+                available_bytes=kept_layers.available_bytes,
+                estimated_bytes=kept_layers.estimate.process_bytes,
+            )
+        )
 
     def _emit_step(self, result: StepResult, *, force: bool) -> bool:
         """Emit every ``log_every``-th step and broken ones, or with ``force`` any; True where emitted."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
 from msgspec import structs
 
@@ -21,9 +22,10 @@ from qlora_tui.memory import Device as EstimatedDevice
 from qlora_tui.memory import Estimate, MeasuredRun, correction_for, estimate, record_run, trainer_execution
 from qlora_tui.memory.cpu import liger_is_installed, torch_is_for_cuda
 from qlora_tui.memory.execution import Loss
+from qlora_tui.memory.kept_layers import KeptLayers, keep_layers
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.events import MemoryMeasured
-from qlora_tui.training.compute_device import ComputeDevice
+from qlora_tui.training.compute_device import ComputeDevice, host_memory_bytes
 from qlora_tui.training.library_versions import versions
 
 
@@ -36,8 +38,11 @@ class MemoryMeter:
         self._device = device
         self.estimate = self._estimate(recipe, corrected=True)
         """None where the model is not supported by the estimate."""
+        self._longest_batch: Recipe | None = None
+        """The recipe with its rows as long as those of the longest micro-batch."""
         self._longest_batch_estimate: Estimate | None = None
-        self._records = False
+        self._is_as_expected = False
+        """Whether loss and code paths are those that the estimate assumes."""
 
     @property
     def expected_loss(self) -> Loss:
@@ -46,11 +51,11 @@ class MemoryMeter:
 
     def set_loss(self, loss: str) -> None:
         """Note which loss is used: with an unexpected one the peak says nothing about the estimate."""
-        self._records = loss == self.expected_loss
+        self._is_as_expected = loss == self.expected_loss
 
-    def stop_recording(self) -> None:
-        """Do not record the peak, because a code path differs from what the estimate assumes."""
-        self._records = False
+    def set_unexpected_path(self) -> None:
+        """Note that a code path differs from what the estimate assumes: the peak is not recorded."""
+        self._is_as_expected = False
 
     def measure(self, when: Literal["probe", "end"]) -> MemoryMeasured:
         """The peak so far and the estimate."""
@@ -77,8 +82,34 @@ class MemoryMeter:
         """
         data = structs.replace(self._recipe.data, max_length=max(1, -(-tokens // rows)))
         training = structs.replace(self._recipe.training, micro_batch_size=rows)
-        recipe = structs.replace(self._recipe, data=data, training=training)
-        self._longest_batch_estimate = self._estimate(recipe, corrected=False)
+        self._longest_batch = structs.replace(self._recipe, data=data, training=training)
+        self._longest_batch_estimate = self._estimate(self._longest_batch, corrected=False)
+
+    def keep_layers(self, limit: int | None) -> KeptLayers | None:
+        """How many layers can keep their activations for the longest batch; all estimates then include them.
+
+        Call :meth:`set_longest_batch` first. None are kept where a code path differs from the estimate's.
+
+        Returns:
+            None where the recipe does not leave it open, or the model is not supported by the estimate.
+        """
+        recipe = self._longest_batch
+        if recipe is None or self._longest_batch_estimate is None:
+            return None
+        where = replace(_as_estimated(self._device), correction=correction_for(self._device.name))
+        kept_layers = keep_layers(
+            recipe,
+            self._architecture,
+            self._free_bytes(),
+            device=where,
+            limit=limit if self._is_as_expected else 0,
+        )
+        if kept_layers is not None and kept_layers.count:
+            self.estimate = kept_layers.estimate
+            self._longest_batch_estimate = self._estimate(
+                recipe, corrected=False, kept_layers=kept_layers.count
+            )
+        return kept_layers
 
     def record(self, *, ran_out: bool = False) -> None:
         """Record peak and prediction, which correct later estimates on this machine.
@@ -88,7 +119,7 @@ class MemoryMeter:
         family whose layers are guessed.
         """
         predicted, peak = self._longest_batch_estimate, self.measure("end")
-        if predicted is None or not (self._records and predicted.exact):
+        if predicted is None or not (self._is_as_expected and predicted.exact):
             return
         if ran_out and peak.measured_bytes <= predicted.process_bytes:
             return
@@ -113,14 +144,26 @@ class MemoryMeter:
                 )
             )
 
-    def _estimate(self, recipe: Recipe, *, corrected: bool) -> Estimate | None:
+    def _estimate(self, recipe: Recipe, *, corrected: bool, kept_layers: int = 0) -> Estimate | None:
         where = _as_estimated(self._device)
         if corrected:
             where = replace(where, correction=correction_for(self._device.name))
         try:
-            return estimate(recipe, self._architecture, device=where)
+            path = trainer_execution(recipe, where, self._architecture)
+            return estimate(
+                recipe, self._architecture, path=replace(path, kept_layers=kept_layers), device=where
+            )
         except UserError:
             return None
+
+    def _free_bytes(self) -> int:
+        """Memory of the device that no other process uses: free now, or held by this process."""
+        if self._device.kind == "cuda":
+            free, _ = torch.cuda.mem_get_info(self._device.torch_device)
+            held = torch.cuda.memory_reserved(self._device.torch_device) + self._context_bytes()
+            return int(free) + held
+        free = min(int(psutil.virtual_memory().available), host_memory_bytes())
+        return free + int(psutil.Process().memory_info().rss)
 
     def _context_bytes(self) -> int:
         """GPU memory of this process outside torch's pool; estimated where the driver does not report it."""

@@ -108,7 +108,7 @@ def set_attention(model: Any, name: str) -> bool:
 
 
 def checkpoint_activations(model: Any, *, keep_rng: bool | None = None) -> None:
-    """Save one hidden state per layer and recompute the rest in the backward.
+    """Save one hidden state per layer and recompute the rest in the backward; see :func:`keep_activations`.
 
     Args:
         keep_rng: repeat the random numbers of the forward, which needs a real device and costs time in each
@@ -121,6 +121,22 @@ def checkpoint_activations(model: Any, *, keep_rng: bool | None = None) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
     else:  # its name before transformers 5.20
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+
+def keep_activations(model: Any, count: int) -> bool:
+    """Exempt the last ``count`` decoder layers of a model from its gradient checkpointing.
+
+    Returns:
+        False where the model's layers cannot be switched one by one: then nothing is changed.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [m for m in model.get_decoder().modules() if isinstance(m, GradientCheckpointingLayer)]
+    if len(layers) != model.config.get_text_config().num_hidden_layers:
+        return False
+    for place, layer in enumerate(layers):
+        layer.gradient_checkpointing = place < len(layers) - count
+    return True
 
 
 def _quantization(settings: Quantization, device: ComputeDevice) -> Any:

@@ -129,7 +129,7 @@ def _add_adapter(
     # earlier checks drew.
     set_seed(training.seed)
     model = add_lora(base.model, lora, files.architecture, token_ids(lora.trainable_tokens, tokenizer))
-    if training.gradient_checkpointing:
+    if training.gradient_checkpointing != "off":
         model_loading.checkpoint_activations(base.model)
     context.reporter.emit(
         AdapterReady(
@@ -147,7 +147,7 @@ def _verify(prepared: PreparedRun) -> PreparedRun:
     prepared.reporter.phase("probing", "comparing the first step with transformers and peft")
     base = _keep_row_layout(prepared, verify_first_step(prepared))
     if base.replaced:
-        prepared.meter.stop_recording()
+        prepared.meter.set_unexpected_path()
     if (base.attention, base.loss) != (prepared.base.attention, prepared.base.loss):
         _emit_environment(prepared, prepared.device, base)
     step_plan = prepared.step_plan

@@ -33,6 +33,8 @@ class AttemptContext:
     reporter: Reporter
     requests: ControlRequests
     dist: DistributedContext
+    max_kept_layers: int | None = None
+    """The most layers that may keep their activations; a retry after running out of memory lowers it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,6 +97,7 @@ def _run_attempts(
                     reporter=reporter,
                     requests=requests,
                     dist=dist,
+                    max_kept_layers=plan.kept_layers,
                 )
             )
             try:

@@ -36,7 +36,7 @@ def test_items_add_up_to_what_must_be_free() -> None:
 
 
 def test_every_item_has_a_label_and_a_sentence() -> None:
-    recipe = Recipe(lora=Lora(dropout=0.1), training=Training(gradient_checkpointing=False))
+    recipe = Recipe(lora=Lora(dropout=0.1), training=Training(gradient_checkpointing="off"))
     for estimated in compare(recipe, qwen_7b()).values():
         assert all(item.label and item.explanation.endswith(".") for item in estimated.items)
 
@@ -60,7 +60,7 @@ def test_weights_of_a_7b_model_follow_the_formula() -> None:
         ("data", Data(max_length=512), Data(max_length=2048)),
         ("lora", Lora(rank=8), Lora(rank=64)),
         ("lora", Lora(target_modules=("q_proj",)), Lora()),
-        ("training", Training(), Training(gradient_checkpointing=False)),
+        ("training", Training(), Training(gradient_checkpointing="off")),
         ("training", Training(optimizer="adamw_8bit"), Training(optimizer="adamw")),
     ],
 )
@@ -172,7 +172,7 @@ def test_a_build_of_torch_for_cuda_weighs_more_on_a_cpu_and_nothing_on_a_gpu() -
 
 def test_a_cpu_that_computes_in_bfloat16_holds_a_kernel_a_shape() -> None:
     device = Device(kind="cpu", native_bfloat16=True)
-    fuller = Training(micro_batch_size=8, gradient_checkpointing=False)  # than while it is loaded
+    fuller = Training(micro_batch_size=8, gradient_checkpointing="off")  # than while it is loaded
     some, more, most = (
         estimate(Recipe(data=data, training=fuller), tinyllama(), device=device).bytes_of("kernels")
         for data in (
@@ -204,7 +204,7 @@ def test_one_estimate_is_cheap() -> None:
 def test_samples_that_are_attended_one_by_one_take_no_longer_for_being_many(name: str) -> None:
     model = parse_architecture(config(name))
     recipes = [
-        Recipe(training=Training(micro_batch_size=size, gradient_checkpointing=False)) for size in (1, 4096)
+        Recipe(training=Training(micro_batch_size=size, gradient_checkpointing="off")) for size in (1, 4096)
     ]
     one, many = (count_calls(partial(estimate, recipe, model)) for recipe in recipes)
     assert many < 2 * one

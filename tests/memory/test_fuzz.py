@@ -121,7 +121,7 @@ def test_the_largest_recipe_there_is_does_not_fit_and_no_change_is_negative() ->
         quantization=Quantization(method="none", compute_dtype="float32"),
         lora=Lora(rank=1024, dropout=0.9, use_dora=True),
         data=Data(max_length=1_048_576),
-        training=Training(micro_batch_size=4096, gradient_checkpointing=False),
+        training=Training(micro_batch_size=4096, gradient_checkpointing="off"),
     )
     for available in (1, 1 << 30, 1 << 62):
         report = as_json(recipe, tinyllama(), available)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -49,7 +50,7 @@ def test_a_real_step_holds_what_was_predicted(
         data=Data(max_length=512),
         training=Training(
             micro_batch_size=2,
-            gradient_checkpointing=checkpointing,
+            gradient_checkpointing="on" if checkpointing else "off",
             gradient_accumulation=1,
             optimizer="adamw",
         ),
@@ -63,11 +64,27 @@ def test_a_real_step_holds_what_was_predicted(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kept_layers", [1, 2, 3])
+def test_a_real_step_with_kept_layers_holds_what_was_predicted(kept_layers: int) -> None:
+    recipe = Recipe(
+        quantization=Quantization(compute_dtype="float32"),
+        data=Data(max_length=512),
+        training=Training(micro_batch_size=2, gradient_accumulation=1, optimizer="adamw"),
+    )
+    path = replace(trainer_execution(recipe, Device(kind="cpu")), kept_layers=kept_layers)
+    layout = build_layout(recipe, parse_architecture(TINY), path)
+    predicted = max(
+        peak.total_bytes for peak in peak_candidates(profile_step(layout, path, 0.0), layout, path)
+    )
+    assert predicted == pytest.approx(_measured(TINY, recipe, 0.0, kept_layers=kept_layers), rel=0.02)
+
+
+@pytest.mark.slow
 def test_a_real_step_of_a_model_of_135_million_holds_what_was_predicted() -> None:
     recipe = Recipe(
         quantization=Quantization(compute_dtype="float32"),
         data=Data(max_length=128),
-        training=Training(micro_batch_size=1, gradient_checkpointing=False, gradient_accumulation=1),
+        training=Training(micro_batch_size=1, gradient_checkpointing="off", gradient_accumulation=1),
     )
     model = config("HuggingFaceTB/SmolLM2-135M")
     path = trainer_execution(recipe, Device(kind="cpu"))
@@ -106,7 +123,7 @@ def test_ranks_and_alphas_by_pattern_are_those_that_peft_makes() -> None:
         assert (part.r["default"], part.scaling["default"]) == (rank, alpha / rank)
 
 
-def _measured(values: dict[str, Any], recipe: Recipe, dropout: float) -> int:
+def _measured(values: dict[str, Any], recipe: Recipe, dropout: float, *, kept_layers: int = 0) -> int:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -124,8 +141,9 @@ def _measured(values: dict[str, Any], recipe: Recipe, dropout: float) -> int:
         _quantize(model, recipe.quantization.method)
     model_loading.freeze(model)
     assert model_loading.use_segment_attention(model)
-    if recipe.training.gradient_checkpointing:
+    if recipe.training.gradient_checkpointing != "off":
         model_loading.checkpoint_activations(model, keep_rng=bool(dropout))
+        assert model_loading.keep_activations(model, kept_layers)
     model.enable_input_require_grads()
     head = find_head(model)
     assert isinstance(head, ChunkedHead)

@@ -63,7 +63,7 @@ def test_an_unquantized_model_comes_to_the_reserved_bytes_that_were_measured() -
     [
         (Training(micro_batch_size=2, gradient_accumulation=1, optimizer="adamw"), 0.0, "nf4"),
         (Training(micro_batch_size=1, gradient_accumulation=8), 0.05, "nf4"),
-        (Training(gradient_checkpointing=False, gradient_accumulation=1), 0.0, "none"),
+        (Training(gradient_checkpointing="off", gradient_accumulation=1), 0.0, "none"),
     ],
 )
 def test_the_replay_holds_as_much_at_its_peak_as_the_walk(

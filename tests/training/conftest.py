@@ -131,7 +131,7 @@ def recipe(tiny_model: Path, tiny_data: Path) -> MakeRecipe:
                 learning_rate=2e-3,
                 gradient_accumulation=2,
                 epochs=2,
-                gradient_checkpointing=False,
+                gradient_checkpointing="off",
             ),
         )
         for path, value in (settings or {}).items():

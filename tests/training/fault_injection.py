@@ -32,6 +32,19 @@ def inject_oom(fits: dict[int, float]) -> None:
     RunTrainer.training_step = step  # type: ignore[method-assign, assignment]
 
 
+def inject_oom_with_kept_layers() -> None:
+    """Raise out of memory where a layer keeps its activations despite gradient checkpointing."""
+    train = RunTrainer.training_step
+
+    def step(self: RunTrainer, model: Any, inputs: Any, items: Any = None) -> torch.Tensor:
+        layers = model.get_base_model().model.layers
+        if not all(layer.gradient_checkpointing for layer in layers):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return train(self, model, inputs, items)
+
+    RunTrainer.training_step = step  # type: ignore[method-assign, assignment]
+
+
 def mount_small_tmpfs(folder: str, bytes_: int) -> None:
     """Mount a tmpfs of ``bytes_`` on ``folder``, for this process alone. Needs root."""
     libc = ctypes.CDLL(None, use_errno=True)

@@ -125,10 +125,10 @@ def test_a_run_out_of_memory_in_mid_training_goes_on_from_its_checkpoint_with_le
     wait_for(lambda: read_status(run).state == "finished", seconds=120, saying="the end")
     attempts = events_of(run, Started)
     assert [(a.micro_batch_size, a.gradient_accumulation, a.gradient_checkpointing) for a in attempts] == [
-        (4, 1, False),
-        (2, 2, False),
-        (1, 4, False),
-        (1, 4, True),
+        (4, 1, "off"),
+        (2, 2, "off"),
+        (1, 4, "off"),
+        (1, 4, "on"),
     ]
     assert [a.resumed_from_step for a in attempts] == [0, 2, 4, 6]
     assert all(ending.kind == "out_of_memory" for ending in events_of(run, Failed))
@@ -145,7 +145,7 @@ def test_a_run_that_nothing_makes_fit_fails_with_the_cheapest_change(
     recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inject_fault(monkeypatch, "inject_oom({4: 0})")
-    settings = {"training.micro_batch_size": 2, "training.gradient_checkpointing": True}
+    settings = {"training.micro_batch_size": 2, "training.gradient_checkpointing": "on"}
     costly = {"model.attention": "eager", "data.max_length": 8192}
     run = actions.submit(recipe({**WIDE, **settings, **costly}))
     wait_for(lambda: len(events_of(run, Failed)) == 2 and read_status(run).state == "failed", seconds=120)

@@ -81,10 +81,10 @@ def test_a_smaller_micro_batch_learns_the_same(recipe: MakeRecipe, trainers: Tra
     expected = losses(whole)
     step = len(expected) // 2
     again = interrupted_at(whole, step)
-    plan = RetryPlan(micro_batch_size=1, gradient_accumulation=2, gradient_checkpointing=True)
+    plan = RetryPlan(micro_batch_size=1, gradient_accumulation=2, gradient_checkpointing="on")
     assert trainers.run(again, plan) == 0
     started = events_of(again, Started)[-1]
-    assert (started.micro_batch_size, started.gradient_checkpointing) == (1, True)
+    assert (started.micro_batch_size, started.gradient_checkpointing) == (1, "on")
     assert all(abs(loss - expected[n]) < 1e-4 for n, loss in losses(again).items())
 
 

@@ -40,6 +40,6 @@ COMMANDS: tuple[Command, ...] = (
         "c",
         "step('training.gradient_checkpointing')",
         "Checkpointing",
-        "Turn gradient checkpointing on or off.",
+        "Gradient checkpointing: auto, on or off.",
     ),
 )

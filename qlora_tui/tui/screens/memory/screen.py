@@ -19,10 +19,12 @@ from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_gib
 from qlora_tui.memory import (
     Estimate,
+    KeptLayers,
     MemorySaving,
     WhatFits,
     cheapest_changes,
     check_fit,
+    keep_layers,
     largest_settings,
     minimum_bytes,
 )
@@ -40,6 +42,7 @@ from qlora_tui.tui.screens.memory.stacked_bar import legend, stacked_bar
 from qlora_tui.tui.screens.memory.text import (
     changes_text,
     item_line,
+    kept_layers_text,
     levels_line,
     nothing_helps,
     setting_controls,
@@ -76,6 +79,8 @@ class MemoryScreen(WorkScreen):
         "On the right, lower-case keys double a setting and capital keys halve it. 'fits up to' is the "
         "largest value that fits, in the recipe's precision, with the other settings unchanged. If the "
         "recipe does not fit, {memory.apply} applies the change that costs least.\n"
+        "With checkpointing auto, the bars show every layer recomputed. As many layers as fit in the memory "
+        "left keep their activations, which is faster.\n"
         "'fits': even the upper end of the uncertainty fits. 'tight': less than 5% is left. 'uncertain': "
         "only a part of the range fits.\n"
         "To see the estimate for another GPU, start the app with its memory: qlora-tui --gpu-gib 12."
@@ -86,10 +91,16 @@ class MemoryScreen(WorkScreen):
         """The slow computations are done."""
 
         def __init__(
-            self, recipe: Recipe, fitting: WhatFits, changes: tuple[MemorySaving, ...], least_bytes: int
+            self,
+            recipe: Recipe,
+            fitting: WhatFits,
+            changes: tuple[MemorySaving, ...],
+            least_bytes: int,
+            kept_layers: KeptLayers | None,
         ) -> None:
             super().__init__()
             self.recipe = recipe
+            self.kept_layers = kept_layers
             self.fitting = fitting
             self.changes = changes
             self.least_bytes = least_bytes
@@ -102,6 +113,7 @@ class MemoryScreen(WorkScreen):
         self._changes: tuple[MemorySaving, ...] = ()
         self._fitting: WhatFits | None = None
         self._least_bytes = 0
+        self._kept_layers: KeptLayers | None = None
         self._shown_for: tuple[Recipe, MemoryBudget] | None = None
         self._heading = ""
         self._offered: object = None
@@ -143,6 +155,7 @@ class MemoryScreen(WorkScreen):
         self._fitting = None
         self._changes = ()
         self._least_bytes = 0
+        self._kept_layers = None
         self._tracing = ""
         if not self._compared[precision_of(recipe)].exact:
             self._tracing = "tracing a step…"
@@ -206,7 +219,7 @@ class MemoryScreen(WorkScreen):
         if self._shown_for is None or self._shown_for[0] != message.recipe:
             return
         self._fitting, self._changes = message.fitting, message.changes
-        self._least_bytes = message.least_bytes
+        self._least_bytes, self._kept_layers = message.least_bytes, message.kept_layers
         self._refresh_offered_keys()
         self._show_side_panel()
 
@@ -222,7 +235,10 @@ class MemoryScreen(WorkScreen):
             changes = cheapest_changes(recipe, architecture, budget.bytes, device=budget.device)
             hopeless = not fits and not changes
             least = minimum_bytes(recipe, architecture, device=budget.device) if hopeless else 0
-            return self.Solved(recipe, fitting, changes, least)
+            kept_layers = (
+                keep_layers(recipe, architecture, budget.bytes, device=budget.device) if fits else None
+            )
+            return self.Solved(recipe, fitting, changes, least, kept_layers)
 
         await asyncio.sleep(SETTLED_S)
         self.post_message(await asyncio.to_thread(answer))
@@ -315,6 +331,8 @@ class MemoryScreen(WorkScreen):
         if known and (warning := context_length_warning(recipe.data.max_length, known)):
             # The setting itself is shown among the controls.
             parts.append(Content.styled(f"{warning.why} {warning.fix}", "$warning"))
+        if self._kept_layers is not None and self.precision == precision_of(recipe):
+            parts.append(kept_layers_text(self._kept_layers))
         parts += [Content(note) for note in estimate.notes]
         if conversion := self._conversion(recipe.model.id):
             on_cpu = self.qlora_app.memory_budget.device.kind == "cpu"

@@ -7,7 +7,7 @@ from textwrap import wrap
 from textual.content import Content
 
 from qlora_tui.formatting import GIB, format_bytes, format_gib, format_percent
-from qlora_tui.memory import Estimate, Item, MemorySaving, Verdict, WhatFits
+from qlora_tui.memory import Estimate, Item, KeptLayers, MemorySaving, Verdict, WhatFits
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.render.block_charts import bar
 from qlora_tui.tui.render.key_names import bare_key, highlight_keys, key_name
@@ -70,11 +70,7 @@ def setting_controls(recipe: Recipe, fitting: WhatFits | None, context_tokens: i
         )
     )
     lines.append(
-        _setting_control(
-            bare_key("memory.checkpointing"),
-            "checkpointing",
-            "on" if training.gradient_checkpointing else "off",
-        )
+        _setting_control(bare_key("memory.checkpointing"), "checkpointing", training.gradient_checkpointing)
     )
     return Content("\n").join(lines)
 
@@ -104,6 +100,18 @@ def changes_text(changes: tuple[MemorySaving, ...], width: int) -> Content:
         )
         lines += [Content("  ") + part for part in details.wrap(width - 2)]
     return Content("\n").join(lines)
+
+
+def kept_layers_text(kept_layers: KeptLayers) -> Content:
+    """How many layers need no recomputation, at what memory, and what that gains."""
+    if not kept_layers.count:
+        return Content("Gradient checkpointing recomputes every layer: no memory is left for activations.")
+    total, faster = format_gib(kept_layers.estimate.total_bytes), format_percent(kept_layers.speedup - 1)
+    return Content.assemble(
+        (f"{kept_layers.count} of {kept_layers.layers} layers", "bold"),
+        f" keep their activations in the memory left: {total} GiB in all, about {faster} faster than "
+        "recomputing every layer.",
+    )
 
 
 def nothing_helps(least_bytes: int) -> Content:
