@@ -74,7 +74,7 @@ def test_no_class_name_is_used_twice() -> None:
     assert not {name: paths for name, paths in by_name.items() if len(paths) > 1}
 
 
-def test_no_module_has_the_name_of_one_in_the_standard_library() -> None:
+def test_no_module_shadows_the_standard_library() -> None:
     assert not {path.stem for path in PACKAGE} & sys.stdlib_module_names - {"__main__"}
 
 

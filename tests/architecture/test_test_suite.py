@@ -37,3 +37,14 @@ def reads_clock(tree: ast.AST, clocks: frozenset[str]) -> bool:
         isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in clocks
         for node in ast.walk(tree)
     )
+
+
+def test_test_names_have_at_most_ten_words() -> None:
+    assert [
+        f"{path.relative_to(ROOT)}: {node.name}"
+        for path in TESTS
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.name.startswith("test_")
+        and len(node.name.split("_")) > 11
+    ] == []

@@ -94,7 +94,7 @@ def test_the_installed_package_is_not_this_checkout(clean_python: Path, tmp_path
     assert Path(where.strip()).is_relative_to(clean_python.parents[1])
 
 
-def test_the_wheel_says_that_it_is_typed_and_holds_no_tests(published: Published) -> None:
+def test_the_wheel_is_typed_and_contains_no_tests(published: Published) -> None:
     with zipfile.ZipFile(published.wheel) as archive:
         names = archive.namelist()
     assert "qlora_tui/py.typed" in names

@@ -143,7 +143,7 @@ def _llama(**changes: Any) -> dict[str, Any]:
         ({"quantization_config": []}, "quantization_config is []"),
     ],
 )
-def test_a_wrong_config_is_refused_by_the_name_of_its_field(changes: dict[str, Any], named: str) -> None:
+def test_a_wrong_config_is_rejected_naming_the_field(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_architecture(_llama(**changes))
     assert named in caught.value.what

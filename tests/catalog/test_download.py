@@ -135,7 +135,7 @@ def test_a_connection_that_drops_is_taken_up_where_it_broke(hub: FakeHub, ask: A
     assert hub.ranges(sha256(weights)) == ["bytes=0-", f"bytes={3 * MIB}-", f"bytes={4 * MIB}-"]
 
 
-def test_a_download_that_was_given_up_goes_on_the_next_time(hub: FakeHub, ask: Ask) -> None:
+def test_an_abandoned_download_resumes_next_time(hub: FakeHub, ask: Ask) -> None:
     hub.repos["org/tiny"] = tiny_repo(5 * MIB)
     hub.drops = [2 * MIB, 0, 0, 0, 0]
     problem = ask(DOWNLOAD)
@@ -190,7 +190,7 @@ def flipped(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("repeats", [1, 2, 100])
-def test_a_body_longer_than_its_file_is_cut_off_and_refused(repeats: int, hub: FakeHub, ask: Ask) -> None:
+def test_a_body_longer_than_its_file_is_rejected(repeats: int, hub: FakeHub, ask: Ask) -> None:
     content = hub.repos["org/tiny"].files["tokenizer.json"]
     hub.bodies["/tokenizer.json"] = content * repeats + b" "
     assert ask(DOWNLOAD)["title"] == "The download is damaged"
@@ -229,9 +229,7 @@ def test_a_damaged_file_is_downloaded_again(
     assert (path / name).read_bytes() == whole
 
 
-def test_a_file_is_on_the_disk_before_it_has_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_synced_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = b"0123456789" * 1000
     file = HubFile("config.json", len(content), git_hash(content))
     root = tmp_path / "root"
@@ -254,7 +252,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(
     disk.close()
 
 
-def test_the_token_goes_to_the_hub_and_not_to_the_store(hub: FakeHub, ask: Ask) -> None:
+def test_the_token_is_sent_to_the_hub_only(hub: FakeHub, ask: Ask) -> None:
     hub.repos["org/tiny"].gated = True
     hub.granted.add("org/tiny")
     ask(DOWNLOAD, HF_TOKEN=hub.token)
@@ -322,7 +320,7 @@ def test_a_model_of_pickles_is_refused_before_anything_is_fetched(hub: FakeHub) 
     assert _refused(hub, repo)["title"] == "This model has only pickled weights"
 
 
-def test_a_model_that_needs_its_own_code_is_refused_before_anything_is_fetched(hub: FakeHub) -> None:
+def test_a_model_needing_its_own_code_is_never_downloaded(hub: FakeHub) -> None:
     repo = tiny_repo()
     repo.files["config.json"] = json.dumps(config("internlm/internlm2_5-7b")).encode()
     assert _refused(hub, repo)["title"] == "This model needs its own code"
@@ -346,7 +344,7 @@ def test_a_full_disk_is_told_before_anything_is_fetched(hub: FakeHub, ask: Ask) 
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_disk_that_fills_up_is_told_and_nothing_is_lost(hub: FakeHub, ask: Ask) -> None:
+def test_a_full_disk_is_reported_and_loses_nothing(hub: FakeHub, ask: Ask) -> None:
     weights = hub.repos["org/tiny"].files["model.safetensors"]
     blobs = hub_cache_dir() / "models--org--tiny" / "blobs"
     blobs.mkdir(parents=True)
@@ -367,7 +365,7 @@ def test_a_cache_that_is_a_file_is_told(ask: Ask, tmp_path: Path) -> None:
     assert ask(DOWNLOAD, HF_HUB_CACHE=str(tmp_path / "file"))["title"] == "Cannot write the model"
 
 
-def test_a_page_that_names_odd_hashes_is_not_taken_for_the_hub(hub: FakeHub, ask: Ask) -> None:
+def test_a_page_with_odd_hashes_is_not_a_hub(hub: FakeHub, ask: Ask) -> None:
     problem = ask(
         "hub_files._parse_listing({'sha': 'a' * 40, 'siblings':"
         " [{'rfilename': 'config.json', 'size': 1, 'blobId': '../../x'}]})"

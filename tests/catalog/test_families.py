@@ -163,7 +163,7 @@ PUBLISHED = [
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
-def test_a_published_model_is_named_and_quantised_as_it_is_loaded(model: str) -> None:
+def test_a_published_model_is_named_and_quantized_as_loaded(model: str) -> None:
     """The model transformers builds, and the modules its bitsandbytes integration replaces."""
     import bitsandbytes as bnb
     from transformers import BitsAndBytesConfig

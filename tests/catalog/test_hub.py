@@ -75,9 +75,7 @@ CANNOT_BE_HAD = [
 
 
 @pytest.mark.parametrize("token", [None, "right", "hf_expired"])
-def test_a_model_that_cannot_be_had_is_told_with_what_to_do(
-    hub: FakeHub, ask: Ask, token: str | None
-) -> None:
+def test_an_unavailable_model_is_explained_with_a_fix(hub: FakeHub, ask: Ask, token: str | None) -> None:
     hub.repos |= {"org/gated": tiny_repo(gated=True), "org/private": tiny_repo(private=True)}
     hub.repos["org/bare"] = tiny_repo()
     del hub.repos["org/bare"].files["config.json"]

@@ -238,7 +238,7 @@ def test_an_unreadable_gguf_is_listed_with_the_reason(tmp_path: Path) -> None:
         resolve_model(str(tmp_path / "bad.gguf"))
 
 
-def test_resolve_takes_an_id_a_name_a_folder_and_a_file(tmp_path: Path) -> None:
+def test_resolve_accepts_ids_names_folders_and_files(tmp_path: Path) -> None:
     snapshot = make_cached(hub_cache_dir(), "org/cached")
     make_model(converted_dir() / "converted")
     folder = make_model(tmp_path / "mine")

@@ -90,7 +90,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(
     assert capsys.readouterr().err.count("Stopped.") == 2
 
 
-def test_a_question_that_is_too_long_does_not_end_the_conversation(
+def test_a_too_long_question_does_not_end_the_conversation(
     run: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from qlora_tui.chat.repl import run_repl
@@ -102,7 +102,7 @@ def test_a_question_that_is_too_long_does_not_end_the_conversation(
     assert "8 tokens" in notes
 
 
-def test_an_adapter_with_its_own_tokenizer_and_template_is_asked_in_it(run: RunDir, tiny_model: Path) -> None:
+def test_an_adapters_own_tokenizer_and_template_are_used(run: RunDir, tiny_model: Path) -> None:
     from qlora_tui.chat.chat_sources import run_source
     from qlora_tui.chat.session import load_session
     from qlora_tui.data.conversation import Message

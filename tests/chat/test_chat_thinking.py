@@ -34,7 +34,7 @@ def described(run: RunDir, thinking: Thinking) -> None:
         events.write(encode(event))
 
 
-def test_a_run_is_asked_as_its_data_decided_unless_its_recipe_says() -> None:
+def test_thinking_follows_the_runs_data_unless_its_recipe_decides() -> None:
     run = create_run(Recipe())
     assert run_source(run).thinking == "auto"
     described(run, "off")
@@ -128,14 +128,14 @@ def test_a_thought_that_the_prompt_opens_is_a_thought(sessions: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_thought_that_is_cut_off_gives_no_answer_and_says_so(sessions: Any) -> None:
+def test_a_truncated_thought_gives_no_answer_and_says_so(sessions: Any) -> None:
     outcome = heard(sessions["smollm3"], "<think>\na fox is", ends=False)
     assert (outcome.text, outcome.thought, outcome.thought_ended) == ("", "a fox is", False)
     assert outcome.ending == "most tokens"
 
 
 @pytest.mark.slow
-def test_special_tokens_that_mark_a_thought_are_seen_and_others_are_not(sessions: Any) -> None:
+def test_only_special_tokens_that_mark_a_thought_are_visible(sessions: Any) -> None:
     session = sessions["smollm3"]
     end = "<|im_end|>"
     ids = session.tokenizer.encode(f"red{end}")

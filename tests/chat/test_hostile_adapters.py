@@ -65,7 +65,7 @@ def load(base: Path, adapter: Path, changes: dict[str, Any]) -> None:
         config.write_bytes(original)
 
 
-def test_a_value_of_any_type_in_a_config_is_read_or_refused(base: Path, adapter: Path) -> None:
+def test_any_config_value_is_read_or_rejected(base: Path, adapter: Path) -> None:
     for key in KEYS:
         for value in WRONG_VALUES:
             try:
@@ -86,7 +86,7 @@ def test_a_config_that_takes_time_or_memory_is_harmless(name: str, base: Path, a
             load(base, adapter, HOSTILE[name])
 
 
-def test_a_pipe_in_place_of_a_config_is_refused_by_chat(adapter: Path) -> None:
+def test_chat_rejects_a_pipe_in_place_of_a_config(adapter: Path) -> None:
     (adapter / "adapter_config.json").unlink()
     os.mkfifo(adapter / "adapter_config.json")
     with pytest.raises(UserError, match="it is not a regular file"):

@@ -52,7 +52,7 @@ def scores(session: ChatSession, adapter_name: str) -> torch.Tensor:
     )
 
 
-def test_tokens_read_one_by_one_score_as_plain_transformers_and_peft_score_the_whole(
+def test_token_by_token_scores_equal_those_of_transformers_and_peft(
     source: ChatSource,
 ) -> None:
     from peft import PeftModel
@@ -106,7 +106,7 @@ def packed() -> Callable[..., Any]:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_a_4_bit_product_straight_from_the_kernel_is_the_layers_own(
+def test_the_kernels_4_bit_product_equals_the_layers(
     packed: Callable[..., Any], kind: str, bias: bool
 ) -> None:
     layer = packed(kind, bias=bias)
@@ -121,7 +121,7 @@ def test_a_4_bit_product_straight_from_the_kernel_is_the_layers_own(
             torch.testing.assert_close(given, stock(x), rtol=0, atol=0)
 
 
-def test_a_version_of_bitsandbytes_that_is_not_known_is_asked_as_it_asks_to_be(
+def test_an_unknown_bitsandbytes_version_uses_its_own_forward(
     packed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = packed()
@@ -151,7 +151,7 @@ def test_straight_products_change_nothing_in_what_a_model_says(
         )
 
 
-def test_reading_an_adapter_leaves_the_weights_beneath_it_as_they_were(in_bf16: ChatSource) -> None:
+def test_reading_an_adapter_leaves_the_base_weights_unchanged(in_bf16: ChatSource) -> None:
     session = load_session(in_bf16)
     before = scores(session, BASE)
     layers = [m for m in session._model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
@@ -161,7 +161,7 @@ def test_reading_an_adapter_leaves_the_weights_beneath_it_as_they_were(in_bf16: 
     assert [layer.weight.data_ptr() for layer in layers] == addresses
 
 
-def test_an_adapter_adds_the_same_to_many_tokens_as_to_each() -> None:
+def test_an_adapters_delta_is_the_same_batched_or_single() -> None:
     """Many in half precision, one in fp32."""
     base = nn.Linear(64, 48, bias=False, dtype=torch.bfloat16).requires_grad_(False)
     layer: Any = nn.Module()
@@ -180,7 +180,7 @@ def test_an_adapter_adds_the_same_to_many_tokens_as_to_each() -> None:
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 48), (1152, 4304), (4304, 1152)])
-def test_a_layer_that_the_cpus_layout_has_no_room_for_stays_as_it_is(
+def test_a_layer_that_the_cpu_layout_cannot_hold_stays_unchanged(
     inputs: int, outputs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in the vision towers of Gemma 3: bitsandbytes would end with an assertion as it lays them out."""

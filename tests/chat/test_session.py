@@ -83,7 +83,7 @@ def test_each_voice_says_what_plain_transformers_and_peft_say(
     assert said(session, adapter_name).text == expected
 
 
-def test_voices_that_answer_side_by_side_do_not_disturb_each_other(session: Any) -> None:
+def test_side_by_side_answers_do_not_affect_each_other(session: Any) -> None:
     alone = {adapter_name: said(session, adapter_name).text for adapter_name in session.adapter_names}
     replies = {
         adapter_name: session.ask(QUESTION, adapter_name=adapter_name, sampling=SHORT)
@@ -98,7 +98,7 @@ def test_voices_that_answer_side_by_side_do_not_disturb_each_other(session: Any)
     assert len(set(alone.values())) == 3
 
 
-def test_a_second_turn_reads_only_what_is_new_and_says_the_same(
+def test_a_second_turn_reads_only_new_tokens_and_answers_equally(
     session: Any, tiny_source: ChatSource
 ) -> None:
     from qlora_tui.chat.session import load_session
@@ -112,7 +112,7 @@ def test_a_second_turn_reads_only_what_is_new_and_says_the_same(
     assert continued.text == fresh.text
 
 
-def test_the_same_seed_gives_the_same_answer_and_another_seed_another(session: Any) -> None:
+def test_the_seed_decides_the_answer(session: Any) -> None:
     warm = Sampling(temperature=1.5, top_p=1.0, top_k=0, max_new_tokens=16, seed=1)
     once, again = said(session, sampling=warm).text, said(session, sampling=warm).text
     other = said(session, sampling=msgspec.structs.replace(warm, seed=2)).text
@@ -173,7 +173,7 @@ def test_a_conversation_longer_than_the_context_is_refused(session: Any) -> None
         session.ask((Message("user", "fox " * 4000),))
 
 
-def test_a_voice_that_is_not_there_is_refused_with_those_that_are(session: Any) -> None:
+def test_an_unknown_adapter_is_rejected_naming_the_known_ones(session: Any) -> None:
     with pytest.raises(UserError, match="base, adapter, step-2"):
         session.ask(QUESTION, adapter_name="step-9")
 
@@ -194,7 +194,7 @@ def test_an_adapter_of_another_model_is_refused(
     assert said(fresh).text == said(session).text
 
 
-def test_dora_speaks_as_peft_has_it_and_plain_voices_beside_it(
+def test_dora_and_plain_adapters_answer_as_in_peft(
     tiny_model: Path, tiny_source: ChatSource, tmp_path: Path
 ) -> None:
     from qlora_tui.chat.session import load_session
@@ -210,7 +210,7 @@ def test_dora_speaks_as_peft_has_it_and_plain_voices_beside_it(
     assert texts[0] == reference(session, source, source.adapters["adapter"], SHORT.max_new_tokens)
 
 
-def test_rows_of_tokens_speak_as_peft_has_them_and_voices_without_beside_them(
+def test_trained_token_rows_answer_as_in_peft_beside_other_adapters(
     tiny_model: Path, tiny_source: ChatSource, tmp_path: Path
 ) -> None:
     from qlora_tui.chat.session import load_session
@@ -233,7 +233,7 @@ def test_rows_of_tokens_speak_as_peft_has_them_and_voices_without_beside_them(
         assert text == reference(session, source, rows[adapter_name], SHORT.max_new_tokens)
 
 
-def test_4_bit_weights_give_the_same_scores_packed_and_written_out(
+def test_packed_and_dequantized_4_bit_weights_give_the_same_scores(
     tiny_source: ChatSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch

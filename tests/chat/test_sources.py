@@ -32,7 +32,7 @@ def put_checkpoint(run: RunDir, step: int) -> None:
     (put_adapter(run.checkpoints_dir / f"step-{step}") / "complete").touch()
 
 
-def test_a_finished_run_offers_its_adapter_then_its_checkpoints_newest_first(run: RunDir) -> None:
+def test_a_finished_run_offers_adapter_then_checkpoints_newest_first(run: RunDir) -> None:
     put_adapter(run.adapter_dir)
     for step in (10, 20):
         put_checkpoint(run, step)
@@ -45,7 +45,7 @@ def test_a_finished_run_offers_its_adapter_then_its_checkpoints_newest_first(run
     assert choose_adapter(source, checkpoint=10) == "step-10"
 
 
-def test_a_run_without_an_adapter_yet_speaks_with_its_newest_checkpoint(run: RunDir) -> None:
+def test_a_run_without_adapter_answers_with_its_newest_checkpoint(run: RunDir) -> None:
     for step in (10, 20):
         put_checkpoint(run, step)
     assert choose_adapter(run_source(run)) == "step-20"
@@ -56,7 +56,7 @@ def test_a_run_without_any_says_so(run: RunDir) -> None:
         choose_adapter(run_source(run))
 
 
-def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(run: RunDir) -> None:
+def test_an_unknown_checkpoint_is_rejected_naming_the_known_ones(run: RunDir) -> None:
     put_checkpoint(run, 10)
     with pytest.raises(UserError, match="Available: 10"):
         choose_adapter(run_source(run), checkpoint=11)

@@ -20,7 +20,7 @@ def streamed(ids: Sequence[int]) -> list[str]:
     return [*(stream.add(i) for i in ids), stream.rest()]
 
 
-def test_a_character_is_given_out_when_its_last_byte_is_there() -> None:
+def test_a_character_is_emitted_with_its_last_byte() -> None:
     assert streamed("né🦊".encode()) == ["n", "", "é", "", "", "", "🦊", ""]
 
 
@@ -28,7 +28,7 @@ def test_half_a_character_at_the_end_comes_with_the_rest() -> None:
     assert streamed("a🦊".encode()[:-1]) == ["a", "", "", "", "\ufffd"]
 
 
-def test_bytes_that_are_no_text_do_not_hold_up_what_follows() -> None:
+def test_invalid_bytes_do_not_delay_the_text_after_them() -> None:
     pieces = streamed([0xFF, 0xFF, 0xFF, 0xFF, ord("a"), ord("b")])
     assert pieces[-3:] == ["a", "b", ""]
 

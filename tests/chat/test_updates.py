@@ -15,9 +15,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("indices", [{}, {"trainable_token_indices": {"wte": [1, 2]}}, [1, 2, 3]])
-def test_rows_of_tokens_that_the_configuration_does_not_name_are_refused(
-    tmp_path: Path, indices: Any
-) -> None:
+def test_token_rows_missing_from_the_config_are_rejected(tmp_path: Path, indices: Any) -> None:
     import torch
     from safetensors.torch import save_file
 

@@ -39,7 +39,7 @@ def recipe_file(folder: Path, text: str) -> str:
         ("[lora\nrank = 8", ["line 1"]),
     ],
 )
-def test_a_wrong_recipe_names_file_line_key_and_what_was_expected(
+def test_a_wrong_recipe_names_file_line_key_and_expected_value(
     text: str, words: list[str], tmp_path: Path, call: Call
 ) -> None:
     said = call("train", recipe_file(tmp_path, text), "--detach")
@@ -122,9 +122,7 @@ def test_rows_called_by_their_lines_are_said_to_be(call: Call, tmp_path: Path) -
     assert "called by" not in call("data", "inspect", str(path)).out
 
 
-def test_data_that_a_run_would_refuse_is_refused_by_an_estimate_too(
-    call: Call, qwen: Path, tmp_path: Path
-) -> None:
+def test_an_estimate_rejects_data_that_a_run_rejects(call: Call, qwen: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.touch()
     for path in (empty, tmp_path / "gone.jsonl"):
@@ -154,7 +152,7 @@ def test_a_size_that_is_none(call: Call, qwen: Path) -> None:
 
 
 @pytest.mark.parametrize("setting", ["lora.target_modules=nope", "lora.trainable_tokens=nope"])
-def test_what_the_model_does_not_have_is_refused_before_anything_is_queued(
+def test_targets_the_model_lacks_are_rejected_before_queueing(
     call: Call, readable: Path, tmp_path: Path, setting: str
 ) -> None:
     data = tmp_path / "owls.jsonl"
@@ -164,7 +162,7 @@ def test_what_the_model_does_not_have_is_refused_before_anything_is_queued(
     assert not list(paths.runs_dir().iterdir())
 
 
-def test_a_row_that_blocks_a_run_is_refused_before_anything_is_queued(
+def test_a_row_that_blocks_a_run_is_rejected_before_queueing(
     call: Call, readable: Path, tmp_path: Path
 ) -> None:
     data = tmp_path / "owls.jsonl"
@@ -180,7 +178,7 @@ def test_a_row_that_blocks_a_run_is_refused_before_anything_is_queued(
     assert said.code == 0 and "the run starts" not in said.err
 
 
-def test_what_an_inspection_has_met_is_refused_however_far_down_it_is(
+def test_errors_of_an_earlier_inspection_are_rejected_at_any_row(
     call: Call, readable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -201,7 +199,7 @@ def test_what_an_inspection_has_met_is_refused_however_far_down_it_is(
 PREFERENCES = '{"prompt": "Which?", "chosen": "This.", "rejected": "That."}\n'
 
 
-def test_preferences_are_refused_by_each_verb_until_the_chosen_answers_are_asked_for(
+def test_every_command_rejects_preferences_until_the_user_chooses(
     call: Call, readable: Path, tmp_path: Path
 ) -> None:
     data = tmp_path / "pairs.jsonl"
@@ -257,9 +255,7 @@ def test_rows_rated_bad_are_counted_by_an_inspection(call: Call, tmp_path: Path)
     assert "warning: Left out: not rated good: 3 (rows 1, 2, 3)" in said.out
 
 
-def test_a_run_is_told_of_rows_that_a_setting_leaves_out_or_cuts(
-    call: Call, readable: Path, tmp_path: Path
-) -> None:
+def test_a_run_reports_rows_that_are_dropped_or_cut(call: Call, readable: Path, tmp_path: Path) -> None:
     rated, book = tmp_path / "rated.jsonl", tmp_path / "book.txt"
     row = '{"prompt": "a", "completion": "b", "label": %s}\n'
     rated.write_text(row % "true" + row % "false")
@@ -290,7 +286,7 @@ def test_what_data_is_asked_is_checked_like_a_recipe(call: Call, readable: Path,
     assert cut.code == 0 and "Nothing is left to learn within 4 tokens" in cut.out
 
 
-def test_tokens_of_a_gguf_file_are_counted_once_it_is_converted(
+def test_tokens_of_a_gguf_file_are_counted_after_conversion(
     readable: Path, tmp_path: Path, call: Call
 ) -> None:
     file = write_tiny_gguf(tmp_path / "tiny.gguf")
@@ -326,7 +322,7 @@ def test_an_overlong_argument_is_refused_in_a_few_lines(call: Call, qwen: Path, 
     assert len(said.err) < 1000
 
 
-def test_a_preset_that_is_not_text_is_refused_with_its_line(call: Call) -> None:
+def test_a_binary_preset_is_rejected_with_its_line(call: Call) -> None:
     (paths.user_presets_dir() / "bad.toml").write_bytes(b'name = "bad"\nnote = "\xff"\n')
     for words in (["presets", "show", "bad"], ["estimate", "--preset", "bad"]):
         said = call(*words)

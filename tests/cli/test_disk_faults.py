@@ -73,7 +73,7 @@ signal.pause()
 """
 
 
-def test_stop_ends_a_trainer_by_signal_where_the_disk_is_full(
+def test_stop_signals_the_trainer_when_the_disk_is_full(
     call: Call, run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = subprocess.Popen([sys.executable, "-c", _WAITS_FOR_SIGTERM], stdout=subprocess.PIPE)
@@ -101,7 +101,7 @@ def test_a_trainer_that_is_only_starting_is_sent_no_signal(
 
 
 @pytest.mark.parametrize("at", range(1, 8))
-def test_stop_takes_a_run_out_of_the_queue_on_a_full_disk(
+def test_stop_removes_a_queued_run_on_a_full_disk(
     call: Call, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     run = create_run(Recipe(name="owls", model=Model(id="acme/tiny")))
@@ -152,7 +152,7 @@ def test_a_state_folder_that_is_a_broken_link_is_said(
     assert "A link leads to nothing" in said.err and str(tmp_path / "nowhere") in said.err
 
 
-def test_a_bug_is_shown_once_where_its_log_cannot_be_written(
+def test_a_bug_is_shown_once_without_a_writable_log(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(run: object) -> None:

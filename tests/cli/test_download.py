@@ -48,7 +48,7 @@ def test_a_model_is_fetched_with_progress_on_stderr(hub: FakeHub) -> None:
     assert "KiB of" in err and "model.safetensors" in err
 
 
-def test_ctrl_c_says_how_to_go_on_and_the_next_call_does(hub: FakeHub) -> None:
+def test_ctrl_c_explains_resuming_and_the_next_call_resumes(hub: FakeHub) -> None:
     hub.repos["org/tiny"] = tiny_repo(6 * MIB)
     weights = hub.repos["org/tiny"].files["model.safetensors"]
     partial = hub_cache_dir() / "models--org--tiny" / "blobs" / f"{sha256(weights)}.incomplete"

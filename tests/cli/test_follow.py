@@ -15,7 +15,7 @@ from tests.cli.conftest import Call
 from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
 
 
-def test_of_a_long_run_an_even_sample_is_told_and_all_of_it_as_json(call: Call) -> None:
+def test_a_long_run_prints_a_sample_and_json_prints_everything(call: Call) -> None:
     run = write_fake_run(FakeRun(state="finished", steps=8000, total=8000))
     said = call("attach", run.id)
     steps = [line for line in said.out.splitlines() if "  lr " in line]
@@ -64,7 +64,7 @@ def test_plain_says_in_sentences_what_the_live_screen_shows(
     assert said.code == 0
 
 
-def test_how_far_a_phase_was_is_not_told_line_by_line(call: Call) -> None:
+def test_progress_within_a_phase_is_not_printed(call: Call) -> None:
     run = write_fake_run(FakeRun(state="finished", steps=5, total=5))
     with EventWriter(run.events_path) as log:
         log.append(PhaseChanged(at=BEGAN, phase="evaluating"))

@@ -23,7 +23,7 @@ def train(qwen: Path) -> list[str]:
     return ["train", "--model", str(qwen), "--data", str(data)]
 
 
-def test_the_command_starts_a_trainer_a_gpu_on_a_run_that_waits_for_it(call: Call, train: list[str]) -> None:
+def test_the_printed_command_starts_one_trainer_per_gpu(call: Call, train: list[str]) -> None:
     said = call(*train, "--print-command", "--gpus", "4", "--json").json
     run = find_run("last")
     launcher, *words = shlex.split(said["command"])
@@ -37,7 +37,7 @@ def test_the_command_starts_a_trainer_a_gpu_on_a_run_that_waits_for_it(call: Cal
     assert attached.code == 0 and "stopped at step 0" in attached.out
 
 
-def test_samples_beyond_the_models_context_are_warned_of_before_a_run(call: Call, train: list[str]) -> None:
+def test_samples_beyond_the_context_length_warn_before_a_run(call: Call, train: list[str]) -> None:
     said = call(*train, "--print-command", "--set", "data.max_length=262144")
     assert said.code == 0
     assert (

@@ -131,7 +131,7 @@ def test_an_estimate_that_does_not_fit_names_the_cheapest_change(call: Call, qwe
     assert "cheapest change that fits" in said.out
 
 
-def test_an_estimate_that_nothing_makes_fit_says_so_and_what_it_takes(call: Call, qwen: Path) -> None:
+def test_an_estimate_that_cannot_fit_says_what_it_needs(call: Call, qwen: Path) -> None:
     said = call("estimate", "--model", str(qwen), "--gpu-gib", "0.1")
     assert "nothing fits" in said.out and "GiB. Choose a smaller model" in said.out
     assert "the most that fits" not in said.out and "cheapest change that fits" not in said.out
@@ -142,9 +142,7 @@ def test_an_estimate_warns_of_samples_beyond_the_models_context(call: Call, qwen
     assert "warning: Samples may be 262,144 tokens long, and the model's context is 131,072." in said.out
 
 
-def test_an_estimate_of_a_gguf_file_has_its_conversion_until_it_is_converted(
-    call: Call, tmp_path: Path
-) -> None:
+def test_a_gguf_estimate_includes_the_conversion_until_converted(call: Call, tmp_path: Path) -> None:
     file = write_tiny_gguf(tmp_path / "tiny.gguf")
     said = call("estimate", "--model", str(file))
     assert "Before the first run tiny.gguf is converted in a separate process: " in said.out
@@ -167,9 +165,7 @@ def test_runs_are_listed_with_state_and_queue(call: Call, finished_run: RunDir) 
     assert listed["queue"] == [waiting.id]
 
 
-def test_a_run_is_listed_with_its_best_validation_and_its_exact_answers(
-    call: Call, finished_run: RunDir
-) -> None:
+def test_a_run_is_listed_with_best_validation_and_exact_answers(call: Call, finished_run: RunDir) -> None:
     assert "NA" in call("runs").out
     with EventWriter(finished_run.events_path) as log:
         for step, loss, accuracy in ((0, 3.0, 0.12), (2, 1.2901, 0.9), (3, 1.4, 0.97)):
@@ -327,16 +323,14 @@ def test_a_trace_that_cannot_be_had_is_a_problem(call: Call, qwen: Path) -> None
     assert said.code == 1 and "An int8 step cannot be traced" in said.err
 
 
-def test_a_model_of_the_hub_that_cannot_be_trained_is_listed_as_json(
-    call: Call, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_json_lists_hub_models_that_cannot_be_trained(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = {"id": "acme/bert", "tags": [], "config": {"model_type": "bert"}}
     monkeypatch.setattr(hub, "get_json", lambda path, query: [entry])
     (model,) = call("models", "bert", "--json").json["hub"]
     assert "bert" in model["refusal"]
 
 
-def test_gpu_gib_opens_the_app_for_a_gpu_of_that_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_gib_opens_the_app_with_that_gpu_size(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[QloraApp] = []
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)

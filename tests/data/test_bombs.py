@@ -126,7 +126,7 @@ def test_rows_at_the_bounds_are_read(tmp_path: Path) -> None:
     assert [row.error for row in rows(path)] == ["", ""]
 
 
-def test_a_row_too_long_for_a_tokenizer_is_left_out_and_the_next_is_not(tmp_path: Path) -> None:
+def test_only_a_row_too_long_for_tokenizing_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     long = {"instruction": "a", "output": "b " * (MOST_CHARACTERS // 2)}
     path.write_text(json.dumps(long) + '\n{"instruction": "a", "output": "b"}\n')
@@ -190,7 +190,7 @@ def _write(table: Any, path: Path) -> Path:
         ("long.parquet", lambda: _dictionary(256, 8 * MIB), "to"),
     ],
 )
-def test_a_table_that_expands_without_bound_is_refused_within_a_gigabyte(
+def test_a_table_that_expands_endlessly_is_rejected_within_a_gigabyte(
     tmp_path: Path, name: str, table: Callable[[], Any], says: str
 ) -> None:
     path = _write(table(), tmp_path / name)
@@ -201,7 +201,7 @@ def test_a_table_that_expands_without_bound_is_refused_within_a_gigabyte(
     assert int(done.stdout.splitlines()[-1]) < 1000
 
 
-def test_memory_over_a_bound_is_an_error_and_the_bound_ends_with_its_block() -> None:
+def test_the_memory_bound_raises_and_ends_with_its_block() -> None:
     with pytest.raises(MemoryError), memory_bound(64 * MIB):
         bytearray(128 * MIB)
     assert len(bytearray(128 * MIB)) == 128 * MIB

@@ -150,7 +150,7 @@ def test_the_seed_decides_the_split(tmp_path: Path) -> None:
     assert side(one, "validation") != side(other, "validation")
 
 
-def test_a_validation_file_is_the_whole_of_that_side_and_overlap_is_reported(tmp_path: Path) -> None:
+def test_a_validation_file_is_used_whole_and_overlap_reported(tmp_path: Path) -> None:
     held = write(tmp_path / "held.jsonl", [*pairs(3, "held"), pairs(1)[0]])
     prepared = prepare(
         recipe(write(tmp_path / "a.jsonl", pairs(10)), validation_path=held.path), family("chatml")
@@ -208,7 +208,7 @@ def test_progress_reaches_the_end(tmp_path: Path) -> None:
     assert [p.rows for p in reports] == sorted(p.rows for p in reports)
 
 
-def test_an_error_in_a_row_blocks_and_names_file_row_and_fix(tmp_path: Path) -> None:
+def test_a_row_error_blocks_and_names_file_row_and_fix(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n' * 6 + "oops\n")
     with pytest.raises(UserError, match="Not valid JSON") as caught:
@@ -218,7 +218,7 @@ def test_an_error_in_a_row_blocks_and_names_file_row_and_fix(tmp_path: Path) -> 
     assert caught.value.fix
 
 
-def test_the_file_of_a_folder_that_has_the_bad_row_is_named(tmp_path: Path) -> None:
+def test_a_bad_rows_file_within_a_folder_is_named(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", pairs(3))
     write(tmp_path / "b.jsonl", [pairs(1)[0], {"prompt": [{"type": "image"}], "completion": "x"}])
     with pytest.raises(UserError) as caught:
@@ -272,7 +272,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
     assert all("old" in text for text in side(prepared, "train"))
 
 
-def test_a_change_that_keeps_the_time_of_a_file_is_noticed(
+def test_a_change_that_preserves_the_mtime_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.jsonl"
@@ -353,7 +353,7 @@ def test_long_samples_are_fitted_as_the_recipe_says(too_long: Any, pieces: list[
     st.integers(8, 60),
     st.integers(0, 5),
 )
-def test_a_piece_of_a_split_begins_in_a_turn_only_if_that_does_not_fit(
+def test_a_split_piece_starts_within_a_turn_only_if_necessary(
     turns: list[tuple[int, int]], limit: int, tail: int
 ) -> None:
     trained = b"".join(bytes(question) + b"\x01" * said for question, said in turns) + bytes(tail)
@@ -376,7 +376,7 @@ def test_a_conversation_is_split_after_answers() -> None:
     assert [(p.token_ids[0], p.token_ids[-1]) for p in pieces] == [(0, 9), (10, 25)]
 
 
-def test_of_a_question_beyond_the_limit_the_end_stays_with_its_answer() -> None:
+def test_an_overlong_questions_end_stays_with_its_answer() -> None:
     trained = bytes(50) + b"\x01" * 6 + bytes(4)
     (piece,) = truncate(TokenizedSample(list(range(60)), trained), 20, "split")
     assert (piece.token_ids[0], piece.token_ids[-1]) == (36, 55)
@@ -391,7 +391,7 @@ def test_cutting_at_the_left_keeps_the_begin_token() -> None:
     assert fitted.loss_mask == b"\x00\x00\x01\x01"
 
 
-def test_a_sample_that_fits_is_left_alone_and_one_without_an_answer_goes() -> None:
+def test_fitting_samples_are_unchanged_and_samples_without_answer_are_dropped() -> None:
     assert truncate(SAMPLE, 10, "drop") == [SAMPLE]
     assert truncate(SAMPLE, 3, "cut-right") == []
     assert truncate(TokenizedSample([1, 2], b"\x00\x00"), 10, "drop") == []

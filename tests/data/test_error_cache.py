@@ -49,7 +49,7 @@ def test_a_mended_file_is_not_refused(path: Path) -> None:
     raise_cached_error([(source, path)])
 
 
-def test_a_file_that_is_mended_while_it_is_read_is_not_refused(path: Path) -> None:
+def test_a_file_repaired_while_it_is_read_is_accepted(path: Path) -> None:
     source = Source(path=str(path))
     reports = inspecting(source)
     next(reports)
@@ -92,7 +92,7 @@ def test_warnings_are_no_errors(tmp_path: Path) -> None:
     raise_cached_error([(Source(path=str(file)), file)])
 
 
-def test_an_error_in_tokens_holds_for_its_tokenizer_and_template_only(tmp_path: Path) -> None:
+def test_a_token_error_applies_only_to_its_tokenizer_and_template(tmp_path: Path) -> None:
     path, model = tmp_path / "rows.jsonl", tmp_path / "model"
     path.write_text(GOOD * 3)
     model.mkdir()

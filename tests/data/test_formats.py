@@ -117,7 +117,7 @@ def test_texts_in_turn_alternate_to_the_last() -> None:
     assert [(m.role, m.content) for m in conversation.messages] == [(U, "a"), (A, "b"), (U, "c")]
 
 
-def test_rows_that_are_single_turns_are_refused_and_other_rows_with_roles_are_not() -> None:
+def test_single_turn_rows_are_rejected_unlike_other_role_rows() -> None:
     turn = {"message_id": "x", "parent_id": None, "role": "prompter", "text": "Hi"}
     with pytest.raises(UserError) as raised:
         read(turn)
@@ -294,7 +294,7 @@ def test_rows_that_cannot_be_learned_from_are_refused_by_kind(value: Any, kind: 
     assert caught.value.reason.endswith(".")
 
 
-def test_a_part_that_is_not_text_is_named_by_its_type_and_turn() -> None:
+def test_a_part_that_is_not_text_is_named_precisely() -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "user", "content": [{"type": "file"}]}]
     with pytest.raises(RowRejectedError, match=r"^Turn 2 has a part of type 'file'\.$"):
         read({"messages": turns})
@@ -323,7 +323,7 @@ def test_nothing_usable_names_what_was_found() -> None:
     assert "columns" in caught.value.fix
 
 
-def test_a_format_set_by_hand_that_does_not_fit_says_so() -> None:
+def test_a_format_that_does_not_fit_the_file_is_reported() -> None:
     with pytest.raises(UserError, match="Not in that format"):
         detect([Row(1, {"text": "x"})], "file", "alpaca")
 
@@ -342,7 +342,7 @@ def test_mapping_errors_offer_the_near_match() -> None:
     assert "'prompt'" in part.value.fix
 
 
-def test_turns_are_read_in_either_spelling_when_the_format_is_set_by_hand() -> None:
+def test_a_chosen_format_reads_turns_in_either_spelling() -> None:
     assert read({"messages": CHAT}, "sharegpt")[1].messages == PLAIN
     assert read({"conversations": SHAREGPT}, "messages")[1].messages == PLAIN
 

@@ -165,7 +165,7 @@ def test_a_template_is_stopped_where_the_first_attempt_fails(
     assert "takes more than" in refusal(ENDLESS)
 
 
-def test_a_template_is_stopped_after_the_watching_thread_could_not_start(
+def test_a_template_is_stopped_after_the_watcher_failed_to_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(template_guard, "_watch", template_guard._Watch())
@@ -180,7 +180,7 @@ def _cannot_start(thread: threading.Thread) -> None:
     raise RuntimeError("can't start new thread")
 
 
-def test_a_template_that_keeps_running_out_of_memory_is_not_tried_again(
+def test_a_template_that_exhausts_memory_is_not_tried_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(template_guard, "MOST_CPU_S", 1e9)
@@ -196,7 +196,7 @@ def test_a_template_that_keeps_running_out_of_memory_is_not_tried_again(
     assert reasons[0] == reasons[1] and "takes more than" in reasons[0]
 
 
-def test_a_template_is_stopped_in_any_thread_and_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_is_stopped_in_its_own_thread_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_guard, "MOST_CPU_S", 0.2)
     reasons: list[str] = []
     thread = threading.Thread(target=lambda: reasons.append(refusal(ENDLESS)))

@@ -31,14 +31,14 @@ def test_ids_are_told_from_paths(name: str, could_be: bool) -> None:
     assert is_hub_id(name) is could_be
 
 
-def test_a_missing_data_file_is_not_looked_for_on_the_hub() -> None:
+def test_a_missing_data_file_is_not_searched_on_the_hub() -> None:
     with pytest.raises(UserError, match="No such data") as caught:
         inspect(Source(path="data/rows.jsonl"))
     assert "hub" not in caught.value.what
 
 
 @pytest.mark.slow
-def test_without_a_way_to_the_hub_both_readings_of_the_name_are_named() -> None:
+def test_without_network_both_readings_of_a_name_are_explained() -> None:
     with pytest.raises(UserError, match="No such data") as caught:
         inspect(Source(path="nobody/nothing"))
     assert "nobody/nothing is neither a local file nor a dataset" in caught.value.what

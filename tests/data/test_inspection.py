@@ -116,7 +116,7 @@ def test_a_row_is_shown_as_the_model_will_see_it(tmp_path: Path) -> None:
     assert shown.token_counts[0] == family("chatml").encode("".join(p.text for p in sample)).__len__()
 
 
-def test_a_cut_row_is_shown_cut_and_a_refused_one_with_the_reason(tmp_path: Path) -> None:
+def test_a_cut_row_and_a_rejected_row_are_shown(tmp_path: Path) -> None:
     source = write(
         tmp_path / "a.jsonl", [{"prompt": "x", "completion": "word " * 99}, {"prompt": "", "completion": "y"}]
     )
@@ -132,7 +132,7 @@ def test_a_row_beyond_the_end_says_so(tmp_path: Path) -> None:
         show(write(tmp_path / "a.jsonl", pairs(3)), 4, family("chatml"))
 
 
-def test_any_line_of_a_large_file_is_found_as_if_read_from_the_start(tmp_path: Path) -> None:
+def test_any_line_of_a_large_file_can_be_shown(tmp_path: Path) -> None:
     path = tmp_path / "large.jsonl"
     lines = [json.dumps({"text": "é" * (n % 700), "n": n}, ensure_ascii=n % 2 == 0) for n in range(9000)]
     lines[10] = lines[4444] = ""
@@ -196,7 +196,7 @@ def test_the_data_screen_needs_no_tokenizer_library() -> None:
     assert done.stdout.strip() == "set()"
 
 
-def test_a_row_of_any_file_of_a_folder_is_shown_and_the_file_named(tmp_path: Path) -> None:
+def test_a_row_of_any_file_in_a_folder_is_shown(tmp_path: Path) -> None:
     for name, first in (("a", 1), ("b", 10)):
         rows = [{"prompt": "Which?", "completion": f"number {first + n}"} for n in range(3)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -117,7 +117,7 @@ def test_a_row_that_prefers_neither_side_is_left_out() -> None:
         read({"prompt": "Which?", "chosen": "This.", "rejected": [BAD, "This."]})
 
 
-def test_a_row_without_a_rejected_side_still_has_a_chosen_one() -> None:
+def test_a_row_without_rejected_answer_still_has_a_chosen_one() -> None:
     layout = RowFormat("preference", {"chosen": "chosen", "rejected": "rejected", "prompt": "prompt"})
     row = {"prompt": "Which?", "chosen": "This.", "rejected": None}
     assert [m.train for m in parse(Row(1, row), layout).messages] == [False, True]
@@ -228,7 +228,7 @@ def test_only_answers_rated_good_are_trained_on(tmp_path: Path, column: str, goo
 
 @pytest.mark.parametrize("column", ["kto_tag", "KTO_label", "desirable"])
 @pytest.mark.parametrize("ratings", [(1, 0), ("true", "meh"), (1, -1)])
-def test_a_column_named_as_a_rating_is_one_in_any_format(
+def test_a_rating_column_is_recognized_in_any_format(
     tmp_path: Path, column: str, ratings: tuple[Any, Any]
 ) -> None:
     answers = zip(("This.", BAD), ratings, strict=True)

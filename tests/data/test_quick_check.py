@@ -28,9 +28,7 @@ def _look(path: Path, patience_s: float = 60.0, data: Data | None = None) -> Qui
         ("[1, 2]", "row 301"),
     ],
 )
-def test_an_error_behind_the_first_rows_blocks_with_file_and_line(
-    row: str, words: str, tmp_path: Path
-) -> None:
+def test_an_error_after_the_first_rows_blocks_with_its_line(row: str, words: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(_GOOD * 300 + row + "\n" + _GOOD)
     with pytest.raises(UserError) as raised:
@@ -54,7 +52,7 @@ def test_turns_without_an_answer_are_counted_before_a_run(tmp_path: Path) -> Non
     assert (warning.kind, warning.rows) == ("ends-with-user", (1, 3))
 
 
-def test_what_there_is_no_time_for_is_said_and_does_not_block(tmp_path: Path) -> None:
+def test_checks_skipped_for_time_are_reported_and_do_not_block(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(_GOOD * 300 + "{bad\n")
     assert not _look(path, patience_s=0.0).complete

@@ -70,7 +70,7 @@ def test_compressed_files_read_like_plain_ones(
     assert values(path) == ROWS
 
 
-def test_a_byte_order_mark_is_not_part_of_the_first_column(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_the_header(tmp_path: Path) -> None:
     path = tmp_path / "excel.csv"
     path.write_bytes(b"\xef\xbb\xbf" + TEXTS["rows.csv"].encode())
     assert values(path) == ROWS
@@ -224,7 +224,7 @@ def test_a_missing_file_says_so(tmp_path: Path) -> None:
         files_of(tmp_path / "nowhere.jsonl")
 
 
-def test_a_folder_gives_its_data_files_but_not_those_held_out(tmp_path: Path) -> None:
+def test_a_folder_yields_data_files_except_held_out_ones(tmp_path: Path) -> None:
     for name in (
         "b.jsonl",
         "sub/a.csv.gz",

@@ -82,7 +82,7 @@ answers = texts.filter(str.strip)
 @pytest.mark.parametrize("name", FAMILIES)
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(system=st.none() | answers, turns=st.lists(st.tuples(texts, answers), min_size=1, max_size=4))
-def test_the_trained_tokens_are_the_answers_and_their_ends_and_nothing_else(
+def test_exactly_the_answers_and_their_end_tokens_are_trained(
     name: str, system: str | None, turns: list[tuple[str, str]]
 ) -> None:
     messages = [Message("system", system)] if system else []
@@ -100,7 +100,7 @@ def test_the_trained_tokens_are_the_answers_and_their_ends_and_nothing_else(
 @pytest.mark.parametrize("name", FAMILIES)
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(turns=st.lists(st.tuples(texts, answers), min_size=1, max_size=3))
-def test_the_model_is_asked_with_the_very_tokens_it_was_trained_after(
+def test_the_prompt_equals_the_tokens_before_a_trained_answer(
     name: str, turns: list[tuple[str, str]]
 ) -> None:
     messages = [
@@ -128,7 +128,7 @@ def test_control_tokens_in_a_text_do_not_control() -> None:
     assert attack in tokenizer.decode(sample.token_ids)
 
 
-def test_thinking_tags_in_an_answer_stay_tokens_and_in_a_question_only_if_the_template_has_none() -> None:
+def test_thinking_tags_stay_tokens_in_answers_only() -> None:
     turns = Conversation((user("<think>a</think>"), assistant("<think>b</think>c")))
     plain = render(turns, family("chatml"))[0]
     assert plain.token_ids.count(family("chatml").added_tokens["<think>"]) == 2
@@ -136,7 +136,7 @@ def test_thinking_tags_in_an_answer_stay_tokens_and_in_a_question_only_if_the_te
     assert "control-tokens" in render(turns, thinker)[0].notes
 
 
-def test_a_turn_that_does_not_train_is_seen_but_not_learned() -> None:
+def test_an_untrained_turn_is_context_without_loss() -> None:
     tokenizer = family("chatml")
     turns = Conversation((user("a"), assistant("no", train=False), user("b"), assistant("yes")))
     sample = render(turns, tokenizer)[0]
@@ -160,7 +160,7 @@ def test_a_template_that_refuses_says_so_in_its_words() -> None:
         render(Conversation((user("a"), user("b"), assistant("c"))), family("no-system"))
 
 
-def test_system_text_goes_to_the_user_where_the_template_has_no_system() -> None:
+def test_system_text_moves_to_the_user_without_a_system_role() -> None:
     tokenizer = family("no-system")
     sample = render(Conversation((system("Be brief."), user("a"), assistant("b"))), tokenizer)[0]
     assert sample.notes == ("system-in-user",)
@@ -181,7 +181,7 @@ def test_dropped_reasoning_is_learned_in_a_sample_of_its_own() -> None:
     ]
 
 
-def test_reasoning_a_template_never_shows_is_still_learned_after_its_prompt() -> None:
+def test_reasoning_that_the_template_hides_is_trained_after_its_prompt() -> None:
     tokenizer = family("opens-thinking")
     sample = render(conversation("thinking-last"), tokenizer)[0]
     assert trained_text(tokenizer, sample) == ["17*3 is 51.\n</think>\n\n51</s>"]
@@ -257,7 +257,7 @@ def test_a_base_model_gets_the_chosen_template(stock: str, trained: str) -> None
     assert render(conversation("two-turns"), tokenizer)
 
 
-def test_a_base_model_without_turn_tokens_ends_turns_with_end_of_text() -> None:
+def test_without_turn_tokens_a_base_model_ends_turns_with_eos() -> None:
     bare = ChatTokenizer(tokenizer_json(("<s>", "</s>"), ()), {"bos_token": "<s>", "eos_token": "</s>"}, "")
     sample = render(conversation("two-turns"), bare)[0]
     assert trained_text(bare, sample) == ["Hello.</s>\n", "See you.</s>\n"]

@@ -99,7 +99,7 @@ EMPTY = {
 
 @pytest.mark.parametrize("name", [name for name in EMPTY if name in THINKERS])
 @pytest.mark.parametrize("setting", ["auto", "off"])
-def test_an_empty_thought_is_in_the_prompt_and_not_in_the_loss(name: str, setting: Thinking) -> None:
+def test_an_empty_thought_is_prompt_without_loss(name: str, setting: Thinking) -> None:
     tokenizer = thinker(name)
     sample = render(PLAIN, tokenizer, RenderOptions(thinking=setting))[-1]
     assert tokenizer.decode(asked_in_training(sample)).endswith(EMPTY[name])
@@ -109,9 +109,7 @@ def test_an_empty_thought_is_in_the_prompt_and_not_in_the_loss(name: str, settin
 
 @pytest.mark.parametrize("name", ["deepseek_r1_distill", "deepseekv3"])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_a_thought_the_prompt_always_opens_is_closed_and_that_is_learned(
-    name: str, setting: Thinking
-) -> None:
+def test_a_thought_opened_by_the_prompt_is_closed_and_trained(name: str, setting: Thinking) -> None:
     if name not in PUBLISHED:
         pytest.skip("trl is not installed")
     tokenizer = thinker(name)
@@ -224,7 +222,7 @@ def test_the_switches_of_templates_are_told_apart() -> None:
         assert switches["deepseek_r1_distill"] is None and thinker("deepseek_r1_distill").traits.opens_thought
 
 
-def test_an_effort_that_cannot_be_turned_off_stays_at_its_default_for_rows_without_reasoning() -> None:
+def test_rows_without_reasoning_use_the_default_of_a_fixed_effort() -> None:
     if "gptoss" not in PUBLISHED:
         pytest.skip("trl is not installed")
     tokenizer = thinker("gptoss")
@@ -242,7 +240,7 @@ def test_dropped_reasoning_is_written_as_the_prompt_begins_it() -> None:
     assert learned(tokenizer, closed) == "</think>51</s>"
 
 
-def test_reasoning_that_gemma_4_does_not_write_is_in_its_own_tags() -> None:
+def test_reasoning_that_gemma_4_omits_gets_its_own_tags() -> None:
     if "gemma4" not in PUBLISHED:
         pytest.skip("trl is not installed")
     (older,), (newer,) = render(REASONED, thinker("gemma4")), render(REASONED, thinker("gemma4_v5"))

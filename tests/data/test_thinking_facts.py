@@ -39,7 +39,7 @@ def said(source: Source, tokenizer: ChatTokenizer, thinking: Thinking = "auto", 
     return " ".join(inspect(source, tokenizer, data).thinking)
 
 
-def test_rows_with_reasoning_are_counted_and_what_was_decided_is_said(tmp_path: Path) -> None:
+def test_rows_with_reasoning_are_counted_and_the_decision_reported(tmp_path: Path) -> None:
     source = rows(tmp_path, PLAIN, THOUGHT, (*THOUGHT, "Sure?", "<think>Yes.</think>Yes."))
     tokenizer = thinker("smollm3")
     auto = said(source, tokenizer)
@@ -72,7 +72,7 @@ def test_rows_without_reasoning_turn_thinking_off_and_say_so(tmp_path: Path) -> 
     )
 
 
-def test_a_template_without_a_switch_says_that_the_setting_does_nothing(tmp_path: Path) -> None:
+def test_a_template_without_switch_reports_an_ineffective_setting(tmp_path: Path) -> None:
     source = rows(tmp_path, PLAIN)
     assert said(source, family("chatml")) == ""
     assert "on changes nothing" in said(source, family("chatml"), "on")
@@ -80,7 +80,7 @@ def test_a_template_without_a_switch_says_that_the_setting_does_nothing(tmp_path
     assert "left out" in said(rows(tmp_path, THOUGHT), family("chatml"), "off")
 
 
-def test_a_template_that_always_thinks_says_that_the_thought_is_closed(tmp_path: Path) -> None:
+def test_a_template_that_always_thinks_reports_the_closed_thought(tmp_path: Path) -> None:
     text = said(rows(tmp_path, PLAIN, THOUGHT), family("opens-thinking"))
     assert "always opens a thought" in text and "closed at once in 1 row" in text
 

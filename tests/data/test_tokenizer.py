@@ -30,7 +30,7 @@ def test_the_template_file_goes_before_the_config(tmp_path: Path) -> None:
     assert (read.template.text, read.template_name, read.has_own_template) == (CHATML, OWN, True)
 
 
-def test_a_template_in_the_config_or_of_a_processor_is_found(tmp_path: Path) -> None:
+def test_templates_in_a_config_or_processor_file_are_read(tmp_path: Path) -> None:
     assert ChatTokenizer.from_folder(folder(tmp_path, {"chat_template": STRIPS})).template.text == STRIPS
     processor = folder(tmp_path, chat_template_json=json.dumps({"chat_template": CHATML}))
     assert ChatTokenizer.from_folder(processor).template.text == CHATML

@@ -45,7 +45,7 @@ def model(
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
-def test_tokens_with_faint_rows_are_named_if_the_template_writes_them(tmp_path: Path, dtype: str) -> None:
+def test_untrained_tokens_are_reported_if_the_template_writes_them(tmp_path: Path, dtype: str) -> None:
     faint = {"<|im_end|>": [1e-4] * WIDTH, "<|eot_id|>": [0.0] * WIDTH}
     tokenizer = model(tmp_path, faint, dtype)
     assert untrained_tokens(tmp_path, tokenizer) == ["<|im_end|>"]
@@ -62,7 +62,7 @@ def test_trained_tokens_are_not_named(tmp_path: Path) -> None:
     assert untrained_tokens(tmp_path, model(tmp_path, {})) == []
 
 
-def test_the_report_warns_and_offers_to_train_them_or_a_template_without_them(tmp_path: Path) -> None:
+def test_the_report_offers_to_train_or_avoid_untrained_tokens(tmp_path: Path) -> None:
     tokenizer = model(tmp_path / "model", {"<|im_end|>": [0.0] * WIDTH})
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n')
@@ -72,7 +72,7 @@ def test_the_report_warns_and_offers_to_train_them_or_a_template_without_them(tm
     assert 'lora.trainable_tokens = ["<|im_end|>"]' in problem.fix and "alpaca" in problem.fix
 
 
-def test_tokens_are_found_by_name_and_what_is_none_is_refused(tmp_path: Path) -> None:
+def test_tokens_are_looked_up_by_name_and_unknown_ones_rejected(tmp_path: Path) -> None:
     tokenizer = model(tmp_path, {})
     end = tokenizer.added_tokens["<|im_end|>"]
     assert token_ids(("<|im_end|>", "<|im_end|>"), tokenizer) == [end]

@@ -112,7 +112,7 @@ def _pieces(name: str, text: str) -> list[str]:
     return [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal)]
 
 
-def test_a_token_that_takes_white_space_beside_it_does_not_stand_apart() -> None:
+def test_a_token_that_absorbs_adjacent_whitespace_is_not_split_off() -> None:
     plain = {"content": "<a>", "normalized": False}
     assert isolated_added_tokens({"added_tokens": [plain, {"content": "<b>", "normalized": True}]}) == ["<a>"]
     for flag in ("lstrip", "rstrip", "single_word"):
@@ -127,7 +127,7 @@ def test_every_kind_of_white_space_beside_a_space_is_heeded(name: str) -> None:
             assert by_words(build_cache(name), text, []) == whole(build_cache(name), text, [])
 
 
-def test_a_full_memo_begins_anew_and_long_words_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_word_cache_is_cleared_and_skips_long_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(word_cache, "_MAX_CACHED_WORDS", 3)
     words: list[str] = []
 
@@ -165,6 +165,6 @@ def test_others_are_encoded_whole(change: dict[str, Any]) -> None:
     "pattern",
     [r"\p{L}+ \p{L}+|\s+", r"[^\p{L}]+|\s+", r"\s?\p{L}+|\s+", r".+|\s+", r"\p{L}+", r" ?\p{L}+ ?|\s+"],
 )
-def test_a_pattern_that_may_reach_across_a_space_is_not_trusted(pattern: str) -> None:
+def test_a_pattern_that_may_cross_a_space_is_not_cached(pattern: str) -> None:
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     assert not splits_on_spaces({**json.loads(tokenizer_json()), "pre_tokenizer": split})

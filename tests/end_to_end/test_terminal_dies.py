@@ -70,7 +70,7 @@ def only_run() -> RunDir | None:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_without_its_terminal_and_every_step_is_told(tiny_recipe: Recipe) -> None:
+def test_a_run_survives_its_terminal_and_reports_every_step(tiny_recipe: Recipe) -> None:
     recipe = replace_setting(
         replace_setting(tiny_recipe, "training.max_steps", STEPS), "training.epochs", 1000.0
     )

@@ -48,9 +48,7 @@ def text_of(app: QloraApp, selector: str) -> str:
 
 
 @pytest.mark.slow
-async def test_a_hobbyist_goes_from_a_model_to_a_chat_with_the_adapter(
-    tiny_model: Path, conversations: Path
-) -> None:
+async def test_a_user_gets_from_model_to_chat_with_the_adapter(tiny_model: Path, conversations: Path) -> None:
     app = QloraApp(Settings(model_folders=(str(tiny_model.parent),)))
     async with app.run_test(size=(120, 40)) as pilot:
 

@@ -132,7 +132,7 @@ async def test_cancelling_the_waiting_task_stops_the_engine_too(
     await answer(engine, msgspec.structs.replace(SHORT, adapter_name="base"))
 
 
-async def test_a_problem_in_the_engine_is_raised_here_as_it_is(engine: EngineClient) -> None:
+async def test_an_error_in_the_engine_is_raised_in_the_client(engine: EngineClient) -> None:
     with pytest.raises(UserError, match="No such adapter") as raised:
         await answer(engine, msgspec.structs.replace(SHORT, adapter_name="step-9"))
     assert raised.value.exit_code == 2
@@ -145,7 +145,7 @@ async def test_an_effect_needs_held_out_data(engine: EngineClient) -> None:
             pass
 
 
-async def test_a_model_that_is_not_there_is_a_problem_and_the_engine_goes_on(engine: EngineClient) -> None:
+async def test_a_missing_model_is_an_error_and_the_engine_continues(engine: EngineClient) -> None:
     pid = engine.pid
     with pytest.raises(UserError, match="not on this machine"):
         async for _ in engine.ask(LoadChat(source=ChatSource(recipe=Recipe(model=Model(id="no/such"))))):
@@ -155,7 +155,7 @@ async def test_a_model_that_is_not_there_is_a_problem_and_the_engine_goes_on(eng
     assert engine.pid == pid
 
 
-async def test_a_killed_engine_is_a_problem_that_names_the_log_and_the_next_question_starts_another(
+async def test_a_killed_engine_is_reported_and_restarted_when_asked(
     engine: EngineClient, tiny_source: ChatSource
 ) -> None:
     async for _ in engine.ask(LoadChat(source=tiny_source)):
@@ -183,7 +183,7 @@ async def test_a_template_that_hangs_the_engine_is_named(
             os.kill(engine.pid, HANG_SIGNAL)
 
 
-async def test_what_libraries_print_goes_to_the_log_and_the_log_stays_short(engine: EngineClient) -> None:
+async def test_library_output_goes_to_a_log_of_bounded_size(engine: EngineClient) -> None:
     log_path().write_bytes(b"x" * (1 << 20) + b"x")
     await engine.close()
     async for _ in engine.ask(Unload()):

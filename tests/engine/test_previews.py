@@ -59,7 +59,7 @@ async def test_a_row_comes_as_the_model_sees_it(engine: EngineClient, tmp_path: 
     assert shown.trained_counts < shown.token_counts
 
 
-async def test_without_a_model_a_row_comes_as_the_file_has_it(engine: EngineClient, tmp_path: Path) -> None:
+async def test_without_a_model_a_row_is_shown_as_stored(engine: EngineClient, tmp_path: Path) -> None:
     shown = await row(engine, tickets(tmp_path / "t.jsonl"), 2)
     assert shown.token_counts == ()
     assert [p.text for p in shown.samples[0] if p.trained] == ["Parcel 2 is on its way."]

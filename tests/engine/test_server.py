@@ -56,7 +56,7 @@ def served(server: type[Server], *requests: RequestEnvelope | bytes) -> list[Rep
     return said
 
 
-def test_what_nobody_foresaw_is_told_as_our_mistake_and_the_engine_goes_on(ended: threading.Event) -> None:
+def test_an_unexpected_error_is_reported_and_the_engine_continues(ended: threading.Event) -> None:
     first, second = served(Broken, RequestEnvelope(1, LOAD), RequestEnvelope(2, Unload()))
     assert isinstance(first.reply, Failure)
     problem = first.reply.problem()

@@ -58,9 +58,7 @@ def test_a_merged_model_has_the_weights_that_peft_merges(
     assert statuses == ["Merging model.safetensors (1 of 1)"]
 
 
-def test_rows_go_into_a_tied_head_that_a_file_holds_beside_the_embedding(
-    tiny_source: ChatSource, tmp_path: Path
-) -> None:
+def test_rows_are_merged_into_a_tied_head_stored_separately(tiny_source: ChatSource, tmp_path: Path) -> None:
     import torch
     import transformers
     from safetensors.torch import load_file, save_file
@@ -109,7 +107,7 @@ def test_a_model_in_several_files_is_merged_file_by_file(
         torch.testing.assert_close(ours[name].float(), weight, rtol=2e-2, atol=1e-2)
 
 
-def test_the_folder_carries_the_adapters_template_and_a_card_without_paths(
+def test_the_folder_has_the_adapters_template_and_a_pathless_card(
     tiny_source: ChatSource, tmp_path: Path
 ) -> None:
     from qlora_tui.export.merge import merge

@@ -14,7 +14,7 @@ from qlora_tui.runs.directory import create_run
 
 
 @pytest.mark.slow
-def test_a_run_is_merged_and_a_second_time_is_a_wrong_call(
+def test_merging_a_run_twice_is_a_usage_error(
     tiny_source: ChatSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = create_run(tiny_source.recipe)

@@ -19,7 +19,7 @@ def test_every_reason_says_what_and_what_to_do(reason: GpuUnavailableReason) -> 
     assert no_gpu.fix.endswith(".")
 
 
-def test_an_error_we_have_no_words_for_keeps_those_of_nvml() -> None:
+def test_an_unknown_nvml_error_shows_nvmls_own_text() -> None:
     assert from_nvml_error(999, "Unknown Error").why == "NVML says: Unknown Error."
 
 

@@ -21,7 +21,7 @@ def test_a_reading_survives_json() -> None:
     assert msgspec.json.decode(msgspec.json.encode(reading), type=GpuMetrics) == reading
 
 
-def test_what_a_gpu_does_not_say_takes_no_room_and_comes_back_as_none() -> None:
+def test_a_missing_value_is_omitted_and_decoded_as_none() -> None:
     line = msgspec.json.encode(GpuMetrics(at=1.0, index=0))
     assert line == b'{"at":1.0,"index":0}'
     assert msgspec.json.decode(line, type=GpuMetrics).memory_used_bytes is None

@@ -92,7 +92,7 @@ def test_a_gpu_that_comes_back_is_read_again(monkeypatch: pytest.MonkeyPatch) ->
         assert take_reading(samples).memory_total_bytes == 24564 << 20
 
 
-def test_a_machine_without_a_gpu_is_told_once_and_a_driver_that_comes_is_found(
+def test_a_missing_gpu_is_reported_once_until_it_appears(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     install_nvml_stub(monkeypatch, "not_loaded")

@@ -25,7 +25,7 @@ from qlora_tui.gpu.torch_env import openmp_wait_policy
         (6.25, 16, {"OMP_WAIT_POLICY": "PASSIVE"}),
     ],
 )
-def test_threads_spin_on_a_quiet_machine_and_sleep_on_a_busy_one(
+def test_threads_spin_on_an_idle_machine_and_sleep_otherwise(
     monkeypatch: pytest.MonkeyPatch, busy_percent: float, cores: int, chosen: dict[str, str]
 ) -> None:
     monkeypatch.setattr(psutil, "cpu_percent", lambda interval: busy_percent)
@@ -43,7 +43,7 @@ def test_the_users_own_choice_stands_and_costs_no_look(
     assert openmp_wait_policy(own) == {}
 
 
-def test_what_bitsandbytes_says_on_import_goes_to_the_log_and_not_to_the_terminal() -> None:
+def test_bitsandbytes_import_messages_go_to_the_log_only() -> None:
     # Its import takes seconds, so its module's own logger is spoken through without it.
     module = distribution("bitsandbytes").locate_file("bitsandbytes/backends/cpu/ops.py")
     source = Path(str(module)).read_text()
@@ -57,7 +57,7 @@ def test_what_bitsandbytes_says_on_import_goes_to_the_log_and_not_to_the_termina
     assert "no kernel" in paths.log_path().read_text()
 
 
-def test_it_is_settled_in_the_environment_before_anything_heavy_is_loaded() -> None:
+def test_the_environment_is_set_before_heavy_imports() -> None:
     code = (
         "import os, sys; from qlora_tui.gpu.torch_env import configure_torch_env;"
         "configure_torch_env({'HF_HUB_OFFLINE': '1'});"

@@ -22,7 +22,7 @@ def _plain() -> CachingAllocator:
         (11 * MIB, 12 * MIB),
     ],
 )
-def test_a_segment_is_of_2_or_20_mib_or_the_tensors_own_size(wanted: int, reserved: int) -> None:
+def test_a_segment_is_2_or_20_mib_or_exact(wanted: int, reserved: int) -> None:
     allocator = _plain()
     allocator.malloc(wanted)
     assert allocator.reserved_bytes == reserved
@@ -63,7 +63,7 @@ def test_freed_neighbours_become_one_block() -> None:
     assert allocator.reserved_bytes == 60 * MIB
 
 
-def test_of_two_equal_blocks_the_lower_is_the_segment_made_later() -> None:
+def test_of_equal_blocks_the_newer_segments_is_lower() -> None:
     allocator = _plain()
     first, second = allocator.malloc(32 * MIB), allocator.malloc(32 * MIB)
     for block in (first, second):

@@ -41,7 +41,7 @@ def test_every_item_has_a_label_and_a_sentence() -> None:
         assert all(item.label and item.explanation.endswith(".") for item in estimated.items)
 
 
-def test_four_bits_need_less_than_eight_and_eight_less_than_sixteen() -> None:
+def test_fewer_bits_need_less_memory() -> None:
     estimates = compare(Recipe(), qwen_7b())
     assert estimates["nf4"].process_bytes < estimates["int8"].process_bytes < estimates["fp16"].process_bytes
 
@@ -157,7 +157,7 @@ def test_a_cpu_run_has_no_cuda_context() -> None:
     assert estimated.path.compute_bytes == 4
 
 
-def test_a_build_of_torch_for_cuda_weighs_more_on_a_cpu_and_nothing_on_a_gpu() -> None:
+def test_a_cuda_build_of_torch_costs_memory_on_cpus_only() -> None:
     plain, built = (
         [
             estimate(Recipe(), tinyllama(), device=Device(kind="cpu", cuda_libraries=libraries)),
@@ -170,7 +170,7 @@ def test_a_build_of_torch_for_cuda_weighs_more_on_a_cpu_and_nothing_on_a_gpu() -
     assert built[1].process_bytes == plain[1].process_bytes
 
 
-def test_a_cpu_that_computes_in_bfloat16_holds_a_kernel_a_shape() -> None:
+def test_a_bfloat16_cpu_holds_one_kernel_per_shape() -> None:
     device = Device(kind="cpu", native_bfloat16=True)
     fuller = Training(micro_batch_size=8, gradient_checkpointing="off")  # than while it is loaded
     some, more, most = (
@@ -201,7 +201,7 @@ def test_one_estimate_is_cheap() -> None:
 
 
 @pytest.mark.parametrize("name", ["google/gemma-2-2b", "openai/gpt-oss-20b"])
-def test_samples_that_are_attended_one_by_one_take_no_longer_for_being_many(name: str) -> None:
+def test_many_samples_attended_singly_cost_no_more_time(name: str) -> None:
     model = parse_architecture(config(name))
     recipes = [
         Recipe(training=Training(micro_batch_size=size, gradient_checkpointing="off")) for size in (1, 4096)

@@ -116,7 +116,7 @@ def test_every_setting_at_its_bounds_adds_up(name: str, kind: Literal["cuda", "c
             _adds_up(replace_setting(Recipe(), path, bound), name, Device(kind=kind))
 
 
-def test_the_largest_recipe_there_is_does_not_fit_and_no_change_is_negative() -> None:
+def test_the_largest_recipe_never_fits_and_changes_are_not_negative() -> None:
     recipe = Recipe(
         quantization=Quantization(method="none", compute_dtype="float32"),
         lora=Lora(rank=1024, dropout=0.9, use_dora=True),

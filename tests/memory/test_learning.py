@@ -55,7 +55,7 @@ def test_one_run_corrects_nothing_and_is_counted() -> None:
     assert estimated.correction_words == "1 run measured, 2 are needed to correct"
 
 
-def test_tensors_are_scaled_and_the_context_is_taken_as_it_was_measured() -> None:
+def test_tensors_are_scaled_and_the_context_is_taken_as_measured() -> None:
     for factor, outside in ((1.02, 290), (1.1, 300), (1.04, 500)):
         record_run(_run(factor, outside * MIB))
     record_run(_run(1.4, machine="another GPU"))
@@ -83,7 +83,7 @@ def test_a_corrected_estimate_says_so_and_still_adds_up() -> None:
         assert corrected.correction_words == f"corrected {change * 100:+.0f} % from 2 runs"
 
 
-def test_a_cpu_run_corrects_by_bytes_so_that_a_tiny_one_does_not_bend_a_large_one() -> None:
+def test_a_tiny_cpu_run_does_not_distort_a_large_one() -> None:
     record_run(_cpu_run(700 * MIB))
     record_run(_cpu_run(700 * MIB))
     device = Device(kind="cpu", correction=correction_for("a CPU"))
@@ -96,7 +96,7 @@ def test_a_cpu_run_corrects_by_bytes_so_that_a_tiny_one_does_not_bend_a_large_on
         assert corrected.process_bytes - raw.process_bytes == 580 * MIB - RUNTIME_BYTES
 
 
-def test_a_cpu_run_whose_process_may_have_converted_a_file_is_not_learned_from() -> None:
+def test_a_cpu_run_that_may_have_converted_is_not_learned() -> None:
     for _ in range(3):
         record_run(structs.replace(_cpu_run(1600 * MIB), own_process=False))
     assert correction_for("a CPU") is None
@@ -106,7 +106,7 @@ def test_a_cpu_run_whose_process_may_have_converted_a_file_is_not_learned_from()
     assert correction is not None and (correction.runs, correction.outside_bytes) == (2, 580 * MIB)
 
 
-def test_a_run_on_a_gpu_is_learned_from_whoever_converted_its_file() -> None:
+def test_a_gpu_run_is_learned_whoever_converted_its_file() -> None:
     assert not _run(1.0).own_process
     record_run(_run(1.0))
     record_run(_run(1.0))
@@ -114,13 +114,13 @@ def test_a_run_on_a_gpu_is_learned_from_whoever_converted_its_file() -> None:
     assert correction is not None and correction.runs == 2
 
 
-def test_a_line_of_an_earlier_version_is_read_as_not_its_own_process() -> None:
+def test_a_line_of_an_earlier_version_has_no_own_process() -> None:
     line = msgspec.json.encode(structs.replace(_cpu_run(700 * MIB), own_process=False))
     assert b"own_process" not in line
     assert not msgspec.json.decode(line, type=MeasuredRun).own_process
 
 
-def test_what_a_large_vocabulary_takes_is_not_learned_for_a_small_one() -> None:
+def test_a_large_vocabularys_memory_is_not_learned_for_small_ones() -> None:
     cpu = Device(kind="cpu")
     large, small = (estimate(Recipe(), model, device=cpu) for model in (qwen_7b(), tinyllama()))
     for _ in range(2):

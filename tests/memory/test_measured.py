@@ -80,7 +80,7 @@ def test_a_real_step_with_kept_layers_holds_what_was_predicted(kept_layers: int)
 
 
 @pytest.mark.slow
-def test_a_real_step_of_a_model_of_135_million_holds_what_was_predicted() -> None:
+def test_a_real_135m_step_uses_the_predicted_memory() -> None:
     recipe = Recipe(
         quantization=Quantization(compute_dtype="float32"),
         data=Data(max_length=128),

@@ -29,19 +29,19 @@ def test_every_row_is_placed(result: dict[str, Any]) -> None:
     assert len(result["rows"]) == len(rows)
 
 
-def test_the_mean_error_is_under_half_a_percent_and_none_is_under_by_three(result: dict[str, Any]) -> None:
+def test_errors_average_below_half_and_never_reach_minus_three_percent(result: dict[str, Any]) -> None:
     figures = result["summary"]["ours"]
     assert figures["mean_pct"] < 0.5
     assert figures["worst_over_pct"] < 1
     assert figures["worst_under_pct"] > -3
 
 
-def test_a_run_that_went_out_of_memory_was_not_said_to_fit(result: dict[str, Any]) -> None:
+def test_no_run_out_of_memory_was_predicted_to_fit(result: dict[str, Any]) -> None:
     assert len(result["out_of_memory"]) == 4
     assert all(row["said_it_would_not_fit"] for row in result["out_of_memory"])
 
 
-def test_a_row_that_cannot_be_placed_is_listed_with_its_reason(tmp_path: Path) -> None:
+def test_an_unmatchable_row_is_listed_with_its_reason(tmp_path: Path) -> None:
     lines = TABLE.read_text().splitlines()
     table = tmp_path / "table.csv"
     table.write_text("\n".join((lines[0], lines[1].replace("Qwen/Qwen2.5-1.5B-Instruct", "no/such-model"))))
@@ -60,7 +60,7 @@ def more() -> dict[str, Any]:
     "id_",
     [f"m{number}" for number in (105, 109, 113, 117, 121, 123, 129, 132, 133, 137, 139, 141, 143, 145)],
 )
-def test_rows_of_older_versions_are_met_within_3_in_10_000(id_: str, more: dict[str, Any]) -> None:
+def test_rows_of_older_versions_match_within_3_in_10_000(id_: str, more: dict[str, Any]) -> None:
     (row,) = (row for row in more["rows"] if row["id"] == id_)
     assert abs(row["error_pct"]) < 0.03, row
 
@@ -71,7 +71,7 @@ def test_a_full_gpu_decides_what_ran_and_what_did_not(more: dict[str, Any]) -> N
     assert more["ran_but_said_not_to_fit"] == []
 
 
-def test_a_16_bit_base_held_on_a_gpu_what_the_replay_comes_to(more: dict[str, Any]) -> None:
+def test_a_16_bit_base_on_a_gpu_matches_the_replay(more: dict[str, Any]) -> None:
     # Those whose allocator's gaps the replay finds: Liger's loss, and a Granite's.
     rows = {row["id"]: row["tier_error_pct"].get("process (nvidia-smi)", 99) for row in more["rows"]}
     assert [abs(rows[id_]) < 0.1 for id_ in ("m109", "m137", "m139")] == [True] * 3, rows
@@ -226,7 +226,7 @@ def test_trl_prepares_a_quantized_model_as_its_version_does(
         ("LoRA fp32 by autocast_adapter_dtype; fp16 compute", False, True),
     ],
 )
-def test_16_bit_weights_run_under_autocast_only_where_a_trainer_was_told_to(
+def test_16_bit_weights_use_autocast_only_where_the_trainer_did(
     words: str, autocast: bool, held: bool
 ) -> None:
     _, path = read_path(_row(extra=words, quant="none(bf16)", double_quant="", source_url=""))
@@ -271,7 +271,7 @@ def test_one_gpu_of_a_numbered_series_is_one_gpu() -> None:
         read_path(_row(gpu=gpu))
 
 
-def test_units_and_words_for_no_memory_are_read_in_any_case(tmp_path: Path) -> None:
+def test_units_and_out_of_memory_words_ignore_case(tmp_path: Path) -> None:
     with TABLE.open(newline="") as file:
         rows = list(csv.DictReader(file))[:4]
     words = (("7,180", " MB"), ("OOM ", "GiB"), ("Out of memory", ""), ("6.69", "gib"))

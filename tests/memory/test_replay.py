@@ -32,7 +32,7 @@ def _replayed(recipe: Recipe, name: str) -> Pool:
     return replay.replay(recipe, architecture, layout, path, profile_step(layout, path, recipe.lora.dropout))
 
 
-def test_what_was_reserved_on_a_gpu_is_met_as_what_was_allocated_is() -> None:
+def test_reserved_memory_is_matched_like_allocated_memory() -> None:
     errors = {}
     for row in _rows():
         recipe, path = read_path(row)
@@ -47,7 +47,7 @@ def test_what_was_reserved_on_a_gpu_is_met_as_what_was_allocated_is() -> None:
     assert min(errors.values()) > -0.06 and max(errors.values()) < 0.16, errors
 
 
-def test_an_unquantized_model_comes_to_the_reserved_bytes_that_were_measured() -> None:
+def test_an_unquantized_model_matches_the_measured_reserved_bytes() -> None:
     rows = [row for row in _rows() if row["quant"].startswith("none")]
     assert len(rows) >= 5
     for row in rows:
@@ -66,7 +66,7 @@ def test_an_unquantized_model_comes_to_the_reserved_bytes_that_were_measured() -
         (Training(gradient_checkpointing="off", gradient_accumulation=1), 0.0, "none"),
     ],
 )
-def test_the_replay_holds_as_much_at_its_peak_as_the_walk(
+def test_the_replays_peak_equals_the_walks(
     name: str, training: Training, dropout: float, method: str
 ) -> None:
     recipe = Recipe(

@@ -37,7 +37,7 @@ def traces() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("traces")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_closed_form_is_within_one_percent_on_average_and_three_at_worst(family: str) -> None:
+def test_the_closed_form_averages_below_one_percent_error(family: str) -> None:
     cases = [*grid([family], "pairs"), Case(family, length=256, method="none")]
     assert len(cases) == 9
     results = sorted(map(compare, cases), key=lambda each: -abs(each.error_pct))
@@ -74,7 +74,7 @@ def test_trained_rows_are_counted_with_their_gradients(family: str, tied: bool) 
 
 
 @pytest.mark.slow
-def test_gradients_of_an_earlier_micro_step_are_there_in_the_forward() -> None:
+def test_earlier_gradients_are_counted_in_the_next_forward() -> None:
     from qlora_tui.engine.trace_worker import trace_request
 
     recipe = recipe_of(Case("GPT-2", length=128))
@@ -91,7 +91,7 @@ def test_gradients_of_an_earlier_micro_step_are_there_in_the_forward() -> None:
 
 
 @pytest.mark.slow
-def test_a_model_that_cannot_be_built_is_a_failure_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_be_built_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     from qlora_tui.engine import trace_worker
 
     request = TraceRequest(config=cut_config("GPT-2") | {"n_head": 7}, recipe=recipe_of(Case("GPT-2")))

@@ -109,7 +109,7 @@ def _head(**changes: object) -> dict[str, int]:
     return {"forward": head.forward.get("logits", 0), "backward": head.backward.get("logits", 0)}
 
 
-def test_trl_1_7_makes_the_head_in_32_bits_and_a_chunk_of_logits() -> None:
+def test_trl_1_7_computes_an_fp32_head_and_chunked_logits() -> None:
     head, chunk = 32000 * 4096, 256 * 32000
     # weight, logits, log-softmax, and two for the entropy; later two gradients instead of one of these
     assert _head(loss="trl_chunked")["forward"] == pytest.approx(4 * head + 16 * chunk, abs=4096)
@@ -117,7 +117,7 @@ def test_trl_1_7_makes_the_head_in_32_bits_and_a_chunk_of_logits() -> None:
     assert _head(loss="trl_chunked", autocast=True)["forward"] == pytest.approx(6 * head, rel=0.01)
 
 
-def test_trl_1_15_makes_a_tile_of_logits_and_sums_gradients_in_32_bits() -> None:
+def test_trl_1_15_computes_tiled_logits_and_fp32_gradient_sums() -> None:
     assert _head(loss="trl_tiled")["forward"] == 2048 * 32000 * 2
     path = replace(STOCK, loss="trl_tiled")
     layout = build_layout(RECIPE, parse_architecture(config("mistralai/Mistral-7B-v0.1")), path)
@@ -183,7 +183,7 @@ def test_ligers_gated_mlp_keeps_both_halves_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(("method", "is_cast"), [("none", True), ("nf4", False)])
-def test_peft_casts_an_adapters_input_on_16_bit_weights_under_autocast(method: Any, is_cast: bool) -> None:
+def test_under_autocast_peft_casts_inputs_of_16_bit_weights(method: Any, is_cast: bool) -> None:
     recipe = structs.replace(RECIPE, quantization=Quantization(method=method), data=Data(max_length=768))
     path = replace(STOCK, autocast=True, library_kernels=True)
     layout = build_layout(recipe, parse_architecture(config("mistralai/Mistral-7B-v0.1")), path)

@@ -8,7 +8,7 @@ from qlora_tui.recipe.absolute_paths import with_absolute_paths
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 
 
-def test_local_files_are_named_in_full_and_hub_ids_are_left(
+def test_local_files_become_absolute_and_hub_ids_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "rows.jsonl").touch()

@@ -193,7 +193,7 @@ def test_any_targets_can_be_set_as_a_comma_list(some: list[str]) -> None:
 
 
 @given(st.text() | st.tuples(st.sampled_from(sorted(fields())), st.text()).map("=".join))
-def test_whatever_is_set_the_answer_is_a_layer_or_a_problem(argument: str) -> None:
+def test_every_setting_gives_a_layer_or_an_error(argument: str) -> None:
     try:
         layering.build_recipe(sets=[argument])
     except UserError as problem:

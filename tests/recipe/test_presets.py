@@ -21,7 +21,7 @@ def mine(name: str = "mine") -> Path:
     return paths.user_presets_dir() / f"{name}.toml"
 
 
-def test_the_shipped_presets_are_all_valid_and_say_what_they_are_for() -> None:
+def test_shipped_presets_are_valid_and_have_descriptions() -> None:
     listed = presets.list_presets()
     assert [preset.name for preset in listed] == SHIPPED
     assert all(preset.shipped and preset.note and not preset.problem for preset in listed)
@@ -74,7 +74,7 @@ def test_hidden_and_other_files_are_no_presets() -> None:
     assert [preset.name for preset in presets.list_presets()] == SHIPPED
 
 
-def test_a_file_name_that_is_no_text_does_not_break_the_list() -> None:
+def test_a_file_name_that_is_not_text_is_tolerated() -> None:
     Path(os.fsdecode(bytes(paths.user_presets_dir()) + b"/\xff.toml")).touch()
     assert [preset.name for preset in presets.list_presets() if not preset.shipped] == ["?"]
 
@@ -145,7 +145,7 @@ def test_the_app_replaces_what_it_wrote() -> None:
     assert presets.find_preset("mine").recipe().lora.rank == 4
 
 
-def test_a_preset_that_is_a_link_is_written_where_it_leads(tmp_path: Path) -> None:
+def test_a_linked_preset_is_written_to_its_target(tmp_path: Path) -> None:
     target = tmp_path / "dotfiles.toml"
     presets.save("mine", Recipe()).rename(target)
     mine().symlink_to(target)
@@ -209,7 +209,7 @@ def test_a_deletion_is_undone() -> None:
     assert mine().read_bytes() == b"[lora]\nrank = 5 # by hand\n"
 
 
-def test_a_save_is_undone_to_what_was_there_or_to_nothing() -> None:
+def test_undoing_a_save_restores_the_previous_file_or_none() -> None:
     nothing = presets.take_snapshot("mine")
     first = presets.save("mine", Recipe(lora=Lora(rank=3))).read_bytes()
     something = presets.take_snapshot("mine")

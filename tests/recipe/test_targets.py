@@ -70,7 +70,7 @@ def test_matches_agrees_with_select() -> None:
     )
 
 
-def test_an_unknown_kind_names_the_kinds_there_are_and_the_near_one() -> None:
+def test_an_unknown_kind_lists_all_kinds_and_the_closest() -> None:
     with pytest.raises(UserError) as caught:
         targets.match_modules(["3-5.q_porj"], llama(8))
     assert str(caught.value) == (
@@ -167,7 +167,7 @@ def test_a_run_passes_over_layers_that_lack_the_kind() -> None:
     assert targets.to_patterns([module.name for module in hybrid[:3]], hybrid) == ("0-4.in_proj",)
 
 
-def test_one_of_two_that_share_kind_and_layer_is_named_in_full() -> None:
+def test_modules_that_share_kind_and_layer_are_named_fully() -> None:
     gpt2 = [SomeModule(f"h.{n}.{block}.c_proj", "c_proj", n) for n in range(2) for block in ("attn", "mlp")]
     assert targets.to_patterns([module.name for module in gpt2[:3]], gpt2) == ("0.c_proj", "h.1.attn.c_proj")
 
@@ -190,7 +190,7 @@ def test_of_two_patterns_that_fit_the_later_holds() -> None:
     assert (targets.rank_of(lora, first), targets.rank_of(lora, second)) == (8, 4)
 
 
-def test_a_rank_for_what_the_model_has_not_is_named_with_its_setting() -> None:
+def test_a_rank_for_a_missing_module_names_its_setting() -> None:
     with pytest.raises(UserError) as caught:
         targets.resolve_targets(Lora(rank_pattern={"q_porj": 8}), llama(2))
     assert 'lora.rank_pattern has "q_porj"' in caught.value.what

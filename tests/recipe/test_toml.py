@@ -67,7 +67,7 @@ def test_a_whole_number_serves_where_a_number_is_asked() -> None:
     assert recipe.lora.alpha == 64.0 and isinstance(recipe.lora.alpha, float)
 
 
-def test_a_byte_order_mark_and_windows_line_ends_are_no_mistake(tmp_path: Path) -> None:
+def test_a_byte_order_mark_and_crlf_are_accepted(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_bytes(b"\xef\xbb\xbf[lora]\r\nrank = 8\r\n")
     assert toml.load(tmp_path / "mine.toml") == {"lora": {"rank": 8}}
 

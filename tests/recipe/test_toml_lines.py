@@ -58,13 +58,13 @@ def test_dotted_keys_and_arrays_of_tables() -> None:
     assert lines["a", "b", 1, "d", "i"] == 25
 
 
-def test_a_key_inside_an_inline_table_has_the_line_of_what_holds_it() -> None:
+def test_a_key_in_an_inline_table_has_the_tables_line() -> None:
     assert line_of(key_lines(TEXT), ("data", "sources", 1, "path")) == 13
     assert line_of({}, ("data", "sources")) is None
 
 
 @given(recipes())
-def test_every_key_of_a_dumped_recipe_has_the_line_it_is_on(recipe: Recipe) -> None:
+def test_every_key_of_a_dumped_recipe_has_its_line(recipe: Recipe) -> None:
     text = toml.dump(recipe)
     lines = text.split("\n")
     line_of = key_lines(text)

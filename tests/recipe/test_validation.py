@@ -159,7 +159,7 @@ def test_a_mistake_says_where_what_and_what_was_meant(text: str, message: str) -
     assert str(refused(text)) == prefix + message
 
 
-def test_all_mistakes_of_a_file_come_at_once_in_its_order() -> None:
+def test_all_errors_of_a_file_are_reported_in_order() -> None:
     text = "zzz = 1\n[training]\nlr = 3\n[lora]\nrnak = 16\nrank = 'a'\n"
     assert [mistake.line for mistake in refused(text).issues] == [1, 3, 5, 6]
     assert [mistake.path for mistake in refused(text).issues] == [

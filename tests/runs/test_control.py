@@ -96,7 +96,7 @@ def test_a_sample_of_no_prompts_is_refused(running: RunDir) -> None:
     assert control.take_requests(running) == [control.ControlRequest(kind="sample")]
 
 
-def test_a_request_of_an_attempt_that_was_killed_does_not_end_the_next(run: RunDir) -> None:
+def test_a_request_to_a_killed_attempt_is_dropped(run: RunDir) -> None:
     write_status(run, Status(state="running", at=time.time(), process=process_identity()))
     control.send_request(run, "stop")
     (run.control_dir / "folder.json").mkdir()

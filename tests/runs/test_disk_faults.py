@@ -89,7 +89,7 @@ def assert_waits_after_resume(run: RunDir) -> None:
 
 @each_fault
 @for_a_while_or_for_good
-def test_a_paused_run_that_cannot_be_resumed_now_can_be_later(
+def test_a_paused_run_can_be_resumed_after_a_failed_resume(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, code: int, lasting: bool
 ) -> None:
     for at in count(1):
@@ -133,7 +133,7 @@ def test_a_fault_in_training_costs_at_most_its_checkpoint(
 
 @each_fault
 @for_a_while_or_for_good
-def test_a_fault_at_the_end_leaves_an_adapter_or_a_run_to_resume(
+def test_a_fault_at_the_end_leaves_a_usable_run(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, code: int, lasting: bool
 ) -> None:
     for at in count(1):

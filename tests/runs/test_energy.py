@@ -28,9 +28,7 @@ def a_reading(monkeypatch: pytest.MonkeyPatch) -> GpuMetrics:
     return reading
 
 
-def test_the_energy_of_a_run_survives_a_clock_that_is_set(
-    run: RunDir, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_runs_energy_survives_a_clock_change(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     reading = a_reading(monkeypatch)
     now = time.time()
     # A minute; then the clock is put back an hour, and later two days on: the jumps themselves count nothing.
@@ -47,7 +45,7 @@ def test_the_energy_of_a_run_survives_a_clock_that_is_set(
     assert meter.kwh == pytest.approx(3 * 60 * reading.power_w / JOULES_A_KWH)
 
 
-def test_the_end_of_a_run_tells_energy_and_tokens_a_joule() -> None:
+def test_a_runs_end_reports_energy_and_tokens_per_joule() -> None:
     finished = Finished(
         at=1.0, step=9, seconds=60.0, tokens_per_s=1.0, energy_kwh=0.42, tokens_per_joule=3.125
     )

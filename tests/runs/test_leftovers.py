@@ -91,7 +91,7 @@ def test_a_trainer_sweeps_its_own_drafts_at_once(run: RunDir) -> None:
     assert not draft.exists() and stays.exists()
 
 
-def test_folders_moved_aside_are_put_back_where_no_new_one_came(run: RunDir) -> None:
+def test_folders_moved_aside_are_restored_where_no_replacement_exists(run: RunDir) -> None:
     put_adapter(run.path / ".adapter.earlier")
     put_checkpoint(run.checkpoints_dir / ".step-3.earlier")
     assert sorted(leftovers.restore(run)) == [run.adapter_dir, run.checkpoints_dir / "step-3"]

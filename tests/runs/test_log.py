@@ -106,7 +106,7 @@ def test_the_last_event_is_found_from_the_end(tmp_path: Path) -> None:
     assert last_event(path) == end
 
 
-def test_the_last_event_is_found_behind_a_line_longer_than_one_look(tmp_path: Path) -> None:
+def test_the_last_event_is_read_before_a_very_long_line(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     path.write_bytes(encode(a_step(1)) + b"y" * 200_000 + b"\n")
     assert last_event(path) == a_step(1)
@@ -155,7 +155,7 @@ def test_a_hole_of_gigabytes_takes_no_memory(tmp_path: Path) -> None:
     assert peak < 8 * LONGEST_LINE_BYTES
 
 
-def test_an_event_after_a_hole_that_was_being_written_is_read(tmp_path: Path) -> None:
+def test_an_event_after_a_partially_written_hole_is_read(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     path.write_bytes(encode(a_step(1)))
     hole(path, 2 * LONGEST_LINE_BYTES)

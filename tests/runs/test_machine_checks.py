@@ -39,7 +39,7 @@ def test_a_gpu_that_does_not_respond_is_a_warning() -> None:
     assert check.outcome == "warning" and "does not respond: GPU is lost." in check.text
 
 
-def test_memory_used_by_others_is_an_error_where_the_run_needs_it() -> None:
+def test_memory_of_other_programs_is_an_error_where_needed() -> None:
     used = machine(gpu=GPU, used_bytes=10 * GIB)
     assert check_gpu(used, 8 * GIB).outcome == "warning"
     check = check_gpu(used, 20 * GIB)

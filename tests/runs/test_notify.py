@@ -98,7 +98,7 @@ def test_a_webhook_and_a_command_hear_of_a_finished_run(recipe: Recipe, tmp_path
 
 
 @pytest.mark.usefixtures("played_trainer")
-def test_a_webhook_that_fails_is_named_in_the_log_without_its_secret_and_the_queue_goes_on(
+def test_a_failing_webhook_is_logged_without_its_secret(
     recipe: Recipe,
 ) -> None:
     with listening(answer=500) as hook:
@@ -122,7 +122,7 @@ def test_a_webhook_that_never_answers_holds_up_no_run(recipe: Recipe) -> None:
 
 
 @pytest.mark.usefixtures("played_trainer")
-def test_a_webhook_that_is_not_there_is_named_in_the_log(recipe: Recipe) -> None:
+def test_an_unreachable_webhook_is_named_in_the_log(recipe: Recipe) -> None:
     with listening() as hook:
         wish(f"webhook = '{hook.address}'")
     actions.submit(replace_setting(recipe, "name", "plain"))
@@ -130,7 +130,7 @@ def test_a_webhook_that_is_not_there_is_named_in_the_log(recipe: Recipe) -> None
 
 
 @pytest.mark.usefixtures("played_trainer")
-def test_a_webhook_that_has_moved_is_named_and_not_followed_without_its_news(recipe: Recipe) -> None:
+def test_a_redirected_webhook_is_named_and_not_followed(recipe: Recipe) -> None:
     with listening(answer=301) as hook:
         wish(f"webhook = '{hook.address}'")
         actions.submit(replace_setting(recipe, "name", "plain"))
@@ -157,7 +157,7 @@ def test_a_command_that_hangs_ends_with_all_it_started(
 
 
 @pytest.mark.usefixtures("played_trainer")
-def test_a_run_that_ended_while_no_runner_lived_is_told_once_by_the_next(recipe: Recipe) -> None:
+def test_a_run_that_ended_without_runner_is_reported_once_later(recipe: Recipe) -> None:
     with listening() as hook:
         wish(f"webhook = '{hook.address}'")
         run = actions.submit(replace_setting(recipe, "name", "waits"))

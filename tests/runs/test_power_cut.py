@@ -108,7 +108,7 @@ def test_a_run_is_never_lost_between_queue_and_end(
     assert set(last.values()) == {"finished"}
 
 
-def test_a_paused_run_that_is_resumed_and_trained_again_is_never_lost(
+def test_a_paused_run_is_never_lost_while_resumed_and_trained(
     recipe: Recipe, cuts: Callable[[Work], Iterator[str]]
 ) -> None:
     run = story.submitted(recipe)
@@ -164,7 +164,7 @@ def test_a_repair_loses_no_history_wherever_it_is_cut(
         assert any(content.endswith(b"\xff{\n") for content in copies), cut
 
 
-def test_a_run_that_is_taken_waits_or_has_begun_after_any_cut(
+def test_a_taken_run_waits_or_has_started_after_any_cut(
     recipe: Recipe, cuts: Callable[[Work], Iterator[str]]
 ) -> None:
     run = story.submitted(recipe)
@@ -172,9 +172,7 @@ def test_a_run_that_is_taken_waits_or_has_begun_after_any_cut(
         assert read_status(RunDir(paths.runs_dir() / run.id)).state in ("queued", "lost"), cut
 
 
-def test_what_a_run_says_of_its_end_is_on_the_disk_at_once(
-    recipe: Recipe, cuts: Callable[[Work], Iterator[str]]
-) -> None:
+def test_a_runs_last_event_is_synced_at_once(recipe: Recipe, cuts: Callable[[Work], Iterator[str]]) -> None:
     run = create_run(recipe)
     ending = Paused(at=1.0, step=2)
 

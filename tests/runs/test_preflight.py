@@ -25,7 +25,7 @@ def checks_by_kind(recipe: Recipe, **machine: object) -> dict[CheckKind, Check]:
     return {check.kind: check for check in reversed(checks)}
 
 
-def test_the_checks_name_what_is_missing_and_how_to_get_it(tmp_path: Path) -> None:
+def test_preflight_names_what_is_missing_and_the_fix(tmp_path: Path) -> None:
     recipe = Recipe(
         model=Model(id="acme/nothing"), data=Data(sources=(Source(path=str(tmp_path / "none.jsonl")),))
     )
@@ -46,7 +46,7 @@ def test_the_checks_warn_of_samples_beyond_the_models_context(tmp_path: Path) ->
     assert length.fix == "Set data.max_length to 8,192 or less."
 
 
-def test_the_checks_read_the_data_and_say_who_is_before_in_the_queue(tmp_path: Path) -> None:
+def test_preflight_reads_the_data_and_lists_earlier_queued_runs(tmp_path: Path) -> None:
     rows = tmp_path / "tickets.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n')
     recipe = Recipe(data=Data(sources=(Source(path=str(rows)),)))
@@ -57,7 +57,7 @@ def test_the_checks_read_the_data_and_say_who_is_before_in_the_queue(tmp_path: P
     assert "first and 1 more" in checks[CheckKind.QUEUE].text
 
 
-def test_a_mended_file_is_looked_at_again_and_a_validation_file_too(tmp_path: Path) -> None:
+def test_repaired_files_and_validation_files_are_checked_again(tmp_path: Path) -> None:
     rows, held = tmp_path / "tickets.jsonl", tmp_path / "held.jsonl"
     good = '{"prompt": "a", "completion": "b"}\n'
     rows.write_text(good + "{bad\n")
@@ -71,7 +71,7 @@ def test_a_mended_file_is_looked_at_again_and_a_validation_file_too(tmp_path: Pa
     assert check.outcome == "error" and "held.jsonl, row 3" in check.text
 
 
-def test_what_an_inspection_has_met_is_found_however_far_down_it_is(
+def test_errors_of_an_earlier_inspection_are_reported_at_any_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unseen = QuickCheckResult(False, ())
@@ -98,7 +98,7 @@ def test_what_settings_leave_out_or_cut_is_a_warning(tmp_path: Path) -> None:
     assert _data_check(split).outcome == "ok"
 
 
-def test_preferences_are_an_error_until_the_chosen_answers_are_asked_for(tmp_path: Path) -> None:
+def test_preferences_are_an_error_until_the_user_chooses(tmp_path: Path) -> None:
     rows = tmp_path / "pairs.jsonl"
     rows.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     check = _data_check(Recipe(data=Data(sources=(Source(path=str(rows)),))))
@@ -126,7 +126,7 @@ def test_a_dataset_of_the_hub_is_no_missing_file(tmp_path: Path) -> None:
     assert _data_check(recipe).text.startswith("owner/set, 2 KiB, arrow.")
 
 
-def test_a_recipe_without_model_and_data_says_where_to_choose_them() -> None:
+def test_a_recipe_without_model_and_data_says_where_to_choose() -> None:
     checks = checks_by_kind(Recipe())
     assert checks[CheckKind.MODEL].fix == "Choose one on the Model screen (1), or pass --model."
     assert checks[CheckKind.DATA].fix == "Choose a file on the Data screen (2), or pass --data."

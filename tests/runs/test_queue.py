@@ -27,7 +27,7 @@ def test_a_run_is_queued_once(recipe: Recipe) -> None:
     assert run_queue.waiting() == [run.id]
 
 
-def test_a_run_can_be_moved_up_and_down_and_not_out(recipe: Recipe) -> None:
+def test_a_run_can_be_moved_within_the_queue_only(recipe: Recipe) -> None:
     a, b, c = (create_run(recipe) for _ in range(3))
     for run in (a, b, c):
         run_queue.enqueue(run)
@@ -41,7 +41,7 @@ def test_a_run_can_be_moved_up_and_down_and_not_out(recipe: Recipe) -> None:
     assert run_queue.waiting() == [c.id, b.id, a.id]
 
 
-def test_a_run_is_last_also_where_the_clock_was_set_back(recipe: Recipe) -> None:
+def test_a_new_run_is_last_even_after_a_clock_change(recipe: Recipe) -> None:
     first, second, third = (create_run(recipe) for _ in range(3))
     run_queue.enqueue(first)
     (entry,) = (paths.state_dir() / "queue").iterdir()
@@ -72,7 +72,7 @@ def test_a_withdrawn_run_is_stopped_before_it_began(recipe: Recipe) -> None:
     assert isinstance(last_event(run.events_path), Stopped)
 
 
-def test_a_run_that_is_queued_again_keeps_how_far_it_had_come(recipe: Recipe) -> None:
+def test_a_requeued_run_keeps_its_progress(recipe: Recipe) -> None:
     run = create_run(recipe)
     write_status(run, Status(state="paused", at=1.0, step=7, total_steps=20, loss=1.5, detail="Paused."))
     run.unreported_path.touch()

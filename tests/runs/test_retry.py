@@ -43,7 +43,7 @@ def test_the_next_attempt_starts_from_what_the_last_one_used(run: RunDir) -> Non
     assert isinstance(event, Health) and "micro-batch 1 × accumulation 8" in event.remedy
 
 
-def test_a_resumed_run_keeps_what_a_retry_found_and_otherwise_its_recipe(run: RunDir) -> None:
+def test_a_resumed_run_keeps_retry_settings_else_its_recipe(run: RunDir) -> None:
     with EventWriter(run.events_path) as log:
         log.append(Started(at=0.0, attempt=1, pid=1, micro_batch_size=2, gradient_accumulation=4))
         assert plan_resume(run) == RetryPlan()
@@ -77,6 +77,6 @@ def test_what_is_no_plan_is_a_wrong_call(argument: str) -> None:
     assert refused.value.exit_code == 2
 
 
-def test_a_plan_names_settings_of_the_recipe_and_fields_of_the_event() -> None:
+def test_a_retry_plan_names_recipe_settings_and_event_fields() -> None:
     settings = set(RetryPlan.__struct_fields__) - {"kept_layers"}
     assert settings <= set(Training.__struct_fields__) & set(Started.__struct_fields__)

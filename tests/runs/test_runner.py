@@ -62,7 +62,7 @@ def test_a_trainer_killed_by_a_signal_is_told_as_killed(recipe: Recipe) -> None:
     assert f"resume {run.id}" in ending.fix
 
 
-def test_a_trainer_that_ends_without_a_word_is_quoted_from_its_log(recipe: Recipe) -> None:
+def test_the_log_of_a_silently_ended_trainer_is_quoted(recipe: Recipe) -> None:
     run = actions.submit(named(recipe, "crashes"))
     wait_for(lambda: is_(run, "failed"))
     ending = last_event(run.events_path)
@@ -90,7 +90,7 @@ def test_an_exit_without_error_is_not_called_a_bug(recipe: Recipe) -> None:
     assert f"resume {run.id}" in ending.fix
 
 
-def test_a_run_out_of_memory_is_tried_again_with_half_the_micro_batch(recipe: Recipe) -> None:
+def test_out_of_memory_is_retried_with_half_the_micro_batch(recipe: Recipe) -> None:
     run = actions.submit(replace_setting(named(recipe, "needs memory"), "training.micro_batch_size", 4))
     wait_for(lambda: is_(run, "finished"))
     used = [e.micro_batch_size for e in EventTail(run.events_path).drain() if isinstance(e, Started)]
@@ -133,7 +133,7 @@ def test_a_suspended_runner_is_said_with_how_to_continue_it(recipe: Recipe) -> N
     assert not follower.is_alive()
 
 
-def test_the_trainer_outlives_a_killed_runner_and_the_next_runner_takes_over(recipe: Recipe) -> None:
+def test_the_next_runner_takes_over_a_killed_runners_trainer(recipe: Recipe) -> None:
     run = actions.submit(named(recipe, "waits"))
     wait_for(lambda: is_(run, "running"))
     runner_pid = int((paths.state_dir() / "runner.lock").read_text())
@@ -177,7 +177,7 @@ def test_a_queue_entry_whose_run_was_deleted_is_passed_over(recipe: Recipe) -> N
     assert run_queue.waiting() == []
 
 
-def test_attaching_to_a_run_that_waits_without_a_runner_starts_one(recipe: Recipe) -> None:
+def test_attaching_to_a_waiting_run_starts_a_runner(recipe: Recipe) -> None:
     run = create_run(named(recipe, "plain"))
     run_queue.enqueue(run)
     assert main(["attach", run.id]) == 0

@@ -62,9 +62,7 @@ def test_the_kernels_killer_is_known_by_its_count(small_group: Path, who: str, k
     assert int(completed.stdout) == kills
 
 
-def test_the_count_of_the_own_group_goes_before_that_of_the_machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_own_cgroups_count_precedes_the_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(out_of_memory, "_CGROUPS", tmp_path / "cgroup")
     monkeypatch.setattr(out_of_memory, "_HIERARCHIES", tmp_path)
     monkeypatch.setattr(out_of_memory, "_VMSTAT", tmp_path / "vmstat")
@@ -78,7 +76,7 @@ def test_the_count_of_the_own_group_goes_before_that_of_the_machine(
     assert out_of_memory.host_oom_kills() == 2
 
 
-def test_who_was_killed_for_memory_is_told_with_what_it_held(run: RunDir) -> None:
+def test_a_process_killed_for_memory_is_reported_with_its_size(run: RunDir) -> None:
     with EventWriter(run.events_path) as log:
         log.append(Started(at=time.time(), attempt=1, pid=1, micro_batch_size=2, gradient_accumulation=4))
     run.telemetry_path.write_bytes(encode(Sample(at=time.time(), rss_bytes=13 << 30, cpu_percent=100.0)))

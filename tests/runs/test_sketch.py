@@ -16,7 +16,7 @@ def test_a_short_run_is_read_whole(run: RunDir) -> None:
     assert steps == list(range(1, 101))
 
 
-def test_a_long_run_keeps_every_event_but_steps_and_its_last_line(run: RunDir) -> None:
+def test_a_long_sketch_keeps_every_event_but_steps(run: RunDir) -> None:
     with EventWriter(run.events_path) as log:
         for number in range(1, 20_001):
             log.append(a_step(number))

@@ -30,7 +30,7 @@ def test_a_run_whose_process_lives_is_running(run: RunDir) -> None:
     assert read_status(run).state == "running"
 
 
-def test_a_run_whose_process_was_killed_is_lost_and_says_so(run: RunDir) -> None:
+def test_a_run_whose_process_was_killed_is_lost(run: RunDir) -> None:
     child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
     write_status(run, running(child.pid))
     assert read_status(run).state == "running"
@@ -44,7 +44,7 @@ def test_a_run_whose_process_was_killed_is_lost_and_says_so(run: RunDir) -> None
     assert "killed" in status.detail
 
 
-def test_a_number_used_again_by_another_process_is_not_the_run(run: RunDir) -> None:
+def test_a_reused_pid_is_not_the_run(run: RunDir) -> None:
     ours = process_identity()
     stranger = type(ours)(pid=ours.pid, started=ours.started - 1000, boot_id=ours.boot_id)
     write_status(run, Status(state="running", at=time.time(), process=stranger))
@@ -71,7 +71,7 @@ def test_a_restarted_machine_is_told_apart(run: RunDir, monkeypatch: pytest.Monk
         ((STARTED, Finished(at=3.0, step=9, seconds=1.0, tokens_per_s=1.0)), "finished"),
     ],
 )
-def test_without_a_readable_status_the_events_say_how_a_run_stands(
+def test_without_a_readable_status_the_events_give_the_state(
     run: RunDir, content: bytes | None, events: tuple[AnyEvent, ...], state: str
 ) -> None:
     if content is not None:
@@ -106,12 +106,12 @@ def test_a_heartbeat_of_an_earlier_trainer_says_nothing(run: RunDir) -> None:
     assert read_status(run).step == 7
 
 
-def test_a_status_that_is_gone_while_a_trainer_beats_is_the_heartbeat(run: RunDir) -> None:
+def test_without_a_status_the_heartbeat_shows_a_living_trainer(run: RunDir) -> None:
     write_heartbeat(run, running())
     assert read_status(run).state == "running"
 
 
-def test_a_queued_run_without_an_entry_is_stopped_and_can_be_resumed(
+def test_a_queued_run_without_queue_entry_is_stopped_and_resumable(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(actions, "ensure_runner", lambda: None)

@@ -46,7 +46,7 @@ def test_what_was_deleted_last_comes_back_first(recipe: Recipe) -> None:
     assert set(all_runs()) == {first, second}
 
 
-def test_the_id_of_a_deleted_run_is_not_given_to_another(recipe: Recipe) -> None:
+def test_a_deleted_runs_id_is_not_reused(recipe: Recipe) -> None:
     run = ended(recipe)
     trash = Trash()
     trash.put(run)
@@ -62,7 +62,7 @@ def test_a_waiting_run_is_not_deleted(recipe: Recipe) -> None:
     assert run.path.exists()
 
 
-def test_what_a_killed_app_left_goes_at_the_next_start_and_what_a_living_one_holds_stays(
+def test_a_killed_apps_trash_is_emptied_at_the_next_start(
     recipe: Recipe,
 ) -> None:
     run = ended(recipe)

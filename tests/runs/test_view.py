@@ -96,7 +96,7 @@ def test_the_time_left_counts_validations(run: RunDir) -> None:
 
 
 @pytest.mark.parametrize(("by", "left"), [(-3600.0, 40.0), (86_400.0, 80.0)])
-def test_a_clock_that_is_set_in_mid_run_spoils_no_duration(run: RunDir, by: float, left: float) -> None:
+def test_a_clock_change_during_a_run_distorts_no_duration(run: RunDir, by: float, left: float) -> None:
     view = RunView(run)
     with EventWriter(run.events_path) as log:
         log.append(DATA)
@@ -131,7 +131,7 @@ def test_the_best_validation_is_the_lowest_after_training_began(run: RunDir) -> 
     assert view.best is not None and view.best.step == 10
 
 
-def test_steps_that_the_events_leave_out_are_known_from_the_heartbeat(run: RunDir) -> None:
+def test_steps_missing_from_events_come_from_the_heartbeat(run: RunDir) -> None:
     with EventWriter(run.events_path) as log:
         log.append(Started(at=1.0, attempt=1, pid=1))
         log.append(a_step(10, loss=2.0))
@@ -146,7 +146,7 @@ def test_steps_that_the_events_leave_out_are_known_from_the_heartbeat(run: RunDi
     assert (view.step, view.loss) == (10, 2.0)
 
 
-def test_the_last_step_of_a_killed_run_is_known_though_no_heartbeat_told_it(run: RunDir) -> None:
+def test_a_killed_runs_last_step_is_known_without_heartbeat(run: RunDir) -> None:
     with EventWriter(run.events_path) as log:
         log.append(DATA)
         for number in (6, 7):

@@ -30,7 +30,7 @@ def exact(predicted: list[int], labels: list[list[int]], segments: list[int] | N
     return exact_answers(torch.tensor(predicted), torch.tensor(labels), segments, frozenset({END}))
 
 
-def test_an_answer_is_exact_when_each_of_its_tokens_is_the_likeliest() -> None:
+def test_an_answer_is_exact_when_every_token_is_most_likely() -> None:
     padded = [[IGNORED, IGNORED, 5, END], [IGNORED, 6, END, IGNORED]]
     assert exact([5, END, 6, END], padded, None) == (2, 2)
     assert exact([5, 4, 6, END], padded, None) == (1, 2)
@@ -39,7 +39,7 @@ def test_an_answer_is_exact_when_each_of_its_tokens_is_the_likeliest() -> None:
     assert exact([5, END, 6, 8, END], packed, [3, 5, 1]) == (1, 2)
 
 
-def test_what_follows_the_end_of_the_turn_is_no_part_of_an_answer() -> None:
+def test_tokens_after_the_end_of_turn_are_not_counted() -> None:
     assert exact([5, END, 1], [[IGNORED, 5, END, 4]], None) == (1, 1)
 
 

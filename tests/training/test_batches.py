@@ -98,7 +98,7 @@ def test_an_epoch_is_every_sample_once(packing_isolated: bool) -> None:
     assert [step.ends_epoch for step in schedule.steps].count(True) == 2
 
 
-def test_a_fraction_of_an_epoch_is_that_fraction_of_its_rows() -> None:
+def test_a_fraction_of_an_epoch_trains_that_fraction_of_rows() -> None:
     whole = plan_steps(Fake(LENGTHS), recipe(epochs=1.0), packing_isolated=True)
     half = plan_steps(Fake(LENGTHS), recipe(epochs=1.5), packing_isolated=True)
     rows = sum(len(step.rows) for step in half.steps)
@@ -125,7 +125,7 @@ def test_rows_that_must_be_padded_lie_beside_their_like() -> None:
     assert sum(lengths) / computed > 0.9
 
 
-def test_a_packed_micro_batch_has_no_padding_and_no_label_across_samples() -> None:
+def test_a_packed_batch_has_no_padding_or_cross_sample_labels() -> None:
     fake = Fake([4, 6, 3])
     batch = collate([(0, 2), (1,)], fake, packing_isolated=True, pad_id=0)
     assert batch["input_ids"].tolist() == [[0, 1, 2, 3, 2000, 2001, 2002, *range(1000, 1006)]]
@@ -136,7 +136,7 @@ def test_a_packed_micro_batch_has_no_padding_and_no_label_across_samples() -> No
     assert batch["segments"] == [4, 3, 6]
 
 
-def test_a_packed_micro_batch_is_filled_up_behind_its_last_sample() -> None:
+def test_a_packed_batch_is_padded_after_its_last_sample() -> None:
     batch = collate([(0, 2), (1,)], Fake([4, 6, 3]), packing_isolated=True, pad_id=9, multiple=8)
     assert batch["input_ids"].tolist() == [[0, 1, 2, 3, 2000, 2001, 2002, *range(1000, 1006), 9, 9, 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, *range(9)]]

@@ -117,7 +117,7 @@ def test_a_killed_child_is_a_lack_of_memory(file: Path, tmp_path: Path) -> None:
     assert "ran out of memory" in raised.value.why
 
 
-def test_a_failure_in_the_child_is_told_in_its_own_words(tmp_path: Path) -> None:
+def test_an_error_in_the_child_is_reported_in_its_words(tmp_path: Path) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF but no more")
     with pytest.raises(UserError, match="The GGUF file cannot be used") as raised:
@@ -126,7 +126,7 @@ def test_a_failure_in_the_child_is_told_in_its_own_words(tmp_path: Path) -> None
     assert "Download the file again" in raised.value.fix
 
 
-def test_a_child_that_cannot_start_is_told_with_its_last_words(
+def test_a_child_that_cannot_start_is_reported_with_its_output(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "gguf.py").write_text("raise ImportError('this numpy is for another Python')")

@@ -30,9 +30,7 @@ def phases(run: RunDir) -> list[str]:
     return [event.phase for event in events(run) if isinstance(event, PhaseChanged)]
 
 
-def test_the_first_run_shows_the_conversion_and_the_second_has_none(
-    recipe: MakeRecipe, trainers: Trainers, file: Path
-) -> None:
+def test_only_the_first_run_converts_the_file(recipe: MakeRecipe, trainers: Trainers, file: Path) -> None:
     first, second = (create_run(recipe({"model.id": str(file), "training.max_steps": 1})) for _ in range(2))
     assert trainers.run(first) == trainers.run(second) == 0
     assert isinstance(events(first)[-1], Finished)
@@ -61,7 +59,7 @@ def test_a_request_is_honored_while_the_file_is_converted(
     assert cached_conversion(file) is None
 
 
-def test_a_file_that_cannot_be_converted_ends_the_run_with_the_reason(
+def test_a_failed_conversion_ends_the_run_with_the_reason(
     recipe: MakeRecipe, trainers: Trainers, file: Path
 ) -> None:
     # The header says that the weights are there, and they are not.

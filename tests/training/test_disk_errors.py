@@ -38,7 +38,7 @@ def save_checkpoint_files(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-def test_a_fault_at_any_write_of_a_checkpoint_keeps_its_number(
+def test_a_write_error_in_a_checkpoint_preserves_its_errno(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     monkeypatch.setattr(disk_errors, "BUFFER_BYTES", 512)
@@ -68,7 +68,7 @@ def no_signal() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_signal")
-def test_a_limit_that_the_kernel_sets_is_named_by_every_library(tmp_path: Path) -> None:
+def test_every_library_reports_a_file_size_limit(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for limit in (0, 100, 2000, 3000, 5000, 8000):
         try:
@@ -80,7 +80,7 @@ def test_a_limit_that_the_kernel_sets_is_named_by_every_library(tmp_path: Path) 
         assert caught.value.errno == errno.EFBIG, limit
 
 
-def test_an_error_that_is_not_the_disks_stays_what_it_is(tmp_path: Path) -> None:
+def test_an_error_unrelated_to_the_disk_stays_unchanged(tmp_path: Path) -> None:
     with pytest.raises(AttributeError), true_disk_errors():
         torch.save(lambda: None, tmp_path / "x")
     assert disk_error(RuntimeError("shapes differ")) is None

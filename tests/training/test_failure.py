@@ -22,7 +22,7 @@ OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a tot
         (OUT_OF_MEMORY, OUT_OF_MEMORY),
     ],
 )
-def test_a_lack_of_memory_is_known_and_said_in_plain_words(tmp_path: Path, said: str, what: str) -> None:
+def test_out_of_memory_is_recognized_and_explained(tmp_path: Path, said: str, what: str) -> None:
     ending = failure_event(RuntimeError(said), RunDir(tmp_path), None, None)
     assert (ending.kind, ending.title, ending.what) == ("out_of_memory", "Out of memory", what)
 

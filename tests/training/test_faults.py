@@ -72,7 +72,7 @@ def test_a_machine_restarted_in_mid_run_is_told_as_that(
 
 
 @pytest.mark.usefixtures("runner_starts_quickly")
-def test_a_trainer_outlives_its_killed_runner_and_starts_one_for_those_that_wait(recipe: MakeRecipe) -> None:
+def test_a_trainer_outlives_its_runner_and_starts_the_next_one(recipe: MakeRecipe) -> None:
     run = actions.submit(recipe(LONG))
     wait_for(lambda: last_step(run) >= 1, seconds=60)
     os.kill(int((paths.state_dir() / "runner.lock").read_text()), signal.SIGKILL)
@@ -89,7 +89,7 @@ def test_a_trainer_outlives_its_killed_runner_and_starts_one_for_those_that_wait
     assert events_of(waiting, Started)[0].at > ending.at
 
 
-def test_a_request_that_comes_while_a_checkpoint_is_saved_is_done_after_it(
+def test_a_request_during_a_checkpoint_save_is_handled_after_it(
     recipe: MakeRecipe, trainers: Trainers
 ) -> None:
     run = create_run(recipe({**LONG, "training.checkpoint_every": 1}))
@@ -117,7 +117,7 @@ def test_a_lack_of_memory_is_told_as_such(
 
 
 @pytest.mark.usefixtures("runner_starts_quickly")
-def test_a_run_out_of_memory_in_mid_training_goes_on_from_its_checkpoint_with_less(
+def test_out_of_memory_during_training_resumes_smaller_from_the_checkpoint(
     recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inject_fault(monkeypatch, "inject_oom({4: 2, 6: 1, 8: 0.5})")
@@ -141,7 +141,7 @@ def test_a_run_out_of_memory_in_mid_training_goes_on_from_its_checkpoint_with_le
 
 
 @pytest.mark.usefixtures("runner_starts_quickly")
-def test_a_run_that_nothing_makes_fit_fails_with_the_cheapest_change(
+def test_a_run_that_cannot_fit_fails_with_the_cheapest_change(
     recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inject_fault(monkeypatch, "inject_oom({4: 0})")
@@ -179,7 +179,7 @@ def _one_long_sample(run: RunDir) -> None:
         ("no_memory_for_the_reference_step(0)", "there was not enough memory"),
     ],
 )
-def test_a_check_that_cannot_be_made_does_not_end_the_run(
+def test_a_check_that_cannot_run_does_not_end_the_run(
     fault: str, reason: str, recipe: MakeRecipe, trainers: Trainers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, run = create_run(recipe({"training.max_steps": 3})), create_run(recipe({"training.max_steps": 3}))

@@ -78,7 +78,7 @@ def test_loss_and_gradients_are_those_of_peft(
         assert torch.allclose(gradient, expected_gradients[name], rtol=1e-3, atol=1e-6), name
 
 
-def test_under_autocast_inputs_in_fp32_are_taken_as_peft_takes_them(
+def test_under_autocast_fp32_inputs_are_cast_as_in_peft(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a LayerNorm hands on under autocast, where Trainer computes in fp16."""

@@ -44,7 +44,7 @@ def attended(given: list[Tensor], *, ours: bool, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("multiple", [1, 32])
 @pytest.mark.parametrize("block", [512, 7])
 @pytest.mark.parametrize(("heads", "shared", "grouped"), [(6, 2, True), (6, 2, False), (4, 4, True)])
-def test_a_rows_attention_and_its_gradients_are_those_of_the_stock_kernel(
+def test_attention_and_its_gradients_equal_the_stock_kernels(
     heads: int, shared: int, grouped: bool, block: int, multiple: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(padding, "token_multiple", lambda device, dtype: multiple)
@@ -58,7 +58,7 @@ def test_a_rows_attention_and_its_gradients_are_those_of_the_stock_kernel(
         assert torch.allclose(one, other, atol=1e-5)
 
 
-def test_in_bf16_gradients_are_nearly_as_near_to_fp32_as_the_stock_kernels(
+def test_bf16_gradients_are_nearly_as_accurate_as_the_stock_kernels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given = qkv(6, 2, dtype=torch.bfloat16)
@@ -81,7 +81,7 @@ def test_scores_far_above_their_sum_are_masked_and_not_multiplied(monkeypatch: p
 
 
 @pytest.mark.parametrize("size", [1, 100, 1_000, 10_000])
-def test_in_bf16_large_scores_have_gradients_as_near_as_the_stock_kernels(
+def test_large_bf16_scores_have_gradients_as_accurate_as_stock(
     size: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Trained models have scores in the hundreds, where nearly all of the softmax is one token's."""
@@ -107,7 +107,7 @@ def test_in_bf16_what_all_keys_share_costs_no_precision(monkeypatch: pytest.Monk
     assert max(errors) < 0.015
 
 
-def test_in_float16_scores_beyond_its_range_have_the_gradients_of_the_stock_kernel() -> None:
+def test_float16_overflow_has_the_stock_kernels_gradients() -> None:
     """A query's log-sum over the scale is 80,000 here; float16 ends at 65,504."""
     given = [x.detach().half().transpose(1, 2) for x in qkv(4, 2)]
     given[0] = torch.full_like(given[0], 70.0)
@@ -127,7 +127,7 @@ def test_in_float16_scores_beyond_its_range_have_the_gradients_of_the_stock_kern
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_every_rms_norm_of_a_family_is_one_of_ours_and_gives_the_same(model_type: str) -> None:
+def test_every_rms_norm_is_recognized_and_equals_the_original(model_type: str) -> None:
     model = build(model_type)
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):

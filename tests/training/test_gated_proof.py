@@ -127,9 +127,7 @@ def test_each_layer_is_tested_by_itself() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("model_type", CLAIMED)
-def test_of_the_families_all_gated_mlps_but_dropping_ones_are_known(
-    model_type: str, dtype: torch.dtype
-) -> None:
+def test_all_gated_mlps_without_dropout_are_recognized(model_type: str, dtype: torch.dtype) -> None:
     parts = {"gate_proj", "up_proj", "down_proj", "act_fn"}
     modules = build_with_trained_weights(model_type, dtype).modules()
     mlps = [module for module in modules if {name for name, _ in module.named_children()} == parts]

@@ -116,6 +116,6 @@ def test_the_plain_loss_written_out_is_accepted() -> None:
     assert equivalence_checks.head_matches_model(model, head_of(model), CPU)
 
 
-def test_a_loss_with_the_routers_part_in_it_stays_the_models_own() -> None:
+def test_a_loss_with_a_router_term_stays_the_models_own() -> None:
     model = build_with_trained_weights("mixtral", output_router_logits=True, router_aux_loss_coef=0.01)
     assert not equivalence_checks.head_matches_model(model, head_of(model), CPU)

@@ -40,7 +40,7 @@ def test_a_run_of_few_steps_is_told(steps: int, odd: bool) -> None:
     assert (too_few_steps(steps) is not None) is odd
 
 
-def test_a_gpu_that_idles_with_memory_held_is_told_once_until_it_works_again() -> None:
+def test_an_idle_gpu_holding_memory_is_reported_once() -> None:
     watch = GpuMonitor()
     idle = [finding for at in range(200) for finding in watch.check(busy(0), at)]
     assert [finding.kind for finding in idle] == ["gpu_idle"]

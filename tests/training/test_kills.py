@@ -28,7 +28,7 @@ AIMS: tuple[Phase, ...] = ("training", "evaluating", "saving", "probing")
 ROUNDS = 20
 
 
-def test_twenty_kills_at_random_moments_lose_nothing_beyond_the_last_checkpoint(
+def test_twenty_random_kills_lose_nothing_before_the_last_checkpoint(
     recipe: MakeRecipe, trainers: Trainers
 ) -> None:
     often = {"training.checkpoint_every": 1, "training.eval_every": 2, "training.lr_scheduler": "constant"}

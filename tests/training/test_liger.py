@@ -208,7 +208,7 @@ def test_with_its_kernel_the_loss_is_the_stock_loss(model_type: str, install: An
         (WithoutCompiler, "llama", "Liger fails here (FileNotFoundError: Failed to find C compiler."),
     ],
 )
-def test_one_that_is_wrong_or_does_not_run_is_left_with_the_reason(
+def test_a_wrong_or_failing_kernel_is_rejected_with_the_reason(
     kind: type[FakeLiger], family: str, why: str, install: Any
 ) -> None:
     install(kind)
@@ -230,7 +230,7 @@ def test_one_that_is_wrong_or_does_not_run_is_left_with_the_reason(
 )
 @pytest.mark.parametrize("tails", [1.0, 50.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_each_element_of_a_gradient_is_held_to_the_dtypes_noise(
+def test_each_gradient_element_stays_within_the_dtypes_noise(
     kind: type[FakeLiger], proven: bool, tails: float, dtype: torch.dtype, install: Any
 ) -> None:
     """With the faint head of a trained model, whose softmax of random states would rest on every word."""
@@ -245,7 +245,7 @@ def test_each_element_of_a_gradient_is_held_to_the_dtypes_noise(
     assert isinstance(said, str) != proven
 
 
-def test_tokens_that_count_for_more_or_less_stay_with_our_own_loss(install: Any) -> None:
+def test_weighted_tokens_use_our_own_loss(install: Any) -> None:
     install(FakeLiger)
     model = build("llama")
     head = head_of(model)
@@ -285,7 +285,7 @@ def test_the_record_names_the_loss_that_is_used(
     assert base.loss.startswith(record)
 
 
-def test_it_is_counted_on_where_it_is_installed_can_do_all_that_is_asked_and_pays() -> None:
+def test_liger_is_planned_where_installed_suitable_and_worthwhile() -> None:
     gpu, few, many = Device(liger=True), of_7b(vocabulary=32_000), of_7b(vocabulary=152_000)
     long = Recipe(data=Data(max_length=2048))
     assert trainer_execution(long, gpu, few).loss == "liger"

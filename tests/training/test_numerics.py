@@ -110,7 +110,7 @@ def test_a_tied_head_is_frozen_and_taken_in_chunks() -> None:
     )
 
 
-def test_a_head_with_a_factor_the_config_does_not_name_is_found_out() -> None:
+def test_an_undeclared_factor_of_the_head_is_detected() -> None:
     model = build("granite")
     model.config.logits_scaling = 1.0
     head = chunked_loss.find_head(model)
@@ -200,9 +200,7 @@ def test_generation_is_as_with_stock_attention() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss"])
-def test_a_family_that_transformers_has_no_sdpa_of_is_loaded_all_the_same(
-    model_type: str, tmp_path: Path
-) -> None:
+def test_a_family_without_sdpa_is_loaded_with_segment_attention(model_type: str, tmp_path: Path) -> None:
     build(model_type).save_pretrained(tmp_path)
     recipe = Recipe(quantization=Quantization(method="none"))
     model = model_loading.load_base(tmp_path, recipe, find_device(recipe), "segments")
@@ -211,7 +209,7 @@ def test_a_family_that_transformers_has_no_sdpa_of_is_loaded_all_the_same(
 
 @pytest.mark.parametrize("method", ["nf4", "fp4"])
 @pytest.mark.parametrize("double", [True, False])
-def test_gradients_through_4_bit_weights_are_exact_after_a_sample_was_taken(
+def test_4_bit_gradients_are_exact_after_a_sample_was_generated(
     tiny_model: Path, method: Any, double: bool
 ) -> None:
     recipe = Recipe(
@@ -264,7 +262,7 @@ def test_the_segment_mask_says_where_samples_begin() -> None:
     assert mask.shape == (1, 1, 1, 4) and mask.flatten().tolist() == [0, 3, 4, 8]
 
 
-def test_samples_filled_up_for_a_cpu_attend_as_they_do_alone() -> None:
+def test_padded_cpu_samples_attend_as_they_do_alone() -> None:
     torch.manual_seed(0)
     lengths: list[int] = [5, 32, 41]
     given = [torch.randn(1, heads, sum(lengths), 16).bfloat16() for heads in (4, 2, 2)]
@@ -286,7 +284,7 @@ def test_samples_filled_up_for_a_cpu_attend_as_they_do_alone() -> None:
         assert torch.allclose(got.grad.float(), wanted.grad, atol=0.02 * float(wanted.grad.abs().max()))
 
 
-def test_a_model_lets_go_of_the_file_it_was_quantized_from(tiny_model: Path) -> None:
+def test_a_quantized_model_releases_its_weight_file(tiny_model: Path) -> None:
     recipe = Recipe(quantization=Quantization(compute_dtype="float32"))  # as it is stored
     model = model_loading.load_base(tiny_model, recipe, find_device(recipe), "segments")
     assert model.get_input_embeddings().weight.dtype == torch.float32

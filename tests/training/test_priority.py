@@ -22,7 +22,7 @@ def test_a_trainer_gives_way_with_its_whole_session() -> None:
 
 
 @needs_autogroup
-def test_the_session_of_a_terminal_that_started_a_trainer_keeps_its_turn() -> None:
+def test_the_starting_terminals_session_keeps_its_priority() -> None:
     shell = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SAYS!r}], check=True)"
     said = subprocess.check_output([sys.executable, "-c", shell], text=True, start_new_session=True)
     assert said.split() == ["10", "0"]

@@ -8,7 +8,7 @@ from qlora_tui.runs.status import Status, read_status, write_status
 from qlora_tui.training.reporter import Reporter
 
 
-def test_how_far_a_run_had_come_is_told_before_its_first_new_step() -> None:
+def test_a_runs_earlier_progress_is_reported_before_its_next_step() -> None:
     run = create_run(Recipe())
     write_status(run, Status(state="starting", at=1.0, step=7, total_steps=20, loss=1.5))
     reporter = Reporter(run)

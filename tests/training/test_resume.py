@@ -115,9 +115,7 @@ def test_changed_data_is_refused(recipe: MakeRecipe, trainers: Trainers, tiny_da
     assert isinstance(ending, Failed) and ending.title == "The data has changed"
 
 
-def test_a_checkpoint_that_is_damaged_or_does_not_load_gives_way_to_the_one_before(
-    recipe: MakeRecipe, trainers: Trainers
-) -> None:
+def test_a_damaged_checkpoint_is_skipped_for_the_previous_one(recipe: MakeRecipe, trainers: Trainers) -> None:
     run = create_run(recipe(EVERY_STEP))
     assert trainers.run(run) == 0
     again = interrupted_at(run, 4)

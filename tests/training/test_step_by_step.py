@@ -148,7 +148,7 @@ def test_a_wrong_step_differs_by_more_than_rounding(
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("training")
-def test_a_run_with_a_wrong_norm_warns_and_is_the_plain_script(
+def test_a_wrong_norm_warns_and_trains_like_the_plain_script(
     work: Work,
     tiny_gemma: Path,
     trainers: Trainers,

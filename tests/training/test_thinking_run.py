@@ -17,7 +17,7 @@ from tests.training.event_helpers import events_of
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
 
 
-def test_data_without_reasoning_is_trained_sampled_and_chatted_with_thinking_off(
+def test_data_without_reasoning_trains_and_chats_without_thinking(
     recipe: MakeRecipe, trainers: Trainers, tiny_model: Path, tmp_path: Path
 ) -> None:
     model = shutil.copytree(tiny_model, tmp_path / "thinker")

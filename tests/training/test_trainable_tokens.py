@@ -105,7 +105,7 @@ def test_gradients_are_those_of_whole_matrices(
         assert row.dtype == torch.float32 and close(row.grad, gradient)
 
 
-def test_a_row_near_zero_begins_as_the_mean_and_the_others_as_they_are() -> None:
+def test_only_rows_near_zero_are_initialized_to_the_mean() -> None:
     base = faint("llama", tied=False)
     before = [m.weight.clone() for m in (base.get_input_embeddings(), base.get_output_embeddings())]
     for (_, rows), matrix in zip(row_parameters(adapted(base)), before, strict=True):
@@ -153,7 +153,7 @@ def test_nothing_to_learn_leaves_every_row_a_gradient_of_zero() -> None:
     assert all(rows.grad is not None and not rows.grad.any() for _, rows in row_parameters(model))
 
 
-def test_short_answers_are_looked_for_without_a_copy_of_the_whole_head() -> None:
+def test_finding_short_rows_does_not_copy_the_head() -> None:
     """peft copies it at each access to the head's ``weight``, for which a GPU may lack the memory."""
 
     class Sizes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
@@ -233,7 +233,7 @@ def turn_of(session: Any) -> tuple[str, str]:
     return reply.outcome.text, reply.outcome.ending
 
 
-def test_a_base_model_learns_to_end_its_turn_with_the_rows_and_not_without(
+def test_only_trained_rows_teach_a_base_model_to_stop(
     answering: Any, trainers: Trainers, tmp_path: Path
 ) -> None:
     from transformers import AutoModelForCausalLM

@@ -50,7 +50,7 @@ LONG = {"training.epochs": 60.0, "training.checkpoint_every": 1000, "training.ev
 """Settings of a run long enough to receive requests."""
 
 
-def test_submitted_runs_are_trained_one_after_the_other_in_the_background(recipe: MakeRecipe) -> None:
+def test_submitted_runs_are_trained_in_order_in_the_background(recipe: MakeRecipe) -> None:
     runs = [actions.submit(recipe({"name": name, "training.epochs": 1.0})) for name in ("first", "second")]
     wait_for(lambda: read_status(runs[1]).state == "finished", seconds=180, saying="both runs to finish")
     assert read_status(runs[0]).state == "finished"
@@ -201,9 +201,7 @@ def test_a_paused_run_goes_on_where_it_was(recipe: MakeRecipe, trainers: Trainer
     assert status.loss == losses(run)[total]
 
 
-def test_a_run_stopped_before_its_first_step_ends_at_the_next_edge(
-    recipe: MakeRecipe, trainers: Trainers
-) -> None:
+def test_a_run_stopped_before_its_first_step_ends_early(recipe: MakeRecipe, trainers: Trainers) -> None:
     run = create_run(recipe(LONG))
     request = msgspec.json.encode(control.ControlRequest(kind="stop"))
     (run.control_dir / "0-early.json").write_bytes(request)
@@ -260,7 +258,7 @@ def test_a_model_that_has_gone_is_named(recipe: MakeRecipe, trainers: Trainers, 
     assert str(tmp_path / "gone") in ending.what and ending.kind == "problem"
 
 
-def test_a_data_file_that_is_broken_is_named_with_its_line(
+def test_a_broken_data_file_is_named_with_its_line(
     recipe: MakeRecipe, trainers: Trainers, tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken.jsonl"
@@ -277,9 +275,7 @@ def test_a_recipe_edited_into_nonsense_fails_with_the_key(recipe: MakeRecipe, tr
     assert "lora.rank" in _failure(run, trainers, code=2).what
 
 
-def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_the_last_checkpoint(
-    recipe: MakeRecipe, trainers: Trainers
-) -> None:
+def test_a_nan_loss_ends_the_run_and_keeps_the_checkpoint(recipe: MakeRecipe, trainers: Trainers) -> None:
     # Half precision, a huge scale and a rate that rises: it overflows after some good steps.
     run = create_run(
         recipe(

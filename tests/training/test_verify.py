@@ -235,7 +235,7 @@ def failing(calls: int, error: Exception) -> Callable[..., Any]:
     return compare
 
 
-def test_a_check_that_runs_out_of_memory_half_way_leaves_every_path(
+def test_a_check_out_of_memory_leaves_every_path_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, base, device = adapted(tmp_path, "llama", "float32", dropout=0.1)

@@ -158,7 +158,7 @@ def test_looks_of_an_answer_that_failed(snap_compare: Snapshot, size: tuple[int,
     assert snap_compare(open_on("chat"), terminal_size=size, run_before=failed)
 
 
-async def test_nobody_yet_says_what_to_do_and_digits_still_change_the_screen() -> None:
+async def test_without_a_run_the_screen_says_what_to_do() -> None:
     app = open_on("chat")
     async with app.run_test(size=(80, 24)) as pilot:
         await shows(pilot, "Nothing to chat with yet.", "Press [5] to launch")
@@ -216,7 +216,7 @@ async def test_another_run_or_the_bare_model_can_be_chosen() -> None:
         assert chat_of(app).pair.active == (BASE,)
 
 
-async def test_a_run_that_was_deleted_is_left_for_the_next_one_or_for_nobody() -> None:
+async def test_a_deleted_run_gives_way_to_the_next_or_none() -> None:
     older = with_adapters(
         write_fake_run(FakeRun(name="older-run", state="stopped", steps=9, began=BEGAN - 999)), "step-9"
     )
@@ -231,7 +231,7 @@ async def test_a_run_that_was_deleted_is_left_for_the_next_one_or_for_nobody() -
             await shows(pilot, f"{run.id} was deleted.", *then)
 
 
-def test_what_is_said_with_a_run_that_was_deleted_brings_no_folder_of_it_back() -> None:
+def test_chatting_with_a_deleted_run_creates_no_folder() -> None:
     run = finished(ADAPTER)
     shutil.rmtree(run.path)
     assert append_exchange(run, "Hello?", {BASE: "Hello."}, Sampling()).exists()
@@ -280,7 +280,7 @@ async def test_a_run_at_work_is_not_disturbed_without_a_word() -> None:
         assert chat_of(app).engine.pid is None
 
 
-async def test_a_pasted_prompt_keeps_its_lines_and_up_brings_the_last_one_back() -> None:
+async def test_a_pasted_prompt_keeps_lines_and_up_recalls_the_last() -> None:
     finished(ADAPTER)
     app = open_on("chat")
     async with app.run_test(size=(80, 24)) as pilot:
@@ -333,7 +333,7 @@ async def rest(pilot: Pilot[Any], screen: ChatScreen) -> None:
 
 
 @pytest.mark.slow
-async def test_base_and_adapter_answer_beside_each_other_and_all_that_follows(
+async def test_base_and_adapter_answer_side_by_side(
     tiny: tuple[Path, Path],
 ) -> None:
     async with talking(tiny) as (pilot, screen):
@@ -399,7 +399,7 @@ async def test_base_and_adapter_answer_beside_each_other_and_all_that_follows(
 
 
 @pytest.mark.slow
-async def test_escape_while_the_model_loads_reads_as_stopped_and_says_what_to_press(
+async def test_escape_while_loading_stops_and_says_what_to_press(
     tiny: tuple[Path, Path],
 ) -> None:
     async with talking(tiny) as (pilot, screen):
@@ -417,7 +417,7 @@ async def test_escape_while_the_model_loads_reads_as_stopped_and_says_what_to_pr
 
 
 @pytest.mark.slow
-async def test_a_model_that_is_gone_is_explained_where_the_answer_would_be(tiny: tuple[Path, Path]) -> None:
+async def test_a_missing_model_is_explained_in_place_of_the_answer(tiny: tuple[Path, Path]) -> None:
     async with talking((Path("/nowhere/at-all"), tiny[1])) as (pilot, screen):
         await pilot.press(*"hello", "enter")
         await rest(pilot, screen)

@@ -108,7 +108,7 @@ def test_looks_of_a_thought(
     assert snap_compare(open_on("chat"), terminal_size=size, run_before=said)
 
 
-async def test_a_thought_is_one_line_until_it_is_unfolded_even_while_typing() -> None:
+async def test_a_thought_is_one_line_until_it_is_expanded() -> None:
     async with chatting(SWITCH) as (pilot, screen):
         await exchange(screen, TextChunk(WHY, True, 340), TextChunk("On the road."), outcome=THOUGHT)
         text = await shows(pilot, "▸ Thought for 12 s, 340 tokens", "On the road.")

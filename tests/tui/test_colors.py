@@ -35,7 +35,7 @@ TRUECOLOR = [theme.name for theme in load_themes()[0] if not theme.ansi and them
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("state", STATES_ONCE)
-async def test_a_run_in_every_state_at_every_size_in_every_kind_of_colors(
+async def test_every_run_state_size_and_color_mode_renders(
     state: str,
     size: str,
     set_clock: Callable[[float], None],

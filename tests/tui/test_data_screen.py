@@ -98,7 +98,7 @@ def test_looks_of_rows_in_no_known_format(
     assert snap_compare(opened(model, "odd.jsonl"), terminal_size=size, run_before=whole)
 
 
-async def test_a_row_shows_what_is_learnt_and_keys_go_from_row_to_row(model: str, here: Path) -> None:
+async def test_a_row_shows_trained_tokens_and_keys_move_between_rows(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
     async with opened(model, "tickets.jsonl").run_test(size=(120, 40)) as pilot:
         await shows(pilot, "row 1 of 40", "<|im_start|>assistant", "Parcel 1 is on its way.<|im_end|>↵")
@@ -125,7 +125,7 @@ async def test_rows_called_by_their_lines_are_not_beyond_the_last(model: str, he
         await shows(pilot, "row 1 of 4", "2 rows")
 
 
-async def test_the_problem_key_goes_round_and_enter_on_a_problem_to_its_rows(model: str, here: Path) -> None:
+async def test_the_problem_key_cycles_and_enter_opens_a_problems_rows(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
     async with opened(model, "tickets.jsonl", max_length=1024).run_test(size=(120, 40)) as pilot:
         await shows(pilot, "No answer to learn 1", "Duplicate row 1")
@@ -141,9 +141,7 @@ async def test_the_problem_key_goes_round_and_enter_on_a_problem_to_its_rows(mod
         await shows(pilot, "row 40 of 40")
 
 
-async def test_the_mend_key_has_tokens_trained_that_the_model_never_learned(
-    private_home: Path, here: Path
-) -> None:
+async def test_the_fix_key_trains_tokens_the_model_never_learned(private_home: Path, here: Path) -> None:
     tickets(here / "tickets.jsonl")
     folder = config_folder(private_home, "HuggingFaceTB__SmolLM2-135M")
     faint_model(folder, {"<|im_end|>": [0.0] * WIDTH})
@@ -172,7 +170,7 @@ async def test_the_fix_key_trains_on_the_chosen_answers_of_preferences(model: st
         await shows(pilot, "✗ Preference data")
 
 
-async def test_answers_without_a_known_prompt_are_mapped_by_their_own_parts(model: str, here: Path) -> None:
+async def test_answers_without_a_known_prompt_are_mapped_by_parts(model: str, here: Path) -> None:
     rows = [{"frage": f"Which {n}?", "chosen": f"This {n}.", "rejected": "That."} for n in range(1, 6)]
     write_rows(here / "pairs.jsonl", rows)
     app = opened(model, "pairs.jsonl", preferences="chosen")
@@ -199,7 +197,7 @@ async def test_the_fix_key_splits_a_long_text(model: str, here: Path) -> None:
         assert "Long text" not in text_of(app)
 
 
-async def test_the_fix_key_is_off_where_no_problem_has_a_remedy(model: str, here: Path) -> None:
+async def test_the_fix_key_is_off_without_a_fixable_problem(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
     app = opened(model, "tickets.jsonl", max_length=1024)
     async with app.run_test(size=(120, 40)) as pilot:
@@ -209,13 +207,13 @@ async def test_the_fix_key_is_off_where_no_problem_has_a_remedy(model: str, here
         assert app.workbench.recipe == before
 
 
-async def test_without_a_model_the_rows_are_shown_as_the_file_has_them(here: Path) -> None:
+async def test_without_a_model_rows_are_shown_as_stored(here: Path) -> None:
     tickets(here / "tickets.jsonl")
     async with opened("", "tickets.jsonl").run_test(size=(80, 24)) as pilot:
         await shows(pilot, "Select a model with [1]", "Where is parcel 1?", "chars", "40 rows")
 
 
-async def test_a_model_that_is_not_here_is_explained_over_the_row(here: Path) -> None:
+async def test_a_missing_model_is_explained_above_the_row(here: Path) -> None:
     tickets(here / "tickets.jsonl")
     async with opened("org/none", "tickets.jsonl").run_test(size=(120, 40)) as pilot:
         await shows(pilot, "✗ Model not found", "Where is parcel 1?", "40 rows")
@@ -230,7 +228,7 @@ async def test_a_model_that_is_not_here_is_explained_over_the_row(here: Path) ->
         ([{"a": "b"}] * 3, ("✗ No usable field", "Its rows contain:", "[c] map the columns")),
     ],
 )
-async def test_what_is_wrong_with_a_file_stands_where_the_sample_would(
+async def test_a_files_error_is_shown_in_place_of_the_sample(
     model: str, here: Path, content: list[Any] | None, says: tuple[str, ...]
 ) -> None:
     if content is not None:
@@ -243,7 +241,7 @@ async def test_what_is_wrong_with_a_file_stands_where_the_sample_would(
         await shows(pilot, *says)
 
 
-async def test_what_is_opened_takes_the_place_of_a_file_that_cannot_be_used(model: str, here: Path) -> None:
+async def test_opening_a_file_replaces_an_unusable_one(model: str, here: Path) -> None:
     write_rows(here / "odd.jsonl", [{"foo": 1}] * 3)
     good = tickets(here / "tickets.jsonl")
     other = write_rows(here / "other.jsonl", [ticket(n) for n in range(1, 4)])
@@ -326,7 +324,7 @@ def trained_before(recipe: Recipe) -> None:
         log.append(Finished(at=1.0, step=9, seconds=9.0, tokens_per_s=10.0))
 
 
-async def test_what_other_lengths_cost_is_told_with_the_time_of_the_last_run(model: str, here: Path) -> None:
+async def test_costs_of_other_lengths_include_the_last_runs_time(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
     app = opened(model, "tickets.jsonl", max_length=64)
     trained_before(app.workbench.recipe)
@@ -338,9 +336,7 @@ async def test_what_other_lengths_cost_is_told_with_the_time_of_the_last_run(mod
         assert "MiB" in line
 
 
-async def test_what_a_length_costs_is_one_line_at_80_columns_with_a_time_or_without(
-    model: str, here: Path
-) -> None:
+async def test_the_cost_of_a_length_fits_one_line(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
     app = opened(model, "tickets.jsonl", max_length=64)
     trained_before(app.workbench.recipe)
@@ -355,7 +351,7 @@ async def test_what_a_length_costs_is_one_line_at_80_columns_with_a_time_or_with
         assert all("MiB  fits" in line for line in lines)
 
 
-async def test_a_row_of_a_large_file_comes_while_it_is_still_being_read(model: str, here: Path) -> None:
+async def test_a_row_is_shown_while_a_large_file_is_read(model: str, here: Path) -> None:
     write_rows(here / "large.jsonl", [ticket(n) for n in range(1, 12_001)])
     app = opened(model, "large.jsonl")
     async with app.run_test(size=(80, 24)) as pilot:
@@ -392,7 +388,7 @@ async def test_the_figures_can_have_all_the_room(model: str, here: Path) -> None
         await shows(pilot, "<|im_start|>", "No answer to learn")
 
 
-async def test_a_file_is_found_by_a_part_of_its_name_and_remembered(model: str, here: Path) -> None:
+async def test_a_file_is_found_by_partial_name_and_remembered(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
     tickets(here / "other.jsonl")
     (here / "picture.png").touch()
@@ -433,7 +429,7 @@ def test_a_split_row_is_learnt_out_of_all_its_tokens(too_long: Any, learnt: str)
     assert f"{learnt} tokens in loss" in words
 
 
-async def test_the_keys_of_the_file_dialog_are_above_where_notes_lie(model: str, here: Path) -> None:
+async def test_the_file_dialogs_keys_are_not_covered_by_notifications(model: str, here: Path) -> None:
     app = opened(model)
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)
@@ -442,7 +438,7 @@ async def test_the_keys_of_the_file_dialog_are_above_where_notes_lie(model: str,
         assert app.screen.query_one("#keys").region.bottom < 6
 
 
-async def test_rows_that_are_single_turns_are_not_sent_to_the_columns(model: str, here: Path) -> None:
+async def test_single_turn_rows_do_not_open_the_column_mapping(model: str, here: Path) -> None:
     turn = {"message_id": "a", "parent_id": None, "role": "prompter", "text": "Hi"}
     app = opened(model, str(write_rows(here / "turns.jsonl", [turn] * 3)))
     async with app.run_test(size=(120, 40)) as pilot:
@@ -450,7 +446,7 @@ async def test_rows_that_are_single_turns_are_not_sent_to_the_columns(model: str
         assert "Press [c]" not in shown
 
 
-async def test_a_path_can_be_typed_and_completed_and_a_folder_taken_whole(model: str, here: Path) -> None:
+async def test_a_path_can_be_typed_completed_or_chosen_as_folder(model: str, here: Path) -> None:
     (here / "set").mkdir()
     tickets(here / "set" / "tickets.jsonl")
     app = open_on("data", model=model)

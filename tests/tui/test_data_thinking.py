@@ -33,7 +33,7 @@ def rows(path: Path) -> Path:
     )
 
 
-async def test_keys_change_what_becomes_of_reasoning_and_the_screen_says_it(tmp_path: Path) -> None:
+async def test_keys_change_the_reasoning_setting_and_the_screen_shows_it(tmp_path: Path) -> None:
     app = open_on("data", model=thinking_model(tmp_path))
     app.workbench.set("data.sources", (Source(path=str(rows(tmp_path / "rows.jsonl"))),))
     async with app.run_test(size=(120, 40)) as pilot:

@@ -38,7 +38,7 @@ async def test_a_worker_that_cannot_write_is_said_once(make_app: MakeApp) -> Non
     assert app.disk_faults.ended_by is None
 
 
-async def test_a_message_that_cannot_write_ends_the_app_with_the_reason(make_app: MakeApp) -> None:
+async def test_a_full_disk_in_a_callback_ends_the_app(make_app: MakeApp) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await shows(pilot, "Empty.")

@@ -23,7 +23,7 @@ from tests.tui.workstation import open_on
 WAY_OUT = "^p Palette ? Help"
 
 
-async def test_a_digit_typed_while_a_screen_opens_goes_to_its_screen(private_home: Path) -> None:
+async def test_a_digit_typed_while_a_screen_opens_switches_screens(private_home: Path) -> None:
     app = open_on("home", model=readable_model(private_home))
     async with app.run_test(size=(80, 24)) as pilot:
         for mode in ("models", "data", "memory", "lora", "train", "runs"):
@@ -35,7 +35,7 @@ async def test_a_digit_typed_while_a_screen_opens_goes_to_its_screen(private_hom
             await until(pilot, lambda: app.current_mode == "home")
 
 
-async def test_palette_and_help_are_in_view_on_every_screen_of_a_narrow_window(private_home: Path) -> None:
+async def test_palette_and_help_are_visible_in_a_narrow_window(private_home: Path) -> None:
     app = open_on("home", model=readable_model(private_home))
     app.workbench.set("data.sources", (Source(path=str(tickets(private_home / "tickets.jsonl"))),))
     async with app.run_test(size=(80, 24)) as pilot:
@@ -101,7 +101,7 @@ async def test_what_has_been_closed_is_forgotten(private_home: Path) -> None:
         assert await open_and_close() < before + 1000
 
 
-async def test_the_palette_knows_what_other_screens_can_do_and_leads_there(
+async def test_the_palette_lists_and_opens_other_screens_commands(
     make_app: Callable[[], QloraApp],
 ) -> None:
     app = make_app()

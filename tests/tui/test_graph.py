@@ -81,7 +81,7 @@ def test_a_thinned_curve_keeps_the_spike_of_one_step() -> None:
     assert trace.high == 9.0
 
 
-def test_what_is_no_number_is_marked_at_the_foot_and_has_no_line() -> None:
+def test_nan_is_marked_at_the_bottom_without_a_line() -> None:
     values = [1.0] * 40
     values[20:24] = [math.nan, math.inf, -math.inf, math.nan]
     lines = drawn(trace_of(values), Axis(0, 40, "step"), Axis(0, 2, "loss"))
@@ -96,7 +96,7 @@ def test_where_nothing_was_measured_there_is_no_line() -> None:
     assert all(set(line[10:]) <= set(" ") for line in lines[1:-1])
 
 
-def test_a_curve_without_any_number_is_marked_and_one_without_values_has_no_scale() -> None:
+def test_a_nan_curve_is_marked_and_an_empty_one_unscaled() -> None:
     nothing = Plot(
         Axis(0, 9, "step"), Axis(0, 1, "loss"), (Curve(Envelope(), "", ""),), empty="No steps yet."
     )
@@ -118,9 +118,7 @@ def test_marks_lie_over_curves_and_do_not_run_together() -> None:
 @pytest.mark.parametrize(
     ("done", "total", "high"), [(0, 3000, 10), (11, 3000, 20), (1240, 3000, 2000), (2500, 3000, 3000)]
 )
-def test_the_axis_of_steps_grows_in_round_numbers_up_to_the_whole_run(
-    done: int, total: int, high: int
-) -> None:
+def test_the_step_axis_grows_in_round_numbers(done: int, total: int, high: int) -> None:
     assert so_far(done, total) == Axis(0.0, high)
 
 
@@ -163,7 +161,7 @@ def test_each_column_is_drawn_as_it_was_given() -> None:
         history.extend([3.0, 4.0], [1.0, 1.0], [1.0])
 
 
-def test_what_is_kept_of_a_curve_grows_with_the_logarithm_of_its_length() -> None:
+def test_a_curves_memory_grows_with_the_logarithm_of_its_length() -> None:
     def held_bytes(steps: int) -> int:
         history = DecimatedSeries(columns=5, most=64)
         for start in range(0, steps, 1000):
@@ -175,9 +173,7 @@ def test_what_is_kept_of_a_curve_grows_with_the_logarithm_of_its_length() -> Non
 
 
 @given(st.lists(st.lists(st.floats(-9, 9), max_size=200), max_size=6), st.integers(5, 60))
-def test_a_curve_that_grows_is_drawn_as_one_that_was_there_at_once(
-    pieces: list[list[float]], most: int
-) -> None:
+def test_a_growing_curve_equals_one_drawn_at_once(pieces: list[list[float]], most: int) -> None:
     history, values = DecimatedSeries(most=most), list[float]()
     for piece in pieces:
         history.extend(range(len(values), len(values) + len(piece)), piece)
@@ -189,7 +185,7 @@ def test_a_curve_that_grows_is_drawn_as_one_that_was_there_at_once(
             assert history.envelopes(low) == at_once.envelopes(low)
 
 
-def test_a_running_mean_begins_at_the_first_value_and_passes_over_what_is_no_number() -> None:
+def test_a_running_mean_starts_at_the_first_value_skipping_nan() -> None:
     smoother = BiasCorrectedEma()
     assert list(smoother.smooth([4.0, math.nan, 4.0])) == [4.0, 4.0, 4.0]
     (mean,) = smoother.smooth([2.0])
@@ -197,12 +193,12 @@ def test_a_running_mean_begins_at_the_first_value_and_passes_over_what_is_no_num
     assert smoother.mean == mean
 
 
-def test_a_strip_is_scaled_from_its_fixed_zero_and_not_from_its_values() -> None:
+def test_a_strip_is_scaled_from_its_fixed_zero() -> None:
     assert blocks([98.0] * 3, 0.0, 100.0, 1) == ["███"]
     assert blocks([0.0, None, 50.0, math.nan], 0.0, 100.0, 1) == ["▁ ▄×"]
 
 
-def test_a_strip_holds_a_value_to_the_next_and_nothing_after_the_last() -> None:
+def test_a_strip_holds_each_value_until_the_next() -> None:
     trace = Envelope((0.0, 10.0), (1.0, 2.0), (1.0, 2.0), (False, False))
     assert over_axis(trace, Axis(0, 20), 5) == [1.0, 1.0, 2.0, None, None]
 

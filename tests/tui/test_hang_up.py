@@ -42,7 +42,7 @@ def test_it_ends_when_the_terminal_goes_away_without_a_signal() -> None:
     assert not log()
 
 
-def test_it_ends_when_what_it_paints_goes_to_a_pipe_that_nobody_reads_any_more() -> None:
+def test_it_ends_when_its_output_pipe_has_no_reader() -> None:
     piped = f"{{ {sys.executable} -m qlora_tui 2>&1 >&3 | head -c 1000; }} 3>&1"
     with Terminal(["sh", "-c", piped]) as terminal:
         assert terminal.program.wait(DEADLINE_S) == 0
@@ -63,7 +63,7 @@ def test_it_ends_in_order_when_told_to_by_a_signal(number: signal.Signals) -> No
     assert not log()
 
 
-def test_what_is_painted_on_a_terminal_that_is_gone_is_let_go() -> None:
+def test_output_for_a_closed_terminal_is_dropped() -> None:
     master, side = os.openpty()
     with screen_on(side) as screen:
         print("here", file=screen, flush=True)

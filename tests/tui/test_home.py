@@ -71,7 +71,7 @@ def test_the_next_step_is_the_sensible_one(now: HomeState, action: str, instead:
     assert [other.action for other in other_steps(now, step)] == instead.split()
 
 
-def test_it_is_said_what_a_run_goes_on_from_and_how_a_failure_is_mended() -> None:
+def test_home_says_where_runs_resume_and_how_failures_are_fixed() -> None:
     stopped = next_step(after("stopped", last_checkpoint=1200, last_total_steps=3000))
     assert stopped.why == "a was stopped; it resumes from the checkpoint at step 1,200 of 3,000"
     assert next_step(after("paused")).why == "a is paused; it resumes from the beginning"
@@ -79,7 +79,7 @@ def test_it_is_said_what_a_run_goes_on_from_and_how_a_failure_is_mended() -> Non
     assert next_step(after("failed")).why == "a failed"
 
 
-async def test_a_run_that_was_stopped_goes_on_with_enter_until_another_recipe_is_begun(
+async def test_enter_resumes_a_stopped_run_until_another_recipe_is_edited(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(actions, "ensure_runner", lambda: None)
@@ -106,7 +106,7 @@ async def test_a_run_that_failed_is_told_with_its_remedy(make_app: MakeApp) -> N
         await shows(pilot, "See what went wrong", "Close it and resume, or halve training.micro_batch_size.")
 
 
-async def test_a_first_time_user_is_led_to_the_demo_or_the_hub(make_app: MakeApp) -> None:
+async def test_a_new_user_is_offered_the_demo_or_the_hub(make_app: MakeApp) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await shows(pilot, DEMO.text, "Search the Hub", "No run yet")
@@ -116,7 +116,7 @@ async def test_a_first_time_user_is_led_to_the_demo_or_the_hub(make_app: MakeApp
         assert isinstance(app.screen, HomeScreen)
 
 
-async def test_enter_fetches_the_demo_once_and_takes_nobody_from_another_screen(
+async def test_enter_starts_the_demo_download_once_and_keeps_the_screen(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     began, go_on = [], threading.Event()
@@ -143,7 +143,7 @@ async def test_enter_fetches_the_demo_once_and_takes_nobody_from_another_screen(
     assert began == [1]
 
 
-async def test_a_run_that_ends_is_told_to_someone_who_looks_elsewhere(
+async def test_a_run_that_ends_notifies_on_other_screens(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TMUX", raising=False)
@@ -164,7 +164,7 @@ async def test_a_run_that_ends_is_told_to_someone_who_looks_elsewhere(
     assert said.index(escapes.PUSH_TITLE) < said.index("\x1b]2;") < said.index(escapes.POP_TITLE)
 
 
-async def test_what_a_first_run_came_to_is_news_in_the_first_session_too(make_app: MakeApp) -> None:
+async def test_a_first_runs_result_is_news_in_the_first_session(make_app: MakeApp) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await shows(pilot, "No run yet")
@@ -173,7 +173,7 @@ async def test_what_a_first_run_came_to_is_news_in_the_first_session_too(make_ap
         assert "while you were away" not in shown
 
 
-async def test_what_is_too_long_for_the_window_goes_on_under_itself(make_app: MakeApp) -> None:
+async def test_text_too_long_for_the_window_wraps_with_indentation(make_app: MakeApp) -> None:
     write_fake_run(FakeRun(name="owls", state="failed", steps=120, total=640))
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
@@ -187,7 +187,7 @@ async def test_what_is_too_long_for_the_window_goes_on_under_itself(make_app: Ma
 @pytest.mark.parametrize(
     ("size", "shown"), [((80, 24), 4), ((120, 40), 20), ((200, 60), 20)], ids=["80x24", "120x40", "200x60"]
 )
-async def test_as_many_of_the_runs_before_are_shown_as_there_is_room_for(
+async def test_as_many_earlier_runs_are_shown_as_fit(
     size: tuple[int, int], shown: int, make_app: MakeApp
 ) -> None:
     now = time.time()
@@ -207,9 +207,7 @@ async def test_as_many_of_the_runs_before_are_shown_as_there_is_room_for(
 
 
 @pytest.mark.parametrize("size", [(80, 36), (80, 24), (14, 30)], ids=["80x36", "80x24", "14x30"])
-async def test_a_long_reason_leaves_room_for_fewer_runs_and_nothing_moves(
-    size: tuple[int, int], make_app: MakeApp
-) -> None:
+async def test_a_long_reason_leaves_room_for_fewer_runs(size: tuple[int, int], make_app: MakeApp) -> None:
     now = time.time()
     for number in range(24):
         write_fake_run(FakeRun(name=f"run-{number:02}", state="finished", began=now - 9e4 * (30 - number)))
@@ -237,7 +235,7 @@ def _is_not(app: QloraApp, before: SystemStatus) -> bool:
     return app.system_status is not before
 
 
-async def test_nothing_is_said_of_runs_and_no_step_offered_before_the_first_look(
+async def test_before_the_first_poll_no_runs_or_steps_are_shown(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_fake_run(FakeRun(name="owls", state="finished"))
@@ -252,7 +250,7 @@ async def test_nothing_is_said_of_runs_and_no_step_offered_before_the_first_look
         await shows(pilot, "owls", "Next")
 
 
-async def test_a_queue_that_stands_still_is_started_whatever_screen_is_in_front(
+async def test_a_stopped_queue_is_started_from_any_screen(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(system_monitor, "STALLED_S", 0.0)
@@ -279,7 +277,7 @@ def test_a_runner_that_cannot_be_started_ends_no_look(monkeypatch: pytest.Monkey
     look.close()
 
 
-def test_an_older_run_that_is_resumed_or_ends_later_is_the_one_told_of() -> None:
+def test_the_run_that_changed_last_is_the_one_shown() -> None:
     older = FakeRun(name="owls", steps=200, total=300)
     write_fake_run(FakeRun(name="crows", state="finished", steps=300, total=300, began=BEGAN + 100))
     run = write_fake_run(older)
@@ -290,7 +288,7 @@ def test_an_older_run_that_is_resumed_or_ends_later_is_the_one_told_of() -> None
     look.close()
 
 
-async def test_no_key_is_named_that_goes_elsewhere_than_the_next_step(make_app: MakeApp) -> None:
+async def test_every_named_key_leads_to_the_next_step(make_app: MakeApp) -> None:
     write_fake_run(FakeRun(name="owls", state="lost", steps=60))
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
@@ -302,7 +300,7 @@ async def test_no_key_is_named_that_goes_elsewhere_than_the_next_step(make_app: 
         await shows(pilot, "Its process is gone")
 
 
-async def test_the_step_to_check_a_recipe_leaves_the_run_that_was_watched(make_app: MakeApp) -> None:
+async def test_the_check_step_closes_the_watched_run(make_app: MakeApp) -> None:
     run = write_fake_run(FakeRun(name="owls", state="finished", steps=60, total=60))
     app = make_app()
     app.workbench.replace(READY)
@@ -334,7 +332,7 @@ async def test_a_run_that_ended_while_away_is_told(
         )
 
 
-async def test_the_queue_and_the_run_at_work_are_shown_and_enter_watches_it(
+async def test_the_queue_and_active_run_are_shown_and_enter_watches(
     make_app: MakeApp, set_clock: Callable[[float], None]
 ) -> None:
     run = write_fake_run(FakeRun(steps=120))

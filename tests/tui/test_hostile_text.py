@@ -32,14 +32,14 @@ def _shown(*texts: str) -> str:
     return "|".join(segment.text for segment in VisibleTextFilter().apply(line, Color(0, 0, 0)))
 
 
-def test_a_line_keeps_its_width_and_what_stands_behind_blanks_its_place() -> None:
+def test_a_sanitized_line_keeps_its_width_and_alignment() -> None:
     assert _shown("a\x1b[2Jb      ", "│") == "a␛[2Jb     |│"
     assert _shown("\x1b\x1b\x1b", "a  ", "   ") == "␛␛␛|a | "
     assert _shown("full\x1b") == "full"
     assert _shown("tab\there    ") == "tab here   "
 
 
-def test_a_line_with_nothing_to_show_is_passed_on_as_it_is() -> None:
+def test_a_line_without_control_characters_is_unchanged() -> None:
     line = [Segment("ok ▁▂ é", Style(bold=True))]
     assert VisibleTextFilter().apply(line, Color(0, 0, 0)) is line
 

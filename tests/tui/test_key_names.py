@@ -65,7 +65,7 @@ def texts_of(path: Path) -> Iterator[str]:
         ("memory.previous", "Shift+Tab"),
     ],
 )
-def test_a_character_is_in_brackets_and_a_named_key_is_not(command: str, shown: str) -> None:
+def test_only_single_characters_are_in_brackets(command: str, shown: str) -> None:
     assert key_name(command) == shown
     assert bare_key(command) == shown.strip("[]")
     assert name_keys(f"Press {{{command}}}.") == f"Press {shown}."

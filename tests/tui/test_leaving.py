@@ -29,7 +29,7 @@ class _Last(Widget):
         await asyncio.sleep(0)
 
 
-async def test_news_that_arrives_while_the_app_quits_looks_for_no_widget() -> None:
+async def test_events_during_quitting_query_no_widget() -> None:
     app = open_on("data")
     looked = False
     async with app.run_test() as pilot:
@@ -51,7 +51,7 @@ async def test_news_that_arrives_while_the_app_quits_looks_for_no_widget() -> No
     assert not looked
 
 
-async def test_work_that_a_later_one_takes_the_place_of_at_once_leaves_no_coroutine_behind() -> None:
+async def test_replaced_deferred_work_leaves_no_coroutine() -> None:
     done: list[int] = []
 
     async def work(number: int) -> None:

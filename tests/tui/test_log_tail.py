@@ -13,7 +13,7 @@ class Bare(App[None]):
         yield LogTail("Nothing yet.")
 
 
-async def test_no_word_is_under_the_scrollbar_of_a_log_that_has_grown_too_long() -> None:
+async def test_a_long_logs_scrollbar_covers_no_text() -> None:
     app = Bare()
     async with app.run_test(size=(30, 5)) as pilot:
         entries = [LogEntry(None, "info", "short")]

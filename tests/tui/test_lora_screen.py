@@ -67,7 +67,7 @@ async def test_without_a_model_the_settings_can_still_be_changed() -> None:
         assert "8-23.q_proj" in targets(app)[0]
 
 
-async def test_space_takes_and_drops_a_kind_a_layer_and_one_module(small: str) -> None:
+async def test_space_toggles_a_kind_a_layer_and_a_module(small: str) -> None:
     app = open_on("lora", model=small)
     async with app.run_test(size=(80, 24)) as pilot:
         await shows(pilot, "210 modules")
@@ -106,7 +106,7 @@ async def test_the_last_module_is_not_dropped(small: str) -> None:
         assert targets(app) == ("all-linear",)
 
 
-async def test_patterns_are_shown_while_they_are_typed_and_taken_on_enter(small: str) -> None:
+async def test_patterns_preview_while_typed_and_apply_on_enter(small: str) -> None:
     app = open_on("lora", model=small)
     async with app.run_test(size=(80, 24)) as pilot:
         await shows(pilot, "every kind")
@@ -125,7 +125,7 @@ async def test_patterns_are_shown_while_they_are_typed_and_taken_on_enter(small:
         assert targets(app) == ("all-linear",)
 
 
-async def test_what_is_marked_gets_a_rank_of_its_own_and_u_takes_it_back(small: str) -> None:
+async def test_marked_modules_get_their_own_rank_and_u_undoes_it(small: str) -> None:
     app = open_on("lora", model=small)
     async with app.run_test(size=(120, 40)) as pilot:
         before = await shows(pilot, "every kind", "4.88M of 135M parameters")
@@ -149,7 +149,7 @@ async def test_what_is_marked_gets_a_rank_of_its_own_and_u_takes_it_back(small: 
         assert app.workbench.recipe.lora == Lora()
 
 
-async def test_targets_of_another_model_are_said_and_the_first_choice_replaces_them(
+async def test_another_models_targets_are_reported_and_replaced_on_choice(
     private_home: Path,
 ) -> None:
     app = open_on("lora", model=str(config_folder(private_home, "openai-community__gpt2")))
@@ -185,7 +185,7 @@ async def test_the_price_of_dora_is_told(small: str) -> None:
         await shows(pilot, "iB. Better at low rank (DoRA")
 
 
-async def test_fewer_targets_are_never_dearer_than_the_preset_whatever_else_is_set(small: str) -> None:
+async def test_fewer_targets_never_cost_more_than_the_preset(small: str) -> None:
     app = open_on("lora", model=small)
     app.workbench.set("training.micro_batch_size", 16)
     app.workbench.set("lora.target_modules", ("8-23.q_proj",))
@@ -193,7 +193,7 @@ async def test_fewer_targets_are_never_dearer_than_the_preset_whatever_else_is_s
         await shows(pilot, "vs balanced: -")
 
 
-async def test_what_little_is_trained_has_its_memory_though_the_peak_is_at_loading(small: str) -> None:
+async def test_few_trained_parameters_have_memory_though_loading_peaks(small: str) -> None:
     app = open_on("lora", model=small)
     app.workbench.set("lora.target_modules", ("8-9.q_proj",))
     app.workbench.set("training.optimizer", "adamw")
@@ -256,7 +256,7 @@ def test_a_block_is_the_same_from_either_corner(table: ModuleTable) -> None:
     assert len(table.within((1, 3), (2, 5))) == 12
 
 
-def test_trained_parameters_are_two_thin_matrices_a_module_and_doras_magnitudes(table: ModuleTable) -> None:
+def test_trained_parameters_are_counted_per_module_and_dora_magnitudes(table: ModuleTable) -> None:
     query = table.rows[1].modules[:1]
     assert adapter_parameters(query, Lora(rank=8)) == 8 * (576 + 576)
     assert adapter_parameters(query, Lora(rank=8, use_dora=True)) == 8 * (576 + 576) + 576
@@ -282,7 +282,7 @@ def test_patterns_that_mean_nothing_are_refused(table: ModuleTable, text: str) -
         parse_targets(text, table.modules)
 
 
-def test_every_setting_has_a_line_of_advice_short_enough_for_80_columns() -> None:
+def test_every_settings_advice_fits_80_columns() -> None:
     for lora in (Lora(), Lora(rank=1024, use_rslora=True), Lora(rank=1024, target_modules=("q_proj",))):
         for knob in LORA_CONTROLS:
             assert 20 < len(advice(knob.path, lora)) <= 59, advice(knob.path, lora)

@@ -105,7 +105,7 @@ async def test_targets_that_the_model_has_not_are_passed_over(private_home: Path
         assert app.workbench.recipe.lora.target_modules == ("all-linear",)
 
 
-async def test_the_item_under_the_cursor_is_explained_and_stays_under_it(seven_billion: str) -> None:
+async def test_the_selected_item_is_explained_and_stays_selected(seven_billion: str) -> None:
     app = open_on("memory", model=seven_billion)
     async with app.run_test(size=(80, 24)) as pilot:
         await shows(pilot, "Quantized weights: 6.53 billion linear weights × 0.5 byte.")
@@ -145,14 +145,14 @@ async def test_the_cheapest_change_is_applied_and_taken_back(seven_billion: str)
         await pilot.pause()
 
 
-async def test_a_model_too_large_for_any_change_is_said_to_be(private_home: Path) -> None:
+async def test_a_model_too_large_for_any_change_is_reported(private_home: Path) -> None:
     app = open_on("memory", model=str(config_folder(private_home, "mistralai__Mixtral-8x7B-v0.1")))
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
         await shows(pilot, "No change makes it fit", "none", "bitsandbytes leaves in 16 bits")
         await until(pilot, lambda: "Make it fit" not in text_of(app))
 
 
-async def test_samples_beyond_the_models_context_are_warned_of_also_where_it_does_not_fit(
+async def test_samples_beyond_the_context_length_warn_even_without_fit(
     private_home: Path,
 ) -> None:
     model = str(config_folder(private_home, "TinyLlama__TinyLlama-1.1B-Chat-v1.0"))
@@ -191,7 +191,7 @@ async def test_a_key_costs_little(seven_billion: str, monkeypatch: pytest.Monkey
             await pilot.pause()
 
 
-def test_the_parts_of_a_bar_add_up_and_its_end_is_marked(seven_billion: str) -> None:
+def test_a_bars_parts_add_up_and_its_end_is_marked(seven_billion: str) -> None:
     app = open_on("memory", model=seven_billion)
     compared = app.workbench.comparison(app.memory_budget.device)
     assert isinstance(compared, dict)
@@ -232,7 +232,7 @@ async def test_a_family_without_a_formula_is_traced(private_home: Path) -> None:
         await shows(pilot, "tracing a step…")
 
 
-async def test_a_gguf_file_that_is_not_converted_yet_has_a_line_for_it(private_home: Path) -> None:
+async def test_an_unconverted_gguf_file_has_its_own_line(private_home: Path) -> None:
     file = write_tiny_gguf(private_home / "tiny.gguf")
     async with open_on("memory", model=str(file)).run_test(size=(120, 40)) as pilot:
         await shows(pilot, "Before the first run tiny.gguf is converted")

@@ -102,7 +102,7 @@ async def test_a_converted_model_chosen_by_its_path_is_marked() -> None:
         await shows(pilot, "● SmolLM2-135M-Instruct")
 
 
-async def test_names_have_all_the_room_there_is_after_the_window_changed() -> None:
+async def test_names_use_the_full_width_after_a_resize() -> None:
     make_cached(
         hub_cache_dir(), "a-maker/of-very-long-names-for-its-models-7B", config_of("Qwen__Qwen2.5-7B")
     )
@@ -113,7 +113,7 @@ async def test_names_have_all_the_room_there_is_after_the_window_changed() -> No
         await shows(pilot, "a-maker/of-very-long-names-for-its-models-7B ")
 
 
-async def test_a_refused_model_says_why_and_is_taken_only_to_plan_with() -> None:
+async def test_a_rejected_model_says_why_and_is_for_planning_only() -> None:
     make_three()
     app = open_on("models")
     async with app.run_test(size=(120, 40)) as pilot:
@@ -124,7 +124,7 @@ async def test_a_refused_model_says_why_and_is_taken_only_to_plan_with() -> None
         assert isinstance(app.screen, ModelsScreen)
 
 
-async def test_the_list_is_filtered_as_one_types_and_the_hub_is_not_asked(hub: FakeHub) -> None:
+async def test_typing_filters_the_list_without_searching_the_hub(hub: FakeHub) -> None:
     make_three()
     app = open_on("models")
     async with app.run_test(size=(80, 24)) as pilot:
@@ -136,7 +136,7 @@ async def test_the_list_is_filtered_as_one_types_and_the_hub_is_not_asked(hub: F
     assert hub.requests == []
 
 
-async def test_the_hub_is_searched_on_enter_and_asked_about_one_on_enter(hub: FakeHub) -> None:
+async def test_enter_searches_the_hub_and_fetches_one_models_config(hub: FakeHub) -> None:
     app = open_on("models")
     async with app.run_test(size=(120, 40)) as pilot:
         await shows(pilot, "No models on this machine yet.", "press [d] for the 135M demo model", "SmolLM2")
@@ -265,7 +265,7 @@ def test_the_speed_of_a_download_is_remembered() -> None:
     assert downloads.last_speed() == 12.5e6
 
 
-def test_a_child_that_is_killed_is_a_problem_with_a_fix(hub: FakeHub) -> None:
+def test_a_killed_child_is_an_error_with_a_fix(hub: FakeHub) -> None:
     hub.stalls = threading.Event()
 
     async def follow() -> downloads.Download:

@@ -86,7 +86,7 @@ async def test_opening_a_preset_keeps_model_and_data_and_is_undone(private_home:
         await shows(pilot, "balanced · SmolLM2-135M")
 
 
-async def test_the_recipe_is_saved_under_a_name_and_the_save_is_taken_back() -> None:
+async def test_saving_a_recipe_as_preset_can_be_undone() -> None:
     app = open_on("memory")
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("r", "p", "s", *"mine: for tests", "enter")
@@ -117,7 +117,7 @@ async def test_an_edited_file_is_replaced_only_after_a_question() -> None:
         assert "by hand" not in mine("tickets").read_text()
 
 
-async def test_another_preset_of_the_name_is_replaced_only_after_a_question() -> None:
+async def test_an_existing_preset_is_replaced_only_after_confirmation() -> None:
     save("tickets", Recipe(lora=Lora(rank=8)))
     before = mine("tickets").read_bytes()
     async with open_on("memory").run_test(size=(80, 24), notifications=True) as pilot:
@@ -132,7 +132,7 @@ async def test_another_preset_of_the_name_is_replaced_only_after_a_question() ->
         await shows(pilot, "Saved as tickets")
 
 
-async def test_a_deletion_is_taken_back_byte_by_byte_and_shipped_ones_stay() -> None:
+async def test_a_deletion_is_undone_exactly_and_shipped_presets_stay() -> None:
     mine("tickets").write_text('# why\nnote = "by hand"\n')
     app = open_on("memory")
     async with app.run_test(size=(80, 24)) as pilot:
@@ -219,7 +219,7 @@ async def test_an_editor_that_fails_is_told_of(
         await shows(pilot, said, "export EDITOR=nano")
 
 
-async def test_the_editor_is_opened_on_the_users_file_and_what_it_wrote_is_checked(
+async def test_the_editors_result_for_a_users_preset_is_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     editor = tmp_path / "editor"

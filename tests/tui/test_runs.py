@@ -71,7 +71,7 @@ def test_a_summary_is_read_again_only_when_a_file_changed(three_runs: list[RunDi
     assert summaries.get(three_runs[0]).status.state == "stopped"
 
 
-async def test_a_name_that_was_made_up_loses_its_time_before_its_words(make_app: MakeApp) -> None:
+async def test_a_generated_name_loses_its_time_before_its_words(make_app: MakeApp) -> None:
     for name in ("smollm2-135m-tickets-20261124-1609", "smollm2-135m-tickets-20261124-1609-2"):
         write_fake_run(FakeRun(name=name, state="finished", steps=5, total=5))
     app = make_app()
@@ -82,7 +82,7 @@ async def test_a_name_that_was_made_up_loses_its_time_before_its_words(make_app:
         assert "smollm2-135m-tickets-20261124-1609" in shown
 
 
-def test_hundreds_of_runs_are_listed_at_once_and_read_in_pieces() -> None:
+def test_hundreds_of_runs_are_listed_at_once_and_read_gradually() -> None:
     for number in range(300):
         write_fake_run(
             FakeRun(name=f"run-{number:03}", state="finished", steps=5, total=5, began=BEGAN + number)
@@ -120,7 +120,7 @@ async def test_a_runs_last_loss_and_step_are_the_same_everywhere(
     assert loss in shown and "60/3,000" in shown
 
 
-async def test_runs_of_one_name_are_told_apart_by_when_they_were_made(make_app: MakeApp) -> None:
+async def test_runs_of_the_same_name_show_their_time(make_app: MakeApp) -> None:
     for minutes in (0, 184):
         name = f"smollm2-135m-tickets-{time.strftime('%Y%m%d-%H%M', time.localtime(BEGAN + 60 * minutes))}"
         write_fake_run(FakeRun(name=name, state="finished", steps=5, total=5, began=BEGAN + 60 * minutes))
@@ -143,7 +143,7 @@ async def test_exact_answers_have_a_column_where_a_run_has_some(
         await shows(pilot, "labels", "exact", "97%")
 
 
-def test_a_thinned_curve_marks_what_is_no_number_and_leaves_the_rest_empty() -> None:
+def test_a_thinned_curve_marks_nan_and_leaves_gaps() -> None:
     assert downsample([4.0, 2.0], 4) == [4.0, 2.0, None, None]
     means = downsample([1.0, 3.0, float("nan"), 1.0], 2)
     assert means[0] == 2.0
@@ -171,7 +171,7 @@ async def test_the_list_shows_outcomes_and_enter_opens_one(
         assert isinstance(app.screen, TrainScreen)
 
 
-async def test_the_cursor_is_seen_once_the_list_has_the_keys_again(
+async def test_the_cursor_is_visible_once_the_list_has_focus(
     make_app: MakeApp, three_runs: list[RunDir]
 ) -> None:
     async with make_app().run_test(size=(120, 40)) as pilot:
@@ -231,7 +231,7 @@ async def test_two_marked_runs_are_compared_with_only_what_differs(
         assert isinstance(app.screen, RunsScreen)
 
 
-def test_runs_on_short_answers_are_compared_by_those_that_are_exact(three_runs: list[RunDir]) -> None:
+def test_short_answer_runs_are_compared_by_exact_answers(three_runs: list[RunDir]) -> None:
     labels = write_fake_run(
         FakeRun(name="labels", state="finished", steps=300, total=300, exact=(0.12, 0.97))
     )
@@ -247,7 +247,7 @@ def test_curves_differ_by_their_symbols_and_not_by_color_alone(three_runs: list[
     assert [name for name, _ in differing(compared)] == ["Rank", "Learning rate"]
 
 
-async def test_a_deleted_run_comes_back_with_u_and_is_gone_after_the_app(
+async def test_u_restores_a_deleted_run_until_the_app_ends(
     make_app: MakeApp, three_runs: list[RunDir]
 ) -> None:
     app = make_app()
@@ -270,7 +270,7 @@ async def test_a_deleted_run_comes_back_with_u_and_is_gone_after_the_app(
     assert not any((paths.runs_dir() / ".deleted").iterdir())
 
 
-async def test_with_nothing_deleted_u_takes_back_a_change_of_the_recipe(make_app: MakeApp) -> None:
+async def test_with_nothing_deleted_u_undoes_a_recipe_change(make_app: MakeApp) -> None:
     app = make_app()
     app.workbench.set("lora.rank", 32)
     async with app.run_test(size=(80, 24)) as pilot:
@@ -337,7 +337,7 @@ def test_inside_tmux_the_request_is_sent_raw_and_wrapped() -> None:
     assert escapes.set_clipboard("owls", {"TMUX": "x"}) == f"{raw}\x1bPtmux;\x1b{raw}\x1b\\"
 
 
-async def test_rerun_takes_the_recipe_to_the_workbench_and_u_takes_it_back(
+async def test_rerun_opens_the_runs_recipe_and_u_undoes_it(
     make_app: MakeApp, three_runs: list[RunDir]
 ) -> None:
     app = make_app()
@@ -367,7 +367,7 @@ async def test_a_runs_settings_are_saved_as_a_preset(make_app: MakeApp, three_ru
         assert find_preset("wide").settings()["lora"]["rank"] == 64
 
 
-async def test_a_damaged_run_is_listed_and_named_when_it_is_used(make_app: MakeApp) -> None:
+async def test_a_damaged_run_is_listed_and_explained_when_used(make_app: MakeApp) -> None:
     run = write_fake_run(FakeRun(name="damaged", state="stopped", steps=20))
     run.recipe_path.write_text("lora = 3\n")
     app = make_app()
@@ -378,7 +378,7 @@ async def test_a_damaged_run_is_listed_and_named_when_it_is_used(make_app: MakeA
         await shows(pilot, "lora must be a section", "Esc close")
 
 
-def test_a_second_look_at_many_runs_asks_the_disk_once_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_poll_stats_each_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(40):
         write_fake_run(
             FakeRun(name=f"run-{number:02}", state="finished", steps=5, total=5, began=BEGAN + number)
@@ -400,7 +400,7 @@ def test_a_second_look_at_many_runs_asks_the_disk_once_a_run(monkeypatch: pytest
         assert len(calls) == 40
 
 
-def test_a_run_renamed_or_queued_elsewhere_is_seen_at_the_next_look(three_runs: list[RunDir]) -> None:
+def test_a_run_renamed_or_queued_elsewhere_is_seen_next_poll(three_runs: list[RunDir]) -> None:
     summaries = SummaryCache()
     assert "again" not in [summary.name for summary in summaries.read_all(5.0).summaries]
     actions.rename(three_runs[0], "again")

@@ -41,7 +41,7 @@ asyncio.run(main())
 """
 
 
-def test_the_first_frame_waits_for_nothing_it_does_not_show_and_garbage_is_looked_for_after_it() -> None:
+def test_the_first_frame_waits_only_for_what_it_shows() -> None:
     done = subprocess.run([sys.executable, "-c", UNTIL_SHOWN], capture_output=True, text=True, check=True)
     loaded = done.stdout.split()
     assert "qlora_tui.tui.screens.home.screen" in loaded
@@ -57,7 +57,7 @@ def test_the_first_frame_is_whole_and_painted_once() -> None:
     assert painted[: painted.index(b"Help")].count(b" " * 40) >= 20
 
 
-async def test_a_sheet_is_read_once_however_many_screens_bring_their_own(
+async def test_a_stylesheet_is_parsed_once_for_all_screens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     read: list[str] = []

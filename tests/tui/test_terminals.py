@@ -35,7 +35,7 @@ VISITED = [
 """Keys, and what is waited for after each."""
 
 
-def test_what_is_sent_piece_by_piece_is_what_a_whole_repaint_shows() -> None:
+def test_incremental_output_equals_a_full_repaint() -> None:
     run = write_fake_run(FakeRun(state="finished", steps=300, total=300))
     with Terminal(APP, columns=100, rows=30) as terminal:
         size = (100, 30)
@@ -82,7 +82,7 @@ def test_back_from_ctrl_z_the_whole_screen_is_painted_again() -> None:
         see(terminal, "Train", "Next", since=stopped_at)
 
 
-def test_what_a_library_writes_to_descriptor_2_goes_to_the_log_and_not_over_the_screen() -> None:
+def test_library_output_on_stderr_goes_to_the_log() -> None:
     with Terminal(APP) as terminal:
         see(terminal, "Train")
         with Path(f"/proc/{terminal.program.pid}/fd/2").open("a") as descriptor:
@@ -117,7 +117,7 @@ def test_the_linux_console_is_sent_only_what_its_font_has() -> None:
         assert not lacking, shown
 
 
-async def test_a_window_that_is_too_small_is_told_so_until_it_has_grown() -> None:
+async def test_a_too_small_window_says_so_until_it_grows() -> None:
     app = QloraApp()
     async with app.run_test(size=(60, 20)) as pilot:
         await shows(pilot, "This window is too small", "It is 60×20", "need 80×24")

@@ -103,7 +103,7 @@ def test_the_users_theme_replaces_a_shipped_one_of_its_name() -> None:
         MINE.format(name="bad", foreground="#eeeeee") + '[variables]\nborder = "#12"\n',
     ],
 )
-def test_a_theme_that_is_wrong_is_named_and_the_others_load(content: str) -> None:
+def test_a_broken_theme_is_reported_and_the_others_load(content: str) -> None:
     path = _write("bad", content)
     themes, problems = load_themes()
     assert [theme.name for theme in themes] == [theme.name for theme in SHIPPED]
@@ -111,7 +111,7 @@ def test_a_theme_that_is_wrong_is_named_and_the_others_load(content: str) -> Non
     assert str(path) in problems[0].what
 
 
-async def test_the_app_opens_in_spite_of_a_wrong_theme_and_says_so() -> None:
+async def test_the_app_opens_with_a_broken_theme_and_reports_it() -> None:
     _write("bad", "name = ")
     async with open_on("memory").run_test(size=(120, 40), notifications=True) as pilot:
         await shows(pilot, "Theme not loaded")
@@ -131,7 +131,7 @@ async def test_a_users_theme_without_variables_works(private_home: Path) -> None
         assert app.theme == "mine"
 
 
-async def test_a_theme_that_is_edited_is_seen_at_once_and_a_mistake_in_it_is_named(
+async def test_an_edited_theme_applies_at_once_and_errors_are_named(
     private_home: Path,
 ) -> None:
     _write("mine", MINE.format(name="mine", foreground="#eeeeee"))
@@ -145,7 +145,7 @@ async def test_a_theme_that_is_edited_is_seen_at_once_and_a_mistake_in_it_is_nam
         assert app.theme == "mine"
 
 
-async def test_a_theme_that_the_settings_name_is_taken_once_it_is_right(private_home: Path) -> None:
+async def test_the_configured_theme_is_applied_once_it_is_fixed(private_home: Path) -> None:
     _write("mine", "name = ")
     app = open_on("memory", theme="mine")
     async with app.run_test(size=(120, 40), notifications=True) as pilot:

@@ -44,7 +44,7 @@ async def watching(app: QloraApp, run: RunDir) -> TrainScreen:
     return app.screen
 
 
-async def test_a_run_at_work_is_shown_from_its_files_and_followed(
+async def test_an_active_run_is_shown_from_its_files_and_followed(
     make_app: MakeApp, set_clock: SetClock
 ) -> None:
     run = write_fake_run(FakeRun(steps=100))
@@ -85,7 +85,7 @@ async def test_a_resumed_attempt_replaces_what_was_drawn(make_app: MakeApp) -> N
     assert len(follower.poll().entries) == len(texts)
 
 
-def test_a_run_that_goes_on_where_it_was_paused_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_fake_run(FakeRun(steps=100, state="paused"))
     follower = RunFollower(run)
     follower.poll()
@@ -96,7 +96,7 @@ def test_a_run_that_goes_on_where_it_was_paused_is_not_read_again(monkeypatch: p
     assert len(follower.poll().curves.loss.xs) == 101
 
 
-def test_a_long_run_that_is_followed_on_is_drawn_as_evenly_as_when_it_was_opened(
+def test_a_followed_long_run_is_drawn_like_an_opened_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(run_follower, "LONG_BYTES", 1 << 20)
@@ -203,7 +203,7 @@ async def test_the_texts_are_gone_through_with_tab_and_searched(make_app: MakeAp
         await shows(pilot, "warnings only", "No line matches")
 
 
-async def test_what_is_left_out_of_the_log_is_said_in_a_narrow_window_too(make_app: MakeApp) -> None:
+async def test_omitted_log_lines_are_reported_in_a_narrow_window_too(make_app: MakeApp) -> None:
     run = write_fake_run(FakeRun(steps=450, health=True))
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
@@ -257,7 +257,7 @@ async def test_another_run_is_chosen_from_a_list(make_app: MakeApp) -> None:
         await shows(pilot, "Out of GPU memory", "Another program took", "[r] start again")
 
 
-async def test_the_last_of_many_runs_is_in_sight_when_the_cursor_is_on_it(make_app: MakeApp) -> None:
+async def test_the_last_of_many_runs_is_visible_under_the_cursor(make_app: MakeApp) -> None:
     run = write_fake_run(FakeRun(steps=50))
     for number in range(29):
         write_fake_run(
@@ -272,7 +272,7 @@ async def test_the_last_of_many_runs_is_in_sight_when_the_cursor_is_on_it(make_a
         await shows(pilot, "older-28")
 
 
-async def test_a_run_that_failed_before_its_first_step_is_not_shown_as_complete(make_app: MakeApp) -> None:
+async def test_a_run_that_failed_early_is_not_shown_as_complete(make_app: MakeApp) -> None:
     run = write_fake_run(FakeRun(state="failed", steps=0))
     with EventWriter(run.events_path) as log:
         log.append(Progress(at=BEGAN, phase="tokenizing", done=100, total=100))
@@ -283,7 +283,7 @@ async def test_a_run_that_failed_before_its_first_step_is_not_shown_as_complete(
         assert "███" not in shown.splitlines()[2]
 
 
-async def test_a_run_deleted_while_it_is_watched_is_said_and_others_are_offered(make_app: MakeApp) -> None:
+async def test_deleting_a_watched_run_is_reported_and_others_are_offered(make_app: MakeApp) -> None:
     run = write_fake_run(FakeRun(name="owls", state="stopped", steps=50))
     app = make_app()
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
@@ -331,7 +331,7 @@ async def test_the_form_edits_the_recipe_and_checks_what_is_typed(make_app: Make
         assert app.workbench.recipe.training.micro_batch_size == 1
 
 
-async def test_a_letter_jumps_to_a_setting_in_view_and_no_other_key_does_anything(make_app: MakeApp) -> None:
+async def test_a_letter_jumps_to_a_visible_setting_and_nothing_else(make_app: MakeApp) -> None:
     app = make_app()
     async with app.run_test(size=(120, 40)) as pilot:
         await pilot.press("5")
@@ -361,7 +361,7 @@ async def test_every_setting_of_the_form_can_be_stepped_both_ways(make_app: Make
         assert len(app.screen_stack) == 1
 
 
-async def test_without_a_model_nothing_is_launched_and_the_fix_is_named(make_app: MakeApp) -> None:
+async def test_without_a_model_nothing_is_launched_and_the_fix_named(make_app: MakeApp) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("5")
@@ -407,7 +407,7 @@ async def test_a_doubt_is_said_before_the_launch(
         assert all_runs() == []
 
 
-async def test_a_row_that_blocks_a_run_is_found_before_the_launch(make_app: MakeApp, tmp_path: Path) -> None:
+async def test_a_row_that_blocks_a_run_is_reported_before_launch(make_app: MakeApp, tmp_path: Path) -> None:
     rows = tmp_path / "tickets.jsonl"
     rows.write_text('{"instruction": "a", "output": "b"}\n' * 2 + "{bad\n")
     app = make_app()
@@ -425,12 +425,12 @@ async def test_a_row_that_blocks_a_run_is_found_before_the_launch(make_app: Make
         assert all_runs() == []
 
 
-def test_a_progress_bar_in_the_output_is_shown_in_its_last_state() -> None:
+def test_a_progress_bar_is_shown_in_its_last_state() -> None:
     assert strip_escapes("Map: 1%\rMap: 100%\r") == "Map: 100%"
     assert strip_escapes("\x1b[31mred\x1b[0m \x1b]0;title\x07text\x00") == "red text"
 
 
-async def test_the_log_is_at_its_end_for_who_comes_back_to_it(make_app: MakeApp) -> None:
+async def test_the_log_is_at_its_end_when_reopened(make_app: MakeApp) -> None:
     run = write_fake_run(FakeRun(steps=2))
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
@@ -444,7 +444,7 @@ async def test_the_log_is_at_its_end_for_who_comes_back_to_it(make_app: MakeApp)
         await shows(pilot, "step 29: validation loss 6.1")
 
 
-def test_a_run_of_hundreds_of_thousands_of_steps_is_held_as_a_sample() -> None:
+def test_hundreds_of_thousands_of_steps_are_held_as_a_sample() -> None:
     run = write_fake_run(FakeRun(steps=10, total=200_000))
     with EventWriter(run.events_path) as log:
         for step in range(11, 60_001):
@@ -461,7 +461,7 @@ def test_a_run_of_hundreds_of_thousands_of_steps_is_held_as_a_sample() -> None:
     assert follower.poll().step == 60_001
 
 
-def test_a_run_that_is_watched_for_weeks_is_drawn_whole_and_held_in_little() -> None:
+def test_a_run_watched_for_weeks_is_complete_in_little_memory() -> None:
     run = write_fake_run(FakeRun(steps=10, total=200_000))
     follower = RunFollower(run)
     with EventWriter(run.events_path) as log:
@@ -481,7 +481,7 @@ def test_a_run_that_is_watched_for_weeks_is_drawn_whole_and_held_in_little() -> 
     assert follower.poll().curves.loss.xs == tuple(range(11_900, 12_001))
 
 
-async def test_m_asks_the_trainer_for_half_the_rate_where_the_gradient_explodes(make_app: MakeApp) -> None:
+async def test_m_halves_the_learning_rate_where_the_gradient_explodes(make_app: MakeApp) -> None:
     run = write_fake_run(FakeRun(steps=50))
     with EventWriter(run.events_path) as log:
         log.append(_health("exploding_gradient", "Lower training.learning_rate."))
@@ -496,7 +496,7 @@ async def test_m_asks_the_trainer_for_half_the_rate_where_the_gradient_explodes(
         assert request == {"kind": "set_learning_rate", "value": 1e-4}
 
 
-async def test_m_prepares_a_smaller_run_after_one_that_had_no_room(make_app: MakeApp) -> None:
+async def test_m_prepares_a_smaller_run_after_out_of_memory(make_app: MakeApp) -> None:
     run = write_fake_run(FakeRun(steps=50, state="failed"))
     app = make_app()
     async with app.run_test(size=(120, 40)) as pilot:
@@ -524,7 +524,7 @@ async def test_m_prepares_a_smaller_run_after_one_that_had_no_room(make_app: Mak
         ("throttled", "running", ""),
     ],
 )
-def test_a_remedy_fits_what_was_told_and_how_the_run_stands(kind: str, state: State, says: str) -> None:
+def test_a_fix_suits_the_warning_and_the_runs_state(kind: str, state: State, says: str) -> None:
     suggestion = suggest_fix(state, [_health(kind, "")], None, TICKETS)
     assert (says in suggestion.label) if suggestion else not says
 

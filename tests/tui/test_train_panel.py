@@ -40,7 +40,7 @@ def drawn(machine: MachineState, width: int = 30, height: int = 24) -> list[str]
     return [line.plain for line in panel.draw(width, height)]
 
 
-def test_what_a_gpu_does_not_tell_is_na_and_never_zero() -> None:
+def test_a_missing_gpu_value_is_na_and_never_zero() -> None:
     nothing = Sample(at=1.0, rss_bytes=GIB, cpu_percent=1.0, gpu=GpuMetrics(at=1.0, index=0))
     for height in (24, 2):
         text = "\n".join(drawn(MachineState("RTX 4090", (nothing,)), 80, height))
@@ -48,7 +48,7 @@ def test_what_a_gpu_does_not_tell_is_na_and_never_zero() -> None:
         assert " 0" not in text.replace(" 0%", "")
 
 
-def test_utilisation_is_drawn_from_nought_to_a_hundred_with_gaps_where_nothing_was_told() -> None:
+def test_utilization_is_drawn_from_0_to_100_with_gaps() -> None:
     samples = tuple(sample(float(second)) for second in (*range(10), *range(15, 20)))
     chart = drawn(MachineState("RTX 4090", samples), width=20, height=10)[2]
     assert chart == "▄" * 10 + " " * 5 + "▄" * 5
@@ -69,7 +69,7 @@ def test_a_throttled_and_hot_gpu_says_so_in_words() -> None:
     assert "slowed  by power cap, thermal" in text
 
 
-def test_without_a_gpu_the_trainer_and_its_share_of_the_machine_are_shown() -> None:
+def test_without_a_gpu_the_trainers_cpu_share_is_shown() -> None:
     here = Sample(at=1.0, rss_bytes=2 * GIB, cpu_percent=150.0)
     text = "\n".join(drawn(MachineState("AMD EPYC", (here,), None, 16 * GIB, 2)))
     assert "150% of 2 cores" in text
@@ -77,7 +77,7 @@ def test_without_a_gpu_the_trainer_and_its_share_of_the_machine_are_shown() -> N
     assert "No GPU in this run." in text
 
 
-def test_energy_is_summed_over_what_the_gpu_told_and_not_over_pauses() -> None:
+def test_energy_is_summed_over_readings_and_not_over_pauses() -> None:
     run = write_fake_run(FakeRun(steps=0))
     seconds = [*range(100), *range(5000, 5100)]
     run.telemetry_path.write_bytes(
@@ -92,7 +92,7 @@ def test_energy_is_summed_over_what_the_gpu_told_and_not_over_pauses() -> None:
     assert meter.kwh == pytest.approx((2 * 99 + 1) * 360 / 3.6e6)
 
 
-def test_the_energy_of_a_week_is_told_once_it_is_read_and_holds_up_no_look(
+def test_a_weeks_energy_is_shown_once_read_without_delay(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(energy, "_CHUNK_BYTES", 1000)

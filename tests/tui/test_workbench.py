@@ -39,7 +39,7 @@ def test_a_draft_outlives_the_preset_it_began_as() -> None:
 
 
 @pytest.mark.parametrize("drafted", [True, False])
-def test_a_broken_preset_of_the_users_named_as_the_first_one_keeps_nobody_out(drafted: bool) -> None:
+def test_a_users_broken_default_preset_does_not_block_the_start(drafted: bool) -> None:
     bench = Workbench()
     bench.set("lora.rank", 8)
     if drafted:
