@@ -1,4 +1,4 @@
-"""Completion of the command line: as the program answers a shell, and in a real bash."""
+"""Completion of the command line: as the program answers a shell, and in real shells."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from pathlib import Path
 import argcomplete  # noqa: F401  # loaded once, before the forks
 import pytest
 
+from bench.terminal import Terminal
 from qlora_tui import paths
 from qlora_tui.cli import main
 from qlora_tui.cli.completion import SHELLS
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import create_run
 from tests.cli.conftest import Call
+from tests.tui.terminal_emulator import see
 
 Complete = Callable[[str], set[str]]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -93,18 +96,69 @@ def test_every_shell_has_a_script(shell: str, call: Call, tmp_path: Path) -> Non
         subprocess.run([program, "-n", str(tmp_path / "script")], check=True)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-def test_bash_completes_a_run(call: Call, tmp_path: Path) -> None:
-    run = create_run(Recipe(name="tickets"))
-    command = tmp_path / "qlora-tui"
+@pytest.fixture
+def names(tmp_path: Path, qwen: Path) -> dict[str, str]:
+    """What a shell should complete each line to, with a run, a preset and a model on this machine."""
+    (paths.config_dir() / "config.toml").write_text(f"model_folders = [{str(qwen.parent)!r}]\n")
+    (qwen / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    (paths.user_presets_dir() / "balcony.toml").write_text("[lora]\nrank = 8\n")
+    return {
+        "qlora-tui attach ti": create_run(Recipe(name="tickets")).id,
+        "qlora-tui train --preset balc": "balcony",
+        "qlora-tui estimate --model Qw": "Qwen2.5-7B",
+    }
+
+
+@pytest.fixture
+def shell_env(tmp_path: Path) -> dict[str, str]:
+    """An environment with ``qlora-tui`` in PATH, and no settings of the user's shells."""
+    command = tmp_path / "bin" / "qlora-tui"
+    command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m qlora_tui "$@"\n')
     command.chmod(0o755)
-    line = "qlora-tui attach ti"
-    session = (
-        f"{call('completion', 'bash').out}\n"
-        f'COMP_LINE="{line}" COMP_POINT={len(line)} COMP_TYPE=9\n'
-        f'_python_argcomplete "{command}" 2>/dev/null; echo "${{COMPREPLY[0]}}"'
-    )
-    done = subprocess.run(["bash", "-c", session], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == run.id
+    home = {"HOME": str(tmp_path), "ZDOTDIR": str(tmp_path), "HISTFILE": "", "PS1": "$ "}
+    return home | {"PATH": f"{command.parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+
+
+STARTS = {"bash": ("bash", "--norc", "-i"), "zsh": ("zsh", "-f", "-i"), "fish": ("fish", "--no-config", "-c")}
+
+
+def needs(shell: str) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_tab_completes_names_in_a_real_shell(
+    shell: str, call: Call, tmp_path: Path, names: dict[str, str], shell_env: dict[str, str]
+) -> None:
+    needs(shell)
+    (tmp_path / "script").write_text(call("completion", shell).out)
+    prepare = {"bash": "", "zsh": "autoload -U compinit; compinit -D -u; "}[shell]
+    with Terminal(STARTS[shell], columns=160, env=shell_env) as terminal:
+        terminal.press(f"{prepare}. {tmp_path / 'script'}; echo rea''dy\r")
+        see(terminal, "ready", size=(160, 24))
+        for line, name in names.items():
+            since = len(terminal.painted)
+            terminal.press(f"{line}\t")
+            see(terminal, name, since=since, size=(160, 24))
+            terminal.press("\x15")
+
+
+@pytest.mark.slow
+def test_fish_completes_names(
+    call: Call, tmp_path: Path, names: dict[str, str], shell_env: dict[str, str]
+) -> None:
+    needs("fish")
+    (tmp_path / "script").write_text(call("completion", "fish").out)
+    for line, name in names.items():
+        command = f"source {tmp_path / 'script'}; complete -C '{line}'"
+        done = subprocess.run(
+            [*STARTS["fish"], command],
+            env=os.environ | shell_env,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.split() == [name], done.stderr
