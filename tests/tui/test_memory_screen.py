@@ -116,6 +116,13 @@ async def test_the_selected_item_is_explained_and_stays_selected(seven_billion: 
         assert app.screen.query_one(ViList).current == "head"
 
 
+async def test_the_peak_stays_below_a_sentence_of_two_lines(seven_billion: str) -> None:
+    async with open_on("memory", model=seven_billion).run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "Quantized weights:", "in the backward of layer 27")
+        await pilot.press("G", "k", "k", "k", "k", "k", "k", "k")
+        await shows(pilot, "Quantization scales: One scale per 64 weights", "in the backward of layer 27")
+
+
 async def test_another_bar_is_taken_apart(seven_billion: str) -> None:
     async with open_on("memory", model=seven_billion).run_test(size=(80, 24)) as pilot:
         await shows(pilot, "▸ NF4", "◂ recipe")
