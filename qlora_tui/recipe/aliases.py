@@ -61,6 +61,7 @@ RELATED = {
     "dataset": "data.sources",
     "load_in_4bit": "quantization.method",
     "load_in_8bit": "quantization.method",
+    "precision": "quantization.method",
     "trainable_token_indices": "lora.trainable_tokens",
     "validation_share": "data.validation_fraction",
     "validation_split": "data.validation_fraction",

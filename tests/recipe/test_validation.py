@@ -29,6 +29,10 @@ def refused(text: str) -> InvalidRecipeError:
             "[lora]\nname = 'x'",
             "line 2: lora.name is not a setting\n  Put name at the top, above the sections",
         ),
+        (
+            '[quantization]\nprecision = "fp16"',
+            "line 2: quantization.precision is not a setting\n  Did you mean quantization.method?",
+        ),
         ("[lora]\nUSE-DORA = true", "line 2: lora.USE-DORA is not a setting\n  Did you mean lora.use_dora?"),
         (
             "[training]\nwarmup_steps = 10",
