@@ -28,7 +28,7 @@ def main() -> int:
     configure_torch_env()
     checks = [_library(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "datasets")]
     if all(check["outcome"] == "ok" for check in checks):
-        checks += [_try("torch on the GPU", _gpu), _try("NF4 forward and backward", _nf4)]
+        checks += [_run_check("torch on the GPU", _gpu), _run_check("NF4 forward and backward", _nf4)]
         checks.append(_kernels())
     out.write(json.dumps(checks) + "\n")
     out.flush()
@@ -45,7 +45,7 @@ def _library(name: str) -> dict[str, str]:
         return {"name": name, "outcome": "error", "text": f"{error}", "fix": f"{_PIP} {name}"}
 
 
-def _try(name: str, check: Callable[[], dict[str, str]]) -> dict[str, str]:
+def _run_check(name: str, check: Callable[[], dict[str, str]]) -> dict[str, str]:
     try:
         return {"name": name} | check()
     except Exception as error:  # a failure is the finding

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,7 +21,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.formatting import GIB
 from qlora_tui.settings import Settings
 from qlora_tui.tui import escapes, gc_tuning, themes
-from qlora_tui.tui.commands import EVERYWHERE, NAVIGATION, with_current_ids
+from qlora_tui.tui.commands import EVERYWHERE, with_current_ids
 from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.disk_faults import DiskFaults
 from qlora_tui.tui.glyph_fallback import fallback_glyphs
@@ -31,7 +31,7 @@ from qlora_tui.tui.render.key_names import key_names
 from qlora_tui.tui.screen_diff import ScreenDiff, TerminalContents
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.modals.too_small import TooSmallScreen, is_too_small
-from qlora_tui.tui.screens.registry import SCREENS, make_screen
+from qlora_tui.tui.screens.registry import MODES, make_screen
 from qlora_tui.tui.shutdown import install_shutdown_handlers
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.textual_compat import (
@@ -66,7 +66,7 @@ class QloraApp(HookedApp):
 
     TITLE = "qlora-tui"
     CSS_PATH = "app.tcss"
-    MODES: ClassVar[dict[str, Any]] = {mode: partial(make_screen, mode) for mode in SCREENS}
+    MODES: ClassVar[dict[str, Any]] = {entry.name: partial(make_screen, entry.name) for entry in MODES}
     DEFAULT_MODE = "home"
     COMMANDS: ClassVar[set[Any]] = {CommandProvider}
     BINDINGS: ClassVar[list[BindingType]] = [command.binding() for command in EVERYWHERE]
@@ -209,6 +209,15 @@ class QloraApp(HookedApp):
 
         self.push_screen(ErrorScreen(problem))
 
+    def try_or_show_error(self, act: Callable[[], object]) -> bool:
+        """Call ``act``; show an error in a modal and return False if it fails."""
+        try:
+            act()
+        except UserError as problem:
+            self.show_error(problem)
+            return False
+        return True
+
     def on_resize(self, event: Resize) -> None:
         """Also sent when the app comes back from ctrl+z: the terminal may show anything."""
         self._resizes += 1
@@ -256,7 +265,7 @@ class QloraApp(HookedApp):
 
         here = self.screen
         if isinstance(here, WorkScreen):
-            label = next(command.label for command in NAVIGATION if command.id == f"go.{here.MODE}")
+            label = next(entry.label for entry in MODES if entry.name == here.MODE)
             tables = (("On this screen", here.SCREEN_COMMANDS), ("Everywhere", EVERYWHERE))
             self.push_screen(HelpScreen(label, here.HELP_TEXT, *tables))
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from textual.binding import Binding
 
+from qlora_tui.tui.screens.registry import MODES, PRESETS
+
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
@@ -61,28 +63,18 @@ class ScreenCommands:
         )
 
 
-def _go(number: int, mode: str, label: str, help_: str) -> Command:
-    return Command(
-        id=f"go.{mode}",
+NAVIGATION: tuple[Command, ...] = tuple(
+    Command(
+        id=entry.open_command,
         key=str(number),
-        action=f"app.go('{mode}')",
-        label=label,
-        help=help_,
+        action=f"app.go('{entry.name}')",
+        label=entry.label,
+        help=entry.help,
         in_footer=False,
     )
-
-
-NAVIGATION: tuple[Command, ...] = (
-    _go(0, "home", "Home", "Show the GPU, the runs and the next step."),
-    _go(1, "models", "Model", "Select a model on this machine, or find one on the Hub."),
-    _go(2, "data", "Data", "Select data and see every token as the model will."),
-    _go(3, "memory", "Memory", "See whether the recipe fits in memory, item by item."),
-    _go(4, "lora", "LoRA", "Select the modules to train, and their rank."),
-    _go(5, "train", "Train", "Launch a run, or watch the active one."),
-    _go(6, "runs", "Runs", "See every run so far, and the queue."),
-    _go(7, "chat", "Chat", "Chat with an adapter and its base model side by side."),
+    for number, entry in enumerate(MODES)
 )
-"""The screens, in the order of their keys."""
+"""The numbered screens."""
 
 EVERYWHERE: tuple[Command, ...] = (
     *NAVIGATION,
@@ -109,11 +101,11 @@ EVERYWHERE: tuple[Command, ...] = (
         in_footer=False,
     ),
     Command(
-        id="app.presets",
+        id=PRESETS.open_command,
         key="p",
         action="app.presets",
-        label="Presets",
-        help="Open a preset, or save this recipe as one.",
+        label=PRESETS.label,
+        help=PRESETS.help,
         in_footer=False,
         verb="presets",
     ),

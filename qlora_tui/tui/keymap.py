@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-from qlora_tui.tui.commands import EVERYWHERE, NAVIGATION, Command
+from qlora_tui.tui.commands import EVERYWHERE, Command
 from qlora_tui.tui.render.key_names import key_name
-from qlora_tui.tui.screens.registry import screen_class
+from qlora_tui.tui.screens.registry import SCREENS, screen_commands
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
@@ -19,11 +19,9 @@ Table = tuple[str, tuple[Command, ...]]
 
 
 def all_commands() -> list[Table]:
-    """The commands of the app, then of each screen. Imports all screens, so call it in a thread."""
-    from qlora_tui.tui.screens.presets.commands import COMMANDS
-
-    screens = [(go.label, screen_class(go.id.removeprefix("go.")).SCREEN_COMMANDS) for go in NAVIGATION]
-    return [("Everywhere", EVERYWHERE), *screens, ("Presets", COMMANDS)]
+    """The commands of the app, then of each screen. Some are imported here, so call it in a thread."""
+    screens = [(entry.label, screen_commands(entry.name)) for entry in SCREENS]
+    return [("Everywhere", EVERYWHERE), *screens]
 
 
 async def report_keymap_errors(app: QloraApp) -> None:
@@ -48,8 +46,10 @@ def validate_keymap(keymap: Mapping[str, str]) -> list[str]:
 def _clashes(tables: list[Table], keymap: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, str]]]:
     """Keys that a command of the keymap shares with another one at hand on the same screen."""
     everywhere, *screens = tables
+    # In a modal, the app's own keys do nothing.
+    alone = {"Everywhere", *(entry.label for entry in SCREENS if entry.is_modal)}
     for heading, commands in [everywhere, *screens]:
-        at_hand = commands if heading in ("Everywhere", "Presets") else (*commands, *everywhere[1])
+        at_hand = commands if heading in alone else (*commands, *everywhere[1])
         for mine in (command for command in commands if command.id in keymap):
             for other in at_hand:
                 for key in {*mine.keys(keymap)} & {*other.keys(keymap)}:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, cast
 from textual.command import DiscoveryHit, Hit, Hits, Provider
 from textual.markup import escape
 
-from qlora_tui.tui.commands import EVERYWHERE, NAVIGATION, Command
+from qlora_tui.tui.commands import EVERYWHERE, Command
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.screens.registry import screen_class
+from qlora_tui.tui.screens.registry import SCREENS, screen_commands
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
@@ -61,7 +61,12 @@ class CommandProvider(Provider):
 
 
 def _elsewhere(here: object) -> list[tuple[Command, Command]]:
-    """The commands of the other screens, each after the one that goes there. Some have yet to be imported."""
-    screens = [(go, screen_class(go.id.removeprefix("go."))) for go in NAVIGATION]
-    others = [(go, kind) for go, kind in screens if not isinstance(here, kind)]
-    return [(go, command) for go, kind in others for command in kind.SCREEN_COMMANDS]
+    """The commands of the other screens, each after the one that opens it. Some have yet to be imported."""
+    mode = here.MODE if isinstance(here, WorkScreen) else ""
+    opening = {command.id: command for command in EVERYWHERE}
+    return [
+        (opening[entry.open_command], command)
+        for entry in SCREENS
+        if entry.name != mode
+        for command in screen_commands(entry.name)
+    ]

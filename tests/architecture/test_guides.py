@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import qlora_tui
-from qlora_tui.tui.screens.registry import SCREENS
+from qlora_tui.tui.screens.registry import SCREENS, screen_commands
 
 PACKAGES = (
     *(
@@ -27,7 +27,7 @@ PACKAGES = (
         "tui",
     ),
     *("tui/render", "tui/widgets", "tui/screens", "tui/screens/modals"),
-    *(f"tui/screens/{screen}" for screen in (*SCREENS, "presets")),
+    *(f"tui/screens/{screen.name}" for screen in SCREENS),
 )
 
 
@@ -37,3 +37,10 @@ def test_a_packages_guide_names_each_of_its_modules(package: str) -> None:
     guide = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
     modules = {path.stem for path in folder.glob("*.py")} - {"__init__", "__main__"}
     assert not modules - set(re.findall(r"\w+", guide))
+
+
+def test_every_screen_is_registered_with_its_own_commands() -> None:
+    packages = (Path(qlora_tui.__file__).parent / "tui/screens").glob("*/screen.py")
+    assert sorted(path.parent.name for path in packages) == sorted(screen.name for screen in SCREENS)
+    for screen in SCREENS:
+        assert all(command.id.startswith(f"{screen.name}.") for command in screen_commands(screen.name))

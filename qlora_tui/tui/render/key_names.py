@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import cache
-from importlib import import_module
 
 from textual.content import Content
 from textual.keys import format_key
 
 from qlora_tui.settings import Settings
 from qlora_tui.tui.commands import EVERYWHERE, Command
+from qlora_tui.tui.screens.registry import screen_commands
 from qlora_tui.tui.textual_compat import active_app
 
 _KEYS = re.compile(
@@ -67,10 +67,7 @@ def _keys(command_id: str) -> list[str]:
 @cache
 def _commands(prefix: str) -> dict[str, Command]:
     """The commands of the app, or of one screen, by id."""
-    if prefix in _OF_THE_APP:
-        commands = EVERYWHERE
-    else:
-        commands = import_module(f"qlora_tui.tui.screens.{prefix}.commands").COMMANDS
+    commands = EVERYWHERE if prefix in _OF_THE_APP else screen_commands(prefix)
     return {command.id: command for command in commands}
 
 

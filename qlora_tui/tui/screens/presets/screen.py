@@ -105,7 +105,9 @@ class PresetsScreen(ModalScreen[None]):
     def on_option_list_option_selected(self) -> None:
         """Open it; model and data stay."""
         preset = self._current
-        if preset is not None and self._try(lambda: self.qlora_app.workbench.open_preset(preset.name)):
+        if preset is not None and self.qlora_app.try_or_show_error(
+            lambda: self.qlora_app.workbench.open_preset(preset.name)
+        ):
             self.qlora_app.recipe_edited()
             self.dismiss()
 
@@ -140,7 +142,9 @@ class PresetsScreen(ModalScreen[None]):
     def action_delete(self) -> None:
         """Delete one of the user's own."""
         preset = self._current
-        if preset is not None and self._try(lambda: self._remember(delete(preset.name))):
+        if preset is not None and self.qlora_app.try_or_show_error(
+            lambda: self._remember(delete(preset.name))
+        ):
             self.notify(f"Deleted {preset.name}. Press {key_name('presets.undo')} here to undo.")
             self._refresh_list()
 
@@ -178,7 +182,7 @@ class PresetsScreen(ModalScreen[None]):
             return
         try:
             with self.app.suspend():
-                tried = self._try(lambda: edit(preset))
+                tried = self.qlora_app.try_or_show_error(lambda: edit(preset))
         except SuspendNotSupported:
             self.notify(
                 f"This terminal cannot run an editor inside the app. Edit the file yourself: {preset.path}",
@@ -221,7 +225,7 @@ class PresetsScreen(ModalScreen[None]):
         file = target / preset.path.name if target.is_dir() else target
 
         def write() -> None:
-            if self._try(lambda: export_preset(preset, target)):
+            if self.qlora_app.try_or_show_error(lambda: export_preset(preset, target)):
                 self.notify(f"Exported to {file}.")
 
         if file.exists():
@@ -263,15 +267,6 @@ class PresetsScreen(ModalScreen[None]):
 
         text = f"{problem.what} {problem.why}".strip()
         self.app.push_screen(ConfirmScreen(problem.title, text, yes="Replace it", no="Keep it"), answered)
-
-    def _try(self, what: Callable[[], object]) -> bool:
-        """Do it; a problem is shown, and False given."""
-        try:
-            what()
-        except UserError as problem:
-            self.app.push_screen(ErrorScreen(problem))
-            return False
-        return True
 
     def _refresh_list(self, select: str | None = None) -> None:
         self._presets = list_presets()

@@ -96,7 +96,7 @@ class RunActions(WorkScreen):
     def action_withdraw(self) -> None:
         """Take the run out of the queue."""
         if self.current is not None:
-            self.try_to(actions.stop, self.current.run)
+            self._act_on(self.current.run, actions.stop)
 
     async def action_rerun(self) -> None:
         """Take the run's recipe to the workbench."""
@@ -132,7 +132,7 @@ class RunActions(WorkScreen):
 
         def take(name: str | None) -> None:
             if name is not None:
-                self.try_to(lambda run: actions.rename(run, name), summary.run)
+                self._act_on(summary.run, lambda run: actions.rename(run, name))
 
         text = "The new name. The folder keeps its name."
         self.app.push_screen(
@@ -142,7 +142,7 @@ class RunActions(WorkScreen):
     def action_delete(self) -> None:
         """Move the run to the trash without asking; it can be restored until the app ends."""
         summary = self.current
-        if summary is not None and self.try_to(self.trash.put, summary.run):
+        if summary is not None and self._act_on(summary.run, self.trash.put):
             self.notify(
                 f"{summary.name} will be deleted when you quit. Press {key_name('runs.undelete')} to undo."
             )
@@ -189,13 +189,8 @@ class RunActions(WorkScreen):
         else:
             self.notify(f"Saved as {name}. Press {key_name('app.presets')} to see your presets.")
 
-    def try_to(self, act: Callable[[RunDir], None], run: RunDir) -> bool:
-        """Call ``act``; show an error and return False if it fails."""
-        try:
-            act(run)
-        except UserError as problem:
-            self.qlora_app.show_error(problem)
-            return False
-        finally:
-            self.refresh_runs()
-        return True
+    def _act_on(self, run: RunDir, act: Callable[[RunDir], None]) -> bool:
+        """Call ``act``, show an error if it fails, and reload the list either way."""
+        succeeded = self.qlora_app.try_or_show_error(lambda: act(run))
+        self.refresh_runs()
+        return succeeded

@@ -13,7 +13,6 @@ from textual.content import Content
 from textual.events import Click
 from textual.geometry import Region, Size
 from textual.message import Message
-from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
 from qlora_tui.formatting import format_duration, format_float, format_percent, truncate_middle
@@ -22,6 +21,7 @@ from qlora_tui.tui import clock
 from qlora_tui.tui.render.block_charts import curve
 from qlora_tui.tui.render.run_labels import SIGNS
 from qlora_tui.tui.render.strip_rendering import render_line
+from qlora_tui.tui.widgets.line_view import LineView
 
 MARKS = "●▲■◆"
 """Marks of runs selected to compare; the same symbols are on their curves."""
@@ -88,18 +88,9 @@ _HEAD = 14
 """Cells of the mark and the state before the columns."""
 
 
-class RunTable(ScrollView, can_focus=True):
+class RunTable(LineView):
     """One line a run, under a line of titles that stays."""
 
-    DEFAULT_CSS = """
-    RunTable {
-        height: 1fr;
-        overflow-x: hidden;
-        scrollbar-size-vertical: 1;
-        text-wrap: nowrap;
-        text-overflow: ellipsis;
-    }
-    """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up,k", "move(-1)", show=False),
         Binding("down,j", "move(1)", show=False),

@@ -10,11 +10,11 @@ from typing import ClassVar, Literal, TypeAlias
 from textual.binding import Binding, BindingType
 from textual.content import Content
 from textual.geometry import Size
-from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
 from qlora_tui.tui.render.strip_rendering import render_line
 from qlora_tui.tui.textual_compat import follow_end
+from qlora_tui.tui.widgets.line_view import LineView
 
 Level: TypeAlias = Literal["info", "warning", "error"]
 
@@ -36,18 +36,9 @@ class LogEntry:
     text: str
 
 
-class LogTail(ScrollView, can_focus=True):
+class LogTail(LineView):
     """Follows the end until it is scrolled away from it."""
 
-    DEFAULT_CSS = """
-    LogTail {
-        height: 1fr;
-        scrollbar-size-vertical: 1;
-        overflow-x: hidden;
-        text-wrap: nowrap;
-        text-overflow: ellipsis;
-    }
-    """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("ctrl+d", "page_down", show=False),
         Binding("ctrl+u", "page_up", show=False),

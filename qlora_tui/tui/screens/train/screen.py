@@ -142,15 +142,15 @@ class TrainScreen(WorkScreen):
 
     def action_pause(self) -> None:
         """Pause the run, so that it frees the GPU."""
-        self._try(lambda run: actions.pause(run), "The run will pause after this step.")
+        self._act_on_run(lambda run: actions.pause(run), "The run will pause after this step.")
 
     def action_resume(self) -> None:
         """Queue the run again."""
-        self._try(actions.resume, "Queued. The run will resume from its last checkpoint.")
+        self._act_on_run(actions.resume, "Queued. The run will resume from its last checkpoint.")
 
     def action_request(self, kind: control.Kind) -> None:
         """Leave a request for the trainer."""
-        self._try(lambda run: control.send_request(run, kind), REQUEST_NOTICES[kind])
+        self._act_on_run(lambda run: control.send_request(run, kind), REQUEST_NOTICES[kind])
 
     def action_learning_rate(self) -> None:
         """Ask for a learning rate, and set it."""
@@ -160,7 +160,7 @@ class TrainScreen(WorkScreen):
     def _prompt_for_rate(self, proposed: str) -> None:
         def take(text: str | None) -> None:
             if text:
-                self._try(
+                self._act_on_run(
                     lambda run: control.send_request(run, "set_learning_rate", float(text)),
                     f"The learning rate will change to {float(text):g} after this step.",
                 )
@@ -350,17 +350,13 @@ class TrainScreen(WorkScreen):
     def _confirm(self, title: str, text: str, act: Callable[[], None], done: str = "") -> None:
         def take(yes: bool | None) -> None:
             if yes:
-                self._try(lambda run: act(), done)
+                self._act_on_run(lambda run: act(), done)
 
         self.app.push_screen(ConfirmScreen(title, text), take)
 
-    def _try(self, act: Callable[[RunDir], None], done: str) -> None:
-        if self.run is None:
-            return
-        try:
-            act(self.run)
-        except UserError as problem:
-            self.qlora_app.show_error(problem)
+    def _act_on_run(self, act: Callable[[RunDir], None], done: str) -> None:
+        run = self.run
+        if run is None or not self.qlora_app.try_or_show_error(lambda: act(run)):
             return
         if done:
             self.notify(done)

@@ -10,30 +10,21 @@ from textual.content import Content
 from textual.events import Click, Key
 from textual.geometry import Region, Size
 from textual.message import Message
-from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
 from qlora_tui.recipe.diff import format_value
 from qlora_tui.recipe.fields import Field, get_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.render.strip_rendering import render_line
+from qlora_tui.tui.widgets.line_view import LineView
 
 _LETTERS = "asdfghjklqwertyuiopzxcvbnmASDFGHJKLQWERTYUIOPZXCVBNM"
 """Near the fingers first."""
 
 
-class SettingList(ScrollView, can_focus=True):
+class SettingList(LineView):
     """The list of settings with its cursor."""
 
-    DEFAULT_CSS = """
-    SettingList {
-        height: 1fr;
-        overflow-x: hidden;
-        scrollbar-size-vertical: 1;
-        text-wrap: nowrap;
-        text-overflow: ellipsis;
-    }
-    """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up,k", "move(-1)", show=False),
         Binding("down,j", "move(1)", show=False),
