@@ -49,10 +49,10 @@ def write_steps(steps: tuple[PlannedStep, ...], samples: TokenizedDataset, path:
 def sample(samples: TokenizedDataset, i: int) -> dict[str, list[int]]:
     """Token ids and labels of one sample."""
     ids = list(samples.token_ids(i))
-    trained = samples.trained(i)
+    loss_mask = samples.loss_mask(i)
     return {
         "input_ids": ids,
-        "labels": [token if use else IGNORED for token, use in zip(ids, trained, strict=True)],
+        "labels": [token if use else IGNORED for token, use in zip(ids, loss_mask, strict=True)],
     }
 
 

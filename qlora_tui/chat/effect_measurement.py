@@ -60,7 +60,7 @@ def measure_effect(
             break
         on_status(f"Comparing on conversation {number} of {len(chosen)}")
         ids = list(validation.token_ids(i)[:_MOST_TOKENS])
-        trained = validation.trained(i)[:_MOST_TOKENS]
+        trained = validation.loss_mask(i)[:_MOST_TOKENS]
         before = [t - 1 for t in range(1, len(ids)) if trained[t]]
         if before:
             session.check(BASE, ids)

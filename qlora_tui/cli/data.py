@@ -70,9 +70,9 @@ def _show(args: argparse.Namespace) -> CommandResult | int:
     if Path(args.file).is_dir():
         print(shown.path)
     tokens = sum(shown.token_counts)
-    for pieces, trained in zip(shown.samples, shown.trained_counts, strict=True):
-        _print_marked([(piece.text, piece.trained) for piece in pieces])
-        count = f"\n{trained:,} of {tokens:,} tokens are in the loss: those between "
+    for pieces, in_loss in zip(shown.samples, shown.trained_counts, strict=True):
+        _print_marked([(piece.text, piece.in_loss) for piece in pieces])
+        count = f"\n{in_loss:,} of {tokens:,} tokens are in the loss: those between "
         _print_marked([(count, False), ("these marks", True), (".", False)])
     if shown.refused:
         print(shown.refused)
@@ -82,13 +82,13 @@ def _show(args: argparse.Namespace) -> CommandResult | int:
 
 
 def _print_marked(pieces: Iterable[tuple[str, bool]]) -> None:
-    """Print a line with trained text bold and underlined, or in brackets if stdout is not a terminal."""
+    """Print a line with text in the loss bold and underlined, or in brackets if stdout is not a terminal."""
     bold, plain = ("\x1b[1;4m", "\x1b[0m") if sys.stdout.isatty() else ("⟦", "⟧")
-    for text, is_trained in pieces:
-        if is_trained:
+    for text, in_loss in pieces:
+        if in_loss:
             write_control(sys.stdout, bold)
         print(text, end="")
-        if is_trained:
+        if in_loss:
             write_control(sys.stdout, plain)
     print()
 

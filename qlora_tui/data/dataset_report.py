@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from qlora_tui.data.length_stats import Lengths
 from qlora_tui.data.problems import DataProblem
@@ -30,7 +30,7 @@ class Piece(Struct, frozen=True):
     """A stretch of a sample for display."""
 
     text: str
-    trained: bool
+    in_loss: bool = field(name="trained")
     special: bool
     """Whether the piece is one special token."""
 

@@ -142,7 +142,7 @@ def prompt_ids(
     return _by_pieces(RenderedText(text, ()), tokenizer, ()).token_ids
 
 
-def pieces(tokenizer: ChatTokenizer, token_ids: Sequence[int], trained: bytes) -> list[Piece]:
+def pieces(tokenizer: ChatTokenizer, token_ids: Sequence[int], loss_mask: bytes) -> list[Piece]:
     """Split a sample for display: stretches of text that train or do not, special tokens separately."""
     shown: list[Piece] = []
     start = 0
@@ -152,10 +152,10 @@ def pieces(tokenizer: ChatTokenizer, token_ids: Sequence[int], trained: bytes) -
             end < len(token_ids)
             and not special
             and token_ids[end] not in tokenizer.special_ids
-            and trained[end] == trained[start]
+            and loss_mask[end] == loss_mask[start]
         )
         if not goes_on:
-            shown.append(Piece(_text_at(tokenizer, token_ids, start, end), bool(trained[start]), special))
+            shown.append(Piece(_text_at(tokenizer, token_ids, start, end), bool(loss_mask[start]), special))
             start = end
     return shown
 
@@ -306,17 +306,17 @@ def _sample(
     ids = marked.ids
     cuts = dict(zip(_places(layout), marked.cuts, strict=True))
     cuts[0], cuts[len(layout.text)] = (0, False), (len(ids), False)
-    trained = bytearray(len(ids))
+    loss_mask = bytearray(len(ids))
     weights = array("f", bytes(4 * len(ids))) if layout.weights else None
     for number, (start, end) in enumerate(layout.spans):
         first, straddles = cuts[start]
         if straddles:
             return _by_pieces(layout, tokenizer, notes)
         last = cuts[end][0]
-        trained[first:last] = b"\x01" * (last - first)
+        loss_mask[first:last] = b"\x01" * (last - first)
         if weights is not None:
             weights[first:last] = array("f", [layout.weights[number]]) * (last - first)
-    return TokenizedSample(ids, bytes(trained), notes, weights)
+    return TokenizedSample(ids, bytes(loss_mask), notes, weights)
 
 
 def _by_pieces(layout: RenderedText, tokenizer: ChatTokenizer, notes: tuple[str, ...]) -> TokenizedSample:
@@ -326,7 +326,7 @@ def _by_pieces(layout: RenderedText, tokenizer: ChatTokenizer, notes: tuple[str,
     prompt separately.
     """
     ids: list[int] = []
-    trained = bytearray()
+    loss_mask = bytearray()
     weights = array("f")
     at = 0
     spans = (*layout.spans, (len(layout.text), len(layout.text)))
@@ -336,10 +336,10 @@ def _by_pieces(layout: RenderedText, tokenizer: ChatTokenizer, notes: tuple[str,
             for text, literal in _stretches(layout.text[first:last]):
                 new = tokenizer.encode_inside(text, literal) if ids or literal else tokenizer.encode(text)
                 ids += new
-                trained += bytes([flag]) * len(new)
+                loss_mask += bytes([flag]) * len(new)
                 weights.extend([flag * weight] * len(new))
         at = end
-    return TokenizedSample(ids, bytes(trained), notes, weights if layout.weights else None)
+    return TokenizedSample(ids, bytes(loss_mask), notes, weights if layout.weights else None)
 
 
 def _stretches(text: str) -> list[tuple[str, bool]]:

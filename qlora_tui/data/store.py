@@ -3,7 +3,7 @@
 One folder per data set. Little-endian, no headers:
 
 * ``tokens.u32``: every token id, sample after sample.
-* ``trained.u8``: one byte per token, 1 where it trains.
+* ``trained.u8``: one byte per token, 1 where it is in the loss.
 * ``weights.f32``: the loss weight of each token; exists only if some weigh neither 0 nor 1.
 * ``offsets.u64``: start of each sample, and the end of the last.
 * ``trained_counts.u32``, ``rows.u32``, ``sources.u16``: one entry per sample.
@@ -46,7 +46,7 @@ class StoredSample(Struct, frozen=True, array_like=True):
     """One training sample, as stored on disk."""
 
     tokens: bytes
-    trained: bytes
+    loss_mask: bytes
     weights: bytes | None = None
     """Loss weight of each token as 32-bit floats; None where each token that trains weighs 1."""
 
@@ -78,20 +78,20 @@ class Writer:
 
     def add(self, sample: StoredSample, source: int, row: int, key: int) -> None:
         """Add one sample."""
-        count = len(sample.trained)
-        self._add_weights(sample.trained, sample.weights)
+        count = len(sample.loss_mask)
+        self._add_weights(sample.loss_mask, sample.weights)
         self._end += count
         write = self._write
         write("tokens.u32", sample.tokens)
-        write("trained.u8", sample.trained)
+        write("trained.u8", sample.loss_mask)
         write("offsets.u64", array("Q", [self._end]))
-        write("trained_counts.u32", array("I", [sample.trained.count(1)]))
+        write("trained_counts.u32", array("I", [sample.loss_mask.count(1)]))
         write("rows.u32", array("I", [row]))
         write("sources.u16", array("H", [source]))
         self.keys.append(key)
         self.sources.append(source)
         self._hash.update(sample.tokens)
-        self._hash.update(sample.trained)
+        self._hash.update(sample.loss_mask)
 
     def finish(self, validation: frozenset[int], validation_source: int | None) -> str:
         """Write the two splits; return the hash of all files.
@@ -109,7 +109,7 @@ class Writer:
             self._hash.update(b"|")
         return self._hash.hexdigest()
 
-    def _add_weights(self, trained: bytes, weights: bytes | None) -> None:
+    def _add_weights(self, loss_mask: bytes, weights: bytes | None) -> None:
         if weights is not None:
             self._hash.update(weights)
             if _WEIGHTS not in self._files:
@@ -119,7 +119,7 @@ class Writer:
                     while flags := earlier.read(1 << 20):
                         self._write(_WEIGHTS, array("f", iter(flags)))
         if _WEIGHTS in self._files:
-            self._write(_WEIGHTS, weights or array("f", iter(trained)))
+            self._write(_WEIGHTS, weights or array("f", iter(loss_mask)))
 
     def _open(self, name: str) -> None:
         self._files[name] = self._stack.enter_context((self.folder / name).open("wb", buffering=1 << 20))
@@ -134,7 +134,7 @@ class Store:
     def __init__(self, folder: Path):
         self.folder = folder
         self.tokens = _mapped(folder / "tokens.u32", "I")
-        self.trained = _mapped(folder / "trained.u8", "B")
+        self.loss_mask = _mapped(folder / "trained.u8", "B")
         weighted = (folder / _WEIGHTS).exists()
         self.weights = _mapped(folder / _WEIGHTS, "f") if weighted else None
         self.offsets = _mapped(folder / "offsets.u64", "Q")
@@ -142,7 +142,7 @@ class Store:
         self.rows = _mapped(folder / "rows.u32", "I")
         self.sources = _mapped(folder / "sources.u16", "H")
         samples = len(self.offsets) - 1
-        tokens = {len(self.tokens), len(self.trained), self.offsets[-1]}
+        tokens = {len(self.tokens), len(self.loss_mask), self.offsets[-1]}
         if self.weights is not None:
             tokens.add(len(self.weights))
         if len(tokens) > 1 or not (
@@ -172,9 +172,9 @@ class Samples:
         """Return the token ids of sample ``i``, 32-bit unsigned."""
         return self._store.tokens[self._slice(i)]
 
-    def trained(self, i: int) -> memoryview:
-        """Return the loss mask of sample ``i``, one byte per token: 1 where it trains."""
-        return self._store.trained[self._slice(i)]
+    def loss_mask(self, i: int) -> memoryview:
+        """Return the loss mask of sample ``i``, one byte per token: 1 where it is in the loss."""
+        return self._store.loss_mask[self._slice(i)]
 
     @property
     def weighted(self) -> bool:

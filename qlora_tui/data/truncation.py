@@ -35,27 +35,27 @@ def truncate(
     return [part for part in parts if 1 in part.loss_mask[1:]]
 
 
-def _pieces(trained: bytes, max_length: int) -> Iterator[tuple[int, int]]:
+def _pieces(loss_mask: bytes, max_length: int) -> Iterator[tuple[int, int]]:
     """Yield start and end of the pieces of a split sample, in tokens.
 
     Each ends after the last answer that fits, so that the next begins with a turn. An answer that does not
     fit is cut at the limit. Of a question that fills a whole piece only the end is kept, before its answer.
     """
     start = 0
-    while len(trained) - start > max_length:
+    while len(loss_mask) - start > max_length:
         end = start + max_length
-        answer = trained.find(b"\x01", start)
+        answer = loss_mask.find(b"\x01", start)
         if answer < 0:
             return
         if answer >= end:
-            over = trained.find(b"\x00", answer) if 0 in trained[answer:] else len(trained)
+            over = loss_mask.find(b"\x00", answer) if 0 in loss_mask[answer:] else len(loss_mask)
             start = max(start, min(over - max_length, answer - max_length // 2))
             continue
         # The end of the last answer within the limit: a token that trains before one that does not.
-        turn_end = trained.rfind(b"\x01\x00", start, end + 1) + 1
+        turn_end = loss_mask.rfind(b"\x01\x00", start, end + 1) + 1
         yield start, turn_end or end
         start = turn_end or end
-    yield start, len(trained)
+    yield start, len(loss_mask)
 
 
 def _part(sample: TokenizedSample, start: int, end: int) -> TokenizedSample:

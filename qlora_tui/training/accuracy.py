@@ -25,7 +25,7 @@ _CHUNK_ROWS = 256
 
 def has_short_answers(samples: TokenizedDataset) -> bool:
     """Whether every sample has a short answer, so that exact-match accuracy is meaningful."""
-    return len(samples) > 0 and all(sum(samples.trained(i)) <= SHORT_TOKENS for i in range(len(samples)))
+    return len(samples) > 0 and all(sum(samples.loss_mask(i)) <= SHORT_TOKENS for i in range(len(samples)))
 
 
 @contextmanager

@@ -48,7 +48,7 @@ class TokenizedDataset(Protocol):
     def token_ids(self, i: int, /) -> Sequence[int]:
         """Token ids of sample ``i``."""
 
-    def trained(self, i: int, /) -> Sequence[int]:
+    def loss_mask(self, i: int, /) -> Sequence[int]:
         """1 for each token in the loss, else 0."""
 
     def weights(self, i: int, /) -> Sequence[float] | None:
@@ -163,7 +163,7 @@ def sum_loss_weights(rows: Sequence[Row], samples: TokenizedDataset) -> float:
 
     The first token of a sample does not count, because it is predicted from nothing.
     """
-    weights = (samples.weights(i) or samples.trained(i) for i in _samples_of(rows))
+    weights = (samples.weights(i) or samples.loss_mask(i) for i in _samples_of(rows))
     return sum(sum(of_one[1:]) for of_one in weights)
 
 
@@ -234,7 +234,7 @@ def _samples_of(rows: Sequence[Row]) -> Iterator[int]:
 
 
 def _labels(i: int, tokens: Tensor, samples: TokenizedDataset) -> Tensor:
-    labels = tokens.masked_fill(_tensor(samples.trained(i)) == 0, IGNORED)
+    labels = tokens.masked_fill(_tensor(samples.loss_mask(i)) == 0, IGNORED)
     # In a packed row the first token would be predicted from the last token of the sample before.
     labels[0] = IGNORED
     return labels

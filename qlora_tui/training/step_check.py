@@ -47,8 +47,8 @@ class Excerpt:
     """Some samples of the first micro-batch: a :class:`~qlora_tui.training.batches.TokenizedDataset`."""
 
     ids: tuple[tuple[int, ...], ...]
-    labels: tuple[tuple[int, ...], ...]
-    """1 for each token that is trained on, else 0."""
+    loss_masks: tuple[tuple[int, ...], ...]
+    """1 for each token in the loss, else 0."""
     loss_weights: tuple[tuple[float, ...] | None, ...]
 
     def __len__(self) -> int:
@@ -58,9 +58,9 @@ class Excerpt:
         """Token ids of one sample."""
         return self.ids[i]
 
-    def trained(self, i: int, /) -> Sequence[int]:
-        """1 for each token that is trained on, else 0."""
-        return self.labels[i]
+    def loss_mask(self, i: int, /) -> Sequence[int]:
+        """1 for each token in the loss, else 0."""
+        return self.loss_masks[i]
 
     def weights(self, i: int, /) -> Sequence[float] | None:
         """How much each token counts in the loss; None where each trained token counts 1."""
@@ -87,16 +87,16 @@ def excerpt_of(rows: Sequence[Row], samples: TokenizedDataset, *, tokens: int) -
     """
     first = [i for row in rows for i in row][:2]
     each = max(2, tokens // len(first))
-    ids, labels, weights = [], [], []
+    ids, loss_masks, weights = [], [], []
     for i in first:
-        trained = list(samples.trained(i))
-        end = max((at + 1 for at, on in enumerate(trained) if on), default=len(trained))
+        loss_mask = list(samples.loss_mask(i))
+        end = max((at + 1 for at, on in enumerate(loss_mask) if on), default=len(loss_mask))
         window = slice(max(0, end - each), end)
         of_sample = samples.weights(i)
         ids.append(tuple(samples.token_ids(i)[window]))
-        labels.append(tuple(trained[window]))
+        loss_masks.append(tuple(loss_mask[window]))
         weights.append(None if of_sample is None else tuple(of_sample[window]))
-    return Excerpt(tuple(ids), tuple(labels), tuple(weights))
+    return Excerpt(tuple(ids), tuple(loss_masks), tuple(weights))
 
 
 @dataclass(frozen=True)
@@ -211,9 +211,11 @@ class StepReference:
         excerpt, device = self._excerpt, self._device.torch_device
         losses: list[Tensor] = []
         self._model.zero_grad()
-        for ids, trained, weights in zip(excerpt.ids, excerpt.labels, excerpt.loss_weights, strict=True):
+        for ids, loss_mask, weights in zip(
+            excerpt.ids, excerpt.loss_masks, excerpt.loss_weights, strict=True
+        ):
             tokens = torch.tensor([ids], device=device)
-            targets = tokens[0].masked_fill(torch.tensor(trained, device=device) == 0, IGNORED)[1:]
+            targets = tokens[0].masked_fill(torch.tensor(loss_mask, device=device) == 0, IGNORED)[1:]
             trained_at = (targets != IGNORED).nonzero()[:, 0]
             with _autocast(self._device):
                 logits = self._model(input_ids=tokens, use_cache=False).logits[0, trained_at]

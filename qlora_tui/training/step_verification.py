@@ -195,7 +195,7 @@ def _affordable_tokens(longest: list[Row], samples: TokenizedDataset, device: Co
     The library keeps the logits of a whole sample where our loss keeps a chunk of them, and up to twice the
     activations per token.
     """
-    trained = sum(sum(samples.trained(i)) for row in longest for i in row)
+    trained = sum(sum(samples.loss_mask(i)) for row in longest for i in row)
     ours = 2 * min(LOSS_CHUNK_ROWS, trained) + 12 * LOSS_BLOCK_ROWS[device.kind]
     of_a_sample = ours // _LIBRARY_LOGITS_BYTES
     return min(

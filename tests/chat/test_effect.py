@@ -44,7 +44,7 @@ def scores_of(model: Any, conversations: Any) -> list[tuple[Any, Any]]:
     scores = []
     for i in range(len(conversations)):
         ids = torch.tensor([list(conversations.token_ids(i))])
-        trained = torch.tensor(list(conversations.trained(i)))[1:].bool()
+        trained = torch.tensor(list(conversations.loss_mask(i)))[1:].bool()
         with torch.no_grad():
             logits = model(input_ids=ids).logits[0, :-1][trained].double()
         scores.append((logits.log_softmax(-1), ids[0, 1:][trained]))

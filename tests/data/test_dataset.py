@@ -51,12 +51,12 @@ def test_what_is_stored_is_what_is_rendered(tmp_path: Path) -> None:
     tokenizer = family("chatml")
     for samples in (prepared.train, prepared.validation):
         for i in range(len(samples)):
-            ids, trained = list(samples.token_ids(i)), bytes(samples.trained(i))
+            ids, loss_mask = list(samples.token_ids(i)), bytes(samples.loss_mask(i))
             source_index, row = samples.origin(i)
             assert source_index == 0
-            assert samples.length(i) == len(ids) == len(trained)
-            assert samples.trained_count(i) == trained.count(1)
-            decoded = tokenizer.decode([t for t, flag in zip(ids, trained, strict=True) if flag])
+            assert samples.length(i) == len(ids) == len(loss_mask)
+            assert samples.trained_count(i) == loss_mask.count(1)
+            decoded = tokenizer.decode([t for t, flag in zip(ids, loss_mask, strict=True) if flag])
             assert decoded == f"answer {row - 1}<|im_end|>\n"
     total = sum(prepared.train.lengths()) + sum(prepared.validation.lengths())
     assert total == prepared.counts.tokens
@@ -356,32 +356,32 @@ def test_long_samples_are_fitted_as_the_recipe_says(too_long: Any, pieces: list[
 def test_a_split_piece_starts_within_a_turn_only_if_necessary(
     turns: list[tuple[int, int]], limit: int, tail: int
 ) -> None:
-    trained = b"".join(bytes(question) + b"\x01" * said for question, said in turns) + bytes(tail)
-    ids = list(range(len(trained)))
+    loss_mask = b"".join(bytes(question) + b"\x01" * said for question, said in turns) + bytes(tail)
+    ids = list(range(len(loss_mask)))
     length_of_turn = [question + said for question, said in turns for _ in range(question + said)]
     begins = set(accumulate((question + said for question, said in turns), initial=0))
     end = 0
-    for piece in truncate(TokenizedSample(ids, trained), limit, "split"):
+    for piece in truncate(TokenizedSample(ids, loss_mask), limit, "split"):
         first, last = piece.token_ids[0], piece.token_ids[-1]
         assert end <= first and len(piece.token_ids) <= limit and 1 in piece.loss_mask[1:]
-        assert piece.token_ids == ids[first : last + 1] and piece.loss_mask == trained[first : last + 1]
+        assert piece.token_ids == ids[first : last + 1] and piece.loss_mask == loss_mask[first : last + 1]
         assert first in begins or length_of_turn[first] > limit
         end = last + 1
 
 
 def test_a_conversation_is_split_after_answers() -> None:
     turns = [(6, 4), (5, 5), (3, 3)]
-    trained = b"".join(bytes(question) + b"\x01" * said for question, said in turns)
-    pieces = truncate(TokenizedSample(list(range(26)), trained), 18, "split")
+    loss_mask = b"".join(bytes(question) + b"\x01" * said for question, said in turns)
+    pieces = truncate(TokenizedSample(list(range(26)), loss_mask), 18, "split")
     assert [(p.token_ids[0], p.token_ids[-1]) for p in pieces] == [(0, 9), (10, 25)]
 
 
 def test_an_overlong_questions_end_stays_with_its_answer() -> None:
-    trained = bytes(50) + b"\x01" * 6 + bytes(4)
-    (piece,) = truncate(TokenizedSample(list(range(60)), trained), 20, "split")
+    loss_mask = bytes(50) + b"\x01" * 6 + bytes(4)
+    (piece,) = truncate(TokenizedSample(list(range(60)), loss_mask), 20, "split")
     assert (piece.token_ids[0], piece.token_ids[-1]) == (36, 55)
-    trained = bytes(50) + b"\x01" * 40
-    pieces = truncate(TokenizedSample(list(range(90)), trained), 20, "split")
+    loss_mask = bytes(50) + b"\x01" * 40
+    pieces = truncate(TokenizedSample(list(range(90)), loss_mask), 20, "split")
     assert [p.token_ids[0] for p in pieces] == [40, 60, 80]
 
 

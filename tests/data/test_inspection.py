@@ -112,7 +112,7 @@ def test_a_row_is_shown_as_the_model_will_see_it(tmp_path: Path) -> None:
     assert "".join(piece.text for piece in sample) == (
         "<|im_start|>user\nq 3?<|im_end|>\n<|im_start|>assistant\nanswer 3 xxx<|im_end|>\n"
     )
-    assert [piece.text for piece in sample if piece.trained] == ["answer 3 xxx", "<|im_end|>", "\n"]
+    assert [piece.text for piece in sample if piece.in_loss] == ["answer 3 xxx", "<|im_end|>", "\n"]
     assert shown.token_counts[0] == family("chatml").encode("".join(p.text for p in sample)).__len__()
 
 

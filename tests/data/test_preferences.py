@@ -92,7 +92,7 @@ def test_no_token_of_a_rejected_answer_is_trained(tmp_path: Path) -> None:
         for number in range(1, len(rows) + 1):
             (sample,) = show(source, number, family("chatml"), CHOSEN).samples
             assert BAD not in "".join(piece.text for piece in sample)
-            assert "".join(piece.text for piece in sample if piece.trained) == "This.<|im_end|>\n"
+            assert "".join(piece.text for piece in sample if piece.in_loss) == "This.<|im_end|>\n"
 
 
 def test_a_row_without_its_prompt_is_no_plain_text() -> None:

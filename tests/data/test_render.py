@@ -268,8 +268,8 @@ def test_the_pieces_put_together_are_the_whole_text() -> None:
     sample = render(conversation("unicode"), tokenizer)[0]
     shown = pieces(tokenizer, sample.token_ids, sample.loss_mask)
     assert "".join(piece.text for piece in shown) == tokenizer.decode(sample.token_ids)
-    assert [p.text for p in shown if p.special and p.trained] == ["<|eot_id|>", "<|eot_id|>"]
-    assert "👍" in [p.text for p in shown if p.trained]
+    assert [p.text for p in shown if p.special and p.in_loss] == ["<|eot_id|>", "<|eot_id|>"]
+    assert "👍" in [p.text for p in shown if p.in_loss]
 
 
 def test_the_answer_ends_are_known_to_whoever_generates() -> None:

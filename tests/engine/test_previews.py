@@ -54,7 +54,7 @@ async def reports(engine: EngineClient, path: Path, model: str = "") -> list[Rep
 async def test_a_row_comes_as_the_model_sees_it(engine: EngineClient, tmp_path: Path, model: str) -> None:
     shown = await row(engine, tickets(tmp_path / "t.jsonl"), 2, model)
     (pieces,) = shown.samples
-    assert "".join(p.text for p in pieces if p.trained) == "Parcel 2 is on its way.<|im_end|>\n"
+    assert "".join(p.text for p in pieces if p.in_loss) == "Parcel 2 is on its way.<|im_end|>\n"
     assert {p.text for p in pieces if p.special} == {"<|im_start|>", "<|im_end|>"}
     assert shown.trained_counts < shown.token_counts
 
@@ -62,7 +62,7 @@ async def test_a_row_comes_as_the_model_sees_it(engine: EngineClient, tmp_path: 
 async def test_without_a_model_a_row_is_shown_as_stored(engine: EngineClient, tmp_path: Path) -> None:
     shown = await row(engine, tickets(tmp_path / "t.jsonl"), 2)
     assert shown.token_counts == ()
-    assert [p.text for p in shown.samples[0] if p.trained] == ["Parcel 2 is on its way."]
+    assert [p.text for p in shown.samples[0] if p.in_loss] == ["Parcel 2 is on its way."]
 
 
 async def test_a_broken_row_is_refused_with_its_reason(engine: EngineClient, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ class Fake:
     def token_ids(self, i: int) -> list[int]:
         return [1000 * i + k for k in range(self._lengths[i])]
 
-    def trained(self, i: int) -> list[int]:
+    def loss_mask(self, i: int) -> list[int]:
         return [int(k >= self._lengths[i] // 2) for k in range(self._lengths[i])]
 
     def weights(self, i: int) -> list[float] | None:

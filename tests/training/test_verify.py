@@ -350,7 +350,7 @@ class _Samples:
     def token_ids(self, i: int) -> list[int]:
         return [list(range(30)), list(range(100, 104))][i]
 
-    def trained(self, i: int) -> list[int]:
+    def loss_mask(self, i: int) -> list[int]:
         return [[int(12 <= at < 20) for at in range(30)], [0, 0, 1, 1]][i]
 
     def weights(self, i: int) -> list[float] | None:
@@ -366,5 +366,5 @@ class _Samples:
 def test_an_excerpt_ends_with_the_last_trained_token() -> None:
     part = excerpt_of([(0,), (1,)], _Samples(), tokens=20)
     assert part.ids == (tuple(range(10, 20)), (100, 101, 102, 103))
-    assert part.labels == ((0, 0, 1, 1, 1, 1, 1, 1, 1, 1), (0, 0, 1, 1))
+    assert part.loss_masks == ((0, 0, 1, 1, 1, 1, 1, 1, 1, 1), (0, 0, 1, 1))
     assert part.tokens == 14

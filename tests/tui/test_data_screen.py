@@ -415,7 +415,7 @@ async def test_a_file_is_found_by_partial_name_and_remembered(model: str, here: 
     ("width", "end"), [(80, "calls-as-text"), (58, "tools-as-text …"), (45, "in loss …")]
 )
 def test_notes_on_a_row_never_end_in_the_middle(width: int, end: str) -> None:
-    piece = Piece("a", trained=True, special=False)
+    piece = Piece("a", in_loss=True, special=False)
     shown = Shown(1, ((piece,),), (256,), (62,), notes=("tools-as-text", "calls-as-text"))
     words = row_line(("", 1), None, shown, Data(max_length=256), width).plain
     assert words.rstrip().endswith(end) and len(words) <= width

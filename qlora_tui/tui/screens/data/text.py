@@ -75,8 +75,8 @@ def _row_problems(shown: Shown, problems: Sequence[DataProblem]) -> list[tuple[s
 def _styled(piece: Piece) -> tuple[str, str]:
     text = piece.text
     if piece.special:
-        return text, "reverse bold underline" if piece.trained else "reverse"
-    if not piece.trained:
+        return text, "reverse bold underline" if piece.in_loss else "reverse"
+    if not piece.in_loss:
         return text, "dim"
     # Line breaks in the loss are invisible; only those at the edges are marked, to keep the text readable.
     inner = text.strip("\n")
@@ -220,8 +220,8 @@ def totals(report: Report, recipe: Recipe, time: str = "", *, brief: bool = Fals
             f"{pluralize(counts.rows, 'row')} → {pluralize(counts.samples, 'sample')}", (reading, "bold")
         )
     )
-    learnt = format_percent(counts.trained_tokens / counts.tokens) if counts.tokens else "none"
-    parts.append(Content(f"{counts.tokens:,} tokens, {counts.trained_tokens:,} in loss ({learnt})"))
+    share_in_loss = format_percent(counts.trained_tokens / counts.tokens) if counts.tokens else "none"
+    parts.append(Content(f"{counts.tokens:,} tokens, {counts.trained_tokens:,} in loss ({share_in_loss})"))
     if report.complete:
         parts.append(Content(steps_line(report, recipe) + time))
     parts += map(Content, report.thinking[:1] if brief else report.thinking)
@@ -231,14 +231,14 @@ def totals(report: Report, recipe: Recipe, time: str = "", *, brief: bool = Fals
 
 def _rules(data: Data) -> str:
     packing = "packed" if data.packing else "not packed"
-    learns = "answers only" if data.train_on == "assistant" else "everything in loss"
+    scope = "answers only" if data.train_on == "assistant" else "everything in loss"
     if data.validation_path:
         held = f"validates on {Path(data.validation_path).name}"
     elif data.validation_fraction:
         held = f"{format_percent(data.validation_fraction)} for validation"
     else:
         held = "no validation"
-    return f"{learns} · {packing} · {held}"
+    return f"{scope} · {packing} · {held}"
 
 
 def lengths_line(report: Report, data: Data, width: int) -> Content:
