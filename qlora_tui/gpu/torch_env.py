@@ -18,6 +18,12 @@ _IDLE_MAX_CORES = 0.5
 ONEDNN_CACHE_CAPACITY = 128
 """Primitives that oneDNN, which multiplies bfloat16 on a CPU, caches. Its default is 1,024, of 0.3 MB each; a
 step uses about 70."""
+FLASH_BEFORE_CUDNN = {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1", "TORCH_CUDNN_SDPA_PREFERRED": "0"}
+"""Variables that keep cuDNN's attention behind flash attention.
+
+On datacenter Hopper and Blackwell torch prefers cuDNN, which builds a plan for each new length: about a
+second for forward and backward, in training for almost every sample. torch 2.9 reads the second variable,
+later versions the first (``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp``)."""
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -36,7 +42,7 @@ def configure_torch_env(extra: Mapping[str, str] = {}) -> None:
 
     Hugging Face libraries are offline from here on.
     """
-    kernels = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(ONEDNN_CACHE_CAPACITY)}
+    kernels = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(ONEDNN_CACHE_CAPACITY), **FLASH_BEFORE_CUDNN}
     for name, value in {**openmp_wait_policy(os.environ), **PCI_BUS_ORDER_ENV, **kernels, **extra}.items():
         os.environ.setdefault(name, value)
     for name, value in OFFLINE.items():

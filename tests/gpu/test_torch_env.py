@@ -70,3 +70,20 @@ def test_the_environment_is_set_before_heavy_imports() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
     )
     assert output.stdout.split() == ["1", "0"]
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [({}, ["1", "0"]), ({"TORCH_CUDNN_SDPA_DEPRIORITIZED": "0"}, ["0", "0"])],
+)
+def test_cudnn_attention_comes_after_flash_unless_the_user_chose(
+    own: dict[str, str], expected: list[str]
+) -> None:
+    code = (
+        "import os; from qlora_tui.gpu.torch_env import configure_torch_env; configure_torch_env();"
+        "print(os.environ['TORCH_CUDNN_SDPA_DEPRIORITIZED'], os.environ['TORCH_CUDNN_SDPA_PREFERRED'])"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | own
+    )
+    assert output.stdout.split() == expected
