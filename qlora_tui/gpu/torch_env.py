@@ -32,6 +32,14 @@ OFFLINE = {
     "DO_NOT_TRACK": "1",
 }
 """Variables for offline mode: a process that loads a model has model and data on this machine."""
+_ALLOCATOR = "PYTORCH_ALLOC_CONF"
+_CUDA_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+"""The older name. torch reads it first (``c10/cuda/CUDAAllocatorConfig.h``)."""
+_READS_ALLOCATOR = (2, 10)
+"""First version of torch that reads ``PYTORCH_ALLOC_CONF`` for CUDA: 2.9 ignores ``expandable_segments`` in
+it (pytorch issue 183387), earlier ones do not know it."""
+_GROWING_SEGMENTS = "expandable_segments:True"
+"""Reduces the fragmentation that varying sample lengths cause."""
 offline_variables_set: set[str] = set()
 """Variables of ``OFFLINE`` that this process set because the user had not set them."""
 _USER_WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
@@ -53,6 +61,38 @@ def configure_torch_env(extra: Mapping[str, str] = {}) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     _log_bitsandbytes_warnings()
+
+
+def allocator_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables for torch's CUDA allocator that a trainer is to set.
+
+    Growing segments, or what the user set under either name; under the older name too where the installed
+    torch reads no other.
+    """
+    if _CUDA_ALLOCATOR in environ:
+        return {}
+    value = environ.get(_ALLOCATOR, _GROWING_SEGMENTS)
+    names = (_ALLOCATOR,) if _torch_version() >= _READS_ALLOCATOR else (_ALLOCATOR, _CUDA_ALLOCATOR)
+    return {name: value for name in names if name not in environ}
+
+
+def grows_segments(environ: Mapping[str, str]) -> bool:
+    """Return whether the CUDA allocator grows its segments in a trainer started with these variables."""
+    settings = environ.get(_CUDA_ALLOCATOR, environ.get(_ALLOCATOR, _GROWING_SEGMENTS))
+    values = dict(pair.split(":", 1) for pair in settings.replace(" ", "").split(",") if ":" in pair)
+    return values.get("expandable_segments") == "True"
+
+
+def _torch_version() -> tuple[int, ...]:
+    """Major and minor version of the installed torch, which is not imported; of the newest without torch."""
+    # Imported here because the app does not need it.
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        numbers = version("torch").split(".")[:2]
+    except PackageNotFoundError:
+        return _READS_ALLOCATOR
+    return tuple(int(number) for number in numbers)
 
 
 def _log_bitsandbytes_warnings() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 
 import psutil
 
 from qlora_tui.gpu.errors import GpuUnavailableError
 from qlora_tui.gpu.metrics import GpuDevice
+from qlora_tui.gpu.torch_env import grows_segments
 from qlora_tui.gpu.visible_devices import default_cuda_device
 from qlora_tui.memory.calibration import correction_for
 from qlora_tui.memory.cpu import liger_is_installed, this_processor, torch_is_for_cuda
@@ -29,17 +31,15 @@ class MemoryBudget:
 
 def budget_for(gpu: GpuDevice | None, assumed_bytes: int | None = None) -> MemoryBudget:
     """Return the budget of this GPU, of an assumed size, or of the machine's memory without either."""
+    cuda = Device(liger=liger_is_installed(), expandable_segments=grows_segments(os.environ))
     if assumed_bytes is not None:
         # Not this machine's GPU: corrections measured here do not apply.
-        liger = liger_is_installed()
-        device = Device(liger=liger) if gpu is None else Device(capability=_capability(gpu), liger=liger)
+        device = cuda if gpu is None else replace(cuda, capability=_capability(gpu))
         return MemoryBudget(
             device, assumed_bytes, f"a GPU with {assumed_bytes / 2**30:.1f} GiB", is_assumed=True
         )
     if gpu is not None and gpu.usable_bytes is not None:
-        device = Device(
-            capability=_capability(gpu), liger=liger_is_installed(), correction=correction_for(gpu.name)
-        )
+        device = replace(cuda, capability=_capability(gpu), correction=correction_for(gpu.name))
         return MemoryBudget(device, gpu.usable_bytes, gpu.short_name)
     cpu = this_processor()
     return MemoryBudget(

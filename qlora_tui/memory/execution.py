@@ -52,6 +52,8 @@ class Device:
     """Whether torch is a CUDA build, whose libraries a process loads even on a CPU."""
     liger: bool = False
     """Whether Liger's kernels are installed, on a GPU."""
+    expandable_segments: bool = True
+    """Whether the CUDA allocator grows its segments, as the trainer requests where the user does not."""
     correction: Correction | None = None
     """Correction from past runs on the device."""
 
@@ -143,6 +145,7 @@ def trainer_execution(
         device=device.kind,
         capability=device.capability,
         cuda_libraries=device.cuda_libraries,
+        expandable_segments=device.expandable_segments,
     )
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from qlora_tui.errors import EXIT_USAGE, UserError
-from qlora_tui.gpu.torch_env import configure_torch_env
+from qlora_tui.gpu.torch_env import allocator_variables, configure_torch_env
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.retry import RetryPlan, parse_plan
 from qlora_tui.training.supervisor import run_trainer
 
 _ENVIRONMENT = {
-    # Growing segments reduce the fragmentation that varying sample lengths cause.
-    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     # Child processes, such as the reader of a Hub dataset, must not use the network either.
     "HF_HUB_OFFLINE": "1",
 }
@@ -31,7 +30,7 @@ def main() -> int:
         plan = RetryPlan() if arguments.plan is None else parse_plan(arguments.plan)
         if not run.path.is_dir():
             raise UserError("No such run", what=f"{run.path} is not a run directory.", exit_code=EXIT_USAGE)
-        configure_torch_env(_ENVIRONMENT)
+        configure_torch_env({**allocator_variables(os.environ), **_ENVIRONMENT})
         return run_trainer(run, plan)
     except UserError as problem:
         print(problem, file=sys.stderr)

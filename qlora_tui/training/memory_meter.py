@@ -17,6 +17,7 @@ from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.errors import UserError
 from qlora_tui.gpu.driver import open_driver
 from qlora_tui.gpu.errors import GpuUnavailableError
+from qlora_tui.gpu.torch_env import grows_segments
 from qlora_tui.gpu.visible_devices import default_cuda_device
 from qlora_tui.memory import Device as EstimatedDevice
 from qlora_tui.memory import Estimate, MeasuredRun, correction_for, estimate, record_run, trainer_execution
@@ -181,6 +182,7 @@ def _as_estimated(device: ComputeDevice) -> EstimatedDevice:
         native_bfloat16=device.dtype == torch.bfloat16,
         cuda_libraries=torch_is_for_cuda(),
         liger=cuda and liger_is_installed(),
+        expandable_segments=grows_segments(os.environ),
     )
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from qlora_tui import paths
 from qlora_tui.gpu import torch_env
-from qlora_tui.gpu.torch_env import openmp_wait_policy
+from qlora_tui.gpu.torch_env import allocator_variables, grows_segments, openmp_wait_policy
 
 
 @pytest.mark.parametrize(
@@ -87,3 +87,41 @@ def test_cudnn_attention_comes_after_flash_unless_the_user_chose(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | own
     )
     assert output.stdout.split() == expected
+
+
+NEW, OLD, GROWING = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
+
+
+@pytest.mark.parametrize(
+    ("torch", "own", "expected"),
+    [
+        ("2.13.0+cpu", {}, {NEW: GROWING}),
+        ("2.10.0", {}, {NEW: GROWING}),
+        ("2.9.1+cu128", {}, {NEW: GROWING, OLD: GROWING}),
+        ("2.6.0", {NEW: "backend:native"}, {OLD: "backend:native"}),
+        ("2.6.0", {OLD: ""}, {}),
+        ("2.13.0", {OLD: "max_split_size_mb:64"}, {}),
+        ("2.13.0", {NEW: "max_split_size_mb:64"}, {}),
+    ],
+)
+def test_allocator_settings_use_the_name_this_torch_reads(
+    monkeypatch: pytest.MonkeyPatch, torch: str, own: dict[str, str], expected: dict[str, str]
+) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda package: torch)
+    assert allocator_variables(own) == expected
+
+
+@pytest.mark.parametrize(
+    ("own", "grows"),
+    [
+        ({}, True),
+        ({NEW: "max_split_size_mb:64, expandable_segments:True"}, True),
+        ({NEW: "expandable_segments:False"}, False),
+        ({NEW: "max_split_size_mb:64"}, False),
+        ({OLD: ""}, False),
+        ({OLD: "expandable_segments:False", NEW: GROWING}, False),
+        ({NEW: "roundup_power2_divisions:[256:1,>:8],expandable_segments:True"}, True),
+    ],
+)
+def test_segments_grow_unless_the_user_said_otherwise(own: dict[str, str], grows: bool) -> None:
+    assert grows_segments(own) is grows

@@ -20,6 +20,7 @@ from qlora_tui.memory import (
     largest_model_size,
     largest_settings,
 )
+from qlora_tui.memory.budget import budget_for
 from qlora_tui.memory.levels import CUDA_LIBRARIES_BYTES
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
 from tests.catalog.configs import config
@@ -68,6 +69,13 @@ def test_more_costs_more(key: str, small: object, large: object) -> None:
     less = estimate(Recipe(**{key: small}), qwen_7b())  # type: ignore[arg-type]  # one section each
     more = estimate(Recipe(**{key: large}), qwen_7b())  # type: ignore[arg-type]
     assert less.process_bytes < more.process_bytes
+
+
+def test_own_allocator_settings_reach_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    growing = estimate(Recipe(), qwen_7b(), device=budget_for(None, 24 * GIB).device)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:False")
+    fixed = estimate(Recipe(), qwen_7b(), device=budget_for(None, 24 * GIB).device)
+    assert fixed.reserved_bytes > growing.reserved_bytes
 
 
 def test_an_unknown_target_is_named() -> None:
