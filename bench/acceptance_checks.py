@@ -203,7 +203,7 @@ def grid(box: Box) -> Outcome:
 
 
 def memory(box: Box) -> Outcome:
-    """A micro-batch that cannot fit: the run halves it, goes on, and learns from as many rows a step."""
+    """A micro-batch that cannot fit: the run halves it and still trains on as many rows per step."""
     from qlora_tui.catalog.local_models import resolve_model
     from qlora_tui.memory import estimate
 
@@ -261,7 +261,7 @@ def nvml(box: Box) -> Outcome:
 
 def ways(box: Box) -> Outcome:
     """The usual script, TRL's packing and ours."""
-    from bench.training import TRL_PYTHON, one_setting, shared_work
+    from bench.training import TRL_PYTHON, one_setting, shared_job
 
     if not box.has_gpu:
         raise Skip("bench/training.py measures it on a CPU")
@@ -272,7 +272,7 @@ def ways(box: Box) -> Outcome:
     args = argparse.Namespace(
         model=str(box.model), data=str(box.long_rows), samples=12, validation=4, dtype="bfloat16"
     )
-    work = shared_work(args, scratch)
+    work = shared_job(args, scratch)
     results = {
         name: one_setting(replace(work, **changes), 3, scratch)
         for name, changes in {

@@ -1,4 +1,4 @@
-"""How fast and lean the chat answers, beside plain ``generate`` with the same adapter unmerged.
+"""Speed and memory of the chat, beside plain ``generate`` with the same adapter unmerged.
 
     python -m bench.chat MODEL [--adapter FOLDER] [--tokens 48] [--rounds 7] [--json]
 
@@ -101,7 +101,7 @@ def _in_turns(
             for name in QUESTIONS:
                 print(json.dumps([name, tokens]), file=child.stdin, flush=True)
                 if not (line := child.stdout.readline()):
-                    raise SystemExit(f"{way} ended; why is told above.")
+                    raise SystemExit(f"{way} ended; the reason is above.")
                 answer = Answered(**json.loads(line))
                 if number >= 0:
                     answers[way][name].append(answer)
@@ -145,7 +145,7 @@ def _medians(answers: list[Answered]) -> dict[str, float]:
 
 
 def serve(answer: Answer) -> None:
-    """Answer what is asked on stdin, a line each."""
+    """Answer each line of stdin."""
     for line in sys.stdin:
         name, tokens = json.loads(line)
         print(json.dumps(asdict(answer(QUESTIONS[name], tokens))), flush=True)

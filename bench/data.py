@@ -2,11 +2,12 @@
 
     python -m bench.data --model FOLDER [--rows 200000] [--repeats 3] [--skip-trl]
 
-Writes ``--rows`` conversations to a JSONL file, then lets the sides go in turn from that file to samples with
-an assistant mask, each time cold and in a process of its own. Tells rows a second, seconds of processor time,
-and the most memory the process tree held (the sum of resident sizes, sampled); of all repeats the median. The
-model folder gives the tokenizer; both use the chat template of Qwen2.5 from ``trl``. TRL runs as it does by
-default and with a worker a core; the faster of the two counts. Only ours holds rows back to validate on.
+Writes ``--rows`` conversations to a JSONL file, then runs the sides in turn from that file to samples with
+an assistant mask, each time cold and in a process of its own. Prints rows a second, seconds of processor
+time, and the most memory the process tree held (the sum of resident sizes, sampled); of all repeats the
+median. The model folder gives the tokenizer; both use the chat template of Qwen2.5 from ``trl``. TRL runs
+as it does by default and with a worker a core; the faster of the two counts. Only ours holds rows back to
+validate on.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ def theirs(path: Path, model: Path, workers: int | None) -> dict[str, Any]:
 
 
 def measured(words: list[str], home: Path) -> dict[str, Any]:
-    """Run this file with ``words`` in a process of its own; its answer, and the most memory of its tree."""
+    """Run this file with ``words`` in its own process; return its result and its tree's peak memory."""
     environment = {
         **os.environ,
         "XDG_CACHE_HOME": str(home),

@@ -1,4 +1,4 @@
-"""What ``fitcheck-llm`` says of a row, asked in an environment of its own (``make bench-deps``)."""
+"""The estimate of ``fitcheck-llm`` for a row, in a separate environment (``make bench-deps``)."""
 
 from __future__ import annotations
 

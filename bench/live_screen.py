@@ -260,7 +260,7 @@ def _fake_run(trainer: FakeTrainer, *, live: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _home() -> Iterator[None]:
-    """A home of its own, so that no run but ours is seen."""
+    """A private home, so that only our run is shown."""
     before = dict(os.environ)
     with tempfile.TemporaryDirectory() as home:
         os.environ |= {f"XDG_{kind}_HOME": f"{home}/{kind.lower()}" for kind in ("CONFIG", "STATE", "CACHE")}

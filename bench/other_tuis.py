@@ -1,6 +1,6 @@
-"""Programs of the same kind, to be measured as ours is: ``btop``, and ``nvitop`` with a GPU real or played.
+"""Programs of the same kind, measured like ours: ``btop``, and ``nvitop`` with a real or simulated GPU.
 
-Each looks once a second, as ours does, and has a help that a key opens.
+Each samples once a second, as ours does, and has a help that a key opens.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def installed() -> list[Neighbour]:
 
 
 def _gpu_env() -> dict[str, str]:
-    """``nvitop`` needs a GPU, played where there is none."""
+    """Return the environment in which ``nvitop`` has a GPU, simulated where there is none."""
     if Path("/dev/nvidiactl").exists():
         return {}
     from bench.support.nvml_stub import stub_env

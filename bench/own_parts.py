@@ -321,7 +321,7 @@ def _compare_pools(folder: Path) -> None:
 
 
 def _again(*words: str) -> None:
-    """Run this file with ``words`` in a process of its own."""
+    """Run this file with ``words`` in its own process."""
     subprocess.run([sys.executable, "-m", "bench.own_parts", *words], check=True)
 
 

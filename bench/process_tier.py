@@ -109,7 +109,7 @@ class Watch:
 
 
 def main() -> int:
-    """Measure the cells that were asked for; print a table."""
+    """Measure the requested cells; print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", required=True, nargs="+", help="GGUF files or models' folders")
     parser.add_argument("--data", required=True, help="a file of conversations")

@@ -17,8 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.baselines.runner import Measured, measure
-from bench.training import add_data_arguments, say, shared_work
+from bench.baselines.runner import Measurement, measure
+from bench.training import add_data_arguments, say, shared_job
 
 BASES: dict[str, dict[str, Any]] = {
     "16-bit": {"method": "none"},
@@ -35,29 +35,29 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    runs: dict[str, list[Measured]] = {name: [] for name in BASES}
+    runs: dict[str, list[Measurement]] = {name: [] for name in BASES}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        work = replace(shared_work(args, scratch), dropout=0.05)
+        job = replace(shared_job(args, scratch), dropout=0.05)
         for seed in range(1, args.seeds + 1):
             for number, (name, base) in enumerate(BASES.items()):
                 out = str(scratch / f"{seed}-{number}")
                 result = measure(
-                    sys.executable, "qlora_tui_run", replace(work, **base, out=out, seed=seed), scratch
+                    sys.executable, "qlora_tui_run", replace(job, **base, out=out, seed=seed), scratch
                 )
                 runs[name].append(result)
                 say(f"  seed {seed}  {name:<26} {last(result):.4f}")
-    report = {"dtype": work.dtype, "tokens": runs["16-bit"][0].tokens, "bases": summary(runs)}
+    report = {"dtype": job.dtype, "tokens": runs["16-bit"][0].tokens, "bases": summary(runs)}
     print(json.dumps(report) if args.json else table(report))
     return 0
 
 
-def last(run: Measured) -> float:
-    """Validation loss when all is learnt."""
+def last(run: Measurement) -> float:
+    """Validation loss after training."""
     return run.evaluated[max(run.evaluated)]
 
 
-def summary(runs: dict[str, list[Measured]]) -> dict[str, dict[str, Any]]:
+def summary(runs: dict[str, list[Measurement]]) -> dict[str, dict[str, Any]]:
     """Validation losses of each base, and how far they are from those of 16 bits, seed by seed."""
     summaries = {}
     for name, each in runs.items():

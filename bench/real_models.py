@@ -29,8 +29,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench.baselines.job import Work
-from bench.baselines.runner import Measured, lines_of, measure
+from bench.baselines.job import TrainingJob
+from bench.baselines.runner import Measurement, lines_of, measure
 from bench.training import quickest_dtype, say
 from qlora_tui.demo.conversations import CONVERSATIONS
 from qlora_tui.demo.demo_model import ensure_model
@@ -102,8 +102,8 @@ class Agreement:
 class Pair:
     """Both runs in one dtype."""
 
-    ours: Measured
-    plain: Measured
+    ours: Measurement
+    plain: Measurement
 
 
 def main() -> int:
@@ -145,36 +145,36 @@ def main() -> int:
 
 def compare(model: Path, args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Train one model every way, and ours and plain once more in the other dtype."""
-    work = Work(
+    job = TrainingJob(
         model=str(model),
         rows=str(Path(args.data).resolve()),
         out=str(scratch / "batches"),
         dtype=quickest_dtype(),
         row_tokens=args.row_tokens,
-        schedule="cosine",
-        warmup=0.1,
+        lr_scheduler="cosine",
+        warmup_ratio=0.1,
         max_steps=args.steps,
         batches=str(scratch / "batches.jsonl"),
     )
-    file = work.write(scratch / "batches.json")
+    file = job.write(scratch / "batches.json")
     (data,) = lines_of(sys.executable, "bench.baselines.batches", [str(file)], scratch / "batches.log")
-    runs: dict[str, list[Measured]] = {name: [] for name in WAYS}
+    runs: dict[str, list[Measurement]] = {name: [] for name in WAYS}
     for repeat in range(args.repeats):
         for name in list(WAYS) if repeat % 2 == 0 else list(reversed(WAYS)):
-            runs[name].append(run_one(name, replace(work, out=str(scratch / f"{name}-{repeat}")), scratch))
+            runs[name].append(run_one(name, replace(job, out=str(scratch / f"{name}-{repeat}")), scratch))
     ours = runs["ours"][0]
     if ours.data_hash != data["hash"]:
         raise SystemExit("The run read other tokens than were written for the plain script.")
-    (other_dtype,) = set(DTYPES) - {work.dtype}
-    pairs = {work.dtype: Pair(ours, runs["plain"][0])}
+    (other_dtype,) = set(DTYPES) - {job.dtype}
+    pairs = {job.dtype: Pair(ours, runs["plain"][0])}
     pairs[other_dtype] = Pair(
         *(
-            run_one(name, replace(work, out=str(scratch / f"{name}-other"), dtype=other_dtype), scratch)
+            run_one(name, replace(job, out=str(scratch / f"{name}-other"), dtype=other_dtype), scratch)
             for name in ("ours", "plain")
         )
     )
     return {
-        "dtype": work.dtype,
+        "dtype": job.dtype,
         "tokens": ours.tokens,
         "steps": {dtype: asdict(pairs[dtype]) for dtype in DTYPES},
         "agreement": [
@@ -193,11 +193,11 @@ def compare(model: Path, args: argparse.Namespace, scratch: Path) -> dict[str, A
     }
 
 
-def run_one(name: str, work: Work, scratch: Path) -> Measured:
+def run_one(name: str, job: TrainingJob, scratch: Path) -> Measurement:
     """Train once, and say how fast."""
-    measured = measure(sys.executable, WAYS[name], work, scratch)
+    measured = measure(sys.executable, WAYS[name], job, scratch)
     say(
-        f"  {name:<8} {work.dtype:<9} {measured.tokens_per_s:6.1f} tokens/s"
+        f"  {name:<8} {job.dtype:<9} {measured.tokens_per_s:6.1f} tokens/s"
         f"  +{measured.growth_bytes / 2**20:,.0f} MiB"
     )
     return measured

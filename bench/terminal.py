@@ -1,4 +1,4 @@
-"""A program on a pseudo-terminal, watched: what it paints, when, and what it costs."""
+"""A program on a pseudo-terminal: its output, with times, and its memory and processor time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SILENCE_S = 0.02
 
 
 class Link:
-    """A slow line between program and eyes, reckoned and not waited for."""
+    """A slow connection between program and user, computed rather than waited for."""
 
     def __init__(self, bytes_per_s: float, delay_s: float) -> None:
         self.delay_s = delay_s
@@ -34,7 +34,7 @@ class Link:
         self._free_at = 0.0
 
     def arrival(self, sent_at: float, size: int) -> float:
-        """When the last of ``size`` bytes sent at ``sent_at`` is there; what was sent before goes first."""
+        """Return when the last of ``size`` bytes sent at ``sent_at`` arrives, after all sent before."""
         self._free_at = max(sent_at, self._free_at) + size / self._bytes_per_s
         return self._free_at + self.delay_s
 
@@ -83,7 +83,7 @@ class Terminal:
         self.hang_up()
 
     def hang_up(self) -> None:
-        """Take the terminal away. No signal tells of it: the terminal does not control the program."""
+        """Close the terminal, without a signal: it is not the program's controlling terminal."""
         if self._screen >= 0:
             os.close(self._screen)
         self._screen = -1
@@ -127,7 +127,7 @@ class Terminal:
         return len(self.painted) - before
 
     def answer_s(self, key: str, shows: str, seconds: float = 10.0) -> float | None:
-        """Seconds from a key to the sight of what it brings, both ways of the link in them; None: never."""
+        """Return seconds from a key until ``shows`` is seen, including both ways of the link; None: never."""
         away = self._link.delay_s if self._link else 0.0
         self.watch(away)
         before, pressed = len(self.painted), time.perf_counter()

@@ -144,7 +144,7 @@ def cut_config(family: str, layers: int = 2) -> dict[str, Any]:
 
 
 def recipe_of(case: Case) -> Recipe:
-    """The recipe a case stands for."""
+    """Return the recipe of a case."""
     targets = ("all-linear",) if case.wide else NARROW.get(case.family, ("q_proj", "v_proj"))
     return Recipe(
         model=Model(),

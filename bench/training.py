@@ -1,4 +1,4 @@
-"""Training speed, memory and outcome: the usual script and TRL's packing beside this program.
+"""Speed, memory and loss of training: the usual script and TRL's packing beside this program.
 
     python -m bench.training --model FOLDER --data ALPACA.json [--repeats 3] [--json]
 
@@ -22,8 +22,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from bench.baselines.job import Work
-from bench.baselines.runner import Measured, lines_of, measure
+from bench.baselines.job import TrainingJob
+from bench.baselines.runner import Measurement, lines_of, measure
 
 WAYS = {"a": "hf_trainer", "b": "trl_packed", "c": "qlora_tui_run"}
 TRL_PYTHON = Path(__file__).parents[1] / ".bench-venv" / "bin" / "python"
@@ -46,17 +46,17 @@ def main() -> int:
         sys.exit("`make bench-deps` first: it makes the environment that TRL runs in.")
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        work = shared_work(args, scratch)
-        report: dict[str, Any] = {"dtype": work.dtype, "limit": limit(work, scratch), "settings": {}}
+        job = shared_job(args, scratch)
+        report: dict[str, Any] = {"dtype": job.dtype, "limit": limit(job, scratch), "settings": {}}
         for name in args.settings:
             say(name)
-            report["settings"][name] = one_setting(replace(work, **SETTINGS[name]), args.repeats, scratch)
+            report["settings"][name] = one_setting(replace(job, **SETTINGS[name]), args.repeats, scratch)
     print(json.dumps(report) if args.json else table(report))
     return 0
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, *, samples: int, validation: int) -> None:
-    """What :func:`shared_work` reads."""
+    """What :func:`shared_job` reads."""
     parser.add_argument("--model", required=True, help="a model's folder")
     parser.add_argument("--data", required=True, help="a JSON list of instruction, input, output")
     parser.add_argument("--samples", type=int, default=samples, help="conversations to train on")
@@ -64,13 +64,13 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, samples: int, validat
     parser.add_argument("--dtype", default="", help="float32 or bfloat16; what the device is quickest at")
 
 
-def shared_work(args: argparse.Namespace, scratch: Path) -> Work:
-    """Conversations drawn once, and what every way is given."""
+def shared_job(args: argparse.Namespace, scratch: Path) -> TrainingJob:
+    """Conversations drawn once, and what every way is read_job."""
     rows = json.loads(Path(args.data).read_text())
     random.Random(0).shuffle(rows)
     train = write_rows(rows[: args.samples], scratch / "train.jsonl")
     held_out = write_rows(rows[args.samples : args.samples + args.validation], scratch / "validation.jsonl")
-    return Work(
+    return TrainingJob(
         model=str(Path(args.model).resolve()),
         rows=str(train),
         validation=str(held_out),
@@ -97,27 +97,27 @@ def quickest_dtype() -> str:
     return find_device(Recipe()).dtype_name
 
 
-def limit(work: Work, scratch: Path) -> float:
+def limit(job: TrainingJob, scratch: Path) -> float:
     """Tokens a second if matrix products were all."""
-    file = work.write(scratch / "limit.json")
+    file = job.write(scratch / "limit.json")
     (line,) = lines_of(sys.executable, "bench.baselines.matmul_limit", [str(file)], scratch / "limit.log")
     return float(line["tokens_per_s"])
 
 
-def one_setting(work: Work, repeats: int, scratch: Path) -> dict[str, Any]:
-    """All ways, in alternating order; a repeat has a seed of its own."""
-    runs: dict[str, list[Measured]] = {key: [] for key in WAYS}
+def one_setting(job: TrainingJob, repeats: int, scratch: Path) -> dict[str, Any]:
+    """Run all trainers in alternating order; each repeat has its own seed."""
+    runs: dict[str, list[Measurement]] = {key: [] for key in WAYS}
     judged: dict[str, list[float]] = {key: [] for key in WAYS}
     for repeat in range(repeats):
         folders = {}
         for key in list(WAYS) if repeat % 2 == 0 else list(reversed(WAYS)):
             out = scratch / f"{len(list(scratch.iterdir()))}-{key}"
             python = str(TRL_PYTHON) if key == "b" else sys.executable
-            result = measure(python, WAYS[key], replace(work, out=str(out), seed=repeat + 1), scratch)
+            result = measure(python, WAYS[key], replace(job, out=str(out), seed=repeat + 1), scratch)
             runs[key].append(result)
             folders[str(out)] = key
             say(f"  {key} {result.tokens_per_s:6.1f} tokens/s  +{result.growth_bytes / 2**20:,.0f} MiB")
-        file = work.write(scratch / "judge.json")
+        file = job.write(scratch / "judge.json")
         for line in lines_of(
             sys.executable, "bench.baselines.evaluate_adapters", [str(file), *folders], scratch / "judge.log"
         ):
@@ -142,7 +142,7 @@ def one_setting(work: Work, repeats: int, scratch: Path) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """For eyes."""
+    """Format the results as a table."""
     lines = [f"matrix products alone: {report['limit']:.0f} tokens/s in {report['dtype']}"]
     for name, setting in report["settings"].items():
         lines += ["", f"{name} (base: validation loss {setting['base_validation_loss']:.4f})"]

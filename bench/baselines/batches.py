@@ -1,7 +1,7 @@
 """What a run of this program learns from, step by step, written to a file for other ways to train on.
 
-``python -m bench.baselines.batches WORK.json`` renders and lays out the rows as the run will, and writes
-``work.batches``. It prints ``data`` with the digest that the run prints too, so that a caller knows that both
+``python -m bench.baselines.batches JOB.json`` renders and lays out the rows as the run will, and writes
+``job.batches``. It prints ``data`` with the digest that the run prints too, so that a caller knows that both
 read the same tokens and labels.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from bench.baselines.job import Work, given, tell
+from bench.baselines.job import TrainingJob, read_job, tell
 from bench.baselines.qlora_tui_run import recipe, use_private_home
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.data.dataset import prepare
@@ -22,19 +22,19 @@ IGNORED = -100
 
 
 def main() -> None:
-    """Write the steps of the work named on the command line."""
-    work = given()
-    use_private_home(work)
-    tell("data", hash=write_batches(work))
+    """Write the steps of the job named on the command line."""
+    job = read_job()
+    use_private_home(job)
+    tell("data", hash=write_batches(job))
 
 
-def write_batches(work: Work) -> str:
-    """Render and lay out the rows, and write ``work.batches``; returns the digest."""
-    wanted = recipe(work)
-    tokenizer = ChatTokenizer.from_folder(resolve_model(work.model).folder, wanted.model.chat_template)
+def write_batches(job: TrainingJob) -> str:
+    """Render and lay out the rows, and write ``job.batches``; returns the digest."""
+    wanted = recipe(job)
+    tokenizer = ChatTokenizer.from_folder(resolve_model(job.model).folder, wanted.model.chat_template)
     data = prepare(wanted, tokenizer)
     schedule = plan_steps(data.train, wanted, packing_isolated=True)
-    write_steps(schedule.steps, data.train, Path(work.batches))
+    write_steps(schedule.steps, data.train, Path(job.batches))
     return data.data_hash
 
 

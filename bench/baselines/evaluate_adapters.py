@@ -1,6 +1,6 @@
-"""Validation loss of adapters, whoever made them: plain peft, one sample at a time, the model's own loss.
+"""Validation loss of any adapters: plain peft, one sample at a time, the model's own loss.
 
-``python -m bench.baselines.evaluate_adapters WORK.json ADAPTER…`` prints one line an adapter, ``base`` first.
+``python -m bench.baselines.evaluate_adapters JOB.json ADAPTER…`` prints one line an adapter, ``base`` first.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from peft import PeftModel
 from transformers import AutoTokenizer
 
 from bench.baselines.hf_trainer import load_quantized, tokenized
-from bench.baselines.job import conversations, given, tell
+from bench.baselines.job import conversations, read_job, tell
 
 
 def main() -> None:
     """Judge the base and every adapter named."""
-    work = given()
-    model = load_quantized(work)
+    job = read_job()
+    model = load_quantized(job)
     for module in model.modules():
         # bitsandbytes would otherwise repack weights for inference on some CPUs, and round differently.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    tokenizer = AutoTokenizer.from_pretrained(work.model)
+    tokenizer = AutoTokenizer.from_pretrained(job.model)
     rows = [
-        tokenized(messages, tokenizer, work.row_tokens)
-        for messages in conversations(replace(work, rows=work.validation))
+        tokenized(messages, tokenizer, job.row_tokens)
+        for messages in conversations(replace(job, rows=job.validation))
     ]
     tell("judged", adapter="base", loss=mean_loss(model, rows))
     tuned: Any = None

@@ -22,92 +22,90 @@ from transformers import (
     set_seed,
 )
 
-from bench.baselines.job import Work, conversations, given, steps_of, tell
+from bench.baselines.job import TrainingJob, conversations, read_job, steps_of, tell
 
 
 def main() -> None:
     """Train once over the rows."""
-    work = given()
-    set_seed(work.seed)
-    tokenizer = AutoTokenizer.from_pretrained(work.model)
-    model = prepare_model_for_kbit_training(
-        load_quantized(work), use_gradient_checkpointing=work.checkpointing
-    )
-    model = get_peft_model(model, lora(work))
+    job = read_job()
+    set_seed(job.seed)
+    tokenizer = AutoTokenizer.from_pretrained(job.model)
+    model = prepare_model_for_kbit_training(load_quantized(job), use_gradient_checkpointing=job.checkpointing)
+    model = get_peft_model(model, lora(job))
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
-            output_dir=f"{work.out}-trainer",
+            output_dir=f"{job.out}-trainer",
             per_device_train_batch_size=1,
-            gradient_accumulation_steps=work.samples_a_step,
+            gradient_accumulation_steps=job.samples_per_step,
             num_train_epochs=1,
-            **common(work),
+            **common(job),
         ),
-        train_dataset=samples(work, tokenizer),
+        train_dataset=samples(job, tokenizer),
         data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
         callbacks=[TellSteps(model)],
     )
     start_counting()
     trainer.train()
     tell_peak()
-    model.save_pretrained(work.out)
+    model.save_pretrained(job.out)
 
 
-def samples(work: Work, tokenizer: Any) -> list[dict[str, list[int]]]:
+def samples(job: TrainingJob, tokenizer: Any) -> list[dict[str, list[int]]]:
     """What is learned from, as the model takes it."""
-    if work.batches:
-        every = [sample for step in steps_of(work) for sample in step]
+    if job.batches:
+        every = [sample for step in steps_of(job) for sample in step]
         return [sample | {"attention_mask": [1] * len(sample["input_ids"])} for sample in every]
-    return [tokenized(messages, tokenizer, work.row_tokens) for messages in conversations(work)]
+    return [tokenized(messages, tokenizer, job.row_tokens) for messages in conversations(job)]
 
 
-def load_quantized(work: Work) -> Any:
+def load_quantized(job: TrainingJob) -> Any:
     """The base model in 4 bits, as its documentation says."""
-    dtype = getattr(torch, work.dtype)
+    dtype = getattr(torch, job.dtype)
     return AutoModelForCausalLM.from_pretrained(
-        work.model,
+        job.model,
         dtype=dtype,
         device_map={"": 0 if torch.cuda.is_available() else "cpu"},
         quantization_config=BitsAndBytesConfig(
             load_in_4bit=True,
-            bnb_4bit_quant_type=work.method,
+            bnb_4bit_quant_type=job.method,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         ),
     )
 
 
-def lora(work: Work) -> LoraConfig:
+def lora(job: TrainingJob) -> LoraConfig:
     """All linear modules."""
     return LoraConfig(
-        r=work.rank,
-        lora_alpha=work.alpha,
-        lora_dropout=work.dropout,
+        r=job.rank,
+        lora_alpha=job.alpha,
+        lora_dropout=job.dropout,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
 
 
-def common(work: Work) -> dict[str, Any]:
+def common(job: TrainingJob) -> dict[str, Any]:
     """Arguments that ``TrainingArguments`` and what is built on it share."""
     return {
-        "learning_rate": work.learning_rate,
+        "learning_rate": job.learning_rate,
         "lr_scheduler_type": "constant",
         "optim": "adamw_torch_fused",
         "max_grad_norm": 1.0,
-        "bf16": work.dtype == "bfloat16",
+        "bf16": job.dtype == "bfloat16",
         "use_cpu": not torch.cuda.is_available(),
-        "gradient_checkpointing": work.checkpointing,
+        "gradient_checkpointing": job.checkpointing,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "seed": work.seed,
+        "seed": job.seed,
     }
 
 
 def tokenized(messages: list[dict[str, str]], tokenizer: Any, limit: int) -> dict[str, list[int]]:
-    """Through the chat template, cut at ``limit`` tokens; the prompt is not learnt from."""
+    """Return the rows through the chat template, cut at ``limit`` tokens; the prompt has no loss."""
     prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)
     whole = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"][:limit]
     masked = min(len(prompt["input_ids"]), len(whole))
@@ -119,7 +117,7 @@ def tokenized(messages: list[dict[str, str]], tokenizer: Any, limit: int) -> dic
 
 
 class TellSteps(TrainerCallback):
-    """Tells of each step how many tokens have been learnt from."""
+    """Reports after each step how many tokens have been trained."""
 
     def __init__(self, model: Any) -> None:
         self.tokens = 0

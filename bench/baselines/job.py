@@ -1,4 +1,4 @@
-"""What every way is given, and how it tells what it does. Standard library only."""
+"""The job that every trainer gets, and the events that it prints. Standard library only."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Work:
-    """One pass over some conversations: the same for every way."""
+class TrainingJob:
+    """One pass over some conversations, the same for every trainer."""
 
     model: str
     """Folder of the base model."""
     rows: str
-    """JSONL of ``messages``: one user turn, one assistant turn. Only the assistant's is learnt from."""
+    """JSONL of ``messages``: one user turn, one assistant turn. Only the assistant's is trained."""
     out: str
     """Folder for the adapter."""
     dtype: str
     """Of the computation: ``float32`` or ``bfloat16``."""
     validation: str = ""
-    """JSONL like ``rows``, for judging; empty where nothing is judged."""
+    """JSONL like ``rows``, for validation; empty for none."""
     method: str = "nf4"
     """``nf4``, ``fp4`` or ``none``."""
     double: bool = True
     """Double quantization."""
-    samples_a_step: int = 4
-    """Samples an optimizer step learns from, where they are not packed."""
+    samples_per_step: int = 4
+    """Samples per optimizer step, where they are not packed."""
     row_tokens: int = 1024
-    """Tokens of a packed row, one to a step: chosen so that about ``samples_a_step`` samples fill it."""
+    """Tokens of a packed row, one per step: about ``samples_per_step`` samples fill it."""
     rank: int = 16
     alpha: int = 32
     dropout: float = 0.0
     learning_rate: float = 2e-4
-    schedule: str = "constant"
+    lr_scheduler: str = "constant"
     """``constant`` or ``cosine``."""
-    warmup: float = 0.0
-    """Share of the steps in which the rate rises."""
+    warmup_ratio: float = 0.0
+    """Fraction of the steps in which the learning rate rises."""
     max_steps: int = 0
     """Optimizer steps at most; 0 for one pass over the rows."""
     batches: str = ""
@@ -54,23 +54,23 @@ class Work:
         return path
 
 
-def given() -> Work:
-    """The work named on the command line."""
-    return Work(**json.loads(Path(sys.argv[1]).read_text()))
+def read_job() -> TrainingJob:
+    """Read the job named on the command line."""
+    return TrainingJob(**json.loads(Path(sys.argv[1]).read_text()))
 
 
-def conversations(work: Work) -> list[list[dict[str, str]]]:
+def conversations(job: TrainingJob) -> list[list[dict[str, str]]]:
     """The messages of every row."""
-    return [json.loads(line)["messages"] for line in Path(work.rows).read_text().splitlines()]
+    return [json.loads(line)["messages"] for line in Path(job.rows).read_text().splitlines()]
 
 
-def steps_of(work: Work) -> list[list[dict[str, list[int]]]]:
+def steps_of(job: TrainingJob) -> list[list[dict[str, list[int]]]]:
     """The samples of each optimizer step, as ``input_ids`` and ``labels`` of equal length."""
-    return [json.loads(line) for line in Path(work.batches).read_text().splitlines()]
+    return [json.loads(line) for line in Path(job.batches).read_text().splitlines()]
 
 
 def tell(event: str, **values: Any) -> None:
-    """One line to whoever measures.
+    """Print one event for the program that measures.
 
     ``loaded`` (``pid`` of the process that trains, ``allocated`` bytes on the GPU), ``step`` (``tokens`` and
     ``trained`` tokens so far, ``loss`` and, where known, ``grad_norm`` before clipping), ``peak`` (most bytes

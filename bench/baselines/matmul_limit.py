@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from bench.baselines.job import given, tell
+from bench.baselines.job import read_job, tell
 from qlora_tui.catalog.local_models import resolve_model
 
 _REPEATS = 3
@@ -19,17 +19,17 @@ _REPEATS = 3
 
 def main() -> None:
     """Measure each shape once, and add up."""
-    work = given()
+    job = read_job()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, work.dtype)
+    dtype = getattr(torch, job.dtype)
     shapes: dict[tuple[int, int, int], int] = {}
-    architecture = resolve_model(work.model).architecture
+    architecture = resolve_model(job.model).architecture
     for module in architecture.modules:
-        key = (work.row_tokens, module.in_features, module.out_features)
+        key = (job.row_tokens, module.in_features, module.out_features)
         shapes[key] = shapes.get(key, 0) + 1
-    shapes[(work.row_tokens // 2, architecture.hidden_size, architecture.vocab_size)] = 1
+    shapes[(job.row_tokens // 2, architecture.hidden_size, architecture.vocab_size)] = 1
     total = sum(count * seconds(*shape, dtype=dtype, device=device) for shape, count in shapes.items())
-    tell("limit", tokens_per_s=work.row_tokens / total)
+    tell("limit", tokens_per_s=job.row_tokens / total)
 
 
 def seconds(tokens: int, inputs: int, outputs: int, *, dtype: torch.dtype, device: str) -> float:

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from bench.baselines.job import Work, given, tell
+from bench.baselines.job import TrainingJob, read_job, tell
 from qlora_tui.recipe.schema import Data, Lora, Model, Quantization, Recipe, Source, Training
 from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir
@@ -27,47 +27,45 @@ from qlora_tui.runs.view import RunView
 
 def main() -> None:
     """Train once over the rows."""
-    work = given()
-    use_private_home(work)
-    run = actions.submit(recipe(work))
+    job = read_job()
+    use_private_home(job)
+    run = actions.submit(recipe(job))
     ending = relay(run)
     if not isinstance(ending, Finished):
         sys.exit(f"{ending}; see {run.path}")
-    Path(work.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(work.out).symlink_to(run.adapter_dir)
+    Path(job.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(job.out).symlink_to(run.adapter_dir)
 
 
-def use_private_home(work: Work) -> None:
+def use_private_home(job: TrainingJob) -> None:
     """Keep runs, settings and caches of this process away from the user's."""
     for kind in ("CONFIG", "STATE", "CACHE"):
-        os.environ[f"XDG_{kind}_HOME"] = str(Path(f"{work.out}-home") / kind.lower())
+        os.environ[f"XDG_{kind}_HOME"] = str(Path(f"{job.out}-home") / kind.lower())
 
 
-def recipe(work: Work) -> Recipe:
-    """The same work in this program's words: packed rows, one a step."""
+def recipe(job: TrainingJob) -> Recipe:
+    """The same job in this program's words: packed rows, one a step."""
     return Recipe(
-        model=Model(id=work.model),
-        quantization=Quantization(
-            method=work.method, double_quantization=work.double, compute_dtype=work.dtype
-        ),
-        lora=Lora(rank=work.rank, alpha=work.alpha, dropout=work.dropout),
+        model=Model(id=job.model),
+        quantization=Quantization(method=job.method, double_quantization=job.double, compute_dtype=job.dtype),
+        lora=Lora(rank=job.rank, alpha=job.alpha, dropout=job.dropout),
         data=Data(
-            sources=(Source(path=work.rows),),
-            validation_path=work.validation,
+            sources=(Source(path=job.rows),),
+            validation_path=job.validation,
             validation_fraction=0.0,
-            max_length=work.row_tokens,
+            max_length=job.row_tokens,
         ),
         training=Training(
             micro_batch_size=1,
             gradient_accumulation=1,
             epochs=1.0,
-            max_steps=work.max_steps,
-            learning_rate=work.learning_rate,
-            lr_scheduler=work.schedule,
-            warmup_ratio=work.warmup,
+            max_steps=job.max_steps,
+            learning_rate=job.learning_rate,
+            lr_scheduler=job.lr_scheduler,
+            warmup_ratio=job.warmup_ratio,
             optimizer="adamw",
-            gradient_checkpointing="on" if work.checkpointing else "off",
-            seed=work.seed,
+            gradient_checkpointing="on" if job.checkpointing else "off",
+            seed=job.seed,
         ),
     )
 

@@ -14,18 +14,18 @@ from typing import Any
 
 import psutil
 
-from bench.baselines.job import Work
+from bench.baselines.job import TrainingJob
 
 LOOK_EVERY_S = 0.01
 """Between two looks at a process's memory."""
 
 
 @dataclass
-class Measured:
+class Measurement:
     """What one training took."""
 
     tokens: int = 0
-    """Real tokens learnt from."""
+    """Real tokens trained."""
     tokens_per_s: float = 0.0
     """Real tokens a second from the end of the first step to the end of the last."""
     trained_per_s: float = 0.0
@@ -71,7 +71,7 @@ class Growth:
 
 
 def lines_of(python: str, module: str, arguments: Sequence[str], log: Path) -> Iterator[dict[str, Any]]:
-    """What a program tells, as it tells it. SystemExit where it fails."""
+    """Yield a program's events as it prints them. Raises SystemExit where it fails."""
     with log.open("ab") as errors:
         process = subprocess.Popen(
             [python, "-m", module, *arguments],
@@ -89,14 +89,14 @@ def lines_of(python: str, module: str, arguments: Sequence[str], log: Path) -> I
             raise SystemExit(f"{module} failed with exit code {process.returncode}; its words are in {log}")
 
 
-def measure(python: str, way: str, work: Work, scratch: Path) -> Measured:
+def measure(python: str, way: str, job: TrainingJob, scratch: Path) -> Measurement:
     """Train once by a way (``usual``, ``plain``, ``trl_packed``, ``ours``)."""
-    result = Measured()
+    result = Measurement()
     first = last = None
     growth: Growth | None = None
     held = 0
-    name = Path(work.out).name
-    file = work.write(scratch / f"{name}.json")
+    name = Path(job.out).name
+    file = job.write(scratch / f"{name}.json")
     for line in lines_of(python, f"bench.baselines.{way}", [str(file)], scratch / f"{name}.log"):
         match line["event"]:
             case "loaded":

@@ -1,6 +1,6 @@
 """The training loop as people write it by hand: transformers and peft, one sample a pass, nothing fused.
 
-``python -m bench.baselines.step_by_step WORK.json`` trains on the steps of ``work.batches``. A step sums up
+``python -m bench.baselines.step_by_step JOB.json`` trains on the steps of ``job.batches``. A step sums up
 the gradients of its samples, whose losses count by the token. Loss and attention are transformers' defaults.
 """
 
@@ -16,50 +16,50 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 
-from bench.baselines.job import Work, given, steps_of, tell
+from bench.baselines.job import TrainingJob, read_job, steps_of, tell
 
 Sample = dict[str, list[int]]
 
 
 def main() -> None:
     """Train once over the steps."""
-    work = given()
-    model = adapted(work)
-    steps = steps_of(work)
+    job = read_job()
+    model = adapted(job)
+    steps = steps_of(job)
     tell(
         "loaded", pid=os.getpid(), allocated=torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     )
     tokens = trained = 0
-    for samples, (loss, grad_norm) in zip(steps, train(model, steps, work), strict=True):
+    for samples, (loss, grad_norm) in zip(steps, train(model, steps, job), strict=True):
         at = time.time()
         tokens += sum(len(sample["input_ids"]) for sample in samples)
         trained += predictions(samples)
         tell("step", tokens=tokens, trained=trained, loss=loss, grad_norm=grad_norm, at=at)
     if torch.cuda.is_available():
         tell("peak", allocated=torch.cuda.max_memory_allocated())
-    model.save_pretrained(work.out)
+    model.save_pretrained(job.out)
 
 
-def adapted(work: Work) -> Any:
+def adapted(job: TrainingJob) -> Any:
     """The base model in 4 bits with a fresh adapter on every linear module."""
-    dtype = getattr(torch, work.dtype)
+    dtype = getattr(torch, job.dtype)
     model = AutoModelForCausalLM.from_pretrained(
-        work.model,
+        job.model,
         dtype=dtype,
         device_map={"": 0 if torch.cuda.is_available() else "cpu"},
         quantization_config=BitsAndBytesConfig(
             load_in_4bit=True,
-            bnb_4bit_quant_type=work.method,
-            bnb_4bit_use_double_quant=work.double,
+            bnb_4bit_quant_type=job.method,
+            bnb_4bit_use_double_quant=job.double,
             bnb_4bit_compute_dtype=dtype,
         ),
     )
     model.config.use_cache = False
-    set_seed(work.seed)
+    set_seed(job.seed)
     config = LoraConfig(
-        r=work.rank,
-        lora_alpha=work.alpha,
-        lora_dropout=work.dropout,
+        r=job.rank,
+        lora_alpha=job.alpha,
+        lora_dropout=job.dropout,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
@@ -68,14 +68,14 @@ def adapted(work: Work) -> Any:
     return get_peft_model(model, config).train()
 
 
-def train(model: Any, steps: list[list[Sample]], work: Work) -> Iterator[tuple[float, float]]:
+def train(model: Any, steps: list[list[Sample]], job: TrainingJob) -> Iterator[tuple[float, float]]:
     """Loss and gradient norm before clipping of each step, as it is done."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=work.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=job.learning_rate, weight_decay=0.0)
     device = parameters[0].device
     for number, samples in enumerate(steps):
         for group in optimizer.param_groups:
-            group["lr"] = work.learning_rate * share_of_rate(work, number, len(steps))
+            group["lr"] = job.learning_rate * share_of_rate(job, number, len(steps))
         count = predictions(samples)
         total = 0.0
         for sample in samples:
@@ -94,13 +94,13 @@ def predictions(samples: list[Sample]) -> int:
     return sum(label != -100 for sample in samples for label in sample["labels"][1:])
 
 
-def share_of_rate(work: Work, step: int, steps: int) -> float:
+def share_of_rate(job: TrainingJob, step: int, steps: int) -> float:
     """Share of the learning rate at ``step``, from 0: a linear warm-up that does not begin at zero, then
     constant or half a cosine."""
-    warmup = math.ceil(work.warmup * steps)
+    warmup = math.ceil(job.warmup_ratio * steps)
     if step < warmup:
         return (step + 1) / warmup
-    if work.schedule == "constant":
+    if job.lr_scheduler == "constant":
         return 1.0
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 

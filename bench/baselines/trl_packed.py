@@ -7,34 +7,34 @@ from transformers import AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from bench.baselines.hf_trainer import TellSteps, common, load_quantized, lora, start_counting, tell_peak
-from bench.baselines.job import conversations, given
+from bench.baselines.job import conversations, read_job
 
 
 def main() -> None:
     """Train once over the rows."""
-    work = given()
-    set_seed(work.seed)
-    rows = [{"prompt": messages[:-1], "completion": messages[-1:]} for messages in conversations(work)]
+    job = read_job()
+    set_seed(job.seed)
+    rows = [{"prompt": messages[:-1], "completion": messages[-1:]} for messages in conversations(job)]
     trainer = SFTTrainer(
-        model=load_quantized(work),
+        model=load_quantized(job),
         args=SFTConfig(
-            output_dir=f"{work.out}-trainer",
+            output_dir=f"{job.out}-trainer",
             packing=True,
-            max_length=work.row_tokens,
+            max_length=job.row_tokens,
             per_device_train_batch_size=1,
             gradient_accumulation_steps=1,
             num_train_epochs=1,
-            **common(work),
+            **common(job),
         ),
         train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(work.model),
-        peft_config=lora(work),
+        processing_class=AutoTokenizer.from_pretrained(job.model),
+        peft_config=lora(job),
     )
     trainer.add_callback(TellSteps(trainer.model))
     start_counting()
     trainer.train()
     tell_peak()
-    trainer.model.save_pretrained(work.out)
+    trainer.model.save_pretrained(job.out)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ which is printed where it fails: ``--seed`` with ``--only`` and ``--attempts 1``
 ``home``      private XDG directories
 ``samples``   valid files of every kind, small
 ``damage``    random changes of bytes
-``damaged``   rows: a damaged file of each kind, through the verbs that read it
+``damaged``   rows: a damaged file of each kind, through the commands that read it
 ``hostile``   rows: files made to take over the terminal, the machine or the program
 ``runs``      a tiny model and runs that real runners and trainers work on
 ``kills``     rows: kill -9 and signals

@@ -1,4 +1,4 @@
-"""Rows of the drill: a damaged file of each kind, through every verb that reads it."""
+"""Rows of the drill: a damaged file of each kind, through every command that reads it."""
 
 from __future__ import annotations
 

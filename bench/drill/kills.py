@@ -1,4 +1,4 @@
-"""Rows of the drill: processes killed, stopped and resumed while a real run is at work."""
+"""Rows of the drill: processes killed, stopped and resumed during a real run."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from qlora_tui.errors import INTERNAL_ERROR
 
 TIME_S = 20.0
-"""A verb may take this long on a file of a few kilobytes, on a loaded machine."""
+"""A command may take this long on a file of a few kilobytes, on a loaded machine."""
 MEMORY_BYTES = 1 << 30
 """Largest resident set of an inspection, whatever the file."""
 _OUTPUT_BYTES = 1 << 22

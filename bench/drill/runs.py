@@ -35,7 +35,7 @@ _OVER: frozenset[State] = frozenset(("finished", "failed", "stopped", "paused", 
 
 
 def program(*words: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """A call of the command line in a process of its own, to its end."""
+    """Run the command line in its own process, to its end."""
     return subprocess.run(
         [sys.executable, "-m", "qlora_tui", *words],
         capture_output=True,

@@ -9,9 +9,9 @@ import pytest
 
 from bench.baselines import step_by_step
 from bench.baselines.batches import write_batches
-from bench.baselines.job import Work, steps_of
+from bench.baselines.job import TrainingJob, steps_of
 from bench.baselines.qlora_tui_run import recipe as recipe_of
-from bench.baselines.runner import Measured
+from bench.baselines.runner import Measurement
 from bench.real_models import Agreement, Pair, agreements
 from qlora_tui.runs.directory import all_runs, create_run
 from qlora_tui.runs.events import Finished, Health, Step, StepVerified
@@ -31,9 +31,9 @@ def tiny_gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def work(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> Work:
+def job(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> TrainingJob:
     """Four steps of packed rows, in fp32, at a rate that warms up and falls."""
-    return Work(
+    return TrainingJob(
         model=str(tiny_model),
         rows=str(tiny_data),
         out=str(tmp_path / "adapter"),
@@ -43,41 +43,41 @@ def work(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> Work:
         rank=8,
         alpha=16,
         learning_rate=2e-3,
-        schedule="cosine",
-        warmup=0.5,
+        lr_scheduler="cosine",
+        warmup_ratio=0.5,
         max_steps=STEPS,
     )
 
 
-def by_us(work: Work, trainers: Trainers) -> Measured:
+def by_us(job: TrainingJob, trainers: Trainers) -> Measurement:
     """Losses and gradient norms of a run, from its events."""
-    run = create_run(recipe_of(work))
+    run = create_run(recipe_of(job))
     assert trainers.run(run) == 0, run.log_path.read_text()
     steps = events_of(run, Step)
     losses, norms = [s.loss for s in steps], [s.grad_norm for s in steps]
-    return Measured(losses=[x or 0.0 for x in losses], grad_norms=[x or 0.0 for x in norms])
+    return Measurement(losses=[x or 0.0 for x in losses], grad_norms=[x or 0.0 for x in norms])
 
 
-def plainly(work: Work) -> Measured:
+def plainly(job: TrainingJob) -> Measurement:
     """Losses and gradient norms of the plain script."""
-    pairs = list(step_by_step.train(step_by_step.adapted(work), steps_of(work), work))
-    return Measured(losses=[loss for loss, _ in pairs], grad_norms=[norm for _, norm in pairs])
+    pairs = list(step_by_step.train(step_by_step.adapted(job), steps_of(job), job))
+    return Measurement(losses=[loss for loss, _ in pairs], grad_norms=[norm for _, norm in pairs])
 
 
 @pytest.fixture(scope="module")
-def references() -> dict[str, Measured]:
+def references() -> dict[str, Measurement]:
     """What the plain script computes, by model."""
     return {}
 
 
-def differences(work: Work, trainers: Trainers, references: dict[str, Measured]) -> list[Agreement]:
+def differences(job: TrainingJob, trainers: Trainers, references: dict[str, Measurement]) -> list[Agreement]:
     """Of losses and gradient norms, in fp32."""
-    if work.model not in references:
-        write_batches(work)
-        references[work.model] = plainly(work)
-    reference = references[work.model]
+    if job.model not in references:
+        write_batches(job)
+        references[job.model] = plainly(job)
+    reference = references[job.model]
     exact = Pair(reference, reference)
-    both = agreements({"float32": Pair(by_us(work, trainers), reference), "bfloat16": exact})
+    both = agreements({"float32": Pair(by_us(job, trainers), reference), "bfloat16": exact})
     return [each for each in both if each.quantity.endswith("float32")]
 
 
@@ -85,11 +85,11 @@ def differences(work: Work, trainers: Trainers, references: dict[str, Measured])
 @pytest.mark.xdist_group("training")
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_a_run_is_the_plain_script(
-    family: str, work: Work, tiny_gemma: Path, trainers: Trainers, references: dict[str, Measured]
+    family: str, job: TrainingJob, tiny_gemma: Path, trainers: Trainers, references: dict[str, Measurement]
 ) -> None:
     if family == "gemma3":
-        work = replace(work, model=str(tiny_gemma))
-    for each in differences(work, trainers, references):
+        job = replace(job, model=str(tiny_gemma))
+    for each in differences(job, trainers, references):
         assert each.difference <= ROUNDING, str(each)
 
 
@@ -135,31 +135,31 @@ MUTANTS = {
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_wrong_step_differs_by_more_than_rounding(
     mutant: str,
-    work: Work,
+    job: TrainingJob,
     tiny_gemma: Path,
     trainers: Trainers,
-    references: dict[str, Measured],
+    references: dict[str, Measurement],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("BEFORE_TRAINER", UNVERIFIED + MUTANTS[mutant])
-    differing = differences(replace(work, model=str(tiny_gemma)), trainers, references)
+    differing = differences(replace(job, model=str(tiny_gemma)), trainers, references)
     assert max(each.difference for each in differing) > 10 * ROUNDING, [str(each) for each in differing]
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("training")
 def test_a_wrong_norm_warns_and_trains_like_the_plain_script(
-    work: Work,
+    job: TrainingJob,
     tiny_gemma: Path,
     trainers: Trainers,
-    references: dict[str, Measured],
+    references: dict[str, Measurement],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    work = replace(work, model=str(tiny_gemma))
+    job = replace(job, model=str(tiny_gemma))
     monkeypatch.setenv(
         "BEFORE_TRAINER", "from tests.training.fault_injection import norm_without_offset as inject\ninject()"
     )
-    assert max(each.difference for each in differences(work, trainers, references)) <= ROUNDING
+    assert max(each.difference for each in differences(job, trainers, references)) <= ROUNDING
     (run,) = all_runs()
     (verified,) = events_of(run, StepVerified)
     assert verified.replaced == ("the fused RMSNorm",) and verified.agrees
@@ -173,9 +173,11 @@ def test_a_wrong_norm_warns_and_trains_like_the_plain_script(
 
 def in_two_dtypes(losses: list[float], *, noise: float, dtype: str = "bfloat16") -> list[Agreement]:
     """Ours with these losses in one dtype, beside a plain script whose losses are 3 and 2 in fp32."""
-    step_by_step, noisy = (Measured(losses=[3.0, 2.0 + more], grad_norms=[1.0, 1.0]) for more in (0.0, noise))
+    step_by_step, noisy = (
+        Measurement(losses=[3.0, 2.0 + more], grad_norms=[1.0, 1.0]) for more in (0.0, noise)
+    )
     pairs = {"bfloat16": Pair(noisy, noisy), "float32": Pair(step_by_step, step_by_step)}
-    pairs[dtype] = replace(pairs[dtype], ours=Measured(losses=losses, grad_norms=[1.0, 1.1]))
+    pairs[dtype] = replace(pairs[dtype], ours=Measurement(losses=losses, grad_norms=[1.0, 1.1]))
     return agreements(pairs)
 
 
