@@ -1,4 +1,4 @@
-"""What every test gets: its own XDG directories, no hub, no GPU but the one it asks for."""
+"""Fixtures of every test: private XDG directories, no hub, no GPU unless the test simulates one."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 
 from tests.support.nvml_stub import install_nvml_stub
 
-# Tests run side by side: threads that spin while they wait would take each other's cores.
+# Tests run in parallel: OpenMP threads that spin while waiting would take cores from other tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A script's background job, and ``nohup``, start their children deaf to these, and theirs in turn.
+# A script's background jobs and ``nohup`` ignore these signals, and their children inherit that.
 for _number, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _usual)
@@ -22,7 +22,7 @@ for _number, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 
 @pytest.fixture(autouse=True)
 def signal_handlers() -> Iterator[None]:
-    """Put back what a test's code set, such as a runner's main(): children inherit an ignored signal."""
+    """Restore signal handlers that the tested code set: children inherit ignored signals."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)}
     yield
     for number, handler in before.items():
@@ -32,10 +32,10 @@ def signal_handlers() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def private_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Config, state, cache and the Hugging Face cache in a fresh folder; hub offline; no GPU.
+    """Put config, state, cache and the Hugging Face cache in a new folder; no Hub, no GPU.
 
-    A driver library, once loaded, stays in the process: without the last, a test that played a GPU would
-    leave it to those after it, and a machine with a real one would show it to all.
+    A driver library stays loaded in the process. Without the stub here, a GPU that one test simulates would
+    be seen by later tests, and so would a real one.
     """
     home = tmp_path_factory.mktemp("home")
     for variable in ("CONFIG", "STATE", "CACHE"):

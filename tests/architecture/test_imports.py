@@ -1,4 +1,4 @@
-"""The architecture, asked of a running Python: who may load what."""
+"""Which libraries each module loads, in a running Python."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def build(kind: str, source: Path, out: Path) -> None:
 
 
 def output_of(command: list[str], home: Path) -> str:
-    """What a command prints, in a home of its own and without this checkout on Python's path."""
+    """Output of a command in a private home, without this checkout on Python's path."""
     environment = {"HOME": str(home), "PATH": os.environ["PATH"]}
     done = subprocess.run(command, env=environment, cwd=home, check=True, capture_output=True, text=True)
     return done.stdout

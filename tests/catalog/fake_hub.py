@@ -1,4 +1,4 @@
-"""A model hub on this machine, for the real client: search, pages, files with ranges, gates and bad days.
+"""A model hub on this machine for the real client: search, pages, files with ranges, gated models, failures.
 
 Two origins, as on the real one: the hub itself, and the store it redirects large files to.
 """
@@ -50,7 +50,7 @@ def git_hash(content: bytes) -> str:
 
 @dataclass
 class RecordedRequest:
-    """What was asked, for tests to look at."""
+    """One request that the hub received."""
 
     method: str
     path: str
@@ -60,7 +60,7 @@ class RecordedRequest:
 
 @dataclass
 class FakeHub:
-    """What the hub has, how it behaves, and what it was asked."""
+    """The hub's content and behavior, and the requests it received."""
 
     repos: dict[str, FakeRepo] = field(default_factory=dict)
     token: str = "hf_the_right_token"
@@ -97,7 +97,7 @@ class FakeHub:
         return None
 
     def ranges(self, path: str) -> list[str | None]:
-        """The ranges asked of paths that contain ``path``, in order."""
+        """Return the requested ranges of paths that contain ``path``, in order."""
         return [request.range for request in self.requests if path in request.path]
 
 

@@ -1,4 +1,4 @@
-"""Downloading with the real client: what is fetched, how it goes on after a break, and what stops it."""
+"""Downloading with the real client: which files, how it resumes, and what stops it."""
 
 from __future__ import annotations
 

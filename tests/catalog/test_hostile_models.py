@@ -1,4 +1,4 @@
-"""Model files made to take memory or to block whoever opens them: refused, with the file and the bound."""
+"""Model files built to exhaust memory or to block: rejected, naming the file and the bound."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was measured of an adapter, for tests of how it is told."""
+"""A measured adapter, for tests of how it is shown."""
 
 from qlora_tui.chat.effect import Effect
 

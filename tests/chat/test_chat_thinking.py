@@ -1,4 +1,4 @@
-"""A thinking model in the chat: asked as it was trained, its thoughts apart from its answer."""
+"""A thinking model in the chat: prompted as it was trained, its thoughts separate from its answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configs of adapters that somebody else wrote: loaded or refused in words, whatever they hold."""
+"""Adapter configs by third parties: loaded or rejected with an error, whatever they contain."""
 
 from __future__ import annotations
 

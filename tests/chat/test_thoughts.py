@@ -1,4 +1,4 @@
-"""Thoughts and answer told apart, however the text is cut into pieces."""
+"""Thoughts and answer are separated, however the text is split into pieces."""
 
 from __future__ import annotations
 

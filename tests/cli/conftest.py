@@ -1,4 +1,4 @@
-"""Running a verb in this process, and a model folder that is only a ``config.json``."""
+"""Running a command in this process, and a model folder with only a ``config.json``."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def complete(monkeypatch: pytest.MonkeyPatch) -> Complete:
-    """What may stand in place of the last word of a line."""
+    """Return the completions of the last word of a line."""
 
     def completed(line: str) -> set[str]:
         monkeypatch.setenv("COMP_LINE", line)

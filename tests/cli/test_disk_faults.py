@@ -1,4 +1,4 @@
-"""A disk that cannot be written: each verb says what, why and what to do, and shows no traceback."""
+"""A disk that cannot be written: each command says what, why and what to do, without a traceback."""
 
 from __future__ import annotations
 

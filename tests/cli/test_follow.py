@@ -1,4 +1,4 @@
-"""A run told in lines: a long one soon, one for a voice in sentences, one of another version with a word."""
+"""A run as lines: sampled if it is long, sentences for screen readers, a note for another version."""
 
 from __future__ import annotations
 

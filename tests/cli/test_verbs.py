@@ -1,4 +1,4 @@
-"""Every verb says something useful, and the same to programs."""
+"""Every command prints something useful, and the same as JSON."""
 
 from __future__ import annotations
 

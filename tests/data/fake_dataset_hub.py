@@ -1,4 +1,4 @@
-"""A small server that plays the dataset side of a hub for the real client."""
+"""A small server with the dataset part of a hub, for the real client."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A chat template is somebody's program: it ends in time and memory, and what it refuses is said in words."""
+"""Chat templates by third parties are bounded in time and memory, and their errors are explained."""
 
 from __future__ import annotations
 

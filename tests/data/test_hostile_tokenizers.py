@@ -1,4 +1,4 @@
-"""A tokenizer.json is somebody's program: what takes memory or time without bound is refused, in words."""
+"""Tokenizers by third parties that take unbounded memory or time are rejected with an explanation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Thinking on, off and auto: rows rendered as the model will be asked, reasoning where it belongs."""
+"""Thinking on, off and auto: rows are rendered like later prompts, with reasoning in its place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of reasoning and thinking in data, and what a model trained on it is asked with."""
+"""Reports on reasoning and thinking in data, and how a model trained on it is prompted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our masks on templates as published, against the generation marks somebody else put into them.
+"""Our masks on published templates, compared with TRL's generation marks in them.
 
 The ``trl`` package ships the chat templates of some thirty families twice: as published, and with
 ``{% generation %}`` around what the assistant says. For every family and every conversation shape, what we

@@ -99,7 +99,7 @@ def test_word_by_word_gives_what_the_whole_text_gives(name: str, data: st.DataOb
 @example(text="\n")
 @example(text="  a!\n ")
 def test_no_word_of_the_tokenizer_reaches_across_a_cut(name: str, text: str) -> None:
-    """Whatever tokens it has learnt: a wrong cut shows even where no token would span it."""
+    """Any trained tokens: a wrong split shows even where no token would span it."""
     words, _ = WordTokenCache(lambda _: [])._cut(text, [])
     assert "".join(words) == text
     assert _pieces(name, text) == [piece for word in words for piece in _pieces(name, word)]

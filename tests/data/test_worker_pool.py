@@ -1,4 +1,4 @@
-"""Rows worked on by other processes come out as they would here, and nothing is left running."""
+"""Rows processed by other processes give the same results, and no process is left."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ROWS = 1200
 
 
 def written(tmp_path: Path) -> Path:
-    """Rows of all kinds: good, with a system prompt, weighed, long, empty, twice, blank, broken."""
+    """Rows of all kinds: normal, with a system prompt, weighted, long, empty, duplicate, blank, broken."""
     path = tmp_path / "rows.jsonl"
     lines = []
     for n in range(ROWS):
@@ -54,7 +54,7 @@ def written(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def by_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even the smallest file is worked on by two children, from its first row on."""
+    """Process even the smallest file in two children, from its first row on."""
     monkeypatch.setattr(worker_pool, "MIN_PARALLEL_BYTES", 0)
     monkeypatch.setattr(worker_pool, "cores", lambda: 2)
     introduced = WorkerPool.work

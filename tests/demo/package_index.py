@@ -43,7 +43,7 @@ def _wheel(piece: bytes, folder: Path, number: int) -> Wheel:
 
 
 class PackageIndex:
-    """A running index; ``requests`` counts what it was asked for."""
+    """A running index; ``requests`` counts the requests for each path."""
 
     def __init__(self, folder: Path):
         self.folder = folder

@@ -1,4 +1,4 @@
-"""The data speaks in one voice, says each thing once, and leaves the held-out prompts alone."""
+"""The demo's data has one style, no repetitions, and none of the held-out prompts."""
 
 from __future__ import annotations
 

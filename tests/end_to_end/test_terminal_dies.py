@@ -29,7 +29,7 @@ STEPS = 300
 
 
 class Terminal:
-    """A program on a terminal of its own, 100 × 30; ``hang_up`` closes it as a lost connection would."""
+    """A program on its own terminal, 100 × 30; ``hang_up`` closes it like a lost connection."""
 
     def __init__(self, command: list[str]) -> None:
         self._screen, side = pty.openpty()

@@ -1,4 +1,4 @@
-"""Looking at data through the engine: a process of its own, without torch."""
+"""Data previews by the engine, a separate process that does not load torch."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ LOAD = LoadChat(source=ChatSource(recipe=Recipe()))
 
 
 class Broken(Server):
-    """A server whose libraries fail in a way nobody foresaw."""
+    """A server whose libraries raise an unexpected error."""
 
     def _with_torch(self, on_status: object) -> object:  # type: ignore[override]  # it never returns
         raise RuntimeError("segment 7")

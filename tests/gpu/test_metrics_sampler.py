@@ -1,4 +1,4 @@
-"""The thread that reads the GPU: steady, outliving a lost GPU, gone when told."""
+"""The thread that reads the GPU: it is regular, survives a lost GPU, and stops on request."""
 
 from __future__ import annotations
 

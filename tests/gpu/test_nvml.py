@@ -1,4 +1,4 @@
-"""The driver asked through the real binding, in child processes that find the stub as their driver."""
+"""The driver behind the real binding, in child processes that load the stub as their driver."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The room is quick to enter: every verb and the app's first frame pass through it."""
+"""The recipe package imports quickly: every command and the app's first frame need it."""
 
 from __future__ import annotations
 

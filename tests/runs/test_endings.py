@@ -73,7 +73,7 @@ def test_a_signal_without_a_name_is_given_by_number(run: RunDir) -> None:
 
 
 def test_a_trainer_that_the_disk_failed_is_no_bug(run: RunDir) -> None:
-    """Its own event could not be written: the exit code tells the runner."""
+    """The last event could not be written: the runner reads the exit code."""
     run.log_path.write_text("OSError: [Errno 5] Input/output error: '.adapter'\n")
     ending = determine_outcome(run, EXIT_DISK)
     assert isinstance(ending, Failed)

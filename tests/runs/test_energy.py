@@ -1,4 +1,4 @@
-"""Energy and tokens a joule, from what a GPU told while the clock was set."""
+"""Energy and tokens per joule from GPU readings, while the clock is changed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.nvml_stub import install_nvml_stub
 
 
 def a_reading(monkeypatch: pytest.MonkeyPatch) -> GpuMetrics:
-    """What the played GPU tells, its power among it."""
+    """A reading of the simulated GPU, with its power."""
     install_nvml_stub(monkeypatch, "one_gpu")
     results: queue.SimpleQueue[object] = queue.SimpleQueue()
     with MetricsSampler(0, results.put, period_s=0.01):

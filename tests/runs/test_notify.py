@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow
 
 @dataclass
 class Listener:
-    """A webhook on this machine, and what it was told."""
+    """A webhook on this machine, and the requests it received."""
 
     address: str = ""
     answer: int = 200

@@ -39,7 +39,7 @@ def no_runner(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def cuts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Work], Iterator[str]]:
-    """Do some work, then stand before the state folder as after each cut of it; says which cut it was."""
+    """Do some work, then yield the state folder as each cut leaves it, with a label of the cut."""
 
     def cuts(work: Work) -> Iterator[str]:
         state = paths.state_dir()

@@ -1,4 +1,4 @@
-"""The runner with real processes. The trainer is played by a small script: what it does is up to the test."""
+"""The runner with real processes. A small script, chosen by the test, replaces the trainer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trainer that the kernel killed for want of memory is told apart from one that somebody killed."""
+"""A trainer killed by the kernel for memory is distinguished from one killed by a person."""
 
 from __future__ import annotations
 

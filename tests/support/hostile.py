@@ -1,4 +1,4 @@
-"""Strings that a terminal would obey, put wherever strings of others come from; and what left raw."""
+"""Strings with terminal control sequences, for wherever foreign strings appear, and a check of output."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _OURS = re.compile(
 
 
 def raw(sent: bytes | str) -> list[str]:
-    """What the terminal would obey and this program does not send of its own."""
+    """Return control sequences in ``sent`` that this program does not send itself."""
     text = sent if isinstance(sent, str) else sent.decode("utf-8", "surrogateescape")
     rest = _OURS.sub("", text)
     return [rest[max(0, m.start() - 20) : m.end() + 20] for m in _UNSAFE.finditer(rest)]
 
 
 def poisoned(value: Any) -> Any:
-    """JSON with the poison behind each string in it."""
+    """Return JSON with ``POISON`` appended to each string in it."""
     if isinstance(value, str):
         return value + POISON
     if isinstance(value, list):

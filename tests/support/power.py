@@ -1,4 +1,4 @@
-"""A disk without power: what a folder may hold after a cut, worked out for every moment of some work.
+"""Power cuts: what a folder may contain after a cut, at every moment of some work.
 
 :class:`Disk` watches the calls that change names or sync content. For each prefix of them it lays the folder
 out again as a file system may leave it:
@@ -68,7 +68,7 @@ class Disk:
         monkeypatch.setattr(os, "fsync", self._recorded("fsync", os.fsync))
 
     def cuts(self, to: Path) -> Iterator[tuple[str, Mode]]:
-        """Lay ``to`` out as after each cut, one after the other; what was done last, and the mode."""
+        """Write ``to`` as it is after each cut in turn; yield the last call before the cut, and the mode."""
         self._observe()
         for end in range(self._first, len(self._history) + 1):
             for mode in MODES:
@@ -77,7 +77,7 @@ class Disk:
                 yield (self.calls[end - self._first - 1] if end > self._first else "nothing yet"), mode
 
     def close(self) -> None:
-        """Let go of every file."""
+        """Close every file."""
         for node in self._nodes.values():
             os.close(node.handle)
 

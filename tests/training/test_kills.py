@@ -1,4 +1,4 @@
-"""Killed with -9 at moments of nobody's choosing: files stay readable, and resume reaches the end."""
+"""kill -9 at random moments: files stay readable, and resume reaches the end."""
 
 from __future__ import annotations
 

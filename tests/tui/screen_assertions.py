@@ -20,7 +20,7 @@ def text_of(app: Any) -> str:
 
 
 def style_of(app: Any, text: str) -> Style:
-    """How ``text`` looks where it first stands."""
+    """Return the style of the first occurrence of ``text``."""
     segments = (segment for line in segments_of(app) for segment in line)
     return next((one.style for one in segments if text in one.text and one.style), Style())
 

@@ -17,7 +17,7 @@ LEAST_CONTRAST = 4.5
 
 
 def styles_of(app: Any) -> str:
-    """A line a line of the screen: letters that stand for styles with how many cells each has; their key."""
+    """Return a line for each line of the screen: letters for styles with their cell counts, and a key."""
     letters: dict[str, str] = {}
     lines = []
     for line in segments_of(app):
@@ -31,7 +31,7 @@ def styles_of(app: Any) -> str:
 
 
 def illegible(app: Any) -> set[str]:
-    """Words on a ground that they hardly stand out from. What is drawn, bars and lines, is not looked at."""
+    """Words with low contrast to their background. What is drawn, bars and lines, is not looked at."""
     return {
         f"{one.text.strip()!r} {ratio:.2f}"
         for line in segments_of(app)

@@ -327,7 +327,7 @@ async def talking(tiny: tuple[Path, Path], most: int = 12) -> AsyncIterator[tupl
 
 
 async def rest(pilot: Pilot[Any], screen: ChatScreen) -> None:
-    """Until nobody speaks any more."""
+    """Wait until no answer is being generated."""
     await pilot.app.workers.wait_for_complete([w for w in pilot.app.workers if w.group == "answers"])
     await pilot.pause()
 

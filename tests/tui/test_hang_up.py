@@ -1,4 +1,4 @@
-"""The app without its terminal: it ends in order, whether or not a signal tells of it."""
+"""The app without its terminal: it exits cleanly, with or without a signal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Leaving a screen while its work goes on."""
+"""Leaving a screen while its work continues."""
 
 from __future__ import annotations
 

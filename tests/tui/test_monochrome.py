@@ -1,4 +1,4 @@
-"""Without colors: the terminal's own two, and attributes that tell things apart."""
+"""Without colors: the terminal's default two, and attributes that distinguish elements."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def open_on(mode: str, *, model: str = "", gpu_gib: float = 24.0, **settings: An
 
 
 def open_with_gpu(mode: str, *, model: str) -> QloraApp:
-    """The same against the GPU that NVML tells of."""
+    """Open a screen with the GPU that NVML reports."""
     app = _first_shown(mode)()
     app.workbench.set("model.id", model)
     return app
