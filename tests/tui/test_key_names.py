@@ -104,4 +104,4 @@ async def test_texts_name_the_keys_of_the_users_keymap() -> None:
         await shows(pilot, "Ctrl+F type a name", "[z] Undo", "F7 Train")
         await app.action_go("memory")
         await pilot.press("question_mark")
-        await shows(pilot, "If the recipe does not fit, F2", "applies")
+        await shows(pilot, "recipe does not fit, F2", "applies")
