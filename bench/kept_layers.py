@@ -76,9 +76,9 @@ def with_adapter(base: Any, recipe: Recipe, architecture: Architecture) -> Any:
     """The model as a run trains it: packed attention, chunked loss, adapter, every layer checkpointed."""
     head = chunked_loss.find_head(base)
     assert not isinstance(head, str), head
-    assert model_loading.use_segment_attention(base)
+    assert model_loading.use_packed_attention(base)
     chunked_loss.use_chunked_loss(base, head)
-    chunked_loss.use_segments(base, by_mask=True)
+    chunked_loss.use_segments(base)
     model = add_lora(base, recipe.lora, architecture)
     model_loading.checkpoint_activations(base)
     return model.train()

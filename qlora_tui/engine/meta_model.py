@@ -34,14 +34,14 @@ def build(request: TraceRequest, architecture: Architecture, dtype: torch.dtype)
     if recipe.quantization.method in ("nf4", "fp4"):
         _quantize(model, recipe, architecture, dtype)
     model_loading.freeze(model)
-    segments = attention != "eager" and model_loading.use_segment_attention(model)
+    segments = attention != "eager" and model_loading.use_packed_attention(model)
     if recipe.training.gradient_checkpointing != "off":
         model_loading.checkpoint_activations(model, keep_rng=False)
     model.enable_input_require_grads()
     head = find_head(model)
     if request.loss == "chunked" and isinstance(head, ChunkedHead):
         use_chunked_loss(model, head)
-    use_segments(model, by_mask=segments)
+    use_segments(model)
     with torch.device("meta"):
         return add_lora(
             model, recipe.lora, architecture, range(len(set(recipe.lora.trainable_tokens)))

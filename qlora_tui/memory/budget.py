@@ -12,7 +12,12 @@ from qlora_tui.gpu.metrics import GpuDevice
 from qlora_tui.gpu.torch_env import grows_segments
 from qlora_tui.gpu.visible_devices import default_cuda_device
 from qlora_tui.memory.calibration import correction_for
-from qlora_tui.memory.cpu import liger_is_installed, this_processor, torch_is_for_cuda
+from qlora_tui.memory.cpu import (
+    liger_is_installed,
+    this_processor,
+    torch_has_varlen,
+    torch_is_for_cuda,
+)
 from qlora_tui.memory.execution import Device
 
 
@@ -31,7 +36,11 @@ class MemoryBudget:
 
 def budget_for(gpu: GpuDevice | None, assumed_bytes: int | None = None) -> MemoryBudget:
     """Return the budget of this GPU, of an assumed size, or of the machine's memory without either."""
-    cuda = Device(liger=liger_is_installed(), expandable_segments=grows_segments(os.environ))
+    cuda = Device(
+        liger=liger_is_installed(),
+        varlen=torch_has_varlen(),
+        expandable_segments=grows_segments(os.environ),
+    )
     if assumed_bytes is not None:
         # Not this machine's GPU: corrections measured here do not apply.
         device = cuda if gpu is None else replace(cuda, capability=_capability(gpu))

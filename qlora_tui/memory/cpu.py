@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,6 +34,16 @@ def torch_is_for_cuda() -> bool:
 def liger_is_installed() -> bool:
     """Return whether Liger's kernels and Triton, which they need, are installed. Imports neither."""
     return find_spec("liger_kernel") is not None and find_spec("triton") is not None
+
+
+@cache
+def torch_has_varlen() -> bool:
+    """Return whether the installed torch has variable-length attention with windows. Does not import it."""
+    try:
+        major, minor = version("torch").split(".")[:2]
+    except PackageNotFoundError:
+        return True
+    return (int(major), int(minor)) >= (2, 11)
 
 
 def this_processor() -> Processor:

@@ -54,6 +54,8 @@ class Device:
     """Whether Liger's kernels are installed, on a GPU."""
     expandable_segments: bool = True
     """Whether the CUDA allocator grows its segments, as the trainer requests where the user does not."""
+    varlen: bool = True
+    """Whether torch has a FlashAttention for all samples of a packed row in one call (2.11 or newer)."""
     correction: Correction | None = None
     """Correction from past runs on the device."""
 
@@ -92,7 +94,9 @@ class ExecutionConfig:
     """Whether gradients of earlier micro-steps exist during the forward."""
     packing: bool = False
     segments: bool = False
-    """Whether the micro-batch is one long row whose samples are attended one at a time."""
+    """Whether the micro-batch is one long row of samples that do not attend to each other."""
+    varlen: bool = False
+    """Whether one kernel attends to all samples of such a row, instead of one at a time."""
     device: Literal["cuda", "cpu"] = "cuda"
     capability: tuple[int, int] = (8, 6)
     """CUDA compute capability of a GPU."""
@@ -126,6 +130,8 @@ def trainer_execution(
     Without an architecture, Liger is assumed off: it is faster only for some models.
     """
     compute = _compute_bytes(recipe, device)
+    attention = _attention(recipe, device, compute)
+    runs_varlen = device.varlen and recipe.model.attention in ("auto", "flash")
     float16 = compute == 2 and _is_float16(recipe, device)
     return ExecutionConfig(
         compute_bytes=compute,
@@ -137,11 +143,12 @@ def trainer_execution(
         # Liger would keep float16's gradients in 16 bits.
         loss="liger" if device.liger and not float16 and _liger_pays(recipe, architecture) else "chunked",
         checkpointing=recipe.training.gradient_checkpointing != "off",
-        attention=_attention(recipe, device, compute),
+        attention=attention,
         optimizer="adamw_fused" if recipe.training.optimizer == "adamw" else recipe.training.optimizer,
         accumulates=recipe.training.gradient_accumulation > 1,
         packing=recipe.data.packing,
         segments=recipe.model.attention != "eager",
+        varlen=runs_varlen and device.kind == "cuda" and attention == "flash",
         device=device.kind,
         capability=device.capability,
         cuda_libraries=device.cuda_libraries,

@@ -118,6 +118,8 @@ def build_layout(recipe: Recipe, architecture: Architecture, path: ExecutionConf
     for module in architecture.modules:
         if module.layer is not None and module.part != "vision":
             by_layer[module.layer].append(module)
+    # No fused kernel of ours caps scores or has sinks: those samples are attended one at a time.
+    softcap, sinks = architecture.model_type == "gemma2", architecture.model_type == "gpt_oss"
     heads = Heads(
         rows=rows,
         length=length,
@@ -125,9 +127,9 @@ def build_layout(recipe: Recipe, architecture: Architecture, path: ExecutionConf
         kv_heads=architecture.kv_heads,
         head_dim=architecture.head_dim,
         value_dim=architecture.head_dim,
-        pieces=rows if path.segments else 1,
-        softcap=architecture.model_type == "gemma2",
-        sinks=architecture.model_type == "gpt_oss",
+        pieces=rows if path.segments and (not path.varlen or softcap or sinks) else 1,
+        softcap=softcap,
+        sinks=sinks,
         repeated_by=_repeated_by(architecture, path),
         copied=path.sdpa and copies_for_sdpa(path.transformers),
     )

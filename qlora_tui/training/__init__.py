@@ -18,8 +18,8 @@
 ``adapter``               adds LoRA; ``fused``: module and adapter as one autograd function;
                           ``trainable_tokens``: trained rows of embedding and head
 ``dropout``               where a model draws random numbers
-``packed_attention``      several samples in one row, each attending only to itself; ``padding``: to the
-                          token multiple of CPU kernels
+``packed_attention``      several samples in one row, each attending only to itself, in one call of
+                          ``varlen_attention`` or one by one; ``padding``: to a multiple of tokens
 ``chunked_loss``          cross-entropy without the whole logits; ``liger``: Liger's kernel in its place
 ``equivalence_checks``    verifies packed attention (``attention_check``: layer by layer) and the chunked
                           loss on the loaded model; ``liger`` verifies its own. Which loss a run asks for is

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -53,14 +54,15 @@ def library_logits(model: Any, tokens: Tensor, positions: Tensor) -> Tensor:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 
-    AttentionInterface.register(_NAME, _compare)
+    used = model.config._attn_implementation
+    AttentionInterface.register(_NAME, partial(_compare, packed_attention.packed_attention_of(model)))
     AttentionMaskInterface.register(_NAME, eager_mask)
     if not set_attention(model, _NAME):
         raise AttentionMismatchError
     try:
         logits: Tensor = model(input_ids=tokens, position_ids=positions, use_cache=False).logits[0]
     finally:
-        set_attention(model, packed_attention.NAME)
+        set_attention(model, used)
     return logits
 
 
@@ -83,6 +85,7 @@ def short_windows(model: nn.Module) -> Iterator[None]:
 
 
 def _compare(
+    packed: Any,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -90,7 +93,7 @@ def _compare(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The library's attention output. Raises AttentionMismatchError where ours differs."""
+    """The library's attention output. Raises AttentionMismatchError where ``packed``, ours, differs."""
     dtype = query.dtype
     # The library's masks add the lowest number of the dtype to hidden scores.
     masks = {
@@ -102,7 +105,8 @@ def _compare(
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mask = packed_attention.segment_mask([q.shape[2]])
-        return packed_attention.segment_attention(module, q, k, v, mask, **kwargs)[0]
+        output: Tensor = packed(module, q, k, v, mask, **kwargs)[0]
+        return output
 
     if not attention_matches(ours, library, query, key, value, kwargs.get("scaling")):
         raise AttentionMismatchError(type(module).__name__)

@@ -11,8 +11,18 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.training import chunked_loss, equivalence_checks, model_loading
 from qlora_tui.training.compute_device import AttentionPath, ComputeDevice
 from qlora_tui.training.liger import verified_liger_loss
+from qlora_tui.training.packed_attention import PackedAttention
 
-_NAMES: dict[AttentionPath, str] = {"segments": "SDPA", "flash": "flash", "eager": "eager"}
+_KINDS: dict[AttentionPath, tuple[PackedAttention, ...]] = {
+    "varlen": ("varlen", "segments"),
+    "segments": ("segments",),
+    "eager": (),
+}
+"""Kinds of packed attention to try, in order."""
+_NAMES: dict[PackedAttention, str] = {
+    "varlen": "flash, all samples in one call",
+    "segments": "SDPA, sample by sample",
+}
 _NOT_WEIGHTED = "this data has token weights, which Liger does not support"
 
 
@@ -28,8 +38,6 @@ class PreparedBase:
     """The loss that the memory estimate assumes, or another one with the reason."""
     packing_isolated: bool
     """Whether several samples may share a row."""
-    attention_path: AttentionPath
-    """The attention path that was tried first."""
     library_attention: str
     """The implementation in transformers for a single sample: ``sdpa`` or ``eager``."""
     replaced: tuple[str, ...] = ()
@@ -60,36 +68,33 @@ def prepare_base(
         model, head, device.torch_device
     ):
         head = "its computation between head and loss is not supported"
-    library_attention = _library_attention(model, attention_path)
-    packing_isolated = attention_path == "flash" or (
-        attention_path == "segments" and model_loading.use_segment_attention(model)
-    )
+    library_attention = model.config._attn_implementation
     loss_name = _use_loss(model, head, device, expected_loss, weighted)
-    chunked_loss.use_segments(model, by_mask=attention_path == "segments")
-    if packing_isolated and not equivalence_checks.packing_is_isolated(model, device.torch_device):
-        packing_isolated = False
-        if attention_path == "segments":
-            # Padded rows do not need our attention, and the check of the first step needs the library's.
-            model_loading.set_attention(model, library_attention)
+    chunked_loss.use_segments(model)
+    packed = _use_packed_attention(model, attention_path, device)
+    if packed is None:
+        # Padded rows do not need our attention, and the check of the first step needs the library's.
+        model_loading.set_attention(model, library_attention)
     return PreparedBase(
         model=model,
         folder=folder,
-        attention=f"{_NAMES[attention_path]}, {'sample by sample' if packing_isolated else 'padded rows'}",
+        attention=_NAMES[packed] if packed else f"{library_attention.replace('sdpa', 'SDPA')}, padded rows",
         loss=loss_name,
-        packing_isolated=packing_isolated,
-        attention_path=attention_path,
+        packing_isolated=packed is not None,
         library_attention=library_attention,
     )
 
 
-def _library_attention(model: Any, attention_path: AttentionPath) -> str:
-    """The reference for packed attention: SDPA, or eager for families without SDPA; never a flash kernel."""
-    loaded: str = model.config._attn_implementation
-    if attention_path != "flash":
-        return loaded
-    reference = "sdpa" if model_loading.set_attention(model, "sdpa") else "eager"
-    model_loading.set_attention(model, loaded)
-    return reference
+def _use_packed_attention(
+    model: Any, attention_path: AttentionPath, device: ComputeDevice
+) -> PackedAttention | None:
+    """Use the first kind of packed attention that passes its check on this model; None where none does."""
+    for kind in _KINDS[attention_path]:
+        if model_loading.use_packed_attention(model, kind) and equivalence_checks.packing_is_isolated(
+            model, device.torch_device
+        ):
+            return kind
+    return None
 
 
 def _use_loss(

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.training.chunked_loss import IGNORED
+from qlora_tui.training.chunked_loss import IGNORED, loss_positions
 
 Row: TypeAlias = tuple[int, ...]
 """Indices of the samples in one row."""
@@ -187,8 +187,9 @@ def collate(
 
     Returns:
         Packed: ``input_ids``, ``position_ids`` and ``labels`` of (1, tokens), and ``segments``, the lengths
-        of the samples. Padded: ``input_ids``, ``attention_mask`` and ``labels`` of (rows, longest). With
-        sample weights also ``loss_weights``, fp32 in the shape of the labels.
+        of the samples. Padded: ``input_ids``, ``attention_mask`` and ``labels`` of (rows, longest). Both also
+        ``loss_positions`` (:func:`.chunked_loss.loss_positions`) and, with sample weights, ``loss_weights``,
+        fp32 in the shape of the labels.
     """
     weighted = [samples.weights(i) for i in _samples_of(rows)]
     weights = [torch.tensor(list(of_one)) for of_one in weighted if of_one is not None]
@@ -201,18 +202,22 @@ def collate(
     lengths = [len(tokens) for tokens in ids]
     if packing_isolated:
         batch = {"loss_weights": torch.cat(weights)[None]} if weights else {}
+        row_labels = torch.cat(labels)[None]
         return batch | {
             "input_ids": torch.cat(ids)[None],
             "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
-            "labels": torch.cat(labels)[None],
+            "labels": row_labels,
+            "loss_positions": loss_positions(row_labels),
             "segments": lengths,
         }
     longest = max(lengths)
     batch = {"loss_weights": _padded(weights, longest, 0)} if weights else {}
+    padded_labels = _padded(labels, longest, IGNORED)
     return batch | {
         "input_ids": _padded(ids, longest, pad_id),
         "attention_mask": _padded([torch.ones(n, dtype=torch.long) for n in lengths], longest, 0),
-        "labels": _padded(labels, longest, IGNORED),
+        "labels": padded_labels,
+        "loss_positions": loss_positions(padded_labels),
     }
 
 
@@ -226,7 +231,8 @@ def on_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, An
 
 def mask_all_labels(batch: dict[str, Any]) -> dict[str, Any]:
     """The micro-batch without labels, for a process that has none left while the others have one."""
-    return batch | {"labels": torch.full_like(batch["labels"], IGNORED)}
+    labels = torch.full_like(batch["labels"], IGNORED)
+    return batch | {"labels": labels, "loss_positions": loss_positions(labels)}
 
 
 def _samples_of(rows: Sequence[Row]) -> Iterator[int]:

@@ -89,6 +89,7 @@ def use_chunked_loss(model: nn.Module, head: ChunkedHead, kernel: LossSumFn | No
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         loss_weights: Tensor | None = None,
+        loss_positions: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         if labels is None:
@@ -99,7 +100,7 @@ def use_chunked_loss(model: nn.Module, head: ChunkedHead, kernel: LossSumFn | No
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         )[0]
         rows = active_rows(self.get_output_embeddings())  # type: ignore[operator]  # a PreTrainedModel's method
-        total, trained = summed_loss(head, hidden, labels, loss_weights, rows, kernel)
+        total, trained = summed_loss(head, hidden, labels, loss_weights, rows, kernel, loss_positions)
         items = trained if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=total / items)
 
@@ -111,7 +112,12 @@ def use_weighted_loss(model: nn.Module) -> None:
     stock = model.forward
 
     @wraps(stock)
-    def forward(self: nn.Module, loss_weights: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self: nn.Module,
+        loss_weights: Tensor | None = None,
+        loss_positions: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         if loss_weights is None:
             return stock(**kwargs)
         wanted, items = kwargs.pop("labels")[:, 1:], kwargs.pop("num_items_in_batch")
@@ -124,29 +130,37 @@ def use_weighted_loss(model: nn.Module) -> None:
     model.forward = MethodType(forward, model)
 
 
-def use_library_loss(model: nn.Module, *, by_mask: bool) -> None:
+def use_library_loss(model: nn.Module) -> None:
     """Restore the model's own loss, which then also supports packed rows and loss weights."""
     vars(model).pop("forward", None)
     use_weighted_loss(model)
-    use_segments(model, by_mask=by_mask)
+    use_segments(model)
 
 
-def use_segments(model: nn.Module, *, by_mask: bool) -> None:
+def use_segments(model: nn.Module) -> None:
     """Make ``model(segments=[…])`` isolate the samples of a row, with either loss.
 
-    Args:
-        by_mask: pass the lengths as the mask of :mod:`qlora_tui.training.packed_attention`; flash kernels see
-            in the position ids where samples begin.
+    The lengths are passed as the mask of :mod:`qlora_tui.training.packed_attention`.
     """
     inner = model.forward
 
     @wraps(inner)
     def forward(self: nn.Module, segments: list[int] | None = None, **kwargs: Any) -> Any:
         if segments is not None:
-            kwargs |= {"attention_mask": segment_mask(segments) if by_mask else None, "use_cache": False}
+            kwargs |= {"attention_mask": segment_mask(segments), "use_cache": False}
         return inner(**kwargs)
 
     model.forward = MethodType(forward, model)
+
+
+def loss_positions(labels: Tensor) -> Tensor:
+    """Where a token in the loss is predicted: (tokens in the loss,), int64.
+
+    Positions count through all rows of ``labels`` (rows, tokens); the token itself is one further. Found on
+    the CPU, where labels are made: a GPU would have to be waited for, because their number is unknown.
+    """
+    rows, places = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    return rows * labels.shape[1] + places
 
 
 def summed_loss(
@@ -156,6 +170,7 @@ def summed_loss(
     weights: Tensor | None = None,
     rows: TokenRows | None = None,
     kernel: LossSumFn | None = None,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     """The weighted sum of the losses of all tokens in the loss, and the number of these tokens.
 
@@ -165,21 +180,23 @@ def summed_loss(
         weights: (batch, tokens); None where each token counts 1.
         rows: trained rows that replace those of the head.
         kernel: used where there are neither weights nor rows.
+        positions: what :func:`loss_positions` finds in ``labels``; None finds it
+            here, for which the CPU waits for the GPU.
 
     Returns:
         The sum, an fp32 scalar, and the number of tokens.
     """
     ids, values = (None, None) if rows is None else (rows.ids, rows.values)
-    wanted = labels[:, 1:]
-    # nonzero() waits for the GPU, because its result has an unknown size: once per micro-batch.
-    trained = (wanted != IGNORED).nonzero(as_tuple=True)
-    states, targets = hidden[:, :-1][trained], wanted[trained]
+    if positions is None:
+        positions = loss_positions(labels)
+    states = hidden.flatten(0, 1).index_select(0, positions)
+    targets = labels.flatten().index_select(0, positions + 1)
     if not len(targets):
         nothing = hidden.sum() * 0.0
         return nothing if values is None else nothing + values.sum() * 0.0, 0
     if kernel is not None and weights is None and rows is None:
         return kernel(states, targets), len(targets)
-    counts = None if weights is None else weights[:, 1:][trained]
+    counts = None if weights is None else weights.flatten().index_select(0, positions + 1)
     if values is not None and not torch.is_grad_enabled():
         values = values.detach()
     return chunked_sum(states, targets, head, counts, ids, values), len(targets)

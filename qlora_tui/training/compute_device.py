@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,6 +12,7 @@ import torch
 from qlora_tui.errors import UserError
 from qlora_tui.memory.cpu import this_processor
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.training import varlen_attention
 from qlora_tui.training.padding import token_multiple
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -20,8 +20,8 @@ _BF16_CAPABILITY = (8, 0)
 """Ampere. ``torch.cuda.is_bf16_supported`` is also true for GPUs that only emulate bfloat16."""
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
-AttentionPath = Literal["segments", "flash", "eager"]
-"""``segments`` is SDPA, sample by sample: :mod:`qlora_tui.training.packed_attention`."""
+AttentionPath = Literal["varlen", "segments", "eager"]
+"""The first two are those of :mod:`qlora_tui.training.packed_attention`."""
 
 
 @dataclass(frozen=True)
@@ -80,22 +80,28 @@ def choose_attention(recipe: Recipe, device: ComputeDevice) -> AttentionPath:
         return "eager"
     if wanted == "sdpa":
         return "segments"
-    can = device.kind == "cuda" and device.dtype != torch.float32 and _has("kernels")
-    if wanted == "flash" and not can:
-        why = (
-            "It needs a CUDA GPU."
-            if device.kind != "cuda"
-            else "It only computes in 16 bits."
-            if device.dtype == torch.float32
-            else "The kernels package, which provides it, is not installed."
-        )
+    why_not = why_no_flash(device)
+    if wanted == "flash" and why_not:
         raise UserError(
             "Flash attention is not available",
-            what="model.attention is set to flash, which this machine cannot run.",
-            why=why,
-            fix='Set model.attention to "auto", or `pip install kernels` on a machine with a CUDA GPU.',
+            what="model.attention is set to flash, which cannot run here.",
+            why=why_not,
+            fix='Set model.attention to "auto", which uses what runs.',
         )
-    return "flash" if can else "segments"
+    return "segments" if why_not else "varlen"
+
+
+def why_no_flash(device: ComputeDevice) -> str:
+    """Why FlashAttention cannot run a packed row in one call; empty where it can."""
+    if device.kind != "cuda":
+        return "It needs a CUDA GPU."
+    if device.dtype == torch.float32:
+        return "It only computes in 16 bits."
+    if not varlen_attention.has_flash(device.torch_device):
+        return f"It needs a GPU from Ampere on (RTX 30), and this is a {device.name}."
+    if varlen_attention.find_kernel() is None:
+        return f"It needs torch 2.11 or newer, and {torch.__version__} is installed."
+    return ""
 
 
 def host_memory_bytes() -> int:
@@ -109,7 +115,3 @@ def host_memory_bytes() -> int:
         if limit.isdigit():
             total = min(total, int(limit))
     return total
-
-
-def _has(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_tui.training import packed_attention
 from qlora_tui.training.agreement import bitwise_equal, within_rounding
 from qlora_tui.training.attention_check import library_logits, short_windows
 from qlora_tui.training.chunked_loss import IGNORED, ChunkedHead, losses_and_grads
@@ -52,12 +51,7 @@ def packing_is_isolated(model: Any, device: torch.device) -> bool:
             packed_after_other = _second_in_row(model, other, second)
             alone = model(input_ids=second, position_ids=_positions(second), segments=[_SECOND]).logits[0]
             longer = torch.cat([second, first], dim=1)
-            if model.config._attn_implementation == packed_attention.NAME:
-                by_library = library_logits(model, longer, _positions(longer))
-            else:  # the library's own flash kernel
-                by_library = model(input_ids=longer, position_ids=_positions(longer), use_cache=False).logits[
-                    0
-                ]
+            by_library = library_logits(model, longer, _positions(longer))
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
             return False
     size = _rms(alone)

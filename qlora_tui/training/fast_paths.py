@@ -38,7 +38,7 @@ class FastPaths:
         if not base.loss.startswith("stock"):
             self._switches["loss"] = (
                 partial(vars(bare).__setitem__, "forward", vars(bare)["forward"]),
-                partial(chunked_loss.use_library_loss, bare, by_mask=base.attention_path == "segments"),
+                partial(chunked_loss.use_library_loss, bare),
             )
         for part in PATCHED_PARTS:
             replaced = PatchedForwards(model, part)

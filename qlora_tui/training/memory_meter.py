@@ -21,7 +21,7 @@ from qlora_tui.gpu.torch_env import grows_segments
 from qlora_tui.gpu.visible_devices import default_cuda_device
 from qlora_tui.memory import Device as EstimatedDevice
 from qlora_tui.memory import Estimate, MeasuredRun, correction_for, estimate, record_run, trainer_execution
-from qlora_tui.memory.cpu import liger_is_installed, torch_is_for_cuda
+from qlora_tui.memory.cpu import liger_is_installed, torch_has_varlen, torch_is_for_cuda
 from qlora_tui.memory.execution import Loss
 from qlora_tui.memory.kept_layers import KeptLayers, keep_layers
 from qlora_tui.recipe.schema import Recipe
@@ -183,6 +183,7 @@ def _as_estimated(device: ComputeDevice) -> EstimatedDevice:
         cuda_libraries=torch_is_for_cuda(),
         liger=cuda and liger_is_installed(),
         expandable_segments=grows_segments(os.environ),
+        varlen=torch_has_varlen(),
     )
 
 

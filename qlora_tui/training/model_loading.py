@@ -19,12 +19,7 @@ from qlora_tui.training import packed_attention
 from qlora_tui.training.clean_files import model_view
 from qlora_tui.training.compute_device import AttentionPath, ComputeDevice
 from qlora_tui.training.dropout import draws_random_numbers
-from qlora_tui.training.kernel_publishers import PUBLISHER, pin_publisher
-
-_FLASH = f"{PUBLISHER}/flash-attn2"
-_ATTENTION: dict[AttentionPath, str | None] = {"segments": None, "flash": _FLASH, "eager": "eager"}
-"""``attn_implementation`` for transformers. None lets it use SDPA, which a few families lack (Gemma 2,
-gpt-oss). The attention keys of the model's own config are removed before."""
+from qlora_tui.training.kernel_publishers import pin_publisher
 
 
 def load_base(folder: Path, recipe: Recipe, device: ComputeDevice, attention_path: AttentionPath) -> Any:
@@ -42,7 +37,10 @@ def load_base(folder: Path, recipe: Recipe, device: ComputeDevice, attention_pat
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    settings: dict[str, Any] = {"attn_implementation": _ATTENTION[attention_path]}
+    # None lets transformers use SDPA, which a few families lack (Gemma 2, gpt-oss). The attention keys of the
+    # model's own config are removed before.
+    attention = "eager" if attention_path == "eager" else None
+    settings: dict[str, Any] = {"attn_implementation": attention}
     quantization = _quantization(recipe.quantization, device)
     if quantization is not None and not _is_stored_quantized(folder):
         settings["quantization_config"] = quantization
@@ -90,10 +88,10 @@ def freeze(model: nn.Module) -> nn.Module:
     return model
 
 
-def use_segment_attention(model: Any) -> bool:
+def use_packed_attention(model: Any, kind: packed_attention.PackedAttention = "segments") -> bool:
     """Switch to packed attention; False where the family does not use transformers' attention interface."""
     packed_attention.register()
-    return set_attention(model, packed_attention.NAME)
+    return set_attention(model, packed_attention.NAMES[kind])
 
 
 def set_attention(model: Any, name: str) -> bool:

@@ -1,8 +1,11 @@
 """Several samples in one row, each attending only to itself.
 
 The samples of a micro-batch lie end to end in a row of batch size one. The stock SDPA path isolates them with
-one dense mask over the whole row. This attends sample by sample: work and memory grow with the square of a
-sample, not of the row, and every call uses the fast causal kernel.
+one dense mask over the whole row. This attends to each sample by itself: work and memory grow with the square
+of a sample, not of the row. There are two implementations:
+
+* ``varlen``: one call of FlashAttention for the whole row (:mod:`.varlen_attention`), on a GPU in 16 bits.
+* ``segments``: SDPA sample by sample, wherever the first does not run.
 
 Where samples begin is passed as the attention mask: an int32 tensor of four dimensions, which transformers
 passes on unchanged (``masking_utils._preprocess_mask_arguments``), and which stays on the CPU so that reading
@@ -20,28 +23,42 @@ it does not wait for the GPU. For samples of 3, 1 and 2 tokens::
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qlora_tui.training import varlen_attention
 from qlora_tui.training.fused.cpu_attention import RowAttention
 from qlora_tui.training.padding import pad_tokens, token_multiple
 
-NAME = "qlora_segments"
-"""Name of the attention implementation in transformers."""
+PackedAttention: TypeAlias = Literal["varlen", "segments"]
+NAMES: dict[PackedAttention, str] = {"varlen": "qlora_varlen", "segments": "qlora_segments"}
+"""Name of each implementation in transformers."""
+
+
+AttentionFunction: TypeAlias = Callable[..., tuple[Tensor, None]]
+"""As transformers calls it: (batch, heads, tokens, width) to (batch, tokens, heads, width)."""
 
 
 def register() -> None:
-    """Register the implementation with transformers; may be repeated."""
+    """Register the implementations with transformers; may be repeated."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, segment_attention)
-    # For calls without a packed row, such as generating a sample.
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    for kind, function in _functions().items():
+        AttentionInterface.register(NAMES[kind], function)
+        # For calls without a packed row, such as generating a sample.
+        AttentionMaskInterface.register(NAMES[kind], sdpa_mask)
+
+
+def packed_attention_of(model: Any) -> AttentionFunction | None:
+    """The function of the implementation that a model uses; None where it is the library's."""
+    name = model.config._attn_implementation
+    return next((function for kind, function in _functions().items() if NAMES[kind] == name), None)
 
 
 def segment_mask(lengths: list[int]) -> Tensor:
@@ -101,6 +118,37 @@ def segment_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
+def varlen_attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """As :func:`segment_attention`, in one call for the whole row where FlashAttention supports it."""
+    if (
+        attention_mask is not None
+        and attention_mask.dtype == torch.int32
+        and not (dropout or softcap is not None or s_aux is not None)
+        and varlen_attention.supports(query, value, samples=attention_mask.shape[-1] - 1)
+    ):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return varlen_attention.attend(query, key, value, attention_mask, scale, sliding_window), None
+    return segment_attention(
+        module, query, key, value, attention_mask, dropout, scaling, sliding_window, softcap, s_aux, **kwargs
+    )
+
+
+def _functions() -> dict[PackedAttention, AttentionFunction]:
+    return {"varlen": varlen_attention_forward, "segments": segment_attention}
+
+
 def prefers_row_attention(query: Tensor) -> bool:
     """Whether to use :class:`.fused.cpu_attention.RowAttention`: on a CPU in bfloat16, where it is faster.
 
@@ -131,8 +179,7 @@ def _sample_attention(
         mask = _causal(tokens, tokens, sliding_window if windowed else None, query.device)
         return _eager_attention(query, key, value, mask, dropout, scale, softcap, sinks)
     grouped = query.shape[1] != key.shape[1]
-    if grouped and value.shape[-1] != query.shape[-1]:
-        # Grouped kernels need values as wide as keys; otherwise heads are repeated.
+    if grouped and not (value.shape[-1] == query.shape[-1] and supports_grouped_heads(query, windowed)):
         key, value = _repeat(key, query.shape[1]), _repeat(value, query.shape[1])
         grouped = False
     return functional.scaled_dot_product_attention(
@@ -145,6 +192,17 @@ def _sample_attention(
         scale=scale,
         enable_gqa=grouped,
     )
+
+
+def supports_grouped_heads(query: Tensor, masked: bool) -> bool:
+    """Whether SDPA has a fused kernel for keys and values with fewer heads than queries.
+
+    On a GPU only FlashAttention is one: in 16 bits, from Ampere on, without a mask. Elsewhere torch would
+    write out all scores.
+    """
+    if query.device.type != "cuda":
+        return True
+    return not masked and query.element_size() == 2 and varlen_attention.has_flash(query.device)
 
 
 def _eager_attention(

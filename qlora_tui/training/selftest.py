@@ -29,7 +29,7 @@ def main() -> int:
     checks = [_library(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "datasets")]
     if all(check["outcome"] == "ok" for check in checks):
         checks += [_run_check("torch on the GPU", _gpu), _run_check("NF4 forward and backward", _nf4)]
-        checks.append(_kernels())
+        checks.append(_run_check("flash attention", _flash))
     out.write(json.dumps(checks) + "\n")
     out.flush()
     return 0
@@ -107,10 +107,38 @@ def _nf4() -> dict[str, str]:
     }
 
 
-def _kernels() -> dict[str, str]:
-    if find_spec("kernels"):
-        return {"name": "kernels", "outcome": "ok", "text": "flash attention is available"}
-    return {"name": "kernels", "outcome": "note", "text": "not installed; attention uses SDPA"}
+def _flash() -> dict[str, str]:
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    from qlora_tui.recipe.schema import Recipe
+    from qlora_tui.training import varlen_attention
+    from qlora_tui.training.compute_device import find_device, why_no_flash
+    from qlora_tui.training.packed_attention import segment_mask
+
+    device = find_device(Recipe())
+    if reason := why_no_flash(device):
+        return {"outcome": "note", "text": f"attention uses SDPA. {reason}"}
+    lengths, width = [5, 9], 64
+    torch.manual_seed(0)
+    query, key, value = (
+        torch.randn(1, heads, sum(lengths), width, device=device.torch_device, dtype=device.dtype)
+        for heads in (4, 2, 2)
+    )
+    leaf = query.clone().requires_grad_()
+    out = varlen_attention.attend(leaf, key, value, segment_mask(lengths), width**-0.5, None)
+    out.float().square().sum().backward()  # type: ignore[no-untyped-call]  # torch's own
+    kv_samples = zip(*(torch.split(x.repeat_interleave(2, 1), lengths, 2) for x in (key, value)), strict=True)
+    parts = [
+        scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
+        for q, (k, v) in zip(torch.split(query, lengths, 2), kv_samples, strict=True)
+    ]
+    exact = torch.cat(parts, 2)
+    off = float((out.detach().float() - exact.transpose(1, 2)).norm() / exact.norm())
+    finite = leaf.grad is not None and bool(torch.isfinite(leaf.grad).all())
+    if off > 0.02 or not finite:
+        return {"outcome": "error", "text": f"wrong by {off:.0%}", "fix": 'Set model.attention to "sdpa".'}
+    return {"outcome": "ok", "text": "one call for all samples of a packed row"}
 
 
 if __name__ == "__main__":

@@ -222,3 +222,13 @@ def test_it_needs_no_machine_learning_library() -> None:
     code = "import sys, qlora_tui.memory; print(*{'torch', 'numpy', 'transformers'} & set(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert loaded.stdout.strip() == ""
+
+
+def test_one_call_per_row_needs_no_copies_of_samples() -> None:
+    recipe = Recipe(training=Training(micro_batch_size=8, gradient_checkpointing="off"))
+    model = parse_architecture(config("meta-llama/Llama-3.1-8B"))
+    one_call, by_sample = (estimate(recipe, model, device=Device(varlen=varlen)) for varlen in (True, False))
+    assert one_call.path.varlen and not by_sample.path.varlen
+    assert one_call.allocated_bytes < by_sample.allocated_bytes
+    turing = estimate(recipe, model, device=Device(capability=(7, 5)))
+    assert not turing.path.varlen

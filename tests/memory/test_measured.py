@@ -140,7 +140,7 @@ def _measured(values: dict[str, Any], recipe: Recipe, dropout: float, *, kept_la
     if recipe.quantization.method != "none":
         _quantize(model, recipe.quantization.method)
     model_loading.freeze(model)
-    assert model_loading.use_segment_attention(model)
+    assert model_loading.use_packed_attention(model)
     if recipe.training.gradient_checkpointing != "off":
         model_loading.checkpoint_activations(model, keep_rng=bool(dropout))
         assert model_loading.keep_activations(model, kept_layers)
@@ -148,7 +148,7 @@ def _measured(values: dict[str, Any], recipe: Recipe, dropout: float, *, kept_la
     head = find_head(model)
     assert isinstance(head, ChunkedHead)
     use_chunked_loss(model, head)
-    use_segments(model, by_mask=True)
+    use_segments(model)
     model = add_lora(model, recipe.lora, architecture).train()
     rows, length = recipe.training.micro_batch_size, recipe.data.max_length
     ids = torch.randint(0, 2048, (1, rows * length))

@@ -7,36 +7,39 @@ import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from qlora_tui.training import chunked_loss, equivalence_checks, model_loading
-from qlora_tui.training.batches import on_device
+from qlora_tui.training import chunked_loss, equivalence_checks, model_loading, varlen_attention
+from qlora_tui.training.batches import mask_all_labels, on_device
 from qlora_tui.training.fused import lora_linear
-from tests.training.fake_cuda import FAKE_DEVICE, fake_cuda, move_to_fake_cuda, set_up, values
+from qlora_tui.training.packed_attention import PackedAttention
+from tests.training.fake_cuda import FAKE_DEVICE, KIND, fake_cuda, move_to_fake_cuda, set_up, values
 from tests.training.families import FAMILIES, build, with_adapter
+from tests.training.varlen_reference import varlen_reference
 
 LENGTHS = [11, 17, 12]
 IDS = [40, 7, 251]
 
 
-def prepared(model_type: str, *, four_bit: bool = False) -> Any:
+def prepared(model_type: str, *, four_bit: bool = False, kind: PackedAttention = "segments") -> Any:
     """A tiny model of the family as a run has it before the adapter."""
     model = build(model_type)
     if four_bit:
         quantize(model)
-    use_fast_paths(model)
+    use_fast_paths(model, kind)
     return model
 
 
-def use_fast_paths(model: Any) -> None:
-    """Let it attend by segments and take its loss in chunks."""
+def use_fast_paths(model: Any, kind: PackedAttention = "segments") -> None:
+    """Use packed attention and the chunked loss."""
     head = chunked_loss.find_head(model)
     assert not isinstance(head, str)
-    assert model_loading.use_segment_attention(model)
+    assert model_loading.use_packed_attention(model, kind)
     chunked_loss.use_chunked_loss(model, head)
-    chunked_loss.use_segments(model, by_mask=True)
+    chunked_loss.use_segments(model)
 
 
 def quantize(model: Any) -> None:
@@ -72,6 +75,7 @@ def packed(weighted: bool = False) -> dict[str, Any]:
     batch = {
         "input_ids": ids,
         "labels": labels,
+        "loss_positions": chunked_loss.loss_positions(labels),
         "position_ids": torch.cat([torch.arange(length) for length in LENGTHS])[None],
         "segments": LENGTHS,
     }
@@ -85,17 +89,18 @@ def padded() -> dict[str, Any]:
     ids = torch.randint(3, 300, (2, 15), generator=torch.Generator().manual_seed(2))
     mask = torch.ones_like(ids)
     mask[1, 9:] = 0
+    labels = ids.masked_fill(mask == 0, chunked_loss.IGNORED)
     return {
         "input_ids": ids,
         "attention_mask": mask,
-        "labels": ids.masked_fill(mask == 0, chunked_loss.IGNORED),
+        "labels": labels,
+        "loss_positions": chunked_loss.loss_positions(labels),
     }
 
 
 def prompts_only() -> dict[str, Any]:
     """A row without any token in the loss."""
-    batch = packed()
-    return batch | {"labels": torch.full_like(batch["labels"], chunked_loss.IGNORED)}
+    return mask_all_labels(packed())
 
 
 def step(model: Any, batch: dict[str, Any]) -> tuple[float, dict[str, Tensor]]:
@@ -114,6 +119,7 @@ def compare_with_cpu(
     four_bit: bool = False,
     checkpointing: bool = False,
     rows: bool = False,
+    kind: PackedAttention = "segments",
     **adapter: Any,
 ) -> dict[str, Any]:
     """The same step on the CPU and on the fake GPU."""
@@ -127,7 +133,7 @@ def compare_with_cpu(
     model = ready(prepared(family, four_bit=four_bit))
     torch.manual_seed(3)
     expected, gradients = step(model, batch)
-    there = prepared(family, four_bit=four_bit)
+    there = prepared(family, four_bit=four_bit, kind=kind)
     move_to_fake_cuda(there)
     with fake_cuda() as log:
         model = ready(there)
@@ -159,6 +165,15 @@ def with_dropout() -> dict[str, Any]:
         lora_linear._dropout_mask = stock
 
 
+def one_call() -> dict[str, Any]:
+    """A step with variable-length attention, whose kernel is written out; on the CPU a call per sample."""
+    with (
+        patch.object(varlen_attention, "supports", lambda query, value, samples: query.device.type == KIND),
+        patch.object(varlen_attention, "find_kernel", lambda: varlen_reference),
+    ):
+        return compare_with_cpu("gemma3_text", packed(), kind="varlen")
+
+
 def checked(family: str) -> dict[str, Any]:
     """What is proved of a model before training: a mix-up there would only cost packing, or the loss."""
     model = build(family)
@@ -186,6 +201,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "padded rows": partial(compare_with_cpu, "llama", padded()),
     "no token in the loss": partial(compare_with_cpu, "llama", prompts_only(), rows=True),
     "dropout": with_dropout,
+    "one call": one_call,
     **{f"checks of {family}": partial(checked, family) for family in ("llama", "gemma2")},
 }
 

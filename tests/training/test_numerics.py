@@ -142,8 +142,8 @@ def test_samples_in_one_row_are_what_they_are_alone(model_type: str) -> None:
     """Against transformers' own eager attention, loss and gradient, sample by sample."""
     alone = build(model_type)
     together = copy.deepcopy(alone)
-    assert model_loading.use_segment_attention(together)
-    chunked_loss.use_segments(together, by_mask=True)
+    assert model_loading.use_packed_attention(together)
+    chunked_loss.use_segments(together)
     assert equivalence_checks.packing_is_isolated(together, CPU)
     lengths = [5, 17, 1, 12]
     ids, labels = labelled(alone, 1, sum(lengths))
@@ -174,8 +174,8 @@ def test_samples_in_one_row_are_what_they_are_alone(model_type: str) -> None:
 def test_a_model_that_looks_across_samples_is_found_out(model_type: str) -> None:
     settings = {"n_head": 4, "n_layer": 2} if model_type == "bloom" else {}
     model = build(model_type, **settings)
-    model_loading.use_segment_attention(model)
-    chunked_loss.use_segments(model, by_mask=True)
+    model_loading.use_packed_attention(model)
+    chunked_loss.use_segments(model)
     assert not equivalence_checks.packing_is_isolated(model, CPU)
 
 
@@ -194,8 +194,8 @@ def test_generation_is_as_with_stock_attention() -> None:
     ids, _ = labelled(model, 1)
     settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "use_cache": True}
     expected = model.generate(ids, **settings)
-    model_loading.use_segment_attention(model)
-    chunked_loss.use_segments(model, by_mask=True)
+    model_loading.use_packed_attention(model)
+    chunked_loss.use_segments(model)
     assert torch.equal(model.generate(ids, **settings), expected)
 
 
@@ -204,7 +204,7 @@ def test_a_family_without_sdpa_is_loaded_with_segment_attention(model_type: str,
     build(model_type).save_pretrained(tmp_path)
     recipe = Recipe(quantization=Quantization(method="none"))
     model = model_loading.load_base(tmp_path, recipe, find_device(recipe), "segments")
-    assert model_loading.use_segment_attention(model)
+    assert model_loading.use_packed_attention(model)
 
 
 @pytest.mark.parametrize("method", ["nf4", "fp4"])

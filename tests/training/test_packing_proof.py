@@ -30,8 +30,8 @@ ACROSS_SAMPLES = ["bloom", "falcon", "gpt_neo", "lfm2", "qwen3_5_moe_text", "qwe
 def packing(model_type: str, dtype: torch.dtype, **settings: Any) -> Any:
     """A model that attends sample by sample, where its family can."""
     model = build_with_trained_weights(model_type, dtype, **settings)
-    model_loading.use_segment_attention(model)
-    chunked_loss.use_segments(model, by_mask=True)
+    model_loading.use_packed_attention(model)
+    chunked_loss.use_segments(model)
     return model
 
 
