@@ -153,5 +153,5 @@ def check_queue(machine: Machine) -> Check:
     if not ahead:
         return Check(CheckKind.QUEUE, "ok", "No other run: it starts at once.")
     more = f" and {len(ahead) - 1} more" if len(ahead) > 1 else ""
-    fix = "Change the order on the Runs screen (6)." if machine.waiting else ""
+    fix = "Change the order on the Runs screen." if machine.waiting else ""
     return Check(CheckKind.QUEUE, "note", f"It waits for {ahead[0]}{more}.", fix)

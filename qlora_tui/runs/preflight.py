@@ -73,7 +73,7 @@ def _blocked(kind: CheckKind, problem: UserError) -> Check:
 
 def _model(recipe: Recipe) -> tuple[Check, ModelFiles | None]:
     if not recipe.model.id:
-        fix = "Choose one on the Model screen (1), or pass --model."
+        fix = "Choose one on the Model screen, or pass --model."
         problem = UserError("No model", what="No model selected.", fix=fix, exit_code=EXIT_USAGE)
         return _blocked(CheckKind.MODEL, problem), None
     try:
@@ -88,7 +88,7 @@ def _model(recipe: Recipe) -> tuple[Check, ModelFiles | None]:
 def _data(recipe: Recipe, model_files: ModelFiles | None, *, read_columnar: bool) -> list[Check]:
     data = recipe.data
     if not data.sources:
-        fix = "Choose a file on the Data screen (2), or pass --data."
+        fix = "Choose a file on the Data screen, or pass --data."
         problem = UserError("No data", what="No data selected.", fix=fix, exit_code=EXIT_USAGE)
         return [_blocked(CheckKind.DATA, problem)]
     try:

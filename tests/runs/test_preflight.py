@@ -128,8 +128,8 @@ def test_a_dataset_of_the_hub_is_no_missing_file(tmp_path: Path) -> None:
 
 def test_a_recipe_without_model_and_data_says_where_to_choose() -> None:
     checks = checks_by_kind(Recipe())
-    assert checks[CheckKind.MODEL].fix == "Choose one on the Model screen (1), or pass --model."
-    assert checks[CheckKind.DATA].fix == "Choose a file on the Data screen (2), or pass --data."
+    assert checks[CheckKind.MODEL].fix == "Choose one on the Model screen, or pass --model."
+    assert checks[CheckKind.DATA].fix == "Choose a file on the Data screen, or pass --data."
 
 
 def test_trainable_tokens_and_targets_are_checked_before_a_launch(tmp_path: Path) -> None:

@@ -162,6 +162,8 @@ async def test_without_a_run_the_screen_says_what_to_do() -> None:
     app = open_on("chat")
     async with app.run_test(size=(80, 24)) as pilot:
         await shows(pilot, "Nothing to chat with yet.", "Press [5] to launch")
+        footer = (await shows(pilot, "m Model")).splitlines()[-1]
+        assert "Write" not in footer
         await pilot.press("0")
         assert app.current_mode == "home"
 

@@ -86,14 +86,17 @@ class ChatScreen(ChatController):
         self.show_effect(self._effect)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Keys that would be typed are no commands while the field has the focus."""
+        """Keys that would be typed are no commands while the field has the focus; few are without a model."""
+        is_own = any(action == command.action.partition("(")[0] for command in self.SCREEN_COMMANDS)
+        if self.source is None and is_own:
+            return action in ("choose_source", "settings")
         typing = isinstance(self.focused, PromptBox)
         if action == "stop":
             return self.busy
         if action == "leave_field":
             return typing and not self.busy
         if typing and action not in _TYPING_ACTIONS:
-            return not any(action == command.action.partition("(")[0] for command in self.SCREEN_COMMANDS)
+            return not is_own
         return super().check_action(action, parameters)
 
     async def chat_with(self, run: RunDir) -> None:

@@ -140,13 +140,12 @@ def estimate_of(bench: Workbench, budget: MemoryBudget) -> Estimate | None:
 def gpu_lines(system_status: SystemStatus, budget: MemoryBudget) -> list[Content]:
     """The GPU with its utilization, or what is used instead."""
     if system_status.gpu is None:
-        memory = f"{format_gib(budget.bytes)} GiB"
         where = (
-            "runs train on the CPU, slowly"
+            f"runs train on the CPU, slowly   {format_gib(budget.bytes)} GiB of memory"
             if budget.device.kind == "cpu"
             else f"estimates are for {budget.name}"
         )
-        first = Content.assemble(("No GPU", "bold"), f"   {where}   {memory} of memory")
+        first = Content.assemble(("No GPU", "bold"), f"   {where}")
         return [
             first,
             *([Content.styled(system_status.no_gpu_reason, "dim")] if system_status.no_gpu_reason else []),
