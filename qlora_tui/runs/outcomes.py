@@ -13,24 +13,27 @@ from qlora_tui.data.template_guard import HANG_SIGNAL, hung_template
 from qlora_tui.errors import EXIT_DISK, UserError
 from qlora_tui.formatting import format_bytes
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.event_log import EventWriter, events_backwards, read_from
+from qlora_tui.runs.event_log import EventWriter, events_backwards
 from qlora_tui.runs.events import Failed, Finished, Paused, Queued, RunEnded, Started, Stopped
 from qlora_tui.runs.out_of_memory import suggest_settings
 from qlora_tui.runs.retry import last_plan
 from qlora_tui.runs.status import State, Status, read_status, write_status
 from qlora_tui.runs.telemetry import TelemetryTail
+from qlora_tui.runs.trainer_log import bitsandbytes_out_of_memory, quote_log_end
 from qlora_tui.runs.view import RunView
 
 _STEPS = 64
 """Number of steps sampled from a long run, including the last."""
 _FINAL_STATES: frozenset[State] = frozenset(("finished", "failed", "stopped", "paused"))
-_LOG_BYTES = 1 << 16
-LOG_LINES = 3
-"""Lines of the trainer's log to quote when it died without an event."""
 
 
 def determine_outcome(
-    run: RunDir, exit_code: int | None, *, events_from: int | None = None, host_out_of_memory: bool = False
+    run: RunDir,
+    exit_code: int | None,
+    *,
+    events_from: int | None = None,
+    log_from: int | None = None,
+    host_out_of_memory: bool = False,
 ) -> RunEnded:
     """Return the ending that the trainer recorded, or one derived from the exit code.
 
@@ -38,6 +41,7 @@ def determine_outcome(
         run: The run, whose trainer has exited.
         exit_code: As ``subprocess`` gives it (negative: a signal); None if the trainer was not our child.
         events_from: Size of the event file when the trainer was started; None if unknown.
+        log_from: Size of the log at that moment; None if unknown.
         host_out_of_memory: Whether the kernel's out-of-memory killer acted while the trainer ran.
     """
     recorded = _terminal_event(run, events_from)
@@ -60,7 +64,7 @@ def determine_outcome(
         by = "" if exit_code is None else f" by {_signal_name(-exit_code)}"
         what = f"The trainer process was ended{by} before it could save."
         if exit_code == -signal.SIGKILL and host_out_of_memory:
-            return _out_of_host_memory(run, what, exit_code, now)
+            return _out_of_memory(run, what, _host_memory(run), exit_code, now)
         return Failed(
             at=now,
             title="The trainer was killed",
@@ -83,15 +87,19 @@ def determine_outcome(
         return Failed(
             at=now,
             title="The disk failed",
-            what=f"The trainer could not record its end either. Its log ends: {_log_end(run)}",
+            what=f"The trainer could not record its end either. Its log ends: {quote_log_end(run)}",
             fix=f"Check free space and `dmesg`. {resume}",
             kind="problem",
             exit_code=exit_code,
         )
+    shortage = "" if log_from is None else bitsandbytes_out_of_memory(run, log_from)
+    if shortage:
+        what = "bitsandbytes found no free GPU memory and ended the trainer."
+        return _out_of_memory(run, what, f"Its message: {shortage}.", exit_code, now)
     return Failed(
         at=now,
         title="The trainer ended without a message",
-        what=f"It exited with code {exit_code}. Its log ends: {_log_end(run)}",
+        what=f"It exited with code {exit_code}. Its log ends: {quote_log_end(run)}",
         fix=f"The whole log is {run.log_path}.",
         kind="bug",
         exit_code=exit_code,
@@ -135,10 +143,8 @@ def record_outcome(run: RunDir, ending: RunEnded, *, events_from: int | None = N
     )
 
 
-def _out_of_host_memory(run: RunDir, what: str, exit_code: int, now: float) -> Failed:
-    """Failure of a trainer that died while the kernel's out-of-memory killer was active."""
-    samples = TelemetryTail(run.telemetry_path).poll()
-    held = f" It last held {format_bytes(samples[-1].rss_bytes)}." if samples else ""
+def _out_of_memory(run: RunDir, what: str, why: str, exit_code: int, now: float) -> Failed:
+    """Failure of a trainer that was ended for lack of memory before it could say so."""
     try:
         fix = suggest_settings(last_plan(run).applied(run.recipe()))
     except UserError:
@@ -147,11 +153,18 @@ def _out_of_host_memory(run: RunDir, what: str, exit_code: int, now: float) -> F
         at=now,
         title="Out of memory",
         what=what,
-        why=f"The kernel ran out of host memory and killed it.{held}",
+        why=why,
         fix=fix or "Lower training.micro_batch_size or data.max_length.",
         kind="out_of_memory",
         exit_code=exit_code,
     )
+
+
+def _host_memory(run: RunDir) -> str:
+    """What the kernel's out-of-memory killer did, and the memory that the trainer held."""
+    samples = TelemetryTail(run.telemetry_path).poll()
+    held = f" It last held {format_bytes(samples[-1].rss_bytes)}." if samples else ""
+    return f"The kernel ran out of host memory and killed it.{held}"
 
 
 def _terminal_event(run: RunDir, events_from: int | None = None) -> RunEnded | None:
@@ -175,13 +188,3 @@ def _signal_name(number: int) -> str:
     except ValueError:
         # Python has no individual names for real-time signals.
         return f"signal {number}"
-
-
-def _log_end(run: RunDir) -> str:
-    try:
-        size = run.log_path.stat().st_size
-        end = read_from(run.log_path, max(0, size - _LOG_BYTES), _LOG_BYTES)
-        lines = end.decode(errors="replace").splitlines()
-    except OSError:
-        return "(no log)"
-    return " / ".join(lines[-LOG_LINES:]) or "(empty)"

@@ -27,6 +27,7 @@ from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.retry import RetryPlan, plan_resume, plan_retry
 from qlora_tui.runs.spawn import runner_lock_path, spawn_detached
 from qlora_tui.runs.status import ACTIVE, read_status
+from qlora_tui.runs.trainer_log import log_size
 
 POLL_S = 0.5
 """Seconds between checks of a run that another process trains."""
@@ -118,10 +119,21 @@ def _begin(run: RunDir) -> None:
 
 
 def _record_outcome(
-    run: RunDir, exit_code: int | None, events_from: int | None = None, *, host_out_of_memory: bool = False
+    run: RunDir,
+    exit_code: int | None,
+    events_from: int | None = None,
+    log_from: int | None = None,
+    *,
+    host_out_of_memory: bool = False,
 ) -> RetryPlan | None:
     """Record how an attempt ended; return a plan for the next attempt if less memory can help."""
-    ending = determine_outcome(run, exit_code, events_from=events_from, host_out_of_memory=host_out_of_memory)
+    ending = determine_outcome(
+        run,
+        exit_code,
+        events_from=events_from,
+        log_from=log_from,
+        host_out_of_memory=host_out_of_memory,
+    )
     try:
         record_outcome(run, ending, events_from=events_from)
         if read_status(run).state == "queued":
@@ -150,10 +162,10 @@ def _supervise(run: RunDir, plan: RetryPlan | None) -> None:
     """Train a run to its end, retrying with less memory if it runs out."""
     while plan is not None:
         kills_before = host_oom_kills()
-        events_from = run.events_path.stat().st_size
+        events_from, log_from = run.events_path.stat().st_size, log_size(run)
         exit_code = _train(run, plan)
         plan = _record_outcome(
-            run, exit_code, events_from, host_out_of_memory=host_oom_kills() > kills_before
+            run, exit_code, events_from, log_from, host_out_of_memory=host_oom_kills() > kills_before
         )
 
 

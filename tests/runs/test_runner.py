@@ -97,6 +97,13 @@ def test_out_of_memory_is_retried_with_half_the_micro_batch(recipe: Recipe) -> N
     assert used == [4, 2, 1]
 
 
+def test_a_trainer_that_bitsandbytes_ends_is_retried(recipe: Recipe) -> None:
+    run = actions.submit(replace_setting(named(recipe, "bitsandbytes"), "training.micro_batch_size", 2))
+    wait_for(lambda: is_(run, "finished"))
+    used = [e.micro_batch_size for e in EventTail(run.events_path).drain() if isinstance(e, Started)]
+    assert used == [2, 1]
+
+
 def test_a_second_runner_leaves_at_once(recipe: Recipe) -> None:
     run = actions.submit(named(recipe, "waits"))
     wait_for(lambda: is_(run, "running"))

@@ -90,6 +90,30 @@ def test_a_process_killed_for_memory_is_reported_with_its_size(run: RunDir) -> N
     assert isinstance(other, Failed) and other.kind == "killed"
 
 
+SHORTAGE = "Error out of memory at line 88 in file /src/csrc/ops.cu"
+
+
+def test_a_trainer_that_bitsandbytes_ended_is_out_of_memory(run: RunDir) -> None:
+    run.log_path.write_text("11:22:33 training\n" + SHORTAGE + "\nnvrtc: unloaded\n")
+    ending = determine_outcome(run, 1, log_from=0)
+    assert isinstance(ending, Failed) and ending.kind == "out_of_memory" and ending.exit_code == 1
+    assert SHORTAGE in ending.why and "micro_batch_size" in ending.fix
+
+
+@pytest.mark.parametrize(
+    ("earlier", "output"),
+    [
+        (SHORTAGE + "\n", "something unforeseen\n"),
+        ("", f"11:22:33 the data says: {SHORTAGE}\n"),
+        ("", SHORTAGE + "\n" + 70_000 * "x" + "\n"),
+    ],
+)
+def test_other_output_with_these_words_is_no_lack_of_memory(run: RunDir, earlier: str, output: str) -> None:
+    run.log_path.write_text(earlier + output)
+    ending = determine_outcome(run, 1, log_from=len(earlier))
+    assert isinstance(ending, Failed) and ending.kind == "bug"
+
+
 def test_a_template_that_hung_the_trainer_is_named(run: RunDir) -> None:
     ending = determine_outcome(run, -HANG_SIGNAL)
     assert isinstance(ending, Failed)
