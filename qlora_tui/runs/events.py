@@ -19,6 +19,8 @@ Phase: TypeAlias = Literal[
 ]
 STEP_PHASES: frozenset[Phase] = frozenset(("training", "evaluating", "saving"))
 """Phases that a run alternates between, from its first step to its last."""
+PREPARING_PHASES: frozenset[Phase] = frozenset(("loading", "converting", "tokenizing"))
+"""Phases before the first batch is computed: their memory does not depend on the batch."""
 
 
 class Event(Struct, frozen=True, kw_only=True, tag_field="event", omit_defaults=True):
@@ -232,6 +234,8 @@ class Failed(Event, tag="failed", frozen=True, kw_only=True):
     fix: str = ""
     kind: Literal["problem", "out_of_memory", "killed", "lost", "bug"] = "problem"
     exit_code: int | None = None
+    phase: Phase | None = None
+    """Phase in which memory ran out; None for other failures, and where it is unknown."""
 
     @classmethod
     def from_problem(cls, problem: UserError, *, at: float, exit_code: int) -> Failed:

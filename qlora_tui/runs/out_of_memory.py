@@ -12,12 +12,47 @@ from qlora_tui.memory import cheapest_changes, estimate
 from qlora_tui.memory.budget import local_budget
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.event_log import events_backwards
+from qlora_tui.runs.events import PREPARING_PHASES, Phase, PhaseChanged, Queued, Started
 
 _CGROUPS = Path("/proc/self/cgroup")
 _HIERARCHIES = Path("/sys/fs/cgroup")
 _VMSTAT = Path("/proc/vmstat")
 _LEAST_SAVING = 0.1
 """Minimum share by which a recipe that was estimated to fit, and did not, must shrink."""
+
+
+def last_phase(run: RunDir) -> Phase | None:
+    """Return the phase that the last attempt at a run was in; None before its first."""
+    for event in events_backwards(run.events_path):
+        if isinstance(event, PhaseChanged):
+            return event.phase
+        if isinstance(event, Started | Queued):
+            break
+    return None
+
+
+def describe_fix(recipe: Recipe | None, phase: Phase | None) -> str:
+    """Return what helps after memory ran out in this phase, in a sentence."""
+    if phase == "tokenizing":
+        return "Close other programs, or train on less data: the tokens of all samples are in host memory."
+    if phase is not None and phase in PREPARING_PHASES:
+        return _fix_for_model(recipe)
+    settings = (
+        "Lower training.micro_batch_size or data.max_length, or turn training.gradient_checkpointing on."
+    )
+    return (recipe and suggest_settings(recipe)) or settings
+
+
+def _fix_for_model(recipe: Recipe | None) -> str:
+    """What helps where the model itself does not fit; a smaller micro-batch does not."""
+    choices = ["Close other programs that use this memory"]
+    if recipe is not None and recipe.quantization.method in ("int8", "none"):
+        choices.append("set quantization.method to nf4")
+    elif recipe is not None and not recipe.quantization.double_quantization:
+        choices.append("turn quantization.double_quantization on")
+    return f"{', '.join(choices)}, or choose a smaller model. A smaller micro-batch does not help."
 
 
 def suggest_settings(recipe: Recipe) -> str:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import signal
 import time
+from contextlib import suppress
 
 from qlora_tui.data.template_guard import HANG_SIGNAL, hung_template
 from qlora_tui.errors import EXIT_DISK, UserError
 from qlora_tui.formatting import format_bytes
+from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter, events_backwards
 from qlora_tui.runs.events import Failed, Finished, Paused, Queued, RunEnded, Started, Stopped
-from qlora_tui.runs.out_of_memory import suggest_settings
+from qlora_tui.runs.out_of_memory import describe_fix, last_phase
 from qlora_tui.runs.retry import last_plan
 from qlora_tui.runs.status import State, Status, read_status, write_status
 from qlora_tui.runs.telemetry import TelemetryTail
@@ -145,18 +147,19 @@ def record_outcome(run: RunDir, ending: RunEnded, *, events_from: int | None = N
 
 def _out_of_memory(run: RunDir, what: str, why: str, exit_code: int, now: float) -> Failed:
     """Failure of a trainer that was ended for lack of memory before it could say so."""
-    try:
-        fix = suggest_settings(last_plan(run).applied(run.recipe()))
-    except UserError:
-        fix = ""
+    recipe: Recipe | None = None
+    with suppress(UserError):
+        recipe = last_plan(run).applied(run.recipe())
+    phase = last_phase(run)
     return Failed(
         at=now,
         title="Out of memory",
         what=what,
         why=why,
-        fix=fix or "Lower training.micro_batch_size or data.max_length.",
+        fix=describe_fix(recipe, phase),
         kind="out_of_memory",
         exit_code=exit_code,
+        phase=phase,
     )
 
 

@@ -2,7 +2,7 @@
 
 First fewer layers keep their activations, where the recipe leaves that open. Then the micro-batch is halved
 and accumulation doubled, which keeps the effective batch. At a micro-batch of one, gradient checkpointing is
-turned on. After that no change keeps the recipe's meaning.
+turned on. After that no change keeps the recipe's meaning. Where the model alone did not fit, none helps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qlora_tui.recipe.aliases import canonical_value
 from qlora_tui.recipe.schema import Checkpointing, Recipe, Training
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventTail, EventWriter
-from qlora_tui.runs.events import Failed, Health, LayersKept, RunEnded, Started
+from qlora_tui.runs.events import PREPARING_PHASES, Failed, Health, LayersKept, RunEnded, Started
 
 _KEPT_DIVISOR = 4
 """Retries keep the activations of a fourth of the layers: a wrong estimate is rarely wrong by more."""
@@ -99,7 +99,7 @@ def plan_resume(run: RunDir) -> RetryPlan:
 
 def next_plan(run: RunDir, ending: RunEnded) -> RetryPlan | None:
     """Plan of the next attempt after an ending; None if there should be none."""
-    if not isinstance(ending, Failed) or ending.kind != "out_of_memory":
+    if not isinstance(ending, Failed) or ending.kind != "out_of_memory" or ending.phase in PREPARING_PHASES:
         return None
     try:
         return reduce_memory(run.recipe(), last_plan(run))

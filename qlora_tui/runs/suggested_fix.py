@@ -9,7 +9,7 @@ from typing import Any
 from qlora_tui.recipe.diff import format_value
 from qlora_tui.recipe.fields import fields, get_setting
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs.events import Failed, Health, RunEnded
+from qlora_tui.runs.events import PREPARING_PHASES, Failed, Health, RunEnded
 from qlora_tui.runs.status import ACTIVE, State
 
 _LEAST_LENGTH = 128
@@ -35,7 +35,8 @@ def suggest_fix(
     if recipe is None:
         return None
     if isinstance(ending, Failed) and ending.kind == "out_of_memory":
-        return _next_run(recipe, _reduced_memory(recipe))
+        prepares = ending.phase in PREPARING_PHASES
+        return _next_run(recipe, _smaller_model(recipe) if prepares else _reduced_memory(recipe))
     for warning in reversed(health):
         fix = _fix_for(warning.kind, state, recipe)
         if fix is not None:
@@ -68,6 +69,11 @@ def _reduced_memory(recipe: Recipe) -> dict[str, Any]:
             "training.gradient_accumulation": training.gradient_accumulation * 2,
         }
     return {"data.max_length": max(_LEAST_LENGTH, recipe.data.max_length // 2)}
+
+
+def _smaller_model(recipe: Recipe) -> dict[str, Any]:
+    """Settings with which the model alone takes less memory."""
+    return {"quantization.method": "nf4"} if recipe.quantization.method in ("int8", "none") else {}
 
 
 def _next_run(recipe: Recipe, changes: dict[str, Any]) -> SuggestedFix | None:

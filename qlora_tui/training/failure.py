@@ -11,8 +11,8 @@ from qlora_tui.formatting import format_bytes
 from qlora_tui.memory import Estimate
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.events import Failed
-from qlora_tui.runs.out_of_memory import suggest_settings
+from qlora_tui.runs.events import Failed, Phase
+from qlora_tui.runs.out_of_memory import describe_fix, last_phase
 from qlora_tui.training.disk_errors import disk_error
 
 _MEMORY_WORDS = (
@@ -33,7 +33,7 @@ def failure_event(
     """The event for an exception. ``estimate`` names the largest items where memory ran out."""
     now = time.time()
     if is_out_of_memory(error):
-        return _out_of_memory(error, recipe, estimate, now)
+        return _out_of_memory(error, last_phase(run), recipe, estimate, now)
     if isinstance(error, UserError):
         return Failed.from_problem(error, at=now, exit_code=error.exit_code)
     on_disk = disk_error(error)
@@ -67,7 +67,7 @@ def is_full_disk(error: BaseException) -> bool:
 
 
 def _out_of_memory(
-    error: BaseException, recipe: Recipe | None, estimate: Estimate | None, now: float
+    error: BaseException, phase: Phase | None, recipe: Recipe | None, estimate: Estimate | None, now: float
 ) -> Failed:
     lines = str(error).strip().splitlines()
     why = ""
@@ -83,10 +83,10 @@ def _out_of_memory(
         title="Out of memory",
         what=_memory_message(lines[0] if lines else ""),
         why=why,
-        fix=(recipe and suggest_settings(recipe))
-        or "Lower training.micro_batch_size or data.max_length, or turn training.gradient_checkpointing on.",
+        fix=describe_fix(recipe, phase),
         kind="out_of_memory",
         exit_code=1,
+        phase=phase,
     )
 
 

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import pytest
+from msgspec import structs
 
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe, Training
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter, last_event
-from qlora_tui.runs.events import Failed, Finished, Health, Started
+from qlora_tui.runs.events import Failed, Finished, Health, Phase, Started
 from qlora_tui.runs.retry import RetryPlan, last_plan, parse_plan, plan_resume, plan_retry, reduce_memory
 
 OUT_OF_MEMORY = Failed(at=1.0, title="Out of GPU memory", what="It asked for 2 GiB.", kind="out_of_memory")
@@ -57,6 +58,14 @@ def test_a_resumed_run_keeps_retry_settings_else_its_recipe(run: RunDir) -> None
 def test_only_running_out_of_memory_is_tried_again(run: RunDir) -> None:
     assert plan_retry(run, Failed(at=1.0, title="x", what="y", kind="killed")) is None
     assert plan_retry(run, Finished(at=1.0, step=1, seconds=1.0, tokens_per_s=1.0)) is None
+
+
+@pytest.mark.parametrize("phase", ["loading", "converting", "tokenizing"])
+def test_out_of_memory_before_the_first_batch_is_not_retried(run: RunDir, phase: Phase) -> None:
+    with EventWriter(run.events_path) as log:
+        log.append(Started(at=0.0, attempt=1, pid=1, micro_batch_size=2, gradient_accumulation=4))
+    assert plan_retry(run, structs.replace(OUT_OF_MEMORY, phase=phase)) is None
+    assert plan_retry(run, structs.replace(OUT_OF_MEMORY, phase="probing")) is not None
 
 
 def test_a_plan_is_one_json_argument_of_the_trainer() -> None:

@@ -18,9 +18,9 @@ from qlora_tui.data.template_guard import HANG_SIGNAL
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Model, Recipe
 from qlora_tui.runs import out_of_memory
-from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.event_log import EventWriter
-from qlora_tui.runs.events import Failed, Started
+from qlora_tui.runs.events import Failed, PhaseChanged, Started
 from qlora_tui.runs.outcomes import determine_outcome
 from qlora_tui.runs.telemetry import Sample, encode
 from tests.tui.workstation import config_of
@@ -112,6 +112,31 @@ def test_other_output_with_these_words_is_no_lack_of_memory(run: RunDir, earlier
     run.log_path.write_text(earlier + output)
     ending = determine_outcome(run, 1, log_from=len(earlier))
     assert isinstance(ending, Failed) and ending.kind == "bug"
+
+
+def test_a_model_that_does_not_fit_is_named(recipe: Recipe) -> None:
+    run = create_run(replace_setting(recipe, "quantization.method", "none"))
+    with EventWriter(run.events_path) as log:
+        log.append(PhaseChanged(at=1.0, phase="training"))
+        log.append(Started(at=2.0, attempt=2, pid=1))
+        assert out_of_memory.last_phase(run) is None
+        log.append(PhaseChanged(at=3.0, phase="tokenizing"))
+        log.append(PhaseChanged(at=4.0, phase="loading"))
+    ending = determine_outcome(run, -signal.SIGKILL, host_out_of_memory=True)
+    assert isinstance(ending, Failed) and ending.phase == "loading"
+    assert "smaller model" in ending.fix and "quantization.method to nf4" in ending.fix
+
+
+@pytest.mark.parametrize(
+    ("method", "double", "named"),
+    [("nf4", True, ""), ("nf4", False, "double_quantization on"), ("int8", True, "method to nf4")],
+)
+def test_only_settings_that_shrink_the_model_are_named(method: str, double: bool, named: str) -> None:
+    recipe = replace_setting(Recipe(), "quantization.method", method)
+    fix = out_of_memory.describe_fix(
+        replace_setting(recipe, "quantization.double_quantization", double), "loading"
+    )
+    assert named in fix and fix.count("quantization.") == (1 if named else 0)
 
 
 def test_a_template_that_hung_the_trainer_is_named(run: RunDir) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qlora_tui.training import chunked_loss, equivalence_checks, packed_attention
+from qlora_tui.training import chunked_loss, equivalence_checks, model_loading, packed_attention
 from qlora_tui.training.fused import rms_norm
 from qlora_tui.training.step_check import StepReference
 from qlora_tui.training.trainer import RunTrainer
@@ -43,6 +43,15 @@ def inject_oom_with_kept_layers() -> None:
         return train(self, model, inputs, items)
 
     RunTrainer.training_step = step  # type: ignore[method-assign, assignment]
+
+
+def no_memory_for_the_model() -> None:
+    """Let loading the base model run out of memory."""
+
+    def load(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    model_loading.load_base = load  # type: ignore[assignment]
 
 
 def mount_small_tmpfs(folder: str, bytes_: int) -> None:

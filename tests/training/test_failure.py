@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.event_log import EventWriter
+from qlora_tui.runs.events import PhaseChanged
 from qlora_tui.training.failure import failure_event
 
 CPU = (
@@ -25,6 +28,15 @@ OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a tot
 def test_out_of_memory_is_recognized_and_explained(tmp_path: Path, said: str, what: str) -> None:
     ending = failure_event(RuntimeError(said), RunDir(tmp_path), None, None)
     assert (ending.kind, ending.title, ending.what) == ("out_of_memory", "Out of memory", what)
+
+
+def test_out_of_memory_records_the_phase_of_the_attempt(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    with EventWriter(run.events_path) as log:
+        log.append(PhaseChanged(at=1.0, phase="loading"))
+    ending = failure_event(RuntimeError(OUT_OF_MEMORY), run, Recipe(), None)
+    assert ending.phase == "loading" and "smaller model" in ending.fix
+    assert failure_event(RuntimeError("bug"), run, Recipe(), None).phase is None
 
 
 def test_what_onednn_cannot_do_is_no_lack_of_memory(tmp_path: Path) -> None:

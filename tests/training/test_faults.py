@@ -154,6 +154,18 @@ def test_a_run_that_cannot_fit_fails_with_the_cheapest_change(
     assert "The cheapest change that should fit: Attention eager → auto saves" in ending.fix
 
 
+@pytest.mark.usefixtures("runner_starts_quickly")
+def test_a_model_that_does_not_fit_is_loaded_only_once(
+    recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inject_fault(monkeypatch, "no_memory_for_the_model()")
+    run = actions.submit(recipe({**WIDE}))
+    wait_for(lambda: read_status(run).state == "failed", seconds=120, saying="the end")
+    ending = events(run)[-1]
+    assert isinstance(ending, Failed) and (ending.kind, ending.phase) == ("out_of_memory", "loading")
+    assert "smaller model" in ending.fix and len(events_of(run, Started)) == 1
+
+
 def inject_fault(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """What happens to trainers from now on, one of :mod:`tests.training.fault_injection`."""
     monkeypatch.setenv("BEFORE_TRAINER", f"from tests.training.fault_injection import *; {fault}")

@@ -10,11 +10,12 @@ import pytest
 from msgspec import structs
 
 from bench.support.recorded_runs import recorded_run
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.event_log import EventWriter
-from qlora_tui.runs.events import Evaluated, Health, Progress, Started, Step
+from qlora_tui.runs.events import Evaluated, Failed, Health, Phase, Progress, Started, Step
 from qlora_tui.runs.machine_checks import Check, CheckKind
 from qlora_tui.runs.status import State
 from qlora_tui.runs.suggested_fix import suggest_fix
@@ -526,6 +527,20 @@ async def test_m_prepares_a_smaller_run_after_out_of_memory(make_app: MakeApp) -
 )
 def test_a_fix_suits_the_warning_and_the_runs_state(kind: str, state: State, says: str) -> None:
     suggestion = suggest_fix(state, [_health(kind, "")], None, TICKETS)
+    assert (says in suggestion.label) if suggestion else not says
+
+
+@pytest.mark.parametrize(
+    ("method", "phase", "says"),
+    [
+        ("int8", "loading", "method nf4 instead of int8"),
+        ("nf4", "loading", ""),
+        ("nf4", "training", "micro-batch size 1 instead of 2"),
+    ],
+)
+def test_the_fix_for_memory_suits_the_phase(method: str, phase: Phase, says: str) -> None:
+    ending = Failed(at=1.0, title="Out of memory", what="It is.", kind="out_of_memory", phase=phase)
+    suggestion = suggest_fix("failed", [], ending, replace_setting(TICKETS, "quantization.method", method))
     assert (says in suggestion.label) if suggestion else not says
 
 
