@@ -109,10 +109,20 @@ class StepDataset(Dataset[StepData]):
         )
 
 
+class RunArguments(TrainingArguments):
+    """``TrainingArguments`` of a process that uses one GPU, though it may see several."""
+
+    @property
+    def n_gpu(self) -> int:
+        """Number of GPUs of this process; for several ``Trainer`` would use ``DataParallel``."""
+        visible: int = super().n_gpu
+        return min(visible, 1)
+
+
 def training_arguments(recipe: Recipe, device: ComputeDevice, steps: int, folder: Path) -> TrainingArguments:
     """The recipe as ``TrainingArguments``; evaluation and checkpoints are done by ``RunCallback``."""
     training = recipe.training
-    return TrainingArguments(
+    return RunArguments(
         output_dir=str(folder),
         num_train_epochs=1,
         max_steps=steps,
