@@ -25,6 +25,8 @@ from tests.catalog.models import TINY, safetensors_bytes
 from tests.support.polling import wait_for
 from tests.support.power import Disk
 
+pytestmark = pytest.mark.slow
+
 DOWNLOAD = 'download.download("org/tiny", retry_delays_s=(0.01, 0.01))'
 FETCHED = {
     "config.json",

@@ -12,6 +12,8 @@ from tests.catalog.conftest import Ask, tiny_repo
 from tests.catalog.fake_hub import FakeHub
 from tests.catalog.models import TINY
 
+pytestmark = pytest.mark.slow
+
 SEARCH = '[(m.id, m.downloads, m.gated, m.license, m.model_type) for m in hub.search_models("tiny")]'
 
 

@@ -74,6 +74,7 @@ def refusal(path: Path) -> str:
         ("cells.tsv.zst", b"a\tb\n1\t2\n", b'"\n"\t\t\t\t\t', "row 2 is larger than 16 MiB"),
     ],
 )
+@pytest.mark.slow
 def test_a_row_over_the_bound_is_refused_with_its_place(
     tmp_path: Path, name: str, start: bytes, piece: bytes, place: str
 ) -> None:
@@ -190,6 +191,7 @@ def _write(table: Any, path: Path) -> Path:
         ("long.parquet", lambda: _dictionary(256, 8 * MIB), "to"),
     ],
 )
+@pytest.mark.slow
 def test_a_table_that_expands_endlessly_is_rejected_within_a_gigabyte(
     tmp_path: Path, name: str, table: Callable[[], Any], says: str
 ) -> None:

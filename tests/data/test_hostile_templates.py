@@ -112,12 +112,14 @@ def test_a_template_stuck_in_one_operation_ends_its_process(name: str) -> None:
     assert "the model's chat template" in done.stderr
 
 
+@pytest.mark.slow
 def test_rendering_for_long_is_no_hanging() -> None:
     done = rendered_alone("{% for m in messages %}{{ m.content * 1000 }}{% endfor %}", rounds=100_000)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("name", LARGE)
+@pytest.mark.slow
 def test_a_template_that_takes_all_memory_is_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_guard, "MOST_CPU_S", 1.0)
     monkeypatch.setattr(template_guard, "MORE_MEMORY_BYTES", 32 << 20)

@@ -212,6 +212,7 @@ def test_damage_is_read_or_refused(
 
 
 @pytest.mark.parametrize("name", JSON_PARSERS)
+@pytest.mark.slow
 def test_a_value_of_a_wrong_type_is_read_or_refused(name: str, tmp_path: Path) -> None:
     wholes, parse = PARSERS[name]
     number = 0

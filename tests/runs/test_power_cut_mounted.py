@@ -31,6 +31,11 @@ pytestmark = [
 _MIB = {"ext4": 64, "xfs": 320, "btrfs": 128}
 
 
+@pytest.fixture(autouse=True)
+def skip_fsync() -> None:
+    """Keep the real fsync, which the cuts here depend on."""
+
+
 @pytest.fixture(params=list(_MIB))
 def image(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A file with an empty file system in it; skipped where this machine cannot make or mount one."""

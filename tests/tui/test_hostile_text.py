@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
 from rich.segment import Segment
 from rich.style import Style
 from textual.color import Color
@@ -63,6 +64,7 @@ async def test_an_answer_in_the_chat_is_painted_with_symbols() -> None:
         assert not raw(text_of(app))
 
 
+@pytest.mark.slow
 def test_nothing_foreign_leaves_the_app_raw_on_any_screen(private_home: Path) -> None:
     model = Path(readable_model(private_home))
     hostile_model = model.rename(model.parent / f"model{FOR_FILE_NAMES}")
