@@ -39,6 +39,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Keys by command, as in ``"train.stop" = "x"``; F1 in the app lists every command."""
     mouse: bool = True
     notify: NotificationSettings = NotificationSettings()
+    quantized_cache_gib: Annotated[float, Meta(ge=0)] = 30.0
+    """Most GiB of quantized base weights to store for later runs and chats. 0: none."""
     gpu_memory_gib: Annotated[float, Meta(gt=0)] | None = msgspec.field(default=None, name="card_gib")
     """GPU memory in GiB to estimate against, instead of this machine's."""
 

@@ -266,12 +266,19 @@ def load_session(source: ChatSource, on_status: StatusFn = lambda words: None) -
     """
     recipe = source.recipe
     folder = model_folder(recipe, on_status)
-    on_status(f"Loading {recipe.model.id}")
+    words = f"Loading {recipe.model.id}"
+    on_status(words)
     device = find_device(recipe)
     tokenizer = _tokenizer(source, folder)
     attention_path: AttentionPath = "eager" if recipe.model.attention == "eager" else "segments"
     try:
-        model = load_base(folder, recipe, device, attention_path)
+        model = load_base(
+            folder,
+            recipe,
+            device,
+            attention_path,
+            _in_tenths(on_status, words),
+        )
     except torch.OutOfMemoryError as error:
         raise out_of_memory(device) from error
     model.eval()
@@ -289,9 +296,21 @@ def model_folder(recipe: Recipe, on_status: StatusFn = lambda words: None) -> Pa
         return files.folder
     words = f"Converting {files.gguf_file}"
     on_status(words)
-    return convert_cached(
-        files.folder / files.gguf_file, lambda done, total: on_status(f"{words}: {done * 100 // total} %")
-    )
+    return convert_cached(files.folder / files.gguf_file, _in_tenths(on_status, words))
+
+
+def _in_tenths(on_status: StatusFn, words: str) -> Callable[[int, int], None]:
+    """Progress as a status for each tenth: a terminal shows every status on a line of its own."""
+    reported = 0
+
+    def report(done: int, total: int) -> None:
+        nonlocal reported
+        tenths = done * 10 // max(total, 1)
+        if tenths > reported:
+            reported = tenths
+            on_status(f"{words}: {tenths * 10} %")
+
+    return report
 
 
 def out_of_memory(device: ComputeDevice) -> UserError:

@@ -38,6 +38,7 @@ SUBCOMMANDS = {
     "export": ("export", "Write adapter and base as one model that other programs load."),
     "doctor": ("doctor", "Check that this machine can train, and suggest fixes."),
     "demo": ("demo", "Download a small model (89 MiB), fine-tune it, and compare it with its base."),
+    "cache": ("cache", "List what can be made again, with its size; --clear deletes it."),
     "locate": ("locate", "Print where presets, runs and caches are stored."),
     "completion": ("completion", "Print a script that completes commands in bash, zsh or fish."),
 }

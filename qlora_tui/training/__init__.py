@@ -11,7 +11,8 @@
 ``priority``              lowers the CPU priority of a trainer on the CPU
 ``base_model``            the base model with its loss and attention; ``model_loading``: quantized and frozen
 ``clean_files``           the files of a folder that libraries may read: weights, and configs that name no
-                          code; ``kernel_publishers``: whose kernels may be loaded
+                          code; ``kernel_publishers``: whose kernels may be loaded; ``quantized_cache``:
+                          weights that were quantized earlier
 ``gguf_conversion``       converts a GGUF file to safetensors once, in the process ``gguf_worker``:
                           ``gguf_weights`` writes the tensors of known families, ``gguf_llama`` (with
                           ``gguf_tokenizer``) the rest of a plain Llama, ``gguf_streaming`` that of the others

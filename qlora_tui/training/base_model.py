@@ -52,17 +52,19 @@ def prepare_base(
     expected_loss: Loss,
     *,
     weighted: bool,
+    on_progress: model_loading.ProgressCallback | None = None,
 ) -> PreparedBase:
     """Load the base model, with the expected loss where that is verified to be exact, else with another.
 
     Args:
         expected_loss: the loss that the memory estimate assumes.
         weighted: whether tokens of the data have loss weights.
+        on_progress: called with the number of tensors loaded, and of all.
 
     Raises:
         UserError: the model cannot be loaded.
     """
-    model = model_loading.load_base(folder, recipe, device, attention_path)
+    model = model_loading.load_base(folder, recipe, device, attention_path, on_progress)
     head = chunked_loss.find_head(model)
     if not isinstance(head, str) and not equivalence_checks.head_matches_model(
         model, head, device.torch_device

@@ -6,33 +6,90 @@ and with them every hidden state.
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
 from qlora_tui.catalog.config_parser import load_config
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Quantization, Recipe
-from qlora_tui.training import packed_attention
+from qlora_tui.training import packed_attention, quantized_cache
 from qlora_tui.training.clean_files import model_view
 from qlora_tui.training.compute_device import AttentionPath, ComputeDevice
 from qlora_tui.training.dropout import draws_random_numbers
+from qlora_tui.training.failure import is_out_of_memory
 from qlora_tui.training.kernel_publishers import pin_publisher
 
+ProgressCallback: TypeAlias = Callable[[int, int], None]
+"""Receives what is done, and the total."""
 
-def load_base(folder: Path, recipe: Recipe, device: ComputeDevice, attention_path: AttentionPath) -> Any:
+
+def load_base(
+    folder: Path,
+    recipe: Recipe,
+    device: ComputeDevice,
+    attention_path: AttentionPath,
+    on_progress: ProgressCallback | None = None,
+) -> Any:
     """Load the causal language model in ``folder`` to the device, with every weight frozen.
 
-    Its configs select no code: see :mod:`qlora_tui.catalog.code_keys`.
+    Its configs select no code: see :mod:`qlora_tui.catalog.code_keys`. 4-bit weights are read as an earlier
+    load stored them, where one did (:mod:`.quantized_cache`).
 
     Args:
         folder: from ``catalog.local_models.resolve_model``.
+        on_progress: called with the number of tensors loaded, and of all.
 
     Raises:
         UserError: it cannot be loaded.
     """
+    quantization = _quantization(recipe.quantization, device)
+    stored = quantized_cache.find_folder(folder, recipe, device)
+    model = None
+    if stored is not None and quantized_cache.is_stored(stored):
+        model = _load_stored(stored, device, attention_path, on_progress)
+    if model is None:
+        settings = {} if quantization is None else {"quantization_config": quantization}
+        if _is_stored_quantized(folder):
+            settings = {}
+        model = _load(folder, device, attention_path, on_progress, **settings)
+        if stored is not None:
+            quantized_cache.store(model, stored)
+    # peft writes this into the adapter as its base model.
+    model.config._name_or_path = model.name_or_path = str(folder)
+    if device.kind == "cpu" and quantization is not None:
+        _detach_from_mmap(model)
+    return freeze(model)
+
+
+def _load_stored(
+    stored: Path, device: ComputeDevice, attention_path: AttentionPath, on_progress: ProgressCallback | None
+) -> Any | None:
+    """The model with weights that were quantized earlier; None where they cannot be read."""
+    try:
+        model, info = _load(stored, device, attention_path, on_progress, output_loading_info=True)
+    except Exception as error:  # whatever the libraries raise for a damaged file
+        if is_out_of_memory(error):
+            raise
+        info = {"error": error}
+    if any(info.values()):
+        quantized_cache.discard(stored)
+        return None
+    quantized_cache.mark_used(stored)
+    return model
+
+
+def _load(
+    folder: Path,
+    device: ComputeDevice,
+    attention_path: AttentionPath,
+    on_progress: ProgressCallback | None,
+    **settings: Any,
+) -> Any:
+    """What transformers loads from the folder. Raises UserError."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -40,17 +97,14 @@ def load_base(folder: Path, recipe: Recipe, device: ComputeDevice, attention_pat
     # None lets transformers use SDPA, which a few families lack (Gemma 2, gpt-oss). The attention keys of the
     # model's own config are removed before.
     attention = "eager" if attention_path == "eager" else None
-    settings: dict[str, Any] = {"attn_implementation": attention}
-    quantization = _quantization(recipe.quantization, device)
-    if quantization is not None and not _is_stored_quantized(folder):
-        settings["quantization_config"] = quantization
     pin_publisher()
     try:
-        with model_view(folder) as view:
-            model = AutoModelForCausalLM.from_pretrained(
+        with model_view(folder) as view, loading_progress(on_progress):
+            return AutoModelForCausalLM.from_pretrained(
                 str(view),
                 dtype=device.dtype,
                 device_map={"": device.torch_device},
+                attn_implementation=attention,
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -62,11 +116,32 @@ def load_base(folder: Path, recipe: Recipe, device: ComputeDevice, attention_pat
             what=f"{folder}: {_first_line(error)}",
             fix="Run `qlora-tui doctor` to check the installation, or download the model again.",
         ) from error
-    # peft writes this into the adapter as its base model.
-    model.config._name_or_path = model.name_or_path = str(folder)
-    if device.kind == "cpu" and quantization is not None:
-        _detach_from_mmap(model)
-    return freeze(model)
+
+
+@contextmanager
+def loading_progress(on_progress: ProgressCallback | None) -> Iterator[None]:
+    """Report each tensor that transformers loads inside, where this version of it can say so."""
+    from transformers.utils import logging
+
+    set_hook = getattr(logging, "set_tqdm_hook", None)
+    if on_progress is None or set_hook is None:
+        yield
+        return
+
+    def hook(factory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        is_of_weights = kwargs.get("desc") == "Loading weights" and args and hasattr(args[0], "__len__")
+        return counted(args[0]) if is_of_weights else factory(*args, **kwargs)
+
+    def counted(tensors: Any) -> Iterator[Any]:
+        for number, tensor in enumerate(tensors, 1):
+            yield tensor
+            on_progress(number, len(tensors))
+
+    set_hook(hook)
+    try:
+        yield
+    finally:
+        set_hook(None)
 
 
 def _detach_from_mmap(model: nn.Module) -> None:

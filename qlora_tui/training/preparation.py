@@ -15,7 +15,7 @@ from qlora_tui.data.thinking_facts import facts
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.untrained_tokens import token_ids
 from qlora_tui.runs.events import AdapterReady, DataReady, Environment
-from qlora_tui.training import model_loading
+from qlora_tui.training import model_loading, quantized_cache
 from qlora_tui.training.adapter import add_lora, trained_parameters
 from qlora_tui.training.base_model import PreparedBase, prepare_base
 from qlora_tui.training.batches import plan_steps
@@ -47,9 +47,18 @@ def prepare_run(
     # Free memory before the model is loaded.
     tokenizer.release_caches()
     release_free_memory()
-    reporter.phase("loading", f"{recipe.model.id} on {device.name}")
+    is_stored = quantized_cache.is_stored(quantized_cache.find_folder(folder, recipe, device))
+    reporter.phase(
+        "loading", f"{recipe.model.id} on {device.name}{', quantized earlier' if is_stored else ''}"
+    )
     base = prepare_base(
-        folder, recipe, device, attention_path, meter.expected_loss, weighted=data.train.weighted
+        folder,
+        recipe,
+        device,
+        attention_path,
+        meter.expected_loss,
+        weighted=data.train.weighted,
+        on_progress=lambda done, total: reporter.progress("loading", done, total),
     )
     meter.set_loss(base.loss)
     _emit_environment(context, device, base)

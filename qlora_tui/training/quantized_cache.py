@@ -1,0 +1,133 @@
+"""Base weights that were quantized once, stored for the next run, chat or comparison on the same base.
+
+Quantizing 16-bit files takes most of the time from launch to the first step. The 4-bit weights are written in
+bitsandbytes' own serialization, bit by bit as they were computed, and read back in a fraction of that time
+(``bench/loading.py``). A folder belongs to one state of the model's files, one method, dtype and kind of
+device, and the versions of the libraries; any other combination is quantized again. The folders that were not
+used for longest are deleted where all together exceed ``quantized_cache_gib`` of ``config.toml``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from qlora_tui import paths
+from qlora_tui.catalog.config_parser import load_config
+from qlora_tui.catalog.model_validation import weight_files
+from qlora_tui.errors import UserError
+from qlora_tui.files import private_dir, publish
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs.locks import locked
+from qlora_tui.settings import load_settings
+from qlora_tui.training.compute_device import ComputeDevice
+
+_FORMAT = 1
+"""Raised when what is stored changes."""
+_METHODS = ("nf4", "fp4")
+_LIBRARIES = ("bitsandbytes", "transformers", "torch")
+_DRAFT = ".writing"
+_SPARE_BYTES = 1 << 30
+"""Space that stays free on the disk."""
+
+
+def quantized_dir() -> Path:
+    """The folder that holds one folder per quantized base."""
+    return private_dir(paths.cache_dir() / "quantized")
+
+
+def find_folder(folder: Path, recipe: Recipe, device: ComputeDevice) -> Path | None:
+    """Where the weights of a base are, or would be, stored for this recipe and device.
+
+    Returns:
+        None where they are not stored: not quantized to 4 bits, quantized in their files already, or caching
+        is turned off.
+    """
+    if recipe.quantization.method not in _METHODS or not limit_bytes():
+        return None
+    config = load_config(folder / "config.json")
+    if config.get("quantization_config"):
+        return None
+    files = [(folder / name).stat() for name in weight_files(folder)]
+    state = {
+        "format": _FORMAT,
+        "folder": str(folder.resolve()),
+        "config": config,
+        "files": [(file.st_size, file.st_mtime_ns) for file in files],
+        "method": recipe.quantization.method,
+        "double": recipe.quantization.double_quantization,
+        "dtype": device.dtype_name,
+        "device": device.kind,
+        "versions": [version(name) for name in _LIBRARIES],
+    }
+    key = hashlib.sha256(msgspec.json.encode(state)).hexdigest()[:16]
+    name = re.sub(r"[^\w.-]+", "-", Path(recipe.model.id).name) or "model"
+    return quantized_dir() / f"{name}-{recipe.quantization.method}-{key}"
+
+
+def is_stored(folder: Path | None) -> bool:
+    """Whether the weights are there. A folder is written completely or not at all."""
+    return folder is not None and (folder / "config.json").is_file()
+
+
+def mark_used(folder: Path) -> None:
+    """Note that a folder was used now: those not used for longest are deleted first."""
+    os.utime(folder)
+
+
+def store(model: Any, folder: Path) -> None:
+    """Write the weights of a loaded model, unless another process does, or they are too large.
+
+    A full disk, or any other OSError, costs the stored weights and not the run.
+    """
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    limit = limit_bytes()
+    try:
+        if size > limit or shutil.disk_usage(folder.parent).free < 2 * size + _SPARE_BYTES:
+            return
+        with locked(folder.parent / ".lock") as lock:
+            if lock is None or is_stored(folder):
+                return
+            draft = folder.parent / _DRAFT
+            shutil.rmtree(draft, ignore_errors=True)
+            try:
+                model.save_pretrained(private_dir(draft))
+                publish(draft, folder)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+            _delete_beyond(limit, newest=folder)
+    except (OSError, UserError) as error:
+        print(f"The quantized weights are not stored: {error}", flush=True)
+
+
+def discard(folder: Path) -> None:
+    """Delete stored weights that cannot be read."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def limit_bytes() -> int:
+    """The most bytes that all folders may take; 0 stores nothing, as does a ``config.toml`` with errors."""
+    try:
+        return round(load_settings().quantized_cache_gib * 2**30)
+    except UserError:
+        return 0
+
+
+def _delete_beyond(limit: int, *, newest: Path) -> None:
+    """Delete the folders that were not used for longest, until all are within ``limit`` bytes."""
+    folders = [path for path in newest.parent.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in folders}
+    total = sum(sizes.values())
+    for path in sorted(folders, key=lambda each: each.stat().st_mtime):
+        if total <= limit:
+            return
+        if path != newest:
+            discard(path)
+            total -= sizes[path]
