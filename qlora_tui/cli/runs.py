@@ -149,6 +149,7 @@ def _summary(view: RunView) -> dict[str, Any]:
         "loss": view.loss,
         "best_validation_loss": None if best is None else best.loss,
         "best_step": None if best is None else best.step,
+        "validation_loss_before_training": view.loss_before_training,
         "accuracy": view.accuracy,
         "base_accuracy": view.base_accuracy,
         "replaced": [] if view.verified is None else list(view.verified.replaced),

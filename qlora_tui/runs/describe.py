@@ -67,7 +67,7 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
                 f"{event.tokens_per_s:,.0f} tok/s"
             )
         case Evaluated():
-            best = "  best so far" if event.best and event.step else ""
+            best = _format_best(event) if event.best and event.step else ""
             exact = "" if event.accuracy is None else f", {format_percent(event.accuracy)} of answers exact"
             base = " (the base model)" if exact and not event.step else ""
             return (
@@ -94,6 +94,13 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
             return f"paused at step {event.step:,}"
         case Failed():
             return f"failed: {event.problem()}"
+
+
+def _format_best(event: Evaluated) -> str:
+    before = event.before_training
+    if before is None or (event.loss is not None and event.loss < before):
+        return "  best so far"
+    return f"  lowest so far, but {format_float(before)} before training"
 
 
 class PhaseFilter:

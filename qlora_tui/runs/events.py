@@ -171,6 +171,9 @@ class Evaluated(Event, tag="evaluated", frozen=True, kw_only=True):
     step: Count
     loss: float | None
     best: bool = False
+    """Whether it is the lowest after training began."""
+    before_training: float | None = None
+    """The validation loss at step 0, where it was measured."""
     accuracy: float | None = None
     """Share of greedy answers that match exactly, for short-answer data; at step 0, the base's share."""
 

@@ -49,6 +49,8 @@ def notification_for(run: RunDir) -> RunNotification | None:
             if best is None
             else f": best validation loss {format_float(best.loss, 3)} at step {best.step:,}"
         )
+        if view.loss_to_beat is not None:
+            reached += f", worse than before training ({format_float(view.loss_to_beat, 3)})"
         text = f"{run.name} is finished{reached}."
     return RunNotification(
         event="finished" if isinstance(ending, Finished) else "failed",

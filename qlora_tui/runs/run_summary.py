@@ -48,6 +48,8 @@ class RunSummary:
     """``nf4 r16 2,048×2×8``: the settings in which runs most often differ."""
     best: tuple[float, int] | None
     """Lowest validation loss after training began, and its step."""
+    loss_to_beat: float | None
+    """Validation loss before training where no later one is lower; None otherwise."""
     accuracy: float | None
     """Exact answers at the last validation; None for data without short ones."""
     losses: tuple[float, ...]
@@ -144,6 +146,7 @@ def summarize(run: RunDir) -> RunSummary:
         model=model,
         settings=settings,
         best=(best.loss, best.step) if best is not None and best.loss is not None else None,
+        loss_to_beat=view.loss_to_beat,
         accuracy=view.accuracy,
         losses=tuple(series.loss),
         seconds=series.seconds() if len(series) else None,
@@ -173,6 +176,7 @@ def outline(run: RunDir) -> RunSummary:
         model="",
         settings="",
         best=None,
+        loss_to_beat=None,
         accuracy=None,
         losses=(),
         seconds=None,

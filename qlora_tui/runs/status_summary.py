@@ -28,6 +28,8 @@ def summarize_status(view: RunView, sample: Sample | None) -> str:
             parts.append(f"{format_percent(last.accuracy)} of answers exact{base}")
     if view.best is not None and view.best is not view.evaluations[-1]:
         parts.append(f"best {format_float(view.best.loss, 3)} at step {view.best.step:,}")
+    if view.loss_to_beat is not None:
+        parts.append(f"worse than before training ({format_float(view.loss_to_beat, 3)})")
     if state == "running" and view.seconds_left is not None:
         parts.append(f"{format_duration(view.seconds_left)} left")
     summary = f"{', '.join(parts)}."

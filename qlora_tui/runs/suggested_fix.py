@@ -53,6 +53,10 @@ def _fix_for(kind: str, state: State, recipe: Recipe) -> SuggestedFix | None:
             return SuggestedFix(f"halve the learning rate of this run, to {rate:g}", rate=rate)
         case "plateau" if state in ACTIVE:
             return SuggestedFix("stop this run, its adapter saved", stop=True)
+        case "worse_than_before" if state in ACTIVE:
+            return SuggestedFix("stop this run, its adapter saved", stop=True)
+        case "worse_than_before":
+            return _next_run(recipe, {"training.learning_rate": float(f"{training.learning_rate / 10:.3g}")})
         case "nan_loss" | "exploding_gradient" if state not in ACTIVE:
             return _next_run(recipe, half)
         case "few_steps" if training.gradient_accumulation > 1:

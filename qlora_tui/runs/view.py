@@ -188,6 +188,19 @@ class RunView:
         return min(scored, key=lambda e: e.loss if e.loss is not None else math.inf, default=None)
 
     @property
+    def loss_before_training(self) -> float | None:
+        """Validation loss at step 0; None where it was not measured."""
+        return next((e.loss for e in self.evaluations if e.step == 0), None)
+
+    @property
+    def loss_to_beat(self) -> float | None:
+        """Validation loss before training where no later one is lower; None otherwise."""
+        best, before = self.best, self.loss_before_training
+        if best is None or best.loss is None or before is None or best.loss < before:
+            return None
+        return before
+
+    @property
     def accuracy(self) -> float | None:
         """Share of exact answers at the last validation; None for data without short answers."""
         return self.evaluations[-1].accuracy if self.evaluations else None

@@ -18,7 +18,7 @@ from qlora_tui.training import model_loading
 from qlora_tui.training.batches import PlannedStep, computed_tokens
 from qlora_tui.training.checkpoint_saver import CheckpointSaver, RunProgress
 from qlora_tui.training.evaluation import Evaluator
-from qlora_tui.training.health import StepMonitor, too_few_steps
+from qlora_tui.training.health import StepMonitor, ValidationMonitor, too_few_steps
 from qlora_tui.training.memory_probe import longest_micro_batch, probe_memory
 from qlora_tui.training.prepared_run import PreparedRun
 from qlora_tui.training.trainer import RunTrainer
@@ -59,6 +59,7 @@ class RunCallback(TrainerCallback):
         self._evaluator = Evaluator(prepared, trainer.model)
         self._saver = CheckpointSaver(prepared, trainer)
         self._monitor = StepMonitor()
+        self._validation_monitor = ValidationMonitor()
         self._total_steps = len(prepared.step_plan.steps)
         self._started_at = 0.0
         self._overhead_s = 0.0
@@ -266,10 +267,14 @@ class RunCallback(TrainerCallback):
                 step=step,
                 loss=loss if math.isfinite(loss) else None,
                 best=best,
+                before_training=self.progress.loss_before_training if step else None,
                 accuracy=accuracy,
             )
         )
-        self._reporter.log(f"validation loss {loss:.4f} at step {step}{' (best)' if best else ''}")
+        self._reporter.log(f"validation loss {loss:.4f} at step {step}{' (lowest)' if best else ''}")
+        finding = self._validation_monitor.check(step, loss, self.progress.loss_before_training)
+        if finding is not None:
+            self._reporter.health(finding.kind, finding.evidence, finding.remedy, step=step)
         return best
 
     def _sample(self, step: int) -> None:

@@ -22,6 +22,8 @@ class RunProgress:
 
     best_step: int | None = None
     best_loss: float | None = None
+    loss_before_training: float | None = None
+    """Validation loss at step 0; None where it was not measured."""
     last_losses: list[float] = field(default_factory=list)
     """Validation losses since the best, for early stopping."""
     evaluated_step: int = -1
@@ -37,6 +39,7 @@ class RunProgress:
         return cls(
             best_step=state.best_step,
             best_loss=state.best_loss,
+            loss_before_training=state.loss_before_training,
             last_losses=list(state.last_losses),
             evaluated_step=state.step,
             checkpoint_step=state.step,
@@ -45,7 +48,8 @@ class RunProgress:
     def add_validation_loss(self, step: int, loss: float) -> bool:
         """Remember a validation loss; True where it is the best so far."""
         if step <= 0:
-            # Before training it is no candidate: the adapter has learned nothing.
+            # Before training it is no candidate: the adapter has learned nothing. Later ones are compared with it.
+            self.loss_before_training = loss
             return False
         best = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
         if best:
@@ -80,6 +84,7 @@ class CheckpointSaver:
             recipe=checkpoints.recipe_text(prepared.recipe),
             best_step=progress.best_step,
             best_loss=progress.best_loss,
+            loss_before_training=progress.loss_before_training,
             last_losses=tuple(progress.last_losses),
         )
         try:

@@ -63,6 +63,7 @@ class CheckpointState(Struct, frozen=True, kw_only=True):
     """The recipe as TOML."""
     best_step: int | None = None
     best_loss: float | None = None
+    loss_before_training: float | None = None
     last_losses: tuple[float, ...] = ()
     """Validation losses since the best, for early stopping."""
 

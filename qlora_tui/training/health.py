@@ -23,6 +23,8 @@ _PLATEAU_STEPS = 200
 """Steps whose later half is compared with the earlier half."""
 _PLATEAU = 0.002
 """Share by which the mean loss must fall from the earlier half to the later one."""
+_WORSE = 0.05
+"""Share above the validation loss before training from which it is clearly worse."""
 _FEW_STEPS = 10
 _IDLE_S = 60.0
 _IDLE_PERCENT = 5
@@ -50,6 +52,26 @@ def too_few_steps(total: int) -> Finding | None:
         f"The run has only {total} optimizer step{'s' if total != 1 else ''}.",
         "Lower training.gradient_accumulation or data.max_length, or raise training.epochs.",
     )
+
+
+class ValidationMonitor:
+    """Compares each validation with the one before training."""
+
+    def __init__(self) -> None:
+        self._is_worse = False
+
+    def check(self, step: int, loss: float, before: float | None) -> Finding | None:
+        """A finding where the loss became clearly worse than ``before``; again only after it recovered."""
+        if not step or before is None:
+            return None
+        was_worse, self._is_worse = self._is_worse, not loss <= before * (1 + _WORSE)
+        if was_worse or not self._is_worse:
+            return None
+        return Finding(
+            "worse_than_before",
+            f"The validation loss is {loss:.3g} at step {step}; before training it was {before:.3g}.",
+            "Lower training.learning_rate and start a new run.",
+        )
 
 
 class GpuMonitor:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from qlora_tui.runs.describe import describe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import DataReady, Evaluated, Failed, Finished, Paused, Queued, Started, Step
@@ -129,6 +130,20 @@ def test_the_best_validation_is_the_lowest_after_training_began(run: RunDir) -> 
             log.append(Evaluated(at=float(step), step=step, loss=loss))
     view.refresh()
     assert view.best is not None and view.best.step == 10
+
+
+@pytest.mark.parametrize(("lowest", "to_beat"), [(9.38, 4.36), (4.1, None)])
+def test_a_best_validation_must_beat_the_untrained_model(
+    run: RunDir, lowest: float, to_beat: float | None
+) -> None:
+    view = RunView(run)
+    with EventWriter(run.events_path) as log:
+        for step, loss in ((0, 4.36), (5, 16.1), (10, lowest)):
+            log.append(Evaluated(at=float(step), step=step, loss=loss, best=step == 5, before_training=4.36))
+    view.refresh()
+    assert view.loss_before_training == 4.36
+    assert view.loss_to_beat == to_beat
+    assert describe(view.evaluations[1], 10).endswith("lowest so far, but 4.36 before training")
 
 
 def test_steps_missing_from_events_come_from_the_heartbeat(run: RunDir) -> None:

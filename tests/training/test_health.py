@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qlora_tui.gpu.metrics import GpuMetrics
-from qlora_tui.training.health import GpuMonitor, StepMonitor, too_few_steps
+from qlora_tui.training.health import GpuMonitor, StepMonitor, ValidationMonitor, too_few_steps
 
 
 def kinds(losses: list[float], norms: list[float]) -> list[tuple[int, str]]:
@@ -38,6 +38,16 @@ def test_a_loss_that_no_longer_falls_is_told() -> None:
 @pytest.mark.parametrize(("steps", "odd"), [(1, True), (9, True), (10, False)])
 def test_a_run_of_few_steps_is_told(steps: int, odd: bool) -> None:
     assert (too_few_steps(steps) is not None) is odd
+
+
+def test_a_validation_worse_than_before_training_is_reported_once() -> None:
+    monitor = ValidationMonitor()
+    losses = [(0, 4.36), (2, 4.5), (4, 16.1), (6, 9.38), (8, 4.0), (10, float("nan"))]
+    findings = [(step, monitor.check(step, loss, 4.36)) for step, loss in losses]
+    assert [step for step, finding in findings if finding is not None] == [4, 10]
+    evidence = findings[2][1]
+    assert evidence is not None
+    assert evidence.evidence == "The validation loss is 16.1 at step 4; before training it was 4.36."
 
 
 def test_an_idle_gpu_holding_memory_is_reported_once() -> None:

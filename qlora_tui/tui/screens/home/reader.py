@@ -206,6 +206,8 @@ def _outcome(summary: RunSummary) -> str:
     facts = []
     if summary.best is not None:
         facts.append(f"best validation loss {format_float(summary.best[0], 3)} at step {summary.best[1]:,}")
+        if summary.loss_to_beat is not None:
+            facts.append(f"worse than before training ({format_float(summary.loss_to_beat, 3)})")
     elif summary.loss is not None:
         facts.append(f"loss {format_float(summary.loss, 3)}")
     if summary.step < summary.total_steps:

@@ -49,7 +49,7 @@ class ComparedRun:
     """Texts for :data:`OUTCOMES`; what none of the runs has is left out."""
 
 
-OUTCOMES = ("state", "best validation loss", "exact answers", "steps", "tokens/s", "time")
+OUTCOMES = ("state", "best validation loss", "before training", "exact answers", "steps", "tokens/s", "time")
 
 
 def read(run: RunDir) -> ComparedRun:
@@ -71,6 +71,7 @@ def read(run: RunDir) -> ComparedRun:
         (
             view.status.state,
             "NA" if best is None else f"{format_float(best.loss)} at {best.step:,}",
+            "" if view.loss_to_beat is None else f"{format_float(view.loss_to_beat)}, better",
             format_exact(view.accuracy, view.base_accuracy),
             f"{view.step:,}/{view.total_steps:,}",
             "NA" if speed is None else f"{speed:,.0f}",

@@ -90,7 +90,11 @@ def _legend(snapshot: RunSnapshot) -> tuple[tuple[str, str], ...]:
     items = [(f"{format_float(loss, 3)}", "dim"), (f"━ mean {format_float(mean, 3)}", "$primary bold")]
     best, last = snapshot.best, snapshot.evaluations[-1] if snapshot.evaluations else None
     if best is not None:
-        items.append((f"{BEST} best {format_float(best.loss, 3)} at {best.step:,}", "$success bold"))
+        if (before := snapshot.view.loss_to_beat) is None:
+            items.append((f"{BEST} best {format_float(best.loss, 3)} at {best.step:,}", "$success bold"))
+        else:
+            lowest = f"{BEST} lowest {format_float(best.loss, 3)} at {best.step:,}, "
+            items.append((f"{lowest}{format_float(before, 3)} before training", "$warning bold"))
     exact = format_exact(None if last is None else last.accuracy, snapshot.view.base_accuracy)
     if last is not None and last is not best:
         # In a narrow window both fit only without the word.

@@ -60,6 +60,8 @@ def title(snapshot: RunSnapshot) -> Content:
     sign, style = SIGNS[status.state]
     word = (view.phase or status.state) if status.state == "running" else status.state
     parts: list[str | tuple[str, str]] = [(f"{sign} ", style), (view.run.name, "bold"), "  ", (word, style)]
+    if count := len({health.kind for health in snapshot.health if health.severity == "warning"}):
+        parts.append((f"  ! {count} warning{'s' if count > 1 else ''}", "$warning"))
     if view.attempt > 1:
         parts.append((f"  attempt {view.attempt}", "dim"))
     if (status.state == "queued" or status.state in ACTIVE) and status.detail:
@@ -122,7 +124,9 @@ def _ended_facts(snapshot: RunSnapshot, now: float) -> list[str]:
     if view.total_steps:
         facts.append(f"step {snapshot.step:,}/{view.total_steps:,}")
     if snapshot.best is not None:
-        facts.append(f"best loss {format_float(snapshot.best.loss, 3)} at {snapshot.best.step:,}")
+        before = view.loss_to_beat
+        worse = "" if before is None else f", {format_float(before, 3)} before training"
+        facts.append(f"validation {format_float(snapshot.best.loss, 3)} at {snapshot.best.step:,}{worse}")
     elif snapshot.losses[0] is not None:
         facts.append(f"loss {format_float(snapshot.losses[0], 3)}")
     if isinstance(view.ending, Finished):
