@@ -48,7 +48,7 @@ class RunProgress:
     def add_validation_loss(self, step: int, loss: float) -> bool:
         """Remember a validation loss; True where it is the best so far."""
         if step <= 0:
-            # Before training it is no candidate: the adapter has learned nothing. Later ones are compared with it.
+            # No candidate, since the adapter has learned nothing, but what later ones are compared with.
             self.loss_before_training = loss
             return False
         best = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)

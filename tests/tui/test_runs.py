@@ -19,6 +19,7 @@ from qlora_tui.recipe.presets import find_preset
 from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.directory import find_run as find_run
+from qlora_tui.runs.events import Failed
 from qlora_tui.runs.run_summary import SummaryCache, summarize
 from qlora_tui.runs.status import State, read_status, write_status
 from qlora_tui.runs.view import RunView
@@ -229,6 +230,15 @@ async def test_two_marked_runs_are_compared_with_only_what_differs(
         assert "Micro-batch" not in shown
         await pilot.press("escape")
         assert isinstance(app.screen, RunsScreen)
+
+
+def test_a_comparison_says_why_a_run_failed(three_runs: list[RunDir]) -> None:
+    failed = Failed(at=0.0, title="The loss is not a number", what="At step 640 it was nan.")
+    run = write_fake_run(FakeRun(name="tickets-nan", state="failed", steps=640, failed=failed))
+    assert "reason" not in comparison_table([read(three_runs[0])] * 2, 100).plain
+    shown = comparison_table([read(run), read(three_runs[0])], 120).plain
+    assert "reason" in shown
+    assert "The loss is not a number: At step 640" in shown
 
 
 def test_short_answer_runs_are_compared_by_exact_answers(three_runs: list[RunDir]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+from textwrap import wrap
 from typing import ClassVar
 
 from textual.app import ComposeResult
@@ -21,6 +23,7 @@ from qlora_tui.recipe.fields import fields, get_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.describe import format_exact
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.events import Failed
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.render.axis import Axis, rounded, so_far
@@ -49,7 +52,18 @@ class ComparedRun:
     """Texts for :data:`OUTCOMES`; what none of the runs has is left out."""
 
 
-OUTCOMES = ("state", "best validation loss", "before training", "exact answers", "steps", "tokens/s", "time")
+OUTCOMES = (
+    "state",
+    "best validation loss",
+    "before training",
+    "exact answers",
+    "steps",
+    "tokens/s",
+    "time",
+    "reason",
+)
+_REASON_LINES = 3
+_WIDE_COLUMN = 26
 
 
 def read(run: RunDir) -> ComparedRun:
@@ -76,8 +90,16 @@ def read(run: RunDir) -> ComparedRun:
             f"{view.step:,}/{view.total_steps:,}",
             "NA" if speed is None else f"{speed:,.0f}",
             format_duration(series.seconds()) if len(series) else "NA",
+            _reason(view),
         ),
     )
+
+
+def _reason(view: RunView) -> str:
+    """Why the run failed or was lost, in a sentence; empty for others."""
+    if isinstance(view.ending, Failed):
+        return f"{view.ending.title}: {view.ending.what}"
+    return view.status.detail if view.status.state in ("failed", "lost") else ""
 
 
 def plot(compared: Sequence[ComparedRun]) -> Plot:
@@ -123,11 +145,21 @@ def comparison_table(compared: Sequence[ComparedRun], width: int) -> Content:
     ]
     lines = [Content(" " * label) + Content("").join(names)]
     for name, values in rows:
-        cells = "".join(f"{truncate_middle(value, each - 1):<{each}}" for value in values)
-        lines.append(Content.assemble((f"{name:<{label}}", "dim"), cells))
+        for number, cells in enumerate(_cells(name, values, each - 1)):
+            texts = "".join(f"{cell:<{each}}" for cell in cells)
+            lines.append(Content.assemble((f"{'' if number else name:<{label}}", "dim"), texts))
     if not settings:
         lines.append(Content.styled("Their settings are identical.", "dim"))
     return Content("\n").join(lines)
+
+
+def _cells(name: str, values: Sequence[str], width: int) -> list[tuple[str, ...]]:
+    """The lines of a row, a text for each run: a reason is wrapped, another value cut in its middle."""
+    if name != "reason":
+        return [tuple(truncate_middle(value, width) for value in values)]
+    lines = _REASON_LINES if width >= _WIDE_COLUMN else _REASON_LINES - 1
+    wrapped = [wrap(value, width, max_lines=lines, placeholder=" …") for value in values]
+    return list(zip_longest(*wrapped, fillvalue=""))
 
 
 class CompareScreen(CancelsWorkersFirst, ModalScreen[None]):
