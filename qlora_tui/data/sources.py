@@ -64,6 +64,20 @@ def is_of_the_hub(name: str) -> bool:
     return is_hub_id(name) and not path.exists() and not kind_of(path)
 
 
+def source_stamps(source: Source) -> tuple[tuple[str, int, int], ...]:
+    """Return name, modification time and size of a source's files; empty for a Hub dataset or a missing file.
+
+    Two results differ if a file changed in between.
+    """
+    path = Path(source.path).expanduser()
+    try:
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        stats = [(file.name, file.stat()) for file in files]
+    except OSError:
+        return ()
+    return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats)
+
+
 def sniff(path: Path, source: Source, preferences: str) -> Detection:
     """Detect the format of one file from its first rows, under ``data.preferences``. Raises ``UserError``."""
     first = first_rows(path, SNIFFED_ROWS)

@@ -257,6 +257,20 @@ async def test_opening_a_file_replaces_an_unusable_one(model: str, here: Path) -
         assert [s.path for s in app.workbench.recipe.data.sources] == ["odd.jsonl"]
 
 
+async def test_a_file_fixed_on_disk_is_read_again_on_return(model: str, here: Path) -> None:
+    file = write_rows(here / "tickets.jsonl", ["{broken", ticket(1)])
+    app = opened(model, "tickets.jsonl")
+    async with app.run_test(size=(120, 40)) as pilot:
+        await shows(pilot, "Not valid JSON")
+        write_rows(file, [ticket(1), ticket(2)])
+        await pilot.press("3", "2")
+        await shows(pilot, "Parcel 1 is on its way", "No problems found")
+        assert "Not valid JSON" not in text_of(app)
+        write_rows(file, ["{broken", ticket(1)])
+        await pilot.press("f5")
+        await shows(pilot, "Not valid JSON")
+
+
 async def test_one_broken_line_is_named_and_the_others_are_read(model: str, here: Path) -> None:
     rows: list[Any] = [ticket(n) for n in range(1, 21)]
     rows[6] = '{"messages": oops'

@@ -424,6 +424,14 @@ async def test_a_row_that_blocks_a_run_is_reported_before_launch(make_app: MakeA
         await shows(pilot, "Not valid JSON")
         await pilot.pause()
         assert all_runs() == []
+        await pilot.press("escape")
+        rows.write_text('{"instruction": "a", "output": "b"}\n' * 20)
+        await pilot.press("f5")
+        await until(pilot, lambda: "Line 3" not in text_of(app))
+        await shows(pilot, "✓ ok      data")
+        rows.write_text("{bad\n")
+        await pilot.press("6", "5")
+        await shows(pilot, "Not ready: data")
 
 
 def test_a_progress_bar_is_shown_in_its_last_state() -> None:

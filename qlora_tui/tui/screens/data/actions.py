@@ -64,6 +64,10 @@ class DataActions(WorkScreen):
         """Show lengths and problems again."""
 
     @abstractmethod
+    def reload(self) -> None:
+        """Read the source again."""
+
+    @abstractmethod
     def show_another(self, path: str, row: int) -> None:
         """Read and show another row."""
 
@@ -74,6 +78,12 @@ class DataActions(WorkScreen):
         known = start if start is not None and start.is_dir() else None
         screen = FilePickerScreen("Open data", "data", DATA_ENDINGS, known, is_of_the_hub)
         self.app.push_screen(screen, self.opened)
+
+    def action_reload(self) -> None:
+        """Read the source again, whether it changed or not."""
+        if self.source() is not None:
+            self.reload()
+            self.notify("Reading the data again.")
 
     def action_format(self) -> None:
         """Read the rows in the next format."""

@@ -16,6 +16,7 @@ COMMANDS: tuple[Command, ...] = (
         "Add a data file, a folder of files, or a dataset from the Hub.",
         verb="data inspect",
     ),
+    _hidden("reload", "f5", "reload", "Reload", "Read the source again, after its file changed."),
     _hidden("next", "right,l", "row(1)", "Next", "Show the next row."),
     _hidden("previous", "left,h", "row(-1)", "Previous", "Show the previous row."),
     _command("goto", "colon", "go_to", "Row", "Go to a row by number.", verb="data show"),

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from qlora_tui.data.dataset_report import Report, Shown
+from qlora_tui.data.sources import source_stamps
 from qlora_tui.engine.client import EngineClient
 from qlora_tui.engine.protocol import (
     DataInspected,
@@ -29,6 +30,8 @@ class PreviewRequest:
     data: Data
     model: str
     template: str
+    stamps: tuple[tuple[str, int, int], ...]
+    """State of the files: the source is read again where one changed."""
 
     @classmethod
     def of(cls, recipe: Recipe, number: int) -> PreviewRequest:
@@ -41,7 +44,8 @@ class PreviewRequest:
             thinking=recipe.data.thinking,
             reasoning_in_loss=recipe.data.reasoning_in_loss,
         )
-        return cls(recipe.data.sources[number], data, recipe.model.id, recipe.model.chat_template)
+        source = recipe.data.sources[number]
+        return cls(source, data, recipe.model.id, recipe.model.chat_template, source_stamps(source))
 
 
 class DataPreviews:

@@ -141,6 +141,10 @@ class DataScreen(DataActions):
             self._show_row_line()
             self._fetch_row(self._request, path, row)
 
+    def reload(self) -> None:
+        if self._request is not None:
+            self._set_request(self._request)
+
     @work
     async def _start(self) -> None:
         # Started before a file is selected; an error is reported when one is.

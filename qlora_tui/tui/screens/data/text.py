@@ -111,7 +111,11 @@ def error_text(error: UserError) -> Content:
 
 def unreadable_text(error: UserError, fields: dict[str, str]) -> Content:
     """The error for a file that cannot be read, with its columns and the keys that may help."""
-    keys = [(key_name("data.open"), "open another file"), (key_name("data.remove"), "remove this one")]
+    keys = [
+        (key_name("data.reload"), "read it again"),
+        (key_name("data.open"), "open another file"),
+        (key_name("data.remove"), "remove this one"),
+    ]
     if fields and error.fix.startswith(("Say which column", "Map the columns")):
         # The fix is for the recipe as a file; here there is a key for it.
         error = UserError(

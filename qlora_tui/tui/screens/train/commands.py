@@ -11,6 +11,7 @@ _hidden = ScreenCommands("train", in_footer=False)
 
 COMMANDS: tuple[Command, ...] = (
     _command("launch", "t", "launch", "Launch", "Launch a run with this recipe, or queue it.", verb="train"),
+    _hidden("recheck", "f5", "recheck", "Check again", "Check again what the run needs."),
     _command(
         "stop", "s", "stop", "Stop", "Save a checkpoint and the adapter, then stop the run.", verb="stop"
     ),
@@ -76,7 +77,7 @@ ACTION_NAMES = frozenset(command.action.partition("(")[0] for command in COMMAND
 def is_available(action: str, watching: bool, state: State | None) -> bool:
     """Whether one of :data:`ACTION_NAMES` means something now; ``state`` is that of the run being watched."""
     if not watching:
-        return action in ("launch", "watch_another")
+        return action in ("launch", "recheck", "watch_another")
     return (
         action in _WHEN_LIVE
         or (action in _WHEN_RUNNING and state in ACTIVE)

@@ -99,7 +99,7 @@ def _conclusion(checks: tuple[Check, ...]) -> Content:
     if wrong:
         names = ", ".join(dict.fromkeys(check.label for check in wrong))
         return Content.styled(
-            f"Not ready: {names}. Press {key_name('train.launch')} to check again.", "bold $error"
+            f"Not ready: {names}. Press {key_name('train.recheck')} to check again.", "bold $error"
         )
     waits = any(check.kind is CheckKind.QUEUE and check.outcome == "note" for check in checks)
     return Content.styled(

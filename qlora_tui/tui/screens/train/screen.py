@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from textual.widget import Widget
 
+from qlora_tui.data.sources import every_source, source_stamps
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
@@ -71,6 +72,8 @@ class TrainScreen(WorkScreen):
         """Whether the user chose what to show; until then it is the active run."""
         self._checks: tuple[Check, ...] = ()
         self._checks_key: object = None
+        self._stamps: object = None
+        """State of the data files when the screen was last shown or the recipe changed."""
 
     def compose_body(self) -> Iterable[Widget]:
         yield LaunchPane()
@@ -107,6 +110,7 @@ class TrainScreen(WorkScreen):
 
     def show_recipe(self, recipe: Recipe) -> None:
         self.query_one(LaunchPane).show_recipe(recipe, self.qlora_app.workbench.base)
+        self._stamps = [source_stamps(source) for source in every_source(recipe.data)]
         self._check()
 
     def show_system_status(self, system_status: SystemStatus) -> None:
@@ -124,6 +128,12 @@ class TrainScreen(WorkScreen):
     def action_launch(self) -> None:
         """Launch or queue the recipe; failed checks are shown first."""
         self.run_worker(DeferredWork(self._launch), exclusive=True, group="launch")
+
+    def action_recheck(self) -> None:
+        """Check again: a file may have changed."""
+        self._checks_key = None
+        self.show_recipe(self.qlora_app.workbench.recipe)
+        self.notify("Checking again.")
 
     async def action_stop(self) -> None:
         """Ask, then stop the run."""
@@ -319,6 +329,7 @@ class TrainScreen(WorkScreen):
         free = system_status.free_bytes
         key = (
             recipe,
+            self._stamps,
             self.qlora_app.memory_budget,
             system_status.active,
             system_status.waiting,
