@@ -1,13 +1,21 @@
-"""Everything that only a GPU can prove, in one go: for a checkout on a box with CUDA, without a hub.
+"""Everything that only a GPU can prove: for a checkout on a machine with CUDA, without the Hub.
 
-    python -m bench.gpu_acceptance [--size 0.5b|1.5b|8b] [--out FILE.json]
-    python -m bench.gpu_acceptance --size tiny --only loop resume grid     (a dry run, on a CPU)
+    python -m bench.gpu_acceptance [--size 0.5b|1.5b|8b] [--model FOLDER] [--only CHECK…] [--out FILE.json]
+    python -m bench.gpu_acceptance --size tiny                  (a dry run, on a CPU)
 
-A Llama of that size with random weights is made on the spot. Each check prints one line and leaves its
-figures in the JSON file, beside GPU, driver and versions: the loop from recipe to an adapter that plain peft
-loads; exact resuming; the estimate against what torch counted, over a grid; a real lack of memory and the
-retry; NVML while it trains; the usual script and TRL beside ours (with ``make bench-deps``). Exit code 1
-where one fails.
+A Llama of that size with random weights is made on the spot, or in FOLDER, where a later call finds it. Each
+check runs in a process of its own, within its own deadline and within --seconds for all of them; then all of
+its processes are ended, those of its runs too. The JSON file is written after each check. Exit code 1 where a
+check failed or was cut.
+
+Checks: doctor; loop (from recipe to an adapter that plain peft loads); nvml (telemetry of a run); float16;
+sigterm (to a trainer); resume and resume_8bit (exact, with both optimizers); memory (a real lack of memory
+and the retries); chat (speed, and the same words as plain generate); grid (the estimate against torch's
+count).
+
+Within calls of ten minutes: for 0.5b all but grid, then grid; for 8b ``doctor loop nvml float16``, then
+``resume memory``, then ``grid``, each with the same --model. :mod:`bench.gpu_probe` answers questions about
+single parts, :mod:`bench.gpu_baselines` compares speed and memory with other trainers.
 """
 
 from __future__ import annotations
@@ -18,84 +26,93 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from bench.acceptance_checks import CHECKS, GRID, Box, Outcome, Skip
-from bench.acceptance_model import SIZES, make_model, make_rows
-from qlora_tui.gpu.driver import open_driver
-from qlora_tui.gpu.errors import GpuUnavailableError
+from bench.acceptance.context import CheckContext, Outcome
+from bench.acceptance.memory_checks import LONGEST
+from bench.acceptance.registry import CHECKS, deadline_s
+from bench.support.child_processes import (
+    adopt_orphans,
+    end_descendants_on_sigterm,
+    python_module,
+    run_within,
+)
+from bench.support.random_model import SIZES, make_rows, random_model
+
+_LEAST_S = 2.0
+"""Seconds that must be left for a check to be started."""
+_MACHINE_S = 120.0
 
 
 def main() -> int:
-    """Make the model, run the checks, write the report."""
+    """Make the model, make the checks, write the report; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="0.5b")
+    parser.add_argument("--model", type=Path, help="folder of the model; made there if it is missing")
     parser.add_argument("--only", nargs="*", choices=list(CHECKS), default=list(CHECKS))
+    parser.add_argument("--seconds", type=float, default=570.0, help="for all checks; default: 570")
     parser.add_argument("--out", type=Path, default=Path("gpu_acceptance.json"))
     args = parser.parse_args()
-    report: dict[str, Any] = {"size": args.size, "checks": {}}
-    # A runner may still write its last line when the folder goes.
+    until = time.monotonic() + args.seconds
+    adopt_orphans()
+    end_descendants_on_sigterm()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         scratch = Path(folder)
         for kind in ("CONFIG", "STATE", "CACHE"):
             os.environ[f"XDG_{kind}_HOME"] = str(scratch / kind.lower())
-        box = make_box(scratch, args.size)
+        machine = describe_machine(scratch)
+        report: dict[str, Any] = {"size": args.size, "machine": machine, "checks": {}}
+        context = CheckContext(
+            model=str(random_model((args.model or scratch / "model").absolute(), args.size)),
+            rows=str(make_rows(scratch / "rows.json", 64)),
+            long_rows=str(make_rows(scratch / "long.json", 16, long_words=LONGEST)),
+            scratch=folder,
+            size=args.size,
+            has_gpu=machine["has_gpu"],
+        )
         for name in args.only:
             began = time.monotonic()
-            outcome = checked(CHECKS[name], box)
-            mark, seconds = "ok" if outcome.ok else "FAILED", time.monotonic() - began
-            print(f"{mark:<7} {name:<8} {outcome.says}  ({seconds:.0f} s)", flush=True)
-            report["checks"][name] = asdict(outcome)
-        report["box"] = described(box)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
-    return 0 if all(check["ok"] for check in report["checks"].values()) else 1
+            outcome = make_check(name, context, until, scratch)
+            seconds = time.monotonic() - began
+            print(f"{outcome.result:<11} {name:<11} {outcome.summary}  ({seconds:.0f} s)", flush=True)
+            report["checks"][name] = asdict(outcome) | {"seconds": round(seconds, 1)}
+            write_report(report, args.out)
+    return 0 if all(check["result"] in ("ok", "skipped") for check in report["checks"].values()) else 1
 
 
-def checked(check: Callable[[Box], Outcome], box: Box) -> Outcome:
-    """Run one; whatever it raises is a failure of that check alone."""
-    try:
-        return check(box)
-    except Skip as why:
-        return Outcome(True, f"skipped: {why}", {"skipped": str(why)})
-    except Exception as error:  # the others go on
-        return Outcome(False, f"{type(error).__name__}: {error}")
+def make_check(name: str, context: CheckContext, until: float, scratch: Path) -> Outcome:
+    """Make one check within its deadline; ``until`` is the moment at which all of them end."""
+    now = time.monotonic()
+    seconds = min(deadline_s(name, context.size), until - now)
+    if seconds < _LEAST_S:
+        return Outcome("out of time", "not started")
+    file = replace(context, deadline=now + seconds).write(scratch / f"{name}.context.json")
+    outcome_file, log = scratch / f"{name}.json", scratch / f"{name}.log"
+    code = run_within(seconds, python_module("bench.acceptance.check", name, file, outcome_file), log=log)
+    if outcome_file.exists():
+        return Outcome(**json.loads(outcome_file.read_text()))
+    log_end = log.read_text(errors="replace")[-1000:]
+    if code is None:
+        return Outcome("out of time", f"killed after {seconds:.0f} s", {"log": log_end})
+    return Outcome("failed", f"ended with exit code {code}", {"log": log_end})
 
 
-def make_box(scratch: Path, size: str) -> Box:
-    """Model and data."""
-    import torch
-
-    longest = max(length for _, length, _ in GRID)
-    return Box(
-        model=make_model(scratch / "model", size),
-        rows=make_rows(scratch / "rows.json", 64),
-        long_rows=make_rows(scratch / "long.json", 16, long_words=longest),
-        scratch=scratch,
-        size=size,
-        has_gpu=torch.cuda.is_available(),
-    )
-
-
-def described(box: Box) -> dict[str, Any]:
-    """GPU, driver and versions."""
-    import platform
-    from importlib.metadata import version
-
-    import torch
-
-    packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
-    facts: dict[str, Any] = {"python": platform.python_version()}
-    facts |= {package: version(package) for package in packages}
-    if box.has_gpu:
-        gpu = torch.cuda.get_device_properties(0)
-        facts |= {"gpu": gpu.name, "gpu_bytes": gpu.total_memory, "cuda": torch.version.cuda}
-        with suppress(GpuUnavailableError), open_driver() as driver:
-            facts["driver"] = driver.list_gpus()[0].driver
+def describe_machine(scratch: Path) -> dict[str, Any]:
+    """Return GPU, driver and versions, from a process of its own. Raises SystemExit where that fails."""
+    file, log = scratch / "machine.json", scratch / "machine.log"
+    if run_within(_MACHINE_S, python_module("bench.acceptance.machine", file), log=log) != 0:
+        raise SystemExit(log.read_text())
+    facts: dict[str, Any] = json.loads(file.read_text())
     return facts
+
+
+def write_report(report: dict[str, Any], path: Path) -> None:
+    """Replace the report, so that a reader never sees half of one."""
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(json.dumps(report, indent=1, default=str) + "\n")
+    draft.replace(path)
 
 
 if __name__ == "__main__":

@@ -306,7 +306,7 @@ def main() -> None:
 
 
 def _compare_pools(folder: Path) -> None:
-    from bench.acceptance_model import make_tokenizer
+    from bench.support.random_model import make_tokenizer
     from qlora_tui.data.stock_templates import stock_template
 
     write_rows(folder / "rows.jsonl", DATA_ROWS)

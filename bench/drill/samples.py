@@ -15,7 +15,7 @@ _MODEL = """
 import sys
 from pathlib import Path
 from typing import Any
-from bench.acceptance_model import make_model
+from bench.support.random_model import make_model
 from bench.tiny_gguf import write_tiny_gguf
 make_model(Path(sys.argv[1]) / "model", "tiny")
 write_tiny_gguf(Path(sys.argv[1]) / "tiny.gguf")

@@ -1,8 +1,13 @@
-"""A Llama of a given size with random weights, and conversations for it: no hub, no download."""
+"""A Llama of a given size with random weights, and conversations for it: no hub, no download.
+
+``python -m bench.support.random_model FOLDER SIZE`` writes the model.
+"""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,24 @@ SIZES: dict[str, dict[str, int]] = {
 """Shapes of Qwen2.5-0.5B, Qwen2.5-1.5B and Llama-3.1-8B, as plain Llamas."""
 
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def random_model(folder: Path, size: str) -> Path:
+    """Return ``folder`` with the model in it, made in another process if it is missing.
+
+    A process that makes the model on a GPU holds GPU memory until it ends. Raises SystemExit with
+    that process's output where it fails.
+    """
+    if not folder.exists():
+        draft = folder.with_name(f".{folder.name}.draft")
+        command = [sys.executable, "-m", "bench.support.random_model", str(draft), size]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
+        )
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        draft.rename(folder)
+    return folder
 
 
 def make_model(folder: Path, size: str) -> Path:
@@ -88,3 +111,7 @@ def make_tokenizer(folder: Path, texts: list[str], template: str, *, vocab_size:
     folder.mkdir(parents=True, exist_ok=True)
     fast.save_pretrained(folder)
     return fast
+
+
+if __name__ == "__main__":
+    make_model(Path(sys.argv[1]), sys.argv[2])

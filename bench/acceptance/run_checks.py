@@ -1,0 +1,167 @@
+"""Checks of the loop from recipe to adapter: does it run on this GPU, and exactly?"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+from contextlib import suppress
+
+from bench.acceptance.context import CheckContext, CheckSkipped, Outcome
+from bench.acceptance.runs import follow, short_recipe, train
+from bench.support.child_processes import python_module
+from qlora_tui.errors import UserError
+from qlora_tui.runs import actions, control
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.events import AnyEvent, CheckpointSaved, Environment, Finished, Started, Step, Stopped
+from qlora_tui.runs.telemetry import TelemetryTail
+
+_RESUMED_STEPS = 40
+"""Steps of a run that is paused: on a fast GPU eight are over before the pause arrives."""
+_PAUSED_STEP = 3
+_CPU_TOLERANCE = 1e-6
+_GPU_TOLERANCE = 2e-2
+"""Relative difference of losses: sums on a GPU have no fixed order."""
+
+
+def doctor(context: CheckContext) -> Outcome:
+    """``qlora-tui doctor`` finds nothing that keeps this machine from training."""
+    command = python_module("qlora_tui", "doctor", "--json")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    report = json.loads(done.stdout or "{}")
+    return Outcome.of(done.returncode == 0, f"exit code {done.returncode}", {"report": report})
+
+
+def loop(context: CheckContext) -> Outcome:
+    """A recipe becomes an adapter that plain peft loads and that generates."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ended = train(short_recipe(context)).require_finished()
+    finished, environment = ended.events_of(Finished)[0], ended.events_of(Environment)[-1]
+    expected_device = "cuda" if context.has_gpu else "cpu"
+    base = AutoModelForCausalLM.from_pretrained(
+        context.model, dtype=torch.bfloat16, device_map={"": expected_device}
+    )
+    tuned = PeftModel.from_pretrained(base, str(ended.run.adapter_dir))
+    tokenizer = AutoTokenizer.from_pretrained(ended.run.adapter_dir)
+    prompt = tokenizer("hello", return_tensors="pt").to(expected_device)
+    generated = tuned.generate(**prompt, max_new_tokens=4, do_sample=False)
+    return Outcome.of(
+        environment.device_kind == expected_device and generated.shape[1] > prompt["input_ids"].shape[1],
+        f"{finished.step} steps on {environment.device}, {environment.attention}, loss {environment.loss}, "
+        f"{finished.tokens_per_s:,.0f} tokens/s; plain peft loads the adapter",
+        {
+            "tokens_per_s": finished.tokens_per_s,
+            "attention": environment.attention,
+            "loss": environment.loss,
+            "compute_dtype": environment.compute_dtype,
+        },
+    )
+
+
+def resume(context: CheckContext) -> Outcome:
+    """A run that was paused and resumed has the losses of one that was never paused."""
+    return _resume(context, "adamw")
+
+
+def resume_8bit(context: CheckContext) -> Outcome:
+    """The same with the states of the 8-bit optimizer."""
+    return _resume(context, "adamw_8bit")
+
+
+def _resume(context: CheckContext, optimizer: str) -> Outcome:
+    recipe = short_recipe(
+        context,
+        training__max_steps=_RESUMED_STEPS,
+        training__checkpoint_every=10,
+        training__optimizer=optimizer,
+    )
+    whole = train(recipe).require_finished().losses
+
+    def pause(run: RunDir, event: AnyEvent) -> None:
+        if isinstance(event, Step) and event.step == _PAUSED_STEP:
+            # The run may be over already: then there is nothing to resume, and the check says so.
+            with suppress(UserError):
+                control.send_request(run, "pause")
+
+    paused = train(recipe, pause)
+    if paused.events_of(Finished):
+        raise CheckSkipped("the run was over before it could be paused")
+    actions.resume(paused.run)
+    resumed = follow(paused.run).require_finished().losses
+    difference = max(abs(a - b) / abs(a) for a, b in zip(whole, resumed, strict=True))
+    return Outcome.of(
+        difference <= (_GPU_TOLERANCE if context.has_gpu else _CPU_TOLERANCE),
+        f"{optimizer}: {len(resumed)} losses, at most {difference:.1e} from those of a run never paused",
+        {"difference": difference, "whole": whole, "resumed": resumed},
+    )
+
+
+def sigterm(context: CheckContext) -> Outcome:
+    """SIGTERM to a trainer between two steps: it saves a checkpoint and the adapter, and ends."""
+    pids: list[int] = []
+
+    def terminate(run: RunDir, event: AnyEvent) -> None:
+        if isinstance(event, Started):
+            pids.append(event.pid)
+        elif isinstance(event, Step) and event.step == _PAUSED_STEP:
+            with suppress(ProcessLookupError):
+                os.kill(pids[-1], signal.SIGTERM)
+
+    ended = train(short_recipe(context, training__max_steps=_RESUMED_STEPS), terminate)
+    if ended.events_of(Finished):
+        raise CheckSkipped("the run was over before the signal arrived")
+    stopped, saved = ended.events_of(Stopped), ended.events_of(CheckpointSaved)
+    return Outcome.of(
+        bool(stopped and saved) and ended.run.adapter_dir.is_dir(),
+        f"ended as {type(ended.events[-1]).__name__.lower()} with {len(saved)} checkpoints",
+        {"checkpoints": [event.step for event in saved]},
+    )
+
+
+def float16(context: CheckContext) -> Outcome:
+    """In float16, as GPUs before Ampere compute, every loss is finite, and the last below the first."""
+    if not context.has_gpu:
+        raise CheckSkipped("float16 is for GPUs")
+    ended = train(
+        short_recipe(context, quantization__compute_dtype="float16", training__max_steps=20)
+    ).require_finished()
+    losses, speed = ended.losses, ended.events_of(Finished)[0].tokens_per_s
+    return Outcome.of(
+        all(map(math.isfinite, losses)) and losses[-1] < losses[0],
+        f"losses {losses[0]:.3f} to {losses[-1]:.3f}, {speed:,.0f} tokens/s",
+        {"losses": losses, "tokens_per_s": speed},
+    )
+
+
+def nvml(context: CheckContext) -> Outcome:
+    """The telemetry of a run has utilization and memory of the GPU."""
+    if not context.has_gpu:
+        raise CheckSkipped("there is no GPU")
+    ended = train(short_recipe(context, training__max_steps=_RESUMED_STEPS)).require_finished()
+    samples = TelemetryTail(ended.run.telemetry_path).poll()
+    readings = [sample.gpu for sample in samples if sample.gpu is not None]
+    busiest = max((reading.utilization_percent or 0 for reading in readings), default=0)
+    fullest = max((reading.memory_used_bytes or 0 for reading in readings), default=0)
+    energy_kwh = ended.events_of(Finished)[0].energy_kwh
+    return Outcome.of(
+        bool(readings) and busiest > 0 and fullest > 0,
+        f"{len(readings)} readings, utilization up to {busiest} %, memory up to {fullest / 2**30:.1f} GiB, "
+        f"{energy_kwh or 0:.4f} kWh",
+        {"readings": len(readings), "energy_kwh": energy_kwh},
+    )
+
+
+def chat(context: CheckContext) -> Outcome:
+    """The chat answers with plain ``generate``'s words; tokens a second of both."""
+    command = python_module("bench.chat", context.model, "--rounds", 3, "--json")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise AssertionError(done.stderr.strip().splitlines()[-1])
+    report = json.loads(done.stdout)
+    speeds = [f"{report['short'][way]['tokens_per_s']:.1f} ({way})" for way in ("ours", "plain")]
+    return Outcome("ok", f"{' and '.join(speeds)} tokens/s", report)

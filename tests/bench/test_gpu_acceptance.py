@@ -1,0 +1,89 @@
+"""The acceptance script for a machine with a GPU, as far as it runs without one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from bench.support.random_model import make_model
+from tests.support.polling import wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("acceptance") / "model", "tiny")
+
+
+def acceptance(tmp_path: Path, model: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Start the script on the tiny model, with its temporary folder in ``tmp_path``."""
+    command = [sys.executable, "-m", "bench.gpu_acceptance", "--size", "tiny", "--model", str(model)]
+    return subprocess.Popen(
+        [*command, "--out", str(tmp_path / "report.json"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    )
+
+
+def checks_in(tmp_path: Path) -> dict[str, Any]:
+    checks: dict[str, Any] = json.loads((tmp_path / "report.json").read_text())["checks"]
+    return checks
+
+
+def left_behind(tmp_path: Path) -> list[str]:
+    """Processes whose temporary folder is in ``tmp_path``."""
+    commands = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("TMPDIR") == str(tmp_path):
+                commands.append(" ".join(process.cmdline()))
+        except psutil.Error:
+            continue
+    return commands
+
+
+def test_every_check_runs_dry_on_a_cpu(tmp_path: Path, model: Path) -> None:
+    process = acceptance(tmp_path, model)
+    output, _ = process.communicate()
+    checks = checks_in(tmp_path)
+    results = {name: check["result"] for name, check in checks.items()}
+    assert process.returncode == 0, output
+    skipped = {"nvml", "float16", "memory"}
+    assert {name for name, result in results.items() if result == "skipped"} == skipped
+    assert {result for name, result in results.items() if name not in skipped} == {"ok"}
+    assert checks["loop"]["figures"]["tokens_per_s"] > 0
+    assert len(checks["resume"]["figures"]["resumed"]) == 40
+    assert checks["grid"]["figures"]["rows"]
+    assert left_behind(tmp_path) == []
+
+
+def test_a_check_is_cut_at_the_deadline_with_its_run(tmp_path: Path, model: Path) -> None:
+    process = acceptance(tmp_path, model, "--only", "resume", "loop", "--seconds", "20")
+    output, _ = process.communicate()
+    checks = checks_in(tmp_path)
+    assert process.returncode == 1, output
+    assert [check["result"] for check in checks.values()] == ["out of time", "out of time"]
+    assert left_behind(tmp_path) == []
+
+
+def test_sigterm_ends_the_trainer_too_and_keeps_results(tmp_path: Path, model: Path) -> None:
+    process = acceptance(tmp_path, model, "--only", "doctor", "grid")
+    wait_for(lambda: any("/runs/" in command for command in left_behind(tmp_path)), seconds=90)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert left_behind(tmp_path) == [] and list(checks_in(tmp_path)) == ["doctor"]
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
