@@ -122,6 +122,8 @@ class Architecture(Struct, frozen=True):
     """Whether the MLP multiplies two projections (gate and up)."""
     residual_dropout: float
     """Share of each half's output that the model itself drops in training (GPT-2, OPT, Phi-2); mostly 0."""
+    attention_dropout: float
+    """Share of the attention weights that the model itself drops in training (GPT-2, Granite 3); mostly 0."""
     final_logit_softcapping: float | None
     logit_scale: float | None
     """Factor of the logits after the head; None for 1."""

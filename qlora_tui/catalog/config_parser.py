@@ -202,6 +202,7 @@ def _assemble(
         activation=fields.text(ACTIVATIONS) or family.activation,
         gated=family.gated,
         residual_dropout=_residual_dropout(fields, family),
+        attention_dropout=_attention_dropout(fields, family),
         final_logit_softcapping=_softcap(fields, family),
         logit_scale=_logit_scale(fields, family),
         dtype=_dtype(fields) or _dtype(outer),
@@ -234,9 +235,20 @@ _DEFAULT_DROPOUT_0_1 = ("gpt2", "gpt_bigcode", "opt", "seed_oss")
 def _residual_dropout(fields: ConfigFields, family: Family) -> float:
     """Return ``resid_pdrop``, ``dropout`` (OPT) or ``hidden_dropout``; GPT-2 and OPT default to 0.1."""
     key = _DROPOUT_KEYS.get(family.model_types[0], "hidden_dropout")
+    return _probability(fields, key, 0.1 if family.model_types[0] in _DEFAULT_DROPOUT_0_1 else 0.0)
+
+
+def _attention_dropout(fields: ConfigFields, family: Family) -> float:
+    """Return ``attn_pdrop`` (GPT-2) or ``attention_dropout``, whose default is 0.1 in three families."""
+    name = family.model_types[0]
+    key = "attn_pdrop" if name in ("gpt2", "gpt_bigcode") else "attention_dropout"
+    return _probability(fields, key, 0.1 if name in ("gpt2", "gpt_bigcode", "seed_oss") else 0.0)
+
+
+def _probability(fields: ConfigFields, key: str, default: float) -> float:
     value = fields.values.get(key)
     if value is None:
-        return 0.1 if family.model_types[0] in _DEFAULT_DROPOUT_0_1 else 0.0
+        return default
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise fields.invalid(key, "a number from 0 up to 1")
     return float(value)

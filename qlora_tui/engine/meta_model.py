@@ -34,7 +34,9 @@ def build(request: TraceRequest, architecture: Architecture, dtype: torch.dtype)
     if recipe.quantization.method in ("nf4", "fp4"):
         _quantize(model, recipe, architecture, dtype)
     model_loading.freeze(model)
-    segments = attention != "eager" and model_loading.use_packed_attention(model)
+    segments = attention != "eager" and model_loading.use_packed_attention(
+        model, "varlen" if request.varlen else "segments"
+    )
     if recipe.training.gradient_checkpointing != "off":
         model_loading.checkpoint_activations(model, keep_rng=False)
     model.enable_input_require_grads()

@@ -30,6 +30,8 @@ class TraceRequest(Struct, kw_only=True):
     loss: str = "chunked"
     """``chunked`` (this project's) or ``stock`` (transformers', over all logits)."""
     dtype: str = "bfloat16"
+    varlen: bool = True
+    """Whether all samples of a packed row are attended in one call."""
 
 
 async def trace_step(config: dict[str, Any], recipe: Recipe, device: Device) -> StepTrace:
@@ -47,6 +49,7 @@ async def trace_step(config: dict[str, Any], recipe: Recipe, device: Device) -> 
         recipe=recipe,
         device=device.kind,
         dtype="bfloat16" if path.compute_bytes == 2 else "float32",
+        varlen=path.varlen,
     )
     try:
         answer = msgspec.json.decode(await _answer(msgspec.json.encode(request)), type=StepTrace | Failure)

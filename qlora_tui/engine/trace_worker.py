@@ -48,7 +48,7 @@ def trace_request(request: TraceRequest) -> StepTrace:
     adapter = sum(_size(p.untyped_storage()) for p in model.parameters() if p.requires_grad)
     batch = inputs(request, packing_isolated=packing_isolated)
     model.train()
-    with _DeviceKernels(request.device), StorageCounter() as storages:
+    with _DeviceKernels(request), StorageCounter() as storages:
         if request.recipe.training.gradient_accumulation > 1:
             model(**batch).loss.backward()
             storages.restart()
@@ -163,22 +163,26 @@ class _FusedAttention(torch.autograd.Function):
 
 
 class _DeviceKernels:
-    """Makes torch's device-dependent choices those of ``device`` while the trace runs."""
+    """Makes torch's device-dependent choices those of the request's device while the trace runs."""
 
-    def __init__(self, device: str) -> None:
-        self._device = device
+    def __init__(self, request: TraceRequest) -> None:
+        self._device = request.device
         self._undo: list[Callable[[], None]] = []
 
     def __enter__(self) -> None:
         self._replace(functional, "scaled_dot_product_attention", _attention)
-        from qlora_tui.training import chunked_loss, packed_attention
+        from qlora_tui.training import chunked_loss, packed_attention, varlen_attention
 
         self._replace(torch, "autocast", _no_autocast)
         self._replace(chunked_loss, "block_rows", lambda device: LOSS_BLOCK_ROWS[self._device])
         if self._device == "cuda":
             self._replace(functional, "dropout", _dropout)
+            self._replace(varlen_attention, "supports", lambda query, value, samples: True)
+            self._replace(varlen_attention, "attend", _varlen_attention)
         else:
-            self._replace(packed_attention, "by_blocks", lambda query: query.dtype == torch.bfloat16)
+            self._replace(
+                packed_attention, "prefers_row_attention", lambda query: query.dtype == torch.bfloat16
+            )
 
     def __exit__(self, *exc: object) -> None:
         for undo in self._undo:
@@ -199,6 +203,11 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: 
         return _unfused_attention(query, key, value, *args, **kwargs)  # no fused kernel broadcasts heads
     attended: Tensor = _FusedAttention.apply(query, key, value)  # type: ignore[no-untyped-call]  # torch's own
     return attended
+
+
+def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> Tensor:
+    attended: Tensor = _FusedAttention.apply(query, key, value)  # type: ignore[no-untyped-call]  # torch's own
+    return attended.transpose(1, 2)
 
 
 def _no_autocast(*args: Any, **kwargs: Any) -> contextlib.nullcontext[None]:

@@ -102,6 +102,7 @@ class Layout:
     """Whether the head is untied and has its own trained rows."""
     adapter_parameters: int
     adapter_tensors: tuple[int, ...]
+    lora_tensors: tuple[int, ...]
     """Elements of each trained tensor."""
     exact: bool
     """Whether the family's layer is implemented."""
@@ -118,8 +119,9 @@ def build_layout(recipe: Recipe, architecture: Architecture, path: ExecutionConf
     for module in architecture.modules:
         if module.layer is not None and module.part != "vision":
             by_layer[module.layer].append(module)
-    # No fused kernel of ours caps scores or has sinks: those samples are attended one at a time.
+    # The kernel for a whole row neither caps scores nor has sinks or dropout.
     softcap, sinks = architecture.model_type == "gemma2", architecture.model_type == "gpt_oss"
+    in_one_call = path.varlen and not (softcap or sinks or architecture.attention_dropout)
     heads = Heads(
         rows=rows,
         length=length,
@@ -127,7 +129,7 @@ def build_layout(recipe: Recipe, architecture: Architecture, path: ExecutionConf
         kv_heads=architecture.kv_heads,
         head_dim=architecture.head_dim,
         value_dim=architecture.head_dim,
-        pieces=rows if path.segments and (not path.varlen or softcap or sinks) else 1,
+        pieces=rows if path.segments and not in_one_call else 1,
         softcap=softcap,
         sinks=sinks,
         repeated_by=_repeated_by(architecture, path),
@@ -167,6 +169,7 @@ def build_layout(recipe: Recipe, architecture: Architecture, path: ExecutionConf
                 dropout=architecture.residual_dropout,
             )
         blocks.append(known[linears])
+    lora_tensors = tuple(tensors)
     tensors += row_tensors(recipe.lora, architecture)
     return Layout(
         blocks=tuple(blocks),
@@ -184,6 +187,7 @@ def build_layout(recipe: Recipe, architecture: Architecture, path: ExecutionConf
         own_head=not architecture.head.tied,
         adapter_parameters=sum(tensors),
         adapter_tensors=tuple(tensors),
+        lora_tensors=lora_tensors,
         exact=architecture.model_type in STYLES,
         loss_code=loss_code(architecture.model_type, path.transformers),
     )

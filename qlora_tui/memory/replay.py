@@ -19,7 +19,7 @@ from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.loading import load
 from qlora_tui.memory.ops import FLOAT
 from qlora_tui.memory.static_memory import input_bytes, mask_bytes, workspace_bytes
-from qlora_tui.memory.step import PartProfile, StepProfile, embedding_bytes
+from qlora_tui.memory.step import PartProfile, StepProfile, adapter_copies, embedding_bytes
 from qlora_tui.memory.weights import state_sizes
 from qlora_tui.recipe.schema import Recipe
 
@@ -89,6 +89,8 @@ class _Run:
     def step(self, *, first: bool) -> None:
         """Replay forward, backward and optimizer. At the end all tensors of the step are freed."""
         allocator = self._allocator
+        if first:
+            allocator.keep(adapter_copies(self._layout, self._path))
         small = allocator.small_bytes
         alive = take_all(allocator, self._inputs)
         if self._layout.embedding_apart:

@@ -19,6 +19,7 @@ from qlora_tui.memory.execution import ExecutionConfig
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.loss import head_and_loss
 from qlora_tui.memory.ops import Ops
+from qlora_tui.memory.weights import round_to_block
 
 Items = dict[str, int]
 
@@ -118,7 +119,24 @@ def peak_candidates(walked: StepProfile, layout: Layout, path: ExecutionConfig) 
     rows = Counter(activations=layout.tokens * layout.token_rows)  # trained row index of each token
     if not path.accumulates:
         rows["gradients"] = layout.token_rows * layout.hidden * path.adapter_bytes
-    return list(_candidates(walked, _cast_once(layout, path), embedded, rows, always=layout.embedding_apart))
+    return list(
+        _candidates(
+            walked,
+            _cast_once(layout, path),
+            embedded,
+            rows,
+            Counter(adapter=sum(adapter_copies(layout, path))),
+            always=layout.embedding_apart,
+        )
+    )
+
+
+def adapter_copies(layout: Layout, path: ExecutionConfig) -> list[int]:
+    """Return the bytes of each of our copies of the LoRA weights in the compute dtype
+    (``training/fused/adapter_casts.py``)."""
+    if not path.own_fused or path.compute_bytes >= path.adapter_bytes:
+        return []
+    return [round_to_block(count * path.compute_bytes) for count in layout.lora_tensors]
 
 
 def _embedded(layout: Layout, path: ExecutionConfig, width: int) -> Items:
@@ -248,16 +266,22 @@ def _cast_once(layout: Layout, path: ExecutionConfig) -> Items:
 
 
 def _candidates(
-    walked: StepProfile, forward_only: Items, embedded: Items, rows: Items, *, always: bool
+    walked: StepProfile,
+    forward_only: Items,
+    embedded: Items,
+    rows: Items,
+    persistent: Counter[str],
+    *,
+    always: bool,
 ) -> list[Peak]:
-    """Yield every phase that may be the peak.
+    """Yield every phase that may be the peak. ``persistent`` is there in all of them.
 
     ``embedded`` is the embedding's output: it requires gradients, so the graph holds it as a leaf even where
     the first layer does not. Where something is added to it, it is always separate. ``rows`` has the bytes
     that trained rows of embedding and head keep from the start, and as gradients after the loss.
     """
     order, head, last = walked.layers, walked.head, len(walked.layers) - 1
-    before: Counter[str] = Counter()
+    before = Counter(persistent)
     cast = Counter(forward_only)
     candidates: list[Peak] = []
     below: list[Counter[str]] = []

@@ -189,7 +189,8 @@ def summed_loss(
     ids, values = (None, None) if rows is None else (rows.ids, rows.values)
     if positions is None:
         positions = loss_positions(labels)
-    states = hidden.flatten(0, 1).index_select(0, positions)
+    # A traced model is on the meta device, and its labels are on the CPU.
+    states: Tensor = _SelectRows.apply(hidden.flatten(0, 1), positions.to(hidden.device))  # type: ignore[no-untyped-call]
     targets = labels.flatten().index_select(0, positions + 1)
     if not len(targets):
         nothing = hidden.sum() * 0.0
@@ -200,6 +201,21 @@ def summed_loss(
     if values is not None and not torch.is_grad_enabled():
         values = values.detach()
     return chunked_sum(states, targets, head, counts, ids, values), len(targets)
+
+
+class _SelectRows(torch.autograd.Function):
+    """``rows[positions]`` for positions that differ, whose gradient is written and not summed."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, positions: Tensor) -> Tensor:
+        ctx.save_for_backward(positions)
+        ctx.shape = rows.shape
+        return rows.index_select(0, positions)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (positions,) = ctx.saved_tensors
+        return grad_outputs[0].new_zeros(ctx.shape).index_copy_(0, positions, grad_outputs[0]), None
 
 
 def chunked_sum(

@@ -108,3 +108,13 @@ async def test_what_cannot_be_traced_is_refused(key: str, value: str) -> None:
     recipe = replace_setting(recipe_of(Case("GPT-2")), f"quantization.{key}", value)
     with pytest.raises(UserError, match="cannot be traced"):
         await trace_step(cut_config("GPT-2"), recipe, Device())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", [Device(kind="cpu", native_bfloat16=True), Device(varlen=False)])
+async def test_a_step_is_traced_on_other_devices_too(device: Device) -> None:
+    recipe = recipe_of(Case("Llama 3", length=512, rows=3, checkpointing=False))
+    config = cut_config("Llama 3")
+    traced = await trace_step(config, recipe, device)
+    closed = closed_form(recipe, parse_architecture(config), trainer_execution(recipe, device))
+    assert closed["step"] == pytest.approx(traced.step_bytes, rel=0.03)

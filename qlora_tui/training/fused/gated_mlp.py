@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_tui.training.agreement import bitwise_equal
+from qlora_tui.training.fused.adapter_casts import AdapterCasts
 from qlora_tui.training.fused.lora_linear import (
     LoraParameters,
     WeightLoader,
@@ -36,23 +37,23 @@ _TOKENS = 4
 """Rows of the input of a check."""
 
 
-def fuse_gated_mlp(model: nn.Module) -> None:
+def fuse_gated_mlp(model: nn.Module, casts: AdapterCasts) -> None:
     """Fuse every gated MLP whose down projection has a plain adapter."""
     for module in model.modules():
         if {name for name, _ in module.named_children()} != _PARTS:
             continue
         weight = plain_weight(module.down_proj)
         if weight is not None and is_gated(module):
-            _patch_forward(module, weight)
+            _patch_forward(module, weight, casts)
 
 
-def _patch_forward(mlp: Any, weight: WeightLoader) -> None:
+def _patch_forward(mlp: Any, weight: WeightLoader, casts: AdapterCasts) -> None:
     down = mlp.down_proj
     base = down.get_base_layer()
     original_forward = mlp.forward
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        adapter = active_adapter(down, base, weight) if torch.is_grad_enabled() else None
+        adapter = active_adapter(down, base, weight, casts) if torch.is_grad_enabled() else None
         if adapter is None:
             return original_forward(x)  # type: ignore[no-any-return]
         return gated_down(self.gate_proj(x), self.up_proj(x), adapter, self.act_fn)
@@ -136,20 +137,20 @@ class _GatedProduct(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         product = act(gate) * up
         dropout_mask, xa = adapter_inputs(product, adapter)
-        ctx.save_for_backward(gate, up, dropout_mask, a)
-        ctx.act = act
+        ctx.save_for_backward(gate, up, dropout_mask)
+        ctx.adapter, ctx.act = adapter, act
         return product, xa
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up, dropout_mask, a = ctx.saved_tensors
+        gate, up, dropout_mask = ctx.saved_tensors
         grad_product, grad_xa = grad_outputs
         with torch.enable_grad():
             leaf = gate.detach().requires_grad_()
             activated = ctx.act(leaf)
-        grad_a = grad_of_a(grad_xa, activated.detach() * up, dropout_mask, a)
+        grad_a = grad_of_a(grad_xa, activated.detach() * up, dropout_mask, ctx.adapter)
         # In place: it comes from _DownProjection, the product's only reader.
-        add_adapter_grad(grad_product.view(-1, grad_product.shape[-1]), grad_xa, dropout_mask, a)
+        add_adapter_grad(grad_product.view(-1, grad_product.shape[-1]), grad_xa, dropout_mask, ctx.adapter)
         grad_up = grad_product * activated.detach()
         (grad_gate,) = torch.autograd.grad(activated, leaf, grad_product.mul_(up))
         return grad_gate, grad_up, grad_a, None, None
@@ -169,6 +170,6 @@ class _DownProjection(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         adapter = ctx.adapter
-        grad, grad_xa, grad_b = grad_of_outputs(grad_outputs[0], ctx.xa, adapter.b, adapter)
+        grad, grad_xa, grad_b = grad_of_outputs(grad_outputs[0], ctx.xa, adapter)
         grad_product = (grad @ adapter.weight().to(grad.dtype)).to(ctx.dtype)
         return grad_product.view(*grad_outputs[0].shape[:-1], -1), grad_xa, grad_b, None

@@ -33,6 +33,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from qlora_tui.training.fused.adapter_casts import AdapterCasts
 from qlora_tui.training.fused.patching import patch_forward
 
 _WORDS = 4
@@ -57,6 +58,15 @@ class LoraParameters:
     scaling: float
     p: float
     """Dropout probability."""
+    casts: AdapterCasts
+
+    def a_in(self, dtype: torch.dtype) -> Tensor:
+        """A in the dtype of the products."""
+        return self.casts.cast(self.a, dtype)
+
+    def b_in(self, dtype: torch.dtype) -> Tensor:
+        """B in the dtype of the products."""
+        return self.casts.cast(self.b, dtype)
 
     @property
     def scale(self) -> float:
@@ -64,19 +74,26 @@ class LoraParameters:
         return self.scaling / (1 - self.p)
 
 
-def fuse_lora(model: nn.Module) -> None:
-    """Fuse every plain LoRA module. DoRA, and bases whose weight is not accessible, keep peft's forward."""
+def fuse_lora(model: Any, casts: AdapterCasts) -> list[nn.Parameter]:
+    """Fuse every plain LoRA module. DoRA, and bases whose weight is not accessible, keep peft's forward.
+
+    Returns:
+        The adapter weights of the fused modules.
+    """
+    parameters: list[nn.Parameter] = []
     for module in model.modules():
         weight = plain_weight(module)
         if weight is not None:
-            _patch_forward(module, weight)
+            _patch_forward(module, weight, casts)
+            parameters += [p for part in (module.lora_A, module.lora_B) for p in part.parameters()]
+    return parameters
 
 
-def _patch_forward(module: Any, weight: WeightLoader) -> None:
+def _patch_forward(module: Any, weight: WeightLoader, casts: AdapterCasts) -> None:
     original_forward, base = module.forward, module.get_base_layer()
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapter = None if args or kwargs else active_adapter(self, base, weight)
+        adapter = None if args or kwargs else active_adapter(self, base, weight, casts)
         if adapter is None:
             return original_forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         output: Tensor = _FusedLoraLinear.apply(x, adapter.a, adapter.b, adapter)  # type: ignore[no-untyped-call]
@@ -85,7 +102,9 @@ def _patch_forward(module: Any, weight: WeightLoader) -> None:
     patch_forward(module, forward, "lora")
 
 
-def active_adapter(module: Any, base: nn.Module, weight: WeightLoader) -> LoraParameters | None:
+def active_adapter(
+    module: Any, base: nn.Module, weight: WeightLoader, casts: AdapterCasts
+) -> LoraParameters | None:
     """The active adapter of ``module``; None where it is not exactly one plain LoRA adapter."""
     names = module.active_adapters
     if module.disable_adapters or module.merged or len(names) != 1:
@@ -98,6 +117,7 @@ def active_adapter(module: Any, base: nn.Module, weight: WeightLoader) -> LoraPa
         weight,
         module.scaling[name],
         getattr(module.lora_dropout[name], "p", 0.0) if module.training else 0.0,
+        casts,
     )
 
 
@@ -129,20 +149,18 @@ class _FusedLoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, adapter: LoraParameters) -> Tensor:
         out, dropout_mask, xa = lora_forward(x, adapter)
-        ctx.save_for_backward(x, dropout_mask, xa, a, b)
+        ctx.save_for_backward(x, dropout_mask, xa)
         ctx.adapter = adapter
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, dropout_mask, xa, a, b = ctx.saved_tensors
+        x, dropout_mask, xa = ctx.saved_tensors
         needs_input_grad = ctx.needs_input_grad[0]
-        return (
-            *lora_backward(
-                grad_outputs[0], x, dropout_mask, xa, a, b, ctx.adapter, needs_input_grad=needs_input_grad
-            ),
-            None,
+        grads = lora_backward(
+            grad_outputs[0], x, dropout_mask, xa, ctx.adapter, needs_input_grad=needs_input_grad
         )
+        return *grads, None
 
 
 def lora_forward(x: Tensor, adapter: LoraParameters) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -160,14 +178,14 @@ def adapter_inputs(x: Tensor, adapter: LoraParameters) -> tuple[Tensor | None, T
     with torch.autocast(device, enabled=False) if _is_autocast(device) else nullcontext():
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         dropout_mask = _dropout_mask(rows, adapter.p) if adapter.p else None
-        return dropout_mask, apply_dropout(rows, dropout_mask) @ adapter.a.to(dtype).t()
+        return dropout_mask, apply_dropout(rows, dropout_mask) @ adapter.a_in(dtype).t()
 
 
 def add_adapter_outputs(out: Tensor, xa: Tensor, adapter: LoraParameters) -> None:
     """Add scale · xa · Bᵀ in place to the outputs of the base, (…, outputs)."""
     device = out.device.type
     with torch.autocast(device, enabled=False) if _is_autocast(device) else nullcontext():
-        flat, b = out.view(-1, out.shape[-1]), adapter.b.to(xa.dtype)
+        flat, b = out.view(-1, out.shape[-1]), adapter.b_in(xa.dtype)
         if out.dtype == xa.dtype:
             flat.addmm_(xa, b.t(), alpha=adapter.scale)
         else:
@@ -179,40 +197,41 @@ def lora_backward(
     x: Tensor,
     dropout_mask: Tensor | None,
     xa: Tensor,
-    a: Tensor,
-    b: Tensor,
     adapter: LoraParameters,
     *,
     needs_input_grad: bool = True,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients of x (None where not needed), of A and of B, in the shape and dtype of each."""
-    grad, grad_xa, grad_b = grad_of_outputs(grad, xa, b, adapter)
-    grad_a = grad_of_a(grad_xa, x, dropout_mask, a)
+    grad, grad_xa, grad_b = grad_of_outputs(grad, xa, adapter)
+    grad_a = grad_of_a(grad_xa, x, dropout_mask, adapter)
     if not needs_input_grad:
         return None, grad_a, grad_b
     grad_x = grad @ adapter.weight().to(grad.dtype)
-    add_adapter_grad(grad_x, grad_xa, dropout_mask, a)
+    add_adapter_grad(grad_x, grad_xa, dropout_mask, adapter)
     return grad_x.view(x.shape).to(x.dtype), grad_a, grad_b
 
 
-def grad_of_outputs(
-    grad: Tensor, xa: Tensor, b: Tensor, adapter: LoraParameters
-) -> tuple[Tensor, Tensor, Tensor]:
+def grad_of_outputs(grad: Tensor, xa: Tensor, adapter: LoraParameters) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of the outputs as (rows, outputs), and the gradients of ``xa`` and of B."""
+    b, nothing = adapter.b_in(xa.dtype), xa.new_empty(())
     grad = grad.reshape(-1, b.shape[0]).to(xa.dtype)
-    grad_xa = (grad @ b.to(xa.dtype)).mul_(adapter.scale)
-    return grad, grad_xa, (grad.t() @ xa).mul_(adapter.scale).to(b.dtype)
+    # The scale is a factor of the product itself, which needs no kernel of its own.
+    grad_xa = torch.addmm(nothing, grad, b, beta=0, alpha=adapter.scale)
+    grad_b = torch.addmm(nothing, grad.t(), xa, beta=0, alpha=adapter.scale)
+    return grad, grad_xa, grad_b.to(adapter.b.dtype)
 
 
-def grad_of_a(grad_xa: Tensor, x: Tensor, dropout_mask: Tensor | None, a: Tensor) -> Tensor:
+def grad_of_a(grad_xa: Tensor, x: Tensor, dropout_mask: Tensor | None, adapter: LoraParameters) -> Tensor:
     """The gradient of A, from the inputs x (…, inputs)."""
     rows = x.reshape(-1, x.shape[-1]).to(grad_xa.dtype)
-    return (grad_xa.t() @ apply_dropout(rows, dropout_mask)).to(a.dtype)
+    return (grad_xa.t() @ apply_dropout(rows, dropout_mask)).to(adapter.a.dtype)
 
 
-def add_adapter_grad(grad_x: Tensor, grad_xa: Tensor, dropout_mask: Tensor | None, a: Tensor) -> None:
+def add_adapter_grad(
+    grad_x: Tensor, grad_xa: Tensor, dropout_mask: Tensor | None, adapter: LoraParameters
+) -> None:
     """Add the adapter's part in place to the base's gradient of the inputs, (rows, inputs)."""
-    a = a.to(grad_xa.dtype)
+    a = adapter.a_in(grad_xa.dtype)
     if dropout_mask is None and grad_x.dtype == grad_xa.dtype:
         grad_x.addmm_(grad_xa, a)
     else:

@@ -1,0 +1,81 @@
+"""A step launches few kernels per layer on a GPU, however many samples share a row; counted on the CPU."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from bench.launches import per_layer
+from qlora_tui.training.fused.adapter_casts import AdapterCasts
+from tests.training.families import build, with_adapter
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+
+
+@pytest.mark.parametrize("samples", [1, 16])
+def test_a_layer_launches_fewer_kernels_than_the_usual_script(samples: int) -> None:
+    ours, usual = (per_layer(samples, ours=ours).total() for ours in (True, False))
+    assert ours < 250 < usual
+
+
+def test_launches_do_not_grow_with_the_samples_of_a_row() -> None:
+    assert per_layer(1, ours=True) == per_layer(16, ours=True)
+
+
+@pytest.fixture
+def model() -> Any:
+    return with_adapter(build("llama").bfloat16()).train()
+
+
+def casts_of(model: Any) -> AdapterCasts:
+    (hook,) = model.get_base_model().get_decoder()._forward_pre_hooks.values()
+    casts: AdapterCasts = hook.__self__
+    return casts
+
+
+def lora_weights(model: Any) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def gradients(model: Any) -> list[torch.Tensor]:
+    ids = torch.arange(3, 40)[None]
+    model.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+    return [parameter.grad for parameter in lora_weights(model) if parameter.grad is not None]
+
+
+def test_copies_change_nothing(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_copies = gradients(model)
+    monkeypatch.setattr(AdapterCasts, "cast", lambda self, parameter, dtype: parameter.to(dtype))
+    assert all(map(torch.equal, with_copies, gradients(model)))
+
+
+def test_a_forward_refreshes_copies_of_weights_changed_unnoticed(model: Any) -> None:
+    """bitsandbytes' optimizers write through a pointer, which torch does not notice."""
+    other = copy.deepcopy(lora_weights(model)[0].data).add_(1)
+    gradients(model)
+    versions = [weight._version for weight in lora_weights(model)]
+    lora_weights(model)[0].data.copy_(other)
+    assert [weight._version for weight in lora_weights(model)] == versions
+    gradients(model)
+    weight = lora_weights(model)[0]
+    assert torch.equal(casts_of(model).cast(weight, torch.bfloat16), other.bfloat16())
+
+
+def test_a_changed_weight_is_cast_again_without_a_forward(model: Any) -> None:
+    gradients(model)
+    weight = lora_weights(model)[0]
+    assert casts_of(model).cast(weight, torch.bfloat16) is casts_of(model).cast(weight, torch.bfloat16)
+    with torch.no_grad():
+        weight.add_(1)
+    assert torch.equal(casts_of(model).cast(weight, torch.bfloat16), weight.bfloat16())
+
+
+def test_a_model_in_float32_needs_no_copies() -> None:
+    model = with_adapter(build("llama")).train()
+    gradients(model)
+    assert not casts_of(model)._copies
