@@ -11,6 +11,7 @@ from textual.pilot import Pilot
 from textual.widgets import Input
 
 from qlora_tui.data.dataset_report import Piece, Shown
+from qlora_tui.demo.conversations import CONVERSATIONS
 from qlora_tui.recipe.schema import Data, Recipe, Source
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Finished
@@ -269,6 +270,37 @@ async def test_a_file_fixed_on_disk_is_read_again_on_return(model: str, here: Pa
         write_rows(file, ["{broken", ticket(1)])
         await pilot.press("f5")
         await shows(pilot, "Not valid JSON")
+
+
+async def test_the_first_own_data_replaces_the_demos(model: str, here: Path) -> None:
+    own = tickets(here / "tickets.jsonl")
+    app = opened(model, str(CONVERSATIONS))
+    async with app.run_test(size=(80, 24), notifications=True) as pilot:
+        await shows(pilot, "conversations.jsonl")
+        screen_of(app).opened(own)
+        await shows(pilot, "Replaced the demo's data", "Parcel 1")
+        assert app.workbench.recipe.data.sources == (Source(path=str(own)),)
+        screen_of(app).opened(own.with_name("more.jsonl"))
+        assert len(app.workbench.recipe.data.sources) == 2
+        await pilot.press("u", "u")
+        assert app.workbench.recipe.data.sources == (Source(path=str(CONVERSATIONS)),)
+
+
+async def test_removing_a_source_asks_where_its_list_is_hidden(model: str, here: Path) -> None:
+    tickets(here / "tickets.jsonl")
+    app = opened(model, "tickets.jsonl")
+    async with app.run_test(size=(80, 24), notifications=True) as pilot:
+        shown = await shows(pilot, "Parcel 1")
+        assert "x Remove" in shown.splitlines()[-1]
+        await pilot.press("v", "v")
+        await until(pilot, lambda: screen_of(app).query_one("#sources").region.height == 0)
+        await pilot.press("x")
+        await shows(pilot, "Remove the source?", "tickets.jsonl")
+        await pilot.press("n")
+        assert app.workbench.recipe.data.sources
+        await pilot.press("v", "x")
+        await shows(pilot, "Removed tickets.jsonl")
+        assert not app.workbench.recipe.data.sources
 
 
 async def test_one_broken_line_is_named_and_the_others_are_read(model: str, here: Path) -> None:

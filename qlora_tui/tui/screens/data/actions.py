@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from qlora_tui.data.sources import is_of_the_hub
+from qlora_tui.demo.conversations import CONVERSATIONS
 from qlora_tui.recipe.fields import source_fields
 from qlora_tui.recipe.schema import Source
 from qlora_tui.tui.render.key_names import key_name
@@ -17,6 +18,7 @@ from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.data import row_navigation
 from qlora_tui.tui.screens.data.column_mapping import ColumnMappingScreen
 from qlora_tui.tui.screens.data.file_picker import FilePickerScreen
+from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
 
 if TYPE_CHECKING:
@@ -160,12 +162,26 @@ class DataActions(WorkScreen):
         self.app.push_screen(TextPromptScreen("Validation", text, now, wrong), answered)
 
     def action_remove(self) -> None:
-        """Remove the selected source from the recipe."""
-        sources = list(self.qlora_app.workbench.recipe.data.sources)
-        if sources:
-            gone = sources.pop(self.source_number)
-            self.qlora_app.edit("data.sources", tuple(sources))
-            self.notify(f"Removed {Path(gone.path).name}. Press {key_name('app.undo')} to undo.")
+        """Remove the selected source from the recipe; ask first where the list is hidden."""
+        source = self.source()
+        if source is None:
+            return
+        if self.query_one("#sources").region.height:
+            self._remove(source)
+            return
+
+        def answered(yes: bool | None) -> None:
+            if yes:
+                self._remove(source)
+
+        name = Path(source.path).name
+        text = f"{name} is removed from the recipe. The file stays."
+        self.app.push_screen(ConfirmScreen("Remove the source?", text, "Remove"), answered)
+
+    def _remove(self, source: Source) -> None:
+        others = tuple(s for s in self.qlora_app.workbench.recipe.data.sources if s != source)
+        self.qlora_app.edit("data.sources", others)
+        self.notify(f"Removed {Path(source.path).name}. Press {key_name('app.undo')} to undo.")
 
     def action_fix(self) -> None:
         """Change the setting that fixes the first problem which has such a fix."""
@@ -256,9 +272,16 @@ class DataActions(WorkScreen):
     def opened(self, path: Path | None) -> None:
         """Add what the file picker gave to the sources, and look at it.
 
-        It takes the place of one that cannot be read: beside it no run could begin either.
+        It takes the place of one that cannot be read: beside it no run could begin either. The first data of
+        one's own takes the place of the demo's.
         """
         if path is None:
+            return
+        sources = self.qlora_app.workbench.recipe.data.sources
+        if [Path(source.path) for source in sources] == [CONVERSATIONS] and path != CONVERSATIONS:
+            self.source_number = 0
+            self.qlora_app.edit("data.sources", (Source(path=str(path)),))
+            self.notify(f"Replaced the demo's data. Press {key_name('app.undo')} to undo.")
             return
         gone = self.source()
         if gone is not None and gone == self.unread:
@@ -266,7 +289,6 @@ class DataActions(WorkScreen):
             if gone.path != str(path):
                 self.notify(f"Replaced {Path(gone.path).name}. Press {key_name('app.undo')} to undo.")
             return
-        sources = self.qlora_app.workbench.recipe.data.sources
         self.source_number = len(sources)
         self.qlora_app.edit("data.sources", (*sources, Source(path=str(path))))
 

@@ -16,11 +16,13 @@ COMMANDS: tuple[Command, ...] = (
         "Add a data file, a folder of files, or a dataset from the Hub.",
         verb="data inspect",
     ),
+    _command("remove", "x", "remove", "Remove", "Remove the selected source from the recipe."),
     _hidden("reload", "f5", "reload", "Reload", "Read the source again, after its file changed."),
     _hidden("next", "right,l", "row(1)", "Next", "Show the next row."),
     _hidden("previous", "left,h", "row(-1)", "Previous", "Show the previous row."),
     _command("goto", "colon", "go_to", "Row", "Go to a row by number.", verb="data show"),
     _command("problem", "n", "problem(1)", "Problem", "Go to the next row with a problem."),
+    _command("view", "v", "view", "View", "Show the sample and the statistics, or only one of them."),
     _hidden("previous_problem", "N", "problem(-1)", "Back", "Go to the previous row with a problem."),
     _command("format", "f", "format", "Format", "Read the rows in another format."),
     _command(
@@ -37,7 +39,6 @@ COMMANDS: tuple[Command, ...] = (
         "Too long",
         "Choose what happens to samples that are too long.",
     ),
-    _command("view", "v", "view", "View", "Show the sample and the statistics, or only one of them."),
     _hidden(
         "validation",
         "s",
@@ -71,5 +72,4 @@ COMMANDS: tuple[Command, ...] = (
         "Fix",
         "Change the setting that a problem names: chosen answers, split texts, tokens to train.",
     ),
-    _hidden("remove", "x", "remove", "Remove", "Remove the selected source from the recipe."),
 )
