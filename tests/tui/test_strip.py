@@ -53,6 +53,16 @@ async def test_the_cost_follows_the_recipe_in_its_own_precision(private_home: Pa
         await shows(pilot, "does not fit")
 
 
+@pytest.mark.parametrize(("width", "hint"), [(80, "[u] Undo"), (120, "[p] Presets  [u] Undo")])
+async def test_the_strip_shows_the_undo_key(private_home: Path, width: int, hint: str) -> None:
+    app = open_on("lora", model=str(config_folder(private_home, "Qwen__Qwen2.5-7B")))
+    async with app.run_test(size=(width, 24)) as pilot:
+        shown = await shows(pilot, "of 24.0 GiB")
+        line = shown.splitlines()[1]
+        assert line.rstrip().endswith(hint)
+        assert "Qwen2.5-7B" in line and "1,024 tok × 1 × 8" in line
+
+
 async def test_the_strip_says_why_there_is_no_estimate() -> None:
     async with open_on("lora").run_test(size=(80, 24)) as pilot:
         await shows(pilot, "The recipe has no model. Press [1] to select one.")

@@ -16,7 +16,10 @@ from qlora_tui.tui.render.key_names import name_keys
 from qlora_tui.tui.render.recipe_line import PRECISION_NAMES, VERDICT_STYLE, recipe_line
 from qlora_tui.tui.workbench import Workbench
 
-_KEYS = "{app.presets} Presets  {app.undo} Undo"
+_KEYS = ("{app.presets} Presets  {app.undo} Undo", "{app.undo} Undo")
+"""Hints at the end of the first line, the longest first."""
+_NUMBERS = 12
+"""Characters at the end of the recipe's line that show whether its numbers were cut."""
 
 
 class RecipeStrip(Widget):
@@ -52,11 +55,21 @@ class RecipeStrip(Widget):
 
     def render(self) -> RenderResult:
         width = self.content_size.width
-        line = "" if self._bench is None else recipe_line(self._bench, width)
-        keys = name_keys(_KEYS)
-        hint = keys if len(line) + len(keys) + 2 <= width else ""
+        line, hint = self._line_and_hint(width)
         gap = " " * (width - len(line) - len(hint))
         return Content.assemble(line, (gap + hint, "dim"), "\n", self._cost_line(width))
+
+    def _line_and_hint(self, width: int) -> tuple[str, str]:
+        """The recipe, and the longest hint that leaves room for it; the last one may shorten names."""
+        if self._bench is None:
+            return "", ""
+        whole = recipe_line(self._bench)
+        for keys in _KEYS:
+            hint = name_keys(keys)
+            line = recipe_line(self._bench, width - len(hint) - 2)
+            if line == whole or (keys == _KEYS[-1] and line.endswith(whole[-_NUMBERS:])):
+                return line, hint
+        return recipe_line(self._bench, width), ""
 
     def _cost_line(self, width: int) -> Content:
         if self._comparison is None or self._budget is None:

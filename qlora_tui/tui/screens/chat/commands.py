@@ -24,6 +24,9 @@ COMMANDS: tuple[Command, ...] = (
         "Adapter",
         "Switch the adapter off or on: only one of the two answers.",
     ),
+    _command(
+        "source", "m", "choose_source", "Model", "Chat with another run, or with a model without an adapter."
+    ),
     _command("thinking", "t,ctrl+g", "thinking", "Think", "Turn thinking before the answer on or off."),
     _hidden("unfold", "z,ctrl+o", "unfold", "Thoughts", "Show or hide what the model thought."),
     _command("split", "s", "split", "Split", "Show both answers side by side, or only one."),
@@ -45,9 +48,6 @@ COMMANDS: tuple[Command, ...] = (
         "Measure on validation data how much the adapter changes the model.",
     ),
     _command("settings", "o", "settings", "Options", "Set sampling options and the system prompt."),
-    _command(
-        "source", "m", "choose_source", "Model", "Chat with another run, or with a model without an adapter."
-    ),
     _hidden("clear", "x", "clear", "New", "Start a new conversation."),
     _hidden("unload", "U", "unload", "Unload", "Unload the model to free its memory."),
     _hidden("down", "j,down", "scroll_conversation(1)", "Down", "Scroll down."),
