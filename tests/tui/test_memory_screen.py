@@ -264,3 +264,13 @@ def test_a_traced_step_stands_in_for_the_formula(private_home: Path) -> None:
     bench.set("lora.rank", 32)
     estimates = bench.comparison(device)
     assert isinstance(estimates, dict) and not estimates["nf4"].exact
+
+
+@pytest.mark.parametrize(("size", "width"), [((80, 24), 40), ((120, 40), 52), ((200, 60), 52)])
+async def test_the_side_is_as_wide_as_the_window_allows(
+    private_home: Path, size: tuple[int, int], width: int
+) -> None:
+    app = open_on("memory", model=str(config_folder(private_home, "Qwen__Qwen2.5-7B")))
+    async with app.run_test(size=size) as pilot:
+        await shows(pilot, "Peak")
+        assert app.screen.query_one("#memory-side").size.width + 2 == width
