@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 GIB = 1 << 30
@@ -72,6 +73,12 @@ def format_path(path: Path) -> str:
     """Format a path with ``~`` for the home folder."""
     home = Path.home()
     return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
+
+
+def abbreviate_home(text: str) -> str:
+    """Write ``~`` for the home folder in every path of a text, as :func:`format_path` does."""
+    home = str(Path.home())
+    return text if home == "/" else re.sub(rf"(?<![\w/.~-]){re.escape(home)}(?=/)", "~", text)
 
 
 def truncate_middle(text: str, width: int) -> str:

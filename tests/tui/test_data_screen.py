@@ -190,7 +190,7 @@ async def test_the_fix_key_splits_a_long_text(model: str, here: Path) -> None:
     (here / "book.txt").write_text("the fox ran " * 300 + "\n\nShort.\n\nShort too.\n")
     app = opened(model, "book.txt", max_length=64)
     async with app.run_test(size=(120, 40)) as pilot:
-        text = await shows(pilot, "⚠ Long text 1", "▸ [m] split into")
+        text = await shows(pilot, "⚠ Long text: 1 row", "▸ [m] split into")
         rows = int(text.partition("[m] split into ")[2].split(" ")[0])
         await pilot.press("m")
         assert app.workbench.recipe.data.overflow == "split"

@@ -274,3 +274,19 @@ async def test_the_side_is_as_wide_as_the_window_allows(
     async with app.run_test(size=size) as pilot:
         await shows(pilot, "Peak")
         assert app.screen.query_one("#memory-side").size.width + 2 == width
+
+
+async def test_the_selected_item_stays_in_view_where_the_list_shrinks(seven_billion: str) -> None:
+    app = open_on("memory", model=seven_billion, gpu_gib=8.0)
+    _big(app)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await shows(pilot, "To make it fit")
+        items = app.screen.query_one("#items", ViList)
+        items.action_last()
+        await pilot.resize_terminal(80, 24)
+        await settle(pilot)
+        assert items.highlighted is not None
+        assert items.scroll_y <= items.highlighted < items.scroll_y + items.size.height
+        await pilot.press("a")
+        await settle(pilot)
+        assert items.scroll_y <= items.highlighted < items.scroll_y + items.size.height

@@ -66,6 +66,8 @@ async def test_the_strip_shows_the_undo_key(private_home: Path, width: int, hint
 async def test_the_strip_says_why_there_is_no_estimate() -> None:
     async with open_on("lora").run_test(size=(80, 24)) as pilot:
         await shows(pilot, "The recipe has no model. Press [1] to select one.")
+        await pilot.press("1")
+        await shows(pilot, "The recipe has no model. Press Enter on one to select it.")
 
 
 @pytest.mark.parametrize("part", [-1.0, 0.0, 0.01, 0.5, 0.99, 1.0, 7.0])

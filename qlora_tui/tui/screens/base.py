@@ -69,7 +69,7 @@ class WorkScreen(CancelsWorkersFirst, Screen[None]):
             # Imported here: Home is painted first, has no strip, and need not wait for the memory package.
             from qlora_tui.tui.widgets.recipe_strip import RecipeStrip
 
-            yield RecipeStrip()
+            yield RecipeStrip(self.MODE)
         yield from self.compose_body()
         yield CommandFooter()
 

@@ -35,8 +35,10 @@ class RecipeStrip(Widget):
     }
     """
 
-    def __init__(self) -> None:
+    def __init__(self, mode: str) -> None:
+        """``mode``: the screen that it is on."""
         super().__init__()
+        self._mode = mode
         self._bench: Workbench | None = None
         self._recipe_line = ""
         self._shown: tuple[Precision, Precision] = ("nf4", "fp16")
@@ -71,11 +73,18 @@ class RecipeStrip(Widget):
                 return line, hint
         return recipe_line(self._bench, width), ""
 
+    def _bench_has_model(self) -> bool:
+        return self._bench is not None and bool(self._bench.recipe.model.id)
+
     def _cost_line(self, width: int) -> Content:
         if self._comparison is None or self._budget is None:
             return Content("")
         if isinstance(self._comparison, UserError):
             problem = self._comparison
+            if self._mode == "models" and not self._bench_has_model():
+                return Content.styled(
+                    "The recipe has no model. Press Enter on one to select it."[:width], "dim"
+                )
             return Content.styled(f"{problem.what} {problem.fix}".replace("\n", " ")[:width], "dim")
         each = (width - 2) // len(self._shown)
         costs = [

@@ -43,6 +43,8 @@ class ViList(OptionList):
 
     def on_resize(self) -> None:
         self.post_message(self.Resized())
+        # With fewer lines, or another scroll, the cursor may be out of view.
+        self.call_after_refresh(self.scroll_to_highlight)
 
     @property
     def current(self) -> str | None:
@@ -63,6 +65,8 @@ class ViList(OptionList):
                     self.replace_option_prompt_at_index(index, line)
         elif ids:
             self.set_options(Option(line, id_, disabled=id_.startswith(HEADING)) for id_, line in lines)
+            # In another order the same option may be out of view.
+            self.call_after_refresh(self.scroll_to_highlight)
         else:
             self.clear_options()
         choices = [index for index, id_ in enumerate(ids) if not id_.startswith(HEADING)]

@@ -13,7 +13,7 @@ from qlora_tui.data.preferences import PAIRS_TITLE, TITLES
 from qlora_tui.data.problems import CHECKS, DataProblem
 from qlora_tui.data.sources import is_of_the_hub
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import format_bytes, format_percent, pluralize
+from qlora_tui.formatting import abbreviate_home, format_bytes, format_percent, pluralize
 from qlora_tui.recipe.schema import Data, Recipe, Source
 from qlora_tui.tui.render.key_names import key_name
 from qlora_tui.tui.screens.data.row_navigation import Place
@@ -101,11 +101,14 @@ def reading(source: Source) -> Content:
 
 def error_text(error: UserError) -> Content:
     """The error shown in place of the sample."""
-    parts: list[tuple[str, str]] = [(f"✗ {error.title}\n\n", "$error bold"), (error.what, "")]
+    parts: list[tuple[str, str]] = [
+        (f"✗ {error.title}\n\n", "$error bold"),
+        (abbreviate_home(error.what), ""),
+    ]
     if error.why:
-        parts.append((f"\n{error.why}", "dim"))
+        parts.append((f"\n{abbreviate_home(error.why)}", "dim"))
     if error.fix:
-        parts.append((f"\n\n▸ {error.fix}", "$accent"))
+        parts.append((f"\n\n▸ {abbreviate_home(error.fix)}", "$accent"))
     return Content.assemble(*parts)
 
 
@@ -274,8 +277,8 @@ def problem_line(problem: DataProblem, *, brief: bool = False, several: bool = F
     if several and problem.path:
         where = f"  {Path(problem.path).name}{where}"
     return Content.assemble(
-        (f"{sign} {problem.title} ", style),
-        (f"{problem.count:,}", "bold"),
+        (f"{sign} {problem.title}: ", style),
+        (pluralize(problem.count, "row"), "bold"),
         (where, "dim"),
         (f"\n  ▸ {key_name('data.fix')} {remedy}" if (remedy := _fix_label(problem)) else "", "$accent"),
         ("" if brief or not problem.fix else f"\n  ▸ {problem.fix}", "dim"),

@@ -10,6 +10,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Static
 
 from qlora_tui.errors import UserError
+from qlora_tui.formatting import abbreviate_home
 from qlora_tui.tui.widgets.vi_scroll import ViScroll
 
 
@@ -27,8 +28,8 @@ class ErrorScreen(ModalScreen[None]):
         with ViScroll(classes="dialog") as dialog:
             dialog.border_title = self._problem.title
             dialog.border_subtitle = "Esc close"
-            yield Static(self._problem.what, markup=False)
+            yield Static(abbreviate_home(self._problem.what), markup=False)
             if self._problem.why:
-                yield Static(self._problem.why, markup=False, classes="muted")
+                yield Static(abbreviate_home(self._problem.why), markup=False, classes="muted")
             if self._problem.fix:
-                yield Static(f"▸ {self._problem.fix}", markup=False, classes="fix")
+                yield Static(f"▸ {abbreviate_home(self._problem.fix)}", markup=False, classes="fix")

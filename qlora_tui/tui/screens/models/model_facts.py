@@ -12,7 +12,14 @@ from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.hub import HubModel
 from qlora_tui.catalog.local_models import LocalModel
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import format_bytes, format_count, format_duration, format_gib
+from qlora_tui.formatting import (
+    abbreviate_home,
+    format_bytes,
+    format_count,
+    format_duration,
+    format_gib,
+    format_path,
+)
 from qlora_tui.memory import check_fit, compare
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Precision
@@ -59,7 +66,7 @@ def local_facts(model: LocalModel, recipe: Recipe, budget: MemoryBudget) -> Cont
     license_id = read_license(model.path)
     location = f"{format_bytes(model.size_bytes)} in the {_PLACES[model.source]}"
     lines.append(Content(f"license {license_id} · {location}" if license_id else location))
-    lines.append(Content.styled(_short(model.path), "$text-muted"))
+    lines.append(Content.styled(format_path(model.path), "$text-muted"))
     return Content("\n").join(lines)
 
 
@@ -100,11 +107,6 @@ def read_license(path: Path) -> str:
     except OSError:
         return ""
     return match[1] if match else ""
-
-
-def _short(path: Path) -> str:
-    home = Path.home()
-    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
 
 
 def _architecture_lines(model: Architecture) -> list[Content]:
@@ -151,9 +153,9 @@ def _to_fetch(known: HubFacts, speed: float | None) -> Content:
 
 
 def _refused(problem: UserError) -> list[Content]:
-    lines = [Content.styled(f"✗ {problem.title}", "$error"), Content(problem.what)]
+    lines = [Content.styled(f"✗ {problem.title}", "$error"), Content(abbreviate_home(problem.what))]
     if problem.why:
-        lines.append(Content.styled(problem.why, "$text-muted"))
+        lines.append(Content.styled(abbreviate_home(problem.why), "$text-muted"))
     if problem.fix:
-        lines.append(Content.styled(f"▸ {problem.fix}", "$accent"))
+        lines.append(Content.styled(f"▸ {abbreviate_home(problem.fix)}", "$accent"))
     return lines

@@ -14,6 +14,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Input, Static
 
 from qlora_tui.errors import UserError
+from qlora_tui.formatting import format_path
 from qlora_tui.recipe.presets import (
     OverwriteError,
     Preset,
@@ -185,7 +186,8 @@ class PresetsScreen(ModalScreen[None]):
                 tried = self.qlora_app.try_or_show_error(lambda: edit(preset))
         except SuspendNotSupported:
             self.notify(
-                f"This terminal cannot run an editor inside the app. Edit the file yourself: {preset.path}",
+                "This terminal cannot run an editor inside the app. "
+                f"Edit the file yourself: {format_path(preset.path)}",
                 severity="warning",
             )
             return

@@ -9,6 +9,7 @@ from textual.containers import Container, VerticalScroll
 from textual.content import Content
 from textual.widgets import Static
 
+from qlora_tui.formatting import abbreviate_home
 from qlora_tui.recipe.conflicts import require_runnable
 from qlora_tui.recipe.fields import fields
 from qlora_tui.recipe.schema import Recipe
@@ -88,8 +89,8 @@ class CheckList(Static):
         for check in sorted(self._checks, key=lambda check: list(SIGNS).index(check.outcome), reverse=True):
             sign, style = SIGNS[check.outcome]
             head = Content.assemble((f"{sign:<10}", style), (f"{check.label:<9}", "bold"))
-            fix = f" ▸ {check.fix}" if check.fix else ""
-            wrapped = Content.assemble(check.text, (fix, "$accent")).wrap(width_left)
+            fix = f" ▸ {abbreviate_home(check.fix)}" if check.fix else ""
+            wrapped = Content.assemble(abbreviate_home(check.text), (fix, "$accent")).wrap(width_left)
             lines += [head + wrapped[0], *(Content(" " * _HEAD) + piece for piece in wrapped[1:])]
         return lines
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from textual.content import Content
 
-from qlora_tui.formatting import format_duration, format_float, format_path
+from qlora_tui.formatting import abbreviate_home, format_duration, format_float, format_path
 from qlora_tui.runs.describe import format_energy
 from qlora_tui.runs.events import Failed, Finished
 from qlora_tui.runs.status import ACTIVE
@@ -173,7 +173,7 @@ def outcome_text(snapshot: RunSnapshot) -> RunOutcomeText | None:
                 )
             else:
                 text = snapshot.status.detail
-            return RunOutcomeText(text, f"{resume_hint}   {prepare}", is_error=True)
+            return RunOutcomeText(abbreviate_home(text), f"{resume_hint}   {prepare}", is_error=True)
         case "lost":
             return RunOutcomeText(snapshot.status.detail, f"{resume_hint}   {prepare}", is_error=True)
         case "stopped" | "paused":
