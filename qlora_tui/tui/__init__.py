@@ -10,6 +10,7 @@ textual_compat   every use of Textual's private API
 screen_diff      sends only what differs from what the terminal shows
 visible_lines  the text layer: no line reaches the terminal with a control character;
                monochrome and glyph_fallback are the other filters of a line
+recent_paths   data and models opened by path lately, in files
 themes         themes from TOML files
 disk_faults    messages about a disk that cannot be written
 clipboard, escapes, run_notifications   what a terminal does besides showing text

@@ -98,7 +98,7 @@ def test_what_is_damaged_is_shown_as_what_it_is(recipe: Recipe) -> None:
 
 
 def test_damaged_notes_of_the_app_are_forgotten(tmp_path: Path) -> None:
-    from qlora_tui.tui.screens.data import recent_paths
+    from qlora_tui.tui import recent_paths
 
     recent_paths.add_recent("data", tmp_path)
     for content in (b'["\xff"]', DEEP, b'["\\u0000", "' + b"x" * 5000 + b'"]'):

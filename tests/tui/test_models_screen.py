@@ -240,6 +240,9 @@ async def test_a_folder_is_opened_by_its_path(tmp_path: Path) -> None:
         await pilot.press("enter")
         await shows(pilot, "● mine", "folder")
         assert app.workbench.recipe.model.id == str(folder)
+    async with open_on("models").run_test(size=(120, 40)) as pilot:
+        # Another recipe, after a restart.
+        await shows(pilot, "On this machine (1)", "mine")
 
 
 async def test_folders_of_the_settings_are_looked_through(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Input, OptionList, Static
 
 from qlora_tui.formatting import format_bytes, format_path
-from qlora_tui.tui.screens.data.recent_paths import add_recent, load_recent
+from qlora_tui.tui.recent_paths import add_recent, load_recent
 from qlora_tui.tui.widgets.text_field import TextField
 from qlora_tui.tui.widgets.vi_list import ViList
 

@@ -18,6 +18,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.deferred import DeferredWork
+from qlora_tui.tui.recent_paths import add_recent, load_recent
 from qlora_tui.tui.render.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
@@ -65,7 +66,6 @@ class ModelsScreen(WorkScreen):
         self._hub: list[HubModel] | None = None
         self._query = ""
         self._hub_facts: dict[str, HubFacts] = {}
-        self._opened: list[Path] = []
         self._downloads: dict[str, Download] = {}
 
     def compose_body(self) -> Iterable[Widget]:
@@ -129,10 +129,8 @@ class ModelsScreen(WorkScreen):
 
         def answered(text: str | None) -> None:
             if text:
-                self._opened.append(Path(text.strip()).expanduser().absolute())
-                self.run_worker(
-                    DeferredWork(self._scan, choose=self._opened[-1]), exclusive=True, group="scan"
-                )
+                path = Path(text.strip()).expanduser().absolute()
+                self.run_worker(DeferredWork(self._scan, choose=path), exclusive=True, group="scan")
 
         words = "A folder with config.json and safetensors, a folder of such folders, or a .gguf file:"
         self.app.push_screen(TextPromptScreen("Open a path", words, validate=validate_model_path), answered)
@@ -215,13 +213,17 @@ class ModelsScreen(WorkScreen):
         current = self.qlora_app.workbench.recipe.model.id
         if current.startswith(("/", "~", ".")):
             folders.append(Path(current))
-        self._local = await asyncio.to_thread(list_local_models, [*folders, *self._opened])
+        if choose is not None:
+            folders.append(choose)
+        self._local = await asyncio.to_thread(_list_models, folders)
         within = [m for m in self._local if choose is not None and m.path.is_relative_to(choose)]
         self._show_list(LOCAL + str(within[0].path if within else select))
         if choose is not None and not within:
             self.notify("No model found there.", severity="warning")
-        elif len(within) == 1:
-            self._choose(within[0])
+        elif choose is not None:
+            add_recent("models", choose)
+            if len(within) == 1:
+                self._choose(within[0])
         self._show_facts()
 
     async def _search(self, query: str) -> None:
@@ -277,3 +279,8 @@ class ModelsScreen(WorkScreen):
         panel.display = bool(self._downloads)
         if self._downloads:
             update_if_changed(panel, download_lines(list(self._downloads.values()), self.size.width - 2))
+
+
+def _list_models(folders: list[Path]) -> list[LocalModel]:
+    """The models in these folders, in those opened lately, and where they are always looked for."""
+    return list_local_models([*folders, *load_recent("models")])
