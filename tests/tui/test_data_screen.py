@@ -279,11 +279,11 @@ async def test_the_first_own_data_replaces_the_demos(model: str, here: Path) -> 
         await shows(pilot, "conversations.jsonl")
         screen_of(app).opened(own)
         await shows(pilot, "Replaced the demo's data", "Parcel 1")
-        assert app.workbench.recipe.data.sources == (Source(path=str(own)),)
+        assert [source.path for source in app.workbench.recipe.data.sources] == [str(own)]
         screen_of(app).opened(own.with_name("more.jsonl"))
         assert len(app.workbench.recipe.data.sources) == 2
         await pilot.press("u", "u")
-        assert app.workbench.recipe.data.sources == (Source(path=str(CONVERSATIONS)),)
+        assert [source.path for source in app.workbench.recipe.data.sources] == [str(CONVERSATIONS)]
 
 
 async def test_removing_a_source_asks_where_its_list_is_hidden(model: str, here: Path) -> None:
