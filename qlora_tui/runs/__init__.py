@@ -17,6 +17,7 @@ describe        events as sentences
 actions         every action on runs, shared by keys and commands
 preflight       checks a recipe before a launch
 machine_checks  checks GPU, disk and queue
+readiness       checks whether this machine can train at all
 control         sends a request to a running trainer
 trash           deleted runs, for an undo
 leftovers       deletes what killed processes left behind

@@ -285,6 +285,18 @@ class QloraApp(HookedApp):
 
         self.push_screen(PresetsScreen())
 
+    def action_assume_gpu(self) -> None:
+        """Ask for the memory of a GPU to estimate for."""
+        from qlora_tui.tui.screens.modals.assume_gpu import ask_gpu_size
+
+        ask_gpu_size(self)
+
+    def action_check_machine(self) -> None:
+        """Test whether this machine can train."""
+        from qlora_tui.tui.screens.modals.machine_report import MachineReportScreen
+
+        self.push_screen(MachineReportScreen())
+
     def action_undo(self) -> None:
         """Undo the last change to the recipe."""
         if self.workbench.undo():

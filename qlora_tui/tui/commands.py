@@ -126,6 +126,23 @@ EVERYWHERE: tuple[Command, ...] = (
         in_footer=False,
     ),
     Command(
+        id="app.assume_gpu",
+        key="f3",
+        action="app.assume_gpu",
+        label="Assume GPU size",
+        help="Show estimates and fits for a GPU with another memory size, as --gpu-gib does.",
+        in_footer=False,
+    ),
+    Command(
+        id="app.check_machine",
+        key="f4",
+        action="app.check_machine",
+        label="Check this machine",
+        help="Test GPU, disks, file locks and libraries, and suggest fixes.",
+        in_footer=False,
+        verb="doctor",
+    ),
+    Command(
         id="app.repaint",
         key="ctrl+l",
         action="app.repaint",

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from qlora_tui import paths
-from qlora_tui.cli import doctor, main
+from qlora_tui.cli import main
 from qlora_tui.errors import UserError
 from qlora_tui.gpu import torch_env
 from qlora_tui.recipe.schema import Model, Recipe
-from qlora_tui.runs import follow, run_queue
+from qlora_tui.runs import follow, readiness, run_queue
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import AnyEvent
 from qlora_tui.runs.process import process_identity
@@ -210,13 +210,13 @@ def test_attach_says_that_a_trainer_does_not_respond(run: RunDir, monkeypatch: p
 
 
 def test_doctor_tries_file_locks(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor._locks().outcome == "ok"
+    assert readiness.check_locks().outcome == "ok"
     assert not (paths.state_dir() / "lock-test").exists()
 
     def no_locks(file: object, how: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", no_locks)
-    check = doctor._locks()
+    check = readiness.check_locks()
     assert check.outcome == "error"
     assert "No locks available" in check.text and "XDG_STATE_HOME" in check.fix

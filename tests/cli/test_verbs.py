@@ -83,7 +83,7 @@ def test_locate_names_directories_that_are_private(call: Call) -> None:
 def test_the_doctor_looks_at_the_disks_where_things_will_lie(
     call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(doctor, "_libraries", list)  # another test's, and slow
+    monkeypatch.setattr(doctor, "check_libraries", list)  # another test's, and slow
     monkeypatch.delenv("HF_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
     texts = {check["name"]: check["text"] for check in call("doctor", "--json").json["checks"]}

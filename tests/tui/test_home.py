@@ -18,12 +18,14 @@ from qlora_tui.demo import demo_model as demo_model
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.events import Failed
+from qlora_tui.runs.machine_checks import Check, CheckKind
 from qlora_tui.runs.spawn import ensure_runner
 from qlora_tui.runs.status import State
 from qlora_tui.tui import escapes, system_monitor
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.home.next_step import DEMO, HomeState, next_step, other_steps
 from qlora_tui.tui.screens.home.screen import HomeScreen
+from qlora_tui.tui.screens.modals import machine_report
 from qlora_tui.tui.screens.train.screen import TrainScreen, show_run
 from qlora_tui.tui.system_status import SystemStatus
 from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
@@ -357,3 +359,19 @@ async def test_a_run_whose_files_are_damaged_is_still_named(make_app: MakeApp) -
 
     async with make_app().run_test(size=(80, 24)) as pilot:
         await check(pilot)
+
+
+async def test_the_machine_is_checked_in_the_app(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        machine_report,
+        "check_libraries",
+        lambda: [Check(CheckKind.LIBRARY, "error", "It is broken.", "Install it again.", name="torch")],
+    )
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("ctrl+p")
+        await pilot.press(*"check this machine")
+        await shows(pilot, "Check this machine (f4)")
+        await pilot.press("enter")
+        await shows(pilot, "Can this machine train?", "file locks: work in", "torch: It is broken.")
+        await shows(pilot, "▸ Install it again.", "Not ready to train")

@@ -290,3 +290,19 @@ async def test_the_selected_item_stays_in_view_where_the_list_shrinks(seven_bill
         await pilot.press("a")
         await settle(pilot)
         assert items.scroll_y <= items.highlighted < items.scroll_y + items.size.height
+
+
+async def test_another_gpu_size_can_be_assumed_in_the_app(seven_billion: str) -> None:
+    app = open_on("memory", model=seven_billion)
+    async with app.run_test(size=(120, 40), notifications=True) as pilot:
+        await shows(pilot, "against 24.0 GiB")
+        await pilot.press("f3")
+        await shows(pilot, "Assume another GPU size")
+        await pilot.press("ctrl+u", *"none", "enter")
+        await shows(pilot, "Enter a number of GiB")
+        await pilot.press("ctrl+u", *"6", "enter")
+        await shows(pilot, "against 6.0 GiB", "Estimates are for a GPU with 6.0 GiB")
+        await pilot.press("f3")
+        await shows(pilot, "Assume another GPU size")
+        await pilot.press("ctrl+u", "enter")
+        await shows(pilot, "this machine's memory")

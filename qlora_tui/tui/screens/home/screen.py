@@ -67,7 +67,7 @@ class HomeScreen(WorkScreen):
         "The GPU, the active run or how the last one ended, the queue, and the recipe you are preparing. "
         "{home.next} does the suggested next step.\n"
         "In the recipe, 1,024 tok × 1 × 8 is sequence length × micro-batch × gradient accumulation, and "
-        "r16 the rank. Outside the app, qlora-tui doctor checks whether this machine can train."
+        "r16 the rank. {app.check_machine} tests whether this machine can train."
     )
     SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = COMMANDS
 

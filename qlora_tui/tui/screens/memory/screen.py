@@ -83,7 +83,8 @@ class MemoryScreen(WorkScreen):
         "left keep their activations, which is faster.\n"
         "'fits': even the upper end of the uncertainty fits. 'tight': less than 5% is left. 'uncertain': "
         "only a part of the range fits.\n"
-        "To see the estimate for another GPU, start the app with its memory: qlora-tui --gpu-gib 12."
+        "To see the estimate for another GPU, press {app.assume_gpu} and type its memory, or start the app "
+        "with qlora-tui --gpu-gib 12."
     )
     SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = COMMANDS
 

@@ -1,5 +1,6 @@
 """Windows over any screen.
 
 ``confirm`` and ``text_prompt`` ask, ``error``, ``help`` and ``too_small`` inform, ``draft_changed`` asks
-whose recipe stays when another app has changed it.
+whose recipe stays when another app has changed it, ``assume_gpu`` asks for a GPU's size, and
+``machine_report`` tests this machine.
 """

@@ -1,0 +1,68 @@
+"""Whether this machine can train: every check that needs no recipe. Used by ``doctor`` and the app."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from qlora_tui import paths, subprocesses
+from qlora_tui.catalog.local_models import hub_cache_dir
+from qlora_tui.errors import UserError, disk_problem
+from qlora_tui.runs.locks import locked
+from qlora_tui.runs.machine_checks import Check, CheckKind, check_disk, check_gpu, read_machine
+
+_DISK_BYTES = 5 * 2**30
+"""Free space below which a model's download or a few checkpoints fill the disk."""
+
+
+def check_system() -> list[Check]:
+    """Check Python, disks, file locks and GPU, in the order in which they would fail a run."""
+    return [_python(), *_disks(), check_locks(), check_gpu(read_machine())]
+
+
+def _python() -> Check:
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Check(CheckKind.PYTHON, "ok", f"{version}, {sys.executable}")
+
+
+def _disks() -> list[Check]:
+    return [
+        check_disk(folder, _DISK_BYTES, variable=variable, name=f"disk for {what}")
+        for what, folder, variable in (
+            ("runs", paths.state_dir(), "XDG_STATE_HOME"),
+            ("downloaded models", hub_cache_dir(), "HF_HOME"),
+            ("converted models and data", paths.cache_dir(), "XDG_CACHE_HOME"),
+        )
+    ]
+
+
+def check_locks() -> Check:
+    """Lock and release a file in the state folder: the runner cannot work without locks."""
+    try:
+        path = paths.state_dir() / "lock-test"
+        with locked(path):
+            path.unlink()
+    except (UserError, OSError) as error:
+        problem = error if isinstance(error, UserError) else disk_problem(error)
+        fix = problem.fix if problem else "Point XDG_STATE_HOME at another disk."
+        return Check(CheckKind.LOCKS, "error", problem.what if problem else str(error), fix)
+    return Check(CheckKind.LOCKS, "ok", f"work in {paths.state_dir()}")
+
+
+def check_libraries() -> list[Check]:
+    """Import, quantize, train and save a few weights, in a separate process."""
+    done = subprocess.run(
+        subprocesses.module_argv("qlora_tui.training.selftest"),
+        env=subprocesses.subprocess_env(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    try:
+        return [Check(CheckKind.LIBRARY, **entry) for entry in json.loads(done.stdout.splitlines()[-1])]
+    except (IndexError, ValueError, TypeError):
+        last = (done.stderr.strip().splitlines() or ["It printed nothing."])[-1]
+        text = f"The self-test ended with code {done.returncode}: {last}"
+        fix = f"{sys.executable} -m pip install --upgrade qlora-tui"
+        return [Check(CheckKind.LIBRARY, "error", text, fix)]
