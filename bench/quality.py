@@ -1,4 +1,4 @@
-"""What quantization costs in quality: NF4, double quantization and FP4 beside 16-bit LoRA, all trained by us.
+"""What quantization costs in quality: NF4, double quantization and FP4 against 16-bit LoRA, all trained here.
 
     python -m bench.quality --model FOLDER --data ALPACA.json [--seeds 3] [--json]
 
@@ -74,7 +74,7 @@ def summary(runs: dict[str, list[Measurement]]) -> dict[str, dict[str, Any]]:
 
 def table(report: dict[str, Any]) -> str:
     """In Markdown."""
-    lines = ["| base | before | after | beside 16-bit |", "| --- | ---: | ---: | ---: |"]
+    lines = ["| base | before | after | vs. 16-bit |", "| --- | ---: | ---: | ---: |"]
     for name, losses in report["bases"].items():
         worse = "" if name == "16-bit" else f"{losses['mean_worse_than_16_bit']:+.2%}"
         lines.append(f"| {name} | {losses['before']:.4f} | {losses['mean_after']:.4f} | {worse} |")

@@ -1,9 +1,12 @@
 """How many layers can keep their activations in the memory that is free, instead of recomputing them.
 
-Gradient checkpointing recomputes every layer in the backward pass, which takes about a quarter of a step,
-also where most of the GPU's memory is free. With ``gradient_checkpointing = "auto"`` only as many layers are
+Gradient checkpointing recomputes every layer in the backward pass, which takes about a quarter of a step
+even if most of the GPU's memory is free. With ``gradient_checkpointing = "auto"`` only as many layers are
 checkpointed as must be. The layers that keep their activations are the last ones: their backward comes first,
 so that their memory is free again when the others are recomputed.
+
+The trainer calls this before its first step (``training.callbacks``), and applies the result with
+``training.model_loading.keep_activations``. After an out-of-memory error ``runs.retry`` lowers the limit.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ class KeptLayers:
     estimate: Estimate
     """Memory of the run with them."""
     speedup: float
-    """Predicted speed beside a run that recomputes every layer: 1.2 is a fifth faster."""
+    """Predicted speed relative to a run that recomputes every layer: 1.2 is 20 % faster."""
 
 
 def keep_layers(
@@ -47,14 +50,14 @@ def keep_layers(
     device: Device | None = None,
     limit: int | None = None,
 ) -> KeptLayers | None:
-    """Return the most layers that can keep their activations; None where the recipe does not leave it open.
+    """Return how many layers can keep their activations; None unless ``gradient_checkpointing`` is ``auto``.
 
-    As many as fit for certain, which is at the upper end of the estimate's uncertainty range. None are kept
-    in a family whose layers the estimate only approximates.
+    The most that still fit at the upper end of the estimate's uncertainty range. No layer is kept in a family
+    whose layers the estimate only approximates.
 
     Args:
         free_bytes: memory of the device that nothing else uses, what this run already holds included.
-        limit: keep at most so many.
+        limit: maximum number of layers to keep.
     """
     if recipe.training.gradient_checkpointing != "auto":
         return None
@@ -81,7 +84,7 @@ def keep_layers(
 
 
 def speedup(recipe: Recipe, architecture: Architecture, count: int) -> float:
-    """Return the predicted speed with ``count`` layers kept, beside none, from the products of a step.
+    """Return the predicted speed with ``count`` layers kept, relative to none, from a step's matrix products.
 
     A frozen weight takes part in the forward, in its recomputation, and in the gradient of its input. The
     recomputation ends before the down projection (``bench/kept_layers.py`` compares with measured steps).

@@ -1,4 +1,7 @@
-"""From an architecture and a code path to the layers that the step replays."""
+"""Builds the layers that a replayed step runs, from an architecture and the code path.
+
+A new model family gets an entry in :data:`STYLES`.
+"""
 
 from __future__ import annotations
 

@@ -13,8 +13,9 @@ ALL_LINEAR = "all-linear"
 """Target pattern: every linear module of the language model but the output head. See :mod:`.targets`."""
 
 Thinking = Literal["auto", "on", "off"]
+"""Thinking mode. ``auto``: on for a training row that has reasoning; for a prompt, the template's default."""
 Checkpointing = Literal["auto", "on", "off"]
-"""The setting. ``auto`` is, for a row, on where it has reasoning; for a prompt, the template's default."""
+"""Gradient checkpointing. ``auto``: only the layers whose activations do not fit in the free memory."""
 
 _MANY_STEPS = 10_000_000
 """A bound no run reaches, so that a typo is an error and not an endless run."""

@@ -226,7 +226,10 @@ class _Grid:
         return tuple(patterns)
 
     def _layer_patterns(self, kind: str, full: set[int | None], uncovered: set[int | None]) -> list[str]:
-        """At least the layers ``left``, at most the layers ``full``, whichever is shorter to write."""
+        """Patterns of one kind that match at least the ``uncovered`` layers and at most the ``full`` ones.
+
+        Of the two, the one that is shorter to write.
+        """
         places = sorted(layer for layer in self._cells[kind] if layer is not None)
         patterns = [module.name for module in self._cells[kind][None]] if None in uncovered else []
         candidates = [

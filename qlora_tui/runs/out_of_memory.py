@@ -61,13 +61,13 @@ def suggest_settings(recipe: Recipe) -> str:
     Trusts the failure rather than the estimate: the unchanged recipe does not fit.
     """
     try:
-        architecture, room = resolve_model(recipe.model.id).architecture, local_budget()
-        whole = estimate(recipe, architecture, device=room.device).process_bytes
-        available = min(room.bytes, round(whole * (1 - _LEAST_SAVING)))
-        changes = cheapest_changes(recipe, architecture, available, device=room.device)
+        architecture, budget = resolve_model(recipe.model.id).architecture, local_budget()
+        whole = estimate(recipe, architecture, device=budget.device).process_bytes
+        available = min(budget.bytes, round(whole * (1 - _LEAST_SAVING)))
+        changes = cheapest_changes(recipe, architecture, available, device=budget.device)
         if not changes:
-            lean = replace_setting(recipe, "training.gradient_checkpointing", "on")
-            return _at_most(whole - estimate(lean, architecture, device=room.device).process_bytes)
+            checkpointed = replace_setting(recipe, "training.gradient_checkpointing", "on")
+            return _at_most(whole - estimate(checkpointed, architecture, device=budget.device).process_bytes)
     except UserError:
         return ""
     change = changes[0]

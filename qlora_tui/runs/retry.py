@@ -1,8 +1,9 @@
 """Recipe changes after running out of memory that do not change what is trained.
 
-First fewer layers keep their activations, where the recipe leaves that open. Then the micro-batch is halved
-and accumulation doubled, which keeps the effective batch. At a micro-batch of one, gradient checkpointing is
-turned on. After that no change keeps the recipe's meaning. Where the model alone did not fit, none helps.
+First fewer layers keep their activations, if ``gradient_checkpointing`` is ``auto``. Then the micro-batch is
+halved and accumulation doubled, which keeps the effective batch. At a micro-batch of one, gradient
+checkpointing is turned on. After that, any change would alter what is trained. If the model alone did not
+fit, nothing here helps.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from qlora_tui.runs.event_log import EventTail, EventWriter
 from qlora_tui.runs.events import PREPARING_PHASES, Failed, Health, LayersKept, RunEnded, Started
 
 _KEPT_DIVISOR = 4
-"""Retries keep the activations of a fourth of the layers: a wrong estimate is rarely wrong by more."""
+"""A retry keeps the activations of a quarter as many layers: an estimate is rarely off by more."""
 
 
 class RetryPlan(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):

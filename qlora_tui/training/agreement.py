@@ -1,8 +1,8 @@
 """Decides whether two computations of the same values differ by rounding alone.
 
 Every check of a shortcut against the library's own computation compares with the functions here. Each
-element is held to its own size, never to the largest value of its tensor: trained models have outlier
-channels, beside which a wrong result in all the others looks small.
+element is compared at its own magnitude, never at that of the largest value in its tensor: trained models
+have outlier channels, next to which an error in all the others looks small.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ def equal_up_to_rounding(actual: Tensor, expected: Tensor) -> bool:
 
 
 def within_rounding(actual: Tensor, expected: Tensor, scale: Tensor, roundings: float) -> bool:
-    """Whether no element differs by more than so many roundings of a value of its ``scale``.
+    """Whether every element differs by at most ``roundings`` rounding errors of a value of its ``scale``.
 
-    ``scale`` has one value an element: the size of what was rounded on the way to it, which is more than the
-    element itself where terms cancel. A rounding is ``eps`` of the dtype of ``actual``. False at a NaN.
+    ``scale`` has one value per element: the magnitude of the terms that were rounded in computing it, which
+    exceeds the element itself where terms cancel. A rounding error is ``eps`` of the dtype of ``actual``,
+    relative to ``scale``. NaN counts as a difference.
     """
     if actual.shape != expected.shape:
         return False

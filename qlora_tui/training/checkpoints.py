@@ -7,7 +7,10 @@ checkpoints/step-N/
   SHA256SUMS                                       a checksum of each of these files
   complete                                         every file and its size; written last
 
-A folder is written under a hidden name, reaches the disk, and is then renamed. Importing this loads no torch.
+A folder is written under a hidden name, flushed to the disk, and then renamed. Importing this loads no torch.
+
+A resume is exact because ``trainer.RunTrainer`` restores adapter, optimizer, schedule and random numbers,
+``callbacks.RunCallback`` the state, and ``batches.plan_steps`` plans the same steps again from the seed.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ _FREE = frozenset(
 )
 """Settings that may change before a resume, because they do not affect what is learned."""
 _SPLIT = frozenset({"training.micro_batch_size", "training.gradient_accumulation"})
-"""Settings that may change before a resume as long as their product, the effective batch, is the same."""
+"""Settings that may change before a resume if their product, the effective batch, stays the same."""
 
 
 class CheckpointState(Struct, frozen=True, kw_only=True):

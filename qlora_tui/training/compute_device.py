@@ -21,7 +21,8 @@ _BF16_CAPABILITY = (8, 0)
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 AttentionPath = Literal["varlen", "segments", "eager"]
-"""The first two are those of :mod:`qlora_tui.training.packed_attention`."""
+"""``varlen`` and ``segments``: packed rows (:mod:`qlora_tui.training.packed_attention`); ``eager``: padded
+rows with the library's attention."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,13 @@ def find_device(recipe: Recipe, local_rank: int = 0) -> ComputeDevice:
 
 
 def choose_attention(recipe: Recipe, device: ComputeDevice) -> AttentionPath:
-    """The attention path to try first. Raises UserError where flash is requested but not available."""
+    """The attention path to try first; ``base_model`` falls back to the next one if it fails its check.
+
+    The memory estimate predicts this choice in ``memory.execution.trainer_execution``.
+
+    Raises:
+        UserError: flash is requested but not available.
+    """
     wanted = recipe.model.attention
     if wanted == "eager":
         return "eager"

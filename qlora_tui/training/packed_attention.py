@@ -7,6 +7,9 @@ of a sample, not of the row. There are two implementations:
 * ``varlen``: one call of FlashAttention for the whole row (:mod:`.varlen_attention`), on a GPU in 16 bits.
 * ``segments``: SDPA sample by sample, wherever the first does not run.
 
+``compute_device.choose_attention`` decides which to try, and ``base_model`` uses it only if it passes a check
+on the loaded model.
+
 Where samples begin is passed as the attention mask: an int32 tensor of four dimensions, which transformers
 passes on unchanged (``masking_utils._preprocess_mask_arguments``), and which stays on the CPU so that reading
 it does not wait for the GPU. For samples of 3, 1 and 2 tokens::
@@ -41,7 +44,7 @@ NAMES: dict[PackedAttention, str] = {"varlen": "qlora_varlen", "segments": "qlor
 
 
 AttentionFunction: TypeAlias = Callable[..., tuple[Tensor, None]]
-"""As transformers calls it: (batch, heads, tokens, width) to (batch, tokens, heads, width)."""
+"""Signature that transformers expects: (batch, heads, tokens, width) to (batch, tokens, heads, width)."""
 
 
 def register() -> None:
@@ -131,7 +134,10 @@ def varlen_attention_forward(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """As :func:`segment_attention`, in one call for the whole row where FlashAttention supports it."""
+    """Attend in one FlashAttention call for the whole row if it is supported, else sample by sample.
+
+    The function for transformers: (batch, heads, tokens, width) to (batch, tokens, heads, width).
+    """
     if (
         attention_mask is not None
         and attention_mask.dtype == torch.int32

@@ -37,7 +37,8 @@ the order of a sum over thousands of products shows."""
 _LOSS_ROUNDING = 16 * torch.finfo(torch.float32).eps
 """Share of a loss by which the order of its sums over vocabulary and tokens may move it, in float32."""
 _ADAPTER_SHARE = 0.05
-"""Size of the adapter's output beside that of its frozen module, about: enough for A's gradient to tell."""
+"""Approximate size of the adapter's output relative to its frozen module's: enough to make A's gradient
+meaningful."""
 _FP16_LOSS_SCALE = 1024.0
 """Loss scale of the check, so that small gradients do not vanish in float16."""
 
@@ -63,7 +64,7 @@ class Excerpt:
         return self.loss_masks[i]
 
     def weights(self, i: int, /) -> Sequence[float] | None:
-        """How much each token counts in the loss; None where each trained token counts 1."""
+        """Loss weight of each token; None where each trained token has weight 1."""
         return self.loss_weights[i]
 
     def length(self, i: int, /) -> int:
@@ -83,7 +84,7 @@ class Excerpt:
 def excerpt_of(rows: Sequence[Row], samples: TokenizedDataset, *, tokens: int) -> Excerpt:
     """At most ``tokens`` tokens of the first two samples in ``rows``, each up to its last trained token.
 
-    Two samples, so that a row that packs them tells whether one sees the other.
+    Two samples, so that packing them into one row shows whether one attends to the other.
     """
     first = [i for row in rows for i in row][:2]
     each = max(2, tokens // len(first))
@@ -101,7 +102,7 @@ def excerpt_of(rows: Sequence[Row], samples: TokenizedDataset, *, tokens: int) -
 
 @dataclass(frozen=True)
 class StepComparison:
-    """How far our step is from the library's, beside the library's own rounding noise."""
+    """How far our step is from the library's, and the library's own rounding noise."""
 
     loss: float
     reference_loss: float
@@ -135,7 +136,7 @@ class StepReference:
         norms = torch.stack([gradient.norm() for gradient in self._gradients.values()])
         least = torch.finfo(device.dtype).eps * float(norms.square().mean().sqrt())
         self._least = max(least, torch.finfo(torch.float32).tiny)
-        """Gradients smaller than this are not resolved beside the others."""
+        """Gradient norm below which a tensor's gradient is lost in the rounding of the others."""
         self._draws = 0
         self.loss = float(self._losses.sum()) / self._items
         self.loss_noise = _LOSS_ROUNDING * abs(self.loss)
@@ -201,7 +202,8 @@ class StepReference:
     def _noise_of(self, name: str) -> float:
         """The noise, floored at the smallest resolvable gradient. If noise dominates, the tensor cannot fail.
 
-        Queries and keys have such where attention looks at one token alone: what rounding leaves of 0.
+        That happens to queries and keys whose attention sees a single token: their exact gradient is 0, and
+        what is computed is rounding error.
         """
         noise = max(self._noise[name], self._least)
         return noise if FACTOR * noise < self._size(name) else max(noise, self._size(name))
@@ -272,7 +274,7 @@ def ready_to_compare(model: nn.Module, device: ComputeDevice) -> Iterator[None]:
 
 @contextmanager
 def _no_dropout(model: nn.Module) -> Iterator[None]:
-    """Keep every dropout from dropping, in training mode: checkpointing works in no other."""
+    """Set every dropout probability to 0, but stay in training mode, which checkpointing requires."""
     modes = {module: module.training for module in model.modules()}
     probabilities = dropout_settings(model)
     try:

@@ -22,8 +22,8 @@ _MOST_HEAD_WIDTH = 256
 """Widest head that the kernel supports (``check_head_dim_size_flash`` in torch's ``sdp_utils.cpp``)."""
 _WIDTH_MULTIPLE = 8
 _GRANULARITY = 128
-"""The backward pads the queries of each sample by up to so many tokens for its fp32 sums, whose elements it
-counts in 32 bits."""
+"""Tokens by which the backward may pad each sample's queries in its fp32 accumulator, which is indexed with
+32 bits."""
 
 
 @cache
@@ -44,7 +44,7 @@ def has_flash(device: torch.device) -> bool:
 
 
 def supports(query: Tensor, value: Tensor, *, samples: int) -> bool:
-    """Whether the kernel runs for queries (1, heads, tokens, width) in so many samples."""
+    """Whether the kernel runs for queries (1, heads, tokens, width) that hold ``samples`` samples."""
     _, heads, tokens, width = query.shape
     if query.device.type != "cuda" or query.element_size() != 2 or width != value.shape[-1]:
         return False

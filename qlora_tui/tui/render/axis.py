@@ -21,7 +21,7 @@ class Axis:
     unit: str = ""
 
     def place(self, value: float, cells: int) -> int:
-        """Which of so many cells a value falls in: 0 is ``low``; values outside are put on the edge."""
+        """The cell that a value falls in: 0 is at ``low``; values outside are clamped to the edge."""
         share = (value - self.low) / (self.high - self.low)
         return min(max(round(share * (cells - 1)), 0), cells - 1)
 
@@ -54,9 +54,9 @@ def so_far(done: float, total: float, unit: str = "") -> Axis:
     return Axis(0.0, min(reach, total) if total >= max(done, 1) else max(reach, 1.0), unit)
 
 
-def tick_step(low: float, high: float, most: int) -> float:
-    """The smallest of 1, 2, 5 × 10ⁿ that cuts the range into at most so many parts."""
-    rough = (high - low) / max(1, most)
+def tick_step(low: float, high: float, max_parts: int) -> float:
+    """The smallest of 1, 2, 5 × 10ⁿ that divides the range into at most ``max_parts`` parts."""
+    rough = (high - low) / max(1, max_parts)
     power = 10.0 ** math.floor(math.log10(rough))
     return next(power * r for r in (*_ROUND, 10.0) if power * r >= rough * (1 - 1e-9))
 
