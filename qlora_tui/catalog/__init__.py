@@ -9,7 +9,8 @@
 * ``safetensors_header``: shapes and offsets of the tensors in a weights file, and whether it is complete.
 * ``adapter_config``: a LoRA adapter's config, checked before peft reads it.
 * ``code_keys``: keys of configs that would choose which code runs, rejected or removed.
-* ``lookup``: an architecture by the model's name, with or without its weights.
+* ``lookup``: an architecture by the model's name, with or without its weights; ``config_cache`` stores for
+  it the configs from the Hub.
 * ``context_length``: the warning for samples longer than the model's context.
 * ``hub``, ``hub_files``, ``download``, ``hub_errors``, ``hub_responses``: search the Hub, plan a download,
   run it, translate its errors, and read its responses within bounds.

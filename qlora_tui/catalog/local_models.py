@@ -109,7 +109,11 @@ def resolve_model(model_id: str) -> ModelFiles:
     return ModelFiles(model.id, model.path, None, model.source, model.architecture)
 
 
-def model_not_found(model_id: str) -> UserError:
+class ModelNotFoundError(UserError):
+    """No model on this machine has the name."""
+
+
+def model_not_found(model_id: str) -> ModelNotFoundError:
     """Build the error for a name that no model on this machine has."""
     names = {model.id.lower(): model.id for model in list_local_models()}
     short = {name.rpartition("/")[2]: model for name, model in names.items()}
@@ -125,7 +129,7 @@ def model_not_found(model_id: str) -> UserError:
         if looks_like_path
         else f"Download it on the Model screen, or with: qlora-tui download {model_id}"
     )
-    return UserError(
+    return ModelNotFoundError(
         "Model not found",
         what=f"The model {model_id!r} is not on this machine.",
         why="There is no such file or folder."

@@ -7,7 +7,8 @@ import sys
 from typing import Any
 
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.catalog.lookup import load_architecture, load_model_config
+from qlora_tui.catalog.local_models import ModelNotFoundError
+from qlora_tui.catalog.lookup import fetch_architecture, is_fetchable, load_architecture, load_model_config
 from qlora_tui.cli.arguments import GPU_GIB_HELP, positive_float
 from qlora_tui.cli.subcommand import (
     CommandResult,
@@ -37,13 +38,13 @@ def run(args: argparse.Namespace) -> CommandResult:
         raise UserError(
             "No model",
             what="An estimate needs a model.",
-            fix="Add --model with a Hub id, a folder (its config.json is enough) or a GGUF file.",
+            fix="Add --model with a Hub id, a folder (a config.json is enough) or a GGUF file.",
             exit_code=EXIT_USAGE,
         )
     for source in recipe.data.sources:
         if not is_of_the_hub(source.path):
             open_source(source, recipe.data.preferences)
-    architecture = load_architecture(recipe.model.id)
+    architecture = _architecture(recipe.model.id, recipe.model.revision)
     budget = local_budget(None if args.gpu_gib is None else round(args.gpu_gib * GIB))
     trace = _optional_trace(recipe, architecture, budget, requested=args.trace)
     data = as_json(recipe, architecture, budget.bytes, device=budget.device, traced=trace)
@@ -96,6 +97,17 @@ def run(args: argparse.Namespace) -> CommandResult:
     return CommandResult(
         data={"model": recipe.model.id, "against": budget.name} | data, text="\n".join(lines)
     )
+
+
+def _architecture(model_id: str, revision: str) -> Architecture:
+    """Load the architecture of a local model, or fetch it from the Hub. Raises UserError."""
+    try:
+        return load_architecture(model_id)
+    except ModelNotFoundError:
+        if not is_fetchable(model_id):
+            raise
+    print(f"fetching config.json of {model_id} from the Hub", file=sys.stderr)
+    return fetch_architecture(model_id, revision)
 
 
 def _conversion(model_id: str) -> Conversion | None:

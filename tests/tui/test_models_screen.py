@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import threading
@@ -146,6 +147,10 @@ async def test_enter_searches_the_hub_and_fetches_one_models_config(hub: FakeHub
         )
         await pilot.press("enter")
         await shows(pilot, "[d] downloads", "2 layers", "license apache-2.0", "fits")
+        await pilot.press("enter")
+        await shows(pilot, "NF4", "of 24.0 GiB fits")
+        assert app.workbench.recipe.model.id == TINY
+        assert [r.path for r in hub.requests if "resolve" in r.path and "config.json" not in r.path] == []
         await pilot.press("j", "enter")
         await shows(pilot, "The model is gated", "hf auth login")
 
@@ -243,6 +248,19 @@ async def test_a_folder_is_opened_by_its_path(tmp_path: Path) -> None:
     async with open_on("models").run_test(size=(120, 40)) as pilot:
         # Another recipe, after a restart.
         await shows(pilot, "On this machine (1)", "mine")
+
+
+async def test_a_config_alone_is_selected_for_estimates(tmp_path: Path) -> None:
+    folder = tmp_path / "planned"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config_of("HuggingFaceTB__SmolLM2-135M")))
+    app = open_on("models", model_folders=(str(tmp_path),))
+    async with app.run_test(size=(120, 40), notifications=True) as pilot:
+        await shows(pilot, "This model has no weights", "Enter selects it for estimates only")
+        await pilot.press("enter")
+        await shows(pilot, "Model set to planned, for estimates only. To train it")
+        assert app.workbench.recipe.model.id == str(folder)
+        assert isinstance(app.screen, ModelsScreen)
 
 
 async def test_folders_of_the_settings_are_looked_through(tmp_path: Path) -> None:

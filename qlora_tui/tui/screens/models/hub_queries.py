@@ -6,9 +6,8 @@ from pathlib import Path
 
 from textual.content import Content
 
-from qlora_tui.catalog.config_parser import parse_architecture
-from qlora_tui.catalog.hub import fetch_config
 from qlora_tui.catalog.hub_files import plan_download
+from qlora_tui.catalog.lookup import fetch_architecture
 from qlora_tui.demo.wheel_download import SMOLLM2
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes
@@ -20,7 +19,7 @@ def fetch_hub_facts(model_id: str) -> HubFacts:
     """Fetch architecture and file sizes in a few requests; an error is in ``problem``."""
     try:
         plan = plan_download(model_id)
-        architecture = parse_architecture(fetch_config(model_id, plan.commit))
+        architecture = fetch_architecture(model_id, plan.commit)
     except UserError as problem:
         return HubFacts(None, 0, 0, problem)
     return HubFacts(architecture, plan.total_bytes, plan.done_bytes)

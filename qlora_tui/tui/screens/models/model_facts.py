@@ -55,6 +55,8 @@ def local_facts(model: LocalModel, recipe: Recipe, budget: MemoryBudget) -> Cont
     lines = [Content.styled(model.name, "bold")]
     if model.refusal:
         lines += _refused(model.refusal)
+        if model.architecture:
+            lines.append(Content.assemble(("Enter", "$accent bold"), " selects it for estimates only"))
     else:
         lines.append(Content.assemble(("Enter", "$accent bold"), " selects this model"))
     if model.architecture:
@@ -82,6 +84,7 @@ def hub_facts(
         lines.append(Content.assemble(("Enter", "$accent bold"), " loads its details from the Hub"))
     else:
         lines.append(_to_fetch(known, speed))
+        lines.append(Content.assemble(("Enter", "$accent bold"), " selects it for estimates, not downloaded"))
     if known and known.architecture:
         lines += [
             *_costs(known.architecture, recipe, budget),

@@ -162,6 +162,8 @@ class ModelsScreen(WorkScreen):
                 self._choose(here)
             elif hub.refusal is not None:
                 self.qlora_app.show_error(hub.refusal)
+            elif (known := self._hub_facts.get(hub.id)) is not None and known.architecture is not None:
+                self._choose_for_estimates(hub)
             else:
                 self.run_worker(DeferredWork(self._fetch_hub_facts, hub.id), exclusive=True, group="ask")
 
@@ -177,13 +179,25 @@ class ModelsScreen(WorkScreen):
         self.qlora_app.edit("model.id", model.id)
         self.qlora_app.edit("model.revision", "main")
         if model.refusal is not None:
-            # A config alone is enough to plan with.
-            self.qlora_app.show_error(model.refusal)
+            # A config alone is enough for estimates.
+            fix = model.refusal.fix.partition(". ")[0].rstrip(".")
+            self.notify(
+                f"Model set to {model.name}, for estimates only. To train it: {fix[:1].lower()}{fix[1:]}."
+            )
         else:
             self.notify(
                 f"Model set to {model.name}. "
                 f"Next: {key_name('go.data')} Data, {key_name('go.memory')} Memory."
             )
+
+    def _choose_for_estimates(self, model: HubModel) -> None:
+        self.qlora_app.workbench.forget_architecture()
+        self.qlora_app.edit("model.id", model.id)
+        self.qlora_app.edit("model.revision", "main")
+        self.notify(
+            f"Model set to {model.id}, for estimates only. "
+            f"To train it, press {key_name('models.download')} to download it."
+        )
 
     def _start_download(self, start: object, id_: str) -> None:
         if id_ in self._downloads:
