@@ -33,8 +33,13 @@ CHECKS = {
     "grid": Check(memory_checks.grid, 300, 560),
 }
 
+_DRY_RUN_S = 560.0
+"""Deadline on a CPU, where the load of the machine decides."""
+
 
 def deadline_s(name: str, size: str) -> float:
     """Return the seconds that a check may take with a model of this size."""
     check = CHECKS[name]
+    if size == "tiny":
+        return _DRY_RUN_S
     return check.large_seconds if size == "8b" else check.seconds

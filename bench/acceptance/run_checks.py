@@ -18,8 +18,9 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import AnyEvent, CheckpointSaved, Environment, Finished, Started, Step, Stopped
 from qlora_tui.runs.telemetry import TelemetryTail
 
-_RESUMED_STEPS = 40
+_PAUSED_STEPS = 40
 """Steps of a run that is paused: on a fast GPU eight are over before the pause arrives."""
+_CPU_STEPS = 12
 _PAUSED_STEP = 3
 _CPU_TOLERANCE = 1e-6
 _GPU_TOLERANCE = 2e-2
@@ -76,7 +77,7 @@ def resume_8bit(context: CheckContext) -> Outcome:
 def _resume(context: CheckContext, optimizer: str) -> Outcome:
     recipe = short_recipe(
         context,
-        training__max_steps=_RESUMED_STEPS,
+        training__max_steps=_PAUSED_STEPS if context.has_gpu else _CPU_STEPS,
         training__checkpoint_every=10,
         training__optimizer=optimizer,
     )
@@ -112,7 +113,7 @@ def sigterm(context: CheckContext) -> Outcome:
             with suppress(ProcessLookupError):
                 os.kill(pids[-1], signal.SIGTERM)
 
-    ended = train(short_recipe(context, training__max_steps=_RESUMED_STEPS), terminate)
+    ended = train(short_recipe(context, training__max_steps=_PAUSED_STEPS), terminate)
     if ended.events_of(Finished):
         raise CheckSkipped("the run was over before the signal arrived")
     stopped, saved = ended.events_of(Stopped), ended.events_of(CheckpointSaved)
@@ -142,7 +143,7 @@ def nvml(context: CheckContext) -> Outcome:
     """The telemetry of a run has utilization and memory of the GPU."""
     if not context.has_gpu:
         raise CheckSkipped("there is no GPU")
-    ended = train(short_recipe(context, training__max_steps=_RESUMED_STEPS)).require_finished()
+    ended = train(short_recipe(context, training__max_steps=_PAUSED_STEPS)).require_finished()
     samples = TelemetryTail(ended.run.telemetry_path).poll()
     readings = [sample.gpu for sample in samples if sample.gpu is not None]
     busiest = max((reading.utilization_percent or 0 for reading in readings), default=0)
