@@ -41,7 +41,7 @@ from bench.support.child_processes import (
 )
 from bench.support.random_model import SIZES, make_rows, random_model
 
-_LEAST_S = 2.0
+_MIN_S = 2.0
 """Seconds that must be left for a check to be started."""
 _MACHINE_S = 120.0
 
@@ -86,7 +86,7 @@ def make_check(name: str, context: CheckContext, until: float, scratch: Path) ->
     """Make one check within its deadline; ``until`` is the moment at which all of them end."""
     now = time.monotonic()
     seconds = min(deadline_s(name, context.size), until - now)
-    if seconds < _LEAST_S:
+    if seconds < _MIN_S:
         return Outcome("out of time", "not started")
     file = replace(context, deadline=now + seconds).write(scratch / f"{name}.context.json")
     outcome_file, log = scratch / f"{name}.json", scratch / f"{name}.log"

@@ -52,10 +52,10 @@ main([])
 """
 """The app, looking 33 times a second: an eight-hour session of minutes has more looks so."""
 
-MOST_BYTES_PER_S, MOST_CPU_PERCENT, MOST_MEMORY_MB = 3000.0, 5.0, 100.0
-MOST_GROWN_MB = 3.0
+MAX_BYTES_PER_S, MAX_CPU_PERCENT, MAX_MEMORY_MB = 3000.0, 5.0, 100.0
+MAX_GROWN_MB = 3.0
 """From the first quarter of an hour to the eighth hour: what is left of bounded caches, and holes."""
-MOST_KEY_MS, MOST_BEHIND_S = 100.0, 1.0
+MAX_KEY_MS, MAX_BEHIND_S = 100.0, 1.0
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,10 @@ def _cost_figures(terminal: Terminal, where: str, seconds: float, *, small: bool
     before, repaints = terminal.cpu_s(), terminal.repaints
     painted = terminal.watch(seconds)
     cpu = 100 * (terminal.cpu_s() - before) / seconds
-    yield Figure(where, "bytes/s", painted / seconds, MOST_BYTES_PER_S if small else None)
+    yield Figure(where, "bytes/s", painted / seconds, MAX_BYTES_PER_S if small else None)
     yield Figure(where, "repaints/s", (terminal.repaints - repaints) / seconds)
-    yield Figure(where, "% of a core", cpu, MOST_CPU_PERCENT)
-    yield Figure(where, "memory MB", terminal.memory_bytes() / 1e6, MOST_MEMORY_MB)
+    yield Figure(where, "% of a core", cpu, MAX_CPU_PERCENT)
+    yield Figure(where, "memory MB", terminal.memory_bytes() / 1e6, MAX_MEMORY_MB)
 
 
 def keys(options: Options) -> Iterator[Figure]:
@@ -137,13 +137,13 @@ def link(options: Options) -> Iterator[Figure]:
             line = Link(_LINK_BYTES_PER_S, _LINK_DELAY_S)
             with _watching(size, link=line) as terminal:
                 where = f"{_name(size)} 50 kB/s, 200 ms"
-                yield Figure(where, "seconds behind, opening", terminal.most_behind_s, MOST_BEHIND_S)
+                yield Figure(where, "seconds behind, opening", terminal.most_behind_s, MAX_BEHIND_S)
                 terminal.most_behind_s = 0.0
                 terminal.watch(options.seconds)
-                yield Figure(where, "seconds behind, live", terminal.most_behind_s, MOST_BEHIND_S)
+                yield Figure(where, "seconds behind, live", terminal.most_behind_s, MAX_BEHIND_S)
                 terminal.most_behind_s = 0.0
-                yield from _key_figures(terminal, where, options.keys // 4, most_ms=1000 * MOST_BEHIND_S)
-                yield Figure(where, "seconds behind, keys", terminal.most_behind_s, MOST_BEHIND_S)
+                yield from _key_figures(terminal, where, options.keys // 4, most_ms=1000 * MAX_BEHIND_S)
+                yield Figure(where, "seconds behind, keys", terminal.most_behind_s, MAX_BEHIND_S)
 
 
 def session(options: Options) -> Iterator[Figure]:
@@ -160,9 +160,9 @@ def session(options: Options) -> Iterator[Figure]:
                 with _fake_run(trainer):
                     yield from _key_figures(terminal, where, options.keys)
                 memory.append(terminal.memory_bytes() / 1e6)
-                yield Figure(where, "memory MB", memory[-1], MOST_MEMORY_MB)
+                yield Figure(where, "memory MB", memory[-1], MAX_MEMORY_MB)
             where = f"{_name(SIZES[1])} 8 hours"
-            yield Figure(where, "MB grown", memory[-1] - memory[0], MOST_GROWN_MB)
+            yield Figure(where, "MB grown", memory[-1] - memory[0], MAX_GROWN_MB)
             yield Figure(where, "times the pace", (last - _SESSION_BEGAN) / (time.monotonic() - began))
             yield Figure(where, "repaints", terminal.repaints - repaints)
 
@@ -214,7 +214,7 @@ PARTS: dict[str, Callable[[Options], Iterator[Figure]]] = {
 
 
 def _key_figures(
-    terminal: Terminal, where: str, count: int, asks: Help = OURS, most_ms: float = MOST_KEY_MS
+    terminal: Terminal, where: str, count: int, asks: Help = OURS, most_ms: float = MAX_KEY_MS
 ) -> Iterator[Figure]:
     """Open the help, a page of text over the screen, at odd moments; how long until it is seen."""
     luck = random.Random(1)

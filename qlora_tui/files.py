@@ -91,10 +91,10 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
     return handle
 
 
-def read_regular(path: Path, most_bytes: int = 1 << 24) -> bytes:
-    """Return up to ``most_bytes`` from the start of a file. Raises OSError, as :func:`open_regular` does."""
+def read_regular(path: Path, max_bytes: int = 1 << 24) -> bytes:
+    """Return up to ``max_bytes`` from the start of a file. Raises OSError, as :func:`open_regular` does."""
     with open_to_read(path) as file:
-        return file.read(most_bytes)
+        return file.read(max_bytes)
 
 
 def open_to_read(path: Path) -> BufferedReader:

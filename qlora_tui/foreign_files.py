@@ -24,10 +24,10 @@ def open_foreign(path: Path) -> io.BufferedReader:
         raise OSError(errno.EINVAL, "it is not a regular file", str(path)) from None
 
 
-def read_bounded(path: Path, most_bytes: int) -> bytes:
-    """Read a regular file. Raises OSError if it is not regular or exceeds ``most_bytes``."""
+def read_bounded(path: Path, max_bytes: int) -> bytes:
+    """Read a regular file. Raises OSError if it is not regular or exceeds ``max_bytes``."""
     with open_foreign(path) as file:
-        content = file.read(most_bytes + 1)
-    if len(content) > most_bytes:
-        raise OSError(errno.EFBIG, f"it is larger than {most_bytes // _MIB} MiB", str(path))
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise OSError(errno.EFBIG, f"it is larger than {max_bytes // _MIB} MiB", str(path))
     return content

@@ -21,7 +21,7 @@ _MEAN_ERROR, _WORST_ERROR = 0.02, 0.05
 """Relative errors of the allocated memory that the estimate claims."""
 _TOO_MUCH = 1.3
 """Times the GPU's memory that a run is estimated to need, to be sure that it does not fit."""
-_MOST_MICRO_BATCH = 4096
+_MAX_MICRO_BATCH = 4096
 LONGEST = 2048
 """Tokens of the longest sequence of the grid."""
 
@@ -136,7 +136,7 @@ def _too_large(context: CheckContext) -> Recipe:
     budget, architecture = local_budget(), resolve_model(context.model).architecture
     recipe = _long_recipe(context, data__packing=False, training__gradient_checkpointing="off")
     micro_batch = 1
-    while micro_batch <= _MOST_MICRO_BATCH:
+    while micro_batch <= _MAX_MICRO_BATCH:
         recipe = replace_setting(recipe, "training.micro_batch_size", micro_batch)
         needed = estimate(recipe, architecture, device=estimated_device(context)).allocated_bytes
         if needed > _TOO_MUCH * budget.bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-MOST_CHANGES = 4
+MAX_CHANGES = 4
 _INSERTED = (
     b"\xff\xfe\x80",
     b"\x00" * 16,
@@ -25,8 +25,8 @@ _INSERTED = (
 
 
 def damaged(content: bytes, luck: random.Random) -> bytes:
-    """The content with one to :data:`MOST_CHANGES` random changes."""
-    for _ in range(luck.randint(1, MOST_CHANGES)):
+    """The content with one to :data:`MAX_CHANGES` random changes."""
+    for _ in range(luck.randint(1, MAX_CHANGES)):
         content = luck.choice(_CHANGES)(content, luck)
     return content
 

@@ -22,7 +22,7 @@ from qlora_tui.errors import UserError
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 """An adapter's files, under their names in peft."""
-MOST_PATTERNS = 20_000
+MAX_PATTERNS = 20_000
 """Most patterns: one for each expert's projection in large mixtures."""
 _Rank = Annotated[int, Meta(ge=1, le=1024)]
 _Alpha = Annotated[float, Meta(ge=0, le=1e6)]
@@ -77,7 +77,7 @@ def load_adapter_config(folder: Path) -> dict[str, Any]:
         raise _problem(file, "layer_replication is set, and layers cannot be replicated here")
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, key) or {}
-        if len(patterns) > MOST_PATTERNS:
+        if len(patterns) > MAX_PATTERNS:
             raise _problem(file, f"{key} has {len(patterns):,} entries")
         for pattern in patterns:
             if not _is_plain(pattern):

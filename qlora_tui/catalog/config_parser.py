@@ -22,7 +22,7 @@ from qlora_tui.catalog.family_spec import Family, SizeField, Sizes, embeddings, 
 from qlora_tui.errors import UserError
 from qlora_tui.foreign_files import read_bounded
 
-MOST_CONFIG_BYTES = 4 << 20
+MAX_CONFIG_BYTES = 4 << 20
 """Largest config file in bytes. Real ones are kilobytes; those that list all unquantized modules are up to a
 megabyte."""
 COMMON_SIZES: dict[str, SizeField] = {
@@ -52,13 +52,13 @@ def parse_architecture(config: Mapping[str, Any] | Path) -> Architecture:
     return _parse(ConfigFields(config, "config.json"))
 
 
-def load_config(file: Path, most_bytes: int = MOST_CONFIG_BYTES) -> dict[str, Any]:
+def load_config(file: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     """Load the JSON object in ``file``.
 
-    Raises UserError when the file cannot be read, is larger than ``most_bytes``, or is not a JSON object.
+    Raises UserError when the file cannot be read, is larger than ``max_bytes``, or is not a JSON object.
     """
     try:
-        values = json.loads(read_bounded(file, most_bytes))
+        values = json.loads(read_bounded(file, max_bytes))
     except FileNotFoundError:
         raise config_problem(str(file), "the file does not exist") from None
     except OSError as error:

@@ -37,7 +37,7 @@ RESERVED_BYTES = 256 << 20
 """Bytes left free on the disk."""
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 15.0)
 """Delays between attempts after a connection error without progress."""
-MOST_REQUESTS = 1000
+MAX_REQUESTS = 1000
 """Most requests for one file. Each resumes where the previous one stopped."""
 PROGRESS_EVERY_S = 0.25
 
@@ -134,7 +134,7 @@ def _fetch(plan: DownloadPlan, file: HubFile, report: OnProgress, retry_delays_s
     with _open_partial(plan, file) as partial:
         waits = iter(retry_delays_s)
         farthest = partial.seek(0, os.SEEK_END)
-        for _ in range(MOST_REQUESTS):
+        for _ in range(MAX_REQUESTS):
             if partial.seek(0, os.SEEK_END) >= file.size_bytes:
                 break
             failure: Exception = ConnectionError("fewer bytes than the file has")

@@ -3,7 +3,7 @@
 Requests go through ``huggingface_hub``'s session and errors, but not through its ``HfApi``. ``python -m
 bench.own_parts hub`` compares them (huggingface_hub 2.4, 2 cores): ``HfApi`` reports a refused connection
 or a status of 500 after 23 s (here 0.2 s), waits forever for a server that never responds (here 15 s), and
-reads a response of any length (1 GiB took 2.4 GiB of memory; here at most ``MOST_BYTES``). Both report
+reads a response of any length (1 GiB took 2.4 GiB of memory; here at most ``MAX_BYTES``). Both report
 offline mode at once.
 
 ``huggingface_hub`` takes 0.12 s to import, so every function here imports it when called; it reads
@@ -19,14 +19,14 @@ import msgspec
 from msgspec import Struct
 
 from qlora_tui import __version__
-from qlora_tui.catalog.config_parser import MOST_CONFIG_BYTES
+from qlora_tui.catalog.config_parser import MAX_CONFIG_BYTES
 from qlora_tui.catalog.hub_errors import translate_hub_errors
 from qlora_tui.catalog.hub_responses import TooLong, open_response, raise_for_status, read_body
 from qlora_tui.catalog.model_validation import CONFIG, check_model_type
 from qlora_tui.decoding import Count, decode_json
 from qlora_tui.errors import UserError
 
-MOST_BYTES = 16 << 20
+MAX_BYTES = 16 << 20
 """Most bytes of a list of results or files: some hundred thousand entries."""
 _ANY_JSON = msgspec.json.Decoder[Any](Any)
 EXPANDED_FIELDS = ("downloads", "gated", "safetensors", "tags", "config", "lastModified")
@@ -113,18 +113,18 @@ def fetch_config(model_id: str, revision: str = "main") -> dict[str, Any]:
     Raises UserError when it does not exist, is gated, or the Hub does not respond.
     """
     path = f"{validate_model_id(model_id)}/resolve/{revision}/{CONFIG}"
-    config = get_json(path, model_id=model_id, most_bytes=MOST_CONFIG_BYTES)
+    config = get_json(path, model_id=model_id, max_bytes=MAX_CONFIG_BYTES)
     if not isinstance(config, dict):
         raise not_a_hub_problem()
     return config
 
 
 def get_json(
-    path: str, params: Mapping[str, Any] | None = None, model_id: str = "", most_bytes: int = MOST_BYTES
+    path: str, params: Mapping[str, Any] | None = None, model_id: str = "", max_bytes: int = MAX_BYTES
 ) -> Any:
     """Request ``path`` and return its JSON response.
 
-    Raises UserError when the request fails, or the response is not JSON or longer than ``most_bytes``.
+    Raises UserError when the request fails, or the response is not JSON or longer than ``max_bytes``.
     """
     with (
         translate_hub_errors(model_id),
@@ -132,7 +132,7 @@ def get_json(
     ):
         raise_for_status(response)
         try:
-            return decode_json(read_body(response, most_bytes), _ANY_JSON)
+            return decode_json(read_body(response, max_bytes), _ANY_JSON)
         except (msgspec.DecodeError, TooLong):
             raise not_a_hub_problem() from None
 

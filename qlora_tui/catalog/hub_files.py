@@ -21,7 +21,7 @@ from qlora_tui.catalog.local_models import hub_cache_dir
 from qlora_tui.catalog.model_validation import (
     CONFIG,
     INDEX,
-    MOST_INDEX_BYTES,
+    MAX_INDEX_BYTES,
     SINGLE,
     TOKENIZER_FILES,
     check_config,
@@ -160,7 +160,7 @@ def _weight_names(listed: dict[str, HubFile], model_id: str, commit: str) -> Ite
     if INDEX not in listed:
         raise no_weights_problem(listed, model_id)
     path = f"{model_id}/resolve/{commit}/{INDEX}"
-    index = get_json(path, model_id=model_id, most_bytes=MOST_INDEX_BYTES)
+    index = get_json(path, model_id=model_id, max_bytes=MAX_INDEX_BYTES)
     if not isinstance(index, dict):
         raise not_a_hub_problem()
     shards = indexed_files(index, f"{model_id}, {INDEX}")

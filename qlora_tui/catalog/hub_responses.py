@@ -12,7 +12,7 @@ from typing import Any
 
 TIMEOUT_S = 15
 """Seconds for connecting, and for each wait for data."""
-_MOST_REDIRECTS = 10
+_MAX_REDIRECTS = 10
 _CHUNK_BYTES = 1 << 16
 _USED_HEADERS = ("x-error-code", "x-error-message", "x-request-id", "retry-after")
 """Headers that ``huggingface_hub`` uses to distinguish errors, and that messages here use."""
@@ -40,7 +40,7 @@ def open_response(
         headers={**headers, "Accept-Encoding": "identity"},
         timeout=TIMEOUT_S,
     )
-    for _ in range(_MOST_REDIRECTS + 1):
+    for _ in range(_MAX_REDIRECTS + 1):
         response = client.send(request, stream=True, follow_redirects=False)
         try:
             if response.next_request is None:
@@ -64,12 +64,12 @@ def raise_for_status(response: Any) -> None:
     hf_raise_for_status(type(response)(response.status_code, headers=headers, request=response.request))
 
 
-def read_body(response: Any, most_bytes: int) -> bytes:
-    """Read the body of a response. Raises TooLong where it is longer than ``most_bytes``."""
+def read_body(response: Any, max_bytes: int) -> bytes:
+    """Read the body of a response. Raises TooLong where it is longer than ``max_bytes``."""
     parts, size = [], 0
     for part in response.iter_bytes(_CHUNK_BYTES):
         size += len(part)
-        if size > most_bytes:
-            raise TooLong(f"more than {most_bytes >> 20} MiB")
+        if size > max_bytes:
+            raise TooLong(f"more than {max_bytes >> 20} MiB")
         parts.append(part)
     return b"".join(parts)

@@ -11,7 +11,7 @@ import msgspec
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_cache import store_config, stored_config
-from qlora_tui.catalog.config_parser import MOST_CONFIG_BYTES, parse_architecture
+from qlora_tui.catalog.config_parser import MAX_CONFIG_BYTES, parse_architecture
 from qlora_tui.catalog.hub import fetch_config
 from qlora_tui.catalog.local_models import ModelNotFoundError, resolve_model
 from qlora_tui.errors import UserError
@@ -73,7 +73,7 @@ def load_model_config(model_id: str) -> dict[str, Any]:
         if (file := stored_config(model_id)) is None:
             raise
     try:
-        return msgspec.json.decode(read_bounded(file, MOST_CONFIG_BYTES), type=dict[str, Any])
+        return msgspec.json.decode(read_bounded(file, MAX_CONFIG_BYTES), type=dict[str, Any])
     except (OSError, msgspec.MsgspecError) as error:
         raise UserError(
             "No config.json for a trace",

@@ -24,7 +24,7 @@ from qlora_tui.errors import UserError
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-MOST_INDEX_BYTES = 32 << 20
+MAX_INDEX_BYTES = 32 << 20
 """Most bytes of an index: some 280,000 tensors, a mixture of a trillion parameters."""
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -175,7 +175,7 @@ def weight_files(folder: Path) -> tuple[str, ...]:
         return (SINGLE,)
     if not (folder / INDEX).is_file():
         return ()
-    return indexed_files(load_config(folder / INDEX, MOST_INDEX_BYTES), str(folder / INDEX))
+    return indexed_files(load_config(folder / INDEX, MAX_INDEX_BYTES), str(folder / INDEX))
 
 
 def indexed_files(index: Mapping[str, Any], where: str) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from qlora_tui.foreign_files import open_foreign
 
-MOST_HEADER_BYTES = 16 << 20
+MAX_HEADER_BYTES = 16 << 20
 """Most bytes of a header: some 130,000 tensors. The library allows 100 MB, which parses to gigabytes."""
 
 
@@ -24,8 +24,8 @@ def read_header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
         size = int.from_bytes(content.read(8), "little")
         if 8 + size > file.stat().st_size:
             raise ValueError("it is not as long as its header says")
-        if size > MOST_HEADER_BYTES:
-            raise ValueError(f"its header is larger than {MOST_HEADER_BYTES >> 20} MiB")
+        if size > MAX_HEADER_BYTES:
+            raise ValueError(f"its header is larger than {MAX_HEADER_BYTES >> 20} MiB")
         try:
             entries = json.loads(content.read(size))
         except (ValueError, RecursionError):

@@ -24,8 +24,8 @@ from qlora_tui.data.store import Samples
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import EXIT_USAGE, UserError
 
-_MOST_SAMPLES = 24
-_MOST_TOKENS = 1024
+_MAX_SAMPLES = 24
+_MAX_TOKENS = 1024
 """Most tokens of one conversation; longer ones add no information."""
 _ROWS_AT_ONCE = 64
 """Vocabulary-wide rows compared at a time."""
@@ -53,14 +53,14 @@ def measure_effect(
         )
     session.ensure_loaded(adapter_name)
     validation = _validation_samples(session)
-    chosen = _spread(len(validation), _MOST_SAMPLES)
+    chosen = _spread(len(validation), _MAX_SAMPLES)
     sums = _EffectSums(session.end_ids)
     for number, i in enumerate(chosen, 1):
         if stop is not None and stop.is_set():
             break
         on_status(f"Comparing on conversation {number} of {len(chosen)}")
-        ids = list(validation.token_ids(i)[:_MOST_TOKENS])
-        trained = validation.loss_mask(i)[:_MOST_TOKENS]
+        ids = list(validation.token_ids(i)[:_MAX_TOKENS])
+        trained = validation.loss_mask(i)[:_MAX_TOKENS]
         before = [t - 1 for t in range(1, len(ids)) if trained[t]]
         if before:
             session.check(BASE, ids)

@@ -24,7 +24,7 @@ from qlora_tui.training.step_check import FACTOR, rounding_error_of, rounding_er
 
 TOKENS = 16
 """Tokens of the prompt's end: a forward pass over these costs little more than one token of the answer."""
-_MOST_DRAWS = 4
+_MAX_DRAWS = 4
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def compare_logits(
     spread = float((expected - expected.mean(-1, keepdim=True)).norm()) or 1.0
     difference = float((ours().float() - expected).norm()) / spread
     noise = 0.0
-    for draw in range(_MOST_DRAWS):
+    for draw in range(_MAX_DRAWS):
         with rounding_errors(model, rounding_error_of(dtype), seed=draw):
             noise = max(noise, float((library().float() - expected).norm()) / spread)
         comparison = LogitsComparison(difference, noise)

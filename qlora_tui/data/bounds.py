@@ -15,16 +15,16 @@ from qlora_tui.errors import UserError
 MIB = 1 << 20
 LARGEST_ROW_BYTES = 16 * MIB
 """Most bytes of a line, JSON value, CSV row, paragraph or record: some four million tokens."""
-MOST_VALUES = 3_000_000
+MAX_VALUES = 3_000_000
 """Most values in one JSON value, which may be a whole file; each takes up to 80 bytes as a Python object."""
-MOST_VALUES_IN_LINE = 250_000
-MOST_CHARACTERS = 2_000_000
+MAX_VALUES_IN_LINE = 250_000
+MAX_CHARACTERS = 2_000_000
 """Most characters of one rendered conversation: a tokenizer takes some 350 bytes for each."""
 DEEPEST = 100
 """Deepest nesting of lists and objects."""
 _PART_BYTES = 64
 UNQUESTIONED_BYTES = 64 * MIB
-MOST_EXPANSION = 1000
+MAX_EXPANSION = 1000
 """Most bytes read for each byte on disk, once more than ``UNQUESTIONED_BYTES`` have been read. Real text
 compresses to between a third and a fiftieth."""
 
@@ -50,9 +50,9 @@ def row_too_large(place: str) -> TooLarge:
 
 def check_expansion(disk_bytes: int, read_bytes: int) -> None:
     """Raise ``TooLarge`` where ``read_bytes`` is too much for a file of ``disk_bytes``."""
-    if read_bytes > UNQUESTIONED_BYTES and read_bytes > MOST_EXPANSION * max(1, disk_bytes):
+    if read_bytes > UNQUESTIONED_BYTES and read_bytes > MAX_EXPANSION * max(1, disk_bytes):
         raise TooLarge(
-            f"{disk_bytes:,} bytes of it became {read_bytes // MIB:,} MiB, more than {MOST_EXPANSION:,} to 1"
+            f"{disk_bytes:,} bytes of it became {read_bytes // MIB:,} MiB, more than {MAX_EXPANSION:,} to 1"
         )
 
 
@@ -60,8 +60,8 @@ def line_over_bound(line: bytes) -> str:
     """Return why a line of JSON is over a bound, before it is decoded; empty where it is not."""
     if len(line) > LARGEST_ROW_BYTES:
         return f"it is larger than {LARGEST_ROW_BYTES // MIB} MiB"
-    if len(line) > MOST_VALUES_IN_LINE and sum(map(line.count, (b",", b"[", b"{"))) > MOST_VALUES_IN_LINE:
-        return f"it holds more than {MOST_VALUES_IN_LINE:,} values"
+    if len(line) > MAX_VALUES_IN_LINE and sum(map(line.count, (b",", b"[", b"{"))) > MAX_VALUES_IN_LINE:
+        return f"it holds more than {MAX_VALUES_IN_LINE:,} values"
     return ""
 
 

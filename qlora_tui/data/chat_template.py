@@ -24,8 +24,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qlora_tui.data.conversation import RowRejectedError
 from qlora_tui.data.template_guard import (
-    MORE_MEMORY_BYTES,
-    MOST_CPU_S,
+    MAX_ADDED_MEMORY_BYTES,
+    MAX_CPU_S,
     Bounded,
     TemplateStopped,
     check_number,
@@ -43,9 +43,9 @@ Span = tuple[int, int]
 """Start and end, in characters."""
 
 
-_MOST_WASTED_S = 3.0
+_MAX_WASTED_S = 3.0
 """Processor time that renderings which run out of memory may take together."""
-_TOO_SLOW = f"The template takes more than {MOST_CPU_S:.0f} seconds for one conversation."
+_TOO_SLOW = f"The template takes more than {MAX_CPU_S:.0f} seconds for one conversation."
 
 
 class TemplateCompileError(Exception):
@@ -135,7 +135,7 @@ class ChatTemplate:
         reason = _in_words(error)
         if isinstance(error, MemoryError):
             self._wasted_s.append(bounded.seconds())
-            if sum(self._wasted_s) > _MOST_WASTED_S:
+            if sum(self._wasted_s) > _MAX_WASTED_S:
                 self._stopped.append(reason)
         return RowRejectedError("template-refuses", reason)
 
@@ -151,7 +151,7 @@ class ChatTemplate:
 
 def _in_words(error: BaseException) -> str:
     if isinstance(error, MemoryError):
-        return f"The template takes more than {MORE_MEMORY_BYTES >> 20} MiB for one conversation."
+        return f"The template takes more than {MAX_ADDED_MEMORY_BYTES >> 20} MiB for one conversation."
     if isinstance(error, jinja2.TemplateError) and error.message:
         return f"The template says: {error.message}"
     return f"The template fails: {type(error).__name__}: {error}"

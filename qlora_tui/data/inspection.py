@@ -21,7 +21,7 @@ from qlora_tui.data.dataset_report import Counts, FileReport, Report, Shown
 from qlora_tui.data.dataset_scan import DatasetScanner
 from qlora_tui.data.error_cache import cache_errors, file_fingerprint, tokenizer_fingerprint
 from qlora_tui.data.length_stats import LengthCounter
-from qlora_tui.data.long_texts import most_characters
+from qlora_tui.data.long_texts import max_characters
 from qlora_tui.data.problems import DataProblem, problem_of
 from qlora_tui.data.render import RenderOptions, pieces, render
 from qlora_tui.data.row import Row
@@ -172,7 +172,7 @@ class _Inspection:
         if any(problem.kind == "long-text" for problem in examiner.problems()) or examiner.counts.split:
             return True
         is_text = self._files[0].detection.layout.format == "text"
-        return is_text and self._tokenizer is None and self._lengths.above(most_characters(self._data)) > 0
+        return is_text and self._tokenizer is None and self._lengths.above(max_characters(self._data)) > 0
 
     def _report(self, examiner: DatasetScanner, complete: bool, share: float) -> Report:
         counts = examiner.counts

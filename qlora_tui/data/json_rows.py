@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from qlora_tui.data.bounds import DEEPEST, MOST_VALUES, is_too_deep
+from qlora_tui.data.bounds import DEEPEST, MAX_VALUES, is_too_deep
 from qlora_tui.data.row import Row
 from qlora_tui.data.text_reader import NotUtf8, Stream
 
@@ -154,10 +154,8 @@ class _Values:
         cut_off = position >= len(self._text) - 16 or reason.startswith("Unterminated string")
         if held > _LARGEST_ROW_CHARACTERS or not cut_off or not self._more(held):
             raise _InvalidJsonError(self._line_at(self._at + min(inside, held)), reason)
-        if sum(map(self._text.count, ",[{")) > MOST_VALUES:
-            raise _InvalidJsonError(
-                self._line_at(self._at), f"a value holds more than {MOST_VALUES:,} others"
-            )
+        if sum(map(self._text.count, ",[{")) > MAX_VALUES:
+            raise _InvalidJsonError(self._line_at(self._at), f"a value holds more than {MAX_VALUES:,} others")
 
     def _next_character(self) -> str:
         while True:

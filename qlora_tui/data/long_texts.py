@@ -13,7 +13,7 @@ from qlora_tui.recipe.schema import Data
 
 _LOSES = {"cut-left": "keeps the last", "cut-right": "keeps the first", "drop": "keeps"}
 
-_MOST_CHARACTERS_A_TOKEN = 10
+_MAX_CHARACTERS_PER_TOKEN = 10
 """A text with more than this many for each token of the limit is over it with any tokenizer."""
 _BYTES_A_TOKEN = 4
 """Rough UTF-8 bytes of a token. Measured with the tokenizers of SmolLM2 and Gemma 3: 4.8 and 4.9 in English
@@ -31,15 +31,15 @@ class LongText(Struct, frozen=True, array_like=True):
     """Tokens that remain; None without a tokenizer."""
 
 
-def most_characters(data: Data) -> int:
+def max_characters(data: Data) -> int:
     """Return the number of characters above which a text is over the length limit with any tokenizer."""
-    return data.max_length * _MOST_CHARACTERS_A_TOKEN
+    return data.max_length * _MAX_CHARACTERS_PER_TOKEN
 
 
 def estimated_long_text(conversation: Conversation, data: Data) -> LongText | None:
     """Estimate the length of a plain text that is certain to be cut or dropped, without a tokenizer."""
     text = conversation.text
-    if data.overflow == "split" or len(text) <= most_characters(data):
+    if data.overflow == "split" or len(text) <= max_characters(data):
         return None
     tokens = len(text.encode("utf-8", "replace")) / _BYTES_A_TOKEN
     return LongText(len(text), math.ceil(tokens / data.max_length))

@@ -18,12 +18,12 @@ SIMILARITY_THRESHOLD = 0.8
 SKETCH = 32
 """Hashes in a sketch, at most."""
 _PROBES = 4
-_FEWEST_WORDS = 12
-"""Fewest words of a row that is compared; shorter rows share triples by chance."""
+_MIN_WORDS = 12
+"""Minimum words of a row that is compared; shorter rows share triples by chance."""
 _KNOWN_WORDS = 200_000
 _SPARE = 3
 """Multiple of ``SKETCH`` hashes that are sorted for a long row, those below a bound."""
-_LEAST = -(1 << 63)
+_INT64_MIN = -(1 << 63)
 _PUNCTUATION = str.maketrans({c: " " for c in map(chr, range(128)) if not c.isalnum()})
 
 
@@ -61,13 +61,13 @@ def minhash_sketch(conversation: Conversation) -> array[int]:
     """Return the smallest 32-bit hashes, ascending, at most ``SKETCH``; none for a row with few words."""
     text = conversation.text or " ".join(m.content for m in conversation.messages if m.role != "system")
     words = list(map(_words.__getitem__, text.lower().translate(_PUNCTUATION).split()))
-    if len(words) < _FEWEST_WORDS:
+    if len(words) < _MIN_WORDS:
         return array("I")
     # The hash of a tuple of integers is the same in every process, unlike that of a text.
     triples = map(hash, zip(words, words[1:], words[2:], strict=False))
-    bound = _LEAST + (_SPARE * SKETCH << 64) // len(words)
+    bound = _INT64_MIN + (_SPARE * SKETCH << 64) // len(words)
     few = set(filter(bound.__gt__, triples) if len(words) > 2 * _SPARE * SKETCH else triples)
-    return array("I", sorted({value - _LEAST >> 32 for value in sorted(few)[:SKETCH]}))
+    return array("I", sorted({value - _INT64_MIN >> 32 for value in sorted(few)[:SKETCH]}))
 
 
 class _Words(dict[str, int]):

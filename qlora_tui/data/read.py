@@ -56,7 +56,7 @@ _IGNORED = (
     "state",
     "sources",
 )
-_MOST_CELLS = 1_000_000
+_MAX_CELLS = 1_000_000
 _FIRST_BYTES = 8 << 20
 _decode = msgspec.json.Decoder().decode
 
@@ -281,10 +281,10 @@ class _FedLines:
         self._size += len(line)
         if self._size > LARGEST_ROW_BYTES:
             raise row_too_large(f"row {self._row:,}")
-        if len(line) > _MOST_CELLS:
+        if len(line) > _MAX_CELLS:
             self._cells += line.count(self._delimiter)
-            if self._cells > _MOST_CELLS:
-                raise TooLarge(f"row {self._row:,} has more than {_MOST_CELLS:,} cells")
+            if self._cells > _MAX_CELLS:
+                raise TooLarge(f"row {self._row:,} has more than {_MAX_CELLS:,} cells")
         return line
 
 

@@ -16,13 +16,13 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qlora_tui.data.assistant_spans import PRIVATE, RenderedText, find_assistant_spans
-from qlora_tui.data.bounds import MOST_CHARACTERS
+from qlora_tui.data.bounds import MAX_CHARACTERS
 from qlora_tui.data.chat_template import ChatTemplate
 from qlora_tui.data.conversation import Conversation, Message, RowRejectedError
 from qlora_tui.data.dataset_report import Piece
 from qlora_tui.data.memory_bound import memory_bound
 from qlora_tui.data.template_capabilities import TemplateCapabilities, adapt_conversation
-from qlora_tui.data.template_guard import MORE_MEMORY_BYTES
+from qlora_tui.data.template_guard import MAX_ADDED_MEMORY_BYTES
 from qlora_tui.data.thinking import (
     decided,
     reasoning_apart,
@@ -98,7 +98,7 @@ def render_many(
     conversations: Sequence[Conversation], tokenizer: ChatTokenizer, choices: RenderOptions = DEFAULT
 ) -> Iterator[list[TokenizedSample] | RowRejectedError]:
     """Return the samples of each conversation, in order, or the error that explains why it gives none."""
-    with memory_bound(MORE_MEMORY_BYTES):
+    with memory_bound(MAX_ADDED_MEMORY_BYTES):
         # Once for all of them: setting it for each rendering would take longer than rendering.
         laid = [_laid_or_refused(conversation, tokenizer, choices) for conversation in conversations]
     layouts = [layout for one in laid if isinstance(one, RenderedConversation) for layout in one.layouts]
@@ -118,8 +118,8 @@ def _laid_or_refused(
     except RowRejectedError as refused:
         return refused
     characters = int(tokenizer.expansion * sum(len(layout.text) for layout in laid.layouts))
-    if characters > MOST_CHARACTERS:
-        return RowRejectedError("too-large", f"{characters:,} characters, of {MOST_CHARACTERS:,} at most.")
+    if characters > MAX_CHARACTERS:
+        return RowRejectedError("too-large", f"{characters:,} characters, of {MAX_CHARACTERS:,} at most.")
     return laid
 
 

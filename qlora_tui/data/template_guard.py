@@ -26,12 +26,12 @@ from typing import Any
 from qlora_tui.data import memory_bound
 from qlora_tui.errors import UserError
 
-MOST_CPU_S = 5.0
+MAX_CPU_S = 5.0
 """Most processor seconds of one rendering. A long conversation takes some milliseconds."""
-MORE_MEMORY_BYTES = 256 << 20
-MOST_BITS = 4096
+MAX_ADDED_MEMORY_BYTES = 256 << 20
+MAX_BITS = 4096
 """Most bits of an integer."""
-MOST_HUNG_CPU_S = 20.0
+MAX_HUNG_CPU_S = 20.0
 """Most processor seconds of the process in which no other thread can run."""
 HANG_SIGNAL = signal.SIGVTALRM
 """Signal that ends a process whose template hangs in one operation; no other code sends it."""
@@ -47,8 +47,8 @@ class TemplateStopped(BaseException):
 
 def check_number(value: Any) -> Any:
     """Return ``value``, unless it is a number that is too large. Raises ``OverflowError``."""
-    if type(value) is int and value.bit_length() > MOST_BITS:
-        raise OverflowError(f"a number has more than {MOST_BITS:,} bits")
+    if type(value) is int and value.bit_length() > MAX_BITS:
+        raise OverflowError(f"a number has more than {MAX_BITS:,} bits")
     return value
 
 
@@ -59,8 +59,8 @@ def multiplied(left: Any, right: Any) -> Any:
 
 def raised(base: Any, exponent: Any) -> Any:
     """Return ``base ** exponent``. Raises ``OverflowError`` instead of taking long."""
-    if type(base) is int and type(exponent) is int and base.bit_length() * abs(exponent) > MOST_BITS:
-        raise OverflowError(f"a number has more than {MOST_BITS:,} bits")
+    if type(base) is int and type(exponent) is int and base.bit_length() * abs(exponent) > MAX_BITS:
+        raise OverflowError(f"a number has more than {MAX_BITS:,} bits")
     return base**exponent
 
 
@@ -72,13 +72,13 @@ class Bounded:
     def __enter__(self) -> None:
         self.thread = threading.get_ident()
         self.clock = _clock_of(self.thread)
-        self.ends_at = time.clock_gettime(self.clock) + MOST_CPU_S
+        self.ends_at = time.clock_gettime(self.clock) + MAX_CPU_S
         _watch.begin(self)  # before memory is limited: a new thread takes some
-        memory_bound.enter(MORE_MEMORY_BYTES)
+        memory_bound.enter(MAX_ADDED_MEMORY_BYTES)
 
     def seconds(self) -> float:
         """Processor time of the block so far. Call it in the block's thread."""
-        return time.clock_gettime(self.clock) - self.ends_at + MOST_CPU_S
+        return time.clock_gettime(self.clock) - self.ends_at + MAX_CPU_S
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -98,7 +98,7 @@ def hung_template(process: str) -> UserError:
     return UserError(
         "The chat template hangs",
         what=f"{process} was ended: {HUNG[:1].lower()}{HUNG[1:]}",
-        why=f"It took {MOST_HUNG_CPU_S:.0f} seconds of processor time, and could not be stopped otherwise.",
+        why=f"It took {MAX_HUNG_CPU_S:.0f} seconds of processor time, and could not be stopped otherwise.",
         fix='Choose another template: model.chat_template = "chatml".',
     )
 
@@ -110,7 +110,7 @@ class _HangTimer:
         self._is_prepared = False
 
     def start(self) -> None:
-        signal.setitimer(signal.ITIMER_VIRTUAL, MOST_HUNG_CPU_S)
+        signal.setitimer(signal.ITIMER_VIRTUAL, MAX_HUNG_CPU_S)
 
     def stop(self) -> None:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)

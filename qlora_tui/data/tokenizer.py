@@ -18,14 +18,14 @@ from typing import Any
 import msgspec
 from tokenizers import AddedToken, Encoding, Tokenizer
 
-from qlora_tui.catalog.config_parser import MOST_CONFIG_BYTES
+from qlora_tui.catalog.config_parser import MAX_CONFIG_BYTES
 from qlora_tui.data.chat_template import ChatTemplate, TemplateCompileError
 from qlora_tui.data.conversation import RowRejectedError
 from qlora_tui.data.stock_templates import stock_template
 from qlora_tui.data.template_capabilities import TemplateCapabilities, probe_template
 from qlora_tui.data.thinking import THOUGHT_TAGS
 from qlora_tui.data.tokenizer_guard import (
-    MOST_BYTES,
+    MAX_BYTES,
     PROBE,
     check_normalizer,
     check_tokenizer,
@@ -111,7 +111,7 @@ class ChatTokenizer:
         special = _special_tokens(config, _json_object(folder / "special_tokens_map.json"))
         own, with_tools = _own_templates(folder, config)
         try:
-            content = _with_missing_tokens(read_bounded(path, MOST_BYTES).decode(), config)
+            content = _with_missing_tokens(read_bounded(path, MAX_BYTES).decode(), config)
             tokenizer = cls(content, special, own, template, with_tools)
         except UserError:
             raise
@@ -297,7 +297,7 @@ def _json_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(read_bounded(path, MOST_CONFIG_BYTES))
+        value = json.loads(read_bounded(path, MAX_CONFIG_BYTES))
     except (ValueError, RecursionError, OSError) as error:
         raise UserError(
             "Broken tokenizer",
@@ -350,7 +350,7 @@ def _own_templates(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
 
 def _template_text(path: Path) -> str:
     try:
-        return read_bounded(path, MOST_CONFIG_BYTES).decode()
+        return read_bounded(path, MAX_CONFIG_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             "Broken chat template",

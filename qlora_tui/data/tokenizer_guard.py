@@ -14,14 +14,14 @@ from typing import Any
 
 from qlora_tui.errors import UserError
 
-MOST_BYTES = 64 << 20
+MAX_BYTES = 64 << 20
 """Most bytes of a ``tokenizer.json``; the largest vocabularies take some 35 MB."""
-MOST_EXPANSION = 16.0
+MAX_EXPANSION = 16.0
 """Most characters that a normalizer or decoder makes of one."""
 LONGEST_TOKEN = 4096
 """Most characters of a token. The longest in use are lines of some hundred spaces or dashes."""
 LONGEST_PATTERN = 8192
-MOST_STEPS = 64
+MAX_STEPS = 64
 """Most steps of a normalizer, decoder or pre-tokenizer."""
 _CHUNK = 16
 _PROBED = (*range(0x20, 0x7F), 0xE9, 0x416, 0x5B57, 0x1F600)
@@ -34,13 +34,13 @@ def check_tokenizer(content: dict[str, Any]) -> float:
     _check_vocabulary(content)
     for part in ("normalizer", "pre_tokenizer", "decoder", "post_processor"):
         steps = list(_steps(content.get(part)))
-        if len(steps) > MOST_STEPS:
-            raise ValueError(f"its {part} has more than {MOST_STEPS} steps")
+        if len(steps) > MAX_STEPS:
+            raise ValueError(f"its {part} has more than {MAX_STEPS} steps")
         for step in steps:
             _check_pattern(part, step)
     normalizer, decoder = (_expansion(content.get(part)) for part in ("normalizer", "decoder"))
-    if max(normalizer, decoder) > MOST_EXPANSION:
-        raise ValueError(f"it makes more than {MOST_EXPANSION:.0f} characters of one")
+    if max(normalizer, decoder) > MAX_EXPANSION:
+        raise ValueError(f"it makes more than {MAX_EXPANSION:.0f} characters of one")
     return normalizer
 
 
@@ -51,8 +51,8 @@ def check_normalizer(backend: Any) -> None:
     for first in (*range(0x20, 0xD800, _CHUNK), *range(0xE000, 0x10000, _CHUNK)):
         text = "".join(map(chr, range(first, first + _CHUNK)))
         # One Arabic ligature becomes 18 letters; no sixteen neighbors come near this.
-        if len(backend.normalizer.normalize_str(text)) > MOST_EXPANSION * _CHUNK:
-            raise ValueError(f"it makes more than {MOST_EXPANSION:.0f} characters of one near U+{first:04X}")
+        if len(backend.normalizer.normalize_str(text)) > MAX_EXPANSION * _CHUNK:
+            raise ValueError(f"it makes more than {MAX_EXPANSION:.0f} characters of one near U+{first:04X}")
 
 
 @contextmanager

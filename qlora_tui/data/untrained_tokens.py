@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 from qlora_tui.catalog.config_parser import load_config
-from qlora_tui.catalog.model_validation import INDEX, MOST_INDEX_BYTES, indexed_files
+from qlora_tui.catalog.model_validation import INDEX, MAX_INDEX_BYTES, indexed_files
 from qlora_tui.catalog.safetensors_header import read_header
 from qlora_tui.data.conversation import RowRejectedError
 from qlora_tui.data.problems import CHECKS, DataProblem
@@ -36,7 +36,7 @@ UNTRAINED_NORM_RATIO = 0.1
 _SPARE_ROWS = 64
 _ALIKE = 2
 """Most special tokens with an identical row; with more, the rows were only initialized."""
-_MOST_ROW_BYTES = 1 << 20
+_MAX_ROW_BYTES = 1 << 20
 
 
 def untrained_tokens(folder: Path, tokenizer: ChatTokenizer) -> list[str]:
@@ -134,8 +134,8 @@ class _Embedding:
         if number >= self._rows:
             raise IndexError(number)
         size = self._width * _ITEM_BYTES[self._dtype]
-        if size > _MOST_ROW_BYTES:
-            raise ValueError(f"a row takes more than {_MOST_ROW_BYTES >> 20} MiB")
+        if size > _MAX_ROW_BYTES:
+            raise ValueError(f"a row takes more than {_MAX_ROW_BYTES >> 20} MiB")
         with self._path.open("rb") as file:
             file.seek(self._start + number * size)
             data = file.read(size)
@@ -149,7 +149,7 @@ def _files(folder: Path) -> list[Path]:
     """Return the file that holds the embedding if an index says so, else all of them."""
     index = folder / INDEX
     if index.is_file():
-        names = load_config(index, MOST_INDEX_BYTES)
+        names = load_config(index, MAX_INDEX_BYTES)
         indexed_files(names, str(index))
         return [folder / file for name, file in names["weight_map"].items() if name.endswith(_EMBEDDINGS)]
     return sorted(folder.glob("*.safetensors"))

@@ -25,11 +25,11 @@ from msgspec import Struct
 from qlora_tui.decoding import Count, UnixTime, decode_json
 from qlora_tui.paths import state_dir
 
-FEWEST = 2
-"""Fewest runs before a correction: one could be an accident."""
-MOST_RUNS = 20
+MIN_RUNS = 2
+"""Number of runs before a correction: one could be an accident."""
+MAX_RUNS = 20
 """Number of latest runs used; a driver or library may have changed since earlier ones."""
-LEAST, MOST = 0.8, 1.5
+MIN_FACTOR, MAX_FACTOR = 0.8, 1.5
 """Range of the factor; values outside mean that something else is wrong."""
 
 
@@ -86,7 +86,7 @@ class Correction:
     @property
     def applies(self) -> bool:
         """Return whether there are enough runs."""
-        return self.runs >= FEWEST
+        return self.runs >= MIN_RUNS
 
 
 def record_file() -> Path:
@@ -129,17 +129,17 @@ def _read(file: Path, modified_ns: int, size: int) -> tuple[MeasuredRun, ...]:
 
 def correction_for(machine: str) -> Correction | None:
     """Compute the correction from the latest runs on ``machine``; None where there are none."""
-    runs = [run for run in load_runs() if run.machine == machine and _tells(run)][-MOST_RUNS:]
+    runs = [run for run in load_runs() if run.machine == machine and _tells(run)][-MAX_RUNS:]
     if not runs:
         return None
-    if len(runs) < FEWEST:
+    if len(runs) < MIN_RUNS:
         return Correction(len(runs))
     ratios = [
         run.measured_reserved_bytes / run.predicted_reserved_bytes
         for run in runs
         if run.measured_reserved_bytes
     ]
-    factor = min(max(median(ratios), LEAST), MOST) if ratios else 1.0
+    factor = min(max(median(ratios), MIN_FACTOR), MAX_FACTOR) if ratios else 1.0
     beside = [run.outside_bytes for run in runs if not run.managed_bytes]
     outside = int(median(beside)) if beside else None
     spread = [run.measured_process_bytes / _corrected_bytes(run, factor, outside) for run in runs]

@@ -12,7 +12,7 @@ from typing import Literal
 from msgspec import structs
 
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.memory.calibration import FEWEST, Correction
+from qlora_tui.memory.calibration import MIN_RUNS, Correction
 from qlora_tui.memory.execution import Device, ExecutionConfig, trainer_execution
 from qlora_tui.memory.explain import LABELS, ExplainContext, explanations
 from qlora_tui.memory.layout import STYLES, Layout, build_layout
@@ -80,7 +80,7 @@ class Estimate:
             return ""
         runs = f"{self.correction.runs} run{'s' if self.correction.runs > 1 else ''}"
         if not self.correction.applies:
-            return f"{runs} measured, {FEWEST} are needed to correct"
+            return f"{runs} measured, {MIN_RUNS} are needed to correct"
         return f"corrected {(self.process_bytes / self.uncorrected_bytes - 1) * 100:+.0f} % from {runs}"
 
     def bytes_of(self, key: str) -> int:

@@ -16,7 +16,7 @@ from qlora_tui.memory.verdict import Verdict, check_fit
 from qlora_tui.recipe.schema import Recipe
 
 LENGTH_STEP = 128
-MOST_ROWS = 1024
+MAX_ROWS = 1024
 RANKS = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -60,7 +60,7 @@ def largest_settings(
     longest = (architecture.max_positions or 131_072) // LENGTH_STEP
     return WhatFits(
         sequence_length=_largest(longest, lambda n: fits({"data.max_length": n * LENGTH_STEP})) * LENGTH_STEP,
-        micro_batch=_largest(MOST_ROWS, lambda n: fits({"training.micro_batch_size": n})),
+        micro_batch=_largest(MAX_ROWS, lambda n: fits({"training.micro_batch_size": n})),
         rank=max((rank for rank in RANKS if fits({"lora.rank": rank})), default=0),
     )
 

@@ -73,16 +73,16 @@ class EventTail:
         self.unknown = unknown
         """Number of complete lines this version does not understand."""
 
-    def poll(self, most_bytes: int = _READ_BYTES) -> list[AnyEvent]:
-        """Return the complete events among the next ``most_bytes``; empty if there is nothing more yet."""
-        chunk = read_from(self._path, self._offset, most_bytes)
+    def poll(self, max_bytes: int = _READ_BYTES) -> list[AnyEvent]:
+        """Return the complete events among the next ``max_bytes``; empty if there is nothing more yet."""
+        chunk = read_from(self._path, self._offset, max_bytes)
         end = chunk.rfind(b"\n") + 1
         if not end and self._is_skipping:
             self._offset += len(chunk)
             return []
-        if not end and len(chunk) == most_bytes:
-            if most_bytes < LONGEST_LINE_BYTES:
-                return self.poll(most_bytes * 4)
+        if not end and len(chunk) == max_bytes:
+            if max_bytes < LONGEST_LINE_BYTES:
+                return self.poll(max_bytes * 4)
             self._is_skipping = True
             self._offset += len(chunk)
             return []
@@ -147,8 +147,8 @@ def events_backwards(path: Path, start: int = 0) -> Iterator[AnyEvent]:
         end = begin + first
 
 
-def read_from(path: Path, offset: int, most_bytes: int) -> bytes:
-    """Read up to ``most_bytes`` of a file from ``offset``; empty if it is missing, a pipe or a folder."""
+def read_from(path: Path, offset: int, max_bytes: int) -> bytes:
+    """Read up to ``max_bytes`` of a file from ``offset``; empty if it is missing, a pipe or a folder."""
     try:
         file = open_regular(path)
     except OSError as error:
@@ -158,7 +158,7 @@ def read_from(path: Path, offset: int, most_bytes: int) -> bytes:
     try:
         # Allocate no more than is there: freeing a megabyte every second fragments the heap.
         there = os.fstat(file).st_size - offset
-        return os.pread(file, max(0, min(most_bytes, there)), offset)
+        return os.pread(file, max(0, min(max_bytes, there)), offset)
     finally:
         os.close(file)
 

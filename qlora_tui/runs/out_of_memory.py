@@ -19,7 +19,7 @@ from qlora_tui.runs.events import PREPARING_PHASES, Phase, PhaseChanged, Queued,
 _CGROUPS = Path("/proc/self/cgroup")
 _HIERARCHIES = Path("/sys/fs/cgroup")
 _VMSTAT = Path("/proc/vmstat")
-_LEAST_SAVING = 0.1
+_MIN_SAVING = 0.1
 """Minimum share by which a recipe that was estimated to fit, and did not, must shrink."""
 
 
@@ -63,7 +63,7 @@ def suggest_settings(recipe: Recipe) -> str:
     try:
         architecture, budget = resolve_model(recipe.model.id).architecture, local_budget()
         whole = estimate(recipe, architecture, device=budget.device).process_bytes
-        available = min(budget.bytes, round(whole * (1 - _LEAST_SAVING)))
+        available = min(budget.bytes, round(whole * (1 - _MIN_SAVING)))
         changes = cheapest_changes(recipe, architecture, available, device=budget.device)
         if not changes:
             checkpointed = replace_setting(recipe, "training.gradient_checkpointing", "on")

@@ -12,7 +12,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.events import PREPARING_PHASES, Failed, Health, RunEnded
 from qlora_tui.runs.status import ACTIVE, State
 
-_LEAST_LENGTH = 128
+_MIN_LENGTH = 128
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _reduced_memory(recipe: Recipe) -> dict[str, Any]:
             "training.micro_batch_size": training.micro_batch_size // 2,
             "training.gradient_accumulation": training.gradient_accumulation * 2,
         }
-    return {"data.max_length": max(_LEAST_LENGTH, recipe.data.max_length // 2)}
+    return {"data.max_length": max(_MIN_LENGTH, recipe.data.max_length // 2)}
 
 
 def _smaller_model(recipe: Recipe) -> dict[str, Any]:

@@ -34,19 +34,19 @@ def encode(sample: Sample) -> bytes:
 
 
 class TelemetryTail:
-    """Reads samples from where it stopped; the first call reads only the last ``most_bytes``."""
+    """Reads samples from where it stopped; the first call reads only the last ``max_bytes``."""
 
-    def __init__(self, path: Path, most_bytes: int = 256 * 1024) -> None:
+    def __init__(self, path: Path, max_bytes: int = 256 * 1024) -> None:
         self._path = path
-        self._most = most_bytes
+        self._max_bytes = max_bytes
         self._offset: int | None = None
 
     def poll(self) -> list[Sample]:
         """Return new samples, oldest first; torn and unknown lines are skipped."""
         if self._offset is None:
             size = self._path.stat().st_size if self._path.exists() else 0
-            self._offset = max(0, size - self._most)
-        chunk = read_from(self._path, self._offset, self._most * 4)
+            self._offset = max(0, size - self._max_bytes)
+        chunk = read_from(self._path, self._offset, self._max_bytes * 4)
         end = chunk.rfind(b"\n") + 1
         self._offset += end
         samples = []

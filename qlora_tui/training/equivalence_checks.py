@@ -25,11 +25,11 @@ _UNTRAINED = 3
 """Position of a token in the first sample that is not in the loss."""
 _ROUNDINGS = 16.0
 """Rounding errors of fp32 by which the loss and the gradient of a token's logits may differ."""
-_LEAST_NOISE = {torch.float32: 16 * 1.2e-7, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+_MIN_NOISE = {torch.float32: 16 * 1.2e-7, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 """Lower bound of the noise, as a share of a token's logits: a short sample may show too little by chance."""
 _NOISE = 4.0
 """How many times the noise a token's logits in a packed row may differ from those of the sample alone."""
-_MOST_NOISE = 0.25
+_MAX_NOISE = 0.25
 """Largest noise, as a share of a token's logits, with which the check is still meaningful."""
 _INT8_LEAK = 1e-3
 """Share of a token's logits by which an 8-bit model's move when another sample changes: outliers of one row
@@ -55,10 +55,10 @@ def packing_is_isolated(model: Any, device: torch.device) -> bool:
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
             return False
     size = _rms(alone)
-    share = (_rms(alone - by_library[:_SECOND]) / size).max().clamp(min=_LEAST_NOISE[alone.dtype])
+    share = (_rms(alone - by_library[:_SECOND]) / size).max().clamp(min=_MIN_NOISE[alone.dtype])
     leak, difference = _rms(packed - packed_after_other), _rms(packed - alone)
     # Written so that NaN counts as a difference.
-    if not share <= _MOST_NOISE:
+    if not share <= _MAX_NOISE:
         return False
     return bool(
         (leak <= _allowed_leak(model, share) * size).all() and (difference <= _NOISE * share * size).all()

@@ -26,9 +26,9 @@ from qlora_tui.training.prepared_run import PreparedRun
 from qlora_tui.training.reporter import Reporter
 from qlora_tui.training.step_check import Excerpt, StepComparison, StepReference, excerpt_of, ready_to_compare
 
-_MOST_TOKENS = {"cpu": 128, "cuda": 512}
+_MAX_TOKENS = {"cpu": 128, "cuda": 512}
 """Largest number of tokens in the excerpt: a second or two of computing on either device."""
-_FEWEST_TOKENS = 8
+_MIN_TOKENS = 8
 _MORE_DRAWS = 3
 _LIBRARY_LOGITS_BYTES = 20
 """Bytes per token and vocabulary entry at the peak of the library's step: logits in 16 bits and
@@ -76,7 +76,7 @@ def verify_first_step(prepared: PreparedRun) -> PreparedBase:
     longest = longest_micro_batch(step_plan, samples, micro_batch, packing_isolated=base.packing_isolated)
     tokens = _affordable_tokens(longest, samples, device)
     verified: VerificationResult | str = "there was not enough memory"
-    while tokens >= _FEWEST_TOKENS:
+    while tokens >= _MIN_TOKENS:
         excerpt = excerpt_of(rows, samples, tokens=tokens)
         try:
             verified = verify_step(prepared.model, base, excerpt, device, prepared.pad_id, prepared.dist)
@@ -199,9 +199,9 @@ def _affordable_tokens(longest: list[Row], samples: TokenizedDataset, device: Co
     ours = 2 * min(LOSS_CHUNK_ROWS, trained) + 12 * LOSS_BLOCK_ROWS[device.kind]
     of_a_sample = ours // _LIBRARY_LOGITS_BYTES
     return min(
-        _MOST_TOKENS[device.kind],
+        _MAX_TOKENS[device.kind],
         2 * of_a_sample,
-        max(count_tokens(longest, samples) // 2, 2 * _FEWEST_TOKENS),
+        max(count_tokens(longest, samples) // 2, 2 * _MIN_TOKENS),
     )
 
 

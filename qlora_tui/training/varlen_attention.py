@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qlora_tui.memory.execution import BFLOAT16_CAPABILITY
 
-_MOST_HEAD_WIDTH = 256
+_MAX_HEAD_WIDTH = 256
 """Widest head that the kernel supports (``check_head_dim_size_flash`` in torch's ``sdp_utils.cpp``)."""
 _WIDTH_MULTIPLE = 8
 _GRANULARITY = 128
@@ -48,7 +48,7 @@ def supports(query: Tensor, value: Tensor, *, samples: int) -> bool:
     _, heads, tokens, width = query.shape
     if query.device.type != "cuda" or query.element_size() != 2 or width != value.shape[-1]:
         return False
-    if width > _MOST_HEAD_WIDTH or width % _WIDTH_MULTIPLE or not has_flash(query.device):
+    if width > _MAX_HEAD_WIDTH or width % _WIDTH_MULTIPLE or not has_flash(query.device):
         return False
     padded_width = -(-width // 32) * 32
     return (tokens + _GRANULARITY * samples) * heads * padded_width < 1 << 31

@@ -17,9 +17,9 @@ from qlora_tui.data import bounds
 from qlora_tui.data.bounds import (
     DEEPEST,
     LARGEST_ROW_BYTES,
-    MOST_CHARACTERS,
-    MOST_VALUES,
-    MOST_VALUES_IN_LINE,
+    MAX_CHARACTERS,
+    MAX_VALUES,
+    MAX_VALUES_IN_LINE,
 )
 from qlora_tui.data.inspection import inspect
 from qlora_tui.data.memory_bound import memory_bound
@@ -105,8 +105,8 @@ def test_a_text_that_compresses_well_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("many.jsonl", b"[" + b"[]," * MOST_VALUES_IN_LINE + b"1]"),
-        ("many.json", b"[[" + b"1," * (MOST_VALUES + MIB) + b"1]]"),
+        ("many.jsonl", b"[" + b"[]," * MAX_VALUES_IN_LINE + b"1]"),
+        ("many.json", b"[[" + b"1," * (MAX_VALUES + MIB) + b"1]]"),
         ("deep.jsonl", b'{"a":' * (DEEPEST + 1) + b"1" + b"}" * (DEEPEST + 1)),
         ("deep.json", b'{"a":' * (DEEPEST + 1) + b"1" + b"}" * (DEEPEST + 1)),
         ("deeper.json", b"[" * MIB),
@@ -121,7 +121,7 @@ def test_too_many_or_too_deep_values_are_refused(tmp_path: Path, name: str, cont
 
 def test_rows_at_the_bounds_are_read(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    depth, many = DEEPEST - 1, MOST_VALUES_IN_LINE - DEEPEST - 8
+    depth, many = DEEPEST - 1, MAX_VALUES_IN_LINE - DEEPEST - 8
     deep = b'{"a":' * depth + b"[" + b"1," * many + b"1]" + b"}" * depth
     path.write_bytes(deep + b'\n{"text":"' + b"a" * (LARGEST_ROW_BYTES - 100) + b'"}\n')
     assert [row.error for row in rows(path)] == ["", ""]
@@ -129,7 +129,7 @@ def test_rows_at_the_bounds_are_read(tmp_path: Path) -> None:
 
 def test_only_a_row_too_long_for_tokenizing_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    long = {"instruction": "a", "output": "b " * (MOST_CHARACTERS // 2)}
+    long = {"instruction": "a", "output": "b " * (MAX_CHARACTERS // 2)}
     path.write_text(json.dumps(long) + '\n{"instruction": "a", "output": "b"}\n')
     report = inspect(Source(path=str(path)), family("chatml"))
     (problem,) = (problem for problem in report.problems if problem.kind == "too-large")

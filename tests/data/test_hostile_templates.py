@@ -38,7 +38,7 @@ HANGING = {
 RENDERED_ALONE = """
 import sys
 from qlora_tui.data import chat_template, template_guard
-template_guard.MOST_HUNG_CPU_S = template_guard.MOST_CPU_S = 0.5
+template_guard.MAX_HUNG_CPU_S = template_guard.MAX_CPU_S = 0.5
 template, rounds = chat_template.ChatTemplate(sys.argv[1], {}), int(sys.argv[2])
 for _ in range(rounds):
     template.render([{"role": "user", "content": "Hi"}])
@@ -91,7 +91,7 @@ def refusal(text: str) -> str:
 
 @pytest.mark.parametrize("name", SLOW)
 def test_a_template_without_end_is_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_guard, "MOST_CPU_S", 0.2)
+    monkeypatch.setattr(template_guard, "MAX_CPU_S", 0.2)
     assert "takes more than" in refusal(SLOW[name])
 
 
@@ -121,8 +121,8 @@ def test_rendering_for_long_is_no_hanging() -> None:
 @pytest.mark.parametrize("name", LARGE)
 @pytest.mark.slow
 def test_a_template_that_takes_all_memory_is_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_guard, "MOST_CPU_S", 1.0)
-    monkeypatch.setattr(template_guard, "MORE_MEMORY_BYTES", 32 << 20)
+    monkeypatch.setattr(template_guard, "MAX_CPU_S", 1.0)
+    monkeypatch.setattr(template_guard, "MAX_ADDED_MEMORY_BYTES", 32 << 20)
     assert re.search("takes more than|Error", refusal(LARGE[name]))
 
 
@@ -137,12 +137,12 @@ def test_a_template_that_fails_is_told_in_words(name: str) -> None:
 
 
 def test_a_template_that_was_stopped_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_guard, "MOST_CPU_S", 0.2)
+    monkeypatch.setattr(template_guard, "MAX_CPU_S", 0.2)
     endless = ChatTemplate(ENDLESS, {})
     for tried in (endless, endless, endless.with_variables({"enable_thinking": False})):
         with pytest.raises(RowRejectedError):
             tried.render(TURNS)
-        monkeypatch.setattr(template_guard, "MOST_CPU_S", 1e9)
+        monkeypatch.setattr(template_guard, "MAX_CPU_S", 1e9)
 
 
 @pytest.mark.parametrize("fault", [MemoryError, OSError, None], ids=["memory", "clock", "lost"])
@@ -163,7 +163,7 @@ def test_a_template_is_stopped_where_the_first_attempt_fails(
         return 1
 
     monkeypatch.setattr(template_guard, "_raise_in", fails_once)
-    monkeypatch.setattr(template_guard, "MOST_CPU_S", 0.2)
+    monkeypatch.setattr(template_guard, "MAX_CPU_S", 0.2)
     assert "takes more than" in refusal(ENDLESS)
 
 
@@ -171,7 +171,7 @@ def test_a_template_is_stopped_after_the_watcher_failed_to_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(template_guard, "_watch", template_guard._Watch())
-    monkeypatch.setattr(template_guard, "MOST_CPU_S", 0.2)
+    monkeypatch.setattr(template_guard, "MAX_CPU_S", 0.2)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
         patch.setattr(threading.Thread, "start", _cannot_start)
         template_guard.Bounded().__enter__()
@@ -185,21 +185,21 @@ def _cannot_start(thread: threading.Thread) -> None:
 def test_a_template_that_exhausts_memory_is_not_tried_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(template_guard, "MOST_CPU_S", 1e9)
-    monkeypatch.setattr(template_guard, "MORE_MEMORY_BYTES", 32 << 20)
-    monkeypatch.setattr(chat_template, "_MOST_WASTED_S", 0.0)
+    monkeypatch.setattr(template_guard, "MAX_CPU_S", 1e9)
+    monkeypatch.setattr(template_guard, "MAX_ADDED_MEMORY_BYTES", 32 << 20)
+    monkeypatch.setattr(chat_template, "_MAX_WASTED_S", 0.0)
     template = ChatTemplate(LARGE["sum of texts"], {})
     reasons = []
     for _ in range(2):
         with pytest.raises(RowRejectedError) as refused:
             template.render(TURNS)
         reasons.append(refused.value.reason)
-        monkeypatch.setattr(template_guard, "MORE_MEMORY_BYTES", 1 << 62)
+        monkeypatch.setattr(template_guard, "MAX_ADDED_MEMORY_BYTES", 1 << 62)
     assert reasons[0] == reasons[1] and "takes more than" in reasons[0]
 
 
 def test_a_template_is_stopped_in_its_own_thread_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_guard, "MOST_CPU_S", 0.2)
+    monkeypatch.setattr(template_guard, "MAX_CPU_S", 0.2)
     reasons: list[str] = []
     thread = threading.Thread(target=lambda: reasons.append(refusal(ENDLESS)))
     thread.start()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.data.tokenizer_guard import LONGEST_TOKEN, MOST_BYTES, check_tokenizer
+from qlora_tui.data.tokenizer_guard import LONGEST_TOKEN, MAX_BYTES, check_tokenizer
 from qlora_tui.errors import UserError
 from tests.data.families import tokenizer_json
 
@@ -65,7 +65,7 @@ def test_a_token_of_absurd_length_is_refused(tmp_path: Path) -> None:
 
 def test_a_tokenizer_of_absurd_size_is_refused_unread(tmp_path: Path) -> None:
     with (tmp_path / "tokenizer.json").open("wb") as file:
-        file.truncate(MOST_BYTES + 1)
+        file.truncate(MAX_BYTES + 1)
     with pytest.raises(UserError) as refused:
         ChatTokenizer.from_folder(tmp_path)
     assert "larger than 64 MiB" in refused.value.what

@@ -45,7 +45,7 @@ WRONG_VALUES: tuple[Any, ...] = (
     None, True, -1, 0, 1.5, 10**400, 1e400, "", "x", "(a+)+$", [], ["x"], [[]], {}, {"x": 1}, {"x": []},
 )  # fmt: skip
 """One of each type, and what each type has at its edges."""
-_MOST_CHILDREN = 40
+_MAX_CHILDREN = 40
 _EDIT = st.tuples(
     st.sampled_from(("insert", "replace", "delete", "repeat", "cut", "flip")),
     st.floats(0, 1, exclude_max=True),
@@ -100,7 +100,7 @@ def _paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield path
     keys: Sequence[Any] = ()
     if isinstance(value, dict):
-        keys = list(value)[:_MOST_CHILDREN]
+        keys = list(value)[:_MAX_CHILDREN]
     elif isinstance(value, list):
         keys = range(min(len(value), 1))
     for key in keys:

@@ -13,7 +13,7 @@ from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_parser import known_model_types, parse_architecture
 from qlora_tui.errors import UserError
 from qlora_tui.memory import Correction, Device, as_json, estimate
-from qlora_tui.memory.calibration import LEAST, MOST
+from qlora_tui.memory.calibration import MAX_FACTOR, MIN_FACTOR
 from qlora_tui.recipe.fields import fields, get_setting, replace_setting
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
 from tests.catalog.configs import config as config_of
@@ -56,7 +56,7 @@ CONFIGS = st.fixed_dictionaries(
 CORRECTIONS = st.none() | st.builds(
     Correction,
     runs=st.integers(1, 20),
-    factor=st.floats(LEAST, MOST),
+    factor=st.floats(MIN_FACTOR, MAX_FACTOR),
     outside_bytes=st.none() | st.integers(0, 2**42),
     low=st.floats(1e-6, 2),
     high=st.floats(1e-6, 1e6),

@@ -83,7 +83,7 @@ def test_a_line_longer_than_a_read_is_read_whole(tmp_path: Path) -> None:
     long = CheckpointSaved(at=1.0, step=1, folder="f" * 5000)
     path.write_bytes(encode(long))
     tail = EventTail(path)
-    assert tail.poll(most_bytes=100) == [long]
+    assert tail.poll(max_bytes=100) == [long]
     with path.open("ab") as file:
         file.write(encode(a_step(2)))
     assert list(tail.drain()) == [a_step(2)]

@@ -12,7 +12,7 @@ from textual.color import Color
 
 from tests.tui.screen_assertions import segments_of
 
-LEAST_CONTRAST = 4.5
+MIN_CONTRAST = 4.5
 """For text, WCAG 2.1, 1.4.3."""
 
 
@@ -38,7 +38,7 @@ def illegible(app: Any) -> set[str]:
         for one in line
         if any(character.isalnum() for character in one.text)
         for ratio in _contrast_of(_seen(one.style))
-        if ratio < LEAST_CONTRAST
+        if ratio < MIN_CONTRAST
     }
 
 

@@ -14,14 +14,14 @@ from textual.strip import Strip
 from qlora_tui.tui.render.axis import Axis, label, rounded, so_far, ticks
 from qlora_tui.tui.render.block_charts import NOT_A_NUMBER, blocks, over_axis
 from qlora_tui.tui.render.plot import Curve, Mark, Plot, plot
-from qlora_tui.tui.render.series import MOST_POINTS, BiasCorrectedEma, DecimatedSeries, Envelope
+from qlora_tui.tui.render.series import MAX_POINTS, BiasCorrectedEma, DecimatedSeries, Envelope
 from qlora_tui.tui.widgets.diff_widget import changed_cells
 from tests.support.counting import count_calls
 
 ANY_FLOATS = st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=600)
 
 
-def trace_of(values: list[float], most: int = MOST_POINTS) -> Envelope:
+def trace_of(values: list[float], most: int = MAX_POINTS) -> Envelope:
     history = DecimatedSeries(most=most)
     history.extend(range(len(values)), values)
     return history.envelopes()[0]

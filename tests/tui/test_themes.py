@@ -9,7 +9,7 @@ from qlora_tui import paths
 from qlora_tui.settings import Settings
 from qlora_tui.tui.themes import load_themes
 from tests.tui.screen_assertions import shows, until
-from tests.tui.style_dump import LEAST_CONTRAST, contrast
+from tests.tui.style_dump import MIN_CONTRAST, contrast
 from tests.tui.workstation import config_folder, open_on
 
 TEXT = ("foreground", "primary", "secondary", "warning", "error", "success", "accent")
@@ -54,15 +54,15 @@ def test_text_is_legible_on_every_ground(name: str) -> None:
     dim = {
         f"{ink} on {ground}": round(ratio, 2)
         for ink, ground in pairs
-        if (ratio := contrast(inks[ink], Color.parse(getattr(theme, ground)))) < LEAST_CONTRAST
+        if (ratio := contrast(inks[ink], Color.parse(getattr(theme, ground)))) < MIN_CONTRAST
     }
     assert not dim
     cursors = ("block-cursor", "block-cursor-blurred")
     for cursor in cursors:
         ground = Color.parse(variables[f"{cursor}-background"])
-        assert contrast(Color.parse(variables[f"{cursor}-foreground"]), ground) >= LEAST_CONTRAST
+        assert contrast(Color.parse(variables[f"{cursor}-foreground"]), ground) >= MIN_CONTRAST
         low = {ink: round(contrast(color, ground), 2) for ink, color in inks.items()}
-        assert min(low.values()) >= LEAST_CONTRAST, (cursor, low)
+        assert min(low.values()) >= MIN_CONTRAST, (cursor, low)
 
 
 @pytest.mark.parametrize("name", [theme.name for theme in SHIPPED if theme.ansi])

@@ -17,7 +17,7 @@ VERDICT_STYLE = {
 }
 """Color of each verdict; the word is always shown too."""
 _BETWEEN = " · "
-_LEAST_NAME = 9
+_MIN_NAME = 9
 """Cells that a name is not shortened below."""
 PRECISION_NAMES: dict[Precision, str] = {"nf4": "NF4", "int8": "int8", "fp16": "fp16"}
 
@@ -42,8 +42,8 @@ def recipe_line(workbench: Workbench, width: int | None = None) -> str:
     for place in (2, 1, 0):
         over = 0 if width is None else len(_BETWEEN.join(parts)) - width
         name = parts[place]
-        if over > 0 and len(name) > _LEAST_NAME + 1:
-            parts[place] = name[: max(_LEAST_NAME, len(name) - over - 1)].rstrip(".-_ ") + "…"
+        if over > 0 and len(name) > _MIN_NAME + 1:
+            parts[place] = name[: max(_MIN_NAME, len(name) - over - 1)].rstrip(".-_ ") + "…"
     return _BETWEEN.join(parts)[:width]
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import or_
 
-MOST_POINTS = 640
+MAX_POINTS = 640
 """Points of an envelope: about as many as a wide terminal has dots across."""
 
 
@@ -45,7 +45,7 @@ class Envelope:
 class DecimatedSeries:
     """Columns over one x that grow at their end. Memory grows with the logarithm of their length."""
 
-    def __init__(self, columns: int = 1, most: int = MOST_POINTS) -> None:
+    def __init__(self, columns: int = 1, most: int = MAX_POINTS) -> None:
         self._most = most
         self._first = math.inf
         """The x of the first value."""

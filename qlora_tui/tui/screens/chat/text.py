@@ -22,7 +22,7 @@ NOTHING_TO_CHAT_WITH = (
 HINT = "Type a message. Enter: send · Ctrl+J: new line · {chat.leave}: leave the field"
 STOPPED_LOADING = "Stopped loading the model. Press {chat.leave}, then {chat.retry}, to try again."
 UNLOADED = "Stopped because the model was unloaded. Press {chat.leave}, then {chat.retry}, to try again."
-_FEWEST_COLUMNS = 8
+_MIN_COLUMNS = 8
 """Least number of columns that the layers are drawn in, however narrow the window."""
 NOT_MEASURED = "Not measured: the model was unloaded. Press {chat.effect} to load it and measure."
 
@@ -93,7 +93,7 @@ def effect_text(measured: Effect, width: int) -> Content:
         most = max(measured.layers, key=lambda change: change.relative)
         before = f"{figures} · layers moved: {first} "
         after = f" {last}, most {format_float(most.relative * 100, 2)}% in {most.layer}"
-        width_left = min(len(measured.layers), max(_FEWEST_COLUMNS, width - len(before + after)))
+        width_left = min(len(measured.layers), max(_MIN_COLUMNS, width - len(before + after)))
         columns = downsample([change.relative for change in measured.layers], width_left)
         figures = before + blocks(columns, 0.0, most.relative, 1)[0] + after
     warning = f"\n{measured.warning}" if measured.warning else ""

@@ -29,8 +29,8 @@ from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.workbench import Workbench
 
 _CURVE, _SHORT_CURVE = 24, 12
-_MOST_RECENT = 20
-_LEAST_ACROSS = 20
+_MAX_RECENT = 20
+_MIN_ACROSS = 20
 """Cells that lines are laid out in, however narrow the window."""
 _WIDEST = 44
 """Cells of a name or a model in their list."""
@@ -74,7 +74,7 @@ class HomeReader:
         down: int,
     ) -> HomeFacts:
         """Read everything for ``down`` lines of ``across`` cells beside the titles."""
-        across = max(_LEAST_ACROSS, across)
+        across = max(_MIN_ACROSS, across)
         if self._local_models is None:
             self._local_models = sum(model.refusal is None for model in list_local_models())
         status = system_status.latest_status
@@ -109,9 +109,7 @@ class HomeReader:
         wrapped = {name: _wrapped(lines, across) for name, lines in parts.items()}
         # A line under each part.
         left = down - 1 - sum(len(lines) + 1 for lines in wrapped.values())
-        wrapped["recent"] = _wrapped(
-            self._recent(system_status, now, across, min(left, _MOST_RECENT)), across
-        )
+        wrapped["recent"] = _wrapped(self._recent(system_status, now, across, min(left, _MAX_RECENT)), across)
         return HomeFacts(wrapped, step)
 
     def _recent(self, system_status: SystemStatus, now: float, across: int, down: int) -> list[Content]:

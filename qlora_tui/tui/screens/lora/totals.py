@@ -24,7 +24,7 @@ from qlora_tui.tui.workbench import Workbench
 
 SAVED_BYTES = 4
 """Bytes of a parameter in ``adapter_model.safetensors``: adapters are trained and saved in 32 bits."""
-_MOST_LINES = 2
+_MAX_LINES = 2
 """Lines for the differences from the preset."""
 
 
@@ -92,7 +92,7 @@ def difference_text(workbench: Workbench, known: MemoryDeltas | None, width: int
         rest = [f"{len(words) - shown} more"] if shown < len(words) else []
         named = " · ".join([*words[:shown], *rest])
         text = Content.assemble((f"vs {workbench.preset}: ", "$text-muted"), (price, "bold"), named)
-        if len(text.wrap(width)) <= _MOST_LINES:
+        if len(text.wrap(width)) <= _MAX_LINES:
             break
     return text
 

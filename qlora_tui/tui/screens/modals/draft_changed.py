@@ -18,7 +18,7 @@ from qlora_tui.tui.workbench import Workbench
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
 
-_MOST_LINES = 8
+_MAX_LINES = 8
 Choice = Literal["mine", "theirs"]
 
 
@@ -37,9 +37,9 @@ class DraftChangedScreen(ModalScreen[Choice | None]):
         self._changes = changes
 
     def compose(self) -> ComposeResult:
-        shown = self._changes[:_MOST_LINES]
-        if len(self._changes) > _MOST_LINES:
-            shown.append(f"and {len(self._changes) - _MOST_LINES} more")
+        shown = self._changes[:_MAX_LINES]
+        if len(self._changes) > _MAX_LINES:
+            shown.append(f"and {len(self._changes) - _MAX_LINES} more")
         with Vertical(classes="dialog") as dialog:
             dialog.border_title = "Another app changed the recipe"
             yield Static("Your last edit is not saved. Changes from yours to theirs:", markup=False)

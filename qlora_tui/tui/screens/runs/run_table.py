@@ -34,7 +34,7 @@ class _Column:
     width: int
     """In cells; 0 takes what is left."""
     text: Callable[[RunSummary], str]
-    least_width: int = 0
+    min_width: int = 0
     """The whole list must be so wide for this column to be shown."""
     everywhere: bool = True
     """Also where no run has anything in it."""
@@ -67,9 +67,9 @@ def _steps(summary: RunSummary) -> str:
 _COLUMNS = (
     _Column("when", 12, lambda s: when(s, clock.now())),
     _Column("run", 0, lambda s: s.name),
-    _Column("model", 26, lambda s: s.model, least_width=150),
-    _Column("settings", 22, lambda s: s.settings, least_width=115),
-    _Column("steps", 13, _steps, least_width=130, right=True),
+    _Column("model", 26, lambda s: s.model, min_width=150),
+    _Column("settings", 22, lambda s: s.settings, min_width=115),
+    _Column("steps", 13, _steps, min_width=130, right=True),
     _Column("best", 6, _loss, right=True),
     _Column("exact", 5, _exact, right=True, everywhere=False),
     _Column("loss", _CURVE, lambda s: curve(s.losses, _CURVE) if s.losses else ""),
@@ -77,7 +77,7 @@ _COLUMNS = (
         "time",
         11,
         lambda s: "" if s.seconds is None else format_duration(s.seconds),
-        least_width=100,
+        min_width=100,
         right=True,
     ),
 )
@@ -179,7 +179,7 @@ class RunTable(LineView):
         columns = [
             column
             for column in _COLUMNS
-            if width >= column.least_width and (column.everywhere or any(map(column.text, self._rows)))
+            if width >= column.min_width and (column.everywhere or any(map(column.text, self._rows)))
         ]
         taken = _HEAD + sum(column.width + 2 for column in columns)
         left = max(10, width - taken)

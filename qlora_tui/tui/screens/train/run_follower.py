@@ -40,11 +40,11 @@ LONG_BYTES = 8 << 20
 _SAMPLE_STEPS = 10_000
 _RECENT_STEPS = 100
 """Steps that the view keeps, more than its pace is computed from. Earlier ones are kept decimated."""
-_LEAST_WINDOW, _MOST_WINDOW = 4, 100
+_MIN_WINDOW, _MAX_WINDOW = 4, 100
 _HISTORY = 240
 """Telemetry samples for the charts: four minutes."""
-_MOST_ENTRIES = 2000
-_MOST_SAMPLES = 60
+_MAX_ENTRIES = 2000
+_MAX_SAMPLES = 60
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class _DownsampledRun:
         if len(series):
             self.last_step = series.step[-1]
         series.keep_last(_RECENT_STEPS)
-        del view.samples[:-_MOST_SAMPLES]
+        del view.samples[:-_MAX_SAMPLES]
 
     def _select(self, first: int) -> list[int]:
         """Which of the view's steps, of those from index ``first`` on."""
@@ -143,7 +143,7 @@ class _DownsampledRun:
 
 def smoothing_window(total_steps: int) -> float:
     """Steps that the running mean looks back over: a thirtieth of the run, so that its trend shows."""
-    return float(min(max(total_steps / 30, _LEAST_WINDOW), _MOST_WINDOW))
+    return float(min(max(total_steps / 30, _MIN_WINDOW), _MAX_WINDOW))
 
 
 class RunFollower:
@@ -163,7 +163,7 @@ class RunFollower:
         self._telemetry = TelemetryTail(run.telemetry_path)
         self._recent: deque[Sample] = deque(maxlen=_HISTORY)
         self._energy = EnergyMeter(run.telemetry_path)
-        self._output = OutputTail(run.log_path, _MOST_ENTRIES)
+        self._output = OutputTail(run.log_path, _MAX_ENTRIES)
 
     def poll(self) -> RunSnapshot:
         """The run as it is now."""
@@ -177,8 +177,8 @@ class RunFollower:
         self._entries += _entries(fresh, downsampled.view.total_steps)
         self._report_unknown(downsampled.view)
         # A new list, so that whoever shows the old one sees that it was replaced.
-        if len(self._entries) > 2 * _MOST_ENTRIES:
-            self._entries = self._entries[-_MOST_ENTRIES:]
+        if len(self._entries) > 2 * _MAX_ENTRIES:
+            self._entries = self._entries[-_MAX_ENTRIES:]
         return self._snapshot(downsampled)
 
     def _read(self) -> tuple[_DownsampledRun, list[AnyEvent]]:

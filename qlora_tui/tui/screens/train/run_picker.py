@@ -16,7 +16,7 @@ from qlora_tui.runs.status import read_status
 from qlora_tui.tui.render.run_labels import SIGNS
 from qlora_tui.tui.widgets.vi_list import ViList
 
-_MOST = 30
+_MAX_LISTED = 30
 """Number of runs listed; the Runs screen lists all."""
 
 
@@ -30,7 +30,7 @@ class RunPickerScreen(ModalScreen[RunDir | None]):
 
     def __init__(self, now: RunDir | None) -> None:
         super().__init__()
-        self._runs = [run for run in all_runs() if run != now][:_MOST]
+        self._runs = [run for run in all_runs() if run != now][:_MAX_LISTED]
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog") as dialog:
