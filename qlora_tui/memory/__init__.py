@@ -7,8 +7,8 @@ available memory, and call :func:`largest_settings` or :func:`cheapest_changes`;
 ``execution`` describes which trainer's code runs, ``versions`` and ``trl_loss`` what its libraries do;
 ``step`` replays one step of it on ``autograd``, with ``layout``, ``decoder_layer``, ``ops``, ``attention``,
 ``linear`` and ``loss`` for what most families share, and ``moe``, ``mla``, ``cohere`` and ``unsloth_kernels``
-for what some have, ``fused_lora`` for our trainer's functions that save less memory; ``weights`` and
-``static_memory`` count what is constant; ``replay`` puts ``loading`` and the ``allocation_trace`` of each
+for what some have, ``fused_lora`` for our trainer's functions that save less memory; ``parameter_memory``
+and ``static_memory`` count what is constant; ``replay`` puts ``loading`` and the ``allocation_trace`` of each
 part on a model of CUDA's ``allocator``; ``conversion`` is the peak of converting a GGUF file; ``levels`` (on
 a CPU with ``onednn_cache``) goes from tensors to what the GPU sees; ``step_trace`` replaces the replayed step
 by a traced one; ``calibration`` corrects by measurements of past runs; ``explain`` has a sentence for each

@@ -17,11 +17,11 @@ from qlora_tui.memory.execution import Device, ExecutionConfig, trainer_executio
 from qlora_tui.memory.explain import LABELS, ExplainContext, explanations
 from qlora_tui.memory.layout import STYLES, Layout, build_layout
 from qlora_tui.memory.levels import MemoryLevels, UncertaintyBand, context_bytes, corrected, tiers
+from qlora_tui.memory.parameter_memory import gradient_bytes, optimizer_step_bytes
 from qlora_tui.memory.replay import replay
 from qlora_tui.memory.static_memory import FROZEN, static_items
 from qlora_tui.memory.step import Peak, peak_candidates, profile_step
 from qlora_tui.memory.step_trace import StepTrace
-from qlora_tui.memory.weights import gradient_bytes, optimizer_step_bytes
 from qlora_tui.recipe.schema import Recipe
 
 Precision = Literal["nf4", "int8", "fp16"]

@@ -10,8 +10,8 @@ from qlora_tui.memory.execution import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS, Executi
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.onednn_cache import kernel_bytes
 from qlora_tui.memory.ops import FLOAT
+from qlora_tui.memory.parameter_memory import optimizer_bytes
 from qlora_tui.memory.replay import Pool
-from qlora_tui.memory.weights import optimizer_bytes
 
 MIB = 1024 * 1024
 CONTEXT_BYTES = 141 * MIB

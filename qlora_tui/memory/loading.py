@@ -17,7 +17,7 @@ from qlora_tui.memory.allocator import CachingAllocator, MemoryBlock
 from qlora_tui.memory.execution import ExecutionConfig
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.ops import FLOAT
-from qlora_tui.memory.weights import four_bit_scale_sizes
+from qlora_tui.memory.parameter_memory import four_bit_scale_sizes
 from qlora_tui.recipe.schema import Recipe
 
 READ_BYTES = 2

@@ -92,7 +92,7 @@ def _chunked(ops: Ops, layout: Layout, path: ExecutionConfig, hidden: Tensor, wi
         return (gradient if itemsize == width else ops.new(numel, width),)
 
     with ops.meter.attribute_to(item):
-        states = _learnt_from(ops, hidden, width)
+        states = _states_in_loss(ops, hidden, width)
         toward = ops.new(numel, itemsize)
         toward_rows = ops.new(layout.token_rows * layout.hidden, FLOAT)
     with ops.meter.attribute_to("logits"):
@@ -110,7 +110,7 @@ def _chunked(ops: Ops, layout: Layout, path: ExecutionConfig, hidden: Tensor, wi
     return loss
 
 
-def _learnt_from(ops: Ops, hidden: Tensor, width: int) -> Tensor:
+def _states_in_loss(ops: Ops, hidden: Tensor, width: int) -> Tensor:
     """Replay the selection of the hidden states at the positions in the loss, as a copy."""
     numel = hidden.numel
 
@@ -146,7 +146,7 @@ def _liger(ops: Ops, layout: Layout, path: ExecutionConfig, hidden: Tensor, widt
     rows = liger_rows(layout.tokens, layout.hidden, layout.vocabulary)
     numel = hidden.numel
     with ops.meter.attribute_to("hidden_gradient"):
-        states = _learnt_from(ops, hidden, width) if path.own_fused else hidden
+        states = _states_in_loss(ops, hidden, width) if path.own_fused else hidden
         if path.own_fused and layout.logit_scale:
             states = ops.times_number(states)
         toward = ops.new(numel, width)

@@ -18,9 +18,9 @@ from qlora_tui.memory.execution import ExecutionConfig
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.loading import load
 from qlora_tui.memory.ops import FLOAT
+from qlora_tui.memory.parameter_memory import state_sizes
 from qlora_tui.memory.static_memory import input_bytes, mask_bytes, workspace_bytes
 from qlora_tui.memory.step import PartProfile, StepProfile, adapter_copies, embedding_bytes
-from qlora_tui.memory.weights import state_sizes
 from qlora_tui.recipe.schema import Recipe
 
 STEPS = 2

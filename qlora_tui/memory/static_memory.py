@@ -5,8 +5,8 @@ from __future__ import annotations
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.memory.execution import ExecutionConfig
 from qlora_tui.memory.layout import Layout
+from qlora_tui.memory.parameter_memory import adapter_bytes, frozen_weights, optimizer_bytes, round_to_block
 from qlora_tui.memory.step import residual_dtype_bytes
-from qlora_tui.memory.weights import adapter_bytes, frozen_weights, optimizer_bytes, round_to_block
 from qlora_tui.recipe.schema import Recipe
 
 FROZEN = ("weights", "scales", "linear", "embedding", "head", "norms", "experts", "vision")

@@ -19,7 +19,7 @@ from qlora_tui.memory.execution import ExecutionConfig
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.loss import head_and_loss
 from qlora_tui.memory.ops import Ops
-from qlora_tui.memory.weights import round_to_block
+from qlora_tui.memory.parameter_memory import round_to_block
 
 Items = dict[str, int]
 

@@ -8,9 +8,9 @@ from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.errors import UserError
 from qlora_tui.memory.execution import ExecutionConfig
 from qlora_tui.memory.layout import build_layout
+from qlora_tui.memory.parameter_memory import gradient_bytes
 from qlora_tui.memory.static_memory import FROZEN, static_items
 from qlora_tui.memory.step import peak_candidates, profile_step
-from qlora_tui.memory.weights import gradient_bytes
 from qlora_tui.recipe.schema import Recipe
 
 

@@ -13,7 +13,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes, format_count
 from qlora_tui.memory import Device, Estimate, estimate
 from qlora_tui.memory.layout import build_layout, row_tensors
-from qlora_tui.memory.weights import adapter_bytes, gradient_bytes, optimizer_bytes
+from qlora_tui.memory.parameter_memory import adapter_bytes, gradient_bytes, optimizer_bytes
 from qlora_tui.recipe.diff import diff_recipes, format_value
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Lora, Recipe
