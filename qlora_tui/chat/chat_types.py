@@ -96,7 +96,7 @@ class GenerationResult(Struct, frozen=True, kw_only=True):
     thought_tokens: int = 0
     thought_s: float = 0.0
     warning: str = ""
-    """Warning where the chat's scores differed from those of transformers and peft; empty otherwise."""
+    """Warning where the chat's logits differed from those of transformers and peft; empty otherwise."""
     thought_ended: bool = True
     """False if the model was still thinking when it stopped."""
 

@@ -38,7 +38,7 @@ class Effect(Struct, frozen=True, kw_only=True):
     """Number of these that the adapter predicts."""
     turns_ended_by_base: int
     warning: str = ""
-    """Warning where these figures use scores that differ from those of transformers and peft."""
+    """Warning where these figures use logits that differ from those of transformers and peft."""
     token_rows: tuple[str, ...] = ()
     """Tokens with their own trained rows of embedding and head."""
     layers: tuple[LayerChange, ...]

@@ -1,4 +1,4 @@
-"""Generation of one answer, token by token."""
+"""Generates one answer, token by token: :meth:`AnswerStream._tokens` is the decoding loop."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from qlora_tui.chat.kv_cache import PrefixCache
 from qlora_tui.chat.thought_splitter import ThoughtSplitter
 from qlora_tui.chat.token_sampler import make_sampler
 
-_READ_AT_ONCE = 512
-"""Tokens of a prompt between two checks for a stop request."""
+_PREFILL_CHUNK_TOKENS = 512
+"""Prompt tokens in one forward pass: a stop request is noticed between two."""
 
 
 class DecoderModel(Protocol):
@@ -29,7 +29,7 @@ class DecoderModel(Protocol):
     warning: str
 
     def next_logits(self, adapter_name: str, token_ids: list[int], prefix_cache: PrefixCache) -> Tensor:
-        """Return the scores (1, vocabulary) of the token after ``token_ids``."""
+        """Return the logits (1, vocabulary) of the token after ``token_ids``."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of the ids without special tokens."""
@@ -78,7 +78,7 @@ class AnswerStream:
                 break
             yield from parts.add_text(stream.add(token_id))
         else:
-            ending = self._why_no_more(len(answer))
+            ending = self._limit_reached(len(answer))
         yield from parts.add_text(stream.rest(), is_last=True)
         ended = time.perf_counter()
         self.outcome = GenerationResult(
@@ -97,38 +97,41 @@ class AnswerStream:
         )
 
     @property
-    def _most_tokens(self) -> int:
+    def _max_new_tokens(self) -> int:
         return min(self._sampling.max_new_tokens, self._model.context_length - len(self._prompt))
 
-    def _why_no_more(self, answered: int) -> FinishReason:
-        if answered < self._most_tokens:
+    def _limit_reached(self, answered: int) -> FinishReason:
+        if answered < self._max_new_tokens:
             return "stopped"
         return "most tokens" if answered == self._sampling.max_new_tokens else "context full"
 
     def _tokens(self, reused: int) -> Iterator[int]:
         """Yield the answer's ids, up to the maximum or until stopped."""
-        choose = make_sampler(self._sampling, self._model.device)
+        sample_token = make_sampler(self._sampling, self._model.device)
         ids = torch.tensor([self._prompt], device=self._model.device)
-        unread = self._prompt[reused:]
-        for _ in range(self._most_tokens):
-            scores = self._read(unread)
-            if scores is None:
+        uncached = self._prompt[reused:]
+        for _ in range(self._max_new_tokens):
+            logits = self._forward(uncached)
+            if logits is None:
                 return
-            token_id = choose(ids, scores)
+            token_id = sample_token(ids, logits)
             ids = torch.cat([ids, ids.new_tensor([[token_id]])], dim=1)
-            unread = [token_id]
+            uncached = [token_id]
             yield token_id
 
-    def _read(self, token_ids: list[int]) -> Tensor | None:
-        """Return the scores after ``token_ids``; None after a stop request."""
-        scores = None
-        for start in range(0, len(token_ids), _READ_AT_ONCE):
+    def _forward(self, token_ids: list[int]) -> Tensor | None:
+        """Run ``token_ids`` through the model in chunks.
+
+        Returns the logits (1, vocabulary) after the last one; None after a stop request.
+        """
+        logits = None
+        for start in range(0, len(token_ids), _PREFILL_CHUNK_TOKENS):
             if self._stop.is_set():
                 return None
-            scores = self._model.next_logits(
-                self._adapter_name, token_ids[start : start + _READ_AT_ONCE], self._prefix_cache
+            logits = self._model.next_logits(
+                self._adapter_name, token_ids[start : start + _PREFILL_CHUNK_TOKENS], self._prefix_cache
             )
-        return scores
+        return logits
 
 
 class _AnswerParts:

@@ -67,7 +67,7 @@ class PrefixCache:
     def reuse(self, prompt: Sequence[int]) -> int:
         """Truncate the cache to the common prefix with ``prompt``; return its length in tokens.
 
-        The last token is always processed again, because its scores give the first token of the answer.
+        The last token is always processed again, because its logits give the first token of the answer.
         """
         pairs = zip(self.token_ids, prompt[:-1], strict=False)
         known = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

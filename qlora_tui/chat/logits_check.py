@@ -1,7 +1,7 @@
 """Comparison of this chat's first logits with those of transformers and peft alone.
 
 The chat reads a prompt into its own cache, adds adapters, groups heads and calls 4-bit kernels directly. This
-check runs the end of a real prompt through both that code and the library's own. The scores of the next token
+check runs the end of a real prompt through both that code and the library's own. The logits of the next token
 must agree as closely as the library agrees with itself when each module's output is perturbed by the rounding
 error of the dtype (see :mod:`qlora_tui.training.step_check`).
 """
@@ -29,12 +29,12 @@ _MAX_DRAWS = 4
 
 @dataclass(frozen=True)
 class LogitsComparison:
-    """Difference between the chat's scores and the library's."""
+    """Difference between the chat's logits and the library's."""
 
     difference: float
-    """Root mean square difference over the vocabulary, as a share of the scores' spread."""
+    """Root mean square difference over the vocabulary, as a share of the logits' spread."""
     noise: float
-    """Difference that rounding makes to the library's scores, in the same unit."""
+    """Difference that rounding makes to the library's logits, in the same unit."""
 
     @property
     def agrees(self) -> bool:
@@ -45,7 +45,7 @@ class LogitsComparison:
 def compare_logits(
     model: Any, dtype: torch.dtype, ours: Callable[[], Tensor], library: Callable[[], Tensor]
 ) -> LogitsComparison:
-    """Compare two implementations of the same scores (rows, vocabulary).
+    """Compare two implementations of the same logits (rows, vocabulary).
 
     Args:
         model: computes ``library`` with transformers and peft alone while that is called.

@@ -1,7 +1,7 @@
 """A base model in memory, with its adapters.
 
-All adapters share one copy of the base: adapters are switched between tokens, so two answers can be generated
-side by side.
+All adapters share one copy of the base. The active adapter can change between two tokens, so two answers can
+be generated side by side.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class ChatSession:
     ) -> None:
         self.source = source
         self.tokenizer = tokenizer
-        self.machine = device
+        self.compute_device = device
         self.device = device.torch_device
         config = model.config.get_text_config()
         self.context_length = int(getattr(config, "max_position_embeddings", 1 << 30))
@@ -75,9 +75,9 @@ class ChatSession:
         self._adapter_names = AdapterSet(model, source.adapters)
         self._caches: dict[str, PrefixCache] = {}
         self.checked: dict[str, LogitsComparison] = {}
-        """Comparison with the library's scores by adapter name, after its first answer."""
+        """Comparison with the library's logits by adapter name, after its first answer."""
         self._not_checkable: set[str] = set()
-        """Adapters whose scores could not be compared."""
+        """Adapters whose logits could not be compared."""
         self.warning = ""
         """Warning on how this session computes; empty where there is none."""
         takes = signature(model.forward).parameters
@@ -140,7 +140,7 @@ class ChatSession:
         self._adapter_names.ensure_loaded(adapter_name)
 
     def check(self, adapter_name: str, prompt: list[int]) -> None:
-        """Compare the scores of a loaded adapter with the library's, once.
+        """Compare the logits of a loaded adapter with the library's, once.
 
         Where they differ, the session uses transformers and peft alone from then on, and ``warning`` says so.
         Where they cannot be compared, ``warning`` says why, and nothing else changes.
@@ -157,7 +157,7 @@ class ChatSession:
 
         def compare() -> LogitsComparison:
             return compare_logits(
-                self._model, self.machine.dtype, ours, lambda: self._library_logits(adapter_name, ids)
+                self._model, self.compute_device.dtype, ours, lambda: self._library_logits(adapter_name, ids)
             )
 
         try:
@@ -178,7 +178,7 @@ class ChatSession:
             )
             return
         how = (
-            f"the scores of the next token differed from those of transformers and peft by "
+            f"the logits of the next token differed from those of transformers and peft by "
             f"{comparison.difference:.2g} of their spread, where rounding explains {comparison.noise:.2g}"
         )
         self.warning = (
@@ -190,7 +190,7 @@ class ChatSession:
 
     @torch.inference_mode()
     def _library_logits(self, adapter_name: str, token_ids: list[int]) -> Tensor:
-        """Return the scores (2, vocabulary) after the last two of ``token_ids``, without this chat's code."""
+        """Return the logits (2, vocabulary) after the last two of ``token_ids``, without this chat's code."""
         with library_code(self._model), self._adapter_names.through_peft(adapter_name):
             output = self._model(input_ids=torch.tensor([token_ids], device=self.device), use_cache=False)
         return output.logits[0, -2:]  # type: ignore[no-any-return]  # transformers' outputs are untyped
@@ -218,7 +218,7 @@ class ChatSession:
 
     @torch.inference_mode()
     def next_logits(self, adapter_name: str, token_ids: list[int], prefix_cache: PrefixCache) -> Tensor:
-        """Return the scores (1, vocabulary) after ``token_ids``, which are added to the cache."""
+        """Return the logits (1, vocabulary) after ``token_ids``, which are added to the cache."""
         self._adapter_names.activate(adapter_name)
         last: int | Tensor = 1
         if len(token_ids) > 1 and self.device.type == "cpu" and not self._shares_keys:
@@ -240,7 +240,7 @@ class ChatSession:
 
     @torch.inference_mode()
     def logits_at(self, adapter_name: str, token_ids: list[int], positions: list[int]) -> Tensor:
-        """Return the scores (positions, vocabulary) of the token after each position, without a cache."""
+        """Return the logits (positions, vocabulary) of the token after each position, without a cache."""
         self._adapter_names.activate(adapter_name)
         output = self._model(
             input_ids=torch.tensor([token_ids], device=self.device),
@@ -277,7 +277,7 @@ def load_session(source: ChatSource, on_status: StatusFn = lambda words: None) -
             recipe,
             device,
             attention_path,
-            _in_tenths(on_status, words),
+            _every_tenth(on_status, words),
         )
     except torch.OutOfMemoryError as error:
         raise out_of_memory(device) from error
@@ -296,11 +296,11 @@ def model_folder(recipe: Recipe, on_status: StatusFn = lambda words: None) -> Pa
         return files.folder
     words = f"Converting {files.gguf_file}"
     on_status(words)
-    return convert_cached(files.folder / files.gguf_file, _in_tenths(on_status, words))
+    return convert_cached(files.folder / files.gguf_file, _every_tenth(on_status, words))
 
 
-def _in_tenths(on_status: StatusFn, words: str) -> Callable[[int, int], None]:
-    """Progress as a status for each tenth: a terminal shows every status on a line of its own."""
+def _every_tenth(on_status: StatusFn, words: str) -> Callable[[int, int], None]:
+    """Report progress every 10 %, because a terminal shows each status on a separate line."""
     reported = 0
 
     def report(done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""Selection of the next token from the model's scores."""
+"""Selection of the next token from the model's logits."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from qlora_tui.chat.chat_types import Sampling
 
 
 def make_sampler(sampling: Sampling, device: torch.device) -> Callable[[Tensor, Tensor], int]:
-    """Return a function from ids so far (1, tokens) and next scores (1, vocabulary) to the next id."""
+    """Return a function from ids so far (1, tokens) and next logits (1, vocabulary) to the next id."""
     warp: Any = LogitsProcessorList()
     if sampling.repetition_penalty != 1.0:
         warp.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
     if sampling.temperature == 0:
-        return lambda ids, scores: int(warp(ids, scores.float()).argmax())
+        return lambda ids, logits: int(warp(ids, logits.float()).argmax())
     warp.append(TemperatureLogitsWarper(sampling.temperature))
     if sampling.top_k:
         warp.append(TopKLogitsWarper(sampling.top_k))
@@ -36,7 +36,7 @@ def make_sampler(sampling: Sampling, device: torch.device) -> Callable[[Tensor, 
     else:
         generator.manual_seed(sampling.seed)
 
-    def draw(ids: Tensor, scores: Tensor) -> int:
-        return int(torch.multinomial(warp(ids, scores.float()).softmax(-1), 1, generator=generator))
+    def draw(ids: Tensor, logits: Tensor) -> int:
+        return int(torch.multinomial(warp(ids, logits.float()).softmax(-1), 1, generator=generator))
 
     return draw

@@ -37,8 +37,8 @@ class ChatService:
         self._session = session
         return ChatReady(
             adapter_names=session.adapter_names,
-            device=session.machine.name,
-            dtype=session.machine.dtype_name,
+            device=session.compute_device.name,
+            dtype=session.compute_device.dtype_name,
             context_tokens=session.context_length,
             seconds=time.perf_counter() - began,
             memory_bytes=session.memory_bytes,
@@ -59,7 +59,7 @@ class ChatService:
             for chunk in reply:
                 yield Text(chunk=chunk)
         except torch.OutOfMemoryError as error:
-            raise out_of_memory(session.machine) from error
+            raise out_of_memory(session.compute_device) from error
         assert reply.outcome is not None
         yield GenerationDone(outcome=reply.outcome)
 
@@ -76,7 +76,7 @@ class ChatService:
                 effect=measure_effect(session, request.adapter_name, on_status=on_status, stop=stop)
             )
         except torch.OutOfMemoryError as error:
-            raise out_of_memory(session.machine) from error
+            raise out_of_memory(session.compute_device) from error
 
     def unload(self) -> None:
         """Free the memory of the model."""

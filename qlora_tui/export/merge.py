@@ -40,7 +40,7 @@ class MergeResult(Struct, frozen=True, kw_only=True):
     changed_weights: int
     """Number of weight matrices that the adapter changed."""
     check: MergeCheck | None = None
-    """Comparison with the scores of base and adapter; None if they were not compared."""
+    """Comparison with the logits of base and adapter; None if they were not compared."""
     unchecked_because: str = ""
     """Why they were not compared."""
 

@@ -1,7 +1,7 @@
 """Comparison of a merged model with its 16-bit base plus adapter, as peft computes it.
 
 Both read the same prompt, one after the other, so that one model is in memory at a time. Merging rounds each
-changed weight once more; next-token scores may differ by as much as rounding changes peft's own.
+changed weight once more; next-token logits may differ by as much as rounding changes peft's own.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _SPARE_BYTES = 1 << 30
 
 
 class MergeCheck(Struct, frozen=True, kw_only=True):
-    """Next-token scores of the merged model compared with those of base and adapter."""
+    """Next-token logits of the merged model compared with those of base and adapter."""
 
     tokens: int
     """Number of positions compared."""
     difference: float
-    """Difference relative to the scores' spread: root mean square over positions and vocabulary."""
+    """Difference relative to the logits' spread: root mean square over positions and vocabulary."""
     noise: float
-    """Relative change of the scores of base and adapter due to rounding in the stored dtype."""
+    """Relative change of the logits of base and adapter due to rounding in the stored dtype."""
     same_choices: int
     """Number of positions at which both rank the same token first."""
     agrees: bool
@@ -52,7 +52,7 @@ class MergeCheck(Struct, frozen=True, kw_only=True):
     def sentence(self) -> str:
         """Describe the result for users."""
         return (
-            f"its scores differ from those of base and adapter by {self.difference:.2g} of their spread, "
+            f"its logits differ from those of base and adapter by {self.difference:.2g} of their spread, "
             f"where rounding explains {self.noise:.2g}; the most likely token is the same at "
             f"{self.same_choices} of {self.tokens} positions"
         )

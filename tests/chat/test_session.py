@@ -55,10 +55,10 @@ def reference(session: Any, source: ChatSource, adapter: str | None, tokens: int
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=session.machine.dtype,
+        bnb_4bit_compute_dtype=session.compute_device.dtype,
     )
     model = library.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=session.machine.dtype, quantization_config=four_bit
+        folder, dtype=session.compute_device.dtype, quantization_config=four_bit
     )
     for module in model.modules():
         # On a CPU with AVX512-BF16 bitsandbytes repacks weights in the first forward; DoRA's norms, which
