@@ -1,13 +1,13 @@
-"""The spans of a rendered conversation that the assistant says.
+"""The spans of a rendered conversation that are in the loss: what the assistant says.
 
 For each assistant turn that trains, the conversation is rendered up to the turn (with the generation prompt,
 as the model sees it before it answers) and up to the turn's end: the text that the second adds is what the
 model should say, including its turn-end token.
 
 Some templates rewrite the past (Qwen3 drops old reasoning, Mistral moves the system prompt, gpt-oss closes
-earlier turns with another token). Then the turn is found in the whole conversation by marking its text; where
-rewriting has removed reasoning, which would otherwise never be learned, or the turn cannot be found, the
-conversation up to that turn becomes a separate sample, exactly as the model sees it in use.
+earlier turns with another token). Then the turn is found in the whole conversation by marking its text. If
+the rewriting removed reasoning, which would then never be trained, or the turn cannot be found, the
+conversation up to that turn becomes a separate sample, exactly as the model sees it at inference.
 
 After a prompt that opens a thought (DeepSeek-R1's) comes the turn's reasoning or, where it has none, the end
 of the thought immediately.
@@ -41,8 +41,8 @@ class RenderedText(Struct, frozen=True):
     """Loss weight of each span; empty where each weighs 1."""
 
 
-class _Finder:
-    """Finds the assistant's spans in one conversation."""
+class _SpanFinder:
+    """Finds the spans of one conversation that are in the loss; use :func:`find_assistant_spans`."""
 
     def __init__(
         self,
@@ -67,45 +67,45 @@ class _Finder:
         ``weights`` maps each of these turns to its loss weight.
         """
         template, turns = self._template, self._turns
-        whole = self._thought_closed(template.render(turns, self._tools))
+        whole = self._close_thought(template.render(turns, self._tools))
         spans: list[Span] = []
         counts: list[float] = []
-        own: list[RenderedText] = []
+        separate: list[RenderedText] = []
         for i, weight in weights.items():
             is_last = i == len(turns) - 1
             ended = whole if is_last else template.render(turns[: i + 1], self._tools)
             start = self._start(i, ended)
             reasoning = _reasoning(turns[i])
             if start is None:
-                own.append(_weighed(self._after_prompt(i, ended, reasoning), weight))
+                separate.append(_with_weights(self._after_prompt(i, ended, reasoning), weight))
                 continue
             answer_span: Span | None = (start, len(ended))
             if not is_last and not (whole.startswith(ended) and start < len(ended)):
                 answer_span = self._in_rewritten(i, whole, ended, start)
             if reasoning and reasoning not in ended[start:]:
-                own.append(_weighed(self._with_reasoning(i, ended, start, reasoning), weight))
+                separate.append(_with_weights(self._with_reasoning(i, ended, start, reasoning), weight))
             elif answer_span is None or (reasoning and reasoning not in whole[slice(*answer_span)]):
-                own.append(_weighed(self._alone(ended, start, reasoning), weight))
+                separate.append(_with_weights(self._separate_sample(ended, start, reasoning), weight))
             else:
                 stopped = self._with_stop(whole, answer_span)
-                spans.append(self._learned(whole, stopped, reasoning))
+                spans.append(self._trained_part(whole, stopped, reasoning))
                 counts.append(weight)
         filled = [(span, count) for span, count in zip(spans, counts, strict=True) if span[0] < span[1]]
         if not filled:
-            if not own:
+            if not separate:
                 raise RowRejectedError("template-refuses", "The template omits the assistant's turns.")
-            return own
+            return separate
         spans = [span for span, _ in filled]
         marked = self._by_marks(whole, spans) if template.has_generation_marks else spans
         counts = [
-            next((count for own_span, count in filled if _meet(own_span, span)), 1.0) for span in marked
+            next((count for turn_span, count in filled if _overlap(turn_span, span)), 1.0) for span in marked
         ]
-        return [*own, _weighed(self._closed(whole, marked), *counts)]
+        return [*separate, _with_weights(self._end_turn(whole, marked), *counts)]
 
     def everything(self) -> RenderedText:
         """Render the whole conversation as one span that trains."""
         whole = self._template.render(self._turns, self._tools)
-        layout = self._closed(whole, [(0, len(whole))]) if self._turns[-1]["role"] == "assistant" else None
+        layout = self._end_turn(whole, [(0, len(whole))]) if self._turns[-1]["role"] == "assistant" else None
         layout = layout or RenderedText(whole, ((0, len(whole)),))
         if self._reasoning_in_loss:
             return layout
@@ -118,7 +118,7 @@ class _Finder:
                 at = after_thought(layout.text, place + len(reasoning))
         return RenderedText(layout.text, (*spans, (at, len(layout.text))))
 
-    def _thought_closed(self, whole: str) -> str:
+    def _close_thought(self, whole: str) -> str:
         """Return ``whole`` with an empty thought before its last answer, if the prompt opens one."""
         last = len(self._turns) - 1
         prompt = self._prompt_for(last)
@@ -127,11 +127,11 @@ class _Finder:
         start = self._start(last, whole)
         return whole if start is None else answered(prompt, "", whole[start:])
 
-    def _alone(self, text: str, start: int, reasoning: str) -> RenderedText:
+    def _separate_sample(self, text: str, start: int, reasoning: str) -> RenderedText:
         """Build a separate sample for the turn that begins at ``start`` and ends ``text``."""
-        return self._closed(text, [self._learned(text, (start, len(text)), reasoning)])
+        return self._end_turn(text, [self._trained_part(text, (start, len(text)), reasoning)])
 
-    def _learned(self, text: str, span: Span, reasoning: str) -> Span:
+    def _trained_part(self, text: str, span: Span, reasoning: str) -> Span:
         """Return the part of ``span`` that is in the loss: all of it, or only what follows the reasoning."""
         start, end = span
         place = text.find(reasoning, start, end) if reasoning and not self._reasoning_in_loss else -1
@@ -178,7 +178,7 @@ class _Finder:
                 "template-refuses", f"Turn {i + 1} cannot be found in the rendered template."
             )
         prompt = self._prompt_for(i)
-        return self._alone(prompt + ended[begin + len(header) :], len(prompt), reasoning)
+        return self._separate_sample(prompt + ended[begin + len(header) :], len(prompt), reasoning)
 
     def _prompt_for(self, i: int) -> str:
         """Return the prompt that the model gets before turn ``i``; empty where there is none."""
@@ -275,7 +275,7 @@ class _Finder:
         DeepSeek-R1's template does this: its prompt opens ``<think>`` and the model continues from there.
         """
         prompt = self._prompt_for(i) or ended[:start]
-        return self._alone(
+        return self._separate_sample(
             answered(prompt, reasoning, ended[start:], tags_of(self._template.literals)),
             len(prompt),
             reasoning,
@@ -299,11 +299,11 @@ class _Finder:
         result: list[Span] = []
         for span in spans:
             # Some templates also mark the turn header and an empty thought, which belong to the prompt.
-            inside = [(max(m[0], span[0]), min(m[1], span[1])) for m in marks if _meet(m, span)]
+            inside = [(max(m[0], span[0]), min(m[1], span[1])) for m in marks if _overlap(m, span)]
             result += inside or [span]
         return sorted(set(result))
 
-    def _closed(self, text: str, spans: list[Span]) -> RenderedText:
+    def _end_turn(self, text: str, spans: list[Span]) -> RenderedText:
         """Cut after the last answer and add an end-of-text token where the template leaves the turn open."""
         start, end = spans[-1]
         if end < len(text):  # a last turn that is learned in a separate sample
@@ -333,19 +333,19 @@ def find_assistant_spans(
     the conversation.
     """
     if everything:
-        return [_Finder(template, turns, tools, special, eos, reasoning_in_loss).everything()]
+        return [_SpanFinder(template, turns, tools, special, eos, reasoning_in_loss).everything()]
     training = {i: weight for i, weight in enumerate(weights) if weight}
     if not training:
         raise RowRejectedError("no-answer", "No assistant turn trains.")
     turns = turns[: max(training) + 1]
-    return _Finder(template, turns, tools, special, eos, reasoning_in_loss).layouts(training)
+    return _SpanFinder(template, turns, tools, special, eos, reasoning_in_loss).layouts(training)
 
 
-def _weighed(layout: RenderedText, *weights: float) -> RenderedText:
+def _with_weights(layout: RenderedText, *weights: float) -> RenderedText:
     return layout if set(weights) == {1.0} else RenderedText(layout.text, layout.spans, weights)
 
 
-def _meet(one: Span, other: Span) -> bool:
+def _overlap(one: Span, other: Span) -> bool:
     return one[0] < other[1] and other[0] < one[1]
 
 

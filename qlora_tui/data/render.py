@@ -1,4 +1,4 @@
-"""Token ids of a conversation, with its loss mask.
+"""Token ids and loss mask of a conversation: its text and spans from ``assistant_spans``, tokenized.
 
 ``render`` is for one conversation (the Data screen, ``data show``), ``render_many`` for a batch (the
 trainer's preparation): both use the same code, so what is shown is what is trained. Control tokens inside the
@@ -24,9 +24,9 @@ from qlora_tui.data.memory_bound import memory_bound
 from qlora_tui.data.template_capabilities import TemplateCapabilities, adapt_conversation
 from qlora_tui.data.template_guard import MAX_ADDED_MEMORY_BYTES
 from qlora_tui.data.thinking import (
-    decided,
-    reasoning_apart,
     reasoning_of,
+    resolve_thinking,
+    separate_reasoning,
     variables,
     without_reasoning,
 )
@@ -44,7 +44,7 @@ class TokenizedSample(Struct, frozen=True):
 
     token_ids: list[int]
     loss_mask: bytes
-    """One byte per token: 1 where the model learns to say it."""
+    """One byte per token: 1 if the token is in the loss, else 0."""
     notes: tuple[str, ...] = ()
     """Changes made for the template: ``system-in-user``, ``tools-as-text``, ``calls-as-text``,
     ``tool-as-user``, ``control-tokens`` (some were neutralized), ``answer-changed`` (by the template);
@@ -82,45 +82,47 @@ DEFAULT = RenderOptions()
 
 
 def render(
-    conversation: Conversation, tokenizer: ChatTokenizer, choices: RenderOptions = DEFAULT
+    conversation: Conversation, tokenizer: ChatTokenizer, options: RenderOptions = DEFAULT
 ) -> list[TokenizedSample]:
     """Return the samples of one conversation: one, or more where the template rewrites earlier turns.
 
     Raises ``RowRejectedError`` where the conversation cannot be rendered.
     """
-    result = next(render_many([conversation], tokenizer, choices))
+    result = next(render_many([conversation], tokenizer, options))
     if isinstance(result, RowRejectedError):
         raise result
     return result
 
 
 def render_many(
-    conversations: Sequence[Conversation], tokenizer: ChatTokenizer, choices: RenderOptions = DEFAULT
+    conversations: Sequence[Conversation], tokenizer: ChatTokenizer, options: RenderOptions = DEFAULT
 ) -> Iterator[list[TokenizedSample] | RowRejectedError]:
     """Return the samples of each conversation, in order, or the error that explains why it gives none."""
     with memory_bound(MAX_ADDED_MEMORY_BYTES):
         # Once for all of them: setting it for each rendering would take longer than rendering.
-        laid = [_laid_or_refused(conversation, tokenizer, choices) for conversation in conversations]
-    layouts = [layout for one in laid if isinstance(one, RenderedConversation) for layout in one.layouts]
-    marked = iter(tokenizer.encode_marked([layout.text for layout in layouts], list(map(_places, layouts))))
-    for one in laid:
+        rendered = [_render_or_reject(conversation, tokenizer, options) for conversation in conversations]
+    layouts = [layout for one in rendered if isinstance(one, RenderedConversation) for layout in one.layouts]
+    marked = iter(
+        tokenizer.encode_marked([layout.text for layout in layouts], list(map(_span_edges, layouts)))
+    )
+    for one in rendered:
         if isinstance(one, RowRejectedError):
             yield one
         else:
             yield [_sample(layout, next(marked), tokenizer, one.notes) for layout in one.layouts]
 
 
-def _laid_or_refused(
-    conversation: Conversation, tokenizer: ChatTokenizer, choices: RenderOptions
+def _render_or_reject(
+    conversation: Conversation, tokenizer: ChatTokenizer, options: RenderOptions
 ) -> RenderedConversation | RowRejectedError:
     try:
-        laid = render_text(conversation, tokenizer, choices)
+        rendered = render_text(conversation, tokenizer, options)
     except RowRejectedError as refused:
         return refused
-    characters = int(tokenizer.expansion * sum(len(layout.text) for layout in laid.layouts))
+    characters = int(tokenizer.expansion * sum(len(layout.text) for layout in rendered.layouts))
     if characters > MAX_CHARACTERS:
         return RowRejectedError("too-large", f"{characters:,} characters, of {MAX_CHARACTERS:,} at most.")
-    return laid
+    return rendered
 
 
 def prompt_ids(
@@ -129,8 +131,10 @@ def prompt_ids(
     tools: Sequence[dict[str, Any]] = (),
     thinking: Thinking = "auto",
 ) -> list[int]:
-    """Return the prompt for an answer to ``messages``: the same tokens as in training, up to where the answer
-    begins. ``auto`` leaves thinking to the template's default. Raises ``RowRejectedError``."""
+    """Return the token ids of the prompt for an answer to ``messages``, the same as in training.
+
+    ``auto`` leaves thinking to the template's default. Raises ``RowRejectedError``.
+    """
     template, traits = _template_of(tokenizer, bool(tools))
     template = template.with_variables(variables(traits.switch, thinking))
     conversation = _prepared(Conversation(tuple(messages), tuple(tools)), traits, thinking)
@@ -139,7 +143,7 @@ def prompt_ids(
     if kept_tools:
         kept_tools, _ = _neutral_value(kept_tools, tokenizer.control_pattern)
     text = template.render(turns, kept_tools, prompt=True)
-    return _by_pieces(RenderedText(text, ()), tokenizer, ()).token_ids
+    return _tokenize_by_span(RenderedText(text, ()), tokenizer, ()).token_ids
 
 
 def pieces(tokenizer: ChatTokenizer, token_ids: Sequence[int], loss_mask: bytes) -> list[Piece]:
@@ -171,7 +175,7 @@ def _text_at(tokenizer: ChatTokenizer, ids: Sequence[int], start: int, end: int)
 
 
 def render_text(
-    conversation: Conversation, tokenizer: ChatTokenizer, choices: RenderOptions = DEFAULT
+    conversation: Conversation, tokenizer: ChatTokenizer, options: RenderOptions = DEFAULT
 ) -> RenderedConversation:
     """Render the texts of one conversation and the spans that train. Raises ``RowRejectedError``."""
     eos = tokenizer.special_tokens.get("eos_token", "")
@@ -183,19 +187,19 @@ def render_text(
             ("control-tokens",) if marked else (),
         )
     template, traits = _template_of(tokenizer, bool(conversation.tools))
-    thinking = decided(choices.thinking, traits.switch, conversation)
+    thinking = resolve_thinking(options.thinking, traits.switch, conversation)
     template = template.with_variables(variables(traits.switch, thinking))
     turns, weights, tools, notes = adapt_conversation(_prepared(conversation, traits, thinking), traits)
-    notes += _notes_on_thinking(conversation, traits, thinking, choices)
+    notes += _notes_on_thinking(conversation, traits, thinking, options)
     turns, marked = _neutral_turns(turns, tokenizer)
     if tools:
         tools, in_tools = _neutral_value(tools, tokenizer.control_pattern)
         marked = marked or in_tools
     if marked:
         notes.append("control-tokens")
-    special, everything = tokenizer.special_pattern, choices.train_on == "everything"
+    special, everything = tokenizer.special_pattern, options.train_on == "everything"
     layouts = find_assistant_spans(
-        template, turns, weights, tools, special, eos, everything, choices.reasoning_in_loss
+        template, turns, weights, tools, special, eos, everything, options.reasoning_in_loss
     )
     if not all(
         _without_reasoning(turn, layouts) for turn, wanted in zip(turns, weights, strict=True) if wanted
@@ -217,12 +221,12 @@ def _prepared(conversation: Conversation, traits: TemplateCapabilities, thinking
     if thinking == "off":
         return replace(conversation, messages=without_reasoning(conversation.messages))
     if traits.switch is not None and (traits.reasoning or traits.own_tags):
-        return replace(conversation, messages=reasoning_apart(conversation.messages))
+        return replace(conversation, messages=separate_reasoning(conversation.messages))
     return conversation
 
 
 def _notes_on_thinking(
-    conversation: Conversation, traits: TemplateCapabilities, thinking: Thinking, choices: RenderOptions
+    conversation: Conversation, traits: TemplateCapabilities, thinking: Thinking, options: RenderOptions
 ) -> list[str]:
     """Return notes on how a conversation's reasoning was handled, and whether thinking was on or off.
 
@@ -235,7 +239,7 @@ def _notes_on_thinking(
     if reasons and thinking == "off":
         notes.append("reasoning-left-out")
     elif reasons:
-        notes.append("reasoning-learned" if choices.reasoning_in_loss else "reasoning-read")
+        notes.append("reasoning-learned" if options.reasoning_in_loss else "reasoning-read")
         last = max(i for i, message in enumerate(conversation.messages) if message.role == "assistant")
         if traits.forgets_reasoning and any(i < last and conversation.messages[i].train for i in reasons):
             notes.append("reasoning-split")
@@ -293,7 +297,7 @@ def _neutral(text: str, pattern: re.Pattern[str]) -> tuple[str, bool]:
     return marked, count > 0
 
 
-def _places(layout: RenderedText) -> list[int]:
+def _span_edges(layout: RenderedText) -> list[int]:
     """Return where spans begin and end, except at both ends of the text."""
     return sorted({place for span in layout.spans for place in span if 0 < place < len(layout.text)})
 
@@ -302,16 +306,16 @@ def _sample(
     layout: RenderedText, marked: Marked, tokenizer: ChatTokenizer, notes: tuple[str, ...]
 ) -> TokenizedSample:
     if _LITERAL in layout.text or _END_LITERAL in layout.text:
-        return _by_pieces(layout, tokenizer, notes)
+        return _tokenize_by_span(layout, tokenizer, notes)
     ids = marked.ids
-    cuts = dict(zip(_places(layout), marked.cuts, strict=True))
+    cuts = dict(zip(_span_edges(layout), marked.cuts, strict=True))
     cuts[0], cuts[len(layout.text)] = (0, False), (len(ids), False)
     loss_mask = bytearray(len(ids))
     weights = array("f", bytes(4 * len(ids))) if layout.weights else None
     for number, (start, end) in enumerate(layout.spans):
         first, straddles = cuts[start]
         if straddles:
-            return _by_pieces(layout, tokenizer, notes)
+            return _tokenize_by_span(layout, tokenizer, notes)
         last = cuts[end][0]
         loss_mask[first:last] = b"\x01" * (last - first)
         if weights is not None:
@@ -319,11 +323,13 @@ def _sample(
     return TokenizedSample(ids, bytes(loss_mask), notes, weights)
 
 
-def _by_pieces(layout: RenderedText, tokenizer: ChatTokenizer, notes: tuple[str, ...]) -> TokenizedSample:
+def _tokenize_by_span(
+    layout: RenderedText, tokenizer: ChatTokenizer, notes: tuple[str, ...]
+) -> TokenizedSample:
     """Tokenize the spans inside and outside the loss separately, marked tokens as plain text.
 
-    Also used for a sample whose answer begins inside a token of the whole text: in use, the model gets the
-    prompt separately.
+    Also used for a sample whose answer begins inside a token of the whole text: at inference, the prompt
+    is tokenized separately.
     """
     ids: list[int] = []
     loss_mask = bytearray()

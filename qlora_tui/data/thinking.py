@@ -2,8 +2,8 @@
 
 Templates of hybrid models read a variable: ``enable_thinking`` (Qwen3, SmolLM3, GLM-4.5, Gemma 4, Nemotron),
 ``thinking`` (DeepSeek-V3.1, Granite), ``reasoning_effort`` (gpt-oss). ``switch_of`` finds it by name and
-probes its effect. ``decided`` chooses on or off for one conversation, ``without_reasoning`` removes the
-reasoning from one. Training and chat both use these functions, so a model gets the same prompts as in
+probes its effect. ``resolve_thinking`` chooses on or off for one conversation, ``without_reasoning`` removes
+the reasoning from one. Training and chat both use these functions, so a model gets the same prompts as in
 training.
 """
 
@@ -85,7 +85,7 @@ def variables(switch: Switch | None, thinking: Thinking) -> dict[str, Any]:
     return switch.on if thinking == "on" else switch.off
 
 
-def decided(thinking: Thinking, switch: Switch | None, conversation: Conversation) -> Thinking:
+def resolve_thinking(thinking: Thinking, switch: Switch | None, conversation: Conversation) -> Thinking:
     """Return the setting for one conversation: ``auto`` is on where an answer has reasoning, else off.
 
     An effort that cannot be turned off stays at the template's default, ``auto``.
@@ -109,20 +109,20 @@ def reasoning_of(message: Message) -> str:
 
 def without_reasoning(messages: Sequence[Message]) -> tuple[Message, ...]:
     """Return the messages without reasoning."""
-    return tuple(map(_answer_alone, messages))
+    return tuple(map(_drop_reasoning, messages))
 
 
-def reasoning_apart(messages: Sequence[Message]) -> tuple[Message, ...]:
+def separate_reasoning(messages: Sequence[Message]) -> tuple[Message, ...]:
     """Return the messages with reasoning inside an answer moved to ``Message.reasoning``."""
-    return tuple(map(_reasoning_moved, messages))
+    return tuple(map(_separate_reasoning, messages))
 
 
-def _reasoning_moved(message: Message) -> Message:
+def _separate_reasoning(message: Message) -> Message:
     inside, rest = _inline(message)
     return replace(message, reasoning=inside, content=rest) if inside and not message.reasoning else message
 
 
-def _answer_alone(message: Message) -> Message:
+def _drop_reasoning(message: Message) -> Message:
     _, rest = _inline(message)
     if not message.reasoning and rest == message.content:
         return message

@@ -21,7 +21,7 @@ from qlora_tui.data.chat_template import ChatTemplate
 from qlora_tui.data.conversation import RowRejectedError
 from qlora_tui.data.render import render_text
 from qlora_tui.data.template_capabilities import adapt_conversation, probe_template
-from qlora_tui.data.thinking import decided, reasoning_apart, variables
+from qlora_tui.data.thinking import resolve_thinking, separate_reasoning, variables
 from qlora_tui.data.tokenizer import ChatTokenizer
 from tests.data.conversation_shapes import SHAPES, conversation
 from tests.data.families import tokenizer_json
@@ -151,12 +151,12 @@ def _theirs(name: str, shape: str) -> list[str]:
     traits = probe_template(template)
     # Told to think, or not to, as ours is.
     template = template.with_variables(
-        variables(traits.switch, decided("auto", traits.switch, conversation(shape)))
+        variables(traits.switch, resolve_thinking("auto", traits.switch, conversation(shape)))
     )
     one = conversation(shape)
     if traits.switch is not None and traits.reasoning:
         # Reasoning written into an answer goes where the template looks for it, as ours does.
-        one = replace(one, messages=reasoning_apart(one.messages))
+        one = replace(one, messages=separate_reasoning(one.messages))
     turns, trains, tools, _ = adapt_conversation(one, traits)
     last = max(i for i, wanted in enumerate(trains) if wanted)
     text, marks = template.render_marked(turns[: last + 1], tools)
