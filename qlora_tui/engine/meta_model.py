@@ -38,7 +38,7 @@ def build(request: TraceRequest, architecture: Architecture, dtype: torch.dtype)
         model, "varlen" if request.varlen else "segments"
     )
     if recipe.training.gradient_checkpointing != "off":
-        model_loading.checkpoint_activations(model, keep_rng=False)
+        model_loading.checkpoint_activations(model, preserve_rng_state=False)
     model.enable_input_require_grads()
     head = find_head(model)
     if request.loss == "chunked" and isinstance(head, ChunkedHead):

@@ -33,11 +33,11 @@ def add_lora(model: Any, settings: Lora, architecture: Architecture, token_ids: 
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=settings.rank,
-        lora_alpha=_short(settings.alpha),
+        lora_alpha=_int_if_whole(settings.alpha),
         # peft reads the keys as regular expressions, so each is the full name of one module, escaped.
         rank_pattern={re.escape(name): rank for name, rank in ranks.items() if rank != settings.rank},
         alpha_pattern={
-            re.escape(name): _short(alpha) for name, alpha in alphas.items() if alpha != settings.alpha
+            re.escape(name): _int_if_whole(alpha) for name, alpha in alphas.items() if alpha != settings.alpha
         },
         lora_dropout=settings.dropout,
         target_modules=list(targets),
@@ -102,7 +102,7 @@ def trained_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def _short(alpha: float) -> float:
+def _int_if_whole(alpha: float) -> float:
     """A whole float as an int, which is what other programs expect in ``adapter_config.json``."""
     return int(alpha) if alpha == int(alpha) else alpha
 

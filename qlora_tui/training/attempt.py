@@ -77,7 +77,7 @@ class TrainingAttempt:
             pad_id=prepared.pad_id,
             multiple=prepared.device.row_multiple,
             rank=prepared.dist.rank,
-            processes=prepared.dist.world_size,
+            world_size=prepared.dist.world_size,
         )
         arguments = training_arguments(
             recipe, prepared.device, len(step_plan.steps), prepared.run.checkpoints_dir

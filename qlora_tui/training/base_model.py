@@ -13,13 +13,13 @@ from qlora_tui.training.compute_device import AttentionPath, ComputeDevice
 from qlora_tui.training.liger import verified_liger_loss
 from qlora_tui.training.packed_attention import PackedAttention
 
-_KINDS: dict[AttentionPath, tuple[PackedAttention, ...]] = {
+_FALLBACKS: dict[AttentionPath, tuple[PackedAttention, ...]] = {
     "varlen": ("varlen", "segments"),
     "segments": ("segments",),
     "eager": (),
 }
-"""Kinds of packed attention to try, in order."""
-_NAMES: dict[PackedAttention, str] = {
+"""Implementations of packed attention to try for each path, in order; none means padded rows."""
+_DESCRIPTIONS: dict[PackedAttention, str] = {
     "varlen": "flash, all samples in one call",
     "segments": "SDPA, sample by sample",
 }
@@ -80,7 +80,9 @@ def prepare_base(
     return PreparedBase(
         model=model,
         folder=folder,
-        attention=_NAMES[packed] if packed else f"{library_attention.replace('sdpa', 'SDPA')}, padded rows",
+        attention=_DESCRIPTIONS[packed]
+        if packed
+        else f"{library_attention.replace('sdpa', 'SDPA')}, padded rows",
         loss=loss_name,
         packing_isolated=packed is not None,
         library_attention=library_attention,
@@ -91,7 +93,7 @@ def _use_packed_attention(
     model: Any, attention_path: AttentionPath, device: ComputeDevice
 ) -> PackedAttention | None:
     """Use the first kind of packed attention that passes its check on this model; None where none does."""
-    for kind in _KINDS[attention_path]:
+    for kind in _FALLBACKS[attention_path]:
         if model_loading.use_packed_attention(model, kind) and equivalence_checks.packing_is_isolated(
             model, device.torch_device
         ):

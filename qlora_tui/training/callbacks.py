@@ -170,7 +170,7 @@ class RunCallback(TrainerCallback):
         self._requests.raise_if_stop_requested()
 
     def _keep_layers(self) -> None:
-        """Let as many layers keep their activations as the free memory allows, where the recipe says so."""
+        """Exempt layers from checkpointing as memory allows, if ``gradient_checkpointing`` is ``auto``."""
         prepared = self._prepared
         kept_layers = prepared.meter.keep_layers(prepared.max_kept_layers)
         if kept_layers is None or not model_loading.keep_activations(prepared.base.model, kept_layers.count):

@@ -35,7 +35,7 @@ from qlora_tui.runs.leftovers import CHECKPOINT_DRAFT
 from qlora_tui.training.distributed import DistributedContext
 
 _STATE = "state.json"
-_FREE = frozenset(
+_CHANGEABLE = frozenset(
     {
         "name",
         "note",
@@ -48,8 +48,8 @@ _FREE = frozenset(
         "training.gradient_checkpointing",
     }
 )
-"""Settings that may change before a resume, because they do not affect what is learned."""
-_SPLIT = frozenset({"training.micro_batch_size", "training.gradient_accumulation"})
+"""Settings that may change before a resume, because they do not affect the trained weights."""
+_BATCH_SPLIT = frozenset({"training.micro_batch_size", "training.gradient_accumulation"})
 """Settings that may change before a resume if their product, the effective batch, stays the same."""
 
 
@@ -160,7 +160,7 @@ def latest(run: RunDir, before: int | None = None) -> tuple[Checkpoint | None, l
     return None, damage
 
 
-def whole_at(run: RunDir, step: int) -> Path | None:
+def intact_folder(run: RunDir, step: int) -> Path | None:
     """The folder of the checkpoint at ``step``; None where it is missing or damaged."""
     folder = run.checkpoints_dir / f"step-{step}"
     return folder if checkpoint_damage(folder) is None else None
@@ -177,12 +177,12 @@ def prune(run: RunDir, keep: int, best_step: int | None) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_same(state: CheckpointState, recipe: Recipe, data_hash: str) -> None:
+def require_unchanged(state: CheckpointState, recipe: Recipe, data_hash: str) -> None:
     """Raise UserError, naming the differences, where recipe or data are no longer those of the checkpoint."""
     before = to_recipe(parse(state.recipe, "the checkpoint's recipe"), "the checkpoint's recipe")
-    changes = [c for c in diff_recipes(before, recipe) if c.path not in _FREE]
+    changes = [c for c in diff_recipes(before, recipe) if c.path not in _CHANGEABLE]
     if before.effective_batch == recipe.effective_batch:
-        changes = [c for c in changes if c.path not in _SPLIT]
+        changes = [c for c in changes if c.path not in _BATCH_SPLIT]
     if changes:
         raise UserError(
             "The recipe has changed",

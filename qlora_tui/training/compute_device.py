@@ -11,13 +11,12 @@ import torch
 
 from qlora_tui.errors import UserError
 from qlora_tui.memory.cpu import this_processor
+from qlora_tui.memory.execution import BFLOAT16_CAPABILITY
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.training import varlen_attention
 from qlora_tui.training.padding import token_multiple
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_BF16_CAPABILITY = (8, 0)
-"""Ampere. ``torch.cuda.is_bf16_supported`` is also true for GPUs that only emulate bfloat16."""
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 AttentionPath = Literal["varlen", "segments", "eager"]
@@ -57,7 +56,9 @@ def find_device(recipe: Recipe, local_rank: int = 0) -> ComputeDevice:
     wanted = _DTYPES.get(recipe.quantization.compute_dtype)
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(local_rank)
-        best = torch.bfloat16 if (properties.major, properties.minor) >= _BF16_CAPABILITY else torch.float16
+        # Not torch.cuda.is_bf16_supported(), which is also true for GPUs that only emulate bfloat16.
+        native_bfloat16 = (properties.major, properties.minor) >= BFLOAT16_CAPABILITY
+        best = torch.bfloat16 if native_bfloat16 else torch.float16
         return ComputeDevice(
             torch_device=torch.device("cuda", local_rank),
             name=properties.name,

@@ -26,7 +26,7 @@ def load_best_weights(run: RunDir, model: Any, step: int) -> str:
         Which step the adapter is from, for the user. It stays that of the last step where the checkpoint of
         the best step is missing, as after a full disk.
     """
-    folder = checkpoints.whole_at(run, step)
+    folder = checkpoints.intact_folder(run, step)
     if folder is None:
         return (
             f"the adapter is from the last step, because the checkpoint of the best step, {step}, is missing"

@@ -46,7 +46,7 @@ def load_base(
     Raises:
         UserError: it cannot be loaded.
     """
-    quantization = _quantization(recipe.quantization, device)
+    quantization = _quantization_config(recipe.quantization, device)
     stored = quantized_cache.find_folder(folder, recipe, device)
     model = None
     if stored is not None and quantized_cache.is_stored(stored):
@@ -180,16 +180,16 @@ def set_attention(model: Any, name: str) -> bool:
     return False
 
 
-def checkpoint_activations(model: Any, *, keep_rng: bool | None = None) -> None:
+def checkpoint_activations(model: Any, *, preserve_rng_state: bool | None = None) -> None:
     """Save one hidden state per layer and recompute the rest in the backward; see :func:`keep_activations`.
 
     Args:
-        keep_rng: repeat the random numbers of the forward, which needs a real device and costs time in each
-            layer. None: where the model or its adapter, which must be there already, draws any.
+        preserve_rng_state: repeat the random numbers of the forward, which needs a real device and costs
+            time in each layer. None: only if the model, or its adapter (already added), draws any.
     """
-    if keep_rng is None:
-        keep_rng = draws_random_numbers(model)
-    kwargs = {"use_reentrant": False, "preserve_rng_state": keep_rng}
+    if preserve_rng_state is None:
+        preserve_rng_state = draws_random_numbers(model)
+    kwargs = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
     else:  # its name before transformers 5.20
@@ -212,7 +212,7 @@ def keep_activations(model: Any, count: int) -> bool:
     return True
 
 
-def _quantization(settings: Quantization, device: ComputeDevice) -> Any:
+def _quantization_config(settings: Quantization, device: ComputeDevice) -> Any:
     """The quantization config for transformers; None loads the weights as they are stored."""
     from transformers import BitsAndBytesConfig
 

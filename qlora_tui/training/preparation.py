@@ -19,7 +19,7 @@ from qlora_tui.training import model_loading, quantized_cache
 from qlora_tui.training.adapter import add_lora, trained_parameters
 from qlora_tui.training.base_model import PreparedBase, prepare_base
 from qlora_tui.training.batches import plan_steps
-from qlora_tui.training.checkpoints import check_same
+from qlora_tui.training.checkpoints import require_unchanged
 from qlora_tui.training.compute_device import ComputeDevice, choose_attention
 from qlora_tui.training.gguf_conversion import ConversionStopped, cached_conversion, convert_cached
 from qlora_tui.training.heap import release_free_memory
@@ -126,7 +126,7 @@ def _tokenize(context: AttemptContext, tokenizer: ChatTokenizer) -> Prepared:
     for sentence in facts(data.notes, data.counts.conversations, tokenizer.traits, context.recipe.data):
         reporter.log(sentence)
     if context.checkpoint is not None:
-        check_same(context.checkpoint.state, context.recipe, data.data_hash)
+        require_unchanged(context.checkpoint.state, context.recipe, data.data_hash)
     return data
 
 

@@ -71,7 +71,7 @@ class StepDataset(Dataset[StepData]):
         pad_id: int,
         multiple: int = 1,
         rank: int = 0,
-        processes: int = 1,
+        world_size: int = 1,
     ) -> None:
         self.step_plan = step_plan
         self._samples = samples
@@ -80,7 +80,7 @@ class StepDataset(Dataset[StepData]):
         self._pad_id = pad_id
         self._multiple = multiple
         self._rank = rank
-        self._processes = processes
+        self._world_size = world_size
 
     def __len__(self) -> int:
         return len(self.step_plan.steps)
@@ -88,12 +88,12 @@ class StepDataset(Dataset[StepData]):
     def __getitem__(self, n: int) -> StepData:
         rows = self.step_plan.steps[n].rows
         groups = micro_batches(rows, self._micro_batch)
-        mine = [self.collate(group) for group in groups[self._rank :: self._processes]]
+        batches = [self.collate(group) for group in groups[self._rank :: self._world_size]]
         # Every process must run the same number of backward passes, in which DDP reduces the gradients.
-        for _ in range(len(mine), math.ceil(len(groups) / self._processes)):
-            mine.append(mask_all_labels(self.collate(groups[0])))
+        for _ in range(len(batches), math.ceil(len(groups) / self._world_size)):
+            batches.append(mask_all_labels(self.collate(groups[0])))
         return StepData(
-            micro_batches=mine,
+            micro_batches=batches,
             loss_weight_sum=sum_loss_weights(rows, self._samples),
             tokens=count_tokens(rows, self._samples),
         )

@@ -59,7 +59,7 @@ def test_status_and_events_are_read_to_the_last(run: RunDir) -> None:
 def test_a_checkpoint_can_be_resumed(run: RunDir) -> None:
     checkpoint, damage = checkpoints.latest(run)
     assert damage == [] and checkpoint is not None and checkpoint.step == 30
-    checkpoints.check_same(checkpoint.state, run.recipe(), checkpoint.state.data_hash)
+    checkpoints.require_unchanged(checkpoint.state, run.recipe(), checkpoint.state.data_hash)
 
 
 def test_an_event_of_every_kind_keeps_every_value() -> None:

@@ -127,7 +127,7 @@ def compare_with_cpu(
     def ready(model: Any) -> Any:
         model = with_adapter(model, IDS if rows else (), **adapter).train()
         if checkpointing:
-            model_loading.checkpoint_activations(model.get_base_model(), keep_rng=False)
+            model_loading.checkpoint_activations(model.get_base_model(), preserve_rng_state=False)
         return model
 
     model = ready(prepared(family, four_bit=four_bit))

@@ -170,7 +170,7 @@ def test_a_step_is_the_same_however_it_is_split(processes: int, micro_batch: int
                 packing_isolated=True,
                 pad_id=0,
                 rank=rank,
-                processes=processes,
+                world_size=processes,
             )[n]
             for rank in range(processes)
         ]

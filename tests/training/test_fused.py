@@ -69,7 +69,7 @@ def test_loss_and_gradients_are_those_of_peft(
         expected, expected_gradients = learn(adapted(folder, method=method))
     model = adapted(folder, method=method)
     if checkpointing:
-        checkpoint_activations(model.base_model.model, keep_rng=False)
+        checkpoint_activations(model.base_model.model, preserve_rng_state=False)
     loss, gradients = learn(model)
     assert loss == pytest.approx(expected, rel=1e-6)
     assert gradients.keys() == expected_gradients.keys() and len(gradients) == 28
