@@ -17,6 +17,7 @@ from qlora_tui.memory.cpu import (
     this_processor,
     torch_has_varlen,
     torch_is_for_cuda,
+    triton_is_installed,
 )
 from qlora_tui.memory.execution import Device
 
@@ -38,6 +39,7 @@ def budget_for(gpu: GpuDevice | None, assumed_bytes: int | None = None) -> Memor
     """Return the budget of this GPU, of an assumed size, or of the machine's memory without either."""
     cuda = Device(
         liger=liger_is_installed(),
+        triton=triton_is_installed(),
         varlen=torch_has_varlen(),
         expandable_segments=grows_segments(os.environ),
     )

@@ -37,6 +37,12 @@ def liger_is_installed() -> bool:
 
 
 @cache
+def triton_is_installed() -> bool:
+    """Return whether Triton is installed. Does not import it."""
+    return find_spec("triton") is not None
+
+
+@cache
 def torch_has_varlen() -> bool:
     """Return whether the installed torch has variable-length attention with windows. Does not import it."""
     try:

@@ -18,6 +18,9 @@ from qlora_tui.memory.mla import latent_attention
 from qlora_tui.memory.moe import Mixture, mixture, weighted
 from qlora_tui.memory.ops import Linear, Ops
 
+TRITON_ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
+"""Activations that the Triton kernel of a gated MLP has, under their names in configs."""
+
 
 @dataclass(frozen=True)
 class DecoderLayer:
@@ -194,7 +197,9 @@ def _mlp(ops: Ops, block: DecoderLayer, x: Tensor, part: str) -> Tensor:
         elif down and lean_target(ops, down):
             gate_proj, up_proj = block.find(part, "gate_proj"), block.find(part, "up_proj")
             gate = linear(ops, x, gate_proj) if gate_proj else x
-            return fused_lora.gated(ops, gate, linear(ops, x, up_proj) if up_proj else x, down)
+            one_kernel = ops.triton and block.activation in TRITON_ACTIVATIONS
+            up = linear(ops, x, up_proj) if up_proj else x
+            return fused_lora.gated(ops, gate, up, down, one_kernel=one_kernel)
         else:
             product = _gated(ops, block, x, part)
     else:

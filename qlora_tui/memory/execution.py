@@ -54,6 +54,8 @@ class Device:
     """Whether Liger's kernels are installed, on a GPU."""
     expandable_segments: bool = True
     """Whether the CUDA allocator grows its segments, as the trainer requests where the user does not."""
+    triton: bool = False
+    """Whether Triton is installed, whose kernels compute norms and gated MLPs on a GPU."""
     varlen: bool = True
     """Whether torch has a FlashAttention for all samples of a packed row in one call (2.11 or newer)."""
     correction: Correction | None = None
@@ -111,6 +113,8 @@ class ExecutionConfig:
     own_fused: bool = False
     """Whether our functions are used, which save less: adapters on 4- and 16-bit weights, gated MLPs,
     RMSNorm, and attention on a CPU (``training/fused``)."""
+    triton: bool = False
+    """Whether norms and gated MLPs are single kernels (``training/fused/triton_kernels.py``)."""
     expandable_segments: bool = True
     """Whether the allocator grows its segments (our trainer requests it), so that blocks are cut to size."""
     name: str = "this trainer"
@@ -140,6 +144,7 @@ def trainer_execution(
         autocast=float16 and device.kind == "cuda",
         adapter_bytes=4,
         own_fused=True,
+        triton=device.triton and device.kind == "cuda" and recipe.model.kernels == "auto",
         # Liger would keep float16's gradients in 16 bits.
         loss="liger" if device.liger and not float16 and _liger_pays(recipe, architecture) else "chunked",
         checkpointing=recipe.training.gradient_checkpointing != "off",

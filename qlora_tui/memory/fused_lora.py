@@ -19,17 +19,18 @@ def linear(ops: Ops, x: Tensor, module: Linear) -> Tensor:
     return out
 
 
-def gated(ops: Ops, gate: Tensor, up: Tensor, module: Linear) -> Tensor:
+def gated(ops: Ops, gate: Tensor, up: Tensor, module: Linear, *, one_kernel: bool = False) -> Tensor:
     """Replay ``down(act(gate) * up)`` as two functions that save gate and up, and recompute the rest.
 
-    The second saves nothing, so that a recomputation ends before it; it pins the inputs times A.
+    The second saves nothing, so that a recomputation ends before it; it pins the inputs times A. With
+    ``one_kernel`` the product and its backward are a Triton kernel each; the second overwrites the gradient.
     """
     numel, width = gate.numel, gate.width
     rows = numel // module.inputs
     grads_of_xa: list[Tensor] = []
 
     def product_fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        activated = ops.new(numel, width)
+        activated = None if one_kernel else ops.new(numel, width)
         product = ops.new(numel, width)
         with ops.meter.attribute_to("dropout"):
             dropped = ops.new(numel, width) if ops.dropout else None
@@ -37,7 +38,7 @@ def gated(ops: Ops, gate: Tensor, up: Tensor, module: Linear) -> Tensor:
         del dropped, product
         _adapter_grad(ops, numel, width)
         grad_up = ops.new(numel, width)
-        grad_gate = ops.new(numel, width)
+        grad_gate = grad.view(None) if one_kernel else ops.new(numel, width)
         grads_of_xa.clear()
         del activated
         return (grad_gate, grad_up, grad_a)
@@ -50,7 +51,7 @@ def gated(ops: Ops, gate: Tensor, up: Tensor, module: Linear) -> Tensor:
         del weight
         return (grad_product, grad_b)
 
-    activated = ops.new(numel, width)
+    activated = None if one_kernel else ops.new(numel, width)
     product = ops.new(numel, width)
     del activated
     saved_mask, xa = _adapter_inputs(ops, numel, width, width, module)

@@ -61,6 +61,7 @@ class Ops:
         fused_lora: bool,
         fused_mlp: bool,
         lean: bool,
+        triton: bool,
         float16: bool,
     ) -> None:
         self.meter = meter
@@ -78,6 +79,7 @@ class Ops:
         self.fused_lora = fused_lora
         self.fused_mlp = fused_mlp
         self.lean = lean
+        self.triton = triton
         self.float16 = float16
         self.returned_extra: Tensor | None = None
         """A tensor that a layer's forward returns besides its output, and so holds until its end."""
@@ -292,6 +294,8 @@ class Ops:
         numel, width = x.numel, x.width
 
         def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+            if self.triton:
+                return (self.new(numel, width),)
             toward = self.new(numel, FLOAT)
             normed = self.new(numel, FLOAT)
             product = self.new(numel, FLOAT)
@@ -299,8 +303,8 @@ class Ops:
             return (self._as(toward, width),)
 
         spread = self.new(self.tokens, FLOAT)
-        wide = self.new(numel, FLOAT)
-        out = self._as(wide, width)
+        wide = None if self.triton else self.new(numel, FLOAT)
+        out = self.new(numel, width) if wide is None else self._as(wide, width)
         del wide
         out.node = self.tape.node((x,), fn, (x, spread))
         return out

@@ -81,6 +81,7 @@ def make_ops(meter: AllocationMeter, layout: Layout, path: ExecutionConfig, drop
         fused_lora=path.foak_lora,
         fused_mlp=path.liger_mlp,
         lean=path.own_fused,
+        triton=path.triton,
         float16=path.float16,
     )
 

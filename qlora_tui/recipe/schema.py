@@ -39,6 +39,15 @@ class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "eager keeps the full score matrix: tokens squared, per layer.",
         ),
     ] = "auto"
+    kernels: Annotated[
+        Literal["auto", "torch"],
+        _about(
+            "Kernels",
+            "auto: Triton kernels for norms and gated MLPs, on a GPU where they compile and compute what "
+            "torch does. torch: never.",
+            "With Triton, norms and MLPs need no temporary copies.",
+        ),
+    ] = "auto"
     chat_template: Annotated[
         Literal["auto", "chatml", "llama-3", "alpaca", "plain"],
         _about("Chat template", "auto uses the tokenizer's template; a base model without one gets chatml."),

@@ -42,7 +42,8 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
         case Progress():
             return f"{event.phase} {event.done:,}/{event.total:,}"
         case Environment():
-            return f"{event.device}, {event.compute_dtype}, {event.attention} attention, {event.loss} loss"
+            kernels = ", Triton kernels" if event.kernels == "triton" else ""
+            return f"{event.device}, {event.compute_dtype}, {event.attention} attention, {event.loss} loss{kernels}"
         case DataReady():
             return (
                 f"{event.samples:,} samples, {event.validation_samples:,} to validate on; "

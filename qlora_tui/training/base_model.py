@@ -10,6 +10,7 @@ from qlora_tui.memory.execution import Loss
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.training import chunked_loss, equivalence_checks, model_loading
 from qlora_tui.training.compute_device import AttentionPath, ComputeDevice
+from qlora_tui.training.fused.kernel_choice import allow_kernels, verify_kernels
 from qlora_tui.training.liger import verified_liger_loss
 from qlora_tui.training.packed_attention import PackedAttention
 
@@ -64,6 +65,8 @@ def prepare_base(
     Raises:
         UserError: the model cannot be loaded.
     """
+    allow_kernels(recipe.model.kernels == "auto")
+    verify_kernels(device.torch_device, device.dtype)
     model = model_loading.load_base(folder, recipe, device, attention_path, on_progress)
     head = chunked_loss.find_head(model)
     if not isinstance(head, str) and not equivalence_checks.head_matches_model(

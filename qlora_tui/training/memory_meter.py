@@ -21,7 +21,7 @@ from qlora_tui.gpu.torch_env import grows_segments
 from qlora_tui.gpu.visible_devices import default_cuda_device
 from qlora_tui.memory import Device as EstimatedDevice
 from qlora_tui.memory import Estimate, MeasuredRun, correction_for, estimate, record_run, trainer_execution
-from qlora_tui.memory.cpu import liger_is_installed, torch_has_varlen, torch_is_for_cuda
+from qlora_tui.memory.cpu import liger_is_installed, torch_has_varlen, torch_is_for_cuda, triton_is_installed
 from qlora_tui.memory.execution import Loss
 from qlora_tui.memory.kept_layers import KeptLayers, keep_layers
 from qlora_tui.recipe.schema import Recipe
@@ -53,6 +53,11 @@ class MemoryMeter:
     def set_loss(self, loss: str) -> None:
         """Note which loss is used: with an unexpected one the peak says nothing about the estimate."""
         self._is_as_expected = loss == self.expected_loss
+
+    @property
+    def expects_triton(self) -> bool:
+        """Whether the estimate assumes Triton's kernels."""
+        return trainer_execution(self._recipe, _as_estimated(self._device), self._architecture).triton
 
     def set_unexpected_path(self) -> None:
         """Note that a code path differs from what the estimate assumes: the peak is not recorded."""
@@ -183,6 +188,7 @@ def _as_estimated(device: ComputeDevice) -> EstimatedDevice:
         cuda_libraries=torch_is_for_cuda(),
         liger=cuda and liger_is_installed(),
         expandable_segments=grows_segments(os.environ),
+        triton=cuda and triton_is_installed(),
         varlen=torch_has_varlen(),
     )
 

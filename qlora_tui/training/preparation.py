@@ -21,6 +21,7 @@ from qlora_tui.training.base_model import PreparedBase, prepare_base
 from qlora_tui.training.batches import plan_steps
 from qlora_tui.training.checkpoints import require_unchanged
 from qlora_tui.training.compute_device import ComputeDevice, choose_attention
+from qlora_tui.training.fused.kernel_choice import find_kernels
 from qlora_tui.training.gguf_conversion import ConversionStopped, cached_conversion, convert_cached
 from qlora_tui.training.heap import release_free_memory
 from qlora_tui.training.library_versions import versions
@@ -61,6 +62,8 @@ def prepare_run(
         on_progress=lambda done, total: reporter.progress("loading", done, total),
     )
     meter.set_loss(base.loss)
+    if meter.expects_triton and find_kernels(device.torch_device, device.dtype) is None:
+        meter.set_unexpected_path()
     _emit_environment(context, device, base)
     prepared = PreparedRun(
         **vars(context),
@@ -194,6 +197,7 @@ def _emit_environment(context: AttemptContext, device: ComputeDevice, base: Prep
             optimizer=context.recipe.training.optimizer,
             loss=base.loss,
             versions=versions(),
+            kernels="torch" if find_kernels(device.torch_device, device.dtype) is None else "triton",
         )
     )
 

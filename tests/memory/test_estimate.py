@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,7 @@ from qlora_tui.memory import (
 )
 from qlora_tui.memory.budget import budget_for
 from qlora_tui.memory.levels import CUDA_LIBRARIES_BYTES
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
 from tests.catalog.configs import config
 from tests.memory.models import qwen_7b, tinyllama
@@ -232,3 +234,13 @@ def test_one_call_per_row_needs_no_copies_of_samples() -> None:
     assert one_call.allocated_bytes < by_sample.allocated_bytes
     turing = estimate(recipe, model, device=Device(capability=(7, 5)))
     assert not turing.path.varlen
+
+
+@pytest.mark.parametrize("checkpointing", ["on", "off"])
+def test_triton_kernels_need_no_temporary_copies(checkpointing: Any) -> None:
+    recipe = Recipe(training=Training(gradient_checkpointing=checkpointing))
+    model = parse_architecture(config("meta-llama/Llama-3.1-8B"))
+    by_torch, by_triton = (estimate(recipe, model, device=Device(triton=triton)) for triton in (False, True))
+    assert by_triton.path.triton and by_triton.allocated_bytes <= by_torch.allocated_bytes
+    never = replace_setting(recipe, "model.kernels", "torch")
+    assert estimate(never, model, device=Device(triton=True)).allocated_bytes == by_torch.allocated_bytes

@@ -2,7 +2,8 @@
 
 Each returns what the library's code returns. :mod:`.lora_linear`: a frozen linear layer and its adapter,
 whose weights :mod:`.adapter_casts` casts once per forward; :mod:`.gated_mlp`: the end of a gated MLP;
-:mod:`.rms_norm`: RMSNorm; :mod:`.cpu_attention`: attention over packed samples on a CPU.
+:mod:`.rms_norm`: RMSNorm; :mod:`.cpu_attention`: attention over packed samples on a CPU. On a GPU the last
+two but one use :mod:`.triton_kernels` where :mod:`.kernel_choice` allows it.
 :class:`.patching.PatchedForwards` switches back to the library's forwards.
 """
 
@@ -12,12 +13,15 @@ from typing import Any
 
 from qlora_tui.training.fused.adapter_casts import AdapterCasts
 from qlora_tui.training.fused.gated_mlp import fuse_gated_mlp
+from qlora_tui.training.fused.kernel_choice import verify_kernels
 from qlora_tui.training.fused.lora_linear import fuse_lora
 from qlora_tui.training.fused.rms_norm import fuse_rms_norm
 
 
 def use_fused(model: Any) -> None:
     """Use the fused functions for every module of a ``PeftModel`` that computes nothing else."""
+    frozen = next(p for p in model.parameters() if p.is_floating_point() and not p.requires_grad)
+    verify_kernels(frozen.device, frozen.dtype)
     casts = AdapterCasts()
     fused_parameters = fuse_lora(model, casts)
     casts.refresh_in(model.get_base_model().get_decoder(), fused_parameters)

@@ -11,13 +11,17 @@ a Llama is 25 to 30 % of the products of a forward.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from types import ModuleType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from qlora_tui.training.agreement import bitwise_equal
 from qlora_tui.training.fused.adapter_casts import AdapterCasts
+from qlora_tui.training.fused.kernel_choice import find_kernels
 from qlora_tui.training.fused.lora_linear import (
     LoraParameters,
     WeightLoader,
@@ -128,6 +132,31 @@ def gated_down(gate: Tensor, up: Tensor, adapter: LoraParameters, act: Activatio
     return output
 
 
+def _product(gate: Tensor, up: Tensor, act: Activation) -> Tensor:
+    kernels, name = _kernels_for(gate, act)
+    if kernels is None:
+        return act(gate) * up
+    product: Tensor = kernels.gated_product(gate, up, name)
+    return product
+
+
+def _kernels_for(gate: Tensor, act: Activation) -> tuple[ModuleType | None, str]:
+    """The kernels, and the activation's name in them; None where torch computes."""
+    kernels = find_kernels(gate.device, gate.dtype)
+    name = "" if kernels is None else _name_of(act)
+    return (kernels if name else None), name
+
+
+@cache
+def _name_of(act: Activation) -> str:
+    """The activation's name in the kernels, from what it computes; empty where they do not have it."""
+    x = torch.linspace(-9, 9, 1001)
+    computed = act(x)
+    if bitwise_equal(computed, functional.silu(x)):
+        return "silu"
+    return "gelu_tanh" if bitwise_equal(computed, functional.gelu(x, approximate="tanh")) else ""
+
+
 class _GatedProduct(torch.autograd.Function):
     """act(gate) · up, which only :class:`_DownProjection` may read, and dropout(that) · Aᵀ, (rows, rank)."""
 
@@ -135,7 +164,7 @@ class _GatedProduct(torch.autograd.Function):
     def forward(
         ctx: Any, gate: Tensor, up: Tensor, a: Tensor, adapter: LoraParameters, act: Activation
     ) -> tuple[Tensor, Tensor]:
-        product = act(gate) * up
+        product = _product(gate, up, act)
         dropout_mask, xa = adapter_inputs(product, adapter)
         ctx.save_for_backward(gate, up, dropout_mask)
         ctx.adapter, ctx.act = adapter, act
@@ -145,6 +174,14 @@ class _GatedProduct(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, dropout_mask = ctx.saved_tensors
         grad_product, grad_xa = grad_outputs
+        kernels, name = _kernels_for(gate, ctx.act)
+        if kernels is not None and grad_product.is_contiguous():
+            grad_a = grad_of_a(grad_xa, kernels.gated_product(gate, up, name), dropout_mask, ctx.adapter)
+            # In place: it comes from _DownProjection, the product's only reader.
+            add_adapter_grad(
+                grad_product.view(-1, grad_product.shape[-1]), grad_xa, dropout_mask, ctx.adapter
+            )
+            return *kernels.gated_product_backward(grad_product, gate, up, name), grad_a, None, None
         with torch.enable_grad():
             leaf = gate.detach().requires_grad_()
             activated = ctx.act(leaf)

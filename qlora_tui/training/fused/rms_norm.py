@@ -6,6 +6,7 @@ transformers computes it in several operations and saves an fp32 copy of the inp
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from qlora_tui.training.agreement import equal_up_to_rounding
+from qlora_tui.training.fused.kernel_choice import find_kernels
 from qlora_tui.training.fused.patching import patch_forward
 
 
@@ -102,7 +104,7 @@ def _example_rows(width: int, eps: float) -> Tensor:
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, variant: RmsNormVariant) -> tuple[Tensor, Tensor]:
-    """The output, and 1 / root mean square of each row, fp32."""
+    """The output, and 1 / root mean square of each row, fp32, computed by torch."""
     squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
     inv_rms = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
     wide = x.to(torch.float32, copy=True).mul_(inv_rms)
@@ -117,12 +119,24 @@ def _factor(weight: Tensor, variant: RmsNormVariant) -> Tensor:
     return weight.float() + variant.offset
 
 
+def _kernels_for(x: Tensor) -> ModuleType | None:
+    """Triton's kernels for rows of this width; None where torch computes."""
+    kernels = find_kernels(x.device, x.dtype)
+    return kernels if kernels is not None and kernels.fits_row(x.shape[-1]) else None
+
+
 class _FusedRmsNorm(torch.autograd.Function):
     """weight · x / rms(x) over the last dimension; the weight is frozen."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, variant: RmsNormVariant) -> Tensor:
-        out, inv_rms = _rms_norm(x, weight, eps, variant)
+        kernels = _kernels_for(x)
+        if kernels is None:
+            out, inv_rms = _rms_norm(x, weight, eps, variant)
+        else:
+            out, inv_rms = kernels.rms_norm(
+                x, weight, eps, offset=variant.offset, in_fp32=variant.multiply_in_fp32
+            )
         ctx.save_for_backward(x, inv_rms)
         ctx.weight, ctx.variant = weight, variant
         return out
@@ -130,6 +144,12 @@ class _FusedRmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, inv_rms = ctx.saved_tensors
+        kernels = _kernels_for(x)
+        if kernels is not None:
+            grad_x: Tensor = kernels.rms_norm_backward(
+                grad_outputs[0], x, ctx.weight, inv_rms, offset=ctx.variant.offset
+            )
+            return grad_x, None, None, None
         grad_normed = grad_outputs[0].to(torch.float32, copy=True).mul_(_factor(ctx.weight, ctx.variant))
         normed = x.to(torch.float32, copy=True).mul_(inv_rms)
         projection = (grad_normed * normed).sum(-1, keepdim=True).div_(-x.shape[-1])

@@ -1,0 +1,101 @@
+"""Whether Triton's kernels compute the fused parts: on a GPU where they compile and compute what torch does.
+
+Triton compiles a kernel when it is first called, with the C compiler that it finds, so anything may go wrong
+there. So every kernel is called once on a few values. What a model computes with them is verified again on
+the model itself, in the first step of the run.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_ROUNDINGS = 8.0
+"""Units in the last place of the dtype, of the largest value of a row, by which a kernel may differ."""
+_TOKENS, _WIDTH = 5, 200
+_verified: dict[tuple[torch.device, torch.dtype], ModuleType | None] = {}
+_is_allowed = True
+
+
+def allow_kernels(allowed: bool) -> None:
+    """Use Triton's kernels, or leave everything to torch (``model.kernels``)."""
+    global _is_allowed
+    _is_allowed = allowed
+
+
+def find_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    """The module of kernels for tensors of this dtype on this device; None where torch computes.
+
+    Before :func:`verify_kernels` that is everywhere: this is called in each forward, where nothing can be
+    tried.
+    """
+    return _verified.get((device, dtype)) if _is_allowed else None
+
+
+def verify_kernels(device: torch.device, dtype: torch.dtype) -> None:
+    """Try the kernels for tensors of this dtype on this device, once per process."""
+    if _is_allowed and (device, dtype) not in _verified:
+        _verified[device, dtype] = _working_kernels(device, dtype)
+
+
+def _working_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    # Triton's interpreter runs on a CPU, in tests.
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return None
+    if find_spec("triton") is None:
+        return None
+    try:
+        from qlora_tui.training.fused import triton_kernels
+
+        wrong = _first_difference(triton_kernels, device, dtype)
+    except Exception as error:
+        wrong = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['?'])[0]}"
+    if wrong:
+        print(f"Triton's kernels are not used on {device} in {dtype}: {wrong}", flush=True)
+        return None
+    return triton_kernels
+
+
+def _first_difference(kernels: ModuleType, device: torch.device, dtype: torch.dtype) -> str:
+    """The first kernel that computes something else than torch; empty where none does."""
+    generator = torch.Generator().manual_seed(0)
+    x, up, grad = (
+        torch.randn(_TOKENS, _WIDTH, generator=generator).mul_(3).to(device, dtype) for _ in range(3)
+    )
+    weight = torch.linspace(-2, 2, _WIDTH, device=device).to(dtype)
+    for offset in (0.0, 1.0):
+        leaf = x.double().requires_grad_()
+        inverse = torch.rsqrt(leaf.square().mean(-1, keepdim=True) + 1e-6)
+        expected = leaf * inverse * (weight.double() + offset)
+        expected.backward(grad.double())  # type: ignore[no-untyped-call]  # torch's own
+        out, inv_rms = kernels.rms_norm(x, weight, 1e-6, offset=offset, in_fp32=offset > 0)
+        gradient = kernels.rms_norm_backward(grad, x, weight, inv_rms, offset=offset)
+        if _differs(out, expected) or _differs(gradient, leaf.grad):
+            return "RMSNorm differs"
+    for name, act in (("silu", functional.silu), ("gelu_tanh", _gelu_tanh)):
+        gate_leaf, up_leaf = x.double().requires_grad_(), up.double().requires_grad_()
+        expected = act(gate_leaf) * up_leaf
+        expected.backward(grad.double())  # type: ignore[no-untyped-call]  # torch's own
+        product = kernels.gated_product(x, up, name)
+        grad_gate, grad_up = kernels.gated_product_backward(grad.clone(), x, up, name)
+        pairs = ((product, expected), (grad_gate, gate_leaf.grad), (grad_up, up_leaf.grad))
+        if any(_differs(*pair) for pair in pairs):
+            return f"the gated product with {name} differs"
+    return ""
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return functional.gelu(x, approximate="tanh")
+
+
+def _differs(actual: Tensor, expected: Tensor | None) -> bool:
+    assert expected is not None
+    largest = expected.detach().abs().amax(-1, keepdim=True)
+    tolerance = _ROUNDINGS * torch.finfo(actual.dtype).eps * largest
+    # Written so that NaN counts as a difference.
+    return not bool(((actual.double() - expected.detach()).abs() <= tolerance).all())

@@ -1,0 +1,166 @@
+"""RMSNorm and the gated product of an MLP as one Triton kernel in each direction, for a GPU.
+
+torch computes each in a chain of kernels that read and write the whole tensor: nine for a norm, five for the
+backward of a gated product. Here a program reads a row, or a block of elements, once. Values are converted to
+fp32 when they are loaded and rounded where transformers rounds. Imports Triton, which CUDA builds of torch
+bring along; :mod:`.kernel_choice` decides whether the kernels are used.
+
+Under ``TRITON_INTERPRET=1`` the kernels run on the CPU, which is how they are tested: bfloat16 stores
+truncate there instead of rounding, and float16 ones round.
+"""
+
+from typing import Any, Literal, TypeAlias
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+GatedActivation: TypeAlias = Literal["silu", "gelu_tanh"]
+_BLOCK = 1024
+_WIDEST_ROW = 1 << 16
+"""Elements of a row that one program can hold."""
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rms_forward(
+    x: Any,
+    weight: Any,
+    out: Any,
+    inv_rms: Any,
+    width: Any,
+    eps: Any,
+    offset: Any,
+    FP32: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    inside = i < width
+    values = tl.load(x + row * width + i, mask=inside, other=0.0).to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(values * values, 0) / width + eps)
+    tl.store(inv_rms + row, inverse)
+    factor = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32) + offset
+    normed = values * inverse
+    if not FP32:
+        normed = normed.to(x.dtype.element_ty).to(tl.float32)
+    tl.store(out + row * width + i, (normed * factor).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rms_backward(
+    grad: Any, x: Any, weight: Any, inv_rms: Any, out: Any, width: Any, offset: Any, BLOCK: tl.constexpr
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    inside = i < width
+    inverse = tl.load(inv_rms + row)
+    normed = tl.load(x + row * width + i, mask=inside, other=0.0).to(tl.float32) * inverse
+    factor = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32) + offset
+    scaled = tl.load(grad + row * width + i, mask=inside, other=0.0).to(tl.float32) * factor
+    projection = tl.sum(scaled * normed, 0) / width
+    result = (scaled - normed * projection) * inverse
+    tl.store(out + row * width + i, result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _activate(gate: Any, SILU: tl.constexpr) -> Any:
+    """The activation and its derivative."""
+    if SILU:
+        sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+        return gate * sigmoid, sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+    tanh = 2.0 / (1.0 + tl.exp(-2.0 * inner)) - 1.0
+    slope = 0.7978845608028654 * (1.0 + 0.134145 * gate * gate)
+    return 0.5 * gate * (1.0 + tanh), 0.5 * (1.0 + tanh) + 0.5 * gate * (1.0 - tanh * tanh) * slope
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _gated_forward(gate: Any, up: Any, out: Any, count: Any, SILU: tl.constexpr, BLOCK: tl.constexpr) -> None:
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < count
+    activated, _ = _activate(tl.load(gate + i, mask=inside, other=0.0).to(tl.float32), SILU)
+    activated = activated.to(gate.dtype.element_ty).to(tl.float32)
+    product = activated * tl.load(up + i, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + i, product.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _gated_backward(
+    grad: Any, gate: Any, up: Any, grad_up: Any, count: Any, SILU: tl.constexpr, BLOCK: tl.constexpr
+) -> None:
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < count
+    upstream = tl.load(grad + i, mask=inside, other=0.0).to(tl.float32)
+    activated, slope = _activate(tl.load(gate + i, mask=inside, other=0.0).to(tl.float32), SILU)
+    activated = activated.to(gate.dtype.element_ty).to(tl.float32)
+    through = (upstream * tl.load(up + i, mask=inside, other=0.0).to(tl.float32)).to(grad.dtype.element_ty)
+    tl.store(grad_up + i, (upstream * activated).to(grad_up.dtype.element_ty), mask=inside)
+    tl.store(grad + i, (through.to(tl.float32) * slope).to(grad.dtype.element_ty), mask=inside)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float, in_fp32: bool) -> tuple[Tensor, Tensor]:
+    """weight · x / rms(x) over the last dimension, and 1 / rms of each row.
+
+    Args:
+        x: (…, width).
+        weight: (width,); ``offset`` is added to it.
+        in_fp32: multiply by the weight in fp32 and round last, or round the normed row first.
+
+    Returns:
+        The output in the shape of ``x``, and (…, 1), fp32.
+    """
+    rows = x.contiguous().view(-1, x.shape[-1])
+    dtype = x.dtype if in_fp32 else torch.promote_types(x.dtype, weight.dtype)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    inv_rms = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    width = rows.shape[1]
+    _rms_forward[(rows.shape[0],)](
+        rows, weight, out, inv_rms, width, eps, offset, FP32=in_fp32, BLOCK=_block_of(width)
+    )
+    return out, inv_rms
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inv_rms: Tensor, *, offset: float) -> Tensor:
+    """The gradient of x, in its dtype and shape, for a frozen weight."""
+    rows = x.contiguous().view(-1, x.shape[-1])
+    out = torch.empty_like(rows)
+    width = rows.shape[1]
+    _rms_backward[(rows.shape[0],)](
+        grad.contiguous(), rows, weight, inv_rms, out, width, offset, BLOCK=_block_of(width)
+    )
+    return out.view(x.shape)
+
+
+def gated_product(gate: Tensor, up: Tensor, activation: GatedActivation) -> Tensor:
+    """activation(gate) · up, both rounded to the dtype of ``gate``, as transformers does."""
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    count = gate.numel()
+    _gated_forward[(triton.cdiv(count, _BLOCK),)](
+        gate, up, out, count, SILU=activation == "silu", BLOCK=_BLOCK
+    )
+    return out
+
+
+def gated_product_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, activation: GatedActivation
+) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up. The first is written into ``grad``, which must be contiguous."""
+    assert grad.is_contiguous()
+    gate, up = gate.contiguous(), up.contiguous()
+    grad_up = torch.empty_like(up)
+    count = grad.numel()
+    _gated_backward[(triton.cdiv(count, _BLOCK),)](
+        grad, gate, up, grad_up, count, SILU=activation == "silu", BLOCK=_BLOCK
+    )
+    return grad, grad_up
+
+
+def fits_row(width: int) -> bool:
+    """Whether a row of this width fits in one program."""
+    return width <= _WIDEST_ROW
+
+
+def _block_of(width: int) -> int:
+    return int(triton.next_power_of_2(width))

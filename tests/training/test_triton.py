@@ -1,0 +1,56 @@
+"""Triton's kernels for norms and gated MLPs, run by its interpreter on a CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+
+from qlora_tui.training.fused import kernel_choice
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+CASES = [
+    f"{family} {dtype}" for family in ("llama", "gemma3_text", "qwen3") for dtype in ("float32", "float16")
+]
+TOLERANCES = {"float32": 1e-5, "float16": 2e-2}
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, dict[str, Any]]:
+    """The result of each case, from a process in which Triton interprets its kernels."""
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.training.triton_steps"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {line.pop("case"): line for line in lines}
+
+
+@needs_triton
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_with_the_kernels_is_that_without(results: dict[str, dict[str, Any]], case: str) -> None:
+    result, tolerance = results[case], TOLERANCES[case.split()[1]]
+    assert result["logits"] < tolerance and result["gradients"] < tolerance
+    assert all(result["calls"].values()), "every kernel was called"
+    assert not any(result["calls_without"].values())
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "kernel", ["rms_norm", "rms_norm_backward", "gated_product", "gated_product_backward"]
+)
+def test_a_wrong_kernel_is_refused(results: dict[str, dict[str, Any]], kernel: str) -> None:
+    assert results[f"mutant {kernel}"]["refused"]
+
+
+def test_kernels_are_not_used_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert kernel_choice.find_kernels(torch.device("cpu"), torch.float32) is None
