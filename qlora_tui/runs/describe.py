@@ -43,7 +43,8 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
             return f"{event.phase} {event.done:,}/{event.total:,}"
         case Environment():
             kernels = ", Triton kernels" if event.kernels == "triton" else ""
-            return f"{event.device}, {event.compute_dtype}, {event.attention} attention, {event.loss} loss{kernels}"
+            computed = f"{event.attention} attention, {event.loss} loss{kernels}"
+            return f"{event.device}, {event.compute_dtype}, {computed}"
         case DataReady():
             return (
                 f"{event.samples:,} samples, {event.validation_samples:,} to validate on; "

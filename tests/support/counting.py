@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import sys
+import cProfile
 from collections.abc import Callable
-from types import FrameType
-from typing import Any
 
 
 def count_calls(work: Callable[[], object]) -> int:
-    """Return how many Python functions ``work`` calls, in this thread."""
-    count = 0
+    """Return how many Python functions ``work`` calls, in this thread.
 
-    def on_event(frame: FrameType, event: str, argument: Any) -> None:
-        nonlocal count
-        count += event == "call"
-
-    before = sys.getprofile()
-    sys.setprofile(on_event)
-    try:
-        work()
-    finally:
-        sys.setprofile(before)
-    return count
+    By a profiler in C: with one in Python, Python 3.11 sometimes stayed in a call for good.
+    """
+    profile = cProfile.Profile(builtins=False)
+    profile.runcall(work)
+    return sum(entry.callcount for entry in profile.getstats())
