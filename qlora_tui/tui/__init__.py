@@ -14,7 +14,7 @@ recent_paths   data and models opened by path lately, in files
 themes         themes from TOML files
 disk_faults    messages about a disk that cannot be written
 clipboard, escapes, run_notifications   what a terminal does besides showing text
-deferred, gc_tuning, shutdown, stderr_capture, clock   the process: workers, memory, its end, stderr, time
+gc_tuning, shutdown, stderr_capture, clock   the process: memory, its end, stderr, time
 
 screens/       a package for each screen, and one for modals
 widgets/       widgets that two screens or more share

@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
+from textual import work
 from textual.app import App
 from textual.await_complete import AwaitComplete
 from textual.binding import BindingType
@@ -22,7 +23,6 @@ from qlora_tui.formatting import GIB
 from qlora_tui.settings import Settings
 from qlora_tui.tui import escapes, gc_tuning, themes
 from qlora_tui.tui.commands import EVERYWHERE, with_current_ids
-from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.disk_faults import DiskFaults
 from qlora_tui.tui.glyph_fallback import fallback_glyphs
 from qlora_tui.tui.monochrome import TWO_COLORS, MonochromeFilter
@@ -127,9 +127,7 @@ class QloraApp(HookedApp):
         if self.settings.theme not in self.available_themes:
             self.notify(f"Theme {self.settings.theme!r} does not exist.", severity="warning")
         if self.settings.keymap:
-            from qlora_tui.tui.keymap import report_keymap_errors
-
-            self.run_worker(DeferredWork(report_keymap_errors, self))
+            self._report_keymap_errors()
         self.write_escape(escapes.PUSH_TITLE)
         if not self.is_headless:
             install_shutdown_handlers(self._leave)
@@ -138,6 +136,12 @@ class QloraApp(HookedApp):
 
     def on_unmount(self) -> None:
         self.write_escape(escapes.POP_TITLE)
+
+    @work
+    async def _report_keymap_errors(self) -> None:
+        from qlora_tui.tui.keymap import report_keymap_errors
+
+        await report_keymap_errors(self)
 
     def _leave(self, exit_code: int) -> None:
         self.exit(return_code=exit_code)
@@ -186,10 +190,14 @@ class QloraApp(HookedApp):
 
     def copy_to_clipboard(self, text: str) -> None:
         """Copy in every way the terminal offers, and notify which one worked."""
+        self.remember_copied(text)
+        self._copy(text)
+
+    @work(group="copy")
+    async def _copy(self, text: str) -> None:
         from qlora_tui.tui import clipboard
 
-        self.remember_copied(text)
-        self.run_worker(DeferredWork(clipboard.copy, self, text), group="copy")
+        await clipboard.copy(self, text)
 
     def notify(self, message: str, *, markup: bool = False, **how: Any) -> None:
         """Show a notification as plain text: names of runs and files may contain brackets.
@@ -311,8 +319,9 @@ class QloraApp(HookedApp):
         # In a worker: a GPU driver that is slow to answer must not delay a key.
         if not self._polling:
             self._polling = True
-            self.run_worker(DeferredWork(self._poll), group="poll")
+            self._poll()
 
+    @work(group="poll")
     async def _poll(self) -> None:
         try:
             await self.shown.wait()

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import re
 import warnings
 from pathlib import Path
 
+from textual import work
 from textual.widget import Widget
 
 import qlora_tui.tui
-from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.screens.base import WorkScreen
 from tests.tui.workstation import open_on
 
@@ -51,29 +50,29 @@ async def test_events_during_quitting_query_no_widget() -> None:
     assert not looked
 
 
-async def test_replaced_deferred_work_leaves_no_coroutine() -> None:
+async def test_replaced_work_leaves_no_coroutine() -> None:
     done: list[int] = []
 
-    async def work(number: int) -> None:
-        done.append(number)
+    class Numbers(Widget):
+        @work(exclusive=True)
+        async def number(self, number: int) -> None:
+            done.append(number)
 
     with warnings.catch_warnings(record=True) as warnings_seen:
         warnings.simplefilter("always")
         async with open_on("data").run_test() as pilot:
-            await pilot.pause()
+            numbers = Numbers()
+            await pilot.app.screen.query_one("#data-body").mount(numbers)
             for number in range(3):
-                pilot.app.screen.run_worker(DeferredWork(work, number), exclusive=True, group="numbers")
+                numbers.number(number)
             await pilot.pause()
             gc.collect()
     assert done == [2]
     assert not [warning for warning in warnings_seen if "never awaited" in str(warning.message)]
 
 
-def test_every_worker_is_given_its_work_that_way() -> None:
-    given = [
-        call
-        for path in Path(qlora_tui.tui.__path__[0]).rglob("*.py")
-        for call in re.findall(r"run_worker\((\w+)", path.read_text())
-    ]
-    assert len(given) > 10
-    assert set(given) == {"DeferredWork"}
+def test_every_worker_is_a_decorated_method() -> None:
+    """A coroutine passed to ``run_worker`` and cancelled early would never be awaited."""
+    sources = [path.read_text() for path in Path(qlora_tui.tui.__path__[0]).rglob("*.py")]
+    assert sum(source.count("@work") for source in sources) > 10
+    assert not [source for source in sources if "run_worker(" in source]

@@ -28,7 +28,6 @@ from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Thinking
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.status import ACTIVE, read_status
-from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.render.key_names import name_keys
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.chat import text as words
@@ -122,8 +121,9 @@ class ChatController(WorkScreen):
         active = system_status.active
         if self.ready is not None and active is not None and active.id not in self.shares_with:
             self.ready = None
-            self.run_worker(DeferredWork(self._unload_for, active.id))
+            self._unload_for(active.id)
 
+    @work
     async def _unload_for(self, run_id: str) -> None:
         await self.engine.close()
         self.show_header()

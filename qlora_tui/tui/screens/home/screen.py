@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING, ClassVar
 
+from textual import work
 from textual.content import Content
 from textual.geometry import Size
 from textual.widget import Widget
@@ -16,7 +17,6 @@ from qlora_tui import paths
 from qlora_tui.errors import UserError
 from qlora_tui.tui import clock
 from qlora_tui.tui.commands import Command
-from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.render.key_names import key_name
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.home.commands import COMMANDS
@@ -151,7 +151,7 @@ class HomeScreen(WorkScreen):
         def take(yes: bool | None) -> None:
             if yes:
                 self._busy = True
-                self.run_worker(DeferredWork(self._prepare_demo), group="demo")
+                self._prepare_demo()
 
         if self._busy:
             return
@@ -166,6 +166,7 @@ class HomeScreen(WorkScreen):
         question = ConfirmScreen("Download the demo model?", text, "Download", harmless=True)
         self.app.push_screen(question, take)
 
+    @work(group="demo")
     async def _prepare_demo(self) -> None:
         from qlora_tui.demo.demo_model import ensure_model
         from qlora_tui.demo.demo_run import demo_recipe
@@ -196,8 +197,9 @@ class HomeScreen(WorkScreen):
     def _start_reading(self) -> None:
         if not self._reading:
             self._reading = True
-            self.run_worker(DeferredWork(self._read), group="read")
+            self._read()
 
+    @work(group="read")
     async def _read(self) -> None:
         app = self.qlora_app
         try:

@@ -8,6 +8,7 @@ from textwrap import wrap
 from typing import ClassVar
 
 import msgspec
+from textual import work
 from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.message import Message
@@ -23,7 +24,6 @@ from qlora_tui.recipe.fields import fields, get_setting
 from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
 from qlora_tui.recipe.targets import assign_pattern_values, match_modules, resolve_targets, to_patterns
 from qlora_tui.tui.commands import Command
-from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.lora.commands import COMMANDS
 from qlora_tui.tui.screens.lora.controls import (
@@ -118,9 +118,7 @@ class LoraScreen(WorkScreen):
         key = (recipe, self.qlora_app.memory_budget)
         if key != self._deltas_key and not isinstance(architecture, UserError):
             self._deltas_key = key
-            self.run_worker(
-                DeferredWork(self._compute_deltas, *key, architecture), exclusive=True, group="price"
-            )
+            self._compute_deltas(*key, architecture)
 
     def action_toggle_modules(self) -> None:
         """Select or deselect the modules under the cursor."""
@@ -221,6 +219,8 @@ class LoraScreen(WorkScreen):
         if self.query_one("#targets-input").display:
             self._leave_patterns()
 
+    # Without a description, Textual would format the arguments, thousands of modules, at each key.
+    @work(exclusive=True, group="deltas", description="compute deltas")
     async def _compute_deltas(self, recipe: Recipe, budget: MemoryBudget, architecture: Architecture) -> None:
         await asyncio.sleep(SETTLED_S)
         base = self.qlora_app.workbench.base

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterable
 from typing import ClassVar
 
+from textual import work
 from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.message import Message
@@ -33,7 +34,6 @@ from qlora_tui.memory.conversion import Conversion
 from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import Command
-from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.render.key_names import key_name
 from qlora_tui.tui.render.recipe_line import PRECISION_NAMES, VERDICT_STYLE
 from qlora_tui.tui.screens.base import WorkScreen
@@ -160,11 +160,11 @@ class MemoryScreen(WorkScreen):
         self._tracing = ""
         if not self._compared[precision_of(recipe)].exact:
             self._tracing = "tracing a step…"
-            self.run_worker(DeferredWork(self._trace, recipe, budget), exclusive=True, group="trace")
+            self._trace(recipe, budget)
         else:
             self.workers.cancel_group(self, "trace")
         self._show_all()
-        self.run_worker(DeferredWork(self._solve, recipe, budget), exclusive=True, group="solve")
+        self._solve(recipe, budget)
 
     def show_system_status(self, system_status: SystemStatus) -> None:
         if self._compared and self._heading_text() != self._heading:
@@ -224,6 +224,7 @@ class MemoryScreen(WorkScreen):
         self._refresh_offered_keys()
         self._show_side_panel()
 
+    @work(exclusive=True, group="solve")
     async def _solve(self, recipe: Recipe, budget: MemoryBudget) -> None:
         architecture = self.qlora_app.workbench.architecture()
         if isinstance(architecture, UserError):
@@ -244,6 +245,7 @@ class MemoryScreen(WorkScreen):
         await asyncio.sleep(SETTLED_S)
         self.post_message(await asyncio.to_thread(answer))
 
+    @work(exclusive=True, group="trace")
     async def _trace(self, recipe: Recipe, budget: MemoryBudget) -> None:
         """Trace a step of the real model, if its layers have no formula."""
         await asyncio.sleep(SETTLED_S)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import ClassVar
 
+from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.content import Content
@@ -15,7 +16,6 @@ from textual.widgets import Static
 from qlora_tui.formatting import abbreviate_home
 from qlora_tui.runs.machine_checks import Check
 from qlora_tui.runs.readiness import check_libraries, check_system
-from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.screens.base import CancelsWorkersFirst
 from qlora_tui.tui.screens.train.launch_pane import SIGNS
 from qlora_tui.tui.widgets.vi_scroll import ViScroll
@@ -37,8 +37,9 @@ class MachineReportScreen(CancelsWorkersFirst, ModalScreen[None]):
 
     def on_mount(self) -> None:
         self.query_one(ViScroll).focus()
-        self.run_worker(DeferredWork(self._check))
+        self._check()
 
+    @work
     async def _check(self) -> None:
         checks = await asyncio.to_thread(check_system)
         self._show(checks, Content.styled(_TESTING, "dim"))

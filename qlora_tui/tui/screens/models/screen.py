@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
+from textual import work
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.content import Content
 from textual.widget import Widget
@@ -17,7 +18,6 @@ from qlora_tui.catalog.local_models import LocalModel, list_local_models
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import Command
-from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.recent_paths import add_recent, load_recent
 from qlora_tui.tui.render.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.screens.base import WorkScreen
@@ -99,7 +99,7 @@ class ModelsScreen(WorkScreen):
 
     def action_rescan(self) -> None:
         """Look for models again."""
-        self.run_worker(DeferredWork(self._scan), exclusive=True, group="scan")
+        self._start_scan()
 
     def action_filter(self) -> None:
         """Type a name."""
@@ -130,7 +130,7 @@ class ModelsScreen(WorkScreen):
         def answered(text: str | None) -> None:
             if text:
                 path = Path(text.strip()).expanduser().absolute()
-                self.run_worker(DeferredWork(self._scan, choose=path), exclusive=True, group="scan")
+                self._start_scan(path)
 
         words = "A folder with config.json and safetensors, a folder of such folders, or a .gguf file:"
         self.app.push_screen(TextPromptScreen("Open a path", words, validate=validate_model_path), answered)
@@ -144,7 +144,7 @@ class ModelsScreen(WorkScreen):
         """Ask the hub for the name."""
         self.query_one(ViList).focus()
         if event.value.strip():
-            self.run_worker(DeferredWork(self._search, event.value.strip()), exclusive=True, group="search")
+            self._search(event.value.strip())
 
     def on_option_list_option_highlighted(self) -> None:
         """Show the facts of the model under the cursor."""
@@ -165,7 +165,7 @@ class ModelsScreen(WorkScreen):
             elif (known := self._hub_facts.get(hub.id)) is not None and known.architecture is not None:
                 self._choose_for_estimates(hub)
             else:
-                self.run_worker(DeferredWork(self._fetch_hub_facts, hub.id), exclusive=True, group="ask")
+                self._fetch_hub_facts(hub.id)
 
     def on_key(self, event: object) -> None:
         """Down and escape leave the search field for the list."""
@@ -207,8 +207,9 @@ class ModelsScreen(WorkScreen):
         download: Download = start(id_)
         self._downloads[id_] = download
         self._show_downloads()
-        self.run_worker(DeferredWork(self._follow_download, download), group=f"download {id_}")
+        self._follow_download(download)
 
+    @work(group="downloads")
     async def _follow_download(self, download: Download) -> None:
         async for _ in download.follow():
             self._show_downloads()
@@ -221,6 +222,10 @@ class ModelsScreen(WorkScreen):
             self.notify(f"Downloaded {download.name}. Press Enter to select it.")
             self.qlora_app.workbench.forget_architecture()
             await self._scan(select=download.path)
+
+    @work(exclusive=True, group="scan")
+    async def _start_scan(self, choose: Path | None = None) -> None:
+        await self._scan(choose=choose)
 
     async def _scan(self, select: Path | None = None, choose: Path | None = None) -> None:
         folders = [Path(folder) for folder in self.qlora_app.settings.model_folders]
@@ -240,6 +245,7 @@ class ModelsScreen(WorkScreen):
                 self._choose(within[0])
         self._show_facts()
 
+    @work(exclusive=True, group="search")
     async def _search(self, query: str) -> None:
         self.notify(f"Searching the Hub for {query!r}…", timeout=2)
         try:
@@ -250,6 +256,7 @@ class ModelsScreen(WorkScreen):
         self._query = query
         self._show_list(HUB + self._hub[0].id if self._hub else None)
 
+    @work(exclusive=True, group="hub facts")
     async def _fetch_hub_facts(self, model_id: str) -> None:
         self._hub_facts[model_id] = await asyncio.to_thread(fetch_hub_facts, model_id)
         self._show_facts()

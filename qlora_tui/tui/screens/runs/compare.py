@@ -9,6 +9,7 @@ from itertools import zip_longest
 from textwrap import wrap
 from typing import ClassVar
 
+from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical, VerticalScroll
@@ -25,7 +26,6 @@ from qlora_tui.runs.describe import format_exact
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Failed
 from qlora_tui.runs.view import RunView
-from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.render.axis import Axis, rounded, so_far
 from qlora_tui.tui.render.plot import Curve, Plot, overall
 from qlora_tui.tui.render.series import BiasCorrectedEma, DecimatedSeries, Envelope
@@ -203,7 +203,7 @@ class CompareScreen(CancelsWorkersFirst, ModalScreen[None]):
                 yield Static(id="compare-table")
 
     def on_mount(self) -> None:
-        self.run_worker(DeferredWork(self._read), exclusive=True)
+        self._read()
 
     def on_resize(self) -> None:
         self._show_table()
@@ -212,6 +212,7 @@ class CompareScreen(CancelsWorkersFirst, ModalScreen[None]):
         """Scroll the settings."""
         self.query_one("#compare-table-side").scroll_relative(y=lines, animate=False)
 
+    @work(exclusive=True)
     async def _read(self) -> None:
         self._compared = [await asyncio.to_thread(read, run) for run in self._runs]
         self.query_one(Graph).show(plot(self._compared))

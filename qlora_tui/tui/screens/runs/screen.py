@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import Iterable
 from typing import ClassVar
 
+from textual import work
 from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Input, Static
 
 from qlora_tui.runs.run_summary import RunSummary, SummaryCache
 from qlora_tui.tui.commands import Command
-from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.render.key_names import name_keys
 from qlora_tui.tui.screens.runs.actions import RunActions
 from qlora_tui.tui.screens.runs.commands import COMMANDS
@@ -102,8 +102,9 @@ class RunsScreen(RunActions):
         """Read the runs again, unless that is being done."""
         if not self._reading and self.is_current:
             self._reading = True
-            self.run_worker(DeferredWork(self._read_runs), group="poll")
+            self._read_runs()
 
+    @work(group="poll")
     async def _read_runs(self) -> None:
         try:
             listing = await asyncio.to_thread(self._summaries.read_all, _READ_BUDGET_S)

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, ClassVar
 
+from textual import work
 from textual.widget import Widget
 
 from qlora_tui.data.sources import every_source, source_stamps
@@ -20,7 +21,6 @@ from qlora_tui.runs.preflight import preflight
 from qlora_tui.runs.status import ACTIVE, State, read_status
 from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.tui.commands import Command
-from qlora_tui.tui.deferred import DeferredWork
 from qlora_tui.tui.render.key_names import key_name
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
@@ -127,7 +127,7 @@ class TrainScreen(WorkScreen):
 
     def action_launch(self) -> None:
         """Launch or queue the recipe; failed checks are shown first."""
-        self.run_worker(DeferredWork(self._launch), exclusive=True, group="launch")
+        self._launch()
 
     def action_recheck(self) -> None:
         """Check again: a file may have changed."""
@@ -303,8 +303,9 @@ class TrainScreen(WorkScreen):
     def _start_poll(self) -> None:
         if self._follower is not None and not self._polling and self.is_current:
             self._polling = True
-            self.run_worker(DeferredWork(self._poll, self._follower), group="poll")
+            self._poll(self._follower)
 
+    @work(group="poll")
     async def _poll(self, follower: RunFollower) -> None:
         step = self._snapshot.step if self._snapshot else 0
         follower.from_step = zoom_start(step, self._zoom)
@@ -338,9 +339,11 @@ class TrainScreen(WorkScreen):
         )
         if key != self._checks_key:
             self._checks_key = key
-            self.run_worker(
-                DeferredWork(self._run_checks, recipe, system_status), exclusive=True, group="checks"
-            )
+            self._start_checks(recipe, system_status)
+
+    @work(exclusive=True, group="checks")
+    async def _start_checks(self, recipe: Recipe, system_status: SystemStatus) -> None:
+        await self._run_checks(recipe, system_status)
 
     async def _run_checks(self, recipe: Recipe, system_status: SystemStatus) -> None:
         self._checks = await asyncio.to_thread(
@@ -348,6 +351,7 @@ class TrainScreen(WorkScreen):
         )
         self.query_one(LaunchPane).show_checks(self._checks)
 
+    @work(exclusive=True, group="launch")
     async def _launch(self) -> None:
         await self._run_checks(self.qlora_app.workbench.recipe, self.qlora_app.system_status)
         try:
