@@ -34,5 +34,7 @@ async def test_a_silent_trainer_is_said_not_to_respond(
 def test_a_suspended_runner_is_said_of_a_run_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status, "describe_runner", lambda: "The runner is suspended.")
     run = write_fake_run(FakeRun(name="tickets", state="queued"))
-    snapshot = cast(RunSnapshot, SimpleNamespace(view=RunView(run), status=status.read_status(run)))
+    snapshot = cast(
+        RunSnapshot, SimpleNamespace(view=RunView(run), status=status.read_status(run), health=())
+    )
     assert "The runner is suspended." in title(snapshot).plain
