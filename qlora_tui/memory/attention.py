@@ -57,12 +57,12 @@ def attend(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, kernel: Kern
         # Flash kernels support two-byte dtypes only; transformers casts for them, autocast for SDPA.
         q, k, v = (ops.cast(tensor, ops.compute) for tensor in (q, k, v))
     # FlashAttention caps scores itself; transformers' SDPA omits the cap.
-    if kernel != "eager" and ops.lean and (shape.softcap or shape.sinks):
+    if kernel != "eager" and ops.own_fused and (shape.softcap or shape.sinks):
         return _eager_attention(ops, q, k, v, shape)
     bfloat16 = q.width < FLOAT and not ops.float16
     if (
         kernel == "flash"
-        and ops.lean
+        and ops.own_fused
         and ops.device == "cpu"
         and bfloat16
         and shape.head_dim == shape.value_dim

@@ -129,7 +129,7 @@ def _read(file: Path, modified_ns: int, size: int) -> tuple[MeasuredRun, ...]:
 
 def correction_for(machine: str) -> Correction | None:
     """Compute the correction from the latest runs on ``machine``; None where there are none."""
-    runs = [run for run in load_runs() if run.machine == machine and _tells(run)][-MAX_RUNS:]
+    runs = [run for run in load_runs() if run.machine == machine and _is_usable(run)][-MAX_RUNS:]
     if not runs:
         return None
     if len(runs) < MIN_RUNS:
@@ -146,7 +146,7 @@ def correction_for(machine: str) -> Correction | None:
     return Correction(len(runs), factor, outside, min(spread), max(spread))
 
 
-def _tells(run: MeasuredRun) -> bool:
+def _is_usable(run: MeasuredRun) -> bool:
     # On a GPU a conversion leaves no trace; on a CPU it cannot be separated from the run.
     if not (run.own_process or run.measured_reserved_bytes):
         return False

@@ -13,7 +13,7 @@ from typing import Literal
 from qlora_tui.memory import cohere, fused_lora, unsloth_kernels
 from qlora_tui.memory.attention import Heads, Kernel, attend, repeated
 from qlora_tui.memory.autograd import Tensor
-from qlora_tui.memory.linear import lean_target, linear
+from qlora_tui.memory.linear import linear, uses_fused_lora
 from qlora_tui.memory.mla import latent_attention
 from qlora_tui.memory.moe import Mixture, mixture, weighted
 from qlora_tui.memory.ops import Linear, Ops
@@ -194,7 +194,7 @@ def _mlp(ops: Ops, block: DecoderLayer, x: Tensor, part: str) -> Tensor:
             else:
                 product = ops.multiply(up, ops.activation(gate, block.activation))
             del gate, up
-        elif down and lean_target(ops, down):
+        elif down and uses_fused_lora(ops, down):
             gate_proj, up_proj = block.find(part, "gate_proj"), block.find(part, "up_proj")
             gate = linear(ops, x, gate_proj) if gate_proj else x
             one_kernel = ops.triton and block.activation in TRITON_ACTIVATIONS

@@ -13,7 +13,7 @@ def linear(ops: Ops, x: Tensor, module: Linear) -> Tensor:
         return base(ops, x, module)
     if ops.fused_lora and module.method in ("nf4", "fp4"):
         return unsloth_kernels.lora(ops, x, module)
-    if lean_target(ops, module):
+    if uses_fused_lora(ops, module):
         return fused_lora.linear(ops, x, module)
     result = base(ops, x, module)
     if module.method in ("nf4", "fp4"):
@@ -32,9 +32,9 @@ def linear(ops: Ops, x: Tensor, module: Linear) -> Tensor:
     return ops.cast(result, out_width)
 
 
-def lean_target(ops: Ops, module: Linear) -> bool:
+def uses_fused_lora(ops: Ops, module: Linear) -> bool:
     """Return whether module and adapter are one of our functions: not with DoRA, nor on 8-bit weights."""
-    return ops.lean and bool(module.rank) and not module.dora and module.method != "int8"
+    return ops.own_fused and bool(module.rank) and not module.dora and module.method != "int8"
 
 
 def base(ops: Ops, x: Tensor, module: Linear) -> Tensor:

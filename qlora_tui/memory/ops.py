@@ -60,7 +60,7 @@ class Ops:
         fused: bool,
         fused_lora: bool,
         fused_mlp: bool,
-        lean: bool,
+        own_fused: bool,
         triton: bool,
         float16: bool,
     ) -> None:
@@ -78,7 +78,7 @@ class Ops:
         self.fused = fused
         self.fused_lora = fused_lora
         self.fused_mlp = fused_mlp
-        self.lean = lean
+        self.own_fused = own_fused
         self.triton = triton
         self.float16 = float16
         self.returned_extra: Tensor | None = None
@@ -240,7 +240,7 @@ class Ops:
         ``x.to(float32)``; ``pow(2).mean``; ``x * rsqrt``; cast to the input's dtype; times the weight. Saved:
         the float32 copy (by pow and by the product). Gemma multiplies in float32 and casts last.
         """
-        if self.lean:
+        if self.own_fused:
             return self._lean_rms_norm(x)
         start = x.width
         wide = self.cast(x, FLOAT)

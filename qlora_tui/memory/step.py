@@ -80,7 +80,7 @@ def make_ops(meter: AllocationMeter, layout: Layout, path: ExecutionConfig, drop
         fused=path.library_kernels,
         fused_lora=path.foak_lora,
         fused_mlp=path.liger_mlp,
-        lean=path.own_fused,
+        own_fused=path.own_fused,
         triton=path.triton,
         float16=path.float16,
     )

@@ -1,4 +1,4 @@
-"""A chat's scores beside the library's: right ones pass, wrong ones are replaced or named."""
+"""A chat's logits against the library's: right ones pass, wrong ones are replaced or named."""
 
 from __future__ import annotations
 

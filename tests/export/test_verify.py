@@ -1,4 +1,4 @@
-"""A merged model's scores beside those of base and adapter."""
+"""A merged model's logits against those of base and adapter."""
 
 from __future__ import annotations
 
