@@ -3,7 +3,7 @@
 app            the frame: screens, themes, keys, and the polling that every screen shares
 workbench      the recipe being edited, and what follows from it (architecture, estimate)
 draft          the file that the recipe is kept in, which several apps may share
-commands       how a command is declared; keymap lists them all, palette offers them
+commands       how a command is declared; keymap lists them all, command_palette offers them
 system_monitor polls the GPU and the runs, once a second; system_status is what it returns
 setting_stepper  the next value of a setting when its key is pressed
 textual_compat   every use of Textual's private API

@@ -22,11 +22,11 @@ from qlora_tui.errors import UserError
 from qlora_tui.formatting import GIB
 from qlora_tui.settings import Settings
 from qlora_tui.tui import escapes, gc_tuning, themes
+from qlora_tui.tui.command_palette import CommandProvider
 from qlora_tui.tui.commands import EVERYWHERE, with_current_ids
 from qlora_tui.tui.disk_faults import DiskFaults
 from qlora_tui.tui.glyph_fallback import fallback_glyphs
 from qlora_tui.tui.monochrome import TWO_COLORS, MonochromeFilter
-from qlora_tui.tui.palette import CommandProvider
 from qlora_tui.tui.render.key_names import key_names
 from qlora_tui.tui.screen_diff import ScreenDiff, TerminalContents
 from qlora_tui.tui.screens.base import WorkScreen
