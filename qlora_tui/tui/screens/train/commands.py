@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from qlora_tui.runs.control import Kind
+from collections.abc import Collection, Mapping
+
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, State
 from qlora_tui.tui.commands import Command, ScreenCommands
 
@@ -59,38 +60,26 @@ COMMANDS: tuple[Command, ...] = (
     ),
 )
 
-REQUEST_NOTICES: dict[Kind, str] = {
-    "checkpoint": "The run will save a checkpoint after this step.",
-    "evaluate": "The run will measure the validation loss after this step.",
-    "sample": "The run will answer the sample prompts after this step.",
-    "finish_epoch": "The run will stop at the end of this epoch.",
-}
-"""Notification for each kind of request."""
-_WHEN_RUNNING = frozenset(("pause", "request", "learning_rate"))
-_WHEN_LIVE = frozenset(
-    ("watch_another", "prepare", "detach", "next_tab", "zoom", "level", "search", "copy_command")
-)
 ACTION_NAMES = frozenset(command.action.partition("(")[0] for command in COMMANDS)
 """The action names of all commands."""
+_PREPARING = frozenset(("launch", "recheck", "watch_another"))
+"""Actions available while a run is prepared; all others need a run to watch."""
+_PREPARING_ONLY = frozenset(("launch", "recheck"))
+_STATES: Mapping[str, Collection[State]] = {
+    "pause": ACTIVE,
+    "request": ACTIVE,
+    "learning_rate": ACTIVE,
+    "stop": (*ACTIVE, "queued"),
+    "resume": RESUMABLE,
+    "chat": ("finished", "stopped", "paused"),
+}
+"""States of the watched run that an action needs; one not listed is available in every state."""
 
 
 def is_available(action: str, watching: bool, state: State | None) -> bool:
-    """Whether one of :data:`ACTION_NAMES` means something now; ``state`` is that of the run being watched."""
+    """Whether one of :data:`ACTION_NAMES` has an effect now; ``state`` is that of the run being watched."""
     if not watching:
-        return action in ("launch", "recheck", "watch_another")
-    return (
-        action in _WHEN_LIVE
-        or (action in _WHEN_RUNNING and state in ACTIVE)
-        or (action == "stop" and (state in ACTIVE or state == "queued"))
-        or (action == "resume" and state in RESUMABLE)
-        or (action == "chat" and state in ("finished", "stopped", "paused"))
-    )
-
-
-def validate_rate(text: str) -> str:
-    """Return what is wrong with a typed learning rate, or an empty string."""
-    try:
-        rate = float(text)
-    except ValueError:
-        return "Enter a number, such as 1e-4."
-    return "" if 0 < rate <= 1 else "It must be above 0 and at most 1."
+        return action in _PREPARING
+    if action in _PREPARING_ONLY:
+        return False
+    return action not in _STATES or state in _STATES[action]

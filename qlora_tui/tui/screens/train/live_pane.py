@@ -16,7 +16,7 @@ from qlora_tui.tui import clock
 from qlora_tui.tui.render.key_names import bare_key, highlight_keys, key_name
 from qlora_tui.tui.screens.train.gpu_panel import GpuPanel, MachineState
 from qlora_tui.tui.screens.train.log_tail import SIGNS, Level, LogEntry, LogTail
-from qlora_tui.tui.screens.train.loss_plot import loss_plot, sparklines, steps_axis
+from qlora_tui.tui.screens.train.run_charts import loss_plot, sparkline_data, steps_axis
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 from qlora_tui.tui.screens.train.run_header import RunHeader, RunOutcomeText, outcome_text
 from qlora_tui.tui.screens.train.sparklines import Sparklines
@@ -67,7 +67,7 @@ class LivePane(Vertical):
         self._show_outcome(snapshot)
         self.query_one(Graph).show(loss_plot(snapshot, from_step))
         x = steps_axis(snapshot.step, snapshot.view.total_steps, from_step)
-        self.query_one(Sparklines).show(sparklines(snapshot.curves, snapshot.last), x)
+        self.query_one(Sparklines).show(sparkline_data(snapshot.curves, snapshot.last), x)
         self.query_one(GpuPanel).show(self._machine(snapshot))
         self.show_tab(self.query_one(TabBar).front)
 

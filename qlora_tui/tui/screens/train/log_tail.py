@@ -55,11 +55,6 @@ class LogTail(LineView):
         self._search = ""
         self._only: frozenset[Level] = frozenset(SIGNS)
 
-    @property
-    def only(self) -> frozenset[Level]:
-        """The levels shown."""
-        return self._only
-
     def show(self, entries: Sequence[LogEntry], empty: str | None = None) -> None:
         """Show these; a sequence that grew at its end costs only what is new.
 

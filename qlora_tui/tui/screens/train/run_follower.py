@@ -1,5 +1,6 @@
-"""Follows one run for the screen: reads its files and returns a :class:`RunSnapshot` once a second.
+"""Follows one run for the screen: each poll reads its files and returns a :class:`RunSnapshot`.
 
+The screen polls every ``RUN_POLL_INTERVAL_S`` (``screen.py``).
 :class:`RunFollower` is used in a thread, one call at a time. Everything of a size that grows with the run
 stays in it; a snapshot holds only what is shown.
 """

@@ -78,10 +78,6 @@ class SettingsForm(Vertical):
         self.query_one(SettingList).show(recipe, base)
         self._show_help()
 
-    def choose(self, path: str) -> None:
-        """Put the cursor on a setting."""
-        self.query_one(SettingList).go_to([field.path for field in self._fields].index(path))
-
     @property
     def field(self) -> Field:
         """The setting under the cursor."""

@@ -1,7 +1,7 @@
-"""Small charts of blocks, one value a column, from a fixed zero to a fixed top.
+"""The widget of small block charts (rate, gradient norm, speed), each from zero to a fixed top.
 
 Textual's own sparkline rescales itself, so that a constant 98 % looks like 0 %, and fails on NaN. Here the
-scale is given and shown, a column without a sample is empty, and a NaN is marked.
+scale is given and shown, a column without a sample is empty, and a NaN is marked. The loss is in the graph.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qlora_tui.tui.widgets.diff_widget import DiffWidget
 
 @dataclass(frozen=True)
 class SparklineData:
-    """One quantity over the axis that all strips share."""
+    """One quantity over the axis that all charts share."""
 
     name: str
     value: str
@@ -41,43 +41,43 @@ class Sparklines(DiffWidget):
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
-        self._strips_shown: tuple[SparklineData, ...] = ()
+        self._charts: tuple[SparklineData, ...] = ()
         self._x = Axis(0, 1)
 
-    def show(self, strips: tuple[SparklineData, ...], x: Axis) -> None:
+    def show(self, charts: tuple[SparklineData, ...], x: Axis) -> None:
         """Draw these; repaints nothing where it looks the same."""
-        if (strips, x) != (self._strips_shown, self._x):
-            self._strips_shown, self._x = strips, x
+        if (charts, x) != (self._charts, self._x):
+            self._charts, self._x = charts, x
             self.redraw()
 
     def draw(self, width: int, height: int) -> list[Content]:
-        strips = self._strips_shown
-        if not strips:
+        charts = self._charts
+        if not charts:
             return []
-        if height < len(strips):
-            return [self._in_one_line(strips, width)]
-        names = max(len(s.name) for s in strips)
-        values = max(len(s.value) for s in strips)
-        scales = max(len(s.scale) for s in strips)
+        if height < len(charts):
+            return [self._in_one_line(charts, width)]
+        names = max(len(s.name) for s in charts)
+        values = max(len(s.value) for s in charts)
+        scales = max(len(s.scale) for s in charts)
         lines: list[Content] = []
-        for strip in strips:
+        for chart in charts:
             head = Content.assemble(
-                (f"{strip.name:<{names}} ", "dim"),
-                f"{strip.value:>{values}} ",
-                (f"{strip.scale:>{scales}} ", "dim"),
+                (f"{chart.name:<{names}} ", "dim"),
+                f"{chart.value:>{values}} ",
+                (f"{chart.scale:>{scales}} ", "dim"),
             )
-            rows = self._rows(strip, width - head.cell_length, height // len(strips))
+            rows = self._rows(chart, width - head.cell_length, height // len(charts))
             lines += [head + rows[0], *(Content(" " * head.cell_length) + row for row in rows[1:])]
         return lines
 
-    def _in_one_line(self, strips: tuple[SparklineData, ...], width: int) -> Content:
-        width_left = (width - 2 * (len(strips) - 1)) // len(strips)
+    def _in_one_line(self, charts: tuple[SparklineData, ...], width: int) -> Content:
+        width_left = (width - 2 * (len(charts) - 1)) // len(charts)
         parts = []
-        for strip in strips:
-            head = Content.assemble((f"{strip.name} ", "dim"), f"{strip.value} ")
-            parts.append(head + self._rows(strip, max(0, width_left - head.cell_length), 1)[0])
+        for chart in charts:
+            head = Content.assemble((f"{chart.name} ", "dim"), f"{chart.value} ")
+            parts.append(head + self._rows(chart, max(0, width_left - head.cell_length), 1)[0])
         return Content("  ").join(parts)
 
-    def _rows(self, strip: SparklineData, width: int, height: int) -> list[Content]:
-        values = over_axis(strip.trace, self._x, width)
-        return [Content.styled(row, strip.style) for row in blocks(values, 0.0, strip.top, height)]
+    def _rows(self, chart: SparklineData, width: int, height: int) -> list[Content]:
+        values = over_axis(chart.trace, self._x, width)
+        return [Content.styled(row, chart.style) for row in blocks(values, 0.0, chart.top, height)]

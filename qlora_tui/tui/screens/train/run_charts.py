@@ -1,4 +1,4 @@
-"""The graph and sparklines of a run: curves, marks, axes."""
+"""What the graph and the sparklines of a run show: curves, marks, axes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def zoom_start(step: int, zoom: int) -> float:
     return max(0.0, math.floor((step - part) / grain) * grain)
 
 
-def sparklines(
+def sparkline_data(
     curves: Curves, last: tuple[float | None, float | None, float | None]
 ) -> tuple[SparklineData, ...]:
     """Learning rate, gradient norm and tokens a second, each from zero to a round top."""

@@ -1,0 +1,251 @@
+"""What the keys of the Train screen do with the recipe, the watched run, and the log."""
+
+from __future__ import annotations
+
+import shlex
+from abc import abstractmethod
+from collections.abc import Callable
+
+from qlora_tui.recipe.fields import replace_setting
+from qlora_tui.runs import actions as run_actions
+from qlora_tui.runs import control
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.status import ACTIVE, State, read_status
+from qlora_tui.runs.suggested_fix import SuggestedFix
+from qlora_tui.tui.render.key_names import key_name
+from qlora_tui.tui.screens.base import WorkScreen
+from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
+from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
+from qlora_tui.tui.screens.train.live_pane import LivePane
+from qlora_tui.tui.screens.train.run_follower import RunSnapshot
+from qlora_tui.tui.screens.train.run_picker import RunPickerScreen
+
+_MAX_ZOOM = 6
+_REQUEST_NOTICES: dict[control.Kind, str] = {
+    "checkpoint": "The run will save a checkpoint after this step.",
+    "evaluate": "The run will measure the validation loss after this step.",
+    "sample": "The run will answer the sample prompts after this step.",
+    "finish_epoch": "The run will stop at the end of this epoch.",
+}
+"""Notification for each kind of request."""
+
+
+class TrainActions(WorkScreen):
+    """A screen that watches a run, or prepares one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.snapshot: RunSnapshot | None = None
+        """The watched run as it was last read."""
+        self.zoom = 0
+        """How many times the steps shown are halved."""
+
+    @property
+    @abstractmethod
+    def run(self) -> RunDir | None:
+        """The run being watched; None while one is prepared."""
+
+    @property
+    def state(self) -> State | None:
+        """State of the run being watched."""
+        return self.snapshot.status.state if self.snapshot else None
+
+    @abstractmethod
+    def attach(self, run: RunDir) -> None:
+        """Watch a run."""
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Show the recipe and its checks."""
+
+    @abstractmethod
+    def launch_recipe(self) -> object:
+        """Check the recipe, launch or queue it, and watch the run."""
+
+    @abstractmethod
+    def check_again(self) -> None:
+        """Run the checks, whether or not anything has changed."""
+
+    @abstractmethod
+    def poll_now(self) -> None:
+        """Read the watched run, unless a read is in progress."""
+
+    def action_launch(self) -> None:
+        """Launch or queue the recipe; failed checks are shown first."""
+        self.launch_recipe()
+
+    def action_recheck(self) -> None:
+        """Run the checks again: a file may have changed."""
+        self.check_again()
+        self.notify("Checking again.")
+
+    async def action_stop(self) -> None:
+        """Ask, then stop the run."""
+        run = self.run
+        if run is None:
+            return
+        if self.state == "queued":
+            self._confirm(
+                "Remove from the queue?", f"{run.id} has not started.", lambda: run_actions.stop(run)
+            )
+        else:
+            self._confirm(
+                "Stop the run?",
+                f"{run.id} will save a checkpoint and its adapter, then stop. It can be resumed.",
+                lambda: run_actions.stop(run),
+                done="The run will stop after this step.",
+            )
+
+    def action_pause(self) -> None:
+        """Pause the run, so that it frees the GPU."""
+        self._act_on_run(run_actions.pause, "The run will pause after this step.")
+
+    def action_resume(self) -> None:
+        """Queue the run again."""
+        self._act_on_run(run_actions.resume, "Queued. The run will resume from its last checkpoint.")
+
+    def action_request(self, kind: control.Kind) -> None:
+        """Send a request to the trainer."""
+        self._act_on_run(lambda run: control.send_request(run, kind), _REQUEST_NOTICES[kind])
+
+    def action_learning_rate(self) -> None:
+        """Ask for a learning rate, and set it."""
+        now = self.snapshot.last[0] if self.snapshot else None
+        self._prompt_for_rate("" if now is None else f"{now:.3g}")
+
+    def _prompt_for_rate(self, proposed: str) -> None:
+        def on_answer(text: str | None) -> None:
+            if text:
+                self._act_on_run(
+                    lambda run: control.send_request(run, "set_learning_rate", float(text)),
+                    f"The learning rate will change to {float(text):g} after this step.",
+                )
+
+        self.app.push_screen(
+            TextPromptScreen(
+                "Learning rate",
+                "The new peak. The schedule continues from it.",
+                proposed,
+                _rate_problem,
+            ),
+            on_answer,
+        )
+
+    async def action_fix(self) -> None:
+        """Apply the suggested fix, after asking."""
+        fix = self.snapshot.fix if self.snapshot else None
+        if fix is None or self.run is None:
+            return
+        if fix.rate is not None:
+            self._prompt_for_rate(f"{fix.rate:g}")
+        elif fix.stop:
+            await self.action_stop()
+        else:
+            self._offer_next_run(self.run, fix)
+
+    def _offer_next_run(self, run: RunDir, fix: SuggestedFix) -> None:
+        def on_answer(yes: bool | None) -> None:
+            if not yes:
+                return
+            recipe = run.recipe()
+            for path, value in fix.changes.items():
+                recipe = replace_setting(recipe, path, value)
+            if self.qlora_app.workbench.replace(recipe):
+                self.qlora_app.recipe_edited()
+            self.action_prepare()
+
+        text = f"This run's recipe replaces the one you are editing. Press {key_name('app.undo')} to undo."
+        self.app.push_screen(ConfirmScreen(f"{fix.label[:1].upper()}{fix.label[1:]}?", text), on_answer)
+
+    async def action_chat(self) -> None:
+        """Open the Chat screen with the adapter."""
+        from qlora_tui.tui.screens.chat.screen import show_chat
+
+        if self.run is not None:
+            await show_chat(self.qlora_app, self.run)
+
+    def action_watch_another(self) -> None:
+        """Choose a run to watch."""
+
+        def on_answer(run: RunDir | None) -> None:
+            if run is not None:
+                self.attach(run)
+
+        self.app.push_screen(RunPickerScreen(self.run), on_answer)
+
+    def action_prepare(self) -> None:
+        """Go back to the recipe and its checks."""
+        self.prepare()
+
+    def action_detach(self) -> None:
+        """Leave the app."""
+        run = self.run
+        if run is None:
+            return
+
+        state = read_status(run).state
+        outcome = "continues" if state in ACTIVE else f"is {state}"
+        text = f"{run.id} {outcome}. Run `qlora-tui attach {run.id}` to watch it again."
+
+        def on_answer(yes: bool | None) -> None:
+            if yes:
+                self.app.exit(message=text)
+
+        self.app.push_screen(ConfirmScreen("Leave the app?", text, "Leave", harmless=True), on_answer)
+
+    def action_next_tab(self, places: int) -> None:
+        """Show the next tab under the graph."""
+        self.query_one(LivePane).next_tab(places)
+
+    def action_show_tab(self, name: str) -> None:
+        """Show a tab by its name."""
+        self.query_one(LivePane).show_tab(name)
+
+    def action_zoom(self, direction: int) -> None:
+        """Zoom in to the last half of the steps (1), or out (-1)."""
+        self.zoom = min(max(self.zoom + direction, 0), _MAX_ZOOM)
+        self.poll_now()
+
+    def action_level(self) -> None:
+        """Show all levels, warnings only, or errors only."""
+        self.query_one(LivePane).next_level()
+
+    def action_search(self) -> None:
+        """Ask for a text that log lines must contain."""
+        pane = self.query_one(LivePane)
+        self.app.push_screen(
+            TextPromptScreen(
+                "Search", "Show only lines with this text. Leave empty to show all.", pane.search
+            ),
+            lambda text: None if text is None else pane.search_for(text),
+        )
+
+    def action_copy_command(self) -> None:
+        """Copy the command that shows this run."""
+        if self.run is not None:
+            command = f"qlora-tui attach {shlex.quote(self.run.id)}"
+            self.app.copy_to_clipboard(command)
+
+    def _confirm(self, title: str, text: str, act: Callable[[], None], done: str = "") -> None:
+        def on_answer(yes: bool | None) -> None:
+            if yes:
+                self._act_on_run(lambda run: act(), done)
+
+        self.app.push_screen(ConfirmScreen(title, text), on_answer)
+
+    def _act_on_run(self, act: Callable[[RunDir], None], done: str) -> None:
+        run = self.run
+        if run is None or not self.qlora_app.try_or_show_error(lambda: act(run)):
+            return
+        if done:
+            self.notify(done)
+        self.poll_now()
+
+
+def _rate_problem(text: str) -> str:
+    """Return what is wrong with a typed learning rate, or an empty string."""
+    try:
+        rate = float(text)
+    except ValueError:
+        return "Enter a number, such as 1e-4."
+    return "" if 0 < rate <= 1 else "It must be above 0 and at most 1."
