@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 from qlora_tui import __version__, paths
 from qlora_tui.cli.arguments import GPU_GIB_HELP, positive_float
 from qlora_tui.cli.terminal import visible_output
-from qlora_tui.errors import EXIT_FAILURE, INTERNAL_ERROR, UserError, disk_problem
+from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, INTERNAL_ERROR, UserError, disk_problem
 from qlora_tui.settings import load_settings
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def _run(argv: list[str]) -> int:
             _complete()
         if not argv:
             return _open_app()
+        _check_command(argv)
         verb = next((word for word in argv if word in SUBCOMMANDS), None)
         args = _parser(verb).parse_args(argv)
         if args.verb is None:
@@ -82,6 +83,27 @@ def _run(argv: list[str]) -> int:
             return _report_bug(error)
         print(f"qlora-tui: {unwritable}", file=sys.stderr)
         return unwritable.exit_code
+
+
+def _check_command(argv: Sequence[str]) -> None:
+    """Raise UserError for an unknown command, with the closest one."""
+    words = iter(argv)
+    for word in words:
+        if word == "--gpu-gib":
+            next(words, None)
+        elif not word.startswith("-"):
+            if word in SUBCOMMANDS:
+                return
+            from qlora_tui.recipe.suggestions import closest
+
+            match = closest(word, SUBCOMMANDS)
+            meant = f"Did you mean `qlora-tui {match}`? " if match else ""
+            raise UserError(
+                "Unknown command",
+                what=f"{word!r} is not a command.",
+                fix=f"{meant}`qlora-tui --help` lists all commands.",
+                exit_code=EXIT_USAGE,
+            )
 
 
 def _parser(name_called: str | None) -> argparse.ArgumentParser:

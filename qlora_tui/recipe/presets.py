@@ -22,7 +22,11 @@ from qlora_tui.recipe import toml
 from qlora_tui.recipe.schema import Data, Model, Recipe
 from qlora_tui.recipe.suggestions import did_you_mean
 
-_HEADER = re.compile(rb"# Written by qlora-tui, which asks before it replaces an edit: ([0-9a-f]{64})\n")
+_HEADER = re.compile(
+    rb"# Written by qlora-tui(?:, which asks before it replaces an edit: "
+    rb"|\. Edit it freely: a checksum tells the app that you did, )([0-9a-f]{64})\n"
+)
+"""The first line of a file that the app wrote; earlier versions worded it otherwise."""
 _MAX_NAME_BYTES = 60
 
 
@@ -242,12 +246,15 @@ def _check_overwrite(path: Path) -> None:
 
 def _with_hash_line(body: bytes) -> bytes:
     digest = hashlib.sha256(body).hexdigest()
-    return f"# Written by qlora-tui, which asks before it replaces an edit: {digest}\n".encode() + body
+    note = "Edit it freely: a checksum tells the app that you did"
+    return f"# Written by qlora-tui. {note}, {digest}\n".encode() + body
 
 
 def _is_unedited(content: bytes) -> bool:
     header = _HEADER.match(content)
-    return header is not None and _with_hash_line(content[header.end() :]) == content
+    if header is None:
+        return False
+    return header[1].decode() == hashlib.sha256(content[header.end() :]).hexdigest()
 
 
 def _write(path: Path, content: bytes) -> None:

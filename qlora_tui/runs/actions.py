@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 
 from qlora_tui.errors import EXIT_USAGE, UserError, disk_problems
@@ -12,7 +13,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import control, run_queue
 from qlora_tui.runs.directory import LAST, RunDir, all_runs, create_run
 from qlora_tui.runs.spawn import ensure_runner
-from qlora_tui.runs.status import ACTIVE, RESUMABLE, read_status
+from qlora_tui.runs.status import ACTIVE, RESUMABLE, State, read_status
 
 LONGEST_NAME = 60
 
@@ -42,11 +43,22 @@ def resume(run: RunDir) -> None:
         raise UserError(
             "Nothing to resume",
             what=f"{run.id} is {status.state}.",
-            fix="Only a run that failed, was stopped, paused or lost can be resumed.",
+            fix=_instead_of_resuming(run, status.state),
             exit_code=EXIT_USAGE,
         )
     run_queue.requeue(run)
     ensure_runner()
+
+
+def _instead_of_resuming(run: RunDir, state: State) -> str:
+    if state == "finished":
+        return (
+            f"All its steps are done. Talk to it: `qlora-tui chat {run.id}`. "
+            f"To train further, start a new run: `qlora-tui train {shlex.quote(str(run.recipe_path))}`."
+        )
+    if state in ACTIVE or state == "queued":
+        return f"It needs no resuming. Watch it: `qlora-tui attach {run.id}`."
+    return "Only a run that failed, was stopped, paused or lost can be resumed."
 
 
 @disk_problems()

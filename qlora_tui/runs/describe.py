@@ -26,6 +26,7 @@ from qlora_tui.runs.events import (
     Step,
     StepVerified,
     Stopped,
+    phase_label,
 )
 
 
@@ -38,9 +39,9 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
             again = f", continuing from step {event.resumed_from_step:,}" if event.resumed_from_step else ""
             return f"attempt {event.attempt}{again}"
         case PhaseChanged():
-            return f"{event.phase}{': ' + event.detail if event.detail else ''}"
+            return f"{phase_label(event.phase)}{': ' + event.detail if event.detail else ''}"
         case Progress():
-            return f"{event.phase} {event.done:,}/{event.total:,}"
+            return f"{phase_label(event.phase)} {event.done:,}/{event.total:,}"
         case Environment():
             kernels = ", Triton kernels" if event.kernels == "triton" else ""
             computed = f"{event.attention} attention, {event.loss} loss{kernels}"

@@ -152,6 +152,11 @@ class MemoryMeasured(Event, tag="memory", frozen=True, kw_only=True):
     reserved_bytes: Count = 0
 
 
+def phase_label(phase: str) -> str:
+    """The name of a phase for people."""
+    return "testing memory" if phase == "probing" else phase
+
+
 class Step(Event, tag="step", frozen=True, kw_only=True):
     """One optimizer step. ``loss`` and ``grad_norm`` may be NaN or infinite: they are recorded unchanged."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qlora_tui.formatting import format_duration, format_float, format_gib, format_percent
 from qlora_tui.gpu.metrics import GpuMetrics
+from qlora_tui.runs.events import phase_label
 from qlora_tui.runs.telemetry import Sample
 from qlora_tui.runs.view import RunView
 
@@ -11,7 +12,7 @@ from qlora_tui.runs.view import RunView
 def summarize_status(view: RunView, sample: Sample | None) -> str:
     """``training, step 640 of 3,000, loss 1.21, 12 min left. GPU 96% busy, 18.2 of 24.0 GiB, 61 °C.``"""
     state = view.status.state
-    parts: list[str] = [view.phase if state == "running" and view.phase else state]
+    parts: list[str] = [phase_label(view.phase) if state == "running" and view.phase else state]
     progress = view.progress
     if progress is not None and view.phase == progress.phase:
         parts.append(f"{progress.done:,} of {progress.total:,}")

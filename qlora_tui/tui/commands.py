@@ -97,7 +97,7 @@ EVERYWHERE: tuple[Command, ...] = (
         key="f1",
         action="app.keys",
         label="All keys",
-        help="Show every key of every screen, and its name for a keymap of your own.",
+        help="Show every key of every screen, and the name to change it by in config.toml.",
         in_footer=False,
     ),
     Command(

@@ -24,6 +24,7 @@ from qlora_tui.runs.status import Status, write_status
 from qlora_tui.training.gguf_conversion import folder_of
 from qlora_tui.tui.app import QloraApp
 from tests.cli.conftest import CONFIGS, Call
+from tests.tui.fake_runs import FakeRun, write_fake_run
 
 
 @pytest.fixture
@@ -338,3 +339,18 @@ def test_gpu_gib_opens_the_app_with_that_gpu_size(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(QloraApp, "run", lambda app, **_: opened.append(app))
     assert main(["--gpu-gib", "24"]) == 0
     assert opened[0].memory_budget.bytes == 24 << 30
+
+
+def test_an_unknown_command_is_answered_with_the_closest(call: Call) -> None:
+    said = call("--gpu-gib", "8", "esitmate", "--model", "x")
+    assert said.code == 2
+    assert "'esitmate' is not a command." in said.err
+    assert "Did you mean `qlora-tui estimate`?" in said.err
+    assert "Did you mean" not in call("zzz").err
+
+
+def test_resuming_a_finished_run_says_what_to_do_instead(call: Call) -> None:
+    run = write_fake_run(FakeRun(name="done", state="finished", steps=10, total=10))
+    said = call("resume", run.id)
+    assert said.code == 2
+    assert "qlora-tui chat done" in said.err and "qlora-tui train" in said.err

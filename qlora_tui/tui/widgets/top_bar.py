@@ -69,11 +69,11 @@ def _run_text(system_status: SystemStatus) -> str:
     status = system_status.active_status
     if status is None:
         return f"{len(system_status.waiting)} waiting" if system_status.waiting else ""
-    from qlora_tui.runs.events import STEP_PHASES  # not needed for the first frame
+    from qlora_tui.runs.events import STEP_PHASES, phase_label  # not needed for the first frame
 
     # An attempt that has just started shows its phase.
     if not status.step or status.phase not in STEP_PHASES:
-        return f"● {status.phase or status.state}"
+        return f"● {phase_label(status.phase or status.state)}"
     loss = f" loss {format_float(status.loss, 3)}" if status.loss is not None else ""
     return f"● {status.step:,}/{status.total_steps:,}{loss}"
 

@@ -212,8 +212,11 @@ def totals(report: Report, recipe: Recipe, time: str = "", *, brief: bool = Fals
     parts: list[Content] = []
     for file in report.files[:1]:
         more = f", {len(report.files)} files" if len(report.files) > 1 else ""
-        evidence = ", ".join(file.columns.values()) if brief else "; ".join(file.evidence)
-        parts.append(Content.assemble((file.format, "bold"), (f": {evidence}{more}", "dim")))
+        # A column that is called like the format says nothing more.
+        columns = ", ".join(name for name in file.columns.values() if name != file.format)
+        evidence = columns if brief else "; ".join(file.evidence)
+        between = ": " if evidence else " format"
+        parts.append(Content.assemble((file.format, "bold"), (f"{between}{evidence}{more}", "dim")))
     reading = "" if report.complete else f"  ({format_percent(report.share)} read)"
     if not report.template:
         parts.append(

@@ -17,6 +17,7 @@ from qlora_tui.formatting import format_duration, format_float, format_gib, trun
 from qlora_tui.memory import Estimate, check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.events import phase_label
 from qlora_tui.runs.run_summary import RunSummary, SummaryCache
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui.draft import draft_written_at
@@ -172,7 +173,7 @@ def run_lines(summary: RunSummary | None, away: bool, now: float, across: int) -
         return [Content.styled("No run yet.", "dim")]
     status, cells = summary.status, _CURVE if across >= _CURVES_FROM else _SHORT_CURVE
     sign, style = SIGNS[status.state]
-    word = (status.phase or status.state) if status.state in ACTIVE else status.state
+    word = phase_label(status.phase or status.state) if status.state in ACTIVE else status.state
     first = Content.assemble((f"{sign} ", style), (summary.name, "bold"), "  ", (word, style))
     if status.state in ACTIVE:
         share = summary.step / summary.total_steps if summary.total_steps else 0.0

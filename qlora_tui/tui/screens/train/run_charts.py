@@ -6,6 +6,7 @@ import math
 
 from qlora_tui.formatting import format_float
 from qlora_tui.runs.describe import format_exact
+from qlora_tui.runs.events import phase_label
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.render.axis import Axis, label, rounded, so_far, tick_step
 from qlora_tui.tui.render.block_charts import NOT_A_NUMBER
@@ -125,4 +126,4 @@ def _nothing_yet(snapshot: RunSnapshot) -> str:
         return "The run ended before its first step."
     if view.phase in (None, "training"):
         return "No steps yet."
-    return f"No steps yet: {view.phase}."
+    return f"No steps yet: {phase_label(view.phase)}."

@@ -8,7 +8,7 @@ from textual.content import Content
 
 from qlora_tui.formatting import abbreviate_home, format_duration, format_float, format_path
 from qlora_tui.runs.describe import format_energy
-from qlora_tui.runs.events import Failed, Finished
+from qlora_tui.runs.events import Failed, Finished, phase_label
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.tui.render.block_charts import bar
 from qlora_tui.tui.render.key_names import key_name
@@ -58,7 +58,7 @@ def title(snapshot: RunSnapshot) -> Content:
     """``● qwen-tickets-20261124-0212  training  attempt 2``."""
     status, view = snapshot.status, snapshot.view
     sign, style = SIGNS[status.state]
-    word = (view.phase or status.state) if status.state == "running" else status.state
+    word = phase_label(view.phase or status.state) if status.state == "running" else status.state
     parts: list[str | tuple[str, str]] = [(f"{sign} ", style), (view.run.name, "bold"), "  ", (word, style)]
     if count := len({health.kind for health in snapshot.health if health.severity == "warning"}):
         parts.append((f"  ! {count} warning{'s' if count > 1 else ''}", "$warning"))
@@ -97,7 +97,7 @@ def _active_facts(snapshot: RunSnapshot, now: float) -> list[str]:
     view = snapshot.view
     facts = []
     if view.progress is not None and view.phase != "training":
-        facts.append(f"{view.phase} {view.progress.done:,}/{view.progress.total:,}")
+        facts.append(f"{phase_label(view.phase or '')} {view.progress.done:,}/{view.progress.total:,}")
     if view.total_steps:
         facts.append(f"step {snapshot.step:,}/{view.total_steps:,}")
     if snapshot.seconds_left is not None:

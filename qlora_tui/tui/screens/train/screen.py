@@ -46,7 +46,9 @@ class TrainScreen(TrainActions):
         "Backspace resets it to the preset's value, ['] labels each setting with a letter to jump to.\n"
         "During a run: the loss (gray) with its running mean, ◆ validations, ★ the best validation, × "
         "steps where the loss was not a number. Each small chart goes from zero to the number beside it. "
-        "▲ under the memory bar is the estimate. The run continues when you leave the app."
+        "▲ under the memory bar is the estimate. The run continues when you leave the app.\n"
+        "'testing memory' is one step on the longest batch, before the first step. An attempt is one process "
+        "of the run: a resume, or a retry after memory ran out, starts another."
     )
     SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = COMMANDS
 
