@@ -129,7 +129,7 @@ async def test_rows_called_by_their_lines_are_not_beyond_the_last(model: str, he
 async def test_the_problem_key_cycles_and_enter_opens_a_problems_rows(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
     async with opened(model, "tickets.jsonl", max_length=1024).run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "No answer to learn 1", "Duplicate row 1")
+        await shows(pilot, "No answer to learn ×1", "Duplicate row ×1")
         await pilot.press("n")
         await shows(pilot, "row 39 of 40", "⚠ Duplicate row")
         await pilot.press("n")
@@ -190,7 +190,7 @@ async def test_the_fix_key_splits_a_long_text(model: str, here: Path) -> None:
     (here / "book.txt").write_text("the fox ran " * 300 + "\n\nShort.\n\nShort too.\n")
     app = opened(model, "book.txt", max_length=64)
     async with app.run_test(size=(120, 40)) as pilot:
-        text = await shows(pilot, "⚠ Long text: 1 row", "▸ [m] split into")
+        text = await shows(pilot, "⚠ Long text ×1", "▸ [m] split into")
         rows = int(text.partition("[m] split into ")[2].split(" ")[0])
         await pilot.press("m")
         assert app.workbench.recipe.data.overflow == "split"
@@ -202,7 +202,7 @@ async def test_the_fix_key_is_off_without_a_fixable_problem(model: str, here: Pa
     tickets(here / "tickets.jsonl")
     app = opened(model, "tickets.jsonl", max_length=1024)
     async with app.run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "Duplicate row 1")
+        await shows(pilot, "Duplicate row ×1")
         before = app.workbench.recipe
         await pilot.press("m")
         assert app.workbench.recipe == before
@@ -308,7 +308,7 @@ async def test_one_broken_line_is_named_and_the_others_are_read(model: str, here
     rows[6] = '{"messages": oops'
     write_rows(here / "tickets.jsonl", rows)
     async with opened(model, "tickets.jsonl").run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "20 rows → 19 samples", "✗ Not valid JSON 1")
+        await shows(pilot, "20 rows → 19 samples", "✗ Not valid JSON ×1")
         await pilot.press("n")
         await shows(
             pilot, "This row cannot be used.", "Line 7 is not valid JSON", "▸ Correct or remove the line"
@@ -375,7 +375,7 @@ async def test_costs_of_other_lengths_include_the_last_runs_time(model: str, her
     app = opened(model, "tickets.jsonl", max_length=64)
     trained_before(app.workbench.recipe)
     async with app.run_test(size=(120, 40)) as pilot:
-        text = await shows(pilot, "at length", "▸ now", "p90", "memory      time", "fits")
+        text = await shows(pilot, "max length", "▸ now", "p90", "memory      time", "fits")
         assert "in all, about" in text
         (line,) = [line for line in text.splitlines() if "▸ now" in line]
         assert "64" in line
@@ -387,7 +387,7 @@ async def test_the_cost_of_a_length_fits_one_line(model: str, here: Path) -> Non
     app = opened(model, "tickets.jsonl", max_length=64)
     trained_before(app.workbench.recipe)
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "at length", "about 8 min")
+        await shows(pilot, "max length", "about 8 min")
         await pilot.press("v")
         text = await shows(pilot, "▸ now", "p50")
         lines = [
@@ -425,7 +425,7 @@ async def test_the_figures_can_have_all_the_room(model: str, here: Path) -> None
     async with opened(model, "tickets.jsonl").run_test(size=(80, 24)) as pilot:
         await shows(pilot, "row 1 of 40", "No answer to learn")
         await pilot.press("v")
-        text = await shows(pilot, "column 'messages'", "at length", "▸ The row has no")
+        text = await shows(pilot, "column 'messages'", "max length", "▸ The row has no")
         assert "<|im_start|>" not in text
         await pilot.press("v")
         await shows(pilot, "<|im_start|>")

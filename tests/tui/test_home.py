@@ -296,7 +296,7 @@ async def test_every_named_key_leads_to_the_next_step(make_app: MakeApp) -> None
     async with app.run_test(size=(80, 24)) as pilot:
         shown = await shows(pilot, "See what went wrong")
         assert "also" not in shown
-        await pilot.press("5")
+        await pilot.press("5", "n")
         await shows(pilot, "Micro-batch")
         await pilot.press("0", "enter")
         await shows(pilot, "Its process is gone")

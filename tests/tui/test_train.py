@@ -598,3 +598,15 @@ def test_epochs_are_told_in_two_or_three_digits(total: int, now: float, says: st
     assert picture.view.data is not None
     picture.view.data = structs.replace(picture.view.data, steps_per_epoch=1000, total_steps=total)
     assert says in facts(replace(picture, epoch=now), BEGAN + 60)
+
+
+async def test_the_last_run_is_shown_until_the_recipe_is_edited(make_app: MakeApp) -> None:
+    run = write_fake_run(FakeRun(state="finished", steps=60, total=60))
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("5")
+        await shows(pilot, run.id, "finished", "[c] chat with it", "[n] prepare another run")
+        await pilot.press("4")
+        app.edit("lora.rank", 32)
+        await pilot.press("5")
+        await shows(pilot, "Micro-batch", "Not ready")

@@ -280,8 +280,8 @@ def problem_line(problem: DataProblem, *, brief: bool = False, several: bool = F
     if several and problem.path:
         where = f"  {Path(problem.path).name}{where}"
     return Content.assemble(
-        (f"{sign} {problem.title}: ", style),
-        (pluralize(problem.count, "row"), "bold"),
+        (f"{sign} {problem.title}", style),
+        (f" ×{problem.count:,}" if brief else f": {pluralize(problem.count, 'row')}", "bold"),
         (where, "dim"),
         (f"\n  ▸ {key_name('data.fix')} {remedy}" if (remedy := _fix_label(problem)) else "", "$accent"),
         ("" if brief or not problem.fix else f"\n  ▸ {problem.fix}", "dim"),

@@ -15,7 +15,9 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.machine_checks import Check
 from qlora_tui.runs.preflight import preflight
+from qlora_tui.runs.status import RESUMABLE
 from qlora_tui.tui.commands import Command
+from qlora_tui.tui.draft import draft_written_at
 from qlora_tui.tui.screens.train.actions import TrainActions
 from qlora_tui.tui.screens.train.commands import (
     ACTION_NAMES,
@@ -57,7 +59,9 @@ class TrainScreen(TrainActions):
         self._follower: RunFollower | None = None
         self._polling = False
         self._chosen = False
-        """Whether the user chose what to show; until then it is the active run."""
+        """Whether the user chose what to show; until then it is the active run, or the last one."""
+        self._ended_at: float | None = None
+        """When the run that is shown without being chosen ended; None for any other."""
         self._checks: tuple[Check, ...] = ()
         self._checks_key: object = None
         self._stamps: object = None
@@ -83,22 +87,40 @@ class TrainScreen(TrainActions):
         return self._follower.run if self._follower else None
 
     def attach(self, run: RunDir) -> None:
-        self._chosen = True
-        if self.run == run:
-            return
+        """Watch a run."""
+        self._chosen, self._ended_at = True, None
+        if self.run != run:
+            self._follow(run)
+
+    def _follow(self, run: RunDir) -> None:
         self._follower, self.snapshot, self.zoom = RunFollower(run), None, 0
         self._show_pane()
         self.poll_now()
 
     def show_recipe(self, recipe: Recipe) -> None:
+        if self._ended_at is not None and draft_written_at() > self._ended_at:
+            # Whoever edits the recipe is about to launch it.
+            self._stop_watching()
         self.query_one(LaunchPane).show_recipe(recipe, self.qlora_app.workbench.base)
         self._stamps = [source_stamps(source) for source in every_source(recipe.data)]
         self._check()
 
     def show_system_status(self, system_status: SystemStatus) -> None:
-        if not self._chosen and self.run is None and system_status.active is not None:
-            self.attach(system_status.active)
+        if not self._chosen:
+            if system_status.active is not None:
+                self.attach(system_status.active)
+            elif self.run is None:
+                self._show_last(system_status)
         self._check()
+
+    def _show_last(self, system_status: SystemStatus) -> None:
+        """Show how the last run ended, unless the recipe was edited since."""
+        run, status = system_status.latest, system_status.latest_status
+        if run is None or status is None or status.state not in ("finished", *RESUMABLE):
+            return
+        if status.at and status.at >= draft_written_at():
+            self._ended_at = status.at
+            self._follow(run)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action == "fix":
@@ -122,7 +144,7 @@ class TrainScreen(TrainActions):
 
     def _stop_watching(self) -> None:
         """Watch no run until one becomes active."""
-        self._follower = self.snapshot = None
+        self._follower = self.snapshot = self._ended_at = None
         self._chosen = False
         self._show_pane()
 
