@@ -65,12 +65,12 @@ async def test_palette_and_help_are_in_view_beside_every_run(make_app: Callable[
 async def test_in_a_narrow_window_the_screens_own_keys_give_way(private_home: Path) -> None:
     app = open_on("data", model=readable_model(private_home))
     async with app.run_test(size=(80, 24)) as pilot:
-        assert "+ Length" in (await shows(pilot, WAY_OUT)).splitlines()[-1]
+        assert "c Columns" in (await shows(pilot, WAY_OUT)).splitlines()[-1]
         await pilot.resize_terminal(62, 24)
         await shows(pilot, "too small")
         await pilot.press("enter")
         last = (await shows(pilot, WAY_OUT)).splitlines()[-1]
-        assert "o Open" in last and "+ Length" not in last
+        assert "o Open" in last and "c Columns" not in last
 
 
 async def test_a_click_on_a_key_presses_it(private_home: Path) -> None:
@@ -131,7 +131,7 @@ async def test_a_key_of_ones_own_is_named_wherever_keys_are(private_home: Path) 
         await pilot.press("escape", "ctrl+p", *"demo")
         await shows(pilot, "Demo (x)")
         await pilot.press("escape", "escape", "f1")
-        await shows(pilot, "Help: all keys", "f1   app.keys", "app.quit")
+        await shows(pilot, "Help: all keys", "f1   app.keys", "app.undo")
         await pilot.press("G")
         await shows(pilot, "presets.undo")
 

@@ -25,7 +25,7 @@ VISITED = [
     ("2", "has no model"),
     ("3", "has no model"),
     ("4", "r R rank"),
-    ("5", "Not ready"),
+    ("5", "n New run"),
     ("6", "v Compare"),
     ("?", "Help: Runs"),
     ("q", "v Compare"),

@@ -25,7 +25,8 @@ APP = [sys.executable, "-m", "qlora_tui"]
 CODE_PAGE_437 = set(bytes(range(256)).decode("cp437")) | set("♦•○►◄▲▼↑↓→←§\x1b")
 VISITED = [
     ("6", "Compare"),
-    ("5", "Not ready"),
+    ("5", "chat with it"),
+    ("n", "Not ready"),
     ("x", "Watch another run"),
     ("\r", "chat with it"),
     ("?", "Help: Train"),
@@ -107,8 +108,8 @@ def test_the_linux_console_is_sent_only_what_its_font_has() -> None:
             ("redo", "Redo the change that was undone"),
             ("\r", "has no model"),
             ("3", "has no model"),
-            ("5", "Not ready"),
-            *VISITED[2:4],
+            ("5", "chat with it"),
+            *VISITED[2:5],
         ]:
             terminal.press(key)
             see(terminal, shows)
