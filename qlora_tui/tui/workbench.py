@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from qlora_tui.memory.estimate import Precision
     from qlora_tui.memory.step_trace import StepTrace
 
-# The first frame shows neither architecture nor estimate, so it does not wait for their rooms: they are
-# imported where they are first needed.
+# The first frame shows neither architecture nor estimate, so it does not wait for their packages:
+# they are imported where they are first needed.
 
 _UNDO_STEPS = 200
 FIRST_PRESET = "balanced"
@@ -36,7 +36,7 @@ class _Snapshot:
 
 
 class Workbench:
-    """One recipe in the making."""
+    """The recipe being edited, with undo, redo and cached estimates."""
 
     def __init__(self, recipe: Recipe | None = None, preset: str = FIRST_PRESET) -> None:
         """Raises UserError where there is no such preset, or it is damaged."""
@@ -69,7 +69,7 @@ class Workbench:
 
     @property
     def modified(self) -> bool:
-        """Whether it has left its preset."""
+        """Whether the recipe differs from its preset."""
         return self.recipe != self.base
 
     def set(self, path: str, value: Any) -> bool:
@@ -82,27 +82,29 @@ class Workbench:
         """Change the whole recipe, undoably; False when nothing changed."""
         if recipe == self.recipe:
             return False
-        self._remember(_Snapshot(recipe, self._now.preset, self._now.base))
+        self._push_undo(_Snapshot(recipe, self._now.preset, self._now.base))
         return True
 
     def adopt(self, other: Workbench) -> None:
         """Take the recipe and preset of another workbench, undoably."""
-        self._remember(other._now)
+        self._push_undo(other._now)
 
     def open_preset(self, name: str) -> None:
         """Take a preset's settings, keeping model and data. Raises UserError."""
         base = build_recipe(preset=name)
-        self._remember(_Snapshot(_with_model_and_data(base, self.recipe), name, base))
+        self._push_undo(_Snapshot(_with_model_and_data(base, self.recipe), name, base))
 
     def saved_as(self, name: str) -> tuple[str, Recipe]:
-        """The recipe is now what preset ``name`` gives; not a change, so not undone. What it began as until
-        now is given, for :meth:`undo_saved_as`."""
+        """Record that the recipe was saved as preset ``name``: no change of the recipe, so nothing to undo.
+
+        Returns the preset that it started from until now, for :meth:`undo_saved_as`.
+        """
         began = self._now.preset, self._now.base
         self._now = _Snapshot(self.recipe, name, self.recipe)
         return began
 
     def undo_saved_as(self, name: str, began: tuple[str, Recipe]) -> None:
-        """Preset ``name`` is again what it was before the recipe was saved as it."""
+        """Undo :meth:`saved_as`, given what that returned."""
         if self.preset == name:
             self._now = _Snapshot(self.recipe, *began)
 
@@ -130,7 +132,7 @@ class Workbench:
         return self._architecture[1]
 
     def forget_architecture(self) -> None:
-        """Look again: the model may have been downloaded since."""
+        """Read the config.json again when it is next needed: the model may have been downloaded since."""
         self._architecture = None
         self._compared = None
 
@@ -164,7 +166,7 @@ class Workbench:
             return None
         return self._traced[2]
 
-    def _remember(self, snapshot: _Snapshot) -> None:
+    def _push_undo(self, snapshot: _Snapshot) -> None:
         self._undo = [*self._undo[-_UNDO_STEPS:], self._now]
         self._redo.clear()
         self._now = snapshot

@@ -22,7 +22,7 @@ _KEYS = re.compile(
     r"\[[^\s\[\]]{1,3}\]|\b(?:Enter|Esc|Tab|Space|Backspace|F\d{1,2}|(?:Ctrl|Alt|Shift)\+\w+)(?![\w-])"
 )
 _COMMAND = re.compile(r"\{([a-z]+\.[a-z_]+)\}")
-_OF_THE_APP = ("app", "go")
+_APP_PREFIXES = ("app", "go")
 """First parts of the ids in ``EVERYWHERE``."""
 
 
@@ -67,7 +67,7 @@ def _keys(command_id: str) -> list[str]:
 @cache
 def _commands(prefix: str) -> dict[str, Command]:
     """The commands of the app, or of one screen, by id."""
-    commands = EVERYWHERE if prefix in _OF_THE_APP else screen_commands(prefix)
+    commands = EVERYWHERE if prefix in _APP_PREFIXES else screen_commands(prefix)
     return {command.id: command for command in commands}
 
 

@@ -27,8 +27,8 @@ _FREEZE_AFTER_S = 4.0
 class CancelsWorkersFirst(Widget):
     """A screen whose workers end before its widgets do.
 
-    Textual cancels them when the widgets have gone already, so that a report arriving as the user quits
-    would look for a widget in vain.
+    Textual cancels workers after it has removed the widgets: a worker that finished as the user quits would
+    query a widget that is gone.
     """
 
     async def on_prune(self, event: Prune) -> None:
@@ -39,7 +39,7 @@ class WorkScreen(CancelsWorkersFirst, Screen[None]):
     """A numbered screen. Subclasses define ``MODE``, ``SCREEN_COMMANDS`` and ``compose_body``.
 
     Textual calls the ``on_mount`` and ``on_screen_resume`` of every class of a screen, this one's last: a
-    subclass that called ``super()`` would run them twice and hear of every change twice.
+    subclass must not call ``super()``, or they run twice and it is subscribed twice.
     """
 
     MODE: ClassVar[str]
@@ -107,7 +107,7 @@ class WorkScreen(CancelsWorkersFirst, Screen[None]):
     def _recipe_changed(self, recipe: Recipe) -> None:
         if not self.is_current:
             return
-        self._show_cost()
+        self._show_recipe_strip()
         self.show_recipe(recipe)
 
     def _system_status_changed(self, system_status: SystemStatus) -> None:
@@ -116,7 +116,7 @@ class WorkScreen(CancelsWorkersFirst, Screen[None]):
         self.query_one(TopBar).show_status(system_status)
         self.show_system_status(system_status)
 
-    def _show_cost(self) -> None:
+    def _show_recipe_strip(self) -> None:
         if self.EDITS_RECIPE:
             from qlora_tui.tui.widgets.recipe_strip import RecipeStrip
 

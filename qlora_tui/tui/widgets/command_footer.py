@@ -1,6 +1,6 @@
-"""The last line of a screen: its keys, and at its end always those of palette and help.
+"""The last line of a screen: as many of its keys as fit, then always those of the palette and of help.
 
-Textual's footer creates a widget for every key, again at every change of focus, and its caches keep them.
+Textual's Footer mounts a widget for each key at every change of focus, and its style caches keep them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from qlora_tui.tui.widgets.diff_widget import DiffWidget
 
 
 class CommandFooter(DiffWidget):
-    """``s Stop z Pause ^p Palette ? Help``; others are only in the help. A click presses a key."""
+    """``s Stop z Pause ^p Palette ? Help``. Keys that do not fit are in the help. A click presses a key."""
 
     DEFAULT_CSS = """
     CommandFooter {
@@ -27,8 +27,8 @@ class CommandFooter(DiffWidget):
 
     def __init__(self) -> None:
         super().__init__()
-        self._own: list[ActiveBinding] = []
-        self._apps: list[ActiveBinding] = []
+        self._screen_bindings: list[ActiveBinding] = []
+        self._app_bindings: list[ActiveBinding] = []
 
     def on_mount(self) -> None:
         self.screen.bindings_updated_signal.subscribe(self, self._bindings_changed, immediate=True)
@@ -41,25 +41,25 @@ class CommandFooter(DiffWidget):
         for active in screen.active_bindings.values():
             if active.binding.show:
                 shown.setdefault(active.binding.action, active)
-        self._own = [active for active in shown.values() if not isinstance(active.node, App)]
-        self._apps = [active for active in shown.values() if isinstance(active.node, App)]
+        self._screen_bindings = [active for active in shown.values() if not isinstance(active.node, App)]
+        self._app_bindings = [active for active in shown.values() if isinstance(active.node, App)]
         self.redraw()
 
     def draw(self, width: int, height: int) -> list[Content]:
-        return [Content(" ").join(item for item, _ in self._shown(width))]
+        return [Content(" ").join(item for item, _ in self._fitting_items(width))]
 
     def on_click(self, event: Click) -> None:
         x = event.x
-        for item, active in self._shown(self.size.width):
+        for item, active in self._fitting_items(self.size.width):
             if 0 <= x < item.cell_length:
                 self.app.simulate_key(active.binding.key)
                 return
             x -= item.cell_length + 1
 
-    def _shown(self, width: int) -> list[tuple[Content, ActiveBinding]]:
-        """The items that fit."""
-        items = [(self._item(active), active) for active in (*self._own, *self._apps)]
-        own = len(self._own)
+    def _fitting_items(self, width: int) -> list[tuple[Content, ActiveBinding]]:
+        """The items that fit ``width``; the screen's last keys are dropped first."""
+        items = [(self._item(active), active) for active in (*self._screen_bindings, *self._app_bindings)]
+        own = len(self._screen_bindings)
         while own and sum(item.cell_length + 1 for item, _ in items) > width + 1:
             own -= 1
             del items[own]

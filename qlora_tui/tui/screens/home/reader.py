@@ -16,6 +16,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_duration, format_float, format_gib, truncate_middle
 from qlora_tui.memory import Estimate, check_fit
 from qlora_tui.memory.budget import MemoryBudget
+from qlora_tui.memory.estimate import precision_of
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import phase_label
 from qlora_tui.runs.run_summary import RunSummary, SummaryCache
@@ -132,8 +133,7 @@ def estimate_of(bench: Workbench, budget: MemoryBudget) -> Estimate | None:
     compared = bench.comparison(budget.device)
     if isinstance(compared, UserError):
         return None
-    method = bench.recipe.quantization.method
-    return compared["int8" if method == "int8" else "fp16" if method == "none" else "nf4"]
+    return compared[precision_of(bench.recipe)]
 
 
 def gpu_lines(system_status: SystemStatus, budget: MemoryBudget) -> list[Content]:

@@ -78,7 +78,7 @@ class HomeScreen(WorkScreen):
         self._seen_at = _load_last_seen() or self._started_at
         self._step: NextStep | None = None
         self._reading = False
-        self._busy = False
+        self._downloading_demo = False
         """Whether the demo model is being downloaded; the next step shows its progress."""
 
     def compose_body(self) -> Iterable[Widget]:
@@ -106,7 +106,7 @@ class HomeScreen(WorkScreen):
 
     async def action_next(self) -> None:
         """Do the next step."""
-        if self._step is not None and not self._busy:
+        if self._step is not None and not self._downloading_demo:
             await self.run_action(self._step.action)
 
     async def action_watch(self) -> None:
@@ -150,10 +150,10 @@ class HomeScreen(WorkScreen):
 
         def take(yes: bool | None) -> None:
             if yes:
-                self._busy = True
+                self._downloading_demo = True
                 self._prepare_demo()
 
-        if self._busy:
+        if self._downloading_demo:
             return
         if is_ready():
             take(True)
@@ -171,16 +171,16 @@ class HomeScreen(WorkScreen):
         from qlora_tui.demo.demo_model import ensure_model
         from qlora_tui.demo.demo_run import demo_recipe
 
-        def tell(text: str) -> None:
+        def show_progress(text: str) -> None:
             self.app.call_from_thread(self.query_one("#next", Static).update, f"Demo    {text}…")
 
         try:
-            folder = await asyncio.to_thread(ensure_model, tell)
+            folder = await asyncio.to_thread(ensure_model, show_progress)
         except UserError as problem:
             self.qlora_app.show_error(problem)
             return
         finally:
-            self._busy = False
+            self._downloading_demo = False
             self._start_reading()
         bench = self.qlora_app.workbench
         if bench.replace(demo_recipe(folder)):
@@ -206,7 +206,7 @@ class HomeScreen(WorkScreen):
             await app.shown.wait()
             if not app.system_status.is_known:
                 # Before the first poll the suggestion could be wrong, and Enter would do it.
-                self._put("gpu", (Content.styled("looking…", "dim"),))
+                self._show_part("gpu", (Content.styled("looking…", "dim"),))
                 return
             await asyncio.to_thread(import_module, "qlora_tui.tui.screens.home.reader")
             size = self.query_one("#home").scrollable_content_region.size
@@ -215,7 +215,7 @@ class HomeScreen(WorkScreen):
             self._reading = False
         self._step = facts.step
         for part, lines in facts.parts.items():
-            self._put(part, lines)
+            self._show_part(part, lines)
 
     def _facts(self, bench: Workbench, system_status: SystemStatus, size: Size) -> HomeFacts:
         from qlora_tui.tui.screens.home.reader import HomeReader
@@ -227,7 +227,7 @@ class HomeScreen(WorkScreen):
             bench, budget, system_status, now, across=size.width - _TITLE, down=size.height
         )
 
-    def _put(self, part: str, lines: tuple[Content, ...]) -> None:
+    def _show_part(self, part: str, lines: tuple[Content, ...]) -> None:
         """Show a part if it reads differently than before."""
         self.query_one(f"#{part}").display = bool(lines)
         if not lines:
@@ -235,7 +235,7 @@ class HomeScreen(WorkScreen):
         heads = [Content.styled(f"{_TITLES[part]:<{_TITLE}}", "bold $primary")]
         heads += [Content(" " * _TITLE)] * (len(lines) - 1)
         text = Content("\n").join(head + line for head, line in zip(heads, lines, strict=True))
-        if self._busy and part == "next":
+        if self._downloading_demo and part == "next":
             return
         update_if_changed(self.query_one(f"#{part}", Static), text)
 

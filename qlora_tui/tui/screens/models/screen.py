@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import ClassVar
 
 from textual import work
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.content import Content
+from textual.events import Key
 from textual.widget import Widget
 from textual.widgets import Input, OptionList, Static
 
@@ -167,9 +168,9 @@ class ModelsScreen(WorkScreen):
             else:
                 self._fetch_hub_facts(hub.id)
 
-    def on_key(self, event: object) -> None:
+    def on_key(self, event: Key) -> None:
         """Down and escape leave the search field for the list."""
-        if getattr(event, "key", "") in ("down", "escape") and self.query_one(Input).has_focus:
+        if event.key in ("down", "escape") and self.query_one(Input).has_focus:
             self.query_one(ViList).focus()
 
     def _choose(self, model: LocalModel) -> None:
@@ -199,12 +200,11 @@ class ModelsScreen(WorkScreen):
             f"To train it, press {key_name('models.download')} to download it."
         )
 
-    def _start_download(self, start: object, id_: str) -> None:
+    def _start_download(self, start: Callable[[str], Download], id_: str) -> None:
         if id_ in self._downloads:
             self.notify("Already downloading.")
             return
-        assert callable(start)
-        download: Download = start(id_)
+        download = start(id_)
         self._downloads[id_] = download
         self._show_downloads()
         self._follow_download(download)
