@@ -7,6 +7,7 @@ commands       how a command is declared; keymap lists them all, command_palette
 system_monitor polls the GPU and the runs, once a second; system_status is what it returns
 setting_stepper  the next value of a setting when its key is pressed
 textual_compat   every use of Textual's private API
+terminal_app     the base of app: what is sent to the terminal, and when
 screen_diff      sends only what differs from what the terminal shows
 visible_lines  the text layer: no line reaches the terminal with a control character;
                monochrome and glyph_fallback are the other filters of a line

@@ -3,46 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 from textual import work
 from textual.app import App
-from textual.await_complete import AwaitComplete
 from textual.binding import BindingType
 from textual.events import Resize
-from textual.filter import LineFilter
-from textual.screen import Screen
 from textual.signal import Signal
 
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import GIB
 from qlora_tui.settings import Settings
-from qlora_tui.tui import escapes, gc_tuning, themes
+from qlora_tui.tui import escapes, themes
 from qlora_tui.tui.command_palette import CommandProvider
 from qlora_tui.tui.commands import EVERYWHERE, with_current_ids
 from qlora_tui.tui.disk_faults import DiskFaults
-from qlora_tui.tui.glyph_fallback import fallback_glyphs
-from qlora_tui.tui.monochrome import TWO_COLORS, MonochromeFilter
+from qlora_tui.tui.monochrome import TWO_COLORS
 from qlora_tui.tui.render.key_names import key_names
-from qlora_tui.tui.screen_diff import ScreenDiff, TerminalContents
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.modals.too_small import TooSmallScreen, is_too_small
 from qlora_tui.tui.screens.registry import MODES, make_screen
 from qlora_tui.tui.shutdown import install_shutdown_handlers
 from qlora_tui.tui.system_status import SystemStatus
-from qlora_tui.tui.textual_compat import (
-    CachedStylesheet,
-    ChopsUpdate,
-    CompositorUpdate,
-    HookedApp,
-    clear_style_caches,
-    full_update,
-)
-from qlora_tui.tui.visible_lines import VisibleTextFilter
+from qlora_tui.tui.terminal_app import TerminalApp
 
 if TYPE_CHECKING:
     from qlora_tui.memory.budget import MemoryBudget
@@ -55,13 +41,9 @@ if TYPE_CHECKING:
 # where they are first used.
 
 SYSTEM_POLL_INTERVAL_S = 1.0
-_VISIBLE_TEXT = VisibleTextFilter()
-_MONOCHROME_FILTERS = (_VISIBLE_TEXT, MonochromeFilter())
-_RESIZES_AT_START = 2
-"""Sent by the app itself and by its driver at startup, before anything can have happened to the terminal."""
 
 
-class QloraApp(HookedApp):
+class QloraApp(TerminalApp):
     """The terminal workstation."""
 
     TITLE = "qlora-tui"
@@ -77,21 +59,14 @@ class QloraApp(HookedApp):
         super().__init__()
         settings = settings or Settings()
         self.settings = msgspec.structs.replace(settings, keymap=with_current_ids(settings.keymap))
-        self.stylesheet = CachedStylesheet(variables=self.get_css_variables())
-        # Over a slow link an animation is only a delay.
-        self.animation_level = "none"
         self.system_status = SystemStatus()
         self.recipe_changed: Signal[Recipe] = Signal(self, "recipe changed")
         self.system_status_changed: Signal[SystemStatus] = Signal(self, "system status changed")
-        self.shown = asyncio.Event()
-        """Set once the first frame is on its way: what it need not wait for begins then."""
         self._monitor: SystemMonitor | None = None
         self.disk_faults = DiskFaults()
         self._polling = False
         self._is_small = False
-        self._resizes = 0
         self._themes_written: tuple[tuple[str, int], ...] = ()
-        self._terminal_contents = TerminalContents(fallback_glyphs(os.environ.get("TERM", "")))
 
     @cached_property
     def workbench(self) -> Workbench:
@@ -161,10 +136,6 @@ class QloraApp(HookedApp):
         for problem in problems:
             self.notify(str(problem), severity="warning", timeout=10)
 
-    def get_line_filters(self) -> Sequence[LineFilter]:
-        """The filters that each line passes before it is painted."""
-        return _MONOCHROME_FILTERS if self.no_color else (_VISIBLE_TEXT, *super().get_line_filters())
-
     def edit(self, path: str, value: Any) -> bool:
         """Change a setting of the recipe; a value that is not allowed is explained. True when it changed."""
         try:
@@ -227,40 +198,15 @@ class QloraApp(HookedApp):
         return True
 
     def on_resize(self, event: Resize) -> None:
-        """Also sent when the app comes back from ctrl+z: the terminal may show anything."""
-        self._resizes += 1
-        if self._resizes > _RESIZES_AT_START:
-            self.action_repaint()
+        """Cover the screen while the window is too small for it."""
         small, self._is_small = self._is_small, is_too_small(event.size)
         if self._is_small and not small:
             self.call_after_refresh(self.push_screen, TooSmallScreen())
         elif not self._is_small and isinstance(self.screen, TooSmallScreen):
             self.pop_screen()
 
-    def action_repaint(self) -> None:
-        """Send the whole screen, whatever the terminal showed."""
-        self._terminal_contents.invalidate()
-        self.refresh()
-
-    def intercept_update(self, screen: Screen[Any], update: CompositorUpdate) -> CompositorUpdate:
-        if isinstance(update, ChopsUpdate) and self._terminal_contents.is_unknown:
-            # Textual laid out the whole screen while updates were batched, and now sends only later changes.
-            update = full_update(screen)
-        return ScreenDiff(update, self._terminal_contents)
-
-    def frame_written(self) -> None:
-        if not self.shown.is_set():
-            # Work that was deferred until the first frame starts now.
-            self.shown.set()
-            gc_tuning.enable_gc()
-
     def intercept_error(self, error: Exception) -> bool:
         return self.disk_faults.handle(self, error)
-
-    def pop_screen(self) -> AwaitComplete:
-        gone = super().pop_screen()
-        clear_style_caches()
-        return gone
 
     async def action_go(self, mode: str) -> None:
         """Show a screen by its name."""
