@@ -90,7 +90,7 @@ def test_a_base_alone_has_nobody_to_switch_to() -> None:
     )
 
 
-def test_what_was_said_is_kept_with_how_it_was_asked(set_clock: Callable[[float], None]) -> None:
+def test_the_transcript_has_the_answers_and_the_sampling(set_clock: Callable[[float], None]) -> None:
     run = finished(ADAPTER)
     sampling = Sampling(seed=2_400_670_123, temperature=0)
     path = append_exchange(run, "Where?\nNow.", {BASE: "Here.", ADAPTER: "There."}, sampling, "Be kind.")
@@ -168,7 +168,7 @@ async def test_without_a_run_the_screen_says_what_to_do() -> None:
         assert app.current_mode == "home"
 
 
-async def test_a_run_s_voices_are_shown_and_chosen_by_key() -> None:
+async def test_a_runs_adapters_are_shown_and_selected_by_key() -> None:
     finished(ADAPTER, "step-800", "step-400")
     app = open_on("chat")
     async with app.run_test(size=(80, 24)) as pilot:
@@ -184,7 +184,7 @@ async def test_a_run_s_voices_are_shown_and_chosen_by_key() -> None:
         assert "esc" not in text.splitlines()[-1]
 
 
-async def test_how_it_answers_is_said_from_the_first_look() -> None:
+async def test_the_sampling_is_shown_before_the_first_prompt() -> None:
     finished(ADAPTER)
     async with open_on("home").run_test(size=(80, 24)) as pilot:
         await pilot.press("7")
@@ -267,7 +267,7 @@ async def test_settings_are_checked_before_they_are_taken() -> None:
         await shows(pilot, "seed 2400670123")
 
 
-async def test_a_run_at_work_is_not_disturbed_without_a_word() -> None:
+async def test_loading_beside_an_active_run_asks_first() -> None:
     finished(ADAPTER)
     write_fake_run(FakeRun(name="busy-run", state="running"))
     app = open_on("chat")

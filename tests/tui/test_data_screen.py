@@ -335,7 +335,7 @@ async def test_the_format_key_reads_the_rows_in_another(model: str, here: Path) 
         await shows(pilot, "✗ Not in that format")
 
 
-async def test_keys_change_length_split_weight_and_what_is_learnt(model: str, here: Path) -> None:
+async def test_keys_change_length_split_weight_and_loss_mask(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
     app = opened(model, "tickets.jsonl", max_length=64)
     async with app.run_test(size=(80, 24)) as pilot:
@@ -420,7 +420,7 @@ async def test_the_row_past_the_end_is_not_shown(model: str, here: Path) -> None
         await shows(pilot, "ends before row 99", "row 1 of 40")
 
 
-async def test_the_figures_can_have_all_the_room(model: str, here: Path) -> None:
+async def test_the_statistics_can_fill_the_window(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
     async with opened(model, "tickets.jsonl").run_test(size=(80, 24)) as pilot:
         await shows(pilot, "row 1 of 40", "No answer to learn")
@@ -467,12 +467,12 @@ def test_notes_on_a_row_never_end_in_the_middle(width: int, end: str) -> None:
     assert words.rstrip().endswith(end) and len(words) <= width
 
 
-@pytest.mark.parametrize(("too_long", "learnt"), [("cut-right", "256 of 256"), ("split", "1,000 of 1,000")])
-def test_a_split_row_is_learnt_out_of_all_its_tokens(too_long: Any, learnt: str) -> None:
+@pytest.mark.parametrize(("too_long", "in_loss"), [("cut-right", "256 of 256"), ("split", "1,000 of 1,000")])
+def test_a_split_row_counts_all_its_tokens_in_the_loss(too_long: Any, in_loss: str) -> None:
     trained = (256, 256, 256, 232) if too_long == "split" else (256,)
     shown = Shown(1, tuple((Piece("x", True, False),) for _ in trained), (1000,), trained)
     words = row_line(("", 1), None, shown, Data(max_length=256, overflow=too_long), 80).plain
-    assert f"{learnt} tokens in loss" in words
+    assert f"{in_loss} tokens in loss" in words
 
 
 async def test_the_file_dialogs_keys_are_not_covered_by_notifications(model: str, here: Path) -> None:

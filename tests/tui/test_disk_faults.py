@@ -24,7 +24,7 @@ async def full_in_worker() -> None:
     full()
 
 
-async def test_a_worker_that_cannot_write_is_said_once(make_app: MakeApp) -> None:
+async def test_a_worker_that_cannot_write_is_reported_once(make_app: MakeApp) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await shows(pilot, "Empty.")

@@ -54,7 +54,7 @@ async def test_palette_and_help_are_in_view_beside_every_run(make_app: Callable[
                 FakeRun(name=f"run-{state}", state=state, steps=0 if state == "queued" else 50)
             )
             with EventWriter(run.events_path) as log:
-                # Something for the key that mends.
+                # Something for the Fix key.
                 log.append(
                     Health(at=BEGAN, kind="exploding_gradient", severity="warning", evidence="", remedy="")
                 )
@@ -73,7 +73,7 @@ async def test_in_a_narrow_window_the_screens_own_keys_give_way(private_home: Pa
         assert "o Open" in last and "c Columns" not in last
 
 
-async def test_a_click_on_a_key_presses_it(private_home: Path) -> None:
+async def test_a_click_on_a_key_in_the_footer_presses_it(private_home: Path) -> None:
     app = open_on("home", model=readable_model(private_home))
     async with app.run_test(size=(80, 24)) as pilot:
         text = await shows(pilot, WAY_OUT)
@@ -81,7 +81,7 @@ async def test_a_click_on_a_key_presses_it(private_home: Path) -> None:
         await shows(pilot, "Esc close")
 
 
-async def test_what_has_been_closed_is_forgotten(private_home: Path) -> None:
+async def test_closed_screens_are_freed(private_home: Path) -> None:
     """Textual keeps the keys of every footer and what a thousand closed widgets had painted."""
     app = open_on("home", model=readable_model(private_home))
 

@@ -102,7 +102,7 @@ async def test_enter_resumes_a_stopped_run_until_another_recipe_is_edited(
         assert isinstance(app.screen, TrainScreen)
 
 
-async def test_a_run_that_failed_is_told_with_its_remedy(make_app: MakeApp) -> None:
+async def test_a_failed_run_is_shown_with_its_fix(make_app: MakeApp) -> None:
     write_fake_run(FakeRun(name="owls", state="failed", steps=60, total=300))
     async with make_app().run_test(size=(80, 24)) as pilot:
         await shows(pilot, "See what went wrong", "Close it and resume, or halve training.micro_batch_size.")
@@ -315,7 +315,7 @@ async def test_the_check_step_closes_the_watched_run(make_app: MakeApp) -> None:
         await shows(pilot, "Micro-batch")
 
 
-async def test_a_run_that_ended_while_away_is_told(
+async def test_a_run_that_ended_while_away_is_reported(
     make_app: MakeApp, set_clock: Callable[[float], None]
 ) -> None:
     seen = paths.state_dir() / "seen"

@@ -180,7 +180,7 @@ async def test_each_key_steps_its_setting_and_the_totals_follow(small: str) -> N
         await shows(pilot, "Same as preset balanced")
 
 
-async def test_the_price_of_dora_is_told(small: str) -> None:
+async def test_the_memory_cost_of_dora_is_shown(small: str) -> None:
     async with open_on("lora", model=small).run_test(size=(120, 40)) as pilot:
         await shows(pilot, "iB. Better at low rank (DoRA")
 
@@ -205,7 +205,7 @@ async def test_few_trained_parameters_have_memory_though_loading_peaks(small: st
     assert "576 KiB in memory" in str(totals_text(app.workbench.recipe, architecture, estimated))
 
 
-def test_differences_that_find_no_room_are_counted() -> None:
+def test_differences_that_do_not_fit_are_counted() -> None:
     bench = Workbench()
     assert str(difference_text(bench, None, 78)) == "Same as preset balanced"
     for path, value in (

@@ -97,7 +97,7 @@ async def test_a_key_changes_a_setting_and_the_bars(
                 await pilot.press("n")
 
 
-async def test_targets_that_the_model_has_not_are_passed_over(private_home: Path) -> None:
+async def test_targets_that_the_model_lacks_are_skipped(private_home: Path) -> None:
     app = open_on("memory", model=str(config_folder(private_home, "openai-community__gpt2")))
     async with app.run_test() as pilot:
         await shows(pilot, "NF4")
@@ -123,7 +123,7 @@ async def test_the_peak_stays_below_a_sentence_of_two_lines(seven_billion: str) 
         await shows(pilot, "Quantization scales: One scale per 64 weights", "in the backward of layer 27")
 
 
-async def test_another_bar_is_taken_apart(seven_billion: str) -> None:
+async def test_the_breakdown_follows_the_selected_bar(seven_billion: str) -> None:
     async with open_on("memory", model=seven_billion).run_test(size=(80, 24)) as pilot:
         await shows(pilot, "▸ NF4", "◂ recipe")
         await pilot.press("tab", "tab")
@@ -132,7 +132,7 @@ async def test_another_bar_is_taken_apart(seven_billion: str) -> None:
         await shows(pilot, "▸ int8")
 
 
-async def test_the_cheapest_change_is_applied_and_taken_back(seven_billion: str) -> None:
+async def test_the_cheapest_change_is_applied_and_undone(seven_billion: str) -> None:
     app = open_on("memory", model=seven_billion, gpu_gib=12)
     _big(app)
     before = app.workbench.recipe

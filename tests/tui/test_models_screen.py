@@ -76,7 +76,7 @@ def test_looks_of_an_empty_machine(snap_compare: Snapshot) -> None:
     assert snap_compare(app, terminal_size=(80, 24), run_before=partial(go_to, key="1", text="On the Hub"))
 
 
-async def test_a_model_is_chosen_and_told_apart_from_the_others() -> None:
+async def test_the_selected_model_is_marked_in_the_list() -> None:
     make_three()
     app = open_on("models")
     async with app.run_test(size=(120, 40)) as pilot:

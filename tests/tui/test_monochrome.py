@@ -48,7 +48,7 @@ def test_no_color_is_sent_from_any_screen(how: dict[str, str]) -> None:
         assert {code for codes in sent for code in codes.decode().split(";")} <= ATTRIBUTES
 
 
-def test_cursor_selection_and_fields_are_told_by_attributes() -> None:
+def test_cursor_selection_and_fields_differ_by_attributes() -> None:
     write_fake_run(FakeRun(name="first", state="failed", steps=120, total=300, began=BEGAN - 1000))
     write_fake_run(FakeRun(name="second", state="finished", steps=300, total=300))
     with Terminal(APP, env={"NO_COLOR": "1"}) as terminal:

@@ -206,7 +206,7 @@ async def import_(pilot: Pilot[Any], path: Path) -> None:
     ("command", "said"),
     [("false", "false ended with exit status 1"), ("/no/such", "No such file"), ("vi 'x", "No closing")],
 )
-async def test_an_editor_that_fails_is_told_of(
+async def test_an_editor_that_fails_is_reported(
     monkeypatch: pytest.MonkeyPatch, command: str, said: str
 ) -> None:
     monkeypatch.delenv("VISUAL", raising=False)

@@ -20,7 +20,7 @@ MakeApp = Callable[[], QloraApp]
 
 
 @pytest.mark.parametrize("mode", ["train", "runs"])
-async def test_a_silent_trainer_is_said_not_to_respond(
+async def test_a_silent_trainer_is_shown_as_not_responding(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     monkeypatch.setattr(liveness, "SILENT_S", 30.0)
@@ -31,7 +31,7 @@ async def test_a_silent_trainer_is_said_not_to_respond(
         await shows(pilot, "Not responding")
 
 
-def test_a_suspended_runner_is_said_of_a_run_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_queued_run_says_its_runner_is_suspended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status, "describe_runner", lambda: "The runner is suspended.")
     run = write_fake_run(FakeRun(name="tickets", state="queued"))
     snapshot = cast(

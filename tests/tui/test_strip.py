@@ -36,7 +36,7 @@ def test_names_give_way_to_numbers_where_there_is_little_room() -> None:
     assert " · no data · " in recipe_line(bench, 78)
 
 
-def test_ranks_of_their_own_are_told_as_a_range() -> None:
+def test_custom_ranks_are_shown_as_a_range() -> None:
     bench = Workbench()
     bench.set("lora.rank_pattern", {"8-23.q_proj": 32, "down_proj": 8})
     assert " · r8-32 all-linear · " in recipe_line(bench)

@@ -25,7 +25,7 @@ async def test_the_line_never_wraps_and_the_map_is_whole(width: int) -> None:
         assert ("7 Chat" in first) or width < 62
 
 
-async def test_the_run_and_the_gpu_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_run_and_the_gpu_are_in_the_top_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     install_nvml_stub(monkeypatch, "one_gpu")
     write_fake_run(FakeRun(steps=1240))
     async with open_with_gpu("memory", model="").run_test(size=(160, 40)) as pilot:

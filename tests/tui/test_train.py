@@ -155,7 +155,7 @@ async def test_a_learning_rate_is_checked_before_it_is_sent(make_app: MakeApp) -
         assert request == {"kind": "set_learning_rate", "value": 5e-5}
 
 
-async def test_keys_that_mean_nothing_now_do_nothing(make_app: MakeApp) -> None:
+async def test_unavailable_keys_do_nothing(make_app: MakeApp) -> None:
     run = write_fake_run(FakeRun(state="finished", steps=60, total=60))
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
@@ -183,7 +183,7 @@ async def test_a_paused_run_is_queued_again_with_r(
         await shows(pilot, "Taken out of the queue")
 
 
-async def test_the_texts_are_gone_through_with_tab_and_searched(make_app: MakeApp) -> None:
+async def test_tab_switches_log_tabs_and_slash_searches(make_app: MakeApp) -> None:
     run = write_fake_run(FakeRun(steps=450, nan=range(300, 303), health=True))
     app = make_app()
     async with app.run_test(size=(120, 40)) as pilot:
@@ -296,7 +296,7 @@ async def test_deleting_a_watched_run_is_reported_and_others_are_offered(make_ap
         await shows(pilot, f"{run.id} was deleted.", "Micro-batch")
 
 
-async def test_after_a_deletion_key_5_shows_the_run_at_work(make_app: MakeApp) -> None:
+async def test_after_a_deletion_key_5_shows_the_active_run(make_app: MakeApp) -> None:
     old = write_fake_run(FakeRun(name="old", state="stopped", steps=50, began=BEGAN - 9000))
     at_work = write_fake_run(FakeRun(steps=60))
     app = make_app()
@@ -390,7 +390,7 @@ async def test_a_recipe_that_is_ready_is_queued_and_then_watched(
         assert len(run_queue.waiting()) == 1
 
 
-async def test_a_doubt_is_said_before_the_launch(
+async def test_a_failed_check_is_confirmed_before_launch(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(actions, "ensure_runner", lambda: None)
@@ -558,7 +558,7 @@ def _health(kind: str, remedy: str) -> Health:
     return Health(at=BEGAN, kind=kind, severity="warning", evidence="It is odd.", remedy=remedy, step=50)
 
 
-async def test_lines_of_another_version_are_said_and_passed_over(make_app: MakeApp) -> None:
+async def test_unknown_events_are_reported_and_skipped(make_app: MakeApp) -> None:
     run = write_fake_run(FakeRun(steps=50))
     with run.events_path.open("ab") as file:
         file.write(b'{"event":"teleported","at":1}\n')
@@ -593,7 +593,7 @@ def test_every_step_of_a_recorded_real_run_is_there_once() -> None:
     ("total", "now", "says"),
     [(57, 0.0, "epoch 0/0.057"), (57, 0.01234, "epoch 0.012/0.057"), (2000, 1.3333, "epoch 1.33/2")],
 )
-def test_epochs_are_told_in_two_or_three_digits(total: int, now: float, says: str) -> None:
+def test_epochs_are_shown_with_two_or_three_digits(total: int, now: float, says: str) -> None:
     picture = RunFollower(write_fake_run(FakeRun(steps=2))).poll()
     assert picture.view.data is not None
     picture.view.data = structs.replace(picture.view.data, steps_per_epoch=1000, total_steps=total)

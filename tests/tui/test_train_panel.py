@@ -107,7 +107,7 @@ def test_a_weeks_energy_is_shown_once_read_without_delay(
     assert meter.kwh == pytest.approx(19 * 360 / 3.6e6)
 
 
-def test_no_power_told_is_no_energy_told() -> None:
+def test_without_power_readings_no_energy_is_shown() -> None:
     run = write_fake_run(FakeRun(steps=0))
     run.telemetry_path.write_bytes(b"".join(encode(sample(float(s), power_w=None)) for s in range(9)))
     meter = EnergyMeter(run.telemetry_path)
