@@ -1,1 +1,4 @@
-"""Memory: ``screen`` and its ``commands``; ``stacked_bar`` and ``text`` format the estimate."""
+"""Memory: ``screen`` and its ``commands``.
+
+``solution`` computes what fits and what would make it fit; ``stacked_bar`` and ``text`` format the estimate.
+"""

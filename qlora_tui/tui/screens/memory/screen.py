@@ -20,14 +20,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_gib
 from qlora_tui.memory import (
     Estimate,
-    KeptLayers,
-    MemorySaving,
-    WhatFits,
-    cheapest_changes,
     check_fit,
-    keep_layers,
-    largest_settings,
-    minimum_bytes,
 )
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.conversion import Conversion
@@ -38,6 +31,7 @@ from qlora_tui.tui.render.key_names import key_name
 from qlora_tui.tui.render.recipe_line import PRECISION_NAMES, VERDICT_STYLE
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.memory.commands import COMMANDS
+from qlora_tui.tui.screens.memory.solution import Solution, solve
 from qlora_tui.tui.screens.memory.stacked_bar import legend, stacked_bar
 from qlora_tui.tui.screens.memory.text import (
     changes_text,
@@ -91,30 +85,16 @@ class MemoryScreen(WorkScreen):
     class Solved(Message):
         """The slow computations are done."""
 
-        def __init__(
-            self,
-            recipe: Recipe,
-            fitting: WhatFits,
-            changes: tuple[MemorySaving, ...],
-            least_bytes: int,
-            kept_layers: KeptLayers | None,
-        ) -> None:
+        def __init__(self, recipe: Recipe, solution: Solution) -> None:
             super().__init__()
             self.recipe = recipe
-            self.kept_layers = kept_layers
-            self.fitting = fitting
-            self.changes = changes
-            self.least_bytes = least_bytes
-            """0 where it fits as it is, or some change makes it fit."""
+            self.solution = solution
 
     def __init__(self) -> None:
         super().__init__()
         self._precision: Precision | None = None
         self._compared: dict[Precision, Estimate] = {}
-        self._changes: tuple[MemorySaving, ...] = ()
-        self._fitting: WhatFits | None = None
-        self._least_bytes = 0
-        self._kept_layers: KeptLayers | None = None
+        self._solution = Solution()
         self._shown_for: tuple[Recipe, MemoryBudget] | None = None
         self._heading = ""
         self._offered: object = None
@@ -153,10 +133,7 @@ class MemoryScreen(WorkScreen):
         if problem is not None:
             empty.update("\n".join(filter(None, (problem.what, problem.why, f"▸ {problem.fix}"))))
             return
-        self._fitting = None
-        self._changes = ()
-        self._least_bytes = 0
-        self._kept_layers = None
+        self._solution = Solution()
         self._tracing = ""
         if not self._compared[precision_of(recipe)].exact:
             self._tracing = "tracing a step…"
@@ -175,7 +152,7 @@ class MemoryScreen(WorkScreen):
         if action == "use":
             return self.precision != precision_of(self.qlora_app.workbench.recipe)
         if action == "apply":
-            return bool(self._compared) and not self._recipe_fits() and not self._least_bytes
+            return bool(self._compared) and not self._recipe_fits() and not self._solution.least_bytes
         return super().check_action(action, parameters)
 
     def on_resize(self) -> None:
@@ -202,10 +179,10 @@ class MemoryScreen(WorkScreen):
 
     def action_apply(self) -> None:
         """Apply the cheapest change that fits."""
-        if not self._changes:
+        if not self._solution.changes:
             self.notify("Still searching for a change that fits.")
             return
-        change = self._changes[0]
+        change = self._solution.changes[0]
         if self.qlora_app.workbench.replace(change.recipe):
             self._precision = None
             self.qlora_app.recipe_edited()
@@ -219,8 +196,7 @@ class MemoryScreen(WorkScreen):
         """Show what fits, if the recipe has not changed since."""
         if self._shown_for is None or self._shown_for[0] != message.recipe:
             return
-        self._fitting, self._changes = message.fitting, message.changes
-        self._least_bytes, self._kept_layers = message.least_bytes, message.kept_layers
+        self._solution = message.solution
         self._refresh_offered_keys()
         self._show_side_panel()
 
@@ -232,18 +208,9 @@ class MemoryScreen(WorkScreen):
 
         fits = self._recipe_fits()
 
-        def answer() -> MemoryScreen.Solved:
-            fitting = largest_settings(recipe, architecture, budget.bytes, device=budget.device)
-            changes = cheapest_changes(recipe, architecture, budget.bytes, device=budget.device)
-            hopeless = not fits and not changes
-            least = minimum_bytes(recipe, architecture, device=budget.device) if hopeless else 0
-            kept_layers = (
-                keep_layers(recipe, architecture, budget.bytes, device=budget.device) if fits else None
-            )
-            return self.Solved(recipe, fitting, changes, least, kept_layers)
-
         await asyncio.sleep(SETTLED_S)
-        self.post_message(await asyncio.to_thread(answer))
+        solution = await asyncio.to_thread(solve, recipe, architecture, budget, fits=fits)
+        self.post_message(self.Solved(recipe, solution))
 
     @work(exclusive=True, group="trace")
     async def _trace(self, recipe: Recipe, budget: MemoryBudget) -> None:
@@ -325,17 +292,22 @@ class MemoryScreen(WorkScreen):
         known = None if isinstance(architecture, UserError) else architecture
         context = known.max_positions if known else None
         update_if_changed(
-            self.query_one("#memory-settings", Static), setting_controls(recipe, self._fitting, context)
+            self.query_one("#memory-settings", Static),
+            setting_controls(recipe, self._solution.fitting, context),
         )
         beside = self.query_one("#changes", Static)
-        parts = [changes_text(self._changes, beside.content_size.width)] if self._changes else []
-        if self._least_bytes:
-            parts.append(nothing_helps(self._least_bytes))
+        parts = (
+            [changes_text(self._solution.changes, beside.content_size.width)]
+            if self._solution.changes
+            else []
+        )
+        if self._solution.least_bytes:
+            parts.append(nothing_helps(self._solution.least_bytes))
         if known and (warning := context_length_warning(recipe.data.max_length, known)):
             # The setting itself is shown among the controls.
             parts.append(Content.styled(f"{warning.why} {warning.fix}", "$warning"))
-        if self._kept_layers is not None and self.precision == precision_of(recipe):
-            parts.append(kept_layers_text(self._kept_layers))
+        if self._solution.kept_layers is not None and self.precision == precision_of(recipe):
+            parts.append(kept_layers_text(self._solution.kept_layers))
         parts += [Content(note) for note in estimate.notes]
         if conversion := self._conversion(recipe.model.id):
             on_cpu = self.qlora_app.memory_budget.device.kind == "cpu"
