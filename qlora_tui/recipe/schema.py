@@ -264,7 +264,7 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         int,
         _about(
             "Max steps",
-            "Stop after this many optimizer steps. 0: train for the given epochs.",
+            "Stop after this many optimizer steps, if the epochs do not end before. 0: no limit.",
             ge=0,
             le=_MANY_STEPS,
         ),

@@ -105,12 +105,15 @@ def changes_text(changes: tuple[MemorySaving, ...], width: int) -> Content:
 def kept_layers_text(kept_layers: KeptLayers) -> Content:
     """How many layers need no recomputation, at what memory, and what that gains."""
     if not kept_layers.count:
-        return Content("Gradient checkpointing recomputes every layer: no memory is left for activations.")
+        return Content(
+            "Gradient checkpointing recomputes every layer: too little memory is left to keep activations."
+        )
     total, faster = format_gib(kept_layers.estimate.total_bytes), format_percent(kept_layers.speedup - 1)
     return Content.assemble(
-        (f"{kept_layers.count} of {kept_layers.layers} layers", "bold"),
-        f" keep their activations in the memory left: {total} GiB in all, about {faster} faster than "
-        "recomputing every layer.",
+        "The run will use ",
+        (f"{total} GiB", "bold"),
+        f": {kept_layers.count} of {kept_layers.layers} layers keep their activations in free memory, about "
+        f"{faster} faster than recomputing every layer.",
     )
 
 
