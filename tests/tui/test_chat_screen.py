@@ -180,7 +180,7 @@ async def test_a_runs_adapters_are_shown_and_selected_by_key() -> None:
         assert ask_prompt(screen) == [BASE, "step-800"]
         await pilot.press("V")
         assert ask_prompt(screen) == [ADAPTER, "step-800"]
-        text = await shows(pilot, "Adapter", "Options")
+        text = await shows(pilot, "Adapter", "m Model")
         assert "esc" not in text.splitlines()[-1]
 
 

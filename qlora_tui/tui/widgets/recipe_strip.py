@@ -18,8 +18,6 @@ from qlora_tui.tui.workbench import Workbench
 
 _KEYS = ("{app.presets} Presets  {app.undo} Undo", "{app.undo} Undo")
 """Hints at the end of the first line, the longest first."""
-_NUMBERS = 12
-"""Characters at the end of the recipe's line that show whether its numbers were cut."""
 
 
 class RecipeStrip(Widget):
@@ -62,16 +60,16 @@ class RecipeStrip(Widget):
         return Content.assemble(line, (gap + hint, "dim"), "\n", self._cost_line(width))
 
     def _line_and_hint(self, width: int) -> tuple[str, str]:
-        """The recipe, and the longest hint that leaves room for it; the last one may shorten names."""
+        """The recipe, and the longest hint beside it; the last hint may shorten the name of the data."""
         if self._bench is None:
             return "", ""
-        whole = recipe_line(self._bench)
+        widest = recipe_line(self._bench, width)
         for keys in _KEYS:
             hint = name_keys(keys)
             line = recipe_line(self._bench, width - len(hint) - 2)
-            if line == whole or (keys == _KEYS[-1] and line.endswith(whole[-_NUMBERS:])):
+            if line == widest or (keys == _KEYS[-1] and _essentials(line) == _essentials(widest)):
                 return line, hint
-        return recipe_line(self._bench, width), ""
+        return widest, ""
 
     def _bench_has_model(self) -> bool:
         return self._bench is not None and bool(self._bench.recipe.model.id)
@@ -91,6 +89,12 @@ class RecipeStrip(Widget):
             _cost(PRECISION_NAMES[key], self._comparison[key], self._budget, each) for key in self._shown
         ]
         return Content("  ").join(costs)
+
+
+def _essentials(line: str) -> list[str]:
+    """The parts of a recipe's line but the name of the data."""
+    parts = line.split(" · ")
+    return parts[:2] + parts[3:]
 
 
 def _cost(name: str, estimate: Estimate, budget: MemoryBudget, width: int) -> Content:
