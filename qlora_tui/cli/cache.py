@@ -18,6 +18,7 @@ KINDS = {
     "models": "16-bit weights converted from GGUF files; runs on these files need them again",
     "tokenized": "data as token ids",
     "datasets": "facts about Hub datasets",
+    "configs": "config.json of Hub models, for estimates",
     "findings": "checks of data files",
 }
 """Folders of the cache, and what is in them."""
