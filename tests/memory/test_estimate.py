@@ -27,7 +27,7 @@ from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
 from tests.catalog.configs import config
 from tests.memory.models import qwen_7b, tinyllama
-from tests.support.counting import count_calls
+from tests.support.counting import count_allocations
 
 GIB = 2**30
 
@@ -206,8 +206,8 @@ def test_json_has_the_documented_shape() -> None:
 
 def test_one_estimate_is_cheap() -> None:
     model = qwen_7b()
-    # 29,000 calls take some 10 ms; the budget is 20.
-    assert count_calls(lambda: estimate(Recipe(), model)) < 50_000
+    # Each kind of layer is replayed once: 370 allocations and frees, in some 10 ms.
+    assert count_allocations(lambda: estimate(Recipe(), model)) < 1_000
 
 
 @pytest.mark.parametrize("name", ["google/gemma-2-2b", "openai/gpt-oss-20b"])
@@ -216,7 +216,7 @@ def test_many_samples_attended_singly_cost_no_more_time(name: str) -> None:
     recipes = [
         Recipe(training=Training(micro_batch_size=size, gradient_checkpointing="off")) for size in (1, 4096)
     ]
-    one, many = (count_calls(partial(estimate, recipe, model)) for recipe in recipes)
+    one, many = (count_allocations(partial(estimate, recipe, model)) for recipe in recipes)
     assert many < 2 * one
 
 

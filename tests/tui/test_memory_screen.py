@@ -15,7 +15,7 @@ from qlora_tui.tui.screens.memory import screen as memory
 from qlora_tui.tui.screens.memory.screen import MemoryScreen
 from qlora_tui.tui.screens.memory.stacked_bar import parts_of, stacked_bar
 from qlora_tui.tui.widgets.vi_list import ViList
-from tests.support.counting import count_calls
+from tests.support.counting import count_allocations
 from tests.support.nvml_stub import install_nvml_stub
 from tests.tui.screen_assertions import shows, text_of, until
 from tests.tui.workstation import config_folder, open_on, open_with_gpu, settle
@@ -193,8 +193,8 @@ async def test_a_key_costs_little(seven_billion: str, monkeypatch: pytest.Monkey
     async with app.run_test(size=(120, 40)) as pilot:
         await shows(pilot, "6.3 GiB")
         for rank in (8, 32, 64, 128, 256):
-            # Three estimates and their text: some 20 ms.
-            assert count_calls(partial(app.edit, "lora.rank", rank)) < 150_000
+            # Three estimates, of some 370 allocations and frees each.
+            assert count_allocations(partial(app.edit, "lora.rank", rank)) < 3_000
             await pilot.pause()
 
 
