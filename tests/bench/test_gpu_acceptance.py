@@ -71,7 +71,7 @@ def test_every_check_runs_dry_on_a_cpu(tmp_path: Path, model: Path) -> None:
 
 
 def test_a_check_is_cut_at_the_deadline_with_its_run(tmp_path: Path, model: Path) -> None:
-    process = acceptance(tmp_path, model, "--only", "resume", "loop", "--seconds", "20")
+    process = acceptance(tmp_path, model, "--only", "resume", "loop", "--seconds", "6")
     output, _ = process.communicate()
     checks = checks_in(tmp_path)
     assert process.returncode == 1, output

@@ -45,7 +45,7 @@ def test_custom_ranks_are_shown_as_a_range() -> None:
 async def test_the_cost_follows_the_recipe_in_its_own_precision(private_home: Path) -> None:
     app = open_on("lora", model=str(config_folder(private_home, "Qwen__Qwen2.5-7B")))
     async with app.run_test(size=(80, 24)) as pilot:
-        shown = await shows(pilot, "NF4", "6.3 of 24.0 GiB fits", "fp16", "15.2 of 24.0 GiB fits")
+        shown = await shows(pilot, "NF4", "6.3 of 24.0 GiB fits", "fp16", "15.3 of 24.0 GiB fits")
         assert len(shown.splitlines()[2].rstrip()) <= 80
         app.edit("quantization.method", "int8")
         await shows(pilot, "int8", "of 24.0 GiB")
