@@ -106,13 +106,19 @@ def _training_sentences(facts: ExplainContext) -> dict[str, str]:
     paged = ", in managed memory that can move to the host" if path.optimizer.startswith("paged") else ""
     return {
         "adapter": (
-            f"{trained} trained parameters × {path.adapter_bytes} bytes: "
+            f"{trained} trained parameters × {path.adapter_bytes} bytes{_copies(path)}: "
             f"rank {_ranks(facts.recipe)} × (in + out) per target{_rows(facts.layout)}."
         ),
         "gradients": f"One gradient per trained parameter: {trained} × {path.adapter_bytes} bytes.",
         "optimizer": f"{moments}{paged}.",
         "optimizer_step": "Square roots of all second moments at once: 4 bytes per trained parameter.",
     }
+
+
+def _copies(path: ExecutionConfig) -> str:
+    """The copies of the weights in the compute dtype, where there are any."""
+    has_copies = path.own_fused and path.compute_bytes < path.adapter_bytes
+    return f", and {path.compute_bytes} for a copy in 16 bits" if has_copies else ""
 
 
 def _activation_sentences(facts: ExplainContext) -> dict[str, str]:
