@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 
-from qlora_tui.catalog.architecture_types import Architecture
+from bench.support.training_step import StepModel, load_step_model
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.memory.kept_layers import speedup
 from qlora_tui.recipe.schema import Data, Lora, Model, Recipe, Training
-from qlora_tui.training import chunked_loss, model_loading
-from qlora_tui.training.adapter import add_lora
-from qlora_tui.training.compute_device import ComputeDevice, find_device
+from qlora_tui.training import model_loading
+from qlora_tui.training.compute_device import ComputeDevice
 
 SHARES = (0.0, 0.5, 1.0)
 """Shares of the layers that keep their activations."""
@@ -46,16 +45,14 @@ def main() -> None:
         data=Data(max_length=length),
         training=Training(micro_batch_size=SAMPLES),
     )
-    device = find_device(recipe)
-    architecture = resolve_model(recipe.model.id).architecture
-    base = model_loading.load_base(args.model, recipe, device, "segments")
-    model = with_adapter(base, recipe, architecture)
+    loaded = load_step_model(args.model, recipe)
+    device, architecture = loaded.device, resolve_model(recipe.model.id).architecture
     counts = [round(share * architecture.layers) for share in SHARES]
     seconds: dict[int, list[float]] = {count: [] for count in counts}
     for repeat in range(args.repeats + 1):
         for count in counts if repeat % 2 else reversed(counts):
-            assert model_loading.keep_activations(base, count)
-            took = step_seconds(model, length, device)
+            assert model_loading.keep_activations(loaded.base.model, count)
+            took = step_seconds(loaded, length)
             if repeat:
                 seconds[count].append(took)
     medians = {count: statistics.median(times) for count, times in seconds.items()}
@@ -72,37 +69,14 @@ def main() -> None:
     print(json.dumps({"device": device.name, "rows": rows}) if args.json else table(device, rows))
 
 
-def with_adapter(base: Any, recipe: Recipe, architecture: Architecture) -> Any:
-    """The model as a run trains it: packed attention, chunked loss, adapter, every layer checkpointed."""
-    head = chunked_loss.find_head(base)
-    assert not isinstance(head, str), head
-    assert model_loading.use_packed_attention(base)
-    chunked_loss.use_chunked_loss(base, head)
-    chunked_loss.use_segments(base)
-    model = add_lora(base, recipe.lora, architecture)
-    model_loading.checkpoint_activations(base)
-    return model.train()
-
-
-def step_seconds(model: Any, length: int, device: ComputeDevice) -> float:
+def step_seconds(loaded: StepModel, length: int) -> float:
     """Seconds of a forward and backward over one row of samples."""
-    tokens = SAMPLES * length
-    ids = torch.randint(3, 1000, (1, tokens), generator=torch.Generator().manual_seed(0))
-    positions = torch.arange(length).repeat(SAMPLES)[None]
-    on_gpu = device.kind == "cuda"
+    on_gpu = loaded.device.kind == "cuda"
     clock = time.perf_counter if on_gpu else time.process_time
-    model.zero_grad()
     if on_gpu:
         torch.cuda.synchronize()
     began = clock()
-    loss = model(
-        input_ids=ids.to(device.torch_device),
-        labels=ids.to(device.torch_device),
-        position_ids=positions.to(device.torch_device),
-        segments=[length] * SAMPLES,
-        num_items_in_batch=tokens,
-    ).loss
-    loss.backward()
+    loaded.run([length] * SAMPLES)
     if on_gpu:
         torch.cuda.synchronize()
     return clock() - began
