@@ -29,9 +29,13 @@ def main() -> None:
     """Train once over the rows."""
     job = read_job()
     set_seed(job.seed)
-    tokenizer = AutoTokenizer.from_pretrained(job.model)
     model = prepare_model_for_kbit_training(load_quantized(job), use_gradient_checkpointing=job.checkpointing)
-    model = get_peft_model(model, lora(job))
+    train(job, get_peft_model(model, lora(job)))
+
+
+def train(job: TrainingJob, model: Any, **changes: Any) -> None:
+    """Train an adapted model over padded rows of one sample; ``changes`` are for ``TrainingArguments``."""
+    tokenizer = AutoTokenizer.from_pretrained(job.model)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -39,7 +43,7 @@ def main() -> None:
             per_device_train_batch_size=1,
             gradient_accumulation_steps=job.samples_per_step,
             num_train_epochs=1,
-            **common(job),
+            **(common(job) | changes),
         ),
         train_dataset=samples(job, tokenizer),
         data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
