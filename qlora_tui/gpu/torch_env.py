@@ -38,6 +38,8 @@ _CUDA_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 _READS_ALLOCATOR = (2, 10)
 """First version of torch that reads ``PYTORCH_ALLOC_CONF`` for CUDA: 2.9 ignores ``expandable_segments`` in
 it (pytorch issue 183387), earlier ones do not know it."""
+_NEWEST = (1000, 0)
+"""Taken for the version of torch where none is installed."""
 _GROWING_SEGMENTS = "expandable_segments:True"
 """Reduces the fragmentation that varying sample lengths cause."""
 offline_variables_set: set[str] = set()
@@ -72,7 +74,7 @@ def allocator_variables(environ: Mapping[str, str]) -> dict[str, str]:
     if _CUDA_ALLOCATOR in environ:
         return {}
     value = environ.get(_ALLOCATOR, _GROWING_SEGMENTS)
-    names = (_ALLOCATOR,) if _torch_version() >= _READS_ALLOCATOR else (_ALLOCATOR, _CUDA_ALLOCATOR)
+    names = (_ALLOCATOR,) if torch_version() >= _READS_ALLOCATOR else (_ALLOCATOR, _CUDA_ALLOCATOR)
     return {name: value for name in names if name not in environ}
 
 
@@ -83,7 +85,7 @@ def grows_segments(environ: Mapping[str, str]) -> bool:
     return values.get("expandable_segments") == "True"
 
 
-def _torch_version() -> tuple[int, ...]:
+def torch_version() -> tuple[int, ...]:
     """Major and minor version of the installed torch, which is not imported; of the newest without torch."""
     # Imported here because the app does not need it.
     from importlib.metadata import PackageNotFoundError, version
@@ -91,7 +93,7 @@ def _torch_version() -> tuple[int, ...]:
     try:
         numbers = version("torch").split(".")[:2]
     except PackageNotFoundError:
-        return _READS_ALLOCATOR
+        return _NEWEST
     return tuple(int(number) for number in numbers)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+
+from qlora_tui.gpu.torch_env import torch_version
 
 _BFLOAT16_FLAGS = frozenset(("avx512_bf16", "amx_bf16"))
 """CPU flags; without one, bf16 matrix products are a hundred times slower than fp32 ones."""
@@ -45,11 +46,7 @@ def triton_is_installed() -> bool:
 @cache
 def torch_has_varlen() -> bool:
     """Return whether the installed torch has variable-length attention with windows. Does not import it."""
-    try:
-        major, minor = version("torch").split(".")[:2]
-    except PackageNotFoundError:
-        return True
-    return (int(major), int(minor)) >= (2, 11)
+    return torch_version() >= (2, 11)
 
 
 def this_processor() -> Processor:
