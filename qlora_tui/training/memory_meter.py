@@ -22,7 +22,7 @@ from qlora_tui.gpu.visible_devices import default_cuda_device
 from qlora_tui.memory import Device as EstimatedDevice
 from qlora_tui.memory import Estimate, MeasuredRun, correction_for, estimate, record_run, trainer_execution
 from qlora_tui.memory.cpu import liger_is_installed, torch_has_varlen, torch_is_for_cuda, triton_is_installed
-from qlora_tui.memory.execution import Loss
+from qlora_tui.memory.execution import ExecutionConfig, Loss
 from qlora_tui.memory.kept_layers import KeptLayers, keep_layers
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.events import MemoryMeasured
@@ -48,7 +48,7 @@ class MemoryMeter:
     @property
     def expected_loss(self) -> Loss:
         """The loss that the estimate assumes."""
-        return trainer_execution(self._recipe, _as_estimated(self._device), self._architecture).loss
+        return self._expected_execution.loss
 
     def set_loss(self, loss: str) -> None:
         """Note which loss is used: with an unexpected one the peak says nothing about the estimate."""
@@ -57,7 +57,11 @@ class MemoryMeter:
     @property
     def expects_triton(self) -> bool:
         """Whether the estimate assumes Triton's kernels."""
-        return trainer_execution(self._recipe, _as_estimated(self._device), self._architecture).triton
+        return self._expected_execution.triton
+
+    @property
+    def _expected_execution(self) -> ExecutionConfig:
+        return trainer_execution(self._recipe, _as_estimated(self._device), self._architecture)
 
     def set_unexpected_path(self) -> None:
         """Note that a code path differs from what the estimate assumes: the peak is not recorded."""

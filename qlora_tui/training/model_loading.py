@@ -52,9 +52,9 @@ def load_base(
     if stored is not None and quantized_cache.is_stored(stored):
         model = _load_stored(stored, device, attention_path, on_progress)
     if model is None:
-        settings = {} if quantization is None else {"quantization_config": quantization}
-        if _is_stored_quantized(folder):
-            settings = {}
+        settings = {}
+        if quantization is not None and not _is_stored_quantized(folder):
+            settings["quantization_config"] = quantization
         model = _load(folder, device, attention_path, on_progress, **settings)
         if stored is not None:
             quantized_cache.store(model, stored)

@@ -127,28 +127,27 @@ def varlen_attention_forward(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
+    **settings: Any,
 ) -> tuple[Tensor, None]:
     """Attend in one FlashAttention call for the whole row if it is supported, else sample by sample.
 
-    The function for transformers: (batch, heads, tokens, width) to (batch, tokens, heads, width).
+    Takes the settings of :func:`segment_attention`.
     """
     if (
         attention_mask is not None
         and attention_mask.dtype == torch.int32
-        and not (dropout or softcap is not None or s_aux is not None)
+        and not (settings.get("dropout") or _has_special_scores(settings))
         and varlen_attention.supports(query, value, samples=attention_mask.shape[-1] - 1)
     ):
+        scaling, window = settings.get("scaling"), settings.get("sliding_window")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return varlen_attention.attend(query, key, value, attention_mask, scale, sliding_window), None
-    return segment_attention(
-        module, query, key, value, attention_mask, dropout, scaling, sliding_window, softcap, s_aux, **kwargs
-    )
+        return varlen_attention.attend(query, key, value, attention_mask, scale, window), None
+    return segment_attention(module, query, key, value, attention_mask, **settings)
+
+
+def _has_special_scores(settings: dict[str, Any]) -> bool:
+    """Whether scores are capped (Gemma 2) or compete with sinks (gpt-oss)."""
+    return settings.get("softcap") is not None or settings.get("s_aux") is not None
 
 
 def _functions() -> dict[PackedAttention, AttentionFunction]:

@@ -175,19 +175,19 @@ class _GatedProduct(torch.autograd.Function):
         gate, up, dropout_mask = ctx.saved_tensors
         grad_product, grad_xa = grad_outputs
         kernels, name = _kernels_for(gate, ctx.act)
-        if kernels is not None and grad_product.is_contiguous():
-            grad_a = grad_of_a(grad_xa, kernels.gated_product(gate, up, name), dropout_mask, ctx.adapter)
-            # In place: it comes from _DownProjection, the product's only reader.
-            add_adapter_grad(
-                grad_product.view(-1, grad_product.shape[-1]), grad_xa, dropout_mask, ctx.adapter
-            )
-            return *kernels.gated_product_backward(grad_product, gate, up, name), grad_a, None, None
-        with torch.enable_grad():
-            leaf = gate.detach().requires_grad_()
-            activated = ctx.act(leaf)
-        grad_a = grad_of_a(grad_xa, activated.detach() * up, dropout_mask, ctx.adapter)
+        if kernels is None:
+            with torch.enable_grad():
+                leaf = gate.detach().requires_grad_()
+                activated = ctx.act(leaf)
+            product = activated.detach() * up
+        else:
+            product = kernels.gated_product(gate, up, name)
+        grad_a = grad_of_a(grad_xa, product, dropout_mask, ctx.adapter)
+        del product
         # In place: it comes from _DownProjection, the product's only reader.
         add_adapter_grad(grad_product.view(-1, grad_product.shape[-1]), grad_xa, dropout_mask, ctx.adapter)
+        if kernels is not None:
+            return *kernels.gated_product_backward(grad_product, gate, up, name), grad_a, None, None
         grad_up = grad_product * activated.detach()
         (grad_gate,) = torch.autograd.grad(activated, leaf, grad_product.mul_(up))
         return grad_gate, grad_up, grad_a, None, None
