@@ -2,7 +2,7 @@
 
     python -m bench.chat MODEL [--adapter FOLDER] [--tokens 48] [--rounds 7] [--json]
 
-Both hold the same NF4 base, each in a process of its own; without --adapter a random LoRA of rank 16 on all
+Both hold the same NF4 base, each in a separate process; without --adapter a random LoRA of rank 16 on all
 linear modules is made. They answer in turns whose order is reversed every round, so that a busy machine slows
 both: a short question, and one of some 600 tokens. Medians count. Processor time is what other work on the
 machine disturbs least (with OMP_NUM_THREADS=1, or threads that wait count too). Plain ``generate`` looks for

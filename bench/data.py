@@ -3,7 +3,7 @@
     python -m bench.data --model FOLDER [--rows 200000] [--repeats 3] [--skip-trl]
 
 Writes ``--rows`` conversations to a JSONL file, then runs the sides in turn from that file to samples with
-an assistant mask, each time cold and in a process of its own. Prints rows a second, seconds of processor
+an assistant mask, each time cold and in a separate process. Prints rows a second, seconds of processor
 time, and the most memory the process tree held (the sum of resident sizes, sampled); of all repeats the
 median. The model folder gives the tokenizer; both use the chat template of Qwen2.5 from ``trl``. TRL runs
 as it does by default and with a worker a core; the faster of the two counts. Only ours holds rows back to

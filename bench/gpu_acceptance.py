@@ -4,7 +4,7 @@
     python -m bench.gpu_acceptance --size tiny                  (a dry run, on a CPU)
 
 A Llama of that size with random weights is made on the spot, or in FOLDER, where a later call finds it. Each
-check runs in a process of its own, within its own deadline and within --seconds for all of them; then all of
+check runs in a separate process, within its own deadline and within --seconds for all of them; then all of
 its processes are ended, those of its runs too. The JSON file is written after each check. Exit code 1 where a
 check failed or was cut.
 
@@ -100,7 +100,7 @@ def make_check(name: str, context: CheckContext, until: float, scratch: Path) ->
 
 
 def describe_machine(scratch: Path) -> dict[str, Any]:
-    """Return GPU, driver and versions, from a process of its own. Raises SystemExit where that fails."""
+    """Return GPU, driver and versions, from a separate process. Raises SystemExit where that fails."""
     file, log = scratch / "machine.json", scratch / "machine.log"
     if run_within(_MACHINE_S, python_module("bench.acceptance.machine", file), log=log) != 0:
         raise SystemExit(log.read_text())

@@ -4,7 +4,7 @@
 
 The same conversations, model, targets, rank, dtype and effective batch for (a) ``Trainer`` as most
 scripts use it, (b) TRL's ``SFTTrainer`` with packing, in the environment that ``make bench-deps`` makes, and
-(c) a run of this program. Each trains in a process of its own, in turns whose order is reversed every time;
+(c) a run of this program. Each trains in a separate process, in turns whose order is reversed every time;
 medians count. Real tokens a second are taken from the end of the first step to the end of the last; memory is
 what training adds to the loaded model. Every adapter is judged by plain peft on the same held-out
 conversations.

@@ -1,4 +1,4 @@
-"""The checks of :mod:`bench.gpu_acceptance`, each in a process of its own.
+"""The checks of :mod:`bench.gpu_acceptance`, each in a separate process.
 
 context        what a check works with, and its outcome
 runs           training runs as the app starts them

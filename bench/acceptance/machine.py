@@ -1,6 +1,6 @@
 """``python -m bench.acceptance.machine FILE.json``: describes GPU, driver and versions.
 
-A process of its own, because torch holds GPU memory once it has looked at a GPU.
+A separate process, because torch holds GPU memory once it has looked at a GPU.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """``python -m bench.gpu_probe.length_timer``: seconds of attention at lengths that are new to the process.
 
-A process of its own for each order of SDPA's kernels: torch reads the environment once. Prints one JSON list.
+A separate process for each order of SDPA's kernels: torch reads the environment once. Prints one JSON list.
 """
 
 from __future__ import annotations

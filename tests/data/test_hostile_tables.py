@@ -100,7 +100,7 @@ def read_damaged(kind: str, folder: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize("kind", ["arrow", "parquet"])
 def test_damaged_tables_are_read_or_refused_and_crash_nothing(tmp_path: Path, kind: str) -> None:
-    # In a process of its own: a crash there is a failure here.
+    # In a separate process: a crash there is a failure here.
     done = subprocess.run(
         [sys.executable, "-m", "tests.data.test_hostile_tables", kind, str(tmp_path)],
         capture_output=True,
