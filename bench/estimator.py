@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.fitcheck import Answer, ask, question
-from bench.published_rows import GROUPS, find_config, group_of, read_path
+from bench.published_rows import GROUPS, find_config, group_of, read_execution
 from bench.published_words import Row, Unplaced
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_parser import load_config, parse_architecture
@@ -104,19 +104,19 @@ def measured_tiers(row: Row) -> dict[str, float]:
 
 def score(row: Row, architecture: Architecture, fitcheck: Answer | None) -> Score:
     """Estimate one row. Raises Unplaced or UserError."""
-    recipe, path = read_path(row)
+    recipe, execution = read_execution(row)
     capacity, tiers = _capacity(row["gpu"]), measured_tiers(row)
-    estimated = estimate(recipe, architecture, path=path, capacity_bytes=capacity)
+    estimated = estimate(recipe, architecture, execution=execution, capacity_bytes=capacity)
     measured = None
     if not _ran_out(row):
         measured = int(float(row["measured_gb"].replace(",", "")) * UNITS[row["unit"].strip().lower()])
-    width = 4 if path.compute_bytes == 4 else 2
+    width = 4 if execution.compute_bytes == 4 else 2
     theirs = fitcheck and tiers.get("process") and _percent(fitcheck[1], tiers["process"])
     return Score(
         id=row["id"],
         model=row["model_id"],
-        path=path.name,
-        group=group_of(row, path),
+        path=execution.name,
+        group=group_of(row, execution),
         measure=row["measure"],
         measured_bytes=measured,
         ours_bytes=_tier(estimated, row["measure"]),
@@ -152,7 +152,7 @@ def run(tables: Path | Sequence[Path], configs: Path, fitcheck: Path) -> dict[st
     unplaced: list[dict[str, str]] = []
     for row in _read_tables([tables] if isinstance(tables, Path) else tables):
         try:
-            read_path(row)
+            read_execution(row)
             config = find_config(row["model_id"], configs)
             placed.append((row, config, parse_architecture(load_config(config))))
         except (Unplaced, UserError, KeyError, ValueError) as reason:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.published_rows import read_path
+from bench.published_rows import read_execution
 from bench.published_words import Row
 
 Answer = tuple[int, int]
@@ -51,22 +51,22 @@ print(json.dumps(answers))
 
 def question(row: Row, config: Path) -> dict[str, Any]:
     """A row in its words. The GPU is named where it has a profile of it: the overhead depends on that."""
-    recipe, path = read_path(row)
+    recipe, execution = read_execution(row)
     method = recipe.quantization.method
     return {
         "config": str(config),
         "model": row["model_id"],
         "gpu": "t4" if "T4" in row["gpu"] else None,
         "training": {
-            "precision": "fp16" if path.float16 else "bf16",
+            "precision": "fp16" if execution.float16 else "bf16",
             "quantization": method,
             "double_quant": recipe.quantization.double_quantization and method == "nf4",
-            "optimizer": "adam8bit" if "8bit" in path.optimizer else "adamw",
+            "optimizer": "adam8bit" if "8bit" in execution.optimizer else "adamw",
             "batch_size": recipe.training.micro_batch_size,
             "seq_len": recipe.data.max_length,
             "lora_rank": recipe.lora.rank,
             "lora_targets": list(recipe.lora.target_modules),
-            "grad_checkpoint": path.checkpointing,
-            "flash_attn": path.attention != "eager",
+            "grad_checkpoint": execution.checkpointing,
+            "flash_attn": execution.attention != "eager",
         },
     }

@@ -79,17 +79,17 @@ GROUPS = {
 }
 
 
-def group_of(row: Row, path: ExecutionConfig) -> str:
+def group_of(row: Row, execution: ExecutionConfig) -> str:
     """Which of ``GROUPS`` a row belongs to."""
     words = f"{row['extra']} {row.get('source_url', '')}".lower()
-    if path.library_kernels or path.loss in ("fused", "liger"):
+    if execution.library_kernels or execution.loss in ("fused", "liger"):
         return "foreign"
-    if "qlora-tui" in words or path.own_fused:
+    if "qlora-tui" in words or execution.own_fused:
         return "ours"
     return "trl" if "trl" in words or "fms-acceleration" in words else "stock"
 
 
-def read_path(row: Row) -> tuple[Recipe, ExecutionConfig]:
+def read_execution(row: Row) -> tuple[Recipe, ExecutionConfig]:
     """The recipe and code path of a row, from its columns and the words in ``extra``.
 
     * ``prepare_model_for_kbit_training`` or ``fp32 upcast``: norms, embedding and head in float32
@@ -116,7 +116,7 @@ def read_path(row: Row) -> tuple[Recipe, ExecutionConfig]:
     method = read_method(row["quant"])
     recipe = _recipe(row, method)
     if "qlora-tui" in f"{extra} {row.get('source_url', '')}":
-        return recipe, _our_path(row, recipe)
+        return recipe, _our_execution(row, recipe)
     source = next((known for part, known in SOURCES.items() if part in row.get("source_url", "")), None)
     version, trl = read_version("transformers", extra), read_version("trl", extra)
     version = version or (source.transformers if source else CURRENT)
@@ -133,7 +133,7 @@ def read_path(row: Row) -> tuple[Recipe, ExecutionConfig]:
         cast, adapter = _trl_preparation(trl, version, cast, float16=float16)
     mixed = read_mixed_precision(extra) or (source is not None and source.mixed_precision)
     mixed = mixed or (source is None and trl is not None and trl >= _TRL_MIXED_PRECISION)
-    path = ExecutionConfig(
+    execution = ExecutionConfig(
         compute_bytes=width,
         float16=float16,
         cast_to_float32=cast == "all",
@@ -156,10 +156,10 @@ def read_path(row: Row) -> tuple[Recipe, ExecutionConfig]:
         expandable_segments="expandable_segments" in extra,
         name=row["extra"].split(";")[0],
     )
-    return recipe, path
+    return recipe, execution
 
 
-def _our_path(row: Row, recipe: Recipe) -> ExecutionConfig:
+def _our_execution(row: Row, recipe: Recipe) -> ExecutionConfig:
     device = Device(capability=read_capability(row))
     return replace(
         trainer_execution(recipe, device),

@@ -171,8 +171,12 @@ def compare(case: Case) -> Compared:
 
     config, recipe = cut_config(case.family), recipe_of(case)
     traced = trace_request(TraceRequest(config=config, recipe=recipe, loss=case.loss))
-    path = replace(trainer_execution(recipe, Device()), loss="stock" if case.loss == "stock" else "chunked")
-    return Compared(case, traced.step_bytes, closed_form(recipe, parse_architecture(config), path)["step"])
+    execution = replace(
+        trainer_execution(recipe, Device()), loss="stock" if case.loss == "stock" else "chunked"
+    )
+    return Compared(
+        case, traced.step_bytes, closed_form(recipe, parse_architecture(config), execution)["step"]
+    )
 
 
 @contextmanager

@@ -58,7 +58,7 @@ class Estimate:
     """Uncertainty range of the process level, and its reason."""
     peak_phase: str
     """Phase of the peak: ``loss``, ``backward of layer 21``, ``optimizer step``."""
-    path: ExecutionConfig
+    execution: ExecutionConfig
     exact: bool
     """Whether the family's layer is implemented; otherwise it is approximated by Llama's."""
     notes: tuple[str, ...] = ()
@@ -92,49 +92,49 @@ def estimate(
     recipe: Recipe,
     architecture: Architecture,
     *,
-    path: ExecutionConfig | None = None,
+    execution: ExecutionConfig | None = None,
     device: Device | None = None,
     traced: StepTrace | None = None,
     capacity_bytes: int | None = None,
 ) -> Estimate:
     """Predict the memory of ``recipe`` on the model described by ``architecture``.
 
-    ``path`` defaults to the code path of this project's trainer on ``device`` (default: an Ampere GPU). With
-    ``traced``, a trace of this exact recipe, the step is taken from it instead of being replayed. With
+    ``execution`` defaults to this project's trainer on ``device`` (default: an Ampere GPU). With ``traced``,
+    a trace of this exact recipe, the step is taken from it instead of being replayed. With
     ``capacity_bytes``, the GPU's memory, the allocator releases free segments before it exceeds that. Raises
     UserError for target modules that the model does not have.
     """
     device = device or Device()
-    path = path or trainer_execution(recipe, device, architecture)
-    layout = build_layout(recipe, architecture, path)
-    resident = static_items(recipe, architecture, layout, path)
-    walked = profile_step(layout, path, recipe.lora.dropout)
+    execution = execution or trainer_execution(recipe, device, architecture)
+    layout = build_layout(recipe, architecture, execution)
+    resident = static_items(recipe, architecture, layout, execution)
+    walked = profile_step(layout, execution, recipe.lora.dropout)
     if traced is not None:
         layout = replace(layout, exact=True)
         moments = [_traced_moment(traced)]
     else:
-        moments = peak_candidates(walked, layout, path)
-        if path.accumulates:
-            resident["gradients"] = gradient_bytes(layout, path)
+        moments = peak_candidates(walked, layout, execution)
+        if execution.accumulates:
+            resident["gradients"] = gradient_bytes(layout, execution)
     pool = None
-    if path.device == "cuda":
-        room = None if capacity_bytes is None else capacity_bytes - context_bytes(path)
-        pool = replay(recipe, architecture, layout, path, walked, room)
-    if not path.accumulates:
-        moments.append(_optimizer_moment(layout, path))
+    if execution.device == "cuda":
+        room = None if capacity_bytes is None else capacity_bytes - context_bytes(execution)
+        pool = replay(recipe, architecture, layout, execution, walked, room)
+    if not execution.accumulates:
+        moments.append(_optimizer_moment(layout, execution))
     fullest = max(moments, key=lambda moment: moment.total_bytes)
     items = _together(resident, fullest)
     frozen = {key: size for key, size in resident.items() if key in FROZEN}
-    loading = _together(frozen, Peak("loading", {"loading": loading_bytes(recipe, architecture, path)}))
-    levels = tiers(items, fullest.total_bytes, pool, architecture, layout, path)
+    loading = _together(frozen, Peak("loading", {"loading": loading_bytes(recipe, architecture, execution)}))
+    levels = tiers(items, fullest.total_bytes, pool, architecture, layout, execution)
     # By process bytes: a step on a CPU also leaves heap gaps and kernels, which loading does not.
-    levels_at_loading = tiers(loading, 0, pool, architecture, layout, path)
+    levels_at_loading = tiers(loading, 0, pool, architecture, layout, execution)
     if levels_at_loading.process_bytes > levels.process_bytes:
         fullest, items, levels = Peak("loading", loading), loading, levels_at_loading
     before, correction = levels.process_bytes, device.correction
     if correction is not None and correction.applies:
         levels = corrected(levels, layout, correction)
-    result = _assemble(recipe, architecture, layout, path, items, levels, fullest)
+    result = _assemble(recipe, architecture, layout, execution, items, levels, fullest)
     if correction is None:
         return result
     return replace(result, correction=correction, uncorrected_bytes=before)
@@ -156,21 +156,24 @@ LOADERS = 4
 """Threads that transformers uses to read weights (``core_model_loading.GLOBAL_WORKERS``)."""
 
 
-def loading_bytes(recipe: Recipe, architecture: Architecture, path: ExecutionConfig) -> int:
+def loading_bytes(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> int:
     """Return the peak bytes while weights are read: a GPU holds some tensors in 16 bits before each is
     quantized; a CPU has the whole file mapped. Weights that stay in their stored dtype count as read."""
-    if recipe.quantization.method == "none" and path.compute_bytes == 2:
+    if recipe.quantization.method == "none" and execution.compute_bytes == 2:
         return 0
-    if path.device == "cpu":
+    if execution.device == "cpu":
         return 2 * architecture.total_params
     sizes = sorted((2 * module.weight_params for module in architecture.modules), reverse=True)
     return sum(sizes[:LOADERS])
 
 
-def _optimizer_moment(layout: Layout, path: ExecutionConfig) -> Peak:
+def _optimizer_moment(layout: Layout, execution: ExecutionConfig) -> Peak:
     return Peak(
         "optimizer step",
-        {"gradients": gradient_bytes(layout, path), "optimizer_step": optimizer_step_bytes(layout, path)},
+        {
+            "gradients": gradient_bytes(layout, execution),
+            "optimizer_step": optimizer_step_bytes(layout, execution),
+        },
     )
 
 
@@ -178,12 +181,12 @@ def _assemble(
     recipe: Recipe,
     architecture: Architecture,
     layout: Layout,
-    path: ExecutionConfig,
+    execution: ExecutionConfig,
     items: dict[str, int],
     levels: MemoryLevels,
     fullest: Peak,
 ) -> Estimate:
-    sentences = explanations(ExplainContext(recipe, architecture, path, layout))
+    sentences = explanations(ExplainContext(recipe, architecture, execution, layout))
     everything = {**items, **levels.added}
     return Estimate(
         method=recipe.quantization.method,
@@ -197,7 +200,7 @@ def _assemble(
         process_bytes=levels.process_bytes,
         band=levels.band,
         peak_phase=fullest.phase,
-        path=path,
+        execution=execution,
         exact=layout.exact,
         notes=_notes(recipe, architecture, layout),
     )
@@ -232,7 +235,7 @@ def compare(
     architecture: Architecture,
     *,
     device: Device | None = None,
-    path: ExecutionConfig | None = None,
+    execution: ExecutionConfig | None = None,
     traced: StepTrace | None = None,
 ) -> dict[Precision, Estimate]:
     """Estimate the recipe in NF4, int8 and 16 bits. ``traced`` is a trace of the unchanged recipe."""
@@ -241,7 +244,7 @@ def compare(
             with_precision(recipe, precision),
             architecture,
             device=device,
-            path=path,
+            execution=execution,
             traced=traced if precision == precision_of(recipe) else None,
         )
         for precision in PRECISIONS

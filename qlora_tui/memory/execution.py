@@ -1,8 +1,8 @@
-"""The code path of a run, as far as it affects memory.
+"""The code that a run executes, as far as it affects memory.
 
 The same recipe costs different amounts under different trainers: whether the frozen weights were cast to
-float32, which logits the loss keeps, which attention kernel runs. :func:`trainer_execution` derives the path
-of this project's trainer from a recipe and a :class:`Device`; ``bench/estimator.py`` describes those of other
+float32, which logits the loss keeps, which attention kernel runs. :func:`trainer_execution` returns what
+this project's trainer runs for a recipe and a :class:`Device`; ``bench/estimator.py`` describes other
 trainers.
 """
 
@@ -128,7 +128,7 @@ class ExecutionConfig:
 def trainer_execution(
     recipe: Recipe, device: Device, architecture: Architecture | None = None
 ) -> ExecutionConfig:
-    """Return the path of this project's trainer: no float32 cast, no full logits, non-reentrant
+    """Return what this project's trainer runs: no float32 cast, no full logits, non-reentrant
     checkpointing of every layer, also where the recipe leaves it to the free memory (``kept_layers``).
 
     Without an architecture, Liger is assumed off: it is faster only for some models.

@@ -53,7 +53,7 @@ class ExplainContext:
 
     recipe: Recipe
     architecture: Architecture
-    path: ExecutionConfig
+    execution: ExecutionConfig
     layout: Layout
 
 
@@ -68,8 +68,8 @@ def explanations(facts: ExplainContext) -> dict[str, str]:
 
 
 def _weight_sentences(facts: ExplainContext) -> dict[str, str]:
-    recipe, architecture, path = facts.recipe, facts.architecture, facts.path
-    itemsize = 4 if path.cast_to_float32 else path.compute_bytes
+    recipe, architecture, execution = facts.recipe, facts.architecture, facts.execution
+    itemsize = 4 if execution.cast_to_float32 else execution.compute_bytes
     int8 = recipe.quantization.method == "int8"
     return {
         "weights": f"{_n(architecture.quantizable_params)} linear weights × {1 if int8 else 0.5} byte.",
@@ -97,52 +97,53 @@ def _scales_sentence(recipe: Recipe) -> str:
 
 
 def _training_sentences(facts: ExplainContext) -> dict[str, str]:
-    path, trained = facts.path, _n(facts.layout.adapter_parameters)
+    execution, trained = facts.execution, _n(facts.layout.adapter_parameters)
     moments = (
         f"Two 8-bit moments and their scales: {trained} × about 2 bytes"
-        if "8bit" in path.optimizer
+        if "8bit" in execution.optimizer
         else f"Two 32-bit moments: {trained} × 8 bytes"
     )
-    paged = ", in managed memory that can move to the host" if path.optimizer.startswith("paged") else ""
+    paged = ", in managed memory that can move to the host" if execution.optimizer.startswith("paged") else ""
     return {
         "adapter": (
-            f"{trained} trained parameters × {path.adapter_bytes} bytes{_copies(path)}: "
+            f"{trained} trained parameters × {execution.adapter_bytes} bytes{_copies(execution)}: "
             f"rank {_ranks(facts.recipe)} × (in + out) per target{_rows(facts.layout)}."
         ),
-        "gradients": f"One gradient per trained parameter: {trained} × {path.adapter_bytes} bytes.",
+        "gradients": f"One gradient per trained parameter: {trained} × {execution.adapter_bytes} bytes.",
         "optimizer": f"{moments}{paged}.",
         "optimizer_step": "Square roots of all second moments at once: 4 bytes per trained parameter.",
     }
 
 
-def _copies(path: ExecutionConfig) -> str:
+def _copies(execution: ExecutionConfig) -> str:
     """The copies of the weights in the compute dtype, where there are any."""
-    has_copies = path.own_fused and path.compute_bytes < path.adapter_bytes
-    return f", and {path.compute_bytes} for a copy in 16 bits" if has_copies else ""
+    has_copies = execution.own_fused and execution.compute_bytes < execution.adapter_bytes
+    return f", and {execution.compute_bytes} for a copy in 16 bits" if has_copies else ""
 
 
 def _activation_sentences(facts: ExplainContext) -> dict[str, str]:
-    path, layout, layers = facts.path, facts.layout, facts.architecture.layers
+    execution, layout, layers = facts.execution, facts.layout, facts.architecture.layers
     tokens, hidden = f"{layout.tokens:,} tokens", f"{layout.hidden:,}"
-    stream = 4 if path.cast_to_float32 or path.norms_float32 else path.compute_bytes
+    compute, adapter = execution.compute_bytes, execution.adapter_bytes
+    stream = 4 if execution.cast_to_float32 or execution.norms_float32 else compute
     return {
         "checkpoints": (
             f"One hidden state per layer, to recompute from: {layers} × {tokens} × {hidden} × {stream} bytes."
         ),
         "activations": (
             f"Activations of one layer while it is recomputed and differentiated: {tokens} × its widths."
-            if path.checkpointing
+            if execution.checkpointing
             else f"What all {layers} layers save for the backward pass: {tokens} × their widths."
         ),
         "adapter_inputs": (
-            f"What passes between an adapter's two matrices: {tokens} × rank × {path.compute_bytes} bytes."
-            if path.own_fused
-            else f"A target's input in the adapter's dtype: {tokens} × width × {path.adapter_bytes} bytes."
+            f"What passes between an adapter's two matrices: {tokens} × rank × {compute} bytes."
+            if execution.own_fused
+            else f"A target's input in the adapter's dtype: {tokens} × width × {adapter} bytes."
         ),
         "int8_inputs": f"The int8 product keeps its input despite checkpointing: {tokens} × width.",
         "dropout": (
             f"Kept of each target's input: {tokens} × width × 1 byte."
-            if path.own_fused
+            if execution.own_fused
             else f"A dropped copy of each target's input, and its mask: {tokens} × width."
         ),
         "scores": (
@@ -150,23 +151,24 @@ def _activation_sentences(facts: ExplainContext) -> dict[str, str]:
             f"{layout.length:,}² scores per matrix, several at a time."
         ),
         "mask": f"Attention mask: {layout.length:,}² elements.",
-        "dequantized": f"One weight at a time, dequantized to {path.compute_bytes} bytes per element.",
+        "dequantized": f"One weight at a time, dequantized to {compute} bytes per element.",
         "hidden_gradient": f"The positions in the loss, and the gradient at each: 2 × {tokens} × {hidden}.",
-        "logits": _logits_sentence(path, layout),
+        "logits": _logits_sentence(execution, layout),
     }
 
 
-def _logits_sentence(path: ExecutionConfig, layout: Layout) -> str:
+def _logits_sentence(execution: ExecutionConfig, layout: Layout) -> str:
     vocabulary = f"{layout.vocabulary:,}"
-    if path.loss == "chunked":
+    if execution.loss == "chunked":
         rows = min(LOSS_CHUNK_ROWS, layout.tokens)
         return (
-            f"{rows:,} positions at a time: {rows:,} × {vocabulary} logits × {path.compute_bytes} bytes, "
-            f"{min(LOSS_BLOCK_ROWS[path.device], rows)} of them in 32 bits."
+            f"{rows:,} positions at a time: "
+            f"{rows:,} × {vocabulary} logits × {execution.compute_bytes} bytes, "
+            f"{min(LOSS_BLOCK_ROWS[execution.device], rows)} of them in 32 bits."
         )
-    if path.loss == "liger":
+    if execution.loss == "liger":
         return f"Liger processes some rows at a time, {vocabulary} logits per row."
-    if path.loss in ("trl_chunked", "trl_tiled"):
+    if execution.loss in ("trl_chunked", "trl_tiled"):
         return f"TRL processes some positions at a time, {vocabulary} logits each."
     return (
         f"All logits at once, in 32 bits, with log-softmax and gradients: "

@@ -62,12 +62,12 @@ def keep_layers(
     if recipe.training.gradient_checkpointing != "auto":
         return None
     device = device or Device()
-    path = trainer_execution(recipe, device, architecture)
+    execution = trainer_execution(recipe, device, architecture)
     available_bytes = int(free_bytes * CPU_SHARE) if device.kind == "cpu" else free_bytes
     most = architecture.layers if limit is None else min(limit, architecture.layers)
 
     def estimated(count: int) -> Estimate:
-        return estimate(recipe, architecture, path=replace(path, kept_layers=count), device=device)
+        return estimate(recipe, architecture, execution=replace(execution, kept_layers=count), device=device)
 
     low, best, high = 0, estimated(0), most + 1
     if not (best.exact and check_fit(best, available_bytes).fits):

@@ -110,11 +110,11 @@ class Layout:
     exact: bool
     """Whether the family's layer is implemented."""
     loss_code: LossCode
-    """Variant of the family's stock loss in the path's version of transformers."""
+    """Variant of the family's stock loss in the version of transformers that runs."""
 
 
-def build_layout(recipe: Recipe, architecture: Architecture, path: ExecutionConfig) -> Layout:
-    """Build every layer with its modules in the form of this recipe and path."""
+def build_layout(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> Layout:
+    """Build every layer with its modules as this recipe and trainer code run them."""
     ranks = {m.name: rank_of(recipe.lora, m) for m in resolve_targets(recipe.lora, architecture.modules)}
     style = STYLES.get(architecture.model_type, LayerStyle())
     rows, length = recipe.training.micro_batch_size, recipe.data.max_length
@@ -124,7 +124,7 @@ def build_layout(recipe: Recipe, architecture: Architecture, path: ExecutionConf
             by_layer[module.layer].append(module)
     # The kernel for a whole row neither caps scores nor has sinks or dropout.
     softcap, sinks = architecture.model_type == "gemma2", architecture.model_type == "gpt_oss"
-    in_one_call = path.varlen and not (softcap or sinks or architecture.attention_dropout)
+    in_one_call = execution.varlen and not (softcap or sinks or architecture.attention_dropout)
     heads = Heads(
         rows=rows,
         length=length,
@@ -132,15 +132,15 @@ def build_layout(recipe: Recipe, architecture: Architecture, path: ExecutionConf
         kv_heads=architecture.kv_heads,
         head_dim=architecture.head_dim,
         value_dim=architecture.head_dim,
-        pieces=rows if path.segments and not in_one_call else 1,
+        pieces=rows if execution.segments and not in_one_call else 1,
         softcap=softcap,
         sinks=sinks,
-        repeated_by=_repeated_by(architecture, path),
-        copied=path.sdpa and copies_for_sdpa(path.transformers),
+        repeated_by=_repeated_by(architecture, execution),
+        copied=execution.sdpa and copies_for_sdpa(execution.transformers),
     )
     known: dict[tuple[Linear, ...], DecoderLayer] = {}
     linear_cache: dict[tuple[object, ...], Linear] = {}
-    routed = _mixture(recipe, architecture, path)
+    routed = _mixture(recipe, architecture, execution)
     blocks = []
     tensors: list[int] = []
     for modules in by_layer:
@@ -162,8 +162,10 @@ def build_layout(recipe: Recipe, architecture: Architecture, path: ExecutionConf
                 gated=architecture.gated,
                 intermediate=architecture.intermediate_size or 0,
                 hidden=architecture.hidden_size,
-                norm_width=4 if path.cast_to_float32 or path.norms_float32 else path.compute_bytes,
-                kernel=_kernel(architecture, path),
+                norm_width=4
+                if execution.cast_to_float32 or execution.norms_float32
+                else execution.compute_bytes,
+                kernel=_kernel(architecture, execution),
                 rotary=1.0 if style.rotary else 0.0,
                 head_norms=style.head_norms,
                 residual_scale=style.residual_scale,
@@ -182,7 +184,7 @@ def build_layout(recipe: Recipe, architecture: Architecture, path: ExecutionConf
         hidden=architecture.hidden_size,
         vocabulary=architecture.vocab_size,
         embedding_apart=len(architecture.embeddings) > 1
-        or multiplies_embedding(architecture.model_type, path.transformers),
+        or multiplies_embedding(architecture.model_type, execution.transformers),
         embedding_dropout=architecture.residual_dropout if architecture.model_type in GPT_2 else 0.0,
         softcap=architecture.final_logit_softcapping is not None,
         logit_scale=architecture.logit_scale is not None,
@@ -192,7 +194,7 @@ def build_layout(recipe: Recipe, architecture: Architecture, path: ExecutionConf
         adapter_tensors=tuple(tensors),
         lora_tensors=lora_tensors,
         exact=architecture.model_type in STYLES,
-        loss_code=loss_code(architecture.model_type, path.transformers),
+        loss_code=loss_code(architecture.model_type, execution.transformers),
     )
 
 
@@ -202,22 +204,24 @@ def row_tensors(lora: Lora, architecture: Architecture) -> list[int]:
     return [rows] * (1 if architecture.head.tied else 2) if rows else []
 
 
-def _kernel(architecture: Architecture, path: ExecutionConfig) -> Kernel:
+def _kernel(architecture: Architecture, execution: ExecutionConfig) -> Kernel:
     """Return the attention kernel. Falcon passes SDPA one key head for all query heads, which no fused kernel
     supports; gpt-oss has no SDPA in transformers."""
-    if architecture.model_type == "gpt_oss" and path.sdpa:
+    if architecture.model_type == "gpt_oss" and execution.sdpa:
         return "eager"
     shared = architecture.model_type == "falcon" and architecture.heads != architecture.kv_heads
-    return "math" if shared and path.attention in ("flash", "efficient") else path.attention
+    return "math" if shared and execution.attention in ("flash", "efficient") else execution.attention
 
 
-def _repeated_by(architecture: Architecture, path: ExecutionConfig) -> Literal["layer", "kernel", ""]:
+def _repeated_by(architecture: Architecture, execution: ExecutionConfig) -> Literal["layer", "kernel", ""]:
     """Return where key and value heads are copied for the query heads that share them."""
-    if path.attention in ("flash", "efficient") and repeats_heads_in_layer(
-        architecture.model_type, path.transformers, sdpa=path.sdpa
+    if execution.attention in ("flash", "efficient") and repeats_heads_in_layer(
+        architecture.model_type, execution.transformers, sdpa=execution.sdpa
     ):
         return "layer"
-    if path.attention == "efficient" or (path.sdpa and repeats_heads_in_sdpa(path.transformers)):
+    if execution.attention == "efficient" or (
+        execution.sdpa and repeats_heads_in_sdpa(execution.transformers)
+    ):
         return "kernel"
     return ""
 
@@ -229,7 +233,7 @@ def _layer_norms(architecture: Architecture) -> int:
     return sum(p.name.endswith(".weight") for p in norms)
 
 
-def _mixture(recipe: Recipe, architecture: Architecture, path: ExecutionConfig) -> Mixture | None:
+def _mixture(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> Mixture | None:
     experts = architecture.experts
     if experts is None:
         return None
@@ -240,8 +244,8 @@ def _mixture(recipe: Recipe, architecture: Architecture, path: ExecutionConfig) 
         intermediate=experts.intermediate_size,
         activation=architecture.activation,
         clamped=architecture.model_type == "gpt_oss",
-        wide_weights=architecture.model_type in ("mixtral", "deepseek_v2") and not path.separate_experts,
-        separate=path.separate_experts,
+        wide_weights=architecture.model_type in ("mixtral", "deepseek_v2") and not execution.separate_experts,
+        separate=execution.separate_experts,
         method=recipe.quantization.method,
     )
 
@@ -249,7 +253,7 @@ def _mixture(recipe: Recipe, architecture: Architecture, path: ExecutionConfig) 
 def _linear(
     module: LinearModule, recipe: Recipe, rank: int, linear_cache: dict[tuple[object, ...], Linear]
 ) -> Linear:
-    """Return the module as the path holds it, with rank 0 where it is not trained; equal ones are cached."""
+    """Return the module as the trainer holds it, with rank 0 where it is no target; equal ones are cached."""
     key = (
         module.kind,
         module.in_features,

@@ -79,20 +79,20 @@ def tiers(
     pool: Pool | None,
     architecture: Architecture,
     layout: Layout,
-    path: ExecutionConfig,
+    execution: ExecutionConfig,
 ) -> MemoryLevels:
     """Compute all three levels from the items at the peak. ``moving_bytes`` of them are allocated and freed
     in each step. ``pool`` has the totals of a GPU's allocator."""
     allocated = sum(items.values())
     if pool is None:
-        return _on_cpu(allocated, moving_bytes, architecture, layout, path)
+        return _on_cpu(allocated, moving_bytes, architecture, layout, execution)
     # Blocks that were not split count as allocated; with growing segments all are split.
-    unsplit = 0 if path.expandable_segments else max(0, pool.allocated_bytes - allocated)
+    unsplit = 0 if execution.expandable_segments else max(0, pool.allocated_bytes - allocated)
     allocated += unsplit
     slack = pool.reserved_bytes - pool.allocated_bytes
     reserved = allocated + slack
-    paged = optimizer_bytes(layout, path) if path.optimizer.startswith("paged") else 0
-    context = context_bytes(path)
+    paged = optimizer_bytes(layout, execution) if execution.optimizer.startswith("paged") else 0
+    context = context_bytes(execution)
     process = reserved + context + paged
     doubt = _uncertainty_bytes(allocated, layout)
     tensors = (
@@ -115,19 +115,19 @@ def tiers(
     )
 
 
-def context_bytes(path: ExecutionConfig) -> int:
-    """Return the bytes of the CUDA context on the path's GPU. GPUs that were not measured count as a T4."""
-    return A100_CONTEXT_BYTES if path.capability == (8, 0) else CONTEXT_BYTES
+def context_bytes(execution: ExecutionConfig) -> int:
+    """Return the bytes of the CUDA context on the run's GPU. GPUs that were not measured count as a T4."""
+    return A100_CONTEXT_BYTES if execution.capability == (8, 0) else CONTEXT_BYTES
 
 
 def _on_cpu(
-    allocated: int, moving_bytes: int, architecture: Architecture, layout: Layout, path: ExecutionConfig
+    allocated: int, moving_bytes: int, architecture: Architecture, layout: Layout, execution: ExecutionConfig
 ) -> MemoryLevels:
-    kernels = kernel_bytes(layout, path) if moving_bytes else 0
-    slack = max(0, moving_bytes - _mapped_bytes(layout, path)) // HEAP_HOLES
+    kernels = kernel_bytes(layout, execution) if moving_bytes else 0
+    slack = max(0, moving_bytes - _mapped_bytes(layout, execution)) // HEAP_HOLES
     tokenizer = architecture.vocab_size * TOKENIZER_BYTES_A_TOKEN
     reserved = allocated + slack + kernels + tokenizer
-    runtime = RUNTIME_BYTES + (CUDA_LIBRARIES_BYTES if path.cuda_libraries else 0)
+    runtime = RUNTIME_BYTES + (CUDA_LIBRARIES_BYTES if execution.cuda_libraries else 0)
     process = reserved + runtime
     doubt = _uncertainty_bytes(allocated, layout) + slack + kernels // 2 + RUNTIME_UNCERTAINTY_BYTES
     return MemoryLevels(
@@ -141,14 +141,14 @@ def _on_cpu(
     )
 
 
-def _mapped_bytes(layout: Layout, path: ExecutionConfig) -> int:
+def _mapped_bytes(layout: Layout, execution: ExecutionConfig) -> int:
     """Return the bytes of the chunked loss's tensors that are mapped separately and leave no holes."""
-    if path.loss != "chunked":
+    if execution.loss != "chunked":
         return 0
     rows = min(LOSS_CHUNK_ROWS, layout.tokens)
-    chunk = rows * layout.vocabulary * path.compute_bytes
+    chunk = rows * layout.vocabulary * execution.compute_bytes
     block = min(LOSS_BLOCK_ROWS["cpu"], rows) * layout.vocabulary * FLOAT
-    copies = 1 + (path.compute_bytes != FLOAT)
+    copies = 1 + (execution.compute_bytes != FLOAT)
     return (chunk if chunk >= MAPPED_BYTES else 0) + (copies * block if block >= MAPPED_BYTES else 0)
 
 

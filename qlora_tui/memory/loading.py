@@ -37,30 +37,30 @@ def load(
     recipe: Recipe,
     architecture: Architecture,
     layout: Layout,
-    path: ExecutionConfig,
+    execution: ExecutionConfig,
 ) -> None:
     """Load the weights, the casts of unquantized ones, and the adapter."""
-    weights = _weights(architecture, path.separate_experts)
+    weights = _weights(architecture, execution.separate_experts)
     if recipe.quantization.method == "none":
-        allocator.keep(weight.count * path.compute_bytes for weight in weights)
+        allocator.keep(weight.count * execution.compute_bytes for weight in weights)
     else:
-        quantized = _quantize(allocator, recipe, architecture, path)
-        if path.cast_to_float32 or path.compute_bytes != READ_BYTES:
+        quantized = _quantize(allocator, recipe, architecture, execution)
+        if execution.cast_to_float32 or execution.compute_bytes != READ_BYTES:
             for weight in weights:  # one after another, in the model's order
                 if not weight.rows:
                     allocator.malloc(weight.count * FLOAT)
                     allocator.free(quantized[weight.name])
-        if path.cast_to_float32:
+        if execution.cast_to_float32:
             allocator.empty_cache()  # peft/utils/other.py, after its casts
-    allocator.keep(count * path.adapter_bytes for count in layout.adapter_tensors)
+    allocator.keep(count * execution.adapter_bytes for count in layout.adapter_tensors)
 
 
 def _quantize(
-    allocator: CachingAllocator, recipe: Recipe, architecture: Architecture, path: ExecutionConfig
+    allocator: CachingAllocator, recipe: Recipe, architecture: Architecture, execution: ExecutionConfig
 ) -> dict[str, MemoryBlock]:
     """Load and quantize the weights; return the blocks of those that stay as read."""
     method, nested = recipe.quantization.method, recipe.quantization.double_quantization
-    weights = _in_natural_order(architecture, path.separate_experts)
+    weights = _in_natural_order(architecture, execution.separate_experts)
     a_weight = 1.0 if method == "int8" else 0.5
     whole = sum(weight.count * (a_weight if weight.rows else READ_BYTES) for weight in weights)
     allocator.free(allocator.malloc(int(whole)))

@@ -10,28 +10,28 @@ from qlora_tui.memory.ops import FLOAT, Ops
 
 
 def head_and_loss(
-    ops: Ops, layout: Layout, path: ExecutionConfig, hidden: Tensor, width: int
+    ops: Ops, layout: Layout, execution: ExecutionConfig, hidden: Tensor, width: int
 ) -> tuple[Tensor, list[Tensor]]:
     """Replay head and loss; return the scalar loss, and what the caller still holds (logits)."""
-    if path.loss == "chunked":
-        return _chunked(ops, layout, path, hidden, width), []
-    if path.loss == "liger":
-        return _liger(ops, layout, path, hidden, width), []
-    if path.loss == "trl_chunked":
+    if execution.loss == "chunked":
+        return _chunked(ops, layout, execution, hidden, width), []
+    if execution.loss == "liger":
+        return _liger(ops, layout, execution, hidden, width), []
+    if execution.loss == "trl_chunked":
         return trl_loss.chunked(ops, layout, hidden), []
-    if path.loss == "trl_tiled":
+    if execution.loss == "trl_tiled":
         return trl_loss.tiled(ops, layout, hidden), []
     logits = _head(ops, layout, hidden, layout.tokens, width)
     with ops.meter.attribute_to("logits"):
         wide = logits if layout.loss_code == "narrow" else ops.cast(logits, FLOAT)
         if layout.loss_code == "rebound":
             logits = wide
-        if layout.loss_code == "padded" and path.loss != "fused":
+        if layout.loss_code == "padded" and execution.loss != "fused":
             source = wide
         else:  # logits[..., :-1, :].contiguous(), which FOAK's loss still has
             source = ops.copy(ops.slice(wide, wide.numel - layout.rows * layout.vocabulary))
-        loss = (_in_place if path.loss == "fused" else _cross_entropy)(ops, source)
-        return loss, [logits] if path.logits_alive_in_backward else []
+        loss = (_in_place if execution.loss == "fused" else _cross_entropy)(ops, source)
+        return loss, [logits] if execution.logits_alive_in_backward else []
 
 
 def _head(ops: Ops, layout: Layout, hidden: Tensor, rows: int, width: int) -> Tensor:
@@ -77,7 +77,7 @@ def _cross_entropy(ops: Ops, logits: Tensor) -> Tensor:
     return loss
 
 
-def _chunked(ops: Ops, layout: Layout, path: ExecutionConfig, hidden: Tensor, width: int) -> Tensor:
+def _chunked(ops: Ops, layout: Layout, execution: ExecutionConfig, hidden: Tensor, width: int) -> Tensor:
     """Replay our loss (``training/chunked_loss.py``), with every token in the loss: the worst case.
 
     The positions in the loss are copied out; their gradient is computed one chunk of logits at a time, in
@@ -85,7 +85,7 @@ def _chunked(ops: Ops, layout: Layout, path: ExecutionConfig, hidden: Tensor, wi
     """
     rows = min(LOSS_CHUNK_ROWS, layout.tokens)
     numel, chunk, item = hidden.numel, rows * layout.vocabulary, "hidden_gradient"
-    itemsize = FLOAT if path.float16 else width
+    itemsize = FLOAT if execution.float16 else width
 
     def scaled(grad: Tensor, saved: list[Tensor | None]) -> Grads:
         gradient = ops.new(numel, itemsize)
@@ -99,7 +99,7 @@ def _chunked(ops: Ops, layout: Layout, path: ExecutionConfig, hidden: Tensor, wi
         values = ops.new(layout.token_rows * layout.hidden, width) if width != FLOAT else None
         logits = ops.new(chunk, width)
         own = ops.new(rows * layout.token_rows, FLOAT)
-        block = _slopes(ops, layout, min(LOSS_BLOCK_ROWS[path.device], rows) * layout.vocabulary, width)
+        block = _slopes(ops, layout, min(LOSS_BLOCK_ROWS[execution.device], rows) * layout.vocabulary, width)
         del block
         product = ops.new(rows * layout.hidden, width)
         del product, own, logits, values
@@ -138,7 +138,7 @@ def _slopes(ops: Ops, layout: Layout, numel: int, width: int) -> Tensor:
     return likely
 
 
-def _liger(ops: Ops, layout: Layout, path: ExecutionConfig, hidden: Tensor, width: int) -> Tensor:
+def _liger(ops: Ops, layout: Layout, execution: ExecutionConfig, hidden: Tensor, width: int) -> Tensor:
     """Replay Liger's fused linear cross-entropy: chunks of ``tokens / ceil(vocabulary / hidden)`` rows.
 
     Our trainer passes it the positions in the loss: in the worst case, all of them.
@@ -146,8 +146,8 @@ def _liger(ops: Ops, layout: Layout, path: ExecutionConfig, hidden: Tensor, widt
     rows = liger_rows(layout.tokens, layout.hidden, layout.vocabulary)
     numel = hidden.numel
     with ops.meter.attribute_to("hidden_gradient"):
-        states = _states_in_loss(ops, hidden, width) if path.own_fused else hidden
-        if path.own_fused and layout.logit_scale:
+        states = _states_in_loss(ops, hidden, width) if execution.own_fused else hidden
+        if execution.own_fused and layout.logit_scale:
             states = ops.times_number(states)
         toward = ops.new(numel, width)
     with ops.meter.attribute_to("logits"):

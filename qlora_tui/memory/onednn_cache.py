@@ -25,12 +25,12 @@ FULL_ROWS = 4
 """Number of lengths that packed rows have: all are nearly full."""
 
 
-def kernel_bytes(layout: Layout, path: ExecutionConfig) -> int:
+def kernel_bytes(layout: Layout, execution: ExecutionConfig) -> int:
     """Return the heap bytes after a run with samples of every length; 0 except for bfloat16 on a CPU."""
-    if path.device != "cpu" or path.compute_bytes != 2 or path.float16:
+    if execution.device != "cpu" or execution.compute_bytes != 2 or execution.float16:
         return 0
     lengths = -(-layout.length // TOKEN_MULTIPLE)
-    rows = min(FULL_ROWS, lengths) if path.packing else lengths
+    rows = min(FULL_ROWS, lengths) if execution.packing else lengths
     chunks = min(lengths, LOSS_CHUNK_ROWS // TOKEN_MULTIPLE)
     shapes = _products(layout) * rows + ATTENTION_PRODUCTS * lengths + 2 * chunks
     return ONEDNN_CACHE_CAPACITY * KEPT_BYTES + shapes * KERNEL_BYTES

@@ -17,7 +17,7 @@ FLOAT = 4
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear module of a layer, in the form of the path."""
+    """One linear module of a layer, as the trainer runs it."""
 
     name: str
     inputs: int
@@ -44,7 +44,7 @@ class Linear:
 
 
 class Ops:
-    """Operations on one tape, under one code path."""
+    """Operations on one tape, as one ``ExecutionConfig`` runs them."""
 
     def __init__(
         self,

@@ -50,11 +50,11 @@ class FrozenWeights:
     vision_bytes: int
 
 
-def frozen_weights(recipe: Recipe, architecture: Architecture, path: ExecutionConfig) -> FrozenWeights:
-    """Compute the bytes of every base model parameter, in the dtype of this path."""
+def frozen_weights(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> FrozenWeights:
+    """Compute the bytes of every base model parameter, in the dtype it is trained in."""
     method = recipe.quantization.method
     packed = scales = dense = vision = 0
-    itemsize = 4 if path.cast_to_float32 else path.compute_bytes
+    itemsize = 4 if execution.cast_to_float32 else execution.compute_bytes
     for module in architecture.modules:
         if module.quantizable and method in ("nf4", "fp4"):
             packed += round_to_block(-(-module.weight_params // 2))
@@ -68,9 +68,9 @@ def frozen_weights(recipe: Recipe, architecture: Architecture, path: ExecutionCo
             dense += round_to_block(module.weight_params * itemsize)
         dense += round_to_block(module.bias_params * itemsize)
     roles = {"expert": 0, "vision": 0, "other": 0}
-    norms = 4 if path.norms_float32 else itemsize
+    norms = 4 if execution.norms_float32 else itemsize
     for parameter in architecture.parameters:
-        if parameter.role == "expert" and path.separate_experts and method in ("nf4", "fp4"):
+        if parameter.role == "expert" and execution.separate_experts and method in ("nf4", "fp4"):
             packed += round_to_block(-(-parameter.params // 2))
             scales += four_bit_scale_bytes(parameter.params, recipe.quantization.double_quantization)
             continue
@@ -102,38 +102,44 @@ def four_bit_scale_sizes(weights: int, nested: bool) -> tuple[int, ...]:
     return (blocks, -(-blocks // NESTED_BLOCK) * 4, CODE_BYTES, NESTED_CODE_BYTES, 4)
 
 
-def adapter_bytes(layout: Layout, path: ExecutionConfig) -> int:
+def adapter_bytes(layout: Layout, execution: ExecutionConfig) -> int:
     """Return the bytes of the trained matrices."""
     sizes = Counter(layout.adapter_tensors).items()
-    return sum(times * round_to_block(count * path.adapter_bytes) for count, times in sizes)
+    return sum(times * round_to_block(count * execution.adapter_bytes) for count, times in sizes)
 
 
-def gradient_bytes(layout: Layout, path: ExecutionConfig) -> int:
+def gradient_bytes(layout: Layout, execution: ExecutionConfig) -> int:
     """Return the bytes of the gradients, which have their parameters' dtype."""
-    return adapter_bytes(layout, path)
+    return adapter_bytes(layout, execution)
 
 
-def optimizer_bytes(layout: Layout, path: ExecutionConfig) -> int:
+def optimizer_bytes(layout: Layout, execution: ExecutionConfig) -> int:
     """Return the bytes of both moments. Paged states take the same bytes in managed memory."""
-    return sum(times * _state_bytes(count, path) for count, times in Counter(layout.adapter_tensors).items())
+    return sum(
+        times * _state_bytes(count, execution) for count, times in Counter(layout.adapter_tensors).items()
+    )
 
 
-def _state_bytes(count: int, path: ExecutionConfig) -> int:
-    return sum(round_to_block(size) for size in state_sizes(count, path))
+def _state_bytes(count: int, execution: ExecutionConfig) -> int:
+    return sum(round_to_block(size) for size in state_sizes(count, execution))
 
 
-def state_sizes(count: int, path: ExecutionConfig) -> tuple[int, ...]:
+def state_sizes(count: int, execution: ExecutionConfig) -> tuple[int, ...]:
     """Return the bytes of each state of one trained tensor: both moments, and their scales."""
-    if "8bit" in path.optimizer and count >= SMALL_TENSOR:
+    if "8bit" in execution.optimizer and count >= SMALL_TENSOR:
         return (count, count, *[-(-count // STATE_BLOCK) * 4] * 2)
-    width = path.adapter_bytes if path.optimizer.startswith("adamw") and "8bit" not in path.optimizer else 4
+    width = (
+        execution.adapter_bytes
+        if execution.optimizer.startswith("adamw") and "8bit" not in execution.optimizer
+        else 4
+    )
     return (count * width, count * width)
 
 
-def optimizer_step_bytes(layout: Layout, path: ExecutionConfig) -> int:
+def optimizer_step_bytes(layout: Layout, execution: ExecutionConfig) -> int:
     """Return the temporary bytes of one optimizer step: torch's multi-tensor AdamW takes a square root of all
     second moments at once (``_foreach_sqrt``); fused and bitsandbytes kernels need none."""
-    if path.optimizer == "adamw" and path.device == "cuda":
-        return adapter_bytes(layout, path)
+    if execution.optimizer == "adamw" and execution.device == "cuda":
+        return adapter_bytes(layout, execution)
     largest = max(layout.adapter_tensors, default=0)
-    return round_to_block(largest * 4) if path.optimizer == "adamw" else 0
+    return round_to_block(largest * 4) if execution.optimizer == "adamw" else 0

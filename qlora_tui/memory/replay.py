@@ -48,15 +48,15 @@ def replay(
     recipe: Recipe,
     architecture: Architecture,
     layout: Layout,
-    path: ExecutionConfig,
+    execution: ExecutionConfig,
     walked: StepProfile,
     capacity_bytes: int | None = None,
 ) -> Pool:
     """Load the model and run two steps. An allocator that reaches ``capacity_bytes`` releases free segments
     before it takes more, unless its segments grow."""
-    allocator = CachingAllocator(expandable=path.expandable_segments, capacity_bytes=capacity_bytes)
-    load(allocator, recipe, architecture, layout, path)
-    run = _Run(allocator, architecture, layout, path, walked)
+    allocator = CachingAllocator(expandable=execution.expandable_segments, capacity_bytes=capacity_bytes)
+    load(allocator, recipe, architecture, layout, execution)
+    run = _Run(allocator, architecture, layout, execution, walked)
     for step in range(STEPS):
         run.step(first=not step)
     return Pool(allocator.most_allocated_bytes, allocator.most_reserved_bytes)
@@ -70,27 +70,27 @@ class _Run:
         allocator: CachingAllocator,
         architecture: Architecture,
         layout: Layout,
-        path: ExecutionConfig,
+        execution: ExecutionConfig,
         walked: StepProfile,
     ) -> None:
         self._allocator = allocator
         self._layout = layout
-        self._path = path
+        self._execution = execution
         self._head = walked.head.recording
-        ends = ENDS if path.checkpointing and not path.kept_layers else ENDS_THAT_KEEP
-        if not path.expandable_segments:
+        ends = ENDS if execution.checkpointing and not execution.kept_layers else ENDS_THAT_KEEP
+        if not execution.expandable_segments:
             ends = len(walked.layers)
         between = _between_equals(walked.layers, ends)
         self._layers = [(layer.recording, not passed) for layer, passed in between]
-        self._embedded_bytes = layout.tokens * layout.hidden * embedding_bytes(path)
+        self._embedded_bytes = layout.tokens * layout.hidden * embedding_bytes(execution)
         self._keeps_embedding = layout.embedding_apart or not walked.layers[0].keeps_input
-        self._inputs = (input_bytes(architecture, layout, path), mask_bytes(layout, path))
+        self._inputs = (input_bytes(architecture, layout, execution), mask_bytes(layout, execution))
 
     def step(self, *, first: bool) -> None:
         """Replay forward, backward and optimizer. At the end all tensors of the step are freed."""
         allocator = self._allocator
         if first:
-            allocator.keep(adapter_copies(self._layout, self._path))
+            allocator.keep(adapter_copies(self._layout, self._execution))
         small = allocator.small_bytes
         alive = take_all(allocator, self._inputs)
         if self._layout.embedding_apart:
@@ -99,7 +99,7 @@ class _Run:
         if self._keeps_embedding and not self._layout.embedding_apart:
             alive.append(x)
         if first:
-            allocator.malloc(workspace_bytes(self._path))  # this thread's workspace, with its first product
+            allocator.malloc(workspace_bytes(self._execution))  # this thread's, with its first product
         owned = not self._keeps_embedding or self._layout.embedding_apart
         parts: list[Blocks] = []
         for recording, whole in self._layers:
@@ -107,7 +107,7 @@ class _Run:
             owned = not recording.owns_output
         self._forward(self._head, x, parts, owned=owned, whole=True)
         if first:
-            allocator.malloc(workspace_bytes(self._path))  # the workspace of autograd's thread
+            allocator.malloc(workspace_bytes(self._execution))  # the workspace of autograd's thread
         gradient = allocator.malloc(FLOAT)  # the gradient of the loss: 1
         for recording, whole in [*self._layers, (self._head, True)][::-1]:
             blocks = parts.pop()
@@ -136,8 +136,10 @@ class _Run:
     def _accumulate(self, *, first: bool) -> int:
         """Keep the gradients between micro-steps. Return the bytes in small tensors."""
         before = self._allocator.small_bytes
-        if first and self._path.accumulates:
-            self._allocator.keep(count * self._path.adapter_bytes for count in self._layout.adapter_tensors)
+        if first and self._execution.accumulates:
+            self._allocator.keep(
+                count * self._execution.adapter_bytes for count in self._layout.adapter_tensors
+            )
         return self._allocator.small_bytes - before
 
     def _optimize(self, *, first: bool) -> int:
@@ -145,13 +147,13 @@ class _Run:
 
         Returns the bytes of these in small tensors.
         """
-        allocator, path, sizes = self._allocator, self._path, self._layout.adapter_tensors
+        allocator, execution, sizes = self._allocator, self._execution, self._layout.adapter_tensors
         before = allocator.small_bytes
-        if first and not path.optimizer.startswith("paged"):
-            allocator.keep(size for count in sizes for size in state_sizes(count, path))
+        if first and not execution.optimizer.startswith("paged"):
+            allocator.keep(size for count in sizes for size in state_sizes(count, execution))
         allocated_bytes = allocator.small_bytes - before
-        if path.optimizer == "adamw":
-            for block in take_all(allocator, (count * path.adapter_bytes for count in sizes)):
+        if execution.optimizer == "adamw":
+            for block in take_all(allocator, (count * execution.adapter_bytes for count in sizes)):
                 allocator.free(block)
         return allocated_bytes
 

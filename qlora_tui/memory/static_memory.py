@@ -21,10 +21,10 @@ CUBLAS_HANDLES = 2
 
 
 def static_items(
-    recipe: Recipe, architecture: Architecture, layout: Layout, path: ExecutionConfig
+    recipe: Recipe, architecture: Architecture, layout: Layout, execution: ExecutionConfig
 ) -> dict[str, int]:
     """Return the bytes by item."""
-    frozen = frozen_weights(recipe, architecture, path)
+    frozen = frozen_weights(recipe, architecture, execution)
     items = {
         "weights": frozen.packed_bytes,
         "scales": frozen.scale_bytes,
@@ -34,30 +34,30 @@ def static_items(
         "norms": frozen.norm_bytes,
         "experts": frozen.expert_bytes,
         "vision": frozen.vision_bytes,
-        "adapter": adapter_bytes(layout, path),
-        "inputs": input_bytes(architecture, layout, path),
-        "mask": mask_bytes(layout, path),
+        "adapter": adapter_bytes(layout, execution),
+        "inputs": input_bytes(architecture, layout, execution),
+        "mask": mask_bytes(layout, execution),
     }
-    if path.device == "cuda":
-        items["workspace"] = CUBLAS_HANDLES * workspace_bytes(path)
-    if not (path.optimizer.startswith("paged") and path.device == "cuda"):
-        items["optimizer"] = optimizer_bytes(layout, path)
+    if execution.device == "cuda":
+        items["workspace"] = CUBLAS_HANDLES * workspace_bytes(execution)
+    if not (execution.optimizer.startswith("paged") and execution.device == "cuda"):
+        items["optimizer"] = optimizer_bytes(layout, execution)
     return {key: size for key, size in items.items() if size}
 
 
-def workspace_bytes(path: ExecutionConfig) -> int:
-    """Return the workspace bytes of one cuBLAS handle on the path's GPU."""
-    return HOPPER_WORKSPACE_BYTES if path.capability in ((9, 0), (10, 0)) else CUBLAS_WORKSPACE_BYTES
+def workspace_bytes(execution: ExecutionConfig) -> int:
+    """Return the workspace bytes of one cuBLAS handle on the run's GPU."""
+    return HOPPER_WORKSPACE_BYTES if execution.capability in ((9, 0), (10, 0)) else CUBLAS_WORKSPACE_BYTES
 
 
-def input_bytes(architecture: Architecture, layout: Layout, path: ExecutionConfig) -> int:
+def input_bytes(architecture: Architecture, layout: Layout, execution: ExecutionConfig) -> int:
     """Return the bytes of ids, labels, shifted labels and positions, 8 each, and of the rotary tables."""
-    tables = 2 * layout.length * architecture.head_dim * residual_dtype_bytes(path)
+    tables = 2 * layout.length * architecture.head_dim * residual_dtype_bytes(execution)
     return 4 * round_to_block(layout.tokens * 8) + round_to_block(tables)
 
 
-def mask_bytes(layout: Layout, path: ExecutionConfig) -> int:
+def mask_bytes(layout: Layout, execution: ExecutionConfig) -> int:
     """Return the bytes of eager attention's mask, in the hidden states' dtype."""
-    if path.attention == "eager":
-        return round_to_block(layout.length * layout.length * residual_dtype_bytes(path))
+    if execution.attention == "eager":
+        return round_to_block(layout.length * layout.length * residual_dtype_bytes(execution))
     return 0

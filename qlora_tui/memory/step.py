@@ -66,84 +66,84 @@ class Peak:
         return sum(self.items.values())
 
 
-def make_ops(meter: AllocationMeter, layout: Layout, path: ExecutionConfig, dropout: float) -> Ops:
-    """Create the operations of this path."""
+def make_ops(meter: AllocationMeter, layout: Layout, execution: ExecutionConfig, dropout: float) -> Ops:
+    """Create the operations as this trainer code runs them."""
     return Ops(
         meter,
-        compute=path.compute_bytes,
-        weight=path.compute_bytes,
-        adapter=path.adapter_bytes,
-        device=path.device,
+        compute=execution.compute_bytes,
+        weight=execution.compute_bytes,
+        adapter=execution.adapter_bytes,
+        device=execution.device,
         dropout=dropout,
-        autocast=path.autocast,
+        autocast=execution.autocast,
         tokens=layout.tokens,
-        fused=path.library_kernels,
-        fused_lora=path.foak_lora,
-        fused_mlp=path.liger_mlp,
-        own_fused=path.own_fused,
-        triton=path.triton,
-        float16=path.float16,
+        fused=execution.library_kernels,
+        fused_lora=execution.foak_lora,
+        fused_mlp=execution.liger_mlp,
+        own_fused=execution.own_fused,
+        triton=execution.triton,
+        float16=execution.float16,
     )
 
 
-def residual_dtype_bytes(path: ExecutionConfig) -> int:
+def residual_dtype_bytes(execution: ExecutionConfig) -> int:
     """Return the bytes per element of the residual stream: float32 once embeddings or norms were cast."""
-    return 4 if path.cast_to_float32 or path.norms_float32 else path.compute_bytes
+    return 4 if execution.cast_to_float32 or execution.norms_float32 else execution.compute_bytes
 
 
-def embedding_bytes(path: ExecutionConfig) -> int:
+def embedding_bytes(execution: ExecutionConfig) -> int:
     """Return the bytes per element of the embedding's output, the first layer's input."""
-    return 4 if path.cast_to_float32 else path.compute_bytes
+    return 4 if execution.cast_to_float32 else execution.compute_bytes
 
 
-def profile_step(layout: Layout, path: ExecutionConfig, dropout: float) -> StepProfile:
+def profile_step(layout: Layout, execution: ExecutionConfig, dropout: float) -> StepProfile:
     """Replay each kind of layer once, and the head."""
     profiles: dict[tuple[int, int, bool], PartProfile] = {}
     layers = []
-    width = embedding_bytes(path)
-    first_kept = len(layout.blocks) - path.kept_layers
+    width = embedding_bytes(execution)
+    first_kept = len(layout.blocks) - execution.kept_layers
     for index, block in enumerate(layout.blocks):
-        checkpointed = path.checkpointing and index < first_kept
+        checkpointed = execution.checkpointing and index < first_kept
         key = (id(block), width, checkpointed)
         if key not in profiles:
             run = partial(_layer, block=block)
-            profiles[key] = _profile(layout, path, dropout, run, width, checkpointed=checkpointed)
+            profiles[key] = _profile(layout, execution, dropout, run, width, checkpointed=checkpointed)
         layers.append(profiles[key])
-        width = residual_dtype_bytes(path)
-    tail = partial(_tail, layout=layout, path=path)
-    return StepProfile(tuple(layers), _profile(layout, path, dropout, tail, width, checkpointed=False))
+        width = residual_dtype_bytes(execution)
+    tail = partial(_tail, layout=layout, execution=execution)
+    return StepProfile(tuple(layers), _profile(layout, execution, dropout, tail, width, checkpointed=False))
 
 
-def peak_candidates(walked: StepProfile, layout: Layout, path: ExecutionConfig) -> list[Peak]:
+def peak_candidates(walked: StepProfile, layout: Layout, execution: ExecutionConfig) -> list[Peak]:
     """Return every candidate for the step's peak, in order of time."""
-    embedded = _embedded(layout, path, embedding_bytes(path))
+    embedded = _embedded(layout, execution, embedding_bytes(execution))
     rows = Counter(activations=layout.tokens * layout.token_rows)  # trained row index of each token
-    if not path.accumulates:
-        rows["gradients"] = layout.token_rows * layout.hidden * path.adapter_bytes
+    if not execution.accumulates:
+        rows["gradients"] = layout.token_rows * layout.hidden * execution.adapter_bytes
     return list(
         _candidates(
             walked,
-            _cast_once(layout, path),
+            _cast_once(layout, execution),
             embedded,
             rows,
-            Counter(adapter=sum(adapter_copies(layout, path))),
+            Counter(adapter=sum(adapter_copies(layout, execution))),
             always=layout.embedding_apart,
         )
     )
 
 
-def adapter_copies(layout: Layout, path: ExecutionConfig) -> list[int]:
+def adapter_copies(layout: Layout, execution: ExecutionConfig) -> list[int]:
     """Return the bytes of each of our copies of the LoRA weights in the compute dtype
     (``training/fused/adapter_casts.py``)."""
-    if not path.own_fused or path.compute_bytes >= path.adapter_bytes:
+    if not execution.own_fused or execution.compute_bytes >= execution.adapter_bytes:
         return []
-    return [round_to_block(count * path.compute_bytes) for count in layout.lora_tensors]
+    return [round_to_block(count * execution.compute_bytes) for count in layout.lora_tensors]
 
 
-def _embedded(layout: Layout, path: ExecutionConfig, width: int) -> Items:
+def _embedded(layout: Layout, execution: ExecutionConfig, width: int) -> Items:
     """Return the bytes of the embedding's output, and of the mask of GPT-2's dropout on it."""
     numel = layout.tokens * layout.hidden
-    mask = numel * (1 if path.device == "cuda" else width) if layout.embedding_dropout else 0
+    mask = numel * (1 if execution.device == "cuda" else width) if layout.embedding_dropout else 0
     return {"activations": numel * width + mask}
 
 
@@ -156,21 +156,27 @@ def _layer(ops: Ops, given: list[Tensor], *, block: DecoderLayer) -> tuple[Tenso
 
 
 def _tail(
-    ops: Ops, given: list[Tensor], *, layout: Layout, path: ExecutionConfig
+    ops: Ops, given: list[Tensor], *, layout: Layout, execution: ExecutionConfig
 ) -> tuple[Tensor, list[Tensor]]:
     """Replay final norm, head and loss. The last layer's output is freed after the norm."""
     normed = norm(ops, layout.blocks[-1], given[0])
     given.clear()
-    width = 4 if path.cast_to_float32 else path.compute_bytes
-    return head_and_loss(ops, layout, path, normed, width)
+    width = 4 if execution.cast_to_float32 else execution.compute_bytes
+    return head_and_loss(ops, layout, execution, normed, width)
 
 
 def _profile(
-    layout: Layout, path: ExecutionConfig, dropout: float, run: ForwardFn, width: int, *, checkpointed: bool
+    layout: Layout,
+    execution: ExecutionConfig,
+    dropout: float,
+    run: ForwardFn,
+    width: int,
+    *,
+    checkpointed: bool,
 ) -> PartProfile:
     """Replay one part; ``width`` is the bytes per element of its input."""
     meter = AllocationMeter()
-    ops = make_ops(meter, layout, path, dropout)
+    ops = make_ops(meter, layout, execution, dropout)
     profile = PartProfile()
     upstream = Node(0, "upstream", (), _nothing)
     x = ops.new(layout.tokens * layout.hidden, width, "checkpoints" if checkpointed else None)
@@ -182,7 +188,7 @@ def _profile(
     given = [x]
     if checkpointed:
         ops.tape.mode = ("first", ActivationCheckpoint(partial(_again, run, ops, x)))
-        if path.reentrant:
+        if execution.reentrant:
             given = [x.view(upstream)]
     del x
     result, held = run(ops, given)
@@ -192,10 +198,10 @@ def _profile(
     assert node is not None
     recording.leaves = result.storage.number
     del result
-    if checkpointed and path.reentrant:
+    if checkpointed and execution.reentrant:
         del node
         recording.forward = build_phase(meter.events[begins:], recording.leaves)
-        _reentrant_backward(ops, run, given, profile, numel, width, path)
+        _reentrant_backward(ops, run, given, profile, numel, width, execution)
         return profile
     given.clear()
     recording.forward = build_phase(meter.events[begins:], recording.leaves)
@@ -205,7 +211,7 @@ def _profile(
     seed = [ops.new(numel, width)]
     recording.seed, begins = seed[0].storage.number, len(meter.events)
     retained: list[Storage] = []
-    backward(ops.tape, node, seed.pop(), None if path.accumulates else retained)
+    backward(ops.tape, node, seed.pop(), None if execution.accumulates else retained)
     recording.gradient = without_input_gradient(meter.events)
     recording.backward = build_phase(meter.events[begins:], recording.gradient)
     profile.backward = dict(meter.peak_items)
@@ -223,7 +229,7 @@ def _reentrant_backward(
     profile: PartProfile,
     numel: int,
     width: int,
-    path: ExecutionConfig,
+    execution: ExecutionConfig,
 ) -> None:
     """Replay ``CheckpointFunction.backward``: the whole layer with its graph, then its backward.
 
@@ -237,7 +243,7 @@ def _reentrant_backward(
     result, held = run(ops, [x])
     retained: list[Storage] = []
     assert result.node is not None
-    backward(ops.tape, result.node, gradient, None if path.accumulates else retained)
+    backward(ops.tape, result.node, gradient, None if execution.accumulates else retained)
     profile.backward = dict(ops.meter.peak_items)
     profile.gradient_bytes = sum(storage.size for storage in retained)
     goes_on = without_input_gradient(ops.meter.events)
@@ -255,15 +261,15 @@ def _nothing(grad: Tensor, saved: list[Tensor | None]) -> tuple[Tensor | None, .
     return ()
 
 
-def _cast_once(layout: Layout, path: ExecutionConfig) -> Items:
+def _cast_once(layout: Layout, execution: ExecutionConfig) -> Items:
     """Return the bytes of autocast's copies of trained float32 weights, kept until the loss is computed.
 
     A LoRA projection fused into one function casts separately and keeps nothing.
     """
-    casts_for_itself = path.own_fused or path.foak_lora
-    if not path.autocast or casts_for_itself or path.adapter_bytes == path.compute_bytes:
+    casts_for_itself = execution.own_fused or execution.foak_lora
+    if not execution.autocast or casts_for_itself or execution.adapter_bytes == execution.compute_bytes:
         return {}
-    return {"adapter": layout.adapter_parameters * path.compute_bytes}
+    return {"adapter": layout.adapter_parameters * execution.compute_bytes}
 
 
 def _candidates(

@@ -43,25 +43,25 @@ class StepTrace(Struct, frozen=True, kw_only=True, tag_field="reply", tag="trace
         }
 
 
-def closed_form(recipe: Recipe, architecture: Architecture, path: ExecutionConfig) -> dict[str, int]:
+def closed_form(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> dict[str, int]:
     """Return the estimate's own values of the figures in a trace: frozen weights, adapter, gradients, and the
     step's peak beyond weights and adapter."""
-    layout = build_layout(recipe, architecture, path)
-    resident = static_items(recipe, architecture, layout, path)
-    gradients = gradient_bytes(layout, path)
+    layout = build_layout(recipe, architecture, execution)
+    resident = static_items(recipe, architecture, layout, execution)
+    gradients = gradient_bytes(layout, execution)
     step = max(
         peak.total_bytes
-        for peak in peak_candidates(profile_step(layout, path, recipe.lora.dropout), layout, path)
+        for peak in peak_candidates(profile_step(layout, execution, recipe.lora.dropout), layout, execution)
     )
     return {
         "frozen": sum(resident.get(key, 0) for key in FROZEN),
         "adapter": resident["adapter"],
         "gradients": gradients,
-        "step": step + (gradients if path.accumulates else 0),
+        "step": step + (gradients if execution.accumulates else 0),
     }
 
 
-def check_traceable(recipe: Recipe, path: ExecutionConfig) -> None:
+def check_traceable(recipe: Recipe, execution: ExecutionConfig) -> None:
     """Raise UserError for recipes that the meta device cannot run."""
     if recipe.quantization.method == "int8":
         raise UserError(
@@ -69,7 +69,7 @@ def check_traceable(recipe: Recipe, path: ExecutionConfig) -> None:
             what="bitsandbytes has no 8-bit product for tensors without values.",
             fix="Trace it with quantization.method = nf4 or none; the estimate itself covers int8.",
         )
-    if path.float16:
+    if execution.float16:
         raise UserError(
             "A float16 step cannot be traced",
             what="Tensors without values do not support what a float16 step adds, such as autocast.",

@@ -159,9 +159,12 @@ class MemoryMeter:
         if corrected:
             where = replace(where, correction=correction_for(self._device.name))
         try:
-            path = trainer_execution(recipe, where, self._architecture)
+            execution = trainer_execution(recipe, where, self._architecture)
             return estimate(
-                recipe, self._architecture, path=replace(path, kept_layers=kept_layers), device=where
+                recipe,
+                self._architecture,
+                execution=replace(execution, kept_layers=kept_layers),
+                device=where,
             )
         except UserError:
             return None

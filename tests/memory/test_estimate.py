@@ -164,7 +164,7 @@ def test_a_cpu_run_has_no_cuda_context() -> None:
     estimated = estimate(Recipe(), tinyllama(), device=Device(kind="cpu"))
     assert estimated.bytes_of("context") == 0
     assert estimated.bytes_of("runtime") > 0 and estimated.bytes_of("kernels") == 0
-    assert estimated.path.compute_bytes == 4
+    assert estimated.execution.compute_bytes == 4
 
 
 def test_a_cuda_build_of_torch_costs_memory_on_cpus_only() -> None:
@@ -230,10 +230,10 @@ def test_one_call_per_row_needs_no_copies_of_samples() -> None:
     recipe = Recipe(training=Training(micro_batch_size=8, gradient_checkpointing="off"))
     model = parse_architecture(config("meta-llama/Llama-3.1-8B"))
     one_call, by_sample = (estimate(recipe, model, device=Device(varlen=varlen)) for varlen in (True, False))
-    assert one_call.path.varlen and not by_sample.path.varlen
+    assert one_call.execution.varlen and not by_sample.execution.varlen
     assert one_call.allocated_bytes < by_sample.allocated_bytes
     turing = estimate(recipe, model, device=Device(capability=(7, 5)))
-    assert not turing.path.varlen
+    assert not turing.execution.varlen
 
 
 @pytest.mark.parametrize("checkpointing", ["on", "off"])
@@ -241,6 +241,6 @@ def test_triton_kernels_need_no_temporary_copies(checkpointing: Any) -> None:
     recipe = Recipe(training=Training(gradient_checkpointing=checkpointing))
     model = parse_architecture(config("meta-llama/Llama-3.1-8B"))
     by_torch, by_triton = (estimate(recipe, model, device=Device(triton=triton)) for triton in (False, True))
-    assert by_triton.path.triton and by_triton.allocated_bytes <= by_torch.allocated_bytes
+    assert by_triton.execution.triton and by_triton.allocated_bytes <= by_torch.allocated_bytes
     never = replace_setting(recipe, "model.kernels", "torch")
     assert estimate(never, model, device=Device(triton=True)).allocated_bytes == by_torch.allocated_bytes

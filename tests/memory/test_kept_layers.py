@@ -39,8 +39,10 @@ def test_one_layer_more_would_not_fit_for_certain(llama: Architecture) -> None:
     available = 12 * GIB
     result = most_layers(llama, 12)
     assert check_fit(result.estimate, available).word == "fits"
-    path = trainer_execution(RECIPE, Device(), llama)
-    more = estimate(RECIPE, llama, path=replace(path, kept_layers=result.count + 1), device=Device())
+    execution = trainer_execution(RECIPE, Device(), llama)
+    more = estimate(
+        RECIPE, llama, execution=replace(execution, kept_layers=result.count + 1), device=Device()
+    )
     assert check_fit(more, available).word != "fits"
 
 

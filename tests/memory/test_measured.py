@@ -55,10 +55,11 @@ def test_a_real_step_holds_what_was_predicted(
             optimizer="adamw",
         ),
     )
-    path = trainer_execution(recipe, Device(kind="cpu"))
-    layout = build_layout(recipe, parse_architecture(TINY), path)
+    execution = trainer_execution(recipe, Device(kind="cpu"))
+    layout = build_layout(recipe, parse_architecture(TINY), execution)
     predicted = max(
-        peak.total_bytes for peak in peak_candidates(profile_step(layout, path, dropout), layout, path)
+        peak.total_bytes
+        for peak in peak_candidates(profile_step(layout, execution, dropout), layout, execution)
     )
     assert predicted == pytest.approx(_measured(TINY, recipe, dropout), rel=0.02)
 
@@ -71,10 +72,10 @@ def test_a_real_step_with_kept_layers_holds_what_was_predicted(kept_layers: int)
         data=Data(max_length=512),
         training=Training(micro_batch_size=2, gradient_accumulation=1, optimizer="adamw"),
     )
-    path = replace(trainer_execution(recipe, Device(kind="cpu")), kept_layers=kept_layers)
-    layout = build_layout(recipe, parse_architecture(TINY), path)
+    execution = replace(trainer_execution(recipe, Device(kind="cpu")), kept_layers=kept_layers)
+    layout = build_layout(recipe, parse_architecture(TINY), execution)
     predicted = max(
-        peak.total_bytes for peak in peak_candidates(profile_step(layout, path, 0.0), layout, path)
+        peak.total_bytes for peak in peak_candidates(profile_step(layout, execution, 0.0), layout, execution)
     )
     assert predicted == pytest.approx(_measured(TINY, recipe, 0.0, kept_layers=kept_layers), rel=0.02)
 
@@ -87,10 +88,10 @@ def test_a_real_135m_step_uses_the_predicted_memory() -> None:
         training=Training(micro_batch_size=1, gradient_checkpointing="off", gradient_accumulation=1),
     )
     model = config("HuggingFaceTB/SmolLM2-135M")
-    path = trainer_execution(recipe, Device(kind="cpu"))
-    layout = build_layout(recipe, parse_architecture(model), path)
+    execution = trainer_execution(recipe, Device(kind="cpu"))
+    layout = build_layout(recipe, parse_architecture(model), execution)
     predicted = max(
-        peak.total_bytes for peak in peak_candidates(profile_step(layout, path, 0.0), layout, path)
+        peak.total_bytes for peak in peak_candidates(profile_step(layout, execution, 0.0), layout, execution)
     )
     assert predicted == pytest.approx(_measured(model, recipe, 0.0), rel=0.02)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bench import estimator
-from bench.published_rows import group_of, read_path
+from bench.published_rows import group_of, read_execution
 from bench.published_words import Unplaced
 from tests.catalog.configs import CONFIGS
 
@@ -155,8 +155,8 @@ def _row(**changes: str) -> dict[str, str]:
     ],
 )
 def test_a_row_is_read_by_its_words(column: str, text: str, field: str, value: object) -> None:
-    _, path = read_path(_row(**{column: text}))
-    assert getattr(path, field) == value
+    _, execution = read_execution(_row(**{column: text}))
+    assert getattr(execution, field) == value
 
 
 @pytest.mark.parametrize(
@@ -183,14 +183,14 @@ def test_a_row_is_read_by_its_words(column: str, text: str, field: str, value: o
 )
 def test_a_path_that_is_not_walked_says_why(column: str, text: str, why: str) -> None:
     with pytest.raises(Unplaced, match=why):
-        read_path(_row(**{column: text}))
+        read_execution(_row(**{column: text}))
 
 
 @pytest.mark.parametrize(
     ("text", "dropout"), [("lora_dropout: 0.1; x", 0.1), ("dropout=.05.", 0.05), ("no dropout", 0.0)]
 )
 def test_dropout_is_read_however_it_is_written(text: str, dropout: float) -> None:
-    recipe, _ = read_path(_row(extra=text))
+    recipe, _ = read_execution(_row(extra=text))
     assert recipe.lora.dropout == dropout
 
 
@@ -210,10 +210,10 @@ def test_dropout_is_read_however_it_is_written(text: str, dropout: float) -> Non
 def test_trl_prepares_a_quantized_model_as_its_version_does(
     words: str, norms_float32: bool, cast_to_float32: bool, adapter_bytes: int, reentrant: bool
 ) -> None:
-    _, path = read_path(_row(extra=words))
-    assert (path.norms_float32, path.cast_to_float32) == (norms_float32, cast_to_float32)
-    assert (path.adapter_bytes, path.reentrant) == (adapter_bytes, reentrant)
-    assert path.autocast and not path.logits_alive_in_backward
+    _, execution = read_execution(_row(extra=words))
+    assert (execution.norms_float32, execution.cast_to_float32) == (norms_float32, cast_to_float32)
+    assert (execution.adapter_bytes, execution.reentrant) == (adapter_bytes, reentrant)
+    assert execution.autocast and not execution.logits_alive_in_backward
 
 
 @pytest.mark.parametrize(
@@ -229,8 +229,8 @@ def test_trl_prepares_a_quantized_model_as_its_version_does(
 def test_16_bit_weights_use_autocast_only_where_the_trainer_did(
     words: str, autocast: bool, held: bool
 ) -> None:
-    _, path = read_path(_row(extra=words, quant="none(bf16)", double_quant="", source_url=""))
-    assert (path.autocast, path.logits_alive_in_backward) == (autocast, held)
+    _, execution = read_execution(_row(extra=words, quant="none(bf16)", double_quant="", source_url=""))
+    assert (execution.autocast, execution.logits_alive_in_backward) == (autocast, held)
 
 
 @pytest.mark.parametrize(
@@ -252,23 +252,28 @@ def test_kernels_and_their_engine_are_read_from_the_words(
     words: str, loss: str, kernels: bool, lora: bool, mlp: bool, group: str
 ) -> None:
     row = _row(extra=words, source_url="")
-    _, path = read_path(row)
-    assert (path.loss, path.library_kernels, path.foak_lora, path.liger_mlp) == (loss, kernels, lora, mlp)
-    assert group_of(row, path) == group
+    _, execution = read_execution(row)
+    assert (execution.loss, execution.library_kernels, execution.foak_lora, execution.liger_mlp) == (
+        loss,
+        kernels,
+        lora,
+        mlp,
+    )
+    assert group_of(row, execution) == group
 
 
 def test_foak_fuses_queries_keys_and_values_only_together() -> None:
     words = {"extra": "FOAK: fused kernels; HF Trainer"}
-    assert read_path(_row(**words, targets="q_proj k_proj v_proj"))[1].foak_lora
-    assert not read_path(_row(**words, targets="q_proj v_proj"))[1].foak_lora
+    assert read_execution(_row(**words, targets="q_proj k_proj v_proj"))[1].foak_lora
+    assert not read_execution(_row(**words, targets="q_proj v_proj"))[1].foak_lora
     for targets in ("all-linear", "q_proj o_proj", "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"):
         with pytest.raises(Unplaced, match="fused LoRA"):
-            read_path(_row(**words, targets=targets))
+            read_execution(_row(**words, targets=targets))
 
 
 def test_one_gpu_of_a_numbered_series_is_one_gpu() -> None:
     for gpu in ("RTX 3090 24GB", "GTX 1080", "NVIDIA RTX A6000 48GB", "1x A100 80GB"):
-        read_path(_row(gpu=gpu))
+        read_execution(_row(gpu=gpu))
 
 
 def test_units_and_out_of_memory_words_ignore_case(tmp_path: Path) -> None:
@@ -288,7 +293,7 @@ def test_units_and_out_of_memory_words_ignore_case(tmp_path: Path) -> None:
 
 def test_the_words_of_a_row_decide_the_recipe_too() -> None:
     words = "lora_dropout=0.05; DoRA; gradient accumulation 4"
-    recipe, _ = read_path(_row(extra=words, quant="nf4+dq", targets="all linear"))
+    recipe, _ = read_execution(_row(extra=words, quant="nf4+dq", targets="all linear"))
     assert recipe.lora.target_modules == ("all-linear",)
     assert (recipe.lora.dropout, recipe.lora.use_dora) == (0.05, True)
     assert recipe.quantization.double_quantization

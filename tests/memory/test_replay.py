@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.published_rows import find_config, read_path
+from bench.published_rows import find_config, read_execution
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.memory import Device, estimate, replay, trainer_execution
 from qlora_tui.memory.layout import build_layout
@@ -27,16 +27,20 @@ def _rows() -> list[dict[str, str]]:
 
 
 def _replayed(recipe: Recipe, name: str) -> Pool:
-    architecture, path = parse_architecture(config(name)), trainer_execution(recipe, Device())
-    layout = build_layout(recipe, architecture, path)
-    return replay.replay(recipe, architecture, layout, path, profile_step(layout, path, recipe.lora.dropout))
+    architecture, execution = parse_architecture(config(name)), trainer_execution(recipe, Device())
+    layout = build_layout(recipe, architecture, execution)
+    return replay.replay(
+        recipe, architecture, layout, execution, profile_step(layout, execution, recipe.lora.dropout)
+    )
 
 
 def test_reserved_memory_is_matched_like_allocated_memory() -> None:
     errors = {}
     for row in _rows():
-        recipe, path = read_path(row)
-        estimated = estimate(recipe, parse_architecture(find_config(row["model_id"], CONFIGS)), path=path)
+        recipe, execution = read_execution(row)
+        estimated = estimate(
+            recipe, parse_architecture(find_config(row["model_id"], CONFIGS)), execution=execution
+        )
         match = re.search(r"peak_reserved_MiB=(\d+)", row["extra"])
         assert match
         errors[row["id"]] = estimated.reserved_bytes / 2**20 / int(match[1]) - 1
@@ -51,8 +55,10 @@ def test_an_unquantized_model_matches_the_measured_reserved_bytes() -> None:
     rows = [row for row in _rows() if row["quant"].startswith("none")]
     assert len(rows) >= 5
     for row in rows:
-        recipe, path = read_path(row)
-        estimated = estimate(recipe, parse_architecture(find_config(row["model_id"], CONFIGS)), path=path)
+        recipe, execution = read_execution(row)
+        estimated = estimate(
+            recipe, parse_architecture(find_config(row["model_id"], CONFIGS)), execution=execution
+        )
         measured = re.search(r"peak_reserved_MiB=(\d+)", row["extra"])
         assert measured and estimated.reserved_bytes / 2**20 == pytest.approx(int(measured[1]), rel=0.005)
 

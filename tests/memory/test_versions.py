@@ -46,9 +46,9 @@ def test_a_familys_loss_is_that_of_its_version(family: str, version: Version, co
 
 def _loss_bytes(name: str, version: Version) -> int:
     """Of the logits and all that comes of them, at the fullest moment of the loss's forward."""
-    path = replace(STOCK, transformers=version)
-    layout = build_layout(RECIPE, parse_architecture(config(name)), path)
-    return profile_step(layout, path, 0.0).head.forward["logits"]
+    execution = replace(STOCK, transformers=version)
+    layout = build_layout(RECIPE, parse_architecture(config(name)), execution)
+    return profile_step(layout, execution, 0.0).head.forward["logits"]
 
 
 def test_each_loss_holds_the_copies_its_code_makes() -> None:
@@ -75,9 +75,9 @@ def test_mistral_repeated_its_heads_for_flash_until_4_48() -> None:
 
 def _kept_bytes(name: str, **changes: object) -> int:
     """Of activations that one layer keeps without checkpointing."""
-    path = replace(STOCK, checkpointing=False, **changes)  # type: ignore[arg-type]  # fields of a CodePath
-    layout = build_layout(RECIPE, parse_architecture(config(name)), path)
-    return profile_step(layout, path, 0.0).layers[0].retained["activations"]
+    execution = replace(STOCK, checkpointing=False, **changes)  # type: ignore[arg-type]  # fields of a CodePath
+    layout = build_layout(RECIPE, parse_architecture(config(name)), execution)
+    return profile_step(layout, execution, 0.0).layers[0].retained["activations"]
 
 
 def test_repeated_heads_are_kept_for_the_backward() -> None:
@@ -103,9 +103,9 @@ def test_experts_are_modules_of_their_own_before_version_5() -> None:
 
 def _head(**changes: object) -> dict[str, int]:
     """What TRL's head and loss hold at most, forward and backward, by item."""
-    path = replace(STOCK, **changes)  # type: ignore[arg-type]  # fields of a CodePath
-    layout = build_layout(RECIPE, parse_architecture(config("mistralai/Mistral-7B-v0.1")), path)
-    head = profile_step(layout, path, 0.0).head
+    execution = replace(STOCK, **changes)  # type: ignore[arg-type]  # fields of a CodePath
+    layout = build_layout(RECIPE, parse_architecture(config("mistralai/Mistral-7B-v0.1")), execution)
+    head = profile_step(layout, execution, 0.0).head
     return {"forward": head.forward.get("logits", 0), "backward": head.backward.get("logits", 0)}
 
 
@@ -119,9 +119,9 @@ def test_trl_1_7_computes_an_fp32_head_and_chunked_logits() -> None:
 
 def test_trl_1_15_computes_tiled_logits_and_fp32_gradient_sums() -> None:
     assert _head(loss="trl_tiled")["forward"] == 2048 * 32000 * 2
-    path = replace(STOCK, loss="trl_tiled")
-    layout = build_layout(RECIPE, parse_architecture(config("mistralai/Mistral-7B-v0.1")), path)
-    sizes = [size for _, size in profile_step(layout, path, 0.0).head.recording.backward.events]
+    execution = replace(STOCK, loss="trl_tiled")
+    layout = build_layout(RECIPE, parse_architecture(config("mistralai/Mistral-7B-v0.1")), execution)
+    sizes = [size for _, size in profile_step(layout, execution, 0.0).head.recording.backward.events]
     states = (2048 - 2) * 4096
     # The gradient's sum, a tile, the gradient in the states' dtype, and put into zeros of all positions
     assert sizes.index(4 * states) < sizes.index(2048 * 32000 * 2) < sizes.index(2 * states)
@@ -130,9 +130,9 @@ def test_trl_1_15_computes_tiled_logits_and_fp32_gradient_sums() -> None:
 
 def test_hopper_has_larger_workspaces_and_an_a100_a_larger_context() -> None:
     estimates = {
-        capability: estimate(RECIPE, parse_architecture(config("Qwen/Qwen2.5-0.5B")), path=path)
+        capability: estimate(RECIPE, parse_architecture(config("Qwen/Qwen2.5-0.5B")), execution=execution)
         for capability in ((8, 0), (8, 6), (9, 0))
-        for path in (replace(STOCK, capability=capability),)
+        for execution in (replace(STOCK, capability=capability),)
     }
     assert estimates[9, 0].bytes_of("workspace") == 2 * 32 * 2**20
     assert estimates[8, 6].bytes_of("workspace") == 2 * 8_519_680
@@ -154,9 +154,9 @@ def test_gemmas_model_scaled_its_embedding_beside_it_until_5_4() -> None:
 
 
 def test_flash_attention_caps_gemmas_scores_without_making_them() -> None:
-    def scores(path: ExecutionConfig) -> int:
-        layout = build_layout(RECIPE, parse_architecture(config("google/gemma-2-2b")), path)
-        return profile_step(layout, path, 0.0).layers[0].backward.get("scores", 0)
+    def scores(execution: ExecutionConfig) -> int:
+        layout = build_layout(RECIPE, parse_architecture(config("google/gemma-2-2b")), execution)
+        return profile_step(layout, execution, 0.0).layers[0].backward.get("scores", 0)
 
     assert scores(STOCK) == 0
     assert scores(replace(STOCK, own_fused=True)) > 0  # ours, sample by sample
@@ -167,9 +167,9 @@ def test_a_head_in_float32_is_cast_under_autocast_and_saved() -> None:
     name, head = "mistralai/Mistral-7B-v0.1", 32000 * 4096
     heads = []
     for autocast in (False, True):
-        path = replace(STOCK, cast_to_float32=True, autocast=autocast, transformers=(5, 0))
-        layout = build_layout(RECIPE, parse_architecture(config(name)), path)
-        heads.append(profile_step(layout, path, 0.0).head)
+        execution = replace(STOCK, cast_to_float32=True, autocast=autocast, transformers=(5, 0))
+        layout = build_layout(RECIPE, parse_architecture(config(name)), execution)
+        heads.append(profile_step(layout, execution, 0.0).head)
     assert [part.forward.get("head", 0) for part in heads] == [0, 2 * head]
     assert heads[1].retained["head"] == 2 * head
     # Logits in 32 bits, the same for the loss, and log-softmax; or first in 16 bits
@@ -185,7 +185,7 @@ def test_ligers_gated_mlp_keeps_both_halves_and_nothing_else() -> None:
 @pytest.mark.parametrize(("method", "is_cast"), [("none", True), ("nf4", False)])
 def test_under_autocast_peft_casts_inputs_of_16_bit_weights(method: Any, is_cast: bool) -> None:
     recipe = structs.replace(RECIPE, quantization=Quantization(method=method), data=Data(max_length=768))
-    path = replace(STOCK, autocast=True, library_kernels=True)
-    layout = build_layout(recipe, parse_architecture(config("mistralai/Mistral-7B-v0.1")), path)
-    sizes = [size for _, size in profile_step(layout, path, 0.0).layers[0].recording.forward.events]
+    execution = replace(STOCK, autocast=True, library_kernels=True)
+    layout = build_layout(recipe, parse_architecture(config("mistralai/Mistral-7B-v0.1")), execution)
+    sizes = [size for _, size in profile_step(layout, execution, 0.0).layers[0].recording.forward.events]
     assert (4 * 2 * 768 * 4096 in sizes) is is_cast

@@ -16,4 +16,4 @@ def test_the_meter_follows_the_allocators_settings(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", f"expandable_segments:{grows}")
     device = ComputeDevice(torch.device("cpu"), "CPU", 1 << 34, torch.bfloat16)
     meter = MemoryMeter(Recipe(), tinyllama(), device)
-    assert meter.estimate is not None and meter.estimate.path.expandable_segments is grows
+    assert meter.estimate is not None and meter.estimate.execution.expandable_segments is grows

@@ -66,8 +66,13 @@ def totals_text(recipe: Recipe, architecture: Architecture, estimate: Estimate) 
     """
     chosen = match_modules(recipe.lora.target_modules, architecture.modules)
     trained = adapter_parameters(chosen, recipe.lora) + sum(row_tensors(recipe.lora, architecture))
-    layout, path = build_layout(recipe, architecture, estimate.path), estimate.path
-    memory = adapter_bytes(layout, path) + gradient_bytes(layout, path) + optimizer_bytes(layout, path)
+    execution = estimate.execution
+    layout = build_layout(recipe, architecture, execution)
+    memory = (
+        adapter_bytes(layout, execution)
+        + gradient_bytes(layout, execution)
+        + optimizer_bytes(layout, execution)
+    )
     share = trained / architecture.total_params
     return Content.assemble(
         (f"{format_count(trained)}", "bold"),
