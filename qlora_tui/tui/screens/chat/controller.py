@@ -103,7 +103,7 @@ class ChatController(WorkScreen):
             proceed()
             return
 
-        def answered(yes: bool | None) -> None:
+        def on_result(yes: bool | None) -> None:
             if yes:
                 self.shares_with.add(active.id)
                 proceed()
@@ -114,7 +114,9 @@ class ChatController(WorkScreen):
             f"{active.id} is training on this machine. If the chat also loads a model, either may run out of "
             "memory, and both get slower."
         )
-        self.app.push_screen(ConfirmScreen("A run is training", text, yes="Load anyway", no="Wait"), answered)
+        self.app.push_screen(
+            ConfirmScreen("A run is training", text, yes="Load anyway", no="Wait"), on_result
+        )
 
     def _yield_memory_to_run(self, system_status: SystemStatus) -> None:
         """A run that begins gets the memory that the chat holds."""

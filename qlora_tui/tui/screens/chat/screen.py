@@ -202,18 +202,18 @@ class ChatScreen(ChatController):
     def action_settings(self) -> None:
         """Sampling and system prompt."""
 
-        def answered(given: tuple[Sampling, str] | None) -> None:
+        def on_result(given: tuple[Sampling, str] | None) -> None:
             if given is not None:
                 self.sampling, self.system_prompt = given
                 self.show_header()
 
-        self.app.push_screen(ChatSettingsScreen(self.sampling, self.system_prompt), answered)
+        self.app.push_screen(ChatSettingsScreen(self.sampling, self.system_prompt), on_result)
 
     def action_choose_source(self) -> None:
         """Another run."""
         recipe = self.qlora_app.workbench.recipe
 
-        async def answered(chosen: RunDir | str | None) -> None:
+        async def on_result(chosen: RunDir | str | None) -> None:
             if isinstance(chosen, RunDir):
                 await self.chat_with(chosen)
             elif chosen is not None:
@@ -223,7 +223,7 @@ class ChatScreen(ChatController):
 
         runs = chat_runs()
         if runs or recipe.model.id:
-            self.app.push_screen(ChatSourceScreen(runs, recipe.model.id), answered)
+            self.app.push_screen(ChatSourceScreen(runs, recipe.model.id), on_result)
         else:
             self.notify(
                 "No run has an adapter and the recipe has no model. "

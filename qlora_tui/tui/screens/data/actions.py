@@ -110,11 +110,11 @@ class DataActions(WorkScreen):
             self.notify("Columns cannot be mapped until the file can be read.")
             return
 
-        def answered(columns: dict[str, str] | None) -> None:
+        def on_result(columns: dict[str, str] | None) -> None:
             if columns is not None:
                 self._change_source(msgspec.structs.replace(source, columns=columns))
 
-        self.app.push_screen(screen, answered)
+        self.app.push_screen(screen, on_result)
 
     def action_weight(self) -> None:
         """Ask how often the rows of the source are seen."""
@@ -130,13 +130,13 @@ class DataActions(WorkScreen):
                 return f"{field.expected}."
             return ""
 
-        def answered(text: str | None) -> None:
+        def on_result(text: str | None) -> None:
             if text is not None:
                 self._change_source(msgspec.structs.replace(source, weight=float(text)))
 
         title = f"Weight of {Path(source.path).name}"
         help_ = source_fields()["weight"].help
-        self.app.push_screen(TextPromptScreen(title, help_, f"{source.weight:g}", wrong), answered)
+        self.app.push_screen(TextPromptScreen(title, help_, f"{source.weight:g}", wrong), on_result)
 
     def action_validation(self) -> None:
         """Ask for a share of the rows, or a file, to validate on."""
@@ -147,7 +147,7 @@ class DataActions(WorkScreen):
                 return ""
             return "Enter a share below 1, or the path of an existing file."
 
-        def answered(text: str | None) -> None:
+        def on_result(text: str | None) -> None:
             if text is None:
                 return
             share = _share(text)
@@ -159,7 +159,7 @@ class DataActions(WorkScreen):
 
         text = "A share of the rows, such as 0.05 (0 for none), or the path of a validation file."
         now = data.validation_path or f"{data.validation_fraction:g}"
-        self.app.push_screen(TextPromptScreen("Validation", text, now, wrong), answered)
+        self.app.push_screen(TextPromptScreen("Validation", text, now, wrong), on_result)
 
     def action_remove(self) -> None:
         """Remove the selected source from the recipe; ask first where the list is hidden."""
@@ -170,13 +170,13 @@ class DataActions(WorkScreen):
             self._remove(source)
             return
 
-        def answered(yes: bool | None) -> None:
+        def on_result(yes: bool | None) -> None:
             if yes:
                 self._remove(source)
 
         name = Path(source.path).name
         text = f"{name} is removed from the recipe. The file stays."
-        self.app.push_screen(ConfirmScreen("Remove the source?", text, "Remove"), answered)
+        self.app.push_screen(ConfirmScreen("Remove the source?", text, "Remove"), on_result)
 
     def _remove(self, source: Source) -> None:
         others = tuple(s for s in self.qlora_app.workbench.recipe.data.sources if s != source)
@@ -209,7 +209,7 @@ class DataActions(WorkScreen):
         """Ask for a row's number."""
         files = self.report.files if self.report else ()
 
-        def answered(text: str | None) -> None:
+        def on_result(text: str | None) -> None:
             if text is not None and (place := row_navigation.parse_place(text, self.path, files)) is not None:
                 self.show_another(*place)
 
@@ -219,7 +219,7 @@ class DataActions(WorkScreen):
         help_ = "The row number, from 1."
         if len(files) > 1:
             help_ += " To go to another file, put a part of its name before the number."
-        self.app.push_screen(TextPromptScreen("Go to a row", help_, "", wrong), answered)
+        self.app.push_screen(TextPromptScreen("Go to a row", help_, "", wrong), on_result)
 
     def action_problem(self, by: int) -> None:
         """Show the next row with a problem, from the first again after the last."""

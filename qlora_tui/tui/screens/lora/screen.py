@@ -143,7 +143,7 @@ class LoraScreen(WorkScreen):
         names = {module.name for module in modules}
         setting, usual = f"lora.{key}_pattern", get_setting(recipe, f"lora.{key}")
 
-        def take(text: str | None) -> None:
+        def on_result(text: str | None) -> None:
             if text is not None:
                 number = msgspec.convert(text.strip() or usual, fields()[f"lora.{key}"].type, strict=False)
                 own = get_setting(recipe, setting)
@@ -159,7 +159,7 @@ class LoraScreen(WorkScreen):
                 "",
                 lambda text: validate_number(f"lora.{key}", text),
             ),
-            take,
+            on_result,
         )
 
     def action_patterns(self) -> None:

@@ -18,7 +18,7 @@ _TEXT = "Memory of the GPU in GiB, such as 12 or 24. Leave empty to use this mac
 def ask_gpu_size(app: QloraApp) -> None:
     """Ask, then show every estimate against the answer."""
 
-    def take(text: str | None) -> None:
+    def on_result(text: str | None) -> None:
         if text is None:
             return
         size = float(text) if text.strip() else None
@@ -28,7 +28,7 @@ def ask_gpu_size(app: QloraApp) -> None:
 
     now = app.settings.gpu_memory_gib
     value = "" if now is None else f"{now:g}"
-    app.push_screen(TextPromptScreen("Assume another GPU size", _TEXT, value, _validate), take)
+    app.push_screen(TextPromptScreen("Assume another GPU size", _TEXT, value, _validate), on_result)
 
 
 def _validate(text: str) -> str:

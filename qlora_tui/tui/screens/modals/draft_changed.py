@@ -59,14 +59,14 @@ def save_or_ask(app: QloraApp) -> None:
         app.draft.save(app.workbench)
         return
 
-    def chosen(choice: Choice | None) -> None:
+    def on_result(choice: Choice | None) -> None:
         if choice == "mine":
             app.draft.save(app.workbench, replace=True)
         elif choice == "theirs":
             _adopt(app, theirs, other)
 
     changes = [str(change) for change in diff_recipes(app.workbench.recipe, other.recipe)]
-    app.push_screen(DraftChangedScreen(changes), chosen)
+    app.push_screen(DraftChangedScreen(changes), on_result)
 
 
 def _adopt(app: QloraApp, theirs: Draft, other: Workbench) -> None:

@@ -128,13 +128,13 @@ class ModelsScreen(WorkScreen):
     def action_open_path(self) -> None:
         """Ask for a folder or a GGUF file."""
 
-        def answered(text: str | None) -> None:
+        def on_result(text: str | None) -> None:
             if text:
                 path = Path(text.strip()).expanduser().absolute()
                 self._start_scan(path)
 
         words = "A folder with config.json and safetensors, a folder of such folders, or a .gguf file:"
-        self.app.push_screen(TextPromptScreen("Open a path", words, validate=validate_model_path), answered)
+        self.app.push_screen(TextPromptScreen("Open a path", words, validate=validate_model_path), on_result)
 
     def on_input_changed(self) -> None:
         """Filter as one types."""

@@ -256,19 +256,19 @@ class PresetsScreen(ModalScreen[None]):
         self._refresh_list(name)
 
     def _ask(self, title: str, words: str, then: Callable[[Path], None]) -> None:
-        def answered(text: str | None) -> None:
+        def on_result(text: str | None) -> None:
             if text and text.strip():
                 then(Path(text.strip()).expanduser())
 
-        self.app.push_screen(TextPromptScreen(title, words), answered)
+        self.app.push_screen(TextPromptScreen(title, words), on_result)
 
     def _confirm_overwrite(self, problem: UserError, yes: Callable[[], None]) -> None:
-        def answered(agreed: bool | None) -> None:
+        def on_result(agreed: bool | None) -> None:
             if agreed:
                 yes()
 
         text = f"{problem.what} {problem.why}".strip()
-        self.app.push_screen(ConfirmScreen(problem.title, text, yes="Replace it", no="Keep it"), answered)
+        self.app.push_screen(ConfirmScreen(problem.title, text, yes="Replace it", no="Keep it"), on_result)
 
     def _refresh_list(self, select: str | None = None) -> None:
         self._presets = list_presets()

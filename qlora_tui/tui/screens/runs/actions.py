@@ -116,12 +116,13 @@ class RunActions(WorkScreen):
         if recipe is None:
             return
 
-        def take(name: str | None) -> None:
+        def on_result(name: str | None) -> None:
             if name:
                 self._save_preset(name, recipe)
 
         self.app.push_screen(
-            TextPromptScreen("Save as a preset", "Name of the preset. Model and data are left out.", ""), take
+            TextPromptScreen("Save as a preset", "Name of the preset. Model and data are left out.", ""),
+            on_result,
         )
 
     def action_rename(self) -> None:
@@ -130,13 +131,13 @@ class RunActions(WorkScreen):
         if summary is None:
             return
 
-        def take(name: str | None) -> None:
+        def on_result(name: str | None) -> None:
             if name is not None:
                 self._act_on(summary.run, lambda run: actions.rename(run, name))
 
         text = "The new name. The folder keeps its name."
         self.app.push_screen(
-            TextPromptScreen("Rename the run", text, summary.name, actions.validate_name), take
+            TextPromptScreen("Rename the run", text, summary.name, actions.validate_name), on_result
         )
 
     def action_delete(self) -> None:
@@ -179,11 +180,11 @@ class RunActions(WorkScreen):
             save_as(name, recipe, overwrite=overwrite)
         except OverwriteError as problem:
 
-            def take(yes: bool | None) -> None:
+            def on_result(yes: bool | None) -> None:
                 if yes:
                     self._save_preset(name, recipe, overwrite=True)
 
-            self.app.push_screen(ConfirmScreen("Overwrite the preset?", problem.what, "Overwrite"), take)
+            self.app.push_screen(ConfirmScreen("Overwrite the preset?", problem.what, "Overwrite"), on_result)
         except UserError as problem:
             self.qlora_app.show_error(problem)
         else:

@@ -114,7 +114,7 @@ class TrainActions(WorkScreen):
         self._prompt_for_rate("" if now is None else f"{now:.3g}")
 
     def _prompt_for_rate(self, proposed: str) -> None:
-        def on_answer(text: str | None) -> None:
+        def on_result(text: str | None) -> None:
             if text:
                 self._act_on_run(
                     lambda run: control.send_request(run, "set_learning_rate", float(text)),
@@ -128,7 +128,7 @@ class TrainActions(WorkScreen):
                 proposed,
                 _rate_problem,
             ),
-            on_answer,
+            on_result,
         )
 
     async def action_fix(self) -> None:
@@ -144,7 +144,7 @@ class TrainActions(WorkScreen):
             self._offer_next_run(self.run, fix)
 
     def _offer_next_run(self, run: RunDir, fix: SuggestedFix) -> None:
-        def on_answer(yes: bool | None) -> None:
+        def on_result(yes: bool | None) -> None:
             if not yes:
                 return
             recipe = run.recipe()
@@ -155,7 +155,7 @@ class TrainActions(WorkScreen):
             self.action_prepare()
 
         text = f"This run's recipe replaces the one you are editing. Press {key_name('app.undo')} to undo."
-        self.app.push_screen(ConfirmScreen(f"{fix.label[:1].upper()}{fix.label[1:]}?", text), on_answer)
+        self.app.push_screen(ConfirmScreen(f"{fix.label[:1].upper()}{fix.label[1:]}?", text), on_result)
 
     async def action_chat(self) -> None:
         """Open the Chat screen with the adapter."""
@@ -167,11 +167,11 @@ class TrainActions(WorkScreen):
     def action_watch_another(self) -> None:
         """Choose a run to watch."""
 
-        def on_answer(run: RunDir | None) -> None:
+        def on_result(run: RunDir | None) -> None:
             if run is not None:
                 self.attach(run)
 
-        self.app.push_screen(RunPickerScreen(self.run), on_answer)
+        self.app.push_screen(RunPickerScreen(self.run), on_result)
 
     def action_prepare(self) -> None:
         """Go back to the recipe and its checks."""
@@ -187,11 +187,11 @@ class TrainActions(WorkScreen):
         outcome = "continues" if state in ACTIVE else f"is {state}"
         text = f"{run.id} {outcome}. Run `qlora-tui attach {run.id}` to watch it again."
 
-        def on_answer(yes: bool | None) -> None:
+        def on_result(yes: bool | None) -> None:
             if yes:
                 self.app.exit(message=text)
 
-        self.app.push_screen(ConfirmScreen("Leave the app?", text, "Leave", harmless=True), on_answer)
+        self.app.push_screen(ConfirmScreen("Leave the app?", text, "Leave", harmless=True), on_result)
 
     def action_next_tab(self, places: int) -> None:
         """Show the next tab under the graph."""
@@ -227,11 +227,11 @@ class TrainActions(WorkScreen):
             self.app.copy_to_clipboard(command)
 
     def _confirm(self, title: str, text: str, act: Callable[[], None], done: str = "") -> None:
-        def on_answer(yes: bool | None) -> None:
+        def on_result(yes: bool | None) -> None:
             if yes:
                 self._act_on_run(lambda run: act(), done)
 
-        self.app.push_screen(ConfirmScreen(title, text), on_answer)
+        self.app.push_screen(ConfirmScreen(title, text), on_result)
 
     def _act_on_run(self, act: Callable[[RunDir], None], done: str) -> None:
         run = self.run
