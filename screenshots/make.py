@@ -165,13 +165,15 @@ def clear_runs() -> None:
     shutil.rmtree(paths.runs_dir())
 
 
-def lay_out_run(until: float) -> None:
+def lay_out_run(wait_until: float) -> None:
     """Put the recorded run in place as it was at a step, or at a share of its steps, still in training."""
     from bench.support.recorded_runs import STEPS, recorded_until
     from qlora_tui.runs.process import process_identity
 
     clear_runs()
-    run, at = recorded_until(round(STEPS * until if until < 1 else until), process=process_identity())
+    run, at = recorded_until(
+        round(STEPS * wait_until if wait_until < 1 else wait_until), process=process_identity()
+    )
     # The run is shown as if it were now: its clock is moved, nothing else.
     for path in (run.events_path, run.telemetry_path, run.status_path):
         shift_clock(path, time.time() - at)
@@ -211,19 +213,21 @@ async def draw(picture: Picture) -> str:
     async with app.run_test(size=picture.size) as pilot:
         if picture.mode != "home":
             await app.switch_mode(picture.mode)
-        await until(pilot, lambda: picture.shows in plain(app.export_screenshot()), picture)
+        await wait_until(pilot, lambda: picture.shows in plain(app.export_screenshot()), picture)
         if picture.prompt:
             await pilot.press(
                 *("space" if c == " " else "question_mark" if c == "?" else c for c in picture.prompt)
             )
             await pilot.press("enter")
             await pilot.pause(1.5)
-            await until(pilot, lambda: not getattr(app.screen, "busy", False), picture, _ANSWER_PATIENCE_S)
+            await wait_until(
+                pilot, lambda: not getattr(app.screen, "busy", False), picture, _ANSWER_PATIENCE_S
+            )
         await pilot.pause(1.5)
         return app.export_screenshot(title="qlora-tui")
 
 
-async def until(
+async def wait_until(
     pilot: Pilot[None], what: Callable[[], bool], picture: Picture, patience_s: float = _PATIENCE_S
 ) -> None:
     """Let the app run until ``what`` is true."""

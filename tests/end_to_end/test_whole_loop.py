@@ -25,8 +25,8 @@ from qlora_tui.tui.screens.chat.prompt_box import PromptBox
 from qlora_tui.tui.screens.chat.screen import ChatScreen
 
 
-async def until(pilot: Pilot[None], what: Callable[[], Any], seconds: float = 60.0) -> None:
-    """Let the app go on until ``what`` is true."""
+async def wait_until(pilot: Pilot[None], what: Callable[[], Any], seconds: float = 60.0) -> None:
+    """Let the app run until ``what`` returns true."""
     deadline = time.monotonic() + seconds
     while not what():
         if time.monotonic() > deadline:
@@ -57,17 +57,17 @@ async def test_a_user_gets_from_model_to_chat_with_the_adapter(tiny_model: Path,
 
         # Pick a model.
         await pilot.press("1")
-        await until(pilot, lambda: "tiny-llama" in screen_text(app))
+        await wait_until(pilot, lambda: "tiny-llama" in screen_text(app))
         await pilot.press("enter")
-        await until(pilot, lambda: recipe_of().model.id.endswith("tiny-llama"))
+        await wait_until(pilot, lambda: recipe_of().model.id.endswith("tiny-llama"))
 
         # Choose data, and see a row as the model will.
         await pilot.press("2", "o")
-        await until(pilot, lambda: app.screen.query("#path-input"))
+        await wait_until(pilot, lambda: app.screen.query("#path-input"))
         app.screen.query_one("#path-input", Input).value = str(conversations)
         await pilot.press("enter")
-        await until(pilot, lambda: recipe_of().data.sources)
-        await until(pilot, lambda: "the fox is red" in text_of(app, "#sample"))
+        await wait_until(pilot, lambda: recipe_of().data.sources)
+        await wait_until(pilot, lambda: "the fox is red" in text_of(app, "#sample"))
 
         # Settings that train in a moment.
         for path, value in {
@@ -81,26 +81,26 @@ async def test_a_user_gets_from_model_to_chat_with_the_adapter(tiny_model: Path,
 
         # See that it fits.
         await pilot.press("3")
-        await until(pilot, lambda: "NF4" in text_of(app, "#bars") and "fits" in text_of(app, "#bars"))
+        await wait_until(pilot, lambda: "NF4" in text_of(app, "#bars") and "fits" in text_of(app, "#bars"))
 
         # Change what LoRA does: half the rank, and not every module.
         await pilot.press("4")
-        await until(pilot, lambda: app.screen.query("#modules"))
+        await wait_until(pilot, lambda: app.screen.query("#modules"))
         rank = recipe_of().lora.rank
         await pilot.press("R")
         assert recipe_of().lora.rank == rank // 2
         await pilot.press("down", "space")
-        await until(pilot, lambda: recipe_of().lora.target_modules != ("all-linear",))
+        await wait_until(pilot, lambda: recipe_of().lora.target_modules != ("all-linear",))
 
         # Launch, and watch the loss come in.
         await pilot.press("5")
-        await until(pilot, lambda: "Launch" in screen_text(app))
+        await wait_until(pilot, lambda: "Launch" in screen_text(app))
         await pilot.press("t")
-        await until(pilot, all_runs)
+        await wait_until(pilot, all_runs)
         run: RunDir = all_runs()[0]
-        await until(pilot, lambda: read_status(run).step > 0, seconds=120)
-        await until(pilot, lambda: "step" in screen_text(app) and "loss" in screen_text(app))
-        await until(pilot, lambda: read_status(run).state == "finished", seconds=120)
+        await wait_until(pilot, lambda: read_status(run).step > 0, seconds=120)
+        await wait_until(pilot, lambda: "step" in screen_text(app) and "loss" in screen_text(app))
+        await wait_until(pilot, lambda: read_status(run).state == "finished", seconds=120)
         view = RunView(run)
         view.refresh()
         assert view.evaluations[-1].loss is not None and view.evaluations[0].loss is not None
@@ -109,7 +109,7 @@ async def test_a_user_gets_from_model_to_chat_with_the_adapter(tiny_model: Path,
 
         # Talk to base and adapter side by side.
         await pilot.press("7")
-        await until(
+        await wait_until(
             pilot, lambda: isinstance(app.screen, ChatScreen) and app.screen.query_one(PromptBox).display
         )
         field = app.screen.query_one(PromptBox)
@@ -117,7 +117,7 @@ async def test_a_user_gets_from_model_to_chat_with_the_adapter(tiny_model: Path,
         field.text = "what is the colour of fox 3?"
         await pilot.press("enter")
         answers = app.screen.query(AdapterAnswer)
-        await until(
+        await wait_until(
             pilot,
             lambda: len(answers) == 2 and all(" tok" in text_of_head(one) for one in answers),
             seconds=120,

@@ -19,7 +19,7 @@ from qlora_tui.runs.status import read_status
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.train.screen import show_run
 from tests.tui.fake_runs import BEGAN, TICKETS, FakeRun, write_fake_run
-from tests.tui.screen_assertions import shows
+from tests.tui.screen_assertions import wait_for_text
 
 
 def watching(run: RunDir, *texts: str, keys: str = "") -> Callable[[Pilot[Any]], Awaitable[None]]:
@@ -27,7 +27,7 @@ def watching(run: RunDir, *texts: str, keys: str = "") -> Callable[[Pilot[Any]],
         app = pilot.app
         assert isinstance(app, QloraApp)
         await show_run(app, run)
-        await shows(pilot, run.id, *texts)
+        await wait_for_text(pilot, run.id, *texts)
         for key in keys.split():
             await pilot.press(key)
         await pilot.pause(0.3)

@@ -30,7 +30,7 @@ def segments_of(app: Any) -> list[list[Segment]]:
     return [_flat(strip) for strip in app.screen._compositor.render_update(full=True).strips]
 
 
-async def shows(pilot: Pilot[Any], *texts: str) -> str:
+async def wait_for_text(pilot: Pilot[Any], *texts: str) -> str:
     """Wait until all of these are on the screen; the screen's text."""
     deadline = time.monotonic() + DEADLINE_S
     while True:
@@ -44,10 +44,10 @@ async def shows(pilot: Pilot[Any], *texts: str) -> str:
         await pilot.pause(0.05)
 
 
-async def until(pilot: Pilot[Any], what: Callable[[], bool]) -> None:
-    """Let the app go on until this is so."""
+async def wait_until(pilot: Pilot[Any], condition: Callable[[], bool]) -> None:
+    """Let the app run until ``condition`` is true."""
     deadline = time.monotonic() + DEADLINE_S
-    while not what():
+    while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(text_of(pilot.app))
         await pilot.pause(0.05)

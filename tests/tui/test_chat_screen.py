@@ -29,7 +29,7 @@ from qlora_tui.tui.screens.chat.transcript import append_exchange, transcript_pa
 from tests.chat.measured import EFFECT
 from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
 from tests.tui.sample_data import tickets
-from tests.tui.screen_assertions import shows, text_of, until
+from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 from tests.tui.workstation import open_on, settle
 
 Snapshot = Callable[..., bool]
@@ -126,7 +126,7 @@ def test_looks_of_an_exchange(
     finished(ADAPTER, "step-800")
 
     async def said(pilot: Pilot[Any]) -> None:
-        await shows(pilot, "not loaded yet")
+        await wait_for_text(pilot, "not loaded yet")
         screen = chat_of(pilot.app)
         turn = ChatTurn("Where is my parcel?", (BASE, ADAPTER))
         screen.turns.append(turn)
@@ -147,7 +147,7 @@ def test_looks_of_an_answer_that_failed(snap_compare: Snapshot, size: tuple[int,
     finished(ADAPTER)
 
     async def failed(pilot: Pilot[Any]) -> None:
-        await shows(pilot, "not loaded yet")
+        await wait_for_text(pilot, "not loaded yet")
         turn = ChatTurn("Where is my parcel?", (BASE, ADAPTER))
         await pilot.app.screen.query_one("#conversation").mount(turn)
         for answer in turn.answers.values():
@@ -161,8 +161,8 @@ def test_looks_of_an_answer_that_failed(snap_compare: Snapshot, size: tuple[int,
 async def test_without_a_run_the_screen_says_what_to_do() -> None:
     app = open_on("chat")
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "Nothing to chat with yet.", "Press [5] to launch")
-        footer = (await shows(pilot, "m Model")).splitlines()[-1]
+        await wait_for_text(pilot, "Nothing to chat with yet.", "Press [5] to launch")
+        footer = (await wait_for_text(pilot, "m Model")).splitlines()[-1]
         assert "Write" not in footer
         await pilot.press("0")
         assert app.current_mode == "home"
@@ -172,7 +172,7 @@ async def test_a_runs_adapters_are_shown_and_selected_by_key() -> None:
     finished(ADAPTER, "step-800", "step-400")
     app = open_on("chat")
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "qwen2.5-7b-tickets", "not loaded yet", "Type a message.")
+        await wait_for_text(pilot, "qwen2.5-7b-tickets", "not loaded yet", "Type a message.")
         screen = chat_of(app)
         await pilot.press("ctrl+t")
         assert ask_prompt(screen) == [ADAPTER]
@@ -180,7 +180,7 @@ async def test_a_runs_adapters_are_shown_and_selected_by_key() -> None:
         assert ask_prompt(screen) == [BASE, "step-800"]
         await pilot.press("V")
         assert ask_prompt(screen) == [ADAPTER, "step-800"]
-        text = await shows(pilot, "Adapter", "m Model")
+        text = await wait_for_text(pilot, "Adapter", "m Model")
         assert "esc" not in text.splitlines()[-1]
 
 
@@ -188,19 +188,19 @@ async def test_the_sampling_is_shown_before_the_first_prompt() -> None:
     finished(ADAPTER)
     async with open_on("home").run_test(size=(80, 24)) as pilot:
         await pilot.press("7")
-        await shows(pilot, "temp 0.7 · top-p 0.95")
+        await wait_for_text(pilot, "temp 0.7 · top-p 0.95")
 
 
 async def test_digits_are_typed_until_escape_leaves_the_field() -> None:
     finished(ADAPTER)
     app = open_on("chat")
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "Esc: leave the field")
+        await wait_for_text(pilot, "Esc: leave the field")
         await pilot.press("6")
-        text = await shows(pilot, "esc Leave field")
+        text = await wait_for_text(pilot, "esc Leave field")
         assert app.screen.query_one(PromptBox).text == "6" and "esc Stop" not in text
         await pilot.press("escape", "6")
-        await until(pilot, lambda: app.current_mode == "runs")
+        await wait_until(pilot, lambda: app.current_mode == "runs")
 
 
 async def test_another_run_or_the_bare_model_can_be_chosen() -> None:
@@ -208,13 +208,13 @@ async def test_another_run_or_the_bare_model_can_be_chosen() -> None:
     finished(ADAPTER)
     app = open_on("chat", model="org/some-model")
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "not loaded yet")
+        await wait_for_text(pilot, "not loaded yet")
         await pilot.press("escape", "m")
-        await shows(
+        await wait_for_text(
             pilot, "older-run", "stopped at step 9", "1 checkpoint", "some-model", "without an adapter"
         )
         await pilot.press("G", "enter")
-        await shows(pilot, "some-model")
+        await wait_for_text(pilot, "some-model")
         assert chat_of(app).pair.active == (BASE,)
 
 
@@ -225,12 +225,12 @@ async def test_a_deleted_run_gives_way_to_the_next_or_none() -> None:
     newest = finished(ADAPTER)
     app = open_on("chat")
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await shows(pilot, newest.id, "not loaded yet")
+        await wait_for_text(pilot, newest.id, "not loaded yet")
         for run, then in ((newest, ("older-run", "step-9")), (older, ("Nothing to chat with yet.",))):
             await pilot.press("escape", "6")
             shutil.rmtree(run.path)
             await pilot.press("7")
-            await shows(pilot, f"{run.id} was deleted.", *then)
+            await wait_for_text(pilot, f"{run.id} was deleted.", *then)
 
 
 def test_chatting_with_a_deleted_run_creates_no_folder() -> None:
@@ -244,27 +244,27 @@ async def test_settings_are_checked_before_they_are_taken() -> None:
     finished(ADAPTER)
     app = open_on("chat")
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "temp 0.7", "≤ 512 tokens")
+        await wait_for_text(pilot, "temp 0.7", "≤ 512 tokens")
         await pilot.press("escape", "o")
-        await shows(pilot, "Sampling", "0: only the most likely token")
+        await wait_for_text(pilot, "Sampling", "0: only the most likely token")
         field = app.screen.query_one(Input)
         field.value = "9"
         await pilot.press("enter")
-        await shows(pilot, "temperature: expected")
+        await wait_for_text(pilot, "temperature: expected")
         field.value = "hot"
         await pilot.press("enter")
-        await shows(pilot, "temperature must be a number.")
+        await wait_for_text(pilot, "temperature must be a number.")
         field.value = "0"
         await pilot.press("enter")
-        await shows(pilot, "greedy")
+        await wait_for_text(pilot, "greedy")
         assert chat_of(app).sampling.temperature == 0
         await pilot.press("o")
-        await shows(pilot, "Sampling")
+        await wait_for_text(pilot, "Sampling")
         list(app.screen.query(Input))[-1].value = "2400670123"
         await pilot.press("enter")
-        await shows(pilot, "seed 2400670123")
+        await wait_for_text(pilot, "seed 2400670123")
         await pilot.press("o", "enter")
-        await shows(pilot, "seed 2400670123")
+        await wait_for_text(pilot, "seed 2400670123")
 
 
 async def test_loading_beside_an_active_run_asks_first() -> None:
@@ -272,13 +272,13 @@ async def test_loading_beside_an_active_run_asks_first() -> None:
     write_fake_run(FakeRun(name="busy-run", state="running"))
     app = open_on("chat")
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "not loaded yet")
+        await wait_for_text(pilot, "not loaded yet")
         while app.system_status.active is None:
             await pilot.pause(0.05)
         await pilot.press(*"Hello", "enter")
-        await shows(pilot, "A run is training", "busy-run is training on this machine.", "Wait")
+        await wait_for_text(pilot, "A run is training", "busy-run is training on this machine.", "Wait")
         await pilot.press("n")
-        await shows(pilot, "Hello")
+        await wait_for_text(pilot, "Hello")
         assert chat_of(app).engine.pid is None
 
 
@@ -286,14 +286,14 @@ async def test_a_pasted_prompt_keeps_lines_and_up_recalls_the_last() -> None:
     finished(ADAPTER)
     app = open_on("chat")
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "not loaded yet")
+        await wait_for_text(pilot, "not loaded yet")
         screen = chat_of(app)
         turn = ChatTurn("one\ntwo", (BASE,))
         screen.turns.append(turn)
         await screen.query_one("#conversation").mount(turn)
-        await shows(pilot, "▸ one")
+        await wait_for_text(pilot, "▸ one")
         await pilot.press("up")
-        text = await shows(pilot, "one", "two")
+        text = await wait_for_text(pilot, "one", "two")
         assert "▸ one" not in text
         assert not screen.turns
 
@@ -340,12 +340,12 @@ async def test_base_and_adapter_answer_side_by_side(
 ) -> None:
     async with talking(tiny) as (pilot, screen):
         await pilot.press(*"what is red", "enter")
-        await shows(pilot, "▸ what is red", "Starting the engine")
+        await wait_for_text(pilot, "▸ what is red", "Starting the engine")
         await rest(pilot, screen)
         answers = screen.turns[0].answers
         assert list(answers) == [BASE, ADAPTER]
         assert all(a.outcome is not None and a.outcome.new_tokens for a in answers.values())
-        await shows(pilot, "tok", "/s first", "saved in")
+        await wait_for_text(pilot, "tok", "/s first", "saved in")
         assert screen.run_dir is not None
         saved = transcript_path(screen.run_dir).read_text()
         assert saved.count("> what is red") == 1
@@ -354,7 +354,7 @@ async def test_base_and_adapter_answer_side_by_side(
         # The verdict: one sentence, kept in view.
         await pilot.press("escape", "f")
         await rest(pilot, screen)
-        shown = " ".join((await shows(pilot, "The adapter ", "held-out conversations")).split())
+        shown = " ".join((await wait_for_text(pilot, "The adapter ", "held-out conversations")).split())
         assert re.search(
             r"changes( the model:)? [\d.]+% of next-token choices on \d+ held-out conversations; ", shown
         )
@@ -391,12 +391,12 @@ async def test_base_and_adapter_answer_side_by_side(
         (answer,) = screen.turns[-1].answers.values()
         assert answer.outcome is not None
         assert answer.outcome.ending == "stopped"
-        await shows(pilot, "■ Stopped.")
+        await wait_for_text(pilot, "■ Stopped.")
 
         # A run that begins gets the memory.
         assert screen.ready is not None
         write_fake_run(FakeRun(name="next-run", state="running"))
-        await shows(pilot, "not loaded yet")
+        await wait_for_text(pilot, "not loaded yet")
         assert screen.engine.pid is None
 
 
@@ -406,15 +406,15 @@ async def test_escape_while_loading_stops_and_says_what_to_press(
 ) -> None:
     async with talking(tiny) as (pilot, screen):
         await pilot.press(*"hello", "enter")
-        await shows(pilot, "Starting the engine", "esc Stop")
+        await wait_for_text(pilot, "Starting the engine", "esc Stop")
         await pilot.press("escape")
-        text = await shows(pilot, "■ Stopped loading the model.", "not loaded yet")
+        text = await wait_for_text(pilot, "■ Stopped loading the model.", "not loaded yet")
         assert "✗" not in text and "engine" not in text
         await rest(pilot, screen)
         await pilot.press("escape", "f")
-        await shows(pilot, "Starting the engine")
+        await wait_for_text(pilot, "Starting the engine")
         await pilot.press("escape")
-        await shows(pilot, "Not measured")
+        await wait_for_text(pilot, "Not measured")
         assert screen.engine.pid is None and not screen.busy
 
 
@@ -423,6 +423,6 @@ async def test_a_missing_model_is_explained_in_place_of_the_answer(tiny: tuple[P
     async with talking((Path("/nowhere/at-all"), tiny[1])) as (pilot, screen):
         await pilot.press(*"hello", "enter")
         await rest(pilot, screen)
-        await shows(pilot, "✗ Model not found", "▸", "hello")
+        await wait_for_text(pilot, "✗ Model not found", "▸", "hello")
         assert "hello" in text_of(pilot.app)
         assert not screen.busy

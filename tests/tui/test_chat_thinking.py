@@ -18,7 +18,7 @@ from qlora_tui.tui.screens.chat.chat_turn import ChatTurn
 from qlora_tui.tui.screens.chat.screen import ChatScreen
 from qlora_tui.tui.screens.chat.transcript import append_exchange
 from tests.tui.fake_runs import FakeRun, write_fake_run
-from tests.tui.screen_assertions import shows, text_of, until
+from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 from tests.tui.test_chat_screen import OUTCOME, chat_of, finished, with_adapters
 from tests.tui.workstation import open_on, settle
 
@@ -58,7 +58,7 @@ async def chatting(
         )
     app = open_on("chat")
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "not loaded yet")
+        await wait_for_text(pilot, "not loaded yet")
         screen = chat_of(app)
         if thinking is not None:
             screen.ready = ready(thinking)
@@ -88,7 +88,7 @@ def test_looks_of_a_thought(
     finished(ADAPTER, "step-800")
 
     async def said(pilot: Pilot[Any]) -> None:
-        await shows(pilot, "not loaded yet")
+        await wait_for_text(pilot, "not loaded yet")
         screen = chat_of(pilot.app)
         screen.ready = ready(SWITCH)
         screen.show_header()
@@ -111,12 +111,14 @@ def test_looks_of_a_thought(
 async def test_a_thought_is_one_line_until_it_is_expanded() -> None:
     async with chatting(SWITCH) as (pilot, screen):
         await exchange(screen, TextChunk(WHY, True, 340), TextChunk("On the road."), outcome=THOUGHT)
-        text = await shows(pilot, "▸ Thought for 12 s, 340 tokens", "On the road.")
+        text = await wait_for_text(pilot, "▸ Thought for 12 s, 340 tokens", "On the road.")
         assert "sorted on Sunday" not in text
         await pilot.press("ctrl+o")
-        await shows(pilot, "▾ Thought for 12 s, 340 tokens", "It was sorted on Sunday", "On the road.")
+        await wait_for_text(
+            pilot, "▾ Thought for 12 s, 340 tokens", "It was sorted on Sunday", "On the road."
+        )
         await pilot.press("escape", "z")
-        await shows(pilot, "▸ Thought for 12 s")
+        await wait_for_text(pilot, "▸ Thought for 12 s")
         assert "sorted on Sunday" not in text_of(pilot.app)
 
 
@@ -124,10 +126,10 @@ async def test_an_unfolded_thought_grows_and_so_does_the_next() -> None:
     async with chatting(SWITCH) as (pilot, screen):
         await pilot.press("ctrl+o")
         turn = await exchange(screen, TextChunk("I look ", True, 2))
-        await shows(pilot, "▾ Thinking for", "2 tokens", "I look")
+        await wait_for_text(pilot, "▾ Thinking for", "2 tokens", "I look")
         await turn.answers[ADAPTER].append_text(TextChunk("at it.", True, 4))
         await turn.answers[ADAPTER].append_text(TextChunk("Here."))
-        await shows(pilot, "▾ Thought for", "4 tokens", "I look at it.", "Here.")
+        await wait_for_text(pilot, "▾ Thought for", "4 tokens", "I look at it.", "Here.")
         assert (turn.answers[ADAPTER].thought, turn.answers[ADAPTER].text) == ("I look at it.", "Here.")
 
 
@@ -137,14 +139,14 @@ async def test_a_folded_thought_is_whole_when_unfolded_in_the_middle() -> None:
         await pilot.press("ctrl+o")
         await turn.answers[ADAPTER].append_text(TextChunk("it.", True, 4))
         await pilot.press("ctrl+o", "ctrl+o")
-        await shows(pilot, "I look at it.")
+        await wait_for_text(pilot, "I look at it.")
         assert text_of(pilot.app).count("I look") == 1
 
 
 async def test_a_thought_without_an_end_says_what_to_press() -> None:
     async with chatting(SWITCH) as (pilot, screen):
         await exchange(screen, TextChunk("Okay, the", True, 512), outcome=CUT)
-        await shows(pilot, "▸ Unfinished: 20 s, 512 tokens", "Press [o] to raise it, or [t]")
+        await wait_for_text(pilot, "▸ Unfinished: 20 s, 512 tokens", "Press [o] to raise it, or [t]")
         # It is not sent back as if it were an answer.
         following = ChatTurn("And now?", (ADAPTER,))
         screen.turns.append(following)
@@ -166,20 +168,20 @@ async def test_thoughts_are_sent_back_beside_the_answers_they_led_to() -> None:
 
 async def test_one_key_turns_thinking_off_and_on() -> None:
     async with chatting(SWITCH) as (pilot, screen):
-        await shows(pilot, "thinking on")
+        await wait_for_text(pilot, "thinking on")
         await pilot.press("ctrl+g")
-        await shows(pilot, "thinking off")
+        await wait_for_text(pilot, "thinking off")
         await pilot.press("escape", "t")
-        await shows(pilot, "thinking on")
+        await wait_for_text(pilot, "thinking on")
         assert screen.thinking == "on"
 
 
 async def test_a_run_trained_without_thinking_is_asked_without_it() -> None:
     async with chatting(recipe=Recipe(name="set", data=Data(thinking="off"))) as (pilot, screen):
-        await shows(pilot, "thinking off")
+        await wait_for_text(pilot, "thinking off")
         assert screen.thinking == "off"
         await pilot.press("ctrl+g")
-        await shows(pilot, "thinking on")
+        await wait_for_text(pilot, "thinking on")
 
 
 @pytest.mark.parametrize(
@@ -197,7 +199,7 @@ async def test_a_run_trained_without_thinking_is_asked_without_it() -> None:
 async def test_a_model_without_such_a_switch_says_so(thinking: ThinkingSupport, says: str, then: str) -> None:
     async with chatting(thinking) as (pilot, screen):
         await pilot.press("ctrl+g")
-        await until(pilot, lambda: any(says in note.message for note in pilot.app._notifications))
+        await wait_until(pilot, lambda: any(says in note.message for note in pilot.app._notifications))
         assert screen.thinking == then
 
 

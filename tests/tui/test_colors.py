@@ -14,7 +14,7 @@ from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.themes import load_themes
 from tests.tui.fake_runs import BEGAN
 from tests.tui.run_states import STATES_ONCE, three_runs, watching
-from tests.tui.screen_assertions import shows, text_of, until
+from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 from tests.tui.style_dump import colors_of, illegible, styles_of
 from tests.tui.workstation import config_folder, open_on
 
@@ -96,9 +96,9 @@ async def test_every_word_of_a_screen_stands_out(
     app = open_on("memory", model=str(config_folder(private_home, "HuggingFaceTB__SmolLM2-135M")))
     keys, text = VISITED[screen]
     async with app.run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "▸ NF4")
+        await wait_for_text(pilot, "▸ NF4")
         await pilot.press(*keys.split())
-        await shows(pilot, text)
+        await wait_for_text(pilot, text)
         for theme in TRUECOLOR:
             await dressed(pilot, theme)
             assert not illegible(app), theme
@@ -109,7 +109,7 @@ async def dressed(pilot: Pilot[Any], theme: str) -> None:
     app, before = pilot.app, styles_of(pilot.app)
     if app.theme != theme:
         app.theme = theme
-        await until(pilot, lambda: styles_of(app) != before)
+        await wait_until(pilot, lambda: styles_of(app) != before)
     await settled(pilot)
 
 
@@ -121,5 +121,5 @@ async def settled(pilot: Pilot[Any]) -> str:
         seen.append((text_of(pilot.app), styles_of(pilot.app)))
         return len(seen) > _STILL and len(set(seen[-_STILL:])) == 1
 
-    await until(pilot, stays)
+    await wait_until(pilot, stays)
     return seen[-1][0]

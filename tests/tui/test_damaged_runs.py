@@ -7,7 +7,7 @@ from collections.abc import Callable
 from qlora_tui.tui.app import QloraApp
 from tests.runs.damage import FILES, damaged
 from tests.tui.fake_runs import TICKETS
-from tests.tui.screen_assertions import shows
+from tests.tui.screen_assertions import wait_for_text
 from tests.tui.workstation import settle
 
 MakeApp = Callable[[], QloraApp]
@@ -21,7 +21,7 @@ async def test_one_bad_byte_in_any_file_leaves_the_app_open(make_app: MakeApp) -
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await app.switch_mode("runs")
-        await shows(pilot, "? lost", "✓ finished")
+        await wait_for_text(pilot, "? lost", "✓ finished")
         for _ in range(3 * len(FILES)):
             await pilot.press("down")
             await pilot.pause()

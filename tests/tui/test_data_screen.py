@@ -24,7 +24,7 @@ from tests.data.test_untrained_tokens import WIDTH
 from tests.data.test_untrained_tokens import model as faint_model
 from tests.tui.fake_runs import FakeRun, write_fake_run
 from tests.tui.sample_data import readable_model, ticket, tickets, write_rows
-from tests.tui.screen_assertions import shows, text_of, until
+from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 from tests.tui.workstation import config_folder, open_on, settle
 
 Snapshot = Callable[..., bool]
@@ -102,44 +102,46 @@ def test_looks_of_rows_in_no_known_format(
 async def test_a_row_shows_trained_tokens_and_keys_move_between_rows(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
     async with opened(model, "tickets.jsonl").run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "row 1 of 40", "<|im_start|>assistant", "Parcel 1 is on its way.<|im_end|>↵")
+        await wait_for_text(
+            pilot, "row 1 of 40", "<|im_start|>assistant", "Parcel 1 is on its way.<|im_end|>↵"
+        )
         await pilot.press("l")
-        await shows(pilot, "row 2 of 40", "Parcel 2")
+        await wait_for_text(pilot, "row 2 of 40", "Parcel 2")
         await pilot.press("h", "h")
-        await shows(pilot, "row 1 of 40")
+        await wait_for_text(pilot, "row 1 of 40")
         await pilot.press("colon")
         await pilot.press(*"17", "enter")
-        await shows(pilot, "row 17 of 40", "Where is parcel 17?")
+        await wait_for_text(pilot, "row 17 of 40", "Where is parcel 17?")
 
 
 async def test_the_help_shows_keys_as_they_are_on_the_keyboard(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
     async with opened(model, "tickets.jsonl").run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "row 1 of 40")
+        await wait_for_text(pilot, "row 1 of 40")
         await pilot.press("question_mark")
-        assert "colon" not in await shows(pilot, "Help: Data", "Go to a row by number.")
+        assert "colon" not in await wait_for_text(pilot, "Help: Data", "Go to a row by number.")
 
 
 async def test_rows_called_by_their_lines_are_not_beyond_the_last(model: str, here: Path) -> None:
     write_rows(here / "spaced.jsonl", [ticket(1), "", "", ticket(2)])
     async with opened(model, "spaced.jsonl").run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "row 1 of 4", "2 rows")
+        await wait_for_text(pilot, "row 1 of 4", "2 rows")
 
 
 async def test_the_problem_key_cycles_and_enter_opens_a_problems_rows(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
     async with opened(model, "tickets.jsonl", max_length=1024).run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "No answer to learn ×1", "Duplicate row ×1")
+        await wait_for_text(pilot, "No answer to learn ×1", "Duplicate row ×1")
         await pilot.press("n")
-        await shows(pilot, "row 39 of 40", "⚠ Duplicate row")
+        await wait_for_text(pilot, "row 39 of 40", "⚠ Duplicate row")
         await pilot.press("n")
-        await shows(pilot, "row 40 of 40", "This row cannot be used.")
+        await wait_for_text(pilot, "row 40 of 40", "This row cannot be used.")
         await pilot.press("n")
-        await shows(pilot, "row 39 of 40")
+        await wait_for_text(pilot, "row 39 of 40")
         problems = pilot.app.screen.query_one("#problems")
         problems.focus()
         await pilot.press("G", "enter")
-        await shows(pilot, "row 40 of 40")
+        await wait_for_text(pilot, "row 40 of 40")
 
 
 async def test_the_fix_key_trains_tokens_the_model_never_learned(private_home: Path, here: Path) -> None:
@@ -148,14 +150,14 @@ async def test_the_fix_key_trains_tokens_the_model_never_learned(private_home: P
     faint_model(folder, {"<|im_end|>": [0.0] * WIDTH})
     app = opened(str(folder), "tickets.jsonl")
     async with app.run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "⚠ The base model has never learned these", "▸ [m] train <|im_end|>")
+        await wait_for_text(pilot, "⚠ The base model has never learned these", "▸ [m] train <|im_end|>")
         await pilot.press("m")
         assert list(app.workbench.recipe.lora.trainable_tokens) == ["<|im_end|>"]
         assert any("<|im_end|>" in notification.message for notification in app._notifications)
-        await until(pilot, lambda: "never learned" not in text_of(app))
+        await wait_until(pilot, lambda: "never learned" not in text_of(app))
         await pilot.press("m", "u")
         assert not app.workbench.recipe.lora.trainable_tokens
-        await shows(pilot, "never learned these")
+        await wait_for_text(pilot, "never learned these")
 
 
 async def test_the_fix_key_trains_on_the_chosen_answers_of_preferences(model: str, here: Path) -> None:
@@ -163,12 +165,12 @@ async def test_the_fix_key_trains_on_the_chosen_answers_of_preferences(model: st
     write_rows(here / "pairs.jsonl", rows)
     app = opened(model, "pairs.jsonl")
     async with app.run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "✗ Preference data", "[m] train on the chosen answers only", "[o] open")
+        await wait_for_text(pilot, "✗ Preference data", "[m] train on the chosen answers only", "[o] open")
         await pilot.press("m")
         assert app.workbench.recipe.data.preferences == "chosen"
-        assert "That." not in await shows(pilot, "row 1 of 5", "This 1.")
+        assert "That." not in await wait_for_text(pilot, "row 1 of 5", "This 1.")
         await pilot.press("u")
-        await shows(pilot, "✗ Preference data")
+        await wait_for_text(pilot, "✗ Preference data")
 
 
 async def test_answers_without_a_known_prompt_are_mapped_by_parts(model: str, here: Path) -> None:
@@ -176,25 +178,25 @@ async def test_answers_without_a_known_prompt_are_mapped_by_parts(model: str, he
     write_rows(here / "pairs.jsonl", rows)
     app = opened(model, "pairs.jsonl", preferences="chosen")
     async with app.run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "✗ Preference data without a prompt", "Press [c] to map the columns.")
+        await wait_for_text(pilot, "✗ Preference data without a prompt", "Press [c] to map the columns.")
         await pilot.press("c")
-        await shows(pilot, "Columns of preference", "rejected")
+        await wait_for_text(pilot, "Columns of preference", "rejected")
         fields = {field.name: field for field in pilot.app.screen.query(Input)}
         fields["prompt"].value = "frage"
         fields["prompt"].focus()
         await pilot.press("enter")
-        await shows(pilot, "row 1 of 5", "Which 1?", "This 1.")
+        await wait_for_text(pilot, "row 1 of 5", "Which 1?", "This 1.")
 
 
 async def test_the_fix_key_splits_a_long_text(model: str, here: Path) -> None:
     (here / "book.txt").write_text("the fox ran " * 300 + "\n\nShort.\n\nShort too.\n")
     app = opened(model, "book.txt", max_length=64)
     async with app.run_test(size=(120, 40)) as pilot:
-        text = await shows(pilot, "⚠ Long text ×1", "▸ [m] split into")
+        text = await wait_for_text(pilot, "⚠ Long text ×1", "▸ [m] split into")
         rows = int(text.partition("[m] split into ")[2].split(" ")[0])
         await pilot.press("m")
         assert app.workbench.recipe.data.overflow == "split"
-        await shows(pilot, f"3 rows → {rows + 2} samples")
+        await wait_for_text(pilot, f"3 rows → {rows + 2} samples")
         assert "Long text" not in text_of(app)
 
 
@@ -202,7 +204,7 @@ async def test_the_fix_key_is_off_without_a_fixable_problem(model: str, here: Pa
     tickets(here / "tickets.jsonl")
     app = opened(model, "tickets.jsonl", max_length=1024)
     async with app.run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "Duplicate row ×1")
+        await wait_for_text(pilot, "Duplicate row ×1")
         before = app.workbench.recipe
         await pilot.press("m")
         assert app.workbench.recipe == before
@@ -211,13 +213,13 @@ async def test_the_fix_key_is_off_without_a_fixable_problem(model: str, here: Pa
 async def test_without_a_model_rows_are_shown_as_stored(here: Path) -> None:
     tickets(here / "tickets.jsonl")
     async with opened("", "tickets.jsonl").run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "Select a model with [1]", "Where is parcel 1?", "chars", "40 rows")
+        await wait_for_text(pilot, "Select a model with [1]", "Where is parcel 1?", "chars", "40 rows")
 
 
 async def test_a_missing_model_is_explained_above_the_row(here: Path) -> None:
     tickets(here / "tickets.jsonl")
     async with opened("org/none", "tickets.jsonl").run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "✗ Model not found", "Where is parcel 1?", "40 rows")
+        await wait_for_text(pilot, "✗ Model not found", "Where is parcel 1?", "40 rows")
 
 
 @pytest.mark.parametrize(
@@ -235,11 +237,11 @@ async def test_a_files_error_is_shown_in_place_of_the_sample(
     if content is not None:
         write_rows(here / "odd.jsonl", content)
     async with opened(model, "odd.jsonl").run_test(size=(120, 40)) as pilot:
-        await shows(pilot, *says)
+        await wait_for_text(pilot, *says)
         await pilot.press("x")
-        await shows(pilot, "No data yet.")
+        await wait_for_text(pilot, "No data yet.")
         await pilot.press("u")
-        await shows(pilot, *says)
+        await wait_for_text(pilot, *says)
 
 
 async def test_opening_a_file_replaces_an_unusable_one(model: str, here: Path) -> None:
@@ -248,9 +250,9 @@ async def test_opening_a_file_replaces_an_unusable_one(model: str, here: Path) -
     other = write_rows(here / "other.jsonl", [ticket(n) for n in range(1, 4)])
     app = opened(model, "odd.jsonl")
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await shows(pilot, "✗ No usable field", "[o] open")
+        await wait_for_text(pilot, "✗ No usable field", "[o] open")
         screen_of(app).opened(good)
-        await shows(pilot, "Where is parcel 1?", "Replaced odd.jsonl")
+        await wait_for_text(pilot, "Where is parcel 1?", "Replaced odd.jsonl")
         assert [s.path for s in app.workbench.recipe.data.sources] == [str(good)]
         screen_of(app).opened(other)
         assert [s.path for s in app.workbench.recipe.data.sources] == [str(good), str(other)]
@@ -262,23 +264,23 @@ async def test_a_file_fixed_on_disk_is_read_again_on_return(model: str, here: Pa
     file = write_rows(here / "tickets.jsonl", ["{broken", ticket(1)])
     app = opened(model, "tickets.jsonl")
     async with app.run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "Not valid JSON")
+        await wait_for_text(pilot, "Not valid JSON")
         write_rows(file, [ticket(1), ticket(2)])
         await pilot.press("3", "2")
-        await shows(pilot, "Parcel 1 is on its way", "No problems found")
+        await wait_for_text(pilot, "Parcel 1 is on its way", "No problems found")
         assert "Not valid JSON" not in text_of(app)
         write_rows(file, ["{broken", ticket(1)])
         await pilot.press("f5")
-        await shows(pilot, "Not valid JSON")
+        await wait_for_text(pilot, "Not valid JSON")
 
 
 async def test_the_first_own_data_replaces_the_demos(model: str, here: Path) -> None:
     own = tickets(here / "tickets.jsonl")
     app = opened(model, str(CONVERSATIONS))
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
-        await shows(pilot, "conversations.jsonl")
+        await wait_for_text(pilot, "conversations.jsonl")
         screen_of(app).opened(own)
-        await shows(pilot, "Replaced the demo's data", "Parcel 1")
+        await wait_for_text(pilot, "Replaced the demo's data", "Parcel 1")
         assert [source.path for source in app.workbench.recipe.data.sources] == [str(own)]
         screen_of(app).opened(own.with_name("more.jsonl"))
         assert len(app.workbench.recipe.data.sources) == 2
@@ -290,16 +292,16 @@ async def test_removing_a_source_asks_where_its_list_is_hidden(model: str, here:
     tickets(here / "tickets.jsonl")
     app = opened(model, "tickets.jsonl")
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
-        shown = await shows(pilot, "Parcel 1")
+        shown = await wait_for_text(pilot, "Parcel 1")
         assert "x Remove" in shown.splitlines()[-1]
         await pilot.press("v", "v")
-        await until(pilot, lambda: screen_of(app).query_one("#sources").region.height == 0)
+        await wait_until(pilot, lambda: screen_of(app).query_one("#sources").region.height == 0)
         await pilot.press("x")
-        await shows(pilot, "Remove the source?", "tickets.jsonl")
+        await wait_for_text(pilot, "Remove the source?", "tickets.jsonl")
         await pilot.press("n")
         assert app.workbench.recipe.data.sources
         await pilot.press("v", "x")
-        await shows(pilot, "Removed tickets.jsonl")
+        await wait_for_text(pilot, "Removed tickets.jsonl")
         assert not app.workbench.recipe.data.sources
 
 
@@ -308,9 +310,9 @@ async def test_one_broken_line_is_named_and_the_others_are_read(model: str, here
     rows[6] = '{"messages": oops'
     write_rows(here / "tickets.jsonl", rows)
     async with opened(model, "tickets.jsonl").run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "20 rows → 19 samples", "✗ Not valid JSON ×1")
+        await wait_for_text(pilot, "20 rows → 19 samples", "✗ Not valid JSON ×1")
         await pilot.press("n")
-        await shows(
+        await wait_for_text(
             pilot, "This row cannot be used.", "Line 7 is not valid JSON", "▸ Correct or remove the line"
         )
 
@@ -318,11 +320,11 @@ async def test_one_broken_line_is_named_and_the_others_are_read(model: str, here
 async def test_columns_of_an_unknown_format_can_be_mapped_in_place(model: str, here: Path) -> None:
     write_rows(here / "odd.jsonl", [{"frage": f"Wo ist {n}?", "antwort": "Hier."} for n in range(9)])
     async with opened(model, "odd.jsonl").run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "✗ No usable field")
+        await wait_for_text(pilot, "✗ No usable field")
         await pilot.press("c")
-        await shows(pilot, "Columns of prompt-completion", "frage, antwort")
+        await wait_for_text(pilot, "Columns of prompt-completion", "frage, antwort")
         await pilot.press(*"frage", "tab", *"antwort", "enter")
-        await shows(pilot, "prompt-completion: frage, antwort", "9 rows → 9 samples", "Wo ist 0?")
+        await wait_for_text(pilot, "prompt-completion: frage, antwort", "9 rows → 9 samples", "Wo ist 0?")
 
 
 async def test_the_format_key_reads_the_rows_in_another(model: str, here: Path) -> None:
@@ -332,14 +334,14 @@ async def test_the_format_key_reads_the_rows_in_another(model: str, here: Path) 
         await pilot.press("f")
         assert app.workbench.recipe.data.sources[0].format == "messages"
         await pilot.press("f", "f")
-        await shows(pilot, "✗ Not in that format")
+        await wait_for_text(pilot, "✗ Not in that format")
 
 
 async def test_keys_change_length_split_weight_and_loss_mask(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
     app = opened(model, "tickets.jsonl", max_length=64)
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "✂ 64")
+        await wait_for_text(pilot, "✂ 64")
         await pilot.press("plus", "t", "e", "b")
         data = app.workbench.recipe.data
         assert (data.max_length, data.overflow, data.train_on, data.packing) == (
@@ -351,7 +353,7 @@ async def test_keys_change_length_split_weight_and_loss_mask(model: str, here: P
         await pilot.press("s")
         pilot.app.screen.query_one(Input).value = "1.5"
         await pilot.press("enter")
-        await shows(pilot, "Enter a share below 1, or the path")
+        await wait_for_text(pilot, "Enter a share below 1, or the path")
         pilot.app.screen.query_one(Input).value = "tickets.jsonl"
         await pilot.press("enter")
         assert app.workbench.recipe.data.validation_path == str(here / "tickets.jsonl")
@@ -375,7 +377,7 @@ async def test_costs_of_other_lengths_include_the_last_runs_time(model: str, her
     app = opened(model, "tickets.jsonl", max_length=64)
     trained_before(app.workbench.recipe)
     async with app.run_test(size=(120, 40)) as pilot:
-        text = await shows(pilot, "max length", "▸ now", "p90", "memory      time", "fits")
+        text = await wait_for_text(pilot, "max length", "▸ now", "p90", "memory      time", "fits")
         assert "in all, about" in text
         (line,) = [line for line in text.splitlines() if "▸ now" in line]
         assert "64" in line
@@ -387,9 +389,9 @@ async def test_the_cost_of_a_length_fits_one_line(model: str, here: Path) -> Non
     app = opened(model, "tickets.jsonl", max_length=64)
     trained_before(app.workbench.recipe)
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "max length", "about 8 min")
+        await wait_for_text(pilot, "max length", "about 8 min")
         await pilot.press("v")
-        text = await shows(pilot, "▸ now", "p50")
+        text = await wait_for_text(pilot, "▸ now", "p50")
         lines = [
             line for line in text.splitlines() if any(f" {name} " in line[:9] for name in ("now", "p50"))
         ]
@@ -401,37 +403,37 @@ async def test_a_row_is_shown_while_a_large_file_is_read(model: str, here: Path)
     write_rows(here / "large.jsonl", [ticket(n) for n in range(1, 12_001)])
     app = opened(model, "large.jsonl")
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "Where is parcel 1?")
+        await wait_for_text(pilot, "Where is parcel 1?")
         screen = screen_of(app)
         assert screen.report is None or not screen.report.complete
         screen.action_row(8_999)
-        await shows(pilot, "Where is parcel 9000?")
+        await wait_for_text(pilot, "Where is parcel 9000?")
         assert screen.report is None or not screen.report.complete
         await pilot.press("h")
-        await shows(pilot, "Where is parcel 8999?")
+        await wait_for_text(pilot, "Where is parcel 8999?")
 
 
 async def test_the_row_past_the_end_is_not_shown(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
     app = opened(model, "tickets.jsonl")
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
-        await shows(pilot, "row 1 of 40")
+        await wait_for_text(pilot, "row 1 of 40")
         await pilot.press("colon", *"99", "enter")
-        await shows(pilot, "ends before row 99", "row 1 of 40")
+        await wait_for_text(pilot, "ends before row 99", "row 1 of 40")
 
 
 async def test_the_statistics_can_fill_the_window(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
     async with opened(model, "tickets.jsonl").run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "row 1 of 40", "No answer to learn")
+        await wait_for_text(pilot, "row 1 of 40", "No answer to learn")
         await pilot.press("v")
-        text = await shows(pilot, "column 'messages'", "max length", "▸ The row has no")
+        text = await wait_for_text(pilot, "column 'messages'", "max length", "▸ The row has no")
         assert "<|im_start|>" not in text
         await pilot.press("v")
-        await shows(pilot, "<|im_start|>")
+        await wait_for_text(pilot, "<|im_start|>")
         assert "No answer to learn" not in text_of(pilot.app)
         await pilot.press("v")
-        await shows(pilot, "<|im_start|>", "No answer to learn")
+        await wait_for_text(pilot, "<|im_start|>", "No answer to learn")
 
 
 async def test_a_file_is_found_by_partial_name_and_remembered(model: str, here: Path) -> None:
@@ -441,14 +443,14 @@ async def test_a_file_is_found_by_partial_name_and_remembered(model: str, here: 
     app = open_on("data", model=model)
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("o")
-        await shows(pilot, "other.jsonl", "tickets.jsonl", "../")
+        await wait_for_text(pilot, "other.jsonl", "tickets.jsonl", "../")
         assert isinstance(app.screen, FilePickerScreen)
         assert "picture.png" not in text_of(app)
         await pilot.press(*"kets")
         await pilot.press("enter")
-        await shows(pilot, "Where is parcel 1?")
+        await wait_for_text(pilot, "Where is parcel 1?")
         await pilot.press("o")
-        await shows(pilot, "recent")
+        await wait_for_text(pilot, "recent")
         await pilot.press("down", "down", "enter")
         await pilot.pause()
         assert [Path(s.path).name for s in app.workbench.recipe.data.sources] == [
@@ -480,7 +482,7 @@ async def test_the_file_dialogs_keys_are_not_covered_by_notifications(model: str
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)
         await pilot.press("o")
-        await shows(pilot, "Enter open · Tab complete · Ctrl+O open folder · Esc close")
+        await wait_for_text(pilot, "Enter open · Tab complete · Ctrl+O open folder · Esc close")
         assert app.screen.query_one("#keys").region.bottom < 6
 
 
@@ -488,7 +490,7 @@ async def test_single_turn_rows_do_not_open_the_column_mapping(model: str, here:
     turn = {"message_id": "a", "parent_id": None, "role": "prompter", "text": "Hi"}
     app = opened(model, str(write_rows(here / "turns.jsonl", [turn] * 3)))
     async with app.run_test(size=(120, 40)) as pilot:
-        shown = await shows(pilot, "Conversations in pieces", "Join the turns")
+        shown = await wait_for_text(pilot, "Conversations in pieces", "Join the turns")
         assert "Press [c]" not in shown
 
 
@@ -499,13 +501,13 @@ async def test_a_path_can_be_typed_completed_or_chosen_as_folder(model: str, her
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("o")
         await pilot.press(*"nothing", "enter")
-        await shows(pilot, "No name here contains 'nothing'")
+        await wait_for_text(pilot, "No name here contains 'nothing'")
         app.screen.query_one(Input).value = f"{here}/se"
         await pilot.pause()
         await pilot.press("tab")
-        await shows(pilot, "tickets.jsonl")
+        await wait_for_text(pilot, "tickets.jsonl")
         await pilot.press("ctrl+o")
-        await shows(pilot, "set", "Where is parcel 1?")
+        await wait_for_text(pilot, "set", "Where is parcel 1?")
         assert app.workbench.recipe.data.sources[0].path == str(here / "set")
 
 
@@ -515,21 +517,23 @@ async def test_rows_and_problems_go_through_every_file_of_a_folder(model: str, h
     write_rows(here / "set" / "b.jsonl", [ticket(3), ticket(3)])
     write_rows(here / "set" / "c.jsonl", [ticket(4), ticket(5), ticket(5)])
     async with opened(model, "set").run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "a.jsonl row 1 of 2", "Duplicate row ×1  b.jsonl", "Duplicate row ×1  c.jsonl")
+        await wait_for_text(
+            pilot, "a.jsonl row 1 of 2", "Duplicate row ×1  b.jsonl", "Duplicate row ×1  c.jsonl"
+        )
         await pilot.press("h", "l")
-        await shows(pilot, "a.jsonl row 2 of 2", "Where is parcel 2?")
+        await wait_for_text(pilot, "a.jsonl row 2 of 2", "Where is parcel 2?")
         await pilot.press("l")
-        await shows(pilot, "b.jsonl row 1 of 2", "Where is parcel 3?")
+        await wait_for_text(pilot, "b.jsonl row 1 of 2", "Where is parcel 3?")
         await pilot.press("h")
-        await shows(pilot, "a.jsonl row 2 of 2")
+        await wait_for_text(pilot, "a.jsonl row 2 of 2")
         await pilot.press("n")
-        await shows(pilot, "b.jsonl row 2 of 2", "⚠ Duplicate row")
+        await wait_for_text(pilot, "b.jsonl row 2 of 2", "⚠ Duplicate row")
         await pilot.press("n")
-        await shows(pilot, "c.jsonl row 3 of 3", "⚠ Duplicate row")
+        await wait_for_text(pilot, "c.jsonl row 3 of 3", "⚠ Duplicate row")
         await pilot.press("l")
-        await shows(pilot, "c.jsonl row 3 of 3")
+        await wait_for_text(pilot, "c.jsonl row 3 of 3")
         await pilot.press("colon", *"b 1", "enter")
-        await shows(pilot, "b.jsonl row 1 of 2")
+        await wait_for_text(pilot, "b.jsonl row 1 of 2")
         assert "⚠ Duplicate row" not in text_of(pilot.app).split("b.jsonl row 1")[1].split("Duplicate")[0]
 
 
@@ -546,9 +550,9 @@ async def test_a_dataset_of_the_hub_is_opened_by_its_id(
         async with app.run_test(size=(120, 40)) as pilot:
             await pilot.press("o")
             await pilot.press(*"owner/parcels")
-            await shows(pilot, "hub  owner/parcels")
+            await wait_for_text(pilot, "hub  owner/parcels")
             await pilot.press("enter")
-            await shows(pilot, "owner/parcels  hub", "row 1 of 3", "Where is parcel 0?")
+            await wait_for_text(pilot, "owner/parcels  hub", "row 1 of 3", "Where is parcel 0?")
             assert app.workbench.recipe.data.sources[0].path == "owner/parcels"
 
 
@@ -558,6 +562,6 @@ async def test_a_dataset_that_cannot_be_had_says_why(model: str) -> None:
     async with app.run_test(size=(120, 40)) as pilot:
         await pilot.press("o")
         await pilot.press(*"owner/parcels", "enter")
-        await shows(
+        await wait_for_text(
             pilot, "✗ No such data", "owner/parcels is neither a local file nor a dataset", "[x] remove"
         )

@@ -9,7 +9,7 @@ from typing import Any
 from qlora_tui.recipe.schema import Source
 from tests.data.thinkers import SMOLLM3
 from tests.tui.sample_data import readable_model, write_rows
-from tests.tui.screen_assertions import shows
+from tests.tui.screen_assertions import wait_for_text
 from tests.tui.workstation import open_on
 
 
@@ -37,12 +37,12 @@ async def test_keys_change_the_reasoning_setting_and_the_screen_shows_it(tmp_pat
     app = open_on("data", model=thinking_model(tmp_path))
     app.workbench.set("data.sources", (Source(path=str(rows(tmp_path / "rows.jsonl"))),))
     async with app.run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "Reasoning: 1 of 3 rows, in the loss", "Thinking: on for the 1")
+        await wait_for_text(pilot, "Reasoning: 1 of 3 rows, in the loss", "Thinking: on for the 1")
         await pilot.press("R")
-        await shows(pilot, "Reasoning: 1 of 3 rows, not in the loss")
+        await wait_for_text(pilot, "Reasoning: 1 of 3 rows, not in the loss")
         await pilot.press("r")
-        await shows(pilot, "Thinking: on for every row")
+        await wait_for_text(pilot, "Thinking: on for every row")
         await pilot.press("r")
-        await shows(pilot, "Reasoning: 1 of 3 rows, left out", "Thinking: off for every row")
+        await wait_for_text(pilot, "Reasoning: 1 of 3 rows, left out", "Thinking: off for every row")
         data = app.workbench.recipe.data
         assert (data.thinking, data.reasoning_in_loss) == ("off", False)

@@ -11,7 +11,7 @@ from textual.css.query import NoMatches
 from textual.pilot import WaitForScreenTimeout
 
 from qlora_tui.tui.app import QloraApp
-from tests.tui.screen_assertions import shows, until
+from tests.tui.screen_assertions import wait_for_text, wait_until
 
 MakeApp = Callable[[], QloraApp]
 
@@ -27,11 +27,11 @@ async def full_in_worker() -> None:
 async def test_a_worker_that_cannot_write_is_reported_once(make_app: MakeApp) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "Empty.")
+        await wait_for_text(pilot, "Empty.")
         for _ in range(3):
             app.run_worker(full_in_worker())
             await pilot.pause()
-        await until(pilot, lambda: bool(app._notifications))
+        await wait_until(pilot, lambda: bool(app._notifications))
         (note,) = app._notifications
         assert note.message.startswith("No space left on the disk: /state/file")
         assert app.is_running
@@ -41,7 +41,7 @@ async def test_a_worker_that_cannot_write_is_reported_once(make_app: MakeApp) ->
 async def test_a_full_disk_in_a_callback_ends_the_app(make_app: MakeApp) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "Empty.")
+        await wait_for_text(pilot, "Empty.")
         app.call_later(full)
         with suppress(WaitForScreenTimeout, NoMatches):
             await pilot._wait_for_screen(timeout=0.2)
@@ -58,6 +58,6 @@ async def test_any_other_error_still_ends_the_app(make_app: MakeApp) -> None:
 
     with pytest.raises(ZeroDivisionError):
         async with app.run_test(size=(80, 24)) as pilot:
-            await shows(pilot, "Empty.")
+            await wait_for_text(pilot, "Empty.")
             app.call_later(broken)
             await pilot.pause()

@@ -11,7 +11,7 @@ from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.draft import Draft, draft_path
 from qlora_tui.tui.screens.modals.draft_changed import DraftChangedScreen
 from tests.support.power import FaultyDisk
-from tests.tui.screen_assertions import shows, until
+from tests.tui.screen_assertions import wait_for_text, wait_until
 
 MakeApp = Callable[[], QloraApp]
 
@@ -126,7 +126,7 @@ async def test_the_app_says_that_the_draft_could_not_be_read(
     content = damage_draft(damage)
     app = make_app()
     async with app.run_test(size=(100, 30)) as pilot:
-        await until(pilot, lambda: any(is_about_the_draft(said.message) for said in app._notifications))
+        await wait_until(pilot, lambda: any(is_about_the_draft(said.message) for said in app._notifications))
         content_of_another = damage_draft(damage)
         app.edit("lora.rank", 32)
         await pilot.pause()
@@ -137,17 +137,17 @@ async def test_the_app_says_that_the_draft_could_not_be_read(
 async def test_the_app_asks_whose_recipe_stays(make_app: MakeApp, key: str, mine: int, on_disk: int) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "Empty.")
+        await wait_for_text(pilot, "Empty.")
         assert app.workbench.recipe.lora.rank == 16
         edit_elsewhere(8)
         app.edit("lora.rank", 32)
-        shown = await shows(pilot, "Another app changed the recipe", "Keep mine", "Use theirs")
+        shown = await wait_for_text(pilot, "Another app changed the recipe", "Keep mine", "Use theirs")
         assert "32" in shown and "8" in shown
         app.edit("lora.alpha", 64)
         await pilot.pause()
         assert sum(isinstance(screen, DraftChangedScreen) for screen in app.screen_stack) == 1
         await pilot.press(key)
-        await until(pilot, lambda: not isinstance(app.screen, DraftChangedScreen))
+        await wait_until(pilot, lambda: not isinstance(app.screen, DraftChangedScreen))
         assert app.workbench.recipe.lora.rank == mine
         assert rank_on_disk() == on_disk
         if key == "t":
@@ -160,11 +160,11 @@ async def test_an_edit_that_cannot_be_saved_stands_and_is_said(
 ) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "Empty.")
+        await wait_for_text(pilot, "Empty.")
         with monkeypatch.context() as full:
             FaultyDisk(full, 1, errno.ENOSPC, lasting=True)
             app.edit("lora.rank", 32)
-        await until(pilot, lambda: bool(app._notifications))
+        await wait_until(pilot, lambda: bool(app._notifications))
         assert app.workbench.recipe.lora.rank == 32
         app.edit("lora.alpha", 64)
         assert rank_on_disk() == 32

@@ -8,7 +8,7 @@ from textual.pilot import Pilot
 
 from qlora_tui.tui.screens.chat.prompt_box import PromptBox
 from qlora_tui.tui.widgets.text_field import TextField
-from tests.tui.screen_assertions import until
+from tests.tui.screen_assertions import wait_until
 
 
 class Entries(App[None]):
@@ -45,5 +45,5 @@ async def test_keys_that_arrive_together_act_in_their_order() -> None:
             app.query_one(f"#{name}").focus()
             await pilot.pause()
             arrive(pilot, *"abc", "backspace", "backspace", *"78", "left", "9", "enter")
-            await until(pilot, lambda: app.sent is not None)
+            await wait_until(pilot, lambda: app.sent is not None)
             assert app.sent == "a798"

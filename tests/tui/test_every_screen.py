@@ -17,7 +17,7 @@ from qlora_tui.tui.keymap import all_commands, validate_keymap
 from qlora_tui.tui.screens.train.screen import show_run
 from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
 from tests.tui.sample_data import readable_model, tickets
-from tests.tui.screen_assertions import shows, until
+from tests.tui.screen_assertions import wait_for_text, wait_until
 from tests.tui.workstation import open_on
 
 WAY_OUT = "^p Palette ? Help"
@@ -32,17 +32,17 @@ async def test_a_digit_typed_while_a_screen_opens_switches_screens(private_home:
                 await asyncio.sleep(0)
             app.simulate_key("0")
             await opening
-            await until(pilot, lambda: app.current_mode == "home")
+            await wait_until(pilot, lambda: app.current_mode == "home")
 
 
 async def test_palette_and_help_are_visible_in_a_narrow_window(private_home: Path) -> None:
     app = open_on("home", model=readable_model(private_home))
     app.workbench.set("data.sources", (Source(path=str(tickets(private_home / "tickets.jsonl"))),))
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, WAY_OUT)
+        await wait_for_text(pilot, WAY_OUT)
         for key in "1234567":
             await pilot.press(key)
-            await shows(pilot, WAY_OUT)
+            await wait_for_text(pilot, WAY_OUT)
 
 
 async def test_palette_and_help_are_in_view_beside_every_run(make_app: Callable[[], QloraApp]) -> None:
@@ -59,26 +59,26 @@ async def test_palette_and_help_are_in_view_beside_every_run(make_app: Callable[
                     Health(at=BEGAN, kind="exploding_gradient", severity="warning", evidence="", remedy="")
                 )
             await show_run(app, run)
-            await shows(pilot, run.id, "x Another run", WAY_OUT)
+            await wait_for_text(pilot, run.id, "x Another run", WAY_OUT)
 
 
 async def test_in_a_narrow_window_the_screens_own_keys_give_way(private_home: Path) -> None:
     app = open_on("data", model=readable_model(private_home))
     async with app.run_test(size=(80, 24)) as pilot:
-        assert "c Columns" in (await shows(pilot, WAY_OUT)).splitlines()[-1]
+        assert "c Columns" in (await wait_for_text(pilot, WAY_OUT)).splitlines()[-1]
         await pilot.resize_terminal(62, 24)
-        await shows(pilot, "too small")
+        await wait_for_text(pilot, "too small")
         await pilot.press("enter")
-        last = (await shows(pilot, WAY_OUT)).splitlines()[-1]
+        last = (await wait_for_text(pilot, WAY_OUT)).splitlines()[-1]
         assert "o Open" in last and "c Columns" not in last
 
 
 async def test_a_click_on_a_key_in_the_footer_presses_it(private_home: Path) -> None:
     app = open_on("home", model=readable_model(private_home))
     async with app.run_test(size=(80, 24)) as pilot:
-        text = await shows(pilot, WAY_OUT)
+        text = await wait_for_text(pilot, WAY_OUT)
         await pilot.click(offset=(text.splitlines()[-1].index("? Help"), 23))
-        await shows(pilot, "Esc close")
+        await wait_for_text(pilot, "Esc close")
 
 
 async def test_closed_screens_are_freed(private_home: Path) -> None:
@@ -88,14 +88,14 @@ async def test_closed_screens_are_freed(private_home: Path) -> None:
     async def open_and_close() -> int:
         for _ in range(5):
             await pilot.press("question_mark")
-            await shows(pilot, "Esc close")
+            await wait_for_text(pilot, "Esc close")
             await pilot.press("q")
-            await until(pilot, lambda: len(app.screen_stack) == 1)
+            await wait_until(pilot, lambda: len(app.screen_stack) == 1)
         gc.collect()
         return len(gc.get_objects())
 
     async with app.run_test(size=(120, 40)) as pilot:
-        await shows(pilot, WAY_OUT)
+        await wait_for_text(pilot, WAY_OUT)
         await open_and_close()
         before = await open_and_close()
         assert await open_and_close() < before + 1000
@@ -107,33 +107,33 @@ async def test_the_palette_lists_and_opens_other_screens_commands(
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("ctrl+p", *"rerun")
-        await shows(pilot, "Rerun (R on Runs)")
+        await wait_for_text(pilot, "Rerun (R on Runs)")
         await pilot.press("enter")
-        await until(pilot, lambda: app.current_mode == "runs")
+        await wait_until(pilot, lambda: app.current_mode == "runs")
 
 
 async def test_help_is_scrolled_by_the_keys_of_vi(private_home: Path) -> None:
     async with open_on("runs").run_test(size=(80, 24)) as pilot:
         await pilot.press("question_mark")
-        await shows(pilot, "Help: Runs", "Watch the run")
+        await wait_for_text(pilot, "Help: Runs", "Watch the run")
         await pilot.press("G")
-        await shows(pilot, "Quit the app. Runs continue without it.")
+        await wait_for_text(pilot, "Quit the app. Runs continue without it.")
         await pilot.press("g")
-        await shows(pilot, "Watch the run")
+        await wait_for_text(pilot, "Watch the run")
 
 
 async def test_a_key_of_ones_own_is_named_wherever_keys_are(private_home: Path) -> None:
     app = open_on("home", keymap={"home.demo": "x", "train.stopp": "y"})
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await shows(pilot, "x Demo", "train.stopp", "Did you mean train.stop?")
+        await wait_for_text(pilot, "x Demo", "train.stopp", "Did you mean train.stop?")
         await pilot.press("question_mark")
-        await shows(pilot, "x  Download the 135M demo model")
+        await wait_for_text(pilot, "x  Download the 135M demo model")
         await pilot.press("escape", "ctrl+p", *"demo")
-        await shows(pilot, "Demo (x)")
+        await wait_for_text(pilot, "Demo (x)")
         await pilot.press("escape", "escape", "f1")
-        await shows(pilot, "Help: all keys", "f1   app.keys", "app.undo")
+        await wait_for_text(pilot, "Help: all keys", "f1   app.keys", "app.undo")
         await pilot.press("G")
-        await shows(pilot, "presets.undo")
+        await wait_for_text(pilot, "presets.undo")
 
 
 def test_a_keymap_with_mistakes_gets_a_sentence_for_each() -> None:
@@ -157,10 +157,10 @@ async def test_a_keymap_with_former_names_of_commands_still_works() -> None:
     async with app.run_test(size=(120, 40)) as pilot:
         await app.action_go("chat")
         await pilot.press("question_mark")
-        await shows(pilot, "f9", "Switch the adapter off or on")
+        await wait_for_text(pilot, "f9", "Switch the adapter off or on")
 
 
 async def test_ctrl_c_says_what_leaves_the_app() -> None:
     async with open_on("home", keymap={"app.quit": "x"}).run_test(size=(80, 24), notifications=True) as pilot:
         await pilot.press("ctrl+c")
-        await shows(pilot, "Press [x] to quit the app")
+        await wait_for_text(pilot, "Press [x] to quit the app")

@@ -29,7 +29,7 @@ from qlora_tui.tui.screens.modals import machine_report
 from qlora_tui.tui.screens.train.screen import TrainScreen, show_run
 from qlora_tui.tui.system_status import SystemStatus
 from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
-from tests.tui.screen_assertions import shows, until
+from tests.tui.screen_assertions import wait_for_text, wait_until
 
 MakeApp = Callable[[], QloraApp]
 READY = Recipe(model=Model(id="m"), data=Data(sources=(Source(path="d.jsonl"),)))
@@ -91,29 +91,31 @@ async def test_enter_resumes_a_stopped_run_until_another_recipe_is_edited(
     (checkpoint / "complete").touch()
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "Resume the run", "owls was stopped; it resumes from the checkpoint")
+        await wait_for_text(pilot, "Resume the run", "owls was stopped; it resumes from the checkpoint")
         app.workbench.replace(READY)
         app.recipe_edited()
         os.utime(paths.state_dir() / "draft.toml", (time.time() + 3600,) * 2)
-        await shows(pilot, "▸ Enter  Check and launch", "or [r] Resume the run")
+        await wait_for_text(pilot, "▸ Enter  Check and launch", "or [r] Resume the run")
         await pilot.press("r")
-        await until(pilot, lambda: run_queue.waiting() == [run.id])
-        await shows(pilot, "owls", "queued")
+        await wait_until(pilot, lambda: run_queue.waiting() == [run.id])
+        await wait_for_text(pilot, "owls", "queued")
         assert isinstance(app.screen, TrainScreen)
 
 
 async def test_a_failed_run_is_shown_with_its_fix(make_app: MakeApp) -> None:
     write_fake_run(FakeRun(name="owls", state="failed", steps=60, total=300))
     async with make_app().run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "See what went wrong", "Close it and resume, or halve training.micro_batch_size.")
+        await wait_for_text(
+            pilot, "See what went wrong", "Close it and resume, or halve training.micro_batch_size."
+        )
 
 
 async def test_a_new_user_is_offered_the_demo_or_the_hub(make_app: MakeApp) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, DEMO.text, "Search the Hub", "No run yet")
+        await wait_for_text(pilot, DEMO.text, "Search the Hub", "No run yet")
         await pilot.press("enter")
-        await shows(pilot, "260 MiB", "only when you launch it")
+        await wait_for_text(pilot, "260 MiB", "only when you launch it")
         await pilot.press("n")
         assert isinstance(app.screen, HomeScreen)
 
@@ -132,14 +134,14 @@ async def test_enter_starts_the_demo_download_once_and_keeps_the_screen(
     monkeypatch.setattr(demo_model, "ensure_model", fetch)
     app = make_app()
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
-        await shows(pilot, DEMO.text)
+        await wait_for_text(pilot, DEMO.text)
         await pilot.press("enter", "enter")
-        await shows(pilot, "Demo    Fetching…")
+        await wait_for_text(pilot, "Demo    Fetching…")
         await pilot.press("enter", "d")
         assert isinstance(app.screen, HomeScreen)
         await pilot.press("1")
         go_on.set()
-        await shows(pilot, "Downloaded the demo model")
+        await wait_for_text(pilot, "Downloaded the demo model")
         assert app.current_mode == "models"
         assert app.workbench.recipe.model.id == str(tmp_path / "model")
     assert began == [1]
@@ -154,10 +156,10 @@ async def test_a_run_that_ends_notifies_on_other_screens(
     write_fake_run(FakeRun(name="owls", steps=200, total=300))
     app = make_app()
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await shows(pilot, "owls", "training")
+        await wait_for_text(pilot, "owls", "training")
         failed = Failed(at=BEGAN + 500, title="The disk is full", what="No room for step 300.")
         write_fake_run(FakeRun(name="owls", steps=300, total=300, state="failed", failed=failed))
-        await shows(pilot, "owls failed: The disk is full.")
+        await wait_for_text(pilot, "owls failed: The disk is full.")
         await pilot.press("6")
         await pilot.pause(0.3)
     said = "".join(written)
@@ -169,9 +171,9 @@ async def test_a_run_that_ends_notifies_on_other_screens(
 async def test_a_first_runs_result_is_news_in_the_first_session(make_app: MakeApp) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "No run yet")
+        await wait_for_text(pilot, "No run yet")
         write_fake_run(FakeRun(name="owls", state="finished", steps=300, total=300, began=time.time()))
-        shown = await shows(pilot, "✓ owls", "Chat with the adapter")
+        shown = await wait_for_text(pilot, "✓ owls", "Chat with the adapter")
         assert "while you were away" not in shown
 
 
@@ -179,7 +181,7 @@ async def test_text_too_long_for_the_window_wraps_with_indentation(make_app: Mak
     write_fake_run(FakeRun(name="owls", state="failed", steps=120, total=640))
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
-        shown = await shows(pilot, "Out of GPU memory")
+        shown = await wait_for_text(pilot, "Out of GPU memory")
         lines = shown.splitlines()
         begins = next(n for n, line in enumerate(lines) if "Out of GPU memory" in line)
         assert lines[begins + 1].startswith(" " * 10)
@@ -200,7 +202,7 @@ async def test_as_many_earlier_runs_are_shown_as_fit(
             )
         )
     async with make_app().run_test(size=size) as pilot:
-        said = await shows(pilot, "keeper-of-the-lights-29", "keeper-of-the-lights-28")
+        said = await wait_for_text(pilot, "keeper-of-the-lights-29", "keeper-of-the-lights-28")
         lines = [line for line in said.splitlines() if "keeper-of-the-lights" in line and "best" in line]
         assert len(lines) == shown
         assert len({line.index("best") for line in lines}) == 1
@@ -218,14 +220,14 @@ async def test_a_long_reason_leaves_room_for_fewer_runs(size: tuple[int, int], m
     app = make_app()
     async with app.run_test(size=size) as pilot:
         if size[0] < 60:
-            await shows(pilot, "cut off")
+            await wait_for_text(pilot, "cut off")
             return
-        await shows(pilot, "owls", "ninechars")
+        await wait_for_text(pilot, "owls", "ninechars")
         home, recent = (pilot.app.screen.query_one(f"#{name}") for name in ("home", "recent"))
         seen = set()
         for _ in range(3):
             before = app.system_status
-            await until(pilot, partial(_is_not, app, before))
+            await wait_until(pilot, partial(_is_not, app, before))
             await pilot.pause()
             seen.add((home.scrollable_content_region.width, recent.size.height, home.max_scroll_y))
         assert len(seen) == 1
@@ -245,11 +247,11 @@ async def test_before_the_first_poll_no_runs_or_steps_are_shown(
     look = system_monitor.SystemMonitor.poll
     monkeypatch.setattr(system_monitor.SystemMonitor, "poll", lambda self: looking.wait(30) and look(self))
     async with make_app().run_test() as pilot:
-        said = await shows(pilot, "looking…")
+        said = await wait_for_text(pilot, "looking…")
         await pilot.press("enter")
         assert "▸ Enter" not in said and isinstance(pilot.app.screen, HomeScreen)
         looking.set()
-        await shows(pilot, "owls", "Next")
+        await wait_for_text(pilot, "owls", "Next")
 
 
 async def test_a_stopped_queue_is_started_from_any_screen(
@@ -264,7 +266,7 @@ async def test_a_stopped_queue_is_started_from_any_screen(
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("4")
-        await until(pilot, lambda: run_queue.waiting() == [])
+        await wait_until(pilot, lambda: run_queue.waiting() == [])
 
 
 def test_a_runner_that_cannot_be_started_ends_no_look(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,12 +296,12 @@ async def test_every_named_key_leads_to_the_next_step(make_app: MakeApp) -> None
     write_fake_run(FakeRun(name="owls", state="lost", steps=60))
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
-        shown = await shows(pilot, "See what went wrong")
+        shown = await wait_for_text(pilot, "See what went wrong")
         assert "also" not in shown
         await pilot.press("5", "n")
-        await shows(pilot, "Micro-batch")
+        await wait_for_text(pilot, "Micro-batch")
         await pilot.press("0", "enter")
-        await shows(pilot, "Its process is gone")
+        await wait_for_text(pilot, "Its process is gone")
 
 
 async def test_the_check_step_closes_the_watched_run(make_app: MakeApp) -> None:
@@ -308,11 +310,11 @@ async def test_the_check_step_closes_the_watched_run(make_app: MakeApp) -> None:
     app.workbench.replace(READY)
     async with app.run_test(size=(80, 24)) as pilot:
         await show_run(app, run)
-        await shows(pilot, "[c] chat with it")
+        await wait_for_text(pilot, "[c] chat with it")
         await pilot.press("0")
-        await shows(pilot, "Check and launch")
+        await wait_for_text(pilot, "Check and launch")
         await pilot.press("enter")
-        await shows(pilot, "Micro-batch")
+        await wait_for_text(pilot, "Micro-batch")
 
 
 async def test_a_run_that_ended_while_away_is_reported(
@@ -324,7 +326,7 @@ async def test_a_run_that_ended_while_away_is_reported(
     write_fake_run(FakeRun(state="finished", steps=300, total=300))
     set_clock(BEGAN + 8000)
     async with make_app().run_test(size=(80, 24)) as pilot:
-        await shows(
+        await wait_for_text(
             pilot,
             "finished",
             "while you were away",
@@ -341,9 +343,9 @@ async def test_the_queue_and_active_run_are_shown_and_enter_watches(
     run_queue.enqueue(write_fake_run(FakeRun(name="next-one", state="queued", steps=0)))
     app = make_app()
     async with app.run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "step 120 of 3,000", "1. next-one", "Watch the run")
+        await wait_for_text(pilot, "step 120 of 3,000", "1. next-one", "Watch the run")
         await pilot.press("enter")
-        await shows(pilot, "step 120/3,000")
+        await wait_for_text(pilot, "step 120/3,000")
         screen = app.screen
         assert isinstance(screen, TrainScreen)
         assert screen.run == run
@@ -355,7 +357,7 @@ async def test_a_run_whose_files_are_damaged_is_still_named(make_app: MakeApp) -
     run.status_path.write_text("{")
 
     async def check(pilot: Pilot[None]) -> None:
-        await shows(pilot, run.id, "failed")
+        await wait_for_text(pilot, run.id, "failed")
 
     async with make_app().run_test(size=(80, 24)) as pilot:
         await check(pilot)
@@ -371,7 +373,7 @@ async def test_the_machine_is_checked_in_the_app(make_app: MakeApp, monkeypatch:
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("ctrl+p")
         await pilot.press(*"check this machine")
-        await shows(pilot, "Check this machine (f4)")
+        await wait_for_text(pilot, "Check this machine (f4)")
         await pilot.press("enter")
-        await shows(pilot, "Can this machine train?", "file locks: work in", "torch: It is broken.")
-        await shows(pilot, "▸ Install it again.", "Not ready to train")
+        await wait_for_text(pilot, "Can this machine train?", "file locks: work in", "torch: It is broken.")
+        await wait_for_text(pilot, "▸ Install it again.", "Not ready to train")

@@ -22,7 +22,7 @@ from qlora_tui.tui.workbench import Workbench
 from tests.support.hostile import FOR_FILE_NAMES, POISON, poison_run, poisoned, raw
 from tests.tui.fake_runs import FakeRun, write_fake_run
 from tests.tui.sample_data import readable_model, ticket, write_rows
-from tests.tui.screen_assertions import shows, text_of
+from tests.tui.screen_assertions import text_of, wait_for_text
 from tests.tui.terminal_emulator import see
 from tests.tui.workstation import open_on
 
@@ -53,14 +53,14 @@ def test_a_link_of_others_is_not_sent() -> None:
 async def test_an_answer_in_the_chat_is_painted_with_symbols() -> None:
     app = open_on("chat")
     async with app.run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "Nothing to chat with")
+        await wait_for_text(pilot, "Nothing to chat with")
         turn = ChatTurn("Hi" + POISON, (BASE,))
         await app.screen.query_one("#conversation").mount(turn)
         turn.answers[BASE].display = True
         await turn.answers[BASE].append_text(
             TextChunk(f"{POISON}\n\n`code{POISON}`\n\n[link{POISON}](http://x{POISON})")
         )
-        await shows(pilot, "␛]52;c;", "code␛]52")
+        await wait_for_text(pilot, "␛]52;c;", "code␛]52")
         assert not raw(text_of(app))
 
 

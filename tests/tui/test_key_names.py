@@ -11,7 +11,7 @@ import pytest
 
 from qlora_tui.tui.keymap import all_commands
 from qlora_tui.tui.render.key_names import bare_key, key_name, key_names, key_while_typing, name_keys
-from tests.tui.screen_assertions import shows
+from tests.tui.screen_assertions import wait_for_text
 from tests.tui.workstation import open_on
 
 TUI = Path(__file__).parents[2] / "qlora_tui/tui"
@@ -99,9 +99,9 @@ async def test_texts_name_the_keys_of_the_users_keymap() -> None:
     keymap = {"go.train": "f7", "models.filter": "ctrl+f", "app.undo": "z", "memory.apply": "f2"}
     app = open_on("runs", keymap=keymap)
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await shows(pilot, "No runs yet. Press F7 to launch one.")
+        await wait_for_text(pilot, "No runs yet. Press F7 to launch one.")
         await app.action_go("models")
-        await shows(pilot, "Ctrl+F type a name", "[z] Undo", "F7 Train")
+        await wait_for_text(pilot, "Ctrl+F type a name", "[z] Undo", "F7 Train")
         await app.action_go("memory")
         await pilot.press("question_mark")
-        await shows(pilot, "recipe does not fit, F2", "applies")
+        await wait_for_text(pilot, "recipe does not fit, F2", "applies")

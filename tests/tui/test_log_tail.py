@@ -3,7 +3,7 @@ from __future__ import annotations
 from textual.app import App, ComposeResult
 
 from qlora_tui.tui.screens.train.log_tail import LogEntry, LogTail
-from tests.tui.screen_assertions import shows, text_of, until
+from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 
 
 class Bare(App[None]):
@@ -19,8 +19,8 @@ async def test_a_long_logs_scrollbar_covers_no_text() -> None:
         entries = [LogEntry(None, "info", "short")]
         log = app.query_one(LogTail)
         log.show(entries)
-        await shows(pilot, "short")
+        await wait_for_text(pilot, "short")
         entries += [LogEntry(None, "info", f"line {n} fills all of its place") for n in range(10, 20)]
         log.show(entries)
         # The whole of the last line, which has gone on to a second.
-        await until(pilot, lambda: text_of(app).rstrip().endswith("place"))
+        await wait_until(pilot, lambda: text_of(app).rstrip().endswith("place"))

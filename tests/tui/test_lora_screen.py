@@ -19,7 +19,7 @@ from qlora_tui.tui.screens.lora.module_table import ModuleTable, adapter_paramet
 from qlora_tui.tui.screens.lora.target_input import parse_targets
 from qlora_tui.tui.screens.lora.totals import MemoryDeltas, difference_text, totals_text
 from qlora_tui.tui.workbench import Workbench
-from tests.tui.screen_assertions import shows
+from tests.tui.screen_assertions import wait_for_text
 from tests.tui.workstation import config_folder, config_of, go_to, open_on, settle
 
 Snapshot = Callable[..., bool]
@@ -60,7 +60,7 @@ def test_looks_of_a_choice_of_layers(
 async def test_without_a_model_the_settings_can_still_be_changed() -> None:
     app = open_on("lora")
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "The recipe has no model.", "▸ Press [1] to select one.")
+        await wait_for_text(pilot, "The recipe has no model.", "▸ Press [1] to select one.")
         await pilot.press("r", "space", "x", "f", "escape")
         assert app.workbench.recipe.lora.rank == 32
         await pilot.press("i", *"8-23.q_proj", "enter")
@@ -70,25 +70,25 @@ async def test_without_a_model_the_settings_can_still_be_changed() -> None:
 async def test_space_toggles_a_kind_a_layer_and_a_module(small: str) -> None:
     app = open_on("lora", model=small)
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "210 modules")
+        await wait_for_text(pilot, "210 modules")
         await pilot.press("j", "space")
         assert targets(app) == KINDS[1:]
-        await shows(pilot, "[-] every kind", "[ ] q_proj", "vs balanced")
+        await wait_for_text(pilot, "[-] every kind", "[ ] q_proj", "vs balanced")
         await pilot.press("space")
         assert targets(app) == ("all-linear",)
         await pilot.press("l", "space")
         assert targets(app) == ("1-29.q_proj", *KINDS[1:])
         await pilot.press("u", "g", "end", "space")
         assert targets(app) == ("0-28.all-linear",)
-        await shows(pilot, "7 modules")
+        await wait_for_text(pilot, "7 modules")
 
 
 async def test_a_block_of_cells_is_toggled_and_can_be_left(small: str) -> None:
     app = open_on("lora", model=small)
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "every kind")
+        await wait_for_text(pilot, "every kind")
         await pilot.press("j", "x", "l", "l", "j")
-        await shows(pilot, "Block: 6 modules", "[x] toggle")
+        await wait_for_text(pilot, "Block: 6 modules", "[x] toggle")
         await pilot.press("escape")
         assert targets(app) == ("all-linear",)
         await pilot.press("x", "h", "h", "x")
@@ -100,23 +100,23 @@ async def test_a_block_of_cells_is_toggled_and_can_be_left(small: str) -> None:
 async def test_the_last_module_is_not_dropped(small: str) -> None:
     app = open_on("lora", model=small)
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
-        await shows(pilot, "every kind")
+        await wait_for_text(pilot, "every kind")
         await pilot.press("space")
-        await shows(pilot, "LoRA needs at least one module.")
+        await wait_for_text(pilot, "LoRA needs at least one module.")
         assert targets(app) == ("all-linear",)
 
 
 async def test_patterns_preview_while_typed_and_apply_on_enter(small: str) -> None:
     app = open_on("lora", model=small)
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "every kind")
+        await wait_for_text(pilot, "every kind")
         await pilot.press("i")
         app.screen.query_one(Input).value = ""
         await pilot.press(*"q,v")
-        await shows(pilot, "60 modules. Enter: apply", "[ ] k_proj", "[x] v_proj")
+        await wait_for_text(pilot, "60 modules. Enter: apply", "[ ] k_proj", "[x] v_proj")
         assert targets(app) == ("all-linear",)
         await pilot.press(*",8-23.z")
-        await shows(pilot, "✗ lora.target_modules has")
+        await wait_for_text(pilot, "✗ lora.target_modules has")
         await pilot.press("enter")
         assert targets(app) == ("all-linear",)
         await pilot.press(*["backspace"] * 6, *"8-23.o", "enter")
@@ -128,24 +128,24 @@ async def test_patterns_preview_while_typed_and_apply_on_enter(small: str) -> No
 async def test_marked_modules_get_their_own_rank_and_u_undoes_it(small: str) -> None:
     app = open_on("lora", model=small)
     async with app.run_test(size=(120, 40)) as pilot:
-        before = await shows(pilot, "every kind", "4.88M of 135M parameters")
+        before = await wait_for_text(pilot, "every kind", "4.88M of 135M parameters")
         assert "◆" not in before
         await pilot.press("j", "l", "x", "l", "l", "e")
-        await shows(pilot, "Rank of 0-2.q_proj", "3 modules")
+        await wait_for_text(pilot, "Rank of 0-2.q_proj", "3 modules")
         await pilot.press(*"4096", "enter")
-        await shows(pilot, "✗ It must be a whole number from 1 to 1,024.")
+        await wait_for_text(pilot, "✗ It must be a whole number from 1 to 1,024.")
         await pilot.press(*["backspace"] * 2, "enter")
         # 24 more on 3 modules, in 576 and out 576.
-        await shows(pilot, "◆◆◆■", "4.97M of 135M", "rank_pattern: none → 0-2.q_proj = 40")
+        await wait_for_text(pilot, "◆◆◆■", "4.97M of 135M", "rank_pattern: none → 0-2.q_proj = 40")
         assert app.workbench.recipe.lora.rank_pattern == {"0-2.q_proj": 40}
         await pilot.press("E", *"64", "enter")
-        await shows(pilot, "40, alpha 64")
+        await wait_for_text(pilot, "40, alpha 64")
         assert app.workbench.recipe.lora.alpha_pattern == {"2.q_proj": 64.0}
         await pilot.press("e", "enter")
         await pilot.pause()
         assert app.workbench.recipe.lora.rank_pattern == {"0-1.q_proj": 40}
         await pilot.press("u", "u", "u")
-        await shows(pilot, "4.88M of 135M")
+        await wait_for_text(pilot, "4.88M of 135M")
         assert app.workbench.recipe.lora == Lora()
 
 
@@ -155,7 +155,7 @@ async def test_another_models_targets_are_reported_and_replaced_on_choice(
     app = open_on("lora", model=str(config_folder(private_home, "openai-community__gpt2")))
     app.workbench.set("lora.target_modules", ("q_proj",))
     async with app.run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "the model has no q_proj", "[ ] c_attn")
+        await wait_for_text(pilot, "the model has no q_proj", "[ ] c_attn")
         await pilot.press("j", "space")
         assert targets(app) == ("c_attn",)
 
@@ -163,11 +163,11 @@ async def test_another_models_targets_are_reported_and_replaced_on_choice(
 async def test_each_key_steps_its_setting_and_the_totals_follow(small: str) -> None:
     app = open_on("lora", model=small)
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "4.88M of 135M parameters (3.6 %)", "Same as preset balanced")
+        await wait_for_text(pilot, "4.88M of 135M parameters (3.6 %)", "Same as preset balanced")
         await pilot.press("r")
-        await shows(pilot, "9.77M of 135M", "37 MiB on disk", "rank: 16 → 32")
+        await wait_for_text(pilot, "9.77M of 135M", "37 MiB on disk", "rank: 16 → 32")
         await pilot.press("R", "a", "d", "s", "w")
-        await shows(pilot, "alpha: 32 → 64", "rslora: off →", "DoRA        on*")
+        await wait_for_text(pilot, "alpha: 32 → 64", "rslora: off →", "DoRA        on*")
         lora = app.workbench.recipe.lora
         assert (lora.rank, lora.alpha, lora.dropout, lora.use_rslora, lora.use_dora) == (
             16,
@@ -177,12 +177,12 @@ async def test_each_key_steps_its_setting_and_the_totals_follow(small: str) -> N
             True,
         )
         await pilot.press("A", "D", "s", "w")
-        await shows(pilot, "Same as preset balanced")
+        await wait_for_text(pilot, "Same as preset balanced")
 
 
 async def test_the_memory_cost_of_dora_is_shown(small: str) -> None:
     async with open_on("lora", model=small).run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "iB. Better at low rank (DoRA")
+        await wait_for_text(pilot, "iB. Better at low rank (DoRA")
 
 
 async def test_fewer_targets_never_cost_more_than_the_preset(small: str) -> None:
@@ -190,7 +190,7 @@ async def test_fewer_targets_never_cost_more_than_the_preset(small: str) -> None
     app.workbench.set("training.micro_batch_size", 16)
     app.workbench.set("lora.target_modules", ("8-23.q_proj",))
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "vs balanced: -")
+        await wait_for_text(pilot, "vs balanced: -")
 
 
 async def test_few_trained_parameters_have_memory_though_loading_peaks(small: str) -> None:
@@ -226,7 +226,7 @@ def test_differences_that_do_not_fit_are_counted() -> None:
 async def test_a_click_toggles_what_is_under_it(small: str) -> None:
     app = open_on("lora", model=small)
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "every kind")
+        await wait_for_text(pilot, "every kind")
         await pilot.click("#modules", offset=(4, 2))
         assert targets(app) == KINDS[1:]
 

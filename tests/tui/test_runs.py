@@ -32,7 +32,7 @@ from qlora_tui.tui.screens.runs.screen import RunsScreen
 from qlora_tui.tui.screens.train.screen import TrainScreen
 from qlora_tui.tui.system_monitor import SystemMonitor
 from tests.tui.fake_runs import BEGAN, TICKETS, FakeRun, write_fake_run
-from tests.tui.screen_assertions import shows, style_of, text_of, until
+from tests.tui.screen_assertions import style_of, text_of, wait_for_text, wait_until
 
 MakeApp = Callable[[], QloraApp]
 
@@ -78,7 +78,7 @@ async def test_a_generated_name_loses_its_time_before_its_words(make_app: MakeAp
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await opened(app)
-        shown = await shows(pilot, "smollm2-135m-tickets ", "smollm2-135m-tickets-2 ")
+        shown = await wait_for_text(pilot, "smollm2-135m-tickets ", "smollm2-135m-tickets-2 ")
         # In full below, for the one under the cursor.
         assert "smollm2-135m-tickets-20261124-1609" in shown
 
@@ -111,11 +111,11 @@ async def test_a_runs_last_loss_and_step_are_the_same_everywhere(
     loss = format_float(view.series.loss[-1], 3)
     app = make_app()
     async with app.run_test(size=(150, 40)) as pilot:
-        await shows(pilot, f"loss {loss}", "step 60 of 3,000")
+        await wait_for_text(pilot, f"loss {loss}", "step 60 of 3,000")
         await pilot.press("6")
-        await shows(pilot, f"{loss}*", "60/3,000")
+        await wait_for_text(pilot, f"{loss}*", "60/3,000")
         await pilot.press("enter")
-        await shows(pilot, f"loss {loss}", "step 60/3,000")
+        await wait_for_text(pilot, f"loss {loss}", "step 60/3,000")
     assert main(["runs"]) == 0
     shown = capsys.readouterr().out
     assert loss in shown and "60/3,000" in shown
@@ -128,7 +128,7 @@ async def test_runs_of_the_same_name_show_their_time(make_app: MakeApp) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await opened(app)
-        shown = await shows(pilot, "smollm2-135m-tickets ")
+        shown = await wait_for_text(pilot, "smollm2-135m-tickets ")
         lines = [line for line in shown.splitlines() if "smollm2-135m-tickets " in line]
         assert len(lines) == len(set(lines)) == 2
 
@@ -139,9 +139,9 @@ async def test_exact_answers_have_a_column_where_a_run_has_some(
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await opened(app)
-        assert "exact" not in await shows(pilot, "tickets-a", "best")
+        assert "exact" not in await wait_for_text(pilot, "tickets-a", "best")
         write_fake_run(FakeRun(name="labels", state="finished", steps=300, total=300, exact=(0.12, 0.97)))
-        await shows(pilot, "labels", "exact", "97%")
+        await wait_for_text(pilot, "labels", "exact", "97%")
 
 
 def test_a_thinned_curve_marks_nan_and_leaves_gaps() -> None:
@@ -155,7 +155,7 @@ async def test_an_empty_list_says_what_to_do(make_app: MakeApp) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("6")
-        await shows(pilot, "No runs yet. Press [5] to launch one.")
+        await wait_for_text(pilot, "No runs yet. Press [5] to launch one.")
         await pilot.press("enter", "space", "v", "D", "u", "e", "R", "c", "y", "Y")
         assert isinstance(app.screen, RunsScreen)
 
@@ -166,9 +166,11 @@ async def test_the_list_shows_outcomes_and_enter_opens_one(
     app = make_app()
     async with app.run_test(size=(120, 40)) as pilot:
         await opened(app)
-        await shows(pilot, "✓ finished", "✗ failed", "? lost", "tickets-a", "poems-c", "nf4 r64", "8 min")
+        await wait_for_text(
+            pilot, "✓ finished", "✗ failed", "? lost", "tickets-a", "poems-c", "nf4 r64", "8 min"
+        )
         await pilot.press("j", "enter")
-        await shows(pilot, "tickets-b", "Out of GPU memory")
+        await wait_for_text(pilot, "tickets-b", "Out of GPU memory")
         assert isinstance(app.screen, TrainScreen)
 
 
@@ -177,26 +179,26 @@ async def test_the_cursor_is_visible_once_the_list_has_focus(
 ) -> None:
     async with make_app().run_test(size=(120, 40)) as pilot:
         await pilot.press("6")
-        await shows(pilot, "poems-c")
-        await until(pilot, lambda: bool(style_of(pilot.app, "tickets-a").reverse))
+        await wait_for_text(pilot, "poems-c")
+        await wait_until(pilot, lambda: bool(style_of(pilot.app, "tickets-a").reverse))
         await pilot.press("slash")
-        await until(pilot, lambda: not style_of(pilot.app, "tickets-a").reverse)
+        await wait_until(pilot, lambda: not style_of(pilot.app, "tickets-a").reverse)
         await pilot.press("escape")
-        await until(pilot, lambda: bool(style_of(pilot.app, "tickets-a").reverse))
+        await wait_until(pilot, lambda: bool(style_of(pilot.app, "tickets-a").reverse))
 
 
 async def test_the_filter_cuts_the_list_down(make_app: MakeApp, three_runs: list[RunDir]) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await opened(app)
-        await shows(pilot, "tickets-a", "poems-c")
+        await wait_for_text(pilot, "tickets-a", "poems-c")
         await pilot.press("slash", *"poems")
         await pilot.pause()
         assert "tickets-a" not in text_of(app)
         await pilot.press("enter", "escape")
-        await shows(pilot, "tickets-a")
+        await wait_for_text(pilot, "tickets-a")
         await pilot.press("slash", *"nothing")
-        await shows(pilot, "No run matches")
+        await wait_for_text(pilot, "No run matches")
 
 
 async def test_waiting_runs_stand_on_top_and_are_moved_and_withdrawn(
@@ -207,13 +209,13 @@ async def test_waiting_runs_stand_on_top_and_are_moved_and_withdrawn(
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await opened(app)
-        shown = await shows(pilot, "queue 1", "queue 2", "w Withdraw")
+        shown = await wait_for_text(pilot, "queue 1", "queue 2", "w Withdraw")
         assert shown.index("first") < shown.index("second") < shown.index("tickets-a")
         await pilot.press("J")
         assert run_queue.waiting() == ["second", "first"]
         await pilot.pause()
         await pilot.press("w")
-        await shows(pilot, "■ stopped")
+        await wait_for_text(pilot, "■ stopped")
         assert run_queue.waiting() == ["second"]
 
 
@@ -223,9 +225,11 @@ async def test_two_marked_runs_are_compared_with_only_what_differs(
     app = make_app()
     async with app.run_test(size=(120, 40)) as pilot:
         await opened(app)
-        await shows(pilot, "tickets-a")
+        await wait_for_text(pilot, "tickets-a")
         await pilot.press("space", "space", "v")
-        shown = await shows(pilot, "2 runs compared", "● tickets-a", "▲ tickets-b", "Learning rate", "tokens")
+        shown = await wait_for_text(
+            pilot, "2 runs compared", "● tickets-a", "▲ tickets-b", "Learning rate", "tokens"
+        )
         assert "0.0001" in shown and "0.0002" in shown
         assert "Micro-batch" not in shown
         await pilot.press("escape")
@@ -264,14 +268,16 @@ async def test_u_restores_a_deleted_run_until_the_app_ends(
     actions.rename(three_runs[0], "tickets [/a]")
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
         await opened(app)
-        await shows(pilot, "tickets [/a]")
+        await wait_for_text(pilot, "tickets [/a]")
         await pilot.press("D")
-        await shows(pilot, "tickets [/a] will be deleted", "Press [u] to undo", "D Delete ^p Palette ? Help")
+        await wait_for_text(
+            pilot, "tickets [/a] will be deleted", "Press [u] to undo", "D Delete ^p Palette ? Help"
+        )
         assert [run.id for run in all_runs()] == ["tickets-b", "poems-c"]
         await pilot.press("D", "u", "u")
-        assert "is deleted" not in await shows(pilot, "Restored tickets [/a]", "✓ finished")
+        assert "is deleted" not in await wait_for_text(pilot, "Restored tickets [/a]", "✓ finished")
         await pilot.press("escape")
-        await until(pilot, lambda: "Restored" not in text_of(app))
+        await wait_until(pilot, lambda: "Restored" not in text_of(app))
         assert len(all_runs()) == 3
         assert three_runs[0].recipe().lora.rank == 16
         await pilot.press("g", "D")
@@ -297,9 +303,9 @@ async def test_a_run_that_is_not_over_is_not_deleted(make_app: MakeApp, state: S
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await opened(app)
-        await shows(pilot, run.id[:20])
+        await wait_for_text(pilot, run.id[:20])
         await pilot.press("D")
-        await shows(pilot, "The run has not ended")
+        await wait_for_text(pilot, "The run has not ended")
         assert read_status(run).state == state
 
 
@@ -309,11 +315,11 @@ async def test_a_renamed_run_is_listed_and_found_under_its_name(
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await opened(app)
-        await shows(pilot, "tickets-a")
+        await wait_for_text(pilot, "tickets-a")
         await pilot.press("e", *(["backspace"] * 20), "enter")
-        await shows(pilot, "Rename the run", "✗ A name is one non-empty line")
+        await wait_for_text(pilot, "Rename the run", "✗ A name is one non-empty line")
         await pilot.press(*"owls", "enter")
-        await shows(pilot, "owls  (tickets-a)")
+        await wait_for_text(pilot, "owls  (tickets-a)")
     assert three_runs[0].path.exists()
     assert find_run("owls") == three_runs[0]
 
@@ -331,14 +337,14 @@ async def test_copying_says_what_took_it(
     app = make_app()
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await opened(app)
-        await shows(pilot, "tickets-a")
+        await wait_for_text(pilot, "tickets-a")
         await pilot.press("Y")
-        await shows(pilot, "Copied with xclip")
+        await wait_for_text(pilot, "Copied with xclip")
         copied = (tmp_path / "copied").read_text()
         assert copied == f"qlora-tui train {shlex.quote(str(three_runs[0].recipe_path))}"
         monkeypatch.delenv("DISPLAY")
         await pilot.press("y")
-        await shows(pilot, "Sent to the terminal (OSC 52)", "qlora-tui attach tickets-a")
+        await wait_for_text(pilot, "Sent to the terminal (OSC 52)", "qlora-tui attach tickets-a")
 
 
 def test_inside_tmux_the_request_is_sent_raw_and_wrapped() -> None:
@@ -354,9 +360,9 @@ async def test_rerun_opens_the_runs_recipe_and_u_undoes_it(
     before = app.workbench.recipe
     async with app.run_test(size=(80, 24)) as pilot:
         await opened(app)
-        await shows(pilot, "tickets-a")
+        await wait_for_text(pilot, "tickets-a")
         await pilot.press("j", "R")
-        await shows(pilot, "Micro-batch")
+        await wait_for_text(pilot, "Micro-batch")
         assert app.workbench.recipe.lora.rank == 64
         await pilot.press("u")
         assert app.workbench.recipe == before
@@ -366,13 +372,13 @@ async def test_a_runs_settings_are_saved_as_a_preset(make_app: MakeApp, three_ru
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await opened(app)
-        await shows(pilot, "tickets-a")
+        await wait_for_text(pilot, "tickets-a")
         await pilot.press("j", "S", *"wide", "enter")
         await pilot.pause()
         assert find_preset("wide").settings()["lora"]["rank"] == 64
         assert (paths.user_presets_dir() / "wide.toml").exists()
         await pilot.press("j", "S", *"wide", "enter")
-        await shows(pilot, "You already have a preset wide")
+        await wait_for_text(pilot, "You already have a preset wide")
         await pilot.press("n")
         assert find_preset("wide").settings()["lora"]["rank"] == 64
 
@@ -383,9 +389,9 @@ async def test_a_damaged_run_is_listed_and_explained_when_used(make_app: MakeApp
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await opened(app)
-        await shows(pilot, "damaged", "recipe unreadable")
+        await wait_for_text(pilot, "damaged", "recipe unreadable")
         await pilot.press("R")
-        await shows(pilot, "lora must be a section", "Esc close")
+        await wait_for_text(pilot, "lora must be a section", "Esc close")
 
 
 def test_a_second_poll_stats_each_run_once(monkeypatch: pytest.MonkeyPatch) -> None:

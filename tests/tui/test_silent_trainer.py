@@ -14,7 +14,7 @@ from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 from qlora_tui.tui.screens.train.run_header import title
 from tests.tui.fake_runs import FakeRun, write_fake_run
-from tests.tui.screen_assertions import shows
+from tests.tui.screen_assertions import wait_for_text
 
 MakeApp = Callable[[], QloraApp]
 
@@ -28,7 +28,7 @@ async def test_a_silent_trainer_is_shown_as_not_responding(
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await app.switch_mode(mode)
-        await shows(pilot, "Not responding")
+        await wait_for_text(pilot, "Not responding")
 
 
 def test_a_queued_run_says_its_runner_is_suspended(monkeypatch: pytest.MonkeyPatch) -> None:

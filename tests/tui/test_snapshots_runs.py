@@ -19,7 +19,7 @@ from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.train import run_follower
 from tests.tui.fake_runs import BEGAN, write_fake_run
 from tests.tui.run_states import STATES, STATES_ONCE, three_runs, watching
-from tests.tui.screen_assertions import shows
+from tests.tui.screen_assertions import wait_for_text
 
 pytestmark = pytest.mark.usefixtures("same_machine")
 Snap = Callable[..., bool]
@@ -40,7 +40,7 @@ def test_the_list_of_runs(snap_compare: Snap, size: tuple[int, int]) -> None:
 
     async def before(pilot: Pilot[Any]) -> None:
         await pilot.press("6")
-        await shows(pilot, "tickets-a", "poems-c", "queue 1")
+        await wait_for_text(pilot, "tickets-a", "poems-c", "queue 1")
         await pilot.press("j", "space")
         await pilot.pause(0.3)
 
@@ -53,9 +53,9 @@ def test_a_comparison(snap_compare: Snap, size: tuple[int, int]) -> None:
 
     async def before(pilot: Pilot[Any]) -> None:
         await pilot.press("6")
-        await shows(pilot, "tickets-a", "poems-c")
+        await wait_for_text(pilot, "tickets-a", "poems-c")
         await pilot.press("j", "space", "space", "space", "v")
-        await shows(pilot, "3 runs compared", "Learning rate")
+        await wait_for_text(pilot, "3 runs compared", "Learning rate")
 
     assert snap_compare(QloraApp(), terminal_size=size, run_before=before)
 
@@ -68,7 +68,7 @@ def test_home_with_news(snap_compare: Snap, size: tuple[int, int]) -> None:
     os.utime(seen, (BEGAN - 1000, BEGAN - 1000))
 
     async def before(pilot: Pilot[Any]) -> None:
-        await shows(pilot, "while you were away", "tickets-b", "poems-c")
+        await wait_for_text(pilot, "while you were away", "tickets-b", "poems-c")
 
     assert snap_compare(QloraApp(), terminal_size=size, run_before=before)
 

@@ -14,7 +14,7 @@ from textual.css.parse import parse
 from bench.terminal import Terminal
 from qlora_tui import paths
 from qlora_tui.tui.app import QloraApp
-from tests.tui.screen_assertions import shows
+from tests.tui.screen_assertions import wait_for_text
 from tests.tui.terminal_emulator import see
 
 APP = [sys.executable, "-m", "qlora_tui"]
@@ -68,11 +68,11 @@ async def test_a_stylesheet_is_parsed_once_for_all_screens(
 
     app = QloraApp()
     async with app.run_test(size=(120, 40)) as pilot:
-        await shows(pilot, "Next")
+        await wait_for_text(pilot, "Next")
         monkeypatch.setattr(stylesheet, "parse", counted)
         for key, text in (("5", "Not ready"), ("?", "Help: Train"), ("q", "Not ready"), ("6", "Compare")):
             await pilot.press(key)
-            await shows(pilot, text)
+            await wait_for_text(pilot, text)
     assert any("train.tcss" in one for one in read)
     assert not any("app.tcss" in one for one in read)
     assert len(read) == len(set(read))
@@ -82,4 +82,4 @@ async def test_a_draft_is_there_for_whoever_asks_first(private_home: Path) -> No
     (paths.state_dir() / "draft.toml").write_text('# began as paper\n[model]\nid = "org/model"\n')
     async with QloraApp().run_test(size=(120, 40)) as pilot:
         await pilot.press("3")
-        await shows(pilot, "paper", "no data")
+        await wait_for_text(pilot, "paper", "no data")

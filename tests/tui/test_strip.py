@@ -8,7 +8,7 @@ from qlora_tui.recipe.schema import Source
 from qlora_tui.tui.render.block_charts import bar
 from qlora_tui.tui.render.recipe_line import recipe_line
 from qlora_tui.tui.workbench import Workbench
-from tests.tui.screen_assertions import shows
+from tests.tui.screen_assertions import wait_for_text
 from tests.tui.workstation import config_folder, open_on
 
 
@@ -45,19 +45,19 @@ def test_custom_ranks_are_shown_as_a_range() -> None:
 async def test_the_cost_follows_the_recipe_in_its_own_precision(private_home: Path) -> None:
     app = open_on("lora", model=str(config_folder(private_home, "Qwen__Qwen2.5-7B")))
     async with app.run_test(size=(80, 24)) as pilot:
-        shown = await shows(pilot, "NF4", "6.3 of 24.0 GiB fits", "fp16", "15.3 of 24.0 GiB fits")
+        shown = await wait_for_text(pilot, "NF4", "6.3 of 24.0 GiB fits", "fp16", "15.3 of 24.0 GiB fits")
         assert len(shown.splitlines()[2].rstrip()) <= 80
         app.edit("quantization.method", "int8")
-        await shows(pilot, "int8", "of 24.0 GiB")
+        await wait_for_text(pilot, "int8", "of 24.0 GiB")
         app.edit("training.micro_batch_size", 64)
-        await shows(pilot, "does not fit")
+        await wait_for_text(pilot, "does not fit")
 
 
 @pytest.mark.parametrize(("width", "hint"), [(80, "[u] Undo"), (120, "[p] Presets  [u] Undo")])
 async def test_the_strip_shows_the_undo_key(private_home: Path, width: int, hint: str) -> None:
     app = open_on("lora", model=str(config_folder(private_home, "Qwen__Qwen2.5-7B")))
     async with app.run_test(size=(width, 24)) as pilot:
-        shown = await shows(pilot, "of 24.0 GiB")
+        shown = await wait_for_text(pilot, "of 24.0 GiB")
         line = shown.splitlines()[1]
         assert line.rstrip().endswith(hint)
         assert "Qwen2.5-7B" in line and "1,024 tok × 1 × 8" in line
@@ -65,9 +65,9 @@ async def test_the_strip_shows_the_undo_key(private_home: Path, width: int, hint
 
 async def test_the_strip_says_why_there_is_no_estimate() -> None:
     async with open_on("lora").run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "The recipe has no model. Press [1] to select one.")
+        await wait_for_text(pilot, "The recipe has no model. Press [1] to select one.")
         await pilot.press("1")
-        await shows(pilot, "The recipe has no model. Press Enter on one to select it.")
+        await wait_for_text(pilot, "The recipe has no model. Press Enter on one to select it.")
 
 
 @pytest.mark.parametrize("part", [-1.0, 0.0, 0.01, 0.5, 0.99, 1.0, 7.0])

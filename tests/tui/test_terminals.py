@@ -17,7 +17,7 @@ from qlora_tui import paths
 from qlora_tui.tui.app import QloraApp
 from tests.support.polling import wait_for
 from tests.tui.fake_runs import FakeRun, write_fake_run
-from tests.tui.screen_assertions import shows
+from tests.tui.screen_assertions import wait_for_text
 from tests.tui.terminal_emulator import DEADLINE_S, TerminalScreen, see
 
 pytestmark = pytest.mark.slow
@@ -42,9 +42,9 @@ def test_incremental_output_equals_a_full_repaint() -> None:
     with Terminal(APP, columns=100, rows=30) as terminal:
         size = (100, 30)
         see(terminal, run.id, "Next", size=size)
-        for key, shows in VISITED:
+        for key, text in VISITED:
             terminal.press(key)
-            see(terminal, shows, size=size)
+            see(terminal, text, size=size)
         before = len(terminal.painted)
         # Whole screens at each step would be 200 kB.
         assert before < 90_000
@@ -98,7 +98,7 @@ def test_the_linux_console_is_sent_only_what_its_font_has() -> None:
     run = write_fake_run(FakeRun(state="finished", steps=300, total=300))
     with Terminal(APP, env={"TERM": "linux"}) as terminal:
         see(terminal, run.id)
-        for key, shows in [
+        for key, text in [
             *VISITED[:2],
             ("1", "No models"),
             ("2", "No data yet"),
@@ -113,7 +113,7 @@ def test_the_linux_console_is_sent_only_what_its_font_has() -> None:
             *VISITED[2:5],
         ]:
             terminal.press(key)
-            see(terminal, shows)
+            see(terminal, text)
         shown = see(terminal, f"√ {run.id}", "▀", "▄")
         # What was read may end in the middle of a character.
         painted = codecs.getincrementaldecoder("utf-8")().decode(terminal.painted)
@@ -124,10 +124,10 @@ def test_the_linux_console_is_sent_only_what_its_font_has() -> None:
 async def test_a_too_small_window_says_so_until_it_grows() -> None:
     app = QloraApp()
     async with app.run_test(size=(60, 20)) as pilot:
-        await shows(pilot, "This window is too small", "It is 60×20", "need 80×24")
+        await wait_for_text(pilot, "This window is too small", "It is 60×20", "need 80×24")
         await pilot.resize_terminal(80, 24)
-        assert "too small" not in await shows(pilot, "Train")
+        assert "too small" not in await wait_for_text(pilot, "Train")
         await pilot.resize_terminal(79, 24)
-        await shows(pilot, "It is 79×24")
+        await wait_for_text(pilot, "It is 79×24")
         await pilot.press("enter")
-        assert "too small" not in await shows(pilot, "Next")
+        assert "too small" not in await wait_for_text(pilot, "Next")

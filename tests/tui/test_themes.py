@@ -8,7 +8,7 @@ from textual.color import Color
 from qlora_tui import paths
 from qlora_tui.settings import Settings
 from qlora_tui.tui.themes import load_themes
-from tests.tui.screen_assertions import shows, until
+from tests.tui.screen_assertions import wait_for_text, wait_until
 from tests.tui.style_dump import MIN_CONTRAST, contrast
 from tests.tui.workstation import config_folder, open_on
 
@@ -77,11 +77,11 @@ def test_a_theme_of_16_colors_names_nothing_else(name: str) -> None:
 async def test_every_theme_can_be_switched_to_while_the_app_runs(name: str, private_home: Path) -> None:
     app = open_on("memory", model=str(config_folder(private_home, "HuggingFaceTB__SmolLM2-135M")))
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "▸ NF4")
+        await wait_for_text(pilot, "▸ NF4")
         app.theme = name
-        await shows(pilot, "▸ NF4")
+        await wait_for_text(pilot, "▸ NF4")
         await pilot.press("p")
-        await shows(pilot, "Enter open")
+        await wait_for_text(pilot, "Enter open")
 
 
 def test_the_users_theme_replaces_a_shipped_one_of_its_name() -> None:
@@ -114,7 +114,7 @@ def test_a_broken_theme_is_reported_and_the_others_load(content: str) -> None:
 async def test_the_app_opens_with_a_broken_theme_and_reports_it() -> None:
     _write("bad", "name = ")
     async with open_on("memory").run_test(size=(120, 40), notifications=True) as pilot:
-        await shows(pilot, "Theme not loaded")
+        await wait_for_text(pilot, "Theme not loaded")
 
 
 def test_what_is_no_color_is_named() -> None:
@@ -127,7 +127,7 @@ async def test_a_users_theme_without_variables_works(private_home: Path) -> None
     _write("mine", MINE.format(name="mine", foreground="#eeeeee"))
     app = open_on("memory", theme="mine")
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "The recipe has no model")
+        await wait_for_text(pilot, "The recipe has no model")
         assert app.theme == "mine"
 
 
@@ -137,11 +137,11 @@ async def test_an_edited_theme_applies_at_once_and_errors_are_named(
     _write("mine", MINE.format(name="mine", foreground="#eeeeee"))
     app = open_on("memory", theme="mine")
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await shows(pilot, "The recipe has no model")
+        await wait_for_text(pilot, "The recipe has no model")
         _write("mine", MINE.format(name="mine", foreground="#abcdef"))
-        await until(pilot, lambda: str(app.screen.rich_style).startswith("#abcdef"))
+        await wait_until(pilot, lambda: str(app.screen.rich_style).startswith("#abcdef"))
         _write("mine", "name = ")
-        await shows(pilot, "Theme not loaded")
+        await wait_for_text(pilot, "Theme not loaded")
         assert app.theme == "mine"
 
 
@@ -149,9 +149,9 @@ async def test_the_configured_theme_is_applied_once_it_is_fixed(private_home: Pa
     _write("mine", "name = ")
     app = open_on("memory", theme="mine")
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await shows(pilot, "Theme 'mine' does not exist")
+        await wait_for_text(pilot, "Theme 'mine' does not exist")
         _write("mine", MINE.format(name="mine", foreground="#abcdef"))
-        await until(pilot, lambda: app.theme == "mine")
+        await wait_until(pilot, lambda: app.theme == "mine")
 
 
 def _write(name: str, content: str) -> Path:

@@ -9,7 +9,7 @@ from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.top_bar import TopBar
 from tests.support.nvml_stub import install_nvml_stub
 from tests.tui.fake_runs import FakeRun, write_fake_run
-from tests.tui.screen_assertions import shows, text_of
+from tests.tui.screen_assertions import text_of, wait_for_text
 from tests.tui.workstation import open_on, open_with_gpu
 
 
@@ -17,9 +17,9 @@ from tests.tui.workstation import open_on, open_with_gpu
 async def test_the_line_never_wraps_and_the_map_is_whole(width: int) -> None:
     async with open_on("memory").run_test(size=(width, 24)) as pilot:
         if width < 80:
-            await shows(pilot, "too small")
+            await wait_for_text(pilot, "too small")
             await pilot.press("enter")
-        shown = await shows(pilot, "3 Memory")
+        shown = await wait_for_text(pilot, "3 Memory")
         first = shown.splitlines()[0]
         assert len(first) == width
         assert ("7 Chat" in first) or width < 62
@@ -29,7 +29,7 @@ async def test_the_run_and_the_gpu_are_in_the_top_bar(monkeypatch: pytest.Monkey
     install_nvml_stub(monkeypatch, "one_gpu")
     write_fake_run(FakeRun(steps=1240))
     async with open_with_gpu("memory", model="").run_test(size=(160, 40)) as pilot:
-        first = (await shows(pilot, "● 1,240/3,000 loss", "RTX 4090")).splitlines()[0]
+        first = (await wait_for_text(pilot, "● 1,240/3,000 loss", "RTX 4090")).splitlines()[0]
         assert first.rstrip().endswith("°")
 
 
@@ -37,7 +37,7 @@ async def test_in_a_narrow_window_the_least_important_is_left_out(monkeypatch: p
     install_nvml_stub(monkeypatch, "one_gpu")
     write_fake_run(FakeRun(steps=1240))
     async with open_with_gpu("memory", model="").run_test(size=(80, 24)) as pilot:
-        first = (await shows(pilot, "● 1,240/3,000")).splitlines()[0]
+        first = (await wait_for_text(pilot, "● 1,240/3,000")).splitlines()[0]
         assert "RTX" not in first
 
 

@@ -29,7 +29,7 @@ from qlora_tui.tui.screens.train.screen import TrainScreen, show_run
 from qlora_tui.tui.screens.train.settings_form import SettingsForm
 from tests.tui.fake_runs import BEGAN, TICKETS, FakeRun, write_fake_run
 from tests.tui.sample_data import readable_model
-from tests.tui.screen_assertions import shows, text_of, until
+from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 
 MakeApp = Callable[[], QloraApp]
 SetClock = Callable[[float], None]
@@ -52,11 +52,13 @@ async def test_an_active_run_is_shown_from_its_files_and_followed(
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("5")
-        await shows(pilot, run.id, "training", "step 100/3,000", "loss", "lr ", "grad ", "tok/s", "util 9")
+        await wait_for_text(
+            pilot, run.id, "training", "step 100/3,000", "loss", "lr ", "grad ", "tok/s", "util 9"
+        )
         with EventWriter(run.events_path) as log:
             log.append(_step(101))
             log.append(Evaluated(at=BEGAN + 191, step=101, loss=0.5, best=True))
-        await shows(pilot, "step 101/3,000", "★ best 0.5 at 101")
+        await wait_for_text(pilot, "step 101/3,000", "★ best 0.5 at 101")
 
 
 async def test_exact_answers_have_room_beside_best_and_last_loss(make_app: MakeApp) -> None:
@@ -64,7 +66,7 @@ async def test_exact_answers_have_room_beside_best_and_last_loss(make_app: MakeA
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
-        await shows(pilot, "★ best 1.", "◆ 1.", "exact 86%, base 12%")
+        await wait_for_text(pilot, "★ best 1.", "◆ 1.", "exact 86%, base 12%")
 
 
 async def test_a_resumed_attempt_replaces_what_was_drawn(make_app: MakeApp) -> None:
@@ -128,12 +130,12 @@ async def test_keys_ask_the_trainer_and_stop_asks_the_user_first(make_app: MakeA
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
-        await shows(pilot, "step 50/3,000")
+        await wait_for_text(pilot, "step 50/3,000")
         for key in "kegfz":
             await pilot.press(key)
         assert ask_key(run) == ["checkpoint", "evaluate", "sample", "finish_epoch", "pause"]
         await pilot.press("s")
-        await shows(pilot, "Stop the run?")
+        await wait_for_text(pilot, "Stop the run?")
         await pilot.press("n")
         assert "stop" not in ask_key(run)
         await pilot.press("s", "y")
@@ -145,11 +147,11 @@ async def test_a_learning_rate_is_checked_before_it_is_sent(make_app: MakeApp) -
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
-        await shows(pilot, "step 50/3,000")
+        await wait_for_text(pilot, "step 50/3,000")
         await pilot.press("L")
-        await shows(pilot, "Learning rate")
+        await wait_for_text(pilot, "Learning rate")
         await pilot.press("ctrl+u", *"fast", "enter")
-        await shows(pilot, "Enter a number")
+        await wait_for_text(pilot, "Enter a number")
         await pilot.press("ctrl+u", *"5e-5", "enter")
         request = json.loads(next(run.control_dir.glob("*.json")).read_bytes())
         assert request == {"kind": "set_learning_rate", "value": 5e-5}
@@ -160,7 +162,7 @@ async def test_unavailable_keys_do_nothing(make_app: MakeApp) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
-        shown = await shows(pilot, "finished", "[c] chat with it")
+        shown = await wait_for_text(pilot, "finished", "[c] chat with it")
         assert "Stop" not in shown.splitlines()[-1]
         await pilot.press("s", "k", "z", "r")
         assert ask_key(run) == []
@@ -175,12 +177,12 @@ async def test_a_paused_run_is_queued_again_with_r(
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
-        await shows(pilot, "paused", "Paused at step 60")
+        await wait_for_text(pilot, "paused", "Paused at step 60")
         await pilot.press("r")
-        await shows(pilot, "waiting in the queue")
+        await wait_for_text(pilot, "waiting in the queue")
         assert run_queue.waiting() == [run.id]
         await pilot.press("s", "y")
-        await shows(pilot, "Taken out of the queue")
+        await wait_for_text(pilot, "Taken out of the queue")
 
 
 async def test_tab_switches_log_tabs_and_slash_searches(make_app: MakeApp) -> None:
@@ -188,20 +190,20 @@ async def test_tab_switches_log_tabs_and_slash_searches(make_app: MakeApp) -> No
     app = make_app()
     async with app.run_test(size=(120, 40)) as pilot:
         await watching(app, run)
-        await shows(pilot, "validation loss", "× not a number")
+        await wait_for_text(pilot, "validation loss", "× not a number")
         await pilot.press("tab")
-        await shows(pilot, "── step 400 ──", "Please send me your order number")
+        await wait_for_text(pilot, "── step 400 ──", "Please send me your order number")
         await pilot.press("tab")
-        await shows(pilot, "steps 300 to 302", "(3 times)", "Lower training.learning_rate")
+        await wait_for_text(pilot, "steps 300 to 302", "(3 times)", "Lower training.learning_rate")
         await pilot.press("tab")
-        await shows(pilot, "Map: 100%")
+        await wait_for_text(pilot, "Map: 100%")
         await pilot.press("shift+tab", "shift+tab", "shift+tab", "slash")
-        await shows(pilot, "Show only lines with this text")
+        await wait_for_text(pilot, "Show only lines with this text")
         await pilot.press(*"checkpoint", "enter")
-        shown = await shows(pilot, "/checkpoint", "checkpoint at step 400")
+        shown = await wait_for_text(pilot, "/checkpoint", "checkpoint at step 400")
         assert "validation loss 2" not in shown
         await pilot.press("v")
-        await shows(pilot, "warnings only", "No line matches")
+        await wait_for_text(pilot, "warnings only", "No line matches")
 
 
 async def test_omitted_log_lines_are_reported_in_a_narrow_window_too(make_app: MakeApp) -> None:
@@ -209,11 +211,11 @@ async def test_omitted_log_lines_are_reported_in_a_narrow_window_too(make_app: M
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
-        await shows(pilot, "Tab next · / search · v level")
+        await wait_for_text(pilot, "Tab next · / search · v level")
         await pilot.press("slash", *"checkpoint", "enter", "v")
-        await shows(pilot, "/checkpoint warnings only")
+        await wait_for_text(pilot, "/checkpoint warnings only")
         await pilot.press("slash", *" of the hundredth step and all after it", "enter")
-        await shows(pilot, "…")
+        await wait_for_text(pilot, "…")
 
 
 async def test_the_log_of_another_run_is_shown_whole(make_app: MakeApp) -> None:
@@ -224,11 +226,11 @@ async def test_the_log_of_another_run_is_shown_whole(make_app: MakeApp) -> None:
     app = make_app()
     async with app.run_test(size=(120, 40)) as pilot:
         screen = await watching(app, first)
-        await shows(pilot, "step 50/3,000")
+        await wait_for_text(pilot, "step 50/3,000")
         await pilot.press("v", "slash", *"checkpoint", "enter")
-        await shows(pilot, "/checkpoint", "warnings only")
+        await wait_for_text(pilot, "/checkpoint", "warnings only")
         screen.attach(second)
-        shown = await shows(pilot, "second", "checkpoint at step 400", "validation loss")
+        shown = await wait_for_text(pilot, "second", "checkpoint at step 400", "validation loss")
         assert "warnings only" not in shown and "/checkpoint" not in shown
 
 
@@ -237,13 +239,13 @@ async def test_the_graph_is_zoomed_to_the_end_of_the_run(make_app: MakeApp) -> N
     app = make_app()
     async with app.run_test(size=(120, 40)) as pilot:
         await watching(app, run)
-        await shows(pilot, "└0 ")
+        await wait_for_text(pilot, "└0 ")
         await pilot.press("plus")
-        shown = await shows(pilot, "600")
+        shown = await wait_for_text(pilot, "600")
         await pilot.pause(0.2)
         assert "└0 " not in text_of(app), shown
         await pilot.press("minus")
-        await shows(pilot, "└0 ")
+        await wait_for_text(pilot, "└0 ")
 
 
 async def test_another_run_is_chosen_from_a_list(make_app: MakeApp) -> None:
@@ -253,9 +255,9 @@ async def test_another_run_is_chosen_from_a_list(make_app: MakeApp) -> None:
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
         await pilot.press("x")
-        await shows(pilot, "Watch another run", "failed", "older-run")
+        await wait_for_text(pilot, "Watch another run", "failed", "older-run")
         await pilot.press("enter")
-        await shows(pilot, "Out of GPU memory", "Another program took", "[r] start again")
+        await wait_for_text(pilot, "Out of GPU memory", "Another program took", "[r] start again")
 
 
 async def test_the_last_of_many_runs_is_visible_under_the_cursor(make_app: MakeApp) -> None:
@@ -268,9 +270,9 @@ async def test_the_last_of_many_runs_is_visible_under_the_cursor(make_app: MakeA
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
         await pilot.press("x")
-        await shows(pilot, "Watch another run", "older-00")
+        await wait_for_text(pilot, "Watch another run", "older-00")
         await pilot.press("G")
-        await shows(pilot, "older-28")
+        await wait_for_text(pilot, "older-28")
 
 
 async def test_a_run_that_failed_early_is_not_shown_as_complete(make_app: MakeApp) -> None:
@@ -280,7 +282,7 @@ async def test_a_run_that_failed_early_is_not_shown_as_complete(make_app: MakeAp
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
-        shown = await shows(pilot, "[r] start again")
+        shown = await wait_for_text(pilot, "[r] start again")
         assert "███" not in shown.splitlines()[2]
 
 
@@ -289,11 +291,11 @@ async def test_deleting_a_watched_run_is_reported_and_others_are_offered(make_ap
     app = make_app()
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
         await watching(app, run)
-        await shows(pilot, "stopped")
+        await wait_for_text(pilot, "stopped")
         shutil.rmtree(run.path)
-        await shows(pilot, "gone", "The run was deleted", "[x] show other runs")
+        await wait_for_text(pilot, "gone", "The run was deleted", "[x] show other runs")
         await pilot.press("6", "5")
-        await shows(pilot, f"{run.id} was deleted.", "Micro-batch")
+        await wait_for_text(pilot, f"{run.id} was deleted.", "Micro-batch")
 
 
 async def test_after_a_deletion_key_5_shows_the_active_run(make_app: MakeApp) -> None:
@@ -302,27 +304,27 @@ async def test_after_a_deletion_key_5_shows_the_active_run(make_app: MakeApp) ->
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, old)
-        await shows(pilot, "stopped")
+        await wait_for_text(pilot, "stopped")
         await pilot.press("6")
         shutil.rmtree(old.path)
         await pilot.press("5")
-        await shows(pilot, at_work.id, "step 60/3,000")
+        await wait_for_text(pilot, at_work.id, "step 60/3,000")
 
 
 async def test_the_form_edits_the_recipe_and_checks_what_is_typed(make_app: MakeApp) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("5")
-        await shows(pilot, "Micro-batch", "Name of the run in lists")
+        await wait_for_text(pilot, "Micro-batch", "Name of the run in lists")
         await pilot.press("j")
-        await shows(pilot, "Rows in one forward pass", "Activations grow in proportion")
+        await wait_for_text(pilot, "Rows in one forward pass", "Activations grow in proportion")
         await pilot.press("l", "l")
         assert app.workbench.recipe.training.micro_batch_size == 4
-        await shows(pilot, "* preset: 1")
+        await wait_for_text(pilot, "* preset: 1")
         await pilot.press("backspace")
         assert app.workbench.recipe.training.micro_batch_size == 1
         await pilot.press("enter", "ctrl+u", *"many", "enter")
-        await shows(pilot, "✗", "a whole number from 1 to 4,096")
+        await wait_for_text(pilot, "✗", "a whole number from 1 to 4,096")
         await pilot.press("escape", "l", "h")
         assert app.workbench.recipe.training.micro_batch_size == 1
         await pilot.press("enter", "ctrl+u", *"6", "enter")
@@ -336,14 +338,14 @@ async def test_a_letter_jumps_to_a_visible_setting_and_nothing_else(make_app: Ma
     app = make_app()
     async with app.run_test(size=(120, 40)) as pilot:
         await pilot.press("5")
-        await shows(pilot, "▸ Name")
+        await wait_for_text(pilot, "▸ Name")
         await pilot.press("apostrophe")
-        await shows(pilot, "a Name", "s Micro-batch", "d Gradient accumulation")
+        await wait_for_text(pilot, "a Name", "s Micro-batch", "d Gradient accumulation")
         await pilot.press("d")
-        shown = await shows(pilot, "▸ Gradient accumulation")
+        shown = await wait_for_text(pilot, "▸ Gradient accumulation")
         assert "s Micro-batch" not in shown
         await pilot.press("apostrophe", "1")
-        await shows(pilot, "▸ Gradient accumulation", "  Micro-batch")
+        await wait_for_text(pilot, "▸ Gradient accumulation", "  Micro-batch")
         assert app.current_mode == "train"
 
 
@@ -366,9 +368,9 @@ async def test_without_a_model_nothing_is_launched_and_the_fix_named(make_app: M
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("5")
-        await shows(pilot, "✗ error", "No model selected.", "Not ready: model, data")
+        await wait_for_text(pilot, "✗ error", "No model selected.", "Not ready: model, data")
         await pilot.press("t")
-        await shows(pilot, "Not ready to run")
+        await wait_for_text(pilot, "Not ready to run")
         assert all_runs() == []
 
 
@@ -384,9 +386,9 @@ async def test_a_recipe_that_is_ready_is_queued_and_then_watched(
     )
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("5")
-        await shows(pilot, "Ready. Press [t] to launch it")
+        await wait_for_text(pilot, "Ready. Press [t] to launch it")
         await pilot.press("t")
-        await shows(pilot, "queued", "waiting in the queue")
+        await wait_for_text(pilot, "queued", "waiting in the queue")
         assert len(run_queue.waiting()) == 1
 
 
@@ -402,7 +404,7 @@ async def test_a_failed_check_is_confirmed_before_launch(
     )
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("5", "t")
-        await shows(pilot, "Launch anyway?", "30.0 of 24.0 GiB")
+        await wait_for_text(pilot, "Launch anyway?", "30.0 of 24.0 GiB")
         await pilot.press("n")
         await pilot.pause()
         assert all_runs() == []
@@ -416,22 +418,22 @@ async def test_a_row_that_blocks_a_run_is_reported_before_launch(make_app: MakeA
     app.workbench.replace(Recipe(model=Model(id=model), data=Data(sources=(Source(path=str(rows)),))))
     async with app.run_test(size=(80, 60)) as pilot:
         await pilot.press("5")
-        await shows(pilot, "Not ready: data")
+        await wait_for_text(pilot, "Not ready: data")
         # The path before it decides where its lines break.
-        await until(pilot, lambda: "Line 3 is not valid JSON" in " ".join(text_of(app).split()))
-        await until(pilot, lambda: "Correct or remove the line" in " ".join(text_of(app).split()))
+        await wait_until(pilot, lambda: "Line 3 is not valid JSON" in " ".join(text_of(app).split()))
+        await wait_until(pilot, lambda: "Correct or remove the line" in " ".join(text_of(app).split()))
         await pilot.press("t")
-        await shows(pilot, "Not valid JSON")
+        await wait_for_text(pilot, "Not valid JSON")
         await pilot.pause()
         assert all_runs() == []
         await pilot.press("escape")
         rows.write_text('{"instruction": "a", "output": "b"}\n' * 20)
         await pilot.press("f5")
-        await until(pilot, lambda: "Line 3" not in text_of(app))
-        await shows(pilot, "✓ ok      data")
+        await wait_until(pilot, lambda: "Line 3" not in text_of(app))
+        await wait_for_text(pilot, "✓ ok      data")
         rows.write_text("{bad\n")
         await pilot.press("6", "5")
-        await shows(pilot, "Not ready: data")
+        await wait_for_text(pilot, "Not ready: data")
 
 
 def test_a_progress_bar_is_shown_in_its_last_state() -> None:
@@ -444,13 +446,13 @@ async def test_the_log_is_at_its_end_when_reopened(make_app: MakeApp) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
-        await shows(pilot, "step 2/3,000")
+        await wait_for_text(pilot, "step 2/3,000")
         await pilot.press("0")
         with EventWriter(run.events_path) as log:
             for step in range(3, 30):
                 log.append(Evaluated(at=BEGAN + 191, step=step, loss=9 - 0.1 * step, best=True))
         await pilot.press("5")
-        await shows(pilot, "step 29: validation loss 6.1")
+        await wait_for_text(pilot, "step 29: validation loss 6.1")
 
 
 def test_hundreds_of_thousands_of_steps_are_held_as_a_sample() -> None:
@@ -497,9 +499,9 @@ async def test_m_halves_the_learning_rate_where_the_gradient_explodes(make_app: 
     app = make_app()
     async with app.run_test(size=(120, 40)) as pilot:
         await watching(app, run)
-        await shows(pilot, "m Fix")
+        await wait_for_text(pilot, "m Fix")
         await pilot.press("tab", "tab")
-        await shows(pilot, "▸ [m] halve the learning rate of this run, to 0.0001")
+        await wait_for_text(pilot, "▸ [m] halve the learning rate of this run, to 0.0001")
         await pilot.press("m", "enter")
         request = json.loads(next(run.control_dir.glob("*.json")).read_bytes())
         assert request == {"kind": "set_learning_rate", "value": 1e-4}
@@ -511,13 +513,13 @@ async def test_m_prepares_a_smaller_run_after_out_of_memory(make_app: MakeApp) -
     async with app.run_test(size=(120, 40)) as pilot:
         before = app.workbench.recipe
         await watching(app, run)
-        await shows(pilot, "m Fix", "Out of GPU memory")
+        await wait_for_text(pilot, "m Fix", "Out of GPU memory")
         await pilot.press("m")
-        await shows(pilot, "Prepare a run with micro-batch size 1 instead of 2")
+        await wait_for_text(pilot, "Prepare a run with micro-batch size 1 instead of 2")
         await pilot.press("n")
         assert app.workbench.recipe == before
         await pilot.press("m", "y")
-        await shows(pilot, "Micro-batch")
+        await wait_for_text(pilot, "Micro-batch")
         training = app.workbench.recipe.training
         assert (training.micro_batch_size, training.gradient_accumulation) == (1, 16)
         await pilot.press("u")
@@ -565,7 +567,7 @@ async def test_unknown_events_are_reported_and_skipped(make_app: MakeApp) -> Non
     app = make_app()
     async with app.run_test(size=(120, 40)) as pilot:
         await watching(app, run)
-        await shows(pilot, "! 1 line is not shown: another version")
+        await wait_for_text(pilot, "! 1 line is not shown: another version")
 
 
 def _step(number: int, loss: float | None = 1.5) -> Step:
@@ -605,8 +607,8 @@ async def test_the_last_run_is_shown_until_the_recipe_is_edited(make_app: MakeAp
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("5")
-        await shows(pilot, run.id, "finished", "[c] chat with it", "[n] prepare another run")
+        await wait_for_text(pilot, run.id, "finished", "[c] chat with it", "[n] prepare another run")
         await pilot.press("4")
         app.edit("lora.rank", 32)
         await pilot.press("5")
-        await shows(pilot, "Micro-batch", "Not ready")
+        await wait_for_text(pilot, "Micro-batch", "Not ready")

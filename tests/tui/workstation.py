@@ -17,7 +17,7 @@ from qlora_tui.tui import app as app_module
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.draft import Draft
 from qlora_tui.tui.workbench import Workbench
-from tests.tui.screen_assertions import shows
+from tests.tui.screen_assertions import wait_for_text
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -65,7 +65,7 @@ async def go_to(pilot: Pilot[Any], key: str, text: str) -> None:
     is on its stack, which a screen with a field in it does not stand.
     """
     await pilot.press(key)
-    await shows(pilot, text)
+    await wait_for_text(pilot, text)
     await settle(pilot)
 
 
