@@ -17,7 +17,7 @@ from qlora_tui.cli.subcommand import (
     format_table,
     recipe_from_args,
 )
-from qlora_tui.data.sources import is_of_the_hub, open_source
+from qlora_tui.data.sources import is_hub_dataset, open_source
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.formatting import GIB, format_bytes, format_gib
 from qlora_tui.memory import PRECISIONS, as_json, check_fit, compare
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> CommandResult:
             exit_code=EXIT_USAGE,
         )
     for source in recipe.data.sources:
-        if not is_of_the_hub(source.path):
+        if not is_hub_dataset(source.path):
             open_source(source, recipe.data.preferences)
     architecture = _architecture(recipe.model.id, recipe.model.revision)
     budget = local_budget(None if args.gpu_gib is None else round(args.gpu_gib * GIB))

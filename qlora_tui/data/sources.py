@@ -55,10 +55,10 @@ def open_file_of(source: Source, preferences: str, path: str = "") -> SourceFile
 
 def paths_of(source: Source) -> tuple[list[Path], str]:
     """Return the files of a source, with a note; downloads a Hub dataset. Raises ``UserError``."""
-    return hub_files(source.path) if is_of_the_hub(source.path) else files_of(Path(source.path).expanduser())
+    return hub_files(source.path) if is_hub_dataset(source.path) else files_of(Path(source.path).expanduser())
 
 
-def is_of_the_hub(name: str) -> bool:
+def is_hub_dataset(name: str) -> bool:
     """Return whether a source's path is a Hub dataset id rather than a file or folder."""
     path = Path(name).expanduser()
     return is_hub_id(name) and not path.exists() and not kind_of(path)

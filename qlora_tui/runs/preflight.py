@@ -18,7 +18,7 @@ from qlora_tui.data.hub_dataset import local_files
 from qlora_tui.data.problems import DataProblem
 from qlora_tui.data.quick_check import QuickCheckResult, quick_check
 from qlora_tui.data.read import files_of, kind_of
-from qlora_tui.data.sources import SourceFile, every_source, is_of_the_hub, sniff
+from qlora_tui.data.sources import SourceFile, every_source, is_hub_dataset, sniff
 from qlora_tui.data.token_lookup import check_tokens
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.formatting import format_bytes, format_count, format_gib, format_path, pluralize
@@ -168,7 +168,7 @@ def _check_rows(
 
 def _local_files(source: Source) -> list[Path] | None:
     """Files of a source; None for a Hub dataset that the run will download."""
-    if is_of_the_hub(source.path):
+    if is_hub_dataset(source.path):
         return local_files(source.path)
     return files_of(Path(source.path).expanduser())[0]
 
@@ -180,7 +180,7 @@ def _describe_source(source: Source, preferences: str) -> str:
     kind = kind_of(files[0])
     layout = kind if kind in _COLUMNAR else sniff(files[0], source, preferences).layout.format
     more = f" and {len(files) - 1} more" if len(files) > 1 else ""
-    name = source.path if is_of_the_hub(source.path) else files[0].name
+    name = source.path if is_hub_dataset(source.path) else files[0].name
     return f"{name}{more}, {format_bytes(sum(f.stat().st_size for f in files))}, {layout}"
 
 

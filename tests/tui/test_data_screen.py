@@ -43,7 +43,7 @@ def model(private_home: Path) -> str:
     return readable_model(private_home)
 
 
-def opened(model: str, *sources: str | Source, **settings: object) -> QloraApp:
+def data_app(model: str, *sources: str | Source, **settings: object) -> QloraApp:
     app = open_on("data", model=model)
     given = tuple(Source(path=s) if isinstance(s, str) else s for s in sources)
     app.workbench.set("data.sources", given)
@@ -66,7 +66,7 @@ async def whole(pilot: Pilot[Any]) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_looks_of_a_file(snap_compare: Snapshot, model: str, here: Path, size: tuple[int, int]) -> None:
     tickets(here / "tickets.jsonl")
-    app = opened(model, "tickets.jsonl", max_length=128)
+    app = data_app(model, "tickets.jsonl", max_length=128)
     assert snap_compare(app, terminal_size=size, run_before=whole)
 
 
@@ -76,7 +76,7 @@ def test_looks_of_a_row_with_a_problem_and_two_sources(
 ) -> None:
     tickets(here / "tickets.jsonl")
     write_rows(here / "mail.jsonl", [{"prompt": "a", "completion": "b"}])
-    app = opened(model, Source(path="tickets.jsonl", weight=2), "mail.jsonl", max_length=128)
+    app = data_app(model, Source(path="tickets.jsonl", weight=2), "mail.jsonl", max_length=128)
 
     async def move(pilot: Pilot[Any]) -> None:
         await whole(pilot)
@@ -96,12 +96,12 @@ def test_looks_of_rows_in_no_known_format(
     snap_compare: Snapshot, model: str, here: Path, size: tuple[int, int]
 ) -> None:
     write_rows(here / "odd.jsonl", [{"frage": "Wo?", "antwort": "Hier.", "n": 1}] * 3)
-    assert snap_compare(opened(model, "odd.jsonl"), terminal_size=size, run_before=whole)
+    assert snap_compare(data_app(model, "odd.jsonl"), terminal_size=size, run_before=whole)
 
 
 async def test_a_row_shows_trained_tokens_and_keys_move_between_rows(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
-    async with opened(model, "tickets.jsonl").run_test(size=(120, 40)) as pilot:
+    async with data_app(model, "tickets.jsonl").run_test(size=(120, 40)) as pilot:
         await wait_for_text(
             pilot, "row 1 of 40", "<|im_start|>assistant", "Parcel 1 is on its way.<|im_end|>↵"
         )
@@ -116,7 +116,7 @@ async def test_a_row_shows_trained_tokens_and_keys_move_between_rows(model: str,
 
 async def test_the_help_shows_keys_as_they_are_on_the_keyboard(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
-    async with opened(model, "tickets.jsonl").run_test(size=(120, 40)) as pilot:
+    async with data_app(model, "tickets.jsonl").run_test(size=(120, 40)) as pilot:
         await wait_for_text(pilot, "row 1 of 40")
         await pilot.press("question_mark")
         assert "colon" not in await wait_for_text(pilot, "Help: Data", "Go to a row by number.")
@@ -124,13 +124,13 @@ async def test_the_help_shows_keys_as_they_are_on_the_keyboard(model: str, here:
 
 async def test_rows_called_by_their_lines_are_not_beyond_the_last(model: str, here: Path) -> None:
     write_rows(here / "spaced.jsonl", [ticket(1), "", "", ticket(2)])
-    async with opened(model, "spaced.jsonl").run_test(size=(120, 40)) as pilot:
+    async with data_app(model, "spaced.jsonl").run_test(size=(120, 40)) as pilot:
         await wait_for_text(pilot, "row 1 of 4", "2 rows")
 
 
 async def test_the_problem_key_cycles_and_enter_opens_a_problems_rows(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
-    async with opened(model, "tickets.jsonl", max_length=1024).run_test(size=(120, 40)) as pilot:
+    async with data_app(model, "tickets.jsonl", max_length=1024).run_test(size=(120, 40)) as pilot:
         await wait_for_text(pilot, "No answer to learn ×1", "Duplicate row ×1")
         await pilot.press("n")
         await wait_for_text(pilot, "row 39 of 40", "⚠ Duplicate row")
@@ -148,7 +148,7 @@ async def test_the_fix_key_trains_tokens_the_model_never_learned(private_home: P
     tickets(here / "tickets.jsonl")
     folder = config_folder(private_home, "HuggingFaceTB__SmolLM2-135M")
     faint_model(folder, {"<|im_end|>": [0.0] * WIDTH})
-    app = opened(str(folder), "tickets.jsonl")
+    app = data_app(str(folder), "tickets.jsonl")
     async with app.run_test(size=(120, 40)) as pilot:
         await wait_for_text(pilot, "⚠ The base model has never learned these", "▸ [m] train <|im_end|>")
         await pilot.press("m")
@@ -163,7 +163,7 @@ async def test_the_fix_key_trains_tokens_the_model_never_learned(private_home: P
 async def test_the_fix_key_trains_on_the_chosen_answers_of_preferences(model: str, here: Path) -> None:
     rows = [{"prompt": f"Which {n}?", "chosen": f"This {n}.", "rejected": "That."} for n in range(1, 6)]
     write_rows(here / "pairs.jsonl", rows)
-    app = opened(model, "pairs.jsonl")
+    app = data_app(model, "pairs.jsonl")
     async with app.run_test(size=(120, 40)) as pilot:
         await wait_for_text(pilot, "✗ Preference data", "[m] train on the chosen answers only", "[o] open")
         await pilot.press("m")
@@ -176,7 +176,7 @@ async def test_the_fix_key_trains_on_the_chosen_answers_of_preferences(model: st
 async def test_answers_without_a_known_prompt_are_mapped_by_parts(model: str, here: Path) -> None:
     rows = [{"frage": f"Which {n}?", "chosen": f"This {n}.", "rejected": "That."} for n in range(1, 6)]
     write_rows(here / "pairs.jsonl", rows)
-    app = opened(model, "pairs.jsonl", preferences="chosen")
+    app = data_app(model, "pairs.jsonl", preferences="chosen")
     async with app.run_test(size=(120, 40)) as pilot:
         await wait_for_text(pilot, "✗ Preference data without a prompt", "Press [c] to map the columns.")
         await pilot.press("c")
@@ -190,7 +190,7 @@ async def test_answers_without_a_known_prompt_are_mapped_by_parts(model: str, he
 
 async def test_the_fix_key_splits_a_long_text(model: str, here: Path) -> None:
     (here / "book.txt").write_text("the fox ran " * 300 + "\n\nShort.\n\nShort too.\n")
-    app = opened(model, "book.txt", max_length=64)
+    app = data_app(model, "book.txt", max_length=64)
     async with app.run_test(size=(120, 40)) as pilot:
         text = await wait_for_text(pilot, "⚠ Long text ×1", "▸ [m] split into")
         rows = int(text.partition("[m] split into ")[2].split(" ")[0])
@@ -202,7 +202,7 @@ async def test_the_fix_key_splits_a_long_text(model: str, here: Path) -> None:
 
 async def test_the_fix_key_is_off_without_a_fixable_problem(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
-    app = opened(model, "tickets.jsonl", max_length=1024)
+    app = data_app(model, "tickets.jsonl", max_length=1024)
     async with app.run_test(size=(120, 40)) as pilot:
         await wait_for_text(pilot, "Duplicate row ×1")
         before = app.workbench.recipe
@@ -212,13 +212,13 @@ async def test_the_fix_key_is_off_without_a_fixable_problem(model: str, here: Pa
 
 async def test_without_a_model_rows_are_shown_as_stored(here: Path) -> None:
     tickets(here / "tickets.jsonl")
-    async with opened("", "tickets.jsonl").run_test(size=(80, 24)) as pilot:
+    async with data_app("", "tickets.jsonl").run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "Select a model with [1]", "Where is parcel 1?", "chars", "40 rows")
 
 
 async def test_a_missing_model_is_explained_above_the_row(here: Path) -> None:
     tickets(here / "tickets.jsonl")
-    async with opened("org/none", "tickets.jsonl").run_test(size=(120, 40)) as pilot:
+    async with data_app("org/none", "tickets.jsonl").run_test(size=(120, 40)) as pilot:
         await wait_for_text(pilot, "✗ Model not found", "Where is parcel 1?", "40 rows")
 
 
@@ -236,7 +236,7 @@ async def test_a_files_error_is_shown_in_place_of_the_sample(
 ) -> None:
     if content is not None:
         write_rows(here / "odd.jsonl", content)
-    async with opened(model, "odd.jsonl").run_test(size=(120, 40)) as pilot:
+    async with data_app(model, "odd.jsonl").run_test(size=(120, 40)) as pilot:
         await wait_for_text(pilot, *says)
         await pilot.press("x")
         await wait_for_text(pilot, "No data yet.")
@@ -248,13 +248,13 @@ async def test_opening_a_file_replaces_an_unusable_one(model: str, here: Path) -
     write_rows(here / "odd.jsonl", [{"foo": 1}] * 3)
     good = tickets(here / "tickets.jsonl")
     other = write_rows(here / "other.jsonl", [ticket(n) for n in range(1, 4)])
-    app = opened(model, "odd.jsonl")
+    app = data_app(model, "odd.jsonl")
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await wait_for_text(pilot, "✗ No usable field", "[o] open")
-        screen_of(app).opened(good)
+        screen_of(app).add_source(good)
         await wait_for_text(pilot, "Where is parcel 1?", "Replaced odd.jsonl")
         assert [s.path for s in app.workbench.recipe.data.sources] == [str(good)]
-        screen_of(app).opened(other)
+        screen_of(app).add_source(other)
         assert [s.path for s in app.workbench.recipe.data.sources] == [str(good), str(other)]
         await pilot.press("u", "u")
         assert [s.path for s in app.workbench.recipe.data.sources] == ["odd.jsonl"]
@@ -262,7 +262,7 @@ async def test_opening_a_file_replaces_an_unusable_one(model: str, here: Path) -
 
 async def test_a_file_fixed_on_disk_is_read_again_on_return(model: str, here: Path) -> None:
     file = write_rows(here / "tickets.jsonl", ["{broken", ticket(1)])
-    app = opened(model, "tickets.jsonl")
+    app = data_app(model, "tickets.jsonl")
     async with app.run_test(size=(120, 40)) as pilot:
         await wait_for_text(pilot, "Not valid JSON")
         write_rows(file, [ticket(1), ticket(2)])
@@ -276,13 +276,13 @@ async def test_a_file_fixed_on_disk_is_read_again_on_return(model: str, here: Pa
 
 async def test_the_first_own_data_replaces_the_demos(model: str, here: Path) -> None:
     own = tickets(here / "tickets.jsonl")
-    app = opened(model, str(CONVERSATIONS))
+    app = data_app(model, str(CONVERSATIONS))
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
         await wait_for_text(pilot, "conversations.jsonl")
-        screen_of(app).opened(own)
+        screen_of(app).add_source(own)
         await wait_for_text(pilot, "Replaced the demo's data", "Parcel 1")
         assert [source.path for source in app.workbench.recipe.data.sources] == [str(own)]
-        screen_of(app).opened(own.with_name("more.jsonl"))
+        screen_of(app).add_source(own.with_name("more.jsonl"))
         assert len(app.workbench.recipe.data.sources) == 2
         await pilot.press("u", "u")
         assert [source.path for source in app.workbench.recipe.data.sources] == [str(CONVERSATIONS)]
@@ -290,7 +290,7 @@ async def test_the_first_own_data_replaces_the_demos(model: str, here: Path) -> 
 
 async def test_removing_a_source_asks_where_its_list_is_hidden(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
-    app = opened(model, "tickets.jsonl")
+    app = data_app(model, "tickets.jsonl")
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
         shown = await wait_for_text(pilot, "Parcel 1")
         assert "x Remove" in shown.splitlines()[-1]
@@ -309,7 +309,7 @@ async def test_one_broken_line_is_named_and_the_others_are_read(model: str, here
     rows: list[Any] = [ticket(n) for n in range(1, 21)]
     rows[6] = '{"messages": oops'
     write_rows(here / "tickets.jsonl", rows)
-    async with opened(model, "tickets.jsonl").run_test(size=(120, 40)) as pilot:
+    async with data_app(model, "tickets.jsonl").run_test(size=(120, 40)) as pilot:
         await wait_for_text(pilot, "20 rows → 19 samples", "✗ Not valid JSON ×1")
         await pilot.press("n")
         await wait_for_text(
@@ -319,7 +319,7 @@ async def test_one_broken_line_is_named_and_the_others_are_read(model: str, here
 
 async def test_columns_of_an_unknown_format_can_be_mapped_in_place(model: str, here: Path) -> None:
     write_rows(here / "odd.jsonl", [{"frage": f"Wo ist {n}?", "antwort": "Hier."} for n in range(9)])
-    async with opened(model, "odd.jsonl").run_test(size=(80, 24)) as pilot:
+    async with data_app(model, "odd.jsonl").run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "✗ No usable field")
         await pilot.press("c")
         await wait_for_text(pilot, "Columns of prompt-completion", "frage, antwort")
@@ -329,7 +329,7 @@ async def test_columns_of_an_unknown_format_can_be_mapped_in_place(model: str, h
 
 async def test_the_format_key_reads_the_rows_in_another(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
-    app = opened(model, "tickets.jsonl")
+    app = data_app(model, "tickets.jsonl")
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("f")
         assert app.workbench.recipe.data.sources[0].format == "messages"
@@ -339,7 +339,7 @@ async def test_the_format_key_reads_the_rows_in_another(model: str, here: Path) 
 
 async def test_keys_change_length_split_weight_and_loss_mask(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
-    app = opened(model, "tickets.jsonl", max_length=64)
+    app = data_app(model, "tickets.jsonl", max_length=64)
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "✂ 64")
         await pilot.press("plus", "t", "e", "b")
@@ -374,7 +374,7 @@ def trained_before(recipe: Recipe) -> None:
 
 async def test_costs_of_other_lengths_include_the_last_runs_time(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
-    app = opened(model, "tickets.jsonl", max_length=64)
+    app = data_app(model, "tickets.jsonl", max_length=64)
     trained_before(app.workbench.recipe)
     async with app.run_test(size=(120, 40)) as pilot:
         text = await wait_for_text(pilot, "max length", "▸ now", "p90", "memory      time", "fits")
@@ -386,7 +386,7 @@ async def test_costs_of_other_lengths_include_the_last_runs_time(model: str, her
 
 async def test_the_cost_of_a_length_fits_one_line(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
-    app = opened(model, "tickets.jsonl", max_length=64)
+    app = data_app(model, "tickets.jsonl", max_length=64)
     trained_before(app.workbench.recipe)
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "max length", "about 8 min")
@@ -401,7 +401,7 @@ async def test_the_cost_of_a_length_fits_one_line(model: str, here: Path) -> Non
 
 async def test_a_row_is_shown_while_a_large_file_is_read(model: str, here: Path) -> None:
     write_rows(here / "large.jsonl", [ticket(n) for n in range(1, 12_001)])
-    app = opened(model, "large.jsonl")
+    app = data_app(model, "large.jsonl")
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "Where is parcel 1?")
         screen = screen_of(app)
@@ -415,7 +415,7 @@ async def test_a_row_is_shown_while_a_large_file_is_read(model: str, here: Path)
 
 async def test_the_row_past_the_end_is_not_shown(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
-    app = opened(model, "tickets.jsonl")
+    app = data_app(model, "tickets.jsonl")
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
         await wait_for_text(pilot, "row 1 of 40")
         await pilot.press("colon", *"99", "enter")
@@ -424,7 +424,7 @@ async def test_the_row_past_the_end_is_not_shown(model: str, here: Path) -> None
 
 async def test_the_statistics_can_fill_the_window(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
-    async with opened(model, "tickets.jsonl").run_test(size=(80, 24)) as pilot:
+    async with data_app(model, "tickets.jsonl").run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "row 1 of 40", "No answer to learn")
         await pilot.press("v")
         text = await wait_for_text(pilot, "column 'messages'", "max length", "▸ The row has no")
@@ -478,7 +478,7 @@ def test_a_split_row_counts_all_its_tokens_in_the_loss(too_long: Any, in_loss: s
 
 
 async def test_the_file_dialogs_keys_are_not_covered_by_notifications(model: str, here: Path) -> None:
-    app = opened(model)
+    app = data_app(model)
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)
         await pilot.press("o")
@@ -488,7 +488,7 @@ async def test_the_file_dialogs_keys_are_not_covered_by_notifications(model: str
 
 async def test_single_turn_rows_do_not_open_the_column_mapping(model: str, here: Path) -> None:
     turn = {"message_id": "a", "parent_id": None, "role": "prompter", "text": "Hi"}
-    app = opened(model, str(write_rows(here / "turns.jsonl", [turn] * 3)))
+    app = data_app(model, str(write_rows(here / "turns.jsonl", [turn] * 3)))
     async with app.run_test(size=(120, 40)) as pilot:
         shown = await wait_for_text(pilot, "Conversations in pieces", "Join the turns")
         assert "Press [c]" not in shown
@@ -516,7 +516,7 @@ async def test_rows_and_problems_go_through_every_file_of_a_folder(model: str, h
     write_rows(here / "set" / "a.jsonl", [ticket(1), ticket(2)])
     write_rows(here / "set" / "b.jsonl", [ticket(3), ticket(3)])
     write_rows(here / "set" / "c.jsonl", [ticket(4), ticket(5), ticket(5)])
-    async with opened(model, "set").run_test(size=(120, 40)) as pilot:
+    async with data_app(model, "set").run_test(size=(120, 40)) as pilot:
         await wait_for_text(
             pilot, "a.jsonl row 1 of 2", "Duplicate row ×1  b.jsonl", "Duplicate row ×1  c.jsonl"
         )

@@ -49,7 +49,7 @@ def three_runs() -> list[RunDir]:
     ]
 
 
-async def opened(app: QloraApp) -> RunsScreen:
+async def open_runs(app: QloraApp) -> RunsScreen:
     await app.switch_mode("runs")
     assert isinstance(app.screen, RunsScreen)
     return app.screen
@@ -77,7 +77,7 @@ async def test_a_generated_name_loses_its_time_before_its_words(make_app: MakeAp
         write_fake_run(FakeRun(name=name, state="finished", steps=5, total=5))
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
-        await opened(app)
+        await open_runs(app)
         shown = await wait_for_text(pilot, "smollm2-135m-tickets ", "smollm2-135m-tickets-2 ")
         # In full below, for the one under the cursor.
         assert "smollm2-135m-tickets-20261124-1609" in shown
@@ -127,7 +127,7 @@ async def test_runs_of_the_same_name_show_their_time(make_app: MakeApp) -> None:
         write_fake_run(FakeRun(name=name, state="finished", steps=5, total=5, began=BEGAN + 60 * minutes))
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
-        await opened(app)
+        await open_runs(app)
         shown = await wait_for_text(pilot, "smollm2-135m-tickets ")
         lines = [line for line in shown.splitlines() if "smollm2-135m-tickets " in line]
         assert len(lines) == len(set(lines)) == 2
@@ -138,7 +138,7 @@ async def test_exact_answers_have_a_column_where_a_run_has_some(
 ) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
-        await opened(app)
+        await open_runs(app)
         assert "exact" not in await wait_for_text(pilot, "tickets-a", "best")
         write_fake_run(FakeRun(name="labels", state="finished", steps=300, total=300, exact=(0.12, 0.97)))
         await wait_for_text(pilot, "labels", "exact", "97%")
@@ -165,7 +165,7 @@ async def test_the_list_shows_outcomes_and_enter_opens_one(
 ) -> None:
     app = make_app()
     async with app.run_test(size=(120, 40)) as pilot:
-        await opened(app)
+        await open_runs(app)
         await wait_for_text(
             pilot, "✓ finished", "✗ failed", "? lost", "tickets-a", "poems-c", "nf4 r64", "8 min"
         )
@@ -190,7 +190,7 @@ async def test_the_cursor_is_visible_once_the_list_has_focus(
 async def test_the_filter_cuts_the_list_down(make_app: MakeApp, three_runs: list[RunDir]) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
-        await opened(app)
+        await open_runs(app)
         await wait_for_text(pilot, "tickets-a", "poems-c")
         await pilot.press("slash", *"poems")
         await pilot.pause()
@@ -208,7 +208,7 @@ async def test_waiting_runs_stand_on_top_and_are_moved_and_withdrawn(
         run_queue.enqueue(write_fake_run(FakeRun(name=name, state="queued", steps=0, began=BEGAN - 5000)))
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
-        await opened(app)
+        await open_runs(app)
         shown = await wait_for_text(pilot, "queue 1", "queue 2", "w Withdraw")
         assert shown.index("first") < shown.index("second") < shown.index("tickets-a")
         await pilot.press("J")
@@ -224,7 +224,7 @@ async def test_two_marked_runs_are_compared_with_only_what_differs(
 ) -> None:
     app = make_app()
     async with app.run_test(size=(120, 40)) as pilot:
-        await opened(app)
+        await open_runs(app)
         await wait_for_text(pilot, "tickets-a")
         await pilot.press("space", "space", "v")
         shown = await wait_for_text(
@@ -267,7 +267,7 @@ async def test_u_restores_a_deleted_run_until_the_app_ends(
     app = make_app()
     actions.rename(three_runs[0], "tickets [/a]")
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
-        await opened(app)
+        await open_runs(app)
         await wait_for_text(pilot, "tickets [/a]")
         await pilot.press("D")
         await wait_for_text(
@@ -290,7 +290,7 @@ async def test_with_nothing_deleted_u_undoes_a_recipe_change(make_app: MakeApp) 
     app = make_app()
     app.workbench.set("lora.rank", 32)
     async with app.run_test(size=(80, 24)) as pilot:
-        await opened(app)
+        await open_runs(app)
         await pilot.press("u")
         assert app.workbench.recipe.lora.rank == 16
 
@@ -302,7 +302,7 @@ async def test_a_run_that_is_not_over_is_not_deleted(make_app: MakeApp, state: S
         run_queue.enqueue(run)
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
-        await opened(app)
+        await open_runs(app)
         await wait_for_text(pilot, run.id[:20])
         await pilot.press("D")
         await wait_for_text(pilot, "The run has not ended")
@@ -314,7 +314,7 @@ async def test_a_renamed_run_is_listed_and_found_under_its_name(
 ) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
-        await opened(app)
+        await open_runs(app)
         await wait_for_text(pilot, "tickets-a")
         await pilot.press("e", *(["backspace"] * 20), "enter")
         await wait_for_text(pilot, "Rename the run", "✗ A name is one non-empty line")
@@ -336,7 +336,7 @@ async def test_copying_says_what_took_it(
         monkeypatch.delenv(variable, raising=False)
     app = make_app()
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await opened(app)
+        await open_runs(app)
         await wait_for_text(pilot, "tickets-a")
         await pilot.press("Y")
         await wait_for_text(pilot, "Copied with xclip")
@@ -359,7 +359,7 @@ async def test_rerun_opens_the_runs_recipe_and_u_undoes_it(
     app = make_app()
     before = app.workbench.recipe
     async with app.run_test(size=(80, 24)) as pilot:
-        await opened(app)
+        await open_runs(app)
         await wait_for_text(pilot, "tickets-a")
         await pilot.press("j", "R")
         await wait_for_text(pilot, "Micro-batch")
@@ -371,7 +371,7 @@ async def test_rerun_opens_the_runs_recipe_and_u_undoes_it(
 async def test_a_runs_settings_are_saved_as_a_preset(make_app: MakeApp, three_runs: list[RunDir]) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
-        await opened(app)
+        await open_runs(app)
         await wait_for_text(pilot, "tickets-a")
         await pilot.press("j", "S", *"wide", "enter")
         await pilot.pause()
@@ -388,7 +388,7 @@ async def test_a_damaged_run_is_listed_and_explained_when_used(make_app: MakeApp
     run.recipe_path.write_text("lora = 3\n")
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
-        await opened(app)
+        await open_runs(app)
         await wait_for_text(pilot, "damaged", "recipe unreadable")
         await pilot.press("R")
         await wait_for_text(pilot, "lora must be a section", "Esc close")

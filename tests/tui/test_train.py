@@ -109,7 +109,7 @@ def test_a_followed_long_run_is_drawn_like_an_opened_one(
     with EventWriter(run.events_path) as log:
         for step in range(11, 20_001):
             log.append(_step(step))
-        assert follower.poll().one_in > 50
+        assert follower.poll().step_stride > 50
         for step in range(20_001, 24_001):
             log.append(_step(step))
             if step % 100 == 0:
@@ -118,7 +118,7 @@ def test_a_followed_long_run_is_drawn_like_an_opened_one(
                 picture = follower.poll()
                 xs = picture.curves.loss.xs
                 assert picture.step == step
-                assert 0 <= step - xs[-1] < picture.one_in
+                assert 0 <= step - xs[-1] < picture.step_stride
                 assert 0.4 < len([x for x in xs if x < step / 2]) / len(xs) < 0.6
     texts = [entry.text for entry in picture.entries]
     assert len(texts) == len(set(texts)) and sum("seen on the way" in text for text in texts) == 1
@@ -464,7 +464,7 @@ def test_hundreds_of_thousands_of_steps_are_held_as_a_sample() -> None:
     follower = RunFollower(run)
     picture = follower.poll()
     assert picture.step == 60_000
-    assert picture.one_in > 1
+    assert picture.step_stride > 1
     assert any(picture.curves.loss.broken)
     assert len(picture.health) == 1
     with EventWriter(run.events_path) as log:
@@ -483,7 +483,7 @@ def test_a_run_watched_for_weeks_is_complete_in_little_memory() -> None:
                 assert picture.step == step
                 assert len(picture.view.series) <= 100
     loss = picture.curves.loss
-    assert picture.one_in == 1
+    assert picture.step_stride == 1
     assert len(loss.xs) <= 641
     assert loss.high == 90.0 and 690 < loss.xs[loss.highs.index(90.0)] < 720
     assert any(loss.broken)

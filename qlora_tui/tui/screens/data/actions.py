@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from qlora_tui.data.sources import is_of_the_hub
+from qlora_tui.data.sources import is_hub_dataset
 from qlora_tui.demo.conversations import CONVERSATIONS
 from qlora_tui.recipe.fields import source_fields
 from qlora_tui.recipe.schema import Source
@@ -49,12 +49,12 @@ class DataActions(WorkScreen):
     source_number = 0
     fields: dict[str, str] = {}  # noqa: RUF012
     """Columns of a file in no known format, for the mapping by hand."""
-    offers_chosen = False
+    can_use_chosen = False
     """Whether the source is refused for its preferences, and the recipe can take the chosen answers."""
-    unread_format = "prompt-completion"
-    """The format to map columns for if ``unread`` has the format ``auto``."""
-    unread: Source | None = None
-    """The source that was looked at last, where nothing of it could be read."""
+    mapping_format = "prompt-completion"
+    """The format to map columns for if ``unreadable_source`` has the format ``auto``."""
+    unreadable_source: Source | None = None
+    """The source that was read last, if nothing of it could be read."""
     shown: Shown | None
     """The row on the screen; None until one was read."""
     row: int
@@ -70,7 +70,7 @@ class DataActions(WorkScreen):
         """Read the source again."""
 
     @abstractmethod
-    def show_another(self, path: str, row: int) -> None:
+    def go_to_row(self, path: str, row: int) -> None:
         """Read and show another row."""
 
     def action_open(self) -> None:
@@ -78,8 +78,8 @@ class DataActions(WorkScreen):
         sources = self.qlora_app.workbench.recipe.data.sources
         start = Path(sources[-1].path).expanduser().parent if sources else None
         known = start if start is not None and start.is_dir() else None
-        screen = FilePickerScreen("Open data", "data", DATA_ENDINGS, known, is_of_the_hub)
-        self.app.push_screen(screen, self.opened)
+        screen = FilePickerScreen("Open data", "data", DATA_ENDINGS, known, is_hub_dataset)
+        self.app.push_screen(screen, self.add_source)
 
     def action_reload(self) -> None:
         """Read the source again, whether it changed or not."""
@@ -104,7 +104,7 @@ class DataActions(WorkScreen):
             file = self.report.files[0]
             screen = ColumnMappingScreen(file.format, file.all_columns, {**file.columns, **source.columns})
         elif self.fields:
-            format_ = self.unread_format if source.format == "auto" else source.format
+            format_ = self.mapping_format if source.format == "auto" else source.format
             screen = ColumnMappingScreen(format_, tuple(self.fields), source.columns)
         else:
             self.notify("Columns cannot be mapped until the file can be read.")
@@ -185,13 +185,13 @@ class DataActions(WorkScreen):
 
     def action_fix(self) -> None:
         """Change the setting that fixes the first problem which has such a fix."""
-        if self.offers_chosen:
+        if self.can_use_chosen:
             self.qlora_app.edit("data.preferences", "chosen")
             self.notify(f"Trains on the chosen and good answers only. Press {key_name('app.undo')} to undo.")
         elif self.split_rows():
             self.qlora_app.edit("data.overflow", "split")
             self.notify(f"Long texts are split into rows. Press {key_name('app.undo')} to undo.")
-        elif tokens := self.untrained():
+        elif tokens := self.untrained_tokens():
             now = self.qlora_app.workbench.recipe.lora.trainable_tokens
             self.qlora_app.edit("lora.trainable_tokens", tuple(dict.fromkeys((*now, *tokens))))
             self.notify(
@@ -203,7 +203,7 @@ class DataActions(WorkScreen):
         """Show a neighbouring row."""
         place = row_navigation.neighbor((self.path, self.row), by, self.report.files if self.report else ())
         if self.shown is None or place != (self.path, self.row):
-            self.show_another(*place)
+            self.go_to_row(*place)
 
     def action_go_to(self) -> None:
         """Ask for a row's number."""
@@ -211,7 +211,7 @@ class DataActions(WorkScreen):
 
         def on_result(text: str | None) -> None:
             if text is not None and (place := row_navigation.parse_place(text, self.path, files)) is not None:
-                self.show_another(*place)
+                self.go_to_row(*place)
 
         def wrong(text: str) -> str:
             return "" if row_navigation.parse_place(text, self.path, files) else "Enter a row number."
@@ -240,14 +240,14 @@ class DataActions(WorkScreen):
     @property
     def can_fix(self) -> bool:
         """Whether one setting fixes any of the problems."""
-        return self.offers_chosen or bool(self.split_rows() or self.untrained())
+        return self.can_use_chosen or bool(self.split_rows() or self.untrained_tokens())
 
     def go_to_next_problem(self, problems: Sequence[DataProblem], by: int) -> None:
         """Show the next row with one of these problems."""
         files = self.report.files if self.report else ()
         place = row_navigation.next_problem(problems, (self.path, self.row), by, files)
         if place is not None:
-            self.show_another(*place)
+            self.go_to_row(*place)
 
     def split_rows(self) -> int:
         """Number of rows that plain texts would be split into which are now cut or dropped."""
@@ -260,7 +260,7 @@ class DataActions(WorkScreen):
         trained = set(self.qlora_app.workbench.recipe.lora.trainable_tokens)
         return tuple(p for p in problems if not p.tokens or not trained.issuperset(p.tokens))
 
-    def untrained(self) -> tuple[str, ...]:
+    def untrained_tokens(self) -> tuple[str, ...]:
         """Tokens that the model never learned and the recipe does not train."""
         return tuple(token for problem in self.problems for token in problem.tokens)
 
@@ -269,11 +269,11 @@ class DataActions(WorkScreen):
         sources = self.qlora_app.workbench.recipe.data.sources
         return sources[self.source_number] if sources else None
 
-    def opened(self, path: Path | None) -> None:
-        """Add what the file picker gave to the sources, and look at it.
+    def add_source(self, path: Path | None) -> None:
+        """Add the path that the file picker returned to the sources, and select it.
 
-        It takes the place of one that cannot be read: beside it no run could begin either. The first data of
-        one's own takes the place of the demo's.
+        It replaces a selected source that cannot be read, with which no run could start, and the demo's data
+        if that is the only source.
         """
         if path is None:
             return
@@ -284,7 +284,7 @@ class DataActions(WorkScreen):
             self.notify(f"Replaced the demo's data. Press {key_name('app.undo')} to undo.")
             return
         gone = self.source()
-        if gone is not None and gone == self.unread:
+        if gone is not None and gone == self.unreadable_source:
             self._change_source(Source(path=str(path)))
             if gone.path != str(path):
                 self.notify(f"Replaced {Path(gone.path).name}. Press {key_name('app.undo')} to undo.")

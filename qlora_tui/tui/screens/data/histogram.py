@@ -9,7 +9,7 @@ from textual.content import Content
 from qlora_tui.data.length_stats import Bin, Lengths
 
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
-_WIDEST = 72
+_MAX_WIDTH = 72
 """Columns beyond which bars only get fatter."""
 
 
@@ -22,7 +22,7 @@ def histogram(lengths: Lengths, cut_at: int | None, width: int, height: int) -> 
     bins = lengths.histogram
     if not bins or width < 8:
         return Content("")
-    width = min(width, _WIDEST)
+    width = min(width, _MAX_WIDTH)
     edges = _edges(bins)
     cut = width if cut_at is None else _column(edges, cut_at, width)
     tops = [_top(bins, int(column * len(bins) / width), height) for column in range(width)]

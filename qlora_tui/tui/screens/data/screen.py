@@ -134,7 +134,7 @@ class DataScreen(DataActions):
         self._fetch_row(wanted, self.path, self.row)
         self._inspect(wanted)
 
-    def show_another(self, path: str, row: int) -> None:
+    def go_to_row(self, path: str, row: int) -> None:
         """Read and show another row."""
         if self._request is not None:
             self.path, self.row = path, row
@@ -161,16 +161,16 @@ class DataScreen(DataActions):
                 self.notify(error.what)
                 self._show_row_line()
             else:
-                self.shown, self.unread = None, wanted.source
-                self.offers_chosen = error.title in TITLES
+                self.shown, self.unreadable_source = None, wanted.source
+                self.can_use_chosen = error.title in TITLES
                 compares = error.title.startswith(PAIRS_TITLE)
-                self.unread_format = "preference" if compares else "prompt-completion"
+                self.mapping_format = "preference" if compares else "prompt-completion"
                 self.fields = await self._previews.fields(wanted.source)
                 self.query_one("#sample", Static).update(words.unreadable_text(error, self.fields))
             return
-        self.offers_chosen = False
+        self.can_use_chosen = False
         self.shown, self.path, self.row, self._no_tokens = shown, shown.path, shown.row, problem
-        self.unread = None
+        self.unreadable_source = None
         self._show_row()
         self.query_one("#sample-scroll").scroll_home(animate=False)
 
@@ -243,7 +243,7 @@ class DataScreen(DataActions):
         report, recipe = self.report, self.qlora_app.workbench.recipe
         if report is None:
             return
-        self.query_one("#data-body").remove_class("-unread")
+        self.query_one("#data-body").remove_class("-unreadable")
         brief = self.has_class("-narrow") and not self.query_one("#data-body").has_class("-figures")
         width = self.query_one("#length-facts").scrollable_content_region.width
         height = 3 if brief else 6
@@ -267,7 +267,7 @@ class DataScreen(DataActions):
 
     def _clear_figures(self) -> None:
         self._costs, self._costs_key = [], None
-        self.query_one("#data-body").add_class("-unread")
+        self.query_one("#data-body").add_class("-unreadable")
         for name in ("#lengths-line", "#histogram", "#totals", "#costs", "#row-line"):
             self.query_one(name, Static).update("")
         self.query_one("#problems", ViList).show([])

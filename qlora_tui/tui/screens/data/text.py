@@ -11,7 +11,7 @@ from textual.content import Content
 from qlora_tui.data.dataset_report import Piece, Report, Shown
 from qlora_tui.data.preferences import PAIRS_TITLE, TITLES
 from qlora_tui.data.problems import CHECKS, DataProblem
-from qlora_tui.data.sources import is_of_the_hub
+from qlora_tui.data.sources import is_hub_dataset
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import abbreviate_home, format_bytes, format_percent, pluralize
 from qlora_tui.recipe.schema import Data, Recipe, Source
@@ -95,7 +95,7 @@ def _cut_mark(shown: Shown, data: Data) -> tuple[str, str]:
 
 def reading(source: Source) -> Content:
     """The text shown until the first row arrives."""
-    doing = "Loading from the Hub…" if is_of_the_hub(source.path) else "Reading…"
+    doing = "Loading from the Hub…" if is_hub_dataset(source.path) else "Reading…"
     return Content.styled(doing, "dim")
 
 
@@ -152,7 +152,7 @@ def source_line(source: Source, alone: bool) -> Content:
     """A source in the list; its weight where there are others."""
     path = Path(source.path)
     weight = "" if alone and source.weight == 1 else f" ×{source.weight:g}"
-    if is_of_the_hub(source.path):
+    if is_hub_dataset(source.path):
         return Content.assemble(source.path, ("  hub", "dim"), (weight, "bold"))
     try:
         bytes_ = "folder" if path.is_dir() else format_bytes(path.stat().st_size)

@@ -30,14 +30,14 @@ from qlora_tui.tui.screens.home.next_step import HomeState, NextStep, next_step,
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.workbench import Workbench
 
-_CURVE, _SHORT_CURVE = 24, 12
+_CURVE_WIDTH, _SHORT_CURVE_WIDTH = 24, 12
 _MAX_RECENT = 20
-_MIN_ACROSS = 20
+_MIN_WIDTH = 20
 """Cells that lines are laid out in, however narrow the window."""
-_WIDEST = 44
+_MAX_NAME_WIDTH = 44
 """Cells of a name or a model in their list."""
-_STATE = 13
-_CURVES_FROM, _MODELS_FROM = 90, 140
+_STATE_WIDTH = 13
+_MIN_WIDTH_FOR_CURVES, _MIN_WIDTH_FOR_MODELS = 90, 140
 """Cells from which they have curves, and models and settings."""
 
 
@@ -72,53 +72,53 @@ class HomeReader:
         system_status: SystemStatus,
         now: float,
         *,
-        across: int,
-        down: int,
+        width: int,
+        height: int,
     ) -> HomeFacts:
-        """Read everything for ``down`` lines of ``across`` cells beside the titles."""
-        across = max(_MIN_ACROSS, across)
+        """Read everything for ``height`` lines of ``width`` cells beside the titles."""
+        width = max(_MIN_WIDTH, width)
         if self._local_models is None:
             self._local_models = sum(model.refusal is None for model in list_local_models())
         status = system_status.latest_status
-        news = status is not None and status.state not in ACTIVE and status.at > self._seen_at
-        away = news and status is not None and status.at < self._started_at
+        is_news = status is not None and status.state not in ACTIVE and status.at > self._seen_at
+        while_away = is_news and status is not None and status.at < self._started_at
         summary = self._summaries.get(system_status.latest) if system_status.latest is not None else None
         checkpoints = (
             system_status.latest.checkpoints()
             if system_status.latest and status and status.state in RESUMABLE
             else []
         )
-        standing = HomeState(
+        state = HomeState(
             recipe=bench.recipe,
             local_models=self._local_models,
             verdict=self._verdict_word(bench, budget),
             last_run=summary.name if summary else "",
             last_state=status.state if status else None,
-            last_is_news=news,
+            last_is_news=is_news,
             last_checkpoint=checkpoints[-1][0] if checkpoints else 0,
             last_total_steps=status.total_steps if status else 0,
             last_fix=summary.fix if summary else "",
             edited_since=status is not None and draft_written_at() > status.at,
         )
-        step = next_step(standing)
+        step = next_step(state)
         parts = {
             "gpu": gpu_lines(system_status, budget),
-            "run": run_lines(summary, away, now, across),
+            "run": run_lines(summary, while_away, now, width),
             "queue": queue_lines(system_status.waiting),
             "recipe": recipe_lines(bench, budget),
-            "next": next_lines(step, other_steps(standing, step)),
+            "next": next_lines(step, other_steps(state, step)),
         }
-        wrapped = {name: _wrapped(lines, across) for name, lines in parts.items()}
+        wrapped = {name: _wrapped(lines, width) for name, lines in parts.items()}
         # A line under each part.
-        left = down - 1 - sum(len(lines) + 1 for lines in wrapped.values())
-        wrapped["recent"] = _wrapped(self._recent(system_status, now, across, min(left, _MAX_RECENT)), across)
+        left = height - 1 - sum(len(lines) + 1 for lines in wrapped.values())
+        wrapped["recent"] = _wrapped(self._recent(system_status, now, width, min(left, _MAX_RECENT)), width)
         return HomeFacts(wrapped, step)
 
-    def _recent(self, system_status: SystemStatus, now: float, across: int, down: int) -> list[Content]:
+    def _recent(self, system_status: SystemStatus, now: float, width: int, height: int) -> list[Content]:
         """The runs before the last."""
         shown = {*system_status.waiting, system_status.latest.id if system_status.latest else ""}
         others = (run for name, run in self._summaries.all_runs().items() if name not in shown)
-        return recent_lines([self._summaries.get(run) for run in islice(others, max(0, down))], now, across)
+        return recent_lines([self._summaries.get(run) for run in islice(others, max(0, height))], now, width)
 
     def _verdict_word(self, bench: Workbench, budget: MemoryBudget) -> str:
         key = (bench.recipe, budget)
@@ -167,11 +167,11 @@ def gpu_lines(system_status: SystemStatus, budget: MemoryBudget) -> list[Content
     ]
 
 
-def run_lines(summary: RunSummary | None, away: bool, now: float, across: int) -> list[Content]:
+def run_lines(summary: RunSummary | None, while_away: bool, now: float, width: int) -> list[Content]:
     """The active or last run: name, state, and progress or outcome."""
     if summary is None:
         return [Content.styled("No run yet.", "dim")]
-    status, cells = summary.status, _CURVE if across >= _CURVES_FROM else _SHORT_CURVE
+    status, cells = summary.status, _CURVE_WIDTH if width >= _MIN_WIDTH_FOR_CURVES else _SHORT_CURVE_WIDTH
     sign, style = SIGNS[status.state]
     word = phase_label(status.phase or status.state) if status.state in ACTIVE else status.state
     first = Content.assemble((f"{sign} ", style), (summary.name, "bold"), "  ", (word, style))
@@ -181,8 +181,8 @@ def run_lines(summary: RunSummary | None, away: bool, now: float, across: int) -
         steps = f"step {summary.step:,} of {summary.total_steps:,}" if summary.total_steps else "preparing"
         left = "" if summary.seconds_left is None else f"   ETA {format_duration(summary.seconds_left)}"
         return [first, Content(f"{bar(share, cells)} {steps}{loss}{left}")]
-    lines = [first, *_ended(status.at, now, away=away)]
-    if sum(line.cell_length for line in lines) + 2 <= across:
+    lines = [first, *_ended(status.at, now, while_away=while_away)]
+    if sum(line.cell_length for line in lines) + 2 <= width:
         lines = [Content("  ").join(lines)]
     facts = _outcome(summary)
     if summary.losses:
@@ -194,11 +194,11 @@ def run_lines(summary: RunSummary | None, away: bool, now: float, across: int) -
     return lines
 
 
-def _ended(at: float, now: float, *, away: bool) -> list[Content]:
+def _ended(at: float, now: float, *, while_away: bool) -> list[Content]:
     """``at 03:12, 4 h ago  while you were away``, as a line if it is known."""
     if not at:
         return []
-    return [Content.assemble(format_ago(at, now), ("  while you were away" if away else "", "$accent"))]
+    return [Content.assemble(format_ago(at, now), ("  while you were away" if while_away else "", "$accent"))]
 
 
 def _outcome(summary: RunSummary) -> str:
@@ -216,36 +216,42 @@ def _outcome(summary: RunSummary) -> str:
     return "   ".join(facts)
 
 
-def recent_lines(summaries: list[RunSummary], now: float, across: int) -> list[Content]:
+def recent_lines(summaries: list[RunSummary], now: float, width: int) -> list[Content]:
     """``✓ finished  qwen2.5-7b-tickets-20261123-0101  best 1.29  at 03:12, 4 h ago``, one under the other."""
     columns: list[tuple[list[str], str]] = []
-    if across >= _MODELS_FROM:
+    if width >= _MIN_WIDTH_FOR_MODELS:
         columns += [([s.model for s in summaries], ""), ([s.settings for s in summaries], "")]
     columns.append((["" if s.best is None else f"best {format_float(s.best[0], 3)}" for s in summaries], ""))
-    if across >= _CURVES_FROM:
-        columns.append(([curve(s.losses, _SHORT_CURVE) if s.losses else "" for s in summaries], "$primary"))
-    columns.append(([_when(s.status.at, now, across) for s in summaries], "dim"))
+    if width >= _MIN_WIDTH_FOR_CURVES:
+        columns.append(
+            ([curve(s.losses, _SHORT_CURVE_WIDTH) if s.losses else "" for s in summaries], "$primary")
+        )
+    columns.append(([_when(s.status.at, now, width) for s in summaries], "dim"))
     shown = [(_column(texts), style) for texts, style in columns]
-    left = across - _STATE - sum(texts[0].cell_length + 2 for texts, _ in shown if texts)
-    names = _column([summary.name for summary in summaries], max(_WIDEST // 3, left))
+    left = width - _STATE_WIDTH - sum(texts[0].cell_length + 2 for texts, _ in shown if texts)
+    names = _column([summary.name for summary in summaries], max(_MAX_NAME_WIDTH // 3, left))
     lines = []
     for number, summary in enumerate(summaries):
         sign, style = SIGNS[summary.status.state]
-        head = (f"{sign} {summary.status.state:<{_STATE - 2}}", style)
+        head = (f"{sign} {summary.status.state:<{_STATE_WIDTH - 2}}", style)
         rest = [texts[number].stylize(style).pad_left(2) for texts, style in shown]
         lines.append(Content.assemble(head, names[number], *rest))
     return lines
 
 
-def _when(at: float, now: float, across: int) -> str:
+def _when(at: float, now: float, width: int) -> str:
     if not at:
         return ""
-    return format_ago(at, now) if across >= _CURVES_FROM else f"{format_duration(max(0.0, now - at))} ago"
+    return (
+        format_ago(at, now)
+        if width >= _MIN_WIDTH_FOR_CURVES
+        else f"{format_duration(max(0.0, now - at))} ago"
+    )
 
 
-def _column(texts: list[str], widest: int = _WIDEST) -> list[Content]:
+def _column(texts: list[str], widest: int = _MAX_NAME_WIDTH) -> list[Content]:
     """Pad all texts to the widest one."""
-    shown = [_cut(Content(text), min(widest, _WIDEST)) for text in texts]
+    shown = [_cut(Content(text), min(widest, _MAX_NAME_WIDTH)) for text in texts]
     width = max((text.cell_length for text in shown), default=0)
     return [text.pad_right(width - text.cell_length) for text in shown]
 
@@ -257,10 +263,10 @@ def _cut(text: Content, width: int) -> Content:
     return text.truncate(width, ellipsis=True)
 
 
-def _wrapped(lines: list[Content], across: int) -> tuple[Content, ...]:
+def _wrapped(lines: list[Content], width: int) -> tuple[Content, ...]:
     """Wrap the lines that are too long."""
     return tuple(
-        piece for line in lines for piece in (line.wrap(across) if line.cell_length > across else [line])
+        piece for line in lines for piece in (line.wrap(width) if line.cell_length > width else [line])
     )
 
 
@@ -286,7 +292,9 @@ def recipe_lines(workbench: Workbench, budget: MemoryBudget) -> list[Content]:
         return [first]
     verdict = check_fit(estimate, budget.bytes)
     share = estimate.total_bytes / budget.bytes
-    figures = f"{bar(share, _CURVE)} {format_gib(estimate.total_bytes)} of {format_gib(budget.bytes)} GiB  "
+    figures = (
+        f"{bar(share, _CURVE_WIDTH)} {format_gib(estimate.total_bytes)} of {format_gib(budget.bytes)} GiB  "
+    )
     return [first, Content.assemble(figures, (verdict.word, VERDICT_STYLE[verdict.word]))]
 
 

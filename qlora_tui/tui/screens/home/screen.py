@@ -224,7 +224,7 @@ class HomeScreen(WorkScreen):
             self._reader = HomeReader(self._seen_at, self._started_at)
         budget, now = self.qlora_app.memory_budget, clock.now()
         return self._reader.read(
-            bench, budget, system_status, now, across=size.width - _TITLE, down=size.height
+            bench, budget, system_status, now, width=size.width - _TITLE, height=size.height
         )
 
     def _show_part(self, part: str, lines: tuple[Content, ...]) -> None:

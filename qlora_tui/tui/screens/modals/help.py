@@ -21,11 +21,11 @@ from qlora_tui.tui.widgets.vi_scroll import ViScroll
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
 
-_WIDEST = 72
+_MAX_WIDTH = 72
 """Width of a modal in cells (``modal.tcss``)."""
-_AROUND = 8
+_MARGINS = 8
 """Cells that border, padding and scrollbar take."""
-_NARROWEST = 16
+_MIN_WIDTH = 16
 _KEYMAP_TEXT = (
     "The name beside each key is the command's. To change a key, add the name to [keymap] in config.toml: "
     '"train.stop" = "x". Write keys as ctrl+x, escape, enter, slash, f2; several as "x,f2".'
@@ -71,7 +71,7 @@ class HelpScreen(ModalScreen[None]):
 
     def _table(self, heading: str, commands: tuple[Command, ...]) -> Content:
         """By hand: a table of Rich's takes longer to draw than all the rest of the page to open."""
-        width_left = min(_WIDEST, self.app.size.width * 94 // 100) - _AROUND
+        width_left = min(_MAX_WIDTH, self.app.size.width * 94 // 100) - _MARGINS
         keymap = cast("QloraApp", self.app).settings.keymap
         columns = [[" ".join(map(self._shown, command.keys(keymap))) for command in commands]]
         if self._names:
@@ -82,7 +82,7 @@ class HelpScreen(ModalScreen[None]):
             texts = [f"{column[number]:<{width}}  " for column, width in zip(columns, widths, strict=True)]
             head = " " + "".join(texts)
             verb = f" (qlora-tui {command.verb})" if command.verb and not self._names else ""
-            pieces = wrap(f"{command.help}{verb}", max(_NARROWEST, width_left - len(head)))
+            pieces = wrap(f"{command.help}{verb}", max(_MIN_WIDTH, width_left - len(head)))
             lines += [
                 Content((" " * len(head) if below else head) + piece) for below, piece in enumerate(pieces)
             ]

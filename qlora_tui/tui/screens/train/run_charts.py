@@ -105,8 +105,8 @@ def _legend(snapshot: RunSnapshot) -> tuple[tuple[str, str], ...]:
         items.append((f"exact {exact}", "$accent"))
     if any(snapshot.curves.loss.broken):
         items.append((f"{NOT_A_NUMBER} not a number", "$error bold"))
-    if snapshot.one_in > 1:
-        items.append((f"showing 1 of {snapshot.one_in:,} steps", "dim"))
+    if snapshot.step_stride > 1:
+        items.append((f"showing 1 of {snapshot.step_stride:,} steps", "dim"))
     return tuple(items)
 
 

@@ -87,8 +87,8 @@ class RunSnapshot:
     seconds_left: float | None
     fix: SuggestedFix | None
     """What one key can do about the latest warning."""
-    one_in: int
-    """One of this many steps is drawn: more than 1 in a very long run."""
+    step_stride: int
+    """Steps from one drawn step to the next: more than 1 in a very long run."""
 
 
 class _DownsampledRun:
@@ -100,8 +100,8 @@ class _DownsampledRun:
         self.smoother = BiasCorrectedEma()
         self.last_step = 0
         """The last step that was read."""
-        self.one_in = 1
-        """One of this many steps is kept from now on; those with a loss that is not a number always are."""
+        self.step_stride = 1
+        """Steps from one kept step to the next; a loss that is not a number is always kept."""
         self._due = 0
         self._drawn: tuple[object, Curves] | None = None
 
@@ -131,7 +131,7 @@ class _DownsampledRun:
         for at in range(first, len(series)):
             if series.step[at] >= self._due or not math.isfinite(series.loss[at]):
                 taken.append(at)
-                self._due = series.step[at] + self.one_in
+                self._due = series.step[at] + self.step_stride
         return taken
 
     def curves(self, from_step: float) -> Curves:
@@ -209,7 +209,7 @@ class RunFollower:
         downsampled = _DownsampledRun(view)
         downsampled.add_steps()
         # So that the steps to come are drawn as densely as those of the sample.
-        downsampled.one_in = max(1, round(downsampled.last_step / max(1, len(downsampled.history))))
+        downsampled.step_stride = max(1, round(downsampled.last_step / max(1, len(downsampled.history))))
         return downsampled, _without_steps(events)
 
     def _snapshot(self, downsampled: _DownsampledRun) -> RunSnapshot:
@@ -238,7 +238,7 @@ class RunFollower:
             energy_kwh=self._energy.kwh,
             seconds_left=view.seconds_left,
             fix=suggest_fix(view.status.state, view.health, view.ending, self._recipe),
-            one_in=downsampled.one_in,
+            step_stride=downsampled.step_stride,
         )
 
 
