@@ -33,18 +33,18 @@ from qlora_tui.memory.versions import CURRENT, Version
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
 
 _NOT_MODELED = {
-    r"unsloth": "Unsloth's own layers are not walked",
+    r"unsloth": "Unsloth's own layers are not modeled",
     r"torch[._]compile": "a compiled step keeps and makes other tensors",
     r"fsdp|deepspeed|zero-|\bddp\b|tensor parallel|pipeline parallel|\b[2-9]\d* ?gpus?\b|num_gpus=[2-9]": (
-        "a model spread over several GPUs is not walked"
+        "a model spread over several GPUs is not modeled"
     ),
     r"offload": "what is moved to the host is not known",
     r"axolotl|llama[-_ ]?factory|torchtune|litgpt|ms-swift|megatron|nemo\b|colossal|xtuner|mlx": (
-        "this engine's own training code is not walked"
+        "this engine's own training code is not modeled"
     ),
     r"modules_to_save|full[- ]fine-?tun|full_ft": "it trains more than an adapter",
     r"\bdpo\b|\bgrpo\b|\bkto\b|reward model": "its loss is not that of supervised fine-tuning",
-    r"scattermoe": "ScatterMoE's kernels are not walked",
+    r"scattermoe": "ScatterMoE's kernels are not modeled",
 }
 """What no row's figure is given for, as patterns of its words, with the reason."""
 
@@ -195,7 +195,7 @@ def _check_modeled(row: Row) -> None:
         if re.search(pattern, words):
             raise Unplaced(reason)
     if re.search(r"^\s*([2-9]|\d\d+)\s*[x×*]|(?<![a-z])[x×*]\s*([2-9]|\d\d+)\s*$", row["gpu"].lower()):
-        raise Unplaced("a model spread over several GPUs is not walked")
+        raise Unplaced("a model spread over several GPUs is not modeled")
 
 
 _HALF_ADAPTER = ("lora in bf16", "lora bf16", "lora fp16", "lora in fp16", "autocast_adapter_dtype=false")

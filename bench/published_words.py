@@ -33,14 +33,14 @@ _TRL_TILED: Version = (1, 15)
 
 def fuses_lora(targets: str) -> bool:
     """Whether FOAK puts adapters and 4-bit weights into one function: queries, keys and values only where all
-    three have an adapter (``build_lora_fused_ops``). Raises Unplaced for what is not walked."""
+    three have an adapter (``build_lora_fused_ops``). Raises Unplaced for what is not modeled."""
     names = set(read_targets(targets))
     queries, mlp = {"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj", "down_proj"}
     if ALL_LINEAR in names or mlp <= names:
-        raise Unplaced("FOAK's fused LoRA on an MLP is not walked")
+        raise Unplaced("FOAK's fused LoRA on an MLP is not modeled")
     triggered = queries <= names or "o_proj" in names
     if triggered and not (queries <= names and names <= queries | {"o_proj"}):
-        raise Unplaced(f"FOAK's fused LoRA on {targets} only is not walked")
+        raise Unplaced(f"FOAK's fused LoRA on {targets} only is not modeled")
     return triggered
 
 
@@ -131,7 +131,7 @@ def read_method(text: str) -> Literal["nf4", "fp4", "int8", "none"]:
     word = text.lower()
     other = re.search(r"gptq|awq|hqq|aqlm|gguf|marlin|mxfp4|fp8", word)
     if other:
-        raise Unplaced(f"{other[0]}'s packed weights and kernels are not walked")
+        raise Unplaced(f"{other[0]}'s packed weights and kernels are not modeled")
     if "fp4" in word:
         return "fp4"
     if "nf4" in word or "4bit" in word or "4-bit" in word:

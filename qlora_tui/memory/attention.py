@@ -235,11 +235,11 @@ def _eager_attention(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads) ->
     (``training/packed_attention.py``)."""
     one, others = replace(shape, rows=1, pieces=1), shape.pieces - 1
     if not others:
-        return _one_by_hand(ops, one, q, k, v)
+        return _unfused_attention(ops, one, q, k, v)
     halves = [ops.split(x, x.numel // shape.pieces * others, x.numel // shape.pieces) for x in (q, k, v)]
     parts = (
         _others_by_hand(ops, one, others, *(first for first, _ in halves)),
-        _one_by_hand(ops, one, *(last for _, last in halves)),
+        _unfused_attention(ops, one, *(last for _, last in halves)),
     )
     del halves
     # cat's backward hands out views of the gradient.
@@ -256,7 +256,7 @@ def _others_by_hand(ops: Ops, one: Heads, samples: int, q: Tensor, k: Tensor, v:
     which is the first.
     """
     width, sizes = q.width, (q.numel, k.numel, v.numel)
-    saved_tensors = _saved_by_hand(ops, one, samples, q, k, v)
+    saved_tensors = _saved_unfused(ops, one, samples, q, k, v)
     held: list[Tensor | None] = [None] * len(saved_tensors)
     if ops.tape.mode[0] != "first":  # a layer that will be recomputed saves nothing
         held = [ops.new(size * samples, 1, item) for item, size in saved_tensors.items()]
@@ -269,19 +269,19 @@ def _others_by_hand(ops: Ops, one: Heads, samples: int, q: Tensor, k: Tensor, v:
     return out
 
 
-def _saved_by_hand(ops: Ops, one: Heads, samples: int, q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
+def _saved_unfused(ops: Ops, one: Heads, samples: int, q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
     """Return the elements that the graph saves for one of the samples besides q, k and v, by item."""
-    apart = copy(ops)
-    apart.meter = AllocationMeter()
-    apart.tape = Tape(apart.meter)
-    leaf, nothing = apart.tape.leaf(), Storage(apart.meter, 0)
-    given = [Tensor(nothing, x.numel // samples, x.width, leaf) for x in (q, k, v)]
-    out = _one_by_hand(apart, one, *given)
+    separate_ops = copy(ops)
+    separate_ops.meter = AllocationMeter()
+    separate_ops.tape = Tape(separate_ops.meter)
+    leaf, nothing = separate_ops.tape.leaf(), Storage(separate_ops.meter, 0)
+    inputs = [Tensor(nothing, x.numel // samples, x.width, leaf) for x in (q, k, v)]
+    out = _unfused_attention(separate_ops, one, *inputs)
     out.storage.reattribute("output")
-    return {item: size for item, size in apart.meter.live_items.items() if size and item != "output"}
+    return {item: size for item, size in separate_ops.meter.live_items.items() if size and item != "output"}
 
 
-def _one_by_hand(ops: Ops, shape: Heads, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _unfused_attention(ops: Ops, shape: Heads, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Replay the attention of one sample."""
     width, scores = q.width, shape.scores
     k, v = _repeat(ops, k, shape), _repeat(ops, v, shape)

@@ -77,10 +77,10 @@ def _product(ops: Ops, x: Tensor, by_row: Tensor) -> Tensor:
     numel = x.numel
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        toward = ops.new(numel, FLOAT)
+        x_gradient = ops.new(numel, FLOAT)
         spread = ops.new(numel, FLOAT)
         del spread
-        return (toward, ops.new(ops.tokens, FLOAT))
+        return (x_gradient, ops.new(ops.tokens, FLOAT))
 
     node = ops.tape.node((x, by_row), fn, (x, by_row))
     out = ops.new(numel, FLOAT)

@@ -49,7 +49,7 @@ class DecoderLayer:
     """RMSNorm on queries and keys: per head (Qwen3, Gemma 3) or over the full width (OLMo-2)."""
     residual_scale: bool = False
     """Whether each half is multiplied by a number before it is added (Granite)."""
-    attended_held: bool = False
+    keeps_attention_output: bool = False
     """Whether ``forward()`` keeps the attention output alive until it returns (StableLM)."""
     mixture: Mixture | None = None
     """Routed experts instead of the MLP."""
@@ -82,7 +82,7 @@ def _run(ops: Ops, block: DecoderLayer, hidden_states: Tensor) -> Tensor:
     hidden_states = ops.dropout_residual(hidden_states, block.dropout)
     if block.order in ("post", "sandwich"):
         hidden_states = norm(ops, block, hidden_states)
-    held = hidden_states if block.attended_held else None
+    held = hidden_states if block.keeps_attention_output else None
     hidden_states = _add(ops, block, residual, hidden_states)
     residual = hidden_states
     if block.order != "post":

@@ -108,18 +108,18 @@ def estimate(
     execution = execution or trainer_execution(recipe, device, architecture)
     layout = build_layout(recipe, architecture, execution)
     resident = static_items(recipe, architecture, layout, execution)
-    walked = profile_step(layout, execution, recipe.lora.dropout)
+    step_profile = profile_step(layout, execution, recipe.lora.dropout)
     if traced is not None:
         layout = replace(layout, exact=True)
         moments = [_traced_moment(traced)]
     else:
-        moments = peak_candidates(walked, layout, execution)
+        moments = peak_candidates(step_profile, layout, execution)
         if execution.accumulates:
             resident["gradients"] = gradient_bytes(layout, execution)
     pool = None
     if execution.device == "cuda":
         room = None if capacity_bytes is None else capacity_bytes - context_bytes(execution)
-        pool = replay(recipe, architecture, layout, execution, walked, room)
+        pool = replay(recipe, architecture, layout, execution, step_profile, room)
     if not execution.accumulates:
         moments.append(_optimizer_moment(layout, execution))
     fullest = max(moments, key=lambda moment: moment.total_bytes)

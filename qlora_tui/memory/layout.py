@@ -35,7 +35,7 @@ class LayerStyle:
     head_norms: Literal["no", "head", "full"] = "no"
     rotary: bool = True
     residual_scale: bool = False
-    attended_held: bool = False
+    keeps_attention_output: bool = False
 
 
 STYLES: dict[str, LayerStyle] = {
@@ -57,7 +57,7 @@ STYLES: dict[str, LayerStyle] = {
     "deepseek_v2": LayerStyle(),
     "granite": LayerStyle(residual_scale=True),
     "olmo2": LayerStyle(norm="float", order="post", head_norms="full"),
-    "stablelm": LayerStyle(norm="layer", attended_held=True),
+    "stablelm": LayerStyle(norm="layer", keeps_attention_output=True),
     "opt": LayerStyle(norm="layer", rotary=False),
     "gpt2": LayerStyle(norm="layer", rotary=False),
     "gpt_bigcode": LayerStyle(norm="layer", rotary=False),
@@ -94,7 +94,7 @@ class Layout:
     length: int
     hidden: int
     vocabulary: int
-    embedding_apart: bool
+    modifies_embedding: bool
     """Whether the first layer's input differs from the embedding's output: positions or a factor."""
     embedding_dropout: float
     softcap: bool
@@ -169,7 +169,7 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
                 rotary=1.0 if style.rotary else 0.0,
                 head_norms=style.head_norms,
                 residual_scale=style.residual_scale,
-                attended_held=style.attended_held,
+                keeps_attention_output=style.keeps_attention_output,
                 mixture=None if any(linear.part == "mlp" for linear in linears) else routed,
                 dropout=architecture.residual_dropout,
             )
@@ -183,7 +183,7 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
         length=length,
         hidden=architecture.hidden_size,
         vocabulary=architecture.vocab_size,
-        embedding_apart=len(architecture.embeddings) > 1
+        modifies_embedding=len(architecture.embeddings) > 1
         or multiplies_embedding(architecture.model_type, execution.transformers),
         embedding_dropout=architecture.residual_dropout if architecture.model_type in GPT_2 else 0.0,
         softcap=architecture.final_logit_softcapping is not None,

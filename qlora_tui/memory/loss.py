@@ -93,18 +93,20 @@ def _chunked(ops: Ops, layout: Layout, execution: ExecutionConfig, hidden: Tenso
 
     with ops.meter.attribute_to(item):
         states = _states_in_loss(ops, hidden, width)
-        toward = ops.new(numel, itemsize)
-        toward_rows = ops.new(layout.token_rows * layout.hidden, FLOAT)
+        hidden_gradient = ops.new(numel, itemsize)
+        row_gradients = ops.new(layout.token_rows * layout.hidden, FLOAT)
     with ops.meter.attribute_to("logits"):
         values = ops.new(layout.token_rows * layout.hidden, width) if width != FLOAT else None
         logits = ops.new(chunk, width)
         own = ops.new(rows * layout.token_rows, FLOAT)
-        block = _slopes(ops, layout, min(LOSS_BLOCK_ROWS[execution.device], rows) * layout.vocabulary, width)
+        block = _logits_gradient(
+            ops, layout, min(LOSS_BLOCK_ROWS[execution.device], rows) * layout.vocabulary, width
+        )
         del block
         product = ops.new(rows * layout.hidden, width)
         del product, own, logits, values
     with ops.meter.attribute_to(item):
-        node = ops.tape.node((states,), scaled, (toward, toward_rows))
+        node = ops.tape.node((states,), scaled, (hidden_gradient, row_gradients))
     loss = ops.new(1, FLOAT)
     loss.node = node
     return loss
@@ -125,16 +127,16 @@ def _states_in_loss(ops: Ops, hidden: Tensor, width: int) -> Tensor:
     return states
 
 
-def _slopes(ops: Ops, layout: Layout, numel: int, width: int) -> Tensor:
+def _logits_gradient(ops: Ops, layout: Layout, numel: int, width: int) -> Tensor:
     """Replay the gradient of a block of logits, in float32 like all intermediate values."""
-    logits, bent = ops.new(numel, FLOAT) if width != FLOAT else None, None
+    logits, capped = ops.new(numel, FLOAT) if width != FLOAT else None, None
     if layout.logit_scale:
         logits = ops.new(numel, FLOAT)
     if layout.softcap:
-        bent = ops.new(numel, FLOAT)
+        capped = ops.new(numel, FLOAT)
         logits = ops.new(numel, FLOAT)
     likely = ops.new(numel, FLOAT)
-    del logits, bent
+    del logits, capped
     return likely
 
 
@@ -149,12 +151,12 @@ def _liger(ops: Ops, layout: Layout, execution: ExecutionConfig, hidden: Tensor,
         states = _states_in_loss(ops, hidden, width) if execution.own_fused else hidden
         if execution.own_fused and layout.logit_scale:
             states = ops.times_number(states)
-        toward = ops.new(numel, width)
+        hidden_gradient = ops.new(numel, width)
     with ops.meter.attribute_to("logits"):
         logits = ops.new(rows * layout.vocabulary, width)
         del logits
     # Multiplied by the gradient of the loss in place (element_mul_kernel).
-    node = ops.tape.node((states,), lambda grad, saved: (saved[0],), (toward,))
+    node = ops.tape.node((states,), lambda grad, saved: (saved[0],), (hidden_gradient,))
     loss = ops.new(1, FLOAT)
     loss.node = node
     return loss

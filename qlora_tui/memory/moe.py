@@ -33,68 +33,68 @@ class Mixture:
     """Quantization of separate experts."""
 
 
-def mixture(ops: Ops, made_of: Mixture, x: Tensor) -> Tensor:
+def mixture(ops: Ops, config: Mixture, x: Tensor) -> Tensor:
     """Replay the routed experts of the layer."""
-    weights = _route(ops, made_of, x)
-    if made_of.separate:
-        return _in_turn(ops, made_of, x, weights)
-    return _grouped(ops, made_of, x, weights)
+    weights = _route(ops, config, x)
+    if config.separate:
+        return _in_turn(ops, config, x, weights)
+    return _grouped(ops, config, x, weights)
 
 
-def _route(ops: Ops, made_of: Mixture, x: Tensor) -> Tensor:
+def _route(ops: Ops, config: Mixture, x: Tensor) -> Tensor:
     """Replay router logits, their softmax in float32 (saved), and the chosen weights."""
     tokens, numel, width = ops.tokens, x.numel, x.width
-    logits = ops.new(tokens * made_of.experts, width)
+    logits = ops.new(tokens * config.experts, width)
     logits.node = ops.tape.node((x,), lambda grad, saved: (ops.new(numel, width),), (None,))
     wide = ops.cast(logits, FLOAT)
     likely = ops.activation(wide, "tanh")  # softmax: saves its result
     del wide
-    every = tokens * made_of.experts
+    every = tokens * config.experts
     node = ops.tape.node((likely,), lambda grad, saved: (ops.new(every, FLOAT),))
-    chosen = ops.new(tokens * made_of.per_token, FLOAT)
+    chosen = ops.new(tokens * config.per_token, FLOAT)
     chosen.node = node
-    return chosen if made_of.wide_weights else ops.cast(chosen, width)
+    return chosen if config.wide_weights else ops.cast(chosen, width)
 
 
-def _grouped(ops: Ops, made_of: Mixture, x: Tensor, weights: Tensor) -> Tensor:
-    slots = ops.tokens * made_of.per_token
+def _grouped(ops: Ops, config: Mixture, x: Tensor, weights: Tensor) -> Tensor:
+    slots = ops.tokens * config.per_token
     tokens, width = ops.tokens, x.width
     # The gathered rows, and gpt-oss's biases per row, stay bound to names until the function ends.
-    gathered = _index(ops, x, slots * made_of.hidden)
-    bias = ops.new(slots * 2 * made_of.intermediate, width) if made_of.clamped else None
-    both = _product(ops, gathered, slots, made_of.hidden, 2 * made_of.intermediate)
-    inner = _clamped(ops, both, made_of) if made_of.clamped else _gate(ops, both, made_of)
+    gathered = _index(ops, x, slots * config.hidden)
+    bias = ops.new(slots * 2 * config.intermediate, width) if config.clamped else None
+    both = _product(ops, gathered, slots, config.hidden, 2 * config.intermediate)
+    inner = _clamped(ops, both, config) if config.clamped else _gate(ops, both, config)
     del both
     if bias:
-        bias = ops.new(slots * made_of.hidden, width)
-    out = _product(ops, inner, slots, made_of.intermediate, made_of.hidden)
+        bias = ops.new(slots * config.hidden, width)
+    out = _product(ops, inner, slots, config.intermediate, config.hidden)
     del inner
     out = weighted(ops, out, weights)
-    out = _index(ops, out, slots * made_of.hidden)
+    out = _index(ops, out, slots * config.hidden)
     summed = out.width
     node = ops.tape.node(
         # The gradient of a sum is expanded, and materialized where it is used.
         (out,),
-        lambda grad, saved: (ops.new(slots * made_of.hidden, summed),),
+        lambda grad, saved: (ops.new(slots * config.hidden, summed),),
     )
-    total = ops.new(tokens * made_of.hidden, summed)
+    total = ops.new(tokens * config.hidden, summed)
     total.node = node
     return ops.cast(total, width)
 
 
-def _gate(ops: Ops, both: Tensor, made_of: Mixture) -> Tensor:
+def _gate(ops: Ops, both: Tensor, config: Mixture) -> Tensor:
     gate, up = ops.split(both, both.numel // 2, both.numel // 2)
-    return ops.multiply(ops.activation(gate, made_of.activation), up)
+    return ops.multiply(ops.activation(gate, config.activation), up)
 
 
-def _clamped(ops: Ops, both: Tensor, made_of: Mixture) -> Tensor:
+def _clamped(ops: Ops, both: Tensor, config: Mixture) -> Tensor:
     """Replay gpt-oss's ``(clamp(up) + 1) * clamp(gate) * sigmoid(alpha * clamp(gate))``."""
     half = both.numel // 2
     gate = ops.activation(ops.slice(both, half), "clamp")
     up = ops.activation(ops.slice(both, half), "clamp")
-    opened = ops.multiply(gate, ops.activation(ops.times_number(gate), "tanh"))
+    gated = ops.multiply(gate, ops.activation(ops.times_number(gate), "tanh"))
     del gate
-    return ops.multiply(ops.times_number(up), opened)
+    return ops.multiply(ops.times_number(up), gated)
 
 
 def _index(ops: Ops, x: Tensor, numel: int) -> Tensor:
@@ -121,15 +121,15 @@ def weighted(ops: Ops, x: Tensor, weights: Tensor) -> Tensor:
     width = max(x.width, weights.width)
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        toward = ops.new(numel, width)
+        x_gradient = ops.new(numel, width)
         spread = ops.new(numel, width)
         if width != back:
             # The engine casts one gradient before it sums the other over the row (validate_outputs); what the
             # function had unpacked is freed by then, unless the node holds it.
             saved.clear()
-            toward = ops.new(numel, back)
+            x_gradient = ops.new(numel, back)
         del spread
-        return (toward, ops.new(rows, width))
+        return (x_gradient, ops.new(rows, width))
 
     node = ops.tape.node((x, weights), fn, (x, weights))
     out = ops.new(numel, width)
@@ -137,18 +137,18 @@ def weighted(ops: Ops, x: Tensor, weights: Tensor) -> Tensor:
     return out
 
 
-def _in_turn(ops: Ops, made_of: Mixture, x: Tensor, weights: Tensor) -> Tensor:
+def _in_turn(ops: Ops, config: Mixture, x: Tensor, weights: Tensor) -> Tensor:
     """Replay the experts in turn: gather tokens, run the MLP, add into the sum in place."""
-    rows = ops.tokens * made_of.per_token // made_of.experts
-    hidden, inner = made_of.hidden, made_of.intermediate
+    rows = ops.tokens * config.per_token // config.experts
+    hidden, inner = config.hidden, config.intermediate
     total = ops.new(x.numel, x.width)
     whole, width = x.numel, x.width
-    for expert in range(made_of.experts):
+    for expert in range(config.experts):
         state = _index(ops, x, rows * hidden)
-        opened = ops.activation(_expert(ops, made_of, state, "w1", hidden, inner), made_of.activation)
-        product = ops.multiply(opened, _expert(ops, made_of, state, "w3", hidden, inner))
-        del opened, state
-        out = _expert(ops, made_of, product, "w2", inner, hidden)
+        gated = ops.activation(_expert(ops, config, state, "w1", hidden, inner), config.activation)
+        product = ops.multiply(gated, _expert(ops, config, state, "w3", hidden, inner))
+        del gated, state
+        out = _expert(ops, config, product, "w2", inner, hidden)
         del product
         part = _index(ops, weights, rows)
         out = weighted(ops, out, part)
@@ -162,6 +162,6 @@ def _in_turn(ops: Ops, made_of: Mixture, x: Tensor, weights: Tensor) -> Tensor:
     return total
 
 
-def _expert(ops: Ops, made_of: Mixture, x: Tensor, name: str, inputs: int, outputs: int) -> Tensor:
-    method = made_of.method if made_of.method in ("nf4", "fp4", "int8") else "none"
+def _expert(ops: Ops, config: Mixture, x: Tensor, name: str, inputs: int, outputs: int) -> Tensor:
+    method = config.method if config.method in ("nf4", "fp4", "int8") else "none"
     return linear(ops, x, Linear(name, inputs, outputs, method))  # type: ignore[arg-type]  # a Linear module

@@ -268,10 +268,10 @@ class Ops:
             return (self.new(numel, FLOAT),)
 
         def product(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-            toward = self.new(numel, FLOAT)
+            x_gradient = self.new(numel, FLOAT)
             spread = self.new(numel, FLOAT)
             del spread
-            return (toward, self.new(rows, FLOAT))
+            return (x_gradient, self.new(rows, FLOAT))
 
         node = self.tape.node((wide,), square, (wide,))
         squared = self.new(numel, FLOAT)
@@ -296,11 +296,11 @@ class Ops:
         def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
             if self.triton:
                 return (self.new(numel, width),)
-            toward = self.new(numel, FLOAT)
+            x_gradient = self.new(numel, FLOAT)
             normed = self.new(numel, FLOAT)
             product = self.new(numel, FLOAT)
             del product, normed
-            return (self._as(toward, width),)
+            return (self._as(x_gradient, width),)
 
         spread = self.new(self.tokens, FLOAT)
         wide = None if self.triton else self.new(numel, FLOAT)

@@ -49,14 +49,14 @@ def replay(
     architecture: Architecture,
     layout: Layout,
     execution: ExecutionConfig,
-    walked: StepProfile,
+    step_profile: StepProfile,
     capacity_bytes: int | None = None,
 ) -> Pool:
     """Load the model and run two steps. An allocator that reaches ``capacity_bytes`` releases free segments
     before it takes more, unless its segments grow."""
     allocator = CachingAllocator(expandable=execution.expandable_segments, capacity_bytes=capacity_bytes)
     load(allocator, recipe, architecture, layout, execution)
-    run = _Run(allocator, architecture, layout, execution, walked)
+    run = _Run(allocator, architecture, layout, execution, step_profile)
     for step in range(STEPS):
         run.step(first=not step)
     return Pool(allocator.most_allocated_bytes, allocator.most_reserved_bytes)
@@ -71,19 +71,19 @@ class _Run:
         architecture: Architecture,
         layout: Layout,
         execution: ExecutionConfig,
-        walked: StepProfile,
+        step_profile: StepProfile,
     ) -> None:
         self._allocator = allocator
         self._layout = layout
         self._execution = execution
-        self._head = walked.head.recording
+        self._head = step_profile.head.recording
         ends = ENDS if execution.checkpointing and not execution.kept_layers else ENDS_THAT_KEEP
         if not execution.expandable_segments:
-            ends = len(walked.layers)
-        between = _between_equals(walked.layers, ends)
+            ends = len(step_profile.layers)
+        between = _between_equals(step_profile.layers, ends)
         self._layers = [(layer.recording, not passed) for layer, passed in between]
         self._embedded_bytes = layout.tokens * layout.hidden * embedding_bytes(execution)
-        self._keeps_embedding = layout.embedding_apart or not walked.layers[0].keeps_input
+        self._keeps_embedding = layout.modifies_embedding or not step_profile.layers[0].keeps_input
         self._inputs = (input_bytes(architecture, layout, execution), mask_bytes(layout, execution))
 
     def step(self, *, first: bool) -> None:
@@ -93,14 +93,14 @@ class _Run:
             allocator.keep(adapter_copies(self._layout, self._execution))
         small = allocator.small_bytes
         alive = take_all(allocator, self._inputs)
-        if self._layout.embedding_apart:
+        if self._layout.modifies_embedding:
             alive.append(allocator.malloc(self._embedded_bytes))
         x = allocator.malloc(self._embedded_bytes)
-        if self._keeps_embedding and not self._layout.embedding_apart:
+        if self._keeps_embedding and not self._layout.modifies_embedding:
             alive.append(x)
         if first:
             allocator.malloc(workspace_bytes(self._execution))  # this thread's, with its first product
-        owned = not self._keeps_embedding or self._layout.embedding_apart
+        owned = not self._keeps_embedding or self._layout.modifies_embedding
         parts: list[Blocks] = []
         for recording, whole in self._layers:
             x = self._forward(recording, x, parts, owned=owned, whole=whole)

@@ -114,7 +114,7 @@ def profile_step(layout: Layout, execution: ExecutionConfig, dropout: float) -> 
     return StepProfile(tuple(layers), _profile(layout, execution, dropout, tail, width, checkpointed=False))
 
 
-def peak_candidates(walked: StepProfile, layout: Layout, execution: ExecutionConfig) -> list[Peak]:
+def peak_candidates(step_profile: StepProfile, layout: Layout, execution: ExecutionConfig) -> list[Peak]:
     """Return every candidate for the step's peak, in order of time."""
     embedded = _embedded(layout, execution, embedding_bytes(execution))
     rows = Counter(activations=layout.tokens * layout.token_rows)  # trained row index of each token
@@ -122,12 +122,12 @@ def peak_candidates(walked: StepProfile, layout: Layout, execution: ExecutionCon
         rows["gradients"] = layout.token_rows * layout.hidden * execution.adapter_bytes
     return list(
         _candidates(
-            walked,
+            step_profile,
             _cast_once(layout, execution),
             embedded,
             rows,
             Counter(adapter=sum(adapter_copies(layout, execution))),
-            always=layout.embedding_apart,
+            always=layout.modifies_embedding,
         )
     )
 
@@ -151,16 +151,16 @@ ForwardFn = Callable[[Ops, list[Tensor]], tuple[Tensor, list[Tensor]]]
 """Forward of a part. Its input comes in a list, so that the part itself can drop it."""
 
 
-def _layer(ops: Ops, given: list[Tensor], *, block: DecoderLayer) -> tuple[Tensor, list[Tensor]]:
-    return run_block(ops, block, given[0]), []
+def _layer(ops: Ops, inputs: list[Tensor], *, block: DecoderLayer) -> tuple[Tensor, list[Tensor]]:
+    return run_block(ops, block, inputs[0]), []
 
 
 def _tail(
-    ops: Ops, given: list[Tensor], *, layout: Layout, execution: ExecutionConfig
+    ops: Ops, inputs: list[Tensor], *, layout: Layout, execution: ExecutionConfig
 ) -> tuple[Tensor, list[Tensor]]:
     """Replay final norm, head and loss. The last layer's output is freed after the norm."""
-    normed = norm(ops, layout.blocks[-1], given[0])
-    given.clear()
+    normed = norm(ops, layout.blocks[-1], inputs[0])
+    inputs.clear()
     width = 4 if execution.cast_to_float32 else execution.compute_bytes
     return head_and_loss(ops, layout, execution, normed, width)
 
@@ -185,13 +185,13 @@ def _profile(
     recording = profile.recording
     recording.enters, begins = x.storage.number, len(meter.events)
     meter.restart()
-    given = [x]
+    inputs = [x]
     if checkpointed:
         ops.tape.mode = ("first", ActivationCheckpoint(partial(_again, run, ops, x)))
         if execution.reentrant:
-            given = [x.view(upstream)]
+            inputs = [x.view(upstream)]
     del x
-    result, held = run(ops, given)
+    result, held = run(ops, inputs)
     ops.tape.mode = ("keep", None)
     profile.forward = dict(meter.peak_items)
     node, numel, width = result.node, result.numel, result.width
@@ -201,9 +201,9 @@ def _profile(
     if checkpointed and execution.reentrant:
         del node
         recording.forward = build_phase(meter.events[begins:], recording.leaves)
-        _reentrant_backward(ops, run, given, profile, numel, width, execution)
+        _reentrant_backward(ops, run, inputs, profile, numel, width, execution)
         return profile
-    given.clear()
+    inputs.clear()
     recording.forward = build_phase(meter.events[begins:], recording.leaves)
     profile.retained = {item: size for item, size in meter.live_items.items() if size}
     profile.keeps_input = there() is not None
@@ -225,7 +225,7 @@ def _profile(
 def _reentrant_backward(
     ops: Ops,
     run: ForwardFn,
-    given: list[Tensor],
+    inputs: list[Tensor],
     profile: PartProfile,
     numel: int,
     width: int,
@@ -235,7 +235,7 @@ def _reentrant_backward(
 
     Its locals hold the incoming gradient and the layer's output until it returns.
     """
-    x = given[0]
+    x = inputs[0]
     profile.retained = {x.storage.item: x.storage.size}
     ops.meter.restart()
     gradient = ops.new(numel, width)
@@ -248,7 +248,7 @@ def _reentrant_backward(
     profile.gradient_bytes = sum(storage.size for storage in retained)
     goes_on = without_input_gradient(ops.meter.events)
     del held, result, gradient, x
-    given.clear()
+    inputs.clear()
     profile.recording.gradient = goes_on
     profile.recording.backward = build_phase(ops.meter.events[begins:], goes_on)
 
@@ -273,7 +273,7 @@ def _cast_once(layout: Layout, execution: ExecutionConfig) -> Items:
 
 
 def _candidates(
-    walked: StepProfile,
+    step_profile: StepProfile,
     forward_only: Items,
     embedded: Items,
     rows: Items,
@@ -287,7 +287,7 @@ def _candidates(
     the first layer does not. Where something is added to it, it is always separate. ``rows`` has the bytes
     that trained rows of embedding and head keep from the start, and as gradients after the loss.
     """
-    order, head, last = walked.layers, walked.head, len(walked.layers) - 1
+    order, head, last = step_profile.layers, step_profile.head, len(step_profile.layers) - 1
     before = Counter(persistent)
     cast = Counter(forward_only)
     candidates: list[Peak] = []

@@ -34,17 +34,17 @@ def chunked(ops: Ops, layout: Layout, hidden: Tensor) -> Tensor:
         return weight, logits, log_probabilities
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        toward = ops.new(numel, width)  # the gradients of the chunks' slices, each of full size
+        hidden_gradient = ops.new(numel, width)  # the gradients of the chunks' slices, each of full size
         with ops.meter.attribute_to("logits"):
             projected = project()
             entropy = [ops.new(chunk, FLOAT) for _ in range(2)]
             entropy.pop()
-            slopes = ops.new(chunk, FLOAT)
+            logits_gradient = ops.new(chunk, FLOAT)
             through_softmax = ops.new(chunk, FLOAT)
-            del projected, entropy, slopes, through_softmax
+            del projected, entropy, logits_gradient, through_softmax
         another = ops.new(numel, width)
         del another
-        return (toward,)
+        return (hidden_gradient,)
 
     with ops.meter.attribute_to("logits"):
         projected = project()
@@ -66,9 +66,9 @@ def tiled(ops: Ops, layout: Layout, hidden: Tensor) -> Tensor:
             del logits
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        toward = ops.new(numel, FLOAT)
+        hidden_gradient = ops.new(numel, FLOAT)
         tile()
-        return (ops.new(numel, width) if width != toward.width else toward,)
+        return (ops.new(numel, width) if width != hidden_gradient.width else hidden_gradient,)
 
     tile()
     return _scalar(ops, states, fn, (states,))

@@ -42,13 +42,13 @@ def lora(ops: Ops, x: Tensor, module: Linear) -> Tensor:
             thin = ops.new(module.rank * module.inputs, ops.adapter)
             wide = ops.new(module.rank * module.outputs, ops.adapter)
         weight = ops.dequantized(module, width)
-        toward = ops.new(numel, width)
+        x_gradient = ops.new(numel, width)
         del weight
         through_adapter = ops.new(numel, width)
         where = ops.new(numel, 1)
         masked = ops.new(numel, width)
         del through_adapter, where, masked
-        return (toward, thin, wide)
+        return (x_gradient, thin, wide)
 
     dropped = x
     if ops.dropout:

@@ -181,7 +181,7 @@ def test_a_row_is_read_by_its_words(column: str, text: str, field: str, value: o
         ("grad_ckpt", "every 2nd layer", "grad_ckpt"),
     ],
 )
-def test_a_path_that_is_not_walked_says_why(column: str, text: str, why: str) -> None:
+def test_code_that_is_not_modeled_says_why(column: str, text: str, why: str) -> None:
     with pytest.raises(Unplaced, match=why):
         read_execution(_row(**{column: text}))
 

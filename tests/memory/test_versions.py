@@ -150,7 +150,7 @@ def test_gemmas_model_scaled_its_embedding_beside_it_until_5_4() -> None:
         )
         for version in ((5, 2), (5, 4))
     ]
-    assert [layout.embedding_apart for layout in layouts] == [True, False]
+    assert [layout.modifies_embedding for layout in layouts] == [True, False]
 
 
 def test_flash_attention_caps_gemmas_scores_without_making_them() -> None:
