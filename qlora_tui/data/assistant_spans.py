@@ -32,7 +32,7 @@ PRIVATE = re.compile("[\U000f0000-\U000f0005]")
 """Characters used as internal marks; removed from every text before rendering."""
 
 
-class RenderedText(Struct, frozen=True):
+class SampleText(Struct, frozen=True):
     """A text as the model sees it, and the spans of it that train, in characters."""
 
     text: str
@@ -61,7 +61,7 @@ class _SpanFinder:
         self._eos = eos
         self._prompts: dict[int, str] = {}
 
-    def layouts(self, weights: Mapping[int, float]) -> list[RenderedText]:
+    def samples(self, weights: Mapping[int, float]) -> list[SampleText]:
         """Render the whole conversation with the spans that train, and the turns that need a separate sample.
 
         ``weights`` maps each of these turns to its loss weight.
@@ -70,7 +70,7 @@ class _SpanFinder:
         whole = self._close_thought(template.render(turns, self._tools))
         spans: list[Span] = []
         counts: list[float] = []
-        separate: list[RenderedText] = []
+        separate: list[SampleText] = []
         for i, weight in weights.items():
             is_last = i == len(turns) - 1
             ended = whole if is_last else template.render(turns[: i + 1], self._tools)
@@ -102,21 +102,21 @@ class _SpanFinder:
         ]
         return [*separate, _with_weights(self._end_turn(whole, marked), *counts)]
 
-    def everything(self) -> RenderedText:
+    def everything(self) -> SampleText:
         """Render the whole conversation as one span that trains."""
         whole = self._template.render(self._turns, self._tools)
-        layout = self._end_turn(whole, [(0, len(whole))]) if self._turns[-1]["role"] == "assistant" else None
-        layout = layout or RenderedText(whole, ((0, len(whole)),))
+        sample = self._end_turn(whole, [(0, len(whole))]) if self._turns[-1]["role"] == "assistant" else None
+        sample = sample or SampleText(whole, ((0, len(whole)),))
         if self._reasoning_in_loss:
-            return layout
+            return sample
         spans, at = [], 0
         for turn in self._turns:
             reasoning = _reasoning(turn) if turn["role"] == "assistant" else ""
-            place = layout.text.find(reasoning, at) if reasoning else -1
+            place = sample.text.find(reasoning, at) if reasoning else -1
             if place >= 0:
                 spans.append((at, place))
-                at = after_thought(layout.text, place + len(reasoning))
-        return RenderedText(layout.text, (*spans, (at, len(layout.text))))
+                at = after_thought(sample.text, place + len(reasoning))
+        return SampleText(sample.text, (*spans, (at, len(sample.text))))
 
     def _close_thought(self, whole: str) -> str:
         """Return ``whole`` with an empty thought before its last answer, if the prompt opens one."""
@@ -127,7 +127,7 @@ class _SpanFinder:
         start = self._start(last, whole)
         return whole if start is None else answered(prompt, "", whole[start:])
 
-    def _separate_sample(self, text: str, start: int, reasoning: str) -> RenderedText:
+    def _separate_sample(self, text: str, start: int, reasoning: str) -> SampleText:
         """Build a separate sample for the turn that begins at ``start`` and ends ``text``."""
         return self._end_turn(text, [self._trained_part(text, (start, len(text)), reasoning)])
 
@@ -164,7 +164,7 @@ class _SpanFinder:
         prompt, before = self._prompt_for(i), self._before(i) if i else ""
         return prompt[len(before) :] if prompt.startswith(before) else ""
 
-    def _after_prompt(self, i: int, ended: str, reasoning: str) -> RenderedText:
+    def _after_prompt(self, i: int, ended: str, reasoning: str) -> SampleText:
         """Build a separate sample for an answer whose presence makes the template drop earlier text.
 
         gpt-oss drops the text next to a tool call. The model sees it when it answers, so it is trained with
@@ -269,7 +269,7 @@ class _SpanFinder:
             return None
         return begin, end - 1
 
-    def _with_reasoning(self, i: int, ended: str, start: int, reasoning: str) -> RenderedText:
+    def _with_reasoning(self, i: int, ended: str, start: int, reasoning: str) -> SampleText:
         """Build a separate sample for a turn whose reasoning the template drops even from the last answer.
 
         DeepSeek-R1's template does this: its prompt opens ``<think>`` and the model continues from there.
@@ -303,7 +303,7 @@ class _SpanFinder:
             result += inside or [span]
         return sorted(set(result))
 
-    def _end_turn(self, text: str, spans: list[Span]) -> RenderedText:
+    def _end_turn(self, text: str, spans: list[Span]) -> SampleText:
         """Cut after the last answer and add an end-of-text token where the template leaves the turn open."""
         start, end = spans[-1]
         if end < len(text):  # a last turn that is learned in a separate sample
@@ -311,7 +311,7 @@ class _SpanFinder:
         elif self._eos and not self._is_closed(text[start:]):
             text += self._eos
             spans = [*spans[:-1], (start, len(text))]
-        return RenderedText(text, tuple(spans))
+        return SampleText(text, tuple(spans))
 
 
 def find_assistant_spans(
@@ -323,7 +323,7 @@ def find_assistant_spans(
     eos: str,
     everything: bool = False,
     reasoning_in_loss: bool = True,
-) -> list[RenderedText]:
+) -> list[SampleText]:
     """Render the texts of one conversation, with the spans that train in each.
 
     ``weights`` has the loss weight of each turn; turns after the last with a weight are left out, because
@@ -338,11 +338,11 @@ def find_assistant_spans(
     if not training:
         raise RowRejectedError("no-answer", "No assistant turn trains.")
     turns = turns[: max(training) + 1]
-    return _SpanFinder(template, turns, tools, special, eos, reasoning_in_loss).layouts(training)
+    return _SpanFinder(template, turns, tools, special, eos, reasoning_in_loss).samples(training)
 
 
-def _with_weights(layout: RenderedText, *weights: float) -> RenderedText:
-    return layout if set(weights) == {1.0} else RenderedText(layout.text, layout.spans, weights)
+def _with_weights(sample: SampleText, *weights: float) -> SampleText:
+    return sample if set(weights) == {1.0} else SampleText(sample.text, sample.spans, weights)
 
 
 def _overlap(one: Span, other: Span) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qlora_tui.data.assistant_spans import PRIVATE, RenderedText, find_assistant_spans
+from qlora_tui.data.assistant_spans import PRIVATE, SampleText, find_assistant_spans
 from qlora_tui.data.bounds import MAX_CHARACTERS
 from qlora_tui.data.chat_template import ChatTemplate
 from qlora_tui.data.conversation import Conversation, Message, RowRejectedError
@@ -61,7 +61,7 @@ class TokenizedSample(Struct, frozen=True):
 class RenderedConversation(Struct, frozen=True):
     """A conversation as text, not yet tokens."""
 
-    layouts: tuple[RenderedText, ...]
+    samples: tuple[SampleText, ...]
     notes: tuple[str, ...]
 
 
@@ -101,15 +101,15 @@ def render_many(
     with memory_bound(MAX_ADDED_MEMORY_BYTES):
         # Once for all of them: setting it for each rendering would take longer than rendering.
         rendered = [_render_or_reject(conversation, tokenizer, options) for conversation in conversations]
-    layouts = [layout for one in rendered if isinstance(one, RenderedConversation) for layout in one.layouts]
+    samples = [sample for one in rendered if isinstance(one, RenderedConversation) for sample in one.samples]
     marked = iter(
-        tokenizer.encode_marked([layout.text for layout in layouts], list(map(_span_edges, layouts)))
+        tokenizer.encode_marked([sample.text for sample in samples], list(map(_span_edges, samples)))
     )
     for one in rendered:
         if isinstance(one, RowRejectedError):
             yield one
         else:
-            yield [_sample(layout, next(marked), tokenizer, one.notes) for layout in one.layouts]
+            yield [_sample(sample, next(marked), tokenizer, one.notes) for sample in one.samples]
 
 
 def _render_or_reject(
@@ -119,7 +119,7 @@ def _render_or_reject(
         rendered = render_text(conversation, tokenizer, options)
     except RowRejectedError as refused:
         return refused
-    characters = int(tokenizer.expansion * sum(len(layout.text) for layout in rendered.layouts))
+    characters = int(tokenizer.expansion * sum(len(sample.text) for sample in rendered.samples))
     if characters > MAX_CHARACTERS:
         return RowRejectedError("too-large", f"{characters:,} characters, of {MAX_CHARACTERS:,} at most.")
     return rendered
@@ -143,7 +143,7 @@ def prompt_ids(
     if kept_tools:
         kept_tools, _ = _neutral_value(kept_tools, tokenizer.control_pattern)
     text = template.render(turns, kept_tools, prompt=True)
-    return _tokenize_by_span(RenderedText(text, ()), tokenizer, ()).token_ids
+    return _tokenize_by_span(SampleText(text, ()), tokenizer, ()).token_ids
 
 
 def pieces(tokenizer: ChatTokenizer, token_ids: Sequence[int], loss_mask: bytes) -> list[Piece]:
@@ -183,7 +183,7 @@ def render_text(
         bos = tokenizer.special_tokens.get("bos_token", "") if tokenizer.begins_with_bos else ""
         text, marked = _neutral(conversation.text, tokenizer.control_pattern)
         return RenderedConversation(
-            (RenderedText(bos + text + eos, ((0, len(bos + text + eos)),)),),
+            (SampleText(bos + text + eos, ((0, len(bos + text + eos)),)),),
             ("control-tokens",) if marked else (),
         )
     template, traits = _template_of(tokenizer, bool(conversation.tools))
@@ -198,16 +198,16 @@ def render_text(
     if marked:
         notes.append("control-tokens")
     special, everything = tokenizer.special_pattern, options.train_on == "everything"
-    layouts = find_assistant_spans(
+    samples = find_assistant_spans(
         template, turns, weights, tools, special, eos, everything, options.reasoning_in_loss
     )
     if not all(
-        _without_reasoning(turn, layouts) for turn, wanted in zip(turns, weights, strict=True) if wanted
+        _without_reasoning(turn, samples) for turn, wanted in zip(turns, weights, strict=True) if wanted
     ):
         notes.append("answer-changed")
-    if any(layout.weights for layout in layouts):
+    if any(sample.weights for sample in samples):
         notes.append("weights")
-    return RenderedConversation(tuple(layouts), tuple(notes))
+    return RenderedConversation(tuple(samples), tuple(notes))
 
 
 def _template_of(tokenizer: ChatTokenizer, with_tools: bool) -> tuple[ChatTemplate, TemplateCapabilities]:
@@ -250,13 +250,13 @@ def _notes_on_thinking(
     return notes
 
 
-def _without_reasoning(turn: Mapping[str, Any], layouts: Sequence[RenderedText]) -> bool:
-    """Return whether the answer of a turn appears somewhere in the layouts without its thoughts."""
+def _without_reasoning(turn: Mapping[str, Any], samples: Sequence[SampleText]) -> bool:
+    """Return whether the answer of a turn appears in a sample without its thoughts."""
     content = turn.get("content") or ""
     if isinstance(content, list):
         content = "".join(part["text"] for part in content)
     answer = content.rpartition("</think>")[2].strip()
-    return any(answer in layout.text for layout in layouts)
+    return any(answer in sample.text for sample in samples)
 
 
 def _neutral_turns(
@@ -297,34 +297,34 @@ def _neutral(text: str, pattern: re.Pattern[str]) -> tuple[str, bool]:
     return marked, count > 0
 
 
-def _span_edges(layout: RenderedText) -> list[int]:
+def _span_edges(sample: SampleText) -> list[int]:
     """Return where spans begin and end, except at both ends of the text."""
-    return sorted({place for span in layout.spans for place in span if 0 < place < len(layout.text)})
+    return sorted({place for span in sample.spans for place in span if 0 < place < len(sample.text)})
 
 
 def _sample(
-    layout: RenderedText, marked: Marked, tokenizer: ChatTokenizer, notes: tuple[str, ...]
+    sample: SampleText, marked: Marked, tokenizer: ChatTokenizer, notes: tuple[str, ...]
 ) -> TokenizedSample:
-    if _LITERAL in layout.text or _END_LITERAL in layout.text:
-        return _tokenize_by_span(layout, tokenizer, notes)
+    if _LITERAL in sample.text or _END_LITERAL in sample.text:
+        return _tokenize_by_span(sample, tokenizer, notes)
     ids = marked.ids
-    cuts = dict(zip(_span_edges(layout), marked.cuts, strict=True))
-    cuts[0], cuts[len(layout.text)] = (0, False), (len(ids), False)
+    cuts = dict(zip(_span_edges(sample), marked.cuts, strict=True))
+    cuts[0], cuts[len(sample.text)] = (0, False), (len(ids), False)
     loss_mask = bytearray(len(ids))
-    weights = array("f", bytes(4 * len(ids))) if layout.weights else None
-    for number, (start, end) in enumerate(layout.spans):
+    weights = array("f", bytes(4 * len(ids))) if sample.weights else None
+    for number, (start, end) in enumerate(sample.spans):
         first, straddles = cuts[start]
         if straddles:
-            return _tokenize_by_span(layout, tokenizer, notes)
+            return _tokenize_by_span(sample, tokenizer, notes)
         last = cuts[end][0]
         loss_mask[first:last] = b"\x01" * (last - first)
         if weights is not None:
-            weights[first:last] = array("f", [layout.weights[number]]) * (last - first)
+            weights[first:last] = array("f", [sample.weights[number]]) * (last - first)
     return TokenizedSample(ids, bytes(loss_mask), notes, weights)
 
 
 def _tokenize_by_span(
-    layout: RenderedText, tokenizer: ChatTokenizer, notes: tuple[str, ...]
+    sample: SampleText, tokenizer: ChatTokenizer, notes: tuple[str, ...]
 ) -> TokenizedSample:
     """Tokenize the spans inside and outside the loss separately, marked tokens as plain text.
 
@@ -335,17 +335,17 @@ def _tokenize_by_span(
     loss_mask = bytearray()
     weights = array("f")
     at = 0
-    spans = (*layout.spans, (len(layout.text), len(layout.text)))
-    counts = (*(layout.weights or [1.0] * len(layout.spans)), 0.0)
+    spans = (*sample.spans, (len(sample.text), len(sample.text)))
+    counts = (*(sample.weights or [1.0] * len(sample.spans)), 0.0)
     for (start, end), weight in zip(spans, counts, strict=True):
         for flag, (first, last) in ((0, (at, start)), (1, (start, end))):
-            for text, literal in _stretches(layout.text[first:last]):
+            for text, literal in _stretches(sample.text[first:last]):
                 new = tokenizer.encode_inside(text, literal) if ids or literal else tokenizer.encode(text)
                 ids += new
                 loss_mask += bytes([flag]) * len(new)
                 weights.extend([flag * weight] * len(new))
         at = end
-    return TokenizedSample(ids, bytes(loss_mask), notes, weights if layout.weights else None)
+    return TokenizedSample(ids, bytes(loss_mask), notes, weights if sample.weights else None)
 
 
 def _stretches(text: str) -> list[tuple[str, bool]]:

@@ -92,8 +92,8 @@ def test_exactly_the_answers_and_their_end_tokens_are_trained(
     samples = render(Conversation(tuple(messages)), tokenizer)
     assert len(samples) == 1
     assert "".join(trained_text(tokenizer, samples[0])) == expected(name, [answered for _, answered in turns])
-    laid = render_text(Conversation(tuple(messages)), tokenizer).layouts[0].text
-    plain = laid.replace("\U000f0000", "").replace("\U000f0001", "")
+    text = render_text(Conversation(tuple(messages)), tokenizer).samples[0].text
+    plain = text.replace("\U000f0000", "").replace("\U000f0001", "")
     assert tokenizer.decode(samples[0].token_ids) == plain
 
 

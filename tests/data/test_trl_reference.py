@@ -142,8 +142,8 @@ def _marked_template(name: str) -> ChatTemplate:
 
 
 def _ours(name: str, shape: str) -> list[str]:
-    laid = render_text(conversation(shape), _tokenizer(name))
-    return [layout.text[a:b] for layout in laid.layouts for a, b in layout.spans]
+    rendered = render_text(conversation(shape), _tokenizer(name))
+    return [sample.text[a:b] for sample in rendered.samples for a, b in sample.spans]
 
 
 def _theirs(name: str, shape: str) -> list[str]:
