@@ -81,14 +81,14 @@ def qwen_template() -> str:
 
 def ours(path: Path, model: Path) -> dict[str, Any]:
     """From the file to a mapped set, cold."""
-    from qlora_tui.data.dataset import prepare
+    from qlora_tui.data.dataset import prepare_dataset
     from qlora_tui.data.tokenizer import ChatTokenizer
     from qlora_tui.recipe.schema import Data, Recipe, Source
 
     own = ChatTokenizer.from_folder(model)
     tokenizer = ChatTokenizer(own.backend.to_str(), own.special_tokens, qwen_template())
     clock = Clock()
-    prepared = prepare(Recipe(data=Data(sources=(Source(path=str(path)),))), tokenizer)
+    prepared = prepare_dataset(Recipe(data=Data(sources=(Source(path=str(path)),))), tokenizer)
     counts = prepared.counts
     return {**clock.read(), "tokens": counts.tokens, "trained": counts.trained_tokens}
 

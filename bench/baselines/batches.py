@@ -13,7 +13,7 @@ from pathlib import Path
 from bench.baselines.job import TrainingJob, read_job, tell
 from bench.baselines.qlora_tui_run import recipe, use_private_home
 from qlora_tui.catalog.local_models import resolve_model
-from qlora_tui.data.dataset import prepare
+from qlora_tui.data.dataset import prepare_dataset
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.training.batches import PlannedStep, TokenizedDataset, plan_steps
 
@@ -32,7 +32,7 @@ def write_batches(job: TrainingJob) -> str:
     """Render and lay out the rows, and write ``job.batches``; returns the digest."""
     wanted = recipe(job)
     tokenizer = ChatTokenizer.from_folder(resolve_model(job.model).folder, wanted.model.chat_template)
-    data = prepare(wanted, tokenizer)
+    data = prepare_dataset(wanted, tokenizer)
     schedule = plan_steps(data.train, wanted, packing_isolated=True)
     write_steps(schedule.steps, data.train, Path(job.batches))
     return data.data_hash

@@ -1,7 +1,7 @@
 """Tokenized samples on disk for a recipe, made once and reused.
 
-The trainer calls ``prepare``. The data set is stored in the cache directory under a key of content, template,
-tokenizer and settings, and made batch by batch, so memory does not grow with the data.
+The trainer calls ``prepare_dataset``. The data set is stored in the cache directory under a key of content,
+template, tokenizer and settings, and made batch by batch, so memory does not grow with the data.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class PrepareProgress(Struct, frozen=True):
     tokens: int
 
 
-class Prepared(Struct, frozen=True):
+class PreparedDataset(Struct, frozen=True):
     """A tokenized data set."""
 
     folder: Path
@@ -92,9 +92,9 @@ class _Meta(Struct, frozen=True):
 _META = msgspec.json.Decoder(_Meta)
 
 
-def prepare(
+def prepare_dataset(
     recipe: Recipe, tokenizer: ChatTokenizer, progress: Callable[[PrepareProgress], None] | None = None
-) -> Prepared:
+) -> PreparedDataset:
     """Return the tokenized data set of ``recipe.data``, from the cache if possible.
 
     Raises ``UserError`` where a file cannot be used, a row has a blocking error, or nothing is left to train
@@ -236,7 +236,7 @@ def _refuse_changed(files: Sequence[SourceFile], versions: Sequence[_FileVersion
             )
 
 
-def _load(folder: Path, weights: Sequence[float], cached: bool) -> Prepared | None:
+def _load(folder: Path, weights: Sequence[float], cached: bool) -> PreparedDataset | None:
     try:
         meta = decode_json((folder / "meta.json").read_bytes(), _META)
         if damage := mismatch(folder):
@@ -246,7 +246,7 @@ def _load(folder: Path, weights: Sequence[float], cached: bool) -> Prepared | No
     except (FileNotFoundError, msgspec.MsgspecError, ValueError):
         shutil.rmtree(folder, ignore_errors=True)
         return None
-    return Prepared(
+    return PreparedDataset(
         folder=folder,
         data_hash=meta.data_hash,
         counts=meta.counts,

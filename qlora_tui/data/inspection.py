@@ -29,7 +29,7 @@ from qlora_tui.data.row_index import row_at
 from qlora_tui.data.row_result import RowProcessor, RowResult
 from qlora_tui.data.sources import SourceFile, conversation_of, open_file_of, open_source
 from qlora_tui.data.text_reader import Position
-from qlora_tui.data.thinking_facts import facts
+from qlora_tui.data.thinking_facts import thinking_sentences
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.truncation import truncate
 from qlora_tui.data.untrained_tokens import untrained_problem
@@ -187,7 +187,7 @@ class _Inspection:
             problems=tuple(sorted(problems, key=lambda p: p.severity != "error")),
             notes=dict(examiner.notes),
             template=self._tokenizer.template_name if self._tokenizer else "",
-            thinking=facts(
+            thinking=thinking_sentences(
                 examiner.notes,
                 counts.conversations,
                 self._tokenizer.traits if self._tokenizer else None,

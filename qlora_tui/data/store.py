@@ -8,7 +8,7 @@ One folder per data set. Little-endian, no headers:
 * ``offsets.u64``: start of each sample, and the end of the last.
 * ``trained_counts.u32``, ``rows.u32``, ``sources.u16``: one entry per sample.
 * ``train.u32``, ``validation.u32``: sample numbers of the two splits.
-* ``meta.json``: the fields of ``dataset.Prepared``.
+* ``meta.json``: the fields of ``dataset.PreparedDataset``.
 
 Written by ``dataset``; the trainer wraps the views with ``torch.frombuffer``.
 """

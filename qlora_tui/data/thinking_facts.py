@@ -13,7 +13,7 @@ from qlora_tui.formatting import pluralize
 from qlora_tui.recipe.schema import Data, Thinking
 
 
-def facts(
+def thinking_sentences(
     notes: Mapping[str, int], conversations: int, traits: TemplateCapabilities | None, data: Data
 ) -> tuple[str, ...]:
     """Return up to two sentences, on the reasoning and on the switch of the template.
@@ -90,7 +90,7 @@ def _on_effort(switch: Switch, data: Data) -> str:
     return f"Thinking: {name} as the template has it; it can be lowered, not turned off."
 
 
-def for_prompts(setting: Thinking, notes: Mapping[str, int]) -> Thinking:
+def prompt_thinking(setting: Thinking, notes: Mapping[str, int]) -> Thinking:
     """Return the prompt setting for a model trained on this data: as set or, with ``auto``, as most rows."""
     on, off = notes.get("thinking-on", 0), notes.get("thinking-off", 0)
     if setting != "auto" or not (on or off):

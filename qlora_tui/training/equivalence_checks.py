@@ -45,7 +45,7 @@ def packing_is_isolated(model: Any, device: torch.device) -> bool:
     packed row. Our attention is compared with the library's layer by layer.
     """
     first, other, second = _tokens(model, device)
-    with _evaluating(model), short_windows(model):
+    with _eval_mode(model), short_windows(model):
         try:
             packed = _second_in_row(model, first, second)
             packed_after_other = _second_in_row(model, other, second)
@@ -107,7 +107,7 @@ def head_matches_model(model: Any, head: ChunkedHead, device: torch.device) -> b
 
     hook = decoder.register_forward_hook(give_chosen)
     try:
-        with _evaluating(model), temporary_forwards({head.projection: project}), torch.enable_grad():
+        with _eval_mode(model), temporary_forwards({head.projection: project}), torch.enable_grad():
             own = model(input_ids=tokens, labels=labels, use_cache=False)
             (gradient,) = torch.autograd.grad(own.loss, raw)
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError):
@@ -176,7 +176,7 @@ def _positions(tokens: Tensor) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _eval_mode(model: nn.Module) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:

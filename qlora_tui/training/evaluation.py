@@ -118,7 +118,7 @@ def validate(
         short_answers_end: token ids that end a turn, where exact matches are counted; None otherwise.
     """
     total, trained, exact, answered = 0.0, 0.0, 0, 0
-    with evaluating(model), last_hidden_states(model) as hidden:
+    with no_grad_eval(model), last_hidden_states(model) as hidden:
         for done, rows in enumerate(batches, 1):
             batch = collate(
                 rows, samples, packing_isolated=packing_isolated, pad_id=pad_id, multiple=multiple
@@ -151,7 +151,7 @@ def generate_samples(
     for prompt in prompts:
         ids = prompt_ids([Message("user", prompt)], tokenizer, thinking=thinking)
         tokens = torch.tensor([ids], device=device)
-        with evaluating(model):
+        with no_grad_eval(model):
             output = model.generate(
                 input_ids=tokens,
                 attention_mask=torch.ones_like(tokens),
@@ -170,7 +170,7 @@ def generate_samples(
 
 
 @contextmanager
-def evaluating(model: Any) -> Iterator[None]:
+def no_grad_eval(model: Any) -> Iterator[None]:
     """Use eval mode without gradients inside, and restore the mode."""
     was_training = model.training
     model.eval()

@@ -10,8 +10,8 @@ from typing import Any
 from transformers import set_seed
 
 from qlora_tui.catalog.local_models import ModelFiles
-from qlora_tui.data.dataset import Prepared, prepare
-from qlora_tui.data.thinking_facts import facts
+from qlora_tui.data.dataset import PreparedDataset, prepare_dataset
+from qlora_tui.data.thinking_facts import thinking_sentences
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.untrained_tokens import token_ids
 from qlora_tui.runs.events import AdapterReady, DataReady, Environment
@@ -118,15 +118,17 @@ def _convert(context: AttemptContext, file: Path) -> None:
     reporter.phase("loading", context.recipe.model.id)
 
 
-def _tokenize(context: AttemptContext, tokenizer: ChatTokenizer) -> Prepared:
+def _tokenize(context: AttemptContext, tokenizer: ChatTokenizer) -> PreparedDataset:
     reporter = context.reporter
     reporter.phase("tokenizing")
-    data = prepare(
+    data = prepare_dataset(
         context.recipe,
         tokenizer,
         lambda progress: reporter.progress("tokenizing", round(progress.share * 100), 100),
     )
-    for sentence in facts(data.notes, data.counts.conversations, tokenizer.traits, context.recipe.data):
+    for sentence in thinking_sentences(
+        data.notes, data.counts.conversations, tokenizer.traits, context.recipe.data
+    ):
         reporter.log(sentence)
     if context.checkpoint is not None:
         require_unchanged(context.checkpoint.state, context.recipe, data.data_hash)

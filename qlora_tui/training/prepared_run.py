@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_tui.catalog.local_models import ModelFiles
-from qlora_tui.data.dataset import Prepared
-from qlora_tui.data.thinking_facts import for_prompts
+from qlora_tui.data.dataset import PreparedDataset
+from qlora_tui.data.thinking_facts import prompt_thinking
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.recipe.schema import Recipe, Thinking
 from qlora_tui.runs.directory import RunDir
@@ -45,7 +45,7 @@ class PreparedRun(AttemptContext):
     files: ModelFiles
     """Where the model came from."""
     tokenizer: ChatTokenizer
-    data: Prepared
+    data: PreparedDataset
     """Tokenized training and validation samples."""
     base: PreparedBase
     """The frozen base model, with the loss and attention that were verified on it."""
@@ -63,4 +63,4 @@ class PreparedRun(AttemptContext):
     @property
     def thinking(self) -> Thinking:
         """The thinking switch of the chat template for sample prompts."""
-        return for_prompts(self.recipe.data.thinking, self.data.notes)
+        return prompt_thinking(self.recipe.data.thinking, self.data.notes)

@@ -59,7 +59,7 @@ def test_the_figures_are_those_of_peft_and_the_definitions(source: ChatSource) -
 
     from qlora_tui.chat.effect_measurement import measure_effect
     from qlora_tui.chat.session import load_session
-    from qlora_tui.data.dataset import prepare
+    from qlora_tui.data.dataset import prepare_dataset
     from qlora_tui.data.tokenizer import ChatTokenizer
 
     unquantized = msgspec.structs.replace(
@@ -72,7 +72,7 @@ def test_the_figures_are_those_of_peft_and_the_definitions(source: ChatSource) -
     library: Any = transformers
     plain = library.AutoModelForCausalLM.from_pretrained(folder)
     weights = {name: weight.clone() for name, weight in plain.state_dict().items()}
-    held_out = prepare(source.recipe, ChatTokenizer.from_folder(folder)).validation
+    held_out = prepare_dataset(source.recipe, ChatTokenizer.from_folder(folder)).validation
     base = scores_of(plain, held_out)
     tuned: Any = PeftModel.from_pretrained(plain, source.adapters["adapter"])
     adapter = scores_of(tuned, held_out)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_tui.data import dataset
-from qlora_tui.data.dataset import Prepared, PrepareProgress, prepare
+from qlora_tui.data.dataset import PreparedDataset, PrepareProgress, prepare_dataset
 from qlora_tui.data.key_table import KeyTable
 from qlora_tui.data.render import TokenizedSample
 from qlora_tui.data.store import Store
@@ -37,14 +37,14 @@ def recipe(*sources: Source, seed: int = 42, **data: Any) -> Recipe:
     return Recipe(data=Data(sources=sources, **data), training=Training(seed=seed))
 
 
-def side(prepared: Prepared, name: str) -> list[str]:
+def side(prepared: PreparedDataset, name: str) -> list[str]:
     samples = prepared.train if name == "train" else prepared.validation
     return [family("chatml").decode(list(samples.token_ids(i))) for i in range(len(samples))]
 
 
 def test_what_is_stored_is_what_is_rendered(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", pairs(40))
-    prepared = prepare(recipe(source), family("chatml"))
+    prepared = prepare_dataset(recipe(source), family("chatml"))
     assert prepared.counts.rows == prepared.counts.conversations == prepared.counts.samples == 40
     assert len(prepared.train) == 38
     assert len(prepared.validation) == 2
@@ -64,7 +64,10 @@ def test_what_is_stored_is_what_is_rendered(tmp_path: Path) -> None:
 
 def test_the_same_recipe_finds_the_set_again(tmp_path: Path) -> None:
     small_recipe = recipe(write(tmp_path / "a.jsonl", pairs(20)))
-    first, second = prepare(small_recipe, family("chatml")), prepare(small_recipe, family("chatml"))
+    first, second = (
+        prepare_dataset(small_recipe, family("chatml")),
+        prepare_dataset(small_recipe, family("chatml")),
+    )
     assert (first.cached, second.cached) == (False, True)
     assert first.data_hash == second.data_hash
     assert first.counts == second.counts
@@ -73,55 +76,57 @@ def test_the_same_recipe_finds_the_set_again(tmp_path: Path) -> None:
 
 def test_any_change_makes_another_set(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", pairs(20))
-    base = prepare(recipe(source), family("chatml"))
+    base = prepare_dataset(recipe(source), family("chatml"))
     others = [
-        prepare(recipe(source, max_length=16, overflow="cut-left"), family("chatml")),
-        prepare(recipe(source, train_on="everything"), family("chatml")),
-        prepare(recipe(source, validation_fraction=0.5), family("chatml")),
-        prepare(recipe(source, seed=7), family("chatml")),
-        prepare(recipe(source), family("strips")),
-        prepare(recipe(write(tmp_path / "b.jsonl", pairs(21))), family("chatml")),
+        prepare_dataset(recipe(source, max_length=16, overflow="cut-left"), family("chatml")),
+        prepare_dataset(recipe(source, train_on="everything"), family("chatml")),
+        prepare_dataset(recipe(source, validation_fraction=0.5), family("chatml")),
+        prepare_dataset(recipe(source, seed=7), family("chatml")),
+        prepare_dataset(recipe(source), family("strips")),
+        prepare_dataset(recipe(write(tmp_path / "b.jsonl", pairs(21))), family("chatml")),
     ]
     assert len({other.data_hash for other in (base, *others)}) == 7
     assert not any(other.cached for other in others)
 
 
 def test_the_same_content_elsewhere_is_the_same_set(tmp_path: Path) -> None:
-    first = prepare(recipe(write(tmp_path / "a.jsonl", pairs(20))), family("chatml"))
-    again = prepare(recipe(write(tmp_path / "moved.jsonl", pairs(20))), family("chatml"))
+    first = prepare_dataset(recipe(write(tmp_path / "a.jsonl", pairs(20))), family("chatml"))
+    again = prepare_dataset(recipe(write(tmp_path / "moved.jsonl", pairs(20))), family("chatml"))
     assert again.cached
     assert again.data_hash == first.data_hash
 
 
 def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
     small_recipe = recipe(write(tmp_path / "a.jsonl", pairs(20)))
-    first = prepare(small_recipe, family("chatml"))
+    first = prepare_dataset(small_recipe, family("chatml"))
     (first.folder / "meta.json").write_text('{"half')
-    again = prepare(small_recipe, family("chatml"))
+    again = prepare_dataset(small_recipe, family("chatml"))
     assert not again.cached
     assert again.data_hash == first.data_hash
     (first.folder / "tokens.u32").unlink()
-    assert not prepare(small_recipe, family("chatml")).cached
+    assert not prepare_dataset(small_recipe, family("chatml")).cached
 
 
 def test_a_flipped_byte_in_the_cache_is_made_again(tmp_path: Path) -> None:
     settings = recipe(write(tmp_path / "a.jsonl", pairs(20)))
-    flip(prepare(settings, family("chatml")).folder / "tokens.u32", 5)
-    assert not prepare(settings, family("chatml")).cached
-    assert prepare(settings, family("chatml")).cached
+    flip(prepare_dataset(settings, family("chatml")).folder / "tokens.u32", 5)
+    assert not prepare_dataset(settings, family("chatml")).cached
+    assert prepare_dataset(settings, family("chatml")).cached
 
 
 def test_a_truncated_token_file_is_made_again(tmp_path: Path) -> None:
     small_recipe = recipe(write(tmp_path / "a.jsonl", pairs(20)))
-    tokens = prepare(small_recipe, family("chatml")).folder / "tokens.u32"
+    tokens = prepare_dataset(small_recipe, family("chatml")).folder / "tokens.u32"
     tokens.write_bytes(tokens.read_bytes()[:-8])
-    assert not prepare(small_recipe, family("chatml")).cached
+    assert not prepare_dataset(small_recipe, family("chatml")).cached
 
 
 def test_duplicates_stay_on_one_side(tmp_path: Path) -> None:
     rows = [row for row in pairs(50) for _ in range(4)]
     random.Random(1).shuffle(rows)
-    prepared = prepare(recipe(write(tmp_path / "a.jsonl", rows), validation_fraction=0.2), family("chatml"))
+    prepared = prepare_dataset(
+        recipe(write(tmp_path / "a.jsonl", rows), validation_fraction=0.2), family("chatml")
+    )
     train, validation = Counter(side(prepared, "train")), Counter(side(prepared, "validation"))
     assert not train.keys() & validation.keys()
     assert sum(validation.values()) == 40
@@ -131,7 +136,9 @@ def test_near_duplicates_stay_on_one_side(tmp_path: Path) -> None:
     chance = random.Random(2)
     texts = [" ".join(chance.choices("abcdefghijklmnopqrstuvwxyz", k=40)) for _ in range(40)]
     rows = [{"prompt": f"{text} {end}", "completion": text[:3]} for text in texts for end in ("one", "two")]
-    prepared = prepare(recipe(write(tmp_path / "a.jsonl", rows), validation_fraction=0.2), family("chatml"))
+    prepared = prepare_dataset(
+        recipe(write(tmp_path / "a.jsonl", rows), validation_fraction=0.2), family("chatml")
+    )
     held = {prepared.validation.origin(i)[1] - 1 for i in range(len(prepared.validation))}
     assert len(held) == 16
     assert {row ^ 1 for row in held} == held
@@ -139,20 +146,20 @@ def test_near_duplicates_stay_on_one_side(tmp_path: Path) -> None:
 
 def test_every_source_gives_its_share_to_validation(tmp_path: Path) -> None:
     many, few = write(tmp_path / "a.jsonl", pairs(200)), write(tmp_path / "b.jsonl", pairs(20, "other"))
-    prepared = prepare(recipe(many, few, validation_fraction=0.1), family("chatml"))
+    prepared = prepare_dataset(recipe(many, few, validation_fraction=0.1), family("chatml"))
     shares = Counter(prepared.validation.origin(i)[0] for i in range(len(prepared.validation)))
     assert shares == {0: 20, 1: 2}
 
 
 def test_the_seed_decides_the_split(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", pairs(60))
-    one, other = (prepare(recipe(source, seed=seed), family("chatml")) for seed in (1, 2))
+    one, other = (prepare_dataset(recipe(source, seed=seed), family("chatml")) for seed in (1, 2))
     assert side(one, "validation") != side(other, "validation")
 
 
 def test_a_validation_file_is_used_whole_and_overlap_reported(tmp_path: Path) -> None:
     held = write(tmp_path / "held.jsonl", [*pairs(3, "held"), pairs(1)[0]])
-    prepared = prepare(
+    prepared = prepare_dataset(
         recipe(write(tmp_path / "a.jsonl", pairs(10)), validation_path=held.path), family("chatml")
     )
     assert len(prepared.train) == 10
@@ -160,7 +167,7 @@ def test_a_validation_file_is_used_whole_and_overlap_reported(tmp_path: Path) ->
     overlap = next(p for p in prepared.problems if p.kind == "overlap")
     assert (overlap.source, overlap.rows) == (1, (4,))
     clean = write(tmp_path / "clean.jsonl", pairs(3, "held"))
-    assert not prepare(
+    assert not prepare_dataset(
         recipe(write(tmp_path / "a.jsonl", pairs(10)), validation_path=clean.path), family("chatml")
     ).problems
 
@@ -169,7 +176,7 @@ def test_weights_say_how_often_a_source_is_seen(tmp_path: Path) -> None:
     one = write(tmp_path / "a.jsonl", pairs(10))
     twice = Source(path=write(tmp_path / "b.jsonl", pairs(10, "b")).path, weight=2)
     half = Source(path=write(tmp_path / "c.jsonl", pairs(10, "c")).path, weight=0.5)
-    train = prepare(recipe(one, twice, half, validation_fraction=0), family("chatml")).train
+    train = prepare_dataset(recipe(one, twice, half, validation_fraction=0), family("chatml")).train
     epochs = [train.epoch(epoch, seed=3) for epoch in range(2)]
     for epoch in epochs:
         assert Counter(train.origin(i)[0] for i in epoch) == {0: 10, 1: 20, 2: 5}
@@ -188,21 +195,23 @@ def test_weights_of_answers_are_kept_beside_the_tokens(tmp_path: Path) -> None:
     ]
     rows = [{"messages": [question, answer]} for answer in answers]
     source = write(tmp_path / "a.jsonl", rows)
-    prepared = prepare(recipe(source, validation_fraction=0), family("chatml"))
+    prepared = prepare_dataset(recipe(source, validation_fraction=0), family("chatml"))
     train = prepared.train
     stored = {train.origin(i)[1] - 1: set(train.weights(i) or ()) - {0.0} for i in range(len(train))}
     assert stored == {0: {1.0}, 1: {1.0}, 2: {0.5}, 4: {1.0}, 5: {2.0}}
     for answer in answers:
         answer["weight"] = 1
-    plain = prepare(recipe(write(tmp_path / "b.jsonl", rows), validation_fraction=0), family("chatml")).train
+    plain = prepare_dataset(
+        recipe(write(tmp_path / "b.jsonl", rows), validation_fraction=0), family("chatml")
+    ).train
     assert plain.weights(0) is None
     (prepared.folder / "weights.f32").write_bytes(b"")
-    assert not prepare(recipe(source, validation_fraction=0), family("chatml")).cached
+    assert not prepare_dataset(recipe(source, validation_fraction=0), family("chatml")).cached
 
 
 def test_progress_reaches_the_end(tmp_path: Path) -> None:
     reports: list[PrepareProgress] = []
-    prepare(recipe(write(tmp_path / "a.jsonl", pairs(600))), family("chatml"), reports.append)
+    prepare_dataset(recipe(write(tmp_path / "a.jsonl", pairs(600))), family("chatml"), reports.append)
     assert reports[-1].share == 1.0
     assert reports[-1].rows == 600
     assert [p.rows for p in reports] == sorted(p.rows for p in reports)
@@ -212,7 +221,7 @@ def test_a_row_error_blocks_and_names_file_row_and_fix(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n' * 6 + "oops\n")
     with pytest.raises(UserError, match="Not valid JSON") as caught:
-        prepare(recipe(Source(path=str(path))), family("chatml"))
+        prepare_dataset(recipe(Source(path=str(path))), family("chatml"))
     assert str(path) in caught.value.what
     assert "Line 7" in caught.value.what
     assert caught.value.fix
@@ -222,7 +231,7 @@ def test_a_bad_rows_file_within_a_folder_is_named(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", pairs(3))
     write(tmp_path / "b.jsonl", [pairs(1)[0], {"prompt": [{"type": "image"}], "completion": "x"}])
     with pytest.raises(UserError) as caught:
-        prepare(recipe(Source(path=str(tmp_path))), family("chatml"))
+        prepare_dataset(recipe(Source(path=str(tmp_path))), family("chatml"))
     assert str(tmp_path / "b.jsonl") in caught.value.what
     assert "row 2" in caught.value.what
 
@@ -239,13 +248,13 @@ def test_nothing_to_train_on_says_why(
     tmp_path: Path, rows: list[Any], data: dict[str, Any], fix: str
 ) -> None:
     with pytest.raises(UserError, match="Nothing to train on") as caught:
-        prepare(recipe(write(tmp_path / "a.jsonl", rows), **data), family("chatml"))
+        prepare_dataset(recipe(write(tmp_path / "a.jsonl", rows), **data), family("chatml"))
     assert fix in caught.value.fix
 
 
 def test_no_source_says_so() -> None:
     with pytest.raises(UserError, match="No data"):
-        prepare(Recipe(), family("chatml"))
+        prepare_dataset(Recipe(), family("chatml"))
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(
@@ -263,11 +272,11 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
     with monkeypatch.context() as patch:
         patch.setattr(dataset, "_make", save_then_make)
         with pytest.raises(UserError) as refused:
-            prepare(recipe(source), family("chatml"))
+            prepare_dataset(recipe(source), family("chatml"))
     assert refused.value.title == "The data changed while it was read"
     assert str(path) in refused.value.what
     write(path, rows)
-    prepared = prepare(recipe(source), family("chatml"))
+    prepared = prepare_dataset(recipe(source), family("chatml"))
     assert not prepared.cached
     assert all("old" in text for text in side(prepared, "train"))
 
@@ -287,7 +296,7 @@ def test_a_change_that_preserves_the_mtime_is_noticed(
     make = dataset._make
     monkeypatch.setattr(dataset, "_make", save_then_make)
     with pytest.raises(UserError, match="The data changed while it was read"):
-        prepare(recipe(source), family("chatml"))
+        prepare_dataset(recipe(source), family("chatml"))
 
 
 def test_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,14 +305,14 @@ def test_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr("qlora_tui.data.dataset._make", full)
     with pytest.raises(UserError, match="No disk space"):
-        prepare(recipe(write(tmp_path / "a.jsonl", pairs(3))), family("chatml"))
+        prepare_dataset(recipe(write(tmp_path / "a.jsonl", pairs(3))), family("chatml"))
 
 
 def test_left_over_work_of_a_killed_process_does_not_disturb(tmp_path: Path) -> None:
     small_recipe = recipe(write(tmp_path / "a.jsonl", pairs(20)))
-    folder = prepare(small_recipe, family("chatml")).folder
+    folder = prepare_dataset(small_recipe, family("chatml")).folder
     (folder.parent / ".making-dead").mkdir()
-    assert prepare(small_recipe, family("chatml")).cached
+    assert prepare_dataset(small_recipe, family("chatml")).cached
     assert sorted(p.name for p in folder.iterdir()) == sorted(
         ["SHA256SUMS", "meta.json", "offsets.u64", "rows.u32", "sources.u16", "tokens.u32", "train.u32",
          "trained.u8", "trained_counts.u32", "validation.u32"]
@@ -312,21 +321,21 @@ def test_left_over_work_of_a_killed_process_does_not_disturb(tmp_path: Path) -> 
 
 
 def test_sets_nobody_asks_for_are_deleted_in_the_end(tmp_path: Path) -> None:
-    old = prepare(recipe(write(tmp_path / "a.jsonl", pairs(20))), family("chatml")).folder
-    fresh = prepare(recipe(write(tmp_path / "b.jsonl", pairs(21))), family("chatml")).folder
+    old = prepare_dataset(recipe(write(tmp_path / "a.jsonl", pairs(20))), family("chatml")).folder
+    fresh = prepare_dataset(recipe(write(tmp_path / "b.jsonl", pairs(21))), family("chatml")).folder
     (dead := old.parent / ".making-dead").mkdir()
     for path in (old / "meta.json", dead):
         os.utime(path, (0, 0))
-    prepare(recipe(write(tmp_path / "c.jsonl", pairs(22))), family("chatml"))
+    prepare_dataset(recipe(write(tmp_path / "c.jsonl", pairs(22))), family("chatml"))
     assert (old.exists(), fresh.exists(), dead.exists()) == (False, True, False)
 
 
 def test_a_set_that_is_asked_for_is_kept(tmp_path: Path) -> None:
     small_recipe = recipe(write(tmp_path / "a.jsonl", pairs(20)))
-    folder = prepare(small_recipe, family("chatml")).folder
+    folder = prepare_dataset(small_recipe, family("chatml")).folder
     os.utime(folder / "meta.json", (0, 0))
-    assert prepare(small_recipe, family("chatml")).cached
-    prepare(recipe(write(tmp_path / "b.jsonl", pairs(21))), family("chatml"))
+    assert prepare_dataset(small_recipe, family("chatml")).cached
+    prepare_dataset(recipe(write(tmp_path / "b.jsonl", pairs(21))), family("chatml"))
     assert folder.exists()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qlora_tui.data.dataset import prepare
+from qlora_tui.data.dataset import prepare_dataset
 from qlora_tui.data.inspection import inspect
 from qlora_tui.recipe.schema import Data, Recipe, Source
 from tests.data.families import family
@@ -32,7 +32,7 @@ def test_a_long_text_names_the_rows_that_splitting_makes(
     assert not {"too-long", "nothing-left"} & {p.kind for p in report.problems}
     short = 1
     split = Data(sources=(source,), max_length=64, overflow="split", validation_fraction=0)
-    assert problem.split_rows + short == len(prepare(Recipe(data=split), tokenizer).train)
+    assert problem.split_rows + short == len(prepare_dataset(Recipe(data=split), tokenizer).train)
 
 
 def test_what_stays_of_a_text_is_counted_in_tokens(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora_tui.data.dataset import prepare
+from qlora_tui.data.dataset import prepare_dataset
 from qlora_tui.data.inspection import inspect
-from qlora_tui.data.thinking_facts import for_prompts
+from qlora_tui.data.thinking_facts import prompt_thinking
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.recipe.schema import Data, Recipe, Source, Thinking
 from tests.data.families import family
@@ -97,7 +97,7 @@ def test_either_setting_makes_another_tokenized_set(tmp_path: Path, change: dict
     source = rows(tmp_path, PLAIN, THOUGHT)
     tokenizer = thinker("smollm3")
     sets = [
-        prepare(Recipe(data=Data(sources=(source,), validation_fraction=0.0, **settings)), tokenizer)  # type: ignore[arg-type]  # by name
+        prepare_dataset(Recipe(data=Data(sources=(source,), validation_fraction=0.0, **settings)), tokenizer)  # type: ignore[arg-type]  # by name
         for settings in ({}, change)
     ]
     assert sets[0].folder != sets[1].folder and sets[0].data_hash != sets[1].data_hash
@@ -117,4 +117,4 @@ def test_either_setting_makes_another_tokenized_set(tmp_path: Path, change: dict
 def test_a_model_is_asked_as_most_rows_were_rendered(
     setting: Thinking, notes: dict[str, int], prompt_setting: Thinking
 ) -> None:
-    assert for_prompts(setting, notes) == prompt_setting
+    assert prompt_thinking(setting, notes) == prompt_setting

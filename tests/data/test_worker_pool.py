@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from qlora_tui.data import worker_pool
-from qlora_tui.data.dataset import prepare
+from qlora_tui.data.dataset import prepare_dataset
 from qlora_tui.data.inspection import inspect
 from qlora_tui.data.read import raw_rows
 from qlora_tui.data.row_result import Batch, RowProcessor, batches
@@ -80,10 +80,10 @@ def test_the_set_is_the_same_to_the_byte(
 ) -> None:
     path = written(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
-    here = prepare(recipe(path), family("chatml"))
+    here = prepare_dataset(recipe(path), family("chatml"))
     request.getfixturevalue("by_two")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "there"))
-    there = prepare(recipe(path), family("chatml"))
+    there = prepare_dataset(recipe(path), family("chatml"))
     assert not there.cached
     assert there.data_hash == here.data_hash
     assert (there.counts, there.problems, there.notes) == (here.counts, here.problems, here.notes)
@@ -202,7 +202,7 @@ def test_a_child_loads_nothing_heavy() -> None:
 
 def test_small_data_starts_no_other_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_pool, "WorkerPool", None)
-    prepare(recipe(written(tmp_path)), family("chatml"))
+    prepare_dataset(recipe(written(tmp_path)), family("chatml"))
 
 
 @pytest.mark.usefixtures("by_two")

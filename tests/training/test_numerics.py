@@ -13,7 +13,7 @@ from torch import Tensor
 from qlora_tui.recipe.schema import Lora, Quantization, Recipe
 from qlora_tui.training import chunked_loss, equivalence_checks, model_loading, packed_attention
 from qlora_tui.training.compute_device import find_device
-from qlora_tui.training.evaluation import evaluating
+from qlora_tui.training.evaluation import no_grad_eval
 from tests.training.families import FAMILIES, build
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
@@ -219,7 +219,7 @@ def test_4_bit_gradients_are_exact_after_a_sample_was_generated(
     model = model_loading.load_base(tiny_model, recipe, find_device(recipe), "segments")
     reference = _dequantized(model)
     ids, labels = labelled(model)
-    with evaluating(model):
+    with no_grad_eval(model):
         model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=True)
     model.train()
     value, gradient = loss_and_gradient(model, input_ids=ids, labels=labels)
