@@ -316,7 +316,7 @@ def _every_tenth(on_status: StatusFn, words: str) -> Callable[[int, int], None]:
 def out_of_memory(device: ComputeDevice) -> UserError:
     """Build the error for a full GPU or CPU memory."""
     return UserError(
-        "Out of GPU memory",
+        "Out of GPU memory" if device.kind == "cuda" else "Out of memory",
         what=f"{device.name} does not have enough memory for this model and conversation.",
         why="Another program, perhaps a training run, uses its memory.",
         fix="Stop or pause the run, or start a new conversation.",

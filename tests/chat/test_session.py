@@ -1,4 +1,4 @@
-"""Voices, endings, settings and reuse, against transformers' and peft's own answers."""
+"""Answers, endings, settings and reuse, against transformers' and peft's own answers."""
 
 from __future__ import annotations
 
@@ -278,3 +278,14 @@ def _fresh(session: Any) -> Any:
     from qlora_tui.chat.kv_cache import PrefixCache
 
     return PrefixCache(session._model.config)
+
+
+@pytest.mark.parametrize(("kind", "title"), [("cuda", "Out of GPU memory"), ("cpu", "Out of memory")])
+def test_out_of_memory_names_the_memory_of_the_device(kind: str, title: str) -> None:
+    import torch
+
+    from qlora_tui.chat.session import out_of_memory
+    from qlora_tui.training.compute_device import ComputeDevice
+
+    device = ComputeDevice(torch.device(kind), "a device", 1 << 30, torch.bfloat16)
+    assert out_of_memory(device).title == title
