@@ -52,7 +52,7 @@ class Answered:
 
 
 Answer = Callable[[str, int], Answered]
-"""Answers a question in so many tokens."""
+"""Answers a question in a given number of tokens."""
 
 
 def main() -> int:

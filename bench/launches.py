@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def per_layer(samples: int, *, ours: bool) -> Counter[str]:
-    """Launches of one layer in a step over a row of so many samples, by operation."""
+    """Launches of one layer in a step over a row of ``samples`` samples, by operation."""
     few, many = (_step_launches(layers, samples, ours=ours) for layers in LAYERS)
     layers = LAYERS[1] - LAYERS[0]
     many.subtract(few)

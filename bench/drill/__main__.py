@@ -24,7 +24,7 @@ def main() -> int:
     """Try rows at random until the time is over; 1 where an attempt failed."""
     parser = argparse.ArgumentParser(prog="python -m bench.drill", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--attempts", type=int, help="stop after so many")
+    parser.add_argument("--attempts", type=int, help="stop after this many")
     parser.add_argument("--seed", type=int, help="repeat what an earlier drill printed")
     parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--json", action="store_true", help="the table as JSON on stdout")

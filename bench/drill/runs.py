@@ -80,7 +80,7 @@ def wait_until_over(run: RunDir) -> State:
 
 
 def wait_for_step(run: RunDir, step: int) -> None:
-    """Return when the run has taken so many steps or is over. Raises Failure after :data:`LONGEST_S`."""
+    """Return when the run has reached ``step`` or is over. Raises Failure after :data:`LONGEST_S`."""
     wait_until(run, lambda status: status.step >= step or status.state in _OVER, f"at step {step}")
 
 

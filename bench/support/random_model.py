@@ -77,7 +77,7 @@ def make_model(folder: Path, size: str) -> Path:
 
 
 def make_rows(path: Path, count: int, long_words: int = 0) -> Path:
-    """An Alpaca file: the demo's conversations over and over, answers lengthened to so many words."""
+    """An Alpaca file: the demo's conversations repeated, their answers lengthened to ``long_words`` words."""
     turns = [json.loads(line)["messages"] for line in CONVERSATIONS.read_text().splitlines()]
     rows = []
     for number in range(count):

@@ -41,15 +41,15 @@ async def trace_step(config: dict[str, Any], recipe: Recipe, device: Device) -> 
 
     Raises UserError for a recipe that tracing does not support, or if the libraries cannot build the model.
     """
-    path = trainer_execution(recipe, device)
-    check_traceable(recipe, path)
+    execution = trainer_execution(recipe, device)
+    check_traceable(recipe, execution)
     parse_architecture(config)
     request = TraceRequest(
         config=config,
         recipe=recipe,
         device=device.kind,
-        dtype="bfloat16" if path.compute_bytes == 2 else "float32",
-        varlen=path.varlen,
+        dtype="bfloat16" if execution.compute_bytes == 2 else "float32",
+        varlen=execution.varlen,
     )
     try:
         answer = msgspec.json.decode(await _answer(msgspec.json.encode(request)), type=StepTrace | Failure)

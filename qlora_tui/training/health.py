@@ -156,7 +156,7 @@ class StepMonitor:
             findings.append(
                 Finding(
                     "exploding_gradient",
-                    f"The gradient norm is {grad_norm:.3g} at step {step}; {usual:.3g} is usual.",
+                    f"The gradient norm is {grad_norm:.3g} at step {step}; it is usually about {usual:.3g}.",
                     "Lower training.learning_rate or training.max_grad_norm if it continues.",
                 )
             )

@@ -79,7 +79,7 @@ class FakeHub:
     html: bool = False
     """Answer everything with a page for people, as a captive portal does."""
     drops: list[int] = field(default_factory=list)
-    """Cut the next answers from the store after so many bytes, one entry an answer."""
+    """Bytes after which each of the next responses of the store is cut off."""
     ignores_ranges: bool = False
     damaged: bool = False
     """The store's bytes are not those of the file."""

@@ -96,7 +96,7 @@ def test_a_template_without_end_is_stopped(name: str, monkeypatch: pytest.Monkey
 
 
 def rendered_alone(text: str, rounds: int = 1) -> subprocess.CompletedProcess[str]:
-    """How a process ends that renders this template so many times."""
+    """A finished process that rendered this template ``rounds`` times."""
     return subprocess.run(
         [sys.executable, "-c", RENDERED_ALONE, text, str(rounds)],
         stderr=subprocess.PIPE,

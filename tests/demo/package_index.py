@@ -16,7 +16,7 @@ FILE = "tiny.gguf"
 
 
 def pack(model: bytes, folder: Path, *, parts: int = 1) -> WheelAsset:
-    """``model`` in so many wheels in ``folder``, and what the program expects of them."""
+    """Split ``model`` into ``parts`` wheels in ``folder``; returns what the program expects of them."""
     length = -(-len(model) // parts)
     pieces = [model[start : start + length] for start in range(0, len(model), length)]
     return WheelAsset(

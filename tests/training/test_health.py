@@ -17,7 +17,7 @@ def kinds(losses: list[float], norms: list[float]) -> list[tuple[int, str]]:
     ]
 
 
-def test_a_gradient_far_beyond_the_usual_is_told_once() -> None:
+def test_an_exploding_gradient_is_reported_once() -> None:
     assert kinds([2.0] * 30, [1.0] * 25 + [50.0, 60.0] + [1.0] * 3) == [(26, "exploding_gradient")]
 
 

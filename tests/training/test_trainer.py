@@ -116,7 +116,7 @@ def test_the_adapter_loads_with_plain_peft(recipe: MakeRecipe, trainers: Trainer
 
 
 @pytest.mark.parametrize(("micro_batch", "packing"), [(1, True), (3, False)])
-def test_answers_are_learnt_from_as_their_weights_say(
+def test_loss_weights_scale_what_each_answer_contributes(
     recipe: MakeRecipe, trainers: Trainers, tmp_path: Path, micro_batch: int, packing: bool
 ) -> None:
     """A step over all rows, and the validation: each is the weighted mean of the base model's losses."""

@@ -305,7 +305,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     from tests.training.tiny_model import make_tiny_model
 
     model = make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
-    # Positions are reckoned, not learnt: an answer has room to go on until it is stopped.
+    # Rotary positions have no limit: an answer can continue until it is stopped.
     config = json.loads((model / "config.json").read_bytes())
     (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1 << 20}))
     return model, make_adapter(model, model.parent / "adapter")
