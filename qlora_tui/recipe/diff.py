@@ -9,6 +9,9 @@ from msgspec import Struct
 from qlora_tui.recipe.fields import fields, format_exact, get_setting
 from qlora_tui.recipe.schema import Recipe, Source
 
+DESCRIPTIVE = frozenset(("name", "note"))
+"""Settings that describe the recipe rather than what it does."""
+
 
 class SettingChange(Struct, frozen=True):
     """One setting in two recipes."""

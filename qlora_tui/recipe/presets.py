@@ -19,6 +19,7 @@ from qlora_tui import paths
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.files import atomic_write
 from qlora_tui.recipe import toml
+from qlora_tui.recipe.diff import DESCRIPTIVE
 from qlora_tui.recipe.schema import Data, Model, Recipe
 from qlora_tui.recipe.suggestions import did_you_mean
 
@@ -49,7 +50,7 @@ class Preset(Struct, frozen=True, kw_only=True):
         """Return the layer without the preset's own name and note. Raises its problem."""
         if self.problem:
             raise self.problem
-        return {key: value for key, value in self.layer.items() if key not in ("name", "note")}
+        return {key: value for key, value in self.layer.items() if key not in DESCRIPTIVE}
 
     def recipe(self, current: Recipe | None = None) -> Recipe:
         """Build the preset over the defaults, with the model, data, name and note of ``current``.

@@ -5,6 +5,7 @@ workbench      the recipe being edited, and what follows from it (architecture, 
 draft          the file that the recipe is kept in, which several apps may share
 commands       how a command is declared; keymap lists them all, command_palette offers them
 system_monitor polls the GPU and the runs, once a second; system_status is what it returns
+recipe_undo    undo and redo of the recipe, and their notifications
 setting_stepper  the next value of a setting when its key is pressed
 textual_compat   every use of Textual's private API
 terminal_app     the base of app: what is sent to the terminal, and when

@@ -22,6 +22,7 @@ from qlora_tui.tui.command_palette import CommandProvider
 from qlora_tui.tui.commands import EVERYWHERE, with_current_ids
 from qlora_tui.tui.disk_faults import DiskFaults
 from qlora_tui.tui.monochrome import TWO_COLORS
+from qlora_tui.tui.recipe_undo import redo_recipe, undo_recipe
 from qlora_tui.tui.render.key_names import key_names
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.modals.too_small import TooSmallScreen, is_too_small
@@ -253,13 +254,11 @@ class QloraApp(TerminalApp):
 
     def action_undo(self) -> None:
         """Undo the last change to the recipe."""
-        if self.workbench.undo():
-            self.recipe_edited()
+        undo_recipe(self)
 
     def action_redo(self) -> None:
         """Redo the change that was undone."""
-        if self.workbench.redo():
-            self.recipe_edited()
+        redo_recipe(self)
 
     def _start_polling(self) -> None:
         # In a worker: a GPU driver that is slow to answer must not delay a key.

@@ -238,3 +238,49 @@ async def test_the_editors_result_for_a_users_preset_is_checked(
         await pilot.press("e")
         await wait_for_text(pilot, "lora.rank", "Esc close")
         assert mine("tickets").read_text() == "[lora]\nrank = -1\n"
+
+
+async def test_typing_a_name_edits_nothing_and_closes_nothing() -> None:
+    app = open_on("memory")
+    before = app.workbench.recipe
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("p")
+        await wait_for_text(pilot, "Enter open")
+        await pilot.press(*"pqrabct")
+        await wait_for_text(pilot, "Enter open")
+        assert isinstance(app.screen, PresetsScreen)
+        assert app.workbench.recipe == before
+
+
+async def test_the_filter_shows_presets_that_contain_a_text() -> None:
+    async with open_on("memory").run_test(size=(80, 24)) as pilot:
+        await pilot.press("p", "slash", *"pape")
+        shown = await wait_for_text(pilot, "The QLoRA paper's settings")
+        assert "cpu-demo" not in shown
+        await pilot.press(*"zz")
+        await wait_for_text(pilot, "No preset matches. Press Esc to show all.")
+        await pilot.press("escape")
+        await wait_for_text(pilot, "cpu-demo", "balanced")
+        await pilot.press("slash", *"pape", "enter", "enter")
+        await wait_for_text(pilot, " paper · no model")
+
+
+async def test_opening_a_preset_and_undoing_it_are_announced() -> None:
+    async with open_on("memory").run_test(size=(120, 40), notifications=True) as pilot:
+        await go_to(pilot, "paper")
+        await pilot.press("enter")
+        await wait_for_text(pilot, "Opened paper:", "settings changed. Press [u] to undo.")
+        await pilot.press("u")
+        await wait_for_text(pilot, "Undone: the preset is balanced again", "Press Ctrl+R to redo")
+        await pilot.press("u")
+        await wait_for_text(pilot, "Nothing to undo: the recipe was not changed.")
+
+
+async def test_undoing_a_deletion_is_announced() -> None:
+    save("tickets", Recipe())
+    async with open_on("memory").run_test(size=(120, 40), notifications=True) as pilot:
+        await pilot.press("p", "u")
+        await wait_for_text(pilot, "No preset was changed here. Press Esc, then [u]")
+        await go_to(pilot, "tickets")
+        await pilot.press("D", "u")
+        await wait_for_text(pilot, "Undone. Restored your preset tickets.")

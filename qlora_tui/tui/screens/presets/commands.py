@@ -5,11 +5,11 @@ from __future__ import annotations
 from qlora_tui.tui.commands import Command, ScreenCommands
 
 _command = ScreenCommands("presets")
+_hidden = ScreenCommands("presets", in_footer=False)
 
 COMMANDS: tuple[Command, ...] = (
-    _command(
-        "save", "s", "save_as", "Save as", "Save the recipe as a preset, with a note on what it is for."
-    ),
+    _command("filter", "slash", "filter", "Filter", "Show only presets that contain a text."),
+    _command("save", "s", "save_as", "Save", "Save the recipe as a preset, with a note on what it is for."),
     _command("edit", "e", "edit", "Edit", "Open your preset in $EDITOR. It is checked when you return."),
     _command("import", "i", "import_preset", "Import", "Copy a preset file into your presets."),
     _command("export", "x", "export_preset", "Export", "Copy the preset to a file or folder."),
@@ -21,6 +21,6 @@ COMMANDS: tuple[Command, ...] = (
         "Delete one of your presets. It can be undone while this window is open.",
     ),
     _command("undo", "u", "undo", "Undo", "Undo the last deletion, save or import."),
-    _command("preview_down", "J", "scroll_preview(1)", "Down", "Scroll the preview down."),
-    _command("preview_up", "K", "scroll_preview(-1)", "Up", "Scroll the preview up."),
+    _hidden("preview_down", "J", "scroll_preview(1)", "Down", "Scroll the preview down."),
+    _hidden("preview_up", "K", "scroll_preview(-1)", "Up", "Scroll the preview up."),
 )

@@ -8,12 +8,9 @@ from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_gib
 from qlora_tui.memory import Device, estimate
-from qlora_tui.recipe.diff import diff_recipes
+from qlora_tui.recipe.diff import DESCRIPTIVE, diff_recipes
 from qlora_tui.recipe.presets import Preset
 from qlora_tui.recipe.schema import Recipe
-
-ALWAYS_ANOTHER = ("name", "note")
-"""Settings that describe the recipe rather than what it does."""
 
 
 def preset_line(preset: Preset, current: str) -> Content:
@@ -31,7 +28,7 @@ def preview(
     if preset.problem:
         return _refused(preset.problem)
     opened = preset.recipe(recipe)
-    changes = [change for change in diff_recipes(recipe, opened) if change.path not in ALWAYS_ANOTHER]
+    changes = [change for change in diff_recipes(recipe, opened) if change.path not in DESCRIPTIVE]
     lines = [Content.styled(preset.note or "No note.", "bold"), Content("")]
     if not changes:
         return Content("\n").join([*lines, Content("The recipe already matches this preset.")])

@@ -25,6 +25,7 @@ from qlora_tui.recipe.presets import (
     take_snapshot,
 )
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.tui.recipe_undo import notify_opened
 from qlora_tui.tui.render.key_names import bare_key, key_name
 from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 from qlora_tui.tui.screens.modals.error import ErrorScreen
@@ -61,7 +62,7 @@ class PresetsScreen(ModalScreen[None]):
 
     CSS_PATH = "presets.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape,p,q", "leave", "Close"),
+        Binding("escape", "leave", "Close"),
         Binding("question_mark", "help", "Help"),
         *(command.binding() for command in COMMANDS),
     ]
@@ -69,6 +70,7 @@ class PresetsScreen(ModalScreen[None]):
     def __init__(self) -> None:
         super().__init__()
         self._presets: list[Preset] = []
+        self._filter = ""
         self._undo: list[_PresetChange] = []
         """Changes made in this window, oldest first."""
 
@@ -84,8 +86,9 @@ class PresetsScreen(ModalScreen[None]):
 
     def compose(self) -> ComposeResult:
         with Vertical(id="presets-dialog") as dialog:
-            dialog.border_title = "Presets"
+            dialog.border_title = f"Presets  {bare_key('presets.filter')} filter  Esc close  ? help"
             dialog.border_subtitle = _keys_line()
+            yield TextField(placeholder="Part of a name or note", compact=True, id="preset-filter")
             with Horizontal():
                 yield ViList(id="preset-list")
                 with VerticalScroll(id="preview-side", can_focus=False):
@@ -96,6 +99,7 @@ class PresetsScreen(ModalScreen[None]):
 
     def on_mount(self) -> None:
         self.query_one("#save-line").display = False
+        self.query_one("#preset-filter").display = False
         self._refresh_list(self.qlora_app.workbench.preset)
         self.query_one(ViList).focus()
 
@@ -105,15 +109,25 @@ class PresetsScreen(ModalScreen[None]):
 
     def on_option_list_option_selected(self) -> None:
         """Open it; model and data stay."""
-        preset = self._current
-        if preset is not None and self.qlora_app.try_or_show_error(
-            lambda: self.qlora_app.workbench.open_preset(preset.name)
-        ):
+        preset, bench = self._current, self.qlora_app.workbench
+        before = bench.recipe
+        if preset is not None and self.qlora_app.try_or_show_error(lambda: bench.open_preset(preset.name)):
             self.qlora_app.recipe_edited()
             self.dismiss()
+            notify_opened(self.qlora_app, before)
+
+    def on_input_changed(self, event: Input.Changed) -> None:
+        """Filter the list while typing."""
+        if event.input.id == "preset-filter":
+            self._filter = event.value.casefold()
+            self._refresh_list()
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Save the recipe under the name given."""
+        """Go from the filter to the list, or save the recipe under the name given."""
+        if event.input.id == "preset-filter":
+            event.input.display = bool(event.value)
+            self.query_one(ViList).focus()
+            return
         name, _, note = event.value.partition(":")
         if name.strip():
             self._save(name.strip(), note.strip(), overwrite=False)
@@ -123,13 +137,22 @@ class PresetsScreen(ModalScreen[None]):
         self.app.push_screen(HelpScreen("presets", HELP_TEXT, ("Keys", COMMANDS)))
 
     def action_leave(self) -> None:
-        """Leave the name field first, then the screen."""
-        line = self.query_one("#save-line")
+        """Leave the name field first, then the filter, then the screen."""
+        line, field = self.query_one("#save-line"), self.query_one("#preset-filter", Input)
         if line.display:
             line.display = False
-            self.query_one(ViList).focus()
+        elif field.display:
+            field.display, field.value = False, ""
         else:
             self.dismiss()
+            return
+        self.query_one(ViList).focus()
+
+    def action_filter(self) -> None:
+        """Show only presets that contain a text."""
+        field = self.query_one("#preset-filter", Input)
+        field.display = True
+        field.focus()
 
     def action_scroll_preview(self, lines: int) -> None:
         """Scroll what the preset would change."""
@@ -152,7 +175,8 @@ class PresetsScreen(ModalScreen[None]):
     def action_undo(self) -> None:
         """Undo the last deletion, save or import in this window."""
         if not self._undo:
-            self.notify("Nothing to undo here.")
+            key = key_name("app.undo")
+            self.notify(f"No preset was changed here. Press Esc, then {key} to undo changes of the recipe.")
             return
         last = self._undo[-1]
         # What was edited since is somebody's work: then restore asks.
@@ -172,6 +196,8 @@ class PresetsScreen(ModalScreen[None]):
                 self.qlora_app.workbench.undo_saved_as(before.name, change.began)
                 self.qlora_app.recipe_edited()
             self._refresh_list(before.name)
+            done = "Removed" if before.content is None else "Restored"
+            self.notify(f"Undone. {done} your preset {before.name}.")
 
     def _remember(self, before: Snapshot, began: tuple[str, Recipe] | None = None) -> None:
         self._undo.append(_PresetChange(before, take_snapshot(before.name), began))
@@ -273,17 +299,20 @@ class PresetsScreen(ModalScreen[None]):
     def _refresh_list(self, select: str | None = None) -> None:
         self._presets = list_presets()
         current = self.qlora_app.workbench.preset
-        self.query_one(ViList).show([(p.name, preset_line(p, current)) for p in self._presets], select)
+        shown = [p for p in self._presets if self._filter in f"{p.name} {p.note}".casefold()]
+        self.query_one(ViList).show([(p.name, preset_line(p, current)) for p in shown], select)
         self._show_preview()
 
     def _show_preview(self) -> None:
         preset, bench = self._current, self.qlora_app.workbench
-        if preset is not None:
+        if preset is None:
+            self.query_one("#preview", Static).update("No preset matches. Press Esc to show all.")
+        else:
             shown = preview(preset, bench.recipe, bench.architecture(), self.qlora_app.memory_budget.device)
             self.query_one("#preview", Static).update(shown)
 
 
 def _keys_line() -> str:
     """``Enter open  s save as  …``: there is no footer in a modal."""
-    shown = [command for command in COMMANDS if not command.id.startswith("presets.preview")]
+    shown = [command for command in COMMANDS if command.in_footer and command.id != "presets.filter"]
     return "  ".join(["Enter open", *(f"{bare_key(each.id)} {each.label.lower()}" for each in shown)])

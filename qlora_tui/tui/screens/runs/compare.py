@@ -19,7 +19,7 @@ from textual.widgets import Static
 
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_duration, format_float, truncate_middle
-from qlora_tui.recipe.diff import format_value
+from qlora_tui.recipe.diff import DESCRIPTIVE, format_value
 from qlora_tui.recipe.fields import fields, get_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.describe import format_exact
@@ -37,7 +37,6 @@ from qlora_tui.tui.widgets.graph import Graph
 MAX_COMPARED = len(MARKS)
 _STEPS = 800
 _STYLES = ("$primary", "$accent", "$success", "$error")
-_NAMES_OF_RUNS = frozenset(("name", "note"))
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ def differing(compared: Sequence[ComparedRun]) -> list[tuple[str, tuple[str, ...
     recipes = [one.recipe for one in compared]
     rows = []
     for path, field in fields().items():
-        if path in _NAMES_OF_RUNS:
+        if path in DESCRIPTIVE:
             continue
         values = tuple("unreadable" if r is None else format_value(get_setting(r, path)) for r in recipes)
         if len(set(values)) > 1:
