@@ -21,7 +21,8 @@ From the file to the report:
 * ``dataset`` (with ``split``, ``near_duplicate_groups``, ``store``): the tokenized data set on disk, which
   the trainer maps.
 * ``inspection`` (with ``length_stats``, ``thinking_facts``, ``dataset_report``): the report on a file before
-  a run. ``quick_check``: a two-second search for rows that block a run; ``error_cache``: the errors of
+  a run. ``quick_check``: a two-second search for rows that block a run, and how much data there is
+  (``step_estimate``: as optimizer steps); ``error_cache``: the errors of
   earlier inspections.
 
 Nothing here imports torch or transformers: the Data screen and the trainer share this code, so what the

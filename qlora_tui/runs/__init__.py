@@ -16,6 +16,7 @@ energy          adds up the measured power
 describe        events as sentences
 actions         every action on runs, shared by keys and commands
 preflight       checks a recipe before a launch
+step_limit      checks whether Max steps or Epochs ends a run
 machine_checks  checks GPU, disk and queue
 readiness       checks whether this machine can train at all
 control         sends a request to a running trainer

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
 from qlora_tui import paths
 from qlora_tui.catalog.context_length import context_length_warning
@@ -35,6 +36,7 @@ from qlora_tui.runs.machine_checks import (
     check_gpu,
     check_queue,
 )
+from qlora_tui.runs.step_limit import check_step_limit
 
 _COLUMNAR = ("parquet", "arrow")
 """File types whose reader is slow to import and takes memory that the app should not hold."""
@@ -107,10 +109,13 @@ def _data(recipe: Recipe, model_files: ModelFiles | None, *, read_columnar: bool
         ]
     checks = [_row_warning(warning) for warning in result.warnings]
     all_here = all(_local_files(source) is not None for source in every_source(data))
-    if result.complete and all_here:
-        return checks or [Check(CheckKind.DATA, "ok", f"{'; '.join(descriptions)}.")]
-    later = "Rows not read yet are checked when the run starts."
-    return [*checks, Check(CheckKind.DATA, "note", f"{'; '.join(descriptions)}. {later}")]
+    complete = result.complete and all_here
+    if not complete:
+        later = "Rows not read yet are checked when the run starts."
+        checks.append(Check(CheckKind.DATA, "note", f"{'; '.join(descriptions)}. {later}"))
+    elif not checks:
+        checks.append(Check(CheckKind.DATA, "ok", f"{'; '.join(descriptions)}."))
+    return [*checks, *check_step_limit(recipe, result.sizes, complete=complete)]
 
 
 def _row_warning(problem: DataProblem) -> Check:
@@ -127,14 +132,15 @@ def _token_fingerprint(recipe: Recipe, files: ModelFiles | None) -> Tokens | Non
     return tokenizer_fingerprint(files.folder, recipe.model.chat_template, recipe.data.train_on)
 
 
-_Fingerprint = tuple[Path, bytes, int, int]
-"""A file, its source as JSON, its modification time in nanoseconds and its size in bytes."""
+_Fingerprint = tuple[Path, int, bytes, int, int]
+"""A file, the index of its source and the source as JSON, the file's modification time in nanoseconds and its
+size in bytes."""
 
 
 def _fingerprints(data: Data) -> tuple[_Fingerprint, ...]:
     return tuple(
-        (path, msgspec.json.encode(source), *file_fingerprint(path))
-        for source in every_source(data)
+        (path, index, msgspec.json.encode(source), *file_fingerprint(path))
+        for index, source in enumerate(every_source(data))
         for path in _local_files(source) or ()
     )
 
@@ -153,17 +159,17 @@ def _check_rows(
     """Return the rows' warnings, or the error that blocks a run; cached: the Train screen checks often."""
     data = msgspec.json.decode(settings, type=Data)
     files = [
-        (path, msgspec.json.decode(source, type=Source))
-        for path, source, *_ in fingerprints
+        (path, index, msgspec.json.decode(source, type=Source))
+        for path, index, source, *_ in fingerprints
         if read_columnar or kind_of(path) not in _COLUMNAR
     ]
     try:
         result = quick_check(
-            (SourceFile(path, 0, sniff(path, source, data.preferences)) for path, source in files), data
+            (SourceFile(path, i, sniff(path, source, data.preferences)) for path, i, source in files), data
         )
     except UserError as problem:
         return problem
-    return QuickCheckResult(result.complete and len(files) == len(fingerprints), result.warnings)
+    return replace(result, complete=result.complete and len(files) == len(fingerprints))
 
 
 def _local_files(source: Source) -> list[Path] | None:

@@ -13,6 +13,8 @@ from qlora_tui.runs.events import PREPARING_PHASES, Failed, Health, RunEnded
 from qlora_tui.runs.status import ACTIVE, State
 
 _MIN_LENGTH = 128
+FEW_STEPS = 10
+"""Optimizer steps of a run below which it learns hardly anything, which is a warning."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ def _fix_for(kind: str, state: State, recipe: Recipe) -> SuggestedFix | None:
             return _next_run(recipe, {"training.learning_rate": float(f"{training.learning_rate / 10:.3g}")})
         case "nan_loss" | "exploding_gradient" if state not in ACTIVE:
             return _next_run(recipe, half)
+        case "few_steps" if 0 < training.max_steps < FEW_STEPS:
+            return _next_run(recipe, {"training.max_steps": 0})
         case "few_steps" if training.gradient_accumulation > 1:
             return _next_run(recipe, {"training.gradient_accumulation": training.gradient_accumulation // 2})
         case _:

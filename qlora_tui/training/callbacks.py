@@ -82,7 +82,7 @@ class RunCallback(TrainerCallback):
         self._probe_memory()
         if self.progress.evaluated_step < 0:
             self._evaluate(0)
-        few = too_few_steps(self._total_steps)
+        few = too_few_steps(self._total_steps, self._prepared.recipe.training.max_steps)
         if few is not None and not state.global_step:
             self._reporter.health(few.kind, few.evidence, few.remedy)
         self._reporter.phase("training")

@@ -11,7 +11,9 @@ from collections import deque
 from dataclasses import dataclass
 from statistics import fmean, median
 
+from qlora_tui.formatting import pluralize
 from qlora_tui.gpu.metrics import GpuMetrics
+from qlora_tui.runs.suggested_fix import FEW_STEPS
 
 _HISTORY = 20
 """Previous steps that a gradient norm is compared with."""
@@ -25,7 +27,6 @@ _PLATEAU = 0.002
 """Share by which the mean loss must fall from the earlier half to the later one."""
 _WORSE = 0.05
 """Share above the validation loss before training from which it is clearly worse."""
-_FEW_STEPS = 10
 _IDLE_S = 60.0
 _IDLE_PERCENT = 5
 _USED_BYTES = 1 << 30
@@ -43,13 +44,23 @@ class Finding:
     remedy: str
 
 
-def too_few_steps(total: int) -> Finding | None:
-    """A finding where a run has so few optimizer steps that it learns hardly anything."""
-    if total >= _FEW_STEPS:
+def too_few_steps(total: int, max_steps: int = 0) -> Finding | None:
+    """A finding where a run has so few optimizer steps that it learns hardly anything.
+
+    ``max_steps``: the recipe's limit, 0 for none.
+    """
+    if total >= FEW_STEPS:
         return None
+    few = f"The run has only {pluralize(total, 'optimizer step')}"
+    if max_steps and total == max_steps:
+        return Finding(
+            "few_steps",
+            f"{few}: Max steps (training.max_steps) is {max_steps}.",
+            "Raise training.max_steps, or set it to 0 to train all epochs.",
+        )
     return Finding(
         "few_steps",
-        f"The run has only {total} optimizer step{'s' if total != 1 else ''}.",
+        f"{few}.",
         "Lower training.gradient_accumulation or data.max_length, or raise training.epochs.",
     )
 

@@ -12,7 +12,7 @@ from qlora_tui.data.inspection import inspect
 from qlora_tui.data.quick_check import QuickCheckResult
 from qlora_tui.files import private_dir
 from qlora_tui.memory.budget import budget_for
-from qlora_tui.recipe.schema import Data, Lora, Model, Recipe, Source
+from qlora_tui.recipe.schema import Data, Lora, Model, Recipe, Source, Training
 from qlora_tui.runs import preflight as preflight_module
 from qlora_tui.runs.machine_checks import Check, CheckKind, Machine
 from qlora_tui.runs.preflight import preflight
@@ -130,6 +130,31 @@ def test_a_recipe_without_model_and_data_says_where_to_choose() -> None:
     checks = checks_by_kind(Recipe())
     assert checks[CheckKind.MODEL].fix == "Choose one on the Model screen, or pass --model."
     assert checks[CheckKind.DATA].fix == "Choose a file on the Data screen, or pass --data."
+
+
+def _with_steps(tmp_path: Path, max_steps: int, epochs: float = 2.0) -> list[str]:
+    """Settings warnings about 200 rows of some 500 tokens: about 12 steps an epoch."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "why? " * 200, "completion": "so. " * 240}) + "\n")
+    rows.write_text(rows.read_text() * 200)
+    recipe = Recipe(
+        data=Data(sources=(Source(path=str(rows)),), validation_fraction=0),
+        training=Training(max_steps=max_steps, epochs=epochs),
+    )
+    checks = preflight(recipe, Machine(budget_for(None)), read_columnar=False)
+    return [check.text for check in checks if check.kind is CheckKind.SETTINGS]
+
+
+def test_a_step_limit_below_the_epochs_is_a_warning(tmp_path: Path) -> None:
+    assert _with_steps(tmp_path, 6) == ["Max steps is 6: the run ends after about 0.46 of the 2 epochs set."]
+    assert _with_steps(tmp_path, 0) == []
+
+
+def test_epochs_that_end_before_the_step_limit_are_a_warning(tmp_path: Path) -> None:
+    assert _with_steps(tmp_path, 1000) == [
+        "Epochs is 2: the run ends after about 26 steps, before the 1,000 of Max steps."
+    ]
+    assert _with_steps(tmp_path, 26) == []
 
 
 def test_trainable_tokens_and_targets_are_checked_before_a_launch(tmp_path: Path) -> None:

@@ -556,6 +556,13 @@ def test_the_fix_for_memory_suits_the_phase(method: str, phase: Phase, says: str
     assert (says in suggestion.label) if suggestion else not says
 
 
+def test_the_fix_for_few_steps_removes_a_low_step_limit() -> None:
+    limited = replace_setting(TICKETS, "training.max_steps", 5)
+    suggestion = suggest_fix("finished", [_health("few_steps", "")], None, limited)
+    assert suggestion is not None
+    assert suggestion.label == "prepare a run with max steps 0 instead of 5"
+
+
 def _health(kind: str, remedy: str) -> Health:
     return Health(at=BEGAN, kind=kind, severity="warning", evidence="It is odd.", remedy=remedy, step=50)
 

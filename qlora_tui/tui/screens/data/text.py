@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from qlora_tui.data.dataset_report import Piece, Report, Shown
 from qlora_tui.data.preferences import PAIRS_TITLE, TITLES
 from qlora_tui.data.problems import CHECKS, DataProblem
 from qlora_tui.data.sources import is_hub_dataset
+from qlora_tui.data.step_estimate import steps_per_epoch, total_steps
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import abbreviate_home, format_bytes, format_percent, pluralize
 from qlora_tui.recipe.schema import Data, Recipe, Source
@@ -306,13 +306,8 @@ def steps_line(report: Report, recipe: Recipe) -> str:
     """How many optimizer steps the data makes, roughly: packing is only known once it is done."""
     if not report.counts.samples:
         return "Nothing to train on"
-    held = 0.0 if recipe.data.validation_path else recipe.data.validation_fraction
-    samples = report.counts.samples * (1 - held)
-    rows = samples
-    if recipe.data.packing and report.counts.samples:
-        rows = math.ceil(samples * report.counts.tokens / report.counts.samples / recipe.data.max_length)
-    a_pass = max(1, math.ceil(rows / recipe.effective_batch))
-    steps = math.ceil(a_pass * recipe.training.epochs)
+    a_pass = steps_per_epoch(report.counts.samples, report.counts.tokens, recipe)
+    steps = total_steps(a_pass, recipe)
     if recipe.training.max_steps:
         steps = min(steps, recipe.training.max_steps)
     return f"about {pluralize(a_pass, 'step')} an epoch, {steps:,} in all"

@@ -1,0 +1,28 @@
+"""The number of optimizer steps that an amount of data makes, before it is tokenized and packed."""
+
+from __future__ import annotations
+
+import math
+
+from qlora_tui.recipe.schema import Recipe
+
+
+def steps_per_epoch(samples: float, tokens: float, recipe: Recipe) -> int:
+    """Estimate the optimizer steps of one pass over the data, without the share held out for validation.
+
+    Args:
+        samples: number of samples.
+        tokens: their tokens, those beyond ``data.max_length`` left out.
+        recipe: says how samples are packed and how many rows make a step.
+    """
+    trained = 1.0 if recipe.data.validation_path else 1.0 - recipe.data.validation_fraction
+    rows = samples * trained
+    if recipe.data.packing:
+        # How much of each row stays empty is only known once the samples are packed.
+        rows = math.ceil(tokens * trained / recipe.data.max_length)
+    return max(1, math.ceil(rows / recipe.effective_batch))
+
+
+def total_steps(steps_of_epoch: int, recipe: Recipe) -> int:
+    """Steps of all epochs, without ``training.max_steps``."""
+    return math.ceil(steps_of_epoch * recipe.training.epochs)

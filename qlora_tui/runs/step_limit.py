@@ -1,0 +1,47 @@
+"""Checks before a launch which of Max steps and Epochs ends the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qlora_tui.data.quick_check import FileSize
+from qlora_tui.data.step_estimate import steps_per_epoch, total_steps
+from qlora_tui.formatting import pluralize
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs.machine_checks import Check, CheckKind
+
+_MARGIN = 1.25
+"""Factor between the two limits from which the estimate says for certain which comes first."""
+
+
+def check_step_limit(recipe: Recipe, sizes: Sequence[FileSize], *, complete: bool) -> list[Check]:
+    """Warn if Max steps ends the run clearly before the epochs do, or the epochs long before Max steps.
+
+    ``sizes``: the data that was read; ``complete``: whether that is all of it.
+    """
+    limit, epochs, sources = recipe.training.max_steps, recipe.training.epochs, recipe.data.sources
+    # The sources come first; after them is the validation file, which no step trains on.
+    trained = [(size, sources[size.source].weight) for size in sizes if size.source < len(sources)]
+    samples = sum(size.samples * weight for size, weight in trained)
+    if not limit or not samples:
+        return []
+    steps_of_epoch = steps_per_epoch(samples, sum(size.tokens * weight for size, weight in trained), recipe)
+    steps = total_steps(steps_of_epoch, recipe)
+    if limit * _MARGIN < steps:
+        about = "about" if complete else "less than"
+        of_epochs = "1 epoch" if epochs == 1 else f"{epochs:g} epochs"
+        text = (
+            f"Max steps is {limit:,}: the run ends after {about} {limit / steps_of_epoch:.2g} of the "
+            f"{of_epochs} set."
+        )
+        every = f" (about {pluralize(steps, 'step')})" if complete else ""
+        fix = f"To train all epochs{every}, set Max steps (training.max_steps) to 0."
+    elif complete and limit > steps * _MARGIN:
+        text = (
+            f"Epochs is {epochs:g}: the run ends after about {pluralize(steps, 'step')}, before the "
+            f"{limit:,} of Max steps."
+        )
+        fix = "To train longer, raise Epochs (training.epochs)."
+    else:
+        return []
+    return [Check(CheckKind.SETTINGS, "warning", text, fix)]
