@@ -38,8 +38,9 @@ from qlora_tui.data.thinking import OPENED
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.tokenizer_guard import panics_as_errors
 from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.memory.execution import AttentionPath
 from qlora_tui.recipe.schema import Recipe, Thinking
-from qlora_tui.training.compute_device import AttentionPath, ComputeDevice, find_device
+from qlora_tui.training.compute_device import ComputeDevice, find_device
 from qlora_tui.training.gguf_conversion import convert_cached
 from qlora_tui.training.model_loading import load_base
 

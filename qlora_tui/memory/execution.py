@@ -27,6 +27,12 @@ trl_chunked, trl_tiled: TRL's own since 1.7 and 1.15 (``trl_loss.py``)."""
 
 Optimizer = Literal["adamw", "adamw_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
 
+AttentionPath = Literal["varlen", "segments", "eager"]
+"""``varlen``: all samples of a packed row in one call of FlashAttention. ``segments``: one call per sample
+(:mod:`qlora_tui.training.packed_attention`). ``eager``: padded rows with the library's attention."""
+
+FlashObstacle = Literal["no GPU", "float32", "old GPU", "old torch"]
+
 LOSS_CHUNK_ROWS = 256
 """Positions whose logits our trainer holds at a time: enough rows for an efficient matrix product, and 78 MB
 in 16 bits at a vocabulary of 152,000."""
@@ -135,7 +141,13 @@ def trainer_execution(
     """
     compute = _compute_bytes(recipe, device)
     attention = _attention(recipe, device, compute)
-    runs_varlen = device.varlen and recipe.model.attention in ("auto", "flash")
+    obstacle = flash_obstacle(
+        cuda=device.kind == "cuda",
+        compute_bytes=compute,
+        ampere=device.capability >= BFLOAT16_CAPABILITY,
+        torch_has_varlen=device.varlen,
+    )
+    path = attention_path(recipe.model.attention, obstacle)
     float16 = compute == 2 and _is_float16(recipe, device)
     return ExecutionConfig(
         compute_bytes=compute,
@@ -152,13 +164,33 @@ def trainer_execution(
         optimizer="adamw_fused" if recipe.training.optimizer == "adamw" else recipe.training.optimizer,
         accumulates=recipe.training.gradient_accumulation > 1,
         packing=recipe.data.packing,
-        segments=recipe.model.attention != "eager",
-        varlen=runs_varlen and device.kind == "cuda" and attention == "flash",
+        segments=path != "eager",
+        varlen=path == "varlen",
         device=device.kind,
         capability=device.capability,
         cuda_libraries=device.cuda_libraries,
         expandable_segments=device.expandable_segments,
     )
+
+
+def flash_obstacle(
+    *, cuda: bool, compute_bytes: int, ampere: bool, torch_has_varlen: bool
+) -> FlashObstacle | None:
+    """Return what prevents FlashAttention over a packed row in one call; None where it runs."""
+    if not cuda:
+        return "no GPU"
+    if compute_bytes != 2:
+        return "float32"
+    if not ampere:
+        return "old GPU"
+    return None if torch_has_varlen else "old torch"
+
+
+def attention_path(attention: str, obstacle: FlashObstacle | None) -> AttentionPath:
+    """Return how ``model.attention`` is carried out: the trainer tries it first, the estimate assumes it."""
+    if attention == "eager":
+        return "eager"
+    return "segments" if attention == "sdpa" or obstacle else "varlen"
 
 
 def liger_rows(tokens: int, hidden: int, vocabulary: int) -> int:

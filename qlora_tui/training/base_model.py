@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.memory.execution import Loss
+from qlora_tui.memory.execution import AttentionPath, Loss
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.training import chunked_loss, equivalence_checks, model_loading
-from qlora_tui.training.compute_device import AttentionPath, ComputeDevice
+from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.fused.kernel_choice import allow_kernels, verify_kernels
 from qlora_tui.training.liger import verified_liger_loss
 from qlora_tui.training.packed_attention import PackedAttention

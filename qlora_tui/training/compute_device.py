@@ -11,17 +11,19 @@ import torch
 
 from qlora_tui.errors import UserError
 from qlora_tui.memory.cpu import this_processor
-from qlora_tui.memory.execution import BFLOAT16_CAPABILITY
+from qlora_tui.memory.execution import (
+    BFLOAT16_CAPABILITY,
+    AttentionPath,
+    FlashObstacle,
+    attention_path,
+    flash_obstacle,
+)
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.training import varlen_attention
 from qlora_tui.training.padding import token_multiple
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-
-AttentionPath = Literal["varlen", "segments", "eager"]
-"""``varlen`` and ``segments``: packed rows (:mod:`qlora_tui.training.packed_attention`); ``eager``: padded
-rows with the library's attention."""
 
 
 @dataclass(frozen=True)
@@ -78,38 +80,40 @@ def find_device(recipe: Recipe, local_rank: int = 0) -> ComputeDevice:
 def choose_attention(recipe: Recipe, device: ComputeDevice) -> AttentionPath:
     """The attention path to try first; ``base_model`` falls back to the next one if it fails its check.
 
-    The memory estimate predicts this choice in ``memory.execution.trainer_execution``.
-
     Raises:
         UserError: flash is requested but not available.
     """
-    wanted = recipe.model.attention
-    if wanted == "eager":
-        return "eager"
-    if wanted == "sdpa":
-        return "segments"
-    why_not = why_no_flash(device)
-    if wanted == "flash" and why_not:
+    obstacle = _flash_obstacle(device)
+    if recipe.model.attention == "flash" and obstacle:
         raise UserError(
             "Flash attention is not available",
             what="model.attention is set to flash, which cannot run here.",
-            why=why_not,
+            why=why_no_flash(device),
             fix='Set model.attention to "auto", which uses what runs.',
         )
-    return "segments" if why_not else "varlen"
+    return attention_path(recipe.model.attention, obstacle)
 
 
 def why_no_flash(device: ComputeDevice) -> str:
     """Why FlashAttention cannot run a packed row in one call; empty where it can."""
-    if device.kind != "cuda":
-        return "It needs a CUDA GPU."
-    if device.dtype == torch.float32:
-        return "It only computes in 16 bits."
-    if not varlen_attention.has_flash(device.torch_device):
-        return f"It needs a GPU from Ampere on (RTX 30), and this is a {device.name}."
-    if varlen_attention.find_kernel() is None:
-        return f"It needs torch 2.11 or newer, and {torch.__version__} is installed."
-    return ""
+    reasons: dict[FlashObstacle | None, str] = {
+        None: "",
+        "no GPU": "It needs a CUDA GPU.",
+        "float32": "It only computes in 16 bits.",
+        "old GPU": f"It needs a GPU from Ampere on (RTX 30), and this is a {device.name}.",
+        "old torch": f"It needs torch 2.11 or newer, and {torch.__version__} is installed.",
+    }
+    return reasons[_flash_obstacle(device)]
+
+
+def _flash_obstacle(device: ComputeDevice) -> FlashObstacle | None:
+    cuda = device.kind == "cuda"
+    return flash_obstacle(
+        cuda=cuda,
+        compute_bytes=device.dtype.itemsize,
+        ampere=cuda and varlen_attention.has_flash(device.torch_device),
+        torch_has_varlen=varlen_attention.find_kernel() is not None,
+    )
 
 
 def host_memory_bytes() -> int:

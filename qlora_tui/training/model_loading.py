@@ -15,10 +15,11 @@ from torch import nn
 
 from qlora_tui.catalog.config_parser import load_config
 from qlora_tui.errors import UserError
+from qlora_tui.memory.execution import AttentionPath
 from qlora_tui.recipe.schema import Quantization, Recipe
 from qlora_tui.training import packed_attention, quantized_cache
 from qlora_tui.training.clean_files import model_view
-from qlora_tui.training.compute_device import AttentionPath, ComputeDevice
+from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.dropout import draws_random_numbers
 from qlora_tui.training.failure import is_out_of_memory
 from qlora_tui.training.kernel_publishers import pin_publisher

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from qlora_tui.errors import UserError
-from qlora_tui.recipe.schema import Model, Recipe
+from qlora_tui.memory.execution import Device, trainer_execution
+from qlora_tui.recipe.schema import Model, Quantization, Recipe
 from qlora_tui.training import chunked_loss, equivalence_checks, model_loading, varlen_attention
 from qlora_tui.training.compute_device import ComputeDevice, choose_attention
 from qlora_tui.training.packed_attention import NAMES, segment_mask, supports_grouped_heads
@@ -219,6 +220,34 @@ def test_flash_that_cannot_run_says_why(
     with pytest.raises(UserError) as refused:
         choose_attention(recipe("flash"), gpu())
     assert why in (refused.value.why or "")
+
+
+@pytest.mark.parametrize("attention", ["auto", "flash", "sdpa", "eager"])
+@pytest.mark.parametrize("compute_dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+@pytest.mark.parametrize("ampere", [True, False])
+@pytest.mark.parametrize("has_kernel", [True, False])
+def test_the_estimate_assumes_the_attention_that_the_trainer_chooses(
+    attention: Any,
+    compute_dtype: Any,
+    kind: Any,
+    ampere: bool,
+    has_kernel: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(varlen_attention, "has_flash", lambda device: ampere)
+    monkeypatch.setattr(varlen_attention, "find_kernel", lambda: varlen_reference if has_kernel else None)
+    wanted = Recipe(model=Model(attention=attention), quantization=Quantization(compute_dtype=compute_dtype))
+    device = ComputeDevice(torch.device(kind), "a device", 8 << 30, getattr(torch, compute_dtype))
+    capability = (8, 6) if ampere else (7, 5)
+    execution = trainer_execution(wanted, Device(kind=kind, capability=capability, varlen=has_kernel))
+    assumed = "varlen" if execution.varlen else "segments" if execution.segments else "eager"
+    try:
+        chosen = choose_attention(wanted, device)
+    except UserError:
+        assert attention == "flash" and assumed == "segments"
+    else:
+        assert chosen == assumed
 
 
 def test_the_installed_torch_has_the_kernel() -> None:
