@@ -4,8 +4,9 @@
 
 A Llama with random NF4 weights in bfloat16, LoRA on every linear module, gradient checkpointing of every
 layer: forward, recomputation and backward. The launches of a layer are the difference between models of two
-sizes. Packed attention counts as one kernel forward and one backward, as on a GPU from Ampere on. The usual
-script is transformers and peft under autocast with samples in padded rows.
+sizes. Packed attention counts as one kernel forward and one backward, as on a GPU from Ampere on, and so does
+each of our Triton kernels in the second column. The usual script is transformers and peft under autocast with
+samples in padded rows.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from contextlib import nullcontext
-from typing import Any
+from contextlib import ExitStack
+from types import SimpleNamespace
+from typing import Any, Literal, TypeAlias
 from unittest.mock import patch
 
 import torch
@@ -22,6 +24,9 @@ from torch import Tensor
 
 from bench.support.launches import LaunchCounter
 
+Code: TypeAlias = Literal["ours", "triton", "usual"]
+CODES: tuple[Code, ...] = ("ours", "triton", "usual")
+"""Ours with torch's kernels, ours with Triton's, and the usual script."""
 LAYERS = (1, 3)
 TOKENS = 64
 """Of a row."""
@@ -34,55 +39,88 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     rows = [
-        {"samples": samples, "ours": per_layer(samples, ours=True), "usual": per_layer(samples, ours=False)}
-        for samples in args.samples
+        {"samples": samples} | {code: per_layer(samples, code) for code in CODES} for samples in args.samples
     ]
     if args.json:
         print(json.dumps(rows))
         return
-    print("samples   ours  usual  launches per layer and step")
+    print(f"samples {''.join(f'{code:>8}' for code in CODES)}  launches per layer and step")
     for row in rows:
-        print(f"{row['samples']:>7} {row['ours'].total():>6} {row['usual'].total():>6}")
-    print("\nours, by operation:")
-    for name, count in rows[0]["ours"].most_common():
-        print(f"{count:>7}  {name}")
+        print(f"{row['samples']:>7} {''.join(f'{row[code].total():>8}' for code in CODES)}")
+    for code in CODES[:2]:
+        print(f"\n{code}, by operation:")
+        for name, count in rows[0][code].most_common():
+            print(f"{count:>7}  {name}")
 
 
-def per_layer(samples: int, *, ours: bool) -> Counter[str]:
+def per_layer(samples: int, code: Code) -> Counter[str]:
     """Launches of one layer in a step over a row of ``samples`` samples, by operation."""
-    few, many = (_step_launches(layers, samples, ours=ours) for layers in LAYERS)
+    few, many = (_step_launches(layers, samples, code) for layers in LAYERS)
     layers = LAYERS[1] - LAYERS[0]
     many.subtract(few)
     return Counter({name: count // layers for name, count in many.items() if count})
 
 
-def _step_launches(layers: int, samples: int, *, ours: bool) -> Counter[str]:
+def _step_launches(layers: int, samples: int, code: Code) -> Counter[str]:
     from qlora_tui.training import varlen_attention
 
     torch.manual_seed(0)
-    model = _model(layers, ours=ours)
-    length = TOKENS // samples
-    ids = torch.randint(3, 100, (1, TOKENS) if ours else (samples, length))
-    batch: dict[str, Any] = {"input_ids": ids, "labels": ids}
-    if ours:
-        from qlora_tui.training.chunked_loss import loss_positions
-
-        batch |= {
-            "position_ids": torch.arange(length).repeat(samples)[None],
-            "segments": [length] * samples,
-            "loss_positions": loss_positions(ids),
-        }
     counter = LaunchCounter()
-    with (
-        patch.object(varlen_attention, "find_kernel", lambda: _one_kernel(counter)),
-        patch.object(varlen_attention, "supports", lambda query, value, samples: True),
-        nullcontext() if ours else torch.autocast("cpu", torch.bfloat16),
-    ):
+    ours = code != "usual"
+    with ExitStack() as stack:
+        if code == "triton":
+            _use_counted_kernels(stack, counter)
+        model = _model(layers, ours=ours)
+        length = TOKENS // samples
+        ids = torch.randint(3, 100, (1, TOKENS) if ours else (samples, length))
+        batch: dict[str, Any] = {"input_ids": ids, "labels": ids}
+        if ours:
+            from qlora_tui.training.chunked_loss import loss_positions
+
+            batch |= {
+                "position_ids": torch.arange(length).repeat(samples)[None],
+                "segments": [length] * samples,
+                "loss_positions": loss_positions(ids),
+            }
+        else:
+            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+        stack.enter_context(patch.object(varlen_attention, "find_kernel", lambda: _one_kernel(counter)))
+        stack.enter_context(patch.object(varlen_attention, "supports", lambda query, value, samples: True))
         model(**batch).loss.backward()  # the first step does more, such as casting tables
         counter.by_name.clear()
         with counter:
             model(**batch).loss.backward()
     return counter.by_name
+
+
+def _use_counted_kernels(stack: ExitStack, counter: LaunchCounter) -> None:
+    """Use stand-ins for Triton's kernels, each counted as one. Their values do not matter here."""
+    from qlora_tui.training.fused import gated_mlp, rms_norm, rotary
+
+    def norm(x: Tensor, weight: Tensor, eps: float, **settings: Any) -> tuple[Tensor, Tensor]:
+        with counter.counted_as("Triton norm"):
+            return torch.zeros_like(x), x.new_zeros((*x.shape[:-1], 1), dtype=torch.float32)
+
+    def like(name: str, count: int) -> Any:
+        def call(*tensors: Any, **settings: Any) -> Any:
+            with counter.counted_as(name):
+                results = tuple(torch.zeros_like(x) for x in tensors[:count])
+            return results if count > 1 else results[0]
+
+        return call
+
+    kernels = SimpleNamespace(
+        fits_row=lambda width: True,
+        rms_norm=norm,
+        rms_norm_backward=like("Triton norm backward", 1),
+        gated_product=like("Triton gated product", 1),
+        gated_product_backward=like("Triton gated product backward", 2),
+        rotate=like("Triton rotation", 2),
+    )
+    for module in (gated_mlp, rms_norm, rotary):
+        stack.enter_context(patch.object(module, "find_kernels", lambda device, dtype: kernels))
+    kinds = frozenset({(True, torch.bfloat16)})
+    stack.enter_context(patch.object(rotary, "_same_kinds", lambda *settings: kinds))
 
 
 def _model(layers: int, *, ours: bool) -> Any:

@@ -45,6 +45,8 @@ class DecoderLayer:
     kernel: Kernel
     rotary: float = 1.0
     """Share of each head that rotates; 0 without rotary positions."""
+    rotates_halves: bool = True
+    """Whether rotary positions pair the halves of a head, as our kernel does, not even and odd columns."""
     head_norms: Literal["no", "head", "full"] = "no"
     """RMSNorm on queries and keys: per head (Qwen3, Gemma 3) or over the full width (OLMo-2)."""
     residual_scale: bool = False
@@ -131,6 +133,8 @@ def _attention(ops: Ops, block: DecoderLayer, hidden_states: Tensor) -> Tensor:
     query, key, value = _project(ops, block, hidden_states)
     if block.norm == "cohere":
         query, key = cohere.rotate(ops, query, key)
+    elif block.rotary and ops.triton and block.rotates_halves:
+        query, key = ops.rotate_together(query, key)
     elif block.rotary:
         rotate = partial(unsloth_kernels.rotate, ops) if ops.fused else ops.rotate
         query, key = rotate(query), rotate(key)

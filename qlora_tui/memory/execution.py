@@ -61,7 +61,7 @@ class Device:
     expandable_segments: bool = True
     """Whether the CUDA allocator grows its segments, as the trainer requests where the user does not."""
     triton: bool = False
-    """Whether Triton is installed, whose kernels compute norms and gated MLPs on a GPU."""
+    """Whether Triton is installed, whose kernels compute norms, rotary positions and gated MLPs on a GPU."""
     varlen: bool = True
     """Whether torch has a FlashAttention for all samples of a packed row in one call (2.11 or newer)."""
     correction: Correction | None = None
@@ -120,7 +120,8 @@ class ExecutionConfig:
     """Whether our functions are used, which save less: adapters on 4- and 16-bit weights, gated MLPs,
     RMSNorm, and attention on a CPU (``training/fused``)."""
     triton: bool = False
-    """Whether norms and gated MLPs are single kernels (``training/fused/triton_kernels.py``)."""
+    """Whether norms, rotary positions and gated MLPs are single kernels
+    (``training/fused/triton_kernels.py``)."""
     expandable_segments: bool = True
     """Whether the allocator grows its segments (our trainer requests it), so that blocks are cut to size."""
     name: str = "this trainer"

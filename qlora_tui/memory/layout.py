@@ -34,6 +34,7 @@ class LayerStyle:
     order: Literal["pre", "parallel", "sandwich", "post"] = "pre"
     head_norms: Literal["no", "head", "full"] = "no"
     rotary: bool = True
+    rotates_halves: bool = True
     residual_scale: bool = False
     keeps_attention_output: bool = False
 
@@ -44,7 +45,7 @@ STYLES: dict[str, LayerStyle] = {
     "qwen2": LayerStyle(),
     "smollm3": LayerStyle(),
     "qwen3": LayerStyle(head_norms="head"),
-    "ernie4_5": LayerStyle(),
+    "ernie4_5": LayerStyle(rotates_halves=False),
     "phi3": LayerStyle(),
     "gemma": LayerStyle(norm="float"),
     "gemma2": LayerStyle(norm="float", order="sandwich"),
@@ -53,7 +54,7 @@ STYLES: dict[str, LayerStyle] = {
     "mixtral": LayerStyle(),
     "qwen2_moe": LayerStyle(),
     "qwen3_moe": LayerStyle(head_norms="head"),
-    "gpt_oss": LayerStyle(),
+    "gpt_oss": LayerStyle(rotates_halves=False),
     "deepseek_v2": LayerStyle(),
     "granite": LayerStyle(residual_scale=True),
     "olmo2": LayerStyle(norm="float", order="post", head_norms="full"),
@@ -64,9 +65,9 @@ STYLES: dict[str, LayerStyle] = {
     "starcoder2": LayerStyle(norm="layer"),
     "arcee": LayerStyle(),
     "ministral3": LayerStyle(),
-    "helium": LayerStyle(),
-    "glm": LayerStyle(),
-    "glm4": LayerStyle(order="sandwich"),
+    "helium": LayerStyle(rotates_halves=False),
+    "glm": LayerStyle(rotates_halves=False),
+    "glm4": LayerStyle(order="sandwich", rotates_halves=False),
     "nemotron": LayerStyle(norm="layer"),
     "hunyuan_v1_dense": LayerStyle(head_norms="head"),
     "olmo3": LayerStyle(norm="float", order="post", head_norms="full"),
@@ -168,6 +169,7 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
                 kernel=_kernel(architecture, execution),
                 rotary=1.0 if style.rotary else 0.0,
                 head_norms=style.head_norms,
+                rotates_halves=style.rotates_halves,
                 residual_scale=style.residual_scale,
                 keeps_attention_output=style.keeps_attention_output,
                 mixture=None if any(linear.part == "mlp" for linear in linears) else routed,

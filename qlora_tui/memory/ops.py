@@ -329,6 +329,25 @@ class Ops:
         turned = self.scale(self._rotate_half(x), width)
         return self.add(straight, turned)
 
+    def rotate_together(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Replay our kernel for queries and keys, which saves nothing (``training/fused/rotary.py``)."""
+        sizes = ((q.numel, q.width), (k.numel, k.width))
+        waiting: list[Tensor] = []
+
+        def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+            waiting.append(grad)
+            if len(waiting) < len(sizes):
+                return (None, None)
+            gradients = tuple(self.new(*size) for size in sizes)
+            waiting.clear()
+            return gradients
+
+        rotated = []
+        for size in sizes:
+            rotated.append(self.new(*size))
+            rotated[-1].node = self.tape.node((q, k), fn)
+        return rotated[0], rotated[1]
+
     def _rotate_half(self, x: Tensor) -> Tensor:
         half = x.numel // 2
         low, high = self.slice(x, half), self.slice(x, half)

@@ -43,9 +43,9 @@ class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Literal["auto", "torch"],
         _about(
             "Kernels",
-            "auto: Triton kernels for norms and gated MLPs, on a GPU where they compile and compute what "
-            "torch does. torch: never.",
-            "With Triton, norms and MLPs need no temporary copies.",
+            "auto: Triton kernels for norms, rotary positions and gated MLPs, on a GPU where they compile "
+            "and compute what torch does. torch: never.",
+            "With Triton, these need no temporary copies.",
         ),
     ] = "auto"
     chat_template: Annotated[

@@ -77,7 +77,7 @@ class Environment(Event, tag="environment", frozen=True, kw_only=True):
     """``chunked``, ``liger`` or ``stock``, with the reason if it is not the usual one."""
     versions: dict[str, str]
     kernels: Literal["", "triton", "torch"] = ""
-    """What computes norms and gated MLPs."""
+    """What computes norms, rotary positions and gated MLPs."""
 
 
 class DataReady(Event, tag="data_ready", frozen=True, kw_only=True):

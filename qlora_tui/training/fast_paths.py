@@ -15,6 +15,7 @@ DESCRIPTIONS: dict[FastPath, str] = {
     "packed attention": "attention over packed samples",
     "loss": "the chunked or Liger loss",
     "norms": "the fused RMSNorm",
+    "rotary": "the rotary kernel",
     "mlp": "the fused gated MLP",
     "lora": "the fused LoRA layers",
     "token rows": "the trained token rows",

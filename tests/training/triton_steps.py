@@ -5,6 +5,7 @@ Needs ``TRITON_INTERPRET=1`` in the environment before torch and Triton are impo
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -14,17 +15,31 @@ import torch
 from torch import Tensor
 
 from qlora_tui.training.fused import kernel_choice, triton_kernels
+from qlora_tui.training.fused.patching import PatchedForwards
+from qlora_tui.training.fused.rotary import fuse_rotary
 from qlora_tui.training.model_loading import checkpoint_activations
 from tests.training.families import build, with_adapter
 
 CPU = torch.device("cpu")
+KERNELS = ("rms_norm", "rms_norm_backward", "gated_product", "gated_product_backward", "rotate")
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gemma3_text": {},
+    "qwen3": {},
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+}
+"""A plain one, one with two tables of angles, one with norms of heads, one that rotates half of each head."""
+DTYPES = (torch.float32, torch.float16)
 
 
-def step(family: str, dtype: torch.dtype, *, kernels: bool, **settings: Any) -> tuple[Tensor, list[Tensor]]:
-    """Logits of a step, and the gradients of the adapter."""
+def step(
+    family: str, dtype: torch.dtype, calls: dict[str, int], *, kernels: bool, **settings: Any
+) -> tuple[Tensor, list[Tensor]]:
+    """Logits of a step, and the gradients of the adapter. ``calls`` are then those of the step alone."""
     kernel_choice.allow_kernels(kernels)
     model = with_adapter(build(family, **settings).to(dtype), dropout=0.1).train()
     checkpoint_activations(model.get_base_model())
+    calls.update(dict.fromkeys(calls, 0))
     torch.manual_seed(5)
     ids = torch.arange(3, 43)[None]
     logits = model(input_ids=ids).logits
@@ -40,21 +55,20 @@ def distance(actual: Tensor, expected: Tensor) -> float:
 def compare(family: str, dtype: torch.dtype, **settings: Any) -> dict[str, Any]:
     """How far a step with the kernels is from one without."""
     calls = count_calls()
-    logits, grads = step(family, dtype, kernels=True, **settings)
+    logits, grads = step(family, dtype, calls, kernels=True, **settings)
     used = dict(calls)
-    expected, expected_grads = step(family, dtype, kernels=False, **settings)
+    expected, expected_grads = step(family, dtype, calls, kernels=False, **settings)
     return {
         "logits": distance(logits, expected),
         "gradients": max(map(distance, grads, expected_grads)),
         "calls": used,
-        "calls_without": {name: calls[name] - used[name] for name in calls},
+        "calls_without": dict(calls),
     }
 
 
 def count_calls() -> dict[str, int]:
     """Counts from now on how often each function of the kernels is called."""
-    names = ("rms_norm", "rms_norm_backward", "gated_product", "gated_product_backward")
-    calls = dict.fromkeys(names, 0)
+    calls = dict.fromkeys(KERNELS, 0)
 
     def counted(name: str, function: Any) -> Any:
         def call(*args: Any, **settings: Any) -> Any:
@@ -63,11 +77,36 @@ def count_calls() -> dict[str, int]:
 
         return call
 
-    for name in names:
+    for name in KERNELS:
         function = getattr(triton_kernels, name)
         setattr(triton_kernels, name, counted(name, getattr(function, "plain", function)))
         vars(triton_kernels)[name].plain = getattr(function, "plain", function)
     return calls
+
+
+def rotation_error(dtype: torch.dtype, *, rotary: int, rows: int, tables: int, backward: bool) -> float:
+    """How far a rotation of grouped heads in odd layouts is from float64."""
+    generator = torch.Generator().manual_seed(0)
+    width, tokens = 24, 7
+    projected = torch.randn(rows, tokens, 8, width, generator=generator).to(dtype)
+    q, k = projected[:, :, :6].transpose(1, 2), projected[:, :, 6:].transpose(1, 2).contiguous()
+    cos, sin = torch.randn(2, tables, tokens, rotary, generator=generator).to(dtype)
+    leaves = [x.double().requires_grad_() for x in (q, k)]
+    expected = [kernel_choice._rotated(x, cos.double(), sin.double()) for x in leaves]
+    if backward:
+        expected = list(torch.autograd.grad(expected, leaves, [x.double() for x in (q, k)]))
+    out = triton_kernels.rotate(q, k, cos, sin, backward=backward)
+    return max(map(distance, out, (x.detach() for x in expected)))
+
+
+def left_to_torch() -> list[str]:
+    """Families whose rotary positions the kernel does not compute."""
+    kernel_choice.allow_kernels(True)
+    kernel_choice.verify_kernels(CPU, torch.float32)
+    models = {family: build(family) for family in ("llama", "gemma2", "mistral", "cohere", "gpt_oss")}
+    for model in models.values():
+        fuse_rotary(model, CPU, torch.float32)
+    return [family for family, model in models.items() if not len(PatchedForwards(model, "rotary"))]
 
 
 def mutant(name: str) -> bool:
@@ -90,11 +129,19 @@ def mutant(name: str) -> bool:
 def main() -> None:
     """Every case."""
     assert os.environ["TRITON_INTERPRET"] == "1"
-    for family in ("llama", "gemma3_text", "qwen3"):
-        for dtype in (torch.float32, torch.float16):
-            result = compare(family, dtype)
+    for family, settings in FAMILIES.items():
+        for dtype in DTYPES:
+            result = compare(family, dtype, **settings)
             print(json.dumps({"case": f"{family} {str(dtype)[6:]}"} | result), flush=True)
-    for name in ("rms_norm", "rms_norm_backward", "gated_product", "gated_product_backward"):
+    shapes = itertools.product(DTYPES, (24, 10), ((1, 1), (3, 1), (3, 3)), (False, True))
+    error = max(
+        rotation_error(dtype, rotary=rotary, rows=rows, tables=tables, backward=backward)
+        / torch.finfo(dtype).eps
+        for dtype, rotary, (rows, tables), backward in shapes
+    )
+    print(json.dumps({"case": "rotation", "roundings": error}), flush=True)
+    print(json.dumps({"case": "left to torch", "families": left_to_torch()}), flush=True)
+    for name in KERNELS:
         print(json.dumps({"case": f"mutant {name}", "refused": mutant(name)}), flush=True)
     sys.exit(0)
 

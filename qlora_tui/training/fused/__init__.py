@@ -2,8 +2,9 @@
 
 Each returns what the library's code returns. :mod:`.lora_linear`: a frozen linear layer and its adapter,
 whose weights :mod:`.adapter_casts` casts once per forward; :mod:`.gated_mlp`: the end of a gated MLP;
-:mod:`.rms_norm`: RMSNorm; :mod:`.cpu_attention`: attention over packed samples on a CPU. On a GPU the last
-two but one use :mod:`.triton_kernels` where :mod:`.kernel_choice` allows it.
+:mod:`.rms_norm`: RMSNorm; :mod:`.rotary`: rotary positions; :mod:`.cpu_attention`: attention over packed
+samples on a CPU. On a GPU gated MLPs, norms and rotary positions use :mod:`.triton_kernels` where
+:mod:`.kernel_choice` allows it.
 :class:`.patching.PatchedForwards` switches back to the library's forwards.
 """
 
@@ -16,6 +17,7 @@ from qlora_tui.training.fused.gated_mlp import fuse_gated_mlp
 from qlora_tui.training.fused.kernel_choice import verify_kernels
 from qlora_tui.training.fused.lora_linear import fuse_lora
 from qlora_tui.training.fused.rms_norm import fuse_rms_norm
+from qlora_tui.training.fused.rotary import fuse_rotary
 
 
 def use_fused(model: Any) -> None:
@@ -27,3 +29,4 @@ def use_fused(model: Any) -> None:
     casts.refresh_in(model.get_base_model().get_decoder(), fused_parameters)
     fuse_gated_mlp(model, casts)
     fuse_rms_norm(model)
+    fuse_rotary(model, frozen.device, frozen.dtype)

@@ -18,6 +18,8 @@ from torch.nn import functional
 _ROUNDINGS = 8.0
 """Units in the last place of the dtype, of the largest value of a row, by which a kernel may differ."""
 _TOKENS, _WIDTH = 5, 200
+_HEADS = 5
+"""Heads that a row of the check is divided into: of 40 columns, which are no power of two."""
 _verified: dict[tuple[torch.device, torch.dtype], ModuleType | None] = {}
 _is_allowed = True
 
@@ -86,7 +88,39 @@ def _first_difference(kernels: ModuleType, device: torch.device, dtype: torch.dt
         pairs = ((product, expected), (grad_gate, gate_leaf.grad), (grad_up, up_leaf.grad))
         if any(_differs(*pair) for pair in pairs):
             return f"the gated product with {name} differs"
-    return ""
+    return "the rotation differs" if _rotation_differs(kernels, x, grad) else ""
+
+
+def _rotation_differs(kernels: ModuleType, x: Tensor, grad: Tensor) -> bool:
+    """Whether rotary positions differ, over all columns of a head or the first half.
+
+    Each row of x, (tokens, columns), holds four heads of queries and one of keys.
+    """
+    heads, grads = (values.view(1, _TOKENS, _HEADS, -1).transpose(1, 2) for values in (x, grad))
+    width = heads.shape[-1]
+    for rotary in (width, width // 2):
+        angles = torch.linspace(-9, 9, _TOKENS * rotary, device=x.device).view(1, _TOKENS, rotary)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        leaf = heads.double().requires_grad_()
+        expected = _rotated(leaf, cos.double(), sin.double())
+        expected.backward(grads.double())  # type: ignore[no-untyped-call]  # torch's own
+        out = kernels.rotate(heads[:, 1:], heads[:, :1], cos, sin)
+        gradient = kernels.rotate(grads[:, 1:], grads[:, :1], cos, sin, backward=True)
+        for (queries, keys), wanted in ((out, expected), (gradient, leaf.grad)):
+            if _differs(torch.cat([keys, queries], dim=1), wanted):
+                return True
+    return False
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (batch, heads, tokens, width) with rotary positions in its first columns, by torch.
+
+    cos and sin: (batch, tokens, columns).
+    """
+    rotary, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    low, high = rotary.chunk(2, dim=-1)
+    across = torch.cat((-high, low), dim=-1)
+    return torch.cat((rotary * cos[:, None] + across * sin[:, None], rest), dim=-1)
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:

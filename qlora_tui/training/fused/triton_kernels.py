@@ -1,9 +1,10 @@
-"""RMSNorm and the gated product of an MLP as one Triton kernel in each direction, for a GPU.
+"""RMSNorm, rotary positions and the gated product of an MLP as one Triton kernel in each direction.
 
-torch computes each in a chain of kernels that read and write the whole tensor: nine for a norm, five for the
-backward of a gated product. Here a program reads a row, or a block of elements, once. Values are converted to
-fp32 when they are loaded and rounded where transformers rounds. Imports Triton, which CUDA builds of torch
-bring along; :mod:`.kernel_choice` decides whether the kernels are used.
+torch computes each in a chain of kernels that read and write the whole tensor: nine for a norm, ten for the
+rotation of queries and keys, five for the backward of a gated product. Here a program reads a row, a token,
+or a block of elements, once. Values are converted to fp32 when they are loaded and rounded where transformers
+rounds. Imports Triton, which CUDA builds of torch bring along; :mod:`.kernel_choice` decides whether the
+kernels are used.
 
 Under ``TRITON_INTERPRET=1`` the kernels run on the CPU, which is how they are tested: bfloat16 stores
 truncate there instead of rounding, and float16 ones round.
@@ -99,6 +100,89 @@ def _gated_backward(
     tl.store(grad + i, (through.to(tl.float32) * slope).to(grad.dtype.element_ty), mask=inside)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _rotate_token(
+    x: Any,
+    out: Any,
+    x_head: Any,
+    heads: Any,
+    cos: Any,
+    sin: Any,
+    half: Any,
+    width: Any,
+    BACKWARD: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+) -> None:
+    """Rotate the heads of one token, at ``x`` with ``x_head`` elements from head to head.
+
+    Products are rounded to the wider dtype of x and cos, as torch rounds them, and sums to that of x.
+    """
+    head = tl.arange(0, HEADS)[:, None]
+    i = tl.arange(0, HALF)[None, :]
+    inside = (head < heads) & (i < half)
+    low = tl.load(x + head * x_head + i, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(x + head * x_head + half + i, mask=inside, other=0.0).to(tl.float32)
+    cos_low = tl.load(cos + i, mask=i < half, other=0.0).to(tl.float32)
+    cos_high = tl.load(cos + half + i, mask=i < half, other=0.0).to(tl.float32)
+    sin_low = tl.load(sin + i, mask=i < half, other=0.0).to(tl.float32)
+    sin_high = tl.load(sin + half + i, mask=i < half, other=0.0).to(tl.float32)
+    dtype = x.dtype.element_ty
+    if BACKWARD:
+        across_low, across_high = high * sin_high, -(low * sin_low)
+    else:
+        across_low, across_high = -(high * sin_low), low * sin_high
+    table = cos.dtype.element_ty
+    low = (low * cos_low).to(table).to(tl.float32) + across_low.to(table).to(tl.float32)
+    high = (high * cos_high).to(table).to(tl.float32) + across_high.to(table).to(tl.float32)
+    tl.store(out + head * width + i, low.to(dtype), mask=inside)
+    tl.store(out + head * width + half + i, high.to(dtype), mask=inside)
+    if REST > 0:
+        j = 2 * half + tl.arange(0, REST)[None, :]
+        beyond = (head < heads) & (j < width)
+        tl.store(out + head * width + j, tl.load(x + head * x_head + j, mask=beyond), mask=beyond)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rotate(
+    q: Any,
+    k: Any,
+    cos: Any,
+    sin: Any,
+    out_q: Any,
+    out_k: Any,
+    tokens: Any,
+    half: Any,
+    width: Any,
+    q_heads: Any,
+    k_heads: Any,
+    q_row: Any,
+    q_head: Any,
+    q_token: Any,
+    k_row: Any,
+    k_head: Any,
+    k_token: Any,
+    cos_row: Any,
+    cos_token: Any,
+    BACKWARD: tl.constexpr,
+    Q_HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+) -> None:
+    place = tl.program_id(0).to(tl.int64)
+    row, token = place // tokens, place % tokens
+    cos += row * cos_row + token * cos_token
+    sin += row * cos_row + token * cos_token
+    q += row * q_row + token * q_token
+    k += row * k_row + token * k_token
+    out_q += place * q_heads * width
+    out_k += place * k_heads * width
+    _rotate_token(q, out_q, q_head, q_heads, cos, sin, half, width, BACKWARD, Q_HEADS, HALF, REST)
+    _rotate_token(k, out_k, k_head, k_heads, cos, sin, half, width, BACKWARD, K_HEADS, HALF, REST)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float, in_fp32: bool) -> tuple[Tensor, Tensor]:
     """weight · x / rms(x) over the last dimension, and 1 / rms of each row.
 
@@ -155,6 +239,51 @@ def gated_product_backward(
         grad, gate, up, grad_up, count, SILU=activation == "silu", BLOCK=_BLOCK
     )
     return grad, grad_up
+
+
+def rotate(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys, ``x · cos + rotate_half(x) · sin`` over their first ``rotary`` columns.
+
+    Args:
+        q: (batch, heads, tokens, width), in any layout with adjacent columns; k may have fewer heads.
+        cos: (1 or batch, tokens, rotary), in the dtype of q or fp32; rotary is even, and at most width.
+        sin: like cos.
+        backward: compute the gradients of q and k from those of the results instead.
+
+    Returns:
+        Both in the shapes of q and k, stored token by token as projections store them.
+    """
+    batch, _, tokens, width = q.shape
+    rotary = cos.shape[-1]
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    cos, sin = (x.contiguous().expand(batch, -1, -1) for x in (cos, sin))
+    out_q, out_k = (
+        torch.empty((batch, tokens, x.shape[1], width), dtype=x.dtype, device=x.device) for x in (q, k)
+    )
+    _rotate[(batch * tokens,)](
+        q,
+        k,
+        cos,
+        sin,
+        out_q,
+        out_k,
+        tokens,
+        rotary // 2,
+        width,
+        q.shape[1],
+        k.shape[1],
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *cos.stride()[:2],
+        BACKWARD=backward,
+        Q_HEADS=_block_of(q.shape[1]),
+        K_HEADS=_block_of(k.shape[1]),
+        HALF=_block_of(rotary // 2),
+        REST=_block_of(width - rotary) if rotary < width else 0,
+    )
+    return out_q.transpose(1, 2), out_k.transpose(1, 2)
 
 
 def fits_row(width: int) -> bool:
