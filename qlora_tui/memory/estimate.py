@@ -29,6 +29,10 @@ PRECISIONS: tuple[Precision, ...] = ("nf4", "int8", "fp16")
 """Precisions that the Memory screen compares; fp16 means 16 bits of either kind."""
 
 
+LOADING = "loading"
+"""``Estimate.peak_phase`` where loading the model takes more memory than any training step."""
+
+
 @dataclass(frozen=True)
 class Item:
     """One item of the memory at the peak."""
@@ -57,7 +61,7 @@ class Estimate:
     band: UncertaintyBand
     """Uncertainty range of the process level, and its reason."""
     peak_phase: str
-    """Phase of the peak: ``loss``, ``backward of layer 21``, ``optimizer step``."""
+    """Phase of the peak: ``loss``, ``backward of layer 21``, ``optimizer step``, or ``LOADING``."""
     execution: ExecutionConfig
     exact: bool
     """Whether the family's layer is implemented; otherwise it is approximated by Llama's."""
@@ -125,12 +129,12 @@ def estimate(
     fullest = max(moments, key=lambda moment: moment.total_bytes)
     items = _together(resident, fullest)
     frozen = {key: size for key, size in resident.items() if key in FROZEN}
-    loading = _together(frozen, Peak("loading", {"loading": loading_bytes(recipe, architecture, execution)}))
+    loading = _together(frozen, Peak(LOADING, {"loading": loading_bytes(recipe, architecture, execution)}))
     levels = tiers(items, fullest.total_bytes, pool, architecture, layout, execution)
     # By process bytes: a step on a CPU also leaves heap gaps and kernels, which loading does not.
     levels_at_loading = tiers(loading, 0, pool, architecture, layout, execution)
     if levels_at_loading.process_bytes > levels.process_bytes:
-        fullest, items, levels = Peak("loading", loading), loading, levels_at_loading
+        fullest, items, levels = Peak(LOADING, loading), loading, levels_at_loading
     before, correction = levels.process_bytes, device.correction
     if correction is not None and correction.applies:
         levels = corrected(levels, layout, correction)

@@ -181,6 +181,25 @@ async def test_what_fits_at_most_is_shown_for_each_setting(seven_billion: str) -
         assert "…" not in text_of(pilot.app).split("fits up to")[1].split("targets")[0], shown
 
 
+async def test_what_fits_is_shown_for_the_marked_precision(seven_billion: str) -> None:
+    async with open_on("memory", model=seven_billion).run_test(size=(80, 24)) as pilot:
+        lengths = []
+        for precision in ("NF4", "int8", "fp16"):
+            await wait_for_text(pilot, f"▸ {precision}")
+            await settle(pilot)
+            line = next(line for line in text_of(pilot.app).splitlines() if "  length " in line)
+            lengths.append(int(line.split()[-1].replace(",", "")))
+            await pilot.press("tab")
+        assert len(set(lengths)) == 3
+
+
+@pytest.mark.usefixtures("same_machine")
+async def test_a_peak_while_loading_is_named(seven_billion: str) -> None:
+    async with open_with_gpu("memory", model=seven_billion).run_test(size=(80, 24)) as pilot:
+        await wait_for_text(pilot, "Peak (NF4 and int8: while loading) against 32.0 GiB")
+        await wait_for_text(pilot, "while loading: ")
+
+
 async def test_the_gpu_and_what_is_free_of_it_are_named(
     seven_billion: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

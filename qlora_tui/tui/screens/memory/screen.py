@@ -31,7 +31,7 @@ from qlora_tui.tui.render.key_names import key_name
 from qlora_tui.tui.render.recipe_line import PRECISION_NAMES, VERDICT_STYLE
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.memory.commands import COMMANDS
-from qlora_tui.tui.screens.memory.solution import Solution, solve
+from qlora_tui.tui.screens.memory.solution import METHODS, Solution, solve
 from qlora_tui.tui.screens.memory.stacked_bar import legend, stacked_bar
 from qlora_tui.tui.screens.memory.text import (
     changes_text,
@@ -39,6 +39,7 @@ from qlora_tui.tui.screens.memory.text import (
     kept_layers_text,
     levels_line,
     nothing_helps,
+    peak_words,
     setting_controls,
     verdict_text,
 )
@@ -46,8 +47,6 @@ from qlora_tui.tui.screens.static_update import update_if_changed
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.vi_list import ViList
 
-METHODS = {"nf4": "nf4", "int8": "int8", "fp16": "none"}
-"""Value of ``quantization.method`` for each precision."""
 TARGETS: tuple[tuple[str, ...], ...] = (
     ("all-linear",),
     ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -65,13 +64,13 @@ class MemoryScreen(WorkScreen):
     CSS_PATH = "memory.tcss"
     EDITS_RECIPE = True
     HELP_TEXT = (
-        "The bars show the predicted peak memory of a training step, by what takes it. The list breaks "
-        "down the bar marked ▸; the sentence below explains the selected item. The last line is the peak "
-        "with its range, the part of the step it is in, what torch reserves then, and what of that is in "
-        "tensors. ◂ recipe marks the precision that the recipe trains in; {memory.use} changes it to the "
-        "one marked ▸.\n"
+        "The bars show the predicted peak memory of a run, by what takes it: in a training step, or while "
+        "loading where that takes more. The list breaks down the bar marked ▸; the sentence below explains "
+        "the selected item. The last line is the peak with its range, when it is reached, what torch "
+        "reserves then, and what of that is in tensors. ◂ recipe marks the precision that the recipe trains "
+        "in; {memory.use} changes it to the one marked ▸.\n"
         "On the right, lower-case keys double a setting and capital keys halve it. 'fits up to' is the "
-        "largest value that fits, in the recipe's precision, with the other settings unchanged. If the "
+        "largest value that fits, in the precision marked ▸, with the other settings unchanged. If the "
         "recipe does not fit, {memory.apply} applies the change that costs least.\n"
         "With checkpointing auto, the bars show every layer recomputed. As many layers as fit in the memory "
         "left keep their activations, which is faster.\n"
@@ -237,7 +236,7 @@ class MemoryScreen(WorkScreen):
     def _heading_text(self) -> str:
         budget, system_status = self.qlora_app.memory_budget, self.qlora_app.system_status
         more = [words for words in (self._compared[self.precision].correction_words, self._tracing) if words]
-        peak = "Peak" if more and self.size.width < 100 else "Peak of a training step"
+        peak = peak_words(self._compared, short=bool(more) and self.size.width < 100)
         what = f"{peak} against {format_gib(budget.bytes)} GiB"
         if system_status.gpu is not None and budget.name == system_status.gpu.short_name:
             free = (
@@ -293,7 +292,7 @@ class MemoryScreen(WorkScreen):
         context = known.max_positions if known else None
         update_if_changed(
             self.query_one("#memory-settings", Static),
-            setting_controls(recipe, self._solution.fitting, context),
+            setting_controls(recipe, self._solution.fitting.get(self.precision), context),
         )
         beside = self.query_one("#changes", Static)
         parts = (

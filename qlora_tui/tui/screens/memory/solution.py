@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.memory import (
@@ -15,14 +16,20 @@ from qlora_tui.memory import (
     minimum_bytes,
 )
 from qlora_tui.memory.budget import MemoryBudget
+from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
+
+METHODS = {"nf4": "nf4", "int8": "int8", "fp16": "none"}
+"""Value of ``quantization.method`` for each precision."""
 
 
 @dataclass(frozen=True)
 class Solution:
     """What fits in the memory budget; empty until it is computed."""
 
-    fitting: WhatFits | None = None
+    fitting: Mapping[Precision, WhatFits] = field(default_factory=dict)
+    """How far each setting could go, by precision."""
     changes: tuple[MemorySaving, ...] = ()
     """Changes that make the recipe fit, the cheapest first."""
     least_bytes: int = 0
@@ -33,11 +40,23 @@ class Solution:
 
 def solve(recipe: Recipe, architecture: Architecture, budget: MemoryBudget, *, fits: bool) -> Solution:
     """Compute it, in a thread. ``fits``: whether the recipe fits as it is."""
-    device = budget.device
-    changes = cheapest_changes(recipe, architecture, budget.bytes, device=device)
+    device, available = budget.device, budget.bytes
+    changes = cheapest_changes(recipe, architecture, available, device=device)
     return Solution(
-        fitting=largest_settings(recipe, architecture, budget.bytes, device=device),
+        fitting={
+            precision: largest_settings(
+                _in_precision(recipe, precision), architecture, available, device=device
+            )
+            for precision in PRECISIONS
+        },
         changes=changes,
         least_bytes=0 if fits or changes else minimum_bytes(recipe, architecture, device=device),
-        kept_layers=keep_layers(recipe, architecture, budget.bytes, device=device) if fits else None,
+        kept_layers=keep_layers(recipe, architecture, available, device=device) if fits else None,
     )
+
+
+def _in_precision(recipe: Recipe, precision: Precision) -> Recipe:
+    """The recipe, trained in another precision."""
+    if precision == precision_of(recipe):
+        return recipe
+    return replace_setting(recipe, "quantization.method", METHODS[precision])

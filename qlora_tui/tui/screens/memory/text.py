@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from textwrap import wrap
 
 from textual.content import Content
 
 from qlora_tui.formatting import GIB, format_bytes, format_gib, format_percent
 from qlora_tui.memory import Estimate, Item, KeptLayers, MemorySaving, Verdict, WhatFits
+from qlora_tui.memory.estimate import LOADING, Precision
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.render.block_charts import bar
 from qlora_tui.tui.render.key_names import bare_key, highlight_keys, key_name
-from qlora_tui.tui.render.recipe_line import VERDICT_STYLE
+from qlora_tui.tui.render.recipe_line import PRECISION_NAMES, VERDICT_STYLE
 from qlora_tui.tui.screens.memory.stacked_bar import part_of
 
 CHANGES_SHOWN = 4
@@ -36,6 +38,16 @@ def item_line(item: Item, estimate: Estimate, largest_bytes: int, width: int) ->
     return Content.assemble((part.glyph, part.style), text, (drawn + beside, "$text-muted"))
 
 
+def peak_words(compared: Mapping[Precision, Estimate], *, short: bool) -> str:
+    """``Peak of a training step``, or which precisions take the most memory before it, while loading."""
+    loading = [PRECISION_NAMES[key] for key, one in compared.items() if one.peak_phase == LOADING]
+    if not loading:
+        return "Peak" if short else "Peak of a training step"
+    if len(loading) == len(compared):
+        return "Peak, while loading,"
+    return f"Peak ({' and '.join(loading)}: while loading)"
+
+
 def levels_line(estimate: Estimate) -> str:
     """Peak of the process with its uncertainty, its phase, and the share of torch and its tensors."""
     doubt = f"({format_gib(estimate.band.low_bytes)} to {format_gib(estimate.band.high_bytes)})"
@@ -45,7 +57,8 @@ def levels_line(estimate: Estimate) -> str:
         else ""
     )
     parts = f"{torch}tensors {format_gib(estimate.allocated_bytes)}"
-    return f"Peak {format_gib(estimate.process_bytes)} GiB {doubt}, in the {estimate.peak_phase}: {parts}"
+    when = "while loading" if estimate.peak_phase == LOADING else f"in the {estimate.peak_phase}"
+    return f"Peak {format_gib(estimate.process_bytes)} GiB {doubt}, {when}: {parts}"
 
 
 def setting_controls(recipe: Recipe, fitting: WhatFits | None, context_tokens: int | None) -> Content:
