@@ -32,7 +32,7 @@ async def report_keymap_errors(app: QloraApp) -> None:
 
 
 def validate_keymap(keymap: Mapping[str, str]) -> list[str]:
-    """A sentence for each name that no command has, each key that none sends, and each that two have."""
+    """A sentence for each unknown command, each unknown key, and each key that two commands share."""
     tables = all_commands()
     known = [command.id for _, commands in tables for command in commands]
     problems = [_unknown_command(name, known) for name in keymap if name not in known]
@@ -40,20 +40,20 @@ def validate_keymap(keymap: Mapping[str, str]) -> list[str]:
         problems += [
             _invalid_key(name, key) for key in keys.split(",") if key != key.strip() or "^" in key[:-1]
         ]
-    return problems + [_key_conflict(key, *pair) for key, pair in _clashes(tables, keymap)]
+    return problems + [_key_conflict(key, *pair) for key, pair in _shared_keys(tables, keymap)]
 
 
-def _clashes(tables: list[Table], keymap: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Keys that a command of the keymap shares with another one at hand on the same screen."""
+def _shared_keys(tables: list[Table], keymap: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Keys that a command of the keymap shares with another command on the same screen."""
     everywhere, *screens = tables
     # In a modal, the app's own keys do nothing.
-    alone = {"Everywhere", *(entry.label for entry in SCREENS if entry.is_modal)}
+    without_app_keys = {"Everywhere", *(entry.label for entry in SCREENS if entry.is_modal)}
     for heading, commands in [everywhere, *screens]:
-        at_hand = commands if heading in alone else (*commands, *everywhere[1])
+        offered = commands if heading in without_app_keys else (*commands, *everywhere[1])
         for mine in (command for command in commands if command.id in keymap):
-            for other in at_hand:
+            for other in offered:
                 for key in {*mine.keys(keymap)} & {*other.keys(keymap)}:
-                    # Some keys have two commands by themselves, of which one is at hand at a time.
+                    # Some keys have two commands by default, of which one is offered at a time.
                     if other.id != mine.id and key not in mine.key.split(","):
                         yield key, (mine.id, other.id)
 
@@ -67,8 +67,8 @@ def _unknown_command(name: str, known: list[str]) -> str:
 
 def _invalid_key(name: str, key: str) -> str:
     written = key.strip().replace("^", "ctrl+")
-    return f'The keymap of config.toml gives {name} the key "{key}", which none sends: write "{written}".'
+    return f'config.toml: {name} in [keymap] has the key "{key}", which does not exist. Write "{written}".'
 
 
 def _key_conflict(key: str, mine: str, other: str) -> str:
-    return f"The keymap of config.toml gives {mine} the key {key}, which {other} has: give that one another."
+    return f"config.toml: {mine} and {other} both have the key {key}. Give one of them another in [keymap]."
