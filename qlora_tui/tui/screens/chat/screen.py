@@ -26,7 +26,7 @@ from qlora_tui.tui.screens.chat.controller import ChatController
 from qlora_tui.tui.screens.chat.prompt_box import PromptBox
 from qlora_tui.tui.screens.chat.sampling_settings import ChatSettingsScreen
 from qlora_tui.tui.screens.chat.source_picker import ChatSourceScreen, chat_runs
-from qlora_tui.tui.screens.static_update import update_if_changed
+from qlora_tui.tui.widgets.static_update import update_if_changed
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp

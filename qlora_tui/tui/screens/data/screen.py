@@ -70,10 +70,10 @@ class DataScreen(DataActions):
                 yield Static(id="row-line")
                 with VerticalScroll(id="sample-scroll"):
                     yield Static(id="sample")
-            with Vertical(id="facts-side"):
+            with Vertical(id="data-side"):
                 with VerticalScroll(id="file-facts", can_focus=False):
                     yield ViList(id="sources")
-                    yield Static(id="totals")
+                    yield Static(id="data-totals")
                     yield Static(id="costs")
                 with VerticalScroll(id="length-facts", can_focus=False):
                     yield Static(id="lengths-line")
@@ -189,7 +189,7 @@ class DataScreen(DataActions):
             self._clear_figures()
             # If not even a row can be read, the error is shown in place of the sample.
             if self.shown is not None:
-                self.query_one("#totals", Static).update(words.error_text(error))
+                self.query_one("#data-totals", Static).update(words.error_text(error))
             return
         self._update_costs()
 
@@ -250,7 +250,7 @@ class DataScreen(DataActions):
         cut = recipe.data.max_length if report.template else None
         self.query_one("#lengths-line", Static).update(words.lengths_line(report, recipe.data, width))
         self.query_one("#histogram", Static).update(histogram(report.lengths, cut, width, height))
-        self.query_one("#totals", Static).update(
+        self.query_one("#data-totals", Static).update(
             words.totals(report, recipe, total_time(self._costs) if report.complete else "", brief=brief)
         )
         costs_width = self.query_one("#file-facts").scrollable_content_region.width
@@ -268,7 +268,7 @@ class DataScreen(DataActions):
     def _clear_figures(self) -> None:
         self._costs, self._costs_key = [], None
         self.query_one("#data-body").add_class("-unreadable")
-        for name in ("#lengths-line", "#histogram", "#totals", "#costs", "#row-line"):
+        for name in ("#lengths-line", "#histogram", "#data-totals", "#costs", "#row-line"):
             self.query_one(name, Static).update("")
         self.query_one("#problems", ViList).show([])
 

@@ -20,8 +20,8 @@ from qlora_tui.tui.commands import Command
 from qlora_tui.tui.render.key_names import key_name
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.home.commands import COMMANDS
-from qlora_tui.tui.screens.static_update import update_if_changed
 from qlora_tui.tui.system_status import SystemStatus
+from qlora_tui.tui.widgets.static_update import update_if_changed
 from qlora_tui.tui.widgets.vi_scroll import ViScroll
 
 if TYPE_CHECKING:

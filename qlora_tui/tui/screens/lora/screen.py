@@ -44,7 +44,8 @@ from qlora_tui.tui.screens.lora.totals import (
     totals_text,
 )
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
-from qlora_tui.tui.screens.static_update import update_if_changed
+from qlora_tui.tui.widgets.model_problem import ModelProblem
+from qlora_tui.tui.widgets.static_update import update_if_changed
 from qlora_tui.tui.widgets.text_field import TextField
 
 SETTLED_S = 0.1
@@ -89,10 +90,10 @@ class LoraScreen(WorkScreen):
         with Horizontal(id="lora-parts"):
             with Vertical(id="grid-side"):
                 yield ModuleGrid(id="modules")
-                yield Static(id="no-modules", markup=False)
+                yield ModelProblem()
                 yield Static(id="under-cursor")
             yield Static(id="lora-settings")
-        yield Static(id="totals")
+        yield Static(id="lora-totals")
 
     def on_mount(self) -> None:
         self.query_one("#targets-input").display = False
@@ -109,10 +110,7 @@ class LoraScreen(WorkScreen):
             self._table = None if isinstance(architecture, UserError) else ModuleTable(architecture)
         self.query_one("#modules").display = missing is None
         self.query_one("#under-cursor").display = missing is None
-        empty = self.query_one("#no-modules", Static)
-        empty.display = missing is not None
-        if missing is not None:
-            empty.update("\n".join(filter(None, (missing.what, missing.why, f"▸ {missing.fix}"))))
+        self.query_one(ModelProblem).show(missing)
         self._show_targets(recipe)
         self._show_controls_and_totals(recipe)
         key = (recipe, self.qlora_app.memory_budget)
@@ -232,7 +230,7 @@ class LoraScreen(WorkScreen):
 
     def _show_controls_and_totals(self, recipe: Recipe) -> None:
         self._show_controls(recipe)
-        update_if_changed(self.query_one("#totals", Static), self._totals(recipe))
+        update_if_changed(self.query_one("#lora-totals", Static), self._totals(recipe))
 
     def _leave_patterns(self) -> None:
         self.query_one("#targets-input").display = False

@@ -43,8 +43,9 @@ from qlora_tui.tui.screens.memory.text import (
     setting_controls,
     verdict_text,
 )
-from qlora_tui.tui.screens.static_update import update_if_changed
 from qlora_tui.tui.system_status import SystemStatus
+from qlora_tui.tui.widgets.model_problem import ModelProblem
+from qlora_tui.tui.widgets.static_update import update_if_changed
 from qlora_tui.tui.widgets.vi_list import ViList
 
 TARGETS: tuple[tuple[str, ...], ...] = (
@@ -105,7 +106,7 @@ class MemoryScreen(WorkScreen):
         return self._precision or precision_of(self.qlora_app.workbench.recipe)
 
     def compose_body(self) -> Iterable[Widget]:
-        yield Static(id="memory-empty", markup=False)
+        yield ModelProblem()
         with Vertical(id="memory-body"):
             yield Static(id="bars")
             with Horizontal(id="memory-parts"):
@@ -126,11 +127,9 @@ class MemoryScreen(WorkScreen):
         compared = self.qlora_app.workbench.comparison(budget.device)
         problem = compared if isinstance(compared, UserError) else None
         self.query_one("#memory-body").display = problem is None
-        empty = self.query_one("#memory-empty", Static)
-        empty.display = problem is not None
+        self.query_one(ModelProblem).show(problem)
         self._compared = {} if isinstance(compared, UserError) else compared
         if problem is not None:
-            empty.update("\n".join(filter(None, (problem.what, problem.why, f"▸ {problem.fix}"))))
             return
         self._solution = Solution()
         self._tracing = ""

@@ -35,7 +35,7 @@ from qlora_tui.tui.screens.models.hub_queries import (
 )
 from qlora_tui.tui.screens.models.model_facts import HubFacts, hub_facts, local_facts
 from qlora_tui.tui.screens.models.model_lines import HUB, LOCAL, hub_lines, local_lines
-from qlora_tui.tui.screens.static_update import update_if_changed
+from qlora_tui.tui.widgets.static_update import update_if_changed
 from qlora_tui.tui.widgets.text_field import TextField
 from qlora_tui.tui.widgets.vi_list import ViList
 
@@ -81,7 +81,7 @@ class ModelsScreen(WorkScreen):
             with Vertical(id="models-side"):
                 yield Static(highlight_keys(name_keys(EMPTY)), id="models-empty")
                 yield ViList(id="models-list")
-            with VerticalScroll(id="facts-side", can_focus=False):
+            with VerticalScroll(id="model-side", can_focus=False):
                 yield Static(id="model-facts")
         yield Static(id="downloads")
 

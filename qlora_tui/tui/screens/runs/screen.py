@@ -17,8 +17,8 @@ from qlora_tui.tui.render.key_names import name_keys
 from qlora_tui.tui.screens.runs.actions import RunActions
 from qlora_tui.tui.screens.runs.commands import COMMANDS
 from qlora_tui.tui.screens.runs.run_table import RunTable
-from qlora_tui.tui.screens.static_update import update_if_changed
 from qlora_tui.tui.system_status import SystemStatus
+from qlora_tui.tui.widgets.static_update import update_if_changed
 from qlora_tui.tui.widgets.text_field import TextField
 
 _NO_RUNS = "No runs yet. Press {go.train} to launch one."

@@ -19,8 +19,8 @@ from qlora_tui.runs.machine_checks import Check, CheckKind, Outcome
 from qlora_tui.runs.preflight import errors
 from qlora_tui.tui.render.key_names import key_name
 from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
-from qlora_tui.tui.screens.static_update import update_if_changed
 from qlora_tui.tui.screens.train.settings_form import SettingsForm
+from qlora_tui.tui.widgets.static_update import update_if_changed
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
