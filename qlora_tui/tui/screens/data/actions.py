@@ -166,22 +166,24 @@ class DataActions(WorkScreen):
         source = self.source()
         if source is None:
             return
+        number = self.source_number
         if self.query_one("#sources").region.height:
-            self._remove(source)
+            self._remove(number)
             return
 
         def on_result(yes: bool | None) -> None:
             if yes:
-                self._remove(source)
+                self._remove(number)
 
         name = Path(source.path).name
         text = f"{name} is removed from the recipe. The file stays."
         self.app.push_screen(ConfirmScreen("Remove the source?", text, "Remove"), on_result)
 
-    def _remove(self, source: Source) -> None:
-        others = tuple(s for s in self.qlora_app.workbench.recipe.data.sources if s != source)
-        self.qlora_app.edit("data.sources", others)
-        self.notify(f"Removed {Path(source.path).name}. Press {key_name('app.undo')} to undo.")
+    def _remove(self, number: int) -> None:
+        sources = list(self.qlora_app.workbench.recipe.data.sources)
+        removed = sources.pop(number)
+        self.qlora_app.edit("data.sources", tuple(sources))
+        self.notify(f"Removed {Path(removed.path).name}. Press {key_name('app.undo')} to undo.")
 
     def action_fix(self) -> None:
         """Change the setting that fixes the first problem which has such a fix."""
