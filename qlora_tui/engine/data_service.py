@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+from qlora_tui.catalog.config_cache import stored_config
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.data.conversation import Conversation, RowRejectedError
 from qlora_tui.data.dataset_report import Piece, Report, Shown
@@ -72,9 +73,24 @@ class DataService:
 def tokenizer_folder(model: str) -> Path:
     """Return the folder with a model's tokenizer; for a GGUF file, converting it creates the folder.
 
-    Raises ``UserError`` if the model is not on this machine or has not been converted.
+    Weights are not needed. Raises ``UserError`` if the tokenizer is not on this machine, or in a GGUF file
+    that has not been converted.
     """
-    files = resolve_model(model)
+    try:
+        files = resolve_model(model)
+    except UserError as problem:
+        own_folder = Path(model).expanduser()
+        if (own_folder / "tokenizer.json").is_file():
+            return own_folder
+        if (own_folder / "config.json").is_file() or stored_config(model) is not None:
+            name = model.rstrip("/").rpartition("/")[2]
+            raise UserError(
+                "No tokenizer yet",
+                what=f"{name} is selected for estimates only: its tokenizer is not on this machine.",
+                why="Without it, tokens cannot be counted, nor the chat template applied.",
+                fix="Download the whole model, or select one that can be trained.",
+            ) from problem
+        raise
     if files.gguf_file is None:
         return files.folder
     folder = cached_conversion(files.folder / files.gguf_file)

@@ -305,6 +305,25 @@ async def test_removing_a_source_asks_where_its_list_is_hidden(model: str, here:
         assert not app.workbench.recipe.data.sources
 
 
+async def test_removing_a_source_keeps_another_of_the_same_file(model: str, here: Path) -> None:
+    tickets(here / "tickets.jsonl")
+    app = data_app(model, "tickets.jsonl", "tickets.jsonl")
+    async with app.run_test(size=(120, 40)) as pilot:
+        await wait_for_text(pilot, "Parcel 1")
+        await pilot.press("x")
+        await wait_until(pilot, lambda: len(app.workbench.recipe.data.sources) == 1)
+
+
+async def test_a_model_for_estimates_only_is_said_to_lack_its_tokenizer(
+    private_home: Path, here: Path
+) -> None:
+    tickets(here / "tickets.jsonl")
+    config_only = str(config_folder(private_home, "Qwen__Qwen2.5-7B"))
+    async with data_app(config_only, "tickets.jsonl").run_test(size=(120, 40)) as pilot:
+        shown = await wait_for_text(pilot, "No tokenizer yet", "Qwen2.5-7B is selected for estimates only")
+        assert "nothing to train" not in shown
+
+
 async def test_one_broken_line_is_named_and_the_others_are_read(model: str, here: Path) -> None:
     rows: list[Any] = [ticket(n) for n in range(1, 21)]
     rows[6] = '{"messages": oops'

@@ -189,7 +189,7 @@ def row_line(place: Place, report: Report | None, shown: Shown | None, data: Dat
         ("read", "dim"),
         " ",
         (" control ", "reverse"),
-        ("  ‹ › rows", "dim"),
+        ("  ← → rows", "dim"),
     )
     width_left = width - len(words) - legend.cell_length
     if width_left < 2:
