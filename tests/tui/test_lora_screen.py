@@ -83,6 +83,16 @@ async def test_space_toggles_a_kind_a_layer_and_a_module(small: str) -> None:
         await wait_for_text(pilot, "7 modules")
 
 
+async def test_page_keys_move_in_the_grid_as_in_lists(small: str) -> None:
+    app = open_on("lora", model=small)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await wait_for_text(pilot, "210 modules")
+        await pilot.press("pagedown", "space")
+        assert targets(app) == KINDS[:-1]
+        await pilot.press("u", "ctrl+u", "j", "space")
+        assert targets(app) == KINDS[1:]
+
+
 async def test_a_block_of_cells_is_toggled_and_can_be_left(small: str) -> None:
     app = open_on("lora", model=small)
     async with app.run_test(size=(80, 24)) as pilot:

@@ -2,6 +2,7 @@
 
 On every screen: ``top_bar``, ``recipe_strip`` and ``command_footer``.
 Lists and fields: ``vi_list``, ``vi_scroll``, ``text_field``; ``line_view`` for lists that draw their lines.
+``cursor_keys`` has the keys of widgets that move a cursor themselves.
 ``model_problem`` replaces the content of screens that need a model.
 ``diff_widget`` repaints only cells that changed; ``graph`` builds on it; ``static_update`` is for a Static.
 """

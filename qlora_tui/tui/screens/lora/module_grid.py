@@ -29,6 +29,7 @@ from qlora_tui.tui.screens.lora.module_table import (
     state,
     toggled,
 )
+from qlora_tui.tui.widgets.cursor_keys import ROW_KEYS
 
 BOXES = {ALL: "[x]", SOME: "[-]", NONE: "[ ]"}
 CELLS = {ALL: "■", SOME: "▒", NONE: "·"}
@@ -49,12 +50,9 @@ class ModuleGrid(Widget, can_focus=True):
     }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("up,k", "move(-1, 0)", show=False),
-        Binding("down,j", "move(1, 0)", show=False),
+        *ROW_KEYS,
         Binding("left,h", "move(0, -1)", show=False),
         Binding("right,l", "move(0, 1)", show=False),
-        Binding("g", "move(-999, 0)", show=False),
-        Binding("G", "move(999, 0)", show=False),
         Binding("home,circumflex_accent", "move(0, -9999)", show=False),
         Binding("end,dollar_sign", "move(0, 9999)", show=False),
         Binding("escape", "clear_block", show=False),
@@ -98,7 +96,7 @@ class ModuleGrid(Widget, can_focus=True):
         whole = HEAD in (column, self._column)
         return self._table.within((row, self._row), None if whole else (column, self._column))
 
-    def action_move(self, rows: int, columns: int) -> None:
+    def action_move(self, rows: int, columns: int = 0) -> None:
         """Move the cursor, as far as there is something."""
         if self._table is None:
             return

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.content import Content
 from textual.events import Click
 from textual.geometry import Region, Size
@@ -21,6 +21,7 @@ from qlora_tui.tui import clock
 from qlora_tui.tui.render.block_charts import curve
 from qlora_tui.tui.render.run_labels import SIGNS
 from qlora_tui.tui.render.strip_rendering import render_line
+from qlora_tui.tui.widgets.cursor_keys import LIST_KEYS
 from qlora_tui.tui.widgets.line_view import LineView
 
 MARKS = "●▲■◆"
@@ -91,14 +92,7 @@ _HEAD = 14
 class RunTable(LineView):
     """One line a run, under a line of titles that stays."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("up,k", "move(-1)", show=False),
-        Binding("down,j", "move(1)", show=False),
-        Binding("pageup,ctrl+u", "move(-10)", show=False),
-        Binding("pagedown,ctrl+d", "move(10)", show=False),
-        Binding("home,g", "move(-100000)", show=False),
-        Binding("end,G", "move(100000)", show=False),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = [*LIST_KEYS]
 
     class Moved(Message):
         """The cursor is on another run."""

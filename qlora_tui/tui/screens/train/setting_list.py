@@ -16,6 +16,7 @@ from qlora_tui.recipe.diff import format_value
 from qlora_tui.recipe.fields import Field, get_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.render.strip_rendering import render_line
+from qlora_tui.tui.widgets.cursor_keys import LIST_KEYS
 from qlora_tui.tui.widgets.line_view import LineView
 
 _LETTERS = "asdfghjklqwertyuiopzxcvbnmASDFGHJKLQWERTYUIOPZXCVBNM"
@@ -26,12 +27,7 @@ class SettingList(LineView):
     """The list of settings with its cursor."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("up,k", "move(-1)", show=False),
-        Binding("down,j", "move(1)", show=False),
-        Binding("pageup", "move(-8)", show=False),
-        Binding("pagedown", "move(8)", show=False),
-        Binding("home,g", "move(-1000)", show=False),
-        Binding("end,G", "move(1000)", show=False),
+        *LIST_KEYS,
         Binding("left,h", "step(-1)", show=False),
         Binding("right,l", "step(1)", show=False),
         Binding("enter,space", "choose", show=False),
