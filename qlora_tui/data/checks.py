@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from qlora_tui.data.conversation import Conversation, Message
-from qlora_tui.data.render import TokenizedSample
+from qlora_tui.data.sample_tokens import TokenizedSample
 from qlora_tui.data.tokenizer import ChatTokenizer
 
 Finding = tuple[str, str]

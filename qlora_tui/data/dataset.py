@@ -63,7 +63,7 @@ class PreparedDataset(Struct, frozen=True):
     """Validation samples; may be empty."""
     problems: tuple[DataProblem, ...]
     notes: dict[str, int]
-    """Number of conversations that were changed for the template, by kind (see ``render.Rendered``)."""
+    """Number of conversations that were changed for the template, by kind (see ``TokenizedSample.notes``)."""
     cached: bool
     """Whether the data set came from the cache."""
 
