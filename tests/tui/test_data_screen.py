@@ -314,7 +314,7 @@ async def test_removing_a_source_keeps_another_of_the_same_file(model: str, here
         await wait_until(pilot, lambda: len(app.workbench.recipe.data.sources) == 1)
 
 
-async def test_a_model_for_estimates_only_is_said_to_lack_its_tokenizer(
+async def test_a_model_for_estimates_has_no_tokenizer(
     private_home: Path, here: Path
 ) -> None:
     tickets(here / "tickets.jsonl")
