@@ -136,13 +136,13 @@ def pieces(tokenizer: ChatTokenizer, token_ids: Sequence[int], loss_mask: bytes)
     start = 0
     for end in range(1, len(token_ids) + 1):
         special = token_ids[start] in tokenizer.special_ids
-        goes_on = (
+        continues = (
             end < len(token_ids)
             and not special
             and token_ids[end] not in tokenizer.special_ids
             and loss_mask[end] == loss_mask[start]
         )
-        if not goes_on:
+        if not continues:
             shown.append(Piece(_text_at(tokenizer, token_ids, start, end), bool(loss_mask[start]), special))
             start = end
     return shown

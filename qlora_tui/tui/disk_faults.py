@@ -18,7 +18,7 @@ class DiskFaults:
     """Handles disk errors, and no others."""
 
     def __init__(self) -> None:
-        self._said: dict[str, float] = {}
+        self._reported_at: dict[str, float] = {}
         self.ended_by: UserError | None = None
         """Why the app had to end: Textual ends the part of it in which a message fails."""
 
@@ -40,7 +40,7 @@ class DiskFaults:
         problem = disk_problem(error) if isinstance(error, OSError) else None
         if problem is None:
             return False
-        if time.monotonic() - self._said.get(problem.title, -REPEAT_S) >= REPEAT_S:
-            self._said[problem.title] = time.monotonic()
+        if time.monotonic() - self._reported_at.get(problem.title, -REPEAT_S) >= REPEAT_S:
+            self._reported_at[problem.title] = time.monotonic()
             app.notify(str(problem), severity="error", timeout=10)
         return True

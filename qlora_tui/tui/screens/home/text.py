@@ -52,13 +52,13 @@ def gpu_lines(system_status: SystemStatus, budget: MemoryBudget) -> list[Content
             Content.styled(system_status.no_gpu_reason, "dim"),
         ]
     use = "NA" if metrics.utilization_percent is None else f"{metrics.utilization_percent}%"
-    heat = "NA" if metrics.temperature_c is None else f"{metrics.temperature_c} °C"
+    temperature = "NA" if metrics.temperature_c is None else f"{metrics.temperature_c} °C"
     used, total = metrics.memory_used_bytes, metrics.memory_total_bytes
     drawn = f"{bar(used / total, 16)} " if used is not None and total else ""
     return [
         Content.assemble(
             (gpu.short_name, "bold"),
-            f"   util {use}   {drawn}{format_gib(used)} of {format_gib(total)} GiB   {heat}",
+            f"   util {use}   {drawn}{format_gib(used)} of {format_gib(total)} GiB   {temperature}",
         )
     ]
 
