@@ -19,7 +19,7 @@ from qlora_tui.runs.status import ACTIVE
 from qlora_tui.tui.render.block_charts import bar, curve
 from qlora_tui.tui.render.key_names import key_name
 from qlora_tui.tui.render.recipe_line import VERDICT_STYLE, recipe_line
-from qlora_tui.tui.render.run_labels import SIGNS, format_ago
+from qlora_tui.tui.render.run_labels import format_ago, result_label
 from qlora_tui.tui.screens.home.next_step import NextStep
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.workbench import Workbench
@@ -68,8 +68,11 @@ def run_lines(summary: RunSummary | None, while_away: bool, now: float, width: i
     if summary is None:
         return [Content.styled("No run yet.", "dim")]
     status, cells = summary.status, _CURVE_WIDTH if width >= _MIN_WIDTH_FOR_CURVES else _SHORT_CURVE_WIDTH
-    sign, style = SIGNS[status.state]
-    word = phase_label(status.phase or status.state) if status.state in ACTIVE else status.state
+    sign, word, style = result_label(status.state, summary.defect)
+    if status.state in ACTIVE:
+        word = phase_label(status.phase or status.state)
+    elif summary.defect is not None:
+        word = f"{status.state}, {word}"
     first = Content.assemble((f"{sign} ", style), (summary.name, "bold"), "  ", (word, style))
     if status.state in ACTIVE:
         share = summary.step / summary.total_steps if summary.total_steps else 0.0
@@ -128,8 +131,8 @@ def recent_lines(summaries: list[RunSummary], now: float, width: int) -> list[Co
     names = _column([summary.name for summary in summaries], max(_MAX_NAME_WIDTH // 3, left))
     lines = []
     for number, summary in enumerate(summaries):
-        sign, style = SIGNS[summary.status.state]
-        head = (f"{sign} {summary.status.state:<{_STATE_WIDTH - 2}}", style)
+        sign, word, style = result_label(summary.status.state, summary.defect)
+        head = (f"{sign} {word:<{_STATE_WIDTH - 2}}", style)
         rest = [texts[number].stylize(style).pad_left(2) for texts, style in shown]
         lines.append(Content.assemble(head, names[number], *rest))
     return lines

@@ -72,6 +72,10 @@ class RunActions(WorkScreen):
 
     def action_compare(self) -> None:
         """Show the marked runs side by side."""
+        if len(self.marked) < 2:
+            another = "Mark another run" if self.marked else "Mark two to four runs"
+            self.notify(f"{another} with {key_name('runs.mark')} to compare them.")
+            return
         known = {summary.id: summary.run for summary in self.listing.summaries} if self.listing else {}
         self.app.push_screen(CompareScreen([known[name] for name in self.marked if name in known]))
 
