@@ -1,7 +1,6 @@
 """The command palette: every command of the screen in front, of the app, and of the other screens.
 
-What another screen can do is for what is under the cursor there: the palette leads to it and leaves the key
-to the user.
+A command of another screen acts on what is selected there, so the palette only opens that screen.
 """
 
 from __future__ import annotations

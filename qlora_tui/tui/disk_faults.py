@@ -25,7 +25,7 @@ class DiskFaults:
     def handle(self, app: App[Any], error: Exception) -> bool:
         """Report a disk error; return False for any other error.
 
-        What fails in a worker is a notification. What fails in a message of the app ends it.
+        An error in a worker becomes a notification; one in a message handler ends the app.
         """
         if isinstance(error, WorkerFailed):
             return self.notify(app, error.error)

@@ -196,7 +196,7 @@ class LoraScreen(WorkScreen):
         self.query_one("#under-cursor", Static).update(f"{len(modules)} modules. Enter: apply · Esc: cancel")
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Take the patterns."""
+        """Apply the typed patterns."""
         modules = self._table.modules if self._table is not None else ()
         try:
             patterns = parse_targets(event.value, modules) if self._table is not None else (event.value,)

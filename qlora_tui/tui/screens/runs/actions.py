@@ -98,12 +98,12 @@ class RunActions(WorkScreen):
             self.refresh_runs()
 
     def action_withdraw(self) -> None:
-        """Take the run out of the queue."""
+        """Remove the run from the queue."""
         if self.current is not None:
             self._act_on(self.current.run, actions.stop)
 
     async def action_rerun(self) -> None:
-        """Take the run's recipe to the workbench."""
+        """Edit the run's recipe."""
         recipe = self._recipe()
         if recipe is None:
             return

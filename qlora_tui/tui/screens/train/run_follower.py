@@ -72,13 +72,13 @@ class RunSnapshot:
     losses: tuple[float | None, float | None]
     """The last loss, and the running mean of it."""
     last: tuple[float | None, float | None, float | None]
-    """Learning rate, gradient norm and tokens a second of the last step."""
+    """Learning rate, gradient norm and tokens per second of the last step."""
     evaluations: tuple[Evaluated, ...]
     best: Evaluated | None
     samples: tuple[SampleGenerated, ...]
     health: tuple[Health, ...]
     entries: Sequence[LogEntry]
-    """The story so far; only ever appended to."""
+    """Log lines so far; only appended to."""
     output: Sequence[LogEntry]
     """The end of the trainer's own output."""
     telemetry: tuple[Sample, ...]

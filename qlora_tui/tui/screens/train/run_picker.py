@@ -24,7 +24,7 @@ _MAX_LISTED = 30
 
 
 class RunPickerScreen(ModalScreen[RunDir | None]):
-    """Gives the run; None when left."""
+    """Returns the selected run; None when closed with Escape."""
 
     CSS_PATH = "../modals/modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [
