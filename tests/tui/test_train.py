@@ -11,10 +11,13 @@ import pytest
 from msgspec import structs
 
 from qlora_tui.runs import actions, run_queue
+from qlora_tui.runs.control import take_requests
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter
-from qlora_tui.runs.events import Evaluated, Progress, Started
+from qlora_tui.runs.events import Evaluated, Progress, RequestReceived, Started
+from qlora_tui.runs.status import read_status, write_status
 from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.screens.modals import confirm
 from qlora_tui.tui.screens.train.output_tail import strip_escapes
 from qlora_tui.tui.screens.train.run_follower import RunFollower
 from qlora_tui.tui.screens.train.run_header import facts
@@ -98,6 +101,42 @@ async def test_keys_ask_the_trainer_and_stop_asks_the_user_first(make_app: MakeA
         assert "stop" not in ask_key(run)
         await pilot.press("s", "y")
         assert ask_key(run)[-1] == "stop"
+
+
+async def test_a_requested_stop_is_shown_until_the_run_ends(make_app: MakeApp) -> None:
+    run = write_fake_run(FakeRun(steps=50))
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await watching(app, run)
+        await wait_for_text(pilot, "step 50/3,000")
+        await pilot.press("f")
+        await wait_for_text(pilot, "Stopping at the end of this epoch")
+        await pilot.press("s", "y")
+        await wait_for_text(pilot, "training  Stopping after this step")
+        assert [request.kind for request in take_requests(run)] == ["finish_epoch", "stop"]
+        with EventWriter(run.events_path) as log:
+            log.append(RequestReceived(at=BEGAN + 500, request="stop"))
+        await pilot.pause(0.3)
+        await wait_for_text(pilot, "Stopping after this step")
+        write_status(run, structs.replace(read_status(run), state="stopped", process=None))
+        await wait_for_text(pilot, "stopped")
+        assert "Stopping" not in text_of(app)
+
+
+async def test_the_stop_question_closes_when_the_run_finishes(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(confirm, "CHECK_INTERVAL_S", 0.1)
+    run = write_fake_run(FakeRun(steps=50))
+    app = make_app()
+    async with app.run_test(size=(80, 24), notifications=True) as pilot:
+        await watching(app, run)
+        await wait_for_text(pilot, "step 50/3,000")
+        await pilot.press("s")
+        await wait_for_text(pilot, "Stop the run?")
+        write_status(run, structs.replace(read_status(run), state="finished", process=None))
+        await wait_for_text(pilot, "✓", "[c] chat with it")
+        assert "Stop the run?" not in text_of(app)
 
 
 async def test_a_learning_rate_is_checked_before_it_is_sent(make_app: MakeApp) -> None:

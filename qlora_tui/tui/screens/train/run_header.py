@@ -18,6 +18,12 @@ from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 from qlora_tui.tui.widgets.diff_widget import DiffWidget
 
 _MIN_NAME_WIDTH = 12
+_ENDINGS = {
+    "stop": ("Stopping", " after this step"),
+    "pause": ("Pausing", " after this step"),
+    "finish_epoch": ("Stopping at the end of this epoch", ""),
+}
+"""(what, when during training) of each request to end the run."""
 
 
 class RunHeader(DiffWidget):
@@ -85,6 +91,9 @@ def title(snapshot: RunSnapshot) -> RunTitle:
         parts.append((f"  ! {count} warning{'s' if count > 1 else ''}", "$warning"))
     if view.attempt > 1:
         parts.append((f"  attempt {view.attempt}", "dim"))
+    if status.state in ACTIVE and (ending := _ENDINGS.get(snapshot.ending_request)):
+        when = ending[1] if view.phase == "training" else ""
+        parts.append((f"  {ending[0]}{when}", "bold $warning"))
     if (status.state == "queued" or status.state in ACTIVE) and status.detail:
         # Suspended, not responding, on another machine: more important than the rest.
         parts.append((f"  {status.detail}", "$warning"))
