@@ -250,6 +250,14 @@ class ChatSession:
         )
         return output.logits[0]  # type: ignore[no-any-return]  # transformers' outputs are untyped
 
+    @torch.no_grad()
+    def change_base(self, change: Callable[[str, Tensor], Tensor]) -> None:
+        """Replace each base weight by ``change(name, weight)``, named as in the model's files."""
+        for name, parameter in self._model.named_parameters():
+            if "lora_" not in name and parameter.is_floating_point():
+                stored = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+                parameter.copy_(change(stored, parameter.data))
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of the ids, without special tokens except those that mark a thought."""
         backend = self.tokenizer.backend
@@ -270,7 +278,7 @@ def load_session(source: ChatSource, on_status: StatusFn = lambda words: None) -
     words = f"Loading {recipe.model.id}"
     on_status(words)
     device = find_device(recipe)
-    tokenizer = _tokenizer(source, folder)
+    tokenizer = chat_tokenizer(source, folder)
     attention_path: AttentionPath = "eager" if recipe.model.attention == "eager" else "segments"
     try:
         model = load_base(
@@ -324,7 +332,7 @@ def out_of_memory(device: ComputeDevice) -> UserError:
     )
 
 
-def _tokenizer(source: ChatSource, folder: Path) -> ChatTokenizer:
+def chat_tokenizer(source: ChatSource, folder: Path) -> ChatTokenizer:
     """Load the tokenizer saved with an adapter, whose template was used in training; else the model's own."""
     for adapter in map(Path, source.adapters.values()):
         if (adapter / "tokenizer.json").is_file():

@@ -5,31 +5,51 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from qlora_tui.cli.subcommand import CommandResult, Subcommand
-from qlora_tui.errors import UserError
+from qlora_tui.cli.subcommand import CommandResult, Subcommand, add_json_argument
+from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.formatting import format_bytes
 from qlora_tui.runs.directory import find_run
 
+if TYPE_CHECKING:
+    from qlora_tui.chat.chat_types import ChatSource
+    from qlora_tui.export.proof import Proof
+
+_FORMS = "merge|gguf|lora"
+
 
 def run(args: argparse.Namespace) -> CommandResult:
-    """Merge the adapter into the 16-bit base and write the model to a folder."""
+    """Export a run's adapter in the form asked for."""
+    if args.form is None:
+        raise UserError(
+            "Which form?",
+            what="`qlora-tui export` needs the form to write.",
+            fix="Choose merge, gguf or lora; `qlora-tui export --help` says what each is for.",
+            exit_code=EXIT_USAGE,
+        )
     from qlora_tui.chat.chat_sources import choose_adapter, run_source
     from qlora_tui.gpu.torch_env import configure_torch_env
 
     source = run_source(find_run(args.run_id))
     adapter_name = choose_adapter(source, checkpoint=args.checkpoint)
     configure_torch_env()
+    out = args.out.expanduser().absolute()
+    return {"merge": _merge, "gguf": _gguf, "lora": _lora}[args.form](source, adapter_name, out, args)
+
+
+def _on_status(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)
+
+
+def _merge(source: ChatSource, adapter_name: str, out: Path, args: argparse.Namespace) -> CommandResult:
     from qlora_tui.export.merge import merge
     from qlora_tui.export.merge_check import verify_merge
 
-    def on_status(words: str) -> None:
-        print(words, file=sys.stderr, flush=True)
-
-    merged = merge(source, adapter_name, args.out, on_status)
-    check = verify_merge(source, adapter_name, Path(merged.folder), on_status)
+    merged = merge(source, adapter_name, out, _on_status)
+    check = verify_merge(source, adapter_name, Path(merged.folder), _on_status)
     if isinstance(check, str):
         merged = replace(merged, unchecked_because=check)
     elif check.agrees:
@@ -49,11 +69,67 @@ def run(args: argparse.Namespace) -> CommandResult:
     return CommandResult(merged, f"{summary}\n{check_line}")
 
 
+def _gguf(source: ChatSource, adapter_name: str, out: Path, args: argparse.Namespace) -> CommandResult:
+    from qlora_tui.export.gguf_export import export_gguf
+
+    kinds = [kind for group in args.quant or ["Q8_0"] for kind in group.split(",")]
+    written = export_gguf(source, adapter_name, out, kinds, within=args.within, on_status=_on_status)
+    lines = [f"{file.path}: {format_bytes(file.bytes)}\n  {_checked(file.proof)}" for file in written.files]
+    if written.unchecked_because:
+        lines = [f"{file.path}: {format_bytes(file.bytes)}" for file in written.files]
+        lines.append(f"Not checked: {written.unchecked_because}.")
+    lines += [note for note in (written.base.sentence, *written.notes) if note]
+    lines.append(f"Run it: llama-server -m {written.files[0].path}")
+    return CommandResult(written, "\n".join(lines))
+
+
+def _lora(source: ChatSource, adapter_name: str, out: Path, args: argparse.Namespace) -> CommandResult:
+    from qlora_tui.export.lora_export import export_lora
+
+    written = export_lora(source, adapter_name, out, _on_status)
+    checked = _checked(written.proof) if written.proof else f"Not checked: {written.unchecked_because}."
+    return CommandResult(
+        written,
+        f"{written.path}: {format_bytes(written.bytes)}, {written.modules} weights\n  {checked}\n"
+        f"Run it: llama-server -m BASE.gguf --lora {written.path}",
+    )
+
+
+def _checked(proof: Proof | None) -> str:
+    return f"{proof.sentence}." if proof else ""
+
+
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("form", choices=("merge",), help="merge: adapter and base as one 16-bit model")
-    parser.add_argument("run_id", metavar="RUN", help="a run's id or name, the beginning of one, or `last`")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; it must not exist yet")
-    parser.add_argument("--checkpoint", type=int, metavar="STEP", help="a checkpoint, not the final adapter")
+    forms = parser.add_subparsers(dest="form", metavar=_FORMS)
+    merge = forms.add_parser("merge", help="adapter and base as one 16-bit model folder")
+    gguf = forms.add_parser("gguf", help="adapter and base as a GGUF file, for llama.cpp and Ollama")
+    lora = forms.add_parser("lora", help="the adapter alone as a GGUF file, for llama.cpp's --lora")
+    for form, out in (
+        (merge, "the folder to write; it must not exist yet"),
+        (gguf, "the .gguf file to write, or a folder for several types"),
+        (lora, "the .gguf file to write; it must not exist yet"),
+    ):
+        form.add_argument("run_id", metavar="RUN", help="a run's id or name, the beginning of one, or `last`")
+        form.add_argument("out", metavar="OUT", type=Path, help=out)
+        form.add_argument(
+            "--checkpoint", type=int, metavar="STEP", help="a checkpoint, not the final adapter"
+        )
+    gguf.add_argument(
+        "--quant",
+        action="append",
+        metavar="TYPE",
+        help="F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1, Q4_0; with llama.cpp installed also Q6_K, Q5_K_M, Q4_K_M, "
+        "Q3_K_M, Q2_K and others; `auto`: the smallest whose answers stay within --within; repeatable "
+        "(Q8_0 unless set)",
+    )
+    gguf.add_argument(
+        "--within",
+        type=float,
+        metavar="KL",
+        help="largest mean KL divergence from the adapter's answers, in nats (0.03 with auto)",
+    )
+    for form in (merge, gguf, lora):
+        add_json_argument(form)
 
 
 SUBCOMMANDS = {"export": Subcommand(run, _arguments)}

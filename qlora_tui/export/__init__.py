@@ -1,4 +1,8 @@
-"""Export of a run's result: ``merge``, and its ``model_card``.
+"""Export of a run's result in forms that other programs load.
 
-``merge_check`` compares a merged model with its base and adapter.
+``merge`` writes a 16-bit model folder, which ``merge_check`` compares with base and adapter, with a
+``model_card``. ``gguf_export`` and ``lora_export`` write GGUF files with ``gguf_file``: ``merged_weights``
+yields the weights, on the base that ``base_choice`` picks (``requantize`` rounds it as in training), and
+``proof`` compares each file with the trained model through ``llama_cpp``. ``unfinished_files`` names files
+once they are complete.
 """

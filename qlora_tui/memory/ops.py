@@ -211,9 +211,9 @@ class Ops:
         cubed = self.activation(x, "pow")
         inner = self.times_number(self.add(x, self.times_number(cubed)))
         del cubed
-        tanh = self.times_number(self.activation(inner, "tanh"))  # plus one
+        bent = self.times_number(self.activation(inner, "tanh"))  # plus one
         del inner
-        return self.multiply(half, tanh)
+        return self.multiply(half, bent)
 
     def times_number(self, x: Tensor) -> Tensor:
         """Replay adding or multiplying by a number: nothing is saved."""

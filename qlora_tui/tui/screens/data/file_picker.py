@@ -25,7 +25,7 @@ _KEYS = "↑↓ select · Enter open · Tab complete · Ctrl+O open folder · Es
 
 
 class FilePickerScreen(ModalScreen[Path]):
-    """Returns the chosen path; None when closed with Escape."""
+    """Gives the path chosen; None when closed with Escape."""
 
     CSS_PATH = "file_picker.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -67,7 +67,7 @@ class FilePickerScreen(ModalScreen[Path]):
         self.query_one(Input).focus()
 
     def on_input_changed(self, event: Input.Changed) -> None:
-        """List the entries that match the typed path."""
+        """Walk along with what is typed."""
         text = event.value
         if self._is_id(text) and not Path(text).expanduser().parent.is_dir():
             self._offer_hub_id(text)
@@ -81,7 +81,7 @@ class FilePickerScreen(ModalScreen[Path]):
         self._list(text)
 
     def _offer_hub_id(self, id_: str) -> None:
-        """Offer a text that is no local path as a Hub id."""
+        """In place of paths: what could only be on the hub."""
         self._show_location("Not a local path. Enter loads it from the Hub.")
         self._listed = [Path(id_)]
         entries = self.query_one(ViList)
@@ -89,7 +89,7 @@ class FilePickerScreen(ModalScreen[Path]):
         entries.highlighted = 0
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Choose the typed path, or the entry under the cursor."""
+        """Take the path typed, or what the cursor is on."""
         typed = Path(event.value).expanduser()
         if "/" in event.value and typed.is_file():
             self._open(typed.resolve())
@@ -117,7 +117,7 @@ class FilePickerScreen(ModalScreen[Path]):
             field.cursor_position = len(field.value)
 
     def action_choose_folder(self) -> None:
-        """Choose the folder shown, with all its files."""
+        """Take the folder shown, all its files together."""
         self._choose(self._folder)
 
     def _open(self, path: Path) -> None:

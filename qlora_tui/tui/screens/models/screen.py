@@ -137,12 +137,12 @@ class ModelsScreen(WorkScreen):
         self.app.push_screen(TextPromptScreen("Open a path", words, validate=validate_model_path), on_result)
 
     def on_input_changed(self) -> None:
-        """Filter the list while typing."""
+        """Filter as one types."""
         self._show_list()
         self._show_facts()
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Search the Hub for the name."""
+        """Ask the hub for the name."""
         self.query_one(ViList).focus()
         if event.value.strip():
             self._search(event.value.strip())

@@ -1,0 +1,94 @@
+"""Which base weights to merge an adapter into: the stored 16-bit ones, or those it was trained on.
+
+An adapter trained on 4-bit weights also learned to make up for their rounding errors. On the 16-bit weights
+it then answers differently, for better or worse. Both are measured, and the nearer one is chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import psutil
+from msgspec import Struct
+from msgspec.structs import replace
+
+from qlora_tui.catalog.local_models import resolve_model
+from qlora_tui.catalog.model_validation import weight_files
+from qlora_tui.chat.chat_types import ChatSource
+from qlora_tui.chat.session import load_session, model_folder
+from qlora_tui.export.proof import Reference
+from qlora_tui.export.requantize import requantizer
+from qlora_tui.formatting import format_bytes
+
+_SPARE_BYTES = 1 << 30
+
+
+class BaseChoice(Struct, frozen=True, kw_only=True):
+    """The base weights that an adapter is merged into."""
+
+    chosen: Literal["stored", "as trained"]
+    """``as trained``: quantized to 4 bits and back."""
+    stored_divergence: float | None = None
+    """Mean KL divergence on the stored weights from what was trained, in nats; None if not measured."""
+    trained_divergence: float | None = None
+    """The same on the weights quantized to 4 bits and back."""
+    unmeasured_because: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """Describe the choice; empty where there was none."""
+        if self.unmeasured_because:
+            return (
+                "Merged into the base weights as trained: quantized to 4 bits and back. Not compared with "
+                f"the 16-bit ones: {self.unmeasured_because}."
+            )
+        if self.stored_divergence is None or self.trained_divergence is None:
+            return ""
+        both = f"KL {self.trained_divergence:.2g} against {self.stored_divergence:.2g}"
+        if self.chosen == "as trained":
+            return (
+                f"Merged into the base weights as trained, whose answers are nearer than 16-bit's ({both})."
+            )
+        return f"Merged into the 16-bit base weights, whose answers are as near as 4-bit's ({both})."
+
+
+def unquantized(source: ChatSource) -> ChatSource:
+    """Return a source whose base is loaded as it is stored."""
+    settings = replace(source.recipe.quantization, method="none")
+    return replace(source, recipe=replace(source.recipe, quantization=settings))
+
+
+def choose_base(
+    source: ChatSource,
+    adapter_name: str,
+    reference: Reference | str,
+    on_status: Callable[[str], None] = lambda words: None,
+) -> BaseChoice:
+    """Compare the adapter on both kinds of base weights with what was trained.
+
+    ``reference`` is why there is none where it is a text. Raises UserError.
+    """
+    recipe = source.recipe
+    requantize = requantizer(resolve_model(recipe.model.id).architecture, recipe.quantization)
+    if requantize is None:
+        return BaseChoice(chosen="stored")
+    if isinstance(reference, str):
+        return BaseChoice(chosen="as trained", unmeasured_because=reference)
+    folder = model_folder(recipe)
+    needed = sum((folder / name).stat().st_size for name in weight_files(folder)) + _SPARE_BYTES
+    free = psutil.virtual_memory().available
+    if needed > free:
+        why = f"that takes {format_bytes(needed)} of memory, and {format_bytes(free)} are free"
+        return BaseChoice(chosen="as trained", unmeasured_because=why)
+    on_status("Comparing the adapter on 16-bit base weights with its training")
+    session = load_session(unquantized(source), on_status)
+    session.ensure_loaded(adapter_name)
+    stored = reference.divergence(session, adapter_name)
+    session.change_base(requantize)
+    trained = reference.divergence(session, adapter_name)
+    return BaseChoice(
+        chosen="as trained" if trained < stored else "stored",
+        stored_divergence=stored,
+        trained_divergence=trained,
+    )

@@ -1,0 +1,250 @@
+"""``export gguf``: GGUF files of a run's base with its adapter merged in, each checked by llama.cpp."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from qlora_tui.catalog.local_models import resolve_model
+from qlora_tui.chat.chat_types import ChatSource
+from qlora_tui.chat.session import chat_tokenizer
+from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.export.base_choice import BaseChoice, choose_base
+from qlora_tui.export.gguf_file.content import gguf_content
+from qlora_tui.export.gguf_file.tensor_types import FILE_TYPES, FileType
+from qlora_tui.export.gguf_file.writer import FileContent, write_gguf
+from qlora_tui.export.llama_cpp.bindings import is_installed
+from qlora_tui.export.llama_cpp.jobs import Quantize
+from qlora_tui.export.llama_cpp.llama_process import INSTALL_HINT, quantize
+from qlora_tui.export.merged_weights import MergedWeights, merged_weights
+from qlora_tui.export.proof import Proof, Reference, prove, reference_logits
+from qlora_tui.export.requantize import requantizer
+from qlora_tui.export.unfinished_files import draft_folder, publish_file, refuse_existing
+
+K_QUANTS = ("Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K")
+"""Types that llama.cpp itself writes, the largest first."""
+AUTO = "auto"
+LADDER = ("Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
+"""Types that ``auto`` tries, the smallest first."""
+DEFAULT_WITHIN = 0.03
+"""Largest mean KL divergence, in nats, of the file that ``auto`` keeps."""
+_SPARE_BYTES = 64 << 20
+
+StatusFn = Callable[[str], None]
+
+
+class GgufFile(Struct, frozen=True, kw_only=True):
+    """One written file."""
+
+    path: str
+    file_type: str
+    bytes: int
+    proof: Proof | None = None
+    """None where llama.cpp did not check it."""
+
+
+class GgufExport(Struct, frozen=True, kw_only=True):
+    """Result of an export."""
+
+    files: tuple[GgufFile, ...]
+    base: BaseChoice
+    notes: tuple[str, ...] = ()
+    unchecked_because: str = ""
+    """Why llama.cpp did not check the files, and how to check them; empty if it did."""
+
+
+def export_gguf(
+    source: ChatSource,
+    adapter_name: str,
+    out: Path,
+    file_types: Sequence[str],
+    *,
+    within: float | None = None,
+    on_status: StatusFn = lambda words: None,
+) -> GgufExport:
+    """Write one GGUF file per type; a file that differs from the adapter's answers is deleted.
+
+    Args:
+        source: The base and its adapters.
+        adapter_name: The adapter to merge.
+        out: A file ending in ``.gguf`` for one type, or a folder for any number.
+        file_types: Types of :data:`FILE_TYPES` and :data:`K_QUANTS`, or ``auto`` alone.
+        within: Largest mean KL divergence to accept, in nats.
+        on_status: Called with the current activity.
+
+    Raises:
+        UserError: nothing is left under the names asked for.
+    """
+    is_auto = tuple(file_types) == (AUTO,)
+    kinds = LADDER if is_auto else tuple(dict.fromkeys(file_types))
+    check_file_types(kinds, is_auto)
+    if is_auto and within is None:
+        within = DEFAULT_WITHIN
+    targets = _targets(source, adapter_name, out, kinds, is_auto)
+    weights = merged_weights(source, adapter_name, on_status)
+    tokenizer = chat_tokenizer(source, weights.folder)
+    with draft_folder(out) as draft, ExitStack() as stack:
+        reference = _reference(stack, source, adapter_name, draft, on_status)
+        base = choose_base(source, adapter_name, reference, on_status)
+        if base.chosen == "as trained":
+            architecture = resolve_model(source.recipe.model.id).architecture
+            weights = MergedWeights(
+                weights.folder, weights.updates, requantizer(architecture, source.recipe.quantization)
+            )
+        content = gguf_content(source, tokenizer, weights)
+        unchecked = "" if is_installed() else f"llama.cpp is not installed. {INSTALL_HINT}".rstrip(".")
+        if isinstance(reference, str):
+            unchecked = reference
+        job = _Export(content, draft, reference if is_installed() else "", within, on_status)
+        files = job.smallest_within(kinds) if is_auto else tuple(map(job.write, kinds))
+        for file in files:
+            publish_file(Path(file.path), targets[file.file_type])
+        published = tuple(replace(file, path=str(targets[file.file_type])) for file in files)
+    return GgufExport(
+        files=published, base=base, notes=content.hyperparameters.notes, unchecked_because=unchecked
+    )
+
+
+def _reference(
+    stack: ExitStack, source: ChatSource, adapter_name: str, folder: Path, on_status: StatusFn
+) -> Reference | str:
+    """Return what the files are compared with, or why there is nothing."""
+    try:
+        return stack.enter_context(reference_logits(source, adapter_name, folder, on_status))
+    except UserError as error:
+        return f"{error.title}: {error.what}".rstrip(".")
+
+
+@dataclass
+class _Export:
+    """Writes files of one content to a draft folder."""
+
+    content: FileContent
+    draft: Path
+    reference: Reference | str
+    """A text where the files are not checked."""
+    within: float | None
+    on_status: StatusFn
+    _unquantized: Path | None = None
+
+    def write(self, file_type: str) -> GgufFile:
+        """Write and check one file. Raises UserError."""
+        file = self._write(file_type)
+        problem = file.proof.problem if file.proof else ""
+        if (
+            file.proof
+            and not problem
+            and self.within is not None
+            and not file.proof.divergence <= self.within
+        ):
+            problem = f"its KL divergence is {file.proof.divergence:.2g}, and {self.within:g} was asked for"
+        if problem:
+            Path(file.path).unlink()
+            raise UserError(
+                "The GGUF file does not answer as the adapter does",
+                what=f"{file_type}: {problem}.",
+                fix="Choose a larger type, such as Q8_0."
+                if file_type not in ("F16", "BF16", "Q8_0")
+                else "Use the adapter or `qlora-tui export merge`, and report the model.",
+            )
+        return file
+
+    def smallest_within(self, kinds: Sequence[str]) -> tuple[GgufFile]:
+        """Write files from the smallest up, and keep the first within the bound. Raises UserError."""
+        assert self.within is not None
+        if not isinstance(self.reference, Reference):
+            raise UserError(
+                "No type can be chosen",
+                what=f"There is nothing to compare the files with. {self.reference}.",
+                fix="Name a type, such as --quant Q8_0.",
+            )
+        nearest: Proof | None = None
+        for kind in kinds:
+            file = self._write(kind)
+            assert file.proof is not None
+            if not file.proof.problem and file.proof.divergence <= self.within:
+                return (file,)
+            nearest = file.proof
+            Path(file.path).unlink()
+        assert nearest is not None
+        raise UserError(
+            "No type is within the bound",
+            what=f"The nearest: {nearest.sentence}; a KL divergence of {self.within:g} was asked for.",
+            fix="Raise --within, or export as F16.",
+        )
+
+    def _write(self, file_type: str) -> GgufFile:
+        path = self.draft / f"{file_type}.gguf"
+        if file_type in K_QUANTS:
+            if self._unquantized is None:
+                self._unquantized = self.draft / "unquantized.gguf"
+                write_gguf(self.content, self._unquantized, "BF16", self._progress("BF16"))
+            self.on_status(f"Quantizing to {file_type}")
+            quantize(Quantize(str(self._unquantized), str(path), file_type))
+        else:
+            kind: FileType = file_type  # type: ignore[assignment]  # checked by check_file_types
+            write_gguf(self.content, path, kind, self._progress(file_type))
+        proof = None
+        if isinstance(self.reference, Reference):
+            self.on_status(f"Asking llama.cpp what the {file_type} file answers")
+            proof = prove(self.reference, path, file_type, self.content.vocabulary.template)
+        return GgufFile(path=str(path), file_type=file_type, bytes=path.stat().st_size, proof=proof)
+
+    def _progress(self, file_type: str) -> Callable[[int, int], None]:
+        tenths = -1
+
+        def report(done: int, total: int) -> None:
+            nonlocal tenths
+            if done * 10 // total > tenths:
+                tenths = done * 10 // total
+                self.on_status(f"Writing {file_type}: {tenths * 10} %")
+
+        return report
+
+
+def check_file_types(kinds: Sequence[str], is_auto: bool) -> None:
+    """Raise UserError for an unknown type, and for one that needs llama.cpp where it is missing."""
+    known = (*FILE_TYPES, *K_QUANTS)
+    for kind in kinds:
+        if kind not in known:
+            raise UserError(
+                "Unknown file type",
+                what=f"{kind} is not a type that can be written.",
+                fix=f"Choose from {', '.join(known)}, or auto alone.",
+                exit_code=EXIT_USAGE,
+            )
+    if not is_installed() and (is_auto or any(kind in K_QUANTS for kind in kinds)):
+        raise UserError(
+            "llama.cpp is not installed",
+            what="The K types and auto are made by llama.cpp itself.",
+            fix=f"{INSTALL_HINT} Without it, choose from {', '.join(FILE_TYPES)}.",
+            exit_code=EXIT_USAGE,
+        )
+
+
+def _targets(
+    source: ChatSource, adapter_name: str, out: Path, kinds: Sequence[str], is_auto: bool
+) -> dict[str, Path]:
+    """Return the final path of each type. Raises UserError where one exists."""
+    if out.suffix == ".gguf":
+        if len(kinds) > 1 and not is_auto:
+            raise UserError(
+                "One file for several types?",
+                what=f"{out} names one file, and {len(kinds)} types are asked for.",
+                fix="Name a folder; each file in it is named after its type.",
+                exit_code=EXIT_USAGE,
+            )
+        paths = dict.fromkeys(kinds, out)
+    else:
+        base = source.recipe.name or f"{PurePath(source.recipe.model.id).name}-{adapter_name}"
+        stem = re.sub(r"[^\w.-]+", "-", base).strip("-")
+        paths = {kind: out / f"{stem}-{kind}.gguf" for kind in kinds}
+    for path in paths.values():
+        refuse_existing(path)
+    return paths

@@ -1,0 +1,82 @@
+"""What the GGUF file of a base with a merged adapter holds."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path, PurePath
+from typing import Any
+
+from torch import Tensor
+
+from qlora_tui.chat.chat_types import ChatSource
+from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.export.gguf_file.families import TensorNames, extra_tensors
+from qlora_tui.export.gguf_file.hyperparameters import hyperparameters
+from qlora_tui.export.gguf_file.vocabulary import read_vocabulary
+from qlora_tui.export.gguf_file.writer import FileContent, SourceTensor
+from qlora_tui.export.merged_weights import MergedTensor, MergedWeights
+from qlora_tui.training.clean_files import model_view
+
+_LICENSE = re.compile(r"^license:\s*([\w.\-]+)\s*$", re.MULTILINE)
+
+
+def text_config(folder: Path) -> Any:
+    """Return transformers' config of the text model in a folder, with every default filled in."""
+    from transformers import AutoConfig
+
+    with model_view(folder) as view:
+        return AutoConfig.from_pretrained(str(view), trust_remote_code=False).get_text_config()
+
+
+def gguf_content(source: ChatSource, tokenizer: ChatTokenizer, weights: MergedWeights) -> FileContent:
+    """Return the content of a GGUF file. Raises UserError for a model that llama.cpp cannot compute."""
+    config = text_config(weights.folder)
+    names = TensorNames(config)
+    parameters = hyperparameters(config)
+    tensors = [
+        SourceTensor(name, tensor.shape, partial(_values, names, tensor))
+        for tensor in weights
+        if (name := names.name_of(tensor.name)) is not None
+    ]
+    extra = [
+        SourceTensor(name, tuple(values.shape), partial(Tensor.clone, values))
+        for name, values in extra_tensors(config).items()
+    ]
+    return FileContent(
+        architecture=names.family.architecture,
+        hyperparameters=parameters,
+        vocabulary=read_vocabulary(tokenizer, config.vocab_size),
+        general=_general(source, weights.folder),
+        tensors=(*extra, *tensors),
+    )
+
+
+def _values(names: TensorNames, tensor: MergedTensor) -> Tensor:
+    values = tensor.read()
+    change = names.change_of(tensor.name)
+    return values if change is None else change(values)
+
+
+def _general(source: ChatSource, folder: Path) -> dict[str, str]:
+    recipe = source.recipe
+    base = PurePath(recipe.model.id).name
+    general = {
+        "type": "model",
+        "name": recipe.name or f"{base}, fine-tuned",
+        "basename": base,
+        "description": f"{base} with a LoRA adapter trained by qlora-tui and merged in",
+    }
+    if license_id := base_license(folder):
+        general["license"] = license_id
+    return general
+
+
+def base_license(folder: Path) -> str:
+    """Return the license that a model's README.md names in its front matter; empty if it names none."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")[:10_000]
+    except OSError:
+        return ""
+    match = _LICENSE.search(text.split("\n---", 1)[0]) if text.startswith("---") else None
+    return match[1] if match else ""

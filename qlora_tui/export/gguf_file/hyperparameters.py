@@ -1,0 +1,154 @@
+"""The sizes and constants of a model as GGUF keys, and what llama.cpp cannot compute about it.
+
+What llama.cpp reads of each architecture: src/models, ``load_arch_hparams``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_tui.errors import UserError
+from qlora_tui.export.gguf_file.families import GgufFamily, family_of, rope_parameters
+
+_PERIODS = {"gemma2": 2, "gemma3": 6}
+"""Of this many layers, llama.cpp computes the last with full attention and the others with a window."""
+_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
+"""Number of layers by which llama.cpp recognizes Gemma's 27B, whose attention is scaled differently."""
+_NO_ROPE_PERIOD = 4
+"""llama.cpp leaves out the rotary embedding in each fourth layer of SmolLM3."""
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """GGUF keys of one model."""
+
+    values: dict[str, int | float | str | list[bool]]
+    """By key, without the architecture's prefix (``block_count``)."""
+    notes: tuple[str, ...] = ()
+    """Sentences about what llama.cpp computes differently, and what was done about it."""
+
+
+def hyperparameters(config: Any) -> Hyperparameters:
+    """Return the keys of a transformers text config. Raises UserError for what llama.cpp cannot compute."""
+    family = family_of(config)
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = rope_parameters(config)
+    rotated = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+    context, notes = _context_length(config, family)
+    values: dict[str, int | float | str | list[bool]] = {
+        "block_count": config.num_hidden_layers,
+        "context_length": context,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": head_size,
+        "attention.value_length": head_size,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.dimension_count": int(head_size * rotated),
+        "rope.freq_base": float(rope["rope_theta"]),
+    }
+    _check_activation(config, family)
+    values |= _rope_scaling(config, rope)
+    if family.architecture in _PERIODS:
+        values |= _gemma(config, family)
+    if family.architecture == "granite":
+        values |= {
+            "attention.scale": config.attention_multiplier,
+            "embedding_scale": config.embedding_multiplier,
+            "residual_scale": config.residual_multiplier,
+            "logit_scale": config.logits_scaling,
+        }
+    if family.architecture == "phi3":
+        values["attention.sliding_window"] = 0
+    if family.architecture == "smollm3":
+        usual = [int((layer + 1) % _NO_ROPE_PERIOD != 0) for layer in range(config.num_hidden_layers)]
+        if list(config.no_rope_layers) != usual:
+            raise _not_computed("it has no rotary embedding in other layers than each fourth")
+    return Hyperparameters(values, notes)
+
+
+def _context_length(config: Any, family: GgufFamily) -> tuple[int, tuple[str, ...]]:
+    """Return the context length; the attention window where llama.cpp would ignore it."""
+    length: int = config.max_position_embeddings
+    window = getattr(config, "sliding_window", None)
+    layers = getattr(config, "layer_types", None)
+    if family.architecture in _PERIODS or not window or (layers and "sliding_attention" not in layers):
+        return length, ()
+    if window >= length:
+        return length, ()
+    return window, (
+        f"Each token attends to the {window:,} before it, which llama.cpp lacks for this family. "
+        f"The file's context length is {window:,} tokens, so that the answers agree.",
+    )
+
+
+def _check_activation(config: Any, family: GgufFamily) -> None:
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if activation != family.activation:
+        raise _not_computed(f"its activation is {activation}, not {family.activation}")
+
+
+def _rope_scaling(config: Any, rope: dict[str, Any]) -> dict[str, int | float | str | list[bool]]:
+    kind = rope.get("rope_type", "default")
+    if kind in ("default", "llama3"):  # llama3's factors are a tensor
+        return {}
+    if kind == "linear":
+        return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
+    original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    if kind == "yarn":
+        keys = {
+            "attention_factor": "attn_factor",
+            "beta_fast": "yarn_beta_fast",
+            "beta_slow": "yarn_beta_slow",
+        }
+        return {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": float(rope["factor"]),
+            "rope.scaling.original_context_length": original,
+        } | {f"rope.scaling.{key}": float(rope[name]) for name, key in keys.items() if rope.get(name)}
+    if kind == "longrope":
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        _, attention_factor = ROPE_INIT_FUNCTIONS["longrope"](config, device=None)
+        return {
+            "rope.scaling.type": "longrope",
+            "rope.scaling.original_context_length": original,
+            "rope.scaling.attn_factor": float(attention_factor),
+        }
+    raise _not_computed(f"its rotary embedding is scaled by {kind}")
+
+
+def _gemma(config: Any, family: GgufFamily) -> dict[str, int | float | str | list[bool]]:
+    name = family.architecture
+    period = _PERIODS[name]
+    full = [(layer + 1) % period == 0 for layer in range(config.num_hidden_layers)]
+    if [kind == "full_attention" for kind in config.layer_types] != full:
+        raise _not_computed(f"its layers with full attention are not each {period}th")
+    is_27b = config.num_hidden_layers == _27B_LAYERS[name]
+    scaled_by = config.hidden_size // config.num_attention_heads if is_27b else config.head_dim
+    if config.query_pre_attn_scalar != scaled_by:
+        raise _not_computed(f"its attention is scaled by {config.query_pre_attn_scalar}, not {scaled_by}")
+    values: dict[str, int | float | str | list[bool]] = {"attention.sliding_window": config.sliding_window}
+    sliding = dict(config.rope_parameters).get("sliding_attention")
+    if sliding:
+        if sliding.get("rope_type", "default") != "default":
+            raise _not_computed("the rotary embedding of its sliding layers is scaled")
+        values["rope.freq_base_swa"] = float(sliding["rope_theta"])
+    if config.final_logit_softcapping:
+        values["final_logit_softcapping"] = float(config.final_logit_softcapping)
+    if config.attn_logit_softcapping:
+        if name == "gemma3":
+            raise _not_computed("its attention logits are capped")
+        values["attn_logit_softcapping"] = float(config.attn_logit_softcapping)
+    return values
+
+
+def _not_computed(why: str) -> UserError:
+    return UserError(
+        "This model cannot be exported as GGUF",
+        what=f"llama.cpp cannot compute it: {why}.",
+        fix="Export it with `qlora-tui export merge`; transformers and vLLM compute that folder.",
+    )

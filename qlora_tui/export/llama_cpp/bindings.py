@@ -1,0 +1,153 @@
+"""llama.h through the package ``llama-cpp-py-sync``, whose wheel contains the library.
+
+Uses the package's generated bindings, which are private to it: ``tests/export/test_llama_cpp.py`` fails when
+they change. What each function does: llama.cpp, include/llama.h.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+PACKAGE = "llama-cpp-py-sync"
+_MODULE = "llama_cpp_py_sync"
+_F32 = 0
+"""``GGML_TYPE_F32``."""
+Floats = npt.NDArray[np.float32]
+
+
+def is_installed() -> bool:
+    """Return whether the package is installed; imports nothing."""
+    return find_spec(_MODULE) is not None
+
+
+class LlamaCppError(Exception):
+    """llama.cpp returned an error."""
+
+
+class LlamaCpp:
+    """The library, loaded once per process."""
+
+    def __init__(self) -> None:
+        """Load the library. Raises LlamaCppError."""
+        try:
+            from llama_cpp_py_sync import _cffi_bindings as generated
+
+            self._ffi: Any = generated.get_ffi()
+            self._lib: Any = generated.get_lib()
+        except (ImportError, AttributeError, RuntimeError) as error:
+            raise LlamaCppError(f"{PACKAGE} could not be loaded: {error}") from error
+        self._lib.llama_backend_init()
+
+    def quantize(self, source: str, target: str, file_type: str) -> None:
+        """Write ``target``, quantized to ``file_type``. Raises LlamaCppError."""
+        parameters = self._lib.llama_model_quantize_default_params()
+        try:
+            parameters.ftype = getattr(self._lib, f"LLAMA_FTYPE_MOSTLY_{file_type}")
+        except AttributeError as error:
+            raise LlamaCppError(f"it has no file type {file_type}") from error
+        parameters.nthread = os.cpu_count() or 1
+        code = self._lib.llama_model_quantize(
+            source.encode(), target.encode(), self._ffi.new("llama_model_quantize_params *", parameters)
+        )
+        if code:
+            raise LlamaCppError(f"quantizing returned {code}")
+
+    @contextmanager
+    def open(self, path: str, *, context: int, lora: str = "", exact: bool = False) -> Iterator[LlamaModel]:
+        """Load a model for rows of at most ``context`` tokens, on the CPU. Raises LlamaCppError."""
+        lib = self._lib
+        settings = lib.llama_model_default_params()
+        settings.n_gpu_layers = 0
+        model = lib.llama_model_load_from_file(path.encode(), settings)
+        if not model:
+            raise LlamaCppError(f"it could not load {path}")
+        try:
+            options = lib.llama_context_default_params()
+            options.n_ctx = options.n_batch = context
+            options.n_ubatch = min(context, 512)
+            options.n_threads = options.n_threads_batch = os.cpu_count() or 1
+            if exact:
+                options.type_k = options.type_v = _F32
+                options.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            state = lib.llama_init_from_model(model, options)
+            if not state:
+                raise LlamaCppError("it could not set up a context")
+            try:
+                if lora:
+                    self._set_lora(model, state, lora)
+                yield LlamaModel(self._ffi, lib, model, state)
+            finally:
+                lib.llama_free(state)
+        finally:
+            lib.llama_model_free(model)
+
+    def _set_lora(self, model: Any, state: Any, path: str) -> None:
+        adapter = self._lib.llama_adapter_lora_init(model, path.encode())
+        if not adapter:
+            raise LlamaCppError(f"it could not load the adapter {path}")
+        adapters, scales = self._ffi.new("struct llama_adapter_lora *[]", [adapter]), [1.0]
+        if self._lib.llama_set_adapters_lora(state, adapters, 1, self._ffi.new("float[]", scales)):
+            raise LlamaCppError(f"it could not apply the adapter {path}")
+
+
+class LlamaModel:
+    """A loaded model."""
+
+    def __init__(self, ffi: Any, lib: Any, model: Any, state: Any) -> None:
+        """Take what :meth:`LlamaCpp.open` created."""
+        self._ffi, self._lib, self._model, self._state = ffi, lib, model, state
+        self._vocabulary = lib.llama_model_get_vocab(model)
+        self.vocabulary_size: int = lib.llama_vocab_n_tokens(self._vocabulary)
+
+    @property
+    def template(self) -> str:
+        """Return the file's chat template."""
+        text = self._lib.llama_model_chat_template(self._model, self._ffi.NULL)
+        return str(self._ffi.string(text).decode()) if text else ""
+
+    def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
+        """Return the tokens of a text in which special tokens are written out.
+
+        ``add_special`` adds the begin token where the file says so.
+        """
+        data = text.encode()
+        size = len(data) + 16
+        ids = self._ffi.new("llama_token[]", size)
+        count = self._lib.llama_tokenize(self._vocabulary, data, len(data), ids, size, add_special, True)
+        if count < 0:
+            raise LlamaCppError(f"it could not tokenize a text of {len(data)} bytes")
+        return list(ids[0:count])
+
+    def logits(self, ids: Sequence[int], positions: Sequence[int]) -> Floats:
+        """Return the next-token logits at each position, (positions, vocabulary). Raises LlamaCppError."""
+        lib = self._lib
+        lib.llama_memory_clear(lib.llama_get_memory(self._state), True)
+        batch = lib.llama_batch_init(len(ids), 0, 1)
+        try:
+            wanted = set(positions)
+            batch.n_tokens = len(ids)
+            for place, token in enumerate(ids):
+                batch.token[place] = token
+                batch.pos[place] = place
+                batch.n_seq_id[place] = 1
+                batch.seq_id[place][0] = 0
+                batch.logits[place] = place in wanted
+            if code := lib.llama_decode(self._state, batch):
+                raise LlamaCppError(f"computing a row of {len(ids)} tokens returned {code}")
+            size = 4 * self.vocabulary_size
+            rows = [
+                np.frombuffer(
+                    self._ffi.buffer(lib.llama_get_logits_ith(self._state, place), size), np.float32
+                )
+                for place in positions
+            ]
+            return np.stack(rows)
+        finally:
+            lib.llama_batch_free(batch)

@@ -1,0 +1,84 @@
+"""Jobs for llama.cpp and their results. Loads no library."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from msgspec import Struct
+
+
+class ComparedRow(Struct, frozen=True):
+    """One conversation, and where its next-token logits are compared."""
+
+    text: str
+    """The rendered conversation; empty where its tokens are not compared."""
+    ids: tuple[int, ...]
+    """Its tokens by our tokenizer."""
+    positions: tuple[int, ...]
+    """Places in ``ids`` whose logits predict a trained token, ascending."""
+
+
+class Quantize(Struct, frozen=True, tag=True):
+    """Quantize a GGUF file."""
+
+    source: str
+    target: str
+    file_type: str
+    """``Q4_K_M`` and so on."""
+
+
+class Compare(Struct, frozen=True, tag=True):
+    """Compare a GGUF file's tokens and logits with reference logits."""
+
+    model: str
+    rows: tuple[ComparedRow, ...]
+    reference: str
+    """File of float16 log-probabilities, (positions of all rows, vocabulary)."""
+    vocabulary: int
+    """Number of tokens in ``reference``."""
+    end_ids: tuple[int, ...] = ()
+    """Tokens that end a turn."""
+    lora: str = ""
+    """A LoRA in a GGUF file of its own."""
+    exact: bool = False
+    """Compute attention in float32 throughout instead of llama.cpp's defaults."""
+
+
+Job: TypeAlias = Quantize | Compare
+
+
+class Quantized(Struct, frozen=True, tag=True):
+    """Result of ``Quantize``."""
+
+    bytes: int
+
+
+class Compared(Struct, frozen=True, tag=True):
+    """Result of ``Compare``. Divergences are of the file from the reference, in nats."""
+
+    template: str
+    """The file's chat template."""
+    different_tokens: tuple[int, ...]
+    """Numbers of the rows whose text llama.cpp splits into other tokens."""
+    positions: int
+    """Number of positions compared."""
+    divergence: float
+    """Mean KL divergence over the positions."""
+    worst: float
+    """Largest KL divergence of one position."""
+    same_choice: int
+    """Number of positions at which both rank the same token first."""
+    turns: int
+    """Number of positions at which a turn ends."""
+    turns_ended: int
+    """Number of these at which the file ranks a turn end first."""
+    turns_ended_by_reference: int
+
+
+class LlamaFailure(Struct, frozen=True, tag=True):
+    """Why llama.cpp did not do a job."""
+
+    why: str
+
+
+JobResult: TypeAlias = Quantized | Compared | LlamaFailure

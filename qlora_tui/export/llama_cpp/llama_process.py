@@ -1,0 +1,63 @@
+"""Starts the process that runs a job with llama.cpp."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import tempfile
+
+import msgspec
+
+from qlora_tui import subprocesses
+from qlora_tui.decoding import decode_json
+from qlora_tui.errors import UserError
+from qlora_tui.export.llama_cpp.bindings import is_installed
+from qlora_tui.export.llama_cpp.jobs import Compare, Compared, JobResult, LlamaFailure, Quantize, Quantized
+
+INSTALL_HINT = 'Install it with `pip install "qlora-tui[export]"`.'
+_RESULTS: msgspec.json.Decoder[JobResult] = msgspec.json.Decoder(JobResult)
+_LOG_LINES = 3
+
+
+def quantize(job: Quantize) -> Quantized:
+    """Quantize a GGUF file. Raises UserError."""
+    result = _run(job, "The GGUF file could not be quantized")
+    assert isinstance(result, Quantized)
+    return result
+
+
+def compare(job: Compare) -> Compared:
+    """Compare a GGUF file with reference logits. Raises UserError."""
+    result = _run(job, "llama.cpp could not run the GGUF file")
+    assert isinstance(result, Compared)
+    return result
+
+
+def _run(job: Quantize | Compare, title: str) -> JobResult:
+    if not is_installed():
+        raise UserError(title, what="llama.cpp is not installed.", fix=INSTALL_HINT)
+    with tempfile.TemporaryFile() as log:
+        child = subprocess.Popen(
+            subprocesses.module_argv("qlora_tui.export.llama_cpp.llama_worker"),
+            env=subprocesses.subprocess_env(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            # A separate session, because Ctrl-C in a terminal is for this process, which then ends the child.
+            start_new_session=True,
+        )
+        try:
+            output, _ = child.communicate(msgspec.json.encode(job))
+        finally:
+            # Whatever interrupts the wait, the child must not outlive it.
+            child.kill()
+            child.wait()
+        log.seek(0)
+        last = log.read().decode(errors="replace").strip().splitlines()[-_LOG_LINES:]
+    if child.returncode or not output:
+        name = signal.Signals(-child.returncode).name if child.returncode < 0 else f"code {child.returncode}"
+        raise UserError(title, what=f"llama.cpp ended with {name}.", why=" ".join(last))
+    result = decode_json(output, _RESULTS)
+    if isinstance(result, LlamaFailure):
+        raise UserError(title, what=f"llama.cpp: {result.why}.", why=" ".join(last))
+    return result

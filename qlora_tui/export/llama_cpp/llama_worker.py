@@ -1,0 +1,101 @@
+"""The process that runs one job with llama.cpp: JSON on stdin, JSON on stdout, llama.cpp's log on stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from qlora_tui.export.llama_cpp.bindings import Floats, LlamaCpp, LlamaCppError, LlamaModel
+from qlora_tui.export.llama_cpp.jobs import (
+    Compare,
+    Compared,
+    Job,
+    JobResult,
+    LlamaFailure,
+    Quantize,
+    Quantized,
+)
+
+
+def run(job: Job) -> JobResult:
+    """Run a job."""
+    try:
+        llama = LlamaCpp()
+        match job:
+            case Quantize():
+                llama.quantize(job.source, job.target, job.file_type)
+                return Quantized(Path(job.target).stat().st_size)
+            case Compare():
+                context = max(len(row.ids) for row in job.rows)
+                with llama.open(job.model, context=context, lora=job.lora, exact=job.exact) as model:
+                    return _compare(model, job)
+    except (LlamaCppError, OSError) as error:
+        return LlamaFailure(str(error))
+
+
+def _compare(model: LlamaModel, job: Compare) -> Compared:
+    count = sum(len(row.positions) for row in job.rows)
+    reference = np.memmap(job.reference, np.float16, "r", shape=(count, job.vocabulary))
+    ends = np.array(job.end_ids)
+    different, divergences, targets, choices, expected_choices, start = [], [], [], [], [], 0
+    for number, row in enumerate(job.rows):
+        if row.text and tuple(model.tokenize(row.text)) != row.ids:
+            different.append(number)
+        expected = reference[start : start + len(row.positions)].astype(np.float32)
+        start += len(row.positions)
+        if not len(expected):
+            continue
+        logits = model.logits(row.ids, row.positions)[:, : job.vocabulary]
+        divergences.append(kl_divergence(expected, log_softmax(logits)))
+        targets += [row.ids[place + 1] for place in row.positions]
+        expected_choices.append(expected.argmax(-1))
+        choices.append(logits.argmax(-1))
+    whole, chosen, expected_chosen = (
+        np.concatenate(parts) for parts in (divergences, choices, expected_choices)
+    )
+    at_end = np.isin(targets, ends)
+    return Compared(
+        template=model.template,
+        different_tokens=tuple(different),
+        positions=len(whole),
+        divergence=float(whole.mean()),
+        worst=float(whole.max()),
+        same_choice=int((chosen == expected_chosen).sum()),
+        turns=int(at_end.sum()),
+        turns_ended=int((at_end & np.isin(chosen, ends)).sum()),
+        turns_ended_by_reference=int((at_end & np.isin(expected_chosen, ends)).sum()),
+    )
+
+
+def log_softmax(logits: Floats) -> Floats:
+    """Return log-probabilities over the last axis."""
+    shifted = logits - logits.max(-1, keepdims=True)
+    result: Floats = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result
+
+
+def kl_divergence(expected: Floats, actual: Floats) -> Floats:
+    """Return KL(expected || actual) of each row, in nats, from log-probabilities (rows, vocabulary).
+
+    With probabilities (1/2, 1/2) expected and (1/4, 3/4) actual, ½·ln 2 + ½·ln ⅔ = 0.144.
+    """
+    result: Floats = (np.exp(expected) * (expected - actual)).sum(-1)
+    return result
+
+
+def main() -> None:
+    """Run the job on stdin."""
+    job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
+    # llama.cpp prints to stdout too: give it stderr, and write the result to what was stdout.
+    results = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    results.write(msgspec.json.encode(run(job)))
+    results.close()
+
+
+if __name__ == "__main__":
+    main()

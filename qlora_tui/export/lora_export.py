@@ -1,0 +1,154 @@
+"""``export lora``: a run's adapter as a GGUF file that llama.cpp loads beside the base (``--lora``).
+
+llama.cpp scales each update B·A by ``adapter.lora.alpha`` / rank, one alpha for the whole file, or by 1 where
+alpha is 0 (src/llama-adapter.h). So alpha is written as 0 and each module's own scale is multiplied into B:
+rsLoRA and different ranks or alphas per module stay exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from msgspec import Struct
+from torch import Tensor
+
+from qlora_tui.catalog.model_validation import weight_files
+from qlora_tui.chat.adapter_deltas import AdapterDeltas, EmbeddingRowDelta, LoraDelta, read_deltas
+from qlora_tui.chat.base_weights import assign_deltas
+from qlora_tui.chat.chat_types import ChatSource
+from qlora_tui.chat.session import chat_tokenizer, model_folder
+from qlora_tui.errors import UserError
+from qlora_tui.export.base_choice import unquantized
+from qlora_tui.export.gguf_file.content import gguf_content, text_config
+from qlora_tui.export.gguf_file.families import TensorNames
+from qlora_tui.export.gguf_file.writer import SourceTensor, write_gguf, write_lora
+from qlora_tui.export.llama_cpp.bindings import is_installed
+from qlora_tui.export.llama_cpp.llama_process import INSTALL_HINT
+from qlora_tui.export.merged_weights import MergedWeights
+from qlora_tui.export.proof import Proof, prove, reference_logits
+from qlora_tui.export.unfinished_files import draft_folder, publish_file, refuse_existing
+
+StatusFn = Callable[[str], None]
+
+
+class LoraExport(Struct, frozen=True, kw_only=True):
+    """A written adapter."""
+
+    path: str
+    bytes: int
+    modules: int
+    """Number of weight matrices that it changes."""
+    proof: Proof | None = None
+    unchecked_because: str = ""
+
+
+def export_lora(
+    source: ChatSource, adapter_name: str, out: Path, on_status: StatusFn = lambda words: None
+) -> LoraExport:
+    """Write an adapter as a GGUF file. Raises UserError and leaves nothing under the name ``out``."""
+    refuse_existing(out)
+    base = model_folder(source.recipe, on_status)
+    files = [base / name for name in weight_files(base)]
+    adapter = Path(source.adapters[adapter_name])
+    deltas = read_deltas(adapter)
+    placed = assign_deltas(deltas, files, adapter)
+    updates: AdapterDeltas = {name: update for group in placed.values() for name, update in group.items()}
+    names = TensorNames(text_config(base))
+    _refuse_inexpressible(updates, tied=bool(names.config.tie_word_embeddings))
+    stored = {tensor.name: tensor.read for tensor in MergedWeights(base, {file: {} for file in files})}
+    tensors = tuple(_tensors(updates, names, stored))
+    with draft_folder(out) as draft:
+        path = draft / "lora.gguf"
+        write_lora(names.family.architecture, tensors, path)
+        proof, unchecked = None, f"llama.cpp is not installed. {INSTALL_HINT}".rstrip(".")
+        if is_installed():
+            try:
+                proof, unchecked = _prove(source, adapter_name, base, files, path, draft, on_status), ""
+            except UserError as error:
+                unchecked = f"{error.title}: {error.what}".rstrip(".")
+        if proof and proof.problem:
+            raise UserError(
+                "The exported adapter does not answer as the adapter does",
+                what=f"{proof.problem[0].upper()}{proof.problem[1:]}.",
+                fix="The file was not kept. Use `qlora-tui export gguf`, and report the model.",
+            )
+        size = path.stat().st_size
+        publish_file(path, out)
+    return LoraExport(
+        path=str(out), bytes=size, modules=len(tensors) // 2, proof=proof, unchecked_because=unchecked
+    )
+
+
+def _prove(
+    source: ChatSource,
+    adapter_name: str,
+    base: Path,
+    files: list[Path],
+    path: Path,
+    draft: Path,
+    on_status: StatusFn,
+) -> Proof:
+    """Compare base and adapter as two files with base and adapter in 16 bits."""
+    with reference_logits(unquantized(source), adapter_name, draft, on_status) as reference:
+        weights = MergedWeights(base, {file: {} for file in files})
+        content = gguf_content(source, chat_tokenizer(source, base), weights)
+        model = draft / "base.gguf"
+        on_status("Writing the base model for the comparison")
+        write_gguf(content, model, "BF16")
+        on_status("Asking llama.cpp what base and adapter answer")
+        return prove(reference, model, "F16", content.vocabulary.template, lora=path)
+
+
+def _refuse_inexpressible(updates: AdapterDeltas, *, tied: bool) -> None:
+    """Raise UserError for updates that a LoRA in a GGUF file cannot express."""
+    fix = "Export the merged model instead: `qlora-tui export gguf`."
+    if any(isinstance(update, LoraDelta) and update.magnitude is not None for update in updates.values()):
+        raise UserError(
+            "A DoRA adapter cannot be exported as LoRA",
+            what="DoRA also rescales the rows of each weight, which llama.cpp's LoRA files cannot express.",
+            fix=fix,
+        )
+    if tied and any(isinstance(update, EmbeddingRowDelta) for update in updates.values()):
+        raise UserError(
+            "Trained token rows cannot be exported as LoRA",
+            what="The model has one matrix for embedding and head, and llama.cpp ends at a LoRA on it.",
+            fix=fix,
+        )
+
+
+def _tensors(
+    updates: AdapterDeltas, names: TensorNames, weights: Mapping[str, Callable[[], Tensor]]
+) -> Iterator[SourceTensor]:
+    """Yield A and B of each update, float32, with B's rows in llama.cpp's order.
+
+    ``weights`` reads a base weight by its name.
+    """
+    for name, update in updates.items():
+        target = names.name_of(name)
+        if target is None:
+            continue
+        if isinstance(update, LoraDelta):
+            change = names.change_of(name)
+            up = update.up.float() * update.scale
+            down, up = update.down.float(), up if change is None else change(up)
+        else:
+            is_embedding = target.startswith("token_embd")
+            down, up = _rows_as_lora(update, weights[name](), is_embedding=is_embedding)
+        for side, values in (("a", down), ("b", up)):
+            yield SourceTensor(f"{target}.lora_{side}", tuple(values.shape), values.clone)
+
+
+def _rows_as_lora(update: EmbeddingRowDelta, weight: Tensor, *, is_embedding: bool) -> tuple[Tensor, Tensor]:
+    """Return A and B whose product changes only the trained rows; their rank is the number of rows.
+
+    With rows r of a head (vocabulary, width): B, (vocabulary, rank), is 1 at (r[i], i), and A, (rank, width),
+    the differences. llama.cpp looks the rows of an embedding's A up by token id, so there A is B above, and B
+    is the differences transposed.
+    """
+    ids = list(update.ids)
+    differences = update.rows.float() - weight[ids].float()
+    selection = torch.zeros(weight.shape[0], len(ids))
+    selection[ids, range(len(ids))] = 1.0
+    return (selection, differences.T) if is_embedding else (differences, selection)

@@ -1,0 +1,72 @@
+"""Files that appear under their name only when they are complete, and never replace another."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.files import private_dir, sync
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise UserError where there is anything under a name."""
+    if out.exists() or out.is_symlink():
+        raise UserError(
+            "The file exists already",
+            what=f"{out} exists already.",
+            why="Existing files are never overwritten.",
+            fix="Choose another name, or remove that file.",
+            exit_code=EXIT_USAGE,
+        )
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Raise UserError where fewer than ``needed`` bytes are free; ``what`` begins the sentence."""
+    parent = next(p for p in (folder, *folder.parents) if p.exists())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise UserError(
+            "Not enough disk space",
+            what=f"{what} takes {needed / 1e9:.1f} GB, and {parent} has {free / 1e9:.1f} GB left.",
+            fix="Free some space, or write to another disk.",
+        )
+
+
+@contextmanager
+def draft_folder(out: Path) -> Iterator[Path]:
+    """Make a hidden folder beside ``out`` for unfinished files, and delete it afterwards.
+
+    Raises UserError for any OSError inside.
+    """
+    draft = out.parent / f".{out.name}.part"
+    try:
+        private_dir(out.parent)
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(mode=0o700)
+        yield draft
+    except OSError as error:
+        raise UserError(
+            "The export could not be written",
+            what=f"{out}: {error.strerror or error}.",
+            fix="Free some space, or write to another folder.",
+        ) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def publish_file(draft: Path, final: Path) -> None:
+    """Give a finished file its name, durably. Raises FileExistsError for a file that appeared meanwhile."""
+    private_dir(final.parent)
+    draft.chmod(0o644)
+    sync(draft)
+    try:
+        # Unlike a rename, a link never replaces a file.
+        os.link(draft, final)
+    except PermissionError:  # a file system without hard links
+        refuse_existing(final)
+        draft.rename(final)
+    sync(final.parent)
