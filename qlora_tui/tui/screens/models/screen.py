@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,15 +21,12 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.recent_paths import add_recent, load_recent
 from qlora_tui.tui.render.key_names import highlight_keys, key_name, name_keys
-from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
 from qlora_tui.tui.screens.models import downloads
 from qlora_tui.tui.screens.models.commands import COMMANDS
-from qlora_tui.tui.screens.models.download_line import download_lines
-from qlora_tui.tui.screens.models.downloads import DEMO, Download
+from qlora_tui.tui.screens.models.download_actions import DownloadActions
 from qlora_tui.tui.screens.models.hub_queries import (
     demo_model,
-    demo_name,
     fetch_hub_facts,
     validate_model_path,
 )
@@ -45,7 +42,7 @@ EMPTY = (
 )
 
 
-class ModelsScreen(WorkScreen):
+class ModelsScreen(DownloadActions):
     """A list with the hub's results under it, beside the facts of the model under the cursor."""
 
     MODE = "models"
@@ -67,7 +64,6 @@ class ModelsScreen(WorkScreen):
         self._hub: list[HubModel] | None = None
         self._query = ""
         self._hub_facts: dict[str, HubFacts] = {}
-        self._downloads: dict[str, Download] = {}
 
     def compose_body(self) -> Iterable[Widget]:
         with Horizontal(id="models-filter-line"):
@@ -105,25 +101,6 @@ class ModelsScreen(WorkScreen):
     def action_filter(self) -> None:
         """Type a name."""
         self.query_one(Input).focus()
-
-    def action_download(self) -> None:
-        """Download the selected model, or the demo model if there is no other."""
-        current = self.query_one(ViList).current or ""
-        if current.startswith(HUB):
-            self._start_download(downloads.start, current.removeprefix(HUB))
-        elif not self._local:
-            self._start_download(lambda _: downloads.start_demo(demo_name()), DEMO)
-        else:
-            self.notify("This model is already on this machine. Models to download are under 'On the Hub'.")
-
-    def action_cancel(self) -> None:
-        """Stop the newest download; it can be resumed."""
-        if not self._downloads:
-            self.notify("No download is running.")
-            return
-        download = list(self._downloads.values())[-1]
-        download.cancel()
-        self.notify(f"Stopped downloading {download.name}. Press {key_name('models.download')} to resume.")
 
     def action_open_path(self) -> None:
         """Ask for a folder or a GGUF file."""
@@ -173,6 +150,21 @@ class ModelsScreen(WorkScreen):
         if event.key in ("down", "escape") and self.query_one(Input).has_focus:
             self.query_one(ViList).focus()
 
+    @property
+    def selected_hub_model(self) -> str:
+        current = self.query_one(ViList).current or ""
+        return current.removeprefix(HUB) if current.startswith(HUB) else ""
+
+    @property
+    def has_local_models(self) -> bool:
+        return bool(self._local)
+
+    async def show_downloaded(self, path: Path) -> None:
+        await self._scan(select=path)
+
+    def forget_hub_facts(self, model_id: str) -> None:
+        self._hub_facts.pop(model_id, None)
+
     def _choose(self, model: LocalModel) -> None:
         if model.refusal is not None and model.architecture is None:
             self.qlora_app.show_error(model.refusal)
@@ -199,29 +191,6 @@ class ModelsScreen(WorkScreen):
             f"Model set to {model.id}, for estimates only. "
             f"To train it, press {key_name('models.download')} to download it."
         )
-
-    def _start_download(self, start: Callable[[str], Download], id_: str) -> None:
-        if id_ in self._downloads:
-            self.notify("Already downloading.")
-            return
-        download = start(id_)
-        self._downloads[id_] = download
-        self._show_downloads()
-        self._follow_download(download)
-
-    @work(group="downloads")
-    async def _follow_download(self, download: Download) -> None:
-        async for _ in download.follow():
-            self._show_downloads()
-        del self._downloads[download.id]
-        self._show_downloads()
-        if download.problem is not None:
-            self._hub_facts.pop(download.id, None)
-            self.qlora_app.show_error(download.problem)
-        elif download.path is not None:
-            self.notify(f"Downloaded {download.name}. Press Enter to select it.")
-            self.qlora_app.workbench.forget_architecture()
-            await self._scan(select=download.path)
 
     @work(exclusive=True, group="scan")
     async def _start_scan(self, choose: Path | None = None) -> None:
@@ -294,12 +263,6 @@ class ModelsScreen(WorkScreen):
             )
         else:
             update_if_changed(facts, Content("") if self._local is None or self._local else demo_model())
-
-    def _show_downloads(self) -> None:
-        panel = self.query_one("#downloads", Static)
-        panel.display = bool(self._downloads)
-        if self._downloads:
-            update_if_changed(panel, download_lines(list(self._downloads.values()), self.size.width - 2))
 
 
 def _list_models(folders: list[Path]) -> list[LocalModel]:
