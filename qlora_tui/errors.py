@@ -51,19 +51,19 @@ def _rebuild(title: str, what: str, why: str, fix: str, exit_code: int) -> UserE
 
 _LONGEST_SHOWN = 300
 _SPACE = "Free some space"
-_ELSEWHERE = "point XDG_STATE_HOME, XDG_CACHE_HOME and XDG_CONFIG_HOME at another disk"
+_USE_ANOTHER_DISK = "point XDG_STATE_HOME, XDG_CACHE_HOME and XDG_CONFIG_HOME at another disk"
 _DISK: dict[int, tuple[str, str]] = {
-    errno.ENOSPC: ("No space left on the disk", f"{_SPACE}, or {_ELSEWHERE}."),
+    errno.ENOSPC: ("No space left on the disk", f"{_SPACE}, or {_USE_ANOTHER_DISK}."),
     errno.EDQUOT: (
         "The disk quota is used up",
-        f"Delete some of your files, request a larger quota, or {_ELSEWHERE}.",
+        f"Delete some of your files, request a larger quota, or {_USE_ANOTHER_DISK}.",
     ),
-    errno.EROFS: ("The file system is read-only", f"Mount it writable, or {_ELSEWHERE}."),
-    errno.EIO: ("The disk reported an error", f"See `dmesg` for details, or {_ELSEWHERE}."),
-    errno.EACCES: ("Permission denied", f"Change its permissions, or {_ELSEWHERE}."),
-    errno.EPERM: ("Permission denied", f"Change its permissions, or {_ELSEWHERE}."),
-    errno.ENOTDIR: ("A file is where a folder should be", f"Move it away, or {_ELSEWHERE}."),
-    errno.EEXIST: ("A file is where a folder should be", f"Move it away, or {_ELSEWHERE}."),
+    errno.EROFS: ("The file system is read-only", f"Mount it writable, or {_USE_ANOTHER_DISK}."),
+    errno.EIO: ("The disk reported an error", f"See `dmesg` for details, or {_USE_ANOTHER_DISK}."),
+    errno.EACCES: ("Permission denied", f"Change its permissions, or {_USE_ANOTHER_DISK}."),
+    errno.EPERM: ("Permission denied", f"Change its permissions, or {_USE_ANOTHER_DISK}."),
+    errno.ENOTDIR: ("A file is where a folder should be", f"Move it away, or {_USE_ANOTHER_DISK}."),
+    errno.EEXIST: ("A file is where a folder should be", f"Move it away, or {_USE_ANOTHER_DISK}."),
     errno.EISDIR: ("A folder is where a file should be", "Move it away."),
     errno.ENXIO: ("A pipe or a device is where a file should be", "Move it away."),
     errno.EFBIG: ("A file grew past the limit on file sizes", "Lift the limit: `ulimit -f unlimited`."),
@@ -91,7 +91,7 @@ def disk_problem(error: OSError, path: Path | None = None) -> UserError | None:
     why = ""
     if error.errno == errno.EEXIST and Path(where).is_symlink() and not Path(where).exists():
         title, why = "A link leads to nothing", f"It leads to {os.path.realpath(where)}."
-        fix = f"Create that folder, or {_ELSEWHERE}."
+        fix = f"Create that folder, or {_USE_ANOTHER_DISK}."
     if error.errno == errno.ENOSPC and _lacks_inodes(Path(where)):
         why, fix = "The disk has space, but no inodes left: it holds too many files.", "Delete some files."
     return UserError(title, what=f"{where}: {error.strerror or os.strerror(error.errno)}.", why=why, fix=fix)

@@ -13,7 +13,7 @@ _JOINERS = "\u180e\u200b-\u200d\u2060-\u2064\ufeff"
 """Zero-width characters that scripts and emoji need, but that can hide in ASCII."""
 _FLAG = "\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]{1,6}\U000e007f"
 """A black flag and the tag characters that name a region, as in the flag of Scotland."""
-_OBEYED = (
+_CONTROLS = (
     # C0 except tab and line end, DEL and C1; lone surrogates, which no terminal can encode.
     "\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff"
     # Line and paragraph separators, embeddings, overrides and isolates, deprecated and interlinear formats.
@@ -27,7 +27,7 @@ _HIGHEST_BMP = 0xFFFF
 @cache
 def _unsafe() -> re.Pattern[str]:
     # Compiled on first use: it takes some milliseconds, and most text never needs it.
-    return re.compile(f"(?P<flag>{_FLAG})|[{_OBEYED}]|(?<![^\x00-\x7f{_JOINERS}{_OBEYED}])[{_JOINERS}]")
+    return re.compile(f"(?P<flag>{_FLAG})|[{_CONTROLS}]|(?<![^\x00-\x7f{_JOINERS}{_CONTROLS}])[{_JOINERS}]")
 
 
 def visible(text: str) -> str:

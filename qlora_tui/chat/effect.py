@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-_HARDLY = 0.01
+_NEGLIGIBLE = 0.01
 """Share of changed choices below which an adapter has practically no effect."""
 _NAMED = 3
 """Number of tokens named in the sentence."""
@@ -49,7 +49,7 @@ class Effect(Struct, frozen=True, kw_only=True):
         where = f"{self.samples} held-out conversation{'s' if self.samples != 1 else ''}"
         much = f"{self.changed_choices:.0%}"
         verb = "changes"
-        if self.changed_choices < _HARDLY:
+        if self.changed_choices < _NEGLIGIBLE:
             verb, much = "hardly changes the model:", f"{self.changed_choices:.1%}"
         moved = f"The {self._name}{self._rows} {verb} {much} of next-token choices on {where}"
         fits = self.adapter_loss < self.base_loss

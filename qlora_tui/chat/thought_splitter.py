@@ -23,7 +23,7 @@ class ThoughtMark(Struct, frozen=True):
     text: str
     seen_in: tuple[SplitterState, ...]
     """States in which it is a marker; elsewhere it is ordinary text: an answer may be about ``<think>``."""
-    to: SplitterState
+    next_state: SplitterState
 
 
 _THINK = (
@@ -35,13 +35,13 @@ _GEMMA = (
     ThoughtMark("<|channel>thought\n", ("start",), "thought"),
     ThoughtMark("<channel|>", ("thought",), "answer"),
 )
-_ANYWHERE: tuple[SplitterState, ...] = ("start", "thought", "answer")
+_ANY_STATE: tuple[SplitterState, ...] = ("start", "thought", "answer")
 _GPT_OSS = (
-    ThoughtMark("<|channel|>analysis<|message|>", _ANYWHERE, "thought"),
-    ThoughtMark("<|channel|>final<|message|>", _ANYWHERE, "answer"),
-    ThoughtMark("<|channel|>commentary<|message|>", _ANYWHERE, "answer"),
-    ThoughtMark("<|start|>assistant", _ANYWHERE, "answer"),
-    ThoughtMark("<|end|>", _ANYWHERE, "answer"),
+    ThoughtMark("<|channel|>analysis<|message|>", _ANY_STATE, "thought"),
+    ThoughtMark("<|channel|>final<|message|>", _ANY_STATE, "answer"),
+    ThoughtMark("<|channel|>commentary<|message|>", _ANY_STATE, "answer"),
+    ThoughtMark("<|start|>assistant", _ANY_STATE, "answer"),
+    ThoughtMark("<|end|>", _ANY_STATE, "answer"),
 )
 
 
@@ -76,7 +76,7 @@ class ThoughtSplitter:
             before, _, self._pending = self._pending.partition(mark.text)
             if self.state != "start":
                 self._append(chunks, before)
-            self.state, self._trimming = mark.to, True
+            self.state, self._trimming = mark.next_state, True
         held_back = self._held_back_length()
         ready = self._pending[: len(self._pending) - held_back]
         self._pending = self._pending[len(ready) :]

@@ -9,10 +9,11 @@ From the file to the report:
   format of rows and builds conversations from them. ``preferences`` and ``chosen_side``: rows that compare or
   rate answers. ``unsupported`` and ``media``: recognized formats that cannot be trained on. ``conversation``:
   the conversation types. ``sources``: the recipe's sources as files with a format.
-* ``tokenizer`` (with ``word_cache`` and ``tokenizer_guard``), ``chat_template`` (with ``template_guard``),
-  ``template_capabilities``, ``stock_templates``: a model's tokenizer and chat template, without transformers.
-  ``thinking``: the thinking switch of a template, and the reasoning of a row.
-* ``assistant_spans`` (with ``thought_text``), ``render``: token ids of a conversation, and its loss mask.
+* ``tokenizer`` (with ``tokenizer_files``, ``word_cache`` and ``tokenizer_guard``), ``chat_template`` (with
+  ``template_guard``), ``template_capabilities``, ``stock_templates``: a model's tokenizer and chat template,
+  without transformers. ``thinking``: the thinking switch of a template, and the reasoning of a row.
+* ``assistant_spans`` (with ``thought_text``), ``render`` (with ``sample_tokens``): token ids of a
+  conversation, and its loss mask.
 * ``row_result`` (with ``checks``, ``truncation``, ``near_duplicates``, ``problems``): one row rendered,
   truncated and checked; ``worker_pool`` (with ``worker``, ``length_prefixed``) runs this on all cores.
   ``dataset_scan`` (with ``key_table``, ``long_texts``): counts the rows in order and compares them with each

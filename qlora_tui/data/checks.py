@@ -9,13 +9,13 @@ import re
 from collections.abc import Iterator, Sequence
 
 from qlora_tui.data.conversation import Conversation, Message
-from qlora_tui.data.render import TokenizedSample
+from qlora_tui.data.sample_tokens import TokenizedSample
 from qlora_tui.data.tokenizer import ChatTokenizer
 
 Finding = tuple[str, str]
 """Kind and example."""
 
-_AFTER: dict[str, tuple[str, ...]] = {
+_ALLOWED_AFTER: dict[str, tuple[str, ...]] = {
     "": ("system", "user"),
     "system": ("user",),
     "user": ("assistant",),
@@ -54,7 +54,7 @@ _SECRET_MARKS = (
 )
 """Substrings that every secret contains: searching for them is a hundred times faster than the pattern."""
 _SECRET_MARKS_WITHOUT_LINE = tuple(mark for mark in _SECRET_MARKS if "_" not in mark)
-_SHOWN_OF_A_SECRET = 6
+_SECRET_SHOWN_CHARACTERS = 6
 
 
 def conversation_findings(conversation: Conversation) -> Iterator[Finding]:
@@ -77,7 +77,7 @@ def conversation_findings(conversation: Conversation) -> Iterator[Finding]:
     marks = _SECRET_MARKS if "_" in text else _SECRET_MARKS_WITHOUT_LINE
     secret = _SECRETS.search(text) if any(map(text.__contains__, marks)) else None
     if secret:
-        yield "secret", f"{secret[0][:_SHOWN_OF_A_SECRET]}… ({len(secret[0])} characters)"
+        yield "secret", f"{secret[0][:_SECRET_SHOWN_CHARACTERS]}… ({len(secret[0])} characters)"
 
 
 def sample_findings(
@@ -107,7 +107,7 @@ def _disorder(conversation: Conversation) -> str:
     """Return which turn is out of order; empty if none is."""
     before = ""
     for number, message in enumerate(conversation.messages, 1):
-        if message.role not in _AFTER[before]:
+        if message.role not in _ALLOWED_AFTER[before]:
             shown = "a tool call" if before == "call" else before or "nothing"
             return f"Turn {number} is {message.role}, after {shown}."
         before = "call" if _calls(message) else message.role

@@ -89,7 +89,7 @@ _PAIRS = (
 """Columns that mean prompt and completion only as a pair."""
 _NAMES_NO_SOURCE = ("prompt", "question", "text")
 """Next to one of these columns ``source`` is the origin of the row, not a text."""
-_SAID_IN_TURN = ("conversations", "conversation", "messages", "dialogs", "dialog", "dialogue", "data")
+_ALTERNATING_COLUMNS = ("conversations", "conversation", "messages", "dialogs", "dialog", "dialogue", "data")
 """Columns whose plain texts alternate between user and assistant."""
 _HALVES = ("prompt", "completion", *preferences.CHOSEN, *preferences.REJECTED)
 """Columns that may hold turns, but only half of a conversation, or one side of a comparison."""
@@ -208,7 +208,7 @@ def _turn_format(value: Any, column: str, named: bool) -> str:
     """
     keys = turn_keys(value)
     if keys is None:
-        in_turn = named and column.lower() in _SAID_IN_TURN and are_alternate(value)
+        in_turn = named and column.lower() in _ALTERNATING_COLUMNS and are_alternate(value)
         return "sharegpt" if in_turn else ""
     if keys in EXCHANGES:
         return "sharegpt" if named else ""

@@ -36,8 +36,8 @@ from qlora_tui.files import atomic_write, private_dir, sync_tree
 from qlora_tui.paths import cache_dir
 from qlora_tui.recipe.schema import Recipe
 
-_KEPT_UNUSED_S = 60 * 24 * 3600
-_KEPT_UNFINISHED_S = 3 * 24 * 3600
+_MAX_UNUSED_AGE_S = 60 * 24 * 3600
+_MAX_UNFINISHED_AGE_S = 3 * 24 * 3600
 _RENDERING = 7
 """Version of the rendering; increased when the same data and settings give different tokens or splits."""
 
@@ -63,7 +63,7 @@ class PreparedDataset(Struct, frozen=True):
     """Validation samples; may be empty."""
     problems: tuple[DataProblem, ...]
     notes: dict[str, int]
-    """Number of conversations that were changed for the template, by kind (see ``render.Rendered``)."""
+    """Number of conversations that were changed for the template, by kind (see ``TokenizedSample.notes``)."""
     cached: bool
     """Whether the data set came from the cache."""
 
@@ -141,7 +141,7 @@ def _forget_old_sets(folder: Path) -> None:
     """Delete data sets that no run has used for a long time, and leftovers of killed processes."""
     for old in folder.iterdir():
         sign = old if old.name.startswith(".making-") else old / "meta.json"
-        kept_s = _KEPT_UNFINISHED_S if sign is old else _KEPT_UNUSED_S
+        kept_s = _MAX_UNFINISHED_AGE_S if sign is old else _MAX_UNUSED_AGE_S
         try:
             if time.time() - sign.stat().st_mtime > kept_s:
                 shutil.rmtree(old, ignore_errors=True)

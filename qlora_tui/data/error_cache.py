@@ -27,7 +27,7 @@ _TOKENIZER_FILES = (
     "chat_template*",
     "*/tool_use.jinja",
 )
-_KEPT_S = 60 * 24 * 3600
+_MAX_AGE_S = 60 * 24 * 3600
 _READING = 3
 """Version of the row checks; increased when rows that were an error become readable."""
 
@@ -97,7 +97,7 @@ def _note(source: Source, path: Path, stamp: Stamp, tokens: Tokens | None) -> Pa
 def _forget_old(folder: Path) -> None:
     for note in folder.iterdir():
         try:
-            if time.time() - note.stat().st_mtime > _KEPT_S:
+            if time.time() - note.stat().st_mtime > _MAX_AGE_S:
                 note.unlink()
         except FileNotFoundError:
             continue

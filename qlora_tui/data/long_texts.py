@@ -15,7 +15,7 @@ _LOSES = {"cut-left": "keeps the last", "cut-right": "keeps the first", "drop": 
 
 _MAX_CHARACTERS_PER_TOKEN = 10
 """A text with more than this many for each token of the limit is over it with any tokenizer."""
-BYTES_A_TOKEN = 4
+BYTES_PER_TOKEN = 4
 """Rough UTF-8 bytes of a token. Measured with the tokenizers of SmolLM2 and Gemma 3: 4.8 and 4.9 in English
 Wikipedia, 3.6 in Markdown with links, 1.8 and 4.2 in Chinese."""
 
@@ -41,7 +41,7 @@ def estimated_long_text(conversation: Conversation, data: Data) -> LongText | No
     text = conversation.text
     if data.overflow == "split" or len(text) <= max_characters(data):
         return None
-    tokens = len(text.encode("utf-8", "replace")) / BYTES_A_TOKEN
+    tokens = len(text.encode("utf-8", "replace")) / BYTES_PER_TOKEN
     return LongText(len(text), math.ceil(tokens / data.max_length))
 
 
@@ -76,7 +76,7 @@ class LongTexts:
             texts = "One text holds" if self._count == 1 else f"{self._count:,} texts hold"
             example = (
                 f"{texts} {self._length:,} characters, more than {data.max_length:,} tokens can hold; "
-                f"splitting makes about {rows} of them (an estimate: {BYTES_A_TOKEN} bytes a token)."
+                f"splitting makes about {rows} of them (an estimate: {BYTES_PER_TOKEN} bytes a token)."
             )
         else:
             example = (

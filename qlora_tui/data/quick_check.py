@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from msgspec import Struct
 
 from qlora_tui.data.conversation import Conversation, RowRejectedError
-from qlora_tui.data.long_texts import BYTES_A_TOKEN, LongTexts, estimated_long_text
+from qlora_tui.data.long_texts import BYTES_PER_TOKEN, LongTexts, estimated_long_text
 from qlora_tui.data.problems import DataProblem, ProblemCounter, raise_first_error
 from qlora_tui.data.sources import SourceFile, conversations
 from qlora_tui.recipe.schema import Data
@@ -89,5 +89,5 @@ def _trained_length(conversation: Conversation, data: Data) -> int:
     """Estimate the tokens of a sample that fit in a row; all of them where long samples are split."""
     texts = [conversation.text, *(message.content + message.reasoning for message in conversation.messages)]
     text_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
-    length = text_bytes // BYTES_A_TOKEN + _TEMPLATE_TOKENS * len(conversation.messages) + 1
+    length = text_bytes // BYTES_PER_TOKEN + _TEMPLATE_TOKENS * len(conversation.messages) + 1
     return length if data.overflow == "split" else min(length, data.max_length)

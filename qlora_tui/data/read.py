@@ -45,7 +45,7 @@ SUFFIXES = {
 }
 """Format of a file by the end of its name (before ``.gz`` or ``.zst``)."""
 COMPRESSED = (".gz", ".zst", ".zstd")
-_HELD_OUT = ("valid", "validation", "val", "test", "dev", "eval", "evaluation")
+_EVALUATION_SPLITS = ("valid", "validation", "val", "test", "dev", "eval", "evaluation")
 _IGNORED = (
     "readme",
     "license",
@@ -115,7 +115,7 @@ def _is_data(path: Path) -> bool:
 
 def _held_out(path: Path) -> bool:
     words = path.name.lower().replace("-", "_").replace(".", "_").split("_")
-    return any(word in _HELD_OUT for word in words)
+    return any(word in _EVALUATION_SPLITS for word in words)
 
 
 def rows(path: Path, position: Position | None = None) -> Iterator[Row]:

@@ -8,19 +8,25 @@ text of a turn are encoded as ordinary text.
 from __future__ import annotations
 
 import re
-from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qlora_tui.data.assistant_spans import PRIVATE, SampleText, find_assistant_spans
+from qlora_tui.data.assistant_spans import SampleText, find_assistant_spans
 from qlora_tui.data.bounds import MAX_CHARACTERS
 from qlora_tui.data.chat_template import ChatTemplate
 from qlora_tui.data.conversation import Conversation, Message, RowRejectedError
 from qlora_tui.data.dataset_report import Piece
 from qlora_tui.data.memory_bound import memory_bound
+from qlora_tui.data.sample_tokens import (
+    TokenizedSample,
+    mark_control_tokens,
+    span_edges,
+    tokenize_by_span,
+    tokenize_sample,
+)
 from qlora_tui.data.template_capabilities import TemplateCapabilities, adapt_conversation
 from qlora_tui.data.template_guard import MAX_ADDED_MEMORY_BYTES
 from qlora_tui.data.thinking import (
@@ -31,31 +37,9 @@ from qlora_tui.data.thinking import (
     without_reasoning,
 )
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.data.word_cache import Marked
 from qlora_tui.recipe.schema import Data, Thinking
 
 TrainOn = Literal["assistant", "everything"]
-_LITERAL, _END_LITERAL = "\U000f0000", "\U000f0001"
-_LITERALS = re.compile(f"{_LITERAL}(.*?){_END_LITERAL}|[{_LITERAL}{_END_LITERAL}]", re.DOTALL)
-
-
-class TokenizedSample(Struct, frozen=True):
-    """One training sample."""
-
-    token_ids: list[int]
-    loss_mask: bytes
-    """One byte per token: 1 if the token is in the loss, else 0."""
-    notes: tuple[str, ...] = ()
-    """Changes made for the template: ``system-in-user``, ``tools-as-text``, ``calls-as-text``,
-    ``tool-as-user``, ``control-tokens`` (some were neutralized), ``answer-changed`` (by the template);
-    ``weights``; and the handling of reasoning, see ``_notes_on_thinking``."""
-    weights: array[float] | None = None
-    """Loss weight of each token, 32-bit; None where each that trains weighs 1."""
-
-    @property
-    def trained_count(self) -> int:
-        """Return the number of tokens that train."""
-        return self.loss_mask.count(1)
 
 
 class RenderedConversation(Struct, frozen=True):
@@ -103,13 +87,13 @@ def render_many(
         rendered = [_render_or_reject(conversation, tokenizer, options) for conversation in conversations]
     samples = [sample for one in rendered if isinstance(one, RenderedConversation) for sample in one.samples]
     marked = iter(
-        tokenizer.encode_marked([sample.text for sample in samples], list(map(_span_edges, samples)))
+        tokenizer.encode_marked([sample.text for sample in samples], list(map(span_edges, samples)))
     )
     for one in rendered:
         if isinstance(one, RowRejectedError):
             yield one
         else:
-            yield [_sample(sample, next(marked), tokenizer, one.notes) for sample in one.samples]
+            yield [tokenize_sample(sample, next(marked), tokenizer, one.notes) for sample in one.samples]
 
 
 def _render_or_reject(
@@ -143,7 +127,7 @@ def prompt_ids(
     if kept_tools:
         kept_tools, _ = _neutral_value(kept_tools, tokenizer.control_pattern)
     text = template.render(turns, kept_tools, prompt=True)
-    return _tokenize_by_span(SampleText(text, ()), tokenizer, ()).token_ids
+    return tokenize_by_span(SampleText(text, ()), tokenizer, ()).token_ids
 
 
 def pieces(tokenizer: ChatTokenizer, token_ids: Sequence[int], loss_mask: bytes) -> list[Piece]:
@@ -152,13 +136,13 @@ def pieces(tokenizer: ChatTokenizer, token_ids: Sequence[int], loss_mask: bytes)
     start = 0
     for end in range(1, len(token_ids) + 1):
         special = token_ids[start] in tokenizer.special_ids
-        goes_on = (
+        continues = (
             end < len(token_ids)
             and not special
             and token_ids[end] not in tokenizer.special_ids
             and loss_mask[end] == loss_mask[start]
         )
-        if not goes_on:
+        if not continues:
             shown.append(Piece(_text_at(tokenizer, token_ids, start, end), bool(loss_mask[start]), special))
             start = end
     return shown
@@ -181,7 +165,7 @@ def render_text(
     eos = tokenizer.special_tokens.get("eos_token", "")
     if not conversation.messages:
         bos = tokenizer.special_tokens.get("bos_token", "") if tokenizer.begins_with_bos else ""
-        text, marked = _neutral(conversation.text, tokenizer.control_pattern)
+        text, marked = mark_control_tokens(conversation.text, tokenizer.control_pattern)
         return RenderedConversation(
             (SampleText(bos + text + eos, ((0, len(bos + text + eos)),)),),
             ("control-tokens",) if marked else (),
@@ -280,7 +264,7 @@ def _neutral_turns(
 def _neutral_value(value: Any, pattern: re.Pattern[str]) -> tuple[Any, bool]:
     """Neutralize every string inside ``value``; return it and whether anything changed."""
     if isinstance(value, str):
-        return _neutral(value, pattern)
+        return mark_control_tokens(value, pattern)
     if isinstance(value, Mapping):
         pairs = {key: _neutral_value(item, pattern) for key, item in value.items()}
         return {key: item for key, (item, _) in pairs.items()}, any(marked for _, marked in pairs.values())
@@ -288,71 +272,3 @@ def _neutral_value(value: Any, pattern: re.Pattern[str]) -> tuple[Any, bool]:
         items = [_neutral_value(item, pattern) for item in value]
         return [item for item, _ in items], any(marked for _, marked in items)
     return value, False
-
-
-def _neutral(text: str, pattern: re.Pattern[str]) -> tuple[str, bool]:
-    if not text.isascii():
-        text = PRIVATE.sub("", text)
-    marked, count = pattern.subn(f"{_LITERAL}\\g<0>{_END_LITERAL}", text)
-    return marked, count > 0
-
-
-def _span_edges(sample: SampleText) -> list[int]:
-    """Return where spans begin and end, except at both ends of the text."""
-    return sorted({place for span in sample.spans for place in span if 0 < place < len(sample.text)})
-
-
-def _sample(
-    sample: SampleText, marked: Marked, tokenizer: ChatTokenizer, notes: tuple[str, ...]
-) -> TokenizedSample:
-    if _LITERAL in sample.text or _END_LITERAL in sample.text:
-        return _tokenize_by_span(sample, tokenizer, notes)
-    ids = marked.ids
-    cuts = dict(zip(_span_edges(sample), marked.cuts, strict=True))
-    cuts[0], cuts[len(sample.text)] = (0, False), (len(ids), False)
-    loss_mask = bytearray(len(ids))
-    weights = array("f", bytes(4 * len(ids))) if sample.weights else None
-    for number, (start, end) in enumerate(sample.spans):
-        first, straddles = cuts[start]
-        if straddles:
-            return _tokenize_by_span(sample, tokenizer, notes)
-        last = cuts[end][0]
-        loss_mask[first:last] = b"\x01" * (last - first)
-        if weights is not None:
-            weights[first:last] = array("f", [sample.weights[number]]) * (last - first)
-    return TokenizedSample(ids, bytes(loss_mask), notes, weights)
-
-
-def _tokenize_by_span(
-    sample: SampleText, tokenizer: ChatTokenizer, notes: tuple[str, ...]
-) -> TokenizedSample:
-    """Tokenize the spans inside and outside the loss separately, marked tokens as plain text.
-
-    Also used for a sample whose answer begins inside a token of the whole text: at inference, the prompt
-    is tokenized separately.
-    """
-    ids: list[int] = []
-    loss_mask = bytearray()
-    weights = array("f")
-    at = 0
-    spans = (*sample.spans, (len(sample.text), len(sample.text)))
-    counts = (*(sample.weights or [1.0] * len(sample.spans)), 0.0)
-    for (start, end), weight in zip(spans, counts, strict=True):
-        for flag, (first, last) in ((0, (at, start)), (1, (start, end))):
-            for text, literal in _stretches(sample.text[first:last]):
-                new = tokenizer.encode_inside(text, literal) if ids or literal else tokenizer.encode(text)
-                ids += new
-                loss_mask += bytes([flag]) * len(new)
-                weights.extend([flag * weight] * len(new))
-        at = end
-    return TokenizedSample(ids, bytes(loss_mask), notes, weights if sample.weights else None)
-
-
-def _stretches(text: str) -> list[tuple[str, bool]]:
-    """Split text at marks; return each piece and whether it is literal text."""
-    result: list[tuple[str, bool]] = []
-    at = 0
-    for match in _LITERALS.finditer(text):
-        result += [(text[at : match.start()], False), (match[1] or "", True)]
-        at = match.end()
-    return [(part, literal) for part, literal in (*result, (text[at:], False)) if part]

@@ -17,8 +17,9 @@ from qlora_tui.data.conversation import Conversation, RowRejectedError
 from qlora_tui.data.long_texts import LongText, estimated_long_text
 from qlora_tui.data.near_duplicates import minhash_sketch
 from qlora_tui.data.read import row_of
-from qlora_tui.data.render import RenderOptions, TokenizedSample, render_many
+from qlora_tui.data.render import RenderOptions, render_many
 from qlora_tui.data.row import Line, Row
+from qlora_tui.data.sample_tokens import TokenizedSample
 from qlora_tui.data.sources import SourceFile, conversation_of
 from qlora_tui.data.split import group_key
 from qlora_tui.data.store import StoredSample

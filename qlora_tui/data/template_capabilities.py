@@ -18,7 +18,7 @@ from qlora_tui.data.conversation import Conversation, Message, RowRejectedError,
 from qlora_tui.data.thinking import OPENED, Switch, switch_of, variables
 from qlora_tui.data.thought_text import THINK, tags_of
 
-_ASKED, _ANSWERED, _SYSTEM, _NAME, _VALUE, _FOUND = (
+_QUESTION, _ANSWER, _SYSTEM, _NAME, _VALUE, _EXTRA = (
     "qvzask",
     "qvzanswer",
     "qvzsystem",
@@ -64,10 +64,10 @@ class TemplateCapabilities(Struct, frozen=True):
 
 def probe_template(template: ChatTemplate) -> TemplateCapabilities:
     """Probe the template with a few tiny conversations."""
-    question, answer = {"role": "user", "content": _ASKED}, {"role": "assistant", "content": _ANSWERED}
+    question, answer = {"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}
     shown = _shows(template, [question, answer])
-    parts = not shown(_ASKED, _ANSWERED) and _shows(template, [_as_parts(question), _as_parts(answer)])(
-        _ASKED, _ANSWERED
+    parts = not shown(_QUESTION, _ANSWER) and _shows(template, [_as_parts(question), _as_parts(answer)])(
+        _QUESTION, _ANSWER
     )
     wrap: Callable[[dict[str, Any]], dict[str, Any]] = _as_parts if parts else dict
     question, answer = wrap(question), wrap(answer)
@@ -83,15 +83,15 @@ def probe_template(template: ChatTemplate) -> TemplateCapabilities:
     quiet = template.with_variables(variables(switch, "off"))
     style, bare = _call_style(template, question, answer, wrap)
     call_turn = _call_turn(style, bare, wrap) if style != "text" else answer
-    thought = {**answer, "reasoning_content": _FOUND, "thinking": _FOUND}
-    reasoning = _shows(template, [question, thought])(_FOUND)
+    thought = {**answer, "reasoning_content": _EXTRA, "thinking": _EXTRA}
+    reasoning = _shows(template, [question, thought])(_EXTRA)
     own_tags = tags_of(template.literals) != THINK
     if not reasoning and not own_tags:
-        thought = wrap({"role": "assistant", "content": f"<think>\n{_FOUND}\n</think>\n\n{_ANSWERED}"})
+        thought = wrap({"role": "assistant", "content": f"<think>\n{_EXTRA}\n</think>\n\n{_ANSWER}"})
     thinking = template.with_variables(variables(switch, "on"))
     return TemplateCapabilities(
         system=_shows(template, [wrap({"role": "system", "content": _SYSTEM}), question, answer])(
-            _SYSTEM, _ASKED
+            _SYSTEM, _QUESTION
         ),
         parts=parts,
         tools=_shows(template, [question, answer], [tool])(_NAME, _VALUE),
@@ -99,12 +99,10 @@ def probe_template(template: ChatTemplate) -> TemplateCapabilities:
         calls_without_content=bare,
         reasoning=reasoning,
         own_tags=own_tags,
-        tool_turns=_shows(template, [question, call_turn, wrap(_tool_turn(_FOUND)), answer])(
-            _FOUND, _ANSWERED
-        ),
+        tool_turns=_shows(template, [question, call_turn, wrap(_tool_turn(_EXTRA)), answer])(_EXTRA, _ANSWER),
         switch=switch,
         opens_thought=bool(OPENED.search(_prompt(quiet, [question]))),
-        forgets_reasoning=not _shows(thinking, [question, thought, question, answer])(_FOUND),
+        forgets_reasoning=not _shows(thinking, [question, thought, question, answer])(_EXTRA),
     )
 
 
@@ -136,7 +134,7 @@ def _call_style(
     styles: tuple[Literal["object", "string"], ...] = ("object", "string")
     for bare in (False, True):
         for style in styles:
-            turns = [question, _call_turn(style, bare, wrap), wrap(_tool_turn(_FOUND)), answer]
+            turns = [question, _call_turn(style, bare, wrap), wrap(_tool_turn(_EXTRA)), answer]
             for tried in (turns, turns[:2]):
                 if _shows(template, tried)(_NAME, _VALUE):
                     return style, bare

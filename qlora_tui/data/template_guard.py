@@ -89,8 +89,8 @@ class Bounded:
 
 def _clock_of(thread: int) -> int:
     # macOS has no clock for one thread; there a busy machine counts.
-    of_thread = getattr(time, "pthread_getcpuclockid", None)
-    return of_thread(thread) if of_thread else time.CLOCK_MONOTONIC
+    clock_of_thread = getattr(time, "pthread_getcpuclockid", None)
+    return clock_of_thread(thread) if clock_of_thread else time.CLOCK_MONOTONIC
 
 
 def hung_template(process: str) -> UserError:

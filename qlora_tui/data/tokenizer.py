@@ -1,8 +1,6 @@
 """A model's tokenizer and chat template from its folder, without transformers and without torch.
 
-``ChatTokenizer.from_folder`` reads what a model folder holds: ``tokenizer.json``,
-``tokenizer_config.json``, ``special_tokens_map.json`` and the chat template in any of its places. The
-trainer, the Data screen and the chat use this one class.
+The trainer, the Data screen and the chat use this one class.
 """
 
 from __future__ import annotations
@@ -16,14 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from tokenizers import AddedToken, Encoding, Tokenizer
+from tokenizers import Encoding, Tokenizer
 
-from qlora_tui.catalog.config_parser import MAX_CONFIG_BYTES
 from qlora_tui.data.chat_template import ChatTemplate, TemplateCompileError
 from qlora_tui.data.conversation import RowRejectedError
 from qlora_tui.data.stock_templates import stock_template
 from qlora_tui.data.template_capabilities import TemplateCapabilities, probe_template
 from qlora_tui.data.thinking import THOUGHT_TAGS
+from qlora_tui.data.tokenizer_files import (
+    own_templates,
+    read_json_object,
+    special_tokens_by_name,
+    with_declared_tokens,
+)
 from qlora_tui.data.tokenizer_guard import (
     MAX_BYTES,
     PROBE,
@@ -45,7 +48,6 @@ from qlora_tui.foreign_files import read_bounded
 OWN = "tokenizer"
 """Value of ``template_name`` where the tokenizer's own template is used."""
 _JSON_OBJECT: msgspec.json.Decoder[dict[str, Any]] = msgspec.json.Decoder(dict[str, Any])
-_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 class ChatTokenizer:
@@ -107,11 +109,11 @@ class ChatTokenizer:
                 if has_old
                 else "Download the model again, with its tokenizer files.",
             )
-        config = _json_object(folder / "tokenizer_config.json")
-        special = _special_tokens(config, _json_object(folder / "special_tokens_map.json"))
-        own, with_tools = _own_templates(folder, config)
+        config = read_json_object(folder / "tokenizer_config.json")
+        special = special_tokens_by_name(config, read_json_object(folder / "special_tokens_map.json"))
+        own, with_tools = own_templates(folder, config)
         try:
-            content = _with_missing_tokens(read_bounded(path, MAX_BYTES).decode(), config)
+            content = with_declared_tokens(read_bounded(path, MAX_BYTES).decode(), config)
             tokenizer = cls(content, special, own, template, with_tools)
         except UserError:
             raise
@@ -291,95 +293,3 @@ class ChatTokenizer:
 def _any_of(tokens: Sequence[str]) -> re.Pattern[str]:
     longest_first = sorted(filter(None, tokens), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(read_bounded(path, MAX_CONFIG_BYTES))
-    except (ValueError, RecursionError, OSError) as error:
-        raise UserError(
-            "Broken tokenizer",
-            what=f"{path} is not valid JSON: {error}.",
-            fix="Download the model's tokenizer files again.",
-        ) from error
-    return value if isinstance(value, dict) else {}
-
-
-def _special_tokens(config: Mapping[str, Any], older: Mapping[str, Any]) -> dict[str, str]:
-    """Return special tokens by name, from ``tokenizer_config.json``, else ``special_tokens_map.json``."""
-    extra = config.get("extra_special_tokens")
-    named = {**older, **config, **(extra if isinstance(extra, dict) else {})}
-    wanted = {f"{role}_token" for role in _ROLES} | (extra.keys() if isinstance(extra, dict) else set())
-    tokens = {}
-    for name in wanted & named.keys():
-        token = named[name]
-        content = token.get("content") if isinstance(token, dict) else token
-        if isinstance(content, str):
-            tokens[name] = content
-    return tokens
-
-
-def _own_templates(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the folder's template, and the one for conversations with tools; each empty if missing."""
-    path = folder / "chat_template.jinja"
-    named: dict[str, str] = {}
-    held = config.get("chat_template")
-    if isinstance(held, str):
-        named["default"] = held
-    elif isinstance(held, list):
-        named.update(
-            (part["name"], part["template"])
-            for part in held
-            if isinstance(part, dict)
-            and isinstance(part.get("name"), str)
-            and isinstance(part.get("template"), str)
-        )
-    if not named:
-        processor = _json_object(folder / "chat_template.json").get("chat_template")
-        if isinstance(processor, str):
-            named["default"] = processor
-    if path.is_file():
-        named["default"] = _template_text(path)
-    tool_path = folder / "additional_chat_templates" / "tool_use.jinja"
-    if tool_path.is_file():
-        named["tool_use"] = _template_text(tool_path)
-    return named.get("default", ""), named.get("tool_use", "") if named.get("default") else ""
-
-
-def _template_text(path: Path) -> str:
-    try:
-        return read_bounded(path, MAX_CONFIG_BYTES).decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            "Broken chat template",
-            what=f"{path} cannot be read: {error}.",
-            fix="Download the model's tokenizer files again.",
-        ) from error
-
-
-def _with_missing_tokens(tokenizer_json: str, config: Mapping[str, Any]) -> str:
-    """Add the tokens that only ``tokenizer_config.json`` declares, as transformers does."""
-    declared = config.get("added_tokens_decoder")
-    if not isinstance(declared, dict):
-        return tokenizer_json
-    with panics_as_errors():
-        backend = Tokenizer.from_str(tokenizer_json)
-    have = backend.get_added_tokens_decoder()
-    missing = [
-        AddedToken(
-            token["content"],
-            single_word=bool(token.get("single_word")),
-            lstrip=bool(token.get("lstrip")),
-            rstrip=bool(token.get("rstrip")),
-            normalized=bool(token.get("normalized", not token.get("special"))),
-            special=bool(token.get("special")),
-        )
-        for number, token in sorted(declared.items(), key=lambda item: int(item[0]))
-        if isinstance(token, dict) and int(number) not in have
-    ]
-    if not missing:
-        return tokenizer_json
-    backend.add_tokens(missing)
-    return backend.to_str()

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Iterator
 from typing import Literal
 
-from qlora_tui.data.render import TokenizedSample
+from qlora_tui.data.sample_tokens import TokenizedSample
 
 TooLong = Literal["drop", "cut-left", "cut-right", "split"]
 

@@ -30,11 +30,11 @@ _EMBEDDINGS = (
     *("embed_in.weight", "tok_embeddings.weight"),
 )
 _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
-_ORDINARY_ROWS = 64
+_TYPICAL_ROWS = 64
 UNTRAINED_NORM_RATIO = 0.1
 """Share of an ordinary row's norm below which a row counts as untrained."""
-_SPARE_ROWS = 64
-_ALIKE = 2
+_MAX_SPECIAL_ROWS = 64
+_MAX_IDENTICAL_ROWS = 2
 """Most special tokens with an identical row; with more, the rows were only initialized."""
 _MAX_ROW_BYTES = 1 << 20
 
@@ -51,16 +51,16 @@ def untrained_tokens(folder: Path, tokenizer: ChatTokenizer) -> list[str]:
         embedding = _Embedding.of(folder)
         if embedding is None:
             return []
-        step = max(1, tokenizer.backend.get_vocab_size(with_added_tokens=False) // _ORDINARY_ROWS)
-        ordinary = median(_size(embedding.row(n * step)) for n in range(_ORDINARY_ROWS))
+        step = max(1, tokenizer.backend.get_vocab_size(with_added_tokens=False) // _TYPICAL_ROWS)
+        typical_norm = median(_size(embedding.row(n * step)) for n in range(_TYPICAL_ROWS))
         rows = {token: embedding.row(tokenizer.added_tokens[token]) for token in wanted}
-        spare = [embedding.row(i) for i in sorted(tokenizer.special_ids)[:_SPARE_ROWS]]
+        special_rows = [embedding.row(i) for i in sorted(tokenizer.special_ids)[:_MAX_SPECIAL_ROWS]]
     except (UserError, OSError, ValueError, KeyError, IndexError, TypeError, struct.error):
         return []
     return [
         token
         for token, row in rows.items()
-        if _size(row) < UNTRAINED_NORM_RATIO * ordinary or spare.count(row) > _ALIKE
+        if _size(row) < UNTRAINED_NORM_RATIO * typical_norm or special_rows.count(row) > _MAX_IDENTICAL_ROWS
     ]
 
 

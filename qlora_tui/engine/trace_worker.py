@@ -131,9 +131,9 @@ class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         self._known[storage._cdata] = size
         self.live_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        weakref.finalize(storage, self._gone, storage._cdata)
+        weakref.finalize(storage, self._on_freed, storage._cdata)
 
-    def _gone(self, key: int) -> None:
+    def _on_freed(self, key: int) -> None:
         self.live_bytes -= self._known.pop(key, 0)
 
 

@@ -53,13 +53,13 @@ class CachingAllocator:
 
     __slots__ = (
         "_address",
-        "_before_emptied_bytes",
         "_capacity_bytes",
         "_expandable",
         "_free",
         "_large_bytes",
         "_last",
         "_most_small_bytes",
+        "_peak_before_release_bytes",
         "_taken_bytes",
         "most_allocated_bytes",
         "small_bytes",
@@ -75,7 +75,7 @@ class CachingAllocator:
         """Block at the end of the growing segment."""
         self._address = HIGHEST
         self._taken_bytes = 0
-        self._before_emptied_bytes = 0
+        self._peak_before_release_bytes = 0
         self._large_bytes = 0
         self._most_small_bytes = 0
         self.small_bytes = 0
@@ -90,7 +90,7 @@ class CachingAllocator:
     @property
     def most_reserved_bytes(self) -> int:
         """Return the peak of reserved bytes, including segments that a full GPU made it release."""
-        return max(self.reserved_bytes, self._before_emptied_bytes)
+        return max(self.reserved_bytes, self._peak_before_release_bytes)
 
     def count(self, most: int, left: int = 0) -> None:
         """Count small tensors: at most ``most`` bytes at once, of which ``left`` bytes remain."""
@@ -166,7 +166,7 @@ class CachingAllocator:
         if not self._expandable:
             whole = LARGE_SEGMENT if size < OWN_SEGMENT else -(-size // SMALL_SEGMENT) * SMALL_SEGMENT
             if self._capacity_bytes is not None and self.reserved_bytes + whole > self._capacity_bytes:
-                self._before_emptied_bytes = max(self._before_emptied_bytes, self.reserved_bytes)
+                self._peak_before_release_bytes = max(self._peak_before_release_bytes, self.reserved_bytes)
                 self.empty_cache()  # release_cached_blocks, before cudaMalloc is tried again
             self._taken_bytes += whole
             self._address -= whole

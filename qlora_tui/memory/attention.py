@@ -186,11 +186,11 @@ def _sample_backward(ops: Ops, numel: int, shared: int, width: int, shape: Heads
             weights = ops.new(block * end, width)
             triangle = ops.new(block * (end - start), width) if start else None
             del triangle
-        toward_v = ops.new(seen, width)
+        v_gradient = ops.new(seen, width)
         with ops.meter.attribute_to("scores"):
             scores = ops.new(block * end, width)
-        toward_q, toward_k = ops.new(block * shape.head_dim, width), ops.new(seen, width)
-        del toward_v, toward_q, toward_k, weights, scores, copies
+        q_gradient, k_gradient = ops.new(block * shape.head_dim, width), ops.new(seen, width)
+        del v_gradient, q_gradient, k_gradient, weights, scores, copies
     del laid_out, sums
 
 
@@ -238,7 +238,7 @@ def _eager_attention(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads) ->
         return _unfused_attention(ops, one, q, k, v)
     halves = [ops.split(x, x.numel // shape.pieces * others, x.numel // shape.pieces) for x in (q, k, v)]
     parts = (
-        _others_by_hand(ops, one, others, *(first for first, _ in halves)),
+        _other_samples_unfused(ops, one, others, *(first for first, _ in halves)),
         _unfused_attention(ops, one, *(last for _, last in halves)),
     )
     del halves
@@ -249,7 +249,7 @@ def _eager_attention(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads) ->
     return out
 
 
-def _others_by_hand(ops: Ops, one: Heads, samples: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _other_samples_unfused(ops: Ops, one: Heads, samples: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Replay all samples except the last, as the tensors the graph saves and their output.
 
     Samples are equal and run one after another, so the peak is in the last one's forward and in its backward,

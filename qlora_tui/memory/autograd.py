@@ -227,7 +227,7 @@ def _counts(tensor: Tensor) -> tuple[int, int]:
     return sys.getrefcount(tensor), sys.getrefcount(tensor.storage)
 
 
-def _counts_when_alone() -> tuple[int, int]:
+def _unshared_counts() -> tuple[int, int]:
     """Return the result of :func:`_counts` when only a buffer and one name refer to the tensor."""
     buffers = {0: Tensor(Storage(AllocationMeter(), 1), 1, 1)}
     there = buffers.get(0)
@@ -235,12 +235,12 @@ def _counts_when_alone() -> tuple[int, int]:
     return _counts(there)
 
 
-_ALONE = _counts_when_alone()
+_UNSHARED_COUNTS = _unshared_counts()
 """Reference counts of a tensor with one owner; measured, because CPython versions differ."""
 
 
 def _shared(counts: tuple[int, int]) -> bool:
-    return counts[0] > _ALONE[0] or counts[1] > _ALONE[1]
+    return counts[0] > _UNSHARED_COUNTS[0] or counts[1] > _UNSHARED_COUNTS[1]
 
 
 def backward(tape: Tape, root: Node, seed: Tensor, retained: list[Storage] | None) -> None:

@@ -72,7 +72,7 @@ def _square(ops: Ops, x: Tensor) -> Tensor:
     return out
 
 
-def _product(ops: Ops, x: Tensor, by_row: Tensor) -> Tensor:
+def _product(ops: Ops, x: Tensor, row_factors: Tensor) -> Tensor:
     """Replay the product of each row with one number: saves both."""
     numel = x.numel
 
@@ -82,7 +82,7 @@ def _product(ops: Ops, x: Tensor, by_row: Tensor) -> Tensor:
         del spread
         return (x_gradient, ops.new(ops.tokens, FLOAT))
 
-    node = ops.tape.node((x, by_row), fn, (x, by_row))
+    node = ops.tape.node((x, row_factors), fn, (x, row_factors))
     out = ops.new(numel, FLOAT)
     out.node = node
     return out

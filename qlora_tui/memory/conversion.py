@@ -16,13 +16,13 @@ Way = Literal["plain", "streamed", "whole"]
 (streamed); or all of it by transformers, with every weight in memory at once (whole)."""
 PLAIN_BYTES = 50 * MIB
 """Python, numpy, tokenizers, and a block of rows in float32."""
-PLAIN_BYTES_A_TOKEN = 4000
+PLAIN_BYTES_PER_TOKEN = 4000
 """Bytes per vocabulary token: Python lists of words and merges, and the tokenizer built from them."""
 LIBRARIES_BYTES = 320 * MIB
 """Bytes of the libraries with torch and transformers."""
-BYTES_A_TOKEN = 2000
+BYTES_PER_TOKEN = 2000
 """Bytes per vocabulary token in transformers."""
-BYTES_A_WEIGHT = 8
+BYTES_PER_WEIGHT = 8
 """Bytes per weight with all weights in memory: float32, and a copy."""
 
 
@@ -54,6 +54,6 @@ def peak_bytes(way: Way, *, file_bytes: int, vocabulary: int, weights: int) -> i
     the same file with all weights at once.
     """
     if way == "plain":
-        return PLAIN_BYTES + file_bytes + vocabulary * PLAIN_BYTES_A_TOKEN
-    rest = LIBRARIES_BYTES + file_bytes + vocabulary * BYTES_A_TOKEN
-    return rest + (weights * BYTES_A_WEIGHT if way == "whole" else 0)
+        return PLAIN_BYTES + file_bytes + vocabulary * PLAIN_BYTES_PER_TOKEN
+    rest = LIBRARIES_BYTES + file_bytes + vocabulary * BYTES_PER_TOKEN
+    return rest + (weights * BYTES_PER_WEIGHT if way == "whole" else 0)

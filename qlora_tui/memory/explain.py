@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.memory.execution import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS, ExecutionConfig
 from qlora_tui.memory.layout import Layout
-from qlora_tui.memory.levels import TOKENIZER_BYTES_A_TOKEN
+from qlora_tui.memory.levels import TOKENIZER_BYTES_PER_TOKEN
 from qlora_tui.recipe.diff import format_value
 from qlora_tui.recipe.schema import Recipe
 
@@ -190,7 +190,7 @@ def _process_sentences(facts: ExplainContext) -> dict[str, str]:
         ),
         "context": "The CUDA context and loaded kernels, outside torch's allocator.",
         "tokenizer": (
-            f"{tokens:,} tokens × {TOKENIZER_BYTES_A_TOKEN} bytes: vocabulary twice, merges, and the file."
+            f"{tokens:,} tokens × {TOKENIZER_BYTES_PER_TOKEN} bytes: vocabulary twice, merges, and the file."
         ),
         "runtime": "The process before the model: Python, torch, transformers, peft, bitsandbytes.",
     }

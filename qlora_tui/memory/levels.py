@@ -55,7 +55,7 @@ RUNTIME_BYTES = 535 * MIB
 once torch, transformers (which brings pandas and pyarrow), peft and bitsandbytes are imported, of which 126
 are library files; 29 of library files that are loaded later, with weights and first kernel calls; the rest
 are Python objects for data, modules and optimizer."""
-TOKENIZER_BYTES_A_TOKEN = 500
+TOKENIZER_BYTES_PER_TOKEN = 500
 """Bytes per vocabulary token. Measured with tokenizers 0.23, after returning the memory that reading left
 free: 472 bytes for 49,152 tokens (SmolLM2), 511 for 262,144 (Gemma 3): it holds the words twice, the merges,
 and the JSON text itself."""
@@ -125,7 +125,7 @@ def _on_cpu(
 ) -> MemoryLevels:
     kernels = kernel_bytes(layout, execution) if moving_bytes else 0
     slack = max(0, moving_bytes - _mapped_bytes(layout, execution)) // HEAP_HOLES
-    tokenizer = architecture.vocab_size * TOKENIZER_BYTES_A_TOKEN
+    tokenizer = architecture.vocab_size * TOKENIZER_BYTES_PER_TOKEN
     reserved = allocated + slack + kernels + tokenizer
     runtime = RUNTIME_BYTES + (CUDA_LIBRARIES_BYTES if execution.cuda_libraries else 0)
     process = reserved + runtime

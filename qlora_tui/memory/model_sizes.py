@@ -41,10 +41,10 @@ def largest_model_size(
 
     Target modules are assumed ``all-linear``, because another model has other modules.
     """
-    anywhere = structs.replace(recipe, lora=structs.replace(recipe.lora, target_modules=(ALL_LINEAR,)))
+    all_linear = structs.replace(recipe, lora=structs.replace(recipe.lora, target_modules=(ALL_LINEAR,)))
     largest = None
     for label, *_ in _SHAPES:
-        result = estimate(anywhere, _architecture(label), device=device)
+        result = estimate(all_linear, _architecture(label), device=device)
         if not check_fit(result, available_bytes).fits:
             break
         largest = ModelClass(label, result)

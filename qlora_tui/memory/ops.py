@@ -211,9 +211,9 @@ class Ops:
         cubed = self.activation(x, "pow")
         inner = self.times_number(self.add(x, self.times_number(cubed)))
         del cubed
-        bent = self.times_number(self.activation(inner, "tanh"))  # plus one
+        tanh = self.times_number(self.activation(inner, "tanh"))  # plus one
         del inner
-        return self.multiply(half, bent)
+        return self.multiply(half, tanh)
 
     def times_number(self, x: Tensor) -> Tensor:
         """Replay adding or multiplying by a number: nothing is saved."""

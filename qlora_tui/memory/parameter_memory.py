@@ -51,7 +51,7 @@ class FrozenWeights:
 
 
 def frozen_weights(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> FrozenWeights:
-    """Compute the bytes of every base model parameter, in the dtype it is trained in."""
+    """Compute the bytes of every base model parameter, in the dtype it has during training."""
     method = recipe.quantization.method
     packed = scales = dense = vision = 0
     itemsize = 4 if execution.cast_to_float32 else execution.compute_bytes

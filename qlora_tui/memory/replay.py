@@ -80,8 +80,8 @@ class _Run:
         ends = ENDS if execution.checkpointing and not execution.kept_layers else ENDS_THAT_KEEP
         if not execution.expandable_segments:
             ends = len(step_profile.layers)
-        between = _between_equals(step_profile.layers, ends)
-        self._layers = [(layer.recording, not passed) for layer, passed in between]
+        marked = _with_equal_neighbors(step_profile.layers, ends)
+        self._layers = [(layer.recording, not is_repeated) for layer, is_repeated in marked]
         self._embedded_bytes = layout.tokens * layout.hidden * embedding_bytes(execution)
         self._keeps_embedding = layout.modifies_embedding or not step_profile.layers[0].keeps_input
         self._inputs = (input_bytes(architecture, layout, execution), mask_bytes(layout, execution))
@@ -163,8 +163,8 @@ def take_all(allocator: CachingAllocator, sizes: Iterable[int]) -> list[MemoryBl
     return [allocator.malloc(size) for size in sizes if size]
 
 
-def _between_equals(layers: tuple[PartProfile, ...], ends: int) -> Iterator[tuple[PartProfile, bool]]:
+def _with_equal_neighbors(layers: tuple[PartProfile, ...], ends: int) -> Iterator[tuple[PartProfile, bool]]:
     """Yield each layer, and whether ``ends`` layers on either side equal it."""
     for place, layer in enumerate(layers):
-        near = layers[max(0, place - ends) : place] + layers[place + 1 : place + 1 + ends]
-        yield layer, len(near) == 2 * ends and all(other is layer for other in near)
+        neighbors = layers[max(0, place - ends) : place] + layers[place + 1 : place + 1 + ends]
+        yield layer, len(neighbors) == 2 * ends and all(other is layer for other in neighbors)

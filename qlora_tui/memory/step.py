@@ -178,16 +178,16 @@ def _profile(
     meter = AllocationMeter()
     ops = make_ops(meter, layout, execution, dropout)
     profile = PartProfile()
-    upstream = Node(0, "upstream", (), _nothing)
+    upstream = Node(0, "upstream", (), _no_gradients)
     x = ops.new(layout.tokens * layout.hidden, width, "checkpoints" if checkpointed else None)
     x.node = upstream
-    there = weakref.ref(x.storage)
+    input_storage = weakref.ref(x.storage)
     recording = profile.recording
     recording.enters, begins = x.storage.number, len(meter.events)
     meter.restart()
     inputs = [x]
     if checkpointed:
-        ops.tape.mode = ("first", ActivationCheckpoint(partial(_again, run, ops, x)))
+        ops.tape.mode = ("first", ActivationCheckpoint(partial(_recompute, run, ops, x)))
         if execution.reentrant:
             inputs = [x.view(upstream)]
     del x
@@ -206,7 +206,7 @@ def _profile(
     inputs.clear()
     recording.forward = build_phase(meter.events[begins:], recording.leaves)
     profile.retained = {item: size for item, size in meter.live_items.items() if size}
-    profile.keeps_input = there() is not None
+    profile.keeps_input = input_storage() is not None
     meter.restart()
     seed = [ops.new(numel, width)]
     recording.seed, begins = seed[0].storage.number, len(meter.events)
@@ -246,18 +246,18 @@ def _reentrant_backward(
     backward(ops.tape, result.node, gradient, None if execution.accumulates else retained)
     profile.backward = dict(ops.meter.peak_items)
     profile.gradient_bytes = sum(storage.size for storage in retained)
-    goes_on = without_input_gradient(ops.meter.events)
+    input_gradient = without_input_gradient(ops.meter.events)
     del held, result, gradient, x
     inputs.clear()
-    profile.recording.gradient = goes_on
-    profile.recording.backward = build_phase(ops.meter.events[begins:], goes_on)
+    profile.recording.gradient = input_gradient
+    profile.recording.backward = build_phase(ops.meter.events[begins:], input_gradient)
 
 
-def _again(run: ForwardFn, ops: Ops, x: Tensor) -> Tensor:
+def _recompute(run: ForwardFn, ops: Ops, x: Tensor) -> Tensor:
     return run(ops, [x])[0]
 
 
-def _nothing(grad: Tensor, saved: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+def _no_gradients(grad: Tensor, saved: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     return ()
 
 

@@ -17,7 +17,7 @@ _OPAQUE = re.compile(
     re.DOTALL,
 )
 """Strings and comments, in which brackets and equals signs have no meaning."""
-_MEANINGFUL = re.compile(r"[\[\]{}=#.,\"']")
+_SYNTAX = re.compile(r"[\[\]{}=#.,\"']")
 _NAME = r"[\w-]+(?:\s*\.\s*[\w-]+)*"
 _HEADER = re.compile(rf"\s*(\[\[?)\s*({_NAME})\s*\]")
 _ASSIGNMENT = re.compile(rf"\s*({_NAME})\s*=")
@@ -59,7 +59,7 @@ def line_of(lines: Mapping[Key, int], key: Key) -> int | None:
 
 def _blank(match: re.Match[str]) -> str:
     text = match[0]
-    return "" if text.startswith("#") else _MEANINGFUL.sub("", text)
+    return "" if text.startswith("#") else _SYNTAX.sub("", text)
 
 
 def _parts(dotted: str) -> Key:

@@ -35,6 +35,7 @@ out_of_memory   what would fit after memory ran out
 retry           settings for the next attempt after that
 notification    what to report about a run's end
 notify          sends it to a command or a webhook
+defects         what is wrong with the result of a run that ended regularly
 run_summary     a run in one line, for lists
 length_costs    memory and time at other sequence lengths
 suggested_fix   a fix for a warning that one key applies

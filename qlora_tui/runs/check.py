@@ -44,15 +44,15 @@ def check_queue() -> CheckResult:
     """Check the queue's folder for names that queue nothing."""
     defects = [
         Defect(
-            f"{entry.path.name} queues a run that is not there",
-            "a repair takes it out",
+            f"{entry.path.name} queues a run that does not exist",
+            "a repair removes it from the queue",
             partial(repair.take_out, entry),
         )
         for entry in entries()
         if not (paths.runs_dir() / entry.run_id).is_dir()
     ]
     defects += [
-        Defect(f"{name} is no place in the queue", f"it is ignored; delete {queue_dir() / name}")
+        Defect(f"{name} is not a queue entry", f"it is ignored; delete {queue_dir() / name}")
         for name in stray_names()
     ]
     return CheckResult("queue", None, tuple(defects))
@@ -69,8 +69,8 @@ def check_leftovers() -> CheckResult:
 
 def _moved_aside(run: RunDir) -> Iterator[Defect]:
     for final in leftovers.moved_aside(run):
-        what = f"{final.name} was moved to {earlier_folder(final).name} for a new one that never came"
-        yield Defect(what, "a repair puts it back", partial(repair.put_back, run, final))
+        what = f"{final.name} was moved to {earlier_folder(final).name} and the replacement is missing"
+        yield Defect(what, "a repair moves it back", partial(repair.put_back, run, final))
 
 
 def _recipe(run: RunDir) -> Iterator[Defect]:
@@ -84,7 +84,7 @@ def _recipe(run: RunDir) -> Iterator[Defect]:
     if copy is None:
         yield Defect(what, "neither adapter nor checkpoint has a copy: start a new run")
     else:
-        remedy = "a repair takes the copy kept with its adapter or checkpoint"
+        remedy = "a repair restores it from an adapter or checkpoint"
         yield Defect(what, remedy, partial(repair.restore_recipe, run, *copy))
 
 
@@ -106,8 +106,8 @@ def _events(run: RunDir) -> Iterator[Defect]:
     aside = repair.last_aside(run.events_path)
     if not run.events_path.exists() and aside is not None:
         yield Defect(
-            f"events.jsonl is missing, and {aside.name} is there: a repair was interrupted",
-            "a repair takes what can be read of it",
+            f"events.jsonl is missing, but {aside.name} exists: a repair was interrupted",
+            "a repair restores its readable events",
             partial(repair.restore_events, run, aside),
         )
         return
@@ -119,7 +119,7 @@ def _events(run: RunDir) -> Iterator[Defect]:
     if damaged:
         yield Defect(
             f"events.jsonl has {damaged} damaged {'line' if damaged == 1 else 'lines'}",
-            "a repair leaves them out, and keeps the file as it was beside it",
+            "a repair removes them, and keeps a copy of the original file",
             partial(repair.rewrite_events, run),
         )
 
@@ -150,7 +150,7 @@ def _adapter(run: RunDir, state: State) -> Iterator[Defect]:
     remedy = (
         f"a repair lets `qlora-tui resume {run.id}` write it again from step {whole[-1]}"
         if whole
-        else f"a repair lets `qlora-tui resume {run.id}` train it again: no checkpoint is whole"
+        else f"a repair lets `qlora-tui resume {run.id}` train it again: no checkpoint is intact"
     )
     yield Defect(f"adapter: {damage}", remedy, partial(repair.reopen, run, damage))
 
@@ -163,7 +163,7 @@ def _status(run: RunDir) -> Iterator[Defect]:
         yield Defect(problem, "a repair writes it from the run's events", partial(repair.restore_status, run))
     elif is_stranded(run):
         yield Defect(
-            "it says queued and is not in the queue",
+            "its status is queued, but it is not in the queue",
             f"`qlora-tui resume {run.id}` queues it; a repair records it as stopped",
             partial(repair.restore_status, run),
         )

@@ -27,6 +27,10 @@ Kind: TypeAlias = Literal[
 ]
 
 
+ENDINGS: tuple[Kind, ...] = ("stop", "pause", "finish_epoch")
+"""Requests that end the run."""
+
+
 class ControlRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One request to a trainer."""
 
@@ -85,6 +89,16 @@ def _terminate(process: ProcessIdentity | None) -> bool:
     finally:
         os.close(handle)
     return True
+
+
+def pending_ending(run: RunDir) -> Kind | None:
+    """Return the last request to end the run that the trainer has not taken yet."""
+    try:
+        names = sorted(path.stem for path in run.control_dir.iterdir() if path.suffix == ".json")
+    except OSError:
+        return None
+    kinds = [name.rpartition("-")[2] for name in names]
+    return next((kind for name in reversed(kinds) for kind in ENDINGS if kind == name), None)
 
 
 def take_requests(run: RunDir) -> list[ControlRequest]:

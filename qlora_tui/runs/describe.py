@@ -43,9 +43,9 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
         case Progress():
             return f"{phase_label(event.phase)} {event.done:,}/{event.total:,}"
         case Environment():
-            kernels = ", Triton kernels" if event.kernels == "triton" else ""
-            computed = f"{event.attention} attention, {event.loss} loss{kernels}"
-            return f"{event.device}, {event.compute_dtype}, {computed}"
+            kernels = "; Triton kernels" if event.kernels == "triton" else ""
+            computed = f"attention: {event.attention}; loss: {event.loss}{kernels}"
+            return f"{event.device}, {event.compute_dtype}; {computed}"
         case DataReady():
             return (
                 f"{event.samples:,} samples, {event.validation_samples:,} to validate on; "
@@ -161,13 +161,26 @@ def _format_kept(event: LayersKept) -> str:
 def _format_verified(event: StepVerified) -> str:
     if event.reason:
         return f"the first step could not be checked against transformers and peft: {event.reason}"
-    words = (
-        f"first step checked on {event.tokens:,} tokens: loss {format_float(_number(event.loss))}, with "
-        f"transformers and peft alone {format_float(_number(event.reference_loss))}; a gradient differs by "
-        f"{_number(event.gradient_difference):.2g} times its size (rounding explains "
-        f"{_number(event.gradient_noise):.2g})"
+    figures = (
+        f"{event.tokens:,} tokens: loss {format_float(_number(event.loss))}, theirs "
+        f"{format_float(_number(event.reference_loss))}; gradients differ by "
+        f"{_number(event.gradient_difference):.2%}, through rounding alone by "
+        f"{_number(event.gradient_noise):.2%}"
     )
-    return f"{words}; now by transformers and peft: {', '.join(event.replaced)}" if event.replaced else words
+    if not event.agrees:
+        return (
+            "first step checked: it differs from that of transformers and peft alone, so the results may be "
+            f"wrong ({figures})"
+        )
+    if event.replaced:
+        return (
+            f"first step checked: it differed from that of transformers and peft alone ({figures}). The "
+            f"cause was {', '.join(event.replaced)}, which this run does without: now they agree"
+        )
+    return (
+        "first step checked: loss and gradients are those of transformers and peft alone, except for "
+        f"rounding ({figures})"
+    )
 
 
 def _number(value: float | None) -> float:

@@ -10,7 +10,7 @@ from msgspec import Struct
 from qlora_tui.decoding import UnixTime, decode_json
 from qlora_tui.runs.event_log import read_from
 
-JOULES_A_KWH = 3.6e6
+JOULES_PER_KWH = 3.6e6
 _CHUNK_BYTES = 1 << 20
 MAX_CHUNKS = 24
 MAX_SAMPLE_GAP_S = 10.0
@@ -45,7 +45,7 @@ class EnergyMeter:
     @property
     def kwh(self) -> float | None:
         """Energy in kWh; None if the GPU reported no power, and until the whole file has been read."""
-        return self._joules / JOULES_A_KWH if self._has_power and not self._is_behind else None
+        return self._joules / JOULES_PER_KWH if self._has_power and not self._is_behind else None
 
     def read(self) -> None:
         """Read new samples, a day of them at most, so that a call every second stays short."""

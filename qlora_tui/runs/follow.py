@@ -33,7 +33,7 @@ def follow_events(
     """
     settled_before = False
     runner = _RunnerMonitor(view.run)
-    said = waited_for = ""
+    reported = waited_for = ""
     while True:
         yield from view.iter_new()
         state = view.status.state
@@ -44,9 +44,9 @@ def follow_events(
         settled_before = settled
         # The text before a colon stays the same; the text after it may be an age.
         detail = view.status.detail if state == "queued" or state in ACTIVE else ""
-        if detail.partition(":")[0] != said:
+        if detail.partition(":")[0] != reported:
             on_status(detail or f"The {waited_for} responds again.")
-            said = detail.partition(":")[0]
+            reported = detail.partition(":")[0]
             waited_for = "runner" if state == "queued" else "trainer"
         if state == "queued":
             runner.check()

@@ -33,7 +33,7 @@ VIEW = "qlora-tui-view-"
 
 
 def restore(run: RunDir) -> list[Path]:
-    """Restore an adapter and checkpoints that were moved aside for a replacement that never came.
+    """Restore an adapter and checkpoints that were moved aside for a replacement that is missing.
 
     For the trainer that holds the run, or while no trainer does. Raises OSError.
     """

@@ -46,9 +46,9 @@ def main(folder: str) -> int:
     if news is None:
         return 0
     # The command goes first: it does not depend on a network.
-    for trouble in (_command(wanted.command, news), _webhook(wanted.webhook, news)):
-        if trouble:
-            print(f"{run.id}: {trouble}", file=sys.stderr)
+    for failure in (_command(wanted.command, news), _webhook(wanted.webhook, news)):
+        if failure:
+            print(f"{run.id}: {failure}", file=sys.stderr)
     return 0
 
 
@@ -65,8 +65,8 @@ def _webhook(url: str, notification: RunNotification) -> str:
     thread = threading.Thread(target=lambda: answers.append(_post(url, notification)), daemon=True)
     thread.start()
     thread.join(WEBHOOK_S)
-    trouble = answers[0] if answers else f"did not answer within {WEBHOOK_S:.0f} s"
-    return f"the webhook at {host} {trouble}" if trouble else ""
+    failure = answers[0] if answers else f"did not answer within {WEBHOOK_S:.0f} s"
+    return f"the webhook at {host} {failure}" if failure else ""
 
 
 def _ascii_address(url: str) -> tuple[str, str]:

@@ -126,7 +126,7 @@ def _reason(error: OSError | UserError) -> str:
 
 
 def put_back(run: RunDir, final: Path) -> str:
-    """Restore a folder that was moved aside for a replacement that never came."""
+    """Restore a folder that was moved aside for a replacement that is missing."""
     leftovers.restore(run)
     return f"put {final.name} back"
 

@@ -14,6 +14,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs import run_queue
+from qlora_tui.runs.defects import ResultDefect, find_defect
 from qlora_tui.runs.describe import format_energy
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.directory import all_runs as list_runs
@@ -62,6 +63,8 @@ class RunSummary:
     """``0.42 kWh, 3.1 tokens/J``; empty if unknown."""
     fix: str
     """The suggested fix of a failure, in a sentence; empty otherwise."""
+    defect: ResultDefect | None = None
+    """What is wrong with the result of a run that ended regularly."""
 
     @property
     def id(self) -> str:
@@ -153,6 +156,7 @@ def summarize(run: RunDir) -> RunSummary:
         seconds_left=view.seconds_left,
         energy=format_energy(ending) if isinstance(ending, Finished) else "",
         fix=ending.fix if isinstance(ending, Failed) else "",
+        defect=find_defect(view),
     )
 
 

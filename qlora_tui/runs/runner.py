@@ -38,7 +38,7 @@ EXITING_S = 60.0
 def main() -> int:
     """Work until the queue is empty; return the exit code, 0 also if another runner is active."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    passed_over: set[str] = set()
+    skipped: set[str] = set()
     try:
         # A run is queued before a runner is started for it, so a runner that finds the queue empty with
         # the lock released can exit: a later entry starts its own runner.
@@ -49,8 +49,8 @@ def main() -> int:
                 lock.truncate(0)
                 lock.write(f"{os.getpid()}\n")
                 lock.flush()
-                _run_queue(passed_over)
-            if _next(passed_over) is None:
+                _run_queue(skipped)
+            if _next(skipped) is None:
                 return 0
     except UserError as problem:
         print(problem, file=sys.stderr)
@@ -60,20 +60,20 @@ def main() -> int:
         return EXIT_FAILURE
 
 
-def _run_queue(passed_over: set[str]) -> None:
+def _run_queue(skipped: set[str]) -> None:
     sweep()
     for run in all_runs():
         _guarded(run, _take_over)
-    while (run_ := _next(passed_over)) is not None:
+    while (run_ := _next(skipped)) is not None:
         if not run_.recipe_path.exists():
             run_queue.remove(run_)
         elif not _guarded(run_, _begin):
             # It stays in the queue: the next runner tries again.
-            passed_over.add(run_.id)
+            skipped.add(run_.id)
 
 
-def _next(passed_over: set[str]) -> RunDir | None:
-    name = next((name for name in run_queue.waiting() if name not in passed_over), None)
+def _next(skipped: set[str]) -> RunDir | None:
+    name = next((name for name in run_queue.waiting() if name not in skipped), None)
     return None if name is None else RunDir(paths.runs_dir() / name)
 
 

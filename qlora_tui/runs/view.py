@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from typing import Self
 
+from qlora_tui.runs import control
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventTail
 from qlora_tui.runs.event_sampling import sample_events
@@ -129,6 +130,8 @@ class RunView:
         self.samples: list[SampleGenerated] = []
         self.health: list[Health] = []
         self.ending: RunEnded | None = None
+        self.requested_ending = ""
+        """The request to end this attempt that the trainer took; empty without one."""
 
     @classmethod
     def from_sample(cls, run: RunDir, steps: int) -> tuple[Self, list[AnyEvent]]:
@@ -229,7 +232,7 @@ class RunView:
             case Started():
                 self.attempt = event.attempt
                 self.started_at = event.at
-                self.ending = None
+                self.ending, self.requested_ending = None, ""
                 self._truncate_to(event.resumed_from_step)
             case Queued():
                 self.ending = None
@@ -256,7 +259,11 @@ class RunView:
                 self.samples.append(event)
             case Health():
                 self.health.append(event)
-            case RequestReceived() | LayersKept():
+            case RequestReceived():
+                self.requested_ending = (
+                    event.request if event.request in control.ENDINGS else self.requested_ending
+                )
+            case LayersKept():
                 pass
             case Finished() | Failed() | Stopped() | Paused():
                 self.ending = event

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from qlora_tui.catalog.local_models import resolve_model
-from qlora_tui.runs.energy import JOULES_A_KWH, EnergyMeter
+from qlora_tui.runs.energy import JOULES_PER_KWH, EnergyMeter
 from qlora_tui.runs.events import Finished, Paused, RunEnded, Stopped
 from qlora_tui.training.callbacks import RunCallback
 from qlora_tui.training.compute_device import find_device
@@ -130,6 +130,6 @@ class TrainingAttempt:
             tokens_per_s=tokens / max(seconds, 1e-9),
             reason=reason,
             energy_kwh=energy.kwh,
-            tokens_per_joule=trainer.tokens / (kwh * JOULES_A_KWH) if kwh else None,
+            tokens_per_joule=trainer.tokens / (kwh * JOULES_PER_KWH) if kwh else None,
             checksums=checksums,
         )

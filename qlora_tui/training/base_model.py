@@ -22,7 +22,7 @@ _FALLBACKS: dict[AttentionPath, tuple[PackedAttention, ...]] = {
 """Implementations of packed attention to try for each path, in order; none means padded rows."""
 _DESCRIPTIONS: dict[PackedAttention, str] = {
     "varlen": "flash, all samples in one call",
-    "segments": "SDPA, sample by sample",
+    "segments": "SDPA, one call per sample",
 }
 _NOT_WEIGHTED = "this data has token weights, which Liger does not support"
 

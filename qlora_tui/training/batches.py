@@ -164,7 +164,7 @@ def sum_loss_weights(rows: Sequence[Row], samples: TokenizedDataset) -> float:
     The first token of a sample does not count, because it is predicted from nothing.
     """
     weights = (samples.weights(i) or samples.loss_mask(i) for i in _samples_of(rows))
-    return sum(sum(of_one[1:]) for of_one in weights)
+    return sum(sum(token_weights[1:]) for token_weights in weights)
 
 
 def computed_tokens(rows: Sequence[Row], samples: TokenizedDataset, *, packing_isolated: bool) -> int:
@@ -192,7 +192,7 @@ def collate(
         fp32 in the shape of the labels.
     """
     weighted = [samples.weights(i) for i in _samples_of(rows)]
-    weights = [torch.tensor(list(of_one)) for of_one in weighted if of_one is not None]
+    weights = [torch.tensor(list(token_weights)) for token_weights in weighted if token_weights is not None]
     ids = [_tensor(samples.token_ids(i)) for row in rows for i in row]
     labels = [_labels(i, tokens, samples) for i, tokens in zip(_samples_of(rows), ids, strict=True)]
     if packing_isolated:

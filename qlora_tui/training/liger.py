@@ -21,7 +21,7 @@ _TOKENS = 256
 """Tokens of the check: enough for Liger to use several chunks, of several rows each in most models."""
 _LOSS_FACTOR = 0.125
 """Factor on the loss before its backward, like the division by a step's tokens."""
-_SPREAD = 4.0
+_LOGIT_STD = 4.0
 """Standard deviation of a position's logits: a few of them then dominate the softmax, and its part of the
 gradient is as large as that of the target."""
 _TOLERANCES = {32: 1e-4, 16: 2e-3}
@@ -68,8 +68,8 @@ def _difference(summed: LossSumFn, head: ChunkedHead, device: torch.device) -> s
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(_TOKENS, weight.shape[1], generator=generator).to(device, weight.dtype)
     targets = torch.randint(weight.shape[0], (_TOKENS,), generator=generator).to(device)
-    spread = (states[:8] @ weight.t() * head.multiplier).float().std()
-    states *= (head.softcap or _SPREAD) / spread.to(states.dtype)
+    std = (states[:8] @ weight.t() * head.multiplier).float().std()
+    states *= (head.softcap or _LOGIT_STD) / std.to(states.dtype)
     bits = 8 * weight.element_size()
     totals, gradients = [], []
     for loss_fn in (summed, partial(chunked_sum, head=head)):

@@ -197,10 +197,10 @@ def _affordable_tokens(longest: list[Row], samples: TokenizedDataset, device: Co
     """
     trained = sum(sum(samples.loss_mask(i)) for row in longest for i in row)
     ours = 2 * min(LOSS_CHUNK_ROWS, trained) + 12 * LOSS_BLOCK_ROWS[device.kind]
-    of_a_sample = ours // _LIBRARY_LOGITS_BYTES
+    sample_tokens = ours // _LIBRARY_LOGITS_BYTES
     return min(
         _MAX_TOKENS[device.kind],
-        2 * of_a_sample,
+        2 * sample_tokens,
         max(count_tokens(longest, samples) // 2, 2 * _MIN_TOKENS),
     )
 
@@ -232,8 +232,8 @@ def _report(verified: VerificationResult, tokens: int, seconds: float, reporter:
     else:
         difference = (
             f"loss {comparison.loss:.4f}, theirs {comparison.reference_loss:.4f} (rounding explains "
-            f"{comparison.loss_noise:.2g}); a gradient differs by {comparison.gradient_difference:.2g} times "
-            f"its size (rounding explains {comparison.gradient_noise:.2g})."
+            f"{comparison.loss_noise:.2g}); a gradient differs by {comparison.gradient_difference:.2%} "
+            f"(rounding explains {comparison.gradient_noise:.2%})."
         )
     evidence = f"The first step differs from that of transformers and peft{because}: {difference}"
     report = "Please report the model and the versions of transformers and peft."

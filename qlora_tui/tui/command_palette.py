@@ -1,7 +1,6 @@
 """The command palette: every command of the screen in front, of the app, and of the other screens.
 
-What another screen can do is for what is under the cursor there: the palette leads to it and leaves the key
-to the user.
+A command of another screen acts on what is selected there, so the palette only opens that screen.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from qlora_tui.tui.screens.registry import SCREENS, screen_commands
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
 
-_FURTHER = 0.8
+_OTHER_SCREEN_FACTOR = 0.8
 """Factor on the score of commands of other screens, which are listed after those of the current one."""
 
 
@@ -40,9 +39,9 @@ class CommandProvider(Provider):
                 yield Hit(
                     score, matcher.highlight(title), partial(self._run, command), help=escape(command.help)
                 )
-        for screen, command in await asyncio.to_thread(_elsewhere, self.screen):
+        for screen, command in await asyncio.to_thread(_commands_of_other_screens, self.screen):
             title = self._title(command, f" on {screen.label}")
-            score = _FURTHER * max(matcher.match(title), matcher.match(command.help))
+            score = _OTHER_SCREEN_FACTOR * max(matcher.match(title), matcher.match(command.help))
             if score > 0:
                 yield Hit(
                     score, matcher.highlight(title), partial(self._run, screen), help=escape(command.help)
@@ -60,7 +59,7 @@ class CommandProvider(Provider):
         return f"{command.label} ({command.keys(keymap)[0]}{where})"
 
 
-def _elsewhere(here: object) -> list[tuple[Command, Command]]:
+def _commands_of_other_screens(here: object) -> list[tuple[Command, Command]]:
     """The commands of the other screens, each after the one that opens it. Some have yet to be imported."""
     mode = here.MODE if isinstance(here, WorkScreen) else ""
     opening = {command.id: command for command in EVERYWHERE}

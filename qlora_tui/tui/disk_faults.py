@@ -18,14 +18,14 @@ class DiskFaults:
     """Handles disk errors, and no others."""
 
     def __init__(self) -> None:
-        self._said: dict[str, float] = {}
+        self._reported_at: dict[str, float] = {}
         self.ended_by: UserError | None = None
         """Why the app had to end: Textual ends the part of it in which a message fails."""
 
     def handle(self, app: App[Any], error: Exception) -> bool:
         """Report a disk error; return False for any other error.
 
-        What fails in a worker is a notification. What fails in a message of the app ends it.
+        An error in a worker becomes a notification; one in a message handler ends the app.
         """
         if isinstance(error, WorkerFailed):
             return self.notify(app, error.error)
@@ -40,7 +40,7 @@ class DiskFaults:
         problem = disk_problem(error) if isinstance(error, OSError) else None
         if problem is None:
             return False
-        if time.monotonic() - self._said.get(problem.title, -REPEAT_S) >= REPEAT_S:
-            self._said[problem.title] = time.monotonic()
+        if time.monotonic() - self._reported_at.get(problem.title, -REPEAT_S) >= REPEAT_S:
+            self._reported_at[problem.title] = time.monotonic()
             app.notify(str(problem), severity="error", timeout=10)
         return True

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_INSTEAD = {
+_FALLBACKS = {
     "_": "▁▂▔",
     "▄": "▃▅",
     "█": "▆▇▋▊▉▙▛▜▟",
@@ -53,7 +53,7 @@ def fallback_glyphs(terminal: str) -> Mapping[int, str]:
     if terminal != "linux":
         return {}
     return (
-        {ord(one): instead for instead, those in _INSTEAD.items() for one in those}
+        {ord(one): fallback for fallback, glyphs in _FALLBACKS.items() for one in glyphs}
         | {0x2800 + dots: _half_blocks(dots) for dots in range(256)}
         | dict.fromkeys(_CONTROL_PICTURES, "?")
     )

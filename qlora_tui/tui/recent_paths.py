@@ -11,7 +11,7 @@ from qlora_tui import paths
 from qlora_tui.decoding import decode_json
 from qlora_tui.files import atomic_write
 
-_KEPT = 20
+_MAX_PATHS = 20
 _NAMES = msgspec.json.Decoder(list[str])
 
 
@@ -28,7 +28,7 @@ def add_recent(kind: str, path: Path) -> None:
     """Put one in front, where the disk allows it: nothing depends on it."""
     others = [known for known in load_recent(kind) if known != path]
     with suppress(OSError):
-        atomic_write(_file(kind), msgspec.json.encode([str(p) for p in [path, *others][:_KEPT]]))
+        atomic_write(_file(kind), msgspec.json.encode([str(p) for p in [path, *others][:_MAX_PATHS]]))
 
 
 def _exists(path: Path) -> bool:

@@ -46,11 +46,11 @@ class TerminalContents:
                 return update.render_segments(console)
             return self._send(dict(enumerate(lines)), console)
         if isinstance(update, ChopsUpdate) and self._lines:
-            return self._send(self._laid_over(update), console)
+            return self._send(self._full_lines(update), console)
         self.invalidate()
         return update.render_segments(console)
 
-    def _laid_over(self, update: ChopsUpdate) -> dict[int, Strip]:
+    def _full_lines(self, update: ChopsUpdate) -> dict[int, Strip]:
         """Each line that an update of parts touches, whole."""
         lines: dict[int, Strip] = {}
         for y, x1, x2 in update.spans:

@@ -47,12 +47,12 @@ def _number(field: Field, value: float, direction: int) -> float:
     if field.path in _BY_ONE:
         return value + direction
     if field.path in _HALVES:
-        grain = 0.5 if value < 3 or (value == 3 and direction < 0) else 1.0
-        return _on_grid(value, grain, direction)
+        step = 0.5 if value < 3 or (value == 3 and direction < 0) else 1.0
+        return _on_grid(value, step, direction)
     if field.path == "lora.dropout":
-        return _neighbour(_DROPOUTS, value, direction)
+        return _neighbor(_DROPOUTS, value, direction)
     if field.kind == "float" and field.minimum == 0 and field.maximum == 1 and field.exclusive_maximum:
-        return _neighbour(_SHARES, value, direction)
+        return _neighbor(_SHARES, value, direction)
     return _round(value, direction, whole=field.kind == "int")
 
 
@@ -60,29 +60,29 @@ def _power(value: float, direction: int) -> float:
     if direction < 0 and value <= 1:
         return value
     exponent = math.log2(value)
-    near = round(exponent)
-    if math.isclose(exponent, near, abs_tol=1e-9):
-        return float(2 ** (near + direction))
+    nearest = round(exponent)
+    if math.isclose(exponent, nearest, abs_tol=1e-9):
+        return float(2 ** (nearest + direction))
     return float(2 ** (math.ceil(exponent) if direction > 0 else math.floor(exponent)))
 
 
-def _on_grid(value: float, grain: float, direction: int) -> float:
-    place = value / grain
-    return grain * (math.floor(place + 1e-9) + 1 if direction > 0 else math.ceil(place - 1e-9) - 1)
+def _on_grid(value: float, step: float, direction: int) -> float:
+    place = value / step
+    return step * (math.floor(place + 1e-9) + 1 if direction > 0 else math.ceil(place - 1e-9) - 1)
 
 
-def _neighbour(ladder: tuple[float, ...], value: float, direction: int) -> float:
+def _neighbor(steps: tuple[float, ...], value: float, direction: int) -> float:
     if direction > 0:
-        return next((rung for rung in ladder if rung > value * (1 + 1e-9)), value)
-    return next((rung for rung in reversed(ladder) if rung < value * (1 - 1e-9)), value)
+        return next((step for step in steps if step > value * (1 + 1e-9)), value)
+    return next((step for step in reversed(steps) if step < value * (1 - 1e-9)), value)
 
 
 def _round(value: float, direction: int, *, whole: bool) -> float:
     if value <= 0:
         return (1.0 if whole else 0.1) if direction > 0 else value
     power = 10.0 ** math.floor(math.log10(value) + 1e-9)
-    rungs = [power * r / 10 for r in _ROUND] + [power * r for r in (*_ROUND, 10)]
-    reached = _neighbour(tuple(float(f"{rung:.6g}") for rung in rungs), value, direction)
+    steps = [power * r / 10 for r in _ROUND] + [power * r for r in (*_ROUND, 10)]
+    reached = _neighbor(tuple(float(f"{step:.6g}") for step in steps), value, direction)
     if direction < 0 and (reached < 1 if whole else reached < 1e-7):
         return 0.0
     return reached

@@ -25,7 +25,7 @@ _RETRY_S = 10.0
 """Seconds between two attempts to open the GPU driver, which is slow, after a failure."""
 STALLED_S = 5.0
 """Seconds without an active run before another runner is started: a new runner needs a moment."""
-_OVER: frozenset[State] = frozenset(("finished", "failed"))
+_NOTIFIED: frozenset[State] = frozenset(("finished", "failed"))
 
 
 class SystemMonitor:
@@ -83,7 +83,7 @@ class SystemMonitor:
                 ensure_runner()
 
     def _ended_runs(self, statuses: list[tuple[RunDir, Status]]) -> tuple[RunNotification, ...]:
-        ended = [run for run, status in statuses if run.id in self._training and status.state in _OVER]
+        ended = [run for run, status in statuses if run.id in self._training and status.state in _NOTIFIED]
         # A lost run is looked at again: its runner, if it lives, is just writing down how it ended.
         active_or_lost = {
             run.id for run, status in statuses if status.state in ACTIVE or status.state == "lost"

@@ -44,5 +44,5 @@ def _of_same_width(segments: list[Segment]) -> list[Segment]:
 
 
 def _shown(text: str) -> str:
-    # A line holds no line ends, and a tab would move what follows.
+    # A line has no line breaks, and a tab would shift what follows.
     return visible(text.replace("\t", " ").replace("\n", "␊"))

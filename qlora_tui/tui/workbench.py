@@ -86,7 +86,7 @@ class Workbench:
         return True
 
     def adopt(self, other: Workbench) -> None:
-        """Take the recipe and preset of another workbench, undoably."""
+        """Adopt the recipe and preset of another workbench; undo restores the old ones."""
         self._push_undo(other._now)
 
     def open_preset(self, name: str) -> None:

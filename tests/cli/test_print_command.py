@@ -16,7 +16,7 @@ from tests.support.nvml_stub import install_nvml_stub
 
 @pytest.fixture
 def train(qwen: Path) -> list[str]:
-    """``train`` with a model that is whole as far as anybody looks."""
+    """``train`` with a model folder that passes the checks."""
     (qwen / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     data = qwen.parent / "rows.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}\n')

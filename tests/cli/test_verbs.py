@@ -193,7 +193,7 @@ def test_a_run_names_the_parts_replaced_in_it(call: Call, finished_run: RunDir) 
             )
         )
     assert call("runs", "--json").json["runs"][0]["replaced"] == ["the fused RMSNorm"]
-    expected = "loss 2.5, with transformers and peft alone 2.25; a gradient differs by 20 times its size"
+    expected = "loss 2.5, theirs 2.25; gradients differ by 2000.00%, through rounding alone by 0.10%"
     assert expected in call("attach", "last").out
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from qlora_tui.data import dataset
 from qlora_tui.data.dataset import PreparedDataset, PrepareProgress, prepare_dataset
 from qlora_tui.data.key_table import KeyTable
-from qlora_tui.data.render import TokenizedSample
+from qlora_tui.data.sample_tokens import TokenizedSample
 from qlora_tui.data.store import Store
 from qlora_tui.data.truncation import truncate
 from qlora_tui.errors import UserError

@@ -36,7 +36,7 @@ def no_runner(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def finished(recipe: Recipe) -> RunDir:
-    """A run that is whole, with an adapter and two checkpoints that hold its recipe."""
+    """An intact run, with an adapter and two checkpoints that hold its recipe."""
     run = story.submitted(recipe)
     reporter = story.begin(run)
     story.train(run, reporter, 1, 2)
@@ -101,7 +101,7 @@ DAMAGES: list[tuple[Callable[[RunDir], None], str, str]] = [
     (damaged_checkpoint, "checkpoint of step 2: optimizer.pt is not what was written", "finished"),
     (no_status, "status.json is missing", "finished"),
     (empty_status, "status.json cannot be read", "finished"),
-    (stranded, "it says queued and is not in the queue", "stopped"),
+    (stranded, "its status is queued, but it is not in the queue", "stopped"),
     (zeros_in_events, "events.jsonl has 2 damaged lines", "finished"),
     (no_recipe, "recipe.toml", "finished"),
 ]

@@ -12,7 +12,7 @@ from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.gpu.metrics_sampler import MetricsSampler
 from qlora_tui.runs.describe import describe
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.energy import JOULES_A_KWH, EnergyMeter
+from qlora_tui.runs.energy import JOULES_PER_KWH, EnergyMeter
 from qlora_tui.runs.events import Finished
 from qlora_tui.runs.telemetry import Sample, encode
 from tests.support.nvml_stub import install_nvml_stub
@@ -42,7 +42,7 @@ def test_a_runs_energy_survives_a_clock_change(run: RunDir, monkeypatch: pytest.
     meter = EnergyMeter(run.telemetry_path)
     meter.read_all()
     assert reading.power_w is not None
-    assert meter.kwh == pytest.approx(3 * 60 * reading.power_w / JOULES_A_KWH)
+    assert meter.kwh == pytest.approx(3 * 60 * reading.power_w / JOULES_PER_KWH)
 
 
 def test_a_runs_end_reports_energy_and_tokens_per_joule() -> None:

@@ -46,6 +46,8 @@ GIB = 1 << 30
 BEGAN = 1_795_400_000.0
 """23 November 2026, 02:13:20 UTC."""
 
+BEFORE_TRAINING = 2.71
+"""Validation loss before training."""
 
 TICKETS = Recipe(
     name="qwen2.5-7b-tickets",
@@ -145,7 +147,7 @@ def _events(what: FakeRun) -> list[AnyEvent]:
             estimated_bytes=round(17.9 * GIB) if what.has_gpu else round(1.7 * GIB),
             measured_bytes=round(18.2 * GIB) if what.has_gpu else round(1.6 * GIB),
         ),
-        Evaluated(at=began + 39, step=0, loss=2.71, accuracy=_accuracy(what, 0)),
+        Evaluated(at=began + 39, step=0, loss=BEFORE_TRAINING, accuracy=_accuracy(what, 0)),
         PhaseChanged(at=began + 40, phase="training"),
     ]
     return events + _steps(what) + [e for e in [_ending(what)] if e is not None]

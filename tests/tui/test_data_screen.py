@@ -314,7 +314,7 @@ async def test_removing_a_source_keeps_another_of_the_same_file(model: str, here
         await wait_until(pilot, lambda: len(app.workbench.recipe.data.sources) == 1)
 
 
-async def test_an_estimate_model_says_it_lacks_a_tokenizer(private_home: Path, here: Path) -> None:
+async def test_a_model_for_estimates_has_no_tokenizer(private_home: Path, here: Path) -> None:
     tickets(here / "tickets.jsonl")
     config_only = str(config_folder(private_home, "Qwen__Qwen2.5-7B"))
     async with data_app(config_only, "tickets.jsonl").run_test(size=(120, 40)) as pilot:

@@ -93,7 +93,7 @@ def test_nothing_foreign_leaves_the_app_raw_on_any_screen(private_home: Path) ->
         for key, text in [
             ("2", "␛]52;c;"),
             ("1", "On this machine"),
-            ("3", "Peak of a training step"),
+            ("3", "base weights"),
             ("4", "targets"),
             ("6", "␛]52;c;"),
             ("\r", "␛"),

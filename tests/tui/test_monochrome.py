@@ -30,7 +30,7 @@ VISITED = [
     ("?", "Help: Runs"),
     ("q", "v Compare"),
     ("p", "Enter open"),
-    ("q", "v Compare"),
+    ("\x1b", "v Compare"),
     ("\x10", "Search for commands"),
 ]
 """Keys, and what is waited for after each."""
@@ -66,7 +66,7 @@ def test_cursor_selection_and_fields_differ_by_attributes() -> None:
         terminal.press("p")
         see(terminal, "Enter open")
         wait_for(lambda: style_of("balanced").reverse and not style_of("cpu-demo").reverse)
-        terminal.press("q")
+        terminal.press("\x1b")
         see(terminal, "v Compare")
         terminal.press("7o")
         see(terminal, "Sampling", "empty: a random one")

@@ -27,10 +27,12 @@ from qlora_tui.tui import escapes
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.render.block_charts import downsample
 from qlora_tui.tui.render.plot import plot as draw
+from qlora_tui.tui.render.run_labels import result_label
 from qlora_tui.tui.screens.runs.compare import comparison_table, differing, plot, read
 from qlora_tui.tui.screens.runs.screen import RunsScreen
 from qlora_tui.tui.screens.train.screen import TrainScreen
 from qlora_tui.tui.system_monitor import SystemMonitor
+from tests.tui import fake_runs
 from tests.tui.fake_runs import BEGAN, TICKETS, FakeRun, write_fake_run
 from tests.tui.screen_assertions import style_of, text_of, wait_for_text, wait_until
 
@@ -119,6 +121,46 @@ async def test_a_runs_last_loss_and_step_are_the_same_everywhere(
     assert main(["runs"]) == 0
     shown = capsys.readouterr().out
     assert loss in shown and "60/3,000" in shown
+
+
+@pytest.mark.parametrize(
+    ("nan", "before", "label"),
+    [(range(0), 2.71, "✓ finished"), (range(90, 301), 2.71, "! NaN loss"), (range(0), 1.1, "! worse")],
+)
+def test_a_finished_run_without_a_usable_result_is_marked(
+    nan: range, before: float, label: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake_runs, "BEFORE_TRAINING", before)
+    run = write_fake_run(FakeRun(name="a", state="finished", steps=300, total=300, nan=nan, health=True))
+    summary = summarize(run)
+    sign, word, _ = result_label(summary.status.state, summary.defect)
+    assert f"{sign} {word}" == label
+    if nan:
+        assert summary.defect is not None
+        assert summary.defect.sentence == "The loss is not a number since step 90."
+
+
+async def test_comparing_one_marked_run_asks_for_another(make_app: MakeApp, three_runs: list[RunDir]) -> None:
+    app = make_app()
+    async with app.run_test(size=(120, 40), notifications=True) as pilot:
+        await open_runs(app)
+        await wait_for_text(pilot, "tickets-a")
+        await pilot.press("v")
+        await wait_for_text(pilot, "Mark two to four runs with Space to compare them.")
+        await pilot.press("space", "v")
+        await wait_for_text(pilot, "Mark another run with Space to compare them.")
+
+
+async def test_the_cursor_is_on_the_newest_run_when_coming_back(make_app: MakeApp) -> None:
+    write_fake_run(FakeRun(name="old-one", state="finished", steps=5, total=5, began=BEGAN - 100))
+    app = make_app()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await open_runs(app)
+        await wait_for_text(pilot, "old-one  Qwen")
+        await pilot.press("5")
+        write_fake_run(FakeRun(name="new-one", state="finished", steps=5, total=5))
+        await pilot.press("6")
+        await wait_for_text(pilot, "new-one  Qwen")
 
 
 async def test_runs_of_the_same_name_show_their_time(make_app: MakeApp) -> None:

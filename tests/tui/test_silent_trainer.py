@@ -37,4 +37,4 @@ def test_a_queued_run_says_its_runner_is_suspended(monkeypatch: pytest.MonkeyPat
     snapshot = cast(
         RunSnapshot, SimpleNamespace(view=RunView(run), status=status.read_status(run), health=())
     )
-    assert "The runner is suspended." in title(snapshot).plain
+    assert "The runner is suspended." in title(snapshot).fitted(120).plain

@@ -104,7 +104,7 @@ def test_the_linux_console_is_sent_only_what_its_font_has() -> None:
             ("2", "No data yet"),
             ("4", "has no model"),
             ("p", "Enter open"),
-            ("q", "has no model"),
+            ("\x1b", "has no model"),
             ("\x10", "Search for"),
             ("redo", "Redo the change that was undone"),
             ("\r", "has no model"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 _ROUND = (1.0, 2.0, 5.0)
 _FAR = 1e30
-_NEAR = 1e-12
+_EPSILON = 1e-12
 """An axis goes no further, and no finer, so that its arithmetic stays finite."""
 
 
@@ -33,8 +33,8 @@ def rounded(low: float, high: float, ticks: int = 12, unit: str = "") -> Axis:
     """
     low, high = (min(max(value, -_FAR), _FAR) for value in (low, high))
     size = max(abs(low), abs(high))
-    if high - low <= max(size * 1e-9, _NEAR):
-        spread = size * 0.1 if size > _NEAR else 1.0
+    if high - low <= max(size * 1e-9, _EPSILON):
+        spread = size * 0.1 if size > _EPSILON else 1.0
         low, high = low - spread, high + spread
     step = tick_step(low, high, ticks)
     return Axis(

@@ -71,7 +71,7 @@ def _level(value: float | None, low: float, high: float, levels: int) -> int:
 
 
 def downsample(losses: Sequence[float], columns: int) -> list[float | None]:
-    """One mean a column, from first to last; NaN where any was not a number, None where there are fewer."""
+    """One mean per column, from first to last; NaN where any was not a number, None where there are fewer."""
     if not losses:
         return [None] * columns
     count = min(columns, len(losses))

@@ -16,7 +16,7 @@ VERDICT_STYLE = {
     "does not fit": "$error",
 }
 """Color of each verdict; the word is always shown too."""
-_BETWEEN = " · "
+_SEPARATOR = " · "
 _MIN_NAME = 9
 """Cells that a name is not shortened below."""
 PRECISION_NAMES: dict[Precision, str] = {"nf4": "NF4", "int8": "int8", "fp16": "fp16"}
@@ -40,11 +40,11 @@ def recipe_line(workbench: Workbench, width: int | None = None) -> str:
         f"{recipe.data.max_length:,} tok × {training.micro_batch_size} × {training.gradient_accumulation}",
     ]
     for place in (2, 1, 0):
-        over = 0 if width is None else len(_BETWEEN.join(parts)) - width
+        over = 0 if width is None else len(_SEPARATOR.join(parts)) - width
         name = parts[place]
         if over > 0 and len(name) > _MIN_NAME + 1:
             parts[place] = name[: max(_MIN_NAME, len(name) - over - 1)].rstrip(".-_ ") + "…"
-    return _BETWEEN.join(parts)[:width]
+    return _SEPARATOR.join(parts)[:width]
 
 
 def _data_words(recipe: Recipe) -> str:

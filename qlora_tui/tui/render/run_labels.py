@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from qlora_tui.formatting import format_duration
+from qlora_tui.runs.defects import ResultDefect
 from qlora_tui.runs.status import State
 
 SIGNS: dict[State, tuple[str, str]] = {
@@ -20,6 +21,14 @@ SIGNS: dict[State, tuple[str, str]] = {
     "gone": ("✗", "$error"),
 }
 """(sign, color) by state; the word is always shown too."""
+
+
+def result_label(state: State, defect: ResultDefect | None) -> tuple[str, str, str]:
+    """(sign, word, color) of a run's state, or of what is wrong with its result."""
+    if defect is not None:
+        return "!", defect.word, "$error"
+    sign, style = SIGNS[state]
+    return sign, state, style
 
 
 def format_ago(at: float, now: float) -> str:

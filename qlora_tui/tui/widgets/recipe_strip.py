@@ -44,7 +44,7 @@ class RecipeStrip(Widget):
         self._budget: MemoryBudget | None = None
 
     def show_recipe(self, workbench: Workbench, budget: MemoryBudget) -> None:
-        """Repaint with the recipe as it is now, against the memory there is."""
+        """Show the current recipe and the available memory."""
         shown = (recipe_line(workbench), workbench.comparison(budget.device), budget)
         if shown != (self._recipe_line, self._comparison, self._budget):
             self._bench = workbench
@@ -92,7 +92,7 @@ class RecipeStrip(Widget):
 
 
 def _essentials(line: str) -> list[str]:
-    """The parts of a recipe's line but the name of the data."""
+    """The parts of a recipe's line without the name of the data."""
     parts = line.split(" · ")
     return parts[:2] + parts[3:]
 

@@ -7,7 +7,7 @@ from textual.widgets import Static
 
 
 def update_if_changed(static: Static, content: Content) -> None:
-    """Show ``content`` at the least cost."""
+    """Show ``content``, with no repaint or layout that is not needed."""
     before = static.content
     # Equal text can differ in its colors.
     if isinstance(before, Content) and before.plain == content.plain and before.spans == content.spans:
@@ -18,5 +18,5 @@ def update_if_changed(static: Static, content: Content) -> None:
 
 
 def _lines(content: Content, width: int) -> list[bool]:
-    """A shape: how many lines, and which of them wrap."""
+    """Whether each line wraps: equal lists have equal heights, nearly always."""
     return [line.cell_length > width for line in content.split("\n")] if width else []

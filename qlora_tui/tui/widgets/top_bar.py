@@ -85,6 +85,6 @@ def _gpu_text(system_status: SystemStatus) -> str:
     if metrics is None:
         return f"{system_status.gpu.short_name} NA"
     use = "NA" if metrics.utilization_percent is None else f"{metrics.utilization_percent}%"
-    heat = "" if metrics.temperature_c is None else f" {metrics.temperature_c}°"
+    temperature = "" if metrics.temperature_c is None else f" {metrics.temperature_c}°"
     memory = f"{format_gib(metrics.memory_used_bytes)}/{format_gib(metrics.memory_total_bytes)}G"
-    return f"{system_status.gpu.short_name} {use} {memory}{heat}"
+    return f"{system_status.gpu.short_name} {use} {memory}{temperature}"

@@ -26,7 +26,7 @@ def chat_runs() -> list[RunDir]:
 
 
 class ChatSourceScreen(ModalScreen[RunDir | str | None]):
-    """Gives the run chosen, ``BASE_ALONE`` for the recipe's model, None when closed with Escape."""
+    """Returns the chosen run, ``BASE_ALONE`` for the recipe's model, None when closed with Escape."""
 
     CSS_PATH = "../modals/modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Close")]

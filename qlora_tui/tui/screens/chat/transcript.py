@@ -22,7 +22,7 @@ def transcript_path(run: RunDir | None) -> Path:
 
 
 def format_setting(value: float) -> str:
-    """A setting as one would type it again: a seed is of use with all its digits only."""
+    """Format a setting in full, so that it can be typed again: a seed needs all its digits."""
     return str(value) if isinstance(value, int) else f"{value:g}"
 
 

@@ -1,11 +1,9 @@
-"""What the keys of the Data screen do: changes of the recipe, and moves from row to row."""
+"""What the keys of the Data screen do to the recipe; those that go from row to row are in ``row_actions``."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -14,16 +12,11 @@ from qlora_tui.demo.conversations import CONVERSATIONS
 from qlora_tui.recipe.fields import source_fields
 from qlora_tui.recipe.schema import Source
 from qlora_tui.tui.render.key_names import key_name
-from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.screens.data import row_navigation
 from qlora_tui.tui.screens.data.column_mapping import ColumnMappingScreen
 from qlora_tui.tui.screens.data.file_picker import FilePickerScreen
+from qlora_tui.tui.screens.data.row_actions import RowActions
 from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
-
-if TYPE_CHECKING:
-    from qlora_tui.data.dataset_report import Report, Shown
-    from qlora_tui.data.problems import DataProblem
 
 DATA_ENDINGS = (
     ".json",
@@ -42,10 +35,9 @@ DATA_ENDINGS = (
 _VIEWS = ("both", "figures", "sample")
 
 
-class DataActions(WorkScreen):
-    """A screen with a selected source and a report on it."""
+class DataActions(RowActions):
+    """A screen with a selected source, which keys change."""
 
-    report: Report | None
     source_number = 0
     fields: dict[str, str] = {}  # noqa: RUF012
     """Columns of a file in no known format, for the mapping by hand."""
@@ -55,11 +47,6 @@ class DataActions(WorkScreen):
     """The format to map columns for if ``unreadable_source`` has the format ``auto``."""
     unreadable_source: Source | None = None
     """The source that was read last, if nothing of it could be read."""
-    shown: Shown | None
-    """The row on the screen; None until one was read."""
-    row: int
-    path: str
-    """The file of the source that the row is from; empty is its first."""
 
     @abstractmethod
     def show_report(self) -> None:
@@ -68,10 +55,6 @@ class DataActions(WorkScreen):
     @abstractmethod
     def reload(self) -> None:
         """Read the source again."""
-
-    @abstractmethod
-    def go_to_row(self, path: str, row: int) -> None:
-        """Read and show another row."""
 
     def action_open(self) -> None:
         """Add a file, a folder or a dataset of the hub to the sources."""
@@ -122,7 +105,7 @@ class DataActions(WorkScreen):
         if source is None:
             return
 
-        def wrong(text: str) -> str:
+        def validate(text: str) -> str:
             field = source_fields()["weight"]
             try:
                 msgspec.convert(float(text), field.type)
@@ -136,13 +119,13 @@ class DataActions(WorkScreen):
 
         title = f"Weight of {Path(source.path).name}"
         help_ = source_fields()["weight"].help
-        self.app.push_screen(TextPromptScreen(title, help_, f"{source.weight:g}", wrong), on_result)
+        self.app.push_screen(TextPromptScreen(title, help_, f"{source.weight:g}", validate), on_result)
 
     def action_validation(self) -> None:
         """Ask for a share of the rows, or a file, to validate on."""
         data = self.qlora_app.workbench.recipe.data
 
-        def wrong(text: str) -> str:
+        def validate(text: str) -> str:
             if _share(text) is not None or Path(text).expanduser().exists():
                 return ""
             return "Enter a share below 1, or the path of an existing file."
@@ -159,7 +142,7 @@ class DataActions(WorkScreen):
 
         text = "A share of the rows, such as 0.05 (0 for none), or the path of a validation file."
         now = data.validation_path or f"{data.validation_fraction:g}"
-        self.app.push_screen(TextPromptScreen("Validation", text, now, wrong), on_result)
+        self.app.push_screen(TextPromptScreen("Validation", text, now, validate), on_result)
 
     def action_remove(self) -> None:
         """Remove the selected source from the recipe; ask first where the list is hidden."""
@@ -201,36 +184,6 @@ class DataActions(WorkScreen):
                 f"Press {key_name('app.undo')} to undo."
             )
 
-    def action_row(self, by: int) -> None:
-        """Show a neighbouring row."""
-        place = row_navigation.neighbor((self.path, self.row), by, self.report.files if self.report else ())
-        if self.shown is None or place != (self.path, self.row):
-            self.go_to_row(*place)
-
-    def action_go_to(self) -> None:
-        """Ask for a row's number."""
-        files = self.report.files if self.report else ()
-
-        def on_result(text: str | None) -> None:
-            if text is not None and (place := row_navigation.parse_place(text, self.path, files)) is not None:
-                self.go_to_row(*place)
-
-        def wrong(text: str) -> str:
-            return "" if row_navigation.parse_place(text, self.path, files) else "Enter a row number."
-
-        help_ = "The row number, from 1."
-        if len(files) > 1:
-            help_ += " To go to another file, put a part of its name before the number."
-        self.app.push_screen(TextPromptScreen("Go to a row", help_, "", wrong), on_result)
-
-    def action_problem(self, by: int) -> None:
-        """Show the next row with a problem, from the first again after the last."""
-        if not any(problem.rows for problem in self.problems):
-            complete = self.report is not None and self.report.complete
-            self.notify("No problems found." if complete else "No problems so far. Still reading.")
-            return
-        self.go_to_next_problem(self.problems, by)
-
     def action_view(self) -> None:
         """Show the sample, the statistics, or both."""
         body = self.query_one("#data-body")
@@ -244,23 +197,9 @@ class DataActions(WorkScreen):
         """Whether one setting fixes any of the problems."""
         return self.can_use_chosen or bool(self.split_rows() or self.untrained_tokens())
 
-    def go_to_next_problem(self, problems: Sequence[DataProblem], by: int) -> None:
-        """Show the next row with one of these problems."""
-        files = self.report.files if self.report else ()
-        place = row_navigation.next_problem(problems, (self.path, self.row), by, files)
-        if place is not None:
-            self.go_to_row(*place)
-
     def split_rows(self) -> int:
         """Number of rows that plain texts would be split into which are now cut or dropped."""
         return sum(problem.split_rows for problem in self.problems)
-
-    @property
-    def problems(self) -> tuple[DataProblem, ...]:
-        """The problems in the report, except those that the recipe already fixes."""
-        problems = self.report.problems if self.report else ()
-        trained = set(self.qlora_app.workbench.recipe.lora.trainable_tokens)
-        return tuple(p for p in problems if not p.tokens or not trained.issuperset(p.tokens))
 
     def untrained_tokens(self) -> tuple[str, ...]:
         """Tokens that the model never learned and the recipe does not train."""

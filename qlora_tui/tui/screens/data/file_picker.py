@@ -25,7 +25,7 @@ _KEYS = "↑↓ select · Enter open · Tab complete · Ctrl+O open folder · Es
 
 
 class FilePickerScreen(ModalScreen[Path]):
-    """Gives the path chosen; None when closed with Escape."""
+    """Returns the chosen path; None when closed with Escape."""
 
     CSS_PATH = "file_picker.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -67,7 +67,7 @@ class FilePickerScreen(ModalScreen[Path]):
         self.query_one(Input).focus()
 
     def on_input_changed(self, event: Input.Changed) -> None:
-        """Walk along with what is typed."""
+        """List the entries that match the typed path."""
         text = event.value
         if self._is_id(text) and not Path(text).expanduser().parent.is_dir():
             self._offer_hub_id(text)
@@ -81,7 +81,7 @@ class FilePickerScreen(ModalScreen[Path]):
         self._list(text)
 
     def _offer_hub_id(self, id_: str) -> None:
-        """In place of paths: what could only be on the hub."""
+        """Offer a text that is no local path as a Hub id."""
         self._show_location("Not a local path. Enter loads it from the Hub.")
         self._listed = [Path(id_)]
         entries = self.query_one(ViList)
@@ -89,7 +89,7 @@ class FilePickerScreen(ModalScreen[Path]):
         entries.highlighted = 0
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Take the path typed, or what the cursor is on."""
+        """Choose the typed path, or the entry under the cursor."""
         typed = Path(event.value).expanduser()
         if "/" in event.value and typed.is_file():
             self._open(typed.resolve())
@@ -117,7 +117,7 @@ class FilePickerScreen(ModalScreen[Path]):
             field.cursor_position = len(field.value)
 
     def action_choose_folder(self) -> None:
-        """Take the folder shown, all its files together."""
+        """Choose the folder shown, with all its files."""
         self._choose(self._folder)
 
     def _open(self, path: Path) -> None:

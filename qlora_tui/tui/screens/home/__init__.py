@@ -1,1 +1,4 @@
-"""Home: ``screen`` and its ``commands``; ``reader`` gathers what it shows, ``next_step`` what to suggest."""
+"""Home: ``screen`` and its ``commands``; ``reader`` gathers what it shows, ``text`` formats it.
+
+``next_step`` decides what to suggest.
+"""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import sqrt
+from textwrap import wrap
 
 from textual.content import Content
 
@@ -33,6 +34,24 @@ LORA_CONTROLS: tuple[LoraControl, ...] = (
     LoraControl("lora.use_rslora", ("lora.rslora",)),
     LoraControl("lora.use_dora", ("lora.dora",)),
 )
+
+
+def controls_text(
+    recipe: Recipe, base: Recipe, dora_cost: str, width: int, *, one_line_each: bool
+) -> Content:
+    """The settings with their advice; ``dora_cost`` is the memory of DoRA, where it is known."""
+    lines = []
+    for control in LORA_CONTROLS:
+        head = control_line(control, recipe, base)
+        words = advice(control.path, recipe.lora)
+        if control.path == "lora.use_dora" and dora_cost:
+            words = f"{dora_cost}. {words}"
+        if one_line_each:
+            lines.append(Content.assemble(head, (f" {words}", "$text-muted")).truncate(width, ellipsis=True))
+        else:
+            wrapped = [Content.styled(f"    {line}", "$text-muted") for line in wrap(words, width - 4)]
+            lines += [head, *wrapped, Content("")]
+    return Content("\n").join(lines)
 
 
 def control_line(control: LoraControl, recipe: Recipe, base: Recipe) -> Content:

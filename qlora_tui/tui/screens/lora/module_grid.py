@@ -66,7 +66,7 @@ class ModuleGrid(Widget, can_focus=True):
             self.names = names
 
     class Moved(Message):
-        """The cursor is elsewhere."""
+        """The cursor has moved."""
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
@@ -97,7 +97,7 @@ class ModuleGrid(Widget, can_focus=True):
         return self._table.within((row, self._row), None if whole else (column, self._column))
 
     def action_move(self, rows: int, columns: int = 0) -> None:
-        """Move the cursor, as far as there is something."""
+        """Move the cursor within the table."""
         if self._table is None:
             return
         self._row = min(max(self._row + rows, 0), len(self._table.rows) - 1)
@@ -106,7 +106,7 @@ class ModuleGrid(Widget, can_focus=True):
         self.post_message(self.Moved())
 
     def toggle(self) -> None:
-        """Choose what is under the cursor, or drop it."""
+        """Select or deselect the modules under the cursor."""
         self.post_message(self.Chosen(toggled(self.under_cursor, self._chosen)))
         self._block_from = None
 

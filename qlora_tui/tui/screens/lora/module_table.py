@@ -16,7 +16,7 @@ ALL, SOME, NONE = "all", "some", "none"
 
 
 def adapter_parameters(modules: Iterable[LinearModule], lora: Lora) -> int:
-    """Trained parameters: rank × (in + out) a module, and with DoRA a magnitude an output."""
+    """Trained parameters: rank × (in + out) per module, and with DoRA one magnitude per output."""
     return sum(
         rank_of(lora, module) * (module.in_features + module.out_features)
         + (module.out_features if lora.use_dora else 0)
@@ -25,7 +25,7 @@ def adapter_parameters(modules: Iterable[LinearModule], lora: Lora) -> int:
 
 
 def has_custom_rank(modules: Iterable[LinearModule], lora: Lora) -> bool:
-    """Whether a pattern gives any of them a rank or an alpha that is not the general one."""
+    """Whether a pattern gives any of them a rank or an alpha that differs from the recipe's."""
     if not (lora.rank_pattern or lora.alpha_pattern):
         return False
     return any((rank_of(lora, m), alpha_of(lora, m)) != (lora.rank, lora.alpha) for m in modules)

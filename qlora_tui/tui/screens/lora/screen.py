@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from textwrap import wrap
 from typing import ClassVar
 
 import msgspec
@@ -26,12 +25,7 @@ from qlora_tui.recipe.targets import assign_pattern_values, match_modules, resol
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.lora.commands import COMMANDS
-from qlora_tui.tui.screens.lora.controls import (
-    LORA_CONTROLS,
-    advice,
-    control_line,
-    targets_advice,
-)
+from qlora_tui.tui.screens.lora.controls import controls_text, targets_advice
 from qlora_tui.tui.screens.lora.module_grid import ModuleGrid
 from qlora_tui.tui.screens.lora.module_table import ModuleTable
 from qlora_tui.tui.screens.lora.target_input import parse_targets, validate_number
@@ -202,7 +196,7 @@ class LoraScreen(WorkScreen):
         self.query_one("#under-cursor", Static).update(f"{len(modules)} modules. Enter: apply · Esc: cancel")
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Take the patterns."""
+        """Apply the typed patterns."""
         modules = self._table.modules if self._table is not None else ()
         try:
             patterns = parse_targets(event.value, modules) if self._table is not None else (event.value,)
@@ -279,23 +273,15 @@ class LoraScreen(WorkScreen):
 
     def _show_controls(self, recipe: Recipe) -> None:
         panel = self.query_one("#lora-settings", Static)
-        width = max(20, panel.content_size.width)
-        base = self.qlora_app.workbench.base
-        known = self._deltas_for(recipe)
-        lines = []
-        for control in LORA_CONTROLS:
-            head = control_line(control, recipe, base)
-            words = advice(control.path, recipe.lora)
-            if control.path == "lora.use_dora" and known:
-                words = f"{format_delta(known.dora_bytes)}. {words}"
-            if self.size.width >= 100:
-                parts = [Content.styled(f"    {part}", "$text-muted") for part in wrap(words, width - 4)]
-                lines += [head, *parts, Content("")]
-            else:
-                lines.append(
-                    Content.assemble(head, (f" {words}", "$text-muted")).truncate(width, ellipsis=True)
-                )
-        update_if_changed(panel, Content("\n").join(lines))
+        deltas = self._deltas_for(recipe)
+        text = controls_text(
+            recipe,
+            self.qlora_app.workbench.base,
+            format_delta(deltas.dora_bytes) if deltas else "",
+            max(20, panel.content_size.width),
+            one_line_each=self.size.width < 100,
+        )
+        update_if_changed(panel, text)
 
     def _totals(self, recipe: Recipe) -> Content:
         bench = self.qlora_app.workbench

@@ -92,11 +92,11 @@ def difference_text(workbench: Workbench, known: MemoryDeltas | None, width: int
     words = [
         str(change).removeprefix("lora.").removeprefix("use_").replace("_modules", "s") for change in changes
     ]
-    price = f"{format_delta(known.preset_bytes)} · " if known and known.preset_bytes else ""
+    memory_cost = f"{format_delta(known.preset_bytes)} · " if known and known.preset_bytes else ""
     for shown in range(len(words), -1, -1):
         rest = [f"{len(words) - shown} more"] if shown < len(words) else []
         named = " · ".join([*words[:shown], *rest])
-        text = Content.assemble((f"vs {workbench.preset}: ", "$text-muted"), (price, "bold"), named)
+        text = Content.assemble((f"vs {workbench.preset}: ", "$text-muted"), (memory_cost, "bold"), named)
         if len(text.wrap(width)) <= _MAX_LINES:
             break
     return text

@@ -17,7 +17,6 @@ from qlora_tui.catalog.context_length import context_length_warning
 from qlora_tui.catalog.lookup import load_model_config
 from qlora_tui.engine.trace_client import trace_step
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import format_gib
 from qlora_tui.memory import (
     Estimate,
     check_fit,
@@ -28,17 +27,17 @@ from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.render.key_names import key_name
-from qlora_tui.tui.render.recipe_line import PRECISION_NAMES, VERDICT_STYLE
+from qlora_tui.tui.render.recipe_line import PRECISION_NAMES
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.memory.commands import COMMANDS
 from qlora_tui.tui.screens.memory.solution import METHODS, Solution, solve
-from qlora_tui.tui.screens.memory.stacked_bar import legend, stacked_bar
+from qlora_tui.tui.screens.memory.stacked_bar import legend, precision_bars
 from qlora_tui.tui.screens.memory.text import (
-    changes_text,
+    budget_words,
+    fixes_text,
     item_line,
     kept_layers_text,
     levels_line,
-    nothing_helps,
     peak_words,
     setting_controls,
     verdict_text,
@@ -233,42 +232,23 @@ class MemoryScreen(WorkScreen):
             self._show_explanation()
 
     def _heading_text(self) -> str:
-        budget, system_status = self.qlora_app.memory_budget, self.qlora_app.system_status
-        more = [words for words in (self._compared[self.precision].correction_words, self._tracing) if words]
-        peak = peak_words(self._compared, short=bool(more) and self.size.width < 100)
-        what = f"{peak} against {format_gib(budget.bytes)} GiB"
-        if system_status.gpu is not None and budget.name == system_status.gpu.short_name:
-            free = (
-                ""
-                if system_status.free_bytes is None
-                else f", {format_gib(system_status.free_bytes)} free now"
-            )
-            what = f"{what}: {budget.name}{free}"
-        elif not budget.is_assumed:
-            what = f"{what}, {budget.name}"
-        return "; ".join([what, *more])
+        notes = [text for text in (self._compared[self.precision].correction_words, self._tracing) if text]
+        peak = peak_words(self._compared, short=bool(notes) and self.size.width < 100)
+        budget = budget_words(self.qlora_app.memory_budget, self.qlora_app.system_status)
+        return "; ".join([f"{peak} against {budget}", *notes])
 
     def _show_bars(self) -> None:
         self._refresh_offered_keys()
-        budget = self.qlora_app.memory_budget
-        own = precision_of(self.qlora_app.workbench.recipe)
-        width = max(10, self.size.width - 43)
+        recipe_precision = precision_of(self.qlora_app.workbench.recipe)
+        budget_bytes = self.qlora_app.memory_budget.bytes
         self._heading = self._heading_text()
-        lines = [Content.styled(self._heading, "$text-muted")]
-        for precision in PRECISIONS:
-            estimate = self._compared[precision]
-            word = check_fit(estimate, budget.bytes).word
-            mark = "▸" if precision == self.precision else " "
-            lines.append(
-                Content.assemble(
-                    (f"{mark} {PRECISION_NAMES[precision]:<5}", "bold" if mark == "▸" else ""),
-                    stacked_bar(estimate, budget.bytes, width),
-                    f" {format_gib(estimate.total_bytes):>6} GiB ",
-                    (f"{word:<12}", VERDICT_STYLE[word]),
-                    (" ◂ recipe" if precision == own else "", "$accent"),
-                )
-            )
-        lines.append(legend())
+        lines = [
+            Content.styled(self._heading, "$text-muted"),
+            *precision_bars(
+                self._compared, self.precision, recipe_precision, budget_bytes, max(10, self.size.width - 43)
+            ),
+            legend(),
+        ]
         update_if_changed(self.query_one("#bars", Static), Content("\n").join(lines))
 
     def _refresh_offered_keys(self) -> None:
@@ -294,13 +274,7 @@ class MemoryScreen(WorkScreen):
             setting_controls(recipe, self._solution.fitting.get(self.precision), context),
         )
         beside = self.query_one("#changes", Static)
-        parts = (
-            [changes_text(self._solution.changes, beside.content_size.width)]
-            if self._solution.changes
-            else []
-        )
-        if self._solution.least_bytes:
-            parts.append(nothing_helps(self._solution.least_bytes))
+        parts = fixes_text(self._solution, beside.content_size.width)
         if known and (warning := context_length_warning(recipe.data.max_length, known)):
             # The setting itself is shown among the controls.
             parts.append(Content.styled(f"{warning.why} {warning.fix}", "$warning"))

@@ -1,12 +1,16 @@
-"""A memory bar in parts. Each part has its texture, so that color is not needed."""
+"""Memory bars in parts, one for each precision. Each part has its texture, so that color is not needed."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from textual.content import Content
 
-from qlora_tui.memory import Estimate
+from qlora_tui.formatting import format_gib
+from qlora_tui.memory import Estimate, check_fit
+from qlora_tui.memory.estimate import PRECISIONS, Precision
+from qlora_tui.tui.render.recipe_line import PRECISION_NAMES, VERDICT_STYLE
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,34 @@ def stacked_bar(estimate: Estimate, full_bytes: int, width: int) -> Content:
         text = Content.assemble(*pieces)
         return Content.assemble(text[: width - 1], ("▶", "$error bold"))
     return Content.assemble(*pieces, ("·" * (width - drawn), "dim"))
+
+
+def precision_bars(
+    compared: Mapping[Precision, Estimate],
+    selected: Precision,
+    recipe_precision: Precision,
+    budget_bytes: int,
+    width: int,
+) -> list[Content]:
+    """``▸ NF4  ██▚▓▒·····   12.3 GiB fits  ◂ recipe``: a line for each precision, its bar ``width`` cells."""
+    lines = []
+    for precision in PRECISIONS:
+        estimate = compared[precision]
+        word = check_fit(estimate, budget_bytes).word
+        is_selected = precision == selected
+        lines.append(
+            Content.assemble(
+                (
+                    f"{'▸' if is_selected else ' '} {PRECISION_NAMES[precision]:<5}",
+                    "bold" if is_selected else "",
+                ),
+                stacked_bar(estimate, budget_bytes, width),
+                f" {format_gib(estimate.total_bytes):>6} GiB ",
+                (f"{word:<12}", VERDICT_STYLE[word]),
+                (" ◂ recipe" if precision == recipe_precision else "", "$accent"),
+            )
+        )
+    return lines
 
 
 def legend() -> Content:

@@ -9,12 +9,15 @@ from textual.content import Content
 
 from qlora_tui.formatting import GIB, format_bytes, format_gib, format_percent
 from qlora_tui.memory import Estimate, Item, KeptLayers, MemorySaving, Verdict, WhatFits
+from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import LOADING, Precision
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.render.block_charts import bar
 from qlora_tui.tui.render.key_names import bare_key, highlight_keys, key_name
 from qlora_tui.tui.render.recipe_line import PRECISION_NAMES, VERDICT_STYLE
+from qlora_tui.tui.screens.memory.solution import Solution
 from qlora_tui.tui.screens.memory.stacked_bar import part_of
+from qlora_tui.tui.system_status import SystemStatus
 
 CHANGES_SHOWN = 4
 BAR_WIDTH = 24
@@ -46,6 +49,15 @@ def peak_words(compared: Mapping[Precision, Estimate], *, short: bool) -> str:
     if len(loading) == len(compared):
         return "Peak, while loading,"
     return f"Peak ({' and '.join(loading)}: while loading)"
+
+
+def budget_words(budget: MemoryBudget, system_status: SystemStatus) -> str:
+    """``24.0 GiB: RTX 4090, 22.1 free now``: the memory that estimates are compared with."""
+    size = f"{format_gib(budget.bytes)} GiB"
+    gpu, free = system_status.gpu, system_status.free_bytes
+    if gpu is not None and budget.name == gpu.short_name:
+        return f"{size}: {budget.name}" + ("" if free is None else f", {format_gib(free)} free now")
+    return size if budget.is_assumed else f"{size}, {budget.name}"
 
 
 def levels_line(estimate: Estimate) -> str:
@@ -92,7 +104,14 @@ def _setting_control(keys: str, name: str, text: str) -> Content:
     return Content.assemble((f"{keys:<5}", "$accent bold"), f" {name:<13} {text}")
 
 
-def changes_text(changes: tuple[MemorySaving, ...], width: int) -> Content:
+def fixes_text(solution: Solution, width: int) -> list[Content]:
+    """What makes the recipe fit, or that nothing does; empty if it fits."""
+    if solution.changes:
+        return [_changes_text(solution.changes, width)]
+    return [_nothing_helps(solution.least_bytes)] if solution.least_bytes else []
+
+
+def _changes_text(changes: tuple[MemorySaving, ...], width: int) -> Content:
     """Each change that makes it fit, the cheapest first, with its cost."""
     lines = [
         Content.assemble(
@@ -130,7 +149,7 @@ def kept_layers_text(kept_layers: KeptLayers) -> Content:
     )
 
 
-def nothing_helps(least_bytes: int) -> Content:
+def _nothing_helps(least_bytes: int) -> Content:
     """The text shown if no change makes it fit."""
     return highlight_keys(
         "No change makes it fit: with every change that saves memory it still needs "

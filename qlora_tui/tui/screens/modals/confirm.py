@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from typing import ClassVar
 
+from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.screen import ModalScreen
 from textual.widgets import Static
+
+CHECK_INTERVAL_S = 1.0
 
 
 class ConfirmScreen(ModalScreen[bool]):
@@ -22,14 +27,32 @@ class ConfirmScreen(ModalScreen[bool]):
     ]
 
     def __init__(
-        self, title: str, text: str, yes: str = "Yes", no: str = "No", *, harmless: bool = False
+        self,
+        title: str,
+        text: str,
+        yes: str = "Yes",
+        no: str = "No",
+        *,
+        harmless: bool = False,
+        is_outdated: Callable[[], bool] | None = None,
     ) -> None:
+        """``is_outdated``: called every second in a thread; once it is true, the question closes as no."""
         super().__init__()
+        self._is_outdated = is_outdated
         self._title = title
         self._text = text
         self._yes = yes
         self._no = no
         self._harmless = harmless
+
+    def on_mount(self) -> None:
+        if self._is_outdated is not None:
+            self.set_interval(CHECK_INTERVAL_S, self._check_outdated)
+
+    @work(exclusive=True)
+    async def _check_outdated(self) -> None:
+        if self._is_outdated is not None and await asyncio.to_thread(self._is_outdated):
+            self.dismiss(False)
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog") as dialog:

@@ -52,8 +52,8 @@ def save_or_ask(app: QloraApp) -> None:
     """Save the workbench as the draft; where another app changed that, ask whose stays."""
     if app.draft.save(app.workbench) or isinstance(app.screen, DraftChangedScreen):
         return
-    theirs = Draft()
-    other = theirs.load()
+    other_draft = Draft()
+    other = other_draft.load()
     if other.lost_draft is not None:
         app.notify(str(other.lost_draft), severity="warning", timeout=10)
         app.draft.save(app.workbench)
@@ -63,14 +63,14 @@ def save_or_ask(app: QloraApp) -> None:
         if choice == "mine":
             app.draft.save(app.workbench, replace=True)
         elif choice == "theirs":
-            _adopt(app, theirs, other)
+            _adopt(app, other_draft, other)
 
     changes = [str(change) for change in diff_recipes(app.workbench.recipe, other.recipe)]
     app.push_screen(DraftChangedScreen(changes), on_result)
 
 
-def _adopt(app: QloraApp, theirs: Draft, other: Workbench) -> None:
-    app.draft = theirs
+def _adopt(app: QloraApp, other_draft: Draft, other: Workbench) -> None:
+    app.draft = other_draft
     app.workbench.adopt(other)
     app.recipe_edited()
     app.notify(f"Loaded the other app's recipe. Press {key_name('app.undo')} to restore yours.")

@@ -114,12 +114,12 @@ class ModelsScreen(DownloadActions):
         self.app.push_screen(TextPromptScreen("Open a path", words, validate=validate_model_path), on_result)
 
     def on_input_changed(self) -> None:
-        """Filter as one types."""
+        """Filter the list while typing."""
         self._show_list()
         self._show_facts()
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Ask the hub for the name."""
+        """Search the Hub for the name."""
         self.query_one(ViList).focus()
         if event.value.strip():
             self._search(event.value.strip())

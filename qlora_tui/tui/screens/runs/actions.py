@@ -72,6 +72,10 @@ class RunActions(WorkScreen):
 
     def action_compare(self) -> None:
         """Show the marked runs side by side."""
+        if len(self.marked) < 2:
+            another = "Mark another run" if self.marked else "Mark two to four runs"
+            self.notify(f"{another} with {key_name('runs.mark')} to compare them.")
+            return
         known = {summary.id: summary.run for summary in self.listing.summaries} if self.listing else {}
         self.app.push_screen(CompareScreen([known[name] for name in self.marked if name in known]))
 
@@ -94,12 +98,12 @@ class RunActions(WorkScreen):
             self.refresh_runs()
 
     def action_withdraw(self) -> None:
-        """Take the run out of the queue."""
+        """Remove the run from the queue."""
         if self.current is not None:
             self._act_on(self.current.run, actions.stop)
 
     async def action_rerun(self) -> None:
-        """Take the run's recipe to the workbench."""
+        """Edit the run's recipe."""
         recipe = self._recipe()
         if recipe is None:
             return

@@ -113,7 +113,7 @@ def plot(compared: Sequence[ComparedRun]) -> Plot:
             Curve(one.trace, one.name, style, mark)
             for one, style, mark in zip(compared, _STYLES, MARKS, strict=False)
         ),
-        legend=(("training loss, running mean", "dim"),),
+        legend=(("(training, running mean)", "dim"),),
         empty="None of these runs has a step yet.",
     )
 

@@ -19,7 +19,7 @@ from qlora_tui.formatting import format_duration, format_float, format_percent, 
 from qlora_tui.runs.run_summary import RunSummary
 from qlora_tui.tui import clock
 from qlora_tui.tui.render.block_charts import curve
-from qlora_tui.tui.render.run_labels import SIGNS
+from qlora_tui.tui.render.run_labels import result_label
 from qlora_tui.tui.render.strip_rendering import render_line
 from qlora_tui.tui.widgets.cursor_keys import LIST_KEYS
 from qlora_tui.tui.widgets.line_view import LineView
@@ -108,18 +108,28 @@ class RunTable(LineView):
         self._drawn: list[Content] = []
         self._drawn_at = 0
         self._cursor = 0
+        self._is_moved = False
+        """Whether the user moved the cursor off the first run."""
+        self.starts_at_top = True
+        """Whether the next runs that are shown move the cursor to the first."""
 
     @property
     def current(self) -> RunSummary | None:
         """The run under the cursor."""
         return self._rows[self._cursor] if self._rows else None
 
+    def start_at_top(self) -> None:
+        """Put the cursor on the first run once they are read again, unless the user moved it."""
+        self.starts_at_top = not self._is_moved
+
     def show(self, rows: Sequence[RunSummary], waiting: tuple[str, ...], marked: tuple[str, ...]) -> None:
         """Show these; the cursor stays on its run. Only lines that differ are painted."""
         current = self.current
         self._rows, self._waiting, self._marked = tuple(rows), waiting, marked
         names = [row.id for row in self._rows]
-        if current is not None and current.id in names:
+        if self.starts_at_top:
+            self._cursor, self.starts_at_top = 0, False
+        elif current is not None and current.id in names:
             self._cursor = names.index(current.id)
         self._cursor = min(self._cursor, max(0, len(names) - 1))
         self.virtual_size = Size(1, len(names) + 1)
@@ -153,6 +163,7 @@ class RunTable(LineView):
         if row == self._cursor:
             return
         self._cursor = row
+        self._is_moved, self.starts_at_top = row > 0, False
         # One line of the window is taken by the titles.
         self.scroll_to_region(Region(0, row, 1, 2), animate=False, force=True)
         self._redraw()
@@ -195,8 +206,7 @@ class RunTable(LineView):
 
     def _head(self, row: RunSummary) -> Content:
         mark = MARKS[self._marked.index(row.id)] if row.id in self._marked else " "
-        sign, style = SIGNS[row.status.state]
-        word: str = row.status.state
+        sign, word, style = result_label(row.status.state, row.defect)
         if row.id in self._waiting:
             word = f"queue {self._waiting.index(row.id) + 1}"
         return Content.assemble((f"{mark} ", "$accent"), (f"{sign} {word:<10}", style))

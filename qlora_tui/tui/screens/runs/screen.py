@@ -66,8 +66,6 @@ class RunsScreen(RunActions):
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action in ("withdraw", "move"):
             return self.current is not None and self._is_waiting(self.current)
-        if action == "compare":
-            return True if len(self.marked) > 1 else None
         if action == "restore":
             # If nothing was deleted, ``u`` undoes a change of the recipe as on other screens.
             return bool(self.trash)
@@ -98,6 +96,9 @@ class RunsScreen(RunActions):
         """Open the run that was clicked, as the key does."""
         await self.action_open()
 
+    def on_screen_resume(self) -> None:
+        self.query_one(RunTable).start_at_top()
+
     def refresh_runs(self) -> None:
         """Read the runs again, unless that is being done."""
         if not self._reading and self.is_current:
@@ -113,7 +114,7 @@ class RunsScreen(RunActions):
         before, self.listing = self.listing, listing
         names = {summary.id for summary in listing.summaries}
         self.marked = tuple(name for name in self.marked if name in names)
-        if listing != before:
+        if listing != before or self.query_one(RunTable).starts_at_top:
             self.show_listing()
         if not listing.complete:
             self.refresh_runs()
@@ -135,9 +136,8 @@ class RunsScreen(RunActions):
         """Change the footer where other keys mean something than before."""
         current = self.current
         waits = current is not None and self._is_waiting(current)
-        bound_for = (waits, len(self.marked) > 1)
-        if bound_for != self._footer_key:
-            self._footer_key = bound_for
+        if waits != self._footer_key:
+            self._footer_key = waits
             self.refresh_bindings()
 
     def _show_detail(self) -> None:
@@ -149,7 +149,9 @@ class RunsScreen(RunActions):
                 facts.append(summary.energy)
             name = summary.name if summary.name == summary.id else f"{summary.name}  ({summary.id})"
             lines[0] = Content.assemble((name, "bold"), f"  {' · '.join(facts)}")
-            lines[1] = Content.styled(summary.status.detail.replace("\n", " "), "dim")
+            detail = Content.styled(summary.status.detail.replace("\n", " "), "dim")
+            wrong = Content.styled(f"{summary.defect.sentence} " if summary.defect else "", "$error")
+            lines[1] = wrong + detail
         update_if_changed(self.query_one("#run-detail", Static), Content("\n").join(lines))
 
     def _is_waiting(self, summary: RunSummary) -> bool:

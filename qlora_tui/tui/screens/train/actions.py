@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.runs import actions as run_actions
@@ -86,7 +86,10 @@ class TrainActions(WorkScreen):
             return
         if self.state == "queued":
             self._confirm(
-                "Remove from the queue?", f"{run.id} has not started.", lambda: run_actions.stop(run)
+                "Remove from the queue?",
+                f"{run.id} has not started.",
+                lambda: run_actions.stop(run),
+                while_in=("queued",),
             )
         else:
             self._confirm(
@@ -94,6 +97,7 @@ class TrainActions(WorkScreen):
                 f"{run.id} will save a checkpoint and its adapter, then stop. It can be resumed.",
                 lambda: run_actions.stop(run),
                 done="The run will stop after this step.",
+                while_in=ACTIVE,
             )
 
     def action_pause(self) -> None:
@@ -226,12 +230,21 @@ class TrainActions(WorkScreen):
             command = f"qlora-tui attach {shlex.quote(self.run.id)}"
             self.app.copy_to_clipboard(command)
 
-    def _confirm(self, title: str, text: str, act: Callable[[], None], done: str = "") -> None:
+    def _confirm(
+        self, title: str, text: str, act: Callable[[], None], done: str = "", *, while_in: Collection[str]
+    ) -> None:
+        """Ask, then act. ``while_in``: in any other state of the run the question is closed."""
+        run = self.run
+        if run is None:
+            return
+
         def on_result(yes: bool | None) -> None:
             if yes:
                 self._act_on_run(lambda run: act(), done)
 
-        self.app.push_screen(ConfirmScreen(title, text), on_result)
+        self.app.push_screen(
+            ConfirmScreen(title, text, is_outdated=lambda: read_status(run).state not in while_in), on_result
+        )
 
     def _act_on_run(self, act: Callable[[RunDir], None], done: str) -> None:
         run = self.run

@@ -51,7 +51,7 @@ class GpuPanel(DiffWidget):
         self._machine = MachineState()
 
     def show(self, machine: MachineState) -> None:
-        """Draw this; repaints nothing where it looks the same."""
+        """Show new data; repaints only what changed."""
         if machine != self._machine:
             self._machine = machine
             self.redraw()

@@ -25,7 +25,7 @@ from qlora_tui.tui.widgets.static_update import update_if_changed
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
 
-_ELSEWHERE = frozenset(("data.sources", "name", "note"))
+_NOT_IN_FORM = frozenset(("data.sources", "name", "note"))
 """Sources are chosen on the Data screen, which shows what is in them."""
 _HEAD = 19
 """Cells of a check's sign, word and name."""
@@ -40,7 +40,7 @@ SIGNS: dict[Outcome, tuple[str, str]] = {
 def _paths() -> list[str]:
     """Training first: that is what is decided here."""
     order = {"": 0, "training": 1, "data": 2, "lora": 3, "quantization": 4, "model": 5}
-    known = [field for field in fields().values() if field.path not in _ELSEWHERE]
+    known = [field for field in fields().values() if field.path not in _NOT_IN_FORM]
     known.sort(key=lambda field: order.get(field.section, len(order)))
     return ["name", *(field.path for field in known)]
 
@@ -118,7 +118,7 @@ async def launch(app: QloraApp, checks: tuple[Check, ...]) -> RunDir | None:
     for check in checks:
         if check.problem is not None:
             raise check.problem
-    doubts = "\n".join(f"{check.label}: {check.text}" for check in errors(checks))
-    if doubts and not await app.push_screen_wait(ConfirmScreen("Launch anyway?", doubts, "Launch")):
+    failed = "\n".join(f"{check.label}: {check.text}" for check in errors(checks))
+    if failed and not await app.push_screen_wait(ConfirmScreen("Launch anyway?", failed, "Launch")):
         return None
     return actions.submit(recipe)

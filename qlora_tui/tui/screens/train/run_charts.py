@@ -68,7 +68,7 @@ def zoom_start(step: int, zoom: int) -> float:
 def sparkline_data(
     curves: Curves, last: tuple[float | None, float | None, float | None]
 ) -> tuple[SparklineData, ...]:
-    """Learning rate, gradient norm and tokens a second, each from zero to a round top."""
+    """Learning rate, gradient norm and tokens per second, each from zero to a round maximum."""
     rate, norm, speed = last
     return (
         _sparkline("lr", _rate(rate), curves.learning_rate),

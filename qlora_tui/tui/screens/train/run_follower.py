@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs import control
 from qlora_tui.runs.describe import PhaseFilter, describe, unknown_lines
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.energy import EnergyMeter
@@ -72,13 +73,13 @@ class RunSnapshot:
     losses: tuple[float | None, float | None]
     """The last loss, and the running mean of it."""
     last: tuple[float | None, float | None, float | None]
-    """Learning rate, gradient norm and tokens a second of the last step."""
+    """Learning rate, gradient norm and tokens per second of the last step."""
     evaluations: tuple[Evaluated, ...]
     best: Evaluated | None
     samples: tuple[SampleGenerated, ...]
     health: tuple[Health, ...]
     entries: Sequence[LogEntry]
-    """The story so far; only ever appended to."""
+    """Log lines so far; only appended to."""
     output: Sequence[LogEntry]
     """The end of the trainer's own output."""
     telemetry: tuple[Sample, ...]
@@ -89,6 +90,8 @@ class RunSnapshot:
     """What one key can do about the latest warning."""
     step_stride: int
     """Steps from one drawn step to the next: more than 1 in a very long run."""
+    ending_request: str = ""
+    """The request to end the run that waits or was taken: ``stop``, ``pause`` or ``finish_epoch``."""
 
 
 class _DownsampledRun:
@@ -239,6 +242,7 @@ class RunFollower:
             seconds_left=view.seconds_left,
             fix=suggest_fix(view.status.state, view.health, view.ending, self._recipe),
             step_stride=downsampled.step_stride,
+            ending_request=control.pending_ending(self.run) or view.requested_ending,
         )
 
 

@@ -6,15 +6,24 @@ from dataclasses import dataclass
 
 from textual.content import Content
 
-from qlora_tui.formatting import abbreviate_home, format_duration, format_float, format_path
+from qlora_tui.formatting import abbreviate_home, format_duration, format_float, format_path, truncate_middle
+from qlora_tui.runs.defects import find_defect
 from qlora_tui.runs.describe import format_energy
 from qlora_tui.runs.events import Failed, Finished, phase_label
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.tui.render.block_charts import bar
 from qlora_tui.tui.render.key_names import key_name
-from qlora_tui.tui.render.run_labels import SIGNS, format_ago
+from qlora_tui.tui.render.run_labels import format_ago, result_label
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 from qlora_tui.tui.widgets.diff_widget import DiffWidget
+
+_MIN_NAME_WIDTH = 12
+_ENDINGS = {
+    "stop": ("Stopping", " after this step"),
+    "pause": ("Pausing", " after this step"),
+    "finish_epoch": ("Stopping at the end of this epoch", ""),
+}
+"""(what, when during training) of each request to end the run."""
 
 
 class RunHeader(DiffWidget):
@@ -29,47 +38,68 @@ class RunHeader(DiffWidget):
 
     def __init__(self) -> None:
         super().__init__()
-        self._lines: tuple[Content, list[str]] = (Content(""), [])
+        self._title = RunTitle(Content(""), "", Content(""))
+        self._facts: list[str] = []
         self._share: float | None = None
 
     def show(self, snapshot: RunSnapshot, now: float) -> None:
         """Repaint what changed."""
-        shown = (title(snapshot), facts(snapshot, now))
-        share = progress_share(snapshot)
-        if (shown, share) != (self._lines, self._share):
-            self._lines, self._share = shown, share
+        shown = (title(snapshot), facts(snapshot, now), progress_share(snapshot))
+        if shown != (self._title, self._facts, self._share):
+            self._title, self._facts, self._share = shown
             self.redraw()
 
     def draw(self, width: int, height: int) -> list[Content]:
-        first, facts_ = self._lines
         drawn = Content("")
         if self._share is not None:
             drawn = Content.styled(bar(self._share, max(8, min(24, width // 6))), "$primary") + " "
         line = drawn
-        for number, fact in enumerate(facts_):
+        for number, fact in enumerate(self._facts):
             piece = ("  " if number else "") + fact
             if line.cell_length + len(piece) > width:
                 break
             line += piece
-        return [first.truncate(width, ellipsis=True), line]
+        return [self._title.fitted(width), line]
 
 
-def title(snapshot: RunSnapshot) -> Content:
+@dataclass(frozen=True)
+class RunTitle:
     """``● qwen-tickets-20261124-0212  training  attempt 2``."""
+
+    sign: Content
+    name: str
+    rest: Content
+
+    def fitted(self, width: int) -> Content:
+        """Shorten the name in its middle, so that the state stays in view."""
+        left = max(_MIN_NAME_WIDTH, width - self.sign.cell_length - self.rest.cell_length)
+        name = Content.styled(truncate_middle(self.name, left), "bold")
+        return (self.sign + name + self.rest).truncate(width, ellipsis=True)
+
+
+def title(snapshot: RunSnapshot) -> RunTitle:
+    """The name of a run with its state, warnings and attempt."""
     status, view = snapshot.status, snapshot.view
-    sign, style = SIGNS[status.state]
-    word = phase_label(view.phase or status.state) if status.state == "running" else status.state
-    parts: list[str | tuple[str, str]] = [(f"{sign} ", style), (view.run.name, "bold"), "  ", (word, style)]
+    defect = find_defect(view)
+    sign, word, style = result_label(status.state, defect)
+    if status.state == "running":
+        word = phase_label(view.phase or status.state)
+    elif defect is not None:
+        word = f"{status.state}, {word}"
+    parts: list[str | tuple[str, str]] = ["  ", (word, style)]
     if count := len({health.kind for health in snapshot.health if health.severity == "warning"}):
         parts.append((f"  ! {count} warning{'s' if count > 1 else ''}", "$warning"))
     if view.attempt > 1:
         parts.append((f"  attempt {view.attempt}", "dim"))
+    if status.state in ACTIVE and (ending := _ENDINGS.get(snapshot.ending_request)):
+        when = ending[1] if view.phase == "training" else ""
+        parts.append((f"  {ending[0]}{when}", "bold $warning"))
     if (status.state == "queued" or status.state in ACTIVE) and status.detail:
         # Suspended, not responding, on another machine: more important than the rest.
         parts.append((f"  {status.detail}", "$warning"))
     elif status.state == "running" and view.phase_detail:
         parts.append((f"  {view.phase_detail}", "dim"))
-    return Content.assemble(*parts)
+    return RunTitle(Content.styled(f"{sign} ", style), view.run.name, Content.assemble(*parts))
 
 
 def progress_share(snapshot: RunSnapshot) -> float | None:

@@ -11,17 +11,20 @@ from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import OptionList, Static
 
+from qlora_tui.formatting import truncate_middle
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.status import read_status
 from qlora_tui.tui.render.run_labels import SIGNS
 from qlora_tui.tui.widgets.vi_list import ViList
 
+_NAME_WIDTH = 38
+"""Cells of a name; together with state and steps as wide as the dialog."""
 _MAX_LISTED = 30
 """Number of runs listed; the Runs screen lists all."""
 
 
 class RunPickerScreen(ModalScreen[RunDir | None]):
-    """Gives the run; None when left."""
+    """Returns the selected run; None when closed with Escape."""
 
     CSS_PATH = "../modals/modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -53,4 +56,6 @@ def _line(run: RunDir) -> Content:
     status = read_status(run)
     sign, style = SIGNS[status.state]
     steps = f"  {status.step:,}/{status.total_steps:,}" if status.total_steps else ""
-    return Content.assemble((f"{sign} {status.state:<10} ", style), run.name, (steps, "dim"))
+    return Content.assemble(
+        (f"{sign} {status.state:<10} ", style), truncate_middle(run.name, _NAME_WIDTH), (steps, "dim")
+    )

@@ -20,7 +20,7 @@ from qlora_tui.tui.widgets.cursor_keys import LIST_KEYS
 from qlora_tui.tui.widgets.line_view import LineView
 
 _LETTERS = "asdfghjklqwertyuiopzxcvbnmASDFGHJKLQWERTYUIOPZXCVBNM"
-"""Near the fingers first."""
+"""The home row first."""
 
 
 class SettingList(LineView):
@@ -42,14 +42,14 @@ class SettingList(LineView):
         """The setting under the cursor is to be edited or toggled."""
 
     class Stepped(Message):
-        """It is to have its next value."""
+        """The setting under the cursor is to be stepped to its next value."""
 
         def __init__(self, direction: int) -> None:
             super().__init__()
             self.direction = direction
 
     class Reset(Message):
-        """It is to be as the preset has it."""
+        """The setting under the cursor is to be reset to the preset's value."""
 
         def __init__(self, value: Any) -> None:
             super().__init__()
@@ -105,7 +105,7 @@ class SettingList(LineView):
         self.refresh()
 
     def on_key(self, event: Key) -> None:
-        """While letters are shown every key is for them."""
+        """While letters are shown, any key ends the jump."""
         if not self._letters:
             return
         event.stop()
@@ -116,7 +116,7 @@ class SettingList(LineView):
         self.go_to(number)
 
     def action_step(self, direction: int) -> None:
-        """To the setting's next value."""
+        """Step the setting to its next value."""
         self.post_message(self.Stepped(direction))
 
     def action_choose(self) -> None:
@@ -124,7 +124,7 @@ class SettingList(LineView):
         self.post_message(self.Chosen())
 
     def action_reset(self) -> None:
-        """Back to the preset's value."""
+        """Reset the setting to the preset's value."""
         self.post_message(self.Reset(get_setting(self._base, self._fields[self.cursor].path)))
 
     def on_click(self, event: Click) -> None:

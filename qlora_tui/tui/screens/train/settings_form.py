@@ -25,7 +25,7 @@ from qlora_tui.tui.screens.train.setting_list import SettingList
 from qlora_tui.tui.setting_stepper import step_value
 from qlora_tui.tui.widgets.text_field import TextField
 
-_BETWEEN_TEXTS = " | "
+_TEXT_SEPARATOR = " | "
 """Between the items of a list of texts while it is edited."""
 
 
@@ -138,7 +138,7 @@ class SettingsForm(Vertical):
     def _as_text(self, field: Field) -> str:
         value = get_setting(self._recipe, field.path)
         if field.kind == "texts":
-            return (", " if field.path == "lora.target_modules" else _BETWEEN_TEXTS).join(value)
+            return (", " if field.path == "lora.target_modules" else _TEXT_SEPARATOR).join(value)
         if field.kind == "numbers":
             return ", ".join(f"{pattern}={number:g}" for pattern, number in value.items())
         return str(value) if field.kind == "text" else format_value(value).replace(",", "")
@@ -146,7 +146,7 @@ class SettingsForm(Vertical):
     def _parsed(self, typed: str) -> Any:
         field = self.field
         if field.kind == "texts" and field.path != "lora.target_modules":
-            return tuple(part.strip() for part in typed.split(_BETWEEN_TEXTS.strip()) if part.strip())
+            return tuple(part.strip() for part in typed.split(_TEXT_SEPARATOR.strip()) if part.strip())
         if field.kind == "text":
             return typed.strip()
         layer = parse_override(f"{field.path}={typed.strip()}")

@@ -1,0 +1,99 @@
+"""The fix that one key applies to the latest warning or failure of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+from qlora_tui.recipe.fields import replace_setting
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.event_log import EventWriter
+from qlora_tui.runs.events import Failed, Phase
+from qlora_tui.runs.status import State
+from qlora_tui.runs.suggested_fix import suggest_fix
+from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.screens.train.screen import TrainScreen, show_run
+from tests.tui.fake_runs import TICKETS, FakeRun, write_fake_run
+from tests.tui.run_events import health_event
+from tests.tui.screen_assertions import wait_for_text
+
+MakeApp = Callable[[], QloraApp]
+
+
+async def watching(app: QloraApp, run: RunDir) -> TrainScreen:
+    await show_run(app, run)
+    assert isinstance(app.screen, TrainScreen)
+    return app.screen
+
+
+async def test_m_halves_the_learning_rate_where_the_gradient_explodes(make_app: MakeApp) -> None:
+    run = write_fake_run(FakeRun(steps=50))
+    with EventWriter(run.events_path) as log:
+        log.append(health_event("exploding_gradient", "Lower training.learning_rate."))
+    app = make_app()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await watching(app, run)
+        await wait_for_text(pilot, "m Fix")
+        await pilot.press("tab", "tab")
+        await wait_for_text(pilot, "▸ [m] halve the learning rate of this run, to 0.0001")
+        await pilot.press("m", "enter")
+        request = json.loads(next(run.control_dir.glob("*.json")).read_bytes())
+        assert request == {"kind": "set_learning_rate", "value": 1e-4}
+
+
+async def test_m_prepares_a_smaller_run_after_out_of_memory(make_app: MakeApp) -> None:
+    run = write_fake_run(FakeRun(steps=50, state="failed"))
+    app = make_app()
+    async with app.run_test(size=(120, 40)) as pilot:
+        before = app.workbench.recipe
+        await watching(app, run)
+        await wait_for_text(pilot, "m Fix", "Out of GPU memory")
+        await pilot.press("m")
+        await wait_for_text(pilot, "Prepare a run with micro-batch size 1 instead of 2")
+        await pilot.press("n")
+        assert app.workbench.recipe == before
+        await pilot.press("m", "y")
+        await wait_for_text(pilot, "Micro-batch")
+        training = app.workbench.recipe.training
+        assert (training.micro_batch_size, training.gradient_accumulation) == (1, 16)
+        await pilot.press("u")
+        assert app.workbench.recipe == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "state", "says"),
+    [
+        ("plateau", "running", "stop this run"),
+        ("nan_loss", "stopped", "prepare a run with learning rate 0.0001 instead of 0.0002"),
+        ("few_steps", "finished", "gradient accumulation 4 instead of 8"),
+        ("worse_than_before", "running", "stop this run"),
+        ("worse_than_before", "finished", "prepare a run with learning rate 2e-5 instead of 0.0002"),
+        ("throttled", "running", ""),
+    ],
+)
+def test_a_fix_suits_the_warning_and_the_runs_state(kind: str, state: State, says: str) -> None:
+    suggestion = suggest_fix(state, [health_event(kind, "")], None, TICKETS)
+    assert (says in suggestion.label) if suggestion else not says
+
+
+@pytest.mark.parametrize(
+    ("method", "phase", "says"),
+    [
+        ("int8", "loading", "method nf4 instead of int8"),
+        ("nf4", "loading", ""),
+        ("nf4", "training", "micro-batch size 1 instead of 2"),
+    ],
+)
+def test_the_fix_for_memory_suits_the_phase(method: str, phase: Phase, says: str) -> None:
+    ending = Failed(at=1.0, title="Out of memory", what="It is.", kind="out_of_memory", phase=phase)
+    suggestion = suggest_fix("failed", [], ending, replace_setting(TICKETS, "quantization.method", method))
+    assert (says in suggestion.label) if suggestion else not says
+
+
+def test_the_fix_for_few_steps_removes_a_low_step_limit() -> None:
+    limited = replace_setting(TICKETS, "training.max_steps", 5)
+    suggestion = suggest_fix("finished", [health_event("few_steps", "")], None, limited)
+    assert suggestion is not None
+    assert suggestion.label == "prepare a run with max steps 0 instead of 5"

@@ -1,0 +1,145 @@
+"""The form with the settings of the recipe, and the checks before a launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qlora_tui.recipe.schema import Data, Model, Recipe, Source
+from qlora_tui.runs import actions, run_queue
+from qlora_tui.runs.directory import all_runs
+from qlora_tui.runs.machine_checks import Check, CheckKind
+from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.screens.train import screen as train_module
+from qlora_tui.tui.screens.train.settings_form import SettingsForm
+from tests.tui.sample_data import readable_model
+from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
+
+MakeApp = Callable[[], QloraApp]
+
+
+async def test_the_form_edits_the_recipe_and_checks_what_is_typed(make_app: MakeApp) -> None:
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("5")
+        await wait_for_text(pilot, "Micro-batch", "Name of the run in lists")
+        await pilot.press("j")
+        await wait_for_text(pilot, "Rows in one forward pass", "Activations grow in proportion")
+        await pilot.press("l", "l")
+        assert app.workbench.recipe.training.micro_batch_size == 4
+        await wait_for_text(pilot, "* preset: 1")
+        await pilot.press("backspace")
+        assert app.workbench.recipe.training.micro_batch_size == 1
+        await pilot.press("enter", "ctrl+u", *"many", "enter")
+        await wait_for_text(pilot, "✗", "a whole number from 1 to 4,096")
+        await pilot.press("escape", "l", "h")
+        assert app.workbench.recipe.training.micro_batch_size == 1
+        await pilot.press("enter", "ctrl+u", *"6", "enter")
+        await pilot.pause()
+        assert app.workbench.recipe.training.micro_batch_size == 6
+        await pilot.press("u")
+        assert app.workbench.recipe.training.micro_batch_size == 1
+
+
+async def test_a_letter_jumps_to_a_visible_setting_and_nothing_else(make_app: MakeApp) -> None:
+    app = make_app()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await pilot.press("5")
+        await wait_for_text(pilot, "▸ Name")
+        await pilot.press("apostrophe")
+        await wait_for_text(pilot, "a Name", "s Micro-batch", "d Gradient accumulation")
+        await pilot.press("d")
+        shown = await wait_for_text(pilot, "▸ Gradient accumulation")
+        assert "s Micro-batch" not in shown
+        await pilot.press("apostrophe", "1")
+        await wait_for_text(pilot, "▸ Gradient accumulation", "  Micro-batch")
+        assert app.current_mode == "train"
+
+
+async def test_every_setting_of_the_form_can_be_stepped_both_ways(make_app: MakeApp) -> None:
+    app = make_app()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await pilot.press("5")
+        form = app.screen.query_one(SettingsForm)
+        seen = set()
+        while form.field.path not in seen:
+            seen.add(form.field.path)
+            if form.field.kind in ("int", "float", "bool", "choice"):
+                await pilot.press("l", "h")
+            await pilot.press("j")
+        assert len(seen) > 30
+        assert len(app.screen_stack) == 1
+
+
+async def test_without_a_model_nothing_is_launched_and_the_fix_named(make_app: MakeApp) -> None:
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("5")
+        await wait_for_text(pilot, "✗ error", "No model selected.", "Not ready: model, data")
+        await pilot.press("t")
+        await wait_for_text(pilot, "Not ready to run")
+        assert all_runs() == []
+
+
+async def test_a_recipe_that_is_ready_is_queued_and_then_watched(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(actions, "ensure_runner", lambda: None)
+    fine = (Check(CheckKind.MODEL, "ok", "there"), Check(CheckKind.DATA, "ok", "there"))
+    monkeypatch.setattr(train_module, "preflight", lambda *_, **__: fine)
+    app = make_app()
+    app.workbench.replace(
+        Recipe(model=Model(id=str(tmp_path)), data=Data(sources=(Source(path="tickets.jsonl"),)))
+    )
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("5")
+        await wait_for_text(pilot, "Ready. Press [t] to launch it")
+        await pilot.press("t")
+        await wait_for_text(pilot, "queued", "waiting in the queue")
+        assert len(run_queue.waiting()) == 1
+
+
+async def test_a_failed_check_is_confirmed_before_launch(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(actions, "ensure_runner", lambda: None)
+    doubt = (Check(CheckKind.MEMORY, "error", "does not fit: 30.0 of 24.0 GiB."),)
+    monkeypatch.setattr(train_module, "preflight", lambda *_, **__: doubt)
+    app = make_app()
+    app.workbench.replace(
+        Recipe(model=Model(id=str(tmp_path)), data=Data(sources=(Source(path="tickets.jsonl"),)))
+    )
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("5", "t")
+        await wait_for_text(pilot, "Launch anyway?", "30.0 of 24.0 GiB")
+        await pilot.press("n")
+        await pilot.pause()
+        assert all_runs() == []
+
+
+async def test_a_row_that_blocks_a_run_is_reported_before_launch(make_app: MakeApp, tmp_path: Path) -> None:
+    rows = tmp_path / "tickets.jsonl"
+    rows.write_text('{"instruction": "a", "output": "b"}\n' * 2 + "{bad\n")
+    app = make_app()
+    model = readable_model(tmp_path)
+    app.workbench.replace(Recipe(model=Model(id=model), data=Data(sources=(Source(path=str(rows)),))))
+    async with app.run_test(size=(80, 60)) as pilot:
+        await pilot.press("5")
+        await wait_for_text(pilot, "Not ready: data")
+        # The path before it decides where its lines break.
+        await wait_until(pilot, lambda: "Line 3 is not valid JSON" in " ".join(text_of(app).split()))
+        await wait_until(pilot, lambda: "Correct or remove the line" in " ".join(text_of(app).split()))
+        await pilot.press("t")
+        await wait_for_text(pilot, "Not valid JSON")
+        await pilot.pause()
+        assert all_runs() == []
+        await pilot.press("escape")
+        rows.write_text('{"instruction": "a", "output": "b"}\n' * 20)
+        await pilot.press("f5")
+        await wait_until(pilot, lambda: "Line 3" not in text_of(app))
+        await wait_for_text(pilot, "✓ ok      data")
+        rows.write_text("{bad\n")
+        await pilot.press("6", "5")
+        await wait_for_text(pilot, "Not ready: data")
