@@ -47,6 +47,8 @@ that the app and the fast commands do not wait for other imports.
 """
 
 _INTERRUPTED = 130
+_ACTIONS: dict[str, tuple[str, ...]] = {"presets": ("show", "reference")}
+"""Actions of a command that runs the first of them where the next word is none: `presets paper`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +65,7 @@ def _run(argv: list[str]) -> int:
             return _open_app()
         _check_command(argv)
         verb = next((word for word in argv if word in SUBCOMMANDS), None)
-        args = _parser(verb).parse_args(argv)
+        args = _parser(verb).parse_args(_with_action(argv, verb))
         if args.verb is None:
             return _open_app(gpu_gib=args.gpu_gib, mouse=not args.no_mouse)
         result = args.run(args)
@@ -83,6 +85,16 @@ def _run(argv: list[str]) -> int:
             return _report_bug(error)
         print(f"qlora-tui: {unwritable}", file=sys.stderr)
         return unwritable.exit_code
+
+
+def _with_action(argv: list[str], verb: str | None) -> list[str]:
+    """Insert the action that is meant where a command is followed by a name."""
+    actions = _ACTIONS.get(verb or "", ())
+    start = argv.index(verb) + 1 if actions and verb else len(argv)
+    place = next((i for i in range(start, len(argv)) if not argv[i].startswith("-")), None)
+    if place is None or argv[place] in actions:
+        return argv
+    return [*argv[:place], actions[0], *argv[place:]]
 
 
 def _check_command(argv: Sequence[str]) -> None:

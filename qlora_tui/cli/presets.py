@@ -49,7 +49,9 @@ def run(args: argparse.Namespace) -> CommandResult:
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(
-        dest="action", metavar="show|reference", help="without a subcommand, all presets are listed"
+        dest="action",
+        metavar="show|reference",
+        help="without a subcommand, all presets are listed; with a name, that preset is shown",
     )
     show_parser = actions.add_parser("show", help="print one preset, as in its file")
     show_parser.add_argument("name", metavar="NAME", help="a preset from the list")

@@ -16,7 +16,9 @@ from qlora_tui.gpu.driver import list_gpus
 from qlora_tui.gpu.errors import GpuUnavailableError
 from qlora_tui.gpu.visible_devices import cuda_device_order
 from qlora_tui.recipe.conflicts import require_runnable
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.toml import to_layer, to_recipe
 from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.machine_checks import Check, read_machine
@@ -33,6 +35,9 @@ def run(args: argparse.Namespace) -> CommandResult | int:
             exit_code=EXIT_USAGE,
         )
     recipe = recipe_from_args(args)
+    if args.name is not None:
+        named = replace_setting(recipe, "name", args.name)
+        recipe = to_recipe(to_layer(named), origin="--name")
     require_runnable(recipe)
     for source in every_source(recipe.data):
         paths_of(source)  # downloads a Hub dataset, so that its rows can be checked
@@ -113,6 +118,7 @@ def _visible_gpu_count() -> int:
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", metavar="RECIPE.toml", help="a recipe file")
     add_recipe_arguments(parser)
+    parser.add_argument("--name", help="name of the run in lists, and the start of its id")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
         "--detach", action="store_true", help="return at once; the run continues in the background"

@@ -37,6 +37,13 @@ def test_the_printed_command_starts_one_trainer_per_gpu(call: Call, train: list[
     assert attached.code == 0 and "stopped at step 0" in attached.out
 
 
+def test_a_run_takes_its_name_from_the_command(call: Call, train: list[str]) -> None:
+    assert call(*train, "--print-command", "--name", "parcels").code == 0
+    run = find_run("last")
+    assert run.id.startswith("parcels-") and run.recipe().name == "parcels"
+    assert call(*train, "--print-command", "--name", "x" * 81).code == 2
+
+
 def test_samples_beyond_the_context_length_warn_before_a_run(call: Call, train: list[str]) -> None:
     said = call(*train, "--print-command", "--set", "data.max_length=262144")
     assert said.code == 0

@@ -103,6 +103,13 @@ def test_presets_are_listed_and_shown(call: Call) -> None:
     assert "rank = 64" in call("presets", "show", "paper").out
 
 
+def test_a_preset_is_shown_by_its_name_alone(call: Call) -> None:
+    assert call("presets", "paper").out == call("presets", "show", "paper").out
+    assert call("presets", "--json", "paper").json["name"] == "paper"
+    unknown = call("presets", "papper")
+    assert unknown.code == 2 and "paper" in unknown.err
+
+
 def test_the_reference_has_every_setting_with_what_it_does(call: Call) -> None:
     said = call("presets", "reference")
     assert "Rank of the two matrices added" in said.out

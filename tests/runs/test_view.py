@@ -3,11 +3,22 @@ from __future__ import annotations
 import math
 
 import pytest
+from msgspec import structs
 
 from qlora_tui.runs.describe import describe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter
-from qlora_tui.runs.events import DataReady, Evaluated, Failed, Finished, Paused, Queued, Started, Step
+from qlora_tui.runs.events import (
+    DataReady,
+    Evaluated,
+    Failed,
+    Finished,
+    Paused,
+    Queued,
+    Started,
+    Step,
+    StepVerified,
+)
 from qlora_tui.runs.outcomes import record_outcome
 from qlora_tui.runs.status import Status, read_status, write_status
 from qlora_tui.runs.view import RunView
@@ -37,6 +48,26 @@ DATA = DataReady(
     total_steps=10,
     data_hash="x",
 )
+
+
+def test_the_check_of_the_first_step_says_whether_it_is_fine() -> None:
+    checked = StepVerified(
+        at=1.0,
+        tokens=512,
+        seconds=1.0,
+        loss=2.5,
+        reference_loss=2.5,
+        gradient_difference=0.043,
+        gradient_noise=0.051,
+    )
+    figures = "(512 tokens: loss 2.5, theirs 2.5; gradients differ by 4.30%, through rounding alone by 5.10%)"
+    assert describe(checked) == (
+        "first step checked: loss and gradients are those of transformers and peft alone, except for "
+        f"rounding {figures}"
+    )
+    replaced = structs.replace(checked, replaced=("the fused RMSNorm",))
+    assert "the fused RMSNorm, which this run does without: now they agree" in describe(replaced)
+    assert "the results may be wrong" in describe(structs.replace(checked, agrees=False))
 
 
 def test_a_resumed_attempt_replaces_the_steps_it_does_again(run: RunDir) -> None:
