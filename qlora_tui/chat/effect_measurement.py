@@ -125,12 +125,12 @@ class _EffectSums:
             self.kl += float(functional.kl_div(q, p, reduction="sum", log_target=True))
             self.base_loss += float(functional.nll_loss(q, came, reduction="sum"))
             self.adapter_loss += float(functional.nll_loss(p, came, reduction="sum"))
-            base_says, adapter_says = q.argmax(-1), p.argmax(-1)
-            self.changed += int((base_says != adapter_says).sum())
+            base_choice, adapter_choice = q.argmax(-1), p.argmax(-1)
+            self.changed += int((base_choice != adapter_choice).sum())
             at_end = torch.isin(came, ends)
             self.turns += int(at_end.sum())
-            self.turns_ended += int((at_end & torch.isin(adapter_says, ends)).sum())
-            self.turns_ended_by_base += int((at_end & torch.isin(base_says, ends)).sum())
+            self.turns_ended += int((at_end & torch.isin(adapter_choice, ends)).sum())
+            self.turns_ended_by_base += int((at_end & torch.isin(base_choice, ends)).sum())
 
 
 def _validation_samples(session: ChatSession) -> Samples:

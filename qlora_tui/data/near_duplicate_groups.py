@@ -27,7 +27,7 @@ _EMPTY = 0xFFFFFFFF
 _MIXES = tuple(random.Random(number).getrandbits(32) | 1 for number in range(12))
 """Multipliers that each put the hashes in another order. Two rows that share 0.8 of their triples have the
 same first two hashes in one of these orders, except for 5 cases in a million."""
-_NEIGHBOURS = 8
+_NEIGHBORS = 8
 """Rows that each row is compared with, among those with the same first two hashes."""
 _SLICE = 1 << 16
 
@@ -54,10 +54,10 @@ def group_keys(keys: array[int], sketches: Path) -> array[int]:
         bucket = _buckets(rows, first, mix)
         order = np.argsort(bucket, kind="stable")
         order = order[: np.searchsorted(bucket[order], np.uint64(_EMPTY) << np.uint64(32))]
-        for apart in range(1, _NEIGHBOURS + 1):
-            for start in range(0, len(order) - apart, _SLICE):
-                one = order[start : min(start + _SLICE, len(order) - apart)]
-                other = order[start + apart :][: len(one)]
+        for distance in range(1, _NEIGHBORS + 1):
+            for start in range(0, len(order) - distance, _SLICE):
+                one = order[start : min(start + _SLICE, len(order) - distance)]
+                other = order[start + distance :][: len(one)]
                 near = (bucket[one] == bucket[other]) & (label[one] != label[other])
                 one, other = one[near], other[near]
                 alike = _similarity(rows[first[one]], rows[first[other]]) >= SAME_SIDE_THRESHOLD
@@ -107,6 +107,6 @@ def _joined(label: Array, one: Array, other: Array) -> Array:
             np.minimum.at(label, root, low)
         while not np.array_equal(jumped := label[label], label):
             label = jumped
-        apart = label[one] != label[other]
-        one, other = one[apart], other[apart]
+        differs = label[one] != label[other]
+        one, other = one[differs], other[differs]
     return label

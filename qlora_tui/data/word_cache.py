@@ -51,14 +51,14 @@ def token_at(encoding: Encoding, character: int) -> tuple[int, bool]:
 class WordTokenCache:
     """Cache of the tokens of words."""
 
-    def __init__(self, encode_batch: Callable[[list[str]], list[Encoding]], apart: Iterable[str] = ()):
-        """``apart`` are tokens that split a text before any other step (see ``isolated_added_tokens``)."""
+    def __init__(self, encode_batch: Callable[[list[str]], list[Encoding]], isolated: Iterable[str] = ()):
+        """``isolated`` are tokens that split a text before any other step (see ``isolated_added_tokens``)."""
         self._encode_batch = encode_batch
         self._words: dict[str, tuple[int, ...]] = {}
         self._inside: dict[tuple[str, int], tuple[int, bool]] = {}
         """Results of ``token_at`` for places inside words."""
-        longest_first = sorted(apart, key=len, reverse=True)
-        self._apart = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+        longest_first = sorted(isolated, key=len, reverse=True)
+        self._isolated = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
 
     def encode(self, texts: Sequence[str], places: Sequence[Sequence[int]]) -> list[Marked]:
         """Return the tokens of each text, and which of them begin at its ``places``: characters, ascending,
@@ -80,7 +80,7 @@ class WordTokenCache:
         marks: list[tuple[int, int]] = []
         pending = deque(places)
         start = 0
-        for number, piece in enumerate(self._apart.split(text) if self._apart else (text,)):
+        for number, piece in enumerate(self._isolated.split(text) if self._isolated else (text,)):
             parts = [piece] if number % 2 else _WORDS.findall(piece)
             end = start + len(piece)
             while pending and pending[0] < end:

@@ -90,7 +90,7 @@ def test_what_happens_to_logits_after_the_head() -> None:
     assert parse_architecture(config("Qwen/Qwen3-8B")).logit_scale is None
 
 
-def test_a_checkpoint_stored_quantised_says_so() -> None:
+def test_a_checkpoint_stored_quantized_says_so() -> None:
     assert parse_architecture(config("openai/gpt-oss-20b")).quantized_as == "mxfp4"
 
 

@@ -178,6 +178,6 @@ def test_a_published_model_is_named_and_quantized_as_loaded(model: str) -> None:
     not_converted = Bnb4BitHfQuantizer.get_modules_to_not_convert(
         built, None, list(built._keep_in_fp32_modules or ())
     )
-    quantised = replace_with_bnb_linear(built, not_converted, settings(load_in_4bit=True))
-    replaced = {name for name, module in quantised.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+    quantized = replace_with_bnb_linear(built, not_converted, settings(load_in_4bit=True))
+    replaced = {name for name, module in quantized.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
     assert {module.name for module in architecture.modules if module.quantizable} == replaced

@@ -53,7 +53,7 @@ def test_a_freed_segment_serves_only_smaller_tensors() -> None:
     assert allocator.reserved_bytes == 66 * MIB
 
 
-def test_freed_neighbours_become_one_block() -> None:
+def test_freed_neighbors_become_one_block() -> None:
     allocator = _plain()
     allocator.free(allocator.malloc(60 * MIB))
     parts = [allocator.malloc(20 * MIB) for _ in range(3)]

@@ -81,7 +81,7 @@ def test_an_unknown_kind_lists_all_kinds_and_the_closest() -> None:
     assert caught.value.exit_code == 2
 
 
-def test_all_linear_misspelt_is_recognised() -> None:
+def test_all_linear_misspelled_is_recognized() -> None:
     with pytest.raises(UserError, match="Did you mean all-linear"):
         targets.match_modules(["all_linear"], llama(1))
 

@@ -99,7 +99,7 @@ def test_a_file_that_is_not_utf8_names_the_line(tmp_path: Path) -> None:
     )
 
 
-def test_a_missing_file_names_its_near_neighbour(tmp_path: Path) -> None:
+def test_a_missing_file_names_a_similar_one(tmp_path: Path) -> None:
     (tmp_path / "style.toml").touch()
     assert refusal_of(tmp_path / "stile.toml") == (
         "Cannot read recipe: stile.toml: there is no such file.\n  Did you mean style.toml?"

@@ -23,7 +23,7 @@ from qlora_tui.training.base_model import prepare_base
 from qlora_tui.training.compute_device import find_device
 from qlora_tui.training.liger import verified_liger_loss
 from tests.training.families import build
-from tests.training.test_numerics import close, labelled, loss_and_gradient
+from tests.training.test_numerics import close, labeled, loss_and_gradient
 from tests.training.tiny_model import make_tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
@@ -189,7 +189,7 @@ def test_with_its_kernel_the_loss_is_the_stock_loss(model_type: str, install: An
     head = head_of(model)
     kernel = verified_liger_loss(head, CPU)
     assert not isinstance(kernel, str)
-    ids, labels = labelled(model)
+    ids, labels = labeled(model)
     inputs = {"input_ids": ids, "labels": labels, "num_items_in_batch": 37}
     stock, stock_gradient = loss_and_gradient(model, **inputs)
     chunked_loss.use_chunked_loss(model, head, kernel)
@@ -249,7 +249,7 @@ def test_weighted_tokens_use_our_own_loss(install: Any) -> None:
     install(FakeLiger)
     model = build("llama")
     head = head_of(model)
-    ids, labels = labelled(model)
+    ids, labels = labeled(model)
     weights = torch.rand(ids.shape, generator=torch.Generator().manual_seed(2))
     inputs = {"input_ids": ids, "labels": labels, "loss_weights": weights, "num_items_in_batch": 5}
 

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 ROUNDING = 2e-5
 
 
-def labelled(model: Any, rows: int = 2, tokens: int = 23) -> tuple[Tensor, Tensor]:
+def labeled(model: Any, rows: int = 2, tokens: int = 23) -> tuple[Tensor, Tensor]:
     """Token ids, and labels of which about half are ignored."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, model.config.vocab_size, (rows, tokens), generator=generator)
@@ -59,7 +59,7 @@ def test_the_chunked_loss_is_the_stock_loss(
     assert isinstance(head, chunked_loss.ChunkedHead) and equivalence_checks.head_matches_model(
         model, head, CPU
     )
-    ids, labels = labelled(model)
+    ids, labels = labeled(model)
     inputs = {"input_ids": ids, "labels": labels, "num_items_in_batch": items}
     stock, stock_gradient = loss_and_gradient(model, **inputs)
     chunked_loss.use_chunked_loss(model, head)
@@ -76,7 +76,7 @@ def test_the_weighted_loss_is_what_a_hand_computes(
     monkeypatch.setattr(chunked_loss, "LOSS_CHUNK_ROWS", 7)
     monkeypatch.setattr(chunked_loss, "block_rows", lambda device: 3)
     model = build(model_type, tie_word_embeddings=False)
-    ids, labels = labelled(model)
+    ids, labels = labeled(model)
     weights = torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)) * (
         labels != chunked_loss.IGNORED
     )
@@ -130,7 +130,7 @@ def test_nothing_to_learn_is_a_loss_of_zero_with_gradients() -> None:
     head = chunked_loss.find_head(model)
     assert isinstance(head, chunked_loss.ChunkedHead)
     chunked_loss.use_chunked_loss(model, head)
-    ids, labels = labelled(model)
+    ids, labels = labeled(model)
     value, gradient = loss_and_gradient(
         model, input_ids=ids, labels=torch.full_like(labels, chunked_loss.IGNORED), num_items_in_batch=1
     )
@@ -146,7 +146,7 @@ def test_samples_in_one_row_are_what_they_are_alone(model_type: str) -> None:
     chunked_loss.use_segments(together)
     assert equivalence_checks.packing_is_isolated(together, CPU)
     lengths = [5, 17, 1, 12]
-    ids, labels = labelled(alone, 1, sum(lengths))
+    ids, labels = labeled(alone, 1, sum(lengths))
     starts = [sum(lengths[:n]) for n in range(len(lengths))]
     labels[0, starts] = chunked_loss.IGNORED
     expected, expected_gradient = 0.0, torch.zeros(1)
@@ -182,7 +182,7 @@ def test_a_model_that_looks_across_samples_is_found_out(model_type: str) -> None
 def test_the_check_notices_attention_that_sees_the_sample_before() -> None:
     model = build("llama")
     inner = model.forward
-    # What happens where segments are not honoured: positions start over, attention does not.
+    # What happens where segments are ignored: positions start over, attention does not.
     model.forward = lambda segments=None, **inputs: inner(
         **inputs, attention_mask=torch.ones_like(inputs["input_ids"])
     )
@@ -191,7 +191,7 @@ def test_the_check_notices_attention_that_sees_the_sample_before() -> None:
 
 def test_generation_is_as_with_stock_attention() -> None:
     model = build("gemma2")
-    ids, _ = labelled(model, 1)
+    ids, _ = labeled(model, 1)
     settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "use_cache": True}
     expected = model.generate(ids, **settings)
     model_loading.use_packed_attention(model)
@@ -218,7 +218,7 @@ def test_4_bit_gradients_are_exact_after_a_sample_was_generated(
     )
     model = model_loading.load_base(tiny_model, recipe, find_device(recipe), "segments")
     reference = _dequantized(model)
-    ids, labels = labelled(model)
+    ids, labels = labeled(model)
     with no_grad_eval(model):
         model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=True)
     model.train()
@@ -294,7 +294,7 @@ def test_a_quantized_model_releases_its_weight_file(tiny_model: Path) -> None:
 def test_a_layer_computed_again_drops_what_it_dropped_before() -> None:
     """The base model's own dropout too: Granite, Phi-2, OPT and GPT-2 have one."""
     model = build("granite", attention_dropout=0.3).train()
-    ids, labels = labelled(model)
+    ids, labels = labeled(model)
 
     def step() -> tuple[float, Tensor]:
         torch.manual_seed(0)

@@ -28,7 +28,7 @@ from qlora_tui.training.trainer import load_adapter, save_adapter
 from tests.training.conftest import MakeRecipe, Trainers
 from tests.training.event_helpers import losses
 from tests.training.families import build, with_adapter
-from tests.training.test_numerics import close, labelled
+from tests.training.test_numerics import close, labeled
 from tests.training.test_resume import EXACT, interrupted_at
 from tests.training.tiny_model import make_tiny_model
 from tests.tui.sample_data import write_rows
@@ -86,7 +86,7 @@ def test_gradients_are_those_of_whole_matrices(
     monkeypatch.setattr(chunked_loss, "LOSS_CHUNK_ROWS", 7)
     monkeypatch.setattr(chunked_loss, "block_rows", lambda device: 3)
     base = faint(model_type, tied=tied)
-    ids, labels = labelled(base)
+    ids, labels = labeled(base)
     ids[:, ::3], labels[:, 2::5] = IDS[0], IDS[1]
     head = chunked_loss.find_head(base)
     assert isinstance(head, chunked_loss.ChunkedHead)
@@ -147,7 +147,7 @@ def test_nothing_to_learn_leaves_every_row_a_gradient_of_zero() -> None:
     assert isinstance(head, chunked_loss.ChunkedHead)
     model = adapted(base)
     chunked_loss.use_chunked_loss(base, head)
-    ids, labels = labelled(base)
+    ids, labels = labeled(base)
     nothing = torch.full_like(labels, chunked_loss.IGNORED)
     model.train()(input_ids=ids, labels=nothing, num_items_in_batch=1).loss.backward()
     assert all(rows.grad is not None and not rows.grad.any() for _, rows in row_parameters(model))
