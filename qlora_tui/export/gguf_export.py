@@ -106,9 +106,7 @@ def export_gguf(
         for file in files:
             publish_file(Path(file.path), targets[file.file_type])
         published = tuple(replace(file, path=str(targets[file.file_type])) for file in files)
-    return GgufExport(
-        files=published, base=base, notes=content.hyperparameters.notes, unchecked_because=unchecked
-    )
+    return GgufExport(files=published, base=base, notes=content.notes, unchecked_because=unchecked)
 
 
 def _reference(

@@ -13,11 +13,13 @@ from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.export.gguf_file.families import TensorNames, extra_tensors
 from qlora_tui.export.gguf_file.hyperparameters import hyperparameters
-from qlora_tui.export.gguf_file.vocabulary import read_vocabulary
+from qlora_tui.export.gguf_file.vocabulary import Vocabulary, read_vocabulary
 from qlora_tui.export.gguf_file.writer import FileContent, SourceTensor
 from qlora_tui.export.merged_weights import MergedTensor, MergedWeights
 from qlora_tui.training.clean_files import model_view
 
+_PHI3 = re.compile("(phi)-?3", re.IGNORECASE)
+"""What llama.cpp looks for in a model's name."""
 _LICENSE = re.compile(r"^license:\s*([\w.\-]+)\s*$", re.MULTILINE)
 
 
@@ -43,11 +45,12 @@ def gguf_content(source: ChatSource, tokenizer: ChatTokenizer, weights: MergedWe
         SourceTensor(name, tuple(values.shape), partial(Tensor.clone, values))
         for name, values in extra_tensors(config).items()
     ]
+    vocabulary = read_vocabulary(tokenizer, config.vocab_size)
     return FileContent(
         architecture=names.family.architecture,
         hyperparameters=parameters,
-        vocabulary=read_vocabulary(tokenizer, config.vocab_size),
-        general=_general(source, weights.folder),
+        vocabulary=vocabulary,
+        general=_general(source, weights.folder, vocabulary),
         tensors=(*extra, *tensors),
     )
 
@@ -58,18 +61,25 @@ def _values(names: TensorNames, tensor: MergedTensor) -> Tensor:
     return values if change is None else change(values)
 
 
-def _general(source: ChatSource, folder: Path) -> dict[str, str]:
+def _general(source: ChatSource, folder: Path, vocabulary: Vocabulary) -> dict[str, str]:
     recipe = source.recipe
     base = PurePath(recipe.model.id).name
     general = {
         "type": "model",
-        "name": recipe.name or f"{base}, fine-tuned",
+        "name": _name(recipe.name or f"{base}, fine-tuned", vocabulary),
         "basename": base,
         "description": f"{base} with a LoRA adapter trained by qlora-tui and merged in",
     }
     if license_id := base_license(folder):
         general["license"] = license_id
     return general
+
+
+def _name(name: str, vocabulary: Vocabulary) -> str:
+    """Return a name by which llama.cpp recognizes Phi-3's tokenizer, and no other as Phi-3's."""
+    if not vocabulary.strips_after_special:
+        return _PHI3.sub(r"\1 3", name)
+    return name if _PHI3.search(name) else f"{name} (Phi-3)"
 
 
 def base_license(folder: Path) -> str:

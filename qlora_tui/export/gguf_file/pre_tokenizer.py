@@ -7,6 +7,7 @@ splits text before the merges. The rules of each name: llama.cpp, src/llama-voca
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -60,6 +61,21 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
             fix="Export it with `qlora-tui export merge`; transformers and vLLM load that folder.",
         )
     return name
+
+
+def is_split_otherwise(text: str) -> bool:
+    """Return whether llama.cpp's ``tekken`` and ``gpt-4o`` may split a text unlike the tokenizer's rule.
+
+    They take every letter beyond ASCII as both upper and lower case, and no combining mark as a letter:
+    ``aÉ`` stays one word, and ``ÉA`` becomes two.
+    """
+    following = text[1:] + " "
+    return not text.isascii() and any(
+        (kind := unicodedata.category(character)) in ("Lu", "Lt", "Mn", "Mc", "Me")
+        or (kind == "Ll" and "A" <= after <= "Z")
+        for character, after in zip(text, following, strict=True)
+        if not character.isascii()
+    )
 
 
 def _rules(node: Mapping[str, Any]) -> Iterator[str]:

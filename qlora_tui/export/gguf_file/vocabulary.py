@@ -8,7 +8,8 @@ as BPE with ``byte_fallback``, whose merges in order are the scores.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +17,23 @@ from qlora_tui.data.conversation import Message
 from qlora_tui.data.render import prompt_ids
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import UserError
-from qlora_tui.export.gguf_file.pre_tokenizer import pre_tokenizer_name
+from qlora_tui.export.gguf_file.pre_tokenizer import is_split_otherwise, pre_tokenizer_name
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Token types of GGUF."""
 _SPACE = "▁"
 _UNMERGED_SCORE = -1e6
 """Score of tokens that no merge makes, below that of every merge."""
+_PHI3_TOKENS = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
+"""Tokens that llama.cpp requires of a model that it recognizes as Phi-3."""
+
+
+@dataclass(frozen=True)
+class KnownDifference:
+    """Texts that llama.cpp splits into other tokens because it lacks a rule of the tokenizer."""
+
+    note: str
+    applies_to: Callable[[str], bool]
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,10 @@ class Vocabulary:
     """Token ids by name: ``bos``, ``eos``, ``eot``, ``padding``, ``unknown``."""
     adds_bos: bool
     adds_space: bool
+    strips_after_special: bool
+    """Whether white space after a special token is dropped, as in Phi-3."""
     template: str
+    differences: tuple[KnownDifference, ...] = ()
 
 
 def read_vocabulary(tokenizer: ChatTokenizer, rows: int) -> Vocabulary:
@@ -55,8 +69,10 @@ def read_vocabulary(tokenizer: ChatTokenizer, rows: int) -> Vocabulary:
     is_byte_level = _has(content.get("decoder") or {}, "ByteLevel")
     if not is_byte_level and not model.get("byte_fallback"):
         raise _unsupported("it is neither byte-level nor has it tokens for single bytes")
-    tokens, types = _tokens(tokenizer, model["vocab"], rows, is_byte_level)
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    ranks = _ranks(merges)
+    tokens, types = _tokens(tokenizer, model["vocab"], rows, is_byte_level, ranks)
+    pre = pre_tokenizer_name(content) if is_byte_level else "default"
     ends = tokenizer.turn_end_ids
     ids = {
         "bos": tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id,
@@ -67,20 +83,26 @@ def read_vocabulary(tokenizer: ChatTokenizer, rows: int) -> Vocabulary:
     }
     return Vocabulary(
         model="gpt2" if is_byte_level else "llama",
-        pre=pre_tokenizer_name(content) if is_byte_level else "default",
+        pre=pre,
         tokens=tokens,
         types=types,
-        scores=None if is_byte_level else _scores(tokens, merges),
+        scores=None if is_byte_level else [-float(ranks.get(t, -_UNMERGED_SCORE)) for t in tokens],
         merges=merges if is_byte_level else None,
         special_ids={name: id_ for name, id_ in ids.items() if id_ is not None},
         adds_bos=_adds_bos(tokenizer),
         adds_space=not is_byte_level and _adds_space(tokenizer),
+        strips_after_special=_strips_after_special(tokenizer, tokens),
         template=tokenizer.template.text,
+        differences=tuple(_differences(content.get("normalizer") or {}, pre)),
     )
 
 
 def _tokens(
-    tokenizer: ChatTokenizer, vocab: Mapping[str, int], rows: int, is_byte_level: bool
+    tokenizer: ChatTokenizer,
+    vocab: Mapping[str, int],
+    rows: int,
+    is_byte_level: bool,
+    ranks: Mapping[str, int],
 ) -> tuple[list[str], list[int]]:
     """Return text and type of each row of the embedding; rows without a token get a name and are unused."""
     added = tokenizer.backend.get_added_tokens_decoder()
@@ -95,21 +117,29 @@ def _tokens(
     for number, token in added.items():
         tokens[number] = token.content
         types[number] = CONTROL if token.special else USER_DEFINED
-        if not is_byte_level and not token.special:
+        if is_byte_level or token.special:
+            continue
+        if set(token.content) == {_SPACE} and token.content in ranks:
+            # transformers looks for it before spaces become ▁, and so makes it by merges. This is Gemma.
+            types[number] = NORMAL
+        else:
             # llama.cpp looks for these in the text before it writes spaces as ▁.
             tokens[number] = token.content.replace(_SPACE, " ")
     if (unknown := vocab.get(tokenizer.special_tokens.get("unk_token", ""))) is not None:
         types[unknown] = CONTROL if is_byte_level else UNKNOWN
+    if len(set(tokens)) < rows:
+        repeated = next(text for number, text in enumerate(tokens) if text in tokens[:number])
+        raise _unsupported(f"two of its tokens are written {repeated!r}")
     return tokens, types
 
 
-def _scores(tokens: list[str], merges: list[str]) -> list[float]:
-    """Return for each token minus the number of the first merge that makes it."""
+def _ranks(merges: list[str]) -> dict[str, int]:
+    """Return for each token that merges make the number of the first."""
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(merges):
         left, _, right = merge.partition(" ")
         ranks.setdefault(left + right, rank)
-    return [-float(ranks[token]) if token in ranks else _UNMERGED_SCORE for token in tokens]
+    return ranks
 
 
 def _adds_bos(tokenizer: ChatTokenizer) -> bool:
@@ -128,6 +158,25 @@ def _adds_space(tokenizer: ChatTokenizer) -> bool:
     return (tokenizer.backend.id_to_token(first) or "").startswith(_SPACE)
 
 
+def _strips_after_special(tokenizer: ChatTokenizer, tokens: list[str]) -> bool:
+    added = tokenizer.backend.get_added_tokens_decoder().values()
+    return any(token.rstrip for token in added) and set(tokens) >= _PHI3_TOKENS
+
+
+def _differences(normalizer: Mapping[str, Any], pre: str) -> Iterator[KnownDifference]:
+    if _has(normalizer, "NFC"):
+        yield KnownDifference(
+            "llama.cpp does not compose characters that are stored as a letter and an accent (Unicode NFC), "
+            "so it splits text with them into other tokens.",
+            lambda text: not unicodedata.is_normalized("NFC", text),
+        )
+    if pre in ("tekken", "gpt-4o"):
+        yield KnownDifference(
+            "llama.cpp splits words with accented capitals or combining marks into other tokens.",
+            is_split_otherwise,
+        )
+
+
 def _id_of(tokenizer: ChatTokenizer, token: str | None) -> int | None:
     return None if token is None else tokenizer.backend.token_to_id(token)
 
@@ -137,7 +186,8 @@ def _is_byte(text: str) -> bool:
 
 
 def _has(node: Mapping[str, Any], kind: str) -> bool:
-    return node.get("type") == kind or any(_has(part, kind) for part in node.get("decoders", ()))
+    parts = (*node.get("decoders", ()), *node.get("normalizers", ()))
+    return node.get("type") == kind or any(_has(part, kind) for part in parts)
 
 
 def _unsupported(why: str) -> UserError:

@@ -38,6 +38,11 @@ class FileContent:
     """``general.*`` keys, without the prefix."""
     tensors: tuple[SourceTensor, ...]
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Return sentences about what llama.cpp does differently."""
+        return (*self.hyperparameters.notes, *(each.note for each in self.vocabulary.differences))
+
     def size(self, file_type: FileType) -> int:
         """Return the bytes of the tensors in a file of a type."""
         return sum(encoded_bytes(t.shape, tensor_type(t.name, t.shape, file_type)) for t in self.tensors)
