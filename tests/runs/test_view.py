@@ -50,7 +50,7 @@ DATA = DataReady(
 )
 
 
-def test_the_check_of_the_first_step_says_whether_it_is_fine() -> None:
+def test_the_first_steps_check_says_whether_it_is_fine() -> None:
     checked = StepVerified(
         at=1.0,
         tokens=512,
