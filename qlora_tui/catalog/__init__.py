@@ -6,6 +6,7 @@
   them.
 * ``local_models``, ``model_validation``, ``gguf_header``: the models on this machine, whether each can be
   trained, and finding one by name.
+* ``gguf_file_types``: types of GGUF files that can be exported, with their sizes.
 * ``safetensors_header``: shapes and offsets of the tensors in a weights file, and whether it is complete.
 * ``adapter_config``: a LoRA adapter's config, checked before peft reads it.
 * ``code_keys``: keys of configs that would choose which code runs, rejected or removed.

@@ -16,7 +16,6 @@ from qlora_tui.runs.directory import find_run
 
 if TYPE_CHECKING:
     from qlora_tui.chat.chat_types import ChatSource
-    from qlora_tui.export.proof import Proof
 
 _FORMS = "merge|gguf|lora"
 
@@ -74,29 +73,19 @@ def _gguf(source: ChatSource, adapter_name: str, out: Path, args: argparse.Names
 
     kinds = [kind for group in args.quant or ["Q8_0"] for kind in group.split(",")]
     written = export_gguf(source, adapter_name, out, kinds, within=args.within, on_status=_on_status)
-    lines = [f"{file.path}: {format_bytes(file.bytes)}\n  {_checked(file.proof)}" for file in written.files]
-    if written.unchecked_because:
-        lines = [f"{file.path}: {format_bytes(file.bytes)}" for file in written.files]
-        lines.append(f"Not checked: {written.unchecked_because}.")
-    lines += [note for note in (written.base.sentence, *written.notes) if note]
-    lines.append(f"Run it: llama-server -m {written.files[0].path}")
-    return CommandResult(written, "\n".join(lines))
+    files = "\n".join(f"{file.path}: {format_bytes(file.bytes)}" for file in written.files)
+    return CommandResult(written, f"{files}\n{written.summary}\nRun it: {written.command}")
 
 
 def _lora(source: ChatSource, adapter_name: str, out: Path, args: argparse.Namespace) -> CommandResult:
     from qlora_tui.export.lora_export import export_lora
 
     written = export_lora(source, adapter_name, out, _on_status)
-    checked = _checked(written.proof) if written.proof else f"Not checked: {written.unchecked_because}."
     return CommandResult(
         written,
-        f"{written.path}: {format_bytes(written.bytes)}, {written.modules} weights\n  {checked}\n"
-        f"Run it: llama-server -m BASE.gguf --lora {written.path}",
+        f"{written.path}: {format_bytes(written.bytes)}, {written.modules} weights\n"
+        f"{written.summary}\nRun it: {written.command}",
     )
-
-
-def _checked(proof: Proof | None) -> str:
-    return f"{proof.sentence}." if proof else ""
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,4 +5,5 @@
 yields the weights, on the base that ``base_choice`` picks (``requantize`` rounds it as in training), and
 ``proof`` compares each file with the trained model through ``llama_cpp``. ``unfinished_files`` names files
 once they are complete.
+``forms`` puts every form behind one function, for ``export_job``, the process of a background export.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,13 +12,13 @@ from pathlib import Path, PurePath
 from msgspec import Struct
 from msgspec.structs import replace
 
+from qlora_tui.catalog.gguf_file_types import AUTO, FILE_TYPES, K_QUANTS, LADDER, FileType
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import chat_tokenizer
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.export.base_choice import BaseChoice, choose_base
 from qlora_tui.export.gguf_file.content import gguf_content
-from qlora_tui.export.gguf_file.tensor_types import FILE_TYPES, FileType
 from qlora_tui.export.gguf_file.writer import FileContent, write_gguf
 from qlora_tui.export.llama_cpp.bindings import is_installed
 from qlora_tui.export.llama_cpp.jobs import Quantize
@@ -27,11 +28,6 @@ from qlora_tui.export.proof import Proof, Reference, prove, reference_logits
 from qlora_tui.export.requantize import requantizer
 from qlora_tui.export.unfinished_files import draft_folder, publish_file, refuse_existing
 
-K_QUANTS = ("Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K")
-"""Types that llama.cpp itself writes, the largest first."""
-AUTO = "auto"
-LADDER = ("Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
-"""Types that ``auto`` tries, the smallest first."""
 DEFAULT_WITHIN = 0.03
 """Largest mean KL divergence, in nats, of the file that ``auto`` keeps."""
 _SPARE_BYTES = 64 << 20
@@ -58,6 +54,19 @@ class GgufExport(Struct, frozen=True, kw_only=True):
     unchecked_because: str = ""
     """Why llama.cpp did not check the files, and how to check them; empty if it did."""
 
+    @property
+    def summary(self) -> str:
+        """Say how the files were checked and what was merged, a sentence a line."""
+        lines = [f"{file.proof.sentence}." for file in self.files if file.proof]
+        if self.unchecked_because:
+            lines.append(f"Not checked: {self.unchecked_because}.")
+        return "\n".join([*lines, *filter(None, (self.base.sentence, *self.notes))])
+
+    @property
+    def command(self) -> str:
+        """Return the command that runs the first file."""
+        return f"llama-server -m {shlex.quote(self.files[0].path)}"
+
 
 def export_gguf(
     source: ChatSource,
@@ -74,7 +83,7 @@ def export_gguf(
         source: The base and its adapters.
         adapter_name: The adapter to merge.
         out: A file ending in ``.gguf`` for one type, or a folder for any number.
-        file_types: Types of :data:`FILE_TYPES` and :data:`K_QUANTS`, or ``auto`` alone.
+        file_types: Types of :mod:`qlora_tui.catalog.gguf_file_types`, or ``auto`` alone.
         within: Largest mean KL divergence to accept, in nats.
         on_status: Called with the current activity.
 

@@ -7,6 +7,7 @@ rsLoRA and different ranks or alphas per module stay exact.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -42,6 +43,16 @@ class LoraExport(Struct, frozen=True, kw_only=True):
     """Number of weight matrices that it changes."""
     proof: Proof | None = None
     unchecked_because: str = ""
+
+    @property
+    def summary(self) -> str:
+        """Say how the file was checked."""
+        return f"{self.proof.sentence}." if self.proof else f"Not checked: {self.unchecked_because}."
+
+    @property
+    def command(self) -> str:
+        """Return the command that runs it with a base."""
+        return f"llama-server -m BASE.gguf --lora {shlex.quote(self.path)}"
 
 
 def export_lora(

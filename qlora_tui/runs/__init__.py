@@ -38,5 +38,6 @@ notify          sends it to a command or a webhook
 defects         what is wrong with the result of a run that ended regularly
 run_summary     a run in one line, for lists
 length_costs    memory and time at other sequence lengths
+exports         exports of adapters that run in the background
 suggested_fix   a fix for a warning that one key applies
 """

@@ -67,11 +67,11 @@ def send_request(run: RunDir, kind: Kind, value: float | None = None) -> None:
         atomic_write(private_dir(run.control_dir) / name, content)
     except OSError:
         # A stop needs no file: SIGTERM means the same. A run that is starting names its runner instead.
-        if kind != "stop" or status.state != "running" or not _terminate(status.process):
+        if kind != "stop" or status.state != "running" or not terminate(status.process):
             raise
 
 
-def _terminate(process: ProcessIdentity | None) -> bool:
+def terminate(process: ProcessIdentity | None) -> bool:
     """Send SIGTERM to exactly this process; False if it cannot be reached from here."""
     if process is None or not process.is_visible:
         return False

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from qlora_tui.catalog.gguf_file_types import FileType
 from qlora_tui.catalog.model_validation import weight_files
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.export.gguf_file.content import gguf_content
-from qlora_tui.export.gguf_file.tensor_types import FileType
 from qlora_tui.export.gguf_file.writer import write_gguf
 from qlora_tui.export.llama_cpp.bindings import LlamaCpp
 from qlora_tui.export.llama_cpp.llama_worker import kl_divergence, log_softmax

@@ -49,7 +49,7 @@ def after(state: State, **how: Any) -> HomeState:
         (HomeState(READY, 1, verdict="does not fit"), "app.go('memory')", ""),
         (HomeState(READY, 1, verdict="fits"), "prepare", ""),
         (after("running"), "watch", ""),
-        (after("finished", last_is_news=True), "chat", ""),
+        (after("finished", last_is_news=True), "chat", "export"),
         (after("finished"), "prepare", ""),
         (after("paused", last_checkpoint=60), "resume", "prepare"),
         (after("paused", last_checkpoint=60, edited_since=True), "resume", "prepare"),

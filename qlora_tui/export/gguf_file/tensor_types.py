@@ -7,16 +7,14 @@ embedding and the head are Q8_0: they are the weights that suffer most from few 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from qlora_tui.catalog.gguf_file_types import FileType
 from qlora_tui.errors import UserError
 
-FileType: TypeAlias = Literal["F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"]
-FILE_TYPES: tuple[FileType, ...] = ("BF16", "F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
-"""Types that this module writes, the largest first."""
 _WIDE_AT_FEW_BITS = ("token_embd.weight", "output.weight")
 
 

@@ -15,5 +15,8 @@ COMMANDS: tuple[Command, ...] = (
     _hidden(
         "resume", "r", "resume", "Resume", "Resume the last run from its last checkpoint.", verb="resume"
     ),
+    _hidden(
+        "export", "e", "export", "Export", "Export the last run's adapter, such as to GGUF.", verb="export"
+    ),
     _hidden("prepare", "n", "prepare", "New run", "Check the recipe and launch it.", verb="train"),
 )

@@ -49,6 +49,12 @@ DEMO = NextStep(
     "Train the 135M demo model",
     "a real adapter in minutes; downloads 89 MiB, asks first",
 )
+EXPORT = NextStep(
+    "home.export",
+    "export",
+    "Export the adapter",
+    "GGUF for llama.cpp, Ollama and LM Studio, or a merged model",
+)
 SEARCH = NextStep(
     "go.models",
     "app.go('models')",
@@ -72,10 +78,12 @@ def next_step(now: HomeState) -> NextStep:
 
 
 def other_steps(now: HomeState, chosen: NextStep) -> tuple[NextStep, ...]:
-    """Alternatives for new users, and for runs that can be resumed."""
+    """Alternatives for new users, for runs that can be resumed, and for adapters that can be exported."""
     if chosen.action in ("resume", "watch") and now.last_state not in ACTIVE:
         resume = (_resume(now),) if now.last_state == "failed" and now.last_checkpoint else ()
         return (*resume, *((_prepare(now),) if _is_complete(now) else ()))
+    if chosen.action == "chat":
+        return (EXPORT,)
     if chosen.action == "prepare" and _can_resume(now):
         return (_resume(now),)
     if now.recipe.model.id or now.last_state is not None or chosen not in (DEMO, SEARCH):

@@ -143,6 +143,13 @@ class HomeScreen(WorkScreen):
         if self.qlora_app.system_status.latest is not None:
             await show_chat(self.qlora_app, self.qlora_app.system_status.latest)
 
+    def action_export(self) -> None:
+        """Export the last run's adapter."""
+        from qlora_tui.tui.screens.runs.export_dialog import show_export_dialog
+
+        if self.qlora_app.system_status.latest is not None:
+            show_export_dialog(self.qlora_app, self.qlora_app.system_status.latest)
+
     def action_demo(self) -> None:
         """Fetch the demo's model, if it is not there, and prepare a run of it."""
         from qlora_tui.demo.demo_model import is_ready

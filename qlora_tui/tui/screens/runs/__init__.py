@@ -1,4 +1,4 @@
 """Runs: ``screen`` and its ``commands``; ``actions`` is what its keys do, ``run_table`` lists runs.
 
-``compare`` shows up to four runs side by side.
+``compare`` shows up to four runs side by side; ``export_dialog`` exports one, in ``export_choices``.
 """

@@ -21,6 +21,7 @@ from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
 from qlora_tui.tui.screens.presets.preset_files import save_as
 from qlora_tui.tui.screens.runs.compare import MAX_COMPARED, CompareScreen
+from qlora_tui.tui.screens.runs.export_dialog import show_export_dialog
 from qlora_tui.tui.screens.runs.run_table import RunTable
 from qlora_tui.tui.screens.train.screen import prepare_run, show_run
 
@@ -90,6 +91,11 @@ class RunActions(WorkScreen):
 
         if self.current is not None:
             await show_chat(self.qlora_app, self.current.run)
+
+    def action_export(self) -> None:
+        """Choose a form to export the adapter in."""
+        if self.current is not None:
+            show_export_dialog(self.qlora_app, self.current.run)
 
     def action_move(self, places: int) -> None:
         """Move the run in the queue."""

@@ -14,9 +14,17 @@ COMMANDS: tuple[Command, ...] = (
     _command("compare", "v", "compare", "Compare", "Compare loss curves and the settings that differ."),
     _command("filter", "slash", "filter", "Filter", "Show only runs that contain a text."),
     _command("chat", "c", "chat", "Chat", "Chat with the run's adapter.", verb="chat"),
+    _command(
+        "export",
+        "e",
+        "export",
+        "Export",
+        "Write the adapter for other programs, such as GGUF.",
+        verb="export",
+    ),
     _command("rerun", "R", "rerun", "Rerun", "Prepare a new run with this recipe."),
     _hidden(
-        "rename", "e", "rename", "Rename", "Rename the run. Its folder keeps its name.", verb="runs rename"
+        "rename", "f2", "rename", "Rename", "Rename the run. Its folder keeps its name.", verb="runs rename"
     ),
     _hidden("preset", "S", "save_preset", "Save preset", "Save its settings as a preset."),
     _command(

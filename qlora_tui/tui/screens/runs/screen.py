@@ -11,11 +11,13 @@ from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Input, Static
 
+from qlora_tui.runs.exports import read_exports
 from qlora_tui.runs.run_summary import RunSummary, SummaryCache
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.render.key_names import name_keys
 from qlora_tui.tui.screens.runs.actions import RunActions
 from qlora_tui.tui.screens.runs.commands import COMMANDS
+from qlora_tui.tui.screens.runs.export_choices import export_line
 from qlora_tui.tui.screens.runs.run_table import RunTable
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.static_update import update_if_changed
@@ -62,6 +64,7 @@ class RunsScreen(RunActions):
 
     def show_system_status(self, system_status: SystemStatus) -> None:
         self.refresh_runs()
+        self._show_detail()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action in ("withdraw", "move"):
@@ -152,6 +155,8 @@ class RunsScreen(RunActions):
             detail = Content.styled(summary.status.detail.replace("\n", " "), "dim")
             wrong = Content.styled(f"{summary.defect.sentence} " if summary.defect else "", "$error")
             lines[1] = wrong + detail
+            if exports := read_exports(summary.run):
+                lines[1] += Content.assemble(("  Export: ", "dim"), export_line(exports[0]))
         update_if_changed(self.query_one("#run-detail", Static), Content("\n").join(lines))
 
     def _is_waiting(self, summary: RunSummary) -> bool:

@@ -1,0 +1,54 @@
+"""Every form of export behind one function, and its result as sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from msgspec import Struct
+
+from qlora_tui.chat.chat_types import ChatSource
+from qlora_tui.errors import UserError
+from qlora_tui.export.gguf_export import export_gguf
+from qlora_tui.export.lora_export import export_lora
+from qlora_tui.export.merge import merge
+from qlora_tui.export.merge_check import verify_merge
+from qlora_tui.runs.exports import ExportRequest
+
+
+class Written(Struct, frozen=True):
+    """What an export wrote."""
+
+    paths: tuple[str, ...]
+    bytes: int
+    summary: str
+    """How it was checked, in sentences."""
+    command: str
+    """The command that runs it."""
+
+
+def export_form(
+    request: ExportRequest, source: ChatSource, adapter_name: str, on_status: Callable[[str], None]
+) -> Written:
+    """Do an export. Raises UserError."""
+    out = Path(request.out)
+    match request.form:
+        case "merge":
+            merged = merge(source, adapter_name, out, on_status)
+            check = verify_merge(source, adapter_name, out, on_status)
+            if isinstance(check, str):
+                return Written((merged.folder,), merged.bytes, f"Not checked: {check}.", f"vllm serve {out}")
+            if not check.agrees:
+                raise UserError(
+                    "The merged model does not answer like the adapter",
+                    what=f"{merged.folder} is written, and {check.sentence}.",
+                    fix="Use the adapter instead, and report the model.",
+                )
+            return Written((merged.folder,), merged.bytes, f"Checked: {check.sentence}.", f"vllm serve {out}")
+        case "gguf":
+            written = export_gguf(source, adapter_name, out, (request.file_type,), on_status=on_status)
+            paths = tuple(file.path for file in written.files)
+            return Written(paths, sum(f.bytes for f in written.files), written.summary, written.command)
+        case "lora":
+            lora = export_lora(source, adapter_name, out, on_status)
+            return Written((lora.path,), lora.bytes, lora.summary, lora.command)

@@ -1,0 +1,159 @@
+"""Exports that run in the background: one folder each in the run's ``exports/``.
+
+``request.json`` says what to write, ``status.json`` how far it is, ``lock`` is held by the process
+(:mod:`qlora_tui.export.export_job`), and ``log`` has its output. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
+
+from qlora_tui.decoding import decode_json
+from qlora_tui.errors import UserError
+from qlora_tui.files import atomic_write, private_dir, read_regular
+from qlora_tui.runs.control import terminate
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.locks import is_locked
+from qlora_tui.runs.process import ProcessIdentity
+from qlora_tui.runs.spawn import spawn_detached
+
+Form: TypeAlias = Literal["merge", "gguf", "lora"]
+ExportState: TypeAlias = Literal["running", "finished", "failed", "canceled"]
+_STARTING = "Starting"
+
+
+class ExportRequest(Struct, frozen=True, kw_only=True):
+    """What to export."""
+
+    form: Form
+    out: str
+    """The file or folder to write."""
+    file_type: str = ""
+    """GGUF file type, or ``auto``."""
+    checkpoint: int | None = None
+    """Step of a checkpoint; None for the final adapter."""
+
+
+class ExportStatus(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The content of ``status.json``."""
+
+    state: ExportState
+    at: float
+    """Unix time of this status."""
+    process: ProcessIdentity | None = None
+    activity: str = ""
+    """What it does now."""
+    paths: tuple[str, ...] = ()
+    """The files or the folder written."""
+    bytes: int = 0
+    summary: str = ""
+    """What was written and how it was checked, in sentences."""
+    command: str = ""
+    """The command that runs what was written."""
+    problem: str = ""
+    """What went wrong, why, and what to do."""
+
+
+class Export(Struct, frozen=True):
+    """One background export."""
+
+    folder: Path
+    request: ExportRequest
+    status: ExportStatus
+
+    @property
+    def name(self) -> str:
+        """Return what it writes, in a few words."""
+        return {"merge": "merged model", "lora": "LoRA file"}.get(self.request.form, self.request.file_type)
+
+
+_REQUESTS = msgspec.json.Decoder(ExportRequest)
+_STATUSES = msgspec.json.Decoder(ExportStatus)
+
+
+def start_export(run: RunDir, request: ExportRequest) -> Export:
+    """Start an export that outlives this process. Raises UserError."""
+    folder = _new_folder(run)
+    atomic_write(folder / "request.json", msgspec.json.encode(request))
+    status = ExportStatus(state="running", at=time.time(), activity=_STARTING)
+    write_export_status(folder, status)
+    with (folder / "log").open("wb") as log:
+        spawn_detached("qlora_tui.export.export_job", str(folder), output=log)
+    return Export(folder, request, status)
+
+
+def read_exports(run: RunDir) -> list[Export]:
+    """Return the run's exports, newest first; unreadable ones are left out."""
+    try:
+        folders = sorted(exports_dir(run).iterdir(), reverse=True)
+    except OSError:
+        return []
+    return [export for folder in folders if (export := _read(folder)) is not None]
+
+
+def read_request(folder: Path) -> ExportRequest:
+    """Return the request of an export's folder. Raises OSError and msgspec.MsgspecError."""
+    return decode_json(read_regular(folder / "request.json"), _REQUESTS)
+
+
+def write_export_status(folder: Path, status: ExportStatus) -> None:
+    """Replace an export's status. Raises OSError."""
+    atomic_write(folder / "status.json", msgspec.json.encode(status))
+
+
+def cancel_export(export: Export) -> None:
+    """Ask an export to stop; it deletes what it has written. Raises UserError where it cannot be asked."""
+    process = export.status.process
+    if export.status.state != "running":
+        return
+    if process is None or not terminate(process):
+        raise UserError(
+            "The export could not be canceled",
+            what="Its process has not started yet, or runs on another machine.",
+            fix="Try again in a moment.",
+        )
+
+
+def exports_dir(run: RunDir) -> Path:
+    """Return the folder of a run's exports."""
+    return run.path / "exports"
+
+
+def lock_path(folder: Path) -> Path:
+    """Return the file that an export's process holds a lock on."""
+    return folder / "lock"
+
+
+def _new_folder(run: RunDir) -> Path:
+    parent = private_dir(exports_dir(run))
+    number = 1 + max((int(path.name) for path in parent.iterdir() if path.name.isdecimal()), default=0)
+    while True:
+        folder = parent / f"{number:04d}"
+        try:
+            folder.mkdir(mode=0o700)
+            return folder
+        except FileExistsError:
+            number += 1
+
+
+def _read(folder: Path) -> Export | None:
+    try:
+        request = read_request(folder)
+        status = decode_json(read_regular(folder / "status.json"), _STATUSES)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    is_new = status.activity == _STARTING and time.time() - status.at < _START_S
+    if status.state == "running" and not is_new and is_locked(lock_path(folder)) is False:
+        problem = f"Its process ended without saying why. Its output: {folder / 'log'}"
+        status = replace(status, state="failed", problem=problem)
+    return Export(folder, request, status)
+
+
+_START_S = 30.0
+"""Time in which a new process takes its lock, in seconds."""

@@ -1,0 +1,153 @@
+"""The forms a run's adapter can be exported in, with sizes, as lines of the export dialog."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from textual.content import Content
+
+from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.catalog.gguf_file_types import AUTO, bytes_to_run, estimated_bytes
+from qlora_tui.formatting import format_bytes
+from qlora_tui.memory.budget import MemoryBudget
+from qlora_tui.runs.exports import Export, ExportRequest, Form
+
+_SHOWN_TYPES = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "F16")
+_NEED_LLAMA_CPP = (AUTO, "Q4_K_M", "Q5_K_M", "Q6_K")
+_NO_LLAMA_CPP = 'Needs llama.cpp: pip install "qlora-tui[export]".'
+_SIGNS = {"running": ("▸", "$primary"), "finished": ("✓", "$success"), "failed": ("✗", "$error")}
+_AUTO = (
+    "Tries types from the smallest up, and keeps the first whose answers are within a KL divergence of 0.03 "
+    "of your adapter's, as llama.cpp computes them."
+)
+_PROGRAMS = "llama.cpp, Ollama, LM Studio"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One form to export."""
+
+    id: str
+    label: str
+    size: str
+    note: str
+    """What it is for, in a few words."""
+    detail: str
+    """What it is, in sentences."""
+    form: Form
+    file_type: str = ""
+    suffix: str = ""
+    """End of the proposed file name."""
+    is_available: bool = True
+
+
+def export_choices(architecture: Architecture | None, budget: MemoryBudget) -> list[Choice]:
+    """Return every choice, the most useful first; sizes need the model's architecture."""
+    installed = find_spec("llama_cpp_py_sync") is not None
+    choices = [
+        Choice(
+            id=AUTO,
+            label="GGUF, smallest that is near",
+            size="",
+            note=_PROGRAMS,
+            detail=_AUTO if installed else _NO_LLAMA_CPP,
+            form="gguf",
+            file_type=AUTO,
+            suffix=".gguf",
+            is_available=installed,
+        )
+    ]
+    choices += [_gguf(kind, architecture, budget, installed) for kind in _SHOWN_TYPES]
+    merged = "" if architecture is None else format_bytes(architecture.total_params * 2)
+    return [
+        *choices,
+        Choice(
+            id="merge",
+            label="Merged model, 16-bit",
+            size=merged,
+            note="transformers, vLLM",
+            detail="A folder with base and adapter as one model, compared with them afterwards.",
+            form="merge",
+            suffix="-merged",
+        ),
+        Choice(
+            id="lora",
+            label="LoRA as GGUF",
+            size="",
+            note="llama.cpp --lora",
+            detail="The adapter alone, for llama.cpp beside a GGUF file of the base.",
+            form="lora",
+            suffix="-lora.gguf",
+        ),
+    ]
+
+
+def _gguf(kind: str, architecture: Architecture | None, budget: MemoryBudget, installed: bool) -> Choice:
+    available = installed or kind not in _NEED_LLAMA_CPP
+    size, fit = "", ""
+    if architecture is not None:
+        size = f"≈ {format_bytes(estimated_bytes(architecture, kind))}"
+        needed = bytes_to_run(architecture, kind)
+        verb = "Fits" if needed <= budget.bytes else "Does not fit"
+        fit = f" {verb} {budget.name} at a context of 4,096 tokens (≈ {format_bytes(needed)})."
+    checked = "llama.cpp then compares the file with your adapter's answers."
+    return Choice(
+        id=kind,
+        label=f"GGUF {kind}",
+        size=size,
+        note=_PROGRAMS,
+        detail=f"{checked if installed else 'Not checked: llama.cpp is not installed.'}{fit}"
+        if available
+        else _NO_LLAMA_CPP,
+        form="gguf",
+        file_type=kind,
+        suffix=f"-{kind}.gguf",
+        is_available=available,
+    )
+
+
+def proposed_path(choice: Choice, run_name: str) -> Path:
+    """Return a path in the user's home that does not exist yet."""
+    stem = re.sub(r"[^\w.-]+", "-", run_name).strip("-") or "adapter"
+    folder = Path.home() / "models"
+    path, number = folder / f"{stem}{choice.suffix}", 2
+    while path.exists():
+        path = folder / f"{stem}-{number}{choice.suffix}"
+        number += 1
+    return path
+
+
+def request_for(choice: Choice, out: str, checkpoint: int | None = None) -> ExportRequest:
+    """Return the request for a choice. ``out`` is as typed."""
+    path = Path(out.strip()).expanduser().absolute()
+    return ExportRequest(form=choice.form, out=str(path), file_type=choice.file_type, checkpoint=checkpoint)
+
+
+def choice_line(choice: Choice) -> Content:
+    """Return the line of a choice."""
+    style = "" if choice.is_available else "dim"
+    return Content.assemble((f"{choice.label:<29}{choice.size:>10}  ", style), (choice.note, "dim"))
+
+
+def export_line(export: Export) -> Content:
+    """Return the line of an export that was started before."""
+    status = export.status
+    sign, style = _SIGNS.get(status.state, ("·", "dim"))
+    said = {
+        "running": status.activity,
+        "finished": export.request.out,
+        "failed": status.problem.partition("\n")[0],
+        "canceled": "canceled",
+    }[status.state]
+    return Content.assemble((f"{sign} ", style), f"{export.name}  ", (said, "dim"))
+
+
+def export_detail(export: Export) -> str:
+    """Return what is known of an export, in sentences."""
+    status = export.status
+    if status.state == "finished":
+        return f"{status.summary}\n{format_bytes(status.bytes)} in {', '.join(status.paths)}"
+    return status.problem or status.activity or "It was canceled and left nothing behind."

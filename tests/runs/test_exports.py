@@ -1,0 +1,113 @@
+"""Background exports: real processes of a tiny model, canceled and killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from qlora_tui.errors import UserError
+from qlora_tui.recipe.schema import Data, Model, Recipe, Source
+from qlora_tui.runs import exports
+from qlora_tui.runs.directory import RunDir, create_run
+from qlora_tui.runs.exports import (
+    Export,
+    ExportRequest,
+    cancel_export,
+    exports_dir,
+    read_exports,
+    start_export,
+)
+from tests.chat.adapters import make_adapter
+from tests.support.polling import wait_for
+from tests.training.tiny_model import make_tiny_model
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    model = make_tiny_model(tmp_path / "model")
+    row = '{"prompt": "What is red?", "completion": "a colour of the fox and the dog"}\n'
+    (tmp_path / "rows.jsonl").write_text(row * 30)
+    recipe = Recipe(
+        name="tiny",
+        model=Model(id=str(model)),
+        data=Data(sources=(Source(path=str(tmp_path / "rows.jsonl")),)),
+    )
+    run = create_run(recipe)
+    shutil.copytree(make_adapter(model, tmp_path / "adapter"), run.adapter_dir)
+    return run
+
+
+def newest(run: RunDir) -> Export:
+    return read_exports(run)[0]
+
+
+def wait_while_running(run: RunDir) -> Export:
+    wait_for(lambda: newest(run).status.state != "running", seconds=120)
+    return newest(run)
+
+
+def wait_for_activity(run: RunDir, words: str) -> Export:
+    wait_for(lambda: words in newest(run).status.activity, seconds=120)
+    return newest(run)
+
+
+def left_behind(out: Path) -> list[str]:
+    return sorted(path.name for path in out.parent.iterdir()) if out.parent.exists() else []
+
+
+def test_an_export_survives_kill_and_cancel_and_is_written(run: RunDir, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "tiny.gguf"
+    request = ExportRequest(form="gguf", out=str(out), file_type="Q8_0")
+
+    start_export(run, request)
+    process = wait_for_activity(run, "Loading").status.process
+    assert process is not None
+    os.kill(process.pid, signal.SIGKILL)
+    export = wait_while_running(run)
+    assert export.status.state == "failed"
+    assert "ended without saying why" in export.status.problem
+    assert "tiny.gguf" not in left_behind(out)
+
+    start_export(run, request)
+    cancel_export(wait_for_activity(run, "Loading"))
+    assert wait_while_running(run).status.state == "canceled"
+    assert left_behind(out) == []
+
+    start_export(run, request)
+    export = wait_while_running(run)
+    assert export.status.state == "finished", export
+    assert export.status.paths == (str(out),)
+    assert export.status.bytes == out.stat().st_size
+    assert "Q8_0 answers as your adapter does at" in export.status.summary
+    assert export.status.command == f"llama-server -m {out}"
+    assert left_behind(out) == ["tiny.gguf"]
+
+
+def test_an_export_that_fails_says_why(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qlora_tui.export import export_job
+
+    out = tmp_path / "tiny.gguf"
+    out.write_text("mine")
+    monkeypatch.setattr(exports, "spawn_detached", lambda *args, **how: None)
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    export = start_export(run, ExportRequest(form="gguf", out=str(out), file_type="F16"))
+    with pytest.raises(UserError, match="could not be canceled"):
+        cancel_export(export)
+    export_job.run_job(export.folder)
+    assert newest(run).status.state == "failed"
+    assert "exists already" in newest(run).status.problem
+    assert out.read_text() == "mine"
+
+
+def test_unreadable_exports_are_left_out(run: RunDir) -> None:
+    folder = exports_dir(run) / "0001"
+    folder.mkdir(parents=True)
+    (folder / "request.json").write_bytes(msgspec.json.encode({"form": "else"}))
+    assert read_exports(run) == []

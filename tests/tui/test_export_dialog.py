@@ -1,0 +1,81 @@
+"""The export dialog of the Runs screen, without export processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from textual.pilot import Pilot
+
+from qlora_tui.runs import exports
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.exports import ExportStatus, read_exports, write_export_status
+from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.screens.runs import export_choices
+from tests.tui.fake_runs import FakeRun, write_fake_run
+from tests.tui.screen_assertions import wait_for_text
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RunDir:
+    monkeypatch.setattr(exports, "spawn_detached", lambda *args, **how: None)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = write_fake_run(FakeRun(name="tickets", state="finished", steps=10, total=10))
+    run.adapter_dir.mkdir(exist_ok=True)
+    (run.adapter_dir / "adapter_config.json").write_text("{}")
+    return run
+
+
+async def open_dialog(pilot: Pilot[None]) -> str:
+    await pilot.press("6")
+    await wait_for_text(pilot, "tickets")
+    await pilot.press("e")
+    return await wait_for_text(pilot, "Export tickets")
+
+
+async def test_an_export_is_started_and_followed(
+    run: RunDir, make_app: Callable[[], QloraApp], tmp_path: Path
+) -> None:
+    async with make_app().run_test(size=(120, 40)) as pilot:
+        assert "Merged model" in await open_dialog(pilot)
+        await pilot.press("down", "down", "down", "down")
+        await wait_for_text(pilot, "tickets-Q8_0")
+        await pilot.press("enter")
+        await wait_for_text(pilot, "Started", "Exports of this run", "Q8_0  Starting")
+        (export,) = read_exports(run)
+        assert export.request.out == str(tmp_path / "models" / "tickets-Q8_0.gguf")
+        done = ExportStatus(
+            state="finished",
+            at=time.time(),
+            paths=(export.request.out,),
+            bytes=7_000,
+            summary="Q8_0 is near.",
+        )
+        write_export_status(export.folder, done)
+        await wait_for_text(pilot, "✓ Q8_0")
+        await pilot.press("escape")
+        assert "Export: ✓ Q8_0" in await wait_for_text(pilot, "Export: ✓ Q8_0")
+
+
+async def test_types_that_need_llama_cpp_say_so(
+    run: RunDir, make_app: Callable[[], QloraApp], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_choices, "find_spec", lambda name: None)
+    async with make_app().run_test(size=(100, 30)) as pilot:
+        await open_dialog(pilot)
+        await pilot.press("enter")
+        await wait_for_text(pilot, '✗ Needs llama.cpp: pip install "qlora-tui[export]".')
+        assert read_exports(run) == []
+
+
+async def test_a_run_without_an_adapter_cannot_be_exported(make_app: Callable[[], QloraApp]) -> None:
+    write_fake_run(FakeRun(name="tickets", state="failed", steps=1, total=10))
+    async with make_app().run_test(size=(100, 30)) as pilot:
+        await pilot.press("6")
+        await wait_for_text(pilot, "tickets")
+        await pilot.press("e")
+        assert "No adapter yet" in await wait_for_text(pilot, "No adapter yet")
