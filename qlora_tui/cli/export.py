@@ -17,7 +17,7 @@ from qlora_tui.runs.directory import find_run
 if TYPE_CHECKING:
     from qlora_tui.chat.chat_types import ChatSource
 
-_FORMS = "merge|gguf|lora"
+_FORMS = "merge|gguf|lora|ollama"
 
 
 def run(args: argparse.Namespace) -> CommandResult:
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> CommandResult:
         raise UserError(
             "Which form?",
             what="`qlora-tui export` needs the form to write.",
-            fix="Choose merge, gguf or lora; `qlora-tui export --help` says what each is for.",
+            fix="Choose merge, gguf, lora or ollama; `qlora-tui export --help` says what each is for.",
             exit_code=EXIT_USAGE,
         )
     from qlora_tui.chat.chat_sources import choose_adapter, run_source
@@ -35,6 +35,8 @@ def run(args: argparse.Namespace) -> CommandResult:
     source = run_source(find_run(args.run_id))
     adapter_name = choose_adapter(source, checkpoint=args.checkpoint)
     configure_torch_env()
+    if args.form == "ollama":
+        return _ollama(source, adapter_name, args)
     out = args.out.expanduser().absolute()
     return {"merge": _merge, "gguf": _gguf, "lora": _lora}[args.form](source, adapter_name, out, args)
 
@@ -88,21 +90,32 @@ def _lora(source: ChatSource, adapter_name: str, out: Path, args: argparse.Names
     )
 
 
+def _ollama(source: ChatSource, adapter_name: str, args: argparse.Namespace) -> CommandResult:
+    from qlora_tui.export.ollama_export import check_name, default_folder, export_ollama
+
+    check_name(args.ollama_name)
+    folder = args.dir.expanduser().absolute() if args.dir else default_folder(args.ollama_name)
+    written = export_ollama(source, adapter_name, args.ollama_name, folder, args.quant, _on_status)
+    last = f"Run it: {written.command}" if written.created else f"Create it: {written.command}"
+    size = format_bytes(written.gguf.files[0].bytes)
+    return CommandResult(written, f"{written.folder}: {size}\n{written.summary}\n{last}")
+
+
 def _arguments(parser: argparse.ArgumentParser) -> None:
     forms = parser.add_subparsers(dest="form", metavar=_FORMS)
     merge = forms.add_parser("merge", help="adapter and base as one 16-bit model folder")
-    gguf = forms.add_parser("gguf", help="adapter and base as a GGUF file, for llama.cpp and Ollama")
+    gguf = forms.add_parser("gguf", help="adapter and base as a GGUF file, for llama.cpp and LM Studio")
     lora = forms.add_parser("lora", help="the adapter alone as a GGUF file, for llama.cpp's --lora")
+    ollama = forms.add_parser("ollama", help="a model in Ollama: GGUF file, Modelfile, `ollama create`")
+    all_forms = (merge, gguf, lora, ollama)
+    for form in all_forms:
+        form.add_argument("run_id", metavar="RUN", help="a run's id or name, the beginning of one, or `last`")
     for form, out in (
         (merge, "the folder to write; it must not exist yet"),
         (gguf, "the .gguf file to write, or a folder for several types"),
         (lora, "the .gguf file to write; it must not exist yet"),
     ):
-        form.add_argument("run_id", metavar="RUN", help="a run's id or name, the beginning of one, or `last`")
         form.add_argument("out", metavar="OUT", type=Path, help=out)
-        form.add_argument(
-            "--checkpoint", type=int, metavar="STEP", help="a checkpoint, not the final adapter"
-        )
     gguf.add_argument(
         "--quant",
         action="append",
@@ -117,8 +130,30 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KL",
         help="largest mean KL divergence from the adapter's answers, in nats (0.03 with auto)",
     )
-    for form in (merge, gguf, lora):
+    ollama.add_argument(
+        "ollama_name", metavar="NAME", help="the model's name in Ollama, such as tickets or tickets:8b"
+    )
+    _add_one_type(ollama)
+    ollama.add_argument(
+        "--dir",
+        type=Path,
+        metavar="FOLDER",
+        help="where to write the GGUF file and the Modelfile (NAME-ollama here unless set)",
+    )
+    for form in all_forms:
+        form.add_argument(
+            "--checkpoint", type=int, metavar="STEP", help="a checkpoint, not the final adapter"
+        )
         add_json_argument(form)
+
+
+def _add_one_type(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--quant",
+        default="Q8_0",
+        metavar="TYPE",
+        help="a type of `export gguf`, or auto: the smallest whose answers stay near (Q8_0 unless set)",
+    )
 
 
 SUBCOMMANDS = {"export": Subcommand(run, _arguments)}

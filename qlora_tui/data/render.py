@@ -119,6 +119,20 @@ def prompt_ids(
 
     ``auto`` leaves thinking to the template's default. Raises ``RowRejectedError``.
     """
+    text = prompt_text(messages, tokenizer, tools, thinking)
+    return tokenize_by_span(SampleText(text, ()), tokenizer, ()).token_ids
+
+
+def prompt_text(
+    messages: Sequence[Message],
+    tokenizer: ChatTokenizer,
+    tools: Sequence[dict[str, Any]] = (),
+    thinking: Thinking = "auto",
+) -> str:
+    """Return the text of the prompt for an answer to ``messages``, as ``prompt_ids`` splits it into tokens.
+
+    Control tokens inside a message are between private marks. Raises ``RowRejectedError``.
+    """
     template, traits = _template_of(tokenizer, bool(tools))
     template = template.with_variables(variables(traits.switch, thinking))
     conversation = _prepared(Conversation(tuple(messages), tuple(tools)), traits, thinking)
@@ -126,8 +140,7 @@ def prompt_ids(
     turns, _ = _neutral_turns(turns, tokenizer)
     if kept_tools:
         kept_tools, _ = _neutral_value(kept_tools, tokenizer.control_pattern)
-    text = template.render(turns, kept_tools, prompt=True)
-    return tokenize_by_span(SampleText(text, ()), tokenizer, ()).token_ids
+    return template.render(turns, kept_tools, prompt=True)
 
 
 def pieces(tokenizer: ChatTokenizer, token_ids: Sequence[int], loss_mask: bytes) -> list[Piece]:

@@ -89,7 +89,7 @@ def read_vocabulary(tokenizer: ChatTokenizer, rows: int) -> Vocabulary:
         scores=None if is_byte_level else [-float(ranks.get(t, -_UNMERGED_SCORE)) for t in tokens],
         merges=merges if is_byte_level else None,
         special_ids={name: id_ for name, id_ in ids.items() if id_ is not None},
-        adds_bos=_adds_bos(tokenizer),
+        adds_bos=adds_bos(tokenizer),
         adds_space=not is_byte_level and _adds_space(tokenizer),
         strips_after_special=_strips_after_special(tokenizer, tokens),
         template=tokenizer.template.text,
@@ -142,7 +142,7 @@ def _ranks(merges: list[str]) -> dict[str, int]:
     return ranks
 
 
-def _adds_bos(tokenizer: ChatTokenizer) -> bool:
+def adds_bos(tokenizer: ChatTokenizer) -> bool:
     """Return whether llama.cpp shall begin every text with the begin token.
 
     Only where the tokenizer itself does, and the conversations of the training began with it: llama-server

@@ -1,0 +1,217 @@
+"""``export ollama``: a GGUF file with its Modelfile, and the model that ``ollama create`` makes of them.
+
+The file holds the merged model: Ollama 0.34 and newer refuse ``ADAPTER`` in a Modelfile.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from qlora_tui.catalog.local_models import resolve_model
+from qlora_tui.chat.chat_types import ChatSource
+from qlora_tui.chat.session import chat_tokenizer, model_folder
+from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.export.gguf_export import GgufExport, export_gguf
+from qlora_tui.export.gguf_file.content import base_license
+from qlora_tui.export.gguf_file.vocabulary import adds_bos
+from qlora_tui.export.ollama_template import OllamaTemplate, ollama_template
+from qlora_tui.export.unfinished_files import draft_folder, refuse_existing
+from qlora_tui.files import publish
+from qlora_tui.subprocesses import user_env
+from qlora_tui.visible import visible
+
+MODELFILE = "Modelfile"
+_NAME = re.compile(r"(?:(?:[\w.-]+(?::\d+)?/)?[\w-]+/)?(?P<model>[\w.-]+)(?P<tag>:[\w.-]+)?", re.ASCII)
+_MAX_NAME = 80
+"""Most characters of each part of a name (``types/model/name.go`` of Ollama)."""
+_MIN_CONTEXT = 4096
+_ANSI = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
+
+StatusFn = Callable[[str], None]
+
+
+class OllamaExport(Struct, frozen=True, kw_only=True):
+    """A model for Ollama."""
+
+    name: str
+    folder: str
+    """Holds the GGUF file and the Modelfile."""
+    gguf: GgufExport
+    has_template: bool
+    """Whether the Modelfile has a TEMPLATE."""
+    notes: tuple[str, ...] = ()
+    created: bool = False
+    """Whether ``ollama create`` has created the model from the folder."""
+
+    @property
+    def summary(self) -> str:
+        """Say how the file was checked, and what is special about the Modelfile, a sentence a line."""
+        return "\n".join([self.gguf.summary, *self.notes])
+
+    @property
+    def command(self) -> str:
+        """Return the command that runs the model, or that creates it first."""
+        if self.created:
+            return f"ollama run {self.name}"
+        return f"cd {shlex.quote(self.folder)} && ollama create {self.name} -f {MODELFILE}"
+
+
+def export_ollama(
+    source: ChatSource,
+    adapter_name: str,
+    name: str,
+    folder: Path,
+    file_type: str,
+    on_status: StatusFn = lambda words: None,
+) -> OllamaExport:
+    """Write ``folder``, which must not exist yet, and create the model where Ollama is installed.
+
+    Args:
+        source: The base and its adapters.
+        adapter_name: The adapter to merge.
+        name: Of the model in Ollama: ``[namespace/]model[:tag]``.
+        folder: Where to write.
+        file_type: A type of ``export gguf``, or ``auto``.
+        on_status: Called with the current activity.
+
+    Raises:
+        UserError: nothing was written; or the folder was, and ``ollama create`` failed.
+    """
+    check_name(name)
+    refuse_existing(folder)
+    base = model_folder(source.recipe, on_status)
+    tokenizer = chat_tokenizer(source, base)
+    template = ollama_template(tokenizer, source.thinking, adds_bos=adds_bos(tokenizer))
+    with draft_folder(folder) as draft:
+        file = f"{_file_stem(name)}.gguf"
+        written = export_gguf(source, adapter_name, draft / file, [file_type], on_status=on_status)
+        limit = resolve_model(source.recipe.model.id).architecture.max_positions
+        context = context_size(source.recipe.data.max_length, limit)
+        text = _modelfile(file, template, tokenizer, context, base_license(base))
+        (draft / MODELFILE).write_text(text, encoding="utf-8")
+        draft.chmod(0o755)
+        publish(draft, folder)
+    files = tuple(replace(done, path=str(folder / file)) for done in written.files)
+    result = OllamaExport(
+        name=name,
+        folder=str(folder),
+        gguf=replace(written, files=files),
+        has_template=bool(template.text),
+        notes=_notes(template, tokenizer),
+    )
+    if shutil.which("ollama") is None:
+        return result
+    _create(result, on_status)
+    return replace(result, created=True)
+
+
+def check_name(name: str) -> None:
+    """Raise UserError for what Ollama takes for no name."""
+    match = _NAME.fullmatch(name)
+    parts = re.split("[/:]", name)
+    is_valid = (
+        match is not None
+        and all(part[0] not in ".-" and len(part) <= _MAX_NAME for part in parts)
+        and ".." not in name
+    )
+    if not is_valid:
+        raise UserError(
+            "Invalid name for Ollama",
+            what=f"{visible(name[:_MAX_NAME])!r} is not of the form model, model:tag or namespace/model:tag.",
+            why="Names consist of letters, digits, and _ - . inside.",
+            fix="Choose a name such as tickets:8b.",
+            exit_code=EXIT_USAGE,
+        )
+
+
+def default_folder(name: str) -> Path:
+    """Return the folder, below the current one, in which a model of this name is written."""
+    return Path.cwd() / f"{_file_stem(name)}-ollama"
+
+
+def _file_stem(name: str) -> str:
+    return re.sub("[/:]", "-", name)
+
+
+def context_size(max_length: int, model_limit: int | None) -> int:
+    """Return the tokens of context to allocate: the next power of two that holds a row of the training."""
+    wanted = max(_MIN_CONTEXT, 1 << (max_length - 1).bit_length())
+    return min(wanted, model_limit or wanted)
+
+
+def _modelfile(
+    file: str, template: OllamaTemplate, tokenizer: ChatTokenizer, context: int, license_id: str
+) -> str:
+    lines = [f"FROM ./{file}"]
+    if template.text:
+        lines.append(f'TEMPLATE """{template.text}"""')
+    lines.append(f"PARAMETER num_ctx {context}")
+    ends = dict.fromkeys(tokenizer.backend.id_to_token(number) for number in tokenizer.turn_end_ids)
+    lines += [f'PARAMETER stop "{end}"' for end in ends if end and '"' not in end]
+    if license_id:
+        lines.append(f'LICENSE "{license_id}"')
+    return "\n".join(lines) + "\n"
+
+
+def _notes(template: OllamaTemplate, tokenizer: ChatTokenizer) -> tuple[str, ...]:
+    if not template.text:
+        return (
+            f"The Modelfile has no TEMPLATE: {template.reason}. Ollama then guesses one, and may answer "
+            "differently; llama-server uses the model's own.",
+        )
+    notes = [template.note] if template.note else []
+    if tokenizer.traits.tools:
+        notes.append("The TEMPLATE has no tools; llama-server uses the model's own, which has them.")
+    return tuple(notes)
+
+
+def _create(result: OllamaExport, on_status: StatusFn) -> None:
+    """Run ``ollama create``. Raises UserError with its last words; the folder stays."""
+    command = ["ollama", "create", result.name, "-f", MODELFILE]
+    on_status(f"Running {' '.join(command)}")
+    last = "it wrote nothing"
+    try:
+        with subprocess.Popen(
+            command,
+            cwd=result.folder,
+            env=user_env(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        ) as process:
+            assert process.stdout is not None
+            for line in _status_lines(process.stdout):
+                last = line
+                on_status(f"ollama: {line}")
+        if process.returncode == 0:
+            return
+    except OSError as error:
+        last = error.strerror or str(error)
+    raise UserError(
+        "Ollama did not create the model",
+        what=f"`ollama create` failed: {last.rstrip('.')}.",
+        why=f"{result.folder} is complete; only this last step is missing.",
+        fix=f"Start Ollama with `ollama serve` if it is not running, then: {result.command}",
+    )
+
+
+def _status_lines(output: IO[bytes]) -> Iterator[str]:
+    """Yield each line once, without terminal codes: Ollama repeats lines to animate them."""
+    before = ""
+    for block in output:
+        for part in _ANSI.sub("", block.decode(errors="replace")).replace("\n", "\r").split("\r"):
+            # The animation is a braille sign or a percentage.
+            line = visible(re.sub(r"[\u2800-\u28ff▕█▏ ]+|\b\d+% .*$", " ", part).strip())
+            if line and line != before:
+                before = line
+                yield line

@@ -1,0 +1,179 @@
+"""A chat template as Ollama's ``TEMPLATE``, where one can be written that renders alike.
+
+Ollama does not run a model's own Jinja template: it compares it with the few it knows, and sends text
+without any turns otherwise. So what the template of the training writes before and after each turn is read
+from renderings, written as a Go template, and compared on other conversations.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from qlora_tui.data.conversation import Message, RowRejectedError
+from qlora_tui.data.render import prompt_text
+from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.export.go_template import go_literal, render_go_template
+from qlora_tui.recipe.schema import Thinking
+
+_SYSTEM, _FIRST, _SECOND, _THIRD, _ANSWER, _LATER = (
+    f"qvz{word}" for word in ("system", "first", "second", "third", "answer", "later")
+)
+_TURNS = (
+    Message("user", _FIRST),
+    Message("assistant", _ANSWER),
+    Message("user", _SECOND),
+    Message("assistant", _LATER),
+    Message("user", _THIRD),
+)
+_TEXTS = ("Why?", "two\nlines\n\nand a third", '<b>"1 & 2"</b> {{ .Content }}', "für 你好 🙂", "a  b")
+"""Contents of the conversations that are compared."""
+
+
+@dataclass(frozen=True)
+class OllamaTemplate:
+    """The Go template of a chat template."""
+
+    text: str
+    """Empty where there is none that renders alike."""
+    reason: str = ""
+    """Why there is none."""
+    note: str = ""
+    """A difference that remains."""
+
+
+class _NotExpressible(Exception):
+    pass
+
+
+def ollama_template(tokenizer: ChatTokenizer, thinking: Thinking, *, adds_bos: bool) -> OllamaTemplate:
+    """Return the Go template that renders conversations as in training.
+
+    Args:
+        tokenizer: Has the template of the training.
+        thinking: Whether the model was trained to think.
+        adds_bos: Whether Ollama itself begins each text with the begin token, as ``add_bos_token`` of the
+            file has it; then the template must not write it.
+    """
+    if tokenizer.traits.thinks and thinking != "off":
+        return OllamaTemplate("", "the model thinks, and its template handles thoughts in its own way")
+    bos = tokenizer.special_tokens.get("bos_token", "") if adds_bos else ""
+
+    def render(messages: Sequence[Message]) -> str:
+        return prompt_text(messages, tokenizer, thinking=thinking).removeprefix(bos)
+
+    try:
+        with_system = render([Message("system", _SYSTEM), *_TURNS])
+        text = _derived(render(_TURNS), with_system, _turn_begin(tokenizer))
+        for conversation in _conversations():
+            if render_go_template(text, conversation) != render(conversation):
+                raise _NotExpressible("it renders a conversation differently from turn to turn")
+        padded = [Message("user", "  a  ")]
+        keeps_spaces = render_go_template(text, padded) == render(padded)
+    except RowRejectedError as error:
+        return OllamaTemplate("", f"it refuses a conversation with a system prompt ({error.reason})")
+    except _NotExpressible as error:
+        return OllamaTemplate("", str(error))
+    note = (
+        ""
+        if keeps_spaces
+        else "The model's template removes spaces around each message, which Ollama's cannot; otherwise "
+        "both render alike."
+    )
+    return OllamaTemplate(text, note=note)
+
+
+def _conversations() -> list[list[Message]]:
+    turns = [Message("assistant" if n % 2 else "user", text) for n, text in enumerate(_TEXTS)]
+    plain = [turns[:1], turns[:3], turns]
+    return plain + [[Message("system", text), *some] for some in plain for text in _TEXTS[:2]]
+
+
+def _turn_begin(tokenizer: ChatTokenizer) -> Callable[[str], str]:
+    """Return a function that finds where a turn begins in the text before its content."""
+    ends = {tokenizer.backend.id_to_token(number) for number in tokenizer.turn_end_ids}
+
+    def turn_begin(text: str) -> str:
+        begin = len(text)
+        for match in reversed(list(tokenizer.special_pattern.finditer(text))):
+            if match[0] in ends:
+                break
+            begin = match.start()
+        return text[begin:] or text
+
+    return turn_begin
+
+
+def _derived(plain: str, with_system: str, turn_begin: Callable[[str], str]) -> str:
+    """Return the Go template of what is written around each turn. Raises _NotExpressible.
+
+    Args:
+        plain: The conversation ``_TURNS``, rendered.
+        with_system: The conversation with a system turn before it.
+        turn_begin: Cuts off what belongs to the turn before.
+    """
+    begin, to_answer, after_answer, again, after_later, end = _around(
+        plain, (_FIRST, _ANSWER, _SECOND, _LATER, _THIRD)
+    )
+    before_system, after_system, *_ = _around(
+        with_system, (_SYSTEM, _FIRST, _ANSWER, _SECOND, _LATER, _THIRD)
+    )
+    if (to_answer, after_answer) != (again, after_later):
+        raise _NotExpressible("it writes the first turns otherwise than later ones")
+    before_user = turn_begin(_common_suffix(begin, after_answer))
+    after_user = _common_prefix(to_answer, end)
+    begin = begin.removesuffix(before_user)
+    is_joined = not after_system.endswith(before_user)
+    if not is_joined:
+        after_system = after_system[: len(after_system) - len(before_user)]
+    always, begin, before_system = _shared_begin(begin, before_system)
+    system = f"{go_literal(before_system)}{{{{ .Content }}}}{go_literal(after_system)}"
+    user = go_literal(before_user)
+    if is_joined:
+        system += "{{ $joined = true }}"
+        user = f"{{{{ if $joined }}}}{{{{ $joined = false }}}}{{{{ else }}}}{user}{{{{ end }}}}"
+    before_answer = go_literal(to_answer.removeprefix(after_user))
+    close = go_literal(after_answer[: len(after_answer) - len(before_user)])
+    return "".join(
+        (
+            "{{ $joined := false }}" if is_joined else "",
+            go_literal(always),
+            f"{{{{ if not .System }}}}{go_literal(begin)}{{{{ end }}}}" if begin else "",
+            f'{{{{ range .Messages }}}}{{{{ if eq .Role "system" }}}}{system}',
+            f'{{{{ else if eq .Role "user" }}}}{user}{{{{ .Content }}}}{go_literal(after_user)}',
+            f'{{{{ else if eq .Role "assistant" }}}}{before_answer}{{{{ .Content }}}}{close}',
+            "{{ end }}{{ end }}",
+            go_literal(end.removeprefix(after_user)),
+        )
+    )
+
+
+def _around(text: str, words: Sequence[str]) -> list[str]:
+    """Return what is before, between and after the words. Raises _NotExpressible."""
+    parts = re.split("|".join(words), text)
+    if re.findall("|".join(words), text) != list(words):
+        raise _NotExpressible("it repeats, leaves out or moves a message")
+    return parts
+
+
+def _common_prefix(first: str, second: str) -> str:
+    size = 0
+    while first[size : size + 1] == second[size : size + 1] != "":
+        size += 1
+    return first[:size]
+
+
+def _common_suffix(first: str, second: str) -> str:
+    return _common_prefix(first[::-1], second[::-1])[::-1]
+
+
+def _shared_begin(plain: str, with_system: str) -> tuple[str, str, str]:
+    """Return what both begin with if one has nothing else there, and the rest of each.
+
+    A default system prompt begins as a given one does, and must stay whole.
+    """
+    shared = _common_prefix(plain, with_system)
+    if shared != plain:
+        return "", plain, with_system
+    return shared, "", with_system.removeprefix(shared)

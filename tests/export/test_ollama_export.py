@@ -1,0 +1,138 @@
+"""``export ollama``: Modelfile, name, and what `ollama create` says, with a stand-in for Ollama."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qlora_tui.chat.chat_types import ChatSource
+from qlora_tui.cli.main import main
+from qlora_tui.errors import UserError
+from qlora_tui.export import ollama_export
+from qlora_tui.export.gguf_export import GgufExport
+from qlora_tui.export.ollama_export import check_name, context_size, export_ollama
+from qlora_tui.runs.directory import create_run
+
+CREATES = """\
+#!/bin/sh
+[ "$1 $2 $3 $4" = "create tickets:8b -f Modelfile" ] || exit 9
+grep -q "^FROM ./tickets-8b.gguf" Modelfile && [ -s tickets-8b.gguf ] || exit 8
+printf '\\033[?25lgathering model components \\342\\240\\213\\033[K\\r' >&2
+printf 'gathering model components \\342\\240\\231\\033[K\\r' >&2
+printf 'copying file sha256:12 35%% \\342\\226\\225\\342\\226\\210 \\342\\226\\217\\r' >&2
+printf 'copying file sha256:12 99%% \\342\\226\\225\\342\\226\\210\\342\\226\\217\\nsuccess\\n' >&2
+"""
+FAILS = "#!/bin/sh\necho 'Error: could not connect to ollama app, is it running?' >&2\nexit 1\n"
+
+
+@pytest.fixture
+def install_ollama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """``install_ollama(script)``: the program `ollama`, or none for an empty script."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for program in ("sh", "grep"):
+        (folder / program).symlink_to(shutil.which(program) or "")
+    monkeypatch.setenv("PATH", str(folder))
+
+    def install(script: str) -> None:
+        if script:
+            (folder / "ollama").write_text(script)
+            (folder / "ollama").chmod(0o755)
+
+    return install
+
+
+@pytest.fixture
+def without_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GGUF files are written without the comparison, which other tests make."""
+    monkeypatch.setattr("qlora_tui.export.gguf_export.is_installed", lambda: False)
+
+
+@pytest.mark.usefixtures("without_proof")
+def test_a_modelfile_is_written_and_its_command_is_printed(
+    tiny_source: ChatSource,
+    tmp_path: Path,
+    install_ollama: Callable[[str], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    install_ollama("")
+    run = create_run(tiny_source.recipe)
+    shutil.copytree(tiny_source.adapters["adapter"], run.adapter_dir)
+    folder = tmp_path / "out"
+    assert main(["export", "ollama", run.id, "tickets:8b", "--quant", "F16", "--dir", str(folder)]) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["Modelfile", "tickets-8b.gguf"]
+    lines = (folder / "Modelfile").read_text()
+    assert lines.startswith('FROM ./tickets-8b.gguf\nTEMPLATE """')
+    assert "\nPARAMETER num_ctx " in lines
+    assert '\nPARAMETER stop "' in lines
+    assert "ADAPTER" not in lines
+    assert f"Create it: cd {folder} && ollama create tickets:8b -f Modelfile" in capsys.readouterr().out
+    assert main(["export", "ollama", run.id, "tickets:8b", "--dir", str(folder)]) == 2
+
+
+@pytest.mark.usefixtures("without_proof")
+def test_the_installed_ollama_creates_the_model(
+    tiny_source: ChatSource, tmp_path: Path, install_ollama: Callable[[str], None]
+) -> None:
+    install_ollama(CREATES)
+    statuses: list[str] = []
+    result = export_ollama(
+        tiny_source, "adapter", "tickets:8b", tmp_path / "out", "F16", on_status=statuses.append
+    )
+    assert result.created
+    assert [line for line in statuses if line.startswith("ollama: ")] == [
+        "ollama: gathering model components",
+        "ollama: copying file sha256:12",
+        "ollama: success",
+    ]
+
+
+@pytest.mark.usefixtures("without_proof")
+def test_a_failed_creation_keeps_the_files(
+    tiny_source: ChatSource, tmp_path: Path, install_ollama: Callable[[str], None]
+) -> None:
+    install_ollama(FAILS)
+    with pytest.raises(UserError) as refused:
+        export_ollama(tiny_source, "adapter", "tickets:8b", tmp_path / "out", "F16")
+    assert "could not connect to ollama app" in refused.value.what
+    assert "ollama create tickets:8b -f Modelfile" in refused.value.fix
+    assert (tmp_path / "out" / "tickets-8b.gguf").is_file()
+
+
+def test_a_failed_export_leaves_no_folder(
+    tiny_source: ChatSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **settings: object) -> GgufExport:
+        raise UserError("The GGUF file does not answer as the adapter does", what="Q2_K: KL.")
+
+    monkeypatch.setattr(ollama_export, "export_gguf", fail)
+    with pytest.raises(UserError):
+        export_ollama(tiny_source, "adapter", "tickets", tmp_path / "out", "Q2_K")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("max_length", "limit", "size"),
+    [(512, 8192, 4096), (5000, 8192, 8192), (5000, 6000, 6000), (512, 2048, 2048), (4096, None, 4096)],
+)
+def test_the_context_holds_a_row_and_fits_the_model(max_length: int, limit: int | None, size: int) -> None:
+    assert context_size(max_length, limit) == size
+
+
+@pytest.mark.parametrize(
+    "name", ["tickets", "tickets:8b", "me/tickets:8b-q4", "host.org:5000/me/t", "_a.b-c"]
+)
+def test_a_name_of_ollama_is_accepted(name: str) -> None:
+    check_name(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "-f", "a b", "a:", ":a", "a/b/c/d", "../x", "a/../b", "ä", "a\n", "a" * 81, "a;b", "me/.x", "a:b:c"],
+)
+def test_another_name_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="Invalid name for Ollama"):
+        check_name(name)
