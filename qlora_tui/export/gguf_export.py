@@ -200,7 +200,7 @@ class _Export:
         proof = None
         if isinstance(self.reference, Reference):
             self.on_status(f"Asking llama.cpp what the {file_type} file answers")
-            proof = prove(self.reference, path, file_type, self.content.vocabulary.template)
+            proof = prove(self.reference, path, file_type, self.content.vocabulary.differences)
         return GgufFile(path=str(path), file_type=file_type, bytes=path.stat().st_size, proof=proof)
 
     def _progress(self, file_type: str) -> Callable[[int, int], None]:

@@ -109,7 +109,7 @@ def _prove(
         on_status("Writing the base model for the comparison")
         write_gguf(content, model, "BF16")
         on_status("Asking llama.cpp what base and adapter answer")
-        return prove(reference, model, "F16", content.vocabulary.template, lora=path)
+        return prove(reference, model, "F16", content.vocabulary.differences, lora=path)
 
 
 def _refuse_inexpressible(updates: AdapterDeltas, *, tied: bool) -> None:

@@ -83,6 +83,12 @@ def make_model(folder: Path, model_type: str, **settings: Any) -> Any:
     model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
         config, attn_implementation="eager"
     )
+    randomize(model).save_pretrained(folder)
+    return model
+
+
+def randomize(model: Any) -> Any:
+    """Give a model weights and norms far from their initial values; returns it in float32."""
     model = model.float().eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -92,7 +98,6 @@ def make_model(folder: Path, model_type: str, **settings: Any) -> Any:
                 weight.copy_(torch.randn_like(weight) * 0.2)
             # Values that float16 holds exactly.
             weight.copy_(weight.half().float())
-    model.save_pretrained(folder)
     return model
 
 

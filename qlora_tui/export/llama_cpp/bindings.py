@@ -125,6 +125,23 @@ class LlamaModel:
             raise LlamaCppError(f"it could not tokenize a text of {len(data)} bytes")
         return list(ids[0:count])
 
+    def prompt_tokens(self, prompt: str) -> list[int]:
+        """Return the tokens of a rendered prompt as llama-server computes them.
+
+        Where the file asks for a begin token, the server removes one that the template wrote, and then
+        tokenizes with ``add_special`` (common/chat.cpp, ``common_chat_template_direct_apply``).
+        """
+        if self._lib.llama_vocab_get_add_bos(self._vocabulary):
+            begin = self._lib.llama_vocab_get_text(
+                self._vocabulary, self._lib.llama_vocab_bos(self._vocabulary)
+            )
+            prompt = prompt.removeprefix(str(self._ffi.string(begin).decode()))
+        return self.tokenize(prompt, add_special=True)
+
+    def ends_answer(self, token: int) -> bool:
+        """Return whether llama.cpp stops at a token."""
+        return bool(self._lib.llama_vocab_is_eog(self._vocabulary, token))
+
     def logits(self, ids: Sequence[int], positions: Sequence[int]) -> Floats:
         """Return the next-token logits at each position, (positions, vocabulary). Raises LlamaCppError."""
         lib = self._lib

@@ -59,7 +59,11 @@ class Compared(Struct, frozen=True, tag=True):
     template: str
     """The file's chat template."""
     different_tokens: tuple[int, ...]
-    """Numbers of the rows whose text llama.cpp splits into other tokens."""
+    """Numbers of the rows whose text llama.cpp splits into other tokens, also as a server's prompt."""
+    first_tokens: tuple[int, ...]
+    """Tokens that llama.cpp puts before every text."""
+    overrun_ids: tuple[int, ...]
+    """Those of ``end_ids`` at which llama.cpp does not stop."""
     positions: int
     """Number of positions compared."""
     divergence: float

@@ -43,7 +43,9 @@ def _compare(model: LlamaModel, job: Compare) -> Compared:
     ends = np.array(job.end_ids)
     different, divergences, targets, choices, expected_choices, start = [], [], [], [], [], 0
     for number, row in enumerate(job.rows):
-        if row.text and tuple(model.tokenize(row.text)) != row.ids:
+        if row.text and not row.ids == tuple(model.tokenize(row.text)) == tuple(
+            model.prompt_tokens(row.text)
+        ):
             different.append(number)
         expected = reference[start : start + len(row.positions)].astype(np.float32)
         start += len(row.positions)
@@ -61,6 +63,8 @@ def _compare(model: LlamaModel, job: Compare) -> Compared:
     return Compared(
         template=model.template,
         different_tokens=tuple(different),
+        first_tokens=tuple(model.tokenize("", add_special=True)),
+        overrun_ids=tuple(token for token in job.end_ids if not model.ends_answer(token)),
         positions=len(whole),
         divergence=float(whole.mean()),
         worst=float(whole.max()),

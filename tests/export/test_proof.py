@@ -1,0 +1,164 @@
+"""Exports that are broken on purpose: llama.cpp's comparison refuses each, and no file is left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_tui.chat.adapter_deltas import LoraDelta, read_deltas
+from qlora_tui.errors import UserError
+from qlora_tui.export import lora_export
+from qlora_tui.export.gguf_export import export_gguf
+from qlora_tui.export.gguf_file import content, families, vocabulary
+from qlora_tui.export.gguf_file.families import FAMILIES, TensorNames
+from qlora_tui.export.gguf_file.hyperparameters import hyperparameters
+from qlora_tui.export.gguf_file.vocabulary import CONTROL, NORMAL, Vocabulary
+from qlora_tui.export.lora_export import export_lora
+from tests.export.export_sources import make_source
+
+pytest.importorskip("llama_cpp_py_sync")
+pytestmark = pytest.mark.slow
+
+GEMMA: dict[str, Any] = {
+    "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 24, "num_hidden_layers": 3
+}  # fmt: skip
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-2": ("llama", {}),
+    "llama-3": ("llama", {}),
+    "smollm2": ("llama", {"tie_word_embeddings": True}),
+    "gemma": ("gemma3_text", GEMMA),
+}
+"""Model type and settings by the tokenizer's name."""
+Break = Callable[[pytest.MonkeyPatch], None]
+
+
+def changed_vocabulary(change: Callable[[Vocabulary], dict[str, Any]]) -> Break:
+    def break_it(monkeypatch: pytest.MonkeyPatch) -> None:
+        def read(*args: Any) -> Vocabulary:
+            right = vocabulary.read_vocabulary(*args)
+            return replace(right, **change(right))
+
+        monkeypatch.setattr(content, "read_vocabulary", read)
+
+    return break_it
+
+
+def changed_hyperparameters(**values: Any) -> Break:
+    def break_it(monkeypatch: pytest.MonkeyPatch) -> None:
+        def read(config: Any) -> Any:
+            right = hyperparameters(config)
+            return replace(right, values=right.values | {k.replace("__", "."): v for k, v in values.items()})
+
+        monkeypatch.setattr(content, "hyperparameters", read)
+
+    return break_it
+
+
+def swapped_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "neighbor_rows", lambda values, heads: values)
+
+
+def half_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = LoraDelta.change
+    monkeypatch.setattr(LoraDelta, "change", lambda self: whole(self) / 2)
+
+
+def no_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LoraDelta, "apply_to", lambda self, weight: weight)
+
+
+def no_norm_offset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "gemma3_text", replace(FAMILIES["gemma3_text"], norm_offset=0.0))
+
+
+def no_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    name_of = TensorNames.name_of
+    monkeypatch.setattr(
+        TensorNames, "name_of", lambda self, name: None if name == "lm_head.weight" else name_of(self, name)
+    )
+
+
+BROKEN: dict[str, tuple[str, Break, str]] = {
+    "row order": ("llama-3", swapped_rows, "answers differ"),
+    "half of the scale": ("smollm2", half_scale, "answers differ"),
+    "no adapter": ("smollm2", no_adapter, "answers differ"),
+    "embedding as head": ("llama-3", no_head, "answers differ"),
+    "norm offset": ("gemma", no_norm_offset, "answers differ"),
+    "rope base": ("llama-3", changed_hyperparameters(rope__freq_base=5e5), "answers differ"),
+    "rope base of windows": ("gemma", changed_hyperparameters(rope__freq_base_swa=1e6), "answers differ"),
+    "norm epsilon": (
+        "smollm2", changed_hyperparameters(attention__layer_norm_rms_epsilon=0.5), "answers differ"
+    ),
+    "template": ("smollm2", changed_vocabulary(lambda v: {"template": v.template + " "}), "chat template"),
+    "begin token twice": ("smollm2", changed_vocabulary(lambda v: {"adds_bos": True}), "puts a begin token"),
+    "no begin token": ("llama-3", changed_vocabulary(lambda v: {"adds_bos": False}), "does not put a begin"),
+    "begin token of another": (
+        "llama-3",
+        changed_vocabulary(lambda v: {"special_ids": v.special_ids | {"bos": v.special_ids["eos"]}}),
+        "begin token",
+    ),
+    "pre-tokenizer of Qwen": ("llama-3", changed_vocabulary(lambda v: {"pre": "qwen2"}), "other tokens"),
+    "pre-tokenizer of GPT-2": ("llama-3", changed_vocabulary(lambda v: {"pre": "gpt-2"}), "other tokens"),
+    "merges": (
+        "smollm2", changed_vocabulary(lambda v: {"merges": (v.merges or [])[::-1]}), "other tokens"
+    ),
+    "scores": (
+        "gemma", changed_vocabulary(lambda v: {"scores": [-s for s in v.scores or ()]}), "other tokens"
+    ),
+    "space before words": (
+        "llama-2", changed_vocabulary(lambda v: {"adds_space": not v.adds_space}), "other tokens"
+    ),
+    "special tokens": (
+        "llama-3",
+        changed_vocabulary(lambda v: {"types": [NORMAL if t == CONTROL else t for t in v.types]}),
+        "",
+    ),
+}  # fmt: skip
+"""Tokenizer, what breaks the file, and what the comparison says."""
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_right_files_are_exported(tmp_path: Path, kind: str, quantization: str) -> None:
+    model_type, config = MODELS[kind]
+    source = make_source(tmp_path, kind, model_type, quantization=quantization, **config)
+    result = export_gguf(source, "adapter", tmp_path / "out", ["F16"])
+    proof = result.files[0].proof
+    assert proof is not None and proof.divergence < 1e-3 < 0.1 < proof.effect
+    assert proof.rows > 3 and proof.different_rows == 0
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    kind, break_it, says = BROKEN[name]
+    model_type, config = MODELS[kind]
+    source = make_source(tmp_path, kind, model_type, **config)
+    break_it(monkeypatch)
+    with pytest.raises(UserError, match=r"does not answer as the adapter does|could not") as refused:
+        export_gguf(source, "adapter", tmp_path / "out" / "model.gguf", ["F16"])
+    assert says in refused.value.what
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_lora_with_half_of_its_scale_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_source(tmp_path)
+
+    def with_half_scale(folder: Path) -> Any:
+        deltas: dict[str, Any] = dict(read_deltas(folder))
+        return {name: replace(delta, scale=delta.scale / 2) for name, delta in deltas.items()}
+
+    monkeypatch.setattr(lora_export, "read_deltas", with_half_scale)
+    with pytest.raises(UserError, match="does not answer as the adapter does"):
+        export_lora(source, "adapter", tmp_path / "out" / "lora.gguf")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_sentence_says_how_near_the_answers_are(tmp_path: Path) -> None:
+    source = make_source(tmp_path, quantization="nf4")
+    proof = export_gguf(source, "adapter", tmp_path / "out", ["Q8_0"]).files[0].proof
+    assert proof is not None
+    assert proof.sentence.startswith("Q8_0 answers as your adapter does at ")
