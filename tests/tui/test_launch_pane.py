@@ -16,6 +16,7 @@ from qlora_tui.tui.screens.train import screen as train_module
 from qlora_tui.tui.screens.train.settings_form import SettingsForm
 from tests.tui.sample_data import readable_model
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
+from tests.tui.workstation import open_on
 
 MakeApp = Callable[[], QloraApp]
 
@@ -143,3 +144,10 @@ async def test_a_row_that_blocks_a_run_is_reported_before_launch(make_app: MakeA
         rows.write_text("{bad\n")
         await pilot.press("6", "5")
         await wait_for_text(pilot, "Not ready: data")
+
+
+@pytest.mark.usefixtures("same_machine")
+async def test_the_checks_ignore_an_assumed_gpu(private_home: Path) -> None:
+    app = open_on("train", model=readable_model(private_home), gpu_gib=12)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await wait_for_text(pilot, "of 32.0 GiB of this", "No GPU: runs train on the CPU")

@@ -11,6 +11,7 @@ from textual.widget import Widget
 
 from qlora_tui.data.sources import every_source, source_stamps
 from qlora_tui.errors import UserError
+from qlora_tui.memory.budget import MemoryBudget, budget_for
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.machine_checks import Check
@@ -179,6 +180,11 @@ class TrainScreen(TrainActions):
         if (snapshot.status.state, snapshot.fix) != before:
             self.refresh_bindings()
 
+    @property
+    def _budget(self) -> MemoryBudget:
+        """Memory of this machine, where the run would start, whichever GPU the estimates assume."""
+        return budget_for(self.qlora_app.system_status.gpu)
+
     def _check(self) -> None:
         """Run the checks again, if anything they depend on has changed."""
         if self.run is not None:
@@ -188,7 +194,7 @@ class TrainScreen(TrainActions):
         key = (
             recipe,
             self._stamps,
-            self.qlora_app.memory_budget,
+            self._budget,
             system_status.active,
             system_status.waiting,
             system_status.no_gpu_reason,
@@ -204,7 +210,7 @@ class TrainScreen(TrainActions):
 
     async def _run_checks(self, recipe: Recipe, system_status: SystemStatus) -> None:
         self._checks = await asyncio.to_thread(
-            preflight, recipe, system_status.machine(self.qlora_app.memory_budget), read_columnar=False
+            preflight, recipe, system_status.machine(self._budget), read_columnar=False
         )
         self.query_one(LaunchPane).show_checks(self._checks)
 
