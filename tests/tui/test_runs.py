@@ -313,7 +313,7 @@ async def test_u_restores_a_deleted_run_until_the_app_ends(
         await wait_for_text(pilot, "tickets [/a]")
         await pilot.press("D")
         await wait_for_text(
-            pilot, "tickets [/a] will be deleted", "Press [u] to undo", "D Delete ^p Palette ? Help"
+            pilot, "tickets [/a] will be deleted when you quit. Press [u]", "D Delete ^p Palette ? Help"
         )
         assert [run.id for run in all_runs()] == ["tickets-b", "poems-c"]
         await pilot.press("D", "u", "u")
