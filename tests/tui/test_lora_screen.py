@@ -11,10 +11,11 @@ from textual.widgets import Input
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.errors import UserError
 from qlora_tui.memory import Device, estimate
-from qlora_tui.recipe.schema import Lora
+from qlora_tui.recipe.fields import replace_setting
+from qlora_tui.recipe.schema import Lora, Recipe
 from qlora_tui.recipe.targets import match_modules
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.screens.lora.controls import LORA_CONTROLS, advice
+from qlora_tui.tui.screens.lora.controls import LORA_CONTROLS, advice, changed_scale, controls_text
 from qlora_tui.tui.screens.lora.module_table import ModuleTable, adapter_parameters, state, toggled
 from qlora_tui.tui.screens.lora.target_input import parse_targets
 from qlora_tui.tui.screens.lora.totals import MemoryDeltas, difference_text, totals_text
@@ -296,3 +297,15 @@ def test_every_settings_advice_fits_80_columns() -> None:
     for lora in (Lora(), Lora(rank=1024, use_rslora=True), Lora(rank=1024, target_modules=("q_proj",))):
         for knob in LORA_CONTROLS:
             assert 20 < len(advice(knob.path, lora)) <= 59, advice(knob.path, lora)
+
+
+def test_doubling_the_rank_says_that_alpha_stays() -> None:
+    base = Recipe()
+    doubled = replace_setting(base, "lora.rank", 32)
+    assert changed_scale(base.lora, base.lora) == ""
+    said = "Update × 1, preset × 2: alpha does not follow the rank"
+    assert changed_scale(doubled.lora, base.lora) == said
+    both = replace_setting(doubled, "lora.alpha", 64.0)
+    assert changed_scale(both.lora, base.lora) == ""
+    shown = controls_text(doubled, base, "", 60, one_line_each=False).plain
+    assert "alpha does not follow the rank" in " ".join(shown.split())

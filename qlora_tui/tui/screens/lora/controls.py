@@ -44,6 +44,8 @@ def controls_text(
     for control in LORA_CONTROLS:
         head = control_line(control, recipe, base)
         words = advice(control.path, recipe.lora)
+        if control.path == "lora.alpha" and (changed := changed_scale(recipe.lora, base.lora)):
+            words = changed
         if control.path == "lora.use_dora" and dora_cost:
             words = f"{dora_cost}. {words}"
         if one_line_each:
@@ -68,6 +70,13 @@ def control_line(control: LoraControl, recipe: Recipe, base: Recipe) -> Content:
 def scale_of(lora: Lora) -> float:
     """The factor of the update B·A: alpha/rank, or alpha/√rank with rsLoRA."""
     return lora.alpha / (sqrt(lora.rank) if lora.use_rslora else lora.rank)
+
+
+def changed_scale(lora: Lora, base: Lora) -> str:
+    """What became of the scale where the rank changed and alpha did not follow; empty otherwise."""
+    if lora.rank == base.rank or lora.alpha != base.alpha or scale_of(lora) == scale_of(base):
+        return ""
+    return f"Update × {scale_of(lora):.3g}, preset × {scale_of(base):.3g}: alpha does not follow the rank"
 
 
 def advice(path: str, lora: Lora) -> str:
