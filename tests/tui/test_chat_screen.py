@@ -426,3 +426,11 @@ async def test_a_missing_model_is_explained_in_place_of_the_answer(tiny: tuple[P
         await wait_for_text(pilot, "✗ Model not found", "▸", "hello")
         assert "hello" in text_of(pilot.app)
         assert not screen.busy
+
+
+def test_a_long_run_name_leaves_the_state_in_view() -> None:
+    name = "qwen2.5-7b-instruct-support-tickets-with-many-words-20261123-0212"
+    pair = AdapterPair.of((BASE, ADAPTER))
+    line = words.session_line(name, pair, "not loaded yet", 78).plain
+    assert len(line) <= 78
+    assert line.startswith("qwen2.5-7b-") and "20261123-0212  " in line and line.endswith("not loaded yet")

@@ -279,12 +279,12 @@ class ChatScreen(ChatController):
         if not has_source:
             return
         state = doing or (words.loaded_text(self.ready) if self.ready else "not loaded yet")
-        self.query_one("#session-line", Static).update(
-            words.session_line(self._source_name, self.pair, state)
-        )
         path = transcript.transcript_path(self.run_dir)
         # Not the line's own width, which is known only once it has been shown.
         width = self.size.width - 2
+        self.query_one("#session-line", Static).update(
+            words.session_line(self._source_name, self.pair, state, width)
+        )
         thinking = words.thinking_text(self.thinking, self.ready)
         line = words.sampling_line(
             self.sampling, self.system_prompt, path if path.exists() else None, width, thinking

@@ -9,7 +9,7 @@ from textual.content import Content
 from qlora_tui.chat.chat_types import Sampling
 from qlora_tui.chat.effect import Effect
 from qlora_tui.engine.protocol import ChatReady
-from qlora_tui.formatting import format_bytes, format_float, format_path
+from qlora_tui.formatting import format_bytes, format_float, format_path, truncate_middle
 from qlora_tui.recipe.schema import Thinking
 from qlora_tui.tui.render.block_charts import blocks, downsample
 from qlora_tui.tui.screens.chat.adapter_pair import AdapterPair
@@ -22,20 +22,23 @@ NOTHING_TO_CHAT_WITH = (
 HINT = "Type a message. Enter: send · Ctrl+J: new line · {chat.leave}: leave the field"
 STOPPED_LOADING = "Stopped loading the model. Press {chat.leave}, then {chat.retry}, to try again."
 UNLOADED = "Stopped because the model was unloaded. Press {chat.leave}, then {chat.retry}, to try again."
+_MIN_NAME_WIDTH = 16
 _MIN_COLUMNS = 8
 """Least number of columns that the layers are drawn in, however narrow the window."""
 NOT_MEASURED = "Not measured: the model was unloaded. Press {chat.effect} to load it and measure."
 
 
-def session_line(name: str, pair: AdapterPair, state: str) -> Content:
-    """The run, its adapters (the active ones reversed), and the state."""
-    parts: list[Content | str | tuple[str, str]] = [(name, "bold"), "  "]
+def session_line(name: str, pair: AdapterPair, state: str, width: int) -> Content:
+    """The run, its adapters (the active ones reversed), and the state; a long name is cut in its middle."""
+    parts: list[Content | str | tuple[str, str]] = ["  "]
     for number, adapter_name in enumerate(dict.fromkeys((pair.left, pair.right))):
         if number:
             parts.append(" ")
         on = adapter_name in pair.active
         parts.append((f" {adapter_name} ", "reverse" if on else "dim"))
-    return Content.assemble(*parts, (f"  {state}", "dim"))
+    rest = Content.assemble(*parts, (f"  {state}", "dim"))
+    name = truncate_middle(name, max(_MIN_NAME_WIDTH, width - rest.cell_length))
+    return Content.styled(name, "bold") + rest
 
 
 def loaded_text(ready: ChatReady) -> str:
