@@ -7,6 +7,8 @@ import gc
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from qlora_tui.recipe.schema import Source
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Health
@@ -59,7 +61,7 @@ async def test_palette_and_help_are_in_view_beside_every_run(make_app: Callable[
                     Health(at=BEGAN, kind="exploding_gradient", severity="warning", evidence="", remedy="")
                 )
             await show_run(app, run)
-            await wait_for_text(pilot, run.id, "x Another run", WAY_OUT)
+            await wait_for_text(pilot, run.id, "x Watch run", WAY_OUT)
 
 
 async def test_in_a_narrow_window_the_screens_own_keys_give_way(private_home: Path) -> None:
@@ -164,3 +166,14 @@ async def test_ctrl_c_says_what_leaves_the_app() -> None:
     async with open_on("home", keymap={"app.quit": "x"}).run_test(size=(80, 24), notifications=True) as pilot:
         await pilot.press("ctrl+c")
         await wait_for_text(pilot, "Press [x] to quit the app")
+
+
+@pytest.mark.parametrize(
+    ("key", "command"), [("0", "f4 Check this machine"), ("3", "f3 Assume GPU size"), ("5", "f5 Check again")]
+)
+async def test_function_keys_are_in_the_footer_where_they_help(
+    make_app: Callable[[], QloraApp], key: str, command: str
+) -> None:
+    async with make_app().run_test(size=(120, 40)) as pilot:
+        await pilot.press(key)
+        assert command in (await wait_for_text(pilot, command)).splitlines()[-1]

@@ -46,6 +46,8 @@ class WorkScreen(CancelsWorkersFirst, Screen[None]):
     """The name in ``app.MODES``."""
     SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = ()
     """What the user can do on this screen: bindings, footer, palette and help follow from them."""
+    FOOTER_APP_COMMANDS: ClassVar[frozenset[str]] = frozenset()
+    """Ids of the app's commands that are useful here, so that the footer shows them."""
     HELP_TEXT: ClassVar[str] = ""
     """A few sentences for the help screen: what is shown and what the terms mean."""
     EDITS_RECIPE: ClassVar[bool] = False
@@ -71,7 +73,7 @@ class WorkScreen(CancelsWorkersFirst, Screen[None]):
 
             yield RecipeStrip(self.MODE)
         yield from self.compose_body()
-        yield CommandFooter()
+        yield CommandFooter(self.FOOTER_APP_COMMANDS)
 
     def compose_body(self) -> Iterable[Widget]:
         """The screen's own widgets."""

@@ -5,6 +5,8 @@ Textual's Footer mounts a widget for each key at every change of focus, and its 
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from textual.app import App
 from textual.binding import ActiveBinding
 from textual.content import Content
@@ -25,8 +27,10 @@ class CommandFooter(DiffWidget):
     }
     """
 
-    def __init__(self) -> None:
+    def __init__(self, also: Collection[str] = ()) -> None:
+        """``also``: ids of commands of the app that are shown after the screen's own."""
         super().__init__()
+        self._also = also
         self._screen_bindings: list[ActiveBinding] = []
         self._app_bindings: list[ActiveBinding] = []
 
@@ -39,10 +43,13 @@ class CommandFooter(DiffWidget):
     def _bindings_changed(self, screen: Screen[object]) -> None:
         shown: dict[str, ActiveBinding] = {}
         for active in screen.active_bindings.values():
-            if active.binding.show:
+            if active.binding.show or active.binding.id in self._also:
                 shown.setdefault(active.binding.action, active)
-        self._screen_bindings = [active for active in shown.values() if not isinstance(active.node, App)]
-        self._app_bindings = [active for active in shown.values() if isinstance(active.node, App)]
+        own = [active for active in shown.values() if not isinstance(active.node, App)]
+        of_app = [active for active in shown.values() if isinstance(active.node, App)]
+        also = [active for active in of_app if active.binding.id in self._also]
+        self._screen_bindings = [*own, *also]
+        self._app_bindings = [active for active in of_app if active not in also]
         self.redraw()
 
     def draw(self, width: int, height: int) -> list[Content]:

@@ -70,6 +70,7 @@ class HomeScreen(WorkScreen):
         "r16 the rank. {app.check_machine} tests whether this machine can train."
     )
     SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = COMMANDS
+    FOOTER_APP_COMMANDS: ClassVar[frozenset[str]] = frozenset({"app.check_machine"})
 
     def __init__(self) -> None:
         super().__init__()

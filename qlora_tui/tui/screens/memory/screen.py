@@ -80,6 +80,7 @@ class MemoryScreen(WorkScreen):
         "with qlora-tui --gpu-gib 12."
     )
     SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = COMMANDS
+    FOOTER_APP_COMMANDS: ClassVar[frozenset[str]] = frozenset({"app.assume_gpu"})
 
     class Solved(Message):
         """The slow computations are done."""

@@ -12,7 +12,7 @@ _hidden = ScreenCommands("train", in_footer=False)
 
 COMMANDS: tuple[Command, ...] = (
     _command("launch", "t", "launch", "Launch", "Launch a run with this recipe, or queue it.", verb="train"),
-    _hidden("recheck", "f5", "recheck", "Check again", "Check again what the run needs."),
+    _command("recheck", "f5", "recheck", "Check again", "Check again what the run needs."),
     _command(
         "stop", "s", "stop", "Stop", "Save a checkpoint and the adapter, then stop the run.", verb="stop"
     ),
@@ -41,7 +41,7 @@ COMMANDS: tuple[Command, ...] = (
     ),
     _command("fix", "m", "fix", "Fix", "Apply the suggested fix for the latest warning (asks first)."),
     _command("chat", "c", "chat", "Chat", "Chat with this run's adapter.", verb="chat"),
-    _command("another", "x", "watch_another", "Another run", "Watch another run.", verb="attach"),
+    _command("another", "x", "watch_another", "Watch run", "Watch another run.", verb="attach"),
     _command("prepare", "n", "prepare", "New run", "Prepare a new run: edit the recipe and see its checks."),
     _command("detach", "d", "detach", "Detach", "Leave the app. The run continues."),
     _hidden("tab", "tab", "next_tab(1)", "Next tab", "Show the next tab: log, samples, health, output."),
