@@ -80,8 +80,13 @@ def _gguf(source: ChatSource, adapter_name: str, out: Path, args: argparse.Names
 
 
 def _lora(source: ChatSource, adapter_name: str, out: Path, args: argparse.Namespace) -> CommandResult:
+    from qlora_tui.export.adapter_folder import export_adapter_folder
     from qlora_tui.export.lora_export import export_lora
 
+    if out.suffix != ".gguf":
+        folder = export_adapter_folder(source, adapter_name, out)
+        size = format_bytes(folder.bytes)
+        return CommandResult(folder, f"{folder.path}: {size}, rank {folder.rank}\nServe it: {folder.command}")
     written = export_lora(source, adapter_name, out, _on_status)
     return CommandResult(
         written,
@@ -105,7 +110,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     forms = parser.add_subparsers(dest="form", metavar=_FORMS)
     merge = forms.add_parser("merge", help="adapter and base as one 16-bit model folder")
     gguf = forms.add_parser("gguf", help="adapter and base as a GGUF file, for llama.cpp and LM Studio")
-    lora = forms.add_parser("lora", help="the adapter alone as a GGUF file, for llama.cpp's --lora")
+    lora = forms.add_parser("lora", help="the adapter alone, for llama.cpp's --lora or for vLLM")
     ollama = forms.add_parser("ollama", help="a model in Ollama: GGUF file, Modelfile, `ollama create`")
     all_forms = (merge, gguf, lora, ollama)
     for form in all_forms:
@@ -113,7 +118,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     for form, out in (
         (merge, "the folder to write; it must not exist yet"),
         (gguf, "the .gguf file to write, or a folder for several types"),
-        (lora, "the .gguf file to write; it must not exist yet"),
+        (lora, "the .gguf file to write for llama.cpp, or another name: a folder for vLLM"),
     ):
         form.add_argument("out", metavar="OUT", type=Path, help=out)
     gguf.add_argument(

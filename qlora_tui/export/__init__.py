@@ -4,7 +4,7 @@
 ``model_card``. ``gguf_export`` and ``lora_export`` write GGUF files with ``gguf_file``: ``merged_weights``
 yields the weights, on the base that ``base_choice`` picks (``requantize`` rounds it as in training), and
 ``proof`` compares each file with the trained model through ``llama_cpp``. ``ollama_export`` adds a Modelfile,
-whose TEMPLATE ``ollama_template`` writes and ``go_template`` renders. ``unfinished_files`` names files once
-they are complete.
+whose TEMPLATE ``ollama_template`` writes and ``go_template`` renders. ``adapter_folder`` copies an adapter
+that vLLM can serve. ``unfinished_files`` names files once they are complete.
 ``forms`` puts every form behind one function, for ``export_job``, the process of a background export.
 """

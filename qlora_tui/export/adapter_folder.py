@@ -1,0 +1,81 @@
+"""``export lora`` to a folder: a run's adapter in peft's format, within the limits of vLLM.
+
+The limits are those of vLLM's ``PEFTHelper`` (vllm/lora/peft_helper.py), which also reads one rank and one
+alpha for all modules, whatever ``rank_pattern`` and ``alpha_pattern`` say.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from msgspec import Struct
+
+from qlora_tui.catalog.adapter_config import CONFIG, WEIGHTS, load_adapter_config
+from qlora_tui.catalog.model_validation import TOKENIZER_FILES
+from qlora_tui.chat.adapter_deltas import ROWS, check_unchanged
+from qlora_tui.chat.chat_types import ChatSource
+from qlora_tui.errors import UserError
+from qlora_tui.export.unfinished_files import draft_folder, refuse_existing
+from qlora_tui.files import publish
+
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of vLLM's ``--max-lora-rank``."""
+_DEFAULT_RANK = 16
+
+
+class AdapterFolder(Struct, frozen=True, kw_only=True):
+    """A written adapter folder."""
+
+    path: str
+    bytes: int
+    rank: int
+    command: str
+    """Serves it with vLLM."""
+
+
+def export_adapter_folder(source: ChatSource, adapter_name: str, out: Path) -> AdapterFolder:
+    """Copy an adapter that vLLM can serve. Raises UserError, and leaves nothing under the name ``out``."""
+    refuse_existing(out)
+    adapter = Path(source.adapters[adapter_name])
+    check_unchanged(adapter)
+    rank = _served_rank(adapter)
+    with draft_folder(out) as draft:
+        folder = draft / "adapter"
+        folder.mkdir(mode=0o755)
+        for name in (CONFIG, WEIGHTS, "README.md", "generation_config.json", *TOKENIZER_FILES):
+            if (adapter / name).is_file():
+                shutil.copyfile(adapter / name, folder / name)
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        publish(folder, out)
+    flag = f" --max-lora-rank {rank}" if rank > _DEFAULT_RANK else ""
+    base = source.recipe.model.id
+    command = f"vllm serve {base} --enable-lora --lora-modules {out.name}={out}{flag}"
+    return AdapterFolder(path=str(out), bytes=size, rank=rank, command=command)
+
+
+def _served_rank(adapter: Path) -> int:
+    """Return the value of ``--max-lora-rank`` for an adapter. Raises UserError for one vLLM cannot serve."""
+    from safetensors import safe_open
+
+    config = load_adapter_config(adapter)
+    with safe_open(adapter / WEIGHTS, framework="pt") as weights:
+        keys = list(weights.keys())
+        ranks = {weights.get_slice(key).get_shape()[0] for key in keys if key.endswith(".lora_A.weight")}
+    reasons = {
+        "it is a DoRA adapter": config.get("use_dora"),
+        "it has trained token rows": any(map(ROWS.fullmatch, keys)),
+        "it contains whole modules": config.get("modules_to_save"),
+        "it has biases": config.get("bias", "none") != "none",
+        "its modules have different ranks or alphas": config.get("alpha_pattern")
+        or ranks != {config.get("r", 8)},
+        f"its rank is above {_RANKS[-1]}": max(ranks, default=0) > _RANKS[-1],
+    }
+    why = next((reason for reason, applies in reasons.items() if applies), None)
+    if why is not None:
+        raise UserError(
+            "vLLM cannot serve this adapter",
+            what=f"In vLLM's format, {why}, which it does not compute.",
+            fix="Export the merged model instead: `qlora-tui export merge`, which vLLM serves as a model.",
+        )
+    return next(rank for rank in _RANKS if rank >= max(ranks))

@@ -1,0 +1,124 @@
+"""Adapters as GGUF files: llama.cpp computes base and adapter as transformers and peft do."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_tui.chat.chat_types import ChatSource
+from qlora_tui.errors import UserError
+from qlora_tui.export.adapter_folder import export_adapter_folder
+from qlora_tui.export.lora_export import export_lora
+from tests.export.export_sources import make_source
+from tests.export.gguf_files import divergence, logits_of, write_base
+from tests.export.test_gguf_families import GEMMA
+
+pytest.importorskip("llama_cpp_py_sync")
+pytestmark = pytest.mark.slow
+
+ROWS = {"embed_tokens": [3, 5, 300], "lm_head": [3, 5, 300]}
+
+
+def peft_model(source: ChatSource) -> Any:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base: Any = AutoModelForCausalLM.from_pretrained(source.recipe.model.id, attn_implementation="eager")
+    return PeftModel.from_pretrained(base.float(), source.adapters["adapter"]).eval()
+
+
+def ids_of(source: ChatSource, count: int = 64) -> list[int]:
+    vocabulary = peft_model(source).config.vocab_size
+    return [3, 5, 300, *random.Random(0).choices(range(2, vocabulary), k=count)]
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {},
+        {"use_rslora": True, "lora_alpha": 3},
+        {"rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 7}},
+        {"alpha_pattern": {"v_proj": 31, "layers.0.self_attn.k_proj": 1}, "use_rslora": True},
+        {"trainable_token_indices": ROWS},
+    ],
+    ids=str,
+)
+def test_llama_cpp_applies_an_adapter_as_peft_does(tmp_path: Path, adapter: dict[str, Any]) -> None:
+    source = make_source(tmp_path, adapter=adapter)
+    out = tmp_path / "lora.gguf"
+    proof = export_lora(source, "adapter", out).proof
+    assert proof is not None and not proof.problem
+    base = write_base(Path(source.recipe.model.id), tmp_path / "base.gguf")
+    model, ids = peft_model(source), ids_of(source)
+    assert divergence(model, logits_of(base, ids, out), ids) < 5e-4
+    assert divergence(model, logits_of(base, ids), ids) > 0.05
+    with model.disable_adapter():
+        assert divergence(model, logits_of(base, ids), ids) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "tokenizer, model_type, config",
+    [
+        ("smollm2", "phi3", {}),
+        ("smollm2", "granite", {}),
+        ("smollm2", "qwen3", {"head_dim": 32}),
+        ("smollm2", "glm4", {"head_dim": 16}),
+        ("gemma", "gemma3_text", GEMMA | {"num_hidden_layers": 7}),
+    ],
+)
+def test_adapters_of_other_families_are_applied_alike(
+    tmp_path: Path, tokenizer: str, model_type: str, config: dict[str, Any]
+) -> None:
+    source = make_source(tmp_path, tokenizer, model_type, **config)
+    out = tmp_path / "lora.gguf"
+    export_lora(source, "adapter", out)
+    base = write_base(Path(source.recipe.model.id), tmp_path / "base.gguf")
+    model, ids = peft_model(source), ids_of(source)
+    assert divergence(model, logits_of(base, ids, out), ids) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "adapter, tied, why",
+    [
+        ({"use_dora": True}, False, "DoRA"),
+        ({"trainable_token_indices": [3, 5]}, True, "token rows"),
+    ],
+)
+def test_what_a_lora_file_cannot_express_is_refused(
+    tmp_path: Path, adapter: dict[str, Any], tied: bool, why: str
+) -> None:
+    source = make_source(tmp_path, adapter=adapter, tie_word_embeddings=tied)
+    with pytest.raises(UserError, match=why) as refused:
+        export_lora(source, "adapter", tmp_path / "lora.gguf")
+    assert "export gguf" in refused.value.fix
+    assert not (tmp_path / "lora.gguf").exists()
+
+
+@pytest.mark.parametrize("rank, flag", [(4, ""), (16, ""), (24, " --max-lora-rank 32")])
+def test_a_folder_for_vllm_comes_with_its_command(tmp_path: Path, rank: int, flag: str) -> None:
+    source = make_source(tmp_path, adapter={"r": rank})
+    written = export_adapter_folder(source, "adapter", tmp_path / "mine")
+    names = {file.name for file in (tmp_path / "mine").iterdir()}
+    assert names >= {"adapter_config.json", "adapter_model.safetensors"}
+    lora = f"--enable-lora --lora-modules mine={tmp_path}/mine"
+    assert written.command == f"vllm serve {source.recipe.model.id} {lora}{flag}"
+
+
+@pytest.mark.parametrize(
+    "adapter, why",
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"trainable_token_indices": [3, 5]}, "token rows"),
+        ({"alpha_pattern": {"v_proj": 31}}, "different ranks or alphas"),
+        ({"rank_pattern": {"v_proj": 2}}, "different ranks or alphas"),
+    ],
+)
+def test_what_vllm_cannot_serve_is_refused(tmp_path: Path, adapter: dict[str, Any], why: str) -> None:
+    source = make_source(tmp_path, adapter=adapter)
+    with pytest.raises(UserError, match="vLLM") as refused:
+        export_adapter_folder(source, "adapter", tmp_path / "mine")
+    assert why in refused.value.what and "export merge" in refused.value.fix
+    assert not (tmp_path / "mine").exists()
