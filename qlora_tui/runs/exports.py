@@ -25,7 +25,6 @@ from qlora_tui.runs.spawn import spawn_detached
 
 Form: TypeAlias = Literal["merge", "gguf", "lora"]
 ExportState: TypeAlias = Literal["running", "finished", "failed", "canceled"]
-_STARTING = "Starting"
 
 
 class ExportRequest(Struct, frozen=True, kw_only=True):
@@ -81,7 +80,7 @@ def start_export(run: RunDir, request: ExportRequest) -> Export:
     """Start an export that outlives this process. Raises UserError."""
     folder = _new_folder(run)
     atomic_write(folder / "request.json", msgspec.json.encode(request))
-    status = ExportStatus(state="running", at=time.time(), activity=_STARTING)
+    status = ExportStatus(state="running", at=time.time(), activity="Starting")
     write_export_status(folder, status)
     with (folder / "log").open("wb") as log:
         spawn_detached("qlora_tui.export.export_job", str(folder), output=log)
@@ -148,7 +147,7 @@ def _read(folder: Path) -> Export | None:
         status = decode_json(read_regular(folder / "status.json"), _STATUSES)
     except (OSError, msgspec.MsgspecError):
         return None
-    is_new = status.activity == _STARTING and time.time() - status.at < _START_S
+    is_new = status.process is None and time.time() - status.at < _START_S
     if status.state == "running" and not is_new and is_locked(lock_path(folder)) is False:
         problem = f"Its process ended without saying why. Its output: {folder / 'log'}"
         status = replace(status, state="failed", problem=problem)

@@ -26,8 +26,9 @@ _FIXED = {
     "chat/sampling_settings.py": ("Ctrl+S",),
     "data/file_picker.py": ("Ctrl+O",),
     "lora/module_grid.py": ("[x]", "[-]"),
+    "runs/export_choices.py": ("F16",),
 }
-"""Keys of dialogs, fields and lists, which a keymap cannot change, and the check boxes of the grid."""
+"""Keys of dialogs, fields and lists, which a keymap cannot change; check boxes; a type of GGUF file."""
 
 
 def commands_named_in(path: Path) -> Iterator[str]:
