@@ -48,14 +48,14 @@ class SystemMonitor:
     def poll(self) -> SystemStatus:
         """Return the current status. Never raises for a missing GPU or a damaged run."""
         gpu, metrics, no_gpu_reason = self._read_gpu()
-        waiting = tuple(run_queue.waiting())
-        queued = frozenset(waiting)
+        waiting_ids = tuple(run_queue.waiting())
+        queued = frozenset(waiting_ids)
         statuses = [(run, self._status(run, is_queued=run.id in queued)) for run in self._all_runs()]
         active = next(((r, s) for r, s in statuses if s.state in ACTIVE), (None, None))
         # Not the newest: a queue may be turned around, and an older run resumed.
         over = [(r, s) for r, s in statuses if s.state != "queued"]
         last = active if active[0] else max(over, key=lambda pair: pair[1].at, default=(None, None))
-        self._restart_stalled_runner(is_stalled=bool(waiting) and active[0] is None)
+        self._restart_stalled_runner(is_stalled=bool(waiting_ids) and active[0] is None)
         return SystemStatus(
             is_known=True,
             gpu=gpu,
@@ -63,9 +63,9 @@ class SystemMonitor:
             no_gpu_reason=no_gpu_reason,
             active=active[0],
             active_status=active[1],
-            latest=last[0],
-            latest_status=last[1],
-            waiting=waiting,
+            active_or_last=last[0],
+            active_or_last_status=last[1],
+            waiting_ids=waiting_ids,
             ended_runs=self._ended_runs(statuses),
         )
 

@@ -27,10 +27,10 @@ class SystemStatus:
     active: RunDir | None = None
     """The run in training."""
     active_status: Status | None = None
-    latest: RunDir | None = None
+    active_or_last: RunDir | None = None
     """The active run, or else the one that ended last."""
-    latest_status: Status | None = None
-    waiting: tuple[str, ...] = ()
+    active_or_last_status: Status | None = None
+    waiting_ids: tuple[str, ...] = ()
     """Ids in the queue, the next one first."""
     ended_runs: tuple[RunNotification, ...] = ()
     """Notifications of runs that have ended since the last poll."""
@@ -45,7 +45,7 @@ class SystemStatus:
             used_bytes=self.gpu_metrics.memory_used_bytes if self.gpu_metrics else None,
             no_gpu_reason=self.no_gpu_reason,
             active=self.active.id if self.active else "",
-            waiting=self.waiting,
+            waiting=self.waiting_ids,
         )
 
     @property

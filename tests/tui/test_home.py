@@ -95,7 +95,7 @@ async def test_enter_resumes_a_stopped_run_until_another_recipe_is_edited(
         app.workbench.replace(READY)
         app.recipe_edited()
         os.utime(paths.state_dir() / "draft.toml", (time.time() + 3600,) * 2)
-        await wait_for_text(pilot, "▸ Enter  Check and launch", "or [r] Resume the run")
+        await wait_for_text(pilot, "▸ Enter  Check the recipe", "or [r] Resume the run")
         await pilot.press("r")
         await wait_until(pilot, lambda: run_queue.waiting() == [run.id])
         await wait_for_text(pilot, "owls", "queued")
@@ -277,7 +277,7 @@ def test_a_runner_that_cannot_be_started_ends_no_look(monkeypatch: pytest.Monkey
     (paths.state_dir() / "runner.log").mkdir()
     look = system_monitor.SystemMonitor()
     look.poll()
-    assert look.poll().waiting == (run.id,)
+    assert look.poll().waiting_ids == (run.id,)
     look.close()
 
 
@@ -286,9 +286,9 @@ def test_the_run_that_changed_last_is_the_one_shown() -> None:
     write_fake_run(FakeRun(name="crows", state="finished", steps=300, total=300, began=BEGAN + 100))
     run = write_fake_run(older)
     look = system_monitor.SystemMonitor()
-    assert look.poll().latest == run
+    assert look.poll().active_or_last == run
     write_fake_run(replace(older, state="finished", steps=300, seconds_a_step=5.0))
-    assert look.poll().latest == run
+    assert look.poll().active_or_last == run
     look.close()
 
 
@@ -312,7 +312,7 @@ async def test_the_check_step_closes_the_watched_run(make_app: MakeApp) -> None:
         await show_run(app, run)
         await wait_for_text(pilot, "[c] chat with it")
         await pilot.press("0")
-        await wait_for_text(pilot, "Check and launch")
+        await wait_for_text(pilot, "Check the recipe")
         await pilot.press("enter")
         await wait_for_text(pilot, "Micro-batch")
 

@@ -54,7 +54,7 @@ async def test_nothing_is_repainted_while_nothing_changes() -> None:
         bar.refresh = lambda *a, **k: refreshes.append(None) or refresh(*a, **k)  # type: ignore[method-assign,func-returns-value]
         bar.show_status(SystemStatus())
         assert not refreshes
-        bar.show_status(SystemStatus(waiting=("a", "b")))
+        bar.show_status(SystemStatus(waiting_ids=("a", "b")))
         assert refreshes
         await pilot.pause()
         assert "2 waiting" in text_of(app)

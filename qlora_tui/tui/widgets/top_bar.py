@@ -68,7 +68,7 @@ class TopBar(Widget):
 def _run_text(system_status: SystemStatus) -> str:
     status = system_status.active_status
     if status is None:
-        return f"{len(system_status.waiting)} waiting" if system_status.waiting else ""
+        return f"{len(system_status.waiting_ids)} waiting" if system_status.waiting_ids else ""
     from qlora_tui.runs.events import STEP_PHASES, phase_label  # not needed for the first frame
 
     # An attempt that has just started shows its phase.

@@ -18,5 +18,12 @@ COMMANDS: tuple[Command, ...] = (
     _hidden(
         "export", "e", "export", "Export", "Export the last run's adapter, such as to GGUF.", verb="export"
     ),
-    _hidden("prepare", "n", "prepare", "New run", "Check the recipe and launch it.", verb="train"),
+    _hidden(
+        "prepare",
+        "n",
+        "prepare",
+        "New run",
+        "Open Train, to check the recipe and launch it there.",
+        verb="train",
+    ),
 )

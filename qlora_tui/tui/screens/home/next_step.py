@@ -121,7 +121,9 @@ def _prepare(now: HomeState) -> NextStep:
         return NextStep(
             "go.memory", "app.go('memory')", "Make it fit", "the recipe needs more memory than there is"
         )
-    return NextStep("home.prepare", "prepare", "Check and launch", "the recipe is complete")
+    return NextStep(
+        "home.prepare", "prepare", "Check the recipe", "it is complete: launch it on the Train screen"
+    )
 
 
 def _ended(state: State | None) -> str:

@@ -72,14 +72,18 @@ class HomeReader:
         width = max(_MIN_WIDTH, width)
         if self._local_models is None:
             self._local_models = sum(model.refusal is None for model in list_local_models())
-        status = system_status.latest_status
+        status = system_status.active_or_last_status
         is_news = status is not None and status.state not in ACTIVE and status.at > self._seen_at
         while_away = is_news and status is not None and status.at < self._started_at
         estimate = _estimate(bench, budget)
-        summary = self._summaries.get(system_status.latest) if system_status.latest is not None else None
+        summary = (
+            self._summaries.get(system_status.active_or_last)
+            if system_status.active_or_last is not None
+            else None
+        )
         checkpoints = (
-            system_status.latest.checkpoints()
-            if system_status.latest and status and status.state in RESUMABLE
+            system_status.active_or_last.checkpoints()
+            if system_status.active_or_last and status and status.state in RESUMABLE
             else []
         )
         state = HomeState(
@@ -98,7 +102,7 @@ class HomeReader:
         parts = {
             "gpu": gpu_lines(system_status, budget),
             "run": run_lines(summary, while_away, now, width),
-            "queue": queue_lines(system_status.waiting),
+            "queue": queue_lines(system_status.waiting_ids),
             "recipe": recipe_lines(bench, budget, estimate),
             "next": next_lines(step, other_steps(state, step)),
         }
@@ -110,7 +114,10 @@ class HomeReader:
 
     def _recent(self, system_status: SystemStatus, now: float, width: int, height: int) -> list[Content]:
         """The runs before the last."""
-        shown = {*system_status.waiting, system_status.latest.id if system_status.latest else ""}
+        shown = {
+            *system_status.waiting_ids,
+            system_status.active_or_last.id if system_status.active_or_last else "",
+        }
         others = (run for name, run in self._summaries.all_runs().items() if name not in shown)
         return recent_lines([self._summaries.get(run) for run in islice(others, max(0, height))], now, width)
 

@@ -114,14 +114,14 @@ class HomeScreen(WorkScreen):
         """Watch the active run, or see the last one."""
         from qlora_tui.tui.screens.train.screen import show_run
 
-        if self.qlora_app.system_status.latest is not None:
-            await show_run(self.qlora_app, self.qlora_app.system_status.latest)
+        if self.qlora_app.system_status.active_or_last is not None:
+            await show_run(self.qlora_app, self.qlora_app.system_status.active_or_last)
 
     async def action_resume(self) -> None:
         """Queue the last run again, and watch it."""
         from qlora_tui.runs import actions
 
-        last = self.qlora_app.system_status.latest
+        last = self.qlora_app.system_status.active_or_last
         if last is None:
             return
         try:
@@ -132,7 +132,7 @@ class HomeScreen(WorkScreen):
         await self.action_watch()
 
     async def action_prepare(self) -> None:
-        """Check the recipe, and launch it."""
+        """Open Train with the recipe and its checks."""
         from qlora_tui.tui.screens.train.screen import prepare_run
 
         await prepare_run(self.qlora_app)
@@ -141,15 +141,15 @@ class HomeScreen(WorkScreen):
         """Talk to the last run's adapter."""
         from qlora_tui.tui.screens.chat.screen import show_chat
 
-        if self.qlora_app.system_status.latest is not None:
-            await show_chat(self.qlora_app, self.qlora_app.system_status.latest)
+        if self.qlora_app.system_status.active_or_last is not None:
+            await show_chat(self.qlora_app, self.qlora_app.system_status.active_or_last)
 
     def action_export(self) -> None:
         """Export the last run's adapter."""
         from qlora_tui.tui.screens.runs.export_dialog import show_export_dialog
 
-        if self.qlora_app.system_status.latest is not None:
-            show_export_dialog(self.qlora_app, self.qlora_app.system_status.latest)
+        if self.qlora_app.system_status.active_or_last is not None:
+            show_export_dialog(self.qlora_app, self.qlora_app.system_status.active_or_last)
 
     def action_demo(self) -> None:
         """Fetch the demo's model, if it is not there, and prepare a run of it."""
@@ -199,7 +199,7 @@ class HomeScreen(WorkScreen):
         else:
             self.notify(
                 "Downloaded the demo model and set the recipe to it. "
-                f"Press {key_name('go.train')} to check and launch."
+                f"Press {key_name('go.train')} to check and launch a run."
             )
 
     def _start_reading(self) -> None:

@@ -126,7 +126,7 @@ class ModuleGrid(Widget, can_focus=True):
         return self._block_from is not None
 
     def action_clear_block(self) -> None:
-        """Leave the block as it was."""
+        """Cancel the block; its modules stay as they are."""
         self._block_from = None
         self.refresh()
         self.post_message(self.Moved())

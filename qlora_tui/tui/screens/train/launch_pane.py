@@ -25,8 +25,8 @@ from qlora_tui.tui.widgets.static_update import update_if_changed
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
 
-_NOT_IN_FORM = frozenset(("data.sources", "name", "note"))
-"""Sources are chosen on the Data screen, which shows what is in them."""
+_NOT_IN_FORM = frozenset(("data.sources", "note"))
+"""Sources are chosen on the Data screen, which shows what is in them; notes where a preset is saved."""
 _HEAD = 19
 """Cells of a check's sign, word and name."""
 SIGNS: dict[Outcome, tuple[str, str]] = {
@@ -38,11 +38,11 @@ SIGNS: dict[Outcome, tuple[str, str]] = {
 
 
 def _paths() -> list[str]:
-    """Training first: that is what is decided here."""
+    """The name, then training: that is what is decided here."""
     order = {"": 0, "training": 1, "data": 2, "lora": 3, "quantization": 4, "model": 5}
     known = [field for field in fields().values() if field.path not in _NOT_IN_FORM]
     known.sort(key=lambda field: order.get(field.section, len(order)))
-    return ["name", *(field.path for field in known)]
+    return [field.path for field in known]
 
 
 class LaunchPane(Container):

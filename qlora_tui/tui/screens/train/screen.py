@@ -60,10 +60,10 @@ class TrainScreen(TrainActions):
         super().__init__()
         self._follower: RunFollower | None = None
         self._polling = False
-        self._chosen = False
-        """Whether the user chose what to show; until then it is the active run, or the last one."""
+        self._is_pinned = False
+        """Whether what is shown stays: the user chose it, or it is the run that became active."""
         self._ended_at: float | None = None
-        """When the run that is shown without being chosen ended; None for any other."""
+        """When the last run ended, where that is shown because nothing else was chosen."""
         self._checks: tuple[Check, ...] = ()
         self._checks_key: object = None
         self._stamps: object = None
@@ -90,7 +90,7 @@ class TrainScreen(TrainActions):
 
     def attach(self, run: RunDir) -> None:
         """Watch a run."""
-        self._chosen, self._ended_at = True, None
+        self._is_pinned, self._ended_at = True, None
         if self.run != run:
             self._follow(run)
 
@@ -108,7 +108,7 @@ class TrainScreen(TrainActions):
         self._check()
 
     def show_system_status(self, system_status: SystemStatus) -> None:
-        if not self._chosen:
+        if not self._is_pinned:
             if system_status.active is not None:
                 self.attach(system_status.active)
             elif self.run is None:
@@ -117,7 +117,7 @@ class TrainScreen(TrainActions):
 
     def _show_last(self, system_status: SystemStatus) -> None:
         """Show how the last run ended, unless the recipe was edited since."""
-        run, status = system_status.latest, system_status.latest_status
+        run, status = system_status.active_or_last, system_status.active_or_last_status
         if run is None or status is None or status.state not in ("finished", *RESUMABLE):
             return
         if status.at and status.at >= draft_written_at():
@@ -137,7 +137,7 @@ class TrainScreen(TrainActions):
 
     def prepare(self) -> None:
         self._stop_watching()
-        self._chosen = True
+        self._is_pinned = True
         self.show_recipe(self.qlora_app.workbench.recipe)
 
     def check_again(self) -> None:
@@ -147,7 +147,7 @@ class TrainScreen(TrainActions):
     def _stop_watching(self) -> None:
         """Watch no run until one becomes active."""
         self._follower = self.snapshot = self._ended_at = None
-        self._chosen = False
+        self._is_pinned = False
         self._show_pane()
 
     def _show_pane(self) -> None:
@@ -196,7 +196,7 @@ class TrainScreen(TrainActions):
             self._stamps,
             self._budget,
             system_status.active,
-            system_status.waiting,
+            system_status.waiting_ids,
             system_status.no_gpu_reason,
             None if free is None else free >> 28,
         )
