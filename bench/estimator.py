@@ -110,7 +110,7 @@ def score(row: Row, architecture: Architecture, fitcheck: Answer | None) -> Scor
     measured = None
     if not _ran_out(row):
         measured = int(float(row["measured_gb"].replace(",", "")) * UNITS[row["unit"].strip().lower()])
-    width = 4 if execution.compute_bytes == 4 else 2
+    width = 4 if execution.compute_itemsize == 4 else 2
     theirs = fitcheck and tiers.get("process") and _percent(fitcheck[1], tiers["process"])
     return Score(
         id=row["id"],

@@ -51,7 +51,7 @@ def main() -> None:
     seconds: dict[int, list[float]] = {count: [] for count in counts}
     for repeat in range(args.repeats + 1):
         for count in counts if repeat % 2 else reversed(counts):
-            assert model_loading.keep_activations(loaded.base.model, count)
+            assert model_loading.apply_kept_layers(loaded.base.model, count)
             took = step_seconds(loaded, length)
             if repeat:
                 seconds[count].append(took)

@@ -47,7 +47,7 @@ def measure(model: Path, repeats: int) -> dict[str, object]:
 
     recipe = Recipe(model=Model(id=str(model)))
     device = find_device(recipe)
-    stored = quantized_cache.find_folder(model, recipe, device)
+    stored = quantized_cache.cache_path(model, recipe, device)
     assert stored is not None, "this base is not quantized to 4 bits when it is loaded"
     storing: list[float] = []
     store = quantized_cache.store

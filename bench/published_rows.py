@@ -134,11 +134,11 @@ def read_execution(row: Row) -> tuple[Recipe, ExecutionConfig]:
     mixed = read_mixed_precision(extra) or (source is not None and source.mixed_precision)
     mixed = mixed or (source is None and trl is not None and trl >= _TRL_MIXED_PRECISION)
     execution = ExecutionConfig(
-        compute_bytes=width,
+        compute_itemsize=width,
         float16=float16,
         cast_to_float32=cast == "all",
         norms_float32=cast == "norms",
-        adapter_bytes=adapter,
+        adapter_itemsize=adapter,
         autocast=trainer and width == 2 and (method != "none" or mixed),
         loss=read_loss(extra, trl, fused=fused),
         transformers=version,

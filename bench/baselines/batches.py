@@ -33,7 +33,7 @@ def write_batches(job: TrainingJob) -> str:
     wanted = recipe(job)
     tokenizer = ChatTokenizer.from_folder(resolve_model(job.model).folder, wanted.model.chat_template)
     data = prepare_dataset(wanted, tokenizer)
-    schedule = plan_steps(data.train, wanted, packing_isolated=True)
+    schedule = plan_steps(data.train, wanted, padding_free=True)
     write_steps(schedule.steps, data.train, Path(job.batches))
     return data.data_hash
 

@@ -73,7 +73,7 @@ class ChatSession:
             if any((tokenizer.backend.id_to_token(token_id) or "\0") in mark.text for mark in self._marks)
         )
         self._model = model
-        self._adapter_names = AdapterSet(model, source.adapters)
+        self._adapters = AdapterSet(model, source.adapters)
         self._caches: dict[str, PrefixCache] = {}
         self.checked: dict[str, LogitsComparison] = {}
         """Comparison with the library's logits by adapter name, after its first answer."""
@@ -138,7 +138,7 @@ class ChatSession:
 
     def ensure_loaded(self, adapter_name: str) -> None:
         """Load ``adapter_name`` unless it is loaded. Raises UserError."""
-        self._adapter_names.ensure_loaded(adapter_name)
+        self._adapters.ensure_loaded(adapter_name)
 
     def check(self, adapter_name: str, prompt: list[int]) -> None:
         """Compare the logits of a loaded adapter with the library's, once.
@@ -166,7 +166,7 @@ class ChatSession:
             if comparison.agrees:
                 return
             use_library_code(self._model)
-            self._adapter_names.use_peft()
+            self._adapters.use_peft()
             self._caches.clear()
             again = compare()
         except Exception as error:
@@ -192,7 +192,7 @@ class ChatSession:
     @torch.inference_mode()
     def _library_logits(self, adapter_name: str, token_ids: list[int]) -> Tensor:
         """Return the logits (2, vocabulary) after the last two of ``token_ids``, without this chat's code."""
-        with library_code(self._model), self._adapter_names.through_peft(adapter_name):
+        with library_code(self._model), self._adapters.through_peft(adapter_name):
             output = self._model(input_ids=torch.tensor([token_ids], device=self.device), use_cache=False)
         return output.logits[0, -2:]  # type: ignore[no-any-return]  # transformers' outputs are untyped
 
@@ -220,7 +220,7 @@ class ChatSession:
     @torch.inference_mode()
     def next_logits(self, adapter_name: str, token_ids: list[int], prefix_cache: PrefixCache) -> Tensor:
         """Return the logits (1, vocabulary) after ``token_ids``, which are added to the cache."""
-        self._adapter_names.activate(adapter_name)
+        self._adapters.activate(adapter_name)
         last: int | Tensor = 1
         if len(token_ids) > 1 and self.device.type == "cpu" and not self._shares_keys:
             # By index: a slice of several is laid out so that a CPU copies the whole head.
@@ -242,7 +242,7 @@ class ChatSession:
     @torch.inference_mode()
     def logits_at(self, adapter_name: str, token_ids: list[int], positions: list[int]) -> Tensor:
         """Return the logits (positions, vocabulary) of the token after each position, without a cache."""
-        self._adapter_names.activate(adapter_name)
+        self._adapters.activate(adapter_name)
         output = self._model(
             input_ids=torch.tensor([token_ids], device=self.device),
             use_cache=False,

@@ -69,7 +69,7 @@ class _SpanFinder:
         template, turns = self._template, self._turns
         whole = self._close_thought(template.render(turns, self._tools))
         spans: list[Span] = []
-        counts: list[float] = []
+        span_weights: list[float] = []
         separate: list[SampleText] = []
         for i, weight in weights.items():
             is_last = i == len(turns) - 1
@@ -89,18 +89,21 @@ class _SpanFinder:
             else:
                 stopped = self._with_stop(whole, answer_span)
                 spans.append(self._trained_part(whole, stopped, reasoning))
-                counts.append(weight)
-        filled = [(span, count) for span, count in zip(spans, counts, strict=True) if span[0] < span[1]]
-        if not filled:
+                span_weights.append(weight)
+        weighted_spans = [
+            (span, weight) for span, weight in zip(spans, span_weights, strict=True) if span[0] < span[1]
+        ]
+        if not weighted_spans:
             if not separate:
                 raise RowRejectedError("template-refuses", "The template omits the assistant's turns.")
             return separate
-        spans = [span for span, _ in filled]
+        spans = [span for span, _ in weighted_spans]
         marked = self._by_marks(whole, spans) if template.has_generation_marks else spans
-        counts = [
-            next((count for turn_span, count in filled if _overlap(turn_span, span)), 1.0) for span in marked
+        span_weights = [
+            next((weight for turn_span, weight in weighted_spans if _overlap(turn_span, span)), 1.0)
+            for span in marked
         ]
-        return [*separate, _with_weights(self._end_turn(whole, marked), *counts)]
+        return [*separate, _with_weights(self._end_turn(whole, marked), *span_weights)]
 
     def everything(self) -> SampleText:
         """Render the whole conversation as one span that trains."""

@@ -177,18 +177,18 @@ class RowProcessor:
     ) -> list[TokenizedSample]:
         """Return what the length limit leaves; updates ``sample_problems`` and ``length_counts``."""
         assert self._tokenizer is not None
-        limit, too_long = self._data.max_length, self._data.overflow
+        limit, overflow = self._data.max_length, self._data.overflow
         length = len(sample.token_ids)
-        fitted = truncate(sample, limit, too_long, self._tokenizer.bos_id)
+        fitted = truncate(sample, limit, overflow, self._tokenizer.bos_id)
         if length > limit:
-            kind = "too-long" if fitted or too_long == "drop" else "nothing-left"
+            kind = "too-long" if fitted or overflow == "drop" else "nothing-left"
             sample_problems.append(
                 (kind, f"Row {row} has {length:,} tokens, {length - limit:,} over the limit.")
             )
         if not fitted:
             length_counts[0] += 1
         elif length > limit:
-            length_counts[2 if too_long == "split" else 1] += 1
+            length_counts[2 if overflow == "split" else 1] += 1
         return fitted
 
 

@@ -83,8 +83,8 @@ def tokenize_by_span(sample: SampleText, tokenizer: ChatTokenizer, notes: tuple[
     weights = array("f")
     at = 0
     spans = (*sample.spans, (len(sample.text), len(sample.text)))
-    counts = (*(sample.weights or [1.0] * len(sample.spans)), 0.0)
-    for (start, end), weight in zip(spans, counts, strict=True):
+    span_weights = (*(sample.weights or [1.0] * len(sample.spans)), 0.0)
+    for (start, end), weight in zip(spans, span_weights, strict=True):
         for flag, (first, last) in ((0, (at, start)), (1, (start, end))):
             for text, literal in _stretches(sample.text[first:last]):
                 new = tokenizer.encode_inside(text, literal) if ids or literal else tokenizer.encode(text)

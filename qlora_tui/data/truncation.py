@@ -8,11 +8,11 @@ from typing import Literal
 
 from qlora_tui.data.sample_tokens import TokenizedSample
 
-TooLong = Literal["drop", "cut-left", "cut-right", "split"]
+Overflow = Literal["drop", "cut-left", "cut-right", "split"]
 
 
 def truncate(
-    sample: TokenizedSample, max_length: int, too_long: TooLong, bos_id: int | None = None
+    sample: TokenizedSample, max_length: int, overflow: Overflow, bos_id: int | None = None
 ) -> list[TokenizedSample]:
     """Return ``sample`` as rows of at most ``max_length`` tokens, without rows in which nothing trains.
 
@@ -22,11 +22,11 @@ def truncate(
     length = len(sample.token_ids)
     if length <= max_length:
         parts = [sample]
-    elif too_long == "drop":
+    elif overflow == "drop":
         return []
-    elif too_long == "split":
+    elif overflow == "split":
         parts = [_part(sample, start, end) for start, end in _pieces(sample.loss_mask, max_length)]
-    elif too_long == "cut-right":
+    elif overflow == "cut-right":
         parts = [_part(sample, 0, max_length)]
     elif bos_id is not None and sample.token_ids[0] == bos_id:
         parts = [_after_bos(_part(sample, length + 1 - max_length, length), bos_id)]

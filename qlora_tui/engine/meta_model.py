@@ -50,17 +50,17 @@ def build(request: TraceRequest, architecture: Architecture, dtype: torch.dtype)
         ), segments
 
 
-def inputs(request: TraceRequest, *, packing_isolated: bool) -> dict[str, Any]:
+def inputs(request: TraceRequest, *, padding_free: bool) -> dict[str, Any]:
     """Build one micro-batch with every token in the loss, packed into one row if samples are isolated."""
     recipe = request.recipe
     rows, length = recipe.training.micro_batch_size, recipe.data.max_length
-    shape = (1, rows * length) if packing_isolated else (rows, length)
+    shape = (1, rows * length) if padding_free else (rows, length)
     labels = torch.zeros(shape, dtype=torch.long, device="cpu" if request.loss == "chunked" else "meta")
     batch: dict[str, Any] = {
         "input_ids": torch.zeros(shape, dtype=torch.long, device="meta"),
         "labels": labels,
     }
-    if packing_isolated:
+    if padding_free:
         batch["position_ids"] = torch.zeros(shape, dtype=torch.long, device="meta")
         batch["segments"] = [length] * rows
     else:

@@ -48,7 +48,7 @@ async def trace_step(config: dict[str, Any], recipe: Recipe, device: Device) -> 
         config=config,
         recipe=recipe,
         device=device.kind,
-        dtype="bfloat16" if execution.compute_bytes == 2 else "float32",
+        dtype="bfloat16" if execution.compute_itemsize == 2 else "float32",
         varlen=execution.varlen,
     )
     try:

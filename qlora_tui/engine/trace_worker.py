@@ -42,11 +42,11 @@ def trace_request(request: TraceRequest) -> StepTrace:
     """Build the model on ``meta``, run one forward and backward, and count its memory."""
     architecture = parse_architecture(request.config)
     dtype = getattr(torch, request.dtype)
-    model, packing_isolated = build(request, architecture, dtype)
+    model, padding_free = build(request, architecture, dtype)
     frozen = sum(_size(p.untyped_storage()) for p in model.parameters() if not p.requires_grad)
     frozen += _scale_bytes(model)
     adapter = sum(_size(p.untyped_storage()) for p in model.parameters() if p.requires_grad)
-    batch = inputs(request, packing_isolated=packing_isolated)
+    batch = inputs(request, padding_free=padding_free)
     model.train()
     with _DeviceKernels(request), StorageCounter() as storages:
         if request.recipe.training.gradient_accumulation > 1:

@@ -22,7 +22,7 @@ model fits.
 from qlora_tui.memory.calibration import Correction, MeasuredRun, correction_for, record_run
 from qlora_tui.memory.estimate import PRECISIONS, Estimate, Item, compare, estimate
 from qlora_tui.memory.execution import Device, ExecutionConfig, trainer_execution
-from qlora_tui.memory.kept_layers import KeptLayers, keep_layers
+from qlora_tui.memory.kept_layers import KeptLayersPlan, plan_kept_layers
 from qlora_tui.memory.levels import UncertaintyBand
 from qlora_tui.memory.model_sizes import ModelClass, largest_model_size
 from qlora_tui.memory.report import as_json
@@ -36,7 +36,7 @@ __all__ = [
     "Estimate",
     "ExecutionConfig",
     "Item",
-    "KeptLayers",
+    "KeptLayersPlan",
     "MeasuredRun",
     "MemorySaving",
     "ModelClass",
@@ -49,10 +49,10 @@ __all__ = [
     "compare",
     "correction_for",
     "estimate",
-    "keep_layers",
     "largest_model_size",
     "largest_settings",
     "minimum_bytes",
+    "plan_kept_layers",
     "record_run",
     "trainer_execution",
 ]

@@ -163,7 +163,7 @@ LOADERS = 4
 def loading_bytes(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> int:
     """Return the peak bytes while weights are read: a GPU holds some tensors in 16 bits before each is
     quantized; a CPU has the whole file mapped. Weights that stay in their stored dtype count as read."""
-    if recipe.quantization.method == "none" and execution.compute_bytes == 2:
+    if recipe.quantization.method == "none" and execution.compute_itemsize == 2:
         return 0
     if execution.device == "cpu":
         return 2 * architecture.total_params

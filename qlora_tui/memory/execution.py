@@ -72,7 +72,7 @@ class Device:
 class ExecutionConfig:
     """Properties of the code that affect the peak."""
 
-    compute_bytes: int = 2
+    compute_itemsize: int = 2
     """Bytes per element of the compute dtype: activations, and dequantized weights."""
     float16: bool = False
     """Whether a two-byte compute dtype is float16, not bfloat16."""
@@ -81,7 +81,8 @@ class ExecutionConfig:
     ``prepare_model_for_kbit_training``."""
     norms_float32: bool = False
     """Whether only the norms are in float32, as TRL leaves them after casting the rest back."""
-    adapter_bytes: int = 4
+    adapter_itemsize: int = 4
+    """Bytes per element of the LoRA matrices, and so of their gradients."""
     autocast: bool = False
     """Whether the forward runs under ``torch.autocast``, as with ``Trainer(bf16=True)``."""
     loss: Loss = "chunked"
@@ -140,22 +141,22 @@ def trainer_execution(
 
     Without an architecture, Liger is assumed off: it is faster only for some models.
     """
-    compute = _compute_bytes(recipe, device)
+    compute = _compute_itemsize(recipe, device)
     attention = _attention(recipe, device, compute)
     obstacle = flash_obstacle(
         cuda=device.kind == "cuda",
-        compute_bytes=compute,
+        compute_itemsize=compute,
         ampere=device.capability >= BFLOAT16_CAPABILITY,
         torch_has_varlen=device.varlen,
     )
     path = attention_path(recipe.model.attention, obstacle)
     float16 = compute == 2 and _is_float16(recipe, device)
     return ExecutionConfig(
-        compute_bytes=compute,
+        compute_itemsize=compute,
         float16=float16,
         # Trainer's fp16 mode: autocast, with scaled gradients.
         autocast=float16 and device.kind == "cuda",
-        adapter_bytes=4,
+        adapter_itemsize=4,
         own_fused=True,
         triton=device.triton and device.kind == "cuda" and recipe.model.kernels == "auto",
         # Liger would keep float16's gradients in 16 bits.
@@ -175,12 +176,12 @@ def trainer_execution(
 
 
 def flash_obstacle(
-    *, cuda: bool, compute_bytes: int, ampere: bool, torch_has_varlen: bool
+    *, cuda: bool, compute_itemsize: int, ampere: bool, torch_has_varlen: bool
 ) -> FlashObstacle | None:
     """Return what prevents FlashAttention over a packed row in one call; None where it runs."""
     if not cuda:
         return "no GPU"
-    if compute_bytes != 2:
+    if compute_itemsize != 2:
         return "float32"
     if not ampere:
         return "old GPU"
@@ -211,7 +212,7 @@ def _liger_pays(recipe: Recipe, architecture: Architecture | None) -> bool:
     return liger_rows(tokens, architecture.hidden_size, architecture.vocab_size) >= LOSS_CHUNK_ROWS
 
 
-def _compute_bytes(recipe: Recipe, device: Device) -> int:
+def _compute_itemsize(recipe: Recipe, device: Device) -> int:
     compute_dtype = recipe.quantization.compute_dtype
     if compute_dtype == "float32":
         return 4

@@ -69,7 +69,7 @@ def explanations(facts: ExplainContext) -> dict[str, str]:
 
 def _weight_sentences(facts: ExplainContext) -> dict[str, str]:
     recipe, architecture, execution = facts.recipe, facts.architecture, facts.execution
-    itemsize = 4 if execution.cast_to_float32 else execution.compute_bytes
+    itemsize = 4 if execution.cast_to_float32 else execution.compute_itemsize
     int8 = recipe.quantization.method == "int8"
     return {
         "weights": f"{_n(architecture.quantizable_params)} linear weights × {1 if int8 else 0.5} byte.",
@@ -106,10 +106,10 @@ def _training_sentences(facts: ExplainContext) -> dict[str, str]:
     paged = ", in managed memory that can move to the host" if execution.optimizer.startswith("paged") else ""
     return {
         "adapter": (
-            f"{trained} trained parameters × {execution.adapter_bytes} bytes{_copies(execution)}: "
+            f"{trained} trained parameters × {execution.adapter_itemsize} bytes{_copies(execution)}: "
             f"rank {_ranks(facts.recipe)} × (in + out) per target{_rows(facts.layout)}."
         ),
-        "gradients": f"One gradient per trained parameter: {trained} × {execution.adapter_bytes} bytes.",
+        "gradients": f"One gradient per trained parameter: {trained} × {execution.adapter_itemsize} bytes.",
         "optimizer": f"{moments}{paged}.",
         "optimizer_step": "Square roots of all second moments at once: 4 bytes per trained parameter.",
     }
@@ -117,14 +117,14 @@ def _training_sentences(facts: ExplainContext) -> dict[str, str]:
 
 def _copies(execution: ExecutionConfig) -> str:
     """The copies of the weights in the compute dtype, where there are any."""
-    has_copies = execution.own_fused and execution.compute_bytes < execution.adapter_bytes
-    return f", and {execution.compute_bytes} for a copy in 16 bits" if has_copies else ""
+    has_copies = execution.own_fused and execution.compute_itemsize < execution.adapter_itemsize
+    return f", and {execution.compute_itemsize} for a copy in 16 bits" if has_copies else ""
 
 
 def _activation_sentences(facts: ExplainContext) -> dict[str, str]:
     execution, layout, layers = facts.execution, facts.layout, facts.architecture.layers
     tokens, hidden = f"{layout.tokens:,} tokens", f"{layout.hidden:,}"
-    compute, adapter = execution.compute_bytes, execution.adapter_bytes
+    compute, adapter = execution.compute_itemsize, execution.adapter_itemsize
     stream = 4 if execution.cast_to_float32 or execution.norms_float32 else compute
     return {
         "checkpoints": (
@@ -163,7 +163,7 @@ def _logits_sentence(execution: ExecutionConfig, layout: Layout) -> str:
         rows = min(LOSS_CHUNK_ROWS, layout.tokens)
         return (
             f"{rows:,} positions at a time: "
-            f"{rows:,} × {vocabulary} logits × {execution.compute_bytes} bytes, "
+            f"{rows:,} × {vocabulary} logits × {execution.compute_itemsize} bytes, "
             f"{min(LOSS_BLOCK_ROWS[execution.device], rows)} of them in 32 bits."
         )
     if execution.loss == "liger":

@@ -6,7 +6,7 @@ checkpointed as must be. The layers that keep their activations are the last one
 so that their memory is free again when the others are recomputed.
 
 The trainer calls this before its first step (``training.callbacks``), and applies the result with
-``training.model_loading.keep_activations``. After an out-of-memory error ``runs.retry`` lowers the limit.
+``training.model_loading.apply_kept_layers``. After an out-of-memory error ``runs.retry`` lowers the limit.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ which recomputes the scores (FlashAttention-2, section 3.1)."""
 
 
 @dataclass(frozen=True)
-class KeptLayers:
-    """The layers of a model that keep their activations."""
+class KeptLayersPlan:
+    """How many layers keep their activations."""
 
-    count: int
-    layers: int
+    kept_layers: int
+    total_layers: int
     """Layers of the model."""
     available_bytes: int
     """Memory that the run may take."""
@@ -42,14 +42,14 @@ class KeptLayers:
     """Predicted speed relative to a run that recomputes every layer: 1.2 is 20 % faster."""
 
 
-def keep_layers(
+def plan_kept_layers(
     recipe: Recipe,
     architecture: Architecture,
     free_bytes: int,
     *,
     device: Device | None = None,
     limit: int | None = None,
-) -> KeptLayers | None:
+) -> KeptLayersPlan | None:
     """Return how many layers can keep their activations; None unless ``gradient_checkpointing`` is ``auto``.
 
     The most that still fit at the upper end of the estimate's uncertainty range. No layer is kept in a family
@@ -70,17 +70,17 @@ def keep_layers(
         return estimate(recipe, architecture, execution=replace(execution, kept_layers=count), device=device)
 
     low, best, high = 0, estimated(0), most + 1
-    if not (best.exact and check_fit(best, available_bytes).fits):
+    if not (best.exact and check_fit(best, available_bytes).fits_even_if_tight):
         high = 1
     while high - low > 1:
         # The most at first: in many runs they fit.
         count = most if high > most else (low + high) // 2
         result = estimated(count)
-        if check_fit(result, available_bytes).word == "fits":
+        if check_fit(result, available_bytes).fits_with_margin:
             low, best = count, result
         else:
             high = count
-    return KeptLayers(low, architecture.layers, available_bytes, best, speedup(recipe, architecture, low))
+    return KeptLayersPlan(low, architecture.layers, available_bytes, best, speedup(recipe, architecture, low))
 
 
 def speedup(recipe: Recipe, architecture: Architecture, count: int) -> float:

@@ -165,7 +165,7 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
                 hidden=architecture.hidden_size,
                 norm_width=4
                 if execution.cast_to_float32 or execution.norms_float32
-                else execution.compute_bytes,
+                else execution.compute_itemsize,
                 kernel=_kernel(architecture, execution),
                 rotary=1.0 if style.rotary else 0.0,
                 head_norms=style.head_norms,

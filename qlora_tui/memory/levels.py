@@ -146,9 +146,9 @@ def _mapped_bytes(layout: Layout, execution: ExecutionConfig) -> int:
     if execution.loss != "chunked":
         return 0
     rows = min(LOSS_CHUNK_ROWS, layout.tokens)
-    chunk = rows * layout.vocabulary * execution.compute_bytes
+    chunk = rows * layout.vocabulary * execution.compute_itemsize
     block = min(LOSS_BLOCK_ROWS["cpu"], rows) * layout.vocabulary * FLOAT
-    copies = 1 + (execution.compute_bytes != FLOAT)
+    copies = 1 + (execution.compute_itemsize != FLOAT)
     return (chunk if chunk >= MAPPED_BYTES else 0) + (copies * block if block >= MAPPED_BYTES else 0)
 
 

@@ -42,17 +42,17 @@ def load(
     """Load the weights, the casts of unquantized ones, and the adapter."""
     weights = _weights(architecture, execution.separate_experts)
     if recipe.quantization.method == "none":
-        allocator.keep(weight.count * execution.compute_bytes for weight in weights)
+        allocator.keep(weight.count * execution.compute_itemsize for weight in weights)
     else:
         quantized = _quantize(allocator, recipe, architecture, execution)
-        if execution.cast_to_float32 or execution.compute_bytes != READ_BYTES:
+        if execution.cast_to_float32 or execution.compute_itemsize != READ_BYTES:
             for weight in weights:  # one after another, in the model's order
                 if not weight.rows:
                     allocator.malloc(weight.count * FLOAT)
                     allocator.free(quantized[weight.name])
         if execution.cast_to_float32:
             allocator.empty_cache()  # peft/utils/other.py, after its casts
-    allocator.keep(count * execution.adapter_bytes for count in layout.adapter_tensors)
+    allocator.keep(count * execution.adapter_itemsize for count in layout.adapter_tensors)
 
 
 def _quantize(

@@ -45,7 +45,7 @@ def largest_model_size(
     largest = None
     for label, *_ in _SHAPES:
         result = estimate(all_linear, _architecture(label), device=device)
-        if not check_fit(result, available_bytes).fits:
+        if not check_fit(result, available_bytes).fits_even_if_tight:
             break
         largest = ModelClass(label, result)
     return largest

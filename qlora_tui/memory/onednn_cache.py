@@ -27,7 +27,7 @@ FULL_ROWS = 4
 
 def kernel_bytes(layout: Layout, execution: ExecutionConfig) -> int:
     """Return the heap bytes after a run with samples of every length; 0 except for bfloat16 on a CPU."""
-    if execution.device != "cpu" or execution.compute_bytes != 2 or execution.float16:
+    if execution.device != "cpu" or execution.compute_itemsize != 2 or execution.float16:
         return 0
     lengths = -(-layout.length // TOKEN_MULTIPLE)
     rows = min(FULL_ROWS, lengths) if execution.packing else lengths

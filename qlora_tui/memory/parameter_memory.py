@@ -45,7 +45,8 @@ class FrozenWeights:
     """Linear weights and biases kept in 16 bits (or more)."""
     embedding_bytes: int
     head_bytes: int
-    norm_bytes: int
+    norm_and_other_bytes: int
+    """Norms, MoE routers, convolutions and other parameters that are not quantized."""
     expert_bytes: int
     vision_bytes: int
 
@@ -54,7 +55,7 @@ def frozen_weights(recipe: Recipe, architecture: Architecture, execution: Execut
     """Compute the bytes of every base model parameter, in the dtype it has during training."""
     method = recipe.quantization.method
     packed = scales = dense = vision = 0
-    itemsize = 4 if execution.cast_to_float32 else execution.compute_bytes
+    itemsize = 4 if execution.cast_to_float32 else execution.compute_itemsize
     for module in architecture.modules:
         if module.quantizable and method in ("nf4", "fp4"):
             packed += round_to_block(-(-module.weight_params // 2))
@@ -68,22 +69,22 @@ def frozen_weights(recipe: Recipe, architecture: Architecture, execution: Execut
             dense += round_to_block(module.weight_params * itemsize)
         dense += round_to_block(module.bias_params * itemsize)
     roles = {"expert": 0, "vision": 0, "other": 0}
-    norms = 4 if execution.norms_float32 else itemsize
+    norm_itemsize = 4 if execution.norms_float32 else itemsize
     for parameter in architecture.parameters:
         if parameter.role == "expert" and execution.separate_experts and method in ("nf4", "fp4"):
             packed += round_to_block(-(-parameter.params // 2))
             scales += four_bit_scale_bytes(parameter.params, recipe.quantization.double_quantization)
             continue
         role = parameter.role if parameter.role in roles else "other"
-        width = norms if parameter.role == "norm" else itemsize
-        roles[role] += round_to_block(parameter.params * width)
+        own_itemsize = norm_itemsize if parameter.role == "norm" else itemsize
+        roles[role] += round_to_block(parameter.params * own_itemsize)
     return FrozenWeights(
         packed_bytes=packed,
         scale_bytes=scales,
         dense_bytes=dense,
         embedding_bytes=sum(round_to_block(table.params * itemsize) for table in architecture.embeddings),
         head_bytes=round_to_block(architecture.head.own_params * itemsize),
-        norm_bytes=roles["other"],
+        norm_and_other_bytes=roles["other"],
         expert_bytes=roles["expert"],
         vision_bytes=vision + roles["vision"],
     )
@@ -105,7 +106,7 @@ def four_bit_scale_sizes(weights: int, nested: bool) -> tuple[int, ...]:
 def adapter_bytes(layout: Layout, execution: ExecutionConfig) -> int:
     """Return the bytes of the trained matrices."""
     sizes = Counter(layout.adapter_tensors).items()
-    return sum(times * round_to_block(count * execution.adapter_bytes) for count, times in sizes)
+    return sum(times * round_to_block(count * execution.adapter_itemsize) for count, times in sizes)
 
 
 def gradient_bytes(layout: Layout, execution: ExecutionConfig) -> int:
@@ -128,12 +129,12 @@ def state_sizes(count: int, execution: ExecutionConfig) -> tuple[int, ...]:
     """Return the bytes of each state of one trained tensor: both moments, and their scales."""
     if "8bit" in execution.optimizer and count >= SMALL_TENSOR:
         return (count, count, *[-(-count // STATE_BLOCK) * 4] * 2)
-    width = (
-        execution.adapter_bytes
+    itemsize = (
+        execution.adapter_itemsize
         if execution.optimizer.startswith("adamw") and "8bit" not in execution.optimizer
         else 4
     )
-    return (count * width, count * width)
+    return (count * itemsize, count * itemsize)
 
 
 def optimizer_step_bytes(layout: Layout, execution: ExecutionConfig) -> int:

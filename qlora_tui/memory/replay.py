@@ -20,7 +20,7 @@ from qlora_tui.memory.loading import load
 from qlora_tui.memory.ops import FLOAT
 from qlora_tui.memory.parameter_memory import state_sizes
 from qlora_tui.memory.static_memory import input_bytes, mask_bytes, workspace_bytes
-from qlora_tui.memory.step import PartProfile, StepProfile, adapter_copies, embedding_bytes
+from qlora_tui.memory.step import PartProfile, StepProfile, adapter_copies, embedding_itemsize
 from qlora_tui.recipe.schema import Recipe
 
 STEPS = 2
@@ -82,7 +82,7 @@ class _Run:
             ends = len(step_profile.layers)
         marked = _with_equal_neighbors(step_profile.layers, ends)
         self._layers = [(layer.recording, not is_repeated) for layer, is_repeated in marked]
-        self._embedded_bytes = layout.tokens * layout.hidden * embedding_bytes(execution)
+        self._embedded_bytes = layout.tokens * layout.hidden * embedding_itemsize(execution)
         self._keeps_embedding = layout.modifies_embedding or not step_profile.layers[0].keeps_input
         self._inputs = (input_bytes(architecture, layout, execution), mask_bytes(layout, execution))
 
@@ -138,7 +138,7 @@ class _Run:
         before = self._allocator.small_bytes
         if first and self._execution.accumulates:
             self._allocator.keep(
-                count * self._execution.adapter_bytes for count in self._layout.adapter_tensors
+                count * self._execution.adapter_itemsize for count in self._layout.adapter_tensors
             )
         return self._allocator.small_bytes - before
 
@@ -153,7 +153,7 @@ class _Run:
             allocator.keep(size for count in sizes for size in state_sizes(count, execution))
         allocated_bytes = allocator.small_bytes - before
         if execution.optimizer == "adamw":
-            for block in take_all(allocator, (count * execution.adapter_bytes for count in sizes)):
+            for block in take_all(allocator, (count * execution.adapter_itemsize for count in sizes)):
                 allocator.free(block)
         return allocated_bytes
 

@@ -8,7 +8,7 @@ from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.context_length import context_length_warning
 from qlora_tui.memory.estimate import Estimate, compare, precision_of
 from qlora_tui.memory.execution import Device, trainer_execution
-from qlora_tui.memory.kept_layers import keep_layers
+from qlora_tui.memory.kept_layers import plan_kept_layers
 from qlora_tui.memory.layout import STYLES
 from qlora_tui.memory.model_sizes import largest_model_size
 from qlora_tui.memory.solver import cheapest_changes, largest_settings, minimum_bytes
@@ -53,10 +53,12 @@ def as_json(
             }
             for change in cheapest_changes(recipe, architecture, available_bytes, device=device)
         ]
-        if not changes and not check_fit(compared[precision_of(recipe)], available_bytes).fits:
+        if not changes and not check_fit(compared[precision_of(recipe)], available_bytes).fits_even_if_tight:
             least = minimum_bytes(recipe, architecture, device=device)
-    kept_layers = (
-        None if available_bytes is None else keep_layers(recipe, architecture, available_bytes, device=device)
+    plan = (
+        None
+        if available_bytes is None
+        else plan_kept_layers(recipe, architecture, available_bytes, device=device)
     )
     too_long = context_length_warning(recipe.data.max_length, architecture)
     return {
@@ -64,12 +66,12 @@ def as_json(
         "precisions": {name: one_as_json(result, available_bytes) for name, result in compared.items()},
         "trace": traced and trace_as_json(traced, recipe, architecture, device or Device()),
         "what_fits": fitting,
-        "kept_layers": kept_layers
+        "kept_layers": plan
         and {
-            "count": kept_layers.count,
-            "layers": kept_layers.layers,
-            "total_bytes": kept_layers.estimate.total_bytes,
-            "speedup": round(kept_layers.speedup, 3),
+            "count": plan.kept_layers,
+            "layers": plan.total_layers,
+            "total_bytes": plan.estimate.total_bytes,
+            "speedup": round(plan.speedup, 3),
         },
         "cheapest_changes": changes,
         "least_bytes": least,

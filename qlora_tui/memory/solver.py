@@ -45,7 +45,7 @@ class MemorySaving:
 
     @property
     def fits(self) -> bool:
-        return self.verdict.fits
+        return self.verdict.fits_even_if_tight
 
 
 def largest_settings(
@@ -55,7 +55,7 @@ def largest_settings(
 
     def fits(settings: dict[str, Any]) -> bool:
         changed = set_values(recipe, settings)
-        return check_fit(estimate(changed, architecture, device=device), available_bytes).fits
+        return check_fit(estimate(changed, architecture, device=device), available_bytes).fits_even_if_tight
 
     longest = (architecture.max_positions or 131_072) // LENGTH_STEP
     return WhatFits(
@@ -91,7 +91,7 @@ def cheapest_changes(
     Empty where the recipe already fits, or nothing helps.
     """
     whole = estimate(recipe, architecture, device=device)
-    if check_fit(whole, available_bytes).fits:
+    if check_fit(whole, available_bytes).fits_even_if_tight:
         return ()
     offers = list(_offers(recipe, architecture))
     changes = [_gentlest(recipe, architecture, available_bytes, device, offer) for offer in offers]

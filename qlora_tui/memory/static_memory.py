@@ -6,7 +6,7 @@ from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.memory.execution import ExecutionConfig
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.parameter_memory import adapter_bytes, frozen_weights, optimizer_bytes, round_to_block
-from qlora_tui.memory.step import residual_dtype_bytes
+from qlora_tui.memory.step import residual_itemsize
 from qlora_tui.recipe.schema import Recipe
 
 FROZEN = ("weights", "scales", "linear", "embedding", "head", "norms", "experts", "vision")
@@ -31,7 +31,7 @@ def static_items(
         "linear": frozen.dense_bytes,
         "embedding": frozen.embedding_bytes,
         "head": frozen.head_bytes,
-        "norms": frozen.norm_bytes,
+        "norms": frozen.norm_and_other_bytes,
         "experts": frozen.expert_bytes,
         "vision": frozen.vision_bytes,
         "adapter": adapter_bytes(layout, execution),
@@ -52,12 +52,12 @@ def workspace_bytes(execution: ExecutionConfig) -> int:
 
 def input_bytes(architecture: Architecture, layout: Layout, execution: ExecutionConfig) -> int:
     """Return the bytes of ids, labels, shifted labels and positions, 8 each, and of the rotary tables."""
-    tables = 2 * layout.length * architecture.head_dim * residual_dtype_bytes(execution)
+    tables = 2 * layout.length * architecture.head_dim * residual_itemsize(execution)
     return 4 * round_to_block(layout.tokens * 8) + round_to_block(tables)
 
 
 def mask_bytes(layout: Layout, execution: ExecutionConfig) -> int:
     """Return the bytes of eager attention's mask, in the hidden states' dtype."""
     if execution.attention == "eager":
-        return round_to_block(layout.length * layout.length * residual_dtype_bytes(execution))
+        return round_to_block(layout.length * layout.length * residual_itemsize(execution))
     return 0

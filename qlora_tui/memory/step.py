@@ -70,9 +70,9 @@ def make_ops(meter: AllocationMeter, layout: Layout, execution: ExecutionConfig,
     """Create the operations as this trainer code runs them."""
     return Ops(
         meter,
-        compute=execution.compute_bytes,
-        weight=execution.compute_bytes,
-        adapter=execution.adapter_bytes,
+        compute=execution.compute_itemsize,
+        weight=execution.compute_itemsize,
+        adapter=execution.adapter_itemsize,
         device=execution.device,
         dropout=dropout,
         autocast=execution.autocast,
@@ -86,46 +86,50 @@ def make_ops(meter: AllocationMeter, layout: Layout, execution: ExecutionConfig,
     )
 
 
-def residual_dtype_bytes(execution: ExecutionConfig) -> int:
+def residual_itemsize(execution: ExecutionConfig) -> int:
     """Return the bytes per element of the residual stream: float32 once embeddings or norms were cast."""
-    return 4 if execution.cast_to_float32 or execution.norms_float32 else execution.compute_bytes
+    return 4 if execution.cast_to_float32 or execution.norms_float32 else execution.compute_itemsize
 
 
-def embedding_bytes(execution: ExecutionConfig) -> int:
+def embedding_itemsize(execution: ExecutionConfig) -> int:
     """Return the bytes per element of the embedding's output, the first layer's input."""
-    return 4 if execution.cast_to_float32 else execution.compute_bytes
+    return 4 if execution.cast_to_float32 else execution.compute_itemsize
 
 
 def profile_step(layout: Layout, execution: ExecutionConfig, dropout: float) -> StepProfile:
     """Replay each kind of layer once, and the head."""
     profiles: dict[tuple[int, int, bool], PartProfile] = {}
     layers = []
-    width = embedding_bytes(execution)
+    itemsize = embedding_itemsize(execution)
     first_kept = len(layout.blocks) - execution.kept_layers
     for index, block in enumerate(layout.blocks):
         checkpointed = execution.checkpointing and index < first_kept
-        key = (id(block), width, checkpointed)
+        key = (id(block), itemsize, checkpointed)
         if key not in profiles:
             run = partial(_layer, block=block)
-            profiles[key] = _profile(layout, execution, dropout, run, width, checkpointed=checkpointed)
+            profiles[key] = _profile(layout, execution, dropout, run, itemsize, checkpointed=checkpointed)
         layers.append(profiles[key])
-        width = residual_dtype_bytes(execution)
+        itemsize = residual_itemsize(execution)
     tail = partial(_tail, layout=layout, execution=execution)
-    return StepProfile(tuple(layers), _profile(layout, execution, dropout, tail, width, checkpointed=False))
+    return StepProfile(
+        tuple(layers), _profile(layout, execution, dropout, tail, itemsize, checkpointed=False)
+    )
 
 
 def peak_candidates(step_profile: StepProfile, layout: Layout, execution: ExecutionConfig) -> list[Peak]:
     """Return every candidate for the step's peak, in order of time."""
-    embedded = _embedded(layout, execution, embedding_bytes(execution))
-    rows = Counter(activations=layout.tokens * layout.token_rows)  # trained row index of each token
+    embedded = _embedded(layout, execution, embedding_itemsize(execution))
+    token_row_bytes = Counter(
+        activations=layout.tokens * layout.token_rows
+    )  # trained row index of each token
     if not execution.accumulates:
-        rows["gradients"] = layout.token_rows * layout.hidden * execution.adapter_bytes
+        token_row_bytes["gradients"] = layout.token_rows * layout.hidden * execution.adapter_itemsize
     return list(
         _candidates(
             step_profile,
             _cast_once(layout, execution),
             embedded,
-            rows,
+            token_row_bytes,
             Counter(adapter=sum(adapter_copies(layout, execution))),
             always=layout.modifies_embedding,
         )
@@ -135,16 +139,16 @@ def peak_candidates(step_profile: StepProfile, layout: Layout, execution: Execut
 def adapter_copies(layout: Layout, execution: ExecutionConfig) -> list[int]:
     """Return the bytes of each of our copies of the LoRA weights in the compute dtype
     (``training/fused/adapter_casts.py``)."""
-    if not execution.own_fused or execution.compute_bytes >= execution.adapter_bytes:
+    if not execution.own_fused or execution.compute_itemsize >= execution.adapter_itemsize:
         return []
-    return [round_to_block(count * execution.compute_bytes) for count in layout.lora_tensors]
+    return [round_to_block(count * execution.compute_itemsize) for count in layout.lora_tensors]
 
 
-def _embedded(layout: Layout, execution: ExecutionConfig, width: int) -> Items:
+def _embedded(layout: Layout, execution: ExecutionConfig, itemsize: int) -> Items:
     """Return the bytes of the embedding's output, and of the mask of GPT-2's dropout on it."""
     numel = layout.tokens * layout.hidden
-    mask = numel * (1 if execution.device == "cuda" else width) if layout.embedding_dropout else 0
-    return {"activations": numel * width + mask}
+    mask = numel * (1 if execution.device == "cuda" else itemsize) if layout.embedding_dropout else 0
+    return {"activations": numel * itemsize + mask}
 
 
 ForwardFn = Callable[[Ops, list[Tensor]], tuple[Tensor, list[Tensor]]]
@@ -161,8 +165,8 @@ def _tail(
     """Replay final norm, head and loss. The last layer's output is freed after the norm."""
     normed = norm(ops, layout.blocks[-1], inputs[0])
     inputs.clear()
-    width = 4 if execution.cast_to_float32 else execution.compute_bytes
-    return head_and_loss(ops, layout, execution, normed, width)
+    itemsize = 4 if execution.cast_to_float32 else execution.compute_itemsize
+    return head_and_loss(ops, layout, execution, normed, itemsize)
 
 
 def _profile(
@@ -170,16 +174,16 @@ def _profile(
     execution: ExecutionConfig,
     dropout: float,
     run: ForwardFn,
-    width: int,
+    itemsize: int,
     *,
     checkpointed: bool,
 ) -> PartProfile:
-    """Replay one part; ``width`` is the bytes per element of its input."""
+    """Replay one part; ``itemsize`` is that of its input."""
     meter = AllocationMeter()
     ops = make_ops(meter, layout, execution, dropout)
     profile = PartProfile()
     upstream = Node(0, "upstream", (), _no_gradients)
-    x = ops.new(layout.tokens * layout.hidden, width, "checkpoints" if checkpointed else None)
+    x = ops.new(layout.tokens * layout.hidden, itemsize, "checkpoints" if checkpointed else None)
     x.node = upstream
     input_storage = weakref.ref(x.storage)
     recording = profile.recording
@@ -194,21 +198,21 @@ def _profile(
     result, held = run(ops, inputs)
     ops.tape.mode = ("keep", None)
     profile.forward = dict(meter.peak_items)
-    node, numel, width = result.node, result.numel, result.width
+    node, numel, itemsize = result.node, result.numel, result.width
     assert node is not None
     recording.leaves = result.storage.number
     del result
     if checkpointed and execution.reentrant:
         del node
         recording.forward = build_phase(meter.events[begins:], recording.leaves)
-        _reentrant_backward(ops, run, inputs, profile, numel, width, execution)
+        _reentrant_backward(ops, run, inputs, profile, numel, itemsize, execution)
         return profile
     inputs.clear()
     recording.forward = build_phase(meter.events[begins:], recording.leaves)
     profile.retained = {item: size for item, size in meter.live_items.items() if size}
     profile.keeps_input = input_storage() is not None
     meter.restart()
-    seed = [ops.new(numel, width)]
+    seed = [ops.new(numel, itemsize)]
     recording.seed, begins = seed[0].storage.number, len(meter.events)
     retained: list[Storage] = []
     backward(ops.tape, node, seed.pop(), None if execution.accumulates else retained)
@@ -228,7 +232,7 @@ def _reentrant_backward(
     inputs: list[Tensor],
     profile: PartProfile,
     numel: int,
-    width: int,
+    itemsize: int,
     execution: ExecutionConfig,
 ) -> None:
     """Replay ``CheckpointFunction.backward``: the whole layer with its graph, then its backward.
@@ -238,7 +242,7 @@ def _reentrant_backward(
     x = inputs[0]
     profile.retained = {x.storage.item: x.storage.size}
     ops.meter.restart()
-    gradient = ops.new(numel, width)
+    gradient = ops.new(numel, itemsize)
     profile.recording.seed, begins = gradient.storage.number, len(ops.meter.events)
     result, held = run(ops, [x])
     retained: list[Storage] = []
@@ -267,16 +271,16 @@ def _cast_once(layout: Layout, execution: ExecutionConfig) -> Items:
     A LoRA projection fused into one function casts separately and keeps nothing.
     """
     casts_for_itself = execution.own_fused or execution.foak_lora
-    if not execution.autocast or casts_for_itself or execution.adapter_bytes == execution.compute_bytes:
+    if not execution.autocast or casts_for_itself or execution.adapter_itemsize == execution.compute_itemsize:
         return {}
-    return {"adapter": layout.adapter_parameters * execution.compute_bytes}
+    return {"adapter": layout.adapter_parameters * execution.compute_itemsize}
 
 
 def _candidates(
     step_profile: StepProfile,
     forward_only: Items,
     embedded: Items,
-    rows: Items,
+    token_row_bytes: Items,
     persistent: Counter[str],
     *,
     always: bool,
@@ -284,8 +288,8 @@ def _candidates(
     """Yield every phase that may be the peak. ``persistent`` is there in all of them.
 
     ``embedded`` is the embedding's output: it requires gradients, so the graph holds it as a leaf even where
-    the first layer does not. Where something is added to it, it is always separate. ``rows`` has the bytes
-    that trained rows of embedding and head keep from the start, and as gradients after the loss.
+    the first layer does not. Where something is added to it, it is always separate. ``token_row_bytes`` are
+    the bytes that trained rows of embedding and head keep from the start, and as gradients after the loss.
     """
     order, head, last = step_profile.layers, step_profile.head, len(step_profile.layers) - 1
     before = Counter(persistent)
@@ -302,11 +306,11 @@ def _candidates(
         if not index and (always or not profile.keeps_input):
             before.update(embedded)
         if not index:
-            before["activations"] += rows["activations"]
+            before["activations"] += token_row_bytes["activations"]
     candidates.append(Peak("loss forward", dict(before + cast + Counter(head.forward))))
     candidates.append(Peak("loss backward", dict(before + Counter(head.backward))))
     held = Counter(head.held)
-    gradients = rows["gradients"]
+    gradients = token_row_bytes["gradients"]
     for index in range(last, -1, -1):
         profile = order[index]
         items = below[index] + held + Counter(profile.backward) + Counter(gradients=gradients)

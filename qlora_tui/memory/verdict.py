@@ -8,7 +8,8 @@ from typing import Literal
 from qlora_tui.memory.estimate import Estimate
 
 TIGHT_SHARE = 0.05
-"""Share of the memory; if less remains, the fit is tight: another process or a longer row ends the run."""
+"""Margin of a fit that is not tight, as a share of the memory: with less left, another process or a longer
+sequence can end the run."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,22 @@ class Verdict:
         return self.available_bytes - self.needed_bytes
 
     @property
-    def fits(self) -> bool:
-        """Return whether it fits for certain, including tightly."""
+    def fits_even_if_tight(self) -> bool:
+        """Return whether the upper end of the range fits, with or without a margin."""
         return self.word in ("fits", "tight")
+
+    @property
+    def fits_with_margin(self) -> bool:
+        """Return whether the upper end of the range leaves 5 % of the memory free (``TIGHT_SHARE``)."""
+        return self.word == "fits"
 
 
 def check_fit(estimated: Estimate, available_bytes: int) -> Verdict:
-    """Return the verdict: ``fits`` only if even the upper end of the range does."""
+    """Compare an estimate's range with the memory.
+
+    ``fits`` means that even the upper end of the range leaves 5 % of the memory free; ``tight``, that it
+    leaves less; ``uncertain``, that only the lower end fits.
+    """
     band = estimated.band
     word: Literal["fits", "tight", "does not fit", "uncertain"]
     if band.low_bytes > available_bytes:

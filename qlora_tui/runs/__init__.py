@@ -31,7 +31,7 @@ runner          starts the trainers, one at a time
 spawn           starts the runner, detached from the terminal
 outcomes        how an attempt ended
 trainer_log     the end of a trainer's log
-out_of_memory   what would fit after memory ran out
+memory_advice   what would fit after memory ran out
 retry           settings for the next attempt after that
 notification    what to report about a run's end
 notify          sends it to a command or a webhook

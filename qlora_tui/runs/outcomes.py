@@ -17,7 +17,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter, events_backwards
 from qlora_tui.runs.events import Failed, Finished, Paused, Queued, RunEnded, Started, Stopped
-from qlora_tui.runs.out_of_memory import describe_fix, last_phase
+from qlora_tui.runs.memory_advice import describe_fix, last_phase
 from qlora_tui.runs.retry import last_plan
 from qlora_tui.runs.status import State, Status, read_status, write_status
 from qlora_tui.runs.telemetry import TelemetryTail
@@ -149,7 +149,7 @@ def _out_of_memory(run: RunDir, what: str, why: str, exit_code: int, now: float)
     """Failure of a trainer that was ended for lack of memory before it could say so."""
     recipe: Recipe | None = None
     with suppress(UserError):
-        recipe = last_plan(run).applied(run.recipe())
+        recipe = last_plan(run).apply_to(run.recipe())
     phase = last_phase(run)
     return Failed(
         at=now,

@@ -40,8 +40,8 @@ class RetryPlan(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_un
     """The most layers that keep their activations, where gradient checkpointing is ``auto``."""
 
     @classmethod
-    def used_by(cls, settings: Training | Started) -> RetryPlan:
-        """Return a plan that sets every setting: to what a recipe requests or an attempt used."""
+    def from_settings(cls, settings: Training | Started) -> RetryPlan:
+        """Return a plan that sets every setting, as a recipe requests it or an attempt used it."""
         checkpointing = canonical_value("training.gradient_checkpointing", settings.gradient_checkpointing)
         return cls(
             micro_batch_size=settings.micro_batch_size,
@@ -55,7 +55,7 @@ class RetryPlan(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_un
         del values["kept_layers"]
         return {name: value for name, value in values.items() if value is not None}
 
-    def applied(self, recipe: Recipe) -> Recipe:
+    def apply_to(self, recipe: Recipe) -> Recipe:
         """Return the recipe as the attempt runs it."""
         return structs.replace(recipe, training=structs.replace(recipe.training, **self.overrides()))
 
@@ -85,7 +85,7 @@ def last_plan(run: RunDir) -> RetryPlan:
     plan = RetryPlan()
     for event in EventTail(run.events_path).drain():
         if isinstance(event, Started) and event.micro_batch_size and event.gradient_accumulation:
-            plan = RetryPlan.used_by(event)
+            plan = RetryPlan.from_settings(event)
         elif isinstance(event, LayersKept):
             plan = structs.replace(plan, kept_layers=event.kept_layers)
     return plan
@@ -127,7 +127,9 @@ def plan_retry(run: RunDir, ending: RunEnded) -> RetryPlan | None:
 
 def reduce_memory(recipe: Recipe, used: RetryPlan) -> RetryPlan | None:
     """Return the next cheaper plan with the same effective batch; None if there is none."""
-    now = structs.replace(RetryPlan.used_by(used.applied(recipe).training), kept_layers=used.kept_layers)
+    now = structs.replace(
+        RetryPlan.from_settings(used.apply_to(recipe).training), kept_layers=used.kept_layers
+    )
     assert now.micro_batch_size is not None and now.gradient_accumulation is not None
     if now.gradient_checkpointing == "auto" and now.kept_layers:
         return structs.replace(now, kept_layers=now.kept_layers // _KEPT_DIVISOR)

@@ -21,7 +21,7 @@ from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.leftovers import sweep
 from qlora_tui.runs.locks import PATIENCE_S, is_locked, locked
-from qlora_tui.runs.out_of_memory import host_oom_kills
+from qlora_tui.runs.memory_advice import host_oom_kills
 from qlora_tui.runs.outcomes import determine_outcome, record_outcome
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.retry import RetryPlan, plan_resume, plan_retry
@@ -103,7 +103,7 @@ def _take_over(run: RunDir) -> None:
     if status.state == "lost" or (
         status.state not in ("queued", "unreadable", "gone") and run.unreported_path.exists()
     ):
-        _supervise(run, _record_outcome(run, exit_code=None))
+        _supervise(run, _record_and_plan_retry(run, exit_code=None))
 
 
 def _begin(run: RunDir) -> None:
@@ -118,7 +118,7 @@ def _begin(run: RunDir) -> None:
     _supervise(run, plan_resume(run))
 
 
-def _record_outcome(
+def _record_and_plan_retry(
     run: RunDir,
     exit_code: int | None,
     events_from: int | None = None,
@@ -164,7 +164,7 @@ def _supervise(run: RunDir, plan: RetryPlan | None) -> None:
         kills_before = host_oom_kills()
         events_from, log_from = run.events_path.stat().st_size, log_size(run)
         exit_code = _train(run, plan)
-        plan = _record_outcome(
+        plan = _record_and_plan_retry(
             run, exit_code, events_from, log_from, host_out_of_memory=host_oom_kills() > kills_before
         )
 

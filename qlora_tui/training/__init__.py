@@ -32,7 +32,7 @@
 ``memory_probe``          one step on the longest batch before training; ``memory_meter``: peak memory;
                           ``heap``: returns free memory to the system
 ``trainer``               transformers' ``Trainer``, one item per optimizer step; learning-rate schedule
-``callbacks``             the ``TrainerCallback``: probe memory, then after each step report, validate
+``callbacks``             the ``TrainerCallback``: probe memory, then after each step report, evaluate
                           (``evaluation``, ``accuracy``), save (``checkpoint_saver``; ``disk_errors``: the
                           cause of a failed write), handle ``control_requests``
 ``checkpoints``           written completely or not at all; resumed exactly

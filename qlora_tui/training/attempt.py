@@ -73,7 +73,7 @@ class TrainingAttempt:
             step_plan,
             prepared.data.train,
             micro_batch=recipe.training.micro_batch_size,
-            packing_isolated=prepared.base.packing_isolated,
+            padding_free=prepared.base.padding_free,
             pad_id=prepared.pad_id,
             multiple=prepared.device.row_multiple,
             rank=prepared.dist.rank,

@@ -42,7 +42,7 @@ class AttentionMismatchError(RuntimeError):
     """The attention of a layer differs from the library's."""
 
 
-def library_logits(model: Any, tokens: Tensor, positions: Tensor) -> Tensor:
+def reference_logits(model: Any, tokens: Tensor, positions: Tensor) -> Tensor:
     """Compute the logits of one sample with the library's attention, and compare ours in each layer.
 
     Returns:
@@ -100,21 +100,26 @@ def _compare(
         kind: None if attention_mask is None else attention_mask.to(kind) for kind in (torch.float64, dtype)
     }
 
-    def library(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _library(module, q, k, v, masks[q.dtype], **kwargs)
+    def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _reference(module, q, k, v, masks[q.dtype], **kwargs)
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mask = packed_attention.segment_mask([q.shape[2]])
         output: Tensor = packed(module, q, k, v, mask, **kwargs)[0]
         return output
 
-    if not attention_matches(ours, library, query, key, value, kwargs.get("scaling")):
+    if not attention_matches(ours, reference, query, key, value, kwargs.get("scaling")):
         raise AttentionMismatchError(type(module).__name__)
-    return library(query.double(), key.double(), value.double()).to(dtype), None
+    return reference(query.double(), key.double(), value.double()).to(dtype), None
 
 
 def attention_matches(
-    ours: AttentionFn, library: AttentionFn, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+    ours: AttentionFn,
+    reference: AttentionFn,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
 ) -> bool:
     """Whether two attention functions agree on the tensors of a layer.
 
@@ -123,17 +128,17 @@ def attention_matches(
     """
     usual = (query * _factors(query, key, scaling)).to(query.dtype)
     q, k, v = usual.double(), key.double(), value.double()
-    expected, scale = library(q, k, v), library(q, k, v.abs())
+    expected, scale = reference(q, k, v), reference(q, k, v.abs())
     if not within_rounding(ours(q, k, v).float(), expected.float(), scale, _ROUNDINGS):
         return False
-    rounded = library(usual, key, value).double() - expected
+    rounded = reference(usual, key, value).double() - expected
     noise = rounded.square().mean(-1, keepdim=True).sqrt().amax(1, keepdim=True)
     error = (ours(usual, key, value).double() - expected).abs()
     floor = torch.finfo(query.dtype).eps / 3 * scale
     return bool((error <= _NOISE[query.dtype] * torch.maximum(noise, floor)).all())
 
 
-def _library(
+def _reference(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> Tensor:
     """The family's own eager attention, (batch, tokens, heads, width)."""

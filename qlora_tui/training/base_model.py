@@ -37,9 +37,9 @@ class PreparedBase:
     """Description of the attention, for the run's events."""
     loss: str
     """The loss that the memory estimate assumes, or another one with the reason."""
-    packing_isolated: bool
+    padding_free: bool
     """Whether several samples may share a row."""
-    library_attention: str
+    reference_attention: str
     """The implementation in transformers for a single sample: ``sdpa`` or ``eager``."""
     replaced: tuple[str, ...] = ()
     """Fast paths that are not used, because they differ from the library on this model."""
@@ -73,22 +73,22 @@ def prepare_base(
         model, head, device.torch_device
     ):
         head = "its computation between head and loss is not supported"
-    library_attention = model.config._attn_implementation
+    reference_attention = model.config._attn_implementation
     loss_name = _use_loss(model, head, device, expected_loss, weighted)
     chunked_loss.use_segments(model)
     packed = _use_packed_attention(model, attention_path, device)
     if packed is None:
         # Padded rows do not need our attention, and the check of the first step needs the library's.
-        model_loading.set_attention(model, library_attention)
+        model_loading.set_attention(model, reference_attention)
     return PreparedBase(
         model=model,
         folder=folder,
         attention=_DESCRIPTIONS[packed]
         if packed
-        else f"{library_attention.replace('sdpa', 'SDPA')}, padded rows",
+        else f"{reference_attention.replace('sdpa', 'SDPA')}, padded rows",
         loss=loss_name,
-        packing_isolated=packed is not None,
-        library_attention=library_attention,
+        padding_free=packed is not None,
+        reference_attention=reference_attention,
     )
 
 

@@ -81,20 +81,20 @@ class StepPlan:
     """Steps of the first epoch, like ``rows_per_epoch``; with fractional weights others can differ by one."""
 
 
-def plan_steps(samples: TokenizedDataset, recipe: Recipe, *, packing_isolated: bool) -> StepPlan:
-    """Plan every step of a run. ``packing_isolated``: samples in one row do not attend to each other."""
+def plan_steps(samples: TokenizedDataset, recipe: Recipe, *, padding_free: bool) -> StepPlan:
+    """Plan every step of a run. ``padding_free``: samples in one row do not attend to each other."""
     training, data = recipe.training, recipe.data
     steps: list[PlannedStep] = []
     first_rows = first_steps = 0
     for epoch in range(math.ceil(training.epochs)):
         order = samples.epoch(epoch, training.seed)
         shuffle = random.Random(f"{training.seed}/{epoch}/rows")
-        if packing_isolated and data.packing:
+        if padding_free and data.packing:
             rows = pack(order, [samples.length(i) for i in order], data.max_length)
             shuffle.shuffle(rows)
         else:
             rows = [(i,) for i in order]
-        if not packing_isolated:
+        if not padding_free:
             rows = _group_by_length(rows, samples, recipe.effective_batch, shuffle)
         if not epoch:
             first_rows = len(rows)
@@ -142,11 +142,11 @@ def micro_batches(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
 
 
 def validation_batches(
-    samples: TokenizedDataset, size: int, max_length: int, *, packing_isolated: bool
+    samples: TokenizedDataset, size: int, max_length: int, *, padding_free: bool
 ) -> list[list[Row]]:
     """All validation samples once, in micro-batches of ``size`` rows."""
     everything = range(len(samples))
-    if packing_isolated:
+    if padding_free:
         rows = pack(everything, [samples.length(i) for i in everything], max_length)
     else:
         rows = sorted(((i,) for i in everything), key=lambda row: samples.length(row[0]))
@@ -167,22 +167,22 @@ def sum_loss_weights(rows: Sequence[Row], samples: TokenizedDataset) -> float:
     return sum(sum(token_weights[1:]) for token_weights in weights)
 
 
-def computed_tokens(rows: Sequence[Row], samples: TokenizedDataset, *, packing_isolated: bool) -> int:
+def computed_tokens(rows: Sequence[Row], samples: TokenizedDataset, *, padding_free: bool) -> int:
     """Tokens a forward pass over one micro-batch computes, padding included."""
-    if packing_isolated:
+    if padding_free:
         return count_tokens(rows, samples)
     return len(rows) * max(samples.length(row[0]) for row in rows)
 
 
 def collate(
-    rows: Sequence[Row], samples: TokenizedDataset, *, packing_isolated: bool, pad_id: int, multiple: int = 1
+    rows: Sequence[Row], samples: TokenizedDataset, *, padding_free: bool, pad_id: int, multiple: int = 1
 ) -> dict[str, Any]:
     """Tensors of one micro-batch, on the CPU: the arguments of the model's forward.
 
     The module's docstring shows an example of both shapes.
 
     Args:
-        packing_isolated: one packed row instead of padded rows.
+        padding_free: one packed row instead of padded rows.
         multiple: the last sample of a packed row is padded so that the row has a multiple of it.
 
     Returns:
@@ -195,12 +195,12 @@ def collate(
     weights = [torch.tensor(list(token_weights)) for token_weights in weighted if token_weights is not None]
     ids = [_tensor(samples.token_ids(i)) for row in rows for i in row]
     labels = [_labels(i, tokens, samples) for i, tokens in zip(_samples_of(rows), ids, strict=True)]
-    if packing_isolated:
+    if padding_free:
         more = -sum(map(len, ids)) % multiple
         for parts, value in ((ids, pad_id), (labels, IGNORED), *([(weights, 0)] if weights else [])):
             parts[-1] = nn.functional.pad(parts[-1], (0, more), value=value)
     lengths = [len(tokens) for tokens in ids]
-    if packing_isolated:
+    if padding_free:
         batch = {"loss_weights": torch.cat(weights)[None]} if weights else {}
         row_labels = torch.cat(labels)[None]
         return batch | {

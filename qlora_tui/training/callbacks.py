@@ -1,4 +1,4 @@
-"""What happens between two steps: report, check, validate, save, and carry out requests.
+"""What happens between two steps: report, check, evaluate, save, and carry out requests.
 
 Between steps nothing is half done, so this is where a run is inspected and where it ends.
 """
@@ -42,7 +42,7 @@ class StepResult(NamedTuple):
 
 
 class RunCallback(TrainerCallback):
-    """Reports, validates and saves a run, and ends it where that is requested.
+    """Reports, evaluates and saves a run, and ends it where that is requested.
 
     ``on_log`` is used instead of ``on_step_end``, because transformers passes loss and gradient norm only
     there. It logs every step (``logging_steps=1``), right after ``on_step_end``.
@@ -63,7 +63,7 @@ class RunCallback(TrainerCallback):
         self._total_steps = len(prepared.step_plan.steps)
         self._started_at = 0.0
         self._overhead_s = 0.0
-        """Seconds spent on validating, sampling and saving: no training time."""
+        """Seconds spent on evaluating, sampling and saving: no training time."""
         self._emitted_at = 0.0
         self._emitted_tokens = 0
         if prepared.checkpoint is not None:
@@ -72,16 +72,16 @@ class RunCallback(TrainerCallback):
             trainer.tokens = prepared.checkpoint.state.tokens
 
     def training_seconds(self) -> float:
-        """Seconds since the first step, without validating, sampling and saving."""
+        """Seconds since the first step, without evaluating, sampling and saving."""
         return time.perf_counter() - self._started_at - self._overhead_s
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Before the first step, with optimizer and scheduler restored: probe memory, then validate."""
+        """Before the first step, with optimizer and scheduler restored: probe memory, then evaluate."""
         self._probe_memory()
         if self.progress.evaluated_step < 0:
-            self._evaluate(0)
+            self._evaluate_and_sample(0)
         few = too_few_steps(self._total_steps, self._prepared.recipe.training.max_steps)
         if few is not None and not state.global_step:
             self._reporter.health(few.kind, few.evidence, few.remedy)
@@ -98,7 +98,7 @@ class RunCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Report an optimizer step, carry out requests, and validate, save or stop where that is due."""
+        """Report an optimizer step, carry out requests, and evaluate, save or stop where that is due."""
         if logs is None or "loss" not in logs:
             # The summary at the end of training.
             return
@@ -122,7 +122,7 @@ class RunCallback(TrainerCallback):
             self._emit_step(result, force=True)
 
     def _act_between_steps(self, step: int, planned: PlannedStep, control: TrainerControl) -> None:
-        """Carry out requests, and validate, save and stop where that is due."""
+        """Carry out requests, and evaluate, save and stop where that is due."""
         self._requests.poll()
         self._change_learning_rate()
         stop_kind = self._requests.stop_kind()
@@ -132,7 +132,7 @@ class RunCallback(TrainerCallback):
         ends = is_last or (planned.ends_epoch and self.progress.ends_with_epoch)
         requested = {kind for kind in _STEP_REQUESTS if self._requests.take(kind)}
         if self._is_due("eval_every", step, planned.ends_epoch or ends) or "evaluate" in requested:
-            improved = self._evaluate(step)
+            improved = self._evaluate_and_sample(step)
             if self._should_stop_early():
                 control.should_training_stop = True
             if improved and not ends:
@@ -157,36 +157,36 @@ class RunCallback(TrainerCallback):
     def _probe_memory(self) -> None:
         """Run one step on the longest batch, so that a run that does not fit fails before its first step."""
         prepared = self._prepared
-        samples, isolated = prepared.data.train, prepared.base.packing_isolated
+        samples, padding_free = prepared.data.train, prepared.base.padding_free
         self._requests.raise_if_stop_requested()
         self._reporter.phase("probing", "one step on the longest batch")
         rows = longest_micro_batch(
-            prepared.step_plan, samples, prepared.recipe.training.micro_batch_size, packing_isolated=isolated
+            prepared.step_plan, samples, prepared.recipe.training.micro_batch_size, padding_free=padding_free
         )
-        prepared.meter.set_longest_batch(len(rows), computed_tokens(rows, samples, packing_isolated=isolated))
-        self._keep_layers()
+        prepared.meter.set_longest_batch(len(rows), computed_tokens(rows, samples, padding_free=padding_free))
+        self._apply_kept_layers()
         probe_memory(self._trainer, rows, fresh=prepared.checkpoint is None)
         self._reporter.emit(prepared.meter.measure("probe"))
         self._requests.raise_if_stop_requested()
 
-    def _keep_layers(self) -> None:
+    def _apply_kept_layers(self) -> None:
         """Exempt layers from checkpointing as memory allows, if ``gradient_checkpointing`` is ``auto``."""
         prepared = self._prepared
-        kept_layers = prepared.meter.keep_layers(prepared.max_kept_layers)
-        if kept_layers is None or not model_loading.keep_activations(prepared.base.model, kept_layers.count):
+        plan = prepared.meter.plan_kept_layers(prepared.max_kept_layers)
+        if plan is None or not model_loading.apply_kept_layers(prepared.base.model, plan.kept_layers):
             return
         self._reporter.emit(
             LayersKept(
                 at=time.time(),
-                kept_layers=kept_layers.count,
-                layers=kept_layers.layers,
-                available_bytes=kept_layers.available_bytes,
-                estimated_bytes=kept_layers.estimate.process_bytes,
+                kept_layers=plan.kept_layers,
+                layers=plan.total_layers,
+                available_bytes=plan.available_bytes,
+                estimated_bytes=plan.estimate.process_bytes,
             )
         )
 
     def _emit_step(self, result: StepResult, *, force: bool) -> bool:
-        """Emit every ``log_every``-th step and broken ones, or with ``force`` any; True where emitted."""
+        """Emit every ``log_every``-th step and non-finite ones, or with ``force`` any; True where emitted."""
         step, epoch, loss, learning_rate, grad_norm = result
         self._reporter.update(step=step, loss=loss if math.isfinite(loss) else None)
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -246,20 +246,20 @@ class RunCallback(TrainerCallback):
         every: int = getattr(self._prepared.recipe.training, interval_name)
         return epoch_ends if not every else step % every == 0 or step == self._total_steps
 
-    def _evaluate(self, step: int) -> bool:
-        """Validate and sample; True where the validation loss is the best so far."""
+    def _evaluate_and_sample(self, step: int) -> bool:
+        """Evaluate and sample; True where the validation loss is the best so far."""
         started_at = time.perf_counter()
         self.progress.evaluated_step = step
-        if not self._evaluator.can_validate and not self._prepared.recipe.training.sample_prompts:
+        if not self._evaluator.has_validation_data and not self._prepared.recipe.training.sample_prompts:
             return False
         self._reporter.phase("evaluating")
-        best = self._evaluator.can_validate and self._validate(step)
+        best = self._evaluator.has_validation_data and self._evaluate(step)
         self._sample(step)
         self._overhead_s += time.perf_counter() - started_at
         return best
 
-    def _validate(self, step: int) -> bool:
-        loss, accuracy = self._evaluator.validate()
+    def _evaluate(self, step: int) -> bool:
+        loss, accuracy = self._evaluator.evaluate()
         best = self.progress.add_validation_loss(step, loss)
         self._reporter.emit(
             Evaluated(

@@ -80,7 +80,7 @@ class CheckpointSaver:
             step=step,
             tokens=self._trainer.tokens,
             data_hash=prepared.data.data_hash,
-            packing_isolated=prepared.base.packing_isolated,
+            padding_free=prepared.base.padding_free,
             recipe=checkpoints.recipe_text(prepared.recipe),
             best_step=progress.best_step,
             best_loss=progress.best_loss,

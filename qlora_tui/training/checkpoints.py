@@ -60,7 +60,7 @@ class CheckpointState(Struct, frozen=True, kw_only=True):
     tokens: int
     """Real tokens trained on so far."""
     data_hash: str
-    packing_isolated: bool = msgspec.field(name="kept_apart")
+    padding_free: bool = msgspec.field(name="kept_apart")
     """Whether samples in one row were isolated, which decides how rows are packed."""
     recipe: str
     """The recipe as TOML."""

@@ -77,10 +77,10 @@ def use_chunked_loss(model: nn.Module, head: ChunkedHead, kernel: LossSumFn | No
         kernel: used in place of the chunks for tokens without weights and heads without trained rows, such as
             :func:`qlora_tui.training.liger.verified_liger_loss`.
     """
-    stock = model.forward
+    reference_forward = model.forward
     decoder: nn.Module = model.get_decoder()  # type: ignore[operator]  # a PreTrainedModel's method
 
-    @wraps(stock)
+    @wraps(reference_forward)
     def forward(
         self: nn.Module,
         input_ids: Tensor | None = None,
@@ -93,7 +93,7 @@ def use_chunked_loss(model: nn.Module, head: ChunkedHead, kernel: LossSumFn | No
         **kwargs: Any,
     ) -> Any:
         if labels is None:
-            return stock(
+            return reference_forward(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
             )
         hidden = decoder(
@@ -109,9 +109,9 @@ def use_chunked_loss(model: nn.Module, head: ChunkedHead, kernel: LossSumFn | No
 
 def use_weighted_loss(model: nn.Module) -> None:
     """Make ``model(loss_weights=…)`` weight the loss of each token, where chunks are not supported."""
-    stock = model.forward
+    reference_forward = model.forward
 
-    @wraps(stock)
+    @wraps(reference_forward)
     def forward(
         self: nn.Module,
         loss_weights: Tensor | None = None,
@@ -119,9 +119,9 @@ def use_weighted_loss(model: nn.Module) -> None:
         **kwargs: Any,
     ) -> Any:
         if loss_weights is None:
-            return stock(**kwargs)
+            return reference_forward(**kwargs)
         wanted, items = kwargs.pop("labels")[:, 1:], kwargs.pop("num_items_in_batch")
-        logits = stock(**kwargs).logits
+        logits = reference_forward(**kwargs).logits
         losses = nn.functional.cross_entropy(
             logits[:, :-1].float().transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none"
         )
@@ -130,7 +130,7 @@ def use_weighted_loss(model: nn.Module) -> None:
     model.forward = MethodType(forward, model)
 
 
-def use_library_loss(model: nn.Module) -> None:
+def use_reference_loss(model: nn.Module) -> None:
     """Restore the model's own loss, which then also supports packed rows and loss weights."""
     vars(model).pop("forward", None)
     use_weighted_loss(model)
@@ -142,13 +142,13 @@ def use_segments(model: nn.Module) -> None:
 
     The lengths are passed as the mask of :mod:`qlora_tui.training.packed_attention`.
     """
-    inner = model.forward
+    original_forward = model.forward
 
-    @wraps(inner)
+    @wraps(original_forward)
     def forward(self: nn.Module, segments: list[int] | None = None, **kwargs: Any) -> Any:
         if segments is not None:
             kwargs |= {"attention_mask": segment_mask(segments), "use_cache": False}
-        return inner(**kwargs)
+        return original_forward(**kwargs)
 
     model.forward = MethodType(forward, model)
 
@@ -167,7 +167,7 @@ def summed_loss(
     head: ChunkedHead,
     hidden: Tensor,
     labels: Tensor,
-    weights: Tensor | None = None,
+    loss_weights: Tensor | None = None,
     rows: TokenRows | None = None,
     kernel: LossSumFn | None = None,
     positions: Tensor | None = None,
@@ -177,9 +177,9 @@ def summed_loss(
     Args:
         hidden: (batch, tokens, hidden); position t - 1 predicts token t.
         labels: (batch, tokens), ``IGNORED`` for tokens that are not in the loss.
-        weights: (batch, tokens); None where each token counts 1.
+        loss_weights: (batch, tokens); None where each token counts 1.
         rows: trained rows that replace those of the head.
-        kernel: used where there are neither weights nor rows.
+        kernel: used where there are neither ``loss_weights`` nor ``rows``.
         positions: what :func:`loss_positions` finds in ``labels``; None finds it
             here, for which the CPU waits for the GPU.
 
@@ -195,12 +195,12 @@ def summed_loss(
     if not len(targets):
         nothing = hidden.sum() * 0.0
         return nothing if values is None else nothing + values.sum() * 0.0, 0
-    if kernel is not None and weights is None and rows is None:
+    if kernel is not None and loss_weights is None and rows is None:
         return kernel(states, targets), len(targets)
-    counts = None if weights is None else weights.flatten().index_select(0, positions + 1)
+    selected_weights = None if loss_weights is None else loss_weights.flatten().index_select(0, positions + 1)
     if values is not None and not torch.is_grad_enabled():
         values = values.detach()
-    return chunked_sum(states, targets, head, counts, ids, values), len(targets)
+    return chunked_sum(states, targets, head, selected_weights, ids, values), len(targets)
 
 
 class _SelectRows(torch.autograd.Function):
@@ -222,7 +222,7 @@ def chunked_sum(
     states: Tensor,
     targets: Tensor,
     head: ChunkedHead,
-    weights: Tensor | None = None,
+    loss_weights: Tensor | None = None,
     ids: Tensor | None = None,
     values: Tensor | None = None,
 ) -> Tensor:
@@ -231,12 +231,12 @@ def chunked_sum(
     Args:
         states: (tokens, hidden), the input of the head.
         targets: (tokens,), token ids.
-        weights: (tokens,); None where each token counts 1.
+        loss_weights: (tokens,); None where each token counts 1.
         ids: (rows,), token ids whose rows of the head are replaced by ``values``.
         values: (rows, hidden).
     """
     total: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]  # torch's own
-        states, targets, head, weights, ids, values
+        states, targets, head, loss_weights, ids, values
     )
     return total
 
@@ -250,7 +250,7 @@ class _ChunkedLoss(torch.autograd.Function):
         states: Tensor,
         targets: Tensor,
         head: ChunkedHead,
-        weights: Tensor | None,
+        loss_weights: Tensor | None,
         ids: Tensor | None,
         values: Tensor | None,
     ) -> Tensor:
@@ -266,7 +266,7 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(targets), LOSS_CHUNK_ROWS):
             end = start + LOSS_CHUNK_ROWS
             chunk, target = states[start:end].to(weight.dtype), targets[start:end, None]
-            counts = None if weights is None else weights[start:end, None]
+            chunk_weights = None if loss_weights is None else loss_weights[start:end, None]
             with torch.autocast(states.device.type, enabled=False):
                 padded_logits = nn.functional.linear(pad_tokens(chunk), weight, bias)
             # The padding rows are carried along unread, which saves a copy without them.
@@ -281,13 +281,13 @@ class _ChunkedLoss(torch.autograd.Function):
                 losses, logit_grads = losses_and_grads(
                     logits[block_slice], target[block_slice], head, needs_grad=grad is not None
                 )
-                if counts is not None:
-                    losses *= counts[block_slice]
+                if chunk_weights is not None:
+                    losses *= chunk_weights[block_slice]
                 total += losses.sum()
                 if logit_grads is None:
                     continue
-                if counts is not None:
-                    logit_grads *= counts[block_slice]
+                if chunk_weights is not None:
+                    logit_grads *= chunk_weights[block_slice]
                 if ids is not None and row_logit_grads is not None:
                     row_logit_grads[block_slice] = logit_grads.index_select(1, ids)
                     logit_grads.index_fill_(1, ids, 0)

@@ -110,7 +110,7 @@ def _flash_obstacle(device: ComputeDevice) -> FlashObstacle | None:
     cuda = device.kind == "cuda"
     return flash_obstacle(
         cuda=cuda,
-        compute_bytes=device.dtype.itemsize,
+        compute_itemsize=device.dtype.itemsize,
         ampere=cuda and varlen_attention.has_flash(device.torch_device),
         torch_has_varlen=varlen_attention.find_kernel() is not None,
     )

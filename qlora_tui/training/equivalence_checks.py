@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_tui.training.agreement import bitwise_equal, within_rounding
-from qlora_tui.training.attention_check import library_logits, short_windows
+from qlora_tui.training.attention_check import reference_logits, short_windows
 from qlora_tui.training.chunked_loss import IGNORED, ChunkedHead, losses_and_grads
 from qlora_tui.training.fused.patching import temporary_forwards
 
@@ -51,11 +51,11 @@ def packing_is_isolated(model: Any, device: torch.device) -> bool:
             packed_after_other = _second_in_row(model, other, second)
             alone = model(input_ids=second, position_ids=_positions(second), segments=[_SECOND]).logits[0]
             longer = torch.cat([second, first], dim=1)
-            by_library = library_logits(model, longer, _positions(longer))
+            expected = reference_logits(model, longer, _positions(longer))
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
             return False
     size = _rms(alone)
-    share = (_rms(alone - by_library[:_SECOND]) / size).max().clamp(min=_MIN_NOISE[alone.dtype])
+    share = (_rms(alone - expected[:_SECOND]) / size).max().clamp(min=_MIN_NOISE[alone.dtype])
     leak, difference = _rms(packed - packed_after_other), _rms(packed - alone)
     # Written so that NaN counts as a difference.
     if not share <= _MAX_NOISE:

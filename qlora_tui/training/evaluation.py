@@ -47,7 +47,7 @@ class ValidationSums(NamedTuple):
 
 
 class Evaluator:
-    """Validates a run's model and samples from it, as often as the recipe says."""
+    """Evaluates a run's model and samples from it, as often as the recipe says."""
 
     def __init__(self, prepared: PreparedRun, model: Any) -> None:
         samples = prepared.data.validation
@@ -57,28 +57,28 @@ class Evaluator:
             samples,
             prepared.recipe.training.micro_batch_size,
             prepared.recipe.data.max_length,
-            packing_isolated=prepared.base.packing_isolated,
+            padding_free=prepared.base.padding_free,
         )
         turn_ends = frozenset(prepared.tokenizer.turn_end_ids)
         self._short_answers_end = turn_ends if has_short_answers(samples) else None
 
     @property
-    def can_validate(self) -> bool:
+    def has_validation_data(self) -> bool:
         """Whether the run has validation data."""
         return bool(self._batches)
 
-    def validate(self) -> tuple[float, float | None]:
+    def evaluate(self) -> tuple[float, float | None]:
         """The mean loss of the validation data, and its accuracy where answers are short.
 
         Each process of the run computes its share of the batches.
         """
         prepared = self._prepared
         dist = prepared.dist
-        local_sums = validate(
+        local_sums = evaluate(
             self._model,
             prepared.data.validation,
             self._batches[dist.rank :: dist.world_size],
-            packing_isolated=prepared.base.packing_isolated,
+            padding_free=prepared.base.padding_free,
             pad_id=prepared.pad_id,
             multiple=prepared.device.row_multiple,
             device=prepared.device.torch_device,
@@ -100,12 +100,12 @@ class Evaluator:
         )
 
 
-def validate(
+def evaluate(
     model: Any,
     samples: TokenizedDataset,
     batches: Sequence[Sequence[Row]],
     *,
-    packing_isolated: bool,
+    padding_free: bool,
     pad_id: int,
     multiple: int,
     device: torch.device,
@@ -120,9 +120,7 @@ def validate(
     total, trained, exact, answered = 0.0, 0.0, 0, 0
     with no_grad_eval(model), last_hidden_states(model) as hidden:
         for done, rows in enumerate(batches, 1):
-            batch = collate(
-                rows, samples, packing_isolated=packing_isolated, pad_id=pad_id, multiple=multiple
-            )
+            batch = collate(rows, samples, padding_free=padding_free, pad_id=pad_id, multiple=multiple)
             count = sum_loss_weights(rows, samples)
             if count:
                 tensors = on_device(batch, device)

@@ -12,7 +12,7 @@ from qlora_tui.memory import Estimate
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Failed, Phase
-from qlora_tui.runs.out_of_memory import describe_fix, last_phase
+from qlora_tui.runs.memory_advice import describe_fix, last_phase
 from qlora_tui.training.disk_errors import disk_error
 
 _MEMORY_WORDS = (

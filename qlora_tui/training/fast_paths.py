@@ -1,4 +1,7 @@
-"""Switches between our fast paths of a training step and the library's code, one for each path."""
+"""Switches between our fast paths of a training step and the reference, the code of transformers and peft.
+
+There is one switch for each path.
+"""
 
 from __future__ import annotations
 
@@ -31,20 +34,20 @@ class FastPaths:
         self._switches: dict[FastPath, tuple[Callable[[], object], Callable[[], object]]] = {}
         """For each path, the functions that switch to ours and to the library's."""
         bare = base.model
-        if base.packing_isolated:
+        if base.padding_free:
             self._switches["packed attention"] = (
                 partial(model_loading.set_attention, bare, bare.config._attn_implementation),
-                partial(model_loading.set_attention, bare, base.library_attention),
+                partial(model_loading.set_attention, bare, base.reference_attention),
             )
         if not base.loss.startswith("stock"):
             self._switches["loss"] = (
                 partial(vars(bare).__setitem__, "forward", vars(bare)["forward"]),
-                partial(chunked_loss.use_library_loss, bare),
+                partial(chunked_loss.use_reference_loss, bare),
             )
         for part in PATCHED_PARTS:
             replaced = PatchedForwards(model, part)
             if len(replaced):
-                self._switches[part] = (replaced.use_ours, replaced.use_library)
+                self._switches[part] = (replaced.use_ours, replaced.use_reference)
 
     @property
     def names(self) -> tuple[FastPath, ...]:
@@ -53,8 +56,8 @@ class FastPaths:
 
     def use(self, names: Collection[FastPath]) -> None:
         """Use these fast paths, and the library's code for all others."""
-        for name, (ours, library) in self._switches.items():
+        for name, (ours, reference) in self._switches.items():
             if name in names:
                 ours()
             else:
-                library()
+                reference()

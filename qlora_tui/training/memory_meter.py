@@ -23,7 +23,7 @@ from qlora_tui.memory import Device as EstimatedDevice
 from qlora_tui.memory import Estimate, MeasuredRun, correction_for, estimate, record_run, trainer_execution
 from qlora_tui.memory.cpu import liger_is_installed, torch_has_varlen, torch_is_for_cuda, triton_is_installed
 from qlora_tui.memory.execution import ExecutionConfig, Loss
-from qlora_tui.memory.kept_layers import KeptLayers, keep_layers
+from qlora_tui.memory.kept_layers import KeptLayersPlan, plan_kept_layers
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.events import MemoryMeasured
 from qlora_tui.training.compute_device import ComputeDevice, host_memory_bytes
@@ -95,7 +95,7 @@ class MemoryMeter:
         self._longest_batch = structs.replace(self._recipe, data=data, training=training)
         self._longest_batch_estimate = self._estimate(self._longest_batch, corrected=False)
 
-    def keep_layers(self, limit: int | None) -> KeptLayers | None:
+    def plan_kept_layers(self, limit: int | None) -> KeptLayersPlan | None:
         """How many layers can keep their activations for the longest batch; all estimates then include them.
 
         Call :meth:`set_longest_batch` first. None are kept where a code path differs from the estimate's.
@@ -107,19 +107,19 @@ class MemoryMeter:
         if recipe is None or self._longest_batch_estimate is None:
             return None
         where = replace(_as_estimated(self._device), correction=correction_for(self._device.name))
-        kept_layers = keep_layers(
+        plan = plan_kept_layers(
             recipe,
             self._architecture,
             self._free_bytes(),
             device=where,
             limit=limit if self._is_as_expected else 0,
         )
-        if kept_layers is not None and kept_layers.count:
-            self.estimate = kept_layers.estimate
+        if plan is not None and plan.kept_layers:
+            self.estimate = plan.estimate
             self._longest_batch_estimate = self._estimate(
-                recipe, corrected=False, kept_layers=kept_layers.count
+                recipe, corrected=False, kept_layers=plan.kept_layers
             )
-        return kept_layers
+        return plan
 
     def record(self, *, ran_out: bool = False) -> None:
         """Record peak and prediction, which correct later estimates on this machine.

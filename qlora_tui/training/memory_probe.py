@@ -21,14 +21,14 @@ from qlora_tui.training.trainer import RunTrainer
 
 
 def longest_micro_batch(
-    step_plan: StepPlan, samples: TokenizedDataset, size: int, *, packing_isolated: bool
+    step_plan: StepPlan, samples: TokenizedDataset, size: int, *, padding_free: bool
 ) -> list[Row]:
     """The rows of the micro-batch with most computed tokens, padding included."""
     longest: list[Row] = []
     most = 0
     for step in step_plan.steps:
         for rows in micro_batches(step.rows, size):
-            tokens = computed_tokens(rows, samples, packing_isolated=packing_isolated)
+            tokens = computed_tokens(rows, samples, padding_free=padding_free)
             if tokens > most:
                 most, longest = tokens, list(rows)
     return longest

@@ -48,7 +48,7 @@ def load_base(
         UserError: it cannot be loaded.
     """
     quantization = _quantization_config(recipe.quantization, device)
-    stored = quantized_cache.find_folder(folder, recipe, device)
+    stored = quantized_cache.cache_path(folder, recipe, device)
     model = None
     if stored is not None and quantized_cache.is_stored(stored):
         model = _load_stored(stored, device, attention_path, on_progress)
@@ -182,7 +182,7 @@ def set_attention(model: Any, name: str) -> bool:
 
 
 def checkpoint_activations(model: Any, *, preserve_rng_state: bool | None = None) -> None:
-    """Save one hidden state per layer and recompute the rest in the backward; see :func:`keep_activations`.
+    """Save one hidden state per layer and recompute the rest in the backward; see :func:`apply_kept_layers`.
 
     Args:
         preserve_rng_state: repeat the random numbers of the forward, which needs a real device and costs
@@ -197,7 +197,7 @@ def checkpoint_activations(model: Any, *, preserve_rng_state: bool | None = None
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
-def keep_activations(model: Any, count: int) -> bool:
+def apply_kept_layers(model: Any, count: int) -> bool:
     """Exempt the last ``count`` decoder layers of a model from its gradient checkpointing.
 
     Returns:

@@ -48,7 +48,7 @@ def prepare_run(
     # Free memory before the model is loaded.
     tokenizer.release_caches()
     release_free_memory()
-    is_stored = quantized_cache.is_stored(quantized_cache.find_folder(folder, recipe, device))
+    is_stored = quantized_cache.is_stored(quantized_cache.cache_path(folder, recipe, device))
     reporter.phase(
         "loading", f"{recipe.model.id} on {device.name}{', quantized earlier' if is_stored else ''}"
     )
@@ -72,7 +72,7 @@ def prepare_run(
         tokenizer=tokenizer,
         data=data,
         base=base,
-        step_plan=plan_steps(data.train, recipe, packing_isolated=base.packing_isolated),
+        step_plan=plan_steps(data.train, recipe, padding_free=base.padding_free),
         model=_add_adapter(context, base, files, tokenizer),
         meter=meter,
     )
@@ -165,19 +165,19 @@ def _verify(prepared: PreparedRun) -> PreparedRun:
     if (base.attention, base.loss) != (prepared.base.attention, prepared.base.loss):
         _emit_environment(prepared, prepared.device, base)
     step_plan = prepared.step_plan
-    if base.packing_isolated != prepared.base.packing_isolated:
-        step_plan = plan_steps(prepared.data.train, prepared.recipe, packing_isolated=base.packing_isolated)
+    if base.padding_free != prepared.base.padding_free:
+        step_plan = plan_steps(prepared.data.train, prepared.recipe, padding_free=base.padding_free)
     return replace(prepared, base=base, step_plan=step_plan)
 
 
 def _keep_row_layout(context: AttemptContext, base: PreparedBase) -> PreparedBase:
     """Keep padded rows in a resumed run: packed rows would hold other samples than its first steps did."""
     checkpoint = context.checkpoint
-    if checkpoint is None or checkpoint.state.packing_isolated == base.packing_isolated:
+    if checkpoint is None or checkpoint.state.padding_free == base.padding_free:
         return base
-    if base.packing_isolated:
-        attention = f"{base.library_attention}, padded rows: as before the resume"
-        return replace(base, packing_isolated=False, attention=attention)
+    if base.padding_free:
+        attention = f"{base.reference_attention}, padded rows: as before the resume"
+        return replace(base, padding_free=False, attention=attention)
     context.reporter.health(
         "rows_differ",
         "Before the resume, samples were packed into rows. Now packed attention does not pass its check, "

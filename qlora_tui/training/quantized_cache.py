@@ -30,7 +30,7 @@ from qlora_tui.settings import load_settings
 from qlora_tui.training.compute_device import ComputeDevice
 
 _FORMAT = 1
-"""Raised when what is stored changes."""
+"""Bump when the stored format changes."""
 _METHODS = ("nf4", "fp4")
 _LIBRARIES = ("bitsandbytes", "transformers", "torch")
 _DRAFT = ".writing"
@@ -43,7 +43,7 @@ def quantized_dir() -> Path:
     return private_dir(paths.cache_dir() / "quantized")
 
 
-def find_folder(folder: Path, recipe: Recipe, device: ComputeDevice) -> Path | None:
+def cache_path(folder: Path, recipe: Recipe, device: ComputeDevice) -> Path | None:
     """Where the weights of a base are, or would be, stored for this recipe and device.
 
     Returns:

@@ -132,7 +132,7 @@ class StepReference:
         """Compute the library's step on ``model``, which must use no fast path; clears its gradients."""
         self._model, self._excerpt, self._device = model, excerpt, device
         self._items = sum_loss_weights([(i,) for i in range(len(excerpt))], excerpt) or 1.0
-        self._losses, self._gradients = self._library_step()
+        self._losses, self._gradients = self._reference_step()
         norms = torch.stack([gradient.norm() for gradient in self._gradients.values()])
         least = torch.finfo(device.dtype).eps * float(norms.square().mean().sqrt())
         self._least = max(least, torch.finfo(torch.float32).tiny)
@@ -149,7 +149,7 @@ class StepReference:
         The model must use no fast path, as in the constructor.
         """
         with rounding_errors(self._model, rounding_error_of(self._device.dtype), seed=self._draws):
-            losses, gradients = self._library_step()
+            losses, gradients = self._reference_step()
         self._draws += 1
         moves = losses - self._losses
         # A single draw may cancel out in the sum, so its spread is a lower bound.
@@ -171,7 +171,7 @@ class StepReference:
         """
         rows = [(0, 1)] if packed and len(self._excerpt) == 2 else [(i,) for i in range(len(self._excerpt))]
         batch = collate(
-            rows, self._excerpt, packing_isolated=packed, pad_id=pad_id, multiple=self._device.row_multiple
+            rows, self._excerpt, padding_free=packed, pad_id=pad_id, multiple=self._device.row_multiple
         )
         with _autocast(self._device):
             sent = on_device(batch, self._device.torch_device)
@@ -208,7 +208,7 @@ class StepReference:
         noise = max(self._noise[name], self._least)
         return noise if FACTOR * noise < self._size(name) else max(noise, self._size(name))
 
-    def _library_step(self) -> tuple[Tensor, Gradients]:
+    def _reference_step(self) -> tuple[Tensor, Gradients]:
         """Weighted loss of each token (tokens,), computed sample by sample, and the gradients of the mean."""
         excerpt, device = self._excerpt, self._device.torch_device
         losses: list[Tensor] = []

@@ -65,7 +65,7 @@ def verify_first_step(prepared: PreparedRun) -> PreparedBase:
     ``prepared.model`` is left with the fast paths that computed the same.
 
     Returns:
-        The base as the run may use it: ``packing_isolated`` is False where packed attention was replaced;
+        The base as the run may use it: ``padding_free`` is False where packed attention was replaced;
         the steps must then be planned again.
     """
     base, samples, step_plan = prepared.base, prepared.data.train, prepared.step_plan
@@ -73,7 +73,7 @@ def verify_first_step(prepared: PreparedRun) -> PreparedBase:
     micro_batch = prepared.recipe.training.micro_batch_size
     started = time.perf_counter()
     rows = _first_rows(step_plan, samples, micro_batch)
-    longest = longest_micro_batch(step_plan, samples, micro_batch, packing_isolated=base.packing_isolated)
+    longest = longest_micro_batch(step_plan, samples, micro_batch, padding_free=base.padding_free)
     tokens = _affordable_tokens(longest, samples, device)
     verified: VerificationResult | str = "there was not enough memory"
     while tokens >= _MIN_TOKENS:
@@ -127,12 +127,12 @@ def verify_step(
     try:
         with ExitStack() as stack:
 
-            def library_step() -> StepReference:
+            def reference_step() -> StepReference:
                 stack.enter_context(ready_to_compare(model, device))
                 paths.use(())
                 return StepReference(model, excerpt, device)
 
-            reference = _in_every_process(dist, library_step)
+            reference = _in_every_process(dist, reference_step)
             if not all(dist.all_gather(reference.is_finite)):
                 return "the library's own loss or gradient is not a finite number"
             first, right = compare(paths.names)
@@ -255,8 +255,8 @@ def _base_without(base: PreparedBase, replaced: Collection[FastPath]) -> Prepare
         return base
     base = replace(base, replaced=tuple(replaced))
     if "packed attention" in replaced:
-        attention = f"{base.library_attention}, padded rows: packed rows failed the first step's check"
-        base = replace(base, packing_isolated=False, attention=attention)
+        attention = f"{base.reference_attention}, padded rows: packed rows failed the first step's check"
+        base = replace(base, padding_free=False, attention=attention)
     if "loss" in replaced:
         base = replace(base, loss="stock: the chunked loss failed the first step's check")
     return base

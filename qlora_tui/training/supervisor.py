@@ -73,7 +73,7 @@ def _run_attempts(
     recipe: Recipe | None = None
     try:
         try:
-            recipe = plan.applied(run.recipe())
+            recipe = plan.apply_to(run.recipe())
             if dist.is_main_process:
                 leftovers.restore(run)
                 leftovers.sweep_own(run)
@@ -137,7 +137,7 @@ def _emit_started(reporter: Reporter, recipe: Recipe, checkpoint: Checkpoint | N
             attempt=number,
             pid=os.getpid(),
             resumed_from_step=step,
-            **RetryPlan.used_by(recipe.training).overrides(),
+            **RetryPlan.from_settings(recipe.training).overrides(),
         )
     )
     reporter.resume_from(step)

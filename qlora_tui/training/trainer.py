@@ -67,7 +67,7 @@ class StepDataset(Dataset[StepData]):
         samples: TokenizedDataset,
         *,
         micro_batch: int,
-        packing_isolated: bool,
+        padding_free: bool,
         pad_id: int,
         multiple: int = 1,
         rank: int = 0,
@@ -76,7 +76,7 @@ class StepDataset(Dataset[StepData]):
         self.step_plan = step_plan
         self._samples = samples
         self._micro_batch = micro_batch
-        self._packing_isolated = packing_isolated
+        self._padding_free = padding_free
         self._pad_id = pad_id
         self._multiple = multiple
         self._rank = rank
@@ -103,7 +103,7 @@ class StepDataset(Dataset[StepData]):
         return collate(
             rows,
             self._samples,
-            packing_isolated=self._packing_isolated,
+            padding_free=self._padding_free,
             pad_id=self._pad_id,
             multiple=self._multiple,
         )

@@ -32,7 +32,7 @@ FIRST_PRESET = "balanced"
 class _Snapshot:
     recipe: Recipe
     preset: str
-    base: Recipe
+    preset_recipe: Recipe
 
 
 class Workbench:
@@ -40,8 +40,8 @@ class Workbench:
 
     def __init__(self, recipe: Recipe | None = None, preset: str = FIRST_PRESET) -> None:
         """Raises UserError where there is no such preset, or it is damaged."""
-        base = build_recipe(preset=preset) if preset else Recipe()
-        self._now = _Snapshot(recipe or base, preset, base)
+        preset_recipe = build_recipe(preset=preset) if preset else Recipe()
+        self._now = _Snapshot(recipe or preset_recipe, preset, preset_recipe)
         self.lost_preset: UserError | None = None
         """Why the preset that the recipe started from could not be opened."""
         self.lost_draft: UserError | None = None
@@ -63,14 +63,14 @@ class Workbench:
         return self._now.preset
 
     @property
-    def base(self) -> Recipe:
+    def preset_recipe(self) -> Recipe:
         """The recipe as that preset gives it, with today's model and data."""
-        return _with_model_and_data(self._now.base, self.recipe)
+        return _with_model_and_data(self._now.preset_recipe, self.recipe)
 
     @property
     def modified(self) -> bool:
         """Whether the recipe differs from its preset."""
-        return self.recipe != self.base
+        return self.recipe != self.preset_recipe
 
     def set(self, path: str, value: Any) -> bool:
         """Change one setting, checked; False when it had that value already. Raises UserError."""
@@ -82,7 +82,7 @@ class Workbench:
         """Change the whole recipe, undoably; False when nothing changed."""
         if recipe == self.recipe:
             return False
-        self._push_undo(_Snapshot(recipe, self._now.preset, self._now.base))
+        self._push_undo(_Snapshot(recipe, self._now.preset, self._now.preset_recipe))
         return True
 
     def adopt(self, other: Workbench) -> None:
@@ -91,15 +91,16 @@ class Workbench:
 
     def open_preset(self, name: str) -> None:
         """Take a preset's settings, keeping model and data. Raises UserError."""
-        base = build_recipe(preset=name)
-        self._push_undo(_Snapshot(_with_model_and_data(base, self.recipe), name, base))
+        preset_recipe = build_recipe(preset=name)
+        changed = _with_model_and_data(preset_recipe, self.recipe)
+        self._push_undo(_Snapshot(changed, name, preset_recipe))
 
     def saved_as(self, name: str) -> tuple[str, Recipe]:
         """Record that the recipe was saved as preset ``name``: no change of the recipe, so nothing to undo.
 
         Returns the preset that it started from until now, for :meth:`undo_saved_as`.
         """
-        began = self._now.preset, self._now.base
+        began = self._now.preset, self._now.preset_recipe
         self._now = _Snapshot(self.recipe, name, self.recipe)
         return began
 

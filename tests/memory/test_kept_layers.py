@@ -10,7 +10,7 @@ import pytest
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.memory import Device, check_fit, estimate, trainer_execution
-from qlora_tui.memory.kept_layers import KeptLayers, keep_layers, speedup
+from qlora_tui.memory.kept_layers import KeptLayersPlan, plan_kept_layers, speedup
 from qlora_tui.recipe.schema import Data, Recipe, Training
 from tests.catalog.configs import config
 
@@ -23,14 +23,14 @@ def llama() -> Architecture:
     return parse_architecture(config("meta-llama/Llama-3.1-8B"))
 
 
-def most_layers(architecture: Architecture, gib: float, **settings: Any) -> KeptLayers:
-    result = keep_layers(RECIPE, architecture, int(gib * GIB), **settings)
+def most_layers(architecture: Architecture, gib: float, **settings: Any) -> KeptLayersPlan:
+    result = plan_kept_layers(RECIPE, architecture, int(gib * GIB), **settings)
     assert result is not None
     return result
 
 
 def test_more_memory_keeps_more_layers(llama: Architecture) -> None:
-    counts = [most_layers(llama, gib).count for gib in (7, 10, 12, 16, 24)]
+    counts = [most_layers(llama, gib).kept_layers for gib in (7, 10, 12, 16, 24)]
     assert counts[0] == 0 and counts[-1] == llama.layers
     assert counts == sorted(counts) and len(set(counts)) >= 4
 
@@ -38,12 +38,12 @@ def test_more_memory_keeps_more_layers(llama: Architecture) -> None:
 def test_one_layer_more_would_not_fit_for_certain(llama: Architecture) -> None:
     available = 12 * GIB
     result = most_layers(llama, 12)
-    assert check_fit(result.estimate, available).word == "fits"
+    assert check_fit(result.estimate, available).fits_with_margin
     execution = trainer_execution(RECIPE, Device(), llama)
     more = estimate(
-        RECIPE, llama, execution=replace(execution, kept_layers=result.count + 1), device=Device()
+        RECIPE, llama, execution=replace(execution, kept_layers=result.kept_layers + 1), device=Device()
     )
-    assert check_fit(more, available).word != "fits"
+    assert not check_fit(more, available).fits_with_margin
 
 
 def test_kept_layers_cost_as_much_as_without_checkpointing(llama: Architecture) -> None:
@@ -52,20 +52,20 @@ def test_kept_layers_cost_as_much_as_without_checkpointing(llama: Architecture) 
 
 
 def test_a_retry_limits_the_layers(llama: Architecture) -> None:
-    assert most_layers(llama, 24, limit=5).count == 5
-    assert most_layers(llama, 24, limit=0).count == 0
+    assert most_layers(llama, 24, limit=5).kept_layers == 5
+    assert most_layers(llama, 24, limit=0).kept_layers == 0
 
 
 @pytest.mark.parametrize("checkpointing", ["on", "off"])
 def test_a_recipe_that_decides_is_not_asked(llama: Architecture, checkpointing: str) -> None:
-    assert keep_layers(replace_checkpointing(checkpointing), llama, 80 * GIB) is None
+    assert plan_kept_layers(replace_checkpointing(checkpointing), llama, 80 * GIB) is None
 
 
 def test_an_approximated_family_keeps_none(llama: Architecture) -> None:
     from msgspec.structs import replace as with_fields
 
     unknown = with_fields(llama, model_type="unheard-of")
-    assert most_layers(unknown, 80).count == 0
+    assert most_layers(unknown, 80).kept_layers == 0
 
 
 def test_a_cpu_run_takes_half_of_the_free_memory(llama: Architecture) -> None:

@@ -144,7 +144,7 @@ def _measured(values: dict[str, Any], recipe: Recipe, dropout: float, *, kept_la
     assert model_loading.use_packed_attention(model)
     if recipe.training.gradient_checkpointing != "off":
         model_loading.checkpoint_activations(model, preserve_rng_state=bool(dropout))
-        assert model_loading.keep_activations(model, kept_layers)
+        assert model_loading.apply_kept_layers(model, kept_layers)
     model.enable_input_require_grads()
     head = find_head(model)
     assert isinstance(head, ChunkedHead)

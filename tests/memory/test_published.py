@@ -146,10 +146,10 @@ def _row(**changes: str) -> dict[str, str]:
         ("extra", "Liger fused linear cross-entropy", "loss", "liger"),
         ("extra", "QLoRA without fp32 upcast", "cast_to_float32", False),
         ("extra", "norms, embedding and head with fp32 upcast", "cast_to_float32", True),
-        ("extra", "bnb_4bit_compute_dtype=torch.float32", "compute_bytes", 4),
+        ("extra", "bnb_4bit_compute_dtype=torch.float32", "compute_itemsize", 4),
         ("extra", "compute bfloat16", "float16", False),
         ("extra", "compute fp16", "float16", True),
-        ("extra", "LoRA bf16", "adapter_bytes", 2),
+        ("extra", "LoRA bf16", "adapter_itemsize", 2),
         ("extra", "gradient_accumulation_steps=8", "accumulates", True),
         ("extra", "expandable_segments:True", "expandable_segments", True),
     ],
@@ -195,7 +195,7 @@ def test_dropout_is_read_however_it_is_written(text: str, dropout: float) -> Non
 
 
 @pytest.mark.parametrize(
-    ("words", "norms_float32", "cast_to_float32", "adapter_bytes", "reentrant"),
+    ("words", "norms_float32", "cast_to_float32", "adapter_itemsize", "reentrant"),
     [
         ("TRL 0.11.4; transformers 4.45.2; bf16 compute", True, False, 4, True),
         ("TRL 0.11.4; transformers 4.45.2; fp16 compute", False, True, 4, True),
@@ -208,11 +208,11 @@ def test_dropout_is_read_however_it_is_written(text: str, dropout: float) -> Non
     ],
 )
 def test_trl_prepares_a_quantized_model_as_its_version_does(
-    words: str, norms_float32: bool, cast_to_float32: bool, adapter_bytes: int, reentrant: bool
+    words: str, norms_float32: bool, cast_to_float32: bool, adapter_itemsize: int, reentrant: bool
 ) -> None:
     _, execution = read_execution(_row(extra=words))
     assert (execution.norms_float32, execution.cast_to_float32) == (norms_float32, cast_to_float32)
-    assert (execution.adapter_bytes, execution.reentrant) == (adapter_bytes, reentrant)
+    assert (execution.adapter_itemsize, execution.reentrant) == (adapter_itemsize, reentrant)
     assert execution.autocast and not execution.logits_alive_in_backward
 
 

@@ -23,9 +23,10 @@ from qlora_tui.runs.status import Status, write_status
 
 run = RunDir(Path(sys.argv[1]))
 plan = parse_plan(sys.argv[3]) if "--plan" in sys.argv else RetryPlan()
-training = plan.applied(run.recipe()).training
+training = plan.apply_to(run.recipe()).training
 log = EventWriter(run.events_path)
-log.append(Started(at=time.time(), attempt=1, pid=os.getpid(), **RetryPlan.used_by(training).overrides()))
+settings = RetryPlan.from_settings(training).overrides()
+log.append(Started(at=time.time(), attempt=1, pid=os.getpid(), **settings))
 part = run.recipe().name
 if part == "waits":
     os.mkfifo(run.path / "go")

@@ -62,7 +62,7 @@ def state(run: RunDir, step: int) -> checkpoints.CheckpointState:
     """What a checkpoint says of its run."""
     recipe = run.recipe_path.read_text()
     return checkpoints.CheckpointState(
-        step=step, tokens=step, data_hash="0", packing_isolated=True, recipe=recipe
+        step=step, tokens=step, data_hash="0", padding_free=True, recipe=recipe
     )
 
 

@@ -51,7 +51,7 @@ def test_a_resumed_run_keeps_retry_settings_else_its_recipe(run: RunDir) -> None
         log.append(OUT_OF_MEMORY)
         log.append(Started(at=2.0, attempt=2, pid=2, micro_batch_size=1, gradient_accumulation=8))
     plan = plan_resume(run)
-    assert plan.applied(run.recipe()).effective_batch == run.recipe().effective_batch
+    assert plan.apply_to(run.recipe()).effective_batch == run.recipe().effective_batch
     assert plan.micro_batch_size == 1
 
 

@@ -185,8 +185,8 @@ def checked(family: str) -> dict[str, Any]:
         # Of the model's own loss, before ours is in its place.
         is_exact = equivalence_checks.head_matches_model(model, head, device)
         use_fast_paths(model)
-        packing_isolated = equivalence_checks.packing_is_isolated(model, device)
-    return {"loss_is_exact": is_exact, "packing_isolated": packing_isolated, "refused": log.refused}
+        padding_free = equivalence_checks.packing_is_isolated(model, device)
+    return {"loss_is_exact": is_exact, "padding_free": padding_free, "refused": log.refused}
 
 
 CASES: dict[str, Callable[[], dict[str, Any]]] = {

@@ -92,19 +92,19 @@ def no_reference_step() -> None:
     def fails(self: StepReference) -> Any:
         raise KeyError("rope_type")
 
-    StepReference._library_step = fails  # type: ignore[method-assign]
+    StepReference._reference_step = fails  # type: ignore[method-assign]
 
 
 def no_memory_for_the_reference_step(tokens: int) -> None:
     """Let the library's step run out of memory where it has more than ``tokens``."""
-    stock = StepReference._library_step
+    stock = StepReference._reference_step
 
     def step(self: StepReference) -> Any:
         if self._excerpt.tokens > tokens:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return stock(self)
 
-    StepReference._library_step = step  # type: ignore[method-assign]
+    StepReference._reference_step = step  # type: ignore[method-assign]
 
 
 def limit_address_space(more_bytes: int) -> None:

@@ -76,10 +76,10 @@ def test_shared_experts_are_adapted_and_routed_ones_are_not(targets: tuple[str, 
     load_adapter(model, tmp_path)
     ids = torch.arange(12)[None]
     base = _deepseek(config)
-    adapter_names = AdapterSet(base, {"adapter": str(tmp_path)})
+    adapters = AdapterSet(base, {"adapter": str(tmp_path)})
     before = base(ids).logits
-    adapter_names.ensure_loaded("adapter")
-    adapter_names.activate("adapter")
+    adapters.ensure_loaded("adapter")
+    adapters.activate("adapter")
     with torch.no_grad():
         # The chat adds in another order, and with such factors the layers after it make more of that.
         torch.testing.assert_close(base(ids).logits, model.eval()(ids).logits, rtol=0, atol=1e-4)

@@ -90,44 +90,44 @@ def test_packing_wastes_little() -> None:
     assert sum(lengths) / (len(rows) * 1024) > 0.98
 
 
-@pytest.mark.parametrize("packing_isolated", [True, False])
-def test_an_epoch_is_every_sample_once(packing_isolated: bool) -> None:
-    schedule = plan_steps(Fake(LENGTHS), recipe(), packing_isolated=packing_isolated)
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_an_epoch_is_every_sample_once(padding_free: bool) -> None:
+    schedule = plan_steps(Fake(LENGTHS), recipe(), padding_free=padding_free)
     assert Counter(samples_of(schedule)) == Counter(dict.fromkeys(range(50), 2))
     assert schedule.steps[-1].epoch == 2.0
     assert [step.ends_epoch for step in schedule.steps].count(True) == 2
 
 
 def test_a_fraction_of_an_epoch_trains_that_fraction_of_rows() -> None:
-    whole = plan_steps(Fake(LENGTHS), recipe(epochs=1.0), packing_isolated=True)
-    half = plan_steps(Fake(LENGTHS), recipe(epochs=1.5), packing_isolated=True)
+    whole = plan_steps(Fake(LENGTHS), recipe(epochs=1.0), padding_free=True)
+    half = plan_steps(Fake(LENGTHS), recipe(epochs=1.5), padding_free=True)
     rows = sum(len(step.rows) for step in half.steps)
     assert rows == whole.rows_per_epoch + round(whole.rows_per_epoch / 2)
     assert half.steps[-1].epoch == 1.5
 
 
 def test_most_steps_cut_the_schedule_short() -> None:
-    schedule = plan_steps(Fake(LENGTHS), recipe(max_steps=4), packing_isolated=True)
+    schedule = plan_steps(Fake(LENGTHS), recipe(max_steps=4), padding_free=True)
     assert len(schedule.steps) == 4
 
 
 def test_epochs_come_in_different_orders_and_always_the_same_ones() -> None:
-    once, again = (samples_of(plan_steps(Fake(LENGTHS), recipe(), packing_isolated=True)) for _ in range(2))
+    once, again = (samples_of(plan_steps(Fake(LENGTHS), recipe(), padding_free=True)) for _ in range(2))
     assert once == again
     assert once[:50] != once[50:]
 
 
 def test_rows_that_must_be_padded_lie_beside_their_like() -> None:
     lengths = lengths_of(400, 2, 600)
-    schedule = plan_steps(Fake(lengths), recipe(epochs=1.0, micro_batch_size=4), packing_isolated=False)
+    schedule = plan_steps(Fake(lengths), recipe(epochs=1.0, micro_batch_size=4), padding_free=False)
     batches = [b for step in schedule.steps for b in micro_batches(step.rows, 4)]
-    computed = sum(computed_tokens(batch, Fake(lengths), packing_isolated=False) for batch in batches)
+    computed = sum(computed_tokens(batch, Fake(lengths), padding_free=False) for batch in batches)
     assert sum(lengths) / computed > 0.9
 
 
 def test_a_packed_batch_has_no_padding_or_cross_sample_labels() -> None:
     fake = Fake([4, 6, 3])
-    batch = collate([(0, 2), (1,)], fake, packing_isolated=True, pad_id=0)
+    batch = collate([(0, 2), (1,)], fake, padding_free=True, pad_id=0)
     assert batch["input_ids"].tolist() == [[0, 1, 2, 3, 2000, 2001, 2002, *range(1000, 1006)]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4, 5]]
     assert batch["labels"].tolist() == [
@@ -137,7 +137,7 @@ def test_a_packed_batch_has_no_padding_or_cross_sample_labels() -> None:
 
 
 def test_a_packed_batch_is_padded_after_its_last_sample() -> None:
-    batch = collate([(0, 2), (1,)], Fake([4, 6, 3]), packing_isolated=True, pad_id=9, multiple=8)
+    batch = collate([(0, 2), (1,)], Fake([4, 6, 3]), padding_free=True, pad_id=9, multiple=8)
     assert batch["input_ids"].tolist() == [[0, 1, 2, 3, 2000, 2001, 2002, *range(1000, 1006), 9, 9, 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, *range(9)]]
     assert batch["labels"].tolist()[0][-4:] == [1005, -100, -100, -100]
@@ -145,14 +145,14 @@ def test_a_packed_batch_is_padded_after_its_last_sample() -> None:
 
 
 def test_a_padded_micro_batch_learns_nothing_from_padding() -> None:
-    batch = collate([(0,), (1,)], Fake([2, 4]), packing_isolated=False, pad_id=7)
+    batch = collate([(0,), (1,)], Fake([2, 4]), padding_free=False, pad_id=7)
     assert batch["input_ids"].tolist() == [[0, 1, 7, 7], [1000, 1001, 1002, 1003]]
     assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
     assert batch["labels"].tolist() == [[-100, 1, -100, -100], [-100, -100, 1002, 1003]]
 
 
 def test_validation_sees_every_sample_once() -> None:
-    batches = validation_batches(Fake(LENGTHS), 2, 64, packing_isolated=True)
+    batches = validation_batches(Fake(LENGTHS), 2, 64, padding_free=True)
     assert sorted(i for batch in batches for row in batch for i in row) == list(range(50))
 
 
@@ -160,14 +160,14 @@ def test_validation_sees_every_sample_once() -> None:
 @pytest.mark.parametrize("micro_batch", [1, 2, 6])
 def test_a_step_is_the_same_however_it_is_split(processes: int, micro_batch: int) -> None:
     fake = Fake(LENGTHS)
-    schedule = plan_steps(fake, recipe(micro_batch_size=2), packing_isolated=True)
+    schedule = plan_steps(fake, recipe(micro_batch_size=2), padding_free=True)
     for n, step in enumerate(schedule.steps):
         shares = [
             StepDataset(
                 schedule,
                 fake,
                 micro_batch=micro_batch,
-                packing_isolated=True,
+                padding_free=True,
                 pad_id=0,
                 rank=rank,
                 world_size=processes,

@@ -25,7 +25,7 @@ from tests.support.power import FaultyDisk
 
 ADAPTER = {"lora_A": torch.ones(64, 8)}
 OPTIMIZER = {"state": {n: torch.full((64, 8), float(n)) for n in range(4)}}
-STATE = CheckpointState(step=1, tokens=1, data_hash="d", packing_isolated=True, recipe="")
+STATE = CheckpointState(step=1, tokens=1, data_hash="d", padding_free=True, recipe="")
 ALONE = DistributedContext(rank=0, world_size=1)
 
 

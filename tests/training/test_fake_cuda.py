@@ -69,7 +69,7 @@ def test_a_step_on_a_gpu_is_that_on_the_cpu(results: dict[str, dict[str, Any]], 
 def test_what_is_proved_before_training_is_proved_on_a_gpu(
     results: dict[str, dict[str, Any]], case: str
 ) -> None:
-    assert results[case] == {"loss_is_exact": True, "packing_isolated": True, "refused": []}
+    assert results[case] == {"loss_is_exact": True, "padding_free": True, "refused": []}
 
 
 def test_every_case_is_looked_at(results: dict[str, dict[str, Any]]) -> None:

@@ -110,7 +110,7 @@ def test_a_norm_is_restored_to_the_librarys_forward() -> None:
     assert "forward" in vars(model[0])
     replaced = PatchedForwards(model, "norms")
     assert len(replaced) == 1
-    replaced.use_library()
+    replaced.use_reference()
     assert "forward" not in vars(model[0]) and len(PatchedForwards(model, "norms")) == 0
 
 

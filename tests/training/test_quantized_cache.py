@@ -47,7 +47,7 @@ def recipe_of(folder: Path, **quantization: Any) -> Recipe:
 
 def stored_folder(folder: Path, **quantization: Any) -> Path | None:
     recipe = recipe_of(folder, **quantization)
-    return quantized_cache.find_folder(folder, recipe, find_device(recipe))
+    return quantized_cache.cache_path(folder, recipe, find_device(recipe))
 
 
 def stored_folders() -> list[Path]:

@@ -213,7 +213,7 @@ def test_the_check_leaves_model_and_random_numbers_as_they_were(tmp_path: Path) 
     assert dropouts and set(dropouts) == {0.1}
 
 
-def test_a_library_step_that_is_not_finite_is_no_verdict(tmp_path: Path) -> None:
+def test_a_reference_step_that_is_not_finite_is_no_verdict(tmp_path: Path) -> None:
     model, base, device = adapted(tmp_path, "llama", "float32")
     with torch.no_grad():
         base.model.get_input_embeddings().weight.fill_(float("nan"))

@@ -32,7 +32,7 @@ class PatchedForwards:
     def __len__(self) -> int:
         return len(self._ours)
 
-    def use_library(self) -> None:
+    def use_reference(self) -> None:
         """Use the library's forward in each module."""
         for module, forward in self._ours.items():
             vars(module).pop("forward", None)

@@ -215,7 +215,7 @@ class LoraScreen(WorkScreen):
     @work(exclusive=True, group="deltas", description="compute deltas")
     async def _compute_deltas(self, recipe: Recipe, budget: MemoryBudget, architecture: Architecture) -> None:
         await asyncio.sleep(SETTLED_S)
-        base = self.qlora_app.workbench.base
+        base = self.qlora_app.workbench.preset_recipe
         known = await asyncio.to_thread(memory_deltas, recipe, base, architecture, budget.device)
         self.post_message(self.DeltasReady(recipe, known))
 
@@ -276,7 +276,7 @@ class LoraScreen(WorkScreen):
         deltas = self._deltas_for(recipe)
         text = controls_text(
             recipe,
-            self.qlora_app.workbench.base,
+            self.qlora_app.workbench.preset_recipe,
             format_delta(deltas.dora_bytes) if deltas else "",
             max(20, panel.content_size.width),
             one_line_each=self.size.width < 100,

@@ -86,7 +86,9 @@ def totals_text(recipe: Recipe, architecture: Architecture, estimate: Estimate) 
 
 def difference_text(workbench: Workbench, known: MemoryDeltas | None, width: int) -> Content:
     """The LoRA settings that differ from the preset, and the memory they add; as many as fit."""
-    changes = [c for c in diff_recipes(workbench.base, workbench.recipe) if c.path.startswith("lora.")]
+    changes = [
+        c for c in diff_recipes(workbench.preset_recipe, workbench.recipe) if c.path.startswith("lora.")
+    ]
     if not changes:
         return Content.styled(f"Same as preset {workbench.preset}", "$text-muted")
     words = [

@@ -300,7 +300,7 @@ class MemoryScreen(WorkScreen):
 
     def _recipe_fits(self) -> bool:
         estimate = self._compared[precision_of(self.qlora_app.workbench.recipe)]
-        return check_fit(estimate, self.qlora_app.memory_budget.bytes).fits
+        return check_fit(estimate, self.qlora_app.memory_budget.bytes).fits_even_if_tight
 
     def _show_explanation(self) -> None:
         estimate = self._compared.get(self.precision)

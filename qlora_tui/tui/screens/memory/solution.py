@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.memory import (
-    KeptLayers,
+    KeptLayersPlan,
     MemorySaving,
     WhatFits,
     cheapest_changes,
-    keep_layers,
     largest_settings,
     minimum_bytes,
+    plan_kept_layers,
 )
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of
@@ -34,7 +34,7 @@ class Solution:
     """Changes that make the recipe fit, the cheapest first."""
     least_bytes: int = 0
     """What the recipe still needs with every change; 0 if it fits or some change makes it fit."""
-    kept_layers: KeptLayers | None = None
+    kept_layers: KeptLayersPlan | None = None
     """The layers that need no recomputation; None if the recipe does not fit."""
 
 
@@ -51,7 +51,7 @@ def solve(recipe: Recipe, architecture: Architecture, budget: MemoryBudget, *, f
         },
         changes=changes,
         least_bytes=0 if fits or changes else minimum_bytes(recipe, architecture, device=device),
-        kept_layers=keep_layers(recipe, architecture, available, device=device) if fits else None,
+        kept_layers=plan_kept_layers(recipe, architecture, available, device=device) if fits else None,
     )
 
 

@@ -8,7 +8,7 @@ from textwrap import wrap
 from textual.content import Content
 
 from qlora_tui.formatting import GIB, format_bytes, format_gib, format_percent
-from qlora_tui.memory import Estimate, Item, KeptLayers, MemorySaving, Verdict, WhatFits
+from qlora_tui.memory import Estimate, Item, KeptLayersPlan, MemorySaving, Verdict, WhatFits
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import LOADING, Precision
 from qlora_tui.recipe.schema import Recipe
@@ -134,17 +134,17 @@ def _changes_text(changes: tuple[MemorySaving, ...], width: int) -> Content:
     return Content("\n").join(lines)
 
 
-def kept_layers_text(kept_layers: KeptLayers) -> Content:
+def kept_layers_text(plan: KeptLayersPlan) -> Content:
     """How many layers need no recomputation, at what memory, and what that gains."""
-    if not kept_layers.count:
+    if not plan.kept_layers:
         return Content(
             "Gradient checkpointing recomputes every layer: too little memory is left to keep activations."
         )
-    total, faster = format_gib(kept_layers.estimate.total_bytes), format_percent(kept_layers.speedup - 1)
+    total, faster = format_gib(plan.estimate.total_bytes), format_percent(plan.speedup - 1)
     return Content.assemble(
         "The run will use ",
         (f"{total} GiB", "bold"),
-        f": {kept_layers.count} of {kept_layers.layers} layers keep their activations in free memory, about "
+        f": {plan.kept_layers} of {plan.total_layers} layers keep their activations in free memory, about "
         f"{faster} faster than recomputing every layer.",
     )
 

@@ -103,7 +103,7 @@ class TrainScreen(TrainActions):
         if self._ended_at is not None and draft_written_at() > self._ended_at:
             # Whoever edits the recipe is about to launch it.
             self._stop_watching()
-        self.query_one(LaunchPane).show_recipe(recipe, self.qlora_app.workbench.base)
+        self.query_one(LaunchPane).show_recipe(recipe, self.qlora_app.workbench.preset_recipe)
         self._stamps = [source_stamps(source) for source in every_source(recipe.data)]
         self._check()
 
