@@ -32,13 +32,13 @@ class LogitsComparison:
     """Difference between the chat's logits and the library's."""
 
     difference: float
-    """Root mean square difference over the vocabulary, as a share of the logits' spread."""
+    """Root mean square difference over the vocabulary, relative to the logits' standard deviation."""
     noise: float
     """Difference that rounding makes to the library's logits, in the same unit."""
 
     @property
     def agrees(self) -> bool:
-        """Return whether rounding explains the difference. False where a score is not finite."""
+        """Return whether rounding accounts for the difference. False where a score is not finite."""
         return self.difference <= FACTOR * self.noise
 
 

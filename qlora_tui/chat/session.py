@@ -180,7 +180,8 @@ class ChatSession:
             return
         how = (
             f"the logits of the next token differed from those of transformers and peft by "
-            f"{comparison.difference:.2g} of their spread, where rounding explains {comparison.noise:.2g}"
+            f"{comparison.difference:.2g} of the logits' standard deviation, of which rounding accounts for "
+            f"about {comparison.noise:.2g}"
         )
         self.warning = (
             f"Answers are slower: {how}. This chat now uses their code, and agrees with it."
@@ -326,9 +327,8 @@ def out_of_memory(device: ComputeDevice) -> UserError:
     """Build the error for a full GPU or CPU memory."""
     return UserError(
         "Out of GPU memory" if device.kind == "cuda" else "Out of memory",
-        what=f"{device.name} does not have enough memory for this model and conversation.",
-        why="Another program, perhaps a training run, uses its memory.",
-        fix="Stop or pause the run, or start a new conversation.",
+        what=f"The model and this conversation need more memory than is free on {device.name}.",
+        fix="Close other programs that use it, pause a run, or start a shorter conversation.",
     )
 
 

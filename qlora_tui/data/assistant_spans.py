@@ -1,6 +1,6 @@
 """The spans of a rendered conversation that are in the loss: what the assistant says.
 
-For each assistant turn that trains, the conversation is rendered up to the turn (with the generation prompt,
+For each assistant turn in the loss, the conversation is rendered up to the turn (with the generation prompt,
 as the model sees it before it answers) and up to the turn's end: the text that the second adds is what the
 model should say, including its turn-end token.
 
@@ -33,7 +33,7 @@ PRIVATE = re.compile("[\U000f0000-\U000f0005]")
 
 
 class SampleText(Struct, frozen=True):
-    """A text as the model sees it, and the spans of it that train, in characters."""
+    """A text as the model sees it, and the spans of it that are in the loss, in characters."""
 
     text: str
     spans: tuple[Span, ...]
@@ -62,9 +62,9 @@ class _SpanFinder:
         self._prompts: dict[int, str] = {}
 
     def samples(self, weights: Mapping[int, float]) -> list[SampleText]:
-        """Render the whole conversation with the spans that train, and the turns that need a separate sample.
+        """Render the whole conversation with its spans in the loss, and turns that need a separate sample.
 
-        ``weights`` maps each of these turns to its loss weight.
+        ``weights`` maps each turn in the loss to its loss weight.
         """
         template, turns = self._template, self._turns
         whole = self._close_thought(template.render(turns, self._tools))
@@ -106,7 +106,7 @@ class _SpanFinder:
         return [*separate, _with_weights(self._end_turn(whole, marked), *span_weights)]
 
     def everything(self) -> SampleText:
-        """Render the whole conversation as one span that trains."""
+        """Render the whole conversation as one span in the loss."""
         whole = self._template.render(self._turns, self._tools)
         sample = self._end_turn(whole, [(0, len(whole))]) if self._turns[-1]["role"] == "assistant" else None
         sample = sample or SampleText(whole, ((0, len(whole)),))
@@ -295,7 +295,7 @@ class _SpanFinder:
         return bool(specials) and not answer[specials[-1].end() :].strip()
 
     def _by_marks(self, whole: str, spans: list[Span]) -> list[Span]:
-        """Apply the template's own generation marks where it puts any on a turn that trains."""
+        """Apply the template's own generation marks where it puts any on a turn in the loss."""
         text, marks = self._template.render_marked(self._turns, self._tools)
         if text != whole:
             return spans
@@ -327,21 +327,21 @@ def find_assistant_spans(
     everything: bool = False,
     reasoning_in_loss: bool = True,
 ) -> list[SampleText]:
-    """Render the texts of one conversation, with the spans that train in each.
+    """Render the texts of one conversation, with the spans of each that are in the loss.
 
     ``weights`` has the loss weight of each turn; turns after the last with a weight are left out, because
-    nothing is learned from them. With ``everything`` the full text of all turns trains with weight 1. Without
-    ``reasoning_in_loss`` the reasoning of an answer and its tags are input only. ``special`` matches any
-    special token, ``eos`` is the end-of-text token. Raises ``RowRejectedError`` where the template rejects
-    the conversation.
+    nothing is learned from them. With ``everything`` the text of all turns is in the loss, with weight 1.
+    Without ``reasoning_in_loss`` the reasoning of an answer and its tags are input only. ``special`` matches
+    any special token, ``eos`` is the end-of-text token. Raises ``RowRejectedError`` where the template
+    rejects the conversation.
     """
     if everything:
         return [_SpanFinder(template, turns, tools, special, eos, reasoning_in_loss).everything()]
-    training = {i: weight for i, weight in enumerate(weights) if weight}
-    if not training:
-        raise RowRejectedError("no-answer", "No assistant turn trains.")
-    turns = turns[: max(training) + 1]
-    return _SpanFinder(template, turns, tools, special, eos, reasoning_in_loss).samples(training)
+    in_loss = {i: weight for i, weight in enumerate(weights) if weight}
+    if not in_loss:
+        raise RowRejectedError("no-answer", "No assistant turn is in the loss.")
+    turns = turns[: max(in_loss) + 1]
+    return _SpanFinder(template, turns, tools, special, eos, reasoning_in_loss).samples(in_loss)
 
 
 def _with_weights(sample: SampleText, *weights: float) -> SampleText:

@@ -122,7 +122,7 @@ def _calls(message: Message) -> bool:
 
 
 def _ends_in_the_loss(tokenizer: ChatTokenizer, sample: TokenizedSample) -> bool:
-    """Return whether the last span that trains ends with a special token, ignoring white space."""
+    """Return whether the last span in the loss ends with a special token, ignoring white space."""
     last = sample.loss_mask.rindex(1)
     first = sample.loss_mask.rfind(b"\x00", 0, last) + 1
     for token in reversed(sample.token_ids[first : last + 1]):

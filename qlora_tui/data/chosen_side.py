@@ -17,7 +17,7 @@ _SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ \t]?")
 def preferred(cells: Mapping[str, Any], source: int, row: int) -> Conversation:
     """Return the conversation that ends with the chosen answer. Raises ``RowRejectedError``.
 
-    Turns that both sides share are the prompt and do not train. Both sides may be whole conversations, turns,
+    Turns that both sides share are the prompt, outside the loss. Both sides may be conversations, turns,
     texts, or dialogues in one text as in Anthropic's data sets.
     """
     prompt, tools = _question(cells)

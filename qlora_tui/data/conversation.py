@@ -51,7 +51,7 @@ class Conversation(Struct, frozen=True):
 
     @property
     def answers(self) -> list[Message]:
-        """Return the assistant turns that train."""
+        """Return the assistant turns in the loss."""
         return [m for m in self.messages if m.role == "assistant" and m.train]
 
 

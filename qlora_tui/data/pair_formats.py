@@ -28,7 +28,7 @@ def alpaca(cells: Cells) -> tuple[Message, ...]:
 
 
 def prompt_completion(cells: Cells) -> tuple[Message, ...]:
-    """Convert a prompt and a completion, each a text or a list of turns; only the completion trains."""
+    """Convert a prompt and a completion, each a text or turns; only the completion is in the loss."""
     prompt, completion = cells.get("prompt"), cells.get("completion")
     if not turn_keys(prompt) and not turn_keys(completion):
         return (

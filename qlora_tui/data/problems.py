@@ -100,7 +100,7 @@ CHECKS: dict[str, CheckSpec] = {
         "--set data.overflow=split).",
     ),
     "no-answer": CheckSpec(
-        "warning", "No answer to learn", "The row has no assistant turn that trains and is left out."
+        "warning", "No answer to learn", "The row has no assistant turn in the loss and is left out."
     ),
     "role-order": CheckSpec(
         "warning", "Roles out of order", "Turns should alternate, user first. The row is used as it is."

@@ -144,7 +144,7 @@ def prompt_text(
 
 
 def pieces(tokenizer: ChatTokenizer, token_ids: Sequence[int], loss_mask: bytes) -> list[Piece]:
-    """Split a sample for display: stretches of text that train or do not, special tokens separately."""
+    """Split a sample for display: stretches of text inside or outside the loss, special tokens separately."""
     shown: list[Piece] = []
     start = 0
     for end in range(1, len(token_ids) + 1):
@@ -174,7 +174,7 @@ def _text_at(tokenizer: ChatTokenizer, ids: Sequence[int], start: int, end: int)
 def render_text(
     conversation: Conversation, tokenizer: ChatTokenizer, options: RenderOptions = DEFAULT
 ) -> RenderedConversation:
-    """Render the texts of one conversation and the spans that train. Raises ``RowRejectedError``."""
+    """Render the texts of one conversation and their spans in the loss. Raises ``RowRejectedError``."""
     eos = tokenizer.special_tokens.get("eos_token", "")
     if not conversation.messages:
         bos = tokenizer.special_tokens.get("bos_token", "") if tokenizer.begins_with_bos else ""

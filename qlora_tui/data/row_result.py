@@ -120,7 +120,7 @@ class RowProcessor:
             )
         if self._tokenizer is None:
             if conversation.messages and not conversation.answers and self._data.train_on == "assistant":
-                refused = ("no-answer", "No assistant turn trains.")
+                refused = ("no-answer", "No assistant turn is in the loss.")
                 return RowResult(conversation.row, refused, key, findings, sketch=sketch_bytes)
             return RowResult(
                 conversation.row,

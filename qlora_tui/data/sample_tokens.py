@@ -26,11 +26,11 @@ class TokenizedSample(Struct, frozen=True):
     ``tool-as-user``, ``control-tokens`` (some were neutralized), ``answer-changed`` (by the template);
     ``weights``; and the handling of reasoning, see ``_notes_on_thinking`` in ``render``."""
     weights: array[float] | None = None
-    """Loss weight of each token, 32-bit; None where each that trains weighs 1."""
+    """Loss weight of each token, 32-bit; None where each token in the loss has weight 1."""
 
     @property
     def trained_count(self) -> int:
-        """Return the number of tokens that train."""
+        """Return the number of tokens in the loss."""
         return self.loss_mask.count(1)
 
 

@@ -48,7 +48,7 @@ class StoredSample(Struct, frozen=True, array_like=True):
     tokens: bytes
     loss_mask: bytes
     weights: bytes | None = None
-    """Loss weight of each token as 32-bit floats; None where each token that trains weighs 1."""
+    """Loss weight of each token as 32-bit floats; None where each token in the loss has weight 1."""
 
 
 class Writer:
@@ -191,7 +191,7 @@ class Samples:
         return int(self._store.offsets[n + 1] - self._store.offsets[n])
 
     def trained_count(self, i: int) -> int:
-        """Return the number of tokens of sample ``i`` that train."""
+        """Return the number of tokens of sample ``i`` in the loss."""
         return int(self._store.trained_counts[self._numbers[i]])
 
     def origin(self, i: int) -> tuple[int, int]:

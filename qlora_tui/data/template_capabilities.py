@@ -168,7 +168,7 @@ def _as_parts(turn: Mapping[str, Any]) -> dict[str, Any]:
 def adapt_conversation(
     conversation: Conversation, traits: TemplateCapabilities
 ) -> tuple[list[dict[str, Any]], list[float], list[dict[str, Any]] | None, list[str]]:
-    """Return the turns in the template's format, the loss weight of each (0 for those that do not train), the
+    """Return the turns in the template's format, the loss weight of each (0 for those outside the loss), the
     tools, and notes on what was changed."""
     notes: list[str] = []
     messages = list(conversation.messages)

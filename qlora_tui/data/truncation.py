@@ -1,4 +1,4 @@
-"""What happens to a sample longer than a row: dropped, cut or split, as the recipe says."""
+"""What happens to a sample longer than ``data.max_length``: dropped, cut or split, as the recipe says."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Overflow = Literal["drop", "cut-left", "cut-right", "split"]
 def truncate(
     sample: TokenizedSample, max_length: int, overflow: Overflow, bos_id: int | None = None
 ) -> list[TokenizedSample]:
-    """Return ``sample`` as rows of at most ``max_length`` tokens, without rows in which nothing trains.
+    """Return samples of at most ``max_length`` tokens each, without any that has no token in the loss.
 
-    The first token of a row is predicted from nothing, so it does not count. Cutting on the left keeps a
+    The first token of a sample is predicted from nothing, so it does not count. Cutting on the left keeps a
     begin token at the start. Empty if nothing is left to learn.
     """
     length = len(sample.token_ids)
@@ -51,7 +51,7 @@ def _pieces(loss_mask: bytes, max_length: int) -> Iterator[tuple[int, int]]:
             over = loss_mask.find(b"\x00", answer) if 0 in loss_mask[answer:] else len(loss_mask)
             start = max(start, min(over - max_length, answer - max_length // 2))
             continue
-        # The end of the last answer within the limit: a token that trains before one that does not.
+        # The end of the last answer within the limit: a token in the loss before one that is not.
         turn_end = loss_mask.rfind(b"\x01\x00", start, end + 1) + 1
         yield start, turn_end or end
         start = turn_end or end

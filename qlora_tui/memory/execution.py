@@ -28,8 +28,8 @@ trl_chunked, trl_tiled: TRL's own since 1.7 and 1.15 (``trl_loss.py``)."""
 Optimizer = Literal["adamw", "adamw_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
 
 AttentionPath = Literal["varlen", "segments", "eager"]
-"""``varlen``: all samples of a packed row in one call of FlashAttention. ``segments``: one call per sample
-(:mod:`qlora_tui.training.packed_attention`). ``eager``: padded rows with the library's attention."""
+"""``varlen``: all samples of a packed sequence in one call of FlashAttention. ``segments``: one call per
+sample (:mod:`qlora_tui.training.packed_attention`). ``eager``: padded sequences, with transformers' code."""
 
 FlashObstacle = Literal["no GPU", "float32", "old GPU", "old torch"]
 
@@ -63,7 +63,7 @@ class Device:
     triton: bool = False
     """Whether Triton is installed, whose kernels compute norms, rotary positions and gated MLPs on a GPU."""
     varlen: bool = True
-    """Whether torch has a FlashAttention for all samples of a packed row in one call (2.11 or newer)."""
+    """Whether torch has a FlashAttention for all samples of a packed sequence in one call (2.11 or newer)."""
     correction: Correction | None = None
     """Correction from past runs on the device."""
 
@@ -103,16 +103,17 @@ class ExecutionConfig:
     """Whether gradients of earlier micro-steps exist during the forward."""
     packing: bool = False
     segments: bool = False
-    """Whether the micro-batch is one long row of samples that do not attend to each other."""
+    """Whether the micro-batch is one long sequence of samples that do not attend to each other."""
     varlen: bool = False
-    """Whether one kernel attends to all samples of such a row, instead of one at a time."""
+    """Whether one kernel attends to all samples of such a sequence, instead of one at a time."""
     device: Literal["cuda", "cpu"] = "cuda"
     capability: tuple[int, int] = (8, 6)
     """CUDA compute capability of a GPU."""
     cuda_libraries: bool = False
     """Whether torch is a CUDA build, on a CPU."""
     library_kernels: bool = False
-    """Whether RMSNorm and rotary kernels are fused (Unsloth's, FOAK's, Liger's)."""
+    """Whether RMSNorm and rotary kernels are fused (Unsloth's, Liger's, or those of FOAK, Fused Operations
+    and Kernels, a plugin of IBM's fms-acceleration)."""
     foak_lora: bool = False
     """Whether LoRA on 4-bit weights is one function (FOAK's)."""
     liger_mlp: bool = False
@@ -137,7 +138,7 @@ def trainer_execution(
     recipe: Recipe, device: Device, architecture: Architecture | None = None
 ) -> ExecutionConfig:
     """Return what this project's trainer runs: no float32 cast, no full logits, non-reentrant
-    checkpointing of every layer, also where the recipe leaves it to the free memory (``kept_layers``).
+    checkpointing of every layer, even with ``auto``; set ``kept_layers`` separately.
 
     Without an architecture, Liger is assumed off: it is faster only for some models.
     """
@@ -178,7 +179,7 @@ def trainer_execution(
 def flash_obstacle(
     *, cuda: bool, compute_itemsize: int, ampere: bool, torch_has_varlen: bool
 ) -> FlashObstacle | None:
-    """Return what prevents FlashAttention over a packed row in one call; None where it runs."""
+    """Return what prevents FlashAttention over a packed sequence in one call; None where it runs."""
     if not cuda:
         return "no GPU"
     if compute_itemsize != 2:

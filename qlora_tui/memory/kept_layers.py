@@ -1,6 +1,6 @@
 """How many layers can keep their activations in the memory that is free, instead of recomputing them.
 
-Gradient checkpointing recomputes every layer in the backward pass, which takes about a quarter of a step
+Gradient checkpointing recomputes every layer in the backward pass, which makes a step about a third slower
 even if most of the GPU's memory is free. With ``gradient_checkpointing = "auto"`` only as many layers are
 checkpointed as must be. The layers that keep their activations are the last ones: their backward comes first,
 so that their memory is free again when the others are recomputed.
@@ -23,8 +23,8 @@ from qlora_tui.recipe.schema import Recipe
 CPU_SHARE = 0.5
 """Share of the free memory of a machine without a GPU that a run may take: other programs run there too."""
 _ATTENTION_BACKWARD = 2.5
-"""Products of attention's backward, in those of its forward: five matrix products instead of two, one of
-which recomputes the scores (FlashAttention-2, section 3.1)."""
+"""FLOPs of attention's backward relative to its forward: five matrix products instead of two, one of which
+recomputes the scores (FlashAttention-2, section 3.1)."""
 
 
 @dataclass(frozen=True)

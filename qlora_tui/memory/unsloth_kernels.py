@@ -1,4 +1,6 @@
-"""Fused kernels, which save less: Unsloth's, FOAK's derived from them, Liger's.
+"""Fused kernels, which save less: Unsloth's, those of FOAK derived from them, Liger's.
+
+FOAK is Fused Operations and Kernels, a plugin of IBM's fms-acceleration.
 
 RMSNorm saves its input and writes its gradient over the incoming one; rotary positions rotate queries and
 keys in place; a LoRA projection (FOAK's) is one function that saves its input and the result of dropout, but

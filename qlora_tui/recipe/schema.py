@@ -194,7 +194,7 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         int,
         _about(
             "Sequence length",
-            "Tokens in one row. overflow decides what happens to longer samples.",
+            "Tokens in one sequence. overflow decides what happens to longer samples.",
             "Activations and loss grow in proportion.",
             ge=16,
             le=1_048_576,
@@ -204,15 +204,15 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Literal["drop", "cut-left", "cut-right", "split"],
         _about(
             "Overflow",
-            "Samples longer than a row: drop them, cut one end, or split after the last answer that fits.",
+            "Longer samples: drop them, cut one end, or split after the last answer that fits.",
         ),
     ] = "cut-right"
     packing: Annotated[
         bool,
         _about(
             "Packing",
-            "Put several whole samples in one row without attention between them: no padding.",
-            "Every row is max_length long, so the peak is reached in the first step.",
+            "Put several whole samples in one sequence without attention between them: no padding.",
+            "Sequences are nearly full, so every step is close to the peak.",
         ),
     ] = True
     preferences: Annotated[
@@ -246,7 +246,11 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     micro_batch_size: Annotated[
         int,
         _about(
-            "Micro-batch size", "Rows in one forward pass.", "Activations grow in proportion.", ge=1, le=4096
+            "Micro-batch size",
+            "Sequences in one forward pass.",
+            "Activations grow in proportion.",
+            ge=1,
+            le=4096,
         ),
     ] = 1
     gradient_accumulation: Annotated[
@@ -303,7 +307,7 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = 1
     eval_every: Annotated[
         int,
-        _about("Eval every", "Steps between validations. 0: at the end of each epoch.", ge=0, le=_MANY_STEPS),
+        _about("Eval every", "Steps between evaluations. 0: at the end of each epoch.", ge=0, le=_MANY_STEPS),
     ] = 0
     checkpoint_every: Annotated[
         int,
@@ -321,13 +325,13 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         int,
         _about(
             "Early stopping",
-            "Stop after this many validations without improvement. 0: never.",
+            "Stop after this many evaluations without improvement. 0: never.",
             ge=0,
             le=_MANY_STEPS,
         ),
     ] = 0
     sample_prompts: Annotated[
-        tuple[str, ...], _about("Sample prompts", "Prompts to answer at each validation.")
+        tuple[str, ...], _about("Sample prompts", "Prompts to answer at each evaluation.")
     ] = ()
     seed: Annotated[
         int, _about("Seed", "Seeds the data order, dropout and the initial adapter.", ge=0, lt=2**32)
@@ -347,5 +351,5 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def effective_batch(self) -> int:
-        """Rows per optimizer step."""
+        """Sequences per optimizer step."""
         return self.training.micro_batch_size * self.training.gradient_accumulation

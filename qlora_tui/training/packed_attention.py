@@ -12,7 +12,7 @@ on the loaded model.
 
 Where samples begin is passed as the attention mask: an int32 tensor of four dimensions, which transformers
 passes on unchanged (``masking_utils._preprocess_mask_arguments``), and which stays on the CPU so that reading
-it does not wait for the GPU. For samples of 3, 1 and 2 tokens::
+it does not wait for the GPU. It holds FlashAttention's ``cu_seqlens``. For samples of 3, 1 and 2 tokens::
 
     mask       [[[[0 3 4 6]]]]         (1, 1, 1, samples + 1)
     query      (1, heads, 6, width)    split into (1, heads, 3 | 1 | 2, width)
@@ -65,7 +65,7 @@ def packed_attention_of(model: Any) -> AttentionFunction | None:
 
 
 def segment_mask(lengths: list[int]) -> Tensor:
-    """The attention mask that holds where samples begin, (1, 1, 1, samples + 1), int32: [3, 1] is 0, 3, 4."""
+    """The attention mask that holds ``cu_seqlens``, (1, 1, 1, samples + 1), int32: [3, 1] gives 0, 3, 4."""
     starts = torch.zeros(1, 1, 1, len(lengths) + 1, dtype=torch.int32)
     starts[0, 0, 0, 1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
     return starts

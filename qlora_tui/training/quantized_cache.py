@@ -3,8 +3,8 @@
 Quantizing 16-bit files takes most of the time from launch to the first step. The 4-bit weights are written in
 bitsandbytes' own serialization, bit by bit as they were computed, and read back in a fraction of that time
 (``bench/loading.py``). A folder belongs to one state of the model's files, one method, dtype and kind of
-device, and the versions of the libraries; any other combination is quantized again. The folders that were not
-used for longest are deleted where all together exceed ``quantized_cache_gib`` of ``config.toml``.
+device, and the versions of the libraries; any other combination is quantized again. The least recently
+used folders are deleted when the total exceeds ``quantized_cache_gib`` of ``config.toml``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def quantized_dir() -> Path:
 
 
 def cache_path(folder: Path, recipe: Recipe, device: ComputeDevice) -> Path | None:
-    """Where the weights of a base are, or would be, stored for this recipe and device.
+    """The folder for the quantized weights of a base, recipe and device, whether or not it exists.
 
     Returns:
         None where they are not stored: not quantized to 4 bits, quantized in their files already, or caching
@@ -78,7 +78,7 @@ def is_stored(folder: Path | None) -> bool:
 
 
 def mark_used(folder: Path) -> None:
-    """Note that a folder was used now: those not used for longest are deleted first."""
+    """Note that a folder was used now: the least recently used are deleted first."""
     os.utime(folder)
 
 
@@ -121,7 +121,7 @@ def limit_bytes() -> int:
 
 
 def _delete_beyond(limit: int, *, newest: Path) -> None:
-    """Delete the folders that were not used for longest, until all are within ``limit`` bytes."""
+    """Delete the least recently used folders until the total is within ``limit`` bytes."""
     folders = [path for path in newest.parent.iterdir() if path.is_dir() and not path.name.startswith(".")]
     sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in folders}
     total = sum(sizes.values())

@@ -118,7 +118,7 @@ class StepComparison:
 
     @property
     def agrees(self) -> bool:
-        """Whether rounding explains all differences. False where a value is not finite."""
+        """Whether rounding accounts for all differences. False where a value is not finite."""
         return (
             abs(self.loss - self.reference_loss) <= FACTOR * self.loss_noise
             and self.gradient_difference <= FACTOR * self.gradient_noise

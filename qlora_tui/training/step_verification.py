@@ -231,9 +231,9 @@ def _report(verified: VerificationResult, tokens: int, seconds: float, reporter:
         difference = f"ours could not be computed ({comparison.failure})."
     else:
         difference = (
-            f"loss {comparison.loss:.4f}, theirs {comparison.reference_loss:.4f} (rounding explains "
-            f"{comparison.loss_noise:.2g}); a gradient differs by {comparison.gradient_difference:.2%} "
-            f"(rounding explains {comparison.gradient_noise:.2%})."
+            f"loss {comparison.loss:.4f}, theirs {comparison.reference_loss:.4f} (rounding accounts for "
+            f"about {comparison.loss_noise:.2g}); a gradient differs by {comparison.gradient_difference:.2%} "
+            f"(rounding accounts for about {comparison.gradient_noise:.2%})."
         )
     evidence = f"The first step differs from that of transformers and peft{because}: {difference}"
     report = "Please report the model and the versions of transformers and peft."

@@ -27,7 +27,7 @@ async def test_the_form_edits_the_recipe_and_checks_what_is_typed(make_app: Make
         await pilot.press("5")
         await wait_for_text(pilot, "Micro-batch", "Name of the run in lists")
         await pilot.press("j")
-        await wait_for_text(pilot, "Rows in one forward pass", "Activations grow in proportion")
+        await wait_for_text(pilot, "Sequences in one forward pass", "Activations grow in proportion")
         await pilot.press("l", "l")
         assert app.workbench.recipe.training.micro_batch_size == 4
         await wait_for_text(pilot, "* preset: 1")
