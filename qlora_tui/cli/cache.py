@@ -20,6 +20,7 @@ KINDS = {
     "datasets": "facts about Hub datasets",
     "configs": "config.json of Hub models, for estimates",
     "findings": "checks of data files",
+    "uploads": "exports that are not on the Hub yet; without them an interrupted upload starts over",
 }
 """Folders of the cache, and what is in them."""
 

@@ -12,12 +12,12 @@ from msgspec.structs import replace
 from qlora_tui.cli.subcommand import CommandResult, Subcommand, add_json_argument
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.formatting import format_bytes
-from qlora_tui.runs.directory import find_run
+from qlora_tui.runs.directory import RunDir, find_run
 
 if TYPE_CHECKING:
     from qlora_tui.chat.chat_types import ChatSource
 
-_FORMS = "merge|gguf|lora|ollama"
+_FORMS = "merge|gguf|lora|ollama|hub"
 
 
 def run(args: argparse.Namespace) -> CommandResult:
@@ -26,17 +26,20 @@ def run(args: argparse.Namespace) -> CommandResult:
         raise UserError(
             "Which form?",
             what="`qlora-tui export` needs the form to write.",
-            fix="Choose merge, gguf, lora or ollama; `qlora-tui export --help` says what each is for.",
+            fix="Choose merge, gguf, lora, ollama or hub; `qlora-tui export --help` says what each is for.",
             exit_code=EXIT_USAGE,
         )
     from qlora_tui.chat.chat_sources import choose_adapter, run_source
     from qlora_tui.gpu.torch_env import configure_torch_env
 
-    source = run_source(find_run(args.run_id))
+    run = find_run(args.run_id)
+    source = run_source(run)
     adapter_name = choose_adapter(source, checkpoint=args.checkpoint)
     configure_torch_env()
     if args.form == "ollama":
         return _ollama(source, adapter_name, args)
+    if args.form == "hub":
+        return _hub(run, source, adapter_name, args)
     out = args.out.expanduser().absolute()
     return {"merge": _merge, "gguf": _gguf, "lora": _lora}[args.form](source, adapter_name, out, args)
 
@@ -106,13 +109,30 @@ def _ollama(source: ChatSource, adapter_name: str, args: argparse.Namespace) -> 
     return CommandResult(written, f"{written.folder}: {size}\n{written.summary}\n{last}")
 
 
+def _hub(run: RunDir, source: ChatSource, adapter_name: str, args: argparse.Namespace) -> CommandResult:
+    from qlora_tui.export.hub_export import export_hub
+
+    written = export_hub(
+        run,
+        source,
+        adapter_name,
+        args.repo,
+        args.what,
+        args.quant,
+        is_public=args.public,
+        on_status=_on_status,
+    )
+    return CommandResult(written, f"{written.url}\n{written.summary}")
+
+
 def _arguments(parser: argparse.ArgumentParser) -> None:
     forms = parser.add_subparsers(dest="form", metavar=_FORMS)
     merge = forms.add_parser("merge", help="adapter and base as one 16-bit model folder")
     gguf = forms.add_parser("gguf", help="adapter and base as a GGUF file, for llama.cpp and LM Studio")
     lora = forms.add_parser("lora", help="the adapter alone, for llama.cpp's --lora or for vLLM")
     ollama = forms.add_parser("ollama", help="a model in Ollama: GGUF file, Modelfile, `ollama create`")
-    all_forms = (merge, gguf, lora, ollama)
+    hub = forms.add_parser("hub", help="a private repository on the Hub, with a model card")
+    all_forms = (merge, gguf, lora, ollama, hub)
     for form in all_forms:
         form.add_argument("run_id", metavar="RUN", help="a run's id or name, the beginning of one, or `last`")
     for form, out in (
@@ -145,6 +165,16 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="where to write the GGUF file and the Modelfile (NAME-ollama here unless set)",
     )
+    hub.add_argument("repo", metavar="REPO", help="owner/name, or a name in the account of the token")
+    hub.add_argument(
+        "--form",
+        dest="what",
+        choices=("adapter", "merged", "gguf"),
+        default="adapter",
+        help="what to upload: the adapter alone (unless set), the merged 16-bit model, or a GGUF file",
+    )
+    _add_one_type(hub)
+    hub.add_argument("--public", action="store_true", help="everybody may read it; otherwise only you")
     for form in all_forms:
         form.add_argument(
             "--checkpoint", type=int, metavar="STEP", help="a checkpoint, not the final adapter"

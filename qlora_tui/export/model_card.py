@@ -3,21 +3,94 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import PurePath
+from typing import Literal, TypeAlias
 
 from qlora_tui.recipe.diff import format_value
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs.describe import format_energy
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.events import Finished
+from qlora_tui.runs.view import RunView
+
+CardForm: TypeAlias = Literal["adapter", "merged", "gguf"]
+_FRONT: dict[CardForm, tuple[str, str, str]] = {
+    "adapter": ("peft", "adapter", ""),
+    "merged": ("transformers", "finetune", ", merged into the 16-bit base"),
+    "gguf": ("gguf", "quantized", ", merged into the base"),
+}
+"""Library, relation to the base (the Hub's ``base_model_relation``), and what became of the adapter."""
 
 
-def render_model_card(recipe: Recipe, *, from_hub: bool) -> str:
-    """Return README.md for a merged model. ``from_hub``: refer to the base by its hub id."""
+@dataclass(frozen=True)
+class CardResults:
+    """What a card says beyond the recipe; empty where it is not known."""
+
+    rows: tuple[tuple[str, str], ...] = ()
+    """What the run's events say: losses, tokens, energy."""
+    effect: str = ""
+    """What the adapter changes, in a sentence."""
+    proof: str = ""
+    """How the files were compared with the trained model, in a sentence."""
+    license_id: str = ""
+    """License of the base model."""
+
+
+def run_rows(run: RunDir) -> tuple[tuple[str, str], ...]:
+    """Return rows of a card from a run's events."""
+    view = RunView(run)
+    view.refresh()
+    rows = []
+    if view.data:
+        rows.append(
+            ("Samples", f"{view.data.samples:,} of {view.data.trained_tokens:,} trained tokens an epoch")
+        )
+    if len(view.series):
+        first, last = view.series.loss[0], view.series.loss[-1]
+        rows.append(("Steps", f"{view.step:,}"))
+        rows.append(("Training loss", f"{first:.3f} at the first recorded step, {last:.3f} at the last"))
+    scored = [e for e in view.evaluations if e.loss is not None]
+    if scored:
+        parts = [f"{view.loss_before_training:.3f} before training"] if view.loss_before_training else []
+        if view.best is not None and view.best.loss is not None:
+            parts.append(f"{view.best.loss:.3f} best (step {view.best.step:,})")
+        if scored[-1].step > 0:
+            parts.append(f"{scored[-1].loss:.3f} last")
+        rows.append(("Validation loss", ", ".join(parts)))
+    if view.accuracy is not None:
+        base = f" (base {view.base_accuracy:.0%})" if view.base_accuracy is not None else ""
+        rows.append(("Exact answers", f"{view.accuracy:.0%} of the validation rows{base}"))
+    if view.environment:
+        rows.append(("Trained with", view.environment.device))
+    energy = format_energy(view.ending) if isinstance(view.ending, Finished) else ""
+    if energy:
+        rows.append(("Energy of the GPU", energy))
+    return tuple(rows)
+
+
+def render_model_card(
+    recipe: Recipe, *, from_hub: bool, form: CardForm = "merged", results: CardResults | None = None
+) -> str:
+    """Return the README.md of a model.
+
+    Args:
+        recipe: Of the training.
+        from_hub: Whether the base is named by its Hub id; else by the last part of its path.
+        form: What the card describes.
+        results: What is known beyond the recipe.
+    """
+    results = results or CardResults()
     base = recipe.model.id if from_hub else PurePath(recipe.model.id).name
     lora, training = recipe.lora, recipe.training
     title = recipe.name or f"{PurePath(base).name}, fine-tuned"
-    front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    library, relation, merged = _FRONT[form]
+    front = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
+    if results.license_id:
+        front.append(f"license: {results.license_id}")
     if from_hub:
-        front += [f"base_model: {base}", "base_model_relation: finetune"]
-    front += ["tags:", "- qlora", "- lora", "---"]
+        front += [f"base_model: {base}", f"base_model_relation: {relation}"]
+    front += ["tags:", "- qlora-tui", "- qlora", "- lora", *(["- gguf"] if form == "gguf" else []), "---"]
     kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
     base_weights = {"none": "16-bit weights"}.get(
         recipe.quantization.method, f"{recipe.quantization.method.upper()} weights"
@@ -26,7 +99,7 @@ def render_model_card(recipe: Recipe, *, from_hub: bool) -> str:
     overrides = (("Rank overrides", lora.rank_pattern), ("Alpha overrides", lora.alpha_pattern))
     rows = [
         ("Base model", base),
-        ("Method", f"{kind} on {base_weights}, merged into the 16-bit base"),
+        ("Method", f"{kind} on {base_weights}{merged}"),
         ("Rank, alpha, dropout", f"{lora.rank}, {lora.alpha:g}, {lora.dropout:g}"),
         *((label, format_value(table)) for label, table in overrides if table),
         ("Target modules", ", ".join(lora.target_modules)),
@@ -36,10 +109,13 @@ def render_model_card(recipe: Recipe, *, from_hub: bool) -> str:
         ("Effective batch", f"{recipe.effective_batch} rows of at most {recipe.data.max_length:,} tokens"),
         ("Learning rate", f"{training.learning_rate:g}, {training.lr_scheduler}"),
         ("Length", f"{training.max_steps:,} steps" if training.max_steps else f"{training.epochs:g} epochs"),
+        *results.rows,
+        *([("License of the base", results.license_id)] if results.license_id else []),
     ]
     table = ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]
     note = [recipe.note, ""] if recipe.note else []
-    return "\n".join([*front, "", f"# {title}", "", *note, *table, ""])
+    sentences = [part for text in (results.effect, results.proof) if text for part in ("", text)]
+    return "\n".join([*front, "", f"# {title}", "", *note, *table, *sentences, ""])
 
 
 def _code(tokens: Iterable[str]) -> str:

@@ -1,10 +1,12 @@
-"""A model hub on this machine for the real client: search, pages, files with ranges, gated models, failures.
+"""A model hub on this machine for the real client: search, pages, files with ranges, uploads, gated models,
+failures.
 
 Two origins, as on the real one: the hub itself, and the store it redirects large files to.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -15,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+LFS = (".safetensors", ".gguf")
 LARGE = ".safetensors"
 """Files with this ending are kept in the store and named by SHA-256, as Git LFS does."""
 
@@ -30,10 +33,24 @@ class FakeRepo:
     tags: tuple[str, ...] = ("transformers", "safetensors", "license:apache-2.0")
     branches: tuple[str, ...] = ()
     """Beside main; all have the same files."""
+    messages: list[str] = field(default_factory=list)
+    """Of the commits made through the hub."""
+
+    def all_tags(self) -> list[str]:
+        """Those set here, and those in the front matter of the model card."""
+        front = self.files.get("README.md", b"").decode().partition("\n---\n")[0]
+        return [
+            *self.tags,
+            *(line.removeprefix("- ") for line in front.splitlines() if line.startswith("- ")),
+        ]
 
     @property
     def commit(self) -> str:
         return hashlib.sha1(b"".join(map(etag, self.files.values()))).hexdigest()
+
+
+def json_lines(body: bytes) -> list[Any]:
+    return [json.loads(line) for line in body.splitlines()]
 
 
 def etag(content: bytes) -> bytes:
@@ -85,9 +102,19 @@ class FakeHub:
     """The store's bytes are not those of the file."""
     stalls: threading.Event | None = None
     """The store waits for this in the middle of a file."""
+    blobs: dict[str, bytes] = field(default_factory=dict)
+    """What was uploaded to the store, by SHA-256."""
+    upload_drops: list[int] = field(default_factory=list)
+    """Bytes after which each of the next uploads to the store is cut off."""
+    read_only: bool = False
+    """The token may not write."""
     requests: list[RecordedRequest] = field(default_factory=list)
     url: str = ""
     store_url: str = ""
+
+    def sent(self, method: str, path: str) -> int:
+        """Return how many requests were sent to paths that contain ``path``."""
+        return sum(request.method == method and path in request.path for request in self.requests)
 
     def blob(self, digest: str) -> bytes | None:
         for repo in self.repos.values():
@@ -111,10 +138,32 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.do_GET()
 
+    def do_POST(self) -> None:
+        self.do_GET()
+
+    def do_PUT(self) -> None:
+        self.do_GET()
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the body of the request."""
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            while size := int(self.rfile.readline(), 16):
+                yield self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+        else:
+            left = int(self.headers.get("Content-Length") or 0)
+            while left:
+                piece = self.rfile.read(min(left, 1 << 14))
+                left -= len(piece)
+                yield piece
+
     def do_GET(self) -> None:
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         self.hub.requests.append(RecordedRequest(self.command, self.path, self.headers.get("Range"), token))
         status = next((status for part, status in self.hub.statuses.items() if part in self.path), None)
+        if status is not None or self.hub.html:
+            self.close_connection = True
         body = next((body for part, body in self.hub.bodies.items() if part in self.path), None)
         if self.hub.endless and self.hub.endless in self.path:
             self.answer_without_end(status or 200)
@@ -162,6 +211,8 @@ class _HubHandler(_Handler):
         query = parse_qs(url.query)
         if token is not None and token != self.hub.token:
             self.refuse(401, "", "Invalid credentials in Authorization header")
+        elif self.command == "POST":
+            self.write(parts, json_lines(b"".join(self.pieces())), token)
         elif parts == ["api", "models"]:
             self.search(query)
         elif parts[:2] == ["api", "models"]:
@@ -171,6 +222,64 @@ class _HubHandler(_Handler):
             self.file("/".join(parts[:at]), "/".join(parts[at + 2 :]), token)
         else:
             self.refuse(404, "", "Not found")
+
+    def write(self, parts: list[str], body: list[Any], token: str | None) -> None:
+        """Answer a request that changes something."""
+        name = "/".join(parts[2:4] if parts[0] == "api" else parts[:2]).removesuffix(".git")
+        if token is None or self.hub.read_only:
+            self.refuse(403 if token else 401, "", "You don't have the rights to write")
+        elif parts == ["api", "repos", "create"]:
+            self.create(body[0])
+        elif parts == ["api", "validate-yaml"]:
+            self.json({"errors": [], "warnings": []})
+        elif name not in self.hub.repos:
+            self.refuse(404, "RepoNotFound", "Repository not found")
+        elif parts[-2:] == ["objects", "batch"]:
+            self.json({"transfer": "basic", "objects": [self.batch_entry(**o) for o in body[0]["objects"]]})
+        elif parts[-1] == "verify":
+            is_here = len(self.hub.blobs.get(body[0]["oid"], b"")) == body[0]["size"]
+            self.answer(200 if is_here else 404)
+        elif parts[4] == "preupload":
+            modes = [
+                {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(LFS) else "regular"}
+                for f in body[0]["files"]
+            ]
+            self.json({"files": [{**mode, "shouldIgnore": False} for mode in modes]})
+        else:
+            self.commit(name, body)
+
+    def create(self, settings: dict[str, Any]) -> None:
+        name = f"{settings['organization'] or 'me'}/{settings['name']}"
+        is_private = settings.get("private", settings.get("visibility") == "private")
+        url = f"{self.hub.url}/{name}"
+        if name in self.hub.repos:
+            self.json({"url": url, "error": "You already created this model repo"}, 409)
+            return
+        self.hub.repos[name] = FakeRepo({".gitattributes": b"*.gguf lfs"}, private=is_private, tags=())
+        self.json({"url": url})
+
+    def batch_entry(self, oid: str, size: int) -> dict[str, Any]:
+        entry: dict[str, Any] = {"oid": oid, "size": size}
+        if oid not in self.hub.blobs:
+            entry["actions"] = {
+                "upload": {"href": f"{self.hub.store_url}/{oid}?signature=secret"},
+                "verify": {"href": f"{self.hub.url}/{self.path.strip('/').partition('.git')[0]}/verify"},
+            }
+        return entry
+
+    def commit(self, name: str, lines: list[Any]) -> None:
+        repo, (header, *operations) = self.hub.repos[name], lines
+        if header["value"].get("parentCommit") != repo.commit:
+            self.refuse(412, "", "A commit has happened since")
+            return
+        for operation in operations:
+            value = operation["value"]
+            is_lfs = operation["key"] == "lfsFile"
+            content = self.hub.blobs[value["oid"]] if is_lfs else base64.b64decode(value["content"])
+            repo.files[value["path"]] = content
+        repo.messages.append(header["value"]["summary"])
+        url = f"{self.hub.url}/{name}/commit/{repo.commit}"
+        self.json({"commitUrl": url, "commitOid": repo.commit})
 
     def search(self, query: dict[str, list[str]]) -> None:
         wanted, tags = query.get("search", [""])[0].lower(), set(query.get("filter", []))
@@ -225,12 +334,30 @@ class _HubHandler(_Handler):
         else:
             self.answer(200, content, headers)
 
-    def json(self, value: Any) -> None:
-        self.answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+    def json(self, value: Any, status: int = 200) -> None:
+        self.answer(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
 
 class _StoreHandler(_Handler):
+    def receive(self) -> None:
+        """Store an uploaded file, or cut it off."""
+        most = self.hub.upload_drops.pop(0) if self.hub.upload_drops else None
+        received = b""
+        for piece in self.pieces():
+            received += piece
+            if most is not None and len(received) >= most:
+                self.close_connection = True
+                self.connection.shutdown(2)
+                return
+        digest = urlsplit(self.path).path.strip("/")
+        assert sha256(received) == digest
+        self.hub.blobs[digest] = received
+        self.answer(200)
+
     def route(self, token: str | None) -> None:
+        if self.command == "PUT":
+            self.receive()
+            return
         content = self.hub.blob(urlsplit(self.path).path.strip("/"))
         if content is None:
             self.answer(404)
@@ -269,7 +396,7 @@ def _summary(name: str, repo: FakeRepo) -> dict[str, Any]:
         "downloads": repo.downloads,
         "gated": "manual" if repo.gated else False,
         "private": repo.private,
-        "tags": list(repo.tags),
+        "tags": repo.all_tags(),
         "config": config,
         "safetensors": {"parameters": {"F32": 2304}, "total": 2304},
         "lastModified": "2026-02-03T04:05:06.000Z",

@@ -1,0 +1,312 @@
+"""Upload to the Hub, in a process of its own: ``python -m qlora_tui.export.hub_upload``, one job on stdin.
+
+:mod:`qlora_tui.export.hub_export` starts it. The process that exports is offline, and holds torch and the
+model; this one has neither. It writes JSON lines on stdout. The token is read as ``huggingface_hub`` does
+(``HF_TOKEN``, or the file of ``hf auth login``), and never written: messages hold no text of the client,
+which has signed addresses in it.
+
+Requests go through ``HfApi``: LFS files that the Hub has already are not sent again, each request is retried
+five times with growing waits (23 s), and all files are committed together at the end. ``hf_xet`` is off
+unless the user sets ``HF_HUB_DISABLE_XET=0``: its waits have no bound here (hf_xet 1.8 had not given up after
+150 s on a hub that answers 404), and it keeps logs of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from qlora_tui.catalog.hub import endpoint
+from qlora_tui.catalog.hub_errors import network_error, translate_hub_errors
+from qlora_tui.decoding import decode_json
+from qlora_tui.errors import UserError
+
+NO_XET = {"HF_HUB_DISABLE_XET": "1"}
+TAG = "qlora-tui"
+"""Tag of every model card that this program writes."""
+_LEFT_BY_THE_HUB = ".gitattributes"
+_TIMEOUT_S, _CONNECT_TIMEOUT_S = 120, 15
+_MAX_BUSY = 4
+"""Most answers that another operation is in progress: ``HfApi`` asks again without a pause or an end."""
+
+
+class Prepare(Struct, frozen=True, tag="prepare"):
+    """Create the repository unless it exists, and see what it holds."""
+
+    repo: str
+    """``name`` or ``owner/name``."""
+    is_public: bool
+    base: str = ""
+    """Hub id of the base model, whose license is looked up; empty if it is not from the Hub."""
+
+
+class Upload(Struct, frozen=True, tag="upload"):
+    """Send every file of a folder in one commit."""
+
+    repo: str
+    folder: str
+    message: str
+
+
+class Prepared(Struct, frozen=True, tag="prepared"):
+    """A repository that can be written to."""
+
+    repo: str
+    """``owner/name``."""
+    files: tuple[str, ...]
+    """What it holds already."""
+    base_license: str = ""
+
+
+class Sending(Struct, frozen=True, tag="sending"):
+    """A file is sent next."""
+
+    file: str
+    number: int
+    files: int
+    bytes: int
+
+
+class Uploaded(Struct, frozen=True, tag="uploaded"):
+    """All files are in the repository."""
+
+    url: str
+    commit: str
+
+
+class UploadFailure(Struct, frozen=True, tag="failure"):
+    """The texts of a UserError."""
+
+    title: str
+    what: str
+    why: str
+    fix: str
+
+
+Job = Prepare | Upload
+Message = Prepared | Sending | Uploaded | UploadFailure
+_JOBS: msgspec.json.Decoder[Job] = msgspec.json.Decoder(Job)
+
+
+class _StillBusy(Exception):
+    pass
+
+
+def prepare(job: Prepare) -> Prepared:
+    """Create the repository. Raises UserError where it cannot be written to, or holds something else."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=endpoint())
+    with _translated(job.repo):
+        repo = str(api.create_repo(job.repo, private=not job.is_public, exist_ok=True).repo_id)
+        info = api.model_info(repo)
+    files = tuple(entry.rfilename for entry in info.siblings or () if entry.rfilename != _LEFT_BY_THE_HUB)
+    if not job.is_public and not info.private:
+        raise UserError(
+            "The repository is public",
+            what=f"{repo} exists already, and everybody can read it.",
+            why="Uploads are private unless --public is given.",
+            fix="Use --public, choose another name, or make it private on its settings page.",
+        )
+    if files and TAG not in (info.tags or ()):
+        raise UserError(
+            "The repository holds something else",
+            what=f"{repo} has {len(files):,} files, and no model card by qlora-tui.",
+            why="Files that this program did not upload are not replaced.",
+            fix="Choose another name, or delete the repository on its settings page.",
+        )
+    base_license = ""
+    if job.base:
+        # The card then names none: the upload does not need it.
+        with suppress(UserError), _translated(job.base):
+            tags = api.model_info(job.base).tags or ()
+            base_license = next((tag[8:] for tag in tags if tag.startswith("license:")), "")
+    return Prepared(repo, files, base_license)
+
+
+def upload(job: Upload) -> Iterator[Message]:
+    """Send the files, the small ones with the commit. Raises UserError; sent files stay on the Hub."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi(endpoint=endpoint())
+    paths = sorted(Path(job.folder).iterdir())
+    with _translated(job.repo, has_begun=True):
+        parent = api.model_info(job.repo).sha
+        operations = [CommitOperationAdd(path_in_repo=p.name, path_or_fileobj=str(p)) for p in paths]
+        for number, (operation, path) in enumerate(zip(operations, paths, strict=True), 1):
+            yield Sending(path.name, number, len(paths), path.stat().st_size)
+            api.preupload_lfs_files(job.repo, additions=[operation], free_memory=False)
+        commit = api.create_commit(
+            job.repo, operations=operations, commit_message=job.message, parent_commit=parent
+        )
+    yield Uploaded(f"{endpoint()}/{job.repo}", str(commit.oid))
+
+
+@contextmanager
+def _translated(repo: str, *, has_begun: bool = False) -> Iterator[None]:
+    """Convert exceptions to UserError; ``has_begun``: files may have been sent."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        with translate_hub_errors(repo):
+            try:
+                yield
+            except UserError:
+                raise
+            except _StillBusy:
+                raise _conflict(repo) from None
+            except Exception as error:
+                cause = _cause(error)
+                if isinstance(cause, HfHubHTTPError):
+                    if (problem := _refusal(cause.response.status_code, repo)) is not None:
+                        raise problem from None
+                elif isinstance(cause, (network_error(), ConnectionError)):
+                    if has_begun:
+                        raise _interrupted(type(cause).__name__) from None
+                elif not isinstance(cause, OSError) and not _is_offline(cause):
+                    raise _unknown(error) from None
+                raise cause from None
+    except UserError as problem:
+        raise problem from None
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return the exception that the client wrapped."""
+    while error.__cause__ is not None and isinstance(error, RuntimeError):
+        error = error.__cause__
+    return error
+
+
+def _is_offline(error: BaseException) -> bool:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    return isinstance(error, OfflineModeIsEnabled)
+
+
+def _refusal(status: int, repo: str) -> UserError | None:
+    if status == 401:
+        return UserError(
+            "Hugging Face token rejected",
+            what="The Hub does not accept the token on this machine.",
+            why="It has expired or was revoked, or HF_TOKEN is wrong.",
+            fix="Log in again with `hf auth login`, then run the same command.",
+        )
+    if status == 403:
+        return UserError(
+            "No permission to write to the repository",
+            what=f"The token on this machine may not write to {repo}.",
+            why="It can only read, or the name belongs to another account.",
+            fix=f"Create a token that can write on {endpoint()}/settings/tokens, or use a name of your own.",
+        )
+    if status in (409, 412):
+        return _conflict(repo)
+    if status == 413:
+        return UserError(
+            "Too large for the Hub",
+            what=f"The Hub does not accept a file of this size for {repo}.",
+            why="A file is over its limit, or the storage of the account is full.",
+            fix="Choose a smaller --quant, or free some storage on the Hub.",
+        )
+    if status >= 500:
+        return UserError(
+            "Hub server error",
+            what=f"The Hub answered with status {status}, several times.",
+            why="Files that were sent completely stay there.",
+            fix="Run the same command in a few minutes: it continues.",
+        )
+    return None
+
+
+def _conflict(repo: str) -> UserError:
+    return UserError(
+        "The repository is being changed by something else",
+        what=f"The Hub reports a conflict on {repo}.",
+        why="Another upload to it, or to this account, is in progress.",
+        fix="Wait until it ends, then run the same command: files already sent are not sent again.",
+    )
+
+
+def _interrupted(reason: str) -> UserError:
+    return UserError(
+        "The upload was interrupted",
+        what=f"The connection to {endpoint()} broke, and did not come back ({reason}).",
+        why="The network is down, or a firewall or proxy is in the way.",
+        fix="Run the same command again: files already sent are not sent again.",
+    )
+
+
+def _unknown(error: BaseException) -> UserError:
+    # Not its text: it may hold a signed address.
+    return UserError(
+        "The upload failed",
+        what=f"The Hub's client ended with {type(_cause(error)).__name__}.",
+        why="The Hub answered in a way that it does not know, or refused a file.",
+        fix="Run the same command again: files already sent are not sent again.",
+    )
+
+
+def _configure_client() -> None:
+    """Bound the waits of the client, and silence its log, which names signed addresses."""
+    from huggingface_hub import get_session, set_client_factory
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    default = get_session()
+    hooks, timeout = default.event_hooks, type(default.timeout)(_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
+    kind, busy = type(default), 0
+
+    def count_busy(response: Any) -> None:
+        nonlocal busy
+        if response.status_code != 409 or not response.url.path.endswith("/repos/create"):
+            return
+        busy += 1
+        if busy > _MAX_BUSY:
+            raise _StillBusy
+        if busy > 1:
+            time.sleep(1)
+
+    def client() -> Any:
+        return kind(
+            event_hooks={**hooks, "response": [*hooks["response"], count_busy]},
+            follow_redirects=True,
+            timeout=timeout,
+        )
+
+    set_client_factory(client)
+
+
+def _write(message: Message) -> None:
+    sys.stdout.buffer.write(msgspec.json.encode(message) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def main() -> int:
+    """Run the job on stdin. Returns the exit code."""
+    try:
+        job = decode_json(sys.stdin.buffer.read(), _JOBS)
+        _configure_client()
+        if isinstance(job, Prepare):
+            _write(prepare(job))
+        else:
+            for message in upload(job):
+                _write(message)
+    except UserError as problem:
+        _write(UploadFailure(problem.title, problem.what, problem.why, problem.fix))
+        return problem.exit_code
+    except (KeyboardInterrupt, BrokenPipeError):
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""``export hub`` against a hub on this machine, with the real client."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qlora_tui import paths
+from qlora_tui.chat.chat_types import ChatSource
+from qlora_tui.cli.main import main
+from qlora_tui.gpu.torch_env import offline_variables_set
+from qlora_tui.runs.directory import RunDir, create_run
+from qlora_tui.runs.event_log import EventWriter
+from qlora_tui.runs.events import Evaluated, Finished
+from tests.catalog.fake_hub import FakeHub, FakeRepo, serve
+
+pytestmark = pytest.mark.slow
+
+BUSY = b'{"error": "Cannot create repo: another conflicting operation is in progress"}'
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    with serve(FakeHub()) as served:
+        monkeypatch.setenv("HF_ENDPOINT", served.url)
+        monkeypatch.setenv("HF_TOKEN", served.token)
+        monkeypatch.delenv("HF_HUB_OFFLINE")
+        # Set by exports of other tests in this process.
+        offline_variables_set.clear()
+        # Files without the comparison by llama.cpp, which other tests make.
+        monkeypatch.setattr("qlora_tui.export.gguf_export.is_installed", lambda: False)
+        yield served
+
+
+@pytest.fixture
+def run(tiny_source: ChatSource) -> RunDir:
+    run = create_run(tiny_source.recipe)
+    shutil.copytree(tiny_source.adapters["adapter"], run.adapter_dir)
+    with EventWriter(run.events_path) as log:
+        for step, loss in ((0, 2.5), (4, 1.25), (8, 1.5)):
+            log.append(Evaluated(at=1, step=step, loss=loss))
+        log.append(Finished(at=2, step=8, seconds=1, tokens_per_s=1, energy_kwh=0.42))
+    return run
+
+
+def _export(run: RunDir, *arguments: str) -> int:
+    return main(["export", "hub", run.id, "me/tickets", *arguments])
+
+
+def _uploads() -> list[Path]:
+    return list((paths.cache_dir() / "uploads").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("form", "weights", "relation"),
+    [
+        ("adapter", "adapter_model.safetensors", "peft"),
+        ("merged", "model.safetensors", "transformers"),
+        ("gguf", "files", "gguf"),
+    ],
+)
+def test_each_form_is_uploaded_with_a_card(
+    form: str, weights: str, relation: str, hub: FakeHub, run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _export(run, "--form", form, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    repo = hub.repos["me/tickets"]
+    assert repo.private
+    assert result["url"] == f"{hub.url}/me/tickets"
+    assert sorted({*result["files"], ".gitattributes"}) == sorted(repo.files)
+    assert any(name.startswith(weights) or name.endswith(".gguf") for name in repo.files)
+    card = repo.files["README.md"].decode()
+    assert f"library_name: {relation}" in card
+    assert "| Validation loss | 2.500 before training, 1.250 best (step 4), 1.500 last |" in card
+    assert "| Energy of the GPU | 0.42 kWh |" in card
+    # No path of this machine, in the card or beside it.
+    base = str(Path(run.recipe().model.id).parent).encode()
+    assert not any(base in content for content in repo.files.values())
+    assert _uploads() == []
+
+
+def test_a_broken_connection_is_retried(hub: FakeHub, run: RunDir) -> None:
+    hub.upload_drops = [100]
+    assert _export(run) == 0
+    assert hub.sent("PUT", "/") == 2
+    assert "adapter_model.safetensors" in hub.repos["me/tickets"].files
+
+
+def test_an_interrupted_upload_continues(
+    hub: FakeHub, run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.statuses["/commit/"] = 502
+    assert _export(run, "--form", "merged") == 1
+    error = capsys.readouterr().err
+    assert "it continues" in error
+    assert list(hub.repos["me/tickets"].files) == [".gitattributes"]
+    assert len(_uploads()) == 1
+    sent = hub.sent("PUT", "/")
+    del hub.statuses["/commit/"]
+    assert _export(run, "--form", "merged") == 0
+    assert "Merging" not in capsys.readouterr().err
+    assert hub.sent("PUT", "/") == sent == 1
+    assert "model.safetensors" in hub.repos["me/tickets"].files
+
+
+def test_the_same_repository_takes_a_later_upload(hub: FakeHub, run: RunDir) -> None:
+    assert _export(run) == 0
+    assert _export(run) == 0
+    assert len(hub.repos["me/tickets"].files) > 2
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "title"),
+    [
+        ("/repos/create", 401, "Hugging Face token rejected"),
+        ("/repos/create", 403, "No permission to write to the repository"),
+        ("/repos/create", 500, "Hub server error"),
+        ("/repos/create", 429, "Rate limited by the Hub"),
+        ("/preupload/", 403, "No permission to write to the repository"),
+        ("/commit/", 409, "The repository is being changed by something else"),
+        ("/commit/", 413, "Too large for the Hub"),
+        ("/objects/batch", 413, "Too large for the Hub"),
+    ],
+)
+def test_a_refusal_by_the_hub_is_explained(
+    path: str, status: int, title: str, hub: FakeHub, run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.statuses[path] = status
+    assert _export(run) == 1
+    error = capsys.readouterr().err
+    assert title in error
+    assert "Traceback" not in error
+    assert "signature" not in error
+
+
+def test_a_creation_that_stays_busy_ends(
+    hub: FakeHub, run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.statuses["/repos/create"] = 409
+    hub.error_body = BUSY
+    assert _export(run) == 1
+    assert "is being changed by something else" in capsys.readouterr().err
+    assert hub.sent("POST", "/repos/create") < 10
+
+
+@pytest.mark.parametrize(
+    ("repo", "title"),
+    [
+        (FakeRepo({"model.bin": b"x"}, private=True), "The repository holds something else"),
+        (FakeRepo({}, private=False), "The repository is public"),
+        (
+            FakeRepo({"README.md": b"---\n- qlora-tui\n---\n", "x.gguf": b"x"}, private=True),
+            "The repository holds other files",
+        ),
+    ],
+    ids=["foreign", "public", "another form"],
+)
+def test_a_repository_with_other_content_is_left_alone(
+    repo: FakeRepo, title: str, hub: FakeHub, run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.repos["me/tickets"] = repo
+    before = dict(repo.files)
+    assert _export(run) == 1
+    assert title in capsys.readouterr().err
+    assert repo.files == before
+
+
+def test_a_missing_token_is_said_before_any_work(
+    hub: FakeHub, run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    assert _export(run) == 1
+    assert "No Hugging Face token" in capsys.readouterr().err
+    assert not hub.requests
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "title"),
+    [
+        ("HF_ENDPOINT", "http://127.0.0.1:1", "Cannot reach the Hub"),
+        ("HF_HUB_OFFLINE", "1", "Hub access is turned off"),
+    ],
+)
+def test_no_network_is_said(
+    variable: str,
+    value: str,
+    title: str,
+    hub: FakeHub,
+    run: RunDir,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert _export(run) == 1
+    assert title in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["", "/commit/", "/objects/batch"])
+def test_the_token_is_written_nowhere(
+    path: str, hub: FakeHub, run: RunDir, private_home: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if path:
+        hub.statuses[path] = 403
+    assert _export(run, "--json") == int(bool(path))
+    output = capfd.readouterr()
+    assert hub.token not in output.out + output.err
+    assert "signature=secret" not in output.out + output.err
+    files = [Path(folder) / name for folder, _, names in os.walk(private_home) for name in names]
+    assert files
+    assert not any(hub.token.encode() in file.read_bytes() for file in files)
+    assert not any(hub.token.encode() in content for r in hub.repos.values() for content in r.files.values())
+    assert any(request.token == hub.token for request in hub.requests)
+    # The store is another server.
+    assert not any(r.token for r in hub.requests if r.method == "PUT")
