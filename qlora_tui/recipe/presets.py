@@ -75,7 +75,7 @@ class OverwriteError(UserError):
     """Saving would replace a file that the app did not write, or that was edited since: ask first."""
 
 
-class Snapshot(Struct, frozen=True):
+class PresetSnapshot(Struct, frozen=True):
     """Content of a user's preset file, to undo a save or a deletion with :func:`restore`."""
 
     name: str
@@ -124,7 +124,7 @@ def save(name: str, recipe: Recipe, *, note: str = "", overwrite: bool = False) 
     return path
 
 
-def delete(name: str) -> Snapshot:
+def delete(name: str) -> PresetSnapshot:
     """Delete the user's preset ``name``, revealing a shipped one of that name. Undo with ``restore``."""
     snapshot = take_snapshot(name)
     if snapshot.content is None:
@@ -142,18 +142,18 @@ def delete(name: str) -> Snapshot:
     return snapshot
 
 
-def take_snapshot(name: str) -> Snapshot:
+def take_snapshot(name: str) -> PresetSnapshot:
     """Record the current content or absence of the user's preset ``name``; call it before a save."""
     path = _user_path(name)
     try:
-        return Snapshot(name, path.read_bytes())
+        return PresetSnapshot(name, path.read_bytes())
     except FileNotFoundError:
-        return Snapshot(name, None)
+        return PresetSnapshot(name, None)
     except OSError as error:
         raise _disk_error("Cannot read preset", path, error) from error
 
 
-def restore(snapshot: Snapshot, *, overwrite: bool = False) -> None:
+def restore(snapshot: PresetSnapshot, *, overwrite: bool = False) -> None:
     """Restore a user's preset to a snapshot, byte for byte. Raises as ``save`` does."""
     path = _user_path(snapshot.name)
     if not overwrite:

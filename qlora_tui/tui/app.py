@@ -26,7 +26,7 @@ from qlora_tui.tui.recipe_undo import redo_recipe, undo_recipe
 from qlora_tui.tui.render.key_names import key_names
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.modals.too_small import TooSmallScreen, is_too_small
-from qlora_tui.tui.screens.registry import MODES, make_screen
+from qlora_tui.tui.screens.registry import NUMBERED_SCREENS, make_screen
 from qlora_tui.tui.shutdown import install_shutdown_handlers
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.terminal_app import TerminalApp
@@ -49,7 +49,9 @@ class QloraApp(TerminalApp):
 
     TITLE = "qlora-tui"
     CSS_PATH = "app.tcss"
-    MODES: ClassVar[dict[str, Any]] = {entry.name: partial(make_screen, entry.name) for entry in MODES}
+    MODES: ClassVar[dict[str, Any]] = {
+        entry.name: partial(make_screen, entry.name) for entry in NUMBERED_SCREENS
+    }
     DEFAULT_MODE = "home"
     COMMANDS: ClassVar[set[Any]] = {CommandProvider}
     BINDINGS: ClassVar[list[BindingType]] = [command.binding() for command in EVERYWHERE]
@@ -72,11 +74,11 @@ class QloraApp(TerminalApp):
     @cached_property
     def workbench(self) -> Workbench:
         """The recipe being edited, as it was when the app was last closed."""
-        bench = self.draft.load()
-        for problem in (bench.lost_draft, bench.lost_preset):
+        workbench = self.draft.load()
+        for problem in (workbench.lost_draft, workbench.lost_preset):
             if problem is not None:
                 self.call_later(partial(self.notify, str(problem), severity="warning", timeout=10))
-        return bench
+        return workbench
 
     @cached_property
     def draft(self) -> Draft:
@@ -220,7 +222,7 @@ class QloraApp(TerminalApp):
 
         here = self.screen
         if isinstance(here, WorkScreen):
-            label = next(entry.label for entry in MODES if entry.name == here.MODE)
+            label = next(entry.label for entry in NUMBERED_SCREENS if entry.name == here.MODE)
             tables = (("On this screen", here.SCREEN_COMMANDS), ("Everywhere", EVERYWHERE))
             self.push_screen(HelpScreen(label, here.HELP_TEXT, *tables))
 
@@ -294,4 +296,4 @@ class QloraApp(TerminalApp):
 
             empty_abandoned()
             self._monitor = SystemMonitor()
-        return self._monitor.poll()
+        return self._monitor.poll_and_recover()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from textual.binding import Binding
 
-from qlora_tui.tui.screens.registry import MODES, PRESETS
+from qlora_tui.tui.screens.registry import NUMBERED_SCREENS, PRESETS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,8 @@ class Command:
     help: str
     """A sentence, for the palette and the help screen."""
     in_footer: bool = True
-    verb: str = ""
-    """The verb of the command line that does the same."""
+    cli_command: str = ""
+    """The command of the command line that does the same, such as ``runs rename``."""
 
     def binding(self) -> Binding:
         """Convert to a Textual binding."""
@@ -51,7 +51,9 @@ class ScreenCommands:
     in_footer: bool = True
     """Whether the footer shows these commands."""
 
-    def __call__(self, name: str, key: str, action: str, label: str, help: str, *, verb: str = "") -> Command:
+    def __call__(
+        self, name: str, key: str, action: str, label: str, help: str, *, cli_command: str = ""
+    ) -> Command:
         return Command(
             id=f"{self.screen}.{name}",
             key=key,
@@ -59,7 +61,7 @@ class ScreenCommands:
             label=label,
             help=help,
             in_footer=self.in_footer,
-            verb=verb,
+            cli_command=cli_command,
         )
 
 
@@ -72,7 +74,7 @@ NAVIGATION: tuple[Command, ...] = tuple(
         help=entry.help,
         in_footer=False,
     )
-    for number, entry in enumerate(MODES)
+    for number, entry in enumerate(NUMBERED_SCREENS)
 )
 """The numbered screens."""
 
@@ -107,7 +109,7 @@ EVERYWHERE: tuple[Command, ...] = (
         label=PRESETS.label,
         help=PRESETS.help,
         in_footer=False,
-        verb="presets",
+        cli_command="presets",
     ),
     Command(
         id="app.undo",
@@ -140,7 +142,7 @@ EVERYWHERE: tuple[Command, ...] = (
         label="Check this machine",
         help="Test GPU, disks, file locks and libraries, and suggest fixes.",
         in_footer=False,
-        verb="doctor",
+        cli_command="doctor",
     ),
     Command(
         id="app.repaint",

@@ -54,14 +54,14 @@ class Draft:
         for name in (preset or FIRST_PRESET, FIRST_PRESET):
             # The user may have a preset of either name, and have broken it.
             try:
-                bench = Workbench(recipe, name)
+                workbench = Workbench(recipe, name)
                 break
             except UserError as problem:
                 lost = lost or problem
         else:
-            bench = Workbench(recipe, preset="")
-        bench.lost_preset, bench.lost_draft = lost, lost_draft
-        return bench
+            workbench = Workbench(recipe, preset="")
+        workbench.lost_preset, workbench.lost_draft = lost, lost_draft
+        return workbench
 
     def save(self, workbench: Workbench, *, replace: bool = False) -> bool:
         """Write the workbench to the disk; False, with nothing written, where another app changed the draft.

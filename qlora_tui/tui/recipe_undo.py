@@ -35,16 +35,20 @@ def notify_opened(app: QloraApp, before: Recipe) -> None:
 
 
 def _move(app: QloraApp, move: Callable[[], bool], done: str, nothing: str, reverse: str) -> None:
-    bench = app.workbench
-    before, preset = bench.recipe, bench.preset
+    workbench = app.workbench
+    before, preset = workbench.recipe, workbench.preset
     if not move():
         app.notify(nothing)
         return
     app.recipe_edited()
     # Screens show a change of one setting; a preset changes many, most of them on other screens.
-    if bench.preset != preset:
-        now = f"the preset is {bench.preset} again" if bench.preset else "the recipe has no preset again"
-        app.notify(f"{done}: {now}, {_changes(before, bench.recipe)}. {reverse}")
+    if workbench.preset != preset:
+        now = (
+            f"the preset is {workbench.preset} again"
+            if workbench.preset
+            else "the recipe has no preset again"
+        )
+        app.notify(f"{done}: {now}, {_changes(before, workbench.recipe)}. {reverse}")
 
 
 def _changes(before: Recipe, after: Recipe) -> str:

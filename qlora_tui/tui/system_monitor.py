@@ -1,7 +1,7 @@
 """Polls the GPU and the runs once a second, in a thread.
 
-``SystemMonitor.poll`` runs in a thread; its result is published to all screens. It also ensures that no queue
-is stuck while an app is open.
+``SystemMonitor.poll_and_recover`` runs in a thread; its result is published to all screens. It also starts a
+runner where runs wait without one.
 """
 
 from __future__ import annotations
@@ -45,8 +45,11 @@ class SystemMonitor:
         self._stalled_since: float | None = None
         """Monotonic time since when runs have been waiting while none is active."""
 
-    def poll(self) -> SystemStatus:
-        """Return the current status. Never raises for a missing GPU or a damaged run."""
+    def poll_and_recover(self) -> SystemStatus:
+        """Return the current status, and start a runner for a queue that has none.
+
+        Never raises for a missing GPU or a damaged run.
+        """
         gpu, metrics, no_gpu_reason = self._read_gpu()
         waiting_ids = tuple(run_queue.waiting())
         queued = frozenset(waiting_ids)

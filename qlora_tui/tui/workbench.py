@@ -29,7 +29,7 @@ FIRST_PRESET = "balanced"
 
 
 @dataclass(frozen=True)
-class _Snapshot:
+class _EditState:
     recipe: Recipe
     preset: str
     preset_recipe: Recipe
@@ -41,13 +41,13 @@ class Workbench:
     def __init__(self, recipe: Recipe | None = None, preset: str = FIRST_PRESET) -> None:
         """Raises UserError where there is no such preset, or it is damaged."""
         preset_recipe = build_recipe(preset=preset) if preset else Recipe()
-        self._now = _Snapshot(recipe or preset_recipe, preset, preset_recipe)
+        self._now = _EditState(recipe or preset_recipe, preset, preset_recipe)
         self.lost_preset: UserError | None = None
         """Why the preset that the recipe started from could not be opened."""
         self.lost_draft: UserError | None = None
         """Why the draft could not be read, and where its copy is."""
-        self._undo: list[_Snapshot] = []
-        self._redo: list[_Snapshot] = []
+        self._undo: list[_EditState] = []
+        self._redo: list[_EditState] = []
         self._architecture: tuple[str, Architecture | UserError] | None = None
         self._compared: tuple[Recipe, Device, dict[Precision, Estimate] | UserError] | None = None
         self._traced: tuple[Recipe, Device, StepTrace] | None = None
@@ -82,7 +82,7 @@ class Workbench:
         """Change the whole recipe, undoably; False when nothing changed."""
         if recipe == self.recipe:
             return False
-        self._push_undo(_Snapshot(recipe, self._now.preset, self._now.preset_recipe))
+        self._push_undo(_EditState(recipe, self._now.preset, self._now.preset_recipe))
         return True
 
     def adopt(self, other: Workbench) -> None:
@@ -93,7 +93,7 @@ class Workbench:
         """Take a preset's settings, keeping model and data. Raises UserError."""
         preset_recipe = build_recipe(preset=name)
         changed = _with_model_and_data(preset_recipe, self.recipe)
-        self._push_undo(_Snapshot(changed, name, preset_recipe))
+        self._push_undo(_EditState(changed, name, preset_recipe))
 
     def saved_as(self, name: str) -> tuple[str, Recipe]:
         """Record that the recipe was saved as preset ``name``: no change of the recipe, so nothing to undo.
@@ -101,13 +101,13 @@ class Workbench:
         Returns the preset that it started from until now, for :meth:`undo_saved_as`.
         """
         began = self._now.preset, self._now.preset_recipe
-        self._now = _Snapshot(self.recipe, name, self.recipe)
+        self._now = _EditState(self.recipe, name, self.recipe)
         return began
 
     def undo_saved_as(self, name: str, began: tuple[str, Recipe]) -> None:
         """Undo :meth:`saved_as`, given what that returned."""
         if self.preset == name:
-            self._now = _Snapshot(self.recipe, *began)
+            self._now = _EditState(self.recipe, *began)
 
     def undo(self) -> bool:
         """Back by one change; False at the beginning."""
@@ -167,7 +167,7 @@ class Workbench:
             return None
         return self._traced[2]
 
-    def _push_undo(self, snapshot: _Snapshot) -> None:
+    def _push_undo(self, snapshot: _EditState) -> None:
         self._undo = [*self._undo[-_UNDO_STEPS:], self._now]
         self._redo.clear()
         self._now = snapshot

@@ -23,9 +23,9 @@ def rank_on_disk() -> int:
 def edit_elsewhere(rank: int) -> None:
     """What a second app on the account does."""
     draft = Draft()
-    bench = draft.load()
-    bench.set("lora.rank", rank)
-    assert draft.save(bench)
+    workbench = draft.load()
+    workbench.set("lora.rank", rank)
+    assert draft.save(workbench)
 
 
 def test_the_second_to_write_sees_that_the_draft_changed() -> None:
@@ -44,27 +44,27 @@ def test_the_second_to_write_sees_that_the_draft_changed() -> None:
 def test_the_same_edit_in_two_apps_is_no_conflict() -> None:
     first, second = Draft(), Draft()
     one, two = first.load(), second.load()
-    for draft, bench in ((first, one), (second, two)):
-        bench.set("lora.rank", 8)
-        assert draft.save(bench)
+    for draft, workbench in ((first, one), (second, two)):
+        workbench.set("lora.rank", 8)
+        assert draft.save(workbench)
 
 
 def test_one_app_alone_is_never_asked() -> None:
     draft = Draft()
-    bench = draft.load()
+    workbench = draft.load()
     for rank in (8, 32, 64):
-        bench.set("lora.rank", rank)
-        assert draft.save(bench)
+        workbench.set("lora.rank", rank)
+        assert draft.save(workbench)
     draft_path().unlink()
-    assert draft.save(bench)
+    assert draft.save(workbench)
 
 
 def test_the_draft_is_on_the_disk_before_save_returns(monkeypatch: pytest.MonkeyPatch) -> None:
     draft = Draft()
-    bench = draft.load()
+    workbench = draft.load()
     synced: list[int] = []
     monkeypatch.setattr("os.fsync", synced.append)
-    draft.save(bench)
+    draft.save(workbench)
     assert len(synced) >= 2, "the file, and the folder with its name"
 
 
@@ -94,11 +94,11 @@ def moved_aside() -> list[bytes]:
 def test_a_draft_that_cannot_be_read_is_moved_aside(damage: Callable[[str], bytes]) -> None:
     content = damage_draft(damage)
     draft = Draft()
-    bench = draft.load()
+    workbench = draft.load()
     assert moved_aside() == [content]
-    assert bench.lost_draft is not None and "draft.toml.damaged-" in bench.lost_draft.fix
-    bench.set("lora.rank", 9)
-    assert draft.save(bench) and rank_on_disk() == 9
+    assert workbench.lost_draft is not None and "draft.toml.damaged-" in workbench.lost_draft.fix
+    workbench.set("lora.rank", 9)
+    assert draft.save(workbench) and rank_on_disk() == 9
     assert moved_aside() == [content]
 
 
@@ -110,9 +110,9 @@ def test_a_draft_that_cannot_be_moved_aside_is_not_overwritten(
     draft = Draft()
     with monkeypatch.context() as full:
         FaultyDisk(full, 1, errno.EROFS, lasting=True)
-        bench = draft.load()
-    assert bench.lost_draft is not None
-    assert not draft.save(bench) and draft_path().read_bytes() == content
+        workbench = draft.load()
+    assert workbench.lost_draft is not None
+    assert not draft.save(workbench) and draft_path().read_bytes() == content
 
 
 def is_about_the_draft(message: str) -> bool:

@@ -19,24 +19,24 @@ from qlora_tui.tui.widgets.diff_widget import changed_cells
 ANY_FLOATS = st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=600)
 
 
-def trace_of(values: list[float], most: int = MAX_POINTS) -> Envelope:
+def envelope_of(values: list[float], most: int = MAX_POINTS) -> Envelope:
     history = DecimatedSeries(most=most)
     history.extend(range(len(values)), values)
     return history.envelopes()[0]
 
 
-def drawn(trace: Envelope, x: Axis, y: Axis, width: int = 40, height: int = 8) -> list[str]:
-    return [line.plain for line in plot(Plot(x, y, (Curve(trace, "loss", ""),)), width, height)]
+def drawn(envelope: Envelope, x: Axis, y: Axis, width: int = 40, height: int = 8) -> list[str]:
+    return [line.plain for line in plot(Plot(x, y, (Curve(envelope, "loss", ""),)), width, height)]
 
 
 @given(ANY_FLOATS, st.integers(2, 40), st.integers(0, 600))
-def test_a_thinned_curve_tells_the_extremes_of_every_stretch(
+def test_a_decimated_curve_tells_the_extremes_of_every_stretch(
     values: list[float], most: int, low: int
 ) -> None:
     history = DecimatedSeries(most=most)
     history.extend(range(len(values)), values)
-    trace = history.envelopes(low)[0]
-    ends = [round(x) for x in trace.xs]
+    envelope = history.envelopes(low)[0]
+    ends = [round(x) for x in envelope.xs]
     length, whole = 1, list(range(len(values)))
     while len([end for end in whole if end >= low]) > most:
         length *= 2
@@ -48,17 +48,17 @@ def test_a_thinned_curve_tells_the_extremes_of_every_stretch(
     for number, end in enumerate(ends):
         part = values[end // length * length : end + 1]
         finite = [value for value in part if math.isfinite(value)]
-        assert trace.lows[number] == min(finite, default=math.inf)
-        assert trace.highs[number] == max(finite, default=-math.inf)
-        assert trace.broken[number] == (len(finite) < len(part))
+        assert envelope.lows[number] == min(finite, default=math.inf)
+        assert envelope.highs[number] == max(finite, default=-math.inf)
+        assert envelope.broken[number] == (len(finite) < len(part))
 
 
 @given(ANY_FLOATS, st.integers(4, 120), st.integers(3, 40))
 def test_no_column_of_numbers_can_crash_a_graph(values: list[float], width: int, height: int) -> None:
-    trace = trace_of(values)
-    low, high = trace.low, trace.high
+    envelope = envelope_of(values)
+    low, high = envelope.low, envelope.high
     y = rounded(low, high) if low is not None and high is not None else Axis(0, 1)
-    lines = drawn(trace, so_far(len(values), len(values)), y, width, height)
+    lines = drawn(envelope, so_far(len(values), len(values)), y, width, height)
     assert len(lines) == height
 
 
@@ -71,26 +71,26 @@ def test_an_axis_holds_its_values_and_has_distinct_labels(low: float, spread: fl
     assert len(set(texts)) == len(texts)
 
 
-def test_a_thinned_curve_keeps_the_spike_of_one_step() -> None:
+def test_a_decimated_curve_keeps_the_spike_of_one_step() -> None:
     values = [1.0] * 100_000
     values[54_321] = 9.0
-    trace = trace_of(values)
-    assert len(trace.xs) <= 641
-    assert trace.high == 9.0
+    envelope = envelope_of(values)
+    assert len(envelope.xs) <= 641
+    assert envelope.high == 9.0
 
 
 def test_nan_is_marked_at_the_bottom_without_a_line() -> None:
     values = [1.0] * 40
     values[20:24] = [math.nan, math.inf, -math.inf, math.nan]
-    lines = drawn(trace_of(values), Axis(0, 40, "step"), Axis(0, 2, "loss"))
+    lines = drawn(envelope_of(values), Axis(0, 40, "step"), Axis(0, 2, "loss"))
     assert NOT_A_NUMBER in lines[-2]
     gap = lines[-2].index(NOT_A_NUMBER)
     assert all(line[gap] in " ×" for line in lines[1:-1])
 
 
 def test_where_nothing_was_measured_there_is_no_line() -> None:
-    trace = Envelope((0.0, 1.0, 2.0), (1.0, 1.0, 1.0), (1.0, 1.0, 1.0), (False, False, False))
-    lines = drawn(trace, Axis(0, 40, "step"), Axis(0, 2, "loss"))
+    envelope = Envelope((0.0, 1.0, 2.0), (1.0, 1.0, 1.0), (1.0, 1.0, 1.0), (False, False, False))
+    lines = drawn(envelope, Axis(0, 40, "step"), Axis(0, 2, "loss"))
     assert all(set(line[10:]) <= set(" ") for line in lines[1:-1])
 
 
@@ -100,14 +100,14 @@ def test_a_nan_curve_is_marked_and_an_empty_one_unscaled() -> None:
     )
     lines = [line.plain for line in plot(nothing, 40, 8)]
     assert "".join(lines).split() == ["No", "steps", "yet."]
-    broken = Plot(nothing.x, nothing.y, (Curve(trace_of([math.nan] * 9), "", ""),), empty="No steps yet.")
+    broken = Plot(nothing.x, nothing.y, (Curve(envelope_of([math.nan] * 9), "", ""),), empty="No steps yet.")
     text = "\n".join(line.plain for line in plot(broken, 40, 8))
     assert NOT_A_NUMBER in text and "No steps yet." not in text
 
 
 def test_marks_lie_over_curves_and_do_not_run_together() -> None:
     marks = tuple(Mark(x, 1.0, "◆", "") for x in range(40))
-    lines = plot(Plot(Axis(0, 40), Axis(0, 2), (Curve(trace_of([1.0] * 40), "", ""),), marks), 44, 8)
+    lines = plot(Plot(Axis(0, 40), Axis(0, 2), (Curve(envelope_of([1.0] * 40), "", ""),), marks), 44, 8)
     text = "\n".join(line.plain for line in lines)
     assert 5 < text.count("◆") < 20
     assert "◆◆" not in text
@@ -199,8 +199,8 @@ def test_a_strip_is_scaled_from_its_fixed_zero() -> None:
 
 
 def test_a_strip_holds_each_value_until_the_next() -> None:
-    trace = Envelope((0.0, 10.0), (1.0, 2.0), (1.0, 2.0), (False, False))
-    assert over_axis(trace, Axis(0, 20), 5) == [1.0, 1.0, 2.0, None, None]
+    envelope = Envelope((0.0, 10.0), (1.0, 2.0), (1.0, 2.0), (False, False))
+    assert over_axis(envelope, Axis(0, 20), 5) == [1.0, 1.0, 2.0, None, None]
 
 
 def test_only_the_cells_that_changed_are_painted() -> None:

@@ -244,7 +244,7 @@ async def test_before_the_first_poll_no_runs_or_steps_are_shown(
 ) -> None:
     write_fake_run(FakeRun(name="owls", state="finished"))
     looking = threading.Event()
-    look = system_monitor.SystemMonitor.poll
+    look = system_monitor.SystemMonitor.poll_and_recover
     monkeypatch.setattr(system_monitor.SystemMonitor, "poll", lambda self: looking.wait(30) and look(self))
     async with make_app().run_test() as pilot:
         said = await wait_for_text(pilot, "looking…")
@@ -276,8 +276,8 @@ def test_a_runner_that_cannot_be_started_ends_no_look(monkeypatch: pytest.Monkey
     run_queue.enqueue(run)
     (paths.state_dir() / "runner.log").mkdir()
     look = system_monitor.SystemMonitor()
-    look.poll()
-    assert look.poll().waiting_ids == (run.id,)
+    look.poll_and_recover()
+    assert look.poll_and_recover().waiting_ids == (run.id,)
     look.close()
 
 
@@ -286,9 +286,9 @@ def test_the_run_that_changed_last_is_the_one_shown() -> None:
     write_fake_run(FakeRun(name="crows", state="finished", steps=300, total=300, began=BEGAN + 100))
     run = write_fake_run(older)
     look = system_monitor.SystemMonitor()
-    assert look.poll().active_or_last == run
+    assert look.poll_and_recover().active_or_last == run
     write_fake_run(replace(older, state="finished", steps=300, seconds_a_step=5.0))
-    assert look.poll().active_or_last == run
+    assert look.poll_and_recover().active_or_last == run
     look.close()
 
 

@@ -76,10 +76,10 @@ def test_nothing_foreign_leaves_the_app_raw_on_any_screen(private_home: Path) ->
         [{"messages": [{**turn, "content": poisoned(turn["content"])} for turn in chat]} for chat in chats]
         + [poisoned(ticket(4))],
     )
-    bench = Workbench()
-    bench.replace(replace_setting(bench.recipe, "model.id", str(hostile_model)))
-    bench.replace(replace_setting(bench.recipe, "data.sources", (Source(path=str(rows)),)))
-    Draft().save(bench, replace=True)
+    workbench = Workbench()
+    workbench.replace(replace_setting(workbench.recipe, "model.id", str(hostile_model)))
+    workbench.replace(replace_setting(workbench.recipe, "data.sources", (Source(path=str(rows)),)))
+    Draft().save(workbench, replace=True)
     states: tuple[State, ...] = ("finished", "failed", "running")
     for state in states:
         poison_run(

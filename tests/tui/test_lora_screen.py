@@ -217,8 +217,8 @@ async def test_few_trained_parameters_have_memory_though_loading_peaks(small: st
 
 
 def test_differences_that_do_not_fit_are_counted() -> None:
-    bench = Workbench()
-    assert str(difference_text(bench, None, 78)) == "Same as preset balanced"
+    workbench = Workbench()
+    assert str(difference_text(workbench, None, 78)) == "Same as preset balanced"
     for path, value in (
         ("lora.rank", 8),
         ("lora.target_modules", ("q_proj", "k_proj", "v_proj", "o_proj")),
@@ -226,12 +226,12 @@ def test_differences_that_do_not_fit_are_counted() -> None:
         ("lora.alpha_pattern", {"7.q_proj": 8}),
         ("lora.use_dora", True),
     ):
-        bench.set(path, value)
-    text = difference_text(bench, MemoryDeltas(0, -5 << 20), 78)
+        workbench.set(path, value)
+    text = difference_text(workbench, MemoryDeltas(0, -5 << 20), 78)
     assert str(text).startswith("vs balanced: -5 MiB · rank: 16 → 8 · targets: all-linear → q_proj, ")
     assert str(text).endswith(" · 2 more")
     assert len(text.wrap(78)) == 2
-    assert "more" not in str(difference_text(bench, None, 200))
+    assert "more" not in str(difference_text(workbench, None, 200))
 
 
 async def test_a_click_toggles_what_is_under_it(small: str) -> None:

@@ -268,7 +268,7 @@ async def test_an_unconverted_gguf_file_has_its_own_line(private_home: Path) -> 
 
 def test_a_traced_step_stands_in_for_the_formula(private_home: Path) -> None:
     app = open_on("memory", model=str(config_folder(private_home, "LiquidAI__LFM2-350M")))
-    bench, device = app.workbench, app.memory_budget.device
+    workbench, device = app.workbench, app.memory_budget.device
     traced = StepTrace(
         parameter_bytes=1,
         adapter_bytes=1,
@@ -277,13 +277,13 @@ def test_a_traced_step_stands_in_for_the_formula(private_home: Path) -> None:
         gradient_bytes=1 << 20,
         kept_bytes=1,
     )
-    bench.use_trace(bench.recipe, device, traced)
-    estimates = bench.comparison(device)
+    workbench.use_trace(workbench.recipe, device, traced)
+    estimates = workbench.comparison(device)
     assert isinstance(estimates, dict) and estimates["nf4"].exact and not estimates["fp16"].exact
     assert estimates["nf4"].peak_phase == "traced step"
     assert estimates["nf4"].bytes_of("activations") + estimates["nf4"].bytes_of("gradients") == 3 << 30
-    bench.set("lora.rank", 32)
-    estimates = bench.comparison(device)
+    workbench.set("lora.rank", 32)
+    estimates = workbench.comparison(device)
     assert isinstance(estimates, dict) and not estimates["nf4"].exact
 
 

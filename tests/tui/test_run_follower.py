@@ -21,7 +21,7 @@ def test_a_resumed_run_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> Non
     with EventWriter(run.events_path) as log:
         log.append(Started(at=BEGAN + 500, attempt=2, pid=1, resumed_from_step=100))
         log.append(step_event(101))
-    assert len(follower.poll().curves.loss.xs) == 101
+    assert len(follower.poll().envelopes.loss.xs) == 101
 
 
 def test_a_followed_long_run_is_drawn_like_an_opened_one(
@@ -41,7 +41,7 @@ def test_a_followed_long_run_is_drawn_like_an_opened_one(
                 if step == 22_000:
                     log.append(health_event("plateau", "seen on the way"))
                 picture = follower.poll()
-                xs = picture.curves.loss.xs
+                xs = picture.envelopes.loss.xs
                 assert picture.step == step
                 assert 0 <= step - xs[-1] < picture.step_stride
                 assert 0.4 < len([x for x in xs if x < step / 2]) / len(xs) < 0.6
@@ -59,7 +59,7 @@ def test_hundreds_of_thousands_of_steps_are_held_as_a_sample() -> None:
     picture = follower.poll()
     assert picture.step == 60_000
     assert picture.step_stride > 1
-    assert any(picture.curves.loss.broken)
+    assert any(picture.envelopes.loss.broken)
     assert len(picture.health) == 1
     with EventWriter(run.events_path) as log:
         log.append(step_event(60_001))
@@ -76,19 +76,19 @@ def test_a_run_watched_for_weeks_is_complete_in_little_memory() -> None:
                 picture = follower.poll()
                 assert picture.step == step
                 assert len(picture.view.series) <= 100
-    loss = picture.curves.loss
+    loss = picture.envelopes.loss
     assert picture.step_stride == 1
     assert len(loss.xs) <= 641
     assert loss.high == 90.0 and 690 < loss.xs[loss.highs.index(90.0)] < 720
     assert any(loss.broken)
     assert loss.xs[-1] == 12_000
     follower.from_step = 11_900.0
-    assert follower.poll().curves.loss.xs == tuple(range(11_900, 12_001))
+    assert follower.poll().envelopes.loss.xs == tuple(range(11_900, 12_001))
 
 
 def test_every_step_of_a_recorded_real_run_is_there_once() -> None:
     picture = RunFollower(recorded_run()).poll()
     assert picture.status.state == "finished"
-    assert list(picture.curves.loss.xs) == list(range(1, 82))
+    assert list(picture.envelopes.loss.xs) == list(range(1, 82))
     assert picture.best is not None and picture.best.step in {e.step for e in picture.evaluations}
     assert picture.samples and picture.entries and picture.output and picture.telemetry

@@ -28,7 +28,7 @@ from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.render.block_charts import downsample
 from qlora_tui.tui.render.plot import plot as draw
 from qlora_tui.tui.render.run_labels import result_label
-from qlora_tui.tui.screens.runs.compare import comparison_table, differing, plot, read
+from qlora_tui.tui.screens.runs.compare import compare_plot, comparison_table, differing, read
 from qlora_tui.tui.screens.runs.screen import RunsScreen
 from qlora_tui.tui.screens.train.screen import TrainScreen
 from qlora_tui.tui.system_monitor import SystemMonitor
@@ -186,7 +186,7 @@ async def test_exact_answers_have_a_column_where_a_run_has_some(
         await wait_for_text(pilot, "labels", "exact", "97%")
 
 
-def test_a_thinned_curve_marks_nan_and_leaves_gaps() -> None:
+def test_a_decimated_curve_marks_nan_and_leaves_gaps() -> None:
     assert downsample([4.0, 2.0], 4) == [4.0, 2.0, None, None]
     means = downsample([1.0, 3.0, float("nan"), 1.0], 2)
     assert means[0] == 2.0
@@ -298,7 +298,7 @@ def test_short_answer_runs_are_compared_by_exact_answers(three_runs: list[RunDir
 
 def test_curves_differ_by_their_symbols_and_not_by_color_alone(three_runs: list[RunDir]) -> None:
     compared = [read(run) for run in three_runs]
-    text = "\n".join(line.plain for line in draw(plot(compared), 100, 20))
+    text = "\n".join(line.plain for line in draw(compare_plot(compared), 100, 20))
     assert all(mark in text for mark in "●▲■")
     assert [name for name, _ in differing(compared)] == ["Rank", "Learning rate"]
 
@@ -444,7 +444,7 @@ def test_a_second_poll_stats_each_run_once(monkeypatch: pytest.MonkeyPatch) -> N
     summaries, monitor = SummaryCache(), SystemMonitor()
     while not summaries.read_all(5.0).complete:
         pass
-    monitor.poll()
+    monitor.poll_and_recover()
     stat, calls = os.stat, []
 
     def counted(path: Any, **how: Any) -> os.stat_result:
@@ -452,7 +452,7 @@ def test_a_second_poll_stats_each_run_once(monkeypatch: pytest.MonkeyPatch) -> N
         return stat(path, **how)
 
     monkeypatch.setattr(os, "stat", counted)
-    for look in (lambda: summaries.read_all(5.0), monitor.poll):
+    for look in (lambda: summaries.read_all(5.0), monitor.poll_and_recover):
         calls.clear()
         look()
         assert len(calls) == 40

@@ -13,33 +13,33 @@ from tests.tui.workstation import config_folder, open_on
 
 
 def test_the_line_says_what_the_recipe_is() -> None:
-    bench = Workbench()
-    assert recipe_line(bench) == "balanced · no model · no data · r16 all-linear · 1,024 tok × 1 × 8"
-    bench.set("model.id", "Qwen/Qwen2.5-7B")
-    bench.set("data.sources", (Source(path="a/tickets.jsonl"), Source(path="b.jsonl")))
-    bench.set("lora.target_modules", ("q_proj", "k_proj", "v_proj"))
+    workbench = Workbench()
+    assert recipe_line(workbench) == "balanced · no model · no data · r16 all-linear · 1,024 tok × 1 × 8"
+    workbench.set("model.id", "Qwen/Qwen2.5-7B")
+    workbench.set("data.sources", (Source(path="a/tickets.jsonl"), Source(path="b.jsonl")))
+    workbench.set("lora.target_modules", ("q_proj", "k_proj", "v_proj"))
     expected = "balanced* · Qwen2.5-7B · tickets.jsonl +1 · r16 3 targets · 1,024 tok × 1 × 8"
-    assert recipe_line(bench) == expected
+    assert recipe_line(workbench) == expected
 
 
 def test_names_give_way_to_numbers_where_there_is_little_room() -> None:
-    bench = Workbench()
-    bench.set("model.id", "HuggingFaceTB/SmolLM2-135M-Instruct-converted")
-    bench.set("data.sources", (Source(path="a/lighthouse_keeper_conversations.jsonl"),))
+    workbench = Workbench()
+    workbench.set("model.id", "HuggingFaceTB/SmolLM2-135M-Instruct-converted")
+    workbench.set("data.sources", (Source(path="a/lighthouse_keeper_conversations.jsonl"),))
     numbers = " · r16 all-linear · 1,024 tok × 1 × 8"
     for width in (78, 90, 118):
-        line = recipe_line(bench, width)
+        line = recipe_line(workbench, width)
         assert len(line) <= width and line.endswith(numbers)
-    assert "SmolLM2-135" in recipe_line(bench, 78)
-    assert recipe_line(bench, 200) == recipe_line(bench)
-    bench.set("data.sources", ())
-    assert " · no data · " in recipe_line(bench, 78)
+    assert "SmolLM2-135" in recipe_line(workbench, 78)
+    assert recipe_line(workbench, 200) == recipe_line(workbench)
+    workbench.set("data.sources", ())
+    assert " · no data · " in recipe_line(workbench, 78)
 
 
 def test_custom_ranks_are_shown_as_a_range() -> None:
-    bench = Workbench()
-    bench.set("lora.rank_pattern", {"8-23.q_proj": 32, "down_proj": 8})
-    assert " · r8-32 all-linear · " in recipe_line(bench)
+    workbench = Workbench()
+    workbench.set("lora.rank_pattern", {"8-23.q_proj": 32, "down_proj": 8})
+    assert " · r8-32 all-linear · " in recipe_line(workbench)
 
 
 async def test_the_cost_follows_the_recipe_in_its_own_precision(private_home: Path) -> None:

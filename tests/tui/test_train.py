@@ -76,8 +76,8 @@ async def test_a_resumed_attempt_replaces_what_was_drawn(make_app: MakeApp) -> N
         log.append(step_event(51, loss=9.0))
     picture = follower.poll()
     assert picture.step == 51
-    assert picture.curves.loss.high == 9.0
-    assert len(picture.curves.loss.xs) == 51
+    assert picture.envelopes.loss.high == 9.0
+    assert len(picture.envelopes.loss.xs) == 51
     # Its beginning was read a second time and is told once, and nothing was passed over.
     texts = [entry.text for entry in picture.entries]
     assert len(texts) == len(set(texts))

@@ -10,12 +10,12 @@ from qlora_tui.tui.workbench import Workbench
 
 
 def test_a_draft_comes_back_as_it_was_left() -> None:
-    bench = Workbench(preset="paper")
-    bench.set("lora.rank", 8)
-    bench.set("data.sources", (Source(path="rows.jsonl"),))
-    Draft().save(bench, replace=True)
+    workbench = Workbench(preset="paper")
+    workbench.set("lora.rank", 8)
+    workbench.set("data.sources", (Source(path="rows.jsonl"),))
+    Draft().save(workbench, replace=True)
     again = Draft().load()
-    assert again.recipe == bench.recipe
+    assert again.recipe == workbench.recipe
     assert again.preset == "paper"
     assert again.modified
 
@@ -26,27 +26,27 @@ def test_a_damaged_draft_is_a_fresh_start() -> None:
 
 
 def test_a_draft_outlives_the_preset_it_began_as() -> None:
-    bench = Workbench()
-    bench.set("model.id", "some/model")
-    bench.set("lora.rank", 8)
-    Draft().save(bench, replace=True)
+    workbench = Workbench()
+    workbench.set("model.id", "some/model")
+    workbench.set("lora.rank", 8)
+    Draft().save(workbench, replace=True)
     path = paths.state_dir() / "draft.toml"
     path.write_text(path.read_text().replace("began as balanced", "began as gone"))
     again = Draft().load()
-    assert again.recipe == bench.recipe
+    assert again.recipe == workbench.recipe
     assert again.preset == "balanced"
     assert again.modified
 
 
 @pytest.mark.parametrize("drafted", [True, False])
 def test_a_users_broken_default_preset_does_not_block_the_start(drafted: bool) -> None:
-    bench = Workbench()
-    bench.set("lora.rank", 8)
+    workbench = Workbench()
+    workbench.set("lora.rank", 8)
     if drafted:
-        Draft().save(bench, replace=True)
+        Draft().save(workbench, replace=True)
     (paths.user_presets_dir() / "balanced.toml").write_text("nonsense = [\n")
     again = Draft().load()
-    assert again.recipe == (bench.recipe if drafted else Recipe())
+    assert again.recipe == (workbench.recipe if drafted else Recipe())
     assert again.preset == "" and again.lost_preset is not None
     assert "balanced.toml" in str(again.lost_preset)
     Draft().save(again, replace=True)
@@ -56,31 +56,31 @@ def test_a_users_broken_default_preset_does_not_block_the_start(drafted: bool) -
 
 
 def test_undo_and_redo_walk_the_changes() -> None:
-    bench = Workbench()
-    first = bench.recipe
-    bench.set("lora.rank", 8)
-    bench.set("lora.rank", 64)
-    assert bench.undo() and bench.recipe.lora.rank == 8
-    assert bench.undo() and bench.recipe == first
-    assert not bench.undo()
-    assert bench.redo() and bench.recipe.lora.rank == 8
-    bench.set("lora.alpha", 1.0)
-    assert not bench.redo()
+    workbench = Workbench()
+    first = workbench.recipe
+    workbench.set("lora.rank", 8)
+    workbench.set("lora.rank", 64)
+    assert workbench.undo() and workbench.recipe.lora.rank == 8
+    assert workbench.undo() and workbench.recipe == first
+    assert not workbench.undo()
+    assert workbench.redo() and workbench.recipe.lora.rank == 8
+    workbench.set("lora.alpha", 1.0)
+    assert not workbench.redo()
 
 
 def test_a_value_out_of_bounds_changes_nothing() -> None:
-    bench = Workbench()
+    workbench = Workbench()
     with pytest.raises(UserError, match=r"lora\.rank"):
-        bench.set("lora.rank", 0)
-    assert not bench.modified
+        workbench.set("lora.rank", 0)
+    assert not workbench.modified
 
 
 def test_opening_a_preset_keeps_model_and_data() -> None:
-    bench = Workbench()
-    bench.set("model.id", "acme/tiny")
-    bench.set("data.sources", (Source(path="rows.jsonl"),))
-    bench.open_preset("paper")
-    assert bench.recipe.lora.rank == 64
-    assert bench.recipe.model.id == "acme/tiny"
-    assert bench.recipe.data.sources[0].path == "rows.jsonl"
-    assert not bench.modified
+    workbench = Workbench()
+    workbench.set("model.id", "acme/tiny")
+    workbench.set("data.sources", (Source(path="rows.jsonl"),))
+    workbench.open_preset("paper")
+    assert workbench.recipe.lora.rank == 64
+    assert workbench.recipe.model.id == "acme/tiny"
+    assert workbench.recipe.data.sources[0].path == "rows.jsonl"
+    assert not workbench.modified

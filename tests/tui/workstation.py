@@ -38,10 +38,10 @@ def config_of(published: str) -> dict[str, Any]:
 
 def open_on(mode: str, *, model: str = "", gpu_gib: float = 24.0, **settings: Any) -> QloraApp:
     """An app that shows ``mode`` first, its draft on this model."""
-    bench = Workbench()
+    workbench = Workbench()
     if model:
-        bench.replace(replace_setting(bench.recipe, "model.id", model))
-    Draft().save(bench, replace=True)
+        workbench.replace(replace_setting(workbench.recipe, "model.id", model))
+    Draft().save(workbench, replace=True)
     return _first_shown(mode)(Settings(gpu_memory_gib=gpu_gib, **settings))
 
 

@@ -24,13 +24,13 @@ def bar(part: float, width: int) -> str:
     return text + "░" * (width - len(text))
 
 
-def over_axis(trace: Envelope, x: Axis, columns: int) -> list[float | None]:
+def over_axis(envelope: Envelope, x: Axis, columns: int) -> list[float | None]:
     """The highest value of each column; one between two samples holds the earlier, NaN where one broke."""
     values: list[float | None] = [None] * columns
     if not columns:
         return values
     before: int | None = None
-    for place, high, broken in zip(trace.xs, trace.highs, trace.broken, strict=True):
+    for place, high, broken in zip(envelope.xs, envelope.highs, envelope.broken, strict=True):
         if not x.low <= place <= x.high:
             continue
         column = x.place(place, columns)

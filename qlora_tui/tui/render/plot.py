@@ -24,9 +24,9 @@ _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 
 @dataclass(frozen=True)
 class Curve:
-    """A trace, how it looks, and what it is called in the legend."""
+    """An envelope, how it looks, and what it is called in the legend."""
 
-    trace: Envelope
+    envelope: Envelope
     name: str
     style: str
     glyph: str = ""
@@ -81,7 +81,7 @@ class _Canvas:
 def plot(what: Plot, width: int, height: int) -> list[Content]:
     """``height`` lines: the legend, the graph with its scale at the left, the scale below."""
     rows = max(1, height - 2)
-    if what.empty and not what.marks and not any(curve.trace.xs for curve in what.curves):
+    if what.empty and not what.marks and not any(curve.envelope.xs for curve in what.curves):
         return _nothing(what, width, height)
     scale = _scale(what.y, rows)
     gutter = max((len(text) for _, text in scale), default=0) + 1
@@ -121,10 +121,12 @@ def _scale(y: Axis, rows: int) -> list[tuple[float, str]]:
 
 def _draw_curve(canvas: _Canvas, curve: Curve, x: Axis, y: Axis) -> None:
     dots_wide, dots_high = canvas.width * 2, canvas.height * 4
-    trace = curve.trace
+    envelope = curve.envelope
     before: tuple[int, int, int] | None = None
     broken_columns = set()
-    for value, low, high, broken in zip(trace.xs, trace.lows, trace.highs, trace.broken, strict=True):
+    for value, low, high, broken in zip(
+        envelope.xs, envelope.lows, envelope.highs, envelope.broken, strict=True
+    ):
         if not x.low <= value <= x.high:
             before = None
             continue
@@ -165,12 +167,12 @@ def _set_glyphs(canvas: _Canvas, curve: Curve, x: Axis, y: Axis, number: int, of
         return
     apart = 16
     due = apart * number // of + 2
-    points = list(zip(curve.trace.xs, curve.trace.lows, curve.trace.highs, strict=True))
+    points = list(zip(curve.envelope.xs, curve.envelope.lows, curve.envelope.highs, strict=True))
     for place, low, high in [*points, *points[-1:]]:
         if low > high or not x.low <= place <= x.high:
             continue
         column = x.place(place, canvas.width)
-        if column >= due or place == curve.trace.xs[-1]:
+        if column >= due or place == curve.envelope.xs[-1]:
             row = canvas.height - 1 - y.place((low + high) / 2, canvas.height)
             canvas.cells[column, row] = (curve.glyph, curve.style)
             due = column + apart
@@ -225,8 +227,8 @@ def _foot(x: Axis, gutter: int, columns: int) -> Content:
     return Content.styled("".join(text), "dim")
 
 
-def overall(traces: Sequence[Envelope]) -> tuple[float, float] | None:
-    """Lowest and highest finite value of several traces; None where there is none."""
-    lows = [low for trace in traces if (low := trace.low) is not None]
-    highs = [high for trace in traces if (high := trace.high) is not None]
+def overall(envelopes: Sequence[Envelope]) -> tuple[float, float] | None:
+    """Lowest and highest finite value of several envelopes; None where there is none."""
+    lows = [low for envelope in envelopes if (low := envelope.low) is not None]
+    highs = [high for envelope in envelopes if (high := envelope.high) is not None]
     return (min(lows), max(highs)) if lows else None

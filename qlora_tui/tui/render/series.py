@@ -2,7 +2,7 @@
 
 A graph is a few hundred dots wide, and a run may be weeks long. A :class:`DecimatedSeries` takes values as
 they come and keeps what a graph can show: the last few hundred one by one, earlier ones in
-stretches of two, of four, and so on. What is drawn is a :class:`Envelope`, which holds no more points than a
+stretches of two, of four, and so on. What is drawn is an :class:`Envelope`, which holds no more points than a
 wide screen has dots.
 """
 

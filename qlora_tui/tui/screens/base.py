@@ -92,7 +92,7 @@ class WorkScreen(CancelsWorkersFirst, Screen[None]):
         self._recipe_changed(self.qlora_app.workbench.recipe)
         self._system_status_changed(self.qlora_app.system_status)
 
-    def action_step(self, path: str, direction: int = 1) -> None:
+    def action_step_setting(self, path: str, direction: int = 1) -> None:
         """Give a setting its next value, up (1) or down (-1)."""
         from qlora_tui.recipe.fields import fields, get_setting  # Home is painted without the recipe
         from qlora_tui.tui.setting_stepper import step_value

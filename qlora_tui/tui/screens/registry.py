@@ -37,7 +37,7 @@ class ScreenEntry:
 PRESETS = ScreenEntry(
     "presets", "PresetsScreen", "Presets", "Open a preset, or save this recipe as one.", is_modal=True
 )
-MODES = (
+NUMBERED_SCREENS = (
     ScreenEntry("home", "HomeScreen", "Home", "Show the GPU, the runs and the next step."),
     ScreenEntry("models", "ModelsScreen", "Model", "Select a model on this machine, or find one on the Hub."),
     ScreenEntry("data", "DataScreen", "Data", "Select data and see every token as the model will."),
@@ -48,12 +48,12 @@ MODES = (
     ScreenEntry("chat", "ChatScreen", "Chat", "Chat with an adapter and its base model side by side."),
 )
 """The numbered screens, in the order of their keys, from 0."""
-SCREENS = (*MODES, PRESETS)
+SCREENS = (*NUMBERED_SCREENS, PRESETS)
 
 
 def make_screen(mode: str) -> WorkScreen:
     """Import a screen's class and create the screen."""
-    (entry,) = (entry for entry in MODES if entry.name == mode)
+    (entry,) = (entry for entry in NUMBERED_SCREENS if entry.name == mode)
     module = import_module(f"qlora_tui.tui.screens.{mode}.screen")
     screen: WorkScreen = getattr(module, entry.class_name)()
     return screen

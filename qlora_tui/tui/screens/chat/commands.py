@@ -8,7 +8,7 @@ _command = ScreenCommands("chat")
 _hidden = ScreenCommands("chat", in_footer=False)
 
 COMMANDS: tuple[Command, ...] = (
-    _command("write", "i,enter", "write", "Write", "Type a prompt.", verb="chat"),
+    _command("write", "i,enter", "write", "Write", "Type a prompt.", cli_command="chat"),
     _command("stop", "escape", "stop", "Stop", "Stop the answer, or stop loading the model."),
     _command(
         "leave",

@@ -14,13 +14,13 @@ COMMANDS: tuple[Command, ...] = (
         "open",
         "Open",
         "Add a data file, a folder of files, or a dataset from the Hub.",
-        verb="data inspect",
+        cli_command="data inspect",
     ),
     _command("remove", "x", "remove", "Remove", "Remove the selected source from the recipe."),
     _hidden("reload", "f5", "reload", "Reload", "Read the source again, after its file changed."),
     _hidden("next", "right,l", "row(1)", "Next", "Show the next row."),
     _hidden("previous", "left,h", "row(-1)", "Previous", "Show the previous row."),
-    _command("goto", "colon", "go_to", "Row", "Go to a row by number.", verb="data show"),
+    _command("goto", "colon", "go_to", "Row", "Go to a row by number.", cli_command="data show"),
     _command("problem", "n", "problem(1)", "Problem", "Go to the next row with a problem."),
     _command("view", "v", "view", "View", "Show the sample and the statistics, or only one of them."),
     _hidden("previous_problem", "N", "problem(-1)", "Back", "Go to the previous row with a problem."),
@@ -29,13 +29,19 @@ COMMANDS: tuple[Command, ...] = (
         "columns", "c", "columns", "Columns", "Map the columns of the file to prompt, answer, and so on."
     ),
     _command(
-        "longer", "plus,equals_sign", "step('data.max_length', 1)", "Length", "Double the sequence length."
+        "longer",
+        "plus,equals_sign",
+        "step_setting('data.max_length', 1)",
+        "Length",
+        "Double the sequence length.",
     ),
-    _hidden("shorter", "minus", "step('data.max_length', -1)", "Shorter", "Halve the sequence length."),
+    _hidden(
+        "shorter", "minus", "step_setting('data.max_length', -1)", "Shorter", "Halve the sequence length."
+    ),
     _hidden(
         "too_long",
         "t",
-        "step('data.overflow')",
+        "step_setting('data.overflow')",
         "Too long",
         "Choose what happens to samples that are too long.",
     ),
@@ -48,23 +54,33 @@ COMMANDS: tuple[Command, ...] = (
     ),
     _hidden("weight", "w", "weight", "Weight", "Set how often the rows of a source are seen."),
     _hidden(
-        "train_on", "e", "step('data.train_on')", "Train on", "Train on the answers only, or on everything."
+        "train_on",
+        "e",
+        "step_setting('data.train_on')",
+        "Train on",
+        "Train on the answers only, or on everything.",
     ),
     _hidden(
         "thinking",
         "r",
-        "step('data.thinking')",
+        "step_setting('data.thinking')",
         "Thinking",
         "Render rows with thinking on, off, or as the reasoning in the row requires.",
     ),
     _hidden(
         "reasoning",
         "R",
-        "step('data.reasoning_in_loss')",
+        "step_setting('data.reasoning_in_loss')",
         "Reasoning",
         "Include the reasoning in the loss, or only read it.",
     ),
-    _hidden("packing", "b", "step('data.packing')", "Packing", "Pack several samples into one row, or not."),
+    _hidden(
+        "packing",
+        "b",
+        "step_setting('data.packing')",
+        "Packing",
+        "Pack several samples into one row, or not.",
+    ),
     _hidden(
         "fix",
         "m",

@@ -10,13 +10,28 @@ _hidden = ScreenCommands("home", in_footer=False)
 COMMANDS: tuple[Command, ...] = (
     _command("next", "enter", "next", "Next step", "Do the suggested next step."),
     _command(
-        "demo", "d", "demo", "Demo", "Download the 135M demo model and prepare a run with it.", verb="demo"
+        "demo",
+        "d",
+        "demo",
+        "Demo",
+        "Download the 135M demo model and prepare a run with it.",
+        cli_command="demo",
     ),
     _hidden(
-        "resume", "r", "resume", "Resume", "Resume the last run from its last checkpoint.", verb="resume"
+        "resume",
+        "r",
+        "resume",
+        "Resume",
+        "Resume the last run from its last checkpoint.",
+        cli_command="resume",
     ),
     _hidden(
-        "export", "e", "export", "Export", "Export the last run's adapter, such as to GGUF.", verb="export"
+        "export",
+        "e",
+        "export",
+        "Export",
+        "Export the last run's adapter, such as to GGUF.",
+        cli_command="export",
     ),
     _hidden(
         "prepare",
@@ -24,6 +39,6 @@ COMMANDS: tuple[Command, ...] = (
         "prepare",
         "New run",
         "Open Train, to check the recipe and launch it there.",
-        verb="train",
+        cli_command="train",
     ),
 )

@@ -41,7 +41,7 @@ class HomeFacts:
 
     parts: dict[str, tuple[Content, ...]]
     """Lines by part (GPU, run, queue, recipe, next, recent), none wider than the window."""
-    step: NextStep
+    suggestion: NextStep
 
 
 class HomeReader:
@@ -60,7 +60,7 @@ class HomeReader:
 
     def read(
         self,
-        bench: Workbench,
+        workbench: Workbench,
         budget: MemoryBudget,
         system_status: SystemStatus,
         now: float,
@@ -75,7 +75,7 @@ class HomeReader:
         status = system_status.active_or_last_status
         is_news = status is not None and status.state not in ACTIVE and status.at > self._seen_at
         while_away = is_news and status is not None and status.at < self._started_at
-        estimate = _estimate(bench, budget)
+        estimate = _estimate(workbench, budget)
         summary = (
             self._summaries.get(system_status.active_or_last)
             if system_status.active_or_last is not None
@@ -87,7 +87,7 @@ class HomeReader:
             else []
         )
         state = HomeState(
-            recipe=bench.recipe,
+            recipe=workbench.recipe,
             local_models=self._local_models,
             verdict="" if estimate is None else check_fit(estimate, budget.bytes).word,
             last_run=summary.name if summary else "",
@@ -103,7 +103,7 @@ class HomeReader:
             "gpu": gpu_lines(system_status, budget),
             "run": run_lines(summary, while_away, now, width),
             "queue": queue_lines(system_status.waiting_ids),
-            "recipe": recipe_lines(bench, budget, estimate),
+            "recipe": recipe_lines(workbench, budget, estimate),
             "next": next_lines(step, other_steps(state, step)),
         }
         wrapped = {name: _wrapped(lines, width) for name, lines in parts.items()}
@@ -122,12 +122,12 @@ class HomeReader:
         return recent_lines([self._summaries.get(run) for run in islice(others, max(0, height))], now, width)
 
 
-def _estimate(bench: Workbench, budget: MemoryBudget) -> Estimate | None:
+def _estimate(workbench: Workbench, budget: MemoryBudget) -> Estimate | None:
     """Estimate of the recipe in its precision; None without a model."""
-    compared = bench.comparison(budget.device)
+    compared = workbench.comparison(budget.device)
     if isinstance(compared, UserError):
         return None
-    return compared[precision_of(bench.recipe)]
+    return compared[precision_of(workbench.recipe)]
 
 
 def _wrapped(lines: list[Content], width: int) -> tuple[Content, ...]:

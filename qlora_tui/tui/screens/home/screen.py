@@ -77,7 +77,7 @@ class HomeScreen(WorkScreen):
         self._reader: HomeReader | None = None
         self._started_at = clock.now()
         self._seen_at = _load_last_seen() or self._started_at
-        self._step: NextStep | None = None
+        self._suggestion: NextStep | None = None
         self._reading = False
         self._downloading_demo = False
         """Whether the demo model is being downloaded; the next step shows its progress."""
@@ -107,8 +107,8 @@ class HomeScreen(WorkScreen):
 
     async def action_next(self) -> None:
         """Do the next step."""
-        if self._step is not None and not self._downloading_demo:
-            await self.run_action(self._step.action)
+        if self._suggestion is not None and not self._downloading_demo:
+            await self.run_action(self._suggestion.action)
 
     async def action_watch(self) -> None:
         """Watch the active run, or see the last one."""
@@ -119,13 +119,13 @@ class HomeScreen(WorkScreen):
 
     async def action_resume(self) -> None:
         """Queue the last run again, and watch it."""
-        from qlora_tui.runs import actions
+        from qlora_tui.runs import actions as run_actions
 
         last = self.qlora_app.system_status.active_or_last
         if last is None:
             return
         try:
-            actions.resume(last)
+            run_actions.resume(last)
         except UserError as problem:
             self.qlora_app.show_error(problem)
             return
@@ -190,9 +190,9 @@ class HomeScreen(WorkScreen):
         finally:
             self._downloading_demo = False
             self._start_reading()
-        bench = self.qlora_app.workbench
-        if bench.replace(demo_recipe(folder)):
-            bench.forget_architecture()
+        workbench = self.qlora_app.workbench
+        if workbench.replace(demo_recipe(folder)):
+            workbench.forget_architecture()
             self.qlora_app.recipe_edited()
         if self.is_current:
             await self.action_prepare()
@@ -221,18 +221,18 @@ class HomeScreen(WorkScreen):
             facts = await asyncio.to_thread(self._facts, app.workbench, app.system_status, size)
         finally:
             self._reading = False
-        self._step = facts.step
+        self._suggestion = facts.suggestion
         for part, lines in facts.parts.items():
             self._show_part(part, lines)
 
-    def _facts(self, bench: Workbench, system_status: SystemStatus, size: Size) -> HomeFacts:
+    def _facts(self, workbench: Workbench, system_status: SystemStatus, size: Size) -> HomeFacts:
         from qlora_tui.tui.screens.home.reader import HomeReader
 
         if self._reader is None:
             self._reader = HomeReader(self._seen_at, self._started_at)
         budget, now = self.qlora_app.memory_budget, clock.now()
         return self._reader.read(
-            bench, budget, system_status, now, width=size.width - _TITLE, height=size.height
+            workbench, budget, system_status, now, width=size.width - _TITLE, height=size.height
         )
 
     def _show_part(self, part: str, lines: tuple[Content, ...]) -> None:

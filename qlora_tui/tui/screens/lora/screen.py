@@ -284,10 +284,10 @@ class LoraScreen(WorkScreen):
         update_if_changed(panel, text)
 
     def _totals(self, recipe: Recipe) -> Content:
-        bench = self.qlora_app.workbench
-        differs = difference_text(bench, self._deltas_for(recipe), max(20, self.size.width - 2))
-        compared = bench.comparison(self.qlora_app.memory_budget.device)
-        architecture = bench.architecture()
+        workbench = self.qlora_app.workbench
+        differs = difference_text(workbench, self._deltas_for(recipe), max(20, self.size.width - 2))
+        compared = workbench.comparison(self.qlora_app.memory_budget.device)
+        architecture = workbench.architecture()
         if isinstance(compared, UserError) or isinstance(architecture, UserError):
             return differs
         return Content("\n").join(

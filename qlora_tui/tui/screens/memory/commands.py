@@ -24,21 +24,33 @@ COMMANDS: tuple[Command, ...] = (
         "Make it fit",
         "Apply the change that fits at the least cost.",
     ),
-    _hidden("length_up", "s", "step('data.max_length', 1)", "Length ×2", "Double the sequence length."),
-    _hidden("length_down", "S", "step('data.max_length', -1)", "Length ÷2", "Halve the sequence length."),
     _hidden(
-        "batch_up", "b", "step('training.micro_batch_size', 1)", "Batch ×2", "Double the micro-batch size."
+        "length_up", "s", "step_setting('data.max_length', 1)", "Length ×2", "Double the sequence length."
     ),
     _hidden(
-        "batch_down", "B", "step('training.micro_batch_size', -1)", "Batch ÷2", "Halve the micro-batch size."
+        "length_down", "S", "step_setting('data.max_length', -1)", "Length ÷2", "Halve the sequence length."
     ),
-    _hidden("rank_up", "r", "step('lora.rank', 1)", "Rank ×2", "Double the rank."),
-    _hidden("rank_down", "R", "step('lora.rank', -1)", "Rank ÷2", "Halve the rank."),
+    _hidden(
+        "batch_up",
+        "b",
+        "step_setting('training.micro_batch_size', 1)",
+        "Batch ×2",
+        "Double the micro-batch size.",
+    ),
+    _hidden(
+        "batch_down",
+        "B",
+        "step_setting('training.micro_batch_size', -1)",
+        "Batch ÷2",
+        "Halve the micro-batch size.",
+    ),
+    _hidden("rank_up", "r", "step_setting('lora.rank', 1)", "Rank ×2", "Double the rank."),
+    _hidden("rank_down", "R", "step_setting('lora.rank', -1)", "Rank ÷2", "Halve the rank."),
     _hidden("targets", "t", "targets", "Targets", "Select the next choice of target modules."),
     _hidden(
         "checkpointing",
         "c",
-        "step('training.gradient_checkpointing')",
+        "step_setting('training.gradient_checkpointing')",
         "Checkpointing",
         "Gradient checkpointing: auto, on or off.",
     ),

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
 
 _MAX_LINES = 8
-Choice = Literal["mine", "theirs"]
+DraftChoice = Literal["mine", "theirs"]
 
 
-class DraftChangedScreen(ModalScreen[Choice | None]):
+class DraftChangedScreen(ModalScreen[DraftChoice | None]):
     """Returns the choice; None if it was postponed, so that the next edit asks again."""
 
     CSS_PATH = "modal.tcss"
@@ -59,7 +59,7 @@ def save_or_ask(app: QloraApp) -> None:
         app.draft.save(app.workbench)
         return
 
-    def on_result(choice: Choice | None) -> None:
+    def on_result(choice: DraftChoice | None) -> None:
         if choice == "mine":
             app.draft.save(app.workbench, replace=True)
         elif choice == "theirs":

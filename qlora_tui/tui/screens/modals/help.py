@@ -81,8 +81,8 @@ class HelpScreen(ModalScreen[None]):
         for number, command in enumerate(commands):
             texts = [f"{column[number]:<{width}}  " for column, width in zip(columns, widths, strict=True)]
             head = " " + "".join(texts)
-            verb = f" (qlora-tui {command.verb})" if command.verb and not self._names else ""
-            pieces = wrap(f"{command.help}{verb}", max(_MIN_WIDTH, width_left - len(head)))
+            cli = f" (qlora-tui {command.cli_command})" if command.cli_command and not self._names else ""
+            pieces = wrap(f"{command.help}{cli}", max(_MIN_WIDTH, width_left - len(head)))
             lines += [
                 Content((" " * len(head) if below else head) + piece) for below, piece in enumerate(pieces)
             ]

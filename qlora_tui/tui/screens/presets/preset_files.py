@@ -11,7 +11,7 @@ from pathlib import Path
 from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write
 from qlora_tui.recipe import toml
-from qlora_tui.recipe.presets import OverwriteError, Preset, Snapshot, restore, save, take_snapshot
+from qlora_tui.recipe.presets import OverwriteError, Preset, PresetSnapshot, restore, save, take_snapshot
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.render.key_names import key_name
 
@@ -19,7 +19,9 @@ EDITORS = ("sensible-editor", "nano", "vim", "vi")
 """Tried in this order where neither VISUAL nor EDITOR is set."""
 
 
-def save_as(name: str, recipe: Recipe, *, note: str = "", own: str = "", overwrite: bool = False) -> Snapshot:
+def save_as(
+    name: str, recipe: Recipe, *, note: str = "", own: str = "", overwrite: bool = False
+) -> PresetSnapshot:
     """Save as the user's preset ``name``; gives what was there before, for an undo.
 
     Raises OverwriteError where the user has one of that name that is not their ``own``, or was edited.
@@ -31,14 +33,14 @@ def save_as(name: str, recipe: Recipe, *, note: str = "", own: str = "", overwri
     return before
 
 
-def import_preset(path: Path, *, overwrite: bool = False) -> Snapshot:
+def import_preset(path: Path, *, overwrite: bool = False) -> PresetSnapshot:
     """Copy a preset file, with its comments, to the user's presets. Returns what it replaced, for undo.
 
     Raises UserError if it is not a preset, and OverwriteError if an edited preset of that name exists.
     """
     toml.load(path)
     before = take_snapshot(path.stem)
-    restore(Snapshot(path.stem, path.read_bytes()), overwrite=overwrite)
+    restore(PresetSnapshot(path.stem, path.read_bytes()), overwrite=overwrite)
     return before
 
 

@@ -18,7 +18,7 @@ from qlora_tui.formatting import format_path
 from qlora_tui.recipe.presets import (
     OverwriteError,
     Preset,
-    Snapshot,
+    PresetSnapshot,
     delete,
     list_presets,
     restore,
@@ -51,8 +51,8 @@ HELP_TEXT = (
 class _PresetChange:
     """A change of a user's preset file, for undo."""
 
-    before: Snapshot
-    after: Snapshot
+    before: PresetSnapshot
+    after: PresetSnapshot
     began: tuple[str, Recipe] | None
     """The preset that the recipe had started from when it was saved."""
 
@@ -109,9 +109,11 @@ class PresetsScreen(ModalScreen[None]):
 
     def on_option_list_option_selected(self) -> None:
         """Open it; model and data stay."""
-        preset, bench = self._current, self.qlora_app.workbench
-        before = bench.recipe
-        if preset is not None and self.qlora_app.try_or_show_error(lambda: bench.open_preset(preset.name)):
+        preset, workbench = self._current, self.qlora_app.workbench
+        before = workbench.recipe
+        if preset is not None and self.qlora_app.try_or_show_error(
+            lambda: workbench.open_preset(preset.name)
+        ):
             self.qlora_app.recipe_edited()
             self.dismiss()
             notify_opened(self.qlora_app, before)
@@ -199,7 +201,7 @@ class PresetsScreen(ModalScreen[None]):
             done = "Removed" if before.content is None else "Restored"
             self.notify(f"Undone. {done} your preset {before.name}.")
 
-    def _remember(self, before: Snapshot, began: tuple[str, Recipe] | None = None) -> None:
+    def _remember(self, before: PresetSnapshot, began: tuple[str, Recipe] | None = None) -> None:
         self._undo.append(_PresetChange(before, take_snapshot(before.name), began))
 
     def action_edit(self) -> None:
@@ -264,16 +266,16 @@ class PresetsScreen(ModalScreen[None]):
             write()
 
     def _save(self, name: str, note: str, *, overwrite: bool) -> None:
-        bench = self.qlora_app.workbench
+        workbench = self.qlora_app.workbench
         try:
-            before = save_as(name, bench.recipe, note=note, own=bench.preset, overwrite=overwrite)
+            before = save_as(name, workbench.recipe, note=note, own=workbench.preset, overwrite=overwrite)
         except OverwriteError as problem:
             self._confirm_overwrite(problem, lambda: self._save(name, note, overwrite=True))
             return
         except UserError as problem:
             self.app.push_screen(ErrorScreen(problem))
             return
-        self._remember(before, bench.saved_as(name))
+        self._remember(before, workbench.saved_as(name))
         self.qlora_app.recipe_edited()
         self.notify(
             f"Saved as {name}; --preset {name} uses it. Press {key_name('presets.undo')} here to undo."
@@ -304,11 +306,13 @@ class PresetsScreen(ModalScreen[None]):
         self._show_preview()
 
     def _show_preview(self) -> None:
-        preset, bench = self._current, self.qlora_app.workbench
+        preset, workbench = self._current, self.qlora_app.workbench
         if preset is None:
             self.query_one("#preview", Static).update("No preset matches. Press Esc to show all.")
         else:
-            shown = preview(preset, bench.recipe, bench.architecture(), self.qlora_app.memory_budget.device)
+            shown = preview(
+                preset, workbench.recipe, workbench.architecture(), self.qlora_app.memory_budget.device
+            )
             self.query_one("#preview", Static).update(shown)
 
 

@@ -11,7 +11,8 @@ from textual.widgets import Input
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.presets import OverwriteError
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs import actions, run_queue
+from qlora_tui.runs import actions as run_actions
+from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.run_summary import Listing, RunSummary
 from qlora_tui.runs.trash import Trash
@@ -106,16 +107,16 @@ class RunActions(WorkScreen):
     def action_withdraw(self) -> None:
         """Remove the run from the queue."""
         if self.current is not None:
-            self._act_on(self.current.run, actions.stop)
+            self._act_on(self.current.run, run_actions.stop)
 
     async def action_rerun(self) -> None:
         """Edit the run's recipe."""
         recipe = self._recipe()
         if recipe is None:
             return
-        bench = self.qlora_app.workbench
-        if bench.replace(recipe):
-            bench.forget_architecture()
+        workbench = self.qlora_app.workbench
+        if workbench.replace(recipe):
+            workbench.forget_architecture()
             self.qlora_app.recipe_edited()
             self.notify(f"Loaded the run's recipe. Press {key_name('app.undo')} to undo.")
         await prepare_run(self.qlora_app)
@@ -143,11 +144,11 @@ class RunActions(WorkScreen):
 
         def on_result(name: str | None) -> None:
             if name is not None:
-                self._act_on(summary.run, lambda run: actions.rename(run, name))
+                self._act_on(summary.run, lambda run: run_actions.rename(run, name))
 
         text = "The new name. The folder keeps its name."
         self.app.push_screen(
-            TextPromptScreen("Rename the run", text, summary.name, actions.validate_name), on_result
+            TextPromptScreen("Rename the run", text, summary.name, run_actions.validate_name), on_result
         )
 
     def action_delete(self) -> None:

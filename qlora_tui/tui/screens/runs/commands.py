@@ -8,23 +8,28 @@ _command = ScreenCommands("runs")
 _hidden = ScreenCommands("runs", in_footer=False)
 
 COMMANDS: tuple[Command, ...] = (
-    _command("open", "enter", "open", "Open", "Watch the run, or see how it ended.", verb="attach"),
-    _command("withdraw", "w", "withdraw", "Withdraw", "Remove the run from the queue.", verb="stop"),
+    _command("open", "enter", "open", "Open", "Watch the run, or see how it ended.", cli_command="attach"),
+    _command("withdraw", "w", "withdraw", "Withdraw", "Remove the run from the queue.", cli_command="stop"),
     _command("mark", "space", "mark", "Mark", "Select up to four runs to compare."),
     _command("compare", "v", "compare", "Compare", "Compare loss curves and the settings that differ."),
     _command("filter", "slash", "filter", "Filter", "Show only runs that contain a text."),
-    _command("chat", "c", "chat", "Chat", "Chat with the run's adapter.", verb="chat"),
+    _command("chat", "c", "chat", "Chat", "Chat with the run's adapter.", cli_command="chat"),
     _command(
         "export",
         "e",
         "export",
         "Export",
         "Write the adapter for other programs, such as GGUF.",
-        verb="export",
+        cli_command="export",
     ),
     _command("rerun", "R", "rerun", "Rerun", "Prepare a new run with this recipe."),
     _hidden(
-        "rename", "f2", "rename", "Rename", "Rename the run. Its folder keeps its name.", verb="runs rename"
+        "rename",
+        "f2",
+        "rename",
+        "Rename",
+        "Rename the run. Its folder keeps its name.",
+        cli_command="runs rename",
     ),
     _hidden("preset", "S", "save_preset", "Save preset", "Save its settings as a preset."),
     _command(
@@ -33,7 +38,7 @@ COMMANDS: tuple[Command, ...] = (
         "delete",
         "Delete",
         "Delete the run and its files. It can be undone until you quit.",
-        verb="runs delete",
+        cli_command="runs delete",
     ),
     _hidden(
         "undelete", "u", "restore", "Undo", "Restore the run that was deleted last. Possible until you quit."

@@ -45,7 +45,7 @@ class ComparedRun:
 
     name: str
     recipe: Recipe | None
-    trace: Envelope
+    envelope: Envelope
     """Running mean of the training loss over tokens."""
     outcome: tuple[str, ...]
     """Texts for :data:`OUTCOMES`; what none of the runs has is left out."""
@@ -69,8 +69,8 @@ def read(run: RunDir) -> ComparedRun:
     """A run as it is compared. Used in a thread."""
     view, _ = RunView.from_sample(run, _STEPS)
     series = view.series
-    history = DecimatedSeries()
-    history.extend(series.tokens, BiasCorrectedEma(smoothing_window(len(series))).smooth(series.loss))
+    mean_losses = DecimatedSeries()
+    mean_losses.extend(series.tokens, BiasCorrectedEma(smoothing_window(len(series))).smooth(series.loss))
     try:
         recipe = run.recipe()
     except UserError:
@@ -80,7 +80,7 @@ def read(run: RunDir) -> ComparedRun:
     return ComparedRun(
         run.name,
         recipe,
-        history.envelopes()[0],
+        mean_losses.envelopes()[0],
         (
             view.status.state,
             "NA" if best is None else f"{format_float(best.loss)} at {best.step:,}",
@@ -101,16 +101,16 @@ def _reason(view: RunView) -> str:
     return view.status.detail if view.status.state in ("failed", "lost") else ""
 
 
-def plot(compared: Sequence[ComparedRun]) -> Plot:
+def compare_plot(compared: Sequence[ComparedRun]) -> Plot:
     """One curve for each run, each with its symbol, over trained tokens."""
-    traces = [one.trace for one in compared]
-    reach = overall(traces)
-    most = max((trace.xs[-1] for trace in traces if trace.xs), default=1.0)
+    envelopes = [one.envelope for one in compared]
+    reach = overall(envelopes)
+    most = max((envelope.xs[-1] for envelope in envelopes if envelope.xs), default=1.0)
     return Plot(
         x=so_far(most, most, "tokens"),
         y=rounded(*reach, unit="loss") if reach else Axis(0.0, 1.0, "loss"),
         curves=tuple(
-            Curve(one.trace, one.name, style, mark)
+            Curve(one.envelope, one.name, style, mark)
             for one, style, mark in zip(compared, _STYLES, MARKS, strict=False)
         ),
         legend=(("(training, running mean)", "dim"),),
@@ -214,7 +214,7 @@ class CompareScreen(CancelsWorkersFirst, ModalScreen[None]):
     @work(exclusive=True)
     async def _read(self) -> None:
         self._compared = [await asyncio.to_thread(read, run) for run in self._runs]
-        self.query_one(Graph).show(plot(self._compared))
+        self.query_one(Graph).show(compare_plot(self._compared))
         self._show_table()
 
     def _show_table(self) -> None:

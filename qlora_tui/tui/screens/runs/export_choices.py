@@ -27,7 +27,7 @@ _PROGRAMS = "llama.cpp, Ollama, LM Studio"
 
 
 @dataclass(frozen=True)
-class Choice:
+class ExportChoice:
     """One form to export."""
 
     id: str
@@ -44,11 +44,11 @@ class Choice:
     is_available: bool = True
 
 
-def export_choices(architecture: Architecture | None, budget: MemoryBudget) -> list[Choice]:
+def export_choices(architecture: Architecture | None, budget: MemoryBudget) -> list[ExportChoice]:
     """Return every choice, the most useful first; sizes need the model's architecture."""
     installed = find_spec("llama_cpp_py_sync") is not None
     choices = [
-        Choice(
+        ExportChoice(
             id=AUTO,
             label="GGUF, smallest that is near",
             size="",
@@ -64,7 +64,7 @@ def export_choices(architecture: Architecture | None, budget: MemoryBudget) -> l
     merged = "" if architecture is None else format_bytes(architecture.total_params * 2)
     return [
         *choices,
-        Choice(
+        ExportChoice(
             id="merge",
             label="Merged model, 16-bit",
             size=merged,
@@ -73,7 +73,7 @@ def export_choices(architecture: Architecture | None, budget: MemoryBudget) -> l
             form="merge",
             suffix="-merged",
         ),
-        Choice(
+        ExportChoice(
             id="lora",
             label="LoRA as GGUF",
             size="",
@@ -85,7 +85,9 @@ def export_choices(architecture: Architecture | None, budget: MemoryBudget) -> l
     ]
 
 
-def _gguf(kind: str, architecture: Architecture | None, budget: MemoryBudget, installed: bool) -> Choice:
+def _gguf(
+    kind: str, architecture: Architecture | None, budget: MemoryBudget, installed: bool
+) -> ExportChoice:
     available = installed or kind not in _NEED_LLAMA_CPP
     size, fit = "", ""
     if architecture is not None:
@@ -94,7 +96,7 @@ def _gguf(kind: str, architecture: Architecture | None, budget: MemoryBudget, in
         verb = "Fits" if needed <= budget.bytes else "Does not fit"
         fit = f" {verb} {budget.name} at a context of 4,096 tokens (≈ {format_bytes(needed)})."
     checked = "llama.cpp then compares the file with your adapter's answers."
-    return Choice(
+    return ExportChoice(
         id=kind,
         label=f"GGUF {kind}",
         size=size,
@@ -109,7 +111,7 @@ def _gguf(kind: str, architecture: Architecture | None, budget: MemoryBudget, in
     )
 
 
-def proposed_path(choice: Choice, run_name: str) -> Path:
+def proposed_path(choice: ExportChoice, run_name: str) -> Path:
     """Return a path in the user's home that does not exist yet."""
     stem = re.sub(r"[^\w.-]+", "-", run_name).strip("-") or "adapter"
     folder = Path.home() / "models"
@@ -120,13 +122,13 @@ def proposed_path(choice: Choice, run_name: str) -> Path:
     return path
 
 
-def request_for(choice: Choice, out: str, checkpoint: int | None = None) -> ExportRequest:
+def request_for(choice: ExportChoice, out: str, checkpoint: int | None = None) -> ExportRequest:
     """Return the request for a choice. ``out`` is as typed."""
     path = Path(out.strip()).expanduser().absolute()
     return ExportRequest(form=choice.form, out=str(path), file_type=choice.file_type, checkpoint=checkpoint)
 
 
-def choice_line(choice: Choice) -> Content:
+def choice_line(choice: ExportChoice) -> Content:
     """Return the line of a choice."""
     style = "" if choice.is_available else "dim"
     return Content.assemble((f"{choice.label:<29}{choice.size:>10}  ", style), (choice.note, "dim"))

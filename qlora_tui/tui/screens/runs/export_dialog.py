@@ -19,7 +19,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.exports import Export, cancel_export, read_exports, start_export
 from qlora_tui.tui.screens.runs.export_choices import (
-    Choice,
+    ExportChoice,
     choice_line,
     export_choices,
     export_detail,
@@ -63,7 +63,7 @@ class ExportScreen(ModalScreen[None]):
         Binding("y", "copy", "Copy"),
     ]
 
-    def __init__(self, run: RunDir, choices: list[Choice]) -> None:
+    def __init__(self, run: RunDir, choices: list[ExportChoice]) -> None:
         super().__init__()
         self._run_dir = run
         self._choices = {choice.id: choice for choice in choices}

@@ -114,7 +114,7 @@ class TrainActions(WorkScreen):
 
     def action_learning_rate(self) -> None:
         """Ask for a learning rate, and set it."""
-        now = self.snapshot.last[0] if self.snapshot else None
+        now = self.snapshot.learning_rate if self.snapshot else None
         self._prompt_for_rate("" if now is None else f"{now:.3g}")
 
     def _prompt_for_rate(self, proposed: str) -> None:

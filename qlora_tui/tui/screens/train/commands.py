@@ -11,25 +11,41 @@ _command = ScreenCommands("train")
 _hidden = ScreenCommands("train", in_footer=False)
 
 COMMANDS: tuple[Command, ...] = (
-    _command("launch", "t", "launch", "Launch", "Launch a run with this recipe, or queue it.", verb="train"),
+    _command(
+        "launch", "t", "launch", "Launch", "Launch a run with this recipe, or queue it.", cli_command="train"
+    ),
     _command("recheck", "f5", "recheck", "Check again", "Check again what the run needs."),
     _command(
-        "stop", "s", "stop", "Stop", "Save a checkpoint and the adapter, then stop the run.", verb="stop"
+        "stop",
+        "s",
+        "stop",
+        "Stop",
+        "Save a checkpoint and the adapter, then stop the run.",
+        cli_command="stop",
     ),
-    _command("pause", "z", "pause", "Pause", "Save a checkpoint and free the GPU.", verb="pause"),
-    _command("resume", "r", "resume", "Resume", "Resume from the last checkpoint.", verb="resume"),
-    _hidden("checkpoint", "k", "request('checkpoint')", "Checkpoint", "Save a checkpoint now.", verb="ask"),
+    _command("pause", "z", "pause", "Pause", "Save a checkpoint and free the GPU.", cli_command="pause"),
+    _command("resume", "r", "resume", "Resume", "Resume from the last checkpoint.", cli_command="resume"),
     _hidden(
-        "evaluate", "e", "request('evaluate')", "Evaluate", "Measure the validation loss now.", verb="ask"
+        "checkpoint", "k", "request('checkpoint')", "Checkpoint", "Save a checkpoint now.", cli_command="ask"
     ),
-    _hidden("sample", "g", "request('sample')", "Sample", "Answer the sample prompts now.", verb="ask"),
+    _hidden(
+        "evaluate",
+        "e",
+        "request('evaluate')",
+        "Evaluate",
+        "Measure the validation loss now.",
+        cli_command="ask",
+    ),
+    _hidden(
+        "sample", "g", "request('sample')", "Sample", "Answer the sample prompts now.", cli_command="ask"
+    ),
     _hidden(
         "finish_epoch",
         "f",
         "request('finish_epoch')",
         "Finish epoch",
         "Stop the run at the end of this epoch.",
-        verb="ask",
+        cli_command="ask",
     ),
     _hidden(
         "learning_rate",
@@ -37,11 +53,11 @@ COMMANDS: tuple[Command, ...] = (
         "learning_rate",
         "Learning rate",
         "Change the learning rate of the run.",
-        verb="ask",
+        cli_command="ask",
     ),
     _command("fix", "m", "fix", "Fix", "Apply the suggested fix for the latest warning (asks first)."),
-    _command("chat", "c", "chat", "Chat", "Chat with this run's adapter.", verb="chat"),
-    _command("another", "x", "watch_another", "Watch run", "Watch another run.", verb="attach"),
+    _command("chat", "c", "chat", "Chat", "Chat with this run's adapter.", cli_command="chat"),
+    _command("another", "x", "watch_another", "Watch run", "Watch another run.", cli_command="attach"),
     _command("prepare", "n", "prepare", "New run", "Prepare a new run: edit the recipe and see its checks."),
     _command("detach", "d", "detach", "Detach", "Leave the app. The run continues."),
     _hidden("tab", "tab", "next_tab(1)", "Next tab", "Show the next tab: log, samples, health, output."),
@@ -56,7 +72,7 @@ COMMANDS: tuple[Command, ...] = (
         "copy_command",
         "Copy command",
         "Copy the command that shows this run in a terminal.",
-        verb="attach",
+        cli_command="attach",
     ),
 )
 

@@ -13,7 +13,7 @@ from qlora_tui.formatting import abbreviate_home
 from qlora_tui.recipe.conflicts import require_runnable
 from qlora_tui.recipe.fields import fields
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs import actions
+from qlora_tui.runs import actions as run_actions
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.machine_checks import Check, CheckKind, Outcome
 from qlora_tui.runs.preflight import errors
@@ -121,4 +121,4 @@ async def launch(app: QloraApp, checks: tuple[Check, ...]) -> RunDir | None:
     failed = "\n".join(f"{check.label}: {check.text}" for check in errors(checks))
     if failed and not await app.push_screen_wait(ConfirmScreen("Launch anyway?", failed, "Launch")):
         return None
-    return actions.submit(recipe)
+    return run_actions.submit(recipe)

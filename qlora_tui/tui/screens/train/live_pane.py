@@ -67,7 +67,7 @@ class LivePane(Vertical):
         self._show_outcome(snapshot)
         self.query_one(Graph).show(loss_plot(snapshot, from_step))
         x = steps_axis(snapshot.step, snapshot.view.total_steps, from_step)
-        self.query_one(Sparklines).show(sparkline_data(snapshot.curves, snapshot.last), x)
+        self.query_one(Sparklines).show(sparkline_data(snapshot), x)
         self.query_one(GpuPanel).show(self._machine(snapshot))
         self.show_tab(self.query_one(TabBar).front)
 

@@ -12,7 +12,7 @@ from qlora_tui.tui.render.axis import Axis, label, rounded, so_far, tick_step
 from qlora_tui.tui.render.block_charts import NOT_A_NUMBER
 from qlora_tui.tui.render.plot import Curve, Mark, Plot, overall
 from qlora_tui.tui.render.series import Envelope
-from qlora_tui.tui.screens.train.run_follower import Curves, RunSnapshot
+from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 from qlora_tui.tui.screens.train.sparklines import SparklineData
 
 VALIDATION, BEST = "◆", "★"
@@ -21,11 +21,11 @@ VALIDATION, BEST = "◆", "★"
 def loss_plot(snapshot: RunSnapshot, from_step: float) -> Plot:
     """Loss over steps: raw, its running mean, validations, and the best of them."""
     x = steps_axis(snapshot.step, snapshot.view.total_steps, from_step)
-    curves = snapshot.curves
+    envelopes = snapshot.envelopes
     shown = [e for e in snapshot.evaluations if e.loss is not None and e.step >= x.low]
     losses = [e.loss for e in shown if e.loss is not None and math.isfinite(e.loss)]
     points = Envelope((0.0,) * len(losses), tuple(losses), tuple(losses), (False,) * len(losses))
-    reach = overall([curves.loss, curves.smooth, points])
+    reach = overall([envelopes.loss, envelopes.mean_loss, points])
     y = rounded(*reach, unit="loss") if reach else Axis(0.0, 1.0, "loss")
     marks = [
         Mark(e.step, e.loss, VALIDATION, "$accent")
@@ -38,8 +38,8 @@ def loss_plot(snapshot: RunSnapshot, from_step: float) -> Plot:
         x=x,
         y=y,
         curves=(
-            Curve(curves.loss, "loss", "dim"),
-            Curve(curves.smooth, "mean", "$primary bold"),
+            Curve(envelopes.loss, "loss", "dim"),
+            Curve(envelopes.mean_loss, "mean", "$primary bold"),
         ),
         marks=tuple(marks),
         legend=_legend(snapshot),
@@ -65,30 +65,30 @@ def zoom_start(step: int, zoom: int) -> float:
     return max(0.0, math.floor((step - part) / grain) * grain)
 
 
-def sparkline_data(
-    curves: Curves, last: tuple[float | None, float | None, float | None]
-) -> tuple[SparklineData, ...]:
+def sparkline_data(snapshot: RunSnapshot) -> tuple[SparklineData, ...]:
     """Learning rate, gradient norm and tokens per second, each from zero to a round maximum."""
-    rate, norm, speed = last
+    envelopes, speed = snapshot.envelopes, snapshot.tokens_per_s
     return (
-        _sparkline("lr", _rate(rate), curves.learning_rate),
-        _sparkline("grad", format_float(norm, 3), curves.grad_norm),
-        _sparkline("tok/s", "NA" if speed is None else f"{speed:,.0f}", curves.tokens_per_s),
+        _sparkline("lr", _rate(snapshot.learning_rate), envelopes.learning_rate),
+        _sparkline("grad", format_float(snapshot.grad_norm, 3), envelopes.grad_norm),
+        _sparkline("tok/s", "NA" if speed is None else f"{speed:,.0f}", envelopes.tokens_per_s),
     )
 
 
-def _sparkline(name: str, value: str, trace: Envelope) -> SparklineData:
-    high = trace.high
+def _sparkline(name: str, value: str, envelope: Envelope) -> SparklineData:
+    high = envelope.high
     top = rounded(0.0, high).high if high else 1.0
     scale = f"0…{label(top, top)}" if high else ""
-    return SparklineData(name, value, scale, trace, top, "$secondary")
+    return SparklineData(name, value, scale, envelope, top, "$secondary")
 
 
 def _legend(snapshot: RunSnapshot) -> tuple[tuple[str, str], ...]:
-    loss, mean = snapshot.losses
-    if loss is None:
+    if snapshot.loss is None:
         return ()
-    items = [(f"{format_float(loss, 3)}", "dim"), (f"━ mean {format_float(mean, 3)}", "$primary bold")]
+    items = [
+        (f"{format_float(snapshot.loss, 3)}", "dim"),
+        (f"━ mean {format_float(snapshot.mean_loss, 3)}", "$primary bold"),
+    ]
     best, last = snapshot.best, snapshot.evaluations[-1] if snapshot.evaluations else None
     if best is not None:
         if (before := snapshot.view.loss_to_beat) is None:
@@ -103,7 +103,7 @@ def _legend(snapshot: RunSnapshot) -> tuple[tuple[str, str], ...]:
         items.append((f"{VALIDATION} {word}{format_float(_number(last.loss), 3)}", "$accent"))
     if exact:
         items.append((f"exact {exact}", "$accent"))
-    if any(snapshot.curves.loss.broken):
+    if any(snapshot.envelopes.loss.broken):
         items.append((f"{NOT_A_NUMBER} not a number", "$error bold"))
     if snapshot.step_stride > 1:
         items.append((f"showing 1 of {snapshot.step_stride:,} steps", "dim"))

@@ -40,21 +40,24 @@ from qlora_tui.tui.screens.train.output_tail import OutputTail
 LONG_BYTES = 8 << 20
 """Size of an event log, some 40,000 steps, above which only a sample of the steps is read."""
 _SAMPLE_STEPS = 10_000
+"""Steps in that sample."""
 _RECENT_STEPS = 100
 """Steps that the view keeps, more than its pace is computed from. Earlier ones are kept decimated."""
 _MIN_WINDOW, _MAX_WINDOW = 4, 100
-_HISTORY = 240
-"""Telemetry samples for the charts: four minutes."""
+_MAX_READINGS = 240
+"""Telemetry readings for the charts: four minutes."""
 _MAX_ENTRIES = 2000
-_MAX_SAMPLES = 60
+_MAX_ANSWERS = 60
+"""Answers to the sample prompts that are kept."""
 
 
 @dataclass(frozen=True)
-class Curves:
-    """The curves over steps, decimated."""
+class StepEnvelopes:
+    """What is drawn over the steps."""
 
     loss: Envelope
-    smooth: Envelope
+    mean_loss: Envelope
+    """Running mean of the loss."""
     learning_rate: Envelope
     grad_norm: Envelope
     tokens_per_s: Envelope
@@ -65,15 +68,17 @@ class RunSnapshot:
     """The state of a run at one moment, for the live screen."""
 
     view: RunView
-    """Its single facts are read at once; its columns, of the last steps, belong to the follower."""
+    """Only its single values are for the screen: its columns change in the follower's thread."""
     status: Status
-    curves: Curves
+    envelopes: StepEnvelopes
     step: int
     epoch: float
-    losses: tuple[float | None, float | None]
-    """The last loss, and the running mean of it."""
-    last: tuple[float | None, float | None, float | None]
-    """Learning rate, gradient norm and tokens per second of the last step."""
+    loss: float | None
+    """Of the last step, like the next four."""
+    mean_loss: float | None
+    learning_rate: float | None
+    grad_norm: float | None
+    tokens_per_s: float | None
     evaluations: tuple[Evaluated, ...]
     best: Evaluated | None
     samples: tuple[SampleGenerated, ...]
@@ -94,19 +99,20 @@ class RunSnapshot:
     """The request to end the run that waits or was taken: ``stop``, ``pause`` or ``finish_epoch``."""
 
 
-class _DownsampledRun:
+class _DecimatedRun:
     """A view with its steps decimated to what a graph can show."""
 
     def __init__(self, view: RunView) -> None:
         self.view = view
-        self.history = DecimatedSeries(columns=5)
+        self.steps = DecimatedSeries(columns=5)
+        """Loss, its mean, learning rate, gradient norm and tokens per second."""
         self.smoother = BiasCorrectedEma()
         self.last_step = 0
         """The last step that was read."""
         self.step_stride = 1
         """Steps from one kept step to the next; a loss that is not a number is always kept."""
         self._due = 0
-        self._drawn: tuple[object, Curves] | None = None
+        self._drawn: tuple[object, StepEnvelopes] | None = None
 
     def read(self) -> list[AnyEvent]:
         """Read new events; returns them without steps, which are too many to hold."""
@@ -121,11 +127,11 @@ class _DownsampledRun:
         self.smoother.window = smoothing_window(view.total_steps)
         columns = (series.step, series.loss, series.learning_rate, series.grad_norm, series.tokens_per_s)
         steps, loss, *others = ([column[at] for at in new] for column in columns)
-        self.history.extend(steps, loss, self.smoother.smooth(loss), *others)
+        self.steps.extend(steps, loss, self.smoother.smooth(loss), *others)
         if len(series):
             self.last_step = series.step[-1]
         series.keep_last(_RECENT_STEPS)
-        del view.samples[:-_MAX_SAMPLES]
+        del view.samples[:-_MAX_ANSWERS]
 
     def _select(self, first: int) -> list[int]:
         """Which of the view's steps, of those from index ``first`` on."""
@@ -137,11 +143,11 @@ class _DownsampledRun:
                 self._due = series.step[at] + self.step_stride
         return taken
 
-    def curves(self, from_step: float) -> Curves:
-        """The curves from ``from_step`` on, cached until a step is added."""
-        drawn_for = (len(self.history), from_step)
+    def envelopes(self, from_step: float) -> StepEnvelopes:
+        """The envelopes from ``from_step`` on, cached until a step is added."""
+        drawn_for = (len(self.steps), from_step)
         if self._drawn is None or self._drawn[0] != drawn_for:
-            self._drawn = (drawn_for, Curves(*self.history.envelopes(from_step)))
+            self._drawn = (drawn_for, StepEnvelopes(*self.steps.envelopes(from_step)))
         return self._drawn[1]
 
 
@@ -157,7 +163,7 @@ class RunFollower:
         self.run = run
         self.from_step = 0.0
         """Where the graphs begin: more than 0 when zoomed to the end of the run."""
-        self._downsampled: _DownsampledRun | None = None
+        self._decimated_run: _DecimatedRun | None = None
         self._entries: list[LogEntry] = []
         self._event_count = 0
         """Events read so far, without the steps."""
@@ -165,83 +171,81 @@ class RunFollower:
         self._phases = PhaseFilter()
         self._recipe = _recipe(run)
         self._telemetry = TelemetryTail(run.telemetry_path)
-        self._recent: deque[Sample] = deque(maxlen=_HISTORY)
+        self._readings: deque[Sample] = deque(maxlen=_MAX_READINGS)
         self._energy = EnergyMeter(run.telemetry_path)
         self._output = OutputTail(run.log_path, _MAX_ENTRIES)
 
     def poll(self) -> RunSnapshot:
         """The run as it is now."""
-        self._recent.extend(self._telemetry.poll())
+        self._readings.extend(self._telemetry.poll())
         self._energy.read()
         self._output.read()
-        downsampled, events = self._read()
-        self._downsampled = downsampled
+        decimated_run, events = self._read()
+        self._decimated_run = decimated_run
         self._event_count += len(events)
         fresh = (event for event in events if self._phases.is_new(event))
-        self._entries += _entries(fresh, downsampled.view.total_steps)
-        self._report_unknown(downsampled.view)
+        self._entries += _entries(fresh, decimated_run.view.total_steps)
+        self._report_unknown(decimated_run.view)
         # A new list, so that whoever shows the old one sees that it was replaced.
         if len(self._entries) > 2 * _MAX_ENTRIES:
             self._entries = self._entries[-_MAX_ENTRIES:]
-        return self._snapshot(downsampled)
+        return self._snapshot(decimated_run)
 
-    def _read(self) -> tuple[_DownsampledRun, list[AnyEvent]]:
+    def _read(self) -> tuple[_DecimatedRun, list[AnyEvent]]:
         """Read the run, and return the new events except steps."""
-        if self._downsampled is None:
+        if self._decimated_run is None:
             return self._open()
-        before = self._downsampled.last_step
-        events = self._downsampled.read()
+        before = self._decimated_run.last_step
+        events = self._decimated_run.read()
         if any(isinstance(event, Started) and event.resumed_from_step < before for event in events):
-            # This attempt does steps again that are thinned already.
-            downsampled, all_events = self._open()
-            return downsampled, all_events[self._event_count :]
-        return self._downsampled, events
+            # This attempt does steps again that are decimated already.
+            decimated_run, all_events = self._open()
+            return decimated_run, all_events[self._event_count :]
+        return self._decimated_run, events
 
     def _report_unknown(self, view: RunView) -> None:
         if view.unknown_events > self._unknown_count:
             self._unknown_count = view.unknown_events
             self._entries.append(LogEntry(view.status.at, "warning", unknown_lines(view.unknown_events)))
 
-    def _open(self) -> tuple[_DownsampledRun, list[AnyEvent]]:
+    def _open(self) -> tuple[_DecimatedRun, list[AnyEvent]]:
         """Read the run from its beginning; return it and its events without the steps."""
         path = self.run.events_path
         if not path.exists() or path.stat().st_size <= LONG_BYTES:
-            downsampled = _DownsampledRun(RunView(self.run))
-            return downsampled, downsampled.read()
+            decimated_run = _DecimatedRun(RunView(self.run))
+            return decimated_run, decimated_run.read()
         view, events = RunView.from_sample(self.run, _SAMPLE_STEPS)
-        downsampled = _DownsampledRun(view)
-        downsampled.add_steps()
+        decimated_run = _DecimatedRun(view)
+        decimated_run.add_steps()
         # So that the steps to come are drawn as densely as those of the sample.
-        downsampled.step_stride = max(1, round(downsampled.last_step / max(1, len(downsampled.history))))
-        return downsampled, _without_steps(events)
+        decimated_run.step_stride = max(1, round(decimated_run.last_step / max(1, len(decimated_run.steps))))
+        return decimated_run, _without_steps(events)
 
-    def _snapshot(self, downsampled: _DownsampledRun) -> RunSnapshot:
-        view = downsampled.view
+    def _snapshot(self, decimated_run: _DecimatedRun) -> RunSnapshot:
+        view = decimated_run.view
         series = view.series
-        last = (
-            (series.learning_rate[-1], series.grad_norm[-1], series.tokens_per_s[-1])
-            if len(series)
-            else (None, None, None)
-        )
         return RunSnapshot(
             view=view,
             status=view.status,
-            curves=downsampled.curves(self.from_step),
+            envelopes=decimated_run.envelopes(self.from_step),
             step=view.step,
             epoch=series.epoch[-1] if len(series) else 0.0,
-            losses=(view.loss, downsampled.smoother.mean if len(downsampled.history) else None),
-            last=last,
+            loss=view.loss,
+            mean_loss=decimated_run.smoother.mean if len(decimated_run.steps) else None,
+            learning_rate=series.learning_rate[-1] if len(series) else None,
+            grad_norm=series.grad_norm[-1] if len(series) else None,
+            tokens_per_s=series.tokens_per_s[-1] if len(series) else None,
             evaluations=tuple(view.evaluations),
             best=view.best,
             samples=tuple(view.samples),
             health=tuple(view.health),
             entries=self._entries,
             output=self._output.entries,
-            telemetry=tuple(self._recent),
+            telemetry=tuple(self._readings),
             energy_kwh=self._energy.kwh,
             seconds_left=view.seconds_left,
             fix=suggest_fix(view.status.state, view.health, view.ending, self._recipe),
-            step_stride=downsampled.step_stride,
+            step_stride=decimated_run.step_stride,
             ending_request=control.pending_ending(self.run) or view.requested_ending,
         )
 

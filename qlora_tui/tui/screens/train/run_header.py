@@ -132,8 +132,8 @@ def _active_facts(snapshot: RunSnapshot, now: float) -> list[str]:
         facts.append(f"step {snapshot.step:,}/{view.total_steps:,}")
     if snapshot.seconds_left is not None:
         facts.append(f"ETA {format_duration(snapshot.seconds_left)}")
-    if snapshot.last[2] is not None:
-        facts.append(f"{snapshot.last[2]:,.0f} tok/s")
+    if snapshot.tokens_per_s is not None:
+        facts.append(f"{snapshot.tokens_per_s:,.0f} tok/s")
     if view.data is not None and view.data.steps_per_epoch:
         all_epochs = view.total_steps / view.data.steps_per_epoch
         facts.append(f"epoch {_epochs(snapshot.epoch)}/{_epochs(all_epochs)}")
@@ -157,8 +157,8 @@ def _ended_facts(snapshot: RunSnapshot, now: float) -> list[str]:
         before = view.loss_to_beat
         worse = "" if before is None else f", {format_float(before, 3)} before training"
         facts.append(f"validation {format_float(snapshot.best.loss, 3)} at {snapshot.best.step:,}{worse}")
-    elif snapshot.losses[0] is not None:
-        facts.append(f"loss {format_float(snapshot.losses[0], 3)}")
+    elif snapshot.loss is not None:
+        facts.append(f"loss {format_float(snapshot.loss, 3)}")
     if isinstance(view.ending, Finished):
         facts.append(f"trained {format_duration(view.ending.seconds)}")
         if energy := format_energy(view.ending):

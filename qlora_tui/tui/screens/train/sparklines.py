@@ -25,7 +25,7 @@ class SparklineData:
     """The last one, as text."""
     scale: str
     """The range of the chart: ``0…2e-4``."""
-    trace: Envelope
+    envelope: Envelope
     top: float
     style: str = "$primary"
 
@@ -79,5 +79,5 @@ class Sparklines(DiffWidget):
         return Content("  ").join(parts)
 
     def _rows(self, chart: SparklineData, width: int, height: int) -> list[Content]:
-        values = over_axis(chart.trace, self._x, width)
+        values = over_axis(chart.envelope, self._x, width)
         return [Content.styled(row, chart.style) for row in blocks(values, 0.0, chart.top, height)]
