@@ -57,7 +57,9 @@ def trace_request(request: TraceRequest) -> StepTrace:
         storages.restart()
         chunked_loss.backward()
         backward = storages.peak_bytes
-    gradients = sum(_size(p.grad.untyped_storage()) for p in model.parameters() if p.grad is not None)
+    # In float32, gradients that were computed together are the rows of one tensor.
+    storages = (p.grad.untyped_storage() for p in model.parameters() if p.grad is not None)
+    gradients = sum({storage._cdata: _size(storage) for storage in storages}.values())
     return StepTrace(
         parameter_bytes=frozen,
         adapter_bytes=adapter,

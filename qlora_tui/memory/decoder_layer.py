@@ -13,7 +13,7 @@ from typing import Literal
 from qlora_tui.memory import cohere, fused_lora, unsloth_kernels
 from qlora_tui.memory.attention import Heads, Kernel, attend, repeated
 from qlora_tui.memory.autograd import Tensor
-from qlora_tui.memory.linear import linear, uses_fused_lora
+from qlora_tui.memory.linear import group, linear, uses_fused_lora
 from qlora_tui.memory.mla import latent_attention
 from qlora_tui.memory.moe import Mixture, mixture, weighted
 from qlora_tui.memory.ops import Linear, Ops
@@ -160,9 +160,10 @@ def _project(ops: Ops, block: DecoderLayer, hidden_states: Tensor) -> tuple[Tens
         query = ops.slice(together, together.numel - 2 * kv)
         return query, ops.slice(together, kv), ops.slice(together, kv)
     parts = [block.find("attention", name) for name in ("q_proj", "k_proj", "v_proj")]
+    grouped = group(ops, hidden_states, *parts)
     projections: list[Tensor] = []
     for part in parts:
-        x = linear(ops, hidden_states, part) if part else hidden_states
+        x = _linear_of(ops, hidden_states, part, grouped)
         if block.head_norms != "no" and len(projections) < 2:
             x = norm(ops, block, x)
         projections.append(x)
@@ -200,9 +201,10 @@ def _mlp(ops: Ops, block: DecoderLayer, x: Tensor, part: str) -> Tensor:
             del gate, up
         elif down and uses_fused_lora(ops, down):
             gate_proj, up_proj = block.find(part, "gate_proj"), block.find(part, "up_proj")
-            gate = linear(ops, x, gate_proj) if gate_proj else x
+            together = group(ops, x, gate_proj, up_proj)
+            gate = _linear_of(ops, x, gate_proj, together)
             one_kernel = ops.triton and block.activation in TRITON_ACTIVATIONS
-            up = linear(ops, x, up_proj) if up_proj else x
+            up = _linear_of(ops, x, up_proj, together)
             return fused_lora.gated(ops, gate, up, down, one_kernel=one_kernel)
         else:
             product = _gated(ops, block, x, part)
@@ -218,5 +220,13 @@ def _gated(ops: Ops, block: DecoderLayer, x: Tensor, part: str) -> Tensor:
     if ops.fused_mlp:
         gate_output = linear(ops, x, gate) if gate else x
         return unsloth_kernels.gated(ops, gate_output, linear(ops, x, up) if up else x)
-    activated_gate = ops.activation(linear(ops, x, gate) if gate else x, block.activation)
-    return ops.multiply(activated_gate, linear(ops, x, up) if up else x)
+    together = group(ops, x, gate, up)
+    activated_gate = ops.activation(_linear_of(ops, x, gate, together), block.activation)
+    return ops.multiply(activated_gate, _linear_of(ops, x, up, together))
+
+
+def _linear_of(ops: Ops, x: Tensor, module: Linear | None, together: dict[str, Tensor]) -> Tensor:
+    """Return a module's output: computed with others before, or now; x itself without a module."""
+    if module is None:
+        return x
+    return together.pop(module.name) if module.name in together else linear(ops, x, module)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from qlora_tui.memory.autograd import Grads, Tensor
 from qlora_tui.memory.ops import Linear, Ops
 
@@ -17,6 +19,72 @@ def linear(ops: Ops, x: Tensor, module: Linear) -> Tensor:
     out, saved_input, thin = _linear_forward(ops, x, module, width)
     out.node = ops.tape.node((x, *ops.adapter_leaves(x)), fn, (x, saved_input, thin))
     return out
+
+
+def group(ops: Ops, x: Tensor, modules: Sequence[Linear]) -> list[Tensor]:
+    """Replay several modules that read ``x`` as one function that saves it once; return their outputs."""
+    needs, entered, numel = x.needs_grad, x.width, x.numel
+    width = ops.compute if ops.autocast else entered
+    waiting: list[Tensor] = []
+
+    def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        waiting.append(grad)
+        if len(waiting) < len(modules):
+            return (None,) * (1 + 2 * len(modules))
+        gradients = _group_backward(ops, modules, numel, entered, width, needs=needs)
+        waiting.clear()
+        return gradients
+
+    rows, rank = numel // modules[0].inputs, sum(module.rank for module in modules)
+    outputs = []
+    for module in modules:
+        workspace = _weight(ops, module, ops.compute)
+        outputs.append(ops.new(rows * module.outputs, entered))
+        del workspace
+    narrow = _narrowed(ops, numel, entered, width)
+    with ops.meter.attribute_to("adapter_inputs"):
+        stacked = _stacked(ops, rank * modules[0].inputs, width)
+        xa = ops.new(rows * rank, width)
+    del narrow, stacked
+    leaves = [leaf for _ in modules for leaf in ops.adapter_leaves(x)]
+    for i, output in enumerate(outputs):
+        # The first node runs last, when the gradients of all outputs are there.
+        output.node = ops.tape.node((x, *leaves), fn, (x, xa) if i == 0 else ())
+    return outputs
+
+
+def _group_backward(
+    ops: Ops, modules: Sequence[Linear], numel: int, entered: int, width: int, *, needs: bool
+) -> Grads:
+    """Replay the backward; return the gradients of the inputs, and of A and B of each module."""
+    inputs, rank = modules[0].inputs, sum(module.rank for module in modules)
+    rows = numel // inputs
+    parts = [ops.new(rows * module.rank, width) for module in modules]
+    with ops.meter.attribute_to("gradients"):
+        grads_b = [ops.new(module.rank * module.outputs, width) for module in modules]
+    grad_xa = ops.new(rows * rank, width)
+    narrow = _narrowed(ops, numel, entered, width)
+    with ops.meter.attribute_to("gradients"):
+        grad_a = ops.new(rank * inputs, width)
+        del narrow
+        grads_a = [grad_a.view(None) for _ in modules]  # the rows of each
+        if width != ops.adapter:
+            grads_a = [ops.new(module.rank * inputs, ops.adapter) for module in modules]
+            grads_b = [ops.new(grad.numel, ops.adapter) for grad in grads_b]
+        del grad_a
+    grads = [grad for pair in zip(grads_a, grads_b, strict=True) for grad in pair]
+    if not needs:
+        return (None, *grads)
+    grad_x: Tensor | None = None
+    for module in modules:
+        weight = _weight(ops, module, width)
+        grad_x = grad_x or ops.new(numel, width)
+        del weight
+    stacked = _stacked(ops, rank * inputs, width)
+    del stacked, parts, grad_xa
+    if entered != width:
+        grad_x = ops.new(numel, entered)
+    return (grad_x, *grads)
 
 
 def gated(ops: Ops, gate: Tensor, up: Tensor, module: Linear, *, one_kernel: bool = False) -> Tensor:
@@ -98,15 +166,24 @@ def _adapter_grad(ops: Ops, numel: int, width: int) -> None:
         del through, masked
 
 
+def _stacked(ops: Ops, weights: int, width: int) -> Tensor | None:
+    """Replay joining the rows of several A; there are joined copies where the compute dtype is narrower."""
+    return ops.new(weights, width) if width == ops.adapter else None
+
+
 def _linear_backward(ops: Ops, module: Linear, numel: int, entered: int, width: int, *, needs: bool) -> Grads:
     """Replay the backward; return the gradients of the inputs, of A and of B."""
     narrow = _narrowed(ops, numel, entered, width)
     grad_xa = ops.new(numel // module.inputs * module.rank, width)
-    grad_b = _gradient(ops, module.rank * module.outputs, width)
+    with ops.meter.attribute_to("gradients"):
+        grad_b = ops.new(module.rank * module.outputs, width)
     with ops.meter.attribute_to("dropout"):
         dropped = ops.new(numel, width) if ops.dropout else None
-    grad_a = _gradient(ops, module.rank * module.inputs, width)
-    del dropped
+    with ops.meter.attribute_to("gradients"):
+        grad_a = ops.new(module.rank * module.inputs, width)
+        del dropped
+        if width != ops.adapter:
+            grad_a, grad_b = (ops.new(grad.numel, ops.adapter) for grad in (grad_a, grad_b))
     if not needs:
         return (None, grad_a, grad_b)
     weight = _weight(ops, module, width)

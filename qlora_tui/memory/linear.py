@@ -32,6 +32,18 @@ def linear(ops: Ops, x: Tensor, module: Linear) -> Tensor:
     return ops.cast(result, out_width)
 
 
+def group(ops: Ops, x: Tensor, *modules: Linear | None) -> dict[str, Tensor]:
+    """Replay those of the modules that our functions compute together; return their outputs by name.
+
+    Empty where each is computed by itself, as with dropout, whose masks differ.
+    """
+    adapted = [module for module in modules if module and uses_fused_lora(ops, module)]
+    if ops.dropout or len(adapted) < 2:
+        return {}
+    outputs = fused_lora.group(ops, x, adapted)
+    return {module.name: output for module, output in zip(adapted, outputs, strict=True)}
+
+
 def uses_fused_lora(ops: Ops, module: Linear) -> bool:
     """Return whether module and adapter are one of our functions: not with DoRA, nor on 8-bit weights."""
     return ops.own_fused and bool(module.rank) and not module.dora and module.method != "int8"

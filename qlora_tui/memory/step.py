@@ -219,7 +219,7 @@ def _profile(
     recording.gradient = without_input_gradient(meter.events)
     recording.backward = build_phase(meter.events[begins:], recording.gradient)
     profile.backward = dict(meter.peak_items)
-    profile.gradient_bytes = sum(storage.size for storage in retained)
+    profile.gradient_bytes = sum(storage.size for storage in set(retained))
     retained.clear()
     profile.held = {item: size for item, size in meter.live_items.items() if size}
     del held
@@ -249,7 +249,7 @@ def _reentrant_backward(
     assert result.node is not None
     backward(ops.tape, result.node, gradient, None if execution.accumulates else retained)
     profile.backward = dict(ops.meter.peak_items)
-    profile.gradient_bytes = sum(storage.size for storage in retained)
+    profile.gradient_bytes = sum(storage.size for storage in set(retained))
     input_gradient = without_input_gradient(ops.meter.events)
     del held, result, gradient, x
     inputs.clear()

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
 @pytest.mark.parametrize("samples", [1, 16])
 def test_a_layer_launches_fewer_kernels_than_the_usual_script(samples: int) -> None:
     triton, ours, usual = (per_layer(samples, code).total() for code in ("triton", "ours", "usual"))
-    assert triton < 160 and triton < ours < 250 < usual
+    assert triton < 135 and triton < ours < 225 < usual
 
 
 def test_launches_do_not_grow_with_the_samples_of_a_row() -> None:
@@ -32,8 +32,8 @@ def model() -> Any:
 
 
 def casts_of(model: Any) -> AdapterCasts:
-    (hook,) = model.get_base_model().get_decoder()._forward_pre_hooks.values()
-    casts: AdapterCasts = hook.__self__
+    hooks = model.get_base_model().get_decoder()._forward_pre_hooks.values()
+    (casts,) = (owner for hook in hooks if isinstance(owner := hook.__self__, AdapterCasts))
     return casts
 
 
@@ -50,7 +50,7 @@ def gradients(model: Any) -> list[torch.Tensor]:
 
 def test_copies_change_nothing(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with_copies = gradients(model)
-    monkeypatch.setattr(AdapterCasts, "cast", lambda self, parameter, dtype: parameter.to(dtype))
+    monkeypatch.setattr(AdapterCasts, "_valid_copy", lambda self, parameter, dtype: None)
     assert all(map(torch.equal, with_copies, gradients(model)))
 
 

@@ -20,9 +20,12 @@ from tests.training.event_helpers import events, events_of
 from tests.training.tiny_model import make_tiny_gemma
 
 STEPS = 4
-ROUNDING = 2e-3
-"""Largest difference in fp32, of a loss or, as a share, of a gradient norm: norm weights as large as those of
-real models make the tiny Gemma ill-conditioned."""
+ROUNDING = {"llama": 2e-3, "gemma3": 1e-2}
+"""Largest difference in fp32, of a loss or, as a share, of a gradient norm. Norm weights as large as those of
+real models make the tiny Gemma ill-conditioned: if half a rounding error is added to the output of each of
+its modules, a gradient moves by up to 1.2 %."""
+WRONG = 2e-2
+"""Smallest difference of a wrong step."""
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +93,7 @@ def test_a_run_is_the_plain_script(
     if family == "gemma3":
         job = replace(job, model=str(tiny_gemma))
     for each in differences(job, trainers, references):
-        assert each.difference <= ROUNDING, str(each)
+        assert each.difference <= ROUNDING[family], str(each)
 
 
 UNVERIFIED = (
@@ -143,7 +146,7 @@ def test_a_wrong_step_differs_by_more_than_rounding(
 ) -> None:
     monkeypatch.setenv("BEFORE_TRAINER", UNVERIFIED + MUTANTS[mutant])
     differing = differences(replace(job, model=str(tiny_gemma)), trainers, references)
-    assert max(each.difference for each in differing) > 10 * ROUNDING, [str(each) for each in differing]
+    assert max(each.difference for each in differing) > WRONG, [str(each) for each in differing]
 
 
 @pytest.mark.slow
@@ -159,7 +162,7 @@ def test_a_wrong_norm_warns_and_trains_like_the_plain_script(
     monkeypatch.setenv(
         "BEFORE_TRAINER", "from tests.training.fault_injection import norm_without_offset as inject\ninject()"
     )
-    assert max(each.difference for each in differences(job, trainers, references)) <= ROUNDING
+    assert max(each.difference for each in differences(job, trainers, references)) <= ROUNDING["gemma3"]
     (run,) = all_runs()
     (verified,) = events_of(run, StepVerified)
     assert verified.replaced == ("the fused RMSNorm",) and verified.agrees

@@ -21,7 +21,7 @@ from qlora_tui.training.batches import PlannedStep, StepPlan
 from qlora_tui.training.compute_device import ComputeDevice, find_device
 from qlora_tui.training.distributed import DistributedContext
 from qlora_tui.training.fast_paths import FastPaths
-from qlora_tui.training.fused import gated_mlp, lora_linear, rms_norm
+from qlora_tui.training.fused import gated_mlp, lora_group, lora_linear, rms_norm
 from qlora_tui.training.model_loading import checkpoint_activations
 from qlora_tui.training.step_check import Excerpt, StepReference, excerpt_of, ready_to_compare
 from qlora_tui.training.step_verification import (
@@ -137,6 +137,12 @@ def scale_dropped(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(lora_linear, "lora_backward", wrong)
 
 
+def columns_swapped(patch: pytest.MonkeyPatch) -> None:
+    """Gate and up are given each other's columns of the product with A."""
+    right = lora_group._by_adapter
+    patch.setattr(lora_group, "_by_adapter", lambda xa, adapters: right(xa, adapters)[::-1])
+
+
 def samples_not_separated(patch: pytest.MonkeyPatch) -> None:
     right = packed_attention.segment_mask
     patch.setattr(chunked_loss, "segment_mask", lambda lengths: right([sum(lengths)]))
@@ -170,6 +176,7 @@ def multiplier_forgotten_in_backward(patch: pytest.MonkeyPatch) -> None:
         (norm_without_projection, "llama", "norms"),
         (gate_and_up_swapped, "qwen3", "mlp"),
         (scale_dropped, "mistral", "lora"),
+        (columns_swapped, "llama", "lora"),
         (samples_not_separated, "llama", "packed attention"),
         (soft_cap_forgotten, "gemma2", "loss"),
         (multiplier_forgotten_in_backward, "granite", "loss"),

@@ -1,10 +1,10 @@
 """Parts of a model as autograd functions that save less for the backward, and compute less, than the library.
 
 Each returns what the library's code returns. :mod:`.lora_linear`: a frozen linear layer and its adapter,
-whose weights :mod:`.adapter_casts` casts once per forward; :mod:`.gated_mlp`: the end of a gated MLP;
-:mod:`.rms_norm`: RMSNorm; :mod:`.rotary`: rotary positions; :mod:`.cpu_attention`: attention over packed
-samples on a CPU. On a GPU gated MLPs, norms and rotary positions use :mod:`.triton_kernels` where
-:mod:`.kernel_choice` allows it.
+whose weights :mod:`.adapter_casts` casts once per forward; :mod:`.lora_group`: several that share an input;
+:mod:`.gated_mlp`: the end of a gated MLP; :mod:`.rms_norm`: RMSNorm; :mod:`.rotary`: rotary positions;
+:mod:`.cpu_attention`: attention over packed samples on a CPU. On a GPU gated MLPs, norms and rotary positions
+use :mod:`.triton_kernels` where :mod:`.kernel_choice` allows it.
 :class:`.patching.PatchedForwards` switches back to the library's forwards.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 from qlora_tui.training.fused.adapter_casts import AdapterCasts
 from qlora_tui.training.fused.gated_mlp import fuse_gated_mlp
 from qlora_tui.training.fused.kernel_choice import verify_kernels
-from qlora_tui.training.fused.lora_linear import fuse_lora
+from qlora_tui.training.fused.lora_group import fuse_lora
 from qlora_tui.training.fused.rms_norm import fuse_rms_norm
 from qlora_tui.training.fused.rotary import fuse_rotary
 
@@ -25,8 +25,8 @@ def use_fused(model: Any) -> None:
     frozen = next(p for p in model.parameters() if p.is_floating_point() and not p.requires_grad)
     verify_kernels(frozen.device, frozen.dtype)
     casts = AdapterCasts()
-    fused_parameters = fuse_lora(model, casts)
-    casts.refresh_in(model.get_base_model().get_decoder(), fused_parameters)
+    decoder = model.get_base_model().get_decoder()
+    casts.refresh_in(decoder, fuse_lora(model, decoder, casts))
     fuse_gated_mlp(model, casts)
     fuse_rms_norm(model)
     fuse_rotary(model, frozen.device, frozen.dtype)

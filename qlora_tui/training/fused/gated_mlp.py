@@ -182,7 +182,7 @@ class _GatedProduct(torch.autograd.Function):
             product = activated.detach() * up
         else:
             product = kernels.gated_product(gate, up, name)
-        grad_a = grad_of_a(grad_xa, product, dropout_mask, ctx.adapter)
+        grad_a = grad_of_a(grad_xa, product, dropout_mask).to(ctx.adapter.a.dtype)
         del product
         # In place: it comes from _DownProjection, the product's only reader.
         add_adapter_grad(grad_product.view(-1, grad_product.shape[-1]), grad_xa, dropout_mask, ctx.adapter)
@@ -209,4 +209,4 @@ class _DownProjection(torch.autograd.Function):
         adapter = ctx.adapter
         grad, grad_xa, grad_b = grad_of_outputs(grad_outputs[0], ctx.xa, adapter)
         grad_product = (grad @ adapter.weight().to(grad.dtype)).to(ctx.dtype)
-        return grad_product.view(*grad_outputs[0].shape[:-1], -1), grad_xa, grad_b, None
+        return grad_product.view(*grad_outputs[0].shape[:-1], -1), grad_xa, grad_b.to(adapter.b.dtype), None

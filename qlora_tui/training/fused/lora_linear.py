@@ -25,8 +25,8 @@ dropout grad_xa · A is masked first, and so not added in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -34,7 +34,6 @@ import torch
 from torch import Tensor, nn
 
 from qlora_tui.training.fused.adapter_casts import AdapterCasts
-from qlora_tui.training.fused.patching import patch_forward
 
 _WORDS = 4
 """Dropout decisions taken from one 64-bit random number."""
@@ -72,34 +71,6 @@ class LoraParameters:
     def scale(self) -> float:
         """LoRA scaling, and the 1 / (1 - p) of dropout, which is cheaper here than on the inputs."""
         return self.scaling / (1 - self.p)
-
-
-def fuse_lora(model: Any, casts: AdapterCasts) -> list[nn.Parameter]:
-    """Fuse every plain LoRA module. DoRA, and bases whose weight is not accessible, keep peft's forward.
-
-    Returns:
-        The adapter weights of the fused modules.
-    """
-    parameters: list[nn.Parameter] = []
-    for module in model.modules():
-        weight = plain_weight(module)
-        if weight is not None:
-            _patch_forward(module, weight, casts)
-            parameters += [p for part in (module.lora_A, module.lora_B) for p in part.parameters()]
-    return parameters
-
-
-def _patch_forward(module: Any, weight: WeightLoader, casts: AdapterCasts) -> None:
-    original_forward, base = module.forward, module.get_base_layer()
-
-    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapter = None if args or kwargs else active_adapter(self, base, weight, casts)
-        if adapter is None:
-            return original_forward(x, *args, **kwargs)  # type: ignore[no-any-return]
-        output: Tensor = _FusedLoraLinear.apply(x, adapter.a, adapter.b, adapter)  # type: ignore[no-untyped-call]
-        return output
-
-    patch_forward(module, forward, "lora")
 
 
 def active_adapter(
@@ -143,7 +114,7 @@ def _weight_of(base: Any) -> WeightLoader | None:
     return dequantized
 
 
-class _FusedLoraLinear(torch.autograd.Function):
+class FusedLoraLinear(torch.autograd.Function):
     """base(x) + scaling · dropout(x) · Aᵀ · Bᵀ for x (…, inputs), A (rank, inputs), B (outputs, rank)."""
 
     @staticmethod
@@ -174,8 +145,8 @@ def lora_forward(x: Tensor, adapter: LoraParameters) -> tuple[Tensor, Tensor | N
 def adapter_inputs(x: Tensor, adapter: LoraParameters) -> tuple[Tensor | None, Tensor]:
     """The dropout mask (None without dropout) and dropout(x) · Aᵀ, (rows, rank), of x (…, inputs)."""
     device = x.device.type
-    dtype = _product_dtype(x)
-    with torch.autocast(device, enabled=False) if _is_autocast(device) else nullcontext():
+    dtype = product_dtype(x)
+    with without_autocast(device):
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         dropout_mask = _dropout_mask(rows, adapter.p) if adapter.p else None
         return dropout_mask, apply_dropout(rows, dropout_mask) @ adapter.a_in(dtype).t()
@@ -184,7 +155,7 @@ def adapter_inputs(x: Tensor, adapter: LoraParameters) -> tuple[Tensor | None, T
 def add_adapter_outputs(out: Tensor, xa: Tensor, adapter: LoraParameters) -> None:
     """Add scale · xa · Bᵀ in place to the outputs of the base, (…, outputs)."""
     device = out.device.type
-    with torch.autocast(device, enabled=False) if _is_autocast(device) else nullcontext():
+    with without_autocast(device):
         flat, b = out.view(-1, out.shape[-1]), adapter.b_in(xa.dtype)
         if out.dtype == xa.dtype:
             flat.addmm_(xa, b.t(), alpha=adapter.scale)
@@ -203,7 +174,8 @@ def lora_backward(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients of x (None where not needed), of A and of B, in the shape and dtype of each."""
     grad, grad_xa, grad_b = grad_of_outputs(grad, xa, adapter)
-    grad_a = grad_of_a(grad_xa, x, dropout_mask, adapter)
+    grad_a = grad_of_a(grad_xa, x, dropout_mask)
+    grad_a, grad_b = cast_grads((grad_a, grad_b), adapter.a.dtype)
     if not needs_input_grad:
         return None, grad_a, grad_b
     grad_x = grad @ adapter.weight().to(grad.dtype)
@@ -212,19 +184,28 @@ def lora_backward(
 
 
 def grad_of_outputs(grad: Tensor, xa: Tensor, adapter: LoraParameters) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of the outputs as (rows, outputs), and the gradients of ``xa`` and of B."""
+    """The gradient of the outputs as (rows, outputs), and the gradients of ``xa`` and of B, in its dtype."""
     b, nothing = adapter.b_in(xa.dtype), xa.new_empty(())
     grad = grad.reshape(-1, b.shape[0]).to(xa.dtype)
     # The scale is a factor of the product itself, which needs no kernel of its own.
     grad_xa = torch.addmm(nothing, grad, b, beta=0, alpha=adapter.scale)
     grad_b = torch.addmm(nothing, grad.t(), xa, beta=0, alpha=adapter.scale)
-    return grad, grad_xa, grad_b.to(adapter.b.dtype)
+    return grad, grad_xa, grad_b
 
 
-def grad_of_a(grad_xa: Tensor, x: Tensor, dropout_mask: Tensor | None, adapter: LoraParameters) -> Tensor:
-    """The gradient of A, from the inputs x (…, inputs)."""
+def grad_of_a(grad_xa: Tensor, x: Tensor, dropout_mask: Tensor | None) -> Tensor:
+    """The gradient of A, from the inputs x (…, inputs), in the dtype of ``grad_xa``."""
     rows = x.reshape(-1, x.shape[-1]).to(grad_xa.dtype)
-    return (grad_xa.t() @ apply_dropout(rows, dropout_mask)).to(adapter.a.dtype)
+    return grad_xa.t() @ apply_dropout(rows, dropout_mask)
+
+
+def cast_grads(grads: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Gradients in the dtype of the adapter, cast by one kernel on a GPU."""
+    if grads[0].dtype == dtype:
+        return list(grads)
+    cast = [torch.empty_like(grad, dtype=dtype) for grad in grads]
+    torch._foreach_copy_(cast, list(grads))
+    return cast
 
 
 def add_adapter_grad(
@@ -238,11 +219,16 @@ def add_adapter_grad(
         grad_x += apply_dropout(grad_xa @ a, dropout_mask)
 
 
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """A context without autocast, which costs time where it is off already."""
+    return torch.autocast(device, enabled=False) if _is_autocast(device) else nullcontext()
+
+
 def _is_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
     """Dtype of the adapter's products. Under autocast x may be the fp32 output of a norm."""
     return torch.get_autocast_dtype(x.device.type) if _is_autocast(x.device.type) else x.dtype
 
