@@ -40,7 +40,7 @@ def describe_fix(recipe: Recipe | None, phase: Phase | None) -> str:
     if phase is not None and phase in PREPARING_PHASES:
         return _fix_for_model(recipe)
     settings = (
-        "Lower training.micro_batch_size or data.max_length, or turn training.gradient_checkpointing on."
+        "Lower training.micro_batch_size, turn training.gradient_checkpointing on, or lower data.max_length."
     )
     return (recipe and suggest_settings(recipe)) or settings
 

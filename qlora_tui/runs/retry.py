@@ -16,6 +16,7 @@ from msgspec import Struct, structs
 
 from qlora_tui.decoding import decode_json
 from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.formatting import pluralize
 from qlora_tui.recipe.aliases import canonical_value
 from qlora_tui.recipe.schema import Checkpointing, Recipe, Training
 from qlora_tui.runs.directory import RunDir
@@ -148,5 +149,5 @@ def describe_plan(plan: RetryPlan) -> str:
     """Describe the plan, for events and screens."""
     words = f"micro-batch {plan.micro_batch_size} × accumulation {plan.gradient_accumulation}"
     if plan.gradient_checkpointing == "auto" and plan.kept_layers:
-        return f"{words}, keeping the activations of {plan.kept_layers} layers"
+        return f"{words}, keeping the activations of {pluralize(plan.kept_layers, 'layer')}"
     return words + (" and gradient checkpointing" if plan.gradient_checkpointing != "off" else "")

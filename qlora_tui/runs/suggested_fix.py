@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from msgspec import structs
+
 from qlora_tui.recipe.diff import format_value
 from qlora_tui.recipe.fields import fields, get_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.events import PREPARING_PHASES, Failed, Health, RunEnded
+from qlora_tui.runs.retry import RetryPlan, reduce_memory
 from qlora_tui.runs.status import ACTIVE, State
 
 _MIN_LENGTH = 128
@@ -31,14 +34,21 @@ class SuggestedFix:
 
 
 def suggest_fix(
-    state: State, health: Sequence[Health], ending: RunEnded | None, recipe: Recipe | None
+    state: State,
+    health: Sequence[Health],
+    ending: RunEnded | None,
+    recipe: Recipe | None,
+    last_plan: RetryPlan,
 ) -> SuggestedFix | None:
-    """Return the fix for the latest warning or failure that has one, or None."""
+    """Return the fix for the latest warning or failure that has one, or None.
+
+    ``last_plan`` is what the last attempt used; without overrides, the recipe's settings.
+    """
     if recipe is None:
         return None
     if isinstance(ending, Failed) and ending.kind == "out_of_memory":
         prepares = ending.phase in PREPARING_PHASES
-        return _next_run(recipe, _smaller_model(recipe) if prepares else _reduced_memory(recipe))
+        return _next_run(recipe, _smaller_model(recipe) if prepares else _less_memory(recipe, last_plan))
     for warning in reversed(health):
         fix = _fix_for(warning.kind, state, recipe)
         if fix is not None:
@@ -69,14 +79,15 @@ def _fix_for(kind: str, state: State, recipe: Recipe) -> SuggestedFix | None:
             return None
 
 
-def _reduced_memory(recipe: Recipe) -> dict[str, Any]:
-    training = recipe.training
-    if training.micro_batch_size > 1:
-        return {
-            "training.micro_batch_size": training.micro_batch_size // 2,
-            "training.gradient_accumulation": training.gradient_accumulation * 2,
-        }
-    return {"data.max_length": max(_MIN_LENGTH, recipe.data.max_length // 2)}
+def _less_memory(recipe: Recipe, last_plan: RetryPlan) -> dict[str, Any]:
+    """Settings that need less memory than the last attempt; shorter samples only where no retry is left."""
+    last_plan = structs.replace(last_plan, kept_layers=None)
+    plan = reduce_memory(recipe, last_plan)
+    changes = {f"training.{name}": value for name, value in (plan or last_plan).overrides().items()}
+    if plan is None:
+        length = recipe.data.max_length
+        changes["data.max_length"] = min(length, max(_MIN_LENGTH, length // 2))
+    return changes
 
 
 def _smaller_model(recipe: Recipe) -> dict[str, Any]:

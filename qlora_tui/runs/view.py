@@ -41,6 +41,7 @@ from qlora_tui.runs.events import (
     StepVerified,
     Stopped,
 )
+from qlora_tui.runs.retry import RetryPlan
 from qlora_tui.runs.status import Status, read_status
 
 _RATE_STEPS = 20
@@ -117,6 +118,8 @@ class RunView:
         """When it was first queued, Unix time."""
         self.attempt = 0
         self.started_at: float | None = None
+        self.plan = RetryPlan()
+        """Settings of the last attempt; empty where its event does not have them."""
         self.phase: Phase | None = None
         self.phase_detail = ""
         self.progress: Progress | None = None
@@ -232,6 +235,7 @@ class RunView:
             case Started():
                 self.attempt = event.attempt
                 self.started_at = event.at
+                self.plan = RetryPlan.from_settings(event) if event.micro_batch_size else RetryPlan()
                 self.ending, self.requested_ending = None, ""
                 self._truncate_to(event.resumed_from_step)
             case Queued():

@@ -9,7 +9,15 @@ from qlora_tui.recipe.schema import Recipe, Training
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter, last_event
 from qlora_tui.runs.events import Failed, Finished, Health, Phase, Started
-from qlora_tui.runs.retry import RetryPlan, last_plan, parse_plan, plan_resume, plan_retry, reduce_memory
+from qlora_tui.runs.retry import (
+    RetryPlan,
+    describe_plan,
+    last_plan,
+    parse_plan,
+    plan_resume,
+    plan_retry,
+    reduce_memory,
+)
 
 OUT_OF_MEMORY = Failed(at=1.0, title="Out of GPU memory", what="It asked for 2 GiB.", kind="out_of_memory")
 
@@ -53,6 +61,13 @@ def test_a_resumed_run_keeps_retry_settings_else_its_recipe(run: RunDir) -> None
     plan = plan_resume(run)
     assert plan.apply_to(run.recipe()).effective_batch == run.recipe().effective_batch
     assert plan.micro_batch_size == 1
+
+
+def test_a_plan_with_one_kept_layer_is_described_in_the_singular() -> None:
+    plan = RetryPlan(
+        micro_batch_size=1, gradient_accumulation=8, gradient_checkpointing="auto", kept_layers=1
+    )
+    assert describe_plan(plan).endswith("keeping the activations of 1 layer")
 
 
 def test_only_running_out_of_memory_is_tried_again(run: RunDir) -> None:

@@ -113,7 +113,14 @@ def _events(what: FakeRun) -> list[AnyEvent]:
     if what.state == "queued":
         return events
     events += [
-        Started(at=began + 1, attempt=1, pid=4242, micro_batch_size=2, gradient_accumulation=8),
+        Started(
+            at=began + 1,
+            attempt=1,
+            pid=4242,
+            micro_batch_size=2,
+            gradient_accumulation=8,
+            gradient_checkpointing="auto",
+        ),
         PhaseChanged(at=began + 2, phase="loading"),
         Environment(
             at=began + 9,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+from msgspec import structs
 
-from qlora_tui.recipe.fields import replace_setting
+from qlora_tui.recipe.fields import get_setting, replace_setting
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Failed, Phase
+from qlora_tui.runs.retry import RetryPlan
 from qlora_tui.runs.status import State
 from qlora_tui.runs.suggested_fix import suggest_fix
 from qlora_tui.tui.app import QloraApp
@@ -74,7 +77,7 @@ async def test_m_prepares_a_smaller_run_after_out_of_memory(make_app: MakeApp) -
     ],
 )
 def test_a_fix_suits_the_warning_and_the_runs_state(kind: str, state: State, says: str) -> None:
-    suggestion = suggest_fix(state, [health_event(kind, "")], None, TICKETS)
+    suggestion = suggest_fix(state, [health_event(kind, "")], None, TICKETS, RetryPlan())
     assert (says in suggestion.label) if suggestion else not says
 
 
@@ -88,12 +91,45 @@ def test_a_fix_suits_the_warning_and_the_runs_state(kind: str, state: State, say
 )
 def test_the_fix_for_memory_suits_the_phase(method: str, phase: Phase, says: str) -> None:
     ending = Failed(at=1.0, title="Out of memory", what="It is.", kind="out_of_memory", phase=phase)
-    suggestion = suggest_fix("failed", [], ending, replace_setting(TICKETS, "quantization.method", method))
+    suggestion = suggest_fix(
+        "failed", [], ending, replace_setting(TICKETS, "quantization.method", method), RetryPlan()
+    )
     assert (says in suggestion.label) if suggestion else not says
+
+
+def next_after_out_of_memory(plan: RetryPlan | None = None, **training: Any) -> dict[str, Any]:
+    recipe = structs.replace(TICKETS, training=structs.replace(TICKETS.training, **training))
+    ending = Failed(at=1.0, title="Out of memory", what="It is.", kind="out_of_memory", phase="training")
+    suggestion = suggest_fix("failed", [], ending, recipe, plan or RetryPlan())
+    assert suggestion is not None
+    return {path: value for path, value in suggestion.changes.items() if value != get_setting(recipe, path)}
+
+
+def test_the_fix_for_memory_keeps_the_effective_batch_of_an_odd_micro_batch() -> None:
+    changes = next_after_out_of_memory(micro_batch_size=3, gradient_accumulation=4)
+    assert changes == {"training.micro_batch_size": 1, "training.gradient_accumulation": 12}
+
+
+def test_the_fix_for_memory_checkpoints_before_it_shortens_samples() -> None:
+    changes = next_after_out_of_memory(micro_batch_size=1, gradient_checkpointing="off")
+    assert changes == {"training.gradient_checkpointing": "on"}
+    changes = next_after_out_of_memory(micro_batch_size=1, gradient_checkpointing="on")
+    assert changes == {"data.max_length": TICKETS.data.max_length // 2}
+
+
+def test_the_fix_for_memory_goes_beyond_what_retries_tried() -> None:
+    tried = RetryPlan(micro_batch_size=1, gradient_accumulation=16, gradient_checkpointing="on")
+    changes = next_after_out_of_memory(tried, micro_batch_size=2, gradient_checkpointing="off")
+    assert changes == {
+        "training.micro_batch_size": 1,
+        "training.gradient_accumulation": 16,
+        "training.gradient_checkpointing": "on",
+        "data.max_length": TICKETS.data.max_length // 2,
+    }
 
 
 def test_the_fix_for_few_steps_removes_a_low_step_limit() -> None:
     limited = replace_setting(TICKETS, "training.max_steps", 5)
-    suggestion = suggest_fix("finished", [health_event("few_steps", "")], None, limited)
+    suggestion = suggest_fix("finished", [health_event("few_steps", "")], None, limited, RetryPlan())
     assert suggestion is not None
     assert suggestion.label == "prepare a run with max steps 0 instead of 5"

@@ -244,7 +244,7 @@ class RunFollower:
             telemetry=tuple(self._readings),
             energy_kwh=self._energy.kwh,
             seconds_left=view.seconds_left,
-            fix=suggest_fix(view.status.state, view.health, view.ending, self._recipe),
+            fix=suggest_fix(view.status.state, view.health, view.ending, self._recipe, view.plan),
             step_stride=decimated_run.step_stride,
             ending_request=control.pending_ending(self.run) or view.requested_ending,
         )
