@@ -4,6 +4,7 @@ app            the frame: screens, themes, keys, and the polling that every scre
 workbench      the recipe being edited, and what follows from it (architecture, estimate)
 draft          the file that the recipe is kept in, which several apps may share
 commands       how a command is declared; keymap lists them all, command_palette offers them
+key_names      keys inside sentences, as the user's keymap has them: [u], Enter
 system_monitor polls the GPU and the runs, once a second; system_status is what it returns
 recipe_undo    undo and redo of the recipe, and their notifications
 setting_stepper  the next value of a setting when its key is pressed

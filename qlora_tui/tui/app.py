@@ -21,9 +21,9 @@ from qlora_tui.tui import escapes, themes
 from qlora_tui.tui.command_palette import CommandProvider
 from qlora_tui.tui.commands import EVERYWHERE, with_current_ids
 from qlora_tui.tui.disk_faults import DiskFaults
+from qlora_tui.tui.key_names import key_names
 from qlora_tui.tui.monochrome import TWO_COLORS
 from qlora_tui.tui.recipe_undo import redo_recipe, undo_recipe
-from qlora_tui.tui.render.key_names import key_names
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.modals.too_small import TooSmallScreen, is_too_small
 from qlora_tui.tui.screens.registry import NUMBERED_SCREENS, make_screen

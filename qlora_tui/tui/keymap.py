@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from qlora_tui.tui.commands import EVERYWHERE, Command
-from qlora_tui.tui.render.key_names import key_name
+from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.registry import SCREENS, screen_commands
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from qlora_tui.formatting import pluralize
-from qlora_tui.tui.render.key_names import key_name
+from qlora_tui.tui.key_names import key_name
 
 if TYPE_CHECKING:
     from qlora_tui.recipe.schema import Recipe

@@ -13,7 +13,7 @@ from qlora_tui.recipe.fields import get_setting, replace_setting
 from qlora_tui.recipe.layering import build_recipe
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import to_layer, to_recipe
-from qlora_tui.tui.render.key_names import key_name
+from qlora_tui.tui.key_names import key_name
 
 if TYPE_CHECKING:
     from qlora_tui.catalog.architecture_types import Architecture

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from qlora_tui.tui.key_names import bare_key, key_name, key_names, key_while_typing, name_keys
 from qlora_tui.tui.keymap import all_commands
-from qlora_tui.tui.render.key_names import bare_key, key_name, key_names, key_while_typing, name_keys
 from tests.tui.screen_assertions import wait_for_text
 from tests.tui.workstation import open_on
 

@@ -5,7 +5,6 @@ series           columns of numbers, decimated to what a graph can show
 plot             a graph in braille dots
 block_charts     bars, columns and curves in block characters
 recipe_line      a recipe in one line; names of precisions, colors of verdicts
-key_names        keys inside sentences: [u], Enter
 run_labels       the sign and color of each state of a run
 strip_rendering  lines of text as Textual paints them
 """

@@ -11,8 +11,8 @@ from qlora_tui.formatting import format_gib
 from qlora_tui.memory import Estimate, check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Precision, precision_of
+from qlora_tui.tui.key_names import name_keys
 from qlora_tui.tui.render.block_charts import bar
-from qlora_tui.tui.render.key_names import name_keys
 from qlora_tui.tui.render.recipe_line import PRECISION_NAMES, VERDICT_STYLE, recipe_line
 from qlora_tui.tui.workbench import Workbench
 

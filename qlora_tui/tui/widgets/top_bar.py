@@ -8,7 +8,7 @@ from textual.widget import Widget
 
 from qlora_tui.formatting import format_float, format_gib
 from qlora_tui.tui.commands import NAVIGATION
-from qlora_tui.tui.render.key_names import bare_key
+from qlora_tui.tui.key_names import bare_key
 from qlora_tui.tui.system_status import SystemStatus
 
 

@@ -1,4 +1,4 @@
-"""Chat: ``screen`` and its ``commands``; the ``controller`` talks to the engine.
+"""Chat: ``screen`` and its ``commands``; ``conversation_screen``, its base, has the requests to the engine.
 
 ``adapter_pair`` says which adapters answer, ``text`` formats the header, ``transcript`` saves the
 conversation. ``prompt_box`` is the field to type in, ``chat_turn`` shows a prompt and its answers (with

@@ -10,7 +10,7 @@ from textual.widgets import Static
 from qlora_tui.chat.chat_types import GenerationResult, TextChunk
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_duration, format_float
-from qlora_tui.tui.render.key_names import highlight_keys, name_keys
+from qlora_tui.tui.key_names import highlight_keys, name_keys
 from qlora_tui.tui.screens.chat.streaming_markdown import StreamingMarkdown
 from qlora_tui.tui.screens.chat.thought_view import ThoughtView
 

@@ -16,13 +16,13 @@ from qlora_tui.chat.effect import Effect
 from qlora_tui.errors import UserError
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui.commands import Command
-from qlora_tui.tui.render.key_names import highlight_keys, key_name, name_keys
+from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.screens.chat import text as words
 from qlora_tui.tui.screens.chat import transcript
 from qlora_tui.tui.screens.chat.adapter_pair import AdapterPair
 from qlora_tui.tui.screens.chat.chat_turn import ChatTurn
 from qlora_tui.tui.screens.chat.commands import COMMANDS
-from qlora_tui.tui.screens.chat.controller import ChatController
+from qlora_tui.tui.screens.chat.conversation_screen import ConversationScreen
 from qlora_tui.tui.screens.chat.prompt_box import PromptBox
 from qlora_tui.tui.screens.chat.sampling_settings import ChatSettingsScreen
 from qlora_tui.tui.screens.chat.source_picker import ChatSourceScreen, chat_runs
@@ -35,7 +35,7 @@ _TYPING_ACTIONS = ("stop", "leave_field", "toggle_adapter", "scroll_conversation
 """Actions whose keys are no text: the footer shows no others while a prompt is written."""
 
 
-class ChatScreen(ChatController):
+class ChatScreen(ConversationScreen):
     """One prompt, answered by one or two adapters."""
 
     MODE = "chat"

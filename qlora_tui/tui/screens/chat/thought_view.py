@@ -12,7 +12,7 @@ from textual.widgets import Static
 
 from qlora_tui.chat.chat_types import GenerationResult, TextChunk
 from qlora_tui.formatting import format_duration, pluralize
-from qlora_tui.tui.render.key_names import key_while_typing
+from qlora_tui.tui.key_names import key_while_typing
 from qlora_tui.tui.screens.chat.streaming_markdown import StreamingMarkdown
 
 _PAINT_EVERY_S = 0.5

@@ -11,7 +11,7 @@ from qlora_tui.data.sources import is_hub_dataset
 from qlora_tui.demo.conversations import CONVERSATIONS
 from qlora_tui.recipe.fields import source_fields
 from qlora_tui.recipe.schema import Source
-from qlora_tui.tui.render.key_names import key_name
+from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.data.column_mapping import ColumnMappingScreen
 from qlora_tui.tui.screens.data.file_picker import FilePickerScreen
 from qlora_tui.tui.screens.data.row_actions import RowActions

@@ -19,7 +19,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.length_costs import LengthCost, last_throughput, length_costs
 from qlora_tui.tui.commands import Command
-from qlora_tui.tui.render.key_names import highlight_keys, name_keys
+from qlora_tui.tui.key_names import highlight_keys, name_keys
 from qlora_tui.tui.screens.data import text as words
 from qlora_tui.tui.screens.data.actions import DataActions
 from qlora_tui.tui.screens.data.commands import COMMANDS

@@ -15,7 +15,7 @@ from qlora_tui.data.step_estimate import steps_per_epoch, total_steps
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import abbreviate_home, format_bytes, format_percent, pluralize
 from qlora_tui.recipe.schema import Data, Recipe, Source
-from qlora_tui.tui.render.key_names import key_name
+from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.data.row_navigation import Place
 
 EMPTY = (

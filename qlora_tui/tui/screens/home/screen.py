@@ -17,7 +17,7 @@ from qlora_tui import paths
 from qlora_tui.errors import UserError
 from qlora_tui.tui import clock
 from qlora_tui.tui.commands import Command
-from qlora_tui.tui.render.key_names import key_name
+from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.home.commands import COMMANDS
 from qlora_tui.tui.system_status import SystemStatus

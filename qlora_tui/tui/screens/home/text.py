@@ -16,8 +16,8 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import phase_label
 from qlora_tui.runs.run_summary import RunSummary
 from qlora_tui.runs.status import ACTIVE
+from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.block_charts import bar, curve
-from qlora_tui.tui.render.key_names import key_name
 from qlora_tui.tui.render.recipe_line import VERDICT_STYLE, recipe_line
 from qlora_tui.tui.render.run_labels import format_ago, result_label
 from qlora_tui.tui.screens.home.next_step import NextStep

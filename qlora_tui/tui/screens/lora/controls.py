@@ -15,7 +15,7 @@ from textual.content import Content
 from qlora_tui.recipe.diff import format_value
 from qlora_tui.recipe.fields import fields, get_setting
 from qlora_tui.recipe.schema import ALL_LINEAR, Lora, Recipe
-from qlora_tui.tui.render.key_names import bare_key
+from qlora_tui.tui.key_names import bare_key
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from qlora_tui.recipe.diff import diff_recipes, format_value
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Lora, Recipe
 from qlora_tui.recipe.targets import alpha_of, match_modules, rank_of
-from qlora_tui.tui.render.key_names import key_name
+from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.lora.module_table import adapter_parameters
 from qlora_tui.tui.workbench import Workbench
 

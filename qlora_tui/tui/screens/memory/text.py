@@ -12,8 +12,8 @@ from qlora_tui.memory import Estimate, Item, KeptLayersPlan, MemorySaving, Verdi
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import LOADING, Precision
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.tui.key_names import bare_key, highlight_keys, key_name
 from qlora_tui.tui.render.block_charts import bar
-from qlora_tui.tui.render.key_names import bare_key, highlight_keys, key_name
 from qlora_tui.tui.render.recipe_line import PRECISION_NAMES, VERDICT_STYLE
 from qlora_tui.tui.screens.memory.solution import Solution
 from qlora_tui.tui.screens.memory.stacked_bar import part_of

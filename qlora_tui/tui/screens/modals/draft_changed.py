@@ -12,7 +12,7 @@ from textual.widgets import Static
 
 from qlora_tui.recipe.diff import diff_recipes
 from qlora_tui.tui.draft import Draft
-from qlora_tui.tui.render.key_names import key_name
+from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.workbench import Workbench
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from textual.screen import ModalScreen
 from textual.widgets import Static
 
 from qlora_tui.tui.commands import Command
+from qlora_tui.tui.key_names import highlight_keys, name_keys
 from qlora_tui.tui.keymap import Table, all_commands
-from qlora_tui.tui.render.key_names import highlight_keys, name_keys
 from qlora_tui.tui.widgets.static_update import update_if_changed
 from qlora_tui.tui.widgets.vi_scroll import ViScroll
 

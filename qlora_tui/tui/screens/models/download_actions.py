@@ -9,7 +9,7 @@ from pathlib import Path
 from textual import work
 from textual.widgets import Static
 
-from qlora_tui.tui.render.key_names import key_name
+from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.models import downloads
 from qlora_tui.tui.screens.models.download_line import download_lines

@@ -11,7 +11,7 @@ from qlora_tui.catalog.lookup import fetch_architecture
 from qlora_tui.demo.wheel_download import SMOLLM2
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes
-from qlora_tui.tui.render.key_names import key_name
+from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.models.model_facts import HubFacts
 
 

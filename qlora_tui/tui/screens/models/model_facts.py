@@ -25,7 +25,7 @@ from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Precision
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
-from qlora_tui.tui.render.key_names import key_name
+from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.recipe_line import PRECISION_NAMES, VERDICT_STYLE
 
 _LICENSE = re.compile(r"^license:\s*[\"']?([\w.+-]+)", re.MULTILINE)

@@ -9,7 +9,7 @@ from textual.content import Content
 from qlora_tui.catalog.hub import HubModel
 from qlora_tui.catalog.local_models import LocalModel
 from qlora_tui.formatting import format_bytes, format_count
-from qlora_tui.tui.render.key_names import key_name
+from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.widgets.vi_list import HEADING
 
 LOCAL, HUB = "local:", "hub:"

@@ -19,8 +19,8 @@ from qlora_tui.catalog.local_models import LocalModel, list_local_models
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import Command
+from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.recent_paths import add_recent, load_recent
-from qlora_tui.tui.render.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
 from qlora_tui.tui.screens.models import downloads
 from qlora_tui.tui.screens.models.commands import COMMANDS

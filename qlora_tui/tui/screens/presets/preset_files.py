@@ -13,7 +13,7 @@ from qlora_tui.files import atomic_write
 from qlora_tui.recipe import toml
 from qlora_tui.recipe.presets import OverwriteError, Preset, PresetSnapshot, restore, save, take_snapshot
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.tui.render.key_names import key_name
+from qlora_tui.tui.key_names import key_name
 
 EDITORS = ("sensible-editor", "nano", "vim", "vi")
 """Tried in this order where neither VISUAL nor EDITOR is set."""

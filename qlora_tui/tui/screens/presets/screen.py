@@ -25,8 +25,8 @@ from qlora_tui.recipe.presets import (
     take_snapshot,
 )
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.tui.key_names import bare_key, key_name
 from qlora_tui.tui.recipe_undo import notify_opened
-from qlora_tui.tui.render.key_names import bare_key, key_name
 from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 from qlora_tui.tui.screens.modals.error import ErrorScreen
 from qlora_tui.tui.screens.modals.help import HelpScreen

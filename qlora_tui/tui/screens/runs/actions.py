@@ -16,7 +16,7 @@ from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.run_summary import Listing, RunSummary
 from qlora_tui.runs.trash import Trash
-from qlora_tui.tui.render.key_names import key_name
+from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen

@@ -14,7 +14,7 @@ from textual.widgets import Input, Static
 from qlora_tui.runs.exports import read_exports
 from qlora_tui.runs.run_summary import RunSummary, SummaryCache
 from qlora_tui.tui.commands import Command
-from qlora_tui.tui.render.key_names import name_keys
+from qlora_tui.tui.key_names import name_keys
 from qlora_tui.tui.screens.runs.actions import RunActions
 from qlora_tui.tui.screens.runs.commands import COMMANDS
 from qlora_tui.tui.screens.runs.export_choices import export_line

@@ -17,7 +17,7 @@ from qlora_tui.runs import actions as run_actions
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.machine_checks import Check, CheckKind, Outcome
 from qlora_tui.runs.preflight import errors
-from qlora_tui.tui.render.key_names import key_name
+from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 from qlora_tui.tui.screens.train.settings_form import SettingsForm
 from qlora_tui.tui.widgets.static_update import update_if_changed

@@ -13,7 +13,7 @@ from textual.content import Content
 from textual.widgets import Static
 
 from qlora_tui.tui import clock
-from qlora_tui.tui.render.key_names import bare_key, highlight_keys, key_name
+from qlora_tui.tui.key_names import bare_key, highlight_keys, key_name
 from qlora_tui.tui.screens.train.gpu_panel import GpuPanel, MachineState
 from qlora_tui.tui.screens.train.log_tail import SIGNS, Level, LogEntry, LogTail
 from qlora_tui.tui.screens.train.run_charts import loss_plot, sparkline_data, steps_axis

@@ -11,8 +11,8 @@ from qlora_tui.runs.defects import find_defect
 from qlora_tui.runs.describe import format_energy
 from qlora_tui.runs.events import Failed, Finished, phase_label
 from qlora_tui.runs.status import ACTIVE
+from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.block_charts import bar
-from qlora_tui.tui.render.key_names import key_name
 from qlora_tui.tui.render.run_labels import format_ago, result_label
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 from qlora_tui.tui.widgets.diff_widget import DiffWidget

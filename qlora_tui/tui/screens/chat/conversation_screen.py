@@ -28,7 +28,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Thinking
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.status import ACTIVE, read_status
-from qlora_tui.tui.render.key_names import name_keys
+from qlora_tui.tui.key_names import name_keys
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.chat import text as words
 from qlora_tui.tui.screens.chat import transcript
@@ -41,8 +41,8 @@ from qlora_tui.tui.system_status import SystemStatus
 _WARNING_S = 20.0
 
 
-class ChatController(WorkScreen):
-    """A screen with a conversation, answered by one or two adapters."""
+class ConversationScreen(WorkScreen):
+    """The base of the Chat screen: a conversation with the engine, answered by one or two adapters."""
 
     def __init__(self) -> None:
         super().__init__()
