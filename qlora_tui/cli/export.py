@@ -102,7 +102,7 @@ def _ollama(source: ChatSource, adapter_name: str, args: argparse.Namespace) -> 
     from qlora_tui.export.ollama_export import check_name, default_folder, export_ollama
 
     check_name(args.ollama_name)
-    folder = args.dir.expanduser().absolute() if args.dir else default_folder(args.ollama_name)
+    folder = args.dir.expanduser().absolute() if args.dir else default_folder(args.ollama_name, Path.cwd())
     written = export_ollama(source, adapter_name, args.ollama_name, folder, args.quant, _on_status)
     last = f"Run it: {written.command}" if written.created else f"Create it: {written.command}"
     size = format_bytes(written.gguf.files[0].bytes)

@@ -64,7 +64,7 @@ def _export(request: ExportRequest, run: RunDir, on_status: Callable[[str], None
     configure_torch_env()
     source = run_source(run)
     adapter_name = choose_adapter(source, checkpoint=request.checkpoint)
-    written = export_form(request, source, adapter_name, on_status)
+    written = export_form(run, request, source, adapter_name, on_status)
     return ExportStatus(
         state="finished",
         at=time.time(),

@@ -9,10 +9,15 @@ from msgspec import Struct
 
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.errors import UserError
+from qlora_tui.export.adapter_folder import export_adapter_folder
 from qlora_tui.export.gguf_export import export_gguf
+from qlora_tui.export.hub_export import export_hub
 from qlora_tui.export.lora_export import export_lora
 from qlora_tui.export.merge import merge
 from qlora_tui.export.merge_check import verify_merge
+from qlora_tui.export.model_card import CardForm
+from qlora_tui.export.ollama_export import default_folder, export_ollama
+from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.exports import ExportRequest
 
 
@@ -28,9 +33,13 @@ class Written(Struct, frozen=True):
 
 
 def export_form(
-    request: ExportRequest, source: ChatSource, adapter_name: str, on_status: Callable[[str], None]
+    run: RunDir,
+    request: ExportRequest,
+    source: ChatSource,
+    adapter_name: str,
+    on_status: Callable[[str], None],
 ) -> Written:
-    """Do an export. Raises UserError."""
+    """Do an export of a run. Raises UserError."""
     out = Path(request.out)
     match request.form:
         case "merge":
@@ -52,3 +61,24 @@ def export_form(
         case "lora":
             lora = export_lora(source, adapter_name, out, on_status)
             return Written((lora.path,), lora.bytes, lora.summary, lora.command)
+        case "adapter":
+            folder = export_adapter_folder(source, adapter_name, out)
+            return Written((folder.path,), folder.bytes, f"Rank {folder.rank}.", folder.command)
+        case "ollama":
+            name = request.out
+            model = export_ollama(
+                source,
+                adapter_name,
+                name,
+                default_folder(name, Path.home() / "models"),
+                request.file_type,
+                on_status,
+            )
+            size = sum(file.bytes for file in model.gguf.files)
+            return Written((model.folder,), size, model.summary, model.command)
+        case "hub-adapter" | "hub-gguf":
+            form: CardForm = "adapter" if request.form == "hub-adapter" else "gguf"
+            uploaded = export_hub(
+                run, source, adapter_name, request.out, form, request.file_type, on_status=on_status
+            )
+            return Written((uploaded.url,), uploaded.bytes, uploaded.summary, "")

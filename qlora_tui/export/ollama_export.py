@@ -134,9 +134,9 @@ def check_name(name: str) -> None:
         )
 
 
-def default_folder(name: str) -> Path:
-    """Return the folder, below the current one, in which a model of this name is written."""
-    return Path.cwd() / f"{_file_stem(name)}-ollama"
+def default_folder(name: str, parent: Path) -> Path:
+    """Return the folder in ``parent`` in which a model of this name is written."""
+    return parent / f"{_file_stem(name)}-ollama"
 
 
 def _file_stem(name: str) -> str:

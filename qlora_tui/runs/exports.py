@@ -23,8 +23,19 @@ from qlora_tui.runs.locks import is_locked
 from qlora_tui.runs.process import ProcessIdentity
 from qlora_tui.runs.spawn import spawn_detached
 
-Form: TypeAlias = Literal["merge", "gguf", "lora"]
+Form: TypeAlias = Literal["merge", "gguf", "lora", "adapter", "ollama", "hub-adapter", "hub-gguf"]
+"""``adapter``: the adapter's folder, for vLLM; ``hub-``: what is uploaded to the Hub."""
 ExportState: TypeAlias = Literal["running", "finished", "failed", "canceled"]
+
+
+_NAMES: dict[Form, str] = {
+    "merge": "merged model",
+    "lora": "LoRA file",
+    "adapter": "adapter folder",
+    "ollama": "Ollama model",
+    "hub-adapter": "adapter on the Hub",
+    "hub-gguf": "GGUF on the Hub",
+}
 
 
 class ExportRequest(Struct, frozen=True, kw_only=True):
@@ -32,7 +43,7 @@ class ExportRequest(Struct, frozen=True, kw_only=True):
 
     form: Form
     out: str
-    """The file or folder to write."""
+    """The file or folder to write; a name in Ollama, or a repository of the Hub."""
     file_type: str = ""
     """GGUF file type, or ``auto``."""
     checkpoint: int | None = None
@@ -69,7 +80,7 @@ class Export(Struct, frozen=True):
     @property
     def name(self) -> str:
         """Return what it writes, in a few words."""
-        return {"merge": "merged model", "lora": "LoRA file"}.get(self.request.form, self.request.file_type)
+        return _NAMES.get(self.request.form, self.request.file_type)
 
 
 _REQUESTS = msgspec.json.Decoder(ExportRequest)

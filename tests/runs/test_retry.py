@@ -63,7 +63,7 @@ def test_a_resumed_run_keeps_retry_settings_else_its_recipe(run: RunDir) -> None
     assert plan.micro_batch_size == 1
 
 
-def test_a_plan_with_one_kept_layer_is_described_in_the_singular() -> None:
+def test_one_kept_layer_is_described_in_the_singular() -> None:
     plan = RetryPlan(
         micro_batch_size=1, gradient_accumulation=8, gradient_checkpointing="auto", kept_layers=1
     )

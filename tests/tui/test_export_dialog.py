@@ -79,3 +79,16 @@ async def test_a_run_without_an_adapter_cannot_be_exported(make_app: Callable[[]
         await wait_for_text(pilot, "tickets")
         await pilot.press("e")
         assert "No adapter yet" in await wait_for_text(pilot, "No adapter yet")
+
+
+async def test_a_name_is_proposed_for_ollama_and_the_hub(
+    run: RunDir, make_app: Callable[[], QloraApp]
+) -> None:
+    async with make_app().run_test(size=(120, 40)) as pilot:
+        await open_dialog(pilot)
+        await pilot.press("up", "up", "up")
+        await wait_for_text(pilot, "Enter the model's name")
+        await pilot.press("enter")
+        await wait_for_text(pilot, "Ollama model  Starting")
+        (export,) = read_exports(run)
+        assert (export.request.form, export.request.out) == ("ollama", "tickets")

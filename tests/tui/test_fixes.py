@@ -105,7 +105,7 @@ def next_after_out_of_memory(plan: RetryPlan | None = None, **training: Any) -> 
     return {path: value for path, value in suggestion.changes.items() if value != get_setting(recipe, path)}
 
 
-def test_the_fix_for_memory_keeps_the_effective_batch_of_an_odd_micro_batch() -> None:
+def test_a_memory_fix_keeps_the_effective_batch_of_odd_sizes() -> None:
     changes = next_after_out_of_memory(micro_batch_size=3, gradient_accumulation=4)
     assert changes == {"training.micro_batch_size": 1, "training.gradient_accumulation": 12}
 

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 from textual.content import Content
 
@@ -23,6 +24,7 @@ _AUTO = (
     "Tries types from the smallest up, and keeps the first whose answers are within a KL divergence of 0.03 "
     "of your adapter's, as llama.cpp computes them."
 )
+_HUB = "To a private repository; [owner/]name. Needs HF_TOKEN or `hf auth login`; the token is never stored."
 _PROGRAMS = "llama.cpp, Ollama, LM Studio"
 
 
@@ -41,6 +43,8 @@ class ExportChoice:
     file_type: str = ""
     suffix: str = ""
     """End of the proposed file name."""
+    target: Literal["path", "name"] = "path"
+    """What is asked for: a file or folder, or a name in Ollama or on the Hub."""
     is_available: bool = True
 
 
@@ -82,6 +86,45 @@ def export_choices(architecture: Architecture | None, budget: MemoryBudget) -> l
             form="lora",
             suffix="-lora.gguf",
         ),
+        ExportChoice(
+            id="adapter",
+            label="Adapter folder",
+            size="",
+            note="vLLM, peft",
+            detail="A copy of the adapter, checked against what vLLM can serve.",
+            form="adapter",
+            suffix="-adapter",
+        ),
+        ExportChoice(
+            id="ollama",
+            label="Model in Ollama, Q8_0",
+            size="",
+            note="ollama run NAME",
+            detail="A GGUF file with its Modelfile in ~/models, given to `ollama create` where Ollama is "
+            "installed. Enter the model's name.",
+            form="ollama",
+            file_type="Q8_0",
+            target="name",
+        ),
+        ExportChoice(
+            id="hub-adapter",
+            label="Upload the adapter",
+            size="",
+            note="Hugging Face Hub",
+            detail=f"{_HUB} The adapter, with a model card.",
+            form="hub-adapter",
+            target="name",
+        ),
+        ExportChoice(
+            id="hub-gguf",
+            label="Upload a GGUF file, Q8_0",
+            size="",
+            note="Hugging Face Hub",
+            detail=f"{_HUB} The merged model as GGUF, with a model card.",
+            form="hub-gguf",
+            file_type="Q8_0",
+            target="name",
+        ),
     ]
 
 
@@ -111,21 +154,25 @@ def _gguf(
     )
 
 
-def proposed_path(choice: ExportChoice, run_name: str) -> Path:
-    """Return a path in the user's home that does not exist yet."""
+def proposed_target(choice: ExportChoice, run_name: str) -> str:
+    """Return a path in the user's home that does not exist yet, or a name."""
     stem = re.sub(r"[^\w.-]+", "-", run_name).strip("-") or "adapter"
+    if choice.target == "name":
+        return stem.lower()
     folder = Path.home() / "models"
     path, number = folder / f"{stem}{choice.suffix}", 2
     while path.exists():
         path = folder / f"{stem}-{number}{choice.suffix}"
         number += 1
-    return path
+    return str(path)
 
 
 def request_for(choice: ExportChoice, out: str, checkpoint: int | None = None) -> ExportRequest:
     """Return the request for a choice. ``out`` is as typed."""
-    path = Path(out.strip()).expanduser().absolute()
-    return ExportRequest(form=choice.form, out=str(path), file_type=choice.file_type, checkpoint=checkpoint)
+    target = out.strip()
+    if choice.target == "path":
+        target = str(Path(target).expanduser().absolute())
+    return ExportRequest(form=choice.form, out=target, file_type=choice.file_type, checkpoint=checkpoint)
 
 
 def choice_line(choice: ExportChoice) -> Content:

@@ -24,7 +24,7 @@ from qlora_tui.tui.screens.runs.export_choices import (
     export_choices,
     export_detail,
     export_line,
-    proposed_path,
+    proposed_target,
     request_for,
 )
 from qlora_tui.tui.widgets.static_update import update_if_changed
@@ -165,7 +165,7 @@ class ExportScreen(ModalScreen[None]):
         update_if_changed(self.query_one("#export-detail", Static), Content(text))
         field.display = choice is not None
         if choice is not None and (propose_again or field.value == self._proposed):
-            self._proposed = str(proposed_path(choice, self._run_dir.name))
+            self._proposed = proposed_target(choice, self._run_dir.name)
             field.value = self._proposed
 
     def _say(self, text: str) -> None:
