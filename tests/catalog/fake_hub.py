@@ -342,7 +342,7 @@ class _StoreHandler(_Handler):
     def receive(self) -> None:
         """Store an uploaded file, or cut it off."""
         most = self.hub.upload_drops.pop(0) if self.hub.upload_drops else None
-        received = b""
+        received = bytearray()
         for piece in self.pieces():
             received += piece
             if most is not None and len(received) >= most:
@@ -350,8 +350,8 @@ class _StoreHandler(_Handler):
                 self.connection.shutdown(2)
                 return
         digest = urlsplit(self.path).path.strip("/")
-        assert sha256(received) == digest
-        self.hub.blobs[digest] = received
+        assert sha256(bytes(received)) == digest
+        self.hub.blobs[digest] = bytes(received)
         self.answer(200)
 
     def route(self, token: str | None) -> None:

@@ -64,6 +64,12 @@ def test_runs_are_completed(complete: Complete) -> None:
     assert complete(f"qlora-tui runs check {run.id[:5]}") == {run.id}
 
 
+def test_runs_are_completed_for_each_form_of_export(complete: Complete) -> None:
+    run = create_run(Recipe(name="support"))
+    for form in ("merge", "gguf", "lora", "ollama", "hub"):
+        assert complete(f"qlora-tui export {form} su") == {run.id}
+
+
 def test_presets_are_completed_with_the_users_own(complete: Complete) -> None:
     (paths.user_presets_dir() / "balcony.toml").write_text("[lora]\nrank = 8\n")
     assert complete("qlora-tui train --preset bal") == {"balanced", "balcony"}
