@@ -18,7 +18,7 @@ from qlora_tui.training import model_loading
 from qlora_tui.training.batches import PlannedStep, computed_tokens
 from qlora_tui.training.checkpoint_saver import CheckpointSaver, RunProgress
 from qlora_tui.training.evaluation import Evaluator
-from qlora_tui.training.health import StepMonitor, ValidationMonitor, too_few_steps
+from qlora_tui.training.health import StepMonitor, ValidationMonitor, find_divergence, too_few_steps
 from qlora_tui.training.memory_probe import longest_micro_batch, probe_memory
 from qlora_tui.training.prepared_run import PreparedRun
 from qlora_tui.training.trainer import RunTrainer
@@ -108,7 +108,6 @@ class RunCallback(TrainerCallback):
             step, planned.epoch, logs["loss"], logs["learning_rate"], float(logs.get("grad_norm", 0.0))
         )
         emitted = self._emit_step(result, force=step == self._total_steps)
-        # Under fp16 a step whose scaled gradients overflow is skipped and the scale lowered: that is routine.
         self._check_health(result, norm_may_overflow=args.fp16)
         overhead_before_s = self._overhead_s
         self._act_between_steps(step, planned, control)
@@ -215,12 +214,10 @@ class RunCallback(TrainerCallback):
 
     def _check_health(self, result: StepResult, *, norm_may_overflow: bool) -> None:
         step, _, loss, _, grad_norm = result
-        if not math.isfinite(loss) or (not math.isfinite(grad_norm) and not norm_may_overflow):
-            quantity = "loss" if not math.isfinite(loss) else "gradient norm"
-            value = loss if quantity == "loss" else grad_norm
-            remedy = "Lower training.learning_rate or raise training.warmup_ratio."
+        divergence = find_divergence(step, loss, grad_norm, norm_may_overflow=norm_may_overflow)
+        if divergence is not None:
             self._reporter.health(
-                "nan_loss", f"The {quantity} is {value} at step {step}.", remedy, step=step, error=True
+                divergence.kind, divergence.evidence, divergence.remedy, step=step, error=True
             )
             saved_step = self.progress.checkpoint_step
             hint = (
@@ -229,10 +226,10 @@ class RunCallback(TrainerCallback):
                 else "there is no checkpoint yet"
             )
             raise UserError(
-                "The loss is not a number",
-                what=f"At step {step} the {quantity} was {value}.",
+                "Training diverged",
+                what=divergence.evidence,
                 why=f"Training cannot recover from this; {hint}.",
-                fix="Lower training.learning_rate and start again, or train in another compute dtype.",
+                fix=divergence.remedy,
             )
         for finding in self._monitor.check(step, loss, grad_norm):
             self._reporter.health(finding.kind, finding.evidence, finding.remedy, step=step)

@@ -65,6 +65,26 @@ def too_few_steps(total: int, max_steps: int = 0) -> Finding | None:
     )
 
 
+def find_divergence(step: int, loss: float, grad_norm: float, *, norm_may_overflow: bool) -> Finding | None:
+    """A finding that ends the run: a loss or a gradient norm that is NaN or infinite.
+
+    ``norm_may_overflow``: under fp16 a step whose scaled gradients overflow is skipped and the scale lowered,
+    which is routine.
+    """
+    if not math.isfinite(loss):
+        quantity, value = "loss", loss
+    elif not math.isfinite(grad_norm) and not norm_may_overflow:
+        quantity, value = "gradient norm", grad_norm
+    else:
+        return None
+    return Finding(
+        "nan_loss",
+        f"The {quantity} is {value} at step {step}.",
+        "Lower training.learning_rate or raise training.warmup_ratio, and start again. If it diverges again, "
+        "change quantization.compute_dtype.",
+    )
+
+
 class ValidationMonitor:
     """Compares each validation with the one before training."""
 

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from qlora_tui.gpu.metrics import GpuMetrics
-from qlora_tui.training.health import GpuMonitor, StepMonitor, ValidationMonitor, too_few_steps
+from qlora_tui.training.health import (
+    GpuMonitor,
+    StepMonitor,
+    ValidationMonitor,
+    find_divergence,
+    too_few_steps,
+)
 
 
 def kinds(losses: list[float], norms: list[float]) -> list[tuple[int, str]]:
@@ -23,6 +31,23 @@ def test_an_exploding_gradient_is_reported_once() -> None:
 
 def test_large_gradients_at_the_start_are_not_odd() -> None:
     assert kinds([2.0] * 10, [500.0, *[1.0] * 9]) == []
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "norm_may_overflow", "evidence"),
+    [
+        (math.nan, 1.0, False, "The loss is nan at step 7."),
+        (math.inf, math.nan, True, "The loss is inf at step 7."),
+        (2.0, math.inf, False, "The gradient norm is inf at step 7."),
+        (2.0, math.inf, True, ""),
+        (2.0, 1.0, False, ""),
+    ],
+)
+def test_divergence_names_the_value_that_is_not_finite(
+    loss: float, norm: float, norm_may_overflow: bool, evidence: str
+) -> None:
+    finding = find_divergence(7, loss, norm, norm_may_overflow=norm_may_overflow)
+    assert (finding.evidence if finding else "") == evidence
 
 
 def test_a_loss_of_exactly_zero_is_told() -> None:

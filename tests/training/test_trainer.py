@@ -30,6 +30,7 @@ from qlora_tui.runs.events import (
     Evaluated,
     Failed,
     Finished,
+    Health,
     MemoryMeasured,
     Paused,
     SampleGenerated,
@@ -291,7 +292,9 @@ def test_a_nan_loss_ends_the_run_and_keeps_the_checkpoint(recipe: MakeRecipe, tr
         )
     )
     ending = _failure(run, trainers)
-    assert ending.title == "The loss is not a number"
+    assert ending.title == "Training diverged"
+    (warning,) = (event for event in events_of(run, Health) if event.kind == "nan_loss")
+    assert (ending.what, ending.fix) == (warning.evidence, warning.remedy)
     assert events_of(run, Step)[-1].loss is None or events_of(run, Step)[-1].grad_norm is None
     saved = [step for step, _ in run.checkpoints()]
     assert saved and saved[-1] < events_of(run, Step)[-1].step
