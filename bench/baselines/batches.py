@@ -42,7 +42,7 @@ def write_steps(steps: tuple[PlannedStep, ...], samples: TokenizedDataset, path:
     """One line of JSON a step: its samples in order, each with ``input_ids`` and ``labels``."""
     with path.open("w") as lines:
         for step in steps:
-            rows = [sample(samples, i) for row in step.rows for i in row]
+            rows = [sample(samples, i) for sequence in step.sequences for i in sequence]
             lines.write(json.dumps(rows) + "\n")
 
 

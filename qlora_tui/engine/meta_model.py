@@ -51,7 +51,7 @@ def build(request: TraceRequest, architecture: Architecture, dtype: torch.dtype)
 
 
 def inputs(request: TraceRequest, *, padding_free: bool) -> dict[str, Any]:
-    """Build one micro-batch with every token in the loss, packed into one row if samples are isolated."""
+    """Build one micro-batch with every token in the loss, packed into one sequence where possible."""
     recipe = request.recipe
     rows, length = recipe.training.micro_batch_size, recipe.data.max_length
     shape = (1, rows * length) if padding_free else (rows, length)

@@ -31,7 +31,7 @@ class TraceRequest(Struct, kw_only=True):
     """``chunked`` (this project's) or ``stock`` (transformers', over all logits)."""
     dtype: str = "bfloat16"
     varlen: bool = True
-    """Whether all samples of a packed row are attended in one call."""
+    """Whether all samples of a packed sequence are attended in one call."""
 
 
 async def trace_step(config: dict[str, Any], recipe: Recipe, device: Device) -> StepTrace:

@@ -22,7 +22,7 @@ ATTENTION_PRODUCTS = 5
 """Products for each sample length: those of attention's backward (training/fused/cpu_attention.py). The
 forward generates no kernel."""
 FULL_ROWS = 4
-"""Number of lengths that packed rows have: all are nearly full."""
+"""Number of lengths that packed sequences have: all are nearly full."""
 
 
 def kernel_bytes(layout: Layout, execution: ExecutionConfig) -> int:

@@ -34,8 +34,8 @@ class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Literal["auto", "sdpa", "flash", "eager"],
         _about(
             "Attention",
-            "Attention kernel. auto: flash, one call for all samples of a packed row, where the GPU runs it; "
-            "elsewhere sdpa, sample by sample.",
+            "Attention kernel. auto: flash, one call for all samples of a packed sequence, where the GPU "
+            "runs it; elsewhere sdpa, sample by sample.",
             "eager keeps the full score matrix: tokens squared, per layer.",
         ),
     ] = "auto"

@@ -19,7 +19,7 @@
 ``adapter``               adds LoRA; ``fused``: module and adapter as one autograd function;
                           ``trainable_tokens``: trained rows of embedding and head
 ``dropout``               where a model draws random numbers
-``packed_attention``      several samples in one row, each attending only to itself, in one call of
+``packed_attention``      several samples in one sequence, each attending only to itself, in one call of
                           ``varlen_attention`` or one by one; ``padding``: to a multiple of tokens
 ``chunked_loss``          cross-entropy without the whole logits; ``liger``: Liger's kernel in its place
 ``equivalence_checks``    verifies packed attention (``attention_check``: layer by layer) and the chunked
@@ -28,7 +28,7 @@
 ``agreement``             when two tensors count as equal
 ``step_verification``     compares the first step with transformers and peft (``step_check``); switches
                           off a fast path (``fast_paths``) that differs
-``batches``               samples to rows to micro-batches, in an order that resume can repeat
+``batches``               samples to sequences to micro-batches, in an order that resume can repeat
 ``memory_probe``          one step on the longest batch before training; ``memory_meter``: peak memory;
                           ``heap``: returns free memory to the system
 ``trainer``               transformers' ``Trainer``, one item per optimizer step; learning-rate schedule

@@ -49,9 +49,9 @@ def argmax_tokens(model: Any, logits: Tensor | None, hidden: Tensor, wanted: Ten
     Scaling and capping of logits is skipped, because it does not change which one is largest.
 
     Args:
-        logits: (rows, tokens, vocabulary); None where the loss was computed in chunks, without whole logits.
-        hidden: (rows, tokens, hidden), the input of the head.
-        wanted: (rows, tokens - 1), bool.
+        logits: (batch, tokens, vocabulary); None where the loss was computed in chunks, without whole logits.
+        hidden: (batch, tokens, hidden), the input of the head.
+        wanted: (batch, tokens - 1), bool.
 
     Returns:
         (positions,), token ids.
@@ -74,8 +74,8 @@ def exact_answers(
 
     Args:
         predicted: (positions,), one for each label in ``labels[:, 1:]`` that is not ignored.
-        labels: (rows, tokens).
-        segments: lengths of the samples packed into the one row; None where each row is a sample.
+        labels: (batch, tokens).
+        segments: lengths of the samples packed into the one sequence; None where each sequence is a sample.
     """
     wanted = labels[:, 1:] != IGNORED
     wrong = torch.zeros_like(labels, dtype=torch.bool)

@@ -19,7 +19,7 @@ _FALLBACKS: dict[AttentionPath, tuple[PackedAttention, ...]] = {
     "segments": ("segments",),
     "eager": (),
 }
-"""Implementations of packed attention to try for each path, in order; none means padded rows."""
+"""Implementations of packed attention to try for each path, in order; none means padded sequences."""
 _DESCRIPTIONS: dict[PackedAttention, str] = {
     "varlen": "flash, all samples in one call",
     "segments": "SDPA, one call per sample",
@@ -38,7 +38,7 @@ class PreparedBase:
     loss: str
     """The loss that the memory estimate assumes, or another one with the reason."""
     padding_free: bool
-    """Whether several samples may share a row."""
+    """Whether the samples of a micro-batch are packed into one sequence, without padding."""
     reference_attention: str
     """The implementation in transformers for a single sample: ``sdpa`` or ``eager``."""
     replaced: tuple[str, ...] = ()
@@ -78,14 +78,14 @@ def prepare_base(
     chunked_loss.use_segments(model)
     packed = _use_packed_attention(model, attention_path, device)
     if packed is None:
-        # Padded rows do not need our attention, and the check of the first step needs the library's.
+        # Padded sequences do not need our attention, and the check of the first step needs the library's.
         model_loading.set_attention(model, reference_attention)
     return PreparedBase(
         model=model,
         folder=folder,
         attention=_DESCRIPTIONS[packed]
         if packed
-        else f"{reference_attention.replace('sdpa', 'SDPA')}, padded rows",
+        else f"{reference_attention.replace('sdpa', 'SDPA')}, padded sequences",
         loss=loss_name,
         padding_free=packed is not None,
         reference_attention=reference_attention,

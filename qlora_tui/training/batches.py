@@ -1,19 +1,19 @@
-"""Plans optimizer steps: which samples share a row, in which order, split into which micro-batches.
+"""Plans optimizer steps: which samples share a sequence, in which order, split into which micro-batches.
 
-All steps of a run are planned before it starts, from recipe and seed alone. A step is a list of rows, a row a
-list of samples. How the rows of a step are split into micro-batches, and over how many processes, does not
-change what it learns, so a run can resume at any step, even with a smaller micro-batch.
+All steps of a run are planned before it starts, from recipe and seed alone. A step is a list of sequences, a
+sequence a list of samples. How the sequences of a step are split into micro-batches, and over how many
+processes, does not change what it learns, so a run can resume at any step, even with a smaller micro-batch.
 
-A micro-batch is one long row without padding where samples can be isolated, else padded rows. Samples
-``a a a``, ``b b`` and ``c`` with packing, ``data.max_length`` 4 and a micro-batch of 2 rows::
+A micro-batch is one long sequence without padding where samples can be isolated, else padded sequences.
+Samples ``a a a``, ``b b`` and ``c`` with packing, ``data.max_length`` 4 and a micro-batch of 2 sequences::
 
-    rows           (0, 2) and (1,)      3 + 1 and 2 of 4 tokens
-    input_ids      [[a a a c b b]]      (1, 6): both rows end to end, without padding
+    sequences      (0, 2) and (1,)      3 + 1 and 2 of 4 tokens
+    input_ids      [[a a a c b b]]      (1, 6): both sequences end to end, without padding
     position_ids   [[0 1 2 0 0 1]]      starts over at each sample
     labels         [[- a a - - b]]      - is IGNORED: the first token of a sample is predicted from nothing
     segments       [3, 1, 2]            lengths of the samples, which attend to themselves only
 
-Without isolation each sample is a row, padded to the longest::
+Without isolation each sample is a sequence, padded to the longest::
 
     input_ids      [[c _ _] [b b _] [a a a]]    (3, 3)
     attention_mask [[1 0 0] [1 1 0] [1 1 1]]
@@ -34,10 +34,10 @@ from torch import Tensor, nn
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.training.chunked_loss import IGNORED, loss_positions
 
-Row: TypeAlias = tuple[int, ...]
-"""Indices of the samples in one row."""
+PackedSamples: TypeAlias = tuple[int, ...]
+"""Indices of the samples in one sequence; a single one without packing."""
 _LENGTH_GROUP = 16
-"""Steps per group that is sorted by length, where rows are padded."""
+"""Steps per group that is sorted by length, where sequences are padded."""
 
 
 class TokenizedDataset(Protocol):
@@ -63,9 +63,9 @@ class TokenizedDataset(Protocol):
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """The rows of one optimizer step."""
+    """The sequences of one optimizer step."""
 
-    rows: tuple[Row, ...]
+    sequences: tuple[PackedSamples, ...]
     epoch: float
     """Passes over the data after this step, as a fraction."""
     ends_epoch: bool
@@ -76,125 +76,132 @@ class StepPlan:
     """Every step of a run."""
 
     steps: tuple[PlannedStep, ...]
-    rows_per_epoch: int
+    sequences_per_epoch: int
     steps_per_epoch: int
-    """Steps of the first epoch, like ``rows_per_epoch``; with fractional weights others can differ by one."""
+    """Steps of the first epoch. With fractional weights, both numbers may differ by one in others."""
 
 
 def plan_steps(samples: TokenizedDataset, recipe: Recipe, *, padding_free: bool) -> StepPlan:
-    """Plan every step of a run. ``padding_free``: samples in one row do not attend to each other."""
+    """Plan every step of a run. ``padding_free``: samples in one sequence do not attend to each other."""
     training, data = recipe.training, recipe.data
     steps: list[PlannedStep] = []
-    first_rows = first_steps = 0
+    first_sequences = first_steps = 0
     for epoch in range(math.ceil(training.epochs)):
         order = samples.epoch(epoch, training.seed)
         shuffle = random.Random(f"{training.seed}/{epoch}/rows")
         if padding_free and data.packing:
-            rows = pack(order, [samples.length(i) for i in order], data.max_length)
-            shuffle.shuffle(rows)
+            sequences = pack(order, [samples.length(i) for i in order], data.max_length)
+            shuffle.shuffle(sequences)
         else:
-            rows = [(i,) for i in order]
+            sequences = [(i,) for i in order]
         if not padding_free:
-            rows = _group_by_length(rows, samples, recipe.effective_batch, shuffle)
+            sequences = _group_by_length(sequences, samples, recipe.effective_batch, shuffle)
         if not epoch:
-            first_rows = len(rows)
-            first_steps = math.ceil(len(rows) / recipe.effective_batch)
+            first_sequences = len(sequences)
+            first_steps = math.ceil(len(sequences) / recipe.effective_batch)
         share = min(1.0, training.epochs - epoch)
-        rows = rows[: max(1, round(share * len(rows)))]
-        steps += _steps_of(rows, epoch, share, recipe.effective_batch)
+        sequences = sequences[: max(1, round(share * len(sequences)))]
+        steps += _steps_of(sequences, epoch, share, recipe.effective_batch)
         if training.max_steps and len(steps) >= training.max_steps:
             del steps[training.max_steps :]
             break
-    return StepPlan(tuple(steps), first_rows, first_steps)
+    return StepPlan(tuple(steps), first_sequences, first_steps)
 
 
-def pack(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[Row]:
-    """Pack whole samples into few rows by best-fit decreasing.
+def pack(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[PackedSamples]:
+    """Pack whole samples into few sequences by best-fit decreasing.
 
     ``pack([7, 8, 9], [3, 2, 1], capacity=4)`` gives ``[(7, 9), (8,)]``: the longest sample first, each into
-    the row with the least space that is enough. A sample longer than ``capacity`` gets a row to itself.
+    the sequence with the least space that is enough. A sample longer than ``capacity`` gets its own sequence.
 
     Args:
         order: indices of the samples.
         lengths: their lengths in tokens, in the same order.
-        capacity: tokens per row.
+        capacity: tokens per sequence.
     """
     by_length = sorted(range(len(order)), key=lambda k: -lengths[k])
-    rows: list[list[int]] = []
+    sequences: list[list[int]] = []
     free: list[tuple[int, int]] = []
-    """(tokens left, row), ascending: the first entry that is large enough is the best fit."""
+    """(tokens left, sequence), ascending: the first entry that is large enough is the best fit."""
     for k in by_length:
         place = bisect_left(free, (lengths[k], -1))
         if place == len(free):
-            rows.append([])
-            left, row = capacity, len(rows) - 1
+            sequences.append([])
+            left, sequence = capacity, len(sequences) - 1
         else:
-            left, row = free.pop(place)
-        rows[row].append(order[k])
+            left, sequence = free.pop(place)
+        sequences[sequence].append(order[k])
         if left > lengths[k]:
-            insort(free, (left - lengths[k], row))
-    return [tuple(row) for row in rows]
+            insort(free, (left - lengths[k], sequence))
+    return [tuple(sequence) for sequence in sequences]
 
 
-def micro_batches(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
-    """Split the rows of a step into micro-batches of ``size`` rows."""
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
+def micro_batches(sequences: Sequence[PackedSamples], size: int) -> list[Sequence[PackedSamples]]:
+    """Split the sequences of a step into micro-batches of ``size`` sequences."""
+    return [sequences[start : start + size] for start in range(0, len(sequences), size)]
 
 
 def validation_batches(
     samples: TokenizedDataset, size: int, max_length: int, *, padding_free: bool
-) -> list[list[Row]]:
-    """All validation samples once, in micro-batches of ``size`` rows."""
+) -> list[list[PackedSamples]]:
+    """All validation samples once, in micro-batches of ``size`` sequences."""
     everything = range(len(samples))
     if padding_free:
-        rows = pack(everything, [samples.length(i) for i in everything], max_length)
+        sequences = pack(everything, [samples.length(i) for i in everything], max_length)
     else:
-        rows = sorted(((i,) for i in everything), key=lambda row: samples.length(row[0]))
-    return [list(batch) for batch in micro_batches(rows, size)]
+        sequences = sorted(((i,) for i in everything), key=lambda sequence: samples.length(sequence[0]))
+    return [list(batch) for batch in micro_batches(sequences, size)]
 
 
-def count_tokens(rows: Sequence[Row], samples: TokenizedDataset) -> int:
-    """Tokens in ``rows``, without padding."""
-    return sum(samples.length(i) for row in rows for i in row)
+def count_tokens(sequences: Sequence[PackedSamples], samples: TokenizedDataset) -> int:
+    """Tokens in ``sequences``, without padding."""
+    return sum(samples.length(i) for sequence in sequences for i in sequence)
 
 
-def sum_loss_weights(rows: Sequence[Row], samples: TokenizedDataset) -> float:
-    """Sum of the loss weights of the tokens in ``rows``: the divisor of a summed loss.
+def sum_loss_weights(sequences: Sequence[PackedSamples], samples: TokenizedDataset) -> float:
+    """Sum of the loss weights of the tokens in ``sequences``: the divisor of a summed loss.
 
     The first token of a sample does not count, because it is predicted from nothing.
     """
-    weights = (samples.weights(i) or samples.loss_mask(i) for i in _samples_of(rows))
+    weights = (samples.weights(i) or samples.loss_mask(i) for i in _samples_of(sequences))
     return sum(sum(token_weights[1:]) for token_weights in weights)
 
 
-def computed_tokens(rows: Sequence[Row], samples: TokenizedDataset, *, padding_free: bool) -> int:
+def computed_tokens(
+    sequences: Sequence[PackedSamples], samples: TokenizedDataset, *, padding_free: bool
+) -> int:
     """Tokens a forward pass over one micro-batch computes, padding included."""
     if padding_free:
-        return count_tokens(rows, samples)
-    return len(rows) * max(samples.length(row[0]) for row in rows)
+        return count_tokens(sequences, samples)
+    return len(sequences) * max(samples.length(sequence[0]) for sequence in sequences)
 
 
 def collate(
-    rows: Sequence[Row], samples: TokenizedDataset, *, padding_free: bool, pad_id: int, multiple: int = 1
+    sequences: Sequence[PackedSamples],
+    samples: TokenizedDataset,
+    *,
+    padding_free: bool,
+    pad_id: int,
+    multiple: int = 1,
 ) -> dict[str, Any]:
     """Tensors of one micro-batch, on the CPU: the arguments of the model's forward.
 
     The module's docstring shows an example of both shapes.
 
     Args:
-        padding_free: one packed row instead of padded rows.
-        multiple: the last sample of a packed row is padded so that the row has a multiple of it.
+        padding_free: one packed sequence instead of padded sequences.
+        multiple: the last sample of a packed sequence is padded so that the sequence has a multiple of it.
 
     Returns:
         Packed: ``input_ids``, ``position_ids`` and ``labels`` of (1, tokens), and ``segments``, the lengths
-        of the samples. Padded: ``input_ids``, ``attention_mask`` and ``labels`` of (rows, longest). Both also
-        ``loss_positions`` (:func:`.chunked_loss.loss_positions`) and, with sample weights, ``loss_weights``,
-        fp32 in the shape of the labels.
+        of the samples. Padded: ``input_ids``, ``attention_mask`` and ``labels`` of (sequences, longest).
+        Both also ``loss_positions`` (:func:`.chunked_loss.loss_positions`) and, with sample weights,
+        ``loss_weights``, fp32 in the shape of the labels.
     """
-    weighted = [samples.weights(i) for i in _samples_of(rows)]
+    weighted = [samples.weights(i) for i in _samples_of(sequences)]
     weights = [torch.tensor(list(token_weights)) for token_weights in weighted if token_weights is not None]
-    ids = [_tensor(samples.token_ids(i)) for row in rows for i in row]
-    labels = [_labels(i, tokens, samples) for i, tokens in zip(_samples_of(rows), ids, strict=True)]
+    ids = [_tensor(samples.token_ids(i)) for sequence in sequences for i in sequence]
+    labels = [_labels(i, tokens, samples) for i, tokens in zip(_samples_of(sequences), ids, strict=True)]
     if padding_free:
         more = -sum(map(len, ids)) % multiple
         for parts, value in ((ids, pad_id), (labels, IGNORED), *([(weights, 0)] if weights else [])):
@@ -202,12 +209,12 @@ def collate(
     lengths = [len(tokens) for tokens in ids]
     if padding_free:
         batch = {"loss_weights": torch.cat(weights)[None]} if weights else {}
-        row_labels = torch.cat(labels)[None]
+        packed_labels = torch.cat(labels)[None]
         return batch | {
             "input_ids": torch.cat(ids)[None],
             "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
-            "labels": row_labels,
-            "loss_positions": loss_positions(row_labels),
+            "labels": packed_labels,
+            "loss_positions": loss_positions(packed_labels),
             "segments": lengths,
         }
     longest = max(lengths)
@@ -235,13 +242,13 @@ def mask_all_labels(batch: dict[str, Any]) -> dict[str, Any]:
     return batch | {"labels": labels, "loss_positions": loss_positions(labels)}
 
 
-def _samples_of(rows: Sequence[Row]) -> Iterator[int]:
-    return (i for row in rows for i in row)
+def _samples_of(sequences: Sequence[PackedSamples]) -> Iterator[int]:
+    return (i for sequence in sequences for i in sequence)
 
 
 def _labels(i: int, tokens: Tensor, samples: TokenizedDataset) -> Tensor:
     labels = tokens.masked_fill(_tensor(samples.loss_mask(i)) == 0, IGNORED)
-    # In a packed row the first token would be predicted from the last token of the sample before.
+    # In a packed sequence the first token would be predicted from the last token of the sample before.
     labels[0] = IGNORED
     return labels
 
@@ -257,25 +264,29 @@ def _padded(tensors: Sequence[Tensor], length: int, value: int) -> Tensor:
     return padded
 
 
-def _steps_of(rows: Sequence[Row], epoch: int, share: float, effective_batch: int) -> Iterator[PlannedStep]:
-    for start in range(0, len(rows), effective_batch):
-        end = min(start + effective_batch, len(rows))
-        yield PlannedStep(tuple(rows[start:end]), epoch + share * end / len(rows), end == len(rows))
+def _steps_of(
+    sequences: Sequence[PackedSamples], epoch: int, share: float, effective_batch: int
+) -> Iterator[PlannedStep]:
+    for start in range(0, len(sequences), effective_batch):
+        end = min(start + effective_batch, len(sequences))
+        yield PlannedStep(
+            tuple(sequences[start:end]), epoch + share * end / len(sequences), end == len(sequences)
+        )
 
 
 def _group_by_length(
-    rows: list[Row], samples: TokenizedDataset, effective_batch: int, shuffle: random.Random
-) -> list[Row]:
-    """Put rows of similar length into one step, so that little is padded, and shuffle the steps.
+    sequences: list[PackedSamples], samples: TokenizedDataset, effective_batch: int, shuffle: random.Random
+) -> list[PackedSamples]:
+    """Put sequences of similar length into one step, so that little is padded, and shuffle the steps.
 
     Only full steps are shuffled: a shorter last step stays last.
     """
     window = _LENGTH_GROUP * effective_batch
-    steps: list[list[Row]] = []
-    for start in range(0, len(rows), window):
-        group = sorted(rows[start : start + window], key=lambda row: samples.length(row[0]))
+    steps: list[list[PackedSamples]] = []
+    for start in range(0, len(sequences), window):
+        group = sorted(sequences[start : start + window], key=lambda sequence: samples.length(sequence[0]))
         steps += [group[k : k + effective_batch] for k in range(0, len(group), effective_batch)]
     whole = [step for step in steps if len(step) == effective_batch]
     shuffle.shuffle(whole)
     rest = [step for step in steps if len(step) < effective_batch]
-    return [row for step in whole + rest for row in step]
+    return [sequence for step in whole + rest for sequence in step]

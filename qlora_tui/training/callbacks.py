@@ -159,12 +159,14 @@ class RunCallback(TrainerCallback):
         samples, padding_free = prepared.data.train, prepared.base.padding_free
         self._requests.raise_if_stop_requested()
         self._reporter.phase("probing", "one step on the longest batch")
-        rows = longest_micro_batch(
+        sequences = longest_micro_batch(
             prepared.step_plan, samples, prepared.recipe.training.micro_batch_size, padding_free=padding_free
         )
-        prepared.meter.set_longest_batch(len(rows), computed_tokens(rows, samples, padding_free=padding_free))
+        prepared.meter.set_longest_batch(
+            len(sequences), computed_tokens(sequences, samples, padding_free=padding_free)
+        )
         self._apply_kept_layers()
-        probe_memory(self._trainer, rows, fresh=prepared.checkpoint is None)
+        probe_memory(self._trainer, sequences, fresh=prepared.checkpoint is None)
         self._reporter.emit(prepared.meter.measure("probe"))
         self._requests.raise_if_stop_requested()
 

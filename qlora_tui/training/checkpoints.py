@@ -61,7 +61,7 @@ class CheckpointState(Struct, frozen=True, kw_only=True):
     """Real tokens trained on so far."""
     data_hash: str
     padding_free: bool = msgspec.field(name="kept_apart")
-    """Whether samples in one row were isolated, which decides how rows are packed."""
+    """Whether samples were packed into one sequence per micro-batch, which decides what a step holds."""
     recipe: str
     """The recipe as TOML."""
     best_step: int | None = None

@@ -5,7 +5,7 @@ Here prompt tokens have no logits, and the others pass the head a chunk at a tim
 The gradient of a chunk overwrites its logits, so nothing as wide as the vocabulary outlives it. Liger's
 kernel can replace the chunks (:mod:`qlora_tui.training.liger`).
 
-Shapes for a packed row of 1,000 tokens, 600 of them in the loss, hidden size 576, vocabulary 49,152, on CPU::
+Shapes for a packed sequence of 1,000 tokens, 600 in the loss, hidden size 576, vocabulary 49,152, on CPU::
 
     hidden       (1, 1000, 576)     labels (1, 1000)
     states       (600, 576)         hidden states that predict a token in the loss: position t - 1 for token t
@@ -74,8 +74,8 @@ def use_chunked_loss(model: nn.Module, head: ChunkedHead, kernel: LossSumFn | No
     """Make ``model(labels=…)`` compute its loss in chunks. Without labels the model is unchanged.
 
     Args:
-        kernel: used in place of the chunks for tokens without weights and heads without trained rows, such as
-            :func:`qlora_tui.training.liger.verified_liger_loss`.
+        kernel: used in place of the chunks for tokens without weights and heads without trained token rows,
+            such as :func:`qlora_tui.training.liger.verified_liger_loss`.
     """
     reference_forward = model.forward
     decoder: nn.Module = model.get_decoder()  # type: ignore[operator]  # a PreTrainedModel's method
@@ -99,8 +99,8 @@ def use_chunked_loss(model: nn.Module, head: ChunkedHead, kernel: LossSumFn | No
         hidden = decoder(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         )[0]
-        rows = active_rows(self.get_output_embeddings())  # type: ignore[operator]  # a PreTrainedModel's method
-        total, trained = summed_loss(head, hidden, labels, loss_weights, rows, kernel, loss_positions)
+        token_rows = active_rows(self.get_output_embeddings())  # type: ignore[operator]  # a PreTrainedModel's method
+        total, trained = summed_loss(head, hidden, labels, loss_weights, token_rows, kernel, loss_positions)
         items = trained if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=total / items)
 
@@ -131,14 +131,14 @@ def use_weighted_loss(model: nn.Module) -> None:
 
 
 def use_reference_loss(model: nn.Module) -> None:
-    """Restore the model's own loss, which then also supports packed rows and loss weights."""
+    """Restore the model's own loss, which then also supports packed samples and loss weights."""
     vars(model).pop("forward", None)
     use_weighted_loss(model)
     use_segments(model)
 
 
 def use_segments(model: nn.Module) -> None:
-    """Make ``model(segments=[…])`` isolate the samples of a row, with either loss.
+    """Make ``model(segments=[…])`` isolate the samples of a packed sequence, with either loss.
 
     The lengths are passed as the mask of :mod:`qlora_tui.training.packed_attention`.
     """
@@ -156,11 +156,11 @@ def use_segments(model: nn.Module) -> None:
 def loss_positions(labels: Tensor) -> Tensor:
     """Where a token in the loss is predicted: (tokens in the loss,), int64.
 
-    Positions count through all rows of ``labels`` (rows, tokens); the token itself is one further. Found on
+    Positions count through all of ``labels`` (batch, tokens); the token itself is one further. Found on
     the CPU, where labels are made: a GPU would have to be waited for, because their number is unknown.
     """
-    rows, places = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-    return rows * labels.shape[1] + places
+    sequences, places = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    return sequences * labels.shape[1] + places
 
 
 def summed_loss(
@@ -168,7 +168,7 @@ def summed_loss(
     hidden: Tensor,
     labels: Tensor,
     loss_weights: Tensor | None = None,
-    rows: TokenRows | None = None,
+    token_rows: TokenRows | None = None,
     kernel: LossSumFn | None = None,
     positions: Tensor | None = None,
 ) -> tuple[Tensor, int]:
@@ -178,15 +178,15 @@ def summed_loss(
         hidden: (batch, tokens, hidden); position t - 1 predicts token t.
         labels: (batch, tokens), ``IGNORED`` for tokens that are not in the loss.
         loss_weights: (batch, tokens); None where each token counts 1.
-        rows: trained rows that replace those of the head.
-        kernel: used where there are neither ``loss_weights`` nor ``rows``.
+        token_rows: trained rows that replace those of the head.
+        kernel: used where there are neither ``loss_weights`` nor ``token_rows``.
         positions: what :func:`loss_positions` finds in ``labels``; None finds it
             here, for which the CPU waits for the GPU.
 
     Returns:
         The sum, an fp32 scalar, and the number of tokens.
     """
-    ids, values = (None, None) if rows is None else (rows.ids, rows.values)
+    ids, values = (None, None) if token_rows is None else (token_rows.ids, token_rows.values)
     if positions is None:
         positions = loss_positions(labels)
     # A traced model is on the meta device, and its labels are on the CPU.
@@ -195,7 +195,7 @@ def summed_loss(
     if not len(targets):
         nothing = hidden.sum() * 0.0
         return nothing if values is None else nothing + values.sum() * 0.0, 0
-    if kernel is not None and loss_weights is None and rows is None:
+    if kernel is not None and loss_weights is None and token_rows is None:
         return kernel(states, targets), len(targets)
     selected_weights = None if loss_weights is None else loss_weights.flatten().index_select(0, positions + 1)
     if values is not None and not torch.is_grad_enabled():

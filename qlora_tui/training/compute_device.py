@@ -44,7 +44,7 @@ class ComputeDevice:
 
     @property
     def row_multiple(self) -> int:
-        """Multiple of tokens that rows are padded to."""
+        """Multiple of tokens that sequences are padded to."""
         return token_multiple(self.torch_device, self.dtype)
 
     @property
@@ -95,7 +95,7 @@ def choose_attention(recipe: Recipe, device: ComputeDevice) -> AttentionPath:
 
 
 def why_no_flash(device: ComputeDevice) -> str:
-    """Why FlashAttention cannot run a packed row in one call; empty where it can."""
+    """Why FlashAttention cannot run a packed sequence in one call; empty where it can."""
     reasons: dict[FlashObstacle | None, str] = {
         None: "",
         "no GPU": "It needs a CUDA GPU.",

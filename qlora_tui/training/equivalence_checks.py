@@ -28,7 +28,7 @@ _ROUNDINGS = 16.0
 _MIN_NOISE = {torch.float32: 16 * 1.2e-7, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 """Lower bound of the noise, as a share of a token's logits: a short sample may show too little by chance."""
 _NOISE = 4.0
-"""How many times the noise a token's logits in a packed row may differ from those of the sample alone."""
+"""How many times the noise a token's logits in a packed sequence may differ from the sample's alone."""
 _MAX_NOISE = 0.25
 """Largest noise, as a share of a token's logits, with which the check is still meaningful."""
 _INT8_LEAK = 1e-3
@@ -38,11 +38,11 @@ are scaled with another's. Every other path keeps samples apart exactly, but for
 
 @torch.no_grad()
 def packing_is_isolated(model: Any, device: torch.device) -> bool:
-    """Whether the outputs of a sample in a packed row are the same as those of the sample alone.
+    """Whether the outputs of a sample in a packed sequence are the same as those of the sample alone.
 
     The noise of the model and its dtype is measured by running the sample once more with the library's
     attention, followed by tokens that it does not see: then every matrix product has as many rows as in a
-    packed row. Our attention is compared with the library's layer by layer.
+    packed sequence. Our attention is compared with the library's layer by layer.
     """
     first, other, second = _tokens(model, device)
     with _eval_mode(model), short_windows(model):

@@ -19,7 +19,7 @@ from qlora_tui.training.accuracy import (
     last_hidden_states,
 )
 from qlora_tui.training.batches import (
-    Row,
+    PackedSamples,
     TokenizedDataset,
     collate,
     on_device,
@@ -103,7 +103,7 @@ class Evaluator:
 def evaluate(
     model: Any,
     samples: TokenizedDataset,
-    batches: Sequence[Sequence[Row]],
+    batches: Sequence[Sequence[PackedSamples]],
     *,
     padding_free: bool,
     pad_id: int,
@@ -119,9 +119,9 @@ def evaluate(
     """
     total, trained, exact, answered = 0.0, 0.0, 0, 0
     with no_grad_eval(model), last_hidden_states(model) as hidden:
-        for done, rows in enumerate(batches, 1):
-            batch = collate(rows, samples, padding_free=padding_free, pad_id=pad_id, multiple=multiple)
-            count = sum_loss_weights(rows, samples)
+        for done, sequences in enumerate(batches, 1):
+            batch = collate(sequences, samples, padding_free=padding_free, pad_id=pad_id, multiple=multiple)
+            count = sum_loss_weights(sequences, samples)
             if count:
                 tensors = on_device(batch, device)
                 output = model(**tensors, num_items_in_batch=1)

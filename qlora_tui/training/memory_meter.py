@@ -40,7 +40,7 @@ class MemoryMeter:
         self.estimate = self._estimate(recipe, corrected=True)
         """None where the model is not supported by the estimate."""
         self._longest_batch: Recipe | None = None
-        """The recipe with its rows as long as those of the longest micro-batch."""
+        """The recipe with its sequences as long as those of the longest micro-batch."""
         self._longest_batch_estimate: Estimate | None = None
         self._is_as_expected = False
         """Whether loss and code paths are those that the estimate assumes."""
@@ -85,13 +85,13 @@ class MemoryMeter:
             reserved_bytes=reserved,
         )
 
-    def set_longest_batch(self, rows: int, tokens: int) -> None:
+    def set_longest_batch(self, sequences: int, tokens: int) -> None:
         """Set the longest micro-batch of the run, whose estimate is what the peak is compared with.
 
-        The recipe allows rows of ``data.max_length`` tokens, but all rows of the data may be shorter.
+        The recipe allows ``data.max_length`` tokens per sequence, but all of the data may be shorter.
         """
-        data = structs.replace(self._recipe.data, max_length=max(1, -(-tokens // rows)))
-        training = structs.replace(self._recipe.training, micro_batch_size=rows)
+        data = structs.replace(self._recipe.data, max_length=max(1, -(-tokens // sequences)))
+        training = structs.replace(self._recipe.training, micro_batch_size=sequences)
         self._longest_batch = structs.replace(self._recipe, data=data, training=training)
         self._longest_batch_estimate = self._estimate(self._longest_batch, corrected=False)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qlora_tui.training.batches import (
-    Row,
+    PackedSamples,
     StepPlan,
     TokenizedDataset,
     computed_tokens,
@@ -22,22 +22,22 @@ from qlora_tui.training.trainer import RunTrainer
 
 def longest_micro_batch(
     step_plan: StepPlan, samples: TokenizedDataset, size: int, *, padding_free: bool
-) -> list[Row]:
-    """The rows of the micro-batch with most computed tokens, padding included."""
-    longest: list[Row] = []
+) -> list[PackedSamples]:
+    """The sequences of the micro-batch with most computed tokens, padding included."""
+    longest: list[PackedSamples] = []
     most = 0
     for step in step_plan.steps:
-        for rows in micro_batches(step.rows, size):
-            tokens = computed_tokens(rows, samples, padding_free=padding_free)
+        for sequences in micro_batches(step.sequences, size):
+            tokens = computed_tokens(sequences, samples, padding_free=padding_free)
             if tokens > most:
-                most, longest = tokens, list(rows)
+                most, longest = tokens, list(sequences)
     return longest
 
 
-def probe_memory(trainer: RunTrainer, rows: list[Row], *, fresh: bool) -> None:
+def probe_memory(trainer: RunTrainer, sequences: list[PackedSamples], *, fresh: bool) -> None:
     """Run forward and backward, and with ``fresh`` the optimizer step; a resumed run has optimizer states."""
     model: Any = trainer.model_wrapped
-    batch = trainer.steps.collate(rows)
+    batch = trainer.steps.collate(sequences)
     trained = [p for p in trainer.model.parameters() if p.requires_grad]  # type: ignore[union-attr]  # it is set
     before = [p.detach().to("cpu", copy=True) for p in trained] if fresh else []
     devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []

@@ -1,10 +1,10 @@
-"""Several samples in one row, each attending only to itself.
+"""Several samples in one sequence, each attending only to itself.
 
-The samples of a micro-batch lie end to end in a row of batch size one. The stock SDPA path isolates them with
-one dense mask over the whole row. This attends to each sample by itself: work and memory grow with the square
-of a sample, not of the row. There are two implementations:
+The samples of a micro-batch lie end to end in one sequence, at batch size one. transformers' SDPA code
+isolates them with one dense mask over the whole sequence. This attends to each sample by itself: work and
+memory grow with the square of a sample, not of the sequence. There are two implementations:
 
-* ``varlen``: one call of FlashAttention for the whole row (:mod:`.varlen_attention`), on a GPU in 16 bits.
+* ``varlen``: one call of FlashAttention for the sequence (:mod:`.varlen_attention`), on a GPU in 16 bits.
 * ``segments``: SDPA sample by sample, wherever the first does not run.
 
 ``compute_device.choose_attention`` decides which to try, and ``base_model`` uses it only if it passes a check
@@ -17,7 +17,7 @@ it does not wait for the GPU. It holds FlashAttention's ``cu_seqlens``. For samp
     mask       [[[[0 3 4 6]]]]         (1, 1, 1, samples + 1)
     query      (1, heads, 6, width)    split into (1, heads, 3 | 1 | 2, width)
     allowed    1 . . . . .             what the three causal calls compute, as the mask over the
-               1 1 . . . .             whole row that is never created
+               1 1 . . . .             whole sequence that is never created
                1 1 1 . . .
                . . . 1 . .
                . . . . 1 .
@@ -54,7 +54,7 @@ def register() -> None:
 
     for kind, function in _functions().items():
         AttentionInterface.register(NAMES[kind], function)
-        # For calls without a packed row, such as generating a sample.
+        # For calls without packed samples, such as generating a sample.
         AttentionMaskInterface.register(NAMES[kind], sdpa_mask)
 
 
@@ -129,7 +129,7 @@ def varlen_attention_forward(
     attention_mask: Tensor | None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    """Attend in one FlashAttention call for the whole row if it is supported, else sample by sample.
+    """Attend in one FlashAttention call for the whole sequence if it is supported, else sample by sample.
 
     Takes the settings of :func:`segment_attention`.
     """

@@ -159,7 +159,7 @@ def _verify(prepared: PreparedRun) -> PreparedRun:
     """Compare the first step with transformers and peft; the run without fast paths that failed."""
     prepared.requests.raise_if_stop_requested()
     prepared.reporter.phase("probing", "comparing the first step with transformers and peft")
-    base = _keep_row_layout(prepared, verify_first_step(prepared))
+    base = _keep_padding(prepared, verify_first_step(prepared))
     if base.replaced:
         prepared.meter.set_unexpected_path()
     if (base.attention, base.loss) != (prepared.base.attention, prepared.base.loss):
@@ -170,18 +170,18 @@ def _verify(prepared: PreparedRun) -> PreparedRun:
     return replace(prepared, base=base, step_plan=step_plan)
 
 
-def _keep_row_layout(context: AttemptContext, base: PreparedBase) -> PreparedBase:
-    """Keep padded rows in a resumed run: packed rows would hold other samples than its first steps did."""
+def _keep_padding(context: AttemptContext, base: PreparedBase) -> PreparedBase:
+    """Keep padding in a resumed run: packed sequences would hold other samples than its first steps did."""
     checkpoint = context.checkpoint
     if checkpoint is None or checkpoint.state.padding_free == base.padding_free:
         return base
     if base.padding_free:
-        attention = f"{base.reference_attention}, padded rows: as before the resume"
+        attention = f"{base.reference_attention}, padded sequences: as before the resume"
         return replace(base, padding_free=False, attention=attention)
     context.reporter.health(
         "rows_differ",
-        "Before the resume, samples were packed into rows. Now packed attention does not pass its check, "
-        "and rows are padded.",
+        "Before the resume, samples were packed. Now packed attention does not pass its check, "
+        "and sequences are padded.",
         "Some samples of this epoch may be repeated and others skipped. Start a new run to avoid it.",
     )
     return base
@@ -214,7 +214,7 @@ def _emit_data(prepared: PreparedRun) -> None:
             validation_samples=len(data.validation),
             tokens=sum(train.lengths()),
             trained_tokens=sum(train.trained_count(i) for i in range(len(train))),
-            rows=step_plan.rows_per_epoch,
+            rows=step_plan.sequences_per_epoch,
             steps_per_epoch=step_plan.steps_per_epoch,
             total_steps=total_steps,
             data_hash=data.data_hash,

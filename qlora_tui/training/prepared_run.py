@@ -52,12 +52,12 @@ class PreparedRun(AttemptContext):
     model: Any
     """The base model with its adapter (``peft.PeftModel``)."""
     step_plan: StepPlan
-    """The rows of every optimizer step of the run."""
+    """The sequences of every optimizer step of the run."""
     meter: MemoryMeter
 
     @property
     def pad_id(self) -> int:
-        """The token that fills rows; its value does not matter where the tokenizer has none."""
+        """The token that fills sequences; its value does not matter where the tokenizer has none."""
         return self.tokenizer.pad_id or 0
 
     @property

@@ -138,7 +138,7 @@ def _flash() -> dict[str, str]:
     finite = leaf.grad is not None and bool(torch.isfinite(leaf.grad).all())
     if off > 0.02 or not finite:
         return {"outcome": "error", "text": f"wrong by {off:.0%}", "fix": 'Set model.attention to "sdpa".'}
-    return {"outcome": "ok", "text": "one call for all samples of a packed row"}
+    return {"outcome": "ok", "text": "one call for all samples of a packed sequence"}
 
 
 if __name__ == "__main__":

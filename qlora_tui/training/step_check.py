@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from qlora_tui.training.batches import Row, TokenizedDataset, collate, on_device, sum_loss_weights
+from qlora_tui.training.batches import PackedSamples, TokenizedDataset, collate, on_device, sum_loss_weights
 from qlora_tui.training.chunked_loss import IGNORED
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.dropout import dropout_settings
@@ -81,12 +81,12 @@ class Excerpt:
         return sum(map(len, self.ids))
 
 
-def excerpt_of(rows: Sequence[Row], samples: TokenizedDataset, *, tokens: int) -> Excerpt:
-    """At most ``tokens`` tokens of the first two samples in ``rows``, each up to its last trained token.
+def excerpt_of(sequences: Sequence[PackedSamples], samples: TokenizedDataset, *, tokens: int) -> Excerpt:
+    """At most ``tokens`` tokens of the first two samples in ``sequences``, each up to its last trained token.
 
-    Two samples, so that packing them into one row shows whether one attends to the other.
+    Two samples, so that packing them into one sequence shows whether one attends to the other.
     """
-    first = [i for row in rows for i in row][:2]
+    first = [i for sequence in sequences for i in sequence][:2]
     each = max(2, tokens // len(first))
     ids, loss_masks, weights = [], [], []
     for i in first:
@@ -167,11 +167,13 @@ class StepReference:
         """Run one step as the trainer does, on the model in its current state, and compare.
 
         Args:
-            packed: put the samples into one packed row instead of padded rows.
+            packed: put the samples into one packed sequence instead of padded sequences.
         """
-        rows = [(0, 1)] if packed and len(self._excerpt) == 2 else [(i,) for i in range(len(self._excerpt))]
+        sequences = (
+            [(0, 1)] if packed and len(self._excerpt) == 2 else [(i,) for i in range(len(self._excerpt))]
+        )
         batch = collate(
-            rows, self._excerpt, padding_free=packed, pad_id=pad_id, multiple=self._device.row_multiple
+            sequences, self._excerpt, padding_free=packed, pad_id=pad_id, multiple=self._device.row_multiple
         )
         with _autocast(self._device):
             sent = on_device(batch, self._device.torch_device)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from qlora_tui.memory.execution import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS
 from qlora_tui.runs.events import StepVerified
 from qlora_tui.training.base_model import PreparedBase
-from qlora_tui.training.batches import Row, StepPlan, TokenizedDataset, count_tokens, micro_batches
+from qlora_tui.training.batches import PackedSamples, StepPlan, TokenizedDataset, count_tokens, micro_batches
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.distributed import DistributedContext
 from qlora_tui.training.failure import is_out_of_memory
@@ -72,12 +72,12 @@ def verify_first_step(prepared: PreparedRun) -> PreparedBase:
     device, reporter = prepared.device, prepared.reporter
     micro_batch = prepared.recipe.training.micro_batch_size
     started = time.perf_counter()
-    rows = _first_rows(step_plan, samples, micro_batch)
+    sequences = _first_sequences(step_plan, samples, micro_batch)
     longest = longest_micro_batch(step_plan, samples, micro_batch, padding_free=base.padding_free)
     tokens = _affordable_tokens(longest, samples, device)
     verified: VerificationResult | str = "there was not enough memory"
     while tokens >= _MIN_TOKENS:
-        excerpt = excerpt_of(rows, samples, tokens=tokens)
+        excerpt = excerpt_of(sequences, samples, tokens=tokens)
         try:
             verified = verify_step(prepared.model, base, excerpt, device, prepared.pad_id, prepared.dist)
             break
@@ -183,19 +183,26 @@ def _describe_error(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _first_rows(step_plan: StepPlan, samples: TokenizedDataset, micro_batch: int) -> Sequence[Row]:
+def _first_sequences(
+    step_plan: StepPlan, samples: TokenizedDataset, micro_batch: int
+) -> Sequence[PackedSamples]:
     """The first micro-batch with two samples, which shows whether one sees the other; else the first."""
-    every = (rows for step in step_plan.steps for rows in micro_batches(step.rows, micro_batch))
-    return next((rows for rows in every if sum(map(len, rows)) > 1), step_plan.steps[0].rows[:micro_batch])
+    every = (
+        sequences for step in step_plan.steps for sequences in micro_batches(step.sequences, micro_batch)
+    )
+    return next(
+        (sequences for sequences in every if sum(map(len, sequences)) > 1),
+        step_plan.steps[0].sequences[:micro_batch],
+    )
 
 
-def _affordable_tokens(longest: list[Row], samples: TokenizedDataset, device: ComputeDevice) -> int:
+def _affordable_tokens(longest: list[PackedSamples], samples: TokenizedDataset, device: ComputeDevice) -> int:
     """Tokens of an excerpt for which the library's step needs no more memory than the run's longest step.
 
     The library keeps the logits of a whole sample where our loss keeps a chunk of them, and up to twice the
     activations per token.
     """
-    trained = sum(sum(samples.loss_mask(i)) for row in longest for i in row)
+    trained = sum(sum(samples.loss_mask(i)) for sequence in longest for i in sequence)
     ours = 2 * min(LOSS_CHUNK_ROWS, trained) + 12 * LOSS_BLOCK_ROWS[device.kind]
     sample_tokens = ours // _LIBRARY_LOGITS_BYTES
     return min(
@@ -255,7 +262,9 @@ def _base_without(base: PreparedBase, replaced: Collection[FastPath]) -> Prepare
         return base
     base = replace(base, replaced=tuple(replaced))
     if "packed attention" in replaced:
-        attention = f"{base.reference_attention}, padded rows: packed rows failed the first step's check"
+        attention = (
+            f"{base.reference_attention}, padded sequences: packed sequences failed the first step's check"
+        )
         base = replace(base, padding_free=False, attention=attention)
     if "loss" in replaced:
         base = replace(base, loss="stock: the chunked loss failed the first step's check")

@@ -86,22 +86,22 @@ class StepDataset(Dataset[StepData]):
         return len(self.step_plan.steps)
 
     def __getitem__(self, n: int) -> StepData:
-        rows = self.step_plan.steps[n].rows
-        groups = micro_batches(rows, self._micro_batch)
+        sequences = self.step_plan.steps[n].sequences
+        groups = micro_batches(sequences, self._micro_batch)
         batches = [self.collate(group) for group in groups[self._rank :: self._world_size]]
         # Every process must run the same number of backward passes, in which DDP reduces the gradients.
         for _ in range(len(batches), math.ceil(len(groups) / self._world_size)):
             batches.append(mask_all_labels(self.collate(groups[0])))
         return StepData(
             micro_batches=batches,
-            loss_weight_sum=sum_loss_weights(rows, self._samples),
-            tokens=count_tokens(rows, self._samples),
+            loss_weight_sum=sum_loss_weights(sequences, self._samples),
+            tokens=count_tokens(sequences, self._samples),
         )
 
-    def collate(self, rows: Any) -> dict[str, Any]:
-        """Collate the rows of one micro-batch; see :func:`qlora_tui.training.batches.collate`."""
+    def collate(self, sequences: Any) -> dict[str, Any]:
+        """Collate the sequences of one micro-batch; see :func:`qlora_tui.training.batches.collate`."""
         return collate(
-            rows,
+            sequences,
             self._samples,
             padding_free=self._padding_free,
             pad_id=self._pad_id,

@@ -1,4 +1,4 @@
-"""Attention over all samples of a packed row in one call: torch's variable-length FlashAttention.
+"""Attention over all samples of a packed sequence in one call: torch's variable-length FlashAttention.
 
 A call per sample launches a dozen kernels for each, in every layer and pass; for short samples a GPU spends
 more time on launching than on computing. Here the kernel itself reads where samples begin. Keys and values
@@ -57,7 +57,7 @@ def supports(query: Tensor, value: Tensor, *, samples: int) -> bool:
 def attend(
     query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float, window: int | None
 ) -> Tensor:
-    """Attend within each sample of a row.
+    """Attend within each sample of a packed sequence.
 
     Args:
         query: (1, heads, tokens, width); ``key`` and ``value`` may have fewer heads.

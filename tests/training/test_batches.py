@@ -73,7 +73,7 @@ def recipe(**training: object) -> Recipe:
 
 
 def samples_of(schedule: StepPlan) -> list[int]:
-    return [i for step in schedule.steps for row in step.rows for i in row]
+    return [i for step in schedule.steps for sequence in step.sequences for i in sequence]
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=80), st.integers(20, 60))
@@ -101,8 +101,8 @@ def test_an_epoch_is_every_sample_once(padding_free: bool) -> None:
 def test_a_fraction_of_an_epoch_trains_that_fraction_of_rows() -> None:
     whole = plan_steps(Fake(LENGTHS), recipe(epochs=1.0), padding_free=True)
     half = plan_steps(Fake(LENGTHS), recipe(epochs=1.5), padding_free=True)
-    rows = sum(len(step.rows) for step in half.steps)
-    assert rows == whole.rows_per_epoch + round(whole.rows_per_epoch / 2)
+    rows = sum(len(step.sequences) for step in half.steps)
+    assert rows == whole.sequences_per_epoch + round(whole.sequences_per_epoch / 2)
     assert half.steps[-1].epoch == 1.5
 
 
@@ -120,7 +120,7 @@ def test_epochs_come_in_different_orders_and_always_the_same_ones() -> None:
 def test_rows_that_must_be_padded_lie_beside_their_like() -> None:
     lengths = lengths_of(400, 2, 600)
     schedule = plan_steps(Fake(lengths), recipe(epochs=1.0, micro_batch_size=4), padding_free=False)
-    batches = [b for step in schedule.steps for b in micro_batches(step.rows, 4)]
+    batches = [b for step in schedule.steps for b in micro_batches(step.sequences, 4)]
     computed = sum(computed_tokens(batch, Fake(lengths), padding_free=False) for batch in batches)
     assert sum(lengths) / computed > 0.9
 
@@ -182,5 +182,5 @@ def test_a_step_is_the_same_however_it_is_split(processes: int, micro_batch: int
             if label != -100
         ]
         assert len({len(share["micro_batches"]) for share in shares}) == 1
-        assert len(in_loss) == sum_loss_weights(step.rows, fake) == shares[0]["loss_weight_sum"]
-        assert shares[0]["tokens"] == count_tokens(step.rows, fake)
+        assert len(in_loss) == sum_loss_weights(step.sequences, fake) == shares[0]["loss_weight_sum"]
+        assert shares[0]["tokens"] == count_tokens(step.sequences, fake)

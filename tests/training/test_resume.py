@@ -69,7 +69,7 @@ def test_a_resumed_run_keeps_its_padded_rows(
     # Without the fault: packed attention passes, and would make other rows.
     assert trainers.run(again) == 0
     assert events_of(again, StepVerified)[-1].replaced == ()
-    assert events_of(again, Environment)[-1].attention == "sdpa, padded rows: as before the resume"
+    assert events_of(again, Environment)[-1].attention == "sdpa, padded sequences: as before the resume"
     assert losses(again) == pytest.approx(expected, abs=1e-4)
 
 

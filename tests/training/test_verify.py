@@ -27,7 +27,7 @@ from qlora_tui.training.step_check import Excerpt, StepReference, excerpt_of, re
 from qlora_tui.training.step_verification import (
     StepNotComputedError,
     VerificationResult,
-    _first_rows,
+    _first_sequences,
     verify_step,
 )
 from tests.training.families import build
@@ -343,9 +343,9 @@ def test_nothing_is_dropped_out_during_the_check(tmp_path: Path) -> None:
 
 def test_the_excerpt_has_two_samples_where_any_micro_batch_has() -> None:
     rows = [(0,), (1, 0)]
-    steps = tuple(PlannedStep(rows=(row,), epoch=1.0, ends_epoch=False) for row in rows)
-    assert _first_rows(StepPlan(steps, 2, 2), _Samples(), 1) == ((1, 0),)
-    assert _first_rows(StepPlan(steps[:1], 1, 1), _Samples(), 1) == ((0,),)
+    steps = tuple(PlannedStep(sequences=(row,), epoch=1.0, ends_epoch=False) for row in rows)
+    assert _first_sequences(StepPlan(steps, 2, 2), _Samples(), 1) == ((1, 0),)
+    assert _first_sequences(StepPlan(steps[:1], 1, 1), _Samples(), 1) == ((0,),)
 
 
 class _Samples:

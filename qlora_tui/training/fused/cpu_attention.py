@@ -35,7 +35,7 @@ from qlora_tui.training.padding import pad_tokens, padded_length
 
 
 class RowAttention(torch.autograd.Function):
-    """softmax(scale · q kᵀ) v, causal, for each sample of a row.
+    """softmax(scale · q kᵀ) v, causal, for each sample of a packed sequence.
 
     Inputs are q (1, heads, tokens, width), k and v (1, key heads, tokens, width). The output is (1, tokens,
     heads, width), the layout that the output projection reads. Saved for the backward are q, k, v, the output
