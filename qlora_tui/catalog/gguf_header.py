@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,8 @@ class GgufHeader:
     """Lengths of metadata arrays, such as ``tokenizer.ggml.tokens``."""
     tensors: dict[str, tuple[int, ...]]
     """Dimensions by tensor name, the fastest-moving first: (in, out) for a linear weight."""
+    tensor_types: dict[str, int] = field(default_factory=dict)
+    """Type of each tensor, numbered as ggml's ``ggml_type``."""
 
     @property
     def architecture(self) -> str | None:
@@ -181,17 +183,19 @@ def _read(cursor: _Cursor) -> GgufHeader:
             values[key] = cursor.number(SCALARS[kind])
         else:
             raise _CorruptFileError
-    tensors = dict(_tensor(cursor) for _ in range(tensor_count))
-    return GgufHeader(values, lengths, tensors)
+    tensors = [_tensor(cursor) for _ in range(tensor_count)]
+    shapes = {name: shape for name, shape, _ in tensors}
+    return GgufHeader(values, lengths, shapes, {name: kind for name, _, kind in tensors})
 
 
-def _tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...]]:
+def _tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...], int]:
     name, dimensions = cursor.text(), cursor.number("<I")
     if dimensions > MAX_DIMENSIONS:
         raise _CorruptFileError
     shape = tuple(cursor.number("<Q") for _ in range(dimensions))
-    cursor.skip(4 + 8)  # type and offset
-    return name, shape
+    kind = cursor.number("<I")
+    cursor.skip(8)  # offset
+    return name, shape, kind
 
 
 def to_hf_config(header: GgufHeader, path: Path) -> dict[str, Any]:

@@ -12,21 +12,22 @@ from pathlib import Path, PurePath
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qlora_tui.catalog.gguf_file_types import AUTO, FILE_TYPES, K_QUANTS, LADDER, FileType
+from qlora_tui.catalog.gguf_file_types import AUTO, FILE_TYPES, K_QUANTS, LADDER, FileType, estimated_bytes
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import chat_tokenizer
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.export.base_choice import BaseChoice, choose_base
 from qlora_tui.export.gguf_file.content import gguf_content
+from qlora_tui.export.gguf_file.stored_types import StoredTypes, stored_types
 from qlora_tui.export.gguf_file.writer import FileContent, write_gguf
 from qlora_tui.export.llama_cpp.bindings import is_installed
 from qlora_tui.export.llama_cpp.jobs import Quantize
 from qlora_tui.export.llama_cpp.llama_process import INSTALL_HINT, quantize
 from qlora_tui.export.merged_weights import MergedWeights, merged_weights
-from qlora_tui.export.proof import Proof, Reference, prove, reference_logits
+from qlora_tui.export.proof import Proof, Reference, prove, reference_bytes, reference_logits
 from qlora_tui.export.requantize import requantizer
-from qlora_tui.export.unfinished_files import draft_folder, publish_file, refuse_existing
+from qlora_tui.export.unfinished_files import draft_folder, publish_file, refuse_existing, require_space
 
 DEFAULT_WITHIN = 0.03
 """Largest mean KL divergence, in nats, of the file that ``auto`` keeps."""
@@ -41,6 +42,8 @@ class GgufFile(Struct, frozen=True, kw_only=True):
     path: str
     file_type: str
     bytes: int
+    types: StoredTypes
+    """Types of its matrices."""
     proof: Proof | None = None
     """None where llama.cpp did not check it."""
 
@@ -58,6 +61,7 @@ class GgufExport(Struct, frozen=True, kw_only=True):
     def summary(self) -> str:
         """Say how the files were checked and what was merged, a sentence a line."""
         lines = [f"{file.proof.sentence}." for file in self.files if file.proof]
+        lines += [f"{file.file_type}: {file.types.sentence}." for file in self.files if file.types.sentence]
         if self.unchecked_because:
             lines.append(f"Not checked: {self.unchecked_because}.")
         return "\n".join([*lines, *filter(None, (self.base.sentence, *self.notes))])
@@ -98,6 +102,8 @@ def export_gguf(
     targets = _targets(source, adapter_name, out, kinds, is_auto)
     weights = merged_weights(source, adapter_name, on_status)
     tokenizer = chat_tokenizer(source, weights.folder)
+    content = gguf_content(source, tokenizer, weights)
+    _require_space(source, content, out, kinds, is_auto)
     with draft_folder(out) as draft, ExitStack() as stack:
         reference = _reference(stack, source, adapter_name, draft, on_status)
         base = choose_base(source, adapter_name, reference, on_status)
@@ -106,7 +112,7 @@ def export_gguf(
             weights = MergedWeights(
                 weights.folder, weights.updates, requantizer(architecture, source.recipe.quantization)
             )
-        content = gguf_content(source, tokenizer, weights)
+            content = gguf_content(source, tokenizer, weights)
         unchecked = "" if is_installed() else f"llama.cpp is not installed. {INSTALL_HINT}".rstrip(".")
         if isinstance(reference, str):
             unchecked = reference
@@ -153,13 +159,7 @@ class _Export:
             problem = f"its KL divergence is {file.proof.divergence:.2g}, and {self.within:g} was asked for"
         if problem:
             Path(file.path).unlink()
-            raise UserError(
-                "The GGUF file does not answer as the adapter does",
-                what=f"{file_type}: {problem}.",
-                fix="Choose a larger type, such as Q8_0."
-                if file_type not in ("F16", "BF16", "Q8_0")
-                else "Use the adapter or `qlora-tui export merge`, and report the model.",
-            )
+            raise _refused(file_type, problem)
         return file
 
     def smallest_within(self, kinds: Sequence[str]) -> tuple[GgufFile]:
@@ -189,19 +189,39 @@ class _Export:
     def _write(self, file_type: str) -> GgufFile:
         path = self.draft / f"{file_type}.gguf"
         if file_type in K_QUANTS:
-            if self._unquantized is None:
-                self._unquantized = self.draft / "unquantized.gguf"
-                write_gguf(self.content, self._unquantized, "BF16", self._progress("BF16"))
+            unquantized = self._write_unquantized()
             self.on_status(f"Quantizing to {file_type}")
-            quantize(Quantize(str(self._unquantized), str(path), file_type))
+            quantize(Quantize(str(unquantized), str(path), file_type))
         else:
             kind: FileType = file_type  # type: ignore[assignment]  # checked by check_file_types
             write_gguf(self.content, path, kind, self._progress(file_type))
-        proof = None
-        if isinstance(self.reference, Reference):
-            self.on_status(f"Asking llama.cpp what the {file_type} file answers")
-            proof = prove(self.reference, path, file_type, self.content.vocabulary.differences)
-        return GgufFile(path=str(path), file_type=file_type, bytes=path.stat().st_size, proof=proof)
+        return GgufFile(
+            path=str(path),
+            file_type=file_type,
+            bytes=path.stat().st_size,
+            types=stored_types(path, file_type),
+            proof=self._prove(path, file_type),
+        )
+
+    def _write_unquantized(self) -> Path:
+        """Write and check the file that llama.cpp quantizes, once.
+
+        In 16 bits it shows mistakes that the rounding of few bits would hide. Raises UserError.
+        """
+        if self._unquantized is None:
+            path = self.draft / "unquantized.gguf"
+            write_gguf(self.content, path, "BF16", self._progress("BF16"))
+            proof = self._prove(path, "BF16")
+            if proof and proof.problem:
+                raise _refused("BF16", proof.problem)
+            self._unquantized = path
+        return self._unquantized
+
+    def _prove(self, path: Path, file_type: str) -> Proof | None:
+        if not isinstance(self.reference, Reference):
+            return None
+        self.on_status(f"Asking llama.cpp what the {file_type} file answers")
+        return prove(self.reference, path, file_type, self.content.vocabulary.differences)
 
     def _progress(self, file_type: str) -> Callable[[int, int], None]:
         tenths = -1
@@ -213,6 +233,34 @@ class _Export:
                 self.on_status(f"Writing {file_type}: {tenths * 10} %")
 
         return report
+
+
+def _refused(file_type: str, problem: str) -> UserError:
+    return UserError(
+        "The GGUF file does not answer as the adapter does",
+        what=f"{file_type}: {problem}.",
+        fix="Choose a larger type, such as Q8_0."
+        if file_type not in ("F16", "BF16", "Q8_0")
+        else "Use the adapter or `qlora-tui export merge`, and report the model.",
+    )
+
+
+def _require_space(
+    source: ChatSource, content: FileContent, out: Path, kinds: Sequence[str], is_auto: bool
+) -> None:
+    """Raise UserError where the disk lacks space for the files and what they are made and checked with."""
+    architecture = resolve_model(source.recipe.model.id).architecture
+    sizes = [
+        estimated_bytes(architecture, kind) if kind in K_QUANTS else content.size(kind)  # type: ignore[arg-type]
+        for kind in kinds
+    ]
+    # auto keeps one file at a time.
+    needed = max(sizes) if is_auto else sum(sizes)
+    if any(kind in K_QUANTS for kind in kinds):
+        needed += content.size("BF16")
+    if is_installed():
+        needed += reference_bytes(len(content.vocabulary.tokens))
+    require_space(out.parent, needed + _SPARE_BYTES, "The export")
 
 
 def check_file_types(kinds: Sequence[str], is_auto: bool) -> None:

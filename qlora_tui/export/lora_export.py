@@ -29,7 +29,7 @@ from qlora_tui.export.llama_cpp.bindings import is_installed
 from qlora_tui.export.llama_cpp.llama_process import INSTALL_HINT
 from qlora_tui.export.merged_weights import MergedWeights
 from qlora_tui.export.proof import Proof, prove, reference_logits
-from qlora_tui.export.unfinished_files import draft_folder, publish_file, refuse_existing
+from qlora_tui.export.unfinished_files import draft_folder, publish_file, refuse_existing, require_space
 
 StatusFn = Callable[[str], None]
 
@@ -105,11 +105,12 @@ def _prove(
     with reference_logits(unquantized(source), adapter_name, draft, on_status) as reference:
         weights = MergedWeights(base, {file: {} for file in files})
         content = gguf_content(source, chat_tokenizer(source, base), weights)
+        require_space(draft, content.size("BF16"), "The base model for the comparison")
         model = draft / "base.gguf"
         on_status("Writing the base model for the comparison")
         write_gguf(content, model, "BF16")
         on_status("Asking llama.cpp what base and adapter answer")
-        return prove(reference, model, "F16", content.vocabulary.differences, lora=path)
+        return prove(reference, model, "BF16", content.vocabulary.differences, lora=path)
 
 
 def _refuse_inexpressible(updates: AdapterDeltas, *, tied: bool) -> None:

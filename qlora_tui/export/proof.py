@@ -38,12 +38,11 @@ _LIMITS = {"F16": 0.02, "BF16": 0.02, "Q8_0": 0.05, "Q6_K": 0.1, "Q5": 0.5, "Q4"
 _LIMIT_AT_FEW_BITS = 2.0
 _DIFFERENT_SHARE = 0.02
 """Share of rows that may become other tokens for a reason that is not known."""
-_EXACT = ("F16", "BF16")
 _SHARE_OF_EFFECT = 8
-"""An exact file may differ from the adapter by this fraction of what the adapter changes: half of the
+"""A nearly exact file may differ from the adapter by this fraction of what the adapter changes: half of the
 adapter's scale would be a fourth, because the divergence grows with its square."""
-_ROUNDING = 0.004
-"""Mean KL divergence up to which even a small difference may be rounding."""
+_ROUNDING = {"F16": 0.004, "BF16": 0.01, "Q8_0": 0.015}
+"""Mean KL divergence of nearly exact types that may be rounding however little the adapter changes."""
 _STRANGE_TEXTS = (
     "I'm sure they'll say we've been there; DON'T HE'S you're",
     "1 12 123 1234 12345 3.14 1,000,000 x2y3 v1.2.3",
@@ -130,6 +129,11 @@ class Reference:
                 actual = _log_probabilities(session, adapter_name, row)
                 total += float((expected.exp() * (expected - actual)).sum())
         return total / count
+
+
+def reference_bytes(vocabulary: int) -> int:
+    """Return the most bytes that the file of reference logits takes."""
+    return (_MAX_POSITIONS + _MAX_TOKENS) * vocabulary * 2
 
 
 @contextmanager
@@ -247,8 +251,8 @@ def _wrong_vocabulary(reference: Reference, result: Compared) -> str:
 def _wrong_answers(proof: Proof, file_type: str) -> str:
     """Return how the file's answers differ more than rounding explains; empty if they do not."""
     limit = next((limit for kind, limit in _LIMITS.items() if file_type.startswith(kind)), _LIMIT_AT_FEW_BITS)
-    if file_type in _EXACT:
-        limit = min(limit, max(_ROUNDING, proof.effect / _SHARE_OF_EFFECT))
+    if file_type in _ROUNDING:
+        limit = min(limit, max(_ROUNDING[file_type], proof.effect / _SHARE_OF_EFFECT))
     # Written so that NaN is a problem too.
     if not proof.divergence <= limit:
         return (

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.files import private_dir, sync
+from qlora_tui.runs.locks import is_locked, locked
+
+_LOCK = "lock"
+"""File beside a draft folder that is locked as long as its export is running."""
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def refuse_existing(out: Path) -> None:
@@ -40,22 +48,34 @@ def require_space(folder: Path, needed: int, what: str) -> None:
 def draft_folder(out: Path) -> Iterator[Path]:
     """Make a hidden folder beside ``out`` for unfinished files, and delete it afterwards.
 
-    Raises UserError for any OSError inside.
+    Deletes those of exports that were killed. Raises UserError for any OSError inside.
     """
-    draft = out.parent / f".{out.name}.part"
-    try:
-        private_dir(out.parent)
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(mode=0o700)
-        yield draft
-    except OSError as error:
-        raise UserError(
-            "The export could not be written",
-            what=f"{out}: {error.strerror or error}.",
-            fix="Free some space, or write to another folder.",
-        ) from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    with ExitStack() as stack:
+        try:
+            private_dir(out.parent)
+            _delete_abandoned(out)
+            hidden = Path(tempfile.mkdtemp(prefix=f"{_prefix(out)}-", dir=out.parent))
+            stack.callback(shutil.rmtree, hidden, ignore_errors=True)
+            stack.enter_context(locked(hidden / _LOCK))
+            draft = hidden / "files"
+            draft.mkdir(mode=0o700)
+            yield draft
+        except OSError as error:
+            raise UserError(
+                "The export could not be written",
+                what=f"{out}: {error.strerror or error}.",
+                fix="Free some space, or write to another folder.",
+            ) from error
+
+
+def _delete_abandoned(out: Path) -> None:
+    for folder in out.parent.glob(f"{glob.escape(_prefix(out))}-*"):
+        if is_locked(folder / _LOCK) is False:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _prefix(out: Path) -> str:
+    return f".{out.name}.part"
 
 
 def publish_file(draft: Path, final: Path) -> None:
@@ -66,7 +86,9 @@ def publish_file(draft: Path, final: Path) -> None:
     try:
         # Unlike a rename, a link never replaces a file.
         os.link(draft, final)
-    except PermissionError:  # a file system without hard links
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
         refuse_existing(final)
         draft.rename(final)
     sync(final.parent)

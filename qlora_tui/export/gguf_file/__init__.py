@@ -2,5 +2,6 @@
 
 ``families`` says how llama.cpp stores each supported family, ``hyperparameters`` reads its sizes from the
 config, ``vocabulary`` and ``pre_tokenizer`` convert the tokenizer, ``tensor_types`` picks the type of each
-tensor, and ``writer`` writes the file one tensor at a time. Format: github.com/ggml-org/ggml, docs/gguf.md.
+tensor, and ``writer`` writes the file one tensor at a time. ``stored_types`` reads what was written.
+Format: github.com/ggml-org/ggml, docs/gguf.md.
 """
