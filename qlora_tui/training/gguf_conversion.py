@@ -84,7 +84,7 @@ def pending_conversion(model_id: str) -> Conversion | None:
 
 @lru_cache(maxsize=4)
 def _peak_bytes(file: Path, file_bytes: int, weights: int) -> int:
-    """Cached, because screens call it at every key and a header has hundreds of thousands of tokens."""
+    """Cached: the Memory screen calls it after each change, and a header has a hundred thousand tokens."""
     header = read_gguf(file)
     method: Way = "plain" if gguf_llama.is_known(header) else "streamed" if all_known(header) else "whole"
     return peak_bytes(method, file_bytes=file_bytes, vocabulary=header.vocab_size or 0, weights=weights)

@@ -18,6 +18,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.formatting import GIB
 from qlora_tui.settings import Settings
 from qlora_tui.tui import escapes, themes
+from qlora_tui.tui.breakpoints import VERY_WIDE_CELLS, WIDE_CELLS
 from qlora_tui.tui.command_palette import CommandProvider
 from qlora_tui.tui.commands import EVERYWHERE, with_current_ids
 from qlora_tui.tui.disk_faults import DiskFaults
@@ -56,7 +57,11 @@ class QloraApp(TerminalApp):
     COMMANDS: ClassVar[set[Any]] = {CommandProvider}
     BINDINGS: ClassVar[list[BindingType]] = [command.binding() for command in EVERYWHERE]
     # Not a ClassVar: Textual declares it as an attribute of the instance.
-    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (100, "-wide"), (160, "-very-wide")]  # noqa: RUF012
+    HORIZONTAL_BREAKPOINTS = [  # noqa: RUF012
+        (0, "-narrow"),
+        (WIDE_CELLS, "-wide"),
+        (VERY_WIDE_CELLS, "-very-wide"),
+    ]
 
     def __init__(self, settings: Settings | None = None) -> None:
         super().__init__()
@@ -202,8 +207,8 @@ class QloraApp(TerminalApp):
 
     def on_resize(self, event: Resize) -> None:
         """Cover the screen while the window is too small for it."""
-        small, self._is_small = self._is_small, is_too_small(event.size)
-        if self._is_small and not small:
+        was_small, self._is_small = self._is_small, is_too_small(event.size)
+        if self._is_small and not was_small:
             self.call_after_refresh(self.push_screen, TooSmallScreen())
         elif not self._is_small and isinstance(self.screen, TooSmallScreen):
             self.pop_screen()

@@ -186,6 +186,7 @@ FORMER_IDS: Mapping[str, str] = {
     "chat.voice": "chat.adapter",
     "data.back": "data.previous_problem",
     "data.mend": "data.fix",
+    "runs.undelete": "runs.restore",
     "train.rate": "train.learning_rate",
     "train.remedy": "train.fix",
 }

@@ -75,21 +75,21 @@ class MonochromeFilter(LineFilter):
 
     def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
         return [
-            Segment(text, None if style is None else _in_ink(style), control)
+            Segment(text, None if style is None else _without_colors(style), control)
             for text, style, control in segments
         ]
 
 
 @lru_cache(1024)
-def _in_ink(style: Style) -> Style:
-    on_ink = _is_ink(style.bgcolor, otherwise=False)
-    faint = style.dim or not (on_ink or _is_ink(style.color, otherwise=True))
-    # Without its meta no click would find what it is on.
-    reverse = bool(style.reverse) != on_ink
+def _without_colors(style: Style) -> Style:
+    on_foreground = _is_foreground(style.bgcolor, otherwise=False)
+    faint = style.dim or not (on_foreground or _is_foreground(style.color, otherwise=True))
+    # Textual finds what was clicked by the meta.
+    reverse = bool(style.reverse) != on_foreground
     return style.without_color + Style(dim=faint, reverse=reverse, meta=style.meta or None)
 
 
-def _is_ink(color: RichColor | None, *, otherwise: bool) -> bool:
+def _is_foreground(color: RichColor | None, *, otherwise: bool) -> bool:
     if color is None or color.is_default:
         return otherwise
     return Color.from_rich_color(color).brightness > _HALF

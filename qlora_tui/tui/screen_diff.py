@@ -19,9 +19,9 @@ from qlora_tui.tui.widgets.diff_widget import changed_cells
 class TerminalContents:
     """The lines that were sent to the terminal."""
 
-    def __init__(self, stand_ins: Mapping[int, str]) -> None:
+    def __init__(self, fallback_glyphs: Mapping[int, str]) -> None:
         self._lines: list[Strip] = []
-        self._fallback_glyphs = stand_ins
+        self._fallback_glyphs = fallback_glyphs
         """Substitutes for characters that the terminal's font lacks, for ``str.translate``."""
 
     def invalidate(self) -> None:
@@ -76,12 +76,12 @@ class TerminalContents:
 class ScreenDiff(CompositorUpdate):
     """An update that sends only differences, computed when it is written: some updates never are."""
 
-    def __init__(self, update: CompositorUpdate, painted: TerminalContents) -> None:
+    def __init__(self, update: CompositorUpdate, terminal_contents: TerminalContents) -> None:
         self._update = update
-        self._painted = painted
+        self._terminal_contents = terminal_contents
 
     def render_segments(self, console: Console) -> str:
-        return self._painted.diff(self._update, console)
+        return self._terminal_contents.diff(self._update, console)
 
 
 def _plain(strips: Iterable[Strip]) -> Strip:

@@ -23,7 +23,7 @@ _DROPOUTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 """Those of the LoRA and QLoRA papers, and a few more."""
 _SHARES = (0.0, 0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 0.9)
 _ROUND = (1, 2, 3, 5)
-"""Other numbers go 1, 2, 3, 5, 10, 20…"""
+"""First digits of the other numbers: 1, 2, 3, 5, 10, 20…"""
 
 
 def step_value(field: Field, value: Any, direction: int) -> Any:
@@ -53,7 +53,7 @@ def _number(field: Field, value: float, direction: int) -> float:
         return _neighbor(_DROPOUTS, value, direction)
     if field.kind == "float" and field.minimum == 0 and field.maximum == 1 and field.exclusive_maximum:
         return _neighbor(_SHARES, value, direction)
-    return _round(value, direction, whole=field.kind == "int")
+    return _next_round_number(value, direction, whole=field.kind == "int")
 
 
 def _power(value: float, direction: int) -> float:
@@ -77,7 +77,7 @@ def _neighbor(steps: tuple[float, ...], value: float, direction: int) -> float:
     return next((step for step in reversed(steps) if step < value * (1 - 1e-9)), value)
 
 
-def _round(value: float, direction: int, *, whole: bool) -> float:
+def _next_round_number(value: float, direction: int, *, whole: bool) -> float:
     if value <= 0:
         return (1.0 if whole else 0.1) if direction > 0 else value
     power = 10.0 ** math.floor(math.log10(value) + 1e-9)
@@ -89,7 +89,7 @@ def _round(value: float, direction: int, *, whole: bool) -> float:
 
 
 def _bounded(field: Field, wanted: float, value: float) -> float:
-    """The wanted value, the bound in its way where that may be reached, or the old one."""
+    """``wanted`` where the bounds allow it, else the bound, else (where that is exclusive) the old value."""
     low, high = field.minimum, field.maximum
     if low is not None and (wanted <= low if field.exclusive_minimum else wanted < low):
         return value if field.exclusive_minimum else low

@@ -125,7 +125,7 @@ class SystemMonitor:
 
     def _status(self, run: RunDir, *, is_queued: bool) -> Status:
         try:
-            # The folder changes with each file that is replaced in it, and its path is there already.
+            # Replacing a file in a folder updates the folder's time.
             written_at = run.path.stat().st_mtime_ns
         except OSError:
             written_at = -1

@@ -34,7 +34,8 @@ __all__ = [
 ]
 
 _SHEETS = 1024
-"""More than there are: Textual's own cache holds 64, in an order that finds none of more than 64."""
+"""Parsed style sheets to cache, more than the app has. Textual caches 64, and parses all in the same order
+each time: of more than 64 none would be found again."""
 
 
 class HookedApp(App[None]):

@@ -55,22 +55,24 @@ class ThemeFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 def _blended(file: ThemeFile) -> dict[str, str]:
     """Variables that Textual makes too faint to read, or does not resolve inside a line (``auto 60%``)."""
-    page, ink, primary = (Color.parse(color) for color in (file.background, file.foreground, file.primary))
-    muted = page.blend(ink, MUTED_SHARE).hex6
+    background, foreground, primary = (
+        Color.parse(color) for color in (file.background, file.foreground, file.primary)
+    )
+    muted = background.blend(foreground, MUTED_SHARE).hex6
     return {
         "text-muted": muted,
         # The hint in an empty field is there to be read.
         "text-disabled": muted,
-        "input-selection-background": page.blend(primary, SELECTION_SHARE).hex6,
+        "input-selection-background": background.blend(primary, SELECTION_SHARE).hex6,
     }
 
 
 def _sixteen_colors(dark: bool) -> dict[str, str]:
-    ink, page = ("ansi_white", "ansi_black") if dark else ("ansi_black", "ansi_white")
+    foreground, background = ("ansi_white", "ansi_black") if dark else ("ansi_black", "ansi_white")
     muted = "ansi_white" if dark else "ansi_bright_black"
     return {
-        "ansi-foreground": ink,
-        "ansi-background": page,
+        "ansi-foreground": foreground,
+        "ansi-background": background,
         "text-muted": muted,
         "text-disabled": muted,
     }

@@ -59,12 +59,12 @@ class Workbench:
 
     @property
     def preset(self) -> str:
-        """Name of the preset it began as; empty for the defaults."""
+        """Name of the preset it started as; empty for the defaults."""
         return self._now.preset
 
     @property
     def preset_recipe(self) -> Recipe:
-        """The recipe as that preset gives it, with today's model and data."""
+        """The recipe as that preset gives it, with the current model and data."""
         return _with_model_and_data(self._now.preset_recipe, self.recipe)
 
     @property
@@ -100,14 +100,14 @@ class Workbench:
 
         Returns the preset that it started from until now, for :meth:`undo_saved_as`.
         """
-        began = self._now.preset, self._now.preset_recipe
+        previous_preset = self._now.preset, self._now.preset_recipe
         self._now = _EditState(self.recipe, name, self.recipe)
-        return began
+        return previous_preset
 
-    def undo_saved_as(self, name: str, began: tuple[str, Recipe]) -> None:
+    def undo_saved_as(self, name: str, previous_preset: tuple[str, Recipe]) -> None:
         """Undo :meth:`saved_as`, given what that returned."""
         if self.preset == name:
-            self._now = _EditState(self.recipe, *began)
+            self._now = _EditState(self.recipe, *previous_preset)
 
     def undo(self) -> bool:
         """Back by one change; False at the beginning."""

@@ -75,7 +75,8 @@ class DecimatedSeries:
         """
         number, start = self._resolution(low)
         level = self._levels[number]
-        # What is in no stretch yet: at most one of each shorter kind, the last of an odd number.
+        # The newest values have no stretch of this length yet. Each shorter level with an odd count has one
+        # stretch that no longer level has; together they are drawn as one.
         rest = [shorter for shorter in self._levels[:number] if shorter.count % 2]
         xs = tuple(level.xs[start:])
         if rest:

@@ -7,13 +7,14 @@ from textual.content import Content
 from textual.widget import Widget
 
 from qlora_tui.formatting import format_float, format_gib
+from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.commands import NAVIGATION
 from qlora_tui.tui.key_names import bare_key
 from qlora_tui.tui.system_status import SystemStatus
 
 
 class TopBar(Widget):
-    """Never wraps: parts that do not fit are dropped, the least important first."""
+    """Never wraps: the status is cut to what fits beside the screens, and a narrow window omits Home."""
 
     DEFAULT_CSS = """
     TopBar {
@@ -38,17 +39,17 @@ class TopBar(Widget):
             self.refresh()
 
     def render(self) -> RenderResult:
-        map_ = self._map()
-        width_left = self.size.width - map_.cell_length - 1
+        navigation = self._navigation()
+        width_left = self.size.width - navigation.cell_length - 1
         system_status = next((p for p in self.status_options(self._status) if len(p) <= width_left), "")
-        gap = " " * max(1, self.size.width - map_.cell_length - len(system_status))
-        return Content.assemble(map_, gap, system_status)
+        gap = " " * max(1, self.size.width - navigation.cell_length - len(system_status))
+        return Content.assemble(navigation, gap, system_status)
 
-    def _map(self) -> Content:
+    def _navigation(self) -> Content:
         parts: list[Content | str] = []
         for command in NAVIGATION:
             mode = command.id.removeprefix("go.")
-            if mode == "home" and self.size.width < 100:
+            if mode == "home" and self.size.width < WIDE_CELLS:
                 continue
             text = f" {bare_key(command.id)} {command.label} "
             style = "reverse bold" if mode == self._mode else ""

@@ -30,7 +30,7 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.status import ACTIVE, read_status
 from qlora_tui.tui.key_names import name_keys
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.screens.chat import text as words
+from qlora_tui.tui.screens.chat import text as chat_text
 from qlora_tui.tui.screens.chat import transcript
 from qlora_tui.tui.screens.chat.adapter_pair import AdapterPair
 from qlora_tui.tui.screens.chat.chat_turn import ChatTurn
@@ -150,7 +150,7 @@ class ConversationScreen(WorkScreen):
             )
         except EngineClosedError:
             for answer in turn.answers.values():
-                await answer.stop(name_keys(words.STOPPED_LOADING))
+                await answer.stop(name_keys(chat_text.STOPPED_LOADING))
         except UserError as problem:
             for answer in turn.answers.values():
                 await answer.fail(problem)
@@ -189,7 +189,7 @@ class ConversationScreen(WorkScreen):
                     await turn.answers[adapter_name].end(reply.outcome)
                     self._warn(reply.outcome.warning)
         except EngineClosedError:
-            await turn.answers[adapter_name].stop(name_keys(words.UNLOADED))
+            await turn.answers[adapter_name].stop(name_keys(chat_text.UNLOADED))
         except UserError as problem:
             await turn.answers[adapter_name].fail(problem)
         finally:
@@ -217,7 +217,7 @@ class ConversationScreen(WorkScreen):
             finally:
                 self.answers.remove(request)
         except EngineClosedError:
-            self.show_effect(name_keys(words.NOT_MEASURED))
+            self.show_effect(name_keys(chat_text.NOT_MEASURED))
         except UserError as problem:
             self.show_effect("")
             self.qlora_app.show_error(problem)

@@ -17,7 +17,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
-from qlora_tui.tui.screens.chat import text as words
+from qlora_tui.tui.screens.chat import text as chat_text
 from qlora_tui.tui.screens.chat import transcript
 from qlora_tui.tui.screens.chat.adapter_pair import AdapterPair
 from qlora_tui.tui.screens.chat.chat_turn import ChatTurn
@@ -66,8 +66,8 @@ class ChatScreen(ConversationScreen):
             yield Static(id="sampling-line")
             yield Static(id="effect", markup=False)
         with VerticalScroll(id="conversation", can_focus=False):
-            yield Static(highlight_keys(name_keys(words.NOTHING_TO_CHAT_WITH)), id="chat-empty")
-        yield PromptBox(name_keys(words.HINT), id="prompt")
+            yield Static(highlight_keys(name_keys(chat_text.NOTHING_TO_CHAT_WITH)), id="chat-empty")
+        yield PromptBox(name_keys(chat_text.HINT), id="prompt")
 
     def on_screen_resume(self) -> None:
         """Talk to the newest run, until another is chosen; and once that one is deleted."""
@@ -267,7 +267,9 @@ class ChatScreen(ConversationScreen):
 
     def show_effect(self, effect: str | Effect) -> None:
         self._effect = effect
-        shown = Content(effect) if isinstance(effect, str) else words.effect_text(effect, self.size.width - 2)
+        shown = (
+            Content(effect) if isinstance(effect, str) else chat_text.effect_text(effect, self.size.width - 2)
+        )
         self.query_one("#effect").display = bool(effect)
         update_if_changed(self.query_one("#effect", Static), shown)
 
@@ -278,15 +280,15 @@ class ChatScreen(ConversationScreen):
         self.query_one(PromptBox).display = has_source
         if not has_source:
             return
-        state = doing or (words.loaded_text(self.ready) if self.ready else "not loaded yet")
+        state = doing or (chat_text.loaded_text(self.ready) if self.ready else "not loaded yet")
         path = transcript.transcript_path(self.run_dir)
         # Not the line's own width, which is known only once it has been shown.
         width = self.size.width - 2
         self.query_one("#session-line", Static).update(
-            words.session_line(self._source_name, self.pair, state, width)
+            chat_text.session_line(self._source_name, self.pair, state, width)
         )
-        thinking = words.thinking_text(self.thinking, self.ready)
-        line = words.sampling_line(
+        thinking = chat_text.thinking_text(self.thinking, self.ready)
+        line = chat_text.sampling_line(
             self.sampling, self.system_prompt, path if path.exists() else None, width, thinking
         )
         self.query_one("#sampling-line", Static).update(line)

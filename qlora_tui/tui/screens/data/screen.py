@@ -20,7 +20,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.length_costs import LengthCost, last_throughput, length_costs
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.key_names import highlight_keys, name_keys
-from qlora_tui.tui.screens.data import text as words
+from qlora_tui.tui.screens.data import text as data_text
 from qlora_tui.tui.screens.data.actions import DataActions
 from qlora_tui.tui.screens.data.commands import COMMANDS
 from qlora_tui.tui.screens.data.histogram import histogram
@@ -91,7 +91,7 @@ class DataScreen(DataActions):
     def show_recipe(self, recipe: Recipe) -> None:
         sources = recipe.data.sources
         self.source_number = min(self.source_number, max(0, len(sources) - 1))
-        lines = [(str(n), words.source_line(s, len(sources) == 1)) for n, s in enumerate(sources)]
+        lines = [(str(n), data_text.source_line(s, len(sources) == 1)) for n, s in enumerate(sources)]
         self.query_one("#sources", ViList).show(lines, select=str(self.source_number))
         if not sources:
             self._show_empty()
@@ -130,7 +130,7 @@ class DataScreen(DataActions):
             self.shown = None
             self.fields = {}
             self._clear_figures()
-            self.query_one("#sample", Static).update(words.reading(wanted.source))
+            self.query_one("#sample", Static).update(data_text.reading(wanted.source))
         self._fetch_row(wanted, self.path, self.row)
         self._inspect(wanted)
 
@@ -166,7 +166,7 @@ class DataScreen(DataActions):
                 compares = error.title.startswith(PAIRS_TITLE)
                 self.mapping_format = "preference" if compares else "prompt-completion"
                 self.fields = await self._previews.fields(wanted.source)
-                self.query_one("#sample", Static).update(words.unreadable_text(error, self.fields))
+                self.query_one("#sample", Static).update(data_text.unreadable_text(error, self.fields))
             return
         self.can_use_chosen = False
         self.shown, self.path, self.row, self._no_tokens = shown, shown.path, shown.row, problem
@@ -189,7 +189,7 @@ class DataScreen(DataActions):
             self._clear_figures()
             # If not even a row can be read, the error is shown in place of the sample.
             if self.shown is not None:
-                self.query_one("#data-totals", Static).update(words.error_text(error))
+                self.query_one("#data-totals", Static).update(data_text.error_text(error))
             return
         self._update_costs()
 
@@ -224,18 +224,18 @@ class DataScreen(DataActions):
         self._show_row_line()
         if self.shown is None or self._request is None:
             return
-        text = words.sample(self.shown, self.problems, self._request.data)
+        text = data_text.sample(self.shown, self.problems, self._request.data)
         if self._no_tokens is not None:
-            text = Content.assemble(words.error_text(self._no_tokens), "\n\n", text)
+            text = Content.assemble(data_text.error_text(self._no_tokens), "\n\n", text)
         elif not self._request.model:
-            text = Content.assemble(highlight_keys(name_keys(words.NO_MODEL), "dim"), text)
+            text = Content.assemble(highlight_keys(name_keys(data_text.NO_MODEL), "dim"), text)
         self.query_one("#sample", Static).update(text)
 
     def _show_row_line(self) -> None:
         if self._request is not None:
             width = self.query_one("#row-line").content_size.width
             place = self.path, self.row
-            line = words.row_line(place, self.report, self.shown, self._request.data, width)
+            line = data_text.row_line(place, self.report, self.shown, self._request.data, width)
             self.query_one("#row-line", Static).update(line)
 
     def show_report(self) -> None:
@@ -248,10 +248,10 @@ class DataScreen(DataActions):
         width = self.query_one("#length-facts").scrollable_content_region.width
         height = 3 if brief else 6
         cut = recipe.data.max_length if report.template else None
-        self.query_one("#lengths-line", Static).update(words.lengths_line(report, recipe.data, width))
+        self.query_one("#lengths-line", Static).update(data_text.lengths_line(report, recipe.data, width))
         self.query_one("#histogram", Static).update(histogram(report.lengths, cut, width, height))
         self.query_one("#data-totals", Static).update(
-            words.totals(report, recipe, total_time(self._costs) if report.complete else "", brief=brief)
+            data_text.totals(report, recipe, total_time(self._costs) if report.complete else "", brief=brief)
         )
         costs_width = self.query_one("#file-facts").scrollable_content_region.width
         table = cost_table(self._costs, costs_width) if report.complete else Content("")
@@ -260,9 +260,10 @@ class DataScreen(DataActions):
         short = brief or (self.size.height < _TALL and not self.query_one("#data-body").has_class("-figures"))
         several = len(report.files) > 1
         lines = [
-            (f"{p.kind} {p.path}", words.problem_line(p, brief=short, several=several)) for p in self.problems
+            (f"{p.kind} {p.path}", data_text.problem_line(p, brief=short, several=several))
+            for p in self.problems
         ]
-        self.query_one("#problems", ViList).show(lines or [("none", words.no_problem_line(report))])
+        self.query_one("#problems", ViList).show(lines or [("none", data_text.no_problem_line(report))])
         self._show_row_line()
 
     def _clear_figures(self) -> None:
@@ -275,4 +276,4 @@ class DataScreen(DataActions):
     def _show_empty(self) -> None:
         self._request = self.report = self.shown = None
         self._clear_figures()
-        self.query_one("#sample", Static).update(highlight_keys(name_keys(words.EMPTY)))
+        self.query_one("#sample", Static).update(highlight_keys(name_keys(data_text.EMPTY)))

@@ -283,7 +283,7 @@ def problem_line(problem: DataProblem, *, brief: bool = False, several: bool = F
         (f"{sign} {problem.title}", style),
         (f" ×{problem.count:,}" if brief else f": {pluralize(problem.count, 'row')}", "bold"),
         (where, "dim"),
-        (f"\n  ▸ {key_name('data.fix')} {remedy}" if (remedy := _fix_label(problem)) else "", "$accent"),
+        (f"\n  ▸ {key_name('data.fix')} {fix}" if (fix := _fix_label(problem)) else "", "$accent"),
         ("" if brief or not problem.fix else f"\n  ▸ {problem.fix}", "dim"),
     )
 

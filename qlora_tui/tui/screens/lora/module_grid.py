@@ -38,6 +38,12 @@ CUSTOM = "◆"
 HEAD = -1
 """The cursor's column when it is on the name of a kind, and so on all its layers."""
 LONGEST_KIND = 18
+_BOX_CELLS = 4
+"""``[x] ``, before a kind's name."""
+_TRAINED_CELLS = 7
+"""Number of trained parameters, after a kind's shape."""
+_GAP_CELLS = 7
+"""Between that and the layers; the word ``layer`` is above it."""
 
 
 class ModuleGrid(Widget, can_focus=True):
@@ -163,7 +169,7 @@ class ModuleGrid(Widget, can_focus=True):
         assert self._table is not None
         names = max(len(row.name) for row in self._table.rows)
         shapes = max(len(row.shape) for row in self._table.rows)
-        return 4 + min(names, LONGEST_KIND) + 1 + shapes + 1 + 7 + 7
+        return _BOX_CELLS + min(names, LONGEST_KIND) + 1 + shapes + 1 + _TRAINED_CELLS + _GAP_CELLS
 
     def _window(self, width_left: int) -> int:
         """The first column to show so that the cursor's is in view."""
@@ -188,7 +194,8 @@ class ModuleGrid(Widget, can_focus=True):
             text = f"{text[: len(shown) - 1]:<{len(shown) - 1}}→"
         if shown.start:
             text = f"←{text[1:]}"
-        label = f"{'module':<{self._head_width - 15}}{'trained':>8} layer "
+        trained = f"{'trained':>{_TRAINED_CELLS + 1}}{' layer':<{_GAP_CELLS}}"
+        label = f"{'module':<{self._head_width - len(trained)}}{trained}"
         return Content.styled(label + text, "$text-muted")
 
     def _line(self, index: int, shown: range) -> Content:
@@ -197,7 +204,7 @@ class ModuleGrid(Widget, can_focus=True):
         here = index == self._row
         head = self._head(row)
         head_style = "reverse" if here and self._column == HEAD and self.has_focus else "bold" if here else ""
-        pieces: list[tuple[str, str]] = [(head, head_style), (" " * 7, "")]
+        pieces: list[tuple[str, str]] = [(head, head_style), (" " * _GAP_CELLS, "")]
         for column in shown:
             pieces.append(self._cell(row.cells[column], index, column))
         return Content.assemble(*pieces)
@@ -210,7 +217,7 @@ class ModuleGrid(Widget, can_focus=True):
         name = row.name if len(row.name) <= names else row.name[: names - 1] + "…"
         shapes = max(len(row.shape) for row in self._table.rows)
         box = BOXES[state(row.modules, self._chosen)]
-        return f"{box} {name:<{names}} {row.shape:>{shapes}} {trained:>7}"
+        return f"{box} {name:<{names}} {row.shape:>{shapes}} {trained:>{_TRAINED_CELLS}}"
 
     def _cell(self, cell: tuple[LinearModule, ...], row: int, column: int) -> tuple[str, str]:
         if not cell:

@@ -22,6 +22,7 @@ from qlora_tui.recipe.diff import format_value
 from qlora_tui.recipe.fields import fields, get_setting
 from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
 from qlora_tui.recipe.targets import assign_pattern_values, match_modules, resolve_targets, to_patterns
+from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.lora.commands import COMMANDS
@@ -279,7 +280,7 @@ class LoraScreen(WorkScreen):
             self.qlora_app.workbench.preset_recipe,
             format_delta(deltas.dora_bytes) if deltas else "",
             max(20, panel.content_size.width),
-            one_line_each=self.size.width < 100,
+            one_line_each=self.size.width < WIDE_CELLS,
         )
         update_if_changed(panel, text)
 

@@ -22,15 +22,15 @@ from qlora_tui.memory import (
     check_fit,
 )
 from qlora_tui.memory.budget import MemoryBudget
-from qlora_tui.memory.conversion import Conversion
 from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.recipe_line import PRECISION_NAMES
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.memory.commands import COMMANDS
-from qlora_tui.tui.screens.memory.solution import METHODS, Solution, solve
+from qlora_tui.tui.screens.memory.solution import METHOD_OF_PRECISION, Solution, solve
 from qlora_tui.tui.screens.memory.stacked_bar import legend, precision_bars
 from qlora_tui.tui.screens.memory.text import (
     budget_words,
@@ -98,7 +98,7 @@ class MemoryScreen(WorkScreen):
         self._shown_for: tuple[Recipe, MemoryBudget] | None = None
         self._heading = ""
         self._offered: object = None
-        self._tracing = ""
+        self._trace_note = ""
 
     @property
     def precision(self) -> Precision:
@@ -132,9 +132,9 @@ class MemoryScreen(WorkScreen):
         if problem is not None:
             return
         self._solution = Solution()
-        self._tracing = ""
+        self._trace_note = ""
         if not self._compared[precision_of(recipe)].exact:
-            self._tracing = "tracing a step…"
+            self._trace_note = "tracing a step…"
             self._trace(recipe, budget)
         else:
             self.workers.cancel_group(self, "trace")
@@ -173,7 +173,7 @@ class MemoryScreen(WorkScreen):
 
     def action_use(self) -> None:
         """Train in the precision whose breakdown is shown."""
-        self.qlora_app.edit("quantization.method", METHODS[self.precision])
+        self.qlora_app.edit("quantization.method", METHOD_OF_PRECISION[self.precision])
 
     def action_apply(self) -> None:
         """Apply the cheapest change that fits."""
@@ -217,9 +217,9 @@ class MemoryScreen(WorkScreen):
         try:
             traced = await trace_step(load_model_config(recipe.model.id), recipe, budget.device)
         except UserError as problem:
-            self._tracing = f"not traced: {problem.what}"
+            self._trace_note = f"not traced: {problem.what}"
         else:
-            self._tracing = ""  # the estimate says so
+            self._trace_note = ""  # the estimate says so
             self.qlora_app.workbench.use_trace(recipe, budget.device, traced)
             compared = self.qlora_app.workbench.comparison(budget.device)
             self._compared = self._compared if isinstance(compared, UserError) else compared
@@ -233,8 +233,8 @@ class MemoryScreen(WorkScreen):
             self._show_explanation()
 
     def _heading_text(self) -> str:
-        notes = [text for text in (self._compared[self.precision].correction_words, self._tracing) if text]
-        peak = peak_words(self._compared, short=bool(notes) and self.size.width < 100)
+        notes = [text for text in (self._compared[self.precision].correction_words, self._trace_note) if text]
+        peak = peak_words(self._compared, short=bool(notes) and self.size.width < WIDE_CELLS)
         budget = budget_words(self.qlora_app.memory_budget, self.qlora_app.system_status)
         return "; ".join([f"{peak} against {budget}", *notes])
 
@@ -282,21 +282,13 @@ class MemoryScreen(WorkScreen):
         if self._solution.kept_layers is not None and self.precision == precision_of(recipe):
             parts.append(kept_layers_text(self._solution.kept_layers))
         parts += [Content(note) for note in estimate.notes]
-        if conversion := self._conversion(recipe.model.id):
+        if conversion := self._solution.conversion:
             on_cpu = self.qlora_app.memory_budget.device.kind == "cpu"
             parts.append(Content(conversion.words(estimate.process_bytes if on_cpu else None)))
-        if self.size.width >= 100:
+        if self.size.width >= WIDE_CELLS:
             verdict = check_fit(estimate, self.qlora_app.memory_budget.bytes)
             parts.append(verdict_text(verdict, PRECISION_NAMES[self.precision]))
         update_if_changed(beside, Content("\n\n").join(parts))
-
-    def _conversion(self, model_id: str) -> Conversion | None:
-        """The line on converting a GGUF file before its first run."""
-        if not model_id.endswith(".gguf"):
-            return None
-        from qlora_tui.training.gguf_conversion import pending_conversion  # loads tokenizers
-
-        return pending_conversion(model_id)
 
     def _recipe_fits(self) -> bool:
         estimate = self._compared[precision_of(self.qlora_app.workbench.recipe)]

@@ -1,4 +1,7 @@
-"""The slow computations of the Memory screen: what fits, what would make it fit, which layers are kept."""
+"""The slow computations of the Memory screen: what fits, what would make it fit, which layers are kept.
+
+And whether the model is converted first: that reads a header of hundreds of thousands of tokens.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,12 @@ from qlora_tui.memory import (
     plan_kept_layers,
 )
 from qlora_tui.memory.budget import MemoryBudget
+from qlora_tui.memory.conversion import Conversion
 from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 
-METHODS = {"nf4": "nf4", "int8": "int8", "fp16": "none"}
+METHOD_OF_PRECISION = {"nf4": "nf4", "int8": "int8", "fp16": "none"}
 """Value of ``quantization.method`` for each precision."""
 
 
@@ -36,6 +40,8 @@ class Solution:
     """What the recipe still needs with every change; 0 if it fits or some change makes it fit."""
     kept_layers: KeptLayersPlan | None = None
     """The layers that need no recomputation; None if the recipe does not fit."""
+    conversion: Conversion | None = None
+    """The conversion that a GGUF file needs before its first run."""
 
 
 def solve(recipe: Recipe, architecture: Architecture, budget: MemoryBudget, *, fits: bool) -> Solution:
@@ -52,11 +58,20 @@ def solve(recipe: Recipe, architecture: Architecture, budget: MemoryBudget, *, f
         changes=changes,
         least_bytes=0 if fits or changes else minimum_bytes(recipe, architecture, device=device),
         kept_layers=plan_kept_layers(recipe, architecture, available, device=device) if fits else None,
+        conversion=_conversion(recipe.model.id),
     )
+
+
+def _conversion(model_id: str) -> Conversion | None:
+    if not model_id.endswith(".gguf"):
+        return None
+    from qlora_tui.training.gguf_conversion import pending_conversion  # loads tokenizers
+
+    return pending_conversion(model_id)
 
 
 def _in_precision(recipe: Recipe, precision: Precision) -> Recipe:
     """The recipe, trained in another precision."""
     if precision == precision_of(recipe):
         return recipe
-    return replace_setting(recipe, "quantization.method", METHODS[precision])
+    return replace_setting(recipe, "quantization.method", METHOD_OF_PRECISION[precision])

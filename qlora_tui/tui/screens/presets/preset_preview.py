@@ -14,7 +14,7 @@ from qlora_tui.recipe.schema import Recipe
 
 
 def preset_line(preset: Preset, current: str) -> Content:
-    """Its name; ● marks the one the recipe began as, ✗ one that cannot be read."""
+    """Its name; ● marks the one the recipe started as, ✗ one that cannot be read."""
     mark, style = ("● ", "$accent") if preset.name == current else ("  ", "")
     if preset.problem:
         mark, style = "✗ ", "$error"

@@ -53,7 +53,7 @@ class _PresetChange:
 
     before: PresetSnapshot
     after: PresetSnapshot
-    began: tuple[str, Recipe] | None
+    previous_preset: tuple[str, Recipe] | None
     """The preset that the recipe had started from when it was saved."""
 
 
@@ -194,15 +194,15 @@ class PresetsScreen(ModalScreen[None]):
             self.app.push_screen(ErrorScreen(problem))
         else:
             self._undo.pop()
-            if change.began is not None:
-                self.qlora_app.workbench.undo_saved_as(before.name, change.began)
+            if change.previous_preset is not None:
+                self.qlora_app.workbench.undo_saved_as(before.name, change.previous_preset)
                 self.qlora_app.recipe_edited()
             self._refresh_list(before.name)
             done = "Removed" if before.content is None else "Restored"
             self.notify(f"Undone. {done} your preset {before.name}.")
 
-    def _remember(self, before: PresetSnapshot, began: tuple[str, Recipe] | None = None) -> None:
-        self._undo.append(_PresetChange(before, take_snapshot(before.name), began))
+    def _remember(self, before: PresetSnapshot, previous_preset: tuple[str, Recipe] | None = None) -> None:
+        self._undo.append(_PresetChange(before, take_snapshot(before.name), previous_preset))
 
     def action_edit(self) -> None:
         """Open the user's file in the editor, and check it on return."""

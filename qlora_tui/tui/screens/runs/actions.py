@@ -156,7 +156,8 @@ class RunActions(WorkScreen):
         summary = self.current
         if summary is not None and self._act_on(summary.run, self.trash.put):
             self.notify(
-                f"{summary.name} will be deleted when you quit. Press {key_name('runs.undelete')} to undo."
+                f"{summary.name} will be deleted when you quit. "
+                f"Press {key_name('runs.restore')} to restore it."
             )
 
     def action_restore(self) -> None:

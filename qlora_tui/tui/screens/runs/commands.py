@@ -41,7 +41,11 @@ COMMANDS: tuple[Command, ...] = (
         cli_command="runs delete",
     ),
     _hidden(
-        "undelete", "u", "restore", "Undo", "Restore the run that was deleted last. Possible until you quit."
+        "restore",
+        "u",
+        "restore",
+        "Restore",
+        "Restore the run that was deleted last. Possible until you quit.",
     ),
     _hidden("copy", "y", "copy('attach')", "Copy", "Copy the command that shows the run."),
     _hidden("copy_train", "Y", "copy('train')", "Copy", "Copy the command that trains it."),

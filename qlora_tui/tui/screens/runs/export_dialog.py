@@ -78,7 +78,7 @@ class ExportScreen(ModalScreen[None]):
             yield ViList()
             yield Static("", id="export-detail", markup=False)
             yield TextField("", id="export-path", compact=True)
-            yield Static("", id="prompt-error", markup=False)
+            yield Static("", id="export-message", markup=False)
 
     def on_mount(self) -> None:
         self.query_one(ViList).focus()
@@ -169,4 +169,4 @@ class ExportScreen(ModalScreen[None]):
             field.value = self._proposed
 
     def _say(self, text: str) -> None:
-        self.query_one("#prompt-error", Static).update(text)
+        self.query_one("#export-message", Static).update(text)

@@ -18,6 +18,7 @@ from textual.strip import Strip
 from qlora_tui.formatting import format_duration, format_float, format_percent, truncate_middle
 from qlora_tui.runs.run_summary import RunSummary
 from qlora_tui.tui import clock
+from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.render.block_charts import curve
 from qlora_tui.tui.render.run_labels import result_label
 from qlora_tui.tui.render.strip_rendering import render_line
@@ -26,7 +27,7 @@ from qlora_tui.tui.widgets.line_view import LineView
 
 MARKS = "●▲■◆"
 """Marks of runs selected to compare; the same symbols are on their curves."""
-_CURVE = 12
+_CURVE_WIDTH = 12
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class _Column:
     text: Callable[[RunSummary], str]
     min_width: int = 0
     """The whole list must be so wide for this column to be shown."""
-    everywhere: bool = True
-    """Also where no run has anything in it."""
+    show_if_empty: bool = True
+    """Whether it is shown where no run has anything in it."""
     right: bool = False
 
 
@@ -51,13 +52,13 @@ def when(summary: RunSummary, now: float) -> str:
     return time.strftime("%H:%M" if moment[:3] == today[:3] else "%d %b %H:%M", moment)
 
 
-def _loss(summary: RunSummary) -> str:
+def _best_loss(summary: RunSummary) -> str:
     if summary.best is not None:
         return format_float(summary.best[0], 3)
     return "" if summary.loss is None else f"{format_float(summary.loss, 3)}*"
 
 
-def _exact(summary: RunSummary) -> str:
+def _accuracy(summary: RunSummary) -> str:
     return "" if summary.accuracy is None else format_percent(summary.accuracy)
 
 
@@ -71,14 +72,14 @@ _COLUMNS = (
     _Column("model", 26, lambda s: s.model, min_width=150),
     _Column("settings", 22, lambda s: s.settings, min_width=115),
     _Column("steps", 13, _steps, min_width=130, right=True),
-    _Column("best", 6, _loss, right=True),
-    _Column("exact", 5, _exact, right=True, everywhere=False),
-    _Column("loss", _CURVE, lambda s: curve(s.losses, _CURVE) if s.losses else ""),
+    _Column("best", 6, _best_loss, right=True),
+    _Column("exact", 5, _accuracy, right=True, show_if_empty=False),
+    _Column("loss", _CURVE_WIDTH, lambda s: curve(s.losses, _CURVE_WIDTH) if s.losses else ""),
     _Column(
         "time",
         11,
         lambda s: "" if s.seconds is None else format_duration(s.seconds),
-        min_width=100,
+        min_width=WIDE_CELLS,
         right=True,
     ),
 )
@@ -184,7 +185,7 @@ class RunTable(LineView):
         columns = [
             column
             for column in _COLUMNS
-            if width >= column.min_width and (column.everywhere or any(map(column.text, self._rows)))
+            if width >= column.min_width and (column.show_if_empty or any(map(column.text, self._rows)))
         ]
         taken = _HEAD + sum(column.width + 2 for column in columns)
         left = max(10, width - taken)
