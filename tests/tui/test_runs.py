@@ -313,7 +313,7 @@ async def test_u_restores_a_deleted_run_until_the_app_ends(
         await wait_for_text(pilot, "tickets [/a]")
         await pilot.press("D")
         await wait_for_text(
-            pilot, "tickets [/a] will be deleted when you quit. Press [u]", "D Delete ^p Palette ? Help"
+            pilot, "tickets [/a] will be deleted when you quit. Press [u]", "R Rerun ^p Palette ? Help"
         )
         assert [run.id for run in all_runs()] == ["tickets-b", "poems-c"]
         await pilot.press("D", "u", "u")
@@ -358,7 +358,7 @@ async def test_a_renamed_run_is_listed_and_found_under_its_name(
     async with app.run_test(size=(80, 24)) as pilot:
         await open_runs(app)
         await wait_for_text(pilot, "tickets-a")
-        await pilot.press("e", *(["backspace"] * 20), "enter")
+        await pilot.press("f2", *(["backspace"] * 20), "enter")
         await wait_for_text(pilot, "Rename the run", "✗ A name is one non-empty line")
         await pilot.press(*"owls", "enter")
         await wait_for_text(pilot, "owls  (tickets-a)")
