@@ -25,7 +25,7 @@ from qlora_tui.runs.status import Status, write_status
 from qlora_tui.runs.telemetry import Sample, encode
 
 _MILESTONE = 200
-"""Steps between validations, checkpoints and samples."""
+"""Steps between evaluations, checkpoints and samples."""
 
 
 class FakeTrainer:

@@ -59,7 +59,7 @@ def attend(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, kernel: Kern
     # FlashAttention caps scores itself; transformers' SDPA omits the cap.
     if kernel != "eager" and ops.own_fused and (shape.softcap or shape.sinks):
         return _eager_attention(ops, q, k, v, shape)
-    bfloat16 = q.width < FLOAT and not ops.float16
+    bfloat16 = q.itemsize < FLOAT and not ops.float16
     if (
         kernel == "flash"
         and ops.own_fused
@@ -93,13 +93,13 @@ def repeated(ops: Ops, k: Tensor, v: Tensor, shape: Heads) -> tuple[Tensor, Tens
 
 def _split(ops: Ops, x: Tensor) -> Tensor:
     """Replay ``split``: views; the gradients of the pieces are joined in a copy."""
-    numel, width = x.numel, x.width
-    return x.view(ops.tape.node((x,), lambda grad, saved: (ops.new(numel, width),)))
+    numel, itemsize = x.numel, x.itemsize
+    return x.view(ops.tape.node((x,), lambda grad, saved: (ops.new(numel, itemsize),)))
 
 
 def _joined(ops: Ops, x: Tensor) -> Tensor:
     """Replay ``cat``: a copy; its gradient is passed on in views."""
-    out = ops.new(x.numel, x.width)
+    out = ops.new(x.numel, x.itemsize)
     out.node = ops.tape.node((x,), lambda grad, saved: (grad.view(None),))
     return out
 
@@ -109,36 +109,39 @@ def _repeat(ops: Ops, x: Tensor, shape: Heads) -> Tensor:
     groups = shape.heads // max(shape.kv_heads, 1)
     if groups <= 1:
         return x
-    small, width, numel = x.numel, x.width, x.numel * groups
+    small, itemsize, numel = x.numel, x.itemsize, x.numel * groups
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        return (ops.new(small, width),)
+        return (ops.new(small, itemsize),)
 
     node = ops.tape.node((x,), fn)
-    out = ops.new(numel, width)
+    out = ops.new(numel, itemsize)
     out.node = node
     return out
 
 
 def _fused(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, *, grouped: bool) -> Tensor:
     """Replay a kernel that saves q, k, v, its output and one number per row instead of the scores."""
-    sizes, width = (q.numel, k.numel, v.numel), q.width
+    sizes, itemsize = (q.numel, k.numel, v.numel), q.itemsize
     statistic = shape.rows * shape.heads * shape.length
-    half = width == 2
+    half = itemsize == 2
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
         delta = ops.new(statistic, FLOAT)
         # The gradient of q is summed over key blocks in float32 (dq_accum in flash_api.cpp, workspace_gq
         # in the CUTLASS kernel), unless everything is float32 already.
         sums = ops.new(sizes[0], FLOAT) if half else None
-        gradients = [ops.new(size, width) for size in sizes]
+        gradients = [ops.new(size, itemsize) for size in sizes]
         if grouped:  # flash computes dk and dv for every query head, then sums over the groups
-            spread = [ops.new(sizes[0], width), ops.new(sizes[0] // shape.head_dim * shape.value_dim, width)]
+            spread = [
+                ops.new(sizes[0], itemsize),
+                ops.new(sizes[0] // shape.head_dim * shape.value_dim, itemsize),
+            ]
             del spread
         del sums, delta
         return tuple(gradients)
 
-    out = ops.new(sizes[0] // shape.head_dim * shape.value_dim, width)
+    out = ops.new(sizes[0] // shape.head_dim * shape.value_dim, itemsize)
     row_sums = ops.new(statistic, FLOAT)
     out.node = ops.tape.node((q, k, v), fn, (q, k, v, out, row_sums))
     return out
@@ -146,50 +149,52 @@ def _fused(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, *, grouped: 
 
 def _by_blocks(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads) -> Tensor:
     """Replay our CPU bfloat16 code (``training/fused/cpu_attention.py``), a sample and a block at a time."""
-    numel, shared, width = q.numel, k.numel, q.width
+    numel, shared, itemsize = q.numel, k.numel, q.itemsize
     statistic = shape.rows * shape.heads * shape.length
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        product = ops.new(numel, width)
+        product = ops.new(numel, itemsize)
         less = ops.new(statistic, FLOAT)
         del product
-        taken = [ops.new(EXTRA_COLUMNS * statistic, width) for _ in range(2)]
-        gradients = [ops.new(size, width) for size in (numel, shared, shared)]
-        _sample_backward(ops, numel // shape.rows, shared // shape.rows, width, shape)
+        taken = [ops.new(EXTRA_COLUMNS * statistic, itemsize) for _ in range(2)]
+        gradients = [ops.new(size, itemsize) for size in (numel, shared, shared)]
+        _sample_backward(ops, numel // shape.rows, shared // shape.rows, itemsize, shape)
         del less, taken
         return tuple(gradients)
 
-    out = ops.new(numel, width)
+    out = ops.new(numel, itemsize)
     log_sums = ops.new(statistic, FLOAT)
-    one, other = (ops.new(numel // shape.rows, width) for _ in range(2))
+    one, other = (ops.new(numel // shape.rows, itemsize) for _ in range(2))
     del one, other
     out.node = ops.tape.node((q, k, v), fn, (q, k, v, out, log_sums))
     return out
 
 
-def _sample_backward(ops: Ops, numel: int, shared: int, width: int, shape: Heads) -> None:
+def _sample_backward(ops: Ops, numel: int, shared: int, itemsize: int, shape: Heads) -> None:
     """Replay the temporary tensors in the backward of one sample."""
     heads, tokens = shape.heads, numel // shape.head_dim // shape.heads
     rows, shared_rows = heads * tokens, shared // shape.head_dim
     laid_out = [
-        ops.new(count * (shape.head_dim + EXTRA_COLUMNS), width)
+        ops.new(count * (shape.head_dim + EXTRA_COLUMNS), itemsize)
         for count in (rows, shared_rows, shared_rows, rows)
     ]
-    laid_out.append(ops.new(shared, width))  # keys without the storage they share
-    sums = [ops.new(shared, width) for _ in range(2)] if tokens > ATTENTION_BLOCK_ROWS else []
+    laid_out.append(ops.new(shared, itemsize))  # keys without the storage they share
+    sums = [ops.new(shared, itemsize) for _ in range(2)] if tokens > ATTENTION_BLOCK_ROWS else []
     for start in range(0, tokens, ATTENTION_BLOCK_ROWS):
         end = min(start + ATTENTION_BLOCK_ROWS, tokens)
         block, seen = (end - start) * heads, shared // tokens * end
         # One block covers all queries, without a copy.
-        copies = [ops.new(block * (shape.head_dim + EXTRA_COLUMNS), width) for _ in range(2)] if sums else []
+        copies = (
+            [ops.new(block * (shape.head_dim + EXTRA_COLUMNS), itemsize) for _ in range(2)] if sums else []
+        )
         with ops.meter.attribute_to("scores"):
-            weights = ops.new(block * end, width)
-            triangle = ops.new(block * (end - start), width) if start else None
+            weights = ops.new(block * end, itemsize)
+            triangle = ops.new(block * (end - start), itemsize) if start else None
             del triangle
-        v_gradient = ops.new(seen, width)
+        v_gradient = ops.new(seen, itemsize)
         with ops.meter.attribute_to("scores"):
-            scores = ops.new(block * end, width)
-        q_gradient, k_gradient = ops.new(block * shape.head_dim, width), ops.new(seen, width)
+            scores = ops.new(block * end, itemsize)
+        q_gradient, k_gradient = ops.new(block * shape.head_dim, itemsize), ops.new(seen, itemsize)
         del v_gradient, q_gradient, k_gradient, weights, scores, copies
     del laid_out, sums
 
@@ -200,7 +205,7 @@ def _written_out(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, *, mat
     SDPA's fallback computes in float32 (``_scaled_dot_product_attention_math``); transformers' eager
     attention uses float32 for the softmax only.
     """
-    scores, width, numel = shape.scores, q.width, q.numel // shape.head_dim * shape.value_dim
+    scores, itemsize, numel = shape.scores, q.itemsize, q.numel // shape.head_dim * shape.value_dim
     if math:
         q, k, v = (ops.cast(tensor, FLOAT) for tensor in (q, k, v))
         q, k = ops.times_number(q), ops.times_number(k)
@@ -217,8 +222,8 @@ def _written_out(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, *, mat
         if shape.softcap:
             weights = ops.times_number(ops.activation(ops.times_number(weights), "tanh"))
         weights = _masked(ops, weights)
-        weights = ops.cast(_softmax(ops, weights, FLOAT), q.width)
-    out = ops.cast(_product(ops, weights, _broadcast(ops, v, shape) if math else v, numel), width)
+        weights = ops.cast(_softmax(ops, weights, FLOAT), q.itemsize)
+    out = ops.cast(_product(ops, weights, _broadcast(ops, v, shape) if math else v, numel), itemsize)
     if not math:
         ops.returned_extra = weights
     # (rows, heads, length, dim) becomes (rows, length, heads × dim): a copy.
@@ -244,7 +249,7 @@ def _eager_attention(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads) ->
     del halves
     # cat's backward hands out views of the gradient.
     node = ops.tape.node(parts, lambda grad, saved: (grad.view(None), grad.view(None)))
-    out = ops.new(parts[0].numel + parts[1].numel, q.width)
+    out = ops.new(parts[0].numel + parts[1].numel, q.itemsize)
     out.node = node
     return out
 
@@ -255,16 +260,16 @@ def _other_samples_unfused(ops: Ops, one: Heads, samples: int, q: Tensor, k: Ten
     Samples are equal and run one after another, so the peak is in the last one's forward and in its backward,
     which is the first.
     """
-    width, sizes = q.width, (q.numel, k.numel, v.numel)
+    itemsize, sizes = q.itemsize, (q.numel, k.numel, v.numel)
     saved_tensors = _saved_unfused(ops, one, samples, q, k, v)
     held: list[Tensor | None] = [None] * len(saved_tensors)
     if ops.tape.mode[0] != "first":  # a layer that will be recomputed saves nothing
         held = [ops.new(size * samples, 1, item) for item, size in saved_tensors.items()]
     shared = (q,) if one.heads != one.kv_heads else (q, k, v)  # repeated heads are copies
     node = ops.tape.node(
-        (q, k, v), lambda grad, saved: tuple(ops.new(size, width) for size in sizes), (*shared, *held)
+        (q, k, v), lambda grad, saved: tuple(ops.new(size, itemsize) for size in sizes), (*shared, *held)
     )
-    out = ops.new(q.numel // one.head_dim * one.value_dim, width)
+    out = ops.new(q.numel // one.head_dim * one.value_dim, itemsize)
     out.node = node
     return out
 
@@ -275,7 +280,7 @@ def _saved_unfused(ops: Ops, one: Heads, samples: int, q: Tensor, k: Tensor, v: 
     separate_ops.meter = AllocationMeter()
     separate_ops.tape = Tape(separate_ops.meter)
     leaf, nothing = separate_ops.tape.leaf(), Storage(separate_ops.meter, 0)
-    inputs = [Tensor(nothing, x.numel // samples, x.width, leaf) for x in (q, k, v)]
+    inputs = [Tensor(nothing, x.numel // samples, x.itemsize, leaf) for x in (q, k, v)]
     out = _unfused_attention(separate_ops, one, *inputs)
     out.storage.reattribute("output")
     return {item: size for item, size in separate_ops.meter.live_items.items() if size and item != "output"}
@@ -283,7 +288,7 @@ def _saved_unfused(ops: Ops, one: Heads, samples: int, q: Tensor, k: Tensor, v: 
 
 def _unfused_attention(ops: Ops, shape: Heads, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Replay the attention of one sample."""
-    width, scores = q.width, shape.scores
+    itemsize, scores = q.itemsize, shape.scores
     k, v = _repeat(ops, k, shape), _repeat(ops, v, shape)
     with ops.meter.attribute_to("scores"):
         allowed = ops.new(shape.length * shape.length, 1)
@@ -291,15 +296,15 @@ def _unfused_attention(ops: Ops, shape: Heads, q: Tensor, k: Tensor, v: Tensor) 
         if shape.softcap:
             weights = ops.times_number(ops.activation(ops.times_number(weights), "tanh"))
         mask = ops.new(shape.length * shape.length, 1)
-        node = ops.tape.node((weights,), lambda grad, saved: (ops.new(scores, width),), (mask,))
-        weights = ops.new(scores, width)
+        node = ops.tape.node((weights,), lambda grad, saved: (ops.new(scores, itemsize),), (mask,))
+        weights = ops.new(scores, itemsize)
         weights.node = node
         if shape.sinks:
             column = shape.rows * shape.heads * shape.length
             node = ops.tape.node((weights,), lambda grad, saved: (grad.view(None),))
-            weights = ops.new(scores + column, width)
+            weights = ops.new(scores + column, itemsize)
             weights.node = node
-        weights = ops.cast(_softmax(ops, weights, FLOAT), width)
+        weights = ops.cast(_softmax(ops, weights, FLOAT), itemsize)
         if shape.sinks:
             weights = ops.slice(weights, scores)
     out = _product(ops, weights, v, q.numel // shape.head_dim * shape.value_dim)
@@ -308,13 +313,13 @@ def _unfused_attention(ops: Ops, shape: Heads, q: Tensor, k: Tensor, v: Tensor) 
 
 
 def _product(ops: Ops, a: Tensor, b: Tensor, numel: int) -> Tensor:
-    sizes, width = (a.numel, b.numel), a.width
+    sizes, itemsize = (a.numel, b.numel), a.itemsize
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        return (ops.new(sizes[0], width), ops.new(sizes[1], width))
+        return (ops.new(sizes[0], itemsize), ops.new(sizes[1], itemsize))
 
     node = ops.tape.node((a, b), fn, (a, b))
-    out = ops.new(numel, width)
+    out = ops.new(numel, itemsize)
     out.node = node
     return out
 
@@ -322,24 +327,24 @@ def _product(ops: Ops, a: Tensor, b: Tensor, numel: int) -> Tensor:
 def _masked(ops: Ops, x: Tensor) -> Tensor:
     """Replay ``scores + mask``: a sum with a tensor that needs no gradient."""
     node = ops.tape.node((x,), lambda grad, saved: (grad,))
-    out = ops.new(x.numel, x.width)
+    out = ops.new(x.numel, x.itemsize)
     out.node = node
     return out
 
 
-def _softmax(ops: Ops, x: Tensor, width: int) -> Tensor:
+def _softmax(ops: Ops, x: Tensor, itemsize: int) -> Tensor:
     """Replay ``softmax(x, dtype=…)``: saves its result. A GPU widens in the kernel, a CPU copies first."""
     if not (ops.float16 and ops.device == "cuda"):  # only Half is widened inside the kernel
-        x = ops.cast(x, width)
-    numel, back = x.numel, x.width
+        x = ops.cast(x, itemsize)
+    numel, back = x.numel, x.itemsize
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
         # softmax_backward_cuda_out makes grad * output first (aten/src/ATen/native/cuda/SoftMax.cu).
         gradient = ops.new(numel, back)
-        product = ops.new(numel, width) if ops.device == "cuda" else None
+        product = ops.new(numel, itemsize) if ops.device == "cuda" else None
         del product
         return (gradient,)
 
-    out = ops.new(numel, width)
+    out = ops.new(numel, itemsize)
     out.node = ops.tape.node((x,), fn, (out,))
     return out

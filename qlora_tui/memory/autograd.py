@@ -89,14 +89,14 @@ class Storage:
 
 
 class Tensor:
-    """A number of elements of one width (bytes) in a storage; tensors that share a storage are views."""
+    """A number of elements of ``itemsize`` bytes in a storage; tensors that share a storage are views."""
 
-    __slots__ = ("node", "numel", "storage", "width")
+    __slots__ = ("itemsize", "node", "numel", "storage")
 
-    def __init__(self, storage: Storage, numel: int, width: int, node: Node | None = None) -> None:
+    def __init__(self, storage: Storage, numel: int, itemsize: int, node: Node | None = None) -> None:
         self.storage = storage
         self.numel = numel
-        self.width = width
+        self.itemsize = itemsize
         self.node = node
 
     @property
@@ -106,7 +106,7 @@ class Tensor:
 
     def view(self, node: Node | None) -> Tensor:
         """Return a view of the storage with another node."""
-        return Tensor(self.storage, self.numel, self.width, node)
+        return Tensor(self.storage, self.numel, self.itemsize, node)
 
 
 Grads = tuple[Tensor | None, ...]
@@ -277,7 +277,7 @@ def backward(tape: Tape, root: Node, seed: Tensor, retained: list[Storage] | Non
                 heapq.heappush(heap, parent)
             elif _shared(_counts(there)):  # in place only if there is no other reference (input_buffer.cpp)
                 buffers[parent.sequence] = Tensor(
-                    Storage(meter, there.numel * there.width), there.numel, there.width
+                    Storage(meter, there.numel * there.itemsize), there.numel, there.itemsize
                 )
             del output, there
         meter.item = before

@@ -11,7 +11,7 @@ def layer_norm(ops: Ops, x: Tensor) -> Tensor:
 
     The deviation is computed twice and saved twice, by the square and by the product.
     """
-    start = x.width
+    start = x.itemsize
     wide = ops.cast(x, FLOAT)
     del x
     mean = _mean(ops, wide)
@@ -26,10 +26,10 @@ def layer_norm(ops: Ops, x: Tensor) -> Tensor:
 
 def rotate(ops: Ops, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Replay the rotary positions: query and key are both rotated in float32 before either is cast back."""
-    width = query.width
+    itemsize = query.itemsize
     query, key = ops.cast(query, FLOAT), ops.cast(key, FLOAT)
     turned, key_turned = ops.rotate(query), ops.rotate(key)
-    return ops.cast(turned, width), ops.cast(key_turned, width)
+    return ops.cast(turned, itemsize), ops.cast(key_turned, itemsize)
 
 
 def _mean(ops: Ops, x: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class DecoderLayer:
     gated: bool
     intermediate: int
     hidden: int
-    norm_width: int
+    norm_itemsize: int
     """Bytes per element of the norms' weights."""
     kernel: Kernel
     rotary: float = 1.0
@@ -119,16 +119,18 @@ def norm(ops: Ops, block: DecoderLayer, x: Tensor) -> Tensor:
     if block.norm == "cohere":
         return cohere.layer_norm(ops, x)
     if block.norm == "layer":
-        return ops.layer_norm(x, weight=block.norm_width)
+        return ops.layer_norm(x, weight=block.norm_itemsize)
     if ops.fused:
         return unsloth_kernels.rms_norm(ops, x)
-    return ops.rms_norm(x, weight=block.norm_width, scale_in_float=block.norm == "float")
+    return ops.rms_norm(x, weight=block.norm_itemsize, scale_in_float=block.norm == "float")
 
 
 def _attention(ops: Ops, block: DecoderLayer, hidden_states: Tensor) -> Tensor:
     if block.find("attention", "kv_b_proj"):
         linears = {module.name: module for module in block.linears if module.part == "attention"}
-        attended = latent_attention(ops, linears, block.heads, block.kernel, hidden_states, block.norm_width)
+        attended = latent_attention(
+            ops, linears, block.heads, block.kernel, hidden_states, block.norm_itemsize
+        )
         return linear(ops, attended, linears["o_proj"])
     query, key, value = _project(ops, block, hidden_states)
     if block.norm == "cohere":

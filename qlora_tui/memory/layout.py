@@ -163,7 +163,7 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
                 gated=architecture.gated,
                 intermediate=architecture.intermediate_size or 0,
                 hidden=architecture.hidden_size,
-                norm_width=4
+                norm_itemsize=4
                 if execution.cast_to_float32 or execution.norms_float32
                 else execution.compute_itemsize,
                 kernel=_kernel(architecture, execution),

@@ -18,18 +18,18 @@ def linear(ops: Ops, x: Tensor, module: Linear) -> Tensor:
     result = base(ops, x, module)
     if module.method in ("nf4", "fp4"):
         result = ops.copy(result)  # peft/tuners/lora/bnb.py clones the 4-bit result
-    out_width = result.width
+    out_itemsize = result.itemsize
     if module.dora:
-        return ops.cast(_dora(ops, x, result, module), out_width)
+        return ops.cast(_dora(ops, x, result, module), out_itemsize)
     # peft binds the cast input to a name that lives until the end of its forward.
     entered = _entered(ops, x, module)
     update = _adapter(ops, entered, module)
     if module.method != "none" and not ops.autocast:
-        update = ops.cast(update, out_width)
+        update = ops.cast(update, out_itemsize)
     result = ops.add(result, update)
     if module.method == "none":
         del update  # a temporary value in peft's layer.py; bnb.py gives it a name
-    return ops.cast(result, out_width)
+    return ops.cast(result, out_itemsize)
 
 
 def group(ops: Ops, x: Tensor, *modules: Linear | None) -> dict[str, Tensor]:
@@ -62,39 +62,39 @@ def _rows(x: Tensor, module: Linear) -> int:
     return x.numel // module.inputs
 
 
-def _dense(ops: Ops, x: Tensor, module: Linear, width: int) -> Tensor:
+def _dense(ops: Ops, x: Tensor, module: Linear, itemsize: int) -> Tensor:
     """Replay ``F.linear`` with a frozen weight: the backward needs only the weight."""
     if ops.autocast:
         x = ops.cast(x, ops.compute)
-        width = ops.compute
+        itemsize = ops.compute
     numel = x.numel
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        return (ops.new(numel, width),)
+        return (ops.new(numel, itemsize),)
 
     node = ops.tape.node((x,), fn, (None,))
-    out = ops.new(_rows(x, module) * module.outputs, max(width, x.width))
+    out = ops.new(_rows(x, module) * module.outputs, max(itemsize, x.itemsize))
     out.node = node
     return out
 
 
 def _four_bit(ops: Ops, x: Tensor, module: Linear) -> Tensor:
     """Replay ``Linear4bit.forward``: input to the compute dtype, product, result to the input's dtype."""
-    entered = x.width
+    entered = x.itemsize
     x = ops.cast(x, ops.compute)
-    numel, width = x.numel, ops.compute
+    numel, itemsize = x.numel, ops.compute
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
         # MatMul4Bit.backward: dequantize the whole weight, then grad @ weight.
-        weight = ops.dequantized(module, grad.width)
-        gradient = ops.new(numel, width)
+        weight = ops.dequantized(module, grad.itemsize)
+        gradient = ops.new(numel, itemsize)
         del weight
         return (gradient,)
 
     # The packed weight is a plain attribute: the checkpoint packs nothing.
     node = ops.tape.node((x,), fn)
     workspace = ops.dequantized(module, ops.compute)
-    out = ops.new(_rows(x, module) * module.outputs, width)
+    out = ops.new(_rows(x, module) * module.outputs, itemsize)
     del workspace
     out.node = node
     return ops.cast(out, entered)
@@ -105,19 +105,19 @@ def _eight_bit(ops: Ops, x: Tensor, module: Linear) -> Tensor:
 
     Checkpointing cannot drop it, and it lives as long as the loss, which holds the graph.
     """
-    numel, width = x.numel, x.width
+    numel, itemsize = x.numel, x.itemsize
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        weight = ops.dequantized(module, width)
-        gradient = ops.new(numel, width)
+        weight = ops.dequantized(module, itemsize)
+        gradient = ops.new(numel, itemsize)
         del weight
         return (gradient,)
 
     node = ops.tape.node((x,), fn)
     out_numel = _rows(x, module) * module.outputs
     if ops.device == "cpu":  # MatMul8bitFp: dequantize, then F.linear
-        workspace = ops.dequantized(module, width)
-        out = ops.new(out_numel, width)
+        workspace = ops.dequantized(module, itemsize)
+        out = ops.new(out_numel, itemsize)
         del workspace
     else:
         half = None if ops.float16 else ops.new(numel, 2)
@@ -126,7 +126,7 @@ def _eight_bit(ops: Ops, x: Tensor, module: Linear) -> Tensor:
         # int32, then float16 from the kernel, then the input's dtype (int8_mm_dequant).
         product = ops.new(out_numel, FLOAT)
         narrow = None if ops.float16 else ops.new(out_numel, 2)
-        out = ops.new(out_numel, width)
+        out = ops.new(out_numel, itemsize)
         del product, narrow, rows
     out.node = node
     if node is not None:
@@ -150,33 +150,33 @@ def _adapter(ops: Ops, x: Tensor, module: Linear) -> Tensor:
         x = _dropout(ops, x)
         if ops.autocast:
             x = ops.cast(x, ops.compute)
-    rows, width = _rows(x, module), (ops.compute if ops.autocast else ops.adapter)
-    thin = _trained(ops, x, module.inputs, module.rank, rows, width)
+    rows, itemsize = _rows(x, module), (ops.compute if ops.autocast else ops.adapter)
+    thin = _trained(ops, x, module.inputs, module.rank, rows, itemsize)
     del x
-    wide = _trained(ops, thin, module.rank, module.outputs, rows, width)
+    wide = _trained(ops, thin, module.rank, module.outputs, rows, itemsize)
     del thin
     return ops.times_number(wide)
 
 
-def _trained(ops: Ops, x: Tensor, inputs: int, outputs: int, rows: int, width: int) -> Tensor:
+def _trained(ops: Ops, x: Tensor, inputs: int, outputs: int, rows: int, itemsize: int) -> Tensor:
     """Replay a linear layer with a trained weight: saves its input, and computes the weight's gradient."""
     numel, weights, adapter, needs = x.numel, inputs * outputs, ops.adapter, x.needs_grad
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        toward_input = ops.new(numel, width) if needs else None
+        toward_input = ops.new(numel, itemsize) if needs else None
         with ops.meter.attribute_to("gradients"):
-            gradient = ops.new(weights, width)
+            gradient = ops.new(weights, itemsize)
             # Under autocast the weight was cast, and its gradient is cast back.
-            toward_weight = gradient if width == adapter else ops.new(weights, adapter)
+            toward_weight = gradient if itemsize == adapter else ops.new(weights, adapter)
         return (toward_input, toward_weight)
 
     weight = Tensor(x.storage, 0, adapter, ops.tape.leaf())
     cast = None
-    if width != adapter:  # the product saves autocast's copy
+    if itemsize != adapter:  # the product saves autocast's copy
         with ops.meter.attribute_to("adapter"):
-            cast = ops.new(weights, width)
+            cast = ops.new(weights, itemsize)
     node = ops.tape.node((x, weight), fn, (x, cast))
-    out = ops.new(rows * outputs, width)
+    out = ops.new(rows * outputs, itemsize)
     out.node = node
     return out
 
@@ -185,16 +185,16 @@ def _dropout(ops: Ops, x: Tensor) -> Tensor:
     """Replay ``nn.Dropout``: CUDA's fused kernel saves a one-byte mask; a CPU multiplies by float noise."""
     if not ops.dropout:
         return x
-    numel, width = x.numel, x.width
+    numel, itemsize = x.numel, x.itemsize
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        return (ops.new(numel, width),)
+        return (ops.new(numel, itemsize),)
 
     with ops.meter.attribute_to("dropout"):
-        mask = ops.new(numel, 1 if ops.device == "cuda" else width)
+        mask = ops.new(numel, 1 if ops.device == "cuda" else itemsize)
     node = ops.tape.node((x,), fn, (mask,))
     with ops.meter.attribute_to("dropout"):
-        out = ops.new(numel, width)
+        out = ops.new(numel, itemsize)
     out.node = node
     return out
 
@@ -214,12 +214,12 @@ def _dora(ops: Ops, x: Tensor, result: Tensor, module: Linear) -> Tensor:
 
 
 def _times_magnitude(ops: Ops, x: Tensor, module: Linear) -> Tensor:
-    numel, width = x.numel, max(x.width, FLOAT)
+    numel, itemsize = x.numel, max(x.itemsize, FLOAT)
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        return (ops.new(numel, width),)
+        return (ops.new(numel, itemsize),)
 
     node = ops.tape.node((x,), fn, (x,))
-    out = ops.new(numel, width)
+    out = ops.new(numel, itemsize)
     out.node = node
     return out

@@ -10,18 +10,18 @@ from qlora_tui.memory.ops import FLOAT, Ops
 
 
 def head_and_loss(
-    ops: Ops, layout: Layout, execution: ExecutionConfig, hidden: Tensor, width: int
+    ops: Ops, layout: Layout, execution: ExecutionConfig, hidden: Tensor, itemsize: int
 ) -> tuple[Tensor, list[Tensor]]:
     """Replay head and loss; return the scalar loss, and what the caller still holds (logits)."""
     if execution.loss == "chunked":
-        return _chunked(ops, layout, execution, hidden, width), []
+        return _chunked(ops, layout, execution, hidden, itemsize), []
     if execution.loss == "liger":
-        return _liger(ops, layout, execution, hidden, width), []
+        return _liger(ops, layout, execution, hidden, itemsize), []
     if execution.loss == "trl_chunked":
         return trl_loss.chunked(ops, layout, hidden), []
     if execution.loss == "trl_tiled":
         return trl_loss.tiled(ops, layout, hidden), []
-    logits = _head(ops, layout, hidden, layout.tokens, width)
+    logits = _head(ops, layout, hidden, layout.tokens, itemsize)
     with ops.meter.attribute_to("logits"):
         wide = logits if layout.loss_code == "narrow" else ops.cast(logits, FLOAT)
         if layout.loss_code == "rebound":
@@ -34,21 +34,21 @@ def head_and_loss(
         return loss, [logits] if execution.logits_alive_in_backward else []
 
 
-def _head(ops: Ops, layout: Layout, hidden: Tensor, rows: int, width: int) -> Tensor:
+def _head(ops: Ops, layout: Layout, hidden: Tensor, rows: int, itemsize: int) -> Tensor:
     """Replay ``lm_head(hidden)`` and the family's operations on the logits."""
     numel, weight = rows * layout.hidden, None
     if ops.autocast:
-        if width != ops.compute:  # a weight in float32, which the product saves in autocast's dtype
+        if itemsize != ops.compute:  # a weight in float32, which the product saves in autocast's dtype
             weight = ops.new(layout.vocabulary * layout.hidden, ops.compute, "head")
-        width = ops.compute
-        hidden = ops.cast(hidden, width)
+        itemsize = ops.compute
+        hidden = ops.cast(hidden, itemsize)
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        return (ops.new(numel, width),)
+        return (ops.new(numel, itemsize),)
 
     with ops.meter.attribute_to("logits"):
         node = ops.tape.node((hidden,), fn, (weight,))
-        logits = ops.new(rows * layout.vocabulary, width)
+        logits = ops.new(rows * layout.vocabulary, itemsize)
         logits.node = node
         if layout.logit_scale:
             logits = ops.times_number(logits)
@@ -61,15 +61,15 @@ def _head(ops: Ops, layout: Layout, hidden: Tensor, rows: int, width: int) -> Te
 
 def _cross_entropy(ops: Ops, logits: Tensor) -> Tensor:
     """Replay log-softmax (saved) and the gradients of both its steps: three tensors at the peak."""
-    numel, width = logits.numel, logits.width
+    numel, itemsize = logits.numel, logits.itemsize
 
     def softmax_grad(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        return (ops.new(numel, width),)
+        return (ops.new(numel, itemsize),)
 
     def pick_grad(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        return (ops.new(numel, width),)
+        return (ops.new(numel, itemsize),)
 
-    likely = ops.new(numel, width)
+    likely = ops.new(numel, itemsize)
     likely.node = ops.tape.node((logits,), softmax_grad, (likely,))
     node = ops.tape.node((likely,), pick_grad, (likely,))
     loss = ops.new(1, FLOAT)
@@ -77,7 +77,7 @@ def _cross_entropy(ops: Ops, logits: Tensor) -> Tensor:
     return loss
 
 
-def _chunked(ops: Ops, layout: Layout, execution: ExecutionConfig, hidden: Tensor, width: int) -> Tensor:
+def _chunked(ops: Ops, layout: Layout, execution: ExecutionConfig, hidden: Tensor, itemsize: int) -> Tensor:
     """Replay our loss (``training/chunked_loss.py``), with every token in the loss: the worst case.
 
     The positions in the loss are copied out; their gradient is computed one chunk of logits at a time, in
@@ -85,25 +85,25 @@ def _chunked(ops: Ops, layout: Layout, execution: ExecutionConfig, hidden: Tenso
     """
     rows = min(LOSS_CHUNK_ROWS, layout.tokens)
     numel, chunk, item = hidden.numel, rows * layout.vocabulary, "hidden_gradient"
-    itemsize = FLOAT if execution.float16 else width
+    gradient_itemsize = FLOAT if execution.float16 else itemsize
 
     def scaled(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        gradient = ops.new(numel, itemsize)
-        return (gradient if itemsize == width else ops.new(numel, width),)
+        gradient = ops.new(numel, gradient_itemsize)
+        return (gradient if gradient_itemsize == itemsize else ops.new(numel, itemsize),)
 
     with ops.meter.attribute_to(item):
-        states = _states_in_loss(ops, hidden, width)
-        hidden_gradient = ops.new(numel, itemsize)
+        states = _states_in_loss(ops, hidden, itemsize)
+        hidden_gradient = ops.new(numel, gradient_itemsize)
         row_gradients = ops.new(layout.token_rows * layout.hidden, FLOAT)
     with ops.meter.attribute_to("logits"):
-        values = ops.new(layout.token_rows * layout.hidden, width) if width != FLOAT else None
-        logits = ops.new(chunk, width)
+        values = ops.new(layout.token_rows * layout.hidden, itemsize) if itemsize != FLOAT else None
+        logits = ops.new(chunk, itemsize)
         own = ops.new(rows * layout.token_rows, FLOAT)
         block = _logits_gradient(
-            ops, layout, min(LOSS_BLOCK_ROWS[execution.device], rows) * layout.vocabulary, width
+            ops, layout, min(LOSS_BLOCK_ROWS[execution.device], rows) * layout.vocabulary, itemsize
         )
         del block
-        product = ops.new(rows * layout.hidden, width)
+        product = ops.new(rows * layout.hidden, itemsize)
         del product, own, logits, values
     with ops.meter.attribute_to(item):
         node = ops.tape.node((states,), scaled, (hidden_gradient, row_gradients))
@@ -112,24 +112,24 @@ def _chunked(ops: Ops, layout: Layout, execution: ExecutionConfig, hidden: Tenso
     return loss
 
 
-def _states_in_loss(ops: Ops, hidden: Tensor, width: int) -> Tensor:
+def _states_in_loss(ops: Ops, hidden: Tensor, itemsize: int) -> Tensor:
     """Replay the selection of the hidden states at the positions in the loss, as a copy."""
     numel = hidden.numel
 
     def spread(grad: Tensor, saved: list[Tensor | None]) -> Grads:
         # The gradient of a masked index is a full tensor of zeros with the rows filled in.
-        return (ops.new(numel, width),)
+        return (ops.new(numel, itemsize),)
 
     cut = hidden.view(ops.tape.node((hidden,), spread))
     node = ops.tape.node((cut,), spread, (None,))
-    states = ops.new(numel, width)
+    states = ops.new(numel, itemsize)
     states.node = node
     return states
 
 
-def _logits_gradient(ops: Ops, layout: Layout, numel: int, width: int) -> Tensor:
+def _logits_gradient(ops: Ops, layout: Layout, numel: int, itemsize: int) -> Tensor:
     """Replay the gradient of a block of logits, in float32 like all intermediate values."""
-    logits, capped = ops.new(numel, FLOAT) if width != FLOAT else None, None
+    logits, capped = ops.new(numel, FLOAT) if itemsize != FLOAT else None, None
     if layout.logit_scale:
         logits = ops.new(numel, FLOAT)
     if layout.softcap:
@@ -140,7 +140,7 @@ def _logits_gradient(ops: Ops, layout: Layout, numel: int, width: int) -> Tensor
     return likely
 
 
-def _liger(ops: Ops, layout: Layout, execution: ExecutionConfig, hidden: Tensor, width: int) -> Tensor:
+def _liger(ops: Ops, layout: Layout, execution: ExecutionConfig, hidden: Tensor, itemsize: int) -> Tensor:
     """Replay Liger's fused linear cross-entropy: chunks of ``tokens / ceil(vocabulary / hidden)`` rows.
 
     Our trainer passes it the positions in the loss: in the worst case, all of them.
@@ -148,12 +148,12 @@ def _liger(ops: Ops, layout: Layout, execution: ExecutionConfig, hidden: Tensor,
     rows = liger_rows(layout.tokens, layout.hidden, layout.vocabulary)
     numel = hidden.numel
     with ops.meter.attribute_to("hidden_gradient"):
-        states = _states_in_loss(ops, hidden, width) if execution.own_fused else hidden
+        states = _states_in_loss(ops, hidden, itemsize) if execution.own_fused else hidden
         if execution.own_fused and layout.logit_scale:
             states = ops.times_number(states)
-        hidden_gradient = ops.new(numel, width)
+        hidden_gradient = ops.new(numel, itemsize)
     with ops.meter.attribute_to("logits"):
-        logits = ops.new(rows * layout.vocabulary, width)
+        logits = ops.new(rows * layout.vocabulary, itemsize)
         del logits
     # Multiplied by the gradient of the loss in place (element_mul_kernel).
     node = ops.tape.node((states,), lambda grad, saved: (saved[0],), (hidden_gradient,))

@@ -11,17 +11,22 @@ from qlora_tui.memory.ops import FLOAT, Linear, Ops
 
 
 def latent_attention(
-    ops: Ops, linears: dict[str, Linear], shape: Heads, kernel: Kernel, hidden_states: Tensor, norm_width: int
+    ops: Ops,
+    linears: dict[str, Linear],
+    shape: Heads,
+    kernel: Kernel,
+    hidden_states: Tensor,
+    norm_itemsize: int,
 ) -> Tensor:
     """Compute the attention output before the output projection."""
     down, up = linears["kv_a_proj_with_mqa"], linears["kv_b_proj"]
     heads, tokens = shape.heads, ops.tokens
     value_dim = linears["o_proj"].inputs // heads
     rope = down.outputs - up.inputs
-    query = _queries(ops, linears, hidden_states, norm_width)
+    query = _queries(ops, linears, hidden_states, norm_itemsize)
     head_dim = query.numel // tokens // heads
     compressed = linear(ops, hidden_states, down)
-    latent = ops.rms_norm(ops.slice(compressed, tokens * up.inputs), weight=norm_width)
+    latent = ops.rms_norm(ops.slice(compressed, tokens * up.inputs), weight=norm_itemsize)
     turned = _turned(ops, ops.slice(query, tokens * heads * rope))
     key_turned = _turned(ops, ops.slice(compressed, tokens * rope))
     del compressed
@@ -39,23 +44,25 @@ def latent_attention(
     return attend(ops, query, key, value, own, kernel)
 
 
-def _queries(ops: Ops, linears: dict[str, Linear], x: Tensor, norm_width: int) -> Tensor:
+def _queries(ops: Ops, linears: dict[str, Linear], x: Tensor, norm_itemsize: int) -> Tensor:
     """Replay the query projection, or two with a norm between."""
     if "q_proj" in linears:
         return linear(ops, x, linears["q_proj"])
-    narrow = ops.rms_norm(linear(ops, x, linears["q_a_proj"]), weight=norm_width)
+    narrow = ops.rms_norm(linear(ops, x, linears["q_a_proj"]), weight=norm_itemsize)
     return linear(ops, narrow, linears["q_b_proj"])
 
 
 def _turned(ops: Ops, x: Tensor) -> Tensor:
     """Replay rotary positions as a product of complex numbers, in float32."""
-    return ops.cast(ops.scale(ops.cast(x, FLOAT)), x.width)
+    return ops.cast(ops.scale(ops.cast(x, FLOAT)), x.itemsize)
 
 
 def _filled(ops: Ops, numel: int, *parts: Tensor) -> Tensor:
     """Replay a tensor assembled from parts; each takes a copy of its share of the gradient."""
-    sizes = [(part.numel, part.width) for part in parts]
-    node = ops.tape.node(parts, lambda grad, saved: tuple(ops.new(count, width) for count, width in sizes))
-    out = ops.new(numel, parts[0].width)
+    sizes = [(part.numel, part.itemsize) for part in parts]
+    node = ops.tape.node(
+        parts, lambda grad, saved: tuple(ops.new(count, itemsize) for count, itemsize in sizes)
+    )
+    out = ops.new(numel, parts[0].itemsize)
     out.node = node
     return out

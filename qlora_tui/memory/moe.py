@@ -43,9 +43,9 @@ def mixture(ops: Ops, config: Mixture, x: Tensor) -> Tensor:
 
 def _route(ops: Ops, config: Mixture, x: Tensor) -> Tensor:
     """Replay router logits, their softmax in float32 (saved), and the chosen weights."""
-    tokens, numel, width = ops.tokens, x.numel, x.width
-    logits = ops.new(tokens * config.experts, width)
-    logits.node = ops.tape.node((x,), lambda grad, saved: (ops.new(numel, width),), (None,))
+    tokens, numel, itemsize = ops.tokens, x.numel, x.itemsize
+    logits = ops.new(tokens * config.experts, itemsize)
+    logits.node = ops.tape.node((x,), lambda grad, saved: (ops.new(numel, itemsize),), (None,))
     wide = ops.cast(logits, FLOAT)
     likely = ops.activation(wide, "tanh")  # softmax: saves its result
     del wide
@@ -53,25 +53,25 @@ def _route(ops: Ops, config: Mixture, x: Tensor) -> Tensor:
     node = ops.tape.node((likely,), lambda grad, saved: (ops.new(every, FLOAT),))
     chosen = ops.new(tokens * config.per_token, FLOAT)
     chosen.node = node
-    return chosen if config.wide_weights else ops.cast(chosen, width)
+    return chosen if config.wide_weights else ops.cast(chosen, itemsize)
 
 
 def _grouped(ops: Ops, config: Mixture, x: Tensor, weights: Tensor) -> Tensor:
     slots = ops.tokens * config.per_token
-    tokens, width = ops.tokens, x.width
+    tokens, itemsize = ops.tokens, x.itemsize
     # The gathered rows, and gpt-oss's biases per row, stay bound to names until the function ends.
     gathered = _index(ops, x, slots * config.hidden)
-    bias = ops.new(slots * 2 * config.intermediate, width) if config.clamped else None
+    bias = ops.new(slots * 2 * config.intermediate, itemsize) if config.clamped else None
     both = _product(ops, gathered, slots, config.hidden, 2 * config.intermediate)
     inner = _clamped(ops, both, config) if config.clamped else _gate(ops, both, config)
     del both
     if bias:
-        bias = ops.new(slots * config.hidden, width)
+        bias = ops.new(slots * config.hidden, itemsize)
     out = _product(ops, inner, slots, config.intermediate, config.hidden)
     del inner
     out = weighted(ops, out, weights)
     out = _index(ops, out, slots * config.hidden)
-    summed = out.width
+    summed = out.itemsize
     node = ops.tape.node(
         # The gradient of a sum is expanded, and materialized where it is used.
         (out,),
@@ -79,7 +79,7 @@ def _grouped(ops: Ops, config: Mixture, x: Tensor, weights: Tensor) -> Tensor:
     )
     total = ops.new(tokens * config.hidden, summed)
     total.node = node
-    return ops.cast(total, width)
+    return ops.cast(total, itemsize)
 
 
 def _gate(ops: Ops, both: Tensor, config: Mixture) -> Tensor:
@@ -99,40 +99,40 @@ def _clamped(ops: Ops, both: Tensor, config: Mixture) -> Tensor:
 
 def _index(ops: Ops, x: Tensor, numel: int) -> Tensor:
     """Replay ``x[rows]``: a copy; its gradient is added into zeros."""
-    whole, width = x.numel, x.width
-    node = ops.tape.node((x,), lambda grad, saved: (ops.new(whole, width),), (None,))
-    out = ops.new(numel, width)
+    whole, itemsize = x.numel, x.itemsize
+    node = ops.tape.node((x,), lambda grad, saved: (ops.new(whole, itemsize),), (None,))
+    out = ops.new(numel, itemsize)
     out.node = node
     return out
 
 
 def _product(ops: Ops, x: Tensor, rows: int, inputs: int, outputs: int) -> Tensor:
     """Replay one grouped matrix product over all experts; with frozen weights no input is saved."""
-    width = x.width
-    node = ops.tape.node((x,), lambda grad, saved: (ops.new(rows * inputs, width),), (None,))
-    out = ops.new(rows * outputs, width)
+    itemsize = x.itemsize
+    node = ops.tape.node((x,), lambda grad, saved: (ops.new(rows * inputs, itemsize),), (None,))
+    out = ops.new(rows * outputs, itemsize)
     out.node = node
     return out
 
 
 def weighted(ops: Ops, x: Tensor, weights: Tensor) -> Tensor:
     """Replay the product with each slot's routing weight, which needs a gradient: saves expert outputs."""
-    numel, rows, back = x.numel, weights.numel, x.width
-    width = max(x.width, weights.width)
+    numel, rows, back = x.numel, weights.numel, x.itemsize
+    itemsize = max(x.itemsize, weights.itemsize)
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        x_gradient = ops.new(numel, width)
-        spread = ops.new(numel, width)
-        if width != back:
+        x_gradient = ops.new(numel, itemsize)
+        spread = ops.new(numel, itemsize)
+        if itemsize != back:
             # The engine casts one gradient before it sums the other over the row (validate_outputs); what the
             # function had unpacked is freed by then, unless the node holds it.
             saved.clear()
             x_gradient = ops.new(numel, back)
         del spread
-        return (x_gradient, ops.new(rows, width))
+        return (x_gradient, ops.new(rows, itemsize))
 
     node = ops.tape.node((x, weights), fn, (x, weights))
-    out = ops.new(numel, width)
+    out = ops.new(numel, itemsize)
     out.node = node
     return out
 
@@ -141,8 +141,8 @@ def _in_turn(ops: Ops, config: Mixture, x: Tensor, weights: Tensor) -> Tensor:
     """Replay the experts in turn: gather tokens, run the MLP, add into the sum in place."""
     rows = ops.tokens * config.per_token // config.experts
     hidden, inner = config.hidden, config.intermediate
-    total = ops.new(x.numel, x.width)
-    whole, width = x.numel, x.width
+    total = ops.new(x.numel, x.itemsize)
+    whole, itemsize = x.numel, x.itemsize
     for expert in range(config.experts):
         state = _index(ops, x, rows * hidden)
         gated = ops.activation(_expert(ops, config, state, "w1", hidden, inner), config.activation)
@@ -154,7 +154,7 @@ def _in_turn(ops: Ops, config: Mixture, x: Tensor, weights: Tensor) -> Tensor:
         out = weighted(ops, out, part)
         # index_add_ in place: the part's gradient is the selected rows of the sum's.
         joined = ops.tape.node(
-            (total if expert else None, out), lambda grad, saved: (grad, ops.new(rows * hidden, width))
+            (total if expert else None, out), lambda grad, saved: (grad, ops.new(rows * hidden, itemsize))
         )
         total = total.view(joined)
         del out, part

@@ -84,87 +84,88 @@ class Ops:
         self.returned_extra: Tensor | None = None
         """A tensor that a layer's forward returns besides its output, and so holds until its end."""
 
-    def new(self, numel: int, width: int, item: str | None = None) -> Tensor:
+    def new(self, numel: int, itemsize: int, item: str | None = None) -> Tensor:
         """Allocate an uninitialized tensor outside the graph."""
-        return Tensor(Storage(self.meter, numel * width, item), numel, width)
+        return Tensor(Storage(self.meter, numel * itemsize, item), numel, itemsize)
 
-    def dequantized(self, module: Linear, width: int) -> Tensor:
+    def dequantized(self, module: Linear, itemsize: int) -> Tensor:
         """Replay dequantizing a packed weight for a product."""
         with self.meter.attribute_to("dequantized"):
-            return self.new(module.weights, width)
+            return self.new(module.weights, itemsize)
 
     def adapter_leaves(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return an adapter's two weights as inputs of a node; their bytes are part of the static memory."""
         a, b = (Tensor(x.storage, 0, self.adapter, self.tape.leaf()) for _ in range(2))
         return a, b
 
-    def cast(self, x: Tensor, width: int) -> Tensor:
+    def cast(self, x: Tensor, itemsize: int) -> Tensor:
         """Replay ``x.to(dtype)``: nothing if the dtype is the same."""
-        if x.width == width:
+        if x.itemsize == itemsize:
             return x
-        back, numel = x.width, x.numel
+        back, numel = x.itemsize, x.numel
 
         def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
             return (self.new(numel, back),)
 
         node = self.tape.node((x,), fn)
-        out = self.new(numel, width)
+        out = self.new(numel, itemsize)
         out.node = node
         return out
 
     def copy(self, x: Tensor) -> Tensor:
         """Replay ``x.clone()`` or ``x.contiguous()`` of a strided view: a copy; the same gradient back."""
         node = self.tape.node((x,), lambda grad, saved: (grad,))
-        out = self.new(x.numel, x.width)
+        out = self.new(x.numel, x.itemsize)
         out.node = node
         return out
 
     def slice(self, x: Tensor, numel: int) -> Tensor:
         """Replay a view of part of ``x``; its gradient is a full tensor of zeros with the part filled in."""
-        full, width = x.numel, x.width
+        full, itemsize = x.numel, x.itemsize
 
         def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-            return (self.new(full, width),)
+            return (self.new(full, itemsize),)
 
-        return Tensor(x.storage, numel, x.width, self.tape.node((x,), fn))
+        return Tensor(x.storage, numel, x.itemsize, self.tape.node((x,), fn))
 
     def split(self, x: Tensor, *sizes: int) -> tuple[Tensor, ...]:
         """Replay ``chunk`` or ``split``: views of these sizes; their gradients are joined once all exist."""
-        full, width = x.numel, x.width
+        full, itemsize = x.numel, x.itemsize
         waiting: list[Tensor] = []
 
         def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
             waiting.append(grad)
             if len(waiting) < len(sizes):
                 return (None,)
-            gradient = self.new(full, width)
+            gradient = self.new(full, itemsize)
             waiting.clear()
             return (gradient,)
 
-        return tuple(Tensor(x.storage, size, width, self.tape.node((x,), fn)) for size in sizes)
+        return tuple(Tensor(x.storage, size, itemsize, self.tape.node((x,), fn)) for size in sizes)
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         """Replay an elementwise sum; the result has the wider dtype."""
-        width = max(a.width, b.width)
-        widths, needs = (a.width, b.width), (a.needs_grad, b.needs_grad)
+        itemsize = max(a.itemsize, b.itemsize)
+        itemsizes, needs = (a.itemsize, b.itemsize), (a.needs_grad, b.needs_grad)
 
         def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
             return tuple(
-                self._as(grad, wanted) if need else None for wanted, need in zip(widths, needs, strict=True)
+                self._as(grad, wanted) if need else None
+                for wanted, need in zip(itemsizes, needs, strict=True)
             )
 
         node = self.tape.node((a, b), fn)
-        out = self.new(a.numel, width)
+        out = self.new(a.numel, itemsize)
         out.node = node
         return out
 
-    def _as(self, grad: Tensor, width: int) -> Tensor:
+    def _as(self, grad: Tensor, itemsize: int) -> Tensor:
         """Cast a gradient to the dtype of its tensor, like the engine (``validate_outputs``)."""
-        return grad if grad.width == width else self.new(grad.numel, width)
+        return grad if grad.itemsize == itemsize else self.new(grad.numel, itemsize)
 
-    def scale(self, x: Tensor, width: int | None = None) -> Tensor:
+    def scale(self, x: Tensor, itemsize: int | None = None) -> Tensor:
         """Replay ``x * number``, or times a tensor that needs no gradient: saves only that."""
-        numel, back, wide = x.numel, x.width, width or x.width
+        numel, back, wide = x.numel, x.itemsize, itemsize or x.itemsize
 
         def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
             gradient = self.new(numel, wide)
@@ -177,31 +178,31 @@ class Ops:
 
     def multiply(self, a: Tensor, b: Tensor) -> Tensor:
         """Replay ``a * b`` where both need gradients: saves both."""
-        numel, width = a.numel, max(a.width, b.width)
+        numel, itemsize = a.numel, max(a.itemsize, b.itemsize)
 
         def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-            return (self.new(numel, width), self.new(numel, width))
+            return (self.new(numel, itemsize), self.new(numel, itemsize))
 
         node = self.tape.node((a, b), fn, (a, b))
-        out = self.new(numel, width)
+        out = self.new(numel, itemsize)
         out.node = node
         return out
 
     def activation(self, x: Tensor, kind: str = "silu") -> Tensor:
         """Replay a fused pointwise activation: saves its input, or its result for relu and tanh."""
-        numel, width = x.numel, x.width
+        numel, itemsize = x.numel, x.itemsize
         if kind in ("gelu_new", "gelu_fast"):
             return self._gelu_in_steps(x)
 
         def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-            return (self.new(numel, width),)
+            return (self.new(numel, itemsize),)
 
         if kind in ("relu", "tanh"):
-            out = self.new(numel, width)
+            out = self.new(numel, itemsize)
             out.node = self.tape.node((x,), fn, (out,))
             return out
         node = self.tape.node((x,), fn, (x,))
-        out = self.new(numel, width)
+        out = self.new(numel, itemsize)
         out.node = node
         return out
 
@@ -217,9 +218,9 @@ class Ops:
 
     def times_number(self, x: Tensor) -> Tensor:
         """Replay adding or multiplying by a number: nothing is saved."""
-        numel, width = x.numel, x.width
-        node = self.tape.node((x,), lambda grad, saved: (self.new(numel, width),))
-        out = self.new(numel, width)
+        numel, itemsize = x.numel, x.itemsize
+        node = self.tape.node((x,), lambda grad, saved: (self.new(numel, itemsize),))
+        out = self.new(numel, itemsize)
         out.node = node
         return out
 
@@ -227,10 +228,10 @@ class Ops:
         """Replay the base model's own dropout: saves a mask."""
         if not share:
             return x
-        numel, width = x.numel, x.width
-        mask = self.new(numel, 1 if self.device == "cuda" else width)
-        node = self.tape.node((x,), lambda grad, saved: (self.new(numel, width),), (mask,))
-        out = self.new(numel, width)
+        numel, itemsize = x.numel, x.itemsize
+        mask = self.new(numel, 1 if self.device == "cuda" else itemsize)
+        node = self.tape.node((x,), lambda grad, saved: (self.new(numel, itemsize),), (mask,))
+        out = self.new(numel, itemsize)
         out.node = node
         return out
 
@@ -242,7 +243,7 @@ class Ops:
         """
         if self.own_fused:
             return self._lean_rms_norm(x)
-        start = x.width
+        start = x.itemsize
         wide = self.cast(x, FLOAT)
         del x
         normed = self._normalize(wide)
@@ -291,47 +292,47 @@ class Ops:
     def _lean_rms_norm(self, x: Tensor) -> Tensor:
         """Replay our RMSNorm, which saves its uncast input and one number per row
         (``training/fused/rms_norm.py``)."""
-        numel, width = x.numel, x.width
+        numel, itemsize = x.numel, x.itemsize
 
         def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
             if self.triton:
-                return (self.new(numel, width),)
+                return (self.new(numel, itemsize),)
             x_gradient = self.new(numel, FLOAT)
             normed = self.new(numel, FLOAT)
             product = self.new(numel, FLOAT)
             del product, normed
-            return (self._as(x_gradient, width),)
+            return (self._as(x_gradient, itemsize),)
 
         spread = self.new(self.tokens, FLOAT)
         wide = None if self.triton else self.new(numel, FLOAT)
-        out = self.new(numel, width) if wide is None else self._as(wide, width)
+        out = self.new(numel, itemsize) if wide is None else self._as(wide, itemsize)
         del wide
         out.node = self.tape.node((x,), fn, (x, spread))
         return out
 
     def layer_norm(self, x: Tensor, *, weight: int) -> Tensor:
         """Replay ``torch.nn.LayerNorm``: one kernel that saves its input, mean and deviation."""
-        wide = self.cast(x, max(weight, x.width)) if self.autocast else x
-        numel, width = wide.numel, wide.width
+        wide = self.cast(x, max(weight, x.itemsize)) if self.autocast else x
+        numel, itemsize = wide.numel, wide.itemsize
 
         def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-            return (self.new(numel, width),)
+            return (self.new(numel, itemsize),)
 
         mean, deviation = self.new(self.tokens, FLOAT), self.new(self.tokens, FLOAT)
         node = self.tape.node((wide,), fn, (wide, None, mean, deviation, None))
-        out = self.new(numel, width)
+        out = self.new(numel, itemsize)
         out.node = node
         return out
 
-    def rotate(self, x: Tensor, width: int | None = None) -> Tensor:
+    def rotate(self, x: Tensor, itemsize: int | None = None) -> Tensor:
         """Replay ``x * cos + rotate_half(x) * sin``; cos and sin need no gradient, so x is not saved."""
-        straight = self.scale(x, width)
-        turned = self.scale(self._rotate_half(x), width)
+        straight = self.scale(x, itemsize)
+        turned = self.scale(self._rotate_half(x), itemsize)
         return self.add(straight, turned)
 
     def rotate_together(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Replay our kernel for queries and keys, which saves nothing (``training/fused/rotary.py``)."""
-        sizes = ((q.numel, q.width), (k.numel, k.width))
+        sizes = ((q.numel, q.itemsize), (k.numel, k.itemsize))
         waiting: list[Tensor] = []
 
         def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
@@ -351,11 +352,11 @@ class Ops:
     def _rotate_half(self, x: Tensor) -> Tensor:
         half = x.numel // 2
         low, high = self.slice(x, half), self.slice(x, half)
-        node = self.tape.node((high,), lambda grad, saved: (self.new(half, grad.width),))
-        negated = self.new(half, x.width)
+        node = self.tape.node((high,), lambda grad, saved: (self.new(half, grad.itemsize),))
+        negated = self.new(half, x.itemsize)
         negated.node = node
         # cat's backward hands out views of the gradient.
         node = self.tape.node((negated, low), lambda grad, saved: (grad.view(None), grad.view(None)))
-        out = self.new(x.numel, x.width)
+        out = self.new(x.numel, x.itemsize)
         out.node = node
         return out

@@ -198,7 +198,7 @@ def _profile(
     result, held = run(ops, inputs)
     ops.tape.mode = ("keep", None)
     profile.forward = dict(meter.peak_items)
-    node, numel, itemsize = result.node, result.numel, result.width
+    node, numel, itemsize = result.node, result.numel, result.itemsize
     assert node is not None
     recording.leaves = result.storage.number
     del result

@@ -16,7 +16,7 @@ def chunked(ops: Ops, layout: Layout, hidden: Tensor) -> Tensor:
     """Replay TRL 1.7 to 1.14 (``_chunked_cross_entropy_loss``): each chunk is checkpointed, casts the whole
     head to float32 (autocast then casts it back), and computes its entropy as well as its loss."""
     states = _shifted(ops, layout, hidden)
-    numel, width = states.numel, states.width
+    numel, itemsize = states.numel, states.itemsize
     head, rows = layout.vocabulary * layout.hidden, min(CHUNK_ROWS, layout.tokens)
     chunk = rows * layout.vocabulary
 
@@ -27,14 +27,14 @@ def chunked(ops: Ops, layout: Layout, hidden: Tensor) -> Tensor:
             weight = ops.new(head, ops.compute)
         logits = ops.new(chunk, ops.compute if ops.autocast else FLOAT)
         for _ in range(layout.logit_scale + layout.softcap):
-            logits = ops.new(chunk, logits.width)
-        widened = ops.new(chunk, FLOAT) if logits.width != FLOAT else None
+            logits = ops.new(chunk, logits.itemsize)
+        widened = ops.new(chunk, FLOAT) if logits.itemsize != FLOAT else None
         log_probabilities = ops.new(chunk, FLOAT)
         del widened
         return weight, logits, log_probabilities
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        hidden_gradient = ops.new(numel, width)  # the gradients of the chunks' slices, each of full size
+        hidden_gradient = ops.new(numel, itemsize)  # the gradients of the chunks' slices, each of full size
         with ops.meter.attribute_to("logits"):
             projected = project()
             entropy = [ops.new(chunk, FLOAT) for _ in range(2)]
@@ -42,7 +42,7 @@ def chunked(ops: Ops, layout: Layout, hidden: Tensor) -> Tensor:
             logits_gradient = ops.new(chunk, FLOAT)
             through_softmax = ops.new(chunk, FLOAT)
             del projected, entropy, logits_gradient, through_softmax
-        another = ops.new(numel, width)
+        another = ops.new(numel, itemsize)
         del another
         return (hidden_gradient,)
 
@@ -57,7 +57,7 @@ def tiled(ops: Ops, layout: Layout, hidden: Tensor) -> Tensor:
     """Replay TRL from 1.15 on (``ChunkedLogProbFunction``): one tile of logits at a time, recomputed in the
     backward, where the gradient of the hidden states is summed in float32."""
     states = _shifted(ops, layout, hidden)
-    numel, width = states.numel, states.width
+    numel, itemsize = states.numel, states.itemsize
     rows, columns = min(TILE_ROWS, layout.tokens), min(TILE_COLUMNS, layout.vocabulary)
 
     def tile() -> None:
@@ -68,7 +68,7 @@ def tiled(ops: Ops, layout: Layout, hidden: Tensor) -> Tensor:
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
         hidden_gradient = ops.new(numel, FLOAT)
         tile()
-        return (ops.new(numel, width) if width != hidden_gradient.width else hidden_gradient,)
+        return (ops.new(numel, itemsize) if itemsize != hidden_gradient.itemsize else hidden_gradient,)
 
     tile()
     return _scalar(ops, states, fn, (states,))
@@ -76,15 +76,15 @@ def tiled(ops: Ops, layout: Layout, hidden: Tensor) -> Tensor:
 
 def _shifted(ops: Ops, layout: Layout, hidden: Tensor) -> Tensor:
     """Replay ``hidden[:, :-1][mask]``, every label valid: a copy; its gradient is put into zeros."""
-    whole, width = hidden.numel, hidden.width
+    whole, itemsize = hidden.numel, hidden.itemsize
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        return (ops.new(whole, width),)
+        return (ops.new(whole, itemsize),)
 
     cut = hidden.view(ops.tape.node((hidden,), fn))
     part = whole - layout.rows * layout.hidden
     node = ops.tape.node((cut,), fn, (None,))
-    states = ops.new(part, width)
+    states = ops.new(part, itemsize)
     states.node = node
     return states
 

@@ -284,7 +284,7 @@ class RunCallback(TrainerCallback):
         patience = self._prepared.recipe.training.early_stopping
         if not patience or len(self.progress.last_losses) < patience:
             return False
-        self.reason = f"the validation loss did not improve in {patience} validations"
+        self.reason = f"the validation loss did not improve in {patience} evaluations"
         return True
 
     def _save(self, step: int, *, force: bool = False) -> None:

@@ -38,7 +38,7 @@ def test_it_stops_after_its_patience_and_keeps_the_best(recipe: MakeRecipe, trai
     assert ending.checksums == digest(run.adapter_dir)
     best = [e.step for e in events_of(run, Evaluated) if e.best][-1]
     assert ending.step == best + 3 < events_of(run, DataReady)[0].total_steps
-    assert "the validation loss did not improve in 3 validations" in ending.reason
+    assert "the validation loss did not improve in 3 evaluations" in ending.reason
     assert f"the adapter is from the best step, {best}" in ending.reason
     assert read_status(run).detail == ending.reason
     assert same_weights(run.adapter_dir, run.checkpoints_dir / f"step-{best}")
