@@ -2,7 +2,8 @@
 
 app            the frame: screens, themes, keys, and the polling that every screen shares
 workbench      the recipe being edited, and what follows from it (architecture, estimate)
-draft          the file that the recipe is kept in, which several apps may share
+draft          the file that the recipe is kept in, which several apps may share; draft_saving opens and saves
+               the workbench with it
 commands       how a command is declared; keymap lists them all, command_palette offers them
 key_names      keys inside sentences, as the user's keymap has them: [u], Enter
 system_monitor polls the GPU and the runs, once a second; system_status is what it returns

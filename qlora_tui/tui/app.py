@@ -79,8 +79,10 @@ class QloraApp(TerminalApp):
     @cached_property
     def workbench(self) -> Workbench:
         """The recipe being edited, as it was when the app was last closed."""
-        workbench = self.draft.load()
-        for problem in (workbench.lost_draft, workbench.lost_preset):
+        from qlora_tui.tui.draft_saving import open_workbench
+
+        workbench = open_workbench(self.draft)
+        for problem in (workbench.draft_error, workbench.preset_error):
             if problem is not None:
                 self.call_later(partial(self.notify, str(problem), severity="warning", timeout=10))
         return workbench
@@ -157,7 +159,7 @@ class QloraApp(TerminalApp):
 
     def recipe_edited(self) -> None:
         """Save and show the workbench's recipe after it changed."""
-        from qlora_tui.tui.screens.modals.draft_changed import save_or_ask
+        from qlora_tui.tui.draft_saving import save_or_ask
 
         try:
             save_or_ask(self)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qlora_tui import paths
 from qlora_tui.errors import UserError
@@ -17,12 +19,26 @@ from qlora_tui.files import atomic_write, read_regular, sync
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import dump, parse, read_text, to_recipe, validate
 from qlora_tui.runs.locks import locked
-from qlora_tui.tui.workbench import FIRST_PRESET, Workbench
+
+if TYPE_CHECKING:
+    from qlora_tui.tui.workbench import Workbench
 
 _PRESET_COMMENT = "# began as "
 """First line of the draft, before the preset's name."""
 _LOCK_S = 0.5
 """How long another app may take to write its draft."""
+
+
+@dataclass(frozen=True)
+class SavedDraft:
+    """What the file held."""
+
+    recipe: Recipe | None = None
+    """None where there is no draft, or it could not be read."""
+    preset: str = ""
+    """Name of the preset that the recipe started as; empty for the defaults."""
+    error: UserError | None = None
+    """Why the draft could not be read, and where its copy is."""
 
 
 class Draft:
@@ -32,36 +48,22 @@ class Draft:
         self._known: str | None = None
         """What this app last read or wrote."""
 
-    def load(self) -> Workbench:
-        """The workbench as it was left; a fresh one where there is no draft.
-
-        A draft that cannot be read is moved aside, and ``lost_draft`` of the workbench says so. A preset that
-        was deleted or damaged since takes nothing of the recipe with it.
-        """
-        recipe, preset, lost_draft = None, FIRST_PRESET, None
+    def load(self) -> SavedDraft:
+        """Read the draft. One that cannot be read is moved aside, so that a save does not overwrite it."""
         with _draft_lock():
             self._known = None
             try:
                 content = _content()
-                if content is not None:
-                    recipe, preset = _read_draft()
-                    self._known = content
+                if content is None:
+                    return SavedDraft()
+                recipe, preset = _read_draft()
+                self._known = content
+                return SavedDraft(recipe, preset)
             except UserError as problem:
-                lost_draft = _move_aside(problem)
+                return SavedDraft(error=_move_aside(problem))
             except OSError as error:
-                lost_draft = _move_aside(UserError("", what=f"{draft_path()}: {error.strerror or error}."))
-        lost = None
-        for name in (preset or FIRST_PRESET, FIRST_PRESET):
-            # The user may have a preset of either name, and have broken it.
-            try:
-                workbench = Workbench(recipe, name)
-                break
-            except UserError as problem:
-                lost = lost or problem
-        else:
-            workbench = Workbench(recipe, preset="")
-        workbench.lost_preset, workbench.lost_draft = lost, lost_draft
-        return workbench
+                unreadable = UserError("", what=f"{draft_path()}: {error.strerror or error}.")
+                return SavedDraft(error=_move_aside(unreadable))
 
     def save(self, workbench: Workbench, *, replace: bool = False) -> bool:
         """Write the workbench to the disk; False, with nothing written, where another app changed the draft.

@@ -1,6 +1,6 @@
 """The recipe being edited, and what follows from it.
 
-:mod:`qlora_tui.tui.draft` saves it to a file as it changes.
+:mod:`qlora_tui.tui.draft_saving` saves it to a file as it changes.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Workbench:
         """Raises UserError where there is no such preset, or it is damaged."""
         preset_recipe = build_recipe(preset=preset) if preset else Recipe()
         self._now = _EditState(recipe or preset_recipe, preset, preset_recipe)
-        self.lost_preset: UserError | None = None
+        self.preset_error: UserError | None = None
         """Why the preset that the recipe started from could not be opened."""
-        self.lost_draft: UserError | None = None
+        self.draft_error: UserError | None = None
         """Why the draft could not be read, and where its copy is."""
         self._undo: list[_EditState] = []
         self._redo: list[_EditState] = []

@@ -9,6 +9,7 @@ import pytest
 
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.draft import Draft, draft_path
+from qlora_tui.tui.draft_saving import open_workbench
 from qlora_tui.tui.screens.modals.draft_changed import DraftChangedScreen
 from tests.support.power import FaultyDisk
 from tests.tui.screen_assertions import wait_for_text, wait_until
@@ -17,20 +18,20 @@ MakeApp = Callable[[], QloraApp]
 
 
 def rank_on_disk() -> int:
-    return Draft().load().recipe.lora.rank
+    return open_workbench(Draft()).recipe.lora.rank
 
 
 def edit_elsewhere(rank: int) -> None:
     """What a second app on the account does."""
     draft = Draft()
-    workbench = draft.load()
+    workbench = open_workbench(draft)
     workbench.set("lora.rank", rank)
     assert draft.save(workbench)
 
 
 def test_the_second_to_write_sees_that_the_draft_changed() -> None:
     first, second = Draft(), Draft()
-    one, two = first.load(), second.load()
+    one, two = open_workbench(first), open_workbench(second)
     one.set("lora.rank", 8)
     assert first.save(one)
     two.set("lora.rank", 64)
@@ -43,7 +44,7 @@ def test_the_second_to_write_sees_that_the_draft_changed() -> None:
 
 def test_the_same_edit_in_two_apps_is_no_conflict() -> None:
     first, second = Draft(), Draft()
-    one, two = first.load(), second.load()
+    one, two = open_workbench(first), open_workbench(second)
     for draft, workbench in ((first, one), (second, two)):
         workbench.set("lora.rank", 8)
         assert draft.save(workbench)
@@ -51,7 +52,7 @@ def test_the_same_edit_in_two_apps_is_no_conflict() -> None:
 
 def test_one_app_alone_is_never_asked() -> None:
     draft = Draft()
-    workbench = draft.load()
+    workbench = open_workbench(draft)
     for rank in (8, 32, 64):
         workbench.set("lora.rank", rank)
         assert draft.save(workbench)
@@ -61,7 +62,7 @@ def test_one_app_alone_is_never_asked() -> None:
 
 def test_the_draft_is_on_the_disk_before_save_returns(monkeypatch: pytest.MonkeyPatch) -> None:
     draft = Draft()
-    workbench = draft.load()
+    workbench = open_workbench(draft)
     synced: list[int] = []
     monkeypatch.setattr("os.fsync", synced.append)
     draft.save(workbench)
@@ -94,9 +95,9 @@ def moved_aside() -> list[bytes]:
 def test_a_draft_that_cannot_be_read_is_moved_aside(damage: Callable[[str], bytes]) -> None:
     content = damage_draft(damage)
     draft = Draft()
-    workbench = draft.load()
+    workbench = open_workbench(draft)
     assert moved_aside() == [content]
-    assert workbench.lost_draft is not None and "draft.toml.damaged-" in workbench.lost_draft.fix
+    assert workbench.draft_error is not None and "draft.toml.damaged-" in workbench.draft_error.fix
     workbench.set("lora.rank", 9)
     assert draft.save(workbench) and rank_on_disk() == 9
     assert moved_aside() == [content]
@@ -110,8 +111,8 @@ def test_a_draft_that_cannot_be_moved_aside_is_not_overwritten(
     draft = Draft()
     with monkeypatch.context() as full:
         FaultyDisk(full, 1, errno.EROFS, lasting=True)
-        workbench = draft.load()
-    assert workbench.lost_draft is not None
+        workbench = open_workbench(draft)
+    assert workbench.draft_error is not None
     assert not draft.save(workbench) and draft_path().read_bytes() == content
 
 

@@ -11,6 +11,7 @@ import pytest
 from bench.terminal import Terminal
 from qlora_tui import paths
 from qlora_tui.tui.draft import Draft
+from qlora_tui.tui.draft_saving import open_workbench
 from qlora_tui.tui.stderr_capture import screen_on
 from tests.tui.terminal_emulator import DEADLINE_S, see
 
@@ -38,7 +39,7 @@ def test_it_ends_when_the_terminal_goes_away_without_a_signal() -> None:
         edit_the_recipe(terminal)
         terminal.hang_up()
         assert terminal.program.wait(DEADLINE_S) == 128 + signal.SIGHUP
-    assert Draft().load().recipe.lora.rank == 32
+    assert open_workbench(Draft()).recipe.lora.rank == 32
     assert not log()
 
 
@@ -59,7 +60,7 @@ def test_it_ends_in_order_when_told_to_by_a_signal(number: signal.Signals) -> No
             pass
         assert LEFT in terminal.painted
         assert b"mistake" not in terminal.painted
-    assert Draft().load().recipe.lora.rank == 32
+    assert open_workbench(Draft()).recipe.lora.rank == 32
     assert not log()
 
 

@@ -15,6 +15,7 @@ from qlora_tui.recipe.presets import find_preset, save
 from qlora_tui.recipe.schema import Lora, Recipe
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.draft import Draft
+from qlora_tui.tui.draft_saving import open_workbench
 from qlora_tui.tui.screens.presets.screen import PresetsScreen
 from qlora_tui.tui.widgets.vi_list import ViList
 from tests.tui.screen_assertions import wait_for_text
@@ -98,7 +99,7 @@ async def test_saving_a_recipe_as_preset_can_be_undone() -> None:
         await wait_for_text(pilot, "balanced")
         assert not mine("mine").exists()
         # It began as the one before, and has left it.
-        again = Draft().load()
+        again = open_workbench(Draft())
         assert again.preset == app.workbench.preset == "balanced" and again.modified
 
 

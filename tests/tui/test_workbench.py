@@ -6,6 +6,7 @@ from qlora_tui import paths
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe, Source
 from qlora_tui.tui.draft import Draft
+from qlora_tui.tui.draft_saving import open_workbench
 from qlora_tui.tui.workbench import Workbench
 
 
@@ -14,7 +15,7 @@ def test_a_draft_comes_back_as_it_was_left() -> None:
     workbench.set("lora.rank", 8)
     workbench.set("data.sources", (Source(path="rows.jsonl"),))
     Draft().save(workbench, replace=True)
-    again = Draft().load()
+    again = open_workbench(Draft())
     assert again.recipe == workbench.recipe
     assert again.preset == "paper"
     assert again.modified
@@ -22,7 +23,7 @@ def test_a_draft_comes_back_as_it_was_left() -> None:
 
 def test_a_damaged_draft_is_a_fresh_start() -> None:
     (paths.state_dir() / "draft.toml").write_text("# began as paper\nlora = 3\n")
-    assert Draft().load().preset == "balanced"
+    assert open_workbench(Draft()).preset == "balanced"
 
 
 def test_a_draft_outlives_the_preset_it_began_as() -> None:
@@ -32,7 +33,7 @@ def test_a_draft_outlives_the_preset_it_began_as() -> None:
     Draft().save(workbench, replace=True)
     path = paths.state_dir() / "draft.toml"
     path.write_text(path.read_text().replace("began as balanced", "began as gone"))
-    again = Draft().load()
+    again = open_workbench(Draft())
     assert again.recipe == workbench.recipe
     assert again.preset == "balanced"
     assert again.modified
@@ -45,14 +46,14 @@ def test_a_users_broken_default_preset_does_not_block_the_start(drafted: bool) -
     if drafted:
         Draft().save(workbench, replace=True)
     (paths.user_presets_dir() / "balanced.toml").write_text("nonsense = [\n")
-    again = Draft().load()
+    again = open_workbench(Draft())
     assert again.recipe == (workbench.recipe if drafted else Recipe())
-    assert again.preset == "" and again.lost_preset is not None
-    assert "balanced.toml" in str(again.lost_preset)
+    assert again.preset == "" and again.preset_error is not None
+    assert "balanced.toml" in str(again.preset_error)
     Draft().save(again, replace=True)
-    assert Draft().load().recipe == again.recipe
+    assert open_workbench(Draft()).recipe == again.recipe
     (paths.user_presets_dir() / "balanced.toml").unlink()
-    assert Draft().load().preset == "balanced"
+    assert open_workbench(Draft()).preset == "balanced"
 
 
 def test_undo_and_redo_walk_the_changes() -> None:
