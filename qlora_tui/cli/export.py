@@ -49,11 +49,12 @@ def _on_status(words: str) -> None:
 
 
 def _merge(source: ChatSource, adapter_name: str, out: Path, args: argparse.Namespace) -> CommandResult:
-    from qlora_tui.export.merge import merge
+    from qlora_tui.export.merge import base_requantizer, merge
     from qlora_tui.export.merge_check import verify_merge
 
-    merged = merge(source, adapter_name, out, _on_status)
-    check = verify_merge(source, adapter_name, Path(merged.folder), _on_status)
+    merged = merge(source, adapter_name, out, _on_status, base_name=args.base)
+    requantize = base_requantizer(source, merged.base)
+    check = verify_merge(source, adapter_name, Path(merged.folder), _on_status, requantize)
     if isinstance(check, str):
         merged = replace(merged, unchecked_because=check)
     elif check.agrees:
@@ -70,7 +71,8 @@ def _merge(source: ChatSource, adapter_name: str, out: Path, args: argparse.Name
         f"by the {adapter_name}."
     )
     check_line = f"Not checked: {check}." if isinstance(check, str) else f"Checked: {check.sentence}."
-    return CommandResult(merged, f"{summary}\n{check_line}")
+    lines = filter(None, (summary, merged.base.sentence, check_line))
+    return CommandResult(merged, "\n".join(lines))
 
 
 def _gguf(source: ChatSource, adapter_name: str, out: Path, args: argparse.Namespace) -> CommandResult:
@@ -141,6 +143,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         (lora, "the .gguf file to write for llama.cpp, or another name: a folder for vLLM"),
     ):
         form.add_argument("out", metavar="OUT", type=Path, help=out)
+    merge.add_argument(
+        "--base",
+        choices=("best", "stored", "as-trained"),
+        default="best",
+        help="base weights to merge into: stored in 16 bits, or as-trained: quantized to 4 bits and back; "
+        "best (the default): those whose answers are nearer to the training",
+    )
     gguf.add_argument(
         "--quant",
         action="append",

@@ -7,7 +7,9 @@ it then answers differently, for better or worse. Both are measured, and the nea
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Literal, TypeAlias
 
 import psutil
 from msgspec import Struct
@@ -17,7 +19,8 @@ from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.catalog.model_validation import weight_files
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import load_session, model_folder
-from qlora_tui.export.proof import Reference
+from qlora_tui.errors import UserError
+from qlora_tui.export.proof import Reference, reference_logits
 from qlora_tui.export.requantize import requantizer
 from qlora_tui.formatting import format_bytes
 
@@ -51,6 +54,31 @@ class BaseChoice(Struct, frozen=True, kw_only=True):
                 f"Merged into the base weights as trained, whose answers are nearer than 16-bit's ({both})."
             )
         return f"Merged into the 16-bit base weights, whose answers are as near as 4-bit's ({both})."
+
+
+BaseName: TypeAlias = Literal["best", "stored", "as-trained"]
+
+
+def choice_named(
+    name: BaseName,
+    source: ChatSource,
+    adapter_name: str,
+    folder: Path,
+    on_status: Callable[[str], None] = lambda words: None,
+) -> BaseChoice:
+    """Return the choice of base weights; ``best`` measures, with a file in ``folder``. Raises UserError."""
+    if name != "best":
+        return BaseChoice(chosen="stored" if name == "stored" else "as trained")
+    if requantizer(resolve_model(source.recipe.model.id).architecture, source.recipe.quantization) is None:
+        return BaseChoice(chosen="stored")
+    with ExitStack() as stack:
+        try:
+            reference: Reference | str = stack.enter_context(
+                reference_logits(source, adapter_name, folder, on_status)
+            )
+        except UserError as error:
+            reference = f"{error.title}: {error.what}".rstrip(".")
+        return choose_base(source, adapter_name, reference, on_status)
 
 
 def unquantized(source: ChatSource) -> ChatSource:

@@ -42,7 +42,7 @@ from qlora_tui.export.hub_upload import (
     Uploaded,
     UploadFailure,
 )
-from qlora_tui.export.merge import merge
+from qlora_tui.export.merge import base_requantizer, merge
 from qlora_tui.export.merge_check import verify_merge
 from qlora_tui.export.model_card import CardForm, CardResults, render_model_card, run_rows
 from qlora_tui.export.unfinished_files import draft_folder
@@ -197,8 +197,9 @@ def _write_files(
                 files.mkdir()
                 _copy_adapter(Path(source.adapters[adapter_name]), files, source)
             case "merged":
-                merge(source, adapter_name, files, on_status)
-                check = verify_merge(source, adapter_name, files, on_status)
+                merged = merge(source, adapter_name, files, on_status, base_name="best")
+                requantize = base_requantizer(source, merged.base)
+                check = verify_merge(source, adapter_name, files, on_status, requantize)
                 if not isinstance(check, str):
                     if not check.agrees:
                         raise UserError(

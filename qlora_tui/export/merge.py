@@ -1,8 +1,9 @@
 """The adapter merged into its base: an ordinary model folder that any program loads.
 
 The base's weight files are copied, and the weights that the adapter changes are then modified in the copy,
-one at a time: this takes the memory of one weight, not of the model. The base is the 16-bit one, not the
-4-bit one the adapter was trained on: merging into quantized weights would round the adapter away.
+one at a time: this takes the memory of one weight, not of the model. Where ``base_choice`` finds that the
+adapter answers nearer to its training on the weights it was trained on, every weight that training quantizes
+is rounded to 4 bits and back first; the merged model is stored in 16 bits either way.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from torch import Tensor, uint8
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.catalog.model_validation import TOKENIZER_FILES, weight_files
 from qlora_tui.catalog.safetensors_header import read_header
-from qlora_tui.chat.adapter_deltas import read_deltas
+from qlora_tui.chat.adapter_deltas import AdapterDeltas, read_deltas
 from qlora_tui.chat.base_weights import assign_deltas, with_tied_head
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import model_folder
 from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.export.base_choice import BaseChoice, BaseName, choice_named
 from qlora_tui.export.merge_check import MergeCheck
 from qlora_tui.export.model_card import render_model_card
+from qlora_tui.export.requantize import Requantizer, requantizer
 from qlora_tui.files import private_dir, publish
 
 _SPARE_BYTES = 64 << 20
@@ -39,6 +42,8 @@ class MergeResult(Struct, frozen=True, kw_only=True):
     bytes: int
     changed_weights: int
     """Number of weight matrices that the adapter changed."""
+    base: BaseChoice
+    """The base weights it was merged into."""
     check: MergeCheck | None = None
     """Comparison with the logits of base and adapter; None if they were not compared."""
     unchecked_because: str = ""
@@ -46,12 +51,21 @@ class MergeResult(Struct, frozen=True, kw_only=True):
 
 
 def merge(
-    source: ChatSource, adapter_name: str, out: Path, on_status: Callable[[str], None] = lambda words: None
+    source: ChatSource,
+    adapter_name: str,
+    out: Path,
+    on_status: Callable[[str], None] = lambda words: None,
+    *,
+    base_name: BaseName = "stored",
 ) -> MergeResult:
-    """Write the base with the adapter ``adapter_name`` merged into it; ``out`` must not exist yet.
+    """Write the base with an adapter merged into it. Raises UserError and leaves nothing behind.
 
-    ``source`` is from :mod:`qlora_tui.chat.chat_sources`. ``on_status`` gets the current activity. Raises
-    UserError and leaves nothing behind.
+    Args:
+        source: The base and its adapters, from :mod:`qlora_tui.chat.chat_sources`.
+        adapter_name: The adapter to merge.
+        out: The folder to write, which must not exist yet.
+        on_status: Called with the current activity.
+        base_name: The base weights to merge into; ``best`` measures which answers are nearer to the training.
     """
     out = out.expanduser().absolute()
     base = model_folder(source.recipe, on_status)
@@ -64,11 +78,12 @@ def merge(
     shutil.rmtree(draft, ignore_errors=True)
     try:
         draft.mkdir(mode=0o755)
+        choice = choice_named(base_name, source, adapter_name, draft, on_status)
+        requantize = base_requantizer(source, choice)
         for number, file in enumerate(files, 1):
             on_status(f"Merging {file.name} ({number} of {len(files)})")
             shutil.copyfile(file, draft / file.name)
-            changes = {name: update.apply_to for name, update in placed[file].items()}
-            _change_tensors(draft / file.name, dict(changes))
+            _change_tensors(draft / file.name, _changes(file, placed[file], requantize))
         for folder, names in ((base, _MODEL_FILES), (adapter, TOKENIZER_FILES)):
             for name in filter(partial(_is_in, folder), names):
                 shutil.copyfile(folder / name, draft / name)
@@ -86,7 +101,29 @@ def merge(
         folder=str(out),
         bytes=sum(file.stat().st_size for file in out.iterdir()),
         changed_weights=sum(map(len, placed.values())),
+        base=choice,
     )
+
+
+def base_requantizer(source: ChatSource, choice: BaseChoice) -> Requantizer | None:
+    """Return what rounds the base weights for a choice; None where they stay as they are stored."""
+    if choice.chosen == "stored":
+        return None
+    return requantizer(resolve_model(source.recipe.model.id).architecture, source.recipe.quantization)
+
+
+def _changes(
+    file: Path, updates: AdapterDeltas, requantize: Requantizer | None
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return how each tensor of a weight file changes."""
+
+    def change(name: str, weight: Tensor) -> Tensor:
+        rounded = weight if requantize is None else requantize(name, weight)
+        update = updates.get(name)
+        return rounded if update is None else update.apply_to(rounded)
+
+    names = [name for name in read_header(file)[1] if requantize and requantize.quantizes(name)]
+    return {name: partial(change, name) for name in dict.fromkeys([*names, *updates])}
 
 
 def _is_in(folder: Path, name: str) -> bool:

@@ -59,7 +59,11 @@ class MergeCheck(Struct, frozen=True, kw_only=True):
 
 
 def verify_merge(
-    source: ChatSource, adapter_name: str, merged: Path, on_status: Callable[[str], None] = lambda words: None
+    source: ChatSource,
+    adapter_name: str,
+    merged: Path,
+    on_status: Callable[[str], None] = lambda words: None,
+    requantize: Callable[[str, Tensor], Tensor] | None = None,
 ) -> MergeCheck | str:
     """Compare a merged model with its base and the adapter ``adapter_name``, on the CPU.
 
@@ -68,6 +72,7 @@ def verify_merge(
         adapter_name: The adapter that was merged.
         merged: The folder that :func:`qlora_tui.export.merge.merge` wrote.
         on_status: Called with the current activity.
+        requantize: Rounds the base's weights, by name, where they were rounded before merging.
 
     Returns:
         The comparison, or why nothing was compared.
@@ -81,7 +86,12 @@ def verify_merge(
     prompt = source.recipe.training.sample_prompts[:1] or (_PROMPT,)
     ids = torch.tensor([prompt_ids([Message("user", prompt[0])], tokenizer)])
     on_status("Comparing the merged model with base and adapter")
-    adapted = _with_adapter(_load(source, base), Path(source.adapters[adapter_name]))
+    model = _load(source, base)
+    if requantize is not None:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(requantize(name, parameter.data))
+    adapted = _with_adapter(model, Path(source.adapters[adapter_name]))
     expected = _logits(adapted, ids)
     spread = float((expected - expected.mean(-1, keepdim=True)).norm())
     noise = 0.0
@@ -89,7 +99,7 @@ def verify_merge(
     for draw in range(_DRAWS):
         with rounding_errors(adapted, rounding_error_of(dtype), seed=draw):
             noise = max(noise, float((_logits(adapted, ids) - expected).norm()) / spread)
-    del adapted
+    del adapted, model
     gc.collect()
     logits = _logits(_load(source, merged), ids)
     difference = float((logits - expected).norm()) / spread

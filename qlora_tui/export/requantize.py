@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -10,19 +10,29 @@ from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.recipe.schema import Quantization
 
 
-def requantizer(architecture: Architecture, settings: Quantization) -> Callable[[str, Tensor], Tensor] | None:
-    """Return a function of a tensor's name and values that rounds them as the training did.
+@dataclass(frozen=True)
+class Requantizer:
+    """Rounds weights as the training did; call it with a tensor's name and values."""
 
-    It returns the tensors that training does not quantize unchanged. None for a method without 4-bit weights.
-    """
+    settings: Quantization
+    tails: frozenset[str]
+    """Names of the weights that training quantizes, from their layer on."""
+
+    def quantizes(self, name: str) -> bool:
+        """Return whether training quantizes a tensor of the weight files."""
+        return _tail(name) in self.tails
+
+    def __call__(self, name: str, weight: Tensor) -> Tensor:
+        """Return the tensor rounded; unchanged if training does not quantize it."""
+        return round_to_4_bits(weight, self.settings) if self.quantizes(name) else weight
+
+
+def requantizer(architecture: Architecture, settings: Quantization) -> Requantizer | None:
+    """Return what rounds a model's weights as the training did; None for a method without 4-bit weights."""
     if settings.method not in ("nf4", "fp4"):
         return None
-    quantized = {_tail(f"{module.name}.weight") for module in architecture.modules if module.quantizable}
-
-    def requantize(name: str, weight: Tensor) -> Tensor:
-        return round_to_4_bits(weight, settings) if _tail(name) in quantized else weight
-
-    return requantize
+    quantized = (_tail(f"{module.name}.weight") for module in architecture.modules if module.quantizable)
+    return Requantizer(settings, frozenset(quantized))
 
 
 def round_to_4_bits(weight: Tensor, settings: Quantization) -> Tensor:

@@ -1,0 +1,86 @@
+"""Which base weights an adapter is merged into: those whose answers are nearer to its training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qlora_tui.chat.chat_types import ChatSource
+from qlora_tui.chat.session import load_session
+from qlora_tui.export.gguf_export import export_gguf
+from qlora_tui.export.merge import base_requantizer, merge
+from qlora_tui.export.merge_check import MergeCheck, verify_merge
+from tests.export.export_sources import make_source
+
+pytestmark = pytest.mark.slow
+
+IDS = list(range(5, 69))
+
+
+@pytest.fixture
+def inflated(tmp_path: Path) -> ChatSource:
+    """A source whose norms are as large as those of real models, so that rounding errors grow."""
+    source = make_source(tmp_path, quantization="nf4")
+    file = Path(source.recipe.model.id) / "model.safetensors"
+    weights = load_file(file)
+    save_file({k: v * 4 if "layernorm" in k else v for k, v in weights.items()}, file, {"format": "pt"})
+    return source
+
+
+def logits_of_folder(folder: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([IDS])).logits[0].log_softmax(-1)
+
+
+def test_the_weights_of_the_training_win_over_16_bits(inflated: ChatSource, tmp_path: Path) -> None:
+    merged = merge(inflated, "adapter", tmp_path / "merged", base_name="best")
+    choice = merged.base
+    assert choice.chosen == "as trained"
+    assert choice.stored_divergence is not None and choice.trained_divergence is not None
+    assert choice.stored_divergence > 0.1 > 0.001 > choice.trained_divergence
+    assert "nearer than 16-bit's" in choice.sentence
+    session = load_session(inflated)
+    session.ensure_loaded("adapter")
+    expected = session.logits_at("adapter", IDS, list(range(len(IDS)))).log_softmax(-1)
+    actual = logits_of_folder(merged.folder)
+    assert float((expected.exp() * (expected - actual)).sum(-1).mean()) < 0.001
+    check = verify_merge(
+        inflated, "adapter", tmp_path / "merged", requantize=base_requantizer(inflated, choice)
+    )
+    assert isinstance(check, MergeCheck) and check.agrees
+    assert isinstance(wrong := verify_merge(inflated, "adapter", tmp_path / "merged"), MergeCheck)
+    assert not wrong.agrees
+
+
+@pytest.mark.parametrize("name, chosen", [("stored", "stored"), ("as-trained", "as trained")])
+def test_named_weights_are_not_measured(inflated: ChatSource, tmp_path: Path, name: Any, chosen: str) -> None:
+    said: list[str] = []
+    merged = merge(inflated, "adapter", tmp_path / "merged", said.append, base_name=name)
+    assert merged.base.chosen == chosen and merged.base.sentence == ""
+    assert said == ["Merging model.safetensors (1 of 1)"]
+
+
+def test_without_data_the_weights_of_the_training_are_taken(inflated: ChatSource, tmp_path: Path) -> None:
+    (Path(inflated.recipe.model.id).parent / "rows.jsonl").unlink()
+    choice = merge(inflated, "adapter", tmp_path / "merged", base_name="best").base
+    assert choice.chosen == "as trained" and "Not compared with the 16-bit ones" in choice.sentence
+
+
+def test_16_bit_runs_have_no_choice(tmp_path: Path) -> None:
+    source = make_source(tmp_path)
+    choice = merge(source, "adapter", tmp_path / "merged", base_name="best").base
+    assert choice.chosen == "stored" and not choice.sentence
+
+
+def test_a_gguf_file_has_the_weights_of_the_training(inflated: ChatSource, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp_py_sync")
+    result = export_gguf(inflated, "adapter", tmp_path / "out", ["F16"])
+    assert result.base.chosen == "as trained"
+    assert result.files[0].proof is not None and result.files[0].proof.divergence < 0.004
