@@ -53,7 +53,6 @@ class Forkserver:
             [sys.executable, "-m", "tests.export.export_forkserver"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
             text=True,
         )
         assert self._read() == "ready"
@@ -63,18 +62,18 @@ class Forkserver:
         return self._process.stdout.readline().strip()
 
     def run(self, *arguments: str, stop_at: int = -1, number: int = 0) -> tuple[int, list[str]]:
-        """Run a command; return its exit code and progress. Send signal ``number`` after a line."""
-        assert self._process.stdin and self._process.stderr
-        request = {"arguments": arguments, "environment": dict(os.environ)}
+        """Run a command; return its exit code and progress. It gets signal ``number`` after a line."""
+        assert self._process.stdin
+        request = {
+            "arguments": arguments,
+            "environment": dict(os.environ),
+            "stop_at": stop_at,
+            "number": number,
+        }
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        child = int(self._read())
-        lines: list[str] = []
-        while len(lines) != stop_at and "ended" not in lines:
-            lines.append(self._process.stderr.readline().strip())
-        if number:
-            os.kill(child, number)
-        return int(self._read()), lines
+        code, lines = json.loads(self._read())
+        return code, lines
 
     def close(self) -> None:
         assert self._process.stdin
