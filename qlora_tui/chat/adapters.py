@@ -34,10 +34,10 @@ class AdapterSet:
         self._fused = True
         """Whether every loaded adapter is plain LoRA, so that none needs peft's own forward."""
 
-    def ensure_loaded(self, adapter_name: str) -> None:
-        """Load ``adapter_name`` unless it is loaded. Raises UserError."""
+    def ensure_loaded(self, adapter_name: str) -> bool:
+        """Load ``adapter_name`` unless it is loaded; return whether it was loaded now. Raises UserError."""
         if adapter_name == BASE or adapter_name in self._loaded:
-            return
+            return False
         folder = self._folders.get(adapter_name)
         if folder is None:
             raise UserError(
@@ -54,6 +54,7 @@ class AdapterSet:
             restore_peft(self._model)
             # Loading an adapter activates it.
             self._active.adapter_name = adapter_name
+        return True
 
     def activate(self, adapter_name: str) -> None:
         """Switch to an adapter that ``ensure_loaded`` has loaded."""

@@ -95,8 +95,12 @@ class GenerationResult(Struct, frozen=True, kw_only=True):
     """The thought before the answer."""
     thought_tokens: int = 0
     thought_s: float = 0.0
+    recorded_tokens: int = 0
+    """Tokens that a CUDA graph has processed."""
     warning: str = ""
     """Warning where the chat's logits differed from those of transformers and peft; empty otherwise."""
+    note: str = ""
+    """Why answers of this session are generated without a CUDA graph, in the first result that knows."""
     thought_ended: bool = True
     """False if the model was still thinking when it stopped."""
 

@@ -14,9 +14,9 @@ from qlora_tui.chat.chat_types import FinishReason, GenerationResult, Sampling, 
 from qlora_tui.chat.incremental_detokenizer import IncrementalDetokenizer
 from qlora_tui.chat.kv_cache import PrefixCache
 from qlora_tui.chat.thought_splitter import ThoughtSplitter
-from qlora_tui.chat.token_sampler import make_sampler
+from qlora_tui.chat.token_sampler import TokenSampler
 
-_PREFILL_CHUNK_TOKENS = 512
+PREFILL_CHUNK_TOKENS = 512
 """Prompt tokens in one forward pass: a stop request is noticed between two."""
 
 
@@ -30,6 +30,14 @@ class DecoderModel(Protocol):
 
     def next_logits(self, adapter_name: str, token_ids: list[int], prefix_cache: PrefixCache) -> Tensor:
         """Return the logits (1, vocabulary) of the token after ``token_ids``."""
+
+    def next_logits_ahead(
+        self, adapter_name: str, token: Tensor, prefix_cache: PrefixCache
+    ) -> tuple[int, Tensor] | None:
+        """Return the id of ``token`` (1, 1) and the logits after it from a CUDA graph; None without one."""
+
+    def take_note(self) -> str:
+        """Return a note on how answers are generated, once; else an empty text."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of the ids without special tokens."""
@@ -55,6 +63,7 @@ class AnswerStream:
         self._sampling = sampling
         self._stop = stop
         self._splitter = splitter
+        self._recorded_tokens = 0
         self.outcome: GenerationResult | None = None
 
     def stop(self) -> None:
@@ -89,7 +98,9 @@ class AnswerStream:
             new_tokens=len(answer),
             first_token_s=first_at - began,
             tokens_per_s=(len(answer) - 1) / (ended - first_at) if len(answer) > 1 else 0.0,
+            recorded_tokens=self._recorded_tokens,
             warning=self._model.warning,
+            note=self._model.take_note(),
             thought=parts.thought.strip(),
             thought_tokens=parts.thought_tokens,
             thought_s=parts.thought_s,
@@ -107,17 +118,26 @@ class AnswerStream:
 
     def _tokens(self, reused: int) -> Iterator[int]:
         """Yield the answer's ids, up to the maximum or until stopped."""
-        sample_token = make_sampler(self._sampling, self._model.device)
-        ids = torch.tensor([self._prompt], device=self._model.device)
-        uncached = self._prompt[reused:]
-        for _ in range(self._max_new_tokens):
-            logits = self._forward(uncached)
+        sampler = TokenSampler(self._sampling, self._prompt, self._model.device)
+        logits = self._forward(self._prompt[reused:])
+        for further in reversed(range(self._max_new_tokens)):
             if logits is None:
                 return
-            token_id = sample_token(ids, logits)
-            ids = torch.cat([ids, ids.new_tensor([[token_id]])], dim=1)
-            uncached = [token_id]
-            yield token_id
+            token = sampler.next(logits)
+            ahead = None
+            if further:
+                ahead = self._model.next_logits_ahead(self._adapter_name, token, self._prefix_cache)
+            if ahead is not None:
+                # At the end of a turn this step was not needed.
+                token_id, logits = ahead
+                self._recorded_tokens += 1
+                yield token_id
+                if self._stop.is_set():
+                    return
+            else:
+                token_id = int(token)
+                yield token_id
+                logits = self._forward([token_id]) if further else None
 
     def _forward(self, token_ids: list[int]) -> Tensor | None:
         """Run ``token_ids`` through the model in chunks.
@@ -125,11 +145,11 @@ class AnswerStream:
         Returns the logits (1, vocabulary) after the last one; None after a stop request.
         """
         logits = None
-        for start in range(0, len(token_ids), _PREFILL_CHUNK_TOKENS):
+        for start in range(0, len(token_ids), PREFILL_CHUNK_TOKENS):
             if self._stop.is_set():
                 return None
             logits = self._model.next_logits(
-                self._adapter_name, token_ids[start : start + _PREFILL_CHUNK_TOKENS], self._prefix_cache
+                self._adapter_name, token_ids[start : start + PREFILL_CHUNK_TOKENS], self._prefix_cache
             )
         return logits
 

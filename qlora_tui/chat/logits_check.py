@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,13 @@ class LogitsComparison:
     noise: float
     """Difference that rounding makes to the library's logits, in the same unit."""
 
+    @classmethod
+    def of(cls, logits: Tensor, expected: Tensor, noise: float = 0.0) -> LogitsComparison:
+        """Compare logits (rows, vocabulary) with the expected ones."""
+        expected = expected.float()
+        spread = float((expected - expected.mean(-1, keepdim=True)).norm()) or 1.0
+        return cls(float((logits.float() - expected).norm()) / spread, noise)
+
     @property
     def agrees(self) -> bool:
         """Return whether rounding accounts for the difference. False where a score is not finite."""
@@ -51,14 +58,12 @@ def compare_logits(
         model: computes ``library`` with transformers and peft alone while that is called.
         dtype: compute dtype of the model.
     """
-    expected = library().float()
-    spread = float((expected - expected.mean(-1, keepdim=True)).norm()) or 1.0
-    difference = float((ours().float() - expected).norm()) / spread
-    noise = 0.0
+    expected = library()
+    comparison = LogitsComparison.of(ours(), expected)
     for draw in range(_MAX_DRAWS):
         with rounding_errors(model, rounding_error_of(dtype), seed=draw):
-            noise = max(noise, float((library().float() - expected).norm()) / spread)
-        comparison = LogitsComparison(difference, noise)
+            noise = LogitsComparison.of(library(), expected).difference
+        comparison = replace(comparison, noise=max(noise, comparison.noise))
         if comparison.agrees:
             break
     return comparison

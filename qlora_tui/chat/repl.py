@@ -154,6 +154,8 @@ def _with_notes(reply: AnswerStream) -> Iterator[TextChunk]:
         yield chunk
     if reply.outcome is not None and reply.outcome.warning:
         _note(f"\n{reply.outcome.warning}")
+    if reply.outcome is not None and reply.outcome.note:
+        _note(f"\n{reply.outcome.note}")
     if thought is not None:
         _note(
             f"Still thinking after {pluralize(thought.tokens, 'token')} without an answer. "

@@ -7,6 +7,7 @@ be generated side by side.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from inspect import signature
 from itertools import groupby
 from pathlib import Path
@@ -22,7 +23,16 @@ from qlora_tui.chat.chat_types import BASE, ChatSource, Sampling, ThinkingSuppor
 from qlora_tui.chat.cpu_4bit import use_cpu_layout
 from qlora_tui.chat.cpu_dequantize import dequantize_on_cpu
 from qlora_tui.chat.decode_attention import use_grouped_heads
-from qlora_tui.chat.generation import AnswerStream
+from qlora_tui.chat.decode_step import (
+    DecodeStep,
+    DecodeSteps,
+    Forward,
+    TokenReader,
+    first_line,
+    free_gpu_bytes,
+    record_cuda_graph,
+)
+from qlora_tui.chat.generation import PREFILL_CHUNK_TOKENS, AnswerStream
 from qlora_tui.chat.kv_cache import PrefixCache
 from qlora_tui.chat.logits_check import (
     TOKENS,
@@ -75,6 +85,14 @@ class ChatSession:
         self._model = model
         self._adapters = AdapterSet(model, source.adapters)
         self._caches: dict[str, PrefixCache] = {}
+        self.steps: DecodeSteps | None = None
+        """Decoding steps in fixed shapes; None on a CPU."""
+        if device.kind == "cuda":
+            self.steps = DecodeSteps(
+                self._step_forward, record_cuda_graph, partial(free_gpu_bytes, self.device), self.device
+            )
+        self._is_noted = False
+        self._reader = TokenReader(self.device)
         self.checked: dict[str, LogitsComparison] = {}
         """Comparison with the library's logits by adapter name, after its first answer."""
         self._not_checkable: set[str] = set()
@@ -84,6 +102,7 @@ class ChatSession:
         takes = signature(model.forward).parameters
         # The name changes within transformers 5.
         self._cache_argument = "cache" if "cache" in takes else "past_key_values"
+        self._takes_positions = "position_ids" in takes
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
@@ -103,6 +122,13 @@ class ChatSession:
             off=str(switch.off[switch.variable]),
             default=switch.default,
         )
+
+    def take_note(self) -> str:
+        """Return, once, why answers are generated without a CUDA graph on a GPU; else an empty text."""
+        if self.steps is None or self._is_noted or not self.steps.why_not:
+            return ""
+        self._is_noted = True
+        return f"Answers are generated without a CUDA graph. {self.steps.why_not}"
 
     @property
     def memory_bytes(self) -> int:
@@ -129,7 +155,9 @@ class ChatSession:
         prompt = self.prompt(messages, thinking)
         self.ensure_loaded(adapter_name)
         self.check(adapter_name, prompt)
-        prefix_cache = self._caches.setdefault(adapter_name, PrefixCache(self._model.config))
+        if adapter_name not in self._caches:
+            self._caches[adapter_name] = self._new_cache()
+        prefix_cache = self._caches[adapter_name]
         opened = bool(OPENED.search(self.tokenizer.decode(prompt[-_OPENING_TOKENS:])))
         splitter = ThoughtSplitter(self._marks, in_thought=opened)
         return AnswerStream(
@@ -138,7 +166,14 @@ class ChatSession:
 
     def ensure_loaded(self, adapter_name: str) -> None:
         """Load ``adapter_name`` unless it is loaded. Raises UserError."""
-        self._adapters.ensure_loaded(adapter_name)
+        if self._adapters.ensure_loaded(adapter_name):
+            # A graph uses addresses of weights, which loading may move.
+            for prefix_cache in self._caches.values():
+                prefix_cache.step = None
+
+    def _new_cache(self) -> PrefixCache:
+        free_bytes = self.steps.free_bytes if self.steps else None
+        return PrefixCache(self._model.config, free_bytes, self.context_length)
 
     def check(self, adapter_name: str, prompt: list[int]) -> None:
         """Compare the logits of a loaded adapter with the library's, once.
@@ -151,9 +186,12 @@ class ChatSession:
             return
 
         def ours() -> Tensor:
-            prefix_cache = PrefixCache(self._model.config)
+            prefix_cache = self._new_cache()
+            # Decoding steps are compared where there are any: with two positions, one that never moves shows.
+            single = 2 if self.steps is not None and self.steps.in_use and len(ids) > 2 else 1
+            parts = [ids[:-single], *([token_id] for token_id in ids[-single:])]
             return torch.cat(
-                [self.next_logits(adapter_name, part, prefix_cache) for part in (ids[:-1], ids[-1:])]
+                [self.next_logits(adapter_name, part, prefix_cache).clone() for part in parts][-2:]
             )
 
         def compare() -> LogitsComparison:
@@ -163,6 +201,14 @@ class ChatSession:
 
         try:
             comparison = self.checked[adapter_name] = compare()
+            if not comparison.agrees and self.steps is not None and self.steps.in_use:
+                self.steps.turn_off(
+                    "In fixed shapes the logits differed from those of transformers and peft by "
+                    f"{comparison.difference:.2g} of the logits' standard deviation, of which rounding "
+                    f"accounts for about {comparison.noise:.2g}."
+                )
+                self._caches.clear()
+                comparison = self.checked[adapter_name] = compare()
             if comparison.agrees:
                 return
             use_library_code(self._model)
@@ -177,6 +223,8 @@ class ChatSession:
                 "These answers could not be checked against transformers and peft: "
                 f"{type(error).__name__}: {lines[0]}."
             )
+            if self.steps is not None:
+                self.steps.turn_off("They could not be checked against transformers and peft.")
             return
         how = (
             f"the logits of the next token differed from those of transformers and peft by "
@@ -221,7 +269,13 @@ class ChatSession:
     @torch.inference_mode()
     def next_logits(self, adapter_name: str, token_ids: list[int], prefix_cache: PrefixCache) -> Tensor:
         """Return the logits (1, vocabulary) after ``token_ids``, which are added to the cache."""
+        if len(token_ids) == 1 and (step := self._step(adapter_name, prefix_cache)):
+            token = torch.tensor([token_ids], device=self.device)
+            if (logits := self._run(step, token, prefix_cache)) is not None:
+                prefix_cache.add_step(token_ids[0])
+                return logits
         self._adapters.activate(adapter_name)
+        prefix_cache.reserve(len(token_ids))
         last: int | Tensor = 1
         if len(token_ids) > 1 and self.device.type == "cpu" and not self._shares_keys:
             # By index: a slice of several is laid out so that a CPU copies the whole head.
@@ -239,6 +293,68 @@ class ChatSession:
             raise
         prefix_cache.token_ids += token_ids
         return output.logits[:, -1]  # type: ignore[no-any-return]  # transformers' outputs are untyped
+
+    @torch.inference_mode()
+    def next_logits_ahead(
+        self, adapter_name: str, token: Tensor, prefix_cache: PrefixCache
+    ) -> tuple[int, Tensor] | None:
+        """Start the recorded step of ``token`` (1, 1), and read the token while the GPU computes.
+
+        Returns its id and the logits (1, vocabulary) after it, which the next call overwrites; None where no
+        step is recorded, and nothing was processed.
+        """
+        step = self._step(adapter_name, prefix_cache)
+        if self.steps is None or step is None:
+            return None
+        if not self.steps.record_if_due(step, self.checked.get(adapter_name)):
+            self._read_again(adapter_name, prefix_cache)
+        if not step.is_recorded:
+            return None
+        self._reader.start(token)
+        logits = self._run(step, token, prefix_cache)
+        if logits is None:
+            return None
+        token_id = self._reader.wait()
+        prefix_cache.add_step(token_id)
+        return token_id, logits
+
+    def _read_again(self, adapter_name: str, prefix_cache: PrefixCache) -> None:
+        """Fill the cache with its tokens anew."""
+        token_ids = prefix_cache.token_ids
+        prefix_cache.clear()
+        for start in range(0, len(token_ids), PREFILL_CHUNK_TOKENS):
+            self.next_logits(adapter_name, token_ids[start : start + PREFILL_CHUNK_TOKENS], prefix_cache)
+
+    def _step(self, adapter_name: str, prefix_cache: PrefixCache) -> DecodeStep | None:
+        return self.steps.step(adapter_name, prefix_cache) if self.steps is not None else None
+
+    def _run(self, step: DecodeStep, token: Tensor, prefix_cache: PrefixCache) -> Tensor | None:
+        """Run a step; None, and no more steps, where it fails."""
+        try:
+            return step.run(token, len(prefix_cache.token_ids))
+        except Exception as error:
+            # Models raise anything. Where the GPU is at fault, the usual way raises it again.
+            assert self.steps is not None
+            prefix_cache.step = None
+            self.steps.turn_off(f"The model cannot decode in fixed shapes: {first_line(error)}.")
+            return None
+
+    def _step_forward(self, adapter_name: str) -> Forward:
+        """Return the function that a step of ``adapter_name`` computes."""
+
+        def forward(token: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
+            self._adapters.activate(adapter_name)
+            positions = {"position_ids": position_ids} if self._takes_positions else {}
+            output = self._model(
+                input_ids=token,
+                use_cache=True,
+                logits_to_keep=1,
+                **positions,
+                **{self._cache_argument: cache},
+            )
+            return output.logits[:, -1]  # type: ignore[no-any-return]  # transformers' outputs are untyped
+
+        return forward
 
     @torch.inference_mode()
     def logits_at(self, adapter_name: str, token_ids: list[int], positions: list[int]) -> Tensor:

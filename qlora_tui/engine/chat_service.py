@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import time
 from collections.abc import Callable, Iterator
 from threading import Event
@@ -61,6 +62,9 @@ class ChatService:
         except torch.OutOfMemoryError as error:
             raise out_of_memory(session.compute_device) from error
         assert reply.outcome is not None
+        if reply.outcome.note:
+            # For the engine's log: nobody has to act on it.
+            print(reply.outcome.note, file=sys.stderr)
         yield GenerationDone(outcome=reply.outcome)
 
     def measure(
