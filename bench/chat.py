@@ -1,12 +1,15 @@
 """Speed and memory of the chat, beside plain ``generate`` with the same adapter unmerged.
 
-    python -m bench.chat MODEL [--adapter FOLDER] [--tokens 48] [--rounds 7] [--json]
+    python -m bench.chat MODEL [--adapter FOLDER] [--tokens 48] [--rounds 7] [--fixed] [--json]
 
 Both hold the same NF4 base, each in a separate process; without --adapter a random LoRA of rank 16 on all
 linear modules is made. They answer in turns whose order is reversed every round, so that a busy machine slows
 both: a short question, and one of some 600 tokens. Medians count. Processor time is what other work on the
 machine disturbs least (with OMP_NUM_THREADS=1, or threads that wait count too). Plain ``generate`` looks for
 no end of its turn, and its threads wait for each other as ours do.
+
+On a GPU the table says how many tokens a CUDA graph gave, or why none. --fixed is for a CPU: it adds this
+program with the shapes of such a graph, which is not the way that it decodes there.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,8 @@ from qlora_tui.recipe.schema import Model, Recipe
 QUESTION = "Tell me about Paris and its history."
 QUESTIONS = {"short": QUESTION, "long": f"{QUESTION} " * 70}
 WAYS = ("plain", "ours")
+FIXED = "fixed"
+"""This program, decoding in fixed shapes on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,10 @@ class Answered:
     peak_bytes: int
     """The process's so far, libraries and all."""
     text: str
+    recorded_tokens: int = 0
+    """Tokens that a CUDA graph gave."""
+    note: str = ""
+    """Why none did."""
 
 
 Answer = Callable[[str, int], Answered]
@@ -62,28 +71,35 @@ def main() -> int:
     parser.add_argument("--adapter")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--fixed", action="store_true")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--way", choices=(*WAYS, FIXED), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.way:
         # Both: threads that spin on a busy machine would make plain ``generate`` many times slower.
         configure_torch_env()
         recipe = Recipe(model=Model(id=args.model))
-        serve(by_generate(recipe, args.adapter) if args.way == "plain" else by_chat(recipe, args.adapter))
+        if args.way == "plain":
+            serve(by_generate(recipe, args.adapter))
+        else:
+            serve(by_chat(recipe, args.adapter, fixed_shapes=args.way == FIXED))
         return 0
+    ways = (*WAYS, FIXED) if args.fixed else WAYS
     with tempfile.TemporaryDirectory() as scratch:
         adapter = args.adapter or random_adapter(Recipe(model=Model(id=args.model)), Path(scratch))
-        report = summary(answered(args.model, adapter, args.tokens, args.rounds))
+        report = summary(answered(args.model, adapter, args.tokens, args.rounds, ways))
     print(json.dumps(report) if args.json else table(report))
     return 0
 
 
-def answered(model: str, adapter: str, tokens: int, rounds: int) -> dict[str, dict[str, list[Answered]]]:
+def answered(
+    model: str, adapter: str, tokens: int, rounds: int, ways: Sequence[str] = WAYS
+) -> dict[str, dict[str, list[Answered]]]:
     """Way to length of question to answers, after one that warms up."""
     command = [sys.executable, "-m", "bench.chat", model, "--adapter", adapter, "--way"]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with contextlib.ExitStack() as ends:
-        children = {way: ends.enter_context(subprocess.Popen([*command, way], **pipes)) for way in WAYS}
+        children = {way: ends.enter_context(subprocess.Popen([*command, way], **pipes)) for way in ways}
         # Without its input a child ends.
         for child in children.values():
             ends.callback(child.stdin.close)
@@ -93,9 +109,10 @@ def answered(model: str, adapter: str, tokens: int, rounds: int) -> dict[str, di
 def _in_turns(
     children: dict[str, subprocess.Popen[str]], tokens: int, rounds: int
 ) -> dict[str, dict[str, list[Answered]]]:
-    answers: dict[str, dict[str, list[Answered]]] = {way: {name: [] for name in QUESTIONS} for way in WAYS}
+    ways = list(children)
+    answers: dict[str, dict[str, list[Answered]]] = {way: {name: [] for name in QUESTIONS} for way in ways}
     for number in range(-1, rounds):
-        for way in reversed(WAYS) if number % 2 else WAYS:
+        for way in reversed(ways) if number % 2 else ways:
             child = children[way]
             assert child.stdin and child.stdout
             for name in QUESTIONS:
@@ -112,8 +129,10 @@ def summary(answers: dict[str, dict[str, list[Answered]]]) -> dict[str, Any]:
     """Medians by length of question and way, and whether both said the same."""
     report: dict[str, Any] = {}
     for name in QUESTIONS:
-        report[name] = {way: _medians(answers[way][name]) for way in WAYS}
+        report[name] = {way: _medians(answers[way][name]) for way in answers}
         report[name]["same_text"] = len({each.text for way in WAYS for each in answers[way][name]}) == 1
+        report[name]["ratio"] = report[name]["ours"]["tokens_per_s"] / report[name]["plain"]["tokens_per_s"]
+    report["note"] = next((each.note for each in answers["ours"]["short"] if each.note), "")
     return report
 
 
@@ -135,12 +154,21 @@ def table(report: dict[str, Any]) -> str:
         f"| peak memory of the process | {plain / 2**20:,.0f} MiB | {ours / 2**20:,.0f} MiB |"
         f" {ours / plain:.2f}× |"
     )
+    if FIXED in report["short"]:
+        for name in QUESTIONS:
+            ours, fixed = (report[name][way]["tokens_per_s"] for way in ("ours", FIXED))
+            prompt = report[name]["ours"]["prompt_tokens"]
+            lines.append(
+                f"| tokens/s in fixed shapes after a prompt of {prompt:.0f} tokens | | {fixed:.1f} |"
+                f" {fixed / ours:.2f}× ours |"
+            )
+    graph = f"{report['short']['ours']['recorded_tokens']:.0f} tokens of an answer by a CUDA graph."
     same = all(report[name]["same_text"] for name in QUESTIONS)
-    return "\n".join([*lines, "", f"Both say the same: {'yes' if same else 'no'}."])
+    return "\n".join([*lines, "", f"Both say the same: {'yes' if same else 'no'}. {report['note'] or graph}"])
 
 
 def _medians(answers: list[Answered]) -> dict[str, float]:
-    fields = [field for field in asdict(answers[0]) if field != "text"]
+    fields = [field for field in asdict(answers[0]) if field not in ("text", "note")]
     return {field: statistics.median(getattr(each, field) for each in answers) for field in fields}
 
 
@@ -251,16 +279,23 @@ class _Clock:
         pass
 
 
-def by_chat(recipe: Recipe, adapter: str) -> Answer:
+def by_chat(recipe: Recipe, adapter: str, *, fixed_shapes: bool = False) -> Answer:
     """As this program does."""
+    from qlora_tui.chat.decode_step import DecodeSteps
     from qlora_tui.chat.session import load_session
 
     session = load_session(ChatSource(recipe=recipe, adapters={ADAPTER: adapter}))
     session.end_ids = frozenset()
+    if fixed_shapes:
+        session.steps = DecodeSteps(
+            session._step_forward, lambda function: function, lambda: 1 << 40, session.device
+        )
 
     def answer(question: str, tokens: int) -> Answered:
-        # Each question is read anew, though it has been asked before.
-        session._caches.clear()
+        # Each question is read anew, though it has been asked before. The first token stays, and with it what
+        # was recorded, as from turn to turn.
+        for prefix_cache in session._caches.values():
+            prefix_cache.reuse(prefix_cache.token_ids[:1] * 2)
         cpu_began = time.process_time()
         reply = session.ask(
             [Message("user", question)], adapter_name=ADAPTER, sampling=replace(GREEDY, max_new_tokens=tokens)
@@ -275,6 +310,8 @@ def by_chat(recipe: Recipe, adapter: str) -> Answer:
             cpu_s=time.process_time() - cpu_began,
             peak_bytes=peak_bytes(),
             text=reply.outcome.text,
+            recorded_tokens=reply.outcome.recorded_tokens,
+            note=session.steps.why_not if session.steps else "",
         )
 
     return answer

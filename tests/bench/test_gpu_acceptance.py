@@ -66,6 +66,8 @@ def test_every_check_runs_dry_on_a_cpu(tmp_path: Path, model: Path) -> None:
     assert {result for name, result in results.items() if name not in skipped} == {"ok"}
     assert checks["loop"]["figures"]["tokens_per_s"] > 0
     assert len(checks["resume"]["figures"]["resumed"]) == 12
+    assert checks["chat"]["figures"]["short"]["ratio"] > 0
+    assert "0 tokens by a CUDA graph" in checks["chat"]["summary"]
     assert checks["grid"]["figures"]["rows"]
     assert left_behind(tmp_path) == []
 
