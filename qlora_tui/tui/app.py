@@ -225,13 +225,11 @@ class QloraApp(TerminalApp):
 
     def action_help(self) -> None:
         """Show the keys and terms of the current screen."""
-        from qlora_tui.tui.screens.modals.help import HelpScreen
+        from qlora_tui.tui.screens.modals.help import screen_help
 
         here = self.screen
         if isinstance(here, WorkScreen):
-            label = next(entry.label for entry in NUMBERED_SCREENS if entry.name == here.MODE)
-            tables = (("On this screen", here.SCREEN_COMMANDS), ("Everywhere", EVERYWHERE))
-            self.push_screen(HelpScreen(label, here.HELP_TEXT, *tables))
+            self.push_screen(screen_help(here.MODE, here.HELP_TEXT, here.SCREEN_COMMANDS))
 
     async def action_keys(self) -> None:
         """Show every key of every screen."""

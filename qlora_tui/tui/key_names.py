@@ -7,9 +7,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 
+from textual.binding import Binding, BindingType
 from textual.content import Content
 from textual.keys import format_key
 
@@ -45,6 +46,18 @@ def key_while_typing(command_id: str) -> str:
 def bare_key(command_id: str) -> str:
     """The first key without brackets, for a column of keys: ``u``, ``Enter``."""
     return _bare(_keys(command_id)[0])
+
+
+def dialog_keys(bindings: Sequence[BindingType], *others: str) -> str:
+    """``Enter watch · x cancel · Esc close``: the keys of a dialog, which has no footer.
+
+    Args:
+        bindings: The dialog's own; those without a description are left out.
+        others: Keys of the fields and lists in it, which come first.
+    """
+    own = [each for each in bindings if isinstance(each, Binding) and each.description]
+    keys = [f"{_bare(each.key.partition(',')[0])} {each.description.lower()}" for each in own]
+    return " · ".join((*others, *keys))
 
 
 def name_keys(text: str) -> str:

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from textual.binding import Binding, BindingType
 
-from qlora_tui.tui.key_names import bare_key, key_name, key_names, key_while_typing, name_keys
+from qlora_tui.tui.key_names import bare_key, dialog_keys, key_name, key_names, key_while_typing, name_keys
 from qlora_tui.tui.keymap import all_commands
 from tests.tui.screen_assertions import wait_for_text
 from tests.tui.workstation import open_on
@@ -23,8 +24,6 @@ _FIXED = {
     "modals/draft_changed.py": ("[m]", "[t]"),
     "train/screen.py": ("[h]", "[l]", "[']"),
     "chat/text.py": ("Ctrl+J",),
-    "chat/sampling_settings.py": ("Ctrl+S",),
-    "data/file_picker.py": ("Ctrl+O",),
     "lora/module_grid.py": ("[x]", "[-]"),
     "runs/export_choices.py": ("F16",),
 }
@@ -75,6 +74,15 @@ def test_only_single_characters_are_in_brackets(command: str, shown: str) -> Non
 def test_a_command_with_several_keys_can_name_all_of_them() -> None:
     assert key_names("chat.unfold") == "[z] or Ctrl+O"
     assert key_while_typing("chat.unfold") == "Ctrl+O"
+
+
+def test_a_dialogs_line_of_keys_follows_its_bindings() -> None:
+    bindings: list[BindingType] = [
+        Binding("ctrl+s,s", "apply", "Apply"),
+        ("j", "down"),
+        Binding("escape", "dismiss", "Close"),
+    ]
+    assert dialog_keys(bindings, "Tab next") == "Tab next · Ctrl+S apply · Esc close"
 
 
 def test_every_command_that_a_text_names_exists() -> None:

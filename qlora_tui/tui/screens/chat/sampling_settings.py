@@ -12,6 +12,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Input, Label, Static, TextArea
 
 from qlora_tui.chat.chat_types import Sampling
+from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.screens.chat.transcript import format_setting
 from qlora_tui.tui.widgets.text_field import TextField
 
@@ -31,8 +32,8 @@ class ChatSettingsScreen(ModalScreen[tuple[Sampling, str] | None]):
 
     CSS_PATH = ["../modals/modal.tcss", "../modals/fields.tcss", "sampling_settings.tcss"]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape", "dismiss(None)", "Close"),
         Binding("ctrl+s", "apply", "Apply", priority=True),
+        Binding("escape", "dismiss(None)", "Close"),
     ]
 
     def __init__(self, sampling: Sampling, system_prompt: str) -> None:
@@ -43,7 +44,7 @@ class ChatSettingsScreen(ModalScreen[tuple[Sampling, str] | None]):
     def compose(self) -> ComposeResult:
         with VerticalScroll(classes="dialog", can_focus=False) as dialog:
             dialog.border_title = "Sampling"
-            dialog.border_subtitle = "Tab next · Enter or Ctrl+S apply · Esc close"
+            dialog.border_subtitle = dialog_keys(self.BINDINGS, "Tab next", "Enter apply")
             yield Label("system prompt")
             system = TextArea(self._system_prompt, id="system", soft_wrap=True, tab_behavior="focus")
             system.cursor_blink = False

@@ -13,6 +13,7 @@ from textual.widgets import OptionList
 
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.status import read_status
+from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.widgets.vi_list import ViList
 
 BASE_ALONE = "base"
@@ -39,7 +40,7 @@ class ChatSourceScreen(ModalScreen[RunDir | str | None]):
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog") as dialog:
             dialog.border_title = "Chat with"
-            dialog.border_subtitle = "Enter select · Esc close"
+            dialog.border_subtitle = dialog_keys(self.BINDINGS, "Enter select")
             yield ViList()
 
     def on_mount(self) -> None:

@@ -12,6 +12,7 @@ from textual.suggester import SuggestFromList
 from textual.widgets import Input, Label, Static
 
 from qlora_tui.data.formats import parts_of
+from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.widgets.text_field import TextField
 
 
@@ -30,7 +31,7 @@ class ColumnMappingScreen(ModalScreen[dict[str, str]]):
     def compose(self) -> ComposeResult:
         with VerticalScroll(classes="dialog", can_focus=False) as dialog:
             dialog.border_title = f"Columns of {self._format}"
-            dialog.border_subtitle = "Tab next · → complete · Enter apply · Esc close"
+            dialog.border_subtitle = dialog_keys(self.BINDINGS, "Tab next", "→ complete", "Enter apply")
             yield Static(f"Columns in the file: {', '.join(self._columns)}", markup=False, classes="muted")
             for part in parts_of(self._format):
                 with Horizontal(classes="field"):

@@ -14,6 +14,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Input, OptionList, Static
 
 from qlora_tui.formatting import format_bytes, format_path
+from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.recent_paths import add_recent, load_recent
 from qlora_tui.tui.widgets.text_field import TextField
 from qlora_tui.tui.widgets.vi_list import ViList
@@ -21,7 +22,6 @@ from qlora_tui.tui.widgets.vi_list import ViList
 _SHOWN = 500
 """Entries of one folder; type to find the others."""
 _RECENT = 6
-_KEYS = "↑↓ select · Enter open · Tab complete · Ctrl+O open folder · Esc close"
 
 
 class FilePickerScreen(ModalScreen[Path]):
@@ -29,8 +29,8 @@ class FilePickerScreen(ModalScreen[Path]):
 
     CSS_PATH = "file_picker.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("ctrl+o", "choose_folder", "Open folder"),
         Binding("escape", "dismiss(None)", "Close"),
-        Binding("ctrl+o", "choose_folder", "Choose this folder"),
         Binding("down", "move(1)", show=False, priority=True),
         Binding("up", "move(-1)", show=False, priority=True),
         Binding("tab", "complete", show=False, priority=True),
@@ -58,7 +58,11 @@ class FilePickerScreen(ModalScreen[Path]):
             dialog.border_title = self._title
             yield TextField(placeholder="A path, or part of a name", id="path-input", compact=True)
             # Above the list, since notifications may cover the bottom of the screen.
-            yield Static(_KEYS, id="keys", markup=False)
+            yield Static(
+                dialog_keys(self.BINDINGS, "↑↓ select", "Enter open", "Tab complete"),
+                id="keys",
+                markup=False,
+            )
             yield Static(id="location", markup=False)
             yield ViList(id="entries")
 

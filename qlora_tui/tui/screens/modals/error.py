@@ -11,6 +11,7 @@ from textual.widgets import Static
 
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import abbreviate_home
+from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.widgets.vi_scroll import ViScroll
 
 
@@ -27,7 +28,7 @@ class ErrorScreen(ModalScreen[None]):
     def compose(self) -> ComposeResult:
         with ViScroll(classes="dialog") as dialog:
             dialog.border_title = self._problem.title
-            dialog.border_subtitle = "Esc close"
+            dialog.border_subtitle = dialog_keys(self.BINDINGS)
             yield Static(abbreviate_home(self._problem.what), markup=False)
             if self._problem.why:
                 yield Static(abbreviate_home(self._problem.why), markup=False, classes="muted")

@@ -12,9 +12,10 @@ from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-from qlora_tui.tui.commands import Command
-from qlora_tui.tui.key_names import highlight_keys, name_keys
+from qlora_tui.tui.commands import EVERYWHERE, Command
+from qlora_tui.tui.key_names import dialog_keys, highlight_keys, name_keys
 from qlora_tui.tui.keymap import Table, all_commands
+from qlora_tui.tui.screens.registry import SCREENS
 from qlora_tui.tui.widgets.static_update import update_if_changed
 from qlora_tui.tui.widgets.vi_scroll import ViScroll
 
@@ -51,7 +52,7 @@ class HelpScreen(ModalScreen[None]):
     def compose(self) -> ComposeResult:
         with ViScroll(classes="dialog") as dialog:
             dialog.border_title = f"Help: {self._title}"
-            dialog.border_subtitle = "Esc close"
+            dialog.border_subtitle = dialog_keys(self.BINDINGS)
             yield Static(highlight_keys(name_keys(self._text)))
             self._wrapped_for = self.app.size.width
             for heading, commands in self._tables:
@@ -91,6 +92,14 @@ class HelpScreen(ModalScreen[None]):
     def _shown(self, key: str) -> str:
         """The key as the footer shows it."""
         return self.app.get_key_display(Binding(key, ""))
+
+
+def screen_help(name: str, text: str, commands: tuple[Command, ...]) -> HelpScreen:
+    """Help of a screen of the registry; the keys of the app do nothing in one that is a modal."""
+    entry = next(entry for entry in SCREENS if entry.name == name)
+    if entry.is_modal:
+        return HelpScreen(entry.label, text, ("Keys", commands))
+    return HelpScreen(entry.label, text, ("On this screen", commands), ("Everywhere", EVERYWHERE))
 
 
 async def all_keys_screen() -> HelpScreen:

@@ -16,6 +16,7 @@ from textual.widgets import Static
 from qlora_tui.formatting import abbreviate_home
 from qlora_tui.runs.machine_checks import Check
 from qlora_tui.runs.readiness import check_libraries, check_system
+from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.screens.base import CancelsWorkersFirst
 from qlora_tui.tui.screens.train.launch_pane import SIGNS
 from qlora_tui.tui.widgets.vi_scroll import ViScroll
@@ -32,7 +33,7 @@ class MachineReportScreen(CancelsWorkersFirst, ModalScreen[None]):
     def compose(self) -> ComposeResult:
         with ViScroll(classes="dialog") as dialog:
             dialog.border_title = "Can this machine train?"
-            dialog.border_subtitle = "Esc close"
+            dialog.border_subtitle = dialog_keys(self.BINDINGS)
             yield Static("Checking…", id="machine-report")
 
     def on_mount(self) -> None:

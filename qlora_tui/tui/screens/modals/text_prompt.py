@@ -12,6 +12,7 @@ from textual.markup import escape
 from textual.screen import ModalScreen
 from textual.widgets import Input, Static
 
+from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.widgets.text_field import TextField
 
 
@@ -33,7 +34,7 @@ class TextPromptScreen(ModalScreen[str | None]):
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog") as dialog:
             dialog.border_title = escape(self._title)
-            dialog.border_subtitle = "Enter apply · Esc cancel"
+            dialog.border_subtitle = dialog_keys(self.BINDINGS, "Enter apply")
             yield Static(self._text, markup=False)
             yield TextField(self._value, compact=True)
             yield Static("", id="prompt-error", markup=False)

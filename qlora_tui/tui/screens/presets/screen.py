@@ -29,11 +29,12 @@ from qlora_tui.tui.key_names import bare_key, key_name
 from qlora_tui.tui.recipe_undo import notify_opened
 from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 from qlora_tui.tui.screens.modals.error import ErrorScreen
-from qlora_tui.tui.screens.modals.help import HelpScreen
+from qlora_tui.tui.screens.modals.help import screen_help
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
 from qlora_tui.tui.screens.presets.commands import COMMANDS
 from qlora_tui.tui.screens.presets.preset_files import edit, export_preset, import_preset, save_as
 from qlora_tui.tui.screens.presets.preset_preview import preset_line, preview
+from qlora_tui.tui.screens.registry import PRESETS
 from qlora_tui.tui.widgets.text_field import TextField
 from qlora_tui.tui.widgets.vi_list import ViList
 
@@ -136,7 +137,7 @@ class PresetsScreen(ModalScreen[None]):
 
     def action_help(self) -> None:
         """Show the keys of this list."""
-        self.app.push_screen(HelpScreen("presets", HELP_TEXT, ("Keys", COMMANDS)))
+        self.app.push_screen(screen_help(PRESETS.name, HELP_TEXT, COMMANDS))
 
     def action_leave(self) -> None:
         """Leave the name field first, then the filter, then the screen."""

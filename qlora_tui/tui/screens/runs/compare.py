@@ -26,6 +26,7 @@ from qlora_tui.runs.describe import format_exact
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Failed
 from qlora_tui.runs.view import RunView
+from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.render.axis import Axis, rounded, so_far
 from qlora_tui.tui.render.plot import Curve, Plot, overall
 from qlora_tui.tui.render.series import BiasCorrectedEma, DecimatedSeries, Envelope
@@ -196,7 +197,7 @@ class CompareScreen(CancelsWorkersFirst, ModalScreen[None]):
     def compose(self) -> ComposeResult:
         with Vertical(id="compare") as dialog:
             dialog.border_title = f"{len(self._runs)} runs compared"
-            dialog.border_subtitle = "Esc close"
+            dialog.border_subtitle = dialog_keys(self.BINDINGS)
             yield Graph(empty="Reading the runs…")
             with VerticalScroll(id="compare-table-side"):
                 yield Static(id="compare-table")

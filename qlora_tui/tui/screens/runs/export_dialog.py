@@ -18,6 +18,7 @@ from qlora_tui.chat.chat_sources import choose_adapter, run_source
 from qlora_tui.errors import UserError
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.exports import Export, cancel_export, read_exports, start_export
+from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.screens.runs.export_choices import (
     ExportChoice,
     choice_line,
@@ -58,9 +59,9 @@ class ExportScreen(ModalScreen[None]):
 
     CSS_PATH = "../modals/modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape", "dismiss(None)", "Close"),
         Binding("x", "cancel", "Cancel"),
-        Binding("y", "copy", "Copy"),
+        Binding("y", "copy", "Copy command"),
+        Binding("escape", "dismiss(None)", "Close"),
     ]
 
     def __init__(self, run: RunDir, choices: list[ExportChoice]) -> None:
@@ -74,7 +75,7 @@ class ExportScreen(ModalScreen[None]):
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog wide") as dialog:
             dialog.border_title = escape(f"Export {self._run_dir.name}")
-            dialog.border_subtitle = "Enter export · Tab path · x cancel · y copy command · Esc close"
+            dialog.border_subtitle = dialog_keys(self.BINDINGS, "Enter export", "Tab path")
             yield ViList()
             yield Static("", id="export-detail", markup=False)
             yield TextField("", id="export-path", compact=True)

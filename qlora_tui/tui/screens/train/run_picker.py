@@ -14,6 +14,7 @@ from textual.widgets import OptionList, Static
 from qlora_tui.formatting import truncate_middle
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.status import read_status
+from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.render.run_labels import SIGNS
 from qlora_tui.tui.widgets.vi_list import ViList
 
@@ -38,7 +39,7 @@ class RunPickerScreen(ModalScreen[RunDir | None]):
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog") as dialog:
             dialog.border_title = "Watch another run"
-            dialog.border_subtitle = "Enter watch · Esc close"
+            dialog.border_subtitle = dialog_keys(self.BINDINGS, "Enter watch")
             if self._runs:
                 yield ViList()
             else:
