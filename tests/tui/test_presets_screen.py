@@ -55,7 +55,7 @@ def test_looks(snap_compare: Snapshot, private_home: Path, size: tuple[int, int]
 async def test_help_opens_over_the_presets_and_closes_to_them() -> None:
     async with open_on("lora").run_test(size=(80, 24)) as pilot:
         await pilot.press("p", "question_mark")
-        await wait_for_text(pilot, "Help: presets", "It is checked when you return")
+        await wait_for_text(pilot, "Help: Presets", "It is checked when you return")
         await pilot.press("escape")
         await wait_for_text(pilot, "Presets", "balanced")
 
