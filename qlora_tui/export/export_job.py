@@ -43,8 +43,9 @@ def run_job(folder: Path) -> None:
     with locked(lock_path(folder)) as lock:
         if lock is None:
             return
+        now = time.time()
         status = ExportStatus(
-            state="running", at=time.time(), process=process_identity(), activity="Starting"
+            state="running", at=now, began=now, process=process_identity(), activity="Starting"
         )
         write_export_status(folder, status)
         try:
@@ -70,6 +71,7 @@ def _export(request: ExportRequest, run: RunDir, on_status: Callable[[str], None
         at=time.time(),
         paths=written.paths,
         bytes=written.bytes,
+        file_type=written.file_type,
         summary=written.summary,
         command=written.command,
     )

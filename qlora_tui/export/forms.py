@@ -30,6 +30,8 @@ class Written(Struct, frozen=True):
     """How it was checked, in sentences."""
     command: str
     """The command that runs it."""
+    file_type: str = ""
+    """GGUF type of a single file."""
 
 
 def export_form(
@@ -58,7 +60,9 @@ def export_form(
         case "gguf":
             written = export_gguf(source, adapter_name, out, (request.file_type,), on_status=on_status)
             paths = tuple(file.path for file in written.files)
-            return Written(paths, sum(f.bytes for f in written.files), written.summary, written.command)
+            size = sum(file.bytes for file in written.files)
+            kind = written.files[0].file_type
+            return Written(paths, size, written.summary, written.command, kind)
         case "lora":
             lora = export_lora(source, adapter_name, out, on_status)
             return Written((lora.path,), lora.bytes, lora.summary, lora.command)

@@ -172,7 +172,8 @@ class _Export:
                 fix="Name a type, such as --quant Q8_0.",
             )
         nearest: Proof | None = None
-        for kind in kinds:
+        for number, kind in enumerate(kinds, 1):
+            self.on_status(f"Trying {kind} ({number} of at most {len(kinds)})")
             file = self._write(kind)
             assert file.proof is not None
             if not file.proof.problem and file.proof.divergence <= self.within:

@@ -56,12 +56,16 @@ class ExportStatus(Struct, frozen=True, kw_only=True, omit_defaults=True):
     state: ExportState
     at: float
     """Unix time of this status."""
+    began: float = 0.0
+    """Unix time of the process's start."""
     process: ProcessIdentity | None = None
     activity: str = ""
     """What it does now."""
     paths: tuple[str, ...] = ()
     """The files or the folder written."""
     bytes: int = 0
+    file_type: str = ""
+    """GGUF type of the file; with ``auto`` the one that was chosen."""
     summary: str = ""
     """What was written and how it was checked, in sentences."""
     command: str = ""
@@ -80,7 +84,7 @@ class Export(Struct, frozen=True):
     @property
     def name(self) -> str:
         """Return what it writes, in a few words."""
-        return _NAMES.get(self.request.form, self.request.file_type)
+        return _NAMES.get(self.request.form) or self.status.file_type or self.request.file_type
 
 
 _REQUESTS = msgspec.json.Decoder(ExportRequest)

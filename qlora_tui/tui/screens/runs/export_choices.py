@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +13,7 @@ from textual.content import Content
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.gguf_file_types import AUTO, bytes_to_run, estimated_bytes
-from qlora_tui.formatting import format_bytes
+from qlora_tui.formatting import format_bytes, format_duration, truncate_middle
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.runs.exports import Export, ExportRequest, Form
 
@@ -21,11 +22,13 @@ _NEED_LLAMA_CPP = (AUTO, "Q4_K_M", "Q5_K_M", "Q6_K")
 _NO_LLAMA_CPP = 'Needs llama.cpp: pip install "qlora-tui[export]".'
 _SIGNS = {"running": ("▸", "$primary"), "finished": ("✓", "$success"), "failed": ("✗", "$error")}
 _AUTO = (
-    "Tries types from the smallest up, and keeps the first whose answers are within a KL divergence of 0.03 "
-    "of your adapter's, as llama.cpp computes them."
+    "The smallest type that still answers like your adapter: tries them from the smallest up, and keeps the "
+    "first within a KL divergence of 0.03, as llama.cpp computes it."
 )
 _HUB = "To a private repository; [owner/]name. Needs HF_TOKEN or `hf auth login`; the token is never stored."
-_PROGRAMS = "llama.cpp, Ollama, LM Studio"
+_LINE_WIDTH = 48
+"""Cells of what is said of an export, so that its line fits 80 columns."""
+_PROGRAMS = "llama.cpp, Ollama"
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,16 @@ class ExportChoice:
     is_available: bool = True
 
 
-def export_choices(architecture: Architecture | None, budget: MemoryBudget) -> list[ExportChoice]:
+def export_choices(
+    architecture: Architecture | None, budget: MemoryBudget, adapter_bytes: int
+) -> list[ExportChoice]:
     """Return every choice, the most useful first; sizes need the model's architecture."""
+    adapter_size = format_bytes(adapter_bytes)
     installed = find_spec("llama_cpp_py_sync") is not None
     choices = [
         ExportChoice(
             id=AUTO,
-            label="GGUF, smallest that is near",
+            label="GGUF, type chosen for you",
             size="",
             note=_PROGRAMS,
             detail=_AUTO if installed else _NO_LLAMA_CPP,
@@ -80,7 +86,7 @@ def export_choices(architecture: Architecture | None, budget: MemoryBudget) -> l
         ExportChoice(
             id="lora",
             label="LoRA as GGUF",
-            size="",
+            size=adapter_size,
             note="llama.cpp --lora",
             detail="The adapter alone, for llama.cpp beside a GGUF file of the base.",
             form="lora",
@@ -89,7 +95,7 @@ def export_choices(architecture: Architecture | None, budget: MemoryBudget) -> l
         ExportChoice(
             id="adapter",
             label="Adapter folder",
-            size="",
+            size=adapter_size,
             note="vLLM, peft",
             detail="A copy of the adapter, checked against what vLLM can serve.",
             form="adapter",
@@ -109,7 +115,7 @@ def export_choices(architecture: Architecture | None, budget: MemoryBudget) -> l
         ExportChoice(
             id="hub-adapter",
             label="Upload the adapter",
-            size="",
+            size=adapter_size,
             note="Hugging Face Hub",
             detail=f"{_HUB} The adapter, with a model card.",
             form="hub-adapter",
@@ -164,7 +170,13 @@ def proposed_target(choice: ExportChoice, run_name: str) -> str:
     while path.exists():
         path = folder / f"{stem}-{number}{choice.suffix}"
         number += 1
-    return str(path)
+    return home_relative(str(path))
+
+
+def home_relative(path: str) -> str:
+    """Return a path with ``~`` for the user's home."""
+    home = f"{Path.home()}/"
+    return f"~/{path.removeprefix(home)}" if path.startswith(home) else path
 
 
 def request_for(choice: ExportChoice, out: str, checkpoint: int | None = None) -> ExportRequest:
@@ -185,13 +197,16 @@ def export_line(export: Export) -> Content:
     """Return the line of an export that was started before."""
     status = export.status
     sign, style = _SIGNS.get(status.state, ("·", "dim"))
+    elapsed = f" · {format_duration(time.time() - status.began)}" if status.began else ""
     said = {
-        "running": status.activity,
-        "finished": export.request.out,
+        "running": f"{status.activity}{elapsed}",
+        "finished": f"{format_bytes(status.bytes)}  {home_relative(export.request.out)}",
         "failed": status.problem.partition("\n")[0],
         "canceled": "canceled",
     }[status.state]
-    return Content.assemble((f"{sign} ", style), f"{export.name}  ", (said, "dim"))
+    return Content.assemble(
+        (f"{sign} ", style), f"{export.name}  ", (truncate_middle(said, _LINE_WIDTH), "dim")
+    )
 
 
 def export_detail(export: Export) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from textual.app import ComposeResult
@@ -13,6 +14,7 @@ from textual.markup import escape
 from textual.screen import ModalScreen
 from textual.widgets import Input, OptionList, Static
 
+from qlora_tui.catalog.adapter_config import WEIGHTS
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.chat.chat_sources import choose_adapter, run_source
 from qlora_tui.errors import UserError
@@ -43,7 +45,7 @@ def show_export_dialog(app: QloraApp, run: RunDir) -> None:
     """Open the dialog, or say why the run cannot be exported."""
     try:
         source = run_source(run)
-        choose_adapter(source)
+        adapter = Path(source.adapters[choose_adapter(source)])
     except UserError as problem:
         app.show_error(problem)
         return
@@ -51,7 +53,14 @@ def show_export_dialog(app: QloraApp, run: RunDir) -> None:
         architecture = resolve_model(source.recipe.model.id).architecture
     except UserError:
         architecture = None
-    app.push_screen(ExportScreen(run, export_choices(architecture, app.memory_budget)))
+    app.push_screen(ExportScreen(run, export_choices(architecture, app.memory_budget, _size(adapter))))
+
+
+def _size(adapter: Path) -> int:
+    try:
+        return (adapter / WEIGHTS).stat().st_size
+    except OSError:
+        return 0
 
 
 class ExportScreen(ModalScreen[None]):
@@ -168,6 +177,8 @@ class ExportScreen(ModalScreen[None]):
         if choice is not None and (propose_again or field.value == self._proposed):
             self._proposed = proposed_target(choice, self._run_dir.name)
             field.value = self._proposed
+            # The end names the file.
+            field.cursor_position = len(self._proposed)
 
     def _say(self, text: str) -> None:
         self.query_one("#export-message", Static).update(text)
