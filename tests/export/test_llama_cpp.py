@@ -1,0 +1,71 @@
+"""The package that carries llama.cpp: what the bindings take from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qlora_tui.catalog.gguf_file_types import K_QUANTS
+from qlora_tui.errors import UserError
+from qlora_tui.export.llama_cpp import bindings, llama_process
+from qlora_tui.export.llama_cpp.bindings import PACKAGE, LlamaCpp, LlamaCppError
+from qlora_tui.export.llama_cpp.jobs import Compare, ComparedRow, Quantize
+
+pytest.importorskip("llama_cpp_py_sync")
+pytestmark = pytest.mark.slow
+
+FUNCTIONS = {
+    "llama_adapter_lora_init", "llama_backend_init", "llama_batch_free", "llama_batch_init",
+    "llama_context_default_params", "llama_decode", "llama_free", "llama_get_logits_ith", "llama_get_memory",
+    "llama_init_from_model", "llama_memory_clear", "llama_model_chat_template", "llama_model_default_params",
+    "llama_model_free", "llama_model_get_vocab", "llama_model_load_from_file", "llama_model_quantize",
+    "llama_model_quantize_default_params", "llama_set_adapters_lora", "llama_tokenize", "llama_vocab_bos",
+    "llama_vocab_get_add_bos", "llama_vocab_get_text", "llama_vocab_is_eog", "llama_vocab_n_tokens",
+}  # fmt: skip
+CHANGED = (
+    f"A release of {PACKAGE} changed its generated bindings, which are private to it. Compare them with "
+    "include/llama.h of its llama.cpp, adapt qlora_tui/export/llama_cpp/bindings.py, and raise the lower "
+    "bound in pyproject.toml; until then, set an upper bound there."
+)
+
+
+def test_the_generated_bindings_are_as_they_were() -> None:
+    from llama_cpp_py_sync import _cffi_bindings as generated
+
+    for name in ("get_ffi", "get_lib"):
+        assert hasattr(generated, name), CHANGED
+    library = generated.get_lib()
+    missing = [name for name in FUNCTIONS if not hasattr(library, name)]
+    assert not missing, f"{missing}: {CHANGED}"
+    types = [f"LLAMA_FTYPE_MOSTLY_{kind}" for kind in K_QUANTS]
+    names = [*types, "LLAMA_FLASH_ATTN_TYPE_DISABLED"]
+    assert not [name for name in names if not hasattr(library, name)], CHANGED
+    used = Path(bindings.__file__).read_text()
+    assert all(name in used for name in FUNCTIONS), "FUNCTIONS above lists what bindings.py uses"
+
+
+@pytest.mark.parametrize("part", ["get_lib", "get_ffi"])
+def test_changed_bindings_are_an_error_with_words(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llama_cpp_py_sync import _cffi_bindings as generated
+
+    monkeypatch.delattr(generated, part)
+    with pytest.raises(LlamaCppError, match=f"{PACKAGE} could not be loaded"):
+        LlamaCpp()
+
+
+def test_a_file_that_is_no_model_is_an_error_with_words(tmp_path: Path) -> None:
+    (tmp_path / "no.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(UserError, match="could not be quantized"):
+        llama_process.quantize(Quantize(str(tmp_path / "no.gguf"), str(tmp_path / "out.gguf"), "Q4_K_M"))
+    job = Compare(str(tmp_path / "no.gguf"), (ComparedRow("a", (1, 2), (0,)),), str(tmp_path / "no.gguf"), 10)
+    with pytest.raises(UserError, match="could not run the GGUF file") as failed:
+        llama_process.compare(job)
+    assert "no.gguf" in failed.value.what
+
+
+def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama_process, "is_installed", lambda: False)
+    with pytest.raises(UserError, match=r"llama\.cpp is not installed") as missing:
+        llama_process.quantize(Quantize("a", "b", "Q4_K_M"))
+    assert 'pip install "qlora-tui[export]"' in missing.value.fix

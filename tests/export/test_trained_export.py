@@ -1,0 +1,70 @@
+"""From training to files that llama.cpp answers from: F16, Q8_0, Q4_K_M and the LoRA of a real run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from msgspec.structs import replace
+
+from qlora_tui.chat.chat_sources import run_source
+from qlora_tui.chat.session import load_session
+from qlora_tui.cli.main import main
+from qlora_tui.export.llama_cpp.bindings import LlamaCpp
+from qlora_tui.runs.directory import RunDir, all_runs
+from tests.export.export_sources import make_source
+from tests.export.gguf_files import write_base
+
+pytest.importorskip("llama_cpp_py_sync")
+pytestmark = pytest.mark.slow
+
+BOUNDS = {"F16": 0.001, "Q8_0": 0.002, "Q4_K_M": 0.02}
+"""Largest mean KL divergence of each type, in nats."""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A run that has learned its few rows, on 4-bit weights."""
+    from qlora_tui.recipe.toml import dump
+
+    source = make_source(tmp_path, quantization="nf4", hidden_size=256, initializer_range=0.03)
+    training = replace(source.recipe.training, max_steps=30, learning_rate=1e-2, micro_batch_size=4)
+    recipe = replace(source.recipe, training=training)
+    (tmp_path / "recipe.toml").write_text(dump(recipe))
+    assert main(["train", str(tmp_path / "recipe.toml"), "--json"]) == 0
+    return all_runs()[0]
+
+
+def test_a_trained_run_is_exported_in_every_form(
+    run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    out = tmp_path / "out"
+    arguments = ["export", "gguf", run.id, str(out), "--quant", ",".join(BOUNDS), "--json"]
+    assert main(arguments) == 0, capsys.readouterr().err
+    written = json.loads(capsys.readouterr().out)
+    assert written["base"]["chosen"] == "as trained" and not written["unchecked_because"]
+    for file in written["files"]:
+        proof = file["proof"]
+        assert proof["divergence"] < BOUNDS[file["file_type"]] < proof["effect"]
+        assert proof["rows"] and not proof["different_rows"] and not proof["problem"]
+        if file["file_type"] != "Q4_K_M":
+            assert proof["same_choice"] > 0.9 * proof["positions"]
+    lora = tmp_path / "lora.gguf"
+    assert main(["export", "lora", run.id, str(lora), "--json"]) == 0
+    assert not json.loads(capsys.readouterr().out)["proof"]["problem"]
+
+    # On and off, the adapter answers as here.
+    source = run_source(run)
+    settings = replace(source.recipe.quantization, method="none")
+    session = load_session(replace(source, recipe=replace(source.recipe, quantization=settings)))
+    base = write_base(Path(source.recipe.model.id), tmp_path / "base.gguf")
+    ids = session.tokenizer.encode("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")
+    for name, adapter in (("adapter", lora), ("base", None)):
+        session.ensure_loaded(name)
+        ours = session.logits_at(name, ids, list(range(len(ids)))).numpy()
+        with LlamaCpp().open(str(base), context=len(ids), lora=str(adapter or ""), exact=True) as model:
+            theirs = model.logits(ids, range(len(ids)))[:, : ours.shape[-1]]
+        assert np.array_equal(ours.argmax(-1), theirs.argmax(-1))
