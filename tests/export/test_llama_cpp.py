@@ -46,7 +46,7 @@ def test_the_generated_bindings_are_as_they_were() -> None:
 
 
 @pytest.mark.parametrize("part", ["get_lib", "get_ffi"])
-def test_changed_bindings_are_an_error_with_words(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_bindings_are_named(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from llama_cpp_py_sync import _cffi_bindings as generated
 
     monkeypatch.delattr(generated, part)
@@ -54,7 +54,7 @@ def test_changed_bindings_are_an_error_with_words(part: str, monkeypatch: pytest
         LlamaCpp()
 
 
-def test_a_file_that_is_no_model_is_an_error_with_words(tmp_path: Path) -> None:
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "no.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(UserError, match="could not be quantized"):
         llama_process.quantize(Quantize(str(tmp_path / "no.gguf"), str(tmp_path / "out.gguf"), "Q4_K_M"))
