@@ -45,8 +45,8 @@ class _Terminal(io.FileIO):
     Textual's thread that writes would end by the error, and the app wait for ever for its queue to empty.
     """
 
-    def write(self, painted: Any, /) -> int:
+    def write(self, data: Any, /) -> int:
         try:
-            return super().write(painted)
+            return super().write(data)
         except OSError:
-            return len(memoryview(painted).cast("B"))
+            return len(memoryview(data).cast("B"))
