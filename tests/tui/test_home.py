@@ -245,7 +245,9 @@ async def test_before_the_first_poll_no_runs_or_steps_are_shown(
     write_fake_run(FakeRun(name="owls", state="finished"))
     looking = threading.Event()
     look = system_monitor.SystemMonitor.poll_and_recover
-    monkeypatch.setattr(system_monitor.SystemMonitor, "poll", lambda self: looking.wait(30) and look(self))
+    monkeypatch.setattr(
+        system_monitor.SystemMonitor, "poll_and_recover", lambda self: looking.wait(30) and look(self)
+    )
     async with make_app().run_test() as pilot:
         said = await wait_for_text(pilot, "looking…")
         await pilot.press("enter")
