@@ -30,6 +30,8 @@ class Lengths(Struct, frozen=True):
     longest: int = 0
     longest_row: int = 0
     histogram: tuple[Bin, ...] = ()
+    within: tuple[tuple[int, int], ...] = ()
+    """Each percentile and the longest, with the exact number of samples that are no longer."""
 
 
 class LengthCounter:
@@ -58,16 +60,18 @@ class LengthCounter:
             return Lengths(self.unit)
         ordered = sorted(self._counts.items())
         total = sum(count for _, count in ordered)
+        p50, p90, p99 = (_percentile(ordered, total, percent) for percent in (50, 90, 99))
         return Lengths(
             unit=self.unit,
             count=total,
             mean=sum(length * count for length, count in ordered) / total,
-            p50=_percentile(ordered, total, 50),
-            p90=_percentile(ordered, total, 90),
-            p99=_percentile(ordered, total, 99),
+            p50=p50,
+            p90=p90,
+            p99=p99,
             longest=self._longest,
             longest_row=self._longest_row,
-            histogram=_histogram(ordered, _percentile(ordered, total, 99)),
+            histogram=_histogram(ordered, p99),
+            within=tuple((length, total - self.above(length)) for length in (p50, p90, p99, self._longest)),
         )
 
 

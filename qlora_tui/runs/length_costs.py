@@ -64,10 +64,13 @@ def length_costs(
 
 
 def share_within(lengths: Lengths, limit: int) -> float:
-    """Share of the samples of up to ``limit`` tokens, interpolated within a histogram bin."""
+    """Share of the samples of up to ``limit`` tokens: exact at the percentiles, else interpolated."""
     if not lengths.count or limit >= lengths.longest:
         return 1.0
-    return sum(count * min(1.0, part) for count, part in _parts(lengths, limit)) / lengths.count
+    at_least = max((count for length, count in lengths.within if length <= limit), default=0)
+    at_most = min((count for length, count in lengths.within if length >= limit), default=lengths.count)
+    inside = sum(count * min(1.0, part) for count, part in _parts(lengths, limit))
+    return min(max(inside, at_least), at_most) / lengths.count
 
 
 def _parts(lengths: Lengths, limit: int) -> list[tuple[int, float]]:
