@@ -307,10 +307,10 @@ def _nothing_fits(
     named = ", ".join(columns[:_COLUMNS_NAMED]) + more
     what = f"in the columns {named}" if columns else "in its rows, which are not objects"
     if wanted != "auto":
-        needs = ", ".join(PARTS[wanted])
+        needs = " and ".join(PARTS[wanted])
         return UserError(
             "Not in that format",
-            what=f"{name} is not in the format {wanted}: it lacks one of {needs}.",
+            what=f"{name} is not in the format {wanted}, which needs {needs}.",
             why=f"Searched {what}.",
             fix='Map the columns by hand, or let format = "auto" choose.',
         )

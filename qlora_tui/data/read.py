@@ -60,6 +60,9 @@ _MAX_CELLS = 1_000_000
 _FIRST_BYTES = 8 << 20
 _decode = msgspec.json.Decoder().decode
 
+COLUMNAR = ("parquet", "arrow")
+"""Formats whose reader is slow to import and takes memory that the app should not hold."""
+
 
 def kind_of(path: Path) -> str:
     """Return the format of a file by its name (``json``, ``csv``, see ``SUFFIXES``); empty if unknown."""
@@ -147,7 +150,7 @@ def raw_rows(path: Path, position: Position | None = None) -> Iterator[Row | Lin
     """Yield every row of one file, with the lines of a JSONL file unparsed and including blank ones."""
     kind = kind_of(path)
     try:
-        if kind in ("parquet", "arrow"):
+        if kind in COLUMNAR:
             yield from arrow_rows(path, kind, position)
             return
         with opened(path, position) as stream:

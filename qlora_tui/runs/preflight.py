@@ -18,7 +18,7 @@ from qlora_tui.data.error_cache import Tokens, file_fingerprint, raise_cached_er
 from qlora_tui.data.hub_dataset import local_files
 from qlora_tui.data.problems import DataProblem
 from qlora_tui.data.quick_check import QuickCheckResult, quick_check
-from qlora_tui.data.read import files_of, kind_of
+from qlora_tui.data.read import COLUMNAR, files_of, kind_of
 from qlora_tui.data.sources import SourceFile, every_source, is_hub_dataset, sniff
 from qlora_tui.data.token_lookup import check_tokens
 from qlora_tui.errors import EXIT_USAGE, UserError
@@ -38,8 +38,6 @@ from qlora_tui.runs.machine_checks import (
 )
 from qlora_tui.runs.step_limit import check_step_limit
 
-_COLUMNAR = ("parquet", "arrow")
-"""File types whose reader is slow to import and takes memory that the app should not hold."""
 _SPARE_BYTES = 1 << 30
 
 
@@ -161,7 +159,7 @@ def _check_rows(
     files = [
         (path, index, msgspec.json.decode(source, type=Source))
         for path, index, source, *_ in fingerprints
-        if read_columnar or kind_of(path) not in _COLUMNAR
+        if read_columnar or kind_of(path) not in COLUMNAR
     ]
     try:
         result = quick_check(
@@ -184,7 +182,7 @@ def _describe_source(source: Source, preferences: str) -> str:
     if files is None:
         return f"{source.path}, which the run downloads from the Hub"
     kind = kind_of(files[0])
-    layout = kind if kind in _COLUMNAR else sniff(files[0], source, preferences).layout.format
+    layout = kind if kind in COLUMNAR else sniff(files[0], source, preferences).layout.format
     more = f" and {len(files) - 1} more" if len(files) > 1 else ""
     name = source.path if is_hub_dataset(source.path) else files[0].name
     return f"{name}{more}, {format_bytes(sum(f.stat().st_size for f in files))}, {layout}"

@@ -350,8 +350,40 @@ async def test_the_format_key_reads_the_rows_in_another(model: str, here: Path) 
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("f")
         assert app.workbench.recipe.data.sources[0].format == "messages"
-        await pilot.press("f", "f")
-        await wait_for_text(pilot, "✗ Not in that format")
+
+
+async def test_the_format_key_skips_formats_that_do_not_fit(model: str, here: Path) -> None:
+    write_rows(here / "pairs.jsonl", [{"prompt": f"Q {n}", "completion": f"A {n}"} for n in range(3)])
+    app = data_app(model, "pairs.jsonl")
+    formats: list[str] = []
+    async with app.run_test(size=(80, 24), notifications=True) as pilot:
+        while not formats or formats[-1] != "auto":
+            await pilot.press("f")
+            formats.append(app.workbench.recipe.data.sources[0].format)
+            await wait_for_text(pilot, "3 rows → 3 samples")
+        await wait_for_text(pilot, "Format detected.")
+    assert "prompt-completion" in formats and "messages" not in formats
+
+
+async def test_the_format_key_tries_every_format_where_none_is_detected(model: str, here: Path) -> None:
+    write_rows(here / "odd.jsonl", [{"a": 1}])
+    app = data_app(model, "odd.jsonl")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("f")
+        assert app.workbench.recipe.data.sources[0].format == "messages"
+        await wait_for_text(pilot, "✗ Not in that format", "which needs messages")
+
+
+async def test_the_statistics_alone_still_show_why_nothing_can_be_read(model: str, here: Path) -> None:
+    tickets(here / "tickets.jsonl")
+    app = data_app(model, "tickets.jsonl")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await wait_for_text(pilot, "row 1 of 40")
+        await pilot.press("v")
+        await wait_for_text(pilot, "max length")
+        app.workbench.set("data.sources", (Source(path="missing.jsonl"),))
+        app.recipe_edited()
+        await wait_for_text(pilot, "✗ No such data")
 
 
 async def test_keys_change_length_split_weight_and_loss_mask(model: str, here: Path) -> None:

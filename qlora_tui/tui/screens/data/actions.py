@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import abstractmethod
 from pathlib import Path
 
 import msgspec
 
-from qlora_tui.data.sources import is_hub_dataset
+from qlora_tui.data.read import COLUMNAR, files_of, kind_of
+from qlora_tui.data.sources import is_hub_dataset, readable_formats
 from qlora_tui.demo.conversations import CONVERSATIONS
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.fields import source_fields
 from qlora_tui.recipe.schema import Source
 from qlora_tui.tui.key_names import key_name
@@ -70,13 +73,25 @@ class DataActions(RowActions):
             self.reload()
             self.notify("Reading the data again.")
 
-    def action_format(self) -> None:
-        """Read the rows in the next format."""
-        choices = source_fields()["format"].choices
+    async def action_format(self) -> None:
+        """Read the rows in the next format that fits them, or in any where no format was detected."""
         source = self.source()
-        if source is not None:
-            following = choices[(choices.index(source.format) + 1) % len(choices)]
-            self._change_source(msgspec.convert(msgspec.to_builtins(source) | {"format": following}, Source))
+        if source is None:
+            return
+        choices = source_fields()["format"].choices
+        preferences = self.qlora_app.workbench.recipe.data.preferences
+        fitting = await asyncio.to_thread(_fitting_formats, source, preferences)
+        start = choices.index(source.format) + 1
+        following = next(
+            one
+            for one in (*choices[start:], *choices[:start])
+            if one == "auto" or not fitting or one in fitting
+        )
+        self._change_source(msgspec.convert(msgspec.to_builtins(source) | {"format": following}, Source))
+        if following == source.format:
+            self.notify("No other format fits the first rows.")
+        else:
+            self.notify("Format detected." if following == "auto" else f"Read in the format {following}.")
 
     def action_columns(self) -> None:
         """Map the columns to prompt, answer, and so on."""
@@ -237,6 +252,18 @@ class DataActions(RowActions):
         sources = list(self.qlora_app.workbench.recipe.data.sources)
         sources[self.source_number] = source
         self.qlora_app.edit("data.sources", tuple(sources))
+
+
+def _fitting_formats(source: Source, preferences: str) -> tuple[str, ...]:
+    """Formats in which the first file of a source can be read; empty if none is detected, or is not known."""
+    choices = source_fields()["format"].choices
+    try:
+        path = files_of(Path(source.path).expanduser())[0][0]
+        # The readers of columnar files are too large for this process.
+        formats = () if kind_of(path) in COLUMNAR else readable_formats(path, source, choices, preferences)
+    except (UserError, OSError, IndexError):
+        return ()
+    return formats if "auto" in formats else ()
 
 
 def _share(text: str) -> float | None:
