@@ -6,6 +6,7 @@ alpha for all modules, whatever ``rank_pattern`` and ``alpha_pattern`` say.
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from pathlib import Path
 
@@ -49,8 +50,8 @@ def export_adapter_folder(source: ChatSource, adapter_name: str, out: Path) -> A
         size = sum(file.stat().st_size for file in folder.iterdir())
         publish(folder, out)
     flag = f" --max-lora-rank {rank}" if rank > _DEFAULT_RANK else ""
-    base = source.recipe.model.id
-    command = f"vllm serve {base} --enable-lora --lora-modules {out.name}={out}{flag}"
+    base, module = shlex.quote(source.recipe.model.id), shlex.quote(f"{out.name}={out}")
+    command = f"vllm serve {base} --enable-lora --lora-modules {module}{flag}"
     return AdapterFolder(path=str(out), bytes=size, rank=rank, command=command)
 
 

@@ -101,6 +101,23 @@ def test_what_llama_cpp_splits_otherwise_is_noted(tmp_path: Path, name: str, tex
 
 
 @pytest.mark.parametrize(
+    "name, template, note",
+    [
+        ("llama-3", "{{ bos_token }}{{ strftime_now('%d %b') }}", "prints the date"),
+        ("qwen2", "{{ bos_token }}{{ messages[0]['content'] }}", "writes the end token in its place"),
+        ("llama-3", "{{ bos_token }}{{ messages[0]['content'] }}", ""),
+        ("qwen2", "{{ messages[0]['content'] }}", ""),
+    ],
+)
+def test_prompts_that_llama_cpp_renders_otherwise_are_noted(
+    tmp_path: Path, name: str, template: str, note: str
+) -> None:
+    tokenizer = ChatTokenizer.from_folder(write_tokenizer(tmp_path, name, template))
+    notes = " ".join(read_vocabulary(tokenizer, 2000).prompt_notes)
+    assert note in notes and bool(note) == bool(notes)
+
+
+@pytest.mark.parametrize(
     "tokenizer, run, name",
     [
         ("phi-3", "phi-3", "phi-3"),

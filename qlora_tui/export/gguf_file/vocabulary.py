@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_tui.data.chat_template import PINNED_DATE
 from qlora_tui.data.conversation import Message
 from qlora_tui.data.render import prompt_ids
 from qlora_tui.data.tokenizer import ChatTokenizer
@@ -55,6 +56,8 @@ class Vocabulary:
     """Whether white space after a special token is dropped, as in Phi-3."""
     template: str
     differences: tuple[KnownDifference, ...] = ()
+    prompt_notes: tuple[str, ...] = ()
+    """Sentences about prompts that llama.cpp renders otherwise from the same template."""
 
 
 def read_vocabulary(tokenizer: ChatTokenizer, rows: int) -> Vocabulary:
@@ -94,6 +97,7 @@ def read_vocabulary(tokenizer: ChatTokenizer, rows: int) -> Vocabulary:
         strips_after_special=_strips_after_special(tokenizer, tokens),
         template=tokenizer.template.text,
         differences=tuple(_differences(content.get("normalizer") or {}, pre)),
+        prompt_notes=tuple(_prompt_notes(tokenizer)),
     )
 
 
@@ -161,6 +165,20 @@ def _adds_space(tokenizer: ChatTokenizer) -> bool:
 def _strips_after_special(tokenizer: ChatTokenizer, tokens: list[str]) -> bool:
     added = tokenizer.backend.get_added_tokens_decoder().values()
     return any(token.rstrip for token in added) and set(tokens) >= _PHI3_TOKENS
+
+
+def _prompt_notes(tokenizer: ChatTokenizer) -> Iterator[str]:
+    names = tokenizer.template.names
+    if "strftime_now" in names:
+        yield (
+            f"The chat template prints the date: llama.cpp prints today's, and the training "
+            f"{PINNED_DATE:%d %B %Y}."
+        )
+    if "bos_token" in names and tokenizer.bos_id is None:
+        yield (
+            "The chat template writes a begin token that the tokenizer lacks. llama.cpp writes the end token "
+            "in its place, and the training wrote nothing."
+        )
 
 
 def _differences(normalizer: Mapping[str, Any], pre: str) -> Iterator[KnownDifference]:

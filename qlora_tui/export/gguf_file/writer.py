@@ -42,7 +42,8 @@ class FileContent:
     @property
     def notes(self) -> tuple[str, ...]:
         """Return sentences about what llama.cpp does differently."""
-        return (*self.hyperparameters.notes, *(each.note for each in self.vocabulary.differences))
+        differences = (each.note for each in self.vocabulary.differences)
+        return (*self.hyperparameters.notes, *self.vocabulary.prompt_notes, *differences)
 
     def size(self, file_type: FileType) -> int:
         """Return the bytes of the tensors in a file of a type."""
