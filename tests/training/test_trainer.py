@@ -64,7 +64,7 @@ def test_a_run_tells_what_it_is_and_does(recipe: MakeRecipe, trainers: Trainers)
     assert trainers.run(run) == 0
     (environment,) = events_of(run, Environment)
     assert (environment.device_kind, environment.compute_dtype) == ("cpu", "float32")
-    assert environment.loss == "chunked" and environment.attention == "SDPA, sample by sample"
+    assert environment.loss == "chunked" and environment.attention == "SDPA, one call per sample"
     (verified,) = events_of(run, StepVerified)
     assert verified.agrees and verified.replaced == () and verified.tokens > 16
     assert verified.loss == pytest.approx(verified.reference_loss, rel=1e-5)
