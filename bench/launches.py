@@ -6,7 +6,7 @@ A Llama with random NF4 weights in bfloat16, LoRA on every linear module, gradie
 layer: forward, recomputation and backward. The launches of a layer are the difference between models of two
 sizes. Packed attention counts as one kernel forward and one backward, as on a GPU from Ampere on, and so does
 each of our Triton kernels in the second column. The usual script is transformers and peft under autocast with
-samples in padded rows.
+samples in padded sequences.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--data", default=str(CONVERSATIONS), help="conversations; the demo's by default")
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps, a packed row each")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps, a packed sequence each")
     parser.add_argument("--row-tokens", type=int, default=384, help="tokens of a row: some four samples")
     parser.add_argument("--repeats", type=int, default=1, help="of each way, for speed and memory: medians")
     parser.add_argument("--json", action="store_true")

@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def train(job: TrainingJob, model: Any, **changes: Any) -> None:
-    """Train an adapted model over padded rows of one sample; ``changes`` are for ``TrainingArguments``."""
+    """Train a model on padded sequences, one sample each; ``changes`` go to ``TrainingArguments``."""
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     trainer = Trainer(
         model=model,

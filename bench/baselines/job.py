@@ -31,7 +31,7 @@ class TrainingJob:
     samples_per_step: int = 4
     """Samples per optimizer step, where they are not packed."""
     row_tokens: int = 1024
-    """Tokens of a packed row, one per step: about ``samples_per_step`` samples fill it."""
+    """Tokens of a packed sequence, one per step: about ``samples_per_step`` samples fill it."""
     rank: int = 16
     alpha: int = 32
     dropout: float = 0.0

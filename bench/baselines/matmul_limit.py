@@ -1,7 +1,7 @@
 """How fast the step could be if nothing but its matrix products took time.
 
 Every linear module of the model forward (Y = X·Wᵀ) and backward (dX = dY·W; frozen weights take no gradient
-of their own), over the tokens of one packed row; the head over half of them. Prints ``tokens_per_s``.
+of their own), over the tokens of one packed sequence; the head over half of them. Prints ``tokens_per_s``.
 """
 
 from __future__ import annotations

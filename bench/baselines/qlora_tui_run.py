@@ -44,7 +44,7 @@ def use_private_home(job: TrainingJob) -> None:
 
 
 def recipe(job: TrainingJob) -> Recipe:
-    """The same job in this program's words: packed rows, one a step."""
+    """The same job in this program's words: packed sequences, one a step."""
     return Recipe(
         model=Model(id=job.model),
         quantization=Quantization(method=job.method, double_quantization=job.double, compute_dtype=job.dtype),

@@ -10,7 +10,7 @@ machine            versions; whether the allocator grows its segments
 context            GPU memory of a process beside torch's pool; whether NVML names processes; power
 new_lengths        seconds of attention at each new length, with and without cuDNN first
 attention_kernels  which kernels take grouped heads, with and without a mask, and their memory
-varlen_attention   one flash call over a packed row beside one SDPA call a sample: speed and difference
+varlen_attention   one flash call over a packed sequence beside one SDPA call a sample: speed and difference
 four_bit           NF4 beside the CPU; speed of unpacking and of products; the same bits twice?
 step_small         0.5B: speed, peak, kernels, waits, share of time at work; with checkpointing
 step_small_kept    the same without checkpointing

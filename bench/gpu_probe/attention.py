@@ -66,7 +66,7 @@ def _attend(probe: Probe, tokens: int, kernel: str, settings: dict[str, Any], *,
 
 
 def varlen_attention(probe: Probe) -> Answer:
-    """Milliseconds of forward and backward over a packed row, by one call a sample and by one call in all."""
+    """Milliseconds of forward and backward of a packed sequence, with one call a sample and in one call."""
     tokens = _ROW_TOKENS if probe.on_gpu else 32
     answer: Answer = {"schema": str(torch.ops.aten._flash_attention_forward.default._schema)[:400]}
     for samples in (1, 4, 8, 16):

@@ -198,7 +198,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "DoRA": partial(compare_with_cpu, "llama", packed(), use_dora=True),
     "token rows": partial(compare_with_cpu, "qwen3", packed(), rows=True),
     "weighted tokens": partial(compare_with_cpu, "qwen2", packed(weighted=True)),
-    "padded rows": partial(compare_with_cpu, "llama", padded()),
+    "padded sequences": partial(compare_with_cpu, "llama", padded()),
     "no token in the loss": partial(compare_with_cpu, "llama", prompts_only(), rows=True),
     "dropout": with_dropout,
     "one call": one_call,

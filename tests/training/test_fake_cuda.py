@@ -17,7 +17,7 @@ from torch.utils import backend_registration
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
 
 NOT_OURS = ("masking_utils.py", "varlen_reference.py")
-"""transformers asks whether the mask of padded rows masks anything; the written-out kernel reads samples."""
+"""transformers asks whether a mask of padding masks anything; the written-out kernel reads samples."""
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ CASES = [
     "DoRA",
     "token rows",
     "weighted tokens",
-    "padded rows",
+    "padded sequences",
     "no token in the loss",
     "dropout",
     "one call",

@@ -35,7 +35,7 @@ def tiny_gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def job(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> TrainingJob:
-    """Four steps of packed rows, in fp32, at a rate that warms up and falls."""
+    """Four steps of packed sequences, in fp32, at a rate that warms up and falls."""
     return TrainingJob(
         model=str(tiny_model),
         rows=str(tiny_data),

@@ -5,7 +5,7 @@ dropout another one), and multiplies in fp32. Here the input is saved as it is, 
 same hidden state share it; dropout saves one byte per element; the products are in the compute dtype, as
 under autocast; and the backward adds both gradients of the input in place.
 
-Shapes of SmolLM2-135M's ``gate_proj`` at rank 16, for a packed row of 100 tokens::
+Shapes of SmolLM2-135M's ``gate_proj`` at rank 16, for a packed sequence of 100 tokens::
 
     x     (1, 100, 576)     saved as it is, shared with up_proj
     A     (16, 576)         fp32, like B: small updates would vanish in 16 bits
