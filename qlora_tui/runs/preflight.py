@@ -92,19 +92,14 @@ def _data(recipe: Recipe, model_files: ModelFiles | None, *, read_columnar: bool
         problem = UserError("No data", what="No data selected.", fix=fix, exit_code=EXIT_USAGE)
         return [_blocked(CheckKind.DATA, problem)]
     try:
-        descriptions = [_describe_source(source, data.preferences) for source in data.sources]
-        known = [(source, path) for source in every_source(data) for path in _local_files(source) or ()]
-        raise_cached_error(known, _token_fingerprint(recipe, model_files))
+        descriptions = _describe_sources(data, _token_fingerprint(recipe, model_files))
         result = _check_rows(_fingerprints(data), _reading_settings(data), read_columnar)
         if isinstance(result, UserError):
             raise result
     except UserError as problem:
         return [_blocked(CheckKind.DATA, problem)]
     except OSError as error:
-        what = f"{error.filename}: {error.strerror}."
-        return [
-            _blocked(CheckKind.DATA, UserError("Cannot read data", what=what, fix="Check its permissions."))
-        ]
+        return [_blocked(CheckKind.DATA, _unreadable(error))]
     checks = [_row_warning(warning) for warning in result.warnings]
     all_here = all(_local_files(source) is not None for source in every_source(data))
     complete = result.complete and all_here
@@ -114,6 +109,30 @@ def _data(recipe: Recipe, model_files: ModelFiles | None, *, read_columnar: bool
     elif not checks:
         checks.append(Check(CheckKind.DATA, "ok", f"{'; '.join(descriptions)}."))
     return [*checks, *check_step_limit(recipe, result.sizes, complete=complete)]
+
+
+def data_error(data: Data) -> UserError | None:
+    """Return why the data cannot be trained on, as far as its first rows and earlier inspections show."""
+    try:
+        _describe_sources(data, None)
+    except UserError as problem:
+        return problem
+    except OSError as error:
+        return _unreadable(error)
+    return None
+
+
+def _describe_sources(data: Data, tokens: Tokens | None) -> list[str]:
+    """Describe each source by its first rows. Raises ``UserError`` for an error in them or found earlier."""
+    descriptions = [_describe_source(source, data.preferences) for source in data.sources]
+    files = [(source, path) for source in every_source(data) for path in _local_files(source) or ()]
+    raise_cached_error(files, tokens)
+    return descriptions
+
+
+def _unreadable(error: OSError) -> UserError:
+    what = f"{error.filename}: {error.strerror}."
+    return UserError("Cannot read data", what=what, fix="Check its permissions.")
 
 
 def _row_warning(problem: DataProblem) -> Check:
@@ -182,10 +201,20 @@ def _describe_source(source: Source, preferences: str) -> str:
     if files is None:
         return f"{source.path}, which the run downloads from the Hub"
     kind = kind_of(files[0])
-    layout = kind if kind in COLUMNAR else sniff(files[0], source, preferences).layout.format
+    layout = kind if kind in COLUMNAR else _format_of(files[0], msgspec.json.encode(source), preferences)
     more = f" and {len(files) - 1} more" if len(files) > 1 else ""
     name = source.path if is_hub_dataset(source.path) else files[0].name
     return f"{name}{more}, {format_bytes(sum(f.stat().st_size for f in files))}, {layout}"
+
+
+def _format_of(path: Path, source: bytes, preferences: str) -> str:
+    """Return the format of a file; cached: Home and the Train screen ask often."""
+    return _sniffed_format(path, source, preferences, file_fingerprint(path))
+
+
+@lru_cache(maxsize=16)
+def _sniffed_format(path: Path, source: bytes, preferences: str, _stamp: tuple[int, int]) -> str:
+    return sniff(path, msgspec.json.decode(source, type=Source), preferences).layout.format
 
 
 def _settings(recipe: Recipe) -> list[Check]:

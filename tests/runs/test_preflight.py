@@ -15,7 +15,7 @@ from qlora_tui.memory.budget import budget_for
 from qlora_tui.recipe.schema import Data, Lora, Model, Recipe, Source, Training
 from qlora_tui.runs import preflight as preflight_module
 from qlora_tui.runs.machine_checks import Check, CheckKind, Machine
-from qlora_tui.runs.preflight import preflight
+from qlora_tui.runs.preflight import data_error, preflight
 from tests.tui.sample_data import readable_model
 
 
@@ -83,6 +83,18 @@ def test_errors_of_an_earlier_inspection_are_reported_at_any_row(
     inspect(recipe.data.sources[0])
     check = _data_check(recipe)
     assert check.outcome == "error" and "row 3" in check.text
+
+
+def test_refused_data_is_known_before_all_of_it_is_read(tmp_path: Path) -> None:
+    rows = tmp_path / "tickets.jsonl"
+    data = Data(sources=(Source(path=str(rows)),))
+    missing = data_error(data)
+    assert missing is not None and missing.title == "No such data"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 2 + "{bad\n")
+    assert data_error(data) is None
+    inspect(data.sources[0])
+    inspected = data_error(data)
+    assert inspected is not None and inspected.title == "Not valid JSON"
 
 
 def test_what_settings_leave_out_or_cut_is_a_warning(tmp_path: Path) -> None:

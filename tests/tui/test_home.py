@@ -15,6 +15,7 @@ from textual.pilot import Pilot
 
 from qlora_tui import paths
 from qlora_tui.demo import demo_model as demo_model
+from qlora_tui.demo.conversations import CONVERSATIONS
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.events import Failed
@@ -32,7 +33,7 @@ from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
 from tests.tui.screen_assertions import wait_for_text, wait_until
 
 MakeApp = Callable[[], QloraApp]
-READY = Recipe(model=Model(id="m"), data=Data(sources=(Source(path="d.jsonl"),)))
+READY = Recipe(model=Model(id="m"), data=Data(sources=(Source(path=str(CONVERSATIONS)),)))
 
 
 def after(state: State, **how: Any) -> HomeState:
@@ -48,6 +49,7 @@ def after(state: State, **how: Any) -> HomeState:
         (HomeState(Recipe(model=Model(id="m")), 1), "app.go('data')", ""),
         (HomeState(READY, 1, verdict="does not fit"), "app.go('memory')", ""),
         (HomeState(READY, 1, verdict="fits"), "prepare", ""),
+        (HomeState(READY, 1, verdict="fits", data_error="Not UTF-8"), "app.go('data')", ""),
         (after("running"), "watch", ""),
         (after("finished", last_is_news=True), "chat", "export"),
         (after("finished"), "prepare", ""),

@@ -17,6 +17,8 @@ class HomeState:
     """Number of models on this machine that can be trained."""
     verdict: str = ""
     """Verdict of the estimate; empty without an estimate."""
+    data_error: str = ""
+    """Why the data cannot be trained on, in a few words; empty if it can as far as is known."""
     last_run: str = ""
     last_state: State | None = None
     last_is_news: bool = False
@@ -84,7 +86,7 @@ def other_steps(now: HomeState, chosen: NextStep) -> tuple[NextStep, ...]:
         return (*resume, *((_prepare(now),) if _is_complete(now) else ()))
     if chosen.action == "chat":
         return (EXPORT,)
-    if chosen.action == "prepare" and _can_resume(now):
+    if chosen.action in ("prepare", "app.go('data')") and _can_resume(now):
         return (_resume(now),)
     if now.recipe.model.id or now.last_state is not None or chosen not in (DEMO, SEARCH):
         return ()
@@ -117,13 +119,13 @@ def _prepare(now: HomeState) -> NextStep:
         return NextStep("go.models", "app.go('models')", "Select a model", number)
     if not now.recipe.data.sources:
         return NextStep("go.data", "app.go('data')", "Select the training data", "the recipe has no data yet")
+    if now.data_error:
+        return NextStep("go.data", "app.go('data')", "Fix the data", f"{now.data_error}: no run can start")
     if now.verdict == "does not fit":
         return NextStep(
             "go.memory", "app.go('memory')", "Make it fit", "the recipe needs more memory than there is"
         )
-    return NextStep(
-        "home.prepare", "prepare", "Check the recipe", "it is complete: launch it on the Train screen"
-    )
+    return NextStep("home.prepare", "prepare", "Check the recipe", "the Train screen checks and launches it")
 
 
 def _ended(state: State | None) -> str:

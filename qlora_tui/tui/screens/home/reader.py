@@ -15,6 +15,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.memory import Estimate, check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import precision_of
+from qlora_tui.runs.preflight import data_error
 from qlora_tui.runs.run_summary import SummaryCache
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui.draft import draft_written_at
@@ -86,8 +87,10 @@ class HomeReader:
             if system_status.active_or_last and status and status.state in RESUMABLE
             else []
         )
+        problem = data_error(workbench.recipe.data)
         state = HomeState(
             recipe=workbench.recipe,
+            data_error=problem.title if problem else "",
             local_models=self._local_models,
             verdict="" if estimate is None else check_fit(estimate, budget.bytes).word,
             last_run=summary.name if summary else "",
