@@ -10,6 +10,7 @@ from qlora_tui.recipe.schema import Recipe, Thinking
 from qlora_tui.recipe.toml import load, to_recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import DataReady, decode
+from qlora_tui.runs.exports import read_exports
 
 _CONFIG = "adapter_config.json"
 _DATA_READY = b'"data_ready"'
@@ -24,7 +25,16 @@ def run_source(run: RunDir) -> ChatSource:
         adapters[checkpoint_name(step)] = str(folder)
     recipe = run.recipe()
     thinking = recipe.data.thinking if recipe.data.thinking != "auto" else _trained_thinking(run)
-    return ChatSource(recipe=recipe, adapters=adapters, thinking=thinking)
+    return ChatSource(recipe=recipe, adapters=adapters, gguf_files=_gguf_files(run), thinking=thinking)
+
+
+def _gguf_files(run: RunDir) -> dict[str, str]:
+    """Return the run's exported GGUF files that are still there, the newest of each type."""
+    return {
+        f"{export.name}.gguf": export.status.paths[0]
+        for export in reversed(read_exports(run))
+        if export.request.form == "gguf" and export.status.paths and Path(export.status.paths[0]).is_file()
+    }
 
 
 def adapter_source(folder: Path, model: str | None = None) -> ChatSource:

@@ -119,6 +119,8 @@ class ChatSource(Struct, frozen=True, kw_only=True):
     recipe: Recipe
     adapters: dict[str, str] = {}
     """Folder of each adapter by name; an adapter is loaded on first use."""
+    gguf_files: dict[str, str] = {}
+    """Exported GGUF files by name (``Q8_0.gguf``), which llama.cpp computes."""
     thinking: Thinking = "auto"
     """Thinking setting of the training."""
 
@@ -126,3 +128,8 @@ class ChatSource(Struct, frozen=True, kw_only=True):
     def adapter_names(self) -> tuple[str, ...]:
         """Return every adapter name, the base first."""
         return (BASE, *self.adapters)
+
+    @property
+    def answer_names(self) -> tuple[str, ...]:
+        """Return the name of everything that can answer: base, adapters and GGUF files."""
+        return (*self.adapter_names, *self.gguf_files)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from threading import Event
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from qlora_tui.chat.chat_types import FinishReason, GenerationResult, Sampling, TextChunk
 from qlora_tui.chat.incremental_detokenizer import IncrementalDetokenizer
-from qlora_tui.chat.kv_cache import PrefixCache
 from qlora_tui.chat.thought_splitter import ThoughtSplitter
 from qlora_tui.chat.token_sampler import TokenSampler
 
@@ -20,7 +19,18 @@ PREFILL_CHUNK_TOKENS = 512
 """Prompt tokens in one forward pass: a stop request is noticed between two."""
 
 
-class DecoderModel(Protocol):
+class Prefix(Protocol):
+    """Tokens that a model has processed already."""
+
+    def reuse(self, prompt: Sequence[int]) -> int:
+        """Keep the common prefix with ``prompt``, without its last token; return its length in tokens."""
+
+
+Prefix_contra = TypeVar("Prefix_contra", bound=Prefix, contravariant=True)
+AnyPrefix = TypeVar("AnyPrefix", bound=Prefix)
+
+
+class DecoderModel(Protocol[Prefix_contra]):
     """Methods of the session that an answer needs."""
 
     device: torch.device
@@ -28,11 +38,11 @@ class DecoderModel(Protocol):
     end_ids: frozenset[int]
     warning: str
 
-    def next_logits(self, adapter_name: str, token_ids: list[int], prefix_cache: PrefixCache) -> Tensor:
+    def next_logits(self, adapter_name: str, token_ids: list[int], prefix_cache: Prefix_contra) -> Tensor:
         """Return the logits (1, vocabulary) of the token after ``token_ids``."""
 
     def next_logits_ahead(
-        self, adapter_name: str, token: Tensor, prefix_cache: PrefixCache
+        self, adapter_name: str, token: Tensor, prefix_cache: Prefix_contra
     ) -> tuple[int, Tensor] | None:
         """Return the id of ``token`` (1, 1) and the logits after it from a CUDA graph; None without one."""
 
@@ -43,15 +53,15 @@ class DecoderModel(Protocol):
         """Return the text of the ids without special tokens."""
 
 
-class AnswerStream:
+class AnswerStream(Generic[AnyPrefix]):
     """An answer while it is generated. Iterate once over its chunks, then read ``outcome``."""
 
     def __init__(
         self,
-        model: DecoderModel,
+        model: DecoderModel[AnyPrefix],
         adapter_name: str,
         prompt: list[int],
-        prefix_cache: PrefixCache,
+        prefix_cache: AnyPrefix,
         sampling: Sampling,
         stop: Event,
         splitter: ThoughtSplitter,

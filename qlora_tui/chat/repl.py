@@ -25,6 +25,7 @@ from qlora_tui.visible import visible
 
 if TYPE_CHECKING:
     from qlora_tui.chat.generation import AnswerStream
+    from qlora_tui.chat.kv_cache import PrefixCache
     from qlora_tui.chat.session import ChatSession
 
 _HELP = (
@@ -140,7 +141,7 @@ def _note_effect(session: ChatSession, thinking: Thinking) -> None:
         _note(words)
 
 
-def _with_notes(reply: AnswerStream) -> Iterator[TextChunk]:
+def _with_notes(reply: AnswerStream[PrefixCache]) -> Iterator[TextChunk]:
     """Yield the chunks of a reply; notes on thinking and its duration go to stderr."""
     began, thought = 0.0, None
     for chunk in reply:

@@ -143,7 +143,7 @@ class ChatSession:
         sampling: Sampling | None = None,
         stop: Event | None = None,
         thinking: Thinking = "auto",
-    ) -> AnswerStream:
+    ) -> AnswerStream[PrefixCache]:
         """Start the answer to a conversation that ends with the user's turn; ``stop`` ends it.
 
         ``thinking`` is on, off, or ``auto``, which follows the source. Earlier answers are passed with their
@@ -158,11 +158,15 @@ class ChatSession:
         if adapter_name not in self._caches:
             self._caches[adapter_name] = self._new_cache()
         prefix_cache = self._caches[adapter_name]
-        opened = bool(OPENED.search(self.tokenizer.decode(prompt[-_OPENING_TOKENS:])))
-        splitter = ThoughtSplitter(self._marks, in_thought=opened)
+        splitter = self.splitter(prompt)
         return AnswerStream(
             self, adapter_name, prompt, prefix_cache, sampling or Sampling(), stop or Event(), splitter
         )
+
+    def splitter(self, prompt: list[int]) -> ThoughtSplitter:
+        """Return what separates thoughts from the answer to ``prompt``, which may have opened one."""
+        opened = bool(OPENED.search(self.tokenizer.decode(prompt[-_OPENING_TOKENS:])))
+        return ThoughtSplitter(self._marks, in_thought=opened)
 
     def ensure_loaded(self, adapter_name: str) -> None:
         """Load ``adapter_name`` unless it is loaded. Raises UserError."""

@@ -10,6 +10,8 @@ from threading import Event
 
 import torch
 
+from qlora_tui.chat.generation import AnswerStream
+from qlora_tui.chat.kv_cache import PrefixCache
 from qlora_tui.chat.session import ChatSession, load_session, out_of_memory
 from qlora_tui.engine.protocol import (
     AnyReply,
@@ -22,6 +24,7 @@ from qlora_tui.engine.protocol import (
     Text,
 )
 from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.export.gguf_chat import GgufDecoder, GgufModel
 
 
 class ChatService:
@@ -29,6 +32,7 @@ class ChatService:
 
     def __init__(self) -> None:
         self._session: ChatSession | None = None
+        self._gguf_decoders: dict[str, GgufDecoder] = {}
 
     def load(self, request: LoadChat, on_status: Callable[[str], None]) -> ChatReady:
         """Load a model, replacing the current one. Raises UserError."""
@@ -37,7 +41,7 @@ class ChatService:
         session = load_session(request.source, on_status)
         self._session = session
         return ChatReady(
-            adapter_names=session.adapter_names,
+            adapter_names=session.source.answer_names,
             device=session.compute_device.name,
             dtype=session.compute_device.dtype_name,
             context_tokens=session.context_length,
@@ -49,13 +53,23 @@ class ChatService:
     def generate(self, request: Generate, stop: Event) -> Iterator[AnyReply]:
         """Yield an answer piece by piece. Raises UserError."""
         session = self._loaded()
-        reply = session.ask(
-            request.messages,
-            adapter_name=request.adapter_name,
-            sampling=request.sampling,
-            stop=stop,
-            thinking=request.thinking,
-        )
+        reply: AnswerStream[PrefixCache] | AnswerStream[GgufModel]
+        if request.adapter_name in session.source.gguf_files:
+            reply = self._gguf(session, request.adapter_name).ask(
+                request.adapter_name,
+                request.messages,
+                sampling=request.sampling,
+                stop=stop,
+                thinking=request.thinking,
+            )
+        else:
+            reply = session.ask(
+                request.messages,
+                adapter_name=request.adapter_name,
+                sampling=request.sampling,
+                stop=stop,
+                thinking=request.thinking,
+            )
         try:
             for chunk in reply:
                 yield Text(chunk=chunk)
@@ -75,6 +89,13 @@ class ChatService:
         from qlora_tui.chat.effect_measurement import measure_effect
 
         session = self._loaded()
+        if request.adapter_name in session.source.gguf_files:
+            raise UserError(
+                "A GGUF file has no effect to measure here",
+                what="The effect compares an adapter with the base.",
+                fix="Choose the adapter; the export has compared the file with it.",
+                exit_code=EXIT_USAGE,
+            )
         try:
             return EffectMeasured(
                 effect=measure_effect(session, request.adapter_name, on_status=on_status, stop=stop)
@@ -85,9 +106,17 @@ class ChatService:
     def unload(self) -> None:
         """Free the memory of the model."""
         self._session = None
+        for decoder in self._gguf_decoders.values():
+            decoder.model.close()
+        self._gguf_decoders.clear()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def _gguf(self, session: ChatSession, name: str) -> GgufDecoder:
+        if name not in self._gguf_decoders:
+            self._gguf_decoders[name] = GgufDecoder(session, session.source.gguf_files[name])
+        return self._gguf_decoders[name]
 
     def _loaded(self) -> ChatSession:
         if self._session is None:

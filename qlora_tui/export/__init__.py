@@ -8,4 +8,5 @@ whose TEMPLATE ``ollama_template`` writes and ``go_template`` renders. ``adapter
 that vLLM can serve. ``hub_export`` uploads adapter, model or GGUF file in the process ``hub_upload``.
 ``unfinished_files`` names files once they are complete.
 ``forms`` puts every form behind one function, for ``export_job``, the process of a background export.
+``gguf_chat`` lets a written file answer in the chat.
 """

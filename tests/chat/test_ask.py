@@ -77,10 +77,11 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(
 ) -> None:
     from qlora_tui.chat import repl
     from qlora_tui.chat.generation import AnswerStream
+    from qlora_tui.chat.kv_cache import PrefixCache
 
     pieces = AnswerStream.__iter__
 
-    def interrupted(reply: AnswerStream) -> Iterator[TextChunk]:
+    def interrupted(reply: AnswerStream[PrefixCache]) -> Iterator[TextChunk]:
         yield next(pieces(reply))
         raise KeyboardInterrupt
 

@@ -144,15 +144,34 @@ class LlamaModel:
 
     def logits(self, ids: Sequence[int], positions: Sequence[int]) -> Floats:
         """Return the next-token logits at each position, (positions, vocabulary). Raises LlamaCppError."""
+        self.truncate(0)
+        return self._compute(ids, positions, start=0)
+
+    def extend(self, ids: Sequence[int], *, start: int) -> Floats:
+        """Add tokens after the first ``start``; return the logits after the last, (vocabulary,).
+
+        Raises LlamaCppError.
+        """
+        row: Floats = self._compute(ids, [len(ids) - 1], start=start)[0]
+        return row
+
+    def truncate(self, tokens: int) -> bool:
+        """Keep only the first ``tokens``; False, and none are kept, where the model cannot."""
+        memory = self._lib.llama_get_memory(self._state)
+        if tokens and self._lib.llama_memory_seq_rm(memory, 0, tokens, -1):
+            return True
+        self._lib.llama_memory_clear(memory, True)
+        return tokens == 0
+
+    def _compute(self, ids: Sequence[int], positions: Sequence[int], *, start: int) -> Floats:
         lib = self._lib
-        lib.llama_memory_clear(lib.llama_get_memory(self._state), True)
         batch = lib.llama_batch_init(len(ids), 0, 1)
         try:
             wanted = set(positions)
             batch.n_tokens = len(ids)
             for place, token in enumerate(ids):
                 batch.token[place] = token
-                batch.pos[place] = place
+                batch.pos[place] = start + place
                 batch.n_seq_id[place] = 1
                 batch.seq_id[place][0] = 0
                 batch.logits[place] = place in wanted

@@ -117,7 +117,7 @@ class ChatScreen(ConversationScreen):
         same_base = before is not None and source is not None and before.recipe.model == source.recipe.model
         self.source, self.run_dir, self._source_name = source, run, name
         self.thinking = "auto" if source is None else source.thinking
-        self.pair = AdapterPair.of((BASE,) if source is None else source.adapter_names)
+        self.pair = AdapterPair.of((BASE,) if source is None else source.answer_names)
         self.ready = None
         if not same_base and self.engine.pid is not None:
             # The model loaded before is no longer needed.
