@@ -14,7 +14,7 @@ from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.control import take_requests
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter
-from qlora_tui.runs.events import Evaluated, Progress, RequestReceived, Started
+from qlora_tui.runs.events import Evaluated, PhaseChanged, Progress, RequestReceived, Started
 from qlora_tui.runs.status import read_status, write_status
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.modals import confirm
@@ -101,6 +101,28 @@ async def test_keys_ask_the_trainer_and_stop_asks_the_user_first(make_app: MakeA
         assert "stop" not in ask_key(run)
         await pilot.press("s", "y")
         assert ask_key(run)[-1] == "stop"
+
+
+async def test_stopping_before_the_first_step_promises_no_checkpoint(make_app: MakeApp) -> None:
+    run = write_fake_run(FakeRun(steps=0))
+    with EventWriter(run.events_path) as log:
+        log.append(PhaseChanged(at=BEGAN, phase="loading"))
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await watching(app, run)
+        await wait_for_text(pilot, "loading")
+        await pilot.press("s")
+        shown = await wait_for_text(pilot, "Stop the run?", "nothing is saved", "from step 0")
+        assert "save a checkpoint" not in shown
+
+
+async def test_a_run_stopped_before_its_first_step_offers_no_chat(make_app: MakeApp) -> None:
+    run = write_fake_run(FakeRun(state="stopped", steps=0))
+    app = make_app()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await watching(app, run)
+        shown = await wait_for_text(pilot, "[r] resume from step 0", "r Resume")
+        assert "c Chat" not in shown
 
 
 async def test_a_requested_stop_is_shown_until_the_run_ends(make_app: MakeApp) -> None:
@@ -254,7 +276,7 @@ async def test_another_run_is_chosen_from_a_list(make_app: MakeApp) -> None:
         await pilot.press("x")
         await wait_for_text(pilot, "Watch another run", "failed", "older-run")
         await pilot.press("enter")
-        await wait_for_text(pilot, "Out of GPU memory", "Another program took", "[r] start again")
+        await wait_for_text(pilot, "Out of GPU memory", "Another program took", "[r] resume from step 0")
 
 
 async def test_the_last_of_many_runs_is_visible_under_the_cursor(make_app: MakeApp) -> None:
@@ -279,7 +301,7 @@ async def test_a_run_that_failed_early_is_not_shown_as_complete(make_app: MakeAp
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
-        shown = await wait_for_text(pilot, "[r] start again")
+        shown = await wait_for_text(pilot, "[r] resume from step 0")
         assert "███" not in shown.splitlines()[2]
 
 

@@ -10,6 +10,7 @@ from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.runs import actions as run_actions
 from qlora_tui.runs import control
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.events import STEP_PHASES
 from qlora_tui.runs.status import ACTIVE, State, read_status
 from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.tui.key_names import key_name
@@ -92,11 +93,23 @@ class TrainActions(WorkScreen):
                 while_in=("queued",),
             )
         else:
+            view = self.snapshot.view if self.snapshot else None
+            if view is None or view.phase in STEP_PHASES:
+                outcome = "will save a checkpoint and its adapter, then stop. It can be resumed."
+            elif view.checkpoints:
+                outcome = (
+                    "has not trained a step since it was resumed. It can be resumed from its last checkpoint."
+                )
+            else:
+                outcome = (
+                    "has not trained a step yet, so nothing is saved. If resumed, it starts from step 0."
+                )
+            after_step = " after this step" if view is None or view.phase in STEP_PHASES else ""
             self._confirm(
                 "Stop the run?",
-                f"{run.id} will save a checkpoint and its adapter, then stop. It can be resumed.",
+                f"{run.id} {outcome}",
                 lambda: run_actions.stop(run),
-                done="The run will stop after this step.",
+                done=f"The run will stop{after_step}.",
                 while_in=ACTIVE,
             )
 
@@ -106,7 +119,9 @@ class TrainActions(WorkScreen):
 
     def action_resume(self) -> None:
         """Queue the run again."""
-        self._act_on_run(run_actions.resume, "Queued. The run will resume from its last checkpoint.")
+        has_checkpoint = self.snapshot is not None and bool(self.snapshot.view.checkpoints)
+        origin = "resume from its last checkpoint" if has_checkpoint else "start from step 0"
+        self._act_on_run(run_actions.resume, f"Queued. The run will {origin}.")
 
     def action_request(self, kind: control.Kind) -> None:
         """Send a request to the trainer."""

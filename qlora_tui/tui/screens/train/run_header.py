@@ -183,7 +183,7 @@ def outcome_text(snapshot: RunSnapshot) -> RunOutcomeText | None:
     resume_hint = (
         f"▸ {again} resume from the last checkpoint"
         if view.checkpoints
-        else f"▸ {again} start again"
+        else f"▸ {again} resume from step 0"
         if view.attempt
         else f"▸ {again} queue it"
     )

@@ -127,6 +127,8 @@ class TrainScreen(TrainActions):
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action == "fix":
             return self.snapshot is not None and self.snapshot.fix is not None
+        if action == "chat" and self.state in ("stopped", "paused") and self.snapshot is not None:
+            return bool(self.snapshot.view.checkpoints)
         if action in ACTION_NAMES:
             return is_available(action, self.run is not None, self.state)
         return super().check_action(action, parameters)
