@@ -127,10 +127,18 @@ async def test_an_existing_preset_is_replaced_only_after_confirmation() -> None:
         await pilot.press("n")
         assert mine("tickets").read_bytes() == before
         await pilot.press("enter", "y")
-        await wait_for_text(pilot, "Saved as tickets", "● tickets")
+        await wait_for_text(pilot, "Saved the settings as tickets", "● tickets")
         # Now it is the one that is open: saving it again needs no question.
         await pilot.press("s", "enter")
-        await wait_for_text(pilot, "Saved as tickets")
+        await wait_for_text(pilot, "Saved the settings as tickets")
+
+
+async def test_the_command_for_a_saved_preset_quotes_its_name() -> None:
+    async with open_on("memory").run_test(size=(120, 40), notifications=True) as pilot:
+        await pilot.press("p", "s", *"my", "space", *"sums", "enter")
+        await wait_for_text(pilot, "Saved the settings as my sums")
+        said = " ".join(notice.message for notice in pilot.app._notifications)
+        assert "without the model and the data" in said and "--preset 'my sums'." in said
 
 
 async def test_a_deletion_is_undone_exactly_and_shipped_presets_stay() -> None:

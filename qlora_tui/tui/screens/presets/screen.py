@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,7 @@ class PresetsScreen(ModalScreen[None]):
                     yield Static(id="preview")
             with Horizontal(id="save-line"):
                 yield Static("Save as ", id="save-label")
-                yield TextField(placeholder="name, or name: what it is for", compact=True, id="save-name")
+                yield TextField(placeholder="name (optionally, name: note)", compact=True, id="save-name")
 
     def on_mount(self) -> None:
         self.query_one("#save-line").display = False
@@ -279,7 +280,8 @@ class PresetsScreen(ModalScreen[None]):
         self._remember(before, workbench.saved_as(name))
         self.qlora_app.recipe_edited()
         self.notify(
-            f"Saved as {name}; --preset {name} uses it. Press {key_name('presets.undo')} here to undo."
+            f"Saved the settings as {name}, without the model and the data. Use it with "
+            f"--preset {shlex.quote(name)}. Press {key_name('presets.undo')} here to undo."
         )
         self.action_leave()
         self._refresh_list(name)
