@@ -20,6 +20,7 @@ from qlora_tui.chat.effect import LayerChange
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.chat import text as words
 from qlora_tui.tui.screens.chat.adapter_pair import AdapterPair
 from qlora_tui.tui.screens.chat.chat_turn import ChatTurn
@@ -88,6 +89,26 @@ def test_a_base_alone_has_nobody_to_switch_to() -> None:
     assert (
         pair.active == pair.split().active == pair.switched().active == pair.next("right").active == (BASE,)
     )
+
+
+async def test_the_header_says_in_words_which_adapters_answer(make_app: Callable[[], QloraApp]) -> None:
+    run = finished(ADAPTER)
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await show_chat(app, run)
+        await wait_for_text(pilot, "both answer")
+        await pilot.press("escape", "s")
+        await wait_for_text(pilot, "only adapter answers")
+        await pilot.press("a")
+        await wait_for_text(pilot, "only base answers")
+
+
+async def test_a_run_without_an_adapter_says_that_the_base_answers(make_app: Callable[[], QloraApp]) -> None:
+    run = write_fake_run(FakeRun(state="stopped", steps=0))
+    app = make_app()
+    async with app.run_test(size=(80, 24), notifications=True) as pilot:
+        await show_chat(app, run)
+        await wait_for_text(pilot, "no adapter", "only the base")
 
 
 def test_the_transcript_has_the_answers_and_the_sampling(set_clock: Callable[[float], None]) -> None:

@@ -110,6 +110,10 @@ class ChatScreen(ConversationScreen):
             self.query_one(PromptBox).focus()
             return
         await self._set_source(source, run, run.name)
+        if not source.adapters:
+            self.notify(
+                f"{run.name} has saved no adapter, so only the base model answers.", severity="warning"
+            )
 
     async def _set_source(self, source: ChatSource | None, run: RunDir | None, name: str) -> None:
         await self.action_clear()
@@ -289,7 +293,12 @@ class ChatScreen(ConversationScreen):
         )
         thinking = chat_text.thinking_text(self.thinking, self.ready)
         line = chat_text.sampling_line(
-            self.sampling, self.system_prompt, path if path.exists() else None, width, thinking
+            self.sampling,
+            self.system_prompt,
+            path if path.exists() else None,
+            width,
+            thinking,
+            chat_text.answering_text(self.pair),
         )
         self.query_one("#sampling-line", Static).update(line)
 

@@ -64,11 +64,23 @@ def thinking_text(setting: Thinking, ready: ChatReady | None) -> str:
             return f"thinking {known.default if setting == 'auto' else setting}"
 
 
+def answering_text(pair: AdapterPair) -> str:
+    """Which adapters answer, in words for terminals without color; empty where there is no choice."""
+    if pair.single:
+        return ""
+    return "both answer" if pair.shown == "both" else f"only {pair.active[0]} answers"
+
+
 def sampling_line(
-    sampling: Sampling, system_prompt: str, transcript: Path | None, width: int, thinking: str = ""
+    sampling: Sampling,
+    system_prompt: str,
+    transcript: Path | None,
+    width: int,
+    thinking: str = "",
+    answering: str = "",
 ) -> Content:
-    """Sampling settings, thinking, and where the conversation is saved."""
-    parts = [thinking] if thinking else []
+    """Which adapters answer, thinking, sampling settings, and where the conversation is saved."""
+    parts = [part for part in (answering, thinking) if part]
     parts.append("greedy" if not sampling.temperature else _sampling_words(sampling))
     parts.append(f"≤ {sampling.max_new_tokens} tokens")
     if sampling.seed is not None:
