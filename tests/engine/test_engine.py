@@ -47,6 +47,10 @@ QUESTION = (Message("user", "what is the colour of the fox"),)
 SHORT = Generate(
     messages=QUESTION, adapter_name="adapter", sampling=msgspec.structs.replace(GREEDY, max_new_tokens=8)
 )
+LONG = Generate(
+    messages=QUESTION, adapter_name="adapter", sampling=msgspec.structs.replace(GREEDY, max_new_tokens=200)
+)
+"""Not ended before a second request is read."""
 ENDLESS = Generate(
     messages=QUESTION, adapter_name="adapter", sampling=msgspec.structs.replace(GREEDY, max_new_tokens=2000)
 )
@@ -82,15 +86,15 @@ async def test_two_voices_asked_together_grow_side_by_side(engine: EngineClient)
 
     async def listen(adapter_name: str) -> str:
         text = ""
-        async for reply in engine.ask(msgspec.structs.replace(SHORT, adapter_name=adapter_name)):
+        async for reply in engine.ask(msgspec.structs.replace(LONG, adapter_name=adapter_name)):
             if isinstance(reply, Text):
                 order.append(adapter_name)
                 text += reply.chunk.text
         return text
 
     adapter, base = await asyncio.gather(listen("adapter"), listen("base"))
-    assert adapter == (await answer(engine, SHORT)).text
-    assert base == (await answer(engine, msgspec.structs.replace(SHORT, adapter_name="base"))).text
+    assert adapter == (await answer(engine, LONG)).text
+    assert base == (await answer(engine, msgspec.structs.replace(LONG, adapter_name="base"))).text
     assert order != sorted(order)
     assert order != sorted(order, reverse=True)
 
