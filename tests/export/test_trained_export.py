@@ -33,8 +33,10 @@ def run(tmp_path: Path) -> RunDir:
     training = replace(source.recipe.training, max_steps=30, learning_rate=1e-2, micro_batch_size=4)
     recipe = replace(source.recipe, training=training)
     (tmp_path / "recipe.toml").write_text(dump(recipe))
-    assert main(["train", str(tmp_path / "recipe.toml"), "--json"]) == 0
-    return all_runs()[0]
+    code = main(["train", str(tmp_path / "recipe.toml"), "--json"])
+    run = all_runs()[0]
+    assert code == 0, run.log_path.read_text()
+    return run
 
 
 def test_a_trained_run_is_exported_in_every_form(
