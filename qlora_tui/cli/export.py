@@ -145,10 +145,10 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         form.add_argument("out", metavar="OUT", type=Path, help=out)
     merge.add_argument(
         "--base",
-        choices=("best", "stored", "as-trained"),
+        choices=("best", "original", "dequantized"),
         default="best",
-        help="base weights to merge into: stored in 16 bits, or as-trained: quantized to 4 bits and back; "
-        "best (the default): those whose answers are nearer to the training",
+        help="base weights to merge into: the original 16-bit ones, or the 4-bit ones, dequantized; "
+        "best (the default): those whose answers are nearer to the trained model's",
     )
     gguf.add_argument(
         "--quant",

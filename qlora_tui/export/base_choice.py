@@ -1,4 +1,4 @@
-"""Which base weights to merge an adapter into: the stored 16-bit ones, or those it was trained on.
+"""Which base weights to merge an adapter into: the original 16-bit ones, or the 4-bit ones.
 
 An adapter trained on 4-bit weights also learned to make up for their rounding errors. On the 16-bit weights
 it then answers differently, for better or worse. Both are measured, and the nearer one is chosen.
@@ -30,11 +30,11 @@ _SPARE_BYTES = 1 << 30
 class BaseChoice(Struct, frozen=True, kw_only=True):
     """The base weights that an adapter is merged into."""
 
-    chosen: Literal["stored", "as trained"]
-    """``as trained``: quantized to 4 bits and back."""
-    stored_divergence: float | None = None
-    """Mean KL divergence on the stored weights from what was trained, in nats; None if not measured."""
-    trained_divergence: float | None = None
+    chosen: Literal["original", "dequantized"]
+    """``dequantized``: quantized to 4 bits and back."""
+    original_divergence: float | None = None
+    """Mean KL divergence on the original weights from what was trained, in nats; None if not measured."""
+    dequantized_divergence: float | None = None
     """The same on the weights quantized to 4 bits and back."""
     unmeasured_because: str = ""
 
@@ -43,20 +43,24 @@ class BaseChoice(Struct, frozen=True, kw_only=True):
         """Describe the choice; empty where there was none."""
         if self.unmeasured_because:
             return (
-                "Merged into the base weights as trained: quantized to 4 bits and back. Not compared with "
-                f"the 16-bit ones: {self.unmeasured_because}."
+                "Merged into the 4-bit base weights of the training, dequantized. Not compared with the "
+                f"original 16-bit ones: {self.unmeasured_because}."
             )
-        if self.stored_divergence is None or self.trained_divergence is None:
+        if self.original_divergence is None or self.dequantized_divergence is None:
             return ""
-        both = f"KL {self.trained_divergence:.2g} against {self.stored_divergence:.2g}"
-        if self.chosen == "as trained":
+        both = f"{self.dequantized_divergence:.2g}, against {self.original_divergence:.2g}"
+        if self.chosen == "dequantized":
             return (
-                f"Merged into the base weights as trained, whose answers are nearer than 16-bit's ({both})."
+                "Merged into the 4-bit base weights of the training, dequantized. KL divergence from the "
+                f"trained model: {both} on the original 16-bit weights."
             )
-        return f"Merged into the 16-bit base weights, whose answers are as near as 4-bit's ({both})."
+        return (
+            "Merged into the original 16-bit base weights. KL divergence from the trained model: "
+            f"{self.original_divergence:.2g}, against {self.dequantized_divergence:.2g} on the 4-bit weights."
+        )
 
 
-BaseName: TypeAlias = Literal["best", "stored", "as-trained"]
+BaseName: TypeAlias = Literal["best", "original", "dequantized"]
 
 
 def choice_named(
@@ -68,9 +72,9 @@ def choice_named(
 ) -> BaseChoice:
     """Return the choice of base weights; ``best`` measures, with a file in ``folder``. Raises UserError."""
     if name != "best":
-        return BaseChoice(chosen="stored" if name == "stored" else "as trained")
+        return BaseChoice(chosen="original" if name == "original" else "dequantized")
     if requantizer(resolve_model(source.recipe.model.id).architecture, source.recipe.quantization) is None:
-        return BaseChoice(chosen="stored")
+        return BaseChoice(chosen="original")
     with ExitStack() as stack:
         try:
             reference: Reference | str = stack.enter_context(
@@ -100,15 +104,15 @@ def choose_base(
     recipe = source.recipe
     requantize = requantizer(resolve_model(recipe.model.id).architecture, recipe.quantization)
     if requantize is None:
-        return BaseChoice(chosen="stored")
+        return BaseChoice(chosen="original")
     if isinstance(reference, str):
-        return BaseChoice(chosen="as trained", unmeasured_because=reference)
+        return BaseChoice(chosen="dequantized", unmeasured_because=reference)
     folder = model_folder(recipe)
     needed = sum((folder / name).stat().st_size for name in weight_files(folder)) + _SPARE_BYTES
     free = psutil.virtual_memory().available
     if needed > free:
         why = f"that takes {format_bytes(needed)} of memory, and {format_bytes(free)} are free"
-        return BaseChoice(chosen="as trained", unmeasured_because=why)
+        return BaseChoice(chosen="dequantized", unmeasured_because=why)
     on_status("Comparing the adapter on 16-bit base weights with its training")
     session = load_session(unquantized(source), on_status)
     session.ensure_loaded(adapter_name)
@@ -116,7 +120,7 @@ def choose_base(
     session.change_base(requantize)
     trained = reference.divergence(session, adapter_name)
     return BaseChoice(
-        chosen="as trained" if trained < stored else "stored",
-        stored_divergence=stored,
-        trained_divergence=trained,
+        chosen="dequantized" if trained < stored else "original",
+        original_divergence=stored,
+        dequantized_divergence=trained,
     )

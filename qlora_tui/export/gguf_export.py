@@ -107,7 +107,7 @@ def export_gguf(
     with draft_folder(out) as draft, ExitStack() as stack:
         reference = _reference(stack, source, adapter_name, draft, on_status)
         base = choose_base(source, adapter_name, reference, on_status)
-        if base.chosen == "as trained":
+        if base.chosen == "dequantized":
             architecture = resolve_model(source.recipe.model.id).architecture
             weights = MergedWeights(
                 weights.folder, weights.updates, requantizer(architecture, source.recipe.quantization)

@@ -142,7 +142,7 @@ def _tensors(
         if target is None:
             continue
         if isinstance(update, LoraDelta):
-            change = names.change_of(name)
+            change = names.transform_for(name)
             up = update.up.float() * update.scale
             down, up = update.down.float(), up if change is None else change(up)
         else:

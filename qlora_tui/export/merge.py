@@ -56,7 +56,7 @@ def merge(
     out: Path,
     on_status: Callable[[str], None] = lambda words: None,
     *,
-    base_name: BaseName = "stored",
+    base_name: BaseName = "original",
 ) -> MergeResult:
     """Write the base with an adapter merged into it. Raises UserError and leaves nothing behind.
 
@@ -107,7 +107,7 @@ def merge(
 
 def base_requantizer(source: ChatSource, choice: BaseChoice) -> Requantizer | None:
     """Return what rounds the base weights for a choice; None where they stay as they are stored."""
-    if choice.chosen == "stored":
+    if choice.chosen == "original":
         return None
     return requantizer(resolve_model(source.recipe.model.id).architecture, source.recipe.quantization)
 

@@ -52,9 +52,9 @@ class MergeCheck(Struct, frozen=True, kw_only=True):
     def sentence(self) -> str:
         """Describe the result for users."""
         return (
-            f"its logits differ from those of base and adapter by {self.difference:.2g} of their spread, "
-            f"where rounding explains {self.noise:.2g}; the most likely token is the same at "
-            f"{self.same_choices} of {self.tokens} positions"
+            f"its logits differ from those of base and adapter by {self.difference:.2g} of their standard "
+            f"deviation, where rounding accounts for about {self.noise:.2g}; the most likely token is the "
+            f"same at {self.same_choices} of {self.tokens} positions"
         )
 
 

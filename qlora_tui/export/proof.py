@@ -70,7 +70,7 @@ class Proof(Struct, frozen=True, kw_only=True):
     """Trained positions whose logits were compared."""
     divergence: float
     """Mean KL divergence of the file from the trained model, in nats."""
-    same_choice: int
+    top1_matches: int
     """Positions at which both rank the same token first."""
     turns: int
     """Positions at which a turn ends."""
@@ -83,7 +83,7 @@ class Proof(Struct, frozen=True, kw_only=True):
     @property
     def sentence(self) -> str:
         """Return the result in one sentence."""
-        share = self.same_choice / max(self.positions, 1)
+        share = self.top1_matches / max(self.positions, 1)
         text = (
             f"{self.name} answers as your adapter does at {share:.1%} of {self.positions:,} tokens "
             f"(KL {self.divergence:.2g})"
@@ -219,7 +219,7 @@ def prove(
         effect=reference.effect,
         positions=result.positions,
         divergence=result.divergence,
-        same_choice=result.same_choice,
+        top1_matches=result.top1_matches,
         turns=result.turns,
         turns_ended=result.turns_ended,
         turns_ended_by_adapter=result.turns_ended_by_reference,
@@ -257,7 +257,7 @@ def _wrong_answers(proof: Proof, file_type: str) -> str:
     if not proof.divergence <= limit:
         return (
             f"its answers differ from the adapter's by a KL divergence of {proof.divergence:.2g}, "
-            f"where rounding to {file_type} explains {limit:.2g}"
+            f"where rounding to {file_type} accounts for about {limit:.2g}"
         )
     return ""
 

@@ -42,10 +42,10 @@ def logits_of_folder(folder: str) -> Any:
 def test_the_weights_of_the_training_win_over_16_bits(inflated: ChatSource, tmp_path: Path) -> None:
     merged = merge(inflated, "adapter", tmp_path / "merged", base_name="best")
     choice = merged.base
-    assert choice.chosen == "as trained"
-    assert choice.stored_divergence is not None and choice.trained_divergence is not None
-    assert choice.stored_divergence > 0.1 > 0.001 > choice.trained_divergence
-    assert "nearer than 16-bit's" in choice.sentence
+    assert choice.chosen == "dequantized"
+    assert choice.original_divergence is not None and choice.dequantized_divergence is not None
+    assert choice.original_divergence > 0.1 > 0.001 > choice.dequantized_divergence
+    assert "4-bit base weights of the training, dequantized" in choice.sentence
     session = load_session(inflated)
     session.ensure_loaded("adapter")
     expected = session.logits_at("adapter", IDS, list(range(len(IDS)))).log_softmax(-1)
@@ -59,7 +59,7 @@ def test_the_weights_of_the_training_win_over_16_bits(inflated: ChatSource, tmp_
     assert not wrong.agrees
 
 
-@pytest.mark.parametrize("name, chosen", [("stored", "stored"), ("as-trained", "as trained")])
+@pytest.mark.parametrize("name, chosen", [("original", "original"), ("dequantized", "dequantized")])
 def test_named_weights_are_not_measured(inflated: ChatSource, tmp_path: Path, name: Any, chosen: str) -> None:
     said: list[str] = []
     merged = merge(inflated, "adapter", tmp_path / "merged", said.append, base_name=name)
@@ -70,17 +70,17 @@ def test_named_weights_are_not_measured(inflated: ChatSource, tmp_path: Path, na
 def test_without_data_the_weights_of_the_training_are_taken(inflated: ChatSource, tmp_path: Path) -> None:
     (Path(inflated.recipe.model.id).parent / "rows.jsonl").unlink()
     choice = merge(inflated, "adapter", tmp_path / "merged", base_name="best").base
-    assert choice.chosen == "as trained" and "Not compared with the 16-bit ones" in choice.sentence
+    assert choice.chosen == "dequantized" and "Not compared with the original 16-bit ones" in choice.sentence
 
 
 def test_16_bit_runs_have_no_choice(tmp_path: Path) -> None:
     source = make_source(tmp_path)
     choice = merge(source, "adapter", tmp_path / "merged", base_name="best").base
-    assert choice.chosen == "stored" and not choice.sentence
+    assert choice.chosen == "original" and not choice.sentence
 
 
 def test_a_gguf_file_has_the_weights_of_the_training(inflated: ChatSource, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp_py_sync")
     result = export_gguf(inflated, "adapter", tmp_path / "out", ["F16"])
-    assert result.base.chosen == "as trained"
+    assert result.base.chosen == "dequantized"
     assert result.files[0].proof is not None and result.files[0].proof.divergence < 0.004

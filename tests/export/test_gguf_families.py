@@ -121,7 +121,7 @@ def test_every_claimed_family_is_computed_here() -> None:
 
 def test_wrong_row_order_changes_the_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(tmp_path / "model", "llama")
-    monkeypatch.setattr(families, "neighbor_rows", lambda values, heads: values)
+    monkeypatch.setattr(families, "permute_for_interleaved_rope", lambda values, heads: values)
     file = write_base(tmp_path / "model", tmp_path / "model.gguf")
     ids = token_ids(96)
     assert divergence(model, logits_of(file, ids), ids) > 0.1
@@ -131,9 +131,9 @@ def test_wrong_row_order_changes_the_answers(tmp_path: Path, monkeypatch: pytest
     "model_type, settings, why",
     [
         ("cohere", {}, "the model's type is cohere"),
-        ("gemma3_text", GEMMA | {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}, "6th"),
+        ("gemma3_text", GEMMA | {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}, "sixth"),
         ("gemma2", GEMMA | {"query_pre_attn_scalar": 20}, "scaled by 20"),
-        ("smollm3", {"no_rope_layers": [1, 0]}, "no rotary embedding"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "without rotary embedding"),
         ("llama", {"hidden_act": "gelu"}, "its activation is gelu"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
     ],

@@ -59,7 +59,7 @@ def changed_hyperparameters(**values: Any) -> Break:
 
 
 def swapped_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(families, "neighbor_rows", lambda values, heads: values)
+    monkeypatch.setattr(families, "permute_for_interleaved_rope", lambda values, heads: values)
 
 
 def half_scale(monkeypatch: pytest.MonkeyPatch) -> None:

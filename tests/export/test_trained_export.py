@@ -47,13 +47,13 @@ def test_a_trained_run_is_exported_in_every_form(
     arguments = ["export", "gguf", run.id, str(out), "--quant", ",".join(BOUNDS), "--json"]
     assert main(arguments) == 0, capsys.readouterr().err
     written = json.loads(capsys.readouterr().out)
-    assert written["base"]["chosen"] == "as trained" and not written["unchecked_because"]
+    assert written["base"]["chosen"] == "dequantized" and not written["unchecked_because"]
     for file in written["files"]:
         proof = file["proof"]
         assert proof["divergence"] < BOUNDS[file["file_type"]] < proof["effect"]
         assert proof["rows"] and not proof["different_rows"] and not proof["problem"]
         if file["file_type"] != "Q4_K_M":
-            assert proof["same_choice"] > 0.9 * proof["positions"]
+            assert proof["top1_matches"] > 0.9 * proof["positions"]
     lora = tmp_path / "lora.gguf"
     assert main(["export", "lora", run.id, str(lora), "--json"]) == 0
     assert not json.loads(capsys.readouterr().out)["proof"]["problem"]

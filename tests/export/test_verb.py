@@ -23,7 +23,7 @@ def test_merging_a_run_twice_is_a_usage_error(
     assert main(["export", "merge", run.id, str(out), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     check = said.pop("check")
-    assert said.pop("base")["chosen"] == "as trained"
+    assert said.pop("base")["chosen"] == "dequantized"
     assert check["agrees"] and check["same_choices"] == check["tokens"] > 8
     assert said == {
         "folder": str(out),

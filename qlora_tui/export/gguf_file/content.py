@@ -57,7 +57,7 @@ def gguf_content(source: ChatSource, tokenizer: ChatTokenizer, weights: MergedWe
 
 def _values(names: TensorNames, tensor: MergedTensor) -> Tensor:
     values = tensor.read()
-    change = names.change_of(tensor.name)
+    change = names.transform_for(tensor.name)
     return values if change is None else change(values)
 
 

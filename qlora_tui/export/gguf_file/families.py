@@ -36,7 +36,7 @@ class GgufFamily:
 
     architecture: str
     """``general.architecture``."""
-    rotates_neighbors: bool = False
+    interleaved_rope: bool = False
     """Whether llama.cpp's rotary embedding rotates neighboring rows of q and k."""
     norm_offset: float = 0.0
     """Added to each norm's weight."""
@@ -44,10 +44,10 @@ class GgufFamily:
 
 
 FAMILIES = {
-    "llama": GgufFamily("llama", rotates_neighbors=True),
-    "mistral": GgufFamily("llama", rotates_neighbors=True),
-    "smollm3": GgufFamily("smollm3", rotates_neighbors=True),
-    "granite": GgufFamily("granite", rotates_neighbors=True),
+    "llama": GgufFamily("llama", interleaved_rope=True),
+    "mistral": GgufFamily("llama", interleaved_rope=True),
+    "smollm3": GgufFamily("smollm3", interleaved_rope=True),
+    "granite": GgufFamily("granite", interleaved_rope=True),
     "qwen2": GgufFamily("qwen2"),
     "qwen3": GgufFamily("qwen3"),
     "gemma2": GgufFamily("gemma2", norm_offset=1.0, activation="gelu_pytorch_tanh"),
@@ -113,23 +113,23 @@ class TensorNames:
             )
         return name
 
-    def change_of(self, tensor: str) -> Callable[[Tensor], Tensor] | None:
+    def transform_for(self, tensor: str) -> Callable[[Tensor], Tensor] | None:
         """Return how llama.cpp's values differ from the tensor's; None where they are equal."""
         offset = self.family.norm_offset
         if offset and tensor.endswith("norm.weight"):
             return lambda values: values.float() + offset
-        if self.family.rotates_neighbors:
+        if self.family.interleaved_rope:
             config = self.config
             for module, heads in (
                 (".q_proj.", config.num_attention_heads),
                 (".k_proj.", config.num_key_value_heads),
             ):
                 if module in tensor:
-                    return lambda values, heads=heads: neighbor_rows(values, heads)  # type: ignore[misc]
+                    return lambda values, heads=heads: permute_for_interleaved_rope(values, heads)  # type: ignore[misc]
         return None
 
 
-def neighbor_rows(values: Tensor, heads: int) -> Tensor:
+def permute_for_interleaved_rope(values: Tensor, heads: int) -> Tensor:
     """Order the rows of q or k, (rows, …), for a rotary embedding of neighboring rows.
 
     With one head of four rows, ``0 1 2 3`` become ``0 2 1 3``.

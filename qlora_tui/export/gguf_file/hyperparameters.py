@@ -13,6 +13,7 @@ from qlora_tui.export.gguf_file.families import GgufFamily, family_of, rope_para
 
 _PERIODS = {"gemma2": 2, "gemma3": 6}
 """Of this many layers, llama.cpp computes the last with full attention and the others with a window."""
+_ORDINALS = {2: "second", 6: "sixth"}
 _27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 """Number of layers by which llama.cpp recognizes Gemma's 27B, whose attention is scaled differently."""
 _NO_ROPE_PERIOD = 4
@@ -66,7 +67,7 @@ def hyperparameters(config: Any) -> Hyperparameters:
     if family.architecture == "smollm3":
         usual = [int((layer + 1) % _NO_ROPE_PERIOD != 0) for layer in range(config.num_hidden_layers)]
         if list(config.no_rope_layers) != usual:
-            raise _not_computed("it has no rotary embedding in other layers than each fourth")
+            raise _not_computed("the layers without rotary embedding are not exactly every fourth one")
     return Hyperparameters(values, notes)
 
 
@@ -126,7 +127,7 @@ def _gemma(config: Any, family: GgufFamily) -> dict[str, int | float | str | lis
     period = _PERIODS[name]
     full = [(layer + 1) % period == 0 for layer in range(config.num_hidden_layers)]
     if [kind == "full_attention" for kind in config.layer_types] != full:
-        raise _not_computed(f"its layers with full attention are not each {period}th")
+        raise _not_computed(f"full attention is not in every {_ORDINALS[period]} layer")
     is_27b = config.num_hidden_layers == _27B_LAYERS[name]
     scaled_by = config.hidden_size // config.num_attention_heads if is_27b else config.head_dim
     if config.query_pre_attn_scalar != scaled_by:
@@ -150,5 +151,5 @@ def _not_computed(why: str) -> UserError:
     return UserError(
         "This model cannot be exported as GGUF",
         what=f"llama.cpp cannot compute it: {why}.",
-        fix="Export it with `qlora-tui export merge`; transformers and vLLM compute that folder.",
+        fix="Export it with `qlora-tui export merge`; transformers and vLLM can load that folder.",
     )

@@ -70,7 +70,7 @@ class Compared(Struct, frozen=True, tag=True):
     """Mean KL divergence over the positions."""
     worst: float
     """Largest KL divergence of one position."""
-    same_choice: int
+    top1_matches: int
     """Number of positions at which both rank the same token first."""
     turns: int
     """Number of positions at which a turn ends."""

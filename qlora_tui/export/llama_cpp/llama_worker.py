@@ -68,7 +68,7 @@ def _compare(model: LlamaModel, job: Compare) -> Compared:
         positions=len(whole),
         divergence=float(whole.mean()),
         worst=float(whole.max()),
-        same_choice=int((chosen == expected_chosen).sum()),
+        top1_matches=int((chosen == expected_chosen).sum()),
         turns=int(at_end.sum()),
         turns_ended=int((at_end & np.isin(chosen, ends)).sum()),
         turns_ended_by_reference=int((at_end & np.isin(expected_chosen, ends)).sum()),
