@@ -51,7 +51,8 @@ class Estimate:
     method: str
     """Quantization: nf4, fp4, int8 or none (16 bits)."""
     items: tuple[Item, ...]
-    """Items at the peak, the largest contributors named; their sum is ``process_bytes``."""
+    """Items at the peak, the largest contributors named; their sum is ``process_bytes``. Where loading takes
+    the most, they are those of the training step, and what loading takes beyond it is one more."""
     allocated_bytes: int
     """Bytes in tensors: ``torch.cuda.max_memory_allocated`` on a GPU."""
     reserved_bytes: int
@@ -76,6 +77,11 @@ class Estimate:
     def total_bytes(self) -> int:
         """Return the bytes of the process level, which must be free."""
         return self.process_bytes
+
+    @property
+    def step_bytes(self) -> int:
+        """Return the bytes of the process in a training step, where loading may take more."""
+        return self.process_bytes - self.bytes_of(LOADING)
 
     @property
     def correction_words(self) -> str:
@@ -133,11 +139,15 @@ def estimate(
     levels = tiers(items, fullest.total_bytes, pool, architecture, layout, execution)
     # By process bytes: a step on a CPU also leaves heap gaps and kernels, which loading does not.
     levels_at_loading = tiers(loading, 0, pool, architecture, layout, execution)
-    if levels_at_loading.process_bytes > levels.process_bytes:
-        fullest, items, levels = Peak(LOADING, loading), loading, levels_at_loading
-    before, correction = levels.process_bytes, device.correction
+    before = max(levels.process_bytes, levels_at_loading.process_bytes)
+    correction = device.correction
     if correction is not None and correction.applies:
         levels = corrected(levels, layout, correction)
+        levels_at_loading = corrected(levels_at_loading, layout, correction)
+    items |= levels.added
+    if levels_at_loading.process_bytes > levels.process_bytes:
+        items[LOADING] = levels_at_loading.process_bytes - levels.process_bytes
+        fullest, levels = Peak(LOADING, loading), levels_at_loading
     result = _assemble(recipe, architecture, layout, execution, items, levels, fullest)
     if correction is None:
         return result
@@ -191,13 +201,12 @@ def _assemble(
     fullest: Peak,
 ) -> Estimate:
     sentences = explanations(ExplainContext(recipe, architecture, execution, layout))
-    everything = {**items, **levels.added}
     return Estimate(
         method=recipe.quantization.method,
         items=tuple(
-            Item(key, label, everything[key], sentences.get(key, ""))
+            Item(key, label, items[key], sentences.get(key, ""))
             for key, label in LABELS.items()
-            if everything.get(key, 0) > 0
+            if items.get(key, 0) > 0
         ),
         allocated_bytes=levels.allocated_bytes,
         reserved_bytes=levels.reserved_bytes,

@@ -180,7 +180,9 @@ def _process_sentences(facts: ExplainContext) -> dict[str, str]:
     tokens = facts.architecture.vocab_size
     return {
         "inputs": "Token ids, labels, positions and rotary tables.",
-        "loading": "Weights in 16 bits as they come from the file, before they are quantized.",
+        "loading": (
+            "What loading takes beyond a training step: weights in 16 bits, before they are quantized."
+        ),
         "workspace": "cuBLAS keeps a workspace in the allocator's pool.",
         "unsplit": "Up to 1 MiB per tensor, not split off without expandable segments.",
         "kernels": "Code that oneDNN compiles and caches for each shape of a product.",

@@ -23,7 +23,7 @@ from qlora_tui.data.sources import SourceFile, every_source, is_hub_dataset, sni
 from qlora_tui.data.token_lookup import check_tokens
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.formatting import format_bytes, format_count, format_gib, format_path, pluralize
-from qlora_tui.memory import Estimate, check_fit, estimate
+from qlora_tui.memory import Estimate, check_fit, estimate, plan_kept_layers
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.recipe.conflicts import find_conflicts
 from qlora_tui.recipe.schema import Data, Recipe, Source
@@ -250,6 +250,9 @@ def _memory(recipe: Recipe, files: ModelFiles, budget: MemoryBudget) -> tuple[Ch
     verdict = check_fit(estimated, budget.bytes)
     needed, available = format_gib(verdict.needed_bytes), format_gib(budget.bytes)
     text = f"{verdict.word}: {needed} of {available} GiB of {budget.name}."
+    plan = plan_kept_layers(recipe, files.architecture, budget.bytes, device=budget.device)
+    if plan is not None and plan.kept_layers:
+        text += f" It will use {format_gib(plan.estimate.total_bytes)}, to recompute fewer layers."
     match verdict.word:
         case "fits":
             check = Check(CheckKind.MEMORY, "ok", text)

@@ -22,6 +22,7 @@ from qlora_tui.memory import (
     largest_settings,
 )
 from qlora_tui.memory.budget import budget_for
+from qlora_tui.memory.estimate import LOADING
 from qlora_tui.memory.levels import CUDA_LIBRARIES_BYTES
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
@@ -244,3 +245,15 @@ def test_triton_kernels_need_no_temporary_copies(checkpointing: Any) -> None:
     assert by_triton.execution.triton and by_triton.allocated_bytes <= by_torch.allocated_bytes
     never = replace_setting(recipe, "model.kernels", "torch")
     assert estimate(never, model, device=Device(triton=True)).allocated_bytes == by_torch.allocated_bytes
+
+
+def test_a_peak_while_loading_itemizes_the_training_step() -> None:
+    device = Device(kind="cpu")
+    few = Recipe(data=Data(max_length=16), training=Training(micro_batch_size=1))
+    more = replace_setting(few, "lora.rank", 2 * few.lora.rank)
+    first, second = (estimate(recipe, tinyllama(), device=device) for recipe in (few, more))
+    assert first.peak_phase == second.peak_phase == LOADING
+    assert second.bytes_of("adapter") == 2 * first.bytes_of("adapter") > 0
+    assert first.bytes_of("optimizer") > 0
+    assert first.step_bytes < second.step_bytes < second.total_bytes == first.total_bytes
+    assert sum(item.bytes for item in first.items) == first.total_bytes

@@ -11,7 +11,8 @@ from qlora_tui import paths
 from qlora_tui.data.inspection import inspect
 from qlora_tui.data.quick_check import QuickCheckResult
 from qlora_tui.files import private_dir
-from qlora_tui.memory.budget import budget_for
+from qlora_tui.memory import Device
+from qlora_tui.memory.budget import MemoryBudget, budget_for
 from qlora_tui.recipe.schema import Data, Lora, Model, Recipe, Source, Training
 from qlora_tui.runs import preflight as preflight_module
 from qlora_tui.runs.machine_checks import Check, CheckKind, Machine
@@ -44,6 +45,14 @@ def test_the_checks_warn_of_samples_beyond_the_models_context(tmp_path: Path) ->
     assert length.outcome == "warning"
     assert "the model's context is 8,192" in length.text
     assert length.fix == "Set data.max_length to 8,192 or less."
+
+
+def test_the_memory_check_names_what_the_run_will_use(tmp_path: Path) -> None:
+    recipe = Recipe(model=Model(id=readable_model(tmp_path)))
+    budget = MemoryBudget(Device(), 24 << 30, "RTX 4090")
+    checks = preflight(recipe, Machine(budget), read_columnar=False)
+    (memory,) = [check for check in checks if check.kind == CheckKind.MEMORY]
+    assert "fits: " in memory.text and "It will use " in memory.text
 
 
 def test_preflight_reads_the_data_and_lists_earlier_queued_runs(tmp_path: Path) -> None:

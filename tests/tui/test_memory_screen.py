@@ -297,6 +297,17 @@ async def test_the_side_is_as_wide_as_the_window_allows(
         assert app.screen.query_one("#memory-side").size.width + 2 == width
 
 
+async def test_what_the_run_needs_is_named_beside_what_it_uses(seven_billion: str) -> None:
+    app = open_on("memory", model=seven_billion)
+    async with app.run_test(size=(120, 40)) as pilot:
+        shown = await wait_for_text(pilot, "will use", "recomputing")
+        needed = app.workbench.comparison(app.memory_budget.device)
+        assert isinstance(needed, dict)
+        assert f"The run needs {needed['nf4'].total_bytes / 2**30:.1f} GiB and will use" in " ".join(
+            shown.split()
+        )
+
+
 async def test_the_selected_item_stays_in_view_where_the_list_shrinks(seven_billion: str) -> None:
     app = open_on("memory", model=seven_billion, gpu_gib=8.0)
     _big(app)

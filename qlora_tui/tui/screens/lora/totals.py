@@ -30,7 +30,7 @@ _MAX_LINES = 2
 
 @dataclass(frozen=True)
 class MemoryDeltas:
-    """Memory differences that need another estimate, in bytes."""
+    """Memory differences of a training step that need another estimate, in bytes."""
 
     dora_bytes: int
     """DoRA on, compared with off."""
@@ -44,7 +44,7 @@ def memory_deltas(
     """Compute three estimates, some 20 ms. None if this model lacks the recipe's targets."""
 
     def total(of: Recipe) -> int:
-        return estimate(of, architecture, device=device).total_bytes
+        return estimate(of, architecture, device=device).step_bytes
 
     try:
         plain, dora = (total(replace_setting(recipe, "lora.use_dora", on)) for on in (False, True))

@@ -72,8 +72,8 @@ class MemoryScreen(WorkScreen):
         "On the right, lower-case keys double a setting and capital keys halve it. 'fits up to' is the "
         "largest value that fits, in the precision marked ▸, with the other settings unchanged. If the "
         "recipe does not fit, {memory.apply} applies the change that costs least.\n"
-        "With checkpointing auto, the bars show every layer recomputed. As many layers as fit in the memory "
-        "left keep their activations, which is faster.\n"
+        "With checkpointing auto, the bars show every layer recomputed, which is what the run needs. As many "
+        "layers as fit in the memory left keep their activations, which is faster: the run uses more then.\n"
         "'fits': even the upper end of the uncertainty fits. 'tight': less than 5% is left. 'uncertain': "
         "only a part of the range fits.\n"
         "To see the estimate for another GPU, press {app.assume_gpu} and type its memory, or start the app "
@@ -280,7 +280,7 @@ class MemoryScreen(WorkScreen):
             # The setting itself is shown among the controls.
             parts.append(Content.styled(f"{warning.why} {warning.fix}", "$warning"))
         if self._solution.kept_layers is not None and self.precision == precision_of(recipe):
-            parts.append(kept_layers_text(self._solution.kept_layers))
+            parts.append(kept_layers_text(self._solution.kept_layers, estimate.total_bytes))
         parts += [Content(note) for note in estimate.notes]
         if conversion := self._solution.conversion:
             on_cpu = self.qlora_app.memory_budget.device.kind == "cpu"

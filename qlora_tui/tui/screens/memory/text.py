@@ -62,15 +62,12 @@ def budget_words(budget: MemoryBudget, system_status: SystemStatus) -> str:
 
 def levels_line(estimate: Estimate) -> str:
     """Peak of the process with its uncertainty, its phase, and the share of torch and its tensors."""
-    doubt = f"({format_gib(estimate.band.low_bytes)} to {format_gib(estimate.band.high_bytes)})"
-    torch = (
-        f"torch {format_gib(estimate.reserved_bytes)}, "
-        if estimate.reserved_bytes != estimate.allocated_bytes
-        else ""
-    )
-    parts = f"{torch}tensors {format_gib(estimate.allocated_bytes)}"
+    low, high = format_gib(estimate.band.low_bytes), format_gib(estimate.band.high_bytes)
+    doubt = f" ({low} to {high})" if low != high else ""
+    reserved, tensors = format_gib(estimate.reserved_bytes), format_gib(estimate.allocated_bytes)
+    parts = f"{f'torch {reserved}, ' if reserved != tensors else ''}tensors {tensors}"
     when = "while loading" if estimate.peak_phase == LOADING else f"in the {estimate.peak_phase}"
-    return f"Peak {format_gib(estimate.process_bytes)} GiB {doubt}, {when}: {parts}"
+    return f"Peak {format_gib(estimate.process_bytes)} GiB{doubt}, {when}: {parts}"
 
 
 def setting_controls(recipe: Recipe, fitting: WhatFits | None, context_tokens: int | None) -> Content:
@@ -134,15 +131,18 @@ def _changes_text(changes: tuple[MemorySaving, ...], width: int) -> Content:
     return Content("\n").join(lines)
 
 
-def kept_layers_text(plan: KeptLayersPlan) -> Content:
-    """How many layers need no recomputation, at what memory, and what that gains."""
+def kept_layers_text(plan: KeptLayersPlan, least_bytes: int) -> Content:
+    """How many layers need no recomputation, at what memory, and what that gains.
+
+    ``least_bytes``: the memory with every layer recomputed, as the bars show it.
+    """
     if not plan.kept_layers:
         return Content(
             "Gradient checkpointing recomputes every layer: too little memory is left to keep activations."
         )
     total, faster = format_gib(plan.estimate.total_bytes), format_percent(plan.speedup - 1)
     return Content.assemble(
-        "The run will use ",
+        f"The run needs {format_gib(least_bytes)} GiB and will use ",
         (f"{total} GiB", "bold"),
         f": {plan.kept_layers} of {plan.total_layers} layers keep their activations in free memory, about "
         f"{faster} faster than recomputing every layer.",
