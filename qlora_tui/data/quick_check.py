@@ -7,11 +7,12 @@ in tokens, and those in the rest of a large file, are found by ``dataset`` when 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
 
 from msgspec import Struct
 
-from qlora_tui.data.conversation import Conversation, RowRejectedError
+from qlora_tui.data.conversation import Conversation, Message, RowRejectedError
 from qlora_tui.data.long_texts import BYTES_PER_TOKEN, LongTexts, estimated_long_text
 from qlora_tui.data.problems import DataProblem, ProblemCounter, raise_first_error
 from qlora_tui.data.sources import SourceFile, conversations
@@ -20,6 +21,8 @@ from qlora_tui.recipe.schema import Data
 TIME_LIMIT_S = 2.0
 _TEMPLATE_TOKENS = 5
 """Tokens that a chat template adds around each turn: role, and the start and end of the turn."""
+_MARGIN = 1.25
+"""Factor of the length limit above which an estimated length is taken to be over it."""
 _SHOWN_BEFORE_RUN = ("rated-bad", "same-answers", "long-text", "ends-with-user")
 """Warnings on rows that are left out or cut, also shown before a run."""
 
@@ -29,7 +32,9 @@ class FileSize(Struct, frozen=True):
 
     source: int
     """Index of the source in the recipe."""
+    rows: int
     samples: int
+    """Rows that are trained on, as far as is known without a tokenizer."""
     tokens: int
     """An estimate, with each sample cut to the length of a row."""
 
@@ -61,21 +66,22 @@ def quick_check(
             LongTexts(file.source, str(file.path)),
         )
         in_time = True
-        samples = tokens = 0
+        row_count = samples = tokens = 0
         for row, one in conversations(file):
+            row_count += 1
             if isinstance(one, RowRejectedError):
                 tally.add(one.kind, row.number, one.reason)
             elif long_text := estimated_long_text(one, data):
                 long_texts.add(row.number, long_text)
             elif one.messages and one.messages[-1].role == "user":
                 tally.add("ends-with-user", row.number, "The last turn has no answer.")
-            if not isinstance(one, RowRejectedError):
+            if not isinstance(one, RowRejectedError) and not _is_left_out(one, data):
                 samples += 1
                 tokens += _trained_length(one, data)
             if time.monotonic() >= deadline:
                 in_time = False
                 break
-        sizes.append(FileSize(file.source, samples, tokens))
+        sizes.append(FileSize(file.source, row_count, samples, tokens))
         problems = tally.problems()
         raise_first_error(problems)
         warnings += [problem for problem in problems if problem.kind in _SHOWN_BEFORE_RUN]
@@ -85,9 +91,29 @@ def quick_check(
     return QuickCheckResult(True, tuple(warnings), tuple(sizes))
 
 
+def _is_left_out(conversation: Conversation, data: Data) -> bool:
+    """Estimate whether a conversation has no answer to learn, or none within the length limit."""
+    messages = conversation.messages
+    if not messages:
+        return False
+    if data.train_on == "assistant" and not conversation.answers:
+        return True
+    limit = data.max_length * _MARGIN
+    if data.overflow == "drop":
+        return _estimated_tokens("", messages) > limit
+    if data.overflow != "cut-right" or data.train_on != "assistant":
+        return False
+    before_answer = takewhile(lambda m: m.role != "assistant" or not m.train, messages)
+    return _estimated_tokens("", tuple(before_answer)) > limit
+
+
+def _estimated_tokens(text: str, messages: Sequence[Message]) -> int:
+    texts = [text, *(message.content + message.reasoning for message in messages)]
+    text_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
+    return text_bytes // BYTES_PER_TOKEN + _TEMPLATE_TOKENS * len(messages) + 1
+
+
 def _trained_length(conversation: Conversation, data: Data) -> int:
     """Estimate the tokens of a sample that fit in a row; all of them where long samples are split."""
-    texts = [conversation.text, *(message.content + message.reasoning for message in conversation.messages)]
-    text_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
-    length = text_bytes // BYTES_PER_TOKEN + _TEMPLATE_TOKENS * len(conversation.messages) + 1
+    length = _estimated_tokens(conversation.text, conversation.messages)
     return length if data.overflow == "split" else min(length, data.max_length)

@@ -5,6 +5,7 @@ They read the model's files and the data, for a few seconds at most.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from qlora_tui.catalog.local_models import ModelFiles, resolve_model
 from qlora_tui.data.error_cache import Tokens, file_fingerprint, raise_cached_error, tokenizer_fingerprint
 from qlora_tui.data.hub_dataset import local_files
 from qlora_tui.data.problems import DataProblem
-from qlora_tui.data.quick_check import QuickCheckResult, quick_check
+from qlora_tui.data.quick_check import FileSize, QuickCheckResult, quick_check
 from qlora_tui.data.read import COLUMNAR, files_of, kind_of
 from qlora_tui.data.sources import SourceFile, every_source, is_hub_dataset, sniff
 from qlora_tui.data.token_lookup import check_tokens
@@ -26,7 +27,7 @@ from qlora_tui.formatting import format_bytes, format_count, format_gib, format_
 from qlora_tui.memory import Estimate, check_fit, estimate, plan_kept_layers
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.recipe.conflicts import find_conflicts
-from qlora_tui.recipe.schema import Data, Recipe, Source
+from qlora_tui.recipe.schema import Data, Recipe, Source, Training
 from qlora_tui.recipe.targets import resolve_targets
 from qlora_tui.runs.machine_checks import (
     Check,
@@ -38,6 +39,8 @@ from qlora_tui.runs.machine_checks import (
 )
 from qlora_tui.runs.step_limit import check_step_limit
 
+_HIGH_RATE = 10
+"""Factor of the default learning rate above which LoRA training seldom stays stable."""
 _SPARE_BYTES = 1 << 30
 
 
@@ -107,8 +110,18 @@ def _data(recipe: Recipe, model_files: ModelFiles | None, *, read_columnar: bool
         later = "Rows not read yet are checked when the run starts."
         checks.append(Check(CheckKind.DATA, "note", f"{'; '.join(descriptions)}. {later}"))
     elif not checks:
-        checks.append(Check(CheckKind.DATA, "ok", f"{'; '.join(descriptions)}."))
+        checks.append(_rows_used(result.sizes, len(data.sources), f"{'; '.join(descriptions)}."))
     return [*checks, *check_step_limit(recipe, result.sizes, complete=complete)]
+
+
+def _rows_used(sizes: Sequence[FileSize], sources: int, text: str) -> Check:
+    """Say how many rows are trained on, where that is not all of them; ``text`` describes the sources."""
+    trained = [size for size in sizes if size.source < sources]
+    rows, used = sum(size.rows for size in trained), sum(size.samples for size in trained)
+    if used == rows:
+        return Check(CheckKind.DATA, "ok", text)
+    fix = "See why on the Data screen, or with `qlora-tui data inspect`."
+    return Check(CheckKind.DATA, "note", f"{text} About {used:,} of {pluralize(rows, 'row')} are used.", fix)
 
 
 def data_error(data: Data) -> UserError | None:
@@ -219,9 +232,20 @@ def _sniffed_format(path: Path, source: bytes, preferences: str, _stamp: tuple[i
 
 def _settings(recipe: Recipe) -> list[Check]:
     return [
-        Check(CheckKind.SETTINGS, "error", f"{c.what}.", f"{c.fix[:1].upper()}{c.fix[1:]}.")
-        for c in find_conflicts(recipe)
+        *_learning_rate(recipe.training.learning_rate),
+        *(
+            Check(CheckKind.SETTINGS, "error", f"{c.what}.", f"{c.fix[:1].upper()}{c.fix[1:]}.")
+            for c in find_conflicts(recipe)
+        ),
     ]
+
+
+def _learning_rate(rate: float) -> list[Check]:
+    usual = Training().learning_rate
+    if rate <= usual * _HIGH_RATE:
+        return []
+    text = f"Learning rate is {rate:g}, {rate / usual:,.0f} times the usual {usual:g}: the loss may diverge."
+    return [Check(CheckKind.SETTINGS, "warning", text, "Lower Learning rate (training.learning_rate).")]
 
 
 def _lora(recipe: Recipe, files: ModelFiles) -> list[Check]:

@@ -1,4 +1,4 @@
-"""Checks before a launch which of Max steps and Epochs ends the run."""
+"""Checks before a launch how many steps a run has, and which of Max steps and Epochs ends it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from qlora_tui.data.step_estimate import steps_per_epoch, total_steps
 from qlora_tui.formatting import pluralize
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.machine_checks import Check, CheckKind
+from qlora_tui.runs.suggested_fix import FEW_STEPS
 
 _MARGIN = 1.25
 """Factor between the two limits from which the estimate says for certain which comes first."""
 
 
 def check_step_limit(recipe: Recipe, sizes: Sequence[FileSize], *, complete: bool) -> list[Check]:
-    """Warn if Max steps ends the run clearly before the epochs do, or the epochs long before Max steps.
+    """Warn if Max steps and Epochs clearly disagree on when the run ends, or it has too few steps to learn.
 
     ``sizes``: the data that was read; ``complete``: whether that is all of it.
     """
@@ -23,11 +24,11 @@ def check_step_limit(recipe: Recipe, sizes: Sequence[FileSize], *, complete: boo
     # The sources come first; after them is the validation file, which no step trains on.
     trained = [(size, sources[size.source].weight) for size in sizes if size.source < len(sources)]
     samples = sum(size.samples * weight for size, weight in trained)
-    if not limit or not samples:
+    if not samples:
         return []
     steps_of_epoch = steps_per_epoch(samples, sum(size.tokens * weight for size, weight in trained), recipe)
     steps = total_steps(steps_of_epoch, recipe)
-    if limit * _MARGIN < steps:
+    if limit and limit * _MARGIN < steps:
         about = "about" if complete else "less than"
         of_epochs = "1 epoch" if epochs == 1 else f"{epochs:g} epochs"
         text = (
@@ -36,7 +37,14 @@ def check_step_limit(recipe: Recipe, sizes: Sequence[FileSize], *, complete: boo
         )
         every = f" (about {pluralize(steps, 'step')})" if complete else ""
         fix = f"To train all epochs{every}, set Max steps (training.max_steps) to 0."
-    elif complete and limit > steps * _MARGIN:
+    elif complete and steps < FEW_STEPS:
+        text = f"The run has only about {pluralize(steps, 'step')}: it will learn hardly anything."
+        fix = (
+            f"One step takes {pluralize(recipe.effective_batch, 'sequence')}: lower Gradient accumulation "
+            "(training.gradient_accumulation) or Micro-batch size (training.micro_batch_size), or raise "
+            "Epochs (training.epochs)."
+        )
+    elif limit and complete and limit > steps * _MARGIN:
         text = (
             f"Epochs is {epochs:g}: the run ends after about {pluralize(steps, 'step')}, before the "
             f"{limit:,} of Max steps."

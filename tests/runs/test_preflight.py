@@ -94,6 +94,18 @@ def test_errors_of_an_earlier_inspection_are_reported_at_any_row(
     assert check.outcome == "error" and "row 3" in check.text
 
 
+def test_the_data_check_counts_rows_that_are_not_used(tmp_path: Path) -> None:
+    rows = tmp_path / "tickets.jsonl"
+    good, empty = '{"prompt": "a", "completion": "b"}\n', '{"prompt": "", "completion": ""}\n'
+    beyond = json.dumps({"prompt": "why? " * 2000, "completion": "so."}) + "\n"
+    rows.write_text(good * 31 + empty + beyond)
+    recipe = Recipe(data=Data(sources=(Source(path=str(rows)),)))
+    check = _data_check(recipe)
+    assert check.outcome == "note" and "About 31 of 33 rows are used." in check.text
+    rows.write_text(good * 31)
+    assert _data_check(recipe).outcome == "ok"
+
+
 def test_refused_data_is_known_before_all_of_it_is_read(tmp_path: Path) -> None:
     rows = tmp_path / "tickets.jsonl"
     data = Data(sources=(Source(path=str(rows)),))
@@ -176,6 +188,20 @@ def test_epochs_that_end_before_the_step_limit_are_a_warning(tmp_path: Path) -> 
         "Epochs is 2: the run ends after about 26 steps, before the 1,000 of Max steps."
     ]
     assert _with_steps(tmp_path, 26) == []
+
+
+def test_a_run_of_few_steps_is_a_warning(tmp_path: Path) -> None:
+    (text,) = _with_steps(tmp_path, 0, epochs=0.5)
+    assert text == "The run has only about 7 steps: it will learn hardly anything."
+
+
+def test_a_learning_rate_far_above_the_usual_is_a_warning() -> None:
+    def outcome(rate: float) -> str:
+        checks = checks_by_kind(Recipe(training=Training(learning_rate=rate)))
+        return checks[CheckKind.SETTINGS].outcome if CheckKind.SETTINGS in checks else ""
+
+    assert outcome(0.02) == "warning"
+    assert outcome(2e-3) == ""
 
 
 def test_trainable_tokens_and_targets_are_checked_before_a_launch(tmp_path: Path) -> None:
