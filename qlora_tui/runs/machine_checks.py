@@ -20,6 +20,7 @@ from qlora_tui.memory.budget import MemoryBudget, budget_for
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import all_runs
 from qlora_tui.runs.status import ACTIVE, read_status
+from qlora_tui.runs.suggested_fix import SuggestedFix
 
 Outcome = Literal["ok", "note", "warning", "error"]
 _NOTABLE_BYTES = 512 << 20
@@ -55,6 +56,8 @@ class Check:
     """What to do about it."""
     problem: UserError | None = None
     """Set if a run cannot start at all; otherwise the user can override an error."""
+    suggested_fix: SuggestedFix | None = None
+    """Changes of the recipe that resolve it, for one key of the Train screen."""
     name: str = ""
     """Replaces the kind's name if there are several of a kind: ``disk for runs``."""
 

@@ -24,7 +24,7 @@ from qlora_tui.data.sources import SourceFile, every_source, is_hub_dataset, sni
 from qlora_tui.data.token_lookup import check_tokens
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.formatting import format_bytes, format_count, format_gib, format_path, pluralize
-from qlora_tui.memory import Estimate, check_fit, estimate, plan_kept_layers
+from qlora_tui.memory import Estimate, cheapest_changes, check_fit, estimate, plan_kept_layers
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.recipe.conflicts import find_conflicts
 from qlora_tui.recipe.schema import Data, Recipe, Source, Training
@@ -38,6 +38,7 @@ from qlora_tui.runs.machine_checks import (
     check_queue,
 )
 from qlora_tui.runs.step_limit import check_step_limit
+from qlora_tui.runs.suggested_fix import SuggestedFix
 
 _HIGH_RATE = 10
 """Factor of the default learning rate above which LoRA training seldom stays stable."""
@@ -152,7 +153,12 @@ def _row_warning(problem: DataProblem) -> Check:
     text = (
         f"{problem.title} ({pluralize(problem.count, 'row')} of {Path(problem.path).name}): {problem.example}"
     )
-    return Check(CheckKind.DATA, "warning", text, problem.fix)
+    if not problem.split_rows:
+        return Check(CheckKind.DATA, "warning", text, problem.fix)
+    about = "about " if problem.is_estimate else ""
+    label = f"split into {about}{pluralize(problem.split_rows, 'row')}"
+    split = SuggestedFix(label, changes={"data.overflow": "split"})
+    return Check(CheckKind.DATA, "warning", text, problem.fix, suggested_fix=split)
 
 
 def _token_fingerprint(recipe: Recipe, files: ModelFiles | None) -> Tokens | None:
@@ -245,7 +251,9 @@ def _learning_rate(rate: float) -> list[Check]:
     if rate <= usual * _HIGH_RATE:
         return []
     text = f"Learning rate is {rate:g}, {rate / usual:,.0f} times the usual {usual:g}: the loss may diverge."
-    return [Check(CheckKind.SETTINGS, "warning", text, "Lower Learning rate (training.learning_rate).")]
+    fix = "Lower Learning rate (training.learning_rate)."
+    lower = SuggestedFix(f"set Learning rate to {usual:g}", changes={"training.learning_rate": usual})
+    return [Check(CheckKind.SETTINGS, "warning", text, fix, suggested_fix=lower)]
 
 
 def _lora(recipe: Recipe, files: ModelFiles) -> list[Check]:
@@ -282,7 +290,9 @@ def _memory(recipe: Recipe, files: ModelFiles, budget: MemoryBudget) -> tuple[Ch
             check = Check(CheckKind.MEMORY, "ok", text)
         case "does not fit":
             fix = "See the Memory screen for the cheapest fix, or run `qlora-tui estimate`."
-            check = Check(CheckKind.MEMORY, "error", text, fix)
+            changes = cheapest_changes(recipe, files.architecture, budget.bytes, device=budget.device)
+            cheapest = SuggestedFix(changes[0].label, changes=changes[0].settings) if changes else None
+            check = Check(CheckKind.MEMORY, "error", text, fix, suggested_fix=cheapest)
         case _:
             low, high = format_gib(verdict.low_bytes), format_gib(verdict.high_bytes)
             fix = f"It may take {low} to {high} GiB: see the Memory screen or `qlora-tui estimate`."

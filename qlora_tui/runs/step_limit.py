@@ -9,7 +9,7 @@ from qlora_tui.data.step_estimate import steps_per_epoch, total_steps
 from qlora_tui.formatting import pluralize
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.machine_checks import Check, CheckKind
-from qlora_tui.runs.suggested_fix import FEW_STEPS
+from qlora_tui.runs.suggested_fix import FEW_STEPS, SuggestedFix
 
 _MARGIN = 1.25
 """Factor between the two limits from which the estimate says for certain which comes first."""
@@ -28,7 +28,9 @@ def check_step_limit(recipe: Recipe, sizes: Sequence[FileSize], *, complete: boo
         return []
     steps_of_epoch = steps_per_epoch(samples, sum(size.tokens * weight for size, weight in trained), recipe)
     steps = total_steps(steps_of_epoch, recipe)
+    suggested_fix = None
     if limit and limit * _MARGIN < steps:
+        suggested_fix = SuggestedFix("train all epochs", changes={"training.max_steps": 0})
         about = "about" if complete else "less than"
         of_epochs = "1 epoch" if epochs == 1 else f"{epochs:g} epochs"
         text = (
@@ -39,11 +41,8 @@ def check_step_limit(recipe: Recipe, sizes: Sequence[FileSize], *, complete: boo
         fix = f"To train all epochs{every}, set Max steps (training.max_steps) to 0."
     elif complete and steps < FEW_STEPS:
         text = f"The run has only about {pluralize(steps, 'step')}: it will learn hardly anything."
-        fix = (
-            f"One step takes {pluralize(recipe.effective_batch, 'sequence')}: lower Gradient accumulation "
-            "(training.gradient_accumulation) or Micro-batch size (training.micro_batch_size), or raise "
-            "Epochs (training.epochs)."
-        )
+        sequences = pluralize(recipe.effective_batch, "sequence")
+        fix = f"One step takes {sequences}: raise Epochs, or lower Gradient accumulation or Micro-batch size."
     elif limit and complete and limit > steps * _MARGIN:
         text = (
             f"Epochs is {epochs:g}: the run ends after about {pluralize(steps, 'step')}, before the "
@@ -52,4 +51,4 @@ def check_step_limit(recipe: Recipe, sizes: Sequence[FileSize], *, complete: boo
         fix = "To train longer, raise Epochs (training.epochs)."
     else:
         return []
-    return [Check(CheckKind.SETTINGS, "warning", text, fix)]
+    return [Check(CheckKind.SETTINGS, "warning", text, fix, suggested_fix=suggested_fix)]

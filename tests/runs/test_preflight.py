@@ -106,6 +106,17 @@ def test_the_data_check_counts_rows_that_are_not_used(tmp_path: Path) -> None:
     assert _data_check(recipe).outcome == "ok"
 
 
+def test_memory_that_does_not_fit_comes_with_the_cheapest_fix(tmp_path: Path) -> None:
+    recipe = Recipe(model=Model(id=readable_model(tmp_path)), training=Training(micro_batch_size=512))
+    checks = preflight(recipe, Machine(budget_for(None, 2 << 30)), read_columnar=False)
+    memory = next(check for check in checks if check.kind is CheckKind.MEMORY)
+    assert memory.outcome == "error" and memory.suggested_fix is not None
+    fixed = preflight(
+        memory.suggested_fix.apply_to(recipe), Machine(budget_for(None, 2 << 30)), read_columnar=False
+    )
+    assert next(check for check in fixed if check.kind is CheckKind.MEMORY).outcome != "error"
+
+
 def test_refused_data_is_known_before_all_of_it_is_read(tmp_path: Path) -> None:
     rows = tmp_path / "tickets.jsonl"
     data = Data(sources=(Source(path=str(rows)),))

@@ -120,12 +120,27 @@ async def test_a_failed_check_is_confirmed_before_launch(
         assert all_runs() == []
 
 
+async def test_the_fix_key_resolves_the_first_check_with_a_fix(make_app: MakeApp, tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("fox " * 3000 + "\n\nshort\n")
+    app = make_app()
+    app.workbench.replace(Recipe(data=Data(sources=(Source(path=str(book)),), max_length=64)))
+    async with app.run_test(size=(120, 40), notifications=True) as pilot:
+        await pilot.press("5")
+        await wait_for_text(pilot, "▸ [m]", "split into about 47 rows")
+        await pilot.press("m")
+        await wait_for_text(pilot, "Split into about 47 rows. Press [u] to undo.", "✓ ok      data")
+        assert app.workbench.recipe.data.overflow == "split"
+
+
 async def test_a_row_that_blocks_a_run_is_reported_before_launch(make_app: MakeApp, tmp_path: Path) -> None:
     rows = tmp_path / "tickets.jsonl"
     rows.write_text('{"instruction": "a", "output": "b"}\n' * 2 + "{bad\n")
     app = make_app()
     model = readable_model(tmp_path)
-    app.workbench.replace(Recipe(model=Model(id=model), data=Data(sources=(Source(path=str(rows)),))))
+    app.workbench.replace(
+        Recipe(model=Model(id=model), data=Data(sources=(Source(path=str(rows)),), packing=False))
+    )
     async with app.run_test(size=(80, 60)) as pilot:
         await pilot.press("5")
         await wait_for_text(pilot, "Not ready: data")
@@ -137,7 +152,7 @@ async def test_a_row_that_blocks_a_run_is_reported_before_launch(make_app: MakeA
         await pilot.pause()
         assert all_runs() == []
         await pilot.press("escape")
-        rows.write_text('{"instruction": "a", "output": "b"}\n' * 20)
+        rows.write_text('{"instruction": "a", "output": "b"}\n' * 200)
         await pilot.press("f5")
         await wait_until(pilot, lambda: "Line 3" not in text_of(app))
         await wait_for_text(pilot, "✓ ok      data")

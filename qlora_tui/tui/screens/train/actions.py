@@ -6,17 +6,18 @@ import shlex
 from abc import abstractmethod
 from collections.abc import Callable, Collection
 
-from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.runs import actions as run_actions
 from qlora_tui.runs import control
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import STEP_PHASES
+from qlora_tui.runs.machine_checks import Check
 from qlora_tui.runs.status import ACTIVE, State, read_status
 from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
+from qlora_tui.tui.screens.train.launch_pane import first_fix
 from qlora_tui.tui.screens.train.live_pane import LivePane
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 from qlora_tui.tui.screens.train.run_picker import RunPickerScreen
@@ -36,6 +37,8 @@ class TrainActions(WorkScreen):
 
     def __init__(self) -> None:
         super().__init__()
+        self.checks: tuple[Check, ...] = ()
+        """What the last checks of the recipe found."""
         self.snapshot: RunSnapshot | None = None
         """The watched run as it was last read."""
         self.zoom = 0
@@ -151,9 +154,12 @@ class TrainActions(WorkScreen):
         )
 
     async def action_fix(self) -> None:
-        """Apply the suggested fix, after asking."""
+        """Apply the fix of the first check, or, after asking, that of the run's latest warning."""
+        if self.run is None:
+            self._fix_recipe()
+            return
         fix = self.snapshot.fix if self.snapshot else None
-        if fix is None or self.run is None:
+        if fix is None:
             return
         if fix.rate is not None:
             self._prompt_for_rate(f"{fix.rate:g}")
@@ -162,14 +168,21 @@ class TrainActions(WorkScreen):
         else:
             self._offer_next_run(self.run, fix)
 
+    def _fix_recipe(self) -> None:
+        fix = first_fix(self.checks)
+        if fix is None:
+            return
+        workbench = self.qlora_app.workbench
+        if workbench.replace(fix.apply_to(workbench.recipe)):
+            self.qlora_app.recipe_edited()
+            label = f"{fix.label[:1].upper()}{fix.label[1:]}"
+            self.notify(f"{label}. Press {key_name('app.undo')} to undo.")
+
     def _offer_next_run(self, run: RunDir, fix: SuggestedFix) -> None:
         def on_result(yes: bool | None) -> None:
             if not yes:
                 return
-            recipe = run.recipe()
-            for path, value in fix.changes.items():
-                recipe = replace_setting(recipe, path, value)
-            if self.qlora_app.workbench.replace(recipe):
+            if self.qlora_app.workbench.replace(fix.apply_to(run.recipe())):
                 self.qlora_app.recipe_edited()
             self.action_prepare()
 

@@ -17,6 +17,7 @@ from qlora_tui.runs import actions as run_actions
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.machine_checks import Check, CheckKind, Outcome
 from qlora_tui.runs.preflight import errors
+from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 from qlora_tui.tui.screens.train.settings_form import SettingsForm
@@ -86,13 +87,27 @@ class CheckList(Static):
     def _lines(self, width: int) -> list[Content]:
         lines: list[Content] = []
         width_left = max(20, width - _HEAD)
-        for check in sorted(self._checks, key=lambda check: list(SIGNS).index(check.outcome), reverse=True):
+        offered = first_fix(self._checks)
+        for check in worst_first(self._checks):
             sign, style = SIGNS[check.outcome]
             head = Content.assemble((f"{sign:<10}", style), (f"{check.label:<9}", "bold"))
-            fix = f" ▸ {abbreviate_home(check.fix)}" if check.fix else ""
+            if offered is not None and check.suggested_fix is offered:
+                fix = f" ▸ {key_name('train.fix')} {offered.label}"
+            else:
+                fix = f" ▸ {abbreviate_home(check.fix)}" if check.fix else ""
             wrapped = Content.assemble(abbreviate_home(check.text), (fix, "$accent")).wrap(width_left)
             lines += [head + wrapped[0], *(Content(" " * _HEAD) + piece for piece in wrapped[1:])]
         return lines
+
+
+def worst_first(checks: tuple[Check, ...]) -> list[Check]:
+    """The checks in the order in which they are shown."""
+    return sorted(checks, key=lambda check: list(SIGNS).index(check.outcome), reverse=True)
+
+
+def first_fix(checks: tuple[Check, ...]) -> SuggestedFix | None:
+    """The fix that one key applies: that of the first check shown that has one."""
+    return next((check.suggested_fix for check in worst_first(checks) if check.suggested_fix), None)
 
 
 def _conclusion(checks: tuple[Check, ...]) -> Content:

@@ -14,7 +14,6 @@ from qlora_tui.errors import UserError
 from qlora_tui.memory.budget import MemoryBudget, budget_for
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.machine_checks import Check
 from qlora_tui.runs.preflight import preflight
 from qlora_tui.runs.status import RESUMABLE
 from qlora_tui.tui.commands import Command
@@ -25,7 +24,7 @@ from qlora_tui.tui.screens.train.commands import (
     COMMANDS,
     is_available,
 )
-from qlora_tui.tui.screens.train.launch_pane import LaunchPane, launch
+from qlora_tui.tui.screens.train.launch_pane import LaunchPane, first_fix, launch
 from qlora_tui.tui.screens.train.live_pane import LivePane
 from qlora_tui.tui.screens.train.run_charts import zoom_start
 from qlora_tui.tui.screens.train.run_follower import RunFollower
@@ -64,7 +63,6 @@ class TrainScreen(TrainActions):
         """Whether what is shown stays: the user chose it, or it is the run that became active."""
         self._ended_at: float | None = None
         """When the last run ended, where that is shown because nothing else was chosen."""
-        self._checks: tuple[Check, ...] = ()
         self._checks_key: object = None
         self._stamps: object = None
         """State of the data files when the screen was last shown or the recipe changed."""
@@ -125,6 +123,8 @@ class TrainScreen(TrainActions):
             self._follow(run)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        if action == "fix" and self.run is None:
+            return first_fix(self.checks) is not None
         if action == "fix":
             return self.snapshot is not None and self.snapshot.fix is not None
         if action == "chat" and self.state in ("stopped", "paused") and self.snapshot is not None:
@@ -211,16 +211,17 @@ class TrainScreen(TrainActions):
         await self._run_checks(recipe, system_status)
 
     async def _run_checks(self, recipe: Recipe, system_status: SystemStatus) -> None:
-        self._checks = await asyncio.to_thread(
+        self.checks = await asyncio.to_thread(
             preflight, recipe, system_status.machine(self._budget), read_columnar=False
         )
-        self.query_one(LaunchPane).show_checks(self._checks)
+        self.query_one(LaunchPane).show_checks(self.checks)
+        self.refresh_bindings()
 
     @work(exclusive=True, group="launch")
     async def launch_recipe(self) -> None:
         await self._run_checks(self.qlora_app.workbench.recipe, self.qlora_app.system_status)
         try:
-            run = await launch(self.qlora_app, self._checks)
+            run = await launch(self.qlora_app, self.checks)
         except UserError as problem:
             self.qlora_app.show_error(problem)
             return
