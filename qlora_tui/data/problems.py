@@ -147,7 +147,7 @@ CHECKS: dict[str, CheckSpec] = {
         "What is learned differs from the file: look at the row. Another template may keep it whole.",
     ),
     "duplicate": CheckSpec(
-        "warning", "Duplicate row", "It counts twice. Remove it, or use the source's weight instead."
+        "warning", "Duplicate row", "It counts twice. Remove it, unless that is intended."
     ),
     "near-duplicate": CheckSpec(
         "warning", "Nearly the same as an earlier row", "Near-identical rows teach little. Remove it."

@@ -386,6 +386,32 @@ async def test_the_statistics_alone_still_show_why_nothing_can_be_read(model: st
         await wait_for_text(pilot, "✗ No such data")
 
 
+async def test_rows_left_out_are_counted_apart_from_those_cut(model: str, here: Path) -> None:
+    long, short = "why? " * 100, "so."
+    pairs = [(short, short), (long, short), (short, long)]
+    write_rows(here / "pairs.jsonl", [{"prompt": p, "completion": c} for p, c in pairs])
+    async with data_app(model, "pairs.jsonl", max_length=64).run_test(size=(120, 40)) as pilot:
+        await wait_for_text(pilot, "3 rows → 2 samples (1 left out)")
+        await wait_for_text(
+            pilot, "over 64: 1 cut right · 1 left out", "answers only", "in loss read  control"
+        )
+
+
+async def test_plain_text_is_not_called_answers_only(model: str, here: Path) -> None:
+    (here / "book.txt").write_text("A long story.\n")
+    async with data_app(model, "book.txt").run_test(size=(120, 40)) as pilot:
+        await wait_for_text(pilot, "everything in loss")
+
+
+async def test_a_broken_row_has_the_sign_of_its_problem(model: str, here: Path) -> None:
+    write_rows(here / "tickets.jsonl", [ticket(1), "{bad", ticket(2)])
+    async with data_app(model, "tickets.jsonl").run_test(size=(80, 24)) as pilot:
+        await wait_for_text(pilot, "✗ Not valid JSON")
+        await pilot.press("n")
+        await wait_for_text(pilot, "row 2 of 3")
+        assert "⚠ Not valid JSON" not in text_of(pilot.app)
+
+
 async def test_keys_change_length_split_weight_and_loss_mask(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
     app = data_app(model, "tickets.jsonl", max_length=64)

@@ -35,6 +35,7 @@ TOO_LONG = {
     "cut-right": "cut right",
     "split": "split",
 }
+_SIGNS = {"error": ("✗", "$error"), "warning": ("⚠", "$warning")}
 _ROWS_NAMED = 3
 
 
@@ -43,7 +44,8 @@ def sample(shown: Shown, problems: Sequence[DataProblem], data: Data) -> Content
     parts: list[Content | str | tuple[str, str]] = []
     for kind, example in _row_problems(shown, problems):
         check = CHECKS.get(kind)
-        parts.append((f"⚠ {check.title if check else kind}", "$warning bold"))
+        sign, style = _SIGNS[check.severity if check else "warning"]
+        parts.append((f"{sign} {check.title if check else kind}", f"{style} bold"))
         parts.append((f"  {example}" if example else "", "dim"))
         parts.append((f"\n  ▸ {check.fix}\n" if check and check.fix else "\n", "$accent"))
     if parts:
@@ -189,12 +191,12 @@ def row_line(place: Place, report: Report | None, shown: Shown | None, data: Dat
         ("read", "dim"),
         " ",
         (" control ", "reverse"),
-        ("  ← → rows", "dim"),
     )
-    width_left = width - len(words) - legend.cell_length
-    if width_left < 2:
-        return Content(words)
-    return Content.assemble(words, " " * width_left, legend)
+    for each in (Content.assemble(legend, ("  ← → rows", "dim")), legend):
+        width_left = width - len(words) - each.cell_length
+        if width_left >= 2:
+            return Content.assemble(words, " " * width_left, each)
+    return Content(words)
 
 
 def _join_to_width(parts: Sequence[str], width: int) -> str:
@@ -227,7 +229,9 @@ def totals(report: Report, recipe: Recipe, time: str = "", *, brief: bool = Fals
         return Content("\n").join([*parts, *map(Content, report.thinking)])
     parts.append(
         Content.assemble(
-            f"{pluralize(counts.rows, 'row')} → {pluralize(counts.samples, 'sample')}", (reading, "bold")
+            f"{pluralize(counts.rows, 'row')} → {pluralize(counts.samples, 'sample')}",
+            f" ({unused:,} left out)" if (unused := counts.rows - counts.conversations) > 0 else "",
+            (reading, "bold"),
         )
     )
     share_in_loss = format_percent(counts.trained_tokens / counts.tokens) if counts.tokens else "none"
@@ -235,13 +239,13 @@ def totals(report: Report, recipe: Recipe, time: str = "", *, brief: bool = Fals
     if report.complete:
         parts.append(Content(steps_line(report, recipe) + time))
     parts += map(Content, report.thinking[:1] if brief else report.thinking)
-    parts.append(Content.styled(_rules(data), "dim"))
+    parts.append(Content.styled(_rules(data, {file.format for file in report.files}), "dim"))
     return Content("\n").join(parts)
 
 
-def _rules(data: Data) -> str:
+def _rules(data: Data, formats: set[str]) -> str:
     packing = "packed" if data.packing else "not packed"
-    scope = "answers only" if data.train_on == "assistant" else "everything in loss"
+    scope = "answers only" if data.train_on == "assistant" and formats != {"text"} else "everything in loss"
     if data.validation_path:
         held = f"validates on {Path(data.validation_path).name}"
     elif data.validation_fraction:
@@ -264,7 +268,10 @@ def lengths_line(report: Report, data: Data, width: int) -> Content:
     if not report.too_long:
         return Content(line)
     share = format_percent(report.too_long / lengths.count) if lengths.count else ""
-    over = f"✂ {report.too_long:,} ({share}) over {data.max_length:,}: {TOO_LONG[data.overflow]}"
+    dropped = report.counts.dropped if data.overflow.startswith("cut") else 0
+    outcomes = [f"{report.counts.cut:,} {TOO_LONG[data.overflow]}", f"{dropped:,} left out"]
+    how = " · ".join(outcomes[not report.counts.cut :]) if dropped else TOO_LONG[data.overflow]
+    over = f"✂ {report.too_long:,} ({share}) over {data.max_length:,}: {how}"
     return Content.assemble(line, "\n", (over, "$warning"))
 
 
@@ -273,7 +280,7 @@ def problem_line(problem: DataProblem, *, brief: bool = False, several: bool = F
 
     ``several``: the source has several files, so the problem's file is named.
     """
-    sign, style = ("✗", "$error") if problem.severity == "error" else ("⚠", "$warning")
+    sign, style = _SIGNS[problem.severity]
     rows = ", ".join(f"{row:,}" for row in problem.rows[:_ROWS_NAMED])
     more = "…" if problem.count > _ROWS_NAMED else ""
     where = f"  row {rows}{more}" if rows and not brief else ""
