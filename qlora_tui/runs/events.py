@@ -154,7 +154,7 @@ class MemoryMeasured(Event, tag="memory", frozen=True, kw_only=True):
 
 def phase_label(phase: str) -> str:
     """The name of a phase for people."""
-    return "testing memory" if phase == "probing" else phase
+    return "testing" if phase == "probing" else phase
 
 
 class Step(Event, tag="step", frozen=True, kw_only=True):

@@ -158,7 +158,7 @@ class RunCallback(TrainerCallback):
         prepared = self._prepared
         samples, padding_free = prepared.data.train, prepared.base.padding_free
         self._requests.raise_if_stop_requested()
-        self._reporter.phase("probing", "one step on the longest batch")
+        self._reporter.phase("probing", "memory, with one step on the longest batch")
         sequences = longest_micro_batch(
             prepared.step_plan, samples, prepared.recipe.training.micro_batch_size, padding_free=padding_free
         )

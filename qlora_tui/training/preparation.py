@@ -158,7 +158,7 @@ def _add_adapter(
 def _verify(prepared: PreparedRun) -> PreparedRun:
     """Compare the first step with transformers and peft; the run without fast paths that failed."""
     prepared.requests.raise_if_stop_requested()
-    prepared.reporter.phase("probing", "comparing the first step with transformers and peft")
+    prepared.reporter.phase("probing", "the first step, against transformers and peft")
     base = _keep_padding(prepared, verify_first_step(prepared))
     if base.replaced:
         prepared.meter.set_unexpected_path()

@@ -15,7 +15,7 @@ import msgspec
 
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter
-from qlora_tui.runs.events import AnyEvent, Health, Phase, PhaseChanged, Progress
+from qlora_tui.runs.events import AnyEvent, Health, Phase, PhaseChanged, Progress, phase_label
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.status import read_status, write_heartbeat, write_status
 
@@ -66,7 +66,7 @@ class Reporter:
 
     def phase(self, phase: Phase, detail: str = "") -> None:
         """Report that a phase begins."""
-        self.log(f"{phase}{': ' if detail else ''}{detail}")
+        self.log(f"{phase_label(phase)}{': ' if detail else ''}{detail}")
         self.emit(PhaseChanged(at=time.time(), phase=phase, detail=detail))
         self.update(phase=phase)
 

@@ -20,7 +20,7 @@ from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.modals import confirm
 from qlora_tui.tui.screens.train.output_tail import strip_escapes
 from qlora_tui.tui.screens.train.run_follower import RunFollower
-from qlora_tui.tui.screens.train.run_header import facts
+from qlora_tui.tui.screens.train.run_header import facts, title
 from qlora_tui.tui.screens.train.screen import TrainScreen, show_run
 from tests.tui.fake_runs import BEGAN, TICKETS, FakeRun, write_fake_run
 from tests.tui.run_events import health_event, step_event
@@ -368,6 +368,14 @@ def test_epochs_are_shown_with_two_or_three_digits(total: int, now: float, says:
     assert picture.view.data is not None
     picture.view.data = structs.replace(picture.view.data, steps_per_epoch=1000, total_steps=total)
     assert says in facts(replace(picture, epoch=now), BEGAN + 60)
+
+
+def test_a_requested_stop_replaces_the_detail_of_the_phase() -> None:
+    picture = RunFollower(write_fake_run(FakeRun(state="running", steps=0))).poll()
+    picture.view.phase, picture.view.phase_detail = "loading", "SmolLM2 on a CPU"
+    assert "loading  SmolLM2 on a CPU" in title(picture).fitted(120).plain
+    stopping = title(replace(picture, ending_request="stop")).fitted(120).plain
+    assert "loading  Stopping" in stopping and "SmolLM2" not in stopping
 
 
 async def test_the_last_run_is_shown_until_the_recipe_is_edited(make_app: MakeApp) -> None:

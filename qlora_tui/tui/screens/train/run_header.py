@@ -97,7 +97,7 @@ def title(snapshot: RunSnapshot) -> RunTitle:
     if (status.state == "queued" or status.state in ACTIVE) and status.detail:
         # Suspended, not responding, on another machine: more important than the rest.
         parts.append((f"  {status.detail}", "$warning"))
-    elif status.state == "running" and view.phase_detail:
+    elif status.state == "running" and view.phase_detail and not snapshot.ending_request:
         parts.append((f"  {view.phase_detail}", "dim"))
     return RunTitle(Content.styled(f"{sign} ", style), view.run.name, Content.assemble(*parts))
 
@@ -137,10 +137,12 @@ def _active_facts(snapshot: RunSnapshot, now: float) -> list[str]:
     if view.data is not None and view.data.steps_per_epoch:
         all_epochs = view.total_steps / view.data.steps_per_epoch
         facts.append(f"epoch {_epochs(snapshot.epoch)}/{_epochs(all_epochs)}")
+    if snapshot.fix is not None:
+        facts.append(f"{key_name('train.fix')} {snapshot.fix.label}")
     if snapshot.energy_kwh is not None:
         facts.append(f"{snapshot.energy_kwh:.2f} kWh")
     if view.started_at is not None:
-        facts.append(f"for {format_duration(max(0.0, now - view.started_at))}")
+        facts.append(f"running for {format_duration(max(0.0, now - view.started_at))}")
     return facts or ["starting"]
 
 

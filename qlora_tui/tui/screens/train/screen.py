@@ -50,8 +50,9 @@ class TrainScreen(TrainActions):
         "steps where the loss was not a number. Each small chart goes from zero to its highest value; the "
         "number beside it is the latest. "
         "▲ under the memory bar is the estimate. The run continues when you leave the app.\n"
-        "'testing memory' is one step on the longest batch, before the first step. An attempt is one process "
-        "of the run: a resume, or a retry after memory ran out, starts another."
+        "'testing' compares the first step with transformers and peft, then tries memory with one step on "
+        "the longest batch. An attempt is one process of the run: a resume, or a retry after memory ran "
+        "out, starts another."
     )
     SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = COMMANDS
 
