@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from pathlib import Path
 from textwrap import wrap
 from typing import ClassVar
 
@@ -62,6 +63,7 @@ OUTCOMES = (
     "time",
     "reason",
 )
+_DATA_SETTINGS = ("data.sources", "data.validation_path")
 _REASON_LINES = 3
 _WIDE_COLUMN = 26
 
@@ -127,6 +129,9 @@ def differing(compared: Sequence[ComparedRun]) -> list[tuple[str, tuple[str, ...
         if path in DESCRIPTIVE:
             continue
         values = tuple("unreadable" if r is None else format_value(get_setting(r, path)) for r in recipes)
+        if path == "model.id":
+            # A model in a folder by its name, where another run has that name too.
+            values = tuple(name if (name := Path(value).name) in values else value for value in values)
         if len(set(values)) > 1:
             rows.append((field.label, values))
     return rows
@@ -144,6 +149,9 @@ def comparison_table(compared: Sequence[ComparedRun], width: int) -> Content:
         for one, mark, style in zip(compared, MARKS, _STYLES, strict=False)
     ]
     lines = [Content(" " * label) + Content("").join(names)]
+    if len({_data_of(one.recipe) for one in compared if one.recipe is not None}) > 1:
+        warning = "Their data differ, so that their losses are not comparable."
+        lines.append(Content.styled(warning, "$warning"))
     for name, values in rows:
         for number, cells in enumerate(_cells(name, values, each - 1)):
             texts = "".join(f"{cell:<{each}}" for cell in cells)
@@ -151,6 +159,11 @@ def comparison_table(compared: Sequence[ComparedRun], width: int) -> Content:
     if not settings:
         lines.append(Content.styled("Their settings are identical.", "dim"))
     return Content("\n").join(lines)
+
+
+def _data_of(recipe: Recipe) -> str:
+    """What the losses are of: the files to train and to validate on."""
+    return "\n".join(format_value(get_setting(recipe, path)) for path in _DATA_SETTINGS)
 
 
 def _cells(name: str, values: Sequence[str], width: int) -> list[tuple[str, ...]]:
