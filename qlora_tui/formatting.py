@@ -7,6 +7,8 @@ from pathlib import Path
 
 GIB = 1 << 30
 MIB = 1 << 20
+_GGUF_ENDING = re.compile(r"(?:[.-](?:i?q\d\w*|b?f\d+))?(?:-[0-9a-f]{12}|\.gguf)$", re.IGNORECASE)
+"""What the name of a GGUF file or of its conversion has after the model's: precision, hash or suffix."""
 
 
 def format_bytes(bytes_: int | None) -> str:
@@ -79,6 +81,11 @@ def abbreviate_home(text: str) -> str:
     """Write ``~`` for the home folder in every path of a text, as :func:`format_path` does."""
     home = str(Path.home())
     return text if home == "/" else re.sub(rf"(?<![\w/.~-]){re.escape(home)}(?=/)", "~", text)
+
+
+def short_model_name(model_id: str) -> str:
+    """The last part of a model's id or path; of a GGUF file or its conversion, the model's name alone."""
+    return _GGUF_ENDING.sub("", model_id.rstrip("/").rpartition("/")[2])
 
 
 def truncate_middle(text: str, width: int) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_tui.formatting import abbreviate_home
+from qlora_tui.formatting import abbreviate_home, short_model_name
 
 
 @pytest.mark.parametrize(
@@ -18,3 +18,18 @@ from qlora_tui.formatting import abbreviate_home
 def test_paths_in_the_home_folder_begin_with_a_tilde(text: str, shown: str) -> None:
     home = str(Path.home())
     assert abbreviate_home(text.replace("HOME", home)) == shown.replace("HOME", home)
+
+
+@pytest.mark.parametrize(
+    ("model_id", "name"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M", "SmolLM2-135M"),
+        ("/home/a/converted/SmolLM2-135M-Instruct.Q4_1-fa7256748bd9", "SmolLM2-135M-Instruct"),
+        ("gemma-3-270m-Q4_K_M.gguf", "gemma-3-270m"),
+        ("models/tiny.gguf", "tiny"),
+        ("org/tiny-Q8_0", "tiny-Q8_0"),
+        ("", ""),
+    ],
+)
+def test_a_models_short_name_has_no_hash_or_quantization(model_id: str, name: str) -> None:
+    assert short_model_name(model_id) == name

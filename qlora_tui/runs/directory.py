@@ -28,6 +28,7 @@ from pathlib import Path
 from qlora_tui import paths
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.files import atomic_write, private_dir, read_regular, sync, sync_tree
+from qlora_tui.formatting import short_model_name
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import dump, load, to_recipe
 from qlora_tui.runs.event_log import EventWriter, read_from
@@ -245,7 +246,7 @@ def _created(path: Path) -> tuple[float, str]:
 
 
 def _free_name(parent: Path, recipe: Recipe) -> str:
-    model = recipe.model.id.rstrip("/").rpartition("/")[2]
+    model = short_model_name(recipe.model.id)
     words = recipe.name or "-".join([model, *(Path(s.path).stem for s in recipe.data.sources[:1])])
     slug = re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-.")[:48] or "run"
     base = f"{slug}-{time.strftime('%Y%m%d-%H%M')}"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from qlora_tui import paths
 from qlora_tui.errors import UserError
+from qlora_tui.formatting import short_model_name
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs import run_queue
@@ -204,8 +205,8 @@ def _recipe_words(run: RunDir) -> tuple[str, str]:
 
 
 def short_model(recipe: Recipe) -> str:
-    """The model's name without the publisher."""
-    return recipe.model.id.rstrip("/").rpartition("/")[2] or "none"
+    """The model's name without the publisher, folder, hash or suffix."""
+    return short_model_name(recipe.model.id) or "none"
 
 
 def short_settings(recipe: Recipe) -> str:

@@ -5,6 +5,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from qlora_tui.cli import main
 from qlora_tui.formatting import format_float
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.presets import find_preset
+from qlora_tui.recipe.schema import Source
 from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.directory import find_run as find_run
@@ -285,6 +287,32 @@ def test_a_comparison_says_why_a_run_failed(three_runs: list[RunDir]) -> None:
     shown = comparison_table([read(run), read(three_runs[0])], 120).plain
     assert "reason" in shown
     assert "The loss is not a number: At step 640" in shown
+
+
+def test_a_comparison_of_different_data_says_that_losses_differ(three_runs: list[RunDir]) -> None:
+    other = replace_setting(TICKETS, "data.sources", (Source(path="/data/poems.jsonl"),))
+    run = write_fake_run(FakeRun(name="poems", state="finished", steps=60, total=60, recipe=other))
+    warning = "Their data differ, so that their losses are not comparable."
+    assert warning in comparison_table([read(three_runs[0]), read(run)], 120).plain
+    assert warning not in comparison_table([read(run) for run in three_runs], 120).plain
+
+
+def test_a_model_by_name_and_by_path_is_no_difference(three_runs: list[RunDir]) -> None:
+    by_name, by_path = (
+        replace(read(three_runs[0]), recipe=replace_setting(TICKETS, "model.id", model_id))
+        for model_id in ("SmolLM2-135M-fa7256748bd9", "/models/converted/SmolLM2-135M-fa7256748bd9")
+    )
+    assert differing([by_name, by_path]) == []
+
+
+async def test_a_run_name_takes_the_space_that_other_columns_leave(make_app: MakeApp) -> None:
+    name = "smollm2-135m-instruct-customer-tickets"
+    write_fake_run(FakeRun(name=name, state="finished", steps=5, total=5))
+    app = make_app()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await open_runs(app)
+        # In the list, and below it.
+        await wait_until(pilot, lambda: text_of(app).count(name) == 2)
 
 
 def test_short_answer_runs_are_compared_by_exact_answers(three_runs: list[RunDir]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from qlora_tui.formatting import short_model_name
 from qlora_tui.memory.estimate import Precision
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
@@ -34,7 +35,7 @@ def recipe_line(workbench: Workbench, width: int | None = None) -> str:
     training = recipe.training
     parts = [
         f"{workbench.preset or 'defaults'}{star}",
-        recipe.model.id.rstrip("/").rpartition("/")[2] or "no model",
+        short_model_name(recipe.model.id) or "no model",
         _data_words(recipe),
         f"{format_rank(recipe.lora)} {targets if len(targets) <= 16 else f'{len(patterns)} targets'}",
         f"{recipe.data.max_length:,} tok × {training.micro_batch_size} × {training.gradient_accumulation}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from textual.binding import BindingType
@@ -187,6 +187,7 @@ class RunTable(LineView):
             for column in _COLUMNS
             if width >= column.min_width and (column.show_if_empty or any(map(column.text, self._rows)))
         ]
+        columns = [self._narrowed(column) for column in columns]
         taken = _HEAD + sum(column.width + 2 for column in columns)
         left = max(10, width - taken)
         free = min(left, _WIDEST_NAME)
@@ -204,6 +205,13 @@ class RunTable(LineView):
                 line = plain.stylize("reverse") if self.has_focus else line.stylize("bold")
             lines.append(line)
         return lines
+
+    def _narrowed(self, column: _Column) -> _Column:
+        """The column as wide as its texts, so that the names get the rest."""
+        if not column.width:
+            return column
+        longest = max(len(column.title), *(len(column.text(row)) for row in self._rows), 0)
+        return replace(column, width=min(column.width, longest))
 
     def _head(self, row: RunSummary) -> Content:
         mark = MARKS[self._marked.index(row.id)] if row.id in self._marked else " "

@@ -11,6 +11,7 @@ from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Input, Static
 
+from qlora_tui.formatting import format_percent
 from qlora_tui.runs.exports import read_exports
 from qlora_tui.runs.run_summary import RunSummary, SummaryCache
 from qlora_tui.tui.commands import Command
@@ -148,6 +149,8 @@ class RunsScreen(RunActions):
         lines = [Content(""), Content("")]
         if summary is not None:
             facts = [part for part in (summary.model, summary.settings) if part]
+            if summary.accuracy is not None:
+                facts.append(f"{format_percent(summary.accuracy)} of short answers exactly right")
             if summary.energy:
                 facts.append(summary.energy)
             name = summary.name if summary.name == summary.id else f"{summary.name}  ({summary.id})"
