@@ -7,7 +7,7 @@ draft          the file that the recipe is kept in, which several apps may share
 commands       how a command is declared; keymap lists them all, command_palette offers them
 key_names      keys inside sentences, as the user's keymap has them: [u], Enter
 system_monitor polls the GPU and the runs, once a second; system_status is what it returns
-recipe_undo    undo and redo of the recipe, and their notifications
+recipe_undo    the commands undo and redo, and what they report; the history is in workbench
 setting_stepper  the next value of a setting when its key is pressed
 textual_compat   every use of Textual's private API
 terminal_app     the base of app: what is sent to the terminal, and when

@@ -74,7 +74,7 @@ class QloraApp(TerminalApp):
         self.disk_faults = DiskFaults()
         self._polling = False
         self._is_small = False
-        self._themes_written: tuple[tuple[str, int], ...] = ()
+        self._loaded_theme_mtimes: tuple[tuple[str, int], ...] = ()
 
     @cached_property
     def workbench(self) -> Workbench:
@@ -105,7 +105,9 @@ class QloraApp(TerminalApp):
     def on_load(self) -> None:
         # Before there is a screen: with its widgets every style sheet would be read once more, and its keys
         # would have been painted.
-        self._reload_themes()
+        self._load_themes()
+        if self._wanted_theme in self.available_themes:
+            self.theme = self._wanted_theme
         self.set_keymap(self.settings.keymap)
 
     def on_mount(self) -> None:
@@ -131,18 +133,16 @@ class QloraApp(TerminalApp):
     def _leave(self, exit_code: int) -> None:
         self.exit(return_code=exit_code)
 
-    def _reload_themes(self) -> None:
+    @property
+    def _wanted_theme(self) -> str:
+        return TWO_COLORS.name if self.no_color else self.settings.theme
+
+    def _load_themes(self) -> None:
         """Register all themes from their files; a file with an error is reported and skipped."""
-        self._themes_written = themes.user_theme_mtimes()
-        known = set(self.available_themes)
+        self._loaded_theme_mtimes = themes.user_theme_mtimes()
         loaded, problems = themes.load_themes()
         for theme in (*loaded, TWO_COLORS):
             self.register_theme(theme)
-        wanted = TWO_COLORS.name if self.no_color else self.settings.theme
-        if wanted in set(self.available_themes) - known:
-            self.theme = wanted
-        else:
-            self.mutate_reactive(App.theme)
         for problem in problems:
             self.notify(str(problem), severity="warning", timeout=10)
 
@@ -284,8 +284,14 @@ class QloraApp(TerminalApp):
             from qlora_tui.tui.run_notifications import notify_run_ended
 
             notify_run_ended(self, news)
-        if themes.user_theme_mtimes() != self._themes_written:
-            self._reload_themes()
+        if themes.user_theme_mtimes() != self._loaded_theme_mtimes:
+            had_theme = self._wanted_theme in self.available_themes
+            self._load_themes()
+            if not had_theme and self._wanted_theme in self.available_themes:
+                self.theme = self._wanted_theme
+            else:
+                # Paint again with the colors that were edited.
+                self.mutate_reactive(App.theme)
         gpu_changed = system_status.gpu != self.system_status.gpu
         self.system_status = system_status
         self.system_status_changed.publish(system_status)

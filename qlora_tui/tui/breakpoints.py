@@ -1,4 +1,7 @@
-"""Widths of the window, in cells, from which screens show more."""
+"""Widths of the window, in cells, from which several screens show more.
+
+Those of one list are beside its columns; the smallest window is in ``screens/modals/too_small``.
+"""
 
 WIDE_CELLS = 100
 VERY_WIDE_CELLS = 160

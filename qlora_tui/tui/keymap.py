@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import unicodedata
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
+
+from textual.keys import KEY_NAME_REPLACEMENTS, Keys
 
 from qlora_tui.tui.commands import EVERYWHERE, Command
 from qlora_tui.tui.key_names import key_name
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
 
 Table = tuple[str, tuple[Command, ...]]
 """A heading, and the commands under it."""
+_MODIFIERS = frozenset(("ctrl", "shift", "alt", "meta", "super", "hyper"))
+_KEY_NAMES = frozenset((*(key.value for key in Keys), *KEY_NAME_REPLACEMENTS.values()))
 
 
 def all_commands() -> list[Table]:
@@ -37,9 +42,7 @@ def validate_keymap(keymap: Mapping[str, str]) -> list[str]:
     known = [command.id for _, commands in tables for command in commands]
     problems = [_unknown_command(name, known) for name in keymap if name not in known]
     for name, keys in keymap.items():
-        problems += [
-            _invalid_key(name, key) for key in keys.split(",") if key != key.strip() or "^" in key[:-1]
-        ]
+        problems += [_invalid_key(name, key) for key in keys.split(",") if not _is_key(key)]
     return problems + [_key_conflict(key, *pair) for key, pair in _shared_keys(tables, keymap)]
 
 
@@ -58,6 +61,20 @@ def _shared_keys(tables: list[Table], keymap: Mapping[str, str]) -> Iterator[tup
                         yield key, (mine.id, other.id)
 
 
+def _is_key(key: str) -> bool:
+    """Whether Textual has a key of this name: ``q``, ``ctrl+o``, ``shift+tab``, ``slash``."""
+    *modifiers, base = key.split("+")
+    return _MODIFIERS.issuperset(modifiers) and (len(base) == 1 or base in _KEY_NAMES or _is_character(base))
+
+
+def _is_character(name: str) -> bool:
+    try:
+        unicodedata.lookup(name.replace("_", " "))
+    except KeyError:
+        return False
+    return name == name.lower()
+
+
 def _unknown_command(name: str, known: list[str]) -> str:
     near = get_close_matches(name, known, 1)
     meant = f" Did you mean {near[0]}?" if near else ""
@@ -67,7 +84,11 @@ def _unknown_command(name: str, known: list[str]) -> str:
 
 def _invalid_key(name: str, key: str) -> str:
     written = key.strip().replace("^", "ctrl+")
-    return f'config.toml: {name} in [keymap] has the key "{key}", which does not exist. Write "{written}".'
+    *modifiers, base = written.split("+")
+    if not _is_key(written) and (near := get_close_matches(base, _KEY_NAMES, 1)):
+        written = "+".join([*modifiers, near[0]])
+    hint = f' Write "{written}".' if _is_key(written) else ""
+    return f'config.toml: {name} in [keymap] has the key "{key}", which does not exist.{hint}'
 
 
 def _key_conflict(key: str, mine: str, other: str) -> str:

@@ -82,18 +82,18 @@ class Workbench:
         """Change the whole recipe, undoably; False when nothing changed."""
         if recipe == self.recipe:
             return False
-        self._push_undo(_EditState(recipe, self._now.preset, self._now.preset_recipe))
+        self._change_to(_EditState(recipe, self._now.preset, self._now.preset_recipe))
         return True
 
     def adopt(self, other: Workbench) -> None:
         """Adopt the recipe and preset of another workbench; undo restores the old ones."""
-        self._push_undo(other._now)
+        self._change_to(other._now)
 
     def open_preset(self, name: str) -> None:
         """Take a preset's settings, keeping model and data. Raises UserError."""
         preset_recipe = build_recipe(preset=name)
         changed = _with_model_and_data(preset_recipe, self.recipe)
-        self._push_undo(_EditState(changed, name, preset_recipe))
+        self._change_to(_EditState(changed, name, preset_recipe))
 
     def saved_as(self, name: str) -> tuple[str, Recipe]:
         """Record that the recipe was saved as preset ``name``: no change of the recipe, so nothing to undo.
@@ -167,10 +167,11 @@ class Workbench:
             return None
         return self._traced[2]
 
-    def _push_undo(self, snapshot: _EditState) -> None:
-        self._undo = [*self._undo[-_UNDO_STEPS:], self._now]
+    def _change_to(self, state: _EditState) -> None:
+        """Make this the current state; undo restores the one before."""
+        self._undo = [*self._undo, self._now][-_UNDO_STEPS:]
         self._redo.clear()
-        self._now = snapshot
+        self._now = state
 
 
 def _read(model: str) -> Architecture | UserError:

@@ -142,6 +142,9 @@ def test_a_keymap_with_mistakes_gets_a_sentence_for_each() -> None:
     assert validate_keymap({"train.stop": "f9", "train.pause": "ctrl+x,f8"}) == []
     (unwritten,) = validate_keymap({"train.stop": "^x"})
     assert 'the key "^x", which does not exist. Write "ctrl+x"' in unwritten
+    assert validate_keymap({"train.stop": "ctrl+shift+f9,semicolon,é"}) == []
+    (misspelled,) = validate_keymap({"train.stop": "ctrl+entr"})
+    assert 'the key "ctrl+entr", which does not exist. Write "ctrl+enter"' in misspelled
     (spaced,) = validate_keymap({"train.stop": "f9, f8"})
     assert 'Write "f8"' in spaced
     (shared,) = validate_keymap({"train.stop": "z"})

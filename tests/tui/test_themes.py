@@ -145,6 +145,13 @@ async def test_an_edited_theme_applies_at_once_and_errors_are_named(
         assert app.theme == "mine"
 
 
+async def test_a_theme_of_textual_can_be_configured(private_home: Path) -> None:
+    app = open_on("memory", theme="nord")
+    async with app.run_test(size=(120, 40)) as pilot:
+        await wait_for_text(pilot, "The recipe has no model")
+        assert app.theme == "nord"
+
+
 async def test_the_configured_theme_is_applied_once_it_is_fixed(private_home: Path) -> None:
     _write("mine", "name = ")
     app = open_on("memory", theme="mine")

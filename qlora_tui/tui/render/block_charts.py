@@ -70,21 +70,21 @@ def _level(value: float | None, low: float, high: float, levels: int) -> int:
     return max(1, round(min(max(share, 0.0), 1.0) * levels))
 
 
-def downsample(losses: Sequence[float], columns: int) -> list[float | None]:
+def downsample(values: Sequence[float], columns: int) -> list[float | None]:
     """One mean per column, from first to last; NaN where any was not a number, None where there are fewer."""
-    if not losses:
+    if not values:
         return [None] * columns
-    count = min(columns, len(losses))
-    edges = [round(i * len(losses) / count) for i in range(count + 1)]
+    count = min(columns, len(values))
+    edges = [round(i * len(values) / count) for i in range(count + 1)]
     means: list[float | None] = []
     for start, end in pairwise(edges):
-        part = losses[start:end]
+        part = values[start:end]
         means.append(sum(part) / len(part) if all(map(math.isfinite, part)) else math.nan)
     return means + [None] * (columns - count)
 
 
 def curve(losses: tuple[float, ...], width: int) -> str:
-    """Draw losses in one line, scaled from the lowest to the highest of this run."""
+    """Draw losses as a sparkline, scaled from the lowest to the highest of this run."""
     means = downsample(losses, width)
     finite = [mean for mean in means if mean is not None and mean == mean]
     if not finite:

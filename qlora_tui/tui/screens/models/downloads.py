@@ -41,7 +41,7 @@ class Download:
         self.path: Path | None = None
         """Where the model is, once it is."""
         self.problem: UserError | None = None
-        self.cancelled = False
+        self.canceled = False
         self._process = process
         self._seen: deque[tuple[float, int]] = deque(maxlen=64)
 
@@ -66,7 +66,7 @@ class Download:
 
     def cancel(self) -> None:
         """Stop the download; the next download of the model resumes it."""
-        self.cancelled = True
+        self.canceled = True
         self._process.send_signal(signal.SIGINT)
 
     async def follow(self) -> AsyncIterator[None]:
@@ -81,7 +81,7 @@ class Download:
                 self._on_message(msgspec.json.decode(line))
                 yield
             code = await asyncio.to_thread(self._process.wait)
-            if self.path is None and self.problem is None and not self.cancelled:
+            if self.path is None and self.problem is None and not self.canceled:
                 self.problem = UserError(
                     "The download ended",
                     what=f"{self.name}: the process ended with {code}.",

@@ -15,8 +15,10 @@ from qlora_tui.tui.widgets.vi_list import HEADING
 LOCAL, HUB = "local:", "hub:"
 """Prefixes of line ids, before the path or the Hub id."""
 _SOURCES = {"hub cache": "cache", "folder": "folder", "gguf": "GGUF", "converted": "converted"}
-_FIGURES = 28
-"""Columns that parameters, size and source take."""
+_PARAMETERS, _SIZE, _SOURCE = 7, 9, 9
+"""Cells of the three columns on the right."""
+_FIGURES = _PARAMETERS + _SIZE + _SOURCE + 3
+"""Cells that they take with the spaces around them."""
 
 
 def local_lines(models: Sequence[LocalModel], chosen: str, width: int) -> list[tuple[str, Content]]:
@@ -27,9 +29,13 @@ def local_lines(models: Sequence[LocalModel], chosen: str, width: int) -> list[t
         if chosen in (model.id, str(model.path)):
             mark = "●"
         parameters = format_count(model.architecture.total_params) if model.architecture else "NA"
-        figures = f"{parameters:>7} {format_bytes(model.size_bytes):>9} {_SOURCES[model.source]:>9}"
+        figures = _figures(parameters, format_bytes(model.size_bytes), _SOURCES[model.source])
         lines.append((LOCAL + str(model.path), _line(mark, model.name, figures, width, style)))
     return lines
+
+
+def _figures(parameters: str, size: str, source: str) -> str:
+    return f"{parameters:>{_PARAMETERS}} {size:>{_SIZE}} {source:>{_SOURCE}}"
 
 
 def hub_lines(
@@ -43,7 +49,7 @@ def hub_lines(
     for model in models:
         mark, style = ("✗", "$text-muted") if model.refusal else (" ", "")
         note = "here" if model.id in present else "gated" if model.gated else ""
-        figures = f"{format_count(model.parameters):>7} {_downloads(model.downloads):>9} {note:>9}"
+        figures = _figures(format_count(model.parameters), _downloads(model.downloads), note)
         lines.append((HUB + model.id, _line(mark, model.id, figures, width, style)))
     return lines
 

@@ -1,4 +1,4 @@
-"""The forms a run's adapter can be exported in, with sizes, as lines of the export dialog."""
+"""What the export dialog offers: choices, the path it proposes, the request, and lines of earlier exports."""
 
 from __future__ import annotations
 
