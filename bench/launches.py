@@ -129,7 +129,7 @@ def _model(layers: int, *, ours: bool) -> Any:
 
     from qlora_tui.catalog.config_parser import parse_architecture
     from qlora_tui.recipe.schema import Lora, Recipe
-    from qlora_tui.training import adapter, chunked_loss, model_loading
+    from qlora_tui.training import adapter, chunked_loss, model_loading, packed_attention
 
     config = LlamaConfig(
         hidden_size=64,
@@ -150,7 +150,7 @@ def _model(layers: int, *, ours: bool) -> Any:
         assert not isinstance(head, str)
         assert model_loading.use_packed_attention(base, "varlen")
         chunked_loss.use_chunked_loss(base, head)
-        chunked_loss.use_segments(base)
+        packed_attention.pass_sample_lengths(base)
         model = adapter.add_lora(base, recipe.lora, architecture)
     else:
         with patch.object(adapter, "use_fused", lambda model: None):

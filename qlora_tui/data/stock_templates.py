@@ -1,5 +1,7 @@
 """Chat templates for base models without one; the trainer saves the chosen one with the adapter.
 
+Chosen by ``ChatTokenizer``: ``model.chat_template``; ``auto`` takes the model's own, else ``chatml``.
+
 Each ends an assistant turn with a token the base model knows: its own turn-end token where its vocabulary has
 the one that the template is named after, else its end-of-text token. The words around the turns
 (``<|im_start|>``, ``### Response:``) are plain text to a model that has no such tokens.

@@ -19,7 +19,8 @@ def build(request: TraceRequest, architecture: Architecture, dtype: torch.dtype)
 
     from qlora_tui.training import model_loading
     from qlora_tui.training.adapter import add_lora
-    from qlora_tui.training.chunked_loss import ChunkedHead, find_head, use_chunked_loss, use_segments
+    from qlora_tui.training.chunked_loss import ChunkedHead, find_head, use_chunked_loss
+    from qlora_tui.training.packed_attention import pass_sample_lengths
 
     recipe, factory = request.recipe, cast(Any, AutoModelForCausalLM)
     clean, _ = without_code(request.config)
@@ -43,7 +44,7 @@ def build(request: TraceRequest, architecture: Architecture, dtype: torch.dtype)
     head = find_head(model)
     if request.loss == "chunked" and isinstance(head, ChunkedHead):
         use_chunked_loss(model, head)
-    use_segments(model)
+    pass_sample_lengths(model)
     with torch.device("meta"):
         return add_lora(
             model, recipe.lora, architecture, range(len(set(recipe.lora.trainable_tokens)))

@@ -33,8 +33,8 @@
                           ``heap``: returns free memory to the system
 ``trainer``               transformers' ``Trainer``, one item per optimizer step; learning-rate schedule
 ``callbacks``             the ``TrainerCallback``: probe memory, then after each step report, evaluate
-                          (``evaluation``, ``accuracy``), save (``checkpoint_saver``; ``disk_errors``: the
-                          cause of a failed write), handle ``control_requests``
+                          (``evaluation``, ``accuracy``), stop early, save (``checkpoint_saver``;
+                          ``disk_errors``: the cause of a failed write), handle ``control_requests``
 ``checkpoints``           written completely or not at all; resumed exactly
 ``health``                warnings about steps and the GPU
 ``distributed``           one run on several GPUs

@@ -20,7 +20,8 @@ from qlora_tui.training.trainable_tokens import init_untrained_rows, token_indic
 def add_lora(model: Any, settings: Lora, architecture: Architecture, token_ids: Sequence[int] = ()) -> Any:
     """Add a LoRA adapter that does not change the model yet (B is 0). Draws from torch's random numbers.
 
-    The weights of the adapter are fp32, whatever dtype the model computes in.
+    Also switches the model to the fused forwards (:mod:`.fused`). The weights of the adapter are fp32,
+    whatever dtype the model computes in.
 
     Args:
         token_ids: tokens whose rows of embedding and head are trained too; untrained ones start as the mean.

@@ -12,7 +12,7 @@ from qlora_tui.training import chunked_loss, equivalence_checks, model_loading
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.fused.kernel_choice import allow_kernels, verify_kernels
 from qlora_tui.training.liger import verified_liger_loss
-from qlora_tui.training.packed_attention import PackedAttention
+from qlora_tui.training.packed_attention import PackedAttention, pass_sample_lengths
 
 _FALLBACKS: dict[AttentionPath, tuple[PackedAttention, ...]] = {
     "varlen": ("varlen", "segments"),
@@ -38,7 +38,7 @@ class PreparedBase:
     loss: str
     """The loss that the memory estimate assumes, or another one with the reason."""
     padding_free: bool
-    """Whether the samples of a micro-batch are packed into one sequence, without padding."""
+    """Whether a micro-batch is one sequence of isolated samples, with ``data.packing`` off too."""
     reference_attention: str
     """The implementation in transformers for a single sample: ``sdpa`` or ``eager``."""
     replaced: tuple[str, ...] = ()
@@ -75,7 +75,7 @@ def prepare_base(
         head = "its computation between head and loss is not supported"
     reference_attention = model.config._attn_implementation
     loss_name = _use_loss(model, head, device, expected_loss, weighted)
-    chunked_loss.use_segments(model)
+    pass_sample_lengths(model)
     packed = _use_packed_attention(model, attention_path, device)
     if packed is None:
         # Padded sequences do not need our attention, and the check of the first step needs the library's.

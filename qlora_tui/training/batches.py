@@ -82,7 +82,7 @@ class StepPlan:
 
 
 def plan_steps(samples: TokenizedDataset, recipe: Recipe, *, padding_free: bool) -> StepPlan:
-    """Plan every step of a run. ``padding_free``: samples in one sequence do not attend to each other."""
+    """Plan every step of a run. ``padding_free``: a micro-batch is one sequence of isolated samples."""
     training, data = recipe.training, recipe.data
     steps: list[PlannedStep] = []
     first_sequences = first_steps = 0
@@ -189,7 +189,7 @@ def collate(
     The module's docstring shows an example of both shapes.
 
     Args:
-        padding_free: one packed sequence instead of padded sequences.
+        padding_free: one sequence of isolated samples instead of padded sequences.
         multiple: the last sample of a packed sequence is padded so that the sequence has a multiple of it.
 
     Returns:

@@ -132,7 +132,8 @@ class RunCallback(TrainerCallback):
         requested = {kind for kind in _STEP_REQUESTS if self._requests.take(kind)}
         if self._is_due("eval_every", step, planned.ends_epoch or ends) or "evaluate" in requested:
             improved = self._evaluate_and_sample(step)
-            if self._should_stop_early():
+            if reason := self._early_stop_reason():
+                self.reason = reason
                 control.should_training_stop = True
             if improved and not ends:
                 self._save(step)
@@ -280,12 +281,11 @@ class RunCallback(TrainerCallback):
         for prompt, answer in self._evaluator.sample():
             self._reporter.emit(SampleGenerated(at=time.time(), step=step, prompt=prompt, answer=answer))
 
-    def _should_stop_early(self) -> bool:
+    def _early_stop_reason(self) -> str | None:
         patience = self._prepared.recipe.training.early_stopping
-        if not patience or len(self.progress.last_losses) < patience:
-            return False
-        self.reason = f"the validation loss did not improve in {patience} evaluations"
-        return True
+        if not patience or len(self.progress.losses_since_best) < patience:
+            return None
+        return f"the validation loss did not improve in {patience} evaluations"
 
     def _save(self, step: int, *, force: bool = False) -> None:
         """Write a checkpoint, once per step. Raises OSError with ``force``, where it cannot be written."""

@@ -24,7 +24,7 @@ class RunProgress:
     best_loss: float | None = None
     loss_before_training: float | None = None
     """Validation loss at step 0; None where it was not measured."""
-    last_losses: list[float] = field(default_factory=list)
+    losses_since_best: list[float] = field(default_factory=list)
     """Validation losses since the best, for early stopping."""
     evaluated_step: int = -1
     """Step of the last validation; -1 before the first."""
@@ -40,7 +40,7 @@ class RunProgress:
             best_step=state.best_step,
             best_loss=state.best_loss,
             loss_before_training=state.loss_before_training,
-            last_losses=list(state.last_losses),
+            losses_since_best=list(state.losses_since_best),
             evaluated_step=state.step,
             checkpoint_step=state.step,
         )
@@ -53,9 +53,9 @@ class RunProgress:
             return False
         best = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
         if best:
-            self.best_loss, self.best_step, self.last_losses = loss, step, []
+            self.best_loss, self.best_step, self.losses_since_best = loss, step, []
         else:
-            self.last_losses.append(loss)
+            self.losses_since_best.append(loss)
         return best
 
 
@@ -85,7 +85,7 @@ class CheckpointSaver:
             best_step=progress.best_step,
             best_loss=progress.best_loss,
             loss_before_training=progress.loss_before_training,
-            last_losses=tuple(progress.last_losses),
+            losses_since_best=tuple(progress.losses_since_best),
         )
         try:
             folder = checkpoints.write(

@@ -61,13 +61,13 @@ class CheckpointState(Struct, frozen=True, kw_only=True):
     """Real tokens trained on so far."""
     data_hash: str
     padding_free: bool = msgspec.field(name="kept_apart")
-    """Whether samples were packed into one sequence per micro-batch, which decides what a step holds."""
+    """Whether each micro-batch was one sequence of isolated samples, which decides what a step holds."""
     recipe: str
     """The recipe as TOML."""
     best_step: int | None = None
     best_loss: float | None = None
     loss_before_training: float | None = None
-    last_losses: tuple[float, ...] = ()
+    losses_since_best: tuple[float, ...] = msgspec.field(default=(), name="last_losses")
     """Validation losses since the best, for early stopping."""
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qlora_tui.memory.execution import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS
-from qlora_tui.training.packed_attention import segment_mask
+from qlora_tui.training.packed_attention import pass_sample_lengths
 from qlora_tui.training.padding import pad_tokens
 from qlora_tui.training.trainable_tokens import TokenRows, active_rows
 
@@ -134,23 +134,7 @@ def use_reference_loss(model: nn.Module) -> None:
     """Restore the model's own loss, which then also supports packed samples and loss weights."""
     vars(model).pop("forward", None)
     use_weighted_loss(model)
-    use_segments(model)
-
-
-def use_segments(model: nn.Module) -> None:
-    """Make ``model(segments=[…])`` isolate the samples of a packed sequence, with either loss.
-
-    The lengths are passed as the mask of :mod:`qlora_tui.training.packed_attention`.
-    """
-    original_forward = model.forward
-
-    @wraps(original_forward)
-    def forward(self: nn.Module, segments: list[int] | None = None, **kwargs: Any) -> Any:
-        if segments is not None:
-            kwargs |= {"attention_mask": segment_mask(segments), "use_cache": False}
-        return original_forward(**kwargs)
-
-    model.forward = MethodType(forward, model)
+    pass_sample_lengths(model)
 
 
 def loss_positions(labels: Tensor) -> Tensor:

@@ -27,11 +27,13 @@ it does not wait for the GPU. It holds FlashAttention's ``cu_seqlens``. For samp
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from itertools import pairwise
+from types import MethodType
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from qlora_tui.training import varlen_attention
@@ -69,6 +71,22 @@ def segment_mask(lengths: list[int]) -> Tensor:
     starts = torch.zeros(1, 1, 1, len(lengths) + 1, dtype=torch.int32)
     starts[0, 0, 0, 1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
     return starts
+
+
+def pass_sample_lengths(model: nn.Module) -> None:
+    """Make ``model(segments=[…])`` isolate the samples of a packed sequence, with either loss.
+
+    The lengths are passed as the mask of :func:`segment_mask`.
+    """
+    original_forward = model.forward
+
+    @wraps(original_forward)
+    def forward(self: nn.Module, segments: list[int] | None = None, **kwargs: Any) -> Any:
+        if segments is not None:
+            kwargs |= {"attention_mask": segment_mask(segments), "use_cache": False}
+        return original_forward(**kwargs)
+
+    model.forward = MethodType(forward, model)
 
 
 def segment_attention(

@@ -62,6 +62,14 @@ def test_a_checkpoint_can_be_resumed(run: RunDir) -> None:
     checkpoints.require_unchanged(checkpoint.state, run.recipe(), checkpoint.state.data_hash)
 
 
+def test_losses_since_the_best_keep_their_stored_name(run: RunDir) -> None:
+    stored = json.loads((run.checkpoints_dir / "step-30" / "state.json").read_text())
+    stored["last_losses"] = [6.0, 7.5]
+    state = msgspec.convert(stored, checkpoints.CheckpointState)
+    assert state.losses_since_best == (6.0, 7.5)
+    assert json.loads(msgspec.json.encode(state))["last_losses"] == [6.0, 7.5]
+
+
 def test_an_event_of_every_kind_keeps_every_value() -> None:
     path = RECORDED / "events_of_every_kind.jsonl"
     tail = EventTail(path)

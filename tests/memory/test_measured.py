@@ -131,7 +131,8 @@ def _measured(values: dict[str, Any], recipe: Recipe, dropout: float, *, kept_la
     from qlora_tui.engine.trace_worker import StorageCounter
     from qlora_tui.training import model_loading
     from qlora_tui.training.adapter import add_lora
-    from qlora_tui.training.chunked_loss import ChunkedHead, find_head, use_chunked_loss, use_segments
+    from qlora_tui.training.chunked_loss import ChunkedHead, find_head, use_chunked_loss
+    from qlora_tui.training.packed_attention import pass_sample_lengths
 
     torch.manual_seed(0)
     factory: Any = AutoModelForCausalLM
@@ -149,7 +150,7 @@ def _measured(values: dict[str, Any], recipe: Recipe, dropout: float, *, kept_la
     head = find_head(model)
     assert isinstance(head, ChunkedHead)
     use_chunked_loss(model, head)
-    use_segments(model)
+    pass_sample_lengths(model)
     model = add_lora(model, recipe.lora, architecture).train()
     rows, length = recipe.training.micro_batch_size, recipe.data.max_length
     ids = torch.randint(0, 2048, (1, rows * length))

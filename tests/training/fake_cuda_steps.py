@@ -15,7 +15,7 @@ from torch import Tensor
 from qlora_tui.training import chunked_loss, equivalence_checks, model_loading, varlen_attention
 from qlora_tui.training.batches import mask_all_labels, on_device
 from qlora_tui.training.fused import lora_linear
-from qlora_tui.training.packed_attention import PackedAttention
+from qlora_tui.training.packed_attention import PackedAttention, pass_sample_lengths
 from tests.training.fake_cuda import FAKE_DEVICE, KIND, fake_cuda, move_to_fake_cuda, set_up, values
 from tests.training.families import FAMILIES, build, with_adapter
 from tests.training.varlen_reference import varlen_reference
@@ -39,7 +39,7 @@ def use_fast_paths(model: Any, kind: PackedAttention = "segments") -> None:
     assert not isinstance(head, str)
     assert model_loading.use_packed_attention(model, kind)
     chunked_loss.use_chunked_loss(model, head)
-    chunked_loss.use_segments(model)
+    pass_sample_lengths(model)
 
 
 def quantize(model: Any) -> None:

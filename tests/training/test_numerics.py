@@ -143,7 +143,7 @@ def test_samples_in_one_row_are_what_they_are_alone(model_type: str) -> None:
     alone = build(model_type)
     together = copy.deepcopy(alone)
     assert model_loading.use_packed_attention(together)
-    chunked_loss.use_segments(together)
+    packed_attention.pass_sample_lengths(together)
     assert equivalence_checks.packing_is_isolated(together, CPU)
     lengths = [5, 17, 1, 12]
     ids, labels = labeled(alone, 1, sum(lengths))
@@ -175,7 +175,7 @@ def test_a_model_that_looks_across_samples_is_found_out(model_type: str) -> None
     settings = {"n_head": 4, "n_layer": 2} if model_type == "bloom" else {}
     model = build(model_type, **settings)
     model_loading.use_packed_attention(model)
-    chunked_loss.use_segments(model)
+    packed_attention.pass_sample_lengths(model)
     assert not equivalence_checks.packing_is_isolated(model, CPU)
 
 
@@ -195,7 +195,7 @@ def test_generation_is_as_with_stock_attention() -> None:
     settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "use_cache": True}
     expected = model.generate(ids, **settings)
     model_loading.use_packed_attention(model)
-    chunked_loss.use_segments(model)
+    packed_attention.pass_sample_lengths(model)
     assert torch.equal(model.generate(ids, **settings), expected)
 
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from qlora_tui.training import (
     attention_check,
-    chunked_loss,
     equivalence_checks,
     model_loading,
     packed_attention,
@@ -31,7 +30,7 @@ def packing(model_type: str, dtype: torch.dtype, **settings: Any) -> Any:
     """A model that attends sample by sample, where its family can."""
     model = build_with_trained_weights(model_type, dtype, **settings)
     model_loading.use_packed_attention(model)
-    chunked_loss.use_segments(model)
+    packed_attention.pass_sample_lengths(model)
     return model
 
 

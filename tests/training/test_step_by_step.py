@@ -113,10 +113,10 @@ MUTANTS = {
         "rms_norm._FusedRmsNorm.forward = staticmethod(forward)"
     ),
     "samples that see each other": (
-        "from qlora_tui.training import chunked_loss, equivalence_checks, packed_attention\n"
+        "from qlora_tui.training import equivalence_checks, packed_attention\n"
         "equivalence_checks.packing_is_isolated = lambda *args: True\n"
         "whole = packed_attention.segment_mask\n"
-        "chunked_loss.segment_mask = lambda lengths: whole([sum(lengths)])"
+        "packed_attention.segment_mask = lambda lengths: whole([sum(lengths)])"
     ),
     "a first step without a rate": (
         "from qlora_tui.training import trainer\n"

@@ -14,9 +14,14 @@ from torch import Tensor
 from qlora_tui.errors import UserError
 from qlora_tui.memory.execution import Device, trainer_execution
 from qlora_tui.recipe.schema import Model, Quantization, Recipe
-from qlora_tui.training import chunked_loss, equivalence_checks, model_loading, varlen_attention
+from qlora_tui.training import equivalence_checks, model_loading, varlen_attention
 from qlora_tui.training.compute_device import ComputeDevice, choose_attention
-from qlora_tui.training.packed_attention import NAMES, segment_mask, supports_grouped_heads
+from qlora_tui.training.packed_attention import (
+    NAMES,
+    pass_sample_lengths,
+    segment_mask,
+    supports_grouped_heads,
+)
 from tests.training.families import build
 from tests.training.trained_weights import build_with_trained_weights
 from tests.training.varlen_reference import varlen_reference
@@ -58,7 +63,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
 def packed_model(model_type: str, kind: Any, *, like_trained: bool = True) -> Any:
     model = build_with_trained_weights(model_type, torch.float32) if like_trained else build(model_type)
     assert model_loading.use_packed_attention(model, kind)
-    chunked_loss.use_segments(model)
+    pass_sample_lengths(model)
     return model
 
 
