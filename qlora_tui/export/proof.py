@@ -33,16 +33,16 @@ _MAX_TOKENS = 1024
 """Most tokens of a row."""
 _MAX_POSITIONS = 1200
 """Number of positions after which rows are compared by their tokens only."""
+# A file is wrong if its mean KL divergence is above ``limit``, what rounding explains:
+#     limit = _LIMITS[beginning of the file type], else _LIMIT_OTHER_TYPES
+#     limit = min(limit, max(_LIMIT_FLOOR[type], effect / _EFFECT_DIVISOR)) for the nearly exact types
+# The adapter at half its scale would diverge by effect / 4, because the divergence grows with the square.
 _LIMITS = {"F16": 0.02, "BF16": 0.02, "Q8_0": 0.05, "Q6_K": 0.1, "Q5": 0.5, "Q4": 1.0}
-"""Mean KL divergence that rounding explains, by the beginning of a file type; above, a file is wrong."""
-_LIMIT_AT_FEW_BITS = 2.0
+_LIMIT_OTHER_TYPES = 2.0
+_EFFECT_DIVISOR = 8
+_LIMIT_FLOOR = {"F16": 0.004, "BF16": 0.01, "Q8_0": 0.015}
 _DIFFERENT_SHARE = 0.02
 """Share of rows that may become other tokens for a reason that is not known."""
-_SHARE_OF_EFFECT = 8
-"""A nearly exact file may differ from the adapter by this fraction of what the adapter changes: half of the
-adapter's scale would be a fourth, because the divergence grows with its square."""
-_ROUNDING = {"F16": 0.004, "BF16": 0.01, "Q8_0": 0.015}
-"""Mean KL divergence of nearly exact types that may be rounding however little the adapter changes."""
 _STRANGE_TEXTS = (
     "I'm sure they'll say we've been there; DON'T HE'S you're",
     "1 12 123 1234 12345 3.14 1,000,000 x2y3 v1.2.3",
@@ -65,7 +65,7 @@ class Proof(Struct, frozen=True, kw_only=True):
     different_rows: int
     """Rows that llama.cpp splits into other tokens."""
     effect: float
-    """Mean KL divergence of the base from base and adapter, in nats: how much the adapter changes."""
+    """Mean KL(trained model ‖ base), in nats: how much the adapter changes."""
     positions: int
     """Trained positions whose logits were compared."""
     divergence: float
@@ -115,7 +115,7 @@ class Reference:
     template: str
     """The chat template that the conversations were rendered with."""
     effect: float
-    """Mean KL divergence of the base from base and adapter, in nats."""
+    """Mean KL(trained model ‖ base), in nats: how much the adapter changes."""
 
     def divergence(self, session: ChatSession, adapter_name: str) -> float:
         """Return the mean KL divergence of another loaded model with the adapter, in nats."""
@@ -250,9 +250,9 @@ def _wrong_vocabulary(reference: Reference, result: Compared) -> str:
 
 def _wrong_answers(proof: Proof, file_type: str) -> str:
     """Return how the file's answers differ more than rounding explains; empty if they do not."""
-    limit = next((limit for kind, limit in _LIMITS.items() if file_type.startswith(kind)), _LIMIT_AT_FEW_BITS)
-    if file_type in _ROUNDING:
-        limit = min(limit, max(_ROUNDING[file_type], proof.effect / _SHARE_OF_EFFECT))
+    limit = next((limit for kind, limit in _LIMITS.items() if file_type.startswith(kind)), _LIMIT_OTHER_TYPES)
+    if file_type in _LIMIT_FLOOR:
+        limit = min(limit, max(_LIMIT_FLOOR[file_type], proof.effect / _EFFECT_DIVISOR))
     # Written so that NaN is a problem too.
     if not proof.divergence <= limit:
         return (

@@ -62,7 +62,7 @@ class Estimate:
     band: UncertaintyBand
     """Uncertainty range of the process level, and its reason."""
     peak_phase: str
-    """Phase of the peak: ``loss``, ``backward of layer 21``, ``optimizer step``, or ``LOADING``."""
+    """As in :attr:`.step.Peak.phase`."""
     execution: ExecutionConfig
     exact: bool
     """Whether the family's layer is implemented; otherwise it is approximated by Llama's."""

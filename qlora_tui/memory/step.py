@@ -58,7 +58,8 @@ class Peak:
     """Peak of the step, beyond the static memory."""
 
     phase: str
-    """Phase of the peak: ``forward``, ``loss``, ``backward of layer 31``, ``optimizer step``."""
+    """Phase of the peak: ``forward of layer 0``, ``loss forward``, ``loss backward``,
+    ``backward of layer 31``, ``optimizer step``, ``loading``."""
     items: Items
 
     @property
@@ -124,15 +125,13 @@ def peak_candidates(step_profile: StepProfile, layout: Layout, execution: Execut
     )  # trained row index of each token
     if not execution.accumulates:
         token_row_bytes["gradients"] = layout.token_rows * layout.hidden * execution.adapter_itemsize
-    return list(
-        _candidates(
-            step_profile,
-            _cast_once(layout, execution),
-            embedded,
-            token_row_bytes,
-            Counter(adapter=sum(adapter_copies(layout, execution))),
-            always=layout.modifies_embedding,
-        )
+    return _candidates(
+        step_profile,
+        _autocast_copies(layout, execution),
+        embedded,
+        token_row_bytes,
+        Counter(adapter=sum(adapter_copies(layout, execution))),
+        embedding_is_separate=layout.modifies_embedding,
     )
 
 
@@ -265,7 +264,7 @@ def _no_gradients(grad: Tensor, saved: list[Tensor | None]) -> tuple[Tensor | No
     return ()
 
 
-def _cast_once(layout: Layout, execution: ExecutionConfig) -> Items:
+def _autocast_copies(layout: Layout, execution: ExecutionConfig) -> Items:
     """Return the bytes of autocast's copies of trained float32 weights, kept until the loss is computed.
 
     A LoRA projection fused into one function casts separately and keeps nothing.
@@ -278,14 +277,14 @@ def _cast_once(layout: Layout, execution: ExecutionConfig) -> Items:
 
 def _candidates(
     step_profile: StepProfile,
-    forward_only: Items,
+    autocast_copies: Items,
     embedded: Items,
     token_row_bytes: Items,
     persistent: Counter[str],
     *,
-    always: bool,
+    embedding_is_separate: bool,
 ) -> list[Peak]:
-    """Yield every phase that may be the peak. ``persistent`` is there in all of them.
+    """Return every phase that may be the peak. ``persistent`` is there in all of them.
 
     ``embedded`` is the embedding's output: it requires gradients, so the graph holds it as a leaf even where
     the first layer does not. Where something is added to it, it is always separate. ``token_row_bytes`` are
@@ -293,7 +292,7 @@ def _candidates(
     """
     order, head, last = step_profile.layers, step_profile.head, len(step_profile.layers) - 1
     before = Counter(persistent)
-    cast = Counter(forward_only)
+    cast = Counter(autocast_copies)
     candidates: list[Peak] = []
     below: list[Counter[str]] = []
     for index, profile in enumerate(order):
@@ -303,7 +302,7 @@ def _candidates(
                 Peak(f"forward of layer {index}", dict(before + cast + Counter(profile.forward)))
             )
         before.update(profile.retained)
-        if not index and (always or not profile.keeps_input):
+        if not index and (embedding_is_separate or not profile.keeps_input):
             before.update(embedded)
         if not index:
             before["activations"] += token_row_bytes["activations"]

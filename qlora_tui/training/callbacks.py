@@ -18,7 +18,7 @@ from qlora_tui.training import model_loading
 from qlora_tui.training.batches import PlannedStep, computed_tokens
 from qlora_tui.training.checkpoint_saver import CheckpointSaver, RunProgress
 from qlora_tui.training.evaluation import Evaluator
-from qlora_tui.training.health import StepMonitor, ValidationMonitor, find_divergence, too_few_steps
+from qlora_tui.training.health import StepMonitor, ValidationMonitor, find_non_finite, too_few_steps
 from qlora_tui.training.memory_probe import longest_micro_batch, probe_memory
 from qlora_tui.training.prepared_run import PreparedRun
 from qlora_tui.training.trainer import RunTrainer
@@ -217,11 +217,9 @@ class RunCallback(TrainerCallback):
 
     def _check_health(self, result: StepResult, *, norm_may_overflow: bool) -> None:
         step, _, loss, _, grad_norm = result
-        divergence = find_divergence(step, loss, grad_norm, norm_may_overflow=norm_may_overflow)
-        if divergence is not None:
-            self._reporter.health(
-                divergence.kind, divergence.evidence, divergence.remedy, step=step, error=True
-            )
+        finding = find_non_finite(step, loss, grad_norm, norm_may_overflow=norm_may_overflow)
+        if finding is not None:
+            self._reporter.health(finding.kind, finding.evidence, finding.remedy, step=step, error=True)
             saved_step = self.progress.checkpoint_step
             hint = (
                 f"the checkpoint at step {saved_step} is good"
@@ -230,9 +228,9 @@ class RunCallback(TrainerCallback):
             )
             raise UserError(
                 "Training diverged",
-                what=divergence.evidence,
+                what=finding.evidence,
                 why=f"Training cannot recover from this; {hint}.",
-                fix=divergence.remedy,
+                fix=finding.remedy,
             )
         for finding in self._monitor.check(step, loss, grad_norm):
             self._reporter.health(finding.kind, finding.evidence, finding.remedy, step=step)

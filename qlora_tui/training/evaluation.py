@@ -38,7 +38,7 @@ class ValidationSums(NamedTuple):
 
     loss: float
     """Weighted sum of the losses, in fp32."""
-    trained: float
+    loss_weight_sum: float
     """Sum of the loss weights: the divisor of the mean loss."""
     exact: int = 0
     """Samples answered exactly by greedy search."""
@@ -85,8 +85,8 @@ class Evaluator:
             progress=lambda done, total: prepared.reporter.progress("evaluating", done, total),
             short_answers_end=self._short_answers_end,
         )
-        total, trained, exact, answered = dist.all_reduce_sum(local_sums)
-        return total / (trained or 1), exact / answered if answered else None
+        total, loss_weight_sum, exact, answered = dist.all_reduce_sum(local_sums)
+        return total / (loss_weight_sum or 1), exact / answered if answered else None
 
     def sample(self) -> Iterator[tuple[str, str]]:
         """The sample prompts of the recipe, each with the model's greedy answer."""
@@ -117,16 +117,17 @@ def evaluate(
     Args:
         short_answers_end: token ids that end a turn, where exact matches are counted; None otherwise.
     """
-    total, trained, exact, answered = 0.0, 0.0, 0, 0
+    total, loss_weight_sum, exact, answered = 0.0, 0.0, 0, 0
     with no_grad_eval(model), last_hidden_states(model) as hidden:
         for done, sequences in enumerate(batches, 1):
             batch = collate(sequences, samples, padding_free=padding_free, pad_id=pad_id, multiple=multiple)
-            count = sum_loss_weights(sequences, samples)
-            if count:
+            weight_sum = sum_loss_weights(sequences, samples)
+            if weight_sum:
                 tensors = on_device(batch, device)
+                # 1: the model returns the summed loss; it is divided by the loss weights of all batches.
                 output = model(**tensors, num_items_in_batch=1)
                 total += float(output.loss)
-                trained += count
+                loss_weight_sum += weight_sum
                 if short_answers_end is not None:
                     labels = tensors["labels"]
                     predicted = argmax_tokens(model, output.logits, hidden[0], labels[:, 1:] != IGNORED)
@@ -135,7 +136,7 @@ def evaluate(
                     )
                     exact, answered = exact + right, answered + total_answers
             progress(done, len(batches))
-    return ValidationSums(total, trained, exact, answered)
+    return ValidationSums(total, loss_weight_sum, exact, answered)
 
 
 def generate_samples(

@@ -65,7 +65,7 @@ def too_few_steps(total: int, max_steps: int = 0) -> Finding | None:
     )
 
 
-def find_divergence(step: int, loss: float, grad_norm: float, *, norm_may_overflow: bool) -> Finding | None:
+def find_non_finite(step: int, loss: float, grad_norm: float, *, norm_may_overflow: bool) -> Finding | None:
     """A finding that ends the run: a loss or a gradient norm that is NaN or infinite.
 
     ``norm_may_overflow``: under fp16 a step whose scaled gradients overflow is skipped and the scale lowered,

@@ -175,14 +175,15 @@ class RunTrainer(Trainer):
     ) -> torch.Tensor:
         """Forward and backward over all micro-batches of a step; returns the weighted mean loss."""
         batches = inputs["micro_batches"]
-        items = inputs["loss_weight_sum"] or 1
-        # DDP averages gradients over processes, but ``items`` counts the tokens of all: they must be summed.
-        share = self.accelerator.num_processes / items
+        weight_sum = inputs["loss_weight_sum"] or 1
+        # DDP averages gradients over processes, but ``weight_sum`` is that of all: they must be summed.
+        share = self.accelerator.num_processes / weight_sum
         model.train()
         total = torch.zeros((), device=self.args.device)
         for number, batch in enumerate(batches, 1):
             last = number == len(batches)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                # 1: the model returns the summed loss; it is divided here by the step's loss weights.
                 loss = model(**on_device(batch, self.args.device), num_items_in_batch=1).loss * share
                 self.accelerator.backward(loss)
             total += loss.detach()

@@ -11,7 +11,7 @@ from qlora_tui.training.health import (
     GpuMonitor,
     StepMonitor,
     ValidationMonitor,
-    find_divergence,
+    find_non_finite,
     too_few_steps,
 )
 
@@ -43,10 +43,10 @@ def test_large_gradients_at_the_start_are_not_odd() -> None:
         (2.0, 1.0, False, ""),
     ],
 )
-def test_divergence_names_the_value_that_is_not_finite(
+def test_the_finding_names_the_value_that_is_not_finite(
     loss: float, norm: float, norm_may_overflow: bool, evidence: str
 ) -> None:
-    finding = find_divergence(7, loss, norm, norm_may_overflow=norm_may_overflow)
+    finding = find_non_finite(7, loss, norm, norm_may_overflow=norm_may_overflow)
     assert (finding.evidence if finding else "") == evidence
 
 
