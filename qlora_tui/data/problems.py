@@ -114,12 +114,13 @@ CHECKS: dict[str, CheckSpec] = {
     "nothing-left": CheckSpec(
         "warning",
         "Nothing to learn within the length limit",
-        "The answer is beyond the cut, so the row is skipped. Raise data.max_length.",
+        "The answer is beyond the cut, so the row is skipped. Raise Sequence length (data.max_length).",
     ),
     "too-long": CheckSpec(
         "warning",
         "Longer than the length limit",
-        "Dropped, cut or split, as data.overflow says. Raise data.max_length to keep the row whole.",
+        "Dropped, cut or split, as Overflow (data.overflow) says. Raise Sequence length (data.max_length) to "
+        "keep the row whole.",
     ),
     "beyond-context": CheckSpec(
         "warning",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -75,6 +76,12 @@ class Field(Struct, frozen=True, kw_only=True):
                 return "a table of texts"
             case "numbers":
                 return "a table of target patterns and numbers within the setting's bounds"
+
+    @property
+    def zero_meaning(self) -> str:
+        """What 0 means, where the help says it: ``no limit``; else empty."""
+        match = re.search(r"\b0: ([^.]+)\.", self.help)
+        return match[1] if match else ""
 
     @property
     def _bounds(self) -> str:

@@ -273,7 +273,15 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             le=_MANY_STEPS,
         ),
     ] = 0
-    learning_rate: Annotated[float, _about("Learning rate", "Peak learning rate.", gt=0, le=1)] = 2e-4
+    learning_rate: Annotated[
+        float,
+        _about(
+            "Learning rate",
+            "Peak rate, usually 1e-4 to 1e-3. Lower it if the loss jumps; raise it if the loss hardly falls.",
+            gt=0,
+            le=1,
+        ),
+    ] = 2e-4
     lr_scheduler: Annotated[
         Literal["cosine", "linear", "constant"],
         _about("LR scheduler", "How the learning rate decays after warmup."),

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from textual.command import DiscoveryHit, Hit, Hits, Provider
 from textual.markup import escape
 
 from qlora_tui.tui.commands import EVERYWHERE, Command
+from qlora_tui.tui.key_names import bare_key
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.registry import SCREENS, screen_commands
-
-if TYPE_CHECKING:
-    from qlora_tui.tui.app import QloraApp
 
 _OTHER_SCREEN_FACTOR = 0.8
 """Factor on the score of commands of other screens, which are listed after those of the current one."""
@@ -55,8 +53,7 @@ class CommandProvider(Provider):
         await self.app.run_action(command.action, default_namespace=cast("WorkScreen", self.screen))
 
     def _title(self, command: Command, where: str = "") -> str:
-        keymap = cast("QloraApp", self.app).settings.keymap
-        return f"{command.label} ({command.keys(keymap)[0]}{where})"
+        return f"{command.label} ({bare_key(command.id)}{where})"
 
 
 def _commands_of_other_screens(here: object) -> list[tuple[Command, Command]]:

@@ -112,6 +112,8 @@ async def test_the_palette_lists_and_opens_other_screens_commands(
         await wait_for_text(pilot, "Rerun (R on Runs)")
         await pilot.press("enter")
         await wait_until(pilot, lambda: app.current_mode == "runs")
+        await pilot.press("ctrl+p", *"filter")
+        await wait_for_text(pilot, "Filter (/)")
 
 
 async def test_help_is_scrolled_by_the_keys_of_vi(private_home: Path) -> None:

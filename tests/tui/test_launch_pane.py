@@ -44,6 +44,16 @@ async def test_the_form_edits_the_recipe_and_checks_what_is_typed(make_app: Make
         assert app.workbench.recipe.training.micro_batch_size == 1
 
 
+async def test_settings_are_called_by_their_labels(make_app: MakeApp) -> None:
+    async with make_app().run_test(size=(120, 40)) as pilot:
+        await pilot.press("5")
+        await wait_for_text(pilot, "0 (no limit)", "0 (at the end of each epoch)")
+        await pilot.press("enter")
+        await wait_for_text(pilot, "Name: a text of at most 80 characters.")
+        await pilot.press("escape", "j", "enter", *"xx", "enter")
+        await wait_for_text(pilot, "✗ Micro-batch size must be a whole number")
+
+
 async def test_a_letter_jumps_to_a_visible_setting_and_nothing_else(make_app: MakeApp) -> None:
     app = make_app()
     async with app.run_test(size=(120, 40)) as pilot:

@@ -31,7 +31,7 @@ _LEVELS: tuple[tuple[str, frozenset[Level]], ...] = (
 TABS = ("log", "samples", "health", "output")
 _NO_EVENTS = "No events yet."
 _EMPTY = {
-    "samples": "No samples yet. Prompts in training.sample_prompts are answered at each validation.",
+    "samples": "No samples yet. Sample prompts (training.sample_prompts) are answered at each validation.",
     "health": "No warnings.",
     "output": "No output yet.",
 }

@@ -160,10 +160,12 @@ class SettingList(LineView):
         here = number == self.cursor
         letter = next((letter for letter, at in self._letters.items() if at == number), "")
         label = f" {field.label:<{self._label_cells}}  "
+        meaning = field.zero_meaning if value == 0 else ""
         row = Content.assemble(
             (letter, "bold reverse $accent") if letter else "▸" if here else " ",
             (label, "bold" if here else ""),
             (format_value(value), "bold $accent" if changed else ""),
+            (f" ({meaning})" if meaning else "", "dim"),
             (f"  * preset: {format_value(usual)}" if changed else "", "dim"),
         )
         if here and self.has_focus:

@@ -110,7 +110,9 @@ class SettingsForm(Vertical):
         try:
             value = self._parsed(event.value)
         except InvalidRecipeError as problem:
-            says = "; ".join(str(mistake.message) for mistake in problem.issues)
+            says = "; ".join(
+                issue.message.replace(issue.path, self.field.label, 1) for issue in problem.issues
+            )
             self.query_one("#setting-help", Static).update(f"✗ {says}.")
             return
         self._leave()
@@ -157,7 +159,9 @@ class SettingsForm(Vertical):
         field = self.field
         lines = [field.help + (f" Memory: {field.memory}" if field.memory else "")]
         if self.has_class("-editing"):
-            lines = [f"{field.label}: {field.expected}. Enter: apply · Esc: cancel"]
+            # Quotes belong in a file.
+            expected = field.expected.replace(" in quotes", "")
+            lines = [f"{field.label}: {expected}. Enter: apply · Esc: cancel"]
         for conflict in find_conflicts(self._recipe):
             if field.path in conflict.paths:
                 lines.append(f"✗ {conflict.what}: {conflict.fix}.")
