@@ -174,7 +174,7 @@ async def test_another_models_targets_are_reported_and_replaced_on_choice(
 async def test_each_key_steps_its_setting_and_the_totals_follow(small: str) -> None:
     app = open_on("lora", model=small)
     async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "4.88M of 135M parameters (3.6 %)", "Same as preset balanced")
+        await wait_for_text(pilot, "4.88M of 135M parameters (3.6 %)", "LoRA settings as in preset balanced")
         await pilot.press("r")
         await wait_for_text(pilot, "9.77M of 135M", "37 MiB on disk", "rank: 16 → 32")
         await pilot.press("R", "a", "d", "s", "w")
@@ -188,12 +188,12 @@ async def test_each_key_steps_its_setting_and_the_totals_follow(small: str) -> N
             True,
         )
         await pilot.press("A", "D", "s", "w")
-        await wait_for_text(pilot, "Same as preset balanced")
+        await wait_for_text(pilot, "LoRA settings as in preset balanced")
 
 
 async def test_the_memory_cost_of_dora_is_shown(small: str) -> None:
     async with open_on("lora", model=small).run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "iB. Better at low rank (DoRA")
+        await wait_for_text(pilot, "iB. Better at low ranks")
 
 
 async def test_fewer_targets_never_cost_more_than_the_preset(small: str) -> None:
@@ -218,7 +218,7 @@ async def test_few_trained_parameters_have_memory_though_loading_peaks(small: st
 
 def test_differences_that_do_not_fit_are_counted() -> None:
     workbench = Workbench()
-    assert str(difference_text(workbench, None, 78)) == "Same as preset balanced"
+    assert str(difference_text(workbench, None, 78)) == "LoRA settings as in preset balanced"
     for path, value in (
         ("lora.rank", 8),
         ("lora.target_modules", ("q_proj", "k_proj", "v_proj", "o_proj")),
@@ -303,9 +303,9 @@ def test_doubling_the_rank_says_that_alpha_stays() -> None:
     base = Recipe()
     doubled = replace_setting(base, "lora.rank", 32)
     assert changed_scale(base.lora, base.lora) == ""
-    said = "Update × 1, preset × 2: alpha does not follow the rank"
+    said = "Scales the update by 1 instead of 2: alpha is unchanged."
     assert changed_scale(doubled.lora, base.lora) == said
     both = replace_setting(doubled, "lora.alpha", 64.0)
     assert changed_scale(both.lora, base.lora) == ""
     shown = controls_text(doubled, base, "", 60, one_line_each=False).plain
-    assert "alpha does not follow the rank" in " ".join(shown.split())
+    assert "alpha is unchanged" in " ".join(shown.split())

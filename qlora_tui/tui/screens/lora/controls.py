@@ -76,7 +76,7 @@ def changed_scale(lora: Lora, base: Lora) -> str:
     """What became of the scale where the rank changed and alpha did not follow; empty otherwise."""
     if lora.rank == base.rank or lora.alpha != base.alpha or scale_of(lora) == scale_of(base):
         return ""
-    return f"Update × {scale_of(lora):.3g}, preset × {scale_of(base):.3g}: alpha does not follow the rank"
+    return f"Scales the update by {scale_of(lora):.3g} instead of {scale_of(base):.3g}: alpha is unchanged."
 
 
 def advice(path: str, lora: Lora) -> str:
@@ -86,26 +86,26 @@ def advice(path: str, lora: Lora) -> str:
 
 def _rank(lora: Lora) -> str:
     if lora.target_modules == (ALL_LINEAR,):
-        return "QLoRA §4: with all layers adapted, rank hardly matters"
-    return "LoRA §7.2: on q and v, ranks from 1 to 8 did as well as 64"
+        return "QLoRA (§4) saw no effect of rank with all layers adapted."
+    return "LoRA (§7.2) did as well on q and v with ranks 1 to 8 as 64."
 
 
 def _alpha(lora: Lora) -> str:
-    return f"Update × {scale_of(lora):.3g}. LoRA §4.1: like tuning the learning rate"
+    return f"Scales the update by {scale_of(lora):.3g}, much like the learning rate."
 
 
 def _dropout(lora: Lora) -> str:
-    return "QLoRA: 0.1 up to 13B, 0.05 above. 0 saves memory"
+    return "QLoRA used 0.1 up to 13B and 0.05 above; 0 saves memory."
 
 
 def _rslora(lora: Lora) -> str:
     if lora.use_rslora:
-        return "alpha/√rank: high ranks keep learning (rsLoRA paper)"
-    return f"alpha/√rank is ×{sqrt(lora.rank):.3g} here; for high ranks (rsLoRA paper)"
+        return "Scales by alpha/√rank, so that high ranks keep learning."
+    return f"Scales the update {sqrt(lora.rank):.3g} times as much, for high ranks."
 
 
 def _dora(lora: Lora) -> str:
-    return "Better at low rank (DoRA paper), slower at any"
+    return "Better at low ranks, slower at all (DoRA paper)."
 
 
 _NAMES = {"lora.use_rslora": "rsLoRA", "lora.use_dora": "DoRA"}
@@ -121,5 +121,5 @@ _ADVICE = {
 def targets_advice(lora: Lora) -> str:
     """One line on the choice of modules."""
     if lora.target_modules == (ALL_LINEAR,):
-        return "QLoRA §4: needed to match full fine-tuning"
-    return "QLoRA §4: less than all-linear fell short of full fine-tuning"
+        return "QLoRA (§4) needed all layers to match full fine-tuning."
+    return "QLoRA (§4): fewer layers fell short of full fine-tuning."

@@ -90,7 +90,7 @@ def difference_text(workbench: Workbench, known: MemoryDeltas | None, width: int
         c for c in diff_recipes(workbench.preset_recipe, workbench.recipe) if c.path.startswith("lora.")
     ]
     if not changes:
-        return Content.styled(f"Same as preset {workbench.preset}", "$text-muted")
+        return Content.styled(f"LoRA settings as in preset {workbench.preset}", "$text-muted")
     words = [
         str(change).removeprefix("lora.").removeprefix("use_").replace("_modules", "s") for change in changes
     ]
