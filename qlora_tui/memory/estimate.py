@@ -215,12 +215,19 @@ def _assemble(
         peak_phase=fullest.phase,
         execution=execution,
         exact=layout.exact,
-        notes=_notes(recipe, architecture, layout),
+        notes=_notes(recipe, architecture, layout, items),
     )
 
 
-def _notes(recipe: Recipe, architecture: Architecture, layout: Layout) -> tuple[str, ...]:
+def _notes(
+    recipe: Recipe, architecture: Architecture, layout: Layout, items: dict[str, int]
+) -> tuple[str, ...]:
     notes = []
+    if items.get("int8_inputs"):
+        notes.append(
+            "int8 keeps the inputs of its linear layers despite checkpointing: large batches take more than "
+            "in NF4 or fp16."
+        )
     if architecture.experts and recipe.quantization.method != "none":
         notes.append("The experts are fused parameters, which bitsandbytes leaves in 16 bits.")
     if architecture.model_type not in STYLES:

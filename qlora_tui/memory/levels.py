@@ -167,6 +167,7 @@ def corrected(levels: MemoryLevels, layout: Layout, correction: Correction) -> M
         added["runtime" if "runtime" in added else "context"] = correction.outside_bytes
     process = allocated + sum(added.values())
     doubt = _uncertainty_bytes(allocated, layout)
+    share = "2 %" if layout.exact else "14 %"
     return MemoryLevels(
         allocated,
         reserved,
@@ -175,7 +176,7 @@ def corrected(levels: MemoryLevels, layout: Layout, correction: Correction) -> M
         UncertaintyBand(
             max(0, int(process * min(correction.low, 1)) - doubt),
             int(process * max(correction.high, 1)) + doubt,
-            f"the spread of {correction.runs} runs on this machine, and {'2 %' if layout.exact else '14 %'}",
+            f"the spread of {correction.runs} runs on this machine, and {share} of the tensors",
         ),
     )
 

@@ -257,3 +257,9 @@ def test_a_peak_while_loading_itemizes_the_training_step() -> None:
     assert first.bytes_of("optimizer") > 0
     assert first.step_bytes < second.step_bytes < second.total_bytes == first.total_bytes
     assert sum(item.bytes for item in first.items) == first.total_bytes
+
+
+def test_int8_says_why_it_takes_more() -> None:
+    compared = compare(Recipe(), tinyllama())
+    assert any("despite checkpointing" in note for note in compared["int8"].notes)
+    assert not compared["nf4"].notes

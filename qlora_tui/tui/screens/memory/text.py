@@ -81,7 +81,7 @@ def setting_controls(recipe: Recipe, fitting: WhatFits | None, context_tokens: i
     )
     lines = [Content.styled(f"×2 ÷2 {'setting':<13} {'now':>7} fits up to", "dim")]
     for command, name, now, most in counted:
-        fits = "…" if most is None else f"{most:,}" if most else "none"
+        fits = "…" if most is None else f"{most:,}" if most else "none fits"
         keys = "  ".join(bare_key(f"memory.{command}_{way}") for way in ("up", "down"))
         lines.append(_setting_control(keys, name, f"{now:>7,} {fits:>10}"))
         if name == "length" and context_tokens is not None and now > context_tokens:
@@ -117,7 +117,7 @@ def _changes_text(changes: tuple[MemorySaving, ...], width: int) -> Content:
     ]
     for number, change in enumerate(changes[:CHANGES_SHOWN]):
         if number == 1:
-            lines.append(Content.styled("or change one of these:", "bold"))
+            lines.append(Content.styled("or:" if len(changes) == 2 else "or change one of these:", "bold"))
         word = change.verdict.word
         for index, part in enumerate(wrap(change.label, width - 2)):
             mark = "  " if index else "▸ " if number == 0 else "· "
