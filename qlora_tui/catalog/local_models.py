@@ -26,6 +26,8 @@ from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.foreign_files import read_bounded
 
 ModelSource = Literal["hub cache", "folder", "gguf", "converted"]
+_PREFIX_CHARACTERS = 3
+"""From so many characters the beginning of a name counts as a close match."""
 MAX_DEPTH = 3
 """Levels searched below a named folder: publisher, model, file."""
 
@@ -122,6 +124,8 @@ def model_not_found(model_id: str) -> ModelNotFoundError:
     close_matches += [
         short[key] for key in difflib.get_close_matches(lowered.rpartition("/")[2], short, n=3, cutoff=0.6)
     ]
+    if len(lowered) >= _PREFIX_CHARACTERS:
+        close_matches += [model for name, model in short.items() if name.startswith(lowered)]
     hint = f"Did you mean {' or '.join(dict.fromkeys(close_matches[:3]))}? " if close_matches else ""
     looks_like_path = _is_path(model_id) or model_id.count("/") > 1
     advice = (

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.catalog.local_models import ModelNotFoundError
+from qlora_tui.catalog.local_models import ModelNotFoundError, list_local_models
 from qlora_tui.catalog.lookup import fetch_architecture, is_fetchable, load_architecture, load_model_config
 from qlora_tui.cli.arguments import GPU_GIB_HELP, positive_float
 from qlora_tui.cli.subcommand import (
@@ -29,15 +29,18 @@ from qlora_tui.memory.step_trace import StepTrace
 from qlora_tui.recipe.schema import Recipe
 
 _LARGEST_ITEMS = 12
+_MODELS_NAMED = 5
 
 
 def run(args: argparse.Namespace) -> CommandResult:
     """Estimate the recipe that the options describe. Exit code 0 even if it does not fit."""
     recipe = recipe_from_args(args)
     if not recipe.model.id:
+        local = [model.id for model in list_local_models() if model.refusal is None]
         raise UserError(
             "No model",
             what="An estimate needs a model.",
+            why=f"On this machine: {', '.join(local[:_MODELS_NAMED])}." if local else "",
             fix="Add --model with a Hub id, a folder (a config.json is enough) or a GGUF file.",
             exit_code=EXIT_USAGE,
         )

@@ -263,7 +263,7 @@ def test_a_relative_path_resolves_to_one_that_is_good_everywhere(
 
 
 @pytest.mark.parametrize(
-    "name", ["SmolLM2-135", "HuggingFaceTB/SmolLM2-135M-Instrct", "smollm2-135m-instruct"]
+    "name", ["Smol", "SmolLM2-135", "HuggingFaceTB/SmolLM2-135M-Instrct", "smollm2-135m-instruct"]
 )
 def test_a_name_nearly_right_gets_the_right_one(name: str) -> None:
     make_cached(hub_cache_dir(), "HuggingFaceTB/SmolLM2-135M-Instruct")

@@ -9,9 +9,11 @@ import pytest
 
 from bench.tiny_gguf import write_tiny_gguf
 from qlora_tui import paths
+from qlora_tui.catalog.local_models import hub_cache_dir
 from qlora_tui.data.quick_check import QuickCheckResult
 from qlora_tui.runs.directory import all_runs
 from qlora_tui.training.gguf_conversion import folder_of
+from tests.catalog.models import make_cached
 from tests.cli.conftest import Call
 from tests.tui.sample_data import readable_model
 
@@ -120,6 +122,13 @@ def test_rows_called_by_their_lines_are_said_to_be(call: Call, tmp_path: Path) -
     assert "(row 5)" in said
     path.write_text("An owl.\n")
     assert "called by" not in call("data", "inspect", str(path)).out
+
+
+def test_an_estimate_without_a_model_names_the_local_ones(call: Call) -> None:
+    make_cached(hub_cache_dir(), "acme/local-tiny")
+    said = call("estimate", "--gpu-gib", "12")
+    assert said.code == 2
+    assert "On this machine: acme/local-tiny." in said.err
 
 
 def test_an_estimate_rejects_data_that_a_run_rejects(call: Call, qwen: Path, tmp_path: Path) -> None:
