@@ -20,6 +20,7 @@ from qlora_tui.chat.effect import LayerChange
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.status import read_status, write_status
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.chat import text as words
 from qlora_tui.tui.screens.chat.adapter_pair import AdapterPair
@@ -297,10 +298,25 @@ async def test_loading_beside_an_active_run_asks_first() -> None:
         while app.system_status.active is None:
             await pilot.pause(0.05)
         await pilot.press(*"Hello", "enter")
-        await wait_for_text(pilot, "A run is training", "busy-run is training on this machine.", "Wait")
+        await wait_for_text(pilot, "A run is training", "busy-run is training on this machine.", "Not now")
         await pilot.press("n")
         await wait_for_text(pilot, "Hello")
         assert chat_of(app).engine.pid is None
+
+
+async def test_the_question_closes_once_the_run_has_ended() -> None:
+    finished(ADAPTER)
+    busy = write_fake_run(FakeRun(name="busy-run", state="running"))
+    app = open_on("chat")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await wait_for_text(pilot, "not loaded yet")
+        while app.system_status.active is None:
+            await pilot.pause(0.05)
+        await pilot.press(*"Hello", "enter")
+        await wait_for_text(pilot, "A run is training")
+        write_status(busy, msgspec.structs.replace(read_status(busy), state="stopped"))
+        await wait_until(pilot, lambda: "A run is training" not in text_of(app))
+        assert "Hello" in text_of(app)
 
 
 async def test_a_pasted_prompt_keeps_lines_and_up_recalls_the_last() -> None:

@@ -111,11 +111,19 @@ class ConversationScreen(WorkScreen):
                 cancel()
 
         text = (
-            f"{active.id} is training on this machine. If the chat also loads a model, either may run out of "
-            "memory, and both get slower."
+            f"{active.id} is training on this machine. If the chat also loads a model, both get slower, and "
+            "either may run out of memory if little is free. If you do not load it, nothing is sent, and "
+            "your message stays in the field."
         )
         self.app.push_screen(
-            ConfirmScreen("A run is training", text, yes="Load anyway", no="Wait"), on_result
+            ConfirmScreen(
+                "A run is training",
+                text,
+                yes="Load anyway",
+                no="Not now",
+                is_outdated=lambda: read_status(active).state not in ACTIVE,
+            ),
+            on_result,
         )
 
     def _yield_memory_to_run(self, system_status: SystemStatus) -> None:
