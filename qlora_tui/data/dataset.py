@@ -260,9 +260,9 @@ def _load(folder: Path, weights: Sequence[float], cached: bool) -> PreparedDatas
 
 def _nothing_left(counts: Counts, recipe: Recipe) -> UserError:
     if counts.dropped and recipe.data.overflow == "drop":
-        fix = 'Raise data.max_length, or cut long samples instead: data.overflow = "cut-right".'
+        fix = 'Raise Sequence length (data.max_length), or cut long samples: data.overflow = "cut-right".'
     elif counts.dropped:
-        fix = "Raise data.max_length: the answers are beyond the cut."
+        fix = "Raise Sequence length (data.max_length): the answers are beyond the cut."
     else:
         fix = "Look at the file with: qlora-tui data inspect FILE"
     return UserError(
