@@ -118,10 +118,10 @@ async def test_the_selected_item_is_explained_and_stays_selected(seven_billion: 
 
 async def test_the_peak_stays_below_a_sentence_of_two_lines(seven_billion: str) -> None:
     async with open_on("memory", model=seven_billion).run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "Quantized weights:", "in the backward of layer 27")
+        await wait_for_text(pilot, "Quantized weights:", "backward of layer 27: torch")
         await pilot.press("G", "k", "k", "k", "k", "k", "k", "k")
         await wait_for_text(
-            pilot, "Quantization scales: One scale per 64 weights", "in the backward of layer 27"
+            pilot, "Quantization scales: One scale per 64 weights", "backward of layer 27: torch"
         )
 
 

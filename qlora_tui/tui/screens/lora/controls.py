@@ -87,7 +87,7 @@ def advice(path: str, lora: Lora) -> str:
 def _rank(lora: Lora) -> str:
     if lora.target_modules == (ALL_LINEAR,):
         return "QLoRA (§4) saw no effect of rank with all layers adapted."
-    return "LoRA (§7.2) did as well on q and v with ranks 1 to 8 as 64."
+    return "On q and v, ranks 1 to 8 did as well as 64 (LoRA §7.2)."
 
 
 def _alpha(lora: Lora) -> str:

@@ -66,7 +66,7 @@ def levels_line(estimate: Estimate) -> str:
     doubt = f" ({low} to {high})" if low != high else ""
     reserved, tensors = format_gib(estimate.reserved_bytes), format_gib(estimate.allocated_bytes)
     parts = f"{f'torch {reserved}, ' if reserved != tensors else ''}tensors {tensors}"
-    when = "while loading" if estimate.peak_phase == LOADING else f"in the {estimate.peak_phase}"
+    when = "while loading" if estimate.peak_phase == LOADING else estimate.peak_phase
     return f"Peak {format_gib(estimate.process_bytes)} GiB{doubt}, {when}: {parts}"
 
 
