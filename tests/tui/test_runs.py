@@ -315,6 +315,16 @@ async def test_a_run_name_takes_the_space_that_other_columns_leave(make_app: Mak
         await wait_until(pilot, lambda: text_of(app).count(name) == 2)
 
 
+async def test_a_long_reason_of_the_selected_run_is_shown_whole(make_app: MakeApp) -> None:
+    run = write_fake_run(FakeRun(name="owls", state="lost", steps=5))
+    detail = "The process is gone: " + "it wrote no last event, " * 4 + "and the machine restarted since."
+    write_status(run, structs.replace(read_status(run), detail=detail))
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await open_runs(app)
+        await wait_for_text(pilot, "restarted since.")
+
+
 def test_short_answer_runs_are_compared_by_exact_answers(three_runs: list[RunDir]) -> None:
     labels = write_fake_run(
         FakeRun(name="labels", state="finished", steps=300, total=300, exact=(0.12, 0.97))
