@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qlora_tui.training import chunked_loss, equivalence_checks, model_loading, packed_attention
+from qlora_tui.training import equivalence_checks, model_loading, packed_attention
 from qlora_tui.training.fused import rms_norm
 from qlora_tui.training.step_check import StepReference
 from qlora_tui.training.trainer import RunTrainer
@@ -83,7 +83,7 @@ def samples_see_each_other() -> None:
     """Let packed attention treat a row as one sample, unnoticed by the checks of single parts."""
     whole = packed_attention.segment_mask
     equivalence_checks.packing_is_isolated = lambda *args: True
-    vars(chunked_loss)["segment_mask"] = lambda lengths: whole([sum(lengths)])
+    vars(packed_attention)["segment_mask"] = lambda lengths: whole([sum(lengths)])
 
 
 def no_reference_step() -> None:

@@ -145,7 +145,7 @@ def columns_swapped(patch: pytest.MonkeyPatch) -> None:
 
 def samples_not_separated(patch: pytest.MonkeyPatch) -> None:
     right = packed_attention.segment_mask
-    patch.setattr(chunked_loss, "segment_mask", lambda lengths: right([sum(lengths)]))
+    patch.setattr(packed_attention, "segment_mask", lambda lengths: right([sum(lengths)]))
 
 
 def soft_cap_forgotten(patch: pytest.MonkeyPatch) -> None:
