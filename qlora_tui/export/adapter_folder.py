@@ -17,8 +17,7 @@ from qlora_tui.catalog.model_validation import TOKENIZER_FILES
 from qlora_tui.chat.adapter_deltas import ROWS, check_unchanged
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.errors import UserError
-from qlora_tui.export.unfinished_files import draft_folder, refuse_existing
-from qlora_tui.files import publish
+from qlora_tui.export.unfinished_files import draft_folder, publish_new, refuse_existing
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values of vLLM's ``--max-lora-rank``."""
@@ -48,7 +47,7 @@ def export_adapter_folder(source: ChatSource, adapter_name: str, out: Path) -> A
             if (adapter / name).is_file():
                 shutil.copyfile(adapter / name, folder / name)
         size = sum(file.stat().st_size for file in folder.iterdir())
-        publish(folder, out)
+        publish_new(folder, out)
     flag = f" --max-lora-rank {rank}" if rank > _DEFAULT_RANK else ""
     base, module = shlex.quote(source.recipe.model.id), shlex.quote(f"{out.name}={out}")
     command = f"vllm serve {base} --enable-lora --lora-modules {module}{flag}"

@@ -25,10 +25,12 @@ from qlora_tui.export.llama_cpp.bindings import is_installed
 from qlora_tui.export.llama_cpp.jobs import Quantize
 from qlora_tui.export.llama_cpp.llama_process import INSTALL_HINT, quantize
 from qlora_tui.export.merged_weights import MergedWeights, merged_weights
-from qlora_tui.export.proof import Proof, Reference, prove, reference_bytes, reference_logits
+from qlora_tui.export.proof import Proof, Reference, prove, reference_bytes, reference_or_reason
 from qlora_tui.export.requantize import requantizer
 from qlora_tui.export.unfinished_files import draft_folder, publish_file, refuse_existing, require_space
 
+_PROVED_ALONE = ("F16", "BF16", "Q8_0")
+"""Types whose rounding hides no mistake; of the others a 16-bit file is proved first."""
 DEFAULT_WITHIN = 0.03
 """Largest mean KL divergence, in nats, of the file that ``auto`` keeps."""
 _SPARE_BYTES = 64 << 20
@@ -105,7 +107,7 @@ def export_gguf(
     content = gguf_content(source, tokenizer, weights)
     _require_space(source, content, out, kinds, is_auto)
     with draft_folder(out) as draft, ExitStack() as stack:
-        reference = _reference(stack, source, adapter_name, draft, on_status)
+        reference = reference_or_reason(stack, source, adapter_name, draft, on_status)
         base = choose_base(source, adapter_name, reference, on_status)
         if base.chosen == "dequantized":
             architecture = resolve_model(source.recipe.model.id).architecture
@@ -116,22 +118,18 @@ def export_gguf(
         unchecked = "" if is_installed() else f"llama.cpp is not installed. {INSTALL_HINT}".rstrip(".")
         if isinstance(reference, str):
             unchecked = reference
+        if within is not None and unchecked:
+            raise UserError(
+                "The bound cannot be checked",
+                what=f"llama.cpp cannot compare the files with the adapter. {unchecked}.",
+                fix="Name a type without --within, such as --quant Q8_0.",
+            )
         job = _Export(content, draft, reference if is_installed() else "", within, on_status)
         files = job.smallest_within(kinds) if is_auto else tuple(map(job.write, kinds))
         for file in files:
             publish_file(Path(file.path), targets[file.file_type])
         published = tuple(replace(file, path=str(targets[file.file_type])) for file in files)
     return GgufExport(files=published, base=base, notes=content.notes, unchecked_because=unchecked)
-
-
-def _reference(
-    stack: ExitStack, source: ChatSource, adapter_name: str, folder: Path, on_status: StatusFn
-) -> Reference | str:
-    """Return what the files are compared with, or why there is nothing."""
-    try:
-        return stack.enter_context(reference_logits(source, adapter_name, folder, on_status))
-    except UserError as error:
-        return f"{error.title}: {error.what}".rstrip(".")
 
 
 @dataclass
@@ -189,8 +187,9 @@ class _Export:
 
     def _write(self, file_type: str) -> GgufFile:
         path = self.draft / f"{file_type}.gguf"
-        if file_type in K_QUANTS:
+        if file_type not in _PROVED_ALONE:
             unquantized = self._write_unquantized()
+        if file_type in K_QUANTS:
             self.on_status(f"Quantizing to {file_type}")
             quantize(Quantize(str(unquantized), str(path), file_type))
         else:
@@ -205,9 +204,9 @@ class _Export:
         )
 
     def _write_unquantized(self) -> Path:
-        """Write and check the file that llama.cpp quantizes, once.
+        """Write and check a 16-bit file, once; llama.cpp quantizes it to the K types.
 
-        In 16 bits it shows mistakes that the rounding of few bits would hide. Raises UserError.
+        It shows mistakes that the rounding of few bits would hide. Raises UserError.
         """
         if self._unquantized is None:
             path = self.draft / "unquantized.gguf"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from qlora_tui.export.gguf_file.writer import SourceTensor, write_gguf, write_lo
 from qlora_tui.export.llama_cpp.bindings import is_installed
 from qlora_tui.export.llama_cpp.llama_process import INSTALL_HINT
 from qlora_tui.export.merged_weights import MergedWeights
-from qlora_tui.export.proof import Proof, prove, reference_logits
+from qlora_tui.export.proof import Proof, Reference, prove, reference_or_reason
 from qlora_tui.export.unfinished_files import draft_folder, publish_file, refuse_existing, require_space
 
 StatusFn = Callable[[str], None]
@@ -75,10 +76,11 @@ def export_lora(
         write_lora(names.family.architecture, tensors, path)
         proof, unchecked = None, f"llama.cpp is not installed. {INSTALL_HINT}".rstrip(".")
         if is_installed():
-            try:
-                proof, unchecked = _prove(source, adapter_name, base, files, path, draft, on_status), ""
-            except UserError as error:
-                unchecked = f"{error.title}: {error.what}".rstrip(".")
+            with ExitStack() as stack:
+                reference = reference_or_reason(stack, unquantized(source), adapter_name, draft, on_status)
+                unchecked = reference if isinstance(reference, str) else ""
+                if not isinstance(reference, str):
+                    proof = _prove(reference, source, base, files, path, on_status)
         if proof and proof.problem:
             raise UserError(
                 "The exported adapter does not answer as the adapter does",
@@ -93,24 +95,17 @@ def export_lora(
 
 
 def _prove(
-    source: ChatSource,
-    adapter_name: str,
-    base: Path,
-    files: list[Path],
-    path: Path,
-    draft: Path,
-    on_status: StatusFn,
+    reference: Reference, source: ChatSource, base: Path, files: list[Path], path: Path, on_status: StatusFn
 ) -> Proof:
-    """Compare base and adapter as two files with base and adapter in 16 bits."""
-    with reference_logits(unquantized(source), adapter_name, draft, on_status) as reference:
-        weights = MergedWeights(base, {file: {} for file in files})
-        content = gguf_content(source, chat_tokenizer(source, base), weights)
-        require_space(draft, content.size("BF16"), "The base model for the comparison")
-        model = draft / "base.gguf"
-        on_status("Writing the base model for the comparison")
-        write_gguf(content, model, "BF16")
-        on_status("Asking llama.cpp what base and adapter answer")
-        return prove(reference, model, "BF16", content.vocabulary.differences, lora=path)
+    """Compare base and adapter as two files with base and adapter in 16 bits. Raises UserError."""
+    weights = MergedWeights(base, {file: {} for file in files})
+    content = gguf_content(source, chat_tokenizer(source, base), weights)
+    require_space(path.parent, content.size("BF16"), "The base model for the comparison")
+    model = path.with_name("base.gguf")
+    on_status("Writing the base model for the comparison")
+    write_gguf(content, model, "BF16")
+    on_status("Asking llama.cpp what base and adapter answer")
+    return prove(reference, model, "BF16", content.vocabulary.differences, lora=path)
 
 
 def _refuse_inexpressible(updates: AdapterDeltas, *, tied: bool) -> None:

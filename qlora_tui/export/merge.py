@@ -29,7 +29,8 @@ from qlora_tui.export.base_choice import BaseChoice, BaseName, choice_named
 from qlora_tui.export.merge_check import MergeCheck
 from qlora_tui.export.model_card import render_model_card
 from qlora_tui.export.requantize import Requantizer, requantizer
-from qlora_tui.files import private_dir, publish
+from qlora_tui.export.unfinished_files import publish_new
+from qlora_tui.files import private_dir
 
 _SPARE_BYTES = 64 << 20
 _MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
@@ -87,8 +88,10 @@ def merge(
         for folder, names in ((base, _MODEL_FILES), (adapter, TOKENIZER_FILES)):
             for name in filter(partial(_is_in, folder), names):
                 shutil.copyfile(folder / name, draft / name)
-        (draft / "README.md").write_text(render_model_card(source.recipe, from_hub=_from_hub(source)))
-        publish(draft, out)
+        (draft / "README.md").write_text(
+            render_model_card(source.recipe, from_hub=_from_hub(source)), encoding="utf-8"
+        )
+        publish_new(draft, out)
     except OSError as error:
         raise UserError(
             "The merged model could not be written",

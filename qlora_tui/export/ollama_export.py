@@ -25,8 +25,7 @@ from qlora_tui.export.gguf_export import GgufExport, export_gguf
 from qlora_tui.export.gguf_file.content import base_license
 from qlora_tui.export.gguf_file.vocabulary import adds_bos
 from qlora_tui.export.ollama_template import OllamaTemplate, ollama_template
-from qlora_tui.export.unfinished_files import draft_folder, refuse_existing
-from qlora_tui.files import publish
+from qlora_tui.export.unfinished_files import draft_folder, publish_new, refuse_existing
 from qlora_tui.subprocesses import user_env
 from qlora_tui.visible import visible
 
@@ -100,7 +99,7 @@ def export_ollama(
         text = _modelfile(file, template, tokenizer, context, base_license(base))
         (draft / MODELFILE).write_text(text, encoding="utf-8")
         draft.chmod(0o755)
-        publish(draft, folder)
+        publish_new(draft, folder)
     files = tuple(replace(done, path=str(folder / file)) for done in written.files)
     result = OllamaExport(
         name=name,
@@ -190,9 +189,14 @@ def _create(result: OllamaExport, on_status: StatusFn) -> None:
             stderr=subprocess.STDOUT,
         ) as process:
             assert process.stdout is not None
-            for line in _status_lines(process.stdout):
-                last = line
-                on_status(f"ollama: {line}")
+            try:
+                for line in _status_lines(process.stdout):
+                    last = line
+                    on_status(f"ollama: {line}")
+            except BaseException:
+                # A cancel must not wait for it.
+                process.kill()
+                raise
         if process.returncode == 0:
             return
     except OSError as error:

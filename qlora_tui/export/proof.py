@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -183,6 +183,20 @@ def reference_logits(
         )
     finally:
         path.unlink(missing_ok=True)
+
+
+def reference_or_reason(
+    stack: ExitStack,
+    source: ChatSource,
+    adapter_name: str,
+    folder: Path,
+    on_status: Callable[[str], None],
+) -> Reference | str:
+    """Return what the files are compared with, or why there is nothing."""
+    try:
+        return stack.enter_context(reference_logits(source, adapter_name, folder, on_status))
+    except UserError as error:
+        return f"{error.title}: {error.what}".rstrip(".")
 
 
 def prove(

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from qlora_tui.errors import EXIT_USAGE, UserError
-from qlora_tui.files import private_dir, sync
+from qlora_tui.files import private_dir, sync, sync_tree
 from qlora_tui.runs.locks import is_locked, locked
 
 _LOCK = "lock"
@@ -76,6 +76,18 @@ def _delete_abandoned(out: Path) -> None:
 
 def _prefix(out: Path) -> str:
     return f".{out.name}.part"
+
+
+def publish_new(draft: Path, final: Path) -> None:
+    """Give a finished folder its name, durably; never in place of another folder or file.
+
+    Raises UserError and OSError.
+    """
+    sync_tree(draft)
+    refuse_existing(final)
+    # Onto a folder with files that appeared just now, it fails.
+    draft.rename(final)
+    sync(final.parent)
 
 
 def publish_file(draft: Path, final: Path) -> None:

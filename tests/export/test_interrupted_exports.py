@@ -23,7 +23,7 @@ from qlora_tui.cli.main import main
 from qlora_tui.errors import UserError
 from qlora_tui.export import gguf_export
 from qlora_tui.export.gguf_export import export_gguf
-from qlora_tui.export.unfinished_files import draft_folder
+from qlora_tui.export.unfinished_files import draft_folder, publish_new
 from qlora_tui.runs.directory import RunDir, create_run
 from tests.export.export_sources import make_source
 
@@ -212,3 +212,13 @@ def test_a_running_export_keeps_its_draft(tmp_path: Path) -> None:
     with draft_folder(out) as first, draft_folder(out) as second:
         assert first != second and first.is_dir()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_appeared_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    draft, final = tmp_path / "draft", tmp_path / "final"
+    draft.mkdir()
+    final.mkdir()
+    (final / "mine").write_text("mine")
+    with pytest.raises(UserError, match="exists already"):
+        publish_new(draft, final)
+    assert (final / "mine").read_text() == "mine"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qlora_tui.chat.adapter_deltas import LoraDelta, read_deltas
+from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.errors import UserError
 from qlora_tui.export import lora_export
 from qlora_tui.export.gguf_export import export_gguf
@@ -121,6 +123,18 @@ BROKEN: dict[str, tuple[str, Break, str]] = {
 """Tokenizer, what breaks the file, and what the comparison says."""
 
 
+@pytest.fixture(scope="module")
+def source_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ChatSource]:
+    """The model, adapter and data of a tokenizer's name, written once."""
+
+    @cache
+    def source_of(kind: str) -> ChatSource:
+        model_type, config = MODELS[kind]
+        return make_source(tmp_path_factory.mktemp(kind), kind, model_type, **config)
+
+    return source_of
+
+
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_right_files_are_exported(tmp_path: Path, kind: str, quantization: str) -> None:
@@ -133,10 +147,11 @@ def test_right_files_are_exported(tmp_path: Path, kind: str, quantization: str) 
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_broken_file_is_refused(
+    source_of: Callable[[str], ChatSource], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     kind, break_it, says = BROKEN[name]
-    model_type, config = MODELS[kind]
-    source = make_source(tmp_path, kind, model_type, **config)
+    source = source_of(kind)
     break_it(monkeypatch)
     with pytest.raises(UserError, match=r"does not answer as the adapter does|could not") as refused:
         export_gguf(source, "adapter", tmp_path / "out" / "model.gguf", ["F16"])
@@ -162,3 +177,33 @@ def test_the_sentence_says_how_near_the_answers_are(tmp_path: Path) -> None:
     proof = export_gguf(source, "adapter", tmp_path / "out", ["Q8_0"]).files[0].proof
     assert proof is not None
     assert proof.sentence.startswith("Q8_0 answers as your adapter does at ")
+
+
+def test_a_lora_that_llama_cpp_cannot_load_is_refused(
+    source_of: Callable[[str], ChatSource], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = source_of("smollm2")
+    monkeypatch.setattr(
+        lora_export, "write_lora", lambda architecture, tensors, path: path.write_bytes(b"GGUF")
+    )
+    out = tmp_path / "out" / "lora.gguf"
+    with pytest.raises(UserError, match=r"llama\.cpp could not run"):
+        export_lora(source, "adapter", out)
+    assert list(out.parent.iterdir()) == []
+
+
+def test_a_type_of_few_bits_without_the_adapter_is_refused(
+    source_of: Callable[[str], ChatSource], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = source_of("smollm2")
+    monkeypatch.setattr(LoraDelta, "apply_to", lambda self, weight: weight)
+    with pytest.raises(UserError, match="does not answer as the adapter does"):
+        export_gguf(source, "adapter", tmp_path / "out", ["Q4_0"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bound_that_cannot_be_checked_is_an_error(tmp_path: Path) -> None:
+    source = make_source(tmp_path, "smollm2", "llama", tie_word_embeddings=True)
+    (tmp_path / "rows.jsonl").unlink()
+    with pytest.raises(UserError, match="bound cannot be checked"):
+        export_gguf(source, "adapter", tmp_path / "out", ["Q8_0"], within=0.1)

@@ -57,10 +57,10 @@ def hyperparameters(config: Any) -> Hyperparameters:
         values |= _gemma(config, family)
     if family.architecture == "granite":
         values |= {
-            "attention.scale": config.attention_multiplier,
-            "embedding_scale": config.embedding_multiplier,
-            "residual_scale": config.residual_multiplier,
-            "logit_scale": config.logits_scaling,
+            "attention.scale": float(config.attention_multiplier),
+            "embedding_scale": float(config.embedding_multiplier),
+            "residual_scale": float(config.residual_multiplier),
+            "logit_scale": float(config.logits_scaling),
         }
     if family.architecture == "phi3":
         values["attention.sliding_window"] = 0
