@@ -32,6 +32,13 @@ def left(path: Path, *, age_s: float = 2 * leftovers.OLD_S) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that kill processes leave views of models in the machine's temporary folder."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+
+
 def test_old_drafts_and_temporary_files_are_swept(run: RunDir) -> None:
     runs = paths.runs_dir()
     old = [
