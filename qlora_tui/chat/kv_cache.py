@@ -113,6 +113,15 @@ def fixed_shapes(layers: Sequence[GrowingLayer], position: Tensor) -> Iterator[N
             layer.is_compileable = False
 
 
+def reusable_prefix(processed: Sequence[int], prompt: Sequence[int]) -> int:
+    """Return how many first tokens ``processed`` and ``prompt`` share, without the prompt's last.
+
+    After ``1 2 3``, the prompt ``1 2 3`` reuses two tokens.
+    """
+    pairs = zip(processed, prompt[:-1], strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
 class PrefixCache:
     """Token ids that one adapter has processed, with their cache.
 
@@ -182,8 +191,7 @@ class PrefixCache:
 
         The last token is always processed again, because its logits give the first token of the answer.
         """
-        pairs = zip(self.token_ids, prompt[:-1], strict=False)
-        known = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        known = reusable_prefix(self.token_ids, prompt)
         if known < len(self.token_ids):
             if known and self.growing_layers is not None:
                 del self.token_ids[known:]

@@ -10,7 +10,6 @@ import subprocess
 import tempfile
 import weakref
 from collections.abc import Sequence
-from itertools import takewhile
 from threading import Event
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch import Tensor
 from qlora_tui import subprocesses
 from qlora_tui.chat.chat_types import Sampling
 from qlora_tui.chat.generation import AnswerStream
+from qlora_tui.chat.kv_cache import reusable_prefix
 from qlora_tui.chat.session import ChatSession
 from qlora_tui.data.conversation import Message
 from qlora_tui.errors import UserError
@@ -56,8 +56,7 @@ class GgufModel:
 
     def reuse(self, prompt: Sequence[int]) -> int:
         """Keep the common prefix with ``prompt``, without its last token; return its length."""
-        pairs = zip(self._tokens, prompt[:-1], strict=False)
-        known = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        known = reusable_prefix(self._tokens, prompt)
         if known < len(self._tokens):
             self._request(known, [])
             known = int(np.frombuffer(self._read(4), "<i4")[0])
