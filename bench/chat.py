@@ -292,8 +292,8 @@ def by_chat(recipe: Recipe, adapter: str, *, fixed_shapes: bool = False) -> Answ
         )
 
     def answer(question: str, tokens: int) -> Answered:
-        # Each question is read anew, though it has been asked before. The first token stays, and with it what
-        # was recorded, as from turn to turn.
+        # Each question is processed again, though it was asked before. The first token stays, and with it
+        # what was recorded, as from turn to turn.
         for prefix_cache in session._caches.values():
             prefix_cache.reuse(prefix_cache.token_ids[:1] * 2)
         cpu_began = time.process_time()

@@ -323,7 +323,7 @@ class ChatSession:
         return token_id, logits
 
     def _read_again(self, adapter_name: str, prefix_cache: PrefixCache) -> None:
-        """Fill the cache with its tokens anew."""
+        """Process the cache's tokens again."""
         token_ids = prefix_cache.token_ids
         prefix_cache.clear()
         for start in range(0, len(token_ids), PREFILL_CHUNK_TOKENS):

@@ -77,7 +77,7 @@ class ChatService:
             raise out_of_memory(session.compute_device) from error
         assert reply.outcome is not None
         if reply.outcome.note:
-            # For the engine's log: nobody has to act on it.
+            # For the engine's log: the user need not act on it.
             print(reply.outcome.note, file=sys.stderr)
         yield GenerationDone(outcome=reply.outcome)
 
