@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msgspec.structs import replace
-
 from qlora_tui.cli.subcommand import CommandResult, Subcommand, add_json_argument
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.formatting import format_bytes
@@ -49,29 +47,15 @@ def _on_status(words: str) -> None:
 
 
 def _merge(source: ChatSource, adapter_name: str, out: Path, args: argparse.Namespace) -> CommandResult:
-    from qlora_tui.export.merge import base_requantizer, merge
-    from qlora_tui.export.merge_check import verify_merge
+    from qlora_tui.export.merge import merge_and_compare, refuse_disagreement
 
-    merged = merge(source, adapter_name, out, _on_status, base_name=args.base)
-    requantize = base_requantizer(source, merged.base)
-    check = verify_merge(source, adapter_name, Path(merged.folder), _on_status, requantize)
-    if isinstance(check, str):
-        merged = replace(merged, unchecked_because=check)
-    elif check.agrees:
-        merged = replace(merged, check=check)
-    else:
-        raise UserError(
-            "The merged model does not answer like the adapter",
-            what=f"{merged.folder} is written, and {check.sentence}.",
-            why="The base stores its weights in an unknown layout, or its files are damaged.",
-            fix="Use the adapter instead, and report the model.",
-        )
+    merged = merge_and_compare(source, adapter_name, out, _on_status, base_name=args.base)
+    refuse_disagreement(merged)
     summary = (
         f"{merged.folder}: {format_bytes(merged.bytes)}, {merged.changed_weights} weights changed "
         f"by the {adapter_name}."
     )
-    check_line = f"Not checked: {check}." if isinstance(check, str) else f"Checked: {check.sentence}."
-    lines = filter(None, (summary, merged.base.sentence, check_line))
+    lines = filter(None, (summary, merged.base.sentence, merged.check_sentence))
     return CommandResult(merged, "\n".join(lines))
 
 

@@ -21,7 +21,7 @@ from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import load_session, model_folder
 from qlora_tui.errors import UserError
 from qlora_tui.export.proof import Reference, reference_logits
-from qlora_tui.export.requantize import requantizer
+from qlora_tui.export.requantize import Requantizer, requantizer
 from qlora_tui.formatting import format_bytes
 
 _SPARE_BYTES = 1 << 30
@@ -124,3 +124,10 @@ def choose_base(
         original_divergence=stored,
         dequantized_divergence=trained,
     )
+
+
+def base_requantizer(source: ChatSource, choice: BaseChoice) -> Requantizer | None:
+    """Return what rounds the base weights for a choice; None where they stay as they are stored."""
+    if choice.chosen == "original":
+        return None
+    return requantizer(resolve_model(source.recipe.model.id).architecture, source.recipe.quantization)

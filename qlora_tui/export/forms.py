@@ -8,13 +8,11 @@ from pathlib import Path
 from msgspec import Struct
 
 from qlora_tui.chat.chat_types import ChatSource
-from qlora_tui.errors import UserError
 from qlora_tui.export.adapter_folder import export_adapter_folder
 from qlora_tui.export.gguf_export import export_gguf
 from qlora_tui.export.hub_export import export_hub
 from qlora_tui.export.lora_export import export_lora
-from qlora_tui.export.merge import base_requantizer, merge
-from qlora_tui.export.merge_check import verify_merge
+from qlora_tui.export.merge import merge_and_compare, refuse_disagreement
 from qlora_tui.export.model_card import CardForm
 from qlora_tui.export.ollama_export import default_folder, export_ollama
 from qlora_tui.runs.directory import RunDir
@@ -45,17 +43,9 @@ def export_form(
     out = Path(request.out)
     match request.form:
         case "merge":
-            merged = merge(source, adapter_name, out, on_status, base_name="best")
-            requantize = base_requantizer(source, merged.base)
-            check = verify_merge(source, adapter_name, out, on_status, requantize)
-            if not isinstance(check, str) and not check.agrees:
-                raise UserError(
-                    "The merged model does not answer like the adapter",
-                    what=f"{merged.folder} is written, and {check.sentence}.",
-                    fix="Use the adapter instead, and report the model.",
-                )
-            said = f"Not checked: {check}." if isinstance(check, str) else f"Checked: {check.sentence}."
-            summary = "\n".join(filter(None, (said, merged.base.sentence)))
+            merged = merge_and_compare(source, adapter_name, out, on_status)
+            refuse_disagreement(merged)
+            summary = "\n".join(filter(None, (merged.check_sentence, merged.base.sentence)))
             return Written((merged.folder,), merged.bytes, summary, f"vllm serve {out}")
         case "gguf":
             written = export_gguf(source, adapter_name, out, (request.file_type,), on_status=on_status)

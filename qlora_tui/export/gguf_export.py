@@ -17,7 +17,7 @@ from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import chat_tokenizer
 from qlora_tui.errors import EXIT_USAGE, UserError
-from qlora_tui.export.base_choice import BaseChoice, choose_base
+from qlora_tui.export.base_choice import BaseChoice, base_requantizer, choose_base
 from qlora_tui.export.gguf_file.content import gguf_content
 from qlora_tui.export.gguf_file.stored_types import StoredTypes, stored_types
 from qlora_tui.export.gguf_file.writer import FileContent, write_gguf
@@ -26,7 +26,6 @@ from qlora_tui.export.llama_cpp.jobs import Quantize
 from qlora_tui.export.llama_cpp.llama_process import INSTALL_HINT, quantize
 from qlora_tui.export.merged_weights import MergedWeights, merged_weights
 from qlora_tui.export.proof import Proof, Reference, prove, reference_bytes, reference_or_reason
-from qlora_tui.export.requantize import requantizer
 from qlora_tui.export.unfinished_files import draft_folder, publish_file, refuse_existing, require_space
 
 _PROVED_ALONE = ("F16", "BF16", "Q8_0")
@@ -110,10 +109,7 @@ def export_gguf(
         reference = reference_or_reason(stack, source, adapter_name, draft, on_status)
         base = choose_base(source, adapter_name, reference, on_status)
         if base.chosen == "dequantized":
-            architecture = resolve_model(source.recipe.model.id).architecture
-            weights = MergedWeights(
-                weights.folder, weights.updates, requantizer(architecture, source.recipe.quantization)
-            )
+            weights = MergedWeights(weights.folder, weights.updates, base_requantizer(source, base))
             content = gguf_content(source, tokenizer, weights)
         unchecked = "" if is_installed() else f"llama.cpp is not installed. {INSTALL_HINT}".rstrip(".")
         if isinstance(reference, str):

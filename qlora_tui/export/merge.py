@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from msgspec import Struct
+from msgspec.structs import replace
 from safetensors import safe_open
 from torch import Tensor, uint8
 
@@ -25,11 +26,11 @@ from qlora_tui.chat.base_weights import assign_deltas, with_tied_head
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import model_folder
 from qlora_tui.errors import EXIT_USAGE, UserError
-from qlora_tui.export.base_choice import BaseChoice, BaseName, choice_named
-from qlora_tui.export.merge_check import MergeCheck
+from qlora_tui.export.base_choice import BaseChoice, BaseName, base_requantizer, choice_named
+from qlora_tui.export.merge_check import MergeCheck, verify_merge
 from qlora_tui.export.model_card import render_model_card
-from qlora_tui.export.requantize import Requantizer, requantizer
-from qlora_tui.export.unfinished_files import publish_new
+from qlora_tui.export.requantize import Requantizer
+from qlora_tui.export.unfinished_files import publish_new, require_space
 from qlora_tui.files import private_dir
 
 _SPARE_BYTES = 64 << 20
@@ -49,6 +50,11 @@ class MergeResult(Struct, frozen=True, kw_only=True):
     """Comparison with the logits of base and adapter; None if they were not compared."""
     unchecked_because: str = ""
     """Why they were not compared."""
+
+    @property
+    def check_sentence(self) -> str:
+        """Say how base and adapter compare, or why they were not compared."""
+        return f"Checked: {self.check.sentence}." if self.check else f"Not checked: {self.unchecked_because}."
 
 
 def merge(
@@ -108,11 +114,32 @@ def merge(
     )
 
 
-def base_requantizer(source: ChatSource, choice: BaseChoice) -> Requantizer | None:
-    """Return what rounds the base weights for a choice; None where they stay as they are stored."""
-    if choice.chosen == "original":
-        return None
-    return requantizer(resolve_model(source.recipe.model.id).architecture, source.recipe.quantization)
+def merge_and_compare(
+    source: ChatSource,
+    adapter_name: str,
+    out: Path,
+    on_status: Callable[[str], None] = lambda words: None,
+    *,
+    base_name: BaseName = "best",
+) -> MergeResult:
+    """Write a merged model as :func:`merge` does, and compare it with base and adapter. Raises UserError."""
+    merged = merge(source, adapter_name, out, on_status, base_name=base_name)
+    requantize = base_requantizer(source, merged.base)
+    check = verify_merge(source, adapter_name, Path(merged.folder), on_status, requantize)
+    if isinstance(check, str):
+        return replace(merged, unchecked_because=check)
+    return replace(merged, check=check)
+
+
+def refuse_disagreement(merged: MergeResult) -> None:
+    """Raise UserError for a written model whose answers are not those of base and adapter."""
+    if merged.check is not None and not merged.check.agrees:
+        raise UserError(
+            "The merged model does not answer like the adapter",
+            what=f"{merged.folder} is written, and {merged.check.sentence}.",
+            why="The base stores its weights in an unknown layout, or its files are damaged.",
+            fix="Use the adapter instead, and report the model.",
+        )
 
 
 def _changes(
@@ -147,14 +174,7 @@ def _check_target(out: Path, files: list[Path]) -> None:
             exit_code=EXIT_USAGE,
         )
     needed = sum(file.stat().st_size for file in files) + _SPARE_BYTES
-    parent = next(p for p in out.parents if p.exists())
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise UserError(
-            "Not enough disk space",
-            what=f"The merged model takes {needed / 1e9:.1f} GB, and {parent} has {free / 1e9:.1f} GB left.",
-            fix="Free some space, or write to another disk.",
-        )
+    require_space(out.parent, needed, "The merged model")
 
 
 def _change_tensors(file: Path, changes: dict[str, Callable[[Tensor], Tensor]]) -> None:

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import load_session
+from qlora_tui.export.base_choice import base_requantizer
 from qlora_tui.export.gguf_export import export_gguf
-from qlora_tui.export.merge import base_requantizer, merge
+from qlora_tui.export.merge import merge
 from qlora_tui.export.merge_check import MergeCheck, verify_merge
 from tests.export.export_sources import make_source
 
