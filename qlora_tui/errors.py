@@ -50,20 +50,19 @@ def _rebuild(title: str, what: str, why: str, fix: str, exit_code: int) -> UserE
 
 
 _LONGEST_SHOWN = 300
-_SPACE = "Free some space"
 _USE_ANOTHER_DISK = "point XDG_STATE_HOME, XDG_CACHE_HOME and XDG_CONFIG_HOME at another disk"
 _DISK: dict[int, tuple[str, str]] = {
-    errno.ENOSPC: ("No space left on the disk", f"{_SPACE}, or {_USE_ANOTHER_DISK}."),
+    errno.ENOSPC: ("No space left on the disk", "Free some space, or {elsewhere}."),
     errno.EDQUOT: (
         "The disk quota is used up",
-        f"Delete some of your files, request a larger quota, or {_USE_ANOTHER_DISK}.",
+        "Delete some of your files, request a larger quota, or {elsewhere}.",
     ),
-    errno.EROFS: ("The file system is read-only", f"Mount it writable, or {_USE_ANOTHER_DISK}."),
-    errno.EIO: ("The disk reported an error", f"See `dmesg` for details, or {_USE_ANOTHER_DISK}."),
-    errno.EACCES: ("Permission denied", f"Change its permissions, or {_USE_ANOTHER_DISK}."),
-    errno.EPERM: ("Permission denied", f"Change its permissions, or {_USE_ANOTHER_DISK}."),
-    errno.ENOTDIR: ("A file is where a folder should be", f"Move it away, or {_USE_ANOTHER_DISK}."),
-    errno.EEXIST: ("A file is where a folder should be", f"Move it away, or {_USE_ANOTHER_DISK}."),
+    errno.EROFS: ("The file system is read-only", "Mount it writable, or {elsewhere}."),
+    errno.EIO: ("The disk reported an error", "See `dmesg` for details, or {elsewhere}."),
+    errno.EACCES: ("Permission denied", "Change its permissions, or {elsewhere}."),
+    errno.EPERM: ("Permission denied", "Change its permissions, or {elsewhere}."),
+    errno.ENOTDIR: ("A file is where a folder should be", "Move it away, or {elsewhere}."),
+    errno.EEXIST: ("A file is where a folder should be", "Move it away, or {elsewhere}."),
     errno.EISDIR: ("A folder is where a file should be", "Move it away."),
     errno.ENXIO: ("A pipe or a device is where a file should be", "Move it away."),
     errno.EFBIG: ("A file grew past the limit on file sizes", "Lift the limit: `ulimit -f unlimited`."),
@@ -76,22 +75,26 @@ _DISK: dict[int, tuple[str, str]] = {
     errno.ENFILE: ("Too many open files", "Close other programs."),
     errno.ESTALE: ("A network folder is gone", "Mount it again."),
 }
+"""Title and remedy of each errno; ``{elsewhere}`` is where the files could go instead."""
 
 
-def disk_problem(error: OSError, path: Path | None = None) -> UserError | None:
+def disk_problem(
+    error: OSError, path: Path | None = None, *, elsewhere: str = _USE_ANOTHER_DISK
+) -> UserError | None:
     """Describe a disk error as a UserError; None if the error is not about the disk.
 
-    ``path``: the file to name if the error names none.
+    ``path``: the file to name if the error names none. ``elsewhere``: what moves the files to another disk.
     """
     if error.errno not in _DISK:
         return None
     title, fix = _DISK[error.errno]
+    fix = fix.format(elsewhere=elsewhere)
     where = str(error.filename or path or "Writing a file failed")
     where = where if len(where) <= _LONGEST_SHOWN else f"{where[:_LONGEST_SHOWN]}…"
     why = ""
     if error.errno == errno.EEXIST and Path(where).is_symlink() and not Path(where).exists():
         title, why = "A link leads to nothing", f"It leads to {os.path.realpath(where)}."
-        fix = f"Create that folder, or {_USE_ANOTHER_DISK}."
+        fix = f"Create that folder, or {elsewhere}."
     if error.errno == errno.ENOSPC and _lacks_inodes(Path(where)):
         why, fix = "The disk has space, but no inodes left: it holds too many files.", "Delete some files."
     return UserError(title, what=f"{where}: {error.strerror or os.strerror(error.errno)}.", why=why, fix=fix)

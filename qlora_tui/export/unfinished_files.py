@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import errno
-import glob
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
-from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.errors import EXIT_USAGE, UserError, disk_problem
 from qlora_tui.files import private_dir, sync, sync_tree
-from qlora_tui.runs.locks import is_locked, locked
+from qlora_tui.runs.drafts import draft_path, held_draft
 
-_LOCK = "lock"
-"""File beside a draft folder that is locked as long as its export is running."""
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def refuse_existing(out: Path) -> None:
@@ -46,36 +43,37 @@ def require_space(folder: Path, needed: int, what: str) -> None:
 
 @contextmanager
 def draft_folder(out: Path) -> Iterator[Path]:
-    """Make a hidden folder beside ``out`` for unfinished files, and delete it afterwards.
+    """Yield a hidden folder beside ``out`` for unfinished files, which is deleted afterwards.
 
-    Deletes those of exports that were killed. Raises UserError for any OSError inside.
+    Deletes that of an export that was killed. Raises UserError where another export writes ``out``, and for
+    any OSError inside.
     """
-    with ExitStack() as stack:
-        try:
-            private_dir(out.parent)
-            _delete_abandoned(out)
-            hidden = Path(tempfile.mkdtemp(prefix=f"{_prefix(out)}-", dir=out.parent))
-            stack.callback(shutil.rmtree, hidden, ignore_errors=True)
-            stack.enter_context(locked(hidden / _LOCK))
-            draft = hidden / "files"
-            draft.mkdir(mode=0o700)
+    with export_problems(out):
+        private_dir(out.parent)
+        with held_draft(draft_path(out)) as draft:
+            if draft is None:
+                raise UserError(
+                    "Another export writes there",
+                    what=f"{out} is being written by another export.",
+                    fix="Wait for it, cancel it, or choose another name.",
+                )
             yield draft
-        except OSError as error:
-            raise UserError(
-                "The export could not be written",
-                what=f"{out}: {error.strerror or error}.",
-                fix="Free some space, or write to another folder.",
-            ) from error
 
 
-def _delete_abandoned(out: Path) -> None:
-    for folder in out.parent.glob(f"{glob.escape(_prefix(out))}-*"):
-        if is_locked(folder / _LOCK) is False:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _prefix(out: Path) -> str:
-    return f".{out.name}.part"
+@contextmanager
+def export_problems(out: Path | None = None) -> Iterator[None]:
+    """Convert OSErrors in the block to UserError; ``out`` is named where they name no other file."""
+    try:
+        yield
+    except OSError as error:
+        if out is not None and str(error.filename).startswith(str(draft_path(out))):
+            error.filename = str(out.parent if error.errno in _UNWRITABLE else out)
+        problem = disk_problem(error, out, elsewhere="write to another folder")
+        raise problem or UserError(
+            "The export could not be written",
+            what=f"{error.filename or out or 'A file'}: {error.strerror or error}.",
+            fix="Look at that file, then export again.",
+        ) from error
 
 
 def publish_new(draft: Path, final: Path) -> None:
@@ -85,13 +83,17 @@ def publish_new(draft: Path, final: Path) -> None:
     """
     sync_tree(draft)
     refuse_existing(final)
-    # Onto a folder with files that appeared just now, it fails.
-    draft.rename(final)
+    try:
+        # Onto a folder with files that appeared just now, it fails.
+        draft.rename(final)
+    except OSError:
+        refuse_existing(final)
+        raise
     sync(final.parent)
 
 
 def publish_file(draft: Path, final: Path) -> None:
-    """Give a finished file its name, durably. Raises FileExistsError for a file that appeared meanwhile."""
+    """Give a finished file its name, durably, and never in place of another. Raises UserError and OSError."""
     private_dir(final.parent)
     draft.chmod(0o644)
     sync(draft)
@@ -99,8 +101,8 @@ def publish_file(draft: Path, final: Path) -> None:
         # Unlike a rename, a link never replaces a file.
         os.link(draft, final)
     except OSError as error:
+        refuse_existing(final)
         if error.errno not in _NO_LINKS:
             raise
-        refuse_existing(final)
         draft.rename(final)
     sync(final.parent)

@@ -10,6 +10,7 @@ status_summary  the state in a sentence, for a screen reader
 liveness        whether the process behind a run is still working
 process         identifies processes by start tick, boot and machine
 locks           file locks
+drafts          hidden folders for unfinished exports, one process at a time
 follow          waits for a run's next events
 telemetry       GPU and host metrics during a run
 energy          adds up the measured power

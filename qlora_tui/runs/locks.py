@@ -64,6 +64,6 @@ def no_locks(path: Path, error: OSError) -> UserError:
     return UserError(
         "File locks do not work",
         what=f"{path} could not be locked: {error.strerror or error}.",
-        why="Without locks two trainers could write into one run.",
-        fix="Point XDG_STATE_HOME at a local disk; a network folder needs its lock service.",
+        why="Without locks two processes could write the same files.",
+        fix="Use a local disk, for runs with XDG_STATE_HOME; a network folder needs its lock service.",
     )

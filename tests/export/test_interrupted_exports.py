@@ -23,7 +23,7 @@ from qlora_tui.cli.main import main
 from qlora_tui.errors import UserError
 from qlora_tui.export import gguf_export
 from qlora_tui.export.gguf_export import export_gguf
-from qlora_tui.export.unfinished_files import draft_folder, publish_new
+from qlora_tui.export.unfinished_files import draft_folder, publish_file, publish_new
 from qlora_tui.runs.directory import RunDir, create_run
 from tests.export.export_sources import make_source
 
@@ -136,7 +136,7 @@ def largest_file(size: int) -> Iterator[None]:
 def test_a_file_that_cannot_be_written_is_explained(
     source: ChatSource, tmp_path: Path, kind: str, size: int
 ) -> None:
-    with largest_file(size), pytest.raises(UserError, match="could not be") as failed:
+    with largest_file(size), pytest.raises(UserError, match=r"could not be|limit on file sizes") as failed:
         export_gguf(source, "adapter", tmp_path / "out" / "model.gguf", [kind])
     assert failed.value.fix
     assert not list((tmp_path / "out").iterdir())
@@ -207,10 +207,13 @@ def test_a_run_without_an_adapter_is_refused(
     assert "No adapter yet" in capsys.readouterr().err
 
 
-def test_a_running_export_keeps_its_draft(tmp_path: Path) -> None:
+def test_a_second_export_to_a_name_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "model.gguf"
-    with draft_folder(out) as first, draft_folder(out) as second:
-        assert first != second and first.is_dir()
+    with draft_folder(out) as draft:
+        (draft / "part").touch()
+        with pytest.raises(UserError, match="being written by another export"), draft_folder(out):
+            pass
+        assert (draft / "part").exists()
     assert not list(tmp_path.iterdir())
 
 
@@ -222,3 +225,12 @@ def test_a_folder_that_appeared_meanwhile_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="exists already"):
         publish_new(draft, final)
     assert (final / "mine").read_text() == "mine"
+
+
+def test_a_file_that_appeared_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    draft, final = tmp_path / "draft", tmp_path / "final"
+    draft.write_text("new")
+    final.write_text("mine")
+    with pytest.raises(UserError, match="exists already"):
+        publish_file(draft, final)
+    assert final.read_text() == "mine"

@@ -1,0 +1,86 @@
+"""Hidden folders for what an export has not finished: ``.NAME.part`` beside the name it will have.
+
+``lock`` in it is held by the process that writes, which makes one export to a name at a time; ``files`` is
+what it writes. A draft whose lock nobody holds belongs to a process that was killed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from qlora_tui.runs.locks import PATIENCE_S, is_locked, locked
+
+_LOCK = "lock"
+_FILES = "files"
+
+
+def draft_path(out: Path) -> Path:
+    """Return the folder in which ``out`` is prepared."""
+    return out.with_name(f".{out.name}.part")
+
+
+@contextmanager
+def held_draft(draft: Path) -> Iterator[Path | None]:
+    """Create a draft, in a folder that exists, and delete it afterwards, or what a killed process left in it.
+
+    Yields the empty folder for files; None if another process holds the draft.
+    Raises OSError, and UserError if the file system has no locks.
+    """
+    with ExitStack() as stack:
+        if not _hold(stack, draft):
+            yield None
+            return
+        stack.callback(_delete_held, draft)
+        files = draft / _FILES
+        shutil.rmtree(files, ignore_errors=True)
+        files.mkdir(mode=0o700)
+        if files.lstat().st_uid != draft.lstat().st_uid:
+            # Where everybody may write, as in /tmp, its owner could replace the files.
+            raise PermissionError(errno.EPERM, "The folder belongs to another user", str(draft))
+        yield files
+
+
+def is_abandoned(draft: Path) -> bool:
+    """Whether a draft exists that no process holds."""
+    return draft.is_dir() and is_locked(draft / _LOCK) is False
+
+
+def delete_abandoned(draft: Path) -> None:
+    """Delete a draft unless a process holds it; does nothing where there is none. Raises OSError."""
+    if is_abandoned(draft):
+        with held_draft(draft):
+            pass
+
+
+def _hold(stack: ExitStack, draft: Path) -> bool:
+    """Lock a draft until ``stack`` is closed; False if another process has locked it."""
+    while True:
+        # Not exist_ok, which fails where the folder is deleted meanwhile.
+        with suppress(FileExistsError):
+            draft.mkdir(mode=0o700)
+        with ExitStack() as attempt:
+            try:
+                lock = attempt.enter_context(locked(draft / _LOCK, patience_s=PATIENCE_S))
+            except FileNotFoundError:
+                # Its holder has deleted the folder just now.
+                continue
+            if lock is None:
+                return False
+            with suppress(FileNotFoundError):
+                # Its holder may have deleted this lock, and a third process created another.
+                if os.path.samestat(os.fstat(lock.fileno()), (draft / _LOCK).stat()):
+                    stack.enter_context(attempt.pop_all())
+                    return True
+
+
+def _delete_held(draft: Path) -> None:
+    """Delete a draft as far as possible: the lock last, and nothing that another process adds after that."""
+    shutil.rmtree(draft / _FILES, ignore_errors=True)
+    with suppress(OSError):
+        (draft / _LOCK).unlink()
+        draft.rmdir()

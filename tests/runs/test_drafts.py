@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from qlora_tui.runs import drafts
+from qlora_tui.runs.drafts import delete_abandoned, draft_path, held_draft, is_abandoned
+from qlora_tui.runs.locks import locked
+
+
+@pytest.fixture
+def draft(tmp_path: Path) -> Path:
+    return draft_path(tmp_path / "model.gguf")
+
+
+def leave(draft: Path) -> Path:
+    """A draft as a killed process leaves it."""
+    (draft / "files").mkdir(parents=True)
+    (draft / "lock").touch()
+    (draft / "files" / "part").write_text("half")
+    return draft
+
+
+def test_a_draft_is_held_by_one_at_a_time(draft: Path) -> None:
+    with held_draft(draft) as files, held_draft(draft) as second:
+        assert files is not None and files.is_dir()
+        assert second is None and not is_abandoned(draft)
+    assert not draft.exists()
+
+
+def test_what_a_killed_process_left_is_replaced(draft: Path) -> None:
+    assert is_abandoned(leave(draft))
+    with held_draft(draft) as files:
+        assert files is not None and not list(files.iterdir())
+    assert not draft.exists()
+
+
+def test_only_an_abandoned_draft_is_deleted(draft: Path) -> None:
+    delete_abandoned(draft)
+    with held_draft(draft) as files:
+        delete_abandoned(draft)
+        assert files is not None and files.is_dir()
+    delete_abandoned(leave(draft))
+    assert not draft.exists()
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_draft_deleted_while_it_is_locked_is_made_again(
+    draft: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its previous holder deletes it between the creation of the folder and the lock."""
+    deleted: list[str] = []
+
+    def delete_once(now: str) -> None:
+        if now == moment and not deleted:
+            shutil.rmtree(draft)
+            deleted.append(now)
+
+    @contextmanager
+    def delayed(path: Path, *, patience_s: float) -> Iterator[IO[str] | None]:
+        delete_once("before")
+        with locked(path, patience_s=patience_s) as lock:
+            delete_once("after")
+            yield lock
+
+    monkeypatch.setattr(drafts, "locked", delayed)
+    with held_draft(draft) as files:
+        assert deleted and files is not None and files.is_dir()
+        with held_draft(draft) as second:
+            assert second is None
+    assert not draft.exists()
+
+
+def hold_often(draft: Path, times: int) -> None:
+    while times:
+        with held_draft(draft) as files:
+            if files is not None:
+                # Fails where another process holds it too.
+                (draft.parent / "held").touch(exist_ok=False)
+                (files / "part").touch()
+                (draft.parent / "held").unlink()
+                assert (files / "part").exists()
+                times -= 1
+
+
+def test_processes_never_hold_a_draft_together(draft: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=hold_often, args=(draft, 40)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert not list(draft.parent.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_a_draft_of_another_user_is_refused(draft: Path) -> None:
+    os.chown(leave(draft), 12345, 12345)
+    with pytest.raises(PermissionError, match="another user"), held_draft(draft):
+        pass
