@@ -47,10 +47,9 @@ def _on_status(words: str) -> None:
 
 
 def _merge(source: ChatSource, adapter_name: str, out: Path, args: argparse.Namespace) -> CommandResult:
-    from qlora_tui.export.merge import merge_and_compare, refuse_disagreement
+    from qlora_tui.export.merge import merge
 
-    merged = merge_and_compare(source, adapter_name, out, _on_status, base_name=args.base)
-    refuse_disagreement(merged)
+    merged = merge(source, adapter_name, out, _on_status, base_name=args.base)
     summary = (
         f"{merged.folder}: {format_bytes(merged.bytes)}, {merged.changed_weights} weights changed "
         f"by the {adapter_name}."

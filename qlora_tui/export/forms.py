@@ -12,7 +12,7 @@ from qlora_tui.export.adapter_folder import export_adapter_folder
 from qlora_tui.export.gguf_export import export_gguf
 from qlora_tui.export.hub_export import export_hub
 from qlora_tui.export.lora_export import export_lora
-from qlora_tui.export.merge import merge_and_compare, refuse_disagreement
+from qlora_tui.export.merge import merge
 from qlora_tui.export.model_card import CardForm
 from qlora_tui.export.ollama_export import default_folder, export_ollama
 from qlora_tui.runs.directory import RunDir
@@ -43,8 +43,7 @@ def export_form(
     out = Path(request.out)
     match request.form:
         case "merge":
-            merged = merge_and_compare(source, adapter_name, out, on_status)
-            refuse_disagreement(merged)
+            merged = merge(source, adapter_name, out, on_status)
             summary = "\n".join(filter(None, (merged.check_sentence, merged.base.sentence)))
             return Written((merged.folder,), merged.bytes, summary, f"vllm serve {out}")
         case "gguf":

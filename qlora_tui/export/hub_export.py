@@ -42,7 +42,7 @@ from qlora_tui.export.hub_upload import (
     Uploaded,
     UploadFailure,
 )
-from qlora_tui.export.merge import merge_and_compare
+from qlora_tui.export.merge import merge
 from qlora_tui.export.model_card import CardForm, CardResults, render_model_card, run_rows
 from qlora_tui.export.unfinished_files import draft_folder
 from qlora_tui.files import atomic_write, publish
@@ -196,13 +196,7 @@ def _write_files(
                 files.mkdir()
                 _copy_adapter(Path(source.adapters[adapter_name]), files, source)
             case "merged":
-                check = merge_and_compare(source, adapter_name, files, on_status).check
-                if check and not check.agrees:
-                    raise UserError(
-                        "The merged model does not answer like the adapter",
-                        what=f"{check.sentence[0].upper()}{check.sentence[1:]}.",
-                        fix="Upload the adapter instead: --form adapter. Report the model.",
-                    )
+                check = merge(source, adapter_name, files, on_status).check
                 checked = f"Checked: {check.sentence}." if check else ""
             case "gguf":
                 written = export_gguf(source, adapter_name, files, (file_type,), on_status=on_status)

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 from msgspec import Struct
-from msgspec.structs import replace
 from safetensors import safe_open
 from torch import Tensor, uint8
 
@@ -25,13 +24,12 @@ from qlora_tui.chat.adapter_deltas import AdapterDeltas, read_deltas
 from qlora_tui.chat.base_weights import assign_deltas, with_tied_head
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import model_folder
-from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.errors import UserError
 from qlora_tui.export.base_choice import BaseChoice, BaseName, base_requantizer, choice_named
 from qlora_tui.export.merge_check import MergeCheck, verify_merge
 from qlora_tui.export.model_card import render_model_card
 from qlora_tui.export.requantize import Requantizer
-from qlora_tui.export.unfinished_files import publish_new, require_space
-from qlora_tui.files import private_dir
+from qlora_tui.export.unfinished_files import draft_folder, publish_new, refuse_existing, require_space
 
 _SPARE_BYTES = 64 << 20
 _MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
@@ -63,9 +61,9 @@ def merge(
     out: Path,
     on_status: Callable[[str], None] = lambda words: None,
     *,
-    base_name: BaseName = "original",
+    base_name: BaseName = "best",
 ) -> MergeResult:
-    """Write the base with an adapter merged into it. Raises UserError and leaves nothing behind.
+    """Write the base with an adapter merged into it, and compare it with both before it gets its name.
 
     Args:
         source: The base and its adapters, from :mod:`qlora_tui.chat.chat_sources`.
@@ -73,73 +71,52 @@ def merge(
         out: The folder to write, which must not exist yet.
         on_status: Called with the current activity.
         base_name: The base weights to merge into; ``best`` measures which answers are nearer to the training.
+
+    Raises:
+        UserError: also where the merged model does not answer like the adapter; nothing is left behind.
     """
     out = out.expanduser().absolute()
+    refuse_existing(out)
     base = model_folder(source.recipe, on_status)
     adapter = Path(source.adapters[adapter_name])
     files = [base / name for name in weight_files(base)]
-    _check_target(out, files)
+    needed = sum(file.stat().st_size for file in files) + _SPARE_BYTES
+    require_space(out.parent, needed, "The merged model")
     head = resolve_model(source.recipe.model.id).architecture.head
     placed = assign_deltas(with_tied_head(read_deltas(adapter), files, head), files, adapter)
-    draft = private_dir(out.parent) / f".{out.name}.part"
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
-        draft.mkdir(mode=0o755)
+    with draft_folder(out) as draft:
+        folder = draft / "model"
+        folder.mkdir(mode=0o755)
         choice = choice_named(base_name, source, adapter_name, draft, on_status)
         requantize = base_requantizer(source, choice)
         for number, file in enumerate(files, 1):
             on_status(f"Merging {file.name} ({number} of {len(files)})")
-            shutil.copyfile(file, draft / file.name)
-            _change_tensors(draft / file.name, _changes(file, placed[file], requantize))
-        for folder, names in ((base, _MODEL_FILES), (adapter, TOKENIZER_FILES)):
-            for name in filter(partial(_is_in, folder), names):
-                shutil.copyfile(folder / name, draft / name)
-        (draft / "README.md").write_text(
+            shutil.copyfile(file, folder / file.name)
+            _change_tensors(folder / file.name, _changes(file, placed[file], requantize))
+        for origin, names in ((base, _MODEL_FILES), (adapter, TOKENIZER_FILES)):
+            for name in filter(partial(_is_in, origin), names):
+                shutil.copyfile(origin / name, folder / name)
+        (folder / "README.md").write_text(
             render_model_card(source.recipe, from_hub=_from_hub(source)), encoding="utf-8"
         )
-        publish_new(draft, out)
-    except OSError as error:
-        raise UserError(
-            "The merged model could not be written",
-            what=f"{out}: {error.strerror or error}.",
-            fix="Free some space, or write to another disk.",
-        ) from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        check = verify_merge(source, adapter_name, folder, on_status, requantize)
+        if not isinstance(check, str) and not check.agrees:
+            raise UserError(
+                "The merged model does not answer like the adapter",
+                what=f"{check.sentence[0].upper()}{check.sentence[1:]}. It was not kept.",
+                why="The base stores its weights in an unknown layout, or its files are damaged.",
+                fix="Use the adapter instead, and report the model.",
+            )
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        publish_new(folder, out)
     return MergeResult(
         folder=str(out),
-        bytes=sum(file.stat().st_size for file in out.iterdir()),
+        bytes=size,
         changed_weights=sum(map(len, placed.values())),
         base=choice,
+        check=None if isinstance(check, str) else check,
+        unchecked_because=check if isinstance(check, str) else "",
     )
-
-
-def merge_and_compare(
-    source: ChatSource,
-    adapter_name: str,
-    out: Path,
-    on_status: Callable[[str], None] = lambda words: None,
-    *,
-    base_name: BaseName = "best",
-) -> MergeResult:
-    """Write a merged model as :func:`merge` does, and compare it with base and adapter. Raises UserError."""
-    merged = merge(source, adapter_name, out, on_status, base_name=base_name)
-    requantize = base_requantizer(source, merged.base)
-    check = verify_merge(source, adapter_name, Path(merged.folder), on_status, requantize)
-    if isinstance(check, str):
-        return replace(merged, unchecked_because=check)
-    return replace(merged, check=check)
-
-
-def refuse_disagreement(merged: MergeResult) -> None:
-    """Raise UserError for a written model whose answers are not those of base and adapter."""
-    if merged.check is not None and not merged.check.agrees:
-        raise UserError(
-            "The merged model does not answer like the adapter",
-            what=f"{merged.folder} is written, and {merged.check.sentence}.",
-            why="The base stores its weights in an unknown layout, or its files are damaged.",
-            fix="Use the adapter instead, and report the model.",
-        )
 
 
 def _changes(
@@ -162,19 +139,6 @@ def _is_in(folder: Path, name: str) -> bool:
 
 def _from_hub(source: ChatSource) -> bool:
     return resolve_model(source.recipe.model.id).source == "hub cache"
-
-
-def _check_target(out: Path, files: list[Path]) -> None:
-    if out.exists() or out.is_symlink():
-        raise UserError(
-            "Output folder already exists",
-            what=f"{out} exists already.",
-            why="Existing files are never overwritten.",
-            fix="Use another folder, or remove that one.",
-            exit_code=EXIT_USAGE,
-        )
-    needed = sum(file.stat().st_size for file in files) + _SPARE_BYTES
-    require_space(out.parent, needed, "The merged model")
 
 
 def _change_tensors(file: Path, changes: dict[str, Callable[[Tensor], Tensor]]) -> None:

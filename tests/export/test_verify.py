@@ -9,6 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from qlora_tui.chat.chat_types import ChatSource
+from qlora_tui.errors import UserError
 from tests.chat.adapters import make_adapter
 
 pytestmark = pytest.mark.slow
@@ -20,27 +21,25 @@ def test_a_right_merge_answers_as_the_adapter(
     dtype: str, config: dict[str, Any], tiny_source: ChatSource, tmp_path: Path
 ) -> None:
     from qlora_tui.export.merge import merge
-    from qlora_tui.export.merge_check import MergeCheck, verify_merge
 
     source = with_adapter(tiny_source, tmp_path, dtype, **config)
-    merged = merge(source, "adapter", tmp_path / "out")
-    check = verify_merge(source, "adapter", Path(merged.folder))
-    assert isinstance(check, MergeCheck) and check.agrees, check
+    check = merge(source, "adapter", tmp_path / "out", base_name="original").check
+    assert check is not None and check.agrees, check
     assert check.same_choices >= check.tokens - 1 and check.noise < 0.1
 
 
-def test_a_merge_with_a_scale_of_one_is_found(
+def test_a_wrong_merge_is_not_left_under_its_name(
     tiny_source: ChatSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from qlora_tui.chat.adapter_deltas import LoraDelta
     from qlora_tui.export.merge import merge
-    from qlora_tui.export.merge_check import MergeCheck, verify_merge
 
     source = with_adapter(tiny_source, tmp_path, "bfloat16")
     monkeypatch.setattr(LoraDelta, "change", lambda self: self.up.float() @ self.down.float())
-    merged = merge(source, "adapter", tmp_path / "out")
-    check = verify_merge(source, "adapter", Path(merged.folder))
-    assert isinstance(check, MergeCheck) and not check.agrees
+    with pytest.raises(UserError, match="does not answer like the adapter") as refused:
+        merge(source, "adapter", tmp_path / "out" / "model", base_name="original")
+    assert "Its logits differ" in refused.value.what
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_too_little_memory_leaves_the_merge_unchecked(

@@ -256,7 +256,9 @@ def test_only_trained_rows_teach_a_base_model_to_stop(
 
     effect = measure_effect(session, "adapter")
     assert effect.token_rows == (END,) and effect.turns_ended == effect.turns > effect.turns_ended_by_base
-    merged = AutoModelForCausalLM.from_pretrained(merge(run_source(run), "adapter", tmp_path / "out").folder)
+    merged = AutoModelForCausalLM.from_pretrained(
+        merge(run_source(run), "adapter", tmp_path / "out", base_name="original").folder
+    )
     ids = torch.tensor([session.prompt((Message("user", "what is 1"),))])
     said = merged.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
     assert session.tokenizer.decode(said[0, ids.shape[1] :].tolist()) == f"blue{END}"
