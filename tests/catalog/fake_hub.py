@@ -163,10 +163,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(RecordedRequest(self.command, self.path, self.headers.get("Range"), token))
         status = next((status for part, status in self.hub.statuses.items() if part in self.path), None)
         if status is not None or self.hub.html:
-            # Closing a connection with unread data resets it, and the client may lose the answer.
+            # Unread, it would be taken for the next request; a connection that closes loses that one.
             for _ in self.pieces():
                 pass
-            self.close_connection = True
         body = next((body for part, body in self.hub.bodies.items() if part in self.path), None)
         if self.hub.endless and self.hub.endless in self.path:
             self.answer_without_end(status or 200)
