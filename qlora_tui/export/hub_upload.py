@@ -63,6 +63,7 @@ class Prepared(Struct, frozen=True, tag="prepared"):
     """``owner/name``."""
     files: tuple[str, ...]
     """What it holds already."""
+    is_public: bool
     base_license: str = ""
 
 
@@ -129,7 +130,7 @@ def prepare(job: Prepare) -> Prepared:
         with suppress(UserError), _translated(job.base):
             tags = api.model_info(job.base).tags or ()
             base_license = next((tag[8:] for tag in tags if tag.startswith("license:")), "")
-    return Prepared(repo, files, base_license)
+    return Prepared(repo, files, not info.private, base_license)
 
 
 def upload(job: Upload) -> Iterator[Message]:

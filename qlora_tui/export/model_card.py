@@ -32,7 +32,7 @@ class CardResults:
     effect: str = ""
     """What the adapter changes, in a sentence."""
     proof: str = ""
-    """How the files were compared with the trained model, in a sentence."""
+    """How the files were compared with the trained model, in sentences."""
     license_id: str = ""
     """License of the base model."""
 
@@ -75,7 +75,7 @@ def render_model_card(
     """Return the README.md of a model.
 
     Args:
-        recipe: Of the training.
+        recipe: Of the training. Its note is the user's own, and stays out.
         from_hub: Whether the base is named by its Hub id; else by the last part of its path.
         form: What the card describes.
         results: What is known beyond the recipe.
@@ -113,9 +113,8 @@ def render_model_card(
         *([("License of the base", results.license_id)] if results.license_id else []),
     ]
     table = ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]
-    note = [recipe.note, ""] if recipe.note else []
     sentences = [part for text in (results.effect, results.proof) if text for part in ("", text)]
-    return "\n".join([*front, "", f"# {title}", "", *note, *table, *sentences, ""])
+    return "\n".join([*front, "", f"# {title}", "", *table, *sentences, ""])
 
 
 def _code(tokens: Iterable[str]) -> str:

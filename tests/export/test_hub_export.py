@@ -9,11 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from qlora_tui import paths
 from qlora_tui.chat.chat_types import ChatSource
+from qlora_tui.chat.effect import Effect
 from qlora_tui.cli.main import main
+from qlora_tui.errors import UserError
 from qlora_tui.gpu.torch_env import offline_variables_set
+from qlora_tui.recipe.schema import Model
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Evaluated, Finished
@@ -82,6 +86,81 @@ def test_each_form_is_uploaded_with_a_card(
     base = str(Path(run.recipe().model.id).parent).encode()
     assert not any(base in content for content in repo.files.values())
     assert _uploads() == []
+
+
+def test_neither_paths_nor_the_note_are_uploaded(
+    tiny_source: ChatSource, hub: FakeHub, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_source.recipe.model.id, tmp_path / "base")
+    for name, keys in (
+        ("config.json", {"_name_or_path": "/home/me/base"}),
+        ("tokenizer_config.json", {"name_or_path": "/home/me/base", "tokenizer_file": "/home/me/t.json"}),
+    ):
+        config = json.loads((base / name).read_bytes())
+        (base / name).write_text(json.dumps({**config, **keys}))
+    recipe = replace(tiny_source.recipe, note="for our eyes", model=Model(id=str(base)))
+    run = create_run(recipe)
+    shutil.copytree(tiny_source.adapters["adapter"], run.adapter_dir)
+    assert _export(run, "--form", "merged") == 0
+    files = hub.repos["me/tickets"].files
+    assert json.loads(files["config.json"])["model_type"] == "llama"
+    assert not [name for name, content in files.items() if b"/home/me" in content]
+    assert b"our eyes" not in files["README.md"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "title"),
+    [
+        (("--form", "gguf", "--quant", "Q9"), "Unknown file type"),
+        (("--form", "gguf"), "This family cannot be exported as GGUF"),
+    ],
+)
+def test_what_cannot_be_written_creates_no_repository(
+    arguments: tuple[str, ...],
+    title: str,
+    hub: FakeHub,
+    run: RunDir,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("qlora_tui.export.gguf_file.families.FAMILIES", {})
+    assert _export(run, *arguments) != 0
+    assert title in capsys.readouterr().err
+    assert not hub.requests
+
+
+def test_a_file_that_was_not_compared_says_so(
+    hub: FakeHub, run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _export(run, "--form", "gguf") == 0
+    assert "Not checked: No data" in capsys.readouterr().out
+    card = hub.repos["me/tickets"].files["README.md"].decode()
+    assert "The file was not compared with the trained model." in card
+
+
+def test_an_existing_private_repository_stays_private(
+    hub: FakeHub, run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.repos["me/tickets"] = FakeRepo({}, private=True)
+    assert _export(run, "--public") == 0
+    output = capsys.readouterr().out
+    assert "the repository is private." in output
+    assert "--public changes no existing repository" in output
+
+
+def test_the_same_upload_is_refused_while_it_runs(
+    hub: FakeHub, run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codes: list[int] = []
+
+    def measure(*args: object, **settings: object) -> Effect:
+        codes.append(_export(run))
+        raise UserError("No data", what="There is none.")
+
+    monkeypatch.setattr("qlora_tui.export.upload_files.measure_effect", measure)
+    assert _export(run) == 0
+    assert codes == [1]
+    assert "Another export writes there" in capsys.readouterr().err
 
 
 def test_a_broken_connection_is_retried(hub: FakeHub, run: RunDir) -> None:
