@@ -88,7 +88,15 @@ def _ollama(source: ChatSource, adapter_name: str, args: argparse.Namespace) -> 
 
     check_name(args.ollama_name)
     folder = args.dir.expanduser().absolute() if args.dir else default_folder(args.ollama_name, Path.cwd())
-    written = export_ollama(source, adapter_name, args.ollama_name, folder, args.quant, _on_status)
+    written = export_ollama(
+        source,
+        adapter_name,
+        args.ollama_name,
+        folder,
+        args.quant,
+        replace_model=args.replace,
+        on_status=_on_status,
+    )
     last = f"Run it: {written.command}" if written.created else f"Create it: {written.command}"
     size = format_bytes(written.gguf.files[0].bytes)
     return CommandResult(written, f"{written.folder}: {size}\n{written.summary}\n{last}")
@@ -156,6 +164,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FOLDER",
         help="where to write the GGUF file and the Modelfile (NAME-ollama here unless set)",
+    )
+    ollama.add_argument(
+        "--replace",
+        action="store_true",
+        help="replace a model of this name in Ollama; otherwise it is refused",
     )
     hub.add_argument("repo", metavar="REPO", help="owner/name, or a name in the account of the token")
     hub.add_argument(

@@ -66,7 +66,7 @@ def export_form(
                 name,
                 default_folder(name, Path.home() / "models"),
                 request.file_type,
-                on_status,
+                on_status=on_status,
             )
             size = sum(file.bytes for file in model.gguf.files)
             return Written((model.folder,), size, model.summary, model.command)

@@ -34,6 +34,8 @@ _NAME = re.compile(r"(?:(?:[\w.-]+(?::\d+)?/)?[\w-]+/)?(?P<model>[\w.-]+)(?P<tag
 _MAX_NAME = 80
 """Most characters of each part of a name (``types/model/name.go`` of Ollama)."""
 _MIN_CONTEXT = 4096
+_SHOW_S = 30
+"""Seconds to wait for Ollama to look up a name."""
 _ANSI = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
 StatusFn = Callable[[str], None]
@@ -71,6 +73,8 @@ def export_ollama(
     name: str,
     folder: Path,
     file_type: str,
+    *,
+    replace_model: bool = False,
     on_status: StatusFn = lambda words: None,
 ) -> OllamaExport:
     """Write ``folder``, which must not exist yet, and create the model where Ollama is installed.
@@ -81,6 +85,7 @@ def export_ollama(
         name: Of the model in Ollama: ``[namespace/]model[:tag]``.
         folder: Where to write.
         file_type: A type of ``export gguf``, or ``auto``.
+        replace_model: Whether a model of this name in Ollama is replaced.
         on_status: Called with the current activity.
 
     Raises:
@@ -88,6 +93,8 @@ def export_ollama(
     """
     check_name(name)
     refuse_existing(folder)
+    if not replace_model:
+        _refuse_existing_model(name)
     base = model_folder(source.recipe, on_status)
     tokenizer = chat_tokenizer(source, base)
     template = ollama_template(tokenizer, source.thinking, adds_bos=adds_bos(tokenizer))
@@ -110,6 +117,9 @@ def export_ollama(
     )
     if shutil.which("ollama") is None:
         return result
+    if not replace_model:
+        # It may have appeared while the file was written.
+        _refuse_existing_model(name, why=f"{folder} is complete, and was not given to Ollama.")
     _create(result, on_status)
     return replace(result, created=True)
 
@@ -172,6 +182,27 @@ def _notes(template: OllamaTemplate, tokenizer: ChatTokenizer) -> tuple[str, ...
     if tokenizer.traits.tools:
         notes.append("The TEMPLATE has no tools; llama-server uses the model's own, which has them.")
     return tuple(notes)
+
+
+def _refuse_existing_model(name: str, why: str = "`ollama create` replaces it without asking.") -> None:
+    """Raise UserError where Ollama has a model of this name, as far as it is installed and running."""
+    if shutil.which("ollama") is None:
+        return
+    command = ["ollama", "show", name]
+    try:
+        shown = subprocess.run(
+            command, env=user_env(), stdin=subprocess.DEVNULL, capture_output=True, timeout=_SHOW_S
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return
+    if shown.returncode == 0:
+        raise UserError(
+            "Ollama has a model of this name",
+            what=f"Ollama has a model {name} already.",
+            why=why,
+            fix="Choose another name, or replace it with: qlora-tui export ollama … --replace",
+            exit_code=EXIT_USAGE,
+        )
 
 
 def _create(result: OllamaExport, on_status: StatusFn) -> None:

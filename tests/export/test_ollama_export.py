@@ -28,6 +28,15 @@ printf 'copying file sha256:12 99%% \\342\\226\\225\\342\\226\\210\\342\\226\\21
 FAILS = "#!/bin/sh\necho 'Error: could not connect to ollama app, is it running?' >&2\nexit 1\n"
 
 
+HAS_TICKETS = """\
+#!/bin/sh
+case "$1" in
+show) [ "$2" = tickets ] ;;
+create) echo success ;;
+esac
+"""
+
+
 @pytest.fixture
 def install_ollama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """``install_ollama(script)``: the program `ollama`, or none for an empty script."""
@@ -88,6 +97,36 @@ def test_the_installed_ollama_creates_the_model(
         "ollama: copying file sha256:12",
         "ollama: success",
     ]
+
+
+@pytest.mark.usefixtures("without_proof")
+def test_a_model_in_ollama_is_replaced_only_on_request(
+    tiny_source: ChatSource, tmp_path: Path, install_ollama: Callable[[str], None]
+) -> None:
+    install_ollama(HAS_TICKETS)
+    with pytest.raises(UserError, match="Ollama has a model of this name") as refused:
+        export_ollama(tiny_source, "adapter", "tickets", tmp_path / "out", "F16")
+    assert "--replace" in refused.value.fix
+    assert not (tmp_path / "out").exists()
+    assert export_ollama(
+        tiny_source, "adapter", "tickets", tmp_path / "out", "F16", replace_model=True
+    ).created
+
+
+@pytest.mark.usefixtures("without_proof")
+def test_a_model_that_appears_meanwhile_is_not_replaced(
+    tiny_source: ChatSource, tmp_path: Path, install_ollama: Callable[[str], None]
+) -> None:
+    install_ollama("#!/bin/sh\nexit 1\n")
+
+    def on_status(words: str) -> None:
+        if words.startswith("Writing"):
+            install_ollama(HAS_TICKETS)
+
+    with pytest.raises(UserError, match="Ollama has a model of this name") as refused:
+        export_ollama(tiny_source, "adapter", "tickets", tmp_path / "out", "F16", on_status=on_status)
+    assert "is complete, and was not given to Ollama" in refused.value.why
+    assert (tmp_path / "out" / "tickets.gguf").is_file()
 
 
 @pytest.mark.usefixtures("without_proof")
