@@ -142,7 +142,7 @@ async def test_the_app_asks_whose_recipe_stays(make_app: MakeApp, key: str, mine
         assert app.workbench.recipe.lora.rank == 16
         edit_elsewhere(8)
         app.edit("lora.rank", 32)
-        shown = await wait_for_text(pilot, "Another app changed the recipe", "Keep mine", "Use theirs")
+        shown = await wait_for_text(pilot, "Another app changed the recipe", "m keep mine", "t use theirs")
         assert "32" in shown and "8" in shown
         app.edit("lora.alpha", 64)
         await pilot.pause()

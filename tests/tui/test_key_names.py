@@ -20,8 +20,6 @@ _COMMAND = re.compile(r"\{([a-z]+\.[a-z_]+)\}")
 _LOOKUPS = {"key_name", "key_names", "bare_key", "key_while_typing"}
 _KEY = re.compile(r"\[[A-Za-z0-9?/'+:-]\]|\bF\d{1,2}\b|\bCtrl\+\w")
 _FIXED = {
-    "modals/confirm.py": ("[y]", "[n]"),
-    "modals/draft_changed.py": ("[m]", "[t]"),
     "train/screen.py": ("[h]", "[l]", "[']"),
     "chat/text.py": ("Ctrl+J",),
     "lora/module_grid.py": ("[x]", "[-]"),

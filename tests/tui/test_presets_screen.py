@@ -108,7 +108,7 @@ async def test_an_edited_file_is_replaced_only_after_a_question() -> None:
     app = open_on("memory")
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("p", "s", *"tickets", "enter")
-        await wait_for_text(pilot, "Preset exists", "Replace it")
+        await wait_for_text(pilot, "Preset exists", "y replace it")
         await pilot.press("n")
         assert "by hand" in mine("tickets").read_text()
         await pilot.press("enter")
@@ -162,7 +162,7 @@ async def test_an_edit_made_since_is_not_lost_by_an_undo() -> None:
         await wait_for_text(pilot, "● mine")
         mine("mine").write_text('note = "edited since"\n')
         await pilot.press("u")
-        await wait_for_text(pilot, "Preset exists", "[n] Keep it")
+        await wait_for_text(pilot, "Preset exists", "n keep it")
         await pilot.press("n")
         assert "edited since" in mine("mine").read_text()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import ClassVar
 
 from textual import work
@@ -13,18 +14,19 @@ from textual.containers import Vertical
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
+from qlora_tui.tui.key_names import dialog_keys
+
 CHECK_INTERVAL_S = 1.0
+_YES = Binding("y", "dismiss(True)", "Yes")
+_ENTER = Binding("enter", "confirm", "Yes")
+_NO = Binding("n,escape", "dismiss(False)", "No")
 
 
 class ConfirmScreen(ModalScreen[bool]):
     """Returns True for yes. Esc is no; Enter is yes only if ``harmless``."""
 
     CSS_PATH = "modal.tcss"
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("y", "dismiss(True)", "Yes"),
-        Binding("enter", "confirm", "Yes"),
-        Binding("n,escape", "dismiss(False)", "No"),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = [_YES, _ENTER, _NO]
 
     def __init__(
         self,
@@ -57,9 +59,9 @@ class ConfirmScreen(ModalScreen[bool]):
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog") as dialog:
             dialog.border_title = self._title
+            yes = replace(_ENTER if self._harmless else _YES, description=self._yes)
+            dialog.border_subtitle = dialog_keys([yes, replace(_NO, description=self._no)])
             yield Static(self._text, markup=False)
-            yes = f"{'Enter or ' if self._harmless else ''}[y] {self._yes}"
-            yield Static(f"{yes}      [n] {self._no}", markup=False, classes="fix")
 
     def action_confirm(self) -> None:
         """Answer yes by Enter, if nothing can be lost."""

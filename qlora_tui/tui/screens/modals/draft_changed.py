@@ -10,6 +10,8 @@ from textual.containers import Vertical
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
+from qlora_tui.tui.key_names import dialog_keys
+
 _MAX_LINES = 8
 DraftChoice = Literal["mine", "theirs"]
 
@@ -34,7 +36,6 @@ class DraftChangedScreen(ModalScreen[DraftChoice | None]):
             shown.append(f"and {len(self._changes) - _MAX_LINES} more")
         with Vertical(classes="dialog") as dialog:
             dialog.border_title = "Another app changed the recipe"
+            dialog.border_subtitle = dialog_keys(self.BINDINGS)
             yield Static("Your last edit is not saved. Changes from yours to theirs:", markup=False)
             yield Static("\n".join(shown) or "Only the preset it started from differs.", markup=False)
-            keys = "[m] Keep mine      [t] Use theirs      Esc Decide later"
-            yield Static(keys, markup=False, classes="fix")

@@ -12,6 +12,8 @@ from textual.geometry import Size
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
+from qlora_tui.tui.key_names import dialog_keys
+
 MIN_SIZE = Size(80, 24)
 
 
@@ -24,13 +26,14 @@ class TooSmallScreen(ModalScreen[None]):
     """Covers any screen; the app closes it when the window is large enough."""
 
     CSS_PATH = "modal.tcss"
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter,escape", "dismiss", "Show it")]
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter,escape", "dismiss", "Show it cut off")]
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog") as dialog:
             dialog.border_title = "This window is too small"
             yield Static(markup=False)
-            yield Static("Enter  show it cut off", classes="fix")
+            # On a line that wraps: the border of a narrow window would cut it.
+            yield Static(dialog_keys(self.BINDINGS), markup=False, classes="fix")
 
     def on_resize(self, event: Resize) -> None:
         """Show the size."""
