@@ -22,5 +22,5 @@ def context_length_warning(length: int, architecture: Architecture) -> UserError
         why="It has no embedding for later positions: a longer sample makes the run fail."
         if learned_positions
         else "It was not trained on later positions, so longer samples will be learned poorly.",
-        fix=f"Set data.max_length to {limit:,} or less.",
+        fix=f"Set the sequence length (data.max_length) to {limit:,} or less.",
     )

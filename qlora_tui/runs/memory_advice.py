@@ -40,7 +40,8 @@ def describe_fix(recipe: Recipe | None, phase: Phase | None) -> str:
     if phase is not None and phase in PREPARING_PHASES:
         return _fix_for_model(recipe)
     settings = (
-        "Lower training.micro_batch_size, turn training.gradient_checkpointing on, or lower data.max_length."
+        "Lower the micro-batch size (training.micro_batch_size), turn on gradient checkpointing "
+        "(training.gradient_checkpointing), or lower the sequence length (data.max_length)."
     )
     return (recipe and suggest_settings(recipe)) or settings
 
@@ -49,9 +50,9 @@ def _fix_for_model(recipe: Recipe | None) -> str:
     """What helps where the model itself does not fit; a smaller micro-batch does not."""
     choices = ["Close other programs that use this memory"]
     if recipe is not None and recipe.quantization.method in ("int8", "none"):
-        choices.append("set quantization.method to nf4")
+        choices.append("set the quantization method (quantization.method) to nf4")
     elif recipe is not None and not recipe.quantization.double_quantization:
-        choices.append("turn quantization.double_quantization on")
+        choices.append("turn on double quantization (quantization.double_quantization)")
     return f"{', '.join(choices)}, or choose a smaller model. A smaller micro-batch does not help."
 
 

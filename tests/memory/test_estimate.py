@@ -158,7 +158,7 @@ def test_samples_beyond_the_models_context_are_warned_of(name: str, most: int, w
     model = parse_architecture(config(name))
     assert as_json(Recipe(data=Data(max_length=most)), model, None)["warnings"] == []
     (said,) = as_json(Recipe(data=Data(max_length=most + 1)), model, None)["warnings"]
-    assert why in said and f"Set data.max_length to {most:,} or less" in said
+    assert why in said and f"Set the sequence length (data.max_length) to {most:,} or less" in said
 
 
 def test_a_cpu_run_has_no_cuda_context() -> None:

@@ -44,7 +44,7 @@ def test_the_checks_warn_of_samples_beyond_the_models_context(tmp_path: Path) ->
     length = checks_by_kind(recipe)[CheckKind.LENGTH]
     assert length.outcome == "warning"
     assert "the model's context is 8,192" in length.text
-    assert length.fix == "Set data.max_length to 8,192 or less."
+    assert length.fix == "Set the sequence length (data.max_length) to 8,192 or less."
 
 
 def test_the_memory_check_names_what_the_run_will_use(tmp_path: Path) -> None:

@@ -124,12 +124,12 @@ def test_a_model_that_does_not_fit_is_named(recipe: Recipe) -> None:
         log.append(PhaseChanged(at=4.0, phase="loading"))
     ending = determine_outcome(run, -signal.SIGKILL, host_out_of_memory=True)
     assert isinstance(ending, Failed) and ending.phase == "loading"
-    assert "smaller model" in ending.fix and "quantization.method to nf4" in ending.fix
+    assert "smaller model" in ending.fix and "quantization.method) to nf4" in ending.fix
 
 
 @pytest.mark.parametrize(
     ("method", "double", "named"),
-    [("nf4", True, ""), ("nf4", False, "double_quantization on"), ("int8", True, "method to nf4")],
+    [("nf4", True, ""), ("nf4", False, "turn on double quantization"), ("int8", True, "method) to nf4")],
 )
 def test_only_settings_that_shrink_the_model_are_named(method: str, double: bool, named: str) -> None:
     recipe = replace_setting(Recipe(), "quantization.method", method)

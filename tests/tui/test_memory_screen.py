@@ -169,7 +169,9 @@ async def test_samples_beyond_the_context_length_warn_even_without_fit(
     async with app.run_test(size=(80, 24)) as pilot:
         assert "model's context" not in await wait_for_text(pilot, "checkpointing")
         await pilot.press("s", "s")
-        await wait_for_text(pilot, "! the model's context is 2,048", "Set data.max_length to", "or less.")
+        await wait_for_text(
+            pilot, "! the model's context is 2,048", "sequence length", "(data.max_length)", "or less."
+        )
         await pilot.press("s", "s", "b", "b")
         await wait_for_text(pilot, "! the model's context is 2,048", "To make it fit, press [a]:")
 
