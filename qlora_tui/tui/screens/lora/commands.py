@@ -16,15 +16,19 @@ COMMANDS: tuple[Command, ...] = (
         "Add or remove the adapter of the selected modules.",
     ),
     _command("block", "x", "block", "Block", "Start selecting a block of layers; press again to toggle it."),
-    _command("patterns", "i", "patterns", "Patterns", "Type target patterns, such as q,v or 8-23.q."),
+    _command("patterns", "i", "edit_targets", "Patterns", "Type target patterns, such as q,v or 8-23.q."),
     _command("all", "f", "all_linear", "All", "Select every linear module (all-linear)."),
     _hidden(
-        "rank_here", "e", "set_pattern('rank')", "Rank here", "Set a custom rank for the selected modules."
+        "rank_here",
+        "e",
+        "set_custom_value('rank')",
+        "Rank here",
+        "Set a custom rank for the selected modules.",
     ),
     _hidden(
         "alpha_here",
         "E",
-        "set_pattern('alpha')",
+        "set_custom_value('alpha')",
         "Alpha here",
         "Set a custom alpha for the selected modules.",
     ),

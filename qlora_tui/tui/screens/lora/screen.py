@@ -127,18 +127,18 @@ class LoraScreen(WorkScreen):
         """Every linear module."""
         self.qlora_app.edit("lora.target_modules", (ALL_LINEAR,))
 
-    def action_set_pattern(self, key: str) -> None:
+    def action_set_custom_value(self, name: str) -> None:
         """Ask for a custom rank or alpha of the modules under the cursor."""
         recipe, modules = self.qlora_app.workbench.recipe, self.query_one(ModuleGrid).under_cursor
         architecture = self.qlora_app.workbench.architecture()
         if isinstance(architecture, UserError) or not modules:
             return
         names = {module.name for module in modules}
-        setting, usual = f"lora.{key}_pattern", get_setting(recipe, f"lora.{key}")
+        setting, usual = f"lora.{name}_pattern", get_setting(recipe, f"lora.{name}")
 
         def on_result(text: str | None) -> None:
             if text is not None:
-                number = msgspec.convert(text.strip() or usual, fields()[f"lora.{key}"].type, strict=False)
+                number = msgspec.convert(text.strip() or usual, fields()[f"lora.{name}"].type, strict=False)
                 own = get_setting(recipe, setting)
                 self.qlora_app.edit(
                     setting, assign_pattern_values(own, usual, names, number, architecture.modules)
@@ -147,16 +147,16 @@ class LoraScreen(WorkScreen):
 
         self.app.push_screen(
             TextPromptScreen(
-                f"{key.title()} of {', '.join(to_patterns(names, architecture.modules))}",
+                f"{name.title()} of {', '.join(to_patterns(names, architecture.modules))}",
                 f"{len(names)} modules. Leave empty for {format_value(usual)}, as for all others.",
                 "",
-                lambda text: validate_number(f"lora.{key}", text),
+                lambda text: validate_number(f"lora.{name}", text),
             ),
             on_result,
         )
 
-    def action_patterns(self) -> None:
-        """Type patterns; the modules follow while they are typed."""
+    def action_edit_targets(self) -> None:
+        """Edit the target patterns as text; the modules follow while they are typed."""
         field = self.query_one("#targets-input", Input)
         field.value = ", ".join(self.qlora_app.workbench.recipe.lora.target_modules)
         field.display = True
@@ -204,13 +204,13 @@ class LoraScreen(WorkScreen):
         except UserError as problem:
             self._show_error(problem)
             return
-        self._leave_patterns()
+        self._close_targets_input()
         self.qlora_app.edit("lora.target_modules", patterns)
 
     def key_escape(self) -> None:
         """Leave the patterns as they were."""
         if self.query_one("#targets-input").display:
-            self._leave_patterns()
+            self._close_targets_input()
 
     # Without a description, Textual would format the arguments, thousands of modules, at each key.
     @work(exclusive=True, group="deltas", description="compute deltas")
@@ -227,7 +227,7 @@ class LoraScreen(WorkScreen):
         self._show_controls(recipe)
         update_if_changed(self.query_one("#lora-totals", Static), self._totals(recipe))
 
-    def _leave_patterns(self) -> None:
+    def _close_targets_input(self) -> None:
         self.query_one("#targets-input").display = False
         self.query_one("#targets-text").display = True
         self.query_one("#modules").focus()
