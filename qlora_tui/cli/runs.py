@@ -159,10 +159,10 @@ def _summary(view: RunView) -> dict[str, Any]:
 
 
 def _format_validation(view: RunView) -> str:
-    """``1.29, exact 97%, base 12%``: lowest loss, and latest share of exact short answers."""
+    """``1.29, exact answers 97%, base 12%``: lowest loss, and latest share of exact short answers."""
     best = format_float(None if view.best is None else view.best.loss, 3)
     exact = format_exact(view.accuracy, view.base_accuracy)
-    return f"{best}, exact {exact}" if exact else best
+    return f"{best}, exact answers {exact}" if exact else best
 
 
 def _add_run_argument(parser: argparse.ArgumentParser) -> None:

@@ -59,7 +59,7 @@ def run_rows(run: RunDir) -> tuple[tuple[str, str], ...]:
             parts.append(f"{scored[-1].loss:.3f} last")
         rows.append(("Validation loss", ", ".join(parts)))
     if view.accuracy is not None:
-        base = f" (base {view.base_accuracy:.0%})" if view.base_accuracy is not None else ""
+        base = f" (base model {view.base_accuracy:.0%})" if view.base_accuracy is not None else ""
         rows.append(("Exact answers", f"{view.accuracy:.0%} of the validation rows{base}"))
     if view.environment:
         rows.append(("Trained with", view.environment.device))

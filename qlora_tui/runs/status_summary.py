@@ -25,7 +25,7 @@ def summarize_status(view: RunView, sample: Sample | None) -> str:
         loss = float("nan") if last.loss is None else last.loss
         parts.append(f"validation loss {format_float(loss, 3)} at step {last.step:,}")
         if last.accuracy is not None:
-            base = "" if view.base_accuracy is None else f" (base {format_percent(view.base_accuracy)})"
+            base = "" if view.base_accuracy is None else f" (base model {format_percent(view.base_accuracy)})"
             parts.append(f"{format_percent(last.accuracy)} of answers exact{base}")
     if view.best is not None and view.best is not view.evaluations[-1]:
         parts.append(f"best {format_float(view.best.loss, 3)} at step {view.best.step:,}")

@@ -178,7 +178,7 @@ def test_a_run_is_listed_with_best_validation_and_exact_answers(call: Call, fini
     with EventWriter(finished_run.events_path) as log:
         for step, loss, accuracy in ((0, 3.0, 0.12), (2, 1.2901, 0.9), (3, 1.4, 0.97)):
             log.append(Evaluated(at=5.0, step=step, loss=loss, accuracy=accuracy))
-    assert "1.29, exact 97%, base 12%" in call("runs").out
+    assert "1.29, exact answers 97%, base 12%" in call("runs").out
     (listed,) = call("runs", "--json").json["runs"]
     assert (listed["best_validation_loss"], listed["best_step"]) == (1.2901, 2)
     assert (listed["accuracy"], listed["base_accuracy"]) == (0.97, 0.12)

@@ -19,11 +19,10 @@ from textual.screen import ModalScreen
 from textual.widgets import Static
 
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import format_duration, format_float, truncate_middle
+from qlora_tui.formatting import format_duration, format_float, format_percent, truncate_middle
 from qlora_tui.recipe.diff import DESCRIPTIVE, format_value
 from qlora_tui.recipe.fields import fields, get_setting
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs.describe import format_exact
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Failed
 from qlora_tui.runs.view import RunView
@@ -58,6 +57,7 @@ OUTCOMES = (
     "best validation loss",
     "before training",
     "exact answers",
+    "exact, base model",
     "steps",
     "tokens/s",
     "time",
@@ -88,13 +88,18 @@ def read(run: RunDir) -> ComparedRun:
             view.status.state,
             "NA" if best is None else f"{format_float(best.loss)} at {best.step:,}",
             "" if view.loss_to_beat is None else f"{format_float(view.loss_to_beat)}, better",
-            format_exact(view.accuracy, view.base_accuracy),
+            _share(view.accuracy),
+            _share(view.base_accuracy),
             f"{view.step:,}/{view.total_steps:,}",
             "NA" if speed is None else f"{speed:,.0f}",
             format_duration(series.seconds()) if len(series) else "NA",
             _reason(view),
         ),
     )
+
+
+def _share(part: float | None) -> str:
+    return "" if part is None else format_percent(part)
 
 
 def _reason(view: RunView) -> str:

@@ -46,9 +46,10 @@ class TrainScreen(TrainActions):
     HELP_TEXT = (
         "Before a run: the whole recipe and its checks. Enter edits a setting, [h] and [l] step it, "
         "Backspace resets it to the preset's value, ['] labels each setting with a letter to jump to.\n"
-        "During a run: the loss (gray) with its running mean, ◆ validations, ★ the best validation, × "
-        "steps where the loss was not a number. Each small chart goes from zero to its highest value; the "
-        "number beside it is the latest. "
+        "During a run: the loss (gray) with its running mean, ◆ evaluations (validation loss), ★ the best, "
+        "× steps where the loss was not a number. exact is the share of short answers that are right to the "
+        "last token, beside that of the base model. Each small chart goes from zero to its highest "
+        "value; the number beside it is the latest. "
         "▲ under the memory bar is the estimate. The run continues when you leave the app.\n"
         "'testing' compares the first step with transformers and peft, then tries memory with one step on "
         "the longest batch. An attempt is one process of the run: a resume, or a retry after memory ran "
