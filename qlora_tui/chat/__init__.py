@@ -1,6 +1,7 @@
 """Chat with a model: base and adapters, from one copy of the base.
 
 chat_types, chat_sources   sampling settings, results, and the available adapters; no torch
+chat_memory                whether a chat fits into the free memory; no torch
 effect                     what an adapter changes, in figures and one sentence; no torch
 session                    the base model and its adapters in memory (adapters, adapter_forwards), and
                            faster decoding on a CPU (decode_attention, cpu_4bit, cpu_dequantize)

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -15,6 +16,8 @@ import pytest
 from textual.pilot import Pilot
 from textual.widgets import Input
 
+from qlora_tui.catalog.config_parser import parse_architecture
+from qlora_tui.chat import chat_memory
 from qlora_tui.chat.chat_types import ADAPTER, BASE, GenerationResult, Sampling, TextChunk
 from qlora_tui.chat.effect import LayerChange
 from qlora_tui.errors import UserError
@@ -22,6 +25,7 @@ from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.status import read_status, write_status
 from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.screens.chat import conversation_screen
 from qlora_tui.tui.screens.chat import text as words
 from qlora_tui.tui.screens.chat.adapter_pair import AdapterPair
 from qlora_tui.tui.screens.chat.chat_turn import ChatTurn
@@ -32,7 +36,7 @@ from tests.chat.measured import EFFECT
 from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
 from tests.tui.sample_data import tickets
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
-from tests.tui.workstation import open_on, settle
+from tests.tui.workstation import config_of, open_on, settle
 
 Snapshot = Callable[..., bool]
 SIZES = [(80, 24), (120, 40)]
@@ -298,10 +302,34 @@ async def test_loading_beside_an_active_run_asks_first() -> None:
         while app.system_status.active is None:
             await pilot.pause(0.05)
         await pilot.press(*"Hello", "enter")
-        await wait_for_text(pilot, "A run is training", "busy-run is training on this machine.", "Not now")
+        await wait_for_text(pilot, "A run is training", "busy-run is training on this machine,", "n not now")
         await pilot.press("n")
         await wait_for_text(pilot, "Hello")
         assert chat_of(app).engine.pid is None
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "phase", "asks"), [(16, "training", False), (1, "training", True), (16, "loading", True)]
+)
+async def test_loading_asks_only_where_memory_may_run_out(
+    monkeypatch: pytest.MonkeyPatch, free_gib: int, phase: Any, asks: bool
+) -> None:
+    files = SimpleNamespace(architecture=parse_architecture(config_of("HuggingFaceTB__SmolLM2-135M")))
+    monkeypatch.setattr(chat_memory, "resolve_model", lambda model_id: files)
+    free = SimpleNamespace(available=free_gib << 30)
+    monkeypatch.setattr(conversation_screen, "psutil", SimpleNamespace(virtual_memory=lambda: free))
+    sent: list[str] = []
+    monkeypatch.setattr(ChatScreen, "_answer", lambda screen, prompt: sent.append(prompt))
+    finished(ADAPTER)
+    busy = write_fake_run(FakeRun(name="busy-run", state="running"))
+    write_status(busy, msgspec.structs.replace(read_status(busy), phase=phase))
+    app = open_on("chat")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await wait_for_text(pilot, "not loaded yet")
+        await wait_until(pilot, lambda: app.system_status.active is not None)
+        await pilot.press(*"Hello", "enter")
+        await wait_until(pilot, lambda: bool(sent) or "A run is training" in text_of(app))
+        assert sent == ([] if asks else ["Hello"])
 
 
 async def test_the_question_closes_once_the_run_has_ended() -> None:

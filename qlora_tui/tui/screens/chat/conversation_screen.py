@@ -7,9 +7,11 @@ import random
 from collections.abc import Callable
 
 import msgspec
+import psutil
 from textual import work
 from textual.containers import VerticalScroll
 
+from qlora_tui.chat.chat_memory import chat_fits
 from qlora_tui.chat.chat_types import BASE, ChatSource, Sampling
 from qlora_tui.chat.effect import Effect
 from qlora_tui.data.conversation import Message
@@ -25,9 +27,11 @@ from qlora_tui.engine.protocol import (
     Text,
 )
 from qlora_tui.errors import UserError
+from qlora_tui.memory.budget import budget_for
 from qlora_tui.recipe.schema import Thinking
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.status import ACTIVE, read_status
+from qlora_tui.runs.events import STEP_PHASES
+from qlora_tui.runs.status import ACTIVE, Status, read_status
 from qlora_tui.tui.key_names import name_keys
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.chat import text as chat_text
@@ -84,22 +88,26 @@ class ConversationScreen(WorkScreen):
 
     async def send(self, prompt: str) -> None:
         if self.source is not None:
-            self.confirm_shared_memory(
+            await self.confirm_shared_memory(
                 lambda: self._answer(prompt), lambda: self.query_one(PromptBox).put(prompt)
             )
 
-    def confirm_shared_memory(
+    async def confirm_shared_memory(
         self, proceed: Callable[[], object], cancel: Callable[[], object] = lambda: None
     ) -> None:
-        """Ask before loading while a run is active; then call ``proceed`` or ``cancel``."""
+        """Call ``proceed``; ask first where the chat may not fit beside a run, with ``cancel`` for no."""
         active = self.qlora_app.system_status.active
         if (
             self.ready is not None
             or active is None
             or active.id in self.shares_with
             # What the app last saw may be a second old.
-            or read_status(active).state not in ACTIVE
+            or (status := read_status(active)).state not in ACTIVE
         ):
+            proceed()
+            return
+        if await self._fits_beside(status):
+            self.shares_with.add(active.id)
             proceed()
             return
 
@@ -111,9 +119,9 @@ class ConversationScreen(WorkScreen):
                 cancel()
 
         text = (
-            f"{active.id} is training on this machine. If the chat also loads a model, both get slower, and "
-            "either may run out of memory if little is free. If you do not load it, nothing is sent, and "
-            "your message stays in the field."
+            f"{active.id} is training on this machine, and the free memory may not be enough for the chat's "
+            "model. If you load it, either may run out of memory. If you do not, nothing is sent, and your "
+            "message stays in the field."
         )
         self.app.push_screen(
             ConfirmScreen(
@@ -124,6 +132,17 @@ class ConversationScreen(WorkScreen):
                 is_outdated=lambda: read_status(active).state not in ACTIVE,
             ),
             on_result,
+        )
+
+    async def _fits_beside(self, status: Status) -> bool:
+        """Whether the chat fits beside the active run, which must have reached the memory it needs."""
+        source, machine = self.source, self.qlora_app.system_status
+        llama_cpp = source is not None and not source.gguf_files.keys().isdisjoint(self.pair.active)
+        if source is None or llama_cpp or status.phase not in STEP_PHASES:
+            return False
+        free_bytes = machine.free_bytes if machine.gpu else psutil.virtual_memory().available
+        return free_bytes is not None and await asyncio.to_thread(
+            chat_fits, source.recipe, budget_for(machine.gpu).device, free_bytes
         )
 
     def _yield_memory_to_run(self, system_status: SystemStatus) -> None:

@@ -251,12 +251,12 @@ class ChatScreen(ConversationScreen):
         """Up or down by some lines."""
         self.query_one("#conversation", VerticalScroll).scroll_relative(y=3 * by, animate=False)
 
-    def action_effect(self) -> None:
+    async def action_effect(self) -> None:
         """Measure what the adapter changes."""
         if self.pair.single:
             self.notify("This chat has no adapter to measure.")
         elif not self.busy:
-            self.confirm_shared_memory(self.measure)
+            await self.confirm_shared_memory(self.measure)
 
     def _choose(self, pair: AdapterPair) -> None:
         if pair == self.pair and self.source is not None:
