@@ -85,7 +85,7 @@ COMMANDS: tuple[Command, ...] = (
         "fix",
         "m",
         "fix",
-        "Fix",
+        "Apply fix",
         "Change the setting that a problem names: chosen answers, split texts, tokens to train.",
     ),
 )

@@ -55,7 +55,7 @@ COMMANDS: tuple[Command, ...] = (
         "Change the learning rate of the run.",
         cli_command="ask",
     ),
-    _command("fix", "m", "fix", "Fix", "Apply the fix that a check or a run's latest warning names."),
+    _command("fix", "m", "fix", "Apply fix", "Apply the fix that a check or a run's latest warning names."),
     _command("chat", "c", "chat", "Chat", "Chat with this run's adapter.", cli_command="chat"),
     _command("another", "x", "watch_another", "Watch run", "Watch another run.", cli_command="attach"),
     _command("prepare", "n", "prepare", "New run", "Prepare a new run: edit the recipe and see its checks."),
