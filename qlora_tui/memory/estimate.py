@@ -225,8 +225,8 @@ def _notes(
     notes = []
     if items.get("int8_inputs"):
         notes.append(
-            "int8 keeps the inputs of its linear layers despite checkpointing: large batches take more than "
-            "in NF4 or fp16."
+            "int8 keeps the inputs of its linear layers despite checkpointing: a small model or a "
+            "large batch takes more than in NF4 or 16 bits."
         )
     if architecture.experts and recipe.quantization.method != "none":
         notes.append("The experts are fused parameters, which bitsandbytes leaves in 16 bits.")
