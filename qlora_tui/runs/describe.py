@@ -109,7 +109,7 @@ def _format_best(event: Evaluated) -> str:
 class PhaseFilter:
     """Filter for events worth a line: each phase is, once per attempt.
 
-    Training resumes after every validation and checkpoint, whose results have their own lines.
+    Training resumes after every evaluation and checkpoint, whose results have their own lines.
     """
 
     def __init__(self) -> None:

@@ -53,11 +53,11 @@ class RunSummary:
     loss_to_beat: float | None
     """Validation loss before training where no later one is lower; None otherwise."""
     accuracy: float | None
-    """Exact answers at the last validation; None for data without short ones."""
+    """Exact answers at the last evaluation; None for data without short ones."""
     losses: tuple[float, ...]
     """Training losses in order, decimated; NaN where one was not a number."""
     seconds: float | None
-    """Training time without validation and pauses; None before the first step."""
+    """Training time without evaluations and pauses; None before the first step."""
     seconds_left: float | None
     """Remaining time of an active run at its pace; None otherwise."""
     energy: str

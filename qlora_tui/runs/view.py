@@ -79,7 +79,7 @@ class StepSeries:
         self.tokens_per_s.append(event.tokens_per_s)
 
     def seconds(self, first: int = 0) -> float:
-        """Training time of the steps from index ``first`` on, without validations and pauses.
+        """Training time of the steps from index ``first`` on, without evaluations and pauses.
 
         Computed from the trainer's own throughput: the clock may have been set meanwhile.
         """
@@ -189,7 +189,7 @@ class RunView:
 
     @property
     def best(self) -> Evaluated | None:
-        """The validation with the lowest loss after training began."""
+        """The evaluation with the lowest loss after training began."""
         scored = [e for e in self.evaluations if e.loss is not None and e.step > 0]
         return min(scored, key=lambda e: e.loss if e.loss is not None else math.inf, default=None)
 
@@ -208,7 +208,7 @@ class RunView:
 
     @property
     def accuracy(self) -> float | None:
-        """Share of exact answers at the last validation; None for data without short answers."""
+        """Share of exact answers at the last evaluation; None for data without short answers."""
         return self.evaluations[-1].accuracy if self.evaluations else None
 
     @property
@@ -224,7 +224,7 @@ class RunView:
         if n < 2 or not self.total_steps or self.ending is not None:
             return None
         trained = series.seconds(len(series) - n + 1)
-        # Validations between them are included; a pause, or a clock that was set, at most doubles it.
+        # Evaluations between them are included; a pause, or a clock that was set, at most doubles it.
         took = min(max(trained, series.at[-1] - series.at[-n]), 2 * trained)
         return max(0, self.total_steps - self.step) * took / (series.step[-1] - series.step[-n])
 

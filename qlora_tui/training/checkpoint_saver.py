@@ -27,7 +27,7 @@ class RunProgress:
     losses_since_best: list[float] = field(default_factory=list)
     """Validation losses since the best, for early stopping."""
     evaluated_step: int = -1
-    """Step of the last validation; -1 before the first."""
+    """Step of the last evaluation; -1 before the first."""
     checkpoint_step: int = -1
     """Step of the last checkpoint; -1 before the first."""
     ends_with_epoch: bool = False

@@ -86,7 +86,7 @@ def find_non_finite(step: int, loss: float, grad_norm: float, *, norm_may_overfl
 
 
 class ValidationMonitor:
-    """Compares each validation with the one before training."""
+    """Compares each evaluation with the one before training."""
 
     def __init__(self) -> None:
         self._is_worse = False

@@ -117,7 +117,7 @@ def test_the_time_left_follows_the_pace(run: RunDir) -> None:
     assert view.seconds_left == 60.0
 
 
-def test_the_time_left_counts_validations(run: RunDir) -> None:
+def test_the_time_left_counts_evaluations(run: RunDir) -> None:
     view = RunView(run)
     with EventWriter(run.events_path) as log:
         log.append(DATA)

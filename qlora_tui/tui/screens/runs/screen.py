@@ -37,7 +37,7 @@ class RunsScreen(RunActions):
     HELP_TEXT = (
         "Queued runs are listed first, in order; then the active one, then the newest. best is the lowest "
         "validation loss, or with * the last training loss if none was measured. exact is the share of "
-        "short answers that were exactly right in the last validation. The small curve is scaled from the "
+        "short answers that were exactly right in the last evaluation. The small curve is scaled from the "
         "lowest to the highest loss of its run."
     )
     SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = COMMANDS

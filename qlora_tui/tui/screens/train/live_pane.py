@@ -31,7 +31,7 @@ _LEVELS: tuple[tuple[str, frozenset[Level]], ...] = (
 TABS = ("log", "samples", "health", "output")
 _NO_EVENTS = "No events yet."
 _EMPTY = {
-    "samples": "No samples yet. Sample prompts (training.sample_prompts) are answered at each validation.",
+    "samples": "No samples yet. Sample prompts (training.sample_prompts) are answered at each evaluation.",
     "health": "No warnings.",
     "output": "No output yet.",
 }

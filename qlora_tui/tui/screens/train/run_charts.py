@@ -19,7 +19,7 @@ VALIDATION, BEST = "◆", "★"
 
 
 def loss_plot(snapshot: RunSnapshot, from_step: float) -> Plot:
-    """Loss over steps: raw, its running mean, validations, and the best of them."""
+    """Loss over steps: raw, its running mean, evaluations, and the best of them."""
     x = steps_axis(snapshot.step, snapshot.view.total_steps, from_step)
     envelopes = snapshot.envelopes
     shown = [e for e in snapshot.evaluations if e.loss is not None and e.step >= x.low]
