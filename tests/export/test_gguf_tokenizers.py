@@ -147,3 +147,14 @@ def test_two_tokens_written_alike_are_refused(tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="two of its tokens are written 'a b'"):
         read_vocabulary(ChatTokenizer.from_folder(folder), size + 2)
+
+
+def test_a_repeated_token_of_a_large_vocabulary_is_named_at_once(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path, "gemma", CHAT_TEMPLATE)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    rows = 100_000
+    vocab |= {f"[PAD{rows - 1}]": len(vocab)}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="two of its tokens are written"):
+        read_vocabulary(ChatTokenizer.from_folder(folder), rows)

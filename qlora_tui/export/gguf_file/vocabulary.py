@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -132,7 +133,7 @@ def _tokens(
     if (unknown := vocab.get(tokenizer.special_tokens.get("unk_token", ""))) is not None:
         types[unknown] = CONTROL if is_byte_level else UNKNOWN
     if len(set(tokens)) < rows:
-        repeated = next(text for number, text in enumerate(tokens) if text in tokens[:number])
+        repeated, _ = Counter(tokens).most_common(1)[0]
         raise _unsupported(f"two of its tokens are written {repeated!r}")
     return tokens, types
 
