@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench.support.random_model import make_tokenizer
 from qlora_tui.errors import UserError
 from qlora_tui.export.gguf_file import families
 from qlora_tui.export.gguf_file.families import FAMILIES
+from qlora_tui.export.llama_cpp.bindings import LlamaCpp
 from tests.export.gguf_files import divergence, logits_of, write_base
 from tests.training.tiny_model import CHAT_TEMPLATE
 
@@ -153,6 +155,16 @@ def test_a_window_that_llama_cpp_lacks_limits_the_context(tmp_path: Path) -> Non
     file = write_base(tmp_path / "model", tmp_path / "model.gguf")
     ids = token_ids(32)
     assert divergence(model, logits_of(file, ids), ids) < 1e-4
-    from gguf import GGUFReader
-
     assert GGUFReader(file).fields["llama.context_length"].contents() == 32
+
+
+def test_longrope_limits_the_context_to_the_short_factors(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "phi3", rope_parameters=LONG)
+    file = write_base(tmp_path / "model", tmp_path / "model.gguf")
+    context = GGUFReader(file).fields["phi3.context_length"].contents()
+    assert context == LONG["original_max_position_embeddings"]
+    ids = token_ids(96)
+    with LlamaCpp().open(str(file), context=context, exact=True) as llama:
+        assert divergence(model, llama.logits(ids, range(len(ids))), ids) < 1e-4
+    with LlamaCpp().open(str(file), context=2 * context, exact=True) as llama:
+        assert divergence(model, llama.logits(ids, range(len(ids))), ids) > 0.01

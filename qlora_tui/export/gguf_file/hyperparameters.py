@@ -72,18 +72,32 @@ def hyperparameters(config: Any) -> Hyperparameters:
 
 
 def _context_length(config: Any, family: GgufFamily) -> tuple[int, tuple[str, ...]]:
-    """Return the context length; the attention window where llama.cpp would ignore it."""
+    """Return the context length, less where llama.cpp computes the rest otherwise, and notes on that.
+
+    llama.cpp uses longrope's long factors for every text once its context is longer than the original one
+    (src/llama-model.cpp, ``get_rope_factors``); transformers only for a text that is longer itself.
+    """
     length: int = config.max_position_embeddings
-    window = getattr(config, "sliding_window", None)
+    notes = []
+    rope = rope_parameters(config)
+    if rope.get("rope_type") == "longrope":
+        whole, length = length, rope.get("original_max_position_embeddings") or length
+        if length < whole:
+            override = f"--override-kv {family.architecture}.context_length=int:{whole} -c {whole}"
+            notes.append(
+                f"The file's context length is {length:,} tokens: with a longer one, llama.cpp computes "
+                f"short texts otherwise than the training did (longrope). For longer texts, add {override}."
+            )
+    window: int = getattr(config, "sliding_window", None) or length
     layers = getattr(config, "layer_types", None)
-    if family.architecture in _PERIODS or not window or (layers and "sliding_attention" not in layers):
-        return length, ()
-    if window >= length:
-        return length, ()
-    return window, (
-        f"Each token attends to the {window:,} before it, which llama.cpp lacks for this family. "
-        f"The file's context length is {window:,} tokens, so that the answers agree.",
-    )
+    has_windows = not layers or "sliding_attention" in layers
+    if family.architecture not in _PERIODS and has_windows and window < length:
+        length = window
+        notes.append(
+            f"Each token attends to the {window:,} before it, which llama.cpp lacks for this family. "
+            f"The file's context length is {window:,} tokens, so that the answers agree."
+        )
+    return length, tuple(notes)
 
 
 def _check_activation(config: Any, family: GgufFamily) -> None:
