@@ -23,7 +23,7 @@ from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import chat_tokenizer, model_folder
 from qlora_tui.errors import UserError
 from qlora_tui.export.base_choice import unquantized
-from qlora_tui.export.gguf_file.content import gguf_content, text_config
+from qlora_tui.export.gguf_file.content import general_keys, gguf_content, text_config
 from qlora_tui.export.gguf_file.families import TensorNames
 from qlora_tui.export.gguf_file.writer import SourceTensor, write_gguf, write_lora
 from qlora_tui.export.llama_cpp.bindings import is_installed
@@ -73,7 +73,7 @@ def export_lora(
     tensors = tuple(_tensors(updates, names, stored))
     with draft_folder(out) as draft:
         path = draft / "lora.gguf"
-        write_lora(names.family.architecture, tensors, path)
+        write_lora(names.family.architecture, general_keys(source, base), tensors, path)
         proof, unchecked = None, f"llama.cpp is not installed. {INSTALL_HINT}".rstrip(".")
         if is_installed():
             with ExitStack() as stack:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.export.gguf_file.families import TensorNames, extra_tensors
@@ -61,15 +62,32 @@ def _values(names: TensorNames, tensor: MergedTensor) -> Tensor:
     return values if change is None else change(values)
 
 
-def _general(source: ChatSource, folder: Path, vocabulary: Vocabulary) -> dict[str, str]:
-    recipe = source.recipe
-    base = PurePath(recipe.model.id).name
-    general = {
+def _general(source: ChatSource, folder: Path, vocabulary: Vocabulary) -> dict[str, str | int]:
+    base = PurePath(source.recipe.model.id).name
+    general = general_keys(source, folder)
+    return general | {
         "type": "model",
-        "name": _name(recipe.name or f"{base}, fine-tuned", vocabulary),
+        "name": _name(str(general["name"]), vocabulary),
         "basename": base,
         "description": f"{base} with a LoRA adapter trained by qlora-tui and merged in",
     }
+
+
+def general_keys(source: ChatSource, folder: Path) -> dict[str, str | int]:
+    """Return the ``general.*`` keys of everything that a run exports: its name, its base, the license."""
+    recipe = source.recipe
+    base = PurePath(recipe.model.id).name
+    general: dict[str, str | int] = {
+        "name": recipe.name or f"{base}, fine-tuned",
+        "base_model.count": 1,
+        "base_model.0.name": base,
+    }
+    if recipe.name:
+        general["finetune"] = recipe.name
+    if resolve_model(recipe.model.id).source == "hub cache":
+        general["base_model.0.repo_url"] = f"https://huggingface.co/{recipe.model.id}"
+        if organization := recipe.model.id.rpartition("/")[0]:
+            general["base_model.0.organization"] = organization
     if license_id := base_license(folder):
         general["license"] = license_id
     return general

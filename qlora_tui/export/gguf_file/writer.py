@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class FileContent:
     architecture: str
     hyperparameters: Hyperparameters
     vocabulary: Vocabulary
-    general: dict[str, str]
+    general: dict[str, str | int]
     """``general.*`` keys, without the prefix."""
     tensors: tuple[SourceTensor, ...]
 
@@ -66,8 +66,7 @@ def write_gguf(
     try:
         writer.add_file_type(LlamaFileType[f"MOSTLY_{file_type}"])
         writer.add_quantization_version(2)
-        for key, text in content.general.items():
-            writer.add_string(f"general.{key}", text)
+        _add_general(writer, content.general)
         _add_hyperparameters(writer, content)
         _add_vocabulary(writer, content.vocabulary)
         types = [tensor_type(tensor.name, tensor.shape, file_type) for tensor in content.tensors]
@@ -91,13 +90,16 @@ def write_gguf(
         writer.close()
 
 
-def write_lora(architecture: str, tensors: Iterable[SourceTensor], path: Path) -> None:
+def write_lora(
+    architecture: str, general: Mapping[str, str | int], tensors: Iterable[SourceTensor], path: Path
+) -> None:
     """Write the float32 matrices of an adapter; each module's scale is already part of its B."""
     from gguf import GGUFWriter
 
     writer = GGUFWriter(path, architecture)
     try:
         writer.add_type("adapter")
+        _add_general(writer, general)
         writer.add_string("adapter.type", "lora")
         # 0 makes llama.cpp scale by 1.
         writer.add_float32("adapter.lora.alpha", 0.0)
@@ -108,6 +110,14 @@ def write_lora(architecture: str, tensors: Iterable[SourceTensor], path: Path) -
         writer.write_tensors_to_file()
     finally:
         writer.close()
+
+
+def _add_general(writer: Any, general: Mapping[str, str | int]) -> None:
+    for key, value in general.items():
+        if isinstance(value, int):
+            writer.add_uint32(f"general.{key}", value)
+        else:
+            writer.add_string(f"general.{key}", value)
 
 
 def _add_hyperparameters(writer: Any, content: FileContent) -> None:

@@ -1,0 +1,62 @@
+"""Name, base and license in exported GGUF files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf import GGUFReader
+from msgspec.structs import replace
+
+from qlora_tui.catalog.local_models import hub_cache_dir
+from qlora_tui.chat.chat_types import ChatSource
+from qlora_tui.export import gguf_export, lora_export
+from qlora_tui.export.gguf_export import export_gguf
+from qlora_tui.export.lora_export import export_lora
+from tests.export.export_sources import make_source
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(params=["gguf", "lora"])
+def general_of(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Export a source without llama.cpp; returns the general keys of the file."""
+    for module in (gguf_export, lora_export):
+        monkeypatch.setattr(module, "is_installed", lambda: False)
+
+    def general_of(source: ChatSource) -> dict[str, Any]:
+        out = tmp_path / "out.gguf"
+        if request.param == "gguf":
+            export_gguf(source, "adapter", out, ["F16"])
+        else:
+            export_lora(source, "adapter", out)
+        fields = GGUFReader(out).fields
+        return {name: field.contents() for name, field in fields.items() if name.startswith("general.")}
+
+    return general_of
+
+
+def test_a_base_from_the_hub_is_named_with_its_repository(tmp_path: Path, general_of: Any) -> None:
+    source = make_source(tmp_path)
+    cached = hub_cache_dir() / "models--org--Tiny-1B"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0")
+    snapshot = cached / "snapshots" / "0"
+    snapshot.parent.mkdir()
+    Path(source.recipe.model.id).rename(snapshot)
+    (snapshot / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    model = replace(source.recipe.model, id="org/Tiny-1B")
+    general = general_of(replace(source, recipe=replace(source.recipe, model=model)))
+    assert general["general.name"] == general["general.finetune"] == "tiny"
+    assert general["general.base_model.count"] == 1
+    assert general["general.base_model.0.name"] == "Tiny-1B"
+    assert general["general.base_model.0.organization"] == "org"
+    assert general["general.base_model.0.repo_url"] == "https://huggingface.co/org/Tiny-1B"
+    assert general["general.license"] == "apache-2.0"
+
+
+def test_no_path_of_this_machine_is_written(tmp_path: Path, general_of: Any) -> None:
+    general = general_of(make_source(tmp_path))
+    assert general["general.base_model.0.name"] == "model"
+    assert str(tmp_path) not in str(general)
