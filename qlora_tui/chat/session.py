@@ -407,7 +407,7 @@ def load_session(source: ChatSource, on_status: StatusFn = lambda words: None) -
             recipe,
             device,
             attention_path,
-            _every_tenth(on_status, words),
+            every_tenth(on_status, words),
         )
     except torch.OutOfMemoryError as error:
         raise out_of_memory(device) from error
@@ -426,10 +426,10 @@ def model_folder(recipe: Recipe, on_status: StatusFn = lambda words: None) -> Pa
         return files.folder
     words = f"Converting {files.gguf_file}"
     on_status(words)
-    return convert_cached(files.folder / files.gguf_file, _every_tenth(on_status, words))
+    return convert_cached(files.folder / files.gguf_file, every_tenth(on_status, words))
 
 
-def _every_tenth(on_status: StatusFn, words: str) -> Callable[[int, int], None]:
+def every_tenth(on_status: StatusFn, words: str) -> Callable[[int, int], None]:
     """Report progress every 10 %, because a terminal shows each status on a separate line."""
     reported = 0
 

@@ -3,10 +3,10 @@
 ``merge`` writes a 16-bit model folder, which ``merge_check`` compares with base and adapter, with a
 ``model_card``. ``gguf_export`` and ``lora_export`` write GGUF files with ``gguf_file``: ``merged_weights``
 yields the weights, on the base that ``base_choice`` picks (``requantize`` rounds it as in training), and
-``proof`` compares each file with the trained model through ``llama_cpp``. ``ollama_export`` adds a Modelfile,
-whose TEMPLATE ``ollama_template`` writes and ``go_template`` renders. ``adapter_folder`` copies an adapter
-that vLLM can serve. ``hub_export`` uploads what ``upload_files`` writes (adapter, model or GGUF file) in the
-process ``hub_upload``.
+``proof`` compares each file with the trained model's answers (``reference``) through ``llama_cpp``.
+``ollama_export`` adds a Modelfile, whose TEMPLATE ``ollama_template`` writes and ``go_template`` renders.
+``adapter_folder`` copies an adapter that vLLM can serve. ``hub_export`` uploads what ``upload_files`` writes
+(adapter, model or GGUF file) in the process ``hub_upload``.
 ``unfinished_files`` names files once they are complete.
 ``forms`` puts every form behind one function, for ``export_job``, the process of a background export.
 ``gguf_chat`` lets a written file answer in the chat.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 import psutil
+import torch
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -20,7 +21,7 @@ from qlora_tui.catalog.model_validation import weight_files
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import load_session, model_folder
 from qlora_tui.errors import UserError
-from qlora_tui.export.proof import Reference, reference_logits
+from qlora_tui.export.reference import Reference, reason_of, reference_or_reason
 from qlora_tui.export.requantize import Requantizer, requantizer
 from qlora_tui.formatting import format_bytes
 
@@ -76,12 +77,7 @@ def choice_named(
     if requantizer(resolve_model(source.recipe.model.id).architecture, source.recipe.quantization) is None:
         return BaseChoice(chosen="original")
     with ExitStack() as stack:
-        try:
-            reference: Reference | str = stack.enter_context(
-                reference_logits(source, adapter_name, folder, on_status)
-            )
-        except UserError as error:
-            reference = f"{error.title}: {error.what}".rstrip(".")
+        reference = reference_or_reason(stack, source, adapter_name, folder, on_status)
         return choose_base(source, adapter_name, reference, on_status)
 
 
@@ -99,7 +95,8 @@ def choose_base(
 ) -> BaseChoice:
     """Compare the adapter on both kinds of base weights with what was trained.
 
-    ``reference`` is why there is none where it is a text. Raises UserError.
+    ``reference`` is why there is none where it is a text. Where the 16-bit base cannot be loaded or computed,
+    nothing is compared, and the choice says why. Raises UserError for a model that is not on this machine.
     """
     recipe = source.recipe
     requantize = requantizer(resolve_model(recipe.model.id).architecture, recipe.quantization)
@@ -113,12 +110,18 @@ def choose_base(
     if needed > free:
         why = f"that takes {format_bytes(needed)} of memory, and {format_bytes(free)} are free"
         return BaseChoice(chosen="dequantized", unmeasured_because=why)
-    on_status("Comparing the adapter on 16-bit base weights with its training")
-    session = load_session(unquantized(source), on_status)
-    session.ensure_loaded(adapter_name)
-    stored = reference.divergence(session, adapter_name)
-    session.change_base(requantize)
-    trained = reference.divergence(session, adapter_name)
+    words = "Comparing the adapter on {} base weights with its training"
+    try:
+        session = load_session(unquantized(source), on_status)
+        session.ensure_loaded(adapter_name)
+        stored = reference.divergence(session, adapter_name, on_status, words.format("16-bit"))
+        session.change_base(requantize)
+        trained = reference.divergence(session, adapter_name, on_status, words.format("dequantized 4-bit"))
+    except UserError as error:
+        return BaseChoice(chosen="dequantized", unmeasured_because=reason_of(error))
+    except torch.OutOfMemoryError:
+        why = "the GPU's memory is too small for the 16-bit weights"
+        return BaseChoice(chosen="dequantized", unmeasured_because=why)
     return BaseChoice(
         chosen="dequantized" if trained < stored else "original",
         original_divergence=stored,

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from qlora_tui.catalog.gguf_file_types import AUTO, FILE_TYPES, K_QUANTS, LADDER, FileType, estimated_bytes
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.chat.chat_types import ChatSource
-from qlora_tui.chat.session import chat_tokenizer
+from qlora_tui.chat.session import chat_tokenizer, every_tenth
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.export.base_choice import BaseChoice, base_requantizer, choose_base
 from qlora_tui.export.gguf_file.content import gguf_content
@@ -25,7 +25,8 @@ from qlora_tui.export.llama_cpp.bindings import is_installed
 from qlora_tui.export.llama_cpp.jobs import Quantize
 from qlora_tui.export.llama_cpp.llama_process import INSTALL_HINT, quantize
 from qlora_tui.export.merged_weights import MergedWeights, merged_weights
-from qlora_tui.export.proof import Proof, Reference, prove, reference_bytes, reference_or_reason
+from qlora_tui.export.proof import Proof, prove
+from qlora_tui.export.reference import Reference, reference_bytes, reference_or_reason
 from qlora_tui.export.unfinished_files import draft_folder, publish_file, refuse_existing, require_space
 
 _PROVED_ALONE = ("F16", "BF16", "Q8_0")
@@ -62,6 +63,7 @@ class GgufExport(Struct, frozen=True, kw_only=True):
     def summary(self) -> str:
         """Say how the files were checked and what was merged, a sentence a line."""
         lines = [f"{file.proof.sentence}." for file in self.files if file.proof]
+        lines += [f"{file.proof.prompts_sentence}." for file in self.files[:1] if file.proof]
         lines += [f"{file.file_type}: {file.types.sentence}." for file in self.files if file.types.sentence]
         if self.unchecked_because:
             lines.append(f"Not checked: {self.unchecked_because}.")
@@ -138,7 +140,7 @@ class _Export:
     """A text where the files are not checked."""
     within: float | None
     on_status: StatusFn
-    _unquantized: Path | None = None
+    _bf16: GgufFile | None = None
 
     def write(self, file_type: str) -> GgufFile:
         """Write and check one file. Raises UserError."""
@@ -182,15 +184,31 @@ class _Export:
         )
 
     def _write(self, file_type: str) -> GgufFile:
+        if file_type == "BF16":
+            return self._write_bf16()
         path = self.draft / f"{file_type}.gguf"
-        if file_type not in _PROVED_ALONE:
-            unquantized = self._write_unquantized()
+        if needs_bf16(file_type, is_checked=isinstance(self.reference, Reference)):
+            # It shows mistakes that the rounding of few bits would hide, and llama.cpp quantizes it.
+            unquantized = self._write_bf16()
+            if unquantized.proof and unquantized.proof.problem:
+                raise _refused("BF16", unquantized.proof.problem)
         if file_type in K_QUANTS:
             self.on_status(f"Quantizing to {file_type}")
-            quantize(Quantize(str(unquantized), str(path), file_type))
+            quantize(Quantize(unquantized.path, str(path), file_type))
         else:
             kind: FileType = file_type  # type: ignore[assignment]  # checked by check_file_types
-            write_gguf(self.content, path, kind, self._progress(file_type))
+            write_gguf(self.content, path, kind, every_tenth(self.on_status, f"Writing {file_type}"))
+        return self._checked(path, file_type)
+
+    def _write_bf16(self) -> GgufFile:
+        """Write and check the 16-bit file, once."""
+        if self._bf16 is None:
+            path = self.draft / "BF16.gguf"
+            write_gguf(self.content, path, "BF16", every_tenth(self.on_status, "Writing BF16"))
+            self._bf16 = self._checked(path, "BF16")
+        return self._bf16
+
+    def _checked(self, path: Path, file_type: str) -> GgufFile:
         return GgufFile(
             path=str(path),
             file_type=file_type,
@@ -199,36 +217,19 @@ class _Export:
             proof=self._prove(path, file_type),
         )
 
-    def _write_unquantized(self) -> Path:
-        """Write and check a 16-bit file, once; llama.cpp quantizes it to the K types.
-
-        It shows mistakes that the rounding of few bits would hide. Raises UserError.
-        """
-        if self._unquantized is None:
-            path = self.draft / "unquantized.gguf"
-            write_gguf(self.content, path, "BF16", self._progress("BF16"))
-            proof = self._prove(path, "BF16")
-            if proof and proof.problem:
-                raise _refused("BF16", proof.problem)
-            self._unquantized = path
-        return self._unquantized
-
     def _prove(self, path: Path, file_type: str) -> Proof | None:
         if not isinstance(self.reference, Reference):
             return None
-        self.on_status(f"Asking llama.cpp what the {file_type} file answers")
-        return prove(self.reference, path, file_type, self.content.vocabulary.differences)
+        words = f"Asking llama.cpp what the {file_type} file answers"
+        self.on_status(words)
+        differences = self.content.vocabulary.differences
+        on_progress = every_tenth(self.on_status, words)
+        return prove(self.reference, path, file_type, differences, on_progress=on_progress)
 
-    def _progress(self, file_type: str) -> Callable[[int, int], None]:
-        tenths = -1
 
-        def report(done: int, total: int) -> None:
-            nonlocal tenths
-            if done * 10 // total > tenths:
-                tenths = done * 10 // total
-                self.on_status(f"Writing {file_type}: {tenths * 10} %")
-
-        return report
+def needs_bf16(file_type: str, *, is_checked: bool) -> bool:
+    """Return whether a type is made from a 16-bit file, or one is checked before it."""
+    return file_type in K_QUANTS or (is_checked and file_type not in _PROVED_ALONE)
 
 
 def _refused(file_type: str, problem: str) -> UserError:
@@ -252,7 +253,7 @@ def _require_space(
     ]
     # auto keeps one file at a time.
     needed = max(sizes) if is_auto else sum(sizes)
-    if any(kind in K_QUANTS for kind in kinds):
+    if "BF16" not in kinds and any(needs_bf16(kind, is_checked=is_installed()) for kind in kinds):
         needed += content.size("BF16")
     if is_installed():
         needed += reference_bytes(len(content.vocabulary.tokens))

@@ -20,7 +20,7 @@ from qlora_tui.catalog.model_validation import weight_files
 from qlora_tui.chat.adapter_deltas import AdapterDeltas, EmbeddingRowDelta, LoraDelta, read_deltas
 from qlora_tui.chat.base_weights import assign_deltas
 from qlora_tui.chat.chat_types import ChatSource
-from qlora_tui.chat.session import chat_tokenizer, model_folder
+from qlora_tui.chat.session import chat_tokenizer, every_tenth, model_folder
 from qlora_tui.errors import UserError
 from qlora_tui.export.base_choice import unquantized
 from qlora_tui.export.gguf_file.content import general_keys, gguf_content, text_config
@@ -29,7 +29,8 @@ from qlora_tui.export.gguf_file.writer import SourceTensor, write_gguf, write_lo
 from qlora_tui.export.llama_cpp.bindings import is_installed
 from qlora_tui.export.llama_cpp.llama_process import INSTALL_HINT
 from qlora_tui.export.merged_weights import MergedWeights
-from qlora_tui.export.proof import Proof, Reference, prove, reference_or_reason
+from qlora_tui.export.proof import Proof, prove
+from qlora_tui.export.reference import Reference, reference_or_reason
 from qlora_tui.export.unfinished_files import draft_folder, publish_file, refuse_existing, require_space
 
 StatusFn = Callable[[str], None]
@@ -104,8 +105,10 @@ def _prove(
     model = path.with_name("base.gguf")
     on_status("Writing the base model for the comparison")
     write_gguf(content, model, "BF16")
-    on_status("Asking llama.cpp what base and adapter answer")
-    return prove(reference, model, "BF16", content.vocabulary.differences, lora=path)
+    words = "Asking llama.cpp what base and adapter answer"
+    on_status(words)
+    on_progress = every_tenth(on_status, words)
+    return prove(reference, model, "BF16", content.vocabulary.differences, lora=path, on_progress=on_progress)
 
 
 def _refuse_inexpressible(updates: AdapterDeltas, *, tied: bool) -> None:

@@ -66,7 +66,7 @@ def ollama_template(tokenizer: ChatTokenizer, thinking: Thinking, *, adds_bos: b
     try:
         with_system = render([Message("system", _SYSTEM), *_TURNS])
         text = _derived(render(_TURNS), with_system, _turn_begin(tokenizer))
-        for conversation in _conversations():
+        for conversation in sample_conversations():
             if render_go_template(text, conversation) != render(conversation):
                 raise _NotExpressible("it renders a conversation differently from turn to turn")
         padded = [Message("user", "  a  ")]
@@ -84,7 +84,8 @@ def ollama_template(tokenizer: ChatTokenizer, thinking: Thinking, *, adds_bos: b
     return OllamaTemplate(text, note=note)
 
 
-def _conversations() -> list[list[Message]]:
+def sample_conversations() -> list[list[Message]]:
+    """Return conversations of one to five turns, with and without a system prompt."""
     turns = [Message("assistant" if n % 2 else "user", text) for n, text in enumerate(_TEXTS)]
     plain = [turns[:1], turns[:3], turns]
     return plain + [[Message("system", text), *some] for some in plain for text in _TEXTS[:2]]

@@ -1,58 +1,37 @@
 """Comparison of a written GGUF file with the model as it was trained, by llama.cpp itself.
 
-The run's validation rows are split into tokens by llama.cpp, and its next-token logits at every trained
-position are compared with those of base and adapter as they were trained.
+The run's validation rows are split into tokens by llama.cpp, and its next-token logits at trained positions
+are compared with those of base and adapter as they were trained (``reference``).
 """
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
-import numpy as np
-import torch
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qlora_tui.chat.chat_types import BASE, ChatSource
-from qlora_tui.chat.session import ChatSession, load_session
-from qlora_tui.data.dataset import prepare_dataset
-from qlora_tui.data.store import Samples
-from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.errors import UserError
 from qlora_tui.export.gguf_file.vocabulary import KnownDifference
-from qlora_tui.export.llama_cpp.jobs import Compare, Compared, ComparedRow
+from qlora_tui.export.llama_cpp.jobs import Compare, Compared
 from qlora_tui.export.llama_cpp.llama_process import compare
+from qlora_tui.export.reference import Reference
 
-_MAX_ROWS = 200
-_MAX_TOKENS = 1024
-"""Most tokens of a row."""
-_MAX_POSITIONS = 1200
-"""Number of positions after which rows are compared by their tokens only."""
 # A file is wrong if its mean KL divergence is above ``limit``, what rounding explains:
 #     limit = _LIMITS[beginning of the file type], else _LIMIT_OTHER_TYPES
-#     limit = min(limit, max(_LIMIT_FLOOR[type], effect / _EFFECT_DIVISOR)) for the nearly exact types
+#     limit = min(limit, max(floor, effect / _EFFECT_DIVISOR)) for the nearly exact types, which have a floor
+#     limit = min(limit, effect) for the others, if effect > _FLOOR_OTHER_TYPES: above it, the base itself
+#             answers nearer to the trained model than the file does
 # The adapter at half its scale would diverge by effect / 4, because the divergence grows with the square.
 _LIMITS = {"F16": 0.02, "BF16": 0.02, "Q8_0": 0.05, "Q6_K": 0.1, "Q5": 0.5, "Q4": 1.0}
 _LIMIT_OTHER_TYPES = 2.0
 _EFFECT_DIVISOR = 8
-_LIMIT_FLOOR = {"F16": 0.004, "BF16": 0.01, "Q8_0": 0.015}
+_FLOORS = {"F16": 0.004, "BF16": 0.01, "Q8_0": 0.015}
+"""KL divergences that rounding alone may cause, so that a smaller effect cannot be seen."""
+_FLOOR_OTHER_TYPES = 0.015
 _DIFFERENT_SHARE = 0.02
 """Share of rows that may become other tokens for a reason that is not known."""
-_STRANGE_TEXTS = (
-    "I'm sure they'll say we've been there; DON'T HE'S you're",
-    "1 12 123 1234 12345 3.14 1,000,000 x2y3 v1.2.3",
-    "def f(x):\n\tif x:\n        return {'a': [1, 2]}\n\n\nprint(f(0))  # end \n",
-    "a  b   c    d     e\t\tf \t g \n h",
-    "我想在apple工作。こんにちは、世界！한국어",
-    "Привет, мир! École française, straße",
-    "🚀 fooBar FooBARBaz_HTTPServer ======= ...!!! https://example.org/a?b=c&d#e",
-)
-"""Texts in which wrong rules of a tokenizer show."""
 
 
 class Proof(Struct, frozen=True, kw_only=True):
@@ -66,6 +45,8 @@ class Proof(Struct, frozen=True, kw_only=True):
     """Rows that llama.cpp splits into other tokens."""
     effect: float
     """Mean KL(trained model ‖ base), in nats: how much the adapter changes."""
+    effect_is_measurable: bool = True
+    """Whether a file without the adapter would be noticed."""
     positions: int
     """Trained positions whose logits were compared."""
     divergence: float
@@ -77,6 +58,8 @@ class Proof(Struct, frozen=True, kw_only=True):
     turns_ended: int
     """Those at which the file ends it."""
     turns_ended_by_adapter: int
+    prompts: Literal["alike", "different", "not compared"] = "not compared"
+    """Prompts of llama.cpp's built-in renderer, compared with those of the chat template."""
     problem: str = ""
     """Why the file is wrong; empty if it is right."""
 
@@ -88,6 +71,11 @@ class Proof(Struct, frozen=True, kw_only=True):
             f"{self.name} answers as your adapter does at {share:.1%} of {self.positions:,} tokens "
             f"(KL {self.divergence:.2g})"
         )
+        if not self.effect_is_measurable:
+            text += (
+                f"; the adapter itself changes so little (KL {self.effect:.2g}) that a file without it "
+                "could not be told from this one"
+            )
         if self.turns_ended != self.turns_ended_by_adapter:
             ends = f"{self.turns_ended} of {self.turns} turns"
             text += f"; it ends {ends}, the adapter {self.turns_ended_by_adapter}"
@@ -97,106 +85,20 @@ class Proof(Struct, frozen=True, kw_only=True):
             text += "; how llama.cpp splits the rows into tokens could not be compared"
         return text
 
-
-@dataclass(frozen=True)
-class Reference:
-    """Rows, and the logits of base and adapter at their trained positions."""
-
-    rows: tuple[ComparedRow, ...]
-    strange: tuple[ComparedRow, ...]
-    """Texts in which wrong rules of a tokenizer show, compared by their tokens only."""
-    path: Path
-    """File of float16 log-probabilities, (positions, vocabulary)."""
-    vocabulary: int
-    end_ids: tuple[int, ...]
-    """Tokens that end a turn."""
-    first_tokens: tuple[int, ...]
-    """Tokens that begin every text: the begin token, or none."""
-    template: str
-    """The chat template that the conversations were rendered with."""
-    effect: float
-    """Mean KL(trained model ‖ base), in nats: how much the adapter changes."""
-
-    def divergence(self, session: ChatSession, adapter_name: str) -> float:
-        """Return the mean KL divergence of another loaded model with the adapter, in nats."""
-        count = sum(len(row.positions) for row in self.rows)
-        reference = np.memmap(self.path, np.float16, "r", shape=(count, self.vocabulary))
-        total, start = 0.0, 0
-        for row in self.rows:
-            if row.positions:
-                expected = torch.from_numpy(reference[start : start + len(row.positions)].astype(np.float32))
-                start += len(row.positions)
-                actual = _log_probabilities(session, adapter_name, row)
-                total += float((expected.exp() * (expected - actual)).sum())
-        return total / count
-
-
-def reference_bytes(vocabulary: int) -> int:
-    """Return the most bytes that the file of reference logits takes."""
-    return (_MAX_POSITIONS + _MAX_TOKENS) * vocabulary * 2
-
-
-@contextmanager
-def reference_logits(
-    source: ChatSource, adapter_name: str, folder: Path, on_status: Callable[[str], None]
-) -> Iterator[Reference]:
-    """Compute the logits to compare files with; the file in ``folder`` is deleted afterwards.
-
-    Raises UserError where the model or the run's data cannot be read.
-    """
-    on_status("Computing the trained model's answers to compare with")
-    session = load_session(source, on_status)
-    path = folder / "reference.f16"
-    try:
-        session.ensure_loaded(adapter_name)
-        tokenizer = session.tokenizer
-        rows = tuple(_rows(_samples(source, tokenizer), tokenizer))
-        first = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
-        begins = tokenizer.begins_with_bos and all(row.ids[:1] == first for row in rows)
-        vocabulary, effect, count = 0, 0.0, 0
-        with path.open("wb") as file:
-            for row in rows:
-                if row.positions:
-                    values = _log_probabilities(session, adapter_name, row)
-                    vocabulary = values.shape[-1]
-                    file.write(values.half().numpy().tobytes())
-                    base = _log_probabilities(session, BASE, row)
-                    effect += float((values.exp() * (values - base)).sum())
-                    count += len(row.positions)
-        del session
-        gc.collect()
-        if not vocabulary:
-            raise UserError(
-                "There is nothing to compare the file with",
-                what="No row of the run's data has a token that is trained.",
-                fix="Compare answers in the chat instead.",
+    @property
+    def prompts_sentence(self) -> str:
+        """Say how llama.cpp renders prompts."""
+        if self.prompts == "alike":
+            return "llama.cpp's built-in renderer writes prompts as the chat template does"
+        if self.prompts == "different":
+            return (
+                "llama.cpp's built-in renderer writes other prompts than the chat template: do not use "
+                "llama-server's --no-jinja"
             )
-        yield Reference(
-            rows=rows,
-            strange=tuple(_strange_rows(tokenizer)),
-            path=path,
-            vocabulary=vocabulary,
-            end_ids=tokenizer.turn_end_ids,
-            first_tokens=first if begins else (),
-            template=tokenizer.template.text,
-            effect=effect / count,
+        return (
+            "Rendered prompts were not compared: llama.cpp has no built-in renderer for this chat template, "
+            "which llama-server runs itself"
         )
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def reference_or_reason(
-    stack: ExitStack,
-    source: ChatSource,
-    adapter_name: str,
-    folder: Path,
-    on_status: Callable[[str], None],
-) -> Reference | str:
-    """Return what the files are compared with, or why there is nothing."""
-    try:
-        return stack.enter_context(reference_logits(source, adapter_name, folder, on_status))
-    except UserError as error:
-        return f"{error.title}: {error.what}".rstrip(".")
 
 
 def prove(
@@ -205,11 +107,12 @@ def prove(
     file_type: str,
     differences: Sequence[KnownDifference] = (),
     lora: Path | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Proof:
     """Compare a GGUF file with the reference, or with ``lora`` applied to it.
 
-    Texts to which one of ``differences`` applies may become other tokens. Raises UserError where llama.cpp
-    cannot run the file.
+    Texts to which one of ``differences`` applies may become other tokens. ``on_progress`` gets the rows
+    compared, and in all; it may raise. Raises UserError where llama.cpp cannot run the file.
     """
     result = compare(
         Compare(
@@ -218,8 +121,10 @@ def prove(
             reference=str(reference.path),
             vocabulary=reference.vocabulary,
             end_ids=reference.end_ids,
+            prompts=reference.prompts,
             lora=str(lora or ""),
-        )
+        ),
+        on_progress,
     )
     count = len(reference.rows)
     different = [reference.rows[number].text for number in result.different_tokens if number < count]
@@ -231,12 +136,16 @@ def prove(
         rows=sum(bool(row.text) for row in reference.rows),
         different_rows=len(different),
         effect=reference.effect,
+        effect_is_measurable=reference.effect > _FLOORS.get(file_type, _FLOOR_OTHER_TYPES),
         positions=result.positions,
         divergence=result.divergence,
         top1_matches=result.top1_matches,
         turns=result.turns,
         turns_ended=result.turns_ended,
         turns_ended_by_adapter=result.turns_ended_by_reference,
+        prompts="not compared"
+        if result.different_prompts is None
+        else ("different" if result.different_prompts else "alike"),
     )
 
     def is_unexplained(text: str) -> bool:
@@ -265,54 +174,17 @@ def _wrong_vocabulary(reference: Reference, result: Compared) -> str:
 def _wrong_answers(proof: Proof, file_type: str) -> str:
     """Return how the file's answers differ more than rounding explains; empty if they do not."""
     limit = next((limit for kind, limit in _LIMITS.items() if file_type.startswith(kind)), _LIMIT_OTHER_TYPES)
-    if file_type in _LIMIT_FLOOR:
-        limit = min(limit, max(_LIMIT_FLOOR[file_type], proof.effect / _EFFECT_DIVISOR))
+    if file_type in _FLOORS:
+        limit = min(limit, max(_FLOORS[file_type], proof.effect / _EFFECT_DIVISOR))
     # Written so that NaN is a problem too.
     if not proof.divergence <= limit:
         return (
             f"its answers differ from the adapter's by a KL divergence of {proof.divergence:.2g}, "
             f"where rounding to {file_type} accounts for about {limit:.2g}"
         )
+    if proof.effect_is_measurable and proof.divergence > proof.effect:
+        return (
+            f"its answers differ from the adapter's by a KL divergence of {proof.divergence:.2g}, more than "
+            f"those of the base without the adapter ({proof.effect:.2g}): rounding lost what was learned"
+        )
     return ""
-
-
-def _samples(source: ChatSource, tokenizer: ChatTokenizer) -> Samples:
-    """Return the run's validation rows; its training rows if it has none."""
-    prepared = prepare_dataset(source.recipe, tokenizer)
-    return prepared.validation if len(prepared.validation) else prepared.train
-
-
-def _rows(samples: Samples, tokenizer: ChatTokenizer) -> Iterator[ComparedRow]:
-    count, positions = min(len(samples), _MAX_ROWS), 0
-    for place in range(count):
-        number = place * len(samples) // count
-        ids = tuple(samples.token_ids(number)[:_MAX_TOKENS])
-        mask = samples.loss_mask(number)
-        trained = [t - 1 for t in range(1, len(ids)) if mask[t]] if positions < _MAX_POSITIONS else []
-        positions += len(trained)
-        yield ComparedRow(_text(ids, tokenizer), ids, tuple(trained))
-
-
-def _text(ids: tuple[int, ...], tokenizer: ChatTokenizer) -> str:
-    """Return the text that has these tokens; empty where there is none.
-
-    There is none where text that looks like a special token is no special token in training.
-    """
-    text = tokenizer.decode(ids)
-    if tokenizer.encode(text) == list(ids):
-        return text
-    # Some decoders drop the space that the tokenizer adds to the first word, but not after a special token.
-    runs = groupby(ids, tokenizer.special_ids.__contains__)
-    text = "".join(tokenizer.decode(list(run)) for _, run in runs)
-    return text if tokenizer.encode(text) == list(ids) else ""
-
-
-def _strange_rows(tokenizer: ChatTokenizer) -> Iterator[ComparedRow]:
-    first = tokenizer.special_tokens.get("bos_token", "") if tokenizer.begins_with_bos else ""
-    for text in _STRANGE_TEXTS:
-        yield ComparedRow(first + text, tuple(tokenizer.encode(first + text)), ())
-
-
-def _log_probabilities(session: ChatSession, adapter_name: str, row: ComparedRow) -> torch.Tensor:
-    logits = session.logits_at(adapter_name, list(row.ids), list(row.positions))
-    return logits.float().log_softmax(-1).cpu()

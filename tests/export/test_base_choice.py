@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_tui.chat.chat_types import ChatSource
-from qlora_tui.chat.session import load_session
+from qlora_tui.chat.session import ChatSession, load_session
 from qlora_tui.export.base_choice import base_requantizer
 from qlora_tui.export.gguf_export import export_gguf
 from qlora_tui.export.merge import merge
 from qlora_tui.export.merge_check import MergeCheck, verify_merge
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.training.model_loading import load_base
 from tests.export.export_sources import make_source
 
 pytestmark = pytest.mark.slow
@@ -47,9 +49,9 @@ def test_the_weights_of_the_training_win_over_16_bits(inflated: ChatSource, tmp_
     assert choice.original_divergence is not None and choice.dequantized_divergence is not None
     assert choice.original_divergence > 0.1 > 0.001 > choice.dequantized_divergence
     assert "4-bit base weights of the training, dequantized" in choice.sentence
-    session = load_session(inflated)
-    session.ensure_loaded("adapter")
-    expected = session.logits_at("adapter", IDS, list(range(len(IDS)))).log_softmax(-1)
+    trained = load_session(inflated)
+    trained.ensure_loaded("adapter")
+    expected = trained.logits_at("adapter", IDS, list(range(len(IDS)))).log_softmax(-1)
     actual = logits_of_folder(merged.folder)
     assert float((expected.exp() * (expected - actual)).sum(-1).mean()) < 0.001
     check = verify_merge(
@@ -72,6 +74,39 @@ def test_without_data_the_weights_of_the_training_are_taken(inflated: ChatSource
     (Path(inflated.recipe.model.id).parent / "rows.jsonl").unlink()
     choice = merge(inflated, "adapter", tmp_path / "merged").base
     assert choice.chosen == "dequantized" and "Not compared with the original 16-bit ones" in choice.sentence
+
+
+@pytest.mark.parametrize("failing", ["loading", "computing"])
+def test_a_gpu_too_small_for_16_bits_measures_nothing(
+    inflated: ChatSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    compute = ChatSession.logits_at
+
+    def load(folder: Path, recipe: Recipe, *arguments: Any) -> Any:
+        if failing == "loading" and recipe.quantization.method == "none":
+            raise torch.OutOfMemoryError
+        return load_base(folder, recipe, *arguments)
+
+    def logits_at(self: ChatSession, *arguments: Any) -> torch.Tensor:
+        if failing == "computing" and self.source.recipe.quantization.method == "none":
+            raise torch.OutOfMemoryError
+        return compute(self, *arguments)
+
+    monkeypatch.setattr("qlora_tui.chat.session.load_base", load)
+    monkeypatch.setattr(ChatSession, "logits_at", logits_at)
+    choice = merge(inflated, "adapter", tmp_path / "merged", base_name="best").base
+    assert choice.chosen == "dequantized" and "Out of memory" in choice.sentence
+
+
+def test_memory_too_small_for_the_reference_leaves_files_unchecked(
+    inflated: ChatSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def logits_at(self: ChatSession, *arguments: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(ChatSession, "logits_at", logits_at)
+    result = export_gguf(inflated, "adapter", tmp_path / "out", ["F16"])
+    assert result.files[0].proof is None and "Out of memory" in result.unchecked_because
 
 
 def test_16_bit_runs_have_no_choice(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_two_tokens_written_alike_are_refused(tmp_path: Path) -> None:
         read_vocabulary(ChatTokenizer.from_folder(folder), size + 2)
 
 
-def test_a_repeated_token_of_a_large_vocabulary_is_named_at_once(tmp_path: Path) -> None:
+def test_a_repeated_token_of_a_large_vocabulary_is_named(tmp_path: Path) -> None:
     folder = write_tokenizer(tmp_path, "gemma", CHAT_TEMPLATE)
     content = json.loads((folder / "tokenizer.json").read_text())
     vocab = content["model"]["vocab"]

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
 
 from qlora_tui.chat.adapter_deltas import LoraDelta, read_deltas
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.errors import UserError
-from qlora_tui.export import lora_export
+from qlora_tui.export import gguf_export, lora_export
 from qlora_tui.export.gguf_export import export_gguf
 from qlora_tui.export.gguf_file import content, families, vocabulary
 from qlora_tui.export.gguf_file.families import FAMILIES, TensorNames
 from qlora_tui.export.gguf_file.hyperparameters import hyperparameters
 from qlora_tui.export.gguf_file.vocabulary import CONTROL, NORMAL, Vocabulary
 from qlora_tui.export.lora_export import export_lora
+from qlora_tui.export.proof import prove
+from qlora_tui.export.reference import reference_logits
 from tests.export.export_sources import make_source
+from tests.export.gguf_files import write_base
 
 pytest.importorskip("llama_cpp_py_sync")
 pytestmark = pytest.mark.slow
@@ -35,6 +41,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("gemma3_text", GEMMA),
 }
 """Model type and settings by the tokenizer's name."""
+PROMPTS = {"llama-2": "different", "llama-3": "alike", "smollm2": "alike", "gemma": "different"}
+"""How llama.cpp's built-in renderer writes prompts, by the tokenizer's name."""
 Break = Callable[[pytest.MonkeyPatch], None]
 
 
@@ -77,6 +85,13 @@ def no_norm_offset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FAMILIES, "gemma3_text", replace(FAMILIES["gemma3_text"], norm_offset=0.0))
 
 
+def own_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    def extra_tensors(config: Any) -> dict[str, torch.Tensor]:
+        return {"output.weight": torch.randn(config.vocab_size, config.hidden_size)}
+
+    monkeypatch.setattr(content, "extra_tensors", extra_tensors)
+
+
 def no_head(monkeypatch: pytest.MonkeyPatch) -> None:
     name_of = TensorNames.name_of
     monkeypatch.setattr(
@@ -89,6 +104,7 @@ BROKEN: dict[str, tuple[str, Break, str]] = {
     "half of the scale": ("smollm2", half_scale, "answers differ"),
     "no adapter": ("smollm2", no_adapter, "answers differ"),
     "embedding as head": ("llama-3", no_head, "answers differ"),
+    "head beside a tied embedding": ("smollm2", own_head, "answers differ"),
     "norm offset": ("gemma", no_norm_offset, "answers differ"),
     "rope base": ("llama-3", changed_hyperparameters(rope__freq_base=5e5), "answers differ"),
     "rope base of windows": ("gemma", changed_hyperparameters(rope__freq_base_swa=1e6), "answers differ"),
@@ -144,6 +160,7 @@ def test_right_files_are_exported(tmp_path: Path, kind: str, quantization: str) 
     proof = result.files[0].proof
     assert proof is not None and proof.divergence < 1e-3 < 0.1 < proof.effect
     assert proof.rows > 3 and proof.different_rows == 0
+    assert proof.prompts == PROMPTS[kind]
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -207,3 +224,49 @@ def test_a_bound_that_cannot_be_checked_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").unlink()
     with pytest.raises(UserError, match="bound cannot be checked"):
         export_gguf(source, "adapter", tmp_path / "out", ["Q8_0"], within=0.1)
+
+
+def test_prompts_of_an_unknown_template_are_not_compared(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>\n{% endfor %}AI: "
+    source = make_source(tmp_path)
+    adapter = Path(source.recipe.model.id)
+    config = json.loads((adapter / "tokenizer_config.json").read_text())
+    (adapter / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    result = export_gguf(source, "adapter", tmp_path / "out", ["F16"])
+    assert result.files[0].proof is not None and result.files[0].proof.prompts == "not compared"
+    assert "Rendered prompts were not compared" in result.summary
+
+
+def test_a_16_bit_file_is_compared_once(
+    source_of: Callable[[str], ChatSource], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proved: list[str] = []
+
+    def counted(reference: Any, file: Path, file_type: str, *arguments: Any, **more: Any) -> Any:
+        proved.append(file_type)
+        return prove(reference, file, file_type, *arguments, **more)
+
+    monkeypatch.setattr(gguf_export, "prove", counted)
+    result = export_gguf(source_of("smollm2"), "adapter", tmp_path / "out", ["Q5_0", "BF16", "Q4_0"])
+    assert proved == ["BF16", "Q5_0", "Q4_0"]
+    assert [file.file_type for file in result.files] == ["Q5_0", "BF16", "Q4_0"]
+    assert all(Path(file.path).is_file() for file in result.files)
+
+
+def test_a_comparison_reports_its_rows_and_can_be_canceled(
+    source_of: Callable[[str], ChatSource], tmp_path: Path
+) -> None:
+    source = source_of("smollm2")
+    base = write_base(Path(source.recipe.model.id), tmp_path / "base.gguf")
+    progress: list[tuple[int, int]] = []
+
+    def cancel(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with reference_logits(source, "adapter", tmp_path, lambda words: None) as reference:
+        prove(reference, base, "F16", on_progress=lambda *numbers: progress.append(numbers))
+        with pytest.raises(KeyboardInterrupt):
+            prove(reference, base, "F16", on_progress=cancel)
+    total = sum(bool(row.positions) for row in reference.rows)
+    assert progress == [(number + 1, total) for number in range(total)] and total > 3
+    assert not psutil.Process().children(recursive=True)

@@ -112,6 +112,23 @@ class LlamaModel:
         text = self._lib.llama_model_chat_template(self._model, self._ffi.NULL)
         return str(self._ffi.string(text).decode()) if text else ""
 
+    def render_prompt(self, turns: Sequence[tuple[str, str]]) -> str | None:
+        """Return the prompt of role and content by the renderer that is built into llama.cpp.
+
+        It writes the turns of the family that it recognizes by words in the file's template, and does not
+        run the template. None where it recognizes none.
+        """
+        ffi = self._ffi
+        texts = [ffi.new("char[]", text.encode()) for turn in turns for text in turn]
+        pairs = list(zip(texts[::2], texts[1::2], strict=True))
+        chat = ffi.new("struct llama_chat_message[]", pairs)
+        # As llama.h recommends; every template writes little around a turn.
+        size = 2 * sum(map(len, texts)) + 4096
+        buffer = ffi.new("char[]", size)
+        template = self.template.encode()
+        length = self._lib.llama_chat_apply_template(template, chat, len(pairs), True, buffer, size)
+        return bytes(ffi.buffer(buffer, length)).decode() if 0 <= length <= size else None
+
     def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
         """Return the tokens of a text in which special tokens are written out.
 

@@ -17,6 +17,20 @@ class ComparedRow(Struct, frozen=True):
     positions: tuple[int, ...]
     """Places in ``ids`` whose logits predict a trained token, ascending."""
 
+    @property
+    def computed_ids(self) -> tuple[int, ...]:
+        """Return the tokens up to the last position."""
+        return self.ids[: self.positions[-1] + 1] if self.positions else ()
+
+
+class ComparedPrompt(Struct, frozen=True):
+    """A conversation and its prompt."""
+
+    turns: tuple[tuple[str, str], ...]
+    """Role and content."""
+    text: str
+    """The prompt as the chat template renders it, without the begin token."""
+
 
 class Quantize(Struct, frozen=True, tag=True):
     """Quantize a GGUF file."""
@@ -38,6 +52,7 @@ class Compare(Struct, frozen=True, tag=True):
     """Number of tokens in ``reference``."""
     end_ids: tuple[int, ...] = ()
     """Tokens that end a turn."""
+    prompts: tuple[ComparedPrompt, ...] = ()
     lora: str = ""
     """A LoRA in a GGUF file of its own."""
     exact: bool = False
@@ -53,6 +68,14 @@ class Quantized(Struct, frozen=True, tag=True):
     bytes: int
 
 
+class RowsCompared(Struct, frozen=True, tag=True):
+    """How far a comparison is, before its result."""
+
+    done: int
+    """Number of rows."""
+    total: int
+
+
 class Compared(Struct, frozen=True, tag=True):
     """Result of ``Compare``. Divergences are of the file from the reference, in nats."""
 
@@ -60,6 +83,9 @@ class Compared(Struct, frozen=True, tag=True):
     """The file's chat template."""
     different_tokens: tuple[int, ...]
     """Numbers of the rows whose text llama.cpp splits into other tokens, also as a server's prompt."""
+    different_prompts: int | None
+    """Number of prompts that llama.cpp's built-in renderer writes otherwise; None if it has none for the
+    template."""
     first_tokens: tuple[int, ...]
     """Tokens that llama.cpp puts before every text."""
     overrun_ids: tuple[int, ...]

@@ -5,6 +5,9 @@ from __future__ import annotations
 import signal
 import subprocess
 import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeAlias
 
 import msgspec
 
@@ -12,11 +15,20 @@ from qlora_tui import subprocesses
 from qlora_tui.decoding import decode_json
 from qlora_tui.errors import UserError
 from qlora_tui.export.llama_cpp.bindings import is_installed
-from qlora_tui.export.llama_cpp.jobs import Compare, Compared, JobResult, LlamaFailure, Quantize, Quantized
+from qlora_tui.export.llama_cpp.jobs import (
+    Compare,
+    Compared,
+    JobResult,
+    LlamaFailure,
+    Quantize,
+    Quantized,
+    RowsCompared,
+)
 
 INSTALL_HINT = 'Install it with `pip install "qlora-tui[export]"`.'
-_RESULTS: msgspec.json.Decoder[JobResult] = msgspec.json.Decoder(JobResult)
+_MESSAGES: msgspec.json.Decoder[RowsCompared | JobResult] = msgspec.json.Decoder(RowsCompared | JobResult)
 _LOG_LINES = 3
+ProgressFn: TypeAlias = Callable[[int, int], None]
 
 
 def quantize(job: Quantize) -> Quantized:
@@ -26,14 +38,19 @@ def quantize(job: Quantize) -> Quantized:
     return result
 
 
-def compare(job: Compare) -> Compared:
-    """Compare a GGUF file with reference logits. Raises UserError."""
-    result = _run(job, "llama.cpp could not run the GGUF file")
+def compare(job: Compare, on_progress: ProgressFn = lambda done, total: None) -> Compared:
+    """Compare a GGUF file with reference logits. Raises UserError.
+
+    ``on_progress`` gets the rows compared, and in all; it may raise.
+    """
+    result = _run(job, "llama.cpp could not run the GGUF file", on_progress)
     assert isinstance(result, Compared)
     return result
 
 
-def _run(job: Quantize | Compare, title: str) -> JobResult:
+def _run(
+    job: Quantize | Compare, title: str, on_progress: ProgressFn = lambda done, total: None
+) -> JobResult:
     if not is_installed():
         raise UserError(title, what="llama.cpp is not installed.", fix=INSTALL_HINT)
     with tempfile.TemporaryFile() as log:
@@ -46,18 +63,29 @@ def _run(job: Quantize | Compare, title: str) -> JobResult:
             # A separate session, because Ctrl-C in a terminal is for this process, which then ends the child.
             start_new_session=True,
         )
+        result = None
         try:
-            output, _ = child.communicate(msgspec.json.encode(job))
+            assert child.stdin and child.stdout
+            with suppress(BrokenPipeError), child.stdin:
+                child.stdin.write(msgspec.json.encode(job))
+            for line in child.stdout:
+                message = decode_json(line, _MESSAGES)
+                if isinstance(message, RowsCompared):
+                    on_progress(message.done, message.total)
+                else:
+                    result = message
+            child.wait()
         finally:
             # Whatever interrupts the wait, the child must not outlive it.
             child.kill()
             child.wait()
+            if child.stdout:
+                child.stdout.close()
         log.seek(0)
         last = log.read().decode(errors="replace").strip().splitlines()[-_LOG_LINES:]
-    if child.returncode or not output:
+    if child.returncode or result is None:
         name = signal.Signals(-child.returncode).name if child.returncode < 0 else f"code {child.returncode}"
         raise UserError(title, what=f"llama.cpp ended with {name}.", why=" ".join(last))
-    result = decode_json(output, _RESULTS)
     if isinstance(result, LlamaFailure):
         raise UserError(title, what=f"llama.cpp: {result.why}.", why=" ".join(last))
     return result

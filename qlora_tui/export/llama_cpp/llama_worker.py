@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -13,16 +14,18 @@ from qlora_tui.export.llama_cpp.bindings import Floats, LlamaCpp, LlamaCppError,
 from qlora_tui.export.llama_cpp.jobs import (
     Compare,
     Compared,
+    ComparedPrompt,
     Job,
     JobResult,
     LlamaFailure,
     Quantize,
     Quantized,
+    RowsCompared,
 )
 
 
-def run(job: Job) -> JobResult:
-    """Run a job."""
+def run(job: Job, on_progress: Callable[[int, int], None] = lambda done, total: None) -> JobResult:
+    """Run a job. ``on_progress`` gets the rows compared and in all."""
     try:
         llama = LlamaCpp()
         match job:
@@ -30,17 +33,18 @@ def run(job: Job) -> JobResult:
                 llama.quantize(job.source, job.target, job.file_type)
                 return Quantized(Path(job.target).stat().st_size)
             case Compare():
-                context = max(len(row.ids) for row in job.rows)
+                context = max(len(row.computed_ids) for row in job.rows)
                 with llama.open(job.model, context=context, lora=job.lora, exact=job.exact) as model:
-                    return _compare(model, job)
+                    return _compare(model, job, on_progress)
     except (LlamaCppError, OSError) as error:
         return LlamaFailure(str(error))
 
 
-def _compare(model: LlamaModel, job: Compare) -> Compared:
+def _compare(model: LlamaModel, job: Compare, on_progress: Callable[[int, int], None]) -> Compared:
     count = sum(len(row.positions) for row in job.rows)
     reference = np.memmap(job.reference, np.float16, "r", shape=(count, job.vocabulary))
     ends = np.array(job.end_ids)
+    computed = sum(bool(row.positions) for row in job.rows)
     different, divergences, targets, choices, expected_choices, start = [], [], [], [], [], 0
     for number, row in enumerate(job.rows):
         if row.text and not row.ids == tuple(model.tokenize(row.text)) == tuple(
@@ -51,11 +55,12 @@ def _compare(model: LlamaModel, job: Compare) -> Compared:
         start += len(row.positions)
         if not len(expected):
             continue
-        logits = model.logits(row.ids, row.positions)[:, : job.vocabulary]
+        logits = model.logits(row.computed_ids, row.positions)[:, : job.vocabulary]
         divergences.append(kl_divergence(expected, log_softmax(logits)))
         targets += [row.ids[place + 1] for place in row.positions]
         expected_choices.append(expected.argmax(-1))
         choices.append(logits.argmax(-1))
+        on_progress(len(choices), computed)
     whole, chosen, expected_chosen = (
         np.concatenate(parts) for parts in (divergences, choices, expected_choices)
     )
@@ -63,6 +68,7 @@ def _compare(model: LlamaModel, job: Compare) -> Compared:
     return Compared(
         template=model.template,
         different_tokens=tuple(different),
+        different_prompts=_different_prompts(model, job.prompts),
         first_tokens=tuple(model.tokenize("", add_special=True)),
         overrun_ids=tuple(token for token in job.end_ids if not model.ends_answer(token)),
         positions=len(whole),
@@ -73,6 +79,13 @@ def _compare(model: LlamaModel, job: Compare) -> Compared:
         turns_ended=int((at_end & np.isin(chosen, ends)).sum()),
         turns_ended_by_reference=int((at_end & np.isin(expected_chosen, ends)).sum()),
     )
+
+
+def _different_prompts(model: LlamaModel, prompts: Sequence[ComparedPrompt]) -> int | None:
+    rendered = [model.render_prompt(prompt.turns) for prompt in prompts]
+    if not rendered or None in rendered:
+        return None
+    return sum(ours.text != theirs for ours, theirs in zip(prompts, rendered, strict=True))
 
 
 def log_softmax(logits: Floats) -> Floats:
@@ -92,12 +105,17 @@ def kl_divergence(expected: Floats, actual: Floats) -> Floats:
 
 
 def main() -> None:
-    """Run the job on stdin."""
+    """Run the job on stdin; a line of JSON for each progress, and one for the result."""
     job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
     # llama.cpp prints to stdout too: give it stderr, and write the result to what was stdout.
     results = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    results.write(msgspec.json.encode(run(job)))
+
+    def write(message: RowsCompared | JobResult) -> None:
+        results.write(msgspec.json.encode(message) + b"\n")
+        results.flush()
+
+    write(run(job, lambda done, total: write(RowsCompared(done, total))))
     results.close()
 
 

@@ -1,0 +1,83 @@
+"""How near a file's answers must be, and the rows and positions that are compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.export import proof
+from qlora_tui.export.llama_cpp.jobs import Compared
+from qlora_tui.export.proof import Proof, prove
+from qlora_tui.export.reference import Reference, compared_rows
+from tests.export.published_tokenizers import write_tokenizer
+from tests.training.tiny_model import CHAT_TEMPLATE
+
+
+@pytest.fixture
+def proof_of(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What is said of a file type, an effect of the adapter and a divergence of the file."""
+
+    def proof_of(file_type: str, effect: float, divergence: float) -> Proof:
+        result = Compared(
+            template="", different_tokens=(), different_prompts=None, first_tokens=(), overrun_ids=(),
+            positions=100, divergence=divergence, worst=divergence, top1_matches=90, turns=0, turns_ended=0,
+            turns_ended_by_reference=0,
+        )  # fmt: skip
+        monkeypatch.setattr(proof, "compare", lambda *arguments: result)
+        reference = Reference((), (), (), Path("none"), 10, (), (), "", effect)
+        return prove(reference, Path("none"), file_type)
+
+    return proof_of
+
+
+@pytest.mark.parametrize("file_type", ["Q2_K", "Q3_K_M", "Q4_K_M", "Q5_0", "Q6_K"])
+def test_a_file_farther_than_the_base_is_refused(proof_of: Any, file_type: str) -> None:
+    assert "lost what was learned" in proof_of(file_type, effect=0.05, divergence=0.06).problem
+    assert not proof_of(file_type, effect=0.05, divergence=0.04).problem
+
+
+@pytest.mark.parametrize("file_type", ["F16", "BF16", "Q8_0"])
+def test_exact_types_are_within_an_eighth_of_the_effect(proof_of: Any, file_type: str) -> None:
+    assert "rounding" in proof_of(file_type, effect=0.16, divergence=0.021).problem
+    assert not proof_of(file_type, effect=0.16, divergence=0.003).problem
+
+
+@pytest.mark.parametrize("file_type", ["F16", "Q8_0", "Q4_K_M", "Q2_K"])
+def test_an_effect_too_small_to_measure_is_said(proof_of: Any, file_type: str) -> None:
+    small = proof_of(file_type, effect=0.003, divergence=0.0035)
+    assert not small.problem
+    assert "a file without it could not be told from this one" in small.sentence
+    assert "could not be told" not in proof_of(file_type, effect=0.3, divergence=0.003).sentence
+
+
+class Samples:
+    """As many samples of as many tokens, of which the second half is trained and the last ends the turn."""
+
+    def __init__(self, count: int, length: int, end: int) -> None:
+        self.count, self.length, self.end = count, length, end
+
+    def __len__(self) -> int:
+        return self.count
+
+    def token_ids(self, number: int) -> list[int]:
+        return [5] * (self.length - 1) + [self.end]
+
+    def loss_mask(self, number: int) -> bytes:
+        return bytes(self.length // 2) + b"\1" * (self.length - self.length // 2)
+
+
+@pytest.mark.parametrize("count, length", [(300, 60), (300, 1000), (5, 1000), (1, 40), (200, 2)])
+def test_positions_come_from_many_rows_and_include_turn_ends(tmp_path: Path, count: int, length: int) -> None:
+    tokenizer = ChatTokenizer.from_folder(write_tokenizer(tmp_path, "smollm2", CHAT_TEMPLATE))
+    samples: Any = Samples(count, length, tokenizer.turn_end_ids[0])
+    rows = compared_rows(samples, tokenizer)
+    computed = [row for row in rows if row.positions]
+    assert len(rows) == min(count, 200)
+    assert len(computed) == min(len(rows), max(16_384 // length, 1))
+    assert all(row.positions[-1] == length - 2 for row in computed)
+    assert max(len(row.positions) for row in computed) <= 48
+    assert sum(len(row.positions) for row in computed) <= 1200
+    assert sum(len(row.computed_ids) for row in computed) <= 16_384
