@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from msgspec import Struct
+from msgspec.structs import replace
 from torch import Tensor
 
 from qlora_tui.catalog.model_validation import weight_files
@@ -45,11 +46,19 @@ class LoraExport(Struct, frozen=True, kw_only=True):
     """Number of weight matrices that it changes."""
     proof: Proof | None = None
     unchecked_because: str = ""
+    trained_on: str = ""
+    """How the base was quantized in training, such as ``NF4``; empty if it was not."""
 
     @property
     def summary(self) -> str:
-        """Say how the file was checked."""
-        return f"{self.proof.sentence}." if self.proof else f"Not checked: {self.unchecked_because}."
+        """Say how the file was checked, and on which base, a sentence a line."""
+        lines = [f"{self.proof.sentence}." if self.proof else f"Not checked: {self.unchecked_because}."]
+        if self.trained_on:
+            lines.append(
+                f"It was trained on {self.trained_on} weights: on others, also the original 16-bit ones, its "
+                "answers differ from those of the training. How much was not measured."
+            )
+        return "\n".join(lines)
 
     @property
     def command(self) -> str:
@@ -69,7 +78,7 @@ def export_lora(
     placed = assign_deltas(deltas, files, adapter)
     updates: AdapterDeltas = {name: update for group in placed.values() for name, update in group.items()}
     names = TensorNames(text_config(base))
-    _refuse_inexpressible(updates, tied=bool(names.config.tie_word_embeddings))
+    _refuse_inexpressible(updates, names)
     stored = {tensor.name: tensor.read for tensor in MergedWeights(base, {file: {} for file in files})}
     tensors = tuple(_tensors(updates, names, stored))
     with draft_folder(out) as draft:
@@ -90,8 +99,14 @@ def export_lora(
             )
         size = path.stat().st_size
         publish_file(path, out)
+    method = source.recipe.quantization.method
     return LoraExport(
-        path=str(out), bytes=size, modules=len(tensors) // 2, proof=proof, unchecked_because=unchecked
+        path=str(out),
+        bytes=size,
+        modules=len(tensors) // 2,
+        proof=proof,
+        unchecked_because=unchecked,
+        trained_on="" if method == "none" else method.upper(),
     )
 
 
@@ -108,10 +123,12 @@ def _prove(
     words = "Asking llama.cpp what base and adapter answer"
     on_status(words)
     on_progress = every_tenth(on_status, words)
-    return prove(reference, model, "BF16", content.vocabulary.differences, lora=path, on_progress=on_progress)
+    known = content.vocabulary.differences
+    proof = prove(reference, model, "BF16", known, lora=path, on_progress=on_progress)
+    return replace(proof, name="On the original 16-bit base, the LoRA")
 
 
-def _refuse_inexpressible(updates: AdapterDeltas, *, tied: bool) -> None:
+def _refuse_inexpressible(updates: AdapterDeltas, names: TensorNames) -> None:
     """Raise UserError for updates that a LoRA in a GGUF file cannot express."""
     fix = "Export the merged model instead: `qlora-tui export gguf`."
     if any(isinstance(update, LoraDelta) and update.magnitude is not None for update in updates.values()):
@@ -120,11 +137,18 @@ def _refuse_inexpressible(updates: AdapterDeltas, *, tied: bool) -> None:
             what="DoRA also rescales the rows of each weight, which llama.cpp's LoRA files cannot express.",
             fix=fix,
         )
+    tied = bool(names.config.tie_word_embeddings)
     if tied and any(isinstance(update, EmbeddingRowDelta) for update in updates.values()):
         raise UserError(
             "Trained token rows cannot be exported as LoRA",
             what="The model has one matrix for embedding and head, and llama.cpp ends at a LoRA on it.",
             fix=fix,
+        )
+    if left_out := [name for name in updates if names.name_of(name) is None]:
+        raise UserError(
+            "Part of the adapter cannot be exported as LoRA",
+            what=f"It changes {len(left_out):,} weights that GGUF files do not hold, such as {left_out[0]}.",
+            fix="Export the merged model instead: `qlora-tui export merge`.",
         )
 
 
@@ -137,8 +161,7 @@ def _tensors(
     """
     for name, update in updates.items():
         target = names.name_of(name)
-        if target is None:
-            continue
+        assert target is not None
         if isinstance(update, LoraDelta):
             change = names.transform_for(name)
             up = update.up.float() * update.scale

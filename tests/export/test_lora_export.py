@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.errors import UserError
 from qlora_tui.export.adapter_folder import export_adapter_folder
+from qlora_tui.export.gguf_file import families
 from qlora_tui.export.lora_export import export_lora
 from tests.export.export_sources import make_source
 from tests.export.gguf_files import divergence, logits_of, write_base
@@ -95,6 +97,21 @@ def test_what_a_lora_file_cannot_express_is_refused(
         export_lora(source, "adapter", tmp_path / "lora.gguf")
     assert "export gguf" in refused.value.fix
     assert not (tmp_path / "lora.gguf").exists()
+
+
+def test_weights_that_gguf_lacks_are_not_dropped_silently(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_source(tmp_path)
+    monkeypatch.setattr(families, "_NOT_TEXT", re.compile(r"model\.layers\.1\."))
+    with pytest.raises(UserError, match=r"such as model\.layers\.1\."):
+        export_lora(source, "adapter", tmp_path / "lora.gguf")
+
+
+def test_the_base_of_the_comparison_is_said(tmp_path: Path) -> None:
+    summary = export_lora(make_source(tmp_path, quantization="nf4"), "adapter", tmp_path / "l.gguf").summary
+    assert summary.startswith("On the original 16-bit base, the LoRA answers as your adapter does at ")
+    assert "It was trained on NF4 weights: on others" in summary
 
 
 @pytest.mark.parametrize("rank, flag", [(4, ""), (16, ""), (24, " --max-lora-rank 32")])
