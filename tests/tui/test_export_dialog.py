@@ -45,7 +45,7 @@ async def test_an_export_is_started_and_followed(
         await pilot.press("down", "down", "down", "down")
         await wait_for_text(pilot, "tickets-Q8_0")
         await pilot.press("enter")
-        await wait_for_text(pilot, "Started", "Exports of this run", "Q8_0  Starting")
+        await wait_for_text(pilot, "Started", "Exports of this run", "Q8_0  Starting", "x cancel")
         (export,) = read_exports(run)
         assert export.request.out == str(tmp_path / "models" / "tickets-Q8_0.gguf")
         done = ExportStatus(
@@ -56,7 +56,7 @@ async def test_an_export_is_started_and_followed(
             summary="Q8_0 is near.",
         )
         write_export_status(export.folder, done)
-        await wait_for_text(pilot, "✓ Q8_0")
+        await wait_for_text(pilot, "✓ Q8_0", "y copy command")
         await pilot.press("escape")
         assert "Export: ✓ Q8_0" in await wait_for_text(pilot, "Export: ✓ Q8_0")
 
@@ -87,8 +87,29 @@ async def test_a_name_is_proposed_for_ollama_and_the_hub(
     async with make_app().run_test(size=(120, 40)) as pilot:
         await open_dialog(pilot)
         await pilot.press("up", "up", "up")
-        await wait_for_text(pilot, "Enter the model's name")
+        await wait_for_text(pilot, "Name tickets")
         await pilot.press("enter")
         await wait_for_text(pilot, "Ollama model  Starting")
         (export,) = read_exports(run)
         assert (export.request.form, export.request.out) == ("ollama", "tickets")
+
+
+async def test_type_and_checkpoint_are_chosen_by_key(
+    run: RunDir, make_app: Callable[[], QloraApp], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_choices, "find_spec", lambda name: object())
+    for step in (5, 10):
+        folder = run.checkpoints_dir / f"step-{step}"
+        folder.mkdir(parents=True)
+        for name in ("adapter_config.json", "complete"):
+            (folder / name).write_text("{}")
+    async with make_app().run_test(size=(80, 24)) as pilot:
+        await open_dialog(pilot)
+        await pilot.press("up")
+        await wait_for_text(pilot, "Upload a GGUF file, Q8_0", "t type · c checkpoint")
+        await pilot.press("t", "c", "c")
+        await wait_for_text(pilot, "Upload a GGUF file, F16", "Checkpoint 5 · Repository tickets-step-5")
+        await pilot.press("enter")
+        await wait_for_text(pilot, "GGUF on the Hub  Starting")
+        (export,) = read_exports(run)
+        assert (export.request.file_type, export.request.checkpoint) == ("F16", 5)

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from textual.content import Content
 
@@ -17,7 +17,7 @@ from qlora_tui.formatting import format_bytes, format_duration, truncate_middle
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.runs.exports import Export, ExportRequest, Form
 
-_SHOWN_TYPES = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "F16")
+_TYPES = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "F16")
 _NEED_LLAMA_CPP = (AUTO, "Q4_K_M", "Q5_K_M", "Q6_K")
 _NO_LLAMA_CPP = 'Needs llama.cpp: pip install "qlora-tui[export]".'
 _SIGNS = {"running": ("▸", "$primary"), "finished": ("✓", "$success"), "failed": ("✗", "$error")}
@@ -25,10 +25,16 @@ _AUTO = (
     "The smallest type that still answers like your adapter: tries them from the smallest up, and keeps the "
     "first within a KL divergence of 0.03, as llama.cpp computes it."
 )
-_HUB = "To a private repository; [owner/]name. Needs HF_TOKEN or `hf auth login`; the token is never stored."
+_HUB = "To a private repository: name or owner/name. Needs HF_TOKEN or `hf auth login`."
 _LINE_WIDTH = 48
 """Cells of what is said of an export, so that its line fits 80 columns."""
-_PROGRAMS = "llama.cpp, Ollama"
+_PROGRAMS = "llama.cpp, LM Studio"
+
+
+Target: TypeAlias = Literal["File", "Folder", "Name", "Repository"]
+
+
+_NAMES: tuple[Target, ...] = ("Name", "Repository")
 
 
 @dataclass(frozen=True)
@@ -46,42 +52,39 @@ class ExportChoice:
     file_type: str = ""
     suffix: str = ""
     """End of the proposed file name."""
-    target: Literal["path", "name"] = "path"
-    """What is asked for: a file or folder, or a name in Ollama or on the Hub."""
+    target: Target = "File"
+    """What is asked for."""
+    has_type_key: bool = False
+    """Whether a key changes the file type; other GGUF types are choices of their own."""
     is_available: bool = True
 
 
+def file_types() -> list[str]:
+    """Return the types that can be written on this machine, the largest of the first choice last."""
+    return [kind for kind in (*_TYPES, AUTO) if _is_writable(kind)]
+
+
 def export_choices(
-    architecture: Architecture | None, budget: MemoryBudget, adapter_bytes: int
+    architecture: Architecture | None, budget: MemoryBudget, adapter_bytes: int, file_type: str = "Q8_0"
 ) -> list[ExportChoice]:
-    """Return every choice, the most useful first; sizes need the model's architecture."""
+    """Return every choice, the most useful first; sizes need the model's architecture.
+
+    ``file_type`` is that of a model in Ollama and of a GGUF file on the Hub.
+    """
     adapter_size = format_bytes(adapter_bytes)
-    installed = find_spec("llama_cpp_py_sync") is not None
-    choices = [
-        ExportChoice(
-            id=AUTO,
-            label="GGUF, type chosen for you",
-            size="",
-            note=_PROGRAMS,
-            detail=_AUTO if installed else _NO_LLAMA_CPP,
-            form="gguf",
-            file_type=AUTO,
-            suffix=".gguf",
-            is_available=installed,
-        )
-    ]
-    choices += [_gguf(kind, architecture, budget, installed) for kind in _SHOWN_TYPES]
     merged = "" if architecture is None else format_bytes(architecture.total_params * 2)
+    size, fit = _size_and_fit(file_type, architecture, budget)
     return [
-        *choices,
+        *(_gguf(kind, architecture, budget) for kind in (AUTO, *_TYPES)),
         ExportChoice(
             id="merge",
             label="Merged model, 16-bit",
             size=merged,
             note="transformers, vLLM",
-            detail="A folder with base and adapter as one model, compared with them afterwards.",
+            detail="A folder with base and adapter as one model, compared with them before it gets its name.",
             form="merge",
             suffix="-merged",
+            target="Folder",
         ),
         ExportChoice(
             id="lora",
@@ -100,70 +103,89 @@ def export_choices(
             detail="A copy of the adapter, checked against what vLLM can serve.",
             form="adapter",
             suffix="-adapter",
+            target="Folder",
         ),
         ExportChoice(
             id="ollama",
-            label="Model in Ollama, Q8_0",
-            size="",
+            label=f"Model in Ollama, {file_type}",
+            size=size,
             note="ollama run NAME",
-            detail="A GGUF file with its Modelfile in ~/models, given to `ollama create` where Ollama is "
-            "installed. Enter the model's name.",
+            detail="A GGUF file and its Modelfile in ~/models, given to `ollama create` where Ollama is "
+            f"installed.{fit}",
             form="ollama",
-            file_type="Q8_0",
-            target="name",
+            file_type=file_type,
+            target="Name",
+            has_type_key=True,
         ),
         ExportChoice(
             id="hub-adapter",
             label="Upload the adapter",
             size=adapter_size,
             note="Hugging Face Hub",
-            detail=f"{_HUB} The adapter, with a model card.",
+            detail=f"The adapter with a model card. {_HUB}",
             form="hub-adapter",
-            target="name",
+            target="Repository",
         ),
         ExportChoice(
             id="hub-gguf",
-            label="Upload a GGUF file, Q8_0",
-            size="",
+            label=f"Upload a GGUF file, {file_type}",
+            size=size,
             note="Hugging Face Hub",
-            detail=f"{_HUB} The merged model as GGUF, with a model card.",
+            detail=f"The merged model as GGUF file with a model card. {_HUB}",
             form="hub-gguf",
-            file_type="Q8_0",
-            target="name",
+            file_type=file_type,
+            target="Repository",
+            has_type_key=True,
         ),
     ]
 
 
-def _gguf(
-    kind: str, architecture: Architecture | None, budget: MemoryBudget, installed: bool
-) -> ExportChoice:
-    available = installed or kind not in _NEED_LLAMA_CPP
-    size, fit = "", ""
-    if architecture is not None:
-        size = f"≈ {format_bytes(estimated_bytes(architecture, kind))}"
-        needed = bytes_to_run(architecture, kind)
-        verb = "Fits" if needed <= budget.bytes else "Does not fit"
-        fit = f" {verb} {budget.name} at a context of 4,096 tokens (≈ {format_bytes(needed)})."
-    checked = "llama.cpp then compares the file with your adapter's answers."
+def _gguf(kind: str, architecture: Architecture | None, budget: MemoryBudget) -> ExportChoice:
+    size, fit = _size_and_fit(kind, architecture, budget)
+    if not _is_writable(kind):
+        detail = _NO_LLAMA_CPP
+    elif kind == AUTO:
+        detail = _AUTO
+    else:
+        checked = "llama.cpp then compares the file with your adapter's answers."
+        detail = f"{checked if _has_llama_cpp() else 'Not checked: llama.cpp is not installed.'}{fit}"
     return ExportChoice(
         id=kind,
-        label=f"GGUF {kind}",
+        label="GGUF, type chosen for you" if kind == AUTO else f"GGUF {kind}",
         size=size,
         note=_PROGRAMS,
-        detail=f"{checked if installed else 'Not checked: llama.cpp is not installed.'}{fit}"
-        if available
-        else _NO_LLAMA_CPP,
+        detail=detail,
         form="gguf",
         file_type=kind,
-        suffix=f"-{kind}.gguf",
-        is_available=available,
+        suffix=".gguf" if kind == AUTO else f"-{kind}.gguf",
+        is_available=_is_writable(kind),
     )
 
 
-def proposed_target(choice: ExportChoice, run_name: str) -> str:
+def _size_and_fit(kind: str, architecture: Architecture | None, budget: MemoryBudget) -> tuple[str, str]:
+    """Return the approximate size of a file, and a sentence on where it runs; empty where unknown."""
+    if architecture is None or kind == AUTO:
+        return "", ""
+    needed = bytes_to_run(architecture, kind)
+    verb = "Fits" if needed <= budget.bytes else "Does not fit"
+    size = f"≈ {format_bytes(estimated_bytes(architecture, kind))}"
+    return size, f" {verb} {budget.name} at a context of 4,096 tokens (≈ {format_bytes(needed)})."
+
+
+def _has_llama_cpp() -> bool:
+    return find_spec("llama_cpp_py_sync") is not None
+
+
+def _is_writable(kind: str) -> bool:
+    return kind not in _NEED_LLAMA_CPP or _has_llama_cpp()
+
+
+def proposed_target(choice: ExportChoice, run_name: str, checkpoint: int | None = None) -> str:
     """Return a path in the user's home that does not exist yet, or a name."""
     stem = re.sub(r"[^\w.-]+", "-", run_name).strip("-") or "adapter"
-    if choice.target == "name":
+    if checkpoint is not None:
+        stem += f"-step-{checkpoint}"
+    if choice.target in _NAMES:
         return stem.lower()
     folder = Path.home() / "models"
     path, number = folder / f"{stem}{choice.suffix}", 2
@@ -182,7 +204,7 @@ def home_relative(path: str) -> str:
 def request_for(choice: ExportChoice, out: str, checkpoint: int | None = None) -> ExportRequest:
     """Return the request for a choice. ``out`` is as typed."""
     target = out.strip()
-    if choice.target == "path":
+    if choice.target not in _NAMES:
         target = str(Path(target).expanduser().absolute())
     return ExportRequest(form=choice.form, out=target, file_type=choice.file_type, checkpoint=checkpoint)
 

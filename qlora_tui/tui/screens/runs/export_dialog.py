@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Vertical
+from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.markup import escape
 from textual.screen import ModalScreen
@@ -17,6 +19,7 @@ from textual.widgets import Input, OptionList, Static
 from qlora_tui.catalog.adapter_config import WEIGHTS
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.chat.chat_sources import choose_adapter, run_source
+from qlora_tui.chat.chat_types import ADAPTER
 from qlora_tui.errors import UserError
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.exports import Export, cancel_export, read_exports, start_export
@@ -27,10 +30,10 @@ from qlora_tui.tui.screens.runs.export_choices import (
     export_choices,
     export_detail,
     export_line,
+    file_types,
     proposed_target,
     request_for,
 )
-from qlora_tui.tui.widgets.static_update import update_if_changed
 from qlora_tui.tui.widgets.text_field import TextField
 from qlora_tui.tui.widgets.vi_list import HEADING, ViList
 
@@ -39,6 +42,12 @@ if TYPE_CHECKING:
 
 _READ_INTERVAL_S = 0.5
 _EARLIER = "export:"
+_FIRST_TYPE = "Q8_0"
+_TYPE = Binding("t", "type", "Type")
+_CHECKPOINT = Binding("c", "checkpoint", "Checkpoint")
+_CANCEL = Binding("x", "cancel", "Cancel")
+_COPY = Binding("y", "copy", "Copy command")
+_CLOSE = Binding("escape", "dismiss(None)", "Close")
 
 
 def show_export_dialog(app: QloraApp, run: RunDir) -> None:
@@ -53,7 +62,10 @@ def show_export_dialog(app: QloraApp, run: RunDir) -> None:
         architecture = resolve_model(source.recipe.model.id).architecture
     except UserError:
         architecture = None
-    app.push_screen(ExportScreen(run, export_choices(architecture, app.memory_budget, _size(adapter))))
+    choices = partial(export_choices, architecture, app.memory_budget, _size(adapter))
+    final = [None] if ADAPTER in source.adapters else []
+    steps = [*final, *(step for step, _ in reversed(run.checkpoints()))]
+    app.push_screen(ExportScreen(run, choices, steps))
 
 
 def _size(adapter: Path) -> int:
@@ -68,27 +80,44 @@ class ExportScreen(ModalScreen[None]):
 
     CSS_PATH = "../modals/modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("x", "cancel", "Cancel"),
-        Binding("y", "copy", "Copy command"),
-        Binding("escape", "dismiss(None)", "Close"),
+        _TYPE,
+        _CHECKPOINT,
+        _CANCEL,
+        _COPY,
+        _CLOSE,
     ]
 
-    def __init__(self, run: RunDir, choices: list[ExportChoice]) -> None:
+    def __init__(
+        self, run: RunDir, choices: Callable[[str], list[ExportChoice]], steps: Sequence[int | None]
+    ) -> None:
+        """Create the dialog.
+
+        Args:
+            run: Whose adapter is exported.
+            choices: Returns what can be written, with a file type for Ollama and the Hub.
+            steps: Of the run's checkpoints, the first to be chosen first; None is the final adapter.
+        """
         super().__init__()
         self._run_dir = run
-        self._choices = {choice.id: choice for choice in choices}
+        self._make_choices = choices
+        self._file_type = _FIRST_TYPE
+        self._choices = {choice.id: choice for choice in choices(_FIRST_TYPE)}
+        self._steps = list(steps)
         self._exports: dict[str, Export] = {}
         self._proposed = ""
         """The path that was filled in; another one was typed and is left alone."""
 
     def compose(self) -> ComposeResult:
-        with Vertical(classes="dialog wide") as dialog:
+        with Vertical(classes="dialog wide", id="export-dialog") as dialog:
             dialog.border_title = escape(f"Export {self._run_dir.name}")
-            dialog.border_subtitle = dialog_keys(self.BINDINGS, "Enter export", "Tab path")
             yield ViList()
             yield Static("", id="export-detail", markup=False)
-            yield TextField("", id="export-path", compact=True)
-            yield Static("", id="export-message", markup=False)
+            with Horizontal(id="export-target"):
+                yield Static("", id="export-label", markup=False)
+                yield TextField("", id="export-path", compact=True)
+            message = Static("", id="export-message", markup=False)
+            message.display = False
+            yield message
 
     def on_mount(self) -> None:
         self.query_one(ViList).focus()
@@ -104,6 +133,26 @@ class ExportScreen(ModalScreen[None]):
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
         self._start()
+
+    def action_type(self) -> None:
+        """Choose the next file type for Ollama and the Hub."""
+        choice = self._current_choice
+        if choice is None or not choice.has_type_key:
+            self.notify("Each other type has a line of its own.", severity="warning")
+            return
+        types = file_types()
+        self._file_type = types[(types.index(self._file_type) + 1) % len(types)]
+        self._choices = {each.id: each for each in self._make_choices(self._file_type)}
+        self._refresh_exports()
+        self._show_detail()
+
+    def action_checkpoint(self) -> None:
+        """Choose the next older checkpoint, and the final adapter after the oldest."""
+        if len(self._steps) == 1:
+            self.notify("The run has no other checkpoint.", severity="warning")
+            return
+        self._steps.append(self._steps.pop(0))
+        self._show_detail()
 
     def action_cancel(self) -> None:
         """Cancel the export under the cursor."""
@@ -125,11 +174,15 @@ class ExportScreen(ModalScreen[None]):
         self.app.copy_to_clipboard(export.status.command or shlex.join(export.status.paths))
 
     @property
+    def _current_choice(self) -> ExportChoice | None:
+        return self._choices.get(self.query_one(ViList).current or "")
+
+    @property
     def _current_export(self) -> Export | None:
         return self._exports.get(self.query_one(ViList).current or "")
 
     def _start(self) -> None:
-        choice = self._choices.get(self.query_one(ViList).current or "")
+        choice = self._current_choice
         if choice is None:
             self.action_copy()
             return
@@ -137,48 +190,68 @@ class ExportScreen(ModalScreen[None]):
             self._say(f"✗ {choice.detail}")
             return
         path = self.query_one(TextField).value
-        request = request_for(choice, path)
+        request = request_for(choice, path, self._steps[0])
         if not path.strip():
-            self._say("✗ Enter the file to write.")
+            self._say(f"✗ Enter a {choice.target.lower()}.")
         elif request.out in self._being_written():
             self._say("✗ This file is being written already.")
         else:
             try:
-                start_export(self._run_dir, request)
+                export = start_export(self._run_dir, request)
             except (UserError, OSError) as error:
                 self._say(f"✗ {error}")
                 return
             self._say("Started. It continues when you close this window or the app.")
-            self._refresh_exports()
-            self._show_detail(propose_again=True)
+            self._proposed = self.query_one(TextField).value
+            self._refresh_exports(select=export)
+            self.query_one(ViList).focus()
 
     def _being_written(self) -> set[str]:
         return {e.request.out for e in self._exports.values() if e.status.state == "running"}
 
-    def _refresh_exports(self) -> None:
+    def _refresh_exports(self, *, select: Export | None = None) -> None:
         self._exports = {f"{_EARLIER}{e.folder.name}": e for e in read_exports(self._run_dir)}
         lines = [(choice.id, choice_line(choice)) for choice in self._choices.values()]
         if self._exports:
             lines.append((f"{HEADING}exports", Content.styled("Exports of this run", "bold")))
             lines += [(id_, export_line(export)) for id_, export in self._exports.items()]
-        self.query_one(ViList).show(lines)
+        self.query_one(ViList).show(lines, select=_EARLIER + select.folder.name if select else None)
         if self._current_export is not None:
             self._show_detail()
 
-    def _show_detail(self, *, propose_again: bool = False) -> None:
-        export = self._current_export
-        choice = self._choices.get(self.query_one(ViList).current or "")
-        field = self.query_one(TextField)
+    def _show_detail(self) -> None:
+        export, choice = self._current_export, self._current_choice
         text = choice.detail if choice else ""
         if export is not None:
             text = export_detail(export)
-        update_if_changed(self.query_one("#export-detail", Static), Content(text))
-        field.display = choice is not None
-        if choice is not None and (propose_again or field.value == self._proposed):
-            self._proposed = proposed_target(choice, self._run_dir.name)
+        detail = self.query_one("#export-detail", Static)
+        if detail.content != text:
+            detail.update(text)
+        self.query_one("#export-dialog").border_subtitle = self._keys(choice, export)
+        self.query_one("#export-target").display = choice is not None
+        if choice is not None:
+            self._show_target(choice)
+
+    def _show_target(self, choice: ExportChoice) -> None:
+        field, step = self.query_one(TextField), self._steps[0]
+        label = choice.target if step is None else f"Checkpoint {step:,} · {choice.target}"
+        self.query_one("#export-label", Static).update(label)
+        if field.value == self._proposed:
+            self._proposed = proposed_target(choice, self._run_dir.name, step)
             field.value = self._proposed
             # The end names the file.
             field.cursor_position = len(self._proposed)
 
+    def _keys(self, choice: ExportChoice | None, export: Export | None) -> str:
+        """Return the keys that do something for the line under the cursor."""
+        if choice is None:
+            state = export.status.state if export else ""
+            keys = {"running": [_CANCEL], "finished": [_COPY]}.get(state, [])
+            return dialog_keys([*keys, _CLOSE])
+        keys = [_TYPE] * choice.has_type_key + [_CHECKPOINT] * (len(self._steps) > 1)
+        return dialog_keys([*keys, _CLOSE], "Enter export", f"Tab {choice.target.lower()}")
+
     def _say(self, text: str) -> None:
-        self.query_one("#export-message", Static).update(text)
+        message = self.query_one("#export-message", Static)
+        message.update(text)
+        message.display = True
