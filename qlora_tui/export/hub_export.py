@@ -17,7 +17,7 @@ from msgspec import Struct
 from qlora_tui import subprocesses
 from qlora_tui.catalog.hub import validate_model_id
 from qlora_tui.catalog.local_models import resolve_model
-from qlora_tui.chat.chat_types import ChatSource
+from qlora_tui.chat.chat_types import ADAPTER, ChatSource
 from qlora_tui.chat.session import model_folder
 from qlora_tui.decoding import decode_json
 from qlora_tui.errors import UserError
@@ -115,8 +115,13 @@ def export_hub(
         assert isinstance(prepared, Prepared)
         facts = folder.write(source, adapter_name, form, file_type, on_status)
         license_id = base_license(model_folder(source.recipe)) or prepared.base_license
-        results = CardResults(run_rows(run), facts.effect, "\n\n".join(filter(None, facts.card)), license_id)
-        card = render_model_card(source.recipe, from_hub=from_hub, form=form, results=results)
+        rows = run_rows(run)
+        if adapter_name != ADAPTER:
+            rows = (("Checkpoint", adapter_name.replace("-", " ")), *rows)
+        results = CardResults(rows, facts.effect, "\n\n".join(filter(None, facts.card)), license_id)
+        card = render_model_card(
+            source.recipe, from_hub=from_hub, form=form, repo=prepared.repo, results=results
+        )
         atomic_write(folder.files / _CARD, card.encode())
         sizes = {path.name: path.stat().st_size for path in sorted(folder.files.iterdir())}
         _refuse_other_files(prepared, set(sizes))

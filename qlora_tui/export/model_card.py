@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Literal, TypeAlias
 
+from qlora_tui.data.sources import is_hub_dataset
+from qlora_tui.formatting import pluralize, short_model_name
 from qlora_tui.recipe.diff import format_value
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.describe import format_energy
@@ -70,18 +72,24 @@ def run_rows(run: RunDir) -> tuple[tuple[str, str], ...]:
 
 
 def render_model_card(
-    recipe: Recipe, *, from_hub: bool, form: CardForm = "merged", results: CardResults | None = None
+    recipe: Recipe,
+    *,
+    from_hub: bool,
+    form: CardForm = "merged",
+    repo: str = "",
+    results: CardResults | None = None,
 ) -> str:
     """Return the README.md of a model.
 
     Args:
         recipe: Of the training. Its note is the user's own, and stays out.
-        from_hub: Whether the base is named by its Hub id; else by the last part of its path.
+        from_hub: Whether the base is named by its Hub id; else by its name alone.
         form: What the card describes.
+        repo: Where it is on the Hub, to say how it is loaded; empty for a folder.
         results: What is known beyond the recipe.
     """
     results = results or CardResults()
-    base = recipe.model.id if from_hub else PurePath(recipe.model.id).name
+    base = recipe.model.id if from_hub else short_model_name(recipe.model.id)
     lora, training = recipe.lora, recipe.training
     title = recipe.name or f"{PurePath(base).name}, fine-tuned"
     library, relation, merged = _FRONT[form]
@@ -90,12 +98,16 @@ def render_model_card(
         front.append(f"license: {results.license_id}")
     if from_hub:
         front += [f"base_model: {base}", f"base_model_relation: {relation}"]
+    paths = [source.path for source in recipe.data.sources]
+    datasets = [path for path in paths if is_hub_dataset(path)]
+    sources = ", ".join(path if path in datasets else PurePath(path).name for path in paths)
+    if datasets:
+        front += ["datasets:", *(f"- {name.partition(':')[0]}" for name in datasets)]
     front += ["tags:", "- qlora-tui", "- qlora", "- lora", *(["- gguf"] if form == "gguf" else []), "---"]
     kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
     base_weights = {"none": "16-bit weights"}.get(
         recipe.quantization.method, f"{recipe.quantization.method.upper()} weights"
     )
-    sources = ", ".join(PurePath(source.path).name for source in recipe.data.sources) or "not recorded"
     overrides = (("Rank overrides", lora.rank_pattern), ("Alpha overrides", lora.alpha_pattern))
     rows = [
         ("Base model", base),
@@ -104,17 +116,46 @@ def render_model_card(
         *((label, format_value(table)) for label, table in overrides if table),
         ("Target modules", ", ".join(lora.target_modules)),
         *([("Token rows", _code(lora.trainable_tokens))] if lora.trainable_tokens else []),
-        ("Data", sources),
+        ("Data", sources or "not recorded"),
         ("Trained on", _trained_part(recipe)),
-        ("Effective batch", f"{recipe.effective_batch} rows of at most {recipe.data.max_length:,} tokens"),
+        (
+            "Effective batch",
+            f"{pluralize(recipe.effective_batch, 'row')} of at most {recipe.data.max_length:,} tokens",
+        ),
         ("Learning rate", f"{training.learning_rate:g}, {training.lr_scheduler}"),
-        ("Length", f"{training.max_steps:,} steps" if training.max_steps else f"{training.epochs:g} epochs"),
+        (
+            "Length",
+            pluralize(training.max_steps, "step") if training.max_steps else f"{training.epochs:g} epochs",
+        ),
         *results.rows,
         *([("License of the base", results.license_id)] if results.license_id else []),
     ]
     table = ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]
     sentences = [part for text in (results.effect, results.proof) if text for part in ("", text)]
-    return "\n".join([*front, "", f"# {title}", "", *table, *sentences, ""])
+    use = ["", "## Use", "", *_use(form, repo, base if from_hub else "")] if repo else []
+    return "\n".join([*front, "", f"# {title}", "", *table, *sentences, *use, ""])
+
+
+def _use(form: CardForm, repo: str, base: str) -> list[str]:
+    """Return the lines that load what is in ``repo``; ``base`` is empty where it is not on the Hub."""
+    match form:
+        case "gguf":
+            return ["With llama.cpp:", "", "```sh", f"llama-server -hf {repo}", "```"]
+        case "merged":
+            name = "AutoModelForCausalLM"
+            lines = [f"from transformers import {name}", "", f'model = {name}.from_pretrained("{repo}")']
+        case "adapter" if base:
+            name = "AutoPeftModelForCausalLM"
+            lines = [f"from peft import {name}", "", f'model = {name}.from_pretrained("{repo}")']
+        case "adapter":
+            lines = [
+                "from peft import PeftModel",
+                "from transformers import AutoModelForCausalLM",
+                "",
+                'base = AutoModelForCausalLM.from_pretrained("FOLDER")  # of the base model',
+                f'model = PeftModel.from_pretrained(base, "{repo}")',
+            ]
+    return ["```python", *lines, "```"]
 
 
 def _code(tokens: Iterable[str]) -> str:

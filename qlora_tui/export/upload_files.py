@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -35,6 +35,7 @@ from qlora_tui.export.merged_weights import merged_weights
 from qlora_tui.export.model_card import CardForm
 from qlora_tui.export.unfinished_files import draft_folder, require_space
 from qlora_tui.files import publish
+from qlora_tui.formatting import short_model_name
 
 UPLOADS = "uploads"
 """Folder of the cache."""
@@ -173,9 +174,9 @@ def _copy_adapter(adapter: Path, files: Path) -> None:
 
 
 def _remove_paths(files: Path, source: ChatSource) -> None:
-    """Rewrite the configs without paths of this machine; a base from a folder is named by its last part."""
+    """Rewrite the configs without paths of this machine, and name the base without one."""
     base = source.recipe.model.id
-    name = base if resolve_model(base).source == "hub cache" else PurePath(base).name
+    name = base if resolve_model(base).source == "hub cache" else short_model_name(base)
     for path in filter(Path.is_file, (files / config for config in _CONFIGS)):
         before = json.loads(path.read_bytes())
         after = _without_paths(before)

@@ -163,6 +163,13 @@ def test_the_same_upload_is_refused_while_it_runs(
     assert "Another export writes there" in capsys.readouterr().err
 
 
+def test_the_card_of_a_checkpoint_names_its_step(hub: FakeHub, run: RunDir) -> None:
+    folder = shutil.copytree(run.adapter_dir, run.checkpoints_dir / "step-4")
+    (folder / "complete").touch()
+    assert _export(run, "--checkpoint", "4") == 0
+    assert "| Checkpoint | step 4 |" in hub.repos["me/tickets"].files["README.md"].decode()
+
+
 def test_a_broken_connection_is_retried(hub: FakeHub, run: RunDir) -> None:
     hub.upload_drops = [100]
     assert _export(run) == 0

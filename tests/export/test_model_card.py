@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qlora_tui.export.model_card import CardForm, CardResults, render_model_card, run_rows
-from qlora_tui.recipe.schema import Model, Recipe
+from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs.directory import create_run
 
 RECIPE = Recipe(name="Tickets", model=Model(id="org/base"))
@@ -41,3 +41,28 @@ def test_a_base_from_a_folder_is_named_without_its_path() -> None:
 
 def test_a_run_without_events_has_no_rows() -> None:
     assert run_rows(create_run(RECIPE)) == ()
+
+
+@pytest.mark.parametrize(
+    ("form", "line"),
+    [
+        ("adapter", 'AutoPeftModelForCausalLM.from_pretrained("me/tickets")'),
+        ("merged", 'AutoModelForCausalLM.from_pretrained("me/tickets")'),
+        ("gguf", "llama-server -hf me/tickets"),
+    ],
+)
+def test_the_card_of_a_repository_says_how_to_load_it(form: CardForm, line: str) -> None:
+    assert line in render_model_card(RECIPE, from_hub=True, form=form, repo="me/tickets")
+    assert "## Use" not in render_model_card(RECIPE, from_hub=True, form=form)
+
+
+def test_a_converted_base_is_named_without_its_hash() -> None:
+    recipe = Recipe(model=Model(id="/models/SmolLM2-135M-Instruct.Q4_1-fa7256748bd9"))
+    assert "# SmolLM2-135M-Instruct, fine-tuned" in render_model_card(recipe, from_hub=False)
+
+
+def test_a_dataset_of_the_hub_is_linked() -> None:
+    data = Data(sources=(Source(path="org/chats:en"), Source(path="/home/me/mine.jsonl")))
+    card = render_model_card(Recipe(model=Model(id="org/base"), data=data), from_hub=True)
+    assert "\ndatasets:\n- org/chats\ntags:" in card
+    assert "| Data | org/chats:en, mine.jsonl |" in card
