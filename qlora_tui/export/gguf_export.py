@@ -27,7 +27,7 @@ from qlora_tui.export.llama_cpp.llama_process import INSTALL_HINT, quantize
 from qlora_tui.export.merged_weights import MergedWeights, merged_weights
 from qlora_tui.export.proof import Proof, prove
 from qlora_tui.export.reference import Reference, reference_bytes, reference_or_reason
-from qlora_tui.export.unfinished_files import draft_folder, publish_file, refuse_existing, require_space
+from qlora_tui.export.unfinished_files import draft_folder, publish_files, refuse_existing, require_space
 
 _PROVED_ALONE = ("F16", "BF16", "Q8_0")
 """Types whose rounding hides no mistake; of the others a 16-bit file is proved first."""
@@ -124,8 +124,7 @@ def export_gguf(
             )
         job = _Export(content, draft, reference if is_installed() else "", within, on_status)
         files = job.smallest_within(kinds) if is_auto else tuple(map(job.write, kinds))
-        for file in files:
-            publish_file(Path(file.path), targets[file.file_type])
+        publish_files({Path(file.path): targets[file.file_type] for file in files})
         published = tuple(replace(file, path=str(targets[file.file_type])) for file in files)
     return GgufExport(files=published, base=base, notes=content.notes, unchecked_because=unchecked)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qlora_tui.errors import EXIT_USAGE, UserError, disk_problem
@@ -90,6 +90,19 @@ def publish_new(draft: Path, final: Path) -> None:
         refuse_existing(final)
         raise
     sync(final.parent)
+
+
+def publish_files(finals: Mapping[Path, Path]) -> None:
+    """Give each finished file of the keys its name, all of them or none. Raises UserError and OSError."""
+    try:
+        for draft, final in finals.items():
+            publish_file(draft, final)
+    except BaseException:
+        for draft, final in finals.items():
+            with suppress(OSError):
+                if not draft.exists() or final.samefile(draft):
+                    final.unlink()
+        raise
 
 
 def publish_file(draft: Path, final: Path) -> None:

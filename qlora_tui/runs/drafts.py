@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -17,6 +19,7 @@ from qlora_tui.runs.locks import PATIENCE_S, is_locked, locked
 
 _LOCK = "lock"
 _FILES = "files"
+_NAME = re.compile(r"\..+\.part")
 
 
 def draft_path(out: Path) -> Path:
@@ -32,12 +35,15 @@ def held_draft(draft: Path) -> Iterator[Path | None]:
     Raises OSError, and UserError if the file system has no locks.
     """
     with ExitStack() as stack:
-        if not _hold(stack, draft):
+        with _without_interruption():
+            is_held = _hold(stack, draft)
+            if is_held:
+                stack.callback(_delete_held, draft)
+        if not is_held:
             yield None
             return
-        stack.callback(_delete_held, draft)
+        _empty(draft)
         files = draft / _FILES
-        shutil.rmtree(files, ignore_errors=True)
         files.mkdir(mode=0o700)
         if files.lstat().st_uid != draft.lstat().st_uid:
             # Where everybody may write, as in /tmp, its owner could replace the files.
@@ -46,8 +52,8 @@ def held_draft(draft: Path) -> Iterator[Path | None]:
 
 
 def is_abandoned(draft: Path) -> bool:
-    """Whether a draft exists that no process holds."""
-    return draft.is_dir() and is_locked(draft / _LOCK) is False
+    """Whether this is a draft that exists and that no process holds."""
+    return bool(_NAME.fullmatch(draft.name)) and draft.is_dir() and is_locked(draft / _LOCK) is False
 
 
 def delete_abandoned(draft: Path) -> None:
@@ -80,7 +86,27 @@ def _hold(stack: ExitStack, draft: Path) -> bool:
 
 def _delete_held(draft: Path) -> None:
     """Delete a draft as far as possible: the lock last, and nothing that another process adds after that."""
-    shutil.rmtree(draft / _FILES, ignore_errors=True)
-    with suppress(OSError):
+    with _without_interruption(), suppress(OSError):
+        _empty(draft)
         (draft / _LOCK).unlink()
         draft.rmdir()
+
+
+@contextmanager
+def _without_interruption() -> Iterator[None]:
+    """Deliver Ctrl+C and SIGTERM after the block."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _empty(draft: Path) -> None:
+    """Delete everything but the lock, as far as possible."""
+    for path in draft.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != _LOCK:
+            with suppress(OSError):
+                path.unlink()

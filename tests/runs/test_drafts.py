@@ -25,6 +25,8 @@ def leave(draft: Path) -> Path:
     (draft / "files").mkdir(parents=True)
     (draft / "lock").touch()
     (draft / "files" / "part").write_text("half")
+    # Version 1.0 merged a model without a folder for its files.
+    (draft / "model.safetensors").write_text("half")
     return draft
 
 
