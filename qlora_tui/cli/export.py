@@ -28,18 +28,23 @@ def run(args: argparse.Namespace) -> CommandResult:
             exit_code=EXIT_USAGE,
         )
     from qlora_tui.chat.chat_sources import choose_adapter, run_source
+    from qlora_tui.export.unfinished_files import export_problems
     from qlora_tui.gpu.torch_env import configure_torch_env
+    from qlora_tui.runs.exports import leave_gpu_to_runs
 
     run = find_run(args.run_id)
     source = run_source(run)
     adapter_name = choose_adapter(source, checkpoint=args.checkpoint)
+    if note := leave_gpu_to_runs():
+        _on_status(note)
     configure_torch_env()
-    if args.form == "ollama":
-        return _ollama(source, adapter_name, args)
-    if args.form == "hub":
-        return _hub(run, source, adapter_name, args)
-    out = args.out.expanduser().absolute()
-    return {"merge": _merge, "gguf": _gguf, "lora": _lora}[args.form](source, adapter_name, out, args)
+    with export_problems():
+        if args.form == "ollama":
+            return _ollama(source, adapter_name, args)
+        if args.form == "hub":
+            return _hub(run, source, adapter_name, args)
+        out = args.out.expanduser().absolute()
+        return {"merge": _merge, "gguf": _gguf, "lora": _lora}[args.form](source, adapter_name, out, args)
 
 
 def _on_status(words: str) -> None:
@@ -84,10 +89,11 @@ def _lora(source: ChatSource, adapter_name: str, out: Path, args: argparse.Names
 
 
 def _ollama(source: ChatSource, adapter_name: str, args: argparse.Namespace) -> CommandResult:
-    from qlora_tui.export.ollama_export import check_name, default_folder, export_ollama
+    from qlora_tui.export.ollama_export import check_name, export_ollama
+    from qlora_tui.runs.exports import ollama_folder
 
     check_name(args.ollama_name)
-    folder = args.dir.expanduser().absolute() if args.dir else default_folder(args.ollama_name, Path.cwd())
+    folder = args.dir.expanduser().absolute() if args.dir else ollama_folder(args.ollama_name, Path.cwd())
     written = export_ollama(
         source,
         adapter_name,

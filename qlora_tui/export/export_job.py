@@ -5,32 +5,33 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 from msgspec.structs import replace
 
 from qlora_tui.chat.chat_sources import choose_adapter, run_source
-from qlora_tui.errors import UserError
-from qlora_tui.export.forms import export_form
+from qlora_tui.errors import INTERNAL_ERROR, UserError
+from qlora_tui.export.unfinished_files import export_problems
 from qlora_tui.gpu.torch_env import configure_torch_env
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.exports import (
     ExportRequest,
     ExportStatus,
+    leave_gpu_to_runs,
     lock_path,
+    output_path,
     read_request,
     write_export_status,
 )
-from qlora_tui.runs.locks import locked
+from qlora_tui.runs.locks import PATIENCE_S, locked
 from qlora_tui.runs.process import process_identity
-
-_STATUS_INTERVAL_S = 0.2
-"""Shortest time between two statuses, in seconds."""
 
 
 class _Canceled(BaseException):
@@ -39,36 +40,55 @@ class _Canceled(BaseException):
 
 def run_job(folder: Path) -> None:
     """Do the export in a folder and record how it ends."""
-    signal.signal(signal.SIGTERM, _cancel)
-    with locked(lock_path(folder)) as lock:
+    with locked(lock_path(folder), patience_s=PATIENCE_S) as lock:
         if lock is None:
+            print("Another process does this export.")
             return
-        now = time.time()
-        status = ExportStatus(
-            state="running", at=now, began=now, process=process_identity(), activity="Starting"
-        )
-        write_export_status(folder, status)
+        request = read_request(folder)
+        out = output_path(request)
+        existed = out is not None and os.path.lexists(out)
         try:
-            status = _export(read_request(folder), RunDir(folder.parents[1]), _reporter(folder, status))
+            try:
+                signal.signal(signal.SIGTERM, _cancel)
+                status = _export(request, folder)
+            finally:
+                # What follows says how it ended, and must not be interrupted.
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
         except _Canceled:
-            status = ExportStatus(state="canceled", at=time.time())
+            status = _canceled(None if existed else out)
         except UserError as error:
             status = ExportStatus(state="failed", at=time.time(), problem=str(error))
         except BaseException as error:
-            problem = f"Internal error: {error!r}. The log has the details."
+            problem = f"{INTERNAL_ERROR}: {error!r}. The log has the details."
             write_export_status(folder, ExportStatus(state="failed", at=time.time(), problem=problem))
             raise
         write_export_status(folder, status)
 
 
-def _export(request: ExportRequest, run: RunDir, on_status: Callable[[str], None]) -> ExportStatus:
+def _export(request: ExportRequest, folder: Path) -> ExportStatus:
+    now = time.time()
+    status = ExportStatus(
+        state="running",
+        at=now,
+        began=now,
+        process=process_identity(),
+        activity="Starting",
+        note=leave_gpu_to_runs(),
+    )
+    write_export_status(folder, status)
     configure_torch_env()
-    source = run_source(run)
-    adapter_name = choose_adapter(source, checkpoint=request.checkpoint)
-    written = export_form(run, request, source, adapter_name, on_status)
+    # Imported here because it loads torch, which takes seconds: a cancel must not wait for it.
+    from qlora_tui.export.forms import export_form
+
+    with export_problems():
+        run = RunDir(folder.parents[1])
+        source = run_source(run)
+        adapter_name = choose_adapter(source, checkpoint=request.checkpoint)
+        written = export_form(run, request, source, adapter_name, _reporter(folder, status))
     return ExportStatus(
         state="finished",
         at=time.time(),
+        note=status.note,
         paths=written.paths,
         bytes=written.bytes,
         file_type=written.file_type,
@@ -77,15 +97,17 @@ def _export(request: ExportRequest, run: RunDir, on_status: Callable[[str], None
     )
 
 
-def _reporter(folder: Path, status: ExportStatus) -> Callable[[str], None]:
-    last = 0.0
+def _canceled(out: Path | None) -> ExportStatus:
+    """Return the status after a cancel; ``out`` is there if the cancel came too late for it."""
+    paths = (str(out),) if out is not None and os.path.lexists(out) else ()
+    return ExportStatus(state="canceled", at=time.time(), paths=paths)
 
+
+def _reporter(folder: Path, status: ExportStatus) -> Callable[[str], None]:
     def report(words: str) -> None:
-        nonlocal last
         print(words, flush=True)
-        now = time.monotonic()
-        if now - last >= _STATUS_INTERVAL_S:
-            last = now
+        # Where the run's disk is full or the run was deleted, the export itself may still succeed.
+        with suppress(OSError):
             write_export_status(folder, replace(status, at=time.time(), activity=words))
 
     return report

@@ -14,9 +14,9 @@ from qlora_tui.export.hub_export import export_hub
 from qlora_tui.export.lora_export import export_lora
 from qlora_tui.export.merge import merge
 from qlora_tui.export.model_card import CardForm
-from qlora_tui.export.ollama_export import default_folder, export_ollama
+from qlora_tui.export.ollama_export import export_ollama
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.exports import ExportRequest
+from qlora_tui.runs.exports import ExportRequest, ollama_folder
 
 
 class Written(Struct, frozen=True):
@@ -64,7 +64,7 @@ def export_form(
                 source,
                 adapter_name,
                 name,
-                default_folder(name, Path.home() / "models"),
+                ollama_folder(name),
                 request.file_type,
                 on_status=on_status,
             )

@@ -26,6 +26,7 @@ from qlora_tui.export.gguf_file.content import base_license
 from qlora_tui.export.gguf_file.vocabulary import adds_bos
 from qlora_tui.export.ollama_template import OllamaTemplate, ollama_template
 from qlora_tui.export.unfinished_files import draft_folder, publish_new, refuse_existing
+from qlora_tui.runs.exports import ollama_file_stem
 from qlora_tui.subprocesses import user_env
 from qlora_tui.visible import visible
 
@@ -99,7 +100,7 @@ def export_ollama(
     tokenizer = chat_tokenizer(source, base)
     template = ollama_template(tokenizer, source.thinking, adds_bos=adds_bos(tokenizer))
     with draft_folder(folder) as draft:
-        file = f"{_file_stem(name)}.gguf"
+        file = f"{ollama_file_stem(name)}.gguf"
         written = export_gguf(source, adapter_name, draft / file, [file_type], on_status=on_status)
         limit = resolve_model(source.recipe.model.id).architecture.max_positions
         context = context_size(source.recipe.data.max_length, limit)
@@ -141,15 +142,6 @@ def check_name(name: str) -> None:
             fix="Choose a name such as tickets:8b.",
             exit_code=EXIT_USAGE,
         )
-
-
-def default_folder(name: str, parent: Path) -> Path:
-    """Return the folder in ``parent`` in which a model of this name is written."""
-    return parent / f"{_file_stem(name)}-ollama"
-
-
-def _file_stem(name: str) -> str:
-    return re.sub("[/:]", "-", name)
 
 
 def context_size(max_length: int, model_limit: int | None) -> int:

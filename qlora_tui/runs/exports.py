@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
 import time
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -15,11 +18,12 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qlora_tui.decoding import decode_json
-from qlora_tui.errors import UserError
+from qlora_tui.errors import UserError, disk_problems
 from qlora_tui.files import atomic_write, private_dir, read_regular
 from qlora_tui.runs.control import terminate
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.locks import is_locked
+from qlora_tui.runs.machine_checks import read_machine
 from qlora_tui.runs.process import ProcessIdentity
 from qlora_tui.runs.spawn import spawn_detached
 
@@ -59,10 +63,12 @@ class ExportStatus(Struct, frozen=True, kw_only=True, omit_defaults=True):
     began: float = 0.0
     """Unix time of the process's start."""
     process: ProcessIdentity | None = None
+    note: str = ""
+    """What is special about this export, in a sentence."""
     activity: str = ""
     """What it does now."""
     paths: tuple[str, ...] = ()
-    """The files or the folder written."""
+    """The files or the folder written, also by an export that was canceled just after that."""
     bytes: int = 0
     file_type: str = ""
     """GGUF type of the file; with ``auto`` the one that was chosen."""
@@ -91,6 +97,7 @@ _REQUESTS = msgspec.json.Decoder(ExportRequest)
 _STATUSES = msgspec.json.Decoder(ExportStatus)
 
 
+@disk_problems()
 def start_export(run: RunDir, request: ExportRequest) -> Export:
     """Start an export that outlives this process. Raises UserError."""
     folder = _new_folder(run)
@@ -100,6 +107,13 @@ def start_export(run: RunDir, request: ExportRequest) -> Export:
     with (folder / "log").open("wb") as log:
         spawn_detached("qlora_tui.export.export_job", str(folder), output=log)
     return Export(folder, request, status)
+
+
+def restart_export(run: RunDir, export: Export) -> Export:
+    """Start an export that failed or was canceled again; it replaces the earlier one. Raises UserError."""
+    again = start_export(run, export.request)
+    shutil.rmtree(export.folder, ignore_errors=True)
+    return again
 
 
 def read_exports(run: RunDir) -> list[Export]:
@@ -134,6 +148,36 @@ def cancel_export(export: Export) -> None:
         )
 
 
+def output_path(request: ExportRequest) -> Path | None:
+    """Return the file or folder that an export writes; None for an upload."""
+    if request.form in ("hub-adapter", "hub-gguf"):
+        return None
+    return ollama_folder(request.out) if request.form == "ollama" else Path(request.out)
+
+
+def ollama_folder(name: str, parent: Path | None = None) -> Path:
+    """Return the folder in which a model of this name in Ollama is written: by default in ``~/models``."""
+    return (parent or Path.home() / "models") / f"{ollama_file_stem(name)}-ollama"
+
+
+def ollama_file_stem(name: str) -> str:
+    """Return a name in Ollama as the beginning of a file name."""
+    return re.sub("[/:]", "-", name)
+
+
+def leave_gpu_to_runs() -> str:
+    """Hide the GPU from this process if runs need it, before torch is loaded; return why, in a sentence.
+
+    Training must not run out of memory because of an export. Empty where there is no GPU, or no run.
+    """
+    machine = read_machine()
+    if machine.gpu is None or not (machine.active or machine.waiting):
+        return ""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    user = f"{machine.active} is training on" if machine.active else f"{machine.waiting[0]} waits for"
+    return f"Computes on the CPU, which takes longer: {user} the GPU."
+
+
 def exports_dir(run: RunDir) -> Path:
     """Return the folder of a run's exports."""
     return run.path / "exports"
@@ -159,14 +203,21 @@ def _new_folder(run: RunDir) -> Path:
 def _read(folder: Path) -> Export | None:
     try:
         request = read_request(folder)
-        status = decode_json(read_regular(folder / "status.json"), _STATUSES)
+        status = _read_status(folder)
+        is_new = status.process is None and time.time() - status.at < _START_S
+        if status.state == "running" and not is_new and is_locked(lock_path(folder)) is False:
+            before, status = status, _read_status(folder)
+            # Otherwise it has ended regularly, or has just begun.
+            if status == before:
+                problem = f"Its process ended without saying why. Its output: {folder / 'log'}"
+                status = replace(status, state="failed", problem=problem)
     except (OSError, msgspec.MsgspecError):
         return None
-    is_new = status.process is None and time.time() - status.at < _START_S
-    if status.state == "running" and not is_new and is_locked(lock_path(folder)) is False:
-        problem = f"Its process ended without saying why. Its output: {folder / 'log'}"
-        status = replace(status, state="failed", problem=problem)
     return Export(folder, request, status)
+
+
+def _read_status(folder: Path) -> ExportStatus:
+    return decode_json(read_regular(folder / "status.json"), _STATUSES)
 
 
 _START_S = 30.0

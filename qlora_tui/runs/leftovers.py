@@ -1,10 +1,10 @@
 """Leftovers of killed processes in the runs folder: drafts to delete, previous folders to restore.
 
-Temporary views of models are in the system's temporary folder.
+Temporary views of models are in the system's temporary folder, and drafts of exports beside what they export.
 
 Only files that no process can be writing are touched. The trainer holds its run, so an earlier trainer's
-leftovers can go when the next one starts. Anything else must be an hour old, belong to a run that is not in
-training, and come from a process that has ended.
+leftovers can go when the next one starts; an export holds its draft. Anything else must be an hour old,
+belong to a run that is not in training, and come from a process that has ended.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from qlora_tui import paths
+from qlora_tui.errors import UserError
 from qlora_tui.files import restore_earlier
 from qlora_tui.runs.directory import DRAFT, TRASH, RunDir
+from qlora_tui.runs.drafts import delete_abandoned, draft_path, is_abandoned
+from qlora_tui.runs.exports import output_path, read_exports
 from qlora_tui.runs.status import ACTIVE, read_status
 
 OLD_S = 3600.0
@@ -66,8 +69,9 @@ def sweep() -> list[Path]:
 
 
 def leftovers() -> Iterator[Path]:
-    """Yield all leftovers, in the runs folder and the temporary folder, that :func:`sweep` would delete."""
+    """Yield all leftovers, in the runs folder and elsewhere, that :func:`sweep` would delete."""
     yield from _views()
+    yield from _drafts_of_exports()
     for path in _listed(paths.runs_dir()):
         if path.name.startswith("."):
             if path.name != TRASH and path.is_dir() and _is_old(path) and not _lives(path.name):
@@ -89,6 +93,20 @@ def _views() -> Iterator[Path]:
             is_own_folder = path.is_dir() and not path.is_symlink() and path.lstat().st_uid == os.getuid()
             if is_own_folder and _is_old(path) and not _lives(path.name, VIEW):
                 yield path
+
+
+def _drafts_of_exports() -> Iterator[Path]:
+    """Yield drafts of background exports and of uploads whose process was killed."""
+    drafts = list((paths.cache_dir() / "uploads").glob(".*"))
+    for folder in _listed(paths.runs_dir()):
+        for export in read_exports(RunDir(folder)):
+            out = output_path(export.request) if export.status.state in ("failed", "canceled") else None
+            if out is not None:
+                drafts.append(draft_path(out))
+    for draft in dict.fromkeys(drafts):
+        with suppress(OSError):
+            if is_abandoned(draft):
+                yield draft
 
 
 def leftovers_of(run: RunDir) -> list[Path]:
@@ -134,7 +152,10 @@ def _lives(name: str, prefix: str = DRAFT) -> bool:
 
 def delete(path: Path) -> None:
     """Delete a file, or a folder and its contents, as far as possible."""
-    if path.is_dir() and not path.is_symlink():
+    if is_abandoned(path):
+        with suppress(OSError, UserError):
+            delete_abandoned(path)
+    elif path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         with suppress(OSError):

@@ -1,0 +1,98 @@
+"""The process of a background export, run in the process of the test."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+
+import pytest
+
+from qlora_tui.chat.chat_types import ChatSource
+from qlora_tui.export import export_job, forms
+from qlora_tui.runs import exports
+from qlora_tui.runs.directory import RunDir, create_run
+from qlora_tui.runs.exports import Export, ExportRequest, lock_path, read_exports, start_export
+
+pytestmark = pytest.mark.slow
+
+WRITTEN = forms.Written(("/models/m.gguf",), 7, "It is near.", "run it")
+
+
+@pytest.fixture
+def run(tiny_source: ChatSource, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    monkeypatch.setattr(exports, "spawn_detached", lambda *args, **how: None)
+    run = create_run(tiny_source.recipe)
+    shutil.copytree(tiny_source.adapters["adapter"], run.adapter_dir)
+    return run
+
+
+def start(run: RunDir) -> Export:
+    return start_export(run, ExportRequest(form="gguf", out=str(run.path / "m.gguf"), file_type="F16"))
+
+
+def do_job(
+    export: Export, monkeypatch: pytest.MonkeyPatch, work: Callable[[Callable[[str], None]], None]
+) -> None:
+    """Run a job whose export is ``work``, which gets the function that takes its progress."""
+
+    def export_form(
+        run: RunDir, request: object, source: object, name: str, on_status: Callable[[str], None]
+    ) -> forms.Written:
+        work(on_status)
+        return WRITTEN
+
+    monkeypatch.setattr(forms, "export_form", export_form)
+    export_job.run_job(export.folder)
+
+
+def activity(run: RunDir) -> str:
+    return read_exports(run)[0].status.activity
+
+
+def test_the_last_words_of_an_export_are_always_shown(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+
+    def work(on_status: Callable[[str], None]) -> None:
+        for words in ("Writing: 90 %", "Writing: 100 %", "Asking llama.cpp"):
+            on_status(words)
+            shown.append(activity(run))
+
+    do_job(start(run), monkeypatch, work)
+    assert shown == ["Writing: 90 %", "Writing: 100 %", "Asking llama.cpp"]
+    status = read_exports(run)[0].status
+    assert (status.state, status.paths) == ("finished", WRITTEN.paths)
+
+
+def test_a_job_waits_while_a_reader_probes_its_lock(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    export = start(run)
+    lock_path(export.folder).touch()
+    reader = os.open(lock_path(export.folder), os.O_RDONLY)
+    fcntl.flock(reader, fcntl.LOCK_SH)
+    monkeypatch.setattr(time, "sleep", lambda seconds: fcntl.flock(reader, fcntl.LOCK_UN))
+    do_job(export, monkeypatch, lambda on_status: None)
+    os.close(reader)
+    assert read_exports(run)[0].status.state == "finished"
+
+
+def test_a_cancel_after_the_file_has_its_name_names_it(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(on_status: Callable[[str], None]) -> None:
+        (run.path / "m.gguf").touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    do_job(start(run), monkeypatch, work)
+    status = read_exports(run)[0].status
+    assert (status.state, status.paths) == ("canceled", (str(run.path / "m.gguf"),))
+
+
+def test_a_disk_error_is_no_internal_error(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(on_status: Callable[[str], None]) -> None:
+        (run.path / "gone").read_bytes()
+
+    do_job(start(run), monkeypatch, work)
+    status = read_exports(run)[0].status
+    assert status.state == "failed"
+    assert status.problem.startswith(f"The export could not be written: {run.path / 'gone'}: No such file")
