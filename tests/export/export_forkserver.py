@@ -1,8 +1,9 @@
-"""Forks ``qlora-tui`` from a process that has imported everything.
+"""Forks exports from a process that has imported everything, and sends them a signal at a moment.
 
-Each line on stdin is a JSON object with ``arguments``, ``environment`` and optionally ``stop_at``, a number
-of lines of progress, and ``number``, the signal that the child then sends itself. Prints its exit code and
-its lines of progress as JSON.
+A moment is a file operation in ``folder``. Each line on stdin is a JSON object with ``arguments`` of
+``qlora-tui``, or ``job``, the folder of a background export; ``environment``; ``folder``; and optionally
+``stop_at``, the moment at which the child sends itself the signal ``number``. Prints its exit code and its
+number of moments as JSON.
 """
 
 from __future__ import annotations
@@ -11,32 +12,48 @@ import gc
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes  # noqa: F401
 import peft  # noqa: F401
 from transformers.models.llama import modeling_llama  # noqa: F401
 
-from qlora_tui.cli import export
 from qlora_tui.cli.main import main
-from qlora_tui.export import gguf_export  # noqa: F401
+from qlora_tui.export import forms  # noqa: F401
+from qlora_tui.export.export_job import run_job
+
+OPERATIONS = (
+    "open",
+    "os.mkdir",
+    "os.rename",
+    "os.link",
+    "os.remove",
+    "os.rmdir",
+    "os.chmod",
+    "shutil.rmtree",
+)
 
 
-def run_child(request: dict[str, Any], progress: int) -> None:
-    """Run the command in a forked child, with its lines of progress in the pipe ``progress``."""
+def run_child(request: dict[str, Any], moments: int) -> None:
+    """Run the export in a forked child, with a byte in the pipe ``moments`` for each moment."""
     os.environ.clear()
     os.environ.update(request["environment"])
-    lines = 0
+    count = 0
 
-    def on_status(words: str) -> None:
-        nonlocal lines
-        lines += 1
-        os.write(progress, f"{words}\n".encode())
-        if lines == request.get("stop_at"):
-            os.kill(os.getpid(), request["number"])
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal count
+        if event in OPERATIONS and str(arguments[0]).startswith(request["folder"]):
+            count += 1
+            os.write(moments, b".")
+            if count == request.get("stop_at"):
+                os.kill(os.getpid(), request["number"])
 
-    export._on_status = on_status
+    sys.addaudithook(watch)
     sys.stdout = sys.stderr
+    if "job" in request:
+        run_job(Path(request["job"]))
+        os._exit(0)
     os._exit(main(request["arguments"]))
 
 
@@ -52,10 +69,10 @@ def serve() -> None:
             os.close(reading)
             run_child(json.loads(line), writing)
         os.close(writing)
-        with os.fdopen(reading) as pipe:
-            lines = pipe.read().splitlines()
+        with os.fdopen(reading, "rb") as pipe:
+            moments = len(pipe.read())
         _, status = os.waitpid(child, 0)
-        print(json.dumps([os.waitstatus_to_exitcode(status), lines]), flush=True)
+        print(json.dumps([os.waitstatus_to_exitcode(status), moments]), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,16 +21,21 @@ from msgspec.structs import replace
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.cli.main import main
 from qlora_tui.errors import UserError
-from qlora_tui.export import gguf_export
+from qlora_tui.export import gguf_export, lora_export
+from qlora_tui.export.forms import export_form
 from qlora_tui.export.gguf_export import export_gguf
-from qlora_tui.export.unfinished_files import draft_folder, publish_file, publish_new
+from qlora_tui.export.unfinished_files import draft_folder, publish_files, publish_new
+from qlora_tui.runs import exports
 from qlora_tui.runs.directory import RunDir, create_run
+from qlora_tui.runs.exports import ExportRequest, Form, output_path, read_exports, start_export
 from tests.export.export_sources import make_source
 
 pytest.importorskip("llama_cpp_py_sync")
 pytestmark = pytest.mark.slow
 
-KILLS = 20
+FORMS = ("merge", "gguf", "lora", "adapter", "ollama")
+KILLS = 4
+"""Of each form."""
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +50,15 @@ def run(source: ChatSource) -> RunDir:
     return run
 
 
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports for Ollama go to ~/models; there is no Ollama."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", "/nowhere")
+
+
 class Forkserver:
-    """Runs ``qlora-tui`` and stops it where its progress has come to a line."""
+    """Runs exports and stops them at a moment."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -61,19 +73,25 @@ class Forkserver:
         assert self._process.stdout
         return self._process.stdout.readline().strip()
 
-    def run(self, *arguments: str, stop_at: int = -1, number: int = 0) -> tuple[int, list[str]]:
-        """Run a command; return its exit code and progress. It gets signal ``number`` after a line."""
+    def run(
+        self, what: Sequence[str] | Path, folder: Path, stop_at: int = -1, number: int = 0
+    ) -> tuple[int, int]:
+        """Run a command or a background export; return its exit code and its number of moments.
+
+        It gets signal ``number`` at a moment: a file operation in ``folder``.
+        """
         assert self._process.stdin
         request = {
-            "arguments": arguments,
+            **({"job": str(what)} if isinstance(what, Path) else {"arguments": what}),
             "environment": dict(os.environ),
+            "folder": str(folder),
             "stop_at": stop_at,
             "number": number,
         }
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        code, lines = json.loads(self._read())
-        return code, lines
+        code, moments = json.loads(self._read())
+        return code, moments
 
     def close(self) -> None:
         assert self._process.stdin
@@ -88,37 +106,105 @@ def forkserver() -> Iterator[Forkserver]:
     server.close()
 
 
+def request_for(form: Form, folder: Path) -> tuple[ExportRequest, Path]:
+    """A request of a form that writes into ``folder``, and the path that it writes."""
+    if form == "ollama":
+        request = ExportRequest(form=form, out="tiny", file_type="Q8_0")
+    else:
+        name = "model.gguf" if form in ("gguf", "lora") else "model"
+        request = ExportRequest(
+            form=form, out=str(folder / "models" / name), file_type="Q4_K_M" if form == "gguf" else ""
+        )
+    out = output_path(request)
+    assert out is not None
+    return request, out
+
+
+def export(form: Form, run: RunDir, source: ChatSource, folder: Path) -> Path:
+    request, out = request_for(form, folder)
+    export_form(run, request, source, "adapter", lambda words: None)
+    return out
+
+
 def hidden(folder: Path) -> list[Path]:
     return list(folder.glob(".*")) if folder.exists() else []
 
 
+def content(path: Path) -> dict[str, bytes]:
+    """The bytes of a file, or of each file in a folder."""
+    files = path.iterdir() if path.is_dir() else [path]
+    return {file.name: file.read_bytes() for file in files}
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_kills_at_random_moments_leave_no_unfinished_file(
-    run: RunDir, forkserver: Forkserver, tmp_path: Path
+    run: RunDir, forkserver: Forkserver, tmp_path: Path, form: Form
 ) -> None:
-    out = tmp_path / "out" / "model.gguf"
-    arguments = ("export", "gguf", run.id, str(out), "--quant", "Q4_K_M")
-    code, progress = forkserver.run(*arguments)
-    assert code == 0 and len(progress) > 15, progress
-    whole = out.read_bytes()
-    out.unlink()
-    left = 0
-    for _ in range(KILLS):
-        moment = random.randrange(1, len(progress) - 2)
-        code, _ = forkserver.run(*arguments, stop_at=moment, number=signal.SIGKILL)
-        assert code == -signal.SIGKILL and not out.exists()
-        assert len(hidden(out.parent)) <= 1
-        left += len(hidden(out.parent))
-    assert left
-    assert forkserver.run(*arguments)[0] == 0
-    assert out.read_bytes() == whole and not hidden(out.parent)
+    out = request_for(form, tmp_path)[1]
+    arguments = {
+        "merge": ("merge", run.id, str(out)),
+        "gguf": ("gguf", run.id, str(out), "--quant", "Q4_K_M"),
+        "lora": ("lora", run.id, str(out)),
+        "adapter": ("lora", run.id, str(out)),
+        "ollama": ("ollama", run.id, "tiny", "--dir", str(out)),
+    }[form]
+    code, moments = forkserver.run(("export", *arguments), out.parent)
+    assert code == 0 and moments > 10
+    whole = content(out)
+    remove(out)
+    for number in range(KILLS):
+        moment = random.randrange(1, moments + 1) if number else moments // 2
+        code, _ = forkserver.run(("export", *arguments), out.parent, moment, signal.SIGKILL)
+        assert code == -signal.SIGKILL
+        assert len(hidden(out.parent)) == 1 if number == 0 else len(hidden(out.parent)) <= 1
+        if out.exists():
+            assert content(out) == whole
+            remove(out)
+    assert forkserver.run(("export", *arguments), out.parent)[0] == 0
+    assert content(out) == whole and not hidden(out.parent)
 
 
 def test_ctrl_c_leaves_nothing(run: RunDir, forkserver: Forkserver, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ("export", "gguf", run.id, str(out), "--quant", "F16,Q4_K_M")
-    code, progress = forkserver.run(*arguments, stop_at=12, number=signal.SIGINT)
-    assert (code, len(progress)) == (130, 12)
-    assert not out.exists() and not hidden(tmp_path)
+    _, moments = forkserver.run(arguments, tmp_path)
+    for moment in (moments // 2, random.randrange(moments // 2, moments), moments - 1):
+        shutil.rmtree(out)
+        code, _ = forkserver.run(arguments, tmp_path, moment, signal.SIGINT)
+        assert code == 130 and not hidden(tmp_path)
+        out.mkdir(exist_ok=True)
+        # Once both files have their names, they stay.
+        assert len(list(out.iterdir())) in ((0,) if moment == moments // 2 else (0, 2))
+
+
+def test_a_cancel_says_what_it_left_at_every_moment(
+    run: RunDir, forkserver: Forkserver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exports, "spawn_detached", lambda *args, **how: None)
+    request, out = request_for("adapter", tmp_path)
+    _, moments = forkserver.run(start_export(run, request).folder, out.parent)
+    whole = content(out)
+    states = set()
+    for moment in range(1, moments + 1):
+        remove(out)
+        forkserver.run(start_export(run, request).folder, out.parent, moment, signal.SIGTERM)
+        status = read_exports(run)[0].status
+        states.add((status.state, bool(status.paths)))
+        assert not hidden(out.parent)
+        assert out.exists() == bool(status.paths)
+        if not out.exists():
+            out.mkdir()
+        else:
+            assert content(out) == whole
+    assert ("canceled", False) in states and ("canceled", True) in states
+    assert not {state for state, _ in states} - {"canceled", "finished"}
 
 
 @contextmanager
@@ -131,28 +217,68 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("kind", ["F16", "Q4_K_M"])
 @pytest.mark.parametrize("size", [1 << 10, 300 << 10])
+@pytest.mark.parametrize("form", FORMS)
 def test_a_file_that_cannot_be_written_is_explained(
-    source: ChatSource, tmp_path: Path, kind: str, size: int
+    run: RunDir, source: ChatSource, tmp_path: Path, form: Form, size: int
 ) -> None:
-    with largest_file(size), pytest.raises(UserError, match=r"could not be|limit on file sizes") as failed:
-        export_gguf(source, "adapter", tmp_path / "out" / "model.gguf", [kind])
+    if size > 1 << 10 and form in ("adapter", "lora"):
+        pytest.skip("its files are smaller")
+    with (
+        largest_file(size),
+        pytest.raises(UserError, match=r"could not be|limit on file sizes") as failed,
+    ):
+        export(form, run, source, tmp_path)
     assert failed.value.fix
-    assert not list((tmp_path / "out").iterdir())
+    assert not list((tmp_path / "models").iterdir())
 
 
+@pytest.mark.parametrize("form", FORMS)
 def test_a_disk_that_fills_up_is_explained(
-    source: ChatSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunDir, source: ChatSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Form
 ) -> None:
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(gguf_export, "write_gguf", full)
+    monkeypatch.setattr(lora_export, "write_lora", full)
+    monkeypatch.setattr(shutil, "copyfile", full)
     with pytest.raises(UserError, match="No space left on device") as failed:
-        export_gguf(source, "adapter", tmp_path / "out" / "model.gguf", ["F16"])
-    assert "Free some space" in failed.value.fix
-    assert not list((tmp_path / "out").iterdir())
+        export(form, run, source, tmp_path)
+    assert failed.value.fix == "Free some space, or write to another folder."
+    assert not list((tmp_path / "models").iterdir())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_folder_that_cannot_be_written_to_is_named(
+    run: RunDir, source: ChatSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Form
+) -> None:
+    (tmp_path / "models").mkdir()
+    make_folder = os.mkdir
+
+    def refuse(path: str, mode: int = 0o777) -> None:
+        if Path(path).parent == tmp_path / "models":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        make_folder(path, mode)
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    with pytest.raises(UserError, match="Permission denied") as failed:
+        export(form, run, source, tmp_path)
+    assert failed.value.what == f"{tmp_path / 'models'}: Permission denied."
+    assert "write to another folder" in failed.value.fix
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_two_exports_to_one_name_do_not_meet(
+    run: RunDir, source: ChatSource, tmp_path: Path, form: Form
+) -> None:
+    out = request_for(form, tmp_path)[1]
+    with (
+        draft_folder(out) as draft,
+        pytest.raises(UserError, match="being written by another export"),
+    ):
+        export(form, run, source, tmp_path)
+    assert not draft.exists() and not list(out.parent.iterdir())
 
 
 def test_too_little_space_is_noticed_before_anything_is_computed(
@@ -207,16 +333,6 @@ def test_a_run_without_an_adapter_is_refused(
     assert "No adapter yet" in capsys.readouterr().err
 
 
-def test_a_second_export_to_a_name_is_refused(tmp_path: Path) -> None:
-    out = tmp_path / "model.gguf"
-    with draft_folder(out) as draft:
-        (draft / "part").touch()
-        with pytest.raises(UserError, match="being written by another export"), draft_folder(out):
-            pass
-        assert (draft / "part").exists()
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_folder_that_appeared_meanwhile_is_left_alone(tmp_path: Path) -> None:
     draft, final = tmp_path / "draft", tmp_path / "final"
     draft.mkdir()
@@ -227,10 +343,12 @@ def test_a_folder_that_appeared_meanwhile_is_left_alone(tmp_path: Path) -> None:
     assert (final / "mine").read_text() == "mine"
 
 
-def test_a_file_that_appeared_meanwhile_is_left_alone(tmp_path: Path) -> None:
-    draft, final = tmp_path / "draft", tmp_path / "final"
-    draft.write_text("new")
-    final.write_text("mine")
+def test_of_several_files_all_or_none_get_their_names(tmp_path: Path) -> None:
+    finals = {tmp_path / f"draft-{number}": tmp_path / f"final-{number}" for number in range(3)}
+    for draft in finals:
+        draft.write_text("new")
+    (tmp_path / "final-1").write_text("mine")
     with pytest.raises(UserError, match="exists already"):
-        publish_file(draft, final)
-    assert final.read_text() == "mine"
+        publish_files(finals)
+    assert (tmp_path / "final-1").read_text() == "mine"
+    assert not (tmp_path / "final-0").exists() and not (tmp_path / "final-2").exists()
