@@ -11,7 +11,13 @@ from textual.pilot import Pilot
 
 from qlora_tui.runs import exports
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.exports import ExportStatus, read_exports, write_export_status
+from qlora_tui.runs.exports import (
+    ExportRequest,
+    ExportStatus,
+    read_exports,
+    start_export,
+    write_export_status,
+)
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.runs import export_choices
 from tests.tui.fake_runs import FakeRun, write_fake_run
@@ -59,6 +65,24 @@ async def test_an_export_is_started_and_followed(
         await wait_for_text(pilot, "✓ Q8_0", "y copy command")
         await pilot.press("escape")
         assert "Export: ✓ Q8_0" in await wait_for_text(pilot, "Export: ✓ Q8_0")
+
+
+async def test_a_canceled_export_is_started_again_with_one_key(
+    run: RunDir, make_app: Callable[[], QloraApp], tmp_path: Path
+) -> None:
+    request = ExportRequest(form="merge", out=str(tmp_path / "merged"), checkpoint=5)
+    write_export_status(start_export(run, request).folder, ExportStatus(state="canceled", at=time.time()))
+    async with make_app().run_test(size=(120, 40)) as pilot:
+        await open_dialog(pilot)
+        await pilot.press("up")
+        await wait_for_text(pilot, "left nothing behind", "r start again")
+        await pilot.press("r")
+        await wait_for_text(pilot, "Started", "merged model  Starting")
+        (again,) = read_exports(run)
+        assert again.request == request
+        # It is running now.
+        await pilot.press("r")
+        assert [export.folder for export in read_exports(run)] == [again.folder]
 
 
 async def test_types_that_need_llama_cpp_say_so(

@@ -15,7 +15,7 @@ from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.gguf_file_types import AUTO, bytes_to_run, estimated_bytes
 from qlora_tui.formatting import format_bytes, format_duration, truncate_middle
 from qlora_tui.memory.budget import MemoryBudget
-from qlora_tui.runs.exports import Export, ExportRequest, Form
+from qlora_tui.runs.exports import Export, ExportRequest, Form, output_path
 
 _TYPES = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "F16")
 _NEED_LLAMA_CPP = (AUTO, "Q4_K_M", "Q5_K_M", "Q6_K")
@@ -234,6 +234,16 @@ def export_line(export: Export) -> Content:
 def export_detail(export: Export) -> str:
     """Return what is known of an export, in sentences."""
     status = export.status
-    if status.state == "finished":
-        return f"{status.summary}\n{format_bytes(status.bytes)} in {', '.join(status.paths)}"
-    return status.problem or status.activity or "It was canceled and left nothing behind."
+    match status.state:
+        case "finished":
+            return f"{status.summary}\n{format_bytes(status.bytes)} in {', '.join(status.paths)}"
+        case "running":
+            return "\n".join(filter(None, (status.activity, status.note)))
+        case "failed":
+            return status.problem
+        case "canceled" if status.paths:
+            return f"It was canceled when it was already complete: {', '.join(status.paths)}"
+        case "canceled" if output_path(export.request) is None:
+            return "It was canceled. Files that the Hub has already are not sent again."
+        case "canceled":
+            return "It was canceled and left nothing behind."

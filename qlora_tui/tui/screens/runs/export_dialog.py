@@ -22,7 +22,7 @@ from qlora_tui.chat.chat_sources import choose_adapter, run_source
 from qlora_tui.chat.chat_types import ADAPTER
 from qlora_tui.errors import UserError
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.exports import Export, cancel_export, read_exports, start_export
+from qlora_tui.runs.exports import Export, cancel_export, read_exports, restart_export, start_export
 from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.screens.runs.export_choices import (
     ExportChoice,
@@ -46,8 +46,10 @@ _FIRST_TYPE = "Q8_0"
 _TYPE = Binding("t", "type", "Type")
 _CHECKPOINT = Binding("c", "checkpoint", "Checkpoint")
 _CANCEL = Binding("x", "cancel", "Cancel")
+_RESTART = Binding("r", "restart", "Start again")
 _COPY = Binding("y", "copy", "Copy command")
 _CLOSE = Binding("escape", "dismiss(None)", "Close")
+_STARTED = "Started. It continues when you close this window or the app."
 
 
 def show_export_dialog(app: QloraApp, run: RunDir) -> None:
@@ -83,6 +85,7 @@ class ExportScreen(ModalScreen[None]):
         _TYPE,
         _CHECKPOINT,
         _CANCEL,
+        _RESTART,
         _COPY,
         _CLOSE,
     ]
@@ -165,6 +168,20 @@ class ExportScreen(ModalScreen[None]):
         except UserError as problem:
             self._say(f"✗ {problem.what} {problem.fix}")
 
+    def action_restart(self) -> None:
+        """Start the export under the cursor again, if it failed or was canceled."""
+        export = self._current_export
+        if export is None or export.status.state not in ("failed", "canceled"):
+            self.notify("Move to a failed or canceled export to start it again.", severity="warning")
+            return
+        try:
+            again = restart_export(self._run_dir, export)
+        except UserError as problem:
+            self._say(f"✗ {problem}")
+            return
+        self._say(_STARTED)
+        self._refresh_exports(select=again)
+
     def action_copy(self) -> None:
         """Copy the command that runs an exported file, or its path."""
         export = self._current_export
@@ -198,10 +215,10 @@ class ExportScreen(ModalScreen[None]):
         else:
             try:
                 export = start_export(self._run_dir, request)
-            except (UserError, OSError) as error:
-                self._say(f"✗ {error}")
+            except UserError as problem:
+                self._say(f"✗ {problem}")
                 return
-            self._say("Started. It continues when you close this window or the app.")
+            self._say(_STARTED)
             self._proposed = self.query_one(TextField).value
             self._refresh_exports(select=export)
             self.query_one(ViList).focus()
@@ -246,7 +263,7 @@ class ExportScreen(ModalScreen[None]):
         """Return the keys that do something for the line under the cursor."""
         if choice is None:
             state = export.status.state if export else ""
-            keys = {"running": [_CANCEL], "finished": [_COPY]}.get(state, [])
+            keys = {"": [], "running": [_CANCEL], "finished": [_COPY]}.get(state, [_RESTART])
             return dialog_keys([*keys, _CLOSE])
         keys = [_TYPE] * choice.has_type_key + [_CHECKPOINT] * (len(self._steps) > 1)
         return dialog_keys([*keys, _CLOSE], "Enter export", f"Tab {choice.target.lower()}")
