@@ -62,12 +62,17 @@ class GgufExport(Struct, frozen=True, kw_only=True):
     @property
     def summary(self) -> str:
         """Say how the files were checked and what was merged, a sentence a line."""
+        lines = [f"{file.proof.prompts_sentence}." for file in self.files[:1] if file.proof]
+        return "\n".join([*self.sentences, *lines])
+
+    @property
+    def sentences(self) -> list[str]:
+        """Return the summary without what only programs with llama.cpp's own prompts are concerned with."""
         lines = [f"{file.proof.sentence}." for file in self.files if file.proof]
-        lines += [f"{file.proof.prompts_sentence}." for file in self.files[:1] if file.proof]
         lines += [f"{file.file_type}: {file.types.sentence}." for file in self.files if file.types.sentence]
         if self.unchecked_because:
             lines.append(f"Not checked: {self.unchecked_because}.")
-        return "\n".join([*lines, *filter(None, (self.base.sentence, *self.notes))])
+        return [*lines, *filter(None, (self.base.sentence, *self.notes))]
 
     @property
     def command(self) -> str:

@@ -16,7 +16,7 @@ from typing import IO
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qlora_tui.catalog.local_models import resolve_model
+from qlora_tui.catalog.gguf_header import read_gguf
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import chat_tokenizer, model_folder
 from qlora_tui.data.tokenizer import ChatTokenizer
@@ -58,7 +58,7 @@ class OllamaExport(Struct, frozen=True, kw_only=True):
     @property
     def summary(self) -> str:
         """Say how the file was checked, and what is special about the Modelfile, a sentence a line."""
-        return "\n".join([self.gguf.summary, *self.notes])
+        return "\n".join([*self.gguf.sentences, *self.notes])
 
     @property
     def command(self) -> str:
@@ -102,7 +102,8 @@ def export_ollama(
     with draft_folder(folder) as draft:
         file = f"{ollama_file_stem(name)}.gguf"
         written = export_gguf(source, adapter_name, draft / file, [file_type], on_status=on_status)
-        limit = resolve_model(source.recipe.model.id).architecture.max_positions
+        keys = read_gguf(draft / file).values
+        limit = int(keys[f"{keys['general.architecture']}.context_length"])
         context = context_size(source.recipe.data.max_length, limit)
         text = _modelfile(file, template, tokenizer, context, base_license(base))
         (draft / MODELFILE).write_text(text, encoding="utf-8")

@@ -15,6 +15,7 @@ from qlora_tui.export import ollama_export
 from qlora_tui.export.gguf_export import GgufExport
 from qlora_tui.export.ollama_export import check_name, context_size, export_ollama
 from qlora_tui.runs.directory import create_run
+from tests.export.export_sources import make_source
 
 CREATES = """\
 #!/bin/sh
@@ -58,6 +59,17 @@ def install_ollama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
 def without_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     """GGUF files are written without the comparison, which other tests make."""
     monkeypatch.setattr("qlora_tui.export.gguf_export.is_installed", lambda: False)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_proof")
+def test_the_context_is_at_most_that_of_the_file(
+    tmp_path: Path, install_ollama: Callable[[str], None]
+) -> None:
+    install_ollama("")
+    source = make_source(tmp_path, model_type="phi3", sliding_window=200)
+    export_ollama(source, "adapter", "tickets", tmp_path / "out", "F16")
+    assert "PARAMETER num_ctx 200\n" in (tmp_path / "out" / "Modelfile").read_text()
 
 
 @pytest.mark.usefixtures("without_proof")
