@@ -10,13 +10,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from msgspec import Struct
-from msgspec.structs import replace
+from msgspec import Struct, structs
 from torch import Tensor
 
+from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.catalog.model_validation import weight_files
 from qlora_tui.chat.adapter_deltas import AdapterDeltas, EmbeddingRowDelta, LoraDelta, read_deltas
 from qlora_tui.chat.base_weights import assign_deltas
@@ -32,6 +33,7 @@ from qlora_tui.export.llama_cpp.llama_process import INSTALL_HINT
 from qlora_tui.export.merged_weights import MergedWeights
 from qlora_tui.export.proof import Proof, prove
 from qlora_tui.export.reference import Reference, reference_or_reason
+from qlora_tui.export.requantize import requantizer
 from qlora_tui.export.unfinished_files import draft_folder, publish_file, refuse_existing, require_space
 
 StatusFn = Callable[[str], None]
@@ -45,19 +47,20 @@ class LoraExport(Struct, frozen=True, kw_only=True):
     modules: int
     """Number of weight matrices that it changes."""
     proof: Proof | None = None
+    """On the base weights of the training: dequantized, if those were quantized to 4 bits."""
+    on_16_bits: Proof | None = None
+    """The adapter on the original 16-bit weights, compared with a training on 4-bit ones."""
     unchecked_because: str = ""
-    trained_on: str = ""
-    """How the base was quantized in training, such as ``NF4``; empty if it was not."""
 
     @property
     def summary(self) -> str:
         """Say how the file was checked, and on which base, a sentence a line."""
-        lines = [f"{self.proof.sentence}." if self.proof else f"Not checked: {self.unchecked_because}."]
-        if self.trained_on:
-            lines.append(
-                f"It was trained on {self.trained_on} weights: on others, also the original 16-bit ones, its "
-                "answers differ from those of the training. How much was not measured."
-            )
+        if self.proof is None:
+            return f"Not checked: {self.unchecked_because}."
+        proofs = filter(None, (self.proof, self.on_16_bits))
+        lines = [f"{proof.sentence}." for proof in proofs]
+        if self.on_16_bits and self.on_16_bits.problem:
+            lines.append("`qlora-tui export gguf` merges the adapter into the weights of its training.")
         return "\n".join(lines)
 
     @property
@@ -79,18 +82,15 @@ def export_lora(
     updates: AdapterDeltas = {name: update for group in placed.values() for name, update in group.items()}
     names = TensorNames(text_config(base))
     _refuse_inexpressible(updates, names)
-    stored = {tensor.name: tensor.read for tensor in MergedWeights(base, {file: {} for file in files})}
+    weights = MergedWeights(base, {file: {} for file in files})
+    stored = {tensor.name: tensor.read for tensor in weights}
     tensors = tuple(_tensors(updates, names, stored))
     with draft_folder(out) as draft:
         path = draft / "lora.gguf"
         write_lora(names.family.architecture, general_keys(source, base), tensors, path)
-        proof, unchecked = None, f"llama.cpp is not installed. {INSTALL_HINT}".rstrip(".")
+        proof, on_16_bits, unchecked = None, None, f"llama.cpp is not installed. {INSTALL_HINT}".rstrip(".")
         if is_installed():
-            with ExitStack() as stack:
-                reference = reference_or_reason(stack, unquantized(source), adapter_name, draft, on_status)
-                unchecked = reference if isinstance(reference, str) else ""
-                if not isinstance(reference, str):
-                    proof = _prove(reference, source, base, files, path, on_status)
+            proof, on_16_bits, unchecked = _proofs(source, adapter_name, weights, path, on_status)
         if proof and proof.problem:
             raise UserError(
                 "The exported adapter does not answer as the adapter does",
@@ -99,33 +99,64 @@ def export_lora(
             )
         size = path.stat().st_size
         publish_file(path, out)
-    method = source.recipe.quantization.method
     return LoraExport(
         path=str(out),
         bytes=size,
         modules=len(tensors) // 2,
         proof=proof,
+        on_16_bits=on_16_bits,
         unchecked_because=unchecked,
-        trained_on="" if method == "none" else method.upper(),
     )
 
 
+def _proofs(
+    source: ChatSource, adapter_name: str, weights: MergedWeights, path: Path, on_status: StatusFn
+) -> tuple[Proof | None, Proof | None, str]:
+    """Return the proof on the base of the training, that on the 16-bit base, and why there is none.
+
+    After a training on 4-bit weights both compare with it, so that the 16-bit model, which may be too large
+    for the GPU, is not loaded. Raises UserError.
+    """
+    settings = source.recipe.quantization
+    requantize = requantizer(resolve_model(source.recipe.model.id).architecture, settings)
+    trained = source if requantize else unquantized(source)
+    with ExitStack() as stack:
+        reference = reference_or_reason(stack, trained, adapter_name, path.parent, on_status)
+        if isinstance(reference, str):
+            return None, None, reference
+        original = "original 16-bit weights"
+        if requantize is None:
+            return _prove(reference, source, weights, original, path, on_status), None, ""
+        name = f"{settings.method.upper()} weights of its training"
+        proof = _prove(reference, source, replace(weights, requantize=requantize), name, path, on_status)
+        if proof.problem:
+            return proof, None, ""
+        return proof, _prove(reference, source, weights, original, path, on_status), ""
+
+
 def _prove(
-    reference: Reference, source: ChatSource, base: Path, files: list[Path], path: Path, on_status: StatusFn
+    reference: Reference,
+    source: ChatSource,
+    weights: MergedWeights,
+    name: str,
+    path: Path,
+    on_status: StatusFn,
 ) -> Proof:
-    """Compare base and adapter as two files with base and adapter in 16 bits. Raises UserError."""
-    weights = MergedWeights(base, {file: {} for file in files})
-    content = gguf_content(source, chat_tokenizer(source, base), weights)
+    """Compare base and adapter as two files with the trained model. Raises UserError.
+
+    ``name`` says which weights those of the base are.
+    """
+    content = gguf_content(source, chat_tokenizer(source, weights.folder), weights)
     require_space(path.parent, content.size("BF16"), "The base model for the comparison")
     model = path.with_name("base.gguf")
-    on_status("Writing the base model for the comparison")
-    write_gguf(content, model, "BF16")
-    words = "Asking llama.cpp what base and adapter answer"
+    write_gguf(content, model, "BF16", every_tenth(on_status, f"Writing the {name} for the comparison"))
+    words = f"Asking llama.cpp what the adapter answers on the {name}"
     on_status(words)
     on_progress = every_tenth(on_status, words)
-    known = content.vocabulary.differences
-    proof = prove(reference, model, "BF16", known, lora=path, on_progress=on_progress)
-    return replace(proof, name="On the original 16-bit base, the LoRA")
+    differences = content.vocabulary.differences
+    proof = prove(reference, model, "BF16", differences, lora=path, on_progress=on_progress)
+    model.unlink()
+    return structs.replace(proof, name=f"On the {name}, the LoRA")
 
 
 def _refuse_inexpressible(updates: AdapterDeltas, names: TensorNames) -> None:

@@ -14,6 +14,8 @@ from qlora_tui.errors import UserError
 from qlora_tui.export.adapter_folder import export_adapter_folder
 from qlora_tui.export.gguf_file import families
 from qlora_tui.export.lora_export import export_lora
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.training.model_loading import load_base
 from tests.export.export_sources import make_source
 from tests.export.gguf_files import divergence, logits_of, write_base
 from tests.export.test_gguf_families import GEMMA
@@ -108,10 +110,22 @@ def test_weights_that_gguf_lacks_are_not_dropped_silently(
         export_lora(source, "adapter", tmp_path / "lora.gguf")
 
 
-def test_the_base_of_the_comparison_is_said(tmp_path: Path) -> None:
-    summary = export_lora(make_source(tmp_path, quantization="nf4"), "adapter", tmp_path / "l.gguf").summary
-    assert summary.startswith("On the original 16-bit base, the LoRA answers as your adapter does at ")
-    assert "It was trained on NF4 weights: on others" in summary
+def test_a_lora_is_compared_on_both_kinds_of_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_source(tmp_path, quantization="nf4")
+    loaded: list[str] = []
+
+    def load(folder: Path, recipe: Recipe, *arguments: Any) -> Any:
+        loaded.append(recipe.quantization.method)
+        return load_base(folder, recipe, *arguments)
+
+    monkeypatch.setattr("qlora_tui.chat.session.load_base", load)
+    result = export_lora(source, "adapter", tmp_path / "lora.gguf")
+    assert loaded == ["nf4"], "the 16-bit model may be too large for the GPU"
+    assert result.proof and result.on_16_bits
+    assert result.proof.divergence < 1e-3 < result.on_16_bits.divergence
+    first, second, *_ = result.summary.splitlines()
+    assert first.startswith("On the NF4 weights of its training, the LoRA answers as your adapter does at ")
+    assert second.startswith("On the original 16-bit weights, the LoRA answers as your adapter does at ")
 
 
 @pytest.mark.parametrize("rank, flag", [(4, ""), (16, ""), (24, " --max-lora-rank 32")])

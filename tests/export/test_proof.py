@@ -219,6 +219,15 @@ def test_a_type_of_few_bits_without_the_adapter_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_bound_that_no_type_is_within_leaves_nothing(
+    source_of: Callable[[str], ChatSource], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="No type is within the bound") as refused:
+        export_gguf(source_of("smollm2"), "adapter", tmp_path / "out", ["auto"], within=0.0)
+    assert "The nearest: Q8_0 answers" in refused.value.what
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_bound_that_cannot_be_checked_is_an_error(tmp_path: Path) -> None:
     source = make_source(tmp_path, "smollm2", "llama", tie_word_embeddings=True)
     (tmp_path / "rows.jsonl").unlink()

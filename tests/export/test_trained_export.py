@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from msgspec.structs import replace
 
+from qlora_tui.catalog.gguf_file_types import LADDER
 from qlora_tui.chat.chat_sources import run_source
 from qlora_tui.chat.session import load_session
 from qlora_tui.cli.main import main
 from qlora_tui.export.llama_cpp.bindings import LlamaCpp
+from qlora_tui.export.llama_cpp.llama_worker import kl_divergence, log_softmax
 from qlora_tui.runs.directory import RunDir, all_runs
 from tests.export.export_sources import make_source
 from tests.export.gguf_files import write_base
@@ -20,16 +23,26 @@ from tests.export.gguf_files import write_base
 pytest.importorskip("llama_cpp_py_sync")
 pytestmark = pytest.mark.slow
 
+SMOLLM2: dict[str, Any] = {
+    "hidden_size": 288,
+    "intermediate_size": 768,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
 BOUNDS = {"F16": 0.001, "Q8_0": 0.002, "Q4_K_M": 0.02}
 """Largest mean KL divergence of each type, in nats."""
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    """A run that has learned its few rows, on 4-bit weights."""
+    """A run that has learned its few rows, on 4-bit weights, of a model with the shape of SmolLM2-135M.
+
+    Nine heads on three key heads, one matrix as embedding and head, and rows that are not of whole K blocks.
+    """
     from qlora_tui.recipe.toml import dump
 
-    source = make_source(tmp_path, quantization="nf4", hidden_size=256, initializer_range=0.03)
+    source = make_source(tmp_path, quantization="nf4", initializer_range=0.03, **SMOLLM2)
     training = replace(source.recipe.training, max_steps=30, learning_rate=1e-2, micro_batch_size=4)
     recipe = replace(source.recipe, training=training)
     (tmp_path / "recipe.toml").write_text(dump(recipe))
@@ -70,3 +83,16 @@ def test_a_trained_run_is_exported_in_every_form(
         with LlamaCpp().open(str(base), context=len(ids), lora=str(adapter or ""), exact=True) as model:
             theirs = model.logits(ids, range(len(ids)))[:, : ours.shape[-1]]
         assert np.array_equal(ours.argmax(-1), theirs.argmax(-1))
+        assert float(kl_divergence(log_softmax(ours), log_softmax(theirs)).max()) < 0.002
+
+    # The smallest type within a bound is kept, and nothing else.
+    capsys.readouterr()
+    best = tmp_path / "best.gguf"
+    arguments = ["export", "gguf", run.id, str(best), "--quant", "auto", "--within", "0.03", "--json"]
+    assert main(arguments) == 0
+    output = capsys.readouterr()
+    (file,) = json.loads(output.out)["files"]
+    tried = [kind for kind in LADDER if f"Trying {kind}" in output.err]
+    assert file["file_type"] == tried[-1] and tried == list(LADDER[: len(tried)])
+    assert file["proof"]["divergence"] <= 0.03 and file["path"] == str(best)
+    assert {path.name for path in tmp_path.glob("*.gguf")} == {"base.gguf", "best.gguf", "lora.gguf"}
