@@ -1,4 +1,7 @@
-"""Fixtures of every test: private XDG directories, no hub, no GPU unless the test simulates one."""
+"""Fixtures of every test: private XDG directories, no hub, no GPU unless the test simulates one.
+
+Also which tests run in one worker of pytest-xdist (``--dist loadgroup``), and in what order.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.nvml_stub import install_nvml_stub
+from tests.support.trainer_processes import runner_starts_quickly, trainers
+
+__all__ = ["runner_starts_quickly", "trainers"]
 
 # Tests run in parallel: OpenMP threads that spin while waiting would take cores from other tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,6 +24,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 for _number, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _usual)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group the slow tests of a module, which share its fixtures, and all tests that fork trainers.
+
+    Groups come first, the largest before the others; fast tests are last, one by one, so that no worker waits
+    for another at the end.
+    """
+    for item in items:
+        if item.get_closest_marker("slow") is not None:
+            forks = "trainers" in getattr(item, "fixturenames", ())
+            item.add_marker(pytest.mark.xdist_group("trainers" if forks else item.nodeid.partition("::")[0]))
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 TESTS_OF_THE_SDIST = ("tests/recipe/test_presets.py", "tests/drill", "tests/memory/test_published.py")
 """Fast ones, among them some that import ``bench``."""
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("published")]
+pytestmark = pytest.mark.slow
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ def test_the_sdist_holds_every_tracked_file(published: Published) -> None:
 
 def test_the_tests_of_the_sdist_run(published: Published) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS_OF_THE_SDIST]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["-m", "not slow", *TESTS_OF_THE_SDIST]
     done = subprocess.run(command, cwd=published.source, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

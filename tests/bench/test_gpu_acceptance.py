@@ -16,7 +16,7 @@ import pytest
 from bench.support.random_model import make_model
 from tests.support.polling import wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 
@@ -55,6 +55,7 @@ def left_behind(tmp_path: Path) -> list[str]:
     return commands
 
 
+@pytest.mark.usefixtures("runner_starts_quickly")
 def test_every_check_runs_dry_on_a_cpu(tmp_path: Path, model: Path) -> None:
     process = acceptance(tmp_path, model, "--seconds", "3600")
     output, _ = process.communicate()

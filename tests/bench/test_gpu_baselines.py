@@ -14,7 +14,7 @@ from bench import gpu_baselines
 from bench.baselines.job import TrainingJob
 from bench.support.random_model import random_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 SKIPPED = {"context", "step_float16", "out_of_memory"}
 

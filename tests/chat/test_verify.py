@@ -16,7 +16,7 @@ from qlora_tui.chat.session import ChatSession, load_session
 from qlora_tui.data.conversation import Message
 from qlora_tui.recipe.schema import Quantization
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("chat")]
+pytestmark = pytest.mark.slow
 
 QUESTION = [Message("user", "what does the quick brown fox say to the wise old owl in the oak")]
 

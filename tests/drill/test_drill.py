@@ -19,7 +19,7 @@ QUICK_ROWS = [
     *("damaged data", "damaged preset", "damaged settings", "damaged model", "damaged GGUF", "damaged run"),
     *("command line", "terminal", "template", "code", "names"),
 ]
-ATTEMPTS = 40
+ATTEMPTS = 24
 
 
 def ended(

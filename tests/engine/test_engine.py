@@ -39,8 +39,6 @@ from qlora_tui.recipe.schema import Model, Recipe
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.asyncio(loop_scope="module"),
-    # One engine for all of them, so one worker.
-    pytest.mark.xdist_group("engine"),
 ]
 
 QUESTION = (Message("user", "what is the colour of the fox"),)

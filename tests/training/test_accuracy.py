@@ -17,10 +17,11 @@ from qlora_tui.runs.events import Evaluated, SampleGenerated
 from qlora_tui.runs.view import RunView
 from qlora_tui.training.accuracy import exact_answers
 from qlora_tui.training.chunked_loss import IGNORED
-from tests.training.conftest import MakeRecipe, Trainers
+from tests.support.trainer_processes import Trainers
+from tests.training.conftest import MakeRecipe
 from tests.training.event_helpers import events_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+pytestmark = pytest.mark.slow
 
 END = 9
 COLORS = ("red", "blue", "green", "brown")

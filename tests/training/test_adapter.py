@@ -16,7 +16,7 @@ from qlora_tui.recipe.schema import Lora, Recipe
 from qlora_tui.recipe.targets import match_modules
 from tests.catalog.configs import config as config_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+pytestmark = pytest.mark.slow
 
 TINY = {
     "num_hidden_layers": 2,

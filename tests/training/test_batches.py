@@ -26,7 +26,7 @@ from qlora_tui.training.batches import (
 )
 from qlora_tui.training.trainer import StepDataset
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+pytestmark = pytest.mark.slow
 
 
 class Fake:

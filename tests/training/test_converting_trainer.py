@@ -15,10 +15,11 @@ from qlora_tui.runs.events import Failed, Finished, Paused, PhaseChanged, Progre
 from qlora_tui.runs.status import read_status
 from qlora_tui.training.gguf_conversion import cached_conversion, folder_of
 from tests.support.polling import wait_for
-from tests.training.conftest import MakeRecipe, Trainers
+from tests.support.trainer_processes import Trainers
+from tests.training.conftest import MakeRecipe
 from tests.training.event_helpers import events
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

@@ -16,10 +16,11 @@ from qlora_tui.recipe.toml import dump
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import Evaluated, Finished
 from qlora_tui.runs.status import read_status
-from tests.training.conftest import MakeRecipe, Trainers
+from tests.support.trainer_processes import Trainers
+from tests.training.conftest import MakeRecipe
 from tests.training.event_helpers import events, events_of, losses
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+pytestmark = pytest.mark.slow
 
 
 def run_with_two(recipe: Recipe, folder: Path, capsys: pytest.CaptureFixture[str]) -> RunDir:

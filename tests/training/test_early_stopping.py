@@ -17,10 +17,11 @@ from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import DataReady, Evaluated, Finished
 from qlora_tui.runs.status import read_status
 from qlora_tui.training.final_adapter import load_best_weights
-from tests.training.conftest import MakeRecipe, Trainers
+from tests.support.trainer_processes import Trainers
+from tests.training.conftest import MakeRecipe
 from tests.training.event_helpers import events, events_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+pytestmark = pytest.mark.slow
 
 
 def same_weights(one: Path, other: Path) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from torch.utils import backend_registration
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+pytestmark = pytest.mark.slow
 
 NOT_OURS = ("masking_utils.py", "varlen_reference.py")
 """transformers asks whether a mask of padding masks anything; the written-out kernel reads samples."""

@@ -26,10 +26,11 @@ from qlora_tui.runs.events import (
 from qlora_tui.runs.outcomes import determine_outcome
 from qlora_tui.runs.status import read_status
 from tests.support.polling import wait_for
-from tests.training.conftest import MakeRecipe, Trainers
+from tests.support.trainer_processes import Trainers
+from tests.training.conftest import MakeRecipe
 from tests.training.event_helpers import events, events_of, last_step, losses
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+pytestmark = pytest.mark.slow
 
 LONG = {"training.epochs": 60.0, "training.checkpoint_every": 1000, "training.eval_every": 1000}
 WIDE = {"training.micro_batch_size": 4, "training.gradient_accumulation": 1, "training.checkpoint_every": 2}

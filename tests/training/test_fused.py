@@ -20,7 +20,7 @@ from qlora_tui.training.fused import lora_linear
 from qlora_tui.training.model_loading import checkpoint_activations, load_base
 from tests.training.tiny_model import make_tiny_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from qlora_tui.training.fused import cpu_attention as lean_attention
 from qlora_tui.training.fused import rms_norm
 from tests.training.families import FAMILIES, build
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+pytestmark = pytest.mark.slow
 
 LENGTHS = [5, 1, 23, 12]
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from qlora_tui.training.fused import gated_mlp
 from tests.training.trained_weights import CLAIMED, build_with_trained_weights
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+pytestmark = pytest.mark.slow
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NOT_GATED = (

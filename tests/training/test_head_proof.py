@@ -14,7 +14,7 @@ from torch.nn import functional
 from qlora_tui.training import chunked_loss, equivalence_checks
 from tests.training.trained_weights import CLAIMED, build_with_trained_weights
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

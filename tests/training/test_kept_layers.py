@@ -10,11 +10,12 @@ from qlora_tui.runs.events import Failed, LayersKept, MemoryMeasured, Started
 from qlora_tui.runs.retry import RetryPlan, reduce_memory
 from qlora_tui.runs.status import read_status
 from tests.support.polling import wait_for
-from tests.training.conftest import MakeRecipe, Trainers
+from tests.support.trainer_processes import Trainers
+from tests.training.conftest import MakeRecipe
 from tests.training.event_helpers import events_of, losses
 from tests.training.test_faults import WIDE, inject_fault
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+pytestmark = pytest.mark.slow
 
 AUTO = {"training.gradient_checkpointing": "auto"}
 

@@ -19,10 +19,11 @@ from qlora_tui.runs.outcomes import determine_outcome, record_outcome
 from qlora_tui.runs.status import read_status
 from qlora_tui.training import checkpoints
 from tests.support.polling import wait_for
-from tests.training.conftest import MakeRecipe, Trainers
+from tests.support.trainer_processes import Trainers
+from tests.training.conftest import MakeRecipe
 from tests.training.event_helpers import events, events_of, losses
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+pytestmark = pytest.mark.slow
 
 AIMS: tuple[Phase, ...] = ("training", "evaluating", "saving", "probing")
 ROUNDS = 20

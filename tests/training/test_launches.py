@@ -13,7 +13,7 @@ from bench.launches import per_layer
 from qlora_tui.training.fused.adapter_casts import AdapterCasts
 from tests.training.families import build, with_adapter
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("samples", [1, 16])

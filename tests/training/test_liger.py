@@ -26,7 +26,7 @@ from tests.training.families import build
 from tests.training.test_numerics import close, labeled, loss_and_gradient
 from tests.training.tiny_model import make_tiny_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 

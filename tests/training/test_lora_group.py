@@ -13,7 +13,7 @@ from qlora_tui.training.fused.lora_group import SharedInput
 from qlora_tui.training.model_loading import checkpoint_activations
 from tests.training.families import build, with_adapter
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+pytestmark = pytest.mark.slow
 
 IDS = torch.arange(3, 43)[None]
 

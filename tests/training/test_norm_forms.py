@@ -13,7 +13,7 @@ from qlora_tui.training.fused import rms_norm
 from qlora_tui.training.fused.patching import PatchedForwards
 from tests.training.trained_weights import CLAIMED, build_with_trained_weights, trained_norm_weight
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+pytestmark = pytest.mark.slow
 
 WIDTH = 640
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

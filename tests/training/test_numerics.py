@@ -16,7 +16,7 @@ from qlora_tui.training.compute_device import find_device
 from qlora_tui.training.evaluation import no_grad_eval
 from tests.training.families import FAMILIES, build
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 ROUNDING = 2e-5

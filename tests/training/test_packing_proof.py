@@ -18,7 +18,7 @@ from qlora_tui.training import (
 from qlora_tui.training.fused.cpu_attention import RowAttention
 from tests.training.trained_weights import CLAIMED, build_with_trained_weights
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]

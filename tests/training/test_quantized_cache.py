@@ -20,11 +20,12 @@ from qlora_tui.settings import Settings
 from qlora_tui.training import quantized_cache
 from qlora_tui.training.compute_device import find_device
 from qlora_tui.training.model_loading import load_base
-from tests.training.conftest import MakeRecipe, Trainers
+from tests.support.trainer_processes import Trainers
+from tests.training.conftest import MakeRecipe
 from tests.training.event_helpers import events_of, losses
 from tests.training.tiny_model import make_tiny_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+pytestmark = pytest.mark.slow
 
 GIB = 1 << 30
 

@@ -16,10 +16,11 @@ from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import DataReady, Environment, Failed, Health, Started, StepVerified
 from qlora_tui.runs.retry import RetryPlan
 from tests.runs.test_damage import flip
-from tests.training.conftest import MakeRecipe, Trainers
+from tests.support.trainer_processes import Trainers
+from tests.training.conftest import MakeRecipe
 from tests.training.event_helpers import events, events_of, losses
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+pytestmark = pytest.mark.slow
 
 EXACT = 1e-6
 EVERY_STEP: dict[str, Any] = {"training.checkpoint_every": 1, "training.keep_checkpoints": 100}

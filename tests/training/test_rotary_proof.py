@@ -13,7 +13,7 @@ from torch import Tensor
 from qlora_tui.training.fused import rotary
 from qlora_tui.training.fused.kernel_choice import _rotated
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

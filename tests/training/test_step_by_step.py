@@ -15,7 +15,7 @@ from bench.baselines.runner import Measurement
 from bench.real_models import Agreement, Pair, agreements
 from qlora_tui.runs.directory import all_runs, create_run
 from qlora_tui.runs.events import Finished, Health, Step, StepVerified
-from tests.training.conftest import Trainers
+from tests.support.trainer_processes import Trainers
 from tests.training.event_helpers import events, events_of
 from tests.training.tiny_model import make_tiny_gemma
 
@@ -85,7 +85,6 @@ def differences(job: TrainingJob, trainers: Trainers, references: dict[str, Meas
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("training")
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_a_run_is_the_plain_script(
     family: str, job: TrainingJob, tiny_gemma: Path, trainers: Trainers, references: dict[str, Measurement]
@@ -134,7 +133,6 @@ MUTANTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("training")
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_wrong_step_differs_by_more_than_rounding(
     mutant: str,
@@ -150,7 +148,6 @@ def test_a_wrong_step_differs_by_more_than_rounding(
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("training")
 def test_a_wrong_norm_warns_and_trains_like_the_plain_script(
     job: TrainingJob,
     tiny_gemma: Path,

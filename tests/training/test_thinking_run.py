@@ -11,10 +11,11 @@ from qlora_tui.chat.chat_sources import run_source
 from qlora_tui.runs.directory import create_run
 from qlora_tui.runs.events import DataReady, SampleGenerated
 from tests.data.thinkers import SMOLLM3
-from tests.training.conftest import MakeRecipe, Trainers
+from tests.support.trainer_processes import Trainers
+from tests.training.conftest import MakeRecipe
 from tests.training.event_helpers import events_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+pytestmark = pytest.mark.slow
 
 
 def test_data_without_reasoning_trains_and_chats_without_thinking(

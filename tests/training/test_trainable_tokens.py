@@ -25,7 +25,8 @@ from qlora_tui.training.accuracy import argmax_tokens
 from qlora_tui.training.adapter import add_lora
 from qlora_tui.training.model_loading import checkpoint_activations
 from qlora_tui.training.trainer import load_adapter, save_adapter
-from tests.training.conftest import MakeRecipe, Trainers
+from tests.support.trainer_processes import Trainers
+from tests.training.conftest import MakeRecipe
 from tests.training.event_helpers import losses
 from tests.training.families import build, with_adapter
 from tests.training.test_numerics import close, labeled
@@ -33,7 +34,7 @@ from tests.training.test_resume import EXACT, interrupted_at
 from tests.training.tiny_model import make_tiny_model
 from tests.tui.sample_data import write_rows
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+pytestmark = pytest.mark.slow
 
 IDS = [40, 7, 251]
 """The first has no row to speak of."""

@@ -14,7 +14,7 @@ import torch
 
 from qlora_tui.training.fused import kernel_choice
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+pytestmark = pytest.mark.slow
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 CASES = [

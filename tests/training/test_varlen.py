@@ -26,7 +26,7 @@ from tests.training.families import build
 from tests.training.trained_weights import build_with_trained_weights
 from tests.training.varlen_reference import varlen_reference
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 LENGTHS = [5, 17, 1, 12]

@@ -33,7 +33,7 @@ from qlora_tui.training.step_verification import (
 from tests.training.families import build
 from tests.training.trained_weights import CLAIMED, build_with_trained_weights
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
+pytestmark = pytest.mark.slow
 
 _SETTINGS: dict[str, dict[str, Any]] = {
     "gemma2": {"final_logit_softcapping": 3.0},
