@@ -7,15 +7,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from msgspec.structs import replace
+
 from qlora_tui.cli.subcommand import CommandResult, Subcommand, add_json_argument
 from qlora_tui.errors import EXIT_USAGE, UserError
-from qlora_tui.formatting import format_bytes
-from qlora_tui.runs.directory import RunDir, find_run
+from qlora_tui.runs.directory import find_run
 
 if TYPE_CHECKING:
-    from qlora_tui.chat.chat_types import ChatSource
+    from qlora_tui.runs.exports import ExportRequest, Form
 
 _FORMS = "merge|gguf|lora|ollama|hub"
+_DEFAULT_TYPE = "Q8_0"
 
 
 def run(args: argparse.Namespace) -> CommandResult:
@@ -32,96 +34,62 @@ def run(args: argparse.Namespace) -> CommandResult:
     from qlora_tui.gpu.torch_env import configure_torch_env
     from qlora_tui.runs.exports import leave_gpu_to_runs
 
+    request = _request(args)
     run = find_run(args.run_id)
     source = run_source(run)
-    adapter_name = choose_adapter(source, checkpoint=args.checkpoint)
+    adapter_name = choose_adapter(source, checkpoint=request.checkpoint)
     if note := leave_gpu_to_runs():
         _on_status(note)
     configure_torch_env()
     with export_problems():
-        if args.form == "ollama":
-            return _ollama(source, adapter_name, args)
-        if args.form == "hub":
-            return _hub(run, source, adapter_name, args)
-        out = args.out.expanduser().absolute()
-        return {"merge": _merge, "gguf": _gguf, "lora": _lora}[args.form](source, adapter_name, out, args)
+        from qlora_tui.export.forms import export_form
+
+        written = export_form(run, request, source, adapter_name, _on_status)
+    return CommandResult(written.result, written.text)
 
 
 def _on_status(words: str) -> None:
     print(words, file=sys.stderr, flush=True)
 
 
-def _merge(source: ChatSource, adapter_name: str, out: Path, args: argparse.Namespace) -> CommandResult:
-    from qlora_tui.export.merge import merge
+def _request(args: argparse.Namespace) -> ExportRequest:
+    """Return what the arguments ask for. Raises UserError."""
+    from qlora_tui.runs.exports import ExportRequest, ollama_folder
 
-    merged = merge(source, adapter_name, out, _on_status, base_name=args.base)
-    summary = (
-        f"{merged.folder}: {format_bytes(merged.bytes)}, {merged.changed_weights} weights changed "
-        f"by the {adapter_name}."
-    )
-    lines = filter(None, (summary, merged.base.sentence, merged.check_sentence))
-    return CommandResult(merged, "\n".join(lines))
-
-
-def _gguf(source: ChatSource, adapter_name: str, out: Path, args: argparse.Namespace) -> CommandResult:
-    from qlora_tui.export.gguf_export import export_gguf
-
-    kinds = [kind for group in args.quant or ["Q8_0"] for kind in group.split(",")]
-    written = export_gguf(source, adapter_name, out, kinds, within=args.within, on_status=_on_status)
-    files = "\n".join(f"{file.path}: {format_bytes(file.bytes)}" for file in written.files)
-    return CommandResult(written, f"{files}\n{written.summary}\nRun it: {written.command}")
-
-
-def _lora(source: ChatSource, adapter_name: str, out: Path, args: argparse.Namespace) -> CommandResult:
-    from qlora_tui.export.adapter_folder import export_adapter_folder
-    from qlora_tui.export.lora_export import export_lora
-
-    if out.suffix != ".gguf":
-        folder = export_adapter_folder(source, adapter_name, out)
-        size = format_bytes(folder.bytes)
-        return CommandResult(folder, f"{folder.path}: {size}, rank {folder.rank}\nServe it: {folder.command}")
-    written = export_lora(source, adapter_name, out, _on_status)
-    return CommandResult(
-        written,
-        f"{written.path}: {format_bytes(written.bytes)}, {written.modules} weights\n"
-        f"{written.summary}\nRun it: {written.command}",
-    )
-
-
-def _ollama(source: ChatSource, adapter_name: str, args: argparse.Namespace) -> CommandResult:
-    from qlora_tui.export.ollama_export import check_name, export_ollama
-    from qlora_tui.runs.exports import ollama_folder
-
-    check_name(args.ollama_name)
-    folder = args.dir.expanduser().absolute() if args.dir else ollama_folder(args.ollama_name, Path.cwd())
-    written = export_ollama(
-        source,
-        adapter_name,
-        args.ollama_name,
-        folder,
-        args.quant,
-        replace_model=args.replace,
-        on_status=_on_status,
-    )
-    last = f"Run it: {written.command}" if written.created else f"Create it: {written.command}"
-    size = format_bytes(written.gguf.files[0].bytes)
-    return CommandResult(written, f"{written.folder}: {size}\n{written.summary}\n{last}")
-
-
-def _hub(run: RunDir, source: ChatSource, adapter_name: str, args: argparse.Namespace) -> CommandResult:
-    from qlora_tui.export.hub_export import export_hub
-
-    written = export_hub(
-        run,
-        source,
-        adapter_name,
-        args.repo,
-        args.what,
-        args.quant,
-        is_public=args.public,
-        on_status=_on_status,
-    )
-    return CommandResult(written, f"{written.url}\n{written.summary}")
+    match args.form:
+        case "ollama":
+            folder = args.dir.expanduser().absolute() if args.dir else ollama_folder(args.name, Path.cwd())
+            return ExportRequest(
+                form="ollama",
+                out=args.name,
+                file_type=args.quant or _DEFAULT_TYPE,
+                checkpoint=args.checkpoint,
+                folder=str(folder),
+                replace_model=args.replace,
+            )
+        case "hub":
+            if args.quant and args.what != "gguf":
+                raise UserError(
+                    "No file type for this form",
+                    what=f"--quant is for --form gguf, and --form {args.what} is uploaded.",
+                    fix="Leave out one of them, or use --form gguf.",
+                    exit_code=EXIT_USAGE,
+                )
+            return ExportRequest(
+                form=f"hub-{args.what}",  # type: ignore[arg-type]  # one of the choices
+                out=args.repo,
+                file_type=args.quant or _DEFAULT_TYPE,
+                checkpoint=args.checkpoint,
+                is_public=args.public,
+            )
+    out = args.out.expanduser().absolute()
+    form: Form = "adapter" if args.form == "lora" and out.suffix != ".gguf" else args.form
+    request = ExportRequest(form=form, out=str(out), checkpoint=args.checkpoint)
+    if form == "merge":
+        return replace(request, base=args.base)
+    if form == "gguf":
+        return replace(request, file_type=",".join(args.quant or [_DEFAULT_TYPE]), within=args.within)
+    return request
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -162,7 +130,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="largest mean KL divergence from the adapter's answers, in nats (0.03 with auto)",
     )
     ollama.add_argument(
-        "ollama_name", metavar="NAME", help="the model's name in Ollama, such as tickets or tickets:8b"
+        "name", metavar="NAME", help="the model's name in Ollama, such as tickets or tickets:8b"
     )
     _add_one_type(ollama)
     ollama.add_argument(
@@ -196,7 +164,6 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _add_one_type(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quant",
-        default="Q8_0",
         metavar="TYPE",
         help="a type of `export gguf`, or auto: the smallest whose answers stay near (Q8_0 unless set)",
     )

@@ -89,7 +89,7 @@ def _export(request: ExportRequest, folder: Path) -> ExportStatus:
         state="finished",
         at=time.time(),
         note=status.note,
-        paths=written.paths,
+        paths=tuple(written.sizes),
         bytes=written.bytes,
         file_type=written.file_type,
         summary=written.summary,

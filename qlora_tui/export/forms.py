@@ -2,34 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 from msgspec import Struct
 
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.export.adapter_folder import export_adapter_folder
-from qlora_tui.export.gguf_export import export_gguf
+from qlora_tui.export.gguf_export import GgufFile, export_gguf
 from qlora_tui.export.hub_export import export_hub
 from qlora_tui.export.lora_export import export_lora
 from qlora_tui.export.merge import merge
 from qlora_tui.export.model_card import CardForm
 from qlora_tui.export.ollama_export import export_ollama
+from qlora_tui.formatting import format_bytes
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.exports import ExportRequest, ollama_folder
+from qlora_tui.runs.exports import ExportRequest, output_path
 
 
-class Written(Struct, frozen=True):
+class Written(Struct, frozen=True, kw_only=True):
     """What an export wrote."""
 
-    paths: tuple[str, ...]
-    bytes: int
+    result: Struct
+    """All that is known of it, for programs."""
+    sizes: dict[str, int]
+    """Bytes of each file, folder or repository."""
     summary: str
     """How it was checked, in sentences."""
     command: str
-    """The command that runs it."""
+    """The command that runs it; empty for a repository."""
+    command_does: Literal["Run", "Serve", "Create"] = "Run"
     file_type: str = ""
     """GGUF type of a single file."""
+
+    @property
+    def bytes(self) -> int:
+        """Return the size of it all."""
+        return sum(self.sizes.values())
+
+    @property
+    def text(self) -> str:
+        """Return what is printed in a terminal."""
+        lines = [f"{path}: {format_bytes(size)}" for path, size in self.sizes.items()]
+        command = f"{self.command_does} it: {self.command}" if self.command else ""
+        return "\n".join(filter(None, (*lines, self.summary, command)))
 
 
 def export_form(
@@ -43,36 +60,81 @@ def export_form(
     out = Path(request.out)
     match request.form:
         case "merge":
-            merged = merge(source, adapter_name, out, on_status)
-            summary = "\n".join(filter(None, (merged.check_sentence, merged.base.sentence)))
-            return Written((merged.folder,), merged.bytes, summary, f"vllm serve {out}")
+            merged = merge(source, adapter_name, out, on_status, base_name=request.base)
+            changed = f"{merged.changed_weights} weights changed by the {adapter_name}."
+            return Written(
+                result=merged,
+                sizes={merged.folder: merged.bytes},
+                summary="\n".join(filter(None, (changed, merged.base.sentence, merged.check_sentence))),
+                command=merged.command,
+                command_does="Serve",
+            )
         case "gguf":
-            written = export_gguf(source, adapter_name, out, (request.file_type,), on_status=on_status)
-            paths = tuple(file.path for file in written.files)
-            size = sum(file.bytes for file in written.files)
-            kind = written.files[0].file_type
-            return Written(paths, size, written.summary, written.command, kind)
+            kinds = request.file_type.split(",")
+            gguf = export_gguf(source, adapter_name, out, kinds, within=request.within, on_status=on_status)
+            return Written(
+                result=gguf,
+                sizes=_sizes(gguf.files),
+                summary=gguf.summary,
+                command=gguf.command,
+                file_type=gguf.files[0].file_type,
+            )
         case "lora":
             lora = export_lora(source, adapter_name, out, on_status)
-            return Written((lora.path,), lora.bytes, lora.summary, lora.command)
+            return Written(
+                result=lora,
+                sizes={lora.path: lora.bytes},
+                summary=f"{lora.modules} weights.\n{lora.summary}",
+                command=lora.command,
+            )
         case "adapter":
             folder = export_adapter_folder(source, adapter_name, out)
-            return Written((folder.path,), folder.bytes, f"Rank {folder.rank}.", folder.command)
+            return Written(
+                result=folder,
+                sizes={folder.path: folder.bytes},
+                summary=f"Rank {folder.rank}.",
+                command=folder.command,
+                command_does="Serve",
+            )
         case "ollama":
-            name = request.out
+            target = output_path(request)
+            assert target is not None
             model = export_ollama(
                 source,
                 adapter_name,
-                name,
-                ollama_folder(name),
+                request.out,
+                target,
                 request.file_type,
+                replace_model=request.replace_model,
                 on_status=on_status,
             )
-            size = sum(file.bytes for file in model.gguf.files)
-            return Written((model.folder,), size, model.summary, model.command)
-        case "hub-adapter" | "hub-gguf":
-            form: CardForm = "adapter" if request.form == "hub-adapter" else "gguf"
-            uploaded = export_hub(
-                run, source, adapter_name, request.out, form, request.file_type, on_status=on_status
+            return Written(
+                result=model,
+                sizes={model.folder: sum(file.bytes for file in model.gguf.files)},
+                summary=model.summary,
+                command=model.command,
+                command_does="Run" if model.created else "Create",
+                file_type=model.gguf.files[0].file_type,
             )
-            return Written((uploaded.url,), uploaded.bytes, uploaded.summary, "")
+        case "hub-adapter" | "hub-merged" | "hub-gguf":
+            forms: dict[str, CardForm] = {
+                "hub-adapter": "adapter",
+                "hub-merged": "merged",
+                "hub-gguf": "gguf",
+            }
+            uploaded = export_hub(
+                run,
+                source,
+                adapter_name,
+                request.out,
+                forms[request.form],
+                request.file_type,
+                is_public=request.is_public,
+                on_status=on_status,
+            )
+            sizes = {uploaded.url: uploaded.bytes}
+            return Written(result=uploaded, sizes=sizes, summary=uploaded.summary, command="")
+
+
+def _sizes(files: Sequence[GgufFile]) -> dict[str, int]:
+    return {file.path: file.bytes for file in files}

@@ -8,6 +8,7 @@ is rounded to 4 bits and back first; the merged model is stored in 16 bits eithe
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -48,6 +49,11 @@ class MergeResult(Struct, frozen=True, kw_only=True):
     """Comparison with the logits of base and adapter; None if they were not compared."""
     unchecked_because: str = ""
     """Why they were not compared."""
+
+    @property
+    def command(self) -> str:
+        """Return the command that serves it."""
+        return f"vllm serve {shlex.quote(self.folder)}"
 
     @property
     def check_sentence(self) -> str:

@@ -27,7 +27,9 @@ from qlora_tui.runs.machine_checks import read_machine
 from qlora_tui.runs.process import ProcessIdentity
 from qlora_tui.runs.spawn import spawn_detached
 
-Form: TypeAlias = Literal["merge", "gguf", "lora", "adapter", "ollama", "hub-adapter", "hub-gguf"]
+Form: TypeAlias = Literal[
+    "merge", "gguf", "lora", "adapter", "ollama", "hub-adapter", "hub-merged", "hub-gguf"
+]
 """``adapter``: the adapter's folder, for vLLM; ``hub-``: what is uploaded to the Hub."""
 ExportState: TypeAlias = Literal["running", "finished", "failed", "canceled"]
 
@@ -38,6 +40,7 @@ _NAMES: dict[Form, str] = {
     "adapter": "adapter folder",
     "ollama": "Ollama model",
     "hub-adapter": "adapter on the Hub",
+    "hub-merged": "merged model on the Hub",
     "hub-gguf": "GGUF on the Hub",
 }
 
@@ -49,9 +52,19 @@ class ExportRequest(Struct, frozen=True, kw_only=True):
     out: str
     """The file or folder to write; a name in Ollama, or a repository of the Hub."""
     file_type: str = ""
-    """GGUF file type, or ``auto``."""
+    """GGUF file type, several with commas between them, or ``auto``."""
     checkpoint: int | None = None
     """Step of a checkpoint; None for the final adapter."""
+    within: float | None = None
+    """Largest mean KL divergence of a GGUF file to accept, in nats."""
+    base: Literal["best", "original", "dequantized"] = "best"
+    """The base weights of a merged model."""
+    folder: str = ""
+    """Where to write a model for Ollama; empty for a folder in ``~/models``."""
+    replace_model: bool = False
+    """Whether a model of this name in Ollama is replaced."""
+    is_public: bool = False
+    """Whether everybody may read a repository that is created."""
 
 
 class ExportStatus(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -150,9 +163,11 @@ def cancel_export(export: Export) -> None:
 
 def output_path(request: ExportRequest) -> Path | None:
     """Return the file or folder that an export writes; None for an upload."""
-    if request.form in ("hub-adapter", "hub-gguf"):
+    if request.form.startswith("hub-"):
         return None
-    return ollama_folder(request.out) if request.form == "ollama" else Path(request.out)
+    if request.form == "ollama":
+        return Path(request.folder) if request.folder else ollama_folder(request.out)
+    return Path(request.out)
 
 
 def ollama_folder(name: str, parent: Path | None = None) -> Path:

@@ -19,7 +19,12 @@ from qlora_tui.runs.exports import Export, ExportRequest, lock_path, read_export
 
 pytestmark = pytest.mark.slow
 
-WRITTEN = forms.Written(("/models/m.gguf",), 7, "It is near.", "run it")
+WRITTEN = forms.Written(
+    result=ExportRequest(form="gguf", out="/models/m.gguf"),
+    sizes={"/models/m.gguf": 7},
+    summary="It is near.",
+    command="run it",
+)
 
 
 @pytest.fixture
@@ -64,7 +69,7 @@ def test_the_last_words_of_an_export_are_always_shown(run: RunDir, monkeypatch: 
     do_job(start(run), monkeypatch, work)
     assert shown == ["Writing: 90 %", "Writing: 100 %", "Asking llama.cpp"]
     status = read_exports(run)[0].status
-    assert (status.state, status.paths) == ("finished", WRITTEN.paths)
+    assert (status.state, status.paths) == ("finished", tuple(WRITTEN.sizes))
 
 
 def test_a_job_waits_while_a_reader_probes_its_lock(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:

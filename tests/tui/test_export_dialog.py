@@ -110,7 +110,7 @@ async def test_a_name_is_proposed_for_ollama_and_the_hub(
 ) -> None:
     async with make_app().run_test(size=(120, 40)) as pilot:
         await open_dialog(pilot)
-        await pilot.press("up", "up", "up")
+        await pilot.press("up", "up", "up", "up")
         await wait_for_text(pilot, "Name tickets")
         await pilot.press("enter")
         await wait_for_text(pilot, "Ollama model  Starting")

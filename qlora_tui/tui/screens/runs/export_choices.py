@@ -127,6 +127,15 @@ def export_choices(
             target="Repository",
         ),
         ExportChoice(
+            id="hub-merged",
+            label="Upload the merged model",
+            size=merged,
+            note="Hugging Face Hub",
+            detail=f"Base and adapter as one 16-bit model with a model card. {_HUB}",
+            form="hub-merged",
+            target="Repository",
+        ),
+        ExportChoice(
             id="hub-gguf",
             label=f"Upload a GGUF file, {file_type}",
             size=size,
