@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.chat.chat_types import BASE, ChatSource
 from qlora_tui.chat.session import ChatSession, every_tenth, load_session, out_of_memory
 from qlora_tui.data.conversation import RowRejectedError
@@ -27,7 +28,8 @@ _MAX_ROWS = 200
 _MAX_TOKENS = 1024
 """Most tokens of a row."""
 _MAX_COMPUTED_TOKENS = 16_384
-"""Most tokens, in about, that a model computes. Of more rows only the tokens are compared."""
+_MAX_MULTIPLICATIONS = 2 * 10**13
+"""Of each model, tokens times weights: minutes on a CPU. Of further rows only the tokens are compared."""
 _MAX_POSITIONS = 1200
 _MAX_ROW_POSITIONS = 48
 """Most positions of a row: with a vocabulary of 262,144, 50 MB of logits."""
@@ -102,7 +104,8 @@ def reference_logits(
     try:
         session.ensure_loaded(adapter_name)
         tokenizer = session.tokenizer
-        rows = compared_rows(_samples(source, tokenizer), tokenizer)
+        weights = resolve_model(source.recipe.model.id).architecture.total_params
+        rows = compared_rows(_samples(source, tokenizer), tokenizer, weights)
         first = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
         begins = tokenizer.begins_with_bos and all(row.ids[:1] == first for row in rows)
         vocabulary, effect, count = 0, 0.0, 0
@@ -152,12 +155,16 @@ def reason_of(error: UserError) -> str:
     return f"{error.title}: {error.what}".rstrip(".")
 
 
-def compared_rows(samples: Samples, tokenizer: ChatTokenizer) -> tuple[ComparedRow, ...]:
-    """Return rows from all over the samples; the positions to compare are spread over as many as can be."""
+def compared_rows(samples: Samples, tokenizer: ChatTokenizer, weights: int) -> tuple[ComparedRow, ...]:
+    """Return rows from all over the samples; the positions to compare are spread over as many as can be.
+
+    ``weights`` is how many the model has.
+    """
     count = min(len(samples), _MAX_ROWS)
     numbers = [place * len(samples) // count for place in range(count)]
     ids = [tuple(samples.token_ids(number)[:_MAX_TOKENS]) for number in numbers]
-    computed = max(1, min(count, _MAX_COMPUTED_TOKENS * count // max(1, sum(map(len, ids)))))
+    tokens = min(_MAX_COMPUTED_TOKENS, _MAX_MULTIPLICATIONS // weights)
+    computed = max(1, min(count, tokens * count // max(1, sum(map(len, ids)))))
     places = {place * count // computed for place in range(computed)}
     limit = min(_MAX_ROW_POSITIONS, _MAX_POSITIONS // computed)
     ends = frozenset(tokenizer.turn_end_ids)

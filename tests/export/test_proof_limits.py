@@ -69,15 +69,18 @@ class Samples:
         return bytes(self.length // 2) + b"\1" * (self.length - self.length // 2)
 
 
+@pytest.mark.parametrize("weights, tokens", [(10**8, 16_384), (2 * 10**10, 1000)])
 @pytest.mark.parametrize("count, length", [(300, 60), (300, 1000), (5, 1000), (1, 40), (200, 2)])
-def test_positions_come_from_many_rows_and_include_turn_ends(tmp_path: Path, count: int, length: int) -> None:
+def test_positions_come_from_many_rows_and_include_turn_ends(
+    tmp_path: Path, count: int, length: int, weights: int, tokens: int
+) -> None:
     tokenizer = ChatTokenizer.from_folder(write_tokenizer(tmp_path, "smollm2", CHAT_TEMPLATE))
     samples: Any = Samples(count, length, tokenizer.turn_end_ids[0])
-    rows = compared_rows(samples, tokenizer)
+    rows = compared_rows(samples, tokenizer, weights)
     computed = [row for row in rows if row.positions]
     assert len(rows) == min(count, 200)
-    assert len(computed) == min(len(rows), max(16_384 // length, 1))
+    assert len(computed) == min(len(rows), tokens // length)
     assert all(row.positions[-1] == length - 2 for row in computed)
     assert max(len(row.positions) for row in computed) <= 48
     assert sum(len(row.positions) for row in computed) <= 1200
-    assert sum(len(row.computed_ids) for row in computed) <= 16_384
+    assert sum(len(row.computed_ids) for row in computed) <= tokens
