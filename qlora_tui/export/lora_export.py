@@ -59,7 +59,7 @@ class LoraExport(Struct, frozen=True, kw_only=True):
             return f"Not checked: {self.unchecked_because}."
         proofs = filter(None, (self.proof, self.on_16_bits))
         lines = [f"{proof.sentence}." for proof in proofs]
-        if self.on_16_bits and self.on_16_bits.problem:
+        if self.on_16_bits:
             lines.append("`qlora-tui export gguf` merges the adapter into the weights of its training.")
         return "\n".join(lines)
 
@@ -131,7 +131,9 @@ def _proofs(
         proof = _prove(reference, source, replace(weights, requantize=requantize), name, path, on_status)
         if proof.problem:
             return proof, None, ""
-        return proof, _prove(reference, source, weights, original, path, on_status), ""
+        on_16_bits = _prove(reference, source, weights, original, path, on_status)
+        # It is not the file's fault that the base is another.
+        return proof, structs.replace(on_16_bits, problem=""), ""
 
 
 def _prove(

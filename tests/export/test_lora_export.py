@@ -123,7 +123,8 @@ def test_a_lora_is_compared_on_both_kinds_of_weights(tmp_path: Path, monkeypatch
     assert loaded == ["nf4"], "the 16-bit model may be too large for the GPU"
     assert result.proof and result.on_16_bits
     assert result.proof.divergence < 1e-3 < result.on_16_bits.divergence
-    first, second, *_ = result.summary.splitlines()
+    first, second, third = result.summary.splitlines()
+    assert "export gguf" in third and not result.on_16_bits.problem
     assert first.startswith("On the NF4 weights of its training, the LoRA answers as your adapter does at ")
     assert second.startswith("On the original 16-bit weights, the LoRA answers as your adapter does at ")
 
