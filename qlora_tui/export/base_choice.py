@@ -21,7 +21,7 @@ from qlora_tui.catalog.model_validation import weight_files
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import load_session, model_folder
 from qlora_tui.errors import UserError
-from qlora_tui.export.reference import Reference, reason_of, reference_or_reason
+from qlora_tui.export.reference import Reference, reason_of, reference_or_reason, release_gpu_memory
 from qlora_tui.export.requantize import Requantizer, requantizer
 from qlora_tui.formatting import format_bytes
 
@@ -117,6 +117,8 @@ def choose_base(
         stored = reference.divergence(session, adapter_name, on_status, words.format("16-bit"))
         session.change_base(requantize)
         trained = reference.divergence(session, adapter_name, on_status, words.format("dequantized 4-bit"))
+        del session
+        release_gpu_memory()
     except UserError as error:
         return BaseChoice(chosen="dequantized", unmeasured_because=reason_of(error))
     except torch.OutOfMemoryError:

@@ -84,6 +84,12 @@ class Reference:
         return total / count
 
 
+def release_gpu_memory() -> None:
+    """Return the memory of models that are no longer used to the GPU: a run may start during the export."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def reference_bytes(vocabulary: int) -> int:
     """Return the most bytes that the file of reference logits takes."""
     return _MAX_POSITIONS * vocabulary * 2
@@ -118,7 +124,7 @@ def reference_logits(
                 effect += float((values.exp() * (values - base)).sum())
                 count += len(row.positions)
         del session
-        gc.collect()
+        release_gpu_memory()
         if not vocabulary:
             raise UserError(
                 "There is nothing to compare the file with",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,19 @@ def test_named_weights_are_not_measured(inflated: ChatSource, tmp_path: Path, na
     merged = merge(inflated, "adapter", tmp_path / "merged", said.append, base_name=name)
     assert merged.base.chosen == chosen and merged.base.sentence == ""
     assert said[0] == "Merging model.safetensors (1 of 1)"
+
+
+def test_models_are_freed_before_the_file_is_written(
+    inflated: ChatSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions: list[int] = []
+
+    def count_sessions() -> None:
+        sessions.append(sum(isinstance(each, ChatSession) for each in gc.get_objects()))
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", count_sessions)
+    merge(inflated, "adapter", tmp_path / "merged")
+    assert sessions == [0, 0]
 
 
 def test_without_data_the_weights_of_the_training_are_taken(inflated: ChatSource, tmp_path: Path) -> None:
