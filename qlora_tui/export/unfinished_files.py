@@ -11,10 +11,11 @@ from pathlib import Path
 
 from qlora_tui.errors import EXIT_USAGE, UserError, disk_problem
 from qlora_tui.files import private_dir, sync, sync_tree
-from qlora_tui.runs.drafts import draft_path, held_draft
+from qlora_tui.runs.drafts import draft_path, final_path, held_draft
 
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def refuse_existing(out: Path) -> None:
@@ -66,12 +67,18 @@ def export_problems(out: Path | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if out is not None and str(error.filename).startswith(str(draft_path(out))):
-            error.filename = str(out.parent if error.errno in _UNWRITABLE else out)
-        problem = disk_problem(error, out, elsewhere="write to another folder")
+        named = Path(error.filename or out or "A file")
+        if out is not None and error.errno in _FULL:
+            # A copy that fails for lack of space names the file that it reads.
+            named = out
+        where = final_path(named)
+        if where != named and error.errno in _UNWRITABLE:
+            where = where.parent
+        error.filename = str(where)
+        problem = disk_problem(error, elsewhere="write to another folder")
         raise problem or UserError(
             "The export could not be written",
-            what=f"{error.filename or out or 'A file'}: {error.strerror or error}.",
+            what=f"{where}: {error.strerror or error}.",
             fix="Look at that file, then export again.",
         ) from error
 

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -19,12 +20,20 @@ from qlora_tui.runs.locks import PATIENCE_S, is_locked, locked
 
 _LOCK = "lock"
 _FILES = "files"
-_NAME = re.compile(r"\..+\.part")
+_NAME = re.compile(r"\.(.+)\.part")
 
 
 def draft_path(out: Path) -> Path:
     """Return the folder in which ``out`` is prepared."""
     return out.with_name(f".{out.name}.part")
+
+
+def final_path(path: Path) -> Path:
+    """Return what is prepared where ``path`` is a draft or in one; other paths as they are."""
+    for folder in (*reversed(path.parents), path):
+        if match := _NAME.fullmatch(folder.name):
+            return folder.with_name(match[1])
+    return path
 
 
 @contextmanager
@@ -94,12 +103,25 @@ def _delete_held(draft: Path) -> None:
 
 @contextmanager
 def _without_interruption() -> Iterator[None]:
-    """Deliver Ctrl+C and SIGTERM after the block."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    """Deliver Ctrl+C and SIGTERM after the block.
+
+    Not by a signal mask: another thread would take the signal, and Python raise it in this one.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda number, frame: arrived.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        for arrived_number in dict.fromkeys(arrived):
+            signal.raise_signal(arrived_number)
 
 
 def _empty(draft: Path) -> None:

@@ -15,13 +15,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 from msgspec.structs import replace
 
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.cli.main import main
 from qlora_tui.errors import UserError
-from qlora_tui.export import gguf_export, lora_export
+from qlora_tui.export import export_job, gguf_export, lora_export
 from qlora_tui.export.forms import export_form
 from qlora_tui.export.gguf_export import export_gguf
 from qlora_tui.export.unfinished_files import draft_folder, publish_files, publish_new
@@ -184,6 +185,27 @@ def test_ctrl_c_leaves_nothing(run: RunDir, forkserver: Forkserver, tmp_path: Pa
         assert len(list(out.iterdir())) in ((0,) if moment == moments // 2 else (0, 2))
 
 
+def test_a_cancel_in_the_proof_leaves_nothing(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    def report(words: str) -> None:
+        said.append(words)
+        if words.startswith("Asking llama.cpp") and words.endswith("%"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(exports, "spawn_detached", lambda *args, **how: None)
+    monkeypatch.setattr(export_job, "_reporter", lambda folder, status: report)
+    request, out = request_for("gguf", tmp_path)
+    children = psutil.Process().children()
+    export_job.run_job(start_export(run, request).folder)
+    status = read_exports(run)[0].status
+    assert (status.state, status.paths) == ("canceled", ())
+    assert "100 %" not in said[-1] and not list(out.parent.iterdir())
+    assert psutil.Process().children() == children
+
+
 def test_a_cancel_says_what_it_left_at_every_moment(
     run: RunDir, forkserver: Forkserver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,13 +260,15 @@ def test_a_disk_that_fills_up_is_explained(
     run: RunDir, source: ChatSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Form
 ) -> None:
     def full(*arguments: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        # As shutil does, it names what it copies.
+        raise OSError(errno.ENOSPC, "No space left on device", *map(str, arguments[:1]))
 
     monkeypatch.setattr(gguf_export, "write_gguf", full)
     monkeypatch.setattr(lora_export, "write_lora", full)
     monkeypatch.setattr(shutil, "copyfile", full)
     with pytest.raises(UserError, match="No space left on device") as failed:
         export(form, run, source, tmp_path)
+    assert failed.value.what == f"{request_for(form, tmp_path)[1]}: No space left on device."
     assert failed.value.fix == "Free some space, or write to another folder."
     assert not list((tmp_path / "models").iterdir())
 

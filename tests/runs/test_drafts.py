@@ -3,6 +3,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,13 +13,35 @@ from typing import IO
 import pytest
 
 from qlora_tui.runs import drafts
-from qlora_tui.runs.drafts import delete_abandoned, draft_path, held_draft, is_abandoned
+from qlora_tui.runs.drafts import delete_abandoned, draft_path, final_path, held_draft, is_abandoned
 from qlora_tui.runs.locks import locked
 
 
 @pytest.fixture
 def draft(tmp_path: Path) -> Path:
     return draft_path(tmp_path / "model.gguf")
+
+
+def test_a_path_in_a_draft_stands_for_its_result() -> None:
+    inner = draft_path(draft_path(Path("/there/model")) / "files" / "model.gguf")
+    assert final_path(inner / "files" / "F16.gguf") == Path("/there/model")
+    assert final_path(Path("/there/model")) == Path("/there/model")
+
+
+def test_ctrl_c_does_not_interrupt_the_deletion(draft: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove = shutil.rmtree
+
+    def interrupted(path: Path, *, ignore_errors: bool) -> None:
+        # A signal that another thread takes, as in a process with torch.
+        sender = threading.Thread(target=os.kill, args=(os.getpid(), signal.SIGINT))
+        sender.start()
+        sender.join()
+        remove(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt), held_draft(draft):
+        pass
+    assert not draft.exists()
 
 
 def leave(draft: Path) -> Path:
