@@ -12,8 +12,10 @@ from textual.pilot import Pilot
 from qlora_tui.runs import exports
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.exports import (
+    Export,
     ExportRequest,
     ExportStatus,
+    Form,
     read_exports,
     start_export,
     write_export_status,
@@ -60,9 +62,11 @@ async def test_an_export_is_started_and_followed(
             paths=(export.request.out,),
             bytes=7_000,
             summary="Q8_0 is near.",
+            command="llama-server -m it",
         )
         write_export_status(export.folder, done)
-        await wait_for_text(pilot, "✓ Q8_0", "y copy command")
+        await wait_for_text(pilot, "✓ Q8_0", "7 KiB in ~/models/tickets-Q8_0.gguf", "llama-server -m it")
+        await wait_for_text(pilot, "y copy command")
         await pilot.press("escape")
         assert "Export: ✓ Q8_0" in await wait_for_text(pilot, "Export: ✓ Q8_0")
 
@@ -137,3 +141,10 @@ async def test_type_and_checkpoint_are_chosen_by_key(
         await wait_for_text(pilot, "GGUF on the Hub  Starting")
         (export,) = read_exports(run)
         assert (export.request.file_type, export.request.checkpoint) == ("F16", 5)
+
+
+@pytest.mark.parametrize("form", ["merge", "hub-merged"])
+def test_the_line_of_an_export_fits_80_columns(form: Form) -> None:
+    status = ExportStatus(state="finished", at=0, bytes=7_000)
+    export = Export(Path("0001"), ExportRequest(form=form, out="name" * 30), status)
+    assert export_choices.export_line(export).cell_length <= 66

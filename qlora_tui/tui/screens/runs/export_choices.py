@@ -26,8 +26,8 @@ _AUTO = (
     "first within a KL divergence of 0.03, as llama.cpp computes it."
 )
 _HUB = "To a private repository: name or owner/name. Needs HF_TOKEN or `hf auth login`."
-_LINE_WIDTH = 48
-"""Cells of what is said of an export, so that its line fits 80 columns."""
+_LINE_WIDTH = 64
+"""Cells of an export's line, so that it fits 80 columns."""
 _PROGRAMS = "llama.cpp, LM Studio"
 
 
@@ -235,8 +235,9 @@ def export_line(export: Export) -> Content:
         "failed": status.problem.partition("\n")[0],
         "canceled": "canceled",
     }[status.state]
+    begin = f"{export.name}  "
     return Content.assemble(
-        (f"{sign} ", style), f"{export.name}  ", (truncate_middle(said, _LINE_WIDTH), "dim")
+        (f"{sign} ", style), begin, (truncate_middle(said, _LINE_WIDTH - len(begin)), "dim")
     )
 
 
@@ -245,7 +246,9 @@ def export_detail(export: Export) -> str:
     status = export.status
     match status.state:
         case "finished":
-            return f"{status.summary}\n{format_bytes(status.bytes)} in {', '.join(status.paths)}"
+            paths = ", ".join(map(home_relative, status.paths))
+            size = format_bytes(status.bytes)
+            return "\n".join(filter(None, (f"{size} in {paths}", status.summary, status.command)))
         case "running":
             return "\n".join(filter(None, (status.activity, status.note)))
         case "failed":
