@@ -17,6 +17,7 @@ from qlora_tui.tui import app, clock, system_monitor
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.train import screen as train
 from tests.tui.fake_runs import BEGAN, GIB
+from tests.tui.sample_data import readable_model
 
 FOLDER = Path(__file__).parent
 NOW = BEGAN + 3600.0
@@ -91,3 +92,16 @@ def same_machine(
     monkeypatch.setattr(psutil, "virtual_memory", _Memory)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     set_clock(BEGAN + 6000)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder: files are named as the user standing beside them would."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def model(private_home: Path) -> str:
+    """A model whose tokenizer can be read."""
+    return readable_model(private_home)

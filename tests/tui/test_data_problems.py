@@ -1,0 +1,186 @@
+"""The Data screen: rows with problems, the key that fixes them, formats and columns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from textual.widgets import Input
+
+from tests.data.test_untrained_tokens import WIDTH
+from tests.data.test_untrained_tokens import model as faint_model
+from tests.tui.data_screen import data_app
+from tests.tui.sample_data import ticket, tickets, write_rows
+from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
+from tests.tui.workstation import config_folder
+
+
+async def test_the_problem_key_cycles_and_enter_opens_a_problems_rows(model: str, here: Path) -> None:
+    tickets(here / "tickets.jsonl")
+    async with data_app(model, "tickets.jsonl", max_length=1024).run_test(size=(120, 40)) as pilot:
+        await wait_for_text(pilot, "No answer to learn ×1", "Duplicate row ×1")
+        await pilot.press("n")
+        await wait_for_text(pilot, "row 39 of 40", "⚠ Duplicate row")
+        await pilot.press("n")
+        await wait_for_text(pilot, "row 40 of 40", "This row cannot be used.")
+        await pilot.press("n")
+        await wait_for_text(pilot, "row 39 of 40")
+        problems = pilot.app.screen.query_one("#problems")
+        problems.focus()
+        await pilot.press("G", "enter")
+        await wait_for_text(pilot, "row 40 of 40")
+
+
+async def test_the_fix_key_trains_tokens_the_model_never_learned(private_home: Path, here: Path) -> None:
+    tickets(here / "tickets.jsonl")
+    folder = config_folder(private_home, "HuggingFaceTB__SmolLM2-135M")
+    faint_model(folder, {"<|im_end|>": [0.0] * WIDTH})
+    app = data_app(str(folder), "tickets.jsonl")
+    async with app.run_test(size=(120, 40)) as pilot:
+        await wait_for_text(pilot, "⚠ The base model has never learned these", "▸ [m] train <|im_end|>")
+        await pilot.press("m")
+        assert list(app.workbench.recipe.lora.trainable_tokens) == ["<|im_end|>"]
+        assert any("<|im_end|>" in notification.message for notification in app._notifications)
+        await wait_until(pilot, lambda: "never learned" not in text_of(app))
+        await pilot.press("m", "u")
+        assert not app.workbench.recipe.lora.trainable_tokens
+        await wait_for_text(pilot, "never learned these")
+
+
+async def test_the_fix_key_trains_on_the_chosen_answers_of_preferences(model: str, here: Path) -> None:
+    rows = [{"prompt": f"Which {n}?", "chosen": f"This {n}.", "rejected": "That."} for n in range(1, 6)]
+    write_rows(here / "pairs.jsonl", rows)
+    app = data_app(model, "pairs.jsonl")
+    async with app.run_test(size=(120, 40)) as pilot:
+        await wait_for_text(pilot, "✗ Preference data", "[m] train on the chosen answers only", "[o] open")
+        await pilot.press("m")
+        assert app.workbench.recipe.data.preferences == "chosen"
+        assert "That." not in await wait_for_text(pilot, "row 1 of 5", "This 1.")
+        await pilot.press("u")
+        await wait_for_text(pilot, "✗ Preference data")
+
+
+async def test_answers_without_a_known_prompt_are_mapped_by_parts(model: str, here: Path) -> None:
+    rows = [{"frage": f"Which {n}?", "chosen": f"This {n}.", "rejected": "That."} for n in range(1, 6)]
+    write_rows(here / "pairs.jsonl", rows)
+    app = data_app(model, "pairs.jsonl", preferences="chosen")
+    async with app.run_test(size=(120, 40)) as pilot:
+        await wait_for_text(pilot, "✗ Preference data without a prompt", "Press [c] to map the columns.")
+        await pilot.press("c")
+        await wait_for_text(pilot, "Columns of preference", "rejected")
+        fields = {field.name: field for field in pilot.app.screen.query(Input)}
+        fields["prompt"].value = "frage"
+        fields["prompt"].focus()
+        await pilot.press("enter")
+        await wait_for_text(pilot, "row 1 of 5", "Which 1?", "This 1.")
+
+
+async def test_the_fix_key_splits_a_long_text(model: str, here: Path) -> None:
+    (here / "book.txt").write_text("the fox ran " * 300 + "\n\nShort.\n\nShort too.\n")
+    app = data_app(model, "book.txt", max_length=64)
+    async with app.run_test(size=(120, 40)) as pilot:
+        text = await wait_for_text(pilot, "⚠ Long text ×1", "▸ [m] split into")
+        rows = int(text.partition("[m] split into ")[2].split(" ")[0])
+        await pilot.press("m")
+        assert app.workbench.recipe.data.overflow == "split"
+        await wait_for_text(pilot, f"3 rows → {rows + 2} samples")
+        assert "Long text" not in text_of(app)
+
+
+async def test_the_fix_key_is_off_without_a_fixable_problem(model: str, here: Path) -> None:
+    tickets(here / "tickets.jsonl")
+    app = data_app(model, "tickets.jsonl", max_length=1024)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await wait_for_text(pilot, "Duplicate row ×1")
+        before = app.workbench.recipe
+        await pilot.press("m")
+        assert app.workbench.recipe == before
+
+
+async def test_without_a_model_rows_are_shown_as_stored(here: Path) -> None:
+    tickets(here / "tickets.jsonl")
+    async with data_app("", "tickets.jsonl").run_test(size=(80, 24)) as pilot:
+        await wait_for_text(pilot, "Select a model with [1]", "Where is parcel 1?", "chars", "40 rows")
+
+
+async def test_a_missing_model_is_explained_above_the_row(here: Path) -> None:
+    tickets(here / "tickets.jsonl")
+    async with data_app("org/none", "tickets.jsonl").run_test(size=(120, 40)) as pilot:
+        await wait_for_text(pilot, "✗ Model not found", "Where is parcel 1?", "40 rows")
+
+
+async def test_a_model_for_estimates_has_no_tokenizer(private_home: Path, here: Path) -> None:
+    tickets(here / "tickets.jsonl")
+    config_only = str(config_folder(private_home, "Qwen__Qwen2.5-7B"))
+    async with data_app(config_only, "tickets.jsonl").run_test(size=(120, 40)) as pilot:
+        shown = await wait_for_text(pilot, "No tokenizer yet", "Qwen2.5-7B is selected for estimates only")
+        assert "nothing to train" not in shown
+
+
+async def test_one_broken_line_is_named_and_the_others_are_read(model: str, here: Path) -> None:
+    rows: list[Any] = [ticket(n) for n in range(1, 21)]
+    rows[6] = '{"messages": oops'
+    write_rows(here / "tickets.jsonl", rows)
+    async with data_app(model, "tickets.jsonl").run_test(size=(120, 40)) as pilot:
+        await wait_for_text(pilot, "20 rows → 19 samples", "✗ Not valid JSON ×1")
+        await pilot.press("n")
+        await wait_for_text(
+            pilot, "This row cannot be used.", "Line 7 is not valid JSON", "▸ Correct or remove the line"
+        )
+
+
+async def test_columns_of_an_unknown_format_can_be_mapped_in_place(model: str, here: Path) -> None:
+    write_rows(here / "odd.jsonl", [{"frage": f"Wo ist {n}?", "antwort": "Hier."} for n in range(9)])
+    async with data_app(model, "odd.jsonl").run_test(size=(80, 24)) as pilot:
+        await wait_for_text(pilot, "✗ No usable field")
+        await pilot.press("c")
+        await wait_for_text(pilot, "Columns of prompt-completion", "frage, antwort")
+        await pilot.press(*"frage", "tab", *"antwort", "enter")
+        await wait_for_text(pilot, "prompt-completion: frage, antwort", "9 rows → 9 samples", "Wo ist 0?")
+
+
+async def test_the_format_key_reads_the_rows_in_another(model: str, here: Path) -> None:
+    tickets(here / "tickets.jsonl")
+    app = data_app(model, "tickets.jsonl")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("f")
+        assert app.workbench.recipe.data.sources[0].format == "messages"
+
+
+async def test_the_format_key_skips_formats_that_do_not_fit(model: str, here: Path) -> None:
+    write_rows(here / "pairs.jsonl", [{"prompt": f"Q {n}", "completion": f"A {n}"} for n in range(3)])
+    app = data_app(model, "pairs.jsonl")
+    formats: list[str] = []
+    async with app.run_test(size=(80, 24), notifications=True) as pilot:
+        while not formats or formats[-1] != "auto":
+            await pilot.press("f")
+            formats.append(app.workbench.recipe.data.sources[0].format)
+            await wait_for_text(pilot, "3 rows → 3 samples")
+        await wait_for_text(pilot, "Format detected.")
+    assert "prompt-completion" in formats and "messages" not in formats
+
+
+async def test_the_format_key_tries_every_format_where_none_is_detected(model: str, here: Path) -> None:
+    write_rows(here / "odd.jsonl", [{"a": 1}])
+    app = data_app(model, "odd.jsonl")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("f")
+        assert app.workbench.recipe.data.sources[0].format == "messages"
+        await wait_for_text(pilot, "✗ Not in that format", "which needs messages")
+
+
+async def test_a_broken_row_has_the_sign_of_its_problem(model: str, here: Path) -> None:
+    write_rows(here / "tickets.jsonl", [ticket(1), "{bad", ticket(2)])
+    async with data_app(model, "tickets.jsonl").run_test(size=(80, 24)) as pilot:
+        await wait_for_text(pilot, "✗ Not valid JSON")
+        await pilot.press("n")
+        await wait_for_text(pilot, "row 2 of 3")
+        assert "⚠ Not valid JSON" not in text_of(pilot.app)
+
+
+async def test_single_turn_rows_do_not_open_the_column_mapping(model: str, here: Path) -> None:
+    turn = {"message_id": "a", "parent_id": None, "role": "prompter", "text": "Hi"}
+    app = data_app(model, str(write_rows(here / "turns.jsonl", [turn] * 3)))
+    async with app.run_test(size=(120, 40)) as pilot:
+        shown = await wait_for_text(pilot, "Conversations in pieces", "Join the turns")
+        assert "Press [c]" not in shown
