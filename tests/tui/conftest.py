@@ -24,6 +24,8 @@ NOW = BEGAN + 3600.0
 """What the clock shows unless a test sets it."""
 
 
+# Before slow tests are grouped.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test that draws a screen as slow: it takes a second or so, of which the suite has 600."""
     for item in items:
