@@ -34,13 +34,12 @@ from qlora_tui.export.hub_upload import (
     UploadFailure,
 )
 from qlora_tui.export.model_card import CardForm, CardResults, render_model_card, run_rows
-from qlora_tui.export.upload_files import check_form, upload_files
+from qlora_tui.export.upload_files import CARD, check_form, may_hold, upload_files
 from qlora_tui.files import atomic_write
 from qlora_tui.formatting import format_bytes
 from qlora_tui.gpu.torch_env import offline_variables_set
 from qlora_tui.runs.directory import RunDir
 
-_CARD = "README.md"
 _MESSAGES: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message)
 
 StatusFn = Callable[[str], None]
@@ -113,6 +112,8 @@ def export_hub(
         on_status(f"Creating {repo} on the Hub")
         prepared = _last(_messages(Prepare(repo, is_public, source.recipe.model.id if from_hub else "")))
         assert isinstance(prepared, Prepared)
+        # Before minutes of work; exactly once the names are known.
+        _refuse_other_files(prepared, {name for name in prepared.files if may_hold(form, name)})
         facts = folder.write(source, adapter_name, form, file_type, on_status)
         license_id = base_license(model_folder(source.recipe)) or prepared.base_license
         rows = run_rows(run)
@@ -122,7 +123,7 @@ def export_hub(
         card = render_model_card(
             source.recipe, from_hub=from_hub, form=form, repo=prepared.repo, results=results
         )
-        atomic_write(folder.files / _CARD, card.encode())
+        atomic_write(folder.files / CARD, card.encode())
         sizes = {path.name: path.stat().st_size for path in sorted(folder.files.iterdir())}
         _refuse_other_files(prepared, set(sizes))
         job = Upload(prepared.repo, str(folder.files), f"Upload the {form} form with qlora-tui")

@@ -39,6 +39,7 @@ from qlora_tui.formatting import short_model_name
 
 UPLOADS = "uploads"
 """Folder of the cache."""
+CARD = "README.md"
 _FACTS = "facts.json"
 _FILES = "files"
 _ADAPTER_FILES = (WEIGHTS, CONFIG, "generation_config.json", *TOKENIZER_FILES)
@@ -82,6 +83,19 @@ def check_form(
     architecture = resolve_model(source.recipe.model.id).architecture
     needed = estimated_bytes(architecture, kinds[0] if form == "gguf" else "BF16")
     require_space(paths.cache_dir(), needed, "The upload")
+
+
+def may_hold(form: CardForm, name: str) -> bool:
+    """Return whether an upload of this form may hold a file of this name."""
+    if name == CARD:
+        return True
+    match form:
+        case "adapter":
+            return name in _ADAPTER_FILES
+        case "merged":
+            return not name.endswith(".gguf") and name not in (WEIGHTS, CONFIG)
+        case "gguf":
+            return name.endswith(".gguf")
 
 
 @contextmanager

@@ -255,6 +255,7 @@ def test_a_repository_with_other_content_is_left_alone(
     assert _export(run) == 1
     assert title in capsys.readouterr().err
     assert repo.files == before
+    assert _uploads() == [], "nothing is computed"
 
 
 def test_a_missing_token_is_said_before_any_work(
