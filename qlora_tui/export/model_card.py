@@ -46,7 +46,10 @@ def run_rows(run: RunDir) -> tuple[tuple[str, str], ...]:
     rows = []
     if view.data:
         rows.append(
-            ("Samples", f"{view.data.samples:,} of {view.data.trained_tokens:,} trained tokens an epoch")
+            (
+                "Samples",
+                f"{view.data.samples:,}, with {view.data.trained_tokens:,} trained tokens in an epoch",
+            )
         )
     if len(view.series):
         first, last = view.series.loss[0], view.series.loss[-1]
