@@ -34,9 +34,8 @@ def peft_model(source: ChatSource) -> Any:
     return PeftModel.from_pretrained(base.float(), source.adapters["adapter"]).eval()
 
 
-def ids_of(source: ChatSource, count: int = 64) -> list[int]:
-    vocabulary = peft_model(source).config.vocab_size
-    return [3, 5, 300, *random.Random(0).choices(range(2, vocabulary), k=count)]
+def ids_of(model: Any, count: int = 64) -> list[int]:
+    return [3, 5, 300, *random.Random(0).choices(range(2, model.config.vocab_size), k=count)]
 
 
 @pytest.mark.parametrize(
@@ -56,7 +55,8 @@ def test_llama_cpp_applies_an_adapter_as_peft_does(tmp_path: Path, adapter: dict
     proof = export_lora(source, "adapter", out).proof
     assert proof is not None and not proof.problem
     base = write_base(Path(source.recipe.model.id), tmp_path / "base.gguf")
-    model, ids = peft_model(source), ids_of(source)
+    model = peft_model(source)
+    ids = ids_of(model)
     assert divergence(model, logits_of(base, ids, out), ids) < 5e-4
     assert divergence(model, logits_of(base, ids), ids) > 0.05
     with model.disable_adapter():
@@ -80,7 +80,8 @@ def test_adapters_of_other_families_are_applied_alike(
     out = tmp_path / "lora.gguf"
     export_lora(source, "adapter", out)
     base = write_base(Path(source.recipe.model.id), tmp_path / "base.gguf")
-    model, ids = peft_model(source), ids_of(source)
+    model = peft_model(source)
+    ids = ids_of(model)
     assert divergence(model, logits_of(base, ids, out), ids) < 1e-4
 
 
