@@ -28,6 +28,7 @@ from qlora_tui.catalog.hub import endpoint
 from qlora_tui.catalog.hub_errors import network_error, translate_hub_errors
 from qlora_tui.decoding import decode_json
 from qlora_tui.errors import UserError
+from qlora_tui.subprocesses import end_with_parent
 
 NO_XET = {"HF_HUB_DISABLE_XET": "1"}
 TAG = "qlora-tui"
@@ -310,4 +311,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     sys.exit(main())

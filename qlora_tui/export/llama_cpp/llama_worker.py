@@ -22,6 +22,7 @@ from qlora_tui.export.llama_cpp.jobs import (
     Quantized,
     RowsCompared,
 )
+from qlora_tui.subprocesses import end_with_parent
 
 
 def run(job: Job, on_progress: Callable[[int, int], None] = lambda done, total: None) -> JobResult:
@@ -120,4 +121,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     main()
