@@ -54,6 +54,8 @@ class RunSummary:
     """Validation loss before training where no later one is lower; None otherwise."""
     accuracy: float | None
     """Exact answers at the last evaluation; None for data without short ones."""
+    steps: tuple[int, ...]
+    """The steps of ``losses``."""
     losses: tuple[float, ...]
     """Training losses in order, decimated; NaN where one was not a number."""
     seconds: float | None
@@ -152,6 +154,7 @@ def summarize(run: RunDir) -> RunSummary:
         best=(best.loss, best.step) if best is not None and best.loss is not None else None,
         loss_to_beat=view.loss_to_beat,
         accuracy=view.accuracy,
+        steps=tuple(series.step),
         losses=tuple(series.loss),
         seconds=series.seconds() if len(series) else None,
         seconds_left=view.seconds_left,
@@ -183,6 +186,7 @@ def outline(run: RunDir) -> RunSummary:
         best=None,
         loss_to_beat=None,
         accuracy=None,
+        steps=(),
         losses=(),
         seconds=None,
         seconds_left=None,

@@ -18,7 +18,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.formatting import GIB
 from qlora_tui.settings import Settings
 from qlora_tui.tui import escapes, themes
-from qlora_tui.tui.breakpoints import VERY_WIDE_CELLS, WIDE_CELLS
+from qlora_tui.tui.breakpoints import TALL_CELLS, VERY_WIDE_CELLS, WIDE_CELLS
 from qlora_tui.tui.command_palette import CommandProvider
 from qlora_tui.tui.commands import EVERYWHERE, with_current_ids
 from qlora_tui.tui.disk_faults import DiskFaults
@@ -62,6 +62,7 @@ class QloraApp(TerminalApp):
         (WIDE_CELLS, "-wide"),
         (VERY_WIDE_CELLS, "-very-wide"),
     ]
+    VERTICAL_BREAKPOINTS = [(0, "-short"), (TALL_CELLS, "-tall")]  # noqa: RUF012
 
     def __init__(self, settings: Settings | None = None) -> None:
         super().__init__()

@@ -22,6 +22,8 @@ from qlora_tui.errors import UserError
 
 MUTED_SHARE = 0.7
 """How far muted text is from the background, towards the foreground."""
+BORDER_SHARE = 0.3
+"""How far the border of a panel without the focus is from the background, towards the foreground."""
 SELECTION_SHARE = 0.35
 """Mix of a field's selection between the background color (0) and the primary color (1)."""
 ThemeColor = Annotated[str, Meta(pattern=r"^(#[0-9a-fA-F]{6}|ansi_[a-z_]+)$")]
@@ -63,6 +65,7 @@ def _blended(file: ThemeFile) -> dict[str, str]:
         "text-muted": muted,
         # The hint in an empty field is there to be read.
         "text-disabled": muted,
+        "border-blurred": background.blend(foreground, BORDER_SHARE).hex6,
         "input-selection-background": background.blend(primary, SELECTION_SHARE).hex6,
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from inspect import iscoroutinefunction as is_async
@@ -83,6 +84,11 @@ def set_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 class _Memory:
     total = 32 * GIB
+    available = 24 * GIB
+
+
+class _Disk:
+    free = 70 * GIB
 
 
 @pytest.fixture
@@ -92,6 +98,7 @@ def same_machine(
     """The same paths, memory, processors and time on every machine."""
     monkeypatch.setenv("HOME", str(private_home))
     monkeypatch.setattr(psutil, "virtual_memory", _Memory)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: _Disk)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     set_clock(BEGAN + 6000)
 

@@ -27,7 +27,7 @@ async def full_in_worker() -> None:
 async def test_a_worker_that_cannot_write_is_reported_once(make_app: MakeApp) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "Empty.")
+        await wait_for_text(pilot, "balanced")
         for _ in range(3):
             app.run_worker(full_in_worker())
             await pilot.pause()
@@ -41,7 +41,7 @@ async def test_a_worker_that_cannot_write_is_reported_once(make_app: MakeApp) ->
 async def test_a_full_disk_in_a_callback_ends_the_app(make_app: MakeApp) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "Empty.")
+        await wait_for_text(pilot, "balanced")
         app.call_later(full)
         with suppress(WaitForScreenTimeout, NoMatches):
             await pilot._wait_for_screen(timeout=0.2)
@@ -58,6 +58,6 @@ async def test_any_other_error_still_ends_the_app(make_app: MakeApp) -> None:
 
     with pytest.raises(ZeroDivisionError):
         async with app.run_test(size=(80, 24)) as pilot:
-            await wait_for_text(pilot, "Empty.")
+            await wait_for_text(pilot, "balanced")
             app.call_later(broken)
             await pilot.pause()

@@ -138,7 +138,7 @@ async def test_the_app_says_that_the_draft_could_not_be_read(
 async def test_the_app_asks_whose_recipe_stays(make_app: MakeApp, key: str, mine: int, on_disk: int) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "Empty.")
+        await wait_for_text(pilot, "balanced")
         assert app.workbench.recipe.lora.rank == 16
         edit_elsewhere(8)
         app.edit("lora.rank", 32)
@@ -161,7 +161,7 @@ async def test_an_edit_that_cannot_be_saved_stands_and_is_said(
 ) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "Empty.")
+        await wait_for_text(pilot, "balanced")
         with monkeypatch.context() as full:
             FaultyDisk(full, 1, errno.ENOSPC, lasting=True)
             app.edit("lora.rank", 32)

@@ -30,14 +30,12 @@ def recipe_line(workbench: Workbench, width: int | None = None) -> str:
     """
     recipe = workbench.recipe
     star = "*" if workbench.modified else ""
-    patterns = recipe.lora.target_modules
-    targets = ",".join(patterns)
     training = recipe.training
     parts = [
         f"{workbench.preset or 'defaults'}{star}",
         short_model_name(recipe.model.id) or "no model",
-        _data_words(recipe),
-        f"{format_rank(recipe.lora)} {targets if len(targets) <= 16 else f'{len(patterns)} targets'}",
+        data_words(recipe),
+        f"{format_rank(recipe.lora)} {targets_words(recipe, 16)}",
         f"{recipe.data.max_length:,} tok × {training.micro_batch_size} × {training.gradient_accumulation}",
     ]
     for place in (2, 1, 0):
@@ -48,7 +46,15 @@ def recipe_line(workbench: Workbench, width: int | None = None) -> str:
     return _SEPARATOR.join(parts)[:width]
 
 
-def _data_words(recipe: Recipe) -> str:
+def targets_words(recipe: Recipe, width: int) -> str:
+    """The target modules, or their number where the names are longer than ``width``."""
+    patterns = recipe.lora.target_modules
+    names = ",".join(patterns)
+    return names if len(names) <= width else f"{len(patterns)} targets"
+
+
+def data_words(recipe: Recipe) -> str:
+    """Name of the first data file, and how many more there are."""
     sources = recipe.data.sources
     if not sources:
         return "no data"

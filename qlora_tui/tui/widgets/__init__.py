@@ -1,5 +1,6 @@
 """Widgets that two screens or more share, each with the CSS it needs; a screen's own are in its package.
 
+``panel`` is the frame of everything on a screen.
 On every screen: ``top_bar``, ``recipe_strip`` and ``command_footer``.
 Lists and fields: ``vi_list``, ``vi_scroll``, ``text_field``; ``line_view`` for lists that draw their lines.
 ``cursor_keys`` has the keys of widgets that move a cursor themselves.

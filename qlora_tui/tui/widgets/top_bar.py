@@ -14,7 +14,7 @@ from qlora_tui.tui.system_status import SystemStatus
 
 
 class TopBar(Widget):
-    """Never wraps: the status is cut to what fits beside the screens, and a narrow window omits Home."""
+    """Never wraps: the status is cut to what fits beside the screens; Home can be a digit only."""
 
     DEFAULT_CSS = """
     TopBar {
@@ -49,10 +49,11 @@ class TopBar(Widget):
         parts: list[Content | str] = []
         for command in NAVIGATION:
             mode = command.id.removeprefix("go.")
-            if mode == "home" and self.size.width < WIDE_CELLS:
-                continue
-            text = f" {bare_key(command.id)} {command.label} "
-            style = "reverse bold" if mode == self._mode else ""
+            is_current = mode == self._mode
+            # In a narrow window the status needs the cells of a word more.
+            is_bare = mode == "home" and not is_current and self.size.width < WIDE_CELLS
+            text = f" {bare_key(command.id)} " if is_bare else f" {bare_key(command.id)} {command.label} "
+            style = "reverse bold" if is_current else ""
             parts.append(Content.styled(text, style).stylize(f"@click=app.go('{mode}')"))
         return Content.assemble(*parts)
 
@@ -62,7 +63,7 @@ class TopBar(Widget):
         run = _run_text(system_status)
         gpu = _gpu_text(system_status)
         short_run = run.split(" loss ")[0]
-        options = [f"{run}   {gpu}", f"{short_run}   {gpu}", run, gpu, short_run, ""]
+        options = [f"{run}   {gpu}", f"{short_run}   {gpu}", run, short_run, gpu, ""]
         return [option.strip() + " " for option in options]
 
 

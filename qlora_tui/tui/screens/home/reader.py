@@ -16,33 +16,49 @@ from qlora_tui.memory import Estimate, check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import precision_of
 from qlora_tui.runs.preflight import data_error
-from qlora_tui.runs.run_summary import SummaryCache
+from qlora_tui.runs.run_summary import RunSummary, SummaryCache
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui.draft import draft_written_at
+from qlora_tui.tui.screens.home.first_steps import FirstSteps, first_steps_lines
 from qlora_tui.tui.screens.home.next_step import HomeState, NextStep, next_step, other_steps
 from qlora_tui.tui.screens.home.text import (
+    HostFacts,
     gpu_lines,
     next_lines,
     queue_lines,
-    recent_lines,
     recipe_lines,
     run_lines,
 )
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.workbench import Workbench
 
-_MAX_RECENT = 20
-_MIN_WIDTH = 20
-"""Cells that lines are laid out in, however narrow the window."""
+_MAX_RECENT = 40
+"""Runs that are read for the list of recent ones, more than a window of 60 rows shows."""
+
+
+@dataclass(frozen=True)
+class HomeLayout:
+    """Room for the text of each panel, in cells."""
+
+    wide: int
+    """Width of the panels that cross the window."""
+    left: int
+    right: int
+    is_short: bool
+    """Whether panels have no borders and as few lines as possible."""
 
 
 @dataclass(frozen=True)
 class HomeFacts:
     """All of Home."""
 
-    parts: dict[str, tuple[Content, ...]]
-    """Lines by part (GPU, run, queue, recipe, next, recent), none wider than the window."""
+    lines: dict[str, tuple[Content, ...]]
+    """Lines by panel: next, run, gpu, queue, recipe."""
     suggestion: NextStep
+    last: RunSummary | None
+    """The active or last run."""
+    recent: tuple[RunSummary, ...]
+    """The runs before it, the newest first."""
 
 
 class HomeReader:
@@ -65,12 +81,9 @@ class HomeReader:
         budget: MemoryBudget,
         system_status: SystemStatus,
         now: float,
-        *,
-        width: int,
-        height: int,
+        layout: HomeLayout,
     ) -> HomeFacts:
-        """Read everything for ``height`` lines of ``width`` cells beside the titles."""
-        width = max(_MIN_WIDTH, width)
+        """Read everything, for panels of these widths."""
         if self._local_models is None:
             self._local_models = sum(model.refusal is None for model in list_local_models())
         status = system_status.active_or_last_status
@@ -102,27 +115,31 @@ class HomeReader:
             edited_since=status is not None and draft_written_at() > status.at,
         )
         step = next_step(state)
-        parts = {
-            "gpu": gpu_lines(system_status, budget),
-            "run": run_lines(summary, while_away, now, width),
+        host = None if layout.is_short else HostFacts.read()
+        if summary is None:
+            progress = FirstSteps.of(workbench.recipe, state.verdict, has_data_error=bool(state.data_error))
+            run = first_steps_lines(progress)
+        else:
+            run = run_lines(summary, while_away, now, layout.left, has_graph=not layout.is_short)
+        lines = {
+            "next": next_lines(step, other_steps(state, step), layout.wide),
+            "run": run,
+            "gpu": gpu_lines(system_status, budget, host, layout.right),
             "queue": queue_lines(system_status.waiting_ids),
-            "recipe": recipe_lines(workbench, budget, estimate),
-            "next": next_lines(step, other_steps(state, step)),
+            "recipe": recipe_lines(workbench, budget, estimate, layout.wide, is_short=layout.is_short),
         }
-        wrapped = {name: _wrapped(lines, width) for name, lines in parts.items()}
-        # A line under each part.
-        left = height - 1 - sum(len(lines) + 1 for lines in wrapped.values())
-        wrapped["recent"] = _wrapped(self._recent(system_status, now, width, min(left, _MAX_RECENT)), width)
-        return HomeFacts(wrapped, step)
+        return HomeFacts(
+            {name: tuple(texts) for name, texts in lines.items()}, step, summary, self._recent(system_status)
+        )
 
-    def _recent(self, system_status: SystemStatus, now: float, width: int, height: int) -> list[Content]:
+    def _recent(self, system_status: SystemStatus) -> tuple[RunSummary, ...]:
         """The runs before the last."""
         shown = {
             *system_status.waiting_ids,
             system_status.active_or_last.id if system_status.active_or_last else "",
         }
         others = (run for name, run in self._summaries.all_runs().items() if name not in shown)
-        return recent_lines([self._summaries.get(run) for run in islice(others, max(0, height))], now, width)
+        return tuple(self._summaries.get(run) for run in islice(others, _MAX_RECENT))
 
 
 def _estimate(workbench: Workbench, budget: MemoryBudget) -> Estimate | None:
@@ -131,10 +148,3 @@ def _estimate(workbench: Workbench, budget: MemoryBudget) -> Estimate | None:
     if isinstance(compared, UserError):
         return None
     return compared[precision_of(workbench.recipe)]
-
-
-def _wrapped(lines: list[Content], width: int) -> tuple[Content, ...]:
-    """Wrap the lines that are too long."""
-    return tuple(
-        piece for line in lines for piece in (line.wrap(width) if line.cell_length > width else [line])
-    )

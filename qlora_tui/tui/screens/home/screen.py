@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, ClassVar
 
 from textual import work
+from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.geometry import Size
 from textual.widget import Widget
@@ -21,27 +22,46 @@ from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.home.commands import COMMANDS
 from qlora_tui.tui.system_status import SystemStatus
+from qlora_tui.tui.widgets.diff_widget import DiffWidget
+from qlora_tui.tui.widgets.graph import Graph
+from qlora_tui.tui.widgets.panel import Panel
 from qlora_tui.tui.widgets.static_update import update_if_changed
 from qlora_tui.tui.widgets.vi_scroll import ViScroll
 
 if TYPE_CHECKING:
     from qlora_tui.recipe.schema import Recipe
+    from qlora_tui.runs.run_summary import RunSummary
     from qlora_tui.tui.screens.home.next_step import NextStep
-    from qlora_tui.tui.screens.home.reader import HomeFacts, HomeReader
+    from qlora_tui.tui.screens.home.reader import HomeFacts, HomeLayout, HomeReader
     from qlora_tui.tui.workbench import Workbench
 
 _LAST_SEEN_INTERVAL_S = 30.0
-_PARTS = ("gpu", "run", "queue", "recipe", "next", "recent")
-_TITLE = 8
-"""Cells of a part's title, and of the margin under it."""
-_TITLES = {
-    "gpu": "GPU",
-    "run": "Run",
-    "queue": "Queue",
-    "recipe": "Recipe",
-    "next": "Next",
-    "recent": "Recent",
-}
+_SIDE, _WIDE_SIDE = 42, 60
+"""Cells of the column at the right, as in the style sheet."""
+_FRAME = 5
+"""Cells of a panel's border and padding, and of the scroll bar."""
+_SHORT_FRAME = 3
+
+
+class RecentRuns(DiffWidget):
+    """The runs before the last, as many as there is room for."""
+
+    def __init__(self) -> None:
+        super().__init__(id="recent-runs")
+        self._summaries: tuple[RunSummary, ...] = ()
+        self._now = 0.0
+
+    def show(self, summaries: tuple[RunSummary, ...], now: float) -> None:
+        """Show these; ``now`` is the Unix time that ages are counted to."""
+        self._summaries, self._now = summaries, now
+        self.redraw()
+
+    def draw(self, width: int, height: int) -> list[Content]:
+        if not self._summaries:
+            return []
+        from qlora_tui.tui.screens.home.text import recent_lines  # not needed for the first frame
+
+        return recent_lines(list(self._summaries[:height]), self._now, width)
 
 
 class HomeScreen(WorkScreen):
@@ -53,13 +73,51 @@ class HomeScreen(WorkScreen):
     HomeScreen {
         #home {
             height: 1fr;
-            padding: 1 1 1 2;
             scrollbar-size-vertical: 1;
-            scrollbar-gutter: stable;
         }
-        .part {
-            height: auto;
-            margin-bottom: 1;
+        #home-top {
+            height: 1fr;
+            min-height: 12;
+        }
+        #run-panel {
+            width: 1fr;
+            height: 1fr;
+        }
+        #run-graph {
+            margin-top: 1;
+        }
+        #home-side {
+            width: 42;
+        }
+        #queue-panel {
+            height: 1fr;
+        }
+        #recent-panel {
+            height: 1fr;
+            min-height: 3;
+        }
+        RecentRuns {
+            height: 1fr;
+        }
+        &.-very-wide #home-side {
+            width: 60;
+        }
+        &.-narrow, &.-short {
+            #home-top {
+                layout: vertical;
+                height: auto;
+                min-height: 0;
+            }
+            #run-panel, #queue-panel {
+                height: auto;
+            }
+            #home-side {
+                width: 100%;
+                height: auto;
+            }
+            #run-graph {
+                display: none;
+            }
         }
     }
     """
@@ -84,8 +142,20 @@ class HomeScreen(WorkScreen):
 
     def compose_body(self) -> Iterable[Widget]:
         with ViScroll(id="home"):
-            for part in _PARTS:
-                yield Static(id=part, classes="part")
+            yield Panel("Next", Static(id="next"), id="next-panel")
+            with Horizontal(id="home-top"):
+                yield Panel(
+                    "Run",
+                    Static(id="run"),
+                    Graph(empty=" ", id="run-graph"),
+                    keys=(("go.train", "open"), ("home.export", "export")),
+                    id="run-panel",
+                )
+                with Vertical(id="home-side"):
+                    yield Panel("Machine", Static(id="gpu"), keys=(("app.check_machine", "check"),))
+                    yield Panel("Queue", Static(id="queue"), id="queue-panel")
+            yield Panel("Recipe", Static(id="recipe"), keys=(("app.presets", "presets"),), id="recipe-panel")
+            yield Panel("Earlier runs", RecentRuns(), keys=(("go.runs", "all runs"),), id="recent-panel")
 
     def on_mount(self) -> None:
         _save_last_seen()
@@ -180,7 +250,7 @@ class HomeScreen(WorkScreen):
         from qlora_tui.demo.demo_run import demo_recipe
 
         def show_progress(text: str) -> None:
-            self.app.call_from_thread(self.query_one("#next", Static).update, f"Demo    {text}…")
+            self.app.call_from_thread(self.query_one("#next", Static).update, f"{text}…")
 
         try:
             folder = await asyncio.to_thread(ensure_model, show_progress)
@@ -214,16 +284,16 @@ class HomeScreen(WorkScreen):
             await app.shown.wait()
             if not app.system_status.is_known:
                 # Before the first poll the suggestion could be wrong, and Enter would do it.
-                self._show_part("gpu", (Content.styled("looking…", "dim"),))
+                self._show_lines("gpu", (Content.styled("looking…", "dim"),))
                 return
             await asyncio.to_thread(import_module, "qlora_tui.tui.screens.home.reader")
-            size = self.query_one("#home").scrollable_content_region.size
-            facts = await asyncio.to_thread(self._facts, app.workbench, app.system_status, size)
+            facts = await asyncio.to_thread(self._facts, app.workbench, app.system_status, self.size)
         finally:
             self._reading = False
         self._suggestion = facts.suggestion
-        for part, lines in facts.parts.items():
-            self._show_part(part, lines)
+        for panel, lines in facts.lines.items():
+            self._show_lines(panel, lines)
+        self._show_run(facts)
 
     def _facts(self, workbench: Workbench, system_status: SystemStatus, size: Size) -> HomeFacts:
         from qlora_tui.tui.screens.home.reader import HomeReader
@@ -231,21 +301,50 @@ class HomeScreen(WorkScreen):
         if self._reader is None:
             self._reader = HomeReader(self._seen_at, self._started_at)
         budget, now = self.qlora_app.memory_budget, clock.now()
-        return self._reader.read(
-            workbench, budget, system_status, now, width=size.width - _TITLE, height=size.height
+        return self._reader.read(workbench, budget, system_status, now, self._layout(size))
+
+    def _layout(self, size: Size) -> HomeLayout:
+        from qlora_tui.tui.screens.home.reader import HomeLayout
+
+        if not (self.has_class("-tall") and not self.has_class("-narrow")):
+            width = size.width - _SHORT_FRAME
+            return HomeLayout(width, width, width, is_short=True)
+        side = _WIDE_SIDE if self.has_class("-very-wide") else _SIDE
+        return HomeLayout(size.width - _FRAME, size.width - side - _FRAME, side - _FRAME, is_short=False)
+
+    def _show_run(self, facts: HomeFacts) -> None:
+        """What of the run and of earlier ones is more than text."""
+        from qlora_tui.tui.render.summary_plot import summary_plot
+
+        is_new = facts.last is None
+        panel = self.query_one("#run-panel", Panel)
+        panel.show_title("First steps" if is_new else "Run" if self._is_active else "Last run")
+        panel.show_keys(() if is_new else self._run_keys)
+        graph = self.query_one("#run-graph", Graph)
+        graph.visible = not is_new
+        graph.show(summary_plot(facts.last))
+        is_short = self._layout(self.size).is_short
+        self.query_one("#queue-panel").display = not is_short or bool(
+            self.qlora_app.system_status.waiting_ids
+        )
+        self.query_one("#recent-panel").display = bool(facts.recent)
+        self.query_one(RecentRuns).show(facts.recent, clock.now())
+
+    @property
+    def _is_active(self) -> bool:
+        return self.qlora_app.system_status.active is not None
+
+    @property
+    def _run_keys(self) -> tuple[tuple[str, str], ...]:
+        return (
+            (("go.train", "watch"),) if self._is_active else (("go.train", "open"), ("home.export", "export"))
         )
 
-    def _show_part(self, part: str, lines: tuple[Content, ...]) -> None:
-        """Show a part if it reads differently than before."""
-        self.query_one(f"#{part}").display = bool(lines)
-        if not lines:
+    def _show_lines(self, panel: str, lines: tuple[Content, ...]) -> None:
+        """Show the text of a panel if it reads differently than before."""
+        if self._downloading_demo and panel == "next":
             return
-        heads = [Content.styled(f"{_TITLES[part]:<{_TITLE}}", "bold $primary")]
-        heads += [Content(" " * _TITLE)] * (len(lines) - 1)
-        text = Content("\n").join(head + line for head, line in zip(heads, lines, strict=True))
-        if self._downloading_demo and part == "next":
-            return
-        update_if_changed(self.query_one(f"#{part}", Static), text)
+        update_if_changed(self.query_one(f"#{panel}", Static), Content("\n").join(lines))
 
 
 def _save_last_seen() -> None:

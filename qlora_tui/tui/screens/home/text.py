@@ -5,20 +5,32 @@ Used in a thread: its imports would delay the first frame.
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import dataclass
+
+import psutil
 from textual.content import Content
 
 from qlora_tui import paths
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import format_duration, format_float, format_gib, truncate_middle
+from qlora_tui.formatting import (
+    format_count,
+    format_duration,
+    format_float,
+    format_gib,
+    short_model_name,
+    truncate_middle,
+)
 from qlora_tui.memory import Estimate, check_fit
 from qlora_tui.memory.budget import MemoryBudget
+from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import phase_label
 from qlora_tui.runs.run_summary import RunSummary
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.block_charts import bar, curve
-from qlora_tui.tui.render.recipe_line import VERDICT_STYLE, recipe_line
+from qlora_tui.tui.render.recipe_line import VERDICT_STYLE, data_words, recipe_line, targets_words
 from qlora_tui.tui.render.run_labels import format_ago, result_label
 from qlora_tui.tui.screens.home.next_step import NextStep
 from qlora_tui.tui.system_status import SystemStatus
@@ -28,45 +40,100 @@ _CURVE_WIDTH, _SHORT_CURVE_WIDTH = 24, 12
 _MAX_NAME_WIDTH = 44
 """Cells of a name or a model in the list of runs."""
 _STATE_WIDTH = 13
+_METER_LABEL = 8
+"""Cells of the name before a bar."""
+_MIN_BAR = 6
 _MIN_WIDTH_FOR_CURVES, _MIN_WIDTH_FOR_MODELS = 90, 140
 """Cells from which the list of runs has curves, and models and settings."""
 
 
-def gpu_lines(system_status: SystemStatus, budget: MemoryBudget) -> list[Content]:
-    """The GPU with its utilization, or what is used instead."""
-    if system_status.gpu is None:
-        where = (
-            f"runs train on the CPU, slowly   {format_gib(budget.bytes)} GiB of memory"
-            if budget.device.kind == "cpu"
-            else f"estimates are for {budget.name}"
-        )
-        first = Content.assemble(("No GPU", "bold"), f"   {where}")
-        return [
-            first,
-            *([Content.styled(system_status.no_gpu_reason, "dim")] if system_status.no_gpu_reason else []),
-        ]
+@dataclass(frozen=True)
+class HostFacts:
+    """Memory and disk of the machine."""
+
+    memory_used_bytes: int
+    memory_bytes: int
+    disk_free_bytes: int | None
+    """Where runs are stored; None if it cannot be asked."""
+
+    @classmethod
+    def read(cls) -> HostFacts:
+        """Ask the system."""
+        memory = psutil.virtual_memory()
+        try:
+            free = shutil.disk_usage(paths.runs_dir()).free
+        except OSError:
+            free = None
+        return cls(memory.total - memory.available, memory.total, free)
+
+
+def gpu_lines(
+    system_status: SystemStatus, budget: MemoryBudget, host: HostFacts | None, width: int
+) -> list[Content]:
+    """The GPU with its utilization, or what is used instead.
+
+    Args:
+        system_status: The latest readings.
+        budget: The device that estimates are for.
+        host: Memory and disk of the machine, for a panel with room for a line each; None for a short one.
+        width: Cells of a line.
+    """
     gpu, metrics = system_status.gpu, system_status.gpu_metrics
+    if gpu is None:
+        where = (
+            "Training runs on the CPU, slowly."
+            if budget.device.kind == "cpu"
+            else f"Estimates: {budget.name}."
+        )
+        lines = [Content.assemble(("No GPU", "bold"), ("" if host else f"   {where}", "dim"))]
+        lines += [Content.styled(where, "dim")] if host else []
+        if system_status.no_gpu_reason:
+            lines.append(Content.styled(system_status.no_gpu_reason, "dim"))
+        return lines + _host_lines(host, width)
     if metrics is None:
-        return [
-            Content.assemble((gpu.short_name, "bold"), "   does not respond"),
+        lines = [
+            Content.assemble((gpu.short_name, "bold"), ("   does not respond", "$warning")),
             Content.styled(system_status.no_gpu_reason, "dim"),
         ]
+        return lines + _host_lines(host, width)
     use = "NA" if metrics.utilization_percent is None else f"{metrics.utilization_percent}%"
     temperature = "NA" if metrics.temperature_c is None else f"{metrics.temperature_c} °C"
+    power = "" if metrics.power_w is None else f"   {metrics.power_w:.0f} W"
     used, total = metrics.memory_used_bytes, metrics.memory_total_bytes
-    drawn = f"{bar(used / total, 16)} " if used is not None and total else ""
+    memory = f"{format_gib(used)} of {format_gib(total)} GiB"
+    if host is None:
+        drawn = f"{bar(used / total, 16)} " if used is not None and total else ""
+        text = f"   util {use}   {drawn}{memory}   {temperature}"
+        return [Content.assemble((gpu.short_name, "bold"), text)]
+    share = (metrics.utilization_percent or 0) / 100
     return [
-        Content.assemble(
-            (gpu.short_name, "bold"),
-            f"   util {use}   {drawn}{format_gib(used)} of {format_gib(total)} GiB   {temperature}",
-        )
+        Content.assemble((gpu.short_name, "bold"), (f"   {temperature}{power}", "dim")),
+        meter("util", share, use, width),
+        meter("memory", used / total if used is not None and total else 0.0, memory, width),
+        *_host_lines(host, width),
     ]
 
 
-def run_lines(summary: RunSummary | None, while_away: bool, now: float, width: int) -> list[Content]:
-    """The active or last run: name, state, and progress or outcome."""
-    if summary is None:
-        return [Content.styled("No run yet.", "dim")]
+def _host_lines(host: HostFacts | None, width: int) -> list[Content]:
+    if host is None:
+        return []
+    share = host.memory_used_bytes / host.memory_bytes
+    memory = f"{format_gib(host.memory_used_bytes)} of {format_gib(host.memory_bytes)} GiB"
+    disk = "NA" if host.disk_free_bytes is None else f"{format_gib(host.disk_free_bytes)} GiB free"
+    return [meter("host", share, memory, width), Content.assemble(("disk    ", "dim"), disk)]
+
+
+def meter(name: str, share: float, value: str, width: int) -> Content:
+    """``memory ████░░░░ 18.2 of 24.0 GiB``: a label, a bar of what is left of the width, and the value."""
+    cells = max(0, width - _METER_LABEL - len(value) - 1)
+    drawn = f"{bar(share, cells)} " if cells >= _MIN_BAR else ""
+    return Content.assemble((f"{name:<{_METER_LABEL}}", "dim"), (drawn, "$secondary"), value)
+
+
+def run_lines(
+    summary: RunSummary, while_away: bool, now: float, width: int, *, has_graph: bool
+) -> list[Content]:
+    """The active or last run: name, state, and progress or outcome; a small curve where there is no graph."""
     status, cells = summary.status, _CURVE_WIDTH if width >= _MIN_WIDTH_FOR_CURVES else _SHORT_CURVE_WIDTH
     sign, word, style = result_label(status.state, summary.defect)
     if status.state in ACTIVE:
@@ -84,7 +151,7 @@ def run_lines(summary: RunSummary | None, while_away: bool, now: float, width: i
     if sum(line.cell_length for line in lines) + 2 <= width:
         lines = [Content("  ").join(lines)]
     facts = _outcome(summary)
-    if summary.losses:
+    if summary.losses and not has_graph:
         lines.append(Content.assemble((curve(summary.losses, cells), "$primary"), "  ", facts))
     elif facts:
         lines.append(Content(facts))
@@ -173,32 +240,70 @@ def queue_lines(waiting: tuple[str, ...]) -> list[Content]:
     return shown
 
 
-def recipe_lines(workbench: Workbench, budget: MemoryBudget, estimate: Estimate | None) -> list[Content]:
-    """The recipe being edited, and whether it fits."""
-    first = Content(recipe_line(workbench))
-    if estimate is None:
-        compared = workbench.comparison(budget.device)
-        if isinstance(compared, UserError) and workbench.recipe.model.id:
-            return [first, Content.styled(f"{compared.what} {compared.fix}", "dim")]
-        return [first]
-    verdict = check_fit(estimate, budget.bytes)
-    share = estimate.total_bytes / budget.bytes
-    figures = (
-        f"{bar(share, _CURVE_WIDTH)} {format_gib(estimate.total_bytes)} of {format_gib(budget.bytes)} GiB  "
+def recipe_lines(
+    workbench: Workbench, budget: MemoryBudget, estimate: Estimate | None, width: int, *, is_short: bool
+) -> list[Content]:
+    """The recipe being edited, and whether it fits: an item a line, or two lines where that is too long."""
+    recipe, problem = workbench.recipe, None
+    compared = workbench.comparison(budget.device)
+    if isinstance(compared, UserError) and recipe.model.id:
+        problem = Content.styled(f"{compared.what} {compared.fix}", "dim")
+    if is_short:
+        memory = problem if estimate is None else _memory_line(estimate, budget, width, label="")
+        return [Content(recipe_line(workbench)), *([memory] if memory else [])]
+    architecture = workbench.architecture()
+    size = (
+        ""
+        if isinstance(architecture, UserError)
+        else f"{format_count(architecture.total_params)} parameters, {architecture.layers} layers"
     )
-    return [first, Content.assemble(figures, (verdict.word, VERDICT_STYLE[verdict.word]))]
-
-
-def next_lines(step: NextStep, others: tuple[NextStep, ...]) -> list[Content]:
-    """The suggested step with its key and reason, and the alternatives."""
-    key = "" if step.command in ("home.demo", "") else f" (also {key_name(step.command)})"
-    head = f"▸ {key_name('home.next')}  "
-    indent = " " * len(head)
-    lines = [
-        Content.assemble((head, "bold $accent"), (step.text, "bold"), (key, "dim")),
-        Content.styled(f"{indent}{step.why}", "dim"),
+    lora, training = recipe.lora, recipe.training
+    batch = f"{training.micro_batch_size} × {training.gradient_accumulation}"
+    rate = f"learning rate {training.learning_rate:g}"
+    rows = [
+        ("model", short_model_name(recipe.model.id) or "none yet", size),
+        ("data", data_words(recipe), ""),
+        ("LoRA", f"{format_rank(lora)}  alpha {lora.alpha:g}  {targets_words(recipe, 40)}", ""),
+        ("batch", f"{recipe.data.max_length:,} tokens × {batch}", rate),
     ]
-    for other in others:
-        lines.append(Content.assemble("  or ", (key_name(other.command), "bold $accent"), " ", other.text))
-        lines.append(Content.styled(f"{indent}{other.why}", "dim"))
+    lines = [
+        Content.assemble((f"{name:<{_METER_LABEL}}", "dim"), value, (f"   {note}" if note else "", "dim"))
+        for name, value, note in rows
+    ]
+    if estimate is not None:
+        lines.append(_memory_line(estimate, budget, width, label="memory"))
+    elif problem is not None:
+        lines.append(problem)
+    return lines
+
+
+def _memory_line(estimate: Estimate, budget: MemoryBudget, width: int, label: str) -> Content:
+    word = check_fit(estimate, budget.bytes).word
+    share = estimate.total_bytes / budget.bytes
+    figures = f"{format_gib(estimate.total_bytes)} of {format_gib(budget.bytes)} GiB"
+    head = f"{label:<{_METER_LABEL}}" if label else ""
+    cells = min(_CURVE_WIDTH, width - len(head) - len(figures) - len(word) - 4)
+    drawn = f"{bar(share, cells)} " if cells >= _MIN_BAR else ""
+    return Content.assemble((head, "dim"), drawn, figures, "  ", (word, VERDICT_STYLE[word]))
+
+
+def next_lines(step: NextStep, others: tuple[NextStep, ...], width: int) -> list[Content]:
+    """The suggested step with its key and reason, and the alternatives."""
+    keys = [key_name("home.next"), *(key_name(other.command) for other in others)]
+    column = max(map(len, keys))
+    lines = []
+    for number, (key, each) in enumerate(zip(keys, (step, *others), strict=True)):
+        also = "" if number or each.command in ("home.demo", "") else f" (or {key_name(each.command)})"
+        first = Content.assemble(
+            ("▸ " if not number else "  ", "bold $accent"),
+            (f"{key:<{column}}  ", "bold $accent"),
+            (each.text, "bold" if not number else ""),
+            (also, "dim"),
+        )
+        why = Content.styled(each.why, "dim")
+        if first.cell_length + 2 + why.cell_length <= width:
+            lines.append(Content.assemble(first, "  ", why))
+        else:
+            indent = column + 4
+            lines += [first, *(Content(" " * indent) + part for part in why.wrap(max(20, width - indent)))]
     return lines

@@ -21,6 +21,7 @@ from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 from qlora_tui.tui.screens.train.settings_form import SettingsForm
+from qlora_tui.tui.widgets.panel import Panel
 from qlora_tui.tui.widgets.static_update import update_if_changed
 
 if TYPE_CHECKING:
@@ -53,8 +54,8 @@ class LaunchPane(Container):
         super().__init__(id="launch")
 
     def compose(self) -> ComposeResult:
-        yield SettingsForm(_paths(), id="recipe-form")
-        with VerticalScroll(id="checks-side", can_focus=False):
+        yield Panel("Recipe", SettingsForm(_paths(), id="recipe-form"), id="recipe-panel")
+        with Panel("Checks", id="checks-panel"), VerticalScroll(id="checks-side", can_focus=False):
             yield CheckList()
 
     def show_recipe(self, recipe: Recipe, base: Recipe) -> None:

@@ -1,0 +1,37 @@
+"""The loss graph of a run's summary, for previews: the decimated training loss, and the best validation."""
+
+from __future__ import annotations
+
+import math
+
+from qlora_tui.runs.run_summary import RunSummary
+from qlora_tui.tui.render.axis import Axis, rounded, so_far
+from qlora_tui.tui.render.plot import Curve, Mark, Plot, overall
+from qlora_tui.tui.render.series import Envelope
+
+
+def summary_plot(summary: RunSummary | None) -> Plot:
+    """Return the plot of a run; without steps it says that there are none yet."""
+    if summary is None or not summary.losses:
+        return Plot(Axis(0, 1), Axis(0, 1), empty="No steps yet.")
+    broken = tuple(not math.isfinite(loss) for loss in summary.losses)
+    loss = Envelope(
+        tuple(map(float, summary.steps)),
+        tuple(math.inf if bad else value for value, bad in zip(summary.losses, broken, strict=True)),
+        tuple(-math.inf if bad else value for value, bad in zip(summary.losses, broken, strict=True)),
+        broken,
+    )
+    marks: tuple[Mark, ...] = ()
+    points = [loss]
+    if summary.best is not None:
+        best, step = summary.best
+        marks = (Mark(step, best, "★", "$success bold"),)
+        points.append(Envelope((float(step),), (best,), (best,), (False,)))
+    reach = overall(points)
+    y = rounded(*reach, unit="loss") if reach else Axis(0.0, 1.0, "loss")
+    return Plot(
+        so_far(summary.step, summary.total_steps, "step"),
+        y,
+        (Curve(loss, "loss", "$primary"),),
+        marks,
+    )

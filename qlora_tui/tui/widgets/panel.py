@@ -1,0 +1,72 @@
+"""A titled region of a screen: the one kind of frame that every screen is built from (``docs/design.md``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from textual.containers import Vertical
+from textual.content import Content
+from textual.widget import Widget
+
+from qlora_tui.tui.key_names import bare_key
+
+
+class Panel(Vertical):
+    """Its title is in the upper border, the keys for what it shows in the lower one.
+
+    In a window below 100 × 30 cells the border is only a line with the title: panels are then one below the
+    other, and the footer has the keys. The panel whose contents have the focus has a brighter border.
+    """
+
+    DEFAULT_CSS = """
+    Panel {
+        height: auto;
+        padding: 0 1;
+        border: round $border-blurred;
+        border-title-color: $primary;
+        border-title-style: bold;
+        border-subtitle-color: $text-muted;
+        &:focus-within {
+            border: round $border;
+        }
+    }
+    """
+
+    def __init__(
+        self,
+        title: str | Content,
+        *children: Widget,
+        keys: Sequence[tuple[str, str]] = (),
+        id: str | None = None,
+        classes: str | None = None,
+    ) -> None:
+        """``keys``: ids of commands with a verb for each, shown in the lower border: ``x other runs``."""
+        super().__init__(*children, id=id, classes=classes)
+        self._keys: tuple[tuple[str, str], ...] = ()
+        self._title: str | Content = ""
+        self.show_title(title)
+        self.show_keys(keys)
+
+    def show_title(self, title: str | Content) -> None:
+        """Change the title; a string is plain text, in which brackets are nothing special."""
+        if title != self._title:
+            self._title = title
+            self.border_title = title if isinstance(title, Content) else Content(title)
+
+    def show_keys(self, keys: Sequence[tuple[str, str]]) -> None:
+        """Change the keys in the lower border."""
+        if tuple(keys) != self._keys:
+            self._keys = tuple(keys)
+            if self.is_attached:
+                self._show_subtitle()
+
+    def on_mount(self) -> None:
+        self._show_subtitle()
+
+    def _show_subtitle(self) -> None:
+        # Only now: the user's keymap is that of the app that runs.
+        hints = [
+            Content.assemble((bare_key(command), "$footer-key-foreground bold"), f" {verb}")
+            for command, verb in self._keys
+        ]
+        self.border_subtitle = Content("  ").join(hints) if hints else None
