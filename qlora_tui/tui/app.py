@@ -147,6 +147,15 @@ class QloraApp(TerminalApp):
         for problem in problems:
             self.notify(str(problem), severity="warning", timeout=10)
 
+    def apply_settings(self, settings: Settings) -> None:
+        """Use settings that were changed while the app runs."""
+        before = self.settings
+        self.settings = msgspec.structs.replace(settings, keymap=with_current_ids(settings.keymap))
+        if self._wanted_theme in self.available_themes:
+            self.theme = self._wanted_theme
+        if settings.gpu_memory_gib != before.gpu_memory_gib:
+            self.recipe_changed.publish(self.workbench.recipe)
+
     def edit(self, path: str, value: Any) -> bool:
         """Change a setting of the recipe; a value that is not allowed is explained. True when it changed."""
         try:
@@ -247,6 +256,12 @@ class QloraApp(TerminalApp):
         from qlora_tui.tui.screens.presets.screen import PresetsScreen
 
         self.push_screen(PresetsScreen())
+
+    def action_settings(self) -> None:
+        """Change the settings in config.toml."""
+        from qlora_tui.tui.screens.settings.screen import SettingsScreen
+
+        self.push_screen(SettingsScreen())
 
     def action_assume_gpu(self) -> None:
         """Ask for the memory of a GPU to estimate for."""

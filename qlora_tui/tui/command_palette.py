@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from textual.command import DiscoveryHit, Hit, Hits, Provider
 from textual.markup import escape
@@ -16,9 +16,15 @@ from qlora_tui.tui.commands import EVERYWHERE, Command
 from qlora_tui.tui.key_names import bare_key
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.registry import SCREENS, screen_commands
+from qlora_tui.tui.themes import theme_names
+
+if TYPE_CHECKING:
+    from qlora_tui.tui.app import QloraApp
 
 _OTHER_SCREEN_FACTOR = 0.8
 """Factor on the score of commands of other screens, which are listed after those of the current one."""
+
+_THEME_HELP = "Use this theme, now and at every start."
 
 
 class CommandProvider(Provider):
@@ -37,6 +43,10 @@ class CommandProvider(Provider):
                 yield Hit(
                     score, matcher.highlight(title), partial(self._run, command), help=escape(command.help)
                 )
+        for name in await asyncio.to_thread(theme_names):
+            title = f"Theme: {name}"
+            if (score := matcher.match(title)) > 0:
+                yield Hit(score, matcher.highlight(title), partial(self._use_theme, name), help=_THEME_HELP)
         for screen, command in await asyncio.to_thread(_commands_of_other_screens, self.screen):
             title = self._title(command, f" on {screen.label}")
             score = _OTHER_SCREEN_FACTOR * max(matcher.match(title), matcher.match(command.help))
@@ -51,6 +61,12 @@ class CommandProvider(Provider):
 
     async def _run(self, command: Command) -> None:
         await self.app.run_action(command.action, default_namespace=cast("WorkScreen", self.screen))
+
+    def _use_theme(self, name: str) -> None:
+        from qlora_tui.settings_file import save_setting
+
+        app = cast("QloraApp", self.app)
+        app.try_or_show_error(lambda: app.apply_settings(save_setting("theme", name)))
 
     def _title(self, command: Command, where: str = "") -> str:
         return f"{command.label} ({bare_key(command.id)}{where})"

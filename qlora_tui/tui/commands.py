@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from textual.binding import Binding
 
-from qlora_tui.tui.screens.registry import NUMBERED_SCREENS, PRESETS
+from qlora_tui.tui.screens.registry import NUMBERED_SCREENS, PRESETS, SETTINGS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +125,14 @@ EVERYWHERE: tuple[Command, ...] = (
         action="app.redo",
         label="Redo",
         help="Redo the change that was undone.",
+        in_footer=False,
+    ),
+    Command(
+        id=SETTINGS.open_command,
+        key="f2",
+        action="app.settings",
+        label=SETTINGS.label,
+        help=SETTINGS.help,
         in_footer=False,
     ),
     Command(

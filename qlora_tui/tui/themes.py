@@ -95,6 +95,11 @@ def load_themes() -> tuple[list[Theme], list[UserError]]:
     return list(themes.values()), problems
 
 
+def theme_names() -> list[str]:
+    """Names of the themes to choose from; Textual's own do not have the contrast that ours have."""
+    return sorted(theme.name for theme in load_themes()[0])
+
+
 def user_theme_mtimes() -> tuple[tuple[str, int], ...]:
     """Names and times of the user's theme files: differs when one has come, gone or changed."""
     mtimes = []

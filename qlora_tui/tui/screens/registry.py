@@ -37,6 +37,9 @@ class ScreenEntry:
 PRESETS = ScreenEntry(
     "presets", "PresetsScreen", "Presets", "Open a preset, or save this recipe as one.", is_modal=True
 )
+SETTINGS = ScreenEntry(
+    "settings", "SettingsScreen", "Settings", "Change theme, notifications and folders.", is_modal=True
+)
 NUMBERED_SCREENS = (
     ScreenEntry("home", "HomeScreen", "Home", "Show the GPU, the runs and the next step."),
     ScreenEntry("models", "ModelsScreen", "Model", "Select a model on this machine, or find one on the Hub."),
@@ -48,7 +51,7 @@ NUMBERED_SCREENS = (
     ScreenEntry("chat", "ChatScreen", "Chat", "Chat with an adapter and its base model side by side."),
 )
 """The numbered screens, in the order of their keys, from 0."""
-SCREENS = (*NUMBERED_SCREENS, PRESETS)
+SCREENS = (*NUMBERED_SCREENS, PRESETS, SETTINGS)
 
 
 def make_screen(mode: str) -> WorkScreen:

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from qlora_tui.errors import UserError
+from qlora_tui.settings import config_path, load_settings
+from qlora_tui.settings_file import save_setting
+from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.screens.settings.rows import ROWS, setting_value, typed_value
+from qlora_tui.tui.themes import theme_names
+from tests.tui.screen_assertions import wait_for_text, wait_until
+
+MakeApp = Callable[[], QloraApp]
+FILE = """\
+# My settings.
+model_folders = ["/tmp"]  # the big disk
+
+[keymap]
+"train.stop" = "x"
+"""
+
+
+def write_config(text: str) -> None:
+    config_path().parent.mkdir(parents=True, exist_ok=True)
+    config_path().write_text(text)
+
+
+def test_saving_a_setting_keeps_comments_and_other_settings() -> None:
+    write_config(FILE)
+    settings = save_setting("notify.bell", False)
+    assert not settings.notify.bell and settings.keymap == {"train.stop": "x"}
+    assert load_settings() == settings
+    text = config_path().read_text()
+    assert text.startswith(FILE[: FILE.index("[keymap]")]) and '"train.stop" = "x"' in text
+    assert save_setting("notify.bell", None).notify.bell
+    assert "bell" not in config_path().read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("quantized_cache_gib", -1.0), ("notify.webhook", "ftp://x"), ("card_gib", 0.0)]
+)
+def test_a_setting_out_of_bounds_leaves_the_file(name: str, value: object) -> None:
+    write_config(FILE)
+    with pytest.raises(UserError, match="not changed"):
+        save_setting(name, value)
+    assert config_path().read_text() == FILE
+
+
+def test_a_damaged_config_file_is_not_overwritten() -> None:
+    write_config("theme = ")
+    with pytest.raises(UserError, match=r"config\.toml"):
+        save_setting("theme", "paper")
+    assert config_path().read_text() == "theme = "
+
+
+def test_every_row_is_a_setting_of_the_file() -> None:
+    for row in ROWS:
+        value = setting_value(load_settings(), row.name)
+        assert isinstance(value, bool) == (row.kind == "bool")
+        assert typed_value(row.kind, "") is None
+
+
+async def test_the_theme_changes_at_once_and_is_saved(make_app: MakeApp) -> None:
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("f2")
+        await wait_for_text(pilot, "Settings", "harbour", "Colors of the app")
+        await pilot.press("l")
+        names = theme_names()
+        after = names[(names.index("harbour") + 1) % len(names)]
+        assert app.theme == after == load_settings().theme
+        await pilot.press("backspace")
+        assert app.theme == "harbour" and "theme" not in config_path().read_text()
+
+
+async def test_a_typed_number_is_checked_and_saved(make_app: MakeApp) -> None:
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("f2", "j", "j", "enter", "x", "enter")
+        await wait_for_text(pilot, "Enter a number of GiB")
+        await pilot.press("backspace", "1", "2", "enter")
+        await wait_for_text(pilot, "12 GiB", "default: none")
+        assert app.memory_budget.bytes == 12 << 30
+        assert load_settings().gpu_memory_gib == 12
+
+
+async def test_a_test_notification_is_shown(make_app: MakeApp) -> None:
+    app = make_app()
+    async with app.run_test(size=(80, 24), notifications=True) as pilot:
+        await pilot.press("f2", "t")
+        await wait_for_text(pilot, "This is a test")
+
+
+async def test_the_palette_offers_every_theme(make_app: MakeApp) -> None:
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("ctrl+p")
+        await pilot.press(*"theme: ember")
+        await wait_for_text(pilot, "Theme: ember")
+        await pilot.press("enter")
+        await wait_until(pilot, lambda: app.theme == "ember")
+        assert load_settings().theme == "ember"
+
+
+async def test_what_a_dialog_is_about_stays_in_view(make_app: MakeApp) -> None:
+    app = make_app()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await wait_for_text(pilot, "Recipe", "balanced")
+        await pilot.press("f2")
+        await wait_for_text(pilot, "Settings")
+        assert app.screen.styles.background.a == 0
+        assert [type(screen).__name__ for screen in app.screen_stack] == ["HomeScreen", "SettingsScreen"]
