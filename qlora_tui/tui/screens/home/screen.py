@@ -327,6 +327,9 @@ class HomeScreen(WorkScreen):
         self.query_one("#queue-panel").display = not is_short or bool(
             self.qlora_app.system_status.waiting_ids
         )
+        workbench = self.qlora_app.workbench
+        preset = f"{workbench.preset or 'defaults'}{'*' if workbench.modified else ''}"
+        self.query_one("#recipe-panel", Panel).show_title(f"Recipe · {preset}")
         self.query_one("#recent-panel").display = bool(facts.recent)
         self.query_one(RecentRuns).show(facts.recent, clock.now())
 
