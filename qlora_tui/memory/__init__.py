@@ -11,8 +11,9 @@ for what some have, ``fused_lora`` for our trainer's functions that save less me
 and ``static_memory`` count what is constant; ``replay`` puts ``loading`` and the ``allocation_trace`` of each
 part on a model of CUDA's ``allocator``; ``conversion`` is the peak of converting a GGUF file; ``levels`` (on
 a CPU with ``onednn_cache``) goes from tensors to what the GPU sees; ``step_trace`` replaces the replayed step
-by a traced one; ``calibration`` corrects by measurements of past runs; ``explain`` has a sentence for each
-item, ``report`` the JSON output.
+by a traced one; ``moments`` are the times of a step that may be its peak, ``timeline`` all of them, from
+loading to the optimizer; ``calibration`` corrects by measurements of past runs; ``explain`` has a sentence
+for each item, ``report`` the JSON output.
 
 ``budget`` is the memory of the device (``cpu`` describes a CPU); ``verdict`` compares the estimate with it,
 ``solver`` finds what fits, ``kept_layers`` how many layers need no recomputation, ``model_sizes`` how large a

@@ -17,10 +17,11 @@ from qlora_tui.memory.execution import Device, ExecutionConfig, trainer_executio
 from qlora_tui.memory.explain import LABELS, ExplainContext, explanations
 from qlora_tui.memory.layout import STYLES, Layout, build_layout
 from qlora_tui.memory.levels import MemoryLevels, UncertaintyBand, context_bytes, corrected, tiers
-from qlora_tui.memory.parameter_memory import gradient_bytes, optimizer_step_bytes
+from qlora_tui.memory.moments import step_moments
+from qlora_tui.memory.parameter_memory import gradient_bytes
 from qlora_tui.memory.replay import replay
 from qlora_tui.memory.static_memory import FROZEN, static_items
-from qlora_tui.memory.step import Peak, peak_candidates, profile_step
+from qlora_tui.memory.step import Peak, profile_step
 from qlora_tui.memory.step_trace import StepTrace
 from qlora_tui.recipe.schema import Recipe
 
@@ -72,6 +73,8 @@ class Estimate:
     """Correction from past runs on this machine; included in the figures where it ``applies``."""
     uncorrected_bytes: int = 0
     """Bytes of the process level before the correction."""
+    loading_process_bytes: int = 0
+    """Peak of the process while the model is loaded."""
 
     @property
     def total_bytes(self) -> int:
@@ -121,17 +124,13 @@ def estimate(
     step_profile = profile_step(layout, execution, recipe.lora.dropout)
     if traced is not None:
         layout = replace(layout, exact=True)
-        moments = [_traced_moment(traced)]
-    else:
-        moments = peak_candidates(step_profile, layout, execution)
-        if execution.accumulates:
-            resident["gradients"] = gradient_bytes(layout, execution)
+    elif execution.accumulates:
+        resident["gradients"] = gradient_bytes(layout, execution)
+    moments = step_moments(step_profile, layout, execution, traced)
     pool = None
     if execution.device == "cuda":
         room = None if capacity_bytes is None else capacity_bytes - context_bytes(execution)
         pool = replay(recipe, architecture, layout, execution, step_profile, room)
-    if not execution.accumulates:
-        moments.append(_optimizer_moment(layout, execution))
     fullest = max(moments, key=lambda moment: moment.total_bytes)
     items = _together(resident, fullest)
     frozen = {key: size for key, size in resident.items() if key in FROZEN}
@@ -148,7 +147,10 @@ def estimate(
     if levels_at_loading.process_bytes > levels.process_bytes:
         items[LOADING] = levels_at_loading.process_bytes - levels.process_bytes
         fullest, levels = Peak(LOADING, loading), levels_at_loading
-    result = _assemble(recipe, architecture, layout, execution, items, levels, fullest)
+    result = replace(
+        _assemble(recipe, architecture, layout, execution, items, levels, fullest),
+        loading_process_bytes=levels_at_loading.process_bytes,
+    )
     if correction is None:
         return result
     return replace(result, correction=correction, uncorrected_bytes=before)
@@ -159,11 +161,6 @@ def _together(resident: dict[str, int], moment: Peak) -> dict[str, int]:
     for key, size in moment.items.items():
         items[key] = items.get(key, 0) + size
     return items
-
-
-def _traced_moment(traced: StepTrace) -> Peak:
-    gradients = min(traced.gradient_bytes, traced.step_bytes)
-    return Peak("traced step", {"gradients": gradients, "activations": traced.step_bytes - gradients})
 
 
 LOADERS = 4
@@ -179,16 +176,6 @@ def loading_bytes(recipe: Recipe, architecture: Architecture, execution: Executi
         return 2 * architecture.total_params
     sizes = sorted((2 * module.weight_params for module in architecture.modules), reverse=True)
     return sum(sizes[:LOADERS])
-
-
-def _optimizer_moment(layout: Layout, execution: ExecutionConfig) -> Peak:
-    return Peak(
-        "optimizer step",
-        {
-            "gradients": gradient_bytes(layout, execution),
-            "optimizer_step": optimizer_step_bytes(layout, execution),
-        },
-    )
 
 
 def _assemble(

@@ -117,8 +117,10 @@ def profile_step(layout: Layout, execution: ExecutionConfig, dropout: float) -> 
     )
 
 
-def peak_candidates(step_profile: StepProfile, layout: Layout, execution: ExecutionConfig) -> list[Peak]:
-    """Return every candidate for the step's peak, in order of time."""
+def peak_candidates(
+    step_profile: StepProfile, layout: Layout, execution: ExecutionConfig, *, every_layer: bool = False
+) -> list[Peak]:
+    """Return every candidate for the step's peak, in order of time; or ``every_layer``'s forward too."""
     embedded = _embedded(layout, execution, embedding_itemsize(execution))
     token_row_bytes = Counter(
         activations=layout.tokens * layout.token_rows
@@ -132,6 +134,7 @@ def peak_candidates(step_profile: StepProfile, layout: Layout, execution: Execut
         token_row_bytes,
         Counter(adapter=sum(adapter_copies(layout, execution))),
         embedding_is_separate=layout.modifies_embedding,
+        every_layer=every_layer,
     )
 
 
@@ -283,6 +286,7 @@ def _candidates(
     persistent: Counter[str],
     *,
     embedding_is_separate: bool,
+    every_layer: bool,
 ) -> list[Peak]:
     """Return every phase that may be the peak. ``persistent`` is there in all of them.
 
@@ -297,7 +301,7 @@ def _candidates(
     below: list[Counter[str]] = []
     for index, profile in enumerate(order):
         below.append(Counter(before))
-        if index in (0, last):
+        if every_layer or index in (0, last):
             candidates.append(
                 Peak(f"forward of layer {index}", dict(before + cast + Counter(profile.forward)))
             )
