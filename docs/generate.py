@@ -1,8 +1,8 @@
 """Writes the pages that follow from declarations: ``make docs``.
 
 ``docs/reference/`` holds settings and presets (from the schema and ``presets/``), the command line (from its
-parsers) and the keys of each screen (from their commands); ``docs/qlora-tui.1`` is the manual page. A test
-fails where one of them is out of date.
+parsers) and the keys of each screen (from their commands); ``docs/glossary.md`` is the app's glossary, and
+``docs/qlora-tui.1`` the manual page. A test fails where one of them is out of date.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import msgspec
 
 from qlora_tui import __version__
 from qlora_tui.cli.main import SUBCOMMANDS, _parser
+from qlora_tui.glossary import GLOSSARY
 from qlora_tui.recipe.fields import Field, fields, source_fields
 
 HERE = Path(__file__).parent
@@ -63,6 +64,7 @@ def pages() -> dict[str, str]:
         "reference/presets.md": presets_page(),
         "reference/cli.md": cli_page(),
         "reference/keys.md": keys_page(),
+        "glossary.md": glossary_page(),
         "qlora-tui.1": manual_page(),
     }
 
@@ -250,6 +252,15 @@ def keys_page() -> str:
             keys = " ".join(f"`{key}`" for key in command.key.split(","))
             lines.append(f"| {keys} | `{command.id}` | {_cell(command.help)} |")
     return "\n".join(lines) + "\n"
+
+
+# The glossary
+
+
+def glossary_page() -> str:
+    """Every word of the app's glossary, in the order of the module."""
+    rows = [f"| {term} | {_cell(meaning)} |" for term, meaning in GLOSSARY.items()]
+    return "\n".join([_NOTICE, "# Glossary", "", "| term | meaning |", "| --- | --- |", *rows]) + "\n"
 
 
 # The manual page

@@ -26,10 +26,9 @@ def test_a_reference_page_is_current(name: str, generated: dict[str, str]) -> No
     assert (ROOT / "docs" / page).read_text() == generated[page], "out of date: run `make docs`"
 
 
-def test_the_manual_page_is_current(generated: dict[str, str]) -> None:
-    assert (ROOT / "docs" / "qlora-tui.1").read_text() == generated["qlora-tui.1"], (
-        "out of date: run `make docs`"
-    )
+@pytest.mark.parametrize("page", ["qlora-tui.1", "glossary.md"])
+def test_the_manual_page_and_the_glossary_are_current(page: str, generated: dict[str, str]) -> None:
+    assert (ROOT / "docs" / page).read_text() == generated[page], "out of date: run `make docs`"
 
 
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda page: str(page.relative_to(ROOT)))

@@ -1,0 +1,106 @@
+"""The words of the app and what they mean: shown where the cursor is, and written to ``docs/glossary.md``."""
+
+from __future__ import annotations
+
+GLOSSARY: dict[str, str] = {
+    "recipe": (
+        "every decision that defines a run: model, quantization, LoRA, data, training. Typed, validated, TOML"
+    ),
+    "preset": (
+        "a named part of a recipe in TOML, put over the defaults; shipped in `presets/`, yours in "
+        "your config folder"
+    ),
+    "draft": "the recipe that is being edited in the app; saved as you edit",
+    "layer (of a recipe)": "a partial recipe as nested tables; recipes are layers over the defaults",
+    "architecture": (
+        "what `config.json` says of a model: its linear modules, shapes and counts. No weights needed"
+    ),
+    "estimate": "predicted memory of one training step of a recipe, itemized",
+    "band": "the range that the real peak is expected in",
+    "run": "a frozen recipe and its folder: events, telemetry, log, checkpoints, adapter",
+    "attempt": "one start of a run's trainer; a resume or a retry is another attempt",
+    "runner": "the background process that takes queued runs and supervises their trainer",
+    "trainer": "the process that holds torch and the GPU for one run",
+    "engine": (
+        "a child process of the app for what needs torch or transformers: previews, traced steps, chat"
+    ),
+    "event": "one line of `events.jsonl`",
+    "telemetry": "the GPU, sampled once a second",
+    "heartbeat": "a small file by which the trainer shows that it is alive, and how far it is",
+    "lost": "state of a run whose trainer is gone without a last event; `resume` continues it",
+    "probe": "a step with the largest batch, before training, that shows whether memory is enough",
+    "packing": (
+        "several samples in one sequence of at most `data.max_length` tokens, which do not attend "
+        "to each other"
+    ),
+    "padding-free": (
+        "a micro-batch is one sequence of isolated samples, without padding between them; with "
+        "`data.packing` off too"
+    ),
+    "loss mask": (
+        "for each token, whether it is in the loss: `loss_mask` in code. The Data screen shows "
+        "these tokens bold and underlined; `trained_tokens` counts them"
+    ),
+    "micro-batch": "sequences that go through the model at once",
+    "effective batch": "micro-batch × gradient accumulation: sequences for each optimizer step",
+    "verified": "compared with transformers and peft on the model at hand, and equal within rounding",
+    "effect": "how far the adapter moves the model: KL of next tokens, change of weights by layer",
+    "NF4": (
+        "4-bit NormalFloat, the storage of the QLoRA paper; the weights are expanded to the compute "
+        "dtype for each product"
+    ),
+    "double quantization": "the scales of NF4 blocks are quantized too",
+    "LoRA": (
+        "low-rank adaptation: the model's weights stay frozen, and for each target module two thin "
+        "matrices A and B are trained, whose product is added to its weight"
+    ),
+    "adapter": "the trained matrices of LoRA, saved as a few MiB beside the model",
+    "target modules": "the linear layers of the model that get an adapter; `all-linear` is every one",
+    "rank": (
+        "the number of columns of A and B. A higher rank can learn more and takes more memory; 8 to "
+        "32 is enough for most data"
+    ),
+    "alpha": (
+        "how strongly the adapter counts: its update is multiplied by alpha / rank. Twice the rank "
+        "is common; double both together to keep the scale"
+    ),
+    "dropout": (
+        "the share of the adapter's inputs that are set to zero at random in training, against "
+        "overfitting on small data; 0 is fastest"
+    ),
+    "rsLoRA": (
+        "rank-stabilized LoRA: the update is multiplied by alpha / √rank, so that a high rank does "
+        "not learn more slowly"
+    ),
+    "DoRA": (
+        "weight-decomposed LoRA: the length of each row of a weight is trained apart from its "
+        "direction. Often better at low ranks, always slower"
+    ),
+    "activations": (
+        "what the layers compute on the way to the loss; the backward pass needs it, so it is kept "
+        "or computed again"
+    ),
+    "gradient checkpointing": (
+        "only the input of each layer is kept in the forward pass; its activations are computed "
+        "again in the backward pass. Saves most of the memory, about a third slower"
+    ),
+    "gradient": "how the loss changes with each trained parameter; the optimizer follows it downhill",
+    "gradient accumulation": (
+        "micro-batches whose gradients are added up before the optimizer makes one step: a larger "
+        "batch without more memory"
+    ),
+    "optimizer states": (
+        "two averages that AdamW keeps for each trained parameter; 8-bit optimizers store them in a byte each"
+    ),
+    "logits": (
+        "a score for every token of the vocabulary at every position, from which the loss is computed"
+    ),
+    "allocator slack": "memory that PyTorch has taken from the GPU and holds for later tensors",
+}
+"""Term to meaning: a phrase without a capital letter and a period, in which `this` is code."""
+
+
+def explain(term: str) -> str:
+    """Return the meaning as a sentence, without the marks of code."""
+    meaning = GLOSSARY[term].replace("`", "")
+    return f"{meaning[0].upper()}{meaning[1:]}."
