@@ -42,7 +42,7 @@ def test_its_maximum_is_the_estimate_and_its_phase(recipe: Recipe, name: str, de
             assert step.items[item.key] == item.bytes, item.key
 
 
-def test_the_phases_follow_one_another_with_a_moment_for_each_layer() -> None:
+def test_phases_follow_in_order_with_every_layer() -> None:
     architecture = qwen_7b()
     moments = step_timeline(Recipe(), architecture, estimate(Recipe(), architecture))
     grouped = [(phase, list(part)) for phase, part in groupby(moments, lambda moment: moment.phase)]
@@ -54,7 +54,7 @@ def test_the_phases_follow_one_another_with_a_moment_for_each_layer() -> None:
     assert all(size > 0 for moment in moments for size in moment.items.values())
 
 
-def test_memory_rises_while_layers_keep_activations_and_falls_again() -> None:
+def test_kept_activations_rise_in_forward_and_fall_in_backward() -> None:
     recipe = Recipe(training=Training(gradient_checkpointing="off"))
     architecture = qwen_7b()
     moments = step_timeline(recipe, architecture, estimate(recipe, architecture))
