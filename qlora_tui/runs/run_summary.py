@@ -76,7 +76,7 @@ class RunSummary:
 
 @dataclass(frozen=True)
 class Listing:
-    """All runs: queued ones in order, then active ones, then the newest first."""
+    """All runs: the active one, then the queue in order, then the newest first."""
 
     summaries: tuple[RunSummary, ...]
     waiting: tuple[str, ...]
@@ -196,8 +196,9 @@ def outline(run: RunDir) -> RunSummary:
 
 
 def _rank(summary: RunSummary, places: Mapping[str, int]) -> int:
-    place = places.get(summary.id)
-    return len(places) + (summary.status.state not in ACTIVE) if place is None else place
+    if summary.status.state in ACTIVE:
+        return -1
+    return places.get(summary.id, len(places))
 
 
 def _recipe_words(run: RunDir) -> tuple[str, str]:

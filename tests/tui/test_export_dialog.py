@@ -68,7 +68,7 @@ async def test_an_export_is_started_and_followed(
         await wait_for_text(pilot, "✓ Q8_0", "7 KiB in ~/models/tickets-Q8_0.gguf", "llama-server -m it")
         await wait_for_text(pilot, "y copy command")
         await pilot.press("escape")
-        assert "Export: ✓ Q8_0" in await wait_for_text(pilot, "Export: ✓ Q8_0")
+        assert "✓ Q8_0" in await wait_for_text(pilot, "✓ Q8_0")
 
 
 async def test_a_canceled_export_is_started_again_with_one_key(

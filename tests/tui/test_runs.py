@@ -32,6 +32,7 @@ from qlora_tui.tui.render.block_charts import downsample
 from qlora_tui.tui.render.plot import plot as draw
 from qlora_tui.tui.render.run_labels import result_label
 from qlora_tui.tui.screens.runs.compare import compare_plot, comparison_table, differing, read
+from qlora_tui.tui.screens.runs.run_order import ORDERS, in_order
 from qlora_tui.tui.screens.runs.screen import RunsScreen
 from qlora_tui.tui.screens.train.screen import TrainScreen
 from qlora_tui.tui.system_monitor import SystemMonitor
@@ -84,7 +85,7 @@ async def test_a_generated_name_loses_its_time_before_its_words(make_app: MakeAp
     async with app.run_test(size=(80, 24)) as pilot:
         await open_runs(app)
         shown = await wait_for_text(pilot, "smollm2-135m-tickets ", "smollm2-135m-tickets-2 ")
-        # In full below, for the one under the cursor.
+        # In full in the title below, for the one under the cursor.
         assert "smollm2-135m-tickets-20261124-1609" in shown
 
 
@@ -159,11 +160,11 @@ async def test_the_cursor_is_on_the_newest_run_when_coming_back(make_app: MakeAp
     app = make_app()
     async with app.run_test(size=(120, 40)) as pilot:
         await open_runs(app)
-        await wait_for_text(pilot, "old-one  Qwen")
+        await wait_for_text(pilot, "─ old-one ─")
         await pilot.press("5")
         write_fake_run(FakeRun(name="new-one", state="finished", steps=5, total=5))
         await pilot.press("6")
-        await wait_for_text(pilot, "new-one  Qwen")
+        await wait_for_text(pilot, "─ new-one ─")
 
 
 async def test_runs_of_the_same_name_show_their_time(make_app: MakeApp) -> None:
@@ -351,9 +352,7 @@ async def test_u_restores_a_deleted_run_until_the_app_ends(
         await open_runs(app)
         await wait_for_text(pilot, "tickets [/a]")
         await pilot.press("D")
-        await wait_for_text(
-            pilot, "tickets [/a] will be deleted when you quit. Press [u]", "R Rerun ^p Palette ? Help"
-        )
+        await wait_for_text(pilot, "tickets [/a] will be deleted when you quit. Press [u]")
         assert [run.id for run in all_runs()] == ["tickets-b", "poems-c"]
         await pilot.press("D", "u", "u")
         assert "is deleted" not in await wait_for_text(pilot, "Restored tickets [/a]", "✓ finished")
@@ -506,3 +505,71 @@ def test_a_run_renamed_or_queued_elsewhere_is_seen_next_poll(three_runs: list[Ru
     listing = summaries.read_all(5.0)
     assert listing.waiting == (three_runs[1].id,)
     assert listing.summaries[0].status.state == "queued"
+
+
+@pytest.mark.parametrize("size", [(120, 40), (200, 60)])
+async def test_the_run_under_the_cursor_is_previewed(
+    make_app: MakeApp, three_runs: list[RunDir], size: tuple[int, int]
+) -> None:
+    app = make_app()
+    async with app.run_test(size=size) as pilot:
+        await open_runs(app)
+        await wait_for_text(
+            pilot,
+            "─ tickets-a ─",
+            "─ Result ─",
+            "300 of 300",
+            "cosine",
+            "Not exported yet: [e] writes a GGUF.",
+        )
+        await pilot.press("j")
+        shown = await wait_for_text(
+            pilot, "─ tickets-b ─", "120 of 300", "0.0001  cosine", "Close it and resume"
+        )
+        assert ("checkpoint at step 120" in shown) == (size == (200, 60))
+
+
+async def test_a_small_window_has_the_facts_of_the_run_below_the_list(
+    make_app: MakeApp, three_runs: list[RunDir]
+) -> None:
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await open_runs(app)
+        shown = await wait_for_text(
+            pilot, "Qwen2.5-7B-Instruct · nf4 r16 2,048×2×8 · 0.42 kWh", "all steps done"
+        )
+        assert "Result" not in shown
+
+
+async def test_sorting_keeps_the_cursor_on_its_run(make_app: MakeApp, three_runs: list[RunDir]) -> None:
+    def order() -> list[str]:
+        return sorted(("tickets-a", "tickets-b", "poems-c"), key=text_of(app).index)
+
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        screen = await open_runs(app)
+        await wait_for_text(pilot, "3 runs, newest first", "poems-c")
+        assert order() == ["tickets-a", "tickets-b", "poems-c"]
+        await pilot.press("j", "o", "o")
+        await wait_for_text(pilot, "3 runs, by name")
+        assert order() == ["poems-c", "tickets-a", "tickets-b"]
+        assert screen.current is not None and screen.current.name == "tickets-b"
+
+
+def test_the_active_run_and_the_queue_stay_above_sorted_runs(three_runs: list[RunDir]) -> None:
+    write_fake_run(FakeRun(name="next-one", state="queued", steps=0, began=BEGAN + 9))
+    write_fake_run(FakeRun(name="at-work", state="running", steps=5, began=BEGAN - 9000))
+    listing = SummaryCache().read_all(5.0)
+    for order in ORDERS:
+        names = [row.name for row in in_order(listing.summaries, listing.waiting, order)]
+        assert names[:2] == ["at-work", "next-one"], order.label
+    assert names[2:] == ["tickets-a", "tickets-b", "poems-c"]
+
+
+async def test_the_title_counts_runs_that_match(make_app: MakeApp, three_runs: list[RunDir]) -> None:
+    app = make_app()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await open_runs(app)
+        await wait_for_text(pilot, "3 runs, newest first")
+        await pilot.press("slash", *"poems")
+        await wait_for_text(pilot, "1 of 3 runs, newest first")

@@ -40,6 +40,7 @@ COMMANDS: tuple[Command, ...] = (
         "Delete the run and its files. It can be undone until you quit.",
         cli_command="runs delete",
     ),
+    _command("sort", "o", "sort", "Sort", "Sort by date, loss, name, model or duration."),
     _hidden(
         "restore",
         "u",

@@ -26,7 +26,7 @@ _AUTO = (
     "first within a KL divergence of 0.03, as llama.cpp computes it."
 )
 _HUB = "To a private repository: name or owner/name. Needs HF_TOKEN or `hf auth login`."
-_LINE_WIDTH = 64
+_LINE_WIDTH = 66
 """Cells of an export's line, so that it fits 80 columns."""
 _PROGRAMS = "llama.cpp, LM Studio"
 
@@ -224,8 +224,8 @@ def choice_line(choice: ExportChoice) -> Content:
     return Content.assemble((f"{choice.label:<29}{choice.size:>10}  ", style), (choice.note, "dim"))
 
 
-def export_line(export: Export) -> Content:
-    """Return the line of an export that was started before."""
+def export_line(export: Export, width: int = _LINE_WIDTH) -> Content:
+    """Return the line of an export that was started before, in so many cells."""
     status = export.status
     sign, style = _SIGNS.get(status.state, ("·", "dim"))
     elapsed = f" · {format_duration(time.time() - status.began)}" if status.began else ""
@@ -237,7 +237,7 @@ def export_line(export: Export) -> Content:
     }[status.state]
     begin = f"{export.name}  "
     return Content.assemble(
-        (f"{sign} ", style), begin, (truncate_middle(said, _LINE_WIDTH - len(begin)), "dim")
+        (f"{sign} ", style), begin, (truncate_middle(said, max(8, width - len(sign) - 1 - len(begin))), "dim")
     )
 
 

@@ -83,7 +83,8 @@ _COLUMNS = (
         right=True,
     ),
 )
-_WIDEST_NAME = 44
+_MIN_ENDING = 24
+"""Cells from which the rest of a wide line says how a run ended."""
 _TIME_OF_NAME = re.compile(r"-\d{8}-\d{4}(?=(-\d+)?$)")
 """Time in a generated name; it is also in the column ``when``."""
 _HEAD = 14
@@ -128,13 +129,20 @@ class RunTable(LineView):
         current = self.current
         self._rows, self._waiting, self._marked = tuple(rows), waiting, marked
         names = [row.id for row in self._rows]
+        grows = self.virtual_size.height != len(names) + 1
         if self.starts_at_top:
             self._cursor, self.starts_at_top = 0, False
         elif current is not None and current.id in names:
             self._cursor = names.index(current.id)
         self._cursor = min(self._cursor, max(0, len(names) - 1))
         self.virtual_size = Size(1, len(names) + 1)
+        if grows:
+            self.refresh(layout=True)
         self._redraw()
+
+    def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
+        """A line for each run, and the titles: the panel below gets the rest."""
+        return len(self._rows) + 1
 
     def action_move(self, places: int) -> None:
         """Move the cursor; the ends stop it."""
@@ -190,16 +198,16 @@ class RunTable(LineView):
         columns = [self._narrowed(column) for column in columns]
         taken = _HEAD + sum(column.width + 2 for column in columns)
         left = max(10, width - taken)
-        free = min(left, _WIDEST_NAME)
+        free = min(left, max((len(row.name) for row in self._rows), default=left))
         titles = "".join(f"{_cut(c.title, c.width or free, right=c.right)}  " for c in columns)
         lines = [Content.styled(" " * _HEAD + titles, "dim")]
         for number, row in enumerate(self._rows):
             line = self._head(row) + "".join(
                 f"{_cut(c.text(row), c.width or free, right=c.right)}  " for c in columns
             )
-            # The rest of a wide window shows how it ended.
-            ended = Content(row.status.detail.replace("\n", " ")).truncate(max(0, left - free), ellipsis=True)
-            line += ended.stylize("dim")
+            if left - free >= _MIN_ENDING:
+                ended = Content(row.status.detail.replace("\n", " ")).truncate(left - free, ellipsis=True)
+                line += ended.stylize("dim")
             if number == self._cursor:
                 plain = Content(line.plain).pad_right(max(0, width - line.cell_length))
                 line = plain.stylize("reverse") if self.has_focus else line.stylize("bold")

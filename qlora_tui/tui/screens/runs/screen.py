@@ -3,39 +3,57 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterable
 from typing import ClassVar
 
 from textual import work
+from textual.containers import Horizontal, VerticalScroll
 from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Input, Static
 
-from qlora_tui.formatting import format_percent
-from qlora_tui.runs.exports import read_exports
+from qlora_tui.formatting import pluralize
 from qlora_tui.runs.run_summary import RunSummary, SummaryCache
+from qlora_tui.tui import clock
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.key_names import name_keys
+from qlora_tui.tui.render.summary_plot import summary_plot
 from qlora_tui.tui.screens.runs.actions import RunActions
 from qlora_tui.tui.screens.runs.commands import COMMANDS
-from qlora_tui.tui.screens.runs.export_choices import export_line
+from qlora_tui.tui.screens.runs.run_order import ORDERS, in_order
+from qlora_tui.tui.screens.runs.run_preview import (
+    RunFiles,
+    detail_lines,
+    ending,
+    files_lines,
+    log_lines,
+    preview_title,
+    result_lines,
+    settings_lines,
+)
 from qlora_tui.tui.screens.runs.run_table import RunTable
 from qlora_tui.tui.system_status import SystemStatus
+from qlora_tui.tui.widgets.graph import Graph
+from qlora_tui.tui.widgets.panel import Panel
 from qlora_tui.tui.widgets.static_update import update_if_changed
 from qlora_tui.tui.widgets.text_field import TextField
 
 _NO_RUNS = "No runs yet. Press {go.train} to launch one."
+_FILES_INTERVAL_S = 5.0
+"""Seconds between two reads of the folder of the run under the cursor."""
 _READ_BUDGET_S = 0.3
 """A look takes about so long at most; hundreds of runs are read in several."""
 
 
 class RunsScreen(RunActions):
-    """A list with the queue on top."""
+    """A list with what runs or waits on top, and a preview of the run under the cursor."""
 
     MODE = "runs"
     CSS_PATH = "runs.tcss"
     HELP_TEXT = (
-        "Queued runs are listed first, in order; then the active one, then the newest. best is the lowest "
+        "The active run is listed first, then the queue in order, then the newest; {runs.sort} sorts those "
+        "that ended by loss, name, model or duration. best is the lowest "
         "validation loss, or with * the last training loss if none was measured. exact is the share of "
         "short answers that were exactly right in the last evaluation. The small curve is scaled from the "
         "lowest to the highest loss of its run."
@@ -46,14 +64,33 @@ class RunsScreen(RunActions):
         super().__init__()
         self._summaries = SummaryCache()
         self._filter = ""
+        self._order = ORDERS[0]
         self._reading = False
+        self._files: tuple[str, RunFiles] | None = None
+        """What was read of the run with this id, last."""
+        self._files_read_at = 0.0
         self._footer_key: object = None
 
     def compose_body(self) -> Iterable[Widget]:
-        yield TextField(placeholder="Part of a name, model, setting or state", id="runs-filter", compact=True)
-        yield RunTable()
-        yield Static(name_keys(_NO_RUNS), id="runs-empty", markup=False)
-        yield Static(id="run-detail")
+        with Panel("Runs", keys=(("runs.sort", "sort"), ("runs.filter", "filter")), id="runs-panel"):
+            yield TextField(
+                placeholder="Part of a name, model, setting or state", id="runs-filter", compact=True
+            )
+            yield RunTable()
+            yield Static(name_keys(_NO_RUNS), id="runs-empty", markup=False)
+        with Horizontal(id="preview"):
+            yield Panel(
+                "Run",
+                Static(id="run-detail"),
+                Graph(empty=" ", id="run-graph"),
+                keys=(("runs.open", "open"), ("runs.chat", "chat"), ("runs.export", "export")),
+                id="run-panel",
+            )
+            with VerticalScroll(id="preview-side", can_focus=False):
+                yield Panel("Result", Static(id="run-result"))
+                yield Panel("Settings", Static(id="run-settings"), keys=(("runs.rerun", "rerun"),))
+                yield Panel("Files", Static(id="run-files"), keys=(("runs.copy", "copy"),), id="files-panel")
+                yield Panel("Log, newest first", Static(id="run-log"), id="log-panel")
 
     def on_mount(self) -> None:
         self.query_one(RunTable).focus()
@@ -91,6 +128,15 @@ class RunsScreen(RunActions):
         self.remove_class("-filtering")
         self.query_one(RunTable).focus()
 
+    def action_sort(self) -> None:
+        """Sort by the next of the orders."""
+        self._order = ORDERS[(ORDERS.index(self._order) + 1) % len(ORDERS)]
+        self.show_listing()
+
+    def on_resize(self) -> None:
+        # Lines of the preview are as wide as their panel.
+        self.call_after_refresh(self._show_detail)
+
     def on_run_table_moved(self) -> None:
         """Say more of the run under the cursor."""
         self._show_detail()
@@ -127,7 +173,9 @@ class RunsScreen(RunActions):
         """Show what was read, filtered."""
         if self.listing is None:
             return
-        rows = [row for row in self.listing.summaries if self._filter in _search_text(row)]
+        matching = [row for row in self.listing.summaries if self._filter in _search_text(row)]
+        rows = in_order(matching, self.listing.waiting, self._order)
+        self._show_title(len(rows), len(self.listing.summaries))
         self.set_class(not rows, "-empty")
         if not rows:
             text = "No run matches. Press Esc to show all." if self.listing.summaries else _NO_RUNS
@@ -144,23 +192,49 @@ class RunsScreen(RunActions):
             self._footer_key = waits
             self.refresh_bindings()
 
+    def _show_title(self, shown: int, total: int) -> None:
+        number = pluralize(total, "run") if shown == total else f"{shown:,} of {pluralize(total, 'run')}"
+        title = Content.assemble(
+            "Runs", (f" · {number}, {self._order.label}" if total else "", "not bold dim")
+        )
+        self.query_one("#runs-panel", Panel).show_title(title)
+
     def _show_detail(self) -> None:
         summary = self.current
-        lines = [Content(""), Content("")]
-        if summary is not None:
-            facts = [part for part in (summary.model, summary.settings) if part]
-            if summary.accuracy is not None:
-                facts.append(f"{format_percent(summary.accuracy)} of short answers exactly right")
-            if summary.energy:
-                facts.append(summary.energy)
-            name = summary.name if summary.name == summary.id else f"{summary.name}  ({summary.id})"
-            lines[0] = Content.assemble((name, "bold"), f"  {' · '.join(facts)}")
-            detail = Content.styled(summary.status.detail.replace("\n", " "), "dim")
-            wrong = Content.styled(f"{summary.defect.sentence} " if summary.defect else "", "$error")
-            lines[1] = wrong + detail
-            if exports := read_exports(summary.run):
-                lines[1] += Content.assemble(("  Export: ", "dim"), export_line(exports[0]))
-        update_if_changed(self.query_one("#run-detail", Static), Content("\n").join(lines))
+        if summary is None:
+            return
+        if self._files is not None and self._files[0] != summary.id:
+            self._files = None
+        if self._files is None or time.monotonic() - self._files_read_at > _FILES_INTERVAL_S:
+            self._files_read_at = time.monotonic()
+            self._read_files(summary)
+        self._show_preview(summary)
+
+    @work(group="preview", exclusive=True)
+    async def _read_files(self, summary: RunSummary) -> None:
+        files = await asyncio.to_thread(RunFiles.read, summary)
+        if self.current is not None and self.current.id == summary.id:
+            self._files = (summary.id, files)
+            self._show_preview(self.current)
+
+    def _show_preview(self, summary: RunSummary) -> None:
+        files = self._files[1] if self._files else None
+        is_short = not self.query_one("#preview-side").display
+        self.query_one("#run-panel", Panel).show_title(preview_title(summary))
+        detail = detail_lines(summary, files.exports if files else ()) if is_short else [ending(summary)]
+        self._show("run-detail", detail)
+        if is_short:
+            return
+        self.query_one("#run-graph", Graph).show(summary_plot(summary))
+        width = max(20, self.query_one("#run-result").content_size.width)
+        self._show("run-result", result_lines(summary, clock.now(), width))
+        if files is not None:
+            self._show("run-settings", settings_lines(files.recipe, width))
+            self._show("run-files", files_lines(summary, files, width))
+            self._show("run-log", log_lines(files))
+
+    def _show(self, name: str, lines: list[Content]) -> None:
+        update_if_changed(self.query_one(f"#{name}", Static), Content("\n").join(lines))
 
     def _is_waiting(self, summary: RunSummary) -> bool:
         return self.listing is not None and summary.id in self.listing.waiting
