@@ -195,7 +195,7 @@ class RunsScreen(RunActions):
     def _show_title(self, shown: int, total: int) -> None:
         number = pluralize(total, "run") if shown == total else f"{shown:,} of {pluralize(total, 'run')}"
         title = Content.assemble(
-            "Runs", (f" · {number}, {self._order.label}" if total else "", "not bold dim")
+            "Runs", (f" · {number}, {self._order.label}" if total else "", "not bold $text-muted")
         )
         self.query_one("#runs-panel", Panel).show_title(title)
 
