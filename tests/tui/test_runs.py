@@ -529,9 +529,7 @@ async def test_the_run_under_the_cursor_is_previewed(
         assert ("checkpoint at step 120" in shown) == (size == (200, 60))
 
 
-async def test_a_small_window_has_the_facts_of_the_run_below_the_list(
-    make_app: MakeApp, three_runs: list[RunDir]
-) -> None:
+async def test_a_small_window_has_facts_below_the_list(make_app: MakeApp, three_runs: list[RunDir]) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await open_runs(app)
