@@ -23,6 +23,7 @@ from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
 from qlora_tui.tui.screens.presets.preset_files import save_as
 from qlora_tui.tui.screens.runs.compare import MAX_COMPARED, CompareScreen
 from qlora_tui.tui.screens.runs.export_dialog import show_export_dialog
+from qlora_tui.tui.screens.runs.run_order import ORDERS
 from qlora_tui.tui.screens.runs.run_table import RunTable
 from qlora_tui.tui.screens.train.screen import prepare_run, show_run
 
@@ -34,6 +35,7 @@ class RunActions(WorkScreen):
         super().__init__()
         self.trash = Trash()
         self.listing: Listing | None = None
+        self.order = ORDERS[0]
         self.marked: tuple[str, ...] = ()
         """The runs selected for a comparison."""
 
@@ -80,6 +82,11 @@ class RunActions(WorkScreen):
             return
         known = {summary.id: summary.run for summary in self.listing.summaries} if self.listing else {}
         self.app.push_screen(CompareScreen([known[name] for name in self.marked if name in known]))
+
+    def action_sort(self) -> None:
+        """Sort by the next of the orders."""
+        self.order = ORDERS[(ORDERS.index(self.order) + 1) % len(ORDERS)]
+        self.show_listing()
 
     def action_filter(self) -> None:
         """Focus the filter."""

@@ -21,7 +21,7 @@ from qlora_tui.tui.key_names import name_keys
 from qlora_tui.tui.render.summary_plot import summary_plot
 from qlora_tui.tui.screens.runs.actions import RunActions
 from qlora_tui.tui.screens.runs.commands import COMMANDS
-from qlora_tui.tui.screens.runs.run_order import ORDERS, in_order
+from qlora_tui.tui.screens.runs.run_order import in_order
 from qlora_tui.tui.screens.runs.run_preview import (
     RunFiles,
     detail_lines,
@@ -64,7 +64,6 @@ class RunsScreen(RunActions):
         super().__init__()
         self._summaries = SummaryCache()
         self._filter = ""
-        self._order = ORDERS[0]
         self._reading = False
         self._files: tuple[str, RunFiles] | None = None
         """What was read of the run with this id, last."""
@@ -128,11 +127,6 @@ class RunsScreen(RunActions):
         self.remove_class("-filtering")
         self.query_one(RunTable).focus()
 
-    def action_sort(self) -> None:
-        """Sort by the next of the orders."""
-        self._order = ORDERS[(ORDERS.index(self._order) + 1) % len(ORDERS)]
-        self.show_listing()
-
     def on_resize(self) -> None:
         # Lines of the preview are as wide as their panel.
         self.call_after_refresh(self._show_detail)
@@ -174,7 +168,7 @@ class RunsScreen(RunActions):
         if self.listing is None:
             return
         matching = [row for row in self.listing.summaries if self._filter in _search_text(row)]
-        rows = in_order(matching, self.listing.waiting, self._order)
+        rows = in_order(matching, self.listing.waiting, self.order)
         self._show_title(len(rows), len(self.listing.summaries))
         self.set_class(not rows, "-empty")
         if not rows:
@@ -195,7 +189,7 @@ class RunsScreen(RunActions):
     def _show_title(self, shown: int, total: int) -> None:
         number = pluralize(total, "run") if shown == total else f"{shown:,} of {pluralize(total, 'run')}"
         title = Content.assemble(
-            "Runs", (f" · {number}, {self._order.label}" if total else "", "not bold $text-muted")
+            "Runs", (f" · {number}, {self.order.label}" if total else "", "not bold $text-muted")
         )
         self.query_one("#runs-panel", Panel).show_title(title)
 
