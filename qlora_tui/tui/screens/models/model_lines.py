@@ -2,64 +2,116 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from textual.content import Content
 
 from qlora_tui.catalog.hub import HubModel
 from qlora_tui.catalog.local_models import LocalModel
-from qlora_tui.formatting import format_bytes, format_count
+from qlora_tui.formatting import format_bytes, format_count, truncate_middle
 from qlora_tui.tui.key_names import key_name
+from qlora_tui.tui.render.recipe_line import VERDICT_SIGN, VERDICT_STYLE
 from qlora_tui.tui.widgets.vi_list import HEADING
 
 LOCAL, HUB = "local:", "hub:"
 """Prefixes of line ids, before the path or the Hub id."""
+_WIDE = 100
+"""Cells of the list from which it has all columns."""
 _SOURCES = {"hub cache": "cache", "folder": "folder", "gguf": "GGUF", "converted": "converted"}
-_PARAMETERS, _SIZE, _SOURCE = 7, 9, 9
-"""Cells of the three columns on the right."""
-_FIGURES = _PARAMETERS + _SIZE + _SOURCE + 3
-"""Cells that they take with the spaces around them."""
+_MIN_NAME = 8
+_Cell = tuple[str, str]
+"""Text and style."""
 
 
-def local_lines(models: Sequence[LocalModel], chosen: str, width: int) -> list[tuple[str, Content]]:
-    """A heading and a line a model; ● marks the recipe's, ✗ those that cannot be trained."""
-    lines = [(f"{HEADING}local", Content.styled(f"On this machine ({len(models)})", "$text-muted"))]
+def local_lines(
+    models: Sequence[LocalModel], chosen: str, width: int, needs: Mapping[Path, tuple[int, str]]
+) -> list[tuple[str, Content]]:
+    """A heading and a line a model; ● marks the recipe's, ✗ those that cannot be trained.
+
+    ``needs``: bytes and verdict of each model with the recipe, as far as they are known.
+    """
+    columns = [("size", 7), ("files", 10), ("needs", 13)]
+    columns += [("context", 10), ("family", 14), ("from", 11)] if width >= _WIDE else []
+    lines = [(f"{HEADING}local", _heading(f"On this machine ({len(models)})", columns, width))]
     for model in models:
         mark, style = ("✗", "$text-muted") if model.refusal else (" ", "")
         if chosen in (model.id, str(model.path)):
             mark = "●"
-        parameters = format_count(model.architecture.total_params) if model.architecture else "NA"
-        figures = _figures(parameters, format_bytes(model.size_bytes), _SOURCES[model.source])
-        lines.append((LOCAL + str(model.path), _line(mark, model.name, figures, width, style)))
+        architecture = model.architecture
+        context = architecture.max_positions if architecture else None
+        cells = [
+            [(format_count(architecture.total_params) if architecture else "NA", style)],
+            [(format_bytes(model.size_bytes), style)],
+            _need(needs.get(model.path)),
+            [("NA" if context is None else f"{context:,}", style)],
+            [(architecture.model_type if architecture else "NA", style)],
+            [(_SOURCES[model.source], style)],
+        ]
+        lines.append((LOCAL + str(model.path), _line(mark, model.name, cells, columns, width, style)))
     return lines
-
-
-def _figures(parameters: str, size: str, source: str) -> str:
-    return f"{parameters:>{_PARAMETERS}} {size:>{_SIZE}} {source:>{_SOURCE}}"
 
 
 def hub_lines(
     models: Sequence[HubModel] | None, query: str, width: int, present: frozenset[str]
 ) -> list[tuple[str, Content]]:
-    """A heading and a line for each result; None if the Hub was not searched."""
+    """A heading and a line for each result; None if the Hub was not searched, or could not be."""
     if models is None:
-        text = f"On the Hub: press {key_name('models.filter')}, type a name, then Enter"
-        return [(f"{HEADING}hub", Content.styled(text, "$text-muted"))]
-    lines = [(f"{HEADING}hub", Content.styled(f"On the Hub, for {query!r} ({len(models)})", "$text-muted"))]
+        how = f"press {key_name('models.filter')}, type a name, then Enter"
+        text = (
+            f"On the Hub: {how}"
+            if not query
+            else f"The Hub was not searched for {query!r}. {how.capitalize()}"
+        )
+        return [(f"{HEADING}hub", Content.styled(text, "dim"))]
+    columns = [("size", 7), ("a month", 10), ("access", 13)]
+    columns += [("changed", 12), ("family", 14), ("license", 13)] if width >= _WIDE else []
+    heading = _heading(f"On the Hub, for {query!r} ({len(models)})", columns, width)
+    lines = [(f"{HEADING}hub", heading)]
     for model in models:
         mark, style = ("✗", "$text-muted") if model.refusal else (" ", "")
-        note = "here" if model.id in present else "gated" if model.gated else ""
-        figures = _figures(format_count(model.parameters), _downloads(model.downloads), note)
-        lines.append((HUB + model.id, _line(mark, model.id, figures, width, style)))
+        cells = [
+            [(text, style)]
+            for text in (
+                format_count(model.parameters),
+                f"↓{format_count(model.downloads)}" if model.downloads else "",
+                "here" if model.id in present else "gated" if model.gated else "",
+                model.modified,
+                model.model_type or "",
+                model.license or "",
+            )
+        ]
+        lines.append((HUB + model.id, _line(mark, model.id, cells, columns, width, style)))
     return lines
 
 
-def _downloads(number: int) -> str:
-    return f"↓{format_count(number)}" if number else ""
+def _need(need: tuple[int, str] | None) -> list[_Cell]:
+    if need is None:
+        return []
+    bytes_, word = need
+    return [(f"{format_bytes(bytes_)} ", ""), (VERDICT_SIGN[word], VERDICT_STYLE[word])]
 
 
-def _line(mark: str, name: str, figures: str, width: int, style: str) -> Content:
-    width_left = max(8, width - _FIGURES - 2)
-    shown = name if len(name) <= width_left else name[: width_left - 1] + "…"
+def _heading(text: str, columns: Sequence[tuple[str, int]], width: int) -> Content:
+    figures = "".join(f"{label:>{cells}}" for label, cells in columns)
+    left = max(_MIN_NAME, width - len(figures))
+    return Content.assemble((f"{text:<{left}}"[:left] + figures, "dim"))
+
+
+def _line(
+    mark: str,
+    name: str,
+    cells: Sequence[Sequence[_Cell]],
+    columns: Sequence[tuple[str, int]],
+    width: int,
+    style: str,
+) -> Content:
+    left = max(_MIN_NAME, width - sum(wide for _, wide in columns) - 2)
     marked = (f"{mark} ", "$accent bold" if mark == "●" else style)
-    return Content.assemble(marked, (f"{shown:<{width_left}}{figures}", style))
+    parts: list[_Cell] = [marked, (f"{truncate_middle(name, left):<{left}}", style)]
+    for (_, wide), texts in zip(columns, cells, strict=False):
+        room = wide - 1 - sum(len(text) for text, _ in texts[1:])
+        first, first_style = texts[0] if texts else ("", "")
+        shown = first if len(first) <= room else f"{first[: room - 1]}…"
+        parts += [(f"{shown:>{room + 1}}", first_style), *texts[1:]]
+    return Content.assemble(*parts)

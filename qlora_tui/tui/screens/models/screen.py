@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from textual import work
-from textual.containers import Horizontal, Vertical, VerticalScroll
-from textual.content import Content
+from textual.containers import Horizontal, Vertical
 from textual.events import Key
 from textual.widget import Widget
 from textual.widgets import Input, OptionList, Static
@@ -27,12 +26,15 @@ from qlora_tui.tui.screens.models.commands import COMMANDS
 from qlora_tui.tui.screens.models.download_actions import DownloadActions
 from qlora_tui.tui.screens.models.hub_queries import (
     demo_model,
+    demo_name,
     fetch_hub_facts,
     validate_model_path,
 )
-from qlora_tui.tui.screens.models.model_facts import HubFacts, hub_facts, local_facts
+from qlora_tui.tui.screens.models.model_facts import HubFacts, hub_facts, local_facts, storage_lines
+from qlora_tui.tui.screens.models.model_fit import need
 from qlora_tui.tui.screens.models.model_lines import HUB, LOCAL, hub_lines, local_lines
-from qlora_tui.tui.widgets.static_update import update_if_changed
+from qlora_tui.tui.screens.models.model_side import ModelSide
+from qlora_tui.tui.widgets.panel import Panel
 from qlora_tui.tui.widgets.text_field import TextField
 from qlora_tui.tui.widgets.vi_list import ViList
 
@@ -40,6 +42,8 @@ EMPTY = (
     "No models on this machine yet. Press {models.filter} and type a name to search the Hub, or press "
     "{models.download} for the 135M demo model."
 )
+SEARCH = "{models.filter} type a name; Enter also searches the Hub"
+LIST_KEYS = (("models.filter", "search"), ("models.open", "open path"), ("models.rescan", "rescan"))
 
 
 class ModelsScreen(DownloadActions):
@@ -49,7 +53,8 @@ class ModelsScreen(DownloadActions):
     CSS_PATH = "models.tcss"
     EDITS_RECIPE = True
     HELP_TEXT = (
-        "● is the recipe's model. ✗ marks models that cannot be trained; the facts say why. Models come "
+        '● is the recipe\'s model. ✗ marks models that cannot be trained; the facts say why. "Needs" is the '
+        "memory with the recipe as it is, and the table beside shows other lengths. Models come "
         "from the Hugging Face cache, the folders in config.toml, GGUF files, and models converted by "
         "this app.\n"
         "The Hub is contacted only when you press Enter: after {models.filter} and a name to search, on a "
@@ -64,26 +69,33 @@ class ModelsScreen(DownloadActions):
         self._hub: list[HubModel] | None = None
         self._query = ""
         self._hub_facts: dict[str, HubFacts] = {}
+        self._needs: dict[Path, tuple[int, str]] = {}
 
     def compose_body(self) -> Iterable[Widget]:
-        with Horizontal(id="models-filter-line"):
-            yield Static("search ", id="models-filter-label")
-            yield TextField(
-                placeholder=f"{key_name('models.filter')} type a name; Enter also searches the Hub",
-                compact=True,
-                id="models-filter",
-            )
         with Horizontal(id="models-parts"):
-            with Vertical(id="models-side"):
-                yield Static(highlight_keys(name_keys(EMPTY)), id="models-empty")
-                yield ViList(id="models-list")
-            with VerticalScroll(id="model-side", can_focus=False):
-                yield Static(id="model-facts")
-        yield Static(id="downloads")
+            with Vertical(id="models-main"):
+                keys = (
+                    ("models.filter", "search"),
+                    ("models.open", "open path"),
+                    ("models.rescan", "rescan"),
+                )
+                with Panel("Models", keys=keys, id="models-panel"):
+                    with Horizontal(id="models-filter-line"):
+                        yield Static("search ", id="models-filter-label")
+                        yield TextField(
+                            placeholder=name_keys(SEARCH),
+                            compact=True,
+                            id="models-filter",
+                        )
+                    yield Static(highlight_keys(name_keys(EMPTY)), id="models-empty")
+                    yield ViList(id="models-list")
+                stop = (("models.cancel", "stop"),)
+                yield Panel("Downloads", Static(id="downloads"), keys=stop, id="downloads-panel")
+            yield ModelSide()
 
     def on_mount(self) -> None:
         self.query_one("#models-empty").display = False
-        self.query_one("#downloads").display = False
+        self.query_one("#downloads-panel").display = False
         self.query_one(ViList).focus()
         self.action_rescan()
 
@@ -93,6 +105,7 @@ class ModelsScreen(DownloadActions):
     def show_recipe(self, recipe: Recipe) -> None:
         self._show_list()
         self._show_facts()
+        self._estimate_needs()
 
     def action_rescan(self) -> None:
         """Look for models again."""
@@ -160,6 +173,8 @@ class ModelsScreen(DownloadActions):
         return bool(self._local)
 
     async def show_downloaded(self, path: Path) -> None:
+        # What was typed to find it on the Hub may not be in its name here.
+        self.query_one(Input).value = ""
         await self._scan(select=path)
 
     def forget_hub_facts(self, model_id: str) -> None:
@@ -203,7 +218,10 @@ class ModelsScreen(DownloadActions):
             folders.append(Path(current))
         if choose is not None:
             folders.append(choose)
+        is_first = self._local is None
         self._local = await asyncio.to_thread(_list_models, folders)
+        if is_first and select is None:
+            select = next((m.path for m in self._local if current in (m.id, str(m.path))), None)
         within = [m for m in self._local if choose is not None and m.path.is_relative_to(choose)]
         self._show_list(LOCAL + str(within[0].path if within else select))
         if choose is not None and not within:
@@ -213,16 +231,21 @@ class ModelsScreen(DownloadActions):
             if len(within) == 1:
                 self._choose(within[0])
         self._show_facts()
+        self.query_one(ModelSide).show_storage(storage_lines(self._local))
+        self._estimate_needs()
 
     @work(exclusive=True, group="search")
     async def _search(self, query: str) -> None:
         self.notify(f"Searching the Hub for {query!r}…", timeout=2)
+        self._query = query
         try:
             self._hub = await asyncio.to_thread(search_models, query)
         except UserError as problem:
+            # What was typed has failed; left there, it would hide the models of this machine.
+            self._hub, self.query_one(Input).value = None, ""
+            self._show_list()
             self.qlora_app.show_error(problem)
             return
-        self._query = query
         self._show_list(HUB + self._hub[0].id if self._hub else None)
 
     @work(exclusive=True, group="hub facts")
@@ -245,24 +268,38 @@ class ModelsScreen(DownloadActions):
         width = list_.scrollable_content_region.width
         self.query_one("#models-empty").display = not self._local and not self._hub
         chosen = self.qlora_app.workbench.recipe.model.id
-        lines = local_lines(local, chosen, width) if self._local else []
+        lines = local_lines(local, chosen, width, self._needs) if self._local else []
         here = frozenset(model.id for model in self._local if model.refusal is None)
         # Results stay whatever is typed after: they were searched for by another word.
         list_.show([*lines, *hub_lines(self._hub, self._query, width, here)], select)
 
     def _show_facts(self) -> None:
-        recipe, budget = self.qlora_app.workbench.recipe, self.qlora_app.memory_budget
         current = self.query_one(ViList).current
         local, hub = self._local_model(current), self._hub_model(current)
-        facts = self.query_one("#model-facts", Static)
         if local is not None:
-            update_if_changed(facts, local_facts(local, recipe, budget))
+            chosen = self.qlora_app.workbench.recipe.model.id in (local.id, str(local.path))
+            title, lines = local.name, local_facts(local, is_current=chosen)
         elif hub is not None:
-            update_if_changed(
-                facts, hub_facts(hub, self._hub_facts.get(hub.id), recipe, budget, downloads.last_speed())
-            )
+            title, lines = hub.id, hub_facts(hub, self._hub_facts.get(hub.id), downloads.last_speed())
+        elif self._local is None or self._local:
+            title, lines = "Model", []
         else:
-            update_if_changed(facts, Content("") if self._local is None or self._local else demo_model())
+            title, lines = demo_name(), demo_model()
+        side = self.query_one(ModelSide)
+        side.show(title, lines)
+        known = self._hub_facts.get(hub.id) if hub is not None else None
+        architecture = local.architecture if local is not None else known and known.architecture
+        side.estimate(architecture, self.qlora_app.workbench.recipe, self.qlora_app.memory_budget)
+
+    @work(exclusive=True, group="needs")
+    async def _estimate_needs(self) -> None:
+        """What each model on this machine would need, for the list."""
+        recipe, budget = self.qlora_app.workbench.recipe, self.qlora_app.memory_budget
+        known = [(m.path, m.architecture) for m in self._local or () if m.architecture is not None]
+        self._needs = await asyncio.to_thread(
+            lambda: {path: need(architecture, recipe, budget) for path, architecture in known}
+        )
+        self._show_list()
 
 
 def _list_models(folders: list[Path]) -> list[LocalModel]:
