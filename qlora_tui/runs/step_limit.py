@@ -16,7 +16,7 @@ _MARGIN = 1.25
 
 
 def check_step_limit(recipe: Recipe, sizes: Sequence[FileSize], *, complete: bool) -> list[Check]:
-    """Warn if Max steps and Epochs clearly disagree on when the run ends, or it has too few steps to learn.
+    """Say how many steps the run has, and warn if they are too few or Max steps and Epochs clearly disagree.
 
     ``sizes``: the data that was read; ``complete``: whether that is all of it.
     """
@@ -28,11 +28,11 @@ def check_step_limit(recipe: Recipe, sizes: Sequence[FileSize], *, complete: boo
         return []
     steps_of_epoch = steps_per_epoch(samples, sum(size.tokens * weight for size, weight in trained), recipe)
     steps = total_steps(steps_of_epoch, recipe)
+    of_epochs = "1 epoch" if epochs == 1 else f"{epochs:g} epochs"
     suggested_fix = None
     if limit and limit * _MARGIN < steps:
         suggested_fix = SuggestedFix("train all epochs", changes={"training.max_steps": 0})
         about = "about" if complete else "less than"
-        of_epochs = "1 epoch" if epochs == 1 else f"{epochs:g} epochs"
         text = (
             f"Max steps is {limit:,}: the run ends after {about} {limit / steps_of_epoch:.2g} of the "
             f"{of_epochs} set."
@@ -49,6 +49,9 @@ def check_step_limit(recipe: Recipe, sizes: Sequence[FileSize], *, complete: boo
             f"{limit:,} of Max steps."
         )
         fix = "To train longer, raise Epochs (training.epochs)."
+    elif complete:
+        about = pluralize(min(steps, limit or steps), "step")
+        return [Check(CheckKind.SETTINGS, "ok", f"About {about} in {of_epochs}.")]
     else:
         return []
     return [Check(CheckKind.SETTINGS, "warning", text, fix, suggested_fix=suggested_fix)]

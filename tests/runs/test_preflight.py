@@ -191,14 +191,14 @@ def _with_steps(tmp_path: Path, max_steps: int, epochs: float = 2.0) -> list[str
 
 def test_a_step_limit_below_the_epochs_is_a_warning(tmp_path: Path) -> None:
     assert _with_steps(tmp_path, 6) == ["Max steps is 6: the run ends after about 0.46 of the 2 epochs set."]
-    assert _with_steps(tmp_path, 0) == []
+    assert _with_steps(tmp_path, 0) == ["About 26 steps in 2 epochs."]
 
 
 def test_epochs_that_end_before_the_step_limit_are_a_warning(tmp_path: Path) -> None:
     assert _with_steps(tmp_path, 1000) == [
         "Epochs is 2: the run ends after about 26 steps, before the 1,000 of Max steps."
     ]
-    assert _with_steps(tmp_path, 26) == []
+    assert _with_steps(tmp_path, 26) == ["About 26 steps in 2 epochs."]
 
 
 def test_a_run_of_few_steps_is_a_warning(tmp_path: Path) -> None:

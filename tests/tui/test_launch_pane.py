@@ -137,7 +137,7 @@ async def test_the_fix_key_resolves_the_first_check_with_a_fix(make_app: MakeApp
     app.workbench.replace(Recipe(data=Data(sources=(Source(path=str(book)),), max_length=64)))
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await pilot.press("5")
-        await wait_for_text(pilot, "▸ [m]", "split into about 47 rows")
+        await wait_for_text(pilot, "▸ [m] split into about 47 rows", "Can every row be trained on?")
         await pilot.press("m")
         await wait_for_text(pilot, "Split into about 47 rows. Press [u] to undo.", "✓ ok      data")
         assert app.workbench.recipe.data.overflow == "split"
@@ -176,3 +176,27 @@ async def test_the_checks_ignore_an_assumed_gpu(private_home: Path) -> None:
     app = open_on("train", model=readable_model(private_home), gpu_gib=12)
     async with app.run_test(size=(120, 40)) as pilot:
         await wait_for_text(pilot, "of 32.0 GiB of this", "No GPU: runs train on the CPU")
+
+
+async def test_the_main_action_leads_to_what_is_missing(make_app: MakeApp) -> None:
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("5")
+        await wait_for_text(pilot, "─Launch─", "✗ Not ready: model, data.   ▸ [1] choose a model")
+        await pilot.press("1")
+        await wait_for_text(pilot, "No models on this machine yet")
+
+
+async def test_all_checks_are_reached_with_keys_in_a_small_window(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = tuple(Check(CheckKind.DATA, "warning", f"problem {number}.") for number in range(20))
+    monkeypatch.setattr(train_module, "preflight", lambda *_, **__: many)
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("5")
+        await wait_for_text(pilot, "problem 0.", "20 warnings to read first")
+        await pilot.press("tab", "G")
+        await wait_for_text(pilot, "problem 19.")
+        await pilot.press("tab", "j")
+        await wait_for_text(pilot, "▸ Micro-batch size")

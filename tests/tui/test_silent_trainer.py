@@ -12,7 +12,7 @@ from qlora_tui.runs import liveness, status
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
-from qlora_tui.tui.screens.train.run_header import title
+from qlora_tui.tui.screens.train.run_header import state_line
 from tests.tui.fake_runs import FakeRun, write_fake_run
 from tests.tui.screen_assertions import wait_for_text
 
@@ -37,4 +37,4 @@ def test_a_queued_run_says_its_runner_is_suspended(monkeypatch: pytest.MonkeyPat
     snapshot = cast(
         RunSnapshot, SimpleNamespace(view=RunView(run), status=status.read_status(run), health=())
     )
-    assert "The runner is suspended." in title(snapshot).fitted(120).plain
+    assert "The runner is suspended." in state_line(snapshot).plain

@@ -15,12 +15,12 @@ from qlora_tui.runs.control import take_requests
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Evaluated, PhaseChanged, Progress, RequestReceived, Started
-from qlora_tui.runs.status import read_status, write_status
+from qlora_tui.runs.status import State, read_status, write_status
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.modals import confirm
 from qlora_tui.tui.screens.train.output_tail import strip_escapes
 from qlora_tui.tui.screens.train.run_follower import RunFollower
-from qlora_tui.tui.screens.train.run_header import facts, title
+from qlora_tui.tui.screens.train.run_header import facts, state_line
 from qlora_tui.tui.screens.train.screen import TrainScreen, show_run
 from tests.tui.fake_runs import BEGAN, TICKETS, FakeRun, write_fake_run
 from tests.tui.run_events import health_event, step_event
@@ -92,7 +92,7 @@ async def test_keys_ask_the_trainer_and_stop_asks_the_user_first(make_app: MakeA
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
         await wait_for_text(pilot, "step 50/3,000")
-        for key in "kegfz":
+        for key in "KEAFz":
             await pilot.press(key)
         assert ask_key(run) == ["checkpoint", "evaluate", "sample", "finish_epoch", "pause"]
         await pilot.press("s")
@@ -131,7 +131,7 @@ async def test_a_requested_stop_is_shown_until_the_run_ends(make_app: MakeApp) -
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
         await wait_for_text(pilot, "step 50/3,000")
-        await pilot.press("f")
+        await pilot.press("F")
         await wait_for_text(pilot, "Stopping at the end of this epoch")
         await pilot.press("s", "y")
         await wait_for_text(pilot, "training  Stopping after this step")
@@ -183,7 +183,7 @@ async def test_unavailable_keys_do_nothing(make_app: MakeApp) -> None:
         await watching(app, run)
         shown = await wait_for_text(pilot, "finished", "[c] chat with it")
         assert "Stop" not in shown.splitlines()[-1]
-        await pilot.press("s", "k", "z", "r")
+        await pilot.press("s", "K", "z", "r")
         assert ask_key(run) == []
         assert app.screen.is_current
 
@@ -213,7 +213,7 @@ async def test_tab_switches_log_tabs_and_slash_searches(make_app: MakeApp) -> No
         await pilot.press("tab")
         await wait_for_text(pilot, "── step 400 ──", "Please send me your order number")
         await pilot.press("tab")
-        await wait_for_text(pilot, "steps 300 to 302", "(3 times)", "Lower training.learning_rate")
+        await wait_for_text(pilot, "steps 300 to 302", "times) ▸ Lower training.learning_rate")
         await pilot.press("tab")
         await wait_for_text(pilot, "Map: 100%")
         await pilot.press("shift+tab", "shift+tab", "shift+tab", "slash")
@@ -373,8 +373,8 @@ def test_epochs_are_shown_with_two_or_three_digits(total: int, now: float, says:
 def test_a_requested_stop_replaces_the_detail_of_the_phase() -> None:
     picture = RunFollower(write_fake_run(FakeRun(state="running", steps=0))).poll()
     picture.view.phase, picture.view.phase_detail = "loading", "SmolLM2 on a CPU"
-    assert "loading  SmolLM2 on a CPU" in title(picture).fitted(120).plain
-    stopping = title(replace(picture, ending_request="stop")).fitted(120).plain
+    assert "loading  SmolLM2 on a CPU" in state_line(picture).plain
+    stopping = state_line(replace(picture, ending_request="stop")).plain
     assert "loading  Stopping" in stopping and "SmolLM2" not in stopping
 
 
@@ -388,3 +388,72 @@ async def test_the_last_run_is_shown_until_the_recipe_is_edited(make_app: MakeAp
         app.edit("lora.rank", 32)
         await pilot.press("5")
         await wait_for_text(pilot, "Micro-batch", "Not ready")
+
+
+async def test_the_log_scrolls_with_the_keys_of_vi(make_app: MakeApp) -> None:
+    run = write_fake_run(FakeRun(steps=2000))
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await watching(app, run)
+        await wait_for_text(pilot, "checkpoint at step 2,000")
+        await pilot.press("g")
+        await wait_for_text(pilot, "queued", "attempt 1")
+        await pilot.press("k", "e", "f", "G")
+        await wait_for_text(pilot, "checkpoint at step 2,000")
+        assert ask_key(run) == []
+
+
+async def test_a_run_that_loads_shows_stages_with_progress_and_time(
+    make_app: MakeApp, set_clock: SetClock
+) -> None:
+    run = write_fake_run(FakeRun(steps=0))
+    run.events_path.unlink()
+    with EventWriter(run.events_path) as log:
+        log.append(Started(at=BEGAN, attempt=1, pid=1))
+        log.append(PhaseChanged(at=BEGAN, phase="loading", detail="libraries"))
+        log.append(PhaseChanged(at=BEGAN + 4, phase="loading", detail="Qwen2.5-7B"))
+        log.append(Progress(at=BEGAN + 14, phase="loading", done=100, total=400))
+    set_clock(BEGAN + 14)
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await watching(app, run)
+        shown = await wait_for_text(
+            pilot, "Starting", "✓ loading    libraries", "▸ loading    Qwen2.5-7B", "about 30 s left"
+        )
+        assert "100 of 400" in shown and "· tokenizing" in shown and "· evaluating" in shown
+        assert "tok/s" not in shown
+        with EventWriter(run.events_path) as log:
+            log.append(PhaseChanged(at=BEGAN + 60, phase="training"))
+            log.append(step_event(1))
+        await wait_for_text(pilot, "Loss and pace", "tok/s")
+
+
+async def test_an_ended_run_names_the_one_that_is_running_now(make_app: MakeApp) -> None:
+    old = write_fake_run(FakeRun(name="old", state="stopped", steps=50, began=BEGAN - 9000))
+    at_work = write_fake_run(FakeRun(name="quick-one", steps=60))
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await watching(app, old)
+        await wait_for_text(pilot, "stopped", f"{at_work.id} is running now.   [x] watch it")
+        await pilot.press("x", "enter")
+        await wait_for_text(pilot, "quick-one", "step 60/3,000")
+
+
+@pytest.mark.parametrize("state", ["running", "failed", "paused", "lost", "finished"])
+async def test_log_and_loss_share_the_smallest_window(make_app: MakeApp, state: State) -> None:
+    run = write_fake_run(FakeRun(state=state, steps=100, total=100 if state == "finished" else 300))
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await watching(app, run)
+        await wait_for_text(pilot, "─Loss and pace─", " log │", "└0", "lr ", "grad ", "tok/s ", "memory ")
+
+
+async def test_a_click_on_the_name_of_a_tab_shows_it(make_app: MakeApp) -> None:
+    run = write_fake_run(FakeRun(steps=450))
+    app = make_app()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await watching(app, run)
+        shown = await wait_for_text(pilot, "samples 2")
+        row, line = next((y, line) for y, line in enumerate(shown.splitlines()) if "samples 2" in line)
+        await pilot.click(offset=(line.index("samples"), row))
+        await wait_for_text(pilot, "▸ My parcel is late.")

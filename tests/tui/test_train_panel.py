@@ -50,16 +50,17 @@ def test_a_missing_gpu_value_is_na_and_never_zero() -> None:
 
 def test_utilization_is_drawn_from_0_to_100_with_gaps() -> None:
     samples = tuple(sample(float(second)) for second in (*range(10), *range(15, 20)))
-    chart = drawn(MachineState("RTX 4090", samples), width=20, height=10)[2]
-    assert chart == "▄" * 10 + " " * 5 + "▄" * 5
+    util = drawn(MachineState("RTX 4090", samples), width=45, height=10)[0]
+    assert util == "util    " + "▄" * 10 + " " * 5 + "▄" * 5 + " 50%"
 
 
 def test_the_estimate_is_a_tick_under_the_memory() -> None:
     lines = drawn(MachineState("RTX 4090", (sample(1.0),), estimate_bytes=12 * GIB), width=40)
     tick = next(line for line in lines if "estimate" in line)
-    assert tick.index("▲") == 19
+    # In the middle of a bar of 15 cells that begins at 8.
+    assert tick.index("▲") == 15
     full = drawn(MachineState("RTX 4090", (sample(1.0),), estimate_bytes=30 * GIB), width=40)
-    assert next(line for line in full if "estimate" in line).endswith("estimate 30.0 ▲")
+    assert next(line for line in full if "estimate" in line).index("▲") == 22
 
 
 def test_a_throttled_and_hot_gpu_says_so_in_words() -> None:

@@ -55,6 +55,13 @@ class Plot:
     """(text, style) items of the line above; the last ones are dropped in a narrow window."""
     empty: str = ""
     """The text shown instead of the graph while there is no curve."""
+    gutter: int = 0
+    """Least cells left of the graph, so that charts below it can share its x axis."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is only the text to show."""
+        return bool(self.empty) and not self.marks and not any(curve.envelope.xs for curve in self.curves)
 
 
 @dataclass
@@ -81,10 +88,11 @@ class _Canvas:
 def plot(what: Plot, width: int, height: int) -> list[Content]:
     """``height`` lines: the legend, the graph with its scale at the left, the scale below."""
     rows = max(1, height - 2)
-    if what.empty and not what.marks and not any(curve.envelope.xs for curve in what.curves):
+    if what.is_empty:
         return _nothing(what, width, height)
     scale = _scale(what.y, rows)
-    gutter = max((len(text) for _, text in scale), default=0) + 1
+    labels_end = max((len(text) for _, text in scale), default=0) + 1
+    gutter = max(what.gutter, labels_end)
     columns = max(2, width - gutter)
     canvas = _Canvas(columns, rows)
     for curve in what.curves:
@@ -93,13 +101,20 @@ def plot(what: Plot, width: int, height: int) -> list[Content]:
         _set_glyphs(canvas, curve, what.x, what.y, number, len(what.curves))
     _set_marks(canvas, what)
     labels = {rows - 1 - what.y.place(value, rows): text for value, text in scale}
-    lines = [_legend(what, gutter, width)]
+    lines = [_legend(what, labels_end, width)]
     for row in range(rows):
         text = labels.get(row)
         edge = Content.styled(f"{text or '':>{gutter - 1}}{'┤' if text else '│'}", "dim")
         lines.append(edge + _row(canvas, row))
     lines.append(_foot(what.x, gutter, columns))
     return lines[-height:] if height < 3 else lines
+
+
+def curve_rows(curve: Curve, x: Axis, y: Axis, columns: int, rows: int) -> list[Content]:
+    """Draw one curve without scales, column by column as :func:`plot` does for the same ``x``."""
+    canvas = _Canvas(columns, rows)
+    _draw_curve(canvas, curve, x, y)
+    return [_row(canvas, row) for row in range(rows)]
 
 
 def _nothing(what: Plot, width: int, height: int) -> list[Content]:

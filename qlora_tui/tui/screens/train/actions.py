@@ -226,8 +226,13 @@ class TrainActions(WorkScreen):
         self.app.push_screen(ConfirmScreen("Leave the app?", text, "Leave", harmless=True), on_result)
 
     def action_next_tab(self, places: int) -> None:
-        """Show the next tab under the graph."""
-        self.query_one(LivePane).next_tab(places)
+        """Show the next tab under the graph; before a run, go between recipe and checks."""
+        if self.run is not None:
+            self.query_one(LivePane).next_tab(places)
+        elif places > 0:
+            self.focus_next()
+        else:
+            self.focus_previous()
 
     def action_show_tab(self, name: str) -> None:
         """Show a tab by its name."""

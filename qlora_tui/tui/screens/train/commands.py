@@ -10,6 +10,7 @@ from qlora_tui.tui.commands import Command, ScreenCommands
 _command = ScreenCommands("train")
 _hidden = ScreenCommands("train", in_footer=False)
 
+# Requests to a run are upper case: lower-case letters scroll its log, or are pressed by mistake.
 COMMANDS: tuple[Command, ...] = (
     _command(
         "launch", "t", "launch", "Launch", "Launch a run with this recipe, or queue it.", cli_command="train"
@@ -26,22 +27,27 @@ COMMANDS: tuple[Command, ...] = (
     _command("pause", "z", "pause", "Pause", "Save a checkpoint and free the GPU.", cli_command="pause"),
     _command("resume", "r", "resume", "Resume", "Resume from the last checkpoint.", cli_command="resume"),
     _hidden(
-        "checkpoint", "k", "request('checkpoint')", "Checkpoint", "Save a checkpoint now.", cli_command="ask"
+        "checkpoint", "K", "request('checkpoint')", "Checkpoint", "Save a checkpoint now.", cli_command="ask"
     ),
     _hidden(
         "evaluate",
-        "e",
+        "E",
         "request('evaluate')",
         "Evaluate",
         "Measure the validation loss now.",
         cli_command="ask",
     ),
     _hidden(
-        "sample", "g", "request('sample')", "Sample", "Answer the sample prompts now.", cli_command="ask"
+        "sample",
+        "A",
+        "request('sample')",
+        "Sample answers",
+        "Answer the sample prompts now.",
+        cli_command="ask",
     ),
     _hidden(
         "finish_epoch",
-        "f",
+        "F",
         "request('finish_epoch')",
         "Finish epoch",
         "Stop the run at the end of this epoch.",
@@ -60,7 +66,13 @@ COMMANDS: tuple[Command, ...] = (
     _command("another", "x", "watch_another", "Watch run", "Watch another run.", cli_command="attach"),
     _command("prepare", "n", "prepare", "New run", "Prepare a new run: edit the recipe and see its checks."),
     _command("detach", "d", "detach", "Detach", "Leave the app. The run continues."),
-    _hidden("tab", "tab", "next_tab(1)", "Next tab", "Show the next tab: log, samples, health, output."),
+    _hidden(
+        "tab",
+        "tab",
+        "next_tab(1)",
+        "Next tab",
+        "Show the next tab: log, samples, health, output. Before a run: go to the checks, and back.",
+    ),
     _hidden("tab_back", "shift+tab", "next_tab(-1)", "Previous tab", "Show the previous tab."),
     _hidden("zoom_in", "plus,equals_sign", "zoom(1)", "Zoom in", "Show only the last half of the steps."),
     _hidden("zoom_out", "minus", "zoom(-1)", "Zoom out", "Show twice as many steps."),
@@ -78,7 +90,7 @@ COMMANDS: tuple[Command, ...] = (
 
 ACTION_NAMES = frozenset(command.action.partition("(")[0] for command in COMMANDS)
 """The action names of all commands."""
-_PREPARING = frozenset(("launch", "recheck", "watch_another"))
+_PREPARING = frozenset(("launch", "recheck", "watch_another", "next_tab"))
 """Actions available while a run is prepared; all others need a run to watch."""
 _PREPARING_ONLY = frozenset(("launch", "recheck"))
 _STATES: Mapping[str, Collection[State]] = {

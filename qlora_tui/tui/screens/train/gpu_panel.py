@@ -19,6 +19,11 @@ from qlora_tui.tui.render.block_charts import bar, blocks
 from qlora_tui.tui.widgets.diff_widget import DiffWidget
 
 _HOT_C = 83
+_LABEL = 8
+"""Cells of the name before a chart."""
+_MIN_CHART = 6
+_SHORT_ROWS, _TALL_ROWS = 2, 11
+"""Rows up to which there are two lines, and from which charts are two rows high."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +38,24 @@ class MachineState:
     host_bytes: int | None = None
     """RAM of the machine, which a run without a GPU uses."""
     cores: int = 1
-    note: str = ""
-    """Why there is nothing to see, or that it is the past."""
+    is_over: bool = False
+    """Whether the run has ended, and these were its last readings."""
+
+    @property
+    def title(self) -> str:
+        """Title of the panel."""
+        name = self.device or "Machine"
+        if self.samples and self.samples[-1].gpu is None:
+            name += " · no GPU"
+        return f"{name} · last readings" if self.is_over and self.samples else name
 
 
 class GpuPanel(DiffWidget):
-    """A box at the side of the graph, or two lines under it."""
+    """A line or two for each reading at the side of the graph, or two lines in all."""
 
     DEFAULT_CSS = """
     GpuPanel {
-        height: 1fr;
+        height: 8;
     }
     """
 
@@ -54,66 +67,49 @@ class GpuPanel(DiffWidget):
         """Show new data; repaints only what changed."""
         if machine != self._machine:
             self._machine = machine
+            self.set_class(not machine.samples or machine.samples[-1].gpu is None, "-no-gpu")
             self.redraw()
 
     def draw(self, width: int, height: int) -> list[Content]:
         machine = self._machine
         if not machine.samples:
-            return [Content.styled(machine.note or "No readings yet.", "dim")]
-        sample = machine.samples[-1]
-        if height <= 3:
-            return (
-                _gpu_short(machine, sample, sample.gpu, width) if sample.gpu else _cpu_short(machine, width)
-            )
-        lines = (
-            _gpu_lines(machine, sample, sample.gpu, width, height)
-            if sample.gpu
-            else _cpu(machine, width, height)
-        )
-        if machine.note:
-            lines.append(Content.styled(machine.note, "dim"))
-        return lines
+            return [Content.styled("No readings yet.", "dim")]
+        gpu = machine.samples[-1].gpu
+        if height <= _SHORT_ROWS:
+            return _gpu_short(machine, gpu, width) if gpu else _cpu_short(machine, width)
+        rows = 2 if height >= _TALL_ROWS else 1
+        return _gpu_lines(machine, gpu, width, rows) if gpu else _cpu_lines(machine, width, rows)
 
 
-def _gpu_lines(
-    machine: MachineState, sample: Sample, gpu: GpuMetrics, width: int, height: int
-) -> list[Content]:
-    chart_rows = 2 if height >= 16 else 1
-    total, used = gpu.memory_total_bytes, gpu.memory_used_bytes
-    lines = [
-        Content.styled(machine.device, "bold"),
-        _row("util", _percent(gpu.utilization_percent)),
-        *_chart([_utilization(s) for s in machine.samples], machine.samples, width, chart_rows, 100.0),
-        _row("memory", f"{format_gib(used)} of {format_gib(total)} GiB"),
-    ]
-    if used is not None and total:
-        lines += _memory_bar(used, total, machine.estimate_bytes, width)
-    lines.append(_row("power", _power(gpu)))
-    if gpu.power_w is not None and gpu.power_limit_w:
-        lines.append(Content.styled(bar(gpu.power_w / gpu.power_limit_w, width), "$secondary"))
-    lines += [
-        _row("temp", _temperature(gpu)),
-        _row("clock", "NA" if gpu.sm_clock_mhz is None else f"{gpu.sm_clock_mhz:,} MHz"),
-        _row("fan", _percent(gpu.fan_percent)),
+def _gpu_lines(machine: MachineState, gpu: GpuMetrics, width: int, rows: int) -> list[Content]:
+    samples = machine.samples
+    util, power, temperature = _percent(gpu.utilization_percent), _power(gpu), _temperature(gpu)
+    memory = f"{format_gib(gpu.memory_used_bytes)} of {format_gib(gpu.memory_total_bytes)} GiB"
+    chart = _chart_cells(width, util, memory, power, temperature.plain)
+    powers = [None if s.gpu is None else s.gpu.power_w for s in samples]
+    degrees = [None if s.gpu is None else s.gpu.temperature_c for s in samples]
+    return [
+        *_meter("util", _chart([_utilization(s) for s in samples], samples, chart, rows, 100.0), util),
+        *_memory_lines(machine, gpu.memory_used_bytes, gpu.memory_total_bytes, memory, chart),
+        *_meter("power", _chart(powers, samples, chart, rows, gpu.power_limit_w or 1.0), power),
+        *_meter("temp", _chart(degrees, samples, chart, rows, 100.0), temperature),
+        _row("clock", f"{_megahertz(gpu)}   fan {_percent(gpu.fan_percent)}"),
         _row("slowed", _throttle(gpu)),
+        _row("trainer", f"{format_bytes(samples[-1].rss_bytes)}, CPU {samples[-1].cpu_percent:.0f}%"),
     ]
-    if height >= len(lines) + 2:
-        lines.append(_row("trainer", f"{format_bytes(sample.rss_bytes)}, CPU {sample.cpu_percent:.0f}%"))
-    return lines
 
 
-def _gpu_short(machine: MachineState, sample: Sample, gpu: GpuMetrics, width: int) -> list[Content]:
+def _gpu_short(machine: MachineState, gpu: GpuMetrics, width: int) -> list[Content]:
     used, total = gpu.memory_used_bytes, gpu.memory_total_bytes
-    chart = max(0, min(24, width - 66))
+    chart = max(0, min(24, width - 60))
     drawn = _chart([_utilization(s) for s in machine.samples], machine.samples, chart, 1, 100.0)[0]
     tick = "" if machine.estimate_bytes is None else f"  estimate {format_gib(machine.estimate_bytes)}"
     first = Content.assemble(
-        (f"{machine.device}  ", "bold"),
         ("util ", "dim"),
         f"{_percent(gpu.utilization_percent)} ",
         drawn,
-        ("  mem ", "dim"),
-        f"{format_gib(used)}/{format_gib(total)} GiB",
+        ("  memory ", "dim"),
+        f"{format_gib(used)} of {format_gib(total)} GiB",
         (tick, "dim"),
     )
     second = Content.assemble(
@@ -127,36 +123,31 @@ def _gpu_short(machine: MachineState, sample: Sample, gpu: GpuMetrics, width: in
     return [first, second]
 
 
-def _cpu(machine: MachineState, width: int, height: int) -> list[Content]:
+def _cpu_lines(machine: MachineState, width: int, rows: int) -> list[Content]:
     sample = machine.samples[-1]
-    top = 100.0 * machine.cores
-    lines = [
-        Content.styled(machine.device, "bold"),
-        _row("CPU", f"{sample.cpu_percent:.0f}% of {machine.cores} cores"),
-        *_chart(
-            [s.cpu_percent for s in machine.samples], machine.samples, width, 2 if height >= 10 else 1, top
-        ),
-        _row("memory", _host_memory(machine, sample)),
+    used = f"{sample.cpu_percent:.0f}% of {machine.cores} cores"
+    memory = _host_memory(machine, sample)
+    chart = _chart_cells(width, used, memory)
+    percents = [s.cpu_percent for s in machine.samples]
+    return [
+        *_meter("CPU", _chart(percents, machine.samples, chart, rows, 100.0 * machine.cores), used),
+        *_memory_lines(machine, sample.rss_bytes, machine.host_bytes, memory, chart),
+        Content.styled("No GPU in this run.", "dim"),
     ]
-    if machine.host_bytes:
-        lines += _memory_bar(sample.rss_bytes, machine.host_bytes, machine.estimate_bytes, width)
-    lines.append(Content.styled("No GPU in this run.", "dim"))
-    return lines
 
 
 def _cpu_short(machine: MachineState, width: int) -> list[Content]:
     sample = machine.samples[-1]
-    chart = max(0, min(24, width - 66))
+    chart = max(0, min(24, width - 60))
     top = 100.0 * machine.cores
     drawn = _chart([s.cpu_percent for s in machine.samples], machine.samples, chart, 1, top)[0]
     tick = "" if machine.estimate_bytes is None else f"  estimate {format_gib(machine.estimate_bytes)}"
     return [
         Content.assemble(
-            ("no GPU  ", "bold"),
             ("CPU ", "dim"),
             f"{sample.cpu_percent:.0f}% of {machine.cores} cores ",
             drawn,
-            ("  mem ", "dim"),
+            ("  memory ", "dim"),
             _host_memory(machine, sample),
             (tick, "dim"),
         )
@@ -169,21 +160,35 @@ def _host_memory(machine: MachineState, sample: Sample) -> str:
 
 
 def _row(name: str, value: str | Content) -> Content:
-    return Content.assemble((f"{name:<8}", "dim"), value)
+    return Content.assemble((f"{name:<{_LABEL}}", "dim"), value)
 
 
-def _memory_bar(used: int, total: int, estimate: int | None, width: int) -> list[Content]:
-    lines = [Content.styled(bar(used / total, width), "$primary")]
-    if estimate is not None:
-        text = f"estimate {format_gib(estimate)}"
-        place = min(max(round(estimate / total * width) - 1, 0), width - 1)
-        # The label is on the side of the tick where it fits.
-        if place + len(text) + 2 <= width:
-            line = " " * place + "▲ " + text
-        else:
-            line = " " * max(0, place - len(text) - 1) + text + " ▲"
-        lines.append(Content.styled(line, "$accent"))
-    return lines
+def _chart_cells(width: int, *values: str) -> int:
+    """Cells of the charts, so that all end in the same column and each has its value beside it."""
+    cells = width - _LABEL - max(map(len, values)) - 1
+    return cells if cells >= _MIN_CHART else 0
+
+
+def _meter(name: str, chart: list[Content], value: str | Content) -> list[Content]:
+    """Label, chart and value; of a chart of two rows, they are beside the lower one."""
+    above = [Content(" " * _LABEL) + row for row in chart[:-1]]
+    gap = " " if chart[-1].cell_length else ""
+    return [*above, Content.assemble((f"{name:<{_LABEL}}", "dim"), chart[-1], gap, value)]
+
+
+def _memory_lines(
+    machine: MachineState, used: int | None, total: int | None, value: str, cells: int
+) -> list[Content]:
+    """A bar against all there is; below it, where the estimate is."""
+    drawn = Content.styled(bar(used / total if used is not None and total else 0.0, cells), "$primary")
+    lines = _meter("memory", [drawn], value)
+    if machine.estimate_bytes is None or not total:
+        return lines
+    text = f"estimate {format_gib(machine.estimate_bytes)}"
+    place = min(max(round(machine.estimate_bytes / total * cells) - 1, 0), max(0, cells - 1))
+    # A value beside the bar is longer than this text, so that it always fits.
+    tick = " " * place + f"▲ {text}" if cells else text
+    return [*lines, Content.assemble(" " * _LABEL, (tick, "$accent"))]
 
 
 def _chart(
@@ -198,7 +203,7 @@ def _chart(
             if 0 <= slot < width:
                 slots[slot] = value
         _fill_gaps(slots)
-    return [Content.styled(row, "$primary") for row in blocks(slots, 0.0, top, rows)]
+    return [Content.styled(row, "$secondary") for row in blocks(slots, 0.0, top, rows)]
 
 
 def _fill_gaps(slots: list[float | None]) -> None:
@@ -227,6 +232,10 @@ def _temperature(gpu: GpuMetrics) -> Content:
         return Content("NA")
     hot = gpu.temperature_c >= _HOT_C
     return Content.styled(f"{gpu.temperature_c} °C{' hot' if hot else ''}", "$warning" if hot else "")
+
+
+def _megahertz(gpu: GpuMetrics) -> str:
+    return "NA" if gpu.sm_clock_mhz is None else f"{gpu.sm_clock_mhz:,} MHz"
 
 
 def _throttle(gpu: GpuMetrics) -> Content:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from textual.app import ComposeResult
-from textual.containers import Container, VerticalScroll
+from textual.containers import Container, Vertical
 from textual.content import Content
 from textual.widgets import Static
 
-from qlora_tui.formatting import abbreviate_home
+from qlora_tui.formatting import abbreviate_home, pluralize
 from qlora_tui.recipe.conflicts import require_runnable
 from qlora_tui.recipe.fields import fields
 from qlora_tui.recipe.schema import Recipe
@@ -18,11 +18,13 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.machine_checks import Check, CheckKind, Outcome
 from qlora_tui.runs.preflight import errors
 from qlora_tui.runs.suggested_fix import SuggestedFix
-from qlora_tui.tui.key_names import key_name
+from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 from qlora_tui.tui.screens.train.settings_form import SettingsForm
+from qlora_tui.tui.widgets.diff_widget import DiffWidget
 from qlora_tui.tui.widgets.panel import Panel
 from qlora_tui.tui.widgets.static_update import update_if_changed
+from qlora_tui.tui.widgets.vi_scroll import ViScroll
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
@@ -31,6 +33,30 @@ _NOT_IN_FORM = frozenset(("data.sources", "note"))
 """Sources are chosen on the Data screen, which shows what is in them; notes where a preset is saved."""
 _HEAD = 19
 """Cells of a check's sign, word and name."""
+_SEPARATOR = " · "
+_SHORT_HEAD = 10
+"""Cells of a check's sign and word."""
+QUESTIONS: dict[CheckKind, str] = {
+    CheckKind.MODEL: "Are the weights on this machine?",
+    CheckKind.DATA: "Can every row be trained on?",
+    CheckKind.SETTINGS: "Do the settings make sense together?",
+    CheckKind.LORA: "Do the targets exist in this model?",
+    CheckKind.LENGTH: "Does the model take this length?",
+    CheckKind.MEMORY: "Does one training step fit?",
+    CheckKind.GPU: "Is there a GPU, and is it free?",
+    CheckKind.DISK: "Is there room for the checkpoints?",
+    CheckKind.QUEUE: "Does it start at once?",
+}
+"""What each check finds out."""
+_PLACES: dict[CheckKind, tuple[str, str]] = {
+    CheckKind.MODEL: ("go.models", "choose a model"),
+    CheckKind.DATA: ("go.data", "choose or correct the data"),
+    CheckKind.LORA: ("go.lora", "choose other targets"),
+    CheckKind.LENGTH: ("go.memory", "choose a shorter length"),
+    CheckKind.MEMORY: ("go.memory", "make it fit"),
+}
+"""Command that leads to where an error is resolved, and what is done there."""
+_CHECK_KEYS = (("train.recheck", "check again"),)
 SIGNS: dict[Outcome, tuple[str, str]] = {
     "ok": ("✓ ok", "$success"),
     "note": ("· note", "$accent"),
@@ -47,58 +73,97 @@ def _paths() -> list[str]:
     return [field.path for field in known]
 
 
-class LaunchPane(Container):
-    """A form at the left or on top, the checks beside or under it."""
+class LaunchPane(Vertical):
+    """What to press now; below it a form, and the checks beside or under it."""
 
     def __init__(self) -> None:
         super().__init__(id="launch")
 
     def compose(self) -> ComposeResult:
-        yield Panel("Recipe", SettingsForm(_paths(), id="recipe-form"), id="recipe-panel")
-        with Panel("Checks", id="checks-panel"), VerticalScroll(id="checks-side", can_focus=False):
-            yield CheckList()
+        yield Panel("Launch", LaunchVerdict(), id="verdict-panel")
+        with Container(id="launch-body"):
+            yield Panel("Recipe", SettingsForm(_paths(), id="recipe-form"), id="recipe-panel")
+            with Panel("Checks", keys=_CHECK_KEYS, id="checks-panel"), ViScroll(id="checks-side"):
+                yield CheckList()
 
     def show_recipe(self, recipe: Recipe, base: Recipe) -> None:
         """The recipe as it is now, beside its preset."""
         self.query_one(SettingsForm).show(recipe, base)
 
-    def show_checks(self, checks: tuple[Check, ...]) -> None:
+    def show_checks(self, checks: tuple[Check, ...], recipe: Recipe) -> None:
         """The results of the checks, and whether the run can start."""
+        self.query_one(LaunchVerdict).show(checks, recipe)
         self.query_one(CheckList).show(checks)
 
 
-class CheckList(Static):
-    """Whether the run can start; then the checks, what is wrong first, each with its fix."""
+class LaunchVerdict(DiffWidget):
+    """Whether the run can start, and the one thing to do now; then what the run will be."""
+
+    DEFAULT_CSS = """
+    LaunchVerdict {
+        height: 2;
+    }
+    """
 
     def __init__(self) -> None:
-        super().__init__("Checking what the run needs…", id="checks")
+        super().__init__(id="verdict")
+        self._first = Content("Checking what the run needs…")
+        self._plan: list[str] = []
+
+    def show(self, checks: tuple[Check, ...], recipe: Recipe) -> None:
+        """Show the results of the checks."""
+        self._first, self._plan = conclusion(checks), _plan(recipe)
+        self.redraw()
+
+    def draw(self, width: int, height: int) -> list[Content]:
+        parts = list(self._plan)
+        while len(_SEPARATOR.join(parts)) > width and len(parts) > 1:
+            parts.pop()
+        return [self._first, Content.styled(_SEPARATOR.join(parts), "dim")]
+
+
+class CheckList(Static):
+    """The checks, what is wrong first: what each asks, the answer, and its fix."""
+
+    def __init__(self) -> None:
+        super().__init__("", id="checks")
         self._checks: tuple[Check, ...] = ()
 
     def show(self, checks: tuple[Check, ...]) -> None:
         """Show these, wrapped beside their names."""
         self._checks = checks
         if self.size.width:
-            update_if_changed(self, Content("\n").join([_conclusion(checks), *self._lines(self.size.width)]))
+            # In a small window the questions are in the help.
+            small = self.screen.has_class("-narrow") or self.screen.has_class("-short")
+            lines = check_lines(checks, self.size.width, with_questions=not small)
+            update_if_changed(self, Content("\n").join(lines))
 
     def on_resize(self) -> None:
         """Wrap the lines for the new width."""
         if self._checks:
             self.show(self._checks)
 
-    def _lines(self, width: int) -> list[Content]:
-        lines: list[Content] = []
-        width_left = max(20, width - _HEAD)
-        offered = first_fix(self._checks)
-        for check in worst_first(self._checks):
-            sign, style = SIGNS[check.outcome]
-            head = Content.assemble((f"{sign:<10}", style), (f"{check.label:<9}", "bold"))
-            if offered is not None and check.suggested_fix is offered:
-                fix = f" ▸ {key_name('train.fix')} {offered.label}"
-            else:
-                fix = f" ▸ {abbreviate_home(check.fix)}" if check.fix else ""
-            wrapped = Content.assemble(abbreviate_home(check.text), (fix, "$accent")).wrap(width_left)
-            lines += [head + wrapped[0], *(Content(" " * _HEAD) + piece for piece in wrapped[1:])]
-        return lines
+
+def check_lines(checks: tuple[Check, ...], width: int, *, with_questions: bool) -> list[Content]:
+    """Lines for each check, what is wrong first."""
+    lines: list[Content] = []
+    offered = first_fix(checks)
+    for check in worst_first(checks):
+        sign, style = SIGNS[check.outcome]
+        head = Content.assemble((f"{sign:<10}", style), (f"{check.label:<9}", "bold"))
+        if offered is not None and check.suggested_fix is offered:
+            fix = f"▸ {key_name('train.fix')} {offered.label}"
+        else:
+            fix = f"▸ {abbreviate_home(check.fix)}" if check.fix else ""
+        text, remedy = Content(abbreviate_home(check.text)), Content.styled(fix, "$accent")
+        if with_questions:
+            lines.append(head + Content.styled(QUESTIONS.get(check.kind, ""), "dim"))
+            pieces = [piece for part in (text, remedy) if part for piece in part.wrap(width - _SHORT_HEAD)]
+            lines += [Content(" " * _SHORT_HEAD) + piece for piece in pieces]
+        else:
+            pieces = (text + " " + remedy if fix else text).wrap(max(20, width - _HEAD))
+            lines += [head + pieces[0], *(Content(" " * _HEAD) + piece for piece in pieces[1:])]
+    return lines
 
 
 def worst_first(checks: tuple[Check, ...]) -> list[Check]:
@@ -111,17 +176,44 @@ def first_fix(checks: tuple[Check, ...]) -> SuggestedFix | None:
     return next((check.suggested_fix for check in worst_first(checks) if check.suggested_fix), None)
 
 
-def _conclusion(checks: tuple[Check, ...]) -> Content:
+def conclusion(checks: tuple[Check, ...]) -> Content:
+    """Say whether the run can start, and name the key for what to do now."""
     wrong = errors(checks)
     if wrong:
         names = ", ".join(dict.fromkeys(check.label for check in wrong))
-        return Content.styled(
-            f"Not ready: {names}. Press {key_name('train.recheck')} to check again.", "bold $error"
+        return Content.assemble(
+            (f"✗ Not ready: {names}.", "bold $error"), "   ", highlight_keys(_remedy(checks))
         )
     waits = any(check.kind is CheckKind.QUEUE and check.outcome == "note" for check in checks)
-    return Content.styled(
-        f"Ready. Press {key_name('train.launch')} to {'queue' if waits else 'launch'} it.", "bold $success"
-    )
+    ready = f"Ready. Press {key_name('train.launch')} to {'queue' if waits else 'launch'} it."
+    first = Content.assemble(("▸ ", "$accent"), highlight_keys(ready, "bold $success"))
+    if count := sum(check.outcome == "warning" for check in checks):
+        first += Content.styled(f"   ! {pluralize(count, 'warning')} to read first", "$warning")
+    return first
+
+
+def _remedy(checks: tuple[Check, ...]) -> str:
+    """The key that resolves the first error, or leads to where it is resolved."""
+    first = worst_first(checks)[0]
+    if first.suggested_fix is not None and first.suggested_fix is first_fix(checks):
+        return f"▸ {key_name('train.fix')} {first.suggested_fix.label}"
+    command, words = _PLACES.get(first.kind, ("train.recheck", "check again"))
+    return f"▸ {key_name(command)} {words}"
+
+
+def _plan(recipe: Recipe) -> list[str]:
+    """What the run does, in a few words each."""
+    training, data = recipe.training, recipe.data
+    limit = f", at most {pluralize(training.max_steps, 'step')}" if training.max_steps else ""
+    kind = "rows" if data.packing else "sequences"
+    evaluations = f"every {pluralize(training.eval_every, 'step')}" if training.eval_every else "each epoch"
+    has_validation = bool(data.validation_path or data.validation_fraction)
+    return [
+        f"{training.epochs:g} {'epoch' if training.epochs == 1 else 'epochs'}{limit}",
+        f"{recipe.effective_batch:,} {kind} of up to {data.max_length:,} tokens a step",
+        f"validation {evaluations}" if has_validation else "no validation",
+        f"keeps {pluralize(training.keep_checkpoints, 'checkpoint')} and the best",
+    ]
 
 
 async def launch(app: QloraApp, checks: tuple[Check, ...]) -> RunDir | None:

@@ -12,16 +12,29 @@ from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.widgets import Static
 
+from qlora_tui.formatting import truncate_middle
+from qlora_tui.runs.status import ACTIVE
 from qlora_tui.tui import clock
 from qlora_tui.tui.key_names import bare_key, highlight_keys, key_name
 from qlora_tui.tui.screens.train.gpu_panel import GpuPanel, MachineState
 from qlora_tui.tui.screens.train.log_tail import SIGNS, Level, LogEntry, LogTail
-from qlora_tui.tui.screens.train.run_charts import loss_plot, sparkline_data, steps_axis
+from qlora_tui.tui.screens.train.log_title import tabs_title
+from qlora_tui.tui.screens.train.loss_graph import LossGraph
+from qlora_tui.tui.screens.train.run_charts import loss_plot, step_charts
+from qlora_tui.tui.screens.train.run_facts import (
+    FactList,
+    evaluation_lines,
+    evaluations_title,
+    health_lines,
+    sample_lines,
+    samples_title,
+    setup_lines,
+)
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 from qlora_tui.tui.screens.train.run_header import RunHeader, RunOutcomeText, outcome_text
-from qlora_tui.tui.screens.train.sparklines import Sparklines
-from qlora_tui.tui.screens.train.tab_bar import TabBar
-from qlora_tui.tui.widgets.graph import Graph
+from qlora_tui.tui.screens.train.start_stages import StartStages, is_starting
+from qlora_tui.tui.widgets.panel import Panel
+from qlora_tui.tui.widgets.static_update import update_if_changed
 
 _LEVELS: tuple[tuple[str, frozenset[Level]], ...] = (
     ("", frozenset(SIGNS)),
@@ -29,6 +42,13 @@ _LEVELS: tuple[tuple[str, frozenset[Level]], ...] = (
     ("errors only", frozenset(("error",))),
 )
 TABS = ("log", "samples", "health", "output")
+_GRAPH = "Loss and pace"
+_GRAPH_KEYS = (("train.zoom_in", "zoom in"), ("train.zoom_out", "zoom out"))
+_LOG_KEYS = (("train.tab", "next"), ("train.search", "search"), ("train.level", "level"))
+_MAX_NAME = 70
+"""Cells of a run's name in a title; a window has at least 80."""
+_TITLE_FRAME = 4
+"""Cells around the title of a panel."""
 _NO_EVENTS = "No events yet."
 _EMPTY = {
     "samples": "No samples yet. Sample prompts (training.sample_prompts) are answered at each evaluation.",
@@ -39,53 +59,106 @@ _EMPTY = {
 
 
 class LivePane(Vertical):
-    """Header, graph, sparklines, GPU panel, and one of four tabs."""
+    """Panels for one run: header, graph, log, and beside them GPU, health, setup and evaluations."""
 
     def __init__(self) -> None:
         super().__init__(id="live")
         self._snapshot: RunSnapshot | None = None
+        self._front = TABS[0]
         self._search = ""
         self._level = 0
         self._host_bytes = psutil.virtual_memory().total
         self._cores = os.cpu_count() or 1
 
     def compose(self) -> ComposeResult:
-        yield RunHeader()
-        yield Static(id="run-outcome", markup=False)
-        with Horizontal(id="live-top"):
-            with Vertical(id="live-curves"):
-                yield Graph(empty="Reading the run…")
-                yield Sparklines()
-            yield GpuPanel()
-        yield TabBar(TABS)
-        yield LogTail(_NO_EVENTS)
+        yield Panel(
+            "Run",
+            RunHeader(),
+            Static(id="run-outcome", markup=False),
+            keys=(("train.another", "other runs"), ("train.copy", "copy command")),
+            id="run-panel",
+        )
+        with Horizontal(id="live-body"):
+            with Vertical(id="live-side"):
+                yield Panel("Machine", GpuPanel(), id="gpu-panel")
+                yield Panel("Health", FactList(id="health", wraps=True), id="health-panel")
+                yield Panel("Setup", FactList(id="setup"), id="setup-panel")
+                yield Panel("Validation", FactList(id="evaluations"), id="evaluations-panel")
+                yield Panel("Samples", FactList(id="samples", wraps=True), id="samples-panel")
+            with Vertical(id="live-main"):
+                yield Panel(_GRAPH, LossGraph(empty="Reading the run…"), StartStages(), id="graph-panel")
+                yield Panel("", LogTail(_NO_EVENTS), keys=_LOG_KEYS, id="log-panel")
 
-    def show(self, snapshot: RunSnapshot, from_step: float = 0.0) -> None:
-        """Show the snapshot; unchanged parts are not painted again."""
+    def show(self, snapshot: RunSnapshot, from_step: float = 0.0, active: str = "") -> None:
+        """Show the snapshot; unchanged parts are not painted again.
+
+        ``active``: the id of another run that is training now.
+        """
         self._snapshot = snapshot
+        self.query_one("#run-panel", Panel).show_title(truncate_middle(snapshot.view.run.name, _MAX_NAME))
         self.query_one(RunHeader).show(snapshot, clock.now())
-        self._show_outcome(snapshot)
-        self.query_one(Graph).show(loss_plot(snapshot, from_step))
-        x = steps_axis(snapshot.step, snapshot.view.total_steps, from_step)
-        self.query_one(Sparklines).show(sparkline_data(snapshot), x)
-        self.query_one(GpuPanel).show(self._machine(snapshot))
-        self.show_tab(self.query_one(TabBar).front)
+        self._show_outcome(snapshot, active)
+        self._show_graph(snapshot, from_step)
+        self._show_side(snapshot)
+        self.show_tab(self._front)
+
+    def _show_graph(self, snapshot: RunSnapshot, from_step: float) -> None:
+        starting = is_starting(snapshot)
+        panel = self.query_one("#graph-panel", Panel)
+        panel.show_title("Starting" if starting else _GRAPH)
+        panel.show_keys(() if starting else _GRAPH_KEYS)
+        graph, stages = self.query_one(LossGraph), self.query_one(StartStages)
+        graph.display, stages.display = not starting, starting
+        if starting:
+            stages.show(snapshot, clock.now())
+        else:
+            graph.show(loss_plot(snapshot, from_step), step_charts(snapshot))
+
+    def _show_side(self, snapshot: RunSnapshot) -> None:
+        machine = self._machine(snapshot)
+        self.query_one("#gpu-panel", Panel).show_title(machine.title)
+        self.query_one(GpuPanel).show(machine)
+        self.query_one("#health-panel", Panel).show_keys(
+            (("train.fix", "apply fix"),) if snapshot.fix is not None else ()
+        )
+        self.query_one("#health", FactList).show(health_lines(snapshot))
+        setup = self.query_one("#setup", FactList)
+        setup.show(setup_lines(snapshot, snapshot.recipe, setup.size.width))
+        evaluations = self.query_one("#evaluations", FactList)
+        self.query_one("#evaluations-panel", Panel).show_title(evaluations_title(snapshot))
+        evaluations.show(evaluation_lines(snapshot, max(1, evaluations.size.height)))
+        self.query_one("#samples-panel", Panel).show_title(samples_title(snapshot))
+        self.query_one("#samples", FactList).show(sample_lines(snapshot))
 
     def show_tab(self, name: str) -> None:
         """Put one of the texts in front."""
         snapshot = self._snapshot
         if snapshot is None:
             return
-        notes = {"samples": str(len(snapshot.samples) or ""), "health": _health_note(snapshot)}
-        does = {"train.tab": "next", "train.search": "search", "train.level": "level"}
-        keys = " · ".join(f"{bare_key(command)} {verb}" for command, verb in does.items())
-        self.query_one(TabBar).show(name, notes, keys, self._left_out())
+        self._front = name
         self.query_one(LogTail).show(_entries(snapshot, name), _EMPTY.get(name, _NO_EVENTS))
+        self._show_log_title()
+
+    def _show_log_title(self) -> None:
+        snapshot, panel = self._snapshot, self.query_one("#log-panel", Panel)
+        if snapshot is None or not panel.size.width:
+            return
+        notes = {"samples": str(len(snapshot.samples) or ""), "health": _health_note(snapshot)}
+        # The border at the bottom, where the keys are, is not there in a small window.
+        has_border = panel.styles.border_bottom[0] not in ("", "none")
+        keys = "" if has_border else " · ".join(f"{bare_key(key)} {verb}" for key, verb in _LOG_KEYS)
+        width = panel.outer_size.width - _TITLE_FRAME
+        panel.show_title(
+            tabs_title(TABS, self._front, notes, filters=self._left_out(), keys=keys, width=width)
+        )
+
+    def on_resize(self) -> None:
+        """The title of the log is as long as there is room for."""
+        self.call_after_refresh(self._show_log_title)
 
     def next_tab(self, places: int) -> None:
         """Go along the tabs."""
-        front = TABS.index(self.query_one(TabBar).front)
-        self.show_tab(TABS[(front + places) % len(TABS)])
+        self.show_tab(TABS[(TABS.index(self._front) + places) % len(TABS)])
 
     @property
     def search(self) -> str:
@@ -96,13 +169,13 @@ class LivePane(Vertical):
         """Show only lines with this text."""
         self._search = text
         self.query_one(LogTail).filter(search=text)
-        self.show_tab(self.query_one(TabBar).front)
+        self.show_tab(self._front)
 
     def next_level(self) -> None:
         """All lines, then warnings and errors, then errors."""
         self._level = (self._level + 1) % len(_LEVELS)
         self.query_one(LogTail).filter(only=_LEVELS[self._level][1])
-        self.show_tab(self.query_one(TabBar).front)
+        self.show_tab(self._front)
 
     def begin(self) -> None:
         """Reset the tabs for another run."""
@@ -112,14 +185,12 @@ class LivePane(Vertical):
         log.anchor()
         log.focus()
 
-    def _show_outcome(self, snapshot: RunSnapshot) -> None:
+    def _show_outcome(self, snapshot: RunSnapshot, active: str) -> None:
         outcome = outcome_text(snapshot)
         box = self.query_one("#run-outcome", Static)
-        text = "" if outcome is None else f"{outcome.text}\n{outcome.next_step}"
-        if str(box.content) != text:
-            box.update(text if outcome is None else _outcome_content(outcome))
+        content = Content("") if outcome is None else _outcome_content(outcome, active)
+        update_if_changed(box, content)
         box.display = outcome is not None
-        box.set_class(outcome is not None and outcome.is_error, "-error")
 
     def _left_out(self) -> str:
         """The filters that hide lines."""
@@ -128,14 +199,13 @@ class LivePane(Vertical):
 
     def _machine(self, snapshot: RunSnapshot) -> MachineState:
         view = snapshot.view
-        over = snapshot.status.state not in ("starting", "running")
         return MachineState(
             device=view.environment.device.removeprefix("NVIDIA GeForce ") if view.environment else "",
             samples=snapshot.telemetry,
             estimate_bytes=view.memory.estimated_bytes if view.memory else None,
             host_bytes=self._host_bytes,
             cores=self._cores,
-            note="Last readings of the run." if over and snapshot.telemetry else "",
+            is_over=snapshot.status.state not in ACTIVE,
         )
 
 
@@ -186,5 +256,12 @@ def _health_note(snapshot: RunSnapshot) -> str:
     return f"!{len(snapshot.health)}" if snapshot.health else ""
 
 
-def _outcome_content(outcome: RunOutcomeText) -> Content:
-    return Content.assemble(f"{outcome.text}\n", highlight_keys(outcome.next_step))
+def _outcome_content(outcome: RunOutcomeText, active: str) -> Content:
+    """``active``: the id of the run that is training while this one has ended."""
+    first, *others = outcome.text.splitlines() or [""]
+    lines = [Content.styled(first, "bold $error" if outcome.is_error else ""), *map(Content, others)]
+    lines.append(highlight_keys(outcome.next_step))
+    if active:
+        watch = highlight_keys(f"   {key_name('train.another')} watch it")
+        lines.append(Content.assemble(("● ", "$primary"), f"{active} is running now.", watch))
+    return Content("\n").join(line for line in lines if line)

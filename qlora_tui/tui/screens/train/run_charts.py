@@ -1,4 +1,4 @@
-"""What the graph and the sparklines of a run show: curves, marks, axes."""
+"""What the graph of a run and the charts below it show: curves, marks, axes."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import math
 
 from qlora_tui.formatting import format_float
 from qlora_tui.runs.describe import format_exact
-from qlora_tui.runs.events import phase_label
-from qlora_tui.runs.view import RunView
 from qlora_tui.tui.render.axis import Axis, label, rounded, so_far, tick_step
 from qlora_tui.tui.render.block_charts import NOT_A_NUMBER
 from qlora_tui.tui.render.plot import Curve, Mark, Plot, overall
 from qlora_tui.tui.render.series import Envelope
+from qlora_tui.tui.screens.train.loss_graph import StepChart
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
-from qlora_tui.tui.screens.train.sparklines import SparklineData
 
 VALIDATION, BEST = "◆", "★"
 
@@ -43,7 +41,7 @@ def loss_plot(snapshot: RunSnapshot, from_step: float) -> Plot:
         ),
         marks=tuple(marks),
         legend=_legend(snapshot),
-        empty=_nothing_yet(snapshot),
+        empty="No steps yet." if snapshot.view.ending is None else "The run ended before its first step.",
     )
 
 
@@ -65,21 +63,20 @@ def zoom_start(step: int, zoom: int) -> float:
     return max(0.0, math.floor((step - part) / grain) * grain)
 
 
-def sparkline_data(snapshot: RunSnapshot) -> tuple[SparklineData, ...]:
+def step_charts(snapshot: RunSnapshot) -> tuple[StepChart, ...]:
     """Learning rate, gradient norm and tokens per second, each from zero to a round maximum."""
     envelopes, speed = snapshot.envelopes, snapshot.tokens_per_s
     return (
-        _sparkline("lr", _rate(snapshot.learning_rate), envelopes.learning_rate),
-        _sparkline("grad", format_float(snapshot.grad_norm, 3), envelopes.grad_norm),
-        _sparkline("tok/s", "NA" if speed is None else f"{speed:,.0f}", envelopes.tokens_per_s),
+        _chart("lr", _rate(snapshot.learning_rate), envelopes.learning_rate),
+        _chart("grad", format_float(snapshot.grad_norm, 3), envelopes.grad_norm),
+        _chart("tok/s", "NA" if speed is None else f"{speed:,.0f}", envelopes.tokens_per_s),
     )
 
 
-def _sparkline(name: str, value: str, envelope: Envelope) -> SparklineData:
+def _chart(name: str, value: str, envelope: Envelope) -> StepChart:
     high = envelope.high
     top = rounded(0.0, high).high if high else 1.0
-    scale = f"0…{label(top, top)}" if high else ""
-    return SparklineData(name, value, scale, envelope, top, "$secondary")
+    return StepChart(name, value, label(top, top) if high else "", envelope, top)
 
 
 def _legend(snapshot: RunSnapshot) -> tuple[tuple[str, str], ...]:
@@ -118,12 +115,3 @@ def _rate(value: float | None) -> str:
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def _nothing_yet(snapshot: RunSnapshot) -> str:
-    view: RunView = snapshot.view
-    if view.ending is not None:
-        return "The run ended before its first step."
-    if view.phase in (None, "training"):
-        return "No steps yet."
-    return f"No steps yet: {phase_label(view.phase)}."

@@ -24,6 +24,7 @@ from qlora_tui.runs.events import (
     Evaluated,
     Failed,
     Health,
+    PhaseChanged,
     Progress,
     SampleGenerated,
     Started,
@@ -47,6 +48,8 @@ _MIN_WINDOW, _MAX_WINDOW = 4, 100
 _MAX_READINGS = 240
 """Telemetry readings for the charts: four minutes."""
 _MAX_ENTRIES = 2000
+_MAX_STAGES = 12
+"""Phases that are kept of an attempt, more than there are before its first step."""
 _MAX_ANSWERS = 60
 """Answers to the sample prompts that are kept."""
 
@@ -95,8 +98,17 @@ class RunSnapshot:
     """What one key can do about the latest warning."""
     step_stride: int
     """Steps from one drawn step to the next: more than 1 in a very long run."""
+    stages: tuple[PhaseChanged, ...] = ()
+    """The first phases of this attempt."""
+    recipe: Recipe | None = None
+    """None if it cannot be read."""
     ending_request: str = ""
     """The request to end the run that waits or was taken: ``stop``, ``pause`` or ``finish_epoch``."""
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether validation loss is measured, as far as is known."""
+        return self.view.data is None or bool(self.view.data.validation_samples)
 
 
 class _DecimatedRun:
@@ -169,6 +181,7 @@ class RunFollower:
         """Events read so far, without the steps."""
         self._unknown_count = 0
         self._phases = PhaseFilter()
+        self._stages: list[PhaseChanged] = []
         self._recipe = _recipe(run)
         self._telemetry = TelemetryTail(run.telemetry_path)
         self._readings: deque[Sample] = deque(maxlen=_MAX_READINGS)
@@ -183,6 +196,7 @@ class RunFollower:
         decimated_run, events = self._read()
         self._decimated_run = decimated_run
         self._event_count += len(events)
+        self._add_stages(events)
         fresh = (event for event in events if self._phases.is_new(event))
         self._entries += _entries(fresh, decimated_run.view.total_steps)
         self._report_unknown(decimated_run.view)
@@ -202,6 +216,13 @@ class RunFollower:
             decimated_run, all_events = self._open()
             return decimated_run, all_events[self._event_count :]
         return self._decimated_run, events
+
+    def _add_stages(self, events: Iterable[AnyEvent]) -> None:
+        for event in events:
+            if isinstance(event, Started):
+                self._stages.clear()
+            elif isinstance(event, PhaseChanged) and len(self._stages) < _MAX_STAGES:
+                self._stages.append(event)
 
     def _report_unknown(self, view: RunView) -> None:
         if view.unknown_events > self._unknown_count:
@@ -246,6 +267,8 @@ class RunFollower:
             seconds_left=view.seconds_left,
             fix=suggest_fix(view.status.state, view.health, view.ending, self._recipe, view.plan),
             step_stride=decimated_run.step_stride,
+            stages=tuple(self._stages),
+            recipe=self._recipe,
             ending_request=control.pending_ending(self.run) or view.requested_ending,
         )
 

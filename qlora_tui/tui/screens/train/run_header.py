@@ -1,4 +1,4 @@
-"""The header of the live screen: name, state and progress of a run, and how it ended."""
+"""The header of the live screen: state and progress of a run, and how it ended."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from qlora_tui.runs.defects import find_defect
 from qlora_tui.runs.describe import format_energy
 from qlora_tui.runs.events import Failed, Finished, phase_label
 from qlora_tui.runs.status import ACTIVE
-from qlora_tui.tui.key_names import key_name
+from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.block_charts import bar
 from qlora_tui.tui.render.run_labels import format_ago, result_label
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 from qlora_tui.tui.widgets.diff_widget import DiffWidget
 
-_MIN_NAME_WIDTH = 12
+_MIN_BAR = 8
+_MAX_DETAIL = 48
+"""Cells of what a phase is about; a model's path may be long."""
 _ENDINGS = {
     "stop": ("Stopping", " after this step"),
     "pause": ("Pausing", " after this step"),
@@ -27,58 +29,54 @@ _ENDINGS = {
 
 
 class RunHeader(DiffWidget):
-    """Two lines: which run and its state; how far it is, or how it ended."""
+    """Two lines: state and progress of a run, or how it ended; then what else is known."""
 
     DEFAULT_CSS = """
     RunHeader {
         height: 2;
-        padding: 0 1;
     }
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._title = RunTitle(Content(""), "", Content(""))
+        self._state = Content("")
+        self._progress: list[str] = []
         self._facts: list[str] = []
         self._share: float | None = None
 
     def show(self, snapshot: RunSnapshot, now: float) -> None:
         """Repaint what changed."""
-        shown = (title(snapshot), facts(snapshot, now), progress_share(snapshot))
-        if shown != (self._title, self._facts, self._share):
-            self._title, self._facts, self._share = shown
+        shown = (
+            state_line(snapshot),
+            progress_facts(snapshot),
+            facts(snapshot, now),
+            progress_share(snapshot),
+        )
+        if shown != (self._state, self._progress, self._facts, self._share):
+            self._state, self._progress, self._facts, self._share = shown
             self.redraw()
 
     def draw(self, width: int, height: int) -> list[Content]:
-        drawn = Content("")
-        if self._share is not None:
-            drawn = Content.styled(bar(self._share, max(8, min(24, width // 6))), "$primary") + " "
-        line = drawn
-        for number, fact in enumerate(self._facts):
+        progress = "  ".join(self._progress)
+        room = width - self._state.cell_length - len(progress) - 2
+        first, others = self._state, self._facts
+        if room < 0:
+            others = [*self._progress, *others]
+        else:
+            cells = room - 2 if self._share is not None and room - 2 >= _MIN_BAR else 0
+            drawn = bar(self._share or 0.0, cells) + "  " if cells else ""
+            first = Content.assemble(first, "  ", (drawn, "$primary"), progress)
+        second = ""
+        for number, fact in enumerate(others):
             piece = ("  " if number else "") + fact
-            if line.cell_length + len(piece) > width:
+            if len(second) + len(piece) > width:
                 break
-            line += piece
-        return [self._title.fitted(width), line]
+            second += piece
+        return [first.truncate(width, ellipsis=True), highlight_keys(second)]
 
 
-@dataclass(frozen=True)
-class RunTitle:
-    """``● qwen-tickets-20261124-0212  training  attempt 2``."""
-
-    sign: Content
-    name: str
-    rest: Content
-
-    def fitted(self, width: int) -> Content:
-        """Shorten the name in its middle, so that the state stays in view."""
-        left = max(_MIN_NAME_WIDTH, width - self.sign.cell_length - self.rest.cell_length)
-        name = Content.styled(truncate_middle(self.name, left), "bold")
-        return (self.sign + name + self.rest).truncate(width, ellipsis=True)
-
-
-def title(snapshot: RunSnapshot) -> RunTitle:
-    """The name of a run with its state, warnings and attempt."""
+def state_line(snapshot: RunSnapshot) -> Content:
+    """``● training  ! 2 warnings  attempt 2``: the state of a run with warnings, attempt and requests."""
     status, view = snapshot.status, snapshot.view
     defect = find_defect(view)
     sign, word, style = result_label(status.state, defect)
@@ -86,7 +84,7 @@ def title(snapshot: RunSnapshot) -> RunTitle:
         word = phase_label(view.phase or status.state)
     elif defect is not None:
         word = f"{status.state}, {word}"
-    parts: list[str | tuple[str, str]] = ["  ", (word, style)]
+    parts: list[str | tuple[str, str]] = [(f"{sign} ", style), (word, f"bold {style}")]
     if count := len({health.kind for health in snapshot.health if health.severity == "warning"}):
         parts.append((f"  ! {count} warning{'s' if count > 1 else ''}", "$warning"))
     if view.attempt > 1:
@@ -98,8 +96,8 @@ def title(snapshot: RunSnapshot) -> RunTitle:
         # Suspended, not responding, on another machine: more important than the rest.
         parts.append((f"  {status.detail}", "$warning"))
     elif status.state == "running" and view.phase_detail and not snapshot.ending_request:
-        parts.append((f"  {view.phase_detail}", "dim"))
-    return RunTitle(Content.styled(f"{sign} ", style), view.run.name, Content.assemble(*parts))
+        parts.append((f"  {truncate_middle(view.phase_detail, _MAX_DETAIL)}", "dim"))
+    return Content.assemble(*parts)
 
 
 def progress_share(snapshot: RunSnapshot) -> float | None:
@@ -107,18 +105,33 @@ def progress_share(snapshot: RunSnapshot) -> float | None:
     if snapshot.status.state in ("finished", "queued"):
         return None
     progress, view = snapshot.view.progress, snapshot.view
-    over = snapshot.status.state not in ("starting", "running")
+    over = snapshot.status.state not in ACTIVE
     if progress is not None and progress.total and not snapshot.step and not over:
         return progress.done / progress.total
     return snapshot.step / view.total_steps if view.total_steps else None
 
 
+def progress_facts(snapshot: RunSnapshot) -> list[str]:
+    """What stands beside the bar: how far the run is, and the time left."""
+    view, state = snapshot.view, snapshot.status.state
+    facts = []
+    if state in ACTIVE and view.progress is not None and view.phase != "training":
+        facts.append(f"{view.progress.done:,} of {view.progress.total:,}")
+    if view.total_steps and state != "queued":
+        if state in ACTIVE and snapshot.step:
+            facts.append(f"{snapshot.step / view.total_steps:.0%}")
+        facts.append(f"step {snapshot.step:,}/{view.total_steps:,}")
+    if state in ACTIVE and snapshot.seconds_left is not None:
+        facts.append(f"ETA {format_duration(snapshot.seconds_left)}")
+    return facts
+
+
 def facts(snapshot: RunSnapshot, now: float) -> list[str]:
-    """Facts, the most important first; those that do not fit are dropped."""
+    """Other facts, the most important first; those that do not fit are dropped."""
     state = snapshot.status.state
     if state == "queued":
         return ["waiting in the queue"]
-    if state in ("starting", "running"):
+    if state in ACTIVE:
         return _active_facts(snapshot, now)
     return _ended_facts(snapshot, now)
 
@@ -126,24 +139,29 @@ def facts(snapshot: RunSnapshot, now: float) -> list[str]:
 def _active_facts(snapshot: RunSnapshot, now: float) -> list[str]:
     view = snapshot.view
     facts = []
-    if view.progress is not None and view.phase != "training":
-        facts.append(f"{phase_label(view.phase or '')} {view.progress.done:,}/{view.progress.total:,}")
-    if view.total_steps:
-        facts.append(f"step {snapshot.step:,}/{view.total_steps:,}")
-    if snapshot.seconds_left is not None:
-        facts.append(f"ETA {format_duration(snapshot.seconds_left)}")
     if snapshot.tokens_per_s is not None:
         facts.append(f"{snapshot.tokens_per_s:,.0f} tok/s")
     if view.data is not None and view.data.steps_per_epoch:
         all_epochs = view.total_steps / view.data.steps_per_epoch
         facts.append(f"epoch {_epochs(snapshot.epoch)}/{_epochs(all_epochs)}")
-    if snapshot.fix is not None:
-        facts.append(f"{key_name('train.fix')} {snapshot.fix.label}")
-    if snapshot.energy_kwh is not None:
-        facts.append(f"{snapshot.energy_kwh:.2f} kWh")
     if view.started_at is not None:
         facts.append(f"running for {format_duration(max(0.0, now - view.started_at))}")
+    if snapshot.fix is not None:
+        facts.append(f"{key_name('train.fix')} {snapshot.fix.label}")
+    if next_evaluation := _next_evaluation(snapshot):
+        facts.append(f"next evaluation at {next_evaluation:,}")
+    if snapshot.energy_kwh is not None:
+        facts.append(f"{snapshot.energy_kwh:.2f} kWh")
     return facts or ["starting"]
+
+
+def _next_evaluation(snapshot: RunSnapshot) -> int:
+    """The step of the next evaluation; 0 if none is known."""
+    view, recipe = snapshot.view, snapshot.recipe
+    if recipe is None or view.data is None or not view.data.validation_samples or not snapshot.step:
+        return 0
+    every = recipe.training.eval_every or view.data.steps_per_epoch
+    return min((snapshot.step // every + 1) * every, view.total_steps) if every else 0
 
 
 def _epochs(count: float) -> str:
@@ -153,8 +171,6 @@ def _epochs(count: float) -> str:
 def _ended_facts(snapshot: RunSnapshot, now: float) -> list[str]:
     view, status = snapshot.view, snapshot.status
     facts = [f"{format_ago(status.at, now)}"] if status.at else []
-    if view.total_steps:
-        facts.append(f"step {snapshot.step:,}/{view.total_steps:,}")
     if snapshot.best is not None:
         before = view.loss_to_beat
         worse = "" if before is None else f", {format_float(before, 3)} before training"

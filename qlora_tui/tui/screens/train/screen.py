@@ -44,16 +44,20 @@ class TrainScreen(TrainActions):
     CSS_PATH = "train.tcss"
     EDITS_RECIPE = True
     HELP_TEXT = (
-        "Before a run: the whole recipe and its checks. Enter edits a setting, [h] and [l] step it, "
-        "Backspace resets it to the preset's value, ['] labels each setting with a letter to jump to.\n"
+        "Before a run: what to press now, the whole recipe, and its checks. Enter edits a setting, [h] and "
+        "[l] step it, Backspace resets it to the preset's value, ['] labels each setting with a letter to "
+        "jump to. {train.tab} goes to the checks, and back. They find out whether the weights are on this "
+        "machine, every row can be trained on, the settings make sense together, one training step fits in "
+        "memory, the disk has room for checkpoints, and whether other runs come first.\n"
+        "Until the first step: the stages of the start. 'testing' compares the first step with transformers "
+        "and peft, then tries memory with one step on the longest batch.\n"
         "During a run: the loss (gray) with its running mean, ◆ evaluations (validation loss), ★ the best, "
         "× steps where the loss was not a number. exact is the share of short answers that are right to the "
-        "last token, beside that of the base model. Each small chart goes from zero to its highest "
-        "value; the number beside it is the latest. "
+        "last token, beside that of the base model. Below, on the same steps: learning rate, gradient norm "
+        "and tokens per second, each from zero to its highest value; the number beside it is the latest. "
         "▲ under the memory bar is the estimate. The run continues when you leave the app.\n"
-        "'testing' compares the first step with transformers and peft, then tries memory with one step on "
-        "the longest batch. An attempt is one process of the run: a resume, or a retry after memory ran "
-        "out, starts another."
+        "An attempt is one process of the run: a resume, or a retry after memory ran out, starts another. "
+        "Requests to a run have upper-case keys: the lower-case letters of vi scroll the log."
     )
     SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = COMMANDS
 
@@ -180,7 +184,9 @@ class TrainScreen(TrainActions):
             return
         before = (self.state, self.snapshot.fix if self.snapshot else None)
         self.snapshot = snapshot
-        self.query_one(LivePane).show(snapshot, follower.from_step)
+        active = self.qlora_app.system_status.active
+        another = active.id if active is not None and active != follower.run else ""
+        self.query_one(LivePane).show(snapshot, follower.from_step, another)
         if (snapshot.status.state, snapshot.fix) != before:
             self.refresh_bindings()
 
@@ -216,7 +222,7 @@ class TrainScreen(TrainActions):
         self.checks = await asyncio.to_thread(
             preflight, recipe, system_status.machine(self._budget), read_columnar=False
         )
-        self.query_one(LaunchPane).show_checks(self.checks)
+        self.query_one(LaunchPane).show_checks(self.checks, recipe)
         self.refresh_bindings()
 
     @work(exclusive=True, group="launch")
