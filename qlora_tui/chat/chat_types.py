@@ -105,12 +105,17 @@ class GenerationResult(Struct, frozen=True, kw_only=True):
     """False if the model was still thinking when it stopped."""
 
 
-class AnswerComparison(Struct, frozen=True):
-    """Answers of base and adapter to the same prompt."""
+class AnswerComparison(Struct, frozen=True, kw_only=True):
+    """Answers of base and adapter to the same question."""
 
     prompt: str
-    base: str
+    turn: int
+    """1 for the first question of a conversation; later ones are asked after the earlier answers."""
+    base: str | None
+    """None if the base was not asked."""
     adapter: str
+    adapter_ended: bool
+    """Whether the adapter's answer ended its turn, rather than at the token limit."""
 
 
 class ChatSource(Struct, frozen=True, kw_only=True):

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from msgspec.structs import replace
-
 from qlora_tui.chat.chat_sources import choose_adapter, run_source
 from qlora_tui.chat.chat_types import BASE, GREEDY, AnswerComparison, ChatSource, Sampling, TextChunk
 from qlora_tui.data.conversation import Message
@@ -58,24 +56,50 @@ def generate_once(
 
 
 def compare_answers(
-    source: ChatSource, prompts: Sequence[str], *, max_new_tokens: int = 80, adapter_name: str = ""
+    source: ChatSource,
+    conversations: Sequence[Sequence[str]],
+    *,
+    sampling: Sampling = GREEDY,
+    base_answers: int | None = None,
+    adapter_name: str = "",
 ) -> list[AnswerComparison]:
-    """Generate greedy answers of base and adapter (by default the final one) to each prompt.
+    """Ask base and adapter the questions of each conversation in turn, each after its own earlier answers.
 
-    Both share one copy of the base. Raises UserError.
+    Args:
+        source: What to load; base and adapter share one copy of the base.
+        conversations: Questions by conversation.
+        sampling: Settings of both.
+        base_answers: Number of conversations, from the first, that the base is asked; None for all.
+        adapter_name: The adapter to ask; by default the final one.
+
+    Raises:
+        UserError: The model cannot be loaded, or an answer fails.
     """
     adapter_name = adapter_name or choose_adapter(source)
     session = _load(source, lambda words: None)
-    sampling = replace(GREEDY, max_new_tokens=max_new_tokens)
 
-    def generate(prompt: str, who: str) -> str:
-        reply = session.ask([Message("user", prompt)], adapter_name=who, sampling=sampling)
-        return "".join(chunk.text for chunk in reply if not chunk.thought).strip()
+    def ask(questions: Sequence[str], name: str) -> list[tuple[str, bool]]:
+        messages: list[Message] = []
+        answers = []
+        for question in questions:
+            messages.append(Message("user", question))
+            reply = session.ask(messages, adapter_name=name, sampling=sampling)
+            text = "".join(chunk.text for chunk in reply if not chunk.thought).strip()
+            messages.append(Message("assistant", text))
+            answers.append((text, reply.outcome is not None and reply.outcome.ending == "turn end"))
+        return answers
 
-    return [
-        AnswerComparison(prompt, base=generate(prompt, BASE), adapter=generate(prompt, adapter_name))
-        for prompt in prompts
-    ]
+    compared = []
+    for number, questions in enumerate(conversations):
+        is_base_asked = base_answers is None or number < base_answers
+        base = [text for text, _ in ask(questions, BASE)] if is_base_asked else [None] * len(questions)
+        for turn, (question, of_base, (text, ended)) in enumerate(
+            zip(questions, base, ask(questions, adapter_name), strict=True), 1
+        ):
+            compared.append(
+                AnswerComparison(prompt=question, turn=turn, base=of_base, adapter=text, adapter_ended=ended)
+            )
+    return compared
 
 
 def run_repl(

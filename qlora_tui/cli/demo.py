@@ -64,7 +64,9 @@ def _format_result(result: DemoResult) -> str:
     column = (width - 3) // 2
     lines = [""]
     for sample in result.samples:
-        lines.append(f"▸ {sample.prompt}")
+        if sample.base is None:
+            continue
+        lines.append(f"▸ {sample.prompt}" if sample.turn == 1 else f"  ▸ then: {sample.prompt}")
         left = textwrap.wrap(sample.base, column) or [""]
         right = textwrap.wrap(sample.adapter, column) or [""]
         lines.append(f"{'base':<{column}} │ adapter")
@@ -74,6 +76,8 @@ def _format_result(result: DemoResult) -> str:
             lines.append(f"{a:<{column}} │ {b}".rstrip())
         lines.append("")
     lines += [
+        f"voice            {result.in_voice} of {len(result.samples)} answers to questions that are not in "
+        "the data are in the keeper's voice, end, and do not repeat",
         f"loss             {format_float(result.loss_first)} → {format_float(result.loss_last)} in "
         f"{result.steps} steps",
         f"validation loss  {format_float(result.validation_loss_before)} → "

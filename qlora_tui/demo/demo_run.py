@@ -10,9 +10,10 @@ from msgspec import Struct
 
 from qlora_tui.catalog.lookup import load_architecture
 from qlora_tui.chat.chat_sources import run_source
-from qlora_tui.chat.chat_types import AnswerComparison
-from qlora_tui.demo.conversations import CONVERSATIONS, HELD_OUT_PROMPTS
+from qlora_tui.chat.chat_types import AnswerComparison, Sampling
+from qlora_tui.demo.conversations import CONVERSATIONS, HELD_OUT, SHOWN
 from qlora_tui.demo.demo_model import ensure_model
+from qlora_tui.demo.voice import voice_faults
 from qlora_tui.errors import UserError
 from qlora_tui.memory import estimate
 from qlora_tui.memory.budget import local_budget
@@ -25,7 +26,8 @@ from qlora_tui.runs.follow import follow_events
 from qlora_tui.runs.view import RunView
 
 PRESET = "cpu-demo"
-_LONGEST_ANSWER_TOKENS = 80
+SAMPLING = Sampling(max_new_tokens=80, seed=1)
+"""How answers are generated: as in the chat, and the same at every demo on a machine."""
 
 
 class DemoResult(Struct, frozen=True, kw_only=True):
@@ -44,11 +46,18 @@ class DemoResult(Struct, frozen=True, kw_only=True):
     seconds: float
     """Duration of the whole demo: downloading, training and answering."""
     samples: tuple[AnswerComparison, ...]
+    """Answers to questions that are not in the data."""
+    in_voice: int
+    """Number of them that are in the voice that the data teaches, end, and do not repeat."""
 
 
 def demo_recipe(model: Path) -> Recipe:
-    """Build a recipe from the preset and the bundled conversations."""
-    return build_recipe(preset=PRESET, sets=["name=demo"], model=str(model), data=[str(CONVERSATIONS)])
+    """Build a recipe from the preset and the bundled conversations.
+
+    Their template has no default system prompt: the model's own puts 21 tokens before each conversation.
+    """
+    sets = ["name=demo", "model.chat_template=chatml"]
+    return build_recipe(preset=PRESET, sets=sets, model=str(model), data=[str(CONVERSATIONS)])
 
 
 def estimated_peak_bytes(recipe: Recipe) -> int:
@@ -76,11 +85,12 @@ def run_demo(on_status: Callable[[str], None], on_event: Callable[[AnyEvent, Run
             what=f"{run.id} is {view.status.state} at step {view.step}.",
             fix=f"Continue with `qlora-tui resume {run.id} --follow`.",
         )
-    on_status("Asking base and adapter questions they were not trained on")
+    questions = sum(map(len, HELD_OUT))
+    on_status(f"Asking the adapter {questions} questions that are not in the data, the base some of them")
     # Torch is needed only from here on, and the run is over: one model at a time in memory.
     from qlora_tui.chat.repl import compare_answers
 
-    samples = compare_answers(run_source(run), HELD_OUT_PROMPTS, max_new_tokens=_LONGEST_ANSWER_TOKENS)
+    samples = compare_answers(run_source(run), HELD_OUT, sampling=SAMPLING, base_answers=SHOWN)
     return result_of(view, predicted, tuple(samples), time.monotonic() - began)
 
 
@@ -117,4 +127,5 @@ def result_of(
         tokens_per_s=view.ending.tokens_per_s,
         seconds=round(seconds, 1),
         samples=samples,
+        in_voice=sum(not voice_faults(each.adapter, ended=each.adapter_ended) for each in samples),
     )

