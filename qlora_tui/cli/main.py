@@ -28,7 +28,7 @@ SUBCOMMANDS = {
     "data": ("data", "Inspect a data file, or show one row as the model sees it."),
     "presets": ("presets", "List presets, show one, or print every setting."),
     "train": ("train", "Queue a training run and follow it."),
-    "runs": ("runs", "List every run and the queue; rename, delete or check them."),
+    "runs": ("runs", "List every run and the queue; rename, save, delete or check them."),
     "attach": ("runs", "Show a run from its first event and follow it."),
     "stop": ("runs", "Save a checkpoint and the adapter, and end a run."),
     "pause": ("runs", "Save a checkpoint and free the GPU; `resume` continues the run."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 from typing import Any
 
 from qlora_tui.cli.check import check
@@ -14,6 +15,7 @@ from qlora_tui.formatting import format_float
 from qlora_tui.runs import actions, control, run_queue
 from qlora_tui.runs.describe import format_exact
 from qlora_tui.runs.directory import RunDir, all_runs, find_run
+from qlora_tui.runs.metrics_csv import metrics_csv
 from qlora_tui.runs.spawn import ensure_runner
 from qlora_tui.runs.status import read_status
 from qlora_tui.runs.view import RunView
@@ -32,6 +34,8 @@ def runs(args: argparse.Namespace) -> CommandResult:
         )
     if args.action == "check":
         return check(find_run(args.run_id) if args.run_id else None, repair=args.repair)
+    if args.action == "save":
+        return _save(find_run(args.run_id), Path(args.file).expanduser())
     if args.action == "delete":
         return _delete(find_run(args.run_id), confirmed=args.yes)
     return _list()
@@ -48,6 +52,45 @@ def _delete(run: RunDir, *, confirmed: bool) -> CommandResult:
         )
     actions.delete(run)
     return CommandResult(data={"run": run.id, "deleted": True}, text=f"{run.id} is deleted.")
+
+
+def _save(run: RunDir, file: Path) -> CommandResult:
+    """Write the steps of a run as a table, or its loss as a picture."""
+    kind = file.suffix.lower()
+    if kind not in (".csv", ".svg"):
+        raise UserError(
+            "Unknown kind of file",
+            what=f"{file.name} ends neither in .csv nor in .svg.",
+            fix="Name a file such as steps.csv for a table, or loss.svg for a picture.",
+            exit_code=EXIT_USAGE,
+        )
+    view = RunView(run)
+    view.refresh()
+    if not len(view.series):
+        raise UserError(
+            "No steps yet", what=f"{run.name} has recorded no step.", fix="Save it when it has trained."
+        )
+    from qlora_tui.tui.render.loss_svg import loss_svg  # only here: the rest of this module needs no drawing
+
+    text = metrics_csv(view) if kind == ".csv" else loss_svg(view)
+    try:
+        with file.open("x", encoding="utf-8") as created:
+            created.write(text)
+    except FileExistsError as error:
+        raise UserError(
+            "Not saved",
+            what=f"{file} exists.",
+            fix="Choose another name, or delete it.",
+            exit_code=EXIT_USAGE,
+        ) from error
+    except OSError as error:
+        raise UserError(
+            "Not saved", what=f"{file} cannot be written: {error.strerror}.", fix="Choose another folder."
+        ) from error
+    steps = len(view.series)
+    return CommandResult(
+        data={"run": run.id, "path": str(file), "steps": steps}, text=f"Saved {steps:,} steps in {file}."
+    )
 
 
 def _list() -> CommandResult:
@@ -171,7 +214,7 @@ def _add_run_argument(parser: argparse.ArgumentParser) -> None:
 
 def _runs_arguments(parser: argparse.ArgumentParser) -> None:
     changes = parser.add_subparsers(
-        dest="action", metavar="rename|delete|check", help="without a subcommand, all runs are listed"
+        dest="action", metavar="rename|delete|save|check", help="without a subcommand, all runs are listed"
     )
     rename = changes.add_parser("rename", help="rename a run (its id does not change)")
     _add_run_argument(rename)
@@ -179,6 +222,11 @@ def _runs_arguments(parser: argparse.ArgumentParser) -> None:
     delete = changes.add_parser("delete", help="delete an ended run for good")
     _add_run_argument(delete)
     delete.add_argument("--yes", action="store_true", help="confirm: without this, nothing is deleted")
+    save = changes.add_parser(
+        "save", help="save the steps of a run as a table (.csv) or its loss as a picture (.svg)"
+    )
+    _add_run_argument(save)
+    save.add_argument("file", metavar="FILE", help="the file to write; it must not exist")
     verify = changes.add_parser(
         "check", help="verify the files of runs, adapters and checkpoints by their checksums"
     )
@@ -186,7 +234,7 @@ def _runs_arguments(parser: argparse.ArgumentParser) -> None:
     verify.add_argument(
         "--repair", action="store_true", help="repair what can be repaired and list the repairs"
     )
-    for change in (rename, delete, verify):
+    for change in (rename, delete, save, verify):
         add_json_argument(change)
 
 

@@ -38,6 +38,7 @@ notification    what to report about a run's end
 notify          sends it to a command or a webhook
 defects         what is wrong with the result of a run that ended regularly
 run_summary     a run in one line, for lists
+metrics_csv     the steps of a run as a CSV table
 length_costs    memory and time at other sequence lengths
 exports         exports of adapters that run in the background
 suggested_fix   a fix for a warning that one key applies

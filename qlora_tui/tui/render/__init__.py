@@ -6,6 +6,7 @@ plot             a graph in braille dots
 block_charts     bars, columns and curves in block characters
 recipe_line      a recipe in one line; names of precisions, colors of verdicts
 run_labels       the sign and color of each state of a run
+loss_svg         the loss of a run as an SVG picture
 summary_plot     the loss graph of a run's summary
 strip_rendering  lines of text as Textual paints them
 """

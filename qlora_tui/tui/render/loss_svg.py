@@ -1,0 +1,102 @@
+"""The loss of a run as an SVG picture, for a report or a model card: steps, running mean, evaluations.
+
+Colors are readable on white and on black; the file has no script, no font and no link.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from itertools import groupby
+
+from qlora_tui.formatting import format_float
+from qlora_tui.runs.view import RunView
+from qlora_tui.tui.render.axis import Axis, rounded, so_far, ticks
+
+_WIDTH, _HEIGHT = 960, 480
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 20, 50, 50
+_MEAN_WEIGHT = 0.1
+"""Weight of the newest step in the running mean."""
+_GRAY, _BLUE, _GREEN, _AXIS = "#9a9a9a", "#2f7fb5", "#2e8b57", "#777777"
+
+
+def loss_svg(view: RunView) -> str:
+    """Return the picture of all recorded steps."""
+    steps, losses = list(view.series.step), list(view.series.loss)
+    mean = running_mean(losses)
+    evaluations = [(e.step, e.loss) for e in view.evaluations if e.loss is not None]
+    finite = [value for value in (*losses, *(loss for _, loss in evaluations)) if math.isfinite(value)]
+    x = so_far(view.step, view.step, "step")
+    y = rounded(min(finite), max(finite), unit="loss") if finite else Axis(0.0, 1.0, "loss")
+    best = view.best
+    parts = [
+        *_grid(x, y),
+        *_line(x, y, steps, losses, _GRAY, 1.0),
+        *_line(x, y, steps, mean, _BLUE, 2.5),
+    ]
+    for step, loss in evaluations:
+        is_best = best is not None and (step, loss) == (best.step, best.loss)
+        color, radius = (_GREEN, 6) if is_best else (_BLUE, 4)
+        parts.append(f'<circle cx="{_x(x, step)}" cy="{_y(y, loss)}" r="{radius}" fill="{color}"/>')
+    title = view.run.name
+    if best is not None:
+        title += f": best validation loss {format_float(best.loss, 3)} at step {best.step:,}"
+    parts.append(_text(_LEFT, 28, title, size=18))
+    legend = "gray: loss of each step   blue: running mean   dots: validation loss"
+    parts.append(_text(_WIDTH - _RIGHT, _HEIGHT - 8, legend, anchor="end"))
+    size = f'width="{_WIDTH}" height="{_HEIGHT}" viewBox="0 0 {_WIDTH} {_HEIGHT}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif">'
+    return "\n".join([head, *parts, "</svg>", ""])
+
+
+def running_mean(values: Sequence[float]) -> list[float]:
+    """An exponential mean that begins at the first value; a value that is not a number leaves it as it is."""
+    means: list[float] = []
+    for value in values:
+        before = means[-1] if means else math.nan
+        if math.isnan(before):
+            means.append(value)
+        else:
+            means.append(before + _MEAN_WEIGHT * (value - before) if math.isfinite(value) else before)
+    return means
+
+
+def _x(axis: Axis, step: float) -> str:
+    return f"{_LEFT + (step - axis.low) / (axis.high - axis.low) * (_WIDTH - _LEFT - _RIGHT):.1f}"
+
+
+def _y(axis: Axis, value: float) -> str:
+    share = (value - axis.low) / (axis.high - axis.low)
+    return f"{_HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM):.1f}"
+
+
+def _grid(x: Axis, y: Axis) -> list[str]:
+    """Grid lines with their labels."""
+    parts = []
+    for value, label in ticks(y, 6):
+        at = _y(y, value)
+        ends = f'x1="{_LEFT}" y1="{at}" x2="{_WIDTH - _RIGHT}" y2="{at}"'
+        parts.append(f'<line {ends} stroke="{_AXIS}" stroke-opacity="0.3"/>')
+        parts.append(_text(_LEFT - 8, float(at) + 4, label, anchor="end"))
+    for value, label in ticks(x, 8):
+        parts.append(_text(float(_x(x, value)), _HEIGHT - _BOTTOM + 20, label, anchor="middle"))
+    return parts
+
+
+def _line(
+    x: Axis, y: Axis, steps: Sequence[int], values: Sequence[float], color: str, width: float
+) -> list[str]:
+    """A line through the finite values, broken where one is not."""
+    parts = []
+    points = zip(steps, values, strict=True)
+    for is_finite, stretch in groupby(points, key=lambda point: math.isfinite(point[1])):
+        if is_finite:
+            path = " ".join(f"{_x(x, step)},{_y(y, value)}" for step, value in stretch)
+            parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{width}"/>')
+    return parts
+
+
+def _text(x: float, y: float, text: str, *, size: int = 13, anchor: str = "start") -> str:
+    place = f'x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}"'
+    return f'<text {place} fill="{_AXIS}">{escape(text)}</text>'

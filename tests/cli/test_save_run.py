@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import csv
+import math
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.event_log import EventWriter
+from qlora_tui.runs.events import Evaluated, Step
+from qlora_tui.runs.metrics_csv import metrics_csv
+from qlora_tui.runs.view import RunView
+from qlora_tui.tui.render.loss_svg import loss_svg, running_mean
+from tests.cli.conftest import Call
+from tests.tui.fake_runs import FakeRun, write_fake_run
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def run_with(folder: Path, losses: list[float]) -> RunView:
+    run = RunDir(folder)
+    with EventWriter(run.events_path) as log:
+        log.append(Evaluated(at=1, step=0, loss=3.0))
+        for number, loss in enumerate(losses, 1):
+            log.append(
+                Step(
+                    at=1.0 + number,
+                    step=number,
+                    epoch=number / 10,
+                    loss=None if math.isnan(loss) else loss,
+                    learning_rate=1e-3,
+                    grad_norm=1.5,
+                    tokens=100 * number,
+                    tokens_per_s=50.0,
+                )
+            )
+        log.append(Evaluated(at=9, step=len(losses), loss=1.25, best=True))
+    view = RunView(run)
+    view.refresh()
+    return view
+
+
+def test_the_table_has_each_step_and_evaluation(tmp_path: Path) -> None:
+    rows = list(csv.DictReader(metrics_csv(run_with(tmp_path, [2.0, math.nan, 1.5])).splitlines()))
+    assert [row["step"] for row in rows] == ["0", "1", "2", "3"]
+    assert [row["loss"] for row in rows] == ["", "2", "nan", "1.5"]
+    assert [row["validation_loss"] for row in rows] == ["3", "", "", "1.25"]
+    assert rows[1]["learning_rate"] == "0.001" and rows[3]["tokens"] == "300"
+
+
+def test_the_picture_breaks_its_line_at_nan(tmp_path: Path) -> None:
+    root = ET.fromstring(loss_svg(run_with(tmp_path, [2.0, 1.9, math.nan, 1.6, 1.5])))
+    gray, mean = (
+        [line for line in root.iter(f"{SVG}polyline") if line.get("stroke-width") == width]
+        for width in ("1.0", "2.5")
+    )
+    assert len(gray) == 2 and len(mean) == 1
+    heights = [float(point.split(",")[1]) for line in gray for point in line.attrib["points"].split()]
+    assert heights == sorted(heights)
+    assert len(list(root.iter(f"{SVG}circle"))) == 2
+    assert "best validation loss 1.25 at step 5" in "".join(root.itertext())
+
+
+def test_the_running_mean_skips_what_is_no_number() -> None:
+    assert running_mean([2.0, math.nan, 1.0]) == [2.0, 2.0, pytest.approx(1.9)]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "svg"])
+def test_a_file_is_written_once(suffix: str, call: Call, tmp_path: Path) -> None:
+    write_fake_run(FakeRun(name="owls <b>", state="finished", steps=60, total=60))
+    file = tmp_path / f"owls.{suffix}"
+    assert "Saved 60 steps" in call("runs", "save", "owls <b>", str(file)).out
+    text = file.read_text()
+    assert "<b>" not in text
+    assert "exists" in call("runs", "save", "owls <b>", str(file)).err and file.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [("loss.png", "ends neither in .csv nor in .svg"), ("missing/loss.svg", "cannot be written")],
+)
+def test_a_file_that_cannot_be_written_is_explained(
+    file: str, words: str, call: Call, tmp_path: Path
+) -> None:
+    write_fake_run(FakeRun(name="owls", state="finished", steps=60, total=60))
+    assert words in call("runs", "save", "owls", str(tmp_path / file)).err
+
+
+def test_a_run_without_steps_is_not_saved(call: Call, tmp_path: Path) -> None:
+    write_fake_run(FakeRun(name="owls", state="queued", steps=0))
+    assert "has recorded no step" in call("runs", "save", "owls", str(tmp_path / "x.csv")).err
