@@ -151,6 +151,12 @@ class Workbench:
         self._traced = (recipe, device, traced)
         self._compared = None
 
+    def trace_on(self, device: Device) -> StepTrace | None:
+        """The traced step of the recipe as it is now, if there is one."""
+        if self._traced is None or self._traced[:2] != (self.recipe, device):
+            return None
+        return self._traced[2]
+
     def _compare(self, device: Device) -> dict[Precision, Estimate] | UserError:
         from qlora_tui.memory import compare
 
@@ -158,14 +164,9 @@ class Workbench:
         if isinstance(architecture, UserError):
             return architecture
         try:
-            return compare(self.recipe, architecture, device=device, traced=self._trace_on(device))
+            return compare(self.recipe, architecture, device=device, traced=self.trace_on(device))
         except UserError as problem:
             return problem
-
-    def _trace_on(self, device: Device) -> StepTrace | None:
-        if self._traced is None or self._traced[:2] != (self.recipe, device):
-            return None
-        return self._traced[2]
 
     def _change_to(self, state: _EditState) -> None:
         """Make this the current state; undo restores the one before."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,15 @@ import pytest
 from bench.tiny_gguf import write_tiny_gguf
 from qlora_tui.memory import MeasuredRun, estimate, record_run
 from qlora_tui.memory.step_trace import StepTrace
+from qlora_tui.memory.timeline import step_timeline
 from qlora_tui.recipe.fields import get_setting
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.memory import screen as memory
+from qlora_tui.tui.screens.memory.items_panel import item_lines
 from qlora_tui.tui.screens.memory.screen import MemoryScreen
 from qlora_tui.tui.screens.memory.stacked_bar import parts_of, stacked_bar
-from qlora_tui.tui.widgets.vi_list import ViList
+from qlora_tui.tui.screens.memory.timeline_graph import timeline_lines
+from qlora_tui.tui.widgets.vi_list import HEADING, ViList
 from tests.support.counting import count_allocations
 from tests.support.nvml_stub import install_nvml_stub
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
@@ -40,7 +44,7 @@ def test_looks_of_a_recipe_that_fits(
     assert snap_compare(open_on("memory", model=seven_billion), terminal_size=size, run_before=settle)
 
 
-@pytest.mark.parametrize("size", [(80, 24), (120, 40)])
+@pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 60)])
 def test_looks_of_a_recipe_that_does_not_fit(
     snap_compare: Snapshot, seven_billion: str, size: tuple[int, int]
 ) -> None:
@@ -108,21 +112,41 @@ async def test_targets_that_the_model_lacks_are_skipped(private_home: Path) -> N
 async def test_the_selected_item_is_explained_and_stays_selected(seven_billion: str) -> None:
     app = open_on("memory", model=seven_billion)
     async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "Quantized weights: 6.53 billion linear weights × 0.5 byte.")
+        await wait_for_text(pilot, "Quantized weights: 6.53 billion linear")
         await pilot.press("j", "j")
-        await wait_for_text(pilot, "Output head: 152,064 × 3,584 × 2 bytes; never quantized.")
+        await wait_for_text(pilot, "Output head: 152,064 × 3,584 × 2")
         await pilot.press("s", "s", "s", "s")
         await wait_for_text(pilot, "Output head: 152,064")
         assert app.screen.query_one(ViList).current == "head"
 
 
-async def test_the_peak_stays_below_a_sentence_of_two_lines(seven_billion: str) -> None:
+async def test_a_long_explanation_is_shown_in_a_small_window(seven_billion: str) -> None:
     async with open_on("memory", model=seven_billion).run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "Quantized weights:", "backward of layer 27: torch")
-        await pilot.press("G", "k", "k", "k", "k", "k", "k", "k")
-        await wait_for_text(
-            pilot, "Quantization scales: One scale per 64 weights", "backward of layer 27: torch"
-        )
+        await pilot.press("j", "j", "j")
+        await wait_for_text(pilot, "Quantization scales: One scale per 64", "module.")
+
+
+async def test_on_a_large_screen_the_glossary_explains_the_item(seven_billion: str) -> None:
+    async with open_on("memory", model=seven_billion).run_test(size=(120, 40)) as pilot:
+        await wait_for_text(pilot, "NF4: 4-bit NormalFloat")
+        await pilot.press("tab")
+        shown = await wait_for_text(pilot, "× 1 byte.")
+        assert "NormalFloat" not in shown
+        await pilot.press("j", "j", "j")
+        await wait_for_text(pilot, "Quantization scales:")
+
+
+async def test_items_stand_under_groups_that_add_them_up(seven_billion: str) -> None:
+    app = open_on("memory", model=seven_billion)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await wait_for_text(pilot, "█ Base weights", "▚ Adapter", "░ Overhead")
+        compared = app.workbench.comparison(app.memory_budget.device)
+        assert isinstance(compared, dict)
+        lines = item_lines(compared["nf4"], 70)
+        groups = [index for index, (key, _) in enumerate(lines) if key.startswith(HEADING)]
+        assert len(lines) == len(groups) + len(compared["nf4"].items)
+        assert groups[0] == 0 and all(after - before > 1 for before, after in pairwise(groups))
 
 
 async def test_the_breakdown_follows_the_selected_bar(seven_billion: str) -> None:
@@ -139,7 +163,7 @@ async def test_the_cheapest_change_is_applied_and_undone(seven_billion: str) -> 
     _big(app)
     before = app.workbench.recipe
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await wait_for_text(pilot, "does not fit", "To make it fit, press [a]:", "same effective batch")
+        await wait_for_text(pilot, "does not fit", "▸ a Micro-batch 4 → 1", "same effective")
         await pilot.press("a")
         assert app.workbench.recipe.training.micro_batch_size < 4
         assert app.workbench.recipe.effective_batch >= before.effective_batch
@@ -169,18 +193,16 @@ async def test_samples_beyond_the_context_length_warn_even_without_fit(
     async with app.run_test(size=(80, 24)) as pilot:
         assert "model's context" not in await wait_for_text(pilot, "checkpointing")
         await pilot.press("s", "s")
-        await wait_for_text(
-            pilot, "! the model's context is 2,048", "sequence length", "(data.max_length)", "or less."
-        )
+        await wait_for_text(pilot, "! the model's context is 2,048", "(data.max_length)")
         await pilot.press("s", "s", "b", "b")
-        await wait_for_text(pilot, "! the model's context is 2,048", "To make it fit, press [a]:")
+        await wait_for_text(pilot, "! the model's context is 2,048", "▸ a ")
 
 
 async def test_what_fits_at_most_is_shown_for_each_setting(seven_billion: str) -> None:
     async with open_on("memory", model=seven_billion).run_test(size=(80, 24)) as pilot:
-        shown = await wait_for_text(pilot, "fits up to")
+        shown = await wait_for_text(pilot, "the most that fits")
         await settle(pilot)
-        assert "…" not in text_of(pilot.app).split("fits up to")[1].split("targets")[0], shown
+        assert "…" not in text_of(pilot.app).split("the most that fits")[1].split("targets")[0], shown
 
 
 async def test_what_fits_is_shown_for_the_marked_precision(seven_billion: str) -> None:
@@ -189,7 +211,7 @@ async def test_what_fits_is_shown_for_the_marked_precision(seven_billion: str) -
         for precision in ("NF4", "int8", "fp16"):
             await wait_for_text(pilot, f"▸ {precision}")
             await settle(pilot)
-            line = next(line for line in text_of(pilot.app).splitlines() if "  length " in line)
+            line = next(line for line in text_of(pilot.app).splitlines() if " length " in line)
             lengths.append(int(line.split()[-1].replace(",", "")))
             await pilot.press("tab")
         assert len(set(lengths)) == 3
@@ -265,7 +287,7 @@ async def test_a_family_without_a_formula_is_traced(private_home: Path) -> None:
 async def test_an_unconverted_gguf_file_has_its_own_line(private_home: Path) -> None:
     file = write_tiny_gguf(private_home / "tiny.gguf")
     async with open_on("memory", model=str(file)).run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "Before the first run tiny.gguf is converted")
+        await wait_for_text(pilot, "Before the first run tiny.gguf")
 
 
 def test_a_traced_step_stands_in_for_the_formula(private_home: Path) -> None:
@@ -289,14 +311,14 @@ def test_a_traced_step_stands_in_for_the_formula(private_home: Path) -> None:
     assert isinstance(estimates, dict) and not estimates["nf4"].exact
 
 
-@pytest.mark.parametrize(("size", "width"), [((80, 24), 40), ((120, 40), 52), ((200, 60), 52)])
+@pytest.mark.parametrize(("size", "width"), [((80, 24), 40), ((120, 40), 42), ((200, 60), 60)])
 async def test_the_side_is_as_wide_as_the_window_allows(
     private_home: Path, size: tuple[int, int], width: int
 ) -> None:
     app = open_on("memory", model=str(config_folder(private_home, "Qwen__Qwen2.5-7B")))
     async with app.run_test(size=size) as pilot:
         await wait_for_text(pilot, "Peak")
-        assert app.screen.query_one("#memory-side").size.width + 2 == width
+        assert app.screen.query_one("#memory-side").size.width == width
 
 
 async def test_what_the_run_needs_is_named_beside_what_it_uses(seven_billion: str) -> None:
@@ -305,16 +327,14 @@ async def test_what_the_run_needs_is_named_beside_what_it_uses(seven_billion: st
         shown = await wait_for_text(pilot, "will use", "recomputing")
         needed = app.workbench.comparison(app.memory_budget.device)
         assert isinstance(needed, dict)
-        assert f"The run needs {needed['nf4'].total_bytes / 2**30:.1f} GiB and will use" in " ".join(
-            shown.split()
-        )
+        assert f"The run needs {needed['nf4'].total_bytes / 2**30:.1f} GiB and will use" in shown
 
 
 async def test_the_selected_item_stays_in_view_where_the_list_shrinks(seven_billion: str) -> None:
     app = open_on("memory", model=seven_billion, gpu_gib=8.0)
     _big(app)
     async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "To make it fit")
+        await wait_for_text(pilot, "▸ a ")
         items = app.screen.query_one("#items", ViList)
         items.action_last()
         await pilot.resize_terminal(80, 24)
@@ -340,3 +360,56 @@ async def test_another_gpu_size_can_be_assumed_in_the_app(seven_billion: str) ->
         await wait_for_text(pilot, "Assume another GPU size")
         await pilot.press("ctrl+u", "enter")
         await wait_for_text(pilot, "this machine's memory")
+
+
+async def test_enter_applies_the_change_under_the_cursor(seven_billion: str) -> None:
+    app = open_on("memory", model=seven_billion, gpu_gib=12)
+    _big(app)
+    async with app.run_test(size=(120, 40), notifications=True) as pilot:
+        await wait_for_text(pilot, "▸ a ", "f choose")
+        await pilot.press("f", "j")
+        await wait_for_text(pilot, "Sequence length 8,192")
+        await pilot.press("f", "f", "enter")
+        await wait_for_text(pilot, "Press [u] to undo")
+        assert app.workbench.recipe.data.max_length < 8192
+        assert app.workbench.recipe.training.micro_batch_size == 4
+        assert app.screen.query_one("#items").has_focus
+
+
+async def test_a_low_window_shows_step_or_items(seven_billion: str) -> None:
+    app = open_on("memory", model=seven_billion)
+    async with app.run_test(size=(80, 24)) as pilot:
+        shown = await wait_for_text(pilot, "NF4 by item")
+        assert "One training step" not in shown
+        await pilot.press("v")
+        shown = await wait_for_text(
+            pilot, "One training step, fullest in backward of layer 27", "peak 6.3 GiB"
+        )
+        assert "NF4 by item" not in shown
+        await pilot.press("tab")
+        await wait_for_text(pilot, "peak 11.0 GiB")
+        await pilot.press("v")
+        await wait_for_text(pilot, "int8 by item")
+
+
+async def test_a_large_window_shows_the_step_below_the_items(seven_billion: str) -> None:
+    app = open_on("memory", model=seven_billion, gpu_gib=12)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await wait_for_text(pilot, "NF4 by item", "One training step", "limit 12.0 GiB", "peak 6.3 GiB")
+        await pilot.press("b", "b", "s", "s", "s")
+        await wait_for_text(pilot, "NF4 does not fit", "limit 12.0 GiB")
+
+
+@pytest.mark.parametrize("limit_gib", [1, 7, 24, 1000])
+def test_every_column_of_the_graph_is_filled_from_below(seven_billion: str, limit_gib: int) -> None:
+    app = open_on("memory", model=seven_billion)
+    compared, architecture = app.workbench.comparison(app.memory_budget.device), app.workbench.architecture()
+    assert isinstance(compared, dict) and not isinstance(architecture, Exception)
+    moments = step_timeline(app.workbench.recipe, architecture, compared["nf4"])
+    for width, height in ((10, 3), (78, 9), (190, 20)):
+        lines = timeline_lines(moments, limit_gib << 30, width, height)
+        assert len(lines) == height and {line.cell_length for line in lines} == {width}
+        assert all(cell in "█▚▓▒░▁▂▃▄▅▆▇" for cell in lines[-2].plain[5:])
+        for above, below in pairwise(line.plain for line in lines[:-1]):
+            for high, low in zip(above[5:], below[5:], strict=True):
+                assert low in "█▚▓▒░" or high not in "█▚▓▒░▁▂▃▄▅▆▇"

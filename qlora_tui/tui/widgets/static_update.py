@@ -17,6 +17,7 @@ def update_if_changed(static: Static, content: Content) -> None:
     static.update(content, layout=not same_height)
 
 
-def _lines(content: Content, width: int) -> list[bool]:
-    """Whether each line wraps: equal lists have equal heights, nearly always."""
-    return [line.cell_length > width for line in content.split("\n")] if width else []
+def _lines(content: Content, width: int) -> list[int]:
+    """Return the rows that each line takes."""
+    lines = content.split("\n") if width else []
+    return [len(line.wrap(width)) if line.cell_length > width else 1 for line in lines]

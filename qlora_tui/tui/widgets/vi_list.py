@@ -46,6 +46,14 @@ class ViList(OptionList):
         # With fewer lines, or another scroll, the cursor may be out of view.
         self.call_after_refresh(self.scroll_to_highlight)
 
+    def scroll_to_highlight(self, top: bool = False) -> None:
+        super().scroll_to_highlight(top)
+        # A heading over the first option belongs to it.
+        if self.highlighted is not None and all(
+            option.disabled for option in self.options[: self.highlighted]
+        ):
+            self.scroll_home(animate=False)
+
     @property
     def current(self) -> str | None:
         """Id of the option under the cursor."""

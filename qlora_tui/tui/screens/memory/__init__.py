@@ -1,4 +1,6 @@
 """Memory: ``screen`` and its ``commands``.
 
-``solution`` computes what fits and what would make it fit; ``stacked_bar`` and ``text`` format the estimate.
+``solution`` computes what fits and what would make it fit. Its panels: ``peak_panel`` with a ``stacked_bar``
+for each precision, ``items_panel``, ``fit_panel`` with the changes, ``timeline_graph`` with the memory over
+a training step. ``text`` has the words of titles and settings.
 """

@@ -24,6 +24,14 @@ COMMANDS: tuple[Command, ...] = (
         "Make it fit",
         "Apply the change that fits at the least cost.",
     ),
+    _command("choose", "f", "choose", "Changes", "Go to the changes that make it fit, or back to the items."),
+    _command(
+        "timeline",
+        "v",
+        "timeline",
+        "Timeline",
+        "In a low window, show the memory over a training step, or the items.",
+    ),
     _hidden(
         "length_up", "s", "step_setting('data.max_length', 1)", "Length ×2", "Double the sequence length."
     ),
@@ -54,4 +62,25 @@ COMMANDS: tuple[Command, ...] = (
         "Checkpointing",
         "Gradient checkpointing: auto, on or off.",
     ),
+)
+
+HELP_TEXT = (
+    "The bars show the predicted peak memory of a run, by what takes it: in a training step, or while "
+    "loading where that takes more. The line below them is the peak of the bar marked ▸ with its range, "
+    "when it is reached, what torch reserves then, and what of that is in tensors. ◂ recipe marks the "
+    "precision that the recipe trains in; {memory.use} changes it to the one marked ▸.\n"
+    "The list divides that bar into items, and explains the one under the cursor. The graph shows when "
+    "memory is needed: while the model is loaded, in the forward pass from the first layer to the last, "
+    "in the loss, in the backward pass from the last layer to the first, and in the optimizer's step. "
+    "In a low window, {memory.timeline} shows it in the place of the list.\n"
+    "If the recipe does not fit, {memory.apply} applies the change that costs least, and "
+    "{memory.choose} goes to the list of changes, where Enter applies one.\n"
+    "Lower-case keys double a setting and capital keys halve it. 'max' is the largest value that "
+    "fits, in the precision marked ▸, with the other settings unchanged.\n"
+    "With checkpointing auto, the bars show every layer recomputed, which is what the run needs. As many "
+    "layers as fit in the memory left keep their activations, which is faster: the run uses more then.\n"
+    "'fits': even the upper end of the uncertainty fits. 'tight': less than 5% is left. 'uncertain': "
+    "only a part of the range fits.\n"
+    "To see the estimate for another GPU, press {app.assume_gpu} and type its memory, or start the app "
+    "with qlora-tui --gpu-gib 12."
 )

@@ -5,7 +5,7 @@ And whether the model is converted first: that reads a header of hundreds of tho
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from qlora_tui.catalog.architecture_types import Architecture
@@ -26,6 +26,12 @@ from qlora_tui.recipe.schema import Recipe
 
 METHOD_OF_PRECISION = {"nf4": "nf4", "int8": "int8", "fp16": "none"}
 """Value of ``quantization.method`` for each precision."""
+TARGETS: tuple[tuple[str, ...], ...] = (
+    ("all-linear",),
+    ("q_proj", "k_proj", "v_proj", "o_proj"),
+    ("q_proj", "v_proj"),
+)
+"""The choices of the key ``t``: those of the QLoRA paper, of many recipes, and of the LoRA paper."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,13 @@ def solve(recipe: Recipe, architecture: Architecture, budget: MemoryBudget, *, f
         kept_layers=plan_kept_layers(recipe, architecture, available, device=device) if fits else None,
         conversion=_conversion(recipe.model.id),
     )
+
+
+def next_targets(now: tuple[str, ...], kinds: Collection[str]) -> tuple[str, ...]:
+    """Return the next choice that a model with these kinds has; all-linear after a custom one."""
+    choices = [choice for choice in TARGETS if choice == TARGETS[0] or set(choice) <= set(kinds)]
+    index = choices.index(now) + 1 if now in choices else 0
+    return choices[index % len(choices)]
 
 
 def _conversion(model_id: str) -> Conversion | None:

@@ -8,9 +8,16 @@ from dataclasses import dataclass
 from textual.content import Content
 
 from qlora_tui.formatting import format_gib
-from qlora_tui.memory import Estimate, check_fit
+from qlora_tui.memory import Estimate, Verdict, check_fit
 from qlora_tui.memory.estimate import PRECISIONS, Precision
+from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.render.recipe_line import PRECISION_NAMES, VERDICT_STYLE
+
+_FRAME = 4
+"""Cells of a panel's border and padding."""
+_WORDS = 41
+"""Cells of a line around its bar."""
+_SPARE = 19
 
 
 @dataclass(frozen=True)
@@ -23,7 +30,7 @@ class BarPart:
     keys: frozenset[str]
 
 
-_BASE = ("weights", "scales", "linear", "embedding", "head", "norms", "experts", "vision")
+_BASE = ("weights", "scales", "linear", "embedding", "head", "norms", "experts", "vision", "loading")
 _ADAPTER = ("adapter", "gradients", "optimizer", "optimizer_step")
 _ACTIVATIONS = (
     "checkpoints",
@@ -83,11 +90,18 @@ def precision_bars(
     budget_bytes: int,
     width: int,
 ) -> list[Content]:
-    """``▸ NF4  ██▚▓▒·····   12.3 GiB fits  ◂ recipe``: a line for each precision, its bar ``width`` cells."""
+    """``▸ NF4  ██▚▓▒·····   12.3 GiB fits  ◂ recipe``: a line of ``width`` cells for each precision.
+
+    With room for it, how much is left or missing stands behind the verdict.
+    """
+    has_spare = width >= WIDE_CELLS - _FRAME
+    bar_cells = max(10, width - _WORDS - (_SPARE if has_spare else 0))
     lines = []
     for precision in PRECISIONS:
         estimate = compared[precision]
-        word = check_fit(estimate, budget_bytes).word
+        verdict = check_fit(estimate, budget_bytes)
+        word = verdict.word
+        spare = f"{spare_words(verdict):>{_SPARE}}" if has_spare else ""
         is_selected = precision == selected
         lines.append(
             Content.assemble(
@@ -95,13 +109,19 @@ def precision_bars(
                     f"{'▸' if is_selected else ' '} {PRECISION_NAMES[precision]:<5}",
                     "bold" if is_selected else "",
                 ),
-                stacked_bar(estimate, budget_bytes, width),
+                stacked_bar(estimate, budget_bytes, bar_cells),
                 f" {format_gib(estimate.total_bytes):>6} GiB ",
                 (f"{word:<12}", VERDICT_STYLE[word]),
+                (spare, "$text-muted"),
                 (" ◂ recipe" if precision == recipe_precision else "", "$accent"),
             )
         )
     return lines
+
+
+def spare_words(verdict: Verdict) -> str:
+    """``17.0 GiB to spare``, or ``2.1 GiB over``."""
+    return f"{format_gib(abs(verdict.spare_bytes))} GiB {'over' if verdict.spare_bytes < 0 else 'to spare'}"
 
 
 def legend() -> Content:

@@ -1,0 +1,146 @@
+"""Whether it fits, and what would make it fit: changes with their price, of which Enter applies one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from textual.content import Content
+from textual.message import Message
+from textual.widgets import Static
+
+from qlora_tui.errors import UserError
+from qlora_tui.formatting import format_gib, format_percent
+from qlora_tui.memory import Estimate, KeptLayersPlan, MemorySaving, Verdict, check_fit
+from qlora_tui.memory.budget import MemoryBudget
+from qlora_tui.tui.key_names import bare_key, highlight_keys, key_name
+from qlora_tui.tui.render.recipe_line import VERDICT_STYLE
+from qlora_tui.tui.screens.memory.solution import Solution
+from qlora_tui.tui.screens.memory.stacked_bar import spare_words
+from qlora_tui.tui.widgets.panel import Panel
+from qlora_tui.tui.widgets.static_update import update_if_changed
+from qlora_tui.tui.widgets.vi_list import ViList
+
+
+class FitPanel(Panel):
+    """The verdict as its title, the changes that make the recipe fit, and notes on the estimate."""
+
+    class Chosen(Message):
+        """Enter was pressed on a change, or it was clicked."""
+
+        def __init__(self, number: int) -> None:
+            super().__init__()
+            self.number = number
+
+    def __init__(self) -> None:
+        self.choices = ViList(id="choices")
+        self._notes = Static(id="fit-notes")
+        super().__init__("Fit", self.choices, self._notes, id="fit-panel")
+
+    def offer(self, *, changes: bool) -> None:
+        """Show the keys for changes, or none."""
+        self.show_keys((("memory.apply", "apply ▸"), ("memory.choose", "choose")) if changes else ())
+
+    def show(
+        self,
+        name: str,
+        estimate: Estimate,
+        budget: MemoryBudget,
+        solution: Solution,
+        length_warning: UserError | None,
+        *,
+        is_recipe: bool,
+    ) -> None:
+        """Show an estimate of the precision ``name``; ``is_recipe``: it is that of the recipe."""
+        verdict = check_fit(estimate, budget.bytes)
+        self.show_title(_verdict_title(verdict, name))
+        self.choices.display = bool(solution.changes)
+        self.choices.show(choice_lines(solution.changes, self.choices.scrollable_content_region.width))
+        notes = list(_notes(estimate, budget, solution, length_warning, is_recipe=is_recipe))
+        notes.append(Content.styled(f"Uncertainty: {verdict.reason}.", "$text-muted"))
+        update_if_changed(self._notes, Content("\n").join(notes))
+
+    def on_option_list_option_selected(self, event: ViList.OptionSelected) -> None:
+        """Say which change it was."""
+        event.stop()
+        self.post_message(self.Chosen(event.option_index))
+
+
+def _notes(
+    estimate: Estimate,
+    budget: MemoryBudget,
+    solution: Solution,
+    length_warning: UserError | None,
+    *,
+    is_recipe: bool,
+) -> Iterator[Content]:
+    if solution.least_bytes:
+        yield _nothing_helps(solution.least_bytes)
+    if solution.changes and not is_recipe:
+        yield Content("The changes are for the precision of the recipe.")
+    if conversion := solution.conversion:
+        on_cpu = budget.device.kind == "cpu"
+        yield Content(conversion.words(estimate.process_bytes if on_cpu else None))
+    if length_warning is not None:
+        # The setting itself is shown among the settings.
+        yield Content.styled(f"{length_warning.why} {length_warning.fix}", "$warning")
+    if solution.kept_layers is not None and is_recipe:
+        yield _kept_layers_text(solution.kept_layers, estimate.total_bytes)
+    yield from map(Content, estimate.notes)
+
+
+def choice_lines(changes: tuple[MemorySaving, ...], width: int) -> list[tuple[str, Content]]:
+    """(number, text) of each change that makes it fit, the cheapest first: what it is, memory, and cost."""
+    lines = []
+    for number, change in enumerate(changes):
+        key = bare_key("memory.apply") if not number else ""
+        head = Content.assemble(
+            (f"{'▸' if not number else ' '} {key:<2}", "$accent bold"),
+            (change.label, "bold" if not number else ""),
+        )
+        word = change.verdict.word
+        details = Content.assemble(
+            f"{format_gib(change.estimate.total_bytes)} GiB ",
+            (word, VERDICT_STYLE[word]),
+            (f", {change.cost}" if change.cost else "", "$text-muted"),
+        )
+        wrapped = [*_hanging(head, width), *(Content("    ") + part for part in details.wrap(width - 4))]
+        lines.append((str(number), Content("\n").join(wrapped)))
+    return lines
+
+
+def _hanging(line: Content, width: int) -> list[Content]:
+    """Wrap a line whose first four cells are a mark."""
+    first, rest = line[:4], line[4:]
+    return [(Content("    ") if number else first) + part for number, part in enumerate(rest.wrap(width - 4))]
+
+
+def _kept_layers_text(plan: KeptLayersPlan, least_bytes: int) -> Content:
+    """How many layers need no recomputation, at what memory, and what that gains.
+
+    ``least_bytes``: the memory with every layer recomputed, as the bars show it.
+    """
+    if not plan.kept_layers:
+        return Content(
+            "Gradient checkpointing recomputes every layer: too little memory is left to keep activations."
+        )
+    total, faster = format_gib(plan.estimate.total_bytes), format_percent(plan.speedup - 1)
+    return Content.assemble(
+        f"The run needs {format_gib(least_bytes)} GiB and will use ",
+        (f"{total} GiB", "bold"),
+        f": {plan.kept_layers} of {plan.total_layers} layers keep their activations in free memory, about "
+        f"{faster} faster than recomputing every layer.",
+    )
+
+
+def _nothing_helps(least_bytes: int) -> Content:
+    """The text shown if no change makes it fit."""
+    return highlight_keys(
+        "No change makes it fit: with every change that saves memory it still needs "
+        f"{format_gib(least_bytes)} GiB. Select a smaller model with {key_name('go.models')}, "
+        "or use a larger GPU."
+    )
+
+
+def _verdict_title(verdict: Verdict, precision: str) -> Content:
+    """``NF4 fits, 17.0 GiB to spare``: the verdict as a title."""
+    return Content.styled(f"{precision} {verdict.word}, {spare_words(verdict)}", VERDICT_STYLE[verdict.word])

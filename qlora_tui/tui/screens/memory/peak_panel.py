@@ -1,0 +1,42 @@
+"""The peak of each precision as a bar against the limit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from textual.content import Content
+from textual.widgets import Static
+
+from qlora_tui.memory import Estimate
+from qlora_tui.memory.estimate import Precision
+from qlora_tui.tui.screens.memory.stacked_bar import legend, precision_bars
+from qlora_tui.tui.screens.memory.text import levels_line
+from qlora_tui.tui.widgets.panel import Panel
+from qlora_tui.tui.widgets.static_update import update_if_changed
+
+
+class PeakPanel(Panel):
+    """Bars, their legend, and the peak of the marked one in numbers."""
+
+    def __init__(self) -> None:
+        self._bars = Static(id="bars")
+        keys = (("memory.next", "next precision"), ("memory.use", "use it"))
+        super().__init__("Peak", self._bars, keys=keys, id="peak-panel")
+
+    def show(
+        self,
+        heading: tuple[str, str],
+        compared: Mapping[Precision, Estimate],
+        marked: Precision,
+        of_recipe: Precision,
+        limit_bytes: int,
+        width: int,
+    ) -> None:
+        """Show these estimates under a heading, whose second part is less important."""
+        self.show_title(Content.assemble(heading[0], (heading[1], "$text-muted not bold")))
+        lines = [
+            *precision_bars(compared, marked, of_recipe, limit_bytes, width),
+            legend(),
+            Content.styled(levels_line(compared[marked]), "$text-muted"),
+        ]
+        update_if_changed(self._bars, Content("\n").join(lines))
