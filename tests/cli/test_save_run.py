@@ -64,7 +64,7 @@ def test_the_picture_breaks_its_line_at_nan(tmp_path: Path) -> None:
 
 
 def test_the_running_mean_skips_what_is_no_number() -> None:
-    assert running_mean([2.0, math.nan, 1.0]) == [2.0, 2.0, pytest.approx(1.9)]
+    assert running_mean([2.0, math.nan, 1.0]) == [2.0, 2.0, 1.5]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "svg"])

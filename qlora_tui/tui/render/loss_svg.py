@@ -51,14 +51,14 @@ def loss_svg(view: RunView) -> str:
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """An exponential mean that begins at the first value; a value that is not a number leaves it as it is."""
+    """The mean of the first values, then an exponential mean; one that is not a number does not change it."""
     means: list[float] = []
+    mean, count = math.nan, 0
     for value in values:
-        before = means[-1] if means else math.nan
-        if math.isnan(before):
-            means.append(value)
-        else:
-            means.append(before + _MEAN_WEIGHT * (value - before) if math.isfinite(value) else before)
+        if math.isfinite(value):
+            count += 1
+            mean = value if count == 1 else mean + max(_MEAN_WEIGHT, 1 / count) * (value - mean)
+        means.append(mean)
     return means
 
 
