@@ -57,6 +57,12 @@ def estimated_bytes(architecture: Architecture, file_type: str) -> int:
     return int((rest * bits + tables * table_bits) / 8)
 
 
+def next_larger(file_type: str) -> str:
+    """Return the next larger type that ``auto`` tries, or F16; empty for the largest."""
+    bits = _BITS_PER_WEIGHT[file_type]
+    return next((kind for kind in (*LADDER, "F16") if _BITS_PER_WEIGHT[kind] > bits), "")
+
+
 def bytes_to_run(architecture: Architecture, file_type: str) -> int:
     """Return the approximate memory that llama.cpp needs at a context of 4,096 tokens.
 

@@ -12,7 +12,15 @@ from pathlib import Path, PurePath
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qlora_tui.catalog.gguf_file_types import AUTO, FILE_TYPES, K_QUANTS, LADDER, FileType, estimated_bytes
+from qlora_tui.catalog.gguf_file_types import (
+    AUTO,
+    FILE_TYPES,
+    K_QUANTS,
+    LADDER,
+    FileType,
+    estimated_bytes,
+    next_larger,
+)
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import chat_tokenizer, every_tenth
@@ -69,6 +77,11 @@ class GgufExport(Struct, frozen=True, kw_only=True):
     def sentences(self) -> list[str]:
         """Return the summary without what only programs with llama.cpp's own prompts are concerned with."""
         lines = [f"{file.proof.sentence}." for file in self.files if file.proof]
+        lines += [
+            _turn_ends_warning(file.file_type)
+            for file in self.files
+            if file.proof and file.proof.loses_turn_ends
+        ]
         lines += [f"{file.file_type}: {file.types.sentence}." for file in self.files if file.types.sentence]
         if self.unchecked_because:
             lines.append(f"Not checked: {self.unchecked_because}.")
@@ -176,14 +189,16 @@ class _Export:
             self.on_status(f"Trying {kind} ({number} of at most {len(kinds)})")
             file = self._write(kind)
             assert file.proof is not None
-            if not file.proof.problem and file.proof.divergence <= self.within:
+            is_near = file.proof.divergence <= self.within and not file.proof.loses_turn_ends
+            if not file.proof.problem and is_near:
                 return (file,)
             nearest = file.proof
             Path(file.path).unlink()
         assert nearest is not None
         raise UserError(
             "No type is within the bound",
-            what=f"The nearest: {nearest.sentence}; a KL divergence of {self.within:g} was asked for.",
+            what=f"The nearest: {nearest.sentence}; a KL divergence of {self.within:g} was asked for, and "
+            "as many turn ends.",
             fix="Raise --within, or export as F16.",
         )
 
@@ -234,6 +249,12 @@ class _Export:
 def needs_bf16(file_type: str, *, is_checked: bool) -> bool:
     """Return whether a type is made from a 16-bit file, or one is checked before it."""
     return file_type in K_QUANTS or (is_checked and file_type not in _PROVED_ALONE)
+
+
+def _turn_ends_warning(file_type: str) -> str:
+    larger = next_larger(file_type)
+    advice = f" Try a larger type: {larger}." if larger else ""
+    return f"{file_type} ends fewer turns than the adapter: some answers will run on.{advice}"
 
 
 def _refused(file_type: str, problem: str) -> UserError:

@@ -32,6 +32,8 @@ _FLOORS = {"F16": 0.004, "BF16": 0.01, "Q8_0": 0.015}
 _FLOOR_OTHER_TYPES = 0.015
 _DIFFERENT_SHARE = 0.02
 """Share of rows that may become other tokens for a reason that is not known."""
+_FEWER_ENDS = 3
+"""Turn ends that a file must lose before it is wrong: of few turns, rounding may change one or two."""
 
 
 class Proof(Struct, frozen=True, kw_only=True):
@@ -62,6 +64,12 @@ class Proof(Struct, frozen=True, kw_only=True):
     """Prompts of llama.cpp's built-in renderer, compared with those of the chat template."""
     problem: str = ""
     """Why the file is wrong; empty if it is right."""
+
+    @property
+    def loses_turn_ends(self) -> bool:
+        """Return whether the file ends clearly fewer turns than the adapter: more than 1, and 1 in 20."""
+        lost = self.turns_ended_by_adapter - self.turns_ended
+        return lost > max(1, self.turns_ended_by_adapter // 20)
 
     @property
     def sentence(self) -> str:
@@ -186,5 +194,11 @@ def _wrong_answers(proof: Proof, file_type: str) -> str:
         return (
             f"its answers differ from the adapter's by a KL divergence of {proof.divergence:.2g}, more than "
             f"those of the base without the adapter ({proof.effect:.2g}): rounding lost what was learned"
+        )
+    lost = proof.turns_ended_by_adapter - proof.turns_ended
+    if lost >= _FEWER_ENDS and 2 * proof.turns_ended < proof.turns_ended_by_adapter:
+        return (
+            f"it ends {proof.turns_ended} of {proof.turns} turns, and the adapter "
+            f"{proof.turns_ended_by_adapter}: answers would not stop"
         )
     return ""

@@ -9,6 +9,9 @@ import pytest
 
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.export import proof
+from qlora_tui.export.base_choice import BaseChoice
+from qlora_tui.export.gguf_export import GgufExport, GgufFile, _Export
+from qlora_tui.export.gguf_file.stored_types import StoredTypes
 from qlora_tui.export.llama_cpp.jobs import Compared
 from qlora_tui.export.proof import Proof, prove
 from qlora_tui.export.reference import Reference, compared_rows
@@ -20,11 +23,13 @@ from tests.training.tiny_model import CHAT_TEMPLATE
 def proof_of(monkeypatch: pytest.MonkeyPatch) -> Any:
     """What is said of a file type, an effect of the adapter and a divergence of the file."""
 
-    def proof_of(file_type: str, effect: float, divergence: float) -> Proof:
+    def proof_of(
+        file_type: str, effect: float, divergence: float, turns_ended: int = 0, by_adapter: int = 0
+    ) -> Proof:
         result = Compared(
             template="", different_tokens=(), different_prompts=None, first_tokens=(), overrun_ids=(),
-            positions=100, divergence=divergence, worst=divergence, top1_matches=90, turns=0, turns_ended=0,
-            turns_ended_by_reference=0,
+            positions=100, divergence=divergence, worst=divergence, top1_matches=90, turns=12,
+            turns_ended=turns_ended, turns_ended_by_reference=by_adapter,
         )  # fmt: skip
         monkeypatch.setattr(proof, "compare", lambda *arguments: result)
         reference = Reference((), (), (), Path("none"), 10, (), (), "", effect)
@@ -51,6 +56,46 @@ def test_an_effect_too_small_to_measure_is_said(proof_of: Any, file_type: str) -
     assert not small.problem
     assert "a file without it could not be told from this one" in small.sentence
     assert "could not be told" not in proof_of(file_type, effect=0.3, divergence=0.003).sentence
+
+
+@pytest.mark.parametrize("file_type", ["F16", "Q8_0", "Q4_K_M"])
+@pytest.mark.parametrize("ended, by_adapter", [(0, 3), (4, 9), (5, 12), (40, 100)])
+def test_a_file_that_ends_few_turns_is_refused(
+    proof_of: Any, file_type: str, ended: int, by_adapter: int
+) -> None:
+    proof = proof_of(file_type, 0.3, 0.001, ended, by_adapter)
+    assert f"it ends {ended} of 12 turns, and the adapter {by_adapter}" in proof.problem
+
+
+@pytest.mark.parametrize("ended, by_adapter, loses", [
+    (0, 1, False), (8, 9, False), (96, 100, False), (9, 6, False),
+    (0, 2, True), (6, 9, True), (90, 100, True),
+])  # fmt: skip
+def test_fewer_turn_ends_are_a_warning(proof_of: Any, ended: int, by_adapter: int, loses: bool) -> None:
+    proof = proof_of("Q4_K_M", 0.3, 0.01, ended, by_adapter)
+    assert not proof.problem and proof.loses_turn_ends == loses
+    file = GgufFile(path="a.gguf", file_type="Q4_K_M", bytes=1, types=StoredTypes({}), proof=proof)
+    summary = GgufExport(files=(file,), base=BaseChoice(chosen="original")).summary
+    assert ("some answers will run on. Try a larger type: Q5_K_M." in summary) == loses
+
+
+def test_auto_skips_a_type_that_loses_turn_ends(
+    proof_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = {"Q3_K_M": 6, "Q4_K_M": 9}
+
+    def write(export: Any, kind: str) -> GgufFile:
+        path = tmp_path / kind
+        path.touch()
+        proof = proof_of(kind, 0.3, 0.01, ended[kind], 9)
+        return GgufFile(path=str(path), file_type=kind, bytes=1, types=StoredTypes({}), proof=proof)
+
+    monkeypatch.setattr(_Export, "_write", write)
+    content: Any = None
+    reference = Reference((), (), (), Path("none"), 10, (), (), "", 0.3)
+    export = _Export(content, tmp_path, reference, 0.03, lambda words: None)
+    (file,) = export.smallest_within(("Q3_K_M", "Q4_K_M"))
+    assert file.file_type == "Q4_K_M"
 
 
 class Samples:
