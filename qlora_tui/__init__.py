@@ -1,6 +1,6 @@
 """A terminal workstation for fine-tuning language models with QLoRA on one consumer GPU.
 
-Each folder covers one concern. A package imports only packages above it in this list:
+Each folder covers one concern. A package imports only packages listed before it:
 
 recipe    every setting, declared once; reading and writing TOML; presets
 catalog   the supported model families, and parsing of ``config.json``

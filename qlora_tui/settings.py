@@ -1,4 +1,5 @@
-"""``config.toml``: settings that apply to every recipe. Written by the user; the app only reads it."""
+"""``config.toml``: settings that apply to every recipe. Read here; ``settings_file`` changes it for
+the settings screen."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 * ``architecture_types``: ``Architecture`` and its linear modules, embeddings, head and other parameters.
 * ``config_parser``: ``parse_architecture``, from a ``config.json`` to those types. Pure Python, no weights.
-* ``families/``: the structure of each model family, as tables; ``family_spec`` and ``config_fields`` read
-  them.
+* ``families/``: the structure of each model family, as tables, with which modules are quantized;
+  ``family_spec`` and ``config_fields`` read them.
 * ``local_models``, ``model_validation``, ``gguf_header``: the models on this machine, whether each can be
   trained, and finding one by name.
 * ``gguf_file_types``: types of GGUF files that can be exported, with their sizes.

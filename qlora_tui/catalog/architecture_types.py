@@ -28,7 +28,7 @@ class LinearModule(Struct, frozen=True):
     out_features: int
     bias: bool
     quantizable: bool
-    """Whether bitsandbytes quantizes it. If not, it stays in 16 bits, whatever the recipe says."""
+    """Whether it is quantized, which transformers decides; if not, it stays in the compute dtype."""
     conv1d: bool = False
     """Whether it is GPT-2's ``Conv1D``, whose weight is stored transposed; quantized like a Linear."""
 

@@ -43,6 +43,7 @@ class LinearSpec:
     condition: str = ""
     conv1d: bool = False
     quantizable: bool = True
+    """Whether transformers quantizes it with bitsandbytes; estimate and export read it from here."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,11 +25,13 @@ from qlora_tui.export.llama_cpp.jobs import ComparedPrompt, ComparedRow
 from qlora_tui.export.ollama_template import sample_conversations
 
 _MAX_ROWS = 200
+"""Most validation rows whose tokens are compared; docs/export.md states this and the next limits."""
 _MAX_TOKENS = 1024
 """Most tokens of a row."""
 _MAX_COMPUTED_TOKENS = 16_384
+"""Most tokens whose logits are computed; of further rows only the tokens are compared."""
 _MAX_MULTIPLICATIONS = 2 * 10**13
-"""Of each model, tokens times weights: minutes on a CPU. Of further rows only the tokens are compared."""
+"""Of each model, tokens times weights: minutes on a CPU."""
 _MAX_POSITIONS = 1200
 _MAX_ROW_POSITIONS = 48
 """Most positions of a row: with a vocabulary of 262,144, 50 MB of logits."""

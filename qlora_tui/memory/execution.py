@@ -26,6 +26,7 @@ stock, but one kernel instead of log-softmax and its gradient, which writes the 
 trl_chunked, trl_tiled: TRL's own since 1.7 and 1.15 (``trl_loss.py``)."""
 
 Optimizer = Literal["adamw", "adamw_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
+"""The recipe's ``adamw`` is ``adamw_fused`` here; ``adamw`` is that of other trainers."""
 
 AttentionPath = Literal["varlen", "segments", "eager"]
 """``varlen``: all samples of a packed sequence in one call of FlashAttention. ``segments``: one call per

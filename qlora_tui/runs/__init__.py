@@ -11,11 +11,11 @@ liveness        whether the process behind a run is still working
 process         identifies processes by start tick, boot and machine
 locks           file locks
 drafts          hidden folders for unfinished exports, one process at a time
-follow          waits for a run's next events
+follow          waits for a run's next events, for the command line
 telemetry       GPU and host metrics during a run
 energy          adds up the measured power
 describe        events as sentences
-actions         every action on runs, shared by keys and commands
+actions         actions on runs, shared by keys and commands; the app deletes through trash
 preflight       checks a recipe before a launch
 step_limit      checks whether Max steps or Epochs ends a run
 machine_checks  checks GPU, disk and queue

@@ -31,12 +31,13 @@
 ``batches``               samples to sequences to micro-batches, in an order that resume can repeat
 ``memory_probe``          one step on the longest batch before training; ``memory_meter``: peak memory;
                           ``heap``: returns free memory to the system
-``trainer``               transformers' ``Trainer``, one item per optimizer step; learning-rate schedule
+``trainer``               transformers' ``Trainer``, one item per optimizer step; optimizer,
+                          gradient clipping, learning-rate schedule
 ``callbacks``             the ``TrainerCallback``: probe memory, then after each step report, evaluate
                           (``evaluation``, ``accuracy``), stop early, save (``checkpoint_saver``;
                           ``disk_errors``: the cause of a failed write), handle ``control_requests``
 ``checkpoints``           written completely or not at all; resumed exactly
-``health``                warnings about steps and the GPU
+``health``                what goes wrong in a step or on the GPU: warnings, and the NaN that ends a run
 ``distributed``           one run on several GPUs
 ``final_adapter``         the adapter folder
 ``selftest``              tests for ``qlora-tui doctor`` whether training works here

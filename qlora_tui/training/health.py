@@ -69,7 +69,7 @@ def find_non_finite(step: int, loss: float, grad_norm: float, *, norm_may_overfl
     """A finding that ends the run: a loss or a gradient norm that is NaN or infinite.
 
     ``norm_may_overflow``: under fp16 a step whose scaled gradients overflow is skipped and the scale lowered,
-    which is routine.
+    which is routine, however many times in a row.
     """
     if not math.isfinite(loss):
         quantity, value = "loss", loss

@@ -214,7 +214,11 @@ def apply_kept_layers(model: Any, count: int) -> bool:
 
 
 def _quantization_config(settings: Quantization, device: ComputeDevice) -> Any:
-    """The quantization config for transformers; None loads the weights as they are stored."""
+    """The quantization config for transformers; None loads the weights as they are stored.
+
+    It has no list of modules to skip: transformers leaves out the head and tied weights, and
+    ``LinearSpec.quantizable`` of the catalog must say the same.
+    """
     from transformers import BitsAndBytesConfig
 
     if settings.method in ("nf4", "fp4"):

@@ -30,7 +30,7 @@ from qlora_tui.settings import load_settings
 from qlora_tui.training.compute_device import ComputeDevice
 
 _FORMAT = 1
-"""Bump when the stored format changes."""
+"""Bump when the stored format changes, or which modules are quantized."""
 _METHODS = ("nf4", "fp4")
 _LIBRARIES = ("bitsandbytes", "transformers", "torch")
 _DRAFT = ".writing"

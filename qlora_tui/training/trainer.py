@@ -132,7 +132,7 @@ def training_arguments(recipe: Recipe, device: ComputeDevice, steps: int, folder
         warmup_steps=training.warmup_ratio,  # below 1 it is a share of the steps
         optim=_OPTIMIZERS[training.optimizer],
         weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
+        max_grad_norm=training.max_grad_norm,  # a norm that is NaN ends the run: health.find_non_finite
         seed=training.seed,
         fp16=device.kind == "cuda" and device.dtype == torch.float16,
         use_cpu=device.kind == "cpu",
@@ -200,7 +200,8 @@ class RunTrainer(Trainer):
     def set_learning_rate(self, value: float) -> None:
         """Change the learning rate of the steps to come, and let it decay as it would have.
 
-        During warm-up ``value`` is the peak that the warm-up leads to; after it, the rate of the next step.
+        All parameter groups share one rate. During warm-up ``value`` is the peak that the warm-up leads to;
+        after it, the rate of the next step.
         """
         scheduler: Any = self.lr_scheduler
         share = scheduler.get_last_lr()[0] / scheduler.base_lrs[0]

@@ -16,7 +16,8 @@ visible_lines  the text layer: no line reaches the terminal with a control chara
                monochrome and glyph_fallback are the other filters of a line
 recent_paths   data and models opened by path lately, in files
 themes         themes from TOML files
-breakpoints    widths of the window from which screens show more
+breakpoints    sizes of the window from which screens show more, and panels have borders; app.tcss is the CSS
+               that all screens share, among it that of panels in a small window
 disk_faults    messages about a disk that cannot be written
 clipboard, escapes, run_notifications   what a terminal does besides showing text
 gc_tuning, shutdown, stderr_capture, clock   the process: memory, its end, stderr, time

@@ -129,7 +129,7 @@ EVERYWHERE: tuple[Command, ...] = (
     ),
     Command(
         id=SETTINGS.open_command,
-        key="f2",
+        key="f6",
         action="app.settings",
         label=SETTINGS.label,
         help=SETTINGS.help,

@@ -1,6 +1,7 @@
 """The base of the app: what is sent to the terminal, and when.
 
-Only cells that differ are sent, without control characters, and without colors if NO_COLOR is set.
+Of each line only the part that differs is sent, without control characters, and without colors if NO_COLOR
+is set.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def test_every_row_is_a_setting_of_the_file() -> None:
 async def test_the_theme_changes_at_once_and_is_saved(make_app: MakeApp) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
-        await pilot.press("f2")
+        await pilot.press("f6")
         await wait_for_text(pilot, "Settings", "harbour", "Colors of the app")
         await pilot.press("l")
         names = theme_names()
@@ -78,7 +78,7 @@ async def test_the_theme_changes_at_once_and_is_saved(make_app: MakeApp) -> None
 async def test_a_typed_number_is_checked_and_saved(make_app: MakeApp) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
-        await pilot.press("f2", "j", "j", "enter", "x", "enter")
+        await pilot.press("f6", "j", "j", "enter", "x", "enter")
         await wait_for_text(pilot, "Enter a number of GiB")
         await pilot.press("backspace", "1", "2", "enter")
         await wait_for_text(pilot, "12 GiB", "default: none")
@@ -89,7 +89,7 @@ async def test_a_typed_number_is_checked_and_saved(make_app: MakeApp) -> None:
 async def test_a_test_notification_is_shown(make_app: MakeApp) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
-        await pilot.press("f2", "t")
+        await pilot.press("f6", "t")
         await wait_for_text(pilot, "This is a test")
 
 
@@ -108,7 +108,7 @@ async def test_what_a_dialog_is_about_stays_in_view(make_app: MakeApp) -> None:
     app = make_app()
     async with app.run_test(size=(120, 40)) as pilot:
         await wait_for_text(pilot, "Recipe", "balanced")
-        await pilot.press("f2")
+        await pilot.press("f6")
         await wait_for_text(pilot, "Settings")
         assert app.screen.styles.background.a == 0
         assert [type(screen).__name__ for screen in app.screen_stack] == ["HomeScreen", "SettingsScreen"]

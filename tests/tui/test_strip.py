@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 
 from qlora_tui.recipe.schema import Source
 from qlora_tui.tui.render.block_charts import bar
@@ -34,6 +35,15 @@ def test_names_give_way_to_numbers_where_there_is_little_room() -> None:
     assert recipe_line(workbench, 200) == recipe_line(workbench)
     workbench.set("data.sources", ())
     assert " · no data · " in recipe_line(workbench, 78)
+
+
+@pytest.mark.parametrize("width", [60, 78, 79, 118])
+def test_wide_characters_do_not_wrap_the_line(width: int) -> None:
+    workbench = Workbench()
+    workbench.set("data.sources", (Source(path="数据/中文对话训练数据集中文对话训练数据集中文对话.jsonl"),))
+    line = recipe_line(workbench, width)
+    assert cell_len(line) <= width
+    assert width < 78 or line.endswith("1,024 tok × 1 × 8")
 
 
 def test_custom_ranks_are_shown_as_a_range() -> None:

@@ -4,7 +4,8 @@ axis             round ranges, ticks and labels
 series           columns of numbers, decimated to what a graph can show
 plot             a graph in braille dots
 block_charts     bars, columns and curves in block characters
-recipe_line      a recipe in one line; names of precisions, colors of verdicts
+recipe_line      a recipe in one line, shortened to a width for the recipe strip; names of precisions,
+                 colors of verdicts
 run_labels       the sign and color of each state of a run
 loss_svg         the loss of a run as an SVG picture
 summary_plot     the loss graph of a run's summary

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rich.cells import cell_len, set_cell_size
+
 from qlora_tui.formatting import short_model_name
 from qlora_tui.memory.estimate import Precision
 from qlora_tui.recipe.schema import Recipe
@@ -41,11 +43,18 @@ def recipe_line(workbench: Workbench, width: int | None = None) -> str:
         f"{recipe.data.max_length:,} tok × {training.micro_batch_size} × {training.gradient_accumulation}",
     ]
     for place in (2, 1, 0):
-        over = 0 if width is None else len(_SEPARATOR.join(parts)) - width
+        over = 0 if width is None else cell_len(_SEPARATOR.join(parts)) - width
         name = parts[place]
-        if over > 0 and len(name) > _MIN_NAME + 1:
-            parts[place] = name[: max(_MIN_NAME, len(name) - over - 1)].rstrip(".-_ ") + "…"
-    return _SEPARATOR.join(parts)[:width]
+        cells = cell_len(name)
+        if over > 0 and cells > _MIN_NAME + 1:
+            parts[place] = cut_cells(name, max(_MIN_NAME, cells - over - 1)).rstrip(".-_ ") + "…"
+    line = _SEPARATOR.join(parts)
+    return line if width is None else cut_cells(line, width)
+
+
+def cut_cells(text: str, width: int) -> str:
+    """The beginning of ``text`` that fits ``width`` cells: Chinese characters, for example, take two."""
+    return text if cell_len(text) <= width else set_cell_size(text, width).rstrip()
 
 
 def targets_words(recipe: Recipe, width: int) -> str:

@@ -1,4 +1,6 @@
-"""Every screen, declared once: the app's modes, the keys that open them, help and palette follow from it.
+"""Every screen, declared once: modes, keys of numbered screens, help and palette follow from it.
+
+A screen that opens over the others also has a command in ``tui.commands`` and an action in ``tui.app``.
 
 A screen's class and commands are imported when they are first needed.
 """

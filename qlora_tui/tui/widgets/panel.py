@@ -14,8 +14,9 @@ from qlora_tui.tui.key_names import bare_key
 class Panel(Vertical):
     """Its title is in the upper border, the keys for what it shows in the lower one.
 
-    In a window below 100 × 30 cells the border is only a line with the title: panels are then one below the
-    other, and the footer has the keys. The panel whose contents have the focus has a brighter border.
+    Below 100 × 30 cells (``breakpoints``) the border is only a line with the title (``app.tcss``):
+    panels are then one below the other, and the footer has the keys. The panel whose contents have the focus
+    has a brighter border.
     """
 
     DEFAULT_CSS = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.cells import cell_len
 from textual.app import RenderResult
 from textual.content import Content
 from textual.widget import Widget
@@ -13,7 +14,7 @@ from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Precision, precision_of
 from qlora_tui.tui.key_names import name_keys
 from qlora_tui.tui.render.block_charts import bar
-from qlora_tui.tui.render.recipe_line import PRECISION_NAMES, VERDICT_STYLE, recipe_line
+from qlora_tui.tui.render.recipe_line import PRECISION_NAMES, VERDICT_STYLE, cut_cells, recipe_line
 from qlora_tui.tui.workbench import Workbench
 
 _KEYS = ("{app.presets} Presets  {app.undo} Undo", "{app.undo} Undo")
@@ -56,7 +57,7 @@ class RecipeStrip(Widget):
     def render(self) -> RenderResult:
         width = self.content_size.width
         line, hint = self._line_and_hint(width)
-        gap = " " * (width - len(line) - len(hint))
+        gap = " " * (width - cell_len(line) - len(hint))
         return Content.assemble(line, (gap + hint, "dim"), "\n", self._cost_line(width))
 
     def _line_and_hint(self, width: int) -> tuple[str, str]:
@@ -80,10 +81,9 @@ class RecipeStrip(Widget):
         if isinstance(self._comparison, UserError):
             problem = self._comparison
             if self._mode == "models" and not self._bench_has_model():
-                return Content.styled(
-                    "The recipe has no model. Press Enter on one to select it."[:width], "dim"
-                )
-            return Content.styled(f"{problem.what} {problem.fix}".replace("\n", " ")[:width], "dim")
+                return Content.styled("The recipe has no model. Press Enter on one to select it.", "dim")
+            message = f"{problem.what} {problem.fix}".replace("\n", " ")
+            return Content.styled(cut_cells(message, width), "dim")
         each = (width - 2) // len(self._shown)
         costs = [
             _cost(PRECISION_NAMES[key], self._comparison[key], self._budget, each) for key in self._shown

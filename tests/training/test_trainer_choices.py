@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+import pytest
+
+from qlora_tui.recipe.fields import fields
+from qlora_tui.training import trainer
+
+
+@pytest.mark.parametrize(
+    ("setting", "names"),
+    [("training.optimizer", trainer._OPTIMIZERS), ("training.lr_scheduler", trainer._SCHEDULES)],
+)
+def test_every_choice_of_the_recipe_has_a_name_in_transformers(setting: str, names: dict[str, str]) -> None:
+    assert set(fields()[setting].choices) == names.keys()
