@@ -217,7 +217,8 @@ class TrainActions(WorkScreen):
 
         state = read_status(run).state
         outcome = "continues" if state in ACTIVE else f"is {state}"
-        text = f"{run.id} {outcome}. Run `qlora-tui attach {run.id}` to watch it again."
+        log = f"`qlora-tui attach {run.id}` prints its log."
+        text = f"{run.id} {outcome}. Run `qlora-tui` to come back to it; {log}"
 
         def on_result(yes: bool | None) -> None:
             if yes:

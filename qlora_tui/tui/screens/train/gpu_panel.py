@@ -67,7 +67,8 @@ class GpuPanel(DiffWidget):
         """Show new data; repaints only what changed."""
         if machine != self._machine:
             self._machine = machine
-            self.set_class(not machine.samples or machine.samples[-1].gpu is None, "-no-gpu")
+            self.set_class(bool(machine.samples) and machine.samples[-1].gpu is None, "-no-gpu")
+            self.set_class(not machine.samples, "-empty")
             self.redraw()
 
     def draw(self, width: int, height: int) -> list[Content]:

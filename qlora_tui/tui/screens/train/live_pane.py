@@ -105,6 +105,7 @@ class LivePane(Vertical):
     def _show_graph(self, snapshot: RunSnapshot, from_step: float) -> None:
         starting = is_starting(snapshot)
         panel = self.query_one("#graph-panel", Panel)
+        self.set_class(starting, "-starting")
         panel.show_title("Starting" if starting else _GRAPH)
         panel.show_keys(() if starting else _GRAPH_KEYS)
         graph, stages = self.query_one(LossGraph), self.query_one(StartStages)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from itertools import pairwise
 
 from textual.content import Content
+from textual.geometry import Size
 
 from qlora_tui.formatting import abbreviate_home, format_duration, truncate_middle
-from qlora_tui.runs.events import Phase, phase_label
+from qlora_tui.runs.events import Phase, PhaseChanged, phase_label
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.tui.render.block_charts import bar
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
@@ -37,8 +38,7 @@ class StartStages(DiffWidget):
 
     DEFAULT_CSS = """
     StartStages {
-        height: 1fr;
-        min-height: 4;
+        height: auto;
     }
     """
 
@@ -46,19 +46,25 @@ class StartStages(DiffWidget):
         super().__init__()
         self._snapshot: RunSnapshot | None = None
         self._now = 0.0
+        self._line_count = 0
 
     def show(self, snapshot: RunSnapshot, now: float) -> None:
         """Show how far the run is; ``now`` is the Unix time that the current stage is timed to."""
         self._snapshot, self._now = snapshot, now
+        count = len(stage_lines(snapshot, now, self.size.width))
+        if count != self._line_count:
+            self._line_count = count
+            self.refresh(layout=True)
         self.redraw()
+
+    def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
+        return self._line_count
 
     def draw(self, width: int, height: int) -> list[Content]:
         if self._snapshot is None:
             return []
-        lines = stage_lines(self._snapshot, self._now, width)
-        if len(lines) < height - 1:
-            return [Content(""), *lines]
-        return lines[-height:] if len(lines) > height else lines
+        # In a small window, what is done gives way to what is to come.
+        return stage_lines(self._snapshot, self._now, width)[-height:]
 
 
 def stage_lines(snapshot: RunSnapshot, now: float, width: int) -> list[Content]:
@@ -68,7 +74,7 @@ def stage_lines(snapshot: RunSnapshot, now: float, width: int) -> list[Content]:
         lines = [_line("▸", "starting", "the trainer's process", "", width, "bold $primary")]
     else:
         lines = [
-            _line("✓", phase_label(stage.phase), stage.detail, format_duration(after.at - stage.at), width)
+            _line("✓", phase_label(stage.phase), _about(stage), format_duration(after.at - stage.at), width)
             for stage, after in pairwise(stages)
         ]
         lines += _current(snapshot, now, width)
@@ -84,8 +90,9 @@ def stage_lines(snapshot: RunSnapshot, now: float, width: int) -> list[Content]:
 def _current(snapshot: RunSnapshot, now: float, width: int) -> list[Content]:
     stage, progress = snapshot.stages[-1], snapshot.view.progress
     seconds = max(0.0, now - stage.at)
-    what = stage.detail or _TO_COME.get(stage.phase, "")
-    lines = [_line("▸", phase_label(stage.phase), what, format_duration(seconds), width, "bold $primary")]
+    lines = [
+        _line("▸", phase_label(stage.phase), _about(stage), format_duration(seconds), width, "bold $primary")
+    ]
     if progress is not None and progress.phase == stage.phase and progress.total:
         share = progress.done / progress.total
         left = seconds * (1 - share) / share if 0 < share < 1 and seconds >= 1 else None
@@ -96,6 +103,10 @@ def _current(snapshot: RunSnapshot, now: float, width: int) -> list[Content]:
         drawn = f"{bar(share, cells)} " if cells > 0 else ""
         lines.append(Content.assemble(" " * _LABEL, (drawn, "$primary"), text))
     return lines
+
+
+def _about(stage: PhaseChanged) -> str:
+    return stage.detail or _TO_COME.get(stage.phase, "the file to 16-bit weights")
 
 
 def _line(sign: str, name: str, what: str, seconds: str, width: int, style: str = "") -> Content:
