@@ -214,6 +214,7 @@ def _key(
             for file, version in zip(files, versions, strict=True)
         ],
         (data.max_length, data.overflow, data.validation_fraction, bool(data.validation_path)),
+        data.bad_rows,
         RenderOptions.of(data),
         recipe.training.seed,
     )

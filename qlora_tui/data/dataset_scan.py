@@ -39,9 +39,9 @@ class DatasetScanner:
 
     def scan(self, file: SourceFile, position: Position) -> Iterator[list[RowResult]]:
         """Yield the results of a file's rows, batch by batch; ``position`` is updated with the progress."""
-        tally = self._counters.setdefault(
-            (file.source, str(file.path)), ProblemCounter(file.source, str(file.path))
-        )
+        place = file.source, str(file.path)
+        skips = self._data.bad_rows == "skip"
+        tally = self._counters.setdefault(place, ProblemCounter(*place, skips_bad_rows=skips))
         rows = raw_rows(file.path, position)
         for outcomes in self._work(batches(file, rows, self._wants_sketches)):
             for one in outcomes:

@@ -1,8 +1,8 @@
 """Cached errors of earlier inspections, so that a launch is rejected at once even with a large file.
 
 ``inspection`` writes them, ``quick_check`` and the Train screen read it. An entry is valid for one state of a
-file (its time and size) and one way of reading it; an error that shows only in tokens also depends on
-tokenizer and template.
+file (its time and size) and one way of reading it, with or without bad rows; an error that shows only in
+tokens also depends on tokenizer and template.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def cache_errors(
     tokens: Tokens | None,
     *,
     read: bool,
+    skips_bad_rows: bool = False,
 ) -> None:
     """Store the first error of each kind among the problems of a file, and remove errors that are gone if the
     whole file was ``read``."""
@@ -70,7 +71,7 @@ def cache_errors(
         if of_tokens and tokens is None:
             continue
         first_error = next((e for e in errors if (e.kind in _OF_TOKENS) == of_tokens), None)
-        note = _note(source, path, stamp, tokens if of_tokens else None)
+        note = _note(source, path, stamp, tokens if of_tokens else None, skips_bad_rows=skips_bad_rows)
         if first_error is not None:
             _forget_old(private_dir(note.parent))
             atomic_write(note, msgspec.json.encode(first_error))
@@ -78,19 +79,29 @@ def cache_errors(
             note.unlink(missing_ok=True)
 
 
-def raise_cached_error(files: Sequence[tuple[Source, Path]], tokens: Tokens | None = None) -> None:
+def raise_cached_error(
+    files: Sequence[tuple[Source, Path]], tokens: Tokens | None = None, *, skips_bad_rows: bool = False
+) -> None:
     """Raise ``UserError`` for the first file with a cached error."""
     for source, path in files:
         for one in dict.fromkeys((None, tokens)):
             try:
-                note = _note(source, path, file_fingerprint(path), one)
+                note = _note(source, path, file_fingerprint(path), one, skips_bad_rows=skips_bad_rows)
                 raise_first_error([decode_json(note.read_bytes(), _DECODER)])
             except (OSError, msgspec.MsgspecError):
                 continue
 
 
-def _note(source: Source, path: Path, stamp: Stamp, tokens: Tokens | None) -> Path:
-    what = (_READING, str(path.resolve()), *stamp, source.format, source.columns, tokens)
+def _note(source: Source, path: Path, stamp: Stamp, tokens: Tokens | None, *, skips_bad_rows: bool) -> Path:
+    what = (
+        _READING,
+        str(path.resolve()),
+        *stamp,
+        source.format,
+        source.columns,
+        tokens,
+        skips_bad_rows,
+    )
     return cache_dir() / "findings" / f"{hashlib.sha256(msgspec.json.encode(what)).hexdigest()[:32]}.json"
 
 

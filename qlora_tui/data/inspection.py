@@ -136,7 +136,15 @@ class _Inspection:
             else None
         )
         with suppress(OSError):  # a full disk must not hide the report
-            cache_errors(self._source, file.path, self._stamps[file.path], problems, tokens, read=read)
+            cache_errors(
+                self._source,
+                file.path,
+                self._stamps[file.path],
+                problems,
+                tokens,
+                read=read,
+                skips_bad_rows=self._data.bad_rows == "skip",
+            )
 
     def _measure(self, outcomes: list[RowResult]) -> int:
         """Add the lengths; return the number of the last row."""

@@ -167,6 +167,12 @@ CHECKS: dict[str, CheckSpec] = {
 }
 """Every kind of problem."""
 
+BAD_ROWS = frozenset(
+    ("bad-json", "bad-encoding", "bad-row", "wrong-format", "unsupported-part", "media", "unknown-role")
+)
+"""Errors of single rows, which ``data.bad_rows = "skip"`` leaves out."""
+SKIP_BAD_ROWS = 'data.bad_rows = "skip"'
+
 
 NOTES: dict[str, str] = {
     "system-in-user": "The template has no system role: the system prompt is put before the first question.",
@@ -216,11 +222,23 @@ class DataProblem(Struct, frozen=True):
     """Whether ``split_rows`` is an estimate, because there is no tokenizer."""
 
 
+def check_of(kind: str, *, skips_bad_rows: bool) -> CheckSpec:
+    """Return the declaration of a kind, as a warning where the recipe leaves such rows out."""
+    check = CHECKS[kind]
+    if kind not in BAD_ROWS:
+        return check
+    if skips_bad_rows:
+        return CheckSpec("warning", check.title, "The row is left out.")
+    return CheckSpec(check.severity, check.title, f"{check.fix} Or leave such rows out: {SKIP_BAD_ROWS}.")
+
+
 class ProblemCounter:
     """Counts the problems of one file."""
 
-    def __init__(self, source: int = 0, path: str = "") -> None:
+    def __init__(self, source: int = 0, path: str = "", *, skips_bad_rows: bool = False) -> None:
+        """``skips_bad_rows``: errors of single rows are only warnings, since the rows are left out."""
         self._source = source
+        self._skips_bad_rows = skips_bad_rows
         self._path = path
         self._rows: dict[str, list[int]] = {}
         self._counts: dict[str, int] = {}
@@ -236,21 +254,28 @@ class ProblemCounter:
 
     def problems(self) -> list[DataProblem]:
         """Return all kinds of problems, errors first, then by descending number of rows."""
-        problems = [
-            DataProblem(
-                kind=kind,
-                severity=CHECKS[kind].severity,
-                title=CHECKS[kind].title,
-                count=count,
-                rows=tuple(self._rows[kind]),
-                example=self._examples[kind],
-                fix=CHECKS[kind].fix,
-                source=self._source,
-                path=self._path,
+        problems = []
+        for kind, count in self._counts.items():
+            check = check_of(kind, skips_bad_rows=self._skips_bad_rows)
+            problems.append(
+                DataProblem(
+                    kind=kind,
+                    severity=check.severity,
+                    title=check.title,
+                    count=count,
+                    rows=tuple(self._rows[kind]),
+                    example=self._examples[kind],
+                    fix=check.fix,
+                    source=self._source,
+                    path=self._path,
+                )
             )
-            for kind, count in self._counts.items()
-        ]
         return sorted(problems, key=lambda p: (p.severity != "error", -p.count))
+
+
+def is_bad_row(problem: DataProblem) -> bool:
+    """Return whether the problem blocks a run that could go on without its rows."""
+    return problem.severity == "error" and problem.kind in BAD_ROWS
 
 
 def problem_of(kind: str, count: int, row: int, path: str, example: str) -> DataProblem:

@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from qlora_tui.data.conversation import Conversation, Message, RowRejectedError
 from qlora_tui.data.long_texts import BYTES_PER_TOKEN, LongTexts, estimated_long_text
-from qlora_tui.data.problems import DataProblem, ProblemCounter, raise_first_error
+from qlora_tui.data.problems import BAD_ROWS, DataProblem, ProblemCounter, raise_first_error
 from qlora_tui.data.sources import SourceFile, conversations
 from qlora_tui.recipe.schema import Data
 
@@ -23,7 +23,7 @@ _TEMPLATE_TOKENS = 5
 """Tokens that a chat template adds around each turn: role, and the start and end of the turn."""
 _MARGIN = 1.25
 """Factor of the length limit above which an estimated length is taken to be over it."""
-_SHOWN_BEFORE_RUN = ("rated-bad", "same-answers", "long-text", "ends-with-user")
+_SHOWN_BEFORE_RUN = BAD_ROWS | {"rated-bad", "same-answers", "long-text", "ends-with-user"}
 """Warnings on rows that are left out or cut, also shown before a run."""
 
 
@@ -61,10 +61,9 @@ def quick_check(
     warnings: list[DataProblem] = []
     sizes: list[FileSize] = []
     for file in files:
-        tally, long_texts = (
-            ProblemCounter(file.source, str(file.path)),
-            LongTexts(file.source, str(file.path)),
-        )
+        place = file.source, str(file.path)
+        tally = ProblemCounter(*place, skips_bad_rows=data.bad_rows == "skip")
+        long_texts = LongTexts(*place)
         in_time = True
         row_count = samples = tokens = 0
         for row, one in conversations(file):

@@ -223,6 +223,14 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "and well-rated answers only.",
         ),
     ] = "refuse"
+    bad_rows: Annotated[
+        Literal["refuse", "skip"],
+        _about(
+            "Bad rows",
+            "Rows that cannot be read or have no text to train on, such as invalid JSON: refuse to train "
+            "while there are any, or skip them.",
+        ),
+    ] = "refuse"
     train_on: Annotated[
         Literal["assistant", "everything"],
         _about("Train on", "assistant: only the assistant's turns are in the loss."),

@@ -17,7 +17,7 @@ from qlora_tui.catalog.context_length import context_length_warning
 from qlora_tui.catalog.local_models import ModelFiles, resolve_model
 from qlora_tui.data.error_cache import Tokens, file_fingerprint, raise_cached_error, tokenizer_fingerprint
 from qlora_tui.data.hub_dataset import local_files
-from qlora_tui.data.problems import DataProblem
+from qlora_tui.data.problems import SKIP_BAD_ROWS, DataProblem
 from qlora_tui.data.quick_check import FileSize, QuickCheckResult, quick_check
 from qlora_tui.data.read import COLUMNAR, files_of, kind_of
 from qlora_tui.data.sources import SourceFile, every_source, is_hub_dataset, sniff
@@ -71,8 +71,8 @@ def errors(checks: tuple[Check, ...]) -> tuple[Check, ...]:
     return tuple(check for check in checks if check.outcome == "error")
 
 
-def _blocked(kind: CheckKind, problem: UserError) -> Check:
-    return Check(kind, "error", problem.what, problem.fix, problem)
+def _blocked(kind: CheckKind, problem: UserError, suggested_fix: SuggestedFix | None = None) -> Check:
+    return Check(kind, "error", problem.what, problem.fix, problem, suggested_fix)
 
 
 def _model(recipe: Recipe) -> tuple[Check, ModelFiles | None]:
@@ -101,7 +101,10 @@ def _data(recipe: Recipe, model_files: ModelFiles | None, *, read_columnar: bool
         if isinstance(result, UserError):
             raise result
     except UserError as problem:
-        return [_blocked(CheckKind.DATA, problem)]
+        skip = None
+        if SKIP_BAD_ROWS in problem.fix:
+            skip = SuggestedFix("leave bad rows out", changes={"data.bad_rows": "skip"})
+        return [_blocked(CheckKind.DATA, problem, skip)]
     except OSError as error:
         return [_blocked(CheckKind.DATA, _unreadable(error))]
     checks = [_row_warning(warning) for warning in result.warnings]
@@ -140,7 +143,7 @@ def _describe_sources(data: Data, tokens: Tokens | None) -> list[str]:
     """Describe each source by its first rows. Raises ``UserError`` for an error in them or found earlier."""
     descriptions = [_describe_source(source, data.preferences) for source in data.sources]
     files = [(source, path) for source in every_source(data) for path in _local_files(source) or ()]
-    raise_cached_error(files, tokens)
+    raise_cached_error(files, tokens, skips_bad_rows=data.bad_rows == "skip")
     return descriptions
 
 
@@ -184,7 +187,12 @@ def _fingerprints(data: Data) -> tuple[_Fingerprint, ...]:
 def _reading_settings(data: Data) -> bytes:
     """Settings that decide what is read from a row, as JSON."""
     return msgspec.json.encode(
-        {"preferences": data.preferences, "max_length": data.max_length, "overflow": data.overflow}
+        {
+            "preferences": data.preferences,
+            "bad_rows": data.bad_rows,
+            "max_length": data.max_length,
+            "overflow": data.overflow,
+        }
     )
 
 

@@ -74,6 +74,17 @@ def test_the_same_recipe_finds_the_set_again(tmp_path: Path) -> None:
     assert side(first, "train") == side(second, "train")
 
 
+def test_bad_rows_are_skipped_only_where_the_recipe_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    source = write(path, pairs(20))
+    path.write_text(path.read_text() + "{bad\n")
+    prepared = prepare_dataset(recipe(source, bad_rows="skip"), family("chatml"))
+    assert (prepared.counts.rows, prepared.counts.samples, prepared.counts.left_out) == (21, 20, 1)
+    # Not from the cache: that set has no bad row.
+    with pytest.raises(UserError):
+        prepare_dataset(recipe(source), family("chatml"))
+
+
 def test_any_change_makes_another_set(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", pairs(20))
     base = prepare_dataset(recipe(source), family("chatml"))

@@ -42,6 +42,16 @@ def test_what_was_found_is_refused_with_its_row(path: Path) -> None:
     assert "row 401" in raised.value.what and raised.value.fix
 
 
+def test_errors_are_cached_apart_from_those_with_bad_rows_skipped(path: Path) -> None:
+    source = Source(path=str(path))
+    inspect(source)
+    raise_cached_error([(source, path)], skips_bad_rows=True)
+    report = inspect(source, data=Data(bad_rows="skip"))
+    assert [problem.severity for problem in report.problems if problem.kind == "bad-json"] == ["warning"]
+    with pytest.raises(UserError):
+        raise_cached_error([(source, path)])
+
+
 def test_a_mended_file_is_not_refused(path: Path) -> None:
     source = Source(path=str(path))
     inspect(source)

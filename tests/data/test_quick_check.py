@@ -37,6 +37,26 @@ def test_an_error_after_the_first_rows_blocks_with_its_line(row: str, words: str
     assert raised.value.fix
 
 
+def test_skipped_bad_rows_are_warned_of_and_do_not_block(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(_GOOD * 300 + '{bad\n{"color": "red"}\n' + _GOOD)
+    result = _look(path, data=Data(bad_rows="skip"))
+    assert result.complete
+    assert [(warning.title, warning.rows, warning.fix) for warning in result.warnings] == [
+        ("Not valid JSON", (301,), "The row is left out."),
+        ("Not in the format of the rest", (302,), "The row is left out."),
+    ]
+    assert result.sizes[0].rows == 303 and result.sizes[0].samples == 301
+
+
+def test_the_error_of_a_bad_row_names_the_setting(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(_GOOD * 2 + "{bad\n")
+    with pytest.raises(UserError) as raised:
+        _look(path)
+    assert 'data.bad_rows = "skip"' in raised.value.fix
+
+
 def test_warnings_do_not_block(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(_GOOD * 3 + '{"prompt": "a", "completion": ""}\n{"prompt": "", "completion": ""}\n')

@@ -66,6 +66,17 @@ def test_preflight_reads_the_data_and_lists_earlier_queued_runs(tmp_path: Path) 
     assert "first and 1 more" in checks[CheckKind.QUEUE].text
 
 
+def test_a_check_can_skip_bad_rows_and_says_so(tmp_path: Path) -> None:
+    rows = tmp_path / "tickets.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 3 + "{bad\n")
+    recipe = Recipe(data=Data(sources=(Source(path=str(rows)),)))
+    blocked = _data_check(recipe)
+    assert blocked.outcome == "error" and blocked.suggested_fix is not None
+    check = _data_check(blocked.suggested_fix.apply_to(recipe))
+    assert check.outcome == "warning" and check.fix == "The row is left out."
+    assert "Not valid JSON (1 row of tickets.jsonl)" in check.text
+
+
 def test_repaired_files_and_validation_files_are_checked_again(tmp_path: Path) -> None:
     rows, held = tmp_path / "tickets.jsonl", tmp_path / "held.jsonl"
     good = '{"prompt": "a", "completion": "b"}\n'
