@@ -37,14 +37,14 @@ async def test_the_fix_key_trains_tokens_the_model_never_learned(private_home: P
     faint_model(folder, {"<|im_end|>": [0.0] * WIDTH})
     app = data_app(str(folder), "tickets.jsonl")
     async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "⚠ The base model has never learned these", "▸ [m] train <|im_end|>")
+        await wait_for_text(pilot, "⚠ The base model has never learned", "▸ [m] train <|im_end|>")
         await pilot.press("m")
         assert list(app.workbench.recipe.lora.trainable_tokens) == ["<|im_end|>"]
         assert any("<|im_end|>" in notification.message for notification in app._notifications)
         await wait_until(pilot, lambda: "never learned" not in text_of(app))
         await pilot.press("m", "u")
         assert not app.workbench.recipe.lora.trainable_tokens
-        await wait_for_text(pilot, "never learned these")
+        await wait_for_text(pilot, "has never learned")
 
 
 async def test_the_fix_key_trains_on_the_chosen_answers_of_preferences(model: str, here: Path) -> None:
@@ -83,7 +83,7 @@ async def test_the_fix_key_splits_a_long_text(model: str, here: Path) -> None:
         rows = int(text.partition("[m] split into ")[2].split(" ")[0])
         await pilot.press("m")
         assert app.workbench.recipe.data.overflow == "split"
-        await wait_for_text(pilot, f"3 rows → {rows + 2} samples")
+        await wait_for_text(pilot, f"{rows + 2} from 3 rows")
         assert "Long text" not in text_of(app)
 
 
@@ -100,13 +100,15 @@ async def test_the_fix_key_is_off_without_a_fixable_problem(model: str, here: Pa
 async def test_without_a_model_rows_are_shown_as_stored(here: Path) -> None:
     tickets(here / "tickets.jsonl")
     async with data_app("", "tickets.jsonl").run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "Select a model with [1]", "Where is parcel 1?", "chars", "40 rows")
+        await wait_for_text(
+            pilot, "Select a model with [1]", "Where is parcel 1?", "chars", "40, 39 conversations"
+        )
 
 
 async def test_a_missing_model_is_explained_above_the_row(here: Path) -> None:
     tickets(here / "tickets.jsonl")
     async with data_app("org/none", "tickets.jsonl").run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "✗ Model not found", "Where is parcel 1?", "40 rows")
+        await wait_for_text(pilot, "✗ Model not found", "Where is parcel 1?", "40, 39 conversations")
 
 
 async def test_a_model_for_estimates_has_no_tokenizer(private_home: Path, here: Path) -> None:
@@ -122,11 +124,29 @@ async def test_one_broken_line_is_named_and_the_others_are_read(model: str, here
     rows[6] = '{"messages": oops'
     write_rows(here / "tickets.jsonl", rows)
     async with data_app(model, "tickets.jsonl").run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "20 rows → 19 samples", "✗ Not valid JSON ×1")
+        await wait_for_text(pilot, "19 from 20 rows", "✗ Not valid JSON ×1")
         await pilot.press("n")
         await wait_for_text(
             pilot, "This row cannot be used.", "Line 7 is not valid JSON", "▸ Correct or remove the line"
         )
+
+
+async def test_a_key_leaves_bad_rows_out_and_takes_it_back(model: str, here: Path) -> None:
+    rows: list[Any] = [ticket(n) for n in range(1, 21)]
+    rows[6] = '{"messages": oops'
+    write_rows(here / "tickets.jsonl", rows)
+    app = data_app(model, "tickets.jsonl")
+    async with app.run_test(size=(120, 40), notifications=True) as pilot:
+        await wait_for_text(pilot, "✗ Not valid JSON ×1", "▸ [m] leave 1 bad row out", "d skip bad rows")
+        await pilot.press("d")
+        await wait_for_text(pilot, "⚠ Not valid JSON ×1", "Runs leave 1 bad row out.", "d refuse bad rows")
+        assert app.workbench.recipe.data.bad_rows == "skip"
+        await pilot.press("n")
+        await wait_for_text(pilot, "This row is left out.", "⚠ Not valid JSON")
+        await pilot.press("u")
+        await wait_for_text(pilot, "✗ Not valid JSON ×1")
+        await pilot.press("m")
+        assert app.workbench.recipe.data.bad_rows == "skip"
 
 
 async def test_columns_of_an_unknown_format_can_be_mapped_in_place(model: str, here: Path) -> None:
@@ -136,7 +156,7 @@ async def test_columns_of_an_unknown_format_can_be_mapped_in_place(model: str, h
         await pilot.press("c")
         await wait_for_text(pilot, "Columns of prompt-completion", "frage, antwort")
         await pilot.press(*"frage", "tab", *"antwort", "enter")
-        await wait_for_text(pilot, "prompt-completion: frage, antwort", "9 rows → 9 samples", "Wo ist 0?")
+        await wait_for_text(pilot, "prompt-completion: frage,", "9 from 9 rows", "Wo ist 0?")
 
 
 async def test_the_format_key_reads_the_rows_in_another(model: str, here: Path) -> None:
@@ -155,7 +175,7 @@ async def test_the_format_key_skips_formats_that_do_not_fit(model: str, here: Pa
         while not formats or formats[-1] != "auto":
             await pilot.press("f")
             formats.append(app.workbench.recipe.data.sources[0].format)
-            await wait_for_text(pilot, "3 rows → 3 samples")
+            await wait_for_text(pilot, "3 from 3 rows")
         await wait_for_text(pilot, "Format detected.")
     assert "prompt-completion" in formats and "messages" not in formats
 

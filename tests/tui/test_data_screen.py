@@ -14,7 +14,7 @@ from qlora_tui.data.dataset_report import Piece, Shown
 from qlora_tui.recipe.schema import Data, Recipe, Source
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Finished
-from qlora_tui.tui.screens.data.text import row_line
+from qlora_tui.tui.screens.data.text import row_title
 from tests.tui.data_screen import data_app, screen_of, whole
 from tests.tui.fake_runs import FakeRun, write_fake_run
 from tests.tui.sample_data import ticket, tickets, write_rows
@@ -107,10 +107,8 @@ async def test_rows_left_out_are_counted_apart_from_those_cut(model: str, here: 
     pairs = [(short, short), (long, short), (short, long)]
     write_rows(here / "pairs.jsonl", [{"prompt": p, "completion": c} for p, c in pairs])
     async with data_app(model, "pairs.jsonl", max_length=64).run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "3 rows → 2 samples (1 left out)")
-        await wait_for_text(
-            pilot, "over 64: 1 cut right · 1 left out", "answers only", "in loss read  control"
-        )
+        await wait_for_text(pilot, "2 from 3 rows, 1 left out")
+        await wait_for_text(pilot, "over 64: 1 cut right · 1", "answers only", "in loss read  control")
 
 
 async def test_plain_text_is_not_called_answers_only(model: str, here: Path) -> None:
@@ -158,8 +156,8 @@ async def test_costs_of_other_lengths_include_the_last_runs_time(model: str, her
     tickets(here / "tickets.jsonl")
     app = data_app(model, "tickets.jsonl", max_length=64)
     trained_before(app.workbench.recipe)
-    async with app.run_test(size=(120, 40)) as pilot:
-        text = await wait_for_text(pilot, "max length", "▸ now", "p90", "memory      time", "fits")
+    async with app.run_test(size=(200, 60)) as pilot:
+        text = await wait_for_text(pilot, "max length", "▸ now", "p90", "memory        time", "fits")
         assert "in all, about" in text
         (line,) = [line for line in text.splitlines() if "▸ now" in line]
         assert "64" in line
@@ -171,12 +169,10 @@ async def test_the_cost_of_a_length_fits_one_line(model: str, here: Path) -> Non
     app = data_app(model, "tickets.jsonl", max_length=64)
     trained_before(app.workbench.recipe)
     async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "max length", "about 8 min")
+        await wait_for_text(pilot, "about 8 min")
         await pilot.press("v")
         text = await wait_for_text(pilot, "▸ now", "p50")
-        lines = [
-            line for line in text.splitlines() if any(f" {name} " in line[:9] for name in ("now", "p50"))
-        ]
+        lines = [line for line in text.splitlines() if any(f" {name}   " in line for name in ("now", "p50"))]
         assert len(lines) == 2
         assert all("MiB  fits" in line for line in lines)
 
@@ -209,7 +205,7 @@ async def test_the_statistics_can_fill_the_window(model: str, here: Path) -> Non
     async with data_app(model, "tickets.jsonl").run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "row 1 of 40", "No answer to learn")
         await pilot.press("v")
-        text = await wait_for_text(pilot, "column 'messages'", "max length", "▸ The row has no")
+        text = await wait_for_text(pilot, "column 'messages'", "max length", "▸ It counts twice")
         assert "<|im_start|>" not in text
         await pilot.press("v")
         await wait_for_text(pilot, "<|im_start|>")
@@ -224,7 +220,7 @@ async def test_the_statistics_can_fill_the_window(model: str, here: Path) -> Non
 def test_notes_on_a_row_never_end_in_the_middle(width: int, end: str) -> None:
     piece = Piece("a", in_loss=True, special=False)
     shown = Shown(1, ((piece,),), (256,), (62,), notes=("tools-as-text", "calls-as-text"))
-    words = row_line(("", 1), None, shown, Data(max_length=256), width).plain
+    words = row_title(("", 1), None, shown, Data(max_length=256), width).plain
     assert words.rstrip().endswith(end) and len(words) <= width
 
 
@@ -232,5 +228,5 @@ def test_notes_on_a_row_never_end_in_the_middle(width: int, end: str) -> None:
 def test_a_split_row_counts_all_its_tokens_in_the_loss(too_long: Any, in_loss: str) -> None:
     trained = (256, 256, 256, 232) if too_long == "split" else (256,)
     shown = Shown(1, tuple((Piece("x", True, False),) for _ in trained), (1000,), trained)
-    words = row_line(("", 1), None, shown, Data(max_length=256, overflow=too_long), 80).plain
+    words = row_title(("", 1), None, shown, Data(max_length=256, overflow=too_long), 80).plain
     assert f"{in_loss} tokens in loss" in words

@@ -55,6 +55,23 @@ async def test_opening_a_file_replaces_an_unusable_one(model: str, here: Path) -
         assert [s.path for s in app.workbench.recipe.data.sources] == ["odd.jsonl"]
 
 
+async def test_a_second_file_is_announced_and_can_replace_the_first(model: str, here: Path) -> None:
+    tickets(here / "tickets.jsonl")
+    tickets(here / "other.jsonl")
+    app = data_app(model, "tickets.jsonl")
+    async with app.run_test(size=(120, 40), notifications=True) as pilot:
+        await wait_for_text(pilot, "Parcel 1", "Source")
+        await pilot.press("o")
+        await wait_for_text(pilot, "Add data")
+        await pilot.press(*"other", "enter")
+        await wait_for_text(pilot, "Mix of 2 files", "Tokens of other.jsonl", "the recipe trains on 2 files")
+        await pilot.press("O")
+        await wait_for_text(pilot, "Train on other data")
+        await pilot.press(*"other", "enter")
+        await wait_for_text(pilot, "Replaced 2 files by other.jsonl")
+        assert [Path(s.path).name for s in app.workbench.recipe.data.sources] == ["other.jsonl"]
+
+
 async def test_a_file_fixed_on_disk_is_read_again_on_return(model: str, here: Path) -> None:
     file = write_rows(here / "tickets.jsonl", ["{broken", ticket(1)])
     app = data_app(model, "tickets.jsonl")

@@ -72,7 +72,7 @@ async def test_in_a_narrow_window_the_screens_own_keys_give_way(private_home: Pa
         await wait_for_text(pilot, "too small")
         await pilot.press("enter")
         last = (await wait_for_text(pilot, WAY_OUT)).splitlines()[-1]
-        assert "o Open" in last and "c Columns" not in last
+        assert "o Add" in last and "c Columns" not in last
 
 
 async def test_a_click_on_a_key_in_the_footer_presses_it(private_home: Path) -> None:

@@ -10,6 +10,8 @@ from textual.widget import Widget
 
 from qlora_tui.tui.key_names import bare_key
 
+_ARROWS = {"Left": "←", "Right": "→", "Up": "↑", "Down": "↓"}
+
 
 class Panel(Vertical):
     """Its title is in the upper border, the keys for what it shows in the lower one.
@@ -67,7 +69,7 @@ class Panel(Vertical):
     def _show_subtitle(self) -> None:
         # Only now: the user's keymap is that of the app that runs.
         hints = [
-            Content.assemble((bare_key(command), "$footer-key-foreground bold"), f" {verb}")
-            for command, verb in self._keys
+            Content.assemble((_ARROWS.get(key, key), "$footer-key-foreground bold"), f" {verb}")
+            for key, verb in ((bare_key(command), verb) for command, verb in self._keys)
         ]
         self.border_subtitle = Content("  ").join(hints) if hints else None

@@ -12,9 +12,16 @@ COMMANDS: tuple[Command, ...] = (
         "open",
         "o",
         "open",
-        "Open",
+        "Add",
         "Add a data file, a folder of files, or a dataset from the Hub.",
         cli_command="data inspect",
+    ),
+    _hidden(
+        "replace",
+        "O",
+        "open(True)",
+        "Open instead",
+        "Train on another file, folder or dataset instead of the ones in the recipe.",
     ),
     _command("remove", "x", "remove", "Remove", "Remove the selected source from the recipe."),
     _hidden("reload", "f5", "reload", "Reload", "Read the source again, after its file changed."),
@@ -86,6 +93,25 @@ COMMANDS: tuple[Command, ...] = (
         "m",
         "fix",
         "Apply fix",
-        "Change the setting that a problem names: chosen answers, split texts, tokens to train.",
+        "Change the setting that a problem names: chosen answers, bad rows, split texts, tokens to train.",
+    ),
+    _hidden(
+        "bad_rows",
+        "d",
+        "bad_rows",
+        "Bad rows",
+        "Leave out rows that cannot be used, or refuse to train while there are any.",
     ),
 )
+
+# Keys in the borders of the panels, with a verb for each.
+SAMPLE_KEYS = (
+    ("data.previous", "previous"),
+    ("data.next", "next row"),
+    ("data.goto", "go to"),
+    ("data.view", "view"),
+)
+SOURCE_KEYS = (("data.open", "add"), ("data.replace", "replace"), ("data.remove", "remove"))
+TOTALS_KEYS = (("data.format", "format"), ("data.columns", "columns"))
+LENGTH_KEYS = (("data.longer", "longer"), ("data.shorter", "shorter"), ("data.too_long", "too long"))
+PROBLEM_KEYS: tuple[tuple[str, str], ...] = (("data.problem", "next"), ("data.fix", "fix"))

@@ -40,6 +40,7 @@ class PreviewRequest:
             max_length=recipe.data.max_length,
             overflow=recipe.data.overflow,
             preferences=recipe.data.preferences,
+            bad_rows=recipe.data.bad_rows,
             train_on=recipe.data.train_on,
             thinking=recipe.data.thinking,
             reasoning_in_loss=recipe.data.reasoning_in_loss,

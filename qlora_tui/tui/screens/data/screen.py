@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from contextlib import suppress
+from pathlib import Path
 from typing import ClassVar
 
 from textual import work
@@ -15,21 +16,37 @@ from textual.widgets import OptionList, Static
 
 from qlora_tui.data.dataset_report import Report, Shown
 from qlora_tui.data.preferences import PAIRS_TITLE, TITLES
+from qlora_tui.data.problems import is_bad_row
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.length_costs import LengthCost, last_throughput, length_costs
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.key_names import highlight_keys, name_keys
+from qlora_tui.tui.screens.data import report_text
 from qlora_tui.tui.screens.data import text as data_text
 from qlora_tui.tui.screens.data.actions import DataActions
-from qlora_tui.tui.screens.data.commands import COMMANDS
+from qlora_tui.tui.screens.data.commands import (
+    COMMANDS,
+    LENGTH_KEYS,
+    PROBLEM_KEYS,
+    SAMPLE_KEYS,
+    SOURCE_KEYS,
+    TOTALS_KEYS,
+)
 from qlora_tui.tui.screens.data.histogram import histogram
 from qlora_tui.tui.screens.data.length_table import cost_table, total_time
 from qlora_tui.tui.screens.data.previews import DataPreviews, PreviewRequest
+from qlora_tui.tui.widgets.panel import Panel
+from qlora_tui.tui.widgets.static_update import update_if_changed
 from qlora_tui.tui.widgets.vi_list import ViList
+from qlora_tui.tui.widgets.vi_scroll import ViScroll
 
 _TALL = 50
 """Height of a terminal, in lines, from which each problem is listed with its fix."""
+_COSTS_HEIGHT = 36
+"""Height from which there is room for the table of lengths."""
+_TITLE_FRAME = 6
+"""Cells of a panel's corners and of the spaces around its title."""
 _SETTLE_S = 0.1
 """Seconds to wait, since a key held down changes the recipe many times."""
 
@@ -44,7 +61,8 @@ class DataScreen(DataActions):
         "The sample is shown as the model will see it. Tokens in the loss are bold and underlined, tokens "
         "it only reads are dim, control tokens are reversed; ↵ is a line break in the loss. Bars hatched "
         "▒ after ✂ are samples longer than the sequence length.\n"
-        "{data.open} adds a file to those of the recipe; {data.remove} removes the selected one. "
+        "{data.open} adds a file to those of the recipe, {data.replace} opens one instead of them; "
+        "{data.remove} removes the selected one. {data.bad_rows} leaves out rows that cannot be used. "
         "Press Enter on a problem to go to its next row. Tab moves between the lists."
     )
     SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = COMMANDS
@@ -66,19 +84,18 @@ class DataScreen(DataActions):
 
     def compose_body(self) -> Iterable[Widget]:
         with Horizontal(id="data-body"):
-            with Vertical(id="sample-side"):
-                yield Static(id="row-line")
-                with VerticalScroll(id="sample-scroll"):
-                    yield Static(id="sample")
-            with Vertical(id="data-side"):
-                with VerticalScroll(id="file-facts", can_focus=False):
-                    yield ViList(id="sources")
-                    yield Static(id="data-totals")
-                    yield Static(id="costs")
-                with VerticalScroll(id="length-facts", can_focus=False):
-                    yield Static(id="lengths-line")
-                    yield Static(id="histogram")
-                    yield ViList(id="problems")
+            with Panel("Sample", keys=SAMPLE_KEYS, id="sample-panel"), ViScroll(id="sample-scroll"):
+                yield Static(id="sample")
+            with VerticalScroll(id="data-side", can_focus=False):
+                with Vertical(id="file-facts"):
+                    yield Panel("Sources", ViList(id="sources"), keys=SOURCE_KEYS, id="sources-panel")
+                    yield Panel("Tokens", Static(id="data-totals"), keys=TOTALS_KEYS, id="totals-panel")
+                with Vertical(id="length-facts"):
+                    with Panel("Lengths", keys=LENGTH_KEYS, id="lengths-panel"):
+                        yield Static(id="lengths-line")
+                        yield Static(id="histogram")
+                        yield Static(id="costs")
+                    yield Panel("Problems", ViList(id="problems"), keys=PROBLEM_KEYS, id="problems-panel")
 
     def on_mount(self) -> None:
         self.query_one("#sample-scroll").focus()
@@ -93,6 +110,8 @@ class DataScreen(DataActions):
         self.source_number = min(self.source_number, max(0, len(sources) - 1))
         lines = [(str(n), data_text.source_line(s, len(sources) == 1)) for n, s in enumerate(sources)]
         self.query_one("#sources", ViList).show(lines, select=str(self.source_number))
+        title = f"Mix of {len(sources)} files" if len(sources) > 1 else "Source"
+        self.query_one("#sources-panel", Panel).show_title(title)
         if not sources:
             self._show_empty()
             return
@@ -138,7 +157,7 @@ class DataScreen(DataActions):
         """Read and show another row."""
         if self._request is not None:
             self.path, self.row = path, row
-            self._show_row_line()
+            self._show_row_title()
             self._fetch_row(self._request, path, row)
 
     def reload(self) -> None:
@@ -159,7 +178,7 @@ class DataScreen(DataActions):
             if error.title == "No such row" and self.shown is not None:
                 self.path, self.row = self.shown.path, self.shown.row
                 self.notify(error.what)
-                self._show_row_line()
+                self._show_row_title()
             else:
                 self.shown, self.unreadable_source = None, wanted.source
                 self.can_use_chosen = error.title in TITLES
@@ -221,7 +240,7 @@ class DataScreen(DataActions):
         self.show_report()
 
     def _show_row(self) -> None:
-        self._show_row_line()
+        self._show_row_title()
         if self.shown is None or self._request is None:
             return
         text = data_text.sample(self.shown, self.problems, self._request.data)
@@ -231,49 +250,78 @@ class DataScreen(DataActions):
             text = Content.assemble(highlight_keys(name_keys(data_text.NO_MODEL), "dim"), text)
         self.query_one("#sample", Static).update(text)
 
-    def _show_row_line(self) -> None:
+    def _show_row_title(self) -> None:
         if self._request is not None:
-            width = self.query_one("#row-line").content_size.width
+            panel = self.query_one("#sample-panel", Panel)
             place = self.path, self.row
-            line = data_text.row_line(place, self.report, self.shown, self._request.data, width)
-            self.query_one("#row-line", Static).update(line)
+            width = panel.size.width - _TITLE_FRAME
+            panel.show_title(data_text.row_title(place, self.report, self.shown, self._request.data, width))
 
     def show_report(self) -> None:
         """Show lengths and problems, as far as the source was read."""
         report, recipe = self.report, self.qlora_app.workbench.recipe
+        body = self.query_one("#data-body")
+        alone = body.has_class("-figures")
+        body.set_class(not (self.has_class("-narrow") or self.size.height < _COSTS_HEIGHT) or alone, "-costs")
         if report is None:
             return
-        self.query_one("#data-body").remove_class("-unreadable")
-        brief = self.has_class("-narrow") and not self.query_one("#data-body").has_class("-figures")
-        width = self.query_one("#length-facts").scrollable_content_region.width
-        height = 3 if brief else 6
+        body.remove_class("-unreadable")
+        brief = self.has_class("-narrow") and not alone
+        width = self.query_one("#lengths-panel").content_size.width
+        height = 6 if self.size.height >= _TALL else 4 if self.has_class("-tall") else 3
         cut = recipe.data.max_length if report.template else None
-        self.query_one("#lengths-line", Static).update(data_text.lengths_line(report, recipe.data, width))
-        self.query_one("#histogram", Static).update(histogram(report.lengths, cut, width, height))
-        self.query_one("#data-totals", Static).update(
-            data_text.totals(report, recipe, total_time(self._costs) if report.complete else "", brief=brief)
-        )
-        costs_width = self.query_one("#file-facts").scrollable_content_region.width
-        table = cost_table(self._costs, costs_width) if report.complete else Content("")
-        self.query_one("#costs", Static).update(table)
+        self._show("#lengths-line", report_text.lengths_line(report, recipe.data, width))
+        self._show("#histogram", histogram(report.lengths, cut, width, height))
+        time = total_time(self._costs) if report.complete else ""
+        facts_width = self.query_one("#totals-panel").content_size.width
+        evidence = alone or self.has_class("-very-wide")
+        figures = report_text.totals(report, recipe, facts_width, time, brief=brief, evidence=evidence)
+        self._show("#data-totals", figures)
+        self._show("#costs", cost_table(self._costs, width) if report.complete else Content(""))
+        name = Path(self._request.source.path).name if self._request else ""
+        several = len(recipe.data.sources) > 1
+        self.query_one("#totals-panel", Panel).show_title(f"Tokens of {name}" if several else "Tokens")
         # In a short window, the fix is shown above a row that has the problem.
-        short = brief or (self.size.height < _TALL and not self.query_one("#data-body").has_class("-figures"))
-        several = len(report.files) > 1
-        lines = [
-            (f"{p.kind} {p.path}", data_text.problem_line(p, brief=short, several=several))
-            for p in self.problems
-        ]
-        self.query_one("#problems", ViList).show(lines or [("none", data_text.no_problem_line(report))])
-        self._show_row_line()
+        short = brief or (self.size.height < _TALL and not alone)
+        bad_rows, several_files = self.bad_rows(), len(report.files) > 1
+        lines = []
+        for problem in self.problems:
+            # One key leaves all bad rows out; only the first of their problems says so.
+            skipped, bad_rows = (bad_rows, 0) if is_bad_row(problem) else (0, bad_rows)
+            line = report_text.problem_line(problem, brief=short, several=several_files, bad_rows=skipped)
+            lines.append((f"{problem.kind} {problem.path}", line))
+        problems = self.query_one("#problems", ViList)
+        # Errors found later come before what the cursor was on.
+        select = lines[0][0] if lines and not problems.has_focus else None
+        problems.show(lines or [("none", report_text.no_problem_line(report))], select)
+        count = f"Problems ({len(lines)})" if lines else "Problems"
+        problems_panel = self.query_one("#problems-panel", Panel)
+        problems_panel.show_title(count)
+        problems_panel.show_keys(self._problem_keys)
+        self._show_row_title()
+
+    @property
+    def _problem_keys(self) -> tuple[tuple[str, str], ...]:
+        if self.qlora_app.workbench.recipe.data.bad_rows == "skip":
+            return (*PROBLEM_KEYS, ("data.bad_rows", "refuse bad rows"))
+        if self.bad_rows():
+            return (*PROBLEM_KEYS, ("data.bad_rows", "skip bad rows"))
+        return PROBLEM_KEYS
+
+    def _show(self, name: str, text: Content) -> None:
+        update_if_changed(self.query_one(name, Static), text)
 
     def _clear_figures(self) -> None:
         self._costs, self._costs_key = [], None
         self.query_one("#data-body").add_class("-unreadable")
-        for name in ("#lengths-line", "#histogram", "#data-totals", "#costs", "#row-line"):
-            self.query_one(name, Static).update("")
+        for name in ("#lengths-line", "#histogram", "#data-totals", "#costs"):
+            self._show(name, Content(""))
         self.query_one("#problems", ViList).show([])
+        self.query_one("#problems-panel", Panel).show_title("Problems")
+        self.query_one("#sample-panel", Panel).show_title("Sample")
 
     def _show_empty(self) -> None:
+        self.query_one("#sources-panel", Panel).show_title("Source")
         self._request = self.report = self.shown = None
         self._clear_figures()
         self.query_one("#sample", Static).update(highlight_keys(name_keys(data_text.EMPTY)))

@@ -9,12 +9,11 @@ from textual.content import Content
 
 from qlora_tui.data.dataset_report import Piece, Report, Shown
 from qlora_tui.data.preferences import PAIRS_TITLE, TITLES
-from qlora_tui.data.problems import CHECKS, DataProblem
+from qlora_tui.data.problems import CHECKS, DataProblem, check_of
 from qlora_tui.data.sources import is_hub_dataset
-from qlora_tui.data.step_estimate import steps_per_epoch, total_steps
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import abbreviate_home, format_bytes, format_percent, pluralize
-from qlora_tui.recipe.schema import Data, Recipe, Source
+from qlora_tui.formatting import abbreviate_home, format_bytes
+from qlora_tui.recipe.schema import Data, Source
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.data.row_navigation import Place
 
@@ -29,29 +28,31 @@ EMPTY = (
 )
 PLAIN = Content.styled("The row as it is in the file:\n\n", "dim")
 NO_MODEL = "Select a model with {go.models} to see tokens, the chat template and what is in the loss.\n\n"
-TOO_LONG = {
-    "drop": "left out",
-    "cut-left": "cut left",
-    "cut-right": "cut right",
-    "split": "split",
-}
-_SIGNS = {"error": ("✗", "$error"), "warning": ("⚠", "$warning")}
-_ROWS_NAMED = 3
+SIGNS = {"error": ("✗", "$error"), "warning": ("⚠", "$warning")}
+_LEGEND = Content.assemble(
+    ("in loss", "bold underline $foreground"),
+    " ",
+    ("read", "not bold dim $foreground"),
+    " ",
+    (" control ", "not bold reverse $foreground"),
+)
 
 
 def sample(shown: Shown, problems: Sequence[DataProblem], data: Data) -> Content:
     """The row as the model will see it, below its problems."""
     parts: list[Content | str | tuple[str, str]] = []
     for kind, example in _row_problems(shown, problems):
-        check = CHECKS.get(kind)
-        sign, style = _SIGNS[check.severity if check else "warning"]
+        check = check_of(kind, skips_bad_rows=data.bad_rows == "skip") if kind in CHECKS else None
+        sign, style = SIGNS[check.severity if check else "warning"]
         parts.append((f"{sign} {check.title if check else kind}", f"{style} bold"))
         parts.append((f"  {example}" if example else "", "dim"))
-        parts.append((f"\n  ▸ {check.fix}\n" if check and check.fix else "\n", "$accent"))
+        parts += [("\n  ▸ ", "$accent"), (check.fix, "dim")] if check and check.fix else []
+        parts.append("\n")
     if parts:
         parts.append("\n")
     if shown.refused:
-        return Content.assemble(*parts, ("This row cannot be used.\n\n", "bold"), shown.refused)
+        text = "This row cannot be used.\n\n" if data.bad_rows == "refuse" else "This row is left out.\n\n"
+        return Content.assemble(*parts, (text, "bold"), shown.refused)
     if not shown.token_counts:
         parts.insert(0, PLAIN)
     cut = any(count > data.max_length for count in shown.token_counts)
@@ -163,8 +164,8 @@ def source_line(source: Source, alone: bool) -> Content:
     return Content.assemble(path.name, (f"  {bytes_}", "dim"), (weight, "bold"))
 
 
-def row_line(place: Place, report: Report | None, shown: Shown | None, data: Data, width: int) -> Content:
-    """The row number, its tokens in the loss, and a legend of the styles, as far as they fit."""
+def row_title(place: Place, report: Report | None, shown: Shown | None, data: Data, width: int) -> Content:
+    """The row number, its tokens in the loss, notes, and a legend of the styles, as far as they fit."""
     path, row = place
     of = name = ""
     if report and len(report.files) > 1:
@@ -184,19 +185,12 @@ def row_line(place: Place, report: Report | None, shown: Shown | None, data: Dat
         parts.append(f"{sum(shown.trained_counts):,} of {rendered_tokens:,} tokens in loss")
     if shown:
         parts += shown.notes
-    words = _join_to_width(parts, width)
-    legend = Content.assemble(
-        ("in loss", "bold underline"),
-        " ",
-        ("read", "dim"),
-        " ",
-        (" control ", "reverse"),
-    )
-    for each in (Content.assemble(legend, ("  ← → rows", "dim")), legend):
-        width_left = width - len(words) - each.cell_length
-        if width_left >= 2:
-            return Content.assemble(words, " " * width_left, each)
-    return Content(words)
+    title = _join_to_width(parts, width)
+    first, _, rest = title.partition(" · ")
+    words = Content.assemble(first, (f" · {rest}" if rest else "", "not bold $foreground"))
+    if len(title) + _LEGEND.cell_length + 3 <= width:
+        return Content.assemble(words, "   ", _LEGEND)
+    return words
 
 
 def _join_to_width(parts: Sequence[str], width: int) -> str:
@@ -206,115 +200,3 @@ def _join_to_width(parts: Sequence[str], width: int) -> str:
         if len(words) <= width:
             return words
     return parts[0]
-
-
-def totals(report: Report, recipe: Recipe, time: str = "", *, brief: bool = False) -> Content:
-    """The detected format and the resulting samples and tokens; ``brief`` leaves out the evidence."""
-    counts, data = report.counts, recipe.data
-    parts: list[Content] = []
-    for file in report.files[:1]:
-        more = f", {len(report.files)} files" if len(report.files) > 1 else ""
-        # A column that is called like the format says nothing more.
-        columns = ", ".join(name for name in file.columns.values() if name != file.format)
-        evidence = columns if brief else "; ".join(file.evidence)
-        between = ": " if evidence else " format"
-        parts.append(Content.assemble((file.format, "bold"), (f"{between}{evidence}{more}", "dim")))
-    reading = "" if report.complete else f"  ({format_percent(report.share)} read)"
-    if not report.template:
-        parts.append(
-            Content(
-                f"{pluralize(counts.rows, 'row')}, {pluralize(counts.conversations, 'conversation')}{reading}"
-            )
-        )
-        return Content("\n").join([*parts, *map(Content, report.thinking)])
-    parts.append(
-        Content.assemble(
-            f"{pluralize(counts.rows, 'row')} → {pluralize(counts.samples, 'sample')}",
-            f" ({unused:,} left out)" if (unused := counts.rows - counts.conversations) > 0 else "",
-            (reading, "bold"),
-        )
-    )
-    share_in_loss = format_percent(counts.trained_tokens / counts.tokens) if counts.tokens else "none"
-    parts.append(Content(f"{counts.tokens:,} tokens, {counts.trained_tokens:,} in loss ({share_in_loss})"))
-    if report.complete:
-        parts.append(Content(steps_line(report, recipe) + time))
-    parts += map(Content, report.thinking[:1] if brief else report.thinking)
-    parts.append(Content.styled(_rules(data, {file.format for file in report.files}), "dim"))
-    return Content("\n").join(parts)
-
-
-def _rules(data: Data, formats: set[str]) -> str:
-    packing = "packed" if data.packing else "not packed"
-    scope = "answers only" if data.train_on == "assistant" and formats != {"text"} else "everything in loss"
-    if data.validation_path:
-        held = f"validates on {Path(data.validation_path).name}"
-    elif data.validation_fraction:
-        held = f"{format_percent(data.validation_fraction)} for validation"
-    else:
-        held = "no validation"
-    return f"{scope} · {packing} · {held}"
-
-
-def lengths_line(report: Report, data: Data, width: int) -> Content:
-    """The lines above the histogram: percentiles, and samples that are too long."""
-    lengths = report.lengths
-    points = f"p50 {lengths.p50:,}  p90 {lengths.p90:,}  p99 {lengths.p99:,}"
-    most = f"  most {lengths.longest:,}"
-    unit = "tokens" if lengths.unit == "tokens" else "chars"
-    # The longest is also at the end of the axis.
-    line = next(
-        (words for words in (f"{unit}: {points}{most}", f"{unit} {points}") if len(words) <= width), points
-    )
-    if not report.too_long:
-        return Content(line)
-    share = format_percent(report.too_long / lengths.count) if lengths.count else ""
-    dropped = report.counts.dropped if data.overflow.startswith("cut") else 0
-    outcomes = [f"{report.counts.cut:,} {TOO_LONG[data.overflow]}", f"{dropped:,} left out"]
-    how = " · ".join(outcomes[not report.counts.cut :]) if dropped else TOO_LONG[data.overflow]
-    over = f"✂ {report.too_long:,} ({share}) over {data.max_length:,}: {how}"
-    return Content.assemble(line, "\n", (over, "$warning"))
-
-
-def problem_line(problem: DataProblem, *, brief: bool = False, several: bool = False) -> Content:
-    """One kind of problem in the list, with its fix unless ``brief``.
-
-    ``several``: the source has several files, so the problem's file is named.
-    """
-    sign, style = _SIGNS[problem.severity]
-    rows = ", ".join(f"{row:,}" for row in problem.rows[:_ROWS_NAMED])
-    more = "…" if problem.count > _ROWS_NAMED else ""
-    where = f"  row {rows}{more}" if rows and not brief else ""
-    if several and problem.path:
-        where = f"  {Path(problem.path).name}{where}"
-    return Content.assemble(
-        (f"{sign} {problem.title}", style),
-        (f" ×{problem.count:,}" if brief else f": {pluralize(problem.count, 'row')}", "bold"),
-        (where, "dim"),
-        (f"\n  ▸ {key_name('data.fix')} {fix}" if (fix := _fix_label(problem)) else "", "$accent"),
-        ("" if brief or not problem.fix else f"\n  ▸ {problem.fix}", "dim"),
-    )
-
-
-def _fix_label(problem: DataProblem) -> str:
-    """What the key for fixes does about the problem; empty if nothing."""
-    if problem.split_rows:
-        return f"split into {'about ' if problem.is_estimate else ''}{pluralize(problem.split_rows, 'row')}"
-    return f"train {', '.join(problem.tokens)}" if problem.tokens else ""
-
-
-def no_problem_line(report: Report) -> Content:
-    """The line shown if there are no problems."""
-    if report.complete:
-        return Content.styled("✓ No problems found", "$success")
-    return Content.styled("No problems so far", "dim")
-
-
-def steps_line(report: Report, recipe: Recipe) -> str:
-    """How many optimizer steps the data makes, roughly: packing is only known once it is done."""
-    if not report.counts.samples:
-        return "Nothing to train on"
-    a_pass = steps_per_epoch(report.counts.samples, report.counts.tokens, recipe)
-    steps = total_steps(a_pass, recipe)
-    if recipe.training.max_steps:
-        steps = min(steps, recipe.training.max_steps)
-    return f"about {pluralize(a_pass, 'step')} an epoch, {steps:,} in all"

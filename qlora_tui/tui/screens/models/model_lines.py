@@ -63,7 +63,7 @@ def hub_lines(
             if not query
             else f"The Hub was not searched for {query!r}. {how.capitalize()}"
         )
-        return [(f"{HEADING}hub", Content.styled(text, "dim"))]
+        return [(f"{HEADING}hub", Content(text))]
     columns = [("size", 7), ("a month", 10), ("access", 13)]
     columns += [("changed", 12), ("family", 14), ("license", 13)] if width >= _WIDE else []
     heading = _heading(f"On the Hub, for {query!r} ({len(models)})", columns, width)
@@ -95,7 +95,7 @@ def _need(need: tuple[int, str] | None) -> list[_Cell]:
 def _heading(text: str, columns: Sequence[tuple[str, int]], width: int) -> Content:
     figures = "".join(f"{label:>{cells}}" for label, cells in columns)
     left = max(_MIN_NAME, width - len(figures))
-    return Content.assemble((f"{text:<{left}}"[:left] + figures, "dim"))
+    return Content(f"{text:<{left}}"[:left] + figures)
 
 
 def _line(

@@ -1,0 +1,163 @@
+"""What the Data screen says about a whole source: its totals, lengths and problems."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from textual.content import Content
+
+from qlora_tui.data.dataset_report import Report
+from qlora_tui.data.problems import DataProblem, is_bad_row
+from qlora_tui.data.step_estimate import steps_per_epoch, total_steps
+from qlora_tui.formatting import format_percent, pluralize
+from qlora_tui.recipe.schema import Data, Recipe
+from qlora_tui.tui.key_names import key_name
+from qlora_tui.tui.render.block_charts import bar
+from qlora_tui.tui.screens.data.text import SIGNS
+
+TOO_LONG = {
+    "drop": "left out",
+    "cut-left": "cut left",
+    "cut-right": "cut right",
+    "split": "split",
+}
+_ROWS_NAMED = 3
+_LABEL = 9
+"""Cells of the column of labels."""
+_MIN_BAR, _MAX_BAR = 6, 24
+
+
+def totals(
+    report: Report, recipe: Recipe, width: int, time: str = "", *, brief: bool = False, evidence: bool = True
+) -> Content:
+    """The detected format and the resulting samples and tokens.
+
+    ``evidence``: what the format was recognized by. ``brief`` leaves out all sentences on reasoning but the
+    first.
+    """
+    counts, data = report.counts, recipe.data
+    lines: list[Content] = []
+    for file in report.files[:1]:
+        more = f", {len(report.files)} files" if len(report.files) > 1 else ""
+        # A column that is called like the format says nothing more.
+        columns = ", ".join(name for name in file.columns.values() if name != file.format)
+        why = "; ".join(file.evidence) if evidence else columns
+        text = Content.assemble((file.format, "bold"), (f"{': ' if why else ''}{why}{more}", "dim"))
+        lines += _labeled("format", text, width)
+    reading = "" if report.complete else f"  ({format_percent(report.share)} read)"
+    if not report.template:
+        conversations = pluralize(counts.conversations, "conversation")
+        lines += _labeled("rows", Content(f"{counts.rows:,}, {conversations}{reading}"), width)
+        return Content("\n").join([*lines, *map(Content, report.thinking)])
+    unused = counts.rows - counts.conversations
+    samples = Content.assemble(
+        f"{counts.samples:,} from {pluralize(counts.rows, 'row')}",
+        (f", {unused:,} left out" if unused > 0 else "", "$warning"),
+        (reading, "bold"),
+    )
+    lines += _labeled("samples", samples, width)
+    lines += _labeled("tokens", Content(f"{counts.tokens:,}"), width)
+    lines += _labeled("in loss", _in_loss(counts.trained_tokens, counts.tokens, width), width)
+    if report.complete:
+        lines += _labeled("steps", Content(steps_line(report, recipe) + time), width)
+    lines += map(Content, report.thinking[:1] if brief else report.thinking)
+    lines.append(Content.styled(_rules(data, {file.format for file in report.files}), "dim"))
+    return Content("\n").join(lines)
+
+
+def _labeled(label: str, text: Content, width: int) -> list[Content]:
+    """A label and its text, whose further lines are below the first."""
+    first, *others = text.wrap(max(10, width - _LABEL)) or [Content("")]
+    return [
+        Content.assemble((f"{label:<{_LABEL}}", "dim"), first),
+        *(Content(" " * _LABEL) + other for other in others),
+    ]
+
+
+def _in_loss(trained: int, tokens: int, width: int) -> Content:
+    share = trained / tokens if tokens else 0.0
+    text = f"{trained:,} ({format_percent(share)})" if tokens else "none"
+    cells = min(_MAX_BAR, width - _LABEL - len(text) - 1)
+    return Content.assemble((f"{bar(share, cells)} " if cells >= _MIN_BAR else "", "$secondary"), text)
+
+
+def _rules(data: Data, formats: set[str]) -> str:
+    packing = "packed" if data.packing else "not packed"
+    scope = "answers only" if data.train_on == "assistant" and formats != {"text"} else "everything in loss"
+    if data.validation_path:
+        held = f"validates on {Path(data.validation_path).name}"
+    elif data.validation_fraction:
+        held = f"{format_percent(data.validation_fraction)} validation"
+    else:
+        held = "no validation"
+    return f"{scope} · {packing} · {held}"
+
+
+def lengths_line(report: Report, data: Data, width: int) -> Content:
+    """The lines above the histogram: percentiles, and samples that are too long."""
+    lengths = report.lengths
+    points = f"p50 {lengths.p50:,}  p90 {lengths.p90:,}  p99 {lengths.p99:,}"
+    most = f"  most {lengths.longest:,}"
+    unit = "tokens" if lengths.unit == "tokens" else "chars"
+    # The longest is also at the end of the axis.
+    line = next(
+        (words for words in (f"{unit}: {points}{most}", f"{unit} {points}") if len(words) <= width), points
+    )
+    if not report.too_long:
+        return Content(line)
+    share = format_percent(report.too_long / lengths.count) if lengths.count else ""
+    dropped = report.counts.dropped if data.overflow.startswith("cut") else 0
+    outcomes = [f"{report.counts.cut:,} {TOO_LONG[data.overflow]}", f"{dropped:,} left out"]
+    how = " · ".join(outcomes[not report.counts.cut :]) if dropped else TOO_LONG[data.overflow]
+    over = f"✂ {report.too_long:,} ({share}) over {data.max_length:,}: {how}"
+    return Content.assemble(line, "\n", (over, "$warning"))
+
+
+def problem_line(
+    problem: DataProblem, *, brief: bool = False, several: bool = False, bad_rows: int = 0
+) -> Content:
+    """One kind of problem in the list, with its fix unless ``brief``.
+
+    ``several``: the source has several files, so the problem's file is named. ``bad_rows``: how many rows the
+    fix leaves out, of all problems; 0 where another line says so.
+    """
+    sign, style = SIGNS[problem.severity]
+    rows = ", ".join(f"{row:,}" for row in problem.rows[:_ROWS_NAMED])
+    more = "…" if problem.count > _ROWS_NAMED else ""
+    where = f"  row {rows}{more}" if rows and not brief else ""
+    if several and problem.path:
+        where = f"  {Path(problem.path).name}{where}"
+    return Content.assemble(
+        (f"{sign} {problem.title}", style),
+        (f" ×{problem.count:,}" if brief else f": {pluralize(problem.count, 'row')}", "bold"),
+        (where, "dim"),
+        (f"\n  ▸ {key_name('data.fix')} {fix}" if (fix := _fix_label(problem, bad_rows)) else "", "$accent"),
+        ("" if brief or not problem.fix else f"\n  ▸ {problem.fix}", "dim"),
+    )
+
+
+def _fix_label(problem: DataProblem, bad_rows: int) -> str:
+    """What the key for fixes does about the problem; empty if nothing."""
+    if is_bad_row(problem):
+        return f"leave {pluralize(bad_rows, 'bad row')} out" if bad_rows else ""
+    if problem.split_rows:
+        return f"split into {'about ' if problem.is_estimate else ''}{pluralize(problem.split_rows, 'row')}"
+    return f"train {', '.join(problem.tokens)}" if problem.tokens else ""
+
+
+def no_problem_line(report: Report) -> Content:
+    """The line shown if there are no problems."""
+    if report.complete:
+        return Content.styled("✓ No problems found", "$success")
+    return Content.styled("No problems so far", "dim")
+
+
+def steps_line(report: Report, recipe: Recipe) -> str:
+    """How many optimizer steps the data makes, roughly: packing is only known once it is done."""
+    if not report.counts.samples:
+        return "Nothing to train on"
+    a_pass = steps_per_epoch(report.counts.samples, report.counts.tokens, recipe)
+    steps = total_steps(a_pass, recipe)
+    if recipe.training.max_steps:
+        steps = min(steps, recipe.training.max_steps)
+    return f"about {a_pass:,} an epoch, {steps:,} in all"
