@@ -457,3 +457,12 @@ async def test_a_click_on_the_name_of_a_tab_shows_it(make_app: MakeApp) -> None:
         row, line = next((y, line) for y, line in enumerate(shown.splitlines()) if "samples 2" in line)
         await pilot.click(offset=(line.index("samples"), row))
         await wait_for_text(pilot, "▸ My parcel is late.")
+
+
+async def test_a_waiting_run_shows_what_it_will_do(make_app: MakeApp) -> None:
+    run = write_fake_run(FakeRun(state="queued", steps=0))
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await watching(app, run)
+        shown = await wait_for_text(pilot, "Waiting", "▸ waiting    the runs before it in the queue")
+        assert "· loading" in shown and "· training" in shown

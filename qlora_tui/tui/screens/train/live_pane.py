@@ -106,7 +106,8 @@ class LivePane(Vertical):
         starting = is_starting(snapshot)
         panel = self.query_one("#graph-panel", Panel)
         self.set_class(starting, "-starting")
-        panel.show_title("Starting" if starting else _GRAPH)
+        waits = snapshot.status.state == "queued"
+        panel.show_title(("Waiting" if waits else "Starting") if starting else _GRAPH)
         panel.show_keys(() if starting else _GRAPH_KEYS)
         graph, stages = self.query_one(LossGraph), self.query_one(StartStages)
         graph.display, stages.display = not starting, starting

@@ -15,8 +15,8 @@ from qlora_tui.tui.render.plot import Curve, Plot, curve_rows, plot
 from qlora_tui.tui.render.series import Envelope
 from qlora_tui.tui.widgets.diff_widget import DiffWidget
 
-_MIN_ROWS, _TALL_ROWS = 9, 20
-"""Rows from which there are charts, and from which they are two rows high."""
+_MIN_ROWS, _TALL_ROWS, _SPACED_ROWS = 9, 20, 30
+"""Rows from which there are charts, from which they are two rows high, and from which they stand apart."""
 _MIN_VALUE_CELLS = 7
 """Cells of a value such as ``1.27e-4``: the graph must not move with the number of digits."""
 _STYLE = "$secondary"
@@ -66,11 +66,13 @@ class LossGraph(DiffWidget):
         values = max(_MIN_VALUE_CELLS, *(len(chart.value) for chart in charts))
         gutter = names + values + 2
         rows = 2 if height >= _TALL_ROWS else 1
-        lines = plot(replace(self._plot, gutter=gutter), width, height - rows * len(charts))
+        gap = [Content.styled("│".rjust(gutter), "dim")] if height >= _SPACED_ROWS else []
+        rows_below = (rows + len(gap)) * len(charts)
+        lines = plot(replace(self._plot, gutter=gutter), width, height - rows_below)
         below = [
             line
             for chart in charts
-            for line in _chart_lines(chart, self._plot.x, names, gutter, width - gutter, rows)
+            for line in gap + _chart_lines(chart, self._plot.x, names, gutter, width - gutter, rows)
         ]
         return [*lines[:-1], *below, lines[-1]]
 

@@ -29,8 +29,8 @@ _MIN_WIDTH_FOR_BAR = 60
 
 
 def is_starting(snapshot: RunSnapshot) -> bool:
-    """Whether the run is active and has no step to draw yet."""
-    return snapshot.status.state in ACTIVE and not snapshot.envelopes.loss.xs
+    """Whether the run waits or is active, and has no step to draw yet."""
+    return snapshot.status.state in (*ACTIVE, "queued") and not snapshot.envelopes.loss.xs
 
 
 class StartStages(DiffWidget):
@@ -70,7 +70,10 @@ class StartStages(DiffWidget):
 def stage_lines(snapshot: RunSnapshot, now: float, width: int) -> list[Content]:
     """``✓ loading    libraries   4 s``: what is done, what is at work with its progress, what comes."""
     stages = snapshot.stages
-    if not stages:
+    if snapshot.status.state == "queued":
+        stages = ()
+        lines = [_line("▸", "waiting", "the runs before it in the queue", "", width, "bold $primary")]
+    elif not stages:
         lines = [_line("▸", "starting", "the trainer's process", "", width, "bold $primary")]
     else:
         lines = [
