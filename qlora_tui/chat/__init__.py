@@ -9,6 +9,7 @@ logits_check               compares the first logits with those of transformers 
 decode_step                faster decoding on a GPU: a step recorded as a CUDA graph
 generation                 one answer, token by token (token_sampler, kv_cache, incremental_detokenizer), with
                            its thoughts separated (thought_splitter)
+repetition                 notices that an answer repeats itself; no torch
 effect_measurement         measures an adapter on validation conversations (adapter_deltas, base_weights)
 repl                       the command line's chat
 """

@@ -379,6 +379,11 @@ class ChatSession:
                 stored = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
                 parameter.copy_(change(stored, parameter.data))
 
+    def count_tokens(self, text: str) -> int:
+        """Return the number of tokens of a text by itself."""
+        with panics_as_errors():
+            return len(self.tokenizer.encode(text))
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of the ids, without special tokens except those that mark a thought."""
         backend = self.tokenizer.backend

@@ -16,12 +16,14 @@ from qlora_tui.chat.session import ChatSession, load_session, out_of_memory
 from qlora_tui.engine.protocol import (
     AnyReply,
     ChatReady,
+    CountTokens,
     EffectMeasured,
     Generate,
     GenerationDone,
     LoadChat,
     MeasureEffect,
     Text,
+    TokensCounted,
 )
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.export.gguf_chat import GgufDecoder, GgufModel
@@ -102,6 +104,10 @@ class ChatService:
             )
         except torch.OutOfMemoryError as error:
             raise out_of_memory(session.compute_device) from error
+
+    def count(self, request: CountTokens) -> TokensCounted:
+        """Count the tokens of a text. Raises UserError."""
+        return TokensCounted(tokens=self._loaded().count_tokens(request.text))
 
     def unload(self) -> None:
         """Free the memory of the model."""

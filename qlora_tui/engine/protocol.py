@@ -49,6 +49,12 @@ class MeasureEffect(EngineRequest, frozen=True, kw_only=True, tag="measure_effec
     adapter_name: str
 
 
+class CountTokens(EngineRequest, frozen=True, kw_only=True, tag="count_tokens"):
+    """Count the tokens of a text with the tokenizer of the loaded model. Reply: TokensCounted."""
+
+    text: str
+
+
 class Unload(EngineRequest, frozen=True, kw_only=True, tag="unload"):
     """Free the memory of the model. Reply: Unloaded."""
 
@@ -137,6 +143,12 @@ class EffectMeasured(EngineReply, frozen=True, kw_only=True, tag="effect_measure
     effect: Effect
 
 
+class TokensCounted(EngineReply, frozen=True, kw_only=True, tag="tokens_counted"):
+    """Tokens of a text, without those of a chat template."""
+
+    tokens: int
+
+
 class Unloaded(EngineReply, frozen=True, kw_only=True, tag="unloaded"):
     """No model is loaded."""
 
@@ -193,7 +205,7 @@ class Failure(EngineReply, frozen=True, kw_only=True, tag="failure"):
 
 
 AnyRequest: TypeAlias = (
-    LoadChat | Generate | MeasureEffect | Unload | InspectData | ShowRow | ShowFields | Stop
+    LoadChat | Generate | MeasureEffect | CountTokens | Unload | InspectData | ShowRow | ShowFields | Stop
 )
 AnyReply: TypeAlias = (
     StatusUpdate
@@ -201,6 +213,7 @@ AnyReply: TypeAlias = (
     | Text
     | GenerationDone
     | EffectMeasured
+    | TokensCounted
     | Unloaded
     | DataReport
     | DataInspected

@@ -20,6 +20,7 @@ from qlora_tui.engine.data_service import DataService
 from qlora_tui.engine.log_file import log_path
 from qlora_tui.engine.protocol import (
     AnyReply,
+    CountTokens,
     Failure,
     Generate,
     InspectData,
@@ -137,6 +138,8 @@ class Server:
                 yield self._data_service.fields(request)
             case MeasureEffect():
                 yield self._with_torch(on_status).measure(request, on_status, self._stops[number])
+            case CountTokens():
+                yield self._with_torch(on_status).count(request)
             case Unload():
                 if self._chat_service is not None:
                     self._chat_service.unload()

@@ -22,6 +22,7 @@ from qlora_tui.engine.client import EngineClient, EngineClosedError
 from qlora_tui.engine.log_file import log_path
 from qlora_tui.engine.protocol import (
     ChatReady,
+    CountTokens,
     Generate,
     GenerationDone,
     LoadChat,
@@ -30,6 +31,7 @@ from qlora_tui.engine.protocol import (
     StatusUpdate,
     Stop,
     Text,
+    TokensCounted,
     Unload,
     Unloaded,
 )
@@ -141,6 +143,20 @@ async def test_an_error_in_the_engine_is_raised_in_the_client(engine: EngineClie
         await answer(engine, msgspec.structs.replace(SHORT, adapter_name="step-9"))
     assert raised.value.exit_code == 2
     assert raised.value.fix
+
+
+async def test_tokens_are_counted_while_an_answer_is_generated(engine: EngineClient) -> None:
+    async def count(text: str) -> int:
+        (reply,) = [reply async for reply in engine.ask(CountTokens(text=text))]
+        assert isinstance(reply, TokensCounted)
+        return reply.tokens
+
+    endless = engine.ask(ENDLESS)
+    await anext(endless)
+    one, two = await count("red"), await count("red red red")
+    assert 0 < one < two
+    endless.stop()
+    assert [reply async for reply in endless if reply.final]
 
 
 async def test_an_effect_needs_held_out_data(engine: EngineClient) -> None:

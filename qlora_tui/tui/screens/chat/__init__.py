@@ -1,7 +1,8 @@
-"""Chat: ``screen`` and its ``commands``; ``conversation_screen``, its base, has the requests to the engine.
+"""Chat: ``screen`` and its ``commands``; ``actions`` is what its keys do.
 
-``adapter_pair`` says which adapters answer, ``text`` formats the header, ``transcript`` saves the
-conversation. ``prompt_box`` is the field to type in, ``chat_turn`` shows a prompt and its answers (with
-``thought_view`` and ``streaming_markdown``). ``sampling_settings`` and ``source_picker`` are windows of this
-screen.
+``conversation_screen``, the base of both, has the requests to the engine. ``adapter_pair`` says which
+adapters answer, ``text`` formats the header and ``side_text`` the column beside it. ``transcript`` and
+``saved_conversations`` save what was said, ``system_prompts`` remembers those. ``prompt_box`` is the field to
+type in, ``chat_turn`` shows a prompt and its answers (with ``thought_view`` and ``streaming_markdown``).
+``sampling_settings``, ``source_picker`` and ``conversation_picker`` are windows of this screen.
 """

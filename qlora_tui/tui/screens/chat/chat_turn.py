@@ -8,11 +8,13 @@ from textual.content import Content
 from textual.widgets import Static
 
 from qlora_tui.chat.chat_types import GenerationResult, TextChunk
+from qlora_tui.chat.repetition import find_loop
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import format_duration, format_float
+from qlora_tui.formatting import format_duration, format_float, truncate_middle
 from qlora_tui.tui.key_names import highlight_keys, name_keys
 from qlora_tui.tui.screens.chat.streaming_markdown import StreamingMarkdown
 from qlora_tui.tui.screens.chat.thought_view import ThoughtView
+from qlora_tui.tui.widgets.panel import Panel
 
 _ENDINGS = {
     "most tokens": "Cut off at the token limit. Press {chat.settings} to raise it.",
@@ -29,39 +31,40 @@ _STILL_THINKING = {
 """The note if the answer had not started, by finish reason."""
 
 
-class AdapterAnswer(Vertical):
+_LOOP = (
+    "Stopped: it kept repeating “{phrase}”. Press {{chat.retry}} for another answer, or {{chat.settings}} to "
+    "set a repetition penalty."
+)
+_MAX_PHRASE = 60
+
+
+class AdapterAnswer(Panel):
     """One adapter's answer, as it is generated."""
 
     DEFAULT_CSS = """
     AdapterAnswer {
         width: 1fr;
-        height: auto;
-        padding: 0 1;
-    }
-    AdapterAnswer.-beside {
-        border-left: solid $panel;
     }
     AdapterAnswer Static {
         height: auto;
     }
-    AdapterAnswer .answer-head {
-        text-wrap: nowrap;
-        text-overflow: ellipsis;
-    }
     """
 
     def __init__(self, adapter_name: str, *, beside: bool, unfolded: bool = False) -> None:
-        super().__init__(classes="-beside" if beside else "")
+        super().__init__(answer_title(adapter_name, "…"), classes="-beside" if beside else "")
         self.adapter_name = adapter_name
         self.text = ""
         self._thought = ThoughtView(unfolded=unfolded)
+        self.loop = ""
+        """What it repeated when it was stopped for that."""
         self.outcome: GenerationResult | None = None
 
     def compose(self) -> ComposeResult:
-        yield Static(answer_head(self.adapter_name, "…"), classes="answer-head")
         yield self._thought
         yield StreamingMarkdown(id="answer")
-        yield Static("", classes="answer-note")
+        note = Static("", classes="answer-note")
+        note.display = False
+        yield note
 
     @property
     def thought(self) -> str:
@@ -78,6 +81,23 @@ class AdapterAnswer(Vertical):
         self.text += chunk.text
         await self._answer.append_text(chunk.text)
 
+    def notice_loop(self) -> bool:
+        """Whether it has just begun to repeat itself, in the answer or in the thought."""
+        if not self.loop:
+            self.loop = find_loop(self.text or self._thought.text)
+            return bool(self.loop)
+        return False
+
+    async def show_saved(self, text: str, thought: str) -> None:
+        """Show an answer of a saved conversation."""
+        if thought:
+            await self._thought.append_text(TextChunk(thought, thought=True))
+            await self._thought.end()
+        self.text = text
+        await self._answer.append_text(text)
+        await self._answer.finish()
+        self.show_title(answer_title(self.adapter_name, "saved"))
+
     async def unfold(self, unfolded: bool) -> None:
         """Show the thought, or fold it into its line."""
         await self._thought.unfold(unfolded)
@@ -91,10 +111,12 @@ class AdapterAnswer(Vertical):
         await self._answer.finish()
         await self._thought.end(outcome)
         self.text, self.outcome = outcome.text, outcome
-        self.query_one(".answer-head", Static).update(answer_head(self.adapter_name, outcome_words(outcome)))
+        self.show_title(answer_title(self.adapter_name, outcome_words(outcome)))
         under = _ENDINGS.get(outcome.ending, "" if outcome.text.strip() else "Ended its turn immediately.")
         if not outcome.thought_ended:
             under = _STILL_THINKING.get(outcome.ending, "Ended its turn without an answer.")
+        if self.loop:
+            under = _LOOP.format(phrase=truncate_middle(self.loop, _MAX_PHRASE))
         if under:
             self._show_note(name_keys(under))
 
@@ -102,29 +124,34 @@ class AdapterAnswer(Vertical):
         """Mark the answer as stopped, with a note; the text so far stays."""
         await self._answer.finish()
         await self._thought.end()
-        self.query_one(".answer-head", Static).update(answer_head(self.adapter_name, "stopped"))
+        self.show_title(answer_title(self.adapter_name, "stopped"))
         self._show_note(words)
 
     async def fail(self, problem: UserError) -> None:
         """Show why there is no answer, or no more of it."""
         await self._answer.finish()
         await self._thought.end()
-        self.query_one(".answer-head", Static).update(answer_head(self.adapter_name, "no answer"))
+        self.show_title(answer_title(self.adapter_name, "no answer"))
         why = f"\n{problem.why}" if problem.why else ""
         fix = f"\n▸ {problem.fix}" if problem.fix else ""
-        self.query_one(".answer-note", Static).update(
+        self._update_note(
             Content.assemble(
                 (f"✗ {problem.title}\n", "$error bold"), problem.what, (why, "dim"), (fix, "$accent")
             )
         )
 
     def _show_note(self, words: str) -> None:
-        self.query_one(".answer-note", Static).update(highlight_keys(f"■ {words}", "dim"))
+        self._update_note(highlight_keys(f"■ {words}", "dim"))
+
+    def _update_note(self, text: Content) -> None:
+        note = self.query_one(".answer-note", Static)
+        note.update(text)
+        note.display = True
 
 
-def answer_head(adapter_name: str, words: str) -> Content:
-    """The line over an answer."""
-    return Content.assemble((f" {adapter_name} ", "reverse"), (f" {words}", "dim"))
+def answer_title(adapter_name: str, words: str) -> Content:
+    """The title of an answer: who gave it, and how long it took."""
+    return Content.assemble(adapter_name, (f" · {words}", "not bold $text-muted"))
 
 
 def outcome_words(outcome: GenerationResult) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 import psutil
@@ -39,6 +40,7 @@ from qlora_tui.tui.screens.chat import transcript
 from qlora_tui.tui.screens.chat.adapter_pair import AdapterPair
 from qlora_tui.tui.screens.chat.chat_turn import ChatTurn
 from qlora_tui.tui.screens.chat.prompt_box import PromptBox
+from qlora_tui.tui.screens.chat.saved_conversations import new_conversation_path, save_conversation
 from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 from qlora_tui.tui.system_status import SystemStatus
 
@@ -67,6 +69,8 @@ class ConversationScreen(WorkScreen):
         """The thinking mode of requests; ``auto`` is the one of the run and the chat template."""
         self.unfolded = False
         """Whether thoughts are shown."""
+        self.conversation_path: Path | None = None
+        """Where the conversation is saved; None before its first answer."""
         self._last_warning = ""
         self.shares_with: set[str] = set()
         """Runs that the user allowed to share memory with the chat."""
@@ -165,6 +169,7 @@ class ConversationScreen(WorkScreen):
         conversation = self.query_one("#conversation", VerticalScroll)
         await conversation.mount(turn)
         conversation.anchor()
+        self.show_header()
         self._set_busy()
         sampling = self.sampling
         if sampling.seed is None:
@@ -212,6 +217,8 @@ class ConversationScreen(WorkScreen):
             async for reply in request:
                 if isinstance(reply, Text):
                     await turn.answers[adapter_name].append_text(reply.chunk)
+                    if turn.answers[adapter_name].notice_loop():
+                        request.stop()
                 elif isinstance(reply, GenerationDone):
                     await turn.answers[adapter_name].end(reply.outcome)
                     self._warn(reply.outcome.warning)
@@ -272,6 +279,8 @@ class ConversationScreen(WorkScreen):
             transcript.append_exchange(
                 self.run_dir, turn.prompt, texts, sampling, self.system_prompt, thoughts
             )
+            self.conversation_path = self.conversation_path or new_conversation_path(self.run_dir)
+            save_conversation(self.conversation_path, self.turns, self.system_prompt)
         except OSError as error:
             self.notify(f"Could not write the transcript: {error.strerror}.", severity="warning")
 

@@ -20,13 +20,9 @@ class PromptBox(OwnKeysFirst, TextArea):
         height: auto;
         max-height: 8;
         border: none;
-        border-left: outer $panel;
         padding: 0 1;
         background: $surface;
         scrollbar-size-vertical: 1;
-    }
-    PromptBox:focus {
-        border-left: outer $primary;
     }
     """
     BINDINGS: ClassVar[list[BindingType]] = [

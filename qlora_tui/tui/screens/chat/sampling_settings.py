@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import msgspec
@@ -12,7 +13,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Input, Label, Static, TextArea
 
 from qlora_tui.chat.chat_types import Sampling
-from qlora_tui.tui.key_names import dialog_keys
+from qlora_tui.tui.key_names import dialog_keys, highlight_keys
 from qlora_tui.tui.screens.chat.transcript import format_setting
 from qlora_tui.tui.widgets.text_field import TextField
 
@@ -33,11 +34,13 @@ class ChatSettingsScreen(ModalScreen[tuple[Sampling, str] | None]):
     CSS_PATH = ["../modals/modal.tcss", "../modals/fields.tcss", "sampling_settings.tcss"]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("ctrl+s", "apply", "Apply", priority=True),
+        Binding("ctrl+r", "earlier_prompt", show=False, priority=True),
         Binding("escape", "dismiss(None)", "Close"),
     ]
 
-    def __init__(self, sampling: Sampling, system_prompt: str) -> None:
+    def __init__(self, sampling: Sampling, system_prompt: str, earlier_prompts: Sequence[str] = ()) -> None:
         super().__init__()
+        self._earlier_prompts = [prompt for prompt in earlier_prompts if prompt != system_prompt]
         self._sampling = sampling
         self._system_prompt = system_prompt
 
@@ -45,7 +48,8 @@ class ChatSettingsScreen(ModalScreen[tuple[Sampling, str] | None]):
         with VerticalScroll(classes="dialog", can_focus=False) as dialog:
             dialog.border_title = "Sampling"
             dialog.border_subtitle = dialog_keys(self.BINDINGS, "Tab next", "Enter apply")
-            yield Label("system prompt")
+            earlier = "  Ctrl+R: one used before" if self._earlier_prompts else ""
+            yield Label(highlight_keys(f"system prompt{earlier}"))
             system = TextArea(self._system_prompt, id="system", soft_wrap=True, tab_behavior="focus")
             system.cursor_blink = False
             yield system
@@ -62,6 +66,13 @@ class ChatSettingsScreen(ModalScreen[tuple[Sampling, str] | None]):
     def on_input_submitted(self) -> None:
         """Enter in any of the figures."""
         self.action_apply()
+
+    def action_earlier_prompt(self) -> None:
+        """Put in the next of the system prompts used before, and at last the present one again."""
+        if self._earlier_prompts:
+            field = self.query_one(TextArea)
+            self._earlier_prompts.append(field.text.strip())
+            field.text = self._earlier_prompts.pop(0)
 
     def action_apply(self) -> None:
         """Apply the fields if they are valid, or else show what is wrong."""

@@ -19,6 +19,11 @@ NOTHING_TO_CHAT_WITH = (
     "Press {go.train} to launch one.\n\nOr press {chat.source} to chat with the recipe's model as it is, "
     "before any training."
 )
+START = (
+    "Ask what the data is about, and something else: all get the same prompt and the same seed.\n\n"
+    "{chat.leave} leaves the field. Then {chat.history} continues a saved conversation, {chat.settings} sets "
+    "sampling and system prompt, and {chat.source} selects another run or model."
+)
 HINT = "Type a message. Enter: send · Ctrl+J: new line · {chat.leave}: leave the field"
 STOPPED_LOADING = "Stopped loading the model. Press {chat.leave}, then {chat.retry}, to try again."
 UNLOADED = "Stopped because the model was unloaded. Press {chat.leave}, then {chat.retry}, to try again."
@@ -35,8 +40,8 @@ def session_line(name: str, pair: AdapterPair, state: str, width: int) -> Conten
         if number:
             parts.append(" ")
         on = adapter_name in pair.active
-        parts.append((f" {adapter_name} ", "reverse" if on else "dim"))
-    rest = Content.assemble(*parts, (f"  {state}", "dim"))
+        parts.append((f" {adapter_name} ", "reverse" if on else "not bold $text-muted"))
+    rest = Content.assemble(*parts, (f"  {state}", "not bold $text-muted"))
     name = truncate_middle(name, max(_MIN_NAME_WIDTH, width - rest.cell_length))
     return Content.styled(name, "bold") + rest
 
