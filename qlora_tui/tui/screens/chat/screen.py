@@ -41,8 +41,8 @@ _SIDE_CELLS = 120
 """Width from which two answers leave room for a column beside them."""
 _COUNT_AFTER_S = 0.3
 """Time without a key before the tokens of a prompt are counted."""
-_FRAME = 6
-"""Cells of the border and the space around the title of a panel."""
+_TITLE_FRAME, _FRAME, _SHORT_FRAME = 6, 4, 2
+"""Cells of a panel around its title, and around its contents with and without a border."""
 
 
 class ChatScreen(ChatActions):
@@ -166,10 +166,20 @@ class ChatScreen(ChatActions):
 
     def show_effect(self, effect: str | Effect) -> None:
         self._effect = effect
-        width = self.query_one("#chat-main").size.width - _FRAME
-        shown = Content(effect) if isinstance(effect, str) else chat_text.effect_text(effect, width)
+        text = Content(effect) if isinstance(effect, str) else chat_text.effect_text(effect, self._room)
         self.query_one("#effect").display = bool(effect)
-        update_if_changed(self.query_one("#effect", Static), shown)
+        update_if_changed(self.query_one("#effect", Static), text)
+
+    @property
+    def _main_width(self) -> int:
+        # Before the first layout the column has no width.
+        return self.query_one("#chat-main").size.width or self.size.width
+
+    @property
+    def _room(self) -> int:
+        """Cells of a line beside the border of the panel."""
+        has_border = self.has_class("-tall") and not self.has_class("-narrow")
+        return self._main_width - (_FRAME if has_border else _SHORT_FRAME)
 
     def show_header(self, doing: str = "") -> None:
         has_source = self.source is not None
@@ -185,15 +195,14 @@ class ChatScreen(ChatActions):
         loaded = "loaded" if self.has_class("-side") or not self.ready else chat_text.loaded_text(self.ready)
         state = doing or (loaded if self.ready else "not loaded yet")
         path = transcript.transcript_path(self.run_dir)
-        # Before the first layout the panel has no width.
-        width = (self.query_one("#chat-main").size.width or self.size.width) - _FRAME
+        width = self._main_width - _TITLE_FRAME
         panel.show_title(chat_text.session_line(self.source_name, self.pair, state, width))
         thinking = chat_text.thinking_text(self.thinking, self.ready)
         line = chat_text.sampling_line(
             self.sampling,
             self.system_prompt,
             path if path.exists() else None,
-            width,
+            self._room,
             thinking,
             chat_text.answering_text(self.pair),
         )
