@@ -16,7 +16,7 @@ from qlora_tui.chat.repetition import find_loop
         ("Yes. 1. wash it well\n2. rinse\n" + "3. then wait for it\n" * 3, "3. then wait for it"),
     ],
 )
-def test_a_sentence_or_words_repeated_in_a_row_are_a_loop(text: str, loop: str) -> None:
+def test_a_sentence_or_words_repeated_are_a_loop(text: str, loop: str) -> None:
     assert find_loop(text) == loop
 
 

@@ -616,8 +616,8 @@ async def test_a_saved_conversation_is_opened_and_continued() -> None:
         await wait_for_text(pilot, "▸ Hello", "base · saved", "A calm day.")
         await pilot.press(*"Again", "enter")
         await rest(pilot, screen)
-        asked = [each for each in engine.asked if isinstance(each, Generate) and each.adapter_name == BASE]
-        assert [message.content for message in asked[-1].messages] == ["Hello", "A calm day. ", "Again"]
+        requests = [each for each in engine.asked if isinstance(each, Generate) and each.adapter_name == BASE]
+        assert [message.content for message in requests[-1].messages] == ["Hello", "A calm day. ", "Again"]
         ((_, saved),) = list_conversations(run)
         assert [turn.prompt for turn in saved.turns] == ["Hello", "Again"]
 
