@@ -32,7 +32,11 @@ from qlora_tui.tui.screens.chat import text as words
 from qlora_tui.tui.screens.chat.adapter_pair import AdapterPair
 from qlora_tui.tui.screens.chat.chat_turn import ChatTurn
 from qlora_tui.tui.screens.chat.prompt_box import PromptBox
-from qlora_tui.tui.screens.chat.saved_conversations import list_conversations
+from qlora_tui.tui.screens.chat.saved_conversations import (
+    list_conversations,
+    new_conversation_path,
+    save_conversation,
+)
 from qlora_tui.tui.screens.chat.screen import ChatScreen, show_chat
 from qlora_tui.tui.screens.chat.system_prompts import load_system_prompts
 from qlora_tui.tui.screens.chat.transcript import append_exchange, transcript_path
@@ -698,3 +702,18 @@ async def test_system_prompts_are_offered_again_in_another_session() -> None:
             await pilot.press("enter")
             await wait_for_text(pilot, "system: Be ki")
     assert load_system_prompts() == ["Be kind."]
+
+
+async def test_all_saved_conversations_are_beside_the_chat() -> None:
+    run = finished(ADAPTER)
+    for number in range(3):
+        path = new_conversation_path(run)
+        save_conversation(path, [saved_turn(f"Question {number}")], "")
+    async with open_on("chat").run_test(size=(120, 40)) as pilot:
+        await wait_for_text(pilot, "not loaded yet", "Question 0", "Question 1", "Question 2")
+
+
+def saved_turn(prompt: str) -> ChatTurn:
+    turn = ChatTurn(prompt, (ADAPTER,))
+    turn.answers[ADAPTER].text = "Yes."
+    return turn

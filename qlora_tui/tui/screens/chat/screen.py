@@ -230,8 +230,7 @@ class ChatScreen(ChatActions):
     @work(group="history", exclusive=True)
     async def _show_history(self, path: Path | None, width: int) -> None:
         saved = await asyncio.to_thread(list_conversations, self.run_dir)
-        height = max(1, self.query_one("#history-panel").content_size.height)
-        lines = side_text.history_lines(saved, path, clock.now(), width, height)
+        lines = side_text.history_lines(saved, path, clock.now(), width)
         update_if_changed(self.query_one("#side-history", Static), Content("\n").join(lines))
 
 

@@ -56,7 +56,7 @@ def token_lines(
 ) -> list[Content]:
     """How full the context of each adapter is after its last answer, and how fast that was."""
     if ready is None:
-        return [Content.styled("The model is loaded with the first prompt.", "dim")]
+        return [Content.styled("Loaded with the first prompt.", "dim")]
     lines = [
         _row("model", f"{ready.dtype}, {format_bytes(ready.memory_bytes)}"),
         _row("context", f"{ready.context_tokens:,} tokens"),
@@ -75,20 +75,15 @@ def token_lines(
 
 
 def history_lines(
-    conversations: Sequence[tuple[Path, SavedConversation]],
-    transcript: Path | None,
-    now: float,
-    width: int,
-    height: int,
+    conversations: Sequence[tuple[Path, SavedConversation]], transcript: Path | None, now: float, width: int
 ) -> list[Content]:
-    """The saved conversations with this run, the newest first, and where the transcript is."""
+    """Where the transcript is, and the saved conversations with this run, the newest first."""
     if not conversations:
         return [Content.styled("None yet. Each is saved as you chat.", "dim")]
     lines = [conversation_line(saved, now, width) for _, saved in conversations]
-    if transcript is not None and height > 2:
-        place = truncate_middle(format_path(transcript), width)
-        lines = [*lines[: height - 1], Content.styled(place, "dim")]
-    return lines[: max(1, height)]
+    if transcript is not None:
+        lines.insert(0, Content.styled(truncate_middle(format_path(transcript), width), "dim"))
+    return lines
 
 
 def conversation_line(saved: SavedConversation, now: float, width: int) -> Content:
