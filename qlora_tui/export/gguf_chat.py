@@ -23,8 +23,7 @@ from qlora_tui.chat.kv_cache import reusable_prefix
 from qlora_tui.chat.session import ChatSession
 from qlora_tui.data.conversation import Message
 from qlora_tui.errors import UserError
-from qlora_tui.export.llama_cpp.bindings import is_installed
-from qlora_tui.export.llama_cpp.llama_process import INSTALL_HINT
+from qlora_tui.export.llama_cpp.availability import install_hint, is_installed
 from qlora_tui.recipe.schema import Thinking
 
 _MAX_CONTEXT_TOKENS = 8192
@@ -38,7 +37,7 @@ class GgufModel:
         """Start the process. Raises UserError."""
         if not is_installed():
             raise UserError(
-                "llama.cpp is not installed", what="It answers from GGUF files.", fix=INSTALL_HINT
+                "llama.cpp is not installed", what="It answers from GGUF files.", fix=install_hint()
             )
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the process
         self._process = subprocess.Popen(

@@ -2,46 +2,39 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from qlora_tui.catalog.gguf_file_types import (
     AUTO,
-    FILE_TYPES,
     K_QUANTS,
     LADDER,
     FileType,
-    estimated_bytes,
     next_larger,
 )
-from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import chat_tokenizer, every_tenth
-from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.errors import UserError
 from qlora_tui.export.base_choice import BaseChoice, base_requantizer, choose_base
 from qlora_tui.export.gguf_file.content import gguf_content
 from qlora_tui.export.gguf_file.stored_types import StoredTypes, stored_types
 from qlora_tui.export.gguf_file.writer import FileContent, write_gguf
-from qlora_tui.export.llama_cpp.bindings import is_installed
+from qlora_tui.export.gguf_plan import check_file_types, final_paths, needs_bf16, require_file_space
 from qlora_tui.export.llama_cpp.jobs import Quantize
-from qlora_tui.export.llama_cpp.llama_process import INSTALL_HINT, quantize
+from qlora_tui.export.llama_cpp.llama_process import quantize, unavailable_because
 from qlora_tui.export.merged_weights import MergedWeights, merged_weights
 from qlora_tui.export.proof import Proof, prove
-from qlora_tui.export.reference import Reference, reference_bytes, reference_or_reason
-from qlora_tui.export.unfinished_files import draft_folder, publish_files, refuse_existing, require_space
+from qlora_tui.export.reference import Reference, reference_or_reason
+from qlora_tui.export.unfinished_files import draft_folder, publish_files
 
-_PROVED_ALONE = ("F16", "BF16", "Q8_0")
-"""Types whose rounding hides no mistake; of the others a 16-bit file is proved first."""
 DEFAULT_WITHIN = 0.03
 """Largest mean KL divergence, in nats, of the file that ``auto`` keeps."""
-_SPARE_BYTES = 64 << 20
 
 StatusFn = Callable[[str], None]
 
@@ -120,27 +113,26 @@ def export_gguf(
     check_file_types(kinds, is_auto)
     if is_auto and within is None:
         within = DEFAULT_WITHIN
-    targets = _targets(source, adapter_name, out, kinds, is_auto)
+    targets = final_paths(source, adapter_name, out, kinds, is_auto)
     weights = merged_weights(source, adapter_name, on_status)
     tokenizer = chat_tokenizer(source, weights.folder)
     content = gguf_content(source, tokenizer, weights)
-    _require_space(source, content, out, kinds, is_auto)
+    require_file_space(source, content, out, kinds, is_auto)
     with draft_folder(out) as draft, ExitStack() as stack:
         reference = reference_or_reason(stack, source, adapter_name, draft, on_status)
         base = choose_base(source, adapter_name, reference, on_status)
         if base.chosen == "dequantized":
             weights = MergedWeights(weights.folder, weights.updates, base_requantizer(source, base))
             content = gguf_content(source, tokenizer, weights)
-        unchecked = "" if is_installed() else f"llama.cpp is not installed. {INSTALL_HINT}".rstrip(".")
-        if isinstance(reference, str):
-            unchecked = reference
+        unavailable = unavailable_because()
+        unchecked = reference if isinstance(reference, str) else unavailable
         if within is not None and unchecked:
             raise UserError(
                 "The bound cannot be checked",
                 what=f"llama.cpp cannot compare the files with the adapter. {unchecked}.",
                 fix="Name a type without --within, such as --quant Q8_0.",
             )
-        job = _Export(content, draft, reference if is_installed() else "", within, on_status)
+        job = _Export(content, draft, "" if unavailable else reference, within, on_status)
         files = job.smallest_within(kinds) if is_auto else tuple(map(job.write, kinds))
         publish_files({Path(file.path): targets[file.file_type] for file in files})
         published = tuple(replace(file, path=str(targets[file.file_type])) for file in files)
@@ -246,11 +238,6 @@ class _Export:
         return prove(self.reference, path, file_type, differences, on_progress=on_progress)
 
 
-def needs_bf16(file_type: str, *, is_checked: bool) -> bool:
-    """Return whether a type is made from a 16-bit file, or one is checked before it."""
-    return file_type in K_QUANTS or (is_checked and file_type not in _PROVED_ALONE)
-
-
 def _turn_ends_warning(file_type: str) -> str:
     larger = next_larger(file_type)
     advice = f" Try a larger type: {larger}." if larger else ""
@@ -265,63 +252,3 @@ def _refused(file_type: str, problem: str) -> UserError:
         if file_type not in ("F16", "BF16", "Q8_0")
         else "Use the adapter or `qlora-tui export merge`, and report the model.",
     )
-
-
-def _require_space(
-    source: ChatSource, content: FileContent, out: Path, kinds: Sequence[str], is_auto: bool
-) -> None:
-    """Raise UserError where the disk lacks space for the files and what they are made and checked with."""
-    architecture = resolve_model(source.recipe.model.id).architecture
-    sizes = [
-        estimated_bytes(architecture, kind) if kind in K_QUANTS else content.size(kind)  # type: ignore[arg-type]
-        for kind in kinds
-    ]
-    # auto keeps one file at a time.
-    needed = max(sizes) if is_auto else sum(sizes)
-    if "BF16" not in kinds and any(needs_bf16(kind, is_checked=is_installed()) for kind in kinds):
-        needed += content.size("BF16")
-    if is_installed():
-        needed += reference_bytes(len(content.vocabulary.tokens))
-    require_space(out.parent, needed + _SPARE_BYTES, "The export")
-
-
-def check_file_types(kinds: Sequence[str], is_auto: bool) -> None:
-    """Raise UserError for an unknown type, and for one that needs llama.cpp where it is missing."""
-    known = (*FILE_TYPES, *K_QUANTS)
-    for kind in kinds:
-        if kind not in known:
-            raise UserError(
-                "Unknown file type",
-                what=f"{kind} is not a type that can be written.",
-                fix=f"Choose from {', '.join(known)}, or auto alone.",
-                exit_code=EXIT_USAGE,
-            )
-    if not is_installed() and (is_auto or any(kind in K_QUANTS for kind in kinds)):
-        raise UserError(
-            "llama.cpp is not installed",
-            what="The K types and auto are made by llama.cpp itself.",
-            fix=f"{INSTALL_HINT} Without it, choose from {', '.join(FILE_TYPES)}.",
-            exit_code=EXIT_USAGE,
-        )
-
-
-def _targets(
-    source: ChatSource, adapter_name: str, out: Path, kinds: Sequence[str], is_auto: bool
-) -> dict[str, Path]:
-    """Return the final path of each type. Raises UserError where one exists."""
-    if out.suffix == ".gguf":
-        if len(kinds) > 1 and not is_auto:
-            raise UserError(
-                "One file for several types?",
-                what=f"{out} names one file, and {len(kinds)} types are asked for.",
-                fix="Name a folder; each file in it is named after its type.",
-                exit_code=EXIT_USAGE,
-            )
-        paths = dict.fromkeys(kinds, out)
-    else:
-        base = source.recipe.name or f"{PurePath(source.recipe.model.id).name}-{adapter_name}"
-        stem = re.sub(r"[^\w.-]+", "-", base).strip("-")
-        paths = {kind: out / f"{stem}-{kind}.gguf" for kind in kinds}
-    for path in paths.values():
-        refuse_existing(path)
-    return paths

@@ -28,8 +28,7 @@ from qlora_tui.export.base_choice import unquantized
 from qlora_tui.export.gguf_file.content import general_keys, gguf_content, text_config
 from qlora_tui.export.gguf_file.families import TensorNames
 from qlora_tui.export.gguf_file.writer import SourceTensor, write_gguf, write_lora
-from qlora_tui.export.llama_cpp.bindings import is_installed
-from qlora_tui.export.llama_cpp.llama_process import INSTALL_HINT
+from qlora_tui.export.llama_cpp.llama_process import unavailable_because
 from qlora_tui.export.merged_weights import MergedWeights
 from qlora_tui.export.proof import Proof, prove
 from qlora_tui.export.reference import Reference, reference_or_reason
@@ -88,8 +87,8 @@ def export_lora(
     with draft_folder(out) as draft:
         path = draft / "lora.gguf"
         write_lora(names.family.architecture, general_keys(source, base), tensors, path)
-        proof, on_16_bits, unchecked = None, None, f"llama.cpp is not installed. {INSTALL_HINT}".rstrip(".")
-        if is_installed():
+        proof, on_16_bits, unchecked = None, None, unavailable_because()
+        if not unchecked:
             proof, on_16_bits, unchecked = _proofs(source, adapter_name, weights, path, on_status)
         if proof and proof.problem:
             raise UserError(

@@ -28,8 +28,9 @@ from qlora_tui.chat.effect_measurement import measure_effect
 from qlora_tui.chat.session import chat_tokenizer, load_session
 from qlora_tui.decoding import decode_json
 from qlora_tui.errors import UserError
-from qlora_tui.export.gguf_export import check_file_types, export_gguf
+from qlora_tui.export.gguf_export import export_gguf
 from qlora_tui.export.gguf_file.content import gguf_content
+from qlora_tui.export.gguf_plan import check_file_types
 from qlora_tui.export.merge import merge
 from qlora_tui.export.merged_weights import merged_weights
 from qlora_tui.export.model_card import CardForm

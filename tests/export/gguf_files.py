@@ -6,18 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from qlora_tui.catalog.gguf_file_types import FileType
 from qlora_tui.catalog.model_validation import weight_files
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.export import gguf_export, gguf_plan, lora_export
 from qlora_tui.export.gguf_file.content import gguf_content
 from qlora_tui.export.gguf_file.writer import write_gguf
 from qlora_tui.export.llama_cpp.bindings import LlamaCpp
 from qlora_tui.export.llama_cpp.llama_worker import kl_divergence, log_softmax
 from qlora_tui.export.merged_weights import MergedWeights
 from qlora_tui.recipe.schema import Model, Recipe
+
+
+def hide_llama_cpp(monkeypatch: pytest.MonkeyPatch, reason: str = "llama.cpp is not installed") -> None:
+    """Let exports do without llama.cpp."""
+    for module in (gguf_export, gguf_plan, lora_export):
+        monkeypatch.setattr(module, "unavailable_because", lambda: reason)
 
 
 def write_base(folder: Path, file: Path, file_type: FileType = "F16") -> Path:

@@ -11,10 +11,10 @@ from msgspec.structs import replace
 
 from qlora_tui.catalog.local_models import hub_cache_dir
 from qlora_tui.chat.chat_types import ChatSource
-from qlora_tui.export import gguf_export, lora_export
 from qlora_tui.export.gguf_export import export_gguf
 from qlora_tui.export.lora_export import export_lora
 from tests.export.export_sources import make_source
+from tests.export.gguf_files import hide_llama_cpp
 
 pytestmark = pytest.mark.slow
 
@@ -22,8 +22,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(params=["gguf", "lora"])
 def general_of(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Export a source without llama.cpp; returns the general keys of the file."""
-    for module in (gguf_export, lora_export):
-        monkeypatch.setattr(module, "is_installed", lambda: False)
+    hide_llama_cpp(monkeypatch)
 
     def general_of(source: ChatSource) -> dict[str, Any]:
         out = tmp_path / "out.gguf"
@@ -54,6 +53,17 @@ def test_a_base_from_the_hub_is_named_with_its_repository(tmp_path: Path, genera
     assert general["general.base_model.0.organization"] == "org"
     assert general["general.base_model.0.repo_url"] == "https://huggingface.co/org/Tiny-1B"
     assert general["general.license"] == "apache-2.0"
+
+
+def test_a_converted_base_is_named_without_its_hash(tmp_path: Path, general_of: Any) -> None:
+    source = make_source(tmp_path)
+    converted = tmp_path / "SmolLM2-135M-Instruct.Q4_1-fa7256748bd9"
+    Path(source.recipe.model.id).rename(converted)
+    model = replace(source.recipe.model, id=str(converted))
+    general = general_of(replace(source, recipe=replace(source.recipe, name="", model=model)))
+    assert general["general.name"] == "SmolLM2-135M-Instruct, fine-tuned"
+    assert general["general.base_model.0.name"] == "SmolLM2-135M-Instruct"
+    assert "fa7256748bd9" not in str(general)
 
 
 def test_no_path_of_this_machine_is_written(tmp_path: Path, general_of: Any) -> None:

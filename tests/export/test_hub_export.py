@@ -22,6 +22,7 @@ from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Evaluated, Finished
 from tests.catalog.fake_hub import FakeHub, FakeRepo, serve
+from tests.export.gguf_files import hide_llama_cpp
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +38,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
         # Set by exports of other tests in this process.
         offline_variables_set.clear()
         # Files without the comparison by llama.cpp, which other tests make.
-        monkeypatch.setattr("qlora_tui.export.gguf_export.is_installed", lambda: False)
+        hide_llama_cpp(monkeypatch)
         yield served
 
 

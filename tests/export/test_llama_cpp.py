@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from qlora_tui.catalog.gguf_file_types import K_QUANTS
 from qlora_tui.errors import UserError
+from qlora_tui.export.gguf_export import export_gguf
 from qlora_tui.export.llama_cpp import bindings, llama_process
-from qlora_tui.export.llama_cpp.bindings import PACKAGE, LlamaCpp, LlamaCppError
+from qlora_tui.export.llama_cpp.availability import PACKAGE, install_hint
+from qlora_tui.export.llama_cpp.bindings import LlamaCpp, LlamaCppError
 from qlora_tui.export.llama_cpp.jobs import Compare, ComparedRow, Quantize
+from qlora_tui.export.lora_export import export_lora
+from tests.export.export_sources import make_source
 
 pytest.importorskip("llama_cpp_py_sync")
 pytestmark = pytest.mark.slow
@@ -70,3 +75,32 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match=r"llama\.cpp is not installed") as missing:
         llama_process.quantize(Quantize("a", "b", "Q4_K_M"))
     assert 'pip install "qlora-tui[export]"' in missing.value.fix
+
+
+@pytest.fixture
+def broken_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A package whose library does not load."""
+    package = tmp_path / "llama_cpp_py_sync"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise OSError('libllama.so: invalid ELF header')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    llama_process.unavailable_because.cache_clear()
+    yield
+    llama_process.unavailable_because.cache_clear()
+
+
+@pytest.mark.usefixtures("broken_package")
+def test_a_library_that_does_not_load_leaves_files_unchecked(tmp_path: Path) -> None:
+    source = make_source(tmp_path)
+    with pytest.raises(UserError, match="not available") as refused:
+        export_gguf(source, "adapter", tmp_path / "out.gguf", ["Q4_K_M"])
+    assert "invalid ELF header" in refused.value.why
+    summary = export_gguf(source, "adapter", tmp_path / "out.gguf", ["Q8_0"]).summary
+    assert "Not checked: " in summary and "invalid ELF header" in summary
+    assert "invalid ELF header" in export_lora(source, "adapter", tmp_path / "lora.gguf").summary
+
+
+def test_a_machine_without_a_wheel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert "no wheel for this machine (Linux aarch64)" in install_hint()

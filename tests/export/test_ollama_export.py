@@ -16,6 +16,7 @@ from qlora_tui.export.gguf_export import GgufExport
 from qlora_tui.export.ollama_export import check_name, context_size, export_ollama
 from qlora_tui.runs.directory import create_run
 from tests.export.export_sources import make_source
+from tests.export.gguf_files import hide_llama_cpp
 
 CREATES = """\
 #!/bin/sh
@@ -58,7 +59,7 @@ def install_ollama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
 @pytest.fixture
 def without_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     """GGUF files are written without the comparison, which other tests make."""
-    monkeypatch.setattr("qlora_tui.export.gguf_export.is_installed", lambda: False)
+    hide_llama_cpp(monkeypatch)
 
 
 @pytest.mark.slow

@@ -92,11 +92,11 @@ async def test_a_canceled_export_is_started_again_with_one_key(
 async def test_types_that_need_llama_cpp_say_so(
     run: RunDir, make_app: Callable[[], QloraApp], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export_choices, "find_spec", lambda name: None)
+    monkeypatch.setattr(export_choices, "is_installed", lambda: False)
     async with make_app().run_test(size=(100, 30)) as pilot:
         await open_dialog(pilot)
         await pilot.press("enter")
-        await wait_for_text(pilot, '✗ Needs llama.cpp: pip install "qlora-tui[export]".')
+        await wait_for_text(pilot, '✗ Needs llama.cpp. Install it with `pip install "qlora-tui[export]"`.')
         assert read_exports(run) == []
 
 
@@ -125,7 +125,7 @@ async def test_a_name_is_proposed_for_ollama_and_the_hub(
 async def test_type_and_checkpoint_are_chosen_by_key(
     run: RunDir, make_app: Callable[[], QloraApp], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export_choices, "find_spec", lambda name: object())
+    monkeypatch.setattr(export_choices, "is_installed", lambda: True)
     for step in (5, 10):
         folder = run.checkpoints_dir / f"step-{step}"
         folder.mkdir(parents=True)

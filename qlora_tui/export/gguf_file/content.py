@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import partial
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from qlora_tui.export.gguf_file.hyperparameters import hyperparameters
 from qlora_tui.export.gguf_file.vocabulary import Vocabulary, read_vocabulary
 from qlora_tui.export.gguf_file.writer import FileContent, SourceTensor
 from qlora_tui.export.merged_weights import MergedTensor, MergedWeights
+from qlora_tui.formatting import short_model_name
 from qlora_tui.training.clean_files import model_view
 
 _PHI3 = re.compile("(phi)-?3", re.IGNORECASE)
@@ -63,7 +64,7 @@ def _values(names: TensorNames, tensor: MergedTensor) -> Tensor:
 
 
 def _general(source: ChatSource, folder: Path, vocabulary: Vocabulary) -> dict[str, str | int]:
-    base = PurePath(source.recipe.model.id).name
+    base = short_model_name(source.recipe.model.id)
     general = general_keys(source, folder)
     return general | {
         "type": "model",
@@ -76,7 +77,7 @@ def _general(source: ChatSource, folder: Path, vocabulary: Vocabulary) -> dict[s
 def general_keys(source: ChatSource, folder: Path) -> dict[str, str | int]:
     """Return the ``general.*`` keys of everything that a run exports: its name, its base, the license."""
     recipe = source.recipe
-    base = PurePath(recipe.model.id).name
+    base = short_model_name(recipe.model.id)
     general: dict[str, str | int] = {
         "name": recipe.name or f"{base}, fine-tuned",
         "base_model.count": 1,

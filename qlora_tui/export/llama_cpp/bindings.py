@@ -9,22 +9,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-PACKAGE = "llama-cpp-py-sync"
-_MODULE = "llama_cpp_py_sync"
+from qlora_tui.export.llama_cpp.availability import PACKAGE
+
 _F32 = 0
 """``GGML_TYPE_F32``."""
 Floats = npt.NDArray[np.float32]
-
-
-def is_installed() -> bool:
-    """Return whether the package is installed; imports nothing."""
-    return find_spec(_MODULE) is not None
 
 
 class LlamaCppError(Exception):
@@ -41,7 +35,7 @@ class LlamaCpp:
 
             self._ffi: Any = generated.get_ffi()
             self._lib: Any = generated.get_lib()
-        except (ImportError, AttributeError, RuntimeError) as error:
+        except (ImportError, AttributeError, OSError, RuntimeError) as error:
             raise LlamaCppError(f"{PACKAGE} could not be loaded: {error}") from error
         self._lib.llama_backend_init()
 

@@ -32,6 +32,10 @@ class ComparedPrompt(Struct, frozen=True):
     """The prompt as the chat template renders it, without the begin token."""
 
 
+class Load(Struct, frozen=True, tag=True):
+    """Load the library, and do nothing with it."""
+
+
 class Quantize(Struct, frozen=True, tag=True):
     """Quantize a GGUF file."""
 
@@ -59,7 +63,11 @@ class Compare(Struct, frozen=True, tag=True):
     """Compute attention in float32 throughout instead of llama.cpp's defaults."""
 
 
-Job: TypeAlias = Quantize | Compare
+Job: TypeAlias = Load | Quantize | Compare
+
+
+class Loaded(Struct, frozen=True, tag=True):
+    """Result of ``Load``."""
 
 
 class Quantized(Struct, frozen=True, tag=True):
@@ -111,4 +119,4 @@ class LlamaFailure(Struct, frozen=True, tag=True):
     why: str
 
 
-JobResult: TypeAlias = Quantized | Compared | LlamaFailure
+JobResult: TypeAlias = Loaded | Quantized | Compared | LlamaFailure

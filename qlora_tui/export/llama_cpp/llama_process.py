@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from typing import TypeAlias
 
 import msgspec
@@ -14,18 +15,19 @@ import msgspec
 from qlora_tui import subprocesses
 from qlora_tui.decoding import decode_json
 from qlora_tui.errors import UserError
-from qlora_tui.export.llama_cpp.bindings import is_installed
+from qlora_tui.export.llama_cpp.availability import install_hint, is_installed
 from qlora_tui.export.llama_cpp.jobs import (
     Compare,
     Compared,
+    Job,
     JobResult,
     LlamaFailure,
+    Load,
     Quantize,
     Quantized,
     RowsCompared,
 )
 
-INSTALL_HINT = 'Install it with `pip install "qlora-tui[export]"`.'
 _MESSAGES: msgspec.json.Decoder[RowsCompared | JobResult] = msgspec.json.Decoder(RowsCompared | JobResult)
 _LOG_LINES = 3
 ProgressFn: TypeAlias = Callable[[int, int], None]
@@ -48,11 +50,24 @@ def compare(job: Compare, on_progress: ProgressFn = lambda done, total: None) ->
     return result
 
 
-def _run(
-    job: Quantize | Compare, title: str, on_progress: ProgressFn = lambda done, total: None
-) -> JobResult:
+@cache
+def unavailable_because() -> str:
+    """Return why llama.cpp cannot be used, without a period at the end; empty if it can.
+
+    Loads the library in a process of its own, once.
+    """
     if not is_installed():
-        raise UserError(title, what="llama.cpp is not installed.", fix=INSTALL_HINT)
+        return f"llama.cpp is not installed. {install_hint()}".rstrip(".")
+    try:
+        _run(Load(), "llama.cpp could not be loaded")
+    except UserError as error:
+        return error.what.rstrip(".")
+    return ""
+
+
+def _run(job: Job, title: str, on_progress: ProgressFn = lambda done, total: None) -> JobResult:
+    if not is_installed():
+        raise UserError(title, what="llama.cpp is not installed.", fix=install_hint())
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen(
             subprocesses.module_argv("qlora_tui.export.llama_cpp.llama_worker"),

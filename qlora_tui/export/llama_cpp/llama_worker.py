@@ -18,6 +18,8 @@ from qlora_tui.export.llama_cpp.jobs import (
     Job,
     JobResult,
     LlamaFailure,
+    Load,
+    Loaded,
     Quantize,
     Quantized,
     RowsCompared,
@@ -30,6 +32,8 @@ def run(job: Job, on_progress: Callable[[int, int], None] = lambda done, total: 
     try:
         llama = LlamaCpp()
         match job:
+            case Load():
+                return Loaded()
             case Quantize():
                 llama.quantize(job.source, job.target, job.file_type)
                 return Quantized(Path(job.target).stat().st_size)

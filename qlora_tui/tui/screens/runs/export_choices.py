@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -13,13 +12,13 @@ from textual.content import Content
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.gguf_file_types import AUTO, bytes_to_run, estimated_bytes
+from qlora_tui.export.llama_cpp.availability import install_hint, is_installed
 from qlora_tui.formatting import format_bytes, format_duration, truncate_middle
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.runs.exports import Export, ExportRequest, Form, output_path
 
 _TYPES = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "F16")
 _NEED_LLAMA_CPP = (AUTO, "Q4_K_M", "Q5_K_M", "Q6_K")
-_NO_LLAMA_CPP = 'Needs llama.cpp: pip install "qlora-tui[export]".'
 _SIGNS = {"running": ("▸", "$primary"), "finished": ("✓", "$success"), "failed": ("✗", "$error")}
 _AUTO = (
     "The smallest type that still answers like your adapter: tries them from the smallest up, and keeps the "
@@ -152,12 +151,12 @@ def export_choices(
 def _gguf(kind: str, architecture: Architecture | None, budget: MemoryBudget) -> ExportChoice:
     size, fit = _size_and_fit(kind, architecture, budget)
     if not _is_writable(kind):
-        detail = _NO_LLAMA_CPP
+        detail = f"Needs llama.cpp. {install_hint()}"
     elif kind == AUTO:
         detail = _AUTO
     else:
         checked = "llama.cpp then compares the file with your adapter's answers."
-        detail = f"{checked if _has_llama_cpp() else 'Not checked: llama.cpp is not installed.'}{fit}"
+        detail = f"{checked if is_installed() else 'Not checked: llama.cpp is not installed.'}{fit}"
     return ExportChoice(
         id=kind,
         label="GGUF, type chosen for you" if kind == AUTO else f"GGUF {kind}",
@@ -181,12 +180,8 @@ def _size_and_fit(kind: str, architecture: Architecture | None, budget: MemoryBu
     return size, f" {verb} {budget.name} at a context of 4,096 tokens (≈ {format_bytes(needed)})."
 
 
-def _has_llama_cpp() -> bool:
-    return find_spec("llama_cpp_py_sync") is not None
-
-
 def _is_writable(kind: str) -> bool:
-    return kind not in _NEED_LLAMA_CPP or _has_llama_cpp()
+    return kind not in _NEED_LLAMA_CPP or is_installed()
 
 
 def proposed_target(choice: ExportChoice, run_name: str, checkpoint: int | None = None) -> str:
