@@ -121,7 +121,12 @@ def export_hub(
             rows = (("Checkpoint", adapter_name.replace("-", " ")), *rows)
         results = CardResults(rows, facts.effect, "\n\n".join(filter(None, facts.card)), license_id)
         card = render_model_card(
-            source.recipe, from_hub=from_hub, form=form, repo=prepared.repo, results=results
+            source.recipe,
+            from_hub=from_hub,
+            form=form,
+            repo=prepared.repo,
+            results=results,
+            is_dequantized=facts.is_dequantized,
         )
         atomic_write(folder.files / CARD, card.encode())
         sizes = {path.name: path.stat().st_size for path in sorted(folder.files.iterdir())}

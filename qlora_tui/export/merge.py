@@ -103,7 +103,12 @@ def merge(
             for name in filter(partial(_is_in, origin), names):
                 shutil.copyfile(origin / name, folder / name)
         (folder / "README.md").write_text(
-            render_model_card(source.recipe, from_hub=_from_hub(source)), encoding="utf-8"
+            render_model_card(
+                source.recipe,
+                from_hub=_from_hub(source),
+                is_dequantized=choice.chosen == "dequantized",
+            ),
+            encoding="utf-8",
         )
         check = verify_merge(source, adapter_name, folder, on_status, requantize)
         if not isinstance(check, str) and not check.agrees:

@@ -17,12 +17,12 @@ from qlora_tui.runs.events import Finished
 from qlora_tui.runs.view import RunView
 
 CardForm: TypeAlias = Literal["adapter", "merged", "gguf"]
-_FRONT: dict[CardForm, tuple[str, str, str]] = {
-    "adapter": ("peft", "adapter", ""),
-    "merged": ("transformers", "finetune", ", merged into the 16-bit base"),
-    "gguf": ("gguf", "quantized", ", merged into the base"),
+_FRONT: dict[CardForm, tuple[str, str]] = {
+    "adapter": ("peft", "adapter"),
+    "merged": ("transformers", "finetune"),
+    "gguf": ("gguf", "quantized"),
 }
-"""Library, relation to the base (the Hub's ``base_model_relation``), and what became of the adapter."""
+"""Library, and relation to the base (the Hub's ``base_model_relation``)."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ def render_model_card(
     form: CardForm = "merged",
     repo: str = "",
     results: CardResults | None = None,
+    is_dequantized: bool = False,
 ) -> str:
     """Return the README.md of a model.
 
@@ -90,12 +91,14 @@ def render_model_card(
         form: What the card describes.
         repo: Where it is on the Hub, to say how it is loaded; empty for a folder.
         results: What is known beyond the recipe.
+        is_dequantized: Whether the adapter was merged into the base weights of the training, dequantized,
+            instead of the stored ones.
     """
     results = results or CardResults()
     base = recipe.model.id if from_hub else short_model_name(recipe.model.id)
     lora, training = recipe.lora, recipe.training
     title = recipe.name or f"{PurePath(base).name}, fine-tuned"
-    library, relation, merged = _FRONT[form]
+    library, relation = _FRONT[form]
     front = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
     if results.license_id:
         front.append(f"license: {results.license_id}")
@@ -111,6 +114,11 @@ def render_model_card(
     base_weights = {"none": "16-bit weights"}.get(
         recipe.quantization.method, f"{recipe.quantization.method.upper()} weights"
     )
+    merged = ", merged into the 16-bit base"
+    if form == "adapter":
+        merged = ""
+    elif is_dequantized:
+        merged = ", merged into these weights, dequantized"
     overrides = (("Rank overrides", lora.rank_pattern), ("Alpha overrides", lora.alpha_pattern))
     rows = [
         ("Base model", base),

@@ -63,6 +63,8 @@ class UploadFacts(Struct, frozen=True):
     """What the adapter changes, in a sentence."""
     unmeasured_because: str = ""
     """Why that was not measured."""
+    is_dequantized: bool = False
+    """Whether the base weights that the adapter was merged into are those of the training, dequantized."""
 
 
 _FACTS_DECODER = msgspec.json.Decoder(UploadFacts)
@@ -153,17 +155,20 @@ def _write(
 ) -> UploadFacts:
     checked: tuple[str, ...] = ()
     card: tuple[str, ...] = ()
+    is_dequantized = False
     match form:
         case "adapter":
             files.mkdir()
             _copy_adapter(Path(source.adapters[adapter_name]), files)
         case "merged":
             merged = merge(source, adapter_name, files, on_status)
+            is_dequantized = merged.base.chosen == "dequantized"
             checked = (merged.check_sentence, merged.base.sentence)
             compared = merged.check_sentence if merged.check else "It was not compared with base and adapter."
             card = (compared, merged.base.sentence)
         case "gguf":
             written = export_gguf(source, adapter_name, files, (file_type,), on_status=on_status)
+            is_dequantized = written.base.chosen == "dequantized"
             checked = (written.summary,)
             proofs = [f"{file.proof.sentence}." for file in written.files if file.proof]
             # Whoever reads the card has not trained the adapter.
@@ -177,7 +182,7 @@ def _write(
     except UserError as problem:
         # Such as without the run's data, or without memory for the model.
         unmeasured = f"{problem.title}: {problem.what}".rstrip(".")
-    return UploadFacts(checked, card, effect, unmeasured)
+    return UploadFacts(checked, card, effect, unmeasured, is_dequantized)
 
 
 def _copy_adapter(adapter: Path, files: Path) -> None:

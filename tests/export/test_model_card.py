@@ -61,6 +61,16 @@ def test_a_converted_base_is_named_without_its_hash() -> None:
     assert "# SmolLM2-135M-Instruct, fine-tuned" in render_model_card(recipe, from_hub=False)
 
 
+@pytest.mark.parametrize("form", ["merged", "gguf"])
+def test_the_card_says_which_base_weights_were_used(form: CardForm) -> None:
+    def method(is_dequantized: bool) -> str:
+        card = render_model_card(RECIPE, from_hub=True, form=form, is_dequantized=is_dequantized)
+        return next(line for line in card.splitlines() if "| Method |" in line)
+
+    assert method(True) == "| Method | LoRA on NF4 weights, merged into these weights, dequantized |"
+    assert method(False) == "| Method | LoRA on NF4 weights, merged into the 16-bit base |"
+
+
 def test_a_dataset_of_the_hub_is_linked() -> None:
     data = Data(sources=(Source(path="org/chats:en"), Source(path="/home/me/mine.jsonl")))
     card = render_model_card(Recipe(model=Model(id="org/base"), data=data), from_hub=True)
