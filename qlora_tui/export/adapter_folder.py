@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from msgspec import Struct
 
@@ -32,6 +32,13 @@ class AdapterFolder(Struct, frozen=True, kw_only=True):
     rank: int
     command: str
     """Serves it with vLLM."""
+    notes: tuple[str, ...] = ()
+    """What is special about it, in sentences."""
+
+    @property
+    def summary(self) -> str:
+        """Say its rank and what is special, a sentence a line."""
+        return "\n".join((f"Rank {self.rank}.", *self.notes))
 
 
 def export_adapter_folder(source: ChatSource, adapter_name: str, out: Path) -> AdapterFolder:
@@ -51,7 +58,20 @@ def export_adapter_folder(source: ChatSource, adapter_name: str, out: Path) -> A
     flag = f" --max-lora-rank {rank}" if rank > _DEFAULT_RANK else ""
     base, module = shlex.quote(source.recipe.model.id), shlex.quote(f"{out.name}={out}")
     command = f"vllm serve {base} --enable-lora --lora-modules {module}{flag}"
-    return AdapterFolder(path=str(out), bytes=size, rank=rank, command=command)
+    return AdapterFolder(path=str(out), bytes=size, rank=rank, command=command, notes=_notes(source))
+
+
+def _notes(source: ChatSource) -> tuple[str, ...]:
+    recipe, notes = source.recipe, []
+    if PurePath(recipe.model.id).is_absolute() and not Path(recipe.model.id).exists():
+        notes.append(f"The base {recipe.model.id} is missing: name its folder in the command.")
+    if recipe.quantization.method in ("nf4", "fp4"):
+        notes.append(
+            f"The command serves it on the stored 16-bit base, and it was trained on "
+            f"{recipe.quantization.method.upper()} weights: its answers may differ. `qlora-tui export merge` "
+            "measures that, and merges it into the nearer weights."
+        )
+    return tuple(notes)
 
 
 def _served_rank(adapter: Path) -> int:

@@ -92,7 +92,7 @@ def export_form(
             return Written(
                 result=folder,
                 sizes={folder.path: folder.bytes},
-                summary=f"Rank {folder.rank}.",
+                summary=folder.summary,
                 command=folder.command,
                 command_does="Serve",
             )

@@ -31,9 +31,10 @@ from qlora_tui.export.gguf_file.writer import SourceTensor, write_gguf, write_lo
 from qlora_tui.export.llama_cpp.llama_process import unavailable_because
 from qlora_tui.export.merged_weights import MergedWeights
 from qlora_tui.export.proof import Proof, prove
-from qlora_tui.export.reference import Reference, reference_or_reason
+from qlora_tui.export.reference import Reference, reason_of, reference_bytes, reference_or_reason
 from qlora_tui.export.requantize import requantizer
 from qlora_tui.export.unfinished_files import draft_folder, publish_file, refuse_existing, require_space
+from qlora_tui.formatting import short_model_name
 
 StatusFn = Callable[[str], None]
 
@@ -45,6 +46,8 @@ class LoraExport(Struct, frozen=True, kw_only=True):
     bytes: int
     modules: int
     """Number of weight matrices that it changes."""
+    base: str
+    """Name of the base."""
     proof: Proof | None = None
     """On the base weights of the training: dequantized, if those were quantized to 4 bits."""
     on_16_bits: Proof | None = None
@@ -54,12 +57,16 @@ class LoraExport(Struct, frozen=True, kw_only=True):
     @property
     def summary(self) -> str:
         """Say how the file was checked, and on which base, a sentence a line."""
-        if self.proof is None:
-            return f"Not checked: {self.unchecked_because}."
         proofs = filter(None, (self.proof, self.on_16_bits))
         lines = [f"{proof.sentence}." for proof in proofs]
+        if self.proof is None:
+            lines.append(f"Not checked: {self.unchecked_because}.")
         if self.on_16_bits:
             lines.append("`qlora-tui export gguf` merges the adapter into the weights of its training.")
+        lines.append(
+            f"BASE.gguf in the command is a GGUF file of {self.base}, best in BF16 or F16, such as one "
+            "from the Hub."
+        )
         return "\n".join(lines)
 
     @property
@@ -102,10 +109,17 @@ def export_lora(
         path=str(out),
         bytes=size,
         modules=len(tensors) // 2,
+        base=_base_name(source),
         proof=proof,
         on_16_bits=on_16_bits,
         unchecked_because=unchecked,
     )
+
+
+def _base_name(source: ChatSource) -> str:
+    """Return the base's id on the Hub, or its name."""
+    model = resolve_model(source.recipe.model.id)
+    return model.id if model.source == "hub cache" else short_model_name(model.id)
 
 
 def _proofs(
@@ -119,6 +133,13 @@ def _proofs(
     settings = source.recipe.quantization
     requantize = requantizer(resolve_model(source.recipe.model.id).architecture, settings)
     trained = source if requantize else unquantized(source)
+    # Before the reference, which takes minutes.
+    content = gguf_content(source, chat_tokenizer(source, weights.folder), weights)
+    needed = content.size("BF16") + reference_bytes(len(content.vocabulary.tokens))
+    try:
+        require_space(path.parent, needed, "The base model for the comparison")
+    except UserError as error:
+        return None, None, reason_of(error)
     with ExitStack() as stack:
         reference = reference_or_reason(stack, trained, adapter_name, path.parent, on_status)
         if isinstance(reference, str):
@@ -148,7 +169,6 @@ def _prove(
     ``name`` says which weights those of the base are.
     """
     content = gguf_content(source, chat_tokenizer(source, weights.folder), weights)
-    require_space(path.parent, content.size("BF16"), "The base model for the comparison")
     model = path.with_name("base.gguf")
     write_gguf(content, model, "BF16", every_tenth(on_status, f"Writing the {name} for the comparison"))
     words = f"Asking llama.cpp what the adapter answers on the {name}"

@@ -33,8 +33,10 @@ def refuse_existing(out: Path) -> None:
 def require_space(folder: Path, needed: int, what: str) -> None:
     """Raise UserError where fewer than ``needed`` bytes are free; ``what`` begins the sentence."""
     parent = next(p for p in (folder, *folder.parents) if p.exists())
-    free = shutil.disk_usage(parent).free
-    if needed > free:
+    usage = shutil.disk_usage(parent)
+    free = usage.free
+    # A file system such as /proc has no size; writing there fails with a reason of its own.
+    if usage.total and needed > free:
         raise UserError(
             "Not enough disk space",
             what=f"{what} takes {needed / 1e9:.1f} GB, and {parent} has {free / 1e9:.1f} GB left.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def test_a_lora_is_compared_on_both_kinds_of_weights(tmp_path: Path, monkeypatch
     assert loaded == ["nf4"], "the 16-bit model may be too large for the GPU"
     assert result.proof and result.on_16_bits
     assert result.proof.divergence < 1e-3 < result.on_16_bits.divergence
-    first, second, third = result.summary.splitlines()
+    first, second, third, _base = result.summary.splitlines()
     assert "export gguf" in third and not result.on_16_bits.problem
     assert first.startswith("On the NF4 weights of its training, the LoRA answers as your adapter does at ")
     assert second.startswith("On the original 16-bit weights, the LoRA answers as your adapter does at ")
@@ -155,3 +156,26 @@ def test_what_vllm_cannot_serve_is_refused(tmp_path: Path, adapter: dict[str, An
         export_adapter_folder(source, "adapter", tmp_path / "mine")
     assert why in refused.value.what and "export merge" in refused.value.fix
     assert not (tmp_path / "mine").exists()
+
+
+def test_without_space_for_the_base_a_lora_is_unchecked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_source(tmp_path)
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    computed: list[str] = []
+    written = export_lora(source, "adapter", tmp_path / "lora.gguf", computed.append)
+    assert written.proof is None and not any("answers" in words for words in computed)
+    assert "Not checked: Not enough disk space: The base model for the comparison" in written.summary
+    assert "BASE.gguf in the command is a GGUF file of model, best in BF16 or F16" in written.summary
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_vllm_folder_says_on_which_base_it_is_served(tmp_path: Path, quantization: str) -> None:
+    source = make_source(tmp_path, quantization=quantization)
+    summary = export_adapter_folder(source, "adapter", tmp_path / "folder").summary
+    assert ("trained on NF4 weights: its answers may differ" in summary) == (quantization == "nf4")
+    shutil.rmtree(source.recipe.model.id)
+    again = export_adapter_folder(source, "adapter", tmp_path / "again")
+    assert f"The base {source.recipe.model.id} is missing" in again.summary
