@@ -57,6 +57,12 @@ def estimated_bytes(architecture: Architecture, file_type: str) -> int:
     return int((rest * bits + tables * table_bits) / 8)
 
 
+def spelled(name: str) -> str:
+    """Return a type as it is spelled here, such as ``Q4_K_M`` for ``q4_k_m``; an unknown one as it is."""
+    names = {kind.lower(): kind for kind in (*FILE_TYPES, *K_QUANTS, AUTO)}
+    return names.get(name.lower(), name)
+
+
 def next_larger(file_type: str) -> str:
     """Return the next larger type that ``auto`` tries, or F16; empty for the largest."""
     bits = _BITS_PER_WEIGHT[file_type]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
+from qlora_tui.catalog.gguf_file_types import spelled
 from qlora_tui.cli.subcommand import CommandResult, Subcommand, add_json_argument
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.runs.directory import find_run
@@ -62,7 +64,7 @@ def _request(args: argparse.Namespace) -> ExportRequest:
             return ExportRequest(
                 form="ollama",
                 out=args.name,
-                file_type=args.quant or _DEFAULT_TYPE,
+                file_type=_types(args.quant or _DEFAULT_TYPE),
                 checkpoint=args.checkpoint,
                 folder=str(folder),
                 replace_model=args.replace,
@@ -78,7 +80,7 @@ def _request(args: argparse.Namespace) -> ExportRequest:
             return ExportRequest(
                 form=f"hub-{args.what}",  # type: ignore[arg-type]  # one of the choices
                 out=args.repo,
-                file_type=args.quant or _DEFAULT_TYPE,
+                file_type=_types(args.quant or _DEFAULT_TYPE),
                 checkpoint=args.checkpoint,
                 is_public=args.public,
             )
@@ -88,8 +90,14 @@ def _request(args: argparse.Namespace) -> ExportRequest:
     if form == "merge":
         return replace(request, base=args.base)
     if form == "gguf":
-        return replace(request, file_type=",".join(args.quant or [_DEFAULT_TYPE]), within=args.within)
+        types = _types(",".join(args.quant or [_DEFAULT_TYPE]))
+        return replace(request, file_type=types, within=args.within)
     return request
+
+
+def _types(text: str) -> str:
+    """Return file types, separated by commas, as they are spelled here; unknown ones as they are."""
+    return ",".join(spelled(name.strip()) for name in text.split(","))
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -125,7 +133,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     gguf.add_argument(
         "--within",
-        type=float,
+        type=_bound,
         metavar="KL",
         help="largest mean KL divergence from the adapter's answers, in nats (0.03 with auto)",
     )
@@ -159,6 +167,17 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
             "--checkpoint", type=int, metavar="STEP", help="a checkpoint, not the final adapter"
         )
         add_json_argument(form)
+
+
+def _bound(text: str) -> float:
+    """Parse a positive, finite number. Raises ArgumentTypeError."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
 
 
 def _add_one_type(parser: argparse.ArgumentParser) -> None:

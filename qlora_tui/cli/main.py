@@ -35,7 +35,7 @@ SUBCOMMANDS = {
     "resume": ("runs", "Resume a stopped, paused, failed or lost run from its last checkpoint."),
     "ask": ("runs", "Send a request to a running trainer (checkpoint, evaluate, …)."),
     "chat": ("chat", "Chat with a run's adapter, or with the base model."),
-    "export": ("export", "Write adapter and base as one model that other programs load."),
+    "export": ("export", "Write a run's model or adapter for other programs, or upload it to the Hub."),
     "doctor": ("doctor", "Check that this machine can train, and suggest fixes."),
     "demo": ("demo", "Download a small model (89 MiB), fine-tune it, and compare it with its base."),
     "cache": ("cache", "List what can be made again, with its size; --clear deletes it."),

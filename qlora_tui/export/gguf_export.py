@@ -155,16 +155,20 @@ class _Export:
         """Write and check one file. Raises UserError."""
         file = self._write(file_type)
         problem = file.proof.problem if file.proof else ""
-        if (
-            file.proof
-            and not problem
-            and self.within is not None
-            and not file.proof.divergence <= self.within
-        ):
-            problem = f"its KL divergence is {file.proof.divergence:.2g}, and {self.within:g} was asked for"
         if problem:
             Path(file.path).unlink()
             raise _refused(file_type, problem)
+        if file.proof and self.within is not None and not file.proof.divergence <= self.within:
+            Path(file.path).unlink()
+            larger = next_larger(file_type)
+            raise UserError(
+                "The GGUF file is outside the bound",
+                what=f"{file_type} has a KL divergence of {file.proof.divergence:.2g} from the adapter, and "
+                f"--within {self.within:g} was asked for.",
+                fix=f"Choose a larger type, such as {larger}, or raise --within."
+                if larger
+                else "Raise --within.",
+            )
         return file
 
     def smallest_within(self, kinds: Sequence[str]) -> tuple[GgufFile]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlora_tui.catalog.gguf_file_types import FILE_TYPES, K_QUANTS, estimated_bytes
+from qlora_tui.catalog.gguf_file_types import AUTO, FILE_TYPES, K_QUANTS, estimated_bytes
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.errors import EXIT_USAGE, UserError
@@ -48,6 +48,13 @@ def require_file_space(
 def check_file_types(kinds: Sequence[str], is_auto: bool) -> None:
     """Raise UserError for an unknown type, and for one that needs llama.cpp where it cannot be used."""
     known = (*FILE_TYPES, *K_QUANTS)
+    if AUTO in kinds:
+        raise UserError(
+            "auto and another type?",
+            what="auto chooses the type itself, and others were asked for beside it.",
+            fix="Name auto alone, or the types without it.",
+            exit_code=EXIT_USAGE,
+        )
     for kind in kinds:
         if kind not in known:
             raise UserError(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.errors import UserError
 from qlora_tui.export import proof
 from qlora_tui.export.base_choice import BaseChoice
 from qlora_tui.export.gguf_export import GgufExport, GgufFile, _Export
@@ -96,6 +97,23 @@ def test_auto_skips_a_type_that_loses_turn_ends(
     export = _Export(content, tmp_path, reference, 0.03, lambda words: None)
     (file,) = export.smallest_within(("Q3_K_M", "Q4_K_M"))
     assert file.file_type == "Q4_K_M"
+
+
+@pytest.mark.parametrize("kind, advice", [("Q4_K_M", "a larger type, such as Q5_K_M"), ("F16", "Raise")])
+def test_a_missed_bound_of_the_user_is_no_defect(
+    proof_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, advice: str
+) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    file = GgufFile(
+        path=str(path), file_type=kind, bytes=1, types=StoredTypes({}), proof=proof_of(kind, 0.3, 0.003)
+    )
+    monkeypatch.setattr(_Export, "_write", lambda export, kind: file)
+    content: Any = None
+    with pytest.raises(UserError, match="outside the bound") as missed:
+        _Export(content, tmp_path, "", 0.001, lambda words: None).write(kind)
+    assert "KL divergence of 0.003" in missed.value.what and advice in missed.value.fix
+    assert "report" not in missed.value.fix and not path.exists()
 
 
 class Samples:
