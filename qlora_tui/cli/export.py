@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +15,9 @@ from msgspec.structs import replace
 
 from qlora_tui.catalog.gguf_file_types import spelled
 from qlora_tui.cli.subcommand import CommandResult, Subcommand, add_json_argument
-from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.cli.terminal import write_control
+from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
+from qlora_tui.formatting import truncate_middle
 from qlora_tui.runs.directory import find_run
 
 if TYPE_CHECKING:
@@ -41,17 +46,40 @@ def run(args: argparse.Namespace) -> CommandResult:
     source = run_source(run)
     adapter_name = choose_adapter(source, checkpoint=request.checkpoint)
     if note := leave_gpu_to_runs():
-        _on_status(note)
+        print(note, file=sys.stderr)
     configure_torch_env()
-    with export_problems():
+    with export_problems(), _progress() as on_status:
         from qlora_tui.export.forms import export_form
 
-        written = export_form(run, request, source, adapter_name, _on_status)
-    return CommandResult(written.result, written.text)
+        written = export_form(run, request, source, adapter_name, on_status)
+    if written.problem:
+        print(f"Refused: {written.problem}", file=sys.stderr)
+    return CommandResult(written.result, written.text, EXIT_FAILURE if written.problem else 0)
 
 
-def _on_status(words: str) -> None:
-    print(words, file=sys.stderr, flush=True)
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Yield a function that shows an activity on stderr: in a terminal in place of the one before."""
+    is_terminal = sys.stderr.isatty()
+
+    def on_status(words: str) -> None:
+        if not is_terminal:
+            print(words, file=sys.stderr, flush=True)
+            return
+        clear()
+        # A line that wraps could not be overwritten.
+        width = shutil.get_terminal_size().columns - 1
+        print(truncate_middle(words, width), end="", file=sys.stderr, flush=True)
+
+    def clear() -> None:
+        write_control(sys.stderr, "\r\x1b[K")
+        sys.stderr.flush()
+
+    try:
+        yield on_status
+    finally:
+        if is_terminal:
+            clear()
 
 
 def _request(args: argparse.Namespace) -> ExportRequest:

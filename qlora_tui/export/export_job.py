@@ -86,7 +86,7 @@ def _export(request: ExportRequest, folder: Path) -> ExportStatus:
         adapter_name = choose_adapter(source, checkpoint=request.checkpoint)
         written = export_form(run, request, source, adapter_name, _reporter(folder, status))
     return ExportStatus(
-        state="finished",
+        state="failed" if written.problem else "finished",
         at=time.time(),
         note=status.note,
         paths=tuple(written.sizes),
@@ -94,6 +94,7 @@ def _export(request: ExportRequest, folder: Path) -> ExportStatus:
         file_type=written.file_type,
         summary=written.summary,
         command=written.command,
+        problem=written.problem,
     )
 
 

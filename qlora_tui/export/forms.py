@@ -35,6 +35,8 @@ class Written(Struct, frozen=True, kw_only=True):
     command_does: Literal["Run", "Serve", "Create"] = "Run"
     file_type: str = ""
     """GGUF type of a single file."""
+    problem: str = ""
+    """What was asked for beside it and could not be written, and why."""
 
     @property
     def bytes(self) -> int:
@@ -78,6 +80,7 @@ def export_form(
                 summary=gguf.summary,
                 command=gguf.command,
                 file_type=gguf.files[0].file_type,
+                problem="\n".join(gguf.refused),
             )
         case "lora":
             lora = export_lora(source, adapter_name, out, on_status)

@@ -59,6 +59,8 @@ class GgufExport(Struct, frozen=True, kw_only=True):
     notes: tuple[str, ...] = ()
     unchecked_because: str = ""
     """Why llama.cpp did not check the files, and how to check them; empty if it did."""
+    refused: tuple[str, ...] = ()
+    """Types that were asked for beside these and are not there, each with its reason."""
 
     @property
     def summary(self) -> str:
@@ -106,7 +108,8 @@ def export_gguf(
         on_status: Called with the current activity.
 
     Raises:
-        UserError: nothing is left under the names asked for.
+        UserError: nothing is left under the names asked for. Where some types pass and others do not, those
+            that pass are kept, and the result says which were refused.
     """
     is_auto = tuple(file_types) == (AUTO,)
     kinds = LADDER if is_auto else tuple(dict.fromkeys(file_types))
@@ -133,10 +136,16 @@ def export_gguf(
                 fix="Name a type without --within, such as --quant Q8_0.",
             )
         job = _Export(content, draft, "" if unavailable else reference, within, on_status)
-        files = job.smallest_within(kinds) if is_auto else tuple(map(job.write, kinds))
+        files, refused = (job.smallest_within(kinds), ()) if is_auto else job.write_all(kinds)
         publish_files({Path(file.path): targets[file.file_type] for file in files})
         published = tuple(replace(file, path=str(targets[file.file_type])) for file in files)
-    return GgufExport(files=published, base=base, notes=content.notes, unchecked_because=unchecked)
+    return GgufExport(
+        files=published, base=base, notes=content.notes, unchecked_because=unchecked, refused=refused
+    )
+
+
+class _RefusedError(UserError):
+    """A written file did not pass."""
 
 
 @dataclass
@@ -151,6 +160,21 @@ class _Export:
     on_status: StatusFn
     _bf16: GgufFile | None = None
 
+    def write_all(self, kinds: Sequence[str]) -> tuple[tuple[GgufFile, ...], tuple[str, ...]]:
+        """Write files; return those that pass, and why the others were refused.
+
+        Raises UserError where none passes.
+        """
+        files, refused = [], []
+        for kind in kinds:
+            try:
+                files.append(self.write(kind))
+            except _RefusedError as error:
+                if not files and kind == kinds[-1]:
+                    raise
+                refused.append(f"{error.what} {error.fix}")
+        return tuple(files), tuple(refused)
+
     def write(self, file_type: str) -> GgufFile:
         """Write and check one file. Raises UserError."""
         file = self._write(file_type)
@@ -161,7 +185,7 @@ class _Export:
         if file.proof and self.within is not None and not file.proof.divergence <= self.within:
             Path(file.path).unlink()
             larger = next_larger(file_type)
-            raise UserError(
+            raise _RefusedError(
                 "The GGUF file is outside the bound",
                 what=f"{file_type} has a KL divergence of {file.proof.divergence:.2g} from the adapter, and "
                 f"--within {self.within:g} was asked for.",
@@ -248,8 +272,8 @@ def _turn_ends_warning(file_type: str) -> str:
     return f"{file_type} ends fewer turns than the adapter: some answers will run on.{advice}"
 
 
-def _refused(file_type: str, problem: str) -> UserError:
-    return UserError(
+def _refused(file_type: str, problem: str) -> _RefusedError:
+    return _RefusedError(
         "The GGUF file does not answer as the adapter does",
         what=f"{file_type}: {problem}.",
         fix="Choose a larger type, such as Q8_0."

@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable
 
 import pytest
+from msgspec.structs import replace
 
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.export import export_job, forms
 from qlora_tui.runs import exports
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.exports import Export, ExportRequest, lock_path, read_exports, start_export
+from qlora_tui.tui.screens.runs.export_choices import export_detail
 
 pytestmark = pytest.mark.slow
 
@@ -101,3 +103,13 @@ def test_a_disk_error_is_no_internal_error(run: RunDir, monkeypatch: pytest.Monk
     status = read_exports(run)[0].status
     assert status.state == "failed"
     assert status.problem.startswith(f"The export could not be written: {run.path / 'gone'}: No such file")
+
+
+def test_a_job_with_a_refused_type_names_what_is_there(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    export = start(run)
+    written = replace(WRITTEN, problem="Q2_K: too far.")
+    monkeypatch.setattr(forms, "export_form", lambda *arguments: written)
+    export_job.run_job(export.folder)
+    (after,) = read_exports(run)
+    assert after.status.state == "failed" and after.status.paths == ("/models/m.gguf",)
+    assert "Q2_K: too far.\nWritten: /models/m.gguf" in export_detail(after)

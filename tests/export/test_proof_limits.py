@@ -116,6 +116,28 @@ def test_a_missed_bound_of_the_user_is_no_defect(
     assert "report" not in missed.value.fix and not path.exists()
 
 
+@pytest.mark.parametrize("lost", ["Q3_K_M", "F16", "Q3_K_M F16"])
+def test_a_refused_type_leaves_the_others(
+    proof_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    def write(export: Any, kind: str) -> GgufFile:
+        path = tmp_path / kind
+        path.touch()
+        proof = proof_of(kind, 0.3, 9.0 if kind in lost else 0.001)
+        return GgufFile(path=str(path), file_type=kind, bytes=1, types=StoredTypes({}), proof=proof)
+
+    monkeypatch.setattr(_Export, "_write", write)
+    content: Any = None
+    export = _Export(content, tmp_path, "", None, lambda words: None)
+    if " " in lost:
+        with pytest.raises(UserError, match="does not answer"):
+            export.write_all(lost.split())
+        return
+    files, refused = export.write_all(("Q3_K_M", "F16"))
+    assert len(files) == len(refused) == 1 and files[0].file_type != lost
+    assert refused[0].startswith(f"{lost}: its answers differ")
+
+
 class Samples:
     """As many samples of as many tokens, of which the second half is trained and the last ends the turn."""
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from qlora_tui.chat.chat_types import ChatSource
-from qlora_tui.cli.export import _types
+from qlora_tui.cli.export import _progress, _types
 from qlora_tui.cli.main import main
 from qlora_tui.errors import UserError
+from qlora_tui.export import forms
 from qlora_tui.export.gguf_plan import check_file_types
 from qlora_tui.export.unfinished_files import require_space
 from qlora_tui.runs.directory import create_run
+from qlora_tui.runs.exports import ExportRequest
 
 
 @pytest.mark.slow
@@ -87,3 +90,38 @@ def test_types_are_read_in_any_case(types: str, error: str) -> None:
 def test_a_file_system_without_a_size_is_not_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=0, used=0, free=0))
     require_space(tmp_path / "out", 10, "The file")
+
+
+def test_a_refused_type_ends_the_command_with_an_error(
+    tiny_source: ChatSource,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = create_run(tiny_source.recipe)
+    shutil.copytree(tiny_source.adapters["adapter"], run.adapter_dir)
+    result = ExportRequest(form="gguf", out="m.gguf")
+    written = forms.Written(
+        result=result, sizes={"m.gguf": 7}, summary="", command="", problem="Q2_K: too far."
+    )
+    monkeypatch.setattr(forms, "export_form", lambda *arguments: written)
+    assert main(["export", "gguf", run.id, str(tmp_path), "--quant", "Q8_0,Q2_K"]) == 1
+    output = capsys.readouterr()
+    assert "m.gguf: 7 B" in output.out and "Refused: Q2_K: too far." in output.err
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_takes_one_line_of_a_terminal(monkeypatch: pytest.MonkeyPatch, is_terminal: bool) -> None:
+    screen = StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: is_terminal)
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setenv("COLUMNS", "40")
+    with _progress() as on_status:
+        on_status("Writing")
+        on_status("Asking llama.cpp " * 9)
+    lines = screen.getvalue().splitlines()
+    if is_terminal:
+        assert "\n" not in screen.getvalue()
+        assert screen.getvalue().endswith("\r\x1b[K") and max(map(len, lines)) < 60
+    else:
+        assert lines == ["Writing", "Asking llama.cpp " * 9]

@@ -247,7 +247,8 @@ def export_detail(export: Export) -> str:
         case "running":
             return "\n".join(filter(None, (status.activity, status.note)))
         case "failed":
-            return status.problem
+            written = f"Written: {', '.join(map(home_relative, status.paths))}" if status.paths else ""
+            return "\n".join(filter(None, (status.problem, written, status.summary)))
         case "canceled" if status.paths:
             return f"It was canceled when it was already complete: {', '.join(status.paths)}"
         case "canceled" if output_path(export.request) is None:
