@@ -48,6 +48,7 @@ from qlora_tui.data.thinking import OPENED
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.tokenizer_guard import panics_as_errors
 from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.formatting import short_model_name
 from qlora_tui.memory.execution import AttentionPath
 from qlora_tui.recipe.schema import Recipe, Thinking
 from qlora_tui.training.compute_device import ComputeDevice, find_device
@@ -401,7 +402,9 @@ def load_session(source: ChatSource, on_status: StatusFn = lambda words: None) -
     """
     recipe = source.recipe
     folder = model_folder(recipe, on_status)
-    words = f"Loading {recipe.model.id}"
+    # Of a path, the name: paths of converted models are long.
+    is_path = Path(recipe.model.id).is_absolute()
+    words = f"Loading {short_model_name(recipe.model.id) if is_path else recipe.model.id}"
     on_status(words)
     device = find_device(recipe)
     tokenizer = chat_tokenizer(source, folder)
