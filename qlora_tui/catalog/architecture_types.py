@@ -151,6 +151,12 @@ class Architecture(Struct, frozen=True):
         )
 
     @property
+    def vision_params(self) -> int:
+        """Return the parameters of the modules that read images."""
+        modules = sum(m.weight_params + m.bias_params for m in self.modules if m.part == "vision")
+        return modules + sum(parameter.params for parameter in self.parameters if parameter.role == "vision")
+
+    @property
     def linear_params(self) -> int:
         """Return the weights of all linear modules except the head."""
         return sum(module.weight_params for module in self.modules)

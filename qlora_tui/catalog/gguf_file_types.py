@@ -41,14 +41,14 @@ _CONTEXT = 4096
 
 
 def estimated_bytes(architecture: Architecture, file_type: str) -> int:
-    """Return the approximate size of a model's GGUF file.
+    """Return the approximate size of the GGUF file of a model, without what reads images.
 
     An 8.03 B model in Q4_K_M: 8.03e9 · 4.89 / 8 = 4.9 GB. A model whose rows are not made of whole K blocks
     of 256 weights gets larger types, about one step up.
     """
     bits = _BITS_PER_WEIGHT[file_type]
     tables = architecture.embedding_params + architecture.head.own_params
-    rest = architecture.total_params - tables
+    rest = architecture.total_params - architecture.vision_params - tables
     table_bits = max(bits, _Q8_0_BITS)
     if file_type in K_QUANTS and architecture.hidden_size % _K_BLOCK:
         bits = min(bits + 1.0, _Q8_0_BITS)
@@ -67,6 +67,12 @@ def next_larger(file_type: str) -> str:
     """Return the next larger type that ``auto`` tries, or F16; empty for the largest."""
     bits = _BITS_PER_WEIGHT[file_type]
     return next((kind for kind in (*LADDER, "F16") if _BITS_PER_WEIGHT[kind] > bits), "")
+
+
+def rows_without_k_blocks(architecture: Architecture) -> tuple[int, ...]:
+    """Return the lengths of rows that llama.cpp cannot store as K types, in ascending order."""
+    text = (module.in_features for module in architecture.modules if module.part != "vision")
+    return tuple(sorted({length for length in text if length % _K_BLOCK}))
 
 
 def bytes_to_run(architecture: Architecture, file_type: str) -> int:

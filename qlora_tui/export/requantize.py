@@ -16,11 +16,17 @@ class Requantizer:
 
     settings: Quantization
     tails: frozenset[str]
-    """Names of the weights that training quantizes, from their layer on."""
+    """Names of the weights of the text model that training quantizes, from their layer on."""
+    towers: frozenset[str] = frozenset()
+    """Parts of names, between dots, of the modules that read images."""
 
     def quantizes(self, name: str) -> bool:
-        """Return whether training quantizes a tensor of the weight files."""
-        return _tail(name) in self.tails
+        """Return whether a tensor of the weight files is rounded.
+
+        Modules that read images are not, although training quantizes them: text never passes through them,
+        so that an adapter cannot make up for their rounding.
+        """
+        return _tail(name) in self.tails and self.towers.isdisjoint(name.split("."))
 
     def __call__(self, name: str, weight: Tensor) -> Tensor:
         """Return the tensor rounded; unchanged if training does not quantize it."""
@@ -31,8 +37,14 @@ def requantizer(architecture: Architecture, settings: Quantization) -> Requantiz
     """Return what rounds a model's weights as the training did; None for a method without 4-bit weights."""
     if settings.method not in ("nf4", "fp4"):
         return None
-    quantized = (_tail(f"{module.name}.weight") for module in architecture.modules if module.quantizable)
-    return Requantizer(settings, frozenset(quantized))
+    text = [module for module in architecture.modules if module.part != "vision"]
+    quantized = (_tail(f"{module.name}.weight") for module in text if module.quantizable)
+    towers = (
+        module.name.removeprefix("model.").partition(".")[0]
+        for module in architecture.modules
+        if module.part == "vision"
+    )
+    return Requantizer(settings, frozenset(quantized), frozenset(towers))
 
 
 def round_to_4_bits(weight: Tensor, settings: Quantization) -> Tensor:

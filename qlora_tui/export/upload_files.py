@@ -84,7 +84,7 @@ def check_form(
     if form == "gguf":
         gguf_content(source, chat_tokenizer(source, weights.folder), weights)
     architecture = resolve_model(source.recipe.model.id).architecture
-    needed = estimated_bytes(architecture, kinds[0] if form == "gguf" else "BF16")
+    needed = estimated_bytes(architecture, kinds[0]) if form == "gguf" else 2 * architecture.total_params
     require_space(paths.cache_dir(), needed, "The upload")
 
 

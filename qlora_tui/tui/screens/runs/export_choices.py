@@ -11,7 +11,13 @@ from typing import Literal, TypeAlias
 from textual.content import Content
 
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.catalog.gguf_file_types import AUTO, bytes_to_run, estimated_bytes
+from qlora_tui.catalog.gguf_file_types import (
+    AUTO,
+    K_QUANTS,
+    bytes_to_run,
+    estimated_bytes,
+    rows_without_k_blocks,
+)
 from qlora_tui.export.llama_cpp.availability import install_hint, is_installed
 from qlora_tui.formatting import format_bytes, format_duration, truncate_middle
 from qlora_tui.memory.budget import MemoryBudget
@@ -157,6 +163,8 @@ def _gguf(kind: str, architecture: Architecture | None, budget: MemoryBudget) ->
     else:
         checked = "llama.cpp then compares the file with your adapter's answers."
         detail = f"{checked if is_installed() else 'Not checked: llama.cpp is not installed.'}{fit}"
+        if architecture is not None and kind in K_QUANTS:
+            detail += _larger_types(architecture)
     return ExportChoice(
         id=kind,
         label="GGUF, type chosen for you" if kind == AUTO else f"GGUF {kind}",
@@ -168,6 +176,14 @@ def _gguf(kind: str, architecture: Architecture | None, budget: MemoryBudget) ->
         suffix=".gguf" if kind == AUTO else f"-{kind}.gguf",
         is_available=_is_writable(kind),
     )
+
+
+def _larger_types(architecture: Architecture) -> str:
+    """Say that llama.cpp stores some matrices as larger types; empty where it does not."""
+    lengths = " and ".join(f"{length:,}" for length in rows_without_k_blocks(architecture))
+    if not lengths:
+        return ""
+    return f" llama.cpp stores rows of {lengths} weights, not whole blocks of 256, as larger types."
 
 
 def _size_and_fit(kind: str, architecture: Architecture | None, budget: MemoryBudget) -> tuple[str, str]:

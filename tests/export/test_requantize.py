@@ -1,0 +1,63 @@
+"""Which tensors of a base are rounded as in training."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from qlora_tui.catalog.config_parser import parse_architecture
+from qlora_tui.catalog.gguf_file_types import estimated_bytes, rows_without_k_blocks
+from qlora_tui.export.requantize import requantizer
+from qlora_tui.recipe.schema import Quantization
+from qlora_tui.tui.screens.runs import export_choices
+
+GEMMA = parse_architecture(
+    {
+        "model_type": "gemma3",
+        "text_config": {
+            "hidden_size": 512, "intermediate_size": 1000, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 256, "vocab_size": 1000,
+        },
+        "vision_config": {
+            "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "image_size": 32, "patch_size": 16, "vision_use_head": False,
+        },
+    }
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "rounds"),
+    [
+        ("language_model.model.layers.0.self_attn.q_proj.weight", True),
+        ("model.language_model.layers.1.mlp.down_proj.weight", True),
+        ("model.language_model.embed_tokens.weight", False),
+        ("vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight", False),
+        ("model.vision_tower.encoder.layers.0.self_attn.q_proj.weight", False),
+    ],
+)
+def test_only_matrices_of_the_text_model_are_rounded(name: str, rounds: bool) -> None:
+    rounding = requantizer(GEMMA, Quantization(method="nf4"))
+    assert rounding is not None and rounding.quantizes(name) == rounds
+
+
+def test_the_size_of_a_gguf_file_leaves_out_the_tower() -> None:
+    text = 2 * (GEMMA.total_params - GEMMA.vision_params)
+    assert GEMMA.vision_params > 0 and estimated_bytes(GEMMA, "BF16") == text
+
+
+def test_rows_that_do_not_fit_k_blocks_are_known() -> None:
+    assert rows_without_k_blocks(GEMMA) == (1000,)
+
+
+@pytest.mark.parametrize("kind, is_said", [("Q4_K_M", True), ("Q8_0", False)])
+def test_the_dialog_says_which_rows_are_stored_larger(
+    kind: str, is_said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_choices, "is_installed", lambda: True)
+    budget: Any = SimpleNamespace(bytes=1 << 40, name="the GPU")
+    choices = export_choices.export_choices(GEMMA, budget, 7)
+    detail = next(choice.detail for choice in choices if choice.id == kind)
+    assert ("stores rows of 1,000 weights, not whole blocks of 256, as larger types" in detail) == is_said
