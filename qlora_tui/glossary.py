@@ -95,6 +95,13 @@ GLOSSARY: dict[str, str] = {
     "logits": (
         "a score for every token of the vocabulary at every position, from which the loss is computed"
     ),
+    "q_proj": "the query projection of attention: what each token looks for in the tokens before it",
+    "k_proj": "the key projection of attention: by what each token is found",
+    "v_proj": "the value projection of attention: what a token passes on to those that find it",
+    "o_proj": "the output projection of attention: how what was found changes the token",
+    "gate_proj": "the gate of the feed-forward part: which of its features a token turns on",
+    "up_proj": "the wide side of the feed-forward part: the features of a token, much of what a model knows",
+    "down_proj": "the way back from the feed-forward part: how those features change the token",
     "allocator slack": "memory that PyTorch has taken from the GPU and holds for later tensors",
 }
 """Term to meaning: a phrase without a capital letter and a period, in which `this` is code."""

@@ -15,12 +15,19 @@ from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Lora, Recipe
 from qlora_tui.recipe.targets import match_modules
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.screens.lora.controls import LORA_CONTROLS, advice, changed_scale, controls_text
+from qlora_tui.tui.screens.lora.choice_table import choice_costs, choice_lines
+from qlora_tui.tui.screens.lora.controls import (
+    LORA_CONTROLS,
+    advice,
+    changed_scale,
+    setting_advice,
+    setting_lines,
+)
 from qlora_tui.tui.screens.lora.module_table import ModuleTable, adapter_parameters, state, toggled
 from qlora_tui.tui.screens.lora.target_input import parse_targets
 from qlora_tui.tui.screens.lora.totals import MemoryDeltas, difference_text, totals_text
 from qlora_tui.tui.workbench import Workbench
-from tests.tui.screen_assertions import wait_for_text
+from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 from tests.tui.workstation import config_folder, config_of, go_to, open_on, settle
 
 Snapshot = Callable[..., bool]
@@ -42,7 +49,7 @@ def targets(app: QloraApp) -> tuple[str, ...]:
     return app.workbench.recipe.lora.target_modules
 
 
-@pytest.mark.parametrize("size", [(80, 24), (120, 40)])
+@pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 60)])
 def test_looks_of_a_choice_of_layers(
     snap_compare: Snapshot, private_home: Path, size: tuple[int, int]
 ) -> None:
@@ -193,7 +200,8 @@ async def test_each_key_steps_its_setting_and_the_totals_follow(small: str) -> N
 
 async def test_the_memory_cost_of_dora_is_shown(small: str) -> None:
     async with open_on("lora", model=small).run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "iB. Better at low ranks")
+        await pilot.press("tab", "G")
+        await wait_for_text(pilot, "DoRA", "iB. Better at low ranks")
 
 
 async def test_fewer_targets_never_cost_more_than_the_preset(small: str) -> None:
@@ -307,5 +315,58 @@ def test_doubling_the_rank_says_that_alpha_stays() -> None:
     assert changed_scale(doubled.lora, base.lora) == said
     both = replace_setting(doubled, "lora.alpha", 64.0)
     assert changed_scale(both.lora, base.lora) == ""
-    shown = controls_text(doubled, base, "", 60, one_line_each=False).plain
-    assert "alpha is unchanged" in " ".join(shown.split())
+    assert setting_advice("lora.alpha", doubled, base, "") == said
+    lines = dict(setting_lines(doubled, base, "", 78))
+    assert lines["lora.alpha"].plain.endswith(said)
+    assert "Scales" not in dict(setting_lines(doubled, base, "", 38))["lora.alpha"].plain
+
+
+async def test_the_setting_under_the_cursor_is_explained_and_stepped(small: str) -> None:
+    app = open_on("lora", model=small)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await wait_for_text(pilot, "The linear layers of the model")
+        await pilot.press("j")
+        await wait_for_text(pilot, "─ q_proj ─", "The query projection of attention")
+        await pilot.press("tab", "j")
+        await wait_for_text(pilot, "─ Alpha ─", "How strongly the adapter counts")
+        await pilot.press("right", "l", "left")
+        assert app.workbench.recipe.lora.alpha == 64
+        await pilot.press("j", "j", "space", "j", "enter")
+        assert app.workbench.recipe.lora.use_rslora and app.workbench.recipe.lora.use_dora
+        assert targets(app) == ("all-linear",)
+        await pilot.press("tab", "r")
+        await wait_for_text(pilot, "─ Rank ─", "The number of columns of A and B")
+
+
+async def test_a_small_window_explains_the_setting_under_the_modules(small: str) -> None:
+    async with open_on("lora", model=small).run_test(size=(80, 24)) as pilot:
+        await wait_for_text(pilot, "210 modules")
+        await pilot.press("tab")
+        await wait_for_text(pilot, "Rank: The number of columns of A and B.")
+        await pilot.press("tab")
+        await wait_for_text(pilot, "210 modules")
+
+
+async def test_other_ranks_and_targets_have_their_cost(small: str) -> None:
+    app = open_on("lora", model=small)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await wait_for_text(pilot, "▸ rank 16", "▸ all-linear", "rank 256", "gate, up, down")
+        await pilot.press("r", "j", "space")
+        await wait_for_text(pilot, "▸ rank 32")
+        await wait_until(pilot, lambda: "▸ all-linear" not in text_of(app))
+    architecture = parse_architecture(config_of("openai-community__gpt2"))
+    costs = choice_costs(Recipe(), architecture, app.memory_budget)
+    assert [cost.name for cost in costs][-2:] == ["rank 256", "all-linear"]
+    assert costs[-1].trained == costs[2].trained
+    for width in (40, 74, 135):
+        assert max(line.cell_length for line in choice_lines(costs, width)) <= max(width, 60)
+
+
+async def test_layers_are_two_cells_wide_where_there_is_room(small: str) -> None:
+    app = open_on("lora", model=small)
+    async with app.run_test(size=(200, 60)) as pilot:
+        await wait_for_text(pilot, "[x] q_proj", "■ ■ ■ ■")
+        grid = app.screen.query_one("#modules")
+        cells = str(grid.render()).splitlines()[2].index("■")
+        await pilot.click("#modules", offset=(cells + 2 * 3, 2))
+        assert targets(app)[0] == "0-2,4-29.q_proj"

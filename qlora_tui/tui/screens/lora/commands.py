@@ -61,3 +61,14 @@ COMMANDS: tuple[Command, ...] = (
         "Turn DoRA on or off: magnitude and direction are trained separately.",
     ),
 )
+
+HELP_TEXT = (
+    "Each row is a kind of linear module, each cell one layer: ■ gets an adapter, · stays frozen. On "
+    "a name, {lora.toggle} selects or deselects the whole kind; on a cell, only that layer. "
+    "{lora.block} starts a block of cells; pressed again, it toggles the block. The first row stands "
+    "for every kind. {lora.rank_here} gives the selected modules a custom rank, shown as ◆.\n"
+    "Tab goes to the settings, where Left and Right change the one under the cursor. In a large window, "
+    "a panel explains it, or the kind of module under the cursor; and a table shows what other ranks and "
+    "targets would cost.\n"
+    "An adapter adds B·A × alpha/rank to a weight. Only A and B are trained."
+)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import sqrt
-from textwrap import wrap
 
 from textual.content import Content
 
@@ -16,6 +15,9 @@ from qlora_tui.recipe.diff import format_value
 from qlora_tui.recipe.fields import fields, get_setting
 from qlora_tui.recipe.schema import ALL_LINEAR, Lora, Recipe
 from qlora_tui.tui.key_names import bare_key
+
+_MIN_ADVICE = 50
+"""Cells from which advice stands beside its setting."""
 
 
 @dataclass(frozen=True)
@@ -36,29 +38,40 @@ LORA_CONTROLS: tuple[LoraControl, ...] = (
 )
 
 
-def controls_text(
-    recipe: Recipe, base: Recipe, dora_cost: str, width: int, *, one_line_each: bool
-) -> Content:
-    """The settings with their advice; ``dora_cost`` is the memory of DoRA, where it is known."""
+def setting_lines(recipe: Recipe, base: Recipe, dora_cost: str, width: int) -> list[tuple[str, Content]]:
+    """(path, line) of each setting, with the first words of its advice where there is room."""
     lines = []
     for control in LORA_CONTROLS:
         head = control_line(control, recipe, base)
-        words = advice(control.path, recipe.lora)
-        if control.path == "lora.alpha" and (changed := changed_scale(recipe.lora, base.lora)):
-            words = changed
-        if control.path == "lora.use_dora" and dora_cost:
-            words = f"{dora_cost}. {words}"
-        if one_line_each:
-            lines.append(Content.assemble(head, (f" {words}", "$text-muted")).truncate(width, ellipsis=True))
-        else:
-            wrapped = [Content.styled(f"    {line}", "$text-muted") for line in wrap(words, width - 4)]
-            lines += [head, *wrapped, Content("")]
-    return Content("\n").join(lines)
+        room = width - head.cell_length - 1
+        words = setting_advice(control.path, recipe, base, dora_cost) if room >= _MIN_ADVICE else ""
+        lines.append(
+            (
+                control.path,
+                Content.assemble(head, (f" {words}", "$text-muted")).truncate(width, ellipsis=True),
+            )
+        )
+    return lines
+
+
+def setting_advice(path: str, recipe: Recipe, base: Recipe, dora_cost: str) -> str:
+    """Advice on a setting of this recipe; ``dora_cost`` is the memory of DoRA, where it is known."""
+    words = advice(path, recipe.lora)
+    if path == "lora.alpha" and (changed := changed_scale(recipe.lora, base.lora)):
+        words = changed
+    if path == "lora.use_dora" and dora_cost:
+        words = f"{dora_cost}. {words}"
+    return words
+
+
+def term_of(path: str) -> str:
+    """The setting's word in the glossary."""
+    return _NAMES.get(path, fields()[path].key)
 
 
 def control_line(control: LoraControl, recipe: Recipe, base: Recipe) -> Content:
     """``r R rank        16*``: keys, name, value, and a star where it is not the preset's."""
-    name = _NAMES.get(control.path, fields()[control.path].key)
+    name = term_of(control.path)
     value = get_setting(recipe, control.path)
     star = "*" if value != get_setting(base, control.path) else " "
     keys = " ".join(map(bare_key, control.commands))

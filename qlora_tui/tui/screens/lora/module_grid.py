@@ -12,6 +12,7 @@ from textual.app import RenderResult
 from textual.binding import Binding, BindingType
 from textual.content import Content
 from textual.events import Click
+from textual.geometry import Size
 from textual.message import Message
 from textual.widget import Widget
 
@@ -89,9 +90,13 @@ class ModuleGrid(Widget, can_focus=True):
         if table is not self._table:
             self._row, self._column, self._block_from = 0, HEAD, None
             self.styles.max_height = len(table.rows) + 1
+            self.refresh(layout=True)
         if (table, chosen, lora) != (self._table, self._chosen, self._lora):
             self._table, self._chosen, self._lora = table, chosen, lora
             self.refresh()
+
+    def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
+        return len(self._table.rows) + 1 if self._table else 1
 
     @property
     def under_cursor(self) -> Sequence[LinearModule]:
@@ -145,7 +150,7 @@ class ModuleGrid(Widget, can_focus=True):
         row = self._first_row() + (place.y - 1 if place else -1)
         if place is None or not 0 <= row < len(self._table.rows):
             return
-        column = place.x - self._head_width + self._first_column
+        column = (place.x - self._head_width) // self._cell_width + self._first_column
         self._row = row
         self._column = (
             column if 0 <= column < len(self._table.columns) and place.x >= self._head_width else HEAD
@@ -157,7 +162,7 @@ class ModuleGrid(Widget, can_focus=True):
         table = self._table
         if table is None:
             return Content("")
-        width_left = max(1, self.content_size.width - self._head_width)
+        width_left = max(1, (self.content_size.width - self._head_width) // self._cell_width)
         self._first_column = self._window(width_left)
         shown = range(self._first_column, min(self._first_column + width_left, len(table.columns)))
         first = self._first_row()
@@ -170,6 +175,12 @@ class ModuleGrid(Widget, can_focus=True):
         names = max(len(row.name) for row in self._table.rows)
         shapes = max(len(row.shape) for row in self._table.rows)
         return _BOX_CELLS + min(names, LONGEST_KIND) + 1 + shapes + 1 + _TRAINED_CELLS + _GAP_CELLS
+
+    @property
+    def _cell_width(self) -> int:
+        """Two cells for a layer where there is room for all of them."""
+        assert self._table is not None
+        return 2 if self._head_width + 2 * len(self._table.columns) <= self.content_size.width else 1
 
     def _window(self, width_left: int) -> int:
         """The first column to show so that the cursor's is in view."""
@@ -187,7 +198,7 @@ class ModuleGrid(Widget, can_focus=True):
         assert self._table is not None
         text = ""
         for place, column in enumerate(shown):
-            layer = self._table.columns[column]
+            layer, place = self._table.columns[column], place * self._cell_width
             if place >= len(text) and layer is not None and layer % 5 == 0:
                 text = text.ljust(place) + str(layer) + " "
         if shown.stop < len(self._table.columns):
@@ -206,7 +217,8 @@ class ModuleGrid(Widget, can_focus=True):
         head_style = "reverse" if here and self._column == HEAD and self.has_focus else "bold" if here else ""
         pieces: list[tuple[str, str]] = [(head, head_style), (" " * _GAP_CELLS, "")]
         for column in shown:
-            pieces.append(self._cell(row.cells[column], index, column))
+            glyph, style = self._cell(row.cells[column], index, column)
+            pieces += [(glyph, style), (" " * (self._cell_width - 1), "")]
         return Content.assemble(*pieces)
 
     def _head(self, row: ModuleRow) -> str:

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from qlora_tui.catalog.architecture_types import Architecture, LinearModule
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Lora
-from qlora_tui.recipe.targets import alpha_of, rank_of
+from qlora_tui.recipe.targets import alpha_of, match_modules, rank_of
 
 ALL, SOME, NONE = "all", "some", "none"
 
@@ -70,6 +71,13 @@ class ModuleTable:
         for module in modules:
             by_layer[module.layer].append(module)
         return ModuleRow(name, tuple(tuple(by_layer[column]) for column in self.columns))
+
+    def chosen(self, patterns: tuple[str, ...]) -> frozenset[str]:
+        """Names of the modules that these patterns select; none if one of them selects nothing."""
+        try:
+            return frozenset(module.name for module in match_modules(patterns, self.modules))
+        except UserError:
+            return frozenset()
 
     def within(self, rows: tuple[int, int], columns: tuple[int, int] | None) -> list[LinearModule]:
         """Modules of a block of rows and columns, both ends included, in any order; None is every column."""

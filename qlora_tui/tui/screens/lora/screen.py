@@ -6,40 +6,37 @@ import asyncio
 from collections.abc import Iterable
 from typing import ClassVar
 
-import msgspec
 from textual import work
 from textual.containers import Horizontal, Vertical
 from textual.content import Content
-from textual.message import Message
 from textual.widget import Widget
 from textual.widgets import Input, Static
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.errors import UserError
 from qlora_tui.memory.budget import MemoryBudget
-from qlora_tui.memory.estimate import precision_of
-from qlora_tui.recipe.diff import format_value
-from qlora_tui.recipe.fields import fields, get_setting
 from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
-from qlora_tui.recipe.targets import assign_pattern_values, match_modules, resolve_targets, to_patterns
-from qlora_tui.tui.breakpoints import WIDE_CELLS
+from qlora_tui.recipe.targets import match_modules, resolve_targets, to_patterns
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.screens.lora.commands import COMMANDS
-from qlora_tui.tui.screens.lora.controls import controls_text, targets_advice
+from qlora_tui.tui.screens.lora.choice_table import ChoicesPanel, choice_costs
+from qlora_tui.tui.screens.lora.commands import COMMANDS, HELP_TEXT
+from qlora_tui.tui.screens.lora.controls import setting_advice, setting_lines
+from qlora_tui.tui.screens.lora.custom_value import custom_value, custom_value_prompt
 from qlora_tui.tui.screens.lora.module_grid import ModuleGrid
 from qlora_tui.tui.screens.lora.module_table import ModuleTable
-from qlora_tui.tui.screens.lora.target_input import parse_targets, validate_number
+from qlora_tui.tui.screens.lora.settings_list import SettingsList
+from qlora_tui.tui.screens.lora.target_input import parse_targets
+from qlora_tui.tui.screens.lora.term_panel import TermPanel, one_line
 from qlora_tui.tui.screens.lora.totals import (
     MemoryDeltas,
+    adapter_text,
     cursor_text,
-    difference_text,
     format_delta,
     memory_deltas,
-    totals_text,
 )
-from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
 from qlora_tui.tui.widgets.model_problem import ModelProblem
+from qlora_tui.tui.widgets.panel import Panel
 from qlora_tui.tui.widgets.static_update import update_if_changed
 from qlora_tui.tui.widgets.text_field import TextField
 
@@ -53,22 +50,8 @@ class LoraScreen(WorkScreen):
     MODE = "lora"
     CSS_PATH = "lora.tcss"
     EDITS_RECIPE = True
-    HELP_TEXT = (
-        "Each row is a kind of linear module, each cell one layer: ■ gets an adapter, · stays frozen. On "
-        "a name, {lora.toggle} selects or deselects the whole kind; on a cell, only that layer. "
-        "{lora.block} starts a block of cells; pressed again, it toggles the block. The first row stands "
-        "for every kind. {lora.rank_here} gives the selected modules a custom rank, shown as ◆.\n"
-        "An adapter adds B·A × alpha/rank to a weight. Only A and B are trained."
-    )
+    HELP_TEXT = HELP_TEXT
     SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = COMMANDS
-
-    class DeltasReady(Message):
-        """The estimates that a key press does not wait for."""
-
-        def __init__(self, recipe: Recipe, deltas: MemoryDeltas | None) -> None:
-            super().__init__()
-            self.recipe = recipe
-            self.deltas = deltas
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,19 +59,32 @@ class LoraScreen(WorkScreen):
         self._table_of: object = None
         self._deltas: tuple[Recipe, MemoryDeltas | None] | None = None
         self._deltas_key: tuple[Recipe, MemoryBudget] | None = None
+        self._explained = ""
+        """The setting that is explained; empty for the modules under the cursor."""
 
     def compose_body(self) -> Iterable[Widget]:
-        with Horizontal(id="targets-line"):
-            yield Static("targets ", id="targets-label")
-            yield Static(id="targets-text", markup=False)
-            yield TextField(compact=True, id="targets-input")
+        keys = (
+            ("lora.toggle", "toggle"),
+            ("lora.block", "block"),
+            ("lora.patterns", "type"),
+            ("lora.all", "all"),
+        )
         with Horizontal(id="lora-parts"):
             with Vertical(id="grid-side"):
-                yield ModuleGrid(id="modules")
-                yield ModelProblem()
-                yield Static(id="under-cursor")
-            yield Static(id="lora-settings")
-        yield Static(id="lora-totals")
+                yield Panel(
+                    "Target modules",
+                    TextField(compact=True, id="targets-input"),
+                    ModuleGrid(id="modules"),
+                    ModelProblem(),
+                    Static(id="under-cursor"),
+                    keys=keys,
+                    id="modules-panel",
+                )
+                yield ChoicesPanel()
+            with Vertical(id="lora-side"):
+                yield Panel("Settings", SettingsList(id="lora-settings"))
+                yield TermPanel()
+        yield Panel("Adapter", Static(id="lora-totals"), id="lora-cost")
 
     def on_mount(self) -> None:
         self.query_one("#targets-input").display = False
@@ -106,6 +102,7 @@ class LoraScreen(WorkScreen):
         self.query_one("#modules").display = missing is None
         self.query_one("#under-cursor").display = missing is None
         self.query_one(ModelProblem).show(missing)
+        self.set_class(missing is not None, "-no-model")
         self._show_targets(recipe)
         self._show_controls_and_totals(recipe)
         key = (recipe, self.qlora_app.memory_budget)
@@ -113,9 +110,34 @@ class LoraScreen(WorkScreen):
             self._deltas_key = key
             self._compute_deltas(*key, architecture)
 
+    def action_step_setting(self, path: str, direction: int = 1) -> None:
+        """Give a setting its next value, and explain it."""
+        self._explained = path
+        self.query_one(SettingsList).select_setting(path)
+        super().action_step_setting(path, direction)
+        self._show_term()
+
+    def on_settings_list_stepped(self, message: SettingsList.Stepped) -> None:
+        """Step the setting under the cursor of the list."""
+        self.action_step_setting(message.path, message.direction)
+
+    def on_option_list_option_highlighted(self) -> None:
+        """Explain the setting under the cursor, if the cursor is there."""
+        if self.query_one(SettingsList).has_focus:
+            self.on_descendant_focus()
+
+    def on_descendant_focus(self) -> None:
+        """Explain what has the focus."""
+        settings = self.query_one(SettingsList)
+        self._explained = (settings.current or "") if settings.has_focus else ""
+        self._show_term()
+
     def action_toggle_modules(self) -> None:
-        """Select or deselect the modules under the cursor."""
-        if self._table is not None:
+        """Select or deselect the modules under the cursor; or step the setting, where that has the cursor."""
+        settings = self.query_one(SettingsList)
+        if settings.has_focus:
+            settings.action_step(1)
+        elif self._table is not None:
             self.query_one(ModuleGrid).toggle()
 
     def action_block(self) -> None:
@@ -133,41 +155,20 @@ class LoraScreen(WorkScreen):
         architecture = self.qlora_app.workbench.architecture()
         if isinstance(architecture, UserError) or not modules:
             return
-        names = {module.name for module in modules}
-        setting, usual = f"lora.{name}_pattern", get_setting(recipe, f"lora.{name}")
 
         def on_result(text: str | None) -> None:
             if text is not None:
-                number = msgspec.convert(text.strip() or usual, fields()[f"lora.{name}"].type, strict=False)
-                own = get_setting(recipe, setting)
-                self.qlora_app.edit(
-                    setting, assign_pattern_values(own, usual, names, number, architecture.modules)
-                )
+                self.qlora_app.edit(*custom_value(recipe, name, modules, architecture, text))
                 self.query_one(ModuleGrid).action_clear_block()
 
-        self.app.push_screen(
-            TextPromptScreen(
-                f"{name.title()} of {', '.join(to_patterns(names, architecture.modules))}",
-                f"{len(names)} modules. Leave empty for {format_value(usual)}, as for all others.",
-                "",
-                lambda text: validate_number(f"lora.{name}", text),
-            ),
-            on_result,
-        )
+        self.app.push_screen(custom_value_prompt(recipe, name, modules, architecture), on_result)
 
     def action_edit_targets(self) -> None:
         """Edit the target patterns as text; the modules follow while they are typed."""
         field = self.query_one("#targets-input", Input)
         field.value = ", ".join(self.qlora_app.workbench.recipe.lora.target_modules)
         field.display = True
-        self.query_one("#targets-text").display = False
         field.focus()
-
-    def on_lora_screen_deltas_ready(self, message: DeltasReady) -> None:
-        """Show what the estimates say, if the recipe is still the same."""
-        if message.recipe == self.qlora_app.workbench.recipe:
-            self._deltas = (message.recipe, message.deltas)
-            self._show_controls_and_totals(message.recipe)
 
     def on_module_grid_chosen(self, message: ModuleGrid.Chosen) -> None:
         """Write the choice into the recipe, as short patterns."""
@@ -181,7 +182,8 @@ class LoraScreen(WorkScreen):
 
     def on_module_grid_moved(self) -> None:
         """Describe the modules under the cursor."""
-        self._show_cursor()
+        self._explained = ""
+        self._show_term()
 
     def on_input_changed(self, event: Input.Changed) -> None:
         """Show what the patterns typed so far would choose; the recipe changes on enter."""
@@ -218,18 +220,29 @@ class LoraScreen(WorkScreen):
         await asyncio.sleep(SETTLED_S)
         base = self.qlora_app.workbench.preset_recipe
         known = await asyncio.to_thread(memory_deltas, recipe, base, architecture, budget.device)
-        self.post_message(self.DeltasReady(recipe, known))
+        self._deltas = (recipe, known)
+        self._show_controls_and_totals(recipe)
+        if self.query_one(ChoicesPanel).display:
+            costs = await asyncio.to_thread(choice_costs, recipe, architecture, budget)
+            self.query_one(ChoicesPanel).show(costs)
 
     def _deltas_for(self, recipe: Recipe) -> MemoryDeltas | None:
         return self._deltas[1] if self._deltas is not None and self._deltas[0] == recipe else None
 
+    def _dora_cost(self, recipe: Recipe) -> str:
+        deltas = self._deltas_for(recipe)
+        return format_delta(deltas.dora_bytes) if deltas else ""
+
     def _show_controls_and_totals(self, recipe: Recipe) -> None:
         self._show_controls(recipe)
-        update_if_changed(self.query_one("#lora-totals", Static), self._totals(recipe))
+        deltas = self._deltas_for(recipe)
+        text = adapter_text(
+            self.qlora_app.workbench, self.qlora_app.memory_budget, deltas, max(20, self.size.width - 4)
+        )
+        update_if_changed(self.query_one("#lora-totals", Static), text)
 
     def _close_targets_input(self) -> None:
         self.query_one("#targets-input").display = False
-        self.query_one("#targets-text").display = True
         self.query_one("#modules").focus()
         self.show_recipe(self.qlora_app.workbench.recipe)
 
@@ -239,23 +252,14 @@ class LoraScreen(WorkScreen):
 
     def _show_targets(self, recipe: Recipe) -> None:
         text = ", ".join(recipe.lora.target_modules)
-        note = targets_advice(recipe.lora)
-        width_left = self.size.width - len("targets ") - len(text) - 4
-        update_if_changed(
-            self.query_one("#targets-text", Static),
-            Content.assemble((text, "bold"), (f"  {note}" if width_left >= len(note) else "", "$text-muted")),
-        )
+        title = Content.assemble("Target modules", (f": {text}", "$foreground not bold"))
+        self.query_one("#modules-panel", Panel).show_title(title)
         self._show_chosen(recipe.lora.target_modules, recipe)
         self._show_cursor()
 
     def _show_chosen(self, patterns: tuple[str, ...], recipe: Recipe) -> None:
-        if self._table is None:
-            return
-        try:
-            names = frozenset(module.name for module in match_modules(patterns, self._table.modules))
-        except UserError:
-            names = frozenset()
-        self.query_one(ModuleGrid).show(self._table, names, recipe.lora)
+        if self._table is not None:
+            self.query_one(ModuleGrid).show(self._table, self._table.chosen(patterns), recipe.lora)
 
     def _show_cursor(self) -> None:
         recipe = self.qlora_app.workbench.recipe
@@ -273,24 +277,26 @@ class LoraScreen(WorkScreen):
         )
 
     def _show_controls(self, recipe: Recipe) -> None:
-        panel = self.query_one("#lora-settings", Static)
-        deltas = self._deltas_for(recipe)
-        text = controls_text(
-            recipe,
-            self.qlora_app.workbench.preset_recipe,
-            format_delta(deltas.dora_bytes) if deltas else "",
-            max(20, panel.content_size.width),
-            one_line_each=self.size.width < WIDE_CELLS,
-        )
-        update_if_changed(panel, text)
+        settings = self.query_one(SettingsList)
+        width = settings.scrollable_content_region.width
+        base = self.qlora_app.workbench.preset_recipe
+        settings.show(setting_lines(recipe, base, self._dora_cost(recipe), width))
+        self._show_term()
 
-    def _totals(self, recipe: Recipe) -> Content:
-        workbench = self.qlora_app.workbench
-        differs = difference_text(workbench, self._deltas_for(recipe), max(20, self.size.width - 2))
-        compared = workbench.comparison(self.qlora_app.memory_budget.device)
-        architecture = workbench.architecture()
-        if isinstance(compared, UserError) or isinstance(architecture, UserError):
-            return differs
-        return Content("\n").join(
-            [totals_text(recipe, architecture, compared[precision_of(recipe)]), differs]
+    def _show_term(self) -> None:
+        """Explain the setting that was last changed or is under the cursor, or the modules there."""
+        recipe, base, path = (
+            self.qlora_app.workbench.recipe,
+            self.qlora_app.workbench.preset_recipe,
+            self._explained,
         )
+        panel = self.query_one(TermPanel)
+        if path:
+            panel.show_setting(path, setting_advice(path, recipe, base, self._dora_cost(recipe)))
+        else:
+            panel.show_modules(self.query_one(ModuleGrid).under_cursor, recipe.lora)
+        if path and not panel.display and self._table is not None:
+            # Its place in a small window: the modules do not have the cursor.
+            update_if_changed(self.query_one("#under-cursor", Static), one_line(path))
+        else:
+            self._show_cursor()

@@ -12,6 +12,8 @@ from qlora_tui.catalog.architecture_types import Architecture, LinearModule
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes, format_count
 from qlora_tui.memory import Device, Estimate, estimate
+from qlora_tui.memory.budget import MemoryBudget
+from qlora_tui.memory.estimate import precision_of
 from qlora_tui.memory.layout import build_layout, row_tensors
 from qlora_tui.memory.parameter_memory import adapter_bytes, gradient_bytes, optimizer_bytes
 from qlora_tui.recipe.diff import diff_recipes, format_value
@@ -59,13 +61,18 @@ def format_delta(bytes_: int) -> str:
     return f"{'-' if bytes_ < 0 else '+'}{format_bytes(abs(bytes_))}"
 
 
+def trained_parameters(recipe: Recipe, architecture: Architecture) -> int:
+    """Trained parameters of the adapter. Raises UserError for targets that the model does not have."""
+    chosen = match_modules(recipe.lora.target_modules, architecture.modules)
+    return adapter_parameters(chosen, recipe.lora) + sum(row_tensors(recipe.lora, architecture))
+
+
 def totals_text(recipe: Recipe, architecture: Architecture, estimate: Estimate) -> Content:
     """``40M of 7.62B parameters (0.53 %) · 154 MiB on disk · 386 MiB in memory``.
 
     In memory are the adapter, its gradients and the optimizer's states, wherever the estimate's peak is.
     """
-    chosen = match_modules(recipe.lora.target_modules, architecture.modules)
-    trained = adapter_parameters(chosen, recipe.lora) + sum(row_tensors(recipe.lora, architecture))
+    trained = trained_parameters(recipe, architecture)
     execution = estimate.execution
     layout = build_layout(recipe, architecture, execution)
     memory = (
@@ -82,6 +89,18 @@ def totals_text(recipe: Recipe, architecture: Architecture, estimate: Estimate) 
         (format_bytes(memory), "bold"),
         " in memory",
     )
+
+
+def adapter_text(
+    workbench: Workbench, budget: MemoryBudget, known: MemoryDeltas | None, width: int
+) -> Content:
+    """Totals of the adapter, if its model is known, over the differences from the preset."""
+    differs = difference_text(workbench, known, width)
+    compared, architecture = workbench.comparison(budget.device), workbench.architecture()
+    if isinstance(compared, UserError) or isinstance(architecture, UserError):
+        return differs
+    recipe = workbench.recipe
+    return Content("\n").join([totals_text(recipe, architecture, compared[precision_of(recipe)]), differs])
 
 
 def difference_text(workbench: Workbench, known: MemoryDeltas | None, width: int) -> Content:

@@ -80,7 +80,7 @@ class MemoryScreen(WorkScreen):
         return self._precision or precision_of(self.qlora_app.workbench.recipe)
 
     def compose_body(self) -> Iterable[Widget]:
-        yield ModelProblem()
+        yield Panel("Memory", ModelProblem(), id="no-estimate")
         with Vertical(id="memory-body"):
             yield PeakPanel()
             with Horizontal(id="memory-parts"):
@@ -101,6 +101,7 @@ class MemoryScreen(WorkScreen):
         compared = self.qlora_app.workbench.comparison(budget.device)
         problem = compared if isinstance(compared, UserError) else None
         self.query_one("#memory-body").display = problem is None
+        self.query_one("#no-estimate").display = problem is not None
         self.query_one(ModelProblem).show(problem)
         self._compared = {} if isinstance(compared, UserError) else compared
         if problem is not None:

@@ -1,0 +1,118 @@
+"""What other ranks and targets would cost: trained parameters, size on disk, memory, and whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from textual.content import Content
+from textual.widgets import Static
+
+from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.errors import UserError
+from qlora_tui.formatting import format_bytes, format_count, format_gib
+from qlora_tui.memory import estimate
+from qlora_tui.memory.budget import MemoryBudget
+from qlora_tui.memory.verdict import check_fit
+from qlora_tui.recipe.fields import replace_setting
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.tui.render.block_charts import bar
+from qlora_tui.tui.render.recipe_line import VERDICT_STYLE
+from qlora_tui.tui.screens.lora.totals import SAVED_BYTES, trained_parameters
+from qlora_tui.tui.widgets.panel import Panel
+from qlora_tui.tui.widgets.static_update import update_if_changed
+
+_RANKS = (4, 8, 16, 32, 64, 128, 256)
+_TARGETS = {
+    "all-linear": ("all-linear",),
+    "q, k, v, o": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "gate, up, down": ("gate_proj", "up_proj", "down_proj"),
+    "q, v": ("q_proj", "v_proj"),
+}
+_NAME = 15
+_WORDS = 61
+"""Cells of a line without its bar."""
+_MAX_BAR = 40
+_MIN_BAR = 6
+
+
+@dataclass(frozen=True)
+class ChoiceCost:
+    """The recipe with another rank, or with other targets."""
+
+    name: str
+    is_current: bool
+    trained: int
+    total_bytes: int
+    limit_bytes: int
+    word: str
+    """Verdict of the estimate."""
+
+
+class ChoicesPanel(Panel):
+    """The table, with the keys for the rank."""
+
+    def __init__(self) -> None:
+        self._table = Static(id="choices")
+        self._costs: tuple[ChoiceCost, ...] = ()
+        keys = (("lora.rank_up", "rank ×2"), ("lora.rank_down", "rank ÷2"))
+        super().__init__("What other choices would cost", self._table, keys=keys, id="choices-panel")
+
+    def show(self, costs: tuple[ChoiceCost, ...]) -> None:
+        """Show these; nothing until they are known."""
+        self._costs = costs
+        self._redraw()
+
+    def on_resize(self) -> None:
+        # The table knows its new width only after the layout.
+        self.call_after_refresh(self._redraw)
+
+    def _redraw(self) -> None:
+        lines = choice_lines(self._costs, self._table.content_size.width)
+        update_if_changed(self._table, Content("\n").join(lines))
+
+
+def choice_costs(recipe: Recipe, architecture: Architecture, budget: MemoryBudget) -> tuple[ChoiceCost, ...]:
+    """Compute an estimate for each choice, some 10 ms each; without those that the model does not have."""
+    costs = []
+    for name, changed in _choices(recipe, architecture):
+        try:
+            estimated = estimate(changed, architecture, device=budget.device)
+            trained = trained_parameters(changed, architecture)
+        except UserError:
+            continue
+        word = check_fit(estimated, budget.bytes).word
+        costs.append(ChoiceCost(name, changed == recipe, trained, estimated.total_bytes, budget.bytes, word))
+    return tuple(costs)
+
+
+def _choices(recipe: Recipe, architecture: Architecture) -> Iterator[tuple[str, Recipe]]:
+    for rank in sorted({*_RANKS, recipe.lora.rank}):
+        yield f"rank {rank}", replace_setting(recipe, "lora.rank", rank)
+    for name, targets in _TARGETS.items():
+        if name == "all-linear" or set(targets) <= set(architecture.kinds()):
+            yield name, replace_setting(recipe, "lora.target_modules", targets)
+
+
+def choice_lines(costs: tuple[ChoiceCost, ...], width: int) -> list[Content]:
+    """``▸ rank 16   40M   154 MiB  ███░░░░  6.3 GiB fits``: a line for each, the recipe's own marked."""
+    if not costs:
+        return []
+    cells = min(_MAX_BAR, width - _WORDS)
+    drawn = cells + 1 if cells >= _MIN_BAR else 0
+    head = f"  {'':<{_NAME}} {'trained':>8} {'on disk':>9}  {'':<{drawn}}{'memory':>9}"
+    lines = [Content.styled(head, "dim")]
+    for cost in costs:
+        mark, style = ("▸", "bold") if cost.is_current else (" ", "")
+        disk = format_bytes(cost.trained * SAVED_BYTES)
+        share = f"{bar(cost.total_bytes / cost.limit_bytes, cells)} " if drawn else ""
+        lines.append(
+            Content.assemble(
+                (mark, "bold $accent"),
+                (f" {cost.name:<{_NAME}} {format_count(cost.trained):>8} {disk:>9}  ", style),
+                (share, "$secondary"),
+                (f"{format_gib(cost.total_bytes):>5} GiB ", style),
+                (cost.word, VERDICT_STYLE[cost.word]),
+            )
+        )
+    return lines

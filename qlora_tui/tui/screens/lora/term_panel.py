@@ -1,0 +1,48 @@
+"""What a setting, or the kind of module under the cursor, means: from the glossary, with advice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from textual.content import Content
+from textual.widgets import Static
+
+from qlora_tui.catalog.architecture_types import LinearModule
+from qlora_tui.glossary import GLOSSARY, explain
+from qlora_tui.recipe.schema import Lora
+from qlora_tui.tui.screens.lora.controls import targets_advice, term_of
+from qlora_tui.tui.widgets.panel import Panel
+from qlora_tui.tui.widgets.static_update import update_if_changed
+
+
+class TermPanel(Panel):
+    """The word as its title, what it means, and the advice on it."""
+
+    def __init__(self) -> None:
+        self._meaning = Static(id="term")
+        super().__init__("Term", self._meaning, id="term-panel")
+
+    def show_setting(self, path: str, advice: str) -> None:
+        """Explain a setting."""
+        self._show(_title(path), term_of(path), advice)
+
+    def show_modules(self, modules: Sequence[LinearModule], lora: Lora) -> None:
+        """Explain the kind of these modules, or targets at all."""
+        kinds = {module.kind for module in modules}
+        kind = next(iter(kinds)) if len(kinds) == 1 else ""
+        term = kind if kind in GLOSSARY else "target modules"
+        self._show(kind or "Target modules", term, targets_advice(lora))
+
+    def _show(self, title: str, term: str, advice: str) -> None:
+        self.show_title(title)
+        update_if_changed(self._meaning, Content.assemble(explain(term), "\n", (advice, "$text-muted")))
+
+
+def one_line(path: str) -> Content:
+    """A setting explained without a panel."""
+    return Content.assemble((f"{_title(path)}: ", "bold"), explain(term_of(path)))
+
+
+def _title(path: str) -> str:
+    term = term_of(path)
+    return f"{term[0].upper()}{term[1:]}" if term.islower() else term
