@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from textual.app import App, ComposeResult
 
 from qlora_tui.gpu.metrics import GpuDevice
+from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.status import Status
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.top_bar import TopBar
@@ -76,3 +79,11 @@ def test_a_gpu_that_says_nothing_is_na_and_never_zero() -> None:
 )
 def test_a_run_that_only_begins_again_says_what_it_does(status: Status, says: str) -> None:
     assert TopBar.status_options(SystemStatus(active_status=status))[2].strip() == says
+
+
+def test_the_queue_is_counted_beside_the_active_run() -> None:
+    status = Status(state="running", at=1.0, phase="training", step=1240, total_steps=3000)
+    active = RunDir(Path("runs/at-work"))
+    options = TopBar.status_options(SystemStatus(active=active, active_status=status, waiting_ids=("a", "b")))
+    assert options[0].startswith("● 1,240/3,000 · 2 waiting")
+    assert "waiting" not in options[2]

@@ -63,7 +63,9 @@ class TopBar(Widget):
         run = _run_text(system_status)
         gpu = _gpu_text(system_status)
         short_run = run.split(" loss ")[0]
-        options = [f"{run}   {gpu}", f"{short_run}   {gpu}", run, short_run, gpu, ""]
+        waiting = len(system_status.waiting_ids) if system_status.active is not None else 0
+        with_queue = [f"{text} · {waiting} waiting   {gpu}" for text in (run, short_run) if waiting]
+        options = [*with_queue, f"{run}   {gpu}", f"{short_run}   {gpu}", run, short_run, gpu, ""]
         return [option.strip() + " " for option in options]
 
 
