@@ -99,8 +99,6 @@ class LoraScreen(WorkScreen):
         if self._table_of is not architecture:
             self._table_of = architecture
             self._table = None if isinstance(architecture, UserError) else ModuleTable(architecture)
-        self.query_one("#modules").display = missing is None
-        self.query_one("#under-cursor").display = missing is None
         self.query_one(ModelProblem).show(missing)
         self.set_class(missing is not None, "-no-model")
         self._show_targets(recipe)
