@@ -66,9 +66,9 @@ async def test_a_preview_longer_than_its_window_is_scrolled(private_home: Path) 
     async with app.run_test(size=(80, 24)) as pilot:
         await go_to(pilot, "paper")
         await wait_for_text(pilot, "The QLoRA paper's settings")
-        await pilot.press("J", "J", "J", "J")
-        assert "The QLoRA paper's settings" not in await wait_for_text(pilot, "memory  ")
-        await pilot.press("K", "K", "K", "K")
+        await pilot.press(*"J" * 16)
+        assert "The QLoRA paper's settings" not in await wait_for_text(pilot, "training.max_grad_norm")
+        await pilot.press(*"K" * 16)
         await wait_for_text(pilot, "The QLoRA paper's settings")
 
 

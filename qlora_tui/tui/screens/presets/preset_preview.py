@@ -6,51 +6,110 @@ from textual.content import Content
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import format_gib
-from qlora_tui.memory import Device, estimate
+from qlora_tui.formatting import format_bytes, format_gib, pluralize
+from qlora_tui.memory import check_fit, estimate
+from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.recipe.diff import DESCRIPTIVE, diff_recipes
+from qlora_tui.recipe.fields import fields
 from qlora_tui.recipe.presets import Preset
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.tui.render.block_charts import bar
+from qlora_tui.tui.render.recipe_line import VERDICT_SIGN, VERDICT_STYLE
+
+_NEED_WIDTH = 30
+"""Cells of the list from which it has the memory."""
+_LABEL_WIDTH = 80
+"""Cells of the preview from which settings have their labels beside their names."""
+_MIN_BAR, _MAX_BAR = 6, 24
 
 
-def preset_line(preset: Preset, current: str) -> Content:
-    """Its name; ● marks the one the recipe started as, ✗ one that cannot be read."""
+def preset_line(preset: Preset, current: str, need: tuple[int, str] | None, width: int) -> Content:
+    """Its name, and the memory with it; ● marks the one the recipe started as, ✗ one that cannot be read."""
     mark, style = ("● ", "$accent") if preset.name == current else ("  ", "")
     if preset.problem:
         mark, style = "✗ ", "$error"
-    return Content.assemble((mark, style), preset.name, ("" if preset.shipped else "  yours", "$text-muted"))
+    line = Content.assemble((mark, style), preset.name, ("" if preset.shipped else "  yours", "$text-muted"))
+    if need is None or width < _NEED_WIDTH:
+        return line
+    bytes_, word = need
+    figures = Content.assemble(f"{format_bytes(bytes_)} ", (VERDICT_SIGN[word], VERDICT_STYLE[word]))
+    space = max(1, width - line.cell_length - figures.cell_length)
+    return Content.assemble(line, " " * space, figures)
+
+
+def preset_need(
+    preset: Preset, recipe: Recipe, architecture: Architecture | UserError, budget: MemoryBudget
+) -> tuple[int, str] | None:
+    """Bytes and verdict of the recipe with the preset; None without a model, or for other targets."""
+    if isinstance(architecture, UserError) or preset.problem:
+        return None
+    try:
+        opened = estimate(preset.recipe(recipe), architecture, device=budget.device)
+    except UserError:
+        return None
+    return opened.total_bytes, check_fit(opened, budget.bytes).word
 
 
 def preview(
-    preset: Preset, recipe: Recipe, architecture: Architecture | UserError, device: Device
+    preset: Preset,
+    recipe: Recipe,
+    architecture: Architecture | UserError,
+    budget: MemoryBudget,
+    width: int,
 ) -> Content:
     """The note, the settings that would change, and the memory."""
     if preset.problem:
         return _refused(preset.problem)
     opened = preset.recipe(recipe)
     changes = [change for change in diff_recipes(recipe, opened) if change.path not in DESCRIPTIVE]
-    lines = [Content.styled(preset.note or "No note.", "bold"), Content("")]
+    lines = [Content.styled(preset.note or "No note.", "bold")]
+    lines += _memory(recipe, opened if changes else None, architecture, budget, width)
+    lines.append(Content(""))
     if not changes:
         return Content("\n").join([*lines, Content("The recipe already matches this preset.")])
-    lines.append(Content.styled("Opening it changes:", "$text-muted"))
-    width = max(len(change.path) for change in changes)
-    lines += [
-        Content.assemble(f"{change.path:<{width}}  ", (f"{change.before} → ", "$text-muted"), change.after)
-        for change in changes
-    ]
-    return Content("\n").join([*lines, Content(""), _memory(recipe, opened, architecture, device)])
+    number = pluralize(len(changes), "setting")
+    lines.append(Content.styled(f"Opening it changes {number}; model and data stay.", "$text-muted"))
+    names = {change.path: fields()[change.path].label for change in changes}
+    labels, paths = max(map(len, names.values())), max(map(len, names))
+    for change in changes:
+        head = f"{names[change.path]:<{labels}}  " if width >= _LABEL_WIDTH else ""
+        path = f"{change.path:<{paths}}  "
+        values = Content.assemble((f"{change.before} → ", "$text-muted"), (change.after, "bold"))
+        indent = len(head) + len(path)
+        first, *others = values.wrap(max(10, width - indent))
+        lines.append(Content.assemble(head, (path, "$text-muted" if head else ""), first))
+        lines += [Content(" " * indent) + other for other in others]
+    return Content("\n").join(lines)
 
 
 def _memory(
-    recipe: Recipe, opened: Recipe, architecture: Architecture | UserError, device: Device
-) -> Content:
+    recipe: Recipe,
+    opened: Recipe | None,
+    architecture: Architecture | UserError,
+    budget: MemoryBudget,
+    width: int,
+) -> list[Content]:
+    """The memory now and with the preset, against the limit."""
     if isinstance(architecture, UserError):
-        return Content("")
-    try:
-        before, after = (estimate(each, architecture, device=device).total_bytes for each in (recipe, opened))
-    except UserError as problem:
-        return Content.styled(problem.what, "$text-muted")
-    return Content.assemble(("memory  ", "$text-muted"), f"{format_gib(before)} → {format_gib(after)} GiB")
+        return []
+    lines = []
+    for label, each in (("now", recipe), ("then", opened)):
+        if each is None:
+            continue
+        try:
+            estimated = estimate(each, architecture, device=budget.device)
+        except UserError as problem:
+            lines.append(Content.styled(problem.what, "$text-muted"))
+            continue
+        word = check_fit(estimated, budget.bytes).word
+        figures = f"{format_gib(estimated.total_bytes)} of {format_gib(budget.bytes)} GiB"
+        cells = min(_MAX_BAR, width - 16 - len(figures) - len(word))
+        drawn = bar(estimated.total_bytes / budget.bytes, cells) + " " if cells >= _MIN_BAR else ""
+        head = (f"{f'memory {label}':<12} ", "$text-muted")
+        lines.append(
+            Content.assemble(head, (drawn, "$secondary"), figures, "  ", (word, VERDICT_STYLE[word]))
+        )
+    return lines
 
 
 def _refused(problem: UserError) -> Content:

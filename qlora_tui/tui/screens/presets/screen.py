@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 from textual.app import ComposeResult, SuspendNotSupported
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Input, Static
 
@@ -34,7 +35,7 @@ from qlora_tui.tui.screens.modals.help import screen_help
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
 from qlora_tui.tui.screens.presets.commands import COMMANDS
 from qlora_tui.tui.screens.presets.preset_files import edit, export_preset, import_preset, save_as
-from qlora_tui.tui.screens.presets.preset_preview import preset_line, preview
+from qlora_tui.tui.screens.presets.preset_preview import preset_line, preset_need, preview
 from qlora_tui.tui.screens.registry import PRESETS
 from qlora_tui.tui.widgets.text_field import TextField
 from qlora_tui.tui.widgets.vi_list import ViList
@@ -88,8 +89,11 @@ class PresetsScreen(ModalScreen[None]):
 
     def compose(self) -> ComposeResult:
         with Vertical(id="presets-dialog") as dialog:
-            dialog.border_title = f"Presets  {bare_key('presets.filter')} filter  Esc close  ? help"
-            dialog.border_subtitle = _keys_line()
+            hints = ((bare_key("presets.filter"), "filter"), ("Esc", "close"), ("?", "help"))
+            dialog.border_title = Content.assemble("Presets  ", _key_hints(hints))
+            dialog.border_subtitle = _key_hints(
+                (("Enter", "open"), *((bare_key(each.id), each.label.lower()) for each in _SHOWN))
+            )
             yield TextField(placeholder="Part of a name or note", compact=True, id="preset-filter")
             with Horizontal():
                 yield ViList(id="preset-list")
@@ -104,6 +108,9 @@ class PresetsScreen(ModalScreen[None]):
         self.query_one("#preset-filter").display = False
         self._refresh_list(self.qlora_app.workbench.preset)
         self.query_one(ViList).focus()
+
+    def on_vi_list_resized(self) -> None:
+        self._refresh_list()
 
     def on_option_list_option_highlighted(self) -> None:
         """Show what opening it would change."""
@@ -305,7 +312,13 @@ class PresetsScreen(ModalScreen[None]):
         self._presets = list_presets()
         current = self.qlora_app.workbench.preset
         shown = [p for p in self._presets if self._filter in f"{p.name} {p.note}".casefold()]
-        self.query_one(ViList).show([(p.name, preset_line(p, current)) for p in shown], select)
+        list_, budget = self.query_one(ViList), self.qlora_app.memory_budget
+        recipe, model = self.qlora_app.workbench.recipe, self.qlora_app.workbench.architecture()
+        width = list_.scrollable_content_region.width
+        lines = [
+            (p.name, preset_line(p, current, preset_need(p, recipe, model, budget), width)) for p in shown
+        ]
+        list_.show(lines, select)
         self._show_preview()
 
     def _show_preview(self) -> None:
@@ -314,12 +327,23 @@ class PresetsScreen(ModalScreen[None]):
             self.query_one("#preview", Static).update("No preset matches. Press Esc to show all.")
         else:
             shown = preview(
-                preset, workbench.recipe, workbench.architecture(), self.qlora_app.memory_budget.device
+                preset,
+                workbench.recipe,
+                workbench.architecture(),
+                self.qlora_app.memory_budget,
+                self.query_one("#preview-side").scrollable_content_region.width,
             )
             self.query_one("#preview", Static).update(shown)
 
 
-def _keys_line() -> str:
-    """``Enter open  s save as  …``: there is no footer in a modal."""
-    shown = [command for command in COMMANDS if command.in_footer and command.id != "presets.filter"]
-    return "  ".join(["Enter open", *(f"{bare_key(each.id)} {each.label.lower()}" for each in shown)])
+_SHOWN = [command for command in COMMANDS if command.in_footer and command.id != "presets.filter"]
+"""Commands named in the lower border: there is no footer in a modal."""
+
+
+def _key_hints(hints: Iterable[tuple[str, str]]) -> Content:
+    """``Enter open  s save``: keys and verbs, as in the borders of panels."""
+    shown = [
+        Content.assemble((key, "$footer-key-foreground bold"), (f" {verb}", "not bold $text-muted"))
+        for key, verb in hints
+    ]
+    return Content("  ").join(shown)
