@@ -49,8 +49,8 @@ def test_no_color_is_sent_from_any_screen(how: dict[str, str]) -> None:
 
 
 def test_cursor_selection_and_fields_differ_by_attributes() -> None:
-    write_fake_run(FakeRun(name="first", state="failed", steps=120, total=300, began=BEGAN - 1000))
-    write_fake_run(FakeRun(name="second", state="finished", steps=300, total=300))
+    write_fake_run(FakeRun(name="owls", state="failed", steps=120, total=300, began=BEGAN - 1000))
+    write_fake_run(FakeRun(name="bees", state="finished", steps=300, total=300))
     with Terminal(APP, env={"NO_COLOR": "1"}) as terminal:
 
         def style_of(text: str) -> Char:
@@ -60,9 +60,9 @@ def test_cursor_selection_and_fields_differ_by_attributes() -> None:
         see(terminal, "Next")
         terminal.press("6")
         wait_for(lambda: style_of("6 Runs").reverse and not style_of("0 Home").reverse)
-        wait_for(lambda: style_of("second").reverse and not style_of("first").reverse)
+        wait_for(lambda: style_of("bees").reverse and not style_of("owls").reverse)
         terminal.press("j")
-        wait_for(lambda: style_of("first").reverse and not style_of("second").reverse)
+        wait_for(lambda: style_of("owls").reverse and not style_of("bees").reverse)
         terminal.press("p")
         see(terminal, "Enter open")
         wait_for(lambda: style_of("balanced").reverse and not style_of("cpu-demo").reverse)
