@@ -112,6 +112,7 @@ class DataScreen(DataActions):
         self.query_one("#sources", ViList).show(lines, select=str(self.source_number))
         title = f"Mix of {len(sources)} files" if len(sources) > 1 else "Source"
         self.query_one("#sources-panel", Panel).show_title(title)
+        self.query_one("#data-body").set_class(not sources, "-empty")
         if not sources:
             self._show_empty()
             return
