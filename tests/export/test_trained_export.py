@@ -1,4 +1,8 @@
-"""From training to files that llama.cpp answers from: F16, Q8_0, Q4_K_M and the LoRA of a real run."""
+"""From training to files that llama.cpp answers from: F16, Q8_0, Q4_K_M and the LoRA of a run.
+
+The model is random, with what is special about SmolLM2-135M, at half its width. ``bench.real_models`` exports
+SmolLM2-135M itself.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +40,7 @@ BOUNDS = {"F16": 0.001, "Q8_0": 0.002, "Q4_K_M": 0.02}
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    """A run that has learned its few rows, on 4-bit weights, of a model with the shape of SmolLM2-135M.
+    """A run that has learned its few rows, on 4-bit weights, of a model like SmolLM2-135M.
 
     Nine heads on three key heads, one matrix as embedding and head, and rows that are not of whole K blocks.
     """
