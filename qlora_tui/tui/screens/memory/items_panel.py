@@ -57,7 +57,8 @@ class ItemsPanel(Panel):
         key, items = self._list.current, self._estimate.items if self._estimate else ()
         item = next((item for item in items if item.key == key), None)
         if item is not None:
-            text = explanation_lines(item, with_term=self.screen.has_class("-tall"))
+            has_room = self.screen.has_class("-tall") and not self.screen.has_class("-narrow")
+            text = explanation_lines(item, with_term=has_room)
             update_if_changed(self._explanation, text)
 
 
