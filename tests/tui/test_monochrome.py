@@ -36,6 +36,14 @@ VISITED = [
 """Keys, and what is waited for after each."""
 
 
+def wait_until_gone(terminal: Terminal, text: str) -> None:
+    def is_gone() -> bool:
+        terminal.read(0)
+        return text not in TerminalScreen(bytes(terminal.painted)).text
+
+    wait_for(is_gone)
+
+
 @pytest.mark.parametrize("how", [{"NO_COLOR": "1"}, {"TERM": "vt100"}], ids=["NO_COLOR", "vt100"])
 def test_no_color_is_sent_from_any_screen(how: dict[str, str]) -> None:
     write_fake_run(FakeRun(state="failed", steps=120, total=300))
@@ -44,6 +52,9 @@ def test_no_color_is_sent_from_any_screen(how: dict[str, str]) -> None:
         for key, shown in VISITED:
             terminal.press(key)
             see(terminal, shown)
+            if key == "\x1b":
+                # What is behind a dialog is in view before the dialog closes.
+                wait_until_gone(terminal, "Enter open")
         sent = re.findall(rb"\x1b\[([\d;]*)m", terminal.painted)
         assert {code for codes in sent for code in codes.decode().split(";")} <= ATTRIBUTES
 
@@ -67,7 +78,7 @@ def test_cursor_selection_and_fields_differ_by_attributes() -> None:
         see(terminal, "Enter open")
         wait_for(lambda: style_of("balanced").reverse and not style_of("cpu-demo").reverse)
         terminal.press("\x1b")
-        see(terminal, "v Compare")
+        wait_until_gone(terminal, "Enter open")
         terminal.press("7o")
         see(terminal, "Sampling", "empty: a random one")
         assert style_of("0.95").underscore
