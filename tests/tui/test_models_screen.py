@@ -16,7 +16,7 @@ from textual.pilot import Pilot
 from textual.widgets import Input
 
 from qlora_tui.catalog.local_models import converted_dir, hub_cache_dir
-from qlora_tui.tui.screens.models import downloads
+from qlora_tui.tui.screens.models import downloads, model_facts
 from qlora_tui.tui.screens.models.model_facts import read_license
 from qlora_tui.tui.screens.models.screen import ModelsScreen
 from qlora_tui.tui.widgets.vi_list import ViList
@@ -33,8 +33,9 @@ TINY = "org/tiny"
 
 @pytest.fixture(autouse=True)
 def short_home(private_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Paths begin with ~ whatever folder a test runs in."""
+    """Paths begin with ~ whatever folder a test runs in, and the disk has the same room."""
     monkeypatch.setenv("HOME", str(private_home))
+    monkeypatch.setattr(model_facts, "disk_free_bytes", lambda folder: 70 << 30)
 
 
 @pytest.fixture
