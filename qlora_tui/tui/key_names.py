@@ -48,6 +48,11 @@ def bare_key(command_id: str) -> str:
     return _bare(_keys(command_id)[0])
 
 
+def short_key(key: str) -> str:
+    """A key in Textual's notation as a footer shows it: ``Enter``, ``F5``, ``^P``, or its character."""
+    return _bare(key).replace("Ctrl+", "^")
+
+
 def dialog_keys(bindings: Sequence[BindingType], *others: str) -> str:
     """``Enter watch · x cancel · Esc close``: the keys of a dialog, which has no footer.
 

@@ -22,7 +22,7 @@ from tests.tui.sample_data import readable_model, tickets
 from tests.tui.screen_assertions import wait_for_text, wait_until
 from tests.tui.workstation import open_on
 
-WAY_OUT = "^p Palette ? Help"
+WAY_OUT = ("^P Palette", "? Help")
 
 
 async def test_a_digit_typed_while_a_screen_opens_switches_screens(private_home: Path) -> None:
@@ -41,10 +41,10 @@ async def test_palette_and_help_are_visible_in_a_narrow_window(private_home: Pat
     app = open_on("home", model=readable_model(private_home))
     app.workbench.set("data.sources", (Source(path=str(tickets(private_home / "tickets.jsonl"))),))
     async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, WAY_OUT)
+        await wait_for_text(pilot, *WAY_OUT)
         for key in "1234567":
             await pilot.press(key)
-            await wait_for_text(pilot, WAY_OUT)
+            await wait_for_text(pilot, *WAY_OUT)
 
 
 async def test_palette_and_help_are_in_view_beside_every_run(make_app: Callable[[], QloraApp]) -> None:
@@ -61,24 +61,24 @@ async def test_palette_and_help_are_in_view_beside_every_run(make_app: Callable[
                     Health(at=BEGAN, kind="exploding_gradient", severity="warning", evidence="", remedy="")
                 )
             await show_run(app, run)
-            await wait_for_text(pilot, run.id, "x Watch run", WAY_OUT)
+            await wait_for_text(pilot, run.id, "x Watch run", *WAY_OUT)
 
 
 async def test_in_a_narrow_window_the_screens_own_keys_give_way(private_home: Path) -> None:
     app = open_on("data", model=readable_model(private_home))
     async with app.run_test(size=(80, 24)) as pilot:
-        assert "c Columns" in (await wait_for_text(pilot, WAY_OUT)).splitlines()[-1]
+        assert "c Columns" in (await wait_for_text(pilot, *WAY_OUT)).splitlines()[-1]
         await pilot.resize_terminal(62, 24)
         await wait_for_text(pilot, "too small")
         await pilot.press("enter")
-        last = (await wait_for_text(pilot, WAY_OUT)).splitlines()[-1]
+        last = (await wait_for_text(pilot, *WAY_OUT)).splitlines()[-1]
         assert "o Add" in last and "c Columns" not in last
 
 
 async def test_a_click_on_a_key_in_the_footer_presses_it(private_home: Path) -> None:
     app = open_on("home", model=readable_model(private_home))
     async with app.run_test(size=(80, 24)) as pilot:
-        text = await wait_for_text(pilot, WAY_OUT)
+        text = await wait_for_text(pilot, *WAY_OUT)
         await pilot.click(offset=(text.splitlines()[-1].index("? Help"), 23))
         await wait_for_text(pilot, "Esc close")
 
@@ -97,7 +97,7 @@ async def test_closed_screens_are_freed(private_home: Path) -> None:
         return len(gc.get_objects())
 
     async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, WAY_OUT)
+        await wait_for_text(pilot, *WAY_OUT)
         await open_and_close()
         before = await open_and_close()
         assert await open_and_close() < before + 1000
@@ -133,11 +133,11 @@ async def test_a_key_of_ones_own_is_named_wherever_keys_are(private_home: Path) 
         await pilot.press("escape")
         await wait_for_text(pilot, "x Demo")
         await pilot.press("question_mark")
-        await wait_for_text(pilot, "x  Download the 135M demo model")
+        await wait_for_text(pilot, "x      Download the 135M demo model")
         await pilot.press("escape", "ctrl+p", *"demo")
         await wait_for_text(pilot, "Demo (x)")
         await pilot.press("escape", "escape", "f1")
-        await wait_for_text(pilot, "Help: all keys", "f1   app.keys", "app.undo")
+        await wait_for_text(pilot, "Help: all keys", "F1   app.keys", "app.undo")
         await pilot.press("G")
         await wait_for_text(pilot, "presets.undo")
 
@@ -166,7 +166,7 @@ async def test_a_keymap_with_former_names_of_commands_still_works() -> None:
     async with app.run_test(size=(120, 40)) as pilot:
         await app.action_go("chat")
         await pilot.press("question_mark")
-        await wait_for_text(pilot, "f9", "Switch the adapter off or on")
+        await wait_for_text(pilot, "F9", "Switch the adapter off or on")
 
 
 async def test_ctrl_c_says_what_leaves_the_app() -> None:
@@ -176,7 +176,7 @@ async def test_ctrl_c_says_what_leaves_the_app() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "command"), [("0", "f4 Check this machine"), ("3", "f3 Assume GPU size"), ("5", "f5 Check again")]
+    ("key", "command"), [("0", "F4 Check this machine"), ("3", "F3 Assume GPU size"), ("5", "F5 Check again")]
 )
 async def test_function_keys_are_in_the_footer_where_they_help(
     make_app: Callable[[], QloraApp], key: str, command: str

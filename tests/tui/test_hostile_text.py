@@ -97,7 +97,7 @@ def test_nothing_foreign_leaves_the_app_raw_on_any_screen(private_home: Path) ->
             ("2", "␛]52;c;"),
             ("1", "On this machine"),
             ("3", "base weights"),
-            ("4", "targets"),
+            ("4", "Target modules"),
             ("6", "␛]52;c;"),
             ("\r", "␛"),
             ("7", "to chat with"),

@@ -6,6 +6,7 @@ Textual's Footer mounts a widget for each key at every change of focus, and its 
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import TypeAlias
 
 from textual.app import App
 from textual.binding import ActiveBinding
@@ -13,11 +14,17 @@ from textual.content import Content
 from textual.events import Click
 from textual.screen import Screen
 
+from qlora_tui.tui.key_names import short_key
 from qlora_tui.tui.widgets.diff_widget import DiffWidget
+
+_MARGIN = 1
+_GAP, _NARROW_GAP = 3, 1
+"""Cells between two keys, where all fit and where not."""
+_Items: TypeAlias = list[tuple[Content, ActiveBinding]]
 
 
 class CommandFooter(DiffWidget):
-    """``s Stop z Pause ^p Palette ? Help``. Keys that do not fit are in the help. A click presses a key."""
+    """``s Stop   z Pause   ^P Palette``; keys that do not fit are in the help. A click presses a key."""
 
     DEFAULT_CSS = """
     CommandFooter {
@@ -53,28 +60,39 @@ class CommandFooter(DiffWidget):
         self.redraw()
 
     def draw(self, width: int, height: int) -> list[Content]:
-        return [Content(" ").join(item for item, _ in self._fitting_items(width))]
+        own, of_app, gap = self._fitting_items(width)
+        left, right = (Content(" " * gap).join(item for item, _ in items) for items in (own, of_app))
+        space = width - 2 * _MARGIN - left.cell_length - right.cell_length
+        return [Content.assemble(" " * _MARGIN, left, " " * max(gap, space), right)]
 
     def on_click(self, event: Click) -> None:
-        x = event.x
-        for item, active in self._fitting_items(self.size.width):
-            if 0 <= x < item.cell_length:
-                self.app.simulate_key(active.binding.key)
-                return
-            x -= item.cell_length + 1
+        own, of_app, gap = self._fitting_items(self.size.width)
+        width_of_app = sum(item.cell_length + gap for item, _ in of_app) - gap
+        for items, x in ((own, _MARGIN), (of_app, self.size.width - _MARGIN - width_of_app)):
+            for item, active in items:
+                if x <= event.x < x + item.cell_length:
+                    self.app.simulate_key(active.binding.key)
+                    return
+                x += item.cell_length + gap
 
-    def _fitting_items(self, width: int) -> list[tuple[Content, ActiveBinding]]:
-        """The items that fit ``width``; the screen's last keys are dropped first."""
-        items = [(self._item(active), active) for active in (*self._screen_bindings, *self._app_bindings)]
-        own = len(self._screen_bindings)
-        while own and sum(item.cell_length + 1 for item, _ in items) > width + 1:
-            own -= 1
-            del items[own]
-        return items
+    def _fitting_items(self, width: int) -> tuple[_Items, _Items, int]:
+        """Items of the screen and of the app that fit ``width``, and the cells between two.
+
+        The gap becomes narrow before a key is dropped; the screen's last keys are dropped first.
+        """
+        own = [(self._item(active), active) for active in self._screen_bindings]
+        of_app = [(self._item(active), active) for active in self._app_bindings]
+        room = width - 2 * _MARGIN
+        for gap in (_GAP, _NARROW_GAP):
+            if sum(item.cell_length + gap for item, _ in (*own, *of_app)) - gap <= room:
+                return own, of_app, gap
+        while own and sum(item.cell_length + _NARROW_GAP for item, _ in (*own, *of_app)) > room + _NARROW_GAP:
+            own.pop()
+        return own, of_app, _NARROW_GAP
 
     def _item(self, active: ActiveBinding) -> Content:
         dim = "" if active.enabled else " dim"
         return Content.assemble(
-            (self.app.get_key_display(active.binding), f"$footer-key-foreground bold{dim}"),
+            (short_key(active.binding.key), f"$footer-key-foreground bold{dim}"),
             (f" {active.binding.description}", f"$footer-description-foreground{dim}"),
         )

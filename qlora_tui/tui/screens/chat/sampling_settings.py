@@ -13,7 +13,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Input, Label, Static, TextArea
 
 from qlora_tui.chat.chat_types import Sampling
-from qlora_tui.tui.key_names import dialog_keys, highlight_keys
+from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.screens.chat.transcript import format_setting
 from qlora_tui.tui.widgets.text_field import TextField
 
@@ -34,7 +34,7 @@ class ChatSettingsScreen(ModalScreen[tuple[Sampling, str] | None]):
     CSS_PATH = ["../modals/modal.tcss", "../modals/fields.tcss", "sampling_settings.tcss"]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("ctrl+s", "apply", "Apply", priority=True),
-        Binding("ctrl+r", "earlier_prompt", show=False, priority=True),
+        Binding("ctrl+r", "earlier_prompt", "Earlier prompt", priority=True),
         Binding("escape", "dismiss(None)", "Close"),
     ]
 
@@ -47,9 +47,9 @@ class ChatSettingsScreen(ModalScreen[tuple[Sampling, str] | None]):
     def compose(self) -> ComposeResult:
         with VerticalScroll(classes="dialog", can_focus=False) as dialog:
             dialog.border_title = "Sampling"
-            dialog.border_subtitle = dialog_keys(self.BINDINGS, "Tab next", "Enter apply")
-            earlier = "  Ctrl+R: one used before" if self._earlier_prompts else ""
-            yield Label(highlight_keys(f"system prompt{earlier}"))
+            keys = self.BINDINGS if self._earlier_prompts else (self.BINDINGS[0], self.BINDINGS[-1])
+            dialog.border_subtitle = dialog_keys(keys, "Tab next", "Enter apply")
+            yield Label("system prompt")
             system = TextArea(self._system_prompt, id="system", soft_wrap=True, tab_behavior="focus")
             system.cursor_blink = False
             yield system

@@ -158,6 +158,7 @@ class HomeScreen(WorkScreen):
             yield Panel("Earlier runs", RecentRuns(), keys=(("go.runs", "all runs"),), id="recent-panel")
 
     def on_mount(self) -> None:
+        self.query_one("#next-panel").border_subtitle = "qlora-tui"
         _save_last_seen()
         self.set_interval(_LAST_SEEN_INTERVAL_S, _save_last_seen)
 

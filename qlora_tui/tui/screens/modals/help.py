@@ -13,7 +13,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Static
 
 from qlora_tui.tui.commands import EVERYWHERE, Command
-from qlora_tui.tui.key_names import dialog_keys, highlight_keys, name_keys
+from qlora_tui.tui.key_names import dialog_keys, highlight_keys, name_keys, short_key
 from qlora_tui.tui.keymap import Table, all_commands
 from qlora_tui.tui.screens.registry import SCREENS
 from qlora_tui.tui.widgets.static_update import update_if_changed
@@ -74,7 +74,7 @@ class HelpScreen(ModalScreen[None]):
         """By hand: a table of Rich's takes longer to draw than all the rest of the page to open."""
         width_left = min(_MAX_WIDTH, self.app.size.width * 94 // 100) - _MARGINS
         keymap = cast("QloraApp", self.app).settings.keymap
-        columns = [[" ".join(map(self._shown, command.keys(keymap))) for command in commands]]
+        columns = [[" ".join(map(short_key, command.keys(keymap))) for command in commands]]
         if self._names:
             columns.append([command.id for command in commands])
         widths = [max(map(len, column)) for column in columns]
@@ -88,10 +88,6 @@ class HelpScreen(ModalScreen[None]):
                 Content((" " * len(head) if below else head) + piece) for below, piece in enumerate(pieces)
             ]
         return Content("\n").join(lines)
-
-    def _shown(self, key: str) -> str:
-        """The key as the footer shows it."""
-        return self.app.get_key_display(Binding(key, ""))
 
 
 def screen_help(name: str, text: str, commands: tuple[Command, ...]) -> HelpScreen:
