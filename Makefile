@@ -11,7 +11,7 @@ NOT_LOCKED := torch triton setuptools cuda-bindings cuda-pathfinder cuda-toolkit
 	cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 \
 	nvjitlink nvshmem-cu13 nvtx)
 
-.PHONY: help demo test test-fast check drill run docs screenshots real-models bench-deps lock clean
+.PHONY: help demo test test-fast check drill run docs screenshots real-models real-exports bench-deps lock clean
 
 help:
 	@echo "make demo         fine-tune a real small model, and see it work"
@@ -23,6 +23,7 @@ help:
 	@echo "make docs         write the generated pages of docs/: settings, commands, keys, manual page"
 	@echo "make screenshots  draw the pictures of README and docs, from recorded runs"
 	@echo "make real-models  train two real models beside a plain script, step by step (fetches 0.3 GB)"
+	@echo "make real-exports train the demo, export it as GGUF and LoRA, and compare the files through llama.cpp"
 	@echo "make lock         update the locked dependencies, with the hash of each file"
 	@echo "make bench-deps   what only the benchmarks need, in an environment of its own"
 
@@ -63,6 +64,9 @@ real-models: $(INSTALLED)
 	@echo "Gemma 3 270M is under the Gemma Terms of Use (ai.google.dev/gemma/terms): by fetching it you accept"
 	@echo "them. It is kept in this machine's cache, and must not be passed on without those terms."
 	$(BIN)/python -m bench.real_models
+
+real-exports: demo
+	$(BIN)/python -m bench.real_exports
 
 bench-deps:
 	$(PYTHON) -m venv .bench-venv
