@@ -59,10 +59,10 @@ class Picture:
 SMALL = "SmolLM2-135M-Instruct"
 """The demo's model."""
 PICTURES = (
-    Picture("home", shows="Next"),
+    Picture("home", shows="▸ Enter"),
     Picture("models", shows="Qwen2.5-7B"),
     Picture("data", shows="No problems found", model=SMALL),
-    Picture("memory", shows="fits up to"),
+    Picture("memory", shows="One training step"),
     Picture("lora", shows="q_proj"),
     Picture("train", shows="validation"),
     Picture("train", size=(80, 24), shows="step"),
@@ -73,7 +73,7 @@ CHAT = Picture("chat", _LOOP_SIZE, shows="demo", model=SMALL, prompt="What is th
 BEFORE_THE_RUN = (
     (Picture("models", _LOOP_SIZE, shows=SMALL, model=SMALL), 2.5),
     (Picture("data", _LOOP_SIZE, shows="p99", model=SMALL), 3.5),
-    (Picture("memory", _LOOP_SIZE, shows="fits up to", model=SMALL), 3.0),
+    (Picture("memory", _LOOP_SIZE, shows="Settings and", model=SMALL), 3.0),
     (Picture("lora", _LOOP_SIZE, shows="q_proj", model=SMALL), 2.5),
 )
 """The first frames of the moving picture, and how many seconds each is shown."""
