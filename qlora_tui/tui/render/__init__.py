@@ -6,6 +6,7 @@ plot             a graph in braille dots
 block_charts     bars, columns and curves in block characters
 recipe_line      a recipe in one line, shortened to a width for the recipe strip; names of precisions,
                  colors of verdicts
+labeled          a label, a bar and a value in one line
 run_labels       the sign and color of each state of a run
 loss_svg         the loss of a run as an SVG picture
 summary_plot     the loss graph of a run's summary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from textual.content import Content
@@ -11,13 +12,13 @@ from qlora_tui.chat.chat_types import GenerationResult, Sampling
 from qlora_tui.engine.protocol import ChatReady
 from qlora_tui.formatting import format_bytes, format_duration, format_float, format_path, truncate_middle
 from qlora_tui.recipe.schema import Thinking
-from qlora_tui.tui.render.block_charts import bar
+from qlora_tui.tui.render.labeled import labeled, meter
 from qlora_tui.tui.screens.chat.adapter_pair import AdapterPair
 from qlora_tui.tui.screens.chat.saved_conversations import SavedConversation
 from qlora_tui.tui.screens.chat.text import answering_text, thinking_text
 
 _LABEL = 12
-_MIN_BAR = 6
+_row = partial(labeled, cells=_LABEL)
 _AGE = 10
 """Cells of the age of a conversation."""
 _NOW_S = 60.0
@@ -63,11 +64,8 @@ def token_lines(
     ]
     for name, outcome in outcomes.items():
         used = outcome.prompt_tokens + outcome.new_tokens
-        value = f"{used:,}"
-        cells = width - _LABEL - len(value) - 1
-        drawn = f"{bar(used / ready.context_tokens, cells)} " if cells >= _MIN_BAR else ""
-        label = f"{truncate_middle(name, _LABEL - 1):<{_LABEL}}"
-        lines.append(Content.assemble((label, "dim"), (drawn, "$secondary"), value))
+        label = truncate_middle(name, _LABEL - 1)
+        lines.append(meter(label, used / ready.context_tokens, f"{used:,}", _LABEL, width))
         speed = f", {format_float(outcome.tokens_per_s, 3)}/s" if outcome.tokens_per_s else ""
         answer = f"{outcome.prompt_tokens:,} read, {outcome.new_tokens:,} written{speed}"
         lines.append(Content.styled(f"  {answer}", "dim"))
@@ -105,7 +103,3 @@ def prompt_title(text: str, tokens: int | None) -> Content:
     number = tokens if tokens is not None else max(1, round(len(text) / _CHARACTERS_PER_TOKEN))
     words = f"{'' if known else 'about '}{number:,} token{'' if number == 1 else 's'}"
     return Content.assemble("Message", (f" · {words}", "not bold $text-muted"))
-
-
-def _row(label: str, value: str) -> Content:
-    return Content.assemble((f"{label:<{_LABEL}}", "dim"), value)

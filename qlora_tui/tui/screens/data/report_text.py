@@ -13,6 +13,7 @@ from qlora_tui.formatting import format_percent, pluralize
 from qlora_tui.recipe.schema import Data, Recipe
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.block_charts import bar
+from qlora_tui.tui.render.labeled import labeled
 from qlora_tui.tui.screens.data.text import SIGNS
 
 TOO_LONG = {
@@ -69,7 +70,7 @@ def _labeled(label: str, text: Content, width: int) -> list[Content]:
     """A label and its text, whose further lines are below the first."""
     first, *others = text.wrap(max(10, width - _LABEL)) or [Content("")]
     return [
-        Content.assemble((f"{label:<{_LABEL}}", "dim"), first),
+        labeled(label, first, _LABEL),
         *(Content(" " * _LABEL) + other for other in others),
     ]
 

@@ -30,6 +30,7 @@ from qlora_tui.runs.run_summary import RunSummary
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.block_charts import bar, curve
+from qlora_tui.tui.render.labeled import labeled, meter
 from qlora_tui.tui.render.recipe_line import VERDICT_STYLE, data_words, recipe_line, targets_words
 from qlora_tui.tui.render.run_labels import format_ago, result_label
 from qlora_tui.tui.screens.home.next_step import NextStep
@@ -40,7 +41,7 @@ _CURVE_WIDTH, _SHORT_CURVE_WIDTH = 24, 12
 _MAX_NAME_WIDTH = 44
 """Cells of a name or a model in the list of runs."""
 _STATE_WIDTH = 13
-_METER_LABEL = 8
+_LABEL = 8
 """Cells of the name before a bar."""
 _MIN_BAR = 6
 _MIN_WIDTH_FOR_CURVES, _MIN_WIDTH_FOR_MODELS = 90, 140
@@ -108,8 +109,8 @@ def gpu_lines(
     share = (metrics.utilization_percent or 0) / 100
     return [
         Content.assemble((gpu.short_name, "bold"), (f"   {temperature}{power}", "dim")),
-        meter("util", share, use, width),
-        meter("memory", used / total if used is not None and total else 0.0, memory, width),
+        meter("util", share, use, _LABEL, width),
+        meter("memory", used / total if used is not None and total else 0.0, memory, _LABEL, width),
         *_host_lines(host, width),
     ]
 
@@ -120,14 +121,7 @@ def _host_lines(host: HostFacts | None, width: int) -> list[Content]:
     share = host.memory_used_bytes / host.memory_bytes
     memory = f"{format_gib(host.memory_used_bytes)} of {format_gib(host.memory_bytes)} GiB"
     disk = "NA" if host.disk_free_bytes is None else f"{format_gib(host.disk_free_bytes)} GiB free"
-    return [meter("host", share, memory, width), Content.assemble(("disk    ", "dim"), disk)]
-
-
-def meter(name: str, share: float, value: str, width: int) -> Content:
-    """``memory ████░░░░ 18.2 of 24.0 GiB``: a label, a bar of what is left of the width, and the value."""
-    cells = max(0, width - _METER_LABEL - len(value) - 1)
-    drawn = f"{bar(share, cells)} " if cells >= _MIN_BAR else ""
-    return Content.assemble((f"{name:<{_METER_LABEL}}", "dim"), (drawn, "$secondary"), value)
+    return [meter("host", share, memory, _LABEL, width), labeled("disk", disk, _LABEL)]
 
 
 def run_lines(
@@ -267,7 +261,7 @@ def recipe_lines(
         ("batch", f"{recipe.data.max_length:,} tokens × {batch}", rate),
     ]
     lines = [
-        Content.assemble((f"{name:<{_METER_LABEL}}", "dim"), value, (f"   {note}" if note else "", "dim"))
+        labeled(name, Content.assemble(value, (f"   {note}" if note else "", "dim")), _LABEL)
         for name, value, note in rows
     ]
     if estimate is not None:
@@ -281,7 +275,7 @@ def _memory_line(estimate: Estimate, budget: MemoryBudget, width: int, label: st
     word = check_fit(estimate, budget.bytes).word
     share = estimate.total_bytes / budget.bytes
     figures = f"{format_gib(estimate.total_bytes)} of {format_gib(budget.bytes)} GiB"
-    head = f"{label:<{_METER_LABEL}}" if label else ""
+    head = f"{label:<{_LABEL}}" if label else ""
     cells = min(_CURVE_WIDTH, width - len(head) - len(figures) - len(word) - 4)
     drawn = f"{bar(share, cells)} " if cells >= _MIN_BAR else ""
     return Content.assemble((head, "dim"), drawn, figures, "  ", (word, VERDICT_STYLE[word]))

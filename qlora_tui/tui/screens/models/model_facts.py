@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from textual.content import Content
@@ -22,6 +23,7 @@ from qlora_tui.formatting import (
     format_path,
 )
 from qlora_tui.tui.key_names import key_name
+from qlora_tui.tui.render.labeled import labeled
 
 _LICENSE = re.compile(r"^license:\s*[\"']?([\w.+-]+)", re.MULTILINE)
 _PLACES = {
@@ -33,6 +35,7 @@ _PLACES = {
 _README_BYTES = 4096
 _LABEL = 11
 """Cells of the column of labels."""
+_fact = partial(labeled, cells=_LABEL)
 
 
 @dataclass(frozen=True)
@@ -122,10 +125,6 @@ def read_license(path: Path) -> str:
     except OSError:
         return ""
     return match[1] if match else ""
-
-
-def _fact(name: str, value: str) -> Content:
-    return Content.assemble((f"{name:<{_LABEL}}", "dim"), value)
 
 
 def _step(key: str, text: str, mark: str = "▸") -> Content:

@@ -28,6 +28,7 @@ from qlora_tui.runs.events import Step
 from qlora_tui.runs.exports import Export, read_exports
 from qlora_tui.runs.run_summary import RunSummary
 from qlora_tui.tui.key_names import name_keys
+from qlora_tui.tui.render.labeled import labeled
 from qlora_tui.tui.render.recipe_line import data_words, targets_words
 from qlora_tui.tui.render.run_labels import format_ago, result_label
 from qlora_tui.tui.screens.runs.export_choices import export_line
@@ -168,7 +169,7 @@ def _rows(rows: list[tuple[str, Content | str]], width: int) -> list[Content]:
     lines = []
     for label, value in rows:
         text = Content(truncate_middle(value, width - _LABEL)) if isinstance(value, str) else value
-        lines.append(Content.assemble((f"{label:<{_LABEL}}", "dim"), text))
+        lines.append(labeled(label, text, _LABEL))
     return lines
 
 

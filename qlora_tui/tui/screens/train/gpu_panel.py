@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from textual.content import Content
 
@@ -16,11 +17,13 @@ from qlora_tui.formatting import format_bytes, format_gib
 from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.runs.telemetry import Sample
 from qlora_tui.tui.render.block_charts import bar, blocks
+from qlora_tui.tui.render.labeled import labeled
 from qlora_tui.tui.widgets.diff_widget import DiffWidget
 
 _HOT_C = 83
 _LABEL = 8
 """Cells of the name before a chart."""
+_row = partial(labeled, cells=_LABEL)
 _MIN_CHART = 6
 _SHORT_ROWS, _TALL_ROWS = 2, 11
 """Rows up to which there are two lines, and from which charts are two rows high."""
@@ -158,10 +161,6 @@ def _cpu_short(machine: MachineState, width: int) -> list[Content]:
 def _host_memory(machine: MachineState, sample: Sample) -> str:
     total = "" if machine.host_bytes is None else f" of {format_gib(machine.host_bytes)}"
     return f"{format_gib(sample.rss_bytes)}{total} GiB"
-
-
-def _row(name: str, value: str | Content) -> Content:
-    return Content.assemble((f"{name:<{_LABEL}}", "dim"), value)
 
 
 def _chart_cells(width: int, *values: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 from textual.content import Content
 from textual.geometry import Size
@@ -19,12 +20,14 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.events import Failed
 from qlora_tui.tui.key_names import highlight_keys, key_name
+from qlora_tui.tui.render.labeled import labeled
 from qlora_tui.tui.render.recipe_line import data_words, targets_words
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 from qlora_tui.tui.widgets.diff_widget import DiffWidget
 
 _LABEL = 8
 """Cells of the name before a value."""
+_row = partial(labeled, cells=_LABEL)
 
 
 class FactList(DiffWidget):
@@ -158,7 +161,3 @@ def evaluations_title(snapshot: RunSnapshot) -> str:
     """Title of the panel of evaluations."""
     checkpoints = len(snapshot.view.checkpoints)
     return f"Validation · {pluralize(checkpoints, 'checkpoint')}" if checkpoints else "Validation"
-
-
-def _row(name: str, value: str) -> Content:
-    return Content.assemble((f"{name:<{_LABEL}}", "dim"), value)
