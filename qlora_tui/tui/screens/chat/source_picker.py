@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
-from textual.containers import Vertical
 from textual.content import Content
-from textual.screen import ModalScreen
-from textual.widgets import OptionList
 
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.status import read_status
-from qlora_tui.tui.key_names import dialog_keys
-from qlora_tui.tui.widgets.vi_list import ViList
+from qlora_tui.tui.screens.modals.list_picker import ListPicker
 
 BASE_ALONE = "base"
 
@@ -26,36 +18,28 @@ def chat_runs() -> list[RunDir]:
     ]
 
 
-class ChatSourceScreen(ModalScreen[RunDir | str | None]):
+class ChatSourceScreen(ListPicker[RunDir | str]):
     """Returns the chosen run, ``BASE_ALONE`` for the recipe's model, None when closed with Escape."""
 
-    CSS_PATH = "../modals/modal.tcss"
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Close")]
+    HEADING = "Chat with"
+    ENTER = "select"
 
     def __init__(self, runs: list[RunDir], model: str) -> None:
         super().__init__()
         self._runs = {run.id: run for run in runs}
         self._model = model
 
-    def compose(self) -> ComposeResult:
-        with Vertical(classes="dialog") as dialog:
-            dialog.border_title = "Chat with"
-            dialog.border_subtitle = dialog_keys(self.BINDINGS, "Enter select")
-            yield ViList()
-
-    def on_mount(self) -> None:
+    def lines(self) -> list[tuple[str, Content]]:
         lines = [(run.id, _line(run)) for run in self._runs.values()]
         if self._model:
             name = self._model.rstrip("/").rpartition("/")[2]
             lines.append(
                 (BASE_ALONE, Content.assemble(name, ("  the recipe's model, without an adapter", "dim")))
             )
-        self.query_one(ViList).show(lines)
+        return lines
 
-    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        """Choose it."""
-        chosen = event.option_id or ""
-        self.dismiss(self._runs.get(chosen, chosen))
+    def picked(self, id_: str) -> RunDir | str:
+        return self._runs.get(id_, id_)
 
 
 def _line(run: RunDir) -> Content:

@@ -2,5 +2,5 @@
 
 ``confirm`` and ``text_prompt`` ask, ``error``, ``help`` and ``too_small`` inform, ``draft_changed`` asks
 whose recipe stays when another app has changed it, ``assume_gpu`` asks for a GPU's size, and
-``machine_report`` tests this machine.
+``machine_report`` tests this machine. ``list_picker`` is the base of dialogs that select from a list.
 """

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Vertical
 from textual.content import Content
-from textual.screen import ModalScreen
-from textual.widgets import OptionList, Static
 
 from qlora_tui.formatting import truncate_middle
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.status import read_status
-from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.render.run_labels import SIGNS
-from qlora_tui.tui.widgets.vi_list import ViList
+from qlora_tui.tui.screens.modals.list_picker import ListPicker
 
 _NAME_WIDTH = 38
 """Cells of a name; together with state and steps as wide as the dialog."""
@@ -24,33 +19,23 @@ _MAX_LISTED = 30
 """Number of runs listed; the Runs screen lists all."""
 
 
-class RunPickerScreen(ModalScreen[RunDir | None]):
+class RunPickerScreen(ListPicker[RunDir]):
     """Returns the selected run; None when closed with Escape."""
 
-    CSS_PATH = "../modals/modal.tcss"
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape,q", "dismiss(None)", "Close"),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("q", "dismiss(None)", show=False)]
+    HEADING = "Watch another run"
+    ENTER = "watch"
+    EMPTY = "There are no other runs."
 
     def __init__(self, now: RunDir | None) -> None:
         super().__init__()
-        self._runs = [run for run in all_runs() if run != now][:_MAX_LISTED]
+        self._runs = {run.id: run for run in [run for run in all_runs() if run != now][:_MAX_LISTED]}
 
-    def compose(self) -> ComposeResult:
-        with Vertical(classes="dialog") as dialog:
-            dialog.border_title = "Watch another run"
-            dialog.border_subtitle = dialog_keys(self.BINDINGS, "Enter watch")
-            if self._runs:
-                yield ViList()
-            else:
-                yield Static("There are no other runs.")
+    def lines(self) -> list[tuple[str, Content]]:
+        return [(id_, _line(run)) for id_, run in self._runs.items()]
 
-    def on_mount(self) -> None:
-        for runs in self.query(ViList):
-            runs.show([(run.id, _line(run)) for run in self._runs])
-
-    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        self.dismiss(self._runs[event.option_index])
+    def picked(self, id_: str) -> RunDir:
+        return self._runs[id_]
 
 
 def _line(run: RunDir) -> Content:
