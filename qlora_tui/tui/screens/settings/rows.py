@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
+
 from qlora_tui.settings import Settings
 
 Kind = Literal["theme", "bool", "number", "text", "folders"]
@@ -91,17 +93,16 @@ ROWS = (
 
 
 def setting_value(settings: Settings, name: str) -> Any:
-    """The current value of a setting."""
-    attribute = "gpu_memory_gib" if name == "card_gib" else name
-    value: Any = settings
-    for part in attribute.split("."):
-        value = getattr(value, part)
+    """The current value of a setting, as in the file."""
+    value: Any = msgspec.to_builtins(settings)
+    for part in name.split("."):
+        value = value[part]
     return value
 
 
 def shown_value(kind: Kind, value: Any) -> str:
     """The value as the list shows it."""
-    if value in (None, "", ()):
+    if value is None or value in ("", []):
         return "none"
     match kind:
         case "bool":

@@ -82,7 +82,7 @@ class SettingsScreen(ModalScreen[None]):
             self.action_step(1)
             return
         value = setting_value(self.qlora_app.settings, row.name)
-        text = "" if value in (None, ()) else ":".join(value) if row.kind == "folders" else f"{value}"
+        text = "" if value is None else ":".join(value) if row.kind == "folders" else f"{value}"
 
         def on_result(typed: str | None) -> None:
             if typed is not None:
