@@ -35,7 +35,7 @@ def require_space(folder: Path, needed: int, what: str) -> None:
     parent = next(p for p in (folder, *folder.parents) if p.exists())
     usage = shutil.disk_usage(parent)
     free = usage.free
-    # A file system such as /proc has no size; writing there fails with a reason of its own.
+    # A file system such as /proc has no size; writing there fails and says why.
     if usage.total and needed > free:
         raise UserError(
             "Not enough disk space",

@@ -25,7 +25,7 @@ def metrics_csv(view: RunView) -> str:
     """Return a line for each recorded step.
 
     ``validation_loss`` is empty at steps without an evaluation, and a value that was not a number is ``nan``.
-    An evaluation before the first step has a line of its own.
+    An evaluation before the first step has a separate line.
     """
     series = view.series
     validation = {e.step: e.loss for e in view.evaluations if e.loss is not None}

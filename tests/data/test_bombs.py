@@ -203,7 +203,7 @@ def test_a_table_that_expands_endlessly_is_rejected_within_a_gigabyte(
 
 
 def test_the_memory_bound_raises_and_ends_with_its_block() -> None:
-    # In a process of its own: one that ran other tests may have as much memory free in its heap.
+    # In a separate process: one that ran other tests may have as much memory free in its heap.
     code = f"""
 import pytest
 from qlora_tui.data.memory_bound import memory_bound

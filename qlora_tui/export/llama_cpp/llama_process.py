@@ -54,7 +54,7 @@ def compare(job: Compare, on_progress: ProgressFn = lambda done, total: None) ->
 def unavailable_because() -> str:
     """Return why llama.cpp cannot be used, without a period at the end; empty if it can.
 
-    Loads the library in a process of its own, once.
+    Loads the library once, in a separate process.
     """
     if not is_installed():
         return f"llama.cpp is not installed. {install_hint()}".rstrip(".")

@@ -60,7 +60,7 @@ class ExportChoice:
     target: Target = "File"
     """What is asked for."""
     has_type_key: bool = False
-    """Whether a key changes the file type; other GGUF types are choices of their own."""
+    """Whether a key changes the file type; other GGUF types are separate choices."""
     is_available: bool = True
 
 

@@ -141,7 +141,7 @@ class ExportScreen(ModalScreen[None]):
         """Choose the next file type for Ollama and the Hub."""
         choice = self._current_choice
         if choice is None or not choice.has_type_key:
-            self.notify("Each other type has a line of its own.", severity="warning")
+            self.notify("Each other type has its own line.", severity="warning")
             return
         types = file_types()
         self._file_type = types[(types.index(self._file_type) + 1) % len(types)]
