@@ -17,9 +17,9 @@ from qlora_tui.recipe.schema import Data, Recipe
 from qlora_tui.tui.screens.chat.chat_turn import ChatTurn
 from qlora_tui.tui.screens.chat.screen import ChatScreen
 from qlora_tui.tui.screens.chat.transcript import append_exchange
+from tests.tui.chat_screen import OUTCOME, chat_of, finished, with_adapters
 from tests.tui.fake_runs import FakeRun, write_fake_run
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
-from tests.tui.test_chat_screen import OUTCOME, chat_of, finished, with_adapters
 from tests.tui.workstation import open_on, settle
 
 Snapshot = Callable[..., bool]
