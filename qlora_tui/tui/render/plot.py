@@ -7,7 +7,7 @@ is not a number breaks the curve and is marked below it; a stretch without a val
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from textual.content import Content
@@ -206,9 +206,13 @@ def _set_marks(canvas: _Canvas, what: Plot) -> None:
 
 
 def _row(canvas: _Canvas, row: int) -> Content:
+    return join_cells(canvas.cells.get((column, row), (" ", "")) for column in range(canvas.width))
+
+
+def join_cells(cells: Iterable[tuple[str, str]]) -> Content:
+    """One line of (character, style) cells; neighbors of one style become one span."""
     parts: list[tuple[str, str]] = []
-    for column in range(canvas.width):
-        text, style = canvas.cells.get((column, row), (" ", ""))
+    for text, style in cells:
         if parts and parts[-1][1] == style:
             parts[-1] = (parts[-1][0] + text, style)
         else:

@@ -34,13 +34,12 @@ def recipe_line(workbench: Workbench, width: int | None = None) -> str:
     """
     recipe = workbench.recipe
     star = "*" if workbench.modified else ""
-    training = recipe.training
     parts = [
         f"{workbench.preset or 'defaults'}{star}",
         short_model_name(recipe.model.id) or "no model",
         data_words(recipe),
         f"{format_rank(recipe.lora)} {targets_words(recipe, 16)}",
-        f"{recipe.data.max_length:,} tok × {training.micro_batch_size} × {training.gradient_accumulation}",
+        batch_words(recipe, "tok"),
     ]
     for place in (2, 1, 0):
         over = 0 if width is None else cell_len(_SEPARATOR.join(parts)) - width
@@ -55,6 +54,14 @@ def recipe_line(workbench: Workbench, width: int | None = None) -> str:
 def cut_cells(text: str, width: int) -> str:
     """The beginning of ``text`` that fits ``width`` cells: Chinese characters, for example, take two."""
     return text if cell_len(text) <= width else set_cell_size(text, width).rstrip()
+
+
+def batch_words(recipe: Recipe, unit: str = "tokens") -> str:
+    """``1,024 tokens × 1 × 8``: sequence length, micro-batch size, gradient accumulation."""
+    training = recipe.training
+    return (
+        f"{recipe.data.max_length:,} {unit} × {training.micro_batch_size} × {training.gradient_accumulation}"
+    )
 
 
 def targets_words(recipe: Recipe, width: int) -> str:

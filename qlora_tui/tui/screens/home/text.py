@@ -31,7 +31,13 @@ from qlora_tui.runs.status import ACTIVE
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.block_charts import bar, curve
 from qlora_tui.tui.render.labeled import labeled, meter
-from qlora_tui.tui.render.recipe_line import VERDICT_STYLE, data_words, recipe_line, targets_words
+from qlora_tui.tui.render.recipe_line import (
+    VERDICT_STYLE,
+    batch_words,
+    data_words,
+    recipe_line,
+    targets_words,
+)
 from qlora_tui.tui.render.run_labels import format_ago, result_label
 from qlora_tui.tui.screens.home.next_step import NextStep
 from qlora_tui.tui.system_status import SystemStatus
@@ -252,13 +258,12 @@ def recipe_lines(
         else f"{format_count(architecture.total_params)} parameters, {architecture.layers} layers"
     )
     lora, training = recipe.lora, recipe.training
-    batch = f"{training.micro_batch_size} × {training.gradient_accumulation}"
     rate = f"learning rate {training.learning_rate:g}"
     rows = [
         ("model", short_model_name(recipe.model.id) or "none yet", size),
         ("data", data_words(recipe), ""),
         ("LoRA", f"{format_rank(lora)}  alpha {lora.alpha:g}  {targets_words(recipe, 40)}", ""),
-        ("batch", f"{recipe.data.max_length:,} tokens × {batch}", rate),
+        ("batch", batch_words(recipe), rate),
     ]
     lines = [
         labeled(name, Content.assemble(value, (f"   {note}" if note else "", "dim")), _LABEL)

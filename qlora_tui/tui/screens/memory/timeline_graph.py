@@ -10,6 +10,7 @@ from textual.content import Content
 from qlora_tui.formatting import format_gib
 from qlora_tui.memory.timeline import PHASES, Moment, Phase
 from qlora_tui.tui.render.axis import Axis, ticks
+from qlora_tui.tui.render.plot import join_cells
 from qlora_tui.tui.screens.memory.stacked_bar import PARTS, BarPart, part_of
 from qlora_tui.tui.widgets.diff_widget import DiffWidget
 from qlora_tui.tui.widgets.panel import Panel
@@ -103,7 +104,7 @@ def timeline_lines(moments: tuple[Moment, ...], limit_bytes: int, width: int, he
             _draw_limit(cells, limit_bytes)
         if row == int(peak / high * rows) + 1:
             _draw_peak(cells, peak_column, peak)
-        lines.append(Content.assemble(edge, *_joined(cells)))
+        lines.append(edge + join_cells(cells))
     return [*lines, _foot(columns, gutter, columns[peak_column].phase)]
 
 
@@ -167,17 +168,6 @@ def _draw_peak(cells: list[tuple[str, str]], column: int, peak: int) -> None:
     start = min(max(0, column - len(text) // 2), len(cells) - len(text))
     if all(glyph in " ─" for glyph, _ in cells[start : start + len(text)]):
         cells[start : start + len(text)] = [(letter, "bold") for letter in text]
-
-
-def _joined(cells: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Join neighbors of one style."""
-    parts: list[tuple[str, str]] = []
-    for glyph, style in cells:
-        if parts and parts[-1][1] == style:
-            parts[-1] = (parts[-1][0] + glyph, style)
-        else:
-            parts.append((glyph, style))
-    return parts
 
 
 def _foot(columns: list[_GraphColumn], gutter: int, peak_phase: Phase) -> Content:

@@ -18,6 +18,7 @@ from qlora_tui.formatting import (
     format_path,
     format_percent,
     pluralize,
+    short_model_name,
     truncate_middle,
 )
 from qlora_tui.recipe.schema import Recipe
@@ -29,7 +30,7 @@ from qlora_tui.runs.exports import Export, read_exports
 from qlora_tui.runs.run_summary import RunSummary
 from qlora_tui.tui.key_names import name_keys
 from qlora_tui.tui.render.labeled import labeled
-from qlora_tui.tui.render.recipe_line import data_words, targets_words
+from qlora_tui.tui.render.recipe_line import batch_words, data_words, targets_words
 from qlora_tui.tui.render.run_labels import format_ago, result_label
 from qlora_tui.tui.screens.runs.export_choices import export_line
 
@@ -126,17 +127,14 @@ def settings_lines(recipe: Recipe | None, width: int) -> list[Content]:
     """The settings in which runs most often differ."""
     if recipe is None:
         return [Content.styled("The recipe cannot be read.", "$error")]
-    data, lora, training = recipe.data, recipe.lora, recipe.training
+    lora, training = recipe.lora, recipe.training
     limit = f", at most {training.max_steps:,} steps" if training.max_steps else ""
     rows: list[tuple[str, Content | str]] = [
-        ("model", recipe.model.id.rpartition("/")[2] or "none"),
+        ("model", short_model_name(recipe.model.id) or "none"),
         ("data", data_words(recipe)),
         ("precision", recipe.quantization.method),
         ("LoRA", f"{format_rank(lora)}  alpha {lora.alpha:g}  {targets_words(recipe, 24)}"),
-        (
-            "batch",
-            f"{data.max_length:,} tokens × {training.micro_batch_size} × {training.gradient_accumulation}",
-        ),
+        ("batch", batch_words(recipe)),
         ("rate", f"{training.learning_rate:g}  {training.lr_scheduler}"),
         ("epochs", f"{training.epochs:g}{limit}"),
     ]
