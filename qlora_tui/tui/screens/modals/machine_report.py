@@ -21,11 +21,15 @@ from qlora_tui.tui.screens.base import CancelsWorkersFirst
 from qlora_tui.tui.screens.train.launch_pane import SIGNS
 from qlora_tui.tui.widgets.vi_scroll import ViScroll
 
+_SHOWN_FIRST = ("error", "warning", "note", "ok")
 _TESTING = "Testing the libraries on a few real weights. This takes some seconds…"
 
 
 class MachineReportScreen(CancelsWorkersFirst, ModalScreen[None]):
-    """What is quick to check first; the libraries, in a process of their own, after it."""
+    """The answer on the first line, then what is wrong, then the rest.
+
+    What is quick to check is shown first; the libraries, in a process of their own, after it.
+    """
 
     CSS_PATH = "modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q", "dismiss", "Close")]
@@ -46,14 +50,14 @@ class MachineReportScreen(CancelsWorkersFirst, ModalScreen[None]):
         self._show(checks, Content.styled(_TESTING, "dim"))
         checks += await asyncio.to_thread(check_libraries)
         if any(check.outcome == "error" for check in checks):
-            conclusion = Content.styled("Not ready to train: fix the errors above.", "bold $error")
+            conclusion = Content.styled("Not ready to train: fix the errors below.", "bold $error")
         else:
             conclusion = Content.styled("Ready to train.", "bold $success")
         self._show(checks, conclusion)
 
     def _show(self, checks: Sequence[Check], conclusion: Content) -> None:
-        lines = []
-        for check in checks:
+        lines = [conclusion, Content("")]
+        for check in sorted(checks, key=lambda check: _SHOWN_FIRST.index(check.outcome)):
             sign, style = SIGNS[check.outcome]
             lines.append(
                 Content.assemble(
@@ -62,6 +66,4 @@ class MachineReportScreen(CancelsWorkersFirst, ModalScreen[None]):
             )
             if check.fix:
                 lines.append(Content.styled(f"  ▸ {abbreviate_home(check.fix)}", "$accent"))
-        self.query_one("#machine-report", Static).update(
-            Content("\n").join([*lines, Content(""), conclusion])
-        )
+        self.query_one("#machine-report", Static).update(Content("\n").join(lines))
