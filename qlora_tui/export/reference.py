@@ -32,9 +32,10 @@ _MAX_COMPUTED_TOKENS = 16_384
 """Most tokens whose logits are computed; of further rows only the tokens are compared."""
 _MAX_MULTIPLICATIONS = 2 * 10**13
 """Of each model, tokens times weights: minutes on a CPU."""
-_MAX_POSITIONS = 1200
-_MAX_ROW_POSITIONS = 48
-"""Most positions of a row: with a vocabulary of 262,144, 50 MB of logits."""
+_MAX_BYTES = 640 * 2**20
+"""Most bytes of the file of log-probabilities: 6,800 positions of 49,152 tokens, 1,280 of 262,144."""
+_MAX_ROW_BYTES = 128 * 2**20
+"""Most bytes of a row's: its logits are in memory in float32, several times."""
 _STRANGE_TEXTS = (
     "I'm sure they'll say we've been there; DON'T HE'S you're",
     "1 12 123 1234 12345 3.14 1,000,000 x2y3 v1.2.3",
@@ -94,7 +95,11 @@ def release_gpu_memory() -> None:
 
 def reference_bytes(vocabulary: int) -> int:
     """Return the most bytes that the file of reference logits takes."""
-    return _MAX_POSITIONS * vocabulary * 2
+    return min(_MAX_BYTES, _MAX_COMPUTED_TOKENS * _position_bytes(vocabulary))
+
+
+def _position_bytes(vocabulary: int) -> int:
+    return 2 * vocabulary
 
 
 @contextmanager
@@ -112,8 +117,8 @@ def reference_logits(
     try:
         session.ensure_loaded(adapter_name)
         tokenizer = session.tokenizer
-        weights = resolve_model(source.recipe.model.id).architecture.total_params
-        rows = compared_rows(_samples(source, tokenizer), tokenizer, weights)
+        model = resolve_model(source.recipe.model.id).architecture
+        rows = compared_rows(_samples(source, tokenizer), tokenizer, model.total_params, model.vocab_size)
         first = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
         begins = tokenizer.begins_with_bos and all(row.ids[:1] == first for row in rows)
         vocabulary, effect, count = 0, 0.0, 0
@@ -163,34 +168,44 @@ def reason_of(error: UserError) -> str:
     return f"{error.title}: {error.what}".rstrip(".")
 
 
-def compared_rows(samples: Samples, tokenizer: ChatTokenizer, weights: int) -> tuple[ComparedRow, ...]:
-    """Return rows from all over the samples; the positions to compare are spread over as many as can be.
+def compared_rows(
+    samples: Samples, tokenizer: ChatTokenizer, weights: int, vocabulary: int
+) -> tuple[ComparedRow, ...]:
+    """Return rows from all over the samples, with every trained position of those that are computed.
 
-    ``weights`` is how many the model has.
+    Where the file of log-probabilities would be too large for them, each computed row has fewer positions.
+
+    Args:
+        weights: how many the model has.
+        vocabulary: how many logits it computes at a position.
     """
     count = min(len(samples), _MAX_ROWS)
     numbers = [place * len(samples) // count for place in range(count)]
     ids = [tuple(samples.token_ids(number)[:_MAX_TOKENS]) for number in numbers]
     tokens = min(_MAX_COMPUTED_TOKENS, _MAX_MULTIPLICATIONS // weights)
     computed = max(1, min(count, tokens * count // max(1, sum(map(len, ids)))))
-    places = {place * count // computed for place in range(computed)}
-    limit = min(_MAX_ROW_POSITIONS, _MAX_POSITIONS // computed)
+    places = [place * count // computed for place in range(computed)]
+    trained = {place: _trained_positions(ids[place], samples.loss_mask(numbers[place])) for place in places}
+    limit = _MAX_ROW_BYTES // _position_bytes(vocabulary)
+    most = _MAX_BYTES // _position_bytes(vocabulary)
+    if sum(min(len(positions), limit) for positions in trained.values()) > most:
+        limit = most // computed
     ends = frozenset(tokenizer.turn_end_ids)
     return tuple(
-        ComparedRow(
-            _text(row, tokenizer),
-            row,
-            _positions(row, samples.loss_mask(number), ends, limit) if place in places else (),
-        )
-        for place, (number, row) in enumerate(zip(numbers, ids, strict=True))
+        ComparedRow(_text(row, tokenizer), row, _sample_positions(row, trained.get(place, []), ends, limit))
+        for place, row in enumerate(ids)
     )
 
 
-def _positions(
-    ids: Sequence[int], loss_mask: Sequence[int], ends: Collection[int], limit: int
+def _trained_positions(ids: Sequence[int], loss_mask: Sequence[int]) -> list[int]:
+    """Return places whose next token is trained."""
+    return [place for place in range(len(ids) - 1) if loss_mask[place + 1]]
+
+
+def _sample_positions(
+    ids: Sequence[int], trained: Sequence[int], ends: Collection[int], limit: int
 ) -> tuple[int, ...]:
-    """Return places whose next token is trained: those before a turn end first, then others evenly."""
-    trained = [place for place in range(len(ids) - 1) if loss_mask[place + 1]]
+    """Return all trained places, or ``limit`` of them: those before a turn end first, then others evenly."""
     before_ends = _spread([place for place in trained if ids[place + 1] in ends], limit)
     others = [place for place in trained if ids[place + 1] not in ends]
     return tuple(sorted([*before_ends, *_spread(others, limit - len(before_ends))]))

@@ -15,7 +15,7 @@ from qlora_tui.export.gguf_export import GgufExport, GgufFile, _Export
 from qlora_tui.export.gguf_file.stored_types import StoredTypes
 from qlora_tui.export.llama_cpp.jobs import Compared
 from qlora_tui.export.proof import Proof, prove
-from qlora_tui.export.reference import Reference, compared_rows
+from qlora_tui.export.reference import Reference, compared_rows, reference_bytes
 from tests.export.published_tokenizers import write_tokenizer
 from tests.training.tiny_model import CHAT_TEMPLATE
 
@@ -155,17 +155,21 @@ class Samples:
 
 
 @pytest.mark.parametrize("weights, tokens", [(10**8, 16_384), (2 * 10**10, 1000)])
+@pytest.mark.parametrize("vocabulary", [1000, 49_152, 262_144])
 @pytest.mark.parametrize("count, length", [(300, 60), (300, 1000), (5, 1000), (1, 40), (200, 2)])
-def test_positions_come_from_many_rows_and_include_turn_ends(
-    tmp_path: Path, count: int, length: int, weights: int, tokens: int
+def test_every_trained_position_is_compared_where_logits_fit(
+    tmp_path: Path, count: int, length: int, vocabulary: int, weights: int, tokens: int
 ) -> None:
     tokenizer = ChatTokenizer.from_folder(write_tokenizer(tmp_path, "smollm2", CHAT_TEMPLATE))
     samples: Any = Samples(count, length, tokenizer.turn_end_ids[0])
-    rows = compared_rows(samples, tokenizer, weights)
+    rows = compared_rows(samples, tokenizer, weights, vocabulary)
     computed = [row for row in rows if row.positions]
     assert len(rows) == min(count, 200)
     assert len(computed) == min(len(rows), tokens // length)
     assert all(row.positions[-1] == length - 2 for row in computed)
-    assert max(len(row.positions) for row in computed) <= 48
-    assert sum(len(row.positions) for row in computed) <= 1200
+    trained = len(computed) * min(length - max(length // 2, 1), 2**26 // vocabulary)
+    positions = sum(len(row.positions) for row in computed)
+    most = 640 * 2**19 // vocabulary
+    assert positions == trained if trained <= most else most - len(computed) < positions <= most
+    assert positions * vocabulary * 2 <= reference_bytes(vocabulary) <= 640 * 2**20
     assert sum(len(row.computed_ids) for row in computed) <= tokens
