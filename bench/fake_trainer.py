@@ -22,7 +22,7 @@ from qlora_tui.runs.events import (
 )
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.status import Status, write_status
-from qlora_tui.runs.telemetry import Sample, encode
+from qlora_tui.runs.telemetry import Reading, encode
 
 _MILESTONE = 200
 """Steps between evaluations, checkpoints and samples."""
@@ -114,7 +114,7 @@ class FakeTrainer:
             sm_clock_mhz=2520,
             throttle=(),
         )
-        sample = Sample(at=self._at, rss_bytes=3_200_000_000, cpu_percent=104.0, gpu=reading)
+        sample = Reading(at=self._at, rss_bytes=3_200_000_000, cpu_percent=104.0, gpu=reading)
         with self._run.telemetry_path.open("ab") as file:
             file.write(encode(sample))
 

@@ -16,6 +16,17 @@ demo      the whole workflow on a small real model
 tui       the terminal app; the only package that imports textual
 cli       the commands
 
+Modules that every package may import:
+
+settings       the user's ``config.toml``: theme, keymap, folders, notifications; settings_file writes it
+paths          the folders of runs, presets, drafts and caches
+errors         UserError, and exit codes
+files          files that a kill or a power cut leaves whole; checksums: folders that can be verified
+foreign_files  files of other programs, up to a size; decoding: JSON that may be damaged
+formatting     numbers, sizes and times as text; visible: text without control characters
+glossary       the words that the app explains
+subprocesses   starts a module in its own process
+
 torch is imported only by training, chat, export and the engine process.
 """
 

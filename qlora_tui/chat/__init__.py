@@ -10,6 +10,8 @@ decode_step                faster decoding on a GPU: a step recorded as a CUDA g
 generation                 one answer, token by token (token_sampler, kv_cache, incremental_detokenizer), with
                            its thoughts separated (thought_splitter)
 repetition                 notices that an answer repeats itself; no torch
-effect_measurement         measures an adapter on validation conversations (adapter_deltas, base_weights)
+effect_measurement         measures an adapter on validation conversations
+adapter_deltas             reads an adapter and computes merged weights, for export too (base_weights: which
+                           weights of the base each update applies to)
 repl                       the command line's chat
 """

@@ -14,7 +14,7 @@ from qlora_tui.runs.events import AnyEvent, Failed, Progress, Step
 from qlora_tui.runs.follow import follow_events
 from qlora_tui.runs.status import RESUMABLE
 from qlora_tui.runs.status_summary import summarize_status
-from qlora_tui.runs.telemetry import Sample, TelemetryTail
+from qlora_tui.runs.telemetry import Reading, TelemetryTail
 from qlora_tui.runs.view import RunView
 
 PLAIN_INTERVAL_S = 10.0
@@ -84,9 +84,9 @@ def follow_plain(run: RunDir) -> int:
 class _LastSample:
     def __init__(self, run: RunDir) -> None:
         self._tail = TelemetryTail(run.telemetry_path)
-        self._sample: Sample | None = None
+        self._sample: Reading | None = None
 
-    def poll(self) -> Sample | None:
+    def poll(self) -> Reading | None:
         """Return the newest sample; None without one."""
         self._sample = next(reversed(self._tail.poll()), self._sample)
         return self._sample

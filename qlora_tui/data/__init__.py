@@ -12,8 +12,8 @@ From the file to the report:
 * ``tokenizer`` (with ``tokenizer_files``, ``word_cache`` and ``tokenizer_guard``), ``chat_template`` (with
   ``template_guard``), ``template_capabilities``, ``stock_templates``: a model's tokenizer and chat template,
   without transformers. ``thinking``: the thinking switch of a template, and the reasoning of a row.
-* ``assistant_spans`` (with ``thought_text``), ``render`` (with ``sample_tokens``): token ids of a
-  conversation, and its loss mask.
+* ``assistant_spans`` (with ``thought_text``): which text is trained. ``sample_tokens``: token ids, and the
+  loss mask. ``render``: both for a conversation.
 * ``row_result`` (with ``checks``, ``truncation``, ``near_duplicates``, ``problems``): one row rendered,
   truncated and checked; ``worker_pool`` (with ``worker``, ``length_prefixed``) runs this on all cores.
   ``dataset_scan`` (with ``key_table``, ``long_texts``): counts the rows in order and compares them with each

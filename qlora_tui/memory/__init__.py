@@ -4,20 +4,25 @@ Call :func:`estimate` (or :func:`compare` for NF4, int8 and 16 bits), :func:`che
 available memory, and call :func:`largest_settings` or :func:`cheapest_changes`; :func:`as_json` is what
 ``--json`` prints.
 
-``execution`` describes which trainer's code runs, ``versions`` and ``trl_loss`` what its libraries do;
-``step`` replays one step of it on ``autograd``, with ``layout``, ``decoder_layer``, ``ops``, ``attention``,
-``linear`` and ``loss`` for what most families share, and ``moe``, ``mla``, ``cohere`` and ``unsloth_kernels``
-for what some have, ``fused_lora`` for our trainer's functions that save less memory; ``parameter_memory``
-and ``static_memory`` count what is constant; ``replay`` puts ``loading`` and the ``allocation_trace`` of each
-part on a model of CUDA's ``allocator``; ``conversion`` is the peak of converting a GGUF file; ``levels`` (on
-a CPU with ``onednn_cache``) goes from tensors to what the GPU sees; ``step_trace`` replaces the replayed step
-by a traced one; ``moments`` are the times of a step that may be its peak, ``timeline`` all of them, from
-loading to the optimizer; ``calibration`` corrects by measurements of past runs; ``explain`` has a sentence
-for each item, ``report`` the JSON output.
-
-``budget`` is the memory of the device (``cpu`` describes a CPU); ``verdict`` compares the estimate with it,
-``solver`` finds what fits, ``kept_layers`` how many layers need no recomputation, ``model_sizes`` how large a
-model fits.
+``execution``         which trainer's code runs; ``versions`` and ``trl_loss``: what its libraries do
+``step``              replays one step of it on ``autograd``, with ``layout``, ``decoder_layer``, ``ops``,
+                      ``attention``, ``linear`` and ``loss`` for what most families share; ``moe``, ``mla``,
+                      ``cohere`` and ``unsloth_kernels``: what some have; ``fused_lora``: our trainer's
+                      functions that save less memory. ``step_trace`` has a traced step in its place.
+``parameter_memory``  bytes of frozen weights with their quantization scales, adapter and optimizer states;
+                      ``static_memory`` lists them as items, with the batch and workspaces
+``replay``            puts ``loading`` and the ``allocation_trace`` of each part on a model of CUDA's
+                      ``allocator``
+``conversion``        the peak of converting a GGUF file
+``levels``            from tensors to what the GPU sees (on a CPU with ``onednn_cache``)
+``moments``           the times of a step that may be its peak; ``timeline``: all of them, from loading to the
+                      optimizer
+``calibration``       corrects by measurements of past runs
+``explain``           a sentence for each item; ``report``: the JSON output
+``budget``            the memory of the device (``cpu`` describes a CPU); ``verdict`` compares the estimate
+                      with it
+``solver``            finds what fits; ``kept_layers``: how many layers need no recomputation;
+                      ``model_sizes``: how large a model fits
 """
 
 from qlora_tui.memory.calibration import Correction, MeasuredRun, correction_for, record_run

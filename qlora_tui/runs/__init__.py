@@ -32,8 +32,8 @@ runner          starts the trainers, one at a time
 spawn           starts the runner, detached from the terminal
 outcomes        how an attempt ended
 trainer_log     the end of a trainer's log
-memory_advice   what would fit after memory ran out
-retry           settings for the next attempt after that
+memory_advice   what the user can do after memory ran out
+retry           what the next attempt changes after memory ran out
 notification    what to report about a run's end
 notify          sends it to a command or a webhook
 defects         what is wrong with the result of a run that ended regularly

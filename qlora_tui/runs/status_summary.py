@@ -5,11 +5,11 @@ from __future__ import annotations
 from qlora_tui.formatting import format_duration, format_float, format_gib, format_percent
 from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.runs.events import phase_label
-from qlora_tui.runs.telemetry import Sample
+from qlora_tui.runs.telemetry import Reading
 from qlora_tui.runs.view import RunView
 
 
-def summarize_status(view: RunView, sample: Sample | None) -> str:
+def summarize_status(view: RunView, sample: Reading | None) -> str:
     """``training, step 640 of 3,000, loss 1.21, 12 min left. GPU 96% busy, 18.2 of 24.0 GiB, 61 °C.``"""
     state = view.status.state
     parts: list[str] = [phase_label(view.phase) if state == "running" and view.phase else state]
@@ -39,7 +39,7 @@ def summarize_status(view: RunView, sample: Sample | None) -> str:
     )
 
 
-def _machine(sample: Sample) -> str:
+def _machine(sample: Reading) -> str:
     if sample.gpu is None:
         return f"No GPU; CPU {sample.cpu_percent:.0f}% of one core, {format_gib(sample.rss_bytes)} GiB."
     return f"GPU {', '.join(_gpu(sample.gpu)) or 'tells nothing'}."

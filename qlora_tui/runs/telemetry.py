@@ -12,7 +12,7 @@ from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.runs.event_log import read_from
 
 
-class Sample(Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Reading(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One sample of GPU and process metrics."""
 
     at: UnixTime
@@ -25,10 +25,10 @@ class Sample(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """GPU metrics; None on a machine without a GPU."""
 
 
-_decoder = msgspec.json.Decoder(Sample)
+_decoder = msgspec.json.Decoder(Reading)
 
 
-def encode(sample: Sample) -> bytes:
+def encode(sample: Reading) -> bytes:
     """Encode a sample as one line, newline included."""
     return msgspec.json.encode(sample) + b"\n"
 
@@ -41,7 +41,7 @@ class TelemetryTail:
         self._max_bytes = max_bytes
         self._offset: int | None = None
 
-    def poll(self) -> list[Sample]:
+    def poll(self) -> list[Reading]:
         """Return new samples, oldest first; torn and unknown lines are skipped."""
         if self._offset is None:
             size = self._path.stat().st_size if self._path.exists() else 0

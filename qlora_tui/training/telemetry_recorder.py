@@ -15,7 +15,7 @@ from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.gpu.metrics_sampler import MetricsSampler
 from qlora_tui.gpu.visible_devices import default_cuda_device
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.telemetry import Sample, encode
+from qlora_tui.runs.telemetry import Reading, encode
 from qlora_tui.training.health import GpuMonitor
 from qlora_tui.training.reporter import Reporter
 
@@ -67,7 +67,7 @@ class TelemetryRecorder:
 
     def _write(self, reading: GpuMetrics | None) -> None:
         extra: dict[str, Any] = {"gpu": reading} if reading is not None else {}
-        sample = Sample(
+        sample = Reading(
             at=time.time(),
             rss_bytes=self._process.memory_info().rss,
             cpu_percent=self._process.cpu_percent(),

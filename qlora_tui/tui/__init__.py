@@ -4,9 +4,11 @@ app            the frame: screens, themes, keys, and the polling that every scre
 workbench      the recipe being edited, and what follows from it (architecture, estimate)
 draft          the file that the recipe is kept in, which several apps may share; draft_saving opens and saves
                the workbench with it
-commands       how a command is declared; keymap lists them all, command_palette offers them
+commands       how a command is declared; command_palette offers them; keymap lists them all and checks the
+               user's keymap, which settings reads and app applies
 key_names      keys inside sentences, as the user's keymap has them: [u], Enter
-system_monitor polls the GPU and the runs, once a second; system_status is what it returns
+system_monitor polls this machine's GPU and the list of runs once a second; system_status is what it returns
+               (the figures of a run on Train come from its telemetry)
 recipe_undo    the commands undo and redo, and what they report; the history is in workbench
 setting_stepper  the next value of a setting when its key is pressed
 textual_compat   every use of Textual's private API
@@ -15,9 +17,10 @@ screen_diff      sends only what differs from what the terminal shows
 visible_lines  the text layer: no line reaches the terminal with a control character;
                monochrome and glyph_fallback are the other filters of a line
 recent_paths   data and models opened by path lately, in files
-themes         themes from TOML files
-breakpoints    sizes of the window from which screens show more, and panels have borders; app.tcss is the CSS
-               that all screens share, among it that of panels in a small window
+themes         reads and checks the themes, in TOML files
+breakpoints    widths and heights that app turns into the classes -narrow, -wide, -short and so on; the CSS of
+               each screen says what it shows in them; app.tcss is the CSS that all screens share, among it
+               that of panels in a small window
 disk_faults    messages about a disk that cannot be written
 clipboard, escapes, run_notifications   what a terminal does besides showing text
 gc_tuning, shutdown, stderr_capture, clock   the process: memory, its end, stderr, time

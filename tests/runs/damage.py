@@ -12,7 +12,7 @@ from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import Finished, Started, Step, encode
 from qlora_tui.runs.process import ProcessIdentity, machine_id
 from qlora_tui.runs.status import State, Status, write_status
-from qlora_tui.runs.telemetry import Sample
+from qlora_tui.runs.telemetry import Reading
 
 GONE = ProcessIdentity(pid=1, started=1.0, boot_id="another boot", machine=machine_id())
 DEEP = b"[" * 100_000
@@ -63,7 +63,7 @@ def a_run(recipe: Recipe, state: State) -> RunDir:
         lines.append(encode(Finished(at=3.0, step=2, seconds=1.0, tokens_per_s=1.0, reason="all steps done")))
     with run.events_path.open("ab") as events:
         events.write(b"".join(lines))
-    run.telemetry_path.write_bytes(telemetry.encode(Sample(at=2.0, rss_bytes=1, cpu_percent=1.0)))
+    run.telemetry_path.write_bytes(telemetry.encode(Reading(at=2.0, rss_bytes=1, cpu_percent=1.0)))
     run.name_path.write_text("tickets again\n")
     run.log_path.write_text("a line\n")
     (run.control_dir / "1.json").write_bytes(b'{"kind":"checkpoint","value":1}')

@@ -14,7 +14,7 @@ from qlora_tui.runs.describe import describe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.energy import JOULES_PER_KWH, EnergyMeter
 from qlora_tui.runs.events import Finished
-from qlora_tui.runs.telemetry import Sample, encode
+from qlora_tui.runs.telemetry import Reading, encode
 from tests.support.nvml_stub import install_nvml_stub
 
 
@@ -38,7 +38,7 @@ def test_a_runs_energy_survives_a_clock_change(run: RunDir, monkeypatch: pytest.
             for second in range(61):
                 at = start + second
                 gpu = msgspec.structs.replace(reading, at=at)
-                file.write(encode(Sample(at=at, rss_bytes=1, cpu_percent=1.0, gpu=gpu)))
+                file.write(encode(Reading(at=at, rss_bytes=1, cpu_percent=1.0, gpu=gpu)))
     meter = EnergyMeter(run.telemetry_path)
     meter.read_all()
     assert reading.power_w is not None

@@ -22,7 +22,7 @@ from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Failed, PhaseChanged, Started
 from qlora_tui.runs.outcomes import determine_outcome
-from qlora_tui.runs.telemetry import Sample, encode
+from qlora_tui.runs.telemetry import Reading, encode
 from tests.tui.workstation import config_of
 
 GROUPS = Path("/sys/fs/cgroup/memory")
@@ -79,7 +79,7 @@ def test_the_own_cgroups_count_precedes_the_machines(tmp_path: Path, monkeypatch
 def test_a_process_killed_for_memory_is_reported_with_its_size(run: RunDir) -> None:
     with EventWriter(run.events_path) as log:
         log.append(Started(at=time.time(), attempt=1, pid=1, micro_batch_size=2, gradient_accumulation=4))
-    run.telemetry_path.write_bytes(encode(Sample(at=time.time(), rss_bytes=13 << 30, cpu_percent=100.0)))
+    run.telemetry_path.write_bytes(encode(Reading(at=time.time(), rss_bytes=13 << 30, cpu_percent=100.0)))
     by_kernel = determine_outcome(run, -signal.SIGKILL, host_out_of_memory=True)
     assert isinstance(by_kernel, Failed) and by_kernel.kind == "out_of_memory"
     assert "It last held 13.0 GiB." in by_kernel.why and "micro_batch_size" in by_kernel.fix

@@ -40,7 +40,7 @@ from qlora_tui.runs.events import (
 )
 from qlora_tui.runs.process import ProcessIdentity, process_identity
 from qlora_tui.runs.status import State, Status, write_status
-from qlora_tui.runs.telemetry import Sample, encode
+from qlora_tui.runs.telemetry import Reading, encode
 
 GIB = 1 << 30
 BEGAN = 1_795_400_000.0
@@ -264,13 +264,13 @@ def _status(what: FakeRun) -> Status:
     )
 
 
-def _telemetry(what: FakeRun) -> list[Sample]:
+def _telemetry(what: FakeRun) -> list[Reading]:
     luck = random.Random(what.seed)
     end = _at(what, what.steps)
     return [_sample(what, end - 239 + second, luck) for second in range(240)]
 
 
-def _sample(what: FakeRun, at: float, luck: random.Random) -> Sample:
+def _sample(what: FakeRun, at: float, luck: random.Random) -> Reading:
     gpu = GpuMetrics(
         at=at,
         index=0,
@@ -285,7 +285,7 @@ def _sample(what: FakeRun, at: float, luck: random.Random) -> Sample:
         fan_percent=46,
         throttle=(),
     )
-    return Sample(
+    return Reading(
         at=at,
         rss_bytes=round(3.1 * GIB) if what.has_gpu else round(1.6 * GIB),
         cpu_percent=104.0 if what.has_gpu else round(188 + luck.gauss(0, 5), 1),
@@ -302,7 +302,7 @@ def _output(what: FakeRun) -> list[str]:
     ]
 
 
-def with_reading(sample: Sample, **changes: object) -> Sample:
+def with_reading(sample: Reading, **changes: object) -> Reading:
     """The same second with other readings of the GPU."""
     assert sample.gpu is not None
     return msgspec.structs.replace(sample, gpu=msgspec.structs.replace(sample.gpu, **changes))

@@ -9,7 +9,7 @@ from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.recipe.fields import fields
 from qlora_tui.runs import energy
 from qlora_tui.runs.energy import EnergyMeter
-from qlora_tui.runs.telemetry import Sample, encode
+from qlora_tui.runs.telemetry import Reading, encode
 from qlora_tui.tui.screens.train.gpu_panel import GpuPanel, MachineState
 from qlora_tui.tui.setting_stepper import step_value
 from tests.tui.fake_runs import GIB, FakeRun, write_fake_run
@@ -29,9 +29,9 @@ GPU = GpuMetrics(
 )
 
 
-def sample(at: float, **changes: Any) -> Sample:
+def sample(at: float, **changes: Any) -> Reading:
     gpu = msgspec.structs.replace(GPU, at=at, **changes)
-    return Sample(at=at, rss_bytes=3 * GIB, cpu_percent=104.0, gpu=gpu)
+    return Reading(at=at, rss_bytes=3 * GIB, cpu_percent=104.0, gpu=gpu)
 
 
 def drawn(machine: MachineState, width: int = 30, height: int = 24) -> list[str]:
@@ -41,7 +41,7 @@ def drawn(machine: MachineState, width: int = 30, height: int = 24) -> list[str]
 
 
 def test_a_missing_gpu_value_is_na_and_never_zero() -> None:
-    nothing = Sample(at=1.0, rss_bytes=GIB, cpu_percent=1.0, gpu=GpuMetrics(at=1.0, index=0))
+    nothing = Reading(at=1.0, rss_bytes=GIB, cpu_percent=1.0, gpu=GpuMetrics(at=1.0, index=0))
     for height in (24, 2):
         text = "\n".join(drawn(MachineState("RTX 4090", (nothing,)), 80, height))
         assert text.count("NA") >= 5
@@ -71,7 +71,7 @@ def test_a_throttled_and_hot_gpu_says_so_in_words() -> None:
 
 
 def test_without_a_gpu_the_trainers_cpu_share_is_shown() -> None:
-    here = Sample(at=1.0, rss_bytes=2 * GIB, cpu_percent=150.0)
+    here = Reading(at=1.0, rss_bytes=2 * GIB, cpu_percent=150.0)
     text = "\n".join(drawn(MachineState("AMD EPYC", (here,), None, 16 * GIB, 2)))
     assert "150% of 2 cores" in text
     assert "2.0 of 16.0 GiB" in text

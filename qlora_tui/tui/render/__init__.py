@@ -3,7 +3,7 @@
 axis             round ranges, ticks and labels
 series           columns of numbers, decimated to what a graph can show
 plot             a graph in braille dots
-block_charts     bars, columns and curves in block characters
+block_charts     bars, columns and sparklines in block characters
 recipe_line      a recipe in one line, shortened to a width for the recipe strip; names of precisions,
                  colors of verdicts
 labeled          a label, a bar and a value in one line

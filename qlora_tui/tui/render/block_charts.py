@@ -83,7 +83,7 @@ def downsample(values: Sequence[float], columns: int) -> list[float | None]:
     return means + [None] * (columns - count)
 
 
-def curve(losses: tuple[float, ...], width: int) -> str:
+def sparkline(losses: tuple[float, ...], width: int) -> str:
     """Draw losses as a sparkline, scaled from the lowest to the highest of this run."""
     means = downsample(losses, width)
     finite = [mean for mean in means if mean is not None and mean == mean]

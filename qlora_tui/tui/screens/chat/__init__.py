@@ -1,6 +1,7 @@
 """Chat: ``screen`` and its ``commands``; ``actions`` is what its keys do.
 
-``conversation_screen``, the base of both, has the requests to the engine. ``adapter_pair`` says which
+``conversation_screen``, the base class of ``actions`` and ``screen``, sends requests to the engine and
+receives the answers token by token. ``adapter_pair`` says which
 adapters answer, ``text`` formats the header and ``side_text`` the column beside it. ``transcript`` and
 ``saved_conversations`` save what was said, ``system_prompts`` remembers those. ``prompt_box`` is the field to
 type in, ``chat_turn`` shows a prompt and its answers (with ``thought_view`` and ``streaming_markdown``).

@@ -5,7 +5,7 @@ from __future__ import annotations
 from qlora_tui.tui.commands import Command, ScreenCommands
 
 _command = ScreenCommands("chat")
-_hidden = ScreenCommands("chat", in_footer=False)
+_not_in_footer = ScreenCommands("chat", in_footer=False)
 
 COMMANDS: tuple[Command, ...] = (
     _command("write", "i,enter", "write", "Write", "Type a prompt.", cli_command="chat"),
@@ -28,7 +28,7 @@ COMMANDS: tuple[Command, ...] = (
         "source", "m", "choose_source", "Model", "Chat with another run, or with a model without an adapter."
     ),
     _command("thinking", "t,ctrl+g", "thinking", "Think", "Turn thinking before the answer on or off."),
-    _hidden("unfold", "z,ctrl+o", "unfold", "Thoughts", "Show or hide what the model thought."),
+    _not_in_footer("unfold", "z,ctrl+o", "unfold", "Thoughts", "Show or hide what the model thought."),
     _command("split", "s", "split", "Split", "Show both answers side by side, or only one."),
     _command(
         "next_adapter",
@@ -37,15 +37,15 @@ COMMANDS: tuple[Command, ...] = (
         "Step",
         "Select another checkpoint or exported GGUF file of this run.",
     ),
-    _hidden(
+    _not_in_footer(
         "left_adapter",
         "V",
         "next_adapter('left')",
         "Left",
         "Select what answers on the left, to compare two of them.",
     ),
-    _hidden("retry", "r", "retry", "Retry", "Answer the last prompt again."),
-    _hidden("edit", "e", "edit_last", "Edit", "Edit the last prompt (also Up in the empty field)."),
+    _not_in_footer("retry", "r", "retry", "Retry", "Answer the last prompt again."),
+    _not_in_footer("edit", "e", "edit_last", "Edit", "Edit the last prompt (also Up in the empty field)."),
     _command(
         "effect",
         "f",
@@ -55,10 +55,12 @@ COMMANDS: tuple[Command, ...] = (
     ),
     _command("settings", "o", "settings", "Options", "Set sampling options and the system prompt."),
     _command("history", "h", "history", "History", "Continue a saved conversation."),
-    _hidden("copy", "y", "copy('right')", "Copy", "Copy the last answer of the adapter."),
-    _hidden("copy_left", "Y", "copy('left')", "Copy left", "Copy the last answer on the left, of the base."),
-    _hidden("clear", "x", "clear", "New", "Start a new conversation."),
-    _hidden("unload", "U", "unload", "Unload", "Unload the model to free its memory."),
-    _hidden("down", "j,down", "scroll_conversation(1)", "Down", "Scroll down."),
-    _hidden("up", "k,up", "scroll_conversation(-1)", "Up", "Scroll up."),
+    _not_in_footer("copy", "y", "copy('right')", "Copy", "Copy the last answer of the adapter."),
+    _not_in_footer(
+        "copy_left", "Y", "copy('left')", "Copy left", "Copy the last answer on the left, of the base."
+    ),
+    _not_in_footer("clear", "x", "clear", "New", "Start a new conversation."),
+    _not_in_footer("unload", "U", "unload", "Unload", "Unload the model to free its memory."),
+    _not_in_footer("down", "j,down", "scroll_conversation(1)", "Down", "Scroll down."),
+    _not_in_footer("up", "k,up", "scroll_conversation(-1)", "Up", "Scroll up."),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from qlora_tui.tui.commands import Command, ScreenCommands
 
 _command = ScreenCommands("data")
-_hidden = ScreenCommands("data", in_footer=False)
+_not_in_footer = ScreenCommands("data", in_footer=False)
 
 COMMANDS: tuple[Command, ...] = (
     _command(
@@ -16,7 +16,7 @@ COMMANDS: tuple[Command, ...] = (
         "Add a data file, a folder of files, or a dataset from the Hub.",
         cli_command="data inspect",
     ),
-    _hidden(
+    _not_in_footer(
         "replace",
         "O",
         "open(True)",
@@ -24,13 +24,13 @@ COMMANDS: tuple[Command, ...] = (
         "Train on another file, folder or dataset instead of the ones in the recipe.",
     ),
     _command("remove", "x", "remove", "Remove", "Remove the selected source from the recipe."),
-    _hidden("reload", "f5", "reload", "Reload", "Read the source again, after its file changed."),
-    _hidden("next", "right,l", "row(1)", "Next", "Show the next row."),
-    _hidden("previous", "left,h", "row(-1)", "Previous", "Show the previous row."),
+    _not_in_footer("reload", "f5", "reload", "Reload", "Read the source again, after its file changed."),
+    _not_in_footer("next", "right,l", "row(1)", "Next", "Show the next row."),
+    _not_in_footer("previous", "left,h", "row(-1)", "Previous", "Show the previous row."),
     _command("goto", "colon", "go_to", "Row", "Go to a row by number.", cli_command="data show"),
     _command("problem", "n", "problem(1)", "Problem", "Go to the next row with a problem."),
     _command("view", "v", "view", "View", "Show the sample and the statistics, or only one of them."),
-    _hidden("previous_problem", "N", "problem(-1)", "Back", "Go to the previous row with a problem."),
+    _not_in_footer("previous_problem", "N", "problem(-1)", "Back", "Go to the previous row with a problem."),
     _command("format", "f", "format", "Format", "Read the rows in another format."),
     _command(
         "columns", "c", "columns", "Columns", "Map the columns of the file to prompt, answer, and so on."
@@ -42,60 +42,60 @@ COMMANDS: tuple[Command, ...] = (
         "Length",
         "Double the sequence length.",
     ),
-    _hidden(
+    _not_in_footer(
         "shorter", "minus", "step_setting('data.max_length', -1)", "Shorter", "Halve the sequence length."
     ),
-    _hidden(
+    _not_in_footer(
         "too_long",
         "t",
         "step_setting('data.overflow')",
         "Too long",
         "Choose what happens to samples that are too long.",
     ),
-    _hidden(
+    _not_in_footer(
         "validation",
         "s",
         "validation",
         "Split",
         "Hold out a share of the rows for validation, or name a file.",
     ),
-    _hidden("weight", "w", "weight", "Weight", "Set how often the rows of a source are seen."),
-    _hidden(
+    _not_in_footer("weight", "w", "weight", "Weight", "Set how often the rows of a source are seen."),
+    _not_in_footer(
         "train_on",
         "e",
         "step_setting('data.train_on')",
         "Train on",
         "Train on the answers only, or on everything.",
     ),
-    _hidden(
+    _not_in_footer(
         "thinking",
         "r",
         "step_setting('data.thinking')",
         "Thinking",
         "Render rows with thinking on, off, or as the reasoning in the row requires.",
     ),
-    _hidden(
+    _not_in_footer(
         "reasoning",
         "R",
         "step_setting('data.reasoning_in_loss')",
         "Reasoning",
         "Include the reasoning in the loss, or only read it.",
     ),
-    _hidden(
+    _not_in_footer(
         "packing",
         "b",
         "step_setting('data.packing')",
         "Packing",
         "Pack several samples into one row, or not.",
     ),
-    _hidden(
+    _not_in_footer(
         "fix",
         "m",
         "fix",
         "Apply fix",
         "Change the setting that a problem names: chosen answers, bad rows, split texts, tokens to train.",
     ),
-    _hidden(
+    _not_in_footer(
         "bad_rows",
         "d",
         "bad_rows",

@@ -1,4 +1,5 @@
 """Home: ``screen`` and its ``commands``; ``reader`` gathers what it shows, ``text`` formats it.
+The layout in narrow windows is in the CSS of ``screen``.
 
 ``next_step`` decides what to suggest, ``first_steps`` leads new users.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from qlora_tui.tui.commands import Command, ScreenCommands
 
 _command = ScreenCommands("home")
-_hidden = ScreenCommands("home", in_footer=False)
+_not_in_footer = ScreenCommands("home", in_footer=False)
 
 COMMANDS: tuple[Command, ...] = (
     _command("next", "enter", "next", "Next step", "Do the suggested next step."),
@@ -17,7 +17,7 @@ COMMANDS: tuple[Command, ...] = (
         "Download the 135M demo model and prepare a run with it.",
         cli_command="demo",
     ),
-    _hidden(
+    _not_in_footer(
         "resume",
         "r",
         "resume",
@@ -25,7 +25,7 @@ COMMANDS: tuple[Command, ...] = (
         "Resume the last run from its last checkpoint.",
         cli_command="resume",
     ),
-    _hidden(
+    _not_in_footer(
         "export",
         "e",
         "export",
@@ -33,7 +33,7 @@ COMMANDS: tuple[Command, ...] = (
         "Export the last run's adapter, such as to GGUF.",
         cli_command="export",
     ),
-    _hidden(
+    _not_in_footer(
         "prepare",
         "n",
         "prepare",

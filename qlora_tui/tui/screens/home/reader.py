@@ -44,7 +44,7 @@ class HomeLayout:
     """Width of the panels that cross the window."""
     left: int
     right: int
-    is_short: bool
+    is_compact: bool
     """Whether panels have no borders and as few lines as possible."""
 
 
@@ -115,18 +115,18 @@ class HomeReader:
             edited_since=status is not None and draft_written_at() > status.at,
         )
         step = next_step(state)
-        host = None if layout.is_short else HostFacts.read()
+        host = None if layout.is_compact else HostFacts.read()
         if summary is None:
             progress = FirstSteps.of(workbench.recipe, state.verdict, has_data_error=bool(state.data_error))
             run = first_steps_lines(progress)
         else:
-            run = run_lines(summary, while_away, now, layout.left, has_graph=not layout.is_short)
+            run = run_lines(summary, while_away, now, layout.left, has_graph=not layout.is_compact)
         lines = {
             "next": next_lines(step, other_steps(state, step), layout.wide),
             "run": run,
             "gpu": gpu_lines(system_status, budget, host, layout.right),
             "queue": queue_lines(system_status.waiting_ids),
-            "recipe": recipe_lines(workbench, budget, estimate, layout.wide, is_short=layout.is_short),
+            "recipe": recipe_lines(workbench, budget, estimate, layout.wide, is_compact=layout.is_compact),
         }
         return HomeFacts(
             {name: tuple(texts) for name, texts in lines.items()}, step, summary, self._recent(system_status)

@@ -309,9 +309,9 @@ class HomeScreen(WorkScreen):
 
         if not (self.has_class("-tall") and not self.has_class("-narrow")):
             width = size.width - _SHORT_FRAME
-            return HomeLayout(width, width, width, is_short=True)
+            return HomeLayout(width, width, width, is_compact=True)
         side = _WIDE_SIDE if self.has_class("-very-wide") else _SIDE
-        return HomeLayout(size.width - _FRAME, size.width - side - _FRAME, side - _FRAME, is_short=False)
+        return HomeLayout(size.width - _FRAME, size.width - side - _FRAME, side - _FRAME, is_compact=False)
 
     def _show_run(self, facts: HomeFacts) -> None:
         """What of the run and of earlier ones is more than text."""
@@ -324,8 +324,8 @@ class HomeScreen(WorkScreen):
         graph = self.query_one("#run-graph", Graph)
         graph.visible = not is_new
         graph.show(summary_plot(facts.last))
-        is_short = self._layout(self.size).is_short
-        self.query_one("#queue-panel").display = not is_short or bool(
+        is_compact = self._layout(self.size).is_compact
+        self.query_one("#queue-panel").display = not is_compact or bool(
             self.qlora_app.system_status.waiting_ids
         )
         workbench = self.qlora_app.workbench

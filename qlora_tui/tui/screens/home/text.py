@@ -29,7 +29,7 @@ from qlora_tui.runs.events import phase_label
 from qlora_tui.runs.run_summary import RunSummary
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.tui.key_names import key_name
-from qlora_tui.tui.render.block_charts import bar, curve
+from qlora_tui.tui.render.block_charts import bar, sparkline
 from qlora_tui.tui.render.labeled import labeled, meter
 from qlora_tui.tui.render.recipe_line import (
     VERDICT_STYLE,
@@ -152,7 +152,7 @@ def run_lines(
         lines = [Content("  ").join(lines)]
     facts = _outcome(summary)
     if summary.losses and not has_graph:
-        lines.append(Content.assemble((curve(summary.losses, cells), "$primary"), "  ", facts))
+        lines.append(Content.assemble((sparkline(summary.losses, cells), "$primary"), "  ", facts))
     elif facts:
         lines.append(Content(facts))
     if status.state in ("failed", "lost", "unreadable") and status.detail:
@@ -190,7 +190,7 @@ def recent_lines(summaries: list[RunSummary], now: float, width: int) -> list[Co
     columns.append((["" if s.best is None else f"best {format_float(s.best[0], 3)}" for s in summaries], ""))
     if width >= _MIN_WIDTH_FOR_CURVES:
         columns.append(
-            ([curve(s.losses, _SHORT_CURVE_WIDTH) if s.losses else "" for s in summaries], "$primary")
+            ([sparkline(s.losses, _SHORT_CURVE_WIDTH) if s.losses else "" for s in summaries], "$primary")
         )
     columns.append(([_when(s.status.at, now, width) for s in summaries], "dim"))
     shown = [(_column(texts), style) for texts, style in columns]
@@ -241,14 +241,14 @@ def queue_lines(waiting: tuple[str, ...]) -> list[Content]:
 
 
 def recipe_lines(
-    workbench: Workbench, budget: MemoryBudget, estimate: Estimate | None, width: int, *, is_short: bool
+    workbench: Workbench, budget: MemoryBudget, estimate: Estimate | None, width: int, *, is_compact: bool
 ) -> list[Content]:
     """The recipe being edited, and whether it fits: an item a line, or two lines where that is too long."""
     recipe, problem = workbench.recipe, None
     compared = workbench.comparison(budget.device)
     if isinstance(compared, UserError) and recipe.model.id:
         problem = Content.styled(f"{compared.what} {compared.fix}", "dim")
-    if is_short:
+    if is_compact:
         memory = problem if estimate is None else _memory_line(estimate, budget, width, label="")
         return [Content(recipe_line(workbench)), *([memory] if memory else [])]
     architecture = workbench.architecture()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from qlora_tui.tui.commands import Command, ScreenCommands
 
 _command = ScreenCommands("lora")
-_hidden = ScreenCommands("lora", in_footer=False)
+_not_in_footer = ScreenCommands("lora", in_footer=False)
 
 COMMANDS: tuple[Command, ...] = (
     _command(
@@ -18,42 +18,42 @@ COMMANDS: tuple[Command, ...] = (
     _command("block", "x", "block", "Block", "Start selecting a block of layers; press again to toggle it."),
     _command("patterns", "i", "edit_targets", "Patterns", "Type target patterns, such as q,v or 8-23.q."),
     _command("all", "f", "all_linear", "All", "Select every linear module (all-linear)."),
-    _hidden(
+    _not_in_footer(
         "rank_here",
         "e",
         "set_custom_value('rank')",
         "Rank here",
         "Set a custom rank for the selected modules.",
     ),
-    _hidden(
+    _not_in_footer(
         "alpha_here",
         "E",
         "set_custom_value('alpha')",
         "Alpha here",
         "Set a custom alpha for the selected modules.",
     ),
-    _hidden("rank_up", "r", "step_setting('lora.rank', 1)", "Rank ×2", "Double the rank."),
-    _hidden("rank_down", "R", "step_setting('lora.rank', -1)", "Rank ÷2", "Halve the rank."),
-    _hidden("alpha_up", "a", "step_setting('lora.alpha', 1)", "Alpha ×2", "Double alpha."),
-    _hidden("alpha_down", "A", "step_setting('lora.alpha', -1)", "Alpha ÷2", "Halve alpha."),
-    _hidden(
+    _not_in_footer("rank_up", "r", "step_setting('lora.rank', 1)", "Rank ×2", "Double the rank."),
+    _not_in_footer("rank_down", "R", "step_setting('lora.rank', -1)", "Rank ÷2", "Halve the rank."),
+    _not_in_footer("alpha_up", "a", "step_setting('lora.alpha', 1)", "Alpha ×2", "Double alpha."),
+    _not_in_footer("alpha_down", "A", "step_setting('lora.alpha', -1)", "Alpha ÷2", "Halve alpha."),
+    _not_in_footer(
         "dropout_up", "d", "step_setting('lora.dropout', 1)", "More dropout", "Increase dropout by one step."
     ),
-    _hidden(
+    _not_in_footer(
         "dropout_down",
         "D",
         "step_setting('lora.dropout', -1)",
         "Less dropout",
         "Decrease dropout by one step.",
     ),
-    _hidden(
+    _not_in_footer(
         "rslora",
         "s",
         "step_setting('lora.use_rslora')",
         "rsLoRA",
         "Scale the update by alpha/√rank (rsLoRA) or by alpha/rank.",
     ),
-    _hidden(
+    _not_in_footer(
         "dora",
         "w",
         "step_setting('lora.use_dora')",

@@ -5,11 +5,11 @@ from __future__ import annotations
 from qlora_tui.tui.commands import Command, ScreenCommands
 
 _command = ScreenCommands("memory")
-_hidden = ScreenCommands("memory", in_footer=False)
+_not_in_footer = ScreenCommands("memory", in_footer=False)
 
 COMMANDS: tuple[Command, ...] = (
     _command("next", "tab,n", "next_bar(1)", "Next precision", "Show the next precision's breakdown."),
-    _hidden(
+    _not_in_footer(
         "previous",
         "shift+tab,N",
         "next_bar(-1)",
@@ -32,30 +32,30 @@ COMMANDS: tuple[Command, ...] = (
         "Timeline",
         "In a low window, show the memory over a training step, or the items.",
     ),
-    _hidden(
+    _not_in_footer(
         "length_up", "s", "step_setting('data.max_length', 1)", "Length ×2", "Double the sequence length."
     ),
-    _hidden(
+    _not_in_footer(
         "length_down", "S", "step_setting('data.max_length', -1)", "Length ÷2", "Halve the sequence length."
     ),
-    _hidden(
+    _not_in_footer(
         "batch_up",
         "b",
         "step_setting('training.micro_batch_size', 1)",
         "Batch ×2",
         "Double the micro-batch size.",
     ),
-    _hidden(
+    _not_in_footer(
         "batch_down",
         "B",
         "step_setting('training.micro_batch_size', -1)",
         "Batch ÷2",
         "Halve the micro-batch size.",
     ),
-    _hidden("rank_up", "r", "step_setting('lora.rank', 1)", "Rank ×2", "Double the rank."),
-    _hidden("rank_down", "R", "step_setting('lora.rank', -1)", "Rank ÷2", "Halve the rank."),
-    _hidden("targets", "t", "targets", "Targets", "Select the next choice of target modules."),
-    _hidden(
+    _not_in_footer("rank_up", "r", "step_setting('lora.rank', 1)", "Rank ×2", "Double the rank."),
+    _not_in_footer("rank_down", "R", "step_setting('lora.rank', -1)", "Rank ÷2", "Halve the rank."),
+    _not_in_footer("targets", "t", "targets", "Targets", "Select the next choice of target modules."),
+    _not_in_footer(
         "checkpointing",
         "c",
         "step_setting('training.gradient_checkpointing')",

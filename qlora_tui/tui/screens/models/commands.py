@@ -5,7 +5,7 @@ from __future__ import annotations
 from qlora_tui.tui.commands import Command, ScreenCommands
 
 _command = ScreenCommands("models")
-_hidden = ScreenCommands("models", in_footer=False)
+_not_in_footer = ScreenCommands("models", in_footer=False)
 
 COMMANDS: tuple[Command, ...] = (
     _command("filter", "slash", "filter", "Search", "Filter by name. Enter also searches the Hub."),
@@ -16,7 +16,7 @@ COMMANDS: tuple[Command, ...] = (
         "Download",
         "Download the selected model from the Hub, or the demo model.",
     ),
-    _hidden("cancel", "c", "cancel", "Stop download", "Stop the download (it can be resumed)."),
+    _not_in_footer("cancel", "c", "cancel", "Stop download", "Stop the download (it can be resumed)."),
     _command("open", "o", "open_path", "Open path", "Use a model folder or a GGUF file."),
-    _hidden("rescan", "r", "rescan", "Rescan", "Search this machine for models again."),
+    _not_in_footer("rescan", "r", "rescan", "Rescan", "Search this machine for models again."),
 )

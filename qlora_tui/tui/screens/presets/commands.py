@@ -5,7 +5,7 @@ from __future__ import annotations
 from qlora_tui.tui.commands import Command, ScreenCommands
 
 _command = ScreenCommands("presets")
-_hidden = ScreenCommands("presets", in_footer=False)
+_not_in_footer = ScreenCommands("presets", in_footer=False)
 
 COMMANDS: tuple[Command, ...] = (
     _command("filter", "slash", "filter", "Filter", "Show only presets that contain a text."),
@@ -21,6 +21,6 @@ COMMANDS: tuple[Command, ...] = (
         "Delete one of your presets. It can be undone while this window is open.",
     ),
     _command("undo", "u", "undo", "Undo", "Undo the last deletion, save or import."),
-    _hidden("preview_down", "J", "scroll_preview(1)", "Down", "Scroll the preview down."),
-    _hidden("preview_up", "K", "scroll_preview(-1)", "Up", "Scroll the preview up."),
+    _not_in_footer("preview_down", "J", "scroll_preview(1)", "Down", "Scroll the preview down."),
+    _not_in_footer("preview_up", "K", "scroll_preview(-1)", "Up", "Scroll the preview up."),
 )

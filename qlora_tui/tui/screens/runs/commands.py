@@ -5,7 +5,7 @@ from __future__ import annotations
 from qlora_tui.tui.commands import Command, ScreenCommands
 
 _command = ScreenCommands("runs")
-_hidden = ScreenCommands("runs", in_footer=False)
+_not_in_footer = ScreenCommands("runs", in_footer=False)
 
 COMMANDS: tuple[Command, ...] = (
     _command("open", "enter", "open", "Open", "Watch the run, or see how it ended.", cli_command="attach"),
@@ -23,7 +23,7 @@ COMMANDS: tuple[Command, ...] = (
         cli_command="export",
     ),
     _command("rerun", "R", "rerun", "Rerun", "Prepare a new run with this recipe."),
-    _hidden(
+    _not_in_footer(
         "rename",
         "f2",
         "rename",
@@ -31,7 +31,7 @@ COMMANDS: tuple[Command, ...] = (
         "Rename the run. Its folder keeps its name.",
         cli_command="runs rename",
     ),
-    _hidden("preset", "S", "save_preset", "Save preset", "Save its settings as a preset."),
+    _not_in_footer("preset", "S", "save_preset", "Save preset", "Save its settings as a preset."),
     _command(
         "delete",
         "D",
@@ -41,15 +41,15 @@ COMMANDS: tuple[Command, ...] = (
         cli_command="runs delete",
     ),
     _command("sort", "o", "sort", "Sort", "Sort by date, loss, name, model or duration."),
-    _hidden(
+    _not_in_footer(
         "restore",
         "u",
         "restore",
         "Restore",
         "Restore the run that was deleted last. Possible until you quit.",
     ),
-    _hidden("copy", "y", "copy('attach')", "Copy", "Copy the command that shows the run."),
-    _hidden("copy_train", "Y", "copy('train')", "Copy", "Copy the command that trains it."),
-    _hidden("sooner", "K", "move(-1)", "Sooner", "Move the run up in the queue."),
-    _hidden("later", "J", "move(1)", "Later", "Move the run down in the queue."),
+    _not_in_footer("copy", "y", "copy('attach')", "Copy", "Copy the command that shows the run."),
+    _not_in_footer("copy_train", "Y", "copy('train')", "Copy", "Copy the command that trains it."),
+    _not_in_footer("sooner", "K", "move(-1)", "Sooner", "Move the run up in the queue."),
+    _not_in_footer("later", "J", "move(1)", "Later", "Move the run down in the queue."),
 )

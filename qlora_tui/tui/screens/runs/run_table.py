@@ -19,7 +19,7 @@ from qlora_tui.formatting import format_duration, format_float, format_percent, 
 from qlora_tui.runs.run_summary import RunSummary
 from qlora_tui.tui import clock
 from qlora_tui.tui.breakpoints import WIDE_CELLS
-from qlora_tui.tui.render.block_charts import curve
+from qlora_tui.tui.render.block_charts import sparkline
 from qlora_tui.tui.render.run_labels import result_label
 from qlora_tui.tui.render.strip_rendering import render_line
 from qlora_tui.tui.widgets.cursor_keys import LIST_KEYS
@@ -74,7 +74,7 @@ _COLUMNS = (
     _Column("steps", 13, _steps, min_width=130, right=True),
     _Column("best", 6, _best_loss, right=True),
     _Column("exact", 5, _accuracy, right=True, show_if_empty=False),
-    _Column("loss", _CURVE_WIDTH, lambda s: curve(s.losses, _CURVE_WIDTH) if s.losses else ""),
+    _Column("loss", _CURVE_WIDTH, lambda s: sparkline(s.losses, _CURVE_WIDTH) if s.losses else ""),
     _Column(
         "time",
         11,

@@ -8,7 +8,7 @@ from qlora_tui.runs.status import ACTIVE, RESUMABLE, State
 from qlora_tui.tui.commands import Command, ScreenCommands
 
 _command = ScreenCommands("train")
-_hidden = ScreenCommands("train", in_footer=False)
+_not_in_footer = ScreenCommands("train", in_footer=False)
 
 # Requests to a run are upper case: lower-case letters scroll its log, or are pressed by mistake.
 COMMANDS: tuple[Command, ...] = (
@@ -26,10 +26,10 @@ COMMANDS: tuple[Command, ...] = (
     ),
     _command("pause", "z", "pause", "Pause", "Save a checkpoint and free the GPU.", cli_command="pause"),
     _command("resume", "r", "resume", "Resume", "Resume from the last checkpoint.", cli_command="resume"),
-    _hidden(
+    _not_in_footer(
         "checkpoint", "K", "request('checkpoint')", "Checkpoint", "Save a checkpoint now.", cli_command="ask"
     ),
-    _hidden(
+    _not_in_footer(
         "evaluate",
         "E",
         "request('evaluate')",
@@ -37,7 +37,7 @@ COMMANDS: tuple[Command, ...] = (
         "Measure the validation loss now.",
         cli_command="ask",
     ),
-    _hidden(
+    _not_in_footer(
         "sample",
         "A",
         "request('sample')",
@@ -45,7 +45,7 @@ COMMANDS: tuple[Command, ...] = (
         "Answer the sample prompts now.",
         cli_command="ask",
     ),
-    _hidden(
+    _not_in_footer(
         "finish_epoch",
         "F",
         "request('finish_epoch')",
@@ -53,7 +53,7 @@ COMMANDS: tuple[Command, ...] = (
         "Stop the run at the end of this epoch.",
         cli_command="ask",
     ),
-    _hidden(
+    _not_in_footer(
         "learning_rate",
         "L",
         "learning_rate",
@@ -66,19 +66,21 @@ COMMANDS: tuple[Command, ...] = (
     _command("another", "x", "watch_another", "Watch run", "Watch another run.", cli_command="attach"),
     _command("prepare", "n", "prepare", "New run", "Prepare a new run: edit the recipe and see its checks."),
     _command("detach", "d", "detach", "Detach", "Leave the app. The run continues."),
-    _hidden(
+    _not_in_footer(
         "tab",
         "tab",
         "next_tab(1)",
         "Next tab",
         "Show the next tab: log, samples, health, output. Before a run: go to the checks, and back.",
     ),
-    _hidden("tab_back", "shift+tab", "next_tab(-1)", "Previous tab", "Show the previous tab."),
-    _hidden("zoom_in", "plus,equals_sign", "zoom(1)", "Zoom in", "Show only the last half of the steps."),
-    _hidden("zoom_out", "minus", "zoom(-1)", "Zoom out", "Show twice as many steps."),
-    _hidden("level", "v", "level", "Level", "Show all lines, warnings only, or errors only."),
-    _hidden("search", "slash", "search", "Search", "Show only lines that contain a text."),
-    _hidden(
+    _not_in_footer("tab_back", "shift+tab", "next_tab(-1)", "Previous tab", "Show the previous tab."),
+    _not_in_footer(
+        "zoom_in", "plus,equals_sign", "zoom(1)", "Zoom in", "Show only the last half of the steps."
+    ),
+    _not_in_footer("zoom_out", "minus", "zoom(-1)", "Zoom out", "Show twice as many steps."),
+    _not_in_footer("level", "v", "level", "Level", "Show all lines, warnings only, or errors only."),
+    _not_in_footer("search", "slash", "search", "Search", "Show only lines that contain a text."),
+    _not_in_footer(
         "copy",
         "y",
         "copy_command",

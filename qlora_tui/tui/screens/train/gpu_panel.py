@@ -15,7 +15,7 @@ from textual.content import Content
 
 from qlora_tui.formatting import format_bytes, format_gib
 from qlora_tui.gpu.metrics import GpuMetrics
-from qlora_tui.runs.telemetry import Sample
+from qlora_tui.runs.telemetry import Reading
 from qlora_tui.tui.render.block_charts import bar, blocks
 from qlora_tui.tui.render.labeled import labeled
 from qlora_tui.tui.widgets.diff_widget import DiffWidget
@@ -35,7 +35,7 @@ class MachineState:
 
     device: str = ""
     """``RTX 4090``, or the processor's name."""
-    samples: tuple[Sample, ...] = ()
+    readings: tuple[Reading, ...] = ()
     """The newest last; charts end at it."""
     estimate_bytes: int | None = None
     host_bytes: int | None = None
@@ -48,9 +48,9 @@ class MachineState:
     def title(self) -> str:
         """Title of the panel."""
         name = self.device or "Machine"
-        if self.samples and self.samples[-1].gpu is None:
+        if self.readings and self.readings[-1].gpu is None:
             name += " · no GPU"
-        return f"{name} · last readings" if self.is_over and self.samples else name
+        return f"{name} · last readings" if self.is_over and self.readings else name
 
 
 class GpuPanel(DiffWidget):
@@ -70,15 +70,15 @@ class GpuPanel(DiffWidget):
         """Show new data; repaints only what changed."""
         if machine != self._machine:
             self._machine = machine
-            self.set_class(bool(machine.samples) and machine.samples[-1].gpu is None, "-no-gpu")
-            self.set_class(not machine.samples, "-empty")
+            self.set_class(bool(machine.readings) and machine.readings[-1].gpu is None, "-no-gpu")
+            self.set_class(not machine.readings, "-empty")
             self.redraw()
 
     def draw(self, width: int, height: int) -> list[Content]:
         machine = self._machine
-        if not machine.samples:
+        if not machine.readings:
             return [Content.styled("No readings yet.", "dim")]
-        gpu = machine.samples[-1].gpu
+        gpu = machine.readings[-1].gpu
         if height <= _SHORT_ROWS:
             return _gpu_short(machine, gpu, width) if gpu else _cpu_short(machine, width)
         rows = 2 if height >= _TALL_ROWS else 1
@@ -86,27 +86,27 @@ class GpuPanel(DiffWidget):
 
 
 def _gpu_lines(machine: MachineState, gpu: GpuMetrics, width: int, rows: int) -> list[Content]:
-    samples = machine.samples
+    readings = machine.readings
     util, power, temperature = _percent(gpu.utilization_percent), _power(gpu), _temperature(gpu)
     memory = f"{format_gib(gpu.memory_used_bytes)} of {format_gib(gpu.memory_total_bytes)} GiB"
     chart = _chart_cells(width, util, memory, power, temperature.plain)
-    powers = [None if s.gpu is None else s.gpu.power_w for s in samples]
-    degrees = [None if s.gpu is None else s.gpu.temperature_c for s in samples]
+    powers = [None if s.gpu is None else s.gpu.power_w for s in readings]
+    degrees = [None if s.gpu is None else s.gpu.temperature_c for s in readings]
     return [
-        *_meter("util", _chart([_utilization(s) for s in samples], samples, chart, rows, 100.0), util),
+        *_meter("util", _chart([_utilization(s) for s in readings], readings, chart, rows, 100.0), util),
         *_memory_lines(machine, gpu.memory_used_bytes, gpu.memory_total_bytes, memory, chart),
-        *_meter("power", _chart(powers, samples, chart, rows, gpu.power_limit_w or 1.0), power),
-        *_meter("temp", _chart(degrees, samples, chart, rows, 100.0), temperature),
+        *_meter("power", _chart(powers, readings, chart, rows, gpu.power_limit_w or 1.0), power),
+        *_meter("temp", _chart(degrees, readings, chart, rows, 100.0), temperature),
         _row("clock", f"{_megahertz(gpu)}   fan {_percent(gpu.fan_percent)}"),
         _row("slowed", _throttle(gpu)),
-        _row("trainer", f"{format_bytes(samples[-1].rss_bytes)}, CPU {samples[-1].cpu_percent:.0f}%"),
+        _row("trainer", f"{format_bytes(readings[-1].rss_bytes)}, CPU {readings[-1].cpu_percent:.0f}%"),
     ]
 
 
 def _gpu_short(machine: MachineState, gpu: GpuMetrics, width: int) -> list[Content]:
     used, total = gpu.memory_used_bytes, gpu.memory_total_bytes
     chart = max(0, min(24, width - 60))
-    drawn = _chart([_utilization(s) for s in machine.samples], machine.samples, chart, 1, 100.0)[0]
+    drawn = _chart([_utilization(s) for s in machine.readings], machine.readings, chart, 1, 100.0)[0]
     tick = "" if machine.estimate_bytes is None else f"  estimate {format_gib(machine.estimate_bytes)}"
     first = Content.assemble(
         ("util ", "dim"),
@@ -128,39 +128,39 @@ def _gpu_short(machine: MachineState, gpu: GpuMetrics, width: int) -> list[Conte
 
 
 def _cpu_lines(machine: MachineState, width: int, rows: int) -> list[Content]:
-    sample = machine.samples[-1]
-    used = f"{sample.cpu_percent:.0f}% of {machine.cores} cores"
-    memory = _host_memory(machine, sample)
+    reading = machine.readings[-1]
+    used = f"{reading.cpu_percent:.0f}% of {machine.cores} cores"
+    memory = _host_memory(machine, reading)
     chart = _chart_cells(width, used, memory)
-    percents = [s.cpu_percent for s in machine.samples]
+    percents = [s.cpu_percent for s in machine.readings]
     return [
-        *_meter("CPU", _chart(percents, machine.samples, chart, rows, 100.0 * machine.cores), used),
-        *_memory_lines(machine, sample.rss_bytes, machine.host_bytes, memory, chart),
+        *_meter("CPU", _chart(percents, machine.readings, chart, rows, 100.0 * machine.cores), used),
+        *_memory_lines(machine, reading.rss_bytes, machine.host_bytes, memory, chart),
         Content.styled("No GPU in this run.", "dim"),
     ]
 
 
 def _cpu_short(machine: MachineState, width: int) -> list[Content]:
-    sample = machine.samples[-1]
+    reading = machine.readings[-1]
     chart = max(0, min(24, width - 60))
     top = 100.0 * machine.cores
-    drawn = _chart([s.cpu_percent for s in machine.samples], machine.samples, chart, 1, top)[0]
+    drawn = _chart([s.cpu_percent for s in machine.readings], machine.readings, chart, 1, top)[0]
     tick = "" if machine.estimate_bytes is None else f"  estimate {format_gib(machine.estimate_bytes)}"
     return [
         Content.assemble(
             ("CPU ", "dim"),
-            f"{sample.cpu_percent:.0f}% of {machine.cores} cores ",
+            f"{reading.cpu_percent:.0f}% of {machine.cores} cores ",
             drawn,
             ("  memory ", "dim"),
-            _host_memory(machine, sample),
+            _host_memory(machine, reading),
             (tick, "dim"),
         )
     ]
 
 
-def _host_memory(machine: MachineState, sample: Sample) -> str:
+def _host_memory(machine: MachineState, reading: Reading) -> str:
     total = "" if machine.host_bytes is None else f" of {format_gib(machine.host_bytes)}"
-    return f"{format_gib(sample.rss_bytes)}{total} GiB"
+    return f"{format_gib(reading.rss_bytes)}{total} GiB"
 
 
 def _chart_cells(width: int, *values: str) -> int:
@@ -192,14 +192,14 @@ def _memory_lines(
 
 
 def _chart(
-    values: Sequence[float | None], samples: Sequence[Sample], width: int, rows: int, top: float
+    values: Sequence[float | None], readings: Sequence[Reading], width: int, rows: int, top: float
 ) -> list[Content]:
     """One column a second, the newest at the right end."""
     slots: list[float | None] = [None] * width
-    if width and samples:
-        end = samples[-1].at
-        for value, sample in zip(values, samples, strict=True):
-            slot = width - 1 - math.floor(end - sample.at + 0.5)
+    if width and readings:
+        end = readings[-1].at
+        for value, reading in zip(values, readings, strict=True):
+            slot = width - 1 - math.floor(end - reading.at + 0.5)
             if 0 <= slot < width:
                 slots[slot] = value
         _fill_gaps(slots)
@@ -207,14 +207,14 @@ def _chart(
 
 
 def _fill_gaps(slots: list[float | None]) -> None:
-    """Fill single seconds that fell between two samples."""
+    """Fill single seconds that fell between two readings."""
     for place in range(1, len(slots) - 1):
         if slots[place] is None and slots[place + 1] is not None:
             slots[place] = slots[place - 1]
 
 
-def _utilization(sample: Sample) -> float | None:
-    return None if sample.gpu is None else sample.gpu.utilization_percent
+def _utilization(reading: Reading) -> float | None:
+    return None if reading.gpu is None else reading.gpu.utilization_percent
 
 
 def _percent(value: int | None) -> str:

@@ -203,7 +203,7 @@ class LivePane(Vertical):
         view = snapshot.view
         return MachineState(
             device=view.environment.device.removeprefix("NVIDIA GeForce ") if view.environment else "",
-            samples=snapshot.telemetry,
+            readings=snapshot.telemetry,
             estimate_bytes=view.memory.estimated_bytes if view.memory else None,
             host_bytes=self._host_bytes,
             cores=self._cores,

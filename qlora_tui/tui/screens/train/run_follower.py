@@ -32,7 +32,7 @@ from qlora_tui.runs.events import (
 )
 from qlora_tui.runs.status import Status
 from qlora_tui.runs.suggested_fix import SuggestedFix, suggest_fix
-from qlora_tui.runs.telemetry import Sample, TelemetryTail
+from qlora_tui.runs.telemetry import Reading, TelemetryTail
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.render.series import BiasCorrectedEma, DecimatedSeries, Envelope
 from qlora_tui.tui.screens.train.log_tail import Level, LogEntry
@@ -90,7 +90,7 @@ class RunSnapshot:
     """Log lines so far; only appended to."""
     output: Sequence[LogEntry]
     """The end of the trainer's own output."""
-    telemetry: tuple[Sample, ...]
+    telemetry: tuple[Reading, ...]
     """The newest last."""
     energy_kwh: float | None
     seconds_left: float | None
@@ -184,7 +184,7 @@ class RunFollower:
         self._stages: list[PhaseChanged] = []
         self._recipe = _recipe(run)
         self._telemetry = TelemetryTail(run.telemetry_path)
-        self._readings: deque[Sample] = deque(maxlen=_MAX_READINGS)
+        self._readings: deque[Reading] = deque(maxlen=_MAX_READINGS)
         self._energy = EnergyMeter(run.telemetry_path)
         self._output = OutputTail(run.log_path, _MAX_ENTRIES)
 
