@@ -33,6 +33,10 @@ GLOSSARY: dict[str, str] = {
         "several samples in one sequence of at most `data.max_length` tokens, which do not attend "
         "to each other"
     ),
+    "streamed layers": (
+        "layers whose frozen weights wait in host memory and are copied to the GPU for each pass, two at a "
+        "time, so that a base larger than the GPU can be trained"
+    ),
     "padding-free": (
         "a micro-batch is one sequence of isolated samples, without padding between them; with "
         "`data.packing` off too"

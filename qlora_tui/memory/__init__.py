@@ -21,6 +21,8 @@ available memory, and call :func:`largest_settings` or :func:`cheapest_changes`;
 ``explain``           a sentence for each item; ``report``: the JSON output
 ``budget``            the memory of the device (``cpu`` describes a CPU); ``verdict`` compares the estimate
                       with it
+``streamed_layers``   layers that wait in host memory; ``streaming_cost``: what that costs in time, from
+                      ``transfer_speed``, measured once per machine
 ``solver``            finds what fits; ``kept_layers``: how many layers need no recomputation;
                       ``model_sizes``: how large a model fits
 """

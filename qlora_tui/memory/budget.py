@@ -20,6 +20,7 @@ from qlora_tui.memory.cpu import (
     triton_is_installed,
 )
 from qlora_tui.memory.execution import Device
+from qlora_tui.memory.transfer_speed import measured_speed
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,13 @@ def budget_for(gpu: GpuDevice | None, assumed_bytes: int | None = None) -> Memor
             device, assumed_bytes, f"a GPU with {assumed_bytes / 2**30:.1f} GiB", is_assumed=True
         )
     if gpu is not None and gpu.usable_bytes is not None:
-        device = replace(cuda, capability=_capability(gpu), correction=correction_for(gpu.name))
+        device = replace(
+            cuda,
+            capability=_capability(gpu),
+            correction=correction_for(gpu.name),
+            speed=measured_speed(gpu.name),
+            host_bytes=psutil.virtual_memory().total,
+        )
         return MemoryBudget(device, gpu.usable_bytes, gpu.short_name)
     cpu = this_processor()
     return MemoryBudget(

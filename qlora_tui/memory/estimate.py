@@ -23,6 +23,7 @@ from qlora_tui.memory.replay import replay
 from qlora_tui.memory.static_memory import FROZEN, static_items
 from qlora_tui.memory.step import Peak, profile_step
 from qlora_tui.memory.step_trace import StepTrace
+from qlora_tui.memory.streamed_layers import StreamedWeights, streamed_weights
 from qlora_tui.recipe.schema import Recipe
 
 Precision = Literal["nf4", "int8", "fp16"]
@@ -75,6 +76,8 @@ class Estimate:
     """Bytes of the process level before the correction."""
     loading_process_bytes: int = 0
     """Peak of the process while the model is loaded."""
+    host_bytes: int = 0
+    """Host memory for a base with streamed layers, which is loaded there as a whole; 0 without them."""
 
     @property
     def total_bytes(self) -> int:
@@ -121,6 +124,7 @@ def estimate(
     execution = execution or trainer_execution(recipe, device, architecture)
     layout = build_layout(recipe, architecture, execution)
     resident = static_items(recipe, architecture, layout, execution)
+    streamed = streamed_weights(recipe, architecture, execution)
     step_profile = profile_step(layout, execution, recipe.lora.dropout)
     if traced is not None:
         layout = replace(layout, exact=True)
@@ -150,10 +154,18 @@ def estimate(
     result = replace(
         _assemble(recipe, architecture, layout, execution, items, levels, fullest),
         loading_process_bytes=levels_at_loading.process_bytes,
+        host_bytes=_host_bytes(resident, streamed) if execution.device == "cuda" else 0,
     )
     if correction is None:
         return result
     return replace(result, correction=correction, uncorrected_bytes=before)
+
+
+def _host_bytes(resident: dict[str, int], streamed: StreamedWeights | None) -> int:
+    """Return the bytes of the whole base model where some of its layers are streamed."""
+    if streamed is None:
+        return 0
+    return streamed.host_bytes + sum(resident.get(key, 0) for key in FROZEN if key != "slots")
 
 
 def _together(resident: dict[str, int], moment: Peak) -> dict[str, int]:
@@ -172,6 +184,8 @@ def loading_bytes(recipe: Recipe, architecture: Architecture, execution: Executi
     quantized; a CPU has the whole file mapped. Weights that stay in their stored dtype count as read."""
     if recipe.quantization.method == "none" and execution.compute_itemsize == 2:
         return 0
+    if execution.streamed_layers and execution.device == "cuda":
+        return 0  # It is loaded on the CPU.
     if execution.device == "cpu":
         return 2 * architecture.total_params
     sizes = sorted((2 * module.weight_params for module in architecture.modules), reverse=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from qlora_tui.memory.attention import Kernel
 from qlora_tui.memory.calibration import Correction
+from qlora_tui.memory.transfer_speed import TransferSpeed
 from qlora_tui.memory.versions import CURRENT, FUSED_EXPERTS, Version
 from qlora_tui.recipe.schema import Recipe
 
@@ -67,6 +68,10 @@ class Device:
     """Whether torch has a FlashAttention for all samples of a packed sequence in one call (2.11 or newer)."""
     correction: Correction | None = None
     """Correction from past runs on the device."""
+    speed: TransferSpeed | None = None
+    """Measured speed of copies and of computing, on a GPU; None where nothing was measured."""
+    host_bytes: int | None = None
+    """Host memory of a GPU's machine; None where it is unknown."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,8 @@ class ExecutionConfig:
     checkpointing: bool = True
     kept_layers: int = 0
     """Layers at the end of the model that keep their activations despite checkpointing."""
+    streamed_layers: int = 0
+    """Layers whose frozen weights are in host memory and pass through two buffers of the device."""
     reentrant: bool = False
     """Whether checkpointing is reentrant: it reruns the whole layer and holds its output and gradient."""
     attention: Kernel = "flash"
@@ -164,6 +171,7 @@ def trainer_execution(
         # Liger would keep float16's gradients in 16 bits.
         loss="liger" if device.liger and not float16 and _liger_pays(recipe, architecture) else "chunked",
         checkpointing=recipe.training.gradient_checkpointing != "off",
+        streamed_layers=recipe.quantization.streamed_layers,
         attention=attention,
         optimizer="adamw_fused" if recipe.training.optimizer == "adamw" else recipe.training.optimizer,
         accumulates=recipe.training.gradient_accumulation > 1,

@@ -20,6 +20,7 @@ LABELS: dict[str, str] = {
     "norms": "Norms and routers",
     "experts": "Experts",
     "vision": "Vision tower",
+    "slots": "Streamed layers",
     "adapter": "LoRA weights",
     "gradients": "Gradients",
     "optimizer": "Optimizer states",
@@ -83,6 +84,10 @@ def _weight_sentences(facts: ExplainContext) -> dict[str, str]:
         "experts": (
             f"{_n(architecture.expert_params)} weights × {itemsize} bytes: fused 3-D parameters, which "
             "bitsandbytes leaves in 16 bits."
+        ),
+        "slots": (
+            "Two buffers, each as large as the largest of the "
+            f"{min(execution.streamed_layers, architecture.layers)} layers whose weights wait in host memory."
         ),
         "vision": f"The vision tower's weights × {itemsize} bytes; frozen.",
     }

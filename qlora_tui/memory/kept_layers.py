@@ -65,6 +65,8 @@ def plan_kept_layers(
     execution = trainer_execution(recipe, device, architecture)
     available_bytes = int(free_bytes * CPU_SHARE) if device.kind == "cpu" else free_bytes
     most = architecture.layers if limit is None else min(limit, architecture.layers)
+    if execution.streamed_layers:
+        most = 0  # What a streamed layer saved would be overwritten by the next.
 
     def estimated(count: int) -> Estimate:
         return estimate(recipe, architecture, execution=replace(execution, kept_layers=count), device=device)
@@ -84,13 +86,20 @@ def plan_kept_layers(
 
 
 def speedup(recipe: Recipe, architecture: Architecture, count: int) -> float:
-    """Return the predicted speed with ``count`` layers kept, relative to none, from a step's matrix products.
+    """Return the predicted speed with ``count`` layers kept, relative to none, by a step's products."""
+    if not architecture.layers:
+        return 1.0
+    once, again = products_per_token(recipe, architecture)
+    layers = architecture.layers
+    return (once + layers * again) / (once + (layers - count) * again)
+
+
+def products_per_token(recipe: Recipe, architecture: Architecture) -> tuple[float, float]:
+    """Return the multiplications per token of forward and backward, and of the recomputation of one layer.
 
     A frozen weight takes part in the forward, in its recomputation, and in the gradient of its input. The
     recomputation ends before the down projection (``bench/kept_layers.py`` compares with measured steps).
     """
-    if not architecture.layers:
-        return 1.0
     # Half of the scores are masked.
     attention = 2 * architecture.heads * architecture.head_dim * recipe.data.max_length / 2
     weights = down = 0
@@ -103,5 +112,4 @@ def speedup(recipe: Recipe, architecture: Architecture, count: int) -> float:
             down += module.weight_params if ends_early and module.kind == "down_proj" else 0
     layers = architecture.layers
     once = 2 * weights + layers * (1 + _ATTENTION_BACKWARD) * attention + 2 * architecture.head.weight_params
-    again = (weights - down) / layers + attention
-    return (once + layers * again) / (once + (layers - count) * again)
+    return once, (weights - down) / max(layers, 1) + attention

@@ -18,6 +18,7 @@ from qlora_tui.memory.execution import ExecutionConfig
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.ops import FLOAT
 from qlora_tui.memory.parameter_memory import four_bit_scale_sizes
+from qlora_tui.memory.streamed_layers import SLOTS, moves, streamed_weights
 from qlora_tui.recipe.schema import Recipe
 
 READ_BYTES = 2
@@ -41,7 +42,9 @@ def load(
 ) -> None:
     """Load the weights, the casts of unquantized ones, and the adapter."""
     weights = _weights(architecture, execution.separate_experts)
-    if recipe.quantization.method == "none":
+    if execution.streamed_layers:
+        _place_streamed(allocator, recipe, architecture, execution)
+    elif recipe.quantization.method == "none":
         allocator.keep(weight.count * execution.compute_itemsize for weight in weights)
     else:
         quantized = _quantize(allocator, recipe, architecture, execution)
@@ -53,6 +56,27 @@ def load(
         if execution.cast_to_float32:
             allocator.empty_cache()  # peft/utils/other.py, after its casts
     allocator.keep(count * execution.adapter_itemsize for count in layout.adapter_tensors)
+
+
+def _place_streamed(
+    allocator: CachingAllocator, recipe: Recipe, architecture: Architecture, execution: ExecutionConfig
+) -> None:
+    """Allocate the buffers of streamed layers, and then what stays on the device."""
+    streamed = streamed_weights(recipe, architecture, execution)
+    assert streamed is not None
+    slots = min(SLOTS, len(streamed.indices))
+    allocator.keep([streamed.slot_bytes // slots] * slots)
+    in_host_memory = moves(architecture, recipe)
+    method, nested = recipe.quantization.method, recipe.quantization.double_quantization
+    for weight in _weights(architecture, execution.separate_experts):
+        if weight.name in in_host_memory:
+            continue
+        if not weight.rows or method == "none":
+            allocator.keep((weight.count * execution.compute_itemsize,))
+        elif method == "int8":
+            allocator.keep((weight.rows * FLOAT, weight.count))
+        else:
+            allocator.keep((*four_bit_scale_sizes(weight.count, nested), -(-weight.count // 2)))
 
 
 def _quantize(

@@ -50,6 +50,11 @@ class FrozenWeights:
     expert_bytes: int
     vision_bytes: int
 
+    @property
+    def total_bytes(self) -> int:
+        """Return the bytes of the whole model."""
+        return sum(vars(self).values())
+
 
 def frozen_weights(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> FrozenWeights:
     """Compute the bytes of every base model parameter, in the dtype it has during training."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from msgspec import structs
@@ -11,12 +12,15 @@ from msgspec import structs
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.errors import UserError
 from qlora_tui.memory.estimate import Estimate, estimate
-from qlora_tui.memory.execution import Device
+from qlora_tui.memory.execution import Device, trainer_execution
+from qlora_tui.memory.parameter_memory import frozen_weights
+from qlora_tui.memory.streaming_cost import describe_slowdown
 from qlora_tui.memory.verdict import Verdict, check_fit
 from qlora_tui.recipe.schema import Recipe
 
 LENGTH_STEP = 128
 MAX_ROWS = 1024
+_STREAMING_STEPS = 16
 RANKS = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -93,7 +97,7 @@ def cheapest_changes(
     whole = estimate(recipe, architecture, device=device)
     if check_fit(whole, available_bytes).fits_even_if_tight:
         return ()
-    offers = list(_offers(recipe, architecture))
+    offers = list(_offers(recipe, architecture, device or Device()))
     changes = [_gentlest(recipe, architecture, available_bytes, device, offer) for offer in offers]
     together = _together(recipe, architecture, available_bytes, device)
     return tuple(change for change in changes if change.fits) or tuple(c for c in together if c.fits)
@@ -113,7 +117,7 @@ def _together(
     """Yield all changes so far after each one that saves memory, until the recipe fits."""
     taken: list[MemorySaving] = []
     now, size = recipe, estimate(recipe, architecture, device=device).process_bytes
-    for offer in _offers(recipe, architecture):
+    for offer in _offers(recipe, architecture, device or Device()):
         change = _gentlest(now, architecture, available_bytes, device, offer)
         if change.estimate.process_bytes >= size:
             continue
@@ -133,6 +137,8 @@ class SavingOption:
 
     cost: str
     steps: tuple[tuple[str, dict[str, Any]], ...]
+    cost_of: Callable[[Recipe], str] | None = None
+    """The cost of the changed recipe, where it depends on the value; it replaces ``cost``."""
 
 
 def _gentlest(
@@ -146,15 +152,14 @@ def _gentlest(
     for label, settings in offer.steps:
         changed = set_values(recipe, settings)
         result = estimate(changed, architecture, device=device)
-        change = MemorySaving(
-            label, offer.cost, settings, changed, result, check_fit(result, available_bytes)
-        )
+        cost = offer.cost_of(changed) if offer.cost_of else offer.cost
+        change = MemorySaving(label, cost, settings, changed, result, check_fit(result, available_bytes))
         if change.fits:
             break
     return change
 
 
-def _offers(recipe: Recipe, architecture: Architecture) -> Iterator[SavingOption]:
+def _offers(recipe: Recipe, architecture: Architecture, device: Device) -> Iterator[SavingOption]:
     """Yield changes that save memory, the least costly first."""
     training, quantization, lora = recipe.training, recipe.quantization, recipe.lora
     if recipe.model.attention == "eager":
@@ -175,6 +180,8 @@ def _offers(recipe: Recipe, architecture: Architecture) -> Iterator[SavingOption
         yield _single("plain LoRA", "DoRA off", "lora.use_dora", False)
     if lora.dropout:
         yield _single("less regularisation", f"Dropout {lora.dropout:g} → 0", "lora.dropout", 0.0)
+    if steps := tuple(_more_streamed_layers(recipe, architecture, device)):
+        yield SavingOption("", steps, partial(_streaming_cost, architecture=architecture, device=device))
     if recipe.data.max_length >= 2 * LENGTH_STEP:
         yield SavingOption("longer samples are cut or dropped", tuple(_shorter_rows(recipe)))
     if lora.rank > RANKS[0]:
@@ -198,6 +205,32 @@ def _smaller_batches(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
         steps = min(-(-recipe.effective_batch // rows), 65_536)
         label = f"Micro-batch {was} → {rows}, accumulation {accumulated} → {steps}"
         yield label, {"training.micro_batch_size": rows, "training.gradient_accumulation": steps}
+
+
+def _more_streamed_layers(
+    recipe: Recipe, architecture: Architecture, device: Device
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield growing numbers of streamed layers for which the host has memory."""
+    if device.kind == "cpu" or recipe.lora.use_dora:
+        return
+    most, now = architecture.layers, recipe.quantization.streamed_layers
+    base = frozen_weights(recipe, architecture, trainer_execution(recipe, device, architecture))
+    if device.host_bytes is not None and base.total_bytes > device.host_bytes:
+        return
+    for count in range(now + 1, most + 1):
+        # In sixteenths of the model: each is an estimate.
+        if count % -(-most // _STREAMING_STEPS) and count != most:
+            continue
+        settings: dict[str, Any] = {"quantization.streamed_layers": count}
+        if recipe.training.gradient_checkpointing == "off":
+            settings["training.gradient_checkpointing"] = "on"
+        yield f"Stream {count} of {most} layers from host memory", settings
+
+
+def _streaming_cost(recipe: Recipe, architecture: Architecture, device: Device) -> str:
+    return describe_slowdown(
+        recipe, architecture, trainer_execution(recipe, device, architecture), device.speed
+    )
 
 
 def _shorter_rows(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -7,9 +7,10 @@ from qlora_tui.memory.execution import ExecutionConfig
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.parameter_memory import adapter_bytes, frozen_weights, optimizer_bytes, round_to_block
 from qlora_tui.memory.step import residual_itemsize
+from qlora_tui.memory.streamed_layers import streamed_weights
 from qlora_tui.recipe.schema import Recipe
 
-FROZEN = ("weights", "scales", "linear", "embedding", "head", "norms", "experts", "vision")
+FROZEN = ("weights", "scales", "linear", "embedding", "head", "norms", "experts", "vision", "slots")
 """Items that belong to the base model."""
 CUBLAS_WORKSPACE_BYTES = 8_519_680
 """torch's default ``CUBLAS_WORKSPACE_CONFIG``, ``:4096:2:16:8``: 2 × 4,096 KiB + 8 × 16 KiB
@@ -38,6 +39,12 @@ def static_items(
         "inputs": input_bytes(architecture, layout, execution),
         "mask": mask_bytes(layout, execution),
     }
+    streamed = streamed_weights(recipe, architecture, execution) if execution.streamed_layers else None
+    if streamed is not None:
+        items["slots"] = streamed.slot_bytes
+        if execution.device == "cuda":  # On a CPU host memory is the memory of the device.
+            for key, size in streamed.items.items():
+                items[key] -= size
     if execution.device == "cuda":
         items["workspace"] = CUBLAS_HANDLES * workspace_bytes(execution)
     if not (execution.optimizer.startswith("paged") and execution.device == "cuda"):

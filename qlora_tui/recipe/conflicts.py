@@ -38,6 +38,31 @@ def find_conflicts(recipe: Recipe) -> list[Conflict]:
                 'set model.attention = "sdpa" or quantization.compute_dtype = "auto"',
             )
         )
+    if recipe.quantization.streamed_layers:
+        conflicting += _streaming_conflicts(recipe)
+    return conflicting
+
+
+def _streaming_conflicts(recipe: Recipe) -> list[Conflict]:
+    conflicting = []
+    if recipe.training.gradient_checkpointing == "off":
+        conflicting.append(
+            Conflict(
+                ("quantization.streamed_layers", "training.gradient_checkpointing"),
+                "quantization.streamed_layers needs gradient checkpointing: a streamed layer is recomputed "
+                "in the backward pass, because another one has taken its place",
+                'set training.gradient_checkpointing = "on" or quantization.streamed_layers = 0',
+            )
+        )
+    if recipe.lora.use_dora:
+        conflicting.append(
+            Conflict(
+                ("quantization.streamed_layers", "lora.use_dora"),
+                "lora.use_dora reads every weight of the model before training, and with "
+                "quantization.streamed_layers most of them are not on the GPU",
+                "set lora.use_dora = false or quantization.streamed_layers = 0",
+            )
+        )
     return conflicting
 
 

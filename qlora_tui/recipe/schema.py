@@ -77,6 +77,17 @@ class Quantization(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             "Activations, embeddings and the head use it.",
         ),
     ] = "auto"
+    streamed_layers: Annotated[
+        int,
+        _about(
+            "Streamed layers",
+            "Layers whose frozen weights wait in host memory and are copied to the GPU for each pass: for a "
+            "model that does not fit, at the price of speed. 0: none.",
+            "Two of them are on the GPU at a time; all of them take host memory.",
+            ge=0,
+            le=1024,
+        ),
+    ] = 0
 
 
 class Lora(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -15,6 +15,7 @@ from qlora_tui.runs.events import (
     Finished,
     Health,
     LayersKept,
+    LayersStreamed,
     MemoryMeasured,
     Paused,
     PhaseChanged,
@@ -58,6 +59,12 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
             return _format_verified(event)
         case LayersKept():
             return _format_kept(event)
+        case LayersStreamed():
+            return (
+                f"streamed layers: {event.streamed_layers} of {event.layers} wait in host memory "
+                f"({format_bytes(event.host_bytes)}) and pass through {format_bytes(event.slot_bytes)} of "
+                "the device"
+            )
         case MemoryMeasured():
             return (
                 f"memory: {format_bytes(event.measured_bytes)} measured, "

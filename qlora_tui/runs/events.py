@@ -140,6 +140,18 @@ class LayersKept(Event, tag="layers_kept", frozen=True, kw_only=True):
     """Memory of the run with these layers."""
 
 
+class LayersStreamed(Event, tag="layers_streamed", frozen=True, kw_only=True):
+    """Layers whose frozen weights wait in host memory and pass through two buffers of the device."""
+
+    streamed_layers: Count
+    layers: Count
+    """Layers of the model."""
+    host_bytes: Count
+    """Host memory that holds them."""
+    slot_bytes: Count
+    """Memory of the device through which they pass."""
+
+
 class MemoryMeasured(Event, tag="memory", frozen=True, kw_only=True):
     """A measured memory peak and its prediction, in bytes."""
 
@@ -290,6 +302,7 @@ AnyEvent: TypeAlias = (
     | AdapterReady
     | StepVerified
     | LayersKept
+    | LayersStreamed
     | MemoryMeasured
     | Step
     | Evaluated

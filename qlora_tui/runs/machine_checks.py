@@ -25,6 +25,8 @@ from qlora_tui.runs.suggested_fix import SuggestedFix
 Outcome = Literal["ok", "note", "warning", "error"]
 _NOTABLE_BYTES = 512 << 20
 """GPU memory used by other programs above which to warn."""
+_SPARE_HOST_BYTES = 1 << 30
+"""Host memory that streamed layers leave to other programs."""
 
 
 class CheckKind(Enum):
@@ -36,6 +38,7 @@ class CheckKind(Enum):
     LORA = "LoRA"
     LENGTH = "length"
     MEMORY = "memory"
+    HOST_MEMORY = "host memory"
     GPU = "GPU"
     DISK = "disk"
     QUEUE = "queue"
@@ -100,6 +103,35 @@ def read_machine(assumed_bytes: int | None = None) -> Machine:
     active = next((run.id for run in all_runs() if read_status(run).state in ACTIVE), "")
     waiting = tuple(run_queue.waiting())
     return Machine(budget_for(gpu, assumed_bytes), gpu, used, reason, active, waiting)
+
+
+def check_host_memory(needed_bytes: int) -> Check:
+    """Check that the base of a run with streamed layers, ``needed_bytes``, fits in free host memory."""
+    problem = host_memory_problem(needed_bytes)
+    if problem is not None:
+        return Check(CheckKind.HOST_MEMORY, "error", problem.what, problem.fix)
+    return Check(CheckKind.HOST_MEMORY, "ok", f"{format_gib(needed_bytes)} GiB hold the streamed base.")
+
+
+def host_memory_problem(needed_bytes: int, limit_bytes: int | None = None) -> UserError | None:
+    """The error for a base that does not fit in free host memory; None where it does.
+
+    Args:
+        needed_bytes: the whole base, which is loaded there before its layers are streamed.
+        limit_bytes: what a container allows, where that may be less than is free.
+    """
+    free = int(psutil.virtual_memory().available)
+    free = free if limit_bytes is None else min(free, limit_bytes)
+    if needed_bytes + _SPARE_HOST_BYTES <= free:
+        return None
+    return UserError(
+        "Host memory is too small for streamed layers",
+        what=f"A base of {format_gib(needed_bytes)} GiB would be in host memory, and {format_gib(free)} GiB "
+        "of it are free.",
+        why="1 GiB stays free for other programs.",
+        fix="Close other programs, choose a smaller model, or set Streamed layers "
+        "(quantization.streamed_layers) to 0.",
+    )
 
 
 def check_gpu(machine: Machine, needed_bytes: int = 0) -> Check:

@@ -35,6 +35,7 @@ from qlora_tui.runs.machine_checks import (
     Machine,
     check_disk,
     check_gpu,
+    check_host_memory,
     check_queue,
 )
 from qlora_tui.runs.step_limit import check_step_limit
@@ -58,6 +59,9 @@ def preflight(recipe: Recipe, machine: Machine, *, read_columnar: bool) -> tuple
         checks += [*_lora(recipe, files), *_length(recipe, files)]
         memory, estimated = _memory(recipe, files, machine.budget)
         checks.append(memory)
+        # An assumed GPU is in another machine.
+        if estimated is not None and estimated.host_bytes and not machine.budget.is_assumed:
+            checks.append(check_host_memory(estimated.host_bytes))
     return (
         *checks,
         check_gpu(machine, estimated.total_bytes if estimated else 0),

@@ -1,6 +1,7 @@
 """Recipe changes after running out of memory that do not change what is trained.
 
-First fewer layers keep their activations, if ``gradient_checkpointing`` is ``auto``. Then the micro-batch is
+First fewer layers keep their activations, if ``gradient_checkpointing`` is ``auto``, or more layers are
+streamed, if some are. Then the micro-batch is
 halved and accumulation doubled, which keeps the effective batch. At a micro-batch of one, gradient
 checkpointing is turned on. After that, any change would alter what is trained. If the model alone did not
 fit, nothing here helps.
@@ -21,17 +22,28 @@ from qlora_tui.recipe.aliases import canonical_value
 from qlora_tui.recipe.schema import Checkpointing, Recipe, Training
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventTail, EventWriter
-from qlora_tui.runs.events import PREPARING_PHASES, Failed, Health, LayersKept, RunEnded, Started
+from qlora_tui.runs.events import (
+    PREPARING_PHASES,
+    Failed,
+    Health,
+    LayersKept,
+    LayersStreamed,
+    RunEnded,
+    Started,
+)
 
 _KEPT_DIVISOR = 4
 """A retry keeps the activations of a quarter as many layers: an estimate is rarely off by more."""
+
+
+_LAYER_COUNTS = frozenset({"kept_layers", "streamed_layers", "resident_layers"})
 
 
 class RetryPlan(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """What an attempt overrides; None leaves a setting as it is.
 
     The field names are those of the recipe's ``[training]`` and of the ``started`` event, but for
-    ``kept_layers``.
+    the numbers of layers.
     """
 
     micro_batch_size: int | None = None
@@ -39,6 +51,10 @@ class RetryPlan(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_un
     gradient_checkpointing: Checkpointing | None = None
     kept_layers: int | None = None
     """The most layers that keep their activations, where gradient checkpointing is ``auto``."""
+    streamed_layers: int | None = None
+    """Layers whose weights wait in host memory, where the recipe streams any."""
+    resident_layers: int | None = None
+    """The other layers, which a retry may stream too."""
 
     @classmethod
     def from_settings(cls, settings: Training | Started) -> RetryPlan:
@@ -52,13 +68,19 @@ class RetryPlan(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_un
 
     def overrides(self) -> dict[str, Any]:
         """Settings of ``[training]`` that this plan sets."""
-        values = structs.asdict(self)
-        del values["kept_layers"]
-        return {name: value for name, value in values.items() if value is not None}
+        return {
+            name: value
+            for name, value in structs.asdict(self).items()
+            if value is not None and name not in _LAYER_COUNTS
+        }
 
     def apply_to(self, recipe: Recipe) -> Recipe:
         """Return the recipe as the attempt runs it."""
-        return structs.replace(recipe, training=structs.replace(recipe.training, **self.overrides()))
+        quantization = recipe.quantization
+        if self.streamed_layers is not None:
+            quantization = structs.replace(quantization, streamed_layers=self.streamed_layers)
+        training = structs.replace(recipe.training, **self.overrides())
+        return structs.replace(recipe, quantization=quantization, training=training)
 
     def to_arguments(self) -> list[str]:
         """Option of ``python -m qlora_tui.training`` that carries the plan; empty without overrides."""
@@ -89,6 +111,9 @@ def last_plan(run: RunDir) -> RetryPlan:
             plan = RetryPlan.from_settings(event)
         elif isinstance(event, LayersKept):
             plan = structs.replace(plan, kept_layers=event.kept_layers)
+        elif isinstance(event, LayersStreamed):
+            resident = event.layers - event.streamed_layers
+            plan = structs.replace(plan, streamed_layers=event.streamed_layers, resident_layers=resident)
     return plan
 
 
@@ -129,11 +154,18 @@ def plan_retry(run: RunDir, ending: RunEnded) -> RetryPlan | None:
 def reduce_memory(recipe: Recipe, used: RetryPlan) -> RetryPlan | None:
     """Return the next cheaper plan with the same effective batch; None if there is none."""
     now = structs.replace(
-        RetryPlan.from_settings(used.apply_to(recipe).training), kept_layers=used.kept_layers
+        RetryPlan.from_settings(used.apply_to(recipe).training),
+        **{name: getattr(used, name) for name in _LAYER_COUNTS},
     )
     assert now.micro_batch_size is not None and now.gradient_accumulation is not None
     if now.gradient_checkpointing == "auto" and now.kept_layers:
         return structs.replace(now, kept_layers=now.kept_layers // _KEPT_DIVISOR)
+    if now.streamed_layers and now.resident_layers:
+        # Smaller micro-batches would need as many copies more.
+        more = -(-now.resident_layers // 2)
+        return structs.replace(
+            now, streamed_layers=now.streamed_layers + more, resident_layers=now.resident_layers - more
+        )
     if now.micro_batch_size > 1:
         # An odd micro-batch cannot be halved exactly: one row at a time keeps the product.
         factor = 2 if now.micro_batch_size % 2 == 0 else now.micro_batch_size
@@ -148,6 +180,8 @@ def reduce_memory(recipe: Recipe, used: RetryPlan) -> RetryPlan | None:
 def describe_plan(plan: RetryPlan) -> str:
     """Describe the plan, for events and screens."""
     words = f"micro-batch {plan.micro_batch_size} × accumulation {plan.gradient_accumulation}"
+    if plan.streamed_layers:
+        words += f", streaming the weights of {pluralize(plan.streamed_layers, 'layer')}"
     if plan.gradient_checkpointing == "auto" and plan.kept_layers:
         return f"{words}, keeping the activations of {pluralize(plan.kept_layers, 'layer')}"
     return words + (" and gradient checkpointing" if plan.gradient_checkpointing != "off" else "")

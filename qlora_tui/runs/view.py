@@ -27,6 +27,7 @@ from qlora_tui.runs.events import (
     Finished,
     Health,
     LayersKept,
+    LayersStreamed,
     MemoryMeasured,
     Paused,
     Phase,
@@ -267,7 +268,7 @@ class RunView:
                 self.requested_ending = (
                     event.request if event.request in control.ENDINGS else self.requested_ending
                 )
-            case LayersKept():
+            case LayersKept() | LayersStreamed():
                 pass
             case Finished() | Failed() | Stopped() | Paused():
                 self.ending = event

@@ -16,6 +16,7 @@
 ``gguf_conversion``       converts a GGUF file to safetensors once, in the process ``gguf_worker``:
                           ``gguf_weights`` writes the tensors of known families, ``gguf_llama`` (with
                           ``gguf_tokenizer``) the rest of a plain Llama, ``gguf_streaming`` that of the others
+``streaming``             frozen layers that wait in host memory and pass through the device
 ``adapter``               adds LoRA; ``fused``: module and adapter as one autograd function;
                           ``trainable_tokens``: trained rows of embedding and head
 ``dropout``               where a model draws random numbers

@@ -13,6 +13,7 @@ from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.fused.kernel_choice import allow_kernels, verify_kernels
 from qlora_tui.training.liger import verified_liger_loss
 from qlora_tui.training.packed_attention import PackedAttention, pass_sample_lengths
+from qlora_tui.training.streaming.placement import StreamedLayers, place_streamed
 
 _FALLBACKS: dict[AttentionPath, tuple[PackedAttention, ...]] = {
     "varlen": ("varlen", "segments"),
@@ -43,6 +44,8 @@ class PreparedBase:
     """The implementation in transformers for a single sample: ``sdpa`` or ``eager``."""
     replaced: tuple[str, ...] = ()
     """Fast paths that are not used, because they differ from the library on this model."""
+    streamed: StreamedLayers | None = None
+    """The layers that wait in host memory; None where the whole model is on the device."""
 
 
 def prepare_base(
@@ -67,7 +70,7 @@ def prepare_base(
     """
     allow_kernels(recipe.model.kernels == "auto")
     verify_kernels(device.torch_device, device.dtype)
-    model = model_loading.load_base(folder, recipe, device, attention_path, on_progress)
+    model, streamed = _load(folder, recipe, device, attention_path, on_progress)
     head = chunked_loss.find_head(model)
     if not isinstance(head, str) and not equivalence_checks.head_matches_model(
         model, head, device.torch_device
@@ -89,7 +92,21 @@ def prepare_base(
         loss=loss_name,
         padding_free=packed is not None,
         reference_attention=reference_attention,
+        streamed=streamed,
     )
+
+
+def _load(
+    folder: Path,
+    recipe: Recipe,
+    device: ComputeDevice,
+    attention_path: AttentionPath,
+    on_progress: model_loading.ProgressCallback | None,
+) -> tuple[Any, StreamedLayers | None]:
+    """The model on the device, but for the layers that the recipe streams, which are in host memory."""
+    count = recipe.quantization.streamed_layers
+    model = model_loading.load_base(folder, recipe, device, attention_path, on_progress, to_host=count > 0)
+    return model, place_streamed(model, count, device.torch_device) if count else None
 
 
 def _use_packed_attention(

@@ -46,6 +46,7 @@ _CHANGEABLE = frozenset(
         "training.early_stopping",
         "training.sample_prompts",
         "training.gradient_checkpointing",
+        "quantization.streamed_layers",
     }
 )
 """Settings that may change before a resume, because they do not affect the trained weights."""

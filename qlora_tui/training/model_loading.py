@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
 
 from qlora_tui.catalog.config_parser import load_config
@@ -34,6 +36,8 @@ def load_base(
     device: ComputeDevice,
     attention_path: AttentionPath,
     on_progress: ProgressCallback | None = None,
+    *,
+    to_host: bool = False,
 ) -> Any:
     """Load the causal language model in ``folder`` to the device, with every weight frozen.
 
@@ -43,12 +47,18 @@ def load_base(
     Args:
         folder: from ``catalog.local_models.resolve_model``.
         on_progress: called with the number of tensors loaded, and of all.
+        to_host: leave it in host memory, quantized there unless it was stored by a load to the device.
 
     Raises:
         UserError: it cannot be loaded.
     """
     quantization = _quantization_config(recipe.quantization, device)
     stored = quantized_cache.cache_path(folder, recipe, device)
+    if to_host:
+        on_host = replace(device, torch_device=torch.device("cpu"))
+        if not quantized_cache.is_stored(stored):
+            stored = quantized_cache.cache_path(folder, recipe, on_host)
+        device = on_host
     model = None
     if stored is not None and quantized_cache.is_stored(stored):
         model = _load_stored(stored, device, attention_path, on_progress)

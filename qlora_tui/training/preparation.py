@@ -14,7 +14,7 @@ from qlora_tui.data.dataset import PreparedDataset, prepare_dataset
 from qlora_tui.data.thinking_facts import thinking_sentences
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.untrained_tokens import token_ids
-from qlora_tui.runs.events import AdapterReady, DataReady, Environment
+from qlora_tui.runs.events import AdapterReady, DataReady, Environment, LayersStreamed
 from qlora_tui.training import model_loading, quantized_cache
 from qlora_tui.training.adapter import add_lora, trained_parameters
 from qlora_tui.training.base_model import PreparedBase, prepare_base
@@ -28,6 +28,7 @@ from qlora_tui.training.library_versions import versions
 from qlora_tui.training.memory_meter import MemoryMeter
 from qlora_tui.training.prepared_run import AttemptContext, PreparedRun
 from qlora_tui.training.step_verification import verify_first_step
+from qlora_tui.training.streaming.host_memory import require_host_memory, require_one_gpu
 
 
 def prepare_run(
@@ -48,6 +49,7 @@ def prepare_run(
     # Free memory before the model is loaded.
     tokenizer.release_caches()
     release_free_memory()
+    _check_streaming(context, meter)
     is_stored = quantized_cache.is_stored(quantized_cache.cache_path(folder, recipe, device))
     reporter.phase(
         "loading", f"{recipe.model.id} on {device.name}{', quantized earlier' if is_stored else ''}"
@@ -65,6 +67,7 @@ def prepare_run(
     if meter.expects_triton and find_kernels(device.torch_device, device.dtype) is None:
         meter.set_unexpected_path()
     _emit_environment(context, device, base)
+    _emit_streamed(context, base, files)
     prepared = PreparedRun(
         **vars(context),
         device=device,
@@ -82,6 +85,15 @@ def prepare_run(
     context.requests.raise_if_stop_requested()
     release_free_memory()
     return prepared
+
+
+def _check_streaming(context: AttemptContext, meter: MemoryMeter) -> None:
+    """Raise UserError where layers cannot be streamed on this machine."""
+    if not context.recipe.quantization.streamed_layers:
+        return
+    require_one_gpu(context.dist.world_size)
+    if meter.estimate is not None:
+        require_host_memory(meter.estimate.host_bytes)
 
 
 def _model_folder(context: AttemptContext, files: ModelFiles) -> Path:
@@ -145,6 +157,8 @@ def _add_adapter(
     model = add_lora(base.model, lora, files.architecture, token_ids(lora.trainable_tokens, tokenizer))
     if training.gradient_checkpointing != "off":
         model_loading.checkpoint_activations(base.model)
+    if base.streamed is not None:
+        base.streamed.use_checkpoints()
     context.reporter.emit(
         AdapterReady(
             at=time.time(),
@@ -202,6 +216,30 @@ def _emit_environment(context: AttemptContext, device: ComputeDevice, base: Prep
             kernels="torch" if find_kernels(device.torch_device, device.dtype) is None else "triton",
         )
     )
+
+
+def _emit_streamed(context: AttemptContext, base: PreparedBase, files: ModelFiles) -> None:
+    """Report which layers wait in host memory, and a warning where it could not be pinned."""
+    streamed = base.streamed
+    if streamed is None:
+        return
+    context.reporter.emit(
+        LayersStreamed(
+            at=time.time(),
+            streamed_layers=len(streamed),
+            layers=files.architecture.layers,
+            host_bytes=streamed.host_bytes,
+            slot_bytes=streamed.slot_bytes,
+        )
+    )
+    if streamed.not_pinned:
+        context.reporter.health(
+            "not_pinned",
+            f"The host memory of streamed layers could not be pinned: {streamed.not_pinned}. Copies to the "
+            "GPU do not overlap with its computation, so steps take longer.",
+            "Close other programs that hold pinned memory, or stream fewer layers "
+            "(quantization.streamed_layers).",
+        )
 
 
 def _emit_data(prepared: PreparedRun) -> None:

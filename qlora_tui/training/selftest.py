@@ -30,6 +30,7 @@ def main() -> int:
     if all(check["outcome"] == "ok" for check in checks):
         checks += [_run_check("torch on the GPU", _gpu), _run_check("NF4 forward and backward", _nf4)]
         checks.append(_run_check("flash attention", _flash))
+        checks.append(_run_check("copies to the GPU", _transfer))
     out.write(json.dumps(checks) + "\n")
     out.flush()
     return 0
@@ -139,6 +140,26 @@ def _flash() -> dict[str, str]:
     if off > 0.02 or not finite:
         return {"outcome": "error", "text": f"wrong by {off:.0%}", "fix": 'Set model.attention to "sdpa".'}
     return {"outcome": "ok", "text": "one call for all samples of a packed sequence"}
+
+
+def _transfer() -> dict[str, str]:
+    """Measure what the estimate says of streamed layers, and record it."""
+    from qlora_tui.memory.transfer_speed import record_speed
+    from qlora_tui.recipe.schema import Recipe
+    from qlora_tui.training.compute_device import find_device
+    from qlora_tui.training.streaming.speed_measurement import measure_speed
+
+    device = find_device(Recipe())
+    if device.kind == "cpu":
+        return {"outcome": "note", "text": "not measured: streamed layers save memory on a GPU only"}
+    speed = measure_speed(device)
+    record_speed(device.name, speed)
+    copies, products = f"{speed.bytes_per_s / 1e9:.1f} GB/s", f"{speed.flops_per_s / 1e12:.1f} TFLOP/s"
+    return {
+        "outcome": "ok",
+        "text": f"{copies} from pinned memory, and {products} in {device.dtype_name}: how much slower "
+        "streamed layers are follows from both",
+    }
 
 
 if __name__ == "__main__":

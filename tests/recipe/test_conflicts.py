@@ -7,8 +7,9 @@ import pytest
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.recipe.conflicts import check_conflicts, find_conflicts, require_runnable
 from qlora_tui.recipe.fields import fields
-from qlora_tui.recipe.schema import Data, Model, Quantization, Recipe, Source, Training
+from qlora_tui.recipe.schema import Data, Lora, Model, Quantization, Recipe, Source, Training
 
+STREAMED = Quantization(streamed_layers=4)
 READY = Recipe(model=Model(id="m"), data=Data(sources=(Source(path="a"),)))
 
 
@@ -21,6 +22,8 @@ def test_the_defaults_do_not_conflict() -> None:
     [
         Recipe(training=Training(early_stopping=1), data=Data(validation_fraction=0.0)),
         Recipe(model=Model(attention="flash"), quantization=Quantization(compute_dtype="float32")),
+        Recipe(quantization=STREAMED, training=Training(gradient_checkpointing="off")),
+        Recipe(quantization=STREAMED, lora=Lora(use_dora=True)),
     ],
 )
 def test_a_conflict_names_its_settings(recipe: Recipe) -> None:

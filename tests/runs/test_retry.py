@@ -8,7 +8,7 @@ from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe, Training
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter, last_event
-from qlora_tui.runs.events import Failed, Finished, Health, Phase, Started
+from qlora_tui.runs.events import Failed, Finished, Health, LayersStreamed, Phase, Started
 from qlora_tui.runs.retry import (
     RetryPlan,
     describe_plan,
@@ -39,6 +39,20 @@ def test_checkpointing_comes_last_and_then_there_is_nothing(recipe: Recipe) -> N
     plan = reduce_memory(recipe, RetryPlan())
     assert plan == RetryPlan(micro_batch_size=1, gradient_accumulation=8, gradient_checkpointing="on")
     assert reduce_memory(recipe, plan) is None
+
+
+def test_more_layers_are_streamed_before_the_micro_batch_shrinks(recipe: Recipe, run: RunDir) -> None:
+    recipe = replace_setting(recipe, "quantization.streamed_layers", 9)
+    recipe = replace_setting(recipe, "training.micro_batch_size", 2)
+    with EventWriter(run.events_path) as log:
+        log.append(LayersStreamed(at=0.0, streamed_layers=9, layers=12, host_bytes=9, slot_bytes=2))
+    plan = last_plan(run)
+    counts = []
+    while (following := reduce_memory(recipe, plan)) is not None:
+        plan = following
+        counts.append((plan.apply_to(recipe).quantization.streamed_layers, plan.micro_batch_size))
+    assert counts == [(11, 2), (12, 2), (12, 1)]
+    assert "streaming the weights of 12 layers" in describe_plan(plan)
 
 
 def test_the_next_attempt_starts_from_what_the_last_one_used(run: RunDir) -> None:
@@ -102,5 +116,5 @@ def test_what_is_no_plan_is_a_wrong_call(argument: str) -> None:
 
 
 def test_a_retry_plan_names_recipe_settings_and_event_fields() -> None:
-    settings = set(RetryPlan.__struct_fields__) - {"kept_layers"}
+    settings = set(RetryPlan.__struct_fields__) - {"kept_layers", "streamed_layers", "resident_layers"}
     assert settings <= set(Training.__struct_fields__) & set(Started.__struct_fields__)

@@ -1,0 +1,54 @@
+"""How much slower a run is with streamed layers, from measured speeds and the step's own arithmetic.
+
+Copies run beside the computation, so a step takes the longer of the two. Of S streamed layers, a micro-batch
+copies each twice, forward and backward, but for the two that are still in the buffers at either turn:
+2 (S - 2) copies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.memory.execution import ExecutionConfig
+from qlora_tui.memory.kept_layers import products_per_token
+from qlora_tui.memory.streamed_layers import SLOTS, streamed_weights
+from qlora_tui.memory.transfer_speed import TransferSpeed
+from qlora_tui.recipe.schema import Recipe
+
+_FLOPS_PER_PRODUCT = 2
+"""A multiplication and an addition."""
+_PASSES = 2
+"""Times that a layer is needed in a micro-batch: forward, and recomputation with backward."""
+_NOTICEABLE = 1.05
+
+
+def copied_bytes(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> int:
+    """Return the bytes that a micro-batch copies to the device."""
+    streamed = streamed_weights(recipe, architecture, replace(execution, kept_layers=0))
+    if streamed is None:
+        return 0
+    count = len(streamed.indices)
+    return _PASSES * max(0, count - SLOTS) * streamed.host_bytes // count
+
+
+def slowdown(
+    recipe: Recipe, architecture: Architecture, execution: ExecutionConfig, speed: TransferSpeed
+) -> float:
+    """Return the time of a step with streamed layers, relative to one with all of them on the device."""
+    tokens = recipe.training.micro_batch_size * recipe.data.max_length
+    once, again = products_per_token(recipe, architecture)
+    flops = _FLOPS_PER_PRODUCT * tokens * (once + architecture.layers * again)
+    compute_s = flops / speed.flops_per_s
+    copy_s = copied_bytes(recipe, architecture, execution) / speed.bytes_per_s
+    return max(copy_s, compute_s) / compute_s
+
+
+def describe_slowdown(
+    recipe: Recipe, architecture: Architecture, execution: ExecutionConfig, speed: TransferSpeed | None
+) -> str:
+    """Describe what streaming costs: ``about 1.6× slower``, or that nobody measured it."""
+    if speed is None:
+        return "slower: `qlora-tui doctor` measures how much"
+    factor = slowdown(recipe, architecture, execution, speed)
+    return f"about {factor:.1f}× slower" if factor >= _NOTICEABLE else "about as fast"

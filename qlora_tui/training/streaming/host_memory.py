@@ -1,0 +1,72 @@
+"""Host memory in which streamed layers wait, pinned where the system allows it.
+
+A GPU copies from pinned memory directly, beside the computation. Copies from other memory pass through a
+buffer of the driver, which takes longer and stops the host until they are done.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from qlora_tui.errors import UserError
+from qlora_tui.runs.machine_checks import host_memory_problem
+from qlora_tui.training.compute_device import host_memory_bytes
+
+
+class HostMemory:
+    """Allocates the buffers of streamed layers for a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pins = device.type == "cuda"
+        self.refused = ""
+        """Why memory could not be pinned; empty where it was, or need not be."""
+
+    def allocate(self, size_bytes: int) -> Tensor:
+        """A uint8 vector of host memory.
+
+        Registered with CUDA rather than allocated by torch, whose pinned allocator rounds up to a power of
+        two.
+        """
+        buffer = torch.empty(size_bytes, dtype=torch.uint8)
+        if self._pins and not self.refused:
+            self.refused = _pin(buffer)
+        return buffer
+
+
+def _pin(buffer: Tensor) -> str:
+    """Pin a buffer; returns why that is refused, or an empty text."""
+    try:
+        result = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)  # type: ignore[no-untyped-call]  # torch's own
+    except RuntimeError as error:
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    code = int(result)
+    if code:
+        return f"CUDA error {code}"
+    # Memory that is freed while it is registered could not be registered again at the same address.
+    weakref.finalize(buffer, _unpin, buffer.data_ptr()).atexit = False
+    return ""
+
+
+def _unpin(address: int) -> None:
+    torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]  # torch's own
+
+
+def require_one_gpu(processes: int) -> None:
+    """Raise UserError where a run with streamed layers has several processes: each would hold them."""
+    if processes > 1:
+        raise UserError(
+            "Streamed layers need a run on one GPU",
+            what=f"quantization.streamed_layers is set, and this run has {processes} GPUs.",
+            why="Each process would hold the streamed layers in host memory, and copy them on the same bus.",
+            fix="Set quantization.streamed_layers to 0, or train on one GPU.",
+        )
+
+
+def require_host_memory(needed_bytes: int) -> None:
+    """Raise UserError where the machine, or its container, has less free memory than streamed layers need."""
+    problem = host_memory_problem(needed_bytes, limit_bytes=host_memory_bytes())
+    if problem is not None:
+        raise problem
