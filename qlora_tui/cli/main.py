@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import sys
 import time
@@ -14,9 +13,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 from qlora_tui import __version__, paths
 from qlora_tui.cli.arguments import GPU_GIB_HELP, positive_float
+from qlora_tui.cli.open_app import open_app
 from qlora_tui.cli.terminal import visible_output
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, INTERNAL_ERROR, UserError, disk_problem
-from qlora_tui.settings import load_settings
 
 if TYPE_CHECKING:
     from qlora_tui.cli.subcommand import CommandResult, Subcommand
@@ -29,7 +28,7 @@ SUBCOMMANDS = {
     "presets": ("presets", "List presets, show one, or print every setting."),
     "train": ("train", "Queue a training run and follow it."),
     "runs": ("runs", "List every run and the queue; rename, save, delete or check them."),
-    "attach": ("runs", "Show a run from its first event and follow it."),
+    "attach": ("runs", "Watch a run in the app; into a pipe, or with --log, print its events."),
     "stop": ("runs", "Save a checkpoint and the adapter, and end a run."),
     "pause": ("runs", "Save a checkpoint and free the GPU; `resume` continues the run."),
     "resume": ("runs", "Resume a stopped, paused, failed or lost run from its last checkpoint."),
@@ -62,12 +61,12 @@ def _run(argv: list[str]) -> int:
         if "_ARGCOMPLETE" in os.environ:
             _complete()
         if not argv:
-            return _open_app()
+            return open_app()
         _check_command(argv)
         verb = next((word for word in argv if word in SUBCOMMANDS), None)
         args = _parser(verb).parse_args(_with_action(argv, verb))
         if args.verb is None:
-            return _open_app(gpu_gib=args.gpu_gib, mouse=not args.no_mouse)
+            return open_app(gpu_gib=args.gpu_gib, mouse=not args.no_mouse)
         result = args.run(args)
         return result if isinstance(result, int) else _print_result(result, as_json=args.json)
     except UserError as problem:
@@ -138,37 +137,6 @@ def _parser(name_called: str | None) -> argparse.ArgumentParser:
             verb.arguments(sub)
             sub.set_defaults(run=verb.run)
     return parser
-
-
-def _open_app(*, gpu_gib: float | None = None, mouse: bool = True) -> int:
-    # The app enables it again with its first frame: until then there is no garbage worth collecting.
-    gc.disable()
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise UserError(
-            "No terminal",
-            what="The app needs a terminal; this is not one.",
-            fix="Use a command: `qlora-tui --help` lists them.",
-            exit_code=2,
-        )
-    import msgspec
-
-    from qlora_tui.tui.app import QloraApp
-    from qlora_tui.tui.monochrome import has_no_colors
-    from qlora_tui.tui.stderr_capture import capture_stderr
-
-    settings = load_settings()
-    if gpu_gib:
-        settings = msgspec.structs.replace(settings, gpu_memory_gib=gpu_gib)
-    log = paths.log_path()
-    with capture_stderr(log):
-        app = QloraApp(settings)
-        app.no_color = app.no_color or has_no_colors()
-        app.run(mouse=settings.mouse and mouse)
-    if app.disk_faults.ended_by is not None:
-        raise app.disk_faults.ended_by
-    if app.return_code == EXIT_FAILURE:
-        print(f"qlora-tui: The app crashed.\n  Details: {log}", file=sys.stderr)
-    return app.return_code or 0
 
 
 def _complete() -> NoReturn:

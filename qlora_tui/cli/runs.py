@@ -9,15 +9,16 @@ from typing import Any
 
 from qlora_tui.cli.check import check
 from qlora_tui.cli.follow import PLAIN_INTERVAL_S, follow, follow_plain
+from qlora_tui.cli.open_app import can_show_app, open_app
 from qlora_tui.cli.subcommand import CommandResult, Subcommand, add_json_argument, format_table
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.formatting import format_float
 from qlora_tui.runs import actions, control, run_queue
 from qlora_tui.runs.describe import format_exact
-from qlora_tui.runs.directory import RunDir, all_runs, find_run
+from qlora_tui.runs.directory import LAST, RunDir, all_runs, find_run
 from qlora_tui.runs.metrics_csv import metrics_csv
 from qlora_tui.runs.spawn import ensure_runner
-from qlora_tui.runs.status import read_status
+from qlora_tui.runs.status import ACTIVE, read_status
 from qlora_tui.runs.view import RunView
 
 _FEW_STEPS = 16
@@ -117,12 +118,18 @@ def _list() -> CommandResult:
 
 
 def attach(args: argparse.Namespace) -> int:
-    """Show a run's events from the first, and follow it to its end. Ctrl-C leaves it running."""
-    run = find_run(args.run_id)
+    """Watch a run in the app, or print its events from the first to its end. Either leaves it running."""
+    run = _active_or_newest() if args.run_id is None else find_run(args.run_id)
     if run.id in run_queue.waiting():
         # Its runner may have been killed, or stopped with the machine.
         ensure_runner()
+    if can_show_app() and not (args.log or args.plain or args.json):
+        return open_app(gpu_gib=args.gpu_gib, mouse=not args.no_mouse, run=run)
     return follow_plain(run) if args.plain and not args.json else follow(run, as_json=args.json)
+
+
+def _active_or_newest() -> RunDir:
+    return next((run for run in all_runs() if read_status(run).state in ACTIVE), None) or find_run(LAST)
 
 
 def resume(args: argparse.Namespace) -> CommandResult | int:
@@ -239,8 +246,18 @@ def _runs_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _attach_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_run_argument(parser)
     parser.add_argument(
+        "run_id",
+        metavar="RUN",
+        nargs="?",
+        help="a run's id or name, the beginning of one, or `last` (default: the one that is running, or "
+        "else the newest)",
+    )
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--log", action="store_true", help="print each event as a line, as where the output is not a terminal"
+    )
+    instead.add_argument(
         "--plain",
         action="store_true",
         help="print sentences, for a screen reader: each event, and the state of run and GPU every "

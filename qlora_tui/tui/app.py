@@ -35,6 +35,7 @@ from qlora_tui.tui.terminal_app import TerminalApp
 if TYPE_CHECKING:
     from qlora_tui.memory.budget import MemoryBudget
     from qlora_tui.recipe.schema import Recipe
+    from qlora_tui.runs.directory import RunDir
     from qlora_tui.tui.draft import Draft
     from qlora_tui.tui.system_monitor import SystemMonitor
     from qlora_tui.tui.workbench import Workbench
@@ -64,8 +65,9 @@ class QloraApp(TerminalApp):
     ]
     VERTICAL_BREAKPOINTS = [(0, "-short"), (TALL_CELLS, "-tall")]  # noqa: RUF012
 
-    def __init__(self, settings: Settings | None = None) -> None:
+    def __init__(self, settings: Settings | None = None, *, watched_run: RunDir | None = None) -> None:
         super().__init__()
+        self._watched_run = watched_run
         settings = settings or Settings()
         self.settings = msgspec.structs.replace(settings, keymap=with_current_ids(settings.keymap))
         self.system_status = SystemStatus()
@@ -119,8 +121,15 @@ class QloraApp(TerminalApp):
         self.write_escape(escapes.PUSH_TITLE)
         if not self.is_headless:
             install_shutdown_handlers(self._leave)
+        if self._watched_run is not None:
+            self.call_after_refresh(self._watch, self._watched_run)
         self.set_interval(SYSTEM_POLL_INTERVAL_S, self._start_polling)
         self.call_after_refresh(self._start_polling)
+
+    async def _watch(self, run: RunDir) -> None:
+        from qlora_tui.tui.screens.train.screen import show_run
+
+        await show_run(self, run)
 
     def on_unmount(self) -> None:
         self.write_escape(escapes.POP_TITLE)

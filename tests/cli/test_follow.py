@@ -25,6 +25,15 @@ def test_a_long_run_prints_a_sample_and_json_prints_everything(call: Call) -> No
     assert call("attach", run.id, "--json").out.count('"event":"step"') == 8000
 
 
+def test_attach_without_a_name_prefers_the_running_run(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = write_fake_run(FakeRun(name="older", state="running", steps=5))
+    write_fake_run(FakeRun(name="newest", state="stopped", steps=7, began=BEGAN + 60))
+    monkeypatch.setattr(follow, "follow_events", lambda view, on_silence: iter(()))
+    assert running.id in call("attach").err
+    write_status(running, Status(state="paused", at=BEGAN))
+    assert "stopped at step 7" in call("attach").out
+
+
 def test_plain_says_in_sentences_what_the_live_screen_shows(
     call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:

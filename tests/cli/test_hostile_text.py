@@ -140,7 +140,7 @@ def test_own_sequences_pass_and_foreign_ones_do_not(capsys: pytest.CaptureFixtur
 
 def test_on_a_real_terminal_nothing_foreign_is_obeyed(run: RunDir, data: Path) -> None:
     for words in (
-        ["attach", "run"],
+        ["attach", "run", "--log"],
         ["data", "inspect", str(data)],
         ["data", "inspect", str(data), "--json"],
     ):

@@ -61,6 +61,18 @@ def test_incremental_output_equals_a_full_repaint() -> None:
         assert "── step" in whole.text
 
 
+@pytest.mark.parametrize("words", [[], ["--log"]])
+def test_attach_opens_the_app_unless_told_to_print(words: list[str]) -> None:
+    run = write_fake_run(FakeRun(state="finished", steps=300, total=300))
+    with Terminal([*APP, "attach", *words]) as terminal:
+        if words:
+            see(terminal, "step 300/300", "finished at step 300")
+        else:
+            see(terminal, run.name, "Loss and pace", "chat with it")
+            terminal.press("q")
+        assert terminal.program.wait(DEADLINE_S) == 0
+
+
 @pytest.mark.parametrize("name", ["xterm", "screen", "tmux-256color", "linux"])
 def test_every_terminal_is_painted_and_left_as_it_was(name: str) -> None:
     with Terminal(APP, env={"TERM": name}) as terminal:

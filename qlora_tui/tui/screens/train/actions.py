@@ -217,8 +217,7 @@ class TrainActions(WorkScreen):
 
         state = read_status(run).state
         outcome = "continues" if state in ACTIVE else f"is {state}"
-        log = f"`qlora-tui attach {run.id}` prints its log."
-        text = f"{run.id} {outcome}. Run `qlora-tui` to come back to it; {log}"
+        text = f"{run.id} {outcome}. Run `qlora-tui attach {shlex.quote(run.id)}` to come back to it."
 
         def on_result(yes: bool | None) -> None:
             if yes:
