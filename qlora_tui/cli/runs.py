@@ -145,7 +145,7 @@ def resume(args: argparse.Namespace) -> CommandResult | int:
 def stop(args: argparse.Namespace) -> CommandResult:
     """Save a checkpoint and the adapter, then end; a waiting run leaves the queue."""
     run = find_run(args.run_id)
-    actions.stop(run)
+    actions.stop(run, now=args.now)
     return _state_result(
         run, f"{run.id} will stop after saving. `qlora-tui attach {run.id}` shows when it has."
     )
@@ -265,6 +265,15 @@ def _attach_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _stop_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_run_argument(parser)
+    parser.add_argument(
+        "--now",
+        action="store_true",
+        help="give up the step in progress instead of finishing it; the steps before it are saved",
+    )
+
+
 def _resume_arguments(parser: argparse.ArgumentParser) -> None:
     _add_run_argument(parser)
     parser.add_argument("--follow", action="store_true", help="also follow it to its end")
@@ -281,7 +290,7 @@ def _request_arguments(parser: argparse.ArgumentParser) -> None:
 SUBCOMMANDS = {
     "runs": Subcommand(runs, _runs_arguments),
     "attach": Subcommand(attach, _attach_arguments),
-    "stop": Subcommand(stop, _add_run_argument),
+    "stop": Subcommand(stop, _stop_arguments),
     "pause": Subcommand(pause, _add_run_argument),
     "resume": Subcommand(resume, _resume_arguments),
     "ask": Subcommand(send_request, _request_arguments),

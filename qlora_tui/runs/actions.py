@@ -62,10 +62,13 @@ def _instead_of_resuming(run: RunDir, state: State) -> str:
 
 
 @disk_problems()
-def stop(run: RunDir) -> None:
-    """End a run: remove it from the queue, or have its trainer save a checkpoint and the adapter and exit."""
+def stop(run: RunDir, *, now: bool = False) -> None:
+    """End a run: remove it from the queue, or have its trainer save a checkpoint and the adapter and exit.
+
+    With ``now`` it does not wait for the end of the step or evaluation in progress, which is given up.
+    """
     if not run_queue.cancel(run):
-        control.send_request(run, "stop")
+        control.send_request(run, "stop_now" if now else "stop")
 
 
 @disk_problems()

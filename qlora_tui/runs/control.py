@@ -23,12 +23,12 @@ from qlora_tui.runs.process import ProcessIdentity
 from qlora_tui.runs.status import ACTIVE, read_status
 
 Kind: TypeAlias = Literal[
-    "stop", "pause", "checkpoint", "evaluate", "sample", "set_learning_rate", "finish_epoch"
+    "stop", "stop_now", "pause", "checkpoint", "evaluate", "sample", "set_learning_rate", "finish_epoch"
 ]
 
 
-ENDINGS: tuple[Kind, ...] = ("stop", "pause", "finish_epoch")
-"""Requests that end the run."""
+ENDINGS: tuple[Kind, ...] = ("stop", "stop_now", "pause", "finish_epoch")
+"""Requests that end the run. ``stop_now`` does not wait for the end of the step in progress."""
 
 
 class ControlRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -67,7 +67,7 @@ def send_request(run: RunDir, kind: Kind, value: float | None = None) -> None:
         atomic_write(private_dir(run.control_dir) / name, content)
     except OSError:
         # A stop needs no file: SIGTERM means the same. A run that is starting names its runner instead.
-        if kind != "stop" or status.state != "running" or not terminate(status.process):
+        if kind not in ("stop", "stop_now") or status.state != "running" or not terminate(status.process):
             raise
 
 

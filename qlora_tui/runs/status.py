@@ -47,10 +47,23 @@ class Status(Struct, frozen=True, kw_only=True, omit_defaults=True):
     loss: float | None = None
     detail: str = ""
     """One sentence: how it ended, or what it waits for."""
+    micro_batch: Count = 0
+    """Micro-batches done of the step in progress."""
+    micro_batches: Count = 0
+    """Micro-batches of that step; 0 until the first is done."""
 
     def transition(self, state: State, *, process: ProcessIdentity | None = None, detail: str = "") -> Status:
         """Return the next state, starting now; the run's progress is kept."""
-        return structs.replace(self, state=state, at=time.time(), process=process, phase=None, detail=detail)
+        return structs.replace(
+            self,
+            state=state,
+            at=time.time(),
+            process=process,
+            phase=None,
+            detail=detail,
+            micro_batch=0,
+            micro_batches=0,
+        )
 
 
 _DECODER = msgspec.json.Decoder(Status)

@@ -218,16 +218,24 @@ class RunView:
         return next((e.accuracy for e in self.evaluations if e.step == 0), None)
 
     @property
-    def seconds_left(self) -> float | None:
-        """Remaining time at the speed of the last steps; None until it is known."""
+    def seconds_per_step(self) -> float | None:
+        """Mean time of the last steps, with what was done between them; None until two are known."""
         series = self.series
         n = min(len(series), _RATE_STEPS)
-        if n < 2 or not self.total_steps or self.ending is not None:
+        if n < 2:
             return None
         trained = series.seconds(len(series) - n + 1)
         # Evaluations between them are included; a pause, or a clock that was set, at most doubles it.
         took = min(max(trained, series.at[-1] - series.at[-n]), 2 * trained)
-        return max(0, self.total_steps - self.step) * took / (series.step[-1] - series.step[-n])
+        return took / (series.step[-1] - series.step[-n])
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Remaining time at the speed of the last steps; None until it is known."""
+        per_step = self.seconds_per_step
+        if per_step is None or not self.total_steps or self.ending is not None:
+            return None
+        return max(0, self.total_steps - self.step) * per_step
 
     def _apply(self, event: AnyEvent) -> None:
         match event:

@@ -9,7 +9,7 @@ from qlora_tui.runs.energy import JOULES_PER_KWH, EnergyMeter
 from qlora_tui.runs.events import Finished, Paused, RunEnded, Stopped
 from qlora_tui.training.callbacks import RunCallback
 from qlora_tui.training.compute_device import find_device
-from qlora_tui.training.control_requests import StopRequested
+from qlora_tui.training.control_requests import StepAbandoned, StopRequested
 from qlora_tui.training.failure import is_out_of_memory
 from qlora_tui.training.final_adapter import load_best_weights, write_adapter
 from qlora_tui.training.memory_meter import MemoryMeter
@@ -86,7 +86,14 @@ class TrainingAttempt:
         callback = RunCallback(prepared, trainer)
         trainer.add_callback(callback)
         tokens_before = trainer.tokens
-        trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
+        is_abandoned = False
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
+        except StepAbandoned:
+            # Saved after this block, when the exception no longer holds the activations of the step.
+            is_abandoned = True
+        if is_abandoned:
+            callback.abandon_step()
         seconds = callback.training_seconds()
         return self._finish(prepared, trainer, callback, seconds, trainer.tokens - tokens_before)
 

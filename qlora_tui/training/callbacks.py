@@ -13,13 +13,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qlora_tui.errors import UserError
 from qlora_tui.runs.control import Kind
-from qlora_tui.runs.events import Evaluated, LayersKept, SampleGenerated, Step
-from qlora_tui.training import model_loading
-from qlora_tui.training.batches import PlannedStep, computed_tokens
+from qlora_tui.runs.events import Evaluated, SampleGenerated, Step
+from qlora_tui.training.batches import PlannedStep
 from qlora_tui.training.checkpoint_saver import CheckpointSaver, RunProgress
+from qlora_tui.training.control_requests import StopRequested
 from qlora_tui.training.evaluation import Evaluator
 from qlora_tui.training.health import StepMonitor, ValidationMonitor, find_non_finite, too_few_steps
-from qlora_tui.training.memory_probe import longest_micro_batch, probe_memory
+from qlora_tui.training.memory_probe import probe_longest_batch
 from qlora_tui.training.prepared_run import PreparedRun
 from qlora_tui.training.trainer import RunTrainer
 
@@ -66,6 +66,8 @@ class RunCallback(TrainerCallback):
         """Seconds spent on evaluating, sampling and saving: no training time."""
         self._emitted_at = 0.0
         self._emitted_tokens = 0
+        self._unreported: StepResult | None = None
+        """The last step, where it was not reported because of ``log_every``."""
         if prepared.checkpoint is not None:
             # transformers restores its own part.
             self.progress = RunProgress.restored_from(prepared.checkpoint.state)
@@ -79,7 +81,7 @@ class RunCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Before the first step, with optimizer and scheduler restored: probe memory, then evaluate."""
-        self._probe_memory()
+        probe_longest_batch(self._prepared, self._trainer)
         if self.progress.evaluated_step < 0:
             self._evaluate_and_sample(0)
         few = too_few_steps(self._total_steps, self._prepared.recipe.training.max_steps)
@@ -89,6 +91,26 @@ class RunCallback(TrainerCallback):
         self._emitted_at, self._emitted_tokens = time.perf_counter(), self._trainer.tokens
         self._started_at = time.perf_counter()
         self._overhead_s = 0.0
+        self._trainer.after_micro_batch = self._after_micro_batch
+
+    def _after_micro_batch(self, done: int, total: int) -> None:
+        self._reporter.update(micro_batch=done, micro_batches=total)
+        self._requests.raise_if_stop_now()
+
+    def abandon_step(self) -> None:
+        """Save the run as it was after its last complete step, after StepAbandoned, and stop it.
+
+        Raises:
+            StopRequested: no step is complete, so there is nothing to save.
+            OSError: the checkpoint cannot be written.
+        """
+        self._trainer.undo_unfinished_step()
+        if not self._trainer.state.global_step:
+            raise StopRequested("stop")
+        if self._unreported is not None:
+            self._emit_step(self._unreported, force=True)
+        self._save(self._trainer.state.global_step, force=True)
+        self.outcome = "stopped"
 
     def on_log(
         self,
@@ -108,6 +130,7 @@ class RunCallback(TrainerCallback):
             step, planned.epoch, logs["loss"], logs["learning_rate"], float(logs.get("grad_norm", 0.0))
         )
         emitted = self._emit_step(result, force=step == self._total_steps)
+        self._unreported = None if emitted else result
         self._check_health(result, norm_may_overflow=args.fp16)
         overhead_before_s = self._overhead_s
         self._act_between_steps(step, planned, control)
@@ -154,43 +177,10 @@ class RunCallback(TrainerCallback):
         if stop_kind or ends:
             control.should_training_stop = True
 
-    def _probe_memory(self) -> None:
-        """Run one step on the longest batch, so that a run that does not fit fails before its first step."""
-        prepared = self._prepared
-        samples, padding_free = prepared.data.train, prepared.base.padding_free
-        self._requests.raise_if_stop_requested()
-        self._reporter.phase("probing", "memory, with one step on the longest batch")
-        sequences = longest_micro_batch(
-            prepared.step_plan, samples, prepared.recipe.training.micro_batch_size, padding_free=padding_free
-        )
-        prepared.meter.set_longest_batch(
-            len(sequences), computed_tokens(sequences, samples, padding_free=padding_free)
-        )
-        self._apply_kept_layers()
-        probe_memory(self._trainer, sequences, fresh=prepared.checkpoint is None)
-        self._reporter.emit(prepared.meter.measure("probe"))
-        self._requests.raise_if_stop_requested()
-
-    def _apply_kept_layers(self) -> None:
-        """Exempt layers from checkpointing as memory allows, if ``gradient_checkpointing`` is ``auto``."""
-        prepared = self._prepared
-        plan = prepared.meter.plan_kept_layers(prepared.max_kept_layers)
-        if plan is None or not model_loading.apply_kept_layers(prepared.base.model, plan.kept_layers):
-            return
-        self._reporter.emit(
-            LayersKept(
-                at=time.time(),
-                kept_layers=plan.kept_layers,
-                layers=plan.total_layers,
-                available_bytes=plan.available_bytes,
-                estimated_bytes=plan.estimate.process_bytes,
-            )
-        )
-
     def _emit_step(self, result: StepResult, *, force: bool) -> bool:
         """Emit every ``log_every``-th step and non-finite ones, or with ``force`` any; True where emitted."""
         step, epoch, loss, learning_rate, grad_norm = result
-        self._reporter.update(step=step, loss=loss if math.isfinite(loss) else None)
+        self._reporter.update(step=step, loss=loss if math.isfinite(loss) else None, micro_batch=0)
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if step % self._prepared.recipe.training.log_every and not force and is_finite:
             return False

@@ -48,7 +48,18 @@ class ControlRequests:
     def stop_kind(self) -> Kind | None:
         """``stop`` or ``pause`` where one of them waits; it is not removed."""
         kinds = {request.kind for request in self._pending}
-        return "stop" if "stop" in kinds else "pause" if "pause" in kinds else None
+        return "stop" if {"stop", "stop_now"} & kinds else "pause" if "pause" in kinds else None
+
+    def raise_if_stop_now(self) -> None:
+        """Raise StepAbandoned where a stop was requested that does not wait for the end of the step.
+
+        With several processes it waits all the same: they would have to agree on where to leave the step.
+        """
+        if self._dist.world_size > 1:
+            return
+        self.poll()
+        if any(request.kind == "stop_now" for request in self._pending):
+            raise StepAbandoned
 
     def raise_if_stop_requested(self) -> None:
         """Poll, and raise StopRequested where a stop or pause waits: for the time before the first step."""
@@ -67,6 +78,10 @@ class ControlRequests:
     def _on_signal(self, number: int, frame: object) -> None:
         self._terminated = True
         signal.signal(number, signal.SIG_DFL)
+
+
+class StepAbandoned(Exception):
+    """A stop was requested that does not wait for the end of the step or evaluation in progress."""
 
 
 class StopRequested(Exception):

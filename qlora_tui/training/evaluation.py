@@ -82,11 +82,15 @@ class Evaluator:
             pad_id=prepared.pad_id,
             multiple=prepared.device.row_multiple,
             device=prepared.device.torch_device,
-            progress=lambda done, total: prepared.reporter.progress("evaluating", done, total),
+            progress=self._report_progress,
             short_answers_end=self._short_answers_end,
         )
         total, loss_weight_sum, exact, answered = dist.all_reduce_sum(local_sums)
         return total / (loss_weight_sum or 1), exact / answered if answered else None
+
+    def _report_progress(self, done: int, total: int) -> None:
+        self._prepared.reporter.progress("evaluating", done, total)
+        self._prepared.requests.raise_if_stop_now()
 
     def sample(self) -> Iterator[tuple[str, str]]:
         """The sample prompts of the recipe, each with the model's greedy answer."""

@@ -5,10 +5,13 @@ Everything it changes is restored: adapter, optimizer, gradients and random numb
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
 
+from qlora_tui.runs.events import LayersKept
+from qlora_tui.training import model_loading
 from qlora_tui.training.batches import (
     PackedSamples,
     StepPlan,
@@ -17,7 +20,45 @@ from qlora_tui.training.batches import (
     micro_batches,
     on_device,
 )
+from qlora_tui.training.prepared_run import PreparedRun
 from qlora_tui.training.trainer import RunTrainer
+
+
+def probe_longest_batch(prepared: PreparedRun, trainer: RunTrainer) -> None:
+    """Exempt layers from checkpointing as memory allows, probe, and report the memory that it took.
+
+    Raises:
+        StopRequested: a stop or pause was requested meanwhile.
+    """
+    samples, padding_free = prepared.data.train, prepared.base.padding_free
+    prepared.requests.raise_if_stop_requested()
+    prepared.reporter.phase("probing", "memory, with one step on the longest batch")
+    sequences = longest_micro_batch(
+        prepared.step_plan, samples, prepared.recipe.training.micro_batch_size, padding_free=padding_free
+    )
+    prepared.meter.set_longest_batch(
+        len(sequences), computed_tokens(sequences, samples, padding_free=padding_free)
+    )
+    _apply_kept_layers(prepared)
+    probe_memory(trainer, sequences, fresh=prepared.checkpoint is None)
+    prepared.reporter.emit(prepared.meter.measure("probe"))
+    prepared.requests.raise_if_stop_requested()
+
+
+def _apply_kept_layers(prepared: PreparedRun) -> None:
+    """Exempt layers from checkpointing as memory allows, if ``gradient_checkpointing`` is ``auto``."""
+    plan = prepared.meter.plan_kept_layers(prepared.max_kept_layers)
+    if plan is None or not model_loading.apply_kept_layers(prepared.base.model, plan.kept_layers):
+        return
+    prepared.reporter.emit(
+        LayersKept(
+            at=time.time(),
+            kept_layers=plan.kept_layers,
+            layers=plan.total_layers,
+            available_bytes=plan.available_bytes,
+            estimated_bytes=plan.estimate.process_bytes,
+        )
+    )
 
 
 def longest_micro_batch(

@@ -107,9 +107,18 @@ class Reporter:
         step: int | None = None,
         total_steps: int | None = None,
         loss: float | None = None,
+        micro_batch: int | None = None,
+        micro_batches: int | None = None,
     ) -> None:
         """Change the status that the next heartbeat writes."""
-        given = {"phase": phase, "step": step, "total_steps": total_steps, "loss": loss}
+        given = {
+            "phase": phase,
+            "step": step,
+            "total_steps": total_steps,
+            "loss": loss,
+            "micro_batch": micro_batch,
+            "micro_batches": micro_batches,
+        }
         with self._lock:
             self._status = msgspec.structs.replace(
                 self._status, **{key: value for key, value in given.items() if value is not None}

@@ -38,6 +38,7 @@ from qlora_tui.training.checkpoints import UnloadableCheckpoint
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.disk_errors import true_disk_errors
 from qlora_tui.training.failure import is_out_of_memory
+from qlora_tui.training.random_numbers import RandomNumberState
 
 _OPTIMIZERS = {
     "adamw": "adamw_torch_fused",
@@ -156,6 +157,10 @@ class RunTrainer(Trainer):
         self.steps = steps
         self.tokens = 0
         """Real tokens trained on so far, over all attempts and processes."""
+        self.after_micro_batch: Callable[[int, int], None] = lambda done, total: None
+        """Called with the micro-batches done and in all, except after the last of a step."""
+        self._step_start: RandomNumberState | None = None
+        """Random numbers at the start of the step in progress."""
 
     def get_train_dataloader(self) -> DataLoader[StepData]:
         """The steps in order. A separate generator, so that it draws none of the run's random numbers."""
@@ -178,6 +183,7 @@ class RunTrainer(Trainer):
         weight_sum = inputs["loss_weight_sum"] or 1
         # DDP averages gradients over processes, but ``weight_sum`` is that of all: they must be summed.
         share = self.accelerator.num_processes / weight_sum
+        self._step_start = RandomNumberState.capture(self.args.device)
         model.train()
         total = torch.zeros((), device=self.args.device)
         for number, batch in enumerate(batches, 1):
@@ -187,8 +193,18 @@ class RunTrainer(Trainer):
                 loss = model(**on_device(batch, self.args.device), num_items_in_batch=1).loss * share
                 self.accelerator.backward(loss)
             total += loss.detach()
+            if not last:
+                self.after_micro_batch(number, len(batches))
         self.tokens += inputs["tokens"]
+        self._step_start = None
         return total
+
+    def undo_unfinished_step(self) -> None:
+        """Restore what the step in progress has changed: gradients and random numbers."""
+        if self._step_start is not None:
+            self._step_start.restore(self.args.device)
+            self._step_start = None
+        self.model.zero_grad(set_to_none=True)  # type: ignore[union-attr]  # it is set
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Pass logs to the callbacks without keeping them.

@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 
+from qlora_tui.runs import control
+from qlora_tui.runs.control import Kind
+from qlora_tui.runs.directory import RunDir
 from qlora_tui.training import equivalence_checks, model_loading, packed_attention
+from qlora_tui.training.callbacks import RunCallback
 from qlora_tui.training.fused import rms_norm
 from qlora_tui.training.step_check import StepReference
 from qlora_tui.training.trainer import RunTrainer
@@ -30,6 +34,18 @@ def inject_oom(fits: dict[int, float]) -> None:
         return train(self, model, inputs, items)
 
     RunTrainer.training_step = step  # type: ignore[method-assign, assignment]
+
+
+def request_within_step(folder: str, step: int, kind: Kind) -> None:
+    """Put a request into ``control/`` after the first micro-batch of a step."""
+    hook = RunCallback._after_micro_batch
+
+    def after_micro_batch(self: RunCallback, done: int, total: int) -> None:
+        if done == 1 and self._trainer.state.global_step == step - 1:
+            control.send_request(RunDir(Path(folder)), kind)
+        hook(self, done, total)
+
+    RunCallback._after_micro_batch = after_micro_batch  # type: ignore[method-assign]
 
 
 def inject_oom_with_kept_layers() -> None:

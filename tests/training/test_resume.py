@@ -13,7 +13,7 @@ import pytest
 from qlora_tui.checksums import write_checksums
 from qlora_tui.recipe.toml import dump
 from qlora_tui.runs.directory import RunDir, create_run
-from qlora_tui.runs.events import DataReady, Environment, Failed, Health, Started, StepVerified
+from qlora_tui.runs.events import DataReady, Environment, Failed, Health, Started, StepVerified, Stopped
 from qlora_tui.runs.retry import RetryPlan
 from tests.runs.test_damage import flip
 from tests.support.trainer_processes import Trainers
@@ -53,6 +53,26 @@ def test_resuming_repeats_the_same_losses(recipe: MakeRecipe, trainers: Trainers
         repeated = losses(again)
         assert list(repeated) == list(expected) == list(range(1, total + 1))
         assert all(abs(repeated[n] - expected[n]) < EXACT for n in expected)
+
+
+def test_a_step_given_up_is_repeated_exactly(
+    recipe: MakeRecipe, trainers: Trainers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"lora.dropout": 0.1, "training.gradient_accumulation": 4, "training.log_every": 2}
+    whole = create_run(recipe(settings))
+    assert trainers.run(whole) == 0
+    run = create_run(recipe(settings))
+    with monkeypatch.context() as within:
+        request = f"request_within_step({str(run.path)!r}, 4, 'stop_now')"
+        within.setenv("BEFORE_TRAINER", f"from tests.training.fault_injection import *; {request}")
+        assert trainers.run(run) == 0
+    ending = events(run)[-1]
+    assert isinstance(ending, Stopped) and ending.step == 3
+    assert run.checkpoints()[0][0] == 3 and (run.adapter_dir / "adapter_model.safetensors").exists()
+    assert trainers.run(run) == 0
+    assert losses(run).pop(3)  # the last step is reported, although it was not due
+    expected = losses(whole)
+    assert {n: loss for n, loss in losses(run).items() if n in expected} == pytest.approx(expected, abs=EXACT)
 
 
 def test_a_resumed_run_keeps_its_padded_rows(

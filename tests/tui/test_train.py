@@ -103,6 +103,32 @@ async def test_keys_ask_the_trainer_and_stop_asks_the_user_first(make_app: MakeA
         assert ask_key(run)[-1] == "stop"
 
 
+async def test_a_second_stop_gives_up_the_step(make_app: MakeApp) -> None:
+    run = write_fake_run(FakeRun(steps=50))
+    app = make_app()
+    async with app.run_test(size=(120, 40), notifications=True) as pilot:
+        await watching(app, run)
+        await wait_for_text(pilot, "step 50/3,000")
+        await pilot.press("s", "y")
+        await wait_for_text(pilot, "Stopping after this step  [s] now")
+        await pilot.press("s")
+        await wait_for_text(pilot, "The run stops now", "training  Stopping now")
+    assert ask_key(run) == ["stop", "stop_now"]
+
+
+async def test_micro_batches_of_a_long_step_are_shown(make_app: MakeApp) -> None:
+    run = write_fake_run(FakeRun(steps=1))
+    status = structs.replace(read_status(run), micro_batch=3, micro_batches=8)
+    write_status(run, status)
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        screen = await watching(app, run)
+        await wait_for_text(pilot, "this step ███░░░░░ 3/8")
+        assert screen.snapshot is not None
+        quick = replace(screen.snapshot, seconds_per_step=1.5)
+        assert not any("this step" in fact for fact in facts(quick, BEGAN))
+
+
 async def test_stopping_before_the_first_step_promises_no_checkpoint(make_app: MakeApp) -> None:
     run = write_fake_run(FakeRun(steps=0))
     with EventWriter(run.events_path) as log:

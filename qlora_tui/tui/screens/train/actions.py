@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from abc import abstractmethod
 from collections.abc import Callable, Collection
+from functools import partial
 
 from qlora_tui.runs import actions as run_actions
 from qlora_tui.runs import control
@@ -19,8 +20,8 @@ from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
 from qlora_tui.tui.screens.train.launch_pane import first_fix
 from qlora_tui.tui.screens.train.live_pane import LivePane
-from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 from qlora_tui.tui.screens.train.run_picker import RunPickerScreen
+from qlora_tui.tui.screens.train.run_snapshot import RunSnapshot
 
 _MAX_ZOOM = 6
 _REQUEST_NOTICES: dict[control.Kind, str] = {
@@ -30,6 +31,7 @@ _REQUEST_NOTICES: dict[control.Kind, str] = {
     "finish_epoch": "The run will stop at the end of this epoch.",
 }
 """Notification for each kind of request."""
+_STOPPING_NOW = "The run stops now. It gives up the step in progress; the steps before it are saved."
 
 
 class TrainActions(WorkScreen):
@@ -84,9 +86,12 @@ class TrainActions(WorkScreen):
         self.notify("Checking again.")
 
     async def action_stop(self) -> None:
-        """Ask, then stop the run."""
+        """Ask, then stop the run after its step; where that was requested already, stop it now."""
         run = self.run
         if run is None:
+            return
+        if self.snapshot is not None and self.snapshot.is_stopping:
+            self._act_on_run(partial(run_actions.stop, now=True), _STOPPING_NOW)
             return
         if self.state == "queued":
             self._confirm(

@@ -21,7 +21,7 @@ COMMANDS: tuple[Command, ...] = (
         "s",
         "stop",
         "Stop",
-        "Save a checkpoint and the adapter, then stop the run.",
+        "Save a checkpoint and the adapter after this step, then stop the run. Pressed again, it stops now.",
         cli_command="stop",
     ),
     _command("pause", "z", "pause", "Pause", "Save a checkpoint and free the GPU.", cli_command="pause"),

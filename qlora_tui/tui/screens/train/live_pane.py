@@ -30,8 +30,8 @@ from qlora_tui.tui.screens.train.run_facts import (
     samples_title,
     setup_lines,
 )
-from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 from qlora_tui.tui.screens.train.run_header import RunHeader, RunOutcomeText, outcome_text
+from qlora_tui.tui.screens.train.run_snapshot import RunSnapshot
 from qlora_tui.tui.screens.train.start_stages import StartStages, is_starting
 from qlora_tui.tui.widgets.panel import Panel
 from qlora_tui.tui.widgets.static_update import update_if_changed

@@ -11,7 +11,7 @@ from qlora_tui.tui.render.block_charts import NOT_A_NUMBER
 from qlora_tui.tui.render.plot import Curve, Mark, Plot, overall
 from qlora_tui.tui.render.series import Envelope
 from qlora_tui.tui.screens.train.loss_graph import StepChart
-from qlora_tui.tui.screens.train.run_follower import RunSnapshot
+from qlora_tui.tui.screens.train.run_snapshot import RunSnapshot
 
 VALIDATION, BEST = "◆", "★"
 

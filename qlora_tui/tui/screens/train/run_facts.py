@@ -22,7 +22,7 @@ from qlora_tui.runs.events import Failed
 from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.labeled import labeled
 from qlora_tui.tui.render.recipe_line import data_words, targets_words
-from qlora_tui.tui.screens.train.run_follower import RunSnapshot
+from qlora_tui.tui.screens.train.run_snapshot import RunSnapshot
 from qlora_tui.tui.widgets.diff_widget import DiffWidget
 
 _LABEL = 8

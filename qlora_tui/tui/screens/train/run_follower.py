@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
@@ -21,7 +20,6 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.energy import EnergyMeter
 from qlora_tui.runs.events import (
     AnyEvent,
-    Evaluated,
     Failed,
     Health,
     PhaseChanged,
@@ -30,13 +28,13 @@ from qlora_tui.runs.events import (
     Started,
     Step,
 )
-from qlora_tui.runs.status import Status
-from qlora_tui.runs.suggested_fix import SuggestedFix, suggest_fix
+from qlora_tui.runs.suggested_fix import suggest_fix
 from qlora_tui.runs.telemetry import Reading, TelemetryTail
 from qlora_tui.runs.view import RunView
-from qlora_tui.tui.render.series import BiasCorrectedEma, DecimatedSeries, Envelope
+from qlora_tui.tui.render.series import BiasCorrectedEma, DecimatedSeries
 from qlora_tui.tui.screens.train.log_tail import Level, LogEntry
 from qlora_tui.tui.screens.train.output_tail import OutputTail
+from qlora_tui.tui.screens.train.run_snapshot import RunSnapshot, StepEnvelopes
 
 LONG_BYTES = 8 << 20
 """Size of an event log, some 40,000 steps, above which only a sample of the steps is read."""
@@ -52,63 +50,6 @@ _MAX_STAGES = 12
 """Phases that are kept of an attempt, more than there are before its first step."""
 _MAX_ANSWERS = 60
 """Answers to the sample prompts that are kept."""
-
-
-@dataclass(frozen=True)
-class StepEnvelopes:
-    """What is drawn over the steps."""
-
-    loss: Envelope
-    mean_loss: Envelope
-    """Running mean of the loss."""
-    learning_rate: Envelope
-    grad_norm: Envelope
-    tokens_per_s: Envelope
-
-
-@dataclass(frozen=True)
-class RunSnapshot:
-    """The state of a run at one moment, for the live screen."""
-
-    view: RunView
-    """Only its single values are for the screen: its columns change in the follower's thread."""
-    status: Status
-    envelopes: StepEnvelopes
-    step: int
-    epoch: float
-    loss: float | None
-    """Of the last step, like the next four."""
-    mean_loss: float | None
-    learning_rate: float | None
-    grad_norm: float | None
-    tokens_per_s: float | None
-    evaluations: tuple[Evaluated, ...]
-    best: Evaluated | None
-    samples: tuple[SampleGenerated, ...]
-    health: tuple[Health, ...]
-    entries: Sequence[LogEntry]
-    """Log lines so far; only appended to."""
-    output: Sequence[LogEntry]
-    """The end of the trainer's own output."""
-    telemetry: tuple[Reading, ...]
-    """The newest last."""
-    energy_kwh: float | None
-    seconds_left: float | None
-    fix: SuggestedFix | None
-    """What one key can do about the latest warning."""
-    step_stride: int
-    """Steps from one drawn step to the next: more than 1 in a very long run."""
-    stages: tuple[PhaseChanged, ...] = ()
-    """The first phases of this attempt."""
-    recipe: Recipe | None = None
-    """None if it cannot be read."""
-    ending_request: str = ""
-    """The request to end the run that waits or was taken: ``stop``, ``pause`` or ``finish_epoch``."""
-
-    @property
-    def has_validation(self) -> bool:
-        """Whether validation loss is measured, as far as is known."""
-        return self.view.data is None or bool(self.view.data.validation_samples)
 
 
 class _DecimatedRun:
@@ -265,6 +206,7 @@ class RunFollower:
             telemetry=tuple(self._readings),
             energy_kwh=self._energy.kwh,
             seconds_left=view.seconds_left,
+            seconds_per_step=view.seconds_per_step,
             fix=suggest_fix(view.status.state, view.health, view.ending, self._recipe, view.plan),
             step_stride=decimated_run.step_stride,
             stages=tuple(self._stages),

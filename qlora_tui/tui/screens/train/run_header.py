@@ -14,14 +14,19 @@ from qlora_tui.runs.status import ACTIVE
 from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.block_charts import bar
 from qlora_tui.tui.render.run_labels import format_ago, result_label
-from qlora_tui.tui.screens.train.run_follower import RunSnapshot
+from qlora_tui.tui.screens.train.run_snapshot import RunSnapshot
 from qlora_tui.tui.widgets.diff_widget import DiffWidget
 
 _MIN_BAR = 8
+_STEP_BAR = 8
+"""Cells of the bar within a step."""
+_LONG_STEP_S = 5.0
+"""Seconds of a step from which on its micro-batches are shown: in a shorter one they would only flicker."""
 _MAX_DETAIL = 48
 """Cells of what a phase is about; a model's path may be long."""
 _ENDINGS = {
     "stop": ("Stopping", " after this step"),
+    "stop_now": ("Stopping now", ""),
     "pause": ("Pausing", " after this step"),
     "finish_epoch": ("Stopping at the end of this epoch", ""),
 }
@@ -92,6 +97,8 @@ def state_line(snapshot: RunSnapshot) -> Content:
     if status.state in ACTIVE and (ending := _ENDINGS.get(snapshot.ending_request)):
         when = ending[1] if view.phase == "training" else ""
         parts.append((f"  {ending[0]}{when}", "bold $warning"))
+        if snapshot.is_stopping and snapshot.ending_request == "stop":
+            parts.append((f"  {key_name('train.stop')} now", "$accent"))
     if (status.state == "queued" or status.state in ACTIVE) and status.detail:
         # Suspended, not responding, on another machine: more important than the rest.
         parts.append((f"  {status.detail}", "$warning"))
@@ -138,7 +145,7 @@ def facts(snapshot: RunSnapshot, now: float) -> list[str]:
 
 def _active_facts(snapshot: RunSnapshot, now: float) -> list[str]:
     view = snapshot.view
-    facts = []
+    facts = [within] if (within := step_progress(snapshot)) else []
     if snapshot.tokens_per_s is not None:
         facts.append(f"{snapshot.tokens_per_s:,.0f} tok/s")
     if view.data is not None and view.data.steps_per_epoch:
@@ -153,6 +160,17 @@ def _active_facts(snapshot: RunSnapshot, now: float) -> list[str]:
     if snapshot.energy_kwh is not None:
         facts.append(f"{snapshot.energy_kwh:.2f} kWh")
     return facts or ["starting"]
+
+
+def step_progress(snapshot: RunSnapshot) -> str:
+    """``this step ███░░░░░ 3/8``: its micro-batches, where the step takes long; otherwise empty."""
+    status = snapshot.status
+    if snapshot.view.phase != "training" or status.micro_batches < 2:
+        return ""
+    if snapshot.seconds_per_step is not None and snapshot.seconds_per_step < _LONG_STEP_S:
+        return ""
+    done = bar(status.micro_batch / status.micro_batches, _STEP_BAR)
+    return f"this step {done} {status.micro_batch}/{status.micro_batches}"
 
 
 def _next_evaluation(snapshot: RunSnapshot) -> int:

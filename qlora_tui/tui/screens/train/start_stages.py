@@ -11,7 +11,7 @@ from qlora_tui.formatting import abbreviate_home, format_duration, truncate_midd
 from qlora_tui.runs.events import Phase, PhaseChanged, phase_label
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.tui.render.block_charts import bar
-from qlora_tui.tui.screens.train.run_follower import RunSnapshot
+from qlora_tui.tui.screens.train.run_snapshot import RunSnapshot
 from qlora_tui.tui.widgets.diff_widget import DiffWidget
 
 _TO_COME: dict[Phase, str] = {
