@@ -8,7 +8,8 @@ From the file to the report:
 * ``formats`` (with ``column_detection``, ``chat_formats``, ``pair_formats``, ``format_hints``): detects the
   format of rows and builds conversations from them. ``preferences`` and ``chosen_side``: rows that compare or
   rate answers. ``unsupported`` and ``media``: recognized formats that cannot be trained on. ``conversation``:
-  the conversation types. ``sources``: the recipe's sources as files with a format.
+  the conversation types. ``sources``: the recipe's sources as files with a format. ``format_choices``: what
+  each format would read of a file.
 * ``tokenizer`` (with ``tokenizer_files``, ``word_cache`` and ``tokenizer_guard``), ``chat_template`` (with
   ``template_guard``), ``template_capabilities``, ``stock_templates``: a model's tokenizer and chat template,
   without transformers. ``thinking``: the thinking switch of a template, and the reasoning of a row.

@@ -6,7 +6,7 @@ Used by ``dataset`` (to tokenize) and ``inspection`` (to report).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from msgspec import Struct
@@ -85,20 +85,6 @@ def sniff(path: Path, source: Source, preferences: str) -> Detection:
     if not readable and first:
         raise unreadable(path, first[0])
     return detect(readable, str(path), source.format, source.columns, preferences)
-
-
-def readable_formats(path: Path, source: Source, formats: Sequence[str], preferences: str) -> tuple[str, ...]:
-    """Return those of ``formats`` in which the first rows of a file can be read."""
-    first = [row for row in first_rows(path, SNIFFED_ROWS) if not row.error]
-
-    def can_read(format_: str) -> bool:
-        try:
-            detect(first, str(path), format_, source.columns, preferences)
-        except UserError:
-            return False
-        return True
-
-    return tuple(filter(can_read, formats))
 
 
 def conversations(

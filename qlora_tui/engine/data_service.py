@@ -11,6 +11,7 @@ from qlora_tui.catalog.config_cache import stored_config
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.data.conversation import Conversation, RowRejectedError
 from qlora_tui.data.dataset_report import Piece, Report, Shown
+from qlora_tui.data.format_choices import format_choices
 from qlora_tui.data.formats import SNIFFED_ROWS
 from qlora_tui.data.inspection import inspecting, row_of, show
 from qlora_tui.data.problems import shorten
@@ -21,12 +22,15 @@ from qlora_tui.engine.protocol import (
     DataInspected,
     DataReport,
     FieldsShown,
+    FormatsShown,
     InspectData,
     RowShown,
     ShowFields,
+    ShowFormats,
     ShowRow,
 )
 from qlora_tui.errors import UserError
+from qlora_tui.recipe.fields import source_fields
 from qlora_tui.training.gguf_conversion import cached_conversion
 
 
@@ -62,6 +66,12 @@ class DataService:
             for name, value in columns.items():
                 first_values.setdefault(str(name), shorten(str(value)))
         return FieldsShown(fields=first_values)
+
+    def formats(self, request: ShowFormats) -> FormatsShown:
+        """Return what each format reads of the first rows. Raises UserError."""
+        path = paths_of(request.source)[0][0]
+        formats = source_fields()["format"].choices
+        return FormatsShown(choices=format_choices(path, request.source, formats, request.preferences))
 
     def _tokenizer(self, model: str, template: str) -> ChatTokenizer:
         key = (model, template)

@@ -16,6 +16,7 @@ from qlora_tui.chat.chat_types import ChatSource, GenerationResult, Sampling, Te
 from qlora_tui.chat.effect import Effect
 from qlora_tui.data.conversation import Message
 from qlora_tui.data.dataset_report import Report, Shown
+from qlora_tui.data.format_choices import FormatChoice
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Source, Thinking
 
@@ -87,6 +88,14 @@ class ShowFields(EngineRequest, frozen=True, kw_only=True, tag="show_fields"):
     """Show the columns of a file of unknown format. Reply: FieldsShown."""
 
     source: Source
+
+
+class ShowFormats(EngineRequest, frozen=True, kw_only=True, tag="show_formats"):
+    """Try the first rows of a source's first file in every format. Reply: FormatsShown."""
+
+    source: Source
+    preferences: str
+    """The recipe's ``data.preferences``."""
 
 
 class Stop(EngineRequest, frozen=True, kw_only=True, tag="stop"):
@@ -179,6 +188,12 @@ class FieldsShown(EngineReply, frozen=True, kw_only=True, tag="fields_shown"):
     """Column name to the beginning of its value in the first row that has it."""
 
 
+class FormatsShown(EngineReply, frozen=True, kw_only=True, tag="formats_shown"):
+    """What each format reads of a file."""
+
+    choices: tuple[FormatChoice, ...]
+
+
 class Failure(EngineReply, frozen=True, kw_only=True, tag="failure"):
     """The request failed. :class:`EngineClient` raises it as the UserError it carries."""
 
@@ -205,7 +220,16 @@ class Failure(EngineReply, frozen=True, kw_only=True, tag="failure"):
 
 
 AnyRequest: TypeAlias = (
-    LoadChat | Generate | MeasureEffect | CountTokens | Unload | InspectData | ShowRow | ShowFields | Stop
+    LoadChat
+    | Generate
+    | MeasureEffect
+    | CountTokens
+    | Unload
+    | InspectData
+    | ShowRow
+    | ShowFields
+    | ShowFormats
+    | Stop
 )
 AnyReply: TypeAlias = (
     StatusUpdate
@@ -219,6 +243,7 @@ AnyReply: TypeAlias = (
     | DataInspected
     | RowShown
     | FieldsShown
+    | FormatsShown
     | Failure
 )
 

@@ -29,6 +29,7 @@ from qlora_tui.engine.protocol import (
     ReplyEnvelope,
     RequestEnvelope,
     ShowFields,
+    ShowFormats,
     ShowRow,
     StatusUpdate,
     Stop,
@@ -136,6 +137,8 @@ class Server:
                 yield self._data_service.show(request)
             case ShowFields():
                 yield self._data_service.fields(request)
+            case ShowFormats():
+                yield self._data_service.formats(request)
             case MeasureEffect():
                 yield self._with_torch(on_status).measure(request, on_status, self._stops[number])
             case CountTokens():

@@ -159,34 +159,30 @@ async def test_columns_of_an_unknown_format_can_be_mapped_in_place(model: str, h
         await wait_for_text(pilot, "prompt-completion: frage,", "9 from 9 rows", "Wo ist 0?")
 
 
-async def test_the_format_key_reads_the_rows_in_another(model: str, here: Path) -> None:
-    tickets(here / "tickets.jsonl")
-    app = data_app(model, "tickets.jsonl")
-    async with app.run_test(size=(80, 24)) as pilot:
-        await pilot.press("f")
-        assert app.workbench.recipe.data.sources[0].format == "messages"
-
-
-async def test_the_format_key_skips_formats_that_do_not_fit(model: str, here: Path) -> None:
-    write_rows(here / "pairs.jsonl", [{"prompt": f"Q {n}", "completion": f"A {n}"} for n in range(3)])
+async def test_formats_are_offered_with_the_rows_they_read(model: str, here: Path) -> None:
+    rows = [{"prompt": f"Q {n}", "completion": f"A {n}"} for n in range(3)]
+    write_rows(here / "pairs.jsonl", [*rows, {"prompt": "Q 4"}])
     app = data_app(model, "pairs.jsonl")
-    formats: list[str] = []
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
-        while not formats or formats[-1] != "auto":
-            await pilot.press("f")
-            formats.append(app.workbench.recipe.data.sources[0].format)
-            await wait_for_text(pilot, "3 from 3 rows")
-        await wait_for_text(pilot, "Format detected.")
-    assert "prompt-completion" in formats and "messages" not in formats
+        await wait_for_text(pilot, "3 from 4 rows")
+        await pilot.press("f")
+        shown = await wait_for_text(pilot, "the first 4 rows", "! auto: prompt-completion  3 rows  now")
+        assert "✗ messages                 0 rows       needs messages" in shown
+        assert "! prompt-completion        3 rows       Q 0 → A 0" in shown
+        await pilot.press("G", "k", "k", "k", "k", "enter")
+        await wait_for_text(pilot, "Read as prompt-completion. Press [u] to undo.")
+        assert app.workbench.recipe.data.sources[0].format == "prompt-completion"
+        await pilot.press("f")
+        await wait_for_text(pilot, "prompt-completion        3 rows  now")
+        await pilot.press("escape")
+    assert app.workbench.recipe.data.sources[0].format == "prompt-completion"
 
 
-async def test_the_format_key_tries_every_format_where_none_is_detected(model: str, here: Path) -> None:
-    write_rows(here / "odd.jsonl", [{"a": 1}])
-    app = data_app(model, "odd.jsonl")
+async def test_a_missing_file_has_no_formats_to_choose(model: str, here: Path) -> None:
+    app = data_app(model, "gone.jsonl")
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("f")
-        assert app.workbench.recipe.data.sources[0].format == "messages"
-        await wait_for_text(pilot, "✗ Not in that format", "which needs messages")
+        await wait_for_text(pilot, "No such data", "gone.jsonl does not exist")
 
 
 async def test_a_broken_row_has_the_sign_of_its_problem(model: str, here: Path) -> None:

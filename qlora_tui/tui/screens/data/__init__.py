@@ -3,6 +3,6 @@
 ``source_actions`` changes the sources, ``actions`` how they are read; ``row_actions`` goes from row to row
 (by ``row_navigation``).
 ``previews`` asks the engines for rows and reports; ``text`` formats rows and sources, ``report_text`` what
-is known of a whole source, ``histogram`` and ``length_table`` its lengths. ``file_picker`` and
-``column_mapping`` are windows of this screen.
+is known of a whole source, ``histogram`` and ``length_table`` its lengths. ``file_picker``,
+``column_mapping`` and ``format_picker`` are windows of this screen.
 """

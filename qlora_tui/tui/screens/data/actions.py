@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 from abc import abstractmethod
 from pathlib import Path
 
 import msgspec
+from textual import work
 
+from qlora_tui.data.format_choices import AUTO
 from qlora_tui.data.problems import is_bad_row
-from qlora_tui.data.read import COLUMNAR, files_of, kind_of
-from qlora_tui.data.sources import readable_formats
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import pluralize
-from qlora_tui.recipe.fields import source_fields
 from qlora_tui.recipe.schema import Source
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.data.column_mapping import ColumnMappingScreen
+from qlora_tui.tui.screens.data.format_picker import FormatPickerScreen
+from qlora_tui.tui.screens.data.previews import DataPreviews
 from qlora_tui.tui.screens.data.source_actions import SourceActions
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
 
@@ -33,6 +33,10 @@ class DataActions(SourceActions):
     mapping_format = "prompt-completion"
     """The format to map columns for if ``unreadable_source`` has the format ``auto``."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.previews = DataPreviews()
+
     @abstractmethod
     def show_report(self) -> None:
         """Show lengths and problems again."""
@@ -47,25 +51,27 @@ class DataActions(SourceActions):
             self.reload()
             self.notify("Reading the data again.")
 
+    @work(exclusive=True, group="formats")
     async def action_format(self) -> None:
-        """Read the rows in the next format that fits them, or in any where no format was detected."""
+        """Choose the format in which the rows are read, by how many each of them reads."""
         source = self.source()
         if source is None:
             return
-        choices = source_fields()["format"].choices
         preferences = self.qlora_app.workbench.recipe.data.preferences
-        fitting = await asyncio.to_thread(_fitting_formats, source, preferences)
-        start = choices.index(source.format) + 1
-        following = next(
-            one
-            for one in (*choices[start:], *choices[:start])
-            if one == "auto" or not fitting or one in fitting
-        )
-        self.change_source(msgspec.convert(msgspec.to_builtins(source) | {"format": following}, Source))
-        if following == source.format:
-            self.notify("No other format fits the first rows.")
-        else:
-            self.notify("Format detected." if following == "auto" else f"Read in the format {following}.")
+        try:
+            choices = await self.previews.formats(source, preferences)
+        except UserError as problem:
+            self.qlora_app.show_error(problem)
+            return
+
+        def on_result(format_: str | None) -> None:
+            if format_ is None or format_ == source.format:
+                return
+            self.change_source(msgspec.convert(msgspec.to_builtins(source) | {"format": format_}, Source))
+            undo = f"Press {key_name('app.undo')} to undo."
+            self.notify(f"Format detected. {undo}" if format_ == AUTO else f"Read as {format_}. {undo}")
+
+        self.app.push_screen(FormatPickerScreen(choices, source.format), on_result)
 
     def action_columns(self) -> None:
         """Map the columns to prompt, answer, and so on."""
@@ -166,18 +172,6 @@ class DataActions(SourceActions):
     def untrained_tokens(self) -> tuple[str, ...]:
         """Tokens that the model never learned and the recipe does not train."""
         return tuple(token for problem in self.problems for token in problem.tokens)
-
-
-def _fitting_formats(source: Source, preferences: str) -> tuple[str, ...]:
-    """Formats in which the first file of a source can be read; empty if none is detected, or is not known."""
-    choices = source_fields()["format"].choices
-    try:
-        path = files_of(Path(source.path).expanduser())[0][0]
-        # The readers of columnar files are too large for this process.
-        formats = () if kind_of(path) in COLUMNAR else readable_formats(path, source, choices, preferences)
-    except (UserError, OSError, IndexError):
-        return ()
-    return formats if "auto" in formats else ()
 
 
 def _share(text: str) -> float | None:

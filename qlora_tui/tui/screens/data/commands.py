@@ -31,7 +31,9 @@ COMMANDS: tuple[Command, ...] = (
     _command("problem", "n", "problem(1)", "Problem", "Go to the next row with a problem."),
     _command("view", "v", "view", "View", "Show the sample and the statistics, or only one of them."),
     _not_in_footer("previous_problem", "N", "problem(-1)", "Back", "Go to the previous row with a problem."),
-    _command("format", "f", "format", "Format", "Read the rows in another format."),
+    _command(
+        "format", "f", "format", "Format", "Choose the format of the rows, by how many each format reads."
+    ),
     _command(
         "columns", "c", "columns", "Columns", "Map the columns of the file to prompt, answer, and so on."
     ),

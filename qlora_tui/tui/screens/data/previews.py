@@ -7,15 +7,18 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from qlora_tui.data.dataset_report import Report, Shown
+from qlora_tui.data.format_choices import FormatChoice
 from qlora_tui.data.sources import source_stamps
 from qlora_tui.engine.client import EngineClient
 from qlora_tui.engine.protocol import (
     DataInspected,
     DataReport,
     FieldsShown,
+    FormatsShown,
     InspectData,
     RowShown,
     ShowFields,
+    ShowFormats,
     ShowRow,
 )
 from qlora_tui.errors import UserError
@@ -112,6 +115,13 @@ class DataPreviews:
             # The file has been complained of already.
             return {}
         return {}
+
+    async def formats(self, source: Source, preferences: str) -> tuple[FormatChoice, ...]:
+        """What each format reads of a source's first file. Raises UserError if it cannot be read."""
+        async for reply in self._rows.ask(ShowFormats(source=source, preferences=preferences)):
+            if isinstance(reply, FormatsShown):
+                return reply.choices
+        raise AssertionError("the engine ends formats with FormatsShown or a Problem")
 
     async def close(self) -> None:
         """End both."""

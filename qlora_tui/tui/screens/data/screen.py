@@ -35,7 +35,7 @@ from qlora_tui.tui.screens.data.commands import (
 )
 from qlora_tui.tui.screens.data.histogram import histogram
 from qlora_tui.tui.screens.data.length_table import cost_table, total_time
-from qlora_tui.tui.screens.data.previews import DataPreviews, PreviewRequest
+from qlora_tui.tui.screens.data.previews import PreviewRequest
 from qlora_tui.tui.widgets.panel import Panel
 from qlora_tui.tui.widgets.static_update import update_if_changed
 from qlora_tui.tui.widgets.vi_list import ViList
@@ -69,7 +69,6 @@ class DataScreen(DataActions):
 
     def __init__(self) -> None:
         super().__init__()
-        self._previews = DataPreviews()
         self._request: PreviewRequest | None = None
         self.report: Report | None = None
         self.shown: Shown | None = None
@@ -103,7 +102,7 @@ class DataScreen(DataActions):
 
     async def on_unmount(self) -> None:
         """The engines go with the screen."""
-        await self._previews.close()
+        await self.previews.close()
 
     def show_recipe(self, recipe: Recipe) -> None:
         sources = recipe.data.sources
@@ -169,12 +168,12 @@ class DataScreen(DataActions):
     async def _start(self) -> None:
         # Started before a file is selected; an error is reported when one is.
         with suppress(UserError):
-            await self._previews.start()
+            await self.previews.start()
 
     @work(exclusive=True, group="row")
     async def _fetch_row(self, wanted: PreviewRequest, path: str, row: int) -> None:
         try:
-            shown, problem = await self._previews.row(wanted, row, path)
+            shown, problem = await self.previews.row(wanted, row, path)
         except UserError as error:
             if error.title == "No such row" and self.shown is not None:
                 self.path, self.row = self.shown.path, self.shown.row
@@ -185,7 +184,7 @@ class DataScreen(DataActions):
                 self.can_use_chosen = error.title in TITLES
                 compares = error.title.startswith(PAIRS_TITLE)
                 self.mapping_format = "preference" if compares else "prompt-completion"
-                self.fields = await self._previews.fields(wanted.source)
+                self.fields = await self.previews.fields(wanted.source)
                 self.query_one("#sample", Static).update(data_text.unreadable_text(error, self.fields))
             return
         self.can_use_chosen = False
@@ -198,7 +197,7 @@ class DataScreen(DataActions):
     async def _inspect(self, wanted: PreviewRequest) -> None:
         await asyncio.sleep(_SETTLE_S)
         try:
-            async for report in self._previews.reports(wanted):
+            async for report in self.previews.reports(wanted):
                 news = self.report is None or report.problems != self.report.problems
                 self.report = report
                 self.show_report()

@@ -25,12 +25,14 @@ class ListPicker(ModalScreen[Picked | None]):
     # Absolute: a subclass in another folder would look for it there.
     CSS_PATH = Path(__file__).with_name("modal.tcss")
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Close")]
-    HEADING: ClassVar[str]
+    HEADING: str
     ENTER: ClassVar[str]
     """What Enter does, in a word."""
     EMPTY: ClassVar[str] = ""
     """The text shown without lines."""
     DIALOG_CLASSES: ClassVar[str] = "dialog"
+    selected: str | None = None
+    """Id of the line that has the cursor at first; None for the first line."""
 
     @abstractmethod
     def lines(self) -> list[tuple[str, Content]]:
@@ -49,7 +51,7 @@ class ListPicker(ModalScreen[Picked | None]):
 
     def on_mount(self) -> None:
         lines = self.lines()
-        self.query_one(ViList).show(lines)
+        self.query_one(ViList).show(lines, self.selected)
         self.query_one(ViList).display = bool(lines)
         self.query_one(Static).display = not lines
 
