@@ -106,6 +106,10 @@ GLOSSARY: dict[str, str] = {
     "gate_proj": "the gate of the feed-forward part: which of its features a token turns on",
     "up_proj": "the wide side of the feed-forward part: the features of a token, much of what a model knows",
     "down_proj": "the way back from the feed-forward part: how those features change the token",
+    "experts.gate_up_proj": (
+        "gate and up of all routed experts of a layer: the features that a token turns on in its experts"
+    ),
+    "experts.down_proj": "the way back from all routed experts of a layer, each with its own update",
     "allocator slack": "memory that PyTorch has taken from the GPU and holds for later tensors",
 }
 """Term to meaning: a phrase without a capital letter and a period, in which `this` is code."""

@@ -7,8 +7,9 @@ from typing import Literal
 
 from msgspec import Struct
 
-Part = Literal["attention", "mixer", "mlp", "shared_expert", "router", "vision", "other"]
-"""Purpose of a linear module. ``mixer`` replaces attention in the other layers of a hybrid."""
+Part = Literal["attention", "mixer", "mlp", "shared_expert", "expert", "router", "vision", "other"]
+"""Purpose of a linear module. ``mixer`` replaces attention in the other layers of a hybrid; ``expert`` is a
+projection of all routed experts of a layer."""
 
 Role = Literal["norm", "router", "expert", "conv", "vision", "other"]
 """The role of a parameter outside linear modules and embeddings."""
@@ -31,10 +32,12 @@ class LinearModule(Struct, frozen=True):
     """Whether it is quantized, which transformers decides; if not, it stays in the compute dtype."""
     conv1d: bool = False
     """Whether it is GPT-2's ``Conv1D``, whose weight is stored transposed; quantized like a Linear."""
+    copies: int = 1
+    """Matrices of this shape: one, or one per expert."""
 
     @property
     def weight_params(self) -> int:
-        return self.in_features * self.out_features
+        return self.in_features * self.out_features * self.copies
 
     @property
     def bias_params(self) -> int:
@@ -90,9 +93,14 @@ class Parameter(Struct, frozen=True):
     def params(self) -> int:
         return prod(self.shape)
 
+    @property
+    def is_expert_matrices(self) -> bool:
+        """Return whether it holds a matrix of each expert, and not their biases."""
+        return self.role == "expert" and len(self.shape) == 3
+
 
 class Experts(Struct, frozen=True):
-    """The routed experts of a mixture: fused 3-D parameters, which bitsandbytes leaves in 16 bits."""
+    """The routed experts of a mixture, which are fused parameters of three dimensions."""
 
     count: int
     per_token: int
@@ -138,6 +146,34 @@ class Architecture(Struct, frozen=True):
     head: OutputHead
     parameters: tuple[Parameter, ...]
     """All other parameters."""
+
+    @property
+    def expert_modules(self) -> tuple[LinearModule, ...]:
+        """Return each projection of the experts of a layer, as a module that LoRA can adapt."""
+        if self.experts is None:
+            return ()
+        widths = {"gate_up_proj": (self.hidden_size, 2 * self.experts.intermediate_size)}
+        widths["down_proj"] = (self.experts.intermediate_size, self.hidden_size)
+        return tuple(
+            LinearModule(
+                name=parameter.name,
+                kind=f"experts.{projection}",
+                part="expert",
+                layer=parameter.layer,
+                in_features=widths[projection][0],
+                out_features=widths[projection][1],
+                bias=False,
+                quantizable=True,
+                copies=parameter.shape[0],
+            )
+            for parameter in self.parameters
+            if parameter.is_expert_matrices and (projection := parameter.name.rpartition(".")[2]) in widths
+        )
+
+    @property
+    def targets(self) -> tuple[LinearModule, ...]:
+        """Return everything that LoRA can adapt: linear modules, then the experts."""
+        return (*self.modules, *self.expert_modules)
 
     @property
     def total_params(self) -> int:

@@ -12,6 +12,6 @@ generation                 one answer, token by token (token_sampler, kv_cache, 
 repetition                 notices that an answer repeats itself; no torch
 effect_measurement         measures an adapter on validation conversations
 adapter_deltas             reads an adapter and computes merged weights, for export too (base_weights: which
-                           weights of the base each update applies to)
+                           weights of the base each update applies to; expert_deltas: updates of experts)
 repl                       the command line's chat
 """

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qlora_tui.catalog.adapter_config import CONFIG, WEIGHTS, load_adapter_config
+from qlora_tui.chat.expert_deltas import ExpertDelta, FusedExpertDelta, expert_parameter
 from qlora_tui.errors import UserError
 from qlora_tui.runs.damage import checksum_damage
 
@@ -90,7 +91,7 @@ class EmbeddingRowDelta:
         return changed
 
 
-AdapterDeltas = dict[str, LoraDelta | EmbeddingRowDelta]
+AdapterDeltas = dict[str, LoraDelta | EmbeddingRowDelta | ExpertDelta | FusedExpertDelta]
 """Updates by module name."""
 
 
@@ -147,7 +148,14 @@ def read_deltas(folder: Path) -> AdapterDeltas:
                 what=f"{folder}: the two matrices of {name} do not belong together.",
                 fix="Give the adapter folder of a run, or another checkpoint.",
             )
-    return {**{name: _update(name, part, config) for name, part in parts.items()}, **rows}
+    updates: AdapterDeltas = dict(rows)
+    for name, part in parts.items():
+        parameter = expert_parameter(name, config)
+        if parameter is None:
+            updates[name] = _update(name, part, config)
+        else:
+            updates[parameter] = _expert_update(parameter, part, config, folder)
+    return updates
 
 
 def _ids_of(module: str, config: dict[str, Any]) -> tuple[int, ...]:
@@ -158,15 +166,33 @@ def _ids_of(module: str, config: dict[str, Any]) -> tuple[int, ...]:
     return tuple(indices or ())
 
 
+def _expert_update(
+    parameter: str, part: dict[str, Tensor], config: dict[str, Any], folder: Path
+) -> ExpertDelta:
+    down, up = part["lora_A"], part["lora_B"]
+    ranks = config.get("rank_pattern") or {}
+    rank = ranks.get(get_pattern_key(list(ranks), parameter), config.get("r", 8))
+    if len(down) % rank:
+        raise UserError(
+            "The adapter cannot be read",
+            what=f"{folder}: the factors of {parameter} have {len(down)} rows, no multiple of rank {rank}.",
+            fix="Use the adapter folder of a run, or another checkpoint.",
+        )
+    return ExpertDelta(down=down, up=up, experts=len(down) // rank, scale=_scale(parameter, rank, config))
+
+
+def _scale(name: str, rank: int, config: dict[str, Any]) -> float:
+    alphas = config.get("alpha_pattern") or {}
+    alpha: float = alphas.get(get_pattern_key(list(alphas), name), config.get("lora_alpha", 8))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
 def _update(name: str, part: dict[str, Tensor], config: dict[str, Any]) -> LoraDelta:
     down, up = part["lora_A"], part["lora_B"]
-    rank = down.shape[0]
-    alphas = config.get("alpha_pattern") or {}
-    alpha = alphas.get(get_pattern_key(list(alphas), name), config.get("lora_alpha", 8))
     return LoraDelta(
         down=down,
         up=up,
-        scale=alpha / (math.sqrt(rank) if config.get("use_rslora") else rank),
+        scale=_scale(name, down.shape[0], config),
         magnitude=part.get("lora_magnitude_vector"),
         transposed=bool(config.get("fan_in_fan_out")),
     )

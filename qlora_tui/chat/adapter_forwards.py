@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qlora_tui.memory.cpu import this_processor
 from qlora_tui.training.agreement import within_rounding
+from qlora_tui.training.experts.expert_lora import is_parameter_wrapper
 from qlora_tui.training.fused.patching import temporary_forwards
 from qlora_tui.training.trainable_tokens import TokenRows, row_wrappers, rows_of, with_rows
 
@@ -171,7 +172,12 @@ def _layers(model: nn.Module) -> Iterator[Any]:
     # Imported here because peft takes seconds to load and a base alone does not need it.
     from peft.tuners.lora import LoraLayer
 
-    return (module for module in model.modules() if isinstance(module, LoraLayer))
+    # The experts' wrappers have other forwards (training/experts/expert_lora.py).
+    return (
+        module
+        for module in model.modules()
+        if isinstance(module, LoraLayer) and not is_parameter_wrapper(module)
+    )
 
 
 def _has(layer: Any, adapter_name: str) -> bool:

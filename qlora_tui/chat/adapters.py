@@ -13,9 +13,12 @@ from qlora_tui.catalog.config_parser import load_config
 from qlora_tui.chat.adapter_deltas import ROWS, check_unchanged
 from qlora_tui.chat.adapter_forwards import ActiveAdapter, fuse_adapter, fuse_token_rows, restore_peft
 from qlora_tui.chat.chat_types import BASE
+from qlora_tui.chat.expert_deltas import expert_parameter
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.training.adapter import exact_target_names
 from qlora_tui.training.clean_files import adapter_view
+from qlora_tui.training.experts.expert_lora import active_in_peft, as_fused_parameters, fuse_experts
+from qlora_tui.training.experts.experts_4bit import PROJECTIONS, routed_layer
 
 _PEFT_RANK = 8
 """Rank where the config names none."""
@@ -33,6 +36,7 @@ class AdapterSet:
         self._active = ActiveAdapter(BASE)
         self._fused = True
         """Whether every loaded adapter is plain LoRA, so that none needs peft's own forward."""
+        self._through_peft = False
 
     def ensure_loaded(self, adapter_name: str) -> bool:
         """Load ``adapter_name`` unless it is loaded; return whether it was loaded now. Raises UserError."""
@@ -54,7 +58,14 @@ class AdapterSet:
             restore_peft(self._model)
             # Loading an adapter activates it.
             self._active.adapter_name = adapter_name
+        fuse_experts(self._model, self._expert_adapter)
         return True
+
+    def _expert_adapter(self, wrapper: Any) -> str | None:
+        """Return the adapter of a layer's experts; None for the base's experts."""
+        if self._fused and not self._through_peft:
+            return None if self._active.adapter_name == BASE else self._active.adapter_name
+        return active_in_peft(wrapper)
 
     def activate(self, adapter_name: str) -> None:
         """Switch to an adapter that ``ensure_loaded`` has loaded."""
@@ -73,9 +84,11 @@ class AdapterSet:
             return
         before = self._active.adapter_name
         try:
+            self._through_peft = True
             self._switch_peft_to(adapter_name)
             yield
         finally:
+            self._through_peft = False
             if not self._fused:
                 self._switch_peft_to(before)
 
@@ -102,7 +115,11 @@ class AdapterSet:
         # In the model's compute dtype: conversions would cost time at every token.
         options = {"adapter_name": adapter_name, "is_trainable": False, "autocast_adapter_dtype": False}
         try:
-            with adapter_view(folder) as view, exact_target_names(self._model, _targets(view)):
+            with (
+                adapter_view(folder) as view,
+                exact_target_names(self._model, _targets(view)),
+                as_fused_parameters(self._model),
+            ):
                 if self._peft_model is None:
                     self._peft_model = PeftModel.from_pretrained(self._model, str(view), **options)
                 else:
@@ -165,6 +182,10 @@ def _check_fits(folder: Path, model: Any) -> None:
     for key, shape in shapes.items():
         if match := _FACTOR.fullmatch(key):
             name, side = match.groups()
+            if (parameter := expert_parameter(name, config)) is not None:
+                rank = ranks.get(get_pattern_key(list(ranks), parameter), config.get("r", _PEFT_RANK))
+                _check_fits_experts(folder, modules, parameter, (side, rank), tuple(shape))
+                continue
             rank = ranks.get(get_pattern_key(list(ranks), name), config.get("r", _PEFT_RANK))
             if shape[0 if side == "A" else 1] != rank:
                 raise _unfit(folder, f"the weights of {name} are not of rank {rank}, which {CONFIG} says.")
@@ -183,6 +204,26 @@ def _check_fits(folder: Path, model: Any) -> None:
         adapter_width = shape[0 if side == "B" else 1]
         if width is not None and width != adapter_width:
             raise _unfit(folder, f"{name} is {width} wide in the model and {adapter_width} in the adapter.")
+
+
+def _check_fits_experts(
+    folder: Path, modules: dict[str, Any], parameter: str, part: tuple[str, int], shape: tuple[int, ...]
+) -> None:
+    """Compare the shape of stacked factors, of side A or B and of a rank, with the experts of the model."""
+    path, _, projection_name = parameter.rpartition(".")
+    module = modules.get(path)
+    experts = module.get_base_layer() if module is not None and hasattr(module, "get_base_layer") else module
+    if experts is None or not hasattr(experts, "num_experts"):
+        raise _unfit(folder, f"the model has no {parameter}.")
+    layer = routed_layer(experts)
+    projection = layer.first if projection_name == PROJECTIONS[0] else layer.second
+    side, rank = part
+    stacked = rank * layer.experts
+    expected = (stacked, projection.inputs) if side == "A" else (projection.outputs, stacked)
+    if shape != expected:
+        raise _unfit(
+            folder, f"factors of {parameter} are {shape} in the adapter and {expected} for the model."
+        )
 
 
 def _unfit(folder: Path, what: str) -> UserError:

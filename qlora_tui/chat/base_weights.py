@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from qlora_tui.catalog.architecture_types import OutputHead
 from qlora_tui.catalog.safetensors_header import read_header
-from qlora_tui.chat.adapter_deltas import AdapterDeltas, EmbeddingRowDelta
+from qlora_tui.chat.adapter_deltas import AdapterDeltas, EmbeddingRowDelta, LoraDelta
+from qlora_tui.chat.expert_deltas import ExpertDelta, FusedExpertDelta, stored_experts
 from qlora_tui.errors import UserError
 
 
@@ -18,8 +20,8 @@ def assign_deltas(deltas: AdapterDeltas, files: list[Path], adapter: Path) -> di
     shapes = {name: (file, shape) for file in files for name, shape in _shapes(file).items()}
     by_tail = {_tail(name): name for name in shapes}
     placed: dict[Path, AdapterDeltas] = {file: {} for file in files}
-    for module, update in deltas.items():
-        name = f"{module}.weight"
+    for module, update in _without_stacks(deltas, shapes).items():
+        name = module if module in shapes else f"{module}.weight"
         if name not in shapes:
             # A text model inside a multimodal one is named with or without the outer part.
             name = by_tail.get(_tail(name), name)
@@ -37,6 +39,23 @@ def assign_deltas(deltas: AdapterDeltas, files: list[Path], adapter: Path) -> di
             )
         placed[file][name] = update
     return placed
+
+
+def _without_stacks(deltas: AdapterDeltas, names: Collection[str]) -> AdapterDeltas:
+    """Return the updates, with those of experts as updates of the tensors that the files have."""
+    apart: AdapterDeltas = {}
+    for module, update in deltas.items():
+        stored = stored_experts(module, names, update.experts) if isinstance(update, ExpertDelta) else None
+        if not isinstance(update, ExpertDelta) or stored is None:
+            apart[module] = update
+        elif stored.fused:
+            apart[stored.fused] = FusedExpertDelta(update, stored.transposed)
+        else:
+            for expert, matrices in enumerate(stored.matrices):
+                down, up = update.factors_of(expert)
+                for name, rows in zip(matrices, up.chunk(len(matrices)), strict=True):
+                    apart[name] = LoraDelta(down, rows, update.scale, None, transposed=False)
+    return apart
 
 
 def with_tied_head(deltas: AdapterDeltas, files: list[Path], head: OutputHead) -> AdapterDeltas:

@@ -7,7 +7,7 @@ from pathlib import Path
 from qlora_tui.chat.chat_types import ADAPTER, BASE, ChatSource
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.recipe.schema import Recipe, Thinking
-from qlora_tui.recipe.toml import load, to_recipe
+from qlora_tui.recipe.toml import load, to_frozen_recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import DataReady, decode
 from qlora_tui.runs.exports import read_exports
@@ -51,7 +51,7 @@ def adapter_source(folder: Path, model: str | None = None) -> ChatSource:
         )
     recipe_path = folder / "recipe.toml"
     if recipe_path.is_file():
-        recipe = to_recipe(load(recipe_path), origin=str(recipe_path))
+        recipe = to_frozen_recipe(load(recipe_path), origin=str(recipe_path))
     elif model is not None:
         recipe = Recipe()
     else:

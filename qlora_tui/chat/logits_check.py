@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qlora_tui.chat.adapter_forwards import LoraForward, TokenRowsForward
 from qlora_tui.chat.cpu_4bit import SingleTokenForward
 from qlora_tui.chat.decode_attention import NAME
+from qlora_tui.training.fused.patching import PatchedForwards
 from qlora_tui.training.model_loading import set_attention
 from qlora_tui.training.step_check import FACTOR, rounding_error_of, rounding_errors
 
@@ -73,6 +74,7 @@ def compare_logits(
 def library_code(model: nn.Module) -> Iterator[None]:
     """Let the model compute with transformers and peft alone inside the block."""
     replaced = _replaced(model)
+    experts = PatchedForwards(model, "experts")
     config: Any = model.config
     grouped = config._attn_implementation == NAME
     try:
@@ -81,6 +83,7 @@ def library_code(model: nn.Module) -> Iterator[None]:
     finally:
         for module, forward in replaced.items():
             vars(module)["forward"] = forward
+        experts.use_ours()
         if grouped:
             set_attention(model, NAME)
 
@@ -89,6 +92,7 @@ def use_library_code(model: nn.Module) -> None:
     """Let the model compute with transformers and peft alone from now on."""
     for module in _replaced(model):
         vars(module).pop("forward")
+    PatchedForwards(model, "experts").use_reference()
     config: Any = model.config
     if config._attn_implementation == NAME:
         set_attention(model, "sdpa")

@@ -52,6 +52,7 @@ from qlora_tui.formatting import short_model_name
 from qlora_tui.memory.execution import AttentionPath
 from qlora_tui.recipe.schema import Recipe, Thinking
 from qlora_tui.training.compute_device import ComputeDevice, find_device
+from qlora_tui.training.experts.expert_lora import fuse_experts
 from qlora_tui.training.gguf_conversion import convert_cached
 from qlora_tui.training.model_loading import load_base
 
@@ -377,7 +378,7 @@ class ChatSession:
         """Replace each base weight by ``change(name, weight)``, named as in the model's files."""
         for name, parameter in self._model.named_parameters():
             if "lora_" not in name and parameter.is_floating_point():
-                stored = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+                stored = name.removeprefix("base_model.model.").replace(".base_layer", "")
                 parameter.copy_(change(stored, parameter.data))
 
     def count_tokens(self, text: str) -> int:
@@ -420,6 +421,7 @@ def load_session(source: ChatSource, on_status: StatusFn = lambda words: None) -
     except torch.OutOfMemoryError as error:
         raise out_of_memory(device) from error
     model.eval()
+    fuse_experts(model)
     if device.kind == "cpu":
         use_grouped_heads(model)
         if not dequantize_on_cpu(model, device) and not any(map(uses_dora, source.adapters.values())):

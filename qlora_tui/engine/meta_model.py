@@ -10,6 +10,7 @@ from torch import nn
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.code_keys import without_code
 from qlora_tui.engine.trace_client import TraceRequest
+from qlora_tui.memory.four_bit import quantized_experts
 from qlora_tui.recipe.schema import Recipe
 
 
@@ -20,6 +21,7 @@ def build(request: TraceRequest, architecture: Architecture, dtype: torch.dtype)
     from qlora_tui.training import model_loading
     from qlora_tui.training.adapter import add_lora
     from qlora_tui.training.chunked_loss import ChunkedHead, find_head, use_chunked_loss
+    from qlora_tui.training.experts.experts_4bit import replace_experts
     from qlora_tui.training.packed_attention import pass_sample_lengths
 
     recipe, factory = request.recipe, cast(Any, AutoModelForCausalLM)
@@ -34,6 +36,8 @@ def build(request: TraceRequest, architecture: Architecture, dtype: torch.dtype)
             model = factory.from_config(config, dtype=dtype, attn_implementation="eager")
     if recipe.quantization.method in ("nf4", "fp4"):
         _quantize(model, recipe, architecture, dtype)
+        if quantized_experts(recipe.quantization, architecture) != "none":
+            replace_experts(model, recipe.quantization.method, nested=recipe.quantization.double_quantization)
     model_loading.freeze(model)
     segments = attention != "eager" and model_loading.use_packed_attention(
         model, "varlen" if request.varlen else "segments"

@@ -71,6 +71,8 @@ def trace_request(request: TraceRequest) -> StepTrace:
 
 
 def _scale_bytes(model: nn.Module) -> int:
+    from qlora_tui.training.experts.experts_4bit import experts_4bit
+
     total = 0
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
@@ -78,7 +80,8 @@ def _scale_bytes(model: nn.Module) -> int:
             for tensor in (state.absmax, state.code, getattr(state, "offset", None)):
                 total += _size(tensor.untyped_storage()) if isinstance(tensor, Tensor) else 0
             state = getattr(state, "state2", None)
-    return total
+    scales = (buffer for _, experts in experts_4bit(model) for buffer in experts.buffers())
+    return total + sum(_size(buffer.untyped_storage()) for buffer in scales)
 
 
 def _size(storage: torch.UntypedStorage) -> int:

@@ -84,6 +84,7 @@ def _served_rank(adapter: Path) -> int:
         ranks = {weights.get_slice(key).get_shape()[0] for key in keys if key.endswith(".lora_A.weight")}
     reasons = {
         "it is a DoRA adapter": config.get("use_dora"),
+        "it changes routed experts": config.get("target_parameters"),
         "it has trained token rows": any(map(ROWS.fullmatch, keys)),
         "it contains whole modules": config.get("modules_to_save"),
         "it has biases": config.get("bias", "none") != "none",

@@ -22,6 +22,7 @@ from qlora_tui.catalog.model_validation import weight_files
 from qlora_tui.chat.adapter_deltas import AdapterDeltas, EmbeddingRowDelta, LoraDelta, read_deltas
 from qlora_tui.chat.base_weights import assign_deltas
 from qlora_tui.chat.chat_types import ChatSource
+from qlora_tui.chat.expert_deltas import ExpertDelta, FusedExpertDelta
 from qlora_tui.chat.session import chat_tokenizer, every_tenth, model_folder
 from qlora_tui.errors import UserError
 from qlora_tui.export.base_choice import unquantized
@@ -202,6 +203,12 @@ def _refuse_inexpressible(updates: AdapterDeltas, names: TensorNames) -> None:
             what=f"It changes {len(left_out):,} weights that GGUF files do not hold, such as {left_out[0]}.",
             fix="Export the merged model instead: `qlora-tui export merge`.",
         )
+    if any(isinstance(update, ExpertDelta | FusedExpertDelta) for update in updates.values()):
+        raise UserError(
+            "An adapter on experts cannot be exported as LoRA",
+            what="The files of the base hold all experts of a layer in one tensor.",
+            fix="Export the merged model instead: `qlora-tui export merge`.",
+        )
 
 
 def _tensors(
@@ -218,9 +225,11 @@ def _tensors(
             change = names.transform_for(name)
             up = update.up.float() * update.scale
             down, up = update.down.float(), up if change is None else change(up)
-        else:
+        elif isinstance(update, EmbeddingRowDelta):
             is_embedding = target.startswith("token_embd")
             down, up = _rows_as_lora(update, weights[name](), is_embedding=is_embedding)
+        else:
+            raise TypeError(f"{name} is an update of experts")
         for side, values in (("a", down), ("b", up)):
             yield SourceTensor(f"{target}.lora_{side}", tuple(values.shape), values.clone)
 

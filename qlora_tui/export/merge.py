@@ -29,7 +29,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.export.base_choice import BaseChoice, BaseName, base_requantizer, choice_named
 from qlora_tui.export.merge_check import MergeCheck, verify_merge
 from qlora_tui.export.model_card import render_model_card
-from qlora_tui.export.requantize import Requantizer
+from qlora_tui.export.requantize import Requantizer, TensorReader, reader_of
 from qlora_tui.export.unfinished_files import draft_folder, publish_new, refuse_existing, require_space
 
 _SPARE_BYTES = 64 << 20
@@ -98,7 +98,7 @@ def merge(
         for number, file in enumerate(files, 1):
             on_status(f"Merging {file.name} ({number} of {len(files)})")
             shutil.copyfile(file, folder / file.name)
-            _change_tensors(folder / file.name, _changes(file, placed[file], requantize))
+            _change_tensors(folder / file.name, _changes(file, placed[file], requantize, reader_of(files)))
         for origin, names in ((base, _MODEL_FILES), (adapter, TOKENIZER_FILES)):
             for name in filter(partial(_is_in, origin), names):
                 shutil.copyfile(origin / name, folder / name)
@@ -131,12 +131,12 @@ def merge(
 
 
 def _changes(
-    file: Path, updates: AdapterDeltas, requantize: Requantizer | None
+    file: Path, updates: AdapterDeltas, requantize: Requantizer | None, read: TensorReader
 ) -> dict[str, Callable[[Tensor], Tensor]]:
     """Return how each tensor of a weight file changes."""
 
     def change(name: str, weight: Tensor) -> Tensor:
-        rounded = weight if requantize is None else requantize(name, weight)
+        rounded = weight if requantize is None else requantize(name, weight, read)
         update = updates.get(name)
         return rounded if update is None else update.apply_to(rounded)
 

@@ -22,6 +22,7 @@ from qlora_tui.chat.adapter_deltas import AdapterDeltas, LoraDelta, read_deltas
 from qlora_tui.chat.base_weights import assign_deltas, with_tied_head
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import model_folder
+from qlora_tui.export.requantize import Requantizer, reader_of
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class MergedWeights:
     """The base's folder."""
     updates: dict[Path, AdapterDeltas]
     """By weight file, then by tensor name."""
-    requantize: Callable[[str, Tensor], Tensor] | None = None
+    requantize: Requantizer | None = None
     """Rounds a tensor as quantization did in training; None keeps the stored values."""
 
     @property
@@ -63,7 +64,7 @@ class MergedWeights:
             # Copy: the original is a view of the mapped file.
             stored: Tensor = content.get_tensor(name).clone()
         if self.requantize is not None:
-            stored = self.requantize(name, stored)
+            stored = self.requantize(name, stored, reader_of(self.updates))
         update = self.updates[file].get(name)
         if update is None:
             return stored

@@ -6,11 +6,13 @@ available memory, and call :func:`largest_settings` or :func:`cheapest_changes`;
 
 ``execution``         which trainer's code runs; ``versions`` and ``trl_loss``: what its libraries do
 ``step``              replays one step of it on ``autograd``, with ``layout``, ``decoder_layer``, ``ops``,
-                      ``attention``, ``linear`` and ``loss`` for what most families share; ``moe``, ``mla``,
-                      ``cohere`` and ``unsloth_kernels``: what some have; ``fused_lora``: our trainer's
-                      functions that save less memory. ``step_trace`` has a traced step in its place.
+                      ``attention``, ``linear`` and ``loss`` for what most families share; ``moe`` (of a
+                      ``mixture``), ``mla``, ``cohere`` and ``unsloth_kernels``: what some have;
+                      ``fused_lora`` and ``expert_loop``: our trainer's functions that save less memory.
+                      ``step_trace`` has a traced step in its place.
 ``parameter_memory``  bytes of frozen weights with their quantization scales, adapter and optimizer states;
-                      ``static_memory`` lists them as items, with the batch and workspaces
+                      ``static_memory`` lists them as items, with the batch and workspaces;
+                      ``four_bit``: which weights are quantized to 4 bits, and their tensors
 ``replay``            puts ``loading`` and the ``allocation_trace`` of each part on a model of CUDA's
                       ``allocator``
 ``conversion``        the peak of converting a GGUF file

@@ -14,8 +14,9 @@ from qlora_tui.memory import cohere, fused_lora, unsloth_kernels
 from qlora_tui.memory.attention import Heads, Kernel, attend, repeated
 from qlora_tui.memory.autograd import Tensor
 from qlora_tui.memory.linear import group, linear, uses_fused_lora
+from qlora_tui.memory.mixture import Mixture
 from qlora_tui.memory.mla import latent_attention
-from qlora_tui.memory.moe import Mixture, mixture, weighted
+from qlora_tui.memory.moe import mixture, weighted
 from qlora_tui.memory.ops import Linear, Ops
 
 TRITON_ACTIVATIONS = ("silu", "gelu_pytorch_tanh")

@@ -229,14 +229,22 @@ def _notes(
             "int8 keeps the inputs of its linear layers despite checkpointing: a small model or a "
             "large batch takes more than in NF4 or 16 bits."
         )
-    if architecture.experts and recipe.quantization.method != "none":
-        notes.append("The experts are fused parameters, which bitsandbytes leaves in 16 bits.")
+    if layout.experts_in_16_bits and recipe.quantization.method != "none":
+        notes.append(f"The experts stay in 16 bits: {_why_in_16_bits(recipe)}.")
     if architecture.model_type not in STYLES:
         notes.append(
             f"{architecture.model_type} layers have no formula: "
             + ("the step was traced." if layout.exact else "estimated as Llama's.")
         )
     return tuple(notes)
+
+
+def _why_in_16_bits(recipe: Recipe) -> str:
+    if recipe.quantization.method == "int8":
+        return "int8 does not quantize fused parameters"
+    if not recipe.quantization.experts:
+        return "quantization.experts is off"
+    return "bitsandbytes leaves fused parameters as they are"
 
 
 def with_precision(recipe: Recipe, precision: Precision) -> Recipe:

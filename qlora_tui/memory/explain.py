@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.memory.execution import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS, ExecutionConfig
+from qlora_tui.memory.four_bit import expert_method
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.levels import TOKENIZER_BYTES_PER_TOKEN
 from qlora_tui.recipe.diff import format_value
@@ -81,16 +82,24 @@ def _weight_sentences(facts: ExplainContext) -> dict[str, str]:
             f"{architecture.vocab_size:,} × {architecture.hidden_size:,} × {itemsize} bytes; never quantized."
         ),
         "norms": "Norms and routers, in their own dtype.",
-        "experts": (
-            f"{_n(architecture.expert_params)} weights × {itemsize} bytes: fused 3-D parameters, which "
-            "bitsandbytes leaves in 16 bits."
-        ),
+        "experts": _experts_sentence(facts, itemsize),
         "slots": (
             "Two buffers, each as large as the largest of the "
             f"{min(execution.streamed_layers, architecture.layers)} layers whose weights wait in host memory."
         ),
         "vision": f"The vision tower's weights × {itemsize} bytes; frozen.",
     }
+
+
+def _experts_sentence(facts: ExplainContext, itemsize: int) -> str:
+    recipe, architecture = facts.recipe, facts.architecture
+    if expert_method(recipe, architecture, facts.execution) == "none":
+        why = (
+            "quantization.experts is off" if recipe.quantization.method in ("nf4", "fp4") else "not quantized"
+        )
+        return f"{_n(architecture.expert_params)} weights × {itemsize} bytes: fused parameters, {why}."
+    matrices = sum(each.params for each in architecture.parameters if each.is_expert_matrices)
+    return f"{_n(matrices)} weights × 0.5 byte, each expert quantized by itself, and their scales and biases."
 
 
 def _scales_sentence(recipe: Recipe) -> str:

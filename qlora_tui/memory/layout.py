@@ -5,14 +5,15 @@ A new model family gets an entry in :data:`STYLES`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from qlora_tui.catalog.architecture_types import Architecture, LinearModule
 from qlora_tui.memory.attention import Heads, Kernel
 from qlora_tui.memory.decoder_layer import DecoderLayer
 from qlora_tui.memory.execution import ExecutionConfig
-from qlora_tui.memory.moe import Mixture
+from qlora_tui.memory.four_bit import expert_method
+from qlora_tui.memory.mixture import Mixture
 from qlora_tui.memory.ops import Linear
 from qlora_tui.memory.versions import (
     LossCode,
@@ -106,17 +107,20 @@ class Layout:
     """Whether the head is untied and has its own trained rows."""
     adapter_parameters: int
     adapter_tensors: tuple[int, ...]
-    lora_tensors: tuple[int, ...]
     """Elements of each trained tensor."""
+    lora_tensors: tuple[int, ...]
+    """Those of linear modules, which have copies in the compute dtype."""
     exact: bool
     """Whether the family's layer is implemented."""
+    experts_in_16_bits: bool
+    """Whether the model has fused experts that are not quantized."""
     loss_code: LossCode
     """Variant of the family's stock loss in the version of transformers that runs."""
 
 
 def build_layout(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> Layout:
     """Build every layer with its modules as this recipe and trainer code run them."""
-    ranks = {m.name: rank_of(recipe.lora, m) for m in resolve_targets(recipe.lora, architecture.modules)}
+    ranks = {m.name: rank_of(recipe.lora, m) for m in resolve_targets(recipe.lora, architecture.targets)}
     style = STYLES.get(architecture.model_type, LayerStyle())
     rows, length = recipe.training.micro_batch_size, recipe.data.max_length
     by_layer: list[list[LinearModule]] = [[] for _ in range(architecture.layers)]
@@ -139,12 +143,17 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
         repeated_by=_repeated_by(architecture, execution),
         copied=execution.sdpa and copies_for_sdpa(execution.transformers),
     )
-    known: dict[tuple[Linear, ...], DecoderLayer] = {}
+    experts: list[list[LinearModule]] = [[] for _ in range(architecture.layers)]
+    for module in architecture.expert_modules:
+        if module.layer is not None:
+            experts[module.layer].append(module)
+    known: dict[tuple[tuple[Linear, ...], Mixture | None], DecoderLayer] = {}
     linear_cache: dict[tuple[object, ...], Linear] = {}
     routed = _mixture(recipe, architecture, execution)
     blocks = []
     tensors: list[int] = []
-    for modules in by_layer:
+    expert_tensors: list[int] = []
+    for modules, projections in zip(by_layer, experts, strict=True):
         linears = tuple(
             _linear(module, recipe, ranks.get(module.name, 0), linear_cache) for module in modules
         )
@@ -152,8 +161,17 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
             if linear.rank:
                 tensors += [linear.rank * linear.inputs, linear.rank * linear.outputs]
                 tensors += [linear.outputs] if linear.dora else []
-        if linears not in known:
-            known[linears] = DecoderLayer(
+        of_layer = None if any(linear.part == "mlp" for linear in linears) else routed
+        if of_layer is not None:
+            adapted = tuple(ranks.get(module.name, 0) for module in projections)
+            of_layer = replace(of_layer, ranks=adapted)
+            for module, rank in zip(projections, adapted, strict=True):
+                if rank:
+                    width = rank * module.copies
+                    expert_tensors += [width * module.in_features, width * module.out_features]
+        key = (linears, of_layer)
+        if key not in known:
+            known[key] = DecoderLayer(
                 linears=linears,
                 heads=heads,
                 norm=style.norm,
@@ -172,11 +190,12 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
                 rotates_halves=style.rotates_halves,
                 residual_scale=style.residual_scale,
                 keeps_attention_output=style.keeps_attention_output,
-                mixture=None if any(linear.part == "mlp" for linear in linears) else routed,
+                mixture=of_layer,
                 dropout=architecture.residual_dropout,
             )
-        blocks.append(known[linears])
+        blocks.append(known[key])
     lora_tensors = tuple(tensors)
+    tensors += expert_tensors
     tensors += row_tensors(recipe.lora, architecture)
     return Layout(
         blocks=tuple(blocks),
@@ -196,6 +215,9 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
         adapter_tensors=tuple(tensors),
         lora_tensors=lora_tensors,
         exact=architecture.model_type in STYLES,
+        experts_in_16_bits=bool(architecture.expert_modules)
+        and expert_method(recipe, architecture, execution) == "none"
+        and not execution.separate_experts,
         loss_code=loss_code(architecture.model_type, execution.transformers),
     )
 
@@ -249,6 +271,8 @@ def _mixture(recipe: Recipe, architecture: Architecture, execution: ExecutionCon
         wide_weights=architecture.model_type in ("mixtral", "deepseek_v2") and not execution.separate_experts,
         separate=execution.separate_experts,
         method=recipe.quantization.method,
+        expert_method=expert_method(recipe, architecture, execution),
+        biased=any(p.role == "expert" and not p.is_expert_matrices for p in architecture.parameters),
     )
 
 

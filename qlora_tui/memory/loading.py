@@ -15,9 +15,9 @@ from functools import lru_cache
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.memory.allocator import CachingAllocator, MemoryBlock
 from qlora_tui.memory.execution import ExecutionConfig
+from qlora_tui.memory.four_bit import expert_method, expert_tensor_sizes, four_bit_scale_sizes
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.ops import FLOAT
-from qlora_tui.memory.parameter_memory import four_bit_scale_sizes
 from qlora_tui.memory.streamed_layers import SLOTS, moves, streamed_weights
 from qlora_tui.recipe.schema import Recipe
 
@@ -31,6 +31,8 @@ class _Weight:
     count: int
     rows: int
     """Outputs of a linear weight that can be quantized; 0 for any other."""
+    experts: tuple[int, ...] = ()
+    """Shape of fused experts: matrices of equal shape, rows, columns; empty for any other weight."""
 
 
 def load(
@@ -50,7 +52,7 @@ def load(
         quantized = _quantize(allocator, recipe, architecture, execution)
         if execution.cast_to_float32 or execution.compute_itemsize != READ_BYTES:
             for weight in weights:  # one after another, in the model's order
-                if not weight.rows:
+                if weight.name in quantized:
                     allocator.malloc(weight.count * FLOAT)
                     allocator.free(quantized[weight.name])
         if execution.cast_to_float32:
@@ -71,7 +73,9 @@ def _place_streamed(
     for weight in _weights(architecture, execution.separate_experts):
         if weight.name in in_host_memory:
             continue
-        if not weight.rows or method == "none":
+        if weight.experts and expert_method(recipe, architecture, execution) != "none":
+            allocator.keep(expert_tensor_sizes(weight.experts, nested))
+        elif not weight.rows or method == "none":
             allocator.keep((weight.count * execution.compute_itemsize,))
         elif method == "int8":
             allocator.keep((weight.rows * FLOAT, weight.count))
@@ -86,10 +90,20 @@ def _quantize(
     method, nested = recipe.quantization.method, recipe.quantization.double_quantization
     weights = _in_natural_order(architecture, execution.separate_experts)
     a_weight = 1.0 if method == "int8" else 0.5
-    whole = sum(weight.count * (a_weight if weight.rows else READ_BYTES) for weight in weights)
+    packs_experts = expert_method(recipe, architecture, execution) != "none"
+    whole = sum(
+        weight.count * (a_weight if weight.rows or (weight.experts and packs_experts) else READ_BYTES)
+        for weight in weights
+    )
     allocator.free(allocator.malloc(int(whole)))
     quantized: dict[str, MemoryBlock] = {}
     for weight in weights:
+        if weight.experts and packs_experts:
+            # One matrix at a time, in the same memory (training/experts/expert_loading.py).
+            read = allocator.malloc(weight.count // weight.experts[0] * READ_BYTES)
+            allocator.keep(expert_tensor_sizes(weight.experts, nested))
+            allocator.free(read)
+            continue
         read = allocator.malloc(weight.count * READ_BYTES)
         if not weight.rows:
             quantized[weight.name] = read
@@ -114,7 +128,8 @@ def _weights(architecture: Architecture, separate_experts: bool) -> tuple[_Weigh
             weights.append(_Weight(f"{module.name}.bias", module.bias_params, 0))
     for parameter in architecture.parameters:
         rows = parameter.shape[0] if parameter.role == "expert" and separate_experts else 0
-        weights.append(_Weight(parameter.name, parameter.params, rows))
+        shape = parameter.shape if parameter.is_expert_matrices else ()
+        weights.append(_Weight(parameter.name, parameter.params, rows, shape))
     if architecture.head.own_params:
         weights.append(_Weight(architecture.head.name, architecture.head.own_params, 0))
     return tuple(weights)

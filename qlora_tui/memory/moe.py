@@ -2,35 +2,17 @@
 
 transformers 5 keeps the experts as two fused 3-D parameters and sorts the tokens by expert
 (``integrations/moe.py``, ``grouped_mm_experts_forward``); before, each expert was a separate module and
-processed its tokens in turn. Tokens are assumed to spread evenly over the experts.
+processed its tokens in turn. Fused experts in 4 bits, or with adapters, are in :mod:`.expert_loop`. Tokens
+are assumed to spread evenly over the experts.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from qlora_tui.memory.autograd import Grads, Tensor
+from qlora_tui.memory.expert_loop import routed_experts
 from qlora_tui.memory.linear import linear
+from qlora_tui.memory.mixture import Mixture
 from qlora_tui.memory.ops import FLOAT, Linear, Ops
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """The routed experts of one layer."""
-
-    experts: int
-    per_token: int
-    hidden: int
-    intermediate: int
-    activation: str
-    clamped: bool = False
-    """Whether the experts follow gpt-oss: both halves clamped, a scaled sigmoid gate, and biases."""
-    wide_weights: bool = False
-    """Whether routing weights stay float32 (Mixtral, DeepSeek), and so do their products."""
-    separate: bool = False
-    """Whether each expert's matrices are separate modules (transformers 4)."""
-    method: str = "none"
-    """Quantization of separate experts."""
 
 
 def mixture(ops: Ops, config: Mixture, x: Tensor) -> Tensor:
@@ -38,6 +20,8 @@ def mixture(ops: Ops, config: Mixture, x: Tensor) -> Tensor:
     weights = _route(ops, config, x)
     if config.separate:
         return _in_turn(ops, config, x, weights)
+    if config.one_at_a_time:
+        return routed_experts(ops, config, x, weights)
     return _grouped(ops, config, x, weights)
 
 

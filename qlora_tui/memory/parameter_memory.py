@@ -1,8 +1,7 @@
 """Memory that is constant through the run: the frozen model, the adapter, the optimizer's states.
 
-Sources: bitsandbytes ``functional.py`` (``quantize_4bit`` with blocks of 64, ``quantize_blockwise`` with
-blocks of 256 for the scales of a double quantization), ``optim/optimizer.py`` (8-bit states from 4,096
-elements on, ``min_8bit_size``), QLoRA (arXiv 2305.14314, section 3).
+Sources: bitsandbytes ``optim/optimizer.py`` (8-bit states from 4,096 elements on, ``min_8bit_size``), QLoRA
+(arXiv 2305.14314, section 3).
 """
 
 from __future__ import annotations
@@ -13,16 +12,10 @@ from dataclasses import dataclass
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.memory.autograd import ALLOCATION_BYTES
 from qlora_tui.memory.execution import ExecutionConfig
+from qlora_tui.memory.four_bit import expert_method, expert_tensor_sizes, four_bit_scale_sizes
 from qlora_tui.memory.layout import Layout
 from qlora_tui.recipe.schema import Recipe
 
-BLOCK = 64
-"""Weights that share one scale (``blocksize`` of Linear4bit)."""
-NESTED_BLOCK = 256
-"""Scales that share one scale, with double quantization."""
-CODE_BYTES = 16 * 4
-"""The sixteen values of NF4 or FP4, stored by each module."""
-NESTED_CODE_BYTES = 256 * 4
 SMALL_TENSOR = 4096
 """Elements below which bitsandbytes uses 32-bit optimizer states for a tensor."""
 STATE_BLOCK = 256
@@ -48,6 +41,7 @@ class FrozenWeights:
     norm_and_other_bytes: int
     """Norms, MoE routers, convolutions and other parameters that are not quantized."""
     expert_bytes: int
+    """Fused experts: in 16 bits (or more), or quantized, with their scales."""
     vision_bytes: int
 
     @property
@@ -80,6 +74,10 @@ def frozen_weights(recipe: Recipe, architecture: Architecture, execution: Execut
             packed += round_to_block(-(-parameter.params // 2))
             scales += four_bit_scale_bytes(parameter.params, recipe.quantization.double_quantization)
             continue
+        if parameter.is_expert_matrices and expert_method(recipe, architecture, execution) != "none":
+            sizes = expert_tensor_sizes(parameter.shape, recipe.quantization.double_quantization)
+            roles["expert"] += sum(map(round_to_block, sizes))
+            continue
         role = parameter.role if parameter.role in roles else "other"
         own_itemsize = norm_itemsize if parameter.role == "norm" else itemsize
         roles[role] += round_to_block(parameter.params * own_itemsize)
@@ -98,14 +96,6 @@ def frozen_weights(recipe: Recipe, architecture: Architecture, execution: Execut
 def four_bit_scale_bytes(weights: int, nested: bool) -> int:
     """Return the bytes of scales and code tables of one 4-bit module."""
     return sum(round_to_block(size) for size in four_bit_scale_sizes(weights, nested))
-
-
-def four_bit_scale_sizes(weights: int, nested: bool) -> tuple[int, ...]:
-    """Return the bytes of each tensor of scales and code tables in one 4-bit module."""
-    blocks = -(-weights // BLOCK)
-    if not nested:
-        return (blocks * 4, CODE_BYTES)
-    return (blocks, -(-blocks // NESTED_BLOCK) * 4, CODE_BYTES, NESTED_CODE_BYTES, 4)
 
 
 def adapter_bytes(layout: Layout, execution: ExecutionConfig) -> int:

@@ -69,6 +69,14 @@ class Quantization(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         bool,
         _about("Double quantization", "Quantize the scales too.", "Saves 0.37 bits per weight."),
     ] = True
+    experts: Annotated[
+        bool,
+        _about(
+            "Quantize experts",
+            "With nf4 and fp4, quantize the experts of a mixture too. false keeps them in 16 bits.",
+            "Experts are most of a mixture's weights: half a byte each, or two.",
+        ),
+    ] = True
     compute_dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
         _about(

@@ -4,7 +4,9 @@ A pattern is one of
 
 * ``all-linear``: every linear module of the language model but the head;
 * a kind, the last part of a module's name: ``q_proj``;
-* either of them in some layers, counted from 0: ``8-23.q_proj``, ``0-3,7.all-linear``;
+* a projection of all routed experts of a layer: ``experts.gate_up_proj``, ``experts.down_proj``, which
+  ``all-linear`` does not include;
+* any of them in some layers, counted from 0: ``8-23.q_proj``, ``0-3,7.all-linear``;
 * one module's full dotted name.
 
 Modules of a vision tower are matched by their full name only: fine-tuning on text gives them no
@@ -32,8 +34,8 @@ SETTINGS = ("lora.target_modules", "lora.rank_pattern", "lora.alpha_pattern")
 _SYNTAX = "write all-linear, a module name (q_proj), layers and a name (8-23.q_proj), or a full module path"
 
 _PATTERN = re.compile(
-    r"(?:(?P<layers>\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)\.(?P<in_layers>[A-Za-z_][\w-]*)"
-    r"|(?P<kind>[A-Za-z_][\w-]*)"
+    r"(?:(?P<layers>\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)\.(?P<in_layers>(?:experts\.)?[A-Za-z_][\w-]*)"
+    r"|(?P<kind>(?:experts\.)?[A-Za-z_][\w-]*)"
     r"|(?P<name>[A-Za-z_][\w-]*(?:\.[\w-]+)+))"
 )
 _ONLY_LAYERS = re.compile(r"\s*\d+(?:-\d+)?\s*")
@@ -48,7 +50,7 @@ class Module(Protocol):
 
     @property
     def kind(self) -> str:
-        """The last part of the name."""
+        """The last part of the name; of the experts' projections, with ``experts.`` before it."""
 
     @property
     def layer(self) -> int | None:
@@ -56,7 +58,8 @@ class Module(Protocol):
 
     @property
     def part(self) -> str:
-        """``vision`` for a module of a vision tower; any other value is the language model."""
+        """``vision`` for a module of a vision tower, ``expert`` for a projection of routed experts; any other
+        value is a linear module of the language model."""
 
 
 ModuleT = TypeVar("ModuleT", bound=Module)
@@ -73,12 +76,16 @@ class _Pattern(Struct, frozen=True):
     def matches(self, module: Module) -> bool:
         if self.name:
             return module.name == self.name
-        if module.part == "vision" or self.kind not in (ALL_LINEAR, module.kind):
+        if module.part == "vision" or self.kind not in _kinds_of(module):
             return False
         if not self.layers:
             return True
         layer = module.layer
         return layer is not None and any(first <= layer <= last for first, last in self.layers)
+
+
+def _kinds_of(module: Module) -> tuple[str, ...]:
+    return (module.kind,) if module.part == "expert" else (ALL_LINEAR, module.kind)
 
 
 class _PatternError(Exception):
@@ -112,11 +119,29 @@ def match_modules(patterns: Iterable[str], modules: Sequence[ModuleT]) -> list[M
 
 
 def resolve_targets(lora: Lora, modules: Sequence[ModuleT]) -> list[ModuleT]:
-    """Return the modules that get an adapter. Raises UserError if a pattern matches nothing."""
+    """Return the modules that get an adapter.
+
+    Raises UserError if a pattern matches nothing, or if experts are to have an adapter that peft has not.
+    """
     for setting, patterns in zip(SETTINGS[1:], ([*lora.rank_pattern], [*lora.alpha_pattern]), strict=True):
         for pattern in patterns:
             _parse_matching(pattern, modules, setting)
-    return match_modules(lora.target_modules, modules)
+    targets = match_modules(lora.target_modules, modules)
+    if any(module.part == "expert" for module in targets):
+        _check_settings_of_experts(lora)
+    return targets
+
+
+def _check_settings_of_experts(lora: Lora) -> None:
+    for setting, applies in {"lora.dropout": lora.dropout > 0, "lora.use_dora": lora.use_dora}.items():
+        if applies:
+            raise UserError(
+                "Not for experts",
+                what=f"{setting} is set, and lora.target_modules names experts.",
+                why="peft has neither dropout nor DoRA for the parameters that hold all experts of a layer.",
+                fix=f"Set {setting} = {'0' if setting == 'lora.dropout' else 'false'}, or target no experts.",
+                exit_code=EXIT_USAGE,
+            )
 
 
 def rank_of(lora: Lora, module: Module) -> int:
@@ -174,13 +199,15 @@ def to_patterns(selected_names: Iterable[str], modules: Sequence[Module]) -> tup
     the layers that are selected completely.
     """
     chosen = set(selected_names)
-    language = [module for module in modules if module.part != "vision"]
+    language = [module for module in modules if module.part not in ("vision", "expert")]
+    experts = _Grid([module for module in modules if module.part == "expert"], chosen)
     vision = tuple(m.name for m in modules if m.part == "vision" and m.name in chosen)
+    others = experts.patterns(frozenset()) + vision
     if language and all(module.name in chosen for module in language):
-        return (ALL_LINEAR, *vision)
+        return (ALL_LINEAR, *others)
     grid = _Grid(language, chosen)
     candidates = [grid.patterns(frozenset()), grid.patterns(grid.whole_layers)]
-    return min(candidates, key=lambda patterns: (len(patterns), sum(map(len, patterns)))) + vision
+    return min(candidates, key=lambda patterns: (len(patterns), sum(map(len, patterns)))) + others
 
 
 def split_patterns(text: str) -> list[str]:
@@ -287,9 +314,7 @@ def _no_match_error(text: str, pattern: _Pattern, modules: Sequence[Module], set
         hint = did_you_mean(pattern.kind, [*kinds, ALL_LINEAR], prefix + "{}")
         what = f'{setting} has "{text}", and the model has no {pattern.kind}.'
         return _problem(title, what, hint, why=f"Its kinds are {', '.join(kinds) or 'none'}.")
-    layers = sorted(
-        {m.layer for m in language if m.layer is not None and pattern.kind in (ALL_LINEAR, m.kind)}
-    )
+    layers = sorted({m.layer for m in language if m.layer is not None and pattern.kind in _kinds_of(m)})
     has = f"{pattern.kind} is in layers {_format_ranges(layers, layers)}."
     what = f'{setting} has "{text}", and the model has no such layers.'
     return _problem(title, what, _SYNTAX, why=has)

@@ -27,6 +27,9 @@ from qlora_tui.recipe.validation import find_issues
 _MAX_BYTES = 1_000_000
 """Maximum size of a recipe, normally a few KB; a larger file is a model or data given by mistake."""
 
+BEFORE: dict[str, Any] = {"quantization.experts": False}
+"""What a setting was, in runs of versions that did not have it, where that is not its default."""
+
 _PLACE = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
 
 
@@ -101,6 +104,21 @@ def to_recipe(layer: Mapping[str, Any], origin: str = "recipe") -> Recipe:
     """Build a recipe from the layer over the defaults. Raises InvalidRecipeError."""
     validate(layer, origin)
     return msgspec.convert(aliases.canonical(layer), Recipe, strict=True)
+
+
+def to_frozen_recipe(layer: Mapping[str, Any], origin: str = "recipe") -> Recipe:
+    """Build the recipe of a run from its file, which has every setting of the version that wrote it.
+
+    A setting that is missing had no effect then: :data:`BEFORE` has the value that means the same. Raises
+    InvalidRecipeError.
+    """
+    complete = dict(layer)
+    for path, value in BEFORE.items():
+        section, _, key = path.rpartition(".")
+        table = layer.get(section)
+        if isinstance(table, Mapping) and key not in table:
+            complete[section] = {**table, key: value}
+    return to_recipe(complete, origin)
 
 
 def to_layer(recipe: Recipe) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.files import atomic_write, private_dir, read_regular, sync, sync_tree
 from qlora_tui.formatting import short_model_name
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.recipe.toml import dump, load, to_recipe
+from qlora_tui.recipe.toml import dump, load, to_frozen_recipe
 from qlora_tui.runs.event_log import EventWriter, read_from
 from qlora_tui.runs.events import Queued, decode
 
@@ -120,7 +120,7 @@ class RunDir:
         layer = load(self.recipe_path)
         if not layer:
             raise self._recipe_damaged("is empty")
-        return to_recipe(layer, origin=str(self.recipe_path))
+        return to_frozen_recipe(layer, origin=str(self.recipe_path))
 
     def _recipe_damaged(self, how: str) -> UserError:
         return UserError(

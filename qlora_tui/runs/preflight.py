@@ -271,7 +271,7 @@ def _learning_rate(rate: float) -> list[Check]:
 def _lora(recipe: Recipe, files: ModelFiles) -> list[Check]:
     """Report target patterns that match nothing, and trainable tokens missing from the tokenizer."""
     try:
-        resolve_targets(recipe.lora, files.architecture.modules)
+        resolve_targets(recipe.lora, files.architecture.targets)
         if files.gguf_file is None:
             check_tokens(recipe.lora.trainable_tokens, files.folder)
     except UserError as problem:

@@ -13,6 +13,7 @@ from qlora_tui.catalog.architecture_types import Architecture, LinearModule
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Lora
 from qlora_tui.recipe.targets import alpha_of, rank_of, resolve_targets
+from qlora_tui.training.experts.expert_lora import as_fused_parameters, fuse_experts
 from qlora_tui.training.fused import use_fused
 from qlora_tui.training.trainable_tokens import init_untrained_rows, token_indices, use_trained_rows
 
@@ -41,15 +42,17 @@ def add_lora(model: Any, settings: Lora, architecture: Architecture, token_ids: 
             re.escape(name): _int_if_whole(alpha) for name, alpha in alphas.items() if alpha != settings.alpha
         },
         lora_dropout=settings.dropout,
-        target_modules=list(targets),
+        target_modules=[name for name, module in targets.items() if module.part != "expert"],
+        target_parameters=[name for name, module in targets.items() if module.part == "expert"] or None,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         bias="none",
         trainable_token_indices=token_indices(model, token_ids) if token_ids else None,
     )
-    with exact_target_names(model, config.target_modules):
+    with exact_target_names(model, config.target_modules), as_fused_parameters(model):
         adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     use_fused(adapted)
+    fuse_experts(adapted)
     if token_ids:
         init_untrained_rows(model)
         use_trained_rows(model)
@@ -80,13 +83,13 @@ def exact_target_names(model: nn.Module, names: Iterable[str] | str) -> Iterator
 
 
 def targets_by_name(model: nn.Module, settings: Lora, architecture: Architecture) -> dict[str, LinearModule]:
-    """The target modules of the recipe by their full name in this model. Raises UserError."""
-    modules = dict(model.named_modules())
-    by_tail = {_tail(name): name for name in modules}
+    """The targets of the recipe by their full name in this model. Raises UserError."""
+    names = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
+    by_tail = {_tail(name): name for name in names}
     targets = {}
-    for module in resolve_targets(settings, architecture.modules):
+    for module in resolve_targets(settings, architecture.targets):
         # A text model taken out of a multimodal one lacks the outer part of the name.
-        name = module.name if module.name in modules else by_tail.get(_tail(module.name))
+        name = module.name if module.name in names else by_tail.get(_tail(module.name))
         if name is None:
             raise UserError(
                 "Target module not in the model",

@@ -28,7 +28,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write, private_dir, publish, read_regular
 from qlora_tui.recipe.diff import diff_recipes
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.recipe.toml import dump, parse, to_recipe
+from qlora_tui.recipe.toml import dump, parse, to_frozen_recipe
 from qlora_tui.runs.damage import MARKER, checkpoint_damage
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.leftovers import CHECKPOINT_DRAFT
@@ -180,7 +180,7 @@ def prune(run: RunDir, keep: int, best_step: int | None) -> None:
 
 def require_unchanged(state: CheckpointState, recipe: Recipe, data_hash: str) -> None:
     """Raise UserError, naming the differences, where recipe or data are no longer those of the checkpoint."""
-    before = to_recipe(parse(state.recipe, "the checkpoint's recipe"), "the checkpoint's recipe")
+    before = to_frozen_recipe(parse(state.recipe, "the checkpoint's recipe"), "the checkpoint's recipe")
     changes = [c for c in diff_recipes(before, recipe) if c.path not in _CHANGEABLE]
     if before.effective_batch == recipe.effective_batch:
         changes = [c for c in changes if c.path not in _BATCH_SPLIT]

@@ -21,6 +21,7 @@ DESCRIPTIONS: dict[FastPath, str] = {
     "rotary": "the rotary kernel",
     "mlp": "the fused gated MLP",
     "lora": "the fused LoRA layers",
+    "experts": "the experts one at a time",
     "token rows": "the trained token rows",
 }
 """Names of the paths in messages."""

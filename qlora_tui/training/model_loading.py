@@ -7,7 +7,7 @@ and with them every hidden state.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -60,20 +60,30 @@ def load_base(
             stored = quantized_cache.cache_path(folder, recipe, on_host)
         device = on_host
     model = None
-    if stored is not None and quantized_cache.is_stored(stored):
-        model = _load_stored(stored, device, attention_path, on_progress)
-    if model is None:
-        settings = {}
-        if quantization is not None and not _is_stored_quantized(folder):
-            settings["quantization_config"] = quantization
-        model = _load(folder, device, attention_path, on_progress, **settings)
-        if stored is not None:
-            quantized_cache.store(model, stored)
+    with _expert_quantization(folder, recipe):
+        if stored is not None and quantized_cache.is_stored(stored):
+            model = _load_stored(stored, device, attention_path, on_progress)
+        if model is None:
+            settings = {}
+            if quantization is not None and not _is_stored_quantized(folder):
+                settings["quantization_config"] = quantization
+            model = _load(folder, device, attention_path, on_progress, **settings)
+            if stored is not None:
+                quantized_cache.store(model, stored)
     # peft writes this into the adapter as its base model.
     model.config._name_or_path = model.name_or_path = str(folder)
     if device.kind == "cpu" and quantization is not None:
         _detach_from_mmap(model)
     return freeze(model)
+
+
+def _expert_quantization(folder: Path, recipe: Recipe) -> AbstractContextManager[None]:
+    """Let a mixture of experts be loaded with 4-bit experts, where the recipe says so."""
+    if not quantized_cache.quantizes_experts(folder, recipe):
+        return nullcontext()
+    from qlora_tui.training.experts.expert_loading import experts_in_4_bits
+
+    return experts_in_4_bits()
 
 
 def _load_stored(

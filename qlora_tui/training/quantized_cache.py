@@ -20,10 +20,11 @@ from typing import Any
 import msgspec
 
 from qlora_tui import paths
-from qlora_tui.catalog.config_parser import load_config
+from qlora_tui.catalog.config_parser import load_config, parse_architecture
 from qlora_tui.catalog.model_validation import weight_files
 from qlora_tui.errors import UserError
 from qlora_tui.files import private_dir, publish
+from qlora_tui.memory.four_bit import quantized_experts
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.locks import locked
 from qlora_tui.settings import load_settings
@@ -31,6 +32,8 @@ from qlora_tui.training.compute_device import ComputeDevice
 
 _FORMAT = 1
 """Bump when the stored format changes, or which modules are quantized."""
+_EXPERT_FORMAT = 1
+"""Bump when the stored format of 4-bit experts changes."""
 _METHODS = ("nf4", "fp4")
 _LIBRARIES = ("bitsandbytes", "transformers", "torch")
 _DRAFT = ".writing"
@@ -66,10 +69,17 @@ def cache_path(folder: Path, recipe: Recipe, device: ComputeDevice) -> Path | No
         "dtype": device.dtype_name,
         "device": device.kind,
         "versions": [version(name) for name in _LIBRARIES],
+        **({"experts": _EXPERT_FORMAT} if quantizes_experts(folder, recipe) else {}),
     }
     key = hashlib.sha256(msgspec.json.encode(state)).hexdigest()[:16]
     name = re.sub(r"[^\w.-]+", "-", Path(recipe.model.id).name) or "model"
     return quantized_dir() / f"{name}-{recipe.quantization.method}-{key}"
+
+
+def quantizes_experts(folder: Path, recipe: Recipe) -> bool:
+    """Whether the base in ``folder`` is a mixture whose experts the recipe quantizes to 4 bits."""
+    config = load_config(folder / "config.json")
+    return quantized_experts(recipe.quantization, parse_architecture(config)) != "none"
 
 
 def is_stored(folder: Path | None) -> bool:

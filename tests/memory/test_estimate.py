@@ -263,3 +263,23 @@ def test_int8_says_why_it_takes_more() -> None:
     compared = compare(Recipe(), tinyllama())
     assert any("despite checkpointing" in note for note in compared["int8"].notes)
     assert not compared["nf4"].notes
+
+
+@pytest.mark.parametrize(
+    ("model", "length", "gib"), [("Qwen/Qwen3-30B-A3B", 2048, 24), ("openai/gpt-oss-20b", 1024, 16)]
+)
+@pytest.mark.parametrize("adapted", [(), ("experts.gate_up_proj", "experts.down_proj")])
+def test_mixtures_fit_with_4_bit_experts(model: str, length: int, gib: int, adapted: tuple[str, ...]) -> None:
+    recipe = Recipe(
+        lora=Lora(rank=8, target_modules=("all-linear", *adapted)),
+        data=Data(max_length=length),
+        training=Training(micro_batch_size=1),
+    )
+    architecture = parse_architecture(config(model))
+    packed = estimate(recipe, architecture)
+    assert packed.process_bytes < 0.95 * gib * GIB and not packed.notes
+    (sentence,) = (item.explanation for item in packed.items if item.key == "experts")
+    assert "0.5 byte" in sentence
+    wide = estimate(replace_setting(recipe, "quantization.experts", False), architecture)
+    assert wide.process_bytes > 2 * packed.process_bytes
+    assert wide.notes == ("The experts stay in 16 bits: quantization.experts is off.",)

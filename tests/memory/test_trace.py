@@ -56,6 +56,22 @@ def test_a_further_family_is_within_three_percent(family: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("traces")
+@pytest.mark.parametrize(("family", "is_4_bit"), [("Qwen 3 MoE", True), ("Mixtral", False)])
+def test_adapters_on_experts_are_counted(family: str, is_4_bit: bool) -> None:
+    from qlora_tui.engine.trace_worker import trace_request
+
+    recipe = recipe_of(Case(family, rows=4))
+    recipe = replace_setting(recipe, "quantization.experts", is_4_bit)
+    targets = ("q_proj", "experts.gate_up_proj", "experts.down_proj")
+    recipe = replace_setting(recipe, "lora.target_modules", targets)
+    config = cut_config(family)
+    traced = trace_request(TraceRequest(config=config, recipe=recipe)).figures()
+    closed = closed_form(recipe, parse_architecture(config), trainer_execution(recipe, Device()))
+    assert closed == pytest.approx(traced, rel=0.02)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "tied"), [("Llama 3", True), ("Mistral", False)])
 def test_trained_rows_are_counted_with_their_gradients(family: str, tied: bool) -> None:
     from qlora_tui.engine.trace_worker import trace_request

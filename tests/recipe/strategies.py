@@ -96,6 +96,9 @@ def models(draw: st.DrawFn) -> list[SomeModule]:
                 modules.append(SomeModule(f"model.layers.{layer}.{block}.{kind}", kind, layer))
     for kind in draw(st.lists(kinds, unique=True, max_size=2)):
         modules.append(SomeModule(f"model.extra.{kind}", kind, None))
+    for layer in draw(st.lists(st.integers(0, 7), unique=True, max_size=4).map(sorted)):
+        name = f"model.layers.{layer}.mlp.experts.gate_up_proj"
+        modules.append(SomeModule(name, "experts.gate_up_proj", layer, "expert"))
     for kind in draw(st.lists(kinds, unique=True, max_size=2)):
         modules.append(SomeModule(f"vision.layers.0.{kind}", kind, 0, "vision"))
     return modules

@@ -116,7 +116,8 @@ def test_the_last_set_of_a_setting_wins() -> None:
         (
             "quantization=nf4",
             "quantization is a section, not a setting\n  Name one of quantization.method, "
-            "quantization.double_quantization, quantization.compute_dtype, quantization.streamed_layers",
+            "quantization.double_quantization, quantization.experts, quantization.compute_dtype, "
+            "quantization.streamed_layers",
         ),
         ("data.packing=True", 'data.packing must be true or false, not "True"\n  Write true'),
         (

@@ -195,3 +195,40 @@ def test_a_rank_for_a_missing_module_names_its_setting() -> None:
         targets.resolve_targets(Lora(rank_pattern={"q_porj": 8}), llama(2))
     assert 'lora.rank_pattern has "q_porj"' in caught.value.what
     assert "q_proj" in caught.value.fix
+
+
+def mixture(layers: int) -> list[SomeModule]:
+    """Llama's attention, and experts."""
+    experts = [
+        SomeModule(f"model.layers.{layer}.mlp.experts.{name}", f"experts.{name}", layer, "expert")
+        for layer in range(layers)
+        for name in ("gate_up_proj", "down_proj")
+    ]
+    return [module for module in llama(layers) if "attn" in module.name] + experts
+
+
+def test_all_linear_leaves_experts_out() -> None:
+    assert {module.part for module in targets.match_modules(["all-linear"], mixture(2))} == {"other"}
+
+
+def test_experts_are_named_by_projection_and_layers() -> None:
+    assert names(["1-2.experts.down_proj"], mixture(4)) == [
+        "model.layers.1.mlp.experts.down_proj",
+        "model.layers.2.mlp.experts.down_proj",
+    ]
+    everything = {module.name for module in mixture(4)}
+    assert targets.to_patterns(everything, mixture(4)) == (
+        "all-linear",
+        "experts.gate_up_proj",
+        "experts.down_proj",
+    )
+
+
+@pytest.mark.parametrize(("setting", "value"), [("dropout", 0.1), ("use_dora", True)])
+def test_settings_that_peft_lacks_for_experts_are_refused(setting: str, value: float) -> None:
+    lora = Lora(target_modules=("experts.down_proj",), **{setting: value})  # type: ignore[arg-type]  # either
+    with pytest.raises(UserError, match="Not for experts") as refused:
+        targets.resolve_targets(lora, mixture(1))
+    assert f"lora.{setting}" in refused.value.what
+    attention = Lora(target_modules=("q_proj",), **{setting: value})  # type: ignore[arg-type]  # either
+    assert len(targets.resolve_targets(attention, mixture(1))) == 1

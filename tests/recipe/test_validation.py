@@ -50,7 +50,7 @@ def refused(text: str) -> InvalidRecipeError:
         (
             "[quantization]\nzzz = 1",
             "line 2: quantization.zzz is not a setting\n"
-            "  [quantization] takes method, double_quantization, compute_dtype, streamed_layers",
+            "  [quantization] takes method, double_quantization, experts, compute_dtype, streamed_layers",
         ),
         (
             "zzz = 1",

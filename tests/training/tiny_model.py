@@ -80,3 +80,31 @@ def make_tiny_gemma(folder: Path) -> Path:
                 weight[:2] = torch.tensor([1656.0, 233.0])
     model.save_pretrained(folder)
     return folder
+
+
+def make_tiny_mixture(folder: Path) -> Path:
+    """Write a random Qwen3-MoE of two layers with four experts each; returns ``folder``."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    tokenizer = make_tokenizer(folder, [_TEXT], CHAT_TEMPLATE, vocab_size=384)
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=384,
+        hidden_size=64,
+        intermediate_size=96,
+        moe_intermediate_size=64,
+        num_experts=4,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        initializer_range=0.08,
+        bos_token_id=None,
+        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    return folder

@@ -370,3 +370,12 @@ async def test_layers_are_two_cells_wide_where_there_is_room(small: str) -> None
         cells = str(grid.render()).splitlines()[2].index("■")
         await pilot.click("#modules", offset=(cells + 2 * 3, 2))
         assert targets(app)[0] == "0-2,4-29.q_proj"
+
+
+def test_experts_are_rows_that_all_linear_leaves_alone() -> None:
+    table = ModuleTable(parse_architecture(config_of("Qwen__Qwen3-30B-A3B")))
+    assert [row.name for row in table.rows][-2:] == ["experts.gate_up_proj", "experts.down_proj"]
+    chosen = table.chosen(("all-linear",))
+    assert [state(row.modules, chosen) for row in table.rows] == ["all"] * 5 + ["none"] * 2
+    down = table.rows[-1].modules[0]
+    assert adapter_parameters([down], Lora(rank=4)) == 128 * 4 * (768 + 2048)

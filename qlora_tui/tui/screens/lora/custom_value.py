@@ -24,7 +24,7 @@ def custom_value_prompt(
     names = {module.name for module in modules}
     usual = format_value(get_setting(recipe, f"lora.{name}"))
     return TextPromptScreen(
-        f"{name.title()} of {', '.join(to_patterns(names, architecture.modules))}",
+        f"{name.title()} of {', '.join(to_patterns(names, architecture.targets))}",
         f"{pluralize(len(names), 'module')}. Leave empty for {usual}, as for all others.",
         "",
         lambda text: validate_number(f"lora.{name}", text),
@@ -39,4 +39,4 @@ def custom_value(
     number = msgspec.convert(text.strip() or usual, fields()[f"lora.{name}"].type, strict=False)
     names = {module.name for module in modules}
     own = get_setting(recipe, setting)
-    return setting, assign_pattern_values(own, usual, names, number, architecture.modules)
+    return setting, assign_pattern_values(own, usual, names, number, architecture.targets)

@@ -17,9 +17,9 @@ ALL, SOME, NONE = "all", "some", "none"
 
 
 def adapter_parameters(modules: Iterable[LinearModule], lora: Lora) -> int:
-    """Trained parameters: rank × (in + out) per module, and with DoRA one magnitude per output."""
+    """Trained parameters: rank × (in + out) per matrix, and with DoRA one magnitude per output."""
     return sum(
-        rank_of(lora, module) * (module.in_features + module.out_features)
+        rank_of(lora, module) * (module.in_features + module.out_features) * module.copies
         + (module.out_features if lora.use_dora else 0)
         for module in modules
     )
@@ -57,13 +57,14 @@ class ModuleTable:
     """The language model's modules; a vision tower's get no gradient from text and are left out."""
 
     def __init__(self, architecture: Architecture) -> None:
-        self.modules: Sequence[LinearModule] = [m for m in architecture.modules if m.part != "vision"]
+        self.modules: Sequence[LinearModule] = [m for m in architecture.targets if m.part != "vision"]
         layers = sorted({m.layer for m in self.modules if m.layer is not None})
         outside = [None] if any(m.layer is None for m in self.modules) else []
         self.columns: tuple[int | None, ...] = (*layers, *outside)
         """Layers by number; None last, for modules outside layers."""
         kinds = dict.fromkeys(module.kind for module in self.modules)
-        every = self._row("every kind", self.modules)
+        # As all-linear: experts are chosen by name.
+        every = self._row("every kind", [m for m in self.modules if m.part != "expert"])
         self.rows = (every, *(self._row(k, [m for m in self.modules if m.kind == k]) for k in kinds))
 
     def _row(self, name: str, modules: Sequence[LinearModule]) -> ModuleRow:

@@ -63,7 +63,7 @@ def format_delta(bytes_: int) -> str:
 
 def trained_parameters(recipe: Recipe, architecture: Architecture) -> int:
     """Trained parameters of the adapter. Raises UserError for targets that the model does not have."""
-    chosen = match_modules(recipe.lora.target_modules, architecture.modules)
+    chosen = match_modules(recipe.lora.target_modules, architecture.targets)
     return adapter_parameters(chosen, recipe.lora) + sum(row_tensors(recipe.lora, architecture))
 
 

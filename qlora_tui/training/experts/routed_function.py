@@ -1,0 +1,309 @@
+"""The routed experts of a layer as one autograd function that holds one expert's weights at a time.
+
+A token's hidden state goes to ``per_token`` experts; each such pair is a slot. Slots are sorted by expert,
+and the experts are computed one after another, forward and backward. Of an expert only what its tokens need
+is in memory: its two matrices, dequantized in turn into the same memory, and its rows.
+
+Shapes of Qwen3-30B-A3B for a packed sequence of 4,096 tokens, of which 8 experts each make 32,768 slots::
+
+    x         (4096, 2048)    saved: the layer's own hidden state
+    weights   (4096, 8)       saved: the routing weights
+    both      (32768, 1536)   gate and up projections of each slot, saved
+    matrix    (1536, 2048)    one expert's weights, in memory that all experts reuse
+    total     (4096, 2048)    float32: the weighted outputs, added expert by expert
+
+    backward of an expert with n slots, for grad (n, 2048), the gradient of its tokens' outputs:
+    u         (n, 768)        grad · W_down: the gradient of the down projection's input at a weight of 1
+    weights   (n,)            the row sums of u ⊙ inner, so that no expert's output is saved
+    both      (n, 1536)       the gradient through the gate of u ⊙ weights
+    x         (n, 2048)       both · W_gate_up, added to float32 sums
+
+LoRA adds scale · x · Aᵀ · Bᵀ to each product, with the A (rank, inputs) and B (outputs, rank) of the expert.
+Its gradients are written to the rows of the expert; those of experts without tokens are 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from qlora_tui.training.fused.lora_linear import product_dtype, without_autocast
+
+MatrixReader: TypeAlias = Callable[[int, torch.dtype, Tensor | None], Tensor]
+"""Returns the matrix of an expert, as stored, in a dtype, perhaps in the memory given."""
+
+
+@dataclass(frozen=True)
+class ExpertAdapter:
+    """The LoRA factors of one projection, as peft's ``ParamWrapper`` stacks them."""
+
+    a: Tensor
+    """(experts · rank, inputs), an expert's rows together."""
+    b: Tensor
+    """(outputs, rank · experts), an expert's columns ``experts`` apart."""
+    scaling: float
+    experts: int
+
+    def a_of(self, expert: int, dtype: torch.dtype) -> Tensor:
+        """A of one expert, (rank, inputs)."""
+        return rows_of_a(self.a, self.experts)[expert].to(dtype)
+
+    def b_of(self, expert: int, dtype: torch.dtype) -> Tensor:
+        """B of one expert, (outputs, rank)."""
+        return columns_of_b(self.b, self.experts)[expert].to(dtype).contiguous()
+
+
+def rows_of_a(a: Tensor, experts: int) -> Tensor:
+    """A view (experts, rank, inputs) of stacked factors A."""
+    return a.view(experts, -1, a.shape[1])
+
+
+def columns_of_b(b: Tensor, experts: int) -> Tensor:
+    """A view (experts, outputs, rank) of stacked factors B."""
+    return b.view(b.shape[0], -1, experts).permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One projection of all experts: frozen weights and biases, and perhaps an adapter."""
+
+    read: MatrixReader
+    transposed: bool
+    """Whether a matrix is stored as (inputs, outputs), as in gpt-oss."""
+    inputs: int
+    outputs: int
+    bias: Tensor | None = None
+    """(experts, outputs)."""
+    adapter: ExpertAdapter | None = None
+
+    def product(self, x: Tensor, expert: int, memory: Tensor | None) -> Tensor:
+        """The outputs (n, outputs) of an expert for inputs (n, inputs)."""
+        matrix = self.read(expert, x.dtype, memory)
+        out = x @ (matrix if self.transposed else matrix.t())
+        if self.bias is not None:
+            out += self.bias[expert].to(out.dtype)
+        if self.adapter is not None:
+            xa = x @ self.adapter.a_of(expert, x.dtype).t()
+            out.addmm_(xa, self.adapter.b_of(expert, x.dtype).t(), alpha=self.adapter.scaling)
+        return out
+
+    def input_gradient(self, grad: Tensor, expert: int, memory: Tensor | None) -> Tensor:
+        """The gradient (n, inputs) of an expert's inputs, from that of its outputs (n, outputs)."""
+        matrix = self.read(expert, grad.dtype, memory)
+        out = grad @ (matrix.t() if self.transposed else matrix)
+        if self.adapter is not None:
+            grad_xa = grad @ self.adapter.b_of(expert, grad.dtype)
+            out.addmm_(grad_xa, self.adapter.a_of(expert, grad.dtype), alpha=self.adapter.scaling)
+        return out
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Which tokens go to which expert: slots sorted by expert."""
+
+    order: Tensor
+    """(slots,): the number of each sorted slot, token · per_token + place."""
+    tokens: Tensor
+    """(slots,): the token of each sorted slot."""
+    counts: tuple[int, ...]
+    """Slots of each expert."""
+
+    def spans(self) -> Iterator[tuple[int, slice]]:
+        """Each expert that has slots, and where they are."""
+        start = 0
+        for expert, count in enumerate(self.counts):
+            if count:
+                yield expert, slice(start, start + count)
+            start += count
+
+
+def sort_by_expert(chosen: Tensor, experts: int) -> Routes:
+    """Sort the slots of ``chosen``, the experts (tokens, per_token) of each token.
+
+    Without values, on the meta device, every expert gets as many slots.
+    """
+    flat = chosen.reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    if chosen.device.type == "meta":
+        slots = flat.numel()
+        counts = [(slots * (e + 1)) // experts - (slots * e) // experts for e in range(experts)]
+    else:
+        counts = torch.bincount(flat, minlength=experts).tolist()
+    return Routes(order, order.div(chosen.shape[-1], rounding_mode="floor"), tuple(counts))
+
+
+@dataclass(frozen=True)
+class RoutedLayer:
+    """What the experts of one layer compute."""
+
+    first: Projection
+    """Gate and up."""
+    second: Projection
+    """Down."""
+    gate: Callable[[Tensor], Tensor]
+    """The activation: (n, first.outputs) to (n, second.inputs)."""
+    experts: int
+
+    is_packed: bool = True
+    """Whether matrices are dequantized to be read."""
+
+    @property
+    def factors(self) -> list[Tensor | None]:
+        """A and B of both projections; None without an adapter."""
+        adapters = (self.first.adapter, self.second.adapter)
+        return [factor for each in adapters for factor in ((each.a, each.b) if each else (None, None))]
+
+    def memory(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Memory for one matrix at a time; None on a CPU, where bitsandbytes allocates each."""
+        if x.device.type == "cpu" or not self.is_packed:
+            return None
+        numel = max(each.inputs * each.outputs for each in (self.first, self.second))
+        return torch.empty(numel, dtype=dtype, device=x.device)
+
+
+def routed_experts(x: Tensor, chosen: Tensor, weights: Tensor, layer: RoutedLayer) -> Tensor:
+    """The weighted sum (tokens, hidden) of the outputs of each token's experts, in the dtype of ``x``.
+
+    Args:
+        x: hidden states (tokens, hidden).
+        chosen: experts (tokens, per_token), each at most once in a row.
+        weights: routing weights (tokens, per_token), of any floating-point dtype.
+    """
+    arguments = (x, weights, *layer.factors, sort_by_expert(chosen, layer.experts), layer)
+    out: Tensor = RoutedExperts.apply(*arguments)  # type: ignore[no-untyped-call]  # torch's own
+    return out
+
+
+class RoutedExperts(torch.autograd.Function):
+    """x (tokens, hidden) and routing weights (tokens, per_token) to (tokens, hidden)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor,
+        a1: Tensor | None,
+        b1: Tensor | None,
+        a2: Tensor | None,
+        b2: Tensor | None,
+        routes: Routes,
+        layer: RoutedLayer,
+    ) -> Tensor:
+        dtype = product_dtype(x)
+        with without_autocast(x.device.type):
+            total, both = _forward(x, weights, routes, layer, dtype, keeps_both=any(ctx.needs_input_grad))
+        ctx.save_for_backward(x, weights, both, routes.order, routes.tokens)
+        ctx.counts, ctx.layer, ctx.dtype = routes.counts, layer, dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, weights, both, order, tokens = ctx.saved_tensors
+        routes = Routes(order, tokens, ctx.counts)
+        with without_autocast(x.device.type):
+            grads = _Backward(x, weights, both, routes, ctx.layer, ctx.dtype, ctx.needs_input_grad)
+            return grads.compute(grad_outputs[0])
+
+
+def _forward(
+    x: Tensor, weights: Tensor, routes: Routes, layer: RoutedLayer, dtype: torch.dtype, *, keeps_both: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The weighted sums, and the gate and up projections of all slots where the backward needs them."""
+    rows = x.to(dtype)
+    by_slot = weights.reshape(-1)
+    slots = routes.order.numel()
+    both = rows.new_empty(slots, layer.first.outputs) if keeps_both else None
+    total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    memory = layer.memory(x, dtype)
+    for expert, span in routes.spans():
+        tokens = routes.tokens[span]
+        projected = layer.first.product(rows[tokens], expert, memory)
+        if both is not None:
+            both[span] = projected
+        inner = layer.gate(projected)
+        del projected
+        out = layer.second.product(inner, expert, memory).float()
+        del inner
+        # A token goes to an expert once: no row is added to twice in one call, so the order is fixed.
+        total.index_add_(0, tokens, out.mul_(by_slot[routes.order[span]].float()[:, None]))
+        del out
+    del memory, rows
+    return total.to(x.dtype), both
+
+
+class _Backward:
+    """The gradients of one call, added up expert by expert."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        both: Tensor,
+        routes: Routes,
+        layer: RoutedLayer,
+        dtype: torch.dtype,
+        needed: tuple[bool, ...],
+    ) -> None:
+        self._rows, self._weights, self._both = x.to(dtype), weights.reshape(-1).float(), both
+        self._routes, self._layer = routes, layer
+        self._x_dtype, self._weights_dtype, self._weights_shape = x.dtype, weights.dtype, weights.shape
+        needs_x, needs_weights = needed[:2]
+        device = x.device
+        self._grad_x = torch.zeros(x.shape, dtype=torch.float32, device=device) if needs_x else None
+        self._grad_weights = torch.zeros_like(self._weights) if needs_weights else None
+        self._factors = [
+            None if factor is None or not needs else torch.zeros_like(factor)
+            for factor, needs in zip(layer.factors, needed[2:6], strict=True)
+        ]
+        self._memory = layer.memory(x, dtype)
+
+    def compute(self, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of each argument of the function, from that of its output (tokens, hidden)."""
+        grad = grad.to(self._rows.dtype)
+        for expert, span in self._routes.spans():
+            self._add_expert(expert, span, grad)
+        self._memory = None
+        grad_x = None if self._grad_x is None else self._grad_x.to(self._x_dtype)
+        grad_weights = (
+            None
+            if self._grad_weights is None
+            else self._grad_weights.to(self._weights_dtype).view(self._weights_shape)
+        )
+        return grad_x, grad_weights, *self._factors, None, None
+
+    def _add_expert(self, expert: int, span: slice, grad: Tensor) -> None:
+        first, second = self._layer.first, self._layer.second
+        tokens, slots = self._routes.tokens[span], self._routes.order[span]
+        weights = self._weights[slots][:, None]
+        grad_out = grad[tokens]
+        unit = second.input_gradient(grad_out, expert, self._memory)
+        with torch.enable_grad():
+            projected = self._both[span].detach().requires_grad_()
+            inner = self._layer.gate(projected)
+        if self._grad_weights is not None:
+            each = (unit * inner.detach()).sum(-1, dtype=torch.float32)
+            if second.bias is not None:
+                each += grad_out.float() @ second.bias[expert].float()
+            self._grad_weights[slots] = each
+        if self._factors[2] is not None:
+            self._add_factors(2, expert, grad_out * weights.to(grad_out.dtype), inner.detach())
+        del grad_out
+        (grad_both,) = torch.autograd.grad(inner, projected, unit.mul_(weights.to(unit.dtype)))
+        del inner, projected, unit
+        if self._factors[0] is not None:
+            self._add_factors(0, expert, grad_both, self._rows[tokens])
+        if self._grad_x is not None:
+            self._grad_x.index_add_(0, tokens, first.input_gradient(grad_both, expert, self._memory).float())
+
+    def _add_factors(self, at: int, expert: int, grad: Tensor, x: Tensor) -> None:
+        """Write the gradients of an expert's A and B, from its inputs and the gradient of its outputs."""
+        projection = self._layer.second if at else self._layer.first
+        adapter, grad_a, grad_b = projection.adapter, self._factors[at], self._factors[at + 1]
+        assert adapter is not None and grad_a is not None and grad_b is not None
+        a, b = adapter.a_of(expert, x.dtype), adapter.b_of(expert, x.dtype)
+        rows_of_a(grad_a, adapter.experts)[expert] = (grad @ b).mul_(adapter.scaling).t() @ x
+        columns_of_b(grad_b, adapter.experts)[expert] = (grad.t() @ (x @ a.t())).mul_(adapter.scaling)

@@ -1,0 +1,56 @@
+"""A run on a mixture with 4-bit experts and adapters on them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qlora_tui.runs.directory import create_run
+from qlora_tui.runs.events import Started, StepVerified
+from tests.support.trainer_processes import Trainers
+from tests.training.conftest import MakeRecipe
+from tests.training.event_helpers import events_of, losses
+from tests.training.test_resume import EVERY_STEP, EXACT, interrupted_at
+from tests.training.tiny_model import make_tiny_mixture
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = {
+    "lora.target_modules": ("all-linear", "experts.gate_up_proj", "experts.down_proj"),
+    "training.learning_rate": 1e-2,
+    "training.gradient_checkpointing": "on",
+    **EVERY_STEP,
+}
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_mixture(tmp_path_factory.mktemp("models") / "tiny-mixture")
+
+
+def test_a_run_learns_and_resumes_to_the_last_digit(
+    recipe: MakeRecipe, mixture: Path, trainers: Trainers
+) -> None:
+    run = create_run(recipe({**SETTINGS, "model.id": str(mixture)}))
+    assert trainers.run(run) == 0
+    (verified,) = events_of(run, StepVerified)
+    assert verified.agrees and not verified.replaced and verified.tokens
+    expected = losses(run)
+    assert expected[max(expected)] < expected[1] * 0.7
+    config = json.loads((run.adapter_dir / "adapter_config.json").read_text())
+    assert len(config["target_parameters"]) == 4
+    again = interrupted_at(run, len(expected) - 2)
+    assert trainers.run(again) == 0
+    assert events_of(again, Started)[-1].resumed_from_step == len(expected) - 2
+    repeated = losses(again)
+    assert all(abs(repeated[step] - loss) < EXACT for step, loss in expected.items())
+
+
+def test_a_run_from_before_this_setting_keeps_16_bits(recipe: MakeRecipe, mixture: Path) -> None:
+    run = create_run(recipe({**SETTINGS, "model.id": str(mixture)}))
+    assert run.recipe().quantization.experts
+    text = run.recipe_path.read_text()
+    run.recipe_path.write_text(text.replace("experts = true\n", ""))
+    assert not run.recipe().quantization.experts
