@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,9 +57,6 @@ class Result:
     host_bytes: int
     estimated_host_bytes: int
     copies_per_step: float
-    resident_s: float
-    """Median seconds of a step."""
-    streamed_s: float
 
 
 def main() -> None:
@@ -91,13 +87,12 @@ def compare(folder: Path, steps: int, streamed: int, tokens: int) -> Result:
     del resident
     training = Training(recipe, folder, streamed=True)
     equal_losses = equal_gradients = 0
-    seconds, losses = [], []
-    for number, (loss, gradients, _) in enumerate(expected):
-        own_loss, own_gradients, took = training.step(number, tokens)
+    losses = []
+    for number, (loss, gradients) in enumerate(expected):
+        own_loss, own_gradients = training.step(number, tokens)
         equal_losses += torch.equal(own_loss, loss)
         equal_gradients += all(torch.equal(*pair) for pair in zip(own_gradients, gradients, strict=True))
         losses.append(float(own_loss))
-        seconds.append(took)
     weights = streamed_weights(recipe, architecture, trainer_execution(recipe, Device(), architecture))
     assert weights is not None and training.placed is not None
     copied = training.copies.copied if isinstance(training.copies, RecordedCopies) else math.nan
@@ -116,8 +111,6 @@ def compare(folder: Path, steps: int, streamed: int, tokens: int) -> Result:
         host_bytes=training.placed.host_bytes,
         estimated_host_bytes=weights.host_bytes,
         copies_per_step=copied / steps,
-        resident_s=median([took for _, _, took in expected]),
-        streamed_s=median(seconds),
     )
 
 
@@ -149,31 +142,21 @@ class Training:
         self._trained = [p for p in self._model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(self._trained, lr=LEARNING_RATE)
 
-    def step(self, number: int, tokens: int) -> tuple[Tensor, list[Tensor], float]:
-        """Loss, gradients and seconds of one step on random tokens, in two packed samples."""
+    def step(self, number: int, tokens: int) -> tuple[Tensor, list[Tensor]]:
+        """Loss and gradients of one step on random tokens, in two packed samples."""
         generator = torch.Generator().manual_seed(number)
         ids = torch.randint(1000, (1, tokens), generator=generator).to(self._device)
         lengths = [tokens // 3, tokens - tokens // 3]
         positions = torch.cat([torch.arange(n) for n in lengths])[None].to(self._device)
         torch.manual_seed(number)
-        began = time.perf_counter()
         loss = self._model(
             input_ids=ids, labels=ids, position_ids=positions, segments=lengths, num_items_in_batch=tokens
         ).loss
         loss.backward()
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-        took = time.perf_counter() - began
         gradients = [p.grad.clone() for p in self._trained if p.grad is not None]
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return loss.detach(), gradients, took
-
-
-def median(values: list[float]) -> float:
-    """The median without the first value, where there are more."""
-    later = sorted(values[1:] or values)
-    return later[len(later) // 2]
+        return loss.detach(), gradients
 
 
 def table(result: Result) -> str:

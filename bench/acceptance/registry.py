@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bench.acceptance import memory_checks, run_checks
+from bench.acceptance import memory_checks, run_checks, streaming_checks
 from bench.acceptance.context import CheckContext, Outcome
 
 
@@ -29,6 +29,7 @@ CHECKS = {
     "resume": Check(run_checks.resume, 120, 270),
     "resume_8bit": Check(run_checks.resume_8bit, 120, 270),
     "memory": Check(memory_checks.memory, 150, 300),
+    "streaming": Check(streaming_checks.streaming, 120, 300),
     "chat": Check(run_checks.chat, 120, 180),
     "grid": Check(memory_checks.grid, 300, 560),
 }

@@ -55,6 +55,7 @@ from qlora_tui.training.compute_device import ComputeDevice, find_device
 from qlora_tui.training.experts.expert_lora import fuse_experts
 from qlora_tui.training.gguf_conversion import convert_cached
 from qlora_tui.training.model_loading import load_base
+from qlora_tui.training.streaming.placement import place_streamed
 
 _OPENING_TOKENS = 8
 """Tokens of a prompt's end that are checked for an opened thought."""
@@ -396,8 +397,13 @@ class ChatSession:
             return "".join(backend.decode(list(ids), skip_special_tokens=not marks) for marks, ids in runs)
 
 
-def load_session(source: ChatSource, on_status: StatusFn = lambda words: None) -> ChatSession:
+def load_session(
+    source: ChatSource, on_status: StatusFn = lambda words: None, *, streams: bool = False
+) -> ChatSession:
     """Load the base model of ``source``; its adapters are loaded on first use.
+
+    With ``streams`` the layers that the recipe streams stay in host memory, from where each is copied for
+    every token. What reads the weights themselves needs a session without.
 
     Raises UserError where the model cannot be loaded.
     """
@@ -410,14 +416,13 @@ def load_session(source: ChatSource, on_status: StatusFn = lambda words: None) -
     device = find_device(recipe)
     tokenizer = chat_tokenizer(source, folder)
     attention_path: AttentionPath = "eager" if recipe.model.attention == "eager" else "segments"
+    count = recipe.quantization.streamed_layers if streams else 0
     try:
         model = load_base(
-            folder,
-            recipe,
-            device,
-            attention_path,
-            every_tenth(on_status, words),
+            folder, recipe, device, attention_path, every_tenth(on_status, words), to_host=count > 0
         )
+        if count:
+            return _streamed_session(source, model, tokenizer, device, on_status)
     except torch.OutOfMemoryError as error:
         raise out_of_memory(device) from error
     model.eval()
@@ -427,6 +432,17 @@ def load_session(source: ChatSource, on_status: StatusFn = lambda words: None) -
         if not dequantize_on_cpu(model, device) and not any(map(uses_dora, source.adapters.values())):
             use_cpu_layout(model)
     return ChatSession(source, model, tokenizer, device)
+
+
+def _streamed_session(
+    source: ChatSource, model: Any, tokenizer: ChatTokenizer, device: ComputeDevice, on_status: StatusFn
+) -> ChatSession:
+    streamed = place_streamed(model, source.recipe.quantization.streamed_layers, device.torch_device)
+    on_status(f"{len(streamed)} layers stay in host memory and are copied for every token: answers are slow")
+    session = ChatSession(source, model.eval(), tokenizer, device)
+    if session.steps is not None:
+        session.steps.turn_off(f"{len(streamed)} layers are copied from host memory for every token.")
+    return session
 
 
 def model_folder(recipe: Recipe, on_status: StatusFn = lambda words: None) -> Path:

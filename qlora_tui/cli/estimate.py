@@ -73,6 +73,11 @@ def run(args: argparse.Namespace) -> CommandResult:
             [f"{own} (the recipe's)", "", ""],
         )
     )
+    if estimate.host_bytes:
+        lines += [
+            "",
+            f"host memory: {format_gib(estimate.host_bytes)} GiB hold the base with its streamed layers",
+        ]
     if data["trace"]:
         lines += ["", _trace_table(data["trace"])]
     # Only GGUF files need conversion, and finding out loads tokenizers.
@@ -85,9 +90,10 @@ def run(args: argparse.Namespace) -> CommandResult:
     if data["kept_layers"]:
         lines.append(_kept_layers(**data["kept_layers"]))
     for change in data["cheapest_changes"]:
+        cost = f"; {change['cost']}" if change["cost"] else ""
         lines.append(
             f"cheapest change that fits: {change['label']} ({format_gib(change['total_bytes'])} GiB, "
-            f"{change['verdict']})"
+            f"{change['verdict']}{cost})"
         )
     if data["least_bytes"]:
         lines.append(

@@ -40,7 +40,7 @@ class ChatService:
         """Load a model, replacing the current one. Raises UserError."""
         self.unload()
         began = time.perf_counter()
-        session = load_session(request.source, on_status)
+        session = load_session(request.source, on_status, streams=True)
         self._session = session
         return ChatReady(
             adapter_names=session.source.answer_names,

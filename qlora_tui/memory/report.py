@@ -98,6 +98,7 @@ def one_as_json(result: Estimate, available_bytes: int | None) -> dict[str, Any]
     """Return the entry of one precision."""
     return {
         "total_bytes": result.total_bytes,
+        "host_bytes": result.host_bytes,
         "items": {item.key: item.bytes for item in result.items},
         "explanations": {item.key: item.explanation for item in result.items},
         "tiers": {

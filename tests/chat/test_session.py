@@ -13,7 +13,10 @@ from qlora_tui.chat.chat_types import GREEDY, ChatSource, GenerationResult, Samp
 from qlora_tui.checksums import write_checksums
 from qlora_tui.data.conversation import Message
 from qlora_tui.errors import UserError
+from qlora_tui.recipe.schema import Model, Quantization, Recipe
+from tests.chat.adapters import make_adapter
 from tests.runs.test_damage import flip
+from tests.training.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.slow
 
@@ -289,3 +292,21 @@ def test_out_of_memory_names_the_memory_of_the_device(kind: str, title: str) -> 
 
     device = ComputeDevice(torch.device(kind), "a device", 1 << 30, torch.bfloat16)
     assert out_of_memory(device).title == title
+
+
+def test_a_session_with_streamed_layers_answers_like_another(tmp_path: Path) -> None:
+    from qlora_tui.chat.session import load_session
+
+    folder = make_tiny_model(tmp_path / "deep", num_hidden_layers=4)
+    adapters = {"adapter": str(make_adapter(folder, tmp_path / "adapter", seed=1))}
+    answers = []
+    for count in (0, 3):
+        quantization = Quantization(compute_dtype="float32", streamed_layers=count)
+        recipe = Recipe(model=Model(id=str(folder)), quantization=quantization)
+        statuses: list[str] = []
+        source = ChatSource(recipe=recipe, adapters=adapters)
+        session = load_session(source, statuses.append, streams=True)
+        answers.append([said(session, name).text for name in ("base", "adapter", "base")])
+        assert not session.warning
+        assert any("3 layers stay in host memory" in status for status in statuses) == (count == 3)
+    assert answers[0] == answers[1]

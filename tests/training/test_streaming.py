@@ -25,7 +25,7 @@ from qlora_tui.training.streaming.host_layer import lay_out
 from qlora_tui.training.streaming.layer_entry import StreamedLayerError
 from qlora_tui.training.streaming.layer_slots import LayerSlots, Pass
 from qlora_tui.training.streaming.placement import StreamedLayers, place_streamed
-from tests.training.families import with_adapter
+from tests.training.families import build, with_adapter
 from tests.training.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.slow
@@ -107,6 +107,15 @@ def test_streamed_layers_give_the_same_bits(folder: Path, count: int, quantizati
     results = train(model)
     assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
     assert copies.copied == count if count <= 2 else copies.copied > count * STEPS
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "falcon", "gpt2"])
+def test_every_family_gives_the_same_bits(family: str) -> None:
+    expected = train(adapted(build(family, num_hidden_layers=4)))
+    model, copies = build(family, num_hidden_layers=4), RecordedCopies()
+    streamed = place_streamed(model, 4, torch.device("cpu"), copies)
+    results = train(adapted(model, streamed))
+    assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
 
 
 class Order:

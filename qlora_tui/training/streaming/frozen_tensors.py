@@ -20,6 +20,9 @@ _STATE_PACKAGES = ("bitsandbytes", "qlora_tui")
 _MIN_DIMENSIONS = 2
 """Dimensions from which a plain parameter or buffer moves: norms and biases have one."""
 
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+"""Attributes of every module: parameters, buffers, submodules, hooks."""
+
 
 def movable_tensors(layer: nn.Module) -> list[Tensor]:
     """Every tensor object of a layer that moves. Several objects may share memory."""
@@ -88,8 +91,8 @@ def _state_tensors(module: nn.Module) -> Iterator[Tensor]:
         if parameter is not None and not parameter.requires_grad:
             for value in vars(parameter).values():
                 yield from _tensors_in(value, seen)
-    for value in vars(module).values():
-        if not isinstance(value, Tensor) and _is_state(value):
+    for name, value in vars(module).items():
+        if name not in _MODULE_ATTRIBUTES and not isinstance(value, Tensor):
             yield from _tensors_in(value, seen)
 
 

@@ -1,0 +1,60 @@
+"""Check of streamed layers: the same losses as with the whole model on the GPU, and the estimated memory."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+from bench.acceptance.context import CheckContext, CheckSkipped, Outcome
+from bench.acceptance.runs import EndedRun, short_recipe, train
+from qlora_tui.catalog.local_models import resolve_model
+from qlora_tui.memory import estimate, trainer_execution
+from qlora_tui.memory.budget import local_budget
+from qlora_tui.memory.streaming_cost import slowdown
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs.events import MemoryMeasured, Step
+
+_LOSS_TOLERANCE = 2e-3
+"""Relative difference of a loss: kernels of a GPU sum in any order."""
+_MEMORY_TOLERANCE = 0.05
+_OVERLAP = 1.15
+"""Times the longer of copying and computing that a step may take."""
+
+
+def streaming(context: CheckContext) -> Outcome:
+    """A run with streamed layers beside one without: losses, allocated memory, and time of a step."""
+    if not context.has_gpu:
+        raise CheckSkipped("there is no GPU to copy to; bench.streaming compares on a CPU")
+    settings: dict[str, Any] = {"training__gradient_checkpointing": "on", "training__max_steps": 8}
+    streamed_recipe = short_recipe(context, quantization__streamed_layers=1024, **settings)
+    # The second run reads the weights that the first one quantized.
+    resident = train(short_recipe(context, **settings)).require_finished()
+    streamed = train(streamed_recipe).require_finished()
+    pairs = list(zip(resident.losses, streamed.losses, strict=True))
+    difference = max(abs(a - b) / abs(a) for a, b in pairs)
+    allocated = streamed.events_of(MemoryMeasured)[-1].allocated_bytes
+    figures = _figures(context, streamed_recipe, resident, streamed)
+    expected = figures["estimated_allocated_bytes"]
+    passed = difference <= _LOSS_TOLERANCE
+    passed = passed and abs(allocated / expected - 1) <= _MEMORY_TOLERANCE
+    if figures["predicted"] is not None:
+        passed = passed and figures["slowdown"] <= _OVERLAP * figures["predicted"]
+    return Outcome.of(
+        passed,
+        f"{len(pairs)} losses, at most {difference:.1e} apart; {figures['slowdown']:.2f}× as long a step",
+        {"difference": difference, "allocated_bytes": allocated, **figures},
+    )
+
+
+def _figures(context: CheckContext, recipe: Recipe, resident: EndedRun, streamed: EndedRun) -> dict[str, Any]:
+    """The estimate of the memory, and the slowdown, measured and predicted."""
+    architecture, device = resolve_model(context.model).architecture, local_budget().device
+    execution = trainer_execution(recipe, device, architecture)
+    speeds = [median([s.tokens_per_s for s in run.events_of(Step)][2:]) for run in (resident, streamed)]
+    return {
+        "estimated_allocated_bytes": estimate(recipe, architecture, device=device).allocated_bytes,
+        "slowdown": speeds[0] / speeds[1],
+        "predicted": None
+        if device.speed is None
+        else slowdown(recipe, architecture, execution, device.speed),
+    }
