@@ -73,11 +73,8 @@ def run(args: argparse.Namespace) -> CommandResult:
             [f"{own} (the recipe's)", "", ""],
         )
     )
-    if estimate.host_bytes:
-        lines += [
-            "",
-            f"host memory: {format_gib(estimate.host_bytes)} GiB hold the base with its streamed layers",
-        ]
+    if data["streaming"]:
+        lines += ["", data["streaming"]]
     if data["trace"]:
         lines += ["", _trace_table(data["trace"])]
     # Only GGUF files need conversion, and finding out loads tokenizers.

@@ -52,6 +52,8 @@ def plan_kept_layers(
 ) -> KeptLayersPlan | None:
     """Return how many layers can keep their activations; None unless ``gradient_checkpointing`` is ``auto``.
 
+    Also None with streamed layers: a run that lacks memory for its weights recomputes every layer.
+
     The most that still fit at the upper end of the estimate's uncertainty range. No layer is kept in a family
     whose layers the estimate only approximates.
 
@@ -59,14 +61,12 @@ def plan_kept_layers(
         free_bytes: memory of the device that nothing else uses, what this run already holds included.
         limit: maximum number of layers to keep.
     """
-    if recipe.training.gradient_checkpointing != "auto":
+    if recipe.training.gradient_checkpointing != "auto" or recipe.quantization.streamed_layers:
         return None
     device = device or Device()
     execution = trainer_execution(recipe, device, architecture)
     available_bytes = int(free_bytes * CPU_SHARE) if device.kind == "cpu" else free_bytes
     most = architecture.layers if limit is None else min(limit, architecture.layers)
-    if execution.streamed_layers:
-        most = 0  # What a streamed layer saved would be overwritten by the next.
 
     def estimated(count: int) -> Estimate:
         return estimate(recipe, architecture, execution=replace(execution, kept_layers=count), device=device)

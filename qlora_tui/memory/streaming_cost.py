@@ -10,8 +10,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.memory.execution import ExecutionConfig
+from qlora_tui.formatting import format_gib
+from qlora_tui.memory.execution import Device, ExecutionConfig, trainer_execution
 from qlora_tui.memory.kept_layers import products_per_token
+from qlora_tui.memory.parameter_memory import frozen_weights
 from qlora_tui.memory.streamed_layers import SLOTS, streamed_weights
 from qlora_tui.memory.transfer_speed import TransferSpeed
 from qlora_tui.recipe.schema import Recipe
@@ -52,3 +54,18 @@ def describe_slowdown(
         return "slower: `qlora-tui doctor` measures how much"
     factor = slowdown(recipe, architecture, execution, speed)
     return f"about {factor:.1f}× slower" if factor >= _NOTICEABLE else "about as fast"
+
+
+def describe_streaming(recipe: Recipe, architecture: Architecture, device: Device) -> str:
+    """Describe the streamed layers of a recipe in a sentence; empty without them, and on a CPU.
+
+    ``20 of 32 layers are streamed: 4.9 GiB of host memory hold the base. A step is about 1.6× slower.``
+    """
+    execution = trainer_execution(recipe, device, architecture)
+    streamed = streamed_weights(recipe, architecture, execution)
+    if streamed is None or device.kind == "cpu":
+        return ""
+    base = frozen_weights(recipe, architecture, execution).total_bytes
+    cost = describe_slowdown(recipe, architecture, execution, device.speed)
+    layers = f"{len(streamed.indices)} of {architecture.layers} layers"
+    return f"{layers} are streamed: {format_gib(base)} GiB of host memory hold the base. A step is {cost}."

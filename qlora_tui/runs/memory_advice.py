@@ -53,6 +53,8 @@ def _fix_for_model(recipe: Recipe | None) -> str:
         choices.append("set the quantization method (quantization.method) to nf4")
     elif recipe is not None and not recipe.quantization.double_quantization:
         choices.append("turn on double quantization (quantization.double_quantization)")
+    if recipe is not None and not recipe.lora.use_dora and local_budget().device.kind == "cuda":
+        choices.append("stream layers of it from host memory (quantization.streamed_layers)")
     return f"{', '.join(choices)}, or choose a smaller model. A smaller micro-batch does not help."
 
 

@@ -8,9 +8,9 @@ import pytest
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_parser import parse_architecture
-from qlora_tui.memory import Device, cheapest_changes, estimate, plan_kept_layers, trainer_execution
+from qlora_tui.memory import Device, as_json, cheapest_changes, estimate, plan_kept_layers, trainer_execution
 from qlora_tui.memory.streamed_layers import streamed_indices, streamed_weights
-from qlora_tui.memory.streaming_cost import copied_bytes, describe_slowdown, slowdown
+from qlora_tui.memory.streaming_cost import copied_bytes, describe_slowdown, describe_streaming, slowdown
 from qlora_tui.memory.timeline import step_timeline
 from qlora_tui.memory.transfer_speed import TransferSpeed, measured_speed, record_file, record_speed
 from qlora_tui.recipe.fields import replace_setting
@@ -67,9 +67,9 @@ def test_every_moment_of_the_timeline_is_within_the_estimate(llama: Architecture
     assert {moment.phase for moment in moments if "slots" in moment.items} == {m.phase for m in moments}
 
 
-def test_streamed_layers_never_keep_their_activations(llama: Architecture) -> None:
-    plan = plan_kept_layers(streaming(8), llama, 80 * GIB)
-    assert plan is not None and plan.kept_layers == 0
+def test_streamed_layers_leave_no_activations_to_plan(llama: Architecture) -> None:
+    assert plan_kept_layers(RECIPE, llama, 80 * GIB) is not None
+    assert plan_kept_layers(streaming(8), llama, 80 * GIB) is None
 
 
 def test_each_layer_is_copied_twice_but_for_two(llama: Architecture) -> None:
@@ -104,6 +104,18 @@ def test_nothing_is_said_of_speeds_that_were_not_measured(llama: Architecture) -
 
 def replace_speed(bytes_per_s: float) -> TransferSpeed:
     return TransferSpeed(at=0.0, bytes_per_s=bytes_per_s, flops_per_s=SPEED.flops_per_s)
+
+
+def test_a_sentence_says_what_is_streamed_and_its_cost(llama: Architecture) -> None:
+    device = Device(speed=replace_speed(1e9))
+    sentence = describe_streaming(streaming(20), llama, device)
+    assert sentence.startswith("20 of 32 layers are streamed: 5.3 GiB of host memory hold the base.")
+    assert sentence.endswith("× slower.")
+    report = as_json(streaming(20), llama, None, device=device)
+    assert report["streaming"] == sentence
+    assert report["precisions"]["nf4"]["host_bytes"] == estimate(streaming(20), llama).host_bytes
+    assert not describe_streaming(RECIPE, llama, device)
+    assert not describe_streaming(streaming(20), llama, Device(kind="cpu"))
 
 
 def test_streaming_is_offered_with_its_cost(llama: Architecture) -> None:

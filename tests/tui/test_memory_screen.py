@@ -198,6 +198,14 @@ async def test_samples_beyond_the_context_length_warn_even_without_fit(
         await wait_for_text(pilot, "! the model's context is 2,048", "▸ a ")
 
 
+async def test_a_model_larger_than_the_card_is_offered_streamed(seven_billion: str) -> None:
+    app = open_on("memory", model=seven_billion, gpu_gib=6)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await wait_for_text(pilot, "of 28 layers from", "slower: `qlora-tui")
+        await pilot.press("a")
+        await wait_for_text(pilot, "10 of 28 layers are streamed")
+
+
 async def test_what_fits_at_most_is_shown_for_each_setting(seven_billion: str) -> None:
     async with open_on("memory", model=seven_billion).run_test(size=(80, 24)) as pilot:
         shown = await wait_for_text(pilot, "the most that fits")
