@@ -1,6 +1,8 @@
 # Two commands on a fresh machine: `make demo` and `make test`. `make run` opens the app.
 
 PYTHON ?= python3
+# More than the cores of the smallest CI machine: a third of the tests' time is spent waiting for other processes.
+WORKERS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -40,10 +42,10 @@ run: $(INSTALLED)
 	@$(BIN)/qlora-tui
 
 test: $(INSTALLED)
-	$(BIN)/pytest -n 2 --dist loadgroup
+	$(BIN)/pytest -n $(WORKERS) --dist loadgroup
 
 test-fast: $(INSTALLED)
-	$(BIN)/pytest -n 2 --dist loadgroup -m "not slow"
+	$(BIN)/pytest -n $(WORKERS) --dist loadgroup -m "not slow"
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from textual import _wait
 
 from qlora_tui.runs import liveness
 from qlora_tui.tui import app, clock, system_monitor
@@ -57,6 +58,12 @@ def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test need not wait a second for the next look."""
     monkeypatch.setattr(app, "SYSTEM_POLL_INTERVAL_S", 0.1)
     monkeypatch.setattr(train, "RUN_POLL_INTERVAL_S", 0.1)
+
+
+@pytest.fixture(autouse=True)
+def short_idle_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a pilot find the app idle after 4 ms instead of 20, which each key and pause of a test waits."""
+    monkeypatch.setattr(_wait, "SLEEP_GRANULARITY", 0.004)
 
 
 @pytest.fixture(autouse=True)

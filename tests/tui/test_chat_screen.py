@@ -126,6 +126,7 @@ def test_looks_of_an_exchange(
         turn = ChatTurn("Where is my parcel?", (BASE, ADAPTER))
         screen.turns.append(turn)
         await screen.query_one("#conversation").mount(turn)
+        screen.show_header()
         await turn.answers[ADAPTER].append_text(TextChunk(OUTCOME.text))
         await turn.answers[ADAPTER].end(OUTCOME)
         await turn.answers[BASE].append_text(TextChunk("I cannot know that."))
@@ -143,8 +144,11 @@ def test_looks_of_an_answer_that_failed(snap_compare: Snapshot, size: tuple[int,
 
     async def failed(pilot: Pilot[Any]) -> None:
         await wait_for_text(pilot, "not loaded yet")
+        screen = chat_of(pilot.app)
         turn = ChatTurn("Where is my parcel?", (BASE, ADAPTER))
-        await pilot.app.screen.query_one("#conversation").mount(turn)
+        screen.turns.append(turn)
+        await screen.query_one("#conversation").mount(turn)
+        screen.show_header()
         for answer in turn.answers.values():
             await answer.fail(UserError("Out of GPU memory", what="No room.", why="A run.", fix="Pause it."))
         pilot.app.screen.set_focus(None)

@@ -95,6 +95,7 @@ def test_looks_of_a_thought(
         turn = ChatTurn("Where is my parcel?", (BASE, ADAPTER))
         screen.turns.append(turn)
         await screen.query_one("#conversation").mount(turn)
+        screen.show_header()
         await turn.answers[BASE].append_text(TextChunk("Okay, the", True, 512))
         await turn.answers[BASE].end(CUT)
         await turn.answers[ADAPTER].append_text(TextChunk(WHY, True, 340))

@@ -29,6 +29,8 @@ COLORS = {
 """A theme of each kind, and what its colors may be."""
 _STILL = 6
 """Looks of a twentieth of a second: three of the app's own, in tests."""
+_STILL_IN_THEME = 3
+"""After another theme, which changes no text: one of the app's own."""
 SHIPPED = {path.stem for path in paths.shipped_dir("themes").glob("*.toml")}
 TRUECOLOR = [theme.name for theme in load_themes()[0] if not theme.ansi and theme.name in SHIPPED]
 
@@ -110,16 +112,16 @@ async def dressed(pilot: Pilot[Any], theme: str) -> None:
     if app.theme != theme:
         app.theme = theme
         await wait_until(pilot, lambda: styles_of(app) != before)
-    await settled(pilot)
+    await settled(pilot, _STILL_IN_THEME)
 
 
-async def settled(pilot: Pilot[Any]) -> str:
-    """The screen's text, once text and colors stay as they are over three looks of the app."""
+async def settled(pilot: Pilot[Any], looks: int = _STILL) -> str:
+    """The screen's text, once text and colors stay as they are over so many looks."""
     seen: list[tuple[str, str]] = []
 
     def stays() -> bool:
         seen.append((text_of(pilot.app), styles_of(pilot.app)))
-        return len(seen) > _STILL and len(set(seen[-_STILL:])) == 1
+        return len(seen) > looks and len(set(seen[-looks:])) == 1
 
     await wait_until(pilot, stays)
     return seen[-1][0]

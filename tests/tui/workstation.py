@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from textual.pilot import Pilot
-from textual.worker import WorkerCancelled
 
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.settings import Settings
@@ -17,7 +15,7 @@ from qlora_tui.tui import app as app_module
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.draft import Draft
 from qlora_tui.tui.workbench import Workbench
-from tests.tui.screen_assertions import wait_for_text
+from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -70,8 +68,17 @@ async def go_to(pilot: Pilot[Any], key: str, text: str) -> None:
 
 
 async def settle(pilot: Pilot[Any]) -> None:
-    """Until every worker has said what it had to say."""
-    # A question asked again cancels the one before it; the later one is what is waited for.
-    with suppress(WorkerCancelled):
-        await pilot.app.workers.wait_for_complete()
+    """Let the app run until no worker is left and the screen stays as it is.
+
+    A worker may be started by a timer, or by what another one found.
+    """
+    before = ""
+
+    def is_still() -> bool:
+        nonlocal before
+        before, last = text_of(pilot.app), before
+        return before == last and all(worker.is_finished for worker in pilot.app.workers)
+
+    await pilot.pause()
+    await wait_until(pilot, is_still)
     await pilot.pause()
