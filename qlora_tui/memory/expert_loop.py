@@ -21,7 +21,7 @@ def routed_experts(ops: Ops, config: Mixture, x: Tensor, weights: Tensor) -> Ten
     order = ops.new(loop.slots, INDEX)
     sorted_experts = ops.new(loop.slots, INDEX)
     del sorted_experts
-    tokens = ops.new(loop.slots, INDEX)
+    tokens, counts = ops.new(loop.slots, INDEX), ops.new(config.experts, INDEX)
     total = ops.new(x.numel, FLOAT)
     both = ops.new(loop.slots * loop.both_width, loop.itemsize)
     memory = loop.memory()
@@ -30,7 +30,7 @@ def routed_experts(ops: Ops, config: Mixture, x: Tensor, weights: Tensor) -> Ten
     out = ops.new(x.numel, x.itemsize)
     del total
     leaves = [leaf for rank in config.ranks if rank for leaf in ops.adapter_leaves(x)]
-    out.node = ops.tape.node((x, weights, *leaves), loop.backward, (x, weights, both, order, tokens))
+    out.node = ops.tape.node((x, weights, *leaves), loop.backward, (x, weights, both, order, tokens, counts))
     return out
 
 

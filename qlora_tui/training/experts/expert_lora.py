@@ -76,10 +76,10 @@ def _routed(active: ActiveName) -> Callable[..., Tensor]:
     return forward
 
 
-def _reference(module: Any, *inputs: Tensor) -> Tensor:
+def _reference(module: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     """The reference for 4-bit experts, with their adapters."""
     adapters = {name: a for name, a in _adapters(module, active_in_peft).items() if a is not None}
-    return reference_forward(_base(module), inputs, adapters)
+    return reference_forward(_base(module), (x, chosen, weights), adapters)
 
 
 def _adapted_layer(module: Any, active: ActiveName) -> RoutedLayer:

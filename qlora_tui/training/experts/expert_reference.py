@@ -8,6 +8,7 @@ matrix, forward and again backward. An adapter adds its own products, computed b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from qlora_tui.training.experts.routed_function import ExpertAdapter
 
 
 def reference_forward(
-    experts: Experts4bit, inputs: Sequence[Tensor], adapters: dict[str, ExpertAdapter]
+    experts: Experts4bit, inputs: tuple[Tensor, Tensor, Tensor], adapters: dict[str, ExpertAdapter]
 ) -> Tensor:
     """The output (tokens, hidden) of the family's own forward.
 
@@ -28,8 +29,46 @@ def reference_forward(
         inputs: hidden states (tokens, hidden), chosen experts and routing weights (tokens, per_token).
         adapters: the adapter of each adapted projection, by its name.
     """
+    factors = [factor for adapter in adapters.values() for factor in (adapter.a, adapter.b)]
+    out: Tensor = _Rerun.apply(experts, adapters, *inputs, *factors)  # type: ignore[no-untyped-call]  # torch's own
+    return out
+
+
+class _Rerun(torch.autograd.Function):
+    """The family's forward, run again in the backward: what it saves has other shapes for other routes.
+
+    So it works in a checkpointed layer whose recomputation differs by rounding errors, as in the check of the
+    first step, and sends a token elsewhere.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, experts: Experts4bit, adapters: dict[str, ExpertAdapter], *tensors: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.experts, ctx.adapters = experts, adapters
+        ctx.autocast = torch.is_autocast_enabled(tensors[0].device.type)
+        return _run(experts, adapters, tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        leaves = [
+            saved.detach().requires_grad_(needed)
+            for saved, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
+        ]
+        with torch.enable_grad(), torch.autocast(leaves[0].device.type, enabled=ctx.autocast):
+            out = _run(ctx.experts, ctx.adapters, leaves)
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        grads = iter(torch.autograd.grad(out, wanted, grad_outputs, allow_unused=True))
+        return None, None, *(next(grads) if leaf.requires_grad else None for leaf in leaves)
+
+
+def _run(experts: Experts4bit, adapters: dict[str, ExpertAdapter], tensors: Sequence[Tensor]) -> Tensor:
+    """The family's forward on hidden states, chosen experts, routing weights, and A and B of each adapter."""
+    factors = iter(tensors[3:])
+    given = {name: replace(adapter, a=next(factors), b=next(factors)) for name, adapter in adapters.items()}
     forward = type(experts.family).forward
-    out: Tensor = getattr(forward, "__wrapped__", forward)(_FamilyView(experts, adapters), *inputs)
+    out: Tensor = getattr(forward, "__wrapped__", forward)(_FamilyView(experts, given), *tensors[:3])
     return out
 
 

@@ -109,31 +109,35 @@ class Routes:
     """(slots,): the number of each sorted slot, token · per_token + place."""
     tokens: Tensor
     """(slots,): the token of each sorted slot."""
-    counts: tuple[int, ...]
-    """Slots of each expert."""
+    counts: Tensor
+    """(experts,): slots of each expert."""
 
     def spans(self) -> Iterator[tuple[int, slice]]:
-        """Each expert that has slots, and where they are."""
+        """Each expert that has slots, and where they are. Waits for the GPU once.
+
+        Without values, on the meta device, every expert gets as many slots.
+        """
         start = 0
-        for expert, count in enumerate(self.counts):
+        if self.counts.device.type == "meta":
+            slots, experts = len(self.order), len(self.counts)
+            counts = [(slots * (e + 1)) // experts - (slots * e) // experts for e in range(experts)]
+        else:
+            counts = self.counts.tolist()
+        for expert, count in enumerate(counts):
             if count:
                 yield expert, slice(start, start + count)
             start += count
 
 
 def sort_by_expert(chosen: Tensor, experts: int) -> Routes:
-    """Sort the slots of ``chosen``, the experts (tokens, per_token) of each token.
-
-    Without values, on the meta device, every expert gets as many slots.
-    """
+    """Sort the slots of ``chosen``, the experts (tokens, per_token) of each token."""
     flat = chosen.reshape(-1)
     order = torch.argsort(flat, stable=True)
     if chosen.device.type == "meta":
-        slots = flat.numel()
-        counts = [(slots * (e + 1)) // experts - (slots * e) // experts for e in range(experts)]
+        counts = flat.new_empty(experts)
     else:
-        counts = torch.bincount(flat, minlength=experts).tolist()
-    return Routes(order, order.div(chosen.shape[-1], rounding_mode="floor"), tuple(counts))
+        counts = torch.bincount(flat, minlength=experts)
+    return Routes(order, order.div(chosen.shape[-1], rounding_mode="floor"), counts)
 
 
 @dataclass(frozen=True)
@@ -196,16 +200,16 @@ class RoutedExperts(torch.autograd.Function):
         dtype = product_dtype(x)
         with without_autocast(x.device.type):
             total, both = _forward(x, weights, routes, layer, dtype, keeps_both=any(ctx.needs_input_grad))
-        ctx.save_for_backward(x, weights, both, routes.order, routes.tokens)
-        ctx.counts, ctx.layer, ctx.dtype = routes.counts, layer, dtype
+        # The counts too: where two experts are about as likely, a recomputed layer may choose the other one.
+        ctx.save_for_backward(x, weights, both, routes.order, routes.tokens, routes.counts)
+        ctx.layer, ctx.dtype = layer, dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, weights, both, order, tokens = ctx.saved_tensors
-        routes = Routes(order, tokens, ctx.counts)
+        x, weights, both, *routes = ctx.saved_tensors
         with without_autocast(x.device.type):
-            grads = _Backward(x, weights, both, routes, ctx.layer, ctx.dtype, ctx.needs_input_grad)
+            grads = _Backward(x, weights, both, Routes(*routes), ctx.layer, ctx.dtype, ctx.needs_input_grad)
             return grads.compute(grad_outputs[0])
 
 
