@@ -73,8 +73,8 @@ def run(args: argparse.Namespace) -> CommandResult:
             [f"{own} (the recipe's)", "", ""],
         )
     )
-    if data["streaming"]:
-        lines += ["", data["streaming"]]
+    if data["host_memory"]:
+        lines += ["", data["host_memory"]]
     if data["trace"]:
         lines += ["", _trace_table(data["trace"])]
     # Only GGUF files need conversion, and finding out loads tokenizers.

@@ -21,7 +21,7 @@ from qlora_tui.memory.moments import step_moments
 from qlora_tui.memory.parameter_memory import gradient_bytes
 from qlora_tui.memory.replay import replay
 from qlora_tui.memory.static_memory import FROZEN, static_items
-from qlora_tui.memory.step import Peak, profile_step
+from qlora_tui.memory.step import Peak, layer_input_bytes, profile_step
 from qlora_tui.memory.step_trace import StepTrace
 from qlora_tui.memory.streamed_layers import StreamedWeights, streamed_weights
 from qlora_tui.recipe.schema import Recipe
@@ -77,7 +77,8 @@ class Estimate:
     loading_process_bytes: int = 0
     """Peak of the process while the model is loaded."""
     host_bytes: int = 0
-    """Host memory for a base with streamed layers, which is loaded there as a whole; 0 without them."""
+    """Host memory beside that of a GPU: a base with streamed layers, which is loaded there as a whole, and
+    offloaded inputs of layers; mostly 0."""
 
     @property
     def total_bytes(self) -> int:
@@ -154,18 +155,22 @@ def estimate(
     result = replace(
         _assemble(recipe, architecture, layout, execution, items, levels, fullest),
         loading_process_bytes=levels_at_loading.process_bytes,
-        host_bytes=_host_bytes(resident, streamed) if execution.device == "cuda" else 0,
+        host_bytes=_host_bytes(resident, streamed, layout, execution),
     )
     if correction is None:
         return result
     return replace(result, correction=correction, uncorrected_bytes=before)
 
 
-def _host_bytes(resident: dict[str, int], streamed: StreamedWeights | None) -> int:
-    """Return the bytes of the whole base model where some of its layers are streamed."""
-    if streamed is None:
-        return 0
-    return streamed.host_bytes + sum(resident.get(key, 0) for key in FROZEN if key != "slots")
+def _host_bytes(
+    resident: dict[str, int], streamed: StreamedWeights | None, layout: Layout, execution: ExecutionConfig
+) -> int:
+    """Return the host memory of a run on a GPU: the whole base where some of its layers are streamed, and the
+    inputs of all layers where they are offloaded."""
+    size = len(layout.blocks) * layer_input_bytes(layout, execution) if execution.offloads_inputs else 0
+    if streamed is None or execution.device == "cpu":
+        return size
+    return size + streamed.host_bytes + sum(resident.get(key, 0) for key in FROZEN if key != "slots")
 
 
 def _together(resident: dict[str, int], moment: Peak) -> dict[str, int]:

@@ -99,6 +99,8 @@ class ExecutionConfig:
     checkpointing: bool = True
     kept_layers: int = 0
     """Layers at the end of the model that keep their activations despite checkpointing."""
+    offloads_inputs: bool = False
+    """Whether the inputs of checkpointed layers wait in host memory for their backward, on a GPU."""
     streamed_layers: int = 0
     """Layers whose frozen weights are in host memory and pass through two buffers of the device."""
     reentrant: bool = False
@@ -171,6 +173,7 @@ def trainer_execution(
         # Liger would keep float16's gradients in 16 bits.
         loss="liger" if device.liger and not float16 and _liger_pays(recipe, architecture) else "chunked",
         checkpointing=recipe.training.gradient_checkpointing != "off",
+        offloads_inputs=recipe.training.gradient_checkpointing == "offload" and device.kind == "cuda",
         streamed_layers=recipe.quantization.streamed_layers,
         attention=attention,
         optimizer="adamw_fused" if recipe.training.optimizer == "adamw" else recipe.training.optimizer,

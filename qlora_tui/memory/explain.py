@@ -142,7 +142,10 @@ def _activation_sentences(facts: ExplainContext) -> dict[str, str]:
     stream = 4 if execution.cast_to_float32 or execution.norms_float32 else compute
     return {
         "checkpoints": (
-            f"One hidden state per layer, to recompute from: {layers} × {tokens} × {hidden} × {stream} bytes."
+            f"Two layer inputs, to and from host memory: 2 × {tokens} × {hidden} × {stream} bytes."
+            if execution.offloads_inputs
+            else f"One hidden state per layer, to recompute from: {layers} × {tokens} × {hidden} × "
+            f"{stream} bytes."
         ),
         "activations": (
             f"Activations of one layer while it is recomputed and differentiated: {tokens} × its widths."

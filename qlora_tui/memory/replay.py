@@ -20,7 +20,13 @@ from qlora_tui.memory.loading import load
 from qlora_tui.memory.ops import FLOAT
 from qlora_tui.memory.parameter_memory import state_sizes
 from qlora_tui.memory.static_memory import input_bytes, mask_bytes, workspace_bytes
-from qlora_tui.memory.step import PartProfile, StepProfile, adapter_copies, embedding_itemsize
+from qlora_tui.memory.step import (
+    PartProfile,
+    StepProfile,
+    adapter_copies,
+    embedding_itemsize,
+    layer_input_bytes,
+)
 from qlora_tui.recipe.schema import Recipe
 
 STEPS = 2
@@ -102,16 +108,25 @@ class _Run:
             allocator.malloc(workspace_bytes(self._execution))  # this thread's, with its first product
         owned = not self._keeps_embedding or self._layout.modifies_embedding
         parts: list[Blocks] = []
-        for recording, whole in self._layers:
+        for place, (recording, whole) in enumerate(self._layers):
+            if place and self._execution.offloads_inputs:
+                # The input of the layer before is in host memory by now.
+                allocator.free(parts[-1].pop(self._layers[place - 1][0].enters, NOTHING))
             x = self._forward(recording, x, parts, owned=owned, whole=whole)
             owned = not recording.owns_output
         self._forward(self._head, x, parts, owned=owned, whole=True)
         if first:
             allocator.malloc(workspace_bytes(self._execution))  # the workspace of autograd's thread
         gradient = allocator.malloc(FLOAT)  # the gradient of the loss: 1
+        fetched: list[MemoryBlock] = []
         for recording, whole in [*self._layers, (self._head, True)][::-1]:
             blocks = parts.pop()
             blocks[recording.seed] = gradient
+            if self._execution.offloads_inputs and recording is not self._head:
+                # This layer's input, and that of the layer before, ahead of it.
+                size = layer_input_bytes(self._layout, self._execution)
+                fetched += [allocator.malloc(size) for _ in range(min(2, len(parts) + 1) - len(fetched))]
+                blocks[recording.enters] = fetched.pop(0)
             recording.backward.replay(allocator, blocks, whole=whole)
             gradient = blocks.pop(recording.gradient, NOTHING)
             alive += blocks.values()

@@ -13,7 +13,7 @@ from qlora_tui.memory.layout import STYLES
 from qlora_tui.memory.model_sizes import largest_model_size
 from qlora_tui.memory.solver import cheapest_changes, largest_settings, minimum_bytes
 from qlora_tui.memory.step_trace import StepTrace, closed_form
-from qlora_tui.memory.streaming_cost import describe_streaming
+from qlora_tui.memory.streaming_cost import describe_host_memory
 from qlora_tui.memory.verdict import check_fit
 from qlora_tui.recipe.schema import Recipe
 
@@ -74,7 +74,7 @@ def as_json(
             "total_bytes": plan.estimate.total_bytes,
             "speedup": round(plan.speedup, 3),
         },
-        "streaming": describe_streaming(recipe, architecture, device or Device()),
+        "host_memory": describe_host_memory(recipe, architecture, device or Device()),
         "cheapest_changes": changes,
         "least_bytes": least,
         "warnings": [] if too_long is None else [f"{too_long.what} {too_long.why} {too_long.fix}"],

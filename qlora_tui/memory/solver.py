@@ -173,6 +173,9 @@ def _offers(recipe: Recipe, architecture: Architecture, device: Device) -> Itera
         yield SavingOption("same effective batch, a little slower", tuple(_smaller_batches(recipe)))
     if training.gradient_checkpointing == "off":
         yield _single("a third slower", "Checkpoint activations", "training.gradient_checkpointing", "on")
+    if device.kind == "cuda" and training.gradient_checkpointing in ("auto", "on"):
+        step = ("Keep layer inputs in host memory", {"training.gradient_checkpointing": "offload"})
+        yield SavingOption("", (step,), partial(_copying_cost, architecture=architecture, device=device))
     if quantization.method in ("none", "int8"):
         label = "16 bits → NF4" if quantization.method == "none" else "int8 → NF4"
         yield _single("slightly less exact", label, "quantization.method", "nf4")
@@ -181,7 +184,7 @@ def _offers(recipe: Recipe, architecture: Architecture, device: Device) -> Itera
     if lora.dropout:
         yield _single("less regularisation", f"Dropout {lora.dropout:g} → 0", "lora.dropout", 0.0)
     if steps := tuple(_more_streamed_layers(recipe, architecture, device)):
-        yield SavingOption("", steps, partial(_streaming_cost, architecture=architecture, device=device))
+        yield SavingOption("", steps, partial(_copying_cost, architecture=architecture, device=device))
     if recipe.data.max_length >= 2 * LENGTH_STEP:
         yield SavingOption("longer samples are cut or dropped", tuple(_shorter_rows(recipe)))
     if lora.rank > RANKS[0]:
@@ -227,7 +230,7 @@ def _more_streamed_layers(
         yield f"Stream {count} of {most} layers from host memory", settings
 
 
-def _streaming_cost(recipe: Recipe, architecture: Architecture, device: Device) -> str:
+def _copying_cost(recipe: Recipe, architecture: Architecture, device: Device) -> str:
     return describe_slowdown(
         recipe, architecture, trainer_execution(recipe, device, architecture), device.speed
     )

@@ -132,10 +132,19 @@ def peak_candidates(
         _autocast_copies(layout, execution),
         embedded,
         token_row_bytes,
-        Counter(adapter=sum(adapter_copies(layout, execution))),
+        Counter(
+            adapter=sum(adapter_copies(layout, execution)),
+            # One more than that of the layer at work: on its way to or from the host.
+            checkpoints=layer_input_bytes(layout, execution) if execution.offloads_inputs else 0,
+        ),
         embedding_is_separate=layout.modifies_embedding,
         every_layer=every_layer,
     )
+
+
+def layer_input_bytes(layout: Layout, execution: ExecutionConfig) -> int:
+    """Return the bytes of the hidden states between two layers."""
+    return layout.tokens * layout.hidden * residual_itemsize(execution)
 
 
 def adapter_copies(layout: Layout, execution: ExecutionConfig) -> list[int]:
@@ -212,6 +221,8 @@ def _profile(
     inputs.clear()
     recording.forward = build_phase(meter.events[begins:], recording.leaves)
     profile.retained = {item: size for item, size in meter.live_items.items() if size}
+    if checkpointed and execution.offloads_inputs:
+        profile.retained.pop("checkpoints", None)
     profile.keeps_input = input_storage() is not None
     meter.restart()
     seed = [ops.new(numel, itemsize)]

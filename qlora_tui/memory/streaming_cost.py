@@ -1,4 +1,4 @@
-"""How much slower a run is with streamed layers, from measured speeds and the step's own arithmetic.
+"""How much slower a run is with streamed layers or offloaded inputs, from measured speeds and its arithmetic.
 
 Copies run beside the computation, so a step takes the longer of the two. Of S streamed layers, a micro-batch
 copies each twice, forward and backward, but for the two that are still in the buffers at either turn:
@@ -14,6 +14,7 @@ from qlora_tui.formatting import format_gib
 from qlora_tui.memory.execution import Device, ExecutionConfig, trainer_execution
 from qlora_tui.memory.kept_layers import products_per_token
 from qlora_tui.memory.parameter_memory import frozen_weights
+from qlora_tui.memory.step import residual_itemsize
 from qlora_tui.memory.streamed_layers import SLOTS, streamed_weights
 from qlora_tui.memory.transfer_speed import TransferSpeed
 from qlora_tui.recipe.schema import Recipe
@@ -26,12 +27,18 @@ _NOTICEABLE = 1.05
 
 
 def copied_bytes(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> int:
-    """Return the bytes that a micro-batch copies to the device."""
+    """Return the bytes that a micro-batch copies: streamed layers, and offloaded inputs twice."""
+    size = 0
+    if execution.offloads_inputs:
+        tokens = recipe.training.micro_batch_size * recipe.data.max_length
+        size = (
+            _PASSES * architecture.layers * tokens * architecture.hidden_size * residual_itemsize(execution)
+        )
     streamed = streamed_weights(recipe, architecture, replace(execution, kept_layers=0))
-    if streamed is None:
-        return 0
-    count = len(streamed.indices)
-    return _PASSES * max(0, count - SLOTS) * streamed.host_bytes // count
+    if streamed is not None:
+        count = len(streamed.indices)
+        size += _PASSES * max(0, count - SLOTS) * streamed.host_bytes // count
+    return size
 
 
 def slowdown(
@@ -56,16 +63,23 @@ def describe_slowdown(
     return f"about {factor:.1f}× slower" if factor >= _NOTICEABLE else "about as fast"
 
 
-def describe_streaming(recipe: Recipe, architecture: Architecture, device: Device) -> str:
-    """Describe the streamed layers of a recipe in a sentence; empty without them, and on a CPU.
+def describe_host_memory(recipe: Recipe, architecture: Architecture, device: Device) -> str:
+    """Describe what a recipe keeps in host memory beside a GPU, and its cost; empty where it keeps nothing.
 
     ``20 of 32 layers are streamed: 4.9 GiB of host memory hold the base. A step is about 1.6× slower.``
     """
     execution = trainer_execution(recipe, device, architecture)
     streamed = streamed_weights(recipe, architecture, execution)
-    if streamed is None or device.kind == "cpu":
+    sentences = []
+    if streamed is not None and device.kind == "cuda":
+        base = frozen_weights(recipe, architecture, execution).total_bytes
+        layers = f"{len(streamed.indices)} of {architecture.layers} layers"
+        sentences.append(f"{layers} are streamed: {format_gib(base)} GiB of host memory hold the base.")
+    if execution.offloads_inputs:
+        tokens = recipe.training.micro_batch_size * recipe.data.max_length
+        size = architecture.layers * tokens * architecture.hidden_size * residual_itemsize(execution)
+        sentences.append(f"Layer inputs take {format_gib(size)} GiB of host memory.")
+    if not sentences:
         return ""
-    base = frozen_weights(recipe, architecture, execution).total_bytes
     cost = describe_slowdown(recipe, architecture, execution, device.speed)
-    layers = f"{len(streamed.indices)} of {architecture.layers} layers"
-    return f"{layers} are streamed: {format_gib(base)} GiB of host memory hold the base. A step is {cost}."
+    return " ".join((*sentences, f"A step is {cost}."))

@@ -14,8 +14,9 @@ ALL_LINEAR = "all-linear"
 
 Thinking = Literal["auto", "on", "off"]
 """Thinking mode. ``auto``: on for a training row that has reasoning; for a prompt, the template's default."""
-Checkpointing = Literal["auto", "on", "off"]
-"""Gradient checkpointing. ``auto``: only the layers whose activations do not fit in the free memory."""
+Checkpointing = Literal["auto", "on", "off", "offload"]
+"""Gradient checkpointing. ``auto``: only the layers whose activations do not fit in the free memory.
+``offload``: every layer, whose input waits in host memory."""
 
 _MANY_STEPS = 10_000_000
 """A bound no run reaches, so that a typo is an error and not an endless run."""
@@ -333,8 +334,9 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         _about(
             "Gradient checkpointing",
             "Recompute layers in the backward pass. auto: only those whose activations do not fit in free "
-            "memory. on: every layer, about a third slower. off: none.",
-            "Keeps one hidden state per recomputed layer instead of every activation.",
+            "memory. on: every layer, about a third slower. off: none. offload: every layer, whose input is "
+            "kept in host memory, for long sequences on a GPU.",
+            "Keeps one hidden state per recomputed layer instead of every activation; with offload, two.",
         ),
     ] = "auto"
     log_every: Annotated[

@@ -44,7 +44,7 @@ class Started(Event, tag="started", frozen=True, kw_only=True):
     micro_batch_size: Count = msgspec.field(default=0, name="micro_batch")
     """Micro-batch size of this attempt: a retry after running out of memory halves it."""
     gradient_accumulation: Count = 0
-    gradient_checkpointing: Literal["auto", "on", "off"] | bool = "off"
+    gradient_checkpointing: Literal["auto", "on", "off", "offload"] | bool = "off"
     """Version 0.2 wrote true and false."""
 
 

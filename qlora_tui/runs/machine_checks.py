@@ -106,18 +106,21 @@ def read_machine(assumed_bytes: int | None = None) -> Machine:
 
 
 def check_host_memory(needed_bytes: int) -> Check:
-    """Check that the base of a run with streamed layers, ``needed_bytes``, fits in free host memory."""
+    """Check that ``needed_bytes`` of streamed layers and offloaded inputs fit in free host memory."""
     problem = host_memory_problem(needed_bytes)
     if problem is not None:
         return Check(CheckKind.HOST_MEMORY, "error", problem.what, problem.fix)
-    return Check(CheckKind.HOST_MEMORY, "ok", f"{format_gib(needed_bytes)} GiB hold the streamed base.")
+    return Check(
+        CheckKind.HOST_MEMORY, "ok", f"{format_gib(needed_bytes)} GiB for streamed layers and their inputs."
+    )
 
 
 def host_memory_problem(needed_bytes: int, limit_bytes: int | None = None) -> UserError | None:
-    """The error for a base that does not fit in free host memory; None where it does.
+    """The error for what does not fit in free host memory; None where it does.
 
     Args:
-        needed_bytes: the whole base, which is loaded there before its layers are streamed.
+        needed_bytes: the whole base, which is loaded there before its layers are streamed, and the inputs of
+            its layers where they are offloaded.
         limit_bytes: what a container allows, where that may be less than is free.
     """
     free = int(psutil.virtual_memory().available)
@@ -125,12 +128,12 @@ def host_memory_problem(needed_bytes: int, limit_bytes: int | None = None) -> Us
     if needed_bytes + _SPARE_HOST_BYTES <= free:
         return None
     return UserError(
-        "Host memory is too small for streamed layers",
-        what=f"A base of {format_gib(needed_bytes)} GiB would be in host memory, and {format_gib(free)} GiB "
-        "of it are free.",
+        "Host memory is too small",
+        what=f"Streamed layers and offloaded inputs need {format_gib(needed_bytes)} GiB of host memory, and "
+        f"{format_gib(free)} GiB of it are free.",
         why="1 GiB stays free for other programs.",
-        fix="Close other programs, choose a smaller model, or set Streamed layers "
-        "(quantization.streamed_layers) to 0.",
+        fix="Close other programs, or choose a smaller model, fewer Streamed layers "
+        "(quantization.streamed_layers), or Gradient checkpointing (training.gradient_checkpointing) on.",
     )
 
 

@@ -28,7 +28,10 @@ from qlora_tui.training.library_versions import versions
 from qlora_tui.training.memory_meter import MemoryMeter
 from qlora_tui.training.prepared_run import AttemptContext, PreparedRun
 from qlora_tui.training.step_verification import verify_first_step
-from qlora_tui.training.streaming.host_memory import require_host_memory, require_one_gpu
+from qlora_tui.training.streaming.copy_devices import copies_for
+from qlora_tui.training.streaming.host_memory import HostMemory, require_host_memory, require_one_gpu
+from qlora_tui.training.streaming.input_offload import InputOffload, offload_inputs
+from qlora_tui.training.streaming.placement import decoder_layers
 
 
 def prepare_run(
@@ -76,7 +79,7 @@ def prepare_run(
         data=data,
         base=base,
         step_plan=plan_steps(data.train, recipe, padding_free=base.padding_free),
-        model=_add_adapter(context, base, files, tokenizer),
+        model=_add_adapter(context, device, base, files, tokenizer),
         meter=meter,
     )
     release_free_memory()
@@ -88,11 +91,10 @@ def prepare_run(
 
 
 def _check_streaming(context: AttemptContext, meter: MemoryMeter) -> None:
-    """Raise UserError where layers cannot be streamed on this machine."""
-    if not context.recipe.quantization.streamed_layers:
-        return
-    require_one_gpu(context.dist.world_size)
-    if meter.estimate is not None:
+    """Raise UserError where layers cannot be streamed, or inputs offloaded, on this machine."""
+    if context.recipe.quantization.streamed_layers:
+        require_one_gpu(context.dist.world_size)
+    if meter.estimate is not None and meter.estimate.host_bytes:
         require_host_memory(meter.estimate.host_bytes)
 
 
@@ -148,7 +150,11 @@ def _tokenize(context: AttemptContext, tokenizer: ChatTokenizer) -> PreparedData
 
 
 def _add_adapter(
-    context: AttemptContext, base: PreparedBase, files: ModelFiles, tokenizer: ChatTokenizer
+    context: AttemptContext,
+    device: ComputeDevice,
+    base: PreparedBase,
+    files: ModelFiles,
+    tokenizer: ChatTokenizer,
 ) -> Any:
     training, lora = context.recipe.training, context.recipe.lora
     # Seeded here, so that the initial adapter depends on the seed alone, not on random numbers that
@@ -157,6 +163,10 @@ def _add_adapter(
     model = add_lora(base.model, lora, files.architecture, token_ids(lora.trainable_tokens, tokenizer))
     if training.gradient_checkpointing != "off":
         model_loading.checkpoint_activations(base.model)
+    if training.gradient_checkpointing == "offload" and device.kind == "cuda":
+        where = device.torch_device
+        offload = InputOffload(copies_for(where), HostMemory(where).allocate)
+        offload_inputs(decoder_layers(base.model, "training.gradient_checkpointing"), offload)
     if base.streamed is not None:
         base.streamed.use_checkpoints()
     context.reporter.emit(

@@ -10,7 +10,7 @@ from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.memory import Device, as_json, cheapest_changes, estimate, plan_kept_layers, trainer_execution
 from qlora_tui.memory.streamed_layers import streamed_indices, streamed_weights
-from qlora_tui.memory.streaming_cost import copied_bytes, describe_slowdown, describe_streaming, slowdown
+from qlora_tui.memory.streaming_cost import copied_bytes, describe_host_memory, describe_slowdown, slowdown
 from qlora_tui.memory.timeline import step_timeline
 from qlora_tui.memory.transfer_speed import TransferSpeed, measured_speed, record_file, record_speed
 from qlora_tui.recipe.fields import replace_setting
@@ -59,8 +59,9 @@ def test_host_memory_of_a_cpu_is_its_only_memory(llama: Architecture) -> None:
     assert streamed.process_bytes - resident.process_bytes == streamed.bytes_of("slots")
 
 
-def test_every_moment_of_the_timeline_is_within_the_estimate(llama: Architecture) -> None:
-    recipe = streaming(32)
+@pytest.mark.parametrize("checkpointing", ["on", "offload"])
+def test_every_moment_of_the_timeline_is_within_the_estimate(llama: Architecture, checkpointing: str) -> None:
+    recipe = replace_setting(streaming(32), "training.gradient_checkpointing", checkpointing)
     estimated = estimate(recipe, llama)
     moments = step_timeline(recipe, llama, estimated)
     assert max(moment.total_bytes for moment in moments) == estimated.process_bytes
@@ -108,14 +109,14 @@ def replace_speed(bytes_per_s: float) -> TransferSpeed:
 
 def test_a_sentence_says_what_is_streamed_and_its_cost(llama: Architecture) -> None:
     device = Device(speed=replace_speed(1e9))
-    sentence = describe_streaming(streaming(20), llama, device)
+    sentence = describe_host_memory(streaming(20), llama, device)
     assert sentence.startswith("20 of 32 layers are streamed: 5.3 GiB of host memory hold the base.")
     assert sentence.endswith("× slower.")
     report = as_json(streaming(20), llama, None, device=device)
-    assert report["streaming"] == sentence
+    assert report["host_memory"] == sentence
     assert report["precisions"]["nf4"]["host_bytes"] == estimate(streaming(20), llama).host_bytes
-    assert not describe_streaming(RECIPE, llama, device)
-    assert not describe_streaming(streaming(20), llama, Device(kind="cpu"))
+    assert not describe_host_memory(RECIPE, llama, device)
+    assert not describe_host_memory(streaming(20), llama, Device(kind="cpu"))
 
 
 def test_streaming_is_offered_with_its_cost(llama: Architecture) -> None:
@@ -146,3 +147,27 @@ def test_a_measured_speed_is_that_of_its_gpu() -> None:
     assert measured_speed("A") == SPEED and measured_speed("C") is None
     record_file().write_bytes(b'{"A": ')
     assert measured_speed("A") is None
+
+
+def test_offloaded_inputs_leave_two_on_the_gpu(llama: Architecture) -> None:
+    long = replace_setting(RECIPE, "data.max_length", 16_384)
+    on, offload = (
+        estimate(replace_setting(long, "training.gradient_checkpointing", value), llama)
+        for value in ("on", "offload")
+    )
+    hidden = 16_384 * 4096 * 2
+    assert on.bytes_of("checkpoints") == 32 * hidden and offload.bytes_of("checkpoints") == 2 * hidden
+    assert on.allocated_bytes - offload.allocated_bytes == 30 * hidden
+    assert on.reserved_bytes - offload.reserved_bytes == pytest.approx(30 * hidden, rel=0.02)
+    assert (on.host_bytes, offload.host_bytes) == (0, 32 * hidden)
+
+
+def test_offloaded_inputs_are_copied_both_ways(llama: Architecture) -> None:
+    recipe = replace_setting(RECIPE, "training.gradient_checkpointing", "offload")
+    execution = trainer_execution(recipe, Device(), llama)
+    assert copied_bytes(recipe, llama, execution) == 2 * 32 * 2048 * 4096 * 2
+    assert slowdown(recipe, llama, execution, SPEED) == 1
+    words = describe_host_memory(recipe, llama, Device(speed=SPEED))
+    assert words == "Layer inputs take 0.5 GiB of host memory. A step is about as fast."
+    on_cpu = trainer_execution(recipe, Device(kind="cpu"), llama)
+    assert not on_cpu.offloads_inputs and on_cpu.checkpointing

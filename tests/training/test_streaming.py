@@ -18,6 +18,7 @@ from qlora_tui.memory.static_memory import FROZEN, static_items
 from qlora_tui.memory.streamed_layers import streamed_weights
 from qlora_tui.recipe.schema import Model, Quantization, Recipe
 from qlora_tui.training.compute_device import find_device
+from qlora_tui.training.experts.experts_4bit import experts_4bit
 from qlora_tui.training.model_loading import checkpoint_activations, load_base
 from qlora_tui.training.streaming import host_memory
 from qlora_tui.training.streaming.frozen_tensors import Extent, all_tensors, extent_of
@@ -27,6 +28,7 @@ from qlora_tui.training.streaming.layer_slots import LayerSlots, Pass
 from qlora_tui.training.streaming.placement import StreamedLayers, place_streamed
 from tests.training.families import build, with_adapter
 from tests.training.tiny_model import make_tiny_model
+from tests.training.trained_weights import CLAIMED
 
 pytestmark = pytest.mark.slow
 
@@ -114,6 +116,21 @@ def test_every_family_gives_the_same_bits(family: str) -> None:
     expected = train(adapted(build(family, num_hidden_layers=4)))
     model, copies = build(family, num_hidden_layers=4), RecordedCopies()
     streamed = place_streamed(model, 4, torch.device("cpu"), copies)
+    results = train(adapted(model, streamed))
+    assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_four_bit_experts_pass_through_the_buffers_too(tmp_path: Path, model_type: str) -> None:
+    folder = tmp_path / model_type
+    build(model_type, **{**CLAIMED[model_type], "num_hidden_layers": 4}).save_pretrained(folder)
+    expected = train(adapted(load(folder)))
+    model, copies = load(folder), RecordedCopies()
+    streamed = place_streamed(model, 4, torch.device("cpu"), copies)
+    experts = [module for _, module in experts_4bit(model)]
+    assert len(experts) == 4
+    packed = [extent_of(module.get_parameter("down_proj")) for module in experts]
+    assert all(any(holds(slot, extent) for slot in copies.buffers) for extent in packed)
     results = train(adapted(model, streamed))
     assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
 
@@ -223,7 +240,7 @@ def test_memory_shared_by_layers_stays_on_the_device(folder: Path) -> None:
 def test_too_little_host_memory_is_an_error_before_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_memory, "host_memory_bytes", lambda: 4 << 30)
     host_memory.require_host_memory(3 << 30)
-    with pytest.raises(UserError, match=r"3\.5 GiB would be in host memory, and 4\.0 GiB of it are free"):
+    with pytest.raises(UserError, match=r"3\.5 GiB of host memory, and 4\.0 GiB of it are free"):
         host_memory.require_host_memory(7 << 29)
 
 

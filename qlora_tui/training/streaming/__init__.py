@@ -10,6 +10,7 @@ before it computes, forward and backward.
 ``copy_devices``      copies and events of a GPU, and their equivalent on a CPU
 ``layer_slots``       the two buffers: which layer is in which, and when the next is copied
 ``layer_entry``       makes a layer of the model wait for its weights, in forward and backward
+``input_offload``     the inputs of checkpointed layers, in host memory between forward and backward
 ``speed_measurement`` how fast a GPU gets layers and computes with them, for ``doctor``
 ``placement``         places a loaded model: some layers in host memory, the rest on the device
 """

@@ -75,7 +75,7 @@ def place_streamed(
     Raises:
         UserError: the layers of this model cannot be streamed.
     """
-    every_layer = _decoder_layers(model)
+    every_layer = decoder_layers(model)
     layers = [every_layer[index] for index in streamed_indices(len(every_layer), count)]
     laid_out = [lay_out(tensors) for tensors in _moving_tensors(model, layers)]
     slots = LayerSlots([layer.size_bytes for layer in laid_out], copies or copies_for(device))
@@ -91,8 +91,8 @@ def place_streamed(
     return StreamedLayers(layers, slots, sum(layer.size_bytes for layer in laid_out), host_memory.refused)
 
 
-def _decoder_layers(model: Any) -> list[nn.Module]:
-    """The decoder layers in the order of the forward. Raises UserError where they are not known."""
+def decoder_layers(model: Any, setting: str = "quantization.streamed_layers") -> list[nn.Module]:
+    """The decoder layers in the order of the forward. Raises UserError without a list, naming ``setting``."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers: list[nn.Module] = [
@@ -100,10 +100,10 @@ def _decoder_layers(model: Any) -> list[nn.Module]:
     ]
     if len(layers) != model.config.get_text_config().num_hidden_layers:
         raise UserError(
-            "The layers of this model cannot be streamed",
-            what=f"quantization.streamed_layers is set, and {model.config.model_type} has no list of decoder "
+            "The layers of this model cannot be moved one by one",
+            what=f"{setting} is set for it, and {model.config.model_type} has no list of decoder "
             "layers that can be recomputed one by one.",
-            fix="Set quantization.streamed_layers to 0, or choose another model.",
+            fix=f"Reset {setting}, or choose another model.",
         )
     return layers
 

@@ -85,8 +85,8 @@ def _notes(
         yield Content.styled(f"{length_warning.why} {length_warning.fix}", "$warning")
     if solution.kept_layers is not None and is_recipe:
         yield _kept_layers_text(solution.kept_layers, estimate.total_bytes)
-    if solution.streaming and is_recipe:
-        yield Content(solution.streaming)
+    if solution.host_memory and is_recipe:
+        yield Content(solution.host_memory)
     yield from map(Content, estimate.notes)
 
 

@@ -21,7 +21,7 @@ from qlora_tui.memory import (
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.conversion import Conversion
 from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of
-from qlora_tui.memory.streaming_cost import describe_streaming
+from qlora_tui.memory.streaming_cost import describe_host_memory
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 
@@ -47,8 +47,8 @@ class Solution:
     """What the recipe still needs with every change; 0 if it fits or some change makes it fit."""
     kept_layers: KeptLayersPlan | None = None
     """The layers that need no recomputation; None if the recipe does not fit."""
-    streaming: str = ""
-    """The streamed layers of the recipe and their cost, in a sentence; empty without them."""
+    host_memory: str = ""
+    """What the recipe keeps in host memory and its cost, in sentences; empty where it keeps nothing."""
     conversion: Conversion | None = None
     """The conversion that a GGUF file needs before its first run."""
 
@@ -67,7 +67,7 @@ def solve(recipe: Recipe, architecture: Architecture, budget: MemoryBudget, *, f
         changes=changes,
         least_bytes=0 if fits or changes else minimum_bytes(recipe, architecture, device=device),
         kept_layers=plan_kept_layers(recipe, architecture, available, device=device) if fits else None,
-        streaming=describe_streaming(recipe, architecture, device),
+        host_memory=describe_host_memory(recipe, architecture, device),
         conversion=_conversion(recipe.model.id),
     )
 
