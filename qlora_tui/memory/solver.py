@@ -13,6 +13,7 @@ from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.errors import UserError
 from qlora_tui.memory.estimate import Estimate, estimate
 from qlora_tui.memory.execution import Device, trainer_execution
+from qlora_tui.memory.four_bit import quantized_experts
 from qlora_tui.memory.parameter_memory import frozen_weights
 from qlora_tui.memory.streaming_cost import describe_slowdown
 from qlora_tui.memory.verdict import Verdict, check_fit
@@ -166,6 +167,9 @@ def _offers(recipe: Recipe, architecture: Architecture, device: Device) -> Itera
         yield _single("", "Attention eager → auto", "model.attention", "auto")
     if quantization.method in ("nf4", "fp4") and not quantization.double_quantization:
         yield _single("", "Double quantization", "quantization.double_quantization", True)
+    with_experts = structs.replace(quantization, experts=True)
+    if not quantization.experts and quantized_experts(with_experts, architecture) != "none":
+        yield _single("slightly less exact", "Quantize experts", "quantization.experts", True)
     if training.optimizer in ("adamw", "paged_adamw_32bit"):
         label = f"Optimizer {training.optimizer} → paged_adamw_8bit"
         yield _single("", label, "training.optimizer", "paged_adamw_8bit")

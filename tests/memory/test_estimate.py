@@ -283,3 +283,12 @@ def test_mixtures_fit_with_4_bit_experts(model: str, length: int, gib: int, adap
     wide = estimate(replace_setting(recipe, "quantization.experts", False), architecture)
     assert wide.process_bytes > 2 * packed.process_bytes
     assert wide.notes == ("The experts stay in 16 bits: quantization.experts is off.",)
+
+
+def test_quantized_experts_are_offered_where_they_are_not() -> None:
+    recipe = Recipe(quantization=Quantization(experts=False), data=Data(max_length=1024))
+    architecture = parse_architecture(config("Qwen/Qwen3-30B-A3B"))
+    changes = cheapest_changes(recipe, architecture, 24 * GIB)
+    assert any(change.fits and change.settings == {"quantization.experts": True} for change in changes)
+    dense = cheapest_changes(recipe, qwen_7b(), 6 * GIB)
+    assert not any("quantization.experts" in change.settings for change in dense)
