@@ -83,6 +83,15 @@ async def test_a_click_on_a_key_in_the_footer_presses_it(private_home: Path) -> 
         await wait_for_text(pilot, "Esc close")
 
 
+async def test_a_double_click_selects_text_and_shows_it(private_home: Path) -> None:
+    app = open_on("models", model=readable_model(private_home))
+    async with app.run_test(size=(120, 40)) as pilot:
+        await wait_for_text(pilot, "SmolLM2-135M")
+        await pilot.click("#model-facts", times=2)
+        await wait_until(pilot, lambda: bool(app.screen.get_selected_text()))
+        await wait_for_text(pilot, "SmolLM2-135M")
+
+
 async def test_closed_screens_are_freed(private_home: Path) -> None:
     """Textual keeps the keys of every footer and what a thousand closed widgets had painted."""
     app = open_on("home", model=readable_model(private_home))

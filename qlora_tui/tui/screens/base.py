@@ -35,7 +35,7 @@ class CancelsWorkersFirst(Widget):
         self.workers.cancel_node(self)
 
 
-class WorkScreen(CancelsWorkersFirst, Screen[None]):
+class WorkScreen(Screen[None], CancelsWorkersFirst):
     """A numbered screen. Subclasses define ``MODE``, ``SCREEN_COMMANDS`` and ``compose_body``.
 
     Textual calls the ``on_mount`` and ``on_screen_resume`` of every class of a screen, this one's last: a

@@ -25,7 +25,7 @@ _SHOWN_FIRST = ("error", "warning", "note", "ok")
 _TESTING = "Testing the libraries on a few real weights. This takes some seconds…"
 
 
-class MachineReportScreen(CancelsWorkersFirst, ModalScreen[None]):
+class MachineReportScreen(ModalScreen[None], CancelsWorkersFirst):
     """The answer on the first line, then what is wrong, then the rest.
 
     What is quick to check is shown first; the libraries, in a process of their own, after it.

@@ -180,7 +180,7 @@ def _cells(name: str, values: Sequence[str], width: int) -> list[tuple[str, ...]
     return list(zip_longest(*wrapped, fillvalue=""))
 
 
-class CompareScreen(CancelsWorkersFirst, ModalScreen[None]):
+class CompareScreen(ModalScreen[None], CancelsWorkersFirst):
     """Over the whole window; Escape closes it."""
 
     DEFAULT_CSS = """
