@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -19,6 +19,9 @@ from qlora_tui import __version__
 from qlora_tui.cli.main import SUBCOMMANDS, _parser
 from qlora_tui.glossary import GLOSSARY
 from qlora_tui.recipe.fields import Field, fields, source_fields
+
+if TYPE_CHECKING:
+    from qlora_tui.tui.keymap import Table
 
 HERE = Path(__file__).parent
 _NOTICE = "<!-- Written by `make docs`. Do not edit. -->\n"
@@ -251,7 +254,20 @@ def keys_page() -> str:
         for command in commands:
             keys = " ".join(f"`{key}`" for key in command.key.split(","))
             lines.append(f"| {keys} | `{command.id}` | {_cell(command.help)} |")
+    lines += ["", "## Keys by letter", "", "What each letter does, by screen.", ""]
+    lines += ["| key | commands |", "| --- | --- |", *_keys_by_letter(all_commands())]
     return "\n".join(lines) + "\n"
+
+
+def _keys_by_letter(tables: list[Table]) -> Iterator[str]:
+    letters: dict[str, list[str]] = {}
+    for heading, commands in tables:
+        for command in commands:
+            for key in command.key.split(","):
+                if len(key) == 1 and key.isalpha():
+                    letters.setdefault(key, []).append(f"{heading}: {command.label}")
+    for letter in sorted(letters, key=lambda letter: (letter.lower(), letter.isupper())):
+        yield f"| `{letter}` | {', '.join(letters[letter])} |"
 
 
 # The glossary

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from qlora_tui.memory.budget import MemoryBudget
     from qlora_tui.recipe.schema import Recipe
     from qlora_tui.runs.directory import RunDir
+    from qlora_tui.runs.trash import Trash
     from qlora_tui.tui.draft import Draft
     from qlora_tui.tui.system_monitor import SystemMonitor
     from qlora_tui.tui.workbench import Workbench
@@ -104,6 +105,19 @@ class QloraApp(TerminalApp):
 
         given = self.settings.gpu_memory_gib
         return budget_for(self.system_status.gpu, None if given is None else round(given * GIB))
+
+    @cached_property
+    def trash(self) -> Trash:
+        """Runs deleted in this app that can still be restored."""
+        from qlora_tui.runs.trash import Trash
+
+        return Trash()
+
+    async def action_quit(self) -> None:
+        """Leave the app; runs continue."""
+        from qlora_tui.tui.leaving import leave
+
+        leave(self, None)
 
     def on_load(self) -> None:
         # Before there is a screen: with its widgets every style sheet would be read once more, and its keys

@@ -100,7 +100,7 @@ async def test_the_first_own_data_replaces_the_demos(model: str, here: Path) -> 
         assert [source.path for source in app.workbench.recipe.data.sources] == [str(CONVERSATIONS)]
 
 
-async def test_removing_a_source_asks_where_its_list_is_hidden(model: str, here: Path) -> None:
+async def test_a_removed_source_is_named_and_comes_back(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
     app = data_app(model, "tickets.jsonl")
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
@@ -109,12 +109,10 @@ async def test_removing_a_source_asks_where_its_list_is_hidden(model: str, here:
         await pilot.press("v", "v")
         await wait_until(pilot, lambda: screen_of(app).query_one("#sources").region.height == 0)
         await pilot.press("x")
-        await wait_for_text(pilot, "Remove the source?", "tickets.jsonl")
-        await pilot.press("n")
-        assert app.workbench.recipe.data.sources
-        await pilot.press("v", "x")
-        await wait_for_text(pilot, "Removed tickets.jsonl")
+        await wait_for_text(pilot, "Removed tickets.jsonl. Press [u] to undo.")
         assert not app.workbench.recipe.data.sources
+        await pilot.press("u")
+        assert app.workbench.recipe.data.sources
 
 
 async def test_removing_a_source_keeps_another_of_the_same_file(model: str, here: Path) -> None:

@@ -253,7 +253,7 @@ async def test_waiting_runs_stand_on_top_and_are_moved_and_withdrawn(
     for name in ("first", "second"):
         run_queue.enqueue(write_fake_run(FakeRun(name=name, state="queued", steps=0, began=BEGAN - 5000)))
     app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
+    async with app.run_test(size=(80, 24), notifications=True) as pilot:
         await open_runs(app)
         shown = await wait_for_text(pilot, "queue 1", "queue 2", "w Withdraw")
         assert shown.index("first") < shown.index("second") < shown.index("tickets-a")
@@ -261,8 +261,26 @@ async def test_waiting_runs_stand_on_top_and_are_moved_and_withdrawn(
         assert run_queue.waiting() == ["second", "first"]
         await pilot.pause()
         await pilot.press("w")
-        await wait_for_text(pilot, "■ stopped")
+        await wait_for_text(pilot, "■ stopped", "Removed from the queue. Press [r] to queue it again.")
         assert run_queue.waiting() == ["second"]
+        await pilot.press("r")
+        await wait_for_text(pilot, "queue 2", "Queued. Press [w] to remove it from the queue.")
+        assert run_queue.waiting() == ["second", "first"]
+
+
+async def test_quitting_asks_only_where_deleted_runs_would_be_lost(
+    make_app: MakeApp, three_runs: list[RunDir], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await open_runs(app)
+        await wait_for_text(pilot, "tickets-a")
+        await pilot.press("D", "q")
+        await wait_for_text(pilot, "Quit?", "1 deleted run can be restored until you quit")
+        await pilot.press("n", "u")
+        await wait_for_text(pilot, "tickets-a")
+        await pilot.press("q")
+        await wait_until(pilot, lambda: not app.is_running)
 
 
 async def test_two_marked_runs_are_compared_with_only_what_differs(

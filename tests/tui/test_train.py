@@ -92,9 +92,13 @@ async def test_keys_ask_the_trainer_and_stop_asks_the_user_first(make_app: MakeA
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
         await wait_for_text(pilot, "step 50/3,000")
-        for key in "KEAFz":
+        for key in "KEAF":
             await pilot.press(key)
-        assert ask_key(run) == ["checkpoint", "evaluate", "sample", "finish_epoch", "pause"]
+        assert ask_key(run) == ["checkpoint", "evaluate", "sample", "finish_epoch"]
+        await pilot.press("z")
+        await wait_for_text(pilot, "Pause the run?", "Press [r] to resume it")
+        await pilot.press("enter", "y")
+        assert ask_key(run)[-1] == "pause"
         await pilot.press("s")
         await wait_for_text(pilot, "Stop the run?")
         await pilot.press("n")

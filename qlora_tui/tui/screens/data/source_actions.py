@@ -13,7 +13,6 @@ from qlora_tui.recipe.schema import Source
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.data.file_picker import FilePickerScreen
 from qlora_tui.tui.screens.data.row_actions import RowActions
-from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
 
 DATA_ENDINGS = (
@@ -71,28 +70,14 @@ class SourceActions(RowActions):
         self.app.push_screen(TextPromptScreen(title, help_, f"{source.weight:g}", validate), on_result)
 
     def action_remove(self) -> None:
-        """Remove the selected source from the recipe; ask first where the list is hidden."""
+        """Remove the selected source from the recipe."""
         source = self.source()
         if source is None:
             return
-        number = self.source_number
-        if self.query_one("#sources").region.height:
-            self._remove(number)
-            return
-
-        def on_result(yes: bool | None) -> None:
-            if yes:
-                self._remove(number)
-
-        name = Path(source.path).name
-        text = f"{name} is removed from the recipe. The file stays."
-        self.app.push_screen(ConfirmScreen("Remove the source?", text, "Remove"), on_result)
-
-    def _remove(self, number: int) -> None:
         sources = list(self.qlora_app.workbench.recipe.data.sources)
-        removed = sources.pop(number)
+        del sources[self.source_number]
         self.qlora_app.edit("data.sources", tuple(sources))
-        self.notify(f"Removed {Path(removed.path).name}. Press {key_name('app.undo')} to undo.")
+        self.notify(f"Removed {Path(source.path).name}. Press {key_name('app.undo')} to undo.")
 
     def source(self) -> Source | None:
         """The selected source."""

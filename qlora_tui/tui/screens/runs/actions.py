@@ -33,11 +33,15 @@ class RunActions(WorkScreen):
 
     def __init__(self) -> None:
         super().__init__()
-        self.trash = Trash()
         self.listing: Listing | None = None
         self.order = ORDERS[0]
         self.marked: tuple[str, ...] = ()
         """The runs selected for a comparison."""
+
+    @property
+    def trash(self) -> Trash:
+        """Runs that were deleted and can still be restored."""
+        return self.qlora_app.trash
 
     def on_unmount(self) -> None:
         self.trash.empty()
@@ -112,9 +116,14 @@ class RunActions(WorkScreen):
             self.refresh_runs()
 
     def action_withdraw(self) -> None:
-        """Remove the run from the queue."""
-        if self.current is not None:
-            self._act_on(self.current.run, run_actions.stop)
+        """Remove the run from the queue; it can be queued again."""
+        if self.current is not None and self._act_on(self.current.run, run_actions.stop):
+            self.notify(f"Removed from the queue. Press {key_name('runs.resume')} to queue it again.")
+
+    def action_resume(self) -> None:
+        """Queue the run again, to continue from its last checkpoint."""
+        if self.current is not None and self._act_on(self.current.run, run_actions.resume):
+            self.notify(f"Queued. Press {key_name('runs.withdraw')} to remove it from the queue.")
 
     async def action_rerun(self) -> None:
         """Edit the run's recipe."""

@@ -31,6 +31,14 @@ COMMANDS: tuple[Command, ...] = (
         "Rename the run. Its folder keeps its name.",
         cli_command="runs rename",
     ),
+    _not_in_footer(
+        "resume",
+        "r",
+        "resume",
+        "Resume",
+        "Queue the run again, to continue from its last checkpoint.",
+        cli_command="resume",
+    ),
     _not_in_footer("preset", "S", "save_preset", "Save preset", "Save its settings as a preset."),
     _command(
         "delete",

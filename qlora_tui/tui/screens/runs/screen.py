@@ -15,6 +15,7 @@ from textual.widgets import Input, Static
 
 from qlora_tui.formatting import pluralize
 from qlora_tui.runs.run_summary import RunSummary, SummaryCache
+from qlora_tui.runs.status import RESUMABLE
 from qlora_tui.tui import clock
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.key_names import name_keys
@@ -106,6 +107,8 @@ class RunsScreen(RunActions):
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action in ("withdraw", "move"):
             return self.current is not None and self._is_waiting(self.current)
+        if action == "resume":
+            return self.current is not None and self.current.status.state in RESUMABLE
         if action == "restore":
             # If nothing was deleted, ``u`` undoes a change of the recipe as on other screens.
             return bool(self.trash)

@@ -15,6 +15,7 @@ from qlora_tui.runs.machine_checks import Check
 from qlora_tui.runs.status import ACTIVE, State, read_status
 from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.tui.key_names import key_name
+from qlora_tui.tui.leaving import leave
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
@@ -94,11 +95,9 @@ class TrainActions(WorkScreen):
             self._act_on_run(partial(run_actions.stop, now=True), _STOPPING_NOW)
             return
         if self.state == "queued":
-            self._confirm(
-                "Remove from the queue?",
-                f"{run.id} has not started.",
-                lambda: run_actions.stop(run),
-                while_in=("queued",),
+            self._act_on_run(
+                run_actions.stop,
+                f"Removed from the queue. Press {key_name('train.resume')} to queue it again.",
             )
         else:
             view = self.snapshot.view if self.snapshot else None
@@ -122,8 +121,18 @@ class TrainActions(WorkScreen):
             )
 
     def action_pause(self) -> None:
-        """Pause the run, so that it frees the GPU."""
-        self._act_on_run(run_actions.pause, "The run will pause after this step.")
+        """Ask, then pause the run, so that it frees the GPU."""
+        run = self.run
+        if run is None:
+            return
+        resume = f"Press {key_name('train.resume')} to resume it."
+        self._confirm(
+            "Pause the run?",
+            f"{run.id} will save a checkpoint after this step and free the GPU. {resume}",
+            lambda: run_actions.pause(run),
+            done="The run will pause after this step.",
+            while_in=ACTIVE,
+        )
 
     def action_resume(self) -> None:
         """Queue the run again."""
@@ -215,20 +224,8 @@ class TrainActions(WorkScreen):
         self.prepare()
 
     def action_detach(self) -> None:
-        """Leave the app."""
-        run = self.run
-        if run is None:
-            return
-
-        state = read_status(run).state
-        outcome = "continues" if state in ACTIVE else f"is {state}"
-        text = f"{run.id} {outcome}. Run `qlora-tui attach {shlex.quote(run.id)}` to come back to it."
-
-        def on_result(yes: bool | None) -> None:
-            if yes:
-                self.app.exit(message=text)
-
-        self.app.push_screen(ConfirmScreen("Leave the app?", text, "Leave", harmless=True), on_result)
+        """Leave the app; the farewell names the command that comes back to the run."""
+        leave(self.qlora_app, self.run)
 
     def action_next_tab(self, places: int) -> None:
         """Show the next tab under the graph; before a run, go between recipe and checks."""

@@ -24,7 +24,14 @@ COMMANDS: tuple[Command, ...] = (
         "Save a checkpoint and the adapter after this step, then stop the run. Pressed again, it stops now.",
         cli_command="stop",
     ),
-    _command("pause", "z", "pause", "Pause", "Save a checkpoint and free the GPU.", cli_command="pause"),
+    _command(
+        "pause",
+        "z",
+        "pause",
+        "Pause",
+        "Save a checkpoint after this step and free the GPU.",
+        cli_command="pause",
+    ),
     _command("resume", "r", "resume", "Resume", "Resume from the last checkpoint.", cli_command="resume"),
     _not_in_footer(
         "checkpoint", "K", "request('checkpoint')", "Checkpoint", "Save a checkpoint now.", cli_command="ask"
@@ -65,7 +72,7 @@ COMMANDS: tuple[Command, ...] = (
     _command("chat", "c", "chat", "Chat", "Chat with this run's adapter.", cli_command="chat"),
     _command("another", "x", "watch_another", "Watch run", "Watch another run.", cli_command="attach"),
     _command("prepare", "n", "prepare", "New run", "Prepare a new run: edit the recipe and see its checks."),
-    _command("detach", "d", "detach", "Detach", "Leave the app. The run continues."),
+    _command("detach", "d", "detach", "Detach", "Leave the app, as Quit does. The run continues."),
     _not_in_footer(
         "tab",
         "tab",
