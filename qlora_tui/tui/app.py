@@ -298,6 +298,11 @@ class QloraApp(TerminalApp):
 
         self.push_screen(MachineReportScreen())
 
+    async def action_simulate_key(self, key: str) -> None:
+        """Press a key, for a click on its name."""
+        # Later, as the app: a key that is sent by the clicked panel does not pass it on its way up.
+        self.call_later(self.simulate_key, key)
+
     def action_undo(self) -> None:
         """Undo the last change to the recipe."""
         undo_recipe(self)

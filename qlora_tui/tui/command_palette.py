@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from textual.command import DiscoveryHit, Hit, Hits, Provider
+from textual.fuzzy import Matcher
 from textual.markup import escape
 
 from qlora_tui.tui.commands import EVERYWHERE, Command
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 _OTHER_SCREEN_FACTOR = 0.8
 """Factor on the score of commands of other screens, which are listed after those of the current one."""
+
+_HELP_SCORE = 0.3
+"""Score of a command whose title does not match, where its help has words that begin like the query's."""
 
 _THEME_HELP = "Use this theme, now and at every start."
 
@@ -38,8 +42,7 @@ class CommandProvider(Provider):
         matcher = self.matcher(query)
         for command in self._commands():
             title = self._title(command)
-            score = max(matcher.match(title), matcher.match(command.help))
-            if score > 0:
+            if (score := _score(matcher, query, title, command)) > 0:
                 yield Hit(
                     score, matcher.highlight(title), partial(self._run, command), help=escape(command.help)
                 )
@@ -49,11 +52,10 @@ class CommandProvider(Provider):
                 yield Hit(score, matcher.highlight(title), partial(self._use_theme, name), help=_THEME_HELP)
         for screen, command in await asyncio.to_thread(_commands_of_other_screens, self.screen):
             title = self._title(command, f" on {screen.label}")
-            score = _OTHER_SCREEN_FACTOR * max(matcher.match(title), matcher.match(command.help))
+            score = _OTHER_SCREEN_FACTOR * _score(matcher, query, title, command)
             if score > 0:
-                yield Hit(
-                    score, matcher.highlight(title), partial(self._run, screen), help=escape(command.help)
-                )
+                help_ = f"Opens {screen.label}. {command.help}"
+                yield Hit(score, matcher.highlight(title), partial(self._run, screen), help=escape(help_))
 
     def _commands(self) -> tuple[Command, ...]:
         here = self.screen.SCREEN_COMMANDS if isinstance(self.screen, WorkScreen) else ()
@@ -70,6 +72,16 @@ class CommandProvider(Provider):
 
     def _title(self, command: Command, where: str = "") -> str:
         return f"{command.label} ({bare_key(command.id)}{where})"
+
+
+def _score(matcher: Matcher, query: str, title: str, command: Command) -> float:
+    """How well a command matches: letters of its title, or whole beginnings of words in its help.
+
+    Letters of the help, which has many, would match almost anything.
+    """
+    words = command.help.casefold().split()
+    in_help = all(any(word.startswith(part) for word in words) for part in query.casefold().split())
+    return matcher.match(title) or (_HELP_SCORE if in_help else 0.0)
 
 
 def _commands_of_other_screens(here: object) -> list[tuple[Command, Command]]:

@@ -12,7 +12,8 @@ from functools import cache
 
 from textual.binding import Binding, BindingType
 from textual.content import Content
-from textual.keys import format_key
+from textual.keys import _character_to_key, format_key
+from textual.style import Style
 
 from qlora_tui.settings import Settings
 from qlora_tui.tui.commands import EVERYWHERE, Command
@@ -53,16 +54,19 @@ def short_key(key: str) -> str:
     return _bare(key).replace("Ctrl+", "^")
 
 
-def dialog_keys(bindings: Sequence[BindingType], *others: str) -> str:
-    """``Enter watch · x cancel · Esc close``: the keys of a dialog, which has no footer.
+def dialog_keys(bindings: Sequence[BindingType], *others: str) -> Content:
+    """``Enter watch · x cancel · Esc close``: the keys of a dialog, which has no footer; a click presses one.
 
     Args:
         bindings: The dialog's own; those without a description are left out.
         others: Keys of the fields and lists in it, which come first.
     """
     own = [each for each in bindings if isinstance(each, Binding) and each.description]
-    keys = [f"{_bare(each.key.partition(',')[0])} {each.description.lower()}" for each in own]
-    return " · ".join((*others, *keys))
+    keys = []
+    for each in own:
+        key = each.key.partition(",")[0]
+        keys.append(pressable(f"{_bare(key)} {each.description.lower()}", key))
+    return Content(" · ").join((*map(Content, others), *keys))
 
 
 def name_keys(text: str) -> str:
@@ -74,8 +78,36 @@ def highlight_keys(text: str, style: str = "") -> Content:
     """Return ``text`` in ``style`` with its keys in bold accent; ``[u]`` keeps its brackets."""
     content = Content.styled(text, style)
     for match in _KEYS.finditer(text):
+        key = match[0].removeprefix("[").removesuffix("]") if match[0] != "[]]" else "]"
         content = content.stylize("bold $accent", *match.span())
+        content = content.stylize(_pressing(_textual_key(key)), *match.span())
     return content
+
+
+def pressable(text: str, key: str) -> Content:
+    """``text`` on which a click presses ``key``, which is in Textual's notation."""
+    return Content.styled(text, _pressing(key))
+
+
+def key_label(command_id: str) -> Content:
+    """The first key for a column of keys, in bold accent; a click presses it."""
+    return pressable(bare_key(command_id), command_key(command_id)).stylize("bold $accent")
+
+
+def command_key(command_id: str) -> str:
+    """The first key of a command in Textual's notation."""
+    return _keys(command_id)[0]
+
+
+def _pressing(key: str) -> Style:
+    return Style.from_meta({"@click": ("app.simulate_key", (key,))})
+
+
+def _textual_key(shown: str) -> str:
+    """``u``, ``Ctrl+P`` or ``?`` in Textual's notation."""
+    if len(shown) == 1:
+        return _character_to_key(shown)
+    return "+".join({"esc": "escape"}.get(part, part) for part in shown.lower().split("+"))
 
 
 def _keys(command_id: str) -> list[str]:

@@ -83,6 +83,19 @@ async def test_a_click_on_a_key_in_the_footer_presses_it(private_home: Path) -> 
         await wait_for_text(pilot, "Esc close")
 
 
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [("[u] Undo", "Nothing to undo"), ("o open path", "Open a path")],
+)
+async def test_a_click_on_a_key_anywhere_presses_it(private_home: Path, words: str, shown: str) -> None:
+    app = open_on("models", model=readable_model(private_home))
+    async with app.run_test(size=(120, 40), notifications=True) as pilot:
+        lines = (await wait_for_text(pilot, words)).splitlines()
+        y = next(number for number, line in enumerate(lines) if words in line)
+        await pilot.click(offset=(lines[y].index(words), y))
+        await wait_for_text(pilot, shown)
+
+
 async def test_a_double_click_selects_text_and_shows_it(private_home: Path) -> None:
     app = open_on("models", model=readable_model(private_home))
     async with app.run_test(size=(120, 40)) as pilot:
@@ -90,6 +103,15 @@ async def test_a_double_click_selects_text_and_shows_it(private_home: Path) -> N
         await pilot.click("#model-facts", times=2)
         await wait_until(pilot, lambda: bool(app.screen.get_selected_text()))
         await wait_for_text(pilot, "SmolLM2-135M")
+
+
+async def test_a_key_in_a_dialogs_border_can_be_clicked(private_home: Path) -> None:
+    async with open_on("runs").run_test(size=(80, 24)) as pilot:
+        await pilot.press("question_mark")
+        lines = (await wait_for_text(pilot, "Esc close")).splitlines()
+        y = next(number for number, line in enumerate(lines) if "Esc close" in line)
+        await pilot.click(offset=(lines[y].index("Esc close"), y))
+        await wait_until(pilot, lambda: len(pilot.app.screen_stack) == 1)
 
 
 async def test_closed_screens_are_freed(private_home: Path) -> None:
@@ -123,6 +145,22 @@ async def test_the_palette_lists_and_opens_other_screens_commands(
         await wait_until(pilot, lambda: app.current_mode == "runs")
         await pilot.press("ctrl+p", *"filter")
         await wait_for_text(pilot, "Filter (/)")
+
+
+async def test_the_palette_finds_words_and_not_letters_of_the_help() -> None:
+    async with open_on("home").run_test(size=(80, 24)) as pilot:
+        await pilot.press("ctrl+p", *"theme")
+        shown = await wait_for_text(pilot, "Theme: harbour", "Settings")
+        assert "Repaint" not in shown and "Suspend" not in shown
+
+
+async def test_help_names_each_shell_command_once(private_home: Path) -> None:
+    async with open_on("train").run_test(size=(80, 60)) as pilot:
+        await pilot.press("question_mark")
+        await wait_for_text(pilot, "Help: Train")
+        await pilot.press("G")
+        shown = await wait_for_text(pilot, "In a shell, qlora-tui has train, stop, pause, resume, ask,")
+        assert shown.count("attach") == 1
 
 
 async def test_help_is_scrolled_by_the_keys_of_vi(private_home: Path) -> None:

@@ -80,7 +80,7 @@ def test_a_dialogs_line_of_keys_follows_its_bindings() -> None:
         ("j", "down"),
         Binding("escape", "dismiss", "Close"),
     ]
-    assert dialog_keys(bindings, "Tab next") == "Tab next · Ctrl+S apply · Esc close"
+    assert dialog_keys(bindings, "Tab next").plain == "Tab next · Ctrl+S apply · Esc close"
 
 
 def test_every_command_that_a_text_names_exists() -> None:

@@ -242,12 +242,16 @@ def test_differences_that_do_not_fit_are_counted() -> None:
     assert "more" not in str(difference_text(workbench, None, 200))
 
 
-async def test_a_click_toggles_what_is_under_it(small: str) -> None:
+async def test_a_click_selects_and_on_a_box_toggles(small: str) -> None:
     app = open_on("lora", model=small)
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "every kind")
-        await pilot.click("#modules", offset=(4, 2))
+        await pilot.click("#modules", offset=(7, 2))
+        assert targets(app) == ("all-linear",)
+        await pilot.click("#modules", offset=(7, 2))
         assert targets(app) == KINDS[1:]
+        await pilot.click("#modules", offset=(2, 2))
+        assert targets(app) == ("all-linear",)
 
 
 def test_modules_of_a_vision_tower_are_left_out() -> None:
@@ -368,7 +372,7 @@ async def test_layers_are_two_cells_wide_where_there_is_room(small: str) -> None
         await wait_for_text(pilot, "[x] q_proj", "■ ■ ■ ■")
         grid = app.screen.query_one("#modules")
         cells = str(grid.render()).splitlines()[2].index("■")
-        await pilot.click("#modules", offset=(cells + 2 * 3, 2))
+        await pilot.click("#modules", offset=(cells + 2 * 3, 2), times=2)
         assert targets(app)[0] == "0-2,4-29.q_proj"
 
 

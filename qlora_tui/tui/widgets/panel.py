@@ -8,7 +8,7 @@ from textual.containers import Vertical
 from textual.content import Content
 from textual.widget import Widget
 
-from qlora_tui.tui.key_names import bare_key
+from qlora_tui.tui.key_names import bare_key, command_key, pressable
 
 _ARROWS = {"Left": "←", "Right": "→", "Up": "↑", "Down": "↓"}
 
@@ -69,7 +69,13 @@ class Panel(Vertical):
     def _show_subtitle(self) -> None:
         # Only now: the user's keymap is that of the app that runs.
         hints = [
-            Content.assemble((_ARROWS.get(key, key), "$footer-key-foreground bold"), f" {verb}")
-            for key, verb in ((bare_key(command), verb) for command, verb in self._keys)
+            hint.stylize("$footer-key-foreground bold", 0, hint.plain.index(" "))
+            for hint in (_hint(command, verb) for command, verb in self._keys)
         ]
         self.border_subtitle = Content("  ").join(hints) if hints else None
+
+
+def _hint(command: str, verb: str) -> Content:
+    """``x other runs``, on which a click presses the key."""
+    shown = bare_key(command)
+    return pressable(f"{_ARROWS.get(shown, shown)} {verb}", command_key(command))

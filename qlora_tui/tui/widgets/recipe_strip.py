@@ -12,13 +12,14 @@ from qlora_tui.formatting import format_gib
 from qlora_tui.memory import Estimate, check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Precision, precision_of
-from qlora_tui.tui.key_names import name_keys
+from qlora_tui.tui.key_names import command_key, key_name, pressable
 from qlora_tui.tui.render.block_charts import bar
 from qlora_tui.tui.render.recipe_line import PRECISION_NAMES, VERDICT_STYLE, cut_cells, recipe_line
 from qlora_tui.tui.workbench import Workbench
 
-_KEYS = ("{app.presets} Presets  {app.undo} Undo", "{app.undo} Undo")
-"""Hints at the end of the first line, the longest first."""
+_UNDO = ("app.undo", "Undo")
+_HINTS = ((("app.presets", "Presets"), _UNDO), (_UNDO,))
+"""Commands with a label at the end of the first line, the most first."""
 
 
 class RecipeStrip(Widget):
@@ -37,6 +38,8 @@ class RecipeStrip(Widget):
     def __init__(self, mode: str) -> None:
         """``mode``: the screen that it is on."""
         super().__init__()
+        # The hints at the end are dim, and not in the color of links.
+        self.auto_links = False
         self._mode = mode
         self._bench: Workbench | None = None
         self._recipe_line = ""
@@ -57,20 +60,20 @@ class RecipeStrip(Widget):
     def render(self) -> RenderResult:
         width = self.content_size.width
         line, hint = self._line_and_hint(width)
-        gap = " " * (width - cell_len(line) - len(hint))
-        return Content.assemble(line, (gap + hint, "dim"), "\n", self._cost_line(width))
+        gap = " " * (width - cell_len(line) - hint.cell_length)
+        return Content.assemble(line, gap, hint.stylize("dim"), "\n", self._cost_line(width))
 
-    def _line_and_hint(self, width: int) -> tuple[str, str]:
+    def _line_and_hint(self, width: int) -> tuple[str, Content]:
         """The recipe, and the longest hint beside it; the last hint may shorten the name of the data."""
         if self._bench is None:
-            return "", ""
+            return "", Content("")
         widest = recipe_line(self._bench, width)
-        for keys in _KEYS:
-            hint = name_keys(keys)
-            line = recipe_line(self._bench, width - len(hint) - 2)
-            if line == widest or (keys == _KEYS[-1] and _essentials(line) == _essentials(widest)):
+        for commands in _HINTS:
+            hint = Content("  ").join(_hint(*command) for command in commands)
+            line = recipe_line(self._bench, width - hint.cell_length - 2)
+            if line == widest or (commands == _HINTS[-1] and _essentials(line) == _essentials(widest)):
                 return line, hint
-        return widest, ""
+        return widest, Content("")
 
     def _bench_has_model(self) -> bool:
         return self._bench is not None and bool(self._bench.recipe.model.id)
@@ -89,6 +92,11 @@ class RecipeStrip(Widget):
             _cost(PRECISION_NAMES[key], self._comparison[key], self._budget, each) for key in self._shown
         ]
         return Content("  ").join(costs)
+
+
+def _hint(command: str, label: str) -> Content:
+    """``[u] Undo``, on which a click presses the key."""
+    return pressable(f"{key_name(command)} {label}", command_key(command))
 
 
 def _essentials(line: str) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from textual.content import Content
 
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.tui.key_names import bare_key
+from qlora_tui.tui.key_names import key_label
 
 _STEPS = (
     ("go.models", "Model", "The base model: start small, with 1 to 3 billion parameters."),
@@ -46,7 +46,7 @@ def first_steps_lines(progress: FirstSteps) -> list[Content]:
         lines.append(
             Content.assemble(
                 (f"{sign} ", style),
-                (bare_key(command), "bold $accent"),
+                key_label(command),
                 (f" {name:<8}", "bold" if number == next_step else ""),
                 (text, "" if number == next_step else "dim"),
             )

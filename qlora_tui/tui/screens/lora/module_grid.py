@@ -143,7 +143,7 @@ class ModuleGrid(Widget, can_focus=True):
         self.post_message(self.Moved())
 
     def on_click(self, event: Click) -> None:
-        """Put the cursor there and toggle it."""
+        """Put the cursor there; toggle what it was on already, or a kind by its box."""
         if self._table is None:
             return
         place = event.get_content_offset(self)
@@ -151,11 +151,12 @@ class ModuleGrid(Widget, can_focus=True):
         if place is None or not 0 <= row < len(self._table.rows):
             return
         column = (place.x - self._head_width) // self._cell_width + self._first_column
-        self._row = row
-        self._column = (
-            column if 0 <= column < len(self._table.columns) and place.x >= self._head_width else HEAD
-        )
-        self.toggle()
+        in_cells = 0 <= column < len(self._table.columns) and place.x >= self._head_width
+        before, now = (self._row, self._column), (row, column if in_cells else HEAD)
+        self._row, self._column = now
+        self.refresh()
+        if before == now or place.x < _BOX_CELLS:
+            self.toggle()
         self.post_message(self.Moved())
 
     def render(self) -> RenderResult:

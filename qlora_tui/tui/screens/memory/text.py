@@ -11,7 +11,7 @@ from qlora_tui.memory import Estimate, WhatFits
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import LOADING, Precision
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.tui.key_names import bare_key
+from qlora_tui.tui.key_names import key_label
 from qlora_tui.tui.render.recipe_line import PRECISION_NAMES
 from qlora_tui.tui.system_status import SystemStatus
 
@@ -61,20 +61,20 @@ def setting_controls(recipe: Recipe, fitting: WhatFits | None, context_tokens: i
     lines = [Content.styled(f"×2 ÷2 {'setting':<13} {'now':>7} {'max':>10}", "dim")]
     for command, name, now, most in counted:
         fits = "…" if most is None else f"{most:,}" if most else "none fits"
-        keys = "  ".join(bare_key(f"memory.{command}_{way}") for way in ("up", "down"))
+        keys = Content("  ").join(key_label(f"memory.{command}_{way}") for way in ("up", "down"))
         lines.append(_setting_control(keys, name, f"{now:>7,} {fits:>10}"))
         if name == "length" and context_tokens is not None and now > context_tokens:
             lines.append(Content.styled(f"      ! the model's context is {context_tokens:,}", "$warning"))
     lines.append(
         _setting_control(
-            bare_key("memory.targets"), "targets", targets if len(targets) < 18 else targets[:16] + "…"
+            key_label("memory.targets"), "targets", targets if len(targets) < 18 else targets[:16] + "…"
         )
     )
     lines.append(
-        _setting_control(bare_key("memory.checkpointing"), "checkpointing", training.gradient_checkpointing)
+        _setting_control(key_label("memory.checkpointing"), "checkpointing", training.gradient_checkpointing)
     )
     return Content("\n").join(lines)
 
 
-def _setting_control(keys: str, name: str, text: str) -> Content:
-    return Content.assemble((f"{keys:<5}", "$accent bold"), f" {name:<13} {text}")
+def _setting_control(keys: Content, name: str, text: str) -> Content:
+    return Content.assemble(keys, " " * max(0, 5 - keys.cell_length), f" {name:<13} {text}")

@@ -82,11 +82,14 @@ class HelpScreen(ModalScreen[None]):
         for number, command in enumerate(commands):
             texts = [f"{column[number]:<{width}}  " for column, width in zip(columns, widths, strict=True)]
             head = " " + "".join(texts)
-            cli = f" (qlora-tui {command.cli_command})" if command.cli_command and not self._names else ""
-            pieces = wrap(f"{command.help}{cli}", max(_MIN_WIDTH, width_left - len(head)))
+            pieces = wrap(command.help, max(_MIN_WIDTH, width_left - len(head)))
             lines += [
                 Content((" " * len(head) if below else head) + piece) for below, piece in enumerate(pieces)
             ]
+        names = dict.fromkeys(command.cli_command for command in commands if command.cli_command)
+        if names and not self._names:
+            in_shell = f"In a shell, qlora-tui has {', '.join(names)}."
+            lines += [Content.styled(f" {piece}", "dim") for piece in wrap(in_shell, width_left - 2)]
         return Content("\n").join(lines)
 
 

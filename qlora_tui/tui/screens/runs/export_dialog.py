@@ -259,7 +259,7 @@ class ExportScreen(ModalScreen[None]):
             # The end names the file.
             field.cursor_position = len(self._proposed)
 
-    def _keys(self, choice: ExportChoice | None, export: Export | None) -> str:
+    def _keys(self, choice: ExportChoice | None, export: Export | None) -> Content:
         """Return the keys that do something for the line under the cursor."""
         if choice is None:
             state = export.status.state if export else ""
