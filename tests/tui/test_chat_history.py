@@ -15,6 +15,9 @@ from qlora_tui.engine.protocol import ChatReady, CountTokens, Generate, Generati
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.chat.chat_turn import ChatTurn
 from qlora_tui.tui.screens.chat.saved_conversations import (
+    SavedAnswer,
+    SavedConversation,
+    SavedTurn,
     list_conversations,
     new_conversation_path,
     save_conversation,
@@ -103,6 +106,31 @@ def with_fake_engine(screen: ChatScreen) -> FakeEngine:
     screen.engine = cast(EngineClient, engine)
     screen.ready = READY
     return engine
+
+
+async def test_search_shows_only_exchanges_with_the_text() -> None:
+    run = finished(ADAPTER)
+    said = (("Where is it?", "In Oslo."), ("And when?", "On Monday."), ("In oslo too?", "No."))
+    path = new_conversation_path(run)
+    path.parent.mkdir()
+    turns = tuple(SavedTurn(prompt, {ADAPTER: SavedAnswer(answer)}) for prompt, answer in said)
+    path.write_bytes(msgspec.json.encode(SavedConversation(at=0.0, turns=turns)))
+    app = open_on("chat")
+    async with app.run_test(size=(120, 40)) as pilot:
+        await wait_for_text(pilot, run.name)
+        await pilot.press("escape", "h")
+        await wait_for_text(pilot, "Saved conversations", "/ filter")
+        await pilot.press("slash", *"nowhere")
+        await wait_for_text(pilot, "No line matches")
+        await pilot.press(*["backspace"] * 7, *"monday", "enter", "enter")
+        await wait_for_text(pilot, "On Monday.", "In Oslo.")
+        await pilot.press("escape", "slash")
+        await wait_for_text(pilot, "Show only exchanges with this text")
+        await pilot.press(*"oslo", "enter")
+        shown = await wait_for_text(pilot, "/oslo in 2 of 3", "In Oslo.", "In oslo too?")
+        assert "On Monday." not in shown
+        await pilot.press("slash", *["backspace"] * 4, "enter")
+        await wait_for_text(pilot, "On Monday.")
 
 
 async def test_an_answer_that_repeats_itself_is_stopped_with_a_word() -> None:

@@ -20,6 +20,7 @@ from qlora_tui.tui.screens.chat.sampling_settings import ChatSettingsScreen
 from qlora_tui.tui.screens.chat.saved_conversations import SavedConversation, list_conversations
 from qlora_tui.tui.screens.chat.source_picker import ChatSourceScreen, chat_runs
 from qlora_tui.tui.screens.chat.system_prompts import load_system_prompts, remember_system_prompt
+from qlora_tui.tui.screens.modals.text_prompt import ask_search
 
 
 class ChatActions(ConversationScreen):
@@ -28,6 +29,8 @@ class ChatActions(ConversationScreen):
     def __init__(self) -> None:
         super().__init__()
         self.source_name = ""
+        self.search = ""
+        """The text that exchanges are searched for; empty shows all."""
 
     async def chat_with(self, run: RunDir) -> None:
         """Turn to another run; its model is loaded with the first prompt."""
@@ -159,6 +162,7 @@ class ChatActions(ConversationScreen):
         for answer in self.answers:
             answer.stop()
         self.turns.clear()
+        self.search = ""
         self.conversation_path = None
         await self.query(ChatTurn).remove()
         self.show_header()
@@ -175,6 +179,17 @@ class ChatActions(ConversationScreen):
                 await self._open_conversation(path, dict(conversations)[path])
 
         self.app.push_screen(ConversationPicker(conversations), on_result)
+
+    def action_search(self) -> None:
+        """Ask for a text that exchanges must contain."""
+        ask_search(self.app, "exchanges", self.search, self.search_for)
+
+    def search_for(self, text: str) -> None:
+        """Show only exchanges with this text."""
+        self.search = text
+        for turn in self.turns:
+            turn.display = turn.contains(text)
+        self.show_header()
 
     def action_copy(self, side: str) -> None:
         """Copy the last answer of one side."""

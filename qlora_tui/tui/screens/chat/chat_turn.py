@@ -192,6 +192,14 @@ class ChatTurn(Vertical):
             for number, adapter_name in enumerate(dict.fromkeys(adapter_names))
         }
 
+    def contains(self, text: str) -> bool:
+        """Whether the prompt, an answer or a thought has this text, in upper or lower case."""
+        said = (
+            self.prompt,
+            *(part for answer in self.answers.values() for part in (answer.text, answer.thought)),
+        )
+        return any(text.casefold() in part.casefold() for part in said)
+
     def compose(self) -> ComposeResult:
         yield Static(f"▸ {self.prompt}", classes="prompt", markup=False)
         with Horizontal():

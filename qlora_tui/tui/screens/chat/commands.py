@@ -55,6 +55,7 @@ COMMANDS: tuple[Command, ...] = (
     ),
     _command("settings", "o", "settings", "Options", "Set sampling options and the system prompt."),
     _command("history", "h", "history", "History", "Continue a saved conversation."),
+    _not_in_footer("search", "slash", "search", "Search", "Show only exchanges that contain a text."),
     _not_in_footer("copy", "y", "copy('right')", "Copy", "Copy the last answer of the adapter."),
     _not_in_footer(
         "copy_left", "Y", "copy('left')", "Copy left", "Copy the last answer on the left, of the base."

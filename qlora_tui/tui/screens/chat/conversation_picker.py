@@ -31,5 +31,10 @@ class ConversationPicker(ListPicker[Path]):
         now = clock.now()
         return [(str(path), conversation_line(saved, now, _LINE)) for path, saved in self._conversations]
 
+    def searched_text(self, id_: str) -> str:
+        saved = dict(self._conversations)[Path(id_)]
+        answers = (answer.text for turn in saved.turns for answer in turn.answers.values())
+        return "\n".join((*(turn.prompt for turn in saved.turns), *answers))
+
     def picked(self, id_: str) -> Path:
         return Path(id_)

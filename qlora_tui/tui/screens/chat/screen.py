@@ -17,6 +17,7 @@ from qlora_tui.chat.effect import Effect
 from qlora_tui.engine.client import EngineClosedError
 from qlora_tui.engine.protocol import CountTokens, TokensCounted
 from qlora_tui.errors import UserError
+from qlora_tui.formatting import truncate_middle
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui import clock
 from qlora_tui.tui.breakpoints import TALL_CELLS
@@ -41,6 +42,8 @@ _SIDE_CELLS = 120
 """Width from which two answers leave room for a column beside them."""
 _COUNT_AFTER_S = 0.3
 """Time without a key before the tokens of a prompt are counted."""
+_MAX_SEARCH = 24
+"""Cells of the text searched for in the title."""
 _TITLE_FRAME, _FRAME, _SHORT_FRAME = 6, 4, 2
 """Cells of a panel around its title, and around its contents with and without a border."""
 
@@ -56,7 +59,8 @@ class ChatScreen(ChatActions):
         "if none is running, {chat.leave} leaves the field, so that {go.home} to {go.chat} and the keys "
         "below work. {chat.write} returns to the field. Each conversation is saved in the chats folder "
         "of the run, as Markdown; {chat.history} continues an earlier one, {chat.copy} copies the last "
-        "answer. An answer that repeats a sentence three times in a row is stopped.\n"
+        "answer, {chat.search} shows only exchanges with a text. An answer that repeats a sentence three "
+        "times in a row is stopped.\n"
         "What the model thinks before it answers is folded into one line: {chat.unfold} shows it. "
         "{chat.thinking} turns thinking on and off; it starts as the run was trained. Each has a second key "
         "for use while you type, listed below. {chat.effect} "
@@ -133,6 +137,8 @@ class ChatScreen(ChatActions):
             self.query_one(PromptBox).put(event.text)
             self.notify(f"The model is still answering. Press {key_name('chat.stop')} to stop it.")
             return
+        # What is asked now is shown, whatever was searched for.
+        self.search_for("")
         await self.send(event.text)
 
     async def on_prompt_box_recalled(self) -> None:
@@ -196,6 +202,9 @@ class ChatScreen(ChatActions):
         state = doing or (loaded if self.ready else "not loaded yet")
         path = transcript.transcript_path(self.run_dir)
         width = self._main_width - _TITLE_FRAME
+        if self.search:
+            matching = sum(turn.contains(self.search) for turn in self.turns)
+            state = f"/{truncate_middle(self.search, _MAX_SEARCH)} in {matching} of {len(self.turns)}"
         panel.show_title(chat_text.session_line(self.source_name, self.pair, state, width))
         thinking = chat_text.thinking_text(self.thinking, self.ready)
         line = chat_text.sampling_line(

@@ -1,11 +1,11 @@
-"""Asks for one line of text: a learning rate, a name."""
+"""Asks for one line of text: a learning rate, a name, what to search for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import ClassVar
 
-from textual.app import ComposeResult
+from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.markup import escape
@@ -45,3 +45,18 @@ class TextPromptScreen(ModalScreen[str | None]):
             self.query_one("#prompt-error", Static).update(f"✗ {wrong}")
         else:
             self.dismiss(event.value)
+
+
+def ask_search(app: App[object], things: str, before: str, show: Callable[[str], None]) -> None:
+    """Ask for a text, and pass it to ``show``: an empty one shows everything again.
+
+    Args:
+        app: The app.
+        things: What is searched, in the plural: ``lines``.
+        before: The text that was searched for last.
+        show: Called unless the question is cancelled.
+    """
+    text = f"Show only {things} with this text. Leave empty to show all."
+    app.push_screen(
+        TextPromptScreen("Search", text, before), lambda given: None if given is None else show(given)
+    )

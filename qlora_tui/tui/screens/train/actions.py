@@ -18,7 +18,7 @@ from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.leaving import leave
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
-from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
+from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen, ask_search
 from qlora_tui.tui.screens.train.launch_pane import first_fix
 from qlora_tui.tui.screens.train.live_pane import LivePane
 from qlora_tui.tui.screens.train.run_picker import RunPickerScreen
@@ -252,12 +252,7 @@ class TrainActions(WorkScreen):
     def action_search(self) -> None:
         """Ask for a text that log lines must contain."""
         pane = self.query_one(LivePane)
-        self.app.push_screen(
-            TextPromptScreen(
-                "Search", "Show only lines with this text. Leave empty to show all.", pane.search
-            ),
-            lambda text: None if text is None else pane.search_for(text),
-        )
+        ask_search(self.app, "lines", pane.search, pane.search_for)
 
     def action_copy_command(self) -> None:
         """Copy the command that shows this run."""
