@@ -23,7 +23,7 @@ breakpoints    widths and heights that app turns into the classes -narrow, -wide
                each screen says what it shows in them; app.tcss is the CSS that all screens share, among it
                that of panels in a small window
 disk_faults    messages about a disk that cannot be written
-clipboard, escapes, run_notifications   what a terminal does besides showing text
+clipboard, folders, escapes, run_notifications   what a terminal does besides showing text
 gc_tuning, shutdown, stderr_capture, clock   the process: memory, its end, stderr, time
 
 screens/       a package for each screen, and one for modals

@@ -422,6 +422,36 @@ async def test_a_renamed_run_is_listed_and_found_under_its_name(
     assert find_run("owls") == three_runs[0]
 
 
+@pytest.mark.parametrize("is_remote", [False, True])
+async def test_a_runs_folder_opens_or_its_path_is_copied(
+    make_app: MakeApp,
+    three_runs: list[RunDir],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_remote: bool,
+) -> None:
+    tool, opened = tmp_path / "xdg-open", tmp_path / "opened"
+    tool.write_text(f'#!/bin/sh\nprintf %s "$1" > {opened}.part && mv {opened}.part {opened}\n')
+    tool.chmod(0o700)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("DISPLAY", ":0")
+    for variable in ("TMUX", "WAYLAND_DISPLAY", "SSH_CONNECTION"):
+        monkeypatch.delenv(variable, raising=False)
+    if is_remote:
+        monkeypatch.setenv("SSH_CONNECTION", "10.0.0.1 22")
+    app = make_app()
+    async with app.run_test(size=(120, 40), notifications=True) as pilot:
+        await open_runs(app)
+        await wait_for_text(pilot, "tickets-a")
+        await pilot.press("O")
+        if is_remote:
+            await wait_for_text(pilot, "Sent to the terminal (OSC 52)", "cd ")
+            assert app.clipboard == f"cd {three_runs[0].path}"
+        else:
+            await wait_until(pilot, opened.exists)
+            assert opened.read_text() == str(three_runs[0].path)
+
+
 async def test_copying_says_what_took_it(
     make_app: MakeApp, three_runs: list[RunDir], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

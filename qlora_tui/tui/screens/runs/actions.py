@@ -16,6 +16,7 @@ from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.run_summary import Listing, RunSummary
 from qlora_tui.runs.trash import Trash
+from qlora_tui.tui.folders import open_folder
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
@@ -193,6 +194,11 @@ class RunActions(WorkScreen):
             run = self.current.run
             words = run.id if verb == "attach" else str(run.recipe_path)
             self.app.copy_to_clipboard(f"qlora-tui {verb} {shlex.quote(words)}")
+
+    def action_folder(self) -> None:
+        """Open the folder of the run, or copy the command that goes there."""
+        if self.current is not None:
+            open_folder(self.qlora_app, self.current.run.path)
 
     def _recipe(self) -> Recipe | None:
         if self.current is None:

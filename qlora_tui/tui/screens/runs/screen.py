@@ -89,7 +89,12 @@ class RunsScreen(RunActions):
             with VerticalScroll(id="preview-side", can_focus=False):
                 yield Panel("Result", Static(id="run-result"))
                 yield Panel("Settings", Static(id="run-settings"), keys=(("runs.rerun", "rerun"),))
-                yield Panel("Files", Static(id="run-files"), keys=(("runs.copy", "copy"),), id="files-panel")
+                yield Panel(
+                    "Files",
+                    Static(id="run-files"),
+                    keys=(("runs.copy", "copy"), ("runs.folder", "folder")),
+                    id="files-panel",
+                )
                 yield Panel("Log, newest first", Static(id="run-log"), id="log-panel")
 
     def on_mount(self) -> None:

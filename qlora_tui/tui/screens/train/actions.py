@@ -14,6 +14,7 @@ from qlora_tui.runs.events import STEP_PHASES
 from qlora_tui.runs.machine_checks import Check
 from qlora_tui.runs.status import ACTIVE, State, read_status
 from qlora_tui.runs.suggested_fix import SuggestedFix
+from qlora_tui.tui.folders import open_folder
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.leaving import leave
 from qlora_tui.tui.screens.base import WorkScreen
@@ -253,6 +254,11 @@ class TrainActions(WorkScreen):
         """Ask for a text that log lines must contain."""
         pane = self.query_one(LivePane)
         ask_search(self.app, "lines", pane.search, pane.search_for)
+
+    def action_folder(self) -> None:
+        """Open the folder of the run, or copy the command that goes there."""
+        if self.run is not None:
+            open_folder(self.qlora_app, self.run.path)
 
     def action_copy_command(self) -> None:
         """Copy the command that shows this run."""

@@ -88,6 +88,13 @@ COMMANDS: tuple[Command, ...] = (
     _not_in_footer("level", "v", "level", "Level", "Show all lines, warnings only, or errors only."),
     _not_in_footer("search", "slash", "search", "Search", "Show only lines that contain a text."),
     _not_in_footer(
+        "folder",
+        "O",
+        "folder",
+        "Open folder",
+        "Open the run's folder; over SSH, copy the command that goes there.",
+    ),
+    _not_in_footer(
         "copy",
         "y",
         "copy_command",
