@@ -12,6 +12,7 @@
 * ``code_keys``: keys of configs that would choose which code runs, rejected or removed.
 * ``lookup``: an architecture by the model's name, with or without its weights; ``config_cache`` stores for
   it the configs from the Hub.
+* ``starter_models``: models worth starting with, offered to a user who has none.
 * ``context_length``: the warning for samples longer than the model's context.
 * ``hub``, ``hub_files``, ``download``, ``hub_errors``, ``hub_responses``: search the Hub, plan a download,
   run it, translate its errors, and read its responses within bounds.

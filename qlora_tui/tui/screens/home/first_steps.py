@@ -51,4 +51,5 @@ def first_steps_lines(progress: FirstSteps) -> list[Content]:
                 (text, "" if number == next_step else "dim"),
             )
         )
+    lines.append(Content.styled("  In any order, and none is needed for the demo: defaults work.", "dim"))
     return lines

@@ -29,6 +29,8 @@ from qlora_tui.tui.widgets.static_update import update_if_changed
 from qlora_tui.tui.widgets.vi_scroll import ViScroll
 
 if TYPE_CHECKING:
+    from textual.widgets import OptionList
+
     from qlora_tui.recipe.schema import Recipe
     from qlora_tui.runs.run_summary import RunSummary
     from qlora_tui.tui.screens.home.next_step import NextStep
@@ -88,6 +90,10 @@ class HomeScreen(WorkScreen):
         }
         #home-side {
             width: 42;
+        }
+        #starters {
+            height: auto;
+            margin-top: 1;
         }
         #queue-panel {
             height: 1fr;
@@ -175,6 +181,12 @@ class HomeScreen(WorkScreen):
 
     def show_system_status(self, system_status: SystemStatus) -> None:
         self._start_reading()
+
+    async def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        """Find a model worth starting with on the Hub."""
+        from qlora_tui.tui.screens.models.screen import find_on_hub
+
+        await find_on_hub(self.qlora_app, event.option_id or "")
 
     async def action_next(self) -> None:
         """Do the next step."""
@@ -321,6 +333,7 @@ class HomeScreen(WorkScreen):
         panel = self.query_one("#run-panel", Panel)
         panel.show_title("First steps" if is_new else "Run" if self._is_active else "Last run")
         panel.show_keys(() if is_new else self._run_keys)
+        self._show_starters(facts.starters)
         graph = self.query_one("#run-graph", Graph)
         graph.visible = not is_new
         graph.show(summary_plot(facts.last))
@@ -333,6 +346,20 @@ class HomeScreen(WorkScreen):
         self.query_one("#recipe-panel", Panel).show_title(f"Recipe · {preset}")
         self.query_one("#recent-panel").display = bool(facts.recent)
         self.query_one(RecentRuns).show(facts.recent, clock.now())
+
+    def _show_starters(self, lines: tuple[tuple[str, Content], ...]) -> None:
+        """Show models worth starting with; none removes the list."""
+        if not lines:
+            self.query("#starters").remove()
+            return
+        from qlora_tui.tui.widgets.vi_list import ViList  # not needed for the first frame
+
+        shown = self.query("#starters").results(ViList)
+        starters = next(shown, None)
+        if starters is None:
+            starters = ViList(id="starters")
+            self.query_one("#run-panel").mount(starters, after="#run")
+        starters.show(lines)
 
     @property
     def _is_active(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from textual import work
 from textual.containers import Horizontal, Vertical
@@ -37,6 +37,9 @@ from qlora_tui.tui.screens.models.model_side import ModelSide
 from qlora_tui.tui.widgets.panel import Panel
 from qlora_tui.tui.widgets.text_field import TextField
 from qlora_tui.tui.widgets.vi_list import ViList
+
+if TYPE_CHECKING:
+    from qlora_tui.tui.app import QloraApp
 
 EMPTY = (
     "No models on this machine yet. Press {models.filter} and type a name to search the Hub, or press "
@@ -305,3 +308,12 @@ class ModelsScreen(DownloadActions):
 def _list_models(folders: list[Path]) -> list[LocalModel]:
     """The models in these folders, in those opened lately, and where they are always looked for."""
     return list_local_models([*folders, *load_recent("models")])
+
+
+async def find_on_hub(app: QloraApp, model_id: str) -> None:
+    """Go to the Model screen with a name in the search field: Enter searches the Hub for it."""
+    await app.switch_mode("models")
+    if isinstance(app.screen, ModelsScreen):
+        field = app.screen.query_one(Input)
+        field.value = model_id
+        field.focus()
