@@ -117,3 +117,10 @@ SOURCE_KEYS = (("data.open", "add"), ("data.replace", "replace"), ("data.remove"
 TOTALS_KEYS = (("data.format", "format"), ("data.columns", "columns"))
 LENGTH_KEYS = (("data.longer", "longer"), ("data.shorter", "shorter"), ("data.too_long", "too long"))
 PROBLEM_KEYS: tuple[tuple[str, str], ...] = (("data.problem", "next"), ("data.fix", "fix"))
+
+
+def problem_keys(*, skips: bool, has_bad_rows: bool) -> tuple[tuple[str, str], ...]:
+    """The keys for problems: with bad rows, also the one that leaves them out or refuses them."""
+    if skips:
+        return (*PROBLEM_KEYS, ("data.bad_rows", "refuse bad rows"))
+    return (*PROBLEM_KEYS, ("data.bad_rows", "skip bad rows")) if has_bad_rows else PROBLEM_KEYS

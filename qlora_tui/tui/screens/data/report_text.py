@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from textual.content import Content
@@ -144,6 +145,18 @@ def _fix_label(problem: DataProblem, bad_rows: int) -> str:
     if problem.split_rows:
         return f"split into {'about ' if problem.is_estimate else ''}{pluralize(problem.split_rows, 'row')}"
     return f"train {', '.join(problem.tokens)}" if problem.tokens else ""
+
+
+def problem_lines(
+    report: Report, problems: Sequence[DataProblem], *, brief: bool, bad_rows: int
+) -> list[tuple[str, Content]]:
+    """(id, line) of each problem; of those with bad rows only the first says that one key leaves all out."""
+    lines = []
+    for problem in problems:
+        skipped, bad_rows = (bad_rows, 0) if is_bad_row(problem) else (0, bad_rows)
+        line = problem_line(problem, brief=brief, several=len(report.files) > 1, bad_rows=skipped)
+        lines.append((f"{problem.kind} {problem.path}", line))
+    return lines
 
 
 def no_problem_line(report: Report) -> Content:

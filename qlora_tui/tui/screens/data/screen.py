@@ -16,25 +16,17 @@ from textual.widgets import OptionList, Static
 
 from qlora_tui.data.dataset_report import Report, Shown
 from qlora_tui.data.preferences import PAIRS_TITLE, TITLES
-from qlora_tui.data.problems import is_bad_row
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs.length_costs import LengthCost, last_throughput, length_costs
+from qlora_tui.runs.length_costs import LengthCost
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.key_names import highlight_keys, name_keys
+from qlora_tui.tui.screens.data import commands as keys
 from qlora_tui.tui.screens.data import report_text
 from qlora_tui.tui.screens.data import text as data_text
 from qlora_tui.tui.screens.data.actions import DataActions
-from qlora_tui.tui.screens.data.commands import (
-    COMMANDS,
-    LENGTH_KEYS,
-    PROBLEM_KEYS,
-    SAMPLE_KEYS,
-    SOURCE_KEYS,
-    TOTALS_KEYS,
-)
 from qlora_tui.tui.screens.data.histogram import histogram
-from qlora_tui.tui.screens.data.length_table import cost_table, total_time
+from qlora_tui.tui.screens.data.length_table import LengthCostReader, cost_table, total_time
 from qlora_tui.tui.screens.data.previews import PreviewRequest
 from qlora_tui.tui.widgets.panel import Panel
 from qlora_tui.tui.widgets.static_update import update_if_changed
@@ -65,7 +57,7 @@ class DataScreen(DataActions):
         "{data.remove} removes the selected one. {data.bad_rows} leaves out rows that cannot be used. "
         "Press Enter on a problem to go to its next row. Tab moves between the lists."
     )
-    SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = COMMANDS
+    SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = keys.COMMANDS
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,22 +71,24 @@ class DataScreen(DataActions):
         """Why the row is shown as it is in the file although a model is selected."""
         self._costs: list[LengthCost] = []
         self._costs_key: object = None
-        self._throughput: tuple[str, float | None] | None = None
+        self._cost_reader = LengthCostReader()
 
     def compose_body(self) -> Iterable[Widget]:
         with Horizontal(id="data-body"):
-            with Panel("Sample", keys=SAMPLE_KEYS, id="sample-panel"), ViScroll(id="sample-scroll"):
+            with Panel("Sample", keys=keys.SAMPLE_KEYS, id="sample-panel"), ViScroll(id="sample-scroll"):
                 yield Static(id="sample")
             with VerticalScroll(id="data-side", can_focus=False):
                 with Vertical(id="file-facts"):
-                    yield Panel("Sources", ViList(id="sources"), keys=SOURCE_KEYS, id="sources-panel")
-                    yield Panel("Tokens", Static(id="data-totals"), keys=TOTALS_KEYS, id="totals-panel")
+                    yield Panel("Sources", ViList(id="sources"), keys=keys.SOURCE_KEYS, id="sources-panel")
+                    yield Panel("Tokens", Static(id="data-totals"), keys=keys.TOTALS_KEYS, id="totals-panel")
                 with Vertical(id="length-facts"):
-                    with Panel("Lengths", keys=LENGTH_KEYS, id="lengths-panel"):
+                    with Panel("Lengths", keys=keys.LENGTH_KEYS, id="lengths-panel"):
                         yield Static(id="lengths-line")
                         yield Static(id="histogram")
                         yield Static(id="costs")
-                    yield Panel("Problems", ViList(id="problems"), keys=PROBLEM_KEYS, id="problems-panel")
+                    yield Panel(
+                        "Problems", ViList(id="problems"), keys=keys.PROBLEM_KEYS, id="problems-panel"
+                    )
 
     def on_mount(self) -> None:
         self.query_one("#sample-scroll").focus()
@@ -224,19 +218,8 @@ class DataScreen(DataActions):
     @work(exclusive=True, group="costs")
     async def _costs_of(self, report: Report, recipe: Recipe) -> None:
         architecture = self.qlora_app.workbench.architecture()
-        if self._throughput is None or self._throughput[0] != recipe.model.id:
-            self._throughput = (
-                recipe.model.id,
-                await asyncio.to_thread(last_throughput, recipe.model.id),
-            )
-        self._costs = await asyncio.to_thread(
-            length_costs,
-            report,
-            recipe,
-            architecture,
-            self.qlora_app.memory_budget,
-            self._throughput[1],
-        )
+        budget = self.qlora_app.memory_budget
+        self._costs = await self._cost_reader.read(report, recipe, architecture, budget)
         self.show_report()
 
     def _show_row(self) -> None:
@@ -283,13 +266,7 @@ class DataScreen(DataActions):
         self.query_one("#totals-panel", Panel).show_title(f"Tokens of {name}" if several else "Tokens")
         # In a short window, the fix is shown above a row that has the problem.
         short = brief or (self.size.height < _TALL and not alone)
-        bad_rows, several_files = self.bad_rows(), len(report.files) > 1
-        lines = []
-        for problem in self.problems:
-            # One key leaves all bad rows out; only the first of their problems says so.
-            skipped, bad_rows = (bad_rows, 0) if is_bad_row(problem) else (0, bad_rows)
-            line = report_text.problem_line(problem, brief=short, several=several_files, bad_rows=skipped)
-            lines.append((f"{problem.kind} {problem.path}", line))
+        lines = report_text.problem_lines(report, self.problems, brief=short, bad_rows=self.bad_rows())
         problems = self.query_one("#problems", ViList)
         # Errors found later come before what the cursor was on.
         select = lines[0][0] if lines and not problems.has_focus else None
@@ -297,16 +274,9 @@ class DataScreen(DataActions):
         count = f"Problems ({len(lines)})" if lines else "Problems"
         problems_panel = self.query_one("#problems-panel", Panel)
         problems_panel.show_title(count)
-        problems_panel.show_keys(self._problem_keys)
+        skips = recipe.data.bad_rows == "skip"
+        problems_panel.show_keys(keys.problem_keys(skips=skips, has_bad_rows=bool(self.bad_rows())))
         self._show_row_title()
-
-    @property
-    def _problem_keys(self) -> tuple[tuple[str, str], ...]:
-        if self.qlora_app.workbench.recipe.data.bad_rows == "skip":
-            return (*PROBLEM_KEYS, ("data.bad_rows", "refuse bad rows"))
-        if self.bad_rows():
-            return (*PROBLEM_KEYS, ("data.bad_rows", "skip bad rows"))
-        return PROBLEM_KEYS
 
     def _show(self, name: str, text: Content) -> None:
         update_if_changed(self.query_one(name, Static), text)

