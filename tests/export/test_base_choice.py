@@ -96,10 +96,10 @@ def test_a_gpu_too_small_for_16_bits_measures_nothing(
 ) -> None:
     compute = ChatSession.logits_at
 
-    def load(folder: Path, recipe: Recipe, *arguments: Any) -> Any:
+    def load(folder: Path, recipe: Recipe, *arguments: Any, **settings: Any) -> Any:
         if failing == "loading" and recipe.quantization.method == "none":
             raise torch.OutOfMemoryError
-        return load_base(folder, recipe, *arguments)
+        return load_base(folder, recipe, *arguments, **settings)
 
     def logits_at(self: ChatSession, *arguments: Any) -> torch.Tensor:
         if failing == "computing" and self.source.recipe.quantization.method == "none":

@@ -116,9 +116,9 @@ def test_a_lora_is_compared_on_both_kinds_of_weights(tmp_path: Path, monkeypatch
     source = make_source(tmp_path, quantization="nf4")
     loaded: list[str] = []
 
-    def load(folder: Path, recipe: Recipe, *arguments: Any) -> Any:
+    def load(folder: Path, recipe: Recipe, *arguments: Any, **settings: Any) -> Any:
         loaded.append(recipe.quantization.method)
-        return load_base(folder, recipe, *arguments)
+        return load_base(folder, recipe, *arguments, **settings)
 
     monkeypatch.setattr("qlora_tui.chat.session.load_base", load)
     result = export_lora(source, "adapter", tmp_path / "lora.gguf")
