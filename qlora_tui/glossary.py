@@ -49,6 +49,11 @@ GLOSSARY: dict[str, str] = {
     "effective batch": "micro-batch × gradient accumulation: sequences for each optimizer step",
     "verified": "compared with transformers and peft on the model at hand, and equal within rounding",
     "effect": "how far the adapter moves the model: KL of next tokens, change of weights by layer",
+    "forgetting": (
+        "how far the model has moved from its base on general prompts: the KL divergence in nats for each "
+        "token of the base's answers to them. 0: as the base; about 1: it answers everything in the voice of "
+        "the data; above 2: its other abilities are at risk"
+    ),
     "NF4": (
         "4-bit NormalFloat, the storage of the QLoRA paper; the weights are expanded to the compute "
         "dtype for each product"

@@ -18,6 +18,7 @@ KINDS = {
     "models": "16-bit weights converted from GGUF files; runs on these files need them again",
     "tokenized": "data as token ids",
     "datasets": "facts about Hub datasets",
+    "base-answers": "answers of base models to general prompts, which evaluations compare with",
     "configs": "config.json of Hub models, for estimates",
     "findings": "checks of data files",
     "uploads": "exports that are not on the Hub yet; without them an interrupted upload starts over",

@@ -370,6 +370,26 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     sample_prompts: Annotated[
         tuple[str, ...], _about("Sample prompts", "Prompts to answer at each evaluation.")
     ] = ()
+    general_prompts: Annotated[
+        int,
+        _about(
+            "General prompts",
+            "General prompts (at most 32) on which each evaluation measures how far the model has moved from "
+            "its base: what it forgets. 0: none.",
+            ge=0,
+            le=32,
+        ),
+    ] = 24
+    forgetting_weight: Annotated[
+        float,
+        _about(
+            "Forgetting weight",
+            "How much the divergence from the base on general prompts counts beside the validation loss, for "
+            "the best checkpoint and early stopping. 0: only the loss counts.",
+            ge=0.0,
+            le=100.0,
+        ),
+    ] = 0.0
     seed: Annotated[
         int, _about("Seed", "Seeds the data order, dropout and the initial adapter.", ge=0, lt=2**32)
     ] = 42

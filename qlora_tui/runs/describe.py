@@ -80,8 +80,10 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
             best = _format_best(event) if event.best and event.step else ""
             exact = "" if event.accuracy is None else f", {format_percent(event.accuracy)} of answers exact"
             base = " (the base model)" if exact and not event.step else ""
+            forgot = format_forgetting(event) if event.step else ""
             return (
-                f"step {event.step:,}: validation loss {format_float(_number(event.loss))}{exact}{base}{best}"
+                f"step {event.step:,}: validation loss {format_float(_number(event.loss))}{exact}{base}"
+                f"{', ' if forgot else ''}{forgot}{best}"
             )
         case CheckpointSaved():
             return f"checkpoint at step {event.step:,}"
@@ -104,6 +106,13 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
             return f"paused at step {event.step:,}"
         case Failed():
             return f"failed: {event.problem()}"
+
+
+def format_forgetting(event: Evaluated | None) -> str:
+    """How far the model has moved from its base on general prompts; empty where it was not measured."""
+    if event is None or event.forgetting is None:
+        return ""
+    return f"forgetting {format_float(event.forgetting, 3)}"
 
 
 def _format_best(event: Evaluated) -> str:

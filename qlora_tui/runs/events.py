@@ -195,6 +195,12 @@ class Evaluated(Event, tag="evaluated", frozen=True, kw_only=True):
     """The validation loss at step 0, where it was measured."""
     accuracy: float | None = None
     """Share of greedy answers that match exactly, for short-answer data; at step 0, the base's share."""
+    forgetting: float | None = None
+    """Mean KL(base ‖ model) in nats on the base's answers to general prompts; None where not measured."""
+    score: float | None = None
+    """The loss with weighted forgetting, if ``training.forgetting_weight`` is set: the lowest is best."""
+    general_turn_ends: float | None = None
+    """Share of the turn ends in these answers that the model keeps."""
 
 
 class CheckpointSaved(Event, tag="checkpoint_saved", frozen=True, kw_only=True):

@@ -18,21 +18,23 @@ _COLUMNS = (
     "tokens",
     "tokens_per_s",
     "validation_loss",
+    "forgetting",
 )
 
 
 def metrics_csv(view: RunView) -> str:
     """Return a line for each recorded step.
 
-    ``validation_loss`` is empty at steps without an evaluation, and a value that was not a number is ``nan``.
-    An evaluation before the first step has a separate line.
+    ``validation_loss`` and ``forgetting`` are empty at steps without an evaluation, and a value that was not
+    a number is ``nan``. An evaluation before the first step has a separate line.
     """
     series = view.series
     validation = {e.step: e.loss for e in view.evaluations if e.loss is not None}
+    forgetting = {e.step: e.forgetting for e in view.evaluations if e.forgetting is not None}
     steps = set(series.step)
     rows: list[tuple[int, list[str]]] = [
-        (step, [str(step), *([""] * 6), _number(loss)])
-        for step, loss in validation.items()
+        (step, [str(step), *([""] * 6), _number(validation.get(step)), _number(forgetting.get(step))])
+        for step in {**validation, **forgetting}
         if step not in steps
     ]
     columns: Sequence[Sequence[float]] = (
@@ -45,7 +47,8 @@ def metrics_csv(view: RunView) -> str:
     )
     for place, step in enumerate(series.step):
         values = [_number(column[place]) for column in columns]
-        rows.append((step, [str(step), *values, _number(validation.get(step))]))
+        evaluated = (_number(validation.get(step)), _number(forgetting.get(step)))
+        rows.append((step, [str(step), *values, *evaluated]))
     rows.sort(key=lambda row: row[0])
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

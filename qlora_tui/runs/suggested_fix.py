@@ -75,7 +75,7 @@ def _fix_for(kind: str, state: State, recipe: Recipe) -> SuggestedFix | None:
             return SuggestedFix("stop this run, its adapter saved", stop=True)
         case "worse_than_before":
             return _next_run(recipe, {"training.learning_rate": float(f"{training.learning_rate / 10:.3g}")})
-        case "nan_loss" | "exploding_gradient" if state not in ACTIVE:
+        case "nan_loss" | "exploding_gradient" | "forgetting" if state not in ACTIVE:
             return _next_run(recipe, half)
         case "few_steps" if 0 < training.max_steps < FEW_STEPS:
             return _next_run(recipe, {"training.max_steps": 0})

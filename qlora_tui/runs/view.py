@@ -190,9 +190,19 @@ class RunView:
 
     @property
     def best(self) -> Evaluated | None:
-        """The evaluation with the lowest loss after training began."""
+        """The evaluation of lowest loss after training began; of lowest score where there are scores."""
         scored = [e for e in self.evaluations if e.loss is not None and e.step > 0]
-        return min(scored, key=lambda e: e.loss if e.loss is not None else math.inf, default=None)
+
+        def score(event: Evaluated) -> float:
+            score = event.loss if event.score is None else event.score
+            return math.inf if score is None else score
+
+        return min(scored, key=score, default=None)
+
+    @property
+    def forgetting(self) -> float | None:
+        """Divergence from the base on general prompts at the last evaluation; None where not measured."""
+        return self.evaluations[-1].forgetting if self.evaluations else None
 
     @property
     def loss_before_training(self) -> float | None:

@@ -36,8 +36,9 @@
 ``trainer``               transformers' ``Trainer``, one item per optimizer step; optimizer,
                           gradient clipping, learning-rate schedule
 ``callbacks``             the ``TrainerCallback``: probe memory, then after each step report, evaluate
-                          (``evaluation``, ``accuracy``), stop early, save (``checkpoint_saver``;
-                          ``disk_errors``: the cause of a failed write), handle ``control_requests``
+                          (``evaluation``, ``accuracy``; ``forgetting`` compares with the base), stop early,
+                          save (``checkpoint_saver``; ``disk_errors``: the cause of a failed write), handle
+                          ``control_requests``
 ``random_numbers``        their state at the start of a step, for a stop that does not wait for its end
 ``checkpoints``           writes a checkpoint completely or not at all, and finds the newest intact one, from
                           which ``supervisor`` resumes exactly

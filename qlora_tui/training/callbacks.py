@@ -18,7 +18,14 @@ from qlora_tui.training.batches import PlannedStep
 from qlora_tui.training.checkpoint_saver import CheckpointSaver, RunProgress
 from qlora_tui.training.control_requests import StopRequested
 from qlora_tui.training.evaluation import Evaluator
-from qlora_tui.training.health import StepMonitor, ValidationMonitor, find_non_finite, too_few_steps
+from qlora_tui.training.forgetting.base_divergence import BaseDivergence
+from qlora_tui.training.health import (
+    ForgettingMonitor,
+    StepMonitor,
+    ValidationMonitor,
+    find_non_finite,
+    too_few_steps,
+)
 from qlora_tui.training.memory_probe import probe_longest_batch
 from qlora_tui.training.prepared_run import PreparedRun
 from qlora_tui.training.trainer import RunTrainer
@@ -60,6 +67,8 @@ class RunCallback(TrainerCallback):
         self._saver = CheckpointSaver(prepared, trainer)
         self._monitor = StepMonitor()
         self._validation_monitor = ValidationMonitor()
+        self._base_divergence = BaseDivergence(prepared, trainer.model)
+        self._forgetting_monitor = ForgettingMonitor()
         self._total_steps = len(prepared.step_plan.steps)
         self._started_at = 0.0
         self._overhead_s = 0.0
@@ -247,8 +256,11 @@ class RunCallback(TrainerCallback):
         return best
 
     def _evaluate(self, step: int) -> bool:
+        training = self._prepared.recipe.training
         loss, accuracy = self._evaluator.evaluate()
-        best = self.progress.add_validation_loss(step, loss)
+        forgetting, turn_ends = self._base_divergence.measure() if training.general_prompts else (None, None)
+        score = loss + training.forgetting_weight * (forgetting or 0.0)
+        best = self.progress.add_score(step, score, loss)
         self._reporter.emit(
             Evaluated(
                 at=time.time(),
@@ -257,11 +269,16 @@ class RunCallback(TrainerCallback):
                 best=best,
                 before_training=self.progress.loss_before_training if step else None,
                 accuracy=accuracy,
+                forgetting=forgetting if forgetting is not None and math.isfinite(forgetting) else None,
+                score=score if training.forgetting_weight and math.isfinite(score) else None,
+                general_turn_ends=turn_ends,
             )
         )
-        self._reporter.log(f"validation loss {loss:.4f} at step {step}{' (lowest)' if best else ''}")
-        finding = self._validation_monitor.check(step, loss, self.progress.loss_before_training)
-        if finding is not None:
+        self._reporter.log(f"validation loss {loss:.4f} at step {step}{' (best)' if best else ''}")
+        findings = [self._validation_monitor.check(step, loss, self.progress.loss_before_training)]
+        if forgetting is not None:
+            findings.append(self._forgetting_monitor.check(step, forgetting, turn_ends))
+        for finding in filter(None, findings):
             self._reporter.health(finding.kind, finding.evidence, finding.remedy, step=step)
         return best
 
@@ -271,9 +288,10 @@ class RunCallback(TrainerCallback):
 
     def _early_stop_reason(self) -> str | None:
         patience = self._prepared.recipe.training.early_stopping
-        if not patience or len(self.progress.losses_since_best) < patience:
+        if not patience or len(self.progress.scores_since_best) < patience:
             return None
-        return f"the validation loss did not improve in {patience} evaluations"
+        weighted = " with forgetting" if self._prepared.recipe.training.forgetting_weight else ""
+        return f"the validation loss{weighted} did not improve in {patience} evaluations"
 
     def _save(self, step: int, *, force: bool = False) -> None:
         """Write a checkpoint, once per step. Raises OSError with ``force``, where it cannot be written."""

@@ -21,11 +21,12 @@ class RunProgress:
     """What changes from step to step and is not part of transformers' ``TrainerState``."""
 
     best_step: int | None = None
-    best_loss: float | None = None
+    best_score: float | None = None
+    """Validation loss, with the weighted divergence from the base, at the best step: the lowest is best."""
     loss_before_training: float | None = None
     """Validation loss at step 0; None where it was not measured."""
-    losses_since_best: list[float] = field(default_factory=list)
-    """Validation losses since the best, for early stopping."""
+    scores_since_best: list[float] = field(default_factory=list)
+    """Scores of the evaluations since the best, for early stopping."""
     evaluated_step: int = -1
     """Step of the last evaluation; -1 before the first."""
     checkpoint_step: int = -1
@@ -38,24 +39,24 @@ class RunProgress:
         """The progress at a checkpoint."""
         return cls(
             best_step=state.best_step,
-            best_loss=state.best_loss,
+            best_score=state.best_score,
             loss_before_training=state.loss_before_training,
-            losses_since_best=list(state.losses_since_best),
+            scores_since_best=list(state.scores_since_best),
             evaluated_step=state.step,
             checkpoint_step=state.step,
         )
 
-    def add_validation_loss(self, step: int, loss: float) -> bool:
-        """Remember a validation loss; True where it is the best so far."""
+    def add_score(self, step: int, score: float, loss: float) -> bool:
+        """Remember the score and the validation loss of an evaluation; True where it is the best so far."""
         if step <= 0:
             # No candidate, since the adapter has learned nothing, but what later ones are compared with.
             self.loss_before_training = loss
             return False
-        best = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
+        best = math.isfinite(score) and (self.best_score is None or score < self.best_score)
         if best:
-            self.best_loss, self.best_step, self.losses_since_best = loss, step, []
+            self.best_score, self.best_step, self.scores_since_best = score, step, []
         else:
-            self.losses_since_best.append(loss)
+            self.scores_since_best.append(score)
         return best
 
 
@@ -83,9 +84,9 @@ class CheckpointSaver:
             padding_free=prepared.base.padding_free,
             recipe=checkpoints.recipe_text(prepared.recipe),
             best_step=progress.best_step,
-            best_loss=progress.best_loss,
+            best_score=progress.best_score,
             loss_before_training=progress.loss_before_training,
-            losses_since_best=tuple(progress.losses_since_best),
+            scores_since_best=tuple(progress.scores_since_best),
         )
         try:
             folder = checkpoints.write(

@@ -45,6 +45,8 @@ _CHANGEABLE = frozenset(
         "training.keep_checkpoints",
         "training.early_stopping",
         "training.sample_prompts",
+        "training.general_prompts",
+        "training.forgetting_weight",
         "training.gradient_checkpointing",
         "quantization.streamed_layers",
     }
@@ -66,10 +68,10 @@ class CheckpointState(Struct, frozen=True, kw_only=True):
     recipe: str
     """The recipe as TOML."""
     best_step: int | None = None
-    best_loss: float | None = None
+    best_score: float | None = msgspec.field(default=None, name="best_loss")
     loss_before_training: float | None = None
-    losses_since_best: tuple[float, ...] = msgspec.field(default=(), name="last_losses")
-    """Validation losses since the best, for early stopping."""
+    scores_since_best: tuple[float, ...] = msgspec.field(default=(), name="last_losses")
+    """Scores of the evaluations since the best, for early stopping."""
 
 
 _STATE_DECODER = msgspec.json.Decoder(CheckpointState)

@@ -66,7 +66,7 @@ def test_losses_since_the_best_keep_their_stored_name(run: RunDir) -> None:
     stored = json.loads((run.checkpoints_dir / "step-30" / "state.json").read_text())
     stored["last_losses"] = [6.0, 7.5]
     state = msgspec.convert(stored, checkpoints.CheckpointState)
-    assert state.losses_since_best == (6.0, 7.5)
+    assert state.scores_since_best == (6.0, 7.5)
     assert json.loads(msgspec.json.encode(state))["last_losses"] == [6.0, 7.5]
 
 
@@ -99,6 +99,8 @@ def test_a_preset_keeps_every_setting() -> None:
         "quantization.experts",
         "quantization.streamed_layers",
         "data.bad_rows",
+        "training.general_prompts",
+        "training.forgetting_weight",
     ], "what is newer than the recording"
 
 

@@ -201,3 +201,12 @@ def test_a_killed_runs_last_step_is_known_without_heartbeat(run: RunDir) -> None
     record_outcome(run, Failed(at=71.0, title="killed", what="by hand", kind="killed"))
     status = read_status(run)
     assert (status.state, status.step, status.total_steps, status.loss) == ("failed", 7, 10, 7.0)
+
+
+def test_the_best_evaluation_has_the_lowest_score_where_forgetting_counts(run: RunDir) -> None:
+    with EventWriter(run.events_path) as log:
+        for step, loss, score in ((5, 1.0, 1.1), (10, 0.8, 1.4), (15, 0.9, 1.3)):
+            log.append(Evaluated(at=float(step), step=step, loss=loss, score=score))
+    view = RunView(run)
+    view.refresh()
+    assert view.best is not None and view.best.step == 5

@@ -64,13 +64,26 @@ def zoom_start(step: int, zoom: int) -> float:
 
 
 def step_charts(snapshot: RunSnapshot) -> tuple[StepChart, ...]:
-    """Learning rate, gradient norm and tokens per second, each from zero to a round maximum."""
+    """Each quantity over the steps from zero to a round maximum; forgetting where it was measured."""
     envelopes, speed = snapshot.envelopes, snapshot.tokens_per_s
+    forgetting = _forgetting_envelope(snapshot)
     return (
+        *(
+            [_chart("forget", format_float(forgetting.highs[-1], 3), forgetting)]
+            if len(forgetting.xs) > 1
+            else ()
+        ),
         _chart("lr", _rate(snapshot.learning_rate), envelopes.learning_rate),
         _chart("grad", format_float(snapshot.grad_norm, 3), envelopes.grad_norm),
         _chart("tok/s", "NA" if speed is None else f"{speed:,.0f}", envelopes.tokens_per_s),
     )
+
+
+def _forgetting_envelope(snapshot: RunSnapshot) -> Envelope:
+    """The divergence from the base on general prompts, a point for each evaluation."""
+    points = [(float(e.step), e.forgetting) for e in snapshot.evaluations if e.forgetting is not None]
+    values = tuple(value for _, value in points)
+    return Envelope(tuple(step for step, _ in points), values, values, (False,) * len(points))
 
 
 def _chart(name: str, value: str, envelope: Envelope) -> StepChart:

@@ -1,0 +1,116 @@
+"""How far a model has moved from its base on general prompts, in nats for each token of the base's answers.
+
+The KL divergence of the model from the base is computed over the base's most likely tokens, each by itself,
+and all others together::
+
+    base      0.7  0.2  | 0.1          stored: log 0.7, log 0.2
+    model     0.5  0.1  | 0.4
+    0.7 log(0.7 / 0.5) + 0.2 log(0.2 / 0.1) + 0.1 log(0.1 / 0.4) = 0.236
+
+Putting tokens together can only lower a KL divergence, so this never exceeds the exact one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qlora_tui.training.evaluation import no_grad_eval
+from qlora_tui.training.forgetting import base_answers
+from qlora_tui.training.forgetting.base_answers import BaseAnswer
+from qlora_tui.training.forgetting.general_prompts import GENERAL_PROMPTS
+from qlora_tui.training.prepared_run import PreparedRun
+
+
+class DivergenceSums(NamedTuple):
+    """Sums over the base's answers, which can be added over processes."""
+
+    divergence: float
+    """Sum of KL(base ‖ model) over the places, in nats."""
+    places: int
+    turns: int
+    """Answers that the base ended."""
+    turns_ended: int
+    """Those where the model finds an end most likely at the same place."""
+
+
+class BaseDivergence:
+    """Compares a run's model with its base, whenever it is asked."""
+
+    def __init__(self, prepared: PreparedRun, model: Any) -> None:
+        self._prepared = prepared
+        self._model = model
+        self._answers: tuple[BaseAnswer, ...] | None = None
+
+    def measure(self) -> tuple[float, float | None]:
+        """Mean KL(base ‖ model) in nats, and the share of the base's turn ends that the model keeps.
+
+        The base's answers are computed at the first call, or read from the cache. Each process of the run
+        compares its share of them.
+        """
+        prepared = self._prepared
+        if self._answers is None:
+            self._answers = self._base_answers()
+        dist = prepared.dist
+        local_sums = compare_with_base(
+            self._model,
+            self._answers[dist.rank :: dist.world_size],
+            frozenset(prepared.tokenizer.turn_end_ids),
+            prepared.device.torch_device,
+        )
+        divergence, places, turns, turns_ended = dist.all_reduce_sum(local_sums)
+        return divergence / max(places, 1), turns_ended / turns if turns else None
+
+    def _base_answers(self) -> tuple[BaseAnswer, ...]:
+        prepared = self._prepared
+        count = prepared.recipe.training.general_prompts
+        prompts = base_answers.prompt_tokens(GENERAL_PROMPTS[:count], prepared.tokenizer, prepared.thinking)
+        path = base_answers.cache_path(prepared.base.folder, prepared.recipe, prepared.device, prompts)
+        answers = base_answers.read(path, prompts)
+        if answers is None:
+            prepared.reporter.phase("evaluating", "the base's answers to general prompts, once for this base")
+            with self._model.disable_adapter():
+                answers = base_answers.compute(
+                    self._model,
+                    prompts,
+                    prepared.tokenizer,
+                    prepared.device.torch_device,
+                    lambda done, total: prepared.reporter.progress("evaluating", done, total),
+                )
+            if prepared.dist.is_main_process:
+                base_answers.write(path, answers)
+            prepared.reporter.phase("evaluating")
+        return answers
+
+
+def compare_with_base(
+    model: Any, answers: Sequence[BaseAnswer], turn_ends: frozenset[int], device: torch.device
+) -> DivergenceSums:
+    """Run a model over the base's answers, one by one, without gradients."""
+    divergence, places, turns, turns_ended = 0.0, 0, 0, 0
+    with no_grad_eval(model):
+        for answer in answers:
+            logits = base_answers.next_token_logits(model, answer.ids, answer.prompt_tokens, device)
+            divergence += float(divergence_of_top(logits, answer).sum())
+            places += len(answer.places)
+            if answer.ids[-1] in turn_ends:
+                turns += 1
+                turns_ended += int(logits[-1].argmax()) in turn_ends
+    return DivergenceSums(divergence, places, turns, turns_ended)
+
+
+def divergence_of_top(logits: Tensor, answer: BaseAnswer) -> Tensor:
+    """KL(base ‖ model) at each place, (places,), from the model's logits, (places, vocabulary)."""
+    base = answer.top_log_probabilities.to(logits.device)
+    model = logits.log_softmax(-1).gather(-1, answer.top_ids.to(logits.device, torch.int64))
+    rest, model_rest = _log_of_rest(base), _log_of_rest(model)
+    return (base.exp() * (base - model)).sum(-1) + rest.exp() * (rest - model_rest)
+
+
+def _log_of_rest(log_probabilities: Tensor) -> Tensor:
+    """Log-probability of all tokens but these, (places,); at least that of rounding."""
+    rest = 1.0 - log_probabilities.double().exp().sum(-1)
+    return rest.clamp(min=1e-7).log().float()

@@ -1,0 +1,141 @@
+"""The divergence from the base on general prompts: its answers, their cache, and what a run reports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+
+from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.runs.directory import RunDir, create_run
+from qlora_tui.runs.events import Evaluated, PhaseChanged
+from qlora_tui.runs.view import RunView
+from qlora_tui.training.checkpoint_saver import RunProgress
+from qlora_tui.training.forgetting import base_answers
+from qlora_tui.training.forgetting.base_answers import BaseAnswer
+from qlora_tui.training.forgetting.base_divergence import compare_with_base, divergence_of_top
+from qlora_tui.training.health import ForgettingMonitor
+from tests.support.trainer_processes import Trainers
+from tests.training.conftest import MakeRecipe
+from tests.training.event_helpers import events_of
+
+pytestmark = pytest.mark.slow
+
+PROMPTS = ("what is red", "who sat in an oak and said little, and how many are lazy", "the fox")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> ChatTokenizer:
+    return ChatTokenizer.from_folder(tiny_model)
+
+
+def answers_to(base: Any, tokenizer: ChatTokenizer, *prompts: str) -> tuple[BaseAnswer, ...]:
+    ids = base_answers.prompt_tokens(prompts, tokenizer, "auto")
+    return base_answers.compute(base, ids, tokenizer, CPU, lambda done, total: None)
+
+
+def test_prompts_answered_together_are_answered_as_alone(base: Any, tokenizer: ChatTokenizer) -> None:
+    together = answers_to(base, tokenizer, *PROMPTS)
+    alone = [answers_to(base, tokenizer, prompt)[0] for prompt in PROMPTS]
+    assert [answer.ids for answer in together] == [answer.ids for answer in alone]
+    for answer in together:
+        greedy = base(torch.tensor([answer.ids])).logits[0, list(answer.places)]
+        assert greedy.argmax(-1).tolist() == list(answer.ids[answer.prompt_tokens :])
+        assert answer.top_ids[:, 0].tolist() == list(answer.ids[answer.prompt_tokens :])
+
+
+def test_the_divergence_is_nearly_and_never_above_the_exact_one() -> None:
+    torch.manual_seed(1)
+    logits = 4 * torch.randn(40, 4096)  # about as peaked as a trained model's
+    top = logits.log_softmax(-1).topk(base_answers.TOP_TOKENS)
+    answer = BaseAnswer((0,) * 41, 1, top.indices.to(torch.int32), top.values)
+    assert divergence_of_top(logits, answer).abs().max() < 1e-5
+    moved = logits + torch.randn_like(logits)
+    expected, actual = logits.log_softmax(-1), moved.log_softmax(-1)
+    exact = (expected.exp() * (expected - actual)).sum(-1)
+    lower = divergence_of_top(moved, answer)
+    assert (lower <= exact + 1e-5).all() and lower.sum() > 0.9 * exact.sum()
+
+
+def test_a_changed_model_diverges_and_loses_turn_ends(base: Any, tokenizer: ChatTokenizer) -> None:
+    answers = answers_to(base, tokenizer, *PROMPTS)
+    # The base's own last tokens stand for turn ends: a random model ends no turn.
+    ends = frozenset(answer.ids[-1] for answer in answers)
+    same = compare_with_base(base, answers, ends, CPU)
+    assert same.divergence < 1e-3 and same.turns == same.turns_ended == len(PROMPTS)
+    assert same.places == sum(len(answer.places) for answer in answers)
+    head = base.get_output_embeddings().weight.data
+    before = head.clone()
+    head += torch.randn_like(head)
+    changed = compare_with_base(base, answers, ends, CPU)
+    head.copy_(before)
+    assert changed.divergence / changed.places > 0.5 and changed.turns_ended < len(PROMPTS)
+
+
+def test_answers_are_read_back_and_damaged_files_ignored(
+    base: Any, tokenizer: ChatTokenizer, tmp_path: Path
+) -> None:
+    prompts = base_answers.prompt_tokens(PROMPTS, tokenizer, "auto")
+    answers = answers_to(base, tokenizer, *PROMPTS)
+    file = tmp_path / "answers.safetensors"
+    assert base_answers.read(file, prompts) is None
+    base_answers.write(file, answers)
+    again = base_answers.read(file, prompts)
+    assert again is not None and [answer.ids for answer in again] == [answer.ids for answer in answers]
+    assert all(torch.equal(a.top_ids, b.top_ids) for a, b in zip(again, answers, strict=True))
+    file.write_bytes(file.read_bytes()[:-7])
+    assert base_answers.read(file, prompts) is None
+
+
+def test_a_run_reports_what_it_forgets_and_caches_the_answers(recipe: MakeRecipe, trainers: Trainers) -> None:
+    def run(**settings: Any) -> RunDir:
+        learning = {"training.learning_rate": 3e-2, "training.epochs": 4.0}
+        run = create_run(recipe({**learning, "training.general_prompts": 4, **settings}))
+        assert trainers.run(run) == 0
+        return run
+
+    first, again = run(), run()
+    curve = [event.forgetting for event in events_of(first, Evaluated)]
+    assert curve[0] is not None and curve[0] < 1e-4
+    assert curve[-1] is not None and curve[-1] > 0.1
+    view = RunView(first)
+    view.refresh()
+    assert view.forgetting == curve[-1]
+
+    def answered(run: RunDir) -> int:
+        return sum("base's answers" in event.detail for event in events_of(run, PhaseChanged))
+
+    assert (answered(first), answered(again)) == (1, 0)
+    assert [event.forgetting for event in events_of(again, Evaluated)] == curve
+
+
+def test_forgetting_counts_for_the_best_checkpoint() -> None:
+    progress = RunProgress()
+    losses = {0: (2.0, 0.0), 10: (1.0, 0.1), 20: (0.8, 0.9), 30: (0.95, 0.1)}
+    weight = 0.5
+    best = [
+        step for step, (loss, far) in losses.items() if progress.add_score(step, loss + weight * far, loss)
+    ]
+    assert best == [10, 30] and progress.best_step == 30 and progress.loss_before_training == 2.0
+
+
+def test_forgetting_is_reported_once_and_not_before_training() -> None:
+    monitor = ForgettingMonitor()
+    assert monitor.check(0, 3.0, None) is None
+    assert monitor.check(10, 1.2, 1.0) is None
+    finding = monitor.check(20, 2.4, 0.25)
+    assert finding is not None and "2.4 nats" in finding.evidence and "25% of the turns" in finding.evidence
+    assert monitor.check(30, 2.9, 0.2) is None
