@@ -122,7 +122,8 @@ class _HangTimer:
         self._is_prepared = True
         with suppress(OSError, ValueError, RuntimeError):  # a stderr that is not a file
             if sys.__stderr__ is not None:
-                faulthandler.register(HANG_SIGNAL, file=sys.__stderr__, all_threads=False, chain=True)
+                # All threads: under load the kernel may deliver the signal to the watcher.
+                faulthandler.register(HANG_SIGNAL, file=sys.__stderr__, all_threads=True, chain=True)
 
 
 class _Watch:
