@@ -108,7 +108,7 @@ async def test_rows_left_out_are_counted_apart_from_those_cut(model: str, here: 
     write_rows(here / "pairs.jsonl", [{"prompt": p, "completion": c} for p, c in pairs])
     async with data_app(model, "pairs.jsonl", max_length=64).run_test(size=(120, 40)) as pilot:
         await wait_for_text(pilot, "2 from 3 rows, 1 left out")
-        await wait_for_text(pilot, "over 64: 1 cut right · 1", "answers only", "in loss read  control")
+        await wait_for_text(pilot, "over 64: 1 cut right · 1", "answers only", "in loss only read  control")
 
 
 async def test_plain_text_is_not_called_answers_only(model: str, here: Path) -> None:

@@ -11,6 +11,7 @@ from qlora_tui.chat.effect import Effect
 from qlora_tui.engine.protocol import ChatReady
 from qlora_tui.formatting import format_bytes, format_float, format_path, truncate_middle
 from qlora_tui.recipe.schema import Thinking
+from qlora_tui.tui.key_names import name_keys
 from qlora_tui.tui.render.block_charts import blocks, downsample
 from qlora_tui.tui.screens.chat.adapter_pair import AdapterPair
 
@@ -94,7 +95,8 @@ def sampling_line(
         parts.append("system: " + " ".join(system_prompt.split()))
     line = " · ".join(parts)
     if transcript is None:
-        return Content.styled(line[:width], "dim")
+        key = name_keys("   {chat.settings} change")
+        return Content.styled(line + key if len(line + key) <= width else line[:width], "dim")
     place = f"saved in {format_path(transcript)}"
     space_left = width - len(line)
     if len(place) + 2 > space_left:

@@ -32,7 +32,7 @@ SIGNS = {"error": ("✗", "$error"), "warning": ("⚠", "$warning")}
 _LEGEND = Content.assemble(
     ("in loss", "bold underline $foreground"),
     " ",
-    ("read", "not bold dim $foreground"),
+    ("only read", "not bold dim $foreground"),
     " ",
     (" control ", "not bold reverse $foreground"),
 )

@@ -127,10 +127,10 @@ def _kept_layers_text(plan: KeptLayersPlan, least_bytes: int) -> Content:
         )
     total, faster = format_gib(plan.estimate.total_bytes), format_percent(plan.speedup - 1)
     return Content.assemble(
-        f"The run needs {format_gib(least_bytes)} GiB and will use ",
+        f"The run needs at least {format_gib(least_bytes)} GiB. With memory free, it uses ",
         (f"{total} GiB", "bold"),
-        f": {plan.kept_layers} of {plan.total_layers} layers keep their activations in free memory, about "
-        f"{faster} faster than recomputing every layer.",
+        f" to be about {faster} faster: {plan.kept_layers} of {plan.total_layers} layers keep their "
+        "activations instead of recomputing them.",
     )
 
 

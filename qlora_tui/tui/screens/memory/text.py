@@ -32,7 +32,7 @@ def budget_words(budget: MemoryBudget, system_status: SystemStatus) -> str:
     gpu, free = system_status.gpu, system_status.free_bytes
     if gpu is not None and budget.name == gpu.short_name:
         return f"{size}: {budget.name}" + ("" if free is None else f", {format_gib(free)} free now")
-    return size if budget.is_assumed else f"{size}, {budget.name}"
+    return f"{size} (assumed)" if budget.is_assumed else f"{size}, {budget.name}"
 
 
 def levels_line(estimate: Estimate) -> str:

@@ -64,7 +64,7 @@ def local_facts(model: LocalModel, *, is_current: bool) -> list[Content]:
         lines += _architecture_lines(model.architecture)
     return [
         *lines,
-        _fact("license", read_license(model.path) or "not stated"),
+        _fact("license", read_license(model.path) or "not stated: see its page"),
         _fact("files", f"{format_bytes(model.size_bytes)} in the {_PLACES[model.source]}"),
         Content.styled(format_path(model.path), "dim"),
     ]

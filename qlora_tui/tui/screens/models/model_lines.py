@@ -43,7 +43,7 @@ def local_lines(
         cells = [
             [(format_count(architecture.total_params) if architecture else "NA", style)],
             [(format_bytes(model.size_bytes), style)],
-            _need(needs.get(model.path)),
+            [("cannot train", "$error")] if model.refusal else _need(needs.get(model.path)),
             [("NA" if context is None else f"{context:,}", style)],
             [(architecture.model_type if architecture else "NA", style)],
             [(_SOURCES[model.source], style)],

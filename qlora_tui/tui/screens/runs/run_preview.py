@@ -117,7 +117,7 @@ def result_lines(summary: RunSummary, now: float, width: int) -> list[Content]:
         rows.append(("exact", f"{format_percent(summary.accuracy)} of short answers"))
     if summary.seconds is not None:
         left = "" if summary.seconds_left is None else f", {format_duration(summary.seconds_left)} left"
-        rows.append(("time", f"{format_duration(summary.seconds)}{left}"))
+        rows.append(("trained", f"{format_duration(summary.seconds)}{left}"))
     if summary.energy:
         rows.append(("energy", summary.energy))
     return _rows(rows, width)

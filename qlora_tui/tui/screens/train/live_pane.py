@@ -24,7 +24,6 @@ from qlora_tui.tui.screens.train.run_charts import loss_plot, step_charts
 from qlora_tui.tui.screens.train.run_facts import (
     FactList,
     evaluation_lines,
-    evaluations_title,
     health_lines,
     sample_lines,
     samples_title,
@@ -127,7 +126,6 @@ class LivePane(Vertical):
         setup = self.query_one("#setup", FactList)
         setup.show(setup_lines(snapshot, snapshot.recipe, setup.size.width))
         evaluations = self.query_one("#evaluations", FactList)
-        self.query_one("#evaluations-panel", Panel).show_title(evaluations_title(snapshot))
         evaluations.show(evaluation_lines(snapshot, max(1, evaluations.size.height)))
         self.query_one("#samples-panel", Panel).show_title(samples_title(snapshot))
         self.query_one("#samples", FactList).show(sample_lines(snapshot))

@@ -12,7 +12,6 @@ from qlora_tui.formatting import (
     format_count,
     format_float,
     format_percent,
-    pluralize,
     short_model_name,
     truncate_middle,
 )
@@ -124,7 +123,7 @@ def setup_lines(snapshot: RunSnapshot, recipe: Recipe | None, width: int) -> lis
     if view.environment is not None:
         environment = view.environment
         lines += [
-            _row("dtype", environment.compute_dtype),
+            _row("compute", environment.compute_dtype),
             _row("optim", environment.optimizer),
             _row("loss", environment.loss),
         ]
@@ -155,9 +154,3 @@ def evaluation_lines(snapshot: RunSnapshot, rows: int) -> list[Content]:
             )
         )
     return lines
-
-
-def evaluations_title(snapshot: RunSnapshot) -> str:
-    """Title of the panel of evaluations."""
-    checkpoints = len(snapshot.view.checkpoints)
-    return f"Validation · {pluralize(checkpoints, 'checkpoint')}" if checkpoints else "Validation"
