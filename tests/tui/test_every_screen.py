@@ -114,6 +114,11 @@ async def test_a_key_in_a_dialogs_border_can_be_clicked(private_home: Path) -> N
         await wait_until(pilot, lambda: len(pilot.app.screen_stack) == 1)
 
 
+def count_objects() -> int:
+    gc.collect()
+    return len(gc.get_objects())
+
+
 async def test_closed_screens_are_freed(private_home: Path) -> None:
     """Textual keeps the keys of every footer and what a thousand closed widgets had painted."""
     app = open_on("home", model=readable_model(private_home))
@@ -124,8 +129,15 @@ async def test_closed_screens_are_freed(private_home: Path) -> None:
             await wait_for_text(pilot, "Esc close")
             await pilot.press("q")
             await wait_until(pilot, lambda: len(app.screen_stack) == 1)
-        gc.collect()
-        return len(gc.get_objects())
+        # The last screen is freed a moment after it closed.
+        counts: list[int] = []
+
+        def has_counted() -> bool:
+            counts.append(count_objects())
+            return len(counts) == 6
+
+        await wait_until(pilot, has_counted)
+        return min(counts)
 
     async with app.run_test(size=(120, 40)) as pilot:
         await wait_for_text(pilot, *WAY_OUT)
