@@ -64,7 +64,7 @@ def inject_oom_with_kept_layers() -> None:
 def no_memory_for_the_model() -> None:
     """Let loading the base model run out of memory."""
 
-    def load(*args: Any) -> Any:
+    def load(*args: Any, **settings: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     model_loading.load_base = load  # type: ignore[assignment]
