@@ -67,7 +67,7 @@ def no_memory_for_the_model() -> None:
     def load(*args: Any, **settings: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    model_loading.load_base = load  # type: ignore[assignment]
+    model_loading.load_base = load
 
 
 def mount_small_tmpfs(folder: str, bytes_: int) -> None:
