@@ -56,7 +56,6 @@ def recipe(job: TrainingJob) -> Recipe:
             max_length=job.row_tokens,
         ),
         training=Training(
-            general_prompts=0,
             micro_batch_size=1,
             gradient_accumulation=1,
             epochs=1.0,
