@@ -519,7 +519,7 @@ async def test_a_damaged_run_is_listed_and_explained_when_used(make_app: MakeApp
         await open_runs(app)
         await wait_for_text(pilot, "damaged", "recipe unreadable")
         await pilot.press("R")
-        await wait_for_text(pilot, "lora must be a section", "Esc close")
+        await wait_for_text(pilot, "Invalid recipe", "Write [lora]", "Esc close")
 
 
 def test_a_second_poll_stats_each_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
