@@ -58,12 +58,11 @@ def cache_path(folder: Path, recipe: Recipe, device: ComputeDevice) -> Path | No
     config = load_config(folder / "config.json")
     if config.get("quantization_config"):
         return None
-    files = [(folder / name).stat() for name in weight_files(folder)]
     state = {
         "format": _FORMAT,
         "folder": str(folder.resolve()),
         "config": config,
-        "files": [(file.st_size, file.st_mtime_ns) for file in files],
+        "files": weights_state(folder),
         "method": recipe.quantization.method,
         "double": recipe.quantization.double_quantization,
         "dtype": device.dtype_name,
@@ -71,9 +70,20 @@ def cache_path(folder: Path, recipe: Recipe, device: ComputeDevice) -> Path | No
         "versions": [version(name) for name in _LIBRARIES],
         **({"experts": _EXPERT_FORMAT} if quantizes_experts(folder, recipe) else {}),
     }
+    return quantized_dir() / cache_name(recipe, state, recipe.quantization.method)
+
+
+def cache_name(recipe: Recipe, state: dict[str, Any], *words: str) -> str:
+    """A name for what is cached of a recipe's base: the model, ``words``, and a hash of ``state``."""
     key = hashlib.sha256(msgspec.json.encode(state)).hexdigest()[:16]
     name = re.sub(r"[^\w.-]+", "-", Path(recipe.model.id).name) or "model"
-    return quantized_dir() / f"{name}-{recipe.quantization.method}-{key}"
+    return "-".join((name, *words, key))
+
+
+def weights_state(folder: Path) -> list[tuple[int, int]]:
+    """Size and time of change of each weight file of a model, which tell one state of it from another."""
+    files = [(folder / name).stat() for name in weight_files(folder)]
+    return [(file.st_size, file.st_mtime_ns) for file in files]
 
 
 def quantizes_experts(folder: Path, recipe: Recipe) -> bool:

@@ -13,21 +13,17 @@ For a prompt of 3 tokens with an answer of 2, of which the second ends the turn:
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from qlora_tui import paths
-from qlora_tui.catalog.model_validation import weight_files
 from qlora_tui.data.conversation import Message, RowRejectedError
 from qlora_tui.data.render import prompt_ids
 from qlora_tui.data.tokenizer import ChatTokenizer
@@ -35,6 +31,7 @@ from qlora_tui.files import atomic_write, private_dir
 from qlora_tui.recipe.schema import Recipe, Thinking
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.evaluation import no_grad_eval
+from qlora_tui.training.quantized_cache import cache_name, weights_state
 
 ANSWER_TOKENS = 48
 TOP_TOKENS = 64
@@ -65,19 +62,16 @@ class BaseAnswer:
 
 def cache_path(folder: Path, recipe: Recipe, device: ComputeDevice, prompts: Sequence[Sequence[int]]) -> Path:
     """The file for the answers of a base in one state, quantized in one way, to prompts of these tokens."""
-    files = [(folder / name).stat() for name in weight_files(folder)]
     state = {
         "format": _FORMAT,
         "folder": str(folder.resolve()),
-        "files": [(file.st_size, file.st_mtime_ns) for file in files],
+        "files": weights_state(folder),
         "quantization": recipe.quantization,
         "dtype": device.dtype_name,
         "device": device.kind,
         "prompts": prompts,
     }
-    key = hashlib.sha256(msgspec.json.encode(state)).hexdigest()[:16]
-    name = re.sub(r"[^\w.-]+", "-", Path(recipe.model.id).name) or "model"
-    return private_dir(paths.cache_dir() / "base-answers") / f"{name}-{key}.safetensors"
+    return private_dir(paths.cache_dir() / "base-answers") / f"{cache_name(recipe, state)}.safetensors"
 
 
 def prompt_tokens(
