@@ -28,12 +28,7 @@ _NOTICEABLE = 1.05
 
 def copied_bytes(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> int:
     """Return the bytes that a micro-batch copies: streamed layers, and offloaded inputs twice."""
-    size = 0
-    if execution.offloads_inputs:
-        tokens = recipe.training.micro_batch_size * recipe.data.max_length
-        size = (
-            _PASSES * architecture.layers * tokens * architecture.hidden_size * residual_itemsize(execution)
-        )
+    size = _PASSES * _input_bytes(recipe, architecture, execution) if execution.offloads_inputs else 0
     streamed = streamed_weights(recipe, architecture, replace(execution, kept_layers=0))
     if streamed is not None:
         count = len(streamed.indices)
@@ -41,11 +36,21 @@ def copied_bytes(recipe: Recipe, architecture: Architecture, execution: Executio
     return size
 
 
+def _input_bytes(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> int:
+    """Return the bytes of the inputs of all layers in a micro-batch."""
+    width = architecture.hidden_size * residual_itemsize(execution)
+    return architecture.layers * _tokens(recipe) * width
+
+
+def _tokens(recipe: Recipe) -> int:
+    return recipe.training.micro_batch_size * recipe.data.max_length
+
+
 def slowdown(
     recipe: Recipe, architecture: Architecture, execution: ExecutionConfig, speed: TransferSpeed
 ) -> float:
     """Return the time of a step with streamed layers, relative to one with all of them on the device."""
-    tokens = recipe.training.micro_batch_size * recipe.data.max_length
+    tokens = _tokens(recipe)
     once, again = products_per_token(recipe, architecture)
     flops = _FLOPS_PER_PRODUCT * tokens * (once + architecture.layers * again)
     compute_s = flops / speed.flops_per_s
@@ -56,7 +61,7 @@ def slowdown(
 def describe_slowdown(
     recipe: Recipe, architecture: Architecture, execution: ExecutionConfig, speed: TransferSpeed | None
 ) -> str:
-    """Describe what streaming costs: ``about 1.6× slower``, or that nobody measured it."""
+    """Describe what streaming costs: ``about 1.6× slower``, or what measures it."""
     if speed is None:
         return "slower: `qlora-tui doctor` measures how much"
     factor = slowdown(recipe, architecture, execution, speed)
@@ -76,8 +81,7 @@ def describe_host_memory(recipe: Recipe, architecture: Architecture, device: Dev
         layers = f"{len(streamed.indices)} of {architecture.layers} layers"
         sentences.append(f"{layers} are streamed: {format_gib(base)} GiB of host memory hold the base.")
     if execution.offloads_inputs:
-        tokens = recipe.training.micro_batch_size * recipe.data.max_length
-        size = architecture.layers * tokens * architecture.hidden_size * residual_itemsize(execution)
+        size = _input_bytes(recipe, architecture, execution)
         sentences.append(f"Layer inputs take {format_gib(size)} GiB of host memory.")
     if not sentences:
         return ""
