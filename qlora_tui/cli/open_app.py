@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 def can_show_app() -> bool:
     """Whether this is a terminal that can move its cursor."""
-    return sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
+    return _is_terminal() and os.environ.get("TERM") not in (None, "", "dumb")
+
+
+def _is_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def open_app(*, gpu_gib: float | None = None, mouse: bool = True, run: RunDir | None = None) -> int:
@@ -33,7 +37,7 @@ def open_app(*, gpu_gib: float | None = None, mouse: bool = True, run: RunDir | 
     """
     # The app enables it again with its first frame: until then there is no garbage worth collecting.
     gc.disable()
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if not _is_terminal():
         raise UserError(
             "No terminal",
             what="The app needs a terminal; this is not one.",

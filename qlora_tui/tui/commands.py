@@ -78,6 +78,15 @@ NAVIGATION: tuple[Command, ...] = tuple(
 )
 """The numbered screens."""
 
+FOLDER_COMMAND = (
+    "folder",
+    "O",
+    "folder",
+    "Open folder",
+    "Open the run's folder; over SSH, copy the command that goes there.",
+)
+"""The command of screens that show a run: id, key, action, label and help."""
+
 EVERYWHERE: tuple[Command, ...] = (
     *NAVIGATION,
     Command(

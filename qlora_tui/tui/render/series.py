@@ -32,6 +32,11 @@ class Envelope:
     broken: tuple[bool, ...] = ()
     """Whether a value of the stretch was NaN or infinite."""
 
+    @classmethod
+    def of_points(cls, xs: Sequence[float], values: Sequence[float]) -> Envelope:
+        """A curve through single finite values."""
+        return cls(tuple(xs), tuple(values), tuple(values), (False,) * len(values))
+
     @property
     def low(self) -> float | None:
         """Over all finite values; None if there are none."""

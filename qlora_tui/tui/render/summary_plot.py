@@ -26,7 +26,7 @@ def summary_plot(summary: RunSummary | None) -> Plot:
     if summary.best is not None:
         best, step = summary.best
         marks = (Mark(step, best, "★", "$success bold"),)
-        points.append(Envelope((float(step),), (best,), (best,), (False,)))
+        points.append(Envelope.of_points([float(step)], [best]))
     reach = overall(points)
     y = rounded(*reach, unit="loss") if reach else Axis(0.0, 1.0, "loss")
     return Plot(

@@ -28,7 +28,7 @@ _TESTING = "Testing the libraries on a few real weights. This takes some seconds
 class MachineReportScreen(ModalScreen[None], CancelsWorkersFirst):
     """The answer on the first line, then what is wrong, then the rest.
 
-    What is quick to check is shown first; the libraries, in a process of their own, after it.
+    The quick checks are shown at once, those of the libraries when their process has ended.
     """
 
     CSS_PATH = "modal.tcss"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlora_tui.tui.commands import Command, ScreenCommands
+from qlora_tui.tui.commands import FOLDER_COMMAND, Command, ScreenCommands
 
 _command = ScreenCommands("runs")
 _not_in_footer = ScreenCommands("runs", in_footer=False)
@@ -58,13 +58,7 @@ COMMANDS: tuple[Command, ...] = (
     ),
     _not_in_footer("copy", "y", "copy('attach')", "Copy", "Copy the command that shows the run."),
     _not_in_footer("copy_train", "Y", "copy('train')", "Copy", "Copy the command that trains it."),
-    _not_in_footer(
-        "folder",
-        "O",
-        "folder",
-        "Open folder",
-        "Open the run's folder; over SSH, copy the command that goes there.",
-    ),
+    _not_in_footer(*FOLDER_COMMAND),
     _not_in_footer("sooner", "K", "move(-1)", "Sooner", "Move the run up in the queue."),
     _not_in_footer("later", "J", "move(1)", "Later", "Move the run down in the queue."),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, State
-from qlora_tui.tui.commands import Command, ScreenCommands
+from qlora_tui.tui.commands import FOLDER_COMMAND, Command, ScreenCommands
 
 _command = ScreenCommands("train")
 _not_in_footer = ScreenCommands("train", in_footer=False)
@@ -87,13 +87,7 @@ COMMANDS: tuple[Command, ...] = (
     _not_in_footer("zoom_out", "minus", "zoom(-1)", "Zoom out", "Show twice as many steps."),
     _not_in_footer("level", "v", "level", "Level", "Show all lines, warnings only, or errors only."),
     _not_in_footer("search", "slash", "search", "Search", "Show only lines that contain a text."),
-    _not_in_footer(
-        "folder",
-        "O",
-        "folder",
-        "Open folder",
-        "Open the run's folder; over SSH, copy the command that goes there.",
-    ),
+    _not_in_footer(*FOLDER_COMMAND),
     _not_in_footer(
         "copy",
         "y",

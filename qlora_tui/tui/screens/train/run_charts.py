@@ -22,7 +22,7 @@ def loss_plot(snapshot: RunSnapshot, from_step: float) -> Plot:
     envelopes = snapshot.envelopes
     shown = [e for e in snapshot.evaluations if e.loss is not None and e.step >= x.low]
     losses = [e.loss for e in shown if e.loss is not None and math.isfinite(e.loss)]
-    points = Envelope((0.0,) * len(losses), tuple(losses), tuple(losses), (False,) * len(losses))
+    points = Envelope.of_points([0.0] * len(losses), losses)
     reach = overall([envelopes.loss, envelopes.mean_loss, points])
     y = rounded(*reach, unit="loss") if reach else Axis(0.0, 1.0, "loss")
     marks = [
@@ -81,9 +81,8 @@ def step_charts(snapshot: RunSnapshot) -> tuple[StepChart, ...]:
 
 def _forgetting_envelope(snapshot: RunSnapshot) -> Envelope:
     """The divergence from the base on general prompts, a point for each evaluation."""
-    points = [(float(e.step), e.forgetting) for e in snapshot.evaluations if e.forgetting is not None]
-    values = tuple(value for _, value in points)
-    return Envelope(tuple(step for step, _ in points), values, values, (False,) * len(points))
+    points = {float(e.step): e.forgetting for e in snapshot.evaluations if e.forgetting is not None}
+    return Envelope.of_points(tuple(points), tuple(points.values()))
 
 
 def _chart(name: str, value: str, envelope: Envelope) -> StepChart:
