@@ -130,12 +130,7 @@ class HomeScreen(HomeActions):
                 with Vertical(id="home-side"):
                     yield Panel("Machine", Static(id="gpu"), keys=(("app.check_machine", "check"),))
                     yield Panel("Queue", Static(id="queue"), id="queue-panel")
-            yield Panel(
-                "Recipe of the next run",
-                Static(id="recipe"),
-                keys=(("app.presets", "presets"),),
-                id="recipe-panel",
-            )
+            yield Panel("Recipe", Static(id="recipe"), keys=(("app.presets", "presets"),), id="recipe-panel")
             yield Panel("Earlier runs", RecentRuns(), keys=(("go.runs", "all runs"),), id="recent-panel")
 
     def on_mount(self) -> None:
