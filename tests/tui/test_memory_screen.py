@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from qlora_tui.memory.timeline import step_timeline
 from qlora_tui.recipe.fields import get_setting
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.memory import screen as memory
+from qlora_tui.tui.screens.memory.fit_panel import FitPanel
 from qlora_tui.tui.screens.memory.items_panel import item_lines
 from qlora_tui.tui.screens.memory.screen import MemoryScreen
 from qlora_tui.tui.screens.memory.stacked_bar import parts_of, stacked_bar
@@ -51,6 +53,24 @@ def test_looks_of_a_recipe_that_does_not_fit(
     app = open_on("memory", model=seven_billion, gpu_gib=12)
     _big(app)
     assert snap_compare(app, terminal_size=size, run_before=settle)
+
+
+async def test_changes_are_wrapped_for_one_width(seven_billion: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a width that depends on the scrollbar, and a scrollbar that depends on the lines, they alternated."""
+    widths = set()
+    show = FitPanel.show
+
+    def recorded(self: FitPanel, *args: Any, **keywords: Any) -> None:
+        show(self, *args, **keywords)
+        widths.add(self.choices.scrollable_content_region.width)
+
+    monkeypatch.setattr(FitPanel, "show", recorded)
+    app = open_on("memory", model=seven_billion, gpu_gib=12)
+    _big(app)
+    async with app.run_test(size=(200, 60)) as pilot:
+        await wait_for_text(pilot, "9.6 GiB fits")
+        await settle(pilot)
+        assert len(widths - {0}) == 1
 
 
 async def test_without_a_model_it_says_what_to_do() -> None:
