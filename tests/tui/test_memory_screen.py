@@ -56,7 +56,7 @@ def test_looks_of_a_recipe_that_does_not_fit(
 
 
 async def test_changes_are_wrapped_for_one_width(seven_billion: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a width that depends on the scrollbar, and a scrollbar that depends on the lines, they alternated."""
+    """Otherwise the width depends on the scrollbar, and the scrollbar on the lines."""
     widths = set()
     show = FitPanel.show
 
