@@ -41,6 +41,7 @@ from qlora_tui.chat.logits_check import (
     library_code,
     use_library_code,
 )
+from qlora_tui.chat.output_head import ModelHead
 from qlora_tui.chat.thought_splitter import ThoughtSplitter, marks_in_template
 from qlora_tui.data.conversation import Message, RowRejectedError
 from qlora_tui.data.render import prompt_ids
@@ -87,6 +88,7 @@ class ChatSession:
         )
         self._model = model
         self._adapters = AdapterSet(model, source.adapters)
+        self.head = ModelHead(model)
         self._caches: dict[str, PrefixCache] = {}
         self.steps: DecodeSteps | None = None
         """Decoding steps in fixed shapes; None on a CPU."""
@@ -373,6 +375,26 @@ class ChatSession:
             logits_to_keep=torch.tensor(positions, device=self.device),
         )
         return output.logits[0]  # type: ignore[no-any-return]  # transformers' outputs are untyped
+
+    def activate(self, adapter_name: str) -> None:
+        """Let ``head`` compute with an adapter that is loaded, or with the base alone."""
+        self._adapters.activate(adapter_name)
+
+    def head_inputs(
+        self, adapter_name: str, token_ids: list[int], positions: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the output layer's inputs (positions, width), and the logits (vocabulary,) of the first.
+
+        ``head.logits`` computes the logits of the others, while the adapter is active.
+        """
+        self._adapters.activate(adapter_name)
+        return self.head.inputs_of(
+            lambda: self._model(
+                input_ids=torch.tensor([token_ids], device=self.device),
+                use_cache=False,
+                logits_to_keep=torch.tensor(positions, device=self.device),
+            )
+        )
 
     @torch.no_grad()
     def change_base(self, change: Callable[[str, Tensor], Tensor]) -> None:

@@ -84,6 +84,11 @@ def _progress() -> Iterator[Callable[[str], None]]:
 
 def _request(args: argparse.Namespace) -> ExportRequest:
     """Return what the arguments ask for. Raises UserError."""
+    return replace(_form_request(args), checkpoint=args.checkpoint, compared_tokens=args.compared_tokens)
+
+
+def _form_request(args: argparse.Namespace) -> ExportRequest:
+    """Return what the arguments of one form alone ask for. Raises UserError."""
     from qlora_tui.runs.exports import ExportRequest, ollama_folder
 
     match args.form:
@@ -93,7 +98,6 @@ def _request(args: argparse.Namespace) -> ExportRequest:
                 form="ollama",
                 out=args.name,
                 file_type=_types(args.quant or _DEFAULT_TYPE),
-                checkpoint=args.checkpoint,
                 folder=str(folder),
                 replace_model=args.replace,
             )
@@ -109,12 +113,11 @@ def _request(args: argparse.Namespace) -> ExportRequest:
                 form=f"hub-{args.what}",  # type: ignore[arg-type]  # one of the choices
                 out=args.repo,
                 file_type=_types(args.quant or _DEFAULT_TYPE),
-                checkpoint=args.checkpoint,
                 is_public=args.public,
             )
     out = args.out.expanduser().absolute()
     form: Form = "adapter" if args.form == "lora" and out.suffix != ".gguf" else args.form
-    request = ExportRequest(form=form, out=str(out), checkpoint=args.checkpoint)
+    request = ExportRequest(form=form, out=str(out))
     if form == "merge":
         return replace(request, base=args.base)
     if form == "gguf":
@@ -129,6 +132,8 @@ def _types(text: str) -> str:
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
+    from qlora_tui.runs.exports import COMPARED_TOKENS
+
     forms = parser.add_subparsers(dest="form", metavar=_FORMS)
     merge = forms.add_parser("merge", help="adapter and base as one 16-bit model folder")
     gguf = forms.add_parser("gguf", help="adapter and base as a GGUF file, for llama.cpp and LM Studio")
@@ -194,7 +199,23 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         form.add_argument(
             "--checkpoint", type=int, metavar="STEP", help="a checkpoint, not the final adapter"
         )
+        form.add_argument(
+            "--compare-tokens",
+            dest="compared_tokens",
+            type=_count,
+            default=COMPARED_TOKENS,
+            metavar="N",
+            help="compare answers at the trained tokens of as many validation rows as have N tokens together "
+            f"({COMPARED_TOKENS:,} unless set, which is every row of common data); fewer take less time",
+        )
         add_json_argument(form)
+
+
+def _count(text: str) -> int:
+    """Parse a whole number from 1. Raises ArgumentTypeError."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def _bound(text: str) -> float:

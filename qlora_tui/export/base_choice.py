@@ -24,6 +24,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.export.reference import Reference, reason_of, reference_or_reason, release_gpu_memory
 from qlora_tui.export.requantize import Requantizer, requantizer
 from qlora_tui.formatting import format_bytes
+from qlora_tui.runs.exports import COMPARED_TOKENS
 
 _SPARE_BYTES = 1 << 30
 
@@ -70,14 +71,18 @@ def choice_named(
     adapter_name: str,
     folder: Path,
     on_status: Callable[[str], None] = lambda words: None,
+    compared_tokens: int = COMPARED_TOKENS,
 ) -> BaseChoice:
-    """Return the choice of base weights; ``best`` measures, with a file in ``folder``. Raises UserError."""
+    """Return the choice of base weights; ``best`` measures, with files in ``folder``. Raises UserError.
+
+    Answers are compared at no more than ``compared_tokens``.
+    """
     if name != "best":
         return BaseChoice(chosen="original" if name == "original" else "dequantized")
     if requantizer(resolve_model(source.recipe.model.id).architecture, source.recipe.quantization) is None:
         return BaseChoice(chosen="original")
     with ExitStack() as stack:
-        reference = reference_or_reason(stack, source, adapter_name, folder, on_status)
+        reference = reference_or_reason(stack, source, adapter_name, folder, on_status, compared_tokens)
         return choose_base(source, adapter_name, reference, on_status)
 
 

@@ -62,7 +62,14 @@ def export_form(
     out = Path(request.out)
     match request.form:
         case "merge":
-            merged = merge(source, adapter_name, out, on_status, base_name=request.base)
+            merged = merge(
+                source,
+                adapter_name,
+                out,
+                on_status,
+                base_name=request.base,
+                compared_tokens=request.compared_tokens,
+            )
             changed = f"{merged.changed_weights} weights changed by the {adapter_name}."
             return Written(
                 result=merged,
@@ -73,7 +80,15 @@ def export_form(
             )
         case "gguf":
             kinds = request.file_type.split(",")
-            gguf = export_gguf(source, adapter_name, out, kinds, within=request.within, on_status=on_status)
+            gguf = export_gguf(
+                source,
+                adapter_name,
+                out,
+                kinds,
+                within=request.within,
+                compared_tokens=request.compared_tokens,
+                on_status=on_status,
+            )
             return Written(
                 result=gguf,
                 sizes=_sizes(gguf.files),
@@ -83,7 +98,7 @@ def export_form(
                 problem="\n".join(gguf.refused),
             )
         case "lora":
-            lora = export_lora(source, adapter_name, out, on_status)
+            lora = export_lora(source, adapter_name, out, on_status, compared_tokens=request.compared_tokens)
             return Written(
                 result=lora,
                 sizes={lora.path: lora.bytes},
@@ -109,6 +124,7 @@ def export_form(
                 target,
                 request.file_type,
                 replace_model=request.replace_model,
+                compared_tokens=request.compared_tokens,
                 on_status=on_status,
             )
             return Written(
@@ -133,6 +149,7 @@ def export_form(
                 forms[request.form],
                 request.file_type,
                 is_public=request.is_public,
+                compared_tokens=request.compared_tokens,
                 on_status=on_status,
             )
             sizes = {uploaded.url: uploaded.bytes}

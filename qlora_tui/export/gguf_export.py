@@ -30,8 +30,9 @@ from qlora_tui.export.llama_cpp.jobs import Quantize
 from qlora_tui.export.llama_cpp.llama_process import quantize, unavailable_because
 from qlora_tui.export.merged_weights import MergedWeights, merged_weights
 from qlora_tui.export.proof import Proof, prove
-from qlora_tui.export.reference import Reference, reference_or_reason
+from qlora_tui.export.reference import Reference, reference_or_reason, row_progress
 from qlora_tui.export.unfinished_files import draft_folder, publish_files
+from qlora_tui.runs.exports import COMPARED_TOKENS
 
 DEFAULT_WITHIN = 0.03
 """Largest mean KL divergence, in nats, of the file that ``auto`` keeps."""
@@ -95,6 +96,7 @@ def export_gguf(
     file_types: Sequence[str],
     *,
     within: float | None = None,
+    compared_tokens: int = COMPARED_TOKENS,
     on_status: StatusFn = lambda words: None,
 ) -> GgufExport:
     """Write one GGUF file per type; a file that differs from the adapter's answers is deleted.
@@ -105,6 +107,7 @@ def export_gguf(
         out: A file ending in ``.gguf`` for one type, or a folder for any number.
         file_types: Types of :mod:`qlora_tui.catalog.gguf_file_types`, or ``auto`` alone.
         within: Largest mean KL divergence to accept, in nats.
+        compared_tokens: Most tokens whose answers are compared.
         on_status: Called with the current activity.
 
     Raises:
@@ -120,9 +123,9 @@ def export_gguf(
     weights = merged_weights(source, adapter_name, on_status)
     tokenizer = chat_tokenizer(source, weights.folder)
     content = gguf_content(source, tokenizer, weights)
-    require_file_space(source, content, out, kinds, is_auto)
+    require_file_space(source, content, out, kinds, is_auto, compared_tokens)
     with draft_folder(out) as draft, ExitStack() as stack:
-        reference = reference_or_reason(stack, source, adapter_name, draft, on_status)
+        reference = reference_or_reason(stack, source, adapter_name, draft, on_status, compared_tokens)
         base = choose_base(source, adapter_name, reference, on_status)
         if base.chosen == "dequantized":
             weights = MergedWeights(weights.folder, weights.updates, base_requantizer(source, base))
@@ -262,7 +265,7 @@ class _Export:
         words = f"Asking llama.cpp what the {file_type} file answers"
         self.on_status(words)
         differences = self.content.vocabulary.differences
-        on_progress = every_tenth(self.on_status, words)
+        on_progress = row_progress(self.on_status, words)
         return prove(self.reference, path, file_type, differences, on_progress=on_progress)
 
 

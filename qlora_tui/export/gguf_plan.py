@@ -27,7 +27,12 @@ def needs_bf16(file_type: str, *, is_checked: bool) -> bool:
 
 
 def require_file_space(
-    source: ChatSource, content: FileContent, out: Path, kinds: Sequence[str], is_auto: bool
+    source: ChatSource,
+    content: FileContent,
+    out: Path,
+    kinds: Sequence[str],
+    is_auto: bool,
+    compared_tokens: int,
 ) -> None:
     """Raise UserError where the disk lacks space for the files and what they are made and checked with."""
     architecture = resolve_model(source.recipe.model.id).architecture
@@ -41,7 +46,7 @@ def require_file_space(
     if "BF16" not in kinds and any(needs_bf16(kind, is_checked=is_checked) for kind in kinds):
         needed += content.size("BF16")
     if is_checked:
-        needed += reference_bytes(len(content.vocabulary.tokens))
+        needed += reference_bytes(source, compared_tokens)
     require_space(out.parent, needed + _SPARE_BYTES, "The export")
 
 

@@ -39,6 +39,7 @@ from qlora_tui.files import atomic_write
 from qlora_tui.formatting import format_bytes
 from qlora_tui.gpu.torch_env import offline_variables_set
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.exports import COMPARED_TOKENS
 
 _MESSAGES: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message)
 
@@ -87,6 +88,7 @@ def export_hub(
     file_type: str,
     *,
     is_public: bool = False,
+    compared_tokens: int = COMPARED_TOKENS,
     on_status: StatusFn = lambda words: None,
 ) -> HubExport:
     """Upload an adapter, its merged model or a GGUF file.
@@ -99,6 +101,7 @@ def export_hub(
         form: What to upload.
         file_type: GGUF file type, or ``auto``.
         is_public: Whether everybody may read it.
+        compared_tokens: Most tokens whose answers are compared.
         on_status: Called with the current activity.
 
     Raises:
@@ -114,7 +117,7 @@ def export_hub(
         assert isinstance(prepared, Prepared)
         # Before minutes of work; exactly once the names are known.
         _refuse_other_files(prepared, {name for name in prepared.files if may_hold(form, name)})
-        facts = folder.write(source, adapter_name, form, file_type, on_status)
+        facts = folder.write(source, adapter_name, form, file_type, on_status, compared_tokens)
         license_id = base_license(model_folder(source.recipe)) or prepared.base_license
         rows = run_rows(run)
         if adapter_name != ADAPTER:

@@ -32,10 +32,17 @@ from qlora_tui.export.gguf_file.writer import SourceTensor, write_gguf, write_lo
 from qlora_tui.export.llama_cpp.llama_process import unavailable_because
 from qlora_tui.export.merged_weights import MergedWeights
 from qlora_tui.export.proof import Proof, prove
-from qlora_tui.export.reference import Reference, reason_of, reference_bytes, reference_or_reason
+from qlora_tui.export.reference import (
+    Reference,
+    reason_of,
+    reference_bytes,
+    reference_or_reason,
+    row_progress,
+)
 from qlora_tui.export.requantize import requantizer
 from qlora_tui.export.unfinished_files import draft_folder, publish_file, refuse_existing, require_space
 from qlora_tui.formatting import short_model_name
+from qlora_tui.runs.exports import COMPARED_TOKENS
 
 StatusFn = Callable[[str], None]
 
@@ -77,9 +84,17 @@ class LoraExport(Struct, frozen=True, kw_only=True):
 
 
 def export_lora(
-    source: ChatSource, adapter_name: str, out: Path, on_status: StatusFn = lambda words: None
+    source: ChatSource,
+    adapter_name: str,
+    out: Path,
+    on_status: StatusFn = lambda words: None,
+    *,
+    compared_tokens: int = COMPARED_TOKENS,
 ) -> LoraExport:
-    """Write an adapter as a GGUF file. Raises UserError and leaves nothing under the name ``out``."""
+    """Write an adapter as a GGUF file, comparing answers at no more than ``compared_tokens``.
+
+    Raises UserError and leaves nothing under the name ``out``.
+    """
     refuse_existing(out)
     base = model_folder(source.recipe, on_status)
     files = [base / name for name in weight_files(base)]
@@ -97,7 +112,9 @@ def export_lora(
         write_lora(names.family.architecture, general_keys(source, base), tensors, path)
         proof, on_16_bits, unchecked = None, None, unavailable_because()
         if not unchecked:
-            proof, on_16_bits, unchecked = _proofs(source, adapter_name, weights, path, on_status)
+            proof, on_16_bits, unchecked = _proofs(
+                source, adapter_name, weights, path, on_status, compared_tokens
+            )
         if proof and proof.problem:
             raise UserError(
                 "The exported adapter does not answer as the adapter does",
@@ -124,7 +141,12 @@ def _base_name(source: ChatSource) -> str:
 
 
 def _proofs(
-    source: ChatSource, adapter_name: str, weights: MergedWeights, path: Path, on_status: StatusFn
+    source: ChatSource,
+    adapter_name: str,
+    weights: MergedWeights,
+    path: Path,
+    on_status: StatusFn,
+    compared_tokens: int,
 ) -> tuple[Proof | None, Proof | None, str]:
     """Return the proof on the base of the training, that on the 16-bit base, and why there is none.
 
@@ -136,13 +158,13 @@ def _proofs(
     trained = source if requantize else unquantized(source)
     # Before the reference, which takes minutes.
     content = gguf_content(source, chat_tokenizer(source, weights.folder), weights)
-    needed = content.size("BF16") + reference_bytes(len(content.vocabulary.tokens))
+    needed = content.size("BF16") + reference_bytes(source, compared_tokens)
     try:
         require_space(path.parent, needed, "The base model for the comparison")
     except UserError as error:
         return None, None, reason_of(error)
     with ExitStack() as stack:
-        reference = reference_or_reason(stack, trained, adapter_name, path.parent, on_status)
+        reference = reference_or_reason(stack, trained, adapter_name, path.parent, on_status, compared_tokens)
         if isinstance(reference, str):
             return None, None, reference
         original = "original 16-bit weights"
@@ -174,7 +196,7 @@ def _prove(
     write_gguf(content, model, "BF16", every_tenth(on_status, f"Writing the {name} for the comparison"))
     words = f"Asking llama.cpp what the adapter answers on the {name}"
     on_status(words)
-    on_progress = every_tenth(on_status, words)
+    on_progress = row_progress(on_status, words)
     differences = content.vocabulary.differences
     proof = prove(reference, model, "BF16", differences, lora=path, on_progress=on_progress)
     model.unlink()

@@ -31,6 +31,7 @@ from qlora_tui.export.merge_check import MergeCheck, verify_merge
 from qlora_tui.export.model_card import render_model_card
 from qlora_tui.export.requantize import Requantizer, TensorReader, reader_of
 from qlora_tui.export.unfinished_files import draft_folder, publish_new, refuse_existing, require_space
+from qlora_tui.runs.exports import COMPARED_TOKENS
 
 _SPARE_BYTES = 64 << 20
 _MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
@@ -68,6 +69,7 @@ def merge(
     on_status: Callable[[str], None] = lambda words: None,
     *,
     base_name: BaseName = "best",
+    compared_tokens: int = COMPARED_TOKENS,
 ) -> MergeResult:
     """Write the base with an adapter merged into it, and compare it with both before it gets its name.
 
@@ -77,6 +79,7 @@ def merge(
         out: The folder to write, which must not exist yet.
         on_status: Called with the current activity.
         base_name: The base weights to merge into; ``best`` measures which answers are nearer to the training.
+        compared_tokens: Most tokens whose answers are compared for that.
 
     Raises:
         UserError: also where the merged model does not answer like the adapter; nothing is left behind.
@@ -93,7 +96,7 @@ def merge(
     with draft_folder(out) as draft:
         folder = draft / "model"
         folder.mkdir(mode=0o755)
-        choice = choice_named(base_name, source, adapter_name, draft, on_status)
+        choice = choice_named(base_name, source, adapter_name, draft, on_status, compared_tokens)
         requantize = base_requantizer(source, choice)
         for number, file in enumerate(files, 1):
             on_status(f"Merging {file.name} ({number} of {len(files)})")

@@ -26,7 +26,7 @@ from qlora_tui.export.gguf_file.content import base_license
 from qlora_tui.export.gguf_file.vocabulary import adds_bos
 from qlora_tui.export.ollama_template import OllamaTemplate, ollama_template
 from qlora_tui.export.unfinished_files import draft_folder, publish_new, refuse_existing
-from qlora_tui.runs.exports import ollama_file_stem
+from qlora_tui.runs.exports import COMPARED_TOKENS, ollama_file_stem
 from qlora_tui.subprocesses import user_env
 from qlora_tui.visible import visible
 
@@ -76,6 +76,7 @@ def export_ollama(
     file_type: str,
     *,
     replace_model: bool = False,
+    compared_tokens: int = COMPARED_TOKENS,
     on_status: StatusFn = lambda words: None,
 ) -> OllamaExport:
     """Write ``folder``, which must not exist yet, and create the model where Ollama is installed.
@@ -87,6 +88,7 @@ def export_ollama(
         folder: Where to write.
         file_type: A type of ``export gguf``, or ``auto``.
         replace_model: Whether a model of this name in Ollama is replaced.
+        compared_tokens: Most tokens whose answers are compared.
         on_status: Called with the current activity.
 
     Raises:
@@ -101,7 +103,14 @@ def export_ollama(
     template = ollama_template(tokenizer, source.thinking, adds_bos=adds_bos(tokenizer))
     with draft_folder(folder) as draft:
         file = f"{ollama_file_stem(name)}.gguf"
-        written = export_gguf(source, adapter_name, draft / file, [file_type], on_status=on_status)
+        written = export_gguf(
+            source,
+            adapter_name,
+            draft / file,
+            [file_type],
+            compared_tokens=compared_tokens,
+            on_status=on_status,
+        )
         keys = read_gguf(draft / file).values
         limit = int(keys[f"{keys['general.architecture']}.context_length"])
         context = context_size(source.recipe.data.max_length, limit)

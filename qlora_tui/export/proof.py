@@ -51,6 +51,8 @@ class Proof(Struct, frozen=True, kw_only=True):
     """Whether a file without the adapter would be noticed."""
     positions: int
     """Trained positions whose logits were compared."""
+    trained: int = 0
+    """Trained positions of all rows; 0 where they were not counted."""
     divergence: float
     """Mean KL divergence of the file from the trained model, in nats."""
     top1_matches: int
@@ -79,6 +81,8 @@ class Proof(Struct, frozen=True, kw_only=True):
             f"{self.name} answers as your adapter does at {share:.1%} of {self.positions:,} tokens "
             f"(KL {self.divergence:.2g})"
         )
+        if self.positions < self.trained:
+            text += f"; compared at {self.positions:,} of {self.trained:,} trained tokens"
         if not self.effect_is_measurable:
             text += (
                 f"; the adapter itself changes so little (KL {self.effect:.2g}) that a file without it "
@@ -126,8 +130,7 @@ def prove(
         Compare(
             model=str(file),
             rows=(*reference.rows, *reference.strange),
-            reference=str(reference.path),
-            vocabulary=reference.vocabulary,
+            reference=reference.answers,
             end_ids=reference.end_ids,
             prompts=reference.prompts,
             lora=str(lora or ""),
@@ -146,6 +149,7 @@ def prove(
         effect=reference.effect,
         effect_is_measurable=reference.effect > _FLOORS.get(file_type, _FLOOR_OTHER_TYPES),
         positions=result.positions,
+        trained=reference.trained,
         divergence=result.divergence,
         top1_matches=result.top1_matches,
         turns=result.turns,

@@ -1,41 +1,56 @@
-"""What exported files are compared with: validation rows, and the trained model's answers to them."""
+"""What exported files are compared with: validation rows, and the trained model's answers to them.
+
+Logits at every trained position would take gigabytes. Stored are the inputs of the model's output layer,
+hundredths of that, and the layer's matrix, from which any program computes the logits again.
+"""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Collection, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Literal
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.chat.chat_types import BASE, ChatSource
-from qlora_tui.chat.session import ChatSession, every_tenth, load_session, out_of_memory
+from qlora_tui.chat.session import ChatSession, load_session, out_of_memory
 from qlora_tui.data.conversation import RowRejectedError
 from qlora_tui.data.dataset import prepare_dataset
 from qlora_tui.data.render import prompt_text
 from qlora_tui.data.store import Samples
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import UserError
-from qlora_tui.export.llama_cpp.jobs import ComparedPrompt, ComparedRow
+from qlora_tui.export.llama_cpp.jobs import ComparedPrompt, ComparedRow, StoredAnswers
+from qlora_tui.export.llama_cpp.stored_answers import (
+    AnswerReader,
+    Floats,
+    kl_divergence,
+    positions_at_once,
+)
 from qlora_tui.export.ollama_template import sample_conversations
+from qlora_tui.formatting import format_duration
+from qlora_tui.runs.exports import COMPARED_TOKENS
 
 _MAX_ROWS = 200
-"""Most validation rows whose tokens are compared; docs/export.md states this and the next limits."""
-_MAX_TOKENS = 1024
+"""Most validation rows whose tokens are compared; docs/export.md states this and the next limit."""
+_MAX_TOKENS = 4096
 """Most tokens of a row."""
-_MAX_COMPUTED_TOKENS = 16_384
-"""Most tokens whose logits are computed; of further rows only the tokens are compared."""
-_MAX_MULTIPLICATIONS = 2 * 10**13
-"""Of each model, tokens times weights: minutes on a CPU."""
-_MAX_BYTES = 640 * 2**20
-"""Most bytes of the file of log-probabilities: 6,800 positions of 49,152 tokens, 1,280 of 262,144."""
-_MAX_ROW_BYTES = 128 * 2**20
-"""Most bytes of a row's: its logits are in memory in float32, several times."""
+_MAX_DIFFERENCE = 0.01
+"""Most by which stored answers may differ from the model's own, as KL divergence in nats: 16-bit rounding."""
+_REPORT_S = 30.0
+"""Longest time without a report of progress, in seconds."""
+_DTYPES: dict[torch.dtype, Literal["float32", "float16", "bfloat16"]] = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
 _STRANGE_TEXTS = (
     "I'm sure they'll say we've been there; DON'T HE'S you're",
     "1 12 123 1234 12345 3.14 1,000,000 x2y3 v1.2.3",
@@ -52,16 +67,15 @@ StatusFn = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Reference:
-    """Rows, and the logits of base and adapter at their trained positions."""
+    """Rows, and what base and adapter answer at their trained positions."""
 
     rows: tuple[ComparedRow, ...]
     strange: tuple[ComparedRow, ...]
     """Texts in which wrong rules of a tokenizer show, compared by their tokens only."""
     prompts: tuple[ComparedPrompt, ...]
     """Conversations, rendered by the chat template."""
-    path: Path
-    """File of float16 log-probabilities, (positions, vocabulary)."""
-    vocabulary: int
+    answers: StoredAnswers
+    """The trained model's answers at the rows' positions."""
     end_ids: tuple[int, ...]
     """Tokens that end a turn."""
     first_tokens: tuple[int, ...]
@@ -70,21 +84,24 @@ class Reference:
     """The chat template that the conversations were rendered with."""
     effect: float
     """Mean KL(trained model ‖ base), in nats: how much the adapter changes."""
+    trained: int
+    """Trained tokens of all rows, of which some may not be compared."""
 
     def divergence(self, session: ChatSession, adapter_name: str, on_status: StatusFn, words: str) -> float:
         """Return the mean KL divergence of another loaded model with the adapter, in nats.
 
         Raises UserError where memory is too small.
         """
-        count = sum(len(row.positions) for row in self.rows)
-        reference = np.memmap(self.path, np.float16, "r", shape=(count, self.vocabulary))
+        reader = AnswerReader(self.answers)
         total, start = 0.0, 0
         for row in _computed(self.rows, on_status, words):
-            expected = torch.from_numpy(reference[start : start + len(row.positions)].astype(np.float32))
-            start += len(row.positions)
-            actual = _log_probabilities(session, adapter_name, row)
-            total += float((expected.exp() * (expected - actual)).sum())
-        return total / count
+            inputs, _ = _head_inputs(session, adapter_name, row)
+            for part in _parts(inputs, self.answers.vocabulary):
+                expected = reader.log_probabilities(start, start + len(part))
+                actual = session.head.logits(part).log_softmax(-1).cpu().numpy()
+                total += float(kl_divergence(expected, actual).sum())
+                start += len(part)
+        return total / start
 
 
 def release_gpu_memory() -> None:
@@ -93,72 +110,155 @@ def release_gpu_memory() -> None:
     torch.cuda.empty_cache()
 
 
-def reference_bytes(vocabulary: int) -> int:
-    """Return the most bytes that the file of reference logits takes."""
-    return min(_MAX_BYTES, _MAX_COMPUTED_TOKENS * _position_bytes(vocabulary))
-
-
-def _position_bytes(vocabulary: int) -> int:
-    return 2 * vocabulary
+def reference_bytes(source: ChatSource, tokens: int) -> int:
+    """Return the most bytes that the files of answers take where at most ``tokens`` are compared."""
+    model = resolve_model(source.recipe.model.id).architecture
+    longest = min(_MAX_TOKENS, source.recipe.data.max_length)
+    return 4 * model.hidden_size * (min(tokens, _MAX_ROWS * longest) + model.vocab_size)
 
 
 @contextmanager
-def reference_logits(
-    source: ChatSource, adapter_name: str, folder: Path, on_status: StatusFn
+def reference_answers(
+    source: ChatSource,
+    adapter_name: str,
+    folder: Path,
+    on_status: StatusFn,
+    tokens: int = COMPARED_TOKENS,
 ) -> Iterator[Reference]:
-    """Compute the logits to compare files with; the file in ``folder`` is deleted afterwards.
+    """Compute the answers to compare files with; their files in ``folder`` are deleted afterwards.
 
-    Raises UserError where the model or the run's data cannot be read, or memory is too small.
+    ``tokens`` is the most whose answers are computed. Raises UserError where the model or the run's data
+    cannot be read, or memory is too small.
     """
     words = "Computing the trained model's answers to compare with"
     on_status(words)
     session = load_session(source, on_status)
-    path = folder / "reference.f16"
+    matrix, inputs = folder / "reference.matrix", folder / "reference.inputs"
     try:
         session.ensure_loaded(adapter_name)
         tokenizer = session.tokenizer
-        model = resolve_model(source.recipe.model.id).architecture
-        rows = compared_rows(_samples(source, tokenizer), tokenizer, model.total_params, model.vocab_size)
-        first = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
-        begins = tokenizer.begins_with_bos and all(row.ids[:1] == first for row in rows)
-        vocabulary, effect, count = 0, 0.0, 0
-        with path.open("wb") as file:
-            for row in _computed(rows, on_status, words):
-                values = _log_probabilities(session, adapter_name, row)
-                vocabulary = values.shape[-1]
-                file.write(values.half().numpy().tobytes())
-                base = _log_probabilities(session, BASE, row)
-                effect += float((values.exp() * (values - base)).sum())
-                count += len(row.positions)
-        del session
-        release_gpu_memory()
-        if not vocabulary:
+        rows, trained = compared_rows(_samples(source, tokenizer), tokenizer, tokens)
+        if not trained:
             raise UserError(
                 "There is nothing to compare the file with",
                 what="No row of the run's data has a token that is trained.",
                 fix="Compare answers in the chat instead.",
             )
+        first = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
+        begins = tokenizer.begins_with_bos and all(row.ids[:1] == first for row in rows)
+        answers, effect = _store_answers(session, adapter_name, rows, matrix, inputs, on_status, words)
+        del session
+        release_gpu_memory()
         yield Reference(
             rows=rows,
             strange=tuple(_strange_rows(tokenizer)),
             prompts=tuple(_prompts(source, tokenizer)),
-            path=path,
-            vocabulary=vocabulary,
+            answers=answers,
             end_ids=tokenizer.turn_end_ids,
             first_tokens=first if begins else (),
             template=tokenizer.template.text,
-            effect=effect / count,
+            effect=effect,
+            trained=trained,
         )
     finally:
-        path.unlink(missing_ok=True)
+        matrix.unlink(missing_ok=True)
+        inputs.unlink(missing_ok=True)
+
+
+def _store_answers(
+    session: ChatSession,
+    adapter_name: str,
+    rows: Sequence[ComparedRow],
+    matrix: Path,
+    inputs: Path,
+    on_status: StatusFn,
+    words: str,
+) -> tuple[StoredAnswers, float]:
+    """Write the files of answers; return them and the adapter's effect. Raises UserError and OSError."""
+    answers, effect, count = None, 0.0, 0
+    with inputs.open("wb") as file:
+        for row in _computed(rows, on_status, words):
+            trained, logits = _head_inputs(session, adapter_name, row)
+            if answers is None:
+                answers = _store_matrix(session, trained, matrix, inputs)
+            file.write(_bytes(trained))
+            if count == 0:
+                file.flush()
+                _require_same(AnswerReader(answers).log_probabilities(0, 1), logits)
+            effect += _effect(session, adapter_name, row, trained, answers.vocabulary)
+            count += len(row.positions)
+    assert answers is not None
+    return answers, effect / count
+
+
+def _store_matrix(session: ChatSession, like: Tensor, matrix: Path, inputs: Path) -> StoredAnswers:
+    """Write the matrix of the output layer with the active adapter. Raises OSError."""
+    vocabulary = 0
+    with matrix.open("wb") as file:
+        for block in session.head.matrix(like):
+            vocabulary = block.shape[-1]
+            file.write(_bytes(block))
+    return StoredAnswers(
+        inputs=str(inputs),
+        matrix=str(matrix),
+        dtype=_DTYPES[like.dtype],
+        width=like.shape[-1],
+        vocabulary=vocabulary,
+        scale=session.head.scale,
+        softcap=session.head.softcap,
+    )
+
+
+def _bytes(values: Tensor) -> memoryview:
+    return values.contiguous().cpu().view(torch.uint8).numpy().data
+
+
+def _require_same(stored: Floats, logits: Tensor) -> None:
+    """Raise UserError where stored answers (1, vocabulary) are not those of the model (vocabulary,)."""
+    expected = logits.float().log_softmax(-1).cpu().numpy()[None]
+    # Written so that NaN is a difference too.
+    if not float(kl_divergence(expected, stored).sum()) <= _MAX_DIFFERENCE:
+        raise UserError(
+            "The answers cannot be compared",
+            what="The model computes its logits in another way than from its output layer's matrix.",
+            fix="Compare answers in the chat instead, and report the model.",
+        )
+
+
+def _parts(inputs: Tensor, vocabulary: int) -> Iterator[Tensor]:
+    """Yield inputs (positions, width) in parts whose logits fit into memory."""
+    count = positions_at_once(vocabulary)
+    for start in range(0, len(inputs), count):
+        yield inputs[start : start + count]
+
+
+def _effect(
+    session: ChatSession, adapter_name: str, row: ComparedRow, trained: Tensor, vocabulary: int
+) -> float:
+    """Return the sum of KL(trained model ‖ base) over a row's positions, in nats. Raises UserError."""
+    base, _ = _head_inputs(session, BASE, row)
+    total = 0.0
+    for ours, theirs in zip(_parts(trained, vocabulary), _parts(base, vocabulary), strict=True):
+        # The adapter may change the output layer too.
+        session.activate(BASE)
+        actual = session.head.logits(theirs).log_softmax(-1)
+        session.activate(adapter_name)
+        expected = session.head.logits(ours).log_softmax(-1)
+        total += float((expected.exp() * (expected - actual)).sum())
+    return total
 
 
 def reference_or_reason(
-    stack: ExitStack, source: ChatSource, adapter_name: str, folder: Path, on_status: StatusFn
+    stack: ExitStack,
+    source: ChatSource,
+    adapter_name: str,
+    folder: Path,
+    on_status: StatusFn,
+    tokens: int,
 ) -> Reference | str:
     """Return what the files are compared with, or why there is nothing."""
     try:
-        return stack.enter_context(reference_logits(source, adapter_name, folder, on_status))
+        return stack.enter_context(reference_answers(source, adapter_name, folder, on_status, tokens))
     except UserError as error:
         return reason_of(error)
 
@@ -169,51 +269,33 @@ def reason_of(error: UserError) -> str:
 
 
 def compared_rows(
-    samples: Samples, tokenizer: ChatTokenizer, weights: int, vocabulary: int
-) -> tuple[ComparedRow, ...]:
-    """Return rows from all over the samples, with every trained position of those that are computed.
+    samples: Samples, tokenizer: ChatTokenizer, tokens: int
+) -> tuple[tuple[ComparedRow, ...], int]:
+    """Return rows from all over the samples, and how many trained tokens they have.
 
-    Where the file of log-probabilities would be too large for them, each computed row has fewer positions.
-
-    Args:
-        weights: how many the model has.
-        vocabulary: how many logits it computes at a position.
+    Every trained position of as many rows as have ``tokens`` tokens together is compared; of the others only
+    how their text is split into tokens.
     """
     count = min(len(samples), _MAX_ROWS)
     numbers = [place * len(samples) // count for place in range(count)]
-    ids = [tuple(samples.token_ids(number)[:_MAX_TOKENS]) for number in numbers]
-    tokens = min(_MAX_COMPUTED_TOKENS, _MAX_MULTIPLICATIONS // weights)
+    ids = [tuple(samples.token_ids(number)[: min(_MAX_TOKENS, tokens)]) for number in numbers]
+    trained = [_trained_positions(samples.loss_mask(number)) for number in numbers]
     computed = max(1, min(count, tokens * count // max(1, sum(map(len, ids)))))
-    places = [place * count // computed for place in range(computed)]
-    trained = {place: _trained_positions(ids[place], samples.loss_mask(numbers[place])) for place in places}
-    limit = _MAX_ROW_BYTES // _position_bytes(vocabulary)
-    most = _MAX_BYTES // _position_bytes(vocabulary)
-    if sum(min(len(positions), limit) for positions in trained.values()) > most:
-        limit = most // computed
-    ends = frozenset(tokenizer.turn_end_ids)
-    return tuple(
-        ComparedRow(_text(row, tokenizer), row, _sample_positions(row, trained.get(place, []), ends, limit))
-        for place, row in enumerate(ids)
+    chosen = {place * count // computed for place in range(computed)}
+    rows = tuple(
+        ComparedRow(
+            _text(row, tokenizer),
+            row,
+            tuple(position for position in positions if place in chosen and position < len(row) - 1),
+        )
+        for place, (row, positions) in enumerate(zip(ids, trained, strict=True))
     )
+    return rows, sum(map(len, trained))
 
 
-def _trained_positions(ids: Sequence[int], loss_mask: Sequence[int]) -> list[int]:
+def _trained_positions(loss_mask: Sequence[int]) -> list[int]:
     """Return places whose next token is trained."""
-    return [place for place in range(len(ids) - 1) if loss_mask[place + 1]]
-
-
-def _sample_positions(
-    ids: Sequence[int], trained: Sequence[int], ends: Collection[int], limit: int
-) -> tuple[int, ...]:
-    """Return all trained places, or ``limit`` of them: those before a turn end first, then others evenly."""
-    before_ends = _spread([place for place in trained if ids[place + 1] in ends], limit)
-    others = [place for place in trained if ids[place + 1] not in ends]
-    return tuple(sorted([*before_ends, *_spread(others, limit - len(before_ends))]))
-
-
-def _spread(places: list[int], limit: int) -> list[int]:
-    count = min(limit, len(places))
-    return [places[number * len(places) // count] for number in range(count)]
+    return [place for place in range(len(loss_mask) - 1) if loss_mask[place + 1]]
 
 
 def _samples(source: ChatSource, tokenizer: ChatTokenizer) -> Samples:
@@ -256,18 +338,37 @@ def _prompts(source: ChatSource, tokenizer: ChatTokenizer) -> Iterator[ComparedP
 
 
 def _computed(rows: Sequence[ComparedRow], on_status: StatusFn, words: str) -> Iterator[ComparedRow]:
-    """Yield the rows whose logits are compared, and report progress."""
+    """Yield the rows whose answers are compared, and report progress."""
     computed = [row for row in rows if row.positions]
-    report = every_tenth(on_status, words)
+    report = row_progress(on_status, words)
     for number, row in enumerate(computed, 1):
         yield row
         report(number, len(computed))
 
 
-def _log_probabilities(session: ChatSession, adapter_name: str, row: ComparedRow) -> torch.Tensor:
-    """Return log-probabilities at the row's positions, (positions, vocabulary), float32. Raises UserError."""
+def row_progress(on_status: StatusFn, words: str) -> Callable[[int, int], None]:
+    """Return what reports the rows done, and in all, with the time left: at each tenth, and every 30 s."""
+    began = reported_at = time.monotonic()
+    tenths = 0
+
+    def report(done: int, total: int) -> None:
+        nonlocal tenths, reported_at
+        now = time.monotonic()
+        if done * 10 // total == tenths and now - reported_at < _REPORT_S:
+            return
+        tenths, reported_at = done * 10 // total, now
+        left = format_duration((now - began) * (total - done) / done)
+        on_status(f"{words}: row {done} of {total}" + (f", {left} left" if done < total else ""))
+
+    return report
+
+
+def _head_inputs(session: ChatSession, adapter_name: str, row: ComparedRow) -> tuple[Tensor, Tensor]:
+    """Return the output layer's inputs at the row's positions, and the logits of the first.
+
+    Raises UserError.
+    """
     try:
-        logits = session.logits_at(adapter_name, list(row.computed_ids), list(row.positions))
-        return logits.float().log_softmax(-1).cpu()
+        return session.head_inputs(adapter_name, list(row.computed_ids), list(row.positions))
     except torch.OutOfMemoryError as error:
         raise out_of_memory(session.compute_device) from error

@@ -128,12 +128,19 @@ class UploadFolder:
         return self.path / _FILES
 
     def write(
-        self, source: ChatSource, adapter_name: str, form: CardForm, file_type: str, on_status: StatusFn
+        self,
+        source: ChatSource,
+        adapter_name: str,
+        form: CardForm,
+        file_type: str,
+        on_status: StatusFn,
+        compared_tokens: int,
     ) -> UploadFacts:
         """Write everything but the model card, unless an earlier try has. Raises UserError."""
         if not (self.path / _FACTS).is_file():
             shutil.rmtree(self.path, ignore_errors=True)
-            facts = _write(self.draft / _FILES, source, adapter_name, form, file_type, on_status)
+            files = self.draft / _FILES
+            facts = _write(files, source, adapter_name, form, file_type, on_status, compared_tokens)
             (self.draft / _FACTS).write_bytes(msgspec.json.encode(facts))
             publish(self.draft, self.path)
         return decode_json((self.path / _FACTS).read_bytes(), _FACTS_DECODER)
@@ -151,7 +158,13 @@ def _key(source: ChatSource, adapter_name: str, form: CardForm, file_type: str) 
 
 
 def _write(
-    files: Path, source: ChatSource, adapter_name: str, form: CardForm, file_type: str, on_status: StatusFn
+    files: Path,
+    source: ChatSource,
+    adapter_name: str,
+    form: CardForm,
+    file_type: str,
+    on_status: StatusFn,
+    compared_tokens: int,
 ) -> UploadFacts:
     checked: tuple[str, ...] = ()
     card: tuple[str, ...] = ()
@@ -161,13 +174,20 @@ def _write(
             files.mkdir()
             _copy_adapter(Path(source.adapters[adapter_name]), files)
         case "merged":
-            merged = merge(source, adapter_name, files, on_status)
+            merged = merge(source, adapter_name, files, on_status, compared_tokens=compared_tokens)
             is_dequantized = merged.base.chosen == "dequantized"
             checked = (merged.check_sentence, merged.base.sentence)
             compared = merged.check_sentence if merged.check else "It was not compared with base and adapter."
             card = (compared, merged.base.sentence)
         case "gguf":
-            written = export_gguf(source, adapter_name, files, (file_type,), on_status=on_status)
+            written = export_gguf(
+                source,
+                adapter_name,
+                files,
+                (file_type,),
+                compared_tokens=compared_tokens,
+                on_status=on_status,
+            )
             is_dequantized = written.base.chosen == "dequantized"
             checked = (written.summary,)
             proofs = [f"{file.proof.sentence}." for file in written.files if file.proof]

@@ -31,6 +31,8 @@ Form: TypeAlias = Literal[
     "merge", "gguf", "lora", "adapter", "ollama", "hub-adapter", "hub-merged", "hub-gguf"
 ]
 """``adapter``: the adapter's folder, for vLLM; ``hub-``: what is uploaded to the Hub."""
+COMPARED_TOKENS = 204_800
+"""Most tokens whose answers are compared unless another number is asked for: 200 rows of 1,024."""
 ExportState: TypeAlias = Literal["running", "finished", "failed", "canceled"]
 
 
@@ -57,6 +59,8 @@ class ExportRequest(Struct, frozen=True, kw_only=True):
     """Step of a checkpoint; None for the final adapter."""
     within: float | None = None
     """Largest mean KL divergence of a GGUF file to accept, in nats."""
+    compared_tokens: int = COMPARED_TOKENS
+    """Most tokens whose answers are compared."""
     base: Literal["best", "original", "dequantized"] = "best"
     """The base weights of a merged model."""
     folder: str = ""

@@ -16,8 +16,8 @@ from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.export import gguf_export, gguf_plan, lora_export
 from qlora_tui.export.gguf_file.content import gguf_content
 from qlora_tui.export.gguf_file.writer import write_gguf
-from qlora_tui.export.llama_cpp.bindings import LlamaCpp
-from qlora_tui.export.llama_cpp.llama_worker import kl_divergence, log_softmax
+from qlora_tui.export.llama_cpp.bindings import LlamaCpp, LlamaModel
+from qlora_tui.export.llama_cpp.stored_answers import Floats, kl_divergence, log_softmax
 from qlora_tui.export.merged_weights import MergedWeights
 from qlora_tui.recipe.schema import Model, Recipe
 
@@ -39,7 +39,13 @@ def write_base(folder: Path, file: Path, file_type: FileType = "F16") -> Path:
 def logits_of(file: Path, ids: list[int], lora: Path | None = None) -> Any:
     """llama.cpp's logits at every position, attention computed in float32."""
     with LlamaCpp().open(str(file), context=len(ids), lora=str(lora or ""), exact=True) as model:
-        return model.logits(ids, range(len(ids)))
+        return logits_at_all(model, ids)
+
+
+def logits_at_all(model: LlamaModel, ids: list[int]) -> Floats:
+    """A model's logits at every position, computed at once."""
+    (logits,) = model.logits(ids, range(len(ids)), at_once=len(ids))
+    return logits
 
 
 def divergence(model: Any, logits: Any, ids: list[int]) -> float:

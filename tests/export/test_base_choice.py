@@ -94,20 +94,20 @@ def test_without_data_the_weights_of_the_training_are_taken(inflated: ChatSource
 def test_a_gpu_too_small_for_16_bits_measures_nothing(
     inflated: ChatSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
-    compute = ChatSession.logits_at
+    compute = ChatSession.head_inputs
 
     def load(folder: Path, recipe: Recipe, *arguments: Any, **settings: Any) -> Any:
         if failing == "loading" and recipe.quantization.method == "none":
             raise torch.OutOfMemoryError
         return load_base(folder, recipe, *arguments, **settings)
 
-    def logits_at(self: ChatSession, *arguments: Any) -> torch.Tensor:
+    def head_inputs(self: ChatSession, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         if failing == "computing" and self.source.recipe.quantization.method == "none":
             raise torch.OutOfMemoryError
         return compute(self, *arguments)
 
     monkeypatch.setattr("qlora_tui.chat.session.load_base", load)
-    monkeypatch.setattr(ChatSession, "logits_at", logits_at)
+    monkeypatch.setattr(ChatSession, "head_inputs", head_inputs)
     choice = merge(inflated, "adapter", tmp_path / "merged", base_name="best").base
     assert choice.chosen == "dequantized" and "Out of memory" in choice.sentence
 
@@ -115,10 +115,10 @@ def test_a_gpu_too_small_for_16_bits_measures_nothing(
 def test_memory_too_small_for_the_reference_leaves_files_unchecked(
     inflated: ChatSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def logits_at(self: ChatSession, *arguments: Any) -> torch.Tensor:
+    def head_inputs(self: ChatSession, *arguments: Any) -> torch.Tensor:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(ChatSession, "logits_at", logits_at)
+    monkeypatch.setattr(ChatSession, "head_inputs", head_inputs)
     result = export_gguf(inflated, "adapter", tmp_path / "out", ["F16"])
     assert result.files[0].proof is None and "Out of memory" in result.unchecked_because
 

@@ -16,7 +16,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.export.gguf_file import families
 from qlora_tui.export.gguf_file.families import FAMILIES
 from qlora_tui.export.llama_cpp.bindings import LlamaCpp
-from tests.export.gguf_files import divergence, logits_of, write_base
+from tests.export.gguf_files import divergence, logits_at_all, logits_of, write_base
 from tests.training.tiny_model import CHAT_TEMPLATE
 
 pytest.importorskip("llama_cpp_py_sync")
@@ -165,6 +165,6 @@ def test_longrope_limits_the_context_to_the_short_factors(tmp_path: Path) -> Non
     assert context == LONG["original_max_position_embeddings"]
     ids = token_ids(96)
     with LlamaCpp().open(str(file), context=context, exact=True) as llama:
-        assert divergence(model, llama.logits(ids, range(len(ids))), ids) < 1e-4
+        assert divergence(model, logits_at_all(llama, ids), ids) < 1e-4
     with LlamaCpp().open(str(file), context=2 * context, exact=True) as llama:
-        assert divergence(model, llama.logits(ids, range(len(ids))), ids) > 0.01
+        assert divergence(model, logits_at_all(llama, ids), ids) > 0.01

@@ -13,7 +13,7 @@ from qlora_tui.export.gguf_export import export_gguf
 from qlora_tui.export.llama_cpp import bindings, llama_process
 from qlora_tui.export.llama_cpp.availability import PACKAGE, install_hint
 from qlora_tui.export.llama_cpp.bindings import LlamaCpp, LlamaCppError
-from qlora_tui.export.llama_cpp.jobs import Compare, ComparedRow, Quantize
+from qlora_tui.export.llama_cpp.jobs import Compare, ComparedRow, Quantize, StoredAnswers
 from qlora_tui.export.lora_export import export_lora
 from tests.export.export_sources import make_source
 
@@ -64,7 +64,8 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "no.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(UserError, match="could not be quantized"):
         llama_process.quantize(Quantize(str(tmp_path / "no.gguf"), str(tmp_path / "out.gguf"), "Q4_K_M"))
-    job = Compare(str(tmp_path / "no.gguf"), (ComparedRow("a", (1, 2), (0,)),), str(tmp_path / "no.gguf"), 10)
+    answers = StoredAnswers(inputs="none", matrix="none", dtype="float32", width=1, vocabulary=10)
+    job = Compare(str(tmp_path / "no.gguf"), (ComparedRow("a", (1, 2), (0,)),), answers)
     with pytest.raises(UserError, match="could not run the GGUF file") as failed:
         llama_process.compare(job)
     assert "no.gguf" in failed.value.what

@@ -24,7 +24,7 @@ from qlora_tui.export.gguf_file.hyperparameters import hyperparameters
 from qlora_tui.export.gguf_file.vocabulary import CONTROL, NORMAL, Vocabulary
 from qlora_tui.export.lora_export import export_lora
 from qlora_tui.export.proof import prove
-from qlora_tui.export.reference import reference_logits
+from qlora_tui.export.reference import reference_answers
 from tests.export.export_sources import make_source
 from tests.export.gguf_files import write_base
 
@@ -272,7 +272,7 @@ def test_a_comparison_reports_its_rows_and_can_be_canceled(
     def cancel(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    with reference_logits(source, "adapter", tmp_path, lambda words: None) as reference:
+    with reference_answers(source, "adapter", tmp_path, lambda words: None) as reference:
         prove(reference, base, "F16", on_progress=lambda *numbers: progress.append(numbers))
         with pytest.raises(KeyboardInterrupt):
             prove(reference, base, "F16", on_progress=cancel)

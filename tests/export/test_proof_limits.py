@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import UserError
@@ -13,11 +15,17 @@ from qlora_tui.export import proof
 from qlora_tui.export.base_choice import BaseChoice
 from qlora_tui.export.gguf_export import GgufExport, GgufFile, _Export
 from qlora_tui.export.gguf_file.stored_types import StoredTypes
-from qlora_tui.export.llama_cpp.jobs import Compared
+from qlora_tui.export.llama_cpp.jobs import Compared, StoredAnswers
 from qlora_tui.export.proof import Proof, prove
-from qlora_tui.export.reference import Reference, compared_rows, reference_bytes
+from qlora_tui.export.reference import Reference, compared_rows, row_progress
 from tests.export.published_tokenizers import write_tokenizer
 from tests.training.tiny_model import CHAT_TEMPLATE
+
+
+def reference_of(effect: float) -> Reference:
+    """A reference without rows."""
+    answers = StoredAnswers(inputs="none", matrix="none", dtype="float32", width=1, vocabulary=10)
+    return Reference((), (), (), answers, (), (), "", effect, trained=100)
 
 
 @pytest.fixture
@@ -33,7 +41,7 @@ def proof_of(monkeypatch: pytest.MonkeyPatch) -> Any:
             turns_ended=turns_ended, turns_ended_by_reference=by_adapter,
         )  # fmt: skip
         monkeypatch.setattr(proof, "compare", lambda *arguments: result)
-        reference = Reference((), (), (), Path("none"), 10, (), (), "", effect)
+        reference = reference_of(effect)
         return prove(reference, Path("none"), file_type)
 
     return proof_of
@@ -93,8 +101,7 @@ def test_auto_skips_a_type_that_loses_turn_ends(
 
     monkeypatch.setattr(_Export, "_write", write)
     content: Any = None
-    reference = Reference((), (), (), Path("none"), 10, (), (), "", 0.3)
-    export = _Export(content, tmp_path, reference, 0.03, lambda words: None)
+    export = _Export(content, tmp_path, reference_of(0.3), 0.03, lambda words: None)
     (file,) = export.smallest_within(("Q3_K_M", "Q4_K_M"))
     assert file.file_type == "Q4_K_M"
 
@@ -154,22 +161,44 @@ class Samples:
         return bytes(self.length // 2) + b"\1" * (self.length - self.length // 2)
 
 
-@pytest.mark.parametrize("weights, tokens", [(10**8, 16_384), (2 * 10**10, 1000)])
-@pytest.mark.parametrize("vocabulary", [1000, 49_152, 262_144])
-@pytest.mark.parametrize("count, length", [(300, 60), (300, 1000), (5, 1000), (1, 40), (200, 2)])
-def test_every_trained_position_is_compared_where_logits_fit(
-    tmp_path: Path, count: int, length: int, vocabulary: int, weights: int, tokens: int
+@pytest.mark.parametrize("tokens", [204_800, 16_384, 500])
+@pytest.mark.parametrize("count, length", [(300, 60), (300, 1000), (250, 5000), (5, 1000), (1, 40), (200, 2)])
+def test_every_trained_position_of_as_many_rows_is_compared(
+    tmp_path: Path, count: int, length: int, tokens: int
 ) -> None:
     tokenizer = ChatTokenizer.from_folder(write_tokenizer(tmp_path, "smollm2", CHAT_TEMPLATE))
     samples: Any = Samples(count, length, tokenizer.turn_end_ids[0])
-    rows = compared_rows(samples, tokenizer, weights, vocabulary)
+    rows, trained = compared_rows(samples, tokenizer, tokens)
     computed = [row for row in rows if row.positions]
-    assert len(rows) == min(count, 200)
-    assert len(computed) == min(len(rows), tokens // length)
-    assert all(row.positions[-1] == length - 2 for row in computed)
-    trained = len(computed) * min(length - max(length // 2, 1), 2**26 // vocabulary)
-    positions = sum(len(row.positions) for row in computed)
-    most = 640 * 2**19 // vocabulary
-    assert positions == trained if trained <= most else most - len(computed) < positions <= most
-    assert positions * vocabulary * 2 <= reference_bytes(vocabulary) <= 640 * 2**20
+    longest = min(length, 4096, tokens)
+    assert len(rows) == min(count, 200) and trained == len(rows) * (length - max(length // 2, 1))
+    if longest > length // 2:
+        assert len(computed) == min(len(rows), max(1, tokens // longest))
+    assert all(row.positions == tuple(range(max(length // 2, 1) - 1, longest - 1)) for row in computed)
     assert sum(len(row.computed_ids) for row in computed) <= tokens
+    if length <= 1000 and tokens == 204_800:
+        assert sum(len(row.positions) for row in rows) == trained
+
+
+def test_the_sentence_counts_tokens_that_were_not_compared(proof_of: Any) -> None:
+    proof = proof_of("Q4_K_M", 0.3, 0.01)
+    assert "trained tokens" not in proof.sentence
+    assert "compared at 100 of 20,112 trained tokens" in replace(proof, trained=20_112).sentence
+
+
+def test_progress_names_rows_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    said: list[str] = []
+    report = row_progress(said.append, "Asking")
+    for row in range(1, 41):
+        now += 0.5 if row < 40 else 100
+        report(row, 40)
+    assert said[:2] == ["Asking: row 4 of 40, 18 s left", "Asking: row 8 of 40, 16 s left"]
+    assert len(said) == 10 and said[-1] == "Asking: row 40 of 40"
+    said.clear()
+    report = row_progress(said.append, "Asking")
+    for row in range(1, 4):
+        now += 20
+        report(row, 100)
+    assert said == ["Asking: row 2 of 100, 33 min left"]

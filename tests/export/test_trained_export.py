@@ -18,10 +18,10 @@ from qlora_tui.chat.chat_sources import run_source
 from qlora_tui.chat.session import load_session
 from qlora_tui.cli.main import main
 from qlora_tui.export.llama_cpp.bindings import LlamaCpp
-from qlora_tui.export.llama_cpp.llama_worker import kl_divergence, log_softmax
+from qlora_tui.export.llama_cpp.stored_answers import kl_divergence, log_softmax
 from qlora_tui.runs.directory import RunDir, all_runs
 from tests.export.export_sources import make_source
-from tests.export.gguf_files import write_base
+from tests.export.gguf_files import logits_at_all, write_base
 
 pytest.importorskip("llama_cpp_py_sync")
 pytestmark = pytest.mark.slow
@@ -84,7 +84,7 @@ def test_a_trained_run_is_exported_in_every_form(
         session.ensure_loaded(name)
         ours = session.logits_at(name, ids, list(range(len(ids)))).numpy()
         with LlamaCpp().open(str(base), context=len(ids), lora=str(adapter or ""), exact=True) as model:
-            theirs = model.logits(ids, range(len(ids)))[:, : ours.shape[-1]]
+            theirs = logits_at_all(model, ids)[:, : ours.shape[-1]]
         assert np.array_equal(ours.argmax(-1), theirs.argmax(-1))
         assert float(kl_divergence(log_softmax(ours), log_softmax(theirs)).max()) < 0.002
 

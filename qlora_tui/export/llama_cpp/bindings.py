@@ -153,10 +153,18 @@ class LlamaModel:
         """Return whether llama.cpp stops at a token."""
         return bool(self._lib.llama_vocab_is_eog(self._vocabulary, token))
 
-    def logits(self, ids: Sequence[int], positions: Sequence[int]) -> Floats:
-        """Return the next-token logits at each position, (positions, vocabulary). Raises LlamaCppError."""
+    def logits(self, ids: Sequence[int], positions: Sequence[int], at_once: int) -> Iterator[Floats]:
+        """Yield the next-token logits at the positions in their order, (at most ``at_once``, vocabulary).
+
+        Raises LlamaCppError.
+        """
         self.truncate(0)
-        return self._compute(ids, positions, start=0)
+        start = 0
+        for first in range(0, len(positions), at_once):
+            part = positions[first : first + at_once]
+            end = part[-1] + 1
+            yield self._compute(ids[start:end], [place - start for place in part], start=start)
+            start = end
 
     def extend(self, ids: Sequence[int], *, start: int) -> Floats:
         """Add tokens after the first ``start``; return the logits after the last, (vocabulary,).

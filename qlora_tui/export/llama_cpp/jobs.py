@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from msgspec import Struct
 
@@ -45,15 +45,31 @@ class Quantize(Struct, frozen=True, tag=True):
     """``Q4_K_M`` and so on."""
 
 
+class StoredAnswers(Struct, frozen=True, kw_only=True):
+    """Files from which the trained model's logits at every compared position are computed again.
+
+    Logits are ``inputs`` times ``matrix`` times ``scale``, and then capped.
+    """
+
+    inputs: str
+    """File of the output layer's inputs, (positions of all rows, width)."""
+    matrix: str
+    """File of the output layer's matrix, (width, vocabulary)."""
+    dtype: Literal["float32", "float16", "bfloat16"]
+    """Of both files, the model's own: nothing is rounded."""
+    width: int
+    vocabulary: int
+    scale: float = 1.0
+    softcap: float = 0.0
+    """Bound c of logits c·tanh(x/c); 0 for none."""
+
+
 class Compare(Struct, frozen=True, tag=True):
-    """Compare a GGUF file's tokens and logits with reference logits."""
+    """Compare a GGUF file's tokens and logits with those of the trained model."""
 
     model: str
     rows: tuple[ComparedRow, ...]
-    reference: str
-    """File of float16 log-probabilities, (positions of all rows, vocabulary)."""
-    vocabulary: int
-    """Number of tokens in ``reference``."""
+    reference: StoredAnswers
     end_ids: tuple[int, ...] = ()
     """Tokens that end a turn."""
     prompts: tuple[ComparedPrompt, ...] = ()

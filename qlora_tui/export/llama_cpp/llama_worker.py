@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from qlora_tui.export.llama_cpp.bindings import Floats, LlamaCpp, LlamaCppError, LlamaModel
+from qlora_tui.export.llama_cpp.bindings import LlamaCpp, LlamaCppError, LlamaModel
 from qlora_tui.export.llama_cpp.jobs import (
     Compare,
     Compared,
@@ -23,6 +23,12 @@ from qlora_tui.export.llama_cpp.jobs import (
     Quantize,
     Quantized,
     RowsCompared,
+)
+from qlora_tui.export.llama_cpp.stored_answers import (
+    AnswerReader,
+    kl_divergence,
+    log_softmax,
+    positions_at_once,
 )
 from qlora_tui.subprocesses import end_with_parent
 
@@ -46,26 +52,27 @@ def run(job: Job, on_progress: Callable[[int, int], None] = lambda done, total: 
 
 
 def _compare(model: LlamaModel, job: Compare, on_progress: Callable[[int, int], None]) -> Compared:
-    count = sum(len(row.positions) for row in job.rows)
-    reference = np.memmap(job.reference, np.float16, "r", shape=(count, job.vocabulary))
+    reference, vocabulary = AnswerReader(job.reference), job.reference.vocabulary
     ends = np.array(job.end_ids)
     computed = sum(bool(row.positions) for row in job.rows)
-    different, divergences, targets, choices, expected_choices, start = [], [], [], [], [], 0
+    different, divergences, targets, choices, expected_choices, start, done = [], [], [], [], [], 0, 0
     for number, row in enumerate(job.rows):
         if row.text and not row.ids == tuple(model.tokenize(row.text)) == tuple(
             model.prompt_tokens(row.text)
         ):
             different.append(number)
-        expected = reference[start : start + len(row.positions)].astype(np.float32)
-        start += len(row.positions)
-        if not len(expected):
+        if not row.positions:
             continue
-        logits = model.logits(row.computed_ids, row.positions)[:, : job.vocabulary]
-        divergences.append(kl_divergence(expected, log_softmax(logits)))
+        for part in model.logits(row.computed_ids, row.positions, positions_at_once(vocabulary)):
+            logits = part[:, :vocabulary]
+            expected = reference.log_probabilities(start, start + len(logits))
+            start += len(logits)
+            divergences.append(kl_divergence(expected, log_softmax(logits)))
+            expected_choices.append(expected.argmax(-1))
+            choices.append(logits.argmax(-1))
         targets += [row.ids[place + 1] for place in row.positions]
-        expected_choices.append(expected.argmax(-1))
-        choices.append(logits.argmax(-1))
-        on_progress(len(choices), computed)
+        done += 1
+        on_progress(done, computed)
     whole, chosen, expected_chosen = (
         np.concatenate(parts) for parts in (divergences, choices, expected_choices)
     )
@@ -91,22 +98,6 @@ def _different_prompts(model: LlamaModel, prompts: Sequence[ComparedPrompt]) -> 
     if not rendered or None in rendered:
         return None
     return sum(ours.text != theirs for ours, theirs in zip(prompts, rendered, strict=True))
-
-
-def log_softmax(logits: Floats) -> Floats:
-    """Return log-probabilities over the last axis."""
-    shifted = logits - logits.max(-1, keepdims=True)
-    result: Floats = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return result
-
-
-def kl_divergence(expected: Floats, actual: Floats) -> Floats:
-    """Return KL(expected || actual) of each row, in nats, from log-probabilities (rows, vocabulary).
-
-    With probabilities (1/2, 1/2) expected and (1/4, 3/4) actual, ½·ln 2 + ½·ln ⅔ = 0.144.
-    """
-    result: Floats = (np.exp(expected) * (expected - actual)).sum(-1)
-    return result
 
 
 def main() -> None:
