@@ -21,7 +21,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import to_layer, to_recipe
 from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.machine_checks import Check, read_machine
+from qlora_tui.runs.machine_checks import Check, read_machine, several_gpus_problem
 from qlora_tui.runs.preflight import errors, preflight
 
 
@@ -83,6 +83,8 @@ def _print_command(recipe: Recipe, requested: int | None) -> CommandResult:
             fix="Omit --gpus to use all of them.",
             exit_code=EXIT_USAGE,
         )
+    if problem := several_gpus_problem(recipe, gpus):
+        raise problem
     run = actions.prepare(recipe)
     command = shlex.join(_launch(run, gpus))
     print(

@@ -10,13 +10,14 @@ from typing import Literal
 
 import psutil
 
-from qlora_tui.errors import UserError
+from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.formatting import format_bytes, format_gib, format_path
 from qlora_tui.gpu.driver import open_driver
 from qlora_tui.gpu.errors import GpuUnavailableError
 from qlora_tui.gpu.metrics import GpuDevice, GpuProcess
 from qlora_tui.gpu.visible_devices import default_cuda_device
 from qlora_tui.memory.budget import MemoryBudget, budget_for
+from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import all_runs
 from qlora_tui.runs.status import ACTIVE, read_status
@@ -112,6 +113,19 @@ def check_host_memory(needed_bytes: int) -> Check:
         return Check(CheckKind.HOST_MEMORY, "error", problem.what, problem.fix)
     return Check(
         CheckKind.HOST_MEMORY, "ok", f"{format_gib(needed_bytes)} GiB for streamed layers and their inputs."
+    )
+
+
+def several_gpus_problem(recipe: Recipe, gpus: int) -> UserError | None:
+    """Return the error for a recipe that trains on one GPU only, and is to train on ``gpus``."""
+    if gpus == 1 or not recipe.quantization.streamed_layers:
+        return None
+    return UserError(
+        "Streamed layers need a run on one GPU",
+        what=f"quantization.streamed_layers is set, and this run has {gpus} GPUs.",
+        why="Each process would hold the streamed layers in host memory, and copy them on the same bus.",
+        fix="Set quantization.streamed_layers to 0, or train on one GPU.",
+        exit_code=EXIT_USAGE,
     )
 
 

@@ -15,6 +15,7 @@ from qlora_tui.data.thinking_facts import thinking_sentences
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.untrained_tokens import token_ids
 from qlora_tui.runs.events import AdapterReady, DataReady, Environment, LayersStreamed
+from qlora_tui.runs.machine_checks import several_gpus_problem
 from qlora_tui.training import model_loading, quantized_cache
 from qlora_tui.training.adapter import add_lora, trained_parameters
 from qlora_tui.training.base_model import PreparedBase, prepare_base
@@ -29,7 +30,7 @@ from qlora_tui.training.memory_meter import MemoryMeter
 from qlora_tui.training.prepared_run import AttemptContext, PreparedRun
 from qlora_tui.training.step_verification import verify_first_step
 from qlora_tui.training.streaming.copy_devices import copies_for
-from qlora_tui.training.streaming.host_memory import HostMemory, require_host_memory, require_one_gpu
+from qlora_tui.training.streaming.host_memory import HostMemory, require_host_memory
 from qlora_tui.training.streaming.input_offload import InputOffload, offload_inputs
 from qlora_tui.training.streaming.placement import decoder_layers
 
@@ -92,8 +93,8 @@ def prepare_run(
 
 def _check_streaming(context: AttemptContext, meter: MemoryMeter) -> None:
     """Raise UserError where layers cannot be streamed, or inputs offloaded, on this machine."""
-    if context.recipe.quantization.streamed_layers:
-        require_one_gpu(context.dist.world_size)
+    if problem := several_gpus_problem(context.recipe, context.dist.world_size):
+        raise problem
     if meter.estimate is not None and meter.estimate.host_bytes:
         require_host_memory(meter.estimate.host_bytes)
 

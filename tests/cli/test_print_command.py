@@ -37,6 +37,15 @@ def test_the_printed_command_starts_one_trainer_per_gpu(call: Call, train: list[
     assert attached.code == 0 and "stopped at step 0" in attached.out
 
 
+def test_streamed_layers_on_several_gpus_are_refused_before_a_run(call: Call, train: list[str]) -> None:
+    streamed = [*train, "--print-command", "--set", "quantization.streamed_layers=2"]
+    refused = call(*streamed, "--gpus", "2")
+    assert refused.code == 2 and "this run has 2 GPUs" in refused.err
+    assert "streamed_layers to 0, or train on one GPU" in refused.err
+    assert all_runs() == []
+    assert call(*streamed, "--gpus", "1").code == 0
+
+
 def test_a_run_takes_its_name_from_the_command(call: Call, train: list[str]) -> None:
     assert call(*train, "--print-command", "--name", "parcels").code == 0
     run = find_run("last")

@@ -11,7 +11,6 @@ import weakref
 import torch
 from torch import Tensor
 
-from qlora_tui.errors import UserError
 from qlora_tui.runs.machine_checks import host_memory_problem
 from qlora_tui.training.compute_device import host_memory_bytes
 
@@ -52,17 +51,6 @@ def _pin(buffer: Tensor) -> str:
 
 def _unpin(address: int) -> None:
     torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]  # torch's own
-
-
-def require_one_gpu(processes: int) -> None:
-    """Raise UserError where a run with streamed layers has several processes: each would hold them."""
-    if processes > 1:
-        raise UserError(
-            "Streamed layers need a run on one GPU",
-            what=f"quantization.streamed_layers is set, and this run has {processes} GPUs.",
-            why="Each process would hold the streamed layers in host memory, and copy them on the same bus.",
-            fix="Set quantization.streamed_layers to 0, or train on one GPU.",
-        )
 
 
 def require_host_memory(needed_bytes: int) -> None:
