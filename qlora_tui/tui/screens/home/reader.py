@@ -22,7 +22,7 @@ from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui.draft import draft_written_at
 from qlora_tui.tui.screens.home.first_steps import FirstSteps, first_steps_lines
 from qlora_tui.tui.screens.home.next_step import HomeState, NextStep, next_step, other_steps
-from qlora_tui.tui.screens.home.starters import Starter, starter_lines, starters
+from qlora_tui.tui.screens.home.starters import starter_lines
 from qlora_tui.tui.screens.home.text import (
     HostFacts,
     gpu_lines,
@@ -31,6 +31,7 @@ from qlora_tui.tui.screens.home.text import (
     recipe_lines,
     run_lines,
 )
+from qlora_tui.tui.screens.models.starter_choice import Starter, starters
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.workbench import Workbench
 

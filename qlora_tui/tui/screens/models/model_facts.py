@@ -24,6 +24,7 @@ from qlora_tui.formatting import (
 )
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.labeled import labeled
+from qlora_tui.tui.screens.models.starter_choice import Starter
 
 _LICENSE = re.compile(r"^license:\s*[\"']?([\w.+-]+)", re.MULTILINE)
 _PLACES = {
@@ -92,6 +93,17 @@ def hub_facts(model: HubModel, known: HubFacts | None, speed: float | None) -> l
         _fact("access", "gated: accept its license and log in" if model.gated else "no token needed"),
         _fact("downloads", f"{model.downloads:,} last month"),
         _fact("changed", model.modified or "NA"),
+    ]
+
+
+def starter_facts(model: Starter) -> list[Content]:
+    """Details of a model to start with, before the Hub was asked."""
+    return [
+        _step(key_name("models.download"), f"Download about {format_bytes(model.download_bytes)}"),
+        _step("Enter", "Find it on the Hub", mark=" "),
+        *_architecture_lines(model.architecture),
+        _fact("license", model.license),
+        _fact("access", "no token needed"),
     ]
 
 

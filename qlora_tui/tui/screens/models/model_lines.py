@@ -1,4 +1,4 @@
-"""Lines of the model list: local models, and results from the Hub."""
+"""Lines of the model list: local models, models to start with, and results from the Hub."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from textual.content import Content
 
 from qlora_tui.catalog.hub import HubModel
 from qlora_tui.catalog.local_models import LocalModel
+from qlora_tui.demo.wheel_download import SMOLLM2
 from qlora_tui.formatting import format_bytes, format_count, truncate_middle
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.recipe_line import VERDICT_SIGN, VERDICT_STYLE
+from qlora_tui.tui.screens.models.starter_choice import Starter
 from qlora_tui.tui.widgets.vi_list import HEADING
 
-LOCAL, HUB = "local:", "hub:"
+LOCAL, HUB, STARTER = "local:", "hub:", "starter:"
 """Prefixes of line ids, before the path or the Hub id."""
+DEMO_LINE = "demo:"
+"""Id of the demo model's line."""
 _WIDE = 100
 """Cells of the list from which it has all columns."""
 _SOURCES = {"hub cache": "cache", "folder": "folder", "gguf": "GGUF", "converted": "converted"}
@@ -82,6 +86,32 @@ def hub_lines(
             )
         ]
         lines.append((HUB + model.id, _line(mark, model.id, cells, columns, width, style)))
+    return lines
+
+
+def starter_lines(models: Sequence[Starter], width: int, *, with_demo: bool) -> list[tuple[str, Content]]:
+    """A heading and a line for each model to start with, in the columns of the models of this machine.
+
+    ``with_demo``: whether the first is the demo's model, which comes from the Python package index.
+    """
+    columns = [("size", 7), ("download", 10), ("needs", 13)]
+    columns += [("context", 10), ("family", 14), ("license", 11)] if width >= _WIDE else []
+    lines = [(f"{HEADING}starters", _heading("Worth starting with, to download", columns, width))]
+    if with_demo:
+        demo = ("135M", format_bytes(SMOLLM2.download_bytes), "", "8,192", "llama", "apache-2.0")
+        line = _line(" ", f"{SMOLLM2.name} (demo)", [[(text, "")] for text in demo], columns, width, "")
+        lines.append((DEMO_LINE, line))
+    for model in models:
+        architecture = model.architecture
+        cells = [
+            [(format_count(architecture.total_params), "")],
+            [(format_bytes(model.download_bytes), "")],
+            _need((model.needs_bytes, model.verdict)),
+            [("NA" if architecture.max_positions is None else f"{architecture.max_positions:,}", "")],
+            [(architecture.model_type, "")],
+            [(model.license, "")],
+        ]
+        lines.append((STARTER + model.id, _line(" ", model.id, cells, columns, width, "")))
     return lines
 
 

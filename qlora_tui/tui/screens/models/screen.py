@@ -31,10 +31,11 @@ from qlora_tui.tui.screens.models.hub_queries import (
     validate_model_path,
 )
 from qlora_tui.tui.screens.models.listed_models import ListedModels
-from qlora_tui.tui.screens.models.model_facts import hub_facts, local_facts, storage_lines
+from qlora_tui.tui.screens.models.model_facts import hub_facts, local_facts, starter_facts, storage_lines
 from qlora_tui.tui.screens.models.model_fit import need
-from qlora_tui.tui.screens.models.model_lines import HUB, LOCAL
+from qlora_tui.tui.screens.models.model_lines import DEMO_LINE, HUB, LOCAL, STARTER
 from qlora_tui.tui.screens.models.model_side import ModelSide
+from qlora_tui.tui.screens.models.starter_choice import starters
 from qlora_tui.tui.widgets.panel import Panel
 from qlora_tui.tui.widgets.text_field import TextField
 from qlora_tui.tui.widgets.vi_list import ViList
@@ -43,8 +44,8 @@ if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
 
 EMPTY = (
-    "No models on this machine yet. Press {models.filter} and type a name to search the Hub, or press "
-    "{models.download} for the 135M demo model."
+    "No models on this machine yet. Press {models.download} to download one of these, or {models.filter} to "
+    "search the Hub by name."
 )
 SEARCH = "{models.filter} type a name; Enter also searches the Hub"
 LIST_KEYS = (("models.filter", "search"), ("models.open", "open path"), ("models.rescan", "rescan"))
@@ -60,10 +61,10 @@ class ModelsScreen(DownloadActions):
         '● is the recipe\'s model. ✗ marks models that cannot be trained; the facts say why. "Needs" is the '
         "memory with the recipe as it is, and the table beside shows other lengths. Models come "
         "from the Hugging Face cache, the folders in config.toml, GGUF files, and models converted by "
-        "this app.\n"
+        "this app. Models worth starting with are those of a short list that fit, until you search the Hub.\n"
         "The Hub is contacted only when you press Enter: after {models.filter} and a name to search, on a "
-        "result to see its details. A download continues when you leave the screen or the app; "
-        "if it was stopped, {models.download} resumes it."
+        "model to start with, or on a result to see its details. A download continues when you leave the "
+        "screen or the app; if it was stopped, {models.download} resumes it."
     )
     SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = COMMANDS
 
@@ -151,6 +152,10 @@ class ModelsScreen(DownloadActions):
                 self._choose_for_estimates(hub)
             else:
                 self._fetch_hub_facts(hub.id)
+        elif (starter := self._models.starter(id_)) is not None:
+            self._search(starter.id)
+        elif id_ == DEMO_LINE:
+            self.action_download()
 
     def on_key(self, event: Key) -> None:
         """Down and escape leave the search field for the list."""
@@ -160,7 +165,8 @@ class ModelsScreen(DownloadActions):
     @property
     def selected_hub_model(self) -> str:
         current = self.query_one(ViList).current or ""
-        return current.removeprefix(HUB) if current.startswith(HUB) else ""
+        prefix, _, id_ = current.partition(":")
+        return id_ if f"{prefix}:" in (HUB, STARTER) else ""
 
     @property
     def has_local_models(self) -> bool:
@@ -259,11 +265,14 @@ class ModelsScreen(DownloadActions):
     def _show_facts(self) -> None:
         current = self.query_one(ViList).current
         local, hub = self._models.local_model(current), self._models.hub_model(current)
+        starter = self._models.starter(current)
         if local is not None:
             chosen = self.qlora_app.workbench.recipe.model.id in (local.id, str(local.path))
             title, lines = local.name, local_facts(local, is_current=chosen)
         elif hub is not None:
             title, lines = hub.id, hub_facts(hub, self._models.hub_facts.get(hub.id), downloads.last_speed())
+        elif starter is not None:
+            title, lines = starter.id, starter_facts(starter)
         elif self._models.local is None or self._models.local:
             title, lines = "Model", []
         else:
@@ -271,13 +280,15 @@ class ModelsScreen(DownloadActions):
         side = self.query_one(ModelSide)
         side.show(title, lines)
         known = self._models.hub_facts.get(hub.id) if hub is not None else None
-        architecture = local.architecture if local is not None else known and known.architecture
+        shown = local or starter or known
+        architecture = None if shown is None else shown.architecture
         side.estimate(architecture, self.qlora_app.workbench.recipe, self.qlora_app.memory_budget)
 
     @work(exclusive=True, group="needs")
     async def _estimate_needs(self) -> None:
-        """What each model on this machine would need, for the list."""
+        """What each model on this machine would need, and which models of the Hub to start with."""
         recipe, budget = self.qlora_app.workbench.recipe, self.qlora_app.memory_budget
+        self._models.starters = await asyncio.to_thread(starters, recipe, budget)
         known = [(m.path, m.architecture) for m in self._models.local or () if m.architecture is not None]
         self._models.needs = await asyncio.to_thread(
             lambda: {path: need(architecture, recipe, budget) for path, architecture in known}
