@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -250,7 +251,9 @@ def test_entries_of_runs_that_are_gone_are_taken_out(finished: RunDir) -> None:
     assert "stray" in stray.what and stray.repair is None
 
 
-def test_leftovers_are_deleted(finished: RunDir) -> None:
+def test_leftovers_are_deleted(finished: RunDir, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # Leftovers of this machine are not the test's.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     draft = paths.runs_dir() / ".new-4194304-x"
     draft.mkdir()
     os.utime(draft, (1, 1))
