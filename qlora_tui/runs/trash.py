@@ -32,6 +32,9 @@ class Trash:
     def __len__(self) -> int:
         return len(self._deleted)
 
+    def __contains__(self, run_id: str) -> bool:
+        return run_id in self._deleted
+
     def put(self, run: RunDir) -> None:
         """Move a run to the trash; raises UserError until it has ended, or on a disk error."""
         check_deletable(run)

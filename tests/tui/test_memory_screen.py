@@ -222,7 +222,7 @@ async def test_samples_beyond_the_context_length_warn_even_without_fit(
 async def test_a_model_larger_than_the_card_is_offered_streamed(seven_billion: str) -> None:
     app = open_on("memory", model=seven_billion, gpu_gib=6)
     async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "of 28 layers from", "slower: `qlora-tui")
+        await wait_for_text(pilot, "of 28 layers from", "doctor` measures how")
         await pilot.press("a")
         await wait_for_text(pilot, "10 of 28 layers are streamed")
 

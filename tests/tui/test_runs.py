@@ -384,6 +384,24 @@ async def test_u_restores_a_deleted_run_until_the_app_ends(
     assert not any((paths.runs_dir() / ".deleted").iterdir())
 
 
+async def test_a_deleted_run_leaves_the_list_before_the_next_reading(
+    make_app: MakeApp, three_runs: list[RunDir]
+) -> None:
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await open_runs(app)
+        await wait_for_text(pilot, "tickets-a")
+        screen = app.screen
+        assert isinstance(screen, RunsScreen)
+        earlier = screen.listing
+        screen.action_delete()
+        screen.listing = earlier
+        screen.show_listing()
+        screen.action_delete()
+        assert [run.id for run in all_runs()] == ["poems-c"]
+        assert app.screen is screen
+
+
 async def test_with_nothing_deleted_u_undoes_a_recipe_change(make_app: MakeApp) -> None:
     app = make_app()
     app.workbench.set("lora.rank", 32)

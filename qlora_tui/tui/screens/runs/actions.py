@@ -172,6 +172,7 @@ class RunActions(WorkScreen):
         """Move the run to the trash without asking; it can be restored until the app ends."""
         summary = self.current
         if summary is not None and self._act_on(summary.run, self.trash.put):
+            self.show_listing()
             self.notify(
                 f"{summary.name} will be deleted when you quit. "
                 f"Press {key_name('runs.restore')} to restore it."

@@ -175,12 +175,14 @@ class RunsScreen(RunActions):
         """Show what was read, filtered."""
         if self.listing is None:
             return
-        matching = [row for row in self.listing.summaries if self._filter in _search_text(row)]
+        # What was read before a run was deleted still lists it.
+        summaries = [row for row in self.listing.summaries if row.id not in self.trash]
+        matching = [row for row in summaries if self._filter in _search_text(row)]
         rows = in_order(matching, self.listing.waiting, self.order)
-        self._show_title(len(rows), len(self.listing.summaries))
+        self._show_title(len(rows), len(summaries))
         self.set_class(not rows, "-empty")
         if not rows:
-            text = "No run matches. Press Esc to show all." if self.listing.summaries else _NO_RUNS
+            text = "No run matches. Press Esc to show all." if summaries else _NO_RUNS
             self.query_one("#runs-empty", Static).update(name_keys(text))
         self.query_one(RunTable).show(rows, self.listing.waiting, self.marked)
         self._show_detail()
