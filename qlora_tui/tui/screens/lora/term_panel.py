@@ -1,4 +1,7 @@
-"""What a setting, or the kind of module under the cursor, means: from the glossary, with advice."""
+"""What a setting, or the kind of module under the cursor, means: from the glossary, with advice.
+
+A high panel explains the other settings below it.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,13 @@ from textual.widgets import Static
 from qlora_tui.catalog.architecture_types import LinearModule
 from qlora_tui.glossary import GLOSSARY, explain
 from qlora_tui.recipe.schema import Lora
-from qlora_tui.tui.screens.lora.controls import targets_advice, term_of
+from qlora_tui.tui.screens.lora.controls import LORA_CONTROLS, targets_advice, term_of
 from qlora_tui.tui.widgets.panel import Panel
 from qlora_tui.tui.widgets.static_update import update_if_changed
+
+
+_HIGH = 24
+"""Rows from which all settings are explained."""
 
 
 class TermPanel(Panel):
@@ -20,7 +27,12 @@ class TermPanel(Panel):
 
     def __init__(self) -> None:
         self._meaning = Static(id="term")
+        self._shown: tuple[str, str] = ("", "")
         super().__init__("Term", self._meaning, id="term-panel")
+
+    def on_resize(self) -> None:
+        if self._shown[0]:
+            self._show_meaning()
 
     def show_setting(self, path: str, advice: str) -> None:
         """Explain a setting."""
@@ -35,7 +47,16 @@ class TermPanel(Panel):
 
     def _show(self, title: str, term: str, advice: str) -> None:
         self.show_title(title)
-        update_if_changed(self._meaning, Content.assemble(explain(term), "\n", (advice, "$text-muted")))
+        self._shown = (term, advice)
+        self._show_meaning()
+
+    def _show_meaning(self) -> None:
+        term, advice = self._shown
+        paragraphs = [Content.assemble(explain(term), "\n", (advice, "$text-muted"))]
+        if self.size.height >= _HIGH:
+            paths = (control.path for control in LORA_CONTROLS)
+            paragraphs += [one_line(path) for path in paths if term_of(path) != term]
+        update_if_changed(self._meaning, Content("\n\n").join(paragraphs))
 
 
 def one_line(path: str) -> Content:
