@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> CommandResult:
     from qlora_tui.chat.chat_sources import choose_adapter, run_source
     from qlora_tui.export.unfinished_files import export_problems
     from qlora_tui.gpu.torch_env import configure_torch_env
-    from qlora_tui.runs.exports import leave_gpu_to_runs
+    from qlora_tui.runs.drafts import can_continue, draft_path
+    from qlora_tui.runs.exports import leave_gpu_to_runs, output_path
 
     request = _request(args)
     run = find_run(args.run_id)
@@ -48,10 +49,16 @@ def run(args: argparse.Namespace) -> CommandResult:
     if note := leave_gpu_to_runs():
         print(note, file=sys.stderr)
     configure_torch_env()
-    with export_problems(), _progress() as on_status:
-        from qlora_tui.export.forms import export_form
+    try:
+        with export_problems(), _progress() as on_status:
+            from qlora_tui.export.forms import export_form
 
-        written = export_form(run, request, source, adapter_name, on_status)
+            written = export_form(run, request, source, adapter_name, on_status)
+    except KeyboardInterrupt:
+        out = output_path(request)
+        if out is not None and can_continue(draft := draft_path(out)):
+            print(f"Canceled. The same command continues it. Until then: {draft}", file=sys.stderr)
+        raise
     if written.problem:
         print(f"Refused: {written.problem}", file=sys.stderr)
     return CommandResult(written.result, written.text, EXIT_FAILURE if written.problem else 0)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Literal, TypeAlias
 
 import psutil
@@ -21,12 +20,16 @@ from qlora_tui.catalog.model_validation import weight_files
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import load_session, model_folder
 from qlora_tui.errors import UserError
-from qlora_tui.export.reference import Reference, reason_of, reference_or_reason, release_gpu_memory
+from qlora_tui.export.answer_files import release_gpu_memory
+from qlora_tui.export.journal import Journal
+from qlora_tui.export.reference import Reference, reason_of, reference_or_reason
 from qlora_tui.export.requantize import Requantizer, requantizer
 from qlora_tui.formatting import format_bytes
 from qlora_tui.runs.exports import COMPARED_TOKENS
 
 _SPARE_BYTES = 1 << 30
+_ENTRY = "base"
+"""Of the journal."""
 
 
 class BaseChoice(Struct, frozen=True, kw_only=True):
@@ -69,11 +72,13 @@ def choice_named(
     name: BaseName,
     source: ChatSource,
     adapter_name: str,
-    folder: Path,
+    journal: Journal,
     on_status: Callable[[str], None] = lambda words: None,
     compared_tokens: int = COMPARED_TOKENS,
 ) -> BaseChoice:
-    """Return the choice of base weights; ``best`` measures, with files in ``folder``. Raises UserError.
+    """Return the choice of base weights; ``best`` measures unless the journal has the result.
+
+    Raises UserError.
 
     Answers are compared at no more than ``compared_tokens``.
     """
@@ -81,9 +86,25 @@ def choice_named(
         return BaseChoice(chosen="original" if name == "original" else "dequantized")
     if requantizer(resolve_model(source.recipe.model.id).architecture, source.recipe.quantization) is None:
         return BaseChoice(chosen="original")
+    if measured := journal.get(_ENTRY, BaseChoice):
+        return measured
     with ExitStack() as stack:
-        reference = reference_or_reason(stack, source, adapter_name, folder, on_status, compared_tokens)
-        return choose_base(source, adapter_name, reference, on_status)
+        reference = reference_or_reason(stack, source, adapter_name, journal, on_status, compared_tokens)
+        return recorded_choice(journal, source, adapter_name, reference, on_status)
+
+
+def recorded_choice(
+    journal: Journal,
+    source: ChatSource,
+    adapter_name: str,
+    reference: Reference | str,
+    on_status: Callable[[str], None],
+) -> BaseChoice:
+    """Return the choice that the journal has, or measure and record it. Raises UserError."""
+    choice = journal.get(_ENTRY, BaseChoice) or choose_base(source, adapter_name, reference, on_status)
+    if not choice.unmeasured_because:
+        journal.record(_ENTRY, choice)
+    return choice
 
 
 def unquantized(source: ChatSource) -> ChatSource:

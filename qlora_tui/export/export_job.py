@@ -27,6 +27,7 @@ from qlora_tui.runs.exports import (
     leave_gpu_to_runs,
     lock_path,
     output_path,
+    read_activity,
     read_request,
     write_export_status,
 )
@@ -55,7 +56,7 @@ def run_job(folder: Path) -> None:
                 # What follows says how it ended, and must not be interrupted.
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
         except _Canceled:
-            status = _canceled(None if existed else out)
+            status = _canceled(None if existed else out, read_activity(folder))
         except UserError as error:
             status = ExportStatus(state="failed", at=time.time(), problem=str(error))
         except BaseException as error:
@@ -98,10 +99,10 @@ def _export(request: ExportRequest, folder: Path) -> ExportStatus:
     )
 
 
-def _canceled(out: Path | None) -> ExportStatus:
-    """Return the status after a cancel; ``out`` is there if the cancel came too late for it."""
+def _canceled(out: Path | None, activity: str) -> ExportStatus:
+    """Return the status after a cancel in an activity; ``out`` is there if it came too late for it."""
     paths = (str(out),) if out is not None and os.path.lexists(out) else ()
-    return ExportStatus(state="canceled", at=time.time(), paths=paths)
+    return ExportStatus(state="canceled", at=time.time(), paths=paths, activity=activity)
 
 
 def _reporter(folder: Path, status: ExportStatus) -> Callable[[str], None]:

@@ -13,7 +13,7 @@ from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.export.gguf_file.writer import FileContent
 from qlora_tui.export.llama_cpp.llama_process import unavailable_because
 from qlora_tui.export.reference import reference_bytes
-from qlora_tui.export.unfinished_files import refuse_existing, require_space
+from qlora_tui.export.unfinished_files import refuse_existing, require_space, unfinished_bytes
 from qlora_tui.formatting import short_model_name
 
 _PROVED_ALONE = ("F16", "BF16", "Q8_0")
@@ -47,7 +47,7 @@ def require_file_space(
         needed += content.size("BF16")
     if is_checked:
         needed += reference_bytes(source, compared_tokens)
-    require_space(out.parent, needed + _SPARE_BYTES, "The export")
+    require_space(out.parent, needed + _SPARE_BYTES - unfinished_bytes(out), "The export")
 
 
 def check_file_types(kinds: Sequence[str], is_auto: bool) -> None:

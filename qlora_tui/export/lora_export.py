@@ -25,10 +25,13 @@ from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.expert_deltas import ExpertDelta, FusedExpertDelta
 from qlora_tui.chat.session import chat_tokenizer, every_tenth, model_folder
 from qlora_tui.errors import UserError
+from qlora_tui.export.answer_files import row_progress
 from qlora_tui.export.base_choice import unquantized
+from qlora_tui.export.export_key import export_key
 from qlora_tui.export.gguf_file.content import general_keys, gguf_content, text_config
 from qlora_tui.export.gguf_file.families import TensorNames
 from qlora_tui.export.gguf_file.writer import SourceTensor, write_gguf, write_lora
+from qlora_tui.export.journal import Journal
 from qlora_tui.export.llama_cpp.llama_process import unavailable_because
 from qlora_tui.export.merged_weights import MergedWeights
 from qlora_tui.export.proof import Proof, prove
@@ -37,10 +40,9 @@ from qlora_tui.export.reference import (
     reason_of,
     reference_bytes,
     reference_or_reason,
-    row_progress,
 )
 from qlora_tui.export.requantize import requantizer
-from qlora_tui.export.unfinished_files import draft_folder, publish_file, refuse_existing, require_space
+from qlora_tui.export.unfinished_files import draft_folder, publish_files, refuse_existing, require_space
 from qlora_tui.formatting import short_model_name
 from qlora_tui.runs.exports import COMPARED_TOKENS
 
@@ -107,7 +109,7 @@ def export_lora(
     weights = MergedWeights(base, {file: {} for file in files})
     stored = {tensor.name: tensor.read for tensor in weights}
     tensors = tuple(_tensors(updates, names, stored))
-    with draft_folder(out) as draft:
+    with draft_folder(out, export_key(source, adapter_name, "lora", compared_tokens)) as draft:
         path = draft / "lora.gguf"
         write_lora(names.family.architecture, general_keys(source, base), tensors, path)
         proof, on_16_bits, unchecked = None, None, unavailable_because()
@@ -122,7 +124,7 @@ def export_lora(
                 fix="The file was not kept. Use `qlora-tui export gguf`, and report the model.",
             )
         size = path.stat().st_size
-        publish_file(path, out)
+        publish_files({path: out})
     return LoraExport(
         path=str(out),
         bytes=size,
@@ -164,7 +166,9 @@ def _proofs(
     except UserError as error:
         return None, None, reason_of(error)
     with ExitStack() as stack:
-        reference = reference_or_reason(stack, trained, adapter_name, path.parent, on_status, compared_tokens)
+        reference = reference_or_reason(
+            stack, trained, adapter_name, Journal(path.parent), on_status, compared_tokens
+        )
         if isinstance(reference, str):
             return None, None, reference
         original = "original 16-bit weights"

@@ -15,8 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from msgspec import Struct
-from safetensors import safe_open
-from torch import Tensor, uint8
+from torch import Tensor
 
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.catalog.model_validation import TOKENIZER_FILES, weight_files
@@ -27,10 +26,19 @@ from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import model_folder
 from qlora_tui.errors import UserError
 from qlora_tui.export.base_choice import BaseChoice, BaseName, base_requantizer, choice_named
+from qlora_tui.export.export_key import export_key
+from qlora_tui.export.journal import Journal
 from qlora_tui.export.merge_check import MergeCheck, verify_merge
+from qlora_tui.export.merged_files import write_merged
 from qlora_tui.export.model_card import render_model_card
 from qlora_tui.export.requantize import Requantizer, TensorReader, reader_of
-from qlora_tui.export.unfinished_files import draft_folder, publish_new, refuse_existing, require_space
+from qlora_tui.export.unfinished_files import (
+    draft_folder,
+    publish_new,
+    refuse_existing,
+    require_space,
+    unfinished_bytes,
+)
 from qlora_tui.runs.exports import COMPARED_TOKENS
 
 _SPARE_BYTES = 64 << 20
@@ -73,6 +81,8 @@ def merge(
 ) -> MergeResult:
     """Write the base with an adapter merged into it, and compare it with both before it gets its name.
 
+    What an interrupted merge with the same arguments has completed is verified and not done again.
+
     Args:
         source: The base and its adapters, from :mod:`qlora_tui.chat.chat_sources`.
         adapter_name: The adapter to merge.
@@ -90,18 +100,19 @@ def merge(
     adapter = Path(source.adapters[adapter_name])
     files = [base / name for name in weight_files(base)]
     needed = sum(file.stat().st_size for file in files) + _SPARE_BYTES
-    require_space(out.parent, needed, "The merged model")
+    require_space(out.parent, needed - unfinished_bytes(out), "The merged model")
     head = resolve_model(source.recipe.model.id).architecture.head
     placed = assign_deltas(with_tied_head(read_deltas(adapter), files, head), files, adapter)
-    with draft_folder(out) as draft:
-        folder = draft / "model"
-        folder.mkdir(mode=0o755)
-        choice = choice_named(base_name, source, adapter_name, draft, on_status, compared_tokens)
+    key = export_key(source, adapter_name, base_name, compared_tokens)
+    with draft_folder(out, key) as draft:
+        folder, journal = draft / "model", Journal(draft)
+        folder.mkdir(mode=0o755, exist_ok=True)
+        choice = choice_named(base_name, source, adapter_name, journal, on_status, compared_tokens)
         requantize = base_requantizer(source, choice)
         for number, file in enumerate(files, 1):
             on_status(f"Merging {file.name} ({number} of {len(files)})")
-            shutil.copyfile(file, folder / file.name)
-            _change_tensors(folder / file.name, _changes(file, placed[file], requantize, reader_of(files)))
+            changes = _changes(file, placed[file], requantize, reader_of(files))
+            write_merged(file, folder / file.name, changes, journal)
         for origin, names in ((base, _MODEL_FILES), (adapter, TOKENIZER_FILES)):
             for name in filter(partial(_is_in, origin), names):
                 shutil.copyfile(origin / name, folder / name)
@@ -153,20 +164,3 @@ def _is_in(folder: Path, name: str) -> bool:
 
 def _from_hub(source: ChatSource) -> bool:
     return resolve_model(source.recipe.model.id).source == "hub cache"
-
-
-def _change_tensors(file: Path, changes: dict[str, Callable[[Tensor], Tensor]]) -> None:
-    """Replace each named tensor of a safetensors file in place, one in memory at a time.
-
-    ``changes[name](tensor)`` returns the new one, of the same shape and dtype.
-    """
-    start, entries = read_header(file)
-    for name, change in changes.items():
-        with safe_open(file, framework="pt") as content:
-            # Copy: the original is a view of the file that is about to change.
-            before = content.get_tensor(name).clone()
-        after = change(before)
-        assert (after.shape, after.dtype) == (before.shape, before.dtype)
-        with file.open("r+b") as content:
-            content.seek(start + entries[name]["data_offsets"][0])
-            content.write(after.contiguous().view(-1).view(uint8).numpy().data)

@@ -1,56 +1,42 @@
 """What exported files are compared with: validation rows, and the trained model's answers to them.
 
-Logits at every trained position would take gigabytes. Stored are the inputs of the model's output layer,
-hundredths of that, and the layer's matrix, from which any program computes the logits again.
+Logits at every trained position would take gigabytes. ``answer_files`` stores the inputs of the model's
+output layer, hundredths of that, and the layer's matrix, from which any program computes the logits again.
 """
 
 from __future__ import annotations
 
-import gc
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
-from typing import Literal
-
-import torch
-from torch import Tensor
 
 from qlora_tui.catalog.local_models import resolve_model
-from qlora_tui.chat.chat_types import BASE, ChatSource
-from qlora_tui.chat.session import ChatSession, load_session, out_of_memory
+from qlora_tui.chat.chat_types import ChatSource
+from qlora_tui.chat.session import ChatSession, chat_tokenizer, model_folder
 from qlora_tui.data.conversation import RowRejectedError
 from qlora_tui.data.dataset import prepare_dataset
 from qlora_tui.data.render import prompt_text
 from qlora_tui.data.store import Samples
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import UserError
-from qlora_tui.export.llama_cpp.jobs import ComparedPrompt, ComparedRow, StoredAnswers
-from qlora_tui.export.llama_cpp.stored_answers import (
-    AnswerReader,
-    Floats,
-    kl_divergence,
-    positions_at_once,
+from qlora_tui.export.answer_files import (
+    delete_answers,
+    head_inputs,
+    head_parts,
+    row_progress,
+    store_answers,
 )
+from qlora_tui.export.journal import Journal
+from qlora_tui.export.llama_cpp.jobs import ComparedPrompt, ComparedRow, StoredAnswers
+from qlora_tui.export.llama_cpp.stored_answers import AnswerReader, kl_divergence
 from qlora_tui.export.ollama_template import sample_conversations
-from qlora_tui.formatting import format_duration
 from qlora_tui.runs.exports import COMPARED_TOKENS
 
 _MAX_ROWS = 200
 """Most validation rows whose tokens are compared; docs/export.md states this and the next limit."""
 _MAX_TOKENS = 4096
 """Most tokens of a row."""
-_MAX_DIFFERENCE = 0.01
-"""Most by which stored answers may differ from the model's own, as KL divergence in nats: 16-bit rounding."""
-_REPORT_S = 30.0
-"""Longest time without a report of progress, in seconds."""
-_DTYPES: dict[torch.dtype, Literal["float32", "float16", "bfloat16"]] = {
-    torch.float32: "float32",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-}
 _STRANGE_TEXTS = (
     "I'm sure they'll say we've been there; DON'T HE'S you're",
     "1 12 123 1234 12345 3.14 1,000,000 x2y3 v1.2.3",
@@ -94,20 +80,17 @@ class Reference:
         """
         reader = AnswerReader(self.answers)
         total, start = 0.0, 0
-        for row in _computed(self.rows, on_status, words):
-            inputs, _ = _head_inputs(session, adapter_name, row)
-            for part in _parts(inputs, self.answers.vocabulary):
+        computed = [row for row in self.rows if row.positions]
+        report = row_progress(on_status, words)
+        for number, row in enumerate(computed, 1):
+            inputs, _ = head_inputs(session, adapter_name, row)
+            for part in head_parts(inputs, self.answers.vocabulary):
                 expected = reader.log_probabilities(start, start + len(part))
                 actual = session.head.logits(part).log_softmax(-1).cpu().numpy()
                 total += float(kl_divergence(expected, actual).sum())
                 start += len(part)
+            report(number, len(computed))
         return total / start
-
-
-def release_gpu_memory() -> None:
-    """Return the memory of models that are no longer used to the GPU: a run may start during the export."""
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def reference_bytes(source: ChatSource, tokens: int) -> int:
@@ -121,22 +104,20 @@ def reference_bytes(source: ChatSource, tokens: int) -> int:
 def reference_answers(
     source: ChatSource,
     adapter_name: str,
-    folder: Path,
+    journal: Journal,
     on_status: StatusFn,
     tokens: int = COMPARED_TOKENS,
 ) -> Iterator[Reference]:
-    """Compute the answers to compare files with; their files in ``folder`` are deleted afterwards.
+    """Compute the answers to compare files with; their files in the journal's folder are deleted afterwards.
 
-    ``tokens`` is the most whose answers are computed. Raises UserError where the model or the run's data
-    cannot be read, or memory is too small.
+    What the journal knows to be complete is not computed again; a cancel leaves the files. ``tokens`` is the
+    most whose answers are computed. Raises UserError where the model or the run's data cannot be read, or
+    memory is too small.
     """
     words = "Computing the trained model's answers to compare with"
     on_status(words)
-    session = load_session(source, on_status)
-    matrix, inputs = folder / "reference.matrix", folder / "reference.inputs"
     try:
-        session.ensure_loaded(adapter_name)
-        tokenizer = session.tokenizer
+        tokenizer = chat_tokenizer(source, model_folder(source.recipe, on_status))
         rows, trained = compared_rows(_samples(source, tokenizer), tokenizer, tokens)
         if not trained:
             raise UserError(
@@ -146,9 +127,7 @@ def reference_answers(
             )
         first = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
         begins = tokenizer.begins_with_bos and all(row.ids[:1] == first for row in rows)
-        answers, effect = _store_answers(session, adapter_name, rows, matrix, inputs, on_status, words)
-        del session
-        release_gpu_memory()
+        answers, effect = store_answers(source, adapter_name, rows, journal, on_status, words)
         yield Reference(
             rows=rows,
             strange=tuple(_strange_rows(tokenizer)),
@@ -160,105 +139,23 @@ def reference_answers(
             effect=effect,
             trained=trained,
         )
-    finally:
-        matrix.unlink(missing_ok=True)
-        inputs.unlink(missing_ok=True)
-
-
-def _store_answers(
-    session: ChatSession,
-    adapter_name: str,
-    rows: Sequence[ComparedRow],
-    matrix: Path,
-    inputs: Path,
-    on_status: StatusFn,
-    words: str,
-) -> tuple[StoredAnswers, float]:
-    """Write the files of answers; return them and the adapter's effect. Raises UserError and OSError."""
-    answers, effect, count = None, 0.0, 0
-    with inputs.open("wb") as file:
-        for row in _computed(rows, on_status, words):
-            trained, logits = _head_inputs(session, adapter_name, row)
-            if answers is None:
-                answers = _store_matrix(session, trained, matrix, inputs)
-            file.write(_bytes(trained))
-            if count == 0:
-                file.flush()
-                _require_same(AnswerReader(answers).log_probabilities(0, 1), logits)
-            effect += _effect(session, adapter_name, row, trained, answers.vocabulary)
-            count += len(row.positions)
-    assert answers is not None
-    return answers, effect / count
-
-
-def _store_matrix(session: ChatSession, like: Tensor, matrix: Path, inputs: Path) -> StoredAnswers:
-    """Write the matrix of the output layer with the active adapter. Raises OSError."""
-    vocabulary = 0
-    with matrix.open("wb") as file:
-        for block in session.head.matrix(like):
-            vocabulary = block.shape[-1]
-            file.write(_bytes(block))
-    return StoredAnswers(
-        inputs=str(inputs),
-        matrix=str(matrix),
-        dtype=_DTYPES[like.dtype],
-        width=like.shape[-1],
-        vocabulary=vocabulary,
-        scale=session.head.scale,
-        softcap=session.head.softcap,
-    )
-
-
-def _bytes(values: Tensor) -> memoryview:
-    return values.contiguous().cpu().view(torch.uint8).numpy().data
-
-
-def _require_same(stored: Floats, logits: Tensor) -> None:
-    """Raise UserError where stored answers (1, vocabulary) are not those of the model (vocabulary,)."""
-    expected = logits.float().log_softmax(-1).cpu().numpy()[None]
-    # Written so that NaN is a difference too.
-    if not float(kl_divergence(expected, stored).sum()) <= _MAX_DIFFERENCE:
-        raise UserError(
-            "The answers cannot be compared",
-            what="The model computes its logits in another way than from its output layer's matrix.",
-            fix="Compare answers in the chat instead, and report the model.",
-        )
-
-
-def _parts(inputs: Tensor, vocabulary: int) -> Iterator[Tensor]:
-    """Yield inputs (positions, width) in parts whose logits fit into memory."""
-    count = positions_at_once(vocabulary)
-    for start in range(0, len(inputs), count):
-        yield inputs[start : start + count]
-
-
-def _effect(
-    session: ChatSession, adapter_name: str, row: ComparedRow, trained: Tensor, vocabulary: int
-) -> float:
-    """Return the sum of KL(trained model ‖ base) over a row's positions, in nats. Raises UserError."""
-    base, _ = _head_inputs(session, BASE, row)
-    total = 0.0
-    for ours, theirs in zip(_parts(trained, vocabulary), _parts(base, vocabulary), strict=True):
-        # The adapter may change the output layer too.
-        session.activate(BASE)
-        actual = session.head.logits(theirs).log_softmax(-1)
-        session.activate(adapter_name)
-        expected = session.head.logits(ours).log_softmax(-1)
-        total += float((expected.exp() * (expected - actual)).sum())
-    return total
+    except Exception:
+        delete_answers(journal.folder)
+        raise
+    delete_answers(journal.folder)
 
 
 def reference_or_reason(
     stack: ExitStack,
     source: ChatSource,
     adapter_name: str,
-    folder: Path,
+    journal: Journal,
     on_status: StatusFn,
     tokens: int,
 ) -> Reference | str:
     """Return what the files are compared with, or why there is nothing."""
     try:
-        return stack.enter_context(reference_answers(source, adapter_name, folder, on_status, tokens))
+        return stack.enter_context(reference_answers(source, adapter_name, journal, on_status, tokens))
     except UserError as error:
         return reason_of(error)
 
@@ -335,40 +232,3 @@ def _prompts(source: ChatSource, tokenizer: ChatTokenizer) -> Iterator[ComparedP
             continue
         turns = tuple((message.role, message.content) for message in messages)
         yield ComparedPrompt(turns, text.removeprefix(begin))
-
-
-def _computed(rows: Sequence[ComparedRow], on_status: StatusFn, words: str) -> Iterator[ComparedRow]:
-    """Yield the rows whose answers are compared, and report progress."""
-    computed = [row for row in rows if row.positions]
-    report = row_progress(on_status, words)
-    for number, row in enumerate(computed, 1):
-        yield row
-        report(number, len(computed))
-
-
-def row_progress(on_status: StatusFn, words: str) -> Callable[[int, int], None]:
-    """Return what reports the rows done, and in all, with the time left: at each tenth, and every 30 s."""
-    began = reported_at = time.monotonic()
-    tenths = 0
-
-    def report(done: int, total: int) -> None:
-        nonlocal tenths, reported_at
-        now = time.monotonic()
-        if done * 10 // total == tenths and now - reported_at < _REPORT_S:
-            return
-        tenths, reported_at = done * 10 // total, now
-        left = format_duration((now - began) * (total - done) / done)
-        on_status(f"{words}: row {done} of {total}" + (f", {left} left" if done < total else ""))
-
-    return report
-
-
-def _head_inputs(session: ChatSession, adapter_name: str, row: ComparedRow) -> tuple[Tensor, Tensor]:
-    """Return the output layer's inputs at the row's positions, and the logits of the first.
-
-    Raises UserError.
-    """
-    try:
-        return session.head_inputs(adapter_name, list(row.computed_ids), list(row.positions))
-    except torch.OutOfMemoryError as error:
-        raise out_of_memory(session.compute_device) from error

@@ -110,7 +110,7 @@ def upload_files(
     Raises UserError where another process uploads the same.
     """
     folder = paths.cache_dir() / UPLOADS / _key(source, adapter_name, form, file_type)
-    with draft_folder(folder) as draft:
+    with draft_folder(folder, folder.name) as draft:
         yield UploadFolder(folder, draft)
 
 
@@ -140,6 +140,7 @@ class UploadFolder:
         if not (self.path / _FACTS).is_file():
             shutil.rmtree(self.path, ignore_errors=True)
             files = self.draft / _FILES
+            shutil.rmtree(files, ignore_errors=True)
             facts = _write(files, source, adapter_name, form, file_type, on_status, compared_tokens)
             (self.draft / _FACTS).write_bytes(msgspec.json.encode(facts))
             publish(self.draft, self.path)

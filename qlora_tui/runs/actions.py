@@ -12,6 +12,7 @@ from qlora_tui.recipe.absolute_paths import with_absolute_paths
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import control, run_queue
 from qlora_tui.runs.directory import LAST, RunDir, all_runs, create_run
+from qlora_tui.runs.exports import delete_unfinished
 from qlora_tui.runs.spawn import ensure_runner
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, State, read_status
 
@@ -119,6 +120,7 @@ def delete(run: RunDir) -> None:
     It leaves the runs folder in one step: if killed midway, a hidden folder remains for the next sweep.
     """
     check_deletable(run)
+    delete_unfinished(run)
     hidden = run.path.with_name(f".deleting-{os.getpid()}-{run.id}")
     run.path.rename(hidden)
     sync(hidden.parent)

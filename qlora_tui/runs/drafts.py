@@ -1,25 +1,35 @@
 """Hidden folders for what an export has not finished: ``.NAME.part`` beside the name it will have.
 
 ``lock`` in it is held by the process that writes, which makes one export to a name at a time; ``files`` is
-what it writes. A draft whose lock nobody holds belongs to a process that was killed.
+what it writes. A draft whose lock nobody holds belongs to a process that was killed or canceled.
+
+An export that can continue names a key: a hash of all that its files depend on, which is in ``key``. A draft
+with one outlives a cancel and a kill, and the next export to that name with the same key gets its files. It
+is listed in the folder ``unfinished`` of the state, so that it is deleted even where nobody continues it.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from qlora_tui import paths
 from qlora_tui.runs.locks import PATIENCE_S, is_locked, locked
 
+KEPT_S = 7 * 24 * 3600.0
+"""Time for which a draft can be continued after its export was interrupted, in seconds."""
 _LOCK = "lock"
 _FILES = "files"
+_KEY = "key"
 _NAME = re.compile(r"\.(.+)\.part")
 
 
@@ -37,27 +47,92 @@ def final_path(path: Path) -> Path:
 
 
 @contextmanager
-def held_draft(draft: Path) -> Iterator[Path | None]:
+def held_draft(draft: Path, key: str = "") -> Iterator[Path | None]:
     """Create a draft, in a folder that exists, and delete it afterwards, or what a killed process left in it.
 
-    Yields the empty folder for files; None if another process holds the draft.
+    With ``key``, the files of an interrupted export with the same key are still there, and Ctrl+C and SIGTERM
+    leave them for the next.
+
+    Yields the folder for files, otherwise empty; None if another process holds the draft.
     Raises OSError, and UserError if the file system has no locks.
     """
     with ExitStack() as stack:
+        deletion = ExitStack()
         with _without_interruption():
             is_held = _hold(stack, draft)
             if is_held:
-                stack.callback(_delete_held, draft)
+                stack.enter_context(deletion)
+                deletion.callback(_delete_held, draft)
         if not is_held:
             yield None
             return
-        _empty(draft)
         files = draft / _FILES
-        files.mkdir(mode=0o700)
+        if not key or _key_of(draft) != key or not files.is_dir():
+            _empty(draft)
+            files.mkdir(mode=0o700)
         if files.lstat().st_uid != draft.lstat().st_uid:
             # Where everybody may write, as in /tmp, its owner could replace the files.
             raise PermissionError(errno.EPERM, "The folder belongs to another user", str(draft))
-        yield files
+        if key:
+            _list(draft)
+            (draft / _KEY).write_text(key)
+        try:
+            yield files
+        except Exception:
+            raise
+        except BaseException:
+            if _key_of(draft):
+                deletion.pop_all()
+            raise
+
+
+def forget_key(path: Path) -> None:
+    """Let nothing continue the export whose draft ``path`` is in: it is complete."""
+    draft = next((folder for folder in path.parents if _NAME.fullmatch(folder.name)), None)
+    if draft is not None:
+        (draft / _KEY).unlink(missing_ok=True)
+
+
+def can_continue(draft: Path) -> bool:
+    """Return whether the next export to this name continues an interrupted one."""
+    try:
+        age = time.time() - (draft / _KEY).stat().st_mtime
+    except OSError:
+        return False
+    return age < KEPT_S and is_abandoned(draft)
+
+
+def unfinished_drafts() -> Iterator[Path]:
+    """Yield every draft with a key whose export was interrupted."""
+    for entry in _listing().glob("*"):
+        with suppress(OSError, ValueError):
+            draft = Path(entry.read_text())
+            if is_abandoned(draft):
+                yield draft
+            elif not draft.exists():
+                entry.unlink()
+
+
+def _listing() -> Path:
+    return paths.state_dir() / "unfinished"
+
+
+def _list(draft: Path) -> None:
+    """Add a draft to the list; without it, nobody deletes it where the state cannot be written."""
+    with suppress(OSError):
+        _entry(draft).parent.mkdir(mode=0o700, exist_ok=True)
+        _entry(draft).write_text(str(draft.absolute()))
+
+
+def _entry(draft: Path) -> Path:
+    return _listing() / hashlib.sha256(str(draft.absolute()).encode()).hexdigest()[:16]
+
+
+def _key_of(draft: Path) -> str:
+    try:
+        return (draft / _KEY).read_text()
+    except (OSError, ValueError):
+        return ""
 
 
 def is_abandoned(draft: Path) -> bool:
@@ -99,6 +174,7 @@ def _delete_held(draft: Path) -> None:
         _empty(draft)
         (draft / _LOCK).unlink()
         draft.rmdir()
+        _entry(draft).unlink()
 
 
 @contextmanager

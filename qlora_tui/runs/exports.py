@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -22,6 +23,7 @@ from qlora_tui.errors import UserError, disk_problems
 from qlora_tui.files import atomic_write, private_dir, read_regular
 from qlora_tui.runs.control import terminate
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.drafts import can_continue, delete_abandoned, draft_path
 from qlora_tui.runs.locks import is_locked
 from qlora_tui.runs.machine_checks import read_machine
 from qlora_tui.runs.process import ProcessIdentity
@@ -83,7 +85,7 @@ class ExportStatus(Struct, frozen=True, kw_only=True, omit_defaults=True):
     note: str = ""
     """What is special about this export, in a sentence."""
     activity: str = ""
-    """What it does now."""
+    """What it does now, or did when it was canceled."""
     paths: tuple[str, ...] = ()
     """The files or the folder written, also by an export that was canceled just after that."""
     bytes: int = 0
@@ -126,8 +128,38 @@ def start_export(run: RunDir, request: ExportRequest) -> Export:
     return Export(folder, request, status)
 
 
+def can_resume(export: Export) -> bool:
+    """Return whether an export that has ended left what the next start of it continues."""
+    out = output_path(export.request) if export.status.state in ("failed", "canceled") else None
+    return out is not None and can_continue(draft_path(out))
+
+
+@disk_problems()
+def delete_export(export: Export) -> None:
+    """Delete the record of an export that has ended, and what it left unfinished, but not what it wrote.
+
+    Raises UserError.
+    """
+    out = output_path(export.request)
+    if out is not None and can_resume(export):
+        delete_abandoned(draft_path(out))
+    shutil.rmtree(export.folder)
+
+
+def delete_unfinished(run: RunDir) -> None:
+    """Delete what the exports of a run left unfinished, as far as possible."""
+    for export in filter(can_resume, read_exports(run)):
+        out = output_path(export.request)
+        assert out is not None
+        with suppress(OSError, UserError):
+            delete_abandoned(draft_path(out))
+
+
 def restart_export(run: RunDir, export: Export) -> Export:
-    """Start an export that failed or was canceled again; it replaces the earlier one. Raises UserError."""
+    """Start an export that failed or was canceled again; it replaces the earlier one. Raises UserError.
+
+    It continues what the earlier one left.
+    """
     again = start_export(run, export.request)
     shutil.rmtree(export.folder, ignore_errors=True)
     return again
@@ -147,13 +179,23 @@ def read_request(folder: Path) -> ExportRequest:
     return decode_json(read_regular(folder / "request.json"), _REQUESTS)
 
 
+def read_activity(folder: Path) -> str:
+    """Return what an export does, or did last; empty where that cannot be read."""
+    with suppress(OSError, msgspec.MsgspecError):
+        return _read_status(folder).activity
+    return ""
+
+
 def write_export_status(folder: Path, status: ExportStatus) -> None:
     """Replace an export's status. Raises OSError."""
     atomic_write(folder / "status.json", msgspec.json.encode(status))
 
 
 def cancel_export(export: Export) -> None:
-    """Ask an export to stop; it deletes what it has written. Raises UserError where it cannot be asked."""
+    """Ask an export to stop; what it has completed stays for the next start of it.
+
+    Raises UserError where it cannot be asked.
+    """
     process = export.status.process
     if export.status.state != "running":
         return

@@ -21,7 +21,13 @@ from qlora_tui import paths
 from qlora_tui.errors import UserError
 from qlora_tui.files import restore_earlier
 from qlora_tui.runs.directory import DRAFT, TRASH, RunDir
-from qlora_tui.runs.drafts import delete_abandoned, draft_path, is_abandoned
+from qlora_tui.runs.drafts import (
+    can_continue,
+    delete_abandoned,
+    draft_path,
+    is_abandoned,
+    unfinished_drafts,
+)
 from qlora_tui.runs.exports import output_path, read_exports
 from qlora_tui.runs.status import ACTIVE, read_status
 
@@ -96,8 +102,8 @@ def _views() -> Iterator[Path]:
 
 
 def _drafts_of_exports() -> Iterator[Path]:
-    """Yield drafts of background exports and of uploads whose process was killed."""
-    drafts = list((paths.cache_dir() / "uploads").glob(".*"))
+    """Yield drafts of exports and uploads that were interrupted and cannot be continued, or not any more."""
+    drafts = [*(paths.cache_dir() / "uploads").glob(".*"), *unfinished_drafts()]
     for folder in _listed(paths.runs_dir()):
         for export in read_exports(RunDir(folder)):
             out = output_path(export.request) if export.status.state in ("failed", "canceled") else None
@@ -105,7 +111,7 @@ def _drafts_of_exports() -> Iterator[Path]:
                 drafts.append(draft_path(out))
     for draft in dict.fromkeys(drafts):
         with suppress(OSError):
-            if is_abandoned(draft):
+            if is_abandoned(draft) and not can_continue(draft):
                 yield draft
 
 

@@ -17,6 +17,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.files import private_dir
 from qlora_tui.runs.actions import check_deletable
 from qlora_tui.runs.directory import TRASH, RunDir
+from qlora_tui.runs.exports import delete_unfinished
 
 _LOCK = ".lock"
 
@@ -59,7 +60,7 @@ class Trash:
     def empty(self) -> None:
         """Delete the contents permanently."""
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            _delete_runs(self._folder)
             os.close(self._lock)
             self._folder, self._lock, self._deleted = None, -1, []
 
@@ -85,11 +86,18 @@ def empty_abandoned() -> None:
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
+            _delete_runs(folder)
         except BlockingIOError:
             pass
         finally:
             os.close(lock)
+
+
+def _delete_runs(folder: Path) -> None:
+    """Delete a trash and what the exports of its runs left unfinished."""
+    for path in folder.glob("[!.]*"):
+        delete_unfinished(RunDir(path))
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _home() -> Path:

@@ -22,6 +22,7 @@ from qlora_tui.export.gguf_file import content, families, vocabulary
 from qlora_tui.export.gguf_file.families import FAMILIES, TensorNames
 from qlora_tui.export.gguf_file.hyperparameters import hyperparameters
 from qlora_tui.export.gguf_file.vocabulary import CONTROL, NORMAL, Vocabulary
+from qlora_tui.export.journal import Journal
 from qlora_tui.export.lora_export import export_lora
 from qlora_tui.export.proof import prove
 from qlora_tui.export.reference import reference_answers
@@ -272,7 +273,7 @@ def test_a_comparison_reports_its_rows_and_can_be_canceled(
     def cancel(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    with reference_answers(source, "adapter", tmp_path, lambda words: None) as reference:
+    with reference_answers(source, "adapter", Journal(tmp_path), lambda words: None) as reference:
         prove(reference, base, "F16", on_progress=lambda *numbers: progress.append(numbers))
         with pytest.raises(KeyboardInterrupt):
             prove(reference, base, "F16", on_progress=cancel)

@@ -12,12 +12,14 @@ from msgspec.structs import replace
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import UserError
 from qlora_tui.export import proof
+from qlora_tui.export.answer_files import row_progress
 from qlora_tui.export.base_choice import BaseChoice
 from qlora_tui.export.gguf_export import GgufExport, GgufFile, _Export
 from qlora_tui.export.gguf_file.stored_types import StoredTypes
+from qlora_tui.export.journal import Journal
 from qlora_tui.export.llama_cpp.jobs import Compared, StoredAnswers
 from qlora_tui.export.proof import Proof, prove
-from qlora_tui.export.reference import Reference, compared_rows, row_progress
+from qlora_tui.export.reference import Reference, compared_rows
 from tests.export.published_tokenizers import write_tokenizer
 from tests.training.tiny_model import CHAT_TEMPLATE
 
@@ -101,7 +103,7 @@ def test_auto_skips_a_type_that_loses_turn_ends(
 
     monkeypatch.setattr(_Export, "_write", write)
     content: Any = None
-    export = _Export(content, tmp_path, reference_of(0.3), 0.03, lambda words: None)
+    export = _Export(content, Journal(tmp_path), reference_of(0.3), 0.03, lambda words: None)
     (file,) = export.smallest_within(("Q3_K_M", "Q4_K_M"))
     assert file.file_type == "Q4_K_M"
 
@@ -118,7 +120,7 @@ def test_a_missed_bound_of_the_user_is_no_defect(
     monkeypatch.setattr(_Export, "_write", lambda export, kind: file)
     content: Any = None
     with pytest.raises(UserError, match="outside the bound") as missed:
-        _Export(content, tmp_path, "", 0.001, lambda words: None).write(kind)
+        _Export(content, Journal(tmp_path), "", 0.001, lambda words: None).write(kind)
     assert "KL divergence of 0.003" in missed.value.what and advice in missed.value.fix
     assert "report" not in missed.value.fix and not path.exists()
 
@@ -135,7 +137,7 @@ def test_a_refused_type_leaves_the_others(
 
     monkeypatch.setattr(_Export, "_write", write)
     content: Any = None
-    export = _Export(content, tmp_path, "", None, lambda words: None)
+    export = _Export(content, Journal(tmp_path), "", None, lambda words: None)
     if " " in lost:
         with pytest.raises(UserError, match="does not answer"):
             export.write_all(lost.split())

@@ -13,7 +13,8 @@ from torch import nn
 from qlora_tui.chat.output_head import ModelHead
 from qlora_tui.chat.session import load_session
 from qlora_tui.errors import UserError
-from qlora_tui.export import reference as reference_module
+from qlora_tui.export import answer_files
+from qlora_tui.export.journal import Journal
 from qlora_tui.export.llama_cpp import stored_answers
 from qlora_tui.export.llama_cpp.bindings import LlamaCpp
 from qlora_tui.export.llama_cpp.jobs import StoredAnswers
@@ -49,10 +50,10 @@ def test_answers_are_computed_again_from_files(
         monkeypatch.setattr(stored_answers, "_LOGITS", 3000)
     head = ModelHead(Model(dtype, **config))
     inputs = 8 * torch.randn(40, 32, dtype=dtype)
-    name = reference_module._DTYPES[dtype]
+    name = answer_files._DTYPES[dtype]
     files = {"inputs": [inputs], "matrix": list(head.matrix(inputs))}
     for file, parts in files.items():
-        (tmp_path / file).write_bytes(b"".join(map(reference_module._bytes, parts)))
+        (tmp_path / file).write_bytes(b"".join(map(answer_files._bytes, parts)))
     answers = StoredAnswers(
         inputs=str(tmp_path / "inputs"), matrix=str(tmp_path / "matrix"), dtype=name, width=32,
         vocabulary=700, scale=head.scale, softcap=head.softcap,
@@ -70,7 +71,7 @@ def test_every_trained_position_of_every_row_is_stored(tmp_path: Path, adapter: 
     source = make_source(tmp_path, rows=8, adapter=adapter)
     session = load_session(source)
     session.ensure_loaded("adapter")
-    with reference_answers(source, "adapter", tmp_path, lambda words: None) as reference:
+    with reference_answers(source, "adapter", Journal(tmp_path), lambda words: None) as reference:
         assert all(row.positions for row in reference.rows)
         reader = AnswerReader(reference.answers)
         start = 0
@@ -92,7 +93,7 @@ def test_a_model_that_computes_logits_otherwise_is_not_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = make_source(tmp_path, model_type="granite", logits_scaling=8.0)
-    with reference_answers(source, "adapter", tmp_path, lambda words: None) as reference:
+    with reference_answers(source, "adapter", Journal(tmp_path), lambda words: None) as reference:
         assert reference.answers.scale == 1 / 8
     whole = ModelHead.__init__
 
@@ -103,7 +104,7 @@ def test_a_model_that_computes_logits_otherwise_is_not_compared(
     monkeypatch.setattr(ModelHead, "__init__", without_scale)
     with (
         pytest.raises(UserError, match="cannot be compared"),
-        reference_answers(source, "adapter", tmp_path, lambda words: None),
+        reference_answers(source, "adapter", Journal(tmp_path), lambda words: None),
     ):
         pass
 

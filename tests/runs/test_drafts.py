@@ -13,7 +13,17 @@ from typing import IO
 import pytest
 
 from qlora_tui.runs import drafts
-from qlora_tui.runs.drafts import delete_abandoned, draft_path, final_path, held_draft, is_abandoned
+from qlora_tui.runs.drafts import (
+    KEPT_S,
+    can_continue,
+    delete_abandoned,
+    draft_path,
+    final_path,
+    forget_key,
+    held_draft,
+    is_abandoned,
+    unfinished_drafts,
+)
 from qlora_tui.runs.locks import locked
 
 
@@ -75,6 +85,50 @@ def test_only_an_abandoned_draft_is_deleted(draft: Path) -> None:
         assert files is not None and files.is_dir()
     delete_abandoned(leave(draft))
     assert not draft.exists()
+
+
+def interrupt(draft: Path, key: str, error: type[BaseException] = KeyboardInterrupt) -> None:
+    """Write half a file, and stop."""
+    with pytest.raises(error), held_draft(draft, key) as files:
+        assert files is not None
+        (files / "part").write_text("half")
+        raise error
+
+
+def test_an_interrupted_draft_is_continued_with_its_key(draft: Path) -> None:
+    interrupt(draft, "one")
+    assert can_continue(draft) and list(unfinished_drafts()) == [draft]
+    with held_draft(draft, "one") as files:
+        assert files is not None and (files / "part").read_text() == "half"
+        assert not can_continue(draft)
+    assert not draft.exists() and not list(unfinished_drafts())
+
+
+@pytest.mark.parametrize("key", ["", "other"])
+def test_a_draft_with_another_key_is_replaced(draft: Path, key: str) -> None:
+    interrupt(draft, "one")
+    with held_draft(draft, key) as files:
+        assert files is not None and not list(files.iterdir())
+    assert not draft.exists()
+
+
+def test_a_draft_that_failed_or_is_complete_is_not_continued(draft: Path) -> None:
+    interrupt(draft, "one", ValueError)
+    assert not draft.exists()
+    with pytest.raises(KeyboardInterrupt), held_draft(draft, "one") as files:
+        assert files is not None
+        forget_key(files / "part")
+        raise KeyboardInterrupt
+    assert not draft.exists()
+
+
+def test_a_draft_is_continued_for_a_week(draft: Path) -> None:
+    interrupt(draft, "one")
+    started = (draft / "key").stat().st_mtime
+    os.utime(draft / "key", (started, started - KEPT_S - 1))
+    assert not can_continue(draft) and list(unfinished_drafts()) == [draft]
+    shutil.rmtree(draft)
+    assert not list(unfinished_drafts())
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])

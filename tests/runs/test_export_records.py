@@ -13,13 +13,15 @@ from qlora_tui import paths
 from qlora_tui.errors import UserError
 from qlora_tui.files import private_dir
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs import exports, leftovers
+from qlora_tui.runs import actions, exports, leftovers
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.drafts import draft_path, held_draft
 from qlora_tui.runs.exports import (
     ExportRequest,
     ExportState,
     ExportStatus,
+    can_resume,
+    delete_export,
     leave_gpu_to_runs,
     output_path,
     read_exports,
@@ -29,6 +31,7 @@ from qlora_tui.runs.exports import (
 )
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.status import Status, write_status
+from qlora_tui.runs.trash import Trash
 from tests.support.nvml_stub import install_nvml_stub
 
 
@@ -103,6 +106,50 @@ def test_drafts_of_killed_exports_are_swept(run: RunDir, tmp_path: Path) -> None
         # The temporary folder of this machine may have others.
         assert {upload, draft_path(dead)} <= set(leftovers.sweep())
         assert draft_path(alive).exists() and not draft_path(dead).exists() and not upload.exists()
+
+
+def unfinished(run: RunDir, out: Path, age_s: float = 0.0) -> Path:
+    """The draft of a canceled export of a run, started so long ago."""
+    start(run, out, "canceled")
+    draft = draft_path(out)
+    with pytest.raises(KeyboardInterrupt), held_draft(draft, "key"):
+        raise KeyboardInterrupt
+    os.utime(draft / "key", (0, time.time() - age_s))
+    return draft
+
+
+def test_drafts_to_continue_are_swept_after_a_week(run: RunDir, tmp_path: Path) -> None:
+    young, old = (
+        unfinished(run, tmp_path / "young", 6 * 86_400),
+        unfinished(run, tmp_path / "old", 8 * 86_400),
+    )
+    stray = draft_path(tmp_path / "stray")
+    with pytest.raises(KeyboardInterrupt), held_draft(stray, "key"):
+        raise KeyboardInterrupt
+    os.utime(stray / "key", (0, 0))
+    assert {old, stray} <= set(leftovers.sweep())
+    assert young.exists() and not old.exists() and not stray.exists()
+    assert [can_resume(export) for export in read_exports(run)] == [False, True]
+
+
+def test_deleting_an_export_deletes_what_it_left(run: RunDir, tmp_path: Path) -> None:
+    drafts = [unfinished(run, tmp_path / name) for name in ("one", "two", "three")]
+    delete_export(read_exports(run)[0])
+    assert [draft.exists() for draft in drafts] == [True, True, False] and len(read_exports(run)) == 2
+    trash = Trash()
+    trash.put(run)
+    assert drafts[0].exists()
+    assert trash.restore() is not None
+    actions.delete(run)
+    assert not any(draft.exists() for draft in drafts)
+
+
+def test_emptying_the_trash_deletes_unfinished_exports(run: RunDir, tmp_path: Path) -> None:
+    draft = unfinished(run, tmp_path / "one")
+    trash = Trash()
+    trash.put(run)
+    trash.empty()
+    assert not draft.exists()
 
 
 def test_exports_leave_the_gpu_to_runs(run: RunDir, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

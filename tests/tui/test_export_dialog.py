@@ -11,6 +11,7 @@ from textual.pilot import Pilot
 
 from qlora_tui.runs import exports
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.drafts import draft_path, held_draft
 from qlora_tui.runs.exports import (
     Export,
     ExportRequest,
@@ -87,6 +88,24 @@ async def test_a_canceled_export_is_started_again_with_one_key(
         # It is running now.
         await pilot.press("r")
         assert [export.folder for export in read_exports(run)] == [again.folder]
+
+
+async def test_a_canceled_export_names_the_keys_that_resume_and_delete(
+    run: RunDir, make_app: Callable[[], QloraApp], tmp_path: Path
+) -> None:
+    out = tmp_path / "merged"
+    folder = start_export(run, ExportRequest(form="merge", out=str(out))).folder
+    status = ExportStatus(state="canceled", at=time.time(), activity="Merging model.safetensors (1 of 2)")
+    write_export_status(folder, status)
+    with pytest.raises(KeyboardInterrupt), held_draft(draft_path(out), "key"):
+        raise KeyboardInterrupt
+    async with make_app().run_test(size=(120, 40)) as pilot:
+        await open_dialog(pilot)
+        await pilot.press("up")
+        await wait_for_text(pilot, "canceled at: Merging", "[r] resumes", "r resume · D delete")
+        await pilot.press("D")
+        await wait_for_text(pilot, "Deleted")
+        assert read_exports(run) == [] and not draft_path(out).exists()
 
 
 async def test_types_that_need_llama_cpp_say_so(

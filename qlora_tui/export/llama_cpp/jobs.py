@@ -63,6 +63,11 @@ class StoredAnswers(Struct, frozen=True, kw_only=True):
     softcap: float = 0.0
     """Bound c of logits c·tanh(x/c); 0 for none."""
 
+    @property
+    def position_bytes(self) -> int:
+        """Return the bytes of one position in ``inputs``."""
+        return self.width * (4 if self.dtype == "float32" else 2)
+
 
 class Compare(Struct, frozen=True, tag=True):
     """Compare a GGUF file's tokens and logits with those of the trained model."""

@@ -28,7 +28,7 @@ class AnswerReader:
     def __init__(self, answers: StoredAnswers) -> None:
         """Open the files. Raises OSError."""
         self._answers = answers
-        positions = Path(answers.inputs).stat().st_size // (answers.width * _stored_type(answers).itemsize)
+        positions = Path(answers.inputs).stat().st_size // answers.position_bytes
         self._inputs = _open(answers, answers.inputs, (positions, answers.width))
         self._matrix = _open(answers, answers.matrix, (answers.width, answers.vocabulary))
         if self._matrix.size * 4 <= _MATRIX_BYTES:

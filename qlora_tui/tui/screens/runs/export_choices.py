@@ -21,7 +21,7 @@ from qlora_tui.catalog.gguf_file_types import (
 from qlora_tui.export.llama_cpp.availability import install_hint, is_installed
 from qlora_tui.formatting import format_bytes, format_duration, truncate_middle
 from qlora_tui.memory.budget import MemoryBudget
-from qlora_tui.runs.exports import Export, ExportRequest, Form, output_path
+from qlora_tui.runs.exports import Export, ExportRequest, Form, can_resume, output_path
 
 _TYPES = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "F16")
 _NEED_LLAMA_CPP = (AUTO, "Q4_K_M", "Q5_K_M", "Q6_K")
@@ -31,6 +31,7 @@ _AUTO = (
     "first within a KL divergence of 0.03, as llama.cpp computes it."
 )
 _HUB = "To a private repository: name or owner/name. Needs HF_TOKEN or `hf auth login`."
+_RESUMABLE = "What is complete is not done again; it is deleted after 7 days, and by [D]."
 _LINE_WIDTH = 66
 """Cells of an export's line, so that it fits 80 columns."""
 _PROGRAMS = "llama.cpp, LM Studio"
@@ -244,12 +245,20 @@ def export_line(export: Export, width: int = _LINE_WIDTH) -> Content:
         "running": f"{status.activity}{elapsed}",
         "finished": f"{format_bytes(status.bytes)}  {home_relative(export.request.out)}",
         "failed": status.problem.partition("\n")[0],
-        "canceled": "canceled",
+        "canceled": _canceled(export),
     }[status.state]
     begin = f"{export.name}  "
     return Content.assemble(
         (f"{sign} ", style), begin, (truncate_middle(said, max(8, width - len(sign) - 1 - len(begin))), "dim")
     )
+
+
+def _canceled(export: Export) -> str:
+    """Return where an export was canceled, and the key that resumes it."""
+    if not can_resume(export):
+        return "canceled"
+    activity = export.status.activity
+    return f"canceled at: {activity}, [r] resumes" if activity else "canceled, [r] resumes"
 
 
 def export_detail(export: Export) -> str:
@@ -264,10 +273,14 @@ def export_detail(export: Export) -> str:
             return "\n".join(filter(None, (status.activity, status.note)))
         case "failed":
             written = f"Written: {', '.join(map(home_relative, status.paths))}" if status.paths else ""
-            return "\n".join(filter(None, (status.problem, written, status.summary)))
+            rest = f"[r] resumes. {_RESUMABLE}" if can_resume(export) else ""
+            return "\n".join(filter(None, (status.problem, written, status.summary, rest)))
         case "canceled" if status.paths:
             return f"It was canceled when it was already complete: {', '.join(status.paths)}"
         case "canceled" if output_path(export.request) is None:
-            return "It was canceled. Files that the Hub has already are not sent again."
+            return "It was canceled. What is complete is not done again, nor sent again if the Hub has it."
+        case "canceled" if can_resume(export):
+            where = f" at: {status.activity}" if status.activity else ""
+            return f"It was canceled{where}. [r] resumes. {_RESUMABLE}"
         case "canceled":
             return "It was canceled and left nothing behind."

@@ -22,7 +22,15 @@ from qlora_tui.chat.chat_sources import choose_adapter, run_source
 from qlora_tui.chat.chat_types import ADAPTER
 from qlora_tui.errors import UserError
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.exports import Export, cancel_export, read_exports, restart_export, start_export
+from qlora_tui.runs.exports import (
+    Export,
+    can_resume,
+    cancel_export,
+    delete_export,
+    read_exports,
+    restart_export,
+    start_export,
+)
 from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.screens.runs.export_choices import (
     ExportChoice,
@@ -47,6 +55,8 @@ _TYPE = Binding("t", "type", "Type")
 _CHECKPOINT = Binding("c", "checkpoint", "Checkpoint")
 _CANCEL = Binding("x", "cancel", "Cancel")
 _RESTART = Binding("r", "restart", "Start again")
+_RESUME = Binding("r", "restart", "Resume")
+_DELETE = Binding("D", "delete", "Delete")
 _COPY = Binding("y", "copy", "Copy command")
 _CLOSE = Binding("escape", "dismiss(None)", "Close")
 _STARTED = "Started. It continues when you close this window or the app."
@@ -86,6 +96,7 @@ class ExportScreen(ModalScreen[None]):
         _CHECKPOINT,
         _CANCEL,
         _RESTART,
+        _DELETE,
         _COPY,
         _CLOSE,
     ]
@@ -169,7 +180,7 @@ class ExportScreen(ModalScreen[None]):
             self._say(f"✗ {problem.what} {problem.fix}")
 
     def action_restart(self) -> None:
-        """Start the export under the cursor again, if it failed or was canceled."""
+        """Resume the export under the cursor, or start it again, if it failed or was canceled."""
         export = self._current_export
         if export is None or export.status.state not in ("failed", "canceled"):
             self.notify("Move to a failed or canceled export to start it again.", severity="warning")
@@ -181,6 +192,20 @@ class ExportScreen(ModalScreen[None]):
             return
         self._say(_STARTED)
         self._refresh_exports(select=again)
+
+    def action_delete(self) -> None:
+        """Delete a failed or canceled export with what it left unfinished."""
+        export = self._current_export
+        if export is None or export.status.state not in ("failed", "canceled"):
+            self.notify("Move to a failed or canceled export to delete it.", severity="warning")
+            return
+        try:
+            delete_export(export)
+        except UserError as problem:
+            self._say(f"✗ {problem}")
+            return
+        self._say("Deleted, with what was unfinished.")
+        self._refresh_exports()
 
     def action_copy(self) -> None:
         """Copy the command that runs an exported file, or its path."""
@@ -263,8 +288,10 @@ class ExportScreen(ModalScreen[None]):
         """Return the keys that do something for the line under the cursor."""
         if choice is None:
             state = export.status.state if export else ""
-            keys = {"": [], "running": [_CANCEL], "finished": [_COPY]}.get(state, [_RESTART])
-            return dialog_keys([*keys, _CLOSE])
+            keys = {"": [], "running": [_CANCEL], "finished": [_COPY]}.get(state)
+            if export is not None and keys is None:
+                keys = [_RESUME if can_resume(export) else _RESTART, _DELETE]
+            return dialog_keys([*(keys or []), _CLOSE])
         keys = [_TYPE] * choice.has_type_key + [_CHECKPOINT] * (len(self._steps) > 1)
         return dialog_keys([*keys, _CLOSE], "Enter export", f"Tab {choice.target.lower()}")
 
