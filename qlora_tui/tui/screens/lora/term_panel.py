@@ -17,7 +17,6 @@ from qlora_tui.tui.screens.lora.controls import LORA_CONTROLS, targets_advice, t
 from qlora_tui.tui.widgets.panel import Panel
 from qlora_tui.tui.widgets.static_update import update_if_changed
 
-
 _HIGH = 24
 """Rows from which all settings are explained."""
 
