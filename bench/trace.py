@@ -14,7 +14,6 @@ import gc
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -179,15 +178,10 @@ def compare(case: Case) -> Compared:
     )
 
 
-@contextmanager
-def quick_collections() -> Iterator[None]:
+def quicken_collections() -> None:
     """Leave what is there already out of the collections that each trace begins its backward with."""
     gc.collect()
     gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 Cases: TypeAlias = Literal["all", "pairs", "two"]
@@ -219,13 +213,13 @@ def main() -> None:
     given = parser.parse_args()
     comparisons = []
     compare(Case("Llama 3"))  # imports what all traces need
-    with quick_collections():
-        for case in grid(given.family or list(FAMILIES), given.cases):
-            result = compare(case)
-            comparisons.append(result)
-            if not given.json:
-                mib = result.traced_bytes / 2**20
-                print(f"{result.error_pct:+7.2f} %  {mib:9.1f} MiB  {case}", flush=True)
+    quicken_collections()
+    for case in grid(given.family or list(FAMILIES), given.cases):
+        result = compare(case)
+        comparisons.append(result)
+        if not given.json:
+            mib = result.traced_bytes / 2**20
+            print(f"{result.error_pct:+7.2f} %  {mib:9.1f} MiB  {case}", flush=True)
     errors = [each.error_pct for each in comparisons]
     summary = {
         "cases": len(errors),

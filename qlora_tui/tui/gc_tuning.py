@@ -6,16 +6,20 @@ anything.
 
 import gc
 
+_is_tuned = False
+
 
 def enable_gc() -> None:
     """Enable garbage collection, once the first frame has been sent."""
+    global _is_tuned
     if not gc.isenabled():
+        _is_tuned = True
         gc.enable()
         gc.freeze()
 
 
 def freeze_objects() -> None:
     """Exempt all current objects from garbage collection: scanning them would delay a key."""
-    if gc.get_freeze_count():
+    if _is_tuned:
         gc.collect()
         gc.freeze()

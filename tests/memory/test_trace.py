@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import msgspec
 import pytest
 
-from bench.trace import FAMILIES, OTHERS, Case, compare, cut_config, grid, quick_collections, recipe_of
+from bench.trace import FAMILIES, OTHERS, Case, compare, cut_config, grid, quicken_collections, recipe_of
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.engine.protocol import Failure
 from qlora_tui.engine.trace_client import TraceRequest, trace_step
@@ -27,11 +26,10 @@ WORST_SHOWN = 5
 
 
 @pytest.fixture(scope="module")
-def traces() -> Iterator[None]:
+def traces() -> None:
     """The first imports what all need, which is then left alone by the collector."""
     compare(Case("Llama 3"))
-    with quick_collections():
-        yield
+    quicken_collections()
 
 
 @pytest.mark.slow

@@ -17,7 +17,6 @@ from qlora_tui.recipe.schema import Data, Lora, Model, Recipe, Source, Training
 from qlora_tui.recipe.toml import dump
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import (
     AdapterReady,
     AnyEvent,
@@ -38,6 +37,7 @@ from qlora_tui.runs.events import (
     Step,
     Stopped,
 )
+from qlora_tui.runs.events import encode as encode_event
 from qlora_tui.runs.process import ProcessIdentity, process_identity
 from qlora_tui.runs.status import State, Status, write_status
 from qlora_tui.runs.telemetry import Reading, encode
@@ -83,16 +83,27 @@ def write_fake_run(what: FakeRun) -> RunDir:
     run = RunDir(private_dir(paths.runs_dir() / what.name))
     run.recipe_path.write_text(dump(what.recipe))
     os.utime(run.recipe_path, (what.began, what.began))
-    with EventWriter(run.events_path) as log:
-        for event in _events(what):
-            log.append(event)
+    events, telemetry = _encoded(what, BEFORE_TRAINING)
+    run.events_path.write_bytes(events)
     if what.steps:
-        run.telemetry_path.write_bytes(b"".join(encode(sample) for sample in _telemetry(what)))
+        run.telemetry_path.write_bytes(telemetry)
         run.log_path.write_text("\n".join(_output(what)) + "\n")
     if what.state == "queued":
         run_queue.enqueue(run)
     write_status(run, _status(what))
     return run
+
+
+_written: dict[str, tuple[bytes, bytes]] = {}
+"""Tests write the same runs again and again, with thousands of events."""
+
+
+def _encoded(what: FakeRun, before_training: float) -> tuple[bytes, bytes]:
+    key = f"{before_training} {what}"
+    if key not in _written:
+        events = b"".join(map(encode_event, _events(what)))
+        _written[key] = events, b"".join(map(encode, _telemetry(what)))
+    return _written[key]
 
 
 def _at(what: FakeRun, step: float) -> float:
