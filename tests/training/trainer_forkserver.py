@@ -27,7 +27,7 @@ from transformers.models.llama import modeling_llama  # noqa: F401
 
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.training import __main__ as trainer
-from qlora_tui.training import attempt as _stations  # noqa: F401
+from qlora_tui.training import attempt
 
 
 def main() -> None:
@@ -35,6 +35,8 @@ def main() -> None:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(sys.argv[1])
     listener.listen()
+    # A trainer gives way to other programs, which here are the tests that wait for it.
+    vars(attempt)["lower_priority"] = lambda: None
     # What is here now is in every child: a collection there need not go over it, and copy its pages.
     gc.freeze()
     print("ready", flush=True)
