@@ -16,7 +16,12 @@ DEADLINE_S = 60.0
 
 def text_of(app: Any) -> str:
     """The characters on the screen, line by line."""
-    return "\n".join("".join(segment.text for segment in line) for line in segments_of(app))
+    return text_in(segments_of(app))
+
+
+def text_in(lines: list[list[Segment]]) -> str:
+    """The characters of what a screen painted."""
+    return "\n".join("".join(segment.text for segment in line) for line in lines)
 
 
 def style_of(app: Any, text: str) -> Style:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby
+from operator import itemgetter
 from string import ascii_letters
 from typing import Any
 
+from rich.segment import Segment
 from rich.style import Style
 from textual.color import Color
 
@@ -18,13 +20,18 @@ MIN_CONTRAST = 4.5
 
 def styles_of(app: Any) -> str:
     """Return a line for each line of the screen: letters for styles with their cell counts, and a key."""
+    return styles_in(segments_of(app))
+
+
+def styles_in(painted: list[list[Segment]]) -> str:
+    """Describe what a screen painted, as :func:`styles_of` does."""
     letters: dict[str, str] = {}
     lines = []
-    for line in segments_of(app):
-        cells = [str(_seen(one.style)) for one in line for _ in one.text]
+    for line in painted:
+        lengths = [(str(_seen(one.style)), len(one.text)) for one in line if one.text]
         runs = [
-            (letters.setdefault(style, _letter(len(letters))), len(list(run)))
-            for style, run in groupby(cells)
+            (letters.setdefault(style, _letter(len(letters))), sum(length for _, length in run))
+            for style, run in groupby(lengths, key=itemgetter(0))
         ]
         lines.append(" ".join(f"{letter}{count}" for letter, count in runs))
     return "\n".join([*lines, "", *(f"{letter}: {style}" for style, letter in letters.items())])

@@ -14,8 +14,8 @@ from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.themes import load_themes
 from tests.tui.fake_runs import BEGAN
 from tests.tui.run_states import STATES_ONCE, three_runs, watching
-from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
-from tests.tui.style_dump import colors_of, illegible, styles_of
+from tests.tui.screen_assertions import segments_of, text_in, text_of, wait_for_text, wait_until
+from tests.tui.style_dump import colors_of, illegible, styles_in, styles_of
 from tests.tui.workstation import config_folder, open_on
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("same_machine")]
@@ -120,7 +120,8 @@ async def settled(pilot: Pilot[Any], looks: int = _STILL) -> str:
     seen: list[tuple[str, str]] = []
 
     def stays() -> bool:
-        seen.append((text_of(pilot.app), styles_of(pilot.app)))
+        painted = segments_of(pilot.app)
+        seen.append((text_in(painted), styles_in(painted)))
         return len(seen) > looks and len(set(seen[-looks:])) == 1
 
     await wait_until(pilot, stays)
