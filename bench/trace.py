@@ -128,8 +128,11 @@ class Compared:
         return 100 * (self.estimated_bytes / self.traced_bytes - 1)
 
 
-def cut_config(family: str, layers: int = 2) -> dict[str, Any]:
-    """A family's config with few layers."""
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def cut_config(family: str, layers: int = 2, max_experts: int | None = None) -> dict[str, Any]:
+    """A family's config with few layers, and with at most ``max_experts`` experts a layer."""
     if family in OTHERS:
         return SIZES | OTHERS[family]
     config: dict[str, Any] = json.loads((CONFIGS / f"{FAMILIES[family]}.json").read_text())
@@ -139,6 +142,9 @@ def cut_config(family: str, layers: int = 2) -> dict[str, Any]:
             config[key] = layers
     if "layer_types" in config:
         config["layer_types"] = config["layer_types"][:layers]
+    for key in EXPERT_COUNTS:
+        if max_experts is not None and key in config:
+            config[key] = min(config[key], max_experts)
     return config
 
 
@@ -163,12 +169,12 @@ def recipe_of(case: Case) -> Recipe:
     )
 
 
-def compare(case: Case) -> Compared:
-    """Trace and estimate one case."""
+def compare(case: Case, max_experts: int | None = None) -> Compared:
+    """Trace and estimate one case, by default with all experts of a mixture."""
     from qlora_tui.engine.trace_client import TraceRequest
     from qlora_tui.engine.trace_worker import trace_request
 
-    config, recipe = cut_config(case.family), recipe_of(case)
+    config, recipe = cut_config(case.family, max_experts=max_experts), recipe_of(case)
     traced = trace_request(TraceRequest(config=config, recipe=recipe, loss=case.loss))
     execution = replace(
         trainer_execution(recipe, Device()), loss="stock" if case.loss == "stock" else "chunked"
