@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +35,15 @@ CHANGED = (
     "include/llama.h of its llama.cpp, adapt qlora_tui/export/llama_cpp/bindings.py, and raise the lower "
     "bound in pyproject.toml; until then, set an upper bound there."
 )
+
+
+@pytest.mark.parametrize(("limit", "threads"), [("1", 1), ("3", 3), ("0", 8), ("", 8), ("4,2", 8)])
+def test_openmp_limits_the_threads_of_llama_cpp(
+    monkeypatch: pytest.MonkeyPatch, limit: str, threads: int
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", limit)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert bindings.thread_count() == threads
 
 
 def test_the_generated_bindings_are_as_they_were() -> None:

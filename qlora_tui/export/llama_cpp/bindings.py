@@ -21,6 +21,12 @@ _F32 = 0
 Floats = npt.NDArray[np.float32]
 
 
+def thread_count() -> int:
+    """Return the number of threads: OMP_NUM_THREADS as torch reads it, otherwise one for each CPU."""
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    return int(limit) if limit.isdigit() and int(limit) else os.cpu_count() or 1
+
+
 class LlamaCppError(Exception):
     """llama.cpp returned an error."""
 
@@ -46,7 +52,7 @@ class LlamaCpp:
             parameters.ftype = getattr(self._lib, f"LLAMA_FTYPE_MOSTLY_{file_type}")
         except AttributeError as error:
             raise LlamaCppError(f"it has no file type {file_type}") from error
-        parameters.nthread = os.cpu_count() or 1
+        parameters.nthread = thread_count()
         code = self._lib.llama_model_quantize(
             source.encode(), target.encode(), self._ffi.new("llama_model_quantize_params *", parameters)
         )
@@ -66,7 +72,7 @@ class LlamaCpp:
             options = lib.llama_context_default_params()
             options.n_ctx = options.n_batch = context
             options.n_ubatch = min(context, 512)
-            options.n_threads = options.n_threads_batch = os.cpu_count() or 1
+            options.n_threads = options.n_threads_batch = thread_count()
             if exact:
                 options.type_k = options.type_v = _F32
                 options.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
