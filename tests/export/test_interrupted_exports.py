@@ -165,6 +165,7 @@ def test_an_export_killed_at_random_is_completed_by_the_next(
         "adapter": ("lora", run.id, str(out)),
         "ollama": ("ollama", run.id, "tiny", "--dir", str(out)),
     }[form]
+    out.parent.mkdir(exist_ok=True)  # Making it is a moment of the first export only.
     code, moments = forkserver.run(("export", *arguments), out.parent)
     assert code == 0 and moments > 10
     whole = content(out)
