@@ -17,6 +17,7 @@ available memory, and call :func:`largest_settings` or :func:`cheapest_changes`;
                       ``allocator``
 ``conversion``        the peak of converting a GGUF file
 ``levels``            from tensors to what the GPU sees (on a CPU with ``onednn_cache``)
+``general_answers``   what the forgetting curve computes between two steps
 ``moments``           the times of a step that may be its peak; ``timeline``: all of them, from loading to the
                       optimizer
 ``calibration``       corrects by measurements of past runs

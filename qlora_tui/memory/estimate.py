@@ -15,6 +15,7 @@ from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.memory.calibration import MIN_RUNS, Correction
 from qlora_tui.memory.execution import Device, ExecutionConfig, trainer_execution
 from qlora_tui.memory.explain import LABELS, ExplainContext, explanations
+from qlora_tui.memory.general_answers import answers_moment
 from qlora_tui.memory.layout import STYLES, Layout, build_layout
 from qlora_tui.memory.levels import MemoryLevels, UncertaintyBand, context_bytes, corrected, tiers
 from qlora_tui.memory.moments import step_moments
@@ -131,7 +132,10 @@ def estimate(
         layout = replace(layout, exact=True)
     elif execution.accumulates:
         resident["gradients"] = gradient_bytes(layout, execution)
-    moments = step_moments(step_profile, layout, execution, traced)
+    moments = [
+        *step_moments(step_profile, layout, execution, traced),
+        answers_moment(layout, execution),
+    ]
     pool = None
     if execution.device == "cuda":
         room = None if capacity_bytes is None else capacity_bytes - context_bytes(execution)

@@ -136,6 +136,8 @@ class ExecutionConfig:
     (``training/fused/triton_kernels.py``)."""
     expandable_segments: bool = True
     """Whether the allocator grows its segments (our trainer requests it), so that blocks are cut to size."""
+    general_prompts: int = 0
+    """General prompts that are answered between steps, for the forgetting curve."""
     name: str = "this trainer"
 
     @property
@@ -185,6 +187,7 @@ def trainer_execution(
         capability=device.capability,
         cuda_libraries=device.cuda_libraries,
         expandable_segments=device.expandable_segments,
+        general_prompts=recipe.training.general_prompts,
     )
 
 

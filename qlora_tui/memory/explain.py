@@ -37,6 +37,7 @@ LABELS: dict[str, str] = {
     "hidden_gradient": "Loss gradient",
     "logits": "Logits and loss",
     "inputs": "Batch and positions",
+    "kv_cache": "General answers",
     "loading": "Loading the weights",
     "workspace": "cuBLAS workspace",
     "unsplit": "Uncut blocks",
@@ -196,6 +197,9 @@ def _logits_sentence(execution: ExecutionConfig, layout: Layout) -> str:
 def _process_sentences(facts: ExplainContext) -> dict[str, str]:
     tokens = facts.architecture.vocab_size
     return {
+        "kv_cache": (
+            f"Keys and values of {facts.execution.general_prompts} general prompts, answered between steps."
+        ),
         "inputs": "Token ids, labels, positions and rotary tables.",
         "loading": (
             "What loading takes beyond a training step: weights in 16 bits, before they are quantized."

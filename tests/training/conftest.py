@@ -52,6 +52,7 @@ def recipe(tiny_model: Path, tiny_data: Path) -> MakeRecipe:
                 gradient_accumulation=2,
                 epochs=2,
                 gradient_checkpointing="off",
+                general_prompts=0,
             ),
         )
         for path, value in (settings or {}).items():

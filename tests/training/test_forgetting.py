@@ -15,10 +15,13 @@ from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import Evaluated, PhaseChanged
 from qlora_tui.runs.view import RunView
+from qlora_tui.training import packed_attention
 from qlora_tui.training.checkpoint_saver import RunProgress
 from qlora_tui.training.forgetting import base_answers
+from qlora_tui.training.forgetting.answer_logits import RowShape, answer_logits
 from qlora_tui.training.forgetting.base_answers import BaseAnswer
 from qlora_tui.training.forgetting.base_divergence import compare_with_base, divergence_of_top
+from qlora_tui.training.forgetting.greedy_answers import answer_greedily
 from qlora_tui.training.health import ForgettingMonitor
 from tests.support.trainer_processes import Trainers
 from tests.training.conftest import MakeRecipe
@@ -28,6 +31,8 @@ pytestmark = pytest.mark.slow
 
 PROMPTS = ("what is red", "who sat in an oak and said little, and how many are lazy", "the fox")
 CPU = torch.device("cpu")
+ALONE = RowShape(packed=False, max_length=128)
+PACKED = RowShape(packed=True, max_length=128, multiple=32)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +49,7 @@ def tokenizer(tiny_model: Path) -> ChatTokenizer:
 
 def answers_to(base: Any, tokenizer: ChatTokenizer, *prompts: str) -> tuple[BaseAnswer, ...]:
     ids = base_answers.prompt_tokens(prompts, tokenizer, "auto")
-    return base_answers.compute(base, ids, tokenizer, CPU, lambda done, total: None)
+    return base_answers.compute(base, ids, tokenizer, ALONE, CPU, lambda done, total: None)
 
 
 def test_prompts_answered_together_are_answered_as_alone(base: Any, tokenizer: ChatTokenizer) -> None:
@@ -74,15 +79,44 @@ def test_a_changed_model_diverges_and_loses_turn_ends(base: Any, tokenizer: Chat
     answers = answers_to(base, tokenizer, *PROMPTS)
     # The base's own last tokens stand for turn ends: a random model ends no turn.
     ends = frozenset(answer.ids[-1] for answer in answers)
-    same = compare_with_base(base, answers, ends, CPU)
+    same = compare_with_base(base, answers, ends, ALONE, CPU)
     assert same.divergence < 1e-3 and same.turns == same.turns_ended == len(PROMPTS)
     assert same.places == sum(len(answer.places) for answer in answers)
     head = base.get_output_embeddings().weight.data
     before = head.clone()
     head += torch.randn_like(head)
-    changed = compare_with_base(base, answers, ends, CPU)
+    changed = compare_with_base(base, answers, ends, ALONE, CPU)
     head.copy_(before)
     assert changed.divergence / changed.places > 0.5 and changed.turns_ended < len(PROMPTS)
+
+
+def test_answers_in_one_row_have_the_logits_of_each(
+    tiny_model: Path, base: Any, tokenizer: ChatTokenizer
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    packed_attention.register()
+    packing = AutoModelForCausalLM.from_pretrained(
+        tiny_model, dtype=torch.float32, attn_implementation=packed_attention.NAMES["segments"]
+    )
+    packed_attention.pass_sample_lengths(packing)
+    answers = answers_to(base, tokenizer, *PROMPTS)
+    with torch.no_grad():
+        alone = dict(answer_logits(base, answers, ALONE, CPU))
+        packed = dict(answer_logits(packing, answers, PACKED, CPU))
+    assert packed.keys() == alone.keys() == {0, 1, 2}
+    for number, logits in alone.items():
+        torch.testing.assert_close(packed[number], logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_head_reads_contiguous_states_of_a_prompt_batch(base: Any, tokenizer: ChatTokenizer) -> None:
+    seen = []
+    hook = base.get_output_embeddings().register_forward_hook(
+        lambda module, args, output: seen.append(args[0].is_contiguous())
+    )
+    answer_greedily(base, base_answers.prompt_tokens(PROMPTS, tokenizer, "auto"), tokenizer, CPU)
+    hook.remove()
+    assert len(seen) > 1 and all(seen)
 
 
 def test_answers_are_read_back_and_damaged_files_ignored(
@@ -109,7 +143,7 @@ def test_a_run_reports_what_it_forgets_and_caches_the_answers(recipe: MakeRecipe
 
     first, again = run(), run()
     curve = [event.forgetting for event in events_of(first, Evaluated)]
-    assert curve[0] is not None and curve[0] < 1e-4
+    assert curve[0] == 0.0
     assert curve[-1] is not None and curve[-1] > 0.1
     view = RunView(first)
     view.refresh()

@@ -1,5 +1,9 @@
 """How far a run has moved from its base where it was not trained: a forgetting curve beside the loss.
 
-``general_prompts`` are the prompts, ``base_answers`` the base's answers to them with its most likely tokens
-at each place, computed once for a base and then cached, and ``base_divergence`` compares a model with them.
+``general_prompts``  the prompts
+``greedy_answers``   answers to all of them at once
+``answer_logits``    logits at the answers, packed into rows as training samples are
+``base_answers``     the base's answers with its most likely tokens at each place, computed once for a base
+                     and then cached
+``base_divergence``  compares a model with them
 """

@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qlora_tui.training.chunked_loss import block_rows
 from qlora_tui.training.evaluation import no_grad_eval
 from qlora_tui.training.forgetting import base_answers
+from qlora_tui.training.forgetting.answer_logits import RowShape, answer_logits
 from qlora_tui.training.forgetting.base_answers import BaseAnswer
 from qlora_tui.training.forgetting.general_prompts import GENERAL_PROMPTS
 from qlora_tui.training.prepared_run import PreparedRun
@@ -43,15 +45,23 @@ class BaseDivergence:
     def __init__(self, prepared: PreparedRun, model: Any) -> None:
         self._prepared = prepared
         self._model = model
+        self._shape = RowShape(
+            packed=prepared.base.padding_free,
+            max_length=prepared.recipe.data.max_length,
+            multiple=prepared.device.row_multiple,
+            pad_id=prepared.pad_id,
+        )
         self._answers: tuple[BaseAnswer, ...] | None = None
 
     def measure(self) -> tuple[float, float | None]:
         """Mean KL(base ‖ model) in nats, and the share of the base's turn ends that the model keeps.
 
-        The base's answers are computed at the first call, or read from the cache. Each process of the run
-        compares its share of them.
+        The base's answers are computed when they are first needed, or read from the cache. Each process of
+        the run compares its share of them. Before training the model is its base, and nothing is computed.
         """
         prepared = self._prepared
+        if equals_base(self._model):
+            return 0.0, None
         if self._answers is None:
             self._answers = self._base_answers()
         dist = prepared.dist
@@ -59,6 +69,7 @@ class BaseDivergence:
             self._model,
             self._answers[dist.rank :: dist.world_size],
             frozenset(prepared.tokenizer.turn_end_ids),
+            self._shape,
             prepared.device.torch_device,
         )
         divergence, places, turns, turns_ended = dist.all_reduce_sum(local_sums)
@@ -77,6 +88,7 @@ class BaseDivergence:
                     self._model,
                     prompts,
                     prepared.tokenizer,
+                    self._shape,
                     prepared.device.torch_device,
                     lambda done, total: prepared.reporter.progress("evaluating", done, total),
                 )
@@ -86,14 +98,25 @@ class BaseDivergence:
         return answers
 
 
+def equals_base(model: Any) -> bool:
+    """Whether the adapter of a peft model changes nothing yet: every second half of it is zero."""
+    halves = [parameter for name, parameter in model.named_parameters() if ".lora_B." in name]
+    others = any("lora_embedding" in name for name, _ in model.named_parameters())
+    return bool(halves) and not others and not any(bool(half.any()) for half in halves)
+
+
 def compare_with_base(
-    model: Any, answers: Sequence[BaseAnswer], turn_ends: frozenset[int], device: torch.device
+    model: Any,
+    answers: Sequence[BaseAnswer],
+    turn_ends: frozenset[int],
+    shape: RowShape,
+    device: torch.device,
 ) -> DivergenceSums:
-    """Run a model over the base's answers, one by one, without gradients."""
+    """Run a model over the base's answers without gradients."""
     divergence, places, turns, turns_ended = 0.0, 0, 0, 0
     with no_grad_eval(model):
-        for answer in answers:
-            logits = base_answers.next_token_logits(model, answer.ids, answer.prompt_tokens, device)
+        for number, logits in answer_logits(model, answers, shape, device):
+            answer = answers[number]
             divergence += float(divergence_of_top(logits, answer).sum())
             places += len(answer.places)
             if answer.ids[-1] in turn_ends:
@@ -105,7 +128,14 @@ def compare_with_base(
 def divergence_of_top(logits: Tensor, answer: BaseAnswer) -> Tensor:
     """KL(base ‖ model) at each place, (places,), from the model's logits, (places, vocabulary)."""
     base = answer.top_log_probabilities.to(logits.device)
-    model = logits.log_softmax(-1).gather(-1, answer.top_ids.to(logits.device, torch.int64))
+    top_ids = answer.top_ids.to(logits.device, torch.int64)
+    rows = block_rows(logits.device)
+    model = torch.cat(
+        [
+            block.gather(-1, ids).float() - block.float().logsumexp(-1, keepdim=True)
+            for block, ids in zip(torch.split(logits, rows), torch.split(top_ids, rows), strict=True)
+        ]
+    )
     rest, model_rest = _log_of_rest(base), _log_of_rest(model)
     return (base.exp() * (base - model)).sum(-1) + rest.exp() * (rest - model_rest)
 

@@ -1,0 +1,69 @@
+"""Greedy answers to a batch of prompts, in a few tokens each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.memory.general_answers import ANSWER_TOKENS
+from qlora_tui.training.evaluation import no_grad_eval
+
+
+def answer_greedily(
+    model: Any, prompts: Sequence[Sequence[int]], tokenizer: ChatTokenizer, device: torch.device
+) -> list[tuple[int, ...]]:
+    """The greedy answers to prompts, at most ``ANSWER_TOKENS`` tokens each; each with its turn end.
+
+    All prompts are answered together, padded to one length at their beginnings. Draws no random numbers.
+
+    Args:
+        prompts: token ids.
+    """
+    pad = tokenizer.pad_id if tokenizer.pad_id is not None else 0
+    length = max(map(len, prompts))
+    tokens = torch.tensor([[pad] * (length - len(ids)) + list(ids) for ids in prompts], device=device)
+    mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    with no_grad_eval(model), _contiguous_head_input(model):
+        output = model.generate(
+            input_ids=tokens,
+            attention_mask=mask,
+            max_new_tokens=ANSWER_TOKENS,
+            min_new_tokens=1,
+            do_sample=False,
+            # The model's generation config may hold these, which greedy search rejects.
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            eos_token_id=list(tokenizer.turn_end_ids) or None,
+            pad_token_id=pad,
+            use_cache=True,
+        )
+    ends = frozenset(tokenizer.turn_end_ids)
+    answers = []
+    for answer in output[:, length:].tolist():
+        end = next((place for place, token in enumerate(answer) if token in ends), len(answer) - 1)
+        answers.append(tuple(answer[: end + 1]))
+    return answers
+
+
+@contextmanager
+def _contiguous_head_input(model: Any) -> Iterator[None]:
+    """Copy the last states of a prompt batch before they enter the output head.
+
+    They are a slice of all states, which is not contiguous. torch then treats the product of a 16-bit batch
+    as one product for each prompt, and oneDNN copies the head's whole weight for each: 16 prompts took
+    864 MiB and 2.3 s with SmolLM2-135M on a CPU instead of 6 MiB and 0.02 s.
+    """
+
+    def copy(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0].contiguous(), *args[1:])
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(copy)
+    try:
+        yield
+    finally:
+        hook.remove()
