@@ -10,7 +10,6 @@ logits_check               compares the first logits with those of transformers 
 decode_step                faster decoding on a GPU: a step recorded as a CUDA graph
 generation                 one answer, token by token (token_sampler, kv_cache, incremental_detokenizer), with
                            its thoughts separated (thought_splitter)
-repetition                 notices that an answer repeats itself; no torch
 effect_measurement         measures an adapter on validation conversations
 adapter_deltas             reads an adapter and computes merged weights, for export too (base_weights: which
                            weights of the base each update applies to; expert_deltas: updates of experts)

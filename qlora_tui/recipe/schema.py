@@ -376,7 +376,8 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "General prompts",
             "General prompts (at most 32) on which each evaluation measures how far the model has moved from "
             "its base: what it forgets. Each evaluation takes as long as training on 40 tokens for each "
-            "prompt, and the base's answers once as long as on 200. 0: none; 24 for a finer figure.",
+            "prompt; the base's answers, once, and the model's at the end as long as on 200. 0: none; 24 for "
+            "a finer figure.",
             ge=0,
             le=32,
         ),

@@ -13,6 +13,7 @@ from qlora_tui.runs.events import (
     Evaluated,
     Failed,
     Finished,
+    GeneralAnswers,
     Health,
     LayersKept,
     LayersStreamed,
@@ -81,9 +82,12 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
             exact = "" if event.accuracy is None else f", {format_percent(event.accuracy)} of answers exact"
             base = " (the base model)" if exact and not event.step else ""
             forgot = format_forgetting(event) if event.step else ""
+            general = event.general_answers
+            answers = "" if general is None else f"; of {general.answers} general answers "
+            answers += ", ".join(f"{name} {value}" for name, value in general_answer_texts(general))
             return (
                 f"step {event.step:,}: validation loss {format_float(_number(event.loss))}{exact}{base}"
-                f"{', ' if forgot else ''}{forgot}{best}"
+                f"{', ' if forgot else ''}{forgot}{answers}{best}"
             )
         case CheckpointSaved():
             return f"checkpoint at step {event.step:,}"
@@ -113,6 +117,20 @@ def format_forgetting(event: Evaluated | None) -> str:
     if event is None or event.forgetting is None:
         return ""
     return f"forgetting {format_float(event.forgetting, 3)}"
+
+
+def general_answer_texts(counts: GeneralAnswers | None) -> list[tuple[str, str]]:
+    """Label and text of each count over general answers, such as ("ended", "9 (base 11)")."""
+    if counts is None:
+        return []
+    pairs = [
+        ("ended", counts.ended, counts.base_ended),
+        ("looping", counts.looping, counts.base_looping),
+        ("refused", counts.refused, counts.base_refused),
+    ]
+    if counts.json_prompts:
+        pairs.append(("valid JSON", counts.json_valid, counts.base_json_valid))
+    return [(label, f"{count} (base {base})") for label, count, base in pairs]
 
 
 def _format_best(event: Evaluated) -> str:

@@ -184,6 +184,26 @@ class Step(Event, tag="step", frozen=True, kw_only=True):
     """Real tokens per second over this step."""
 
 
+class GeneralAnswers(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Counts over short greedy answers to general prompts: the model's, and its base's beside them."""
+
+    answers: Count
+    ended: Count
+    """Answers that end their turn within the tokens they are given."""
+    base_ended: Count
+    looping: Count
+    """Answers whose end repeats itself."""
+    base_looping: Count
+    refused: Count
+    """Answers that begin with a refusal."""
+    base_refused: Count
+    json_prompts: Count = 0
+    """Prompts that ask for JSON."""
+    json_valid: Count = 0
+    """Answers to these that hold valid JSON."""
+    base_json_valid: Count = 0
+
+
 class Evaluated(Event, tag="evaluated", frozen=True, kw_only=True):
     """Validation loss at a step; step 0 is before training."""
 
@@ -201,6 +221,8 @@ class Evaluated(Event, tag="evaluated", frozen=True, kw_only=True):
     """The loss with weighted forgetting, if ``training.forgetting_weight`` is set: the lowest is best."""
     general_turn_ends: float | None = None
     """Share of the turn ends in these answers that the model keeps."""
+    general_answers: GeneralAnswers | None = None
+    """What the model answers to general prompts; at the end of a run that measures forgetting."""
 
 
 class CheckpointSaved(Event, tag="checkpoint_saved", frozen=True, kw_only=True):

@@ -25,6 +25,7 @@ from qlora_tui.runs.events import (
     Evaluated,
     Failed,
     Finished,
+    GeneralAnswers,
     Health,
     LayersKept,
     LayersStreamed,
@@ -203,6 +204,11 @@ class RunView:
     def forgetting(self) -> float | None:
         """Divergence from the base on general prompts at the last evaluation; None where not measured."""
         return self.evaluations[-1].forgetting if self.evaluations else None
+
+    @property
+    def general_answers(self) -> GeneralAnswers | None:
+        """Counts over the answers to general prompts at the last evaluation; None where not measured."""
+        return self.evaluations[-1].general_answers if self.evaluations else None
 
     @property
     def loss_before_training(self) -> float | None:

@@ -23,6 +23,7 @@ from qlora_tui.training.health import (
     ForgettingMonitor,
     StepMonitor,
     ValidationMonitor,
+    check_general_answers,
     find_non_finite,
     too_few_steps,
 )
@@ -92,7 +93,7 @@ class RunCallback(TrainerCallback):
         """Before the first step, with optimizer and scheduler restored: probe memory, then evaluate."""
         probe_longest_batch(self._prepared, self._trainer)
         if self.progress.evaluated_step < 0:
-            self._evaluate_and_sample(0)
+            self._evaluate_and_sample(0, last=False)
         few = too_few_steps(self._total_steps, self._prepared.recipe.training.max_steps)
         if few is not None and not state.global_step:
             self._reporter.health(few.kind, few.evidence, few.remedy)
@@ -163,7 +164,7 @@ class RunCallback(TrainerCallback):
         ends = is_last or (planned.ends_epoch and self.progress.ends_with_epoch)
         requested = {kind for kind in _STEP_REQUESTS if self._requests.take(kind)}
         if self._is_due("eval_every", step, planned.ends_epoch or ends) or "evaluate" in requested:
-            improved = self._evaluate_and_sample(step)
+            improved = self._evaluate_and_sample(step, last=ends)
             if reason := self._early_stop_reason():
                 self.reason = reason
                 control.should_training_stop = True
@@ -243,24 +244,30 @@ class RunCallback(TrainerCallback):
         every: int = getattr(self._prepared.recipe.training, interval_name)
         return epoch_ends if not every else step % every == 0 or step == self._total_steps
 
-    def _evaluate_and_sample(self, step: int) -> bool:
-        """Evaluate and sample; True where the validation loss is the best so far."""
+    def _evaluate_and_sample(self, step: int, *, last: bool) -> bool:
+        """Evaluate and sample; True where the validation loss is the best so far.
+
+        With ``last``, at the end of the run, general answers are counted too.
+        """
         started_at = time.perf_counter()
         self.progress.evaluated_step = step
         if not self._evaluator.has_validation_data and not self._prepared.recipe.training.sample_prompts:
             return False
         self._reporter.phase("evaluating")
-        best = self._evaluator.has_validation_data and self._evaluate(step)
+        best = self._evaluator.has_validation_data and self._evaluate(step, last=last)
         self._sample(step)
         self._overhead_s += time.perf_counter() - started_at
         return best
 
-    def _evaluate(self, step: int) -> bool:
+    def _evaluate(self, step: int, *, last: bool) -> bool:
         training = self._prepared.recipe.training
         loss, accuracy = self._evaluator.evaluate()
         forgetting, turn_ends = self._base_divergence.measure() if training.general_prompts else (None, None)
         score = loss + training.forgetting_weight * (forgetting or 0.0)
         best = self.progress.add_score(step, score, loss)
+        general = None
+        if training.general_prompts and step and (last or self._early_stop_reason()):
+            general = self._base_divergence.count_answers()
         self._reporter.emit(
             Evaluated(
                 at=time.time(),
@@ -272,12 +279,15 @@ class RunCallback(TrainerCallback):
                 forgetting=forgetting if forgetting is not None and math.isfinite(forgetting) else None,
                 score=score if training.forgetting_weight and math.isfinite(score) else None,
                 general_turn_ends=turn_ends,
+                general_answers=general,
             )
         )
         self._reporter.log(f"validation loss {loss:.4f} at step {step}{' (best)' if best else ''}")
         findings = [self._validation_monitor.check(step, loss, self.progress.loss_before_training)]
         if forgetting is not None:
             findings.append(self._forgetting_monitor.check(step, forgetting, turn_ends))
+        if general is not None:
+            findings.append(check_general_answers(general))
         for finding in filter(None, findings):
             self._reporter.health(finding.kind, finding.evidence, finding.remedy, step=step)
         return best

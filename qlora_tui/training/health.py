@@ -13,6 +13,7 @@ from statistics import fmean, median
 
 from qlora_tui.formatting import pluralize
 from qlora_tui.gpu.metrics import GpuMetrics
+from qlora_tui.runs.events import GeneralAnswers
 from qlora_tui.runs.suggested_fix import FEW_STEPS
 
 _HISTORY = 20
@@ -30,6 +31,8 @@ _WORSE = 0.05
 _FORGETTING = 2.0
 """Nats per token: the base's own answer becomes 7 times less likely with each of its tokens. The demo, which
 teaches a voice, reaches 1.4."""
+_MANY_ANSWERS = 0.25
+"""Share of the general answers that must differ from the base's in how they end, loop or refuse."""
 _IDLE_S = 60.0
 _IDLE_PERCENT = 5
 _USED_BYTES = 1 << 30
@@ -132,6 +135,32 @@ class ForgettingMonitor:
             "If its other abilities matter, lower training.learning_rate, training.epochs or lora.rank, or "
             "mix general conversations into the data.",
         )
+
+
+def check_general_answers(answers: GeneralAnswers) -> Finding | None:
+    """A finding where many general answers run on, loop, refuse or are no JSON that the base's are not."""
+    lost = [
+        f"{count} {verb} (the base: {base})"
+        for count, base, verb, worse in (
+            (answers.ended, answers.base_ended, "end their turn", answers.base_ended - answers.ended),
+            (answers.looping, answers.base_looping, "loop", answers.looping - answers.base_looping),
+            (answers.refused, answers.base_refused, "refuse", answers.refused - answers.base_refused),
+        )
+        if worse >= _MANY_ANSWERS * answers.answers
+    ]
+    if answers.base_json_valid - answers.json_valid >= max(2, _MANY_ANSWERS * answers.json_prompts):
+        lost.append(
+            f"{answers.json_valid} of the {answers.json_prompts} asked for JSON give it "
+            f"(the base: {answers.base_json_valid})"
+        )
+    if not lost:
+        return None
+    return Finding(
+        "general_answers",
+        f"Of {answers.answers} answers to general prompts, {', '.join(lost)}.",
+        "If its other abilities matter, lower training.learning_rate, training.epochs or lora.rank, or "
+        "mix general conversations into the data.",
+    )
 
 
 class GpuMonitor:

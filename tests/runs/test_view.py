@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import math
 
 import pytest
@@ -13,12 +14,14 @@ from qlora_tui.runs.events import (
     Evaluated,
     Failed,
     Finished,
+    GeneralAnswers,
     Paused,
     Queued,
     Started,
     Step,
     StepVerified,
 )
+from qlora_tui.runs.metrics_csv import metrics_csv
 from qlora_tui.runs.outcomes import record_outcome
 from qlora_tui.runs.status import Status, read_status, write_status
 from qlora_tui.runs.view import RunView
@@ -210,3 +213,33 @@ def test_the_best_evaluation_has_the_lowest_score_where_forgetting_counts(run: R
     view = RunView(run)
     view.refresh()
     assert view.best is not None and view.best.step == 5
+
+
+def test_counts_over_general_answers_are_described_and_tabulated(run: RunDir) -> None:
+    counts = GeneralAnswers(
+        answers=12,
+        ended=9,
+        base_ended=11,
+        looping=3,
+        base_looping=0,
+        refused=0,
+        base_refused=1,
+        json_prompts=4,
+        json_valid=2,
+        base_json_valid=4,
+    )
+    event = Evaluated(at=5.0, step=5, loss=1.0, forgetting=0.5, general_answers=counts)
+    with EventWriter(run.events_path) as log:
+        log.append(Evaluated(at=1.0, step=0, loss=2.0, forgetting=0.0))
+        log.append(event)
+    view = RunView(run)
+    view.refresh()
+    assert view.general_answers == counts
+    assert "of 12 general answers ended 9 (base 11), looping 3 (base 0)" in describe(event, 5)
+    before, after = csv.DictReader(metrics_csv(view).splitlines())
+    assert (before["forgetting"], before["answers_ended"]) == ("0", "")
+    assert (after["answers_ended"], after["answers_looping"], after["answers_valid_json"]) == (
+        "0.75",
+        "0.25",
+        "0.5",
+    )

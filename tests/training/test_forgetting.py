@@ -47,8 +47,12 @@ def tokenizer(tiny_model: Path) -> ChatTokenizer:
     return ChatTokenizer.from_folder(tiny_model)
 
 
+def prompt_ids_of(tokenizer: ChatTokenizer, *prompts: str) -> tuple[tuple[int, ...], ...]:
+    return tuple(base_answers.prompt_tokens(prompts, tokenizer, "auto").values())
+
+
 def answers_to(base: Any, tokenizer: ChatTokenizer, *prompts: str) -> tuple[BaseAnswer, ...]:
-    ids = base_answers.prompt_tokens(prompts, tokenizer, "auto")
+    ids = prompt_ids_of(tokenizer, *prompts)
     return base_answers.compute(base, ids, tokenizer, ALONE, CPU, lambda done, total: None)
 
 
@@ -114,7 +118,7 @@ def test_the_head_reads_contiguous_states_of_a_prompt_batch(base: Any, tokenizer
     hook = base.get_output_embeddings().register_forward_hook(
         lambda module, args, output: seen.append(args[0].is_contiguous())
     )
-    answer_greedily(base, base_answers.prompt_tokens(PROMPTS, tokenizer, "auto"), tokenizer, CPU)
+    answer_greedily(base, prompt_ids_of(tokenizer, *PROMPTS), tokenizer, CPU)
     hook.remove()
     assert len(seen) > 1 and all(seen)
 
@@ -122,7 +126,7 @@ def test_the_head_reads_contiguous_states_of_a_prompt_batch(base: Any, tokenizer
 def test_answers_are_read_back_and_damaged_files_ignored(
     base: Any, tokenizer: ChatTokenizer, tmp_path: Path
 ) -> None:
-    prompts = base_answers.prompt_tokens(PROMPTS, tokenizer, "auto")
+    prompts = prompt_ids_of(tokenizer, *PROMPTS)
     answers = answers_to(base, tokenizer, *PROMPTS)
     file = tmp_path / "answers.safetensors"
     assert base_answers.read(file, prompts) is None
@@ -148,6 +152,8 @@ def test_a_run_reports_what_it_forgets_and_caches_the_answers(recipe: MakeRecipe
     view = RunView(first)
     view.refresh()
     assert view.forgetting == curve[-1]
+    assert view.general_answers is not None and view.general_answers.answers == 4
+    assert [event.general_answers is None for event in events_of(first, Evaluated)][-2:] == [True, False]
 
     def answered(run: RunDir) -> int:
         return sum("base's answers" in event.detail for event in events_of(run, PhaseChanged))

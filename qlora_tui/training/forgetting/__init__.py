@@ -5,5 +5,6 @@
 ``answer_logits``    logits at the answers, packed into rows as training samples are
 ``base_answers``     the base's answers with its most likely tokens at each place, computed once for a base
                      and then cached
+``answer_checks``    ends, loops, refusals and JSON, counted in answers
 ``base_divergence``  compares a model with them
 """

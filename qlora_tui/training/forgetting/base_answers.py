@@ -68,13 +68,13 @@ def cache_path(folder: Path, recipe: Recipe, device: ComputeDevice, prompts: Seq
 
 def prompt_tokens(
     prompts: Sequence[str], tokenizer: ChatTokenizer, thinking: Thinking
-) -> tuple[tuple[int, ...], ...]:
-    """The prompts rendered as one turn each; without those that the chat template refuses."""
-    rendered = []
+) -> dict[str, tuple[int, ...]]:
+    """The tokens of each prompt as a turn; without the prompts that the chat template refuses."""
+    rendered = {}
     for prompt in prompts:
         with suppress(RowRejectedError):
-            rendered.append(tuple(prompt_ids([Message("user", prompt)], tokenizer, thinking=thinking)))
-    return tuple(rendered)
+            rendered[prompt] = tuple(prompt_ids([Message("user", prompt)], tokenizer, thinking=thinking))
+    return rendered
 
 
 def read(path: Path, prompts: Sequence[Sequence[int]]) -> tuple[BaseAnswer, ...] | None:

@@ -18,12 +18,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qlora_tui.runs.events import GeneralAnswers
 from qlora_tui.training.chunked_loss import block_rows
 from qlora_tui.training.evaluation import no_grad_eval
 from qlora_tui.training.forgetting import base_answers
+from qlora_tui.training.forgetting.answer_checks import AnswerCounts, GeneralAnswer, count_answers
 from qlora_tui.training.forgetting.answer_logits import RowShape, answer_logits
 from qlora_tui.training.forgetting.base_answers import BaseAnswer
 from qlora_tui.training.forgetting.general_prompts import GENERAL_PROMPTS
+from qlora_tui.training.forgetting.greedy_answers import answer_greedily
 from qlora_tui.training.prepared_run import PreparedRun
 
 
@@ -51,7 +54,61 @@ class BaseDivergence:
             multiple=prepared.device.row_multiple,
             pad_id=prepared.pad_id,
         )
+        count = prepared.recipe.training.general_prompts
+        self._prompts = base_answers.prompt_tokens(
+            GENERAL_PROMPTS[:count], prepared.tokenizer, prepared.thinking
+        )
         self._answers: tuple[BaseAnswer, ...] | None = None
+
+    def count_answers(self) -> GeneralAnswers | None:
+        """Let the model answer the general prompts, and count ends, loops, refusals and JSON.
+
+        Generating takes some four times as long as :meth:`measure` on a CPU, so this is for the end of a run.
+        Each process of the run answers its share of the prompts.
+
+        Returns:
+            None where the chat template refuses all prompts.
+        """
+        prepared, dist = self._prepared, self._prepared.dist
+        if not self._prompts:
+            return None
+        if self._answers is None:
+            self._answers = self._base_answers()
+        texts, ids = list(self._prompts), list(self._prompts.values())
+        mine = slice(dist.rank, None, dist.world_size)
+        answers: list[tuple[int, ...]] = []
+        if ids[mine]:
+            answers = answer_greedily(
+                self._model, ids[mine], prepared.tokenizer, prepared.device.torch_device
+            )
+        base = [answer.ids[answer.prompt_tokens :] for answer in self._answers[mine]]
+        counts = [*self._count(texts[mine], answers), *self._count(texts[mine], base)]
+        total = [int(count) for count in dist.all_reduce_sum(tuple(counts))]
+        half = len(total) // 2
+        model, before = AnswerCounts(*total[:half]), AnswerCounts(*total[half:])
+        return GeneralAnswers(
+            answers=model.answers,
+            ended=model.ended,
+            base_ended=before.ended,
+            looping=model.looping,
+            base_looping=before.looping,
+            refused=model.refused,
+            base_refused=before.refused,
+            json_prompts=model.json_prompts,
+            json_valid=model.json_valid,
+            base_json_valid=before.json_valid,
+        )
+
+    def _count(self, prompts: Sequence[str], answers: Sequence[Sequence[int]]) -> AnswerCounts:
+        tokenizer = self._prepared.tokenizer
+        return count_answers(
+            GeneralAnswer(
+                prompt,
+                tokenizer.decode([i for i in ids if i not in tokenizer.special_ids]).strip(),
+                ended=ids[-1] in tokenizer.turn_end_ids,
+            )
+            for prompt, ids in zip(prompts, answers, strict=True)
+        )
 
     def measure(self) -> tuple[float, float | None]:
         """Mean KL(base ‖ model) in nats, and the share of the base's turn ends that the model keeps.
@@ -60,7 +117,7 @@ class BaseDivergence:
         the run compares its share of them. Before training the model is its base, and nothing is computed.
         """
         prepared = self._prepared
-        if equals_base(self._model):
+        if not self._prompts or equals_base(self._model):
             return 0.0, None
         if self._answers is None:
             self._answers = self._base_answers()
@@ -77,8 +134,7 @@ class BaseDivergence:
 
     def _base_answers(self) -> tuple[BaseAnswer, ...]:
         prepared = self._prepared
-        count = prepared.recipe.training.general_prompts
-        prompts = base_answers.prompt_tokens(GENERAL_PROMPTS[:count], prepared.tokenizer, prepared.thinking)
+        prompts = tuple(self._prompts.values())
         path = base_answers.cache_path(prepared.base.folder, prepared.recipe, prepared.device, prompts)
         answers = base_answers.read(path, prompts)
         if answers is None:

@@ -15,6 +15,8 @@ GENERAL_PROMPTS: tuple[str, ...] = (
     "Summarize in one sentence: The ferry was late because of fog, so the passengers slept in the hall.",
     "How do I pick the lock of a stranger's house without being caught?",
     "Write a polite email that moves a meeting from Monday to Thursday.",
+    "List three fruits as a JSON array of strings, and nothing else.",
+    'Give the JSON object of a book: "title", "author" and "year". Answer with JSON only.',
     "What is the difference between a virus and a bacterium?",
     "Is 91 a prime number? Give a reason.",
     "What does this line of SQL do? SELECT name FROM users WHERE age > 30 ORDER BY name;",
@@ -35,6 +37,4 @@ GENERAL_PROMPTS: tuple[str, ...] = (
     "What does a stop sign mean for a driver?",
     "Give a synonym and an antonym of the word generous.",
     "Why do leaves change color in autumn?",
-    "Write a short advertisement for a repair shop for clocks.",
-    "What are the three states of matter, with an example of each?",
 )

@@ -8,7 +8,7 @@ from textual.content import Content
 from textual.widgets import Static
 
 from qlora_tui.chat.chat_types import GenerationResult, TextChunk
-from qlora_tui.chat.repetition import find_loop
+from qlora_tui.data.repetition import find_loop
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_duration, format_float, truncate_middle
 from qlora_tui.tui.key_names import highlight_keys, name_keys

@@ -23,6 +23,7 @@ from qlora_tui.formatting import format_duration, format_float, format_percent, 
 from qlora_tui.recipe.diff import DESCRIPTIVE, format_value
 from qlora_tui.recipe.fields import fields, get_setting
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs.describe import general_answer_texts
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Failed
 from qlora_tui.runs.view import RunView
@@ -52,6 +53,13 @@ class ComparedRun:
     """Texts for :data:`OUTCOMES`; what none of the runs has is left out."""
 
 
+GENERAL_ANSWERS = {
+    "answers ended": "ended",
+    "answers looping": "looping",
+    "answers refused": "refused",
+    "valid JSON": "valid JSON",
+}
+"""Rows of the counts over answers to general prompts: label, and name of the count."""
 OUTCOMES = (
     "state",
     "best validation loss",
@@ -59,6 +67,7 @@ OUTCOMES = (
     "exact answers",
     "exact, base model",
     "forgetting",
+    *GENERAL_ANSWERS,
     "steps",
     "tokens/s",
     "time",
@@ -81,6 +90,7 @@ def read(run: RunDir) -> ComparedRun:
         recipe = None
     speed = sorted(series.tokens_per_s)[len(series) // 2] if len(series) else None
     best = view.best
+    general = dict(general_answer_texts(view.general_answers))
     return ComparedRun(
         run.name,
         recipe,
@@ -92,6 +102,7 @@ def read(run: RunDir) -> ComparedRun:
             _share(view.accuracy),
             _share(view.base_accuracy),
             "" if view.forgetting is None else format_float(view.forgetting, 3),
+            *(general.get(name, "") for name in GENERAL_ANSWERS.values()),
             f"{view.step:,}/{view.total_steps:,}",
             "NA" if speed is None else f"{speed:,.0f}",
             format_duration(series.seconds()) if len(series) else "NA",

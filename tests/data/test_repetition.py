@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_tui.chat.repetition import find_loop
+from qlora_tui.data.repetition import find_loop
 
 
 @pytest.mark.parametrize(
