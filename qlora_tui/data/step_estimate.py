@@ -6,6 +6,9 @@ import math
 
 from qlora_tui.recipe.schema import Recipe
 
+_REPLAY_TOKENS = 90
+"""Tokens of a replayed answer with its prompt, on average."""
+
 
 def steps_per_epoch(samples: float, tokens: float, recipe: Recipe) -> int:
     """Estimate the optimizer steps of one pass over the data, without the share held out for validation.
@@ -17,9 +20,12 @@ def steps_per_epoch(samples: float, tokens: float, recipe: Recipe) -> int:
     """
     trained = 1.0 if recipe.data.validation_path else 1.0 - recipe.data.validation_fraction
     rows = samples * trained
+    replayed = rows * recipe.training.replay_share / (1 - recipe.training.replay_share)
     if recipe.data.packing:
         # How much of each row stays empty is only known once the samples are packed.
-        rows = math.ceil(tokens * trained / recipe.data.max_length)
+        rows = math.ceil((tokens * trained + replayed * _REPLAY_TOKENS) / recipe.data.max_length)
+    else:
+        rows += replayed
     return max(1, math.ceil(rows / recipe.effective_batch))
 
 

@@ -392,6 +392,17 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             le=100.0,
         ),
     ] = 0.0
+    replay_share: Annotated[
+        float,
+        _about(
+            "Replay share",
+            "Share of the training samples that are the base's own answers to general prompts, which keeps "
+            "the model near its base elsewhere. 0: none; 0.1 where it forgets too much. The answers take, "
+            "once for a run, as long as training on about 100 tokens for each, at most 48.",
+            ge=0.0,
+            le=0.9,
+        ),
+    ] = 0.0
     seed: Annotated[
         int, _about("Seed", "Seeds the data order, dropout and the initial adapter.", ge=0, lt=2**32)
     ] = 42

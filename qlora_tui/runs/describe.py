@@ -51,7 +51,9 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
         case DataReady():
             return (
                 f"{event.samples:,} samples, {event.validation_samples:,} to validate on; "
-                f"{event.trained_tokens:,} of {event.tokens:,} tokens trained; {event.total_steps:,} steps"
+                f"{event.trained_tokens:,} of {event.tokens:,} tokens trained; "
+                + (f"{event.replayed:,} answers of the base replayed; " if event.replayed else "")
+                + f"{event.total_steps:,} steps"
             )
         case AdapterReady():
             share = event.trained_parameters / event.total_parameters

@@ -105,6 +105,11 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def replay_path(self) -> Path:
+        """The base's answers that the run trains on; only where its recipe replays some."""
+        return self.path / "replay.jsonl"
+
+    @property
     def adapter_dir(self) -> Path:
         return self.path / "adapter"
 

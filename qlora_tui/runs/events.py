@@ -96,6 +96,8 @@ class DataReady(Event, tag="data_ready", frozen=True, kw_only=True):
     cut: Count = 0
     thinking: Literal["auto", "on", "off"] = "auto"
     """Thinking mode the model was trained in; ``auto``: the default of its chat template."""
+    replayed: Count = 0
+    """Answers of the base in each epoch, beside the samples."""
 
 
 class AdapterReady(Event, tag="adapter_ready", frozen=True, kw_only=True):

@@ -19,6 +19,10 @@ _MIN_LENGTH = 128
 FEW_STEPS = 10
 """Optimizer steps of a run below which it learns hardly anything, which is a warning."""
 
+_REPLAY = 0.1
+"""Share of the base's answers by which a fix for forgetting raises ``training.replay_share``."""
+_MOST_REPLAY = 0.5
+
 
 @dataclass(frozen=True)
 class SuggestedFix:
@@ -75,8 +79,13 @@ def _fix_for(kind: str, state: State, recipe: Recipe) -> SuggestedFix | None:
             return SuggestedFix("stop this run, its adapter saved", stop=True)
         case "worse_than_before":
             return _next_run(recipe, {"training.learning_rate": float(f"{training.learning_rate / 10:.3g}")})
-        case "nan_loss" | "exploding_gradient" | "forgetting" if state not in ACTIVE:
+        case "nan_loss" | "exploding_gradient" if state not in ACTIVE:
             return _next_run(recipe, half)
+        case "forgetting" | "general_answers" if state not in ACTIVE:
+            share = min(_MOST_REPLAY, training.replay_share + _REPLAY)
+            # Where half of the samples are replayed already, the rate is what is left.
+            more = {"training.replay_share": float(f"{share:.3g}")}
+            return _next_run(recipe, half if training.replay_share >= _MOST_REPLAY else more)
         case "few_steps" if 0 < training.max_steps < FEW_STEPS:
             return _next_run(recipe, {"training.max_steps": 0})
         case "few_steps" if training.gradient_accumulation > 1:

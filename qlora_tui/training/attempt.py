@@ -71,7 +71,7 @@ class TrainingAttempt:
         recipe, checkpoint, step_plan = prepared.recipe, prepared.checkpoint, prepared.step_plan
         steps = StepDataset(
             step_plan,
-            prepared.data.train,
+            prepared.samples,
             micro_batch=recipe.training.micro_batch_size,
             padding_free=prepared.base.padding_free,
             pad_id=prepared.pad_id,

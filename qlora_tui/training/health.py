@@ -132,8 +132,8 @@ class ForgettingMonitor:
             "forgetting",
             f"The model has moved far from its base on general prompts: {divergence:.2g} nats per token at "
             f"step {step}{ends}.",
-            "If its other abilities matter, lower training.learning_rate, training.epochs or lora.rank, or "
-            "mix general conversations into the data.",
+            "If its other abilities matter, add the base's answers (training.replay_share = 0.1), or lower "
+            "training.learning_rate, training.epochs or lora.rank.",
         )
 
 
@@ -158,8 +158,8 @@ def check_general_answers(answers: GeneralAnswers) -> Finding | None:
     return Finding(
         "general_answers",
         f"Of {answers.answers} answers to general prompts, {', '.join(lost)}.",
-        "If its other abilities matter, lower training.learning_rate, training.epochs or lora.rank, or "
-        "mix general conversations into the data.",
+        "If its other abilities matter, add the base's answers (training.replay_share = 0.1), or lower "
+        "training.learning_rate, training.epochs or lora.rank.",
     )
 
 

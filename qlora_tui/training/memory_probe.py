@@ -30,7 +30,7 @@ def probe_longest_batch(prepared: PreparedRun, trainer: RunTrainer) -> None:
     Raises:
         StopRequested: a stop or pause was requested meanwhile.
     """
-    samples, padding_free = prepared.data.train, prepared.base.padding_free
+    samples, padding_free = prepared.samples, prepared.base.padding_free
     prepared.requests.raise_if_stop_requested()
     prepared.reporter.phase("probing", "memory, with one step on the longest batch")
     sequences = longest_micro_batch(

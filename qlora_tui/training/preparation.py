@@ -11,7 +11,7 @@ from transformers import set_seed
 
 from qlora_tui.catalog.local_models import ModelFiles
 from qlora_tui.data.dataset import PreparedDataset, prepare_dataset
-from qlora_tui.data.thinking_facts import thinking_sentences
+from qlora_tui.data.thinking_facts import prompt_thinking, thinking_sentences
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.untrained_tokens import token_ids
 from qlora_tui.runs.events import AdapterReady, DataReady, Environment, LayersStreamed
@@ -19,9 +19,10 @@ from qlora_tui.runs.machine_checks import several_gpus_problem
 from qlora_tui.training import model_loading, quantized_cache
 from qlora_tui.training.adapter import add_lora, trained_parameters
 from qlora_tui.training.base_model import PreparedBase, prepare_base
-from qlora_tui.training.batches import plan_steps
+from qlora_tui.training.batches import TokenizedDataset, plan_steps
 from qlora_tui.training.checkpoints import require_unchanged
 from qlora_tui.training.compute_device import ComputeDevice, choose_attention
+from qlora_tui.training.forgetting import replay_samples
 from qlora_tui.training.fused.kernel_choice import find_kernels
 from qlora_tui.training.gguf_conversion import ConversionStopped, cached_conversion, convert_cached
 from qlora_tui.training.heap import release_free_memory
@@ -72,14 +73,16 @@ def prepare_run(
         meter.set_unexpected_path()
     _emit_environment(context, device, base)
     _emit_streamed(context, base, files)
+    samples = _with_replay(context, data, base, tokenizer, device)
     prepared = PreparedRun(
         **vars(context),
         device=device,
         files=files,
         tokenizer=tokenizer,
         data=data,
+        samples=samples,
         base=base,
-        step_plan=plan_steps(data.train, recipe, padding_free=base.padding_free),
+        step_plan=plan_steps(samples, recipe, padding_free=base.padding_free),
         model=_add_adapter(context, device, base, files, tokenizer),
         meter=meter,
     )
@@ -150,6 +153,42 @@ def _tokenize(context: AttemptContext, tokenizer: ChatTokenizer) -> PreparedData
     return data
 
 
+def _with_replay(
+    context: AttemptContext,
+    data: PreparedDataset,
+    base: PreparedBase,
+    tokenizer: ChatTokenizer,
+    device: ComputeDevice,
+) -> TokenizedDataset:
+    """The training samples, with the base's answers among them if the recipe replays some.
+
+    The first attempt of a run computes and writes them. Raises StopRequested where a stop or pause was
+    requested meanwhile, and OSError where they cannot be written.
+    """
+    recipe, reporter, path = context.recipe, context.reporter, context.run.replay_path
+    count = replay_samples.replayed(len(data.train), recipe.training.replay_share)
+    if not count:
+        return data.train
+
+    def report_progress(done: int, total: int) -> None:
+        reporter.progress("loading", done, total)
+        if context.dist.world_size == 1:
+            context.requests.raise_if_stop_requested()
+
+    if context.dist.is_main_process and context.checkpoint is None:
+        reporter.phase("loading", "the base's answers to replay")
+        thinking = prompt_thinking(recipe.data.thinking, data.notes)
+        length, where = recipe.data.max_length, device.torch_device
+        rows = replay_samples.compute_rows(
+            base.model, count, tokenizer, thinking, length, where, report_progress
+        )
+        replay_samples.write_rows(path, rows)
+    context.dist.barrier()
+    return replay_samples.ReplaySamples(
+        data.train, replay_samples.read_rows(path), recipe.training.replay_share
+    )
+
+
 def _add_adapter(
     context: AttemptContext,
     device: ComputeDevice,
@@ -191,7 +230,7 @@ def _verify(prepared: PreparedRun) -> PreparedRun:
         _emit_environment(prepared, prepared.device, base)
     step_plan = prepared.step_plan
     if base.padding_free != prepared.base.padding_free:
-        step_plan = plan_steps(prepared.data.train, prepared.recipe, padding_free=base.padding_free)
+        step_plan = plan_steps(prepared.samples, prepared.recipe, padding_free=base.padding_free)
     return replace(prepared, base=base, step_plan=step_plan)
 
 
@@ -270,6 +309,7 @@ def _emit_data(prepared: PreparedRun) -> None:
             dropped=data.counts.dropped,
             cut=data.counts.cut,
             thinking=prepared.thinking,
+            replayed=replay_samples.replayed(len(train), prepared.recipe.training.replay_share),
         )
     )
     prepared.reporter.update(total_steps=total_steps)

@@ -12,7 +12,7 @@ from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.recipe.schema import Recipe, Thinking
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.training.base_model import PreparedBase
-from qlora_tui.training.batches import StepPlan
+from qlora_tui.training.batches import StepPlan, TokenizedDataset
 from qlora_tui.training.checkpoints import Checkpoint
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.control_requests import ControlRequests
@@ -47,6 +47,8 @@ class PreparedRun(AttemptContext):
     tokenizer: ChatTokenizer
     data: PreparedDataset
     """Tokenized training and validation samples."""
+    samples: TokenizedDataset
+    """The training samples of ``data``, with the base's answers where some are replayed."""
     base: PreparedBase
     """The frozen base model, with the loss and attention that were verified on it."""
     model: Any

@@ -68,7 +68,7 @@ def verify_first_step(prepared: PreparedRun) -> PreparedBase:
         The base as the run may use it: ``padding_free`` is False where packed attention was replaced;
         the steps must then be planned again.
     """
-    base, samples, step_plan = prepared.base, prepared.data.train, prepared.step_plan
+    base, samples, step_plan = prepared.base, prepared.samples, prepared.step_plan
     device, reporter = prepared.device, prepared.reporter
     micro_batch = prepared.recipe.training.micro_batch_size
     started = time.perf_counter()

@@ -101,6 +101,7 @@ def test_a_preset_keeps_every_setting() -> None:
         "data.bad_rows",
         "training.general_prompts",
         "training.forgetting_weight",
+        "training.replay_share",
     ], "what is newer than the recording"
 
 

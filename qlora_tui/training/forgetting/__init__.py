@@ -7,4 +7,5 @@
                      and then cached
 ``answer_checks``    ends, loops, refusals and JSON, counted in answers
 ``base_divergence``  compares a model with them
+``replay_samples``   the base's answers to ``replay_prompts`` among the training samples
 """

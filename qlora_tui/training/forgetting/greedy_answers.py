@@ -14,9 +14,13 @@ from qlora_tui.training.evaluation import no_grad_eval
 
 
 def answer_greedily(
-    model: Any, prompts: Sequence[Sequence[int]], tokenizer: ChatTokenizer, device: torch.device
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: ChatTokenizer,
+    device: torch.device,
+    max_new_tokens: int = ANSWER_TOKENS,
 ) -> list[tuple[int, ...]]:
-    """The greedy answers to prompts, at most ``ANSWER_TOKENS`` tokens each; each with its turn end.
+    """The greedy answers to prompts, at most ``max_new_tokens`` tokens each; each with its turn end.
 
     All prompts are answered together, padded to one length at their beginnings. Draws no random numbers.
 
@@ -31,7 +35,7 @@ def answer_greedily(
         output = model.generate(
             input_ids=tokens,
             attention_mask=mask,
-            max_new_tokens=ANSWER_TOKENS,
+            max_new_tokens=max_new_tokens,
             min_new_tokens=1,
             do_sample=False,
             # The model's generation config may hold these, which greedy search rejects.
