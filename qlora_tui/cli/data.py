@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from qlora_tui.cli.arguments import positive_int
-from qlora_tui.cli.subcommand import CommandResult, Subcommand, add_json_argument
+from qlora_tui.cli.subcommand import CommandResult, Subcommand, add_json_argument, format_table
 from qlora_tui.cli.terminal import write_control
 from qlora_tui.data.inspection import Report, inspect, show
 from qlora_tui.data.problems import NOTES, ON_THINKING
@@ -22,6 +22,9 @@ from qlora_tui.formatting import pluralize
 from qlora_tui.recipe.layering import build_recipe
 from qlora_tui.recipe.schema import Data, Source
 from qlora_tui.recipe.toml import to_recipe
+from qlora_tui.runs.directory import find_run
+from qlora_tui.runs.row_loss_job import measure_row_losses
+from qlora_tui.runs.row_losses import RowLosses, read_row_losses
 
 _ROWS_NAMED = 8
 
@@ -33,6 +36,8 @@ def run(args: argparse.Namespace) -> CommandResult | int:
             return _show(args)
         if args.action == "inspect":
             return _inspect(args)
+        if args.action == "blame":
+            return _blame(args)
     except UserError as problem:
         if not args.json:
             raise
@@ -41,7 +46,7 @@ def run(args: argparse.Namespace) -> CommandResult | int:
         return CommandResult(data={"error": error}, text="", exit_code=problem.exit_code)
     raise UserError(
         "Missing subcommand",
-        what="`data` needs a subcommand: inspect or show.",
+        what="`data` needs a subcommand: inspect, show or blame.",
         fix="Use `qlora-tui data inspect FILE` or `qlora-tui data show FILE`.",
         exit_code=EXIT_USAGE,
     )
@@ -79,6 +84,44 @@ def _show(args: argparse.Namespace) -> CommandResult | int:
     for note in shown.notes:
         print(f"note: {NOTES.get(note, note)}")
     return 0
+
+
+def _blame(args: argparse.Namespace) -> CommandResult:
+    run = find_run(args.run_id)
+    losses = None if args.again else read_row_losses(run)
+    if losses is None:
+        losses = measure_row_losses(run, _print_progress)
+        print(file=sys.stderr)
+    return CommandResult(data=msgspec.to_builtins(losses), text=_format_losses(losses, args.rows))
+
+
+def _print_progress(done: int, total: int) -> None:
+    """Show the progress in place on a terminal."""
+    if sys.stderr.isatty():
+        write_control(sys.stderr, "\r")
+        print(f"{done * 100 // max(1, total)} % of the rows measured", end="", file=sys.stderr, flush=True)
+
+
+def _format_losses(losses: RowLosses, count: int) -> str:
+    several = len({row.source for row in losses.rows}) > 1
+    rows = [
+        [
+            f"{row.source + 1}:{row.row:,}" if several else f"{row.row:,}",
+            f"{row.before:.2f}",
+            f"{row.after:.2f}",
+            f"{row.other_prompt:.2f}",
+            str(row.tokens),
+            row.row_class + (f" row {row.contradicts:,}" if row.contradicts is not None else ""),
+        ]
+        for row in losses.rows[:count]
+    ]
+    header = ["row", "before", "after", "other prompt", "tokens", "class"]
+    classes = ", ".join(f"{number:,} {name}" for name, number in losses.counts().items())
+    return (
+        f"{pluralize(len(losses.rows), 'row')} of {losses.run}: {classes}.\n"
+        "Loss in nats per trained token, the most suspicious rows first: those whose answer fits their own "
+        "prompt least better than another's.\n" + format_table(rows, header)
+    )
 
 
 def _print_marked(pieces: Iterable[tuple[str, bool]]) -> None:
@@ -158,8 +201,21 @@ def _format_report(report: Report) -> str:
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", metavar="inspect|show")
+    actions = parser.add_subparsers(dest="action", metavar="inspect|show|blame")
     inspect_parser = actions.add_parser("inspect", help="format, counts, lengths and problems of a file")
+    blame_parser = actions.add_parser(
+        "blame", help="which training rows of a run were learned, and which may be wrong"
+    )
+    blame_parser.add_argument(
+        "run_id", metavar="RUN", help="a run's id or name, the beginning of one, or `last`"
+    )
+    blame_parser.add_argument(
+        "--rows", type=positive_int, default=30, help="number of rows to print (default: 30)"
+    )
+    blame_parser.add_argument(
+        "--again", action="store_true", help="measure again, also where the rows were measured before"
+    )
+    add_json_argument(blame_parser)
     show_parser = actions.add_parser(
         "show", help="one row as the model sees it, with the tokens in the loss marked"
     )

@@ -24,7 +24,10 @@ SUBCOMMANDS = {
     "models": ("models", "List models on this machine; with a query, also on the Hub."),
     "download": ("download", "Download a model from the Hub, resuming a partial download."),
     "estimate": ("estimate", "Predict a recipe's memory, item by item."),
-    "data": ("data", "Inspect a data file, or show one row as the model sees it."),
+    "data": (
+        "data",
+        "Inspect a data file, show one row as the model sees it, or find the rows that hurt a run.",
+    ),
     "presets": ("presets", "List presets, show one, or print every setting."),
     "train": ("train", "Queue a training run and follow it."),
     "runs": ("runs", "List every run and the queue; rename, save, delete or check them."),

@@ -26,6 +26,7 @@ From the file to the report:
   a run. ``quick_check``: a two-second search for rows that block a run, and how much data there is
   (``step_estimate``: as optimizer steps); ``error_cache``: the errors of
   earlier inspections. ``repetition``: whether an answer repeats itself.
+  ``contradictions``: rows with nearly the same prompt and far answers.
 
 Nothing here imports torch or transformers: the Data screen and the trainer share this code, so what the
 screen shows is what is trained.

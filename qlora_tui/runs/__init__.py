@@ -38,6 +38,8 @@ notification    what to report about a run's end
 notify          sends it to a command or a webhook
 defects         what is wrong with the result of a run that ended regularly
 run_summary     a run in one line, for lists
+row_losses      the loss of each training row before and after a run, and its class
+row_loss_job    has it measured
 metrics_csv     the steps of a run as a CSV table
 length_costs    memory and time at other sequence lengths
 exports         exports of adapters that run in the background

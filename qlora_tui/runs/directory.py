@@ -110,6 +110,11 @@ class RunDir:
         return self.path / "replay.jsonl"
 
     @property
+    def row_losses_path(self) -> Path:
+        """The loss of each training row before and after the run; only where it was computed."""
+        return self.path / "row_losses.json"
+
+    @property
     def adapter_dir(self) -> Path:
         return self.path / "adapter"
 

@@ -27,6 +27,7 @@
 ``equivalence_checks``    verifies packed attention (``attention_check``: layer by layer) and the chunked
                           loss on the loaded model; ``liger`` verifies its own. Which loss a run asks for is
                           decided in ``memory.execution``, so that the estimate knows it.
+``row_loss``              loss of each training row, before and after a run, in ``row_loss_worker``
 ``agreement``             when two tensors count as equal
 ``step_verification``     compares the first step with transformers and peft (``step_check``); switches
                           off a fast path (``fast_paths``) that differs

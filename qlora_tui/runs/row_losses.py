@@ -1,0 +1,160 @@
+"""Which training rows taught a run and which may hurt it: the loss of each before and after training.
+
+``row_losses.json`` in the run's folder has a record for each row, the most suspicious first, and
+``row_losses.f32`` the loss of each trained token: little-endian floats, those of a row before training and
+then those after it. ``training.row_loss_worker`` writes both; commands and the Data screen read them.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from statistics import median
+from typing import Literal, TypeAlias
+
+import msgspec
+from msgspec import Struct
+
+from qlora_tui.decoding import Count, decode_json
+from qlora_tui.files import atomic_write, read_regular
+from qlora_tui.runs.directory import RunDir
+
+RowClass: TypeAlias = Literal["learned", "never learned", "memorized", "contradicting"]
+MEMORIZED = 0.1
+"""Nats per token up to which a row is memorized: each of its tokens is predicted with 90 % and more."""
+_UNRELATED = 0.25
+"""A row is never learned where its prompt helps less than this part of what prompts help in most rows."""
+_MIN_HELP = 0.05
+"""Nats per token that prompts must help in most rows for this to mean anything."""
+
+
+class RowLoss(Struct, frozen=True, kw_only=True):
+    """The loss of one training row, in nats per trained token."""
+
+    source: Count
+    """Number of the recipe's source, from 0."""
+    row: Count
+    """Number of the row in its file, from 1."""
+    tokens: Count
+    """Trained tokens."""
+    before: float
+    """Loss of the base: with the adapter off."""
+    after: float
+    """Loss of the trained model."""
+    other_prompt: float
+    """Loss of the trained model on the row's answer after another row's prompt."""
+    row_class: RowClass
+    contradicts: Count | None = None
+    """Row of the same data whose prompt is nearly the same and whose answer is another."""
+    start: Count = 0
+    """Place of the first of its tokens in the file of token losses."""
+
+    @property
+    def suspicion(self) -> float:
+        """How much better the answer fits its prompt than another, turned round: a wrong answer fits none."""
+        return self.after - self.other_prompt
+
+
+class RowLosses(Struct, frozen=True, kw_only=True):
+    """All training rows of a run, the most suspicious first."""
+
+    run: str
+    seconds: float
+    """How long it took to compute."""
+    rows: tuple[RowLoss, ...]
+
+    def counts(self) -> dict[RowClass, int]:
+        """Number of rows of each class."""
+        counts: dict[RowClass, int] = {"never learned": 0, "contradicting": 0, "memorized": 0, "learned": 0}
+        for row in self.rows:
+            counts[row.row_class] += 1
+        return counts
+
+    def row_of(self, source: int, row: int) -> RowLoss | None:
+        """The record of a row; None where it was not trained on."""
+        return next((each for each in self.rows if (each.source, each.row) == (source, row)), None)
+
+
+class MeasuredRow(Struct, frozen=True, kw_only=True):
+    """What was measured of a row, before it is compared with the others."""
+
+    source: int
+    row: int
+    before: tuple[float, ...]
+    """Loss of each trained token with the adapter off."""
+    after: tuple[float, ...]
+    other_prompt: float
+    contradicts: int | None = None
+
+
+def classify(run_id: str, measured: list[MeasuredRow], seconds: float) -> tuple[RowLosses, array[float]]:
+    """Class and order of all rows, and the losses of their tokens as they are stored."""
+    help_ = [row.other_prompt - _mean(row.after) for row in measured]
+    usual = median(help_) if help_ else 0.0
+    rows, tokens = [], array("f")
+    for row, helped in zip(measured, help_, strict=True):
+        before, after = _mean(row.before), _mean(row.after)
+        row_class: RowClass = "learned"
+        if row.contradicts is not None:
+            row_class = "contradicting"
+        elif usual >= _MIN_HELP and helped < _UNRELATED * usual:
+            row_class = "never learned"
+        elif after <= MEMORIZED < before:
+            row_class = "memorized"
+        rows.append(
+            RowLoss(
+                source=row.source,
+                row=row.row,
+                tokens=len(row.after),
+                before=before,
+                after=after,
+                other_prompt=row.other_prompt,
+                row_class=row_class,
+                contradicts=row.contradicts,
+                start=len(tokens),
+            )
+        )
+        tokens.extend(row.before)
+        tokens.extend(row.after)
+    rows.sort(key=lambda row: (-row.suspicion, row.source, row.row))
+    return RowLosses(run=run_id, seconds=seconds, rows=tuple(rows)), tokens
+
+
+def write_row_losses(run: RunDir, losses: RowLosses, tokens: array[float]) -> None:
+    """Write both files; the records last, since they name places in the other. Raises OSError."""
+    if sys.byteorder == "big":
+        tokens = array("f", tokens)
+        tokens.byteswap()
+    atomic_write(run.row_losses_path.with_suffix(".f32"), tokens.tobytes())
+    atomic_write(run.row_losses_path, msgspec.json.encode(losses))
+
+
+_ROW_LOSSES = msgspec.json.Decoder(RowLosses)
+
+
+def read_row_losses(run: RunDir) -> RowLosses | None:
+    """The rows of a run; None where they were not computed, or the file is damaged."""
+    try:
+        return decode_json(read_regular(run.row_losses_path), _ROW_LOSSES)
+    except (OSError, ValueError):
+        return None
+
+
+def token_changes(run: RunDir, row: RowLoss) -> tuple[tuple[float, float], ...]:
+    """Loss before and after of each trained token of a row; empty where the file does not hold them."""
+    try:
+        with run.row_losses_path.with_suffix(".f32").open("rb") as file:
+            file.seek(4 * row.start)
+            content = file.read(8 * row.tokens)
+    except OSError:
+        return ()
+    if len(content) != 8 * row.tokens:
+        return ()
+    values = array("f", content)
+    if sys.byteorder == "big":
+        values.byteswap()
+    return tuple(zip(values[: row.tokens], values[row.tokens :], strict=True))
+
+
+def _mean(values: tuple[float, ...]) -> float:
+    return sum(values) / max(1, len(values))
