@@ -23,6 +23,7 @@ from qlora_tui.data.dataset_report import Counts
 from qlora_tui.data.dataset_scan import DatasetScanner
 from qlora_tui.data.problems import DataProblem, raise_first_error
 from qlora_tui.data.render import RenderOptions
+from qlora_tui.data.row_numbers import parse_row_numbers
 from qlora_tui.data.row_result import RowProcessor
 from qlora_tui.data.sources import SourceFile, content_hash, every_source, open_source
 from qlora_tui.data.split import Split
@@ -189,11 +190,14 @@ class _Maker:
         self.split = split
         self.examiner = DatasetScanner(recipe.data, work, sketched=split.wanted)
         self._writer = writer
+        self._excluded = [parse_row_numbers(source.excluded_rows) for source in every_source(recipe.data)]
 
     def write(self, file: SourceFile, position: Position) -> Iterator[None]:
         """Write the samples of a file, yielding after each batch."""
         for outcomes in self.examiner.scan(file, position):
             for one in outcomes:
+                if one.row in self._excluded[file.source]:
+                    continue
                 if one.samples and one.key is not None:
                     self.split.add(file.source, one.key, array("I", one.sketch))
                     for sample in one.samples:
@@ -206,6 +210,7 @@ def _key(
 ) -> str:
     """Return a key that changes with anything that can change a token, a mask or the split."""
     data = recipe.data
+    excluded = [sorted(parse_row_numbers(source.excluded_rows)) for source in every_source(data)]
     what = (
         _RENDERING,
         tokenizer.fingerprint,
@@ -217,6 +222,8 @@ def _key(
         data.bad_rows,
         RenderOptions.of(data),
         recipe.training.seed,
+        # Only where there are any, so that earlier keys stay valid.
+        *([excluded] if any(excluded) else ()),
     )
     return hashlib.sha256(msgspec.json.encode(what)).hexdigest()
 

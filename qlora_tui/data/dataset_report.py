@@ -86,3 +86,5 @@ class Shown(Struct, frozen=True):
     """Kind and example of each finding on this row."""
     path: str = ""
     """File that the row is from."""
+    trained_texts: tuple[tuple[str, ...], ...] = ()
+    """Text of each token in the loss, for each sample, but for the first token of a sample: it has none."""

@@ -23,7 +23,7 @@ from qlora_tui.data.error_cache import cache_errors, file_fingerprint, tokenizer
 from qlora_tui.data.length_stats import LengthCounter
 from qlora_tui.data.long_texts import max_characters
 from qlora_tui.data.problems import DataProblem, problem_of
-from qlora_tui.data.render import RenderOptions, pieces, render
+from qlora_tui.data.render import RenderOptions, pieces, render, trained_texts
 from qlora_tui.data.row import Row
 from qlora_tui.data.row_index import row_at
 from qlora_tui.data.row_result import RowProcessor, RowResult
@@ -229,6 +229,7 @@ def _shown(row: int, one: Conversation | RowRejectedError, tokenizer: ChatTokeni
         samples=tuple(tuple(pieces(tokenizer, s.token_ids, s.loss_mask)) for s in samples),
         token_counts=tuple(len(r.token_ids) for r in whole),
         trained_counts=tuple(s.trained_count for s in samples),
+        trained_texts=tuple(trained_texts(tokenizer, s.token_ids, s.loss_mask) for s in samples),
         refused="" if samples else f"Nothing is left to learn within {data.max_length} tokens.",
         notes=whole[0].notes,
         findings=(*conversation_findings(one), *sample_findings(tokenizer, one, whole, data.train_on)),

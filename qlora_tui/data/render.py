@@ -161,6 +161,15 @@ def pieces(tokenizer: ChatTokenizer, token_ids: Sequence[int], loss_mask: bytes)
     return shown
 
 
+def trained_texts(tokenizer: ChatTokenizer, token_ids: Sequence[int], loss_mask: bytes) -> tuple[str, ...]:
+    """Text of each token in the loss, except the first token of a sample, which is predicted from nothing."""
+    return tuple(
+        _text_at(tokenizer, token_ids, place, place + 1)
+        for place in range(1, len(token_ids))
+        if loss_mask[place]
+    )
+
+
 def _text_at(tokenizer: ChatTokenizer, ids: Sequence[int], start: int, end: int) -> str:
     """Decode ``ids[start:end]`` in context: some decoders drop a space at the start of a text."""
     if ids[start] in tokenizer.special_ids or start == 0:

@@ -59,4 +59,6 @@ def _format_source(source: Source) -> str:
         notes.append(format_value(source.columns))
     if source.weight != 1:
         notes.append(f"weight {format_exact(source.weight)}")
+    if source.excluded_rows:
+        notes.append(f"without rows {source.excluded_rows}")
     return f"{source.path} ({', '.join(notes)})" if notes else source.path

@@ -196,6 +196,14 @@ class Source(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         float,
         _about("Weight", "How often rows of this source are seen, relative to other sources.", gt=0, le=1000),
     ] = 1.0
+    excluded_rows: Annotated[
+        str,
+        _about(
+            "Excluded rows",
+            'Rows of a single file that are left out, by number: "3, 17, 40-45". Rows of JSONL and text '
+            "files are called by their first line.",
+        ),
+    ] = ""
 
 
 class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -375,8 +383,8 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         _about(
             "General prompts",
             "General prompts (at most 32) on which each evaluation measures how far the model has moved from "
-            "its base: what it forgets. Each evaluation takes as long as training on 40 tokens for each "
-            "prompt; the base's answers, once, and the model's at the end as long as on 200. 0: none; 24 for "
+            "its base: what it forgets. Each evaluation takes as long as training on 50 tokens for each "
+            "prompt; the base's answers, once, and the model's at the end as long as on 250. 0: none; 24 for "
             "a finer figure.",
             ge=0,
             le=32,

@@ -91,6 +91,9 @@ def test_a_preset_keeps_every_setting() -> None:
         today = getattr(recipe, section)
         if section in sections():
             settings = {key: canonical_value(f"{section}.{key}", value) for key, value in settings.items()}
+        if "sources" in settings:
+            # Newer than the recording.
+            settings["sources"] = [{**source, "excluded_rows": ""} for source in settings["sources"]]
         assert settings == today or not Counter(_sorted(settings.values())) - Counter(_values(today))
     default = Recipe()
     same = [path for path in fields() if get_setting(recipe, path) == get_setting(default, path)]

@@ -2,7 +2,9 @@
 
 ``source_actions`` changes the sources, ``actions`` how they are read; ``row_actions`` goes from row to row
 (by ``row_navigation``).
-``previews`` asks the engines for rows and reports; ``text`` formats rows and sources, ``report_text`` what
-is known of a whole source, ``histogram`` and ``length_table`` its lengths. ``file_picker``,
-``column_mapping`` and ``format_picker`` are windows of this screen.
+``row_loss_actions`` lists the rows by what a run learned of them (``row_loss_list``).
+``previews`` asks the engines for rows and reports; ``text`` formats rows and sources, ``token_changes`` their
+tokens by what a run learned, ``report_text`` what is known of a whole source, ``histogram`` and
+``length_table`` its lengths. ``file_picker``, ``column_mapping`` and ``format_picker`` are
+windows of this screen.
 """

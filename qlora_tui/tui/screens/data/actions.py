@@ -17,13 +17,13 @@ from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.data.column_mapping import ColumnMappingScreen
 from qlora_tui.tui.screens.data.format_picker import FormatPickerScreen
 from qlora_tui.tui.screens.data.previews import DataPreviews
-from qlora_tui.tui.screens.data.source_actions import SourceActions
+from qlora_tui.tui.screens.data.row_loss_actions import RowLossActions
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
 
 _VIEWS = ("both", "figures", "sample")
 
 
-class DataActions(SourceActions):
+class DataActions(RowLossActions):
     """A screen with a selected source, and keys for how it is read and trained on."""
 
     fields: dict[str, str] = {}  # noqa: RUF012

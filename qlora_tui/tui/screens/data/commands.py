@@ -29,6 +29,14 @@ COMMANDS: tuple[Command, ...] = (
     _not_in_footer("previous", "left,h", "row(-1)", "Previous", "Show the previous row."),
     _command("goto", "colon", "go_to", "Row", "Go to a row by number.", cli_command="data show"),
     _command("problem", "n", "problem(1)", "Problem", "Go to the next row with a problem."),
+    _not_in_footer(
+        "row_losses",
+        "B",
+        "row_losses",
+        "Losses",
+        "List the rows by what the newest run on them learned: wrong answers first.",
+        cli_command="data blame",
+    ),
     _command("view", "v", "view", "View", "Show the sample and the statistics, or only one of them."),
     _not_in_footer("previous_problem", "N", "problem(-1)", "Back", "Go to the previous row with a problem."),
     _command(

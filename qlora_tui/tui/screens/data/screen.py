@@ -139,6 +139,7 @@ class DataScreen(DataActions):
         if before is None or before.source != wanted.source:
             if before is None or before.source.path != wanted.source.path:
                 self.path, self.row = "", 1
+                self.measured = None
             self.report = None
             self.shown = None
             self.fields = {}
@@ -226,7 +227,7 @@ class DataScreen(DataActions):
         self._show_row_title()
         if self.shown is None or self._request is None:
             return
-        text = data_text.sample(self.shown, self.problems, self._request.data)
+        text = data_text.sample(self.shown, self.problems, self._request.data, self.token_changes())
         if self._no_tokens is not None:
             text = Content.assemble(data_text.error_text(self._no_tokens), "\n\n", text)
         elif not self._request.model:

@@ -16,6 +16,7 @@ from qlora_tui.formatting import abbreviate_home, format_bytes
 from qlora_tui.recipe.schema import Data, Source
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.data.row_navigation import Place
+from qlora_tui.tui.screens.data.token_changes import CHANGES_LEGEND, shaded_tokens
 
 EMPTY = (
     "No data yet.\n\nPress {data.open} to open a file (JSON, JSONL, CSV, TSV, Parquet or text, also "
@@ -38,8 +39,18 @@ _LEGEND = Content.assemble(
 )
 
 
-def sample(shown: Shown, problems: Sequence[DataProblem], data: Data) -> Content:
-    """The row as the model will see it, below its problems."""
+def sample(
+    shown: Shown,
+    problems: Sequence[DataProblem],
+    data: Data,
+    changes: Sequence[tuple[float, float]] = (),
+) -> Content:
+    """The row as the model will see it, below its problems.
+
+    Args:
+        changes: loss of each token in the loss before and after a run, by which the tokens are shaded; empty
+            where it was not measured.
+    """
     parts: list[Content | str | tuple[str, str]] = []
     for kind, example in _row_problems(shown, problems):
         check = check_of(kind, skips_bad_rows=data.bad_rows == "skip") if kind in CHECKS else None
@@ -58,13 +69,41 @@ def sample(shown: Shown, problems: Sequence[DataProblem], data: Data) -> Content
     cut = any(count > data.max_length for count in shown.token_counts)
     if cut and data.overflow == "cut-left":
         parts.append(_cut_mark(shown, data))
-    for number, pieces in enumerate(shown.samples):
+    shaded = shaded_pieces(shown, changes)
+    if shaded:
+        parts += [CHANGES_LEGEND, "\n\n", *shaded]
+    for number, pieces in enumerate(shown.samples if not shaded else ()):
         if number:
             parts.append(("\n──── next sample of this row ────\n", "dim"))
-        parts += [_styled(piece) for piece in pieces]
+        parts += [styled(piece) for piece in pieces]
     if cut and data.overflow == "cut-right":
         parts.append(_cut_mark(shown, data))
     return Content.assemble(*parts)
+
+
+def shaded_pieces(shown: Shown, changes: Sequence[tuple[float, float]]) -> list[Content | tuple[str, str]]:
+    """The one sample of a row with its tokens shaded; empty where the losses are of other tokens."""
+    if len(shown.samples) != 1 or len(shown.trained_texts) != 1 or not changes:
+        return []
+    texts = shown.trained_texts[0]
+    if len(texts) != len(changes):
+        return []
+    tokens = list(zip(texts, changes, strict=True))
+    parts: list[Content | tuple[str, str]] = []
+    for piece in shown.samples[0]:
+        taken = 0
+        if piece.in_loss:
+            length = 0
+            while taken < len(tokens) and length < len(piece.text):
+                length += len(tokens[taken][0])
+                taken += 1
+        here, tokens = tokens[:taken], tokens[taken:]
+        if here and "".join(text for text, _ in here) == piece.text and not piece.special:
+            parts += shaded_tokens(here)
+        else:
+            # A special token, or a character that is split over several tokens.
+            parts.append(styled(piece))
+    return parts
 
 
 def _row_problems(shown: Shown, problems: Sequence[DataProblem]) -> list[tuple[str, str]]:
@@ -75,7 +114,7 @@ def _row_problems(shown: Shown, problems: Sequence[DataProblem]) -> list[tuple[s
     return [*shown.findings, *others]
 
 
-def _styled(piece: Piece) -> tuple[str, str]:
+def styled(piece: Piece) -> tuple[str, str]:
     text = piece.text
     if piece.special:
         return text, "reverse bold underline" if piece.in_loss else "reverse"

@@ -1,0 +1,118 @@
+"""The rows of a source by what a run learned: the list, shaded tokens, and training without some."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from textual.pilot import Pilot
+
+from qlora_tui.data.dataset_report import Piece, Shown
+from qlora_tui.files import private_dir
+from qlora_tui.recipe.schema import Data, Recipe, Source
+from qlora_tui.runs import actions
+from qlora_tui.runs.directory import RunDir, all_runs
+from qlora_tui.runs.row_losses import MeasuredRow, classify, write_row_losses
+from qlora_tui.tui.screens.data.row_loss_list import RowLossScreen
+from qlora_tui.tui.screens.data.text import sample
+from tests.tui.data_screen import data_app, screen_of, whole
+from tests.tui.fake_runs import FakeRun, write_fake_run
+from tests.tui.sample_data import tickets
+from tests.tui.screen_assertions import wait_for_text, wait_until
+
+Snapshot = Callable[..., bool]
+
+
+def measured_run(file: Path) -> RunDir:
+    """A finished run on a file, whose rows 7 and 9 are suspicious."""
+    recipe = Recipe(data=Data(sources=(Source(path=str(file)),)))
+    run = write_fake_run(FakeRun(name="tickets-1", state="finished", steps=60, total=60, recipe=recipe))
+    (private_dir(run.adapter_dir) / "adapter_config.json").write_text("{}")
+    rows = [
+        MeasuredRow(
+            source=0,
+            row=number,
+            before=(3.0,) * 9,
+            after=(0.05 if number == 12 else 1.0,) * 9,
+            other_prompt={7: 0.9, 9: 1.1}.get(number, 3.0 + number / 100),
+            contradicts=20 if number == 5 else None,
+        )
+        for number in range(1, 39)
+    ]
+    write_row_losses(run, *classify(run.id, rows, 4.0))
+    return run
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40)])
+def test_looks_of_the_rows_of_a_run(
+    snap_compare: Snapshot, model: str, here: Path, size: tuple[int, int]
+) -> None:
+    measured_run(tickets(here / "tickets.jsonl"))
+
+    async def list_rows(pilot: Pilot[Any]) -> None:
+        await whole(pilot)
+        await pilot.press("B")
+        await wait_for_text(pilot, "never learned")
+        await pilot.press("space")
+
+    app = data_app(model, "tickets.jsonl", max_length=128)
+    assert snap_compare(app, terminal_size=size, run_before=list_rows)
+
+
+async def test_marked_rows_are_left_out_and_the_run_queued(
+    model: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actions, "ensure_runner", lambda: None)
+    measured_run(tickets(here / "tickets.jsonl"))
+    app = data_app(model, "tickets.jsonl", max_length=128)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await whole(pilot)
+        await pilot.press("B")
+        await wait_for_text(pilot, "never learned")
+        await pilot.press("space", "space", "x")
+        await wait_for_text(pilot, "1 waiting", "Undo")
+        queued = next(run for run in all_runs() if run.id != "tickets-1")
+        assert queued.recipe().data.sources[0].excluded_rows == "7, 9"
+        assert app.workbench.recipe.data.sources[0].excluded_rows == "7, 9"
+        await pilot.press("u")
+        assert app.workbench.recipe.data.sources[0].excluded_rows == ""
+
+
+async def test_enter_shows_a_row_of_the_list(model: str, here: Path) -> None:
+    measured_run(tickets(here / "tickets.jsonl"))
+    app = data_app(model, "tickets.jsonl", max_length=128)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await whole(pilot)
+        await pilot.press("B")
+        await wait_for_text(pilot, "never learned")
+        await pilot.press("enter")
+        await whole(pilot)
+        assert screen_of(app).row == 7
+
+
+async def test_rows_without_a_run_say_what_to_do(model: str, here: Path) -> None:
+    tickets(here / "tickets.jsonl")
+    app = data_app(model, "tickets.jsonl", max_length=128)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await whole(pilot)
+        await pilot.press("B")
+        await wait_until(
+            pilot, lambda: any("Train on it first" in toast.message for toast in app._notifications)
+        )
+        assert not isinstance(app.screen, RowLossScreen)
+
+
+def test_tokens_carry_marks_that_need_no_color() -> None:
+    shown = Shown(
+        row=1,
+        samples=((Piece("Where?", False, False), Piece("It left Oslo", True, False)),),
+        token_counts=(4,),
+        trained_counts=(3,),
+        trained_texts=(("It", " left", " Oslo"),),
+    )
+    plain = sample(shown, (), Data(), ((3.0, 0.5), (1.0, 0.9), (0.5, 1.5))).plain
+    assert plain.endswith("Where?▾It left ▴Oslo")
+    other_tokens = sample(shown, (), Data(), ((3.0, 0.5),)).plain
+    assert other_tokens == "Where?It left Oslo"
