@@ -18,7 +18,7 @@ def parse_row_numbers(text: str) -> frozenset[int]:
     for part in filter(None, (part.strip() for part in text.split(","))):
         match = _PART.fullmatch(part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if not 1 <= first <= last or last - first > _MOST_ROWS:
+        if not 1 <= first <= last or len(numbers) + last - first >= _MOST_ROWS:
             raise UserError(
                 "No row numbers",
                 what=f"{part!r} in excluded_rows is neither a row number nor a range of them.",

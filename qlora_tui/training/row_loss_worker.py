@@ -21,6 +21,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.gpu.torch_env import allocator_variables, configure_torch_env
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.row_loss_job import RowLossMessage
+from qlora_tui.subprocesses import end_with_parent
 
 if TYPE_CHECKING:
     from qlora_tui.data.tokenizer import ChatTokenizer
@@ -123,6 +124,8 @@ def main() -> int:
     """Measure one run; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m qlora_tui.training.row_loss_worker", description=__doc__)
     parser.add_argument("run", type=Path, help="run directory")
+    # It would hold a model in memory for nobody.
+    end_with_parent()
     configure_torch_env({**allocator_variables(os.environ), "HF_HUB_OFFLINE": "1"})
     try:
         measure(RunDir(parser.parse_args().run.absolute()))

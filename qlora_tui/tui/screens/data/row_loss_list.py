@@ -35,7 +35,7 @@ class RowLossScreen(ListPicker[RowChoice]):
     DIALOG_CLASSES = "dialog wide"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("space", "mark", "Mark"),
-        Binding("x", "exclude", "Queue the run without the marked rows"),
+        Binding("x", "exclude", "Queue the run without"),
     ]
 
     def __init__(self, losses: RowLosses, source: int, excluded: frozenset[int]) -> None:

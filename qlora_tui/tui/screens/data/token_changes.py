@@ -12,10 +12,11 @@ ROSE = 0.5
 """Nats by which the loss of a token rises that became less likely."""
 _FALL_MARK, _RISE_MARK = "▾", "▴"
 CHANGES_LEGEND = Content.assemble(
-    ("Loss of each token: ", "dim"),
-    (f"{_FALL_MARK}fell by {FELL:g} nats or more", "bold $success"),
-    ("  fell less", "underline"),
-    ("  ", ""),
+    ("Loss in nats: ", "dim"),
+    (f"{_FALL_MARK}fell by {FELL:g} or more", "bold $success"),
+    "  ",
+    ("between", "underline"),
+    "  ",
     (f"{_RISE_MARK}rose by {ROSE:g} or more", "bold reverse $error"),
 )
 
