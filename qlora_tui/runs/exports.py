@@ -35,6 +35,8 @@ Form: TypeAlias = Literal[
 """``adapter``: the adapter's folder, for vLLM; ``hub-``: what is uploaded to the Hub."""
 COMPARED_TOKENS = 204_800
 """Most tokens whose answers are compared unless another number is asked for: 200 rows of 1,024."""
+FEWER_TOKENS = 2_000
+"""What the app offers instead: enough to see a file that answers otherwise, in minutes with a large model."""
 ExportState: TypeAlias = Literal["running", "finished", "failed", "canceled"]
 
 

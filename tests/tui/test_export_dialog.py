@@ -162,6 +162,17 @@ async def test_type_and_checkpoint_are_chosen_by_key(
         assert (export.request.file_type, export.request.checkpoint) == ("F16", 5)
 
 
+async def test_a_key_checks_an_export_at_fewer_tokens(run: RunDir, make_app: Callable[[], QloraApp]) -> None:
+    async with make_app().run_test(size=(80, 24)) as pilot:
+        assert "f check fewer" in await open_dialog(pilot)
+        await pilot.press("f")
+        await wait_for_text(pilot, "checked at 2,000", "f check all")
+        await pilot.press("enter")
+        await wait_for_text(pilot, "Starting")
+        (export,) = read_exports(run)
+        assert export.request.compared_tokens == 2_000
+
+
 @pytest.mark.parametrize("form", ["merge", "hub-merged"])
 def test_the_line_of_an_export_fits_80_columns(form: Form) -> None:
     status = ExportStatus(state="finished", at=0, bytes=7_000)

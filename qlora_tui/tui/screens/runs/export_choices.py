@@ -21,7 +21,7 @@ from qlora_tui.catalog.gguf_file_types import (
 from qlora_tui.export.llama_cpp.availability import install_hint, is_installed
 from qlora_tui.formatting import format_bytes, format_duration, truncate_middle
 from qlora_tui.memory.budget import MemoryBudget
-from qlora_tui.runs.exports import Export, ExportRequest, Form, can_resume, output_path
+from qlora_tui.runs.exports import COMPARED_TOKENS, Export, ExportRequest, Form, can_resume, output_path
 
 _TYPES = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "F16")
 _NEED_LLAMA_CPP = (AUTO, "Q4_K_M", "Q5_K_M", "Q6_K")
@@ -63,6 +63,11 @@ class ExportChoice:
     has_type_key: bool = False
     """Whether a key changes the file type; other GGUF types are separate choices."""
     is_available: bool = True
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether the answers of what is written are compared with the adapter's."""
+        return self.form not in ("adapter", "hub-adapter")
 
 
 def file_types() -> list[str]:
@@ -222,12 +227,23 @@ def home_relative(path: str) -> str:
     return f"~/{path.removeprefix(home)}" if path.startswith(home) else path
 
 
-def request_for(choice: ExportChoice, out: str, checkpoint: int | None = None) -> ExportRequest:
+def request_for(
+    choice: ExportChoice,
+    out: str,
+    checkpoint: int | None = None,
+    compared_tokens: int = COMPARED_TOKENS,
+) -> ExportRequest:
     """Return the request for a choice. ``out`` is as typed."""
     target = out.strip()
     if choice.target not in _NAMES:
         target = str(Path(target).expanduser().absolute())
-    return ExportRequest(form=choice.form, out=target, file_type=choice.file_type, checkpoint=checkpoint)
+    return ExportRequest(
+        form=choice.form,
+        out=target,
+        file_type=choice.file_type,
+        checkpoint=checkpoint,
+        compared_tokens=compared_tokens,
+    )
 
 
 def choice_line(choice: ExportChoice) -> Content:

@@ -23,6 +23,8 @@ from qlora_tui.chat.chat_types import ADAPTER
 from qlora_tui.errors import UserError
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.exports import (
+    COMPARED_TOKENS,
+    FEWER_TOKENS,
     Export,
     can_resume,
     cancel_export,
@@ -53,6 +55,8 @@ _EARLIER = "export:"
 _FIRST_TYPE = "Q8_0"
 _TYPE = Binding("t", "type", "Type")
 _CHECKPOINT = Binding("c", "checkpoint", "Checkpoint")
+_FEWER = Binding("f", "compare", "Check fewer")
+_ALL = Binding("f", "compare", "Check all")
 _CANCEL = Binding("x", "cancel", "Cancel")
 _RESTART = Binding("r", "restart", "Start again")
 _RESUME = Binding("r", "restart", "Resume")
@@ -94,6 +98,7 @@ class ExportScreen(ModalScreen[None]):
     BINDINGS: ClassVar[list[BindingType]] = [
         _TYPE,
         _CHECKPOINT,
+        _FEWER,
         _CANCEL,
         _RESTART,
         _DELETE,
@@ -117,6 +122,7 @@ class ExportScreen(ModalScreen[None]):
         self._file_type = _FIRST_TYPE
         self._choices = {choice.id: choice for choice in choices(_FIRST_TYPE)}
         self._steps = list(steps)
+        self._compared_tokens = COMPARED_TOKENS
         self._exports: dict[str, Export] = {}
         self._proposed = ""
         """The path that was filled in; another one was typed and is left alone."""
@@ -166,6 +172,12 @@ class ExportScreen(ModalScreen[None]):
             self.notify("The run has no other checkpoint.", severity="warning")
             return
         self._steps.append(self._steps.pop(0))
+        self._show_detail()
+
+    def action_compare(self) -> None:
+        """Compare the exported file with the adapter at fewer trained tokens, or at all again."""
+        all_tokens = self._compared_tokens == COMPARED_TOKENS
+        self._compared_tokens = FEWER_TOKENS if all_tokens else COMPARED_TOKENS
         self._show_detail()
 
     def action_cancel(self) -> None:
@@ -232,7 +244,7 @@ class ExportScreen(ModalScreen[None]):
             self._say(f"✗ {choice.detail}")
             return
         path = self.query_one(TextField).value
-        request = request_for(choice, path, self._steps[0])
+        request = request_for(choice, path, self._steps[0], self._compared_tokens)
         if not path.strip():
             self._say(f"✗ Enter a {choice.target.lower()}.")
         elif request.out in self._being_written():
@@ -264,6 +276,8 @@ class ExportScreen(ModalScreen[None]):
     def _show_detail(self) -> None:
         export, choice = self._current_export, self._current_choice
         text = choice.detail if choice else ""
+        if choice is not None and choice.is_compared and self._compared_tokens < COMPARED_TOKENS:
+            text += f" Its answers are checked at {self._compared_tokens:,} trained tokens, which is faster."
         if export is not None:
             text = export_detail(export)
         detail = self.query_one("#export-detail", Static)
@@ -293,6 +307,8 @@ class ExportScreen(ModalScreen[None]):
                 keys = [_RESUME if can_resume(export) else _RESTART, _DELETE]
             return dialog_keys([*(keys or []), _CLOSE])
         keys = [_TYPE] * choice.has_type_key + [_CHECKPOINT] * (len(self._steps) > 1)
+        if choice.is_compared:
+            keys.append(_FEWER if self._compared_tokens == COMPARED_TOKENS else _ALL)
         return dialog_keys([*keys, _CLOSE], "Enter export", f"Tab {choice.target.lower()}")
 
     def _say(self, text: str) -> None:
