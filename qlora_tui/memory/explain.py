@@ -27,7 +27,7 @@ LABELS: dict[str, str] = {
     "optimizer": "Optimizer states",
     "optimizer_step": "Optimizer workspace",
     "checkpoints": "Layer inputs kept",
-    "activations": "Activations",
+    "activations": "Activations of a layer",
     "adapter_inputs": "LoRA inputs",
     "int8_inputs": "int8 inputs kept",
     "dropout": "Dropout",

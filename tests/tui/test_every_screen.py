@@ -61,7 +61,7 @@ async def test_palette_and_help_are_in_view_beside_every_run(make_app: Callable[
                     Health(at=BEGAN, kind="exploding_gradient", severity="warning", evidence="", remedy="")
                 )
             await show_run(app, run)
-            await wait_for_text(pilot, run.id, "x Watch run", *WAY_OUT)
+            await wait_for_text(pilot, run.id, "x Other run", *WAY_OUT)
 
 
 async def test_in_a_narrow_window_the_screens_own_keys_give_way(private_home: Path) -> None:

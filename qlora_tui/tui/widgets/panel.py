@@ -43,7 +43,7 @@ class Panel(Vertical):
         id: str | None = None,
         classes: str | None = None,
     ) -> None:
-        """``keys``: ids of commands with a verb for each, shown in the lower border: ``x other runs``."""
+        """``keys``: ids of commands with a verb for each, shown in the lower border: ``x other run``."""
         super().__init__(*children, id=id, classes=classes)
         self._keys: tuple[tuple[str, str], ...] = ()
         self._title: str | Content = ""
@@ -76,6 +76,6 @@ class Panel(Vertical):
 
 
 def _hint(command: str, verb: str) -> Content:
-    """``x other runs``, on which a click presses the key."""
+    """``x other run``, on which a click presses the key."""
     shown = bare_key(command)
     return pressable(f"{_ARROWS.get(shown, shown)} {verb}", command_key(command))

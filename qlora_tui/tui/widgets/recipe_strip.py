@@ -17,6 +17,9 @@ from qlora_tui.tui.render.block_charts import bar
 from qlora_tui.tui.render.recipe_line import PRECISION_NAMES, VERDICT_STYLE, cut_cells, recipe_line
 from qlora_tui.tui.workbench import Workbench
 
+_ASSUMED = " (assumed)"
+_LEAST_BAR = 4
+"""Cells below which a bar shows nothing."""
 _UNDO = ("app.undo", "Undo")
 _HINTS = ((("app.presets", "Presets"), _UNDO), (_UNDO,))
 """Commands with a label at the end of the first line, the most first."""
@@ -109,6 +112,8 @@ def _cost(name: str, estimate: Estimate, budget: MemoryBudget, width: int) -> Co
     verdict = check_fit(estimate, budget.bytes)
     figures = f"{format_gib(estimate.total_bytes)} of {format_gib(budget.bytes)} GiB"
     free = width - len(name) - len(figures) - len(verdict.word) - 3
-    drawn = f"{bar(estimate.total_bytes / budget.bytes, free)} " if free >= 4 else ""
+    if budget.is_assumed and free >= len(_ASSUMED) + _LEAST_BAR:
+        figures, free = figures + _ASSUMED, free - len(_ASSUMED)
+    drawn = f"{bar(estimate.total_bytes / budget.bytes, free)} " if free >= _LEAST_BAR else ""
     text = Content.assemble(f"{name} {drawn}{figures} ", (verdict.word, VERDICT_STYLE[verdict.word]))
     return text.pad_right(max(0, width - text.cell_length))

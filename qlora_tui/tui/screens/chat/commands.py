@@ -29,12 +29,12 @@ COMMANDS: tuple[Command, ...] = (
     ),
     _command("thinking", "t,ctrl+g", "thinking", "Think", "Turn thinking before the answer on or off."),
     _not_in_footer("unfold", "z,ctrl+o", "unfold", "Thoughts", "Show or hide what the model thought."),
-    _command("split", "s", "split", "Split", "Show both answers side by side, or only one."),
+    _command("split", "s", "split", "Side by side", "Show both answers side by side, or only one."),
     _command(
         "next_adapter",
         "v",
         "next_adapter('right')",
-        "Step",
+        "Checkpoint",
         "Select another checkpoint or exported GGUF file of this run.",
     ),
     _not_in_footer(

@@ -146,7 +146,8 @@ def _cell(column: _GraphColumn, row: int, cell_bytes: float, limit_bytes: int) -
         if covered > most:
             most, part = covered, candidate
         begin += size
-    style = "$error" if low >= limit_bytes else part.style
+    # Of a column over the limit, also the cell that the limit is in.
+    style = "$error" if min(high, column.total_bytes) > limit_bytes else part.style
     if filled >= 15 / 16:
         return part.glyph, style
     return _EIGHTHS[round(filled * 8)], style

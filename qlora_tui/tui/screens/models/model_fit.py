@@ -38,7 +38,7 @@ class ModelFit:
 
     precisions: tuple[Precision, ...]
     rows: tuple[LengthFit, ...]
-    budget_bytes: int
+    budget: MemoryBudget
     note: str = ""
 
 
@@ -56,7 +56,7 @@ def model_fit(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> Mode
         estimates = [_estimate(model, changed, precision, budget.device) for precision in precisions]
         needs = tuple((each.total_bytes, check_fit(each, budget.bytes).word) for each in estimates)
         rows.append(LengthFit(length, length == own, needs))
-    return ModelFit(precisions, tuple(rows), budget.bytes, note)
+    return ModelFit(precisions, tuple(rows), budget, note)
 
 
 def need(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> tuple[int, str]:
@@ -92,7 +92,7 @@ def fit_lines(fit: ModelFit, width: int) -> list[Content]:
             (f"{row.length:>{_LENGTH_CELLS - 1},}", weight),
         ]
         if space:
-            parts.append((f" {bar(row.needs[0][0] / fit.budget_bytes, cells)}", "$secondary"))
+            parts.append((f" {bar(row.needs[0][0] / fit.budget.bytes, cells)}", "$secondary"))
         for bytes_, word in row.needs:
             parts.append((f"{format_bytes(bytes_):>{_FIGURE_CELLS - 2}} ", weight))
             parts.append((f"{VERDICT_SIGN[word]} ", VERDICT_STYLE[word]))

@@ -67,6 +67,8 @@ class ModelSide(Vertical):
         panel = self.query_one("#fit-panel", Panel)
         width = panel.content_size.width
         if self._fit is not None and width:
-            panel.show_title(f"Memory with this recipe, of {format_gib(self._fit.budget_bytes)} GiB")
+            budget = self._fit.budget
+            assumed = " (assumed)" if budget.is_assumed else ""
+            panel.show_title(f"Memory of {format_gib(budget.bytes)} GiB{assumed}")
             lines = fit_lines(self._fit, width)
             update_if_changed(self.query_one("#fit", Static), Content("\n").join(lines))

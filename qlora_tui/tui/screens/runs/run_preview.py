@@ -28,7 +28,8 @@ from qlora_tui.runs.event_log import events_backwards
 from qlora_tui.runs.events import Step
 from qlora_tui.runs.exports import Export, read_exports
 from qlora_tui.runs.run_summary import RunSummary
-from qlora_tui.tui.key_names import name_keys
+from qlora_tui.runs.status import ACTIVE, RESUMABLE
+from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.render.labeled import labeled
 from qlora_tui.tui.render.recipe_line import batch_words, data_words, targets_words
 from qlora_tui.tui.render.run_labels import format_ago, result_label
@@ -94,7 +95,10 @@ def ending(summary: RunSummary) -> Content:
     detail = Content.styled(summary.status.detail.replace("\n", " "), "dim")
     wrong = Content.styled(f"{summary.defect.sentence} " if summary.defect else "", "$error")
     fix = Content.assemble(("  ▸ ", "$accent"), summary.fix) if summary.fix else Content("")
-    return wrong + detail + fix
+    resume = ""
+    if summary.status.state in RESUMABLE:
+        resume = f"  {key_name('runs.resume')} resumes it."
+    return Content.assemble(wrong, detail, fix, highlight_keys(resume))
 
 
 def result_lines(summary: RunSummary, now: float, width: int) -> list[Content]:
@@ -103,7 +107,9 @@ def result_lines(summary: RunSummary, now: float, width: int) -> list[Content]:
     sign, word, style = result_label(status.state, summary.defect)
     rows: list[tuple[str, Content | str]] = [("state", Content.styled(f"{sign} {word}", style))]
     if status.at:
-        rows.append(("when", format_ago(status.at, now).removeprefix("at ")))
+        rows.append(
+            ("since" if status.state in ACTIVE else "ended", format_ago(status.at, now).removeprefix("at "))
+        )
     if summary.total_steps:
         rows.append(("steps", f"{summary.step:,} of {summary.total_steps:,}"))
     if summary.best is not None:
@@ -147,6 +153,8 @@ def files_lines(summary: RunSummary, files: RunFiles, width: int) -> list[Conten
     """Checkpoints, size and place of the run, and its exports."""
     size = f"{format_bytes(files.bytes)}, {pluralize(files.checkpoints, 'checkpoint')}"
     rows = _rows([("size", size), ("folder", format_path(summary.run.path))], width)
+    if not files.exports and not files.checkpoints and summary.status.state != "finished":
+        return rows
     if not files.exports:
         return [*rows, Content.styled(name_keys("Not exported yet: {runs.export} writes a GGUF."), "dim")]
     return rows + [export_line(export, width) for export in files.exports[:_MAX_EXPORTS]]

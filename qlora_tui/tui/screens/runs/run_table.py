@@ -67,7 +67,7 @@ def _steps(summary: RunSummary) -> str:
 
 
 _COLUMNS = (
-    _Column("when", 12, lambda s: when(s, clock.now())),
+    _Column("queued", 12, lambda s: when(s, clock.now())),
     _Column("run", 0, lambda s: s.name),
     _Column("model", 26, lambda s: s.model, min_width=150),
     _Column("settings", 22, lambda s: s.settings, min_width=115),

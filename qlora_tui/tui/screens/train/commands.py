@@ -20,7 +20,7 @@ COMMANDS: tuple[Command, ...] = (
         "stop",
         "s",
         "stop",
-        "Stop",
+        "Stop and save",
         "Save a checkpoint and the adapter after this step, then stop the run. Pressed again, it stops now.",
         cli_command="stop",
     ),
@@ -70,7 +70,7 @@ COMMANDS: tuple[Command, ...] = (
     ),
     _command("fix", "m", "fix", "Apply fix", "Apply the fix that a check or a run's latest warning names."),
     _command("chat", "c", "chat", "Chat", "Chat with this run's adapter.", cli_command="chat"),
-    _command("another", "x", "watch_another", "Watch run", "Watch another run.", cli_command="attach"),
+    _command("another", "x", "watch_another", "Other run", "Watch another run.", cli_command="attach"),
     _command("prepare", "n", "prepare", "New run", "Prepare a new run: edit the recipe and see its checks."),
     _command("detach", "d", "detach", "Detach", "Leave the app, as Quit does. The run continues."),
     _not_in_footer(

@@ -74,7 +74,7 @@ class LivePane(Vertical):
             "Run",
             RunHeader(),
             Static(id="run-outcome", markup=False),
-            keys=(("train.another", "other runs"), ("train.copy", "copy command")),
+            keys=(("train.another", "other run"), ("train.copy", "copy command")),
             id="run-panel",
         )
         with Horizontal(id="live-body"):

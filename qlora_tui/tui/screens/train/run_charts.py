@@ -99,17 +99,19 @@ def _legend(snapshot: RunSnapshot) -> tuple[tuple[str, str], ...]:
         (f"━ mean {format_float(snapshot.mean_loss, 3)}", "$primary bold"),
     ]
     best, last = snapshot.best, snapshot.evaluations[-1] if snapshot.evaluations else None
+    exact = format_exact(None if last is None else last.accuracy, snapshot.view.base_accuracy)
+    # In a narrow window all fit only without the word.
+    validation = "" if exact else "validation "
     if best is not None:
         if (before := snapshot.view.loss_to_beat) is None:
-            items.append((f"{BEST} best {format_float(best.loss, 3)} at {best.step:,}", "$success bold"))
+            items.append(
+                (f"{BEST} best {validation}{format_float(best.loss, 3)} at {best.step:,}", "$success bold")
+            )
         else:
             lowest = f"{BEST} lowest {format_float(best.loss, 3)} at {best.step:,}, "
             items.append((f"{lowest}{format_float(before, 3)} before training", "$warning bold"))
-    exact = format_exact(None if last is None else last.accuracy, snapshot.view.base_accuracy)
     if last is not None and last is not best:
-        # In a narrow window both fit only without the word.
-        word = "" if exact else "validation "
-        items.append((f"{VALIDATION} {word}{format_float(_number(last.loss), 3)}", "$accent"))
+        items.append((f"{VALIDATION} {validation}{format_float(_number(last.loss), 3)}", "$accent"))
     if exact:
         items.append((f"exact {exact}", "$accent"))
     if any(snapshot.envelopes.loss.broken):
