@@ -140,7 +140,8 @@ def refused(text: str) -> InvalidRecipeError:
         ),
         (
             "[[data.sources]]\npath = 'a'\nzzz = 1",
-            "line 3: data.sources[1].zzz is not a setting\n  A source takes path, format, columns, weight, excluded_rows",
+            "line 3: data.sources[1].zzz is not a setting\n"
+            "  A source takes path, format, columns, weight, excluded_rows",
         ),
         (
             "[[data.sources]]\nformat = 'text'",

@@ -23,7 +23,7 @@ _FIXED = {
     "train/screen.py": ("[h]", "[l]", "[']"),
     "chat/text.py": ("Ctrl+J",),
     "lora/module_grid.py": ("[x]", "[-]"),
-    "runs/export_choices.py": ("F16",),
+    "runs/export_choices.py": ("F16", "[r]", "[D]"),
 }
 """Keys of dialogs, fields and lists, which a keymap cannot change; check boxes; a type of GGUF file."""
 

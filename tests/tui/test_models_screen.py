@@ -162,7 +162,7 @@ async def test_enter_searches_the_hub_and_fetches_one_models_config(hub: FakeHub
         await pilot.press("enter")
         await wait_for_text(pilot, "[d]  Download", "layers     2", "license    apache-2.0", "fits")
         await pilot.press("enter")
-        await wait_for_text(pilot, "NF4", "of 24.0 GiB fits")
+        await wait_for_text(pilot, "NF4", "of 24.0 GiB (assumed) fits")
         assert app.workbench.recipe.model.id == TINY
         assert [r.path for r in hub.requests if "resolve" in r.path and "config.json" not in r.path] == []
         await pilot.press("j", "enter")

@@ -55,7 +55,7 @@ async def test_an_active_run_is_shown_from_its_files_and_followed(
         with EventWriter(run.events_path) as log:
             log.append(step_event(101))
             log.append(Evaluated(at=BEGAN + 191, step=101, loss=0.5, best=True))
-        await wait_for_text(pilot, "step 101/3,000", "★ best 0.5 at 101")
+        await wait_for_text(pilot, "step 101/3,000", "★ best validation 0.5 at 101")
 
 
 async def test_exact_answers_have_room_beside_best_and_last_loss(make_app: MakeApp) -> None:

@@ -69,6 +69,6 @@ class ModelSide(Vertical):
         if self._fit is not None and width:
             budget = self._fit.budget
             assumed = " (assumed)" if budget.is_assumed else ""
-            panel.show_title(f"Memory of {format_gib(budget.bytes)} GiB{assumed}")
+            panel.show_title(f"Memory needed, of {format_gib(budget.bytes)} GiB{assumed}")
             lines = fit_lines(self._fit, width)
             update_if_changed(self.query_one("#fit", Static), Content("\n").join(lines))
