@@ -71,7 +71,7 @@ async def test_every_run_state_size_and_color_mode_renders(
 
 VISITED = {
     "home": ("0", "▸ Enter"),
-    "models": ("1", "On the Hub"),
+    "models": ("1", "Worth starting with"),
     "data": ("2", "No data yet"),
     "memory": ("3", "▸ NF4"),
     "lora": ("4", "r R rank"),
