@@ -25,7 +25,6 @@ from qlora_tui.runs.control import terminate
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.drafts import can_continue, delete_abandoned, draft_path
 from qlora_tui.runs.locks import is_locked
-from qlora_tui.runs.machine_checks import read_machine
 from qlora_tui.runs.process import ProcessIdentity
 from qlora_tui.runs.spawn import spawn_detached
 
@@ -233,6 +232,9 @@ def leave_gpu_to_runs() -> str:
 
     Training must not run out of memory because of an export. Empty where there is no GPU, or no run.
     """
+    # A run is queued and deleted without the estimate that this loads.
+    from qlora_tui.runs.machine_checks import read_machine
+
     machine = read_machine()
     if machine.gpu is None or not (machine.active or machine.waiting):
         return ""
