@@ -17,6 +17,8 @@ import pytest
 import qlora_tui
 
 ROOT = Path(__file__).parents[2]
+THIS_RUN = ("PYTHONPATH", "PYTEST_ADDOPTS")
+"""Variables of the run of these tests, which are not for those of the sdist."""
 TESTS_OF_THE_SDIST = ("tests/recipe/test_presets.py", "tests/drill", "tests/memory/test_published.py")
 """Fast ones, among them some that import ``bench``."""
 
@@ -120,7 +122,7 @@ def test_the_sdist_holds_every_tracked_file(published: Published) -> None:
 
 
 def test_the_tests_of_the_sdist_run(published: Published) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment = {key: value for key, value in os.environ.items() if key not in THIS_RUN}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += ["-m", "not slow", *TESTS_OF_THE_SDIST]
     done = subprocess.run(command, cwd=published.source, env=environment, capture_output=True, text=True)
