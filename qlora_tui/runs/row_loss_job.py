@@ -1,4 +1,4 @@
-"""Has the loss of each training row of a run measured, in a process of its own that loads the model."""
+"""Measures the loss of each training row of a run, in a child process that loads the model."""
 
 from __future__ import annotations
 
@@ -6,30 +6,13 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 
-import msgspec
-from msgspec import Struct
-
 from qlora_tui import subprocesses
-from qlora_tui.decoding import decode_json
 from qlora_tui.errors import UserError
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.row_losses import RowLosses, read_row_losses
+from qlora_tui.worker_messages import read_messages
 
 WORKER = "qlora_tui.training.row_loss_worker"
-
-
-class RowLossMessage(Struct, frozen=True, omit_defaults=True):
-    """One line of the worker: progress, or the error that ended it."""
-
-    done: int = 0
-    total: int = 0
-    title: str = ""
-    what: str = ""
-    why: str = ""
-    fix: str = ""
-
-
-_MESSAGES = msgspec.json.Decoder(RowLossMessage)
 
 
 def measure_row_losses(
@@ -43,7 +26,6 @@ def measure_row_losses(
     Raises:
         UserError: the run has no adapter, or its data or model cannot be read.
     """
-    failure: RowLossMessage | None = None
     with tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(
             subprocesses.module_argv(WORKER, str(run.path)),
@@ -54,20 +36,15 @@ def measure_row_losses(
         )
         assert child.stdout is not None
         try:
-            for line in child.stdout:
-                message = _decoded(line)
-                if message is not None and message.title:
-                    failure = message
-                elif message is not None:
-                    progress(message.done, message.total)
+            error = read_messages(child.stdout, progress)
             code = child.wait()
         finally:
             child.kill()
             child.communicate()
         errors.seek(0)
         lines = errors.read().decode(errors="replace").strip().splitlines()
-    if failure is not None:
-        raise UserError(failure.title, what=failure.what, why=failure.why, fix=failure.fix)
+    if error is not None:
+        raise error
     losses = read_row_losses(run) if not code else None
     if losses is None:
         raise UserError(
@@ -77,11 +54,3 @@ def measure_row_losses(
             fix="Close other programs if the machine is short of memory, and try again.",
         )
     return losses
-
-
-def _decoded(line: bytes) -> RowLossMessage | None:
-    """The message in a line of output; None for a line that a library printed."""
-    try:
-        return decode_json(line, _MESSAGES)
-    except msgspec.MsgspecError:
-        return None

@@ -18,21 +18,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
-import msgspec
-
 from qlora_tui import subprocesses
 from qlora_tui.catalog.gguf_header import read_gguf
 from qlora_tui.catalog.local_models import converted_dir, resolve_model
-from qlora_tui.decoding import decode_json
 from qlora_tui.errors import UserError
 from qlora_tui.files import private_dir
 from qlora_tui.gpu.torch_env import OFFLINE
 from qlora_tui.memory.conversion import Conversion, Way, peak_bytes
 from qlora_tui.training import gguf_llama
 from qlora_tui.training.gguf_weights import ProgressCallback, all_known
-from qlora_tui.training.gguf_worker import ConversionMessage, draft_path
-
-_MESSAGES = msgspec.json.Decoder(ConversionMessage)
+from qlora_tui.training.gguf_worker import draft_path
+from qlora_tui.worker_messages import read_messages
 
 _STOP_POLL_INTERVAL_S = 0.2
 """How often ``should_stop`` is called while the child is silent, in seconds."""
@@ -111,22 +107,16 @@ def convert_in_child(
             start_new_session=True,
         )
         assert child.stdout is not None
-        failure: ConversionMessage | None = None
         try:
-            for line in _lines(child.stdout, should_stop):
-                message = _decoded(line)
-                if message is not None and message.title:
-                    failure = message
-                elif message is not None:
-                    progress(message.done, message.total)
+            error = read_messages(_lines(child.stdout, should_stop), progress)
             code = child.wait()
         finally:
             # Whatever ends the loop (a stop, Ctrl-C), the child must not outlive it.
             child.kill()
             child.communicate()
             shutil.rmtree(draft_path(folder), ignore_errors=True)
-        if failure is not None:
-            raise UserError(failure.title, what=failure.what, why=failure.why, fix=failure.fix)
+        if error is not None:
+            raise error
         if code:
             raise _child_death_error(file, code, errors)
 
@@ -146,14 +136,6 @@ def _lines(output: IO[bytes], should_stop: Callable[[], bool]) -> Iterator[bytes
                 return
             *lines, partial_line = (partial_line + piece).split(b"\n")
             yield from lines
-
-
-def _decoded(line: bytes) -> ConversionMessage | None:
-    """The message in a line of output; None for a line that a library printed."""
-    try:
-        return decode_json(line, _MESSAGES)
-    except msgspec.MsgspecError:
-        return None
 
 
 def _child_death_error(file: Path, code: int, errors: IO[bytes]) -> UserError:

@@ -19,8 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from qlora_tui.catalog.gguf_header import read_gguf
 from qlora_tui.errors import UserError
 from qlora_tui.files import private_dir, publish
@@ -29,6 +27,7 @@ from qlora_tui.training.clean_files import single_file_view
 from qlora_tui.training.failure import is_full_disk, is_out_of_memory
 from qlora_tui.training.gguf_weights import ProgressCallback, all_known
 from qlora_tui.training.kernel_publishers import pin_publisher
+from qlora_tui.worker_messages import send_error, send_progress
 
 PROGRESS_INTERVAL_S = 0.2
 """Shortest time between two lines of progress, in seconds."""
@@ -116,18 +115,6 @@ def _problem(file: Path, error: Exception) -> UserError:
     return UserError("The GGUF file could not be converted", what=f"{file}: {reason}", fix=fix)
 
 
-class ConversionMessage(msgspec.Struct, omit_defaults=True):
-    """One line of JSON on stdout: the progress, or why the conversion failed."""
-
-    done: int = 0
-    total: int = 0
-    """Size of the safetensors file in bytes."""
-    title: str = ""
-    what: str = ""
-    why: str = ""
-    fix: str = ""
-
-
 def main(arguments: list[str]) -> int:
     """Convert, with progress on stdout, and an error on stderr too. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m qlora_tui.training.gguf_worker", description=__doc__)
@@ -140,9 +127,7 @@ def main(arguments: list[str]) -> int:
     try:
         convert(given.file, given.folder, _throttled_progress())
     except UserError as problem:
-        _print_message(
-            ConversionMessage(title=problem.title, what=problem.what, why=problem.why, fix=problem.fix)
-        )
+        send_error(problem)
         print(problem, file=sys.stderr)
         return problem.exit_code
     return 0
@@ -157,13 +142,9 @@ def _throttled_progress() -> ProgressCallback:
         now = time.monotonic()
         if now - reported_at >= PROGRESS_INTERVAL_S or done == total:
             reported_at = now
-            _print_message(ConversionMessage(done=done, total=total))
+            send_progress(done, total)
 
     return progress
-
-
-def _print_message(line: ConversionMessage) -> None:
-    print(msgspec.json.encode(line).decode(), flush=True)
 
 
 def _end_with_stdin(draft: Path) -> None:

@@ -3,7 +3,7 @@
 ``python -m qlora_tui.training.row_loss_worker RUN_DIR`` loads the run's base with its final adapter,
 passes over the training samples three times without gradients, and writes the files of
 :mod:`qlora_tui.runs.row_losses`. Progress, and the error that ends it, are lines of JSON on stdout
-(:class:`qlora_tui.runs.row_loss_job.RowLossMessage`).
+(:mod:`qlora_tui.worker_messages`).
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from qlora_tui.errors import UserError
 from qlora_tui.gpu.torch_env import allocator_variables, configure_torch_env
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.row_loss_job import RowLossMessage
 from qlora_tui.subprocesses import end_with_parent
+from qlora_tui.worker_messages import send_error, send_progress
 
 if TYPE_CHECKING:
     from qlora_tui.data.tokenizer import ChatTokenizer
@@ -79,7 +77,11 @@ def measure(run: RunDir) -> None:
 
     def losses(dataset: Any, passes_done: int) -> list[tuple[float, ...]]:
         return token_losses(
-            model, dataset, shape, where, lambda done, total: _report(passes_done * total + done, 3 * total)
+            model,
+            dataset,
+            shape,
+            where,
+            lambda done, total: send_progress(passes_done * total + done, 3 * total),
         )
 
     with model.disable_adapter():
@@ -112,25 +114,17 @@ def _texts(samples: TokenizedDataset, i: int, tokenizer: ChatTokenizer) -> tuple
     return read, trained
 
 
-def _report(done: int, total: int) -> None:
-    _send(RowLossMessage(done=done, total=total))
-
-
-def _send(message: RowLossMessage) -> None:
-    print(msgspec.json.encode(message).decode(), flush=True)
-
-
 def main() -> int:
     """Measure one run; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m qlora_tui.training.row_loss_worker", description=__doc__)
     parser.add_argument("run", type=Path, help="run directory")
-    # It would hold a model in memory for nobody.
+    # Without its parent it would only hold memory.
     end_with_parent()
     configure_torch_env({**allocator_variables(os.environ), "HF_HUB_OFFLINE": "1"})
     try:
         measure(RunDir(parser.parse_args().run.absolute()))
     except UserError as problem:
-        _send(RowLossMessage(title=problem.title, what=problem.what, why=problem.why, fix=problem.fix))
+        send_error(problem)
         return problem.exit_code
     return 0
 
