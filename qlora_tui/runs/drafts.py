@@ -1,11 +1,11 @@
 """Hidden folders for what an export has not finished: ``.NAME.part`` beside the name it will have.
 
 ``lock`` in it is held by the process that writes, which makes one export to a name at a time; ``files`` is
-what it writes. A draft whose lock nobody holds belongs to a process that was killed or canceled.
+what it writes. A draft whose lock is free belongs to a process that was killed or canceled.
 
 An export that can continue names a key: a hash of all that its files depend on, which is in ``key``. A draft
 with one outlives a cancel and a kill, and the next export to that name with the same key gets its files. It
-is listed in the folder ``unfinished`` of the state, so that it is deleted even where nobody continues it.
+is listed in the folder ``unfinished`` of the state, so that it is deleted even if it is never continued.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def _listing() -> Path:
 
 
 def _list(draft: Path) -> None:
-    """Add a draft to the list; without it, nobody deletes it where the state cannot be written."""
+    """Add a draft to the list; if the state cannot be written, it is not deleted later."""
     with suppress(OSError):
         _entry(draft).parent.mkdir(mode=0o700, exist_ok=True)
         _entry(draft).write_text(str(draft.absolute()))

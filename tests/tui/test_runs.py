@@ -389,10 +389,8 @@ async def test_a_deleted_run_leaves_the_list_before_the_next_reading(
 ) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
-        await open_runs(app)
+        screen = await open_runs(app)
         await wait_for_text(pilot, "tickets-a")
-        screen = app.screen
-        assert isinstance(screen, RunsScreen)
         earlier = screen.listing
         screen.action_delete()
         screen.listing = earlier

@@ -38,6 +38,11 @@ class ListedModels:
     starters: tuple[Starter, ...] = ()
     """Models to start with, listed until the Hub is searched."""
 
+    @property
+    def lists_starters(self) -> bool:
+        """Whether models to start with take the place of results: until the Hub is searched."""
+        return self.hub is None and not self.query
+
     def local_model(self, id_: str | None) -> LocalModel | None:
         """The model of this machine with this id of a line."""
         return next((m for m in self.local or () if LOCAL + str(m.path) == id_), None)
@@ -68,6 +73,6 @@ class ListedModels:
         lines = local_lines(local, chosen, width, self.needs) if self.local else []
         here = frozenset(model.id for model in self.local or () if model.refusal is None)
         to_start = [m for m in self.starters if m.id not in here and words in m.id.lower()]
-        if to_start and self.hub is None and not self.query:
+        if to_start and self.lists_starters:
             return [*lines, *starter_lines(to_start, width, with_demo=not self.local and not words)]
         return [*lines, *hub_lines(self.hub, self.query, width, here)]

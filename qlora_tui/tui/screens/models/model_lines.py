@@ -35,8 +35,7 @@ def local_lines(
 
     ``needs``: bytes and verdict of each model with the recipe, as far as they are known.
     """
-    columns = [("size", 7), ("files", 10), ("needs", 13)]
-    columns += [("context", 10), ("family", 14), ("from", 11)] if width >= _WIDE else []
+    columns = _model_columns("files", "from", width)
     lines = [(f"{HEADING}local", _heading(f"On this machine ({len(models)})", columns, width))]
     for model in models:
         mark, style = ("✗", "$text-muted") if model.refusal else (" ", "")
@@ -94,8 +93,7 @@ def starter_lines(models: Sequence[Starter], width: int, *, with_demo: bool) -> 
 
     ``with_demo``: whether the first is the demo's model, which comes from the Python package index.
     """
-    columns = [("size", 7), ("download", 10), ("needs", 13)]
-    columns += [("context", 10), ("family", 14), ("license", 11)] if width >= _WIDE else []
+    columns = _model_columns("download", "license", width)
     lines = [(f"{HEADING}starters", _heading("Worth starting with, to download", columns, width))]
     if with_demo:
         demo = ("135M", format_bytes(SMOLLM2.download_bytes), "", "8,192", "llama", "apache-2.0")
@@ -113,6 +111,12 @@ def starter_lines(models: Sequence[Starter], width: int, *, with_demo: bool) -> 
         ]
         lines.append((STARTER + model.id, _line(" ", model.id, cells, columns, width, "")))
     return lines
+
+
+def _model_columns(bytes_label: str, last: str, width: int) -> list[tuple[str, int]]:
+    """Return the columns of models whose architecture is known, as far as there is room for them."""
+    columns = [("size", 7), (bytes_label, 10), ("needs", 13)]
+    return columns + ([("context", 10), ("family", 14), (last, 11)] if width >= _WIDE else [])
 
 
 def _need(need: tuple[int, str] | None) -> list[_Cell]:

@@ -288,11 +288,12 @@ class ModelsScreen(DownloadActions):
     async def _estimate_needs(self) -> None:
         """What each model on this machine would need, and which models of the Hub to start with."""
         recipe, budget = self.qlora_app.workbench.recipe, self.qlora_app.memory_budget
-        self._models.starters = await asyncio.to_thread(starters, recipe, budget)
         known = [(m.path, m.architecture) for m in self._models.local or () if m.architecture is not None]
         self._models.needs = await asyncio.to_thread(
             lambda: {path: need(architecture, recipe, budget) for path, architecture in known}
         )
+        if self._models.lists_starters:
+            self._models.starters = await asyncio.to_thread(starters, recipe, budget)
         self._show_list()
 
 
