@@ -14,11 +14,13 @@ import psutil
 import pytest
 from textual import _wait
 
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.runs import liveness
+from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui import app, clock, system_monitor
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.train import screen as train
-from tests.tui.fake_runs import BEGAN, GIB
+from tests.tui.fake_runs import BEGAN, GIB, TICKETS, FakeRun, write_fake_run
 from tests.tui.sample_data import readable_model
 
 FOLDER = Path(__file__).parent
@@ -121,3 +123,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def model(private_home: Path) -> str:
     """A model whose tokenizer can be read."""
     return readable_model(private_home)
+
+
+@pytest.fixture
+def three_runs() -> list[RunDir]:
+    wide = replace_setting(replace_setting(TICKETS, "lora.rank", 64), "training.learning_rate", 1e-4)
+    return [
+        write_fake_run(FakeRun(name="tickets-a", state="finished", steps=300, total=300, began=BEGAN - 1000)),
+        write_fake_run(
+            FakeRun(name="tickets-b", state="failed", steps=120, total=300, began=BEGAN - 2000, recipe=wide)
+        ),
+        write_fake_run(FakeRun(name="poems-c", state="lost", steps=60, total=300, began=BEGAN - 3000)),
+    ]

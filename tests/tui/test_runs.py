@@ -2,11 +2,9 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import shlex
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,49 +14,27 @@ from msgspec import structs
 from qlora_tui import paths
 from qlora_tui.cli import main
 from qlora_tui.formatting import format_float
-from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.presets import find_preset
-from qlora_tui.recipe.schema import Source
 from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.directory import find_run as find_run
-from qlora_tui.runs.events import Failed
 from qlora_tui.runs.run_summary import SummaryCache, summarize
 from qlora_tui.runs.status import State, read_status, write_status
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui import escapes
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.render.block_charts import downsample
-from qlora_tui.tui.render.plot import plot as draw
 from qlora_tui.tui.render.run_labels import result_label
-from qlora_tui.tui.screens.runs.compare import compare_plot, comparison_table, differing, read
 from qlora_tui.tui.screens.runs.run_order import ORDERS, in_order
 from qlora_tui.tui.screens.runs.screen import RunsScreen
 from qlora_tui.tui.screens.train.screen import TrainScreen
 from qlora_tui.tui.system_monitor import SystemMonitor
 from tests.tui import fake_runs
-from tests.tui.fake_runs import BEGAN, TICKETS, FakeRun, write_fake_run
+from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
 from tests.tui.screen_assertions import style_of, text_of, wait_for_text, wait_until
+from tests.tui.workstation import open_runs
 
 MakeApp = Callable[[], QloraApp]
-
-
-@pytest.fixture
-def three_runs() -> list[RunDir]:
-    wide = replace_setting(replace_setting(TICKETS, "lora.rank", 64), "training.learning_rate", 1e-4)
-    return [
-        write_fake_run(FakeRun(name="tickets-a", state="finished", steps=300, total=300, began=BEGAN - 1000)),
-        write_fake_run(
-            FakeRun(name="tickets-b", state="failed", steps=120, total=300, began=BEGAN - 2000, recipe=wide)
-        ),
-        write_fake_run(FakeRun(name="poems-c", state="lost", steps=60, total=300, began=BEGAN - 3000)),
-    ]
-
-
-async def open_runs(app: QloraApp) -> RunsScreen:
-    await app.switch_mode("runs")
-    assert isinstance(app.screen, RunsScreen)
-    return app.screen
 
 
 def test_a_summary_says_what_a_line_needs(three_runs: list[RunDir]) -> None:
@@ -142,17 +118,6 @@ def test_a_finished_run_without_a_usable_result_is_marked(
     if nan:
         assert summary.defect is not None
         assert summary.defect.sentence == "The loss is not a number since step 90."
-
-
-async def test_comparing_one_marked_run_asks_for_another(make_app: MakeApp, three_runs: list[RunDir]) -> None:
-    app = make_app()
-    async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await open_runs(app)
-        await wait_for_text(pilot, "tickets-a")
-        await pilot.press("v")
-        await wait_for_text(pilot, "Mark two to four runs with Space to compare them.")
-        await pilot.press("space", "v")
-        await wait_for_text(pilot, "Mark another run with Space to compare them.")
 
 
 async def test_the_cursor_is_on_the_newest_run_when_coming_back(make_app: MakeApp) -> None:
@@ -283,48 +248,6 @@ async def test_quitting_asks_only_where_deleted_runs_would_be_lost(
         await wait_until(pilot, lambda: not app.is_running)
 
 
-async def test_two_marked_runs_are_compared_with_only_what_differs(
-    make_app: MakeApp, three_runs: list[RunDir]
-) -> None:
-    app = make_app()
-    async with app.run_test(size=(120, 40)) as pilot:
-        await open_runs(app)
-        await wait_for_text(pilot, "tickets-a")
-        await pilot.press("space", "space", "v")
-        shown = await wait_for_text(
-            pilot, "2 runs compared", "● tickets-a", "▲ tickets-b", "Learning rate", "tokens"
-        )
-        assert "0.0001" in shown and "0.0002" in shown
-        assert "Micro-batch" not in shown
-        await pilot.press("escape")
-        assert isinstance(app.screen, RunsScreen)
-
-
-def test_a_comparison_says_why_a_run_failed(three_runs: list[RunDir]) -> None:
-    failed = Failed(at=0.0, title="The loss is not a number", what="At step 640 it was nan.")
-    run = write_fake_run(FakeRun(name="tickets-nan", state="failed", steps=640, failed=failed))
-    assert "reason" not in comparison_table([read(three_runs[0])] * 2, 100).plain
-    shown = comparison_table([read(run), read(three_runs[0])], 120).plain
-    assert "reason" in shown
-    assert "The loss is not a number: At step 640" in shown
-
-
-def test_a_comparison_of_different_data_says_that_losses_differ(three_runs: list[RunDir]) -> None:
-    other = replace_setting(TICKETS, "data.sources", (Source(path="/data/poems.jsonl"),))
-    run = write_fake_run(FakeRun(name="poems", state="finished", steps=60, total=60, recipe=other))
-    warning = "Their data differ, so that their losses are not comparable."
-    assert warning in comparison_table([read(three_runs[0]), read(run)], 120).plain
-    assert warning not in comparison_table([read(run) for run in three_runs], 120).plain
-
-
-def test_a_model_by_name_and_by_path_is_no_difference(three_runs: list[RunDir]) -> None:
-    by_name, by_path = (
-        replace(read(three_runs[0]), recipe=replace_setting(TICKETS, "model.id", model_id))
-        for model_id in ("SmolLM2-135M-fa7256748bd9", "/models/converted/SmolLM2-135M-fa7256748bd9")
-    )
-    assert differing([by_name, by_path]) == []
-
-
 async def test_a_run_name_takes_the_space_that_other_columns_leave(make_app: MakeApp) -> None:
     name = "smollm2-135m-instruct-customer-tickets"
     write_fake_run(FakeRun(name=name, state="finished", steps=5, total=5))
@@ -343,22 +266,6 @@ async def test_a_long_reason_of_the_selected_run_is_shown_whole(make_app: MakeAp
     async with app.run_test(size=(80, 24)) as pilot:
         await open_runs(app)
         await wait_for_text(pilot, "restarted since.")
-
-
-def test_short_answer_runs_are_compared_by_exact_answers(three_runs: list[RunDir]) -> None:
-    labels = write_fake_run(
-        FakeRun(name="labels", state="finished", steps=300, total=300, exact=(0.12, 0.97))
-    )
-    assert "exact answers" not in comparison_table([read(run) for run in three_runs], 100).plain
-    shown = comparison_table([read(labels), read(three_runs[0])], 100).plain
-    assert re.search(r"exact answers +97%", shown) and re.search(r"exact, base model +12%", shown)
-
-
-def test_curves_differ_by_their_symbols_and_not_by_color_alone(three_runs: list[RunDir]) -> None:
-    compared = [read(run) for run in three_runs]
-    text = "\n".join(line.plain for line in draw(compare_plot(compared), 100, 20))
-    assert all(mark in text for mark in "●▲■")
-    assert [name for name, _ in differing(compared)] == ["Rank", "Learning rate"]
 
 
 async def test_u_restores_a_deleted_run_until_the_app_ends(

@@ -14,6 +14,7 @@ from qlora_tui.settings import Settings
 from qlora_tui.tui import app as app_module
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.draft import Draft
+from qlora_tui.tui.screens.runs.screen import RunsScreen
 from qlora_tui.tui.workbench import Workbench
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 
@@ -82,3 +83,9 @@ async def settle(pilot: Pilot[Any]) -> None:
     await pilot.pause()
     await wait_until(pilot, is_still)
     await pilot.pause()
+
+
+async def open_runs(app: QloraApp) -> RunsScreen:
+    await app.switch_mode("runs")
+    assert isinstance(app.screen, RunsScreen)
+    return app.screen
