@@ -38,6 +38,16 @@ def find_conflicts(recipe: Recipe) -> list[Conflict]:
                 'set model.attention = "sdpa" or quantization.compute_dtype = "auto"',
             )
         )
+    if recipe.training.lr_scheduler == "wsd" and (
+        recipe.training.warmup_ratio + recipe.training.lr_decay_share > 1
+    ):
+        conflicting.append(
+            Conflict(
+                ("training.warmup_ratio", "training.lr_decay_share"),
+                "training.warmup_ratio and training.lr_decay_share are together more than all steps",
+                "lower training.warmup_ratio or training.lr_decay_share to a sum of at most 1",
+            )
+        )
     if recipe.quantization.streamed_layers:
         conflicting += _streaming_conflicts(recipe)
     return conflicting

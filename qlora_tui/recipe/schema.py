@@ -319,9 +319,41 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         ),
     ] = 2e-4
     lr_scheduler: Annotated[
-        Literal["cosine", "linear", "constant"],
-        _about("LR scheduler", "How the learning rate decays after warmup."),
+        Literal["cosine", "linear", "polynomial", "cosine_with_restarts", "wsd", "constant"],
+        _about(
+            "LR scheduler",
+            "How the learning rate decays after warmup. cosine_with_restarts: lr_cycles times (arXiv "
+            "1608.03983). wsd: warmup, stable, then decay in the last steps (arXiv 2405.18392), so that a "
+            "stopped run can go on at its peak rate. constant: not at all.",
+        ),
     ] = "cosine"
+    lr_cycles: Annotated[
+        int,
+        _about(
+            "LR cycles",
+            "With cosine_with_restarts: how often the learning rate falls from its peak to zero.",
+            ge=1,
+            le=1000,
+        ),
+    ] = 2
+    lr_power: Annotated[
+        float,
+        _about(
+            "LR power",
+            "With polynomial: the rate is the remaining share of the steps to this power. 1 is linear.",
+            gt=0,
+            le=10,
+        ),
+    ] = 2.0
+    lr_decay_share: Annotated[
+        float,
+        _about(
+            "LR decay share",
+            "With wsd: share of the steps, at the end, in which the learning rate falls to zero.",
+            gt=0,
+            lt=1,
+        ),
+    ] = 0.2
     warmup_ratio: Annotated[
         float, _about("Warmup ratio", "Share of the steps in which the learning rate rises.", ge=0, lt=1)
     ] = 0.03

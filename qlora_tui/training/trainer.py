@@ -10,12 +10,11 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
     PrinterCallback,
@@ -38,6 +37,7 @@ from qlora_tui.training.checkpoints import UnloadableCheckpoint
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.disk_errors import true_disk_errors
 from qlora_tui.training.failure import is_out_of_memory
+from qlora_tui.training.lr_schedule import SCHEDULES, create_schedule, schedule_arguments
 from qlora_tui.training.random_numbers import RandomNumberState
 
 _OPTIMIZERS = {
@@ -46,7 +46,6 @@ _OPTIMIZERS = {
     "paged_adamw_32bit": "paged_adamw_32bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
 }
-_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
 class StepData(TypedDict):
@@ -129,7 +128,8 @@ def training_arguments(recipe: Recipe, device: ComputeDevice, steps: int, folder
         max_steps=steps,
         per_device_train_batch_size=1,
         learning_rate=training.learning_rate,
-        lr_scheduler_type=_SCHEDULES[training.lr_scheduler],
+        lr_scheduler_type=SCHEDULES[training.lr_scheduler],
+        lr_scheduler_kwargs=schedule_arguments(training, steps),
         warmup_steps=training.warmup_ratio,  # below 1 it is a share of the steps
         optim=_OPTIMIZERS[training.optimizer],
         weight_decay=training.weight_decay,
@@ -169,10 +169,9 @@ class RunTrainer(Trainer):
         )
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
-        """transformers' schedule, its warm-up shifted by one so that the first step's rate is not zero."""
-        stock: Any = super().create_scheduler(num_training_steps, optimizer)
-        warmup = self.args.get_warmup_steps(num_training_steps)
-        self.lr_scheduler = LambdaLR(stock.optimizer, partial(_shifted_warmup, stock.lr_lambdas[0], warmup))
+        """Create the schedule of :mod:`.lr_schedule`."""
+        scheduled: Any = self.optimizer if optimizer is None else optimizer
+        self.lr_scheduler = create_schedule(scheduled, self.args, num_training_steps)
         return self.lr_scheduler
 
     def training_step(
@@ -216,15 +215,16 @@ class RunTrainer(Trainer):
     def set_learning_rate(self, value: float) -> None:
         """Change the learning rate of the steps to come, and let it decay as it would have.
 
-        All parameter groups share one rate. During warm-up ``value`` is the peak that the warm-up leads to;
-        after it, the rate of the next step.
+        All parameter groups share one rate. ``value`` is the rate of the next step; during warm-up, and with
+        restarts, which return to the peak, it is the peak.
         """
         scheduler: Any = self.lr_scheduler
         share = scheduler.get_last_lr()[0] / scheduler.base_lrs[0]
         if share <= 0:
             return
         warming_up = self.state.global_step < self.args.get_warmup_steps(self.state.max_steps)
-        peak = value if warming_up else value / share
+        restarts = self.args.lr_scheduler_type == SCHEDULES["cosine_with_restarts"]
+        peak = value if warming_up or restarts else value / share
         scheduler.base_lrs = [peak] * len(scheduler.base_lrs)
         scheduler._last_lr = [peak * share] * len(scheduler.base_lrs)
         for group in scheduler.optimizer.param_groups:
@@ -266,11 +266,6 @@ def _loading(checkpoint: str | None) -> Iterator[None]:
         if checkpoint is None or is_out_of_memory(error):
             raise
         raise UnloadableCheckpoint(Path(checkpoint), error) from error
-
-
-def _shifted_warmup(share_at: Callable[[int], float], warmup: int, step: int) -> float:
-    """Share of the peak learning rate at ``step``, which counts from 0."""
-    return share_at(step + 1 if step < warmup else step)
 
 
 def save_adapter(model: Any, folder: Path) -> None:

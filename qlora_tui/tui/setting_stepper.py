@@ -17,7 +17,9 @@ _POWERS_OF_TWO = frozenset(
     )
 )
 """Settings that go from one power of two to the next."""
-_BY_ONE = frozenset(("training.keep_checkpoints", "training.early_stopping", "training.seed"))
+_BY_ONE = frozenset(
+    ("training.keep_checkpoints", "training.early_stopping", "training.seed", "training.lr_cycles")
+)
 _HALVES = frozenset(("training.epochs",))
 _DROPOUTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 """Those of the LoRA and QLoRA papers, and a few more."""

@@ -118,8 +118,8 @@ MUTANTS = {
         "packed_attention.segment_mask = lambda lengths: whole([sum(lengths)])"
     ),
     "a first step without a rate": (
-        "from qlora_tui.training import trainer\n"
-        "trainer._shifted_warmup = lambda share_at, warmup, step: share_at(step)"
+        "from qlora_tui.training import lr_schedule\n"
+        "lr_schedule._shifted_warmup = lambda share_at, warmup, step: share_at(step)"
     ),
     "gradients of half the size": (
         "from qlora_tui.training.chunked_loss import _ChunkedLoss\n"
