@@ -318,6 +318,26 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             le=1,
         ),
     ] = 2e-4
+    lora_plus_ratio: Annotated[
+        float,
+        _about(
+            "LoRA+ ratio",
+            "Learning rate of the B matrices as a multiple of Learning rate (LoRA+, arXiv 2402.12354): up to "
+            "16 where a task is hard for the base, with half the learning rate. 1: the same.",
+            ge=1,
+            le=1000,
+        ),
+    ] = 1.0
+    neftune_alpha: Annotated[
+        float,
+        _about(
+            "NEFTune alpha",
+            "Noise on the embeddings while training, against overfitting to few conversations (arXiv "
+            "2310.05914): 5 to 15. The training loss then includes the noise. 0: none.",
+            ge=0,
+            le=1000,
+        ),
+    ] = 0.0
     lr_scheduler: Annotated[
         Literal["cosine", "linear", "polynomial", "cosine_with_restarts", "wsd", "constant"],
         _about(

@@ -34,8 +34,9 @@
 ``batches``               samples to sequences to micro-batches, in an order that resume can repeat
 ``memory_probe``          one step on the longest batch before training; ``memory_meter``: peak memory;
                           ``heap``: returns free memory to the system
-``trainer``               transformers' ``Trainer``, one item per optimizer step; optimizer and
-                          gradient clipping; ``lr_schedule``: the learning rate of each step
+``trainer``               transformers' ``Trainer``, one item per optimizer step, and gradient clipping;
+                          ``optimizers``: which one, and LoRA+; ``lr_schedule``: the learning rate of
+                          each step; ``embedding_noise``: NEFTune
 ``callbacks``             the ``TrainerCallback``: probe memory, then after each step report, evaluate
                           (``evaluation``, ``accuracy``; ``forgetting`` compares with the base), stop early,
                           save (``checkpoint_saver``; ``disk_errors``: the cause of a failed write), handle

@@ -36,16 +36,11 @@ from qlora_tui.training.batches import (
 from qlora_tui.training.checkpoints import UnloadableCheckpoint
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.disk_errors import true_disk_errors
+from qlora_tui.training.embedding_noise import EmbeddingNoise
 from qlora_tui.training.failure import is_out_of_memory
 from qlora_tui.training.lr_schedule import SCHEDULES, create_schedule, schedule_arguments
+from qlora_tui.training.optimizers import OPTIMIZERS, create_lora_plus
 from qlora_tui.training.random_numbers import RandomNumberState
-
-_OPTIMIZERS = {
-    "adamw": "adamw_torch_fused",
-    "adamw_8bit": "adamw_bnb_8bit",
-    "paged_adamw_32bit": "paged_adamw_32bit",
-    "paged_adamw_8bit": "paged_adamw_8bit",
-}
 
 
 class StepData(TypedDict):
@@ -131,7 +126,7 @@ def training_arguments(recipe: Recipe, device: ComputeDevice, steps: int, folder
         lr_scheduler_type=SCHEDULES[training.lr_scheduler],
         lr_scheduler_kwargs=schedule_arguments(training, steps),
         warmup_steps=training.warmup_ratio,  # below 1 it is a share of the steps
-        optim=_OPTIMIZERS[training.optimizer],
+        optim=OPTIMIZERS[training.optimizer],
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,  # a norm that is NaN ends the run: health.find_non_finite
         seed=training.seed,
@@ -149,9 +144,22 @@ def training_arguments(recipe: Recipe, device: ComputeDevice, steps: int, folder
 
 
 class RunTrainer(Trainer):
-    """Trains the planned steps of a run."""
+    """Trains the planned steps of a run.
 
-    def __init__(self, model: Any, args: TrainingArguments, steps: StepDataset) -> None:
+    Args:
+        lora_plus_ratio: the rate of B's matrices as a multiple of that of A's.
+        neftune_alpha: noise on the embeddings; 0: none.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        steps: StepDataset,
+        *,
+        lora_plus_ratio: float = 1.0,
+        neftune_alpha: float = 0.0,
+    ) -> None:
         super().__init__(model=model, args=args, train_dataset=steps)
         self.remove_callback(PrinterCallback)
         self.steps = steps
@@ -159,6 +167,8 @@ class RunTrainer(Trainer):
         """Real tokens trained on so far, over all attempts and processes."""
         self.after_micro_batch: Callable[[int, int], None] = lambda done, total: None
         """Called with the micro-batches done and in all, except after the last of a step."""
+        self._lora_plus_ratio = lora_plus_ratio
+        self._noise = EmbeddingNoise(model, neftune_alpha)
         self._step_start: RandomNumberState | None = None
         """Random numbers at the start of the step in progress."""
 
@@ -167,6 +177,12 @@ class RunTrainer(Trainer):
         return DataLoader(
             self.steps, batch_size=1, shuffle=False, collate_fn=_first, generator=torch.Generator()
         )
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Create the recipe's optimizer, in which B's matrices may have their own rate (LoRA+)."""
+        if self.optimizer is None and self._lora_plus_ratio != 1:
+            self.optimizer = create_lora_plus(self.model, self.args, self._lora_plus_ratio)
+        return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
         """Create the schedule of :mod:`.lr_schedule`."""
@@ -188,8 +204,10 @@ class RunTrainer(Trainer):
         for number, batch in enumerate(batches, 1):
             last = number == len(batches)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                # 1: the model returns the summed loss; it is divided here by the step's loss weights.
-                loss = model(**on_device(batch, self.args.device), num_items_in_batch=1).loss * share
+                tensors = on_device(batch, self.args.device)
+                with self._noise.scaled_for(tensors):
+                    # 1: the model returns the summed loss; it is divided here by the step's loss weights.
+                    loss = model(**tensors, num_items_in_batch=1).loss * share
                 self.accelerator.backward(loss)
             total += loss.detach()
             if not last:
@@ -215,8 +233,8 @@ class RunTrainer(Trainer):
     def set_learning_rate(self, value: float) -> None:
         """Change the learning rate of the steps to come, and let it decay as it would have.
 
-        All parameter groups share one rate. ``value`` is the rate of the next step; during warm-up, and with
-        restarts, which return to the peak, it is the peak.
+        ``value`` is the rate of the next step; during warm-up, and with restarts, which return to the peak,
+        it is the peak. With LoRA+ it is the rate of A's matrices, and B's keep their ratio to it.
         """
         scheduler: Any = self.lr_scheduler
         share = scheduler.get_last_lr()[0] / scheduler.base_lrs[0]
@@ -225,10 +243,11 @@ class RunTrainer(Trainer):
         warming_up = self.state.global_step < self.args.get_warmup_steps(self.state.max_steps)
         restarts = self.args.lr_scheduler_type == SCHEDULES["cosine_with_restarts"]
         peak = value if warming_up or restarts else value / share
-        scheduler.base_lrs = [peak] * len(scheduler.base_lrs)
-        scheduler._last_lr = [peak * share] * len(scheduler.base_lrs)
-        for group in scheduler.optimizer.param_groups:
-            group["lr"] = peak * share
+        factor = peak / scheduler.base_lrs[0]
+        scheduler.base_lrs = [base * factor for base in scheduler.base_lrs]
+        scheduler._last_lr = [base * share for base in scheduler.base_lrs]
+        for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+            group["lr"] = rate
 
     def save_checkpoint_files(self, folder: Path) -> None:
         """Write adapter, optimizer, schedule, random numbers and counters. Raises OSError."""
