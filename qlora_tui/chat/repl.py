@@ -16,6 +16,7 @@ from qlora_tui.chat.chat_types import BASE, GREEDY, AnswerComparison, ChatSource
 from qlora_tui.data.conversation import Message
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import pluralize
+from qlora_tui.gpu.library_imports import faster_imports
 from qlora_tui.gpu.torch_env import configure_torch_env
 from qlora_tui.recipe.schema import Thinking
 from qlora_tui.runs.directory import RunDir
@@ -154,7 +155,8 @@ def run_repl(
 
 def _load(source: ChatSource, on_status: Callable[[str], None]) -> ChatSession:
     configure_torch_env()
-    from qlora_tui.chat.session import load_session
+    with faster_imports():
+        from qlora_tui.chat.session import load_session
 
     return load_session(source, on_status)
 

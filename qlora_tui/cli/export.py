@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> CommandResult:
         )
     from qlora_tui.chat.chat_sources import choose_adapter, run_source
     from qlora_tui.export.unfinished_files import export_problems
+    from qlora_tui.gpu.library_imports import faster_imports
     from qlora_tui.gpu.torch_env import configure_torch_env
     from qlora_tui.runs.drafts import can_continue, draft_path
     from qlora_tui.runs.exports import leave_gpu_to_runs, output_path
@@ -51,7 +52,8 @@ def run(args: argparse.Namespace) -> CommandResult:
     configure_torch_env()
     try:
         with export_problems(), _progress() as on_status:
-            from qlora_tui.export.forms import export_form
+            with faster_imports():
+                from qlora_tui.export.forms import export_form
 
             written = export_form(run, request, source, adapter_name, on_status)
     except KeyboardInterrupt:

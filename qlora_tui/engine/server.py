@@ -39,6 +39,7 @@ from qlora_tui.engine.protocol import (
     encode,
 )
 from qlora_tui.errors import INTERNAL_ERROR, UserError
+from qlora_tui.gpu.library_imports import faster_imports
 
 if TYPE_CHECKING:
     from qlora_tui.engine.chat_service import ChatService
@@ -151,7 +152,8 @@ class Server:
     def _with_torch(self, on_status: Callable[[str], None]) -> ChatService:
         if self._chat_service is None:
             on_status("Starting the engine")
-            from qlora_tui.engine.chat_service import ChatService
+            with faster_imports():
+                from qlora_tui.engine.chat_service import ChatService
 
             self._chat_service = ChatService()
         return self._chat_service

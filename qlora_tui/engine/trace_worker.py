@@ -34,6 +34,7 @@ from qlora_tui.engine.meta_model import build, inputs
 from qlora_tui.engine.protocol import Failure
 from qlora_tui.engine.trace_client import TraceRequest
 from qlora_tui.errors import UserError
+from qlora_tui.gpu.library_imports import faster_imports
 from qlora_tui.memory.execution import LOSS_BLOCK_ROWS
 from qlora_tui.memory.step_trace import StepTrace
 
@@ -242,6 +243,8 @@ def main() -> None:
     answer: StepTrace | Failure
     with _quiet():
         try:
+            with faster_imports():
+                import peft  # noqa: F401
             answer = trace_request(request)
         except UserError as problem:
             answer = Failure.of(problem)

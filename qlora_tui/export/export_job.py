@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from qlora_tui.chat.chat_sources import choose_adapter, run_source
 from qlora_tui.errors import INTERNAL_ERROR, UserError
 from qlora_tui.export.unfinished_files import export_problems
+from qlora_tui.gpu.library_imports import faster_imports
 from qlora_tui.gpu.torch_env import configure_torch_env
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.exports import (
@@ -79,7 +80,8 @@ def _export(request: ExportRequest, folder: Path) -> ExportStatus:
     write_export_status(folder, status)
     configure_torch_env()
     # Imported here because it loads torch, which takes seconds: a cancel must not wait for it.
-    from qlora_tui.export.forms import export_form
+    with faster_imports():
+        from qlora_tui.export.forms import export_form
 
     with export_problems():
         run = RunDir(folder.parents[1])

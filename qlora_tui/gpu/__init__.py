@@ -7,6 +7,7 @@
 ``visible_devices``  which GPU torch will use: CUDA_VISIBLE_DEVICES
 ``metrics_sampler``  ``MetricsSampler``: a thread that reads a GPU every second
 ``torch_env``        environment variables and warning filters to set before torch is imported
+``library_imports``  ``faster_imports()``, around imports of torch and the libraries on it
 
 Importing these modules loads neither the driver nor ``pynvml`` (45 ms); that happens on first use.
 """

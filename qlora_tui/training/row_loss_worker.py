@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_tui.errors import UserError
+from qlora_tui.gpu.library_imports import faster_imports
 from qlora_tui.gpu.torch_env import allocator_variables, configure_torch_env
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.subprocesses import end_with_parent
@@ -33,20 +34,21 @@ def measure(run: RunDir) -> None:
         UserError: the run has no adapter, or its data or model cannot be read.
         OSError: the result cannot be written.
     """
-    from qlora_tui.catalog.local_models import resolve_model
-    from qlora_tui.data.contradictions import find_contradictions
-    from qlora_tui.data.dataset import prepare_dataset
-    from qlora_tui.data.tokenizer import ChatTokenizer
-    from qlora_tui.data.untrained_tokens import token_ids
-    from qlora_tui.runs.row_losses import MeasuredRow, classify, write_row_losses
-    from qlora_tui.training.adapter import add_lora
-    from qlora_tui.training.base_model import prepare_base
-    from qlora_tui.training.compute_device import choose_attention, find_device
-    from qlora_tui.training.forgetting.answer_logits import RowShape
-    from qlora_tui.training.gguf_conversion import convert_cached
-    from qlora_tui.training.priority import lower_priority
-    from qlora_tui.training.row_loss import OtherPrompts, token_losses
-    from qlora_tui.training.trainer import load_adapter
+    with faster_imports():
+        from qlora_tui.catalog.local_models import resolve_model
+        from qlora_tui.data.contradictions import find_contradictions
+        from qlora_tui.data.dataset import prepare_dataset
+        from qlora_tui.data.tokenizer import ChatTokenizer
+        from qlora_tui.data.untrained_tokens import token_ids
+        from qlora_tui.runs.row_losses import MeasuredRow, classify, write_row_losses
+        from qlora_tui.training.adapter import add_lora
+        from qlora_tui.training.base_model import prepare_base
+        from qlora_tui.training.compute_device import choose_attention, find_device
+        from qlora_tui.training.forgetting.answer_logits import RowShape
+        from qlora_tui.training.gguf_conversion import convert_cached
+        from qlora_tui.training.priority import lower_priority
+        from qlora_tui.training.row_loss import OtherPrompts, token_losses
+        from qlora_tui.training.trainer import load_adapter
 
     started = time.monotonic()
     recipe = run.recipe()

@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext, suppress
 
 from qlora_tui.data.tokenizer_guard import is_panic
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
+from qlora_tui.gpu.library_imports import faster_imports
 from qlora_tui.memory import Estimate
 from qlora_tui.recipe.conflicts import require_runnable
 from qlora_tui.recipe.schema import Recipe
@@ -85,8 +86,9 @@ def _run_attempts(
         _report_damage(reporter, damage)
         require_runnable(recipe)
         reporter.phase("loading", "libraries")
-        from qlora_tui.training.attempt import TrainingAttempt
-        from qlora_tui.training.prepared_run import AttemptContext
+        with faster_imports():
+            from qlora_tui.training.attempt import TrainingAttempt
+            from qlora_tui.training.prepared_run import AttemptContext
 
         while True:
             attempt = TrainingAttempt(
