@@ -35,9 +35,10 @@ def run(args: argparse.Namespace) -> CommandResult | int:
             exit_code=EXIT_USAGE,
         )
     recipe = recipe_from_args(args)
-    if args.name is not None:
-        named = replace_setting(recipe, "name", args.name)
-        recipe = to_recipe(to_layer(named), origin="--name")
+    for path, value in (("name", args.name), ("lora.init_from", args.init_from)):
+        if value is not None:
+            changed = replace_setting(recipe, path, value)
+            recipe = to_recipe(to_layer(changed), origin=f"--{path.rpartition('.')[2].replace('_', '-')}")
     require_runnable(recipe)
     for source in every_source(recipe.data):
         paths_of(source)  # downloads a Hub dataset, so that its rows can be checked
@@ -121,6 +122,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", metavar="RECIPE.toml", help="a recipe file")
     add_recipe_arguments(parser)
     parser.add_argument("--name", help="name of the run in lists, and the start of its id")
+    parser.add_argument(
+        "--init-from",
+        metavar="RUN|FOLDER",
+        help="train this adapter further, in a new run; the recipe must have its LoRA settings",
+    )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
         "--detach", action="store_true", help="return at once; the run continues in the background"

@@ -126,6 +126,7 @@ def render_model_card(
         ("Rank, alpha, dropout", f"{lora.rank}, {lora.alpha:g}, {lora.dropout:g}"),
         *((label, format_value(table)) for label, table in overrides if table),
         ("Target modules", ", ".join(lora.target_modules)),
+        *([("Started from", _adapter_name(lora.init_from))] if lora.init_from else []),
         *([("Token rows", _code(lora.trainable_tokens))] if lora.trainable_tokens else []),
         ("Data", sources or "not recorded"),
         ("Trained on", _trained_part(recipe)),
@@ -167,6 +168,12 @@ def _use(form: CardForm, repo: str, base: str) -> list[str]:
                 f'model = PeftModel.from_pretrained(base, "{repo}")',
             ]
     return ["```python", *lines, "```"]
+
+
+def _adapter_name(folder: str) -> str:
+    """The run or the folder of an adapter, without the path to it."""
+    path = PurePath(folder)
+    return path.parent.name if path.name == "adapter" else path.name
 
 
 def _code(tokens: Iterable[str]) -> str:

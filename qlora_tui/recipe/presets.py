@@ -53,7 +53,7 @@ class Preset(Struct, frozen=True, kw_only=True):
         return {key: value for key, value in self.layer.items() if key not in DESCRIPTIVE}
 
     def recipe(self, current: Recipe | None = None) -> Recipe:
-        """Build the preset over the defaults, with the model, data, name and note of ``current``.
+        """Build the preset over the defaults, with model, first adapter, data, name and note of ``current``.
 
         Raises the preset's problem.
         """
@@ -67,6 +67,7 @@ class Preset(Struct, frozen=True, kw_only=True):
             name=current.name,
             note=current.note,
             model=replace(recipe.model, id=model.id, revision=model.revision),
+            lora=replace(recipe.lora, init_from=current.lora.init_from),
             data=replace(recipe.data, sources=data.sources, validation_path=data.validation_path),
         )
 
@@ -111,9 +112,9 @@ def find_preset(name: str) -> Preset:
 def save(name: str, recipe: Recipe, *, note: str = "", overwrite: bool = False) -> Path:
     """Save the settings in which ``recipe`` differs from the defaults as a preset; return its path.
 
-    Model id, revision and data files are left out: a preset applies to any of them. The file is replaced in
-    one step. Raises OverwriteError, without ``overwrite``, if the existing file is not as the app wrote it;
-    UserError if the name is not a valid file name, the recipe is not valid, or on a disk error.
+    Model id, revision, first adapter and data files are left out: a preset applies to any. The file is
+    replaced in one step. Raises OverwriteError, without ``overwrite``, if the existing file is not as the
+    app wrote it; UserError if the name is not a valid file name, the recipe is not valid, or on a disk error.
     """
     path = _user_path(name)
     body = toml.dump_overrides(_for_any_model(recipe, note), Recipe())
@@ -188,6 +189,7 @@ def _for_any_model(recipe: Recipe, note: str) -> Recipe:
         name="",
         note=note,
         model=replace(recipe.model, id=model.id, revision=model.revision),
+        lora=replace(recipe.lora, init_from=""),
         data=replace(recipe.data, sources=data.sources, validation_path=data.validation_path),
     )
 

@@ -159,6 +159,14 @@ class Lora(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "Rebuilds each target's weight in 16 bits during the forward pass.",
         ),
     ] = False
+    init_from: Annotated[
+        str,
+        _about(
+            "Start from",
+            "An adapter to train further: a run or an adapter's folder, which stays as it is. Rank, alpha "
+            "and targets must be those of the adapter. Empty: a new adapter.",
+        ),
+    ] = ""
     trainable_tokens: Annotated[
         tuple[str, ...],
         _about(

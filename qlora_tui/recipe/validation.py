@@ -15,7 +15,7 @@ from qlora_tui.recipe.fields import Field, fields, format_exact, sections, sourc
 from qlora_tui.recipe.toml_lines import Key, line_of
 
 _MAX_SHOWN_CHARS = 40
-_PATHS = frozenset(("id", "path", "validation_path"))
+_PATHS = frozenset(("id", "path", "validation_path", "init_from"))
 """Last path components of settings that may name a file."""
 _MAX_PATH_BYTES = 4000
 _MAX_NAME_BYTES = 255

@@ -16,6 +16,7 @@ telemetry       GPU and host metrics during a run
 energy          adds up the measured power
 describe        events as sentences
 actions         actions on runs, shared by keys and commands; the app deletes through trash
+initial_adapter the adapter that a run starts from, by the name of its run
 preflight       checks a recipe before a launch
 step_limit      checks whether Max steps or Epochs ends a run
 machine_checks  checks GPU, disk and queue

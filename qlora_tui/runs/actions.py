@@ -13,6 +13,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import control, run_queue
 from qlora_tui.runs.directory import LAST, RunDir, all_runs, create_run
 from qlora_tui.runs.exports import delete_unfinished
+from qlora_tui.runs.initial_adapter import with_initial_adapter
 from qlora_tui.runs.spawn import ensure_runner
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, State, read_status
 
@@ -22,7 +23,7 @@ LONGEST_NAME = 60
 @disk_problems()
 def submit(recipe: Recipe) -> RunDir:
     """Queue a new run and make sure a runner is active. The recipe should be ready to run."""
-    run = create_run(with_absolute_paths(recipe))
+    run = create_run(with_initial_adapter(with_absolute_paths(recipe)))
     run_queue.enqueue(run)
     ensure_runner()
     return run
@@ -31,7 +32,7 @@ def submit(recipe: Recipe) -> RunDir:
 @disk_problems()
 def prepare(recipe: Recipe) -> RunDir:
     """Create a run without queueing it, for trainers that the user starts."""
-    run = create_run(with_absolute_paths(recipe))
+    run = create_run(with_initial_adapter(with_absolute_paths(recipe)))
     run_queue.mark_not_queued(run, "Not queued: start it with the printed command.")
     return run
 
@@ -55,7 +56,8 @@ def _instead_of_resuming(run: RunDir, state: State) -> str:
     if state == "finished":
         return (
             f"All its steps are done. Talk to it: `qlora-tui chat {run.id}`. "
-            f"To train further, start a new run: `qlora-tui train {shlex.quote(str(run.recipe_path))}`."
+            f"To train its adapter further: `qlora-tui train {shlex.quote(str(run.recipe_path))} "
+            f"--init-from {run.id}`."
         )
     if state in ACTIVE or state == "queued":
         return f"It needs no resuming. Watch it: `qlora-tui attach {run.id}`."

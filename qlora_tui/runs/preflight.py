@@ -13,6 +13,7 @@ import msgspec
 from msgspec.structs import replace
 
 from qlora_tui import paths
+from qlora_tui.catalog.adapter_fit import require_fit, trained_on
 from qlora_tui.catalog.context_length import context_length_warning
 from qlora_tui.catalog.local_models import ModelFiles, resolve_model
 from qlora_tui.data.error_cache import Tokens, file_fingerprint, raise_cached_error, tokenizer_fingerprint
@@ -23,12 +24,21 @@ from qlora_tui.data.read import COLUMNAR, files_of, kind_of
 from qlora_tui.data.sources import SourceFile, every_source, is_hub_dataset, sniff
 from qlora_tui.data.token_lookup import check_tokens
 from qlora_tui.errors import EXIT_USAGE, UserError
-from qlora_tui.formatting import format_bytes, format_count, format_gib, format_path, pluralize
+from qlora_tui.formatting import (
+    format_bytes,
+    format_count,
+    format_gib,
+    format_path,
+    pluralize,
+    short_model_name,
+)
 from qlora_tui.memory import Estimate, cheapest_changes, check_fit, estimate, plan_kept_layers
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.recipe.conflicts import find_conflicts
-from qlora_tui.recipe.schema import Data, Recipe, Source, Training
+from qlora_tui.recipe.schema import Data, Lora, Recipe, Source, Training
 from qlora_tui.recipe.targets import resolve_targets
+from qlora_tui.recipe.toml import load, to_frozen_recipe
+from qlora_tui.runs.initial_adapter import initial_adapter
 from qlora_tui.runs.machine_checks import (
     Check,
     CheckKind,
@@ -274,9 +284,40 @@ def _lora(recipe: Recipe, files: ModelFiles) -> list[Check]:
         resolve_targets(recipe.lora, files.architecture.targets)
         if files.gguf_file is None:
             check_tokens(recipe.lora.trainable_tokens, files.folder)
+        if recipe.lora.init_from:
+            return _initial_adapter(recipe, files)
     except UserError as problem:
         return [_blocked(CheckKind.LORA, problem)]
     return []
+
+
+def _initial_adapter(recipe: Recipe, files: ModelFiles) -> list[Check]:
+    """Report an adapter to start from that differs from the recipe, or was trained on another model."""
+    folder = initial_adapter(recipe.lora.init_from)
+    try:
+        require_fit(folder, recipe.lora, files.architecture)
+    except UserError as problem:
+        return [_blocked(CheckKind.LORA, problem, _its_settings(recipe.lora, folder))]
+    base = trained_on(folder)
+    if not base or short_model_name(base) in (short_model_name(recipe.model.id), files.folder.name):
+        return [Check(CheckKind.LORA, "ok", f"Starts from the adapter in {format_path(folder)}.")]
+    text = f"The adapter to start from was trained on {base}, which may be another model than this one."
+    fix = "Choose that model, or clear Start from (lora.init_from)."
+    return [Check(CheckKind.LORA, "warning", text, fix)]
+
+
+def _its_settings(lora: Lora, folder: Path) -> SuggestedFix | None:
+    """The adapter's LoRA settings in place of the recipe's; None where its folder has no recipe."""
+    try:
+        theirs = to_frozen_recipe(load(folder / "recipe.toml"), origin=str(folder)).lora
+    except UserError:
+        return None
+    changes = {
+        f"lora.{key}": value
+        for key, value in msgspec.structs.asdict(theirs).items()
+        if key not in ("init_from", "dropout") and value != getattr(lora, key)
+    }
+    return SuggestedFix("use the adapter's LoRA settings", changes=changes) if changes else None
 
 
 def _length(recipe: Recipe, files: ModelFiles) -> list[Check]:

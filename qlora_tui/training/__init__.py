@@ -17,9 +17,9 @@
                           ``gguf_weights`` writes the tensors of known families, ``gguf_llama`` (with
                           ``gguf_tokenizer``) the rest of a plain Llama, ``gguf_streaming`` that of the others
 ``streaming``             frozen layers that wait in host memory and pass through the device
-``adapter``               adds LoRA; ``fused``: module and adapter as one autograd function;
-                          ``trainable_tokens``: trained rows of embedding and head; ``experts``: 4-bit
-                          experts of a mixture, and LoRA on them
+``adapter``               adds LoRA; ``initial_adapter_weights``: those of an earlier one; ``fused``: module
+                          and adapter as one autograd function; ``trainable_tokens``: trained rows of
+                          embedding and head; ``experts``: 4-bit experts of a mixture, and LoRA on them
 ``dropout``               where a model draws random numbers
 ``packed_attention``      several samples in one sequence, each attending only to itself, in one call of
                           ``varlen_attention`` or one by one; ``padding``: to a multiple of tokens

@@ -26,6 +26,7 @@ from qlora_tui.training.forgetting import replay_samples
 from qlora_tui.training.fused.kernel_choice import find_kernels
 from qlora_tui.training.gguf_conversion import ConversionStopped, cached_conversion, convert_cached
 from qlora_tui.training.heap import release_free_memory
+from qlora_tui.training.initial_adapter_weights import load_initial_adapter
 from qlora_tui.training.library_versions import versions
 from qlora_tui.training.memory_meter import MemoryMeter
 from qlora_tui.training.prepared_run import AttemptContext, PreparedRun
@@ -201,6 +202,9 @@ def _add_adapter(
     # earlier checks drew.
     set_seed(training.seed)
     model = add_lora(base.model, lora, files.architecture, token_ids(lora.trainable_tokens, tokenizer))
+    if lora.init_from and context.checkpoint is None:
+        load_initial_adapter(model, lora, files.architecture)
+        context.reporter.log(f"The adapter starts from {lora.init_from}.")
     if training.gradient_checkpointing != "off":
         model_loading.checkpoint_activations(base.model)
     if training.gradient_checkpointing == "offload" and device.kind == "cuda":

@@ -191,6 +191,6 @@ def _read(model: str) -> Architecture | UserError:
 
 
 def _with_model_and_data(recipe: Recipe, source: Recipe) -> Recipe:
-    for path in ("model.id", "model.revision", "data.sources", "data.validation_path"):
+    for path in ("model.id", "model.revision", "lora.init_from", "data.sources", "data.validation_path"):
         recipe = replace_setting(recipe, path, get_setting(source, path))
     return recipe

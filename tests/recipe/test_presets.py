@@ -102,12 +102,13 @@ def test_opening_a_preset_keeps_model_and_data() -> None:
         name="n",
         model=Model(id="m", revision="r", attention="eager"),
         data=Data(sources=(Source(path="a"),), validation_path="v", max_length=64),
-        lora=Lora(rank=99),
+        lora=Lora(rank=99, init_from="f"),
     )
     opened = presets.find_preset("paper").recipe(current)
     assert (opened.name, opened.model.id, opened.model.revision) == ("n", "m", "r")
     assert (opened.data.sources, opened.data.validation_path) == (current.data.sources, "v")
     assert (opened.model.attention, opened.data.max_length, opened.lora.rank) == ("auto", 512, 64)
+    assert opened.lora.init_from == "f"
 
 
 def test_saving_keeps_the_settings_and_leaves_out_model_and_data() -> None:
@@ -116,7 +117,7 @@ def test_saving_keeps_the_settings_and_leaves_out_model_and_data() -> None:
         note="of the run",
         model=Model(id="m", revision="r", attention="sdpa"),
         data=Data(sources=(Source(path="a"),), validation_path="v", max_length=64),
-        lora=Lora(rank=3),
+        lora=Lora(rank=3, init_from="f"),
     )
     path = presets.save("mine", recipe, note="why")
     header, _, body = path.read_text().partition("\n")

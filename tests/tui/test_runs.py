@@ -419,6 +419,22 @@ async def test_rerun_opens_the_runs_recipe_and_u_undoes_it(
         assert app.workbench.recipe == before
 
 
+async def test_a_finished_run_is_trained_further(make_app: MakeApp, three_runs: list[RunDir]) -> None:
+    run = find_run("tickets-b")
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await open_runs(app)
+        await wait_for_text(pilot, "tickets-a")
+        await pilot.press("j", "T")
+        await wait_for_text(pilot, "No adapter to start from")
+        run.adapter_dir.mkdir(exist_ok=True)
+        (run.adapter_dir / "adapter_config.json").write_text("{}")
+        await pilot.press("escape", "T")
+        await wait_for_text(pilot, "Micro-batch")
+        lora = app.workbench.recipe.lora
+        assert (lora.init_from, lora.rank) == (run.id, 64)
+
+
 async def test_a_runs_settings_are_saved_as_a_preset(make_app: MakeApp, three_runs: list[RunDir]) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:

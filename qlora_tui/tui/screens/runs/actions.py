@@ -9,11 +9,13 @@ from collections.abc import Callable
 from textual.widgets import Input
 
 from qlora_tui.errors import UserError
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.presets import OverwriteError
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions as run_actions
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.initial_adapter import initial_adapter
 from qlora_tui.runs.run_summary import Listing, RunSummary
 from qlora_tui.runs.trash import Trash
 from qlora_tui.tui.folders import open_folder
@@ -128,9 +130,20 @@ class RunActions(WorkScreen):
 
     async def action_rerun(self) -> None:
         """Edit the run's recipe."""
+        if (recipe := self._recipe()) is not None:
+            await self._prepare(recipe)
+
+    async def action_train_further(self) -> None:
+        """Edit the run's recipe, to start from its adapter."""
         recipe = self._recipe()
-        if recipe is None:
+        if recipe is None or self.current is None:
             return
+        run = self.current.run
+        if self.qlora_app.try_or_show_error(lambda: initial_adapter(run.id)):
+            await self._prepare(replace_setting(recipe, "lora.init_from", run.id))
+
+    async def _prepare(self, recipe: Recipe) -> None:
+        """Load a recipe, and show the checks before its launch."""
         workbench = self.qlora_app.workbench
         if workbench.replace(recipe):
             workbench.forget_architecture()

@@ -24,6 +24,13 @@ COMMANDS: tuple[Command, ...] = (
     ),
     _command("rerun", "R", "rerun", "Rerun", "Prepare a new run with this recipe."),
     _not_in_footer(
+        "further",
+        "T",
+        "train_further",
+        "Train further",
+        "Prepare a new run that starts from this run's adapter.",
+    ),
+    _not_in_footer(
         "rename",
         "f2",
         "rename",

@@ -1,0 +1,137 @@
+"""Runs that train an earlier adapter further."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+from msgspec import structs
+
+from qlora_tui.catalog.adapter_fit import adapter_differences
+from qlora_tui.catalog.lookup import load_architecture
+from qlora_tui.checksums import digest
+from qlora_tui.errors import UserError
+from qlora_tui.memory.budget import budget_for
+from qlora_tui.recipe.schema import Lora, Recipe
+from qlora_tui.recipe.toml import dump
+from qlora_tui.runs import actions
+from qlora_tui.runs.damage import adapter_damage
+from qlora_tui.runs.directory import create_run
+from qlora_tui.runs.events import Evaluated
+from qlora_tui.runs.initial_adapter import with_initial_adapter
+from qlora_tui.runs.machine_checks import CheckKind, Machine
+from qlora_tui.runs.preflight import preflight
+from qlora_tui.training.adapter import add_lora
+from qlora_tui.training.initial_adapter_weights import load_initial_adapter
+from qlora_tui.training.trainer import save_adapter
+from tests.support.trainer_processes import Trainers
+from tests.training.conftest import MakeRecipe
+from tests.training.event_helpers import events_of, losses
+from tests.training.test_resume import interrupted_at
+
+pytestmark = pytest.mark.slow
+
+LORA = Lora(rank=8, alpha=16, rank_pattern={"1.q_proj": 4}, alpha_pattern={"1.q_proj": 6.0})
+
+
+def new_model(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an adapter, with its recipe, in which no matrix is zero."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("adapter")
+    model = add_lora(new_model(tiny_model), LORA, load_architecture(str(tiny_model)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn_like(parameter))
+    save_adapter(model, folder)
+    (folder / "recipe.toml").write_text(dump(Recipe(lora=LORA)))
+    return folder
+
+
+def test_the_weights_are_those_that_peft_loads(tiny_model: Path, adapter: Path) -> None:
+    import torch
+    from peft import PeftModel, get_peft_model_state_dict
+
+    architecture = load_architecture(str(tiny_model))
+    model = add_lora(new_model(tiny_model), LORA, architecture)
+    load_initial_adapter(model, structs.replace(LORA, init_from=str(adapter)), architecture)
+    ours = get_peft_model_state_dict(model)
+    by_peft = PeftModel.from_pretrained(new_model(tiny_model), str(adapter), is_trainable=True)
+    theirs = get_peft_model_state_dict(by_peft)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
+    # The scale of each module, by patterns too.
+    factors = {name: m.scaling for name, m in model.named_modules() if hasattr(m, "scaling")}
+    assert factors == {name: m.scaling for name, m in by_peft.named_modules() if hasattr(m, "scaling")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rank": 16}, "rank 16 and alpha 16 in the recipe, 8 and 16 in the adapter"),
+        ({"alpha": 8.0}, "alpha 8 in the recipe, 8 and 16"),
+        ({"rank_pattern": {}}, "layers.1.self_attn.q_proj has rank 8 and alpha 6 in the recipe, 4 and 6"),
+        ({"alpha_pattern": {}}, "layers.1.self_attn.q_proj has rank 4 and alpha 16 in the recipe, 4 and 6"),
+        ({"target_modules": ("q_proj",)}, "it adapts 12 modules that the recipe does not"),
+        ({"use_rslora": True}, "rsLoRA is on in the recipe and off in the adapter"),
+        ({"use_dora": True}, "DoRA is on in the recipe and off in the adapter"),
+    ],
+)
+def test_an_adapter_of_another_shape_is_refused(
+    recipe: MakeRecipe, adapter: Path, changes: dict[str, Any], words: str
+) -> None:
+    lora = structs.replace(LORA, init_from=str(adapter), **changes)
+    wanted = structs.replace(recipe(), lora=lora)
+    architecture = load_architecture(wanted.model.id)
+    assert any(words in each for each in adapter_differences(adapter, lora, architecture))
+    checks = preflight(wanted, Machine(budget_for(None)), read_columnar=False)
+    [check] = [each for each in checks if each.kind is CheckKind.LORA]
+    assert check.outcome == "error" and words in check.text
+    # The fix that one key applies.
+    assert check.suggested_fix is not None
+    repaired = {
+        **structs.asdict(lora),
+        **{k.partition(".")[2]: v for k, v in check.suggested_fix.changes.items()},
+    }
+    assert adapter_differences(adapter, Lora(**repaired), architecture) == []
+
+
+@pytest.mark.parametrize("named", ["no-such-run", "/no/such/folder", "{tmp}"])
+def test_a_missing_adapter_is_an_error(recipe: MakeRecipe, tmp_path: Path, named: str) -> None:
+    wanted = recipe({"lora.init_from": named.format(tmp=tmp_path)})
+    with pytest.raises(UserError, match=r"No such run|No adapter to start from"):
+        with_initial_adapter(wanted)
+    checks = preflight(wanted, Machine(budget_for(None)), read_columnar=False)
+    assert [each.outcome for each in checks if each.kind is CheckKind.LORA] == ["error"]
+
+
+def test_a_run_trains_an_earlier_adapter_further(recipe: MakeRecipe, trainers: Trainers) -> None:
+    settings = {"training.max_steps": 3, "training.checkpoint_every": 1, "training.keep_checkpoints": 9}
+    first = create_run(recipe(settings))
+    assert trainers.run(first) == 0
+    before = digest(first.adapter_dir)
+    run = actions.prepare(recipe({**settings, "lora.init_from": first.id}))
+    assert run.recipe().lora.init_from == str(first.adapter_dir)
+    assert trainers.run(run) == 0
+    assert adapter_damage(first.adapter_dir) is None and digest(first.adapter_dir) == before
+    ended, starts = events_of(first, Evaluated)[-1].loss, events_of(run, Evaluated)[0].loss
+    assert starts == pytest.approx(ended, abs=1e-6) != events_of(first, Evaluated)[0].loss
+    # A resume needs the earlier adapter no more.
+    again = interrupted_at(run, 1)
+    shutil.rmtree(first.path)
+    assert trainers.run(again) == 0
+    assert losses(again) == losses(run)
