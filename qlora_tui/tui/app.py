@@ -307,6 +307,18 @@ class QloraApp(TerminalApp):
         """Undo the last change to the recipe."""
         undo_recipe(self)
 
+    async def action_next_step(self) -> None:
+        """Go to the next of the first steps."""
+        from qlora_tui.tui.guide_actions import go_to_next_step
+
+        await go_to_next_step(self)
+
+    def action_guide(self) -> None:
+        """Hide or show the guide through the first steps."""
+        from qlora_tui.tui.guide_actions import toggle_guide
+
+        toggle_guide(self)
+
     def action_redo(self) -> None:
         """Redo the change that was undone."""
         redo_recipe(self)

@@ -19,6 +19,7 @@ from qlora_tui.runs import liveness
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui import app, clock, system_monitor
 from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.first_steps import hide_guide
 from qlora_tui.tui.screens.train import screen as train
 from tests.tui.fake_runs import BEGAN, GIB, TICKETS, FakeRun, write_fake_run
 from tests.tui.sample_data import readable_model
@@ -72,6 +73,12 @@ def short_idle_checks(monkeypatch: pytest.MonkeyPatch) -> None:
 def old_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
     """The runs of these tests are months old: none is said not to respond, unless a test is about that."""
     monkeypatch.setattr(liveness, "SILENT_S", math.inf)
+
+
+@pytest.fixture(autouse=True)
+def guide_hidden(private_home: Path) -> None:
+    """The guide of a new user takes two lines of each screen: hidden, unless a test is about it."""
+    hide_guide(hidden=True)
 
 
 @pytest.fixture(autouse=True)

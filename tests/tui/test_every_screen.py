@@ -202,7 +202,7 @@ async def test_a_key_of_ones_own_is_named_wherever_keys_are(private_home: Path) 
 
 
 def test_a_keymap_with_mistakes_gets_a_sentence_for_each() -> None:
-    assert validate_keymap({"train.stop": "f9", "train.pause": "ctrl+x,f8"}) == []
+    assert validate_keymap({"train.stop": "f9", "train.pause": "ctrl+x,f10"}) == []
     (unwritten,) = validate_keymap({"train.stop": "^x"})
     assert 'the key "^x", which does not exist. Write "ctrl+x"' in unwritten
     assert validate_keymap({"train.stop": "ctrl+shift+f9,semicolon,é"}) == []

@@ -1,4 +1,4 @@
-"""The base of every screen: top bar, recipe strip, body, footer."""
+"""The base of every screen: top bar, recipe strip and guide, body, footer."""
 
 from __future__ import annotations
 
@@ -69,9 +69,11 @@ class WorkScreen(Screen[None], CancelsWorkersFirst):
         yield TopBar(self.MODE)
         if self.EDITS_RECIPE:
             # Imported here: Home is painted first, has no strip, and need not wait for the memory package.
+            from qlora_tui.tui.widgets.guide import Guide
             from qlora_tui.tui.widgets.recipe_strip import RecipeStrip
 
             yield RecipeStrip(self.MODE)
+            yield Guide(self.MODE)
         yield from self.compose_body()
         yield CommandFooter(self.FOOTER_APP_COMMANDS)
 
@@ -116,10 +118,16 @@ class WorkScreen(Screen[None], CancelsWorkersFirst):
         if not self.is_current:
             return
         self.query_one(TopBar).show_status(system_status)
+        if self.EDITS_RECIPE:
+            from qlora_tui.tui.widgets.guide import Guide
+
+            self.query_one(Guide).show_or_hide()
         self.show_system_status(system_status)
 
     def _show_recipe_strip(self) -> None:
         if self.EDITS_RECIPE:
+            from qlora_tui.tui.widgets.guide import Guide
             from qlora_tui.tui.widgets.recipe_strip import RecipeStrip
 
             self.query_one(RecipeStrip).show_recipe(self.qlora_app.workbench, self.qlora_app.memory_budget)
+            self.query_one(Guide).show_progress()

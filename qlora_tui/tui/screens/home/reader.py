@@ -20,7 +20,7 @@ from qlora_tui.runs.preflight import data_error
 from qlora_tui.runs.run_summary import RunSummary, SummaryCache
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui.draft import draft_written_at
-from qlora_tui.tui.screens.home.first_steps import FirstSteps, first_steps_lines
+from qlora_tui.tui.first_steps import FirstSteps, first_steps_lines
 from qlora_tui.tui.screens.home.next_step import HomeState, NextStep, next_step, other_steps
 from qlora_tui.tui.screens.home.starters import starter_lines
 from qlora_tui.tui.screens.home.text import (
