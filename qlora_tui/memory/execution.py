@@ -26,7 +26,17 @@ chunked: this project's, a few rows of logits at a time. liger: fused linear cro
 stock, but one kernel instead of log-softmax and its gradient, which writes the gradient over the logits.
 trl_chunked, trl_tiled: TRL's own since 1.7 and 1.15 (``trl_loss.py``)."""
 
-Optimizer = Literal["adamw", "adamw_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
+Optimizer = Literal[
+    "adamw",
+    "adamw_fused",
+    "adamw_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+    "lion",
+    "lion_8bit",
+    "adafactor",
+    "muon",
+]
 """The recipe's ``adamw`` is ``adamw_fused`` here; ``adamw`` is that of other trainers."""
 
 AttentionPath = Literal["varlen", "segments", "eager"]

@@ -113,11 +113,17 @@ def _scales_sentence(recipe: Recipe) -> str:
 
 def _training_sentences(facts: ExplainContext) -> dict[str, str]:
     execution, trained = facts.execution, _n(facts.layout.adapter_parameters)
-    moments = (
-        f"Two 8-bit moments and their scales: {trained} × about 2 bytes"
-        if "8bit" in execution.optimizer
-        else f"Two 32-bit moments: {trained} × 8 bytes"
-    )
+    match execution.optimizer:
+        case "adafactor":
+            moments = "The second moment's mean of each row and column of each matrix"
+        case "lion_8bit":
+            moments = f"One 8-bit moment and its scales: {trained} × about 1 byte"
+        case "lion" | "muon":
+            moments = f"One 32-bit moment: {trained} × 4 bytes"
+        case optimizer if "8bit" in optimizer:
+            moments = f"Two 8-bit moments and their scales: {trained} × about 2 bytes"
+        case _:
+            moments = f"Two 32-bit moments: {trained} × 8 bytes"
     paged = ", in managed memory that can move to the host" if execution.optimizer.startswith("paged") else ""
     return {
         "adapter": (
@@ -126,7 +132,9 @@ def _training_sentences(facts: ExplainContext) -> dict[str, str]:
         ),
         "gradients": f"One gradient per trained parameter: {trained} × {execution.adapter_itemsize} bytes.",
         "optimizer": f"{moments}{paged}.",
-        "optimizer_step": "Square roots of all second moments at once: 4 bytes per trained parameter.",
+        "optimizer_step": "Square roots of all second moments at once: 4 bytes per trained parameter."
+        if execution.optimizer == "adamw"
+        else "Copies of one matrix after the other while it is updated.",
     }
 
 

@@ -6,6 +6,8 @@ A new model family gets an entry in :data:`STYLES`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
 from typing import Literal
 
 from qlora_tui.catalog.architecture_types import Architecture, LinearModule
@@ -106,8 +108,8 @@ class Layout:
     own_head: bool
     """Whether the head is untied and has its own trained rows."""
     adapter_parameters: int
-    adapter_tensors: tuple[int, ...]
-    """Elements of each trained tensor."""
+    adapter_shapes: tuple[tuple[int, ...], ...]
+    """Shape of each trained tensor."""
     lora_tensors: tuple[int, ...]
     """Those of linear modules, which have copies in the compute dtype."""
     exact: bool
@@ -116,6 +118,11 @@ class Layout:
     """Whether the model has fused experts that are not quantized."""
     loss_code: LossCode
     """Variant of the family's stock loss in the version of transformers that runs."""
+
+    @cached_property
+    def adapter_tensors(self) -> tuple[int, ...]:
+        """Return the elements of each trained tensor."""
+        return tuple(map(prod, self.adapter_shapes))
 
 
 def build_layout(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> Layout:
@@ -151,16 +158,16 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
     linear_cache: dict[tuple[object, ...], Linear] = {}
     routed = _mixture(recipe, architecture, execution)
     blocks = []
-    tensors: list[int] = []
-    expert_tensors: list[int] = []
+    shapes: list[tuple[int, ...]] = []
+    expert_shapes: list[tuple[int, ...]] = []
     for modules, projections in zip(by_layer, experts, strict=True):
         linears = tuple(
             _linear(module, recipe, ranks.get(module.name, 0), linear_cache) for module in modules
         )
         for linear in linears:
             if linear.rank:
-                tensors += [linear.rank * linear.inputs, linear.rank * linear.outputs]
-                tensors += [linear.outputs] if linear.dora else []
+                shapes += [(linear.rank, linear.inputs), (linear.outputs, linear.rank)]
+                shapes += [(linear.outputs,)] if linear.dora else []
         of_layer = None if any(linear.part == "mlp" for linear in linears) else routed
         if of_layer is not None:
             adapted = tuple(ranks.get(module.name, 0) for module in projections)
@@ -168,7 +175,7 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
             for module, rank in zip(projections, adapted, strict=True):
                 if rank:
                     width = rank * module.copies
-                    expert_tensors += [width * module.in_features, width * module.out_features]
+                    expert_shapes += [(width, module.in_features), (module.out_features, width)]
         key = (linears, of_layer)
         if key not in known:
             known[key] = DecoderLayer(
@@ -194,9 +201,9 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
                 dropout=architecture.residual_dropout,
             )
         blocks.append(known[key])
-    lora_tensors = tuple(tensors)
-    tensors += expert_tensors
-    tensors += row_tensors(recipe.lora, architecture)
+    lora_tensors = tuple(map(prod, shapes))
+    shapes += expert_shapes
+    shapes += row_shapes(recipe.lora, architecture)
     return Layout(
         blocks=tuple(blocks),
         tokens=rows * length,
@@ -211,8 +218,8 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
         logit_scale=architecture.logit_scale is not None,
         token_rows=len(set(recipe.lora.trainable_tokens)),
         own_head=not architecture.head.tied,
-        adapter_parameters=sum(tensors),
-        adapter_tensors=tuple(tensors),
+        adapter_parameters=sum(map(prod, shapes)),
+        adapter_shapes=tuple(shapes),
         lora_tensors=lora_tensors,
         exact=architecture.model_type in STYLES,
         experts_in_16_bits=bool(architecture.expert_modules)
@@ -222,10 +229,10 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
     )
 
 
-def row_tensors(lora: Lora, architecture: Architecture) -> list[int]:
-    """Return the elements of each tensor of trained token rows: the embedding's, and an untied head's."""
-    rows = len(set(lora.trainable_tokens)) * architecture.hidden_size
-    return [rows] * (1 if architecture.head.tied else 2) if rows else []
+def row_shapes(lora: Lora, architecture: Architecture) -> list[tuple[int, ...]]:
+    """Return the shape of each tensor of trained token rows: the embedding's, and an untied head's."""
+    rows = len(set(lora.trainable_tokens))
+    return [(rows, architecture.hidden_size)] * (1 if architecture.head.tied else 2) if rows else []
 
 
 def _kernel(architecture: Architecture, execution: ExecutionConfig) -> Kernel:

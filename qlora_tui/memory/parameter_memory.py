@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from math import prod
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.memory.autograd import ALLOCATION_BYTES
@@ -19,6 +20,9 @@ from qlora_tui.recipe.schema import Recipe
 SMALL_TENSOR = 4096
 """Elements below which bitsandbytes uses 32-bit optimizer states for a tensor."""
 STATE_BLOCK = 256
+STEP_ITEMSIZE: dict[str, int] = {"adamw": 4, "adafactor": 12, "muon": 8}
+"""Bytes per element of a tensor during its step: AdamW's square root; Adafactor's squared gradient and the
+two factors of its update; Muon's gradient with momentum, and two matrices in bfloat16."""
 
 
 def round_to_block(size: int) -> int:
@@ -110,32 +114,37 @@ def gradient_bytes(layout: Layout, execution: ExecutionConfig) -> int:
 
 
 def optimizer_bytes(layout: Layout, execution: ExecutionConfig) -> int:
-    """Return the bytes of both moments. Paged states take the same bytes in managed memory."""
+    """Return the bytes of all states. Paged states take the same bytes in managed memory."""
     return sum(
-        times * _state_bytes(count, execution) for count, times in Counter(layout.adapter_tensors).items()
+        times * _state_bytes(shape, execution) for shape, times in Counter(layout.adapter_shapes).items()
     )
 
 
-def _state_bytes(count: int, execution: ExecutionConfig) -> int:
-    return sum(round_to_block(size) for size in state_sizes(count, execution))
+def _state_bytes(shape: tuple[int, ...], execution: ExecutionConfig) -> int:
+    return sum(round_to_block(size) for size in state_sizes(shape, execution))
 
 
-def state_sizes(count: int, execution: ExecutionConfig) -> tuple[int, ...]:
-    """Return the bytes of each state of one trained tensor: both moments, and their scales."""
-    if "8bit" in execution.optimizer and count >= SMALL_TENSOR:
-        return (count, count, *[-(-count // STATE_BLOCK) * 4] * 2)
-    itemsize = (
-        execution.adapter_itemsize
-        if execution.optimizer.startswith("adamw") and "8bit" not in execution.optimizer
-        else 4
-    )
-    return (count * itemsize, count * itemsize)
+def state_sizes(shape: tuple[int, ...], execution: ExecutionConfig) -> tuple[int, ...]:
+    """Return the bytes of each state of one trained tensor: moments, and the scales of 8-bit ones.
+
+    AdamW has two moments; Lion (bitsandbytes ``lion.py``) and Muon (torch) have one; of Adafactor's second
+    moment transformers keeps the means of rows and columns, and a scalar.
+    """
+    count, optimizer = prod(shape), execution.optimizer
+    moments = 1 if optimizer in ("lion", "lion_8bit", "muon") else 2
+    if "8bit" in optimizer and count >= SMALL_TENSOR:
+        return (*[count] * moments, *[-(-count // STATE_BLOCK) * 4] * moments)
+    if optimizer == "adafactor":
+        return (*[size * 4 for size in shape], 4)
+    in_adapter_dtype = optimizer == "muon" or (optimizer.startswith("adamw") and "8bit" not in optimizer)
+    return (count * (execution.adapter_itemsize if in_adapter_dtype else 4),) * moments
 
 
 def optimizer_step_bytes(layout: Layout, execution: ExecutionConfig) -> int:
     """Return the temporary bytes of one optimizer step: torch's multi-tensor AdamW takes a square root of all
-    second moments at once (``_foreach_sqrt``); fused and bitsandbytes kernels need none."""
+    second moments at once (``_foreach_sqrt``); fused and bitsandbytes kernels need none. Others take one
+    tensor after the other."""
     if execution.optimizer == "adamw" and execution.device == "cuda":
         return adapter_bytes(layout, execution)
     largest = max(layout.adapter_tensors, default=0)
-    return round_to_block(largest * 4) if execution.optimizer == "adamw" else 0
+    return round_to_block(largest * STEP_ITEMSIZE.get(execution.optimizer, 0))

@@ -18,7 +18,7 @@ from qlora_tui.memory.execution import ExecutionConfig
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.loading import load
 from qlora_tui.memory.ops import FLOAT
-from qlora_tui.memory.parameter_memory import state_sizes
+from qlora_tui.memory.parameter_memory import STEP_ITEMSIZE, state_sizes
 from qlora_tui.memory.static_memory import input_bytes, mask_bytes, workspace_bytes
 from qlora_tui.memory.step import (
     PartProfile,
@@ -165,11 +165,15 @@ class _Run:
         allocator, execution, sizes = self._allocator, self._execution, self._layout.adapter_tensors
         before = allocator.small_bytes
         if first and not execution.optimizer.startswith("paged"):
-            allocator.keep(size for count in sizes for size in state_sizes(count, execution))
+            shapes = self._layout.adapter_shapes
+            allocator.keep(size for shape in shapes for size in state_sizes(shape, execution))
         allocated_bytes = allocator.small_bytes - before
         if execution.optimizer == "adamw":
             for block in take_all(allocator, (count * execution.adapter_itemsize for count in sizes)):
                 allocator.free(block)
+        elif itemsize := STEP_ITEMSIZE.get(execution.optimizer):
+            for count in sizes:
+                allocator.free(allocator.malloc(count * itemsize))
         return allocated_bytes
 
 

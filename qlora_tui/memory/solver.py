@@ -23,6 +23,12 @@ LENGTH_STEP = 128
 MAX_ROWS = 1024
 _STREAMING_STEPS = 16
 RANKS = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_SMALLER_STATES = {
+    "adamw": "paged_adamw_8bit",
+    "paged_adamw_32bit": "paged_adamw_8bit",
+    "lion": "lion_8bit",
+}
+"""Optimizers of the same kind with 8-bit states."""
 
 
 @dataclass(frozen=True)
@@ -170,9 +176,8 @@ def _offers(recipe: Recipe, architecture: Architecture, device: Device) -> Itera
     with_experts = structs.replace(quantization, experts=True)
     if not quantization.experts and quantized_experts(with_experts, architecture) != "none":
         yield _single("slightly less exact", "Quantize experts", "quantization.experts", True)
-    if training.optimizer in ("adamw", "paged_adamw_32bit"):
-        label = f"Optimizer {training.optimizer} → paged_adamw_8bit"
-        yield _single("", label, "training.optimizer", "paged_adamw_8bit")
+    if same_kind := _SMALLER_STATES.get(training.optimizer):
+        yield _single("", f"Optimizer {training.optimizer} → {same_kind}", "training.optimizer", same_kind)
     if training.micro_batch_size > 1:
         yield SavingOption("same effective batch, a little slower", tuple(_smaller_batches(recipe)))
     if training.gradient_checkpointing == "off":

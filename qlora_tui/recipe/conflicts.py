@@ -48,6 +48,20 @@ def find_conflicts(recipe: Recipe) -> list[Conflict]:
                 "lower training.warmup_ratio or training.lr_decay_share to a sum of at most 1",
             )
         )
+    for path, is_set in (
+        ("lora.use_dora", recipe.lora.use_dora),
+        ("lora.trainable_tokens", bool(recipe.lora.trainable_tokens)),
+    ):
+        if recipe.training.optimizer == "muon" and is_set:
+            trained = "vectors" if path == "lora.use_dora" else "embeddings"
+            conflicting.append(
+                Conflict(
+                    ("training.optimizer", path),
+                    f'training.optimizer = "muon" makes the update of a matrix orthogonal, and {path} trains '
+                    f"{trained} too",
+                    f'set training.optimizer = "adamw" or leave {path} out',
+                )
+            )
     if recipe.quantization.streamed_layers:
         conflicting += _streaming_conflicts(recipe)
     return conflicting

@@ -386,11 +386,23 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         float, _about("Warmup ratio", "Share of the steps in which the learning rate rises.", ge=0, lt=1)
     ] = 0.03
     optimizer: Annotated[
-        Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"],
+        Literal[
+            "adamw",
+            "adamw_8bit",
+            "paged_adamw_32bit",
+            "paged_adamw_8bit",
+            "lion",
+            "lion_8bit",
+            "adafactor",
+            "muon",
+        ],
         _about(
             "Optimizer",
-            "AdamW. 8-bit states save memory; paged states move to host memory in a spike.",
-            "Eight bytes per trained parameter, two with 8-bit states.",
+            "AdamW; 8-bit states save memory, paged ones move to host memory in a spike. lion needs a third "
+            "to a tenth of AdamW's learning rate (arXiv 2302.06675), adafactor and muon the same (arXiv "
+            "2502.16982).",
+            "Per trained parameter: AdamW eight bytes, lion and muon four, with 8-bit states a quarter; "
+            "adafactor next to none.",
         ),
     ] = "paged_adamw_8bit"
     weight_decay: Annotated[float, _about("Weight decay", "AdamW weight decay.", ge=0, le=1)] = 0.0

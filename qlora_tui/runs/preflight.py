@@ -36,7 +36,7 @@ from qlora_tui.memory import Estimate, cheapest_changes, check_fit, estimate, pl
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.recipe.conflicts import find_conflicts
 from qlora_tui.recipe.schema import Data, Lora, Recipe, Source, Training
-from qlora_tui.recipe.targets import resolve_targets
+from qlora_tui.recipe.targets import check_optimizer_of_experts, resolve_targets
 from qlora_tui.recipe.toml import load, to_frozen_recipe
 from qlora_tui.runs.initial_adapter import initial_adapter
 from qlora_tui.runs.machine_checks import (
@@ -281,7 +281,8 @@ def _learning_rate(rate: float) -> list[Check]:
 def _lora(recipe: Recipe, files: ModelFiles) -> list[Check]:
     """Report target patterns that match nothing, and trainable tokens missing from the tokenizer."""
     try:
-        resolve_targets(recipe.lora, files.architecture.targets)
+        targets = resolve_targets(recipe.lora, files.architecture.targets)
+        check_optimizer_of_experts(recipe.training.optimizer, targets)
         if files.gguf_file is None:
             check_tokens(recipe.lora.trainable_tokens, files.folder)
         if recipe.lora.init_from:

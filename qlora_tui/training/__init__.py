@@ -35,7 +35,7 @@
 ``memory_probe``          one step on the longest batch before training; ``memory_meter``: peak memory;
                           ``heap``: returns free memory to the system
 ``trainer``               transformers' ``Trainer``, one item per optimizer step, and gradient clipping;
-                          ``optimizers``: which one, and LoRA+; ``lr_schedule``: the learning rate of
+                          ``optimizers``: which, Muon and LoRA+; ``lr_schedule``: the learning rate of
                           each step; ``embedding_noise``: NEFTune
 ``callbacks``             the ``TrainerCallback``: probe memory, then after each step report, evaluate
                           (``evaluation``, ``accuracy``; ``forgetting`` compares with the base), stop early,

@@ -82,13 +82,7 @@ class TrainingAttempt:
         arguments = training_arguments(
             recipe, prepared.device, len(step_plan.steps), prepared.run.checkpoints_dir
         )
-        trainer = RunTrainer(
-            prepared.model,
-            arguments,
-            steps,
-            lora_plus_ratio=recipe.training.lora_plus_ratio,
-            neftune_alpha=recipe.training.neftune_alpha,
-        )
+        trainer = RunTrainer(prepared.model, arguments, steps, recipe.training)
         callback = RunCallback(prepared, trainer)
         trainer.add_callback(callback)
         tokens_before = trainer.tokens

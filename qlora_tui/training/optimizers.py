@@ -1,31 +1,68 @@
-"""The optimizer of a run: its name in transformers, and LoRA+ in place of one rate for all matrices."""
+"""The optimizer of a run: its name in transformers, torch's Muon, and LoRA+ in place of one rate for all."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
 
+from qlora_tui.errors import UserError
+from qlora_tui.recipe.schema import Training
+
+MUON = "muon"
 OPTIMIZERS = {
     "adamw": "adamw_torch_fused",
     "adamw_8bit": "adamw_bnb_8bit",
     "paged_adamw_32bit": "paged_adamw_32bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
+    "lion": "lion_32bit",
+    "lion_8bit": "lion_8bit",
+    "adafactor": "adafactor",
+    MUON: "adamw_torch",  # transformers has no name for torch's own: see ``create_optimizer``
 }
 """transformers' name of each choice of ``training.optimizer``."""
 
 
-def create_lora_plus(model: Any, arguments: TrainingArguments, ratio: float) -> Optimizer:
-    """Return the optimizer of a run with ``training.lora_plus_ratio``: peft's groups, A's matrices first."""
+def create_optimizer(model: Any, arguments: TrainingArguments, training: Training) -> Optimizer | None:
+    """Return the optimizer of a run; None where transformers creates it.
+
+    With ``training.lora_plus_ratio`` the groups are peft's, A's matrices first. Muon's steps have the size of
+    AdamW's (arXiv 2502.16982, section 2.2), so that AdamW's learning rates apply.
+
+    Raises:
+        UserError: this version of torch has no Muon.
+    """
+    ratio, is_muon = training.lora_plus_ratio, training.optimizer == MUON
+    if ratio == 1 and not is_muon:
+        return None
+    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    if is_muon:
+        optimizer_class = _muon()
+        options = {"lr": arguments.learning_rate, "adjust_lr_fn": "match_rms_adamw"}
+    if ratio == 1:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        plain: Optimizer = optimizer_class(trained, weight_decay=arguments.weight_decay, **options)
+        return plain
     from peft.optimizers import create_loraplus_optimizer
 
-    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
-    optimizer: Optimizer = create_loraplus_optimizer(
+    with_ratio: Optimizer = create_loraplus_optimizer(
         model,
         optimizer_class,
         loraplus_lr_ratio=ratio,
         loraplus_weight_decay=arguments.weight_decay,
         **options,
     )
-    return optimizer
+    return with_ratio
+
+
+def _muon() -> Any:
+    muon = getattr(torch.optim, "Muon", None)
+    if muon is None:
+        raise UserError(
+            "No Muon in this version of torch",
+            what=f'training.optimizer is "{MUON}", and torch {torch.__version__} has none.',
+            fix='Install torch 2.9 or newer, or choose another optimizer, such as "adamw".',
+        )
+    return muon

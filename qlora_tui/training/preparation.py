@@ -14,6 +14,7 @@ from qlora_tui.data.dataset import PreparedDataset, prepare_dataset
 from qlora_tui.data.thinking_facts import prompt_thinking, thinking_sentences
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.untrained_tokens import token_ids
+from qlora_tui.recipe.targets import check_optimizer_of_experts, resolve_targets
 from qlora_tui.runs.events import AdapterReady, DataReady, Environment, LayersStreamed
 from qlora_tui.runs.machine_checks import several_gpus_problem
 from qlora_tui.training import model_loading, quantized_cache
@@ -198,6 +199,7 @@ def _add_adapter(
     tokenizer: ChatTokenizer,
 ) -> Any:
     training, lora = context.recipe.training, context.recipe.lora
+    check_optimizer_of_experts(training.optimizer, resolve_targets(lora, files.architecture.targets))
     # Seeded here, so that the initial adapter depends on the seed alone, not on random numbers that
     # earlier checks drew.
     set_seed(training.seed)

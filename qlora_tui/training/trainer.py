@@ -22,7 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.schema import Recipe, Training
 from qlora_tui.training.batches import (
     StepPlan,
     TokenizedDataset,
@@ -39,7 +39,7 @@ from qlora_tui.training.disk_errors import true_disk_errors
 from qlora_tui.training.embedding_noise import EmbeddingNoise
 from qlora_tui.training.failure import is_out_of_memory
 from qlora_tui.training.lr_schedule import SCHEDULES, create_schedule, schedule_arguments
-from qlora_tui.training.optimizers import OPTIMIZERS, create_lora_plus
+from qlora_tui.training.optimizers import OPTIMIZERS, create_optimizer
 from qlora_tui.training.random_numbers import RandomNumberState
 
 
@@ -147,19 +147,10 @@ class RunTrainer(Trainer):
     """Trains the planned steps of a run.
 
     Args:
-        lora_plus_ratio: the rate of B's matrices as a multiple of that of A's.
-        neftune_alpha: noise on the embeddings; 0: none.
+        training: the settings that ``TrainingArguments`` has no place for: optimizer, LoRA+, NEFTune.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        args: TrainingArguments,
-        steps: StepDataset,
-        *,
-        lora_plus_ratio: float = 1.0,
-        neftune_alpha: float = 0.0,
-    ) -> None:
+    def __init__(self, model: Any, args: TrainingArguments, steps: StepDataset, training: Training) -> None:
         super().__init__(model=model, args=args, train_dataset=steps)
         self.remove_callback(PrinterCallback)
         self.steps = steps
@@ -167,8 +158,8 @@ class RunTrainer(Trainer):
         """Real tokens trained on so far, over all attempts and processes."""
         self.after_micro_batch: Callable[[int, int], None] = lambda done, total: None
         """Called with the micro-batches done and in all, except after the last of a step."""
-        self._lora_plus_ratio = lora_plus_ratio
-        self._noise = EmbeddingNoise(model, neftune_alpha)
+        self._training = training
+        self._noise = EmbeddingNoise(model, training.neftune_alpha)
         self._step_start: RandomNumberState | None = None
         """Random numbers at the start of the step in progress."""
 
@@ -179,9 +170,9 @@ class RunTrainer(Trainer):
         )
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Create the recipe's optimizer, in which B's matrices may have their own rate (LoRA+)."""
-        if self.optimizer is None and self._lora_plus_ratio != 1:
-            self.optimizer = create_lora_plus(self.model, self.args, self._lora_plus_ratio)
+        """Create the optimizer of :mod:`.optimizers`, or transformers' own."""
+        if self.optimizer is None:
+            self.optimizer = create_optimizer(self.model, self.args, self._training)
         return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:

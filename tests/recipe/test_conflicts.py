@@ -24,6 +24,8 @@ def test_the_defaults_do_not_conflict() -> None:
         Recipe(model=Model(attention="flash"), quantization=Quantization(compute_dtype="float32")),
         Recipe(quantization=STREAMED, training=Training(gradient_checkpointing="off")),
         Recipe(quantization=STREAMED, lora=Lora(use_dora=True)),
+        Recipe(training=Training(optimizer="muon"), lora=Lora(use_dora=True)),
+        Recipe(training=Training(optimizer="muon"), lora=Lora(trainable_tokens=("<x>",))),
         Recipe(training=Training(lr_scheduler="wsd", warmup_ratio=0.5, lr_decay_share=0.6)),
     ],
 )

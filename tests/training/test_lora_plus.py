@@ -31,13 +31,13 @@ def adapted(tiny_model: Path) -> Any:
     return get_peft_model(model, config)
 
 
-def run_trainer(model: Any, folder: Path, optimizer: Any, **methods: float) -> RunTrainer:
-    training = Training(learning_rate=RATE, weight_decay=DECAY, optimizer=optimizer)
+def run_trainer(model: Any, folder: Path, optimizer: Any, **methods: Any) -> RunTrainer:
+    training = Training(learning_rate=RATE, weight_decay=DECAY, optimizer=optimizer, **methods)
     recipe = Recipe(training=training)
     arguments = training_arguments(recipe, find_device(recipe), 4, folder)
     samples: Any = ()
     steps = StepDataset(StepPlan((), 0, 0), samples, micro_batch=1, padding_free=True, pad_id=0)
-    return RunTrainer(model, arguments, steps, **methods)
+    return RunTrainer(model, arguments, steps, training)
 
 
 def groups(model: Any, optimizer: Any) -> list[tuple[set[str], float, float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 from msgspec import structs
 from textual.content import Content
@@ -14,7 +15,7 @@ from qlora_tui.formatting import format_bytes, format_count
 from qlora_tui.memory import Device, Estimate, estimate
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import precision_of
-from qlora_tui.memory.layout import build_layout, row_tensors
+from qlora_tui.memory.layout import build_layout, row_shapes
 from qlora_tui.memory.parameter_memory import adapter_bytes, gradient_bytes, optimizer_bytes
 from qlora_tui.recipe.diff import diff_recipes, format_value
 from qlora_tui.recipe.fields import replace_setting
@@ -64,7 +65,7 @@ def format_delta(bytes_: int) -> str:
 def trained_parameters(recipe: Recipe, architecture: Architecture) -> int:
     """Trained parameters of the adapter. Raises UserError for targets that the model does not have."""
     chosen = match_modules(recipe.lora.target_modules, architecture.targets)
-    return adapter_parameters(chosen, recipe.lora) + sum(row_tensors(recipe.lora, architecture))
+    return adapter_parameters(chosen, recipe.lora) + sum(map(prod, row_shapes(recipe.lora, architecture)))
 
 
 def totals_text(recipe: Recipe, architecture: Architecture, estimate: Estimate) -> Content:
