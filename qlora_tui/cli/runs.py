@@ -16,7 +16,7 @@ from qlora_tui.formatting import format_float
 from qlora_tui.runs import actions, control, run_queue
 from qlora_tui.runs.describe import format_exact
 from qlora_tui.runs.directory import LAST, RunDir, all_runs, find_run
-from qlora_tui.runs.metrics_csv import metrics_csv
+from qlora_tui.runs.metrics_table import metrics_csv, metrics_parquet
 from qlora_tui.runs.spawn import ensure_runner
 from qlora_tui.runs.status import ACTIVE, read_status
 from qlora_tui.runs.view import RunView
@@ -55,13 +55,27 @@ def _delete(run: RunDir, *, confirmed: bool) -> CommandResult:
     return CommandResult(data={"run": run.id, "deleted": True}, text=f"{run.id} is deleted.")
 
 
+def _content(view: RunView, kind: str) -> bytes:
+    """The table or picture of a run as the content of a file whose name ends in ``kind``."""
+    if kind == ".csv":
+        return metrics_csv(view).encode()
+    if kind == ".parquet":
+        return metrics_parquet(view)
+    # Only here: the rest of this module needs no drawing.
+    from qlora_tui.tui.render.loss_png import loss_png
+    from qlora_tui.tui.render.loss_svg import loss_svg
+
+    svg = loss_svg(view)
+    return svg.encode() if kind == ".svg" else loss_png(svg)
+
+
 def _save(run: RunDir, file: Path) -> CommandResult:
     """Write the steps of a run as a table, or its loss as a picture."""
     kind = file.suffix.lower()
-    if kind not in (".csv", ".svg"):
+    if kind not in (".csv", ".parquet", ".svg", ".png"):
         raise UserError(
             "Unknown kind of file",
-            what=f"{file.name} ends neither in .csv nor in .svg.",
+            what=f"{file.name} ends neither in .csv or .parquet nor in .svg or .png.",
             fix="Name a file such as steps.csv for a table, or loss.svg for a picture.",
             exit_code=EXIT_USAGE,
         )
@@ -71,12 +85,10 @@ def _save(run: RunDir, file: Path) -> CommandResult:
         raise UserError(
             "No steps yet", what=f"{run.name} has recorded no step.", fix="Save it when it has trained."
         )
-    from qlora_tui.tui.render.loss_svg import loss_svg  # only here: the rest of this module needs no drawing
-
-    text = metrics_csv(view) if kind == ".csv" else loss_svg(view)
+    content = _content(view, kind)
     try:
-        with file.open("x", encoding="utf-8") as created:
-            created.write(text)
+        with file.open("xb") as created:
+            created.write(content)
     except FileExistsError as error:
         raise UserError(
             "Not saved",
@@ -230,7 +242,8 @@ def _runs_arguments(parser: argparse.ArgumentParser) -> None:
     _add_run_argument(delete)
     delete.add_argument("--yes", action="store_true", help="confirm: without this, nothing is deleted")
     save = changes.add_parser(
-        "save", help="save the steps of a run as a table (.csv) or its loss as a picture (.svg)"
+        "save",
+        help="save the steps of a run as a table (.csv, .parquet) or its loss as a picture (.svg, .png)",
     )
     _add_run_argument(save)
     save.add_argument("file", metavar="FILE", help="the file to write; it must not exist")

@@ -41,7 +41,7 @@ defects         what is wrong with the result of a run that ended regularly
 run_summary     a run in one line, for lists
 row_losses      the loss of each training row before and after a run, and its class
 row_loss_job    has it measured
-metrics_csv     the steps of a run as a CSV table
+metrics_table   the steps of a run as a CSV or Parquet table
 length_costs    memory and time at other sequence lengths
 exports         exports of adapters that run in the background
 suggested_fix   a fix for a warning that one key applies

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -10,8 +12,9 @@ import pytest
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Evaluated, Step
-from qlora_tui.runs.metrics_csv import metrics_csv
+from qlora_tui.runs.metrics_table import metrics_csv, metrics_parquet
 from qlora_tui.runs.view import RunView
+from qlora_tui.tui.render.loss_png import loss_png
 from qlora_tui.tui.render.loss_svg import loss_svg, running_mean
 from tests.cli.conftest import Call
 from tests.tui.fake_runs import FakeRun, write_fake_run
@@ -50,6 +53,35 @@ def test_the_table_has_each_step_and_evaluation(tmp_path: Path) -> None:
     assert rows[1]["learning_rate"] == "0.001" and rows[3]["tokens"] == "300"
 
 
+def test_the_parquet_table_has_the_values_of_the_csv(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    view = run_with(tmp_path, [2.0, math.nan, 1.5])
+    table = pyarrow.parquet.read_table(pyarrow.BufferReader(metrics_parquet(view)))
+    rows = list(csv.DictReader(metrics_csv(view).splitlines()))
+    assert len(rows) == table.num_rows == 4
+    for row, values in zip(rows, table.to_pylist(), strict=True):
+        assert {k: "" if v is None else f"{v:.8g}" for k, v in values.items()} == row
+    assert table.schema.field("step").type == pyarrow.int64()
+
+
+def test_a_png_needs_pillow(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    write_fake_run(FakeRun(name="owls", state="finished", steps=60, total=60))
+    assert "pip install pillow" in call("runs", "save", "owls", str(tmp_path / "loss.png")).err
+    assert not (tmp_path / "loss.png").exists()
+
+
+def test_the_png_has_the_colors_of_the_svg(tmp_path: Path) -> None:
+    images = pytest.importorskip("PIL.Image")
+    content = loss_png(loss_svg(run_with(tmp_path, [2.0, 1.9, 1.6, 1.5])))
+    picture = images.open(io.BytesIO(content)).convert("RGB")
+    assert picture.size == (1920, 960)
+    colors = {color for _, color in picture.getcolors(1 << 20)}
+    assert {(255, 255, 255), (0x2F, 0x7F, 0xB5), (0x2E, 0x8B, 0x57)} <= colors
+
+
 def test_the_picture_breaks_its_line_at_nan(tmp_path: Path) -> None:
     root = ET.fromstring(loss_svg(run_with(tmp_path, [2.0, 1.9, math.nan, 1.6, 1.5])))
     gray, mean = (
@@ -67,19 +99,22 @@ def test_the_running_mean_skips_what_is_no_number() -> None:
     assert running_mean([2.0, math.nan, 1.0]) == [2.0, 2.0, 1.5]
 
 
-@pytest.mark.parametrize("suffix", ["csv", "svg"])
+@pytest.mark.parametrize("suffix", ["csv", "svg", "parquet"])
 def test_a_file_is_written_once(suffix: str, call: Call, tmp_path: Path) -> None:
     write_fake_run(FakeRun(name="owls <b>", state="finished", steps=60, total=60))
     file = tmp_path / f"owls.{suffix}"
     assert "Saved 60 steps" in call("runs", "save", "owls <b>", str(file)).out
-    text = file.read_text()
-    assert "<b>" not in text
-    assert "exists" in call("runs", "save", "owls <b>", str(file)).err and file.read_text() == text
+    content = file.read_bytes()
+    assert b"<b>" not in content
+    assert "exists" in call("runs", "save", "owls <b>", str(file)).err and file.read_bytes() == content
 
 
 @pytest.mark.parametrize(
     ("file", "words"),
-    [("loss.png", "ends neither in .csv nor in .svg"), ("missing/loss.svg", "cannot be written")],
+    [
+        ("loss.gif", "ends neither in .csv or .parquet nor in .svg or .png"),
+        ("missing/loss.svg", "cannot be written"),
+    ],
 )
 def test_a_file_that_cannot_be_written_is_explained(
     file: str, words: str, call: Call, tmp_path: Path

@@ -21,7 +21,7 @@ from qlora_tui.runs.events import (
     Step,
     StepVerified,
 )
-from qlora_tui.runs.metrics_csv import metrics_csv
+from qlora_tui.runs.metrics_table import metrics_csv
 from qlora_tui.runs.outcomes import record_outcome
 from qlora_tui.runs.status import Status, read_status, write_status
 from qlora_tui.runs.view import RunView

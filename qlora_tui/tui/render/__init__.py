@@ -8,7 +8,7 @@ recipe_line      a recipe in one line, shortened to a width for the recipe strip
                  colors of verdicts
 labeled          a label, a bar and a value in one line
 run_labels       the sign and color of each state of a run
-loss_svg         the loss of a run as an SVG picture
+loss_svg         the loss of a run as an SVG picture; ``loss_png``: as PNG
 summary_plot     the loss graph of a run's summary
 strip_rendering  lines of text as Textual paints them
 """
