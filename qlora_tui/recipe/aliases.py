@@ -47,6 +47,7 @@ ALIASES = {
     "optim": "training.optimizer",
     "per_device_train_batch_size": "training.micro_batch_size",
     "r": "lora.rank",
+    "report_to": "training.report_to",
     "sample_packing": "data.packing",
     "save_steps": "training.checkpoint_every",
     "save_total_limit": "training.keep_checkpoints",

@@ -419,6 +419,14 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "Keeps one hidden state per recomputed layer instead of every activation; with offload, two.",
         ),
     ] = "auto"
+    report_to: Annotated[
+        Literal["none", "tensorboard", "wandb", "trackio", "mlflow"],
+        _about(
+            "Report to",
+            "Send steps, evaluations and settings to a tracker too, if it is installed: tensorboard writes "
+            "into the run's folder, trackio and mlflow on this machine, wandb to its server.",
+        ),
+    ] = "none"
     log_every: Annotated[
         int, _about("Log every", "Steps between points of the loss graph.", ge=1, le=_MANY_STEPS)
     ] = 1

@@ -19,6 +19,7 @@ actions         actions on runs, shared by keys and commands; the app deletes th
 initial_adapter the adapter that a run starts from, by the name of its run
 preflight       checks a recipe before a launch
 step_limit      checks whether Max steps or Epochs ends a run
+tracker_packages whether an experiment tracker is installed
 machine_checks  checks GPU, disk and queue
 readiness       checks whether this machine can train at all
 control         sends a request to a running trainer

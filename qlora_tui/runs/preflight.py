@@ -50,6 +50,7 @@ from qlora_tui.runs.machine_checks import (
 )
 from qlora_tui.runs.step_limit import check_step_limit
 from qlora_tui.runs.suggested_fix import SuggestedFix
+from qlora_tui.runs.tracker_packages import missing_tracker
 
 _HIGH_RATE = 10
 """Factor of the default learning rate above which LoRA training seldom stays stable."""
@@ -259,7 +260,9 @@ def _sniffed_format(path: Path, source: bytes, preferences: str, _stamp: tuple[i
 
 
 def _settings(recipe: Recipe) -> list[Check]:
+    missing = missing_tracker(recipe.training.report_to)
     return [
+        *([_blocked(CheckKind.SETTINGS, missing)] if missing else []),
         *_learning_rate(recipe.training.learning_rate),
         *(
             Check(CheckKind.SETTINGS, "error", f"{c.what}.", f"{c.fix[:1].upper()}{c.fix[1:]}.")

@@ -5,6 +5,7 @@
 ``__main__``              arguments, and the environment that must be set before torch is imported
 ``supervisor``            one trainer per run, the heartbeat, and one event for every error (``failure``)
 ``reporter``              writes events, status and log; ``telemetry_recorder``: the machine once a second
+``tracker``               sends events to TensorBoard, Weights & Biases, Trackio or MLflow
 ``attempt``               one attempt at a run: prepare, train, finish; ``preparation`` loads data, model
                           and adapter into a ``PreparedRun`` (``prepared_run``), which all else reads
 ``compute_device``        the GPU or CPU and the compute dtype; ``library_versions``: the libraries in use

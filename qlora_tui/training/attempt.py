@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.runs.energy import JOULES_PER_KWH, EnergyMeter
@@ -19,6 +20,9 @@ from qlora_tui.training.priority import lower_priority
 from qlora_tui.training.telemetry_recorder import TelemetryRecorder
 from qlora_tui.training.trainer import RunTrainer, StepDataset, training_arguments
 
+if TYPE_CHECKING:
+    from qlora_tui.training.tracker import RunTracker
+
 
 class TrainingAttempt:
     """One attempt at a run, from recipe to adapter."""
@@ -27,6 +31,7 @@ class TrainingAttempt:
         self.meter: MemoryMeter | None = None
         """Set once the device is known; its estimate explains an out-of-memory error."""
         self._context = context
+        self._tracker: RunTracker | None = None
         self._telemetry = TelemetryRecorder(context.run, context.reporter)
 
     def run(self) -> RunEnded:
@@ -51,6 +56,7 @@ class TrainingAttempt:
             raise
         finally:
             self._telemetry.stop()
+            self._stop_tracking()
 
     def _prepare(self) -> PreparedRun:
         context = self._context
@@ -60,12 +66,33 @@ class TrainingAttempt:
             lower_priority()
         dist.initialize(on_cpu=device.kind == "cpu")
         context.requests.raise_if_stop_requested()
+        self._start_tracking()
         context.reporter.phase("loading", recipe.model.id)
         files = resolve_model(recipe.model.id)
         self.meter = MemoryMeter(recipe, files.architecture, device)
         if dist.is_main_process:
             self._telemetry.start(on_gpu=device.kind == "cuda")
         return prepare_run(context, files, device, self.meter)
+
+    def _start_tracking(self) -> None:
+        """Open the recipe's tracker, if it names one. Raises UserError where that is not installed."""
+        context, report_to = self._context, self._context.recipe.training.report_to
+        if report_to == "none" or not context.dist.is_main_process:
+            return
+        # Only here: an integration loads its tracker, and that the network.
+        from qlora_tui.training.tracker import RunTracker, describe_failure
+
+        def report_failure(error: Exception) -> None:
+            context.reporter.health("tracker_failed", *describe_failure(report_to, error))
+
+        self._tracker = RunTracker(context.run, context.recipe, report_failure)
+        self._tracker.start()
+        context.reporter.observer = self._tracker.observe
+
+    def _stop_tracking(self) -> None:
+        self._context.reporter.observer = lambda event: None
+        if self._tracker is not None:
+            self._tracker.close()
 
     def _train(self, prepared: PreparedRun) -> RunEnded:
         recipe, checkpoint, step_plan = prepared.recipe, prepared.checkpoint, prepared.step_plan

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 import msgspec
@@ -31,6 +32,8 @@ class Reporter:
         self._run = run
         self._mute = mute
         self._lock = threading.Lock()
+        self.observer: Callable[[AnyEvent], None] = lambda event: None
+        """Called with each event, after it was written, in the thread that reports it."""
         self._writer: EventWriter | None = None
         self._unwritten: list[AnyEvent] = []
         self._status = read_status(run).transition("running", process=process_identity())
@@ -63,6 +66,7 @@ class Reporter:
         with self._lock:
             self._unwritten.append(event)
             self._flush()
+        self.observer(event)
 
     def phase(self, phase: Phase, detail: str = "") -> None:
         """Report that a phase begins."""

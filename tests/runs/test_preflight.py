@@ -15,6 +15,7 @@ from qlora_tui.memory import Device
 from qlora_tui.memory.budget import MemoryBudget, budget_for
 from qlora_tui.recipe.schema import Data, Lora, Model, Recipe, Source, Training
 from qlora_tui.runs import preflight as preflight_module
+from qlora_tui.runs import tracker_packages
 from qlora_tui.runs.machine_checks import Check, CheckKind, Machine
 from qlora_tui.runs.preflight import data_error, preflight
 from tests.tui.sample_data import readable_model
@@ -224,6 +225,15 @@ def test_a_learning_rate_far_above_the_usual_is_a_warning() -> None:
 
     assert outcome(0.02) == "warning"
     assert outcome(2e-3) == ""
+
+
+def test_a_tracker_that_is_not_installed_blocks_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe(training=Training(report_to="mlflow"))
+    monkeypatch.setattr(tracker_packages, "find_spec", lambda name: None)
+    check = checks_by_kind(recipe)[CheckKind.SETTINGS]
+    assert check.problem is not None and "`pip install mlflow`" in check.fix
+    monkeypatch.setattr(tracker_packages, "find_spec", lambda name: object())
+    assert CheckKind.SETTINGS not in checks_by_kind(recipe)
 
 
 def test_trainable_tokens_and_targets_are_checked_before_a_launch(tmp_path: Path) -> None:
