@@ -326,62 +326,14 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             le=1,
         ),
     ] = 2e-4
-    lora_plus_ratio: Annotated[
-        float,
-        _about(
-            "LoRA+ ratio",
-            "Learning rate of the B matrices as a multiple of Learning rate (LoRA+, arXiv 2402.12354): up to "
-            "16 where a task is hard for the base, with half the learning rate. 1: the same.",
-            ge=1,
-            le=1000,
-        ),
-    ] = 1.0
-    neftune_alpha: Annotated[
-        float,
-        _about(
-            "NEFTune alpha",
-            "Noise on the embeddings while training, against overfitting to few conversations (arXiv "
-            "2310.05914): 5 to 15. The training loss then includes the noise. 0: none.",
-            ge=0,
-            le=1000,
-        ),
-    ] = 0.0
     lr_scheduler: Annotated[
         Literal["cosine", "linear", "polynomial", "cosine_with_restarts", "wsd", "constant"],
         _about(
             "LR scheduler",
-            "How the learning rate decays after warmup. cosine_with_restarts: lr_cycles times (arXiv "
-            "1608.03983). wsd: warmup, stable, then decay in the last steps (arXiv 2405.18392), so that a "
-            "stopped run can go on at its peak rate. constant: not at all.",
+            "How the learning rate decays after warmup. cosine_with_restarts: LR cycles times (arXiv "
+            "1608.03983). wsd: only in the last steps (arXiv 2405.18392). constant: not at all.",
         ),
     ] = "cosine"
-    lr_cycles: Annotated[
-        int,
-        _about(
-            "LR cycles",
-            "With cosine_with_restarts: how often the learning rate falls from its peak to zero.",
-            ge=1,
-            le=1000,
-        ),
-    ] = 2
-    lr_power: Annotated[
-        float,
-        _about(
-            "LR power",
-            "With polynomial: the rate is the remaining share of the steps to this power. 1 is linear.",
-            gt=0,
-            le=10,
-        ),
-    ] = 2.0
-    lr_decay_share: Annotated[
-        float,
-        _about(
-            "LR decay share",
-            "With wsd: share of the steps, at the end, in which the learning rate falls to zero.",
-            gt=0,
-            lt=1,
-        ),
-    ] = 0.2
     warmup_ratio: Annotated[
         float, _about("Warmup ratio", "Share of the steps in which the learning rate rises.", ge=0, lt=1)
     ] = 0.03
@@ -398,11 +350,9 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         ],
         _about(
             "Optimizer",
-            "AdamW; 8-bit states save memory, paged ones move to host memory in a spike. lion needs a third "
-            "to a tenth of AdamW's learning rate (arXiv 2302.06675), adafactor and muon the same (arXiv "
-            "2502.16982).",
-            "Per trained parameter: AdamW eight bytes, lion and muon four, with 8-bit states a quarter; "
-            "adafactor next to none.",
+            "AdamW with states in 32 or 8 bits, or paged; lion (a third of AdamW's rate, arXiv 2302.06675); "
+            "adafactor; muon (arXiv 2502.16982).",
+            "Bytes per trained parameter: AdamW 8, lion and muon 4, a quarter in 8 bits, adafactor near 0.",
         ),
     ] = "paged_adamw_8bit"
     weight_decay: Annotated[float, _about("Weight decay", "AdamW weight decay.", ge=0, le=1)] = 0.0
@@ -419,14 +369,6 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "Keeps one hidden state per recomputed layer instead of every activation; with offload, two.",
         ),
     ] = "auto"
-    report_to: Annotated[
-        Literal["none", "tensorboard", "wandb", "trackio", "mlflow"],
-        _about(
-            "Report to",
-            "Send steps, evaluations and settings to a tracker too, if it is installed: tensorboard writes "
-            "into the run's folder, trackio and mlflow on this machine, wandb to its server.",
-        ),
-    ] = "none"
     log_every: Annotated[
         int, _about("Log every", "Steps between points of the loss graph.", ge=1, le=_MANY_STEPS)
     ] = 1
@@ -494,6 +436,61 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     seed: Annotated[
         int, _about("Seed", "Seeds the data order, dropout and the initial adapter.", ge=0, lt=2**32)
     ] = 42
+    lora_plus_ratio: Annotated[
+        float,
+        _about(
+            "LoRA+ ratio",
+            "Rate of the B matrices as a multiple of Learning rate (arXiv 2402.12354): up to 16 where a task "
+            "is hard for the base, with half the learning rate. 1: the same.",
+            ge=1,
+            le=1000,
+        ),
+    ] = 1.0
+    neftune_alpha: Annotated[
+        float,
+        _about(
+            "NEFTune alpha",
+            "Noise on the embeddings while training, against overfitting to few conversations (arXiv "
+            "2310.05914): 5 to 15. The training loss then includes the noise. 0: none.",
+            ge=0,
+            le=1000,
+        ),
+    ] = 0.0
+    lr_cycles: Annotated[
+        int,
+        _about(
+            "LR cycles",
+            "With cosine_with_restarts: how often the learning rate falls from its peak to zero.",
+            ge=1,
+            le=1000,
+        ),
+    ] = 2
+    lr_power: Annotated[
+        float,
+        _about(
+            "LR power",
+            "With polynomial: the rate is the remaining share of the steps to this power. 1 is linear.",
+            gt=0,
+            le=10,
+        ),
+    ] = 2.0
+    lr_decay_share: Annotated[
+        float,
+        _about(
+            "LR decay share",
+            "With wsd: share of the steps, at the end, in which the learning rate falls to zero.",
+            gt=0,
+            lt=1,
+        ),
+    ] = 0.2
+    report_to: Annotated[
+        Literal["none", "tensorboard", "wandb", "trackio", "mlflow"],
+        _about(
+            "Report to",
+            "Also send steps, evaluations and settings to a tracker that is installed: tensorboard, trackio "
+            "and mlflow on this machine, wandb on its server.",
+        ),
+    ] = "none"
 
 
 class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
