@@ -20,7 +20,7 @@ from qlora_tui.chat.chat_types import BASE
 from qlora_tui.chat.effect import Effect, LayerChange
 from qlora_tui.chat.session import ChatSession, model_folder
 from qlora_tui.data.dataset import prepare_dataset
-from qlora_tui.data.store import Samples
+from qlora_tui.data.store import GOOD, Samples
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import EXIT_USAGE, UserError
 
@@ -136,7 +136,7 @@ class _EffectSums:
 def _validation_samples(session: ChatSession) -> Samples:
     recipe = session.source.recipe
     tokenizer = ChatTokenizer.from_folder(model_folder(recipe), recipe.model.chat_template)
-    samples = prepare_dataset(recipe, tokenizer).validation
+    samples = prepare_dataset(recipe, tokenizer).validation.of_side(GOOD)
     if not len(samples):
         raise UserError(
             "No validation conversations",

@@ -14,7 +14,7 @@ from qlora_tui.cli.subcommand import CommandResult, Subcommand, add_json_argumen
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.formatting import format_float
 from qlora_tui.runs import actions, control, run_queue
-from qlora_tui.runs.describe import format_exact
+from qlora_tui.runs.describe import format_exact, format_rewards
 from qlora_tui.runs.directory import LAST, RunDir, all_runs, find_run
 from qlora_tui.runs.metrics_table import metrics_csv, metrics_parquet
 from qlora_tui.runs.spawn import ensure_runner
@@ -199,7 +199,7 @@ def _state_result(run: RunDir, text: str) -> CommandResult:
 
 
 def _summary(view: RunView) -> dict[str, Any]:
-    run, status, best = view.run, view.status, view.best
+    run, status, best, last = view.run, view.status, view.best, view.last_evaluation
     return {
         "run": run.id,
         "name": run.name,
@@ -214,6 +214,8 @@ def _summary(view: RunView) -> dict[str, Any]:
         "validation_loss_before_training": view.loss_before_training,
         "accuracy": view.accuracy,
         "base_accuracy": view.base_accuracy,
+        "reward_accuracy": None if last is None else last.reward_accuracy,
+        "reward_margin": None if last is None else last.reward_margin,
         "replaced": [] if view.verified is None else list(view.verified.replaced),
         "detail": status.detail,
         "seconds_since_heartbeat": round(max(0.0, time.time() - status.at), 1) if status.at else None,
@@ -224,7 +226,9 @@ def _format_validation(view: RunView) -> str:
     """``1.29, exact answers 97%, base 12%``: lowest loss, and latest share of exact short answers."""
     best = format_float(None if view.best is None else view.best.loss, 3)
     exact = format_exact(view.accuracy, view.base_accuracy)
-    return f"{best}, exact answers {exact}" if exact else best
+    rewards = format_rewards(view.last_evaluation)
+    parts = [best, *([f"exact answers {exact}"] if exact else []), *([rewards] if rewards else [])]
+    return ", ".join(parts)
 
 
 def _add_run_argument(parser: argparse.ArgumentParser) -> None:

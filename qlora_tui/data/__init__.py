@@ -6,10 +6,10 @@ From the file to the report:
   Arrow (``arrow_rows``) and text files, plain or compressed, within ``bounds`` and under a ``memory_bound``.
   ``hub_dataset`` and ``hub_fetch``: datasets of the Hub.
 * ``formats`` (with ``column_detection``, ``chat_formats``, ``pair_formats``, ``format_hints``): detects the
-  format of rows and builds conversations from them. ``preferences`` and ``chosen_side``: rows that compare or
-  rate answers. ``unsupported`` and ``media``: recognized formats that cannot be trained on. ``conversation``:
-  the conversation types. ``sources``: the recipe's sources as files with a format. ``format_choices``: what
-  each format would read of a file.
+  format of rows and builds conversations from them. ``preferences``, ``chosen_side`` and
+  ``preference_samples``: rows that compare or rate answers. ``unsupported`` and ``media``: recognized formats
+  that cannot be trained on. ``conversation``: the conversation types. ``sources``: the recipe's sources as
+  files with a format. ``format_choices``: what each format would read of a file.
 * ``tokenizer`` (with ``tokenizer_files``, ``word_cache`` and ``tokenizer_guard``), ``chat_template`` (with
   ``template_guard``), ``template_capabilities``, ``stock_templates``: a model's tokenizer and chat template,
   without transformers. ``thinking``: the thinking switch of a template, and the reasoning of a row.

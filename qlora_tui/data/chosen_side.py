@@ -1,4 +1,4 @@
-"""The conversation that ends with the chosen answer of a preference row. Used by ``formats``."""
+"""Conversations that end with the chosen or a rejected answer of a preference row. Used by ``formats``."""
 
 from __future__ import annotations
 
@@ -20,6 +20,48 @@ def preferred(cells: Mapping[str, Any], source: int, row: int) -> Conversation:
     Turns that both sides share are the prompt, outside the loss. Both sides may be conversations, turns,
     texts, or dialogues in one text as in Anthropic's data sets.
     """
+    conversation, _ = _sides(cells, source, row)
+    return conversation
+
+
+def compared(cells: Mapping[str, Any], source: int, row: int) -> Conversation:
+    """Return the conversation that ends with the chosen answer, with its alternatives in ``rejected``.
+
+    Raises ``RowRejectedError``, also where a rejected answer is empty.
+    """
+    conversation, rejected = _sides(cells, source, row)
+    if not rejected:
+        raise RowRejectedError("empty-row", "The rejected answer is empty.")
+    if not conversation.messages:
+        texts = [side[-1].content for side in rejected]
+        others = tuple(Conversation((), text=text, source=source, row=row) for text in texts)
+        return msgspec.structs.replace(conversation, rejected=others)
+    for side in rejected:
+        if not any(m.content.strip() or m.tool_calls for m in side if m.role == "assistant"):
+            raise RowRejectedError("empty-row", "The rejected answer is empty.")
+    others = tuple(
+        msgspec.structs.replace(
+            conversation, messages=_trained_from(side, _shared(conversation.messages, side))
+        )
+        for side in rejected
+    )
+    return msgspec.structs.replace(conversation, rejected=others)
+
+
+def rated(conversation: Conversation, *, is_good: bool) -> Conversation:
+    """Return a conversation whose last answer is rated; earlier turns are its prompt.
+
+    Raises ``RowRejectedError`` where it does not end with an answer.
+    """
+    messages = conversation.messages
+    start = len(_before_answer(messages))
+    if start == len(messages) or not start:
+        raise RowRejectedError("no-answer", "A rating needs a prompt, and an answer after it.")
+    return msgspec.structs.replace(conversation, messages=_trained_from(messages, start), rated_good=is_good)
+
+
+def _sides(cells: Mapping[str, Any], source: int, row: int) -> tuple[Conversation, list[tuple[Message, ...]]]:
+    """Return the conversation with the chosen answer, and the turns with each rejected one."""
     prompt, tools = _question(cells)
     chosen = _side(cells.get("chosen"), prompt, "chosen")
     if not any(m.content.strip() or m.tool_calls for m in chosen if m.role == "assistant"):
@@ -31,12 +73,16 @@ def preferred(cells: Mapping[str, Any], source: int, row: int) -> Conversation:
     if not any(m.role == "user" for m in chosen):
         if len(chosen) > 1 or cells.keys() & {"prompt", "messages", "history"}:
             raise RowRejectedError("empty-row", "The prompt is empty.")
-        return Conversation((), text=chosen[0].content, source=source, row=row)
+        return Conversation((), text=chosen[0].content, source=source, row=row), rejected
     shared = min((_shared(chosen, one) for one in rejected), default=len(_before_answer(chosen)))
-    messages = tuple(
-        msgspec.structs.replace(m, train=m.train and number >= shared) for number, m in enumerate(chosen)
+    return Conversation(_trained_from(chosen, shared), tools, source=source, row=row), rejected
+
+
+def _trained_from(messages: Sequence[Message], first: int) -> tuple[Message, ...]:
+    """Return the turns, of which those before the one numbered ``first`` are not in the loss."""
+    return tuple(
+        msgspec.structs.replace(m, train=m.train and number >= first) for number, m in enumerate(messages)
     )
-    return Conversation(messages, tools, source=source, row=row)
 
 
 def _question(cells: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[dict[str, Any], ...]]:

@@ -48,6 +48,10 @@ class Conversation(Struct, frozen=True):
     """Index of the recipe's source."""
     row: int = 0
     """Row number in the file, from 1; the line number in JSONL and text files."""
+    rejected: tuple[Conversation, ...] = ()
+    """The same conversation with a rejected answer, where a run trains on both."""
+    rated_good: bool | None = None
+    """Whether its answer is rated good, where a run trains on ratings."""
 
     @property
     def answers(self) -> list[Message]:

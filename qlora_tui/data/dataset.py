@@ -21,6 +21,7 @@ from msgspec import Struct
 from qlora_tui.checksums import mismatch, write_checksums
 from qlora_tui.data.dataset_report import Counts
 from qlora_tui.data.dataset_scan import DatasetScanner
+from qlora_tui.data.formats import RowFormat
 from qlora_tui.data.problems import DataProblem, raise_first_error
 from qlora_tui.data.render import RenderOptions
 from qlora_tui.data.row_numbers import parse_row_numbers
@@ -35,7 +36,7 @@ from qlora_tui.decoding import decode_json
 from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write, private_dir, sync_tree
 from qlora_tui.paths import cache_dir
-from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.schema import PAIR_METHODS, Recipe
 
 _MAX_UNUSED_AGE_S = 60 * 24 * 3600
 _MAX_UNFINISHED_AGE_S = 3 * 24 * 3600
@@ -215,7 +216,7 @@ def _key(
         _RENDERING,
         tokenizer.fingerprint,
         [
-            (version.sha256, file.source, file.detection.layout)
+            (version.sha256, file.source, _layout_key(file.detection.layout))
             for file, version in zip(files, versions, strict=True)
         ],
         (data.max_length, data.overflow, data.validation_fraction, bool(data.validation_path)),
@@ -226,6 +227,17 @@ def _key(
         *([excluded] if any(excluded) else ()),
     )
     return hashlib.sha256(msgspec.json.encode(what)).hexdigest()
+
+
+def _layout_key(layout: RowFormat) -> dict[str, object]:
+    """Return what decides how rows are read; without a preference method as earlier versions had it."""
+    fields: dict[str, object] = msgspec.structs.asdict(layout)
+    if not layout.method:
+        del fields["method"]
+    # Methods for pairs share their samples.
+    elif layout.method in PAIR_METHODS:
+        fields["method"] = "pairs"
+    return fields
 
 
 def _refuse_changed(files: Sequence[SourceFile], versions: Sequence[_FileVersion]) -> None:

@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from qlora_tui.data import pair_formats, preferences
 from qlora_tui.data.chat_formats import messages_of, text_of, tools_of, turn_keys
-from qlora_tui.data.chosen_side import preferred
+from qlora_tui.data.chosen_side import compared, preferred, rated
 from qlora_tui.data.column_detection import OPTIONAL, PARTS, detect_columns
 from qlora_tui.data.conversation import Conversation, Message, RowRejectedError
 from qlora_tui.data.format_hints import mapping_hint, single_turns, written_out
@@ -25,6 +25,7 @@ from qlora_tui.data.problems import CHECKS
 from qlora_tui.data.row import Row
 from qlora_tui.data.unsupported import compared_answers, without_text
 from qlora_tui.errors import UserError
+from qlora_tui.recipe.schema import PAIR_METHODS, PREFERENCE_METHODS
 
 SNIFFED_ROWS = 200
 _COLUMNS_NAMED = 12
@@ -40,6 +41,8 @@ class RowFormat(Struct, frozen=True):
     columns: dict[str, str]
     """Column of each part."""
     label_names: tuple[str, ...] = ()
+    method: str = ""
+    """The preference method that trains on bad answers too; empty where none does."""
 
 
 class Detection(Struct, frozen=True):
@@ -81,16 +84,17 @@ def detect(
     _check_mapping(mapping, wanted, columns, name)
     names = tuple(n.strip() for n in mapping.pop(LABEL_NAMES, "").split(",") if n.strip())
     rating = mapping.pop(RATING, "")
-    compared = preferences.compared_columns(mapping, values, name, wanted)
-    if not compared and (problem := compared_answers(name, values, mapping)):
+    method = preference_choice if preference_choice in PREFERENCE_METHODS else ""
+    sides = preferences.compared_columns(mapping, values, name, wanted)
+    if not sides and (problem := compared_answers(name, values, mapping)):
         raise problem
-    if compared:
-        if "chosen" not in compared or preference_choice == "refuse":
+    if sides:
+        if "chosen" not in sides or preference_choice == "refuse":
             _check_no_media(seen_rows, values, name)
-            raise preferences.preference_problem(name, compared, values)
-        if preferences.without_prompt(values, compared):
-            raise preferences.no_prompt_problem(name, values, compared, columns)
-        layout = RowFormat("preference", compared)
+            raise preferences.preference_problem(name, sides, values)
+        if preferences.without_prompt(values, sides):
+            raise preferences.no_prompt_problem(name, values, sides, columns)
+        layout = RowFormat("preference", sides, method=method)
         return Detection(layout, tuple(_evidence(layout, values, wanted)), columns)
     for format_ in [wanted] if wanted != "auto" else PARTS:
         if wanted == "auto" and not mapping.keys() <= {*PARTS[format_], *OPTIONAL[format_]}:
@@ -102,13 +106,16 @@ def detect(
             continue
         if format_ in ("label", "text") and wanted == "auto" and (why := single_turns(values, columns)):
             raise _turn_a_row(name, why)
-        if rated := preferences.rating_of(format_, values, columns_by_part, rating):
-            column, good, bad = rated
+        if ratings := preferences.rating_of(format_, values, columns_by_part, rating):
+            column, good, bad = ratings
             if preference_choice == "refuse":
                 _check_no_media(seen_rows, values, name)
                 raise preferences.rated_problem(name, column, good, bad)
             columns_by_part[RATING] = column
-        layout = RowFormat(format_, columns_by_part, names)
+        if method and (not ratings or method in PAIR_METHODS):
+            _check_no_media(seen_rows, values, name)
+            raise preferences.unusable_problem(name, method, rated=ratings is not None)
+        layout = RowFormat(format_, columns_by_part, names, method)
         return Detection(layout, tuple(_evidence(layout, values, wanted)), columns)
     _check_no_media(seen_rows, values, name)
     raise without_text(name, values) or _nothing_fits(name, wanted, columns, values)
@@ -130,8 +137,11 @@ def parse(row: Row, layout: RowFormat, source: int = 0) -> Conversation:
             raise RowRejectedError("wrong-format", f"The row has no {layout.columns.get(part, part)!r}.")
     _check_not_rejected(fields, cells, layout)
     conversation = _conversation(cells, layout, source, row.number)
-    if tag := placeholder(conversation.messages):
-        raise RowRejectedError("media", tag)
+    if layout.method and RATING in layout.columns:
+        conversation = rated(conversation, is_good=bool(preferences.is_good(cells[RATING])))
+    for one in (conversation, *conversation.rejected):
+        if tag := placeholder(one.messages):
+            raise RowRejectedError("media", tag)
     return conversation
 
 
@@ -143,7 +153,7 @@ def _check_not_rejected(fields: Mapping[str, Any], cells: Mapping[str, Any], lay
             raise RowRejectedError(
                 "rated-bad", f"{column!r} is {cells[RATING]!r}: the answer is not rated good."
             )
-        if not good:
+        if not good and not layout.method:
             raise RowRejectedError("rated-bad", f"{column!r} is {cells[RATING]!r}: the answer is rated bad.")
     elif layout.format != "preference" and (
         column := preferences.rejected_column(fields, layout.columns.values())
@@ -159,7 +169,7 @@ def _check_not_rejected(fields: Mapping[str, Any], cells: Mapping[str, Any], lay
 
 def _conversation(cells: Mapping[str, Any], layout: RowFormat, source: int, row: int) -> Conversation:
     if layout.format == "preference":
-        return preferred(cells, source, row)
+        return (compared if layout.method else preferred)(cells, source, row)
     if layout.format == "text":
         text = text_of(cells["text"], "the text")
         if not text.strip():
@@ -232,13 +242,18 @@ def _evidence(layout: RowFormat, values: list[dict[str, Any]], wanted: str) -> I
     if layout.format == "text" and (mark := written_out([v.get(layout.columns["text"]) for v in values])):
         yield f"the texts hold conversations ({mark}): as plain text, the questions are in the loss too"
     if layout.format == "preference":
-        yield "rejected answers are not trained on, nor turns that both sides share"
+        yield (
+            f"{layout.method} compares both sides, from the first turn in which they differ"
+            if layout.method
+            else "rejected answers are not trained on, nor turns that both sides share"
+        )
     if RATING in layout.columns:
         column = layout.columns[RATING]
         ratings = [preferences.is_good(v.get(column)) for v in values]
         yield (
             f"column {column!r} rates the answers: {ratings.count(True)} good, {ratings.count(False)} bad in "
-            f"the first {len(values)} rows; only good ones are trained on"
+            f"the first {len(values)} rows; "
+            + (f"{layout.method} learns from both" if layout.method else "only good ones are trained on")
         )
     if layout.format == "label" and not layout.label_names and values:
         numbers = all(isinstance(v.get(layout.columns["label"]), int) for v in values)

@@ -1,7 +1,7 @@
 """Preference data: rows with a chosen and a rejected answer, or an answer rated good or bad.
 
-There is no preference training, and no run trains on a rejected answer. ``data.preferences`` decides:
-``refuse`` stops with the reason, ``chosen`` trains on the chosen or good answers only. Used by ``formats``.
+``data.preferences`` decides: ``refuse`` stops with the reason, ``chosen`` trains on the chosen or good
+answers only, and a preference method on both kinds. Used by ``formats``.
 """
 
 from __future__ import annotations
@@ -161,8 +161,9 @@ def preference_problem(
         PAIRS_TITLE,
         what=f"{name} compares answers: {columns['chosen']!r} is preferred to {rejected!r} in {having} of "
         f"the first {len(values)} rows.",
-        why="Preference training (DPO, ORPO) is not supported, and rejected answers are never trained on.",
-        fix=_choice("chosen"),
+        why="A run trains on answers alone unless it is told to compare them.",
+        fix='To learn from both sides, set data.preferences = "orpo" (or "dpo", "simpo"). '
+        f"{_choice('chosen')}",
     )
 
 
@@ -172,8 +173,32 @@ def rated_problem(name: str, column: str, good: int, bad: int) -> UserError:
         RATED_TITLE,
         what=f"{name} rates its answers: of the first {good + bad} rows, {column!r} calls {good} good and "
         f"{bad} bad.",
-        why="Training on ratings (KTO) is not supported, and bad answers are never trained on.",
-        fix=f"{_choice('good')} If {column!r} means something else, rename or remove that column.",
+        why="A run trains on answers alone unless it is told to learn from ratings.",
+        fix='To learn from both kinds, set data.preferences = "kto". '
+        f"{_choice('good')} If {column!r} means something else, rename or remove that column.",
+    )
+
+
+def unusable_problem(name: str, method: str, *, rated: bool) -> UserError:
+    """Build the error on data in which a preference method has nothing to compare.
+
+    ``rated``: the answers are rated, which methods for pairs cannot use.
+    """
+    if rated:
+        return UserError(
+            RATED_TITLE,
+            what=f'{name} rates its answers, and data.preferences = "{method}" compares two answers to one '
+            "prompt.",
+            fix='To learn from ratings, set data.preferences = "kto". ' + _choice("good"),
+        )
+    needs = "rated answers or pairs" if method == "kto" else "a chosen and a rejected answer in each row"
+    return UserError(
+        "No preferences in the data",
+        what=f'data.preferences = "{method}" needs {needs}, and {name} has neither a rejected side nor '
+        "ratings.",
+        why="Nothing says which answers are better.",
+        fix='Choose a file with preferences, name its columns, or set data.preferences = "refuse" to train '
+        "on the answers as they are.",
     )
 
 

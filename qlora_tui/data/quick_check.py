@@ -76,7 +76,7 @@ def quick_check(
                 tally.add("ends-with-user", row.number, "The last turn has no answer.")
             if not isinstance(one, RowRejectedError) and not _is_left_out(one, data):
                 samples += 1
-                tokens += _trained_length(one, data)
+                tokens += sum(_trained_length(side, data) for side in (one, *one.rejected))
             if time.monotonic() >= deadline:
                 in_time = False
                 break

@@ -16,6 +16,7 @@ from qlora_tui.data.checks import Finding, conversation_findings, sample_finding
 from qlora_tui.data.conversation import Conversation, RowRejectedError
 from qlora_tui.data.long_texts import LongText, estimated_long_text
 from qlora_tui.data.near_duplicates import minhash_sketch
+from qlora_tui.data.preference_samples import last_samples, sides_of
 from qlora_tui.data.read import row_of
 from qlora_tui.data.render import RenderOptions, render_many
 from qlora_tui.data.row import Line, Row
@@ -26,7 +27,7 @@ from qlora_tui.data.store import StoredSample
 from qlora_tui.data.thinking import has_reasoning
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.truncation import truncate
-from qlora_tui.recipe.schema import Data
+from qlora_tui.recipe.schema import PAIR_METHODS, Data
 
 _FIRST_BATCH_ROWS = 32
 _BATCH_ROWS = 256
@@ -95,11 +96,11 @@ class RowProcessor:
         rows = list(filter(None, map(row_of, batch.rows)))
         read = [conversation_of(row, batch.file) for row in rows]
         usable = [one for one in read if isinstance(one, Conversation)]
-        rendered = iter(self._render(usable))
+        rendered = iter(self._render([each for one in usable for each in (one, *one.rejected)]))
         return [
             RowResult(row.number, (one.kind, one.reason))
             if isinstance(one, RowRejectedError)
-            else self._row_result(one, next(rendered), batch.sketched)
+            else self._row_result(one, [next(rendered) for _ in (one, *one.rejected)], batch.sketched)
             for row, one in zip(rows, read, strict=True)
         ]
 
@@ -109,15 +110,23 @@ class RowProcessor:
         return render_many(usable, self._tokenizer, RenderOptions.of(self._data))
 
     def _row_result(
-        self, conversation: Conversation, rendered: list[TokenizedSample] | RowRejectedError, sketched: bool
+        self,
+        conversation: Conversation,
+        rendered_sides: Sequence[list[TokenizedSample] | RowRejectedError],
+        sketched: bool,
     ) -> RowResult:
+        """Return the result of a row from the samples of its conversation, then those of rejected ones."""
         findings = tuple(conversation_findings(conversation))
         key = group_key(conversation, self._seed)
         sketch_bytes = minhash_sketch(conversation).tobytes() if sketched else b""
-        if isinstance(rendered, RowRejectedError):
-            return RowResult(
-                conversation.row, (rendered.kind, rendered.reason), key, findings, sketch=sketch_bytes
-            )
+        readable: list[list[TokenizedSample]] = []
+        for side in rendered_sides:
+            if isinstance(side, RowRejectedError):
+                return RowResult(
+                    conversation.row, (side.kind, side.reason), key, findings, sketch=sketch_bytes
+                )
+            readable.append(side)
+        rendered = readable[0]
         if self._tokenizer is None:
             if conversation.messages and not conversation.answers and self._data.train_on == "assistant":
                 refused = ("no-answer", "No assistant turn is in the loss.")
@@ -135,17 +144,29 @@ class RowProcessor:
         samples: list[TokenizedSample] = []
         length_counts = [0, 0, 0]
         long_text = None
-        for sample in rendered:
-            fitted = self._truncate(conversation.row, sample, sample_problems, length_counts)
-            samples += fitted
-            if conversation.text:
-                long_text = self._long_text(sample, fitted)
+        method = self._data.preferences
+        if method != "refuse" and method != "chosen":
+            rendered = last_samples(conversation, readable)
+            parts = [
+                self._truncate(conversation.row, sample, sample_problems, length_counts)
+                for sample in rendered
+            ]
+            sides = sides_of(conversation, [part[0] if part else None for part in parts], method)
+            samples = [sample for sample, _ in sides]
+            stored = [_stored(sample, side) for sample, side in sides]
+        else:
+            for sample in rendered:
+                fitted = self._truncate(conversation.row, sample, sample_problems, length_counts)
+                samples += fitted
+                if conversation.text:
+                    long_text = self._long_text(sample, fitted)
+            stored = [_stored(sample) for sample in samples]
         if conversation.text and (long_text is not None or self._data.overflow == "split"):
             sample_problems = [
                 finding for finding in sample_problems if finding[0] not in ("too-long", "nothing-left")
             ]
         counts = (
-            len(samples),
+            len(samples) // 2 if method in PAIR_METHODS else len(samples),
             sum(len(sample.token_ids) for sample in samples),
             sum(sample.trained_count for sample in samples),
             *length_counts,
@@ -157,7 +178,7 @@ class RowProcessor:
             sample_findings=tuple(sample_problems),
             notes=rendered[0].notes,
             lengths=tuple(len(sample.token_ids) for sample in rendered),
-            samples=tuple(map(_stored, samples)) if self._keep_samples else (),
+            samples=tuple(stored) if self._keep_samples else (),
             counts=counts,
             long_text=long_text,
             sketch=sketch_bytes,
@@ -192,9 +213,9 @@ class RowProcessor:
         return fitted
 
 
-def _stored(sample: TokenizedSample) -> StoredSample:
+def _stored(sample: TokenizedSample, side: int = 0) -> StoredSample:
     weights = None if sample.weights is None else sample.weights.tobytes()
-    return StoredSample(array("I", sample.token_ids).tobytes(), sample.loss_mask, weights)
+    return StoredSample(array("I", sample.token_ids).tobytes(), sample.loss_mask, weights, side)
 
 
 def _characters(conversation: Conversation) -> int:

@@ -22,8 +22,9 @@ def steps_per_epoch(samples: float, tokens: float, recipe: Recipe) -> int:
     rows = samples * trained
     replayed = rows * recipe.training.replay_share / (1 - recipe.training.replay_share)
     if recipe.data.packing:
+        sequence_length = recipe.data.max_length * (2 if recipe.trains_pairs else 1)
         # How much of each row stays empty is only known once the samples are packed.
-        rows = math.ceil((tokens * trained + replayed * _REPLAY_TOKENS) / recipe.data.max_length)
+        rows = math.ceil((tokens * trained + replayed * _REPLAY_TOKENS) / sequence_length)
     else:
         rows += replayed
     return max(1, math.ceil(rows / recipe.effective_batch))

@@ -7,6 +7,8 @@ One folder per data set. Little-endian, no headers:
 * ``weights.f32``: the loss weight of each token; exists only if some weigh neither 0 nor 1.
 * ``offsets.u64``: start of each sample, and the end of the last.
 * ``trained_counts.u32``, ``rows.u32``, ``sources.u16``: one entry per sample.
+* ``sides.u8``: one byte per sample, ``GOOD`` or ``BAD``; exists only where a preference method trains on
+  both. Of a pair the good side comes first, and the bad one is the next sample.
 * ``train.u32``, ``validation.u32``: sample numbers of the two splits.
 * ``meta.json``: the fields of ``dataset.PreparedDataset``.
 
@@ -40,6 +42,9 @@ _FILES = {
     "sources.u16": "H",
 }
 _WEIGHTS = "weights.f32"
+_SIDES = "sides.u8"
+GOOD, BAD = 1, 2
+"""Sides of a sample in a preference: its answer is chosen or rated good, or rejected or rated bad."""
 
 
 class StoredSample(Struct, frozen=True, array_like=True):
@@ -49,6 +54,8 @@ class StoredSample(Struct, frozen=True, array_like=True):
     loss_mask: bytes
     weights: bytes | None = None
     """Loss weight of each token as 32-bit floats; None where each token in the loss has weight 1."""
+    side: int = 0
+    """``GOOD`` or ``BAD`` for a preference method; 0 for a sample that is simply learned."""
 
 
 class Writer:
@@ -92,6 +99,11 @@ class Writer:
         self.sources.append(source)
         self._hash.update(sample.tokens)
         self._hash.update(sample.loss_mask)
+        if sample.side:
+            if _SIDES not in self._files:
+                self._open(_SIDES)
+            self._write(_SIDES, bytes([sample.side]))
+            self._hash.update(bytes([sample.side]))
 
     def finish(self, validation: frozenset[int], validation_source: int | None) -> str:
         """Write the two splits; return the hash of all files.
@@ -137,6 +149,7 @@ class Store:
         self.loss_mask = _mapped(folder / "trained.u8", "B")
         weighted = (folder / _WEIGHTS).exists()
         self.weights = _mapped(folder / _WEIGHTS, "f") if weighted else None
+        self.sides = _mapped(folder / _SIDES, "B") if (folder / _SIDES).exists() else None
         self.offsets = _mapped(folder / "offsets.u64", "Q")
         self.trained_counts = _mapped(folder / "trained_counts.u32", "I")
         self.rows = _mapped(folder / "rows.u32", "I")
@@ -145,6 +158,8 @@ class Store:
         tokens = {len(self.tokens), len(self.loss_mask), self.offsets[-1]}
         if self.weights is not None:
             tokens.add(len(self.weights))
+        if self.sides is not None and len(self.sides) != samples:
+            raise ValueError(f"{folder} has sides of some samples only")
         if len(tokens) > 1 or not (
             samples == len(self.rows) == len(self.sources) == len(self.trained_counts)
         ):
@@ -184,6 +199,17 @@ class Samples:
     def weights(self, i: int) -> memoryview | None:
         """Return the loss weights of sample ``i``, 32-bit; None where no row sets any."""
         return None if self._store.weights is None else self._store.weights[self._slice(i)]
+
+    def side(self, i: int) -> int:
+        """Return ``GOOD`` or ``BAD`` where a preference method trains on both, else 0."""
+        return 0 if self._store.sides is None else self._store.sides[self._numbers[i]]
+
+    def of_side(self, side: int) -> Samples:
+        """Return the samples of one side, in order; all of them where there are no sides."""
+        if self._store.sides is None:
+            return self
+        sides = self._store.sides
+        return Samples(self._store, array("I", (n for n in self._numbers if sides[n] == side)), self._weights)
 
     def length(self, i: int) -> int:
         """Return the number of tokens in sample ``i``."""

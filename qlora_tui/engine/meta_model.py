@@ -58,7 +58,7 @@ def build(request: TraceRequest, architecture: Architecture, dtype: torch.dtype)
 def inputs(request: TraceRequest, *, padding_free: bool) -> dict[str, Any]:
     """Build one micro-batch with every token in the loss, packed into one sequence where possible."""
     recipe = request.recipe
-    rows, length = recipe.training.micro_batch_size, recipe.data.max_length
+    rows, length = recipe.rows_per_pass, recipe.data.max_length
     shape = (1, rows * length) if padding_free else (rows, length)
     labels = torch.zeros(shape, dtype=torch.long, device="cpu" if request.loss == "chunked" else "meta")
     batch: dict[str, Any] = {

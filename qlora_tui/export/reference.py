@@ -17,7 +17,7 @@ from qlora_tui.chat.session import ChatSession, chat_tokenizer, model_folder
 from qlora_tui.data.conversation import RowRejectedError
 from qlora_tui.data.dataset import prepare_dataset
 from qlora_tui.data.render import prompt_text
-from qlora_tui.data.store import Samples
+from qlora_tui.data.store import GOOD, Samples
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import UserError
 from qlora_tui.export.answer_files import (
@@ -198,7 +198,7 @@ def _trained_positions(loss_mask: Sequence[int]) -> list[int]:
 def _samples(source: ChatSource, tokenizer: ChatTokenizer) -> Samples:
     """Return the run's validation rows; its training rows if it has none."""
     prepared = prepare_dataset(source.recipe, tokenizer)
-    return prepared.validation if len(prepared.validation) else prepared.train
+    return (prepared.validation if len(prepared.validation) else prepared.train).of_side(GOOD)
 
 
 def _text(ids: tuple[int, ...], tokenizer: ChatTokenizer) -> str:

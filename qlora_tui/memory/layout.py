@@ -129,7 +129,7 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
     """Build every layer with its modules as this recipe and trainer code run them."""
     ranks = {m.name: rank_of(recipe.lora, m) for m in resolve_targets(recipe.lora, architecture.targets)}
     style = STYLES.get(architecture.model_type, LayerStyle())
-    rows, length = recipe.training.micro_batch_size, recipe.data.max_length
+    rows, length = recipe.rows_per_pass, recipe.data.max_length
     by_layer: list[list[LinearModule]] = [[] for _ in range(architecture.layers)]
     for module in architecture.modules:
         if module.layer is not None and module.part != "vision":

@@ -62,9 +62,30 @@ def find_conflicts(recipe: Recipe) -> list[Conflict]:
                     f'set training.optimizer = "adamw" or leave {path} out',
                 )
             )
+    if recipe.preference_method is not None:
+        conflicting += _preference_conflicts(recipe)
     if recipe.quantization.streamed_layers:
         conflicting += _streaming_conflicts(recipe)
     return conflicting
+
+
+def _preference_conflicts(recipe: Recipe) -> list[Conflict]:
+    method = recipe.data.preferences
+    settings = (
+        (recipe.data.train_on == "everything", "data.train_on", 'is "everything"', '= "assistant"'),
+        (recipe.data.overflow == "split", "data.overflow", 'is "split"', '= "cut-right"'),
+        (recipe.training.replay_share > 0, "training.replay_share", "is above 0", "= 0"),
+        (recipe.training.neftune_alpha > 0, "training.neftune_alpha", "is above 0", "= 0"),
+    )
+    return [
+        Conflict(
+            ("data.preferences", path),
+            f'data.preferences = "{method}" compares whole answers, and {path} {is_}',
+            f"set {path} {wanted}",
+        )
+        for conflicts, path, is_, wanted in settings
+        if conflicts
+    ]
 
 
 def _streaming_conflicts(recipe: Recipe) -> list[Conflict]:

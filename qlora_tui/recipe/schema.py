@@ -14,6 +14,13 @@ ALL_LINEAR = "all-linear"
 
 Thinking = Literal["auto", "on", "off"]
 """Thinking mode. ``auto``: on for a training row that has reasoning; for a prompt, the template's default."""
+PreferenceMethod = Literal["orpo", "dpo", "simpo", "kto"]
+"""How a run learns from both the better and the worse answers of preference data."""
+Preferences = Literal["refuse", "chosen", "orpo", "dpo", "simpo", "kto"]
+"""What a run does with preference data; one of the last four trains on it."""
+PAIR_METHODS: tuple[PreferenceMethod, ...] = ("orpo", "dpo", "simpo")
+"""Methods that compare a chosen with a rejected answer to the same prompt."""
+PREFERENCE_METHODS: tuple[PreferenceMethod, ...] = (*PAIR_METHODS, "kto")
 Checkpointing = Literal["auto", "on", "off", "offload"]
 """Gradient checkpointing. ``auto``: only the layers whose activations do not fit in the free memory.
 ``offload``: every layer, whose input waits in host memory."""
@@ -252,11 +259,13 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         ),
     ] = True
     preferences: Annotated[
-        Literal["refuse", "chosen"],
+        Preferences,
         _about(
             "Preference data",
-            "Rows with chosen and rejected answers, or with ratings: refuse them, or train on the chosen "
-            "and well-rated answers only.",
+            "Rows with chosen and rejected answers, or with ratings: refuse them, train on the chosen and "
+            "well-rated answers only, or train on both kinds: pairs with orpo, dpo or simpo, rated answers "
+            "with kto, which takes pairs too.",
+            "A pair is two sequences. dpo and kto also compute the base without gradients, which takes time.",
         ),
     ] = "refuse"
     bad_rows: Annotated[
@@ -433,6 +442,27 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             le=0.9,
         ),
     ] = 0.0
+    preference_beta: Annotated[
+        float,
+        _about(
+            "Preference beta",
+            "Strength of a preference method. orpo: weight of the odds ratio beside the loss of the chosen "
+            "answer. dpo and kto: the higher, the nearer the model stays to its base. simpo: scale of the "
+            "reward. 0: that of the method's paper, 0.1 or for simpo 2.",
+            ge=0.0,
+            le=100.0,
+        ),
+    ] = 0.0
+    simpo_gamma: Annotated[
+        float,
+        _about(
+            "SimPO gamma",
+            "Margin by which simpo wants the reward of the chosen answer above that of the rejected one; "
+            "about half of beta.",
+            ge=0.0,
+            le=100.0,
+        ),
+    ] = 1.0
     seed: Annotated[
         int, _about("Seed", "Seeds the data order, dropout and the initial adapter.", ge=0, lt=2**32)
     ] = 42
@@ -506,5 +536,21 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def effective_batch(self) -> int:
-        """Sequences per optimizer step."""
+        """Sequences per optimizer step; where pairs are trained, a sequence holds both sides."""
         return self.training.micro_batch_size * self.training.gradient_accumulation
+
+    @property
+    def preference_method(self) -> PreferenceMethod | None:
+        """The method that trains on preferences; None where the run trains on answers alone."""
+        choice = self.data.preferences
+        return None if choice == "refuse" or choice == "chosen" else choice
+
+    @property
+    def trains_pairs(self) -> bool:
+        """Whether a sample of the run is a pair of sequences."""
+        return self.data.preferences in PAIR_METHODS
+
+    @property
+    def rows_per_pass(self) -> int:
+        """Sequences of at most ``data.max_length`` tokens in one forward pass."""
+        return self.training.micro_batch_size * (2 if self.trains_pairs else 1)

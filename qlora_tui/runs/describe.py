@@ -76,19 +76,22 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
         case Step():
             return (
                 f"step {event.step:,}/{total_steps:,}  loss {format_float(_number(event.loss))}  "
+                f"{format_rewards(event)}{'  ' if event.reward_accuracy is not None else ''}"
                 f"lr {event.learning_rate:.2e}  grad {format_float(_number(event.grad_norm), 3)}  "
                 f"{event.tokens_per_s:,.0f} tok/s"
             )
         case Evaluated():
             best = _format_best(event) if event.best and event.step else ""
             exact = "" if event.accuracy is None else f", {format_percent(event.accuracy)} of answers exact"
+            rewards = "" if event.reward_accuracy is None else f", {format_rewards(event)}"
             base = " (the base model)" if exact and not event.step else ""
             forgot = format_forgetting(event) if event.step else ""
             general = event.general_answers
             answers = "" if general is None else f"; of {general.answers} general answers "
             answers += ", ".join(f"{name} {value}" for name, value in general_answer_texts(general))
+            measured = f"{format_float(_number(event.loss))}{rewards}{exact}{base}"
             return (
-                f"step {event.step:,}: validation loss {format_float(_number(event.loss))}{exact}{base}"
+                f"step {event.step:,}: validation loss {measured}"
                 f"{', ' if forgot else ''}{forgot}{answers}{best}"
             )
         case CheckpointSaved():
@@ -112,6 +115,15 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
             return f"paused at step {event.step:,}"
         case Failed():
             return f"failed: {event.problem()}"
+
+
+def format_rewards(event: Step | Evaluated | None) -> str:
+    """``83% right, margin 0.12``: comparisons of answers that come out right; empty without a method."""
+    if event is None or event.reward_accuracy is None:
+        return ""
+    margin = event.reward_margin
+    far = "" if margin is None else f", margin {format_float(margin, 3)}"
+    return f"{format_percent(event.reward_accuracy)} right{far}"
 
 
 def format_forgetting(event: Evaluated | None) -> str:

@@ -184,6 +184,10 @@ class Step(Event, tag="step", frozen=True, kw_only=True):
     """Number of real tokens trained on so far, without padding."""
     tokens_per_s: float
     """Real tokens per second over this step."""
+    reward_accuracy: float | None = None
+    """Of a preference method: share of comparisons in which the better answer has the higher reward."""
+    reward_margin: float | None = None
+    """Of a preference method: mean reward of the better answers less that of the worse ones."""
 
 
 class GeneralAnswers(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -223,6 +227,10 @@ class Evaluated(Event, tag="evaluated", frozen=True, kw_only=True):
     """The loss with weighted forgetting, if ``training.forgetting_weight`` is set: the lowest is best."""
     general_turn_ends: float | None = None
     """Share of the turn ends in these answers that the model keeps."""
+    reward_accuracy: float | None = None
+    """Of a preference method: share of comparisons in which the better answer has the higher reward."""
+    reward_margin: float | None = None
+    """Of a preference method: mean reward of the better answers less that of the worse ones."""
     general_answers: GeneralAnswers | None = None
     """What the model answers to general prompts; at the end of a run that measures forgetting."""
 

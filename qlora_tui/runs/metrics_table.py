@@ -23,9 +23,12 @@ _COLUMNS = (
     "answers_looping",
     "answers_refused",
     "answers_valid_json",
+    "validation_reward_accuracy",
+    "validation_reward_margin",
+    "reward_margin",
 )
-_EVALUATION_COLUMNS = 6
-"""Columns, from the end, that only an evaluation fills."""
+_EVALUATION_COLUMNS = 8
+"""Columns before the last that only an evaluation fills."""
 _WHOLE = ("step", "tokens")
 """Columns of whole numbers."""
 
@@ -63,14 +66,15 @@ def metrics_rows(view: RunView) -> list[list[float | None]]:
     """Return a row for each recorded step, in the order of ``_COLUMNS``.
 
     The columns from ``validation_loss`` on are empty at steps without an evaluation, those from
-    ``answers_ended`` on wherever general answers were not counted: they are shares of them. An evaluation
-    before the first step has a separate row.
+    ``answers_ended`` on wherever general answers were not counted: they are shares of them. Those of rewards
+    are empty without a preference method; the last is that of the step. An evaluation before the first step
+    has a separate row.
     """
     series = view.series
     evaluated = {event.step: _evaluation_columns(event) for event in view.evaluations}
     steps = set(series.step)
     rows: list[list[float | None]] = [
-        [step, *([None] * 6), *columns]
+        [step, *([None] * 6), *columns, None]
         for step, columns in evaluated.items()
         if step not in steps and any(value is not None for value in columns)
     ]
@@ -84,18 +88,21 @@ def metrics_rows(view: RunView) -> list[list[float | None]]:
     )
     empty: list[float | None] = [None] * _EVALUATION_COLUMNS
     for place, step in enumerate(series.step):
-        rows.append([step, *(column[place] for column in columns), *evaluated.get(step, empty)])
+        margin = series.reward_margin[place]
+        values = [column[place] for column in columns]
+        rows.append([step, *values, *evaluated.get(step, empty), None if math.isnan(margin) else margin])
     rows.sort(key=lambda row: row[0] or 0)
     return rows
 
 
 def _evaluation_columns(event: Evaluated) -> list[float | None]:
     values = [event.loss, event.forgetting]
+    rewards = [event.reward_accuracy, event.reward_margin]
     general = event.general_answers
     if general is None or not general.answers:
-        return values + [None] * (_EVALUATION_COLUMNS - len(values))
+        return [*values, None, None, None, None, *rewards]
     values += [count / general.answers for count in (general.ended, general.looping, general.refused)]
-    return [*values, general.json_valid / general.json_prompts if general.json_prompts else None]
+    return [*values, general.json_valid / general.json_prompts if general.json_prompts else None, *rewards]
 
 
 def _format_number(value: float | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qlora_tui.formatting import format_duration, format_float, format_gib, format_percent
 from qlora_tui.gpu.metrics import GpuMetrics
+from qlora_tui.runs.describe import format_rewards
 from qlora_tui.runs.events import phase_label
 from qlora_tui.runs.telemetry import Reading
 from qlora_tui.runs.view import RunView
@@ -27,6 +28,8 @@ def summarize_status(view: RunView, sample: Reading | None) -> str:
         if last.accuracy is not None:
             base = "" if view.base_accuracy is None else f" (base model {format_percent(view.base_accuracy)})"
             parts.append(f"{format_percent(last.accuracy)} of answers exact{base}")
+        if rewards := format_rewards(last):
+            parts.append(rewards)
     if view.best is not None and view.best is not view.evaluations[-1]:
         parts.append(f"best {format_float(view.best.loss, 3)} at step {view.best.step:,}")
     if view.loss_to_beat is not None:

@@ -63,6 +63,8 @@ class StepSeries:
         self.grad_norm = array("d")
         self.tokens = array("q")
         self.tokens_per_s = array("d")
+        self.reward_margin = array("d")
+        """Of a preference method; NaN where a step has none."""
 
     def __len__(self) -> int:
         return len(self.step)
@@ -79,6 +81,7 @@ class StepSeries:
         self.grad_norm.append(math.nan if event.grad_norm is None else event.grad_norm)
         self.tokens.append(event.tokens)
         self.tokens_per_s.append(event.tokens_per_s)
+        self.reward_margin.append(math.nan if event.reward_margin is None else event.reward_margin)
 
     def seconds(self, first: int = 0) -> float:
         """Training time of the steps from index ``first`` on, without evaluations and pauses.
@@ -227,6 +230,11 @@ class RunView:
     def accuracy(self) -> float | None:
         """Share of exact answers at the last evaluation; None for data without short answers."""
         return self.evaluations[-1].accuracy if self.evaluations else None
+
+    @property
+    def last_evaluation(self) -> Evaluated | None:
+        """The latest evaluation; None before the first."""
+        return self.evaluations[-1] if self.evaluations else None
 
     @property
     def base_accuracy(self) -> float | None:

@@ -25,6 +25,8 @@
 ``packed_attention``      several samples in one sequence, each attending only to itself, in one call of
                           ``varlen_attention`` or one by one; ``padding``: to a multiple of tokens
 ``chunked_loss``          cross-entropy without the whole logits; ``liger``: Liger's kernel in its place
+``token_losses``          the loss of each token by itself, for ``preference``: training on pairs of answers
+                          or on rated ones
 ``equivalence_checks``    verifies packed attention (``attention_check``: layer by layer) and the chunked
                           loss on the loaded model; ``liger`` verifies its own. Which loss a run asks for is
                           decided in ``memory.execution``, so that the estimate knows it.
@@ -39,9 +41,9 @@
                           ``optimizers``: which, Muon and LoRA+; ``lr_schedule``: the learning rate of
                           each step; ``embedding_noise``: NEFTune
 ``callbacks``             the ``TrainerCallback``: probe memory, then after each step report, evaluate
-                          (``evaluation``, ``accuracy``; ``forgetting`` compares with the base), stop early,
-                          save (``checkpoint_saver``; ``disk_errors``: the cause of a failed write), handle
-                          ``control_requests``
+                          (``evaluation`` in ``eval_mode``, ``accuracy``; ``forgetting`` compares with the
+                          base), stop early, save (``checkpoint_saver``; ``disk_errors``: the cause of a
+                          failed write), handle ``control_requests``
 ``random_numbers``        their state at the start of a step, for a stop that does not wait for its end
 ``checkpoints``           writes a checkpoint completely or not at all, and finds the newest intact one, from
                           which ``supervisor`` resumes exactly

@@ -14,6 +14,8 @@ from qlora_tui.training.control_requests import StepAbandoned, StopRequested
 from qlora_tui.training.failure import is_out_of_memory
 from qlora_tui.training.final_adapter import load_best_weights, write_adapter
 from qlora_tui.training.memory_meter import MemoryMeter
+from qlora_tui.training.preference.objective import PreferenceObjective
+from qlora_tui.training.preference.preference_steps import PreferenceSteps
 from qlora_tui.training.preparation import prepare_run
 from qlora_tui.training.prepared_run import AttemptContext, PreparedRun
 from qlora_tui.training.priority import lower_priority
@@ -96,20 +98,12 @@ class TrainingAttempt:
 
     def _train(self, prepared: PreparedRun) -> RunEnded:
         recipe, checkpoint, step_plan = prepared.recipe, prepared.checkpoint, prepared.step_plan
-        steps = StepDataset(
-            step_plan,
-            prepared.samples,
-            micro_batch=recipe.training.micro_batch_size,
-            padding_free=prepared.base.padding_free,
-            pad_id=prepared.pad_id,
-            multiple=prepared.device.row_multiple,
-            rank=prepared.dist.rank,
-            world_size=prepared.dist.world_size,
-        )
+        objective = PreferenceObjective.of(recipe)
+        steps = _answer_steps(prepared) if objective is None else PreferenceSteps(prepared)
         arguments = training_arguments(
             recipe, prepared.device, len(step_plan.steps), prepared.run.checkpoints_dir
         )
-        trainer = RunTrainer(prepared.model, arguments, steps, recipe.training)
+        trainer = RunTrainer(prepared.model, arguments, steps, recipe.training, objective)
         callback = RunCallback(prepared, trainer)
         trainer.add_callback(callback)
         tokens_before = trainer.tokens
@@ -167,3 +161,16 @@ class TrainingAttempt:
             tokens_per_joule=trainer.tokens / (kwh * JOULES_PER_KWH) if kwh else None,
             checksums=checksums,
         )
+
+
+def _answer_steps(prepared: PreparedRun) -> StepDataset:
+    return StepDataset(
+        prepared.step_plan,
+        prepared.samples,
+        micro_batch=prepared.recipe.training.micro_batch_size,
+        padding_free=prepared.base.padding_free,
+        pad_id=prepared.pad_id,
+        multiple=prepared.device.row_multiple,
+        rank=prepared.dist.rank,
+        world_size=prepared.dist.world_size,
+    )

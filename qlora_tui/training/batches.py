@@ -26,13 +26,14 @@ import random
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.training.chunked_loss import IGNORED, loss_positions
+from qlora_tui.training.preference.pairs import Pairs, SidedDataset, members
 
 PackedSamples: TypeAlias = tuple[int, ...]
 """Indices of the samples in one sequence; a single one without packing."""
@@ -86,16 +87,20 @@ def plan_steps(samples: TokenizedDataset, recipe: Recipe, *, padding_free: bool)
     training, data = recipe.training, recipe.data
     steps: list[PlannedStep] = []
     first_sequences = first_steps = 0
+    units = Pairs(cast("SidedDataset", samples)) if recipe.trains_pairs else samples
     for epoch in range(math.ceil(training.epochs)):
-        order = samples.epoch(epoch, training.seed)
+        order = units.epoch(epoch, training.seed)
         shuffle = random.Random(f"{training.seed}/{epoch}/rows")
         if padding_free and data.packing:
-            sequences = pack(order, [samples.length(i) for i in order], data.max_length)
+            capacity = data.max_length * (2 if recipe.trains_pairs else 1)
+            sequences = pack(order, [units.length(i) for i in order], capacity)
             shuffle.shuffle(sequences)
         else:
             sequences = [(i,) for i in order]
         if not padding_free:
-            sequences = _group_by_length(sequences, samples, recipe.effective_batch, shuffle)
+            sequences = _group_by_length(sequences, units, recipe.effective_batch, shuffle)
+        if recipe.trains_pairs:
+            sequences = [members(sequence) for sequence in sequences]
         if not epoch:
             first_sequences = len(sequences)
             first_steps = math.ceil(len(sequences) / recipe.effective_batch)
@@ -142,14 +147,18 @@ def micro_batches(sequences: Sequence[PackedSamples], size: int) -> list[Sequenc
 
 
 def validation_batches(
-    samples: TokenizedDataset, size: int, max_length: int, *, padding_free: bool
+    samples: TokenizedDataset, size: int, max_length: int, *, padding_free: bool, pairs: bool = False
 ) -> list[list[PackedSamples]]:
-    """All validation samples once, in micro-batches of ``size`` sequences."""
-    everything = range(len(samples))
+    """All validation samples once, in micro-batches of ``size`` sequences; ``pairs`` stay in one of them."""
+    units = Pairs(cast("SidedDataset", samples)) if pairs else samples
+    everything = range(len(units))
     if padding_free:
-        sequences = pack(everything, [samples.length(i) for i in everything], max_length)
+        capacity = max_length * (2 if pairs else 1)
+        sequences = pack(everything, [units.length(i) for i in everything], capacity)
     else:
-        sequences = sorted(((i,) for i in everything), key=lambda sequence: samples.length(sequence[0]))
+        sequences = sorted(((i,) for i in everything), key=lambda sequence: units.length(sequence[0]))
+    if pairs:
+        sequences = [members(sequence) for sequence in sequences]
     return [list(batch) for batch in micro_batches(sequences, size)]
 
 
@@ -173,7 +182,8 @@ def computed_tokens(
     """Tokens a forward pass over one micro-batch computes, padding included."""
     if padding_free:
         return count_tokens(sequences, samples)
-    return len(sequences) * max(samples.length(sequence[0]) for sequence in sequences)
+    lengths = [samples.length(i) for i in _samples_of(sequences)]
+    return len(lengths) * max(lengths)
 
 
 def collate(
@@ -239,7 +249,8 @@ def on_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, An
 def mask_all_labels(batch: dict[str, Any]) -> dict[str, Any]:
     """The micro-batch without labels, for a process that has none left while the others have one."""
     labels = torch.full_like(batch["labels"], IGNORED)
-    return batch | {"labels": labels, "loss_positions": loss_positions(labels)}
+    no_answers: dict[str, Any] = {"sides": [], "answer_tokens": []} if "sides" in batch else {}
+    return batch | {"labels": labels, "loss_positions": loss_positions(labels)} | no_answers
 
 
 def _samples_of(sequences: Sequence[PackedSamples]) -> Iterator[int]:
@@ -275,7 +286,10 @@ def _steps_of(
 
 
 def _group_by_length(
-    sequences: list[PackedSamples], samples: TokenizedDataset, effective_batch: int, shuffle: random.Random
+    sequences: list[PackedSamples],
+    samples: TokenizedDataset | Pairs,
+    effective_batch: int,
+    shuffle: random.Random,
 ) -> list[PackedSamples]:
     """Put sequences of similar length into one step, so that little is padded, and shuffle the steps.
 

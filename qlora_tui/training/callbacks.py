@@ -28,6 +28,7 @@ from qlora_tui.training.health import (
     too_few_steps,
 )
 from qlora_tui.training.memory_probe import probe_longest_batch
+from qlora_tui.training.preference.objective import RewardSums
 from qlora_tui.training.prepared_run import PreparedRun
 from qlora_tui.training.trainer import RunTrainer
 
@@ -47,6 +48,8 @@ class StepResult(NamedTuple):
     """The learning rate of this step."""
     grad_norm: float
     """Norm of the gradient before clipping."""
+    rewards: RewardSums | None = None
+    """Of a preference method, over all processes."""
 
 
 class RunCallback(TrainerCallback):
@@ -92,6 +95,8 @@ class RunCallback(TrainerCallback):
     ) -> None:
         """Before the first step, with optimizer and scheduler restored: probe memory, then evaluate."""
         probe_longest_batch(self._prepared, self._trainer)
+        # The probe's batch is no step.
+        self._take_rewards()
         if self.progress.evaluated_step < 0:
             self._evaluate_and_sample(0, last=False)
         few = too_few_steps(self._total_steps, self._prepared.recipe.training.max_steps)
@@ -137,7 +142,12 @@ class RunCallback(TrainerCallback):
         step = state.global_step
         planned = self._prepared.step_plan.steps[step - 1]
         result = StepResult(
-            step, planned.epoch, logs["loss"], logs["learning_rate"], float(logs.get("grad_norm", 0.0))
+            step,
+            planned.epoch,
+            logs["loss"],
+            logs["learning_rate"],
+            float(logs.get("grad_norm", 0.0)),
+            self._take_rewards(),
         )
         emitted = self._emit_step(result, force=step == self._total_steps)
         self._unreported = None if emitted else result
@@ -152,6 +162,12 @@ class RunCallback(TrainerCallback):
         if control.should_training_stop and not emitted:
             # The last step of the attempt is reported whatever log_every is.
             self._emit_step(result, force=True)
+
+    def _take_rewards(self) -> RewardSums | None:
+        objective = self._trainer.objective
+        if objective is None:
+            return None
+        return RewardSums(*self._prepared.dist.all_reduce_sum(objective.take_sums()))
 
     def _act_between_steps(self, step: int, planned: PlannedStep, control: TrainerControl) -> None:
         """Carry out requests, and evaluate, save and stop where that is due."""
@@ -189,7 +205,7 @@ class RunCallback(TrainerCallback):
 
     def _emit_step(self, result: StepResult, *, force: bool) -> bool:
         """Emit every ``log_every``-th step and non-finite ones, or with ``force`` any; True where emitted."""
-        step, epoch, loss, learning_rate, grad_norm = result
+        step, epoch, loss, learning_rate, grad_norm, rewards = result
         self._reporter.update(step=step, loss=loss if math.isfinite(loss) else None, micro_batch=0)
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if step % self._prepared.recipe.training.log_every and not force and is_finite:
@@ -207,16 +223,18 @@ class RunCallback(TrainerCallback):
                 grad_norm=grad_norm if math.isfinite(grad_norm) else None,
                 tokens=tokens,
                 tokens_per_s=tokens_per_s,
+                reward_accuracy=None if rewards is None else rewards.accuracy,
+                reward_margin=None if rewards is None else rewards.margin,
             )
         )
         self._reporter.log(
-            f"step {step}/{self._total_steps}  loss {loss:.4f}  lr {learning_rate:.2e}  grad {grad_norm:.3f}"
-            f"  {tokens_per_s:.0f} tok/s"
+            f"step {step}/{self._total_steps}  loss {loss:.4f}{_reward_words(rewards)}"
+            f"  lr {learning_rate:.2e}  grad {grad_norm:.3f}  {tokens_per_s:.0f} tok/s"
         )
         return True
 
     def _check_health(self, result: StepResult, *, norm_may_overflow: bool) -> None:
-        step, _, loss, _, grad_norm = result
+        step, _, loss, _, grad_norm, _ = result
         finding = find_non_finite(step, loss, grad_norm, norm_may_overflow=norm_may_overflow)
         if finding is not None:
             self._reporter.health(finding.kind, finding.evidence, finding.remedy, step=step, error=True)
@@ -261,7 +279,7 @@ class RunCallback(TrainerCallback):
 
     def _evaluate(self, step: int, *, last: bool) -> bool:
         training = self._prepared.recipe.training
-        loss, accuracy = self._evaluator.evaluate()
+        loss, accuracy, rewards = self._evaluator.evaluate()
         forgetting, turn_ends = self._base_divergence.measure() if training.general_prompts else (None, None)
         score = loss + training.forgetting_weight * (forgetting or 0.0)
         best = self.progress.add_score(step, score, loss)
@@ -276,13 +294,17 @@ class RunCallback(TrainerCallback):
                 best=best,
                 before_training=self.progress.loss_before_training if step else None,
                 accuracy=accuracy,
+                reward_accuracy=None if rewards is None else rewards.accuracy,
+                reward_margin=None if rewards is None else rewards.margin,
                 forgetting=forgetting if forgetting is not None and math.isfinite(forgetting) else None,
                 score=score if training.forgetting_weight and math.isfinite(score) else None,
                 general_turn_ends=turn_ends,
                 general_answers=general,
             )
         )
-        self._reporter.log(f"validation loss {loss:.4f} at step {step}{' (best)' if best else ''}")
+        self._reporter.log(
+            f"validation loss {loss:.4f}{_reward_words(rewards)} at step {step}{' (best)' if best else ''}"
+        )
         findings = [self._validation_monitor.check(step, loss, self.progress.loss_before_training)]
         if forgetting is not None:
             findings.append(self._forgetting_monitor.check(step, forgetting, turn_ends))
@@ -310,3 +332,10 @@ class RunCallback(TrainerCallback):
         started_at = time.perf_counter()
         self._saver.save(step, self.progress, force=force)
         self._overhead_s += time.perf_counter() - started_at
+
+
+def _reward_words(rewards: RewardSums | None) -> str:
+    if rewards is None or rewards.accuracy is None:
+        return ""
+    margin = "" if rewards.margin is None else f"  margin {rewards.margin:.4f}"
+    return f"  right {rewards.accuracy:.0%}{margin}"

@@ -174,7 +174,7 @@ def summed_loss(
     if positions is None:
         positions = loss_positions(labels)
     # A traced model is on the meta device, and its labels are on the CPU.
-    states: Tensor = _SelectRows.apply(hidden.flatten(0, 1), positions.to(hidden.device))  # type: ignore[no-untyped-call]
+    states = select_states(hidden, positions)
     targets = labels.flatten().index_select(0, positions + 1)
     if not len(targets):
         nothing = hidden.sum() * 0.0
@@ -185,6 +185,12 @@ def summed_loss(
     if values is not None and not torch.is_grad_enabled():
         values = values.detach()
     return chunked_sum(states, targets, head, selected_weights, ids, values), len(targets)
+
+
+def select_states(hidden: Tensor, positions: Tensor) -> Tensor:
+    """The hidden states at ``positions`` of :func:`loss_positions`, (tokens in the loss, hidden)."""
+    states: Tensor = _SelectRows.apply(hidden.flatten(0, 1), positions.to(hidden.device))  # type: ignore[no-untyped-call]
+    return states
 
 
 class _SelectRows(torch.autograd.Function):

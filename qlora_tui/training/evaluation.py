@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +26,9 @@ from qlora_tui.training.batches import (
     validation_batches,
 )
 from qlora_tui.training.chunked_loss import IGNORED
+from qlora_tui.training.eval_mode import no_grad_eval
+from qlora_tui.training.preference.objective import PreferenceObjective, RewardSums
+from qlora_tui.training.preference.preference_validation import PreferenceValidator
 from qlora_tui.training.prepared_run import PreparedRun
 
 ANSWER_TOKENS = 96
@@ -46,6 +48,17 @@ class ValidationSums(NamedTuple):
     """Samples with a short answer."""
 
 
+class ValidationResult(NamedTuple):
+    """What one validation measured."""
+
+    loss: float
+    """Mean over the tokens in the loss, or over the comparisons of a preference method."""
+    accuracy: float | None = None
+    """Share of exact answers, where all are short."""
+    rewards: RewardSums | None = None
+    """Of a preference method."""
+
+
 class Evaluator:
     """Evaluates a run's model and samples from it, as often as the recipe says."""
 
@@ -59,6 +72,8 @@ class Evaluator:
             prepared.recipe.data.max_length,
             padding_free=prepared.base.padding_free,
         )
+        objective = PreferenceObjective.of(prepared.recipe)
+        self._preferences = None if objective is None else PreferenceValidator(prepared, objective)
         turn_ends = frozenset(prepared.tokenizer.turn_end_ids)
         self._short_answers_end = turn_ends if has_short_answers(samples) else None
 
@@ -67,11 +82,10 @@ class Evaluator:
         """Whether the run has validation data."""
         return bool(self._batches)
 
-    def evaluate(self) -> tuple[float, float | None]:
-        """The mean loss of the validation data, and its accuracy where answers are short.
-
-        Each process of the run computes its share of the batches.
-        """
+    def evaluate(self) -> ValidationResult:
+        """Validate; each process of the run computes its share of the batches."""
+        if self._preferences is not None:
+            return self._evaluate_preferences(self._preferences)
         prepared = self._prepared
         dist = prepared.dist
         local_sums = evaluate(
@@ -86,7 +100,11 @@ class Evaluator:
             short_answers_end=self._short_answers_end,
         )
         total, loss_weight_sum, exact, answered = dist.all_reduce_sum(local_sums)
-        return total / (loss_weight_sum or 1), exact / answered if answered else None
+        return ValidationResult(total / (loss_weight_sum or 1), exact / answered if answered else None)
+
+    def _evaluate_preferences(self, validator: PreferenceValidator) -> ValidationResult:
+        loss, rewards = validator.evaluate(self._model, self._report_progress)
+        return ValidationResult(loss, rewards=rewards)
 
     def _report_progress(self, done: int, total: int) -> None:
         self._prepared.reporter.progress("evaluating", done, total)
@@ -170,15 +188,3 @@ def generate_samples(
             )
         new = [i for i in output[0, len(ids) :].tolist() if i not in tokenizer.special_ids]
         yield prompt, tokenizer.decode(new).strip()
-
-
-@contextmanager
-def no_grad_eval(model: Any) -> Iterator[None]:
-    """Use eval mode without gradients inside, and restore the mode."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)

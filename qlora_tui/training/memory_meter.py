@@ -90,7 +90,8 @@ class MemoryMeter:
 
         The recipe allows ``data.max_length`` tokens per sequence, but all of the data may be shorter.
         """
-        data = structs.replace(self._recipe.data, max_length=max(1, -(-tokens // sequences)))
+        rows = sequences * (2 if self._recipe.trains_pairs else 1)
+        data = structs.replace(self._recipe.data, max_length=max(1, -(-tokens // rows)))
         training = structs.replace(self._recipe.training, micro_batch_size=sequences)
         self._longest_batch = structs.replace(self._recipe, data=data, training=training)
         self._longest_batch_estimate = self._estimate(self._longest_batch, corrected=False)

@@ -18,7 +18,6 @@ from qlora_tui.training.batches import (
     TokenizedDataset,
     computed_tokens,
     micro_batches,
-    on_device,
 )
 from qlora_tui.training.prepared_run import PreparedRun
 from qlora_tui.training.trainer import RunTrainer
@@ -79,14 +78,14 @@ def probe_memory(trainer: RunTrainer, sequences: list[PackedSamples], *, fresh: 
     """Run forward and backward, and with ``fresh`` the optimizer step; a resumed run has optimizer states."""
     model: Any = trainer.model_wrapped
     batch = trainer.steps.collate(sequences)
+    items = max(1, int((batch["labels"][:, 1:] >= 0).sum()))
     trained = [p for p in trainer.model.parameters() if p.requires_grad]  # type: ignore[union-attr]  # it is set
     before = [p.detach().to("cpu", copy=True) for p in trained] if fresh else []
     devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         model.train()
-        loss = model(**on_device(batch, trainer.args.device), num_items_in_batch=1).loss
-        loss = loss / max(1, int((batch["labels"][:, 1:] >= 0).sum()))
-        loss.backward()
+        loss = trainer.summed_loss(model, batch) / items
+        torch.autograd.backward(loss)
         if fresh:
             _step(trainer)
     model.zero_grad()

@@ -22,6 +22,7 @@ from qlora_tui.training.adapter import add_lora, trained_parameters
 from qlora_tui.training.base_model import PreparedBase, prepare_base
 from qlora_tui.training.batches import TokenizedDataset, plan_steps
 from qlora_tui.training.checkpoints import require_unchanged
+from qlora_tui.training.chunked_loss import find_head
 from qlora_tui.training.compute_device import ComputeDevice, choose_attention
 from qlora_tui.training.forgetting import replay_samples
 from qlora_tui.training.fused.kernel_choice import find_kernels
@@ -36,6 +37,7 @@ from qlora_tui.training.streaming.copy_devices import copies_for
 from qlora_tui.training.streaming.host_memory import HostMemory, require_host_memory
 from qlora_tui.training.streaming.input_offload import InputOffload, offload_inputs
 from qlora_tui.training.streaming.placement import decoder_layers
+from qlora_tui.training.token_losses import use_token_losses
 
 
 def prepare_run(
@@ -71,6 +73,8 @@ def prepare_run(
         on_progress=lambda done, total: reporter.progress("loading", done, total),
     )
     meter.set_loss(base.loss)
+    if recipe.preference_method is not None:
+        use_token_losses(base.model, base.loss if base.loss.startswith("stock") else find_head(base.model))
     if meter.expects_triton and find_kernels(device.torch_device, device.dtype) is None:
         meter.set_unexpected_path()
     _emit_environment(context, device, base)
@@ -230,6 +234,9 @@ def _verify(prepared: PreparedRun) -> PreparedRun:
     prepared.requests.raise_if_stop_requested()
     prepared.reporter.phase("probing", "the first step, against transformers and peft")
     base = _keep_padding(prepared, verify_first_step(prepared))
+    if "loss" in base.replaced and prepared.recipe.preference_method is not None:
+        # The forward that verification restored knows no losses of single tokens.
+        use_token_losses(base.model, base.loss)
     if base.replaced:
         prepared.meter.set_unexpected_path()
     if (base.attention, base.loss) != (prepared.base.attention, prepared.base.loss):
@@ -301,11 +308,12 @@ def _emit_streamed(context: AttemptContext, base: PreparedBase, files: ModelFile
 def _emit_data(prepared: PreparedRun) -> None:
     data, step_plan = prepared.data, prepared.step_plan
     train, total_steps = data.train, len(step_plan.steps)
+    sides = 2 if prepared.recipe.trains_pairs else 1
     prepared.reporter.emit(
         DataReady(
             at=time.time(),
-            samples=len(train),
-            validation_samples=len(data.validation),
+            samples=len(train) // sides,
+            validation_samples=len(data.validation) // sides,
             tokens=sum(train.lengths()),
             trained_tokens=sum(train.trained_count(i) for i in range(len(train))),
             rows=step_plan.sequences_per_epoch,

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_tui.memory.execution import LOSS_CHUNK_ROWS
 from qlora_tui.training.batches import TokenizedDataset, collate, on_device, pack
-from qlora_tui.training.chunked_loss import block_rows, find_head, losses_and_grads
-from qlora_tui.training.evaluation import no_grad_eval
+from qlora_tui.training.chunked_loss import find_head
+from qlora_tui.training.eval_mode import no_grad_eval
 from qlora_tui.training.forgetting.answer_logits import RowShape
 from qlora_tui.training.packed_attention import segment_mask
-from qlora_tui.training.padding import pad_tokens
+from qlora_tui.training.token_losses import token_losses as each_token_loss
 
 
 class OtherPrompts:
@@ -98,7 +97,7 @@ def _row_losses(model: Any, batch: dict[str, Any]) -> Tensor:
     """Loss of each trained token of one row, (tokens,), fp32."""
     bare = model.get_base_model()
     positions: Tensor = batch["loss_positions"]
-    targets = batch["labels"].flatten().index_select(0, positions + 1)[:, None]
+    targets = batch["labels"].flatten().index_select(0, positions + 1)
     inputs = {"input_ids": batch["input_ids"], "use_cache": False}
     if "segments" in batch:
         inputs |= {
@@ -110,18 +109,9 @@ def _row_losses(model: Any, batch: dict[str, Any]) -> Tensor:
         inputs.pop("attention_mask", None)
         more = {"segments": batch["segments"]} if "segments" in batch else {}
         logits = bare(**inputs, **more, logits_to_keep=positions).logits[0]
-        return nn.functional.cross_entropy(logits.float(), targets[:, 0], reduction="none")
+        return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
     states = bare.get_decoder()(**inputs)[0].flatten(0, 1).index_select(0, positions)
-    parts = []
-    weight, rows = head.projection.weight, block_rows(states.device)
-    for chunk, chunk_targets in zip(
-        torch.split(states, LOSS_CHUNK_ROWS), torch.split(targets, LOSS_CHUNK_ROWS), strict=True
-    ):
-        padded = nn.functional.linear(pad_tokens(chunk.to(weight.dtype)), weight, head.projection.bias)
-        blocks = torch.split(padded[: len(chunk)], rows)
-        for block, wanted in zip(blocks, torch.split(chunk_targets, rows), strict=True):
-            parts.append(losses_and_grads(block, wanted, head, needs_grad=False)[0][:, 0])
-    return torch.cat(parts) if parts else torch.zeros(0)
+    return each_token_loss(states, targets, head)
 
 
 def _prompt_tokens(samples: TokenizedDataset, i: int) -> int:

@@ -38,6 +38,7 @@ def measure(run: RunDir) -> None:
         from qlora_tui.catalog.local_models import resolve_model
         from qlora_tui.data.contradictions import find_contradictions
         from qlora_tui.data.dataset import prepare_dataset
+        from qlora_tui.data.store import GOOD
         from qlora_tui.data.tokenizer import ChatTokenizer
         from qlora_tui.data.untrained_tokens import token_ids
         from qlora_tui.runs.row_losses import MeasuredRow, classify, write_row_losses
@@ -64,7 +65,8 @@ def measure(run: RunDir) -> None:
     files = resolve_model(recipe.model.id)
     folder = files.folder if files.gguf_file is None else convert_cached(files.folder / files.gguf_file)
     tokenizer = ChatTokenizer.from_folder(folder, recipe.model.chat_template)
-    samples = prepare_dataset(recipe, tokenizer).train
+    # Of a preference run the good answers: those are what it should learn.
+    samples = prepare_dataset(recipe, tokenizer).train.of_side(GOOD)
     base = prepare_base(folder, recipe, device, choose_attention(recipe, device), "chunked", weighted=False)
     ids = token_ids(recipe.lora.trainable_tokens, tokenizer)
     model = add_lora(base.model, recipe.lora, files.architecture, ids)

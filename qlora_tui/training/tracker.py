@@ -150,12 +150,17 @@ def tracked_numbers(event: AnyEvent) -> dict[str, float]:
                 "epoch": event.epoch,
                 "tokens": event.tokens,
                 "tokens_per_second": event.tokens_per_s,
+                # TRL's names.
+                "rewards/accuracies": event.reward_accuracy,
+                "rewards/margins": event.reward_margin,
             }
         case Evaluated():
             numbers = {
                 "eval_loss": event.loss,
                 "eval_accuracy": event.accuracy,
                 "eval_forgetting": event.forgetting,
+                "eval_rewards/accuracies": event.reward_accuracy,
+                "eval_rewards/margins": event.reward_margin,
             }
         case _:
             return {}

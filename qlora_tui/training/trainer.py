@@ -11,7 +11,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
@@ -40,6 +40,7 @@ from qlora_tui.training.embedding_noise import EmbeddingNoise
 from qlora_tui.training.failure import is_out_of_memory
 from qlora_tui.training.lr_schedule import SCHEDULES, create_schedule, schedule_arguments
 from qlora_tui.training.optimizers import OPTIMIZERS, create_optimizer
+from qlora_tui.training.preference.objective import PreferenceObjective
 from qlora_tui.training.random_numbers import RandomNumberState
 
 
@@ -51,6 +52,10 @@ class StepData(TypedDict):
     """Sum of the loss weights of the whole step, over all processes: the divisor of the summed loss."""
     tokens: int
     """Real tokens of the whole step, over all processes."""
+    token_share: NotRequired[float]
+    """Of a preference method: its comparisons divided by the trained tokens of good answers."""
+    mismatched: NotRequired[list[dict[str, Any]]]
+    """Of KTO: micro-batches of answers after other prompts, for this process."""
 
 
 class StepDataset(Dataset[StepData]):
@@ -148,10 +153,19 @@ class RunTrainer(Trainer):
 
     Args:
         training: the settings that ``TrainingArguments`` has no place for: optimizer, LoRA+, NEFTune.
+        objective: that of a preference method, whose batches ``steps`` has; None for cross-entropy.
     """
 
-    def __init__(self, model: Any, args: TrainingArguments, steps: StepDataset, training: Training) -> None:
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        steps: StepDataset,
+        training: Training,
+        objective: PreferenceObjective | None = None,
+    ) -> None:
         super().__init__(model=model, args=args, train_dataset=steps)
+        self.objective: PreferenceObjective | None = objective
         self.remove_callback(PrinterCallback)
         self.steps = steps
         self.tokens = 0
@@ -191,14 +205,13 @@ class RunTrainer(Trainer):
         share = self.accelerator.num_processes / weight_sum
         self._step_start = RandomNumberState.capture(self.args.device)
         model.train()
+        if self.objective is not None and self.objective.needs_divergence:
+            self._estimate_divergence(self.objective, inputs["mismatched"])
         total = torch.zeros((), device=self.args.device)
         for number, batch in enumerate(batches, 1):
             last = number == len(batches)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                tensors = on_device(batch, self.args.device)
-                with self._noise.scaled_for(tensors):
-                    # 1: the model returns the summed loss; it is divided here by the step's loss weights.
-                    loss = model(**tensors, num_items_in_batch=1).loss * share
+                loss = self.summed_loss(model, batch, inputs.get("token_share", 1.0)) * share
                 self.accelerator.backward(loss)
             total += loss.detach()
             if not last:
@@ -206,6 +219,27 @@ class RunTrainer(Trainer):
         self.tokens += inputs["tokens"]
         self._step_start = None
         return total
+
+    def summed_loss(self, model: Any, batch: dict[str, Any], token_share: float = 1.0) -> torch.Tensor:
+        """Sum of the losses of a micro-batch, to be divided by the loss weights of its step.
+
+        Args:
+            token_share: what a token of ORPO's cross-entropy counts beside a pair.
+        """
+        tensors = on_device(batch, self.args.device)
+        if self.objective is not None:
+            return self.objective.summed_loss(model, self.model, tensors, token_share)
+        with self._noise.scaled_for(tensors):
+            # 1: the model returns the summed loss; the caller divides it by the step's loss weights.
+            loss: torch.Tensor = model(**tensors, num_items_in_batch=1).loss
+        return loss
+
+    def _estimate_divergence(self, objective: PreferenceObjective, mismatched: list[dict[str, Any]]) -> None:
+        """Estimate KTO's reference point from all answers of a step, over all processes."""
+        parts = [objective.divergence(self.model, on_device(batch, self.args.device)) for batch in mismatched]
+        sums = torch.tensor([[total, count] for total, count in parts] or [[0.0, 0.0]]).sum(0)
+        total, count = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
+        objective.set_divergence(total / count if count else 0.0)
 
     def undo_unfinished_step(self) -> None:
         """Restore what the step in progress has changed: gradients and random numbers."""

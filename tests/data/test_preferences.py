@@ -1,4 +1,4 @@
-"""Chosen and rejected answers, and answers rated good or bad: nothing bad is ever trained on."""
+"""Chosen and rejected answers, and answers rated good or bad: nothing bad is learned as if good."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_a_refusal_counts_the_rows_and_names_the_setting() -> None:
     assert (
         problem.what == "file compares answers: 'chosen' is preferred to 'rejected' in 1 of the first 1 rows."
     )
-    assert "Preference training (DPO, ORPO) is not supported" in problem.why
+    assert 'To learn from both sides, set data.preferences = "orpo" (or "dpo", "simpo").' in problem.fix
     assert 'data.preferences = "chosen"' in problem.fix
     assert "--set data.preferences=chosen" in problem.fix
 

@@ -15,7 +15,16 @@ from qlora_tui.recipe import presets, toml
 from qlora_tui.recipe.schema import Data, Lora, Model, Recipe, Source
 from tests.recipe.strategies import recipes
 
-SHIPPED = ["balanced", "cpu-demo", "paper", "quality", "small-card", "style"]
+SHIPPED = [
+    "balanced",
+    "cpu-demo",
+    "paper",
+    "preference-dpo",
+    "preference-orpo",
+    "quality",
+    "small-card",
+    "style",
+]
 
 
 def mine(name: str = "mine") -> Path:
@@ -92,7 +101,8 @@ def test_an_unknown_preset_names_the_near_one() -> None:
         presets.find_preset("smal_card.toml")
     assert str(caught.value) == (
         'Unknown preset: There is no preset "smal_card.toml".\n'
-        "  The presets are balanced, cpu-demo, paper, quality, small-card, style.\n"
+        "  The presets are balanced, cpu-demo, paper, preference-dpo, preference-orpo, quality, small-card, "
+        "style.\n"
         "  Did you mean small-card?"
     )
 

@@ -243,3 +243,18 @@ def test_counts_over_general_answers_are_described_and_tabulated(run: RunDir) ->
         "0.25",
         "0.5",
     )
+
+
+def test_rewards_of_a_preference_run_are_described_and_tabulated(run: RunDir) -> None:
+    step = structs.replace(a_step(1), reward_accuracy=0.75, reward_margin=0.125)
+    evaluated = Evaluated(at=5.0, step=1, loss=0.6, reward_accuracy=0.5, reward_margin=-0.25)
+    with EventWriter(run.events_path) as log:
+        log.append(step)
+        log.append(evaluated)
+    view = RunView(run)
+    view.refresh()
+    assert "75% right, margin 0.125" in describe(step, 2)
+    assert "validation loss 0.6, 50% right, margin -0.25" in describe(evaluated, 2)
+    (row,) = csv.DictReader(metrics_csv(view).splitlines())
+    columns = ("reward_margin", "validation_reward_accuracy", "validation_reward_margin")
+    assert [row[name] for name in columns] == ["0.125", "0.5", "-0.25"]

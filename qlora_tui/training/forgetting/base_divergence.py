@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qlora_tui.runs.events import GeneralAnswers
 from qlora_tui.training.chunked_loss import block_rows
-from qlora_tui.training.evaluation import no_grad_eval
+from qlora_tui.training.eval_mode import no_grad_eval
 from qlora_tui.training.forgetting import base_answers
 from qlora_tui.training.forgetting.answer_checks import AnswerCounts, GeneralAnswer, count_answers
 from qlora_tui.training.forgetting.answer_logits import RowShape, answer_logits

@@ -10,7 +10,7 @@ import torch
 
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.memory.general_answers import ANSWER_TOKENS
-from qlora_tui.training.evaluation import no_grad_eval
+from qlora_tui.training.eval_mode import no_grad_eval
 
 
 def answer_greedily(

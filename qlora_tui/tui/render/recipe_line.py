@@ -71,6 +71,16 @@ def targets_words(recipe: Recipe, width: int) -> str:
     return names if len(names) <= width else f"{len(patterns)} targets"
 
 
+def preference_words(recipe: Recipe) -> str:
+    """``DPO β 0.1``: how preferences are trained on; empty where answers alone are."""
+    method, training = recipe.preference_method, recipe.training
+    if method is None:
+        return ""
+    beta = f" β {training.preference_beta:g}" if training.preference_beta else ""
+    gamma = f" γ {training.simpo_gamma:g}" if method == "simpo" else ""
+    return f"{'SimPO' if method == 'simpo' else method.upper()}{beta}{gamma}"
+
+
 def data_words(recipe: Recipe) -> str:
     """Name of the first data file, and how many more there are."""
     sources = recipe.data.sources

@@ -66,6 +66,8 @@ OUTCOMES = (
     "before training",
     "exact answers",
     "exact, base model",
+    "better answer preferred",
+    "margin",
     "forgetting",
     *GENERAL_ANSWERS,
     "steps",
@@ -89,7 +91,7 @@ def read(run: RunDir) -> ComparedRun:
     except UserError:
         recipe = None
     speed = sorted(series.tokens_per_s)[len(series) // 2] if len(series) else None
-    best = view.best
+    best, last = view.best, view.last_evaluation
     general = dict(general_answer_texts(view.general_answers))
     return ComparedRun(
         run.name,
@@ -101,6 +103,8 @@ def read(run: RunDir) -> ComparedRun:
             "" if view.loss_to_beat is None else f"{format_float(view.loss_to_beat)}, better",
             _share(view.accuracy),
             _share(view.base_accuracy),
+            _share(None if last is None else last.reward_accuracy),
+            "" if last is None or last.reward_margin is None else format_float(last.reward_margin, 3),
             "" if view.forgetting is None else format_float(view.forgetting, 3),
             *(general.get(name, "") for name in GENERAL_ANSWERS.values()),
             f"{view.step:,}/{view.total_steps:,}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from qlora_tui.formatting import format_float
-from qlora_tui.runs.describe import format_exact
+from qlora_tui.runs.describe import format_exact, format_rewards
 from qlora_tui.tui.render.axis import Axis, label, rounded, so_far, tick_step
 from qlora_tui.tui.render.block_charts import NOT_A_NUMBER
 from qlora_tui.tui.render.plot import Curve, Mark, Plot, overall
@@ -64,10 +64,12 @@ def zoom_start(step: int, zoom: int) -> float:
 
 
 def step_charts(snapshot: RunSnapshot) -> tuple[StepChart, ...]:
-    """Each quantity over the steps from zero to a round maximum; forgetting where it was measured."""
+    """Each quantity over the steps from zero to a round maximum; those that only some runs have first."""
     envelopes, speed = snapshot.envelopes, snapshot.tokens_per_s
     forgetting = _forgetting_envelope(snapshot)
+    margin, trains_preferences = snapshot.reward_margin, _trains_preferences(snapshot)
     return (
+        *([_chart("margin", format_float(margin, 3), envelopes.reward_margin)] if trains_preferences else ()),
         *(
             [_chart("forget", format_float(forgetting.highs[-1], 3), forgetting)]
             if len(forgetting.xs) > 1
@@ -77,6 +79,10 @@ def step_charts(snapshot: RunSnapshot) -> tuple[StepChart, ...]:
         _chart("grad", format_float(snapshot.grad_norm, 3), envelopes.grad_norm),
         _chart("tok/s", "NA" if speed is None else f"{speed:,.0f}", envelopes.tokens_per_s),
     )
+
+
+def _trains_preferences(snapshot: RunSnapshot) -> bool:
+    return snapshot.recipe is not None and snapshot.recipe.preference_method is not None
 
 
 def _forgetting_envelope(snapshot: RunSnapshot) -> Envelope:
@@ -101,7 +107,8 @@ def _legend(snapshot: RunSnapshot) -> tuple[tuple[str, str], ...]:
     best, last = snapshot.best, snapshot.evaluations[-1] if snapshot.evaluations else None
     exact = format_exact(None if last is None else last.accuracy, snapshot.view.base_accuracy)
     # In a narrow window all fit only without the word.
-    validation = "" if exact else "validation "
+    rewards = format_rewards(last)
+    validation = "" if exact or rewards else "validation "
     if best is not None:
         if (before := snapshot.view.loss_to_beat) is None:
             items.append(
@@ -114,6 +121,8 @@ def _legend(snapshot: RunSnapshot) -> tuple[tuple[str, str], ...]:
         items.append((f"{VALIDATION} {validation}{format_float(_number(last.loss), 3)}", "$accent"))
     if exact:
         items.append((f"exact {exact}", "$accent"))
+    if rewards:
+        items.append((rewards, "$accent"))
     if any(snapshot.envelopes.loss.broken):
         items.append((f"{NOT_A_NUMBER} not a number", "$error bold"))
     if snapshot.step_stride > 1:

@@ -20,7 +20,7 @@ from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.events import Failed
 from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.labeled import labeled
-from qlora_tui.tui.render.recipe_line import data_words, targets_words
+from qlora_tui.tui.render.recipe_line import data_words, preference_words, targets_words
 from qlora_tui.tui.screens.train.run_snapshot import RunSnapshot
 from qlora_tui.tui.widgets.diff_widget import DiffWidget
 
@@ -115,6 +115,8 @@ def setup_lines(snapshot: RunSnapshot, recipe: Recipe | None, width: int) -> lis
             _row("batch", f"{recipe.data.max_length:,} tok × {batch} × {accumulation}"),
             _row("rate", schedule),
         ]
+        if recipe.preference_method is not None:
+            lines.append(_row("method", preference_words(recipe)))
     if view.adapter is not None:
         share = view.adapter.trained_parameters / view.adapter.total_parameters
         lines.append(_row("trains", f"{format_count(view.adapter.trained_parameters)} weights, {share:.2%}"))
@@ -131,7 +133,7 @@ def setup_lines(snapshot: RunSnapshot, recipe: Recipe | None, width: int) -> lis
 
 
 def evaluation_lines(snapshot: RunSnapshot, rows: int) -> list[Content]:
-    """A line for each evaluation, the newest first: loss, its change, exact answers."""
+    """A line for each evaluation, the newest first: loss, its change, exact or right answers."""
     evaluations = snapshot.evaluations
     if not evaluations:
         return [Content.styled("None yet.", "dim")]
@@ -143,6 +145,8 @@ def evaluation_lines(snapshot: RunSnapshot, rows: int) -> list[Content]:
         if each.loss is not None and before is not None and math.isfinite(each.loss - before):
             change = f"{each.loss - before:+.3f}"
         exact = "" if each.accuracy is None else f"{format_percent(each.accuracy):>5} exact"
+        if each.reward_accuracy is not None:
+            exact = f"{format_percent(each.reward_accuracy):>5} right"
         star = " ★" if each is snapshot.best else "  "
         lines.append(
             Content.assemble(

@@ -57,8 +57,8 @@ class _DecimatedRun:
 
     def __init__(self, view: RunView) -> None:
         self.view = view
-        self.steps = DecimatedSeries(columns=5)
-        """Loss, its mean, learning rate, gradient norm and tokens per second."""
+        self.steps = DecimatedSeries(columns=6)
+        """Loss, its mean, learning rate, gradient norm, tokens per second and the margin of rewards."""
         self.smoother = BiasCorrectedEma()
         self.last_step = 0
         """The last step that was read."""
@@ -78,7 +78,14 @@ class _DecimatedRun:
         view, series = self.view, self.view.series
         new = self._select(bisect_right(series.step, self.last_step))
         self.smoother.window = smoothing_window(view.total_steps)
-        columns = (series.step, series.loss, series.learning_rate, series.grad_norm, series.tokens_per_s)
+        columns = (
+            series.step,
+            series.loss,
+            series.learning_rate,
+            series.grad_norm,
+            series.tokens_per_s,
+            series.reward_margin,
+        )
         steps, loss, *others = ([column[at] for at in new] for column in columns)
         self.steps.extend(steps, loss, self.smoother.smooth(loss), *others)
         if len(series):
@@ -197,6 +204,7 @@ class RunFollower:
             learning_rate=series.learning_rate[-1] if len(series) else None,
             grad_norm=series.grad_norm[-1] if len(series) else None,
             tokens_per_s=series.tokens_per_s[-1] if len(series) else None,
+            reward_margin=series.reward_margin[-1] if len(series) else math.nan,
             evaluations=tuple(view.evaluations),
             best=view.best,
             samples=tuple(view.samples),

@@ -25,6 +25,7 @@ class StepEnvelopes:
     learning_rate: Envelope
     grad_norm: Envelope
     tokens_per_s: Envelope
+    reward_margin: Envelope
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,13 @@ class RunSnapshot:
     step: int
     epoch: float
     loss: float | None
-    """Of the last step, like the next four."""
+    """Of the last step, like the next five."""
     mean_loss: float | None
     learning_rate: float | None
     grad_norm: float | None
     tokens_per_s: float | None
+    reward_margin: float
+    """NaN without a preference method."""
     evaluations: tuple[Evaluated, ...]
     best: Evaluated | None
     samples: tuple[SampleGenerated, ...]

@@ -1,0 +1,130 @@
+"""What a preference method stores of rows: both sides of each pair, and rated answers."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_tui.data.dataset import PreparedDataset, prepare_dataset
+from qlora_tui.data.formats import detect
+from qlora_tui.data.inspection import inspect
+from qlora_tui.data.row import Row
+from qlora_tui.data.store import BAD, GOOD, Samples
+from qlora_tui.errors import UserError
+from qlora_tui.recipe.schema import Data, Preferences, Recipe, Source
+from tests.data.families import family
+from tests.data.test_preferences import ASKED, NAMES, RATINGS, SIDES
+
+CHATML = family("chatml")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def prepared(folder: Path, rows: list[Any], method: Preferences, **settings: Any) -> PreparedDataset:
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"validation_fraction": 0.0, "max_length": 256} | settings
+    sources = (Source(path=str(file)),)
+    return prepare_dataset(Recipe(data=Data(sources=sources, preferences=method, **data)), CHATML)
+
+
+def answers(samples: Samples) -> list[tuple[int, str]]:
+    """Side and trained text of each sample."""
+    texts = []
+    for i in range(len(samples)):
+        ids = itertools.compress(samples.token_ids(i), samples.loss_mask(i))
+        text = CHATML.decode([token for token in ids if token not in CHATML.special_ids])
+        texts.append((samples.side(i), text.strip()))
+    return texts
+
+
+@pytest.mark.parametrize(("side", "question"), itertools.product(SIDES, ("prompt", "messages", "sharegpt")))
+def test_each_spelling_gives_both_sides_of_the_pair(tmp_path: Path, side: str, question: str) -> None:
+    better, worse = NAMES[len(question) % len(NAMES)]
+    row = {**ASKED[question], better: SIDES[side][0], worse: SIDES[side][1]}
+    train = prepared(tmp_path, [row], "dpo").train
+    pair = [(GOOD, "This."), (BAD, "REJECTED")]
+    expected = [*pair, pair[0], (BAD, "REJECTED too")] if side == "several" else pair
+    assert answers(train) == expected
+    assert bytes(train.token_ids(0))[:20] == bytes(train.token_ids(1))[:20]
+
+
+@pytest.mark.parametrize(("column", "good", "bad"), RATINGS)
+def test_kto_stores_good_and_bad_answers(tmp_path: Path, column: str, good: Any, bad: Any) -> None:
+    rows = [
+        {"prompt": "Which?", "completion": "This.", column: good},
+        {"prompt": "Which?", "completion": "That.", column: bad},
+        {"prompt": "Which?", "completion": "Those.", column: good},
+    ]
+    stored = answers(prepared(tmp_path, rows, "kto").train)
+    assert stored == [(GOOD, "This."), (BAD, "That."), (GOOD, "Those.")]
+
+
+def test_a_rating_is_of_the_last_answer_only(tmp_path: Path) -> None:
+    turns = [("user", "Which?"), ("assistant", "This."), ("user", "Sure?"), ("assistant", "Yes.")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    stored = prepared(tmp_path, [{"messages": messages, "label": True}], "kto")
+    assert answers(stored.train) == [(GOOD, "Yes.")]
+
+
+def test_kto_takes_pairs_as_two_rated_answers(tmp_path: Path) -> None:
+    row = {"prompt": "Which?", "chosen": "This.", "rejected": ["That.", "Those."]}
+    stored = prepared(tmp_path, [row], "kto")
+    assert answers(stored.train) == [(GOOD, "This."), (BAD, "That."), (BAD, "Those.")]
+    assert stored.counts.samples == 3
+
+
+def test_texts_share_their_beginning_as_the_prompt(tmp_path: Path) -> None:
+    row = {"chosen": "Which one is it? This.", "rejected": "Which one is it? No."}
+    assert answers(prepared(tmp_path, [row], "simpo").train) == [(GOOD, "This."), (BAD, "No.")]
+
+
+def test_a_pair_without_room_for_one_answer_is_left_out(tmp_path: Path) -> None:
+    pair = {"prompt": "Which?", "chosen": "This.", "rejected": "That."}
+    long = {"prompt": "Which?", "chosen": "This.", "rejected": "That. " * 100}
+    stored = prepared(tmp_path, [pair, long], "orpo", overflow="drop", max_length=64)
+    assert answers(stored.train) == [(GOOD, "This."), (BAD, "That.")]
+    assert (stored.counts.samples, stored.counts.dropped) == (1, 1)
+
+
+def test_both_sides_of_a_pair_are_in_one_split(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Which {n}?", "chosen": f"This {n}.", "rejected": f"That {n}."} for n in range(20)]
+    stored = prepared(tmp_path, rows, "dpo", validation_fraction=0.25)
+    for samples in (stored.train, stored.validation):
+        assert len(samples)
+        for (good, chosen), (bad, rejected) in zip(*[iter(answers(samples))] * 2, strict=True):
+            assert (good, bad) == (GOOD, BAD)
+            assert chosen.split()[1:] == rejected.split()[1:]
+
+
+def test_the_samples_of_one_side_keep_their_order(tmp_path: Path) -> None:
+    rows = [{"prompt": "Which?", "chosen": f"This {n}.", "rejected": "That."} for n in range(3)]
+    train = prepared(tmp_path, rows, "dpo").train
+    assert answers(train.of_side(GOOD)) == [(GOOD, f"This {n}.") for n in range(3)]
+
+
+def test_a_method_needs_data_to_compare() -> None:
+    plain = Row(1, {"prompt": "Which?", "completion": "This."})
+    with pytest.raises(UserError, match="No preferences in the data"):
+        detect([plain], "file", preference_choice="dpo")
+    with pytest.raises(UserError, match="No preferences in the data"):
+        detect([plain], "file", preference_choice="kto")
+    rated = Row(1, {"prompt": "Which?", "completion": "This.", "label": True})
+    with pytest.raises(UserError, match="Rated answers") as raised:
+        detect([rated], "file", preference_choice="orpo")
+    assert 'data.preferences = "kto"' in raised.value.fix
+
+
+def test_refused_preferences_name_the_methods(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "Which?", "chosen": "This.", "rejected": "That."}\n')
+    with pytest.raises(UserError) as raised:
+        inspect(Source(path=str(file)))
+    assert 'data.preferences = "orpo" (or "dpo", "simpo")' in raised.value.fix
