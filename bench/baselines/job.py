@@ -46,6 +46,8 @@ class TrainingJob:
     """File that :mod:`.batches` wrote: the rows as token ids and labels, step by step; empty where each way
     renders them by itself."""
     checkpointing: bool = False
+    preferences: str = ""
+    """``orpo`` or ``dpo`` where ``rows`` holds ``prompt``, ``chosen`` and ``rejected``."""
     seed: int = 1
 
     def write(self, path: Path) -> Path:

@@ -54,6 +54,7 @@ def recipe(job: TrainingJob) -> Recipe:
             validation_path=job.validation,
             validation_fraction=0.0,
             max_length=job.row_tokens,
+            preferences=job.preferences or "refuse",
         ),
         training=Training(
             micro_batch_size=1,

@@ -1,4 +1,4 @@
-"""Runs that train on preferences, from the recipe to the events."""
+"""Runs that train on preferences: from the recipe to the events, and again from a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,32 +8,31 @@ import pytest
 
 from qlora_tui.recipe.schema import Source
 from qlora_tui.runs.directory import create_run
-from qlora_tui.runs.events import DataReady, Evaluated, Step, StepVerified
+from qlora_tui.runs.events import DataReady, Evaluated, Started, Step, StepVerified
+from qlora_tui.runs.retry import RetryPlan
 from tests.support.trainer_processes import Trainers
 from tests.training.conftest import MakeRecipe
-from tests.training.event_helpers import events_of
+from tests.training.event_helpers import events_of, losses
 from tests.training.preference_data import write_pairs, write_rated
+from tests.training.test_resume import EVERY_STEP, interrupted_at
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("method", ["orpo", "dpo", "simpo", "kto"])
-def test_a_preference_run_learns_which_answer_is_better(
+@pytest.mark.parametrize("method", ["orpo", "dpo", "kto"])
+def test_a_preference_run_learns_and_resumes_in_smaller_batches(
     recipe: MakeRecipe, trainers: Trainers, tmp_path: Path, method: str
 ) -> None:
-    rated = method == "kto"
-    file = (write_rated if rated else write_pairs)(tmp_path / "preferences.jsonl")
-    run = create_run(
-        recipe(
-            {
-                "data.sources": (Source(path=str(file)),),
-                "data.preferences": method,
-                "training.epochs": 4.0,
-                "training.gradient_accumulation": 1,
-                "training.learning_rate": 1e-2,
-            }
-        )
-    )
+    file = (write_rated if method == "kto" else write_pairs)(tmp_path / "preferences.jsonl")
+    settings = {
+        "data.sources": (Source(path=str(file)),),
+        "data.preferences": method,
+        "training.epochs": 4.0,
+        "training.micro_batch_size": 2,
+        "training.gradient_accumulation": 1,
+        "training.learning_rate": 1e-2,
+    }
+    run = create_run(recipe(settings | EVERY_STEP))
     assert trainers.run(run) == 0
     (data,) = events_of(run, DataReady)
     assert data.samples + data.validation_samples == 24
@@ -44,4 +43,10 @@ def test_a_preference_run_learns_which_answer_is_better(
     assert after.reward_margin is not None and before.reward_margin is not None
     assert after.reward_margin > before.reward_margin + 0.02
     assert after.reward_accuracy == 1.0
-    assert all(step.reward_accuracy is not None for step in events_of(run, Step))
+    steps = events_of(run, Step)
+    assert all(step.reward_accuracy is not None for step in steps)
+
+    again = interrupted_at(run, len(steps) // 2)
+    assert trainers.run(again, RetryPlan(micro_batch_size=1, gradient_accumulation=2)) == 0
+    assert events_of(again, Started)[-1].resumed_from_step == len(steps) // 2
+    assert losses(again) == pytest.approx(losses(run), rel=1e-3, abs=1e-5)

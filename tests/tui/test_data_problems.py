@@ -47,13 +47,22 @@ async def test_the_fix_key_trains_tokens_the_model_never_learned(private_home: P
         await wait_for_text(pilot, "has never learned")
 
 
-async def test_the_fix_key_trains_on_the_chosen_answers_of_preferences(model: str, here: Path) -> None:
+async def test_the_fix_key_offers_ways_to_train_on_preferences(model: str, here: Path) -> None:
     rows = [{"prompt": f"Which {n}?", "chosen": f"This {n}.", "rejected": "That."} for n in range(1, 6)]
     write_rows(here / "pairs.jsonl", rows)
     app = data_app(model, "pairs.jsonl")
     async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "✗ Preference data", "[m] train on the chosen answers only", "[o] open")
+        await wait_for_text(pilot, "✗ Preference data", "[m] choose how to train on them", "[o] open")
         await pilot.press("m")
+        await wait_for_text(pilot, "Chosen and rejected answers", "ORPO", "DPO", "SimPO", "chosen only")
+        await pilot.press("j", "enter")
+        assert app.workbench.recipe.preference_method == "dpo"
+        await wait_for_text(pilot, "row 1 of 5", "This 1.", "Trains with dpo.")
+        await pilot.press("u")
+        await wait_for_text(pilot, "✗ Preference data")
+        await pilot.press("m")
+        await wait_for_text(pilot, "chosen only")
+        await pilot.press("G", "enter")
         assert app.workbench.recipe.data.preferences == "chosen"
         assert "That." not in await wait_for_text(pilot, "row 1 of 5", "This 1.")
         await pilot.press("u")

@@ -5,6 +5,6 @@
 ``row_loss_actions`` lists the rows by what a run learned of them (``row_loss_list``).
 ``previews`` asks the engines for rows and reports; ``text`` formats rows and sources, ``token_changes`` their
 tokens by what a run learned, ``report_text`` what is known of a whole source, ``histogram`` and
-``length_table`` its lengths. ``file_picker``, ``column_mapping`` and ``format_picker`` are
-windows of this screen.
+``length_table`` its lengths. ``file_picker``, ``column_mapping``, ``format_picker`` and
+``preference_picker`` are windows of this screen.
 """

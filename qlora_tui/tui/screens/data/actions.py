@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 from textual import work
@@ -12,10 +13,11 @@ from qlora_tui.data.format_choices import AUTO
 from qlora_tui.data.problems import is_bad_row
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import pluralize
-from qlora_tui.recipe.schema import Source
+from qlora_tui.recipe.schema import Preferences, Source
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.data.column_mapping import ColumnMappingScreen
 from qlora_tui.tui.screens.data.format_picker import FormatPickerScreen
+from qlora_tui.tui.screens.data.preference_picker import PreferencePickerScreen
 from qlora_tui.tui.screens.data.previews import DataPreviews
 from qlora_tui.tui.screens.data.row_loss_actions import RowLossActions
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
@@ -28,8 +30,8 @@ class DataActions(RowLossActions):
 
     fields: dict[str, str] = {}  # noqa: RUF012
     """Columns of a file in no known format, for the mapping by hand."""
-    can_use_chosen = False
-    """Whether the source is refused for its preferences, and the recipe can take the chosen answers."""
+    refused_preferences: Literal["", "pairs", "ratings"] = ""
+    """The kind of preferences for which the source is refused, and which the recipe can train on."""
     mapping_format = "prompt-completion"
     """The format to map columns for if ``unreadable_source`` has the format ``auto``."""
 
@@ -119,9 +121,8 @@ class DataActions(RowLossActions):
 
     def action_fix(self) -> None:
         """Change the setting that fixes the first problem which has such a fix."""
-        if self.can_use_chosen:
-            self.qlora_app.edit("data.preferences", "chosen")
-            self.notify(f"Trains on the chosen and good answers only. Press {key_name('app.undo')} to undo.")
+        if self.refused_preferences:
+            self._choose_preferences()
         elif self.bad_rows():
             self.action_bad_rows()
         elif self.split_rows():
@@ -134,6 +135,18 @@ class DataActions(RowLossActions):
                 f"Embedding and head will be trained for {', '.join(tokens)}. "
                 f"Press {key_name('app.undo')} to undo."
             )
+
+    def _choose_preferences(self) -> None:
+        def on_result(choice: Preferences | None) -> None:
+            if choice is not None:
+                self.qlora_app.edit("data.preferences", choice)
+                trains = (
+                    "Trains on the better answers only." if choice == "chosen" else f"Trains with {choice}."
+                )
+                self.notify(f"{trains} Press {key_name('app.undo')} to undo.")
+
+        rated = self.refused_preferences == "ratings"
+        self.app.push_screen(PreferencePickerScreen(rated=rated), on_result)
 
     def action_bad_rows(self) -> None:
         """Leave rows out that cannot be used, or refuse to train while there are any."""
@@ -159,7 +172,9 @@ class DataActions(RowLossActions):
     @property
     def can_fix(self) -> bool:
         """Whether one setting fixes any of the problems."""
-        return self.can_use_chosen or bool(self.bad_rows() or self.split_rows() or self.untrained_tokens())
+        return bool(
+            self.refused_preferences or self.bad_rows() or self.split_rows() or self.untrained_tokens()
+        )
 
     def bad_rows(self) -> int:
         """Number of rows for which no run can start, and which could be left out."""

@@ -103,7 +103,7 @@ COMMANDS: tuple[Command, ...] = (
         "m",
         "fix",
         "Apply fix",
-        "Change the setting that a problem names: chosen answers, bad rows, split texts, tokens to train.",
+        "Change the setting that a problem names: preferences, bad rows, split texts, tokens to train.",
     ),
     _not_in_footer(
         "bad_rows",

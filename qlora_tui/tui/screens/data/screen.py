@@ -15,7 +15,7 @@ from textual.widget import Widget
 from textual.widgets import OptionList, Static
 
 from qlora_tui.data.dataset_report import Report, Shown
-from qlora_tui.data.preferences import PAIRS_TITLE, TITLES
+from qlora_tui.data.preferences import PAIRS_TITLE
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.length_costs import LengthCost
@@ -176,13 +176,13 @@ class DataScreen(DataActions):
                 self._show_row_title()
             else:
                 self.shown, self.unreadable_source = None, wanted.source
-                self.can_use_chosen = error.title in TITLES
+                self.refused_preferences = data_text.refused_preferences(error)
                 compares = error.title.startswith(PAIRS_TITLE)
                 self.mapping_format = "preference" if compares else "prompt-completion"
                 self.fields = await self.previews.fields(wanted.source)
                 self.query_one("#sample", Static).update(data_text.unreadable_text(error, self.fields))
             return
-        self.can_use_chosen = False
+        self.refused_preferences = ""
         self.shown, self.path, self.row, self._no_tokens = shown, shown.path, shown.row, problem
         self.unreadable_source = None
         self._show_row()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from textual.content import Content
 
@@ -154,6 +155,13 @@ def error_text(error: UserError) -> Content:
     return Content.assemble(*parts)
 
 
+def refused_preferences(error: UserError) -> Literal["", "pairs", "ratings"]:
+    """The kind of preferences for which a file is refused until the recipe says how to train on them."""
+    if error.title not in TITLES:
+        return ""
+    return "pairs" if error.title == PAIRS_TITLE else "ratings"
+
+
 def unreadable_text(error: UserError, fields: dict[str, str]) -> Content:
     """The error for a file that cannot be read, with its columns and the keys that may help."""
     keys = [
@@ -169,11 +177,11 @@ def unreadable_text(error: UserError, fields: dict[str, str]) -> Content:
             why=error.why,
             fix=f"Press {key_name('data.columns')} to map the columns.",
         )
-    if error.title in TITLES:
-        side = "chosen" if error.title == PAIRS_TITLE else "good"
-        fix = f"Press {key_name('data.fix')} to train on the {side} answers only."
+    if kind := refused_preferences(error):
+        sides = "chosen or on both answers" if kind == "pairs" else "good or on all answers"
+        fix = f"Press {key_name('data.fix')} to train on the {sides}."
         error = UserError(error.title, what=error.what, why=error.why, fix=fix)
-        keys = [(key_name("data.fix"), f"train on the {side} answers only"), *keys]
+        keys = [(key_name("data.fix"), "choose how to train on them"), *keys]
     parts: list[Content | tuple[str, str]] = [error_text(error)]
     if fields and error.title not in TITLES:
         parts.append(("\n\nIts rows contain:", ""))
