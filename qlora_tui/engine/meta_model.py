@@ -23,6 +23,7 @@ def build(request: TraceRequest, architecture: Architecture, dtype: torch.dtype)
     from qlora_tui.training.chunked_loss import ChunkedHead, find_head, use_chunked_loss
     from qlora_tui.training.experts.experts_4bit import replace_experts
     from qlora_tui.training.packed_attention import pass_sample_lengths
+    from qlora_tui.training.token_losses import use_token_losses
 
     recipe, factory = request.recipe, cast(Any, AutoModelForCausalLM)
     clean, _ = without_code(request.config)
@@ -49,6 +50,8 @@ def build(request: TraceRequest, architecture: Architecture, dtype: torch.dtype)
     if request.loss == "chunked" and isinstance(head, ChunkedHead):
         use_chunked_loss(model, head)
     pass_sample_lengths(model)
+    if recipe.preference_method is not None:
+        use_token_losses(model, head)
     with torch.device("meta"):
         return add_lora(
             model, recipe.lora, architecture, range(len(set(recipe.lora.trainable_tokens)))
@@ -65,6 +68,8 @@ def inputs(request: TraceRequest, *, padding_free: bool) -> dict[str, Any]:
         "input_ids": torch.zeros(shape, dtype=torch.long, device="meta"),
         "labels": labels,
     }
+    if recipe.preference_method is not None:
+        batch |= {"per_token": True, "loss_positions": torch.arange(labels.numel() - 1)}
     if padding_free:
         batch["position_ids"] = torch.zeros(shape, dtype=torch.long, device="meta")
         batch["segments"] = [length] * rows

@@ -51,9 +51,9 @@ def trace_request(request: TraceRequest) -> StepTrace:
     model.train()
     with _DeviceKernels(request), StorageCounter() as storages:
         if request.recipe.training.gradient_accumulation > 1:
-            model(**batch).loss.backward()
+            model(**batch).loss.sum().backward()
             storages.restart()
-        chunked_loss = model(**batch).loss
+        chunked_loss = model(**batch).loss.sum()
         forward, kept_bytes = storages.peak_bytes, storages.live_bytes
         storages.restart()
         chunked_loss.backward()

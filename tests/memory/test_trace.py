@@ -110,6 +110,21 @@ def test_earlier_gradients_are_counted_in_the_next_forward() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_both_sides_of_a_pair_are_counted(checkpointing: bool) -> None:
+    from qlora_tui.engine.trace_worker import trace_request
+
+    config = cut_config("Llama 3")
+    answers = recipe_of(Case("Llama 3", length=512, checkpointing=checkpointing))
+    pairs = replace_setting(answers, "data.preferences", "dpo")
+    traced = trace_request(TraceRequest(config=config, recipe=pairs))
+    closed = closed_form(pairs, parse_architecture(config), trainer_execution(pairs, Device()))
+    assert closed["step"] == pytest.approx(traced.step_bytes, rel=0.03)
+    alone = trace_request(TraceRequest(config=config, recipe=answers))
+    assert traced.kept_bytes > 1.5 * alone.kept_bytes
+
+
+@pytest.mark.slow
 def test_a_model_that_cannot_be_built_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     from qlora_tui.engine import trace_worker
 
