@@ -75,7 +75,10 @@ def _show(args: argparse.Namespace) -> CommandResult | int:
     if Path(args.file).is_dir():
         print(shown.path)
     tokens = sum(shown.token_counts)
-    for pieces, in_loss in zip(shown.samples, shown.trained_counts, strict=True):
+    sides = shown.sides or ("",) * len(shown.samples)
+    for side, pieces, in_loss in zip(sides, shown.samples, shown.trained_counts, strict=True):
+        if side:
+            print(f"{side}:")
         _print_marked([(piece.text, piece.in_loss) for piece in pieces])
         count = f"\n{in_loss:,} of {tokens:,} tokens are in the loss: those between "
         _print_marked([(count, False), ("these marks", True), (".", False)])

@@ -88,3 +88,5 @@ class Shown(Struct, frozen=True):
     """File that the row is from."""
     trained_texts: tuple[tuple[str, ...], ...] = ()
     """Text of each token in the loss, for each sample, but for the first token of a sample: it has none."""
+    sides: tuple[str, ...] = ()
+    """Of each sample, under a preference method: ``chosen``, ``rejected``, ``good`` or ``bad``."""

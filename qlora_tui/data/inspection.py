@@ -22,6 +22,7 @@ from qlora_tui.data.dataset_scan import DatasetScanner
 from qlora_tui.data.error_cache import cache_errors, file_fingerprint, tokenizer_fingerprint
 from qlora_tui.data.length_stats import LengthCounter
 from qlora_tui.data.long_texts import max_characters
+from qlora_tui.data.preference_samples import last_samples, side_names
 from qlora_tui.data.problems import DataProblem, problem_of
 from qlora_tui.data.render import RenderOptions, pieces, render, trained_texts
 from qlora_tui.data.row import Row
@@ -218,7 +219,11 @@ def _shown(row: int, one: Conversation | RowRejectedError, tokenizer: ChatTokeni
     try:
         if isinstance(one, RowRejectedError):
             raise one
-        whole = render(one, tokenizer, RenderOptions.of(data))
+        options = RenderOptions.of(data)
+        whole = render(one, tokenizer, options)
+        if sides := side_names(one):
+            others = [render(other, tokenizer, options) for other in one.rejected]
+            whole = last_samples(one, [whole, *others])
     except RowRejectedError as refused:
         return Shown(row, (), (), (), refused=refused.reason)
     samples = [
@@ -230,6 +235,7 @@ def _shown(row: int, one: Conversation | RowRejectedError, tokenizer: ChatTokeni
         token_counts=tuple(len(r.token_ids) for r in whole),
         trained_counts=tuple(s.trained_count for s in samples),
         trained_texts=tuple(trained_texts(tokenizer, s.token_ids, s.loss_mask) for s in samples),
+        sides=sides if len(samples) == len(sides) else (),
         refused="" if samples else f"Nothing is left to learn within {data.max_length} tokens.",
         notes=whole[0].notes,
         findings=(*conversation_findings(one), *sample_findings(tokenizer, one, whole, data.train_on)),

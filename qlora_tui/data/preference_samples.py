@@ -30,6 +30,13 @@ def last_samples(
     return [_masked(sample, shared) for sample in samples]
 
 
+def side_names(conversation: Conversation) -> tuple[str, ...]:
+    """Name the samples of :func:`last_samples` for people; empty without a preference method."""
+    if conversation.rated_good is not None:
+        return ("good" if conversation.rated_good else "bad",)
+    return ("chosen", *["rejected"] * len(conversation.rejected)) if conversation.rejected else ()
+
+
 def sides_of(
     conversation: Conversation, fitted: Sequence[TokenizedSample | None], method: PreferenceMethod
 ) -> list[tuple[TokenizedSample, int]]:

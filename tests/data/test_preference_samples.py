@@ -11,7 +11,7 @@ import pytest
 
 from qlora_tui.data.dataset import PreparedDataset, prepare_dataset
 from qlora_tui.data.formats import detect
-from qlora_tui.data.inspection import inspect
+from qlora_tui.data.inspection import inspect, show
 from qlora_tui.data.row import Row
 from qlora_tui.data.store import BAD, GOOD, Samples
 from qlora_tui.errors import UserError
@@ -128,3 +128,14 @@ def test_refused_preferences_name_the_methods(tmp_path: Path) -> None:
     with pytest.raises(UserError) as raised:
         inspect(Source(path=str(file)))
     assert 'data.preferences = "orpo" (or "dpo", "simpo")' in raised.value.fix
+
+
+def test_a_shown_row_has_both_sides(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "Which?", "chosen": "This.", "rejected": "That."}\n')
+    shown = show(Source(path=str(file)), 1, CHATML, Data(preferences="dpo"))
+    assert shown.sides == ("chosen", "rejected")
+    assert ["".join(piece.text for piece in s if piece.in_loss) for s in shown.samples] == [
+        "This.<|im_end|>\n",
+        "That.<|im_end|>\n",
+    ]

@@ -57,7 +57,7 @@ async def test_the_fix_key_offers_ways_to_train_on_preferences(model: str, here:
         await wait_for_text(pilot, "Chosen and rejected answers", "ORPO", "DPO", "SimPO", "chosen only")
         await pilot.press("j", "enter")
         assert app.workbench.recipe.preference_method == "dpo"
-        await wait_for_text(pilot, "row 1 of 5", "This 1.", "Trains with dpo.")
+        await wait_for_text(pilot, "row 1 of 5", "── chosen ──", "This 1.", "── rejected ──", "That.")
         await pilot.press("u")
         await wait_for_text(pilot, "✗ Preference data")
         await pilot.press("m")

@@ -74,7 +74,9 @@ def sample(
     if shaded:
         parts += [CHANGES_LEGEND, "\n\n", *shaded]
     for number, pieces in enumerate(shown.samples if not shaded else ()):
-        if number:
+        if shown.sides:
+            parts.append((f"{chr(10) if number else ''}──── {shown.sides[number]} ────\n", "dim"))
+        elif number:
             parts.append(("\n──── next sample of this row ────\n", "dim"))
         parts += [styled(piece) for piece in pieces]
     if cut and data.overflow == "cut-right":
