@@ -125,9 +125,10 @@ def _training_sentences(facts: ExplainContext) -> dict[str, str]:
         case _:
             moments = f"Two 32-bit moments: {trained} × 8 bytes"
     paged = ", in managed memory that can move to the host" if execution.optimizer.startswith("paged") else ""
+    start = ", twice: the adapter that it starts from too" if facts.recipe.keeps_starting_adapter else ""
     return {
         "adapter": (
-            f"{trained} trained parameters × {execution.adapter_itemsize} bytes{_copies(execution)}: "
+            f"{trained} trained parameters × {execution.adapter_itemsize} bytes{_copies(execution)}{start}: "
             f"rank {_ranks(facts.recipe)} × (in + out) per target{_rows(facts.layout)}."
         ),
         "gradients": f"One gradient per trained parameter: {trained} × {execution.adapter_itemsize} bytes.",

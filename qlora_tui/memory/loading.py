@@ -57,7 +57,8 @@ def load(
                     allocator.free(quantized[weight.name])
         if execution.cast_to_float32:
             allocator.empty_cache()  # peft/utils/other.py, after its casts
-    allocator.keep(count * execution.adapter_itemsize for count in layout.adapter_tensors)
+    for _ in range(2 if recipe.keeps_starting_adapter else 1):
+        allocator.keep(count * execution.adapter_itemsize for count in layout.adapter_tensors)
 
 
 def _place_streamed(

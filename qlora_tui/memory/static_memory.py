@@ -35,7 +35,7 @@ def static_items(
         "norms": frozen.norm_and_other_bytes,
         "experts": frozen.expert_bytes,
         "vision": frozen.vision_bytes,
-        "adapter": adapter_bytes(layout, execution),
+        "adapter": adapter_bytes(layout, execution) * (2 if recipe.keeps_starting_adapter else 1),
         "inputs": input_bytes(architecture, layout, execution),
         "mask": mask_bytes(layout, execution),
     }

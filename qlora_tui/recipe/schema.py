@@ -551,6 +551,11 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return self.data.preferences in PAIR_METHODS
 
     @property
+    def keeps_starting_adapter(self) -> bool:
+        """Whether the run compares its answers with those of an adapter that it trains further."""
+        return bool(self.lora.init_from) and self.data.preferences in ("dpo", "kto")
+
+    @property
     def rows_per_pass(self) -> int:
         """Sequences of at most ``data.max_length`` tokens in one forward pass."""
         return self.training.micro_batch_size * (2 if self.trains_pairs else 1)

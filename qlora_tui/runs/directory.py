@@ -110,6 +110,11 @@ class RunDir:
         return self.path / "replay.jsonl"
 
     @property
+    def starting_adapter_path(self) -> Path:
+        """The adapter that the run started from; only where it compares its answers with that one's."""
+        return self.path / "starting_adapter.safetensors"
+
+    @property
     def row_losses_path(self) -> Path:
         """The loss of each training row before and after the run; only where it was computed."""
         return self.path / "row_losses.json"

@@ -98,7 +98,7 @@ class TrainingAttempt:
 
     def _train(self, prepared: PreparedRun) -> RunEnded:
         recipe, checkpoint, step_plan = prepared.recipe, prepared.checkpoint, prepared.step_plan
-        objective = PreferenceObjective.of(recipe)
+        objective = PreferenceObjective.of(recipe, prepared.starting_adapter)
         steps = _answer_steps(prepared) if objective is None else PreferenceSteps(prepared)
         arguments = training_arguments(
             recipe, prepared.device, len(step_plan.steps), prepared.run.checkpoints_dir

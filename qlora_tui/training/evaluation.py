@@ -72,7 +72,7 @@ class Evaluator:
             prepared.recipe.data.max_length,
             padding_free=prepared.base.padding_free,
         )
-        objective = PreferenceObjective.of(prepared.recipe)
+        objective = PreferenceObjective.of(prepared.recipe, prepared.starting_adapter)
         self._preferences = None if objective is None else PreferenceValidator(prepared, objective)
         turn_ends = frozenset(prepared.tokenizer.turn_end_ids)
         self._short_answers_end = turn_ends if has_short_answers(samples) else None

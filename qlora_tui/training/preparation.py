@@ -31,6 +31,7 @@ from qlora_tui.training.heap import release_free_memory
 from qlora_tui.training.initial_adapter_weights import load_initial_adapter
 from qlora_tui.training.library_versions import versions
 from qlora_tui.training.memory_meter import MemoryMeter
+from qlora_tui.training.preference.starting_adapter import StartingAdapter
 from qlora_tui.training.prepared_run import AttemptContext, PreparedRun
 from qlora_tui.training.step_verification import verify_first_step
 from qlora_tui.training.streaming.copy_devices import copies_for
@@ -80,6 +81,7 @@ def prepare_run(
     _emit_environment(context, device, base)
     _emit_streamed(context, base, files)
     samples = _with_replay(context, data, base, tokenizer, device)
+    model = _add_adapter(context, device, base, files, tokenizer)
     prepared = PreparedRun(
         **vars(context),
         device=device,
@@ -89,8 +91,9 @@ def prepare_run(
         samples=samples,
         base=base,
         step_plan=plan_steps(samples, recipe, padding_free=base.padding_free),
-        model=_add_adapter(context, device, base, files, tokenizer),
+        model=model,
         meter=meter,
+        starting_adapter=_starting_adapter(context, model),
     )
     release_free_memory()
     prepared = _verify(prepared)
@@ -227,6 +230,24 @@ def _add_adapter(
         )
     )
     return model
+
+
+def _starting_adapter(context: AttemptContext, model: Any) -> StartingAdapter | None:
+    """The reference of a run that trains an adapter further; None where that is the base, or there is none.
+
+    Raises:
+        UserError: the file that the first attempt wrote cannot be read.
+        OSError: it cannot be written.
+    """
+    if not context.recipe.keeps_starting_adapter:
+        return None
+    path = context.run.starting_adapter_path
+    if context.checkpoint is not None:
+        return StartingAdapter.read(path, model)
+    starting = StartingAdapter.of(model)
+    if context.dist.is_main_process:
+        starting.write(path)
+    return starting
 
 
 def _verify(prepared: PreparedRun) -> PreparedRun:

@@ -18,6 +18,7 @@ from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.control_requests import ControlRequests
 from qlora_tui.training.distributed import DistributedContext
 from qlora_tui.training.memory_meter import MemoryMeter
+from qlora_tui.training.preference.starting_adapter import StartingAdapter
 from qlora_tui.training.reporter import Reporter
 
 
@@ -56,6 +57,8 @@ class PreparedRun(AttemptContext):
     step_plan: StepPlan
     """The sequences of every optimizer step of the run."""
     meter: MemoryMeter
+    starting_adapter: StartingAdapter | None = None
+    """The adapter that the run started from, where it compares its answers with that one's."""
 
     @property
     def pad_id(self) -> int:

@@ -202,3 +202,32 @@ def _trl_mismatched(batch: Any) -> TokenLists:
             for i, (n, answer) in enumerate(zip(lengths, answers, strict=True))
         ]
     )
+
+
+def test_a_further_trained_adapter_is_compared_with_its_start(
+    recipe: MakeRecipe, tiny_model: Path, tmp_path: Path
+) -> None:
+    import torch
+
+    from qlora_tui.training.preference.answer_scores import (
+        collate_answers,
+        score_answers,
+        score_with_reference,
+    )
+    from qlora_tui.training.preference.starting_adapter import StartingAdapter
+
+    model = our_model(recipe({"quantization.method": "none"}), tiny_model)
+    samples = TokenLists([([5, 6, 7, 8], 2, GOOD), ([5, 6, 9], 2, BAD)])
+    batch = collate_answers([(0, 1)], samples, padding_free=True, pad_id=0, multiple=1)
+    with torch.no_grad():
+        start = score_answers(model, batch).log_probabilities
+        StartingAdapter.of(model).write(tmp_path / "adapter.safetensors")
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(-3)
+        after = score_answers(model, batch).log_probabilities
+    starting = StartingAdapter.read(tmp_path / "adapter.safetensors", model)
+    assert torch.equal(score_with_reference(model, batch, starting), start)
+    with torch.no_grad():
+        assert torch.equal(score_answers(model, batch).log_probabilities, after)
+    assert not torch.allclose(after, start)

@@ -9,5 +9,6 @@
                        the validation data
 
 The reference of DPO and KTO is the base: the same model with its adapter off, computed in the step, without
-gradients. So no second model is loaded, and nothing has to be kept for a resume.
+gradients. So no second model is loaded, and nothing has to be kept for a resume. Where an adapter is trained
+further, it is that adapter as it was (``starting_adapter``).
 """

@@ -1,4 +1,4 @@
-"""Log-probabilities of whole answers, of a model with its adapter or of the base without it."""
+"""Log-probabilities of whole answers, of a model as it is or as it was before training."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from qlora_tui.training.batches import PackedSamples, collate
 from qlora_tui.training.eval_mode import no_grad_eval
 from qlora_tui.training.preference.pairs import SidedDataset
+from qlora_tui.training.preference.starting_adapter import StartingAdapter
 
 
 class AnswerScores(NamedTuple):
@@ -73,7 +74,15 @@ def score_answers(model: Any, batch: dict[str, Any]) -> AnswerScores:
     return AnswerScores(-sums, weights)
 
 
-def score_with_base(peft_model: Any, batch: dict[str, Any]) -> Tensor:
-    """Log-probability of each answer under the base, (answers,), without gradients."""
-    with no_grad_eval(peft_model), peft_model.disable_adapter():
+def score_with_reference(
+    peft_model: Any, batch: dict[str, Any], starting: StartingAdapter | None = None
+) -> Tensor:
+    """Log-probability of each answer before training, (answers,), without gradients.
+
+    Args:
+        peft_model: its base is the reference, with the adapter off.
+        starting: the adapter that the run started from, which is then the reference on that base.
+    """
+    before = peft_model.disable_adapter() if starting is None else starting.in_place(peft_model)
+    with no_grad_eval(peft_model), before:
         return score_answers(peft_model, batch).log_probabilities

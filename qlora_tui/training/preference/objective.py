@@ -14,13 +14,14 @@ from torch import Tensor
 from qlora_tui.data.store import GOOD
 from qlora_tui.recipe.schema import PreferenceMethod, Recipe
 from qlora_tui.training.eval_mode import no_grad_eval
-from qlora_tui.training.preference.answer_scores import score_answers, score_with_base
+from qlora_tui.training.preference.answer_scores import score_answers, score_with_reference
 from qlora_tui.training.preference.preference_losses import (
     beta_of,
     logistic_loss,
     odds_ratio_loss,
     prospect_loss,
 )
+from qlora_tui.training.preference.starting_adapter import StartingAdapter
 
 
 class RewardSums(NamedTuple):
@@ -52,23 +53,34 @@ class RewardSums(NamedTuple):
 class PreferenceObjective:
     """Computes the loss of a preference method for a peft model."""
 
-    def __init__(self, method: PreferenceMethod, beta: float, gamma: float) -> None:
-        """``gamma``: SimPO's margin."""
+    def __init__(
+        self,
+        method: PreferenceMethod,
+        beta: float,
+        gamma: float,
+        starting: StartingAdapter | None = None,
+    ) -> None:
+        """
+        Args:
+            gamma: SimPO's margin.
+            starting: the adapter that the run started from; None where it started from the base.
+        """
         self.method = method
         self._beta = beta
         self._gamma = gamma
+        self._starting = starting
         self._moved = 0.0
         self._sums: Tensor | None = None
 
     @classmethod
-    def of(cls, recipe: Recipe) -> PreferenceObjective | None:
+    def of(cls, recipe: Recipe, starting: StartingAdapter | None = None) -> PreferenceObjective | None:
         """The objective of a recipe; None where it trains on answers alone."""
         method = recipe.preference_method
-        return None if method is None else cls(method, beta_of(recipe), recipe.training.simpo_gamma)
+        return None if method is None else cls(method, beta_of(recipe), recipe.training.simpo_gamma, starting)
 
     def copy(self) -> PreferenceObjective:
         """An objective with the same settings and sums of its own."""
-        return PreferenceObjective(self.method, self._beta, self._gamma)
+        return PreferenceObjective(self.method, self._beta, self._gamma, self._starting)
 
     @property
     def needs_divergence(self) -> bool:
@@ -79,7 +91,8 @@ class PreferenceObjective:
         """Sum of the log-ratios of mismatched answers to the base, in nats, and their number."""
         with no_grad_eval(peft_model):
             scores = score_answers(peft_model, batch).log_probabilities
-        return float((scores - score_with_base(peft_model, batch)).sum()), len(scores)
+        reference = score_with_reference(peft_model, batch, self._starting)
+        return float((scores - reference).sum()), len(scores)
 
     def set_divergence(self, divergence: float) -> None:
         """Set the divergence from the base in nats; a negative estimate counts as 0, as in KTO's paper."""
@@ -90,12 +103,14 @@ class PreferenceObjective:
 
         Args:
             model: ``peft_model``, or a wrapper such as DDP's.
-            peft_model: gives the reference, with its adapter off.
+            peft_model: gives the reference.
             batch: from :func:`~qlora_tui.training.preference.answer_scores.collate_answers`, on the device.
             token_share: pairs divided by tokens of chosen answers, of the whole step: what a token of ORPO's
                 cross-entropy counts beside a pair.
         """
-        reference = score_with_base(peft_model, batch) if self.method in ("dpo", "kto") else None
+        reference = None
+        if self.method in ("dpo", "kto"):
+            reference = score_with_reference(peft_model, batch, self._starting)
         scores = score_answers(model, batch)
         if not batch["sides"]:
             return scores.log_probabilities.sum()
