@@ -62,10 +62,12 @@ def write_pairs(args: argparse.Namespace, path: Path) -> Path:
     """Write pairs that all have a prompt of at most 60 words."""
     rows = json.loads(Path(args.data).read_text())
     random.Random(0).shuffle(rows)
-    asked = [(f"{row['instruction']}\n\n{row['input']}".strip(), row["output"]) for row in rows]
-    asked = [(prompt, cut(answer, args.words)) for prompt, answer in asked if len(prompt.split()) <= 60]
+    questions = [(f"{row['instruction']}\n\n{row['input']}".strip(), row["output"]) for row in rows]
+    questions = [
+        (prompt, cut(answer, args.words)) for prompt, answer in questions if len(prompt.split()) <= 60
+    ]
     with path.open("w") as lines:
-        for (prompt, chosen), (_, rejected) in pairwise(asked[: args.pairs + 1]):
+        for (prompt, chosen), (_, rejected) in pairwise(questions[: args.pairs + 1]):
             lines.write(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}) + "\n")
     return path
 

@@ -37,6 +37,18 @@ GLOSSARY: dict[str, str] = {
         "layers whose frozen weights wait in host memory and are copied to the GPU for each pass, two at a "
         "time, so that a base larger than the GPU can be trained"
     ),
+    "preference method": (
+        "how a run learns from answers that are compared or rated (`data.preferences`): ORPO, DPO or SimPO "
+        "from pairs of a chosen and a rejected answer, KTO from answers rated good or bad"
+    ),
+    "reward": (
+        "of an answer, under a preference method: β times its log-probability beside that of the reference "
+        "(DPO, KTO), or times its mean log-probability (ORPO, SimPO). Their mean difference is the margin; "
+        "right is the share of comparisons in which the better answer has the higher one"
+    ),
+    "reference (of DPO and KTO)": (
+        "the model before the run: the base with the adapter off, or the adapter that is trained further"
+    ),
     "padding-free": (
         "a micro-batch is one sequence of isolated samples, without padding between them; with "
         "`data.packing` off too"

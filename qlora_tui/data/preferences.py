@@ -52,6 +52,8 @@ unless the column is one of ``_ALWAYS_RATINGS``."""
 _GOOD = ("true", "1", "1.0", "yes", "good", "desirable", "chosen", "accepted", "thumbs_up")
 _BAD = ("false", "0", "0.0", "-1", "-1.0", "no", "bad", "undesirable", "rejected", "thumbs_down")
 
+METHODS_FOR_PAIRS = 'To learn from both sides, set data.preferences = "orpo" (or "dpo", "simpo").'
+"""Sentence of the first of these errors, which only those that a method resolves have."""
 TITLES = (PAIRS_TITLE, RATED_TITLE) = ("Preference data", "Rated answers")
 """Titles of the errors that ``data.preferences = "chosen"`` resolves."""
 
@@ -162,8 +164,7 @@ def preference_problem(
         what=f"{name} compares answers: {columns['chosen']!r} is preferred to {rejected!r} in {having} of "
         f"the first {len(values)} rows.",
         why="A run trains on answers alone unless it is told to compare them.",
-        fix='To learn from both sides, set data.preferences = "orpo" (or "dpo", "simpo"). '
-        f"{_choice('chosen')}",
+        fix=f"{METHODS_FOR_PAIRS} {_choice('chosen')}",
     )
 
 

@@ -18,6 +18,7 @@ from qlora_tui.catalog.context_length import context_length_warning
 from qlora_tui.catalog.local_models import ModelFiles, resolve_model
 from qlora_tui.data.error_cache import Tokens, file_fingerprint, raise_cached_error, tokenizer_fingerprint
 from qlora_tui.data.hub_dataset import local_files
+from qlora_tui.data.preferences import METHODS_FOR_PAIRS, PAIRS_TITLE, RATED_TITLE
 from qlora_tui.data.problems import SKIP_BAD_ROWS, DataProblem
 from qlora_tui.data.quick_check import FileSize, QuickCheckResult, quick_check
 from qlora_tui.data.read import COLUMNAR, files_of, kind_of
@@ -116,10 +117,7 @@ def _data(recipe: Recipe, model_files: ModelFiles | None, *, read_columnar: bool
         if isinstance(result, UserError):
             raise result
     except UserError as problem:
-        skip = None
-        if SKIP_BAD_ROWS in problem.fix:
-            skip = SuggestedFix("leave bad rows out", changes={"data.bad_rows": "skip"})
-        return [_blocked(CheckKind.DATA, problem, skip)]
+        return [_blocked(CheckKind.DATA, problem, _data_fix(problem))]
     except OSError as error:
         return [_blocked(CheckKind.DATA, _unreadable(error))]
     checks = [_row_warning(warning) for warning in result.warnings]
@@ -131,6 +129,17 @@ def _data(recipe: Recipe, model_files: ModelFiles | None, *, read_columnar: bool
     elif not checks:
         checks.append(_rows_used(result.sizes, len(data.sources), f"{'; '.join(descriptions)}."))
     return [*checks, *check_step_limit(recipe, result.sizes, complete=complete)]
+
+
+def _data_fix(problem: UserError) -> SuggestedFix | None:
+    """Return the change of a setting that makes the data usable, where there is one."""
+    if SKIP_BAD_ROWS in problem.fix:
+        return SuggestedFix("leave bad rows out", changes={"data.bad_rows": "skip"})
+    if problem.title == PAIRS_TITLE and METHODS_FOR_PAIRS in problem.fix:
+        return SuggestedFix("train on both answers with ORPO", changes={"data.preferences": "orpo"})
+    if problem.title == RATED_TITLE:
+        return SuggestedFix("train on all answers with KTO", changes={"data.preferences": "kto"})
+    return None
 
 
 def _rows_used(sizes: Sequence[FileSize], sources: int, text: str) -> Check:
@@ -264,6 +273,7 @@ def _settings(recipe: Recipe) -> list[Check]:
     return [
         *([_blocked(CheckKind.SETTINGS, missing)] if missing else []),
         *_learning_rate(recipe.training.learning_rate),
+        *_reference_point(recipe),
         *(
             Check(CheckKind.SETTINGS, "error", f"{c.what}.", f"{c.fix[:1].upper()}{c.fix[1:]}.")
             for c in find_conflicts(recipe)
@@ -279,6 +289,16 @@ def _learning_rate(rate: float) -> list[Check]:
     fix = "Lower Learning rate (training.learning_rate)."
     lower = SuggestedFix(f"set Learning rate to {usual:g}", changes={"training.learning_rate": usual})
     return [Check(CheckKind.SETTINGS, "warning", text, fix, suggested_fix=lower)]
+
+
+def _reference_point(recipe: Recipe) -> list[Check]:
+    """Warn where a step of KTO has a single answer, and so no other to estimate the reference point from."""
+    if recipe.data.preferences != "kto" or recipe.data.packing or recipe.effective_batch > 1:
+        return []
+    text = "A step has one answer: KTO cannot estimate how far the model has moved from other answers."
+    fix = "Raise Gradient accumulation (training.gradient_accumulation) to 8 or more."
+    more = SuggestedFix("set Gradient accumulation to 8", changes={"training.gradient_accumulation": 8})
+    return [Check(CheckKind.SETTINGS, "warning", text, fix, suggested_fix=more)]
 
 
 def _lora(recipe: Recipe, files: ModelFiles) -> list[Check]:

@@ -164,6 +164,29 @@ def test_preferences_are_an_error_until_the_user_chooses(tmp_path: Path) -> None
     assert _data_check(chosen).outcome == "ok"
 
 
+@pytest.mark.parametrize(
+    ("method", "answers"),
+    [("orpo", {"chosen": "a", "rejected": "b"}), ("kto", {"completion": "a", "label": True})],
+)
+def test_refused_preferences_come_with_a_method(
+    tmp_path: Path, method: str, answers: dict[str, object]
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"{n}?"} | answers) + "\n" for n in range(3)))
+    recipe = Recipe(data=Data(sources=(Source(path=str(file)),)))
+    blocked = _data_check(recipe)
+    assert blocked.outcome == "error" and blocked.suggested_fix is not None
+    fixed = blocked.suggested_fix.apply_to(recipe)
+    assert fixed.data.preferences == method and _data_check(fixed).outcome == "ok"
+
+
+def test_one_rated_answer_a_step_is_a_warning() -> None:
+    data, training = Data(preferences="kto", packing=False), Training(gradient_accumulation=1)
+    check = checks_by_kind(Recipe(data=data, training=training))[CheckKind.SETTINGS]
+    assert check.outcome == "warning" and "one answer" in check.text
+    assert check.suggested_fix is not None
+
+
 def _data_check(recipe: Recipe) -> Check:
     return checks_by_kind(recipe)[CheckKind.DATA]
 
