@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Container
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
@@ -114,6 +115,14 @@ def _loss(what: FakeRun, step: int) -> float:
     return 1.22 + 1.5 * math.exp(-step / (what.total / 9))
 
 
+def _rewards(what: FakeRun, step: int) -> dict[str, Any]:
+    """What a preference method measures, which rises over the run; nothing without one."""
+    if what.recipe.preference_method is None:
+        return {}
+    share = step / what.total
+    return {"reward_accuracy": 0.5 + 0.4 * share, "reward_margin": round(0.8 * share, 4)}
+
+
 def _accuracy(what: FakeRun, step: int) -> float | None:
     return what.exact and what.exact[0] + (what.exact[1] - what.exact[0]) * step / what.total
 
@@ -165,7 +174,9 @@ def _events(what: FakeRun) -> list[AnyEvent]:
             estimated_bytes=round(17.9 * GIB) if what.has_gpu else round(1.7 * GIB),
             measured_bytes=round(18.2 * GIB) if what.has_gpu else round(1.6 * GIB),
         ),
-        Evaluated(at=began + 39, step=0, loss=BEFORE_TRAINING, accuracy=_accuracy(what, 0)),
+        Evaluated(
+            at=began + 39, step=0, loss=BEFORE_TRAINING, accuracy=_accuracy(what, 0), **_rewards(what, 0)
+        ),
         PhaseChanged(at=began + 40, phase="training"),
     ]
     return events + _steps(what) + [e for e in [_ending(what)] if e is not None]
@@ -189,6 +200,7 @@ def _steps(what: FakeRun) -> list[AnyEvent]:
                 grad_norm=None if lost else round(abs(luck.gauss(0.42, 0.08)), 4),
                 tokens=step * 3500,
                 tokens_per_s=round(2310 + luck.gauss(0, 40), 1),
+                **_rewards(what, step),
             )
         )
         if lost and what.health:
@@ -218,6 +230,7 @@ def _milestone(what: FakeRun, step: int) -> list[AnyEvent]:
             loss=round(_loss(what, step) + 0.05 + worse, 4),
             best=best,
             accuracy=_accuracy(what, step),
+            **_rewards(what, step),
         ),
         CheckpointSaved(at=at, step=step, folder=f"checkpoints/step-{step}"),
         SampleGenerated(

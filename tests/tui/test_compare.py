@@ -82,6 +82,15 @@ def test_short_answer_runs_are_compared_by_exact_answers(three_runs: list[RunDir
     assert re.search(r"exact answers +97%", shown) and re.search(r"exact, base model +12%", shown)
 
 
+def test_preference_runs_are_compared_by_answers_preferred(three_runs: list[RunDir]) -> None:
+    recipe = replace_setting(TICKETS, "data.preferences", "dpo")
+    run = write_fake_run(FakeRun(name="pairs", state="finished", steps=300, total=300, recipe=recipe))
+    shown = comparison_table([read(run), read(three_runs[0])], 100).plain
+    assert re.search(r"better answer preferred +90%", shown) and re.search(r"margin +0\.8", shown)
+    assert "Their methods (Preference data) differ" in shown
+    assert "preferred" not in comparison_table([read(run) for run in three_runs], 100).plain
+
+
 def test_curves_differ_by_their_symbols_and_not_by_color_alone(three_runs: list[RunDir]) -> None:
     compared = [read(run) for run in three_runs]
     text = "\n".join(line.plain for line in draw(compare_plot(compared), 100, 20))

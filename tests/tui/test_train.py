@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 from msgspec import structs
 
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.control import take_requests
 from qlora_tui.runs.directory import RunDir
@@ -64,6 +65,15 @@ async def test_exact_answers_have_room_beside_best_and_last_loss(make_app: MakeA
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
         await wait_for_text(pilot, "★ best 1.", "◆ 1.", "exact 86%, base 12%")
+
+
+async def test_a_preference_run_shows_margin_and_share_preferred(make_app: MakeApp) -> None:
+    recipe = replace_setting(TICKETS, "data.preferences", "dpo")
+    run = write_fake_run(FakeRun(steps=300, total=300, state="finished", recipe=recipe))
+    app = make_app()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await watching(app, run)
+        await wait_for_text(pilot, "│ margin  ", "90% right, margin 0.8", "90% right", "method  DPO")
 
 
 async def test_a_resumed_attempt_replaces_what_was_drawn(make_app: MakeApp) -> None:

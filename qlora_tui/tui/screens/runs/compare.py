@@ -174,6 +174,9 @@ def comparison_table(compared: Sequence[ComparedRun], width: int) -> Content:
     if len({_data_of(one.recipe) for one in compared if one.recipe is not None}) > 1:
         warning = "Their data differ, so that their losses are not comparable."
         lines.append(Content.styled(warning, "$warning"))
+    elif len({one.recipe.preference_method for one in compared if one.recipe is not None}) > 1:
+        warning = "Their methods (Preference data) differ, so that their losses are not comparable."
+        lines.append(Content.styled(warning, "$warning"))
     for name, values in rows:
         for number, cells in enumerate(_cells(name, values, each - 1)):
             texts = "".join(f"{cell:<{each}}" for cell in cells)
