@@ -48,6 +48,18 @@ def find_conflicts(recipe: Recipe) -> list[Conflict]:
                 "lower training.warmup_ratio or training.lr_decay_share to a sum of at most 1",
             )
         )
+    for path, is_set, why in (
+        ("lora.init_from", bool(recipe.lora.init_from), "an earlier adapter has its weights"),
+        ("lora.rank_pattern", bool(recipe.lora.rank_pattern), "EVA gives all modules the same rank"),
+    ):
+        if recipe.lora.init_weights == "eva" and is_set:
+            conflicting.append(
+                Conflict(
+                    ("lora.init_weights", path),
+                    f'lora.init_weights = "eva" and {path} are both set, and {why}',
+                    f'set lora.init_weights = "random" or leave {path} out',
+                )
+            )
     for path, is_set in (
         ("lora.use_dora", recipe.lora.use_dora),
         ("lora.trainable_tokens", bool(recipe.lora.trainable_tokens)),
@@ -76,6 +88,7 @@ def _preference_conflicts(recipe: Recipe) -> list[Conflict]:
         (recipe.data.overflow == "split", "data.overflow", 'is "split"', '= "cut-right"'),
         (recipe.training.replay_share > 0, "training.replay_share", "is above 0", "= 0"),
         (recipe.training.neftune_alpha > 0, "training.neftune_alpha", "is above 0", "= 0"),
+        (recipe.lora.init_weights == "eva", "lora.init_weights", 'is "eva"', '= "random"'),
     )
     return [
         Conflict(

@@ -174,6 +174,14 @@ class Lora(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "and targets must be those of the adapter. Empty: a new adapter.",
         ),
     ] = ""
+    init_weights: Annotated[
+        Literal["random", "eva"],
+        _about(
+            "Initial weights",
+            "How A's matrices start. eva: as the main directions of each module's inputs on the training "
+            "data (arXiv 2410.07170), found by some tens of forward passes before the first step.",
+        ),
+    ] = "random"
     trainable_tokens: Annotated[
         tuple[str, ...],
         _about(

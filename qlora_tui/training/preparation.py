@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import set_seed
 
 from qlora_tui.catalog.local_models import ModelFiles
@@ -24,6 +25,7 @@ from qlora_tui.training.batches import TokenizedDataset, plan_steps
 from qlora_tui.training.checkpoints import require_unchanged
 from qlora_tui.training.chunked_loss import find_head
 from qlora_tui.training.compute_device import ComputeDevice, choose_attention
+from qlora_tui.training.eva import run_directions, set_main_directions
 from qlora_tui.training.forgetting import replay_samples
 from qlora_tui.training.fused.kernel_choice import find_kernels
 from qlora_tui.training.gguf_conversion import ConversionStopped, cached_conversion, convert_cached
@@ -81,7 +83,9 @@ def prepare_run(
     _emit_environment(context, device, base)
     _emit_streamed(context, base, files)
     samples = _with_replay(context, data, base, tokenizer, device)
-    model = _add_adapter(context, device, base, files, tokenizer)
+    step_plan = plan_steps(samples, recipe, padding_free=base.padding_free)
+    directions = run_directions(context, files, device, base, tokenizer, samples, step_plan)
+    model = _add_adapter(context, device, base, files, tokenizer, directions)
     prepared = PreparedRun(
         **vars(context),
         device=device,
@@ -90,7 +94,7 @@ def prepare_run(
         data=data,
         samples=samples,
         base=base,
-        step_plan=plan_steps(samples, recipe, padding_free=base.padding_free),
+        step_plan=step_plan,
         model=model,
         meter=meter,
         starting_adapter=_starting_adapter(context, model),
@@ -204,6 +208,7 @@ def _add_adapter(
     base: PreparedBase,
     files: ModelFiles,
     tokenizer: ChatTokenizer,
+    directions: dict[str, Tensor],
 ) -> Any:
     training, lora = context.recipe.training, context.recipe.lora
     check_optimizer_of_experts(training.optimizer, resolve_targets(lora, files.architecture.targets))
@@ -211,6 +216,7 @@ def _add_adapter(
     # earlier checks drew.
     set_seed(training.seed)
     model = add_lora(base.model, lora, files.architecture, token_ids(lora.trainable_tokens, tokenizer))
+    set_main_directions(model, directions)
     if lora.init_from and context.checkpoint is None:
         load_initial_adapter(model, lora, files.architecture)
         context.reporter.log(f"The adapter starts from {lora.init_from}.")

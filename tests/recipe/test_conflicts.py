@@ -26,6 +26,9 @@ def test_the_defaults_do_not_conflict() -> None:
         Recipe(quantization=STREAMED, lora=Lora(use_dora=True)),
         Recipe(training=Training(optimizer="muon"), lora=Lora(use_dora=True)),
         Recipe(training=Training(optimizer="muon"), lora=Lora(trainable_tokens=("<x>",))),
+        Recipe(lora=Lora(init_weights="eva", init_from="a-run")),
+        Recipe(lora=Lora(init_weights="eva", rank_pattern={"q_proj": 4})),
+        Recipe(data=Data(preferences="dpo"), lora=Lora(init_weights="eva")),
         Recipe(training=Training(lr_scheduler="wsd", warmup_ratio=0.5, lr_decay_share=0.6)),
     ],
 )

@@ -1,4 +1,4 @@
-"""NEFTune beside transformers' own, in packed sequences, and in runs with LoRA+ that resume."""
+"""NEFTune beside transformers' own, in packed sequences, and in a run with other methods that resumes."""
 
 from __future__ import annotations
 
@@ -75,10 +75,15 @@ def test_each_sample_has_the_noise_of_its_length(packed: bool) -> None:
         assert 0.8 * largest < part.abs().max() <= largest
 
 
-def test_a_run_with_noise_and_lora_plus_resumes_exactly(recipe: MakeRecipe, trainers: Trainers) -> None:
+def test_a_run_with_several_methods_resumes_exactly(recipe: MakeRecipe, trainers: Trainers) -> None:
     plain = {"training.max_steps": 4, "training.checkpoint_every": 2, "training.keep_checkpoints": 9}
     schedule = {"training.lr_scheduler": "cosine_with_restarts", "training.warmup_ratio": 0.1}
-    methods = {"training.neftune_alpha": 5.0, "training.lora_plus_ratio": 4.0}
+    methods = {
+        "training.neftune_alpha": 5.0,
+        "training.lora_plus_ratio": 4.0,
+        "training.optimizer": "muon",
+        "lora.init_weights": "eva",
+    }
     whole = create_run(recipe({**plain, **schedule, **methods}))
     assert trainers.run(whole) == 0
     again = interrupted_at(whole, 2)
