@@ -368,7 +368,7 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         _about(
             "Optimizer",
             "AdamW with states in 32 or 8 bits, or paged; lion (a third of AdamW's rate, arXiv 2302.06675); "
-            "adafactor; muon (arXiv 2502.16982).",
+            "adafactor; muon (five times AdamW's rate or more, arXiv 2502.16982).",
             "Bytes per trained parameter: AdamW 8, lion and muon 4, a quarter in 8 bits, adafactor near 0.",
         ),
     ] = "paged_adamw_8bit"

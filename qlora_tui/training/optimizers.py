@@ -28,8 +28,9 @@ OPTIMIZERS = {
 def create_optimizer(model: Any, arguments: TrainingArguments, training: Training) -> Optimizer | None:
     """Return the optimizer of a run; None where transformers creates it.
 
-    With ``training.lora_plus_ratio`` the groups are peft's, A's matrices first. Muon's steps have the size of
-    AdamW's (arXiv 2502.16982, section 2.2), so that AdamW's learning rates apply.
+    With ``training.lora_plus_ratio`` the groups are peft's, A's matrices first. Muon's steps are scaled to a
+    root mean square of 0.2 times the rate (arXiv 2502.16982, section 2.2), about that of AdamW late in a long
+    training; AdamW's first steps are up to five times as large.
 
     Raises:
         UserError: this version of torch has no Muon.
