@@ -32,6 +32,7 @@ from msgspec.structs import replace
 
 from qlora_tui.chat.chat_types import ADAPTER, GREEDY, ChatSource
 from qlora_tui.data.conversation import Message
+from qlora_tui.gpu.library_imports import faster_imports
 from qlora_tui.gpu.torch_env import configure_torch_env
 from qlora_tui.recipe.schema import Model, Recipe
 
@@ -78,6 +79,8 @@ def main() -> int:
     if args.way:
         # Both: threads that spin on a busy machine would make plain ``generate`` many times slower.
         configure_torch_env()
+        with faster_imports():
+            import peft  # noqa: F401
         recipe = Recipe(model=Model(id=args.model))
         if args.way == "plain":
             serve(by_generate(recipe, args.adapter))

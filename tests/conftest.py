@@ -27,6 +27,11 @@ for _number, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
         signal.signal(_number, _usual)
 
 
+def pytest_sessionstart() -> None:
+    """Collect no garbage while tests are collected: it took a quarter of that time and freed nothing."""
+    gc.disable()
+
+
 # Before pytest-xdist reads the groups.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,9 +52,9 @@ def pytest_collection_finish() -> None:
 
     Collections took a fifth of the processor time of tests that draw screens.
     """
-    gc.collect()
     gc.freeze()
-    gc.set_threshold(5000, 10, 10)
+    gc.set_threshold(20_000, 20, 20)
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from bench.acceptance.context import CheckContext, CheckSkipped, Outcome
 from bench.acceptance.runs import follow, short_recipe, train
 from bench.support.child_processes import python_module
 from qlora_tui.errors import UserError
+from qlora_tui.gpu.library_imports import faster_imports
 from qlora_tui.runs import actions, control
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import AnyEvent, CheckpointSaved, Environment, Finished, Started, Step, Stopped
@@ -39,9 +40,10 @@ def doctor(context: CheckContext) -> Outcome:
 
 def loop(context: CheckContext) -> Outcome:
     """A recipe becomes an adapter that plain peft loads and that generates."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    with faster_imports():
+        import torch
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
     ended = train(short_recipe(context)).require_finished()
     finished, environment = ended.events_of(Finished)[0], ended.events_of(Environment)[-1]

@@ -13,16 +13,18 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import bench.gpu_probe
+from qlora_tui.gpu.library_imports import faster_imports
 from qlora_tui.gpu.torch_env import allocator_variables, configure_torch_env
 
 # Before torch is imported.
 configure_torch_env(allocator_variables(os.environ))
 
-import torch  # noqa: E402
+with faster_imports():
+    import torch
 
-from bench.gpu_acceptance import write_report  # noqa: E402
-from bench.gpu_probe import attention, libraries, steps  # noqa: E402
-from bench.gpu_probe.probe import Answer, Probe  # noqa: E402
+    from bench.gpu_acceptance import write_report
+    from bench.gpu_probe import attention, libraries, steps
+    from bench.gpu_probe.probe import Answer, Probe
 
 QUESTIONS: tuple[Callable[[Probe], Answer], ...] = (
     libraries.machine,
