@@ -21,7 +21,12 @@ class TerminalScreen:
 
     def __init__(self, painted: bytes, columns: int = 80, rows: int = 24) -> None:
         self._screen = pyte.Screen(columns, rows)
-        pyte.ByteStream(self._screen).feed(painted)
+        self._stream = pyte.ByteStream(self._screen)
+        self.feed(painted)
+
+    def feed(self, painted: bytes) -> None:
+        """Receive more."""
+        self._stream.feed(painted)
 
     @property
     def text(self) -> str:
@@ -49,8 +54,12 @@ class TerminalScreen:
 def see(terminal: Terminal, *texts: str, since: int = 0, size: tuple[int, int] = (80, 24)) -> str:
     """Wait until ``texts`` are on the screen, as painted from byte ``since`` on; return its text."""
     deadline = time.monotonic() + DEADLINE_S
+    screen, received = TerminalScreen(b"", *size), since
     while True:
-        shown = TerminalScreen(bytes(terminal.painted[since:]), *size).text
+        painted = bytes(terminal.painted[received:])
+        received += len(painted)
+        screen.feed(painted)
+        shown = screen.text
         missing = [text for text in texts if text not in shown]
         if not missing:
             return shown
