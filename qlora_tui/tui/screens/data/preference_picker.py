@@ -8,20 +8,20 @@ from qlora_tui.recipe.schema import Preferences
 from qlora_tui.tui.screens.modals.list_picker import ListPicker
 
 _PAIRS: dict[Preferences, tuple[str, str]] = {
-    "orpo": ("ORPO", "learn the chosen answers and prefer them; from a base model too"),
-    "dpo": ("DPO", "prefer the chosen answers, near the base; for a model that answers"),
-    "simpo": ("SimPO", "as DPO, by mean probability and without the base; less time"),
+    "orpo": ("ORPO", "learn the chosen answers, and to prefer them"),
+    "dpo": ("DPO", "prefer the chosen answers, near the base model"),
+    "simpo": ("SimPO", "as DPO without the base model: shorter steps"),
 }
 _RATED: dict[Preferences, tuple[str, str]] = {
     "kto": ("KTO", "prefer good answers to bad ones, near the base"),
 }
-_BETTER_ONLY = "train on these answers alone, as if they were all"
+_BETTER_ONLY = "train on these answers as if they were all"
 
 
 class PreferencePickerScreen(ListPicker[Preferences]):
     """Returns a value of ``data.preferences``; None when closed with Escape."""
 
-    ENTER = "train so"
+    ENTER = "choose"
     DIALOG_CLASSES = "dialog wide"
 
     def __init__(self, *, rated: bool) -> None:
