@@ -28,6 +28,8 @@ class Measurement:
     """Real tokens trained."""
     tokens_per_s: float = 0.0
     """Real tokens a second from the end of the first step to the end of the last."""
+    tokens_per_cpu_s: float = 0.0
+    """The same by processor time, which other load on the machine hardly changes."""
     trained_per_s: float = 0.0
     """The same of supervised tokens."""
     losses: list[float] = field(default_factory=list)
@@ -94,6 +96,8 @@ def measure(python: str, way: str, job: TrainingJob, scratch: Path) -> Measureme
     result = Measurement()
     first = last = None
     growth: Growth | None = None
+    process: psutil.Process | None = None
+    cpu_s: list[float] = []
     held = 0
     name = Path(job.out).name
     file = job.write(scratch / f"{name}.json")
@@ -101,11 +105,15 @@ def measure(python: str, way: str, job: TrainingJob, scratch: Path) -> Measureme
         match line["event"]:
             case "loaded":
                 growth = Growth(line["pid"])
+                process = psutil.Process(line["pid"])
                 held = line.get("allocated", 0)
             case "step":
                 last = line
                 first = first or line
                 result.losses.append(line["loss"])
+                if process is not None:
+                    used = process.cpu_times()
+                    cpu_s.append(used.user + used.system)
                 if "grad_norm" in line:
                     result.grad_norms.append(line["grad_norm"])
             case "data":
@@ -125,5 +133,7 @@ def measure(python: str, way: str, job: TrainingJob, scratch: Path) -> Measureme
     result.tokens = last["tokens"]
     seconds = last["at"] - first["at"]
     result.tokens_per_s = (last["tokens"] - first["tokens"]) / seconds
+    if cpu_s and cpu_s[-1] > cpu_s[0]:
+        result.tokens_per_cpu_s = (last["tokens"] - first["tokens"]) / (cpu_s[-1] - cpu_s[0])
     result.trained_per_s = (last["trained"] - first["trained"]) / seconds
     return result
