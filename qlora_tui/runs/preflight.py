@@ -339,7 +339,7 @@ def _its_settings(lora: Lora, folder: Path) -> SuggestedFix | None:
     changes = {
         f"lora.{key}": value
         for key, value in msgspec.structs.asdict(theirs).items()
-        if key not in ("init_from", "dropout") and value != getattr(lora, key)
+        if key not in ("init_from", "init_weights", "dropout") and value != getattr(lora, key)
     }
     return SuggestedFix("use the adapter's LoRA settings", changes=changes) if changes else None
 

@@ -57,7 +57,7 @@ def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             if parameter.requires_grad:
                 parameter.copy_(torch.randn_like(parameter))
     save_adapter(model, folder)
-    (folder / "recipe.toml").write_text(dump(Recipe(lora=LORA)))
+    (folder / "recipe.toml").write_text(dump(Recipe(lora=structs.replace(LORA, init_weights="eva"))))
     return folder
 
 
@@ -103,6 +103,7 @@ def test_an_adapter_of_another_shape_is_refused(
     assert check.outcome == "error" and words in check.text
     # The fix that one key applies.
     assert check.suggested_fix is not None
+    assert "lora.init_weights" not in check.suggested_fix.changes  # which an earlier adapter has no use for
     repaired = {
         **structs.asdict(lora),
         **{k.partition(".")[2]: v for k, v in check.suggested_fix.changes.items()},
