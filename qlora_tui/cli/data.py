@@ -15,7 +15,7 @@ from qlora_tui.cli.arguments import positive_int
 from qlora_tui.cli.subcommand import CommandResult, Subcommand, add_json_argument, format_table
 from qlora_tui.cli.terminal import write_control
 from qlora_tui.data.inspection import Report, inspect, show
-from qlora_tui.data.problems import NOTES, ON_THINKING
+from qlora_tui.data.problems import NOTES, ON_THINKING, row_outcome
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
 from qlora_tui.formatting import pluralize
@@ -53,11 +53,11 @@ def run(args: argparse.Namespace) -> CommandResult | int:
 
 
 def _inspect(args: argparse.Namespace) -> CommandResult:
-    report = inspect(_source(args), _tokenizer(args), _data(args))
+    data = _data(args)
+    report = inspect(_source(args), _tokenizer(args), data)
     wrong = any(problem.severity == "error" for problem in report.problems)
-    return CommandResult(
-        data=msgspec.to_builtins(report), text=_format_report(report), exit_code=EXIT_FAILURE if wrong else 0
-    )
+    text = _format_report(report, data)
+    return CommandResult(msgspec.to_builtins(report), text, exit_code=EXIT_FAILURE if wrong else 0)
 
 
 def _show(args: argparse.Namespace) -> CommandResult | int:
@@ -166,7 +166,7 @@ def _tokenizer(args: argparse.Namespace) -> ChatTokenizer | None:
     return ChatTokenizer.from_folder(tokenizer_folder(args.model), chosen.model.chat_template)
 
 
-def _format_report(report: Report) -> str:
+def _format_report(report: Report, data: Data) -> str:
     lines = [f"{file.path}: {file.format}, because {'; '.join(file.evidence)}" for file in report.files]
     counts = report.counts
     # Blank lines do not count as rows, so the last of 38 rows may be on line 51.
@@ -193,7 +193,8 @@ def _format_report(report: Report) -> str:
         rows = ", ".join(f"{row:,}" for row in islice(problem.rows, _ROWS_NAMED))
         more = "…" if problem.count > _ROWS_NAMED else ""
         where = f" ({'row' if len(problem.rows) == 1 else 'rows'} {rows}{more})" if rows else ""
-        lines.append(f"{problem.severity}: {problem.title}: {problem.count:,}{where}")
+        count = f"{problem.count:,}{where}"
+        lines.append(f"{problem.severity}: {problem.title}: {count}{row_outcome(problem, data)}")
         if problem.example:
             lines.append(f"  for example: {problem.example}")
         if problem.fix:

@@ -12,6 +12,7 @@ from typing import Literal
 from msgspec import Struct
 
 from qlora_tui.errors import UserError
+from qlora_tui.recipe.schema import Data
 
 MAX_LISTED_ROWS = 1000
 """Most row numbers stored for each kind; further rows are only counted."""
@@ -25,6 +26,8 @@ class CheckSpec(Struct, frozen=True):
     """Whether the problem blocks a run (``error``) or not (``warning``)."""
     title: str
     fix: str
+    is_left_out: bool = False
+    """Whether a row with this problem is left out. The rows of other warnings are used."""
 
 
 CHECKS: dict[str, CheckSpec] = {
@@ -69,24 +72,31 @@ CHECKS: dict[str, CheckSpec] = {
         "warning",
         "The chat template refuses the row",
         "The row is left out. Reorder or merge its turns as the message asks.",
+        is_left_out=True,
     ),
     "too-large": CheckSpec(
         "warning",
         "Too long to be made into tokens",
         "The row is left out. Split it into shorter ones.",
+        is_left_out=True,
     ),
     "empty-row": CheckSpec(
-        "warning", "Empty row", "Nothing to learn: the row is left out. Remove it from the file."
+        "warning",
+        "Empty row",
+        "Nothing to learn: the row is left out. Remove it from the file.",
+        is_left_out=True,
     ),
     "rated-bad": CheckSpec(
         "warning",
         "Left out: not rated good",
         'data.preferences = "chosen" trains on answers that are rated good only.',
+        is_left_out=True,
     ),
     "same-answers": CheckSpec(
         "warning",
         "Left out: the chosen answer is also the rejected one",
         "The row prefers neither. Remove it from the file.",
+        is_left_out=True,
     ),
     "ends-with-user": CheckSpec(
         "warning",
@@ -100,7 +110,10 @@ CHECKS: dict[str, CheckSpec] = {
         "--set data.overflow=split).",
     ),
     "no-answer": CheckSpec(
-        "warning", "No answer to learn", "The row has no assistant turn in the loss and is left out."
+        "warning",
+        "No answer to learn",
+        "The row has no assistant turn in the loss and is left out.",
+        is_left_out=True,
     ),
     "role-order": CheckSpec(
         "warning", "Roles out of order", "Turns should alternate, user first. The row is used as it is."
@@ -115,6 +128,7 @@ CHECKS: dict[str, CheckSpec] = {
         "warning",
         "Nothing to learn within the length limit",
         "The answer is beyond the cut, so the row is skipped. Raise Sequence length (data.max_length).",
+        is_left_out=True,
     ),
     "too-long": CheckSpec(
         "warning",
@@ -174,6 +188,14 @@ BAD_ROWS = frozenset(
 SKIP_BAD_ROWS = 'data.bad_rows = "skip"'
 
 
+OVERFLOW_OUTCOMES = {
+    "drop": "left out",
+    "cut-left": "cut left",
+    "cut-right": "cut right",
+    "split": "split",
+}
+"""What becomes of a row that is too long, by ``data.overflow``."""
+
 NOTES: dict[str, str] = {
     "system-in-user": "The template has no system role: the system prompt is put before the first question.",
     "tools-as-text": "The template cannot describe tools: they are described in the system prompt.",
@@ -228,8 +250,20 @@ def check_of(kind: str, *, skips_bad_rows: bool) -> CheckSpec:
     if kind not in BAD_ROWS:
         return check
     if skips_bad_rows:
-        return CheckSpec("warning", check.title, "The row is left out.")
+        return CheckSpec("warning", check.title, "The row is left out.", is_left_out=True)
     return CheckSpec(check.severity, check.title, f"{check.fix} Or leave such rows out: {SKIP_BAD_ROWS}.")
+
+
+def row_outcome(problem: DataProblem, data: Data) -> str:
+    """Return what becomes of rows with a problem, such as ``, left out``; empty where the title says it."""
+    if problem.title.startswith("Left out"):
+        return ""
+    if problem.severity == "error":
+        return ", run blocked"
+    if problem.kind in ("too-long", "long-text"):
+        return f", {OVERFLOW_OUTCOMES[data.overflow]}"
+    skips = data.bad_rows == "skip"
+    return ", left out" if check_of(problem.kind, skips_bad_rows=skips).is_left_out else ", used"
 
 
 class ProblemCounter:

@@ -252,7 +252,7 @@ def test_rows_with_images_are_refused_before_anything_is_queued(
     assert "looks.jsonl, row 2: The column 'images' holds an image." in said.err
     assert "Only text can be trained on" in said.err
     said = call("data", "inspect", str(data))
-    assert said.code == 1 and "error: Images, video or audio: 1 (row 2)" in said.out
+    assert said.code == 1 and "error: Images, video or audio: 1 (row 2), run blocked" in said.out
 
 
 def test_rows_rated_bad_are_counted_by_an_inspection(call: Call, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qlora_tui.data.inspection import inspect, show
-from qlora_tui.data.problems import CHECKS, MAX_LISTED_ROWS, NOTES, ProblemCounter
+from qlora_tui.data.problems import CHECKS, MAX_LISTED_ROWS, NOTES, ProblemCounter, row_outcome
 from qlora_tui.data.render import render
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.recipe.schema import Data, Source
@@ -241,3 +241,23 @@ def test_a_tally_keeps_the_first_rows_and_counts_the_rest() -> None:
         MAX_LISTED_ROWS,
         "row 1",
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "outcome"),
+    [
+        ("bad-json", Data(), ", run blocked"),
+        ("bad-json", Data(bad_rows="skip"), ", left out"),
+        ("turn-end-untrained", Data(bad_rows="skip"), ", run blocked"),
+        ("too-long", Data(), ", cut right"),
+        ("too-long", Data(overflow="drop"), ", left out"),
+        ("long-text", Data(overflow="split"), ", split"),
+        ("no-answer", Data(), ", left out"),
+        ("rated-bad", Data(), ""),
+        ("duplicate", Data(), ", used"),
+    ],
+)
+def test_a_problem_says_what_becomes_of_its_rows(kind: str, data: Data, outcome: str) -> None:
+    counter = ProblemCounter(skips_bad_rows=data.bad_rows == "skip")
+    counter.add(kind, 1)
+    assert row_outcome(counter.problems()[0], data) == outcome

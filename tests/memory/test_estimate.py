@@ -22,7 +22,7 @@ from qlora_tui.memory import (
     largest_settings,
 )
 from qlora_tui.memory.budget import budget_for
-from qlora_tui.memory.estimate import LOADING
+from qlora_tui.memory.estimate import LOADING, why_int8_is_larger
 from qlora_tui.memory.levels import CUDA_LIBRARIES_BYTES
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
@@ -48,6 +48,14 @@ def test_every_item_has_a_label_and_a_sentence() -> None:
 def test_fewer_bits_need_less_memory() -> None:
     estimates = compare(Recipe(), qwen_7b())
     assert estimates["nf4"].process_bytes < estimates["int8"].process_bytes < estimates["fp16"].process_bytes
+
+
+def test_only_int8_above_fp16_has_a_reason() -> None:
+    long = compare(Recipe(data=Data(max_length=8192)), tinyllama())
+    assert long["int8"].total_bytes > long["fp16"].total_bytes
+    assert "despite checkpointing" in why_int8_is_larger(long["int8"], long["fp16"])
+    short = compare(Recipe(), qwen_7b())
+    assert not why_int8_is_larger(short["int8"], short["fp16"])
 
 
 def test_weights_of_a_7b_model_follow_the_formula() -> None:

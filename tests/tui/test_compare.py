@@ -11,7 +11,9 @@ from qlora_tui.runs.directory import find_run as find_run
 from qlora_tui.runs.events import Failed
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.render.plot import plot as draw
+from qlora_tui.tui.render.run_labels import SIGNS
 from qlora_tui.tui.screens.runs.compare import compare_plot, comparison_table, differing, read
+from qlora_tui.tui.screens.runs.run_table import MARKS
 from qlora_tui.tui.screens.runs.screen import RunsScreen
 from tests.tui.fake_runs import TICKETS, FakeRun, write_fake_run
 from tests.tui.screen_assertions import wait_for_text
@@ -40,7 +42,7 @@ async def test_two_marked_runs_are_compared_with_only_what_differs(
         await wait_for_text(pilot, "tickets-a")
         await pilot.press("space", "space", "v")
         shown = await wait_for_text(
-            pilot, "2 runs compared", "● tickets-a", "▲ tickets-b", "Learning rate", "tokens"
+            pilot, "2 runs compared", "A tickets-a", "B tickets-b", "Learning rate", "tokens"
         )
         assert "0.0001" in shown and "0.0002" in shown
         assert "Micro-batch" not in shown
@@ -94,5 +96,6 @@ def test_preference_runs_are_compared_by_answers_preferred(three_runs: list[RunD
 def test_curves_differ_by_their_symbols_and_not_by_color_alone(three_runs: list[RunDir]) -> None:
     compared = [read(run) for run in three_runs]
     text = "\n".join(line.plain for line in draw(compare_plot(compared), 100, 20))
-    assert all(mark in text for mark in "●▲■")
+    assert all(mark in text for mark in "ABC")
+    assert not set(MARKS) & {sign for sign, _style in SIGNS.values()}
     assert [name for name, _ in differing(compared)] == ["Rank", "Learning rate"]

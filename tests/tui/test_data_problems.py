@@ -18,7 +18,7 @@ from tests.tui.workstation import config_folder
 async def test_the_problem_key_cycles_and_enter_opens_a_problems_rows(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
     async with data_app(model, "tickets.jsonl", max_length=1024).run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "No answer to learn ×1", "Duplicate row ×1")
+        await wait_for_text(pilot, "No answer to learn: 1 row, left out", "Duplicate row: 1 row, used")
         await pilot.press("n")
         await wait_for_text(pilot, "row 39 of 40", "⚠ Duplicate row")
         await pilot.press("n")
@@ -88,7 +88,7 @@ async def test_the_fix_key_splits_a_long_text(model: str, here: Path) -> None:
     (here / "book.txt").write_text("the fox ran " * 300 + "\n\nShort.\n\nShort too.\n")
     app = data_app(model, "book.txt", max_length=64)
     async with app.run_test(size=(120, 40)) as pilot:
-        text = await wait_for_text(pilot, "⚠ Long text ×1", "▸ [m] split into")
+        text = await wait_for_text(pilot, "⚠ Long text: 1 row, cut right", "▸ [m] split into")
         rows = int(text.partition("[m] split into ")[2].split(" ")[0])
         await pilot.press("m")
         assert app.workbench.recipe.data.overflow == "split"
@@ -100,7 +100,7 @@ async def test_the_fix_key_is_off_without_a_fixable_problem(model: str, here: Pa
     tickets(here / "tickets.jsonl")
     app = data_app(model, "tickets.jsonl", max_length=1024)
     async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "Duplicate row ×1")
+        await wait_for_text(pilot, "Duplicate row: 1 row, used")
         before = app.workbench.recipe
         await pilot.press("m")
         assert app.workbench.recipe == before
@@ -133,7 +133,7 @@ async def test_one_broken_line_is_named_and_the_others_are_read(model: str, here
     rows[6] = '{"messages": oops'
     write_rows(here / "tickets.jsonl", rows)
     async with data_app(model, "tickets.jsonl").run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "19 from 20 rows", "✗ Not valid JSON ×1")
+        await wait_for_text(pilot, "19 from 20 rows", "✗ Not valid JSON: 1 row, run blocked")
         await pilot.press("n")
         await wait_for_text(
             pilot, "This row cannot be used.", "Line 7 is not valid JSON", "▸ Correct or remove the line"
@@ -146,14 +146,18 @@ async def test_a_key_leaves_bad_rows_out_and_takes_it_back(model: str, here: Pat
     write_rows(here / "tickets.jsonl", rows)
     app = data_app(model, "tickets.jsonl")
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await wait_for_text(pilot, "✗ Not valid JSON ×1", "▸ [m] leave 1 bad row out", "d skip bad rows")
+        await wait_for_text(
+            pilot, "✗ Not valid JSON: 1 row, run blocked", "▸ [m] leave 1 bad row out", "d skip bad rows"
+        )
         await pilot.press("d")
-        await wait_for_text(pilot, "⚠ Not valid JSON ×1", "Runs leave 1 bad row out.", "d refuse bad rows")
+        await wait_for_text(
+            pilot, "⚠ Not valid JSON: 1 row, left out", "Runs leave 1 bad row out.", "d refuse bad rows"
+        )
         assert app.workbench.recipe.data.bad_rows == "skip"
         await pilot.press("n")
         await wait_for_text(pilot, "This row is left out.", "⚠ Not valid JSON")
         await pilot.press("u")
-        await wait_for_text(pilot, "✗ Not valid JSON ×1")
+        await wait_for_text(pilot, "✗ Not valid JSON: 1 row, run blocked")
         await pilot.press("m")
         assert app.workbench.recipe.data.bad_rows == "skip"
 

@@ -180,7 +180,10 @@ async def test_rows_and_problems_go_through_every_file_of_a_folder(model: str, h
     write_rows(here / "set" / "c.jsonl", [ticket(4), ticket(5), ticket(5)])
     async with data_app(model, "set").run_test(size=(120, 40)) as pilot:
         await wait_for_text(
-            pilot, "a.jsonl row 1 of 2", "Duplicate row ×1  b.jsonl", "Duplicate row ×1  c.jsonl"
+            pilot,
+            "a.jsonl row 1 of 2",
+            "Duplicate row: 1 row, used  b.jsonl",
+            "Duplicate row: 1 row, used  c.jsonl",
         )
         await pilot.press("h", "l")
         await wait_for_text(pilot, "a.jsonl row 2 of 2", "Where is parcel 2?")

@@ -8,7 +8,7 @@ from pathlib import Path
 from textual.content import Content
 
 from qlora_tui.data.dataset_report import Report
-from qlora_tui.data.problems import DataProblem, is_bad_row
+from qlora_tui.data.problems import OVERFLOW_OUTCOMES, DataProblem, is_bad_row, row_outcome
 from qlora_tui.data.step_estimate import steps_per_epoch, total_steps
 from qlora_tui.formatting import format_percent, pluralize
 from qlora_tui.recipe.schema import Data, Recipe
@@ -17,12 +17,6 @@ from qlora_tui.tui.render.block_charts import bar
 from qlora_tui.tui.render.labeled import labeled
 from qlora_tui.tui.screens.data.text import SIGNS
 
-TOO_LONG = {
-    "drop": "left out",
-    "cut-left": "cut left",
-    "cut-right": "cut right",
-    "split": "split",
-}
 _ROWS_NAMED = 3
 _LABEL = 9
 """Cells of the column of labels."""
@@ -109,16 +103,16 @@ def lengths_line(report: Report, data: Data, width: int) -> Content:
         return Content(line)
     share = format_percent(report.too_long / lengths.count) if lengths.count else ""
     dropped = report.counts.dropped if data.overflow.startswith("cut") else 0
-    outcomes = [f"{report.counts.cut:,} {TOO_LONG[data.overflow]}", f"{dropped:,} left out"]
-    how = " · ".join(outcomes[not report.counts.cut :]) if dropped else TOO_LONG[data.overflow]
+    outcomes = [f"{report.counts.cut:,} {OVERFLOW_OUTCOMES[data.overflow]}", f"{dropped:,} left out"]
+    how = " · ".join(outcomes[not report.counts.cut :]) if dropped else OVERFLOW_OUTCOMES[data.overflow]
     over = f"✂ {report.too_long:,} ({share}) over {data.max_length:,}: {how}"
     return Content.assemble(line, "\n", (over, "$warning"))
 
 
 def problem_line(
-    problem: DataProblem, *, brief: bool = False, several: bool = False, bad_rows: int = 0
+    problem: DataProblem, data: Data, *, brief: bool = False, several: bool = False, bad_rows: int = 0
 ) -> Content:
-    """One kind of problem in the list, with its fix unless ``brief``.
+    """One kind of problem in the list with what becomes of its rows, and its fix unless ``brief``.
 
     ``several``: the source has several files, so the problem's file is named. ``bad_rows``: how many rows the
     fix leaves out, of all problems; 0 where another line says so.
@@ -131,7 +125,8 @@ def problem_line(
         where = f"  {Path(problem.path).name}{where}"
     return Content.assemble(
         (f"{sign} {problem.title}", style),
-        (f" ×{problem.count:,}" if brief else f": {pluralize(problem.count, 'row')}", "bold"),
+        (f": {pluralize(problem.count, 'row')}", "bold"),
+        row_outcome(problem, data),
         (where, "dim"),
         (f"\n  ▸ {key_name('data.fix')} {fix}" if (fix := _fix_label(problem, bad_rows)) else "", "$accent"),
         ("" if brief or not problem.fix else f"\n  ▸ {problem.fix}", "dim"),
@@ -148,13 +143,14 @@ def _fix_label(problem: DataProblem, bad_rows: int) -> str:
 
 
 def problem_lines(
-    report: Report, problems: Sequence[DataProblem], *, brief: bool, bad_rows: int
+    report: Report, problems: Sequence[DataProblem], data: Data, *, brief: bool, bad_rows: int
 ) -> list[tuple[str, Content]]:
     """(id, line) of each problem; of those with bad rows only the first says that one key leaves all out."""
     lines = []
     for problem in problems:
         skipped, bad_rows = (bad_rows, 0) if is_bad_row(problem) else (0, bad_rows)
-        line = problem_line(problem, brief=brief, several=len(report.files) > 1, bad_rows=skipped)
+        several = len(report.files) > 1
+        line = problem_line(problem, data, brief=brief, several=several, bad_rows=skipped)
         lines.append((f"{problem.kind} {problem.path}", line))
     return lines
 

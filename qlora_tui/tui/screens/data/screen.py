@@ -267,7 +267,9 @@ class DataScreen(DataActions):
         self.query_one("#totals-panel", Panel).show_title(f"Tokens of {name}" if several else "Tokens")
         # In a short window, the fix is shown above a row that has the problem.
         short = brief or (self.size.height < _TALL and not alone)
-        lines = report_text.problem_lines(report, self.problems, brief=short, bad_rows=self.bad_rows())
+        lines = report_text.problem_lines(
+            report, self.problems, recipe.data, brief=short, bad_rows=self.bad_rows()
+        )
         problems = self.query_one("#problems", ViList)
         # Errors found later come before what the cursor was on.
         select = lines[0][0] if lines and not problems.has_focus else None

@@ -203,7 +203,7 @@ def unreadable_text(error: UserError, fields: dict[str, str]) -> Content:
 def source_line(source: Source, alone: bool) -> Content:
     """A source in the list; its weight where there are others."""
     path = Path(source.path)
-    weight = "" if alone and source.weight == 1 else f" ×{source.weight:g}"
+    weight = "" if alone and source.weight == 1 else f"  weight {source.weight:g}"
     if is_hub_dataset(source.path):
         return Content.assemble(source.path, ("  hub", "dim"), (weight, "bold"))
     try:

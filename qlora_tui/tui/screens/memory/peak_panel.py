@@ -8,7 +8,7 @@ from textual.content import Content
 from textual.widgets import Static
 
 from qlora_tui.memory import Estimate
-from qlora_tui.memory.estimate import Precision
+from qlora_tui.memory.estimate import Precision, why_int8_is_larger
 from qlora_tui.tui.screens.memory.stacked_bar import legend, precision_bars
 from qlora_tui.tui.screens.memory.text import levels_line
 from qlora_tui.tui.widgets.panel import Panel
@@ -16,7 +16,7 @@ from qlora_tui.tui.widgets.static_update import update_if_changed
 
 
 class PeakPanel(Panel):
-    """Bars, their legend, and the peak of the marked one in numbers."""
+    """Bars, their legend, the peak of the marked one in numbers, and why int8 takes more than 16 bits."""
 
     def __init__(self) -> None:
         self._bars = Static(id="bars")
@@ -34,9 +34,11 @@ class PeakPanel(Panel):
     ) -> None:
         """Show these estimates under a heading, whose second part is less important."""
         self.show_title(Content.assemble(heading[0], (heading[1], "$text-muted not bold")))
+        reason = why_int8_is_larger(compared["int8"], compared["fp16"])
         lines = [
             *precision_bars(compared, marked, of_recipe, limit_bytes, width),
             legend(),
             Content.styled(levels_line(compared[marked]), "$text-muted"),
+            *([Content.styled(reason, "$text-muted")] if reason else []),
         ]
         update_if_changed(self._bars, Content("\n").join(lines))

@@ -11,7 +11,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes
 from qlora_tui.memory import Device, Estimate, check_fit, estimate
 from qlora_tui.memory.budget import MemoryBudget
-from qlora_tui.memory.estimate import Precision, precision_of, with_precision
+from qlora_tui.memory.estimate import Precision, precision_of, why_int8_is_larger, with_precision
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
 from qlora_tui.tui.render.block_charts import bar
@@ -39,7 +39,8 @@ class ModelFit:
     precisions: tuple[Precision, ...]
     rows: tuple[LengthFit, ...]
     budget: MemoryBudget
-    note: str = ""
+    notes: tuple[str, ...] = ()
+    """What explains the figures, in sentences."""
 
 
 def model_fit(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> ModelFit:
@@ -50,13 +51,15 @@ def model_fit(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> Mode
     precisions: tuple[Precision, ...] = (precision, "nf4" if precision == "fp16" else "fp16")
     own = recipe.data.max_length
     lengths = sorted({own, *(length for length in _LENGTHS if length <= (model.max_positions or length))})
-    rows = []
+    rows, reason = [], ""
     for length in lengths:
         changed = replace_setting(usable, "data.max_length", length)
         estimates = [_estimate(model, changed, precision, budget.device) for precision in precisions]
         needs = tuple((each.total_bytes, check_fit(each, budget.bytes).word) for each in estimates)
         rows.append(LengthFit(length, length == own, needs))
-    return ModelFit(precisions, tuple(rows), budget, note)
+        if precision == "int8":
+            reason = reason or why_int8_is_larger(*estimates)
+    return ModelFit(precisions, tuple(rows), budget, tuple(filter(None, (note, reason))))
 
 
 def need(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> tuple[int, str]:
@@ -100,4 +103,4 @@ def fit_lines(fit: ModelFit, width: int) -> list[Content]:
     words = dict.fromkeys(word for row in fit.rows for _, word in row.needs)
     legend = [part for word in words for part in ((VERDICT_SIGN[word], VERDICT_STYLE[word]), f" {word}   ")]
     lines.append(Content.assemble(*legend).rstrip())
-    return [*lines, Content.styled(fit.note, "dim")] if fit.note else lines
+    return [*lines, *(Content.styled(note, "dim") for note in fit.notes)]

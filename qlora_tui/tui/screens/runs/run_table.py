@@ -25,8 +25,8 @@ from qlora_tui.tui.render.strip_rendering import render_line
 from qlora_tui.tui.widgets.cursor_keys import LIST_KEYS
 from qlora_tui.tui.widgets.line_view import LineView
 
-MARKS = "●▲■◆"
-"""Marks of runs selected to compare; the same symbols are on their curves."""
+MARKS = "ABCD"
+"""Marks of runs selected to compare, unlike any sign of a state; the same letters are on their curves."""
 _CURVE_WIDTH = 12
 
 
