@@ -107,6 +107,11 @@ def _encoded(what: FakeRun, before_training: float) -> tuple[bytes, bytes]:
     return _written[key]
 
 
+def last_at(what: FakeRun) -> float:
+    """Unix time of the last step."""
+    return _at(what, what.steps)
+
+
 def _at(what: FakeRun, step: float) -> float:
     return what.began + 40 + step * what.seconds_a_step
 

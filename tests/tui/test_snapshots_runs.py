@@ -17,7 +17,7 @@ from bench.support.recorded_runs import ENDED, recorded_run
 from qlora_tui import paths
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.train import run_follower
-from tests.tui.fake_runs import BEGAN, write_fake_run
+from tests.tui.fake_runs import BEGAN, last_at, write_fake_run
 from tests.tui.run_states import STATES, STATES_ONCE, three_runs, watching
 from tests.tui.screen_assertions import wait_for_text
 
@@ -28,9 +28,14 @@ SIZES = pytest.mark.parametrize("size", [(80, 24), (120, 40)], ids=["80x24", "12
 
 @SIZES
 @pytest.mark.parametrize("state", STATES)
-def test_a_run(snap_compare: Snap, state: str, size: tuple[int, int]) -> None:
+def test_a_run(
+    snap_compare: Snap, set_clock: Callable[[float], None], state: str, size: tuple[int, int]
+) -> None:
     what, keys = STATES[state]
     run = write_fake_run(what)
+    if what.state == "running":
+        # Otherwise the pace would be that of a run whose last step was an hour ago.
+        set_clock(last_at(what) + 1)
     assert snap_compare(QloraApp(), terminal_size=size, run_before=watching(run, keys=keys))
 
 

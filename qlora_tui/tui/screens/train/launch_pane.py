@@ -20,6 +20,7 @@ from qlora_tui.runs.preflight import errors
 from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
+from qlora_tui.tui.screens.train.setting_notes import SettingNotes
 from qlora_tui.tui.screens.train.settings_form import SettingsForm
 from qlora_tui.tui.widgets.diff_widget import DiffWidget
 from qlora_tui.tui.widgets.panel import Panel
@@ -83,8 +84,15 @@ class LaunchPane(Vertical):
         yield Panel("Launch", LaunchVerdict(), id="verdict-panel")
         with Container(id="launch-body"):
             yield Panel("Recipe", SettingsForm(_paths(), id="recipe-form"), id="recipe-panel")
-            with Panel("Checks", keys=_CHECK_KEYS, id="checks-panel"), ViScroll(id="checks-side"):
-                yield CheckList()
+            with Vertical(id="checks-column"):
+                with Panel("Checks", keys=_CHECK_KEYS, id="checks-panel"), ViScroll(id="checks-side"):
+                    yield CheckList()
+                notes = SettingNotes([fields()[path] for path in _paths()])
+                yield Panel("What the settings do", notes, id="notes-panel")
+
+    def on_setting_list_moved(self) -> None:
+        """Explain the setting that the cursor is on."""
+        self.query_one(SettingNotes).select(self.query_one(SettingsForm).field)
 
     def show_recipe(self, recipe: Recipe, base: Recipe) -> None:
         """The recipe as it is now, beside its preset."""
@@ -205,12 +213,12 @@ def _plan(recipe: Recipe) -> list[str]:
     """What the run does, in a few words each."""
     training, data = recipe.training, recipe.data
     limit = f", at most {pluralize(training.max_steps, 'step')}" if training.max_steps else ""
-    kind = "rows" if data.packing else "sequences"
+    batch = pluralize(recipe.effective_batch, "row" if data.packing else "sequence")
     evaluations = f"every {pluralize(training.eval_every, 'step')}" if training.eval_every else "each epoch"
     has_validation = bool(data.validation_path or data.validation_fraction)
     return [
         f"{training.epochs:g} {'epoch' if training.epochs == 1 else 'epochs'}{limit}",
-        f"{recipe.effective_batch:,} {kind} of up to {data.max_length:,} tokens a step",
+        f"{batch} of up to {data.max_length:,} tokens a step",
         f"validation {evaluations}" if has_validation else "no validation",
         f"keeps {pluralize(training.keep_checkpoints, 'checkpoint')} and the best",
     ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
@@ -145,7 +145,7 @@ class RunFollower:
         self._decimated_run = decimated_run
         self._event_count += len(events)
         self._add_stages(events)
-        fresh = (event for event in events if self._phases.is_new(event))
+        fresh = [event for event in events if self._phases.is_new(event)]
         self._entries += _entries(fresh, decimated_run.view.total_steps)
         self._report_unknown(decimated_run.view)
         # A new list, so that whoever shows the old one sees that it was replaced.
@@ -234,13 +234,17 @@ def _without_steps(events: Iterable[AnyEvent]) -> list[AnyEvent]:
     return [event for event in events if not isinstance(event, Step)]
 
 
-def _entries(events: Iterable[AnyEvent], total_steps: int) -> list[LogEntry]:
-    """Lines of the log; samples and progress are shown elsewhere."""
-    return [
-        LogEntry(event.at, _level(event), " ".join(describe(event, total_steps).split()))
-        for event in events
-        if not isinstance(event, SampleGenerated | Progress)
-    ]
+def _entries(events: Sequence[AnyEvent], total_steps: int) -> list[LogEntry]:
+    """Lines of the log; samples and progress are shown elsewhere, and so is why the run failed in the end."""
+    entries = []
+    for event in events:
+        if isinstance(event, SampleGenerated | Progress):
+            continue
+        text = describe(event, total_steps)
+        if isinstance(event, Failed) and event is events[-1]:
+            text = f"failed: {event.title}"
+        entries.append(LogEntry(event.at, _level(event), " ".join(text.split())))
+    return entries
 
 
 def _level(event: AnyEvent) -> Level:
