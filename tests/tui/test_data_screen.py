@@ -18,7 +18,7 @@ from qlora_tui.tui.screens.data.text import row_title
 from tests.tui.data_screen import data_app, screen_of, whole
 from tests.tui.fake_runs import FakeRun, write_fake_run
 from tests.tui.sample_data import ticket, tickets, write_rows
-from tests.tui.screen_assertions import text_of, wait_for_text
+from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 from tests.tui.workstation import open_on, settle
 
 Snapshot = Callable[..., bool]
@@ -74,6 +74,14 @@ async def test_a_row_shows_trained_tokens_and_keys_move_between_rows(model: str,
         await pilot.press("colon")
         await pilot.press(*"17", "enter")
         await wait_for_text(pilot, "row 17 of 40", "Where is parcel 17?")
+
+
+async def test_figures_are_drawn_for_the_width_after_a_resize(model: str, here: Path) -> None:
+    tickets(here / "tickets.jsonl")
+    async with data_app(model, "tickets.jsonl").run_test(size=(200, 60)) as pilot:
+        await wait_for_text(pilot, "row 1 of 40", "in loss")
+        await pilot.resize_terminal(80, 24)
+        await wait_until(pilot, lambda: "…" not in text_of(pilot.app).partition("Lengths")[2])
 
 
 async def test_the_help_shows_keys_as_they_are_on_the_keyboard(model: str, here: Path) -> None:

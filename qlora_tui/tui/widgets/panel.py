@@ -18,7 +18,7 @@ class Panel(Vertical):
 
     Below 100 × 30 cells (``breakpoints``) the border is only a line with the title (``app.tcss``):
     panels are then one below the other, and the footer has the keys. The panel whose contents have the focus
-    has a brighter border.
+    has a brighter border; a double one without colors.
     """
 
     DEFAULT_CSS = """
@@ -31,6 +31,9 @@ class Panel(Vertical):
         border-subtitle-color: $text-muted;
         &:focus-within {
             border: round $border;
+        }
+        &:nocolor:focus-within {
+            border: double $border;
         }
     }
     """

@@ -35,7 +35,7 @@ class RowLossScreen(ListPicker[RowChoice]):
     DIALOG_CLASSES = "dialog wide"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("space", "mark", "Mark"),
-        Binding("x", "exclude", "Queue the run without"),
+        Binding("x", "exclude", "Queue without"),
     ]
 
     def __init__(self, losses: RowLosses, source: int, excluded: frozenset[int]) -> None:
@@ -91,6 +91,7 @@ class RowLossScreen(ListPicker[RowChoice]):
             ("● " if row.row in self._marked else "  ", "$accent bold"),
             (f"{sign} ", style),
             f"row {row.row:<6,} ",
+            ("loss ", "dim"),
             f"{row.before:5.2f} → {row.after:5.2f} ",
             (f"other prompt {row.other_prompt:5.2f}  ", "dim"),
             (f"{row.row_class}{more}{left_out}", style),

@@ -116,8 +116,9 @@ class DataScreen(DataActions):
         self._update_costs()
 
     def on_resize(self) -> None:
-        self.show_report()
-        self._show_row()
+        # Once the panels have their new widths, for which bars and titles are drawn.
+        self.call_after_refresh(self.show_report)
+        self.call_after_refresh(self._show_row)
 
     def on_option_list_option_highlighted(self, event: OptionList.OptionHighlighted) -> None:
         """Look at another source."""
