@@ -16,12 +16,15 @@ WORKER = "qlora_tui.training.row_loss_worker"
 
 
 def measure_row_losses(
-    run: RunDir, progress: Callable[[int, int], None] = lambda done, total: None
+    run: RunDir,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    started: Callable[[subprocess.Popen[bytes]], object] = lambda child: None,
 ) -> RowLosses:
     """Measure all training rows of a run, which takes about as long as training on them once.
 
     Args:
         progress: called with the passes over samples done, and of all.
+        started: called with the child process; killing it ends the measurement with an error.
 
     Raises:
         UserError: the run has no adapter, or its data or model cannot be read.
@@ -35,6 +38,7 @@ def measure_row_losses(
             stderr=errors,
         )
         assert child.stdout is not None
+        started(child)
         try:
             error = read_messages(child.stdout, progress)
             code = child.wait()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from textual.pilot import Pilot
 from qlora_tui.data.dataset_report import Piece, Shown
 from qlora_tui.files import private_dir
 from qlora_tui.recipe.schema import Data, Recipe, Source
-from qlora_tui.runs import actions
+from qlora_tui.runs import actions, row_loss_job
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.row_losses import MeasuredRow, classify, write_row_losses
 from qlora_tui.tui.screens.data.row_loss_list import RowLossScreen
@@ -102,6 +104,29 @@ async def test_rows_without_a_run_say_what_to_do(model: str, here: Path) -> None
             pilot, lambda: any("Train on it first" in toast.message for toast in app._notifications)
         )
         assert not isinstance(app.screen, RowLossScreen)
+
+
+async def test_leaving_the_app_ends_the_measurement(
+    model: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the app waits for it, without a terminal."""
+    run = measured_run(tickets(here / "tickets.jsonl"))
+    for measured in (run.path / "row_losses.json", run.path / "row_losses.f32"):
+        measured.unlink()
+    children: list[subprocess.Popen[bytes]] = []
+
+    def sleeper(_argv: list[str], **how: Any) -> subprocess.Popen[bytes]:
+        children.append(subprocess.Popen(["sleep", "600"], **how))
+        return children[-1]
+
+    slow = SimpleNamespace(Popen=sleeper, PIPE=subprocess.PIPE, DEVNULL=subprocess.DEVNULL)
+    monkeypatch.setattr(row_loss_job, "subprocess", slow)
+    app = data_app(model, "tickets.jsonl", max_length=128)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await whole(pilot)
+        await pilot.press("B")
+        await wait_until(pilot, lambda: len(children) == 1)
+    assert children[0].wait(60)
 
 
 def test_tokens_carry_marks_that_need_no_color() -> None:

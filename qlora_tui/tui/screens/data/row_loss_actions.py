@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from subprocess import Popen
 
 import msgspec
 from textual import work
@@ -68,13 +69,17 @@ class RowLossActions(SourceActions):
                 f"Measuring the rows of {run.name}, about as long as training on them once. "
                 "The list opens when it is done."
             )
+            children: list[Popen[bytes]] = []
             try:
-                losses = await asyncio.to_thread(measure_row_losses, run)
+                losses = await asyncio.to_thread(measure_row_losses, run, started=children.append)
             except UserError as problem:
                 self.notify(f"{problem.what} {problem.fix}", title=problem.title, severity="error")
                 return
             finally:
                 self._measuring = False
+                # Leaving the app cancels this worker, but not its thread, for whose end the app would wait.
+                for child in children:
+                    child.kill()
         self._show_losses(losses, run, number, source)
 
     def token_changes(self) -> tuple[tuple[float, float], ...]:
