@@ -52,6 +52,7 @@ unless the column is one of ``_ALWAYS_RATINGS``."""
 _GOOD = ("true", "1", "1.0", "yes", "good", "desirable", "chosen", "accepted", "thumbs_up")
 _BAD = ("false", "0", "0.0", "-1", "-1.0", "no", "bad", "undesirable", "rejected", "thumbs_down")
 
+NOTHING_COMPARED_TITLE = "No preferences in the data"
 METHODS_FOR_PAIRS = 'To learn from both sides, set data.preferences = "orpo" (or "dpo", "simpo").'
 """Sentence of the first of these errors, which only those that a method resolves have."""
 TITLES = (PAIRS_TITLE, RATED_TITLE) = ("Preference data", "Rated answers")
@@ -194,7 +195,7 @@ def unusable_problem(name: str, method: str, *, rated: bool) -> UserError:
         )
     needs = "rated answers or pairs" if method == "kto" else "a chosen and a rejected answer in each row"
     return UserError(
-        "No preferences in the data",
+        NOTHING_COMPARED_TITLE,
         what=f'data.preferences = "{method}" needs {needs}, and {name} has neither a rejected side nor '
         "ratings.",
         why="Nothing says which answers are better.",

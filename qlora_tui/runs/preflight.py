@@ -18,7 +18,12 @@ from qlora_tui.catalog.context_length import context_length_warning
 from qlora_tui.catalog.local_models import ModelFiles, resolve_model
 from qlora_tui.data.error_cache import Tokens, file_fingerprint, raise_cached_error, tokenizer_fingerprint
 from qlora_tui.data.hub_dataset import local_files
-from qlora_tui.data.preferences import METHODS_FOR_PAIRS, PAIRS_TITLE, RATED_TITLE
+from qlora_tui.data.preferences import (
+    METHODS_FOR_PAIRS,
+    NOTHING_COMPARED_TITLE,
+    PAIRS_TITLE,
+    RATED_TITLE,
+)
 from qlora_tui.data.problems import SKIP_BAD_ROWS, DataProblem
 from qlora_tui.data.quick_check import FileSize, QuickCheckResult, quick_check
 from qlora_tui.data.read import COLUMNAR, files_of, kind_of
@@ -139,6 +144,8 @@ def _data_fix(problem: UserError) -> SuggestedFix | None:
         return SuggestedFix("train on both answers with ORPO", changes={"data.preferences": "orpo"})
     if problem.title == RATED_TITLE:
         return SuggestedFix("train on all answers with KTO", changes={"data.preferences": "kto"})
+    if problem.title == NOTHING_COMPARED_TITLE:
+        return SuggestedFix("train on the answers as they are", changes={"data.preferences": "refuse"})
     return None
 
 

@@ -13,7 +13,7 @@ from qlora_tui.data.quick_check import QuickCheckResult
 from qlora_tui.files import private_dir
 from qlora_tui.memory import Device
 from qlora_tui.memory.budget import MemoryBudget, budget_for
-from qlora_tui.recipe.schema import Data, Lora, Model, Recipe, Source, Training
+from qlora_tui.recipe.schema import Data, Lora, Model, Preferences, Recipe, Source, Training
 from qlora_tui.runs import preflight as preflight_module
 from qlora_tui.runs import tracker_packages
 from qlora_tui.runs.machine_checks import Check, CheckKind, Machine
@@ -166,14 +166,19 @@ def test_preferences_are_an_error_until_the_user_chooses(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("method", "answers"),
-    [("orpo", {"chosen": "a", "rejected": "b"}), ("kto", {"completion": "a", "label": True})],
+    [
+        ("orpo", {"chosen": "a", "rejected": "b"}),
+        ("kto", {"completion": "a", "label": True}),
+        ("refuse", {"completion": "a"}),
+    ],
 )
-def test_refused_preferences_come_with_a_method(
+def test_a_wrong_choice_for_preferences_comes_with_the_right_one(
     tmp_path: Path, method: str, answers: dict[str, object]
 ) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"{n}?"} | answers) + "\n" for n in range(3)))
-    recipe = Recipe(data=Data(sources=(Source(path=str(file)),)))
+    choice: Preferences = "dpo" if method == "refuse" else "refuse"
+    recipe = Recipe(data=Data(sources=(Source(path=str(file)),), preferences=choice))
     blocked = _data_check(recipe)
     assert blocked.outcome == "error" and blocked.suggested_fix is not None
     fixed = blocked.suggested_fix.apply_to(recipe)
