@@ -14,6 +14,7 @@ from qlora_tui.runs import control, run_queue
 from qlora_tui.runs.directory import LAST, RunDir, all_runs, create_run
 from qlora_tui.runs.exports import delete_unfinished
 from qlora_tui.runs.initial_adapter import with_initial_adapter
+from qlora_tui.runs.locks import is_locked
 from qlora_tui.runs.spawn import ensure_runner
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, State, read_status
 
@@ -104,13 +105,20 @@ def _taken(run: RunDir, name: str) -> str:
 
 
 def check_deletable(run: RunDir) -> None:
-    """Raise UserError if the run is queued or in training."""
+    """Raise UserError if the run is queued, in training, or being measured."""
     status = read_status(run)
     if status.state in ACTIVE or run.id in run_queue.waiting():
         raise UserError(
             "The run has not ended",
             what=f"{run.name} is {status.state}.",
             fix=f"Stop it first: s on Train, or `qlora-tui stop {run.id}`.",
+            exit_code=EXIT_USAGE,
+        )
+    if is_locked(run.trainer_lock_path):
+        raise UserError(
+            "The run is in use",
+            what=f"{run.name} is being measured, or its trainer is still exiting.",
+            fix="Wait until that has ended, and delete it then.",
             exit_code=EXIT_USAGE,
         )
 

@@ -19,6 +19,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.gpu.library_imports import faster_imports
 from qlora_tui.gpu.torch_env import allocator_variables, configure_torch_env
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.measuring import measuring
 from qlora_tui.subprocesses import end_with_parent
 from qlora_tui.worker_messages import send_error, send_progress
 
@@ -125,8 +126,10 @@ def main() -> int:
     # Without its parent it would only hold memory.
     end_with_parent()
     configure_torch_env({**allocator_variables(os.environ), "HF_HUB_OFFLINE": "1"})
+    run = RunDir(parser.parse_args().run.absolute())
     try:
-        measure(RunDir(parser.parse_args().run.absolute()))
+        with measuring(run):
+            measure(run)
     except UserError as problem:
         send_error(problem)
         return problem.exit_code

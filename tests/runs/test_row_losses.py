@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 
 from qlora_tui.data.contradictions import find_contradictions
+from qlora_tui.errors import UserError
+from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.measuring import measuring
 from qlora_tui.runs.row_losses import (
     MeasuredRow,
     classify,
@@ -79,3 +82,11 @@ def test_contradictions_have_one_prompt_and_far_answers() -> None:
         ("What is a fork?", "It has tines."),
     ]
     assert find_contradictions(rows) == {0: 2, 2: 0, 3: 2}
+
+
+def test_a_run_is_not_deleted_while_it_is_measured(run: RunDir) -> None:
+    with measuring(run):
+        with pytest.raises(UserError, match="is being measured"):
+            actions.check_deletable(run)
+        with pytest.raises(UserError, match="is being trained or measured"), measuring(run):
+            pass
