@@ -52,7 +52,7 @@ def measure_effect(
             exit_code=EXIT_USAGE,
         )
     session.ensure_loaded(adapter_name)
-    validation = _validation_samples(session)
+    validation = validation_samples(session)
     chosen = _spread(len(validation), _MAX_SAMPLES)
     sums = _EffectSums(session.end_ids)
     for number, i in enumerate(chosen, 1):
@@ -133,7 +133,8 @@ class _EffectSums:
             self.turns_ended_by_base += int((at_end & torch.isin(base_choice, ends)).sum())
 
 
-def _validation_samples(session: ChatSession) -> Samples:
+def validation_samples(session: ChatSession) -> Samples:
+    """Return the validation samples of the session's recipe. Raises UserError where there are none."""
     recipe = session.source.recipe
     tokenizer = ChatTokenizer.from_folder(model_folder(recipe), recipe.model.chat_template)
     samples = prepare_dataset(recipe, tokenizer).validation.of_side(GOOD)

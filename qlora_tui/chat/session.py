@@ -54,6 +54,7 @@ from qlora_tui.memory.execution import AttentionPath
 from qlora_tui.recipe.schema import Recipe, Thinking
 from qlora_tui.training.compute_device import ComputeDevice, find_device
 from qlora_tui.training.experts.expert_lora import fuse_experts
+from qlora_tui.training.forgetting.greedy_answers import answer_greedily
 from qlora_tui.training.gguf_conversion import convert_cached
 from qlora_tui.training.model_loading import load_base
 from qlora_tui.training.streaming.placement import place_streamed
@@ -375,6 +376,19 @@ class ChatSession:
             logits_to_keep=torch.tensor(positions, device=self.device),
         )
         return output.logits[0]  # type: ignore[no-any-return]  # transformers' outputs are untyped
+
+    def greedy_batch(
+        self, adapter_name: str, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    ) -> list[tuple[int, ...]]:
+        """Return the greedy answers to prompts, computed together, as token ids with the turn end of each.
+
+        Raises UserError where the memory is full.
+        """
+        self._adapters.activate(adapter_name)
+        try:
+            return answer_greedily(self._model, prompts, self.tokenizer, self.device, max_new_tokens)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(self.compute_device) from error
 
     def activate(self, adapter_name: str) -> None:
         """Let ``head`` compute with an adapter that is loaded, or with the base alone."""

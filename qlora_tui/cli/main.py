@@ -36,6 +36,7 @@ SUBCOMMANDS = {
     "pause": ("runs", "Save a checkpoint and free the GPU; `resume` continues the run."),
     "resume": ("runs", "Resume a stopped, paused, failed or lost run from its last checkpoint."),
     "ask": ("runs", "Send a request to a running trainer (checkpoint, evaluate, …)."),
+    "evaluate": ("evaluate", "Compare answers of a run's adapter and its base to validation prompts."),
     "chat": ("chat", "Chat with a run's adapter, or with the base model."),
     "export": ("export", "Write a run's model or adapter for other programs, or upload it to the Hub."),
     "doctor": ("doctor", "Check that this machine can train, and suggest fixes."),

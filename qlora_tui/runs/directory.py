@@ -120,6 +120,11 @@ class RunDir:
         return self.path / "row_losses.json"
 
     @property
+    def task_evaluation_path(self) -> Path:
+        """The answers of base and adapter to validation prompts; only where they were measured."""
+        return self.path / "task_evaluation.json"
+
+    @property
     def adapter_dir(self) -> Path:
         return self.path / "adapter"
 

@@ -1,0 +1,249 @@
+"""The process in which base and adapter answer the validation prompts of a run.
+
+``python -m qlora_tui.chat.task_worker RUN_DIR PROMPTS`` loads the run's base with its final adapter, measures
+the loss of each reference with both, lets both answer greedily in batches, and writes the file of
+:mod:`qlora_tui.runs.task_metrics.task_evaluation`. Answers are stored as they come, so that another try
+continues. Progress, and the error that ends it, are lines of JSON on stdout
+(:mod:`qlora_tui.worker_messages`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.gpu.torch_env import allocator_variables, configure_torch_env
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.measuring import measuring
+from qlora_tui.subprocesses import end_with_parent
+from qlora_tui.worker_messages import send_error, send_progress
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qlora_tui.chat.session import ChatSession
+    from qlora_tui.chat.task_prompts import TaskPrompt
+    from qlora_tui.runs.task_metrics.answer_metrics import TaskRow
+
+_FORMAT = 1
+"""Bump when the same model and prompt may be answered otherwise."""
+_MIN_NEW_TOKENS, _MAX_NEW_TOKENS = 32, 512
+_STEP_TOKENS = 32
+"""The limit of an answer is a multiple of this, so that answers to other rows are stored in the same file."""
+_PROMPT_TOKENS_SHOWN = 200
+_HEAD_ROWS = 256
+"""Vocabulary-wide rows computed at a time."""
+
+
+def evaluate(run: RunDir, most_prompts: int) -> None:
+    """Let base and adapter answer up to ``most_prompts`` validation prompts, and write the result.
+
+    Raises:
+        UserError: the run has no adapter, no validation data or no prompts, or cannot be read.
+        OSError: the result cannot be written.
+    """
+    from qlora_tui.chat.chat_sources import run_source
+    from qlora_tui.chat.chat_types import ADAPTER, BASE
+    from qlora_tui.chat.effect_measurement import validation_samples
+    from qlora_tui.chat.session import load_session
+    from qlora_tui.chat.task_answers import answer_all
+    from qlora_tui.chat.task_prompts import task_prompts
+    from qlora_tui.data.store import GOOD
+    from qlora_tui.runs.task_metrics.answer_metrics import measure_answers
+    from qlora_tui.runs.task_metrics.task_evaluation import (
+        LossChange,
+        TaskEvaluation,
+        adapter_hash,
+        write_task_evaluation,
+    )
+    from qlora_tui.training.priority import lower_priority
+
+    started = time.monotonic()
+    source = run_source(run)
+    if ADAPTER not in source.adapters:
+        raise UserError(
+            "The run has no adapter",
+            what=f"{run.id} has not ended yet, or ended without one.",
+            fix="Wait for its end, or resume it.",
+        )
+    session = load_session(source, streams=True)
+    if session.compute_device.kind == "cpu":
+        lower_priority()
+    session.ensure_loaded(ADAPTER)
+    samples = validation_samples(session).of_side(GOOD)
+    ends = frozenset(session.tokenizer.turn_end_ids)
+    prompts = task_prompts(samples, ends, most_prompts)
+    if not prompts:
+        raise UserError(
+            "No prompts to answer",
+            what=f"No validation row of {run.id} has a prompt and an answer that ends.",
+            why="The data is plain text, or longer than the sequence length.",
+            fix="Raise data.max_length, or compare the validation loss in Runs.",
+            exit_code=EXIT_USAGE,
+        )
+    for name in (BASE, ADAPTER):
+        session.check(name, list(prompts[0].ids))
+    total = 2 * len(prompts)
+    send_progress(0, total)
+    before, after = (
+        [_reference_loss(session, name, prompt) for prompt in prompts] for name in (BASE, ADAPTER)
+    )
+    limit = answer_limit(max(len(prompt.reference) for prompt in prompts), session.context_length)
+    ids = [prompt.ids[-(session.context_length - limit) :] for prompt in prompts]
+    answers = [
+        answer_all(
+            ids,
+            _answer_store(session, "" if name == BASE else adapter_hash(run), limit),
+            limit,
+            partial(session.greedy_batch, name, max_new_tokens=limit),
+            partial(_send_done, number * len(prompts), total),
+        )
+        for number, name in enumerate((BASE, ADAPTER))
+    ]
+    rows = [_row(session, prompt, *both) for prompt, *both in zip(prompts, *answers, strict=True)]
+    metrics, labels = measure_answers(rows)
+    evaluation = TaskEvaluation(
+        run=run.id,
+        adapter=adapter_hash(run),
+        max_new_tokens=limit,
+        validation_rows=len(samples),
+        metrics=metrics,
+        labels=labels,
+        loss=LossChange.of(before, after, [len(prompt.reference) for prompt in prompts]),
+        rows=tuple(rows),
+        seconds=time.monotonic() - started,
+        warning=session.warning,
+    )
+    write_task_evaluation(run, evaluation)
+
+
+def answer_limit(longest_reference: int, context_length: int) -> int:
+    """Most tokens of an answer: half as many again as the longest reference, in steps, within the context."""
+    wanted = -(-longest_reference * 3 // (2 * _STEP_TOKENS)) * _STEP_TOKENS
+    return min(max(_MIN_NEW_TOKENS, wanted), _MAX_NEW_TOKENS, max(1, context_length // 2))
+
+
+def _send_done(before: int, total: int, done: int) -> None:
+    send_progress(before + done, total)
+
+
+def _answer_store(session: ChatSession, adapter: str, limit: int) -> Any:
+    """The file of answers of this base and adapter; ``adapter`` is its hash, empty for the base."""
+    from qlora_tui import paths
+    from qlora_tui.chat.session import model_folder
+    from qlora_tui.chat.task_answers import AnswerStore
+    from qlora_tui.files import private_dir
+    from qlora_tui.training.library_versions import versions
+    from qlora_tui.training.quantized_cache import cache_name, weights_state
+
+    recipe, device = session.source.recipe, session.compute_device
+    folder = model_folder(recipe)
+    state = {
+        "format": _FORMAT,
+        "folder": str(folder.resolve()),
+        "files": weights_state(folder),
+        "quantization": recipe.quantization,
+        "dtype": device.dtype_name,
+        "device": device.kind,
+        "adapter": adapter,
+        "limit": limit,
+        "ends": sorted(session.tokenizer.turn_end_ids),
+        "versions": versions(),
+    }
+    name = cache_name(recipe, state, "adapter" if adapter else "base")
+    return AnswerStore(private_dir(paths.cache_dir() / "task-answers") / f"{name}.jsonl")
+
+
+def _reference_loss(session: ChatSession, adapter_name: str, prompt: TaskPrompt) -> float:
+    """Sum of the losses of the reference's tokens, in nats."""
+    import torch
+    from torch.nn import functional
+
+    ids = [*prompt.ids, *prompt.reference]
+    places = list(range(len(prompt.ids) - 1, len(ids) - 1))
+    targets = torch.tensor(prompt.reference, device=session.device)
+    with torch.inference_mode():
+        inputs, _ = session.head_inputs(adapter_name, ids, places)
+        parts = zip(torch.split(inputs, _HEAD_ROWS), torch.split(targets, _HEAD_ROWS), strict=True)
+        return sum(
+            float(functional.cross_entropy(session.head.logits(part), wanted, reduction="sum"))
+            for part, wanted in parts
+        )
+
+
+def _row(session: ChatSession, prompt: TaskPrompt, base: Sequence[int], adapter: Sequence[int]) -> TaskRow:
+    from qlora_tui.runs.task_metrics.answer_metrics import TaskRow
+    from qlora_tui.runs.task_metrics.tool_call_texts import read_calls
+
+    tokenizer, ends = session.tokenizer, frozenset(session.tokenizer.turn_end_ids)
+
+    def raw(ids: Sequence[int]) -> str:
+        return tokenizer.decode([i for i in ids if i not in ends])
+
+    tools: tuple[dict[str, Any], ...] = ()
+    calls = bool(read_calls(raw(prompt.reference)))
+    if calls:
+        tools = _tools_of(session, prompt)
+    return TaskRow(
+        source=prompt.source,
+        row=prompt.row,
+        prompt=tokenizer.decode(prompt.ids[-_PROMPT_TOKENS_SHOWN:]),
+        reference=_answer_text(session, prompt.ids, prompt.reference),
+        base=_answer_text(session, prompt.ids, base),
+        adapter=_answer_text(session, prompt.ids, adapter),
+        base_ended=base[-1] in ends,
+        adapter_ended=adapter[-1] in ends,
+        tools=tools,
+        reference_raw=raw(prompt.reference) if tools else "",
+        base_raw=raw(base) if tools else "",
+        adapter_raw=raw(adapter) if tools else "",
+    )
+
+
+def _answer_text(session: ChatSession, prompt: Sequence[int], answer: Sequence[int]) -> str:
+    """The text of an answer without its thoughts."""
+    splitter = session.splitter(list(prompt))
+    chunks = [*splitter.feed(session.decode(answer)), *splitter.rest()]
+    return "".join(chunk.text for chunk in chunks if not chunk.thought).strip()
+
+
+def _tools_of(session: ChatSession, prompt: TaskPrompt) -> tuple[dict[str, Any], ...]:
+    """The tools that a row offers; none where its source has several files, which number their rows alike."""
+    from qlora_tui.data.conversation import Conversation
+    from qlora_tui.data.row_index import row_at
+    from qlora_tui.data.sources import conversation_of, every_source, open_source
+
+    data = session.source.recipe.data
+    files, _ = open_source(every_source(data)[prompt.source], data.preferences, prompt.source)
+    row = row_at(files[0].path, prompt.row) if len(files) == 1 else None
+    conversation = conversation_of(row, files[0]) if row is not None else None
+    return conversation.tools if isinstance(conversation, Conversation) else ()
+
+
+def main() -> int:
+    """Evaluate one run; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m qlora_tui.chat.task_worker", description=__doc__)
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("prompts", type=int, help="most prompts to answer")
+    arguments = parser.parse_args()
+    # Without its parent it would only hold memory.
+    end_with_parent()
+    configure_torch_env({**allocator_variables(os.environ), "HF_HUB_OFFLINE": "1"})
+    run = RunDir(arguments.run.absolute())
+    try:
+        with measuring(run):
+            evaluate(run, arguments.prompts)
+    except UserError as problem:
+        send_error(problem)
+        return problem.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

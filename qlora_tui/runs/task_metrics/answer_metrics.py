@@ -1,0 +1,232 @@
+"""Metrics of answers, chosen by what the reference answers look like.
+
+The first metric is the one that a verdict names:
+
+* tool calls, where rows offer tools and the reference calls one: whether the call is valid;
+* labels, where a few short answers return again and again: accuracy;
+* JSON, where the references are JSON: whether the answer is;
+* short references: exact match;
+* anything else: the words shared with the reference (token F1).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+from msgspec import Struct
+
+from qlora_tui.data.conversation import ToolCall
+from qlora_tui.runs.task_metrics.answer_texts import is_json, same_json, same_words, token_f1, words
+from qlora_tui.runs.task_metrics.intervals import (
+    Interval,
+    mcnemar_p,
+    mean_interval,
+    paired_share_interval,
+    share_interval,
+)
+from qlora_tui.runs.task_metrics.tool_call_texts import fits_tools, read_calls, same_calls
+
+MetricName: TypeAlias = Literal[
+    "valid tool calls", "accuracy", "valid JSON", "exact match", "token F1", "ended"
+]
+Comparison: TypeAlias = Literal["better", "worse", "unclear"]
+MIN_ROWS = 6
+"""Prompts below which no difference is claimed, whatever its interval: five that all agree may be chance."""
+SIGNIFICANCE = 0.05
+_MAX_LABELS = 20
+_MAX_LABEL_WORDS = 4
+_ROWS_PER_LABEL = 3
+_SHORT_WORDS = 8
+"""Words of a reference up to which an answer is expected to match it exactly."""
+_MOST = 0.9
+"""Share of the references that must be of a kind."""
+
+
+class TaskRow(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One validation prompt with its reference and both answers."""
+
+    source: int
+    """Number of the recipe's source, from 0."""
+    row: int
+    """Number of the row in its file, from 1."""
+    prompt: str
+    """The end of the prompt, for people."""
+    reference: str
+    base: str
+    adapter: str
+    base_ended: bool
+    """Whether the base ended its turn within the tokens it was given."""
+    adapter_ended: bool
+    tools: tuple[dict[str, Any], ...] = ()
+    """Tools of the row, as JSON schemas; only where the reference calls one."""
+    reference_raw: str = ""
+    """The reference with the special tokens that mark calls; only where it calls a tool."""
+    base_raw: str = ""
+    adapter_raw: str = ""
+
+
+class Metric(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One metric of base and adapter on the same prompts."""
+
+    name: MetricName
+    rows: int
+    """Prompts it is computed on."""
+    base: float
+    """Mean over the prompts, 0 to 1."""
+    base_interval: Interval
+    adapter: float
+    adapter_interval: Interval
+    difference_interval: Interval
+    """Of the adapter's mean minus the base's."""
+    p: float | None = None
+    """McNemar's exact p-value that both are equal; None for means, whose interval decides."""
+
+    @property
+    def difference(self) -> float:
+        """The adapter's mean minus the base's."""
+        return self.adapter - self.base
+
+    @property
+    def comparison(self) -> Comparison:
+        """Whether the adapter is better or worse than its base, or there is not enough evidence."""
+        if self.rows < MIN_ROWS:
+            return "unclear"
+        low, high = self.difference_interval
+        is_clear = self.p < SIGNIFICANCE if self.p is not None else low > 0 or high < 0
+        if not is_clear or not self.difference:
+            return "unclear"
+        return "better" if self.difference > 0 else "worse"
+
+
+class LabelCount(Struct, frozen=True):
+    """How often one label was answered rightly."""
+
+    label: str
+    rows: int
+    """Prompts whose reference is this label."""
+    base: int
+    adapter: int
+
+
+def measure_answers(rows: Sequence[TaskRow]) -> tuple[tuple[Metric, ...], tuple[LabelCount, ...]]:
+    """The metrics that suit the references, the most telling first, and the counts of labels if these are."""
+    metrics: list[Metric] = []
+    labels: tuple[LabelCount, ...] = ()
+    calling = [row for row in rows if row.tools and read_calls(row.reference_raw)]
+    plain = [row for row in rows if not row.reference_raw]
+    if calling:
+        metrics.append(_share("valid tool calls", calling, _valid_call))
+        metrics.append(_share("exact match", calling, _same_call))
+    elif names := label_names([row.reference for row in plain]):
+        metrics.append(_share("accuracy", plain, _same_words))
+        labels = _count_labels(plain, names)
+    elif plain and sum(is_json(row.reference) for row in plain) >= _MOST * len(plain):
+        metrics.append(_share("valid JSON", plain, lambda row, answer, raw: is_json(answer)))
+        metrics.append(
+            _share("exact match", plain, lambda row, answer, raw: same_json(answer, row.reference))
+        )
+    elif plain:
+        if sum(len(words(row.reference)) <= _SHORT_WORDS for row in plain) >= _MOST * len(plain):
+            metrics.append(_share("exact match", plain, _same_words))
+        metrics.append(_mean("token F1", plain))
+    if rows:
+        metrics.append(
+            _of_shares("ended", [row.base_ended for row in rows], [row.adapter_ended for row in rows])
+        )
+    return tuple(metrics), labels
+
+
+def label_names(references: Sequence[str]) -> tuple[str, ...]:
+    """The labels, most frequent first, where references are few short answers that return; else none."""
+    counts: Counter[tuple[str, ...]] = Counter()
+    spelled: dict[tuple[str, ...], str] = {}
+    for reference in references:
+        key = tuple(words(reference))
+        if not 0 < len(key) <= _MAX_LABEL_WORDS:
+            return ()
+        counts[key] += 1
+        spelled.setdefault(key, reference.strip())
+    if not 2 <= len(counts) <= min(_MAX_LABELS, len(references) // _ROWS_PER_LABEL):
+        return ()
+    return tuple(spelled[key] for key, _ in counts.most_common())
+
+
+_Judge: TypeAlias = Callable[[TaskRow, str, str], bool]
+"""Judges an answer to a row, by its text and by its text with special tokens."""
+
+
+def _share(name: MetricName, rows: Sequence[TaskRow], judge: _Judge) -> Metric:
+    return _of_shares(
+        name,
+        [judge(row, row.base, row.base_raw) for row in rows],
+        [judge(row, row.adapter, row.adapter_raw) for row in rows],
+    )
+
+
+def _of_shares(name: MetricName, base: Sequence[bool], adapter: Sequence[bool]) -> Metric:
+    rows = len(base)
+    return Metric(
+        name=name,
+        rows=rows,
+        base=sum(base) / rows,
+        base_interval=share_interval(sum(base), rows),
+        adapter=sum(adapter) / rows,
+        adapter_interval=share_interval(sum(adapter), rows),
+        difference_interval=paired_share_interval(base, adapter),
+        p=mcnemar_p(base, adapter),
+    )
+
+
+def _mean(name: MetricName, rows: Sequence[TaskRow]) -> Metric:
+    base = [token_f1(row.base, row.reference) for row in rows]
+    adapter = [token_f1(row.adapter, row.reference) for row in rows]
+    return Metric(
+        name=name,
+        rows=len(rows),
+        base=sum(base) / len(rows),
+        base_interval=_within_unit(mean_interval(base)),
+        adapter=sum(adapter) / len(rows),
+        adapter_interval=_within_unit(mean_interval(adapter)),
+        difference_interval=_bounded(
+            mean_interval([after - before for before, after in zip(base, adapter, strict=True)]), -1.0, 1.0
+        ),
+    )
+
+
+def _within_unit(interval: Interval) -> Interval:
+    return _bounded(interval, 0.0, 1.0)
+
+
+def _bounded(interval: Interval, low: float, high: float) -> Interval:
+    return Interval(max(low, interval.low), min(high, interval.high))
+
+
+def _same_words(row: TaskRow, answer: str, raw: str) -> bool:
+    return same_words(answer, row.reference)
+
+
+def _valid_call(row: TaskRow, answer: str, raw: str) -> bool:
+    calls: tuple[ToolCall, ...] = read_calls(raw)
+    tools: Sequence[Mapping[str, Any]] = row.tools
+    return bool(calls) and all(fits_tools(call, tools) for call in calls)
+
+
+def _same_call(row: TaskRow, answer: str, raw: str) -> bool:
+    return same_calls(read_calls(raw), read_calls(row.reference_raw))
+
+
+def _count_labels(rows: Sequence[TaskRow], names: Sequence[str]) -> tuple[LabelCount, ...]:
+    counts = []
+    for name in names:
+        of_label = [row for row in rows if same_words(row.reference, name)]
+        counts.append(
+            LabelCount(
+                name,
+                len(of_label),
+                sum(same_words(row.base, name) for row in of_label),
+                sum(same_words(row.adapter, name) for row in of_label),
+            )
+        )
+    return tuple(counts)

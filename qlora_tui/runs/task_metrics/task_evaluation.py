@@ -1,0 +1,137 @@
+"""The file of an evaluation, ``task_evaluation.json`` in the run's folder, and what it says in sentences.
+
+Written by ``chat.task_worker``; commands, Home and Runs read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from math import isfinite
+
+import msgspec
+from msgspec import Struct
+
+from qlora_tui.decoding import decode_json
+from qlora_tui.files import atomic_write, read_regular
+from qlora_tui.formatting import pluralize
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.task_metrics.answer_metrics import MIN_ROWS, LabelCount, Metric, TaskRow
+from qlora_tui.runs.task_metrics.intervals import Interval, mean_interval
+
+DEFAULT_PROMPTS = 100
+"""Validation prompts that are answered unless another number is asked for."""
+_MAX_BYTES = 1 << 26
+_UNKNOWN = 1e6
+"""Nats that stand for an unbounded interval, which JSON cannot hold."""
+_SUMS, _WEIGHTS = "SHA256SUMS", "adapter_model.safetensors"
+
+
+class LossChange(Struct, frozen=True, kw_only=True):
+    """Validation loss before and after training on the same rows, in nats per trained token."""
+
+    rows: int
+    before: float
+    after: float
+    interval: Interval
+    """Of after minus before, by the bootstrap over rows."""
+
+    @classmethod
+    def of(cls, before: Sequence[float], after: Sequence[float], tokens: Sequence[int]) -> LossChange:
+        """Compare the losses of rows in nats, each the sum over its trained tokens.
+
+        Rows with a loss that is not a number count nothing.
+        """
+        rows = [row for row in zip(before, after, tokens, strict=True) if all(map(isfinite, row)) and row[2]]
+        total = sum(count for _, _, count in rows) or 1
+        interval = mean_interval(
+            [(new - old) / count for old, new, count in rows], [count for _, _, count in rows]
+        )
+        return cls(
+            rows=len(rows),
+            before=sum(old for old, _, _ in rows) / total,
+            after=sum(new for _, new, _ in rows) / total,
+            interval=Interval(max(interval.low, -_UNKNOWN), min(interval.high, _UNKNOWN)),
+        )
+
+    @property
+    def is_lower(self) -> bool:
+        """Whether the loss fell, by more than chance."""
+        return self.rows >= MIN_ROWS and self.interval.high < 0
+
+    @property
+    def is_higher(self) -> bool:
+        """Whether the loss rose, by more than chance."""
+        return self.rows >= MIN_ROWS and self.interval.low > 0
+
+
+class TaskEvaluation(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The answers of base and adapter to validation prompts, and what they amount to."""
+
+    run: str
+    adapter: str
+    """Hash of the adapter's files: an evaluation of an earlier adapter is not taken for this one's."""
+    max_new_tokens: int
+    """Most tokens of an answer."""
+    validation_rows: int
+    """Rows of the validation data, of which ``rows`` were answered."""
+    metrics: tuple[Metric, ...]
+    loss: LossChange
+    rows: tuple[TaskRow, ...]
+    labels: tuple[LabelCount, ...] = ()
+    seconds: float = 0.0
+    warning: str = ""
+    """Warning where answers were computed otherwise than by transformers and peft."""
+
+
+def adapter_hash(run: RunDir) -> str:
+    """A hash of the run's adapter; empty where it has none."""
+    try:
+        return hashlib.sha256(read_regular(run.adapter_dir / _SUMS)).hexdigest()
+    except OSError:
+        pass
+    try:
+        # An adapter without checksums is from an early version, or from another program.
+        return f"{(run.adapter_dir / _WEIGHTS).stat().st_size} bytes"
+    except OSError:
+        return ""
+
+
+def write_task_evaluation(run: RunDir, evaluation: TaskEvaluation) -> None:
+    """Write the file. Raises OSError."""
+    atomic_write(run.task_evaluation_path, msgspec.json.encode(evaluation))
+
+
+_EVALUATIONS = msgspec.json.Decoder(TaskEvaluation)
+
+
+def read_task_evaluation(run: RunDir) -> TaskEvaluation | None:
+    """The evaluation of the run's adapter; None where it is missing, damaged, or of another adapter."""
+    try:
+        evaluation = decode_json(read_regular(run.task_evaluation_path, _MAX_BYTES), _EVALUATIONS)
+    except (OSError, ValueError):
+        return None
+    return evaluation if evaluation.adapter == adapter_hash(run) else None
+
+
+def describe_metric(metric: Metric) -> str:
+    """``accuracy 82% beside the base's 41% on 90 prompts (+41 points, 95% interval +30 to +52)``."""
+    name = "ended turns" if metric.name == "ended" else metric.name
+    values = f"{name} {metric.adapter:.0%} beside the base's {metric.base:.0%}"
+    if metric.rows < MIN_ROWS:
+        return f"{values} on {pluralize(metric.rows, 'prompt')}, too few to tell"
+    low, high = metric.difference_interval
+    change = f"{100 * metric.difference:+.0f} points, 95% interval {100 * low:+.0f} to {100 * high:+.0f}"
+    end = "" if metric.comparison != "unclear" else ": not enough evidence"
+    return f"{values} on {metric.rows:,} prompts ({change}){end}"
+
+
+def describe_loss(loss: LossChange) -> str:
+    """``validation loss 2.10 → 1.32 on 40 rows (95% interval −0.90 to −0.66)``."""
+    values = f"validation loss {loss.before:.2f} → {loss.after:.2f} on {pluralize(loss.rows, 'row')}"
+    if loss.rows < MIN_ROWS:
+        return f"{values}, too few to tell"
+    low, high = loss.interval
+    change = f"95% interval of the change {low:+.2f} to {high:+.2f}"
+    end = "" if loss.is_lower or loss.is_higher else ": not enough evidence"
+    return f"{values} ({change}){end}"
