@@ -189,16 +189,15 @@ class _Maker:
 
     def __init__(self, writer: Writer, split: Split, recipe: Recipe, work: Work):
         self.split = split
-        self.examiner = DatasetScanner(recipe.data, work, sketched=split.wanted)
+        sources = enumerate(every_source(recipe.data))
+        excluded = {number: parse_row_numbers(source.excluded_rows) for number, source in sources}
+        self.examiner = DatasetScanner(recipe.data, work, excluded, sketched=split.wanted)
         self._writer = writer
-        self._excluded = [parse_row_numbers(source.excluded_rows) for source in every_source(recipe.data)]
 
     def write(self, file: SourceFile, position: Position) -> Iterator[None]:
         """Write the samples of a file, yielding after each batch."""
         for outcomes in self.examiner.scan(file, position):
             for one in outcomes:
-                if one.row in self._excluded[file.source]:
-                    continue
                 if one.samples and one.key is not None:
                     self.split.add(file.source, one.key, array("I", one.sketch))
                     for sample in one.samples:

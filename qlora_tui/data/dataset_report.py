@@ -24,6 +24,8 @@ class Counts(Struct):
     cut: int = 0
     split: int = 0
     """Samples split into several rows."""
+    excluded: int = 0
+    """Rows that the source excludes (``excluded_rows``); no other count includes them."""
 
 
 class Piece(Struct, frozen=True):

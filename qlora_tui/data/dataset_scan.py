@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from qlora_tui.data.dataset_report import Counts
 from qlora_tui.data.key_table import KeyTable
@@ -24,8 +24,25 @@ from qlora_tui.recipe.schema import Data
 class DatasetScanner:
     """Counts and problems of all rows that passed through ``scan``."""
 
-    def __init__(self, data: Data, work: Work, *, sketched: bool = False, near_duplicates: bool = False):
-        """``sketched`` requests a sketch with every result; ``near_duplicates`` turns on their search."""
+    def __init__(
+        self,
+        data: Data,
+        work: Work,
+        excluded: Mapping[int, frozenset[int]],
+        *,
+        sketched: bool = False,
+        near_duplicates: bool = False,
+    ):
+        """Count nothing yet.
+
+        Args:
+            data: settings of the recipe.
+            work: processes rows.
+            excluded: rows that are left out, by source; they are counted as excluded and nothing else.
+            sketched: whether a sketch comes with every result.
+            near_duplicates: whether near duplicates are searched.
+        """
+        self._excluded = excluded
         self.counts = Counts()
         self.notes: dict[str, int] = {}
         """Number of conversations that were changed for the template, by kind."""
@@ -38,15 +55,18 @@ class DatasetScanner:
         self._near = NearDuplicates() if near_duplicates else None
 
     def scan(self, file: SourceFile, position: Position) -> Iterator[list[RowResult]]:
-        """Yield the results of a file's rows, batch by batch; ``position`` is updated with the progress."""
+        """Yield the results of a file's rows but excluded ones, batch by batch; updates ``position``."""
+        excluded = self._excluded.get(file.source, frozenset())
         place = file.source, str(file.path)
         skips = self._data.bad_rows == "skip"
         tally = self._counters.setdefault(place, ProblemCounter(*place, skips_bad_rows=skips))
         rows = raw_rows(file.path, position)
         for outcomes in self._work(batches(file, rows, self._wants_sketches)):
-            for one in outcomes:
+            included = [one for one in outcomes if one.row not in excluded]
+            self.counts.excluded += len(outcomes) - len(included)
+            for one in included:
                 self._count(tally, file, one)
-            yield outcomes
+            yield included
 
     def problems(self) -> list[DataProblem]:
         """Return all problems, errors first."""

@@ -27,6 +27,7 @@ from qlora_tui.data.problems import DataProblem, problem_of
 from qlora_tui.data.render import RenderOptions, pieces, render, trained_texts
 from qlora_tui.data.row import Row
 from qlora_tui.data.row_index import row_at
+from qlora_tui.data.row_numbers import parse_row_numbers
 from qlora_tui.data.row_result import RowProcessor, RowResult
 from qlora_tui.data.sources import SourceFile, conversation_of, open_file_of, open_source
 from qlora_tui.data.text_reader import Position
@@ -108,7 +109,9 @@ class _Inspection:
         with open_worker_pool(
             RowProcessor(self._data, self._tokenizer, keep_samples=False), self._bytes
         ) as work:
-            examiner = DatasetScanner(self._data, work, near_duplicates=True)
+            excluded = parse_row_numbers(self._source.excluded_rows)
+            by_source = {file.source: excluded for file in self._files}
+            examiner = DatasetScanner(self._data, work, by_source, near_duplicates=True)
             due = time.monotonic()
             done = 0
             for file in self._files:

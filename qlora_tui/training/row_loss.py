@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,31 +20,34 @@ from qlora_tui.training.token_losses import token_losses as each_token_loss
 
 
 class OtherPrompts:
-    """Each sample's answer after the prompt of the next sample; a ``TokenizedDataset``.
+    """Each sample's answers after prompts of other samples; a ``TokenizedDataset``.
 
-    An answer begins at the first trained token.
+    A prompt is a stretch of tokens outside the loss, an answer the stretch in the loss after it. The first
+    prompt, with system text and template, is that of the next sample. Later ones are those of the next
+    sample with several turns; where no other sample has any, another later prompt of the same one::
+
+        sample 0   system, user a, [answer a], user b, [answer b]
+        sample 1   system, user c, [answer c], user d, [answer d]
+        gives      system, user c, [answer a], user d, [answer b]
     """
 
     def __init__(self, samples: TokenizedDataset, max_length: int) -> None:
-        """``max_length``: tokens of a sample; a longer prompt loses its beginning."""
+        """``max_length``: tokens of a sample; what is longer loses the beginning of its first prompt."""
         self._samples = samples
         self._max_length = max_length
-        self._prompts = [_prompt_tokens(samples, i) for i in range(len(samples))]
+        self._turns = [_turn_bounds(samples.loss_mask(i)) for i in range(len(samples))]
+        self._with_several = [i for i, turns in enumerate(self._turns) if len(turns) > 1]
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def token_ids(self, i: int, /) -> Sequence[int]:
         """Token ids of sample ``i``."""
-        following = (i + 1) % len(self._samples)
-        answer = list(self._samples.token_ids(i))[self._prompts[i] :]
-        prompt = list(self._samples.token_ids(following))[: self._prompts[following]]
-        return prompt[max(0, len(prompt) + len(answer) - self._max_length) :] + answer
+        return self._swapped(i)[0]
 
     def loss_mask(self, i: int, /) -> Sequence[int]:
         """1 for each token in the loss, else 0."""
-        answer = list(self._samples.loss_mask(i))[self._prompts[i] :]
-        return [0] * (self.length(i) - len(answer)) + answer
+        return self._swapped(i)[1]
 
     def weights(self, i: int, /) -> None:
         """None: each token in the loss counts as one."""
@@ -54,6 +59,55 @@ class OtherPrompts:
     def epoch(self, epoch: int, seed: int, /) -> Sequence[int]:
         """Indices of all samples, in order."""
         return array("I", range(len(self)))
+
+    def _swapped(self, i: int) -> tuple[list[int], list[int]]:
+        """Token ids and loss mask of a sample with other prompts."""
+        own = list(self._samples.token_ids(i))
+        ids: list[int] = []
+        mask: list[int] = []
+        for number, turn in enumerate(self._turns[i]):
+            prompt, answer = self._other_prompt(i, number), own[turn.answer_start : turn.end]
+            ids += [*prompt, *answer]
+            mask += [0] * len(prompt) + [1] * len(answer)
+        first = mask.index(1) if 1 in mask else 0
+        cut = min(first, max(0, len(ids) - self._max_length))
+        return ids[cut:][: self._max_length], mask[cut:][: self._max_length]
+
+    def _other_prompt(self, i: int, number: int) -> list[int]:
+        """What stands in for prompt ``number`` of sample ``i``."""
+        if number == 0:
+            other = (i + 1) % len(self)
+            turns = self._turns[other]
+            end = turns[0].answer_start if turns else self._samples.length(other)
+            return list(self._samples.token_ids(other))[:end]
+        donors = self._with_several
+        other = donors[bisect_right(donors, i) % len(donors)]
+        turns = self._turns[other]
+        later = len(turns) - 1
+        # Of the same sample, the prompt after this one.
+        turn = turns[1 + (number - (other != i)) % later]
+        return list(self._samples.token_ids(other))[turn.start : turn.answer_start]
+
+
+class _TurnBounds(NamedTuple):
+    """Places of a prompt and its answer in a sample."""
+
+    start: int
+    answer_start: int
+    end: int
+
+
+def _turn_bounds(loss_mask: Sequence[int]) -> list[_TurnBounds]:
+    """Each answer in the loss with the prompt before it; what follows the last answer belongs to none."""
+    bounds: list[_TurnBounds] = []
+    start, place = 0, 0
+    for in_loss, stretch in groupby(loss_mask, key=bool):
+        length = len(list(stretch))
+        if in_loss:
+            bounds.append(_TurnBounds(start, place, place + length))
+            start = place + length
+        place += length
+    return bounds
 
 
 def token_losses(
@@ -112,9 +166,3 @@ def _row_losses(model: Any, batch: dict[str, Any]) -> Tensor:
         return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
     states = bare.get_decoder()(**inputs)[0].flatten(0, 1).index_select(0, positions)
     return each_token_loss(states, targets, head)
-
-
-def _prompt_tokens(samples: TokenizedDataset, i: int) -> int:
-    """Tokens of a sample before its first trained token."""
-    mask = list(samples.loss_mask(i))
-    return mask.index(1) if 1 in mask else len(mask)

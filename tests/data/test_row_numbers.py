@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from qlora_tui.data.dataset import prepare_dataset
+from qlora_tui.data.inspection import inspect
 from qlora_tui.data.row_numbers import format_row_numbers, parse_row_numbers
 from qlora_tui.errors import UserError
 from tests.data.families import family
@@ -38,3 +39,12 @@ def test_excluded_rows_are_in_neither_split(tmp_path: Path) -> None:
     assert every.data_hash != fewer.data_hash
     rows = {side.origin(i)[1] for side in (fewer.train, fewer.validation) for i in range(len(side))}
     assert rows == set(range(1, 41)) - {2, 10, 11, 12}
+    assert (fewer.counts.rows, fewer.counts.excluded) == (36, 4)
+
+
+def test_the_report_does_not_count_excluded_rows(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", pairs(40))
+    whole = inspect(source, family("chatml")).counts
+    counts = inspect(msgspec.structs.replace(source, excluded_rows="2, 39-40"), family("chatml")).counts
+    assert (counts.rows, counts.samples, counts.excluded) == (37, 37, 3)
+    assert (whole.rows, whole.excluded) == (40, 0) and counts.tokens < whole.tokens

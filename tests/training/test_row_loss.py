@@ -27,8 +27,8 @@ pytestmark = pytest.mark.slow
 class TwoTurns:
     """Three samples; of the last, two stretches are in the loss."""
 
-    ids = ((5, 6, 7, 8), (9, 10, 11), (12, 13, 14, 15, 16))
-    masks = ((0, 0, 1, 1), (0, 1, 1), (0, 0, 1, 0, 1))
+    ids: tuple[tuple[int, ...], ...] = ((5, 6, 7, 8), (9, 10, 11), (12, 13, 14, 15, 16))
+    masks: tuple[tuple[int, ...], ...] = ((0, 0, 1, 1), (0, 1, 1), (0, 0, 1, 0, 1))
 
     def __len__(self) -> int:
         return 3
@@ -53,6 +53,20 @@ def test_an_answer_follows_the_next_samples_prompt() -> None:
     others = OtherPrompts(TwoTurns(), max_length=4)
     assert [others.token_ids(i) for i in range(3)] == [[9, 7, 8], [12, 13, 10, 11], [6, 14, 15, 16]]
     assert [others.loss_mask(i) for i in range(3)] == [[0, 1, 1], [0, 0, 1, 1], [0, 1, 0, 1]]
+
+
+class Chats(TwoTurns):
+    """Two conversations of two turns, and a question between them."""
+
+    ids = ((1, 2, 3, 4, 5), (6, 7), (11, 12, 13, 14, 15, 16))
+    masks = ((0, 1, 0, 0, 1), (0, 1), (0, 0, 1, 0, 1, 0))
+
+
+def test_later_answers_follow_later_prompts_of_others() -> None:
+    others = OtherPrompts(Chats(), max_length=9)
+    assert [others.token_ids(i) for i in range(3)] == [[6, 2, 14, 5], [11, 12, 7], [1, 13, 3, 4, 15]]
+    assert [others.loss_mask(i) for i in range(3)] == [[0, 1, 0, 1], [0, 0, 1], [0, 1, 0, 0, 1]]
+    assert OtherPrompts(Chats(), max_length=3).token_ids(2) == [13, 3, 4]
 
 
 @pytest.fixture(scope="module")

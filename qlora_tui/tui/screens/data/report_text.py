@@ -41,14 +41,16 @@ def totals(
         text = Content.assemble((file.format, "bold"), (f"{': ' if why else ''}{why}{more}", "dim"))
         lines += _labeled("format", text, width)
     reading = "" if report.complete else f"  ({format_percent(report.share)} read)"
+    excluded = f", {counts.excluded:,} excluded" if counts.excluded else ""
     if not report.template:
         conversations = pluralize(counts.conversations, "conversation")
-        lines += _labeled("rows", Content(f"{counts.rows:,}, {conversations}{reading}"), width)
+        lines += _labeled("rows", Content(f"{counts.rows:,}, {conversations}{excluded}{reading}"), width)
         return Content("\n").join([*lines, *map(Content, report.thinking)])
     unused = counts.rows - counts.conversations
     samples = Content.assemble(
         f"{counts.samples:,} from {pluralize(counts.rows, 'row')}",
         (f", {unused:,} left out" if unused > 0 else "", "$warning"),
+        excluded,
         (reading, "bold"),
     )
     lines += _labeled("samples", samples, width)

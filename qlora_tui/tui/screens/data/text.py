@@ -223,7 +223,8 @@ def row_title(place: Place, report: Report | None, shown: Shown | None, data: Da
         of = f" of {file.last_row:,}" if file.last_row else ""
     elif report and report.complete:
         # In a file with blank lines rows are called by their lines, of which there are more.
-        of = f" of {max(report.counts.rows, report.files[0].last_row):,}"
+        rows = report.counts.rows + report.counts.excluded
+        of = f" of {max(rows, report.files[0].last_row):,}"
     elif report:
         # A jump may go beyond what has been read so far.
         of = f" of {max(row, report.counts.rows):,} or more"
