@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from qlora_tui.formatting import format_bytes, format_count, format_duration, format_float, format_percent
+from qlora_tui.formatting import (
+    format_bytes,
+    format_count,
+    format_duration,
+    format_float,
+    format_percent,
+    pluralize,
+)
 from qlora_tui.runs.events import (
     STEP_PHASES,
     AdapterReady,
@@ -28,6 +35,7 @@ from qlora_tui.runs.events import (
     Step,
     StepVerified,
     Stopped,
+    ValidationCompared,
     phase_label,
 )
 
@@ -93,6 +101,11 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
             return (
                 f"step {event.step:,}: validation loss {measured}"
                 f"{', ' if forgot else ''}{forgot}{answers}{best}"
+            )
+        case ValidationCompared():
+            return (
+                f"validation loss of {pluralize(event.rows, 'row')} without the adapter {event.before:.4f}, "
+                f"with it {event.after:.4f}; 95% interval of the change {event.low:+.3f} to {event.high:+.3f}"
             )
         case CheckpointSaved():
             return f"checkpoint at step {event.step:,}"

@@ -235,6 +235,18 @@ class Evaluated(Event, tag="evaluated", frozen=True, kw_only=True):
     """What the model answers to general prompts; at the end of a run that measures forgetting."""
 
 
+class ValidationCompared(Event, tag="validation_compared", frozen=True, kw_only=True):
+    """Validation loss with and without the final adapter on the same rows, in nats per trained token."""
+
+    rows: Count
+    before: float
+    """With the adapter off."""
+    after: float
+    low: float
+    """95 % interval of after minus before, by the bootstrap over rows."""
+    high: float
+
+
 class CheckpointSaved(Event, tag="checkpoint_saved", frozen=True, kw_only=True):
     """A checkpoint is complete: training can be resumed from here."""
 
@@ -344,6 +356,7 @@ AnyEvent: TypeAlias = (
     | MemoryMeasured
     | Step
     | Evaluated
+    | ValidationCompared
     | CheckpointSaved
     | SampleGenerated
     | Health

@@ -18,8 +18,28 @@ from qlora_tui.runs.locks import PATIENCE_S, locked
 from qlora_tui.worker_messages import read_messages
 
 
-class MeasuringCanceled(Exception):
-    """Raised by a callback for progress to end the measurement."""
+class MeasuringStoppedError(Exception):
+    """A measurement was stopped by its :class:`StopSwitch`."""
+
+
+class StopSwitch:
+    """Ends a measurement from another thread."""
+
+    def __init__(self) -> None:
+        self.is_stopped = False
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def attach(self, child: subprocess.Popen[bytes]) -> None:
+        """Let :meth:`stop` end this process, at once where that was called before."""
+        self._child = child
+        if self.is_stopped:
+            child.kill()
+
+    def stop(self) -> None:
+        """End the process of the measurement."""
+        self.is_stopped = True
+        if self._child is not None:
+            self._child.kill()
 
 
 def measure_in_child(
@@ -27,14 +47,14 @@ def measure_in_child(
     run: RunDir,
     progress: Callable[[int, int], None],
     arguments: tuple[str, ...] = (),
-    started: Callable[[subprocess.Popen[bytes]], None] = lambda child: None,
+    started: Callable[[subprocess.Popen[bytes]], object] = lambda child: None,
 ) -> None:
     """Run a worker's module on a run until it ends.
 
     Args:
         module: such as ``qlora_tui.training.row_loss_worker``.
         run: its folder is the worker's first argument.
-        progress: called with what is done, and of how much. An exception that it raises ends the worker.
+        progress: called with what is done, and of how much.
         arguments: of the worker, after the folder.
         started: called with the child process; killing it ends the measurement with an error.
 

@@ -16,7 +16,7 @@ WORKER = "qlora_tui.training.row_loss_worker"
 def measure_row_losses(
     run: RunDir,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    started: Callable[[subprocess.Popen[bytes]], None] = lambda child: None,
+    started: Callable[[subprocess.Popen[bytes]], object] = lambda child: None,
 ) -> RowLosses:
     """Measure all training rows of a run, which takes about as long as training on them once.
 

@@ -19,8 +19,10 @@ from qlora_tui.runs.defects import ResultDefect, find_defect
 from qlora_tui.runs.describe import format_energy
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.directory import all_runs as list_runs
-from qlora_tui.runs.events import Failed, Finished
+from qlora_tui.runs.events import Failed, Finished, Stopped
+from qlora_tui.runs.run_verdict import RunVerdict, gather_evidence, judge_run
 from qlora_tui.runs.status import ACTIVE, Status, read_status
+from qlora_tui.runs.task_metrics.task_evaluation import read_task_headline
 from qlora_tui.runs.view import RunView
 
 _ACTIVE_INTERVAL_S = 5.0
@@ -68,6 +70,8 @@ class RunSummary:
     """The suggested fix of a failure, in a sentence; empty otherwise."""
     defect: ResultDefect | None = None
     """What is wrong with the result of a run that ended regularly."""
+    verdict: RunVerdict | None = None
+    """Whether it worked; None for a run without an adapter."""
 
     @property
     def id(self) -> str:
@@ -161,7 +165,14 @@ def summarize(run: RunDir) -> RunSummary:
         energy=format_energy(ending) if isinstance(ending, Finished) else "",
         fix=ending.fix if isinstance(ending, Failed) else "",
         defect=find_defect(view),
+        verdict=_verdict(view),
     )
+
+
+def _verdict(view: RunView) -> RunVerdict | None:
+    if not isinstance(view.ending, Finished | Stopped) or not view.step:
+        return None
+    return judge_run(gather_evidence(view, read_task_headline(view.run)))
 
 
 def _with_heartbeat(summary: RunSummary, status: Status) -> RunSummary:

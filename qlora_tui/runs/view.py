@@ -42,6 +42,7 @@ from qlora_tui.runs.events import (
     Step,
     StepVerified,
     Stopped,
+    ValidationCompared,
 )
 from qlora_tui.runs.retry import RetryPlan
 from qlora_tui.runs.status import Status, read_status
@@ -134,6 +135,8 @@ class RunView:
         self.verified: StepVerified | None = None
         self.memory: MemoryMeasured | None = None
         self.evaluations: list[Evaluated] = []
+        self.validation_change: ValidationCompared | None = None
+        """The final adapter beside its base; None until the run ends with one."""
         self.checkpoints: list[CheckpointSaved] = []
         self.samples: list[SampleGenerated] = []
         self.health: list[Health] = []
@@ -269,7 +272,7 @@ class RunView:
                 self.attempt = event.attempt
                 self.started_at = event.at
                 self.plan = RetryPlan.from_settings(event) if event.micro_batch_size else RetryPlan()
-                self.ending, self.requested_ending = None, ""
+                self.ending, self.requested_ending, self.validation_change = None, "", None
                 self._truncate_to(event.resumed_from_step)
             case Queued():
                 self.ending = None
@@ -290,6 +293,8 @@ class RunView:
                 self.memory = event
             case Evaluated():
                 self.evaluations.append(event)
+            case ValidationCompared():
+                self.validation_change = event
             case CheckpointSaved():
                 self.checkpoints.append(event)
             case SampleGenerated():

@@ -21,6 +21,7 @@ from qlora_tui.training.prepared_run import AttemptContext, PreparedRun
 from qlora_tui.training.priority import lower_priority
 from qlora_tui.training.telemetry_recorder import TelemetryRecorder
 from qlora_tui.training.trainer import RunTrainer, StepDataset, training_arguments
+from qlora_tui.training.validation_change import compare_validation
 
 if TYPE_CHECKING:
     from qlora_tui.training.tracker import RunTracker
@@ -146,6 +147,7 @@ class TrainingAttempt:
             )
         if callback.outcome == "stopped":
             return Stopped(at=time.time(), step=step, checksums=checksums)
+        compare_validation(prepared, trainer.model)
         self._telemetry.stop()
         energy = EnergyMeter(run.telemetry_path)
         energy.read_all()

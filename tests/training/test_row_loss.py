@@ -16,6 +16,7 @@ import torch
 from qlora_tui.cli import main
 from qlora_tui.runs.directory import create_run
 from qlora_tui.runs.row_losses import read_row_losses, token_changes
+from qlora_tui.runs.view import RunView
 from qlora_tui.training.forgetting.answer_logits import RowShape
 from qlora_tui.training.row_loss import OtherPrompts, token_losses
 from tests.support.trainer_processes import Trainers
@@ -94,6 +95,13 @@ def test_blame_measures_each_row_of_a_run(
 ) -> None:
     run = create_run(recipe({"training.learning_rate": 3e-2, "training.epochs": 4.0}))
     assert trainers.run(run) == 0
+    view = RunView(run)
+    view.refresh()
+    compared = view.validation_change
+    assert compared is not None and compared.rows == 6
+    assert compared.before == pytest.approx(view.loss_before_training, abs=1e-3)
+    assert compared.after == pytest.approx(view.evaluations[-1].loss, abs=1e-3)
+    assert compared.low <= compared.after - compared.before <= compared.high < 0
     assert main(["data", "blame", run.id, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     losses = read_row_losses(run)

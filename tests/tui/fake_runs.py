@@ -37,6 +37,7 @@ from qlora_tui.runs.events import (
     Started,
     Step,
     Stopped,
+    ValidationCompared,
 )
 from qlora_tui.runs.events import encode as encode_event
 from qlora_tui.runs.process import ProcessIdentity, process_identity
@@ -184,7 +185,16 @@ def _events(what: FakeRun) -> list[AnyEvent]:
         ),
         PhaseChanged(at=began + 40, phase="training"),
     ]
-    return events + _steps(what) + [e for e in [_ending(what)] if e is not None]
+    compared = ValidationCompared(
+        at=_at(what, what.steps) + 1,
+        rows=128,
+        before=BEFORE_TRAINING,
+        after=round(_loss(what, what.steps) + 0.05, 4),
+        low=-1.44,
+        high=-1.31,
+    )
+    endings = [compared] if what.state == "finished" else []
+    return events + _steps(what) + endings + [e for e in [_ending(what)] if e is not None]
 
 
 def _steps(what: FakeRun) -> list[AnyEvent]:

@@ -211,7 +211,7 @@ async def test_text_too_long_for_the_window_wraps(make_app: MakeApp) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "shown"), [((80, 24), 9), ((120, 40), 13), ((200, 60), 23)], ids=["80x24", "120x40", "200x60"]
+    ("size", "shown"), [((80, 24), 8), ((120, 40), 13), ((200, 60), 23)], ids=["80x24", "120x40", "200x60"]
 )
 async def test_as_many_earlier_runs_are_shown_as_fit(
     size: tuple[int, int], shown: int, make_app: MakeApp

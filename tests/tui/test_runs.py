@@ -6,6 +6,7 @@ import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from msgspec import structs
 
 from qlora_tui import paths
 from qlora_tui.cli import main
+from qlora_tui.files import private_dir
 from qlora_tui.formatting import format_float
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.presets import find_preset
@@ -20,13 +22,17 @@ from qlora_tui.recipe.toml import dump
 from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.directory import find_run as find_run
+from qlora_tui.runs.measuring import MeasuringStoppedError, StopSwitch
 from qlora_tui.runs.run_summary import SummaryCache, summarize
 from qlora_tui.runs.status import State, read_status, write_status
+from qlora_tui.runs.task_metrics.answer_metrics import TaskRow, measure_answers
+from qlora_tui.runs.task_metrics.task_evaluation import LossChange, TaskEvaluation, write_task_evaluation
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui import escapes
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.render.block_charts import downsample
 from qlora_tui.tui.render.run_labels import result_label
+from qlora_tui.tui.screens.runs import evaluation_actions
 from qlora_tui.tui.screens.runs.run_order import ORDERS, in_order
 from qlora_tui.tui.screens.runs.screen import RunsScreen
 from qlora_tui.tui.screens.train.screen import TrainScreen
@@ -525,7 +531,9 @@ async def test_a_small_window_has_facts_below_the_list(make_app: MakeApp, three_
     async with app.run_test(size=(80, 24)) as pilot:
         await open_runs(app)
         shown = await wait_for_text(
-            pilot, "Qwen2.5-7B-Instruct · nf4 r16 2,048×2×8 · 0.42 kWh", "all steps done"
+            pilot,
+            "Qwen2.5-7B-Instruct · nf4 r16 2,048×2×8 · 0.42 kWh",
+            "It learned: validation loss 2.71 → 1.2",
         )
         assert "Result" not in shown
 
@@ -562,3 +570,70 @@ async def test_the_title_counts_runs_that_match(make_app: MakeApp, three_runs: l
         await wait_for_text(pilot, "3 runs, newest first")
         await pilot.press("slash", *"poems")
         await wait_for_text(pilot, "1 of 3 runs, newest first")
+
+
+def put_evaluation(run: RunDir) -> TaskEvaluation:
+    """An evaluation of the run's adapter, on seven prompts."""
+    private_dir(run.adapter_dir)
+    (run.adapter_dir / "adapter_model.safetensors").write_bytes(b"weights")
+    rows = tuple(
+        TaskRow(
+            source=0,
+            row=number,
+            prompt=f"Where is parcel {number}?\x1b[2J",
+            reference="late" if number % 2 else "lost",
+            base="It may be late.",
+            adapter="late" if number % 2 else "lost",
+            base_ended=True,
+            adapter_ended=True,
+        )
+        for number in range(1, 8)
+    )
+    metrics, labels = measure_answers(rows)
+    evaluation = TaskEvaluation(
+        run=run.id,
+        adapter="7 bytes",
+        max_new_tokens=32,
+        validation_rows=7,
+        metrics=metrics,
+        labels=labels,
+        loss=LossChange.of([2.0] * 7, [1.0] * 7, [1] * 7),
+        rows=rows,
+    )
+    write_task_evaluation(run, evaluation)
+    return evaluation
+
+
+async def test_a_measures_answers_and_a_second_a_stops(
+    make_app: MakeApp, three_runs: list[RunDir], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = Event()
+
+    def evaluate(run: RunDir, progress: Any, switch: StopSwitch) -> TaskEvaluation:
+        progress(3, 14)
+        monkeypatch.setattr(switch, "stop", stopped.set)
+        assert stopped.wait(10)
+        raise MeasuringStoppedError
+
+    monkeypatch.setattr(evaluation_actions, "evaluate_task", evaluate)
+    app = make_app()
+    async with app.run_test(size=(120, 40), notifications=True) as pilot:
+        await open_runs(app)
+        await wait_for_text(pilot, "─ tickets-a ─", "[a] compares its answers.")
+        await pilot.press("a")
+        await wait_for_text(pilot, "3 of 14")
+        await pilot.press("a")
+        await wait_for_text(pilot, "Stopped. Press [a] to continue.")
+
+
+async def test_answers_are_shown_with_their_evidence(make_app: MakeApp, three_runs: list[RunDir]) -> None:
+    put_evaluation(next(run for run in three_runs if run.id == "tickets-a"))
+    app = make_app()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await open_runs(app)
+        await wait_for_text(pilot, "answers better:")
+        await pilot.press("a")
+        await wait_for_text(
+            pilot, "7 validation prompts of tickets-a", "Where is parcel 1?", "It may be late."
+        )
+        await pilot.press("escape")

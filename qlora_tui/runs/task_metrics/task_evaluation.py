@@ -84,6 +84,14 @@ class TaskEvaluation(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Warning where answers were computed otherwise than by transformers and peft."""
 
 
+class TaskHeadline(Struct, frozen=True, kw_only=True):
+    """What a list of runs needs of an evaluation."""
+
+    adapter: str
+    metrics: tuple[Metric, ...]
+    loss: LossChange
+
+
 def adapter_hash(run: RunDir) -> str:
     """A hash of the run's adapter; empty where it has none."""
     try:
@@ -103,6 +111,7 @@ def write_task_evaluation(run: RunDir, evaluation: TaskEvaluation) -> None:
 
 
 _EVALUATIONS = msgspec.json.Decoder(TaskEvaluation)
+_HEADLINES = msgspec.json.Decoder(TaskHeadline)
 
 
 def read_task_evaluation(run: RunDir) -> TaskEvaluation | None:
@@ -112,6 +121,15 @@ def read_task_evaluation(run: RunDir) -> TaskEvaluation | None:
     except (OSError, ValueError):
         return None
     return evaluation if evaluation.adapter == adapter_hash(run) else None
+
+
+def read_task_headline(run: RunDir) -> TaskHeadline | None:
+    """The metrics of the run's adapter; None where :func:`read_task_evaluation` returns None."""
+    try:
+        headline = decode_json(read_regular(run.task_evaluation_path, _MAX_BYTES), _HEADLINES)
+    except (OSError, ValueError):
+        return None
+    return headline if headline.adapter == adapter_hash(run) else None
 
 
 def describe_metric(metric: Metric) -> str:

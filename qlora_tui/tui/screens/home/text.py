@@ -50,6 +50,7 @@ _STATE_WIDTH = 13
 _LABEL = 8
 """Cells of the name before a bar."""
 _MIN_BAR = 6
+_OUTCOME_STYLE = {"better": "$success", "worse": "$error", "unclear": "$warning"}
 _MIN_WIDTH_FOR_CURVES, _MIN_WIDTH_FOR_MODELS = 90, 140
 """Cells from which the list of runs has curves, and models and settings."""
 
@@ -155,6 +156,8 @@ def run_lines(
         lines.append(Content.assemble((sparkline(summary.losses, cells), "$primary"), "  ", facts))
     elif facts:
         lines.append(Content(facts))
+    if summary.verdict is not None:
+        lines.append(Content.styled(summary.verdict.sentence, _OUTCOME_STYLE[summary.verdict.outcome]))
     if status.state in ("failed", "lost", "unreadable") and status.detail:
         lines.append(Content.styled(status.detail, "$error"))
     return lines

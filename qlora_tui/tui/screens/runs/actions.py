@@ -20,18 +20,18 @@ from qlora_tui.runs.run_summary import Listing, RunSummary
 from qlora_tui.runs.trash import Trash
 from qlora_tui.tui.folders import open_folder
 from qlora_tui.tui.key_names import key_name
-from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
 from qlora_tui.tui.screens.presets.preset_files import save_as
 from qlora_tui.tui.screens.runs.compare import MAX_COMPARED, CompareScreen
+from qlora_tui.tui.screens.runs.evaluation_actions import EvaluationActions
 from qlora_tui.tui.screens.runs.export_dialog import show_export_dialog
 from qlora_tui.tui.screens.runs.run_order import ORDERS
 from qlora_tui.tui.screens.runs.run_table import RunTable
 from qlora_tui.tui.screens.train.screen import prepare_run, show_run
 
 
-class RunActions(WorkScreen):
+class RunActions(EvaluationActions):
     """A screen with a run under the cursor."""
 
     def __init__(self) -> None:
@@ -47,6 +47,7 @@ class RunActions(WorkScreen):
         return self.qlora_app.trash
 
     def on_unmount(self) -> None:
+        self.stop_evaluation()
         self.trash.empty()
 
     @property
@@ -106,6 +107,11 @@ class RunActions(WorkScreen):
 
         if self.current is not None:
             await show_chat(self.qlora_app, self.current.run)
+
+    def action_evaluate(self) -> None:
+        """Compare answers of the adapter and its base to validation prompts."""
+        if self.current is not None:
+            self.evaluate(self.current.run)
 
     def action_export(self) -> None:
         """Choose a form to export the adapter in."""

@@ -14,6 +14,14 @@ COMMANDS: tuple[Command, ...] = (
     _command("compare", "v", "compare", "Compare", "Compare loss curves and the settings that differ."),
     _command("filter", "slash", "filter", "Filter", "Show only runs that contain a text."),
     _command("chat", "c", "chat", "Chat", "Chat with the run's adapter.", cli_command="chat"),
+    _not_in_footer(
+        "evaluate",
+        "a",
+        "evaluate",
+        "Answers",
+        "Compare answers of the adapter and its base to validation prompts.",
+        cli_command="evaluate",
+    ),
     _command(
         "export",
         "e",

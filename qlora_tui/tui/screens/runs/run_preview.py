@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from textwrap import wrap
 
 from textual.content import Content
 
@@ -85,6 +86,8 @@ def detail_lines(summary: RunSummary, exports: tuple[Export, ...]) -> list[Conte
     if summary.energy:
         facts.append(summary.energy)
     second = ending(summary)
+    if summary.verdict is not None and summary.defect is None and summary.status.state == "finished":
+        second = Content(summary.verdict.sentence)
     if exports:
         second += Content.assemble(("  Export: " if second else "Export: ", "dim"), export_line(exports[0]))
     return [Content(" · ".join(facts)), second]
@@ -101,8 +104,8 @@ def ending(summary: RunSummary) -> Content:
     return Content.assemble(wrong, detail, fix, highlight_keys(resume))
 
 
-def result_lines(summary: RunSummary, now: float, width: int) -> list[Content]:
-    """What came of it."""
+def result_lines(summary: RunSummary, now: float, width: int, answers: str = "") -> list[Content]:
+    """What came of it; ``answers`` is how far the comparison of its answers is, if it is being measured."""
     status = summary.status
     sign, word, style = result_label(status.state, summary.defect)
     rows: list[tuple[str, Content | str]] = [("state", Content.styled(f"{sign} {word}", style))]
@@ -126,7 +129,14 @@ def result_lines(summary: RunSummary, now: float, width: int) -> list[Content]:
         rows.append(("trained", f"{format_duration(summary.seconds)}{left}"))
     if summary.energy:
         rows.append(("energy", summary.energy))
-    return _rows(rows, width)
+    if answers:
+        rows.append(("answers", answers))
+    lines = _rows(rows, width)
+    if summary.verdict is not None:
+        lines += [Content(line) for line in wrap(summary.verdict.sentence, width)]
+        if not summary.verdict.has_answers and not answers:
+            lines.append(Content.styled(name_keys("{runs.evaluate} compares its answers."), "dim"))
+    return lines
 
 
 def settings_lines(recipe: Recipe | None, width: int) -> list[Content]:

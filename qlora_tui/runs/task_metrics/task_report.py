@@ -1,0 +1,77 @@
+"""An evaluation as text: a table of metrics, labels, the evidence in sentences, and prompts with answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qlora_tui.formatting import pluralize
+from qlora_tui.runs.task_metrics.answer_metrics import Metric, TaskRow
+from qlora_tui.runs.task_metrics.intervals import Interval
+from qlora_tui.runs.task_metrics.task_evaluation import TaskEvaluation, describe_loss, describe_metric
+
+_SHOWN_CHARACTERS = 300
+_HEADER = ("", "base", "95% interval", "adapter", "95% interval", "change", "95% interval", "p", "")
+
+
+def report_lines(evaluation: TaskEvaluation, rows: int) -> list[str]:
+    """The report, with the answers to the first ``rows`` prompts."""
+    lines = [
+        f"{pluralize(len(evaluation.rows), 'validation prompt')} of {evaluation.run}, with greedy answers of "
+        f"up to {evaluation.max_new_tokens:,} tokens.",
+        *(f"{_capitalized(describe_metric(metric))}." for metric in evaluation.metrics[:1]),
+        f"{_capitalized(describe_loss(evaluation.loss))}.",
+        "",
+        *_aligned([_HEADER, *map(_metric_cells, evaluation.metrics)]),
+    ]
+    if evaluation.labels:
+        counts = [
+            (count.label, f"{count.rows:,}", f"{count.base:,}", f"{count.adapter:,}")
+            for count in evaluation.labels
+        ]
+        lines += ["", *_aligned([("label", "rows", "base right", "adapter right"), *counts])]
+    if evaluation.warning:
+        lines += ["", f"warning: {evaluation.warning}"]
+    for row in evaluation.rows[:rows]:
+        lines += ["", *_row_lines(row)]
+    return lines
+
+
+def _row_lines(row: TaskRow) -> Iterator[str]:
+    yield f"row {row.row:,}"
+    texts = {
+        "prompt": row.prompt[-_SHOWN_CHARACTERS:],
+        "reference": row.reference_raw or row.reference,
+        "base": row.base_raw or row.base,
+        "adapter": row.adapter_raw or row.adapter,
+    }
+    for label, text in texts.items():
+        yield f"  {label:<9} {' '.join(text.split())[:_SHOWN_CHARACTERS]}"
+
+
+def _metric_cells(metric: Metric) -> tuple[str, ...]:
+    return (
+        metric.name,
+        f"{metric.base:.0%}",
+        _range(metric.base_interval),
+        f"{metric.adapter:.0%}",
+        _range(metric.adapter_interval),
+        f"{100 * metric.difference:+.0f}",
+        "{:+.0f} to {:+.0f}".format(*(100 * edge for edge in metric.difference_interval)),
+        "" if metric.p is None else "<0.001" if metric.p < 0.001 else f"{metric.p:.3f}",
+        "not enough evidence" if metric.comparison == "unclear" else metric.comparison,
+    )
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def _range(interval: Interval) -> str:
+    return "{:.0f} to {:.0f}".format(*(100 * edge for edge in interval))
+
+
+def _capitalized(text: str) -> str:
+    return text[:1].upper() + text[1:]

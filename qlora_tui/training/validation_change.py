@@ -1,0 +1,101 @@
+"""Validation loss with the final adapter and without it, row by row: learned, or chance."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+from qlora_tui.data.store import GOOD
+from qlora_tui.runs.events import ValidationCompared
+from qlora_tui.runs.task_metrics.task_evaluation import LossChange
+from qlora_tui.training.batches import TokenizedDataset
+from qlora_tui.training.forgetting.answer_logits import RowShape
+from qlora_tui.training.prepared_run import PreparedRun
+from qlora_tui.training.row_loss import token_losses
+
+_MAX_ROWS = 128
+
+
+class SampleSelection:
+    """Some samples of a data set, in order; a ``TokenizedDataset``."""
+
+    def __init__(self, samples: TokenizedDataset, most: int) -> None:
+        """Select up to ``most`` samples, spread evenly."""
+        self._samples = samples
+        count = min(len(samples), most)
+        self._numbers = [number * len(samples) // count for number in range(count)]
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def token_ids(self, i: int, /) -> Sequence[int]:
+        """Token ids of sample ``i``."""
+        return self._samples.token_ids(self._numbers[i])
+
+    def loss_mask(self, i: int, /) -> Sequence[int]:
+        """1 for each token in the loss, else 0."""
+        return self._samples.loss_mask(self._numbers[i])
+
+    def weights(self, i: int, /) -> Sequence[float] | None:
+        """Loss weight of each token; None where each in the loss counts as one."""
+        return self._samples.weights(self._numbers[i])
+
+    def length(self, i: int, /) -> int:
+        """Length of sample ``i`` in tokens."""
+        return self._samples.length(self._numbers[i])
+
+    def epoch(self, epoch: int, seed: int, /) -> Sequence[int]:
+        """Indices of all samples, in order."""
+        return array("I", range(len(self)))
+
+
+def compare_validation(prepared: PreparedRun, model: Any) -> None:
+    """Report the loss of up to 128 validation rows with the adapter and without it; of pairs the chosen side.
+
+    With several GPUs it is left out. An error, such as too little memory, costs the comparison and not the
+    run, whose adapter is on the disk by now.
+    """
+    samples, reporter = prepared.data.validation.of_side(GOOD), prepared.reporter
+    if not len(samples) or prepared.dist.world_size > 1:
+        return
+    shape = RowShape(
+        packed=prepared.base.padding_free,
+        max_length=prepared.recipe.data.max_length,
+        multiple=prepared.device.row_multiple,
+        pad_id=prepared.pad_id,
+    )
+    chosen = SampleSelection(samples, _MAX_ROWS)
+    where = prepared.device.torch_device
+    reporter.phase("evaluating", "validation rows with the adapter and without it")
+
+    def losses(passes_done: int) -> list[tuple[float, ...]]:
+        return token_losses(
+            model,
+            chosen,
+            shape,
+            where,
+            lambda done, total: reporter.progress("evaluating", passes_done * total + done, 2 * total),
+        )
+
+    try:
+        with model.disable_adapter():
+            before = losses(0)
+        after = losses(1)
+    except Exception as error:
+        reporter.log(f"the validation rows were not compared: {type(error).__name__}: {error}")
+        return
+    change = LossChange.of(
+        [sum(row) for row in before], [sum(row) for row in after], [len(row) for row in after]
+    )
+    reporter.emit(
+        ValidationCompared(
+            at=time.time(),
+            rows=change.rows,
+            before=change.before,
+            after=change.after,
+            low=change.interval.low,
+            high=change.interval.high,
+        )
+    )

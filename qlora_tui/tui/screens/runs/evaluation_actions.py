@@ -1,0 +1,96 @@
+"""The key of the Runs screen that compares answers of a run's adapter and its base."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import ClassVar
+
+from textual import work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.content import Content
+from textual.screen import ModalScreen
+from textual.widgets import Static
+
+from qlora_tui.errors import UserError
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.measuring import MeasuringStoppedError, StopSwitch
+from qlora_tui.runs.task_metrics.task_evaluation import TaskEvaluation, read_task_evaluation
+from qlora_tui.runs.task_metrics.task_job import evaluate_task
+from qlora_tui.runs.task_metrics.task_report import report_lines
+from qlora_tui.tui.key_names import dialog_keys, key_name
+from qlora_tui.tui.screens.base import WorkScreen
+from qlora_tui.tui.widgets.vi_scroll import ViScroll
+from qlora_tui.visible import visible
+
+_ROWS_SHOWN = 100
+
+
+class AnswersScreen(ModalScreen[None]):
+    """The metrics of an evaluation, and every prompt with both answers."""
+
+    CSS_PATH = "../modals/modal.tcss"
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q", "dismiss", "Close")]
+
+    def __init__(self, evaluation: TaskEvaluation) -> None:
+        super().__init__()
+        self._evaluation = evaluation
+
+    def compose(self) -> ComposeResult:
+        with ViScroll(classes="dialog wide") as dialog:
+            dialog.border_title = "Answers of adapter and base"
+            dialog.border_subtitle = dialog_keys(self.BINDINGS)
+            lines = (visible(line) for line in report_lines(self._evaluation, _ROWS_SHOWN))
+            yield Static(Content("\n".join(lines)))
+
+    def on_mount(self) -> None:
+        self.query_one(ViScroll).focus()
+
+
+class EvaluationActions(WorkScreen):
+    """A screen with a run whose answers can be measured, one run at a time."""
+
+    answers_progress: tuple[str, str] | None = None
+    """Id of the run that is measured, and how far that is; None while none is."""
+    _switch: StopSwitch | None = None
+
+    def evaluate(self, run: RunDir) -> None:
+        """Show the answers of a run; measure them first where that was not done, or stop measuring."""
+        if self._switch is not None:
+            self._switch.stop()
+        else:
+            self._evaluate(run)
+
+    def stop_evaluation(self) -> None:
+        """End a measurement in progress; its answers so far stay."""
+        if self._switch is not None:
+            self._switch.stop()
+
+    @work
+    async def _evaluate(self, run: RunDir) -> None:
+        evaluation = await asyncio.to_thread(read_task_evaluation, run)
+        if evaluation is None:
+            evaluation = await self._measure(run)
+        if evaluation is not None:
+            self.app.push_screen(AnswersScreen(evaluation))
+
+    async def _measure(self, run: RunDir) -> TaskEvaluation | None:
+        self._switch = switch = StopSwitch()
+        self.answers_progress = run.id, "loading the model"
+        self.notify(
+            f"Base and adapter of {run.name} answer its validation prompts. "
+            f"Press {key_name('runs.evaluate')} to stop; the answers so far stay."
+        )
+
+        def on_progress(done: int, total: int) -> None:
+            self.answers_progress = run.id, f"{done:,} of {total:,}"
+
+        try:
+            return await asyncio.to_thread(evaluate_task, run, progress=on_progress, switch=switch)
+        except MeasuringStoppedError:
+            self.notify(f"Stopped. Press {key_name('runs.evaluate')} to continue.")
+        except UserError as problem:
+            self.notify(f"{problem.what} {problem.fix}", title=problem.title, severity="error")
+        finally:
+            self._switch = self.answers_progress = None
+        return None

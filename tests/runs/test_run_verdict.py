@@ -1,0 +1,134 @@
+"""Whether a run worked, in one sentence, by what is known of it."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.event_log import EventWriter
+from qlora_tui.runs.events import Evaluated, Finished, Health, Started, Step, ValidationCompared
+from qlora_tui.runs.run_summary import summarize
+from qlora_tui.runs.run_verdict import RunEvidence, judge_run
+from qlora_tui.runs.task_metrics.answer_metrics import Metric, TaskRow, measure_answers
+from qlora_tui.runs.task_metrics.task_evaluation import LossChange, TaskEvaluation, write_task_evaluation
+
+
+def loss(change: float, rows: int = 20) -> LossChange:
+    """A loss of 2 that changes by ``change`` nats on each row, give or take 0.3."""
+    before, spread = [2.0] * rows, [0.3 * (-1) ** number for number in range(rows)]
+    return LossChange.of(before, [2 + change + each for each in spread], [1] * rows)
+
+
+def accuracy(base: int, adapter: int, rows: int = 20) -> Metric:
+    """Accuracy of a base and an adapter that answer so many of the rows rightly."""
+    answers = [
+        TaskRow(
+            source=0,
+            row=number,
+            prompt="",
+            reference="yes" if number % 2 else "no",
+            base=("yes" if number % 2 else "no") if number < base else "?",
+            adapter=("yes" if number % 2 else "no") if number < adapter else "?",
+            base_ended=True,
+            adapter_ended=True,
+        )
+        for number in range(rows)
+    ]
+    return measure_answers(answers)[0][0]
+
+
+@pytest.mark.parametrize(
+    ("evidence", "outcome", "sentence"),
+    [
+        (
+            RunEvidence(loss=loss(-0.8), forgetting=0.31, metric=accuracy(6, 18)),
+            "better",
+            "It learned: validation loss 2.00 → 1.20; forgot little (0.31 nats); "
+            "answers better: accuracy 90%, base 30%.",
+        ),
+        (
+            RunEvidence(loss=loss(-0.8), forgetting=2.4, forgot_much=True),
+            "better",
+            "It learned: validation loss 2.00 → 1.20; forgot much (2.4 nats).",
+        ),
+        (RunEvidence(loss=loss(0.5)), "worse", "It got worse: validation loss 2.00 → 2.50."),
+        (
+            RunEvidence(loss=loss(-0.05)),
+            "unclear",
+            "Not enough evidence that it learned: validation loss 2.00 → 1.95 on 20 rows.",
+        ),
+        (
+            RunEvidence(loss=loss(-0.8, rows=4)),
+            "unclear",
+            "Not enough evidence that it learned: validation loss 2.00 → 1.20 on 4 rows.",
+        ),
+        (
+            RunEvidence(loss=loss(-0.8), metric=accuracy(9, 10)),
+            "better",
+            "It learned: validation loss 2.00 → 1.20; "
+            "answers not clearly better: accuracy 50%, base 45% on 20 prompts.",
+        ),
+        (
+            RunEvidence(loss=loss(-0.8), metric=accuracy(18, 6)),
+            "worse",
+            "It learned: validation loss 2.00 → 1.20; answers worse: accuracy 30%, base 90%.",
+        ),
+        (RunEvidence(), "unclear", "Not enough evidence that it learned: no validation data."),
+        (
+            RunEvidence(losses=(2.5, 1.5)),
+            "unclear",
+            "Not enough evidence that it learned: validation loss 2.50 → 1.50, rows not compared.",
+        ),
+    ],
+)
+def test_the_verdict_says_what_the_evidence_allows(
+    evidence: RunEvidence, outcome: str, sentence: str
+) -> None:
+    verdict = judge_run(evidence)
+    assert (verdict.outcome, verdict.sentence) == (outcome, sentence)
+    assert verdict.has_answers == (evidence.metric is not None)
+
+
+def test_a_summary_has_the_verdict_of_its_run(run: RunDir) -> None:
+    now = time.time()
+    compared = ValidationCompared(at=now, rows=9, before=2.0, after=1.0, low=-1.2, high=-0.8)
+    with EventWriter(run.events_path) as log:
+        log.append(Started(at=now, attempt=1, pid=1))
+        log.append(
+            Step(
+                at=now,
+                step=1,
+                epoch=1.0,
+                loss=1.0,
+                learning_rate=1e-4,
+                grad_norm=1.0,
+                tokens=9,
+                tokens_per_s=1.0,
+            )
+        )
+        log.append(Evaluated(at=now, step=1, loss=1.0, before_training=2.0, forgetting=2.5))
+        log.append(Health(at=now, kind="forgetting", severity="warning", evidence="", remedy=""))
+        assert summarize(run).verdict is None
+        log.append(compared)
+        log.append(Finished(at=now, step=1, seconds=1.0, tokens_per_s=9.0))
+    verdict = summarize(run).verdict
+    assert verdict is not None
+    assert verdict.sentence == "It learned: validation loss 2.00 → 1.00; forgot much (2.5 nats)."
+    run.adapter_dir.mkdir()
+    (run.adapter_dir / "adapter_model.safetensors").write_bytes(b"weights")
+    write_task_evaluation(
+        run,
+        TaskEvaluation(
+            run=run.id,
+            adapter="7 bytes",
+            max_new_tokens=32,
+            validation_rows=20,
+            metrics=(accuracy(6, 18),),
+            loss=loss(0.5),
+            rows=(),
+        ),
+    )
+    verdict = summarize(run).verdict
+    assert verdict is not None and verdict.sentence.endswith("answers better: accuracy 90%, base 30%.")
