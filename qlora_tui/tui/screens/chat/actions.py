@@ -13,8 +13,8 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.chat.adapter_pair import AdapterPair
 from qlora_tui.tui.screens.chat.chat_turn import ChatTurn
+from qlora_tui.tui.screens.chat.choice_actions import ChoiceActions
 from qlora_tui.tui.screens.chat.conversation_picker import ConversationPicker
-from qlora_tui.tui.screens.chat.conversation_screen import ConversationScreen
 from qlora_tui.tui.screens.chat.prompt_box import PromptBox
 from qlora_tui.tui.screens.chat.sampling_settings import ChatSettingsScreen
 from qlora_tui.tui.screens.chat.saved_conversations import SavedConversation, list_conversations
@@ -23,7 +23,7 @@ from qlora_tui.tui.screens.chat.system_prompts import load_system_prompts, remem
 from qlora_tui.tui.screens.modals.text_prompt import ask_search
 
 
-class ChatActions(ConversationScreen):
+class ChatActions(ChoiceActions):
     """A conversation that keys act on."""
 
     def __init__(self) -> None:

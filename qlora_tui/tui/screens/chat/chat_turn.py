@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from uuid import uuid4
+
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
 from textual.content import Content
@@ -120,6 +122,12 @@ class AdapterAnswer(Panel):
         if under:
             self._show_note(name_keys(under))
 
+    def show_judgment(self, judgment: str) -> None:
+        """Say in the title how the user judged it, ``better`` or ``edited``; empty takes that away."""
+        words = "" if self.outcome is None else outcome_words(self.outcome)
+        self.set_class(bool(judgment), "-judged")
+        self.show_title(answer_title(self.adapter_name, f"✓ {judgment}" if judgment else words))
+
     async def stop(self, words: str) -> None:
         """Mark the answer as stopped, with a note; the text so far stays."""
         await self._answer.finish()
@@ -187,6 +195,8 @@ class ChatTurn(Vertical):
     def __init__(self, prompt: str, adapter_names: tuple[str, ...], *, unfolded: bool = False) -> None:
         super().__init__()
         self.prompt = prompt
+        self.key = uuid4().hex
+        """Names this turn in what is recorded of it."""
         self.answers = {
             adapter_name: AdapterAnswer(adapter_name, beside=number > 0, unfolded=unfolded)
             for number, adapter_name in enumerate(dict.fromkeys(adapter_names))

@@ -1,0 +1,170 @@
+"""Answers that the user chose or edited in the chat, as data to train on.
+
+``choices/`` in the state directory has two files for each base model, which any recipe can read:
+
+* ``MODEL.pairs.jsonl``: a prompt with the better answer (``chosen``) and the other (``rejected``);
+* ``MODEL.edits.jsonl``: a prompt with the answer as the user edited it (``completion``), the only part in the
+  loss.
+
+Each row has its provenance: base, adapters, run, decoding settings, time. A turn that is judged again
+replaces its row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
+
+from qlora_tui import paths
+from qlora_tui.data.conversation import Message
+from qlora_tui.errors import UserError, disk_problems
+from qlora_tui.files import atomic_write, private_dir, read_regular
+from qlora_tui.recipe.schema import Recipe, Source
+from qlora_tui.runs.locks import PATIENCE_S, locked
+
+ChoiceKind: TypeAlias = Literal["pairs", "edits"]
+ENOUGH = 20
+"""Rows from which the app offers a run on them."""
+_MAX_BYTES = 1 << 28
+_PAIR_LEARNING_RATE = 1e-4
+"""Most for a run on pairs: a higher one soon makes both answers unlikely."""
+_PAIR_EPOCHS = 3.0
+"""With a step for each row, twenty pairs are some thirty steps; at 16 pairs a step they would be two."""
+
+
+class Provenance(Struct, frozen=True, kw_only=True):
+    """Where a row is from."""
+
+    id: str
+    """The same for all judgments of one turn of a conversation."""
+    at: float
+    """Unix time."""
+    base: str
+    """The base model, as in the recipe."""
+    run: str
+    """Id of the run whose adapter answered; empty for a base alone."""
+    answers: dict[str, str]
+    """Who gave which answer: ``chosen`` and ``rejected``, or ``edited``, to the name of an adapter."""
+    sampling: dict[str, Any]
+    """Decoding settings of the answers."""
+    original: str = ""
+    """The answer before it was edited."""
+
+
+def choices_path(base: str, kind: ChoiceKind) -> Path:
+    """The file of a base model's rows, whether or not it exists."""
+    name = re.sub(r"[^\w.-]+", "-", base.rstrip("/").rpartition("/")[2]) or "model"
+    return paths.state_dir() / "choices" / f"{name}.{kind}.jsonl"
+
+
+def add_pair(prompt: Sequence[Message], chosen: str, rejected: str, provenance: Provenance) -> int:
+    """Record which of two answers is better; returns the number of pairs of this base.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    row = {
+        "prompt": _turns(prompt),
+        "chosen": _turns([Message("assistant", chosen)]),
+        "rejected": _turns([Message("assistant", rejected)]),
+        "provenance": msgspec.to_builtins(provenance),
+    }
+    return _put(choices_path(provenance.base, "pairs"), row, provenance.id)
+
+
+def add_edit(prompt: Sequence[Message], answer: str, provenance: Provenance) -> int:
+    """Record an edited answer; returns the number of edits of this base.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    row = {
+        "prompt": _turns(prompt),
+        "completion": _turns([Message("assistant", answer)]),
+        "provenance": msgspec.to_builtins(provenance),
+    }
+    return _put(choices_path(provenance.base, "edits"), row, provenance.id)
+
+
+def count_choices(base: str, kind: ChoiceKind) -> int:
+    """Number of rows of a base model; 0 where the file cannot be read."""
+    try:
+        return len(_lines(choices_path(base, kind)))
+    except OSError:
+        return 0
+
+
+def recipe_on_choices(recipe: Recipe, kind: ChoiceKind, run_id: str) -> Recipe:
+    """The recipe of a run that goes on from an adapter with the user's choices as its only data.
+
+    Args:
+        recipe: of the run that was talked to.
+        kind: pairs are trained with DPO, edits as they are.
+        run_id: its id; empty to start with a new adapter.
+    """
+    path = choices_path(recipe.model.id, kind)
+    data = replace(recipe.data, sources=(Source(path=str(path)),), validation_path="")
+    training = replace(recipe.training, max_steps=0)
+    if kind == "pairs":
+        # What a preference method does not go with.
+        data = replace(data, preferences="dpo", train_on="assistant", overflow="cut-right")
+        training = replace(
+            training,
+            replay_share=0.0,
+            neftune_alpha=0.0,
+            learning_rate=min(training.learning_rate, _PAIR_LEARNING_RATE),
+            gradient_accumulation=1,
+            epochs=_PAIR_EPOCHS,
+        )
+    return replace(
+        recipe,
+        name=f"{path.name.partition('.')[0]}-{kind}",
+        data=data,
+        lora=replace(recipe.lora, init_from=run_id),
+        training=training,
+    )
+
+
+def _turns(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
+def _lines(path: Path) -> list[bytes]:
+    """Raises OSError."""
+    return [line for line in read_regular(path, _MAX_BYTES).splitlines() if line.strip()]
+
+
+@disk_problems()
+def _put(path: Path, row: dict[str, Any], turn_id: str) -> int:
+    """Append a row, in place of an earlier one of the same turn; returns the number of rows."""
+    private_dir(path.parent)
+    with locked(path.with_suffix(".lock"), patience_s=10 * PATIENCE_S) as lock:
+        if lock is None:
+            raise UserError(
+                "The choice was not saved",
+                what=f"Another program is writing {path}.",
+                fix="Try again in a moment.",
+            )
+        try:
+            lines = _lines(path)
+        except FileNotFoundError:
+            lines = []
+        lines = [line for line in lines if _turn_of(line) != turn_id]
+        lines.append(msgspec.json.encode(row))
+        atomic_write(path, b"\n".join(lines) + b"\n", durable=True)
+    return len(lines)
+
+
+def _turn_of(line: bytes) -> str:
+    """The turn that a row is of; empty for a row that something else wrote."""
+    try:
+        row = msgspec.json.decode(line)
+        return str(row["provenance"]["id"])
+    except (msgspec.DecodeError, KeyError, TypeError):
+        return ""
