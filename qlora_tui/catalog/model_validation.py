@@ -35,7 +35,10 @@ TOKENIZER_FILES = (
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 CAUSAL_LM_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """Suffixes of the classes that generate text."""
-TRAINABLE_AS_STORED = ("bitsandbytes",)
+MXFP4 = "mxfp4"
+"""``quant_method`` of gpt-oss, whose experts are stored in 4-bit floats."""
+_TRAINABLE_AS_STORED = {"bitsandbytes": None, MXFP4: "gpt_oss"}
+"""``quant_method``: the only ``model_type`` of which it is read; None for any."""
 
 
 def model_problem(title: str, what: str, why: str, fix: str) -> UserError:
@@ -99,7 +102,7 @@ def check_model_type(config: Mapping[str, Any], name: str) -> UserError | None:
         )
     stored = config.get("quantization_config")
     method = stored.get("quant_method") if isinstance(stored, dict) else None
-    if method is not None and method not in TRAINABLE_AS_STORED:
+    if method is not None and _TRAINABLE_AS_STORED.get(method, "none") not in (None, model_type):
         return model_problem(
             "This model is already quantized",
             f"{name} is stored as {method}.",
@@ -107,6 +110,12 @@ def check_model_type(config: Mapping[str, Any], name: str) -> UserError | None:
             "Choose the 16-bit version of the model.",
         )
     return None
+
+
+def is_mxfp4(config: Mapping[str, Any]) -> bool:
+    """Return whether a model's experts are stored in MXFP4."""
+    stored = config.get("quantization_config")
+    return isinstance(stored, dict) and stored.get("quant_method") == MXFP4
 
 
 def _with_model_name(problem: UserError, name: str) -> UserError:

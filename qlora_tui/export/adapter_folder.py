@@ -13,7 +13,8 @@ from pathlib import Path, PurePath
 from msgspec import Struct
 
 from qlora_tui.catalog.adapter_config import CONFIG, WEIGHTS, load_adapter_config
-from qlora_tui.catalog.model_validation import TOKENIZER_FILES
+from qlora_tui.catalog.local_models import resolve_model
+from qlora_tui.catalog.model_validation import MXFP4, TOKENIZER_FILES
 from qlora_tui.chat.adapter_deltas import ROWS, check_unchanged
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.errors import UserError
@@ -22,6 +23,7 @@ from qlora_tui.export.unfinished_files import draft_folder, publish_new, refuse_
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values of vLLM's ``--max-lora-rank``."""
 _DEFAULT_RANK = 16
+_MERGE_MEASURES = " `qlora-tui export merge` measures that, and merges it into the nearer weights."
 
 
 class AdapterFolder(Struct, frozen=True, kw_only=True):
@@ -66,12 +68,20 @@ def _notes(source: ChatSource) -> tuple[str, ...]:
     if PurePath(recipe.model.id).is_absolute() and not Path(recipe.model.id).exists():
         notes.append(f"The base {recipe.model.id} is missing: name its folder in the command.")
     if recipe.quantization.method in ("nf4", "fp4"):
+        stored, remedy = ("MXFP4", "") if _is_mxfp4(recipe.model.id) else ("16-bit", _MERGE_MEASURES)
         notes.append(
-            f"The command serves it on the stored 16-bit base, and it was trained on "
-            f"{recipe.quantization.method.upper()} weights: its answers may differ. `qlora-tui export merge` "
-            "measures that, and merges it into the nearer weights."
+            f"The command serves it on the stored {stored} base, and it was trained on "
+            f"{recipe.quantization.method.upper()} weights: its answers may differ.{remedy}"
         )
     return tuple(notes)
+
+
+def _is_mxfp4(model_id: str) -> bool:
+    """Return whether the base stores experts in MXFP4; False also for one that is not on this machine."""
+    try:
+        return resolve_model(model_id).architecture.quantized_as == MXFP4
+    except UserError:
+        return False
 
 
 def _served_rank(adapter: Path) -> int:

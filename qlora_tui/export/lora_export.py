@@ -33,7 +33,7 @@ from qlora_tui.export.gguf_file.families import TensorNames
 from qlora_tui.export.gguf_file.writer import SourceTensor, write_gguf, write_lora
 from qlora_tui.export.journal import Journal
 from qlora_tui.export.llama_cpp.llama_process import unavailable_because
-from qlora_tui.export.merged_weights import MergedWeights
+from qlora_tui.export.merged_weights import MergedWeights, require_mergeable
 from qlora_tui.export.proof import Proof, prove
 from qlora_tui.export.reference import (
     Reference,
@@ -99,6 +99,7 @@ def export_lora(
     """
     refuse_existing(out)
     base = model_folder(source.recipe, on_status)
+    require_mergeable(base)
     files = [base / name for name in weight_files(base)]
     adapter = Path(source.adapters[adapter_name])
     deltas = read_deltas(adapter)

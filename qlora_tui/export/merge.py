@@ -30,6 +30,7 @@ from qlora_tui.export.export_key import export_key
 from qlora_tui.export.journal import Journal
 from qlora_tui.export.merge_check import MergeCheck, verify_merge
 from qlora_tui.export.merged_files import write_merged
+from qlora_tui.export.merged_weights import require_mergeable
 from qlora_tui.export.model_card import render_model_card
 from qlora_tui.export.requantize import Requantizer, TensorReader, reader_of
 from qlora_tui.export.unfinished_files import (
@@ -97,6 +98,7 @@ def merge(
     out = out.expanduser().absolute()
     refuse_existing(out)
     base = model_folder(source.recipe, on_status)
+    require_mergeable(base)
     adapter = Path(source.adapters[adapter_name])
     files = [base / name for name in weight_files(base)]
     needed = sum(file.stat().st_size for file in files) + _SPARE_BYTES

@@ -15,13 +15,15 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
+from qlora_tui.catalog.config_parser import load_config
 from qlora_tui.catalog.local_models import resolve_model
-from qlora_tui.catalog.model_validation import weight_files
+from qlora_tui.catalog.model_validation import CONFIG, is_mxfp4, weight_files
 from qlora_tui.catalog.safetensors_header import read_header
 from qlora_tui.chat.adapter_deltas import AdapterDeltas, LoraDelta, read_deltas
 from qlora_tui.chat.base_weights import assign_deltas, with_tied_head
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import model_folder
+from qlora_tui.errors import UserError
 from qlora_tui.export.requantize import Requantizer, reader_of
 
 
@@ -76,8 +78,20 @@ def merged_weights(
 ) -> MergedWeights:
     """Return the weights of a run's base with its adapter ``adapter_name``. Raises UserError."""
     base = model_folder(source.recipe, on_status)
+    require_mergeable(base)
     adapter = Path(source.adapters[adapter_name])
     files = [base / name for name in weight_files(base)]
     head = resolve_model(source.recipe.model.id).architecture.head
     deltas = with_tied_head(read_deltas(adapter), files, head)
     return MergedWeights(base, assign_deltas(deltas, files, adapter))
+
+
+def require_mergeable(base: Path) -> None:
+    """Raise UserError where the weights of a base are stored in a form that nothing is merged into."""
+    if is_mxfp4(load_config(base / CONFIG)):
+        raise UserError(
+            "This base cannot be exported with its adapter",
+            what=f"{base} stores its experts in 4-bit floats (MXFP4).",
+            why="Merged models and files for llama.cpp are made from 16-bit weights.",
+            fix="Export the adapter alone, as a folder: `qlora-tui export lora RUN FOLDER`.",
+        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.memory.execution import ExecutionConfig
 from qlora_tui.recipe.schema import Quantization, Recipe
 
@@ -62,3 +63,19 @@ def quantized_experts(settings: Quantization, architecture: Architecture) -> Lit
         return "none"
     has_experts = any(parameter.is_expert_matrices for parameter in architecture.parameters)
     return settings.method if has_experts else "none"
+
+
+def require_4_bit_experts(settings: Quantization, architecture: Architecture) -> None:
+    """Raise UserError where experts that are stored in MXFP4 would be read in 16 bits."""
+    if architecture.quantized_as != "mxfp4" or quantized_experts(settings, architecture) != "none":
+        return
+    is_method = settings.method not in ("nf4", "fp4")
+    setting = f'method is "{settings.method}"' if is_method else "experts is false"
+    remedy = 'method = "nf4"' if is_method else "experts = true"
+    raise UserError(
+        "This model's experts need 4 bits",
+        what=f"quantization.{setting}, and the model stores its experts in 4-bit floats (MXFP4).",
+        why="They are read into 4 bits, one by one; in 16 bits they would take four times the memory.",
+        fix=f"Set quantization.{remedy}.",
+        exit_code=EXIT_USAGE,
+    )

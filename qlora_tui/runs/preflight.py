@@ -40,6 +40,7 @@ from qlora_tui.formatting import (
 )
 from qlora_tui.memory import Estimate, cheapest_changes, check_fit, estimate, plan_kept_layers
 from qlora_tui.memory.budget import MemoryBudget
+from qlora_tui.memory.four_bit import require_4_bit_experts
 from qlora_tui.recipe.conflicts import find_conflicts
 from qlora_tui.recipe.schema import Data, Lora, Recipe, Source, Training
 from qlora_tui.recipe.targets import check_optimizer_of_experts, resolve_targets
@@ -73,7 +74,7 @@ def preflight(recipe: Recipe, machine: Machine, *, read_columnar: bool) -> tuple
     checks = [model, *_data(recipe, files, read_columnar=read_columnar), *_settings(recipe)]
     estimated = None
     if files is not None:
-        checks += [*_lora(recipe, files), *_length(recipe, files)]
+        checks += [*_stored_experts(recipe, files), *_lora(recipe, files), *_length(recipe, files)]
         memory, estimated = _memory(recipe, files, machine.budget)
         checks.append(memory)
         # An assumed GPU is in another machine.
@@ -306,6 +307,15 @@ def _reference_point(recipe: Recipe) -> list[Check]:
     fix = "Raise Gradient accumulation (training.gradient_accumulation) to 8 or more."
     more = SuggestedFix("set Gradient accumulation to 8", changes={"training.gradient_accumulation": 8})
     return [Check(CheckKind.SETTINGS, "warning", text, fix, suggested_fix=more)]
+
+
+def _stored_experts(recipe: Recipe, files: ModelFiles) -> list[Check]:
+    """Report settings with which the model's experts cannot be read."""
+    try:
+        require_4_bit_experts(recipe.quantization, files.architecture)
+    except UserError as problem:
+        return [_blocked(CheckKind.SETTINGS, problem)]
+    return []
 
 
 def _lora(recipe: Recipe, files: ModelFiles) -> list[Check]:

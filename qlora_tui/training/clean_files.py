@@ -20,7 +20,7 @@ from qlora_tui.catalog.adapter_config import WEIGHTS as _ADAPTER_WEIGHTS
 from qlora_tui.catalog.adapter_config import load_adapter_config, with_exact_targets
 from qlora_tui.catalog.code_keys import adapter_without_code, without_code
 from qlora_tui.catalog.config_parser import load_config
-from qlora_tui.catalog.model_validation import INDEX, weight_files
+from qlora_tui.catalog.model_validation import INDEX, is_mxfp4, weight_files
 from qlora_tui.errors import UserError
 from qlora_tui.runs.leftovers import VIEW
 
@@ -33,7 +33,11 @@ def model_view(folder: Path) -> Iterator[Path]:
     with _temporary() as view:
         for name in _CONFIGS:
             if (folder / name).is_file():
-                clean, dropped = without_code(load_config(folder / name))
+                config = load_config(folder / name)
+                if is_mxfp4(config):
+                    # transformers would read these experts in 16 bits, all of them: see experts/mxfp4.py.
+                    del config["quantization_config"]
+                clean, dropped = without_code(config)
                 _write(view / name, clean)
                 _say_dropped(folder / name, dropped)
         for name in (*weight_files(folder), INDEX):

@@ -15,9 +15,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from qlora_tui.catalog.config_parser import load_config
+from qlora_tui.catalog.config_parser import load_config, parse_architecture
+from qlora_tui.catalog.model_validation import is_mxfp4
 from qlora_tui.errors import UserError
 from qlora_tui.memory.execution import AttentionPath
+from qlora_tui.memory.four_bit import require_4_bit_experts
 from qlora_tui.recipe.schema import Quantization, Recipe
 from qlora_tui.training import packed_attention, quantized_cache
 from qlora_tui.training.clean_files import model_view
@@ -80,6 +82,7 @@ def load_base(
 def _expert_quantization(folder: Path, recipe: Recipe) -> AbstractContextManager[None]:
     """Let a mixture of experts be loaded with 4-bit experts, where the recipe says so."""
     if not quantized_cache.quantizes_experts(folder, recipe):
+        require_4_bit_experts(recipe.quantization, parse_architecture(load_config(folder / "config.json")))
         return nullcontext()
     from qlora_tui.training.experts.expert_loading import experts_in_4_bits
 
@@ -254,8 +257,9 @@ def _quantization_config(settings: Quantization, device: ComputeDevice) -> Any:
 
 
 def _is_stored_quantized(folder: Path) -> bool:
-    """Whether the weights are stored quantized by bitsandbytes; the catalog rejects all other formats."""
-    return bool(load_config(folder / "config.json").get("quantization_config"))
+    """Whether the weights are stored quantized by bitsandbytes, and not in 16 bits or MXFP4."""
+    config = load_config(folder / "config.json")
+    return bool(config.get("quantization_config")) and not is_mxfp4(config)
 
 
 def _first_line(error: BaseException) -> str:

@@ -21,7 +21,7 @@ import msgspec
 
 from qlora_tui import paths
 from qlora_tui.catalog.config_parser import load_config, parse_architecture
-from qlora_tui.catalog.model_validation import weight_files
+from qlora_tui.catalog.model_validation import is_mxfp4, weight_files
 from qlora_tui.errors import UserError
 from qlora_tui.files import private_dir, publish
 from qlora_tui.memory.four_bit import quantized_experts
@@ -56,7 +56,7 @@ def cache_path(folder: Path, recipe: Recipe, device: ComputeDevice) -> Path | No
     if recipe.quantization.method not in _METHODS or not limit_bytes():
         return None
     config = load_config(folder / "config.json")
-    if config.get("quantization_config"):
+    if config.get("quantization_config") and not is_mxfp4(config):
         return None
     state = {
         "format": _FORMAT,

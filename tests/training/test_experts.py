@@ -165,7 +165,7 @@ def test_stored_experts_are_read_again(qwen: Path, monkeypatch: pytest.MonkeyPat
 class AllocatedStorages(StorageCounter):  # type: ignore[no-untyped-call]  # torch's own
     """Counts what is allocated, and not the float32 parameters of the mapped weight file."""
 
-    mapped_bytes = (64 * 192 * 64 * 4, 64 * 96 * 64 * 4)
+    mapped_bytes: tuple[int, ...] = (64 * 192 * 64 * 4, 64 * 96 * 64 * 4)
 
     def _watch(self, tensor: Tensor, size: int) -> None:
         is_counted = tensor.device.type == "cpu" and size not in self.mapped_bytes

@@ -5,4 +5,5 @@
 :mod:`.routed_function`: forward and backward of the experts that tokens are routed to, one at a time
 :mod:`.expert_lora`: LoRA on experts; :mod:`.expert_reference`: the family's code as the reference
 :mod:`.expert_loading`: quantizes experts while transformers reads them
+:mod:`.mxfp4`: the format in which gpt-oss stores its experts
 """

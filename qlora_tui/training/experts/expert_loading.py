@@ -21,6 +21,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from qlora_tui.training.experts.expert_storage import ExpertLayout, quantize_into
 from qlora_tui.training.experts.experts_4bit import PROJECTIONS, Experts4bit, replace_experts
+from qlora_tui.training.experts.mxfp4 import BLOCKS, SCALES, dequantize_mxfp4
 
 _QUANTIZER = "bitsandbytes_4bit"
 
@@ -74,7 +75,14 @@ class ExpertQuantizer(Bnb4BitHfQuantizer):
         fused = [
             ExpertConverter([rf"experts\.{name}"], [f"experts.{name}"], [_Whole()]) for name in PROJECTIONS
         ]
-        return [*map(_for_experts, updated), *fused]
+        in_mxfp4 = [
+            Mxfp4Converter(
+                [rf"experts\.{name}{suffix}" for suffix in (BLOCKS, SCALES)], [f"experts.{name}"], [_Whole()]
+            )
+            for name in PROJECTIONS
+        ]
+        # The first that matches a name is taken, and fused patterns match those of MXFP4 too.
+        return [*map(_for_experts, updated), *in_mxfp4, *fused]
 
 
 class _Whole(ConversionOps):
@@ -136,7 +144,7 @@ class ExpertConverter(WeightConverter):
         ]
         if all(isinstance(op, _Whole) for op in self.operations) and len(jobs) == len(jobs[0]) == 1:
             self.collected_tensors.clear()
-            yield from _slices(jobs[0][0], layout)
+            yield from _stored_slices(jobs[0][0], layout.experts)
         elif self._joins_matrices() and all(len(each) == layout.experts for each in jobs):
             self.collected_tensors.clear()
             yield from _joined(jobs, layout)
@@ -149,6 +157,21 @@ class ExpertConverter(WeightConverter):
         operations = [(type(op), op.dim) for op in self.operations if hasattr(op, "dim")]
         expected = [(MergeModulelist, 0), (Concatenate, 1)]
         return len(operations) == len(self.operations) and operations == expected[: len(self.source_patterns)]
+
+
+class Mxfp4Converter(ExpertConverter):
+    """Reads experts that are stored in MXFP4, one at a time."""
+
+    __slots__ = ()
+
+    def _matrices(
+        self, layout: ExpertLayout, convert_whole: Callable[[], dict[str, Any]]
+    ) -> Iterator[Tensor]:
+        jobs = [self.collected_tensors[pattern][0] for pattern in self.source_patterns]
+        self.collected_tensors.clear()
+        for blocks, scales in zip(*(_stored_slices(job, layout.experts) for job in jobs), strict=True):
+            # gpt-oss has its matrices transposed: (inputs, outputs).
+            yield dequantize_mxfp4(blocks, scales, torch.bfloat16).T
 
 
 def _for_experts(converter: Any) -> Any:
@@ -195,13 +218,13 @@ def _joined(jobs: list[list[Any]], layout: ExpertLayout) -> Iterator[Tensor]:
         yield matrix
 
 
-def _slices(job: Any, layout: ExpertLayout) -> Iterator[Tensor]:
-    """The matrix of each expert from one stored tensor (experts, rows, columns)."""
+def _stored_slices(job: Any, experts: int) -> Iterator[Tensor]:
+    """The part of each expert of a stored tensor, whose first dimension is that of the experts."""
     read = _slice_reader(job)
     if read is None:
         whole = _read(job)
         read = partial(torch.Tensor.__getitem__, whole)
-    for expert in range(layout.experts):
+    for expert in range(experts):
         yield read(expert)
 
 
@@ -218,7 +241,8 @@ def _slice_reader(job: Any) -> Callable[[int], Tensor] | None:
 
     def read(expert: int) -> Tensor:
         matrix: Tensor = values["tensor"][expert : expert + 1][0]
-        return matrix.to(device=values["device"], dtype=values["dtype"])
+        dtype = values["dtype"] if matrix.is_floating_point() else matrix.dtype
+        return matrix.to(device=values["device"], dtype=dtype)
 
     return read
 
