@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from qlora_tui.runs.directory import create_run
-from qlora_tui.runs.events import Started, StepVerified
+from qlora_tui.runs.events import LayersStreamed, Started, Step, StepVerified
+from tests.support.polling import wait_for
 from tests.support.trainer_processes import Trainers
 from tests.training.conftest import MakeRecipe
 from tests.training.event_helpers import events_of, losses
-from tests.training.test_resume import EVERY_STEP, EXACT, interrupted_at
+from tests.training.test_resume import EVERY_STEP, EXACT
 from tests.training.tiny_model import make_tiny_mixture
 
 pytestmark = pytest.mark.slow
 
+LAYERS = 2
+"""Of the mixture."""
+KILLED_AT = 2
 SETTINGS = {
     "lora.target_modules": ("all-linear", "experts.gate_up_proj", "experts.down_proj"),
     "training.learning_rate": 1e-2,
@@ -30,7 +36,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_mixture(tmp_path_factory.mktemp("models") / "tiny-mixture")
 
 
-def test_a_run_learns_and_resumes_to_the_last_digit(
+def test_a_streamed_run_killed_and_resumed_learns_as_a_resident_one(
     recipe: MakeRecipe, mixture: Path, trainers: Trainers
 ) -> None:
     run = create_run(recipe({**SETTINGS, "model.id": str(mixture)}))
@@ -41,9 +47,14 @@ def test_a_run_learns_and_resumes_to_the_last_digit(
     assert expected[max(expected)] < expected[1] * 0.7
     config = json.loads((run.adapter_dir / "adapter_config.json").read_text())
     assert len(config["target_parameters"]) == 4
-    again = interrupted_at(run, len(expected) - 2)
+    again = create_run(recipe({**SETTINGS, "model.id": str(mixture), "quantization.streamed_layers": LAYERS}))
+    trainer = trainers.start(again)
+    wait_for(lambda: any(event.step == KILLED_AT for event in events_of(again, Step)), seconds=60)
+    os.kill(trainer.pid, signal.SIGKILL)
+    assert trainer.wait() == -signal.SIGKILL
     assert trainers.run(again) == 0
-    assert events_of(again, Started)[-1].resumed_from_step == len(expected) - 2
+    assert events_of(again, Started)[-1].resumed_from_step >= KILLED_AT - 1
+    assert events_of(again, LayersStreamed)[-1].streamed_layers == LAYERS
     repeated = losses(again)
     assert all(abs(repeated[step] - loss) < EXACT for step, loss in expected.items())
 
