@@ -10,8 +10,8 @@ check failed or was cut.
 
 Checks: doctor; loop (from recipe to an adapter that plain peft loads); nvml (telemetry of a run); float16;
 sigterm (to a trainer); resume and resume_8bit (exact, with both optimizers); memory (a real lack of memory
-and the retries); streaming (losses and memory of a base in host memory); chat (speed beside plain generate,
-by a CUDA graph); grid (the estimate against torch's count).
+and the retries); streaming and offload (losses and memory with layers, or their inputs, in host memory); chat
+(speed beside plain generate, by a CUDA graph); grid (the estimate against torch's count).
 
 Within calls of ten minutes: for 0.5b all but grid, then grid; for 8b ``doctor loop nvml float16``, then
 ``resume memory``, then ``grid``, each with the same --model. :mod:`bench.gpu_probe` answers questions about

@@ -30,6 +30,7 @@ CHECKS = {
     "resume_8bit": Check(run_checks.resume_8bit, 120, 270),
     "memory": Check(memory_checks.memory, 150, 300),
     "streaming": Check(streaming_checks.streaming, 120, 300),
+    "offload": Check(streaming_checks.offload, 120, 300),
     "chat": Check(run_checks.chat, 120, 180),
     "grid": Check(memory_checks.grid, 300, 560),
 }

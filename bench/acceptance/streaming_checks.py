@@ -1,4 +1,4 @@
-"""Check of streamed layers: the same losses as with the whole model on the GPU, and the estimated memory."""
+"""Checks of what waits in host memory: the same losses as with all of it on the GPU, the estimated memory."""
 
 from __future__ import annotations
 
@@ -23,17 +23,26 @@ _OVERLAP = 1.15
 
 def streaming(context: CheckContext) -> Outcome:
     """A run with streamed layers beside one without: losses, allocated memory, and time of a step."""
+    return _beside_resident(context, quantization__streamed_layers=1024)
+
+
+def offload(context: CheckContext) -> Outcome:
+    """A run whose layer inputs wait in host memory beside one that keeps them: losses, and memory."""
+    return _beside_resident(context, training__gradient_checkpointing="offload")
+
+
+def _beside_resident(context: CheckContext, **changes: Any) -> Outcome:
     if not context.has_gpu:
         raise CheckSkipped("there is no GPU to copy to; bench.streaming compares on a CPU")
     settings: dict[str, Any] = {"training__gradient_checkpointing": "on", "training__max_steps": 8}
-    streamed_recipe = short_recipe(context, quantization__streamed_layers=1024, **settings)
+    recipe = short_recipe(context, **(settings | changes))
     # The second run reads the weights that the first one quantized.
     resident = train(short_recipe(context, **settings)).require_finished()
-    streamed = train(streamed_recipe).require_finished()
-    pairs = list(zip(resident.losses, streamed.losses, strict=True))
+    changed = train(recipe).require_finished()
+    pairs = list(zip(resident.losses, changed.losses, strict=True))
     difference = max(abs(a - b) / abs(a) for a, b in pairs)
-    allocated = streamed.events_of(MemoryMeasured)[-1].allocated_bytes
-    figures = _figures(context, streamed_recipe, resident, streamed)
+    allocated = changed.events_of(MemoryMeasured)[-1].allocated_bytes
+    figures = _figures(context, recipe, resident, changed)
     expected = figures["estimated_allocated_bytes"]
     passed = difference <= _LOSS_TOLERANCE
     passed = passed and abs(allocated / expected - 1) <= _MEMORY_TOLERANCE
@@ -46,11 +55,11 @@ def streaming(context: CheckContext) -> Outcome:
     )
 
 
-def _figures(context: CheckContext, recipe: Recipe, resident: EndedRun, streamed: EndedRun) -> dict[str, Any]:
+def _figures(context: CheckContext, recipe: Recipe, resident: EndedRun, changed: EndedRun) -> dict[str, Any]:
     """The estimate of the memory, and the slowdown, measured and predicted."""
     architecture, device = resolve_model(context.model).architecture, local_budget().device
     execution = trainer_execution(recipe, device, architecture)
-    speeds = [median([s.tokens_per_s for s in run.events_of(Step)][2:]) for run in (resident, streamed)]
+    speeds = [median([s.tokens_per_s for s in run.events_of(Step)][2:]) for run in (resident, changed)]
     return {
         "estimated_allocated_bytes": estimate(recipe, architecture, device=device).allocated_bytes,
         "slowdown": speeds[0] / speeds[1],
