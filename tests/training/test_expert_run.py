@@ -36,7 +36,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_mixture(tmp_path_factory.mktemp("models") / "tiny-mixture")
 
 
-def test_a_streamed_run_killed_and_resumed_learns_as_a_resident_one(
+def test_a_streamed_run_killed_and_resumed_learns_as_resident(
     recipe: MakeRecipe, mixture: Path, trainers: Trainers
 ) -> None:
     run = create_run(recipe({**SETTINGS, "model.id": str(mixture)}))
