@@ -559,6 +559,14 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return self.data.preferences in PAIR_METHODS
 
     @property
+    def learns_answers(self) -> bool:
+        """Whether the run makes the answers of its data likelier.
+
+        DPO, SimPO and KTO may learn which answers are better while all become less likely.
+        """
+        return self.data.preferences not in ("dpo", "simpo", "kto")
+
+    @property
     def keeps_starting_adapter(self) -> bool:
         """Whether the run compares its answers with those of an adapter that it trains further."""
         return bool(self.lora.init_from) and self.data.preferences in ("dpo", "kto")

@@ -104,8 +104,8 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
             )
         case ValidationCompared():
             return (
-                f"validation loss of {pluralize(event.rows, 'row')} without the adapter {event.before:.4f}, "
-                f"with it {event.after:.4f}; 95% interval of the change {event.low:+.3f} to {event.high:+.3f}"
+                f"validation loss of {pluralize(event.rows, 'row')} before training {event.before:.4f}, "
+                f"after {event.after:.4f}; 95% interval of the change {event.low:+.3f} to {event.high:+.3f}"
             )
         case CheckpointSaved():
             return f"checkpoint at step {event.step:,}"

@@ -236,11 +236,11 @@ class Evaluated(Event, tag="evaluated", frozen=True, kw_only=True):
 
 
 class ValidationCompared(Event, tag="validation_compared", frozen=True, kw_only=True):
-    """Validation loss with and without the final adapter on the same rows, in nats per trained token."""
+    """Validation loss before and after training on the same rows, in nats per trained token."""
 
     rows: Count
     before: float
-    """With the adapter off."""
+    """Of the base, or of the adapter that the run started from."""
     after: float
     low: float
     """95 % interval of after minus before, by the bootstrap over rows."""

@@ -144,7 +144,10 @@ def summarize(run: RunDir) -> RunSummary:
     series = view.series
     ending = view.ending
     best = view.best
-    model, settings = _recipe_words(run)
+    recipe = _readable_recipe(run)
+    model, settings = "unknown", "recipe unreadable"
+    if recipe is not None:
+        model, settings = short_model(recipe), short_settings(recipe)
     return RunSummary(
         run=run,
         name=run.name,
@@ -165,14 +168,14 @@ def summarize(run: RunDir) -> RunSummary:
         energy=format_energy(ending) if isinstance(ending, Finished) else "",
         fix=ending.fix if isinstance(ending, Failed) else "",
         defect=find_defect(view),
-        verdict=_verdict(view),
+        verdict=_verdict(view, recipe),
     )
 
 
-def _verdict(view: RunView) -> RunVerdict | None:
+def _verdict(view: RunView, recipe: Recipe | None) -> RunVerdict | None:
     if not isinstance(view.ending, Finished | Stopped) or not view.step:
         return None
-    return judge_run(gather_evidence(view, read_task_headline(view.run)))
+    return judge_run(gather_evidence(view, read_task_headline(view.run), recipe))
 
 
 def _with_heartbeat(summary: RunSummary, status: Status) -> RunSummary:
@@ -212,12 +215,11 @@ def _rank(summary: RunSummary, places: Mapping[str, int]) -> int:
     return places.get(summary.id, len(places))
 
 
-def _recipe_words(run: RunDir) -> tuple[str, str]:
+def _readable_recipe(run: RunDir) -> Recipe | None:
     try:
-        recipe = run.recipe()
+        return run.recipe()
     except UserError:
-        return "unknown", "recipe unreadable"
-    return short_model(recipe), short_settings(recipe)
+        return None
 
 
 def short_model(recipe: Recipe) -> str:

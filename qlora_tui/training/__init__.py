@@ -45,7 +45,7 @@
                           (``evaluation`` in ``eval_mode``, ``accuracy``; ``forgetting`` compares with the
                           base), stop early, save (``checkpoint_saver``; ``disk_errors``: the cause of a
                           failed write), handle ``control_requests``
-``validation_change``     validation rows with the final adapter and without it
+``validation_change``     validation rows as before training and with the final adapter
 ``random_numbers``        their state at the start of a step, for a stop that does not wait for its end
 ``checkpoints``           writes a checkpoint completely or not at all, and finds the newest intact one, from
                           which ``supervisor`` resumes exactly

@@ -1,10 +1,11 @@
-"""Validation loss with the final adapter and without it, row by row: learned, or chance."""
+"""Validation loss before and after training, row by row: learned, or chance."""
 
 from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from qlora_tui.data.store import GOOD
@@ -12,6 +13,7 @@ from qlora_tui.runs.events import ValidationCompared
 from qlora_tui.runs.task_metrics.task_evaluation import LossChange
 from qlora_tui.training.batches import TokenizedDataset
 from qlora_tui.training.forgetting.answer_logits import RowShape
+from qlora_tui.training.initial_adapter_weights import load_initial_adapter
 from qlora_tui.training.prepared_run import PreparedRun
 from qlora_tui.training.row_loss import token_losses
 
@@ -52,13 +54,17 @@ class SampleSelection:
 
 
 def compare_validation(prepared: PreparedRun, model: Any) -> None:
-    """Report the loss of up to 128 validation rows with the adapter and without it; of pairs the chosen side.
+    """Report the loss of up to 128 validation rows before and after training; of pairs the chosen side.
 
-    With several GPUs it is left out. An error, such as too little memory, costs the comparison and not the
-    run, whose adapter is on the disk by now.
+    Before training the model is its base, or has the adapter that the run started from. Left out with several
+    GPUs, and for methods that do not make answers likelier. An error, such as too little memory, costs the
+    comparison and not the run, whose adapter is on the disk by now.
+
+    Args:
+        model: with the final adapter; it may have that of the start afterwards.
     """
     samples, reporter = prepared.data.validation.of_side(GOOD), prepared.reporter
-    if not len(samples) or prepared.dist.world_size > 1:
+    if not len(samples) or prepared.dist.world_size > 1 or not prepared.recipe.learns_answers:
         return
     shape = RowShape(
         packed=prepared.base.padding_free,
@@ -68,7 +74,7 @@ def compare_validation(prepared: PreparedRun, model: Any) -> None:
     )
     chosen = SampleSelection(samples, _MAX_ROWS)
     where = prepared.device.torch_device
-    reporter.phase("evaluating", "validation rows with the adapter and without it")
+    reporter.phase("evaluating", "validation rows, as before training and now")
 
     def losses(passes_done: int) -> list[tuple[float, ...]]:
         return token_losses(
@@ -80,9 +86,9 @@ def compare_validation(prepared: PreparedRun, model: Any) -> None:
         )
 
     try:
-        with model.disable_adapter():
-            before = losses(0)
-        after = losses(1)
+        after = losses(0)
+        with _as_before_training(prepared, model):
+            before = losses(1)
     except Exception as error:
         reporter.log(f"the validation rows were not compared: {type(error).__name__}: {error}")
         return
@@ -99,3 +105,15 @@ def compare_validation(prepared: PreparedRun, model: Any) -> None:
             high=change.interval.high,
         )
     )
+
+
+@contextmanager
+def _as_before_training(prepared: PreparedRun, model: Any) -> Iterator[None]:
+    """Turn the adapter off inside, or give the model the one that the run started from, for good."""
+    lora = prepared.recipe.lora
+    if lora.init_from:
+        load_initial_adapter(model, lora, prepared.files.architecture)
+        yield
+    else:
+        with model.disable_adapter():
+            yield

@@ -6,13 +6,15 @@ import time
 
 import pytest
 
+from qlora_tui.recipe.schema import Data, Preferences, Recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter
-from qlora_tui.runs.events import Evaluated, Finished, Health, Started, Step, ValidationCompared
+from qlora_tui.runs.events import DataReady, Evaluated, Finished, Health, Started, Step, ValidationCompared
 from qlora_tui.runs.run_summary import summarize
-from qlora_tui.runs.run_verdict import RunEvidence, judge_run
+from qlora_tui.runs.run_verdict import PreferenceAccuracy, RunEvidence, gather_evidence, judge_run
 from qlora_tui.runs.task_metrics.answer_metrics import Metric, TaskRow, measure_answers
 from qlora_tui.runs.task_metrics.task_evaluation import LossChange, TaskEvaluation, write_task_evaluation
+from qlora_tui.runs.view import RunView
 
 
 def loss(change: float, rows: int = 20) -> LossChange:
@@ -75,6 +77,26 @@ def accuracy(base: int, adapter: int, rows: int = 20) -> Metric:
             "worse",
             "It learned: validation loss 2.00 → 1.20; answers worse: accuracy 30%, base 90%.",
         ),
+        (
+            RunEvidence(preferences=PreferenceAccuracy(0.9, 20, "pair", 0.5), loss=loss(0.5)),
+            "better",
+            "It learned: 90% of 20 validation pairs right, 50% by chance.",
+        ),
+        (
+            RunEvidence(preferences=PreferenceAccuracy(0.9, 20, "answer", 0.8)),
+            "unclear",
+            "Not enough evidence that it learned: 90% of 20 validation answers right, 80% by chance.",
+        ),
+        (
+            RunEvidence(preferences=PreferenceAccuracy(0.75, 20, "pair", 0.5, is_measured=True)),
+            "unclear",
+            "Not enough evidence that it learned: 75% of 20 validation pairs right, 50% before.",
+        ),
+        (
+            RunEvidence(preferences=PreferenceAccuracy(0.1, 20, "pair", 0.5)),
+            "worse",
+            "It got worse: 10% of 20 validation pairs right, 50% by chance.",
+        ),
         (RunEvidence(), "unclear", "Not enough evidence that it learned: no validation data."),
         (
             RunEvidence(losses=(2.5, 1.5)),
@@ -132,3 +154,38 @@ def test_a_summary_has_the_verdict_of_its_run(run: RunDir) -> None:
     )
     verdict = summarize(run).verdict
     assert verdict is not None and verdict.sentence.endswith("answers better: accuracy 90%, base 30%.")
+
+
+@pytest.mark.parametrize(
+    ("method", "before", "expected"),
+    [
+        ("dpo", 0.0, PreferenceAccuracy(0.9, 20, "pair", 0.5)),
+        ("kto", 0.3, PreferenceAccuracy(0.9, 20, "answer", 0.7)),
+        ("simpo", 0.3, PreferenceAccuracy(0.9, 20, "pair", 0.3, is_measured=True)),
+        ("orpo", 0.3, None),
+    ],
+)
+def test_a_preference_run_is_judged_by_its_comparisons(
+    run: RunDir, method: Preferences, before: float, expected: PreferenceAccuracy | None
+) -> None:
+    now = time.time()
+    with EventWriter(run.events_path) as log:
+        log.append(
+            DataReady(
+                at=now,
+                samples=99,
+                validation_samples=20,
+                tokens=9,
+                trained_tokens=9,
+                rows=9,
+                steps_per_epoch=9,
+                total_steps=9,
+                data_hash="",
+            )
+        )
+        log.append(Evaluated(at=now, step=0, loss=1.0, reward_accuracy=before))
+        log.append(Evaluated(at=now, step=9, loss=1.0, reward_accuracy=0.9))
+    view = RunView(run)
+    view.refresh()
+    recipe = Recipe(data=Data(preferences=method))
+    assert gather_evidence(view, None, recipe).preferences == expected

@@ -22,7 +22,7 @@ from qlora_tui.recipe.toml import dump
 from qlora_tui.runs import actions
 from qlora_tui.runs.damage import adapter_damage
 from qlora_tui.runs.directory import create_run
-from qlora_tui.runs.events import Evaluated
+from qlora_tui.runs.events import Evaluated, ValidationCompared
 from qlora_tui.runs.initial_adapter import with_initial_adapter
 from qlora_tui.runs.machine_checks import CheckKind, Machine
 from qlora_tui.runs.preflight import preflight
@@ -130,6 +130,8 @@ def test_a_run_trains_an_earlier_adapter_further(recipe: MakeRecipe, trainers: T
     assert trainers.run(run) == 0
     assert adapter_damage(first.adapter_dir) is None and digest(first.adapter_dir) == before
     ended, starts = events_of(first, Evaluated)[-1].loss, events_of(run, Evaluated)[0].loss
+    # The verdict is on what this run added.
+    assert events_of(run, ValidationCompared)[0].before == pytest.approx(starts, abs=1e-3)
     assert starts == pytest.approx(ended, abs=1e-6) != events_of(first, Evaluated)[0].loss
     # A resume needs the earlier adapter no more.
     again = interrupted_at(run, 1)

@@ -8,8 +8,9 @@ import pytest
 
 from qlora_tui.recipe.schema import Source
 from qlora_tui.runs.directory import create_run
-from qlora_tui.runs.events import DataReady, Evaluated, Started, Step, StepVerified
+from qlora_tui.runs.events import DataReady, Evaluated, Started, Step, StepVerified, ValidationCompared
 from qlora_tui.runs.retry import RetryPlan
+from qlora_tui.runs.run_summary import summarize
 from tests.support.trainer_processes import Trainers
 from tests.training.conftest import MakeRecipe
 from tests.training.event_helpers import events_of, losses
@@ -43,6 +44,10 @@ def test_a_preference_run_learns_and_resumes_in_smaller_batches(
     assert after.reward_margin is not None and before.reward_margin is not None
     assert after.reward_margin > before.reward_margin + 0.02
     assert after.reward_accuracy == 1.0
+    # A likelier chosen answer is no aim of DPO and KTO.
+    assert bool(events_of(run, ValidationCompared)) == (method == "orpo")
+    verdict = summarize(run).verdict
+    assert verdict is not None and verdict.sentence.endswith("by chance.") == (method != "orpo")
     steps = events_of(run, Step)
     assert all(step.reward_accuracy is not None for step in steps)
 
