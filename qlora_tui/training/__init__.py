@@ -35,7 +35,8 @@
 ``agreement``             when two tensors count as equal
 ``step_verification``     compares the first step with transformers and peft (``step_check``); switches
                           off a fast path (``fast_paths``) that differs
-``batches``               samples to sequences to micro-batches, in an order that resume can repeat
+``batches``               samples (``tokenized_dataset``) to sequences to micro-batches, in an order that
+                          resume can repeat; ``step_dataset``: an item for each optimizer step
 ``memory_probe``          one step on the longest batch before training; ``memory_meter``: peak memory;
                           ``heap``: returns free memory to the system
 ``trainer``               transformers' ``Trainer``, one item per optimizer step, and gradient clipping;

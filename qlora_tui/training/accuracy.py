@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_tui.training.batches import TokenizedDataset
 from qlora_tui.training.chunked_loss import IGNORED
+from qlora_tui.training.tokenized_dataset import TokenizedDataset
 
 SHORT_TOKENS = 16
 """Tokens in the loss, ends of turns included, up to which the answer of a sample counts as short."""

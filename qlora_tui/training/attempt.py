@@ -19,8 +19,9 @@ from qlora_tui.training.preference.preference_steps import PreferenceSteps
 from qlora_tui.training.preparation import prepare_run
 from qlora_tui.training.prepared_run import AttemptContext, PreparedRun
 from qlora_tui.training.priority import lower_priority
+from qlora_tui.training.step_dataset import StepDataset
 from qlora_tui.training.telemetry_recorder import TelemetryRecorder
-from qlora_tui.training.trainer import RunTrainer, StepDataset, training_arguments
+from qlora_tui.training.trainer import RunTrainer, training_arguments
 from qlora_tui.training.validation_change import compare_validation
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ import random
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,32 +34,12 @@ from torch import Tensor, nn
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.training.chunked_loss import IGNORED, loss_positions
 from qlora_tui.training.preference.pairs import Pairs, SidedDataset, members
+from qlora_tui.training.tokenized_dataset import TokenizedDataset
 
 PackedSamples: TypeAlias = tuple[int, ...]
 """Indices of the samples in one sequence; a single one without packing."""
 _LENGTH_GROUP = 16
 """Steps per group that is sorted by length, where sequences are padded."""
-
-
-class TokenizedDataset(Protocol):
-    """The interface of a tokenized data set; ``qlora_tui.data.store.Samples`` implements it."""
-
-    def __len__(self) -> int: ...
-
-    def token_ids(self, i: int, /) -> Sequence[int]:
-        """Token ids of sample ``i``."""
-
-    def loss_mask(self, i: int, /) -> Sequence[int]:
-        """1 for each token in the loss, else 0."""
-
-    def weights(self, i: int, /) -> Sequence[float] | None:
-        """Weight of each token in the loss; None where each token in the loss has weight 1."""
-
-    def length(self, i: int, /) -> int:
-        """Length of sample ``i`` in tokens."""
-
-    def epoch(self, epoch: int, seed: int, /) -> Sequence[int]:
-        """Indices of all samples in the random order of one epoch."""
 
 
 @dataclass(frozen=True)

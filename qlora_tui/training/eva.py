@@ -17,9 +17,10 @@ from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import UserError
 from qlora_tui.training.adapter import targets_by_name
 from qlora_tui.training.base_model import PreparedBase
-from qlora_tui.training.batches import StepPlan, TokenizedDataset, collate, micro_batches, on_device
+from qlora_tui.training.batches import StepPlan, collate, micro_batches, on_device
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.prepared_run import AttemptContext
+from qlora_tui.training.tokenized_dataset import TokenizedDataset
 
 MAX_PASSES = 1000
 """Forward passes after which the directions of some module count as not settling."""

@@ -17,19 +17,13 @@ from qlora_tui.training.accuracy import (
     has_short_answers,
     last_hidden_states,
 )
-from qlora_tui.training.batches import (
-    PackedSamples,
-    TokenizedDataset,
-    collate,
-    on_device,
-    sum_loss_weights,
-    validation_batches,
-)
+from qlora_tui.training.batches import PackedSamples, collate, on_device, sum_loss_weights, validation_batches
 from qlora_tui.training.chunked_loss import IGNORED
 from qlora_tui.training.eval_mode import no_grad_eval
 from qlora_tui.training.preference.objective import PreferenceObjective, RewardSums
 from qlora_tui.training.preference.preference_validation import PreferenceValidator
 from qlora_tui.training.prepared_run import PreparedRun
+from qlora_tui.training.tokenized_dataset import TokenizedDataset
 
 ANSWER_TOKENS = 96
 """Largest number of tokens of a sampled answer."""

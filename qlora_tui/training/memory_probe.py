@@ -12,14 +12,9 @@ import torch
 
 from qlora_tui.runs.events import LayersKept
 from qlora_tui.training import model_loading
-from qlora_tui.training.batches import (
-    PackedSamples,
-    StepPlan,
-    TokenizedDataset,
-    computed_tokens,
-    micro_batches,
-)
+from qlora_tui.training.batches import PackedSamples, StepPlan, computed_tokens, micro_batches
 from qlora_tui.training.prepared_run import PreparedRun
+from qlora_tui.training.tokenized_dataset import TokenizedDataset
 from qlora_tui.training.trainer import RunTrainer
 
 

@@ -21,7 +21,7 @@ from qlora_tui.runs.machine_checks import several_gpus_problem
 from qlora_tui.training import model_loading, quantized_cache
 from qlora_tui.training.adapter import add_lora, trained_parameters
 from qlora_tui.training.base_model import PreparedBase, prepare_base
-from qlora_tui.training.batches import TokenizedDataset, plan_steps
+from qlora_tui.training.batches import plan_steps
 from qlora_tui.training.checkpoints import require_unchanged
 from qlora_tui.training.chunked_loss import find_head
 from qlora_tui.training.compute_device import ComputeDevice, choose_attention
@@ -41,6 +41,7 @@ from qlora_tui.training.streaming.host_memory import HostMemory, require_host_me
 from qlora_tui.training.streaming.input_offload import InputOffload, offload_inputs
 from qlora_tui.training.streaming.placement import decoder_layers
 from qlora_tui.training.token_losses import use_token_losses
+from qlora_tui.training.tokenized_dataset import TokenizedDataset
 
 
 def prepare_run(

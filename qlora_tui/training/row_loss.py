@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qlora_tui.training.batches import TokenizedDataset, collate, on_device, pack
+from qlora_tui.training.batches import collate, on_device, pack
 from qlora_tui.training.chunked_loss import find_head
 from qlora_tui.training.eval_mode import no_grad_eval
 from qlora_tui.training.forgetting.answer_logits import RowShape
 from qlora_tui.training.packed_attention import segment_mask
 from qlora_tui.training.token_losses import token_losses as each_token_loss
+from qlora_tui.training.tokenized_dataset import TokenizedDataset
 
 
 class OtherPrompts:

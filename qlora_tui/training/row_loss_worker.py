@@ -25,7 +25,7 @@ from qlora_tui.worker_messages import send_error, send_progress
 
 if TYPE_CHECKING:
     from qlora_tui.data.tokenizer import ChatTokenizer
-    from qlora_tui.training.batches import TokenizedDataset
+    from qlora_tui.training.tokenized_dataset import TokenizedDataset
 
 
 def measure(run: RunDir) -> None:

@@ -20,10 +20,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from qlora_tui.training.batches import PackedSamples, TokenizedDataset, collate, on_device, sum_loss_weights
+from qlora_tui.training.batches import PackedSamples, collate, on_device, sum_loss_weights
 from qlora_tui.training.chunked_loss import IGNORED
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.dropout import dropout_settings
+from qlora_tui.training.tokenized_dataset import TokenizedDataset
 
 Gradients: TypeAlias = dict[str, Tensor]
 """Gradient of each trained parameter, by its name in the model."""
@@ -45,7 +46,7 @@ _FP16_LOSS_SCALE = 1024.0
 
 @dataclass(frozen=True)
 class Excerpt:
-    """Some samples of the first micro-batch: a :class:`~qlora_tui.training.batches.TokenizedDataset`."""
+    """Some samples of the first micro-batch, as a ``TokenizedDataset``."""
 
     ids: tuple[tuple[int, ...], ...]
     loss_masks: tuple[tuple[int, ...], ...]

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from qlora_tui.memory.execution import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS
 from qlora_tui.runs.events import StepVerified
 from qlora_tui.training.base_model import PreparedBase
-from qlora_tui.training.batches import PackedSamples, StepPlan, TokenizedDataset, count_tokens, micro_batches
+from qlora_tui.training.batches import PackedSamples, StepPlan, count_tokens, micro_batches
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.distributed import DistributedContext
 from qlora_tui.training.failure import is_out_of_memory
@@ -25,6 +25,7 @@ from qlora_tui.training.memory_probe import longest_micro_batch
 from qlora_tui.training.prepared_run import PreparedRun
 from qlora_tui.training.reporter import Reporter
 from qlora_tui.training.step_check import Excerpt, StepComparison, StepReference, excerpt_of, ready_to_compare
+from qlora_tui.training.tokenized_dataset import TokenizedDataset
 
 _MAX_TOKENS = {"cpu": 128, "cuda": 512}
 """Largest number of tokens in the excerpt: a second or two of computing on either device."""

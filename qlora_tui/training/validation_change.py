@@ -11,11 +11,11 @@ from typing import Any
 from qlora_tui.data.store import GOOD
 from qlora_tui.runs.events import ValidationCompared
 from qlora_tui.runs.task_metrics.task_evaluation import LossChange
-from qlora_tui.training.batches import TokenizedDataset
 from qlora_tui.training.forgetting.answer_logits import RowShape
 from qlora_tui.training.initial_adapter_weights import load_initial_adapter
 from qlora_tui.training.prepared_run import PreparedRun
 from qlora_tui.training.row_loss import token_losses
+from qlora_tui.training.tokenized_dataset import TokenizedDataset
 
 _MAX_ROWS = 128
 

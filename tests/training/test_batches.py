@@ -24,7 +24,7 @@ from qlora_tui.training.batches import (
     sum_loss_weights,
     validation_batches,
 )
-from qlora_tui.training.trainer import StepDataset
+from qlora_tui.training.step_dataset import StepDataset
 
 pytestmark = pytest.mark.slow
 

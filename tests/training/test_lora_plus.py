@@ -12,7 +12,8 @@ pytest.importorskip("torch")
 from qlora_tui.recipe.schema import Recipe, Training
 from qlora_tui.training.batches import StepPlan
 from qlora_tui.training.compute_device import find_device
-from qlora_tui.training.trainer import RunTrainer, StepDataset, training_arguments
+from qlora_tui.training.step_dataset import StepDataset
+from qlora_tui.training.trainer import RunTrainer, training_arguments
 
 pytestmark = pytest.mark.slow
 

@@ -13,27 +13,11 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from qlora_tui.data.store import GOOD
+from qlora_tui.training.tokenized_dataset import TokenizedDataset
 
 
-class SidedDataset(Protocol):
+class SidedDataset(TokenizedDataset, Protocol):
     """Tokenized samples that are good or bad answers; ``qlora_tui.data.store.Samples`` is one."""
-
-    def __len__(self) -> int: ...
-
-    def token_ids(self, i: int, /) -> Sequence[int]:
-        """Token ids of sample ``i``."""
-
-    def loss_mask(self, i: int, /) -> Sequence[int]:
-        """1 for each token in the loss, else 0."""
-
-    def weights(self, i: int, /) -> Sequence[float] | None:
-        """Weight of each token in the loss; None where each token in the loss has weight 1."""
-
-    def length(self, i: int, /) -> int:
-        """Length of sample ``i`` in tokens."""
-
-    def epoch(self, epoch: int, seed: int, /) -> Sequence[int]:
-        """Indices of all samples in the random order of one epoch."""
 
     def side(self, i: int, /) -> int:
         """``GOOD`` or ``BAD`` of :mod:`qlora_tui.data.store`."""

@@ -10,7 +10,7 @@ from qlora_tui.training.preference.answer_scores import collate_answers
 from qlora_tui.training.preference.mismatched import MismatchedSamples
 from qlora_tui.training.preference.pairs import SidedDataset
 from qlora_tui.training.prepared_run import PreparedRun
-from qlora_tui.training.trainer import StepData, StepDataset
+from qlora_tui.training.step_dataset import StepData, StepDataset
 
 
 class PreferenceSteps(StepDataset):
