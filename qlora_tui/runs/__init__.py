@@ -17,7 +17,7 @@ energy          adds up the measured power
 describe        events as sentences
 actions         actions on runs, shared by keys and commands; the app deletes through trash
 initial_adapter the adapter that a run starts from, by the name of its run
-preflight       checks a recipe before a launch
+preflight       checks a recipe before a launch; data_checks its data
 step_limit      checks whether Max steps or Epochs ends a run
 tracker_packages whether an experiment tracker is installed
 machine_checks  checks GPU, disk and queue

@@ -65,6 +65,11 @@ class Check:
     name: str = ""
     """Replaces the kind's name if there are several of a kind: ``disk for runs``."""
 
+    @classmethod
+    def blocked(cls, kind: CheckKind, problem: UserError, suggested_fix: SuggestedFix | None = None) -> Check:
+        """The check that a run cannot pass because of ``problem``."""
+        return cls(kind, "error", problem.what, problem.fix, problem, suggested_fix)
+
     @property
     def label(self) -> str:
         """Name to show."""

@@ -5,46 +5,30 @@ They read the model's files and the data, for a few seconds at most.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import msgspec
-from msgspec.structs import replace
 
 from qlora_tui import paths
 from qlora_tui.catalog.adapter_fit import require_fit, trained_on
 from qlora_tui.catalog.context_length import context_length_warning
 from qlora_tui.catalog.local_models import ModelFiles, resolve_model
-from qlora_tui.data.error_cache import Tokens, file_fingerprint, raise_cached_error, tokenizer_fingerprint
-from qlora_tui.data.hub_dataset import local_files
-from qlora_tui.data.preferences import (
-    METHODS_FOR_PAIRS,
-    NOTHING_COMPARED_TITLE,
-    PAIRS_TITLE,
-    RATED_TITLE,
-)
-from qlora_tui.data.problems import SKIP_BAD_ROWS, DataProblem
-from qlora_tui.data.quick_check import FileSize, QuickCheckResult, quick_check
-from qlora_tui.data.read import COLUMNAR, files_of, kind_of
-from qlora_tui.data.sources import SourceFile, every_source, is_hub_dataset, sniff
 from qlora_tui.data.token_lookup import check_tokens
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.formatting import (
-    format_bytes,
     format_count,
     format_gib,
     format_path,
-    pluralize,
     short_model_name,
 )
 from qlora_tui.memory import Estimate, cheapest_changes, check_fit, estimate, plan_kept_layers
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.four_bit import require_4_bit_experts
 from qlora_tui.recipe.conflicts import find_conflicts
-from qlora_tui.recipe.schema import Data, Lora, Recipe, Source, Training
+from qlora_tui.recipe.schema import Lora, Recipe, Training
 from qlora_tui.recipe.targets import check_optimizer_of_experts, resolve_targets
 from qlora_tui.recipe.toml import load, to_frozen_recipe
+from qlora_tui.runs.data_checks import check_data
 from qlora_tui.runs.initial_adapter import initial_adapter
 from qlora_tui.runs.machine_checks import (
     Check,
@@ -55,7 +39,6 @@ from qlora_tui.runs.machine_checks import (
     check_host_memory,
     check_queue,
 )
-from qlora_tui.runs.step_limit import check_step_limit
 from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.runs.tracker_packages import missing_tracker
 
@@ -71,7 +54,7 @@ def preflight(recipe: Recipe, machine: Machine, *, read_columnar: bool) -> tuple
     run that cannot start has a check with a ``problem``.
     """
     model, files = _model(recipe)
-    checks = [model, *_data(recipe, files, read_columnar=read_columnar), *_settings(recipe)]
+    checks = [model, *check_data(recipe, files, read_columnar=read_columnar), *_settings(recipe)]
     estimated = None
     if files is not None:
         checks += [*_stored_experts(recipe, files), *_lora(recipe, files), *_length(recipe, files)]
@@ -93,193 +76,24 @@ def errors(checks: tuple[Check, ...]) -> tuple[Check, ...]:
     return tuple(check for check in checks if check.outcome == "error")
 
 
-def _blocked(kind: CheckKind, problem: UserError, suggested_fix: SuggestedFix | None = None) -> Check:
-    return Check(kind, "error", problem.what, problem.fix, problem, suggested_fix)
-
-
 def _model(recipe: Recipe) -> tuple[Check, ModelFiles | None]:
     if not recipe.model.id:
         fix = "Choose one on the Model screen, or pass --model."
         problem = UserError("No model", what="No model selected.", fix=fix, exit_code=EXIT_USAGE)
-        return _blocked(CheckKind.MODEL, problem), None
+        return Check.blocked(CheckKind.MODEL, problem), None
     try:
         files = resolve_model(recipe.model.id)
     except UserError as problem:
-        return _blocked(CheckKind.MODEL, problem), None
+        return Check.blocked(CheckKind.MODEL, problem), None
     weights = "a GGUF file, converted on first use" if files.gguf_file else f"in {format_path(files.folder)}"
     text = f"{format_count(files.architecture.total_params)} parameters, {weights}."
     return Check(CheckKind.MODEL, "ok", text), files
 
 
-def _data(recipe: Recipe, model_files: ModelFiles | None, *, read_columnar: bool) -> list[Check]:
-    data = recipe.data
-    if not data.sources:
-        fix = "Choose a file on the Data screen, or pass --data."
-        problem = UserError("No data", what="No data selected.", fix=fix, exit_code=EXIT_USAGE)
-        return [_blocked(CheckKind.DATA, problem)]
-    try:
-        descriptions = _describe_sources(data, _token_fingerprint(recipe, model_files))
-        result = _check_rows(_fingerprints(data), _reading_settings(data), read_columnar)
-        if isinstance(result, UserError):
-            raise result
-    except UserError as problem:
-        return [_blocked(CheckKind.DATA, problem, _data_fix(problem))]
-    except OSError as error:
-        return [_blocked(CheckKind.DATA, _unreadable(error))]
-    checks = [_row_warning(warning) for warning in result.warnings]
-    all_here = all(_local_files(source) is not None for source in every_source(data))
-    complete = result.complete and all_here
-    if not complete:
-        later = "Rows not read yet are checked when the run starts."
-        checks.append(Check(CheckKind.DATA, "note", f"{'; '.join(descriptions)}. {later}"))
-    elif not checks:
-        checks.append(_rows_used(result.sizes, len(data.sources), f"{'; '.join(descriptions)}."))
-    return [*checks, *check_step_limit(recipe, result.sizes, complete=complete)]
-
-
-def _data_fix(problem: UserError) -> SuggestedFix | None:
-    """Return the change of a setting that makes the data usable, where there is one."""
-    if SKIP_BAD_ROWS in problem.fix:
-        return SuggestedFix("leave bad rows out", changes={"data.bad_rows": "skip"})
-    if problem.title == PAIRS_TITLE and METHODS_FOR_PAIRS in problem.fix:
-        return SuggestedFix("train on both answers with ORPO", changes={"data.preferences": "orpo"})
-    if problem.title == RATED_TITLE:
-        return SuggestedFix("train on all answers with KTO", changes={"data.preferences": "kto"})
-    if problem.title == NOTHING_COMPARED_TITLE:
-        return SuggestedFix("train on the answers as they are", changes={"data.preferences": "refuse"})
-    return None
-
-
-def _rows_used(sizes: Sequence[FileSize], sources: int, text: str) -> Check:
-    """Say how many rows are trained on, where that is not all of them; ``text`` describes the sources."""
-    trained = [size for size in sizes if size.source < sources]
-    rows, used = sum(size.rows for size in trained), sum(size.samples for size in trained)
-    if used == rows:
-        return Check(CheckKind.DATA, "ok", text)
-    fix = "See why on the Data screen, or with `qlora-tui data inspect`."
-    return Check(CheckKind.DATA, "note", f"{text} About {used:,} of {pluralize(rows, 'row')} are used.", fix)
-
-
-def data_error(data: Data) -> UserError | None:
-    """Return why the data cannot be trained on, as far as its first rows and earlier inspections show."""
-    try:
-        _describe_sources(data, None)
-    except UserError as problem:
-        return problem
-    except OSError as error:
-        return _unreadable(error)
-    return None
-
-
-def _describe_sources(data: Data, tokens: Tokens | None) -> list[str]:
-    """Describe each source by its first rows. Raises ``UserError`` for an error in them or found earlier."""
-    descriptions = [_describe_source(source, data.preferences) for source in data.sources]
-    files = [(source, path) for source in every_source(data) for path in _local_files(source) or ()]
-    raise_cached_error(files, tokens, skips_bad_rows=data.bad_rows == "skip")
-    return descriptions
-
-
-def _unreadable(error: OSError) -> UserError:
-    what = f"{error.filename}: {error.strerror}."
-    return UserError("Cannot read data", what=what, fix="Check its permissions.")
-
-
-def _row_warning(problem: DataProblem) -> Check:
-    text = (
-        f"{problem.title} ({pluralize(problem.count, 'row')} of {Path(problem.path).name}): {problem.example}"
-    )
-    if not problem.split_rows:
-        return Check(CheckKind.DATA, "warning", text, problem.fix)
-    about = "about " if problem.is_estimate else ""
-    label = f"split into {about}{pluralize(problem.split_rows, 'row')}"
-    split = SuggestedFix(label, changes={"data.overflow": "split"})
-    return Check(CheckKind.DATA, "warning", text, problem.fix, suggested_fix=split)
-
-
-def _token_fingerprint(recipe: Recipe, files: ModelFiles | None) -> Tokens | None:
-    """Fingerprint that token errors depend on; None without a model, or for a GGUF tokenizer."""
-    if files is None or files.gguf_file is not None:
-        return None
-    return tokenizer_fingerprint(files.folder, recipe.model.chat_template, recipe.data.train_on)
-
-
-_Fingerprint = tuple[Path, int, bytes, int, int]
-"""A file, the index of its source and the source as JSON, the file's modification time in nanoseconds and its
-size in bytes."""
-
-
-def _fingerprints(data: Data) -> tuple[_Fingerprint, ...]:
-    return tuple(
-        (path, index, msgspec.json.encode(source), *file_fingerprint(path))
-        for index, source in enumerate(every_source(data))
-        for path in _local_files(source) or ()
-    )
-
-
-def _reading_settings(data: Data) -> bytes:
-    """Settings that decide what is read from a row, as JSON."""
-    return msgspec.json.encode(
-        {
-            "preferences": data.preferences,
-            "bad_rows": data.bad_rows,
-            "max_length": data.max_length,
-            "overflow": data.overflow,
-        }
-    )
-
-
-@lru_cache(maxsize=4)
-def _check_rows(
-    fingerprints: tuple[_Fingerprint, ...], settings: bytes, read_columnar: bool
-) -> QuickCheckResult | UserError:
-    """Return the rows' warnings, or the error that blocks a run; cached: the Train screen checks often."""
-    data = msgspec.json.decode(settings, type=Data)
-    files = [
-        (path, index, msgspec.json.decode(source, type=Source))
-        for path, index, source, *_ in fingerprints
-        if read_columnar or kind_of(path) not in COLUMNAR
-    ]
-    try:
-        result = quick_check(
-            (SourceFile(path, i, sniff(path, source, data.preferences)) for path, i, source in files), data
-        )
-    except UserError as problem:
-        return problem
-    return replace(result, complete=result.complete and len(files) == len(fingerprints))
-
-
-def _local_files(source: Source) -> list[Path] | None:
-    """Files of a source; None for a Hub dataset that the run will download."""
-    if is_hub_dataset(source.path):
-        return local_files(source.path)
-    return files_of(Path(source.path).expanduser())[0]
-
-
-def _describe_source(source: Source, preferences: str) -> str:
-    files = _local_files(source)
-    if files is None:
-        return f"{source.path}, which the run downloads from the Hub"
-    kind = kind_of(files[0])
-    layout = kind if kind in COLUMNAR else _format_of(files[0], msgspec.json.encode(source), preferences)
-    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
-    name = source.path if is_hub_dataset(source.path) else files[0].name
-    return f"{name}{more}, {format_bytes(sum(f.stat().st_size for f in files))}, {layout}"
-
-
-def _format_of(path: Path, source: bytes, preferences: str) -> str:
-    """Return the format of a file; cached: Home and the Train screen ask often."""
-    return _sniffed_format(path, source, preferences, file_fingerprint(path))
-
-
-@lru_cache(maxsize=16)
-def _sniffed_format(path: Path, source: bytes, preferences: str, _stamp: tuple[int, int]) -> str:
-    return sniff(path, msgspec.json.decode(source, type=Source), preferences).layout.format
-
-
 def _settings(recipe: Recipe) -> list[Check]:
     missing = missing_tracker(recipe.training.report_to)
     return [
-        *([_blocked(CheckKind.SETTINGS, missing)] if missing else []),
+        *([Check.blocked(CheckKind.SETTINGS, missing)] if missing else []),
         *_learning_rate(recipe.training.learning_rate),
         *_reference_point(recipe),
         *(
@@ -314,7 +128,7 @@ def _stored_experts(recipe: Recipe, files: ModelFiles) -> list[Check]:
     try:
         require_4_bit_experts(recipe.quantization, files.architecture)
     except UserError as problem:
-        return [_blocked(CheckKind.SETTINGS, problem)]
+        return [Check.blocked(CheckKind.SETTINGS, problem)]
     return []
 
 
@@ -328,7 +142,7 @@ def _lora(recipe: Recipe, files: ModelFiles) -> list[Check]:
         if recipe.lora.init_from:
             return _initial_adapter(recipe, files)
     except UserError as problem:
-        return [_blocked(CheckKind.LORA, problem)]
+        return [Check.blocked(CheckKind.LORA, problem)]
     return []
 
 
@@ -338,7 +152,7 @@ def _initial_adapter(recipe: Recipe, files: ModelFiles) -> list[Check]:
     try:
         require_fit(folder, recipe.lora, files.architecture)
     except UserError as problem:
-        return [_blocked(CheckKind.LORA, problem, _its_settings(recipe.lora, folder))]
+        return [Check.blocked(CheckKind.LORA, problem, _its_settings(recipe.lora, folder))]
     base = trained_on(folder)
     if not base or short_model_name(base) in (short_model_name(recipe.model.id), files.folder.name):
         return [Check(CheckKind.LORA, "ok", f"Starts from the adapter in {format_path(folder)}.")]

@@ -13,7 +13,7 @@ from qlora_tui.memory import check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import precision_of
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs.preflight import data_error
+from qlora_tui.runs.data_checks import data_error
 from qlora_tui.tui.key_names import command_key, key_label, key_name, pressable
 from qlora_tui.tui.workbench import Workbench
 

@@ -191,7 +191,7 @@ def test_errors_of_an_earlier_inspection_are_rejected_at_any_row(
     call: Call, readable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "qlora_tui.runs.preflight.quick_check", lambda files, data: QuickCheckResult(False, ())
+        "qlora_tui.runs.data_checks.quick_check", lambda files, data: QuickCheckResult(False, ())
     )
     data = tmp_path / "owls.jsonl"
     good = '{"prompt": "a", "completion": "b"}\n'

@@ -14,10 +14,10 @@ from qlora_tui.files import private_dir
 from qlora_tui.memory import Device
 from qlora_tui.memory.budget import MemoryBudget, budget_for
 from qlora_tui.recipe.schema import Data, Lora, Model, Preferences, Recipe, Source, Training
-from qlora_tui.runs import preflight as preflight_module
-from qlora_tui.runs import tracker_packages
+from qlora_tui.runs import data_checks, tracker_packages
+from qlora_tui.runs.data_checks import data_error
 from qlora_tui.runs.machine_checks import Check, CheckKind, Machine
-from qlora_tui.runs.preflight import data_error, preflight
+from qlora_tui.runs.preflight import preflight
 from tests.tui.sample_data import readable_model
 
 
@@ -96,7 +96,7 @@ def test_errors_of_an_earlier_inspection_are_reported_at_any_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unseen = QuickCheckResult(False, ())
-    monkeypatch.setattr(preflight_module, "quick_check", lambda files, data: unseen)
+    monkeypatch.setattr(data_checks, "quick_check", lambda files, data: unseen)
     rows = tmp_path / "tickets.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n' * 2 + "{bad\n")
     recipe = Recipe(data=Data(sources=(Source(path=str(rows)),)))

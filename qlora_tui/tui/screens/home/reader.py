@@ -16,7 +16,7 @@ from qlora_tui.memory import Estimate, check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import precision_of
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs.preflight import data_error
+from qlora_tui.runs.data_checks import data_error
 from qlora_tui.runs.run_summary import RunSummary, SummaryCache
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui.draft import draft_written_at
