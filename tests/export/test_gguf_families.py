@@ -53,6 +53,7 @@ LONG: dict[str, Any] = {
     "original_max_position_embeddings": 256,
     "partial_rotary_factor": 0.75,
 }
+EXPERTS: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 MODELS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"tie_word_embeddings": True}),
     ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -74,6 +75,9 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ("phi3", {"rope_parameters": LONG}),
     ("olmo2", {}),
     ("glm4", {"head_dim": 16}),
+    ("mixtral", {"num_local_experts": 8}),
+    ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 64}),
+    ("qwen3_moe", EXPERTS | {"head_dim": 32, "norm_topk_prob": True}),
 ]  # fmt: skip
 
 
@@ -137,6 +141,8 @@ def test_wrong_row_order_changes_the_answers(tmp_path: Path, monkeypatch: pytest
         ("gemma2", GEMMA | {"query_pre_attn_scalar": 20}, "scaled by 20"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "without rotary embedding"),
         ("llama", {"hidden_act": "gelu"}, "its activation is gelu"),
+        ("qwen3_moe", EXPERTS | {"norm_topk_prob": False}, "the weights of a token's experts"),
+        ("qwen3_moe", EXPERTS | {"norm_topk_prob": True, "mlp_only_layers": [0]}, "have no experts"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
     ],
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_tui.cli.main import main
 from qlora_tui.runs.directory import create_run
 from qlora_tui.runs.events import LayersStreamed, Started, Step, StepVerified
 from tests.support.polling import wait_for
@@ -18,6 +19,7 @@ from tests.training.event_helpers import events_of, losses
 from tests.training.test_resume import EVERY_STEP, EXACT
 from tests.training.tiny_model import make_tiny_mixture
 
+pytest.importorskip("llama_cpp_py_sync")
 pytestmark = pytest.mark.slow
 
 LAYERS = 2
@@ -36,8 +38,12 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_mixture(tmp_path_factory.mktemp("models") / "tiny-mixture")
 
 
-def test_a_streamed_run_killed_and_resumed_learns_as_resident(
-    recipe: MakeRecipe, mixture: Path, trainers: Trainers
+def test_a_mixture_streams_resumes_and_is_exported_as_gguf(
+    recipe: MakeRecipe,
+    mixture: Path,
+    trainers: Trainers,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = create_run(recipe({**SETTINGS, "model.id": str(mixture)}))
     assert trainers.run(run) == 0
@@ -57,6 +63,11 @@ def test_a_streamed_run_killed_and_resumed_learns_as_resident(
     assert events_of(again, LayersStreamed)[-1].streamed_layers == LAYERS
     repeated = losses(again)
     assert all(abs(repeated[step] - loss) < EXACT for step, loss in expected.items())
+
+    arguments = ["--quant", "F16", "--compare-tokens", "50", "--json"]
+    assert main(["export", "gguf", run.id, str(tmp_path / "mixture.gguf"), *arguments]) == 0
+    (file,) = json.loads(capsys.readouterr().out)["files"]
+    assert file["proof"]["divergence"] < 0.002 < file["proof"]["effect"]
 
 
 def test_a_run_from_before_this_setting_keeps_16_bits(recipe: MakeRecipe, mixture: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.export.gguf_file.expert_stacks import stack_experts
 from qlora_tui.export.gguf_file.families import TensorNames, extra_tensors
 from qlora_tui.export.gguf_file.hyperparameters import hyperparameters
 from qlora_tui.export.gguf_file.vocabulary import Vocabulary, read_vocabulary
@@ -40,7 +41,7 @@ def gguf_content(source: ChatSource, tokenizer: ChatTokenizer, weights: MergedWe
     parameters = hyperparameters(config)
     tensors = [
         SourceTensor(name, tensor.shape, partial(_values, names, tensor))
-        for tensor in weights
+        for tensor in stack_experts(weights)
         if (name := names.name_of(tensor.name)) is not None
     ]
     extra = [

@@ -41,6 +41,8 @@ class GgufFamily:
     norm_offset: float = 0.0
     """Added to each norm's weight."""
     activation: str = "silu"
+    normalizes_experts: bool | None = None
+    """Whether llama.cpp makes the weights of a token's experts add up to 1; None for a dense family."""
 
 
 FAMILIES = {
@@ -55,6 +57,9 @@ FAMILIES = {
     "phi3": GgufFamily("phi3"),
     "olmo2": GgufFamily("olmo2"),
     "glm4": GgufFamily("glm4"),
+    "mixtral": GgufFamily("llama", interleaved_rope=True, normalizes_experts=True),
+    "qwen2_moe": GgufFamily("qwen2moe", normalizes_experts=False),
+    "qwen3_moe": GgufFamily("qwen3moe", normalizes_experts=True),
 }
 """By transformers' ``model_type``."""
 

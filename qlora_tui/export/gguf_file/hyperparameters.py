@@ -55,6 +55,8 @@ def hyperparameters(config: Any) -> Hyperparameters:
     values |= _rope_scaling(config, rope)
     if family.architecture in _PERIODS:
         values |= _gemma(config, family)
+    if family.normalizes_experts is not None:
+        values |= _experts(config, family)
     if family.architecture == "granite":
         values |= {
             "attention.scale": float(config.attention_multiplier),
@@ -134,6 +136,27 @@ def _rope_scaling(config: Any, rope: dict[str, Any]) -> dict[str, int | float | 
             "rope.scaling.attn_factor": float(attention_factor),
         }
     raise _not_computed(f"its rotary embedding is scaled by {kind}")
+
+
+def _experts(config: Any, family: GgufFamily) -> dict[str, int | float | str | list[bool]]:
+    if getattr(config, "norm_topk_prob", True) != family.normalizes_experts:
+        how = "does not add" if family.normalizes_experts else "adds"
+        raise _not_computed(f"it {how} up the weights of a token's experts to 1")
+    if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
+        raise _not_computed("some of its layers have no experts")
+    if getattr(config, "clip_qkv", None):
+        raise _not_computed("it clips queries, keys and values")
+    width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    values: dict[str, int | float | str | list[bool]] = {
+        "expert_count": config.num_local_experts
+        if hasattr(config, "num_local_experts")
+        else config.num_experts,
+        "expert_used_count": config.num_experts_per_tok,
+        "expert_feed_forward_length": width,
+    }
+    if shared := getattr(config, "shared_expert_intermediate_size", None):
+        values["expert_shared_feed_forward_length"] = shared
+    return values
 
 
 def _gemma(config: Any, family: GgufFamily) -> dict[str, int | float | str | list[bool]]:

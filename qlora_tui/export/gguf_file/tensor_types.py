@@ -1,7 +1,7 @@
 """Types of a GGUF file's tensors, and their encoding with the ``gguf`` package.
 
-Norms, biases and rotary factors stay float32, as llama.cpp expects. In a file of a 4- or 5-bit type the
-embedding and the head are Q8_0: they are the weights that suffer most from few bits.
+Norms, biases, rotary factors and routers stay float32, as llama.cpp expects. In a file of a 4- or 5-bit type
+the embedding and the head are Q8_0: they are the weights that suffer most from few bits.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from qlora_tui.catalog.gguf_file_types import FileType
 from qlora_tui.errors import UserError
 
+_ROUTER = ".ffn_gate_inp"
 _WIDE_AT_FEW_BITS = ("token_embd.weight", "output.weight")
 
 
@@ -22,7 +23,7 @@ def tensor_type(name: str, shape: tuple[int, ...], file_type: FileType) -> Any:
     """Return the ``GGMLQuantizationType`` of a tensor in a file of a type."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    if len(shape) < 2 or name.startswith("rope_"):
+    if len(shape) < 2 or name.startswith("rope_") or _ROUTER in name:
         return GGMLQuantizationType.F32
     if name in _WIDE_AT_FEW_BITS and file_type.startswith(("Q4", "Q5")):
         file_type = "Q8_0"
