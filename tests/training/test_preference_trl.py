@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from qlora_tui.catalog.lookup import load_architecture
 from qlora_tui.data.store import BAD, GOOD
 from qlora_tui.recipe.schema import PreferenceMethod
 from tests.training.conftest import MakeRecipe
+from tests.training.preference_data import TokenLists
 
 pytestmark = pytest.mark.slow
 
@@ -24,38 +24,6 @@ PAIRS = [
 ]
 """The prompt is one token: ORPO's cross-entropy includes prompts in TRL, and here the answer alone."""
 BETA, GAMMA = 0.3, 0.2
-
-
-class TokenLists:
-    """Samples in memory: token ids, the first token of the answer, and the side of each."""
-
-    def __init__(self, samples: Sequence[tuple[list[int], int, int]]) -> None:
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def token_ids(self, i: int, /) -> Sequence[int]:
-        return self.samples[i][0]
-
-    def loss_mask(self, i: int, /) -> Sequence[int]:
-        ids, start, _ = self.samples[i]
-        return [int(place >= start) for place in range(len(ids))]
-
-    def weights(self, i: int, /) -> None:
-        pass
-
-    def length(self, i: int, /) -> int:
-        return len(self.samples[i][0])
-
-    def epoch(self, epoch: int, seed: int, /) -> Sequence[int]:
-        return range(len(self))
-
-    def side(self, i: int, /) -> int:
-        return self.samples[i][2]
-
-    def of_side(self, side: int, /) -> TokenLists:
-        return TokenLists([sample for sample in self.samples if sample[2] == side])
 
 
 def our_model(recipe: Any, folder: Path) -> Any:
@@ -216,7 +184,7 @@ def test_a_further_trained_adapter_is_compared_with_its_start(
     )
     from qlora_tui.training.preference.starting_adapter import StartingAdapter
 
-    model = our_model(recipe({"quantization.method": "none"}), tiny_model)
+    model = our_model(recipe({"quantization.method": "none", "lora.dropout": 0.5}), tiny_model).eval()
     samples = TokenLists([([5, 6, 7, 8], 2, GOOD), ([5, 6, 9], 2, BAD)])
     batch = collate_answers([(0, 1)], samples, padding_free=True, pad_id=0, multiple=1)
     with torch.no_grad():
@@ -227,7 +195,11 @@ def test_a_further_trained_adapter_is_compared_with_its_start(
                 parameter.mul_(-3)
         after = score_answers(model, batch).log_probabilities
     starting = StartingAdapter.read(tmp_path / "adapter.safetensors", model)
+    # Without dropout, also within a training step.
+    model.train()
     assert torch.equal(score_with_reference(model, batch, starting), start)
+    assert model.training
+    model.eval()
     with torch.no_grad():
         assert torch.equal(score_answers(model, batch).log_probabilities, after)
     assert not torch.allclose(after, start)

@@ -1,0 +1,70 @@
+"""What the trainer is given for a step of preferences: its divisors, and answers after other prompts."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+from qlora_tui.data.store import BAD, GOOD
+from qlora_tui.recipe.schema import Data, Preferences, Recipe, Training
+from qlora_tui.training.batches import PlannedStep, StepPlan
+from qlora_tui.training.preference.mismatched import MismatchedSamples
+from qlora_tui.training.preference.preference_steps import PreferenceSteps
+from tests.training.preference_data import TokenLists
+
+pytestmark = pytest.mark.slow
+
+SAMPLES = TokenLists(
+    [
+        ([1, 2, 11, 12], 2, GOOD),
+        ([1, 2, 13], 2, BAD),
+        ([3, 14, 15, 16], 1, GOOD),
+        ([3, 17, 18], 1, BAD),
+        ([4, 5, 6, 19], 3, GOOD),
+        ([4, 5, 6, 20], 3, BAD),
+    ]
+)
+"""Three pairs, whose chosen answers have 2, 3 and 1 tokens."""
+
+
+def first_step(method: Preferences, sequences: tuple[tuple[int, ...], ...], rank: int, size: int) -> Any:
+    """The first step of one of ``size`` processes, in micro-batches of one sequence."""
+    prepared: Any = SimpleNamespace(
+        recipe=Recipe(data=Data(preferences=method, max_length=8), training=Training(micro_batch_size=1)),
+        step_plan=StepPlan((PlannedStep(sequences, 1.0, True),), len(sequences), 1),
+        samples=SAMPLES,
+        base=SimpleNamespace(padding_free=True),
+        pad_id=0,
+        device=SimpleNamespace(row_multiple=1),
+        dist=SimpleNamespace(rank=rank, world_size=size),
+    )
+    return PreferenceSteps(prepared)[0]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_step_is_divided_by_its_pairs(size: int) -> None:
+    steps = [first_step("orpo", ((0, 1), (2, 3), (4, 5)), rank, size) for rank in range(size)]
+    assert [step["loss_weight_sum"] for step in steps] == [3] * size
+    # A token of the cross-entropy counts as much in each pair: the mean is over six tokens.
+    assert [step["token_share"] for step in steps] == [3 / 6] * size
+    sides = [[batch["sides"] for batch in step["micro_batches"]] for step in steps]
+    pair = [GOOD, BAD]
+    assert sides == ([[pair, pair, pair]] if size == 1 else [[pair, pair], [pair, []]])
+
+
+def test_each_answer_of_a_step_follows_another_prompt() -> None:
+    samples = MismatchedSamples(SAMPLES, (4, 0, 3), max_length=3)
+    assert [samples.token_ids(i) for i in range(3)] == [[6, 17, 18], [1, 2, 19], [3, 11, 12]]
+    assert [samples.loss_mask(i) for i in range(3)] == [[0, 1, 1], [0, 0, 1], [0, 1, 1]]
+    assert [samples.length(i) for i in range(3)] == [3, 3, 3]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_processes_share_the_mismatched_answers_of_a_step(size: int) -> None:
+    steps = [first_step("kto", ((0, 3), (5,), (2,)), rank, size) for rank in range(size)]
+    assert [step["loss_weight_sum"] for step in steps] == [4] * size
+    assert sum(len(batch["sides"]) for step in steps for batch in step["mismatched"]) == 4
