@@ -25,6 +25,7 @@ from qlora_tui import paths
 from qlora_tui.data.conversation import Message
 from qlora_tui.errors import UserError, disk_problems
 from qlora_tui.files import atomic_write, private_dir, read_regular
+from qlora_tui.formatting import format_bytes
 from qlora_tui.recipe.schema import Recipe, Source
 from qlora_tui.runs.locks import PATIENCE_S, locked
 
@@ -109,8 +110,12 @@ def recipe_on_choices(recipe: Recipe, kind: ChoiceKind, run_id: str) -> Recipe:
         run_id: its id; empty to start with a new adapter.
     """
     path = choices_path(recipe.model.id, kind)
-    data = replace(recipe.data, sources=(Source(path=str(path)),), validation_path="")
+    # The run that was talked to may have learned from preferences, which edits are not.
+    data = replace(recipe.data, sources=(Source(path=str(path)),), validation_path="", preferences="refuse")
     training = replace(recipe.training, max_steps=0)
+    lora = replace(recipe.lora, init_from=run_id)
+    if lora.init_weights == "eva" and (run_id or kind == "pairs"):
+        lora = replace(lora, init_weights="random")
     if kind == "pairs":
         # What a preference method does not go with.
         data = replace(data, preferences="dpo", train_on="assistant", overflow="cut-right")
@@ -126,7 +131,7 @@ def recipe_on_choices(recipe: Recipe, kind: ChoiceKind, run_id: str) -> Recipe:
         recipe,
         name=f"{path.name.partition('.')[0]}-{kind}",
         data=data,
-        lora=replace(recipe.lora, init_from=run_id),
+        lora=lora,
         training=training,
     )
 
@@ -152,6 +157,13 @@ def _put(path: Path, row: dict[str, Any], turn_id: str) -> int:
                 fix="Try again in a moment.",
             )
         try:
+            if path.stat().st_size > _MAX_BYTES:
+                raise UserError(
+                    "The choice was not saved",
+                    what=f"{path} is larger than {format_bytes(_MAX_BYTES)}.",
+                    why="What is beyond would be lost, because the file is written again.",
+                    fix="Move it away: the next choice starts another file.",
+                )
             lines = _lines(path)
         except FileNotFoundError:
             lines = []

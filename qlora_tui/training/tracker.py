@@ -91,7 +91,6 @@ class RunTracker:
         """Open the run in the tracker. Raises UserError where its package is not installed."""
         if missing := missing_tracker(self._name):
             raise missing
-        _set_defaults(self._name, self._run)
         self._attempt(self._open)
 
     def observe(self, event: AnyEvent) -> None:
@@ -107,6 +106,7 @@ class RunTracker:
         self._integration = None
 
     def _open(self) -> None:
+        _set_defaults(self._name, self._run)
         integration = _INTEGRATIONS[self._name]()
         if self._name == "tensorboard" and integration.logging_dir is None:
             integration.logging_dir = str(self._run.path / "tensorboard")

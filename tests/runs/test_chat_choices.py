@@ -12,9 +12,12 @@ from msgspec.structs import replace
 from qlora_tui import paths
 from qlora_tui.data.conversation import Conversation, Message
 from qlora_tui.data.sources import conversations, open_source
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.conflicts import find_conflicts
-from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.schema import Data, Lora, Recipe
+from qlora_tui.runs import chat_choices
 from qlora_tui.runs.chat_choices import (
+    ChoiceKind,
     Provenance,
     add_edit,
     add_pair,
@@ -91,3 +94,22 @@ def test_the_run_goes_on_from_the_adapter_on_choices_alone(kind: str) -> None:
     assert prepared.data.preferences == ("dpo" if kind == "pairs" else "refuse")
     replaying = replace(recipe, training=replace(recipe.training, replay_share=0.1))
     assert not find_conflicts(recipe_on_choices(replaying, "pairs", "owls"))
+
+
+@pytest.mark.parametrize("run_id", ["owls", ""])
+@pytest.mark.parametrize("kind", ["pairs", "edits"])
+def test_choices_can_follow_a_run_of_any_method(kind: ChoiceKind, run_id: str) -> None:
+    recipe = Recipe(data=Data(preferences="kto"), lora=Lora(init_weights="eva"))
+    prepared = recipe_on_choices(recipe, kind, run_id)
+    assert prepared.data.preferences == ("dpo" if kind == "pairs" else "refuse")
+    assert not find_conflicts(prepared)
+
+
+def test_a_file_that_cannot_be_read_whole_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    add_edit(PROMPT, "An owl.", provenance("chat/1"))
+    path = choices_path(BASE, "edits")
+    before = path.read_bytes()
+    monkeypatch.setattr(chat_choices, "_MAX_BYTES", len(before) - 1)
+    with pytest.raises(UserError, match="is larger than"):
+        add_edit(PROMPT, "A wise owl.", provenance("chat/2"))
+    assert path.read_bytes() == before
