@@ -81,9 +81,9 @@ def gather_evidence(view: RunView, headline: TaskHeadline | None, recipe: Recipe
         recipe: its recipe; None where that cannot be read.
     """
     preferences = None if recipe is None or recipe.learns_answers else _preference_accuracy(view, recipe)
-    # An evaluation compares with the base, and a run may have started from an adapter.
-    from_base = recipe is None or not recipe.lora.init_from
-    loss = headline.loss if headline is not None and from_base else None
+    # An evaluation has the loss of answers, and compares with the base.
+    counts = recipe is None or (recipe.learns_answers and not recipe.lora.init_from)
+    loss = headline.loss if headline is not None and counts else None
     if (change := view.validation_change) is not None:
         loss = LossChange(
             rows=change.rows,

@@ -6,14 +6,19 @@ import time
 
 import pytest
 
-from qlora_tui.recipe.schema import Data, Preferences, Recipe
+from qlora_tui.recipe.schema import Data, Lora, Preferences, Recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import DataReady, Evaluated, Finished, Health, Started, Step, ValidationCompared
 from qlora_tui.runs.run_summary import summarize
 from qlora_tui.runs.run_verdict import PreferenceAccuracy, RunEvidence, gather_evidence, judge_run
 from qlora_tui.runs.task_metrics.answer_metrics import Metric, TaskRow, measure_answers
-from qlora_tui.runs.task_metrics.task_evaluation import LossChange, TaskEvaluation, write_task_evaluation
+from qlora_tui.runs.task_metrics.task_evaluation import (
+    LossChange,
+    TaskEvaluation,
+    TaskHeadline,
+    write_task_evaluation,
+)
 from qlora_tui.runs.view import RunView
 
 
@@ -188,4 +193,7 @@ def test_a_preference_run_is_judged_by_its_comparisons(
     view = RunView(run)
     view.refresh()
     recipe = Recipe(data=Data(preferences=method))
-    assert gather_evidence(view, None, recipe).preferences == expected
+    evidence = gather_evidence(view, TaskHeadline(adapter="", metrics=(), loss=loss(0.5)), recipe)
+    assert evidence.preferences == expected and (evidence.loss is None) == (method != "orpo")
+    continued = Recipe(lora=Lora(init_from="owls"))
+    assert gather_evidence(view, TaskHeadline(adapter="", metrics=(), loss=loss(0.5)), continued).loss is None
