@@ -225,7 +225,8 @@ def _add_adapter(
         model_loading.checkpoint_activations(base.model)
     if training.gradient_checkpointing == "offload" and device.kind == "cuda":
         where = device.torch_device
-        offload = InputOffload(copies_for(where), HostMemory(where).allocate)
+        memory = HostMemory(where, lambda why: _warn_not_pinned(context, "offloaded inputs", why))
+        offload = InputOffload(copies_for(where), memory.allocate)
         offload_inputs(decoder_layers(base.model, "training.gradient_checkpointing"), offload)
     if base.streamed is not None:
         base.streamed.use_checkpoints()
@@ -324,13 +325,17 @@ def _emit_streamed(context: AttemptContext, base: PreparedBase, files: ModelFile
         )
     )
     if streamed.not_pinned:
-        context.reporter.health(
-            "not_pinned",
-            f"The host memory of streamed layers could not be pinned: {streamed.not_pinned}. Copies to the "
-            "GPU do not overlap with its computation, so steps take longer.",
-            "Close other programs that hold pinned memory, or stream fewer layers "
-            "(quantization.streamed_layers).",
-        )
+        _warn_not_pinned(context, "streamed layers", streamed.not_pinned)
+
+
+def _warn_not_pinned(context: AttemptContext, what: str, why: str) -> None:
+    setting = "quantization.streamed_layers" if what == "streamed layers" else "data.max_length"
+    context.reporter.health(
+        "not_pinned",
+        f"The host memory of {what} could not be pinned: {why}. Copies to the GPU do not overlap with its "
+        "computation, so steps take longer.",
+        f"Close other programs that hold pinned memory, or lower {setting}.",
+    )
 
 
 def _emit_data(prepared: PreparedRun) -> None:

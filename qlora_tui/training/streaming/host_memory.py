@@ -7,6 +7,7 @@ buffer of the driver, which takes longer and stops the host until they are done.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,10 +17,12 @@ from qlora_tui.training.compute_device import host_memory_bytes
 
 
 class HostMemory:
-    """Allocates the buffers of streamed layers for a device."""
+    """Allocates the buffers of streamed layers, or of offloaded inputs, for a device."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, on_refused: Callable[[str], None] = lambda why: None) -> None:
+        """``on_refused`` is called once, with the reason, where memory cannot be pinned."""
         self._pins = device.type == "cuda"
+        self._on_refused = on_refused
         self.refused = ""
         """Why memory could not be pinned; empty where it was, or need not be."""
 
@@ -32,6 +35,8 @@ class HostMemory:
         buffer = torch.empty(size_bytes, dtype=torch.uint8)
         if self._pins and not self.refused:
             self.refused = _pin(buffer)
+            if self.refused:
+                self._on_refused(self.refused)
         return buffer
 
 

@@ -1,0 +1,67 @@
+"""Host memory that CUDA pins, or refuses to pin; a fake stands for CUDA's runtime."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qlora_tui.training.streaming.host_memory import HostMemory
+
+pytestmark = pytest.mark.slow
+CUDA = torch.device("cuda")
+
+
+class FakeRuntime:
+    """Pins buffers, up to a number of bytes."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.pinned: dict[int, int] = {}
+
+    def register(self, address: int, size: int, flags: int) -> int:
+        """CUDA's error 2 is a lack of memory."""
+        if sum(self.pinned.values()) + size > self.limit_bytes:
+            return 2
+        self.pinned[address] = size
+        return 0
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
+    fake = FakeRuntime(100)
+    functions = SimpleNamespace(cudaHostRegister=fake.register, cudaHostUnregister=fake.pinned.pop)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: functions)
+    return fake
+
+
+def test_a_refusal_is_reported_once_and_buffers_still_come(runtime: FakeRuntime) -> None:
+    reasons: list[str] = []
+    memory = HostMemory(CUDA, reasons.append)
+    buffers = [memory.allocate(size) for size in (60, 60, 20)]
+    assert [len(buffer) for buffer in buffers] == [60, 60, 20]
+    assert memory.refused == "CUDA error 2" and reasons == ["CUDA error 2"]
+    # After a refusal no more is pinned: a step waits for its slowest copy anyway.
+    assert list(runtime.pinned.values()) == [60]
+
+
+def test_a_runtime_that_raises_is_a_refusal_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unavailable() -> None:
+        raise RuntimeError("operation not supported\nwith a stack")
+
+    monkeypatch.setattr(torch.cuda, "cudart", unavailable)
+    memory = HostMemory(CUDA)
+    assert len(memory.allocate(8)) == 8 and memory.refused == "operation not supported"
+
+
+def test_freed_memory_is_not_pinned_any_more(runtime: FakeRuntime) -> None:
+    memory = HostMemory(CUDA)
+    buffer = memory.allocate(60)
+    assert len(runtime.pinned) == 1
+    del buffer
+    assert not runtime.pinned and not memory.refused
+
+
+def test_a_cpu_pins_nothing(runtime: FakeRuntime) -> None:
+    assert HostMemory(torch.device("cpu")).allocate(60).is_contiguous() and not runtime.pinned
