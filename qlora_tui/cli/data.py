@@ -214,7 +214,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "run_id", metavar="RUN", help="a run's id or name, the beginning of one, or `last`"
     )
     blame_parser.add_argument(
-        "--rows", type=positive_int, default=30, help="number of rows to print (default: 30)"
+        "--rows", type=positive_int, default=30, metavar="N", help="number of rows to print (default: 30)"
     )
     blame_parser.add_argument(
         "--again", action="store_true", help="measure again, also where the rows were measured before"
@@ -223,7 +223,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     show_parser = actions.add_parser(
         "show", help="one row as the model sees it, with the tokens in the loss marked"
     )
-    show_parser.add_argument("--row", type=positive_int, default=1, help="number of the row (default: 1)")
+    show_parser.add_argument(
+        "--row", type=positive_int, default=1, metavar="N", help="number of the row (default: 1)"
+    )
     for action in (inspect_parser, show_parser):
         action.add_argument("file", metavar="FILE", help="a data file, a folder of them, or a Hub dataset")
         action.add_argument("--model", help="count tokens of this model, with its chat template")

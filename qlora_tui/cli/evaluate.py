@@ -53,6 +53,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts",
         type=positive_int,
+        metavar="N",
         help=f"most validation prompts to answer, spread over the data (default: {DEFAULT_PROMPTS})",
     )
     parser.add_argument(

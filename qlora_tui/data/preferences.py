@@ -164,7 +164,7 @@ def preference_problem(
         PAIRS_TITLE,
         what=f"{name} compares answers: {columns['chosen']!r} is preferred to {rejected!r} in {having} of "
         f"the first {len(values)} rows.",
-        why="A run trains on answers alone unless it is told to compare them.",
+        why="Unless data.preferences is set, a run trains on answers without comparing them.",
         fix=f"{METHODS_FOR_PAIRS} {_choice('chosen')}",
     )
 
@@ -175,7 +175,7 @@ def rated_problem(name: str, column: str, good: int, bad: int) -> UserError:
         RATED_TITLE,
         what=f"{name} rates its answers: of the first {good + bad} rows, {column!r} calls {good} good and "
         f"{bad} bad.",
-        why="A run trains on answers alone unless it is told to learn from ratings.",
+        why="Unless data.preferences is set, a run trains on answers without their ratings.",
         fix='To learn from both kinds, set data.preferences = "kto". '
         f"{_choice('good')} If {column!r} means something else, rename or remove that column.",
     )

@@ -423,8 +423,8 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "General prompts",
             "General prompts (at most 32) on which each evaluation measures how far the model has moved from "
             "its base: what it forgets. Each evaluation takes as long as training on 50 tokens for each "
-            "prompt; the base's answers, once, and the model's at the end as long as on 250. 0: none; 24 for "
-            "a finer figure.",
+            "prompt; the base's answers, once, and the model's at the end as long as on 250. 0: none. Use 24 "
+            "for a finer figure.",
             ge=0,
             le=32,
         ),
@@ -444,8 +444,8 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         _about(
             "Replay share",
             "Share of the training samples that are the base's own answers to general prompts, which keeps "
-            "the model near its base elsewhere. 0: none; 0.1 where it forgets too much. The answers take, "
-            "once for a run, as long as training on about 100 tokens for each, at most 48.",
+            "the model near its base elsewhere. 0: none. Use 0.1 where it forgets too much. The answers "
+            "take, once for a run, as long as training on about 100 tokens for each, at most 48.",
             ge=0.0,
             le=0.9,
         ),
@@ -456,7 +456,7 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "Preference beta",
             "Strength of a preference method. orpo: weight of the odds ratio beside the loss of the chosen "
             "answer. dpo and kto: the higher, the nearer the model stays to its base. simpo: scale of the "
-            "reward. 0: that of the method's paper, 0.1 or for simpo 2.",
+            "reward. 0: as in its paper. That is 0.1, for simpo 2.",
             ge=0.0,
             le=100.0,
         ),

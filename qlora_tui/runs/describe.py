@@ -38,6 +38,7 @@ from qlora_tui.runs.events import (
     ValidationCompared,
     phase_label,
 )
+from qlora_tui.runs.task_metrics.answer_metrics import MIN_ROWS
 
 
 def describe(event: AnyEvent, total_steps: int = 0) -> str:
@@ -103,9 +104,14 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
                 f"{', ' if forgot else ''}{forgot}{answers}{best}"
             )
         case ValidationCompared():
+            change = (
+                "too few rows to tell a change from chance"
+                if event.rows < MIN_ROWS
+                else f"95% interval of the change {event.low:+.3f} to {event.high:+.3f}"
+            )
             return (
                 f"validation loss of {pluralize(event.rows, 'row')} before training {event.before:.4f}, "
-                f"after {event.after:.4f}; 95% interval of the change {event.low:+.3f} to {event.high:+.3f}"
+                f"after {event.after:.4f}; {change}"
             )
         case CheckpointSaved():
             return f"checkpoint at step {event.step:,}"

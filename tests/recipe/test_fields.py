@@ -74,3 +74,8 @@ def test_a_setting_is_changed_and_read_back(data: st.DataObject) -> None:
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_a_number_in_words_is_exact(value: float) -> None:
     assert float(format_exact(value).replace(",", "")) == value
+
+
+def test_what_zero_means_is_a_few_words() -> None:
+    meanings = [field.zero_meaning for field in fields().values()]
+    assert all(len(meaning) <= 24 and ";" not in meaning for meaning in meanings), meanings
