@@ -38,7 +38,8 @@ class DemoProgress:
             if line := describe(event, view.total_steps):
                 self.show_status(f"  {line}")
             return
-        text = f"  {describe(event, view.total_steps)}  {format_duration(view.seconds_left)} left"
+        left = "" if view.seconds_left is None else f"  {format_duration(view.seconds_left)} left"
+        text = f"  {describe(event, view.total_steps)}{left}"
         if self._is_terminal:
             width = shutil.get_terminal_size().columns
             self._clear()
