@@ -32,7 +32,7 @@ from qlora_tui.runs.run_summary import RunSummary
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.render.labeled import labeled
-from qlora_tui.tui.render.recipe_line import batch_words, data_words, targets_words
+from qlora_tui.tui.render.recipe_line import batch_words, data_words, preference_words, targets_words
 from qlora_tui.tui.render.run_labels import format_ago, result_label
 from qlora_tui.tui.screens.runs.export_choices import export_line
 
@@ -154,6 +154,8 @@ def settings_lines(recipe: Recipe | None, width: int) -> list[Content]:
         ("rate", f"{training.learning_rate:g}  {training.lr_scheduler}"),
         ("epochs", f"{training.epochs:g}{limit}"),
     ]
+    if method := preference_words(recipe):
+        rows.append(("method", method))
     if recipe.note:
         rows.append(("note", " ".join(recipe.note.split())))
     return _rows(rows, width)
