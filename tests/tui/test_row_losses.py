@@ -14,7 +14,7 @@ from textual.pilot import Pilot
 from qlora_tui.data.dataset_report import Piece, Shown
 from qlora_tui.files import private_dir
 from qlora_tui.recipe.schema import Data, Recipe, Source
-from qlora_tui.runs import actions, row_loss_job
+from qlora_tui.runs import actions, measuring
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.row_losses import MeasuredRow, classify, write_row_losses
 from qlora_tui.tui.screens.data.row_loss_list import RowLossScreen
@@ -120,7 +120,7 @@ async def test_leaving_the_app_ends_the_measurement(
         return children[-1]
 
     slow = SimpleNamespace(Popen=sleeper, PIPE=subprocess.PIPE, DEVNULL=subprocess.DEVNULL)
-    monkeypatch.setattr(row_loss_job, "subprocess", slow)
+    monkeypatch.setattr(measuring, "subprocess", slow)
     app = data_app(model, "tickets.jsonl", max_length=128)
     async with app.run_test(size=(80, 24)) as pilot:
         await whole(pilot)
