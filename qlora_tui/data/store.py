@@ -211,6 +211,12 @@ class Samples:
         sides = self._store.sides
         return Samples(self._store, array("I", (n for n in self._numbers if sides[n] == side)), self._weights)
 
+    def spread(self, most: int) -> Samples:
+        """Return up to ``most`` of the samples, spread evenly, in order."""
+        count = min(len(self), most)
+        numbers = array("I", (self._numbers[i * len(self) // count] for i in range(count)))
+        return Samples(self._store, numbers, self._weights)
+
     def length(self, i: int) -> int:
         """Return the number of tokens in sample ``i``."""
         n = self._numbers[i]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,42 +14,8 @@ from qlora_tui.training.forgetting.answer_logits import RowShape
 from qlora_tui.training.initial_adapter_weights import load_initial_adapter
 from qlora_tui.training.prepared_run import PreparedRun
 from qlora_tui.training.row_loss import token_losses
-from qlora_tui.training.tokenized_dataset import TokenizedDataset
 
 _MAX_ROWS = 128
-
-
-class SampleSelection:
-    """Some samples of a data set, in order; a ``TokenizedDataset``."""
-
-    def __init__(self, samples: TokenizedDataset, most: int) -> None:
-        """Select up to ``most`` samples, spread evenly."""
-        self._samples = samples
-        count = min(len(samples), most)
-        self._numbers = [number * len(samples) // count for number in range(count)]
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def token_ids(self, i: int, /) -> Sequence[int]:
-        """Token ids of sample ``i``."""
-        return self._samples.token_ids(self._numbers[i])
-
-    def loss_mask(self, i: int, /) -> Sequence[int]:
-        """1 for each token in the loss, else 0."""
-        return self._samples.loss_mask(self._numbers[i])
-
-    def weights(self, i: int, /) -> Sequence[float] | None:
-        """Loss weight of each token; None where each in the loss counts as one."""
-        return self._samples.weights(self._numbers[i])
-
-    def length(self, i: int, /) -> int:
-        """Length of sample ``i`` in tokens."""
-        return self._samples.length(self._numbers[i])
-
-    def epoch(self, epoch: int, seed: int, /) -> Sequence[int]:
-        """Indices of all samples, in order."""
-        return array("I", range(len(self)))
 
 
 def compare_validation(prepared: PreparedRun, model: Any) -> None:
@@ -63,7 +28,8 @@ def compare_validation(prepared: PreparedRun, model: Any) -> None:
     Args:
         model: with the final adapter; it may have that of the start afterwards.
     """
-    samples, reporter = prepared.data.validation.of_side(GOOD), prepared.reporter
+    samples = prepared.data.validation.of_side(GOOD).spread(_MAX_ROWS)
+    reporter = prepared.reporter
     if not len(samples) or prepared.dist.world_size > 1 or not prepared.recipe.learns_answers:
         return
     shape = RowShape(
@@ -72,14 +38,13 @@ def compare_validation(prepared: PreparedRun, model: Any) -> None:
         multiple=prepared.device.row_multiple,
         pad_id=prepared.pad_id,
     )
-    chosen = SampleSelection(samples, _MAX_ROWS)
     where = prepared.device.torch_device
     reporter.phase("evaluating", "validation rows, as before training and now")
 
     def losses(passes_done: int) -> list[tuple[float, ...]]:
         return token_losses(
             model,
-            chosen,
+            samples,
             shape,
             where,
             lambda done, total: reporter.progress("evaluating", passes_done * total + done, 2 * total),

@@ -110,6 +110,13 @@ def test_the_samples_of_one_side_keep_their_order(tmp_path: Path) -> None:
     assert answers(train.of_side(GOOD)) == [(GOOD, f"This {n}.") for n in range(3)]
 
 
+@pytest.mark.parametrize(("most", "spread"), [(2, [0, 2]), (3, [0, 1, 3]), (9, [0, 1, 2, 3, 4])])
+def test_a_selection_is_spread_over_the_samples(tmp_path: Path, most: int, spread: list[int]) -> None:
+    rows = [{"prompt": "Which?", "chosen": f"This {n}.", "rejected": "That."} for n in range(5)]
+    samples = prepared(tmp_path, rows, "dpo").train.of_side(GOOD).spread(most)
+    assert answers(samples) == [(GOOD, f"This {n}.") for n in spread]
+
+
 def test_a_method_needs_data_to_compare() -> None:
     plain = Row(1, {"prompt": "Which?", "completion": "This."})
     with pytest.raises(UserError, match="No preferences in the data"):
