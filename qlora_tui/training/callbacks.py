@@ -48,8 +48,8 @@ class StepResult(NamedTuple):
     """The learning rate of this step."""
     grad_norm: float
     """Norm of the gradient before clipping."""
-    rewards: RewardSums | None = None
-    """Of a preference method, over all processes."""
+    rewards: RewardSums = RewardSums()
+    """Of a preference method, over all processes; otherwise of nothing."""
 
 
 class RunCallback(TrainerCallback):
@@ -163,10 +163,10 @@ class RunCallback(TrainerCallback):
             # The last step of the attempt is reported whatever log_every is.
             self._emit_step(result, force=True)
 
-    def _take_rewards(self) -> RewardSums | None:
+    def _take_rewards(self) -> RewardSums:
         objective = self._trainer.objective
         if objective is None:
-            return None
+            return RewardSums()
         return RewardSums(*self._prepared.dist.all_reduce_sum(objective.take_sums()))
 
     def _act_between_steps(self, step: int, planned: PlannedStep, control: TrainerControl) -> None:
@@ -223,8 +223,8 @@ class RunCallback(TrainerCallback):
                 grad_norm=grad_norm if math.isfinite(grad_norm) else None,
                 tokens=tokens,
                 tokens_per_s=tokens_per_s,
-                reward_accuracy=None if rewards is None else rewards.accuracy,
-                reward_margin=None if rewards is None else rewards.margin,
+                reward_accuracy=rewards.accuracy,
+                reward_margin=rewards.margin,
             )
         )
         self._reporter.log(
@@ -294,8 +294,8 @@ class RunCallback(TrainerCallback):
                 best=best,
                 before_training=self.progress.loss_before_training if step else None,
                 accuracy=accuracy,
-                reward_accuracy=None if rewards is None else rewards.accuracy,
-                reward_margin=None if rewards is None else rewards.margin,
+                reward_accuracy=rewards.accuracy,
+                reward_margin=rewards.margin,
                 forgetting=forgetting if forgetting is not None and math.isfinite(forgetting) else None,
                 score=score if training.forgetting_weight and math.isfinite(score) else None,
                 general_turn_ends=turn_ends,
@@ -334,8 +334,8 @@ class RunCallback(TrainerCallback):
         self._overhead_s += time.perf_counter() - started_at
 
 
-def _reward_words(rewards: RewardSums | None) -> str:
-    if rewards is None or rewards.accuracy is None:
+def _reward_words(rewards: RewardSums) -> str:
+    if rewards.accuracy is None:
         return ""
     margin = "" if rewards.margin is None else f"  margin {rewards.margin:.4f}"
     return f"  right {rewards.accuracy:.0%}{margin}"

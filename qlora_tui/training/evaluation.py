@@ -49,8 +49,8 @@ class ValidationResult(NamedTuple):
     """Mean over the tokens in the loss, or over the comparisons of a preference method."""
     accuracy: float | None = None
     """Share of exact answers, where all are short."""
-    rewards: RewardSums | None = None
-    """Of a preference method."""
+    rewards: RewardSums = RewardSums()
+    """Of a preference method; otherwise of nothing."""
 
 
 class Evaluator:

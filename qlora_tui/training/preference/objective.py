@@ -78,10 +78,6 @@ class PreferenceObjective:
         method = recipe.preference_method
         return None if method is None else cls(method, beta_of(recipe), recipe.training.simpo_gamma, starting)
 
-    def copy(self) -> PreferenceObjective:
-        """An objective with the same settings and sums of its own."""
-        return PreferenceObjective(self.method, self._beta, self._gamma, self._starting)
-
     @property
     def needs_divergence(self) -> bool:
         """Whether :meth:`set_divergence` is called before the losses of a step."""

@@ -19,10 +19,10 @@ class PreferenceValidator:
     """Validates a run's model as often as the recipe says; KTO's reference point is that of all its rows."""
 
     def __init__(self, prepared: PreparedRun, objective: PreferenceObjective) -> None:
+        """``objective``: not that of the trainer, whose sums are of training steps."""
         recipe = prepared.recipe
         self._prepared = prepared
-        # Its own, so that the sums of the training steps are not mixed with those of the validation.
-        self._objective = objective.copy()
+        self._objective = objective
         self._samples: Samples = prepared.data.validation
         self._micro_batch = recipe.training.micro_batch_size
         self._batches = validation_batches(
