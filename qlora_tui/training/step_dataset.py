@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NotRequired, TypedDict
 
 from torch.utils.data import Dataset
 
 from qlora_tui.training.batches import (
+    PackedSamples,
     StepPlan,
     collate,
     count_tokens,
@@ -61,16 +63,20 @@ class StepDataset(Dataset[StepData]):
 
     def __getitem__(self, n: int) -> StepData:
         sequences = self.step_plan.steps[n].sequences
+        return StepData(
+            micro_batches=self._micro_batches(sequences),
+            loss_weight_sum=sum_loss_weights(sequences, self._samples),
+            tokens=count_tokens(sequences, self._samples),
+        )
+
+    def _micro_batches(self, sequences: Sequence[PackedSamples]) -> list[dict[str, Any]]:
+        """Collate this process's share of the micro-batches of a step."""
         groups = micro_batches(sequences, self._micro_batch)
         batches = [self.collate(group) for group in groups[self._rank :: self._world_size]]
         # Every process must run the same number of backward passes, in which DDP reduces the gradients.
         for _ in range(len(batches), math.ceil(len(groups) / self._world_size)):
             batches.append(mask_all_labels(self.collate(groups[0])))
-        return StepData(
-            micro_batches=batches,
-            loss_weight_sum=sum_loss_weights(sequences, self._samples),
-            tokens=count_tokens(sequences, self._samples),
-        )
+        return batches
 
     def collate(self, sequences: Any) -> dict[str, Any]:
         """Collate the sequences of one micro-batch; see :func:`qlora_tui.training.batches.collate`."""

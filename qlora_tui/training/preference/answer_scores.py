@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qlora_tui.training.batches import PackedSamples, collate
+from qlora_tui.data.store import GOOD
+from qlora_tui.training.batches import PackedSamples, collate, sum_loss_weights
 from qlora_tui.training.eval_mode import no_grad_eval
 from qlora_tui.training.preference.pairs import SidedDataset
 from qlora_tui.training.preference.starting_adapter import StartingAdapter
@@ -26,6 +27,23 @@ class AnswerScores(NamedTuple):
     def means(self) -> Tensor:
         """Mean log-probability of a token of each answer, (answers,)."""
         return self.log_probabilities / self.weights.clamp(min=1e-6)
+
+
+class Comparisons(NamedTuple):
+    """What the losses of a step, or of a validation, are weighted by."""
+
+    compared: int
+    """Pairs, or rated answers: the divisor of the summed losses."""
+    token_share: float
+    """``compared`` divided by the trained tokens of good answers: what a token of ORPO's cross-entropy counts
+    beside a pair."""
+
+
+def count_comparisons(answers: Sequence[int], samples: SidedDataset, *, pairs: bool) -> Comparisons:
+    """Count the comparisons of some samples; with ``pairs``, two of them are one."""
+    compared = len(answers) // 2 if pairs else len(answers)
+    good = [(i,) for i in answers if samples.side(i) == GOOD]
+    return Comparisons(compared, compared / (sum_loss_weights(good, samples) or 1))
 
 
 def collate_answers(

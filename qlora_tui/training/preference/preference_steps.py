@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from qlora_tui.data.store import GOOD
-from qlora_tui.training.batches import sum_loss_weights, validation_batches
-from qlora_tui.training.preference.answer_scores import collate_answers
+from qlora_tui.training.batches import count_tokens, validation_batches
+from qlora_tui.training.preference.answer_scores import collate_answers, count_comparisons
 from qlora_tui.training.preference.mismatched import MismatchedSamples
 from qlora_tui.training.preference.pairs import SidedDataset
 from qlora_tui.training.prepared_run import PreparedRun
@@ -36,15 +35,16 @@ class PreferenceSteps(StepDataset):
         self._max_length = recipe.data.max_length
 
     def __getitem__(self, n: int) -> StepData:
-        step = super().__getitem__(n)
         sequences = self.step_plan.steps[n].sequences
         members = [i for sequence in sequences for i in sequence]
-        comparisons = len(members) // 2 if self._pairs else len(members)
-        good = [(i,) for i in members if self._sided.side(i) == GOOD]
-        step["loss_weight_sum"] = comparisons
-        step["token_share"] = comparisons / (sum_loss_weights(good, self._sided) or 1)
-        step["mismatched"] = [] if self._pairs else self._mismatched(members)
-        return step
+        comparisons = count_comparisons(members, self._sided, pairs=self._pairs)
+        return StepData(
+            micro_batches=self._micro_batches(sequences),
+            loss_weight_sum=comparisons.compared,
+            tokens=count_tokens(sequences, self._sided),
+            token_share=comparisons.token_share,
+            mismatched=[] if self._pairs else self._mismatched(members),
+        )
 
     def collate(self, sequences: Any) -> dict[str, Any]:
         """Collate the sequences of one micro-batch; see :func:`.answer_scores.collate_answers`."""

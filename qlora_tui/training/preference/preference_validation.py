@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from qlora_tui.data.store import GOOD, Samples
-from qlora_tui.training.batches import on_device, sum_loss_weights, validation_batches
+from qlora_tui.data.store import Samples
+from qlora_tui.training.batches import on_device, validation_batches
 from qlora_tui.training.eval_mode import no_grad_eval
-from qlora_tui.training.preference.answer_scores import collate_answers
+from qlora_tui.training.preference.answer_scores import collate_answers, count_comparisons
 from qlora_tui.training.preference.mismatched import MismatchedSamples
 from qlora_tui.training.preference.objective import PreferenceObjective, RewardSums
 from qlora_tui.training.preference.pairs import SidedDataset
@@ -42,9 +42,7 @@ class PreferenceValidator:
         prepared, objective, samples = self._prepared, self._objective, self._samples
         dist = prepared.dist
         members = [i for batch in self._batches for sequence in batch for i in sequence]
-        comparisons = len(members) // 2 if prepared.recipe.trains_pairs else len(members)
-        good = [(i,) for i in members if samples.side(i) == GOOD]
-        token_share = comparisons / (sum_loss_weights(good, samples) or 1)
+        comparisons = count_comparisons(members, samples, pairs=prepared.recipe.trains_pairs)
         total = 0.0
         if objective.needs_divergence:
             objective.set_divergence(self._divergence(model, members))
@@ -52,10 +50,10 @@ class PreferenceValidator:
         with no_grad_eval(model):
             for done, sequences in enumerate(batches, 1):
                 batch = self._collated(sequences, samples)
-                total += float(objective.summed_loss(model, model, batch, token_share))
+                total += float(objective.summed_loss(model, model, batch, comparisons.token_share))
                 progress(done, len(batches))
         total, *sums = dist.all_reduce_sum((total, *objective.take_sums()))
-        return total / (comparisons or 1), RewardSums(*sums)
+        return total / (comparisons.compared or 1), RewardSums(*sums)
 
     def _divergence(self, model: Any, members: list[int]) -> float:
         prepared = self._prepared
