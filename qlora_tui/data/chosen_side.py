@@ -36,9 +36,8 @@ def compared(cells: Mapping[str, Any], source: int, row: int) -> Conversation:
         texts = [side[-1].content for side in rejected]
         others = tuple(Conversation((), text=text, source=source, row=row) for text in texts)
         return msgspec.structs.replace(conversation, rejected=others)
-    for side in rejected:
-        if not any(m.content.strip() or m.tool_calls for m in side if m.role == "assistant"):
-            raise RowRejectedError("empty-row", "The rejected answer is empty.")
+    if not all(map(_has_answer, rejected)):
+        raise RowRejectedError("empty-row", "The rejected answer is empty.")
     others = tuple(
         msgspec.structs.replace(
             conversation, messages=_trained_from(side, _shared(conversation.messages, side))
@@ -64,7 +63,7 @@ def _sides(cells: Mapping[str, Any], source: int, row: int) -> tuple[Conversatio
     """Return the conversation with the chosen answer, and the turns with each rejected one."""
     prompt, tools = _question(cells)
     chosen = _side(cells.get("chosen"), prompt, "chosen")
-    if not any(m.content.strip() or m.tool_calls for m in chosen if m.role == "assistant"):
+    if not _has_answer(chosen):
         raise RowRejectedError("empty-row", "The chosen answer is empty.")
     turns = _before_answer(chosen) if chosen[0].role != "assistant" else prompt
     rejected = [_side(one, turns, "rejected") for one in _alternatives(cells.get("rejected"))]
@@ -76,6 +75,10 @@ def _sides(cells: Mapping[str, Any], source: int, row: int) -> tuple[Conversatio
         return Conversation((), text=chosen[0].content, source=source, row=row), rejected
     shared = min((_shared(chosen, one) for one in rejected), default=len(_before_answer(chosen)))
     return Conversation(_trained_from(chosen, shared), tools, source=source, row=row), rejected
+
+
+def _has_answer(messages: Sequence[Message]) -> bool:
+    return any(m.content.strip() or m.tool_calls for m in messages if m.role == "assistant")
 
 
 def _trained_from(messages: Sequence[Message], first: int) -> tuple[Message, ...]:
