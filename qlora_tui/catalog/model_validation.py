@@ -100,9 +100,8 @@ def check_model_type(config: Mapping[str, Any], name: str) -> UserError | None:
             "Fine-tuning here needs a causal language model, with its output head.",
             "Choose the model it was made from.",
         )
-    stored = config.get("quantization_config")
-    method = stored.get("quant_method") if isinstance(stored, dict) else None
-    if method is not None and _TRAINABLE_AS_STORED.get(method, "none") not in (None, model_type):
+    method = _quant_method(config)
+    if method is not None and not _is_trainable_as_stored(method, model_type):
         return model_problem(
             "This model is already quantized",
             f"{name} is stored as {method}.",
@@ -114,8 +113,17 @@ def check_model_type(config: Mapping[str, Any], name: str) -> UserError | None:
 
 def is_mxfp4(config: Mapping[str, Any]) -> bool:
     """Return whether a model's experts are stored in MXFP4."""
+    return bool(_quant_method(config) == MXFP4)
+
+
+def _quant_method(config: Mapping[str, Any]) -> Any:
+    """How a config says that the weights are stored, of whatever type it is; None where it does not."""
     stored = config.get("quantization_config")
-    return isinstance(stored, dict) and stored.get("quant_method") == MXFP4
+    return stored.get("quant_method") if isinstance(stored, dict) else None
+
+
+def _is_trainable_as_stored(method: Any, model_type: Any) -> bool:
+    return isinstance(method, str) and _TRAINABLE_AS_STORED.get(method, "none") in (None, model_type)
 
 
 def _with_model_name(problem: UserError, name: str) -> UserError:

@@ -12,7 +12,7 @@ from qlora_tui.catalog.config_parser import load_config
 from qlora_tui.catalog.local_models import LocalModel, hub_cache_dir, list_local_models, resolve_model
 from qlora_tui.catalog.model_validation import weight_files
 from qlora_tui.errors import UserError
-from tests.catalog.models import make_cached, make_model
+from tests.catalog.models import TINY, make_cached, make_model
 
 MIB = 1 << 20
 
@@ -44,6 +44,12 @@ def test_a_huge_config_is_refused_unread(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "huge")
     os.truncate(folder / "config.json", 5 * MIB)
     assert "it cannot be read (it is larger than 4 MiB)" in _refusals(tmp_path)["huge"]
+
+
+@pytest.mark.parametrize("method", ["awq", "mxfp4", ["mxfp4"], {"mxfp4": 1}, 4])
+def test_only_known_quantized_weights_are_accepted(tmp_path: Path, method: object) -> None:
+    make_model(tmp_path / "stored", TINY | {"quantization_config": {"quant_method": method}})
+    assert f"is stored as {method}" in _refusals(tmp_path)["stored"]
 
 
 def test_a_huge_index_is_refused_unread(tmp_path: Path) -> None:
