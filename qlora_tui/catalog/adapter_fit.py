@@ -17,15 +17,15 @@ from qlora_tui.recipe.schema import Lora
 from qlora_tui.recipe.targets import alpha_of, rank_of, resolve_targets
 
 _FACTOR_A = re.compile(r"base_model\.model\.(.+)\.lora_A\.weight")
-_RANK, _ALPHA = 8, 8
-"""peft's own, where a config names none."""
+_ALPHA = 8
+"""peft's default, where a config names none."""
 
 
 def require_fit(folder: Path, lora: Lora, architecture: Architecture) -> None:
     """Raise UserError where the adapter in ``folder`` differs from a new one of this recipe.
 
     Routed experts and token rows are compared when the adapter is loaded
-    (:mod:`qlora_tui.training.initial_adapter`).
+    (:mod:`qlora_tui.training.initial_adapter_weights`).
     """
     differences = adapter_differences(folder, lora, architecture)
     if differences:
