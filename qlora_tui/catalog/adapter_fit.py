@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tui.catalog.adapter_config import WEIGHTS, load_adapter_config
-from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.catalog.architecture_types import Architecture, inner_name
 from qlora_tui.catalog.safetensors_header import read_header
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import pluralize
@@ -52,7 +52,9 @@ def adapter_differences(folder: Path, lora: Lora, architecture: Architecture) ->
     if config.get("peft_type") != "LORA":
         return [f"it is a {config.get('peft_type')} adapter, not LoRA"]
     ranks = _ranks_of(folder)
-    wanted = {_tail(m.name): m for m in resolve_targets(lora, architecture.targets) if m.part != "expert"}
+    wanted = {
+        inner_name(m.name): m for m in resolve_targets(lora, architecture.targets) if m.part != "expert"
+    }
     differences = [
         f"{label} is {'on' if value else 'off'} in the recipe and {'off' if value else 'on'} in the adapter"
         for key, label, value in (
@@ -106,7 +108,7 @@ def _ranks_of(folder: Path) -> dict[str, int]:
     try:
         entries = read_header(folder / WEIGHTS)[1]
         return {
-            _tail(match[1]): int(entry["shape"][0])
+            inner_name(match[1]): int(entry["shape"][0])
             for key, entry in entries.items()
             if (match := _FACTOR_A.fullmatch(key)) and not _is_expert(match[1])
         }
@@ -128,12 +130,6 @@ def _ranks_of(folder: Path) -> dict[str, int]:
 def _is_expert(name: str) -> bool:
     """Whether peft's wrapper of parameters, not of a linear module, has this name."""
     return name.endswith(("experts", "experts.base_layer"))
-
-
-def _tail(name: str) -> str:
-    """The module name from ``layers.`` on, which a multimodal model does not change."""
-    _, separator, tail = name.partition("layers.")
-    return separator + tail if separator else name
 
 
 def trained_on(folder: Path) -> str:

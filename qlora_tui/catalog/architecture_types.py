@@ -15,6 +15,16 @@ Role = Literal["norm", "router", "expert", "conv", "vision", "other"]
 """The role of a parameter outside linear modules and embeddings."""
 
 
+def inner_name(name: str) -> str:
+    """Return a module's name from ``layers.`` on: ``layers.0.self_attn.q_proj``.
+
+    A text model has the same with and without the multimodal model around it. A name without ``layers.``
+    stays as it is.
+    """
+    _, separator, tail = name.partition("layers.")
+    return separator + tail if separator else name
+
+
 class LinearModule(Struct, frozen=True):
     """A linear layer that LoRA can adapt."""
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.catalog.architecture_types import Architecture, inner_name
 from qlora_tui.catalog.safetensors_header import read_header
 from qlora_tui.chat.expert_deltas import GRANITE, MATRICES
 from qlora_tui.memory.four_bit import quantized_experts
@@ -42,7 +42,7 @@ class Requantizer:
         Modules that read images are not, although training quantizes them: text never passes through them,
         so that an adapter cannot make up for their rounding.
         """
-        is_quantized = _tail(name) in self.tails or self._expert_weight(name) is not None
+        is_quantized = inner_name(name) in self.tails or self._expert_weight(name) is not None
         return is_quantized and self.towers.isdisjoint(name.split("."))
 
     def __call__(self, name: str, weight: Tensor, read: TensorReader | None = None) -> Tensor:
@@ -73,15 +73,15 @@ class Requantizer:
         """What a tensor holds of the quantized experts; None for any other tensor."""
         if not self.experts:
             return None
-        if _tail(name) in self.experts:
+        if inner_name(name) in self.experts:
             return _ExpertWeight()
         holder, _, last = name.removesuffix(".weight").rpartition(".")
         if (parameter := _GRANITE_PARAMETERS.get(last)) is not None:
-            return _ExpertWeight() if f"{_tail(holder)}.experts.{parameter}" in self.experts else None
+            return _ExpertWeight() if f"{inner_name(holder)}.experts.{parameter}" in self.experts else None
         path, _, number = holder.rpartition(".")
         for parameter, alternatives in MATRICES.items():
             for parts in alternatives:
-                known = _tail(f"{path.replace('.block_sparse_moe.', '.mlp.')}.{parameter}")
+                known = inner_name(f"{path.replace('.block_sparse_moe.', '.mlp.')}.{parameter}")
                 if number.isdigit() and last in parts and known in self.experts:
                     return _ExpertWeight(tuple(f"{holder}.{part}.weight" for part in parts))
         return None
@@ -100,14 +100,14 @@ def requantizer(architecture: Architecture, settings: Quantization) -> Requantiz
     if settings.method not in ("nf4", "fp4"):
         return None
     text = [module for module in architecture.modules if module.part != "vision"]
-    quantized = (_tail(f"{module.name}.weight") for module in text if module.quantizable)
+    quantized = (inner_name(f"{module.name}.weight") for module in text if module.quantizable)
     towers = (
         module.name.removeprefix("model.").partition(".")[0]
         for module in architecture.modules
         if module.part == "vision"
     )
     has_quantized_experts = quantized_experts(settings, architecture) != "none"
-    experts = (_tail(module.name) for module in architecture.expert_modules if has_quantized_experts)
+    experts = (inner_name(module.name) for module in architecture.expert_modules if has_quantized_experts)
     return Requantizer(settings, frozenset(quantized), frozenset(towers), frozenset(experts))
 
 
@@ -134,9 +134,3 @@ def reader_of(files: Iterable[Path]) -> TensorReader:
             return tensor
 
     return read
-
-
-def _tail(name: str) -> str:
-    """A text model inside a multimodal one is named with or without the outer part."""
-    _, separator, tail = name.partition("layers.")
-    return separator + tail if separator else name

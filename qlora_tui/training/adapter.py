@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from qlora_tui.catalog.architecture_types import Architecture, LinearModule
+from qlora_tui.catalog.architecture_types import Architecture, LinearModule, inner_name
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Lora
 from qlora_tui.recipe.targets import alpha_of, rank_of, resolve_targets
@@ -85,11 +85,11 @@ def exact_target_names(model: nn.Module, names: Iterable[str] | str) -> Iterator
 def targets_by_name(model: nn.Module, settings: Lora, architecture: Architecture) -> dict[str, LinearModule]:
     """The targets of the recipe by their full name in this model. Raises UserError."""
     names = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
-    by_tail = {_tail(name): name for name in names}
+    by_tail = {inner_name(name): name for name in names}
     targets = {}
     for module in resolve_targets(settings, architecture.targets):
         # A text model taken out of a multimodal one lacks the outer part of the name.
-        name = module.name if module.name in names else by_tail.get(_tail(module.name))
+        name = module.name if module.name in names else by_tail.get(inner_name(module.name))
         if name is None:
             raise UserError(
                 "Target module not in the model",
@@ -109,9 +109,3 @@ def trained_parameters(model: nn.Module) -> int:
 def _int_if_whole(alpha: float) -> float:
     """A whole float as an int, which is what other programs expect in ``adapter_config.json``."""
     return int(alpha) if alpha == int(alpha) else alpha
-
-
-def _tail(name: str) -> str:
-    """The module name from ``layers.`` on: ``layers.0.self_attn.q_proj``."""
-    _, separator, tail = name.partition("layers.")
-    return separator + tail if separator else name
