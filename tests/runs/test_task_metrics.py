@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from qlora_tui.checksums import digest, write_checksums
 from qlora_tui.data.conversation import ToolCall
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.task_metrics.answer_metrics import TaskRow, measure_answers
@@ -24,6 +25,7 @@ from qlora_tui.runs.task_metrics.task_evaluation import (
     describe_loss,
     describe_metric,
     read_task_evaluation,
+    read_task_headline,
     write_task_evaluation,
 )
 from qlora_tui.runs.task_metrics.tool_call_texts import fits_tools, read_calls
@@ -235,6 +237,13 @@ def test_an_evaluation_of_another_adapter_does_not_count(run: RunDir) -> None:
     write_task_evaluation(run, evaluation)
     assert read_task_evaluation(run) == evaluation
     (run.adapter_dir / "adapter_model.safetensors").write_bytes(b"other weights")
-    assert read_task_evaluation(run) is None
+    assert read_task_evaluation(run) is None and read_task_headline(run) is None
+    write_checksums(run.adapter_dir)
+    write_task_evaluation(run, msgspec.structs.replace(evaluation, adapter=digest(run.adapter_dir)))
+    assert read_task_evaluation(run) is not None and read_task_headline(run) is not None
+    # Of the same size.
+    (run.adapter_dir / "adapter_model.safetensors").write_bytes(b"still weights")
+    write_checksums(run.adapter_dir)
+    assert read_task_evaluation(run) is None and read_task_headline(run) is None
     run.task_evaluation_path.write_bytes(msgspec.json.encode(evaluation)[:-1])
     assert read_task_evaluation(run) is None

@@ -5,13 +5,15 @@ Written by ``chat.task_worker``; commands, Home and Runs read it.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from math import isfinite
+from typing import TypeVar
 
 import msgspec
 from msgspec import Struct
 
+from qlora_tui.catalog.adapter_config import WEIGHTS
+from qlora_tui.checksums import digest
 from qlora_tui.decoding import decode_json
 from qlora_tui.files import atomic_write, read_regular
 from qlora_tui.formatting import pluralize
@@ -24,7 +26,6 @@ DEFAULT_PROMPTS = 100
 _MAX_BYTES = 1 << 26
 _UNKNOWN = 1e6
 """Nats that stand for an unbounded interval, which JSON cannot hold."""
-_SUMS, _WEIGHTS = "SHA256SUMS", "adapter_model.safetensors"
 
 
 class LossChange(Struct, frozen=True, kw_only=True):
@@ -95,12 +96,12 @@ class TaskHeadline(Struct, frozen=True, kw_only=True):
 def adapter_hash(run: RunDir) -> str:
     """A hash of the run's adapter; empty where it has none."""
     try:
-        return hashlib.sha256(read_regular(run.adapter_dir / _SUMS)).hexdigest()
+        return digest(run.adapter_dir)
     except OSError:
         pass
     try:
         # An adapter without checksums is from an early version, or from another program.
-        return f"{(run.adapter_dir / _WEIGHTS).stat().st_size} bytes"
+        return f"{(run.adapter_dir / WEIGHTS).stat().st_size} bytes"
     except OSError:
         return ""
 
@@ -112,24 +113,25 @@ def write_task_evaluation(run: RunDir, evaluation: TaskEvaluation) -> None:
 
 _EVALUATIONS = msgspec.json.Decoder(TaskEvaluation)
 _HEADLINES = msgspec.json.Decoder(TaskHeadline)
+_Evaluation = TypeVar("_Evaluation", TaskEvaluation, TaskHeadline)
 
 
 def read_task_evaluation(run: RunDir) -> TaskEvaluation | None:
     """The evaluation of the run's adapter; None where it is missing, damaged, or of another adapter."""
-    try:
-        evaluation = decode_json(read_regular(run.task_evaluation_path, _MAX_BYTES), _EVALUATIONS)
-    except (OSError, ValueError):
-        return None
-    return evaluation if evaluation.adapter == adapter_hash(run) else None
+    return _read(run, _EVALUATIONS)
 
 
 def read_task_headline(run: RunDir) -> TaskHeadline | None:
     """The metrics of the run's adapter; None where :func:`read_task_evaluation` returns None."""
+    return _read(run, _HEADLINES)
+
+
+def _read(run: RunDir, decoder: msgspec.json.Decoder[_Evaluation]) -> _Evaluation | None:
     try:
-        headline = decode_json(read_regular(run.task_evaluation_path, _MAX_BYTES), _HEADLINES)
+        evaluation = decode_json(read_regular(run.task_evaluation_path, _MAX_BYTES), decoder)
     except (OSError, ValueError):
         return None
-    return headline if headline.adapter == adapter_hash(run) else None
+    return evaluation if evaluation.adapter == adapter_hash(run) else None
 
 
 def describe_metric(metric: Metric) -> str:
