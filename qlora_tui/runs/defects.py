@@ -25,7 +25,7 @@ def find_defect(view: RunView) -> ResultDefect | None:
     """Return what is wrong with the result of a run; None if nothing is, or it did not end regularly."""
     if view.status.state not in _ENDED_REGULARLY or view.loss is None:
         return None
-    last = view.evaluations[-1] if view.evaluations else None
+    last = view.last_evaluation
     if math.isnan(view.loss) or (last is not None and last.loss is None):
         return ResultDefect("NaN loss", f"The loss is not a number{_nan_since(view)}.")
     before = view.loss_before_training

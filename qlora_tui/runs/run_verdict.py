@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 from qlora_tui.formatting import format_float, pluralize
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs.task_metrics.answer_metrics import MIN_ROWS, Metric
+from qlora_tui.runs.task_metrics.answer_metrics import MIN_ROWS, Comparison, Metric
 from qlora_tui.runs.task_metrics.intervals import Interval, share_interval
 from qlora_tui.runs.task_metrics.task_evaluation import LossChange, TaskHeadline
 from qlora_tui.runs.view import RunView
 
-Outcome: TypeAlias = Literal["better", "worse", "unclear"]
 _FORGETTING_WARNINGS = frozenset(("forgetting", "general_answers"))
 
 
@@ -32,7 +30,7 @@ class PreferenceAccuracy:
     """Whether ``expected`` was measured on the same data, and so is uncertain too."""
 
     @property
-    def outcome(self) -> Outcome:
+    def outcome(self) -> Comparison:
         """Whether more are right than without training, or fewer: their 95 % intervals do not touch."""
         now = self._interval(self.right)
         start = self._interval(self.expected) if self.is_measured else Interval(self.expected, self.expected)
@@ -66,7 +64,7 @@ class RunEvidence:
 class RunVerdict:
     """A sentence, and what it comes down to."""
 
-    outcome: Outcome
+    outcome: Comparison
     sentence: str
     has_answers: bool
     """Whether answers were measured."""
@@ -91,11 +89,12 @@ def gather_evidence(view: RunView, headline: TaskHeadline | None, recipe: Recipe
             after=change.after,
             interval=Interval(change.low, change.high),
         )
-    before, best = view.loss_before_training, view.evaluations[-1].loss if view.evaluations else None
+    before, last = view.loss_before_training, view.last_evaluation
+    after = None if last is None else last.loss
     return RunEvidence(
         preferences=preferences,
         loss=loss,
-        losses=None if before is None or best is None else (before, best),
+        losses=None if before is None or after is None else (before, after),
         forgetting=view.forgetting,
         forgot_much=any(health.kind in _FORGETTING_WARNINGS for health in view.health),
         metric=headline.metrics[0] if headline is not None and headline.metrics else None,
@@ -104,10 +103,11 @@ def gather_evidence(view: RunView, headline: TaskHeadline | None, recipe: Recipe
 
 def _preference_accuracy(view: RunView, recipe: Recipe) -> PreferenceAccuracy | None:
     """How often the better answer wins at the last evaluation; None without what it is compared with."""
-    if not view.evaluations or view.data is None:
+    last = view.last_evaluation
+    if last is None or view.data is None:
         return None
     first, rows = view.evaluations[0], view.data.validation_samples
-    right = view.evaluations[-1].reward_accuracy
+    right = last.reward_accuracy
     start = None if first.step else first.reward_accuracy
     if right is None or not rows:
         return None
@@ -125,21 +125,19 @@ def _preference_accuracy(view: RunView, recipe: Recipe) -> PreferenceAccuracy | 
 def judge_run(evidence: RunEvidence) -> RunVerdict:
     """The verdict. Answers count more than the loss; without either there is not enough evidence."""
     metric, preferences, loss = evidence.metric, evidence.preferences, evidence.loss
-    outcome: Outcome = "unclear"
+    outcome: Comparison = "unclear"
     if metric is not None and metric.comparison != "unclear":
         outcome = metric.comparison
     elif preferences is not None:
         outcome = preferences.outcome
     elif loss is not None and (loss.is_lower or loss.is_higher):
         outcome = "better" if loss.is_lower else "worse"
-    learned = (
-        _loss_words(evidence) if evidence.preferences is None else _preference_words(evidence.preferences)
-    )
+    learned = _loss_words(evidence) if preferences is None else _preference_words(preferences)
     parts = [learned, _forgetting_words(evidence), _metric_words(metric)]
     return RunVerdict(outcome, f"{'; '.join(filter(None, parts))}.", metric is not None)
 
 
-_LEARNED: dict[Outcome, str] = {
+_LEARNED: dict[Comparison, str] = {
     "better": "It learned",
     "worse": "It got worse",
     "unclear": "Not enough evidence that it learned",

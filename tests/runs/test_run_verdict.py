@@ -46,6 +46,20 @@ def accuracy(base: int, adapter: int, rows: int = 20) -> Metric:
     return measure_answers(answers)[0][0]
 
 
+def data_ready(validation_samples: int) -> DataReady:
+    return DataReady(
+        at=1.0,
+        samples=99,
+        validation_samples=validation_samples,
+        tokens=9,
+        trained_tokens=9,
+        rows=9,
+        steps_per_epoch=9,
+        total_steps=9,
+        data_hash="",
+    )
+
+
 @pytest.mark.parametrize(
     ("evidence", "outcome", "sentence"),
     [
@@ -96,6 +110,11 @@ def accuracy(base: int, adapter: int, rows: int = 20) -> Metric:
             RunEvidence(preferences=PreferenceAccuracy(0.75, 20, "pair", 0.5, is_measured=True)),
             "unclear",
             "Not enough evidence that it learned: 75% of 20 validation pairs right, 50% before.",
+        ),
+        (
+            RunEvidence(preferences=PreferenceAccuracy(1.0, 5, "pair", 0.5)),
+            "unclear",
+            "Not enough evidence that it learned: 100% of 5 validation pairs right, 50% by chance.",
         ),
         (
             RunEvidence(preferences=PreferenceAccuracy(0.1, 20, "pair", 0.5)),
@@ -175,19 +194,7 @@ def test_a_preference_run_is_judged_by_its_comparisons(
 ) -> None:
     now = time.time()
     with EventWriter(run.events_path) as log:
-        log.append(
-            DataReady(
-                at=now,
-                samples=99,
-                validation_samples=20,
-                tokens=9,
-                trained_tokens=9,
-                rows=9,
-                steps_per_epoch=9,
-                total_steps=9,
-                data_hash="",
-            )
-        )
+        log.append(data_ready(20))
         log.append(Evaluated(at=now, step=0, loss=1.0, reward_accuracy=before))
         log.append(Evaluated(at=now, step=9, loss=1.0, reward_accuracy=0.9))
     view = RunView(run)
@@ -195,5 +202,17 @@ def test_a_preference_run_is_judged_by_its_comparisons(
     recipe = Recipe(data=Data(preferences=method))
     evidence = gather_evidence(view, TaskHeadline(adapter="", metrics=(), loss=loss(0.5)), recipe)
     assert evidence.preferences == expected and (evidence.loss is None) == (method != "orpo")
+    assert gather_evidence(view, None, None).preferences is None
     continued = Recipe(lora=Lora(init_from="owls"))
     assert gather_evidence(view, TaskHeadline(adapter="", metrics=(), loss=loss(0.5)), continued).loss is None
+
+
+@pytest.mark.parametrize(("first_step", "rows"), [(3, 20), (0, 0)])
+def test_comparisons_without_a_start_or_rows_are_no_evidence(run: RunDir, first_step: int, rows: int) -> None:
+    with EventWriter(run.events_path) as log:
+        log.append(data_ready(rows))
+        log.append(Evaluated(at=1.0, step=first_step, loss=1.0, reward_accuracy=0.5))
+        log.append(Evaluated(at=1.0, step=9, loss=1.0, reward_accuracy=0.9))
+    view = RunView(run)
+    view.refresh()
+    assert gather_evidence(view, None, Recipe(data=Data(preferences="simpo"))).preferences is None

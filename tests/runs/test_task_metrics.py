@@ -134,6 +134,19 @@ def test_calls_fit_the_tools_offered(name: str, arguments: Any, fits: bool) -> N
     assert fits_tools(ToolCall(name, arguments), (WEATHER,)) is fits
 
 
+def test_a_tool_that_allows_no_more_arguments_gets_none() -> None:
+    parameters = {"properties": {"city": {}}, "additionalProperties": False}
+    closed: dict[str, Any] = {"name": "weather", "parameters": parameters}
+    assert fits_tools(ToolCall("weather", {"city": "Oslo"}), (closed,))
+    assert not fits_tools(ToolCall("weather", {"city": "Oslo", "hour": 3}), (closed,))
+    assert fits_tools(ToolCall("weather", {"hour": 3}), (WEATHER | {"function": 1}, {"name": "weather"}))
+
+
+def test_answers_nested_too_deeply_are_no_json_and_no_calls() -> None:
+    deep = "[" * 9999 + "]" * 9999
+    assert not same_json(deep, deep) and read_calls(deep) == ()
+
+
 def a_row(reference: str, base: str, adapter: str, **more: Any) -> TaskRow:
     return TaskRow(
         source=0,

@@ -12,12 +12,11 @@ The first metric is the one that a verdict names:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 from msgspec import Struct
 
-from qlora_tui.data.conversation import ToolCall
 from qlora_tui.runs.task_metrics.answer_texts import is_json, same_json, same_words, token_f1, words
 from qlora_tui.runs.task_metrics.intervals import (
     Interval,
@@ -208,9 +207,8 @@ def _same_words(row: TaskRow, answer: str, raw: str) -> bool:
 
 
 def _valid_call(row: TaskRow, answer: str, raw: str) -> bool:
-    calls: tuple[ToolCall, ...] = read_calls(raw)
-    tools: Sequence[Mapping[str, Any]] = row.tools
-    return bool(calls) and all(fits_tools(call, tools) for call in calls)
+    calls = read_calls(raw)
+    return bool(calls) and all(fits_tools(call, row.tools) for call in calls)
 
 
 def _same_call(row: TaskRow, answer: str, raw: str) -> bool:
