@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 from qlora_tui.errors import EXIT_USAGE, UserError
-from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.schema import Lora, Recipe
 
 
 class Conflict(Struct, frozen=True):
@@ -48,37 +48,48 @@ def find_conflicts(recipe: Recipe) -> list[Conflict]:
                 "lower training.warmup_ratio or training.lr_decay_share to a sum of at most 1",
             )
         )
-    for path, is_set, why in (
-        ("lora.init_from", bool(recipe.lora.init_from), "an earlier adapter has its weights"),
-        ("lora.rank_pattern", bool(recipe.lora.rank_pattern), "EVA gives all modules the same rank"),
-    ):
-        if recipe.lora.init_weights == "eva" and is_set:
-            conflicting.append(
-                Conflict(
-                    ("lora.init_weights", path),
-                    f'lora.init_weights = "eva" and {path} are both set, and {why}',
-                    f'set lora.init_weights = "random" or leave {path} out',
-                )
-            )
-    for path, is_set in (
-        ("lora.use_dora", recipe.lora.use_dora),
-        ("lora.trainable_tokens", bool(recipe.lora.trainable_tokens)),
-    ):
-        if recipe.training.optimizer == "muon" and is_set:
-            trained = "vectors" if path == "lora.use_dora" else "embeddings"
-            conflicting.append(
-                Conflict(
-                    ("training.optimizer", path),
-                    f'training.optimizer = "muon" makes the update of a matrix orthogonal, and {path} trains '
-                    f"{trained} too",
-                    f'set training.optimizer = "adamw" or leave {path} out',
-                )
-            )
+    if recipe.lora.init_weights == "eva":
+        conflicting += _eva_conflicts(recipe.lora)
+    if recipe.training.optimizer == "muon":
+        conflicting += _muon_conflicts(recipe.lora)
     if recipe.preference_method is not None:
         conflicting += _preference_conflicts(recipe)
     if recipe.quantization.streamed_layers:
         conflicting += _streaming_conflicts(recipe)
     return conflicting
+
+
+def _eva_conflicts(lora: Lora) -> list[Conflict]:
+    settings = (
+        ("lora.init_from", bool(lora.init_from), "an earlier adapter has its weights"),
+        ("lora.rank_pattern", bool(lora.rank_pattern), "EVA gives all modules the same rank"),
+    )
+    return [
+        Conflict(
+            ("lora.init_weights", path),
+            f'lora.init_weights = "eva" and {path} are both set, and {why}',
+            f'set lora.init_weights = "random" or leave {path} out',
+        )
+        for path, is_set, why in settings
+        if is_set
+    ]
+
+
+def _muon_conflicts(lora: Lora) -> list[Conflict]:
+    settings = (
+        ("lora.use_dora", lora.use_dora, "vectors"),
+        ("lora.trainable_tokens", bool(lora.trainable_tokens), "embeddings"),
+    )
+    return [
+        Conflict(
+            ("training.optimizer", path),
+            f'training.optimizer = "muon" makes the update of a matrix orthogonal, and {path} trains '
+            f"{trained} too",
+            f'set training.optimizer = "adamw" or leave {path} out',
+        )
+        for path, is_set, trained in settings
+        if is_set
+    ]
 
 
 def _preference_conflicts(recipe: Recipe) -> list[Conflict]:

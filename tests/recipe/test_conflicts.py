@@ -29,6 +29,10 @@ def test_the_defaults_do_not_conflict() -> None:
         Recipe(lora=Lora(init_weights="eva", init_from="a-run")),
         Recipe(lora=Lora(init_weights="eva", rank_pattern={"q_proj": 4})),
         Recipe(data=Data(preferences="dpo"), lora=Lora(init_weights="eva")),
+        Recipe(data=Data(preferences="orpo", train_on="everything")),
+        Recipe(data=Data(preferences="simpo", overflow="split")),
+        Recipe(data=Data(preferences="kto"), training=Training(replay_share=0.1)),
+        Recipe(data=Data(preferences="dpo"), training=Training(neftune_alpha=5.0)),
         Recipe(training=Training(lr_scheduler="wsd", warmup_ratio=0.5, lr_decay_share=0.6)),
     ],
 )
