@@ -35,10 +35,13 @@ def run(args: argparse.Namespace) -> CommandResult | int:
             exit_code=EXIT_USAGE,
         )
     recipe = recipe_from_args(args)
-    for path, value in (("name", args.name), ("lora.init_from", args.init_from)):
+    for option, path, value in (
+        ("--name", "name", args.name),
+        ("--init-from", "lora.init_from", args.init_from),
+    ):
         if value is not None:
             changed = replace_setting(recipe, path, value)
-            recipe = to_recipe(to_layer(changed), origin=f"--{path.rpartition('.')[2].replace('_', '-')}")
+            recipe = to_recipe(to_layer(changed), origin=option)
     require_runnable(recipe)
     for source in every_source(recipe.data):
         paths_of(source)  # downloads a Hub dataset, so that its rows can be checked

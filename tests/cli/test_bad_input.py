@@ -52,6 +52,17 @@ def test_a_wrong_recipe_names_file_line_key_and_expected_value(
     assert all_runs() == []
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [("--name", "x" * 81, "name"), ("--init-from", "x" * 300, "lora.init_from")],
+    ids=["name", "init_from"],
+)
+def test_a_wrong_option_of_a_run_is_named(option: str, value: str, words: str, call: Call) -> None:
+    said = call("train", option, value)
+    assert said.code == 2 and option in said.err and words in said.err
+    assert all_runs() == []
+
+
 def test_a_recipe_that_is_not_there(call: Call, tmp_path: Path) -> None:
     said = call("train", str(tmp_path / "gone.toml"))
     assert said.code == 2
