@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 GIB = 1 << 30
@@ -94,3 +95,11 @@ def truncate_middle(text: str, width: int) -> str:
         return text
     end = width // 2
     return f"{text[: max(0, width - end - 1)]}…{text[len(text) - end :]}" if width > 1 else text[:width]
+
+
+def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a line for each row of a table, with columns as wide as their longest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]

@@ -13,7 +13,7 @@ import msgspec
 
 from qlora_tui.cli.arguments import positive_int
 from qlora_tui.cli.subcommand import CommandResult, Subcommand, add_json_argument, format_table
-from qlora_tui.cli.terminal import write_control
+from qlora_tui.cli.terminal import show_in_place, write_control
 from qlora_tui.data.inspection import Report, inspect, show
 from qlora_tui.data.problems import NOTES, ON_THINKING, row_outcome
 from qlora_tui.data.tokenizer import ChatTokenizer
@@ -99,10 +99,7 @@ def _blame(args: argparse.Namespace) -> CommandResult:
 
 
 def _print_progress(done: int, total: int) -> None:
-    """Show the progress in place on a terminal."""
-    if sys.stderr.isatty():
-        write_control(sys.stderr, "\r")
-        print(f"{done * 100 // max(1, total)} % of the rows measured", end="", file=sys.stderr, flush=True)
+    show_in_place(f"{done * 100 // max(1, total)} % of the rows measured")
 
 
 def _format_losses(losses: RowLosses, count: int) -> str:

@@ -9,7 +9,7 @@ import msgspec
 
 from qlora_tui.cli.arguments import positive_int
 from qlora_tui.cli.subcommand import CommandResult, Subcommand
-from qlora_tui.cli.terminal import write_control
+from qlora_tui.cli.terminal import show_in_place
 from qlora_tui.runs.directory import find_run
 from qlora_tui.runs.task_metrics.task_evaluation import (
     DEFAULT_PROMPTS,
@@ -42,10 +42,7 @@ def _as_data(evaluation: TaskEvaluation) -> object:
 
 
 def _print_progress(done: int, total: int) -> None:
-    """Show the progress in place on a terminal."""
-    if sys.stderr.isatty():
-        write_control(sys.stderr, "\r")
-        print(f"{done:,} of {total:,} answers", end="", file=sys.stderr, flush=True)
+    show_in_place(f"{done:,} of {total:,} answers")
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from qlora_tui.formatting import align_columns
 from qlora_tui.recipe.layering import build_recipe
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.visible import visible_in_json
@@ -94,9 +95,4 @@ def recipe_from_args(args: argparse.Namespace) -> Recipe:
 
 def format_table(rows: list[list[str]], header: list[str]) -> str:
     """Format columns as wide as needed; the caller aligns numbers."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        for row in [header, *rows]
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(align_columns([header, *rows]))

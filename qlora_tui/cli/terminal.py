@@ -55,6 +55,16 @@ def write_control(stream: TextIO, sequence: str) -> None:
     (stream.write_control if isinstance(stream, VisibleStream) else stream.write)(sequence)
 
 
+def show_in_place(text: str) -> None:
+    """Show text on stderr in place of the line before; nothing where stderr is not a terminal.
+
+    The text must not be shorter than the one before it.
+    """
+    if sys.stderr.isatty():
+        write_control(sys.stderr, "\r")
+        print(text, end="", file=sys.stderr, flush=True)
+
+
 def _encodable(text: str, stream: TextIO) -> str:
     # A symbol that the terminal's encoding lacks, as in the C locale, must not end the program.
     if text.isascii():

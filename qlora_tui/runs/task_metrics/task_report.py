@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qlora_tui.formatting import pluralize
+from qlora_tui.formatting import align_columns, pluralize
 from qlora_tui.runs.task_metrics.answer_metrics import Metric, TaskRow
 from qlora_tui.runs.task_metrics.intervals import Interval
 from qlora_tui.runs.task_metrics.task_evaluation import TaskEvaluation, describe_loss, describe_metric
@@ -21,14 +21,14 @@ def report_lines(evaluation: TaskEvaluation, rows: int) -> list[str]:
         *(f"{_capitalized(describe_metric(metric))}." for metric in evaluation.metrics[:1]),
         f"{_capitalized(describe_loss(evaluation.loss))}.",
         "",
-        *_aligned([_HEADER, *map(_metric_cells, evaluation.metrics)]),
+        *align_columns([_HEADER, *map(_metric_cells, evaluation.metrics)]),
     ]
     if evaluation.labels:
         counts = [
             (count.label, f"{count.rows:,}", f"{count.base:,}", f"{count.adapter:,}")
             for count in evaluation.labels
         ]
-        lines += ["", *_aligned([("label", "rows", "base right", "adapter right"), *counts])]
+        lines += ["", *align_columns([("label", "rows", "base right", "adapter right"), *counts])]
     if evaluation.warning:
         lines += ["", f"warning: {evaluation.warning}"]
     for row in evaluation.rows[:rows]:
@@ -60,13 +60,6 @@ def _metric_cells(metric: Metric) -> tuple[str, ...]:
         "" if metric.p is None else "<0.001" if metric.p < 0.001 else f"{metric.p:.3f}",
         "not enough evidence" if metric.comparison == "unclear" else metric.comparison,
     )
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
 
 
 def _range(interval: Interval) -> str:
