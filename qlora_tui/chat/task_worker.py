@@ -54,7 +54,6 @@ def evaluate(run: RunDir, most_prompts: int) -> None:
     from qlora_tui.chat.session import load_session
     from qlora_tui.chat.task_answers import answer_all
     from qlora_tui.chat.task_prompts import task_prompts
-    from qlora_tui.data.store import GOOD
     from qlora_tui.runs.task_metrics.answer_metrics import measure_answers
     from qlora_tui.runs.task_metrics.task_evaluation import (
         LossChange,
@@ -76,7 +75,7 @@ def evaluate(run: RunDir, most_prompts: int) -> None:
     if session.compute_device.kind == "cpu":
         lower_priority()
     session.ensure_loaded(ADAPTER)
-    samples = validation_samples(session).of_side(GOOD)
+    samples = validation_samples(session)
     ends = frozenset(session.tokenizer.turn_end_ids)
     prompts = task_prompts(samples, ends, most_prompts)
     if not prompts:
@@ -186,10 +185,8 @@ def _row(session: ChatSession, prompt: TaskPrompt, base: Sequence[int], adapter:
     def raw(ids: Sequence[int]) -> str:
         return tokenizer.decode([i for i in ids if i not in ends])
 
-    tools: tuple[dict[str, Any], ...] = ()
-    calls = bool(read_calls(raw(prompt.reference)))
-    if calls:
-        tools = _tools_of(session, prompt)
+    reference = raw(prompt.reference)
+    tools = _tools_of(session, prompt) if read_calls(reference) else ()
     return TaskRow(
         source=prompt.source,
         row=prompt.row,
@@ -200,7 +197,7 @@ def _row(session: ChatSession, prompt: TaskPrompt, base: Sequence[int], adapter:
         base_ended=base[-1] in ends,
         adapter_ended=adapter[-1] in ends,
         tools=tools,
-        reference_raw=raw(prompt.reference) if tools else "",
+        reference_raw=reference if tools else "",
         base_raw=raw(base) if tools else "",
         adapter_raw=raw(adapter) if tools else "",
     )
