@@ -134,7 +134,10 @@ class _EffectSums:
 
 
 def validation_samples(session: ChatSession) -> Samples:
-    """Return the validation samples of the session's recipe. Raises UserError where there are none."""
+    """Return the validation samples of the session's recipe, of pairs the chosen side.
+
+    Raises UserError where there are none.
+    """
     recipe = session.source.recipe
     tokenizer = ChatTokenizer.from_folder(model_folder(recipe), recipe.model.chat_template)
     samples = prepare_dataset(recipe, tokenizer).validation.of_side(GOOD)

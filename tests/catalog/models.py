@@ -113,3 +113,25 @@ def make_gguf(file: Path, **changes: Any) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(gguf_bytes({k: v for k, v in values.items() if v is not None}, TINY_GGUF_TENSORS))
     return file
+
+
+def make_adapter_files(
+    folder: Path,
+    names: tuple[str, ...] = ("q_proj", "v_proj"),
+    *,
+    layers: int = 2,
+    rank: int = 4,
+    **settings: Any,
+) -> Path:
+    """A LoRA adapter on attention: its config with more settings, and only the header of its weights."""
+    folder.mkdir(exist_ok=True)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8} | settings
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    entries = {
+        f"base_model.model.model.layers.{layer}.self_attn.{name}.lora_A.weight": {"shape": [rank, 16]}
+        for layer in range(layers)
+        for name in names
+    }
+    header = json.dumps(entries).encode()
+    (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    return folder

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qlora_tui.catalog.adapter_config import CONFIG, WEIGHTS
+from qlora_tui.catalog.adapter_config import WEIGHTS
 from qlora_tui.catalog.adapter_fit import adapter_differences, require_fit
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.lookup import load_architecture
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Lora
-from tests.catalog.models import make_model
+from tests.catalog.models import make_adapter_files, make_model
 
 LORA = Lora(rank=4, alpha=8, target_modules=("q_proj", "v_proj"))
-SETTINGS = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
 
 
 @pytest.fixture
@@ -26,22 +24,8 @@ def architecture(tmp_path: Path) -> Architecture:
     return load_architecture(str(make_model(tmp_path / "model")))
 
 
-def make_adapter(folder: Path, names: tuple[str, ...] = ("q_proj", "v_proj"), **settings: Any) -> Path:
-    """An adapter of rank 4 of two layers, without the values of its weights."""
-    folder.mkdir(exist_ok=True)
-    (folder / CONFIG).write_text(json.dumps(SETTINGS | settings))
-    entries = {
-        f"base_model.model.model.layers.{layer}.self_attn.{name}.lora_A.weight": {"shape": [4, 16]}
-        for layer in (0, 1)
-        for name in names
-    }
-    header = json.dumps(entries).encode()
-    (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header)
-    return folder
-
-
 def test_an_adapter_of_the_recipe_fits(tmp_path: Path, architecture: Architecture) -> None:
-    require_fit(make_adapter(tmp_path / "adapter"), LORA, architecture)
+    require_fit(make_adapter_files(tmp_path / "adapter"), LORA, architecture)
 
 
 @pytest.mark.parametrize(
@@ -58,12 +42,12 @@ def test_what_differs_from_the_recipe_is_refused(
     tmp_path: Path, architecture: Architecture, names: tuple[str, ...], settings: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(UserError, match="does not match the recipe") as refused:
-        require_fit(make_adapter(tmp_path / "adapter", names, **settings), LORA, architecture)
+        require_fit(make_adapter_files(tmp_path / "adapter", names, **settings), LORA, architecture)
     assert words in refused.value.what
 
 
 def test_missing_and_damaged_weights_are_refused(tmp_path: Path, architecture: Architecture) -> None:
-    folder = make_adapter(tmp_path / "adapter")
+    folder = make_adapter_files(tmp_path / "adapter")
     for entry in (b'{"base_model.model.a.lora_A.weight": {"shape": []}}', b"{"):
         (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(entry)) + entry)
         with pytest.raises(UserError, match="The adapter is damaged"):

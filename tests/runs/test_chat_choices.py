@@ -25,6 +25,7 @@ from qlora_tui.runs.chat_choices import (
     count_choices,
     recipe_on_choices,
 )
+from qlora_tui.runs.locks import locked
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPT = (
@@ -113,3 +114,12 @@ def test_a_file_that_cannot_be_read_whole_is_not_written(monkeypatch: pytest.Mon
     with pytest.raises(UserError, match="is larger than"):
         add_edit(PROMPT, "A wise owl.", provenance("chat/2"))
     assert path.read_bytes() == before
+
+
+def test_a_choice_waits_for_another_program_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    add_edit(PROMPT, "An owl.", provenance("chat/1"))
+    path = choices_path(BASE, "edits")
+    monkeypatch.setattr(chat_choices, "PATIENCE_S", 0.0)
+    with locked(path.with_suffix(".lock")), pytest.raises(UserError, match="Another program is writing"):
+        add_edit(PROMPT, "A wise owl.", provenance("chat/2"))
+    assert count_choices(BASE, "edits") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ from qlora_tui.data.quick_check import QuickCheckResult
 from qlora_tui.files import private_dir
 from qlora_tui.memory import Device
 from qlora_tui.memory.budget import MemoryBudget, budget_for
-from qlora_tui.recipe.schema import Data, Lora, Model, Preferences, Recipe, Source, Training
+from qlora_tui.recipe.schema import Data, Lora, Model, Preferences, Quantization, Recipe, Source, Training
 from qlora_tui.runs import data_checks, tracker_packages
 from qlora_tui.runs.data_checks import data_error
 from qlora_tui.runs.machine_checks import Check, CheckKind, Machine
 from qlora_tui.runs.preflight import preflight
+from tests.catalog.configs import CONFIGS
+from tests.catalog.models import make_adapter_files
 from tests.tui.sample_data import readable_model
 
 
@@ -262,6 +265,35 @@ def test_a_tracker_that_is_not_installed_blocks_the_launch(monkeypatch: pytest.M
     assert check.problem is not None and "`pip install mlflow`" in check.fix
     monkeypatch.setattr(tracker_packages, "find_spec", lambda name: object())
     assert CheckKind.SETTINGS not in checks_by_kind(recipe)
+
+
+@pytest.mark.parametrize(
+    ("base", "rank", "outcome", "words"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M", 4, "ok", "Starts from the adapter"),
+        ("acme/other", 4, "warning", "was trained on acme/other"),
+        ("HuggingFaceTB/SmolLM2-135M", 8, "error", "rank 4 and alpha 8 in the recipe, 8 and 8"),
+    ],
+)
+def test_an_adapter_to_start_from_is_checked(
+    tmp_path: Path, base: str, rank: int, outcome: str, words: str
+) -> None:
+    folder = make_adapter_files(tmp_path / "adapter", layers=30, rank=rank, base_model_name_or_path=base)
+    lora = Lora(rank=4, alpha=8, target_modules=("q_proj", "v_proj"), init_from=str(folder))
+    check = checks_by_kind(Recipe(model=Model(id=readable_model(tmp_path)), lora=lora))[CheckKind.LORA]
+    assert (check.outcome, words in check.text) == (outcome, True)
+
+
+def test_settings_with_which_experts_cannot_be_trained_are_errors(tmp_path: Path) -> None:
+    folder = Path(readable_model(tmp_path))
+    shutil.copy(CONFIGS / "openai__gpt-oss-20b.json", folder / "config.json")
+    model = Model(id=str(folder))
+    assert CheckKind.SETTINGS not in checks_by_kind(Recipe(model=model))
+    in_16_bits = checks_by_kind(Recipe(model=model, quantization=Quantization(method="none")))
+    assert "MXFP4" in in_16_bits[CheckKind.SETTINGS].text
+    lora, training = Lora(target_modules=("experts.down_proj",)), Training(optimizer="muon")
+    by_muon = checks_by_kind(Recipe(model=model, lora=lora, training=training))[CheckKind.LORA]
+    assert by_muon.outcome == "error" and "lora.target_modules names experts" in by_muon.text
 
 
 def test_trainable_tokens_and_targets_are_checked_before_a_launch(tmp_path: Path) -> None:
