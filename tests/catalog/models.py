@@ -117,18 +117,18 @@ def make_gguf(file: Path, **changes: Any) -> Path:
 
 def make_adapter_files(
     folder: Path,
-    names: tuple[str, ...] = ("q_proj", "v_proj"),
+    names: tuple[str, ...] = ("self_attn.q_proj", "self_attn.v_proj"),
     *,
     layers: int = 2,
     rank: int = 4,
     **settings: Any,
 ) -> Path:
-    """A LoRA adapter on attention: its config with more settings, and only the header of its weights."""
+    """A LoRA adapter on modules of each layer: its config with more settings, the header of its weights."""
     folder.mkdir(exist_ok=True)
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8} | settings
     (folder / "adapter_config.json").write_text(json.dumps(config))
     entries = {
-        f"base_model.model.model.layers.{layer}.self_attn.{name}.lora_A.weight": {"shape": [rank, 16]}
+        f"base_model.model.model.layers.{layer}.{name}.lora_A.weight": {"shape": [rank, 16]}
         for layer in range(layers)
         for name in names
     }

@@ -16,6 +16,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Lora
 from tests.catalog.models import make_adapter_files, make_model
 
+NAMES = ("self_attn.q_proj", "self_attn.v_proj")
 LORA = Lora(rank=4, alpha=8, target_modules=("q_proj", "v_proj"))
 
 
@@ -26,16 +27,18 @@ def architecture(tmp_path: Path) -> Architecture:
 
 def test_an_adapter_of_the_recipe_fits(tmp_path: Path, architecture: Architecture) -> None:
     require_fit(make_adapter_files(tmp_path / "adapter"), LORA, architecture)
+    # Experts are compared when the adapter is loaded.
+    require_fit(make_adapter_files(tmp_path / "adapter", (*NAMES, "mlp.experts")), LORA, architecture)
 
 
 @pytest.mark.parametrize(
     ("names", "settings", "words"),
     [
-        (("q_proj",), {}, "the recipe adapts 2 modules that it does not"),
-        (("q_proj", "v_proj", "k_proj"), {}, "it adapts 2 modules that the recipe does not"),
-        (("q_proj", "v_proj"), {"peft_type": "IA3"}, "it is a IA3 adapter, not LoRA"),
-        (("q_proj", "v_proj"), {"use_dora": True}, "DoRA is off in the recipe"),
-        (("q_proj", "v_proj"), {"alpha_pattern": {"1.self_attn.q_proj": 2}}, "4 and 2 in the adapter"),
+        (NAMES[:1], {}, "the recipe adapts 2 modules that it does not"),
+        ((*NAMES, "self_attn.k_proj"), {}, "it adapts 2 modules that the recipe does not"),
+        (NAMES, {"peft_type": "IA3"}, "it is a IA3 adapter, not LoRA"),
+        (NAMES, {"use_dora": True}, "DoRA is off in the recipe"),
+        (NAMES, {"alpha_pattern": {"1.self_attn.q_proj": 2}}, "4 and 2 in the adapter"),
     ],
 )
 def test_what_differs_from_the_recipe_is_refused(

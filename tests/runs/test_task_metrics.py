@@ -12,7 +12,7 @@ from qlora_tui.checksums import digest, write_checksums
 from qlora_tui.data.conversation import ToolCall
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.task_metrics.answer_metrics import TaskRow, measure_answers
-from qlora_tui.runs.task_metrics.answer_texts import same_json, same_words, token_f1
+from qlora_tui.runs.task_metrics.answer_texts import is_json, same_json, same_words, token_f1
 from qlora_tui.runs.task_metrics.intervals import (
     mcnemar_p,
     mean_interval,
@@ -144,7 +144,7 @@ def test_a_tool_that_allows_no_more_arguments_gets_none() -> None:
 
 def test_answers_nested_too_deeply_are_no_json_and_no_calls() -> None:
     deep = "[" * 9999 + "]" * 9999
-    assert not same_json(deep, deep) and read_calls(deep) == ()
+    assert not is_json(deep) and read_calls(deep) == ()
 
 
 def a_row(reference: str, base: str, adapter: str, **more: Any) -> TaskRow:
