@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from qlora_tui.data.dataset import PreparedDataset, prepare_dataset
-from qlora_tui.data.formats import detect
+from qlora_tui.data.conversation import RowRejectedError
+from qlora_tui.data.dataset import PreparedDataset, _layout_key, prepare_dataset
+from qlora_tui.data.formats import RowFormat, detect, parse
 from qlora_tui.data.inspection import inspect, show
 from qlora_tui.data.row import Row
-from qlora_tui.data.store import BAD, GOOD, Samples
+from qlora_tui.data.store import BAD, GOOD, Samples, Store
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Preferences, Recipe, Source
 from tests.data.families import family
@@ -94,6 +95,20 @@ def test_a_pair_without_room_for_one_answer_is_left_out(tmp_path: Path) -> None:
     assert (stored.counts.samples, stored.counts.dropped) == (1, 1)
 
 
+def test_kto_leaves_only_the_answer_without_room_out(tmp_path: Path) -> None:
+    long = {"prompt": "Which?", "chosen": "This.", "rejected": "That. " * 100}
+    stored = prepared(tmp_path, [long], "kto", overflow="drop", max_length=64)
+    assert answers(stored.train) == [(GOOD, "This.")]
+
+
+def test_a_shown_row_without_room_names_no_sides(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": "Which?", "chosen": "This.", "rejected": "That. " * 100}))
+    data = Data(preferences="dpo", overflow="drop", max_length=64)
+    shown = show(Source(path=str(file)), 1, CHATML, data)
+    assert (len(shown.samples), shown.sides) == (1, ())
+
+
 def test_both_sides_of_a_pair_are_in_one_split(tmp_path: Path) -> None:
     rows = [{"prompt": f"Which {n}?", "chosen": f"This {n}.", "rejected": f"That {n}."} for n in range(20)]
     stored = prepared(tmp_path, rows, "dpo", validation_fraction=0.25)
@@ -117,6 +132,19 @@ def test_a_selection_is_spread_over_the_samples(tmp_path: Path, most: int, sprea
     assert answers(samples) == [(GOOD, f"This {n}.") for n in spread]
 
 
+def test_methods_for_pairs_share_what_is_stored(tmp_path: Path) -> None:
+    pair = {"prompt": "Which?", "chosen": "This.", "rejected": "That."}
+    methods: tuple[Preferences, ...] = ("dpo", "orpo", "simpo", "kto", "chosen")
+    stored = [prepared(tmp_path, [pair], method).cached for method in methods]
+    assert stored == [False, True, True, False, False]
+
+
+def test_a_set_without_method_keeps_its_earlier_key() -> None:
+    columns = {"text": "story"}
+    layout = _layout_key(RowFormat("text", columns))
+    assert layout == {"format": "text", "columns": columns, "label_names": ()}
+
+
 def test_a_method_needs_data_to_compare() -> None:
     plain = Row(1, {"prompt": "Which?", "completion": "This."})
     with pytest.raises(UserError, match="No preferences in the data"):
@@ -127,6 +155,65 @@ def test_a_method_needs_data_to_compare() -> None:
     with pytest.raises(UserError, match="Rated answers") as raised:
         detect([rated], "file", preference_choice="orpo")
     assert 'data.preferences = "kto"' in raised.value.fix
+
+
+def test_media_are_named_before_a_missing_comparison() -> None:
+    row = Row(1, {"prompt": "Which?", "completion": "This.", "images": ["a.jpg"]})
+    with pytest.raises(UserError, match="images"):
+        detect([row], "file", preference_choice="dpo")
+
+
+def refusal(method: Preferences, usable: dict[str, Any], row: dict[str, Any]) -> tuple[str, str]:
+    """Kind and reason with which a row is rejected, in a file whose other rows are like ``usable``."""
+    layout = detect([Row(1, usable)], "file", preference_choice=method).layout
+    parse(Row(1, usable), layout)
+    with pytest.raises(RowRejectedError) as raised:
+        parse(Row(2, usable | row), layout)
+    return raised.value.kind, raised.value.reason
+
+
+@pytest.mark.parametrize(
+    ("rejected", "expected"),
+    [
+        ("", ("empty-row", "The rejected answer is empty.")),
+        (["That.", " "], ("empty-row", "The rejected answer is empty.")),
+        ("<image>", ("media", "Turn 2 has the placeholder <image>.")),
+    ],
+)
+def test_a_pair_needs_text_on_its_rejected_side(rejected: Any, expected: tuple[str, str]) -> None:
+    pair = {"prompt": "Which?", "chosen": "This.", "rejected": "That."}
+    assert refusal("dpo", pair, {"rejected": rejected}) == expected
+
+
+@pytest.mark.parametrize("roles", [("assistant",), ("user", "assistant", "user")])
+def test_a_rating_needs_a_prompt_and_an_answer(roles: tuple[str, ...]) -> None:
+    usable, row = (
+        {"messages": [{"role": role, "content": "Which?"} for role in turns], "label": True}
+        for turns in (("user", "assistant"), roles)
+    )
+    reason = "A rating needs a prompt, and an answer after it."
+    assert refusal("kto", usable, row) == ("no-answer", reason)
+
+
+def test_a_template_that_refuses_one_side_refuses_the_pair(tmp_path: Path) -> None:
+    answer = {"role": "assistant", "content": "That."}
+    pair = {"prompt": "Which?", "chosen": "This.", "rejected": "That."}
+    source = Source(path=str(tmp_path / "rows.jsonl"))
+    rows = [pair, {**pair, "prompt": "Who?", "rejected": [answer, answer]}]
+    Path(source.path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = Data(sources=(source,), preferences="dpo", validation_fraction=0.0)
+    stored = prepare_dataset(Recipe(data=data), family("no-system"))
+    assert [side for side, _ in answers(stored.train)] == [GOOD, BAD]
+    assert [(problem.kind, problem.rows) for problem in stored.problems] == [("template-refuses", (2,))]
+
+
+def test_sides_of_some_samples_only_are_damage(tmp_path: Path) -> None:
+    pair = {"prompt": "Which?", "chosen": "This.", "rejected": "That."}
+    folder = prepared(tmp_path, [pair], "dpo").folder
+    Store(folder)
+    (folder / "sides.u8").write_bytes(bytes([GOOD]))
+    with pytest.raises(ValueError, match="sides of some samples only"):
+        Store(folder)
 
 
 def test_refused_preferences_name_the_methods(tmp_path: Path) -> None:

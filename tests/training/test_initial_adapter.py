@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ pytest.importorskip("torch")
 
 from msgspec import structs
 
+from qlora_tui.catalog.adapter_config import WEIGHTS
 from qlora_tui.catalog.adapter_fit import adapter_differences
 from qlora_tui.catalog.lookup import load_architecture
-from qlora_tui.checksums import digest
+from qlora_tui.checksums import digest, write_checksums
 from qlora_tui.errors import UserError
 from qlora_tui.memory.budget import budget_for
 from qlora_tui.recipe.schema import Lora, Recipe
@@ -28,6 +31,7 @@ from qlora_tui.runs.machine_checks import CheckKind, Machine
 from qlora_tui.runs.preflight import preflight
 from qlora_tui.training.adapter import add_lora
 from qlora_tui.training.initial_adapter_weights import load_initial_adapter
+from qlora_tui.training.preference.starting_adapter import StartingAdapter
 from qlora_tui.training.trainer import save_adapter
 from tests.support.trainer_processes import Trainers
 from tests.training.conftest import MakeRecipe
@@ -109,6 +113,72 @@ def test_an_adapter_of_another_shape_is_refused(
         **{k.partition(".")[2]: v for k, v in check.suggested_fix.changes.items()},
     }
     assert adapter_differences(adapter, Lora(**repaired), architecture) == []
+
+
+def other_tokens(folder: Path) -> None:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"trainable_token_indices": [3]}))
+
+
+def one_more_tensor(folder: Path) -> None:
+    rewrite(folder, lambda weights: weights | {"experts.lora_A.weight": next(iter(weights.values())).clone()})
+
+
+def longer_outputs(folder: Path) -> None:
+    rewrite(folder, lambda weights: {k: v.repeat(2, 1) if "lora_B" in k else v for k, v in weights.items()})
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS)
+
+
+def shortened(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-8])
+
+
+def changed_after_checksums(folder: Path) -> None:
+    write_checksums(folder)
+    rewrite(folder, lambda weights: {name: tensor + 1 for name, tensor in weights.items()})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (other_tokens, r"does not match the recipe: .* the rows of other tokens"),
+        (one_more_tensor, r"does not match the recipe: .* only it has experts\.lora_A\.weight"),
+        (longer_outputs, r"does not match the recipe: .* has the shape \(128, 8\), not \(64, 8\)"),
+        (shortened, "The adapter is damaged"),
+        (changed_after_checksums, "The adapter is damaged"),
+    ],
+)
+def test_weights_that_do_not_fit_are_not_loaded(
+    tiny_model: Path, adapter: Path, tmp_path: Path, change: Callable[[Path], None], words: str
+) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter, folder)
+    change(folder)
+    architecture = load_architecture(str(tiny_model))
+    model = add_lora(new_model(tiny_model), LORA, architecture)
+    with pytest.raises(UserError, match=words):
+        load_initial_adapter(model, structs.replace(LORA, init_from=str(folder)), architecture)
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "other names", "other shapes"])
+def test_a_start_that_does_not_fit_is_refused(tmp_path: Path, damage: str) -> None:
+    from torch import nn
+
+    file = tmp_path / "starting_adapter.safetensors"
+    StartingAdapter.of(nn.Linear(2, 3)).write(file)
+    StartingAdapter.read(file, nn.Linear(2, 3))
+    if damage == "missing":
+        file.unlink()
+    elif damage == "short":
+        file.write_bytes(file.read_bytes()[:-4])
+    model = {"other names": nn.Sequential(nn.Linear(2, 3)), "other shapes": nn.Linear(4, 3)}.get(damage)
+    with pytest.raises(UserError, match="The starting adapter cannot be read"):
+        StartingAdapter.read(file, model or nn.Linear(2, 3))
 
 
 @pytest.mark.parametrize("named", ["no-such-run", "/no/such/folder", "{tmp}"])

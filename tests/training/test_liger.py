@@ -297,6 +297,9 @@ def test_liger_is_planned_where_installed_suitable_and_worthwhile() -> None:
     assert trainer_execution(half, gpu, few).loss == "chunked"
     assert trainer_execution(long, Device(liger=True, capability=(7, 5)), few).loss == "chunked"
     assert trainer_execution(replace(long, lora=Lora(trainable_tokens=("<x>",))), gpu, few).loss == "chunked"
+    # It has no loss of single tokens.
+    pairs = replace(long, data=Data(max_length=2048, preferences="dpo"))
+    assert trainer_execution(pairs, gpu, few).loss == "chunked"
 
 
 @pytest.mark.skipif(find_spec("liger_kernel") is None or find_spec("triton") is None, reason="no Liger here")

@@ -70,6 +70,12 @@ def test_every_rate_after_warmup_is_that_of_transformers(
     assert ours[:warmup] == pytest.approx([*stock[1:warmup], PEAK])
 
 
+def test_a_decay_longer_than_the_rest_begins_after_warmup(tmp_path: Path) -> None:
+    training = Training(learning_rate=PEAK, lr_scheduler="wsd", warmup_ratio=0.5, lr_decay_share=0.9)
+    falling = of_a_run(training, 10, tmp_path)[5:]
+    assert falling[0] == PEAK and falling == sorted(falling, reverse=True)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("steps", "warmup_ratio"), [(1, 0.0), (2, 0.9), (6, 0.5)])
 def test_short_runs_have_positive_finite_rates(

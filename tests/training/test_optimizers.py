@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,13 +12,17 @@ pytest.importorskip("torch")
 
 import torch
 
+from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.errors import UserError
 from qlora_tui.memory.execution import Device, trainer_execution
 from qlora_tui.memory.parameter_memory import state_sizes
-from qlora_tui.recipe.schema import Recipe, Training
+from qlora_tui.recipe.schema import Lora, Recipe, Training
+from qlora_tui.training import preparation
 from qlora_tui.training.optimizers import OPTIMIZERS
 from qlora_tui.training.trainer import RunTrainer
+from tests.training.families import build
 from tests.training.test_lora_plus import run_trainer
+from tests.training.trained_weights import CLAIMED
 
 pytestmark = pytest.mark.slow
 
@@ -104,3 +109,13 @@ def test_muon_needs_a_torch_that_has_it(
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(UserError, match=r"Install torch 2\.9"):
         new_trainer(tiny_model, tmp_path, "muon")
+
+
+def test_a_trainer_refuses_muon_for_experts() -> None:
+    architecture = parse_architecture(build("qwen3_moe", **CLAIMED["qwen3_moe"]).config.to_dict())
+    targets = Lora(target_modules=("experts.down_proj",))
+    context: Any = SimpleNamespace(recipe=Recipe(lora=targets, training=Training(optimizer="muon")))
+    files: Any = SimpleNamespace(architecture=architecture)
+    unused: Any = None
+    with pytest.raises(UserError, match="Not for experts"):
+        preparation._add_adapter(context, unused, unused, files, unused, {})

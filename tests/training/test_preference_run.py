@@ -16,8 +16,23 @@ from tests.training.conftest import MakeRecipe
 from tests.training.event_helpers import events_of, losses
 from tests.training.preference_data import write_pairs, write_rated
 from tests.training.test_resume import EVERY_STEP, interrupted_at
+from tests.training.test_step_by_step import MUTANTS
 
 pytestmark = pytest.mark.slow
+
+
+def test_a_run_whose_chunked_loss_is_wrong_still_compares_answers(
+    recipe: MakeRecipe, trainers: Trainers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BEFORE_TRAINER", MUTANTS["gradients of half the size"])
+    sources = (Source(path=str(write_pairs(tmp_path / "pairs.jsonl"))),)
+    settings = {"data.sources": sources, "data.preferences": "dpo", "training.max_steps": 1}
+    run = create_run(recipe(settings))
+    assert trainers.run(run) == 0
+    assert [verified.replaced for verified in events_of(run, StepVerified)] == [
+        ("the chunked or Liger loss",)
+    ]
+    assert [step.reward_accuracy is not None for step in events_of(run, Step)] == [True]
 
 
 @pytest.mark.parametrize("method", ["orpo", "dpo", "kto"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,10 +10,21 @@ import pytest
 
 pytest.importorskip("torch")
 
+import torch
+from torch import nn
+
 from qlora_tui.data.store import BAD, GOOD
-from qlora_tui.recipe.schema import Data, Preferences, Recipe, Training
+from qlora_tui.recipe.schema import (
+    PREFERENCE_METHODS,
+    Data,
+    PreferenceMethod,
+    Preferences,
+    Recipe,
+    Training,
+)
 from qlora_tui.training.batches import PlannedStep, StepPlan
 from qlora_tui.training.preference.mismatched import MismatchedSamples
+from qlora_tui.training.preference.objective import PreferenceObjective, RewardSums
 from qlora_tui.training.preference.preference_steps import PreferenceSteps
 from tests.training.preference_data import TokenLists
 
@@ -61,6 +73,33 @@ def test_each_answer_of_a_step_follows_another_prompt() -> None:
     assert [samples.token_ids(i) for i in range(3)] == [[6, 17, 18], [1, 2, 19], [3, 11, 12]]
     assert [samples.loss_mask(i) for i in range(3)] == [[0, 1, 1], [0, 0, 1], [0, 1, 1]]
     assert [samples.length(i) for i in range(3)] == [3, 3, 3]
+
+
+def test_a_single_answer_follows_no_other_prompt() -> None:
+    assert first_step("kto", ((0,),), 0, 1)["mismatched"] == []
+
+
+class NoTokens(nn.Module):
+    """A model whose loss is that of no tokens; its adapter can be turned off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, per_token: bool, **kwargs: Any) -> Any:
+        assert per_token
+        return SimpleNamespace(loss=self.weight[:0])
+
+    def disable_adapter(self) -> nullcontext[None]:
+        return nullcontext()
+
+
+@pytest.mark.parametrize("method", PREFERENCE_METHODS)
+def test_a_micro_batch_without_answers_costs_nothing(method: PreferenceMethod) -> None:
+    model, objective = NoTokens(), PreferenceObjective(method, 0.1, 1.0)
+    loss = objective.summed_loss(model, model, {"sides": [], "answer_tokens": []}, 1.0)
+    torch.autograd.backward(loss)
+    assert float(loss.detach()) == 0 and objective.take_sums() == RewardSums()
 
 
 @pytest.mark.parametrize("size", [1, 2])

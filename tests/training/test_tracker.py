@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ import pytest
 
 pytest.importorskip("torch")
 
+from msgspec import structs
+
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Lora, Model, Recipe, Source, Training
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import Evaluated, Finished, Step
 from qlora_tui.training import tracker
-from qlora_tui.training.tracker import RunTracker, describe_failure, tracked_settings
+from qlora_tui.training.tracker import RunTracker, describe_failure, tracked_numbers, tracked_settings
 from tests.support.trainer_processes import Trainers
 from tests.training.conftest import MakeRecipe
 from tests.training.event_helpers import events_of
@@ -97,6 +100,13 @@ def test_a_tracker_that_fails_is_left_alone(
     monkeypatch.setenv("OWL_API_KEY", "abcdefgh12")
     evidence, _ = describe_failure("trackio", failures[0])
     assert evidence == "Trackio failed: no answer from http://…@host, key …. The run goes on without it."
+
+
+def test_numbers_that_are_not_finite_are_not_sent() -> None:
+    step = structs.replace(STEP, reward_accuracy=0.5, reward_margin=math.nan, grad_norm=math.inf)
+    assert {"rewards/accuracies", "grad_norm", "rewards/margins"} & tracked_numbers(step).keys() == {
+        "rewards/accuracies"
+    }
 
 
 def test_a_variable_of_the_user_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
