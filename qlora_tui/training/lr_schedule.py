@@ -35,7 +35,7 @@ def schedule_arguments(training: Training, steps: int) -> dict[str, Any]:
             after_warmup = steps - math.ceil(training.warmup_ratio * steps)
             decay = min(round(training.lr_decay_share * steps), after_warmup)
             # 1-sqrt ended lowest of the shapes compared in arXiv 2405.18392, section 3.
-            return {"num_decay_steps": max(decay, 1), "decay_type": "1-sqrt"}
+            return {"num_decay_steps": decay, "decay_type": "1-sqrt"}
         case _:
             return {}
 
