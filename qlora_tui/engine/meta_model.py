@@ -20,8 +20,9 @@ def build(request: TraceRequest, architecture: Architecture, dtype: torch.dtype)
 
     from qlora_tui.training import model_loading
     from qlora_tui.training.adapter import add_lora
-    from qlora_tui.training.chunked_loss import ChunkedHead, find_head, use_chunked_loss
+    from qlora_tui.training.chunked_loss import find_head, use_chunked_loss
     from qlora_tui.training.experts.experts_4bit import replace_experts
+    from qlora_tui.training.head_chunks import ChunkedHead
     from qlora_tui.training.packed_attention import pass_sample_lengths
     from qlora_tui.training.token_losses import use_token_losses
 

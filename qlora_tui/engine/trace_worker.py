@@ -177,10 +177,10 @@ class _DeviceKernels:
 
     def __enter__(self) -> None:
         self._replace(functional, "scaled_dot_product_attention", _attention)
-        from qlora_tui.training import chunked_loss, packed_attention, varlen_attention
+        from qlora_tui.training import head_chunks, packed_attention, varlen_attention
 
         self._replace(torch, "autocast", _no_autocast)
-        self._replace(chunked_loss, "block_rows", lambda device: LOSS_BLOCK_ROWS[self._device])
+        self._replace(head_chunks, "block_rows", lambda device: LOSS_BLOCK_ROWS[self._device])
         if self._device == "cuda":
             self._replace(functional, "dropout", _dropout)
             self._replace(varlen_attention, "supports", lambda query, value, samples: True)

@@ -26,6 +26,7 @@
 ``packed_attention``      several samples in one sequence, each attending only to itself, in one call of
                           ``varlen_attention`` or one by one; ``padding``: to a multiple of tokens
 ``chunked_loss``          cross-entropy without the whole logits; ``liger``: Liger's kernel in its place
+``head_chunks``           the output head, a few tokens at a time, for it and for ``token_losses``
 ``token_losses``          the loss of each token by itself, for ``preference``: training on pairs of answers
                           or on rated ones
 ``equivalence_checks``    verifies packed attention (``attention_check``: layer by layer) and the chunked

@@ -8,7 +8,7 @@ from typing import Any
 
 from qlora_tui.memory.execution import AttentionPath, Loss
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.training import chunked_loss, equivalence_checks, model_loading
+from qlora_tui.training import chunked_loss, equivalence_checks, head_chunks, model_loading
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.fused.kernel_choice import allow_kernels, verify_kernels
 from qlora_tui.training.liger import verified_liger_loss
@@ -123,7 +123,7 @@ def _use_packed_attention(
 
 def _use_loss(
     model: Any,
-    head: chunked_loss.ChunkedHead | str,
+    head: head_chunks.ChunkedHead | str,
     device: ComputeDevice,
     expected_loss: Loss,
     weighted: bool,

@@ -18,7 +18,6 @@ Shapes for a packed sequence of 1,000 tokens, 600 in the loss, hidden size 576, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import wraps
 from types import MethodType
 from typing import Any, TypeAlias
@@ -27,26 +26,14 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from qlora_tui.memory.execution import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS
+from qlora_tui.training.head_chunks import ChunkedHead, empty_gradient, pass_through_head
 from qlora_tui.training.packed_attention import pass_sample_lengths
-from qlora_tui.training.padding import pad_tokens
 from qlora_tui.training.trainable_tokens import TokenRows, active_rows
 
 IGNORED = -100
 """Label of a token that is not in the loss."""
 LossSumFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Computes the summed cross-entropy, fp32, of states (tokens, hidden) against targets (tokens,)."""
-
-
-@dataclass(frozen=True)
-class ChunkedHead:
-    """The computation from the last hidden state to logits, in the forms that are supported."""
-
-    projection: nn.Linear
-    multiplier: float
-    """Factor on the logits: Granite's 1 / ``logits_scaling``, Cohere's ``logit_scale``."""
-    softcap: float | None
-    """Gemma's ``final_logit_softcapping``: logits become softcap · tanh(logits / softcap)."""
 
 
 def find_head(model: nn.Module) -> ChunkedHead | str:
@@ -244,55 +231,23 @@ class _ChunkedLoss(torch.autograd.Function):
         ids: Tensor | None,
         values: Tensor | None,
     ) -> Tensor:
-        weight, bias = head.projection.weight, head.projection.bias
-        rows = None if values is None else values.to(weight.dtype)
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[5]
-        # In fp16 the gradients would vanish: they stay in fp32 until the backward applies the loss scale.
-        grad_dtype = torch.float32 if states.dtype == torch.float16 else states.dtype
-        grad = torch.empty(states.shape, dtype=grad_dtype, device=states.device) if needs_grad else None
+        grad = empty_gradient(states) if needs_grad else None
         grad_rows = torch.zeros_like(values) if needs_grad and values is not None else None
         total = torch.zeros((), dtype=torch.float32, device=states.device)
-        block = block_rows(states.device)
-        for start in range(0, len(targets), LOSS_CHUNK_ROWS):
-            end = start + LOSS_CHUNK_ROWS
-            chunk, target = states[start:end].to(weight.dtype), targets[start:end, None]
-            chunk_weights = None if loss_weights is None else loss_weights[start:end, None]
-            with torch.autocast(states.device.type, enabled=False):
-                padded_logits = nn.functional.linear(pad_tokens(chunk), weight, bias)
-            # The padding rows are carried along unread, which saves a copy without them.
-            logits = padded_logits[: len(chunk)]
-            if ids is not None and rows is not None:
-                logits.index_copy_(1, ids, chunk @ rows.t())
-            row_logit_grads = (
-                None if grad_rows is None or ids is None else grad_rows.new_empty(len(chunk), len(ids))
-            )
-            for at in range(0, len(chunk), block):
-                block_slice = slice(at, at + block)
-                losses, logit_grads = losses_and_grads(
-                    logits[block_slice], target[block_slice], head, needs_grad=grad is not None
-                )
-                if chunk_weights is not None:
-                    losses *= chunk_weights[block_slice]
-                total += losses.sum()
-                if logit_grads is None:
-                    continue
-                if chunk_weights is not None:
-                    logit_grads *= chunk_weights[block_slice]
-                if ids is not None and row_logit_grads is not None:
-                    row_logit_grads[block_slice] = logit_grads.index_select(1, ids)
-                    logit_grads.index_fill_(1, ids, 0)
-                logits[block_slice] = logit_grads
-                # Otherwise it would stay in memory beside that of the next block.
-                del logit_grads
-            if grad is not None:
-                grad_chunk = (padded_logits @ weight)[: len(chunk)]
-                if row_logit_grads is not None and grad_rows is not None and rows is not None:
-                    grad_rows.addmm_(row_logit_grads.t(), chunk.to(row_logit_grads.dtype))
-                    grad_chunk.addmm_(row_logit_grads.to(rows.dtype), rows)
-                grad[start:end] = grad_chunk
-                del grad_chunk
-            # Otherwise they would stay in memory beside those of the next chunk.
-            del logits, padded_logits, row_logit_grads
+
+        def sum_block(tokens: slice, losses: Tensor, logit_grads: Tensor | None) -> None:
+            if loss_weights is not None:
+                losses *= loss_weights[tokens, None]
+                if logit_grads is not None:
+                    logit_grads *= loss_weights[tokens, None]
+            total.add_(losses.sum())
+
+        def sum_rows(tokens: slice, row_logit_grads: Tensor, chunk: Tensor) -> None:
+            assert grad_rows is not None
+            grad_rows.addmm_(row_logit_grads.t(), chunk.to(row_logit_grads.dtype))
+
+        pass_through_head(states, targets, head, ids, values, grad, sum_block, sum_rows)
         if grad is not None:
             ctx.save_for_backward(grad, grad_rows)
         ctx.dtype = states.dtype
@@ -303,39 +258,3 @@ class _ChunkedLoss(torch.autograd.Function):
         grad, grad_rows = ctx.saved_tensors
         rows = None if grad_rows is None else grad_rows * grad_outputs[0]
         return (grad * grad_outputs[0]).to(ctx.dtype), None, None, None, None, rows
-
-
-def block_rows(device: torch.device) -> int:
-    """Rows of a chunk that are in fp32 at a time."""
-    return LOSS_BLOCK_ROWS["cuda" if device.type == "cuda" else "cpu"]
-
-
-def losses_and_grads(
-    logits: Tensor, targets: Tensor, head: ChunkedHead, *, needs_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy and its gradient at the logits, before the head's multiplier and soft cap.
-
-    Args:
-        logits: (rows, vocabulary), as the projection gives them.
-        targets: (rows, 1).
-
-    Returns:
-        Losses (rows, 1) and gradients (rows, vocabulary), None without ``needs_grad``. Both are fp32.
-    """
-    logits, tanh_logits = logits.float(), None
-    if head.multiplier != 1.0:
-        logits = logits * head.multiplier
-    if head.softcap is not None:
-        tanh_logits = (logits / head.softcap).tanh_()
-        logits = tanh_logits * head.softcap
-    log_probs = logits.log_softmax(dim=-1)
-    losses = -log_probs.gather(1, targets)
-    if not needs_grad:
-        return losses, None
-    logit_grads = log_probs.exp_()
-    logit_grads.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=logit_grads.dtype))
-    if tanh_logits is not None:
-        logit_grads *= tanh_logits.square_().neg_().add_(1)
-    if head.multiplier != 1.0:
-        logit_grads *= head.multiplier
-    return losses, logit_grads

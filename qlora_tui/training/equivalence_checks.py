@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from qlora_tui.training.agreement import bitwise_equal, within_rounding
 from qlora_tui.training.attention_check import reference_logits, short_windows
-from qlora_tui.training.chunked_loss import IGNORED, ChunkedHead, losses_and_grads
+from qlora_tui.training.chunked_loss import IGNORED
 from qlora_tui.training.fused.patching import temporary_forwards
+from qlora_tui.training.head_chunks import ChunkedHead, losses_and_grads
 
 _FIRST, _SECOND = 9, 7
 """Lengths of the two samples, in tokens."""

@@ -15,7 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qlora_tui.training.chunked_loss import ChunkedHead, LossSumFn, chunked_sum, losses_and_grads
+from qlora_tui.training.chunked_loss import LossSumFn, chunked_sum
+from qlora_tui.training.head_chunks import ChunkedHead, losses_and_grads
 
 _TOKENS = 256
 """Tokens of the check: enough for Liger to use several chunks, of several rows each in most models."""

@@ -16,11 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from qlora_tui.memory.execution import LOSS_CHUNK_ROWS
-from qlora_tui.training import chunked_loss
-from qlora_tui.training.chunked_loss import ChunkedHead
+from qlora_tui.training.chunked_loss import select_states
+from qlora_tui.training.head_chunks import ChunkedHead, empty_gradient, pass_through_head
 from qlora_tui.training.packed_attention import segment_mask
-from qlora_tui.training.padding import pad_tokens
 from qlora_tui.training.trainable_tokens import active_rows
 
 
@@ -51,7 +49,7 @@ def use_token_losses(model: nn.Module, head: ChunkedHead | str) -> None:
         hidden = decoder(**kwargs, use_cache=False)[0]
         rows = active_rows(self.get_output_embeddings())  # type: ignore[operator]  # a PreTrainedModel's method
         ids, values = (None, None) if rows is None else (rows.ids, rows.values)
-        states = chunked_loss.select_states(hidden, positions)
+        states = select_states(hidden, positions)
         return CausalLMOutputWithPast(loss=token_losses(states, targets, head, ids, values))
 
     model.forward = MethodType(forward, model)
@@ -89,50 +87,21 @@ class _TokenLosses(torch.autograd.Function):
         ids: Tensor | None,
         values: Tensor | None,
     ) -> Tensor:
-        weight, bias = head.projection.weight, head.projection.bias
-        rows = None if values is None else values.to(weight.dtype)
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[4]
-        # In fp16 the gradients would vanish: they stay in fp32 until the backward applies the loss scale.
-        grad_dtype = torch.float32 if states.dtype == torch.float16 else states.dtype
-        grad = torch.empty(states.shape, dtype=grad_dtype, device=states.device) if needs_grad else None
-        row_grads = (
-            torch.empty(len(targets), len(ids), device=states.device)
-            if needs_grad and ids is not None
-            else None
-        )
+        grad = empty_gradient(states) if needs_grad else None
+        row_grads = None
+        if needs_grad and values is not None:
+            row_grads = values.new_empty(len(targets), len(values))
         losses = torch.empty(len(targets), dtype=torch.float32, device=states.device)
-        block = chunked_loss.block_rows(states.device)
-        for start in range(0, len(targets), LOSS_CHUNK_ROWS):
-            end = min(start + LOSS_CHUNK_ROWS, len(targets))
-            chunk, target = states[start:end].to(weight.dtype), targets[start:end, None]
-            with torch.autocast(states.device.type, enabled=False):
-                padded_logits = nn.functional.linear(pad_tokens(chunk), weight, bias)
-            logits = padded_logits[: len(chunk)]
-            if ids is not None and rows is not None:
-                logits.index_copy_(1, ids, chunk @ rows.t())
-            for at in range(0, len(chunk), block):
-                within = slice(at, min(at + block, len(chunk)))
-                overall = slice(start + within.start, start + within.stop)
-                block_losses, logit_grads = chunked_loss.losses_and_grads(
-                    logits[within], target[within], head, needs_grad=needs_grad
-                )
-                losses[overall] = block_losses[:, 0]
-                if logit_grads is None:
-                    continue
-                if row_grads is not None and ids is not None:
-                    row_grads[overall] = logit_grads.index_select(1, ids)
-                    logit_grads.index_fill_(1, ids, 0)
-                logits[within] = logit_grads
-                # Otherwise it would stay in memory beside that of the next block.
-                del logit_grads
-            if grad is not None:
-                grad_chunk = (padded_logits @ weight)[: len(chunk)]
-                if row_grads is not None and rows is not None:
-                    grad_chunk.addmm_(row_grads[start:end].to(rows.dtype), rows)
-                grad[start:end] = grad_chunk
-                del grad_chunk
-            # Otherwise they would stay in memory beside those of the next chunk.
-            del logits, padded_logits
+
+        def store_block(tokens: slice, block_losses: Tensor, _logit_grads: Tensor | None) -> None:
+            losses[tokens] = block_losses[:, 0]
+
+        def store_rows(tokens: slice, row_logit_grads: Tensor, _chunk: Tensor) -> None:
+            assert row_grads is not None
+            row_grads[tokens] = row_logit_grads
+
+        pass_through_head(states, targets, head, ids, values, grad, store_block, store_rows)
         if needs_grad:
             ctx.save_for_backward(grad, row_grads, states if row_grads is not None else None)
         ctx.dtype = states.dtype

@@ -131,7 +131,8 @@ def _measured(values: dict[str, Any], recipe: Recipe, dropout: float, *, kept_la
     from qlora_tui.engine.trace_worker import StorageCounter
     from qlora_tui.training import model_loading
     from qlora_tui.training.adapter import add_lora
-    from qlora_tui.training.chunked_loss import ChunkedHead, find_head, use_chunked_loss
+    from qlora_tui.training.chunked_loss import find_head, use_chunked_loss
+    from qlora_tui.training.head_chunks import ChunkedHead
     from qlora_tui.training.packed_attention import pass_sample_lengths
 
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qlora_tui.training import chunked_loss, equivalence_checks
+from qlora_tui.training import chunked_loss, equivalence_checks, head_chunks
 from tests.training.trained_weights import CLAIMED, build_with_trained_weights
 
 pytestmark = pytest.mark.slow
@@ -21,9 +21,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WITH_FACTORS = ["llama", "granite", "cohere", "gemma2"]
 
 
-def head_of(model: Any) -> chunked_loss.ChunkedHead:
+def head_of(model: Any) -> head_chunks.ChunkedHead:
     head = chunked_loss.find_head(model)
-    assert isinstance(head, chunked_loss.ChunkedHead)
+    assert isinstance(head, head_chunks.ChunkedHead)
     return head
 
 

@@ -18,7 +18,7 @@ from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.memory import Device, trainer_execution
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe
-from qlora_tui.training import chunked_loss
+from qlora_tui.training import chunked_loss, head_chunks
 from qlora_tui.training.base_model import prepare_base
 from qlora_tui.training.compute_device import find_device
 from qlora_tui.training.liger import verified_liger_loss
@@ -163,9 +163,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Any:
     return installed
 
 
-def head_of(model: Any) -> chunked_loss.ChunkedHead:
+def head_of(model: Any) -> head_chunks.ChunkedHead:
     head = chunked_loss.find_head(model)
-    assert isinstance(head, chunked_loss.ChunkedHead)
+    assert isinstance(head, head_chunks.ChunkedHead)
     return head
 
 
@@ -241,7 +241,7 @@ def test_each_gradient_element_stays_within_the_dtypes_noise(
     with torch.no_grad():
         projection.weight[:, 7] *= tails
         projection.weight[::500] *= tails**0.5
-    said = verified_liger_loss(chunked_loss.ChunkedHead(projection.requires_grad_(False), 1.0, None), CPU)
+    said = verified_liger_loss(head_chunks.ChunkedHead(projection.requires_grad_(False), 1.0, None), CPU)
     assert isinstance(said, str) != proven
 
 

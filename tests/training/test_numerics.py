@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qlora_tui.recipe.schema import Lora, Quantization, Recipe
-from qlora_tui.training import chunked_loss, equivalence_checks, model_loading, packed_attention
+from qlora_tui.training import chunked_loss, equivalence_checks, head_chunks, model_loading, packed_attention
 from qlora_tui.training.compute_device import find_device
 from qlora_tui.training.eval_mode import no_grad_eval
 from tests.training.families import FAMILIES, build
@@ -52,11 +52,11 @@ def close(gradient: Tensor, expected: Tensor) -> bool:
 def test_the_chunked_loss_is_the_stock_loss(
     model_type: str, items: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunked_loss, "LOSS_CHUNK_ROWS", 7)
-    monkeypatch.setattr(chunked_loss, "block_rows", lambda device: 3)
+    monkeypatch.setattr(head_chunks, "LOSS_CHUNK_ROWS", 7)
+    monkeypatch.setattr(head_chunks, "block_rows", lambda device: 3)
     model = build(model_type, tie_word_embeddings=False)
     head = chunked_loss.find_head(model)
-    assert isinstance(head, chunked_loss.ChunkedHead) and equivalence_checks.head_matches_model(
+    assert isinstance(head, head_chunks.ChunkedHead) and equivalence_checks.head_matches_model(
         model, head, CPU
     )
     ids, labels = labeled(model)
@@ -73,8 +73,8 @@ def test_the_chunked_loss_is_the_stock_loss(
 def test_the_weighted_loss_is_what_a_hand_computes(
     model_type: str, chunked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunked_loss, "LOSS_CHUNK_ROWS", 7)
-    monkeypatch.setattr(chunked_loss, "block_rows", lambda device: 3)
+    monkeypatch.setattr(head_chunks, "LOSS_CHUNK_ROWS", 7)
+    monkeypatch.setattr(head_chunks, "block_rows", lambda device: 3)
     model = build(model_type, tie_word_embeddings=False)
     ids, labels = labeled(model)
     weights = torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)) * (
@@ -86,7 +86,7 @@ def test_the_weighted_loss_is_what_a_hand_computes(
     by_hand = (own * weights[:, 1:]).sum() / weights[:, 1:].sum()
     (expected,) = torch.autograd.grad(by_hand, embeddings)
     head = chunked_loss.find_head(model)
-    assert isinstance(head, chunked_loss.ChunkedHead)
+    assert isinstance(head, head_chunks.ChunkedHead)
     if chunked:
         chunked_loss.use_chunked_loss(model, head)
     else:
@@ -105,7 +105,7 @@ def test_the_weighted_loss_is_what_a_hand_computes(
 def test_a_tied_head_is_frozen_and_taken_in_chunks() -> None:
     model = build("llama")
     head = chunked_loss.find_head(model)
-    assert isinstance(head, chunked_loss.ChunkedHead) and equivalence_checks.head_matches_model(
+    assert isinstance(head, head_chunks.ChunkedHead) and equivalence_checks.head_matches_model(
         model, head, CPU
     )
 
@@ -114,7 +114,7 @@ def test_an_undeclared_factor_of_the_head_is_detected() -> None:
     model = build("granite")
     model.config.logits_scaling = 1.0
     head = chunked_loss.find_head(model)
-    assert isinstance(head, chunked_loss.ChunkedHead)
+    assert isinstance(head, head_chunks.ChunkedHead)
     model.config.logits_scaling = 3.0
     assert not equivalence_checks.head_matches_model(model, head, CPU)
 
@@ -128,7 +128,7 @@ def test_a_trained_head_is_left_to_the_stock_loss() -> None:
 def test_nothing_to_learn_is_a_loss_of_zero_with_gradients() -> None:
     model = build("llama")
     head = chunked_loss.find_head(model)
-    assert isinstance(head, chunked_loss.ChunkedHead)
+    assert isinstance(head, head_chunks.ChunkedHead)
     chunked_loss.use_chunked_loss(model, head)
     ids, labels = labeled(model)
     value, gradient = loss_and_gradient(

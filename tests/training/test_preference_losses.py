@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from qlora_tui.training import chunked_loss
-from qlora_tui.training.chunked_loss import ChunkedHead
+from qlora_tui.training import chunked_loss, head_chunks
+from qlora_tui.training.head_chunks import ChunkedHead
 from qlora_tui.training.preference.preference_losses import logistic_loss, odds_ratio_loss, prospect_loss
 from qlora_tui.training.token_losses import token_losses
 
@@ -44,7 +44,7 @@ def test_kto_wants_good_answers_above_and_bad_ones_below() -> None:
 def test_token_losses_weighted_afterwards_equal_the_summed_loss(
     rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunked_loss, "block_rows", lambda device: 3)
+    monkeypatch.setattr(head_chunks, "block_rows", lambda device: 3)
     torch.manual_seed(0)
     projection = torch.nn.Linear(16, 40, bias=True).requires_grad_(False)
     head = ChunkedHead(projection, 0.7, 5.0)

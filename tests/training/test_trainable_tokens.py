@@ -20,7 +20,7 @@ from qlora_tui.data.conversation import Message
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Lora, Source
 from qlora_tui.runs.directory import RunDir, create_run
-from qlora_tui.training import chunked_loss
+from qlora_tui.training import chunked_loss, head_chunks
 from qlora_tui.training.accuracy import argmax_tokens
 from qlora_tui.training.adapter import add_lora
 from qlora_tui.training.model_loading import checkpoint_activations
@@ -84,13 +84,13 @@ def by_hand(model: Any, ids: Tensor, labels: Tensor) -> tuple[float, list[Tensor
 def test_gradients_are_those_of_whole_matrices(
     model_type: str, tied: bool, chunked: bool, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunked_loss, "LOSS_CHUNK_ROWS", 7)
-    monkeypatch.setattr(chunked_loss, "block_rows", lambda device: 3)
+    monkeypatch.setattr(head_chunks, "LOSS_CHUNK_ROWS", 7)
+    monkeypatch.setattr(head_chunks, "block_rows", lambda device: 3)
     base = faint(model_type, tied=tied)
     ids, labels = labeled(base)
     ids[:, ::3], labels[:, 2::5] = IDS[0], IDS[1]
     head = chunked_loss.find_head(base)
-    assert isinstance(head, chunked_loss.ChunkedHead)
+    assert isinstance(head, head_chunks.ChunkedHead)
     model = adapted(base)
     expected, gradients = by_hand(copy.deepcopy(model), ids, labels)
     if chunked:
@@ -145,7 +145,7 @@ def test_nothing_to_learn_leaves_every_row_a_gradient_of_zero() -> None:
     """Processes that train together wait for the gradient of each parameter."""
     base = faint("llama", tied=False)
     head = chunked_loss.find_head(base)
-    assert isinstance(head, chunked_loss.ChunkedHead)
+    assert isinstance(head, head_chunks.ChunkedHead)
     model = adapted(base)
     chunked_loss.use_chunked_loss(base, head)
     ids, labels = labeled(base)

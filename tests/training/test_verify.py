@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.recipe.schema import Lora, Model, Quantization, Recipe
-from qlora_tui.training import chunked_loss, packed_attention
+from qlora_tui.training import head_chunks, packed_attention
 from qlora_tui.training.adapter import add_lora
 from qlora_tui.training.base_model import PreparedBase, prepare_base
 from qlora_tui.training.batches import PlannedStep, StepPlan
@@ -149,23 +149,23 @@ def samples_not_separated(patch: pytest.MonkeyPatch) -> None:
 
 
 def soft_cap_forgotten(patch: pytest.MonkeyPatch) -> None:
-    right = chunked_loss.losses_and_grads
+    right = head_chunks.losses_and_grads
 
-    def wrong(logits: Tensor, targets: Tensor, head: chunked_loss.ChunkedHead, *, needs_grad: bool) -> Any:
-        plain = chunked_loss.ChunkedHead(head.projection, head.multiplier, None)
+    def wrong(logits: Tensor, targets: Tensor, head: head_chunks.ChunkedHead, *, needs_grad: bool) -> Any:
+        plain = head_chunks.ChunkedHead(head.projection, head.multiplier, None)
         return right(logits, targets, plain, needs_grad=needs_grad)
 
-    patch.setattr(chunked_loss, "losses_and_grads", wrong)
+    patch.setattr(head_chunks, "losses_and_grads", wrong)
 
 
 def multiplier_forgotten_in_backward(patch: pytest.MonkeyPatch) -> None:
-    right = chunked_loss.losses_and_grads
+    right = head_chunks.losses_and_grads
 
-    def wrong(logits: Tensor, targets: Tensor, head: chunked_loss.ChunkedHead, *, needs_grad: bool) -> Any:
+    def wrong(logits: Tensor, targets: Tensor, head: head_chunks.ChunkedHead, *, needs_grad: bool) -> Any:
         losses, logit_grads = right(logits, targets, head, needs_grad=needs_grad)
         return losses, None if logit_grads is None else logit_grads / head.multiplier
 
-    patch.setattr(chunked_loss, "losses_and_grads", wrong)
+    patch.setattr(head_chunks, "losses_and_grads", wrong)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -267,7 +267,7 @@ def test_a_path_that_raises_is_replaced(tmp_path: Path, monkeypatch: pytest.Monk
         raise TypeError("an argument that transformers added")
 
     model, base, device = adapted(tmp_path, "llama", "float32")
-    monkeypatch.setattr(chunked_loss, "losses_and_grads", broken)
+    monkeypatch.setattr(head_chunks, "losses_and_grads", broken)
     verdict = verify_step(model, base, excerpt(), device, 0, DistributedContext())
     assert isinstance(verdict, VerificationResult) and verdict.agrees and verdict.replaced == ("loss",)
     assert verdict.comparison.failure == "TypeError: an argument that transformers added"

@@ -29,11 +29,11 @@ from qlora_tui.data.render import prompt_ids
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.files import atomic_write, private_dir
 from qlora_tui.recipe.schema import Recipe, Thinking
-from qlora_tui.training.chunked_loss import block_rows
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.eval_mode import no_grad_eval
 from qlora_tui.training.forgetting.answer_logits import PromptAndAnswer, RowShape, answer_logits
 from qlora_tui.training.forgetting.greedy_answers import answer_greedily
+from qlora_tui.training.head_chunks import block_rows
 from qlora_tui.training.quantized_cache import cache_name, weights_state
 
 TOP_TOKENS = 64

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from qlora_tui.runs.events import GeneralAnswers
-from qlora_tui.training.chunked_loss import block_rows
 from qlora_tui.training.eval_mode import no_grad_eval
 from qlora_tui.training.forgetting import base_answers
 from qlora_tui.training.forgetting.answer_checks import AnswerCounts, GeneralAnswer, count_answers
@@ -27,6 +26,7 @@ from qlora_tui.training.forgetting.answer_logits import RowShape, answer_logits
 from qlora_tui.training.forgetting.base_answers import BaseAnswer
 from qlora_tui.training.forgetting.general_prompts import GENERAL_PROMPTS
 from qlora_tui.training.forgetting.greedy_answers import answer_greedily
+from qlora_tui.training.head_chunks import block_rows
 from qlora_tui.training.prepared_run import PreparedRun
 
 
