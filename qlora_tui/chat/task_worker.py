@@ -139,17 +139,10 @@ def _answer_store(session: ChatSession, adapter: str, limit: int) -> Any:
     from qlora_tui.chat.task_answers import AnswerStore
     from qlora_tui.files import private_dir
     from qlora_tui.training.library_versions import versions
-    from qlora_tui.training.quantized_cache import cache_name, weights_state
+    from qlora_tui.training.quantized_cache import base_state, cache_name
 
-    recipe, device = session.source.recipe, session.compute_device
-    folder = model_folder(recipe)
-    state = {
-        "format": _FORMAT,
-        "folder": str(folder.resolve()),
-        "files": weights_state(folder),
-        "quantization": recipe.quantization,
-        "dtype": device.dtype_name,
-        "device": device.kind,
+    recipe = session.source.recipe
+    state = base_state(_FORMAT, model_folder(recipe), recipe, session.compute_device) | {
         "adapter": adapter,
         "limit": limit,
         "ends": sorted(session.tokenizer.turn_end_ids),

@@ -80,6 +80,23 @@ def cache_name(recipe: Recipe, state: dict[str, Any], *words: str) -> str:
     return "-".join((name, *words, key))
 
 
+def base_state(format_number: int, folder: Path, recipe: Recipe, device: ComputeDevice) -> dict[str, Any]:
+    """What tells the answers of one base, quantized and computed in one way, from those of another.
+
+    Args:
+        format_number: of what is cached; a new number makes everything stored before it unknown.
+        folder: the model's files.
+    """
+    return {
+        "format": format_number,
+        "folder": str(folder.resolve()),
+        "files": weights_state(folder),
+        "quantization": recipe.quantization,
+        "dtype": device.dtype_name,
+        "device": device.kind,
+    }
+
+
 def weights_state(folder: Path) -> list[tuple[int, int]]:
     """Size and time of change of each weight file of a model, which tell one state of it from another."""
     files = [(folder / name).stat() for name in weight_files(folder)]

@@ -34,7 +34,7 @@ from qlora_tui.training.eval_mode import no_grad_eval
 from qlora_tui.training.forgetting.answer_logits import PromptAndAnswer, RowShape, answer_logits
 from qlora_tui.training.forgetting.greedy_answers import answer_greedily
 from qlora_tui.training.head_chunks import block_rows
-from qlora_tui.training.quantized_cache import cache_name, weights_state
+from qlora_tui.training.quantized_cache import base_state, cache_name
 
 TOP_TOKENS = 64
 _FORMAT = 1
@@ -54,15 +54,7 @@ class BaseAnswer(PromptAndAnswer):
 
 def cache_path(folder: Path, recipe: Recipe, device: ComputeDevice, prompts: Sequence[Sequence[int]]) -> Path:
     """The file for the answers of a base in one state, quantized in one way, to prompts of these tokens."""
-    state = {
-        "format": _FORMAT,
-        "folder": str(folder.resolve()),
-        "files": weights_state(folder),
-        "quantization": recipe.quantization,
-        "dtype": device.dtype_name,
-        "device": device.kind,
-        "prompts": prompts,
-    }
+    state = base_state(_FORMAT, folder, recipe, device) | {"prompts": prompts}
     return private_dir(paths.cache_dir() / "base-answers") / f"{cache_name(recipe, state)}.safetensors"
 
 
