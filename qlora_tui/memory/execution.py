@@ -15,7 +15,7 @@ from qlora_tui.memory.attention import Kernel
 from qlora_tui.memory.calibration import Correction
 from qlora_tui.memory.transfer_speed import TransferSpeed
 from qlora_tui.memory.versions import CURRENT, FUSED_EXPERTS, Version
-from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.schema import Recipe, RecipeOptimizer
 
 if TYPE_CHECKING:
     from qlora_tui.catalog.architecture_types import Architecture
@@ -26,17 +26,7 @@ chunked: this project's, a few rows of logits at a time. liger: fused linear cro
 stock, but one kernel instead of log-softmax and its gradient, which writes the gradient over the logits.
 trl_chunked, trl_tiled: TRL's own since 1.7 and 1.15 (``trl_loss.py``)."""
 
-Optimizer = Literal[
-    "adamw",
-    "adamw_fused",
-    "adamw_8bit",
-    "paged_adamw_32bit",
-    "paged_adamw_8bit",
-    "lion",
-    "lion_8bit",
-    "adafactor",
-    "muon",
-]
+Optimizer = Literal["adamw_fused", RecipeOptimizer]
 """The recipe's ``adamw`` is ``adamw_fused`` here; ``adamw`` is that of other trainers."""
 
 AttentionPath = Literal["varlen", "segments", "eager"]

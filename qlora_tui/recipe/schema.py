@@ -14,9 +14,19 @@ ALL_LINEAR = "all-linear"
 
 Thinking = Literal["auto", "on", "off"]
 """Thinking mode. ``auto``: on for a training row that has reasoning; for a prompt, the template's default."""
+RecipeOptimizer = Literal[
+    "adamw",
+    "adamw_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+    "lion",
+    "lion_8bit",
+    "adafactor",
+    "muon",
+]
 PreferenceMethod = Literal["orpo", "dpo", "simpo", "kto"]
 """How a run learns from both the better and the worse answers of preference data."""
-Preferences = Literal["refuse", "chosen", "orpo", "dpo", "simpo", "kto"]
+Preferences = Literal["refuse", "chosen", PreferenceMethod]
 """What a run does with preference data; one of the last four trains on it."""
 PAIR_METHODS: tuple[PreferenceMethod, ...] = ("orpo", "dpo", "simpo")
 """Methods that compare a chosen with a rejected answer to the same prompt."""
@@ -355,16 +365,7 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         float, _about("Warmup ratio", "Share of the steps in which the learning rate rises.", ge=0, lt=1)
     ] = 0.03
     optimizer: Annotated[
-        Literal[
-            "adamw",
-            "adamw_8bit",
-            "paged_adamw_32bit",
-            "paged_adamw_8bit",
-            "lion",
-            "lion_8bit",
-            "adafactor",
-            "muon",
-        ],
+        RecipeOptimizer,
         _about(
             "Optimizer",
             "AdamW with states in 32 or 8 bits, or paged; lion (a third of AdamW's rate, arXiv 2302.06675); "
