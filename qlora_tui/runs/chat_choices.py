@@ -102,7 +102,7 @@ def count_choices(base: str, kind: ChoiceKind) -> int:
 
 
 def recipe_on_choices(recipe: Recipe, kind: ChoiceKind, run_id: str) -> Recipe:
-    """The recipe of a run that goes on from an adapter with the user's choices as its only data.
+    """The recipe of a run that trains an adapter further with the user's choices as its only data.
 
     Args:
         recipe: of the run that was talked to.

@@ -72,7 +72,7 @@ COMMANDS: tuple[Command, ...] = (
         "C",
         "train_on_choices",
         "Train on choices",
-        "Prepare a run on your edits or choices, from 20 on, that goes on from this adapter.",
+        "Prepare a run on your edits or choices, from 20 on, that trains this adapter further.",
     ),
     _command(
         "effect",
