@@ -10,7 +10,6 @@ continues. Progress, and the error that ends it, are lines of JSON on stdout
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from functools import partial
@@ -18,11 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_tui.errors import EXIT_USAGE, UserError
-from qlora_tui.gpu.torch_env import allocator_variables, configure_torch_env
+from qlora_tui.gpu.library_imports import faster_imports
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.measuring import measuring
-from qlora_tui.subprocesses import end_with_parent
-from qlora_tui.worker_messages import send_error, send_progress
+from qlora_tui.runs.measuring_worker import no_adapter, run_measurement
+from qlora_tui.worker_messages import send_progress
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,29 +46,26 @@ def evaluate(run: RunDir, most_prompts: int) -> None:
         UserError: the run has no adapter, no validation data or no prompts, or cannot be read.
         OSError: the result cannot be written.
     """
-    from qlora_tui.chat.chat_sources import run_source
-    from qlora_tui.chat.chat_types import ADAPTER, BASE
-    from qlora_tui.chat.effect_measurement import validation_samples
-    from qlora_tui.chat.session import load_session
-    from qlora_tui.chat.task_answers import answer_all
-    from qlora_tui.chat.task_prompts import task_prompts
-    from qlora_tui.runs.task_metrics.answer_metrics import measure_answers
-    from qlora_tui.runs.task_metrics.task_evaluation import (
-        LossChange,
-        TaskEvaluation,
-        adapter_hash,
-        write_task_evaluation,
-    )
-    from qlora_tui.training.priority import lower_priority
+    with faster_imports():
+        from qlora_tui.chat.chat_sources import run_source
+        from qlora_tui.chat.chat_types import ADAPTER, BASE
+        from qlora_tui.chat.effect_measurement import validation_samples
+        from qlora_tui.chat.session import load_session
+        from qlora_tui.chat.task_answers import answer_all
+        from qlora_tui.chat.task_prompts import task_prompts
+        from qlora_tui.runs.task_metrics.answer_metrics import measure_answers
+        from qlora_tui.runs.task_metrics.task_evaluation import (
+            LossChange,
+            TaskEvaluation,
+            adapter_hash,
+            write_task_evaluation,
+        )
+        from qlora_tui.training.priority import lower_priority
 
     started = time.monotonic()
     source = run_source(run)
     if ADAPTER not in source.adapters:
-        raise UserError(
-            "The run has no adapter",
-            what=f"{run.id} has not ended yet, or ended without one.",
-            fix="Wait for its end, or resume it.",
-        )
+        raise no_adapter(run)
     session = load_session(source, streams=True)
     if session.compute_device.kind == "cpu":
         lower_priority()
@@ -222,17 +217,7 @@ def main() -> int:
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("prompts", type=int, help="most prompts to answer")
     arguments = parser.parse_args()
-    # Without its parent it would only hold memory.
-    end_with_parent()
-    configure_torch_env({**allocator_variables(os.environ), "HF_HUB_OFFLINE": "1"})
-    run = RunDir(arguments.run.absolute())
-    try:
-        with measuring(run):
-            evaluate(run, arguments.prompts)
-    except UserError as problem:
-        send_error(problem)
-        return problem.exit_code
-    return 0
+    return run_measurement(arguments.run, partial(evaluate, most_prompts=arguments.prompts))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ row_losses      the loss of each training row before and after a run, and its cl
 row_loss_job    has it measured
 metrics_table   the steps of a run as a CSV or Parquet table
 task_metrics    what base and adapter answer to validation prompts, and whether the difference is chance
-measuring       measures a run in a child process that holds its lock
+measuring       measures a run in a child process; measuring_worker: that process, which holds the run's lock
 length_costs    memory and time at other sequence lengths
 exports         exports of adapters that run in the background
 suggested_fix   a fix for a warning that one key applies

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from qlora_tui import subprocesses
 from qlora_tui.errors import UserError
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.locks import PATIENCE_S, locked
 from qlora_tui.worker_messages import read_messages
 
 
@@ -88,20 +86,3 @@ def measure_in_child(
             why=lines[-1] if lines else "",
             fix="Close other programs if the machine is short of memory, and try again.",
         )
-
-
-@contextmanager
-def measuring(run: RunDir) -> Iterator[None]:
-    """Hold a run's lock while it is measured.
-
-    Raises:
-        UserError: it is being trained or measured.
-    """
-    with locked(run.trainer_lock_path, patience_s=PATIENCE_S) as lock:
-        if lock is None:
-            raise UserError(
-                "The run is in use",
-                what=f"{run.id} is being trained or measured.",
-                fix="Wait until that has ended, and try again.",
-            )
-        yield

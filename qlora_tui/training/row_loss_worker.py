@@ -9,19 +9,15 @@ passes over the training samples three times without gradients, and writes the f
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_tui.errors import UserError
 from qlora_tui.gpu.library_imports import faster_imports
-from qlora_tui.gpu.torch_env import allocator_variables, configure_torch_env
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.measuring import measuring
-from qlora_tui.subprocesses import end_with_parent
-from qlora_tui.worker_messages import send_error, send_progress
+from qlora_tui.runs.measuring_worker import no_adapter, run_measurement
+from qlora_tui.worker_messages import send_progress
 
 if TYPE_CHECKING:
     from qlora_tui.data.tokenizer import ChatTokenizer
@@ -55,11 +51,7 @@ def measure(run: RunDir) -> None:
     started = time.monotonic()
     recipe = run.recipe()
     if not (run.adapter_dir / "adapter_model.safetensors").is_file():
-        raise UserError(
-            "The run has no adapter",
-            what=f"{run.id} has not ended yet, or ended without one.",
-            fix="Wait for its end, or resume it.",
-        )
+        raise no_adapter(run)
     device = find_device(recipe)
     if device.kind == "cpu":
         lower_priority()
@@ -123,17 +115,7 @@ def main() -> int:
     """Measure one run; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m qlora_tui.training.row_loss_worker", description=__doc__)
     parser.add_argument("run", type=Path, help="run directory")
-    # Without its parent it would only hold memory.
-    end_with_parent()
-    configure_torch_env({**allocator_variables(os.environ), "HF_HUB_OFFLINE": "1"})
-    run = RunDir(parser.parse_args().run.absolute())
-    try:
-        with measuring(run):
-            measure(run)
-    except UserError as problem:
-        send_error(problem)
-        return problem.exit_code
-    return 0
+    return run_measurement(parser.parse_args().run, measure)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from qlora_tui.data.contradictions import find_contradictions
 from qlora_tui.errors import UserError
 from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.measuring import measuring
+from qlora_tui.runs.measuring_worker import measuring
 from qlora_tui.runs.row_losses import (
     MeasuredRow,
     classify,
