@@ -12,11 +12,11 @@ from typing import TypeVar
 import msgspec
 from msgspec import Struct
 
-from qlora_tui.catalog.adapter_config import WEIGHTS
 from qlora_tui.checksums import digest
 from qlora_tui.decoding import decode_json
 from qlora_tui.files import atomic_write, read_regular
 from qlora_tui.formatting import pluralize
+from qlora_tui.runs.damage import WEIGHTS
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.task_metrics.answer_metrics import MIN_ROWS, LabelCount, Metric, TaskRow
 from qlora_tui.runs.task_metrics.intervals import Interval, mean_interval
