@@ -38,7 +38,7 @@ from qlora_tui.runs.events import (
     ValidationCompared,
     phase_label,
 )
-from qlora_tui.runs.task_metrics.answer_metrics import MIN_ROWS
+from qlora_tui.runs.task_metrics.intervals import MIN_ROWS
 
 
 def describe(event: AnyEvent, total_steps: int = 0) -> str:

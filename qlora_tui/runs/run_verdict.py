@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from qlora_tui.formatting import format_float, pluralize
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs.task_metrics.answer_metrics import MIN_ROWS, Comparison, Metric
-from qlora_tui.runs.task_metrics.intervals import Interval, share_interval
+from qlora_tui.runs.task_metrics.answer_metrics import Comparison, Metric
+from qlora_tui.runs.task_metrics.intervals import MIN_ROWS, Interval, share_interval
 from qlora_tui.runs.task_metrics.task_evaluation import LossChange, TaskHeadline
 from qlora_tui.runs.view import RunView
 

@@ -19,6 +19,7 @@ from msgspec import Struct
 
 from qlora_tui.runs.task_metrics.answer_texts import is_json, same_json, same_words, token_f1, words
 from qlora_tui.runs.task_metrics.intervals import (
+    MIN_ROWS,
     Interval,
     mcnemar_p,
     mean_interval,
@@ -31,8 +32,6 @@ MetricName: TypeAlias = Literal[
     "valid tool calls", "accuracy", "valid JSON", "exact match", "token F1", "ended"
 ]
 Comparison: TypeAlias = Literal["better", "worse", "unclear"]
-MIN_ROWS = 6
-"""Prompts below which no difference is claimed, whatever its interval: five that all agree may be chance."""
 SIGNIFICANCE = 0.05
 _MAX_LABELS = 20
 _MAX_LABEL_WORDS = 4

@@ -14,6 +14,8 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
+MIN_ROWS = 6
+"""Rows below which no difference is claimed, whatever its interval: five that all agree may be chance."""
 _Z = 1.959964
 """97.5 % of a normal distribution are below it."""
 _RESAMPLES = 2000

@@ -18,8 +18,8 @@ from qlora_tui.files import atomic_write, read_regular
 from qlora_tui.formatting import pluralize
 from qlora_tui.runs.damage import WEIGHTS
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.task_metrics.answer_metrics import MIN_ROWS, LabelCount, Metric, TaskRow
-from qlora_tui.runs.task_metrics.intervals import Interval, mean_interval
+from qlora_tui.runs.task_metrics.answer_metrics import LabelCount, Metric, TaskRow
+from qlora_tui.runs.task_metrics.intervals import MIN_ROWS, Interval, mean_interval
 
 DEFAULT_PROMPTS = 100
 """Validation prompts that are answered unless another number is asked for."""
