@@ -52,13 +52,12 @@ def measure_effect(
             exit_code=EXIT_USAGE,
         )
     session.ensure_loaded(adapter_name)
-    validation = validation_samples(session)
-    chosen = _spread(len(validation), _MAX_SAMPLES)
+    validation = validation_samples(session).spread(_MAX_SAMPLES)
     sums = _EffectSums(session.end_ids)
-    for number, i in enumerate(chosen, 1):
+    for i in range(len(validation)):
         if stop is not None and stop.is_set():
             break
-        on_status(f"Comparing on conversation {number} of {len(chosen)}")
+        on_status(f"Comparing on conversation {i + 1} of {len(validation)}")
         ids = list(validation.token_ids(i)[:_MAX_TOKENS])
         trained = validation.loss_mask(i)[:_MAX_TOKENS]
         before = [t - 1 for t in range(1, len(ids)) if trained[t]]
@@ -149,11 +148,6 @@ def validation_samples(session: ChatSession) -> Samples:
             fix="Set data.validation_fraction or data.validation_path in the next run.",
         )
     return samples
-
-
-def _spread(count: int, most: int) -> list[int]:
-    """Return at most ``most`` of ``count`` indices, evenly spaced."""
-    return [i * count // min(count, most) for i in range(min(count, most))]
 
 
 def _token_rows(session: ChatSession, deltas: AdapterDeltas) -> tuple[str, ...]:
