@@ -12,7 +12,7 @@ generation                 one answer, token by token (token_sampler, kv_cache, 
                            its thoughts separated (thought_splitter)
 effect_measurement         measures an adapter on validation conversations
 task_worker                what base and adapter answer to validation prompts (task_prompts, task_answers), in
-                           a process for itself
+                           a separate process
 adapter_deltas             reads an adapter and computes merged weights, for export too (base_weights: which
                            weights of the base each update applies to; expert_deltas: updates of experts)
 repl                       the command line's chat

@@ -43,7 +43,7 @@ def task_prompts(samples: Samples, turn_ends: frozenset[int], most: int) -> list
     for i in range(len(samples)):
         source, row = samples.origin(i)
         if i + 1 < len(samples) and samples.origin(i + 1) == (source, row):
-            # The template gives an earlier turn of this row a sample for itself.
+            # With this template, each turn of this row is a separate sample.
             continue
         ids, mask = tuple(samples.token_ids(i)), tuple(samples.loss_mask(i))
         bounds = last_answer(ids, mask, turn_ends)

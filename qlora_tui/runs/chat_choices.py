@@ -117,7 +117,7 @@ def recipe_on_choices(recipe: Recipe, kind: ChoiceKind, run_id: str) -> Recipe:
     if lora.init_weights == "eva" and (run_id or kind == "pairs"):
         lora = replace(lora, init_weights="random")
     if kind == "pairs":
-        # What a preference method does not go with.
+        # Settings that conflict with a preference method, or suit few rows badly.
         data = replace(data, preferences="dpo", train_on="assistant", overflow="cut-right")
         training = replace(
             training,

@@ -23,7 +23,7 @@ from qlora_tui.runs.view import RunView
 
 
 def loss(change: float, rows: int = 20) -> LossChange:
-    """A loss of 2 that changes by ``change`` nats on each row, give or take 0.3."""
+    """A loss of 2 that changes by ``change`` nats on each row, plus or minus 0.3."""
     before, spread = [2.0] * rows, [0.3 * (-1) ** number for number in range(rows)]
     return LossChange.of(before, [2 + change + each for each in spread], [1] * rows)
 

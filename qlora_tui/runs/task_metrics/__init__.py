@@ -2,9 +2,9 @@
 
 ``intervals``          confidence intervals of shares, means and paired differences
 ``answer_texts``       compares an answer with the reference: words, labels, JSON
-``tool_call_texts``    reads tool calls from an answer and holds them against the tools that were offered
+``tool_call_texts``    reads tool calls from an answer and compares them with the tools that were offered
 ``answer_metrics``     chooses metrics by what the reference answers look like, and computes them
 ``task_evaluation``    the file of an evaluation, and the sentences on it
 ``task_report``        the report as text
-``task_job``           has it measured, by ``chat.task_worker`` in a process with torch
+``task_job``           starts the measurement, ``chat.task_worker``, in a process with torch
 """

@@ -67,7 +67,7 @@ class LossChange(Struct, frozen=True, kw_only=True):
 
 
 class TaskEvaluation(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The answers of base and adapter to validation prompts, and what they amount to."""
+    """The answers of base and adapter to validation prompts, with metrics and losses."""
 
     run: str
     adapter: str

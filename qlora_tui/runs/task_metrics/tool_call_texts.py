@@ -1,4 +1,4 @@
-"""Tool calls in the text of an answer, held against the tools that the row offers.
+"""Tool calls in the text of an answer, compared with the tools that the row offers.
 
 Chat templates write them in different ways: ``<tool_call>{…}</tool_call>`` (Hermes, Qwen),
 ``[TOOL_CALLS][…]`` (Mistral), ``<function=name>{…}</function>`` (Llama 3, and with ``<parameter=…>`` inside
