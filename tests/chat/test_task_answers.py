@@ -12,10 +12,11 @@ import pytest
 
 from qlora_tui.chat.chat_types import GREEDY, ChatSource
 from qlora_tui.chat.task_answers import BATCH_ROWS, AnswerStore, answer_all
-from qlora_tui.chat.task_prompts import last_answer
-from qlora_tui.chat.task_worker import answer_limit
+from qlora_tui.chat.task_prompts import last_answer, task_prompts
+from qlora_tui.chat.task_worker import answer_limit, evaluate
 from qlora_tui.cli import main
 from qlora_tui.data.conversation import Message
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Source
 from qlora_tui.runs.directory import create_run
 from qlora_tui.runs.task_metrics.task_evaluation import read_task_evaluation
@@ -39,6 +40,37 @@ def test_the_last_answer_is_the_reference(
     ids: tuple[int, ...], mask: tuple[int, ...], bounds: tuple[int, int] | None
 ) -> None:
     assert last_answer(ids, mask, END) == bounds
+
+
+class FakeSamples:
+    """One sample for each row number, of a prompt of one token and an answer of that number."""
+
+    def __init__(self, *rows: int) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def origin(self, i: int) -> tuple[int, int]:
+        return 0, self._rows[i]
+
+    def token_ids(self, i: int) -> tuple[int, ...]:
+        return (1, 100 + i, 9)
+
+    def loss_mask(self, i: int) -> tuple[int, ...]:
+        return (0, 1, 1)
+
+
+def test_a_row_of_several_turns_has_one_prompt() -> None:
+    samples: Any = FakeSamples(1, 2, 2, 3, 4)
+    prompts = task_prompts(samples, END, 9)
+    assert [(prompt.row, prompt.reference[0]) for prompt in prompts] == [
+        (1, 100),
+        (2, 102),
+        (3, 103),
+        (4, 104),
+    ]
+    assert [prompt.row for prompt in task_prompts(samples, END, 2)] == [1, 3]
 
 
 def test_stored_answers_are_not_computed_again(tmp_path: Path) -> None:
@@ -80,7 +112,12 @@ def test_an_answer_may_be_longer_than_the_references() -> None:
 
 
 @pytest.mark.slow
-def test_batched_answers_are_those_of_the_chat(tiny_source: ChatSource) -> None:
+def test_batched_answers_are_those_of_the_chat(
+    tiny_source: ChatSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from qlora_tui.chat import session as session_module
     from qlora_tui.chat.session import load_session
 
     session = load_session(tiny_source)
@@ -95,6 +132,13 @@ def test_batched_answers_are_those_of_the_chat(tiny_source: ChatSource) -> None:
             list(stream)
             assert stream.outcome is not None
             assert session.decode(ids).strip() == stream.outcome.text.strip()
+
+    def run_out(*args: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(session_module, "answer_greedily", run_out)
+    with pytest.raises(UserError, match=r"[Mm]emory"):
+        session.greedy_batch("adapter", prompts, 8)
 
 
 @pytest.mark.slow
@@ -122,3 +166,16 @@ def test_evaluate_compares_a_run_with_its_base(
     assert main(["evaluate", run.id, "--rows", "1"]) == 0
     out = capsys.readouterr().out
     assert "8 validation prompts" in out and "row 1" in out and "red" in out
+
+
+@pytest.mark.slow
+def test_a_run_without_adapter_or_prompts_is_refused(tiny_source: ChatSource, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "the fox is red"}\n' * 4)
+    data = Data(sources=(Source(path=str(file)),), validation_path=str(file))
+    run = create_run(msgspec.structs.replace(tiny_source.recipe, data=data))
+    with pytest.raises(UserError, match="The run has no adapter"):
+        evaluate(run, 4)
+    shutil.copytree(tiny_source.adapters["adapter"], run.adapter_dir)
+    with pytest.raises(UserError, match="No prompts to answer"):
+        evaluate(run, 4)
