@@ -143,6 +143,8 @@ def test_wrong_row_order_changes_the_answers(tmp_path: Path, monkeypatch: pytest
         ("llama", {"hidden_act": "gelu"}, "its activation is gelu"),
         ("qwen3_moe", EXPERTS | {"norm_topk_prob": False}, "the weights of a token's experts"),
         ("qwen3_moe", EXPERTS | {"norm_topk_prob": True, "mlp_only_layers": [0]}, "have no experts"),
+        ("qwen3_moe", EXPERTS | {"norm_topk_prob": True, "decoder_sparse_step": 2}, "have no experts"),
+        ("mixtral", {"num_local_experts": 8, "clip_qkv": 8.0}, "it clips queries"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
     ],
 )

@@ -9,7 +9,16 @@ import pytest
 from qlora_tui.recipe.schema import Data, Lora, Preferences, Recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter
-from qlora_tui.runs.events import DataReady, Evaluated, Finished, Health, Started, Step, ValidationCompared
+from qlora_tui.runs.events import (
+    DataReady,
+    Evaluated,
+    Finished,
+    Health,
+    Started,
+    Step,
+    Stopped,
+    ValidationCompared,
+)
 from qlora_tui.runs.run_summary import summarize
 from qlora_tui.runs.run_verdict import PreferenceAccuracy, RunEvidence, gather_evidence, judge_run
 from qlora_tui.runs.task_metrics.answer_metrics import Metric, TaskRow, measure_answers
@@ -44,6 +53,13 @@ def accuracy(base: int, adapter: int, rows: int = 20) -> Metric:
         for number in range(rows)
     ]
     return measure_answers(answers)[0][0]
+
+
+def test_a_run_stopped_before_a_step_has_no_verdict(run: RunDir) -> None:
+    with EventWriter(run.events_path) as log:
+        log.append(Started(at=1.0, attempt=1, pid=1))
+        log.append(Stopped(at=2.0, step=0))
+    assert summarize(run).verdict is None
 
 
 def data_ready(validation_samples: int) -> DataReady:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,12 @@ import torch
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from qlora_tui.catalog.model_validation import check_folder
+from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.errors import UserError
-from qlora_tui.export.merged_weights import require_mergeable
+from qlora_tui.export.lora_export import export_lora
+from qlora_tui.export.merge import merge
+from qlora_tui.export.merged_weights import merged_weights, require_mergeable
+from qlora_tui.recipe.schema import Model, Recipe
 from qlora_tui.training.experts.experts_4bit import PROJECTIONS, experts_4bit
 from qlora_tui.training.experts.mxfp4 import dequantize_mxfp4
 from tests.training.mxfp4_files import save_both
@@ -73,8 +79,15 @@ def test_the_model_can_be_trained_but_not_in_16_bits(folders: tuple[Path, Path])
             load(packed, **settings)
 
 
-def test_a_merge_is_refused_with_another_way_out(folders: tuple[Path, Path]) -> None:
+def test_a_merge_is_refused_with_another_way_out(folders: tuple[Path, Path], tmp_path: Path) -> None:
     packed, plain = folders
     require_mergeable(plain)
-    with pytest.raises(UserError, match="export lora RUN FOLDER"):
-        require_mergeable(packed)
+    source = ChatSource(recipe=Recipe(model=Model(id=str(packed))), adapters={"adapter": ""})
+    exports: list[Callable[[], object]] = [
+        partial(merged_weights, source, "adapter", print),
+        partial(merge, source, "adapter", tmp_path / "merged"),
+        partial(export_lora, source, "adapter", tmp_path / "adapter.gguf"),
+    ]
+    for export in exports:
+        with pytest.raises(UserError, match="export lora RUN FOLDER"):
+            export()
