@@ -7,7 +7,6 @@ from dataclasses import replace
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Source
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.directory import find_run as find_run
 from qlora_tui.runs.events import Failed
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.render.plot import plot as draw

@@ -1,38 +1,26 @@
+"""The list of runs, and the preview of one."""
+
 from __future__ import annotations
 
 import math
 import os
-import shlex
 import time
 from collections.abc import Callable
-from pathlib import Path
-from threading import Event
 from typing import Any
 
 import pytest
 from msgspec import structs
 
-from qlora_tui import paths
 from qlora_tui.cli import main
-from qlora_tui.files import private_dir
 from qlora_tui.formatting import format_float
-from qlora_tui.recipe.fields import replace_setting
-from qlora_tui.recipe.presets import find_preset
-from qlora_tui.recipe.toml import dump
 from qlora_tui.runs import actions, run_queue
-from qlora_tui.runs.directory import RunDir, all_runs
-from qlora_tui.runs.directory import find_run as find_run
-from qlora_tui.runs.measuring import MeasuringStoppedError, StopSwitch
+from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.run_summary import SummaryCache, summarize
 from qlora_tui.runs.status import State, read_status, write_status
-from qlora_tui.runs.task_metrics.answer_metrics import TaskRow, measure_answers
-from qlora_tui.runs.task_metrics.task_evaluation import LossChange, TaskEvaluation, write_task_evaluation
 from qlora_tui.runs.view import RunView
-from qlora_tui.tui import escapes
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.render.block_charts import downsample
 from qlora_tui.tui.render.run_labels import result_label
-from qlora_tui.tui.screens.runs import evaluation_actions
 from qlora_tui.tui.screens.runs.run_order import ORDERS, in_order
 from qlora_tui.tui.screens.runs.screen import RunsScreen
 from qlora_tui.tui.screens.train.screen import TrainScreen
@@ -220,42 +208,6 @@ async def test_the_filter_cuts_the_list_down(make_app: MakeApp, three_runs: list
         await wait_for_text(pilot, "No run matches")
 
 
-async def test_waiting_runs_stand_on_top_and_are_moved_and_withdrawn(
-    make_app: MakeApp, three_runs: list[RunDir]
-) -> None:
-    for name in ("first", "second"):
-        run_queue.enqueue(write_fake_run(FakeRun(name=name, state="queued", steps=0, began=BEGAN - 5000)))
-    app = make_app()
-    async with app.run_test(size=(80, 24), notifications=True) as pilot:
-        await open_runs(app)
-        shown = await wait_for_text(pilot, "queue 1", "queue 2", "w Withdraw")
-        assert shown.index("first") < shown.index("second") < shown.index("tickets-a")
-        await pilot.press("J")
-        assert run_queue.waiting() == ["second", "first"]
-        await pilot.pause()
-        await pilot.press("w")
-        await wait_for_text(pilot, "■ stopped", "Removed from the queue. Press [r] to queue it again.")
-        assert run_queue.waiting() == ["second"]
-        await pilot.press("r")
-        await wait_for_text(pilot, "queue 2", "Queued. Press [w] to remove it from the queue.")
-        assert run_queue.waiting() == ["second", "first"]
-
-
-async def test_quitting_asks_only_where_deleted_runs_would_be_lost(
-    make_app: MakeApp, three_runs: list[RunDir], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await open_runs(app)
-        await wait_for_text(pilot, "tickets-a")
-        await pilot.press("D", "q")
-        await wait_for_text(pilot, "Quit?", "1 deleted run can be restored until you quit")
-        await pilot.press("n", "u")
-        await wait_for_text(pilot, "tickets-a")
-        await pilot.press("q")
-        await wait_until(pilot, lambda: not app.is_running)
-
-
 async def test_a_run_name_takes_the_space_that_other_columns_leave(make_app: MakeApp) -> None:
     name = "smollm2-135m-instruct-customer-tickets"
     write_fake_run(FakeRun(name=name, state="finished", steps=5, total=5))
@@ -274,201 +226,6 @@ async def test_a_long_reason_of_the_selected_run_is_shown_whole(make_app: MakeAp
     async with app.run_test(size=(80, 24)) as pilot:
         await open_runs(app)
         await wait_for_text(pilot, "restarted since.")
-
-
-async def test_u_restores_a_deleted_run_until_the_app_ends(
-    make_app: MakeApp, three_runs: list[RunDir]
-) -> None:
-    app = make_app()
-    actions.rename(three_runs[0], "tickets [/a]")
-    async with app.run_test(size=(80, 24), notifications=True) as pilot:
-        await open_runs(app)
-        await wait_for_text(pilot, "tickets [/a]")
-        await pilot.press("D")
-        await wait_for_text(pilot, "tickets [/a] will be deleted when you quit. Press [u]")
-        assert [run.id for run in all_runs()] == ["tickets-b", "poems-c"]
-        await pilot.press("D", "u", "u")
-        assert "is deleted" not in await wait_for_text(pilot, "Restored tickets [/a]", "✓ finished")
-        await pilot.press("escape")
-        await wait_until(pilot, lambda: "Restored" not in text_of(app))
-        assert len(all_runs()) == 3
-        assert three_runs[0].recipe().lora.rank == 16
-        await pilot.press("g", "D")
-        await pilot.pause()
-    assert [run.id for run in all_runs()] == ["tickets-b", "poems-c"]
-    assert not any((paths.runs_dir() / ".deleted").iterdir())
-
-
-async def test_a_deleted_run_leaves_the_list_before_the_next_reading(
-    make_app: MakeApp, three_runs: list[RunDir]
-) -> None:
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        screen = await open_runs(app)
-        await wait_for_text(pilot, "tickets-a")
-        earlier = screen.listing
-        screen.action_delete()
-        screen.listing = earlier
-        screen.show_listing()
-        screen.action_delete()
-        assert [run.id for run in all_runs()] == ["poems-c"]
-        assert app.screen is screen
-
-
-async def test_with_nothing_deleted_u_undoes_a_recipe_change(make_app: MakeApp) -> None:
-    app = make_app()
-    app.workbench.set("lora.rank", 32)
-    async with app.run_test(size=(80, 24)) as pilot:
-        await open_runs(app)
-        await pilot.press("u")
-        assert app.workbench.recipe.lora.rank == 16
-
-
-@pytest.mark.parametrize("state", ["running", "queued"])
-async def test_a_run_that_is_not_over_is_not_deleted(make_app: MakeApp, state: State) -> None:
-    run = write_fake_run(FakeRun(steps=20, state=state))
-    if state == "queued":
-        run_queue.enqueue(run)
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await open_runs(app)
-        await wait_for_text(pilot, run.id[:20])
-        await pilot.press("D")
-        await wait_for_text(pilot, "The run has not ended")
-        assert read_status(run).state == state
-
-
-async def test_a_renamed_run_is_listed_and_found_under_its_name(
-    make_app: MakeApp, three_runs: list[RunDir]
-) -> None:
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await open_runs(app)
-        await wait_for_text(pilot, "tickets-a")
-        await pilot.press("f2", *(["backspace"] * 20), "enter")
-        await wait_for_text(pilot, "Rename the run", "✗ A name is one non-empty line")
-        await pilot.press(*"owls", "enter")
-        await wait_for_text(pilot, "owls  (tickets-a)")
-    assert three_runs[0].path.exists()
-    assert find_run("owls") == three_runs[0]
-
-
-@pytest.mark.parametrize("is_remote", [False, True])
-async def test_a_runs_folder_opens_or_its_path_is_copied(
-    make_app: MakeApp,
-    three_runs: list[RunDir],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    is_remote: bool,
-) -> None:
-    tool, opened = tmp_path / "xdg-open", tmp_path / "opened"
-    tool.write_text(f'#!/bin/sh\nprintf %s "$1" > {opened}.part && mv {opened}.part {opened}\n')
-    tool.chmod(0o700)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setenv("DISPLAY", ":0")
-    for variable in ("TMUX", "WAYLAND_DISPLAY", "SSH_CONNECTION"):
-        monkeypatch.delenv(variable, raising=False)
-    if is_remote:
-        monkeypatch.setenv("SSH_CONNECTION", "10.0.0.1 22")
-    app = make_app()
-    async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await open_runs(app)
-        await wait_for_text(pilot, "tickets-a")
-        await pilot.press("O")
-        if is_remote:
-            await wait_for_text(pilot, "Sent to the terminal (OSC 52)", "cd ")
-            assert app.clipboard == f"cd {three_runs[0].path}"
-        else:
-            await wait_until(pilot, opened.exists)
-            assert opened.read_text() == str(three_runs[0].path)
-
-
-async def test_copying_says_what_took_it(
-    make_app: MakeApp, three_runs: list[RunDir], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tool = tmp_path / "xclip"
-    tool.write_text(f"#!/bin/sh\ncat > {tmp_path}/copied\n")
-    tool.chmod(0o700)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setenv("DISPLAY", ":0")
-    for variable in ("TMUX", "WAYLAND_DISPLAY"):
-        monkeypatch.delenv(variable, raising=False)
-    app = make_app()
-    async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await open_runs(app)
-        await wait_for_text(pilot, "tickets-a")
-        await pilot.press("Y")
-        await wait_for_text(pilot, "Copied with xclip")
-        copied = (tmp_path / "copied").read_text()
-        assert copied == f"qlora-tui train {shlex.quote(str(three_runs[0].recipe_path))}"
-        monkeypatch.delenv("DISPLAY")
-        await pilot.press("y")
-        await wait_for_text(pilot, "Sent to the terminal (OSC 52)", "qlora-tui attach tickets-a")
-
-
-def test_inside_tmux_the_request_is_sent_raw_and_wrapped() -> None:
-    raw = "\x1b]52;c;b3dscw==\a"
-    assert escapes.set_clipboard("owls", {}) == raw
-    assert escapes.set_clipboard("owls", {"TMUX": "x"}) == f"{raw}\x1bPtmux;\x1b{raw}\x1b\\"
-
-
-async def test_rerun_opens_the_runs_recipe_and_u_undoes_it(
-    make_app: MakeApp, three_runs: list[RunDir]
-) -> None:
-    app = make_app()
-    before = app.workbench.recipe
-    async with app.run_test(size=(80, 24)) as pilot:
-        await open_runs(app)
-        await wait_for_text(pilot, "tickets-a")
-        await pilot.press("j", "R")
-        await wait_for_text(pilot, "Micro-batch")
-        assert app.workbench.recipe.lora.rank == 64
-        await pilot.press("u")
-        assert app.workbench.recipe == before
-
-
-async def test_a_finished_run_is_trained_further(make_app: MakeApp, three_runs: list[RunDir]) -> None:
-    run = find_run("tickets-b")
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await open_runs(app)
-        await wait_for_text(pilot, "tickets-a")
-        await pilot.press("j", "T")
-        await wait_for_text(pilot, "No adapter to start from")
-        run.adapter_dir.mkdir(exist_ok=True)
-        (run.adapter_dir / "adapter_config.json").write_text("{}")
-        with_eva = replace_setting(run.recipe(), "lora.init_weights", "eva")
-        run.recipe_path.write_text(dump(with_eva))
-        await pilot.press("escape", "T")
-        await wait_for_text(pilot, "Micro-batch")
-        lora = app.workbench.recipe.lora
-        assert (lora.init_from, lora.rank, lora.init_weights) == (run.id, 64, "random")
-
-
-async def test_a_runs_settings_are_saved_as_a_preset(make_app: MakeApp, three_runs: list[RunDir]) -> None:
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await open_runs(app)
-        await wait_for_text(pilot, "tickets-a")
-        await pilot.press("j", "S", *"wide", "enter")
-        await pilot.pause()
-        assert find_preset("wide").settings()["lora"]["rank"] == 64
-        assert (paths.user_presets_dir() / "wide.toml").exists()
-        await pilot.press("j", "S", *"wide", "enter")
-        await wait_for_text(pilot, "You already have a preset wide")
-        await pilot.press("n")
-        assert find_preset("wide").settings()["lora"]["rank"] == 64
-
-
-async def test_a_damaged_run_is_listed_and_explained_when_used(make_app: MakeApp) -> None:
-    run = write_fake_run(FakeRun(name="damaged", state="stopped", steps=20))
-    run.recipe_path.write_text("lora = 3\n")
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await open_runs(app)
-        await wait_for_text(pilot, "damaged", "recipe unreadable")
-        await pilot.press("R")
-        await wait_for_text(pilot, "Invalid recipe", "Write [lora]", "Esc close")
 
 
 def test_a_second_poll_stats_each_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -570,70 +327,3 @@ async def test_the_title_counts_runs_that_match(make_app: MakeApp, three_runs: l
         await wait_for_text(pilot, "3 runs, newest first")
         await pilot.press("slash", *"poems")
         await wait_for_text(pilot, "1 of 3 runs, newest first")
-
-
-def put_evaluation(run: RunDir) -> TaskEvaluation:
-    """An evaluation of the run's adapter, on seven prompts."""
-    private_dir(run.adapter_dir)
-    (run.adapter_dir / "adapter_model.safetensors").write_bytes(b"weights")
-    rows = tuple(
-        TaskRow(
-            source=0,
-            row=number,
-            prompt=f"Where is parcel {number}?\x1b[2J",
-            reference="late" if number % 2 else "lost",
-            base="It may be late.",
-            adapter="late" if number % 2 else "lost",
-            base_ended=True,
-            adapter_ended=True,
-        )
-        for number in range(1, 8)
-    )
-    metrics, labels = measure_answers(rows)
-    evaluation = TaskEvaluation(
-        run=run.id,
-        adapter="7 bytes",
-        max_new_tokens=32,
-        validation_rows=7,
-        metrics=metrics,
-        labels=labels,
-        loss=LossChange.of([2.0] * 7, [1.0] * 7, [1] * 7),
-        rows=rows,
-    )
-    write_task_evaluation(run, evaluation)
-    return evaluation
-
-
-async def test_a_measures_answers_and_a_second_a_stops(
-    make_app: MakeApp, three_runs: list[RunDir], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stopped = Event()
-
-    def evaluate(run: RunDir, progress: Any, switch: StopSwitch) -> TaskEvaluation:
-        progress(3, 14)
-        monkeypatch.setattr(switch, "stop", stopped.set)
-        assert stopped.wait(10)
-        raise MeasuringStoppedError
-
-    monkeypatch.setattr(evaluation_actions, "evaluate_task", evaluate)
-    app = make_app()
-    async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await open_runs(app)
-        await wait_for_text(pilot, "─ tickets-a ─", "[a] compares its answers.")
-        await pilot.press("a")
-        await wait_for_text(pilot, "3 of 14")
-        await pilot.press("a")
-        await wait_for_text(pilot, "Stopped. Press [a] to continue.")
-
-
-async def test_answers_are_shown_with_their_evidence(make_app: MakeApp, three_runs: list[RunDir]) -> None:
-    put_evaluation(next(run for run in three_runs if run.id == "tickets-a"))
-    app = make_app()
-    async with app.run_test(size=(120, 40)) as pilot:
-        await open_runs(app)
-        await wait_for_text(pilot, "answers better:")
-        await pilot.press("a")
-        await wait_for_text(
-            pilot, "7 validation prompts of tickets-a", "Where is parcel 1?", "It may be late."
-        )
-        await pilot.press("escape")
