@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from textual.pilot import Pilot
 from qlora_tui.data.dataset_report import Piece, Shown
 from qlora_tui.files import private_dir
 from qlora_tui.recipe.schema import Data, Recipe, Source
-from qlora_tui.runs import actions, measuring
+from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.row_losses import MeasuredRow, classify, write_row_losses
 from qlora_tui.tui.screens.data.row_loss_list import RowLossScreen
@@ -107,26 +106,18 @@ async def test_rows_without_a_run_say_what_to_do(model: str, here: Path) -> None
 
 
 async def test_leaving_the_app_ends_the_measurement(
-    model: str, here: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, here: Path, endless_measurements: list[subprocess.Popen[bytes]]
 ) -> None:
     """Otherwise the app waits for it, without a terminal."""
     run = measured_run(tickets(here / "tickets.jsonl"))
     for measured in (run.path / "row_losses.json", run.path / "row_losses.f32"):
         measured.unlink()
-    children: list[subprocess.Popen[bytes]] = []
-
-    def sleeper(_argv: list[str], **how: Any) -> subprocess.Popen[bytes]:
-        children.append(subprocess.Popen(["sleep", "600"], **how))
-        return children[-1]
-
-    slow = SimpleNamespace(Popen=sleeper, PIPE=subprocess.PIPE, DEVNULL=subprocess.DEVNULL)
-    monkeypatch.setattr(measuring, "subprocess", slow)
     app = data_app(model, "tickets.jsonl", max_length=128)
     async with app.run_test(size=(80, 24)) as pilot:
         await whole(pilot)
         await pilot.press("B")
-        await wait_until(pilot, lambda: len(children) == 1)
-    assert children[0].wait(60)
+        await wait_until(pilot, lambda: len(endless_measurements) == 1)
+    assert endless_measurements[0].wait(60)
 
 
 def test_tokens_carry_marks_that_need_no_color() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from subprocess import Popen
 from threading import Event
 from typing import Any
 
@@ -15,7 +16,7 @@ from qlora_tui.runs.task_metrics.answer_metrics import TaskRow, measure_answers
 from qlora_tui.runs.task_metrics.task_evaluation import LossChange, TaskEvaluation, write_task_evaluation
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.runs import evaluation_actions
-from tests.tui.screen_assertions import wait_for_text
+from tests.tui.screen_assertions import wait_for_text, wait_until
 from tests.tui.workstation import open_runs
 
 MakeApp = Callable[[], QloraApp]
@@ -86,3 +87,16 @@ async def test_answers_are_shown_with_their_evidence(make_app: MakeApp, three_ru
             pilot, "7 validation prompts of tickets-a", "Where is parcel 1?", "It may be late."
         )
         await pilot.press("escape")
+
+
+async def test_leaving_the_app_ends_the_evaluation(
+    make_app: MakeApp, three_runs: list[RunDir], endless_measurements: list[Popen[bytes]]
+) -> None:
+    """Otherwise the app waits for it, without a terminal."""
+    app = make_app()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await open_runs(app)
+        await wait_for_text(pilot, "─ tickets-a ─")
+        await pilot.press("a")
+        await wait_until(pilot, lambda: len(endless_measurements) == 1)
+    assert endless_measurements[0].wait(60)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from subprocess import Popen
 
 import msgspec
 from textual import work
@@ -15,6 +14,7 @@ from qlora_tui.formatting import pluralize
 from qlora_tui.recipe.schema import Source
 from qlora_tui.runs import actions as run_actions
 from qlora_tui.runs.directory import RunDir, all_runs
+from qlora_tui.runs.measuring import StopSwitch
 from qlora_tui.runs.row_loss_job import measure_row_losses
 from qlora_tui.runs.row_losses import RowLosses, read_row_losses, token_changes
 from qlora_tui.tui.key_names import key_name
@@ -69,17 +69,16 @@ class RowLossActions(SourceActions):
                 f"Measuring the rows of {run.name}, about as long as training on them once. "
                 "The list opens when it is done."
             )
-            children: list[Popen[bytes]] = []
+            switch = StopSwitch()
             try:
-                losses = await asyncio.to_thread(measure_row_losses, run, started=children.append)
+                losses = await asyncio.to_thread(measure_row_losses, run, started=switch.attach)
             except UserError as problem:
                 self.notify(f"{problem.what} {problem.fix}", title=problem.title, severity="error")
                 return
             finally:
                 self._measuring = False
                 # Leaving the app cancels this worker, but not its thread, for whose end the app would wait.
-                for child in children:
-                    child.kill()
+                switch.stop()
         self._show_losses(losses, run, number, source)
 
     def token_changes(self) -> tuple[tuple[float, float], ...]:

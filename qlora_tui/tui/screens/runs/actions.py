@@ -47,7 +47,6 @@ class RunActions(EvaluationActions):
         return self.qlora_app.trash
 
     def on_unmount(self) -> None:
-        self.stop_evaluation()
         self.trash.empty()
 
     @property

@@ -61,11 +61,6 @@ class EvaluationActions(WorkScreen):
         else:
             self._evaluate(run)
 
-    def stop_evaluation(self) -> None:
-        """End a measurement in progress; its answers so far stay."""
-        if self._switch is not None:
-            self._switch.stop()
-
     @work
     async def _evaluate(self, run: RunDir) -> None:
         evaluation = await asyncio.to_thread(read_task_evaluation, run)
@@ -92,5 +87,7 @@ class EvaluationActions(WorkScreen):
         except UserError as problem:
             self.notify(f"{problem.what} {problem.fix}", title=problem.title, severity="error")
         finally:
+            # Leaving the app cancels this worker, but not its thread, for whose end the app would wait.
+            switch.stop()
             self._switch = self.answers_progress = None
         return None
