@@ -8,10 +8,8 @@ from pathlib import Path
 from textual.content import Content
 
 from qlora_tui import paths
-from qlora_tui.errors import UserError
 from qlora_tui.memory import check_fit
 from qlora_tui.memory.budget import MemoryBudget
-from qlora_tui.memory.estimate import precision_of
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.data_checks import data_error
 from qlora_tui.tui.key_names import command_key, key_label, key_name, pressable
@@ -63,11 +61,8 @@ class FirstSteps:
 
 def read_first_steps(workbench: Workbench, budget: MemoryBudget) -> FirstSteps:
     """Read which steps are done, in a thread: the first rows of the data are read."""
-    recipe = workbench.recipe
-    compared = workbench.comparison(budget.device)
-    verdict = ""
-    if not isinstance(compared, UserError):
-        verdict = check_fit(compared[precision_of(recipe)], budget.bytes).word
+    recipe, estimate = workbench.recipe, workbench.estimate(budget.device)
+    verdict = "" if estimate is None else check_fit(estimate, budget.bytes).word
     return FirstSteps.of(recipe, verdict, has_data_error=data_error(recipe.data) is not None)
 
 

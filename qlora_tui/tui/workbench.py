@@ -146,6 +146,13 @@ class Workbench:
             self._compared = (self.recipe, device, self._compare(device))
         return self._compared[2]
 
+    def estimate(self, device: Device) -> Estimate | None:
+        """The estimate in the recipe's precision; None if there is nothing to estimate."""
+        from qlora_tui.memory.estimate import precision_of
+
+        compared = self.comparison(device)
+        return None if isinstance(compared, UserError) else compared[precision_of(self.recipe)]
+
     def use_trace(self, recipe: Recipe, device: Device, traced: StepTrace) -> None:
         """Use a traced step instead of the formula until the recipe changes."""
         self._traced = (recipe, device, traced)

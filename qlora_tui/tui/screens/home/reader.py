@@ -11,10 +11,8 @@ from itertools import islice
 from textual.content import Content
 
 from qlora_tui.catalog.local_models import list_local_models
-from qlora_tui.errors import UserError
-from qlora_tui.memory import Estimate, check_fit
+from qlora_tui.memory import check_fit
 from qlora_tui.memory.budget import MemoryBudget
-from qlora_tui.memory.estimate import precision_of
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.data_checks import data_error
 from qlora_tui.runs.run_summary import RunSummary, SummaryCache
@@ -96,7 +94,7 @@ class HomeReader:
         status = system_status.active_or_last_status
         is_news = status is not None and status.state not in ACTIVE and status.at > self._seen_at
         while_away = is_news and status is not None and status.at < self._started_at
-        estimate = _estimate(workbench, budget)
+        estimate = workbench.estimate(budget.device)
         summary = (
             self._summaries.get(system_status.active_or_last)
             if system_status.active_or_last is not None
@@ -159,11 +157,3 @@ class HomeReader:
         }
         others = (run for name, run in self._summaries.all_runs().items() if name not in shown)
         return tuple(self._summaries.get(run) for run in islice(others, _MAX_RECENT))
-
-
-def _estimate(workbench: Workbench, budget: MemoryBudget) -> Estimate | None:
-    """Estimate of the recipe in its precision; None without a model."""
-    compared = workbench.comparison(budget.device)
-    if isinstance(compared, UserError):
-        return None
-    return compared[precision_of(workbench.recipe)]
