@@ -190,6 +190,14 @@ class QloraApp(TerminalApp):
             self.recipe_edited()
         return changed
 
+    def load_recipe(self, recipe: Recipe) -> bool:
+        """Edit another recipe, whose model may have been downloaded since; True when it changed."""
+        changed = self.workbench.replace(recipe)
+        if changed:
+            self.workbench.forget_architecture()
+            self.recipe_edited()
+        return changed
+
     def recipe_edited(self) -> None:
         """Save and show the workbench's recipe after it changed."""
         from qlora_tui.tui.draft_saving import save_or_ask

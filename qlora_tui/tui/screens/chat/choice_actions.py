@@ -25,6 +25,7 @@ from qlora_tui.tui.screens.chat.conversation_screen import ConversationScreen
 from qlora_tui.tui.screens.train.screen import prepare_run
 
 _KINDS: dict[ChoiceKind, str] = {"pairs": "choice", "edits": "edit"}
+_FIRST_TRAINED: tuple[ChoiceKind, ...] = ("edits", "pairs")
 
 
 class ChoiceActions(ConversationScreen):
@@ -74,29 +75,25 @@ class ChoiceActions(ConversationScreen):
         """Prepare a run on the edits or choices, whichever there are enough of."""
         if self.source is None:
             return
-        recipe, kind = self.source.recipe, self._enough()
+        recipe = self.source.recipe
+        counts = {kind: count_choices(recipe.model.id, kind) for kind in _KINDS}
+        kind = next((kind for kind in _FIRST_TRAINED if counts[kind] >= ENOUGH), None)
         if kind is None:
-            counts = ", ".join(
-                pluralize(count_choices(recipe.model.id, kind), word) for kind, word in _KINDS.items()
-            )
+            so_far = ", ".join(pluralize(counts[kind], word) for kind, word in _KINDS.items())
             self.notify(
-                f"{counts} so far; {ENOUGH} of a kind are enough to train on. "
+                f"{so_far} so far; {ENOUGH} of a kind are enough to train on. "
                 f"{key_name('chat.prefer_right')} and {key_name('chat.prefer_left')} choose, "
                 f"{key_name('chat.edit_answer')} edits."
             )
             return
         run_id = self.run_dir.id if self.run_dir is not None and self.source.adapters else ""
-        workbench = self.qlora_app.workbench
-        if workbench.replace(recipe_on_choices(recipe, kind, run_id)):
-            workbench.forget_architecture()
-            self.qlora_app.recipe_edited()
+        if self.qlora_app.load_recipe(recipe_on_choices(recipe, kind, run_id)):
             start = f", from the adapter of {run_id}" if run_id else ""
             self.notify(f"Prepared a run on your {kind}{start}. Press {key_name('app.undo')} to undo.")
         await prepare_run(self.qlora_app)
 
     def _record_edit(self, turn: ChatTurn, answer: AdapterAnswer, text: str) -> None:
-        provenance = self._provenance(turn, {"edited": answer.adapter_name})
-        provenance = msgspec.structs.replace(provenance, original=answer.text)
+        provenance = self._provenance(turn, {"edited": answer.adapter_name}, original=answer.text)
         try:
             count = add_edit(self._conversation(turn, answer.adapter_name), text, provenance)
         except UserError as problem:
@@ -112,12 +109,6 @@ class ChoiceActions(ConversationScreen):
         else:
             self.notify(f"{happened}: {number}. Press {key_name('chat.train_choices')} to train on them.")
 
-    def _enough(self) -> ChoiceKind | None:
-        """The kind with at least 20 rows, edits before choices."""
-        base = self.source.recipe.model.id if self.source is not None else ""
-        kinds: tuple[ChoiceKind, ...] = ("edits", "pairs")
-        return next((kind for kind in kinds if count_choices(base, kind) >= ENOUGH), None)
-
     def _last_answered(self, answers: int) -> ChatTurn | None:
         """The last turn if so many of its answers are complete."""
         if not self.turns or self.busy:
@@ -125,7 +116,7 @@ class ChoiceActions(ConversationScreen):
         complete = [answer for answer in self.turns[-1].answers.values() if answer.text.strip()]
         return self.turns[-1] if len(complete) >= answers else None
 
-    def _provenance(self, turn: ChatTurn, answers: dict[str, str]) -> Provenance:
+    def _provenance(self, turn: ChatTurn, answers: dict[str, str], original: str = "") -> Provenance:
         assert self.source is not None
         sampling: dict[str, Any] = msgspec.to_builtins(self.sampling)
         run_id = self.run_dir.id if self.run_dir is not None else ""
@@ -136,4 +127,5 @@ class ChoiceActions(ConversationScreen):
             run=run_id,
             answers=answers,
             sampling=sampling,
+            original=original,
         )

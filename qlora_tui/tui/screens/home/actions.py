@@ -125,10 +125,7 @@ class HomeActions(WorkScreen):
         finally:
             self.downloading_demo = False
             self.start_reading()
-        workbench = self.qlora_app.workbench
-        if workbench.replace(demo_recipe(folder)):
-            workbench.forget_architecture()
-            self.qlora_app.recipe_edited()
+        self.qlora_app.load_recipe(demo_recipe(folder))
         if self.is_current:
             await self.action_prepare()
         else:

@@ -150,10 +150,7 @@ class RunActions(EvaluationActions):
 
     async def _prepare(self, recipe: Recipe) -> None:
         """Load a recipe, and show the checks before its launch."""
-        workbench = self.qlora_app.workbench
-        if workbench.replace(recipe):
-            workbench.forget_architecture()
-            self.qlora_app.recipe_edited()
+        if self.qlora_app.load_recipe(recipe):
             self.notify(f"Loaded the run's recipe. Press {key_name('app.undo')} to undo.")
         await prepare_run(self.qlora_app)
 
