@@ -10,9 +10,10 @@ import pytest
 
 from qlora_tui.cli import follow
 from qlora_tui.runs.event_log import EventWriter
-from qlora_tui.runs.events import Finished, Health, Paused, Phase, PhaseChanged, Progress, Started, Step
+from qlora_tui.runs.events import Finished, Health, Paused, Phase, PhaseChanged, Progress, Started
 from qlora_tui.runs.status import Status, write_status
 from tests.cli.conftest import Call
+from tests.support.step_events import a_step
 from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
 
 
@@ -43,18 +44,7 @@ def test_plain_says_in_sentences_what_the_live_screen_shows(
 
     def go_on() -> None:
         with EventWriter(run.events_path) as log:
-            log.append(
-                Step(
-                    at=BEGAN,
-                    step=641,
-                    epoch=0.4,
-                    loss=1.5,
-                    learning_rate=1e-4,
-                    grad_norm=1.0,
-                    tokens=9,
-                    tokens_per_s=9.0,
-                )
-            )
+            log.append(a_step(641, at=BEGAN, loss=1.5))
             log.append(
                 Health(at=BEGAN, kind="throttled", severity="warning", evidence="Hot.", remedy="Wait.")
             )

@@ -19,11 +19,12 @@ from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.event_log import EventWriter
-from qlora_tui.runs.events import Evaluated, Failed, Finished, Started, Step, StepVerified
+from qlora_tui.runs.events import Evaluated, Failed, Finished, Started, StepVerified
 from qlora_tui.runs.status import Status, write_status
 from qlora_tui.training.gguf_conversion import folder_of
 from qlora_tui.tui.app import QloraApp
 from tests.cli.conftest import CONFIGS, Call
+from tests.support.step_events import a_step
 from tests.tui.fake_runs import FakeRun, write_fake_run
 
 
@@ -34,18 +35,7 @@ def finished_run() -> RunDir:
     with EventWriter(run.events_path) as log:
         log.append(Started(at=1.0, attempt=1, pid=1))
         for number in (1, 2, 3):
-            log.append(
-                Step(
-                    at=float(number),
-                    step=number,
-                    epoch=0.1,
-                    loss=None if number == 2 else 2.5,
-                    learning_rate=1e-4,
-                    grad_norm=0.5,
-                    tokens=100,
-                    tokens_per_s=50.0,
-                )
-            )
+            log.append(a_step(number, loss=None if number == 2 else 2.5, tokens=100))
         log.append(Finished(at=4.0, step=3, seconds=3.0, tokens_per_s=50.0))
     write_status(run, Status(state="finished", at=4.0, step=3, total_steps=3, loss=2.5))
     return run

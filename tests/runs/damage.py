@@ -9,10 +9,11 @@ from pathlib import Path
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import telemetry
 from qlora_tui.runs.directory import RunDir, create_run
-from qlora_tui.runs.events import Finished, Started, Step, encode
+from qlora_tui.runs.events import Finished, Started, encode
 from qlora_tui.runs.process import ProcessIdentity, machine_id
 from qlora_tui.runs.status import State, Status, write_status
 from qlora_tui.runs.telemetry import Reading
+from tests.support.step_events import a_step
 
 GONE = ProcessIdentity(pid=1, started=1.0, boot_id="another boot", machine=machine_id())
 DEEP = b"[" * 100_000
@@ -46,18 +47,7 @@ def a_run(recipe: Recipe, state: State) -> RunDir:
     run = create_run(recipe)
     lines = [
         encode(Started(at=1.0, attempt=1, pid=1)),
-        encode(
-            Step(
-                at=2.0,
-                step=1,
-                epoch=0.5,
-                loss=2.0,
-                learning_rate=1e-4,
-                grad_norm=1.0,
-                tokens=10,
-                tokens_per_s=5.0,
-            )
-        ),
+        encode(a_step(at=2.0)),
     ]
     if state == "finished":
         lines.append(encode(Finished(at=3.0, step=2, seconds=1.0, tokens_per_s=1.0, reason="all steps done")))

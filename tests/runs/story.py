@@ -9,13 +9,14 @@ from qlora_tui.checksums import checked_folder, digest
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import RunDir, create_run
-from qlora_tui.runs.events import CheckpointSaved, Finished, Paused, Started, Step
+from qlora_tui.runs.events import CheckpointSaved, Finished, Paused, Started
 from qlora_tui.runs.outcomes import record_outcome
 from qlora_tui.runs.process import process_identity
 from qlora_tui.training import checkpoints
 from qlora_tui.training.distributed import DistributedContext
 from qlora_tui.training.reporter import Reporter
 from tests.runs.test_damage import put_adapter
+from tests.support.step_events import a_step
 
 
 def submitted(recipe: Recipe) -> RunDir:
@@ -38,7 +39,7 @@ def train(run: RunDir, reporter: Reporter, *steps: int) -> None:
     """Take steps, with a heartbeat and a checkpoint at each; two checkpoints stay."""
     for step in steps:
         reporter.update(step=step, loss=1.0)
-        reporter.emit(told_step(step))
+        reporter.emit(a_step(step, at=time.time()))
         reporter.write_heartbeat()
         checkpoints.write(run, state(run, step), lambda folder: _put_parts(folder), DistributedContext())
         reporter.emit(CheckpointSaved(at=time.time(), step=step, folder=f"checkpoints/step-{step}"))
@@ -69,19 +70,6 @@ def state(run: RunDir, step: int) -> checkpoints.CheckpointState:
 def _put_parts(folder: Path) -> None:
     put_adapter(folder)
     (folder / "optimizer.pt").write_bytes(b"moments" * 50)
-
-
-def told_step(step: int) -> Step:
-    return Step(
-        at=time.time(),
-        step=step,
-        epoch=0.1,
-        loss=1.0,
-        learning_rate=1e-4,
-        grad_norm=1.0,
-        tokens=1,
-        tokens_per_s=1.0,
-    )
 
 
 def _end(run: RunDir, reporter: Reporter, ending: Finished | Paused) -> None:

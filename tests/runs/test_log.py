@@ -14,20 +14,8 @@ from qlora_tui.runs.event_log import (
     last_event,
 )
 from qlora_tui.runs.event_sampling import sample_events
-from qlora_tui.runs.events import CheckpointSaved, Finished, SampleGenerated, Step, encode
-
-
-def a_step(number: int) -> Step:
-    return Step(
-        at=float(number),
-        step=number,
-        epoch=0.1,
-        loss=2.0,
-        learning_rate=1e-4,
-        grad_norm=0.5,
-        tokens=number * 100,
-        tokens_per_s=50.0,
-    )
+from qlora_tui.runs.events import CheckpointSaved, Finished, SampleGenerated, encode
+from tests.support.step_events import a_step
 
 
 def test_what_is_written_is_read_once_and_in_order(tmp_path: Path) -> None:

@@ -15,20 +15,16 @@ from qlora_tui.runs.events import (
     Finished,
     Health,
     Started,
-    Step,
     Stopped,
     ValidationCompared,
 )
 from qlora_tui.runs.run_summary import summarize
 from qlora_tui.runs.run_verdict import PreferenceAccuracy, RunEvidence, gather_evidence, judge_run
 from qlora_tui.runs.task_metrics.answer_metrics import Metric, TaskRow, measure_answers
-from qlora_tui.runs.task_metrics.task_evaluation import (
-    LossChange,
-    TaskEvaluation,
-    TaskHeadline,
-    write_task_evaluation,
-)
+from qlora_tui.runs.task_metrics.task_evaluation import LossChange, TaskHeadline
 from qlora_tui.runs.view import RunView
+from tests.support.step_events import a_step
+from tests.support.task_evaluations import a_row, put_evaluation
 
 
 def loss(change: float, rows: int = 20) -> LossChange:
@@ -37,22 +33,18 @@ def loss(change: float, rows: int = 20) -> LossChange:
     return LossChange.of(before, [2 + change + each for each in spread], [1] * rows)
 
 
+def answers(base: int, adapter: int, rows: int = 20) -> list[TaskRow]:
+    """Answers of a base and an adapter that answer so many of the rows rightly."""
+    rights = ["yes" if number % 2 else "no" for number in range(rows)]
+    return [
+        a_row(right, right if number < base else "?", right if number < adapter else "?", row=number)
+        for number, right in enumerate(rights)
+    ]
+
+
 def accuracy(base: int, adapter: int, rows: int = 20) -> Metric:
     """Accuracy of a base and an adapter that answer so many of the rows rightly."""
-    answers = [
-        TaskRow(
-            source=0,
-            row=number,
-            prompt="",
-            reference="yes" if number % 2 else "no",
-            base=("yes" if number % 2 else "no") if number < base else "?",
-            adapter=("yes" if number % 2 else "no") if number < adapter else "?",
-            base_ended=True,
-            adapter_ended=True,
-        )
-        for number in range(rows)
-    ]
-    return measure_answers(answers)[0][0]
+    return measure_answers(answers(base, adapter, rows))[0][0]
 
 
 def test_a_run_stopped_before_a_step_has_no_verdict(run: RunDir) -> None:
@@ -158,18 +150,7 @@ def test_a_summary_has_the_verdict_of_its_run(run: RunDir) -> None:
     compared = ValidationCompared(at=now, rows=9, before=2.0, after=1.0, low=-1.2, high=-0.8)
     with EventWriter(run.events_path) as log:
         log.append(Started(at=now, attempt=1, pid=1))
-        log.append(
-            Step(
-                at=now,
-                step=1,
-                epoch=1.0,
-                loss=1.0,
-                learning_rate=1e-4,
-                grad_norm=1.0,
-                tokens=9,
-                tokens_per_s=1.0,
-            )
-        )
+        log.append(a_step(at=now, loss=1.0))
         log.append(Evaluated(at=now, step=1, loss=1.0, before_training=2.0, forgetting=2.5))
         log.append(Health(at=now, kind="forgetting", severity="warning", evidence="", remedy=""))
         assert summarize(run).verdict is None
@@ -178,20 +159,7 @@ def test_a_summary_has_the_verdict_of_its_run(run: RunDir) -> None:
     verdict = summarize(run).verdict
     assert verdict is not None
     assert verdict.sentence == "It learned: validation loss 2.00 → 1.00; forgot much (2.5 nats)."
-    run.adapter_dir.mkdir()
-    (run.adapter_dir / "adapter_model.safetensors").write_bytes(b"weights")
-    write_task_evaluation(
-        run,
-        TaskEvaluation(
-            run=run.id,
-            adapter="7 bytes",
-            max_new_tokens=32,
-            validation_rows=20,
-            metrics=(accuracy(6, 18),),
-            loss=loss(0.5),
-            rows=(),
-        ),
-    )
+    put_evaluation(run, answers(6, 18), loss(0.5))
     verdict = summarize(run).verdict
     assert verdict is not None and verdict.sentence.endswith("answers better: accuracy 90%, base 30%.")
 

@@ -11,7 +11,7 @@ import pytest
 from qlora_tui.checksums import digest, write_checksums
 from qlora_tui.data.conversation import ToolCall
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.task_metrics.answer_metrics import TaskRow, measure_answers
+from qlora_tui.runs.task_metrics.answer_metrics import measure_answers
 from qlora_tui.runs.task_metrics.answer_texts import is_json, same_json, same_words, token_f1
 from qlora_tui.runs.task_metrics.intervals import (
     mcnemar_p,
@@ -21,7 +21,6 @@ from qlora_tui.runs.task_metrics.intervals import (
 )
 from qlora_tui.runs.task_metrics.task_evaluation import (
     LossChange,
-    TaskEvaluation,
     describe_loss,
     describe_metric,
     read_task_evaluation,
@@ -29,6 +28,7 @@ from qlora_tui.runs.task_metrics.task_evaluation import (
     write_task_evaluation,
 )
 from qlora_tui.runs.task_metrics.tool_call_texts import fits_tools, read_calls
+from tests.support.task_evaluations import a_row, put_evaluation
 
 WEATHER = {
     "type": "function",
@@ -147,20 +147,6 @@ def test_answers_nested_too_deeply_are_no_json_and_no_calls() -> None:
     assert not is_json(deep) and read_calls(deep) == ()
 
 
-def a_row(reference: str, base: str, adapter: str, **more: Any) -> TaskRow:
-    return TaskRow(
-        source=0,
-        row=1,
-        prompt="",
-        reference=reference,
-        base=base,
-        adapter=adapter,
-        base_ended=True,
-        adapter_ended=True,
-        **more,
-    )
-
-
 def test_labels_are_counted_one_by_one() -> None:
     rows = [a_row("Good", "It is good.", "good") for _ in range(8)] + [a_row("bad", "bad", "bad.")] * 4
     metrics, labels = measure_answers(rows)
@@ -233,21 +219,7 @@ def test_a_loss_change_is_weighted_by_tokens() -> None:
 
 def test_an_evaluation_of_another_adapter_does_not_count(run: RunDir) -> None:
     assert read_task_evaluation(run) is None
-    run.adapter_dir.mkdir()
-    (run.adapter_dir / "adapter_model.safetensors").write_bytes(b"weights")
-    rows = (a_row("yes", "no", "yes"),)
-    metrics, labels = measure_answers(rows)
-    evaluation = TaskEvaluation(
-        run=run.id,
-        adapter="7 bytes",
-        max_new_tokens=32,
-        validation_rows=1,
-        metrics=metrics,
-        labels=labels,
-        loss=LossChange.of([1.0], [0.5], [1]),
-        rows=rows,
-    )
-    write_task_evaluation(run, evaluation)
+    evaluation = put_evaluation(run, [a_row("yes", "no", "yes")], LossChange.of([1.0], [0.5], [1]))
     assert read_task_evaluation(run) == evaluation
     (run.adapter_dir / "adapter_model.safetensors").write_bytes(b"other weights")
     assert read_task_evaluation(run) is None and read_task_headline(run) is None

@@ -9,49 +9,16 @@ from typing import Any
 
 import pytest
 
-from qlora_tui.files import private_dir
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.measuring import MeasuringStoppedError, StopSwitch
-from qlora_tui.runs.task_metrics.answer_metrics import TaskRow, measure_answers
-from qlora_tui.runs.task_metrics.task_evaluation import LossChange, TaskEvaluation, write_task_evaluation
+from qlora_tui.runs.task_metrics.task_evaluation import LossChange, TaskEvaluation
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.runs import evaluation_actions
+from tests.support.task_evaluations import a_row, put_evaluation
 from tests.tui.screen_assertions import wait_for_text, wait_until
 from tests.tui.workstation import open_runs
 
 MakeApp = Callable[[], QloraApp]
-
-
-def put_evaluation(run: RunDir) -> TaskEvaluation:
-    """An evaluation of the run's adapter, on seven prompts."""
-    private_dir(run.adapter_dir)
-    (run.adapter_dir / "adapter_model.safetensors").write_bytes(b"weights")
-    rows = tuple(
-        TaskRow(
-            source=0,
-            row=number,
-            prompt=f"Where is parcel {number}?\x1b[2J",
-            reference="late" if number % 2 else "lost",
-            base="It may be late.",
-            adapter="late" if number % 2 else "lost",
-            base_ended=True,
-            adapter_ended=True,
-        )
-        for number in range(1, 8)
-    )
-    metrics, labels = measure_answers(rows)
-    evaluation = TaskEvaluation(
-        run=run.id,
-        adapter="7 bytes",
-        max_new_tokens=32,
-        validation_rows=7,
-        metrics=metrics,
-        labels=labels,
-        loss=LossChange.of([2.0] * 7, [1.0] * 7, [1] * 7),
-        rows=rows,
-    )
-    write_task_evaluation(run, evaluation)
-    return evaluation
 
 
 async def test_a_measures_answers_and_a_second_a_stops(
@@ -77,7 +44,18 @@ async def test_a_measures_answers_and_a_second_a_stops(
 
 
 async def test_answers_are_shown_with_their_evidence(make_app: MakeApp, three_runs: list[RunDir]) -> None:
-    put_evaluation(next(run for run in three_runs if run.id == "tickets-a"))
+    rows = [
+        a_row(
+            "late" if number % 2 else "lost",
+            "It may be late.",
+            "late" if number % 2 else "lost",
+            row=number,
+            prompt=f"Where is parcel {number}?\x1b[2J",
+        )
+        for number in range(1, 8)
+    ]
+    run = next(run for run in three_runs if run.id == "tickets-a")
+    put_evaluation(run, rows, LossChange.of([2.0] * 7, [1.0] * 7, [1] * 7))
     app = make_app()
     async with app.run_test(size=(120, 40)) as pilot:
         await open_runs(app)

@@ -1,0 +1,24 @@
+"""A step event, of which a test names what it is about."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec import structs
+
+from qlora_tui.runs.events import Step
+
+
+def a_step(number: int = 1, **facts: Any) -> Step:
+    """Step ``number``, that many seconds after the epoch; ``facts`` are fields with other values."""
+    step = Step(
+        at=float(number),
+        step=number,
+        epoch=0.1,
+        loss=2.0,
+        learning_rate=1e-4,
+        grad_norm=0.5,
+        tokens=number * 100,
+        tokens_per_s=50.0,
+    )
+    return structs.replace(step, **facts)
