@@ -20,6 +20,7 @@ import tempfile
 from itertools import pairwise
 from pathlib import Path
 
+from bench.support.turns import in_turn
 from qlora_tui import paths
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventTail
@@ -78,7 +79,7 @@ def main() -> int:
             text=True,
         )
         for repeat in range(args.repeats):
-            for arm in ARMS if repeat % 2 == 0 else reversed(ARMS):
+            for arm in in_turn(ARMS, repeat):
                 results[arm].append(train(args, library if arm == "not synced" else None))
     step, run = (
         {arm: statistics.median(result[i] for result in results[arm]) for arm in ARMS} for i in (0, 1)

@@ -10,6 +10,8 @@ import statistics
 import subprocess
 import sys
 
+from bench.support.turns import in_turn
+
 MODULE = "qlora_tui.training.attempt"
 _MEASURE = (
     "import os, psutil; times = os.times();"
@@ -41,7 +43,7 @@ def main() -> int:
     for program in PROGRAMS.values():
         measure(program)  # warms disk and byte code
     for repeat in range(args.repeats):
-        for name in list(PROGRAMS) if repeat % 2 == 0 else list(reversed(PROGRAMS)):
+        for name in in_turn(PROGRAMS, repeat):
             results[name].append(measure(PROGRAMS[name]))
     for name, samples in results.items():
         seconds, megabytes = (statistics.median(column) for column in zip(*samples, strict=True))

@@ -24,6 +24,7 @@ from typing import Any
 
 from bench.baselines.job import TrainingJob
 from bench.baselines.runner import Measurement, measure
+from bench.support.turns import in_turn
 from bench.training import quickest_dtype, say
 
 WAYS = {"a": "trl_preference", "b": "qlora_tui_run"}
@@ -81,7 +82,7 @@ def one_method(job: TrainingJob, repeats: int, scratch: Path) -> dict[str, Any]:
     """Run both ways in alternating order; each repeat has its own seed."""
     runs: dict[str, list[Measurement]] = {key: [] for key in WAYS}
     for repeat in range(repeats):
-        for key in list(WAYS) if repeat % 2 == 0 else list(reversed(WAYS)):
+        for key in in_turn(WAYS, repeat):
             out = scratch / f"{len(list(scratch.iterdir()))}-{key}"
             result = measure(sys.executable, WAYS[key], replace(job, out=str(out), seed=repeat + 1), scratch)
             runs[key].append(result)

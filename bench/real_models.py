@@ -31,6 +31,7 @@ from typing import Any
 
 from bench.baselines.job import TrainingJob
 from bench.baselines.runner import Measurement, lines_of, measure
+from bench.support.turns import in_turn
 from bench.training import quickest_dtype, say
 from qlora_tui.demo.conversations import CONVERSATIONS
 from qlora_tui.demo.demo_model import ensure_model
@@ -160,7 +161,7 @@ def compare(model: Path, args: argparse.Namespace, scratch: Path) -> dict[str, A
     (data,) = lines_of(sys.executable, "bench.baselines.batches", [str(file)], scratch / "batches.log")
     runs: dict[str, list[Measurement]] = {name: [] for name in WAYS}
     for repeat in range(args.repeats):
-        for name in list(WAYS) if repeat % 2 == 0 else list(reversed(WAYS)):
+        for name in in_turn(WAYS, repeat):
             runs[name].append(run_one(name, replace(job, out=str(scratch / f"{name}-{repeat}")), scratch))
     ours = runs["ours"][0]
     if ours.data_hash != data["hash"]:

@@ -13,6 +13,7 @@ import statistics
 import sys
 import tempfile
 
+from bench.support.turns import in_turn
 from bench.terminal import Terminal
 
 EMPTY = """
@@ -55,8 +56,7 @@ def main() -> int:
         for command, marker in PROGRAMS.values():
             measure(command, marker, home)  # warms disk and byte code
         for repeat in range(args.repeats):
-            order = list(PROGRAMS) if repeat % 2 == 0 else list(reversed(PROGRAMS))
-            for name in order:
+            for name in in_turn(PROGRAMS, repeat):
                 results[name].append(measure(*PROGRAMS[name], home))
     result = {
         name: {

@@ -24,6 +24,7 @@ from typing import Any
 
 from bench.baselines.job import TrainingJob
 from bench.baselines.runner import Measurement, lines_of, measure
+from bench.support.turns import in_turn
 
 WAYS = {"a": "hf_trainer", "b": "trl_packed", "c": "qlora_tui_run"}
 TRL_PYTHON = Path(__file__).parents[1] / ".bench-venv" / "bin" / "python"
@@ -110,7 +111,7 @@ def one_setting(job: TrainingJob, repeats: int, scratch: Path) -> dict[str, Any]
     judged: dict[str, list[float]] = {key: [] for key in WAYS}
     for repeat in range(repeats):
         folders = {}
-        for key in list(WAYS) if repeat % 2 == 0 else list(reversed(WAYS)):
+        for key in in_turn(WAYS, repeat):
             out = scratch / f"{len(list(scratch.iterdir()))}-{key}"
             python = str(TRL_PYTHON) if key == "b" else sys.executable
             result = measure(python, WAYS[key], replace(job, out=str(out), seed=repeat + 1), scratch)
