@@ -49,10 +49,15 @@ def train(job: TrainingJob, model: Any, **changes: Any) -> None:
         data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
         callbacks=[TellSteps(model)],
     )
+    train_counted(trainer, job)
+
+
+def train_counted(trainer: Trainer, job: TrainingJob) -> None:
+    """Train, report the memory that training takes, and save the adapter."""
     start_counting()
     trainer.train()
     tell_peak()
-    model.save_pretrained(job.out)
+    trainer.model.save_pretrained(job.out)
 
 
 def samples(job: TrainingJob, tokenizer: Any) -> list[dict[str, list[int]]]:

@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from bench.baselines.hf_trainer import TellSteps, common, load_quantized, lora, start_counting, tell_peak
+from bench.baselines.hf_trainer import TellSteps, common, load_quantized, lora, train_counted
 from bench.baselines.job import conversations, read_job
 
 
@@ -31,10 +31,7 @@ def main() -> None:
         peft_config=lora(job),
     )
     trainer.add_callback(TellSteps(trainer.model))
-    start_counting()
-    trainer.train()
-    tell_peak()
-    trainer.model.save_pretrained(job.out)
+    train_counted(trainer, job)
 
 
 if __name__ == "__main__":

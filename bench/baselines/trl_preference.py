@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, TrainerCallback, set_seed
+from transformers import AutoTokenizer, set_seed
 
-from bench.baselines.hf_trainer import common, load_quantized, lora, start_counting, tell_peak
-from bench.baselines.job import TrainingJob, read_job, tell
+from bench.baselines.hf_trainer import TellSteps, common, load_quantized, lora, train_counted
+from bench.baselines.job import TrainingJob, read_job
 
 
 def main() -> None:
@@ -40,10 +40,7 @@ def main() -> None:
         peft_config=lora(job),
     )
     trainer.add_callback(TellPairs(trainer.model))
-    start_counting()
-    trainer.train()
-    tell_peak()
-    trainer.model.save_pretrained(job.out)
+    train_counted(trainer, job)
 
 
 def pairs(job: TrainingJob) -> list[dict[str, Any]]:
@@ -56,20 +53,13 @@ def pairs(job: TrainingJob) -> list[dict[str, Any]]:
     ]
 
 
-class TellPairs(TrainerCallback):
+class TellPairs(TellSteps):
     """Reports after each step how many real tokens have been trained, without those of the reference."""
-
-    def __init__(self, model: Any) -> None:
-        self.tokens = 0
-        model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, model: Any, args: Any, batch: dict[str, Any]) -> None:
         if torch.is_grad_enabled():
             self.tokens += int(batch["attention_mask"].sum())
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if "loss" in (logs or {}):
-            tell("step", tokens=self.tokens, trained=self.tokens, loss=logs["loss"])
+            self.trained = self.tokens
 
 
 if __name__ == "__main__":
