@@ -12,4 +12,3 @@ def in_turn(ways: Iterable[T], repeat: int) -> list[T]:
     """Reversed in every second repeat: what drifts while they are measured affects all of them alike."""
     forward = list(ways)
     return forward if repeat % 2 == 0 else forward[::-1]
-
