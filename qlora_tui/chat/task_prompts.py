@@ -21,6 +21,8 @@ class TaskPrompt(NamedTuple):
 
     source: int
     row: int
+    file: str
+    """Name of the row's file in the source; empty where the source is one file."""
     ids: tuple[int, ...]
     """Token ids of the prompt."""
     reference: tuple[int, ...]
@@ -41,15 +43,15 @@ def task_prompts(samples: Samples, turn_ends: frozenset[int], most: int) -> list
     """
     prompts = []
     for i in range(len(samples)):
-        source, row = samples.origin(i)
-        if i + 1 < len(samples) and samples.origin(i + 1) == (source, row):
+        place = *samples.origin(i), samples.file_name(i)
+        if i + 1 < len(samples) and (*samples.origin(i + 1), samples.file_name(i + 1)) == place:
             # With this template, each turn of this row is a separate sample.
             continue
         ids, mask = tuple(samples.token_ids(i)), tuple(samples.loss_mask(i))
         bounds = last_answer(ids, mask, turn_ends)
         if bounds is not None:
             start, end = bounds
-            prompts.append(TaskPrompt(source, row, ids[:start], ids[start:end], i))
+            prompts.append(TaskPrompt(*place, ids[:start], ids[start:end], i))
     count = min(len(prompts), most)
     return [prompts[number * len(prompts) // count] for number in range(count)]
 

@@ -178,6 +178,7 @@ def _row(session: ChatSession, prompt: TaskPrompt, base: Sequence[int], adapter:
     return TaskRow(
         source=prompt.source,
         row=prompt.row,
+        file=prompt.file,
         prompt=tokenizer.decode(prompt.ids[-_PROMPT_TOKENS_SHOWN:]),
         reference=_answer_text(session, prompt.ids, prompt.reference),
         base=_answer_text(session, prompt.ids, base),
@@ -199,15 +200,19 @@ def _answer_text(session: ChatSession, prompt: Sequence[int], answer: Sequence[i
 
 
 def _tools_of(session: ChatSession, prompt: TaskPrompt) -> tuple[dict[str, Any], ...]:
-    """The tools that a row offers; none where its source has several files, which number their rows alike."""
+    """The tools that a row offers."""
     from qlora_tui.data.conversation import Conversation
+    from qlora_tui.data.excluded_rows import file_names
     from qlora_tui.data.row_index import row_at
-    from qlora_tui.data.sources import conversation_of, every_source, open_source
+    from qlora_tui.data.sources import conversation_of, every_source, open_file_of, paths_of
 
     data = session.source.recipe.data
-    files, _ = open_source(every_source(data)[prompt.source], data.preferences, prompt.source)
-    row = row_at(files[0].path, prompt.row) if len(files) == 1 else None
-    conversation = conversation_of(row, files[0]) if row is not None else None
+    source = every_source(data)[prompt.source]
+    paths, _ = paths_of(source)
+    path = paths[file_names(source.path, paths).index(prompt.file)]
+    row = row_at(path, prompt.row)
+    file = open_file_of(source, data.preferences, str(path))
+    conversation = conversation_of(row, file) if row is not None else None
     return conversation.tools if isinstance(conversation, Conversation) else ()
 
 

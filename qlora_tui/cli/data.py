@@ -106,12 +106,12 @@ def _format_losses(losses: RowLosses, count: int) -> str:
     several = len({row.source for row in losses.rows}) > 1
     rows = [
         [
-            f"{row.source + 1}:{row.row:,}" if several else f"{row.row:,}",
+            f"{row.source + 1}:{row.place}" if several else str(row.place),
             f"{row.before:.2f}",
             f"{row.after:.2f}",
             f"{row.other_prompt:.2f}",
             str(row.tokens),
-            row.row_class + (f" row {row.contradicts:,}" if row.contradicts is not None else ""),
+            row.description,
         ]
         for row in losses.rows[:count]
     ]

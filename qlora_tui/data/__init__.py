@@ -27,7 +27,7 @@ From the file to the report:
   (``step_estimate``: as optimizer steps); ``error_cache``: the errors of
   earlier inspections. ``repetition``: whether an answer repeats itself.
   ``contradictions``: rows with nearly the same prompt and far answers.
-  ``row_numbers``: rows that are left out, as text.
+  ``excluded_rows`` (with ``row_numbers``): rows that are left out, as text.
 
 Nothing here imports torch or transformers: the Data screen and the trainer share this code, so what the
 screen shows is what is trained.

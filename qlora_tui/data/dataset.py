@@ -21,10 +21,10 @@ from msgspec import Struct
 from qlora_tui.checksums import mismatch, write_checksums
 from qlora_tui.data.dataset_report import Counts
 from qlora_tui.data.dataset_scan import DatasetScanner
+from qlora_tui.data.excluded_rows import EVERY_FILE, excluded_by_file, file_names, parse_excluded_rows
 from qlora_tui.data.formats import RowFormat
 from qlora_tui.data.problems import DataProblem, raise_first_error
 from qlora_tui.data.render import RenderOptions
-from qlora_tui.data.row_numbers import parse_row_numbers
 from qlora_tui.data.row_result import RowProcessor
 from qlora_tui.data.sources import SourceFile, content_hash, every_source, open_source
 from qlora_tui.data.split import Split
@@ -36,7 +36,7 @@ from qlora_tui.decoding import decode_json
 from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write, private_dir, sync_tree
 from qlora_tui.paths import cache_dir
-from qlora_tui.recipe.schema import PAIR_METHODS, Recipe
+from qlora_tui.recipe.schema import PAIR_METHODS, Recipe, Source
 
 _MAX_UNUSED_AGE_S = 60 * 24 * 3600
 _MAX_UNFINISHED_AGE_S = 3 * 24 * 3600
@@ -163,12 +163,12 @@ def _make(
     fraction = 0.0 if validation_source is not None else recipe.data.validation_fraction
     total = sum(file.path.stat().st_size for file in files)
     outcomes = RowProcessor(recipe.data, tokenizer, recipe.training.seed)
-    with open_worker_pool(outcomes, total) as work, Writer(folder) as writer:
-        maker = _Maker(writer, Split(folder, fraction), recipe, work)
+    with open_worker_pool(outcomes, total) as work, Writer(folder, _file_names(recipe, files)) as writer:
+        maker = _Maker(writer, Split(folder, fraction), recipe, files, work)
         done = 0
-        for file in files:
+        for number, file in enumerate(files):
             position = Position()
-            for _ in maker.write(file, position):
+            for _ in maker.write(file, number, position):
                 if progress is not None:
                     so_far = maker.examiner.counts
                     share = min(1.0, (done + position.bytes) / (total or 1))
@@ -187,21 +187,20 @@ def _make(
 class _Maker:
     """Writes the samples of rows that pass the checks."""
 
-    def __init__(self, writer: Writer, split: Split, recipe: Recipe, work: Work):
+    def __init__(self, writer: Writer, split: Split, recipe: Recipe, files: Sequence[SourceFile], work: Work):
         self.split = split
-        sources = enumerate(every_source(recipe.data))
-        excluded = {number: parse_row_numbers(source.excluded_rows) for number, source in sources}
+        excluded = excluded_by_file(every_source(recipe.data), [(file.source, file.path) for file in files])
         self.examiner = DatasetScanner(recipe.data, work, excluded, sketched=split.wanted)
         self._writer = writer
 
-    def write(self, file: SourceFile, position: Position) -> Iterator[None]:
-        """Write the samples of a file, yielding after each batch."""
+    def write(self, file: SourceFile, number: int, position: Position) -> Iterator[None]:
+        """Write the samples of a file, the ``number``-th of all, yielding after each batch."""
         for outcomes in self.examiner.scan(file, position):
             for one in outcomes:
                 if one.samples and one.key is not None:
                     self.split.add(file.source, one.key, array("I", one.sketch))
                     for sample in one.samples:
-                        self._writer.add(sample, file.source, one.row, one.key)
+                        self._writer.add(sample, file.source, one.row, one.key, number)
             yield
 
 
@@ -210,7 +209,8 @@ def _key(
 ) -> str:
     """Return a key that changes with anything that can change a token, a mask or the split."""
     data = recipe.data
-    excluded = [sorted(parse_row_numbers(source.excluded_rows)) for source in every_source(data)]
+    excluded = [_excluded_key(source) for source in every_source(data)]
+    names = _file_names(recipe, files)
     what = (
         _RENDERING,
         tokenizer.fingerprint,
@@ -224,8 +224,25 @@ def _key(
         recipe.training.seed,
         # Only where there are any, so that earlier keys stay valid.
         *([excluded] if any(excluded) else ()),
+        *([names] if any(names) else ()),
     )
     return hashlib.sha256(msgspec.json.encode(what)).hexdigest()
+
+
+def _excluded_key(source: Source) -> list[int] | dict[str, list[int]]:
+    """Return the rows that a source leaves out; numbers alone as earlier versions had them."""
+    excluded = {name: sorted(rows) for name, rows in parse_excluded_rows(source.excluded_rows).items()}
+    return excluded if any(excluded) else excluded.get(EVERY_FILE, [])
+
+
+def _paths(files: Sequence[SourceFile], source: int) -> list[Path]:
+    return [file.path for file in files if file.source == source]
+
+
+def _file_names(recipe: Recipe, files: Sequence[SourceFile]) -> list[str]:
+    """Return the name of each file in its source; empty for a source that is one file."""
+    sources = enumerate(every_source(recipe.data))
+    return [name for number, source in sources for name in file_names(source.path, _paths(files, number))]
 
 
 def _layout_key(layout: RowFormat) -> dict[str, object]:

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from qlora_tui.data.dataset_report import Counts
+from qlora_tui.data.excluded_rows import ExcludedByFile
 from qlora_tui.data.key_table import KeyTable
 from qlora_tui.data.long_texts import LongTexts
 from qlora_tui.data.near_duplicates import NearDuplicates
@@ -28,7 +29,7 @@ class DatasetScanner:
         self,
         data: Data,
         work: Work,
-        excluded: Mapping[int, frozenset[int]],
+        excluded: ExcludedByFile,
         *,
         sketched: bool = False,
         near_duplicates: bool = False,
@@ -38,7 +39,7 @@ class DatasetScanner:
         Args:
             data: settings of the recipe.
             work: processes rows.
-            excluded: rows that are left out, by source; they are counted as excluded and nothing else.
+            excluded: rows that are left out; they are counted as excluded and nothing else.
             sketched: whether a sketch comes with every result.
             near_duplicates: whether near duplicates are searched.
         """
@@ -56,7 +57,7 @@ class DatasetScanner:
 
     def scan(self, file: SourceFile, position: Position) -> Iterator[list[RowResult]]:
         """Yield the results of a file's rows but excluded ones, batch by batch; updates ``position``."""
-        excluded = self._excluded.get(file.source, frozenset())
+        excluded = self._excluded.get((file.source, file.path), frozenset())
         place = file.source, str(file.path)
         skips = self._data.bad_rows == "skip"
         tally = self._counters.setdefault(place, ProblemCounter(*place, skips_bad_rows=skips))

@@ -101,6 +101,8 @@ def _note(source: Source, path: Path, stamp: Stamp, tokens: Tokens | None, *, sk
         source.columns,
         tokens,
         skips_bad_rows,
+        # Only where there are any, so that earlier notes stay valid.
+        *([source.excluded_rows] if source.excluded_rows else ()),
     )
     return cache_dir() / "findings" / f"{hashlib.sha256(msgspec.json.encode(what)).hexdigest()[:32]}.json"
 

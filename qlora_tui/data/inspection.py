@@ -20,6 +20,7 @@ from qlora_tui.data.conversation import Conversation, RowRejectedError
 from qlora_tui.data.dataset_report import Counts, FileReport, Report, Shown
 from qlora_tui.data.dataset_scan import DatasetScanner
 from qlora_tui.data.error_cache import cache_errors, file_fingerprint, tokenizer_fingerprint
+from qlora_tui.data.excluded_rows import excluded_by_file
 from qlora_tui.data.length_stats import LengthCounter
 from qlora_tui.data.long_texts import max_characters
 from qlora_tui.data.preference_samples import last_samples, side_names
@@ -27,7 +28,6 @@ from qlora_tui.data.problems import DataProblem, problem_of
 from qlora_tui.data.render import RenderOptions, pieces, render, trained_texts
 from qlora_tui.data.row import Row
 from qlora_tui.data.row_index import row_at
-from qlora_tui.data.row_numbers import parse_row_numbers
 from qlora_tui.data.row_result import RowProcessor, RowResult
 from qlora_tui.data.sources import SourceFile, conversation_of, open_file_of, open_source
 from qlora_tui.data.text_reader import Position
@@ -106,12 +106,11 @@ class _Inspection:
 
     def reports(self) -> Iterator[Report]:
         """Yield one report at once, then one every second, and the complete one."""
+        excluded = excluded_by_file([self._source], [(0, file.path) for file in self._files])
         with open_worker_pool(
             RowProcessor(self._data, self._tokenizer, keep_samples=False), self._bytes
         ) as work:
-            excluded = parse_row_numbers(self._source.excluded_rows)
-            by_source = {file.source: excluded for file in self._files}
-            examiner = DatasetScanner(self._data, work, by_source, near_duplicates=True)
+            examiner = DatasetScanner(self._data, work, excluded, near_duplicates=True)
             due = time.monotonic()
             done = 0
             for file in self._files:

@@ -13,6 +13,7 @@ from itertools import takewhile
 from msgspec import Struct
 
 from qlora_tui.data.conversation import Conversation, Message, RowRejectedError
+from qlora_tui.data.excluded_rows import ExcludedByFile
 from qlora_tui.data.long_texts import BYTES_PER_TOKEN, LongTexts, estimated_long_text
 from qlora_tui.data.problems import BAD_ROWS, DataProblem, ProblemCounter, raise_first_error
 from qlora_tui.data.sources import SourceFile, conversations
@@ -33,6 +34,7 @@ class FileSize(Struct, frozen=True):
     source: int
     """Index of the source in the recipe."""
     rows: int
+    """Without excluded ones."""
     samples: int
     """Rows that are trained on, as far as is known without a tokenizer."""
     tokens: int
@@ -51,11 +53,21 @@ class QuickCheckResult(Struct, frozen=True):
 
 
 def quick_check(
-    files: Iterable[SourceFile], data: Data, time_limit_s: float = TIME_LIMIT_S
+    files: Iterable[SourceFile],
+    data: Data,
+    excluded: ExcludedByFile | None = None,
+    time_limit_s: float = TIME_LIMIT_S,
 ) -> QuickCheckResult:
     """Check as many rows as can be read within ``time_limit_s`` seconds.
 
-    Raises ``UserError`` for the first file with rows that block a run.
+    Args:
+        files: of all sources.
+        data: settings of the recipe.
+        excluded: rows that are left out: they neither count nor block.
+        time_limit_s: seconds after which the rest is not read.
+
+    Raises:
+        UserError: the first file with rows that block a run.
     """
     deadline = time.monotonic() + time_limit_s
     warnings: list[DataProblem] = []
@@ -66,7 +78,10 @@ def quick_check(
         long_texts = LongTexts(*place)
         in_time = True
         row_count = samples = tokens = 0
+        left_out = (excluded or {}).get((file.source, file.path), frozenset())
         for row, one in conversations(file):
+            if row.number in left_out:
+                continue
             row_count += 1
             if isinstance(one, RowRejectedError):
                 tally.add(one.kind, row.number, one.reason)

@@ -7,6 +7,8 @@ One folder per data set. Little-endian, no headers:
 * ``weights.f32``: the loss weight of each token; exists only if some weigh neither 0 nor 1.
 * ``offsets.u64``: start of each sample, and the end of the last.
 * ``trained_counts.u32``, ``rows.u32``, ``sources.u16``: one entry per sample.
+* ``files.u32``: number of the file of each sample, and ``files.json``: the name of each file in its source;
+  they exist only where a source is a folder or has several files.
 * ``sides.u8``: one byte per sample, ``GOOD`` or ``BAD``; exists only where a preference method trains on
   both. Of a pair the good side comes first, and the bad one is the next sample.
 * ``train.u32``, ``validation.u32``: sample numbers of the two splits.
@@ -18,6 +20,7 @@ Written by ``dataset``; the trainer wraps the views with ``torch.frombuffer``.
 from __future__ import annotations
 
 import hashlib
+import json
 import mmap
 import random
 import sys
@@ -43,6 +46,7 @@ _FILES = {
 }
 _WEIGHTS = "weights.f32"
 _SIDES = "sides.u8"
+_FILE_NUMBERS, _FILE_NAMES = "files.u32", "files.json"
 GOOD, BAD = 1, 2
 """Sides of a sample in a preference: its answer is chosen or rated good, or rejected or rated bad."""
 
@@ -61,8 +65,10 @@ class StoredSample(Struct, frozen=True, array_like=True):
 class Writer:
     """Appends samples to a folder. A context manager; call ``finish`` before leaving it."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, file_names: Sequence[str] = ()):
+        """``file_names``: of all files in order; empty for a source that is one file."""
         self.folder = folder
+        self._file_names = list(file_names) if any(file_names) else []
         self._hash = hashlib.sha256()
         self._end = 0
         self._stack = ExitStack()
@@ -75,6 +81,9 @@ class Writer:
     def __enter__(self) -> Writer:
         for name in _FILES:
             self._open(name)
+        if self._file_names:
+            self._open(_FILE_NUMBERS)
+            (self.folder / _FILE_NAMES).write_text(json.dumps(self._file_names))
         self._write("offsets.u64", array("Q", [0]))
         return self
 
@@ -83,8 +92,8 @@ class Writer:
     ) -> None:
         self._stack.close()
 
-    def add(self, sample: StoredSample, source: int, row: int, key: int) -> None:
-        """Add one sample."""
+    def add(self, sample: StoredSample, source: int, row: int, key: int, file: int = 0) -> None:
+        """Add one sample of a row of the ``file``-th file."""
         count = len(sample.loss_mask)
         self._add_weights(sample.loss_mask, sample.weights)
         self._end += count
@@ -95,6 +104,8 @@ class Writer:
         write("trained_counts.u32", array("I", [sample.loss_mask.count(1)]))
         write("rows.u32", array("I", [row]))
         write("sources.u16", array("H", [source]))
+        if self._file_names:
+            write(_FILE_NUMBERS, array("I", [file]))
         self.keys.append(key)
         self.sources.append(source)
         self._hash.update(sample.tokens)
@@ -150,6 +161,9 @@ class Store:
         weighted = (folder / _WEIGHTS).exists()
         self.weights = _mapped(folder / _WEIGHTS, "f") if weighted else None
         self.sides = _mapped(folder / _SIDES, "B") if (folder / _SIDES).exists() else None
+        named = (folder / _FILE_NAMES).exists()
+        self.files = _mapped(folder / _FILE_NUMBERS, "I") if named else None
+        self.file_names: list[str] = json.loads((folder / _FILE_NAMES).read_bytes()) if named else []
         self.offsets = _mapped(folder / "offsets.u64", "Q")
         self.trained_counts = _mapped(folder / "trained_counts.u32", "I")
         self.rows = _mapped(folder / "rows.u32", "I")
@@ -160,6 +174,8 @@ class Store:
             tokens.add(len(self.weights))
         if self.sides is not None and len(self.sides) != samples:
             raise ValueError(f"{folder} has sides of some samples only")
+        if self.files is not None and len(self.files) != samples:
+            raise ValueError(f"{folder} has files of some samples only")
         if len(tokens) > 1 or not (
             samples == len(self.rows) == len(self.sources) == len(self.trained_counts)
         ):
@@ -230,6 +246,11 @@ class Samples:
         """Return source and row number of sample ``i``."""
         n = self._numbers[i]
         return int(self._store.sources[n]), int(self._store.rows[n])
+
+    def file_name(self, i: int) -> str:
+        """Return the name of the file of sample ``i`` in its source; empty where that is one file."""
+        store = self._store
+        return "" if store.files is None else store.file_names[store.files[self._numbers[i]]]
 
     def lengths(self) -> array[int]:
         """Return the number of tokens of every sample."""

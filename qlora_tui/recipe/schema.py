@@ -233,8 +233,9 @@ class Source(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         str,
         _about(
             "Excluded rows",
-            'Rows of a single file that are left out, by number: "3, 17, 40-45". Rows of JSONL and text '
-            "files are called by their first line.",
+            'Rows that are left out, by number: "3, 17, 40-45". In a folder that means these rows of every '
+            'file; "a.jsonl: 3, 17; more/b.jsonl: 40-45" names rows of two of its files. Rows of JSONL and '
+            "text files are called by their first line.",
         ),
     ] = ""
 

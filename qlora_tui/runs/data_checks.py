@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from qlora_tui.catalog.local_models import ModelFiles
 from qlora_tui.data.error_cache import Tokens, file_fingerprint, raise_cached_error, tokenizer_fingerprint
+from qlora_tui.data.excluded_rows import excluded_by_file
 from qlora_tui.data.hub_dataset import local_files
 from qlora_tui.data.preferences import (
     METHODS_FOR_PAIRS,
@@ -159,14 +160,17 @@ def _check_rows(
 ) -> QuickCheckResult | UserError:
     """Return the rows' warnings, or the error that blocks a run; cached: the Train screen checks often."""
     data = msgspec.json.decode(settings, type=Data)
-    files = [
-        (path, index, msgspec.json.decode(source, type=Source))
-        for path, index, source, *_ in fingerprints
-        if read_columnar or kind_of(path) not in COLUMNAR
+    every_file = [
+        (path, index, msgspec.json.decode(source, type=Source)) for path, index, source, *_ in fingerprints
     ]
+    files = [file for file in every_file if read_columnar or kind_of(file[0]) not in COLUMNAR]
     try:
+        sources = {index: source for _, index, source in every_file}
+        excluded = excluded_by_file(sources, [(index, path) for path, index, _ in every_file])
         result = quick_check(
-            (SourceFile(path, i, sniff(path, source, data.preferences)) for path, i, source in files), data
+            (SourceFile(path, i, sniff(path, source, data.preferences)) for path, i, source in files),
+            data,
+            excluded,
         )
     except UserError as problem:
         return problem

@@ -15,6 +15,7 @@ from typing import Literal, TypeAlias
 import msgspec
 from msgspec import Struct
 
+from qlora_tui.data.excluded_rows import RowPlace
 from qlora_tui.decoding import Count, decode_json
 from qlora_tui.files import atomic_write, read_regular
 from qlora_tui.runs.directory import RunDir
@@ -35,6 +36,8 @@ class RowLoss(Struct, frozen=True, kw_only=True):
     """Number of the recipe's source, from 0."""
     row: Count
     """Number of the row in its file, from 1."""
+    file: str = ""
+    """Name of the file in the source; empty where the source is one file."""
     tokens: Count
     """Trained tokens."""
     before: float
@@ -46,8 +49,22 @@ class RowLoss(Struct, frozen=True, kw_only=True):
     row_class: RowClass
     contradicts: Count | None = None
     """Row of the same data whose prompt is nearly the same and whose answer is another."""
+    contradicts_file: str = ""
+    """Name of the file of that row."""
     start: Count = 0
     """Place of the first of its tokens in the file of token losses."""
+
+    @property
+    def place(self) -> RowPlace:
+        """The row in its source."""
+        return RowPlace(self.file, self.row)
+
+    @property
+    def description(self) -> str:
+        """Its class, with the row that it contradicts."""
+        if self.contradicts is None:
+            return self.row_class
+        return f"{self.row_class} row {RowPlace(self.contradicts_file, self.contradicts)}"
 
     @property
     def suspicion(self) -> float:
@@ -70,9 +87,9 @@ class RowLosses(Struct, frozen=True, kw_only=True):
             counts[row.row_class] += 1
         return counts
 
-    def row_of(self, source: int, row: int) -> RowLoss | None:
+    def row_of(self, source: int, place: RowPlace) -> RowLoss | None:
         """The record of a row; None where it was not trained on."""
-        return next((each for each in self.rows if (each.source, each.row) == (source, row)), None)
+        return next((each for each in self.rows if (each.source, each.place) == (source, place)), None)
 
 
 class MeasuredRow(Struct, frozen=True, kw_only=True):
@@ -80,11 +97,13 @@ class MeasuredRow(Struct, frozen=True, kw_only=True):
 
     source: int
     row: int
+    file: str = ""
     before: tuple[float, ...]
     """Loss of each trained token with the adapter off."""
     after: tuple[float, ...]
     other_prompt: float
     contradicts: int | None = None
+    contradicts_file: str = ""
 
 
 def classify(run_id: str, measured: list[MeasuredRow], seconds: float) -> tuple[RowLosses, array[float]]:
@@ -105,18 +124,20 @@ def classify(run_id: str, measured: list[MeasuredRow], seconds: float) -> tuple[
             RowLoss(
                 source=row.source,
                 row=row.row,
+                file=row.file,
                 tokens=len(row.after),
                 before=before,
                 after=after,
                 other_prompt=row.other_prompt,
                 row_class=row_class,
                 contradicts=row.contradicts,
+                contradicts_file=row.contradicts_file,
                 start=len(tokens),
             )
         )
         tokens.extend(row.before)
         tokens.extend(row.after)
-    rows.sort(key=lambda row: (-row.suspicion, row.source, row.row))
+    rows.sort(key=lambda row: (-row.suspicion, row.source, row.place))
     return RowLosses(run=run_id, seconds=seconds, rows=tuple(rows)), tokens
 
 

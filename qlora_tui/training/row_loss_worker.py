@@ -90,10 +90,12 @@ def measure(run: RunDir) -> None:
         MeasuredRow(
             source=samples.origin(i)[0],
             row=samples.origin(i)[1],
+            file=samples.file_name(i),
             before=before[i],
             after=after[i],
             other_prompt=sum(others[i]) / max(1, len(others[i])),
             contradicts=samples.origin(contradicts[i])[1] if i in contradicts else None,
+            contradicts_file=samples.file_name(contradicts[i]) if i in contradicts else "",
         )
         for i in range(len(samples))
         if after[i]

@@ -54,6 +54,9 @@ class FakeSamples:
     def origin(self, i: int) -> tuple[int, int]:
         return 0, self._rows[i]
 
+    def file_name(self, i: int) -> str:
+        return ""
+
     def token_ids(self, i: int) -> tuple[int, ...]:
         return (1, 100 + i, 9)
 

@@ -201,9 +201,7 @@ def test_a_row_that_blocks_a_run_is_rejected_before_queueing(
 def test_errors_of_an_earlier_inspection_are_rejected_at_any_row(
     call: Call, readable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "qlora_tui.runs.data_checks.quick_check", lambda files, data: QuickCheckResult(False, ())
-    )
+    monkeypatch.setattr("qlora_tui.runs.data_checks.quick_check", lambda *_: QuickCheckResult(False, ()))
     data = tmp_path / "owls.jsonl"
     good = '{"prompt": "a", "completion": "b"}\n'
     data.write_text(good * 300 + "{bad\n")

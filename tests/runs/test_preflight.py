@@ -99,7 +99,7 @@ def test_errors_of_an_earlier_inspection_are_reported_at_any_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unseen = QuickCheckResult(False, ())
-    monkeypatch.setattr(data_checks, "quick_check", lambda files, data: unseen)
+    monkeypatch.setattr(data_checks, "quick_check", lambda *_: unseen)
     rows = tmp_path / "tickets.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n' * 2 + "{bad\n")
     recipe = Recipe(data=Data(sources=(Source(path=str(rows)),)))

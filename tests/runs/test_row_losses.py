@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qlora_tui.data.contradictions import find_contradictions
+from qlora_tui.data.excluded_rows import RowPlace
 from qlora_tui.errors import UserError
 from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir
@@ -63,8 +64,8 @@ def test_rows_and_their_tokens_are_read_back(run: RunDir) -> None:
     losses, tokens = classify("a-run", ROWS, 1.0)
     write_row_losses(run, losses, tokens)
     assert read_row_losses(run) == losses
-    row = losses.row_of(0, 3)
-    assert row is not None and losses.row_of(1, 3) is None
+    row = losses.row_of(0, RowPlace("", 3))
+    assert row is not None and losses.row_of(1, RowPlace("", 3)) is None
     before, after = zip(*token_changes(run, row), strict=True)
     assert before == (4.0, 4.0) and after == pytest.approx((2.99, 3.01))
     run.row_losses_path.with_suffix(".f32").write_bytes(b"\0" * 20)

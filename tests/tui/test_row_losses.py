@@ -26,7 +26,7 @@ from tests.tui.screen_assertions import wait_for_text, wait_until
 Snapshot = Callable[..., bool]
 
 
-def measured_run(file: Path) -> RunDir:
+def measured_run(file: Path, name: str = "") -> RunDir:
     """A finished run on a file, whose rows 7 and 9 are suspicious."""
     recipe = Recipe(data=Data(sources=(Source(path=str(file)),)))
     run = write_fake_run(FakeRun(name="tickets-1", state="finished", steps=60, total=60, recipe=recipe))
@@ -35,6 +35,7 @@ def measured_run(file: Path) -> RunDir:
         MeasuredRow(
             source=0,
             row=number,
+            file=name,
             before=(3.0,) * 9,
             after=(0.05 if number == 12 else 1.0,) * 9,
             other_prompt={7: 0.9, 9: 1.1}.get(number, 3.0 + number / 100),
@@ -79,6 +80,29 @@ async def test_marked_rows_are_left_out_and_the_run_queued(
         assert app.workbench.recipe.data.sources[0].excluded_rows == "7, 9"
         await pilot.press("u")
         assert app.workbench.recipe.data.sources[0].excluded_rows == ""
+
+
+async def test_rows_of_a_folder_are_left_out_of_their_file(
+    model: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actions, "ensure_runner", lambda: None)
+    folder = here / "tickets"
+    folder.mkdir()
+    tickets(folder / "a.jsonl")
+    tickets(folder / "b.jsonl")
+    measured_run(folder, "b.jsonl")
+    app = data_app(model, "tickets", max_length=128)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await whole(pilot)
+        await pilot.press("B")
+        await wait_for_text(pilot, "b.jsonl:7")
+        await pilot.press("enter")
+        await wait_for_text(pilot, "b.jsonl row 7")
+        await pilot.press("B")
+        await wait_for_text(pilot, "b.jsonl:7")
+        await pilot.press("x")
+        await wait_for_text(pilot, "1 waiting", "Undo")
+        assert app.workbench.recipe.data.sources[0].excluded_rows == "b.jsonl: 7"
 
 
 async def test_enter_shows_a_row_of_the_list(model: str, here: Path) -> None:

@@ -49,6 +49,8 @@ class TaskRow(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Number of the recipe's source, from 0."""
     row: int
     """Number of the row in its file, from 1."""
+    file: str = ""
+    """Name of the file in the source; empty where the source is one file."""
     prompt: str
     """The end of the prompt, for people."""
     reference: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from qlora_tui.data.excluded_rows import RowPlace
 from qlora_tui.formatting import align_columns, pluralize
 from qlora_tui.runs.task_metrics.answer_metrics import Metric, TaskRow
 from qlora_tui.runs.task_metrics.intervals import Interval
@@ -37,7 +38,7 @@ def report_lines(evaluation: TaskEvaluation, rows: int) -> list[str]:
 
 
 def _row_lines(row: TaskRow) -> Iterator[str]:
-    yield f"row {row.row:,}"
+    yield f"row {RowPlace(row.file, row.row)}"
     texts = {
         "prompt": row.prompt[-_SHOWN_CHARACTERS:],
         "reference": row.reference_raw or row.reference,

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 from textual import work
 
-from qlora_tui.data.row_numbers import format_row_numbers, parse_row_numbers
+from qlora_tui.data.excluded_rows import RowPlace, file_names, parse_excluded_rows, without_rows
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import pluralize
 from qlora_tui.recipe.schema import Source
@@ -63,7 +63,7 @@ class RowLossActions(SourceActions):
             return
         run, number = run_and_number
         losses = await asyncio.to_thread(read_row_losses, run)
-        if losses is None:
+        if losses is None or self._lacks_files(losses, number):
             self._measuring = True
             self.notify(
                 f"Measuring the rows of {run.name}, about as long as training on them once. "
@@ -86,8 +86,25 @@ class RowLossActions(SourceActions):
         if self.measured is None:
             return ()
         run, number, losses = self.measured
-        row = losses.row_of(number, self.row)
+        row = losses.row_of(number, RowPlace(self._names().get(self.path, ""), self.row))
         return () if row is None else token_changes(run, row)
+
+    def _lacks_files(self, losses: RowLosses, number: int) -> bool:
+        """Whether an early version measured the rows of a folder: it did not note their files."""
+        rows = [row for row in losses.rows if row.source == number]
+        return any(self._names().values()) and bool(rows) and not any(row.file for row in rows)
+
+    def _names(self) -> dict[str, str]:
+        """Name in the source of each of its files, by path; empty until a report was read."""
+        source = self.source()
+        if self.report is None or source is None:
+            return {}
+        paths = [Path(file.path) for file in self.report.files]
+        return dict(zip(map(str, paths), file_names(source.path, paths), strict=True))
+
+    def _go_to_place(self, place: RowPlace) -> None:
+        path = next((path for path, name in self._names().items() if name == place.file), "")
+        self.go_to_row(path, place.row)
 
     def _show_losses(self, losses: RowLosses, run: RunDir, number: int, source: Source) -> None:
         self.measured = run, number, losses
@@ -98,13 +115,13 @@ class RowLossActions(SourceActions):
             if choice.excluded:
                 self._queue_without(run, number, choice.excluded)
             else:
-                self.go_to_row("", choice.row)
+                self._go_to_place(choice.place)
 
-        excluded = parse_row_numbers(source.excluded_rows)
+        excluded = parse_excluded_rows(source.excluded_rows)
         self.app.push_screen(RowLossScreen(losses, number, excluded), on_result)
 
     @work
-    async def _queue_without(self, run: RunDir, number: int, rows: tuple[int, ...]) -> None:
+    async def _queue_without(self, run: RunDir, number: int, rows: tuple[RowPlace, ...]) -> None:
         """Leave rows out of the recipe, and queue the run again without them."""
         recipe = run.recipe()
         sources = list(recipe.data.sources)
@@ -122,9 +139,3 @@ class RowLossActions(SourceActions):
             f"Queued {queued.name} without {pluralize(len(rows), 'row')}; the recipe leaves them out too. "
             f"Press {key_name('app.undo')} to undo that."
         )
-
-
-def without_rows(source: Source, rows: tuple[int, ...]) -> Source:
-    """The source with more rows left out."""
-    excluded = parse_row_numbers(source.excluded_rows) | set(rows)
-    return msgspec.structs.replace(source, excluded_rows=format_row_numbers(excluded))

@@ -7,10 +7,12 @@ from typing import ClassVar, NamedTuple
 from textual.binding import Binding, BindingType
 from textual.content import Content
 
+from qlora_tui.data.excluded_rows import Excluded, RowPlace, is_excluded
 from qlora_tui.runs.row_losses import RowClass, RowLoss, RowLosses
 from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.screens.modals.list_picker import ListPicker
 from qlora_tui.tui.widgets.vi_list import ViList
+from qlora_tui.visible import visible
 
 SIGNS: dict[RowClass, tuple[str, str]] = {
     "never learned": ("✗", "$error"),
@@ -24,8 +26,8 @@ SIGNS: dict[RowClass, tuple[str, str]] = {
 class RowChoice(NamedTuple):
     """What was chosen: a row to look at, or rows to train without."""
 
-    row: int
-    excluded: tuple[int, ...] = ()
+    place: RowPlace
+    excluded: tuple[RowPlace, ...] = ()
 
 
 class RowLossScreen(ListPicker[RowChoice]):
@@ -38,11 +40,11 @@ class RowLossScreen(ListPicker[RowChoice]):
         Binding("x", "exclude", "Queue without"),
     ]
 
-    def __init__(self, losses: RowLosses, source: int, excluded: frozenset[int]) -> None:
+    def __init__(self, losses: RowLosses, source: int, excluded: Excluded) -> None:
         """``source``: rows of this source; ``excluded`` are left out already."""
         super().__init__()
         self._rows = [row for row in losses.rows if row.source == source]
-        self._marked: set[int] = set()
+        self._marked: set[RowPlace] = set()
         self._excluded = excluded
         counts = {name: sum(row.row_class == name for row in self._rows) for name in SIGNS}
         words = "  ".join(f"{SIGNS[name][0]} {count:,} {name}" for name, count in counts.items() if count)
@@ -54,45 +56,44 @@ class RowLossScreen(ListPicker[RowChoice]):
         dialog.border_subtitle = dialog_keys([*self.BINDINGS, *ListPicker.BINDINGS], f"Enter {self.ENTER}")
 
     def lines(self) -> list[tuple[str, Content]]:
-        return [(str(row.row), self._line(row)) for row in self._rows]
+        return [(str(number), self._line(row)) for number, row in enumerate(self._rows)]
 
     def picked(self, id_: str) -> RowChoice:
-        return RowChoice(int(id_))
+        return RowChoice(self._rows[int(id_)].place)
 
     def searched_text(self, id_: str) -> str:
         return ""
 
     def action_mark(self) -> None:
         """Mark the row under the cursor, or take its mark away."""
-        row = self._row_at_cursor()
-        if row is None:
+        number = self._number_at_cursor()
+        if number is None:
             return
-        self._marked ^= {row}
+        self._marked ^= {self._rows[number].place}
         self._lines = self.lines()
-        self._show(self._lines, self.EMPTY, str(row))
+        self._show(self._lines, self.EMPTY, str(number))
         self.query_one(ViList).action_cursor_down()
 
     def action_exclude(self) -> None:
         """Train without the marked rows; without marks, without the row under the cursor."""
-        row = self._row_at_cursor()
-        rows = self._marked or ({row} if row is not None else set())
-        if rows:
-            self.dismiss(RowChoice(min(rows), tuple(sorted(rows))))
+        number = self._number_at_cursor()
+        places = self._marked or ({self._rows[number].place} if number is not None else set())
+        if places:
+            self.dismiss(RowChoice(min(places), tuple(sorted(places))))
 
-    def _row_at_cursor(self) -> int | None:
+    def _number_at_cursor(self) -> int | None:
         option = self.query_one(ViList).highlighted_option
         return None if option is None or option.id is None else int(option.id)
 
     def _line(self, row: RowLoss) -> Content:
         sign, style = SIGNS[row.row_class]
-        more = "" if row.contradicts is None else f" row {row.contradicts:,}"
-        left_out = "  excluded" if row.row in self._excluded else ""
+        left_out = "  excluded" if is_excluded(self._excluded, row.place) else ""
         return Content.assemble(
-            ("● " if row.row in self._marked else "  ", "$accent bold"),
+            ("● " if row.place in self._marked else "  ", "$accent bold"),
             (f"{sign} ", style),
-            f"row {row.row:<6,} ",
+            f"row {visible(str(row.place)):<6} ",
             ("loss ", "dim"),
             f"{row.before:5.2f} → {row.after:5.2f} ",
             (f"other prompt {row.other_prompt:5.2f}  ", "dim"),
-            (f"{row.row_class}{more}{left_out}", style),
+            (f"{visible(row.description)}{left_out}", style),
         )

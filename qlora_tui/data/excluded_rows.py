@@ -1,0 +1,171 @@
+"""The rows that a source leaves out: its setting ``excluded_rows`` as rows of its files.
+
+Rows of a single file are named by number. A folder, and a dataset of the Hub in several files, number the
+rows of each file for themselves, so there a row is named by its file too::
+
+    3, 17, 40-45                          rows of the file; of a folder: these rows of every file
+    a.jsonl: 3, 17; more/b.jsonl: 40-45   rows of two files of a folder
+
+A name is the path inside the folder, in quotes as JSON writes them where it holds ``;``, ``:`` or ``"``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from qlora_tui.data.hub_dataset import is_hub_id
+from qlora_tui.data.row_numbers import format_row_numbers, parse_row_numbers
+from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.recipe.schema import Source
+
+_GROUP = re.compile(r'\s*(?:("(?:[^"\\]|\\.)*")\s*:|([^;:"]+):)?([^;:"]*)(?:;|\Z)')
+_PLAIN_NAME = re.compile(r"(?!\s)[^;:\"\x00-\x1f\x7f\ud800-\udfff]+(?<!\s)")
+EVERY_FILE = ""
+"""Name for rows that hold for every file, and of the only file of a source that is no folder."""
+
+
+class RowPlace(NamedTuple):
+    """One row of a source."""
+
+    file: str
+    """Name of its file in the source; empty where the source is one file."""
+    row: int
+    """Number in its file, from 1."""
+
+    def __str__(self) -> str:
+        """``17``, or ``part-2.jsonl:17``."""
+        return f"{self.file}:{self.row:,}" if self.file else f"{self.row:,}"
+
+
+Excluded = Mapping[str, frozenset[int]]
+"""Rows by the name of their file; those of ``EVERY_FILE`` hold for all."""
+
+
+ExcludedByFile = Mapping[tuple[int, Path], frozenset[int]]
+"""Rows by the number of their source and the path of their file."""
+
+
+def parse_excluded_rows(text: str) -> Excluded:
+    """The rows that a recipe's text names. Raises UserError for a text that is something else."""
+    rows: dict[str, frozenset[int]] = {}
+    for name, numbers in _groups(text):
+        rows[name] = rows.get(name, frozenset()) | parse_row_numbers(numbers)
+    return {name: numbers for name, numbers in rows.items() if numbers}
+
+
+def format_excluded_rows(excluded: Excluded) -> str:
+    """The text of a recipe for these rows."""
+    named = sorted(excluded.items())
+    return "; ".join(f"{_prefix(name)}{format_row_numbers(numbers)}" for name, numbers in named if numbers)
+
+
+def without_rows(source: Source, places: Iterable[RowPlace]) -> Source:
+    """The source with more rows left out."""
+    excluded = dict(parse_excluded_rows(source.excluded_rows))
+    for name, row in places:
+        excluded[name] = excluded.get(name, frozenset()) | {row}
+    return msgspec.structs.replace(source, excluded_rows=format_excluded_rows(excluded))
+
+
+def is_excluded(excluded: Excluded, place: RowPlace) -> bool:
+    """Whether a row is left out."""
+    return any(place.row in excluded.get(name, ()) for name in (EVERY_FILE, place.file))
+
+
+def file_names(source_path: str, paths: Sequence[Path]) -> list[str]:
+    """The name of each file of a source: its path inside the folder; empty where the source is one file.
+
+    Args:
+        source_path: the source's path, or the id of a dataset of the Hub.
+        paths: all files of the source.
+    """
+    folder = Path(source_path).expanduser()
+    if is_hub_id(source_path) and not folder.exists():
+        if len(paths) == 1:
+            return [EVERY_FILE]
+        folder = Path(os.path.commonpath([path.parent for path in paths]))
+    elif paths == [folder]:
+        return [EVERY_FILE]
+    return [
+        path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name for path in paths
+    ]
+
+
+def excluded_by_path(source: Source, paths: Sequence[Path]) -> dict[Path, frozenset[int]]:
+    """The rows that each file of a source leaves out.
+
+    Raises:
+        UserError: the text is not understood, or names a file that the source does not have.
+    """
+    if not source.excluded_rows:
+        return {}
+    excluded = parse_excluded_rows(source.excluded_rows)
+    names = file_names(source.path, paths)
+    # A single file may also be called by its name.
+    known = {name or path.name: path for name, path in zip(names, paths, strict=True)}
+    for name in excluded:
+        if name and name not in known:
+            raise UserError(
+                "No such file in the source",
+                what=f"excluded_rows names {name!r}, and {source.path} has no such data file.",
+                why="It was renamed or deleted, or its name says validation or test.",
+                fix="Rename it back, or correct excluded_rows of the source in the recipe.",
+                exit_code=EXIT_USAGE,
+            )
+    everywhere = excluded.get(EVERY_FILE, frozenset())
+    return {path: everywhere | excluded.get(name, frozenset()) for name, path in known.items()}
+
+
+def excluded_by_file(
+    sources: Mapping[int, Source] | Sequence[Source], files: Iterable[tuple[int, Path]]
+) -> ExcludedByFile:
+    """The rows that each file of several sources leaves out.
+
+    Args:
+        sources: of a recipe.
+        files: number of the source and path of every file.
+
+    Raises:
+        UserError: as :func:`excluded_by_path`.
+    """
+    paths: dict[int, list[Path]] = {}
+    for number, path in files:
+        paths.setdefault(number, []).append(path)
+    return {
+        (number, path): rows
+        for number, its_paths in paths.items()
+        for path, rows in excluded_by_path(sources[number], its_paths).items()
+    }
+
+
+def _groups(text: str) -> Iterator[tuple[str, str]]:
+    """Name and numbers of each group."""
+    place = 0
+    while place < len(text):
+        group = _GROUP.match(text, place)
+        try:
+            name = json.loads(group[1]) if group and group[1] else (group[2] or "").strip() if group else None
+        except ValueError:
+            name = None
+        if group is None or name is None or ((group[1] or group[2]) and not name):
+            raise UserError(
+                "No row numbers",
+                what=f"{text[place:].strip()!r} in excluded_rows is neither a row number nor rows of a file.",
+                fix='Write "3, 17, 40-45", or with files "a.jsonl: 3, 17; b.jsonl: 40-45".',
+                exit_code=EXIT_USAGE,
+            )
+        yield name, group[3]
+        place = group.end()
+
+
+def _prefix(name: str) -> str:
+    if not name:
+        return ""
+    return f"{name if _PLAIN_NAME.fullmatch(name) else json.dumps(name)}: "
