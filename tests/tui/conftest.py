@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from inspect import iscoroutinefunction as is_async
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 from textual import _wait
+from textual._compositor import Compositor, LayoutUpdate
+from textual.geometry import Region
 
 from qlora_tui.recipe.fields import replace_setting
-from qlora_tui.runs import liveness, measuring
+from qlora_tui.runs import liveness
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui import app, clock, system_monitor
 from qlora_tui.tui.app import QloraApp
@@ -70,6 +70,29 @@ def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
 def short_idle_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a pilot find the app idle after 4 ms instead of 20, which each key and pause of a test waits."""
     monkeypatch.setattr(_wait, "SLEEP_GRANULARITY", 0.004)
+
+
+@pytest.fixture(autouse=True)
+def unread_frames_are_not_painted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paint a frame when a test reads the screen: without a terminal, nothing else looks at it.
+
+    Painting took a third of the processor time of these tests. Pictures are painted as in a terminal.
+    """
+    if "snap_compare" in request.fixturenames:
+        return
+    paint = Compositor.render_update
+
+    def render_update(
+        self: Compositor, full: bool = False, screen_stack: Any = None, simplify: bool = False
+    ) -> Any:
+        if full:
+            return paint(self, full, screen_stack, simplify)
+        if not self._dirty_regions:
+            return None
+        self._dirty_regions.clear()
+        return LayoutUpdate([], Region())
+
+    monkeypatch.setattr(Compositor, "render_update", render_update)
 
 
 @pytest.fixture(autouse=True)
@@ -145,17 +168,3 @@ def three_runs() -> list[RunDir]:
         ),
         write_fake_run(FakeRun(name="poems-c", state="lost", steps=60, total=300, began=BEGAN - 3000)),
     ]
-
-
-@pytest.fixture
-def endless_measurements(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
-    """The processes that measure runs, which do not end unless they are killed."""
-    children: list[subprocess.Popen[bytes]] = []
-
-    def sleeper(_argv: list[str], **how: Any) -> subprocess.Popen[bytes]:
-        children.append(subprocess.Popen(["sleep", "600"], **how))
-        return children[-1]
-
-    slow = SimpleNamespace(Popen=sleeper, PIPE=subprocess.PIPE, DEVNULL=subprocess.DEVNULL)
-    monkeypatch.setattr(measuring, "subprocess", slow)
-    return children
