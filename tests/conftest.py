@@ -6,6 +6,7 @@ Also which tests run in one worker of pytest-xdist (``--dist loadgroup``), and i
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import signal
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from tests.support.nvml_stub import install_nvml_stub
 from tests.support.trainer_processes import runner_starts_quickly, trainers
 
 __all__ = ["runner_starts_quickly", "trainers"]
+
+_HOME_NUMBERS = itertools.count()
 
 # Tests run in parallel: OpenMP threads that spin while waiting would take cores from other tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -74,7 +77,11 @@ def private_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     A driver library stays loaded in the process. Without the stub here, a GPU that one test simulates would
     be seen by later tests, and so would a real one.
     """
-    home = tmp_path_factory.mktemp("home")
+    homes = tmp_path_factory.getbasetemp() / "homes"
+    homes.mkdir(exist_ok=True)
+    # mktemp would look through all earlier ones: of thousands, that took seconds.
+    home = homes / str(next(_HOME_NUMBERS))
+    home.mkdir(mode=0o700)
     for variable in ("CONFIG", "STATE", "CACHE"):
         monkeypatch.setenv(f"XDG_{variable}_HOME", str(home / variable.lower()))
     monkeypatch.setenv("HF_HOME", str(home / "huggingface"))
