@@ -20,6 +20,7 @@ KINDS = {
     "datasets": "facts about Hub datasets",
     "base-answers": "answers of base models to general prompts, which evaluations compare with",
     "task-answers": "answers of bases and adapters to validation prompts, read by later evaluations",
+    "learning-rates": "tests of learning rates, which Train and lr-find show again",
     "configs": "config.json of Hub models, for estimates",
     "findings": "checks of data files",
     "uploads": "exports that are not on the Hub yet; without them an interrupted upload starts over",

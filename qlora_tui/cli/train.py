@@ -59,17 +59,22 @@ def run(args: argparse.Namespace) -> CommandResult | int:
     return follow(new, as_json=args.json)
 
 
-def _confirm(checks: tuple[Check, ...]) -> bool:
-    """Print the checks' results; return whether to continue. Raises UserError if the run cannot start.
-
-    For an error that the user may override, it prompts at a terminal, and only prints it in a script.
-    """
+def report_checks(checks: tuple[Check, ...]) -> None:
+    """Print what checks note on stderr. Raises UserError if a run with this recipe cannot start."""
     for check in checks:
         if check.problem is not None:
             raise check.problem
     for check in checks:
         if check.outcome != "ok":
             print(f"{check.outcome}: {check.label}: {check.text} {check.fix}".rstrip(), file=sys.stderr)
+
+
+def _confirm(checks: tuple[Check, ...]) -> bool:
+    """Print the checks' results; return whether to continue. Raises UserError if the run cannot start.
+
+    For an error that the user may override, it prompts at a terminal, and only prints it in a script.
+    """
+    report_checks(checks)
     if not errors(checks) or not (sys.stdin.isatty() and sys.stderr.isatty()):
         return True
     print("Launch anyway? [y/N] ", end="", file=sys.stderr, flush=True)

@@ -125,6 +125,11 @@ class RunDir:
         return self.path / "task_evaluation.json"
 
     @property
+    def lr_range_path(self) -> Path:
+        """A learning-rate range test; only in a folder that exists for one."""
+        return self.path / "lr_range.json"
+
+    @property
     def adapter_dir(self) -> Path:
         return self.path / "adapter"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.runs.energy import JOULES_PER_KWH, EnergyMeter
@@ -26,6 +26,8 @@ from qlora_tui.training.validation_change import compare_validation
 
 if TYPE_CHECKING:
     from qlora_tui.training.tracker import RunTracker
+
+AnyTrainer = TypeVar("AnyTrainer", bound=RunTrainer)
 
 
 class TrainingAttempt:
@@ -99,13 +101,8 @@ class TrainingAttempt:
             self._tracker.close()
 
     def _train(self, prepared: PreparedRun) -> RunEnded:
-        recipe, checkpoint, step_plan = prepared.recipe, prepared.checkpoint, prepared.step_plan
-        objective = PreferenceObjective.of(recipe, prepared.starting_adapter)
-        steps = _answer_steps(prepared) if objective is None else PreferenceSteps(prepared)
-        arguments = training_arguments(
-            recipe, prepared.device, len(step_plan.steps), prepared.run.checkpoints_dir
-        )
-        trainer = RunTrainer(prepared.model, arguments, steps, recipe.training, objective)
+        checkpoint = prepared.checkpoint
+        trainer = create_trainer(prepared, RunTrainer)
         callback = RunCallback(prepared, trainer)
         trainer.add_callback(callback)
         tokens_before = trainer.tokens
@@ -164,6 +161,17 @@ class TrainingAttempt:
             tokens_per_joule=trainer.tokens / (kwh * JOULES_PER_KWH) if kwh else None,
             checksums=checksums,
         )
+
+
+def create_trainer(prepared: PreparedRun, trainer_class: type[AnyTrainer]) -> AnyTrainer:
+    """Return a trainer of this class for the steps of a run."""
+    recipe = prepared.recipe
+    objective = PreferenceObjective.of(recipe, prepared.starting_adapter)
+    steps = _answer_steps(prepared) if objective is None else PreferenceSteps(prepared)
+    arguments = training_arguments(
+        recipe, prepared.device, len(prepared.step_plan.steps), prepared.run.checkpoints_dir
+    )
+    return trainer_class(prepared.model, arguments, steps, recipe.training, objective)
 
 
 def _answer_steps(prepared: PreparedRun) -> StepDataset:

@@ -6,4 +6,6 @@ large window. ``live_pane`` watches one:
 and returns a ``run_snapshot``.
 ``run_header``, ``start_stages`` before the first step, ``loss_graph`` with the ``run_charts``, ``gpu_panel``,
 ``run_facts``, and ``log_tail`` under its ``log_title`` show it. ``run_picker`` chooses another.
+
+``lr_finder`` tries learning rates before a run; ``lr_finder_actions``: its key.
 """

@@ -1,0 +1,171 @@
+"""Learning-rate range tests: what a curve suggests, when it gives no answer, and what is stored."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_tui import paths
+from qlora_tui.errors import UserError
+from qlora_tui.recipe.fields import replace_setting
+from qlora_tui.recipe.schema import Data, Recipe, Source
+from qlora_tui.runs import lr_range_job
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.lr_range import (
+    LrRange,
+    RangeSettings,
+    RangeStep,
+    has_diverged,
+    read_lr_range,
+    stored_path,
+)
+from qlora_tui.runs.lr_range_job import measure_lr_range, read_stored
+from qlora_tui.runs.lr_suggestion import RangeCurve, format_rate, read_curve
+from qlora_tui.runs.measuring import MeasuringStoppedError, StopSwitch
+from qlora_tui.runs.process import process_identity
+from qlora_tui.runs.status import Status, write_status
+from tests.support.lr_range_worker_stub import curve_steps
+
+SETTINGS = RangeSettings()
+STUB = "tests.support.lr_range_worker_stub"
+
+
+def curve_of(steps: tuple[RangeStep, ...], *, diverged: bool = True) -> RangeCurve:
+    return read_curve(LrRange(settings=SETTINGS, measured_at=0.0, steps=steps, diverged=diverged))
+
+
+def test_rates_rise_evenly_on_a_logarithmic_scale() -> None:
+    rates = [SETTINGS.rate(step) for step in range(60)]
+    assert (rates[0], rates[-1]) == pytest.approx((1e-6, 1e-1))
+    factor = 1e5 ** (1 / 59)
+    assert rates[1:] == pytest.approx([rate * factor for rate in rates[:-1]])
+
+
+@pytest.mark.parametrize(
+    "settings", [RangeSettings(steps=19), RangeSettings(low=0.1), RangeSettings(high=2.0)]
+)
+def test_settings_that_make_no_curve_are_refused(settings: RangeSettings) -> None:
+    with pytest.raises(UserError, match="Invalid range test"):
+        settings.check()
+
+
+def test_a_tenth_of_the_lowest_rate_is_suggested() -> None:
+    curve = curve_of(curve_steps(SETTINGS))
+    assert curve.lowest is not None and curve.suggested is not None
+    assert 2e-3 < curve.rates[curve.lowest] < 8e-3
+    assert curve.suggested == pytest.approx(curve.rates[curve.lowest] / 10, rel=0.05)
+    assert curve.start == pytest.approx(1.8, abs=0.03)
+    assert format_rate(curve.suggested) in curve.sentence
+    # The batches differ by 1.2, their changes at the lowest rates by 0.004.
+    assert max(curve.losses[:20]) - min(curve.losses[:20]) < 0.01
+
+
+def test_a_loss_that_hardly_falls_gives_no_answer() -> None:
+    curve = curve_of(curve_steps(SETTINGS, fall=0.01))
+    assert curve.suggested is None
+    assert "did not fall clearly" in curve.sentence
+
+
+def test_a_fall_within_the_noise_gives_no_answer() -> None:
+    noisy = tuple(
+        RangeStep(step.rate, (step.loss or 0) + (0.3, -0.3)[number // 3 % 2], step.untrained)
+        for number, step in enumerate(curve_steps(SETTINGS, fall=0.1))
+    )
+    assert "did not fall clearly" in curve_of(noisy).sentence
+
+
+def test_a_loss_still_falling_gives_no_answer() -> None:
+    falling = tuple(step for step in curve_steps(SETTINGS) if step.rate < 3e-3)
+    curve = curve_of(falling, diverged=False)
+    assert curve.suggested is None
+    assert "still falling at the highest rate" in curve.sentence
+
+
+def test_a_lowest_loss_at_the_lowest_rates_gives_no_answer() -> None:
+    moved = tuple(RangeStep(step.rate / 1000, step.loss, step.untrained) for step in curve_steps(SETTINGS))
+    assert "Begin at a lower rate" in curve_of(moved).sentence
+
+
+def test_steps_without_a_finite_loss_are_left_out() -> None:
+    steps = (*curve_steps(SETTINGS), RangeStep(5e-2, None, 1.0))
+    assert has_diverged(steps)
+    assert len(curve_of(steps).rates) == len(steps) - 1
+    assert "no step has a finite loss" in curve_of((RangeStep(1e-6, None, 1.0),)).sentence
+
+
+def test_a_test_diverges_far_above_lowest_and_first_loss() -> None:
+    def risen_to(*losses: float) -> bool:
+        return has_diverged(tuple(RangeStep(1e-3, loss, 1.5) for loss in losses))
+
+    assert not risen_to(1.5, 1.5, 1.5, 1.2, 1.2, 1.2, 2.3, 2.3, 2.3)
+    assert risen_to(1.5, 1.5, 1.5, 1.2, 1.2, 1.2, 2.5, 2.5, 2.5)
+    # From a loss near zero, twice that is nothing yet.
+    assert not risen_to(1.5, 1.5, 1.5, 0.1, 0.1, 0.1, 1.0, 1.0, 1.0)
+    assert not has_diverged(())
+
+
+def test_a_result_belongs_to_recipe_and_data(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("{}\n")
+    recipe = Recipe(data=Data(sources=(Source(path=str(file)),)))
+
+    def changed(path: str, value: Any) -> Path:
+        return stored_path(replace_setting(recipe, path, value))
+
+    before = stored_path(recipe)
+    assert changed("training.learning_rate", 0.1) == changed("training.epochs", 9.0) == before
+    assert changed("lora.rank", 99) != before
+    assert changed("training.optimizer", "lion") != before
+    file.write_text("{}\n{}\n")
+    assert stored_path(recipe) != before
+
+
+def test_a_complete_test_is_stored_and_nothing_else(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lr_range_job, "WORKER", STUB)
+    monkeypatch.setenv("LR_RANGE_STEPS", "30")
+    seen: list[int] = []
+    measured = measure_lr_range(recipe, SETTINGS, lambda done, total, so_far: seen.append(len(so_far.steps)))
+    assert len(measured.steps) == seen[-1] == 30
+    assert read_stored(replace_setting(recipe, "training.learning_rate", 0.5)) == measured
+    assert not list(paths.runs_dir().iterdir())
+
+
+def test_a_stopped_test_leaves_nothing(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lr_range_job, "WORKER", STUB)
+    switch = StopSwitch()
+    with pytest.raises(MeasuringStoppedError):
+        measure_lr_range(recipe, SETTINGS, lambda done, total, so_far: switch.stop(), switch)
+    assert read_stored(recipe) is None
+    assert not list(paths.runs_dir().iterdir())
+
+
+def test_a_killed_tests_folder_is_named_as_incomplete_runs_are(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lr_range_job, "WORKER", "no_such_module")
+    names: list[str] = []
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **how: names.append(path.name))
+    with pytest.raises(UserError, match="No module named no_such_module"):
+        measure_lr_range(recipe, SETTINGS)
+    assert names and names[0].startswith(f".new-{os.getpid()}-")
+
+
+def test_a_test_waits_for_the_run_in_training(recipe: Recipe, run: RunDir) -> None:
+    write_status(run, Status(state="running", at=1.0, process=process_identity()))
+    with pytest.raises(UserError, match="in training"):
+        measure_lr_range(recipe, SETTINGS)
+
+
+def test_a_damaged_result_counts_as_none(tmp_path: Path) -> None:
+    damaged = tmp_path / "result.json"
+    damaged.write_text('{"settings": 3}')
+    assert read_lr_range(damaged) is None
+
+
+@pytest.mark.parametrize(("rate", "text"), [(4.87e-4, "4.9e-4"), (1e-3, "1e-3"), (0.1, "1e-1")])
+def test_rates_have_two_digits(rate: float, text: str) -> None:
+    assert format_rate(rate) == text
