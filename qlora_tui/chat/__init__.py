@@ -9,9 +9,9 @@ output_head                the layer that computes logits: its inputs, for compa
 logits_check               compares the first logits with those of transformers and peft alone
 decode_step                faster decoding on a GPU: a step recorded as a CUDA graph
 generation                 one answer, token by token (token_sampler, kv_cache, incremental_detokenizer), with
-                           its thoughts separated (thought_splitter)
+                           its thoughts separated
 effect_measurement         measures an adapter on validation conversations
-task_worker                what base and adapter answer to validation prompts (task_prompts, task_answers), in
+task_worker                what base and adapter answer to validation prompts (task_answers), in
                            a separate process
 adapter_deltas             reads an adapter and computes merged weights, for export too (base_weights: which
                            weights of the base each update applies to; expert_deltas: updates of experts)

@@ -40,16 +40,6 @@ GREEDY = Sampling(temperature=0.0)
 """Always the most likely token, for comparisons."""
 
 
-class TextChunk(Struct, frozen=True):
-    """A piece of a model's output."""
-
-    text: str
-    thought: bool = False
-    """Whether it is a thought rather than the answer."""
-    tokens: int = 0
-    """Tokens of the thought so far."""
-
-
 class ThinkingSupport(Struct, frozen=True, kw_only=True):
     """How a model's chat template supports thinking."""
 

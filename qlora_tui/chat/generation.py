@@ -10,10 +10,10 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from qlora_tui.chat.chat_types import FinishReason, GenerationResult, Sampling, TextChunk
+from qlora_tui.chat.chat_types import FinishReason, GenerationResult, Sampling
 from qlora_tui.chat.incremental_detokenizer import IncrementalDetokenizer
-from qlora_tui.chat.thought_splitter import ThoughtSplitter
 from qlora_tui.chat.token_sampler import TokenSampler
+from qlora_tui.data.thought_splitter import TextChunk, ThoughtSplitter
 
 PREFILL_CHUNK_TOKENS = 512
 """Prompt tokens in one forward pass: a stop request is noticed between two."""

@@ -12,8 +12,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from qlora_tui.chat.chat_sources import choose_adapter, run_source
-from qlora_tui.chat.chat_types import BASE, GREEDY, AnswerComparison, ChatSource, Sampling, TextChunk
+from qlora_tui.chat.chat_types import BASE, GREEDY, AnswerComparison, ChatSource, Sampling
 from qlora_tui.data.conversation import Message
+from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import pluralize
 from qlora_tui.gpu.library_imports import faster_imports

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
-from itertools import groupby
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -42,10 +41,10 @@ from qlora_tui.chat.logits_check import (
     use_library_code,
 )
 from qlora_tui.chat.output_head import ModelHead
-from qlora_tui.chat.thought_splitter import ThoughtSplitter, marks_in_template
+from qlora_tui.data.answer_decoder import AnswerDecoder
 from qlora_tui.data.conversation import Message, RowRejectedError
 from qlora_tui.data.render import prompt_ids
-from qlora_tui.data.thinking import OPENED
+from qlora_tui.data.thought_splitter import ThoughtSplitter
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.tokenizer_guard import panics_as_errors
 from qlora_tui.errors import EXIT_USAGE, UserError
@@ -59,8 +58,6 @@ from qlora_tui.training.gguf_conversion import convert_cached
 from qlora_tui.training.model_loading import load_base
 from qlora_tui.training.streaming.placement import place_streamed
 
-_OPENING_TOKENS = 8
-"""Tokens of a prompt's end that are checked for an opened thought."""
 StatusFn = Callable[[str], None]
 """Callback for status messages such as ``Loading the model``."""
 
@@ -81,12 +78,7 @@ class ChatSession:
         """Whether layers share keys; such a model computes only the last token in those layers if
         ``logits_to_keep`` is an integer."""
         self.end_ids = frozenset(tokenizer.turn_end_ids) | _model_ends(model)
-        self._marks = marks_in_template(tokenizer.template.literals)
-        self._mark_ids = frozenset(
-            token_id
-            for token_id in tokenizer.special_ids
-            if any((tokenizer.backend.id_to_token(token_id) or "\0") in mark.text for mark in self._marks)
-        )
+        self._decoder = AnswerDecoder(tokenizer)
         self._model = model
         self._adapters = AdapterSet(model, source.adapters)
         self.head = ModelHead(model)
@@ -171,8 +163,7 @@ class ChatSession:
 
     def splitter(self, prompt: list[int]) -> ThoughtSplitter:
         """Return what separates thoughts from the answer to ``prompt``, which may have opened one."""
-        opened = bool(OPENED.search(self.tokenizer.decode(prompt[-_OPENING_TOKENS:])))
-        return ThoughtSplitter(self._marks, in_thought=opened)
+        return self._decoder.splitter(prompt)
 
     def ensure_loaded(self, adapter_name: str) -> None:
         """Load ``adapter_name`` unless it is loaded. Raises UserError."""
@@ -425,12 +416,7 @@ class ChatSession:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of the ids, without special tokens except those that mark a thought."""
-        backend = self.tokenizer.backend
-        with panics_as_errors():
-            if self._mark_ids.isdisjoint(token_ids):
-                return backend.decode(list(token_ids), skip_special_tokens=True)
-            runs = groupby(token_ids, self._mark_ids.__contains__)
-            return "".join(backend.decode(list(ids), skip_special_tokens=not marks) for marks, ids in runs)
+        return self._decoder.decode(token_ids)
 
 
 def load_session(

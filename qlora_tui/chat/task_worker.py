@@ -23,18 +23,11 @@ from qlora_tui.runs.measuring_worker import no_adapter, run_measurement
 from qlora_tui.worker_messages import send_progress
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from qlora_tui.chat.session import ChatSession
-    from qlora_tui.chat.task_prompts import TaskPrompt
-    from qlora_tui.runs.task_metrics.answer_metrics import TaskRow
+    from qlora_tui.training.task_prompts import TaskPrompt
 
 _FORMAT = 1
 """Bump when the same model and prompt may be answered otherwise."""
-_MIN_NEW_TOKENS, _MAX_NEW_TOKENS = 32, 512
-_STEP_TOKENS = 32
-"""The limit of an answer is a multiple of this, so that answers to other rows are stored in the same file."""
-_PROMPT_TOKENS_SHOWN = 200
 _HEAD_ROWS = 256
 """Vocabulary-wide rows computed at a time."""
 
@@ -52,7 +45,6 @@ def evaluate(run: RunDir, most_prompts: int) -> None:
         from qlora_tui.chat.effect_measurement import validation_samples
         from qlora_tui.chat.session import load_session
         from qlora_tui.chat.task_answers import answer_all
-        from qlora_tui.chat.task_prompts import task_prompts
         from qlora_tui.runs.task_metrics.answer_metrics import measure_answers
         from qlora_tui.runs.task_metrics.task_evaluation import (
             LossChange,
@@ -61,6 +53,8 @@ def evaluate(run: RunDir, most_prompts: int) -> None:
             write_task_evaluation,
         )
         from qlora_tui.training.priority import lower_priority
+        from qlora_tui.training.task_prompts import answer_limit, task_prompts
+        from qlora_tui.training.task_rows import TaskRows
 
     started = time.monotonic()
     source = run_source(run)
@@ -100,7 +94,8 @@ def evaluate(run: RunDir, most_prompts: int) -> None:
         )
         for number, name in enumerate((BASE, ADAPTER))
     ]
-    rows = [_row(session, prompt, *both) for prompt, *both in zip(prompts, *answers, strict=True)]
+    texts = TaskRows(session.source.recipe.data, session.tokenizer)
+    rows = [texts.row(prompt, *both) for prompt, *both in zip(prompts, *answers, strict=True)]
     metrics, labels = measure_answers(rows)
     evaluation = TaskEvaluation(
         run=run.id,
@@ -115,12 +110,6 @@ def evaluate(run: RunDir, most_prompts: int) -> None:
         warning=session.warning,
     )
     write_task_evaluation(run, evaluation)
-
-
-def answer_limit(longest_reference: int, context_length: int) -> int:
-    """Most tokens of an answer: half as many again as the longest reference, in steps, within the context."""
-    wanted = -(-longest_reference * 3 // (2 * _STEP_TOKENS)) * _STEP_TOKENS
-    return min(max(_MIN_NEW_TOKENS, wanted), _MAX_NEW_TOKENS, max(1, context_length // 2))
 
 
 def _send_done(before: int, total: int, done: int) -> None:
@@ -162,58 +151,6 @@ def _reference_loss(session: ChatSession, adapter_name: str, prompt: TaskPrompt)
             float(functional.cross_entropy(session.head.logits(part), wanted, reduction="sum"))
             for part, wanted in parts
         )
-
-
-def _row(session: ChatSession, prompt: TaskPrompt, base: Sequence[int], adapter: Sequence[int]) -> TaskRow:
-    from qlora_tui.runs.task_metrics.answer_metrics import TaskRow
-    from qlora_tui.runs.task_metrics.tool_call_texts import read_calls
-
-    tokenizer, ends = session.tokenizer, frozenset(session.tokenizer.turn_end_ids)
-
-    def raw(ids: Sequence[int]) -> str:
-        return tokenizer.decode([i for i in ids if i not in ends])
-
-    reference = raw(prompt.reference)
-    tools = _tools_of(session, prompt) if read_calls(reference) else ()
-    return TaskRow(
-        source=prompt.source,
-        row=prompt.row,
-        file=prompt.file,
-        prompt=tokenizer.decode(prompt.ids[-_PROMPT_TOKENS_SHOWN:]),
-        reference=_answer_text(session, prompt.ids, prompt.reference),
-        base=_answer_text(session, prompt.ids, base),
-        adapter=_answer_text(session, prompt.ids, adapter),
-        base_ended=base[-1] in ends,
-        adapter_ended=adapter[-1] in ends,
-        tools=tools,
-        reference_raw=reference if tools else "",
-        base_raw=raw(base) if tools else "",
-        adapter_raw=raw(adapter) if tools else "",
-    )
-
-
-def _answer_text(session: ChatSession, prompt: Sequence[int], answer: Sequence[int]) -> str:
-    """The text of an answer without its thoughts."""
-    splitter = session.splitter(list(prompt))
-    chunks = [*splitter.feed(session.decode(answer)), *splitter.rest()]
-    return "".join(chunk.text for chunk in chunks if not chunk.thought).strip()
-
-
-def _tools_of(session: ChatSession, prompt: TaskPrompt) -> tuple[dict[str, Any], ...]:
-    """The tools that a row offers."""
-    from qlora_tui.data.conversation import Conversation
-    from qlora_tui.data.excluded_rows import file_names
-    from qlora_tui.data.row_index import row_at
-    from qlora_tui.data.sources import conversation_of, every_source, open_file_of, paths_of
-
-    data = session.source.recipe.data
-    source = every_source(data)[prompt.source]
-    paths, _ = paths_of(source)
-    path = paths[file_names(source.path, paths).index(prompt.file)]
-    row = row_at(path, prompt.row)
-    file = open_file_of(source, data.preferences, str(path))
-    conversation = conversation_of(row, file) if row is not None else None
-    return conversation.tools if isinstance(conversation, Conversation) else ()
 
 
 def main() -> int:

@@ -13,6 +13,7 @@ From the file to the report:
 * ``tokenizer`` (with ``tokenizer_files``, ``word_cache`` and ``tokenizer_guard``), ``chat_template`` (with
   ``template_guard``), ``template_capabilities``, ``stock_templates``: a model's tokenizer and chat template,
   without transformers. ``thinking``: the thinking switch of a template, and the reasoning of a row.
+  ``answer_decoder`` (with ``thought_splitter``): text of an answer without its thoughts.
 * ``assistant_spans`` (with ``thought_text``): which text is trained. ``sample_tokens``: token ids, and the
   loss mask. ``render``: both for a conversation.
 * ``row_result`` (with ``checks``, ``truncation``, ``near_duplicates``, ``problems``): one row rendered,

@@ -431,6 +431,17 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             le=32,
         ),
     ] = 12
+    task_prompts: Annotated[
+        int,
+        _about(
+            "Task prompts",
+            "Validation prompts that base and adapter answer at the end, where answers can be right or "
+            "wrong: labels, JSON, tool calls, a few words. Takes at most 3 % of the run's time: prompts that "
+            "are not answered by then are left out. 0: none.",
+            ge=0,
+            le=1000,
+        ),
+    ] = 64
     forgetting_weight: Annotated[
         float,
         _about(

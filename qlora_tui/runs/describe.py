@@ -13,6 +13,7 @@ from qlora_tui.formatting import (
 from qlora_tui.runs.events import (
     STEP_PHASES,
     AdapterReady,
+    AnswersCompared,
     AnyEvent,
     CheckpointSaved,
     DataReady,
@@ -112,6 +113,13 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
             return (
                 f"validation loss of {pluralize(event.rows, 'row')} before training {event.before:.4f}, "
                 f"after {event.after:.4f}; {change}"
+            )
+        case AnswersCompared():
+            verdict = "not enough evidence" if event.comparison == "unclear" else event.comparison
+            return (
+                f"answers to {pluralize(event.prompts, 'validation prompt')}: {event.metric} "
+                f"{event.adapter:.0%} beside the base's {event.base:.0%}, 95% interval of the change "
+                f"{100 * event.low:+.0f} to {100 * event.high:+.0f} points: {verdict}"
             )
         case CheckpointSaved():
             return f"checkpoint at step {event.step:,}"

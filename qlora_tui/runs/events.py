@@ -247,6 +247,22 @@ class ValidationCompared(Event, tag="validation_compared", frozen=True, kw_only=
     high: float
 
 
+class AnswersCompared(Event, tag="answers_compared", frozen=True, kw_only=True):
+    """How base and adapter answered validation prompts at the end of the run, by the first metric."""
+
+    metric: str
+    prompts: Count
+    base: float
+    """Mean over the prompts, 0 to 1."""
+    adapter: float
+    low: float
+    """95 % interval of the adapter's mean minus the base's."""
+    high: float
+    comparison: str
+    """``better``, ``worse`` or ``unclear``."""
+    seconds: float
+
+
 class CheckpointSaved(Event, tag="checkpoint_saved", frozen=True, kw_only=True):
     """A checkpoint is complete: training can be resumed from here."""
 
@@ -357,6 +373,7 @@ AnyEvent: TypeAlias = (
     | Step
     | Evaluated
     | ValidationCompared
+    | AnswersCompared
     | CheckpointSaved
     | SampleGenerated
     | Health

@@ -49,6 +49,7 @@
                           base), stop early, save (``checkpoint_saver``; ``disk_errors``: the cause of a
                           failed write), handle ``control_requests``
 ``validation_change``     validation rows as before training and with the final adapter
+``answer_comparison``     answers of base and adapter to validation prompts (``task_prompts``, ``task_rows``)
 ``random_numbers``        their state at the start of a step, for a stop that does not wait for its end
 ``checkpoints``           writes a checkpoint completely or not at all, and finds the newest intact one, from
                           which ``supervisor`` resumes exactly

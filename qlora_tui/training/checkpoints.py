@@ -46,6 +46,7 @@ _CHANGEABLE = frozenset(
         "training.early_stopping",
         "training.sample_prompts",
         "training.general_prompts",
+        "training.task_prompts",
         "training.forgetting_weight",
         "training.gradient_checkpointing",
         "quantization.streamed_layers",

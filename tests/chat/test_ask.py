@@ -9,7 +9,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from qlora_tui.chat.chat_types import GREEDY, ChatSource, TextChunk
+from qlora_tui.chat.chat_types import GREEDY, ChatSource
+from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.runs.directory import RunDir, create_run
 
 pytestmark = pytest.mark.slow

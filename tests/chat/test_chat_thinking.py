@@ -10,9 +10,10 @@ import msgspec
 import pytest
 
 from qlora_tui.chat.chat_sources import adapter_source, run_source
-from qlora_tui.chat.chat_types import GREEDY, ChatSource, GenerationResult, TextChunk
+from qlora_tui.chat.chat_types import GREEDY, ChatSource, GenerationResult
 from qlora_tui.data.conversation import Message
 from qlora_tui.data.render import RenderOptions, prompt_ids, render
+from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.recipe.schema import Data, Recipe, Thinking
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import DataReady, encode
@@ -140,11 +141,12 @@ def test_only_special_tokens_that_mark_a_thought_are_visible(sessions: Any) -> N
     end = "<|im_end|>"
     ids = session.tokenizer.encode(f"red{end}")
     assert session.decode(ids) == "red"
-    before, session._mark_ids = session._mark_ids, frozenset(session.tokenizer.encode(end))
+    decoder = session._decoder
+    before, decoder._mark_ids = decoder._mark_ids, frozenset(session.tokenizer.encode(end))
     try:
         assert session.decode(ids) == f"red{end}"
     finally:
-        session._mark_ids = before
+        decoder._mark_ids = before
 
 
 @pytest.mark.slow

@@ -12,14 +12,14 @@ import pytest
 
 from qlora_tui.chat.chat_types import GREEDY, ChatSource
 from qlora_tui.chat.task_answers import BATCH_ROWS, AnswerStore, answer_all
-from qlora_tui.chat.task_prompts import last_answer, task_prompts
-from qlora_tui.chat.task_worker import answer_limit, evaluate
+from qlora_tui.chat.task_worker import evaluate
 from qlora_tui.cli import main
 from qlora_tui.data.conversation import Message
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Source
 from qlora_tui.runs.directory import create_run
 from qlora_tui.runs.task_metrics.task_evaluation import read_task_evaluation
+from qlora_tui.training.task_prompts import answer_limit, last_answer, task_prompts
 
 END = frozenset({9})
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_tui.chat.chat_types import ThinkingSupport
-from qlora_tui.chat.thought_splitter import ThoughtSplitter, marks_in_template
+from qlora_tui.data.thought_splitter import ThoughtSplitter, marks_in_template
 from qlora_tui.recipe.schema import Thinking
 
 THINK, GPT_OSS = marks_in_template(""), marks_in_template("<|channel|>analysis<|message|>")

@@ -14,8 +14,8 @@ import pytest
 from bench.terminal import Terminal
 from qlora_tui.catalog import hub
 from qlora_tui.chat import repl
-from qlora_tui.chat.chat_types import TextChunk
 from qlora_tui.cli import terminal
+from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.status import State
 from tests.catalog.models import TINY, make_gguf, make_model

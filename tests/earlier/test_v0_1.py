@@ -110,6 +110,7 @@ def test_a_preset_keeps_every_setting() -> None:
         "lora.init_weights",
         "data.bad_rows",
         "training.general_prompts",
+        "training.task_prompts",
         "training.forgetting_weight",
         "training.replay_share",
         "training.preference_beta",

@@ -9,7 +9,8 @@ import msgspec
 import pytest
 from textual.widgets import TextArea
 
-from qlora_tui.chat.chat_types import ADAPTER, BASE, TextChunk
+from qlora_tui.chat.chat_types import ADAPTER, BASE
+from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.engine.client import EngineClient
 from qlora_tui.engine.protocol import ChatReady, CountTokens, Generate, GenerationDone, Text, TokensCounted
 from qlora_tui.tui.app import QloraApp

@@ -18,8 +18,9 @@ from textual.widgets import Input
 
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.chat import chat_memory
-from qlora_tui.chat.chat_types import ADAPTER, BASE, Sampling, TextChunk
+from qlora_tui.chat.chat_types import ADAPTER, BASE, Sampling
 from qlora_tui.chat.effect import LayerChange
+from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs.status import read_status, write_status

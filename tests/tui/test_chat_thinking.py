@@ -10,8 +10,9 @@ import msgspec
 import pytest
 from textual.pilot import Pilot
 
-from qlora_tui.chat.chat_types import ADAPTER, BASE, GenerationResult, Sampling, TextChunk, ThinkingSupport
+from qlora_tui.chat.chat_types import ADAPTER, BASE, GenerationResult, Sampling, ThinkingSupport
 from qlora_tui.data.conversation import Message
+from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.engine.protocol import ChatReady
 from qlora_tui.recipe.schema import Data, Recipe
 from qlora_tui.tui.screens.chat.chat_turn import ChatTurn

@@ -11,7 +11,8 @@ from rich.style import Style
 from textual.color import Color
 
 from bench.terminal import Terminal
-from qlora_tui.chat.chat_types import BASE, TextChunk
+from qlora_tui.chat.chat_types import BASE
+from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Source
 from qlora_tui.runs.status import State

@@ -81,6 +81,8 @@ class TaskEvaluation(Struct, frozen=True, kw_only=True, omit_defaults=True):
     rows: tuple[TaskRow, ...]
     labels: tuple[LabelCount, ...] = ()
     seconds: float = 0.0
+    is_partial: bool = False
+    """Whether the end of a run left prompts out, because it had no more time."""
     warning: str = ""
     """Warning where answers were computed otherwise than by transformers and peft."""
 

@@ -8,7 +8,12 @@ from qlora_tui.data.excluded_rows import RowPlace
 from qlora_tui.formatting import align_columns, pluralize
 from qlora_tui.runs.task_metrics.answer_metrics import Metric, TaskRow
 from qlora_tui.runs.task_metrics.intervals import Interval
-from qlora_tui.runs.task_metrics.task_evaluation import TaskEvaluation, describe_loss, describe_metric
+from qlora_tui.runs.task_metrics.task_evaluation import (
+    DEFAULT_PROMPTS,
+    TaskEvaluation,
+    describe_loss,
+    describe_metric,
+)
 
 _SHOWN_CHARACTERS = 300
 _HEADER = ("", "base", "95% interval", "adapter", "95% interval", "change", "95% interval", "p", "")
@@ -30,6 +35,12 @@ def report_lines(evaluation: TaskEvaluation, rows: int) -> list[str]:
             for count in evaluation.labels
         ]
         lines += ["", *align_columns([("label", "rows", "base right", "adapter right"), *counts])]
+    if evaluation.is_partial:
+        lines += [
+            "",
+            f"The run measured these at its end, in at most 3% of its time. For up to {DEFAULT_PROMPTS}: "
+            f"qlora-tui evaluate {evaluation.run} --again",
+        ]
     if evaluation.warning:
         lines += ["", f"warning: {evaluation.warning}"]
     for row in evaluation.rows[:rows]:

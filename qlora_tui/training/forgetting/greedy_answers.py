@@ -19,6 +19,7 @@ def answer_greedily(
     tokenizer: ChatTokenizer,
     device: torch.device,
     max_new_tokens: int = ANSWER_TOKENS,
+    max_seconds: float | None = None,
 ) -> list[tuple[int, ...]]:
     """The greedy answers to prompts, at most ``max_new_tokens`` tokens each; each with its turn end.
 
@@ -26,6 +27,7 @@ def answer_greedily(
 
     Args:
         prompts: token ids.
+        max_seconds: time after which no answer is continued; None: no limit.
     """
     pad = tokenizer.pad_id if tokenizer.pad_id is not None else 0
     length = max(map(len, prompts))
@@ -45,6 +47,7 @@ def answer_greedily(
             eos_token_id=list(tokenizer.turn_end_ids) or None,
             pad_token_id=pad,
             use_cache=True,
+            max_time=max_seconds,
         )
     ends = frozenset(tokenizer.turn_end_ids)
     answers = []

@@ -9,8 +9,9 @@ from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.widgets import Static
 
-from qlora_tui.chat.chat_types import GenerationResult, TextChunk
+from qlora_tui.chat.chat_types import GenerationResult
 from qlora_tui.data.repetition import find_loop
+from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_duration, format_float, truncate_middle
 from qlora_tui.tui.key_names import highlight_keys, name_keys

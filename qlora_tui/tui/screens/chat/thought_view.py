@@ -10,7 +10,8 @@ from textual.containers import Vertical
 from textual.content import Content
 from textual.widgets import Static
 
-from qlora_tui.chat.chat_types import GenerationResult, TextChunk
+from qlora_tui.chat.chat_types import GenerationResult
+from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.formatting import format_duration, pluralize
 from qlora_tui.tui.key_names import key_while_typing
 from qlora_tui.tui.screens.chat.streaming_markdown import StreamingMarkdown

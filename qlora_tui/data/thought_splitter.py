@@ -11,10 +11,18 @@ from typing import Literal
 
 from msgspec import Struct
 
-from qlora_tui.chat.chat_types import TextChunk
-
 SplitterState = Literal["start", "thought", "answer"]
 """Before any text; in a thought; in the answer."""
+
+
+class TextChunk(Struct, frozen=True):
+    """A piece of a model's output."""
+
+    text: str
+    thought: bool = False
+    """Whether it is a thought rather than the answer."""
+    tokens: int = 0
+    """Tokens of the thought so far."""
 
 
 class ThoughtMark(Struct, frozen=True):

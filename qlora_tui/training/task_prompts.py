@@ -15,6 +15,10 @@ from typing import NamedTuple
 
 from qlora_tui.data.store import Samples
 
+_MIN_NEW_TOKENS, _MAX_NEW_TOKENS = 32, 512
+_STEP_TOKENS = 32
+"""The limit of an answer is a multiple of this, so that answers to other rows are stored in the same file."""
+
 
 class TaskPrompt(NamedTuple):
     """One prompt with its reference."""
@@ -54,6 +58,12 @@ def task_prompts(samples: Samples, turn_ends: frozenset[int], most: int) -> list
             prompts.append(TaskPrompt(*place, ids[:start], ids[start:end], i))
     count = min(len(prompts), most)
     return [prompts[number * len(prompts) // count] for number in range(count)]
+
+
+def answer_limit(longest_reference: int, context_length: int) -> int:
+    """Most tokens of an answer: half as many again as the longest reference, in steps, within the context."""
+    wanted = -(-longest_reference * 3 // (2 * _STEP_TOKENS)) * _STEP_TOKENS
+    return min(max(_MIN_NEW_TOKENS, wanted), _MAX_NEW_TOKENS, max(1, context_length // 2))
 
 
 def last_answer(ids: Sequence[int], mask: Sequence[int], turn_ends: frozenset[int]) -> tuple[int, int] | None:

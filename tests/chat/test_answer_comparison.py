@@ -1,0 +1,148 @@
+"""Answers of base and adapter at the end of a run: what they cost, and what they leave alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+
+from qlora_tui.chat.chat_types import ChatSource
+from qlora_tui.chat.task_worker import evaluate
+from qlora_tui.data.dataset import prepare_dataset
+from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.recipe.schema import Data, Quantization, Source
+from qlora_tui.runs.describe import describe
+from qlora_tui.runs.directory import RunDir, create_run
+from qlora_tui.runs.events import AnswersCompared
+from qlora_tui.runs.task_metrics.task_evaluation import read_task_evaluation
+from qlora_tui.training.answer_comparison import compare_answers
+
+pytestmark = pytest.mark.slow
+
+LABELS = tuple("red" if number % 2 else "blue" for number in range(12))
+
+
+@pytest.fixture(scope="module")
+def ended(tiny_source: ChatSource, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ended]:
+    """Makes the end of a run on answers: ``ended(answers)``."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(tiny_source.recipe.model.id)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, tiny_source.adapters["adapter"])
+    tokenizer = ChatTokenizer.from_folder(folder, tiny_source.recipe.model.chat_template)
+
+    def make(*answers: str, task_prompts: int = 64) -> Ended:
+        path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+        rows = [{"instruction": f"what is fox {n}", "output": answer} for n, answer in enumerate(answers)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        source = Source(path=str(path))
+        recipe = msgspec.structs.replace(
+            tiny_source.recipe,
+            quantization=Quantization(method="none", compute_dtype="float32"),
+            data=Data(sources=(source,), validation_path=str(path)),
+        )
+        run = create_run(recipe)
+        shutil.copytree(tiny_source.adapters["adapter"], run.adapter_dir)
+        return Ended(run, model, tokenizer, task_prompts)
+
+    return make
+
+
+class Ended:
+    """A run whose model is loaded and whose adapter is written."""
+
+    def __init__(self, run: RunDir, model: Any, tokenizer: ChatTokenizer, task_prompts: int) -> None:
+        self.run = run
+        self.model = model
+        self.lines: list[str] = []
+        self.events: list[Any] = []
+        recipe = run.recipe()
+        training = msgspec.structs.replace(recipe.training, task_prompts=task_prompts)
+        self._prepared: Any = SimpleNamespace(
+            run=run,
+            data=prepare_dataset(recipe, tokenizer),
+            recipe=msgspec.structs.replace(recipe, training=training),
+            tokenizer=tokenizer,
+            base=SimpleNamespace(padding_free=False),
+            device=SimpleNamespace(row_multiple=1, torch_device=torch.device("cpu")),
+            dist=SimpleNamespace(world_size=1),
+            pad_id=0,
+            reporter=SimpleNamespace(
+                phase=lambda phase, detail: None,
+                progress=lambda phase, done, total: None,
+                log=self.lines.append,
+                emit=self.events.append,
+            ),
+        )
+
+    def compare(self, training_seconds: float = 1e6, tick: float = 0.0) -> None:
+        """Compare the answers; each look at the clock takes ``tick`` seconds."""
+        ticks = count()
+        compare_answers(self._prepared, self.model, training_seconds, lambda: tick * next(ticks))
+
+
+def test_answers_at_the_end_are_those_of_evaluate(ended: Callable[..., Ended]) -> None:
+    end = ended(*LABELS)
+    weights = {name: each.clone() for name, each in end.model.named_parameters() if "lora" in name}
+    random_state = torch.get_rng_state()
+    end.compare()
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert weights and all(torch.equal(end.model.get_parameter(name), each) for name, each in weights.items())
+    at_end = read_task_evaluation(end.run)
+    assert not end.lines
+    (event,) = end.events
+    evaluate(end.run, 64)
+    later = read_task_evaluation(end.run)
+    assert at_end is not None and later is not None
+    assert at_end.rows == later.rows and at_end.metrics == later.metrics and not at_end.is_partial
+    assert at_end.loss.before == pytest.approx(later.loss.before, abs=1e-4)
+    assert at_end.loss.after == pytest.approx(later.loss.after, abs=1e-4)
+    assert isinstance(event, AnswersCompared) and event.metric == "accuracy" and event.prompts == 12
+    assert describe(event, 1).startswith("answers to 12 validation prompts: accuracy 0% beside the base's 0%")
+
+
+def test_what_is_not_answered_in_time_is_left_out(ended: Callable[..., Ended]) -> None:
+    end = ended(*LABELS)
+    # Six looks at the clock are within 3 %: both answers to the first eight prompts.
+    end.compare(training_seconds=7 / 0.03, tick=1.0)
+    partial = read_task_evaluation(end.run)
+    assert partial is not None and partial.is_partial and len(partial.rows) == 8
+    late = ended(*LABELS)
+    late.compare(training_seconds=3 / 0.03, tick=1.0)
+    assert "0 of 12 prompts were answered within 3% of the training time" in late.lines[0]
+    short = ended(*LABELS)
+    short.compare(training_seconds=10.0)
+    assert "3% of so short a run is too little" in short.lines[0]
+    assert not late.events and not short.events and read_task_evaluation(short.run) is None
+
+
+@pytest.mark.parametrize(
+    ("answers", "task_prompts"),
+    [(("the fox that sat in the old oak said that it was red " * 2,) * 8, 64), (LABELS, 0), (LABELS[:4], 64)],
+)
+def test_free_text_and_few_rows_are_not_answered(
+    ended: Callable[..., Ended], answers: tuple[str, ...], task_prompts: int
+) -> None:
+    end = ended(*answers, task_prompts=task_prompts)
+    end.compare()
+    assert not end.events and not end.lines and read_task_evaluation(end.run) is None
+
+
+def test_an_error_costs_the_answers_and_not_the_run(ended: Callable[..., Ended]) -> None:
+    end = ended(*LABELS)
+    end.model = SimpleNamespace()
+    end.compare()
+    assert end.lines[0].startswith("the answers were not compared: AttributeError")
