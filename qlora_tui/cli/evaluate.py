@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 import msgspec
 
@@ -11,6 +12,8 @@ from qlora_tui.cli.arguments import positive_int
 from qlora_tui.cli.subcommand import CommandResult, Subcommand
 from qlora_tui.cli.terminal import show_in_place
 from qlora_tui.runs.directory import find_run
+from qlora_tui.runs.harness.harness_evaluation import HarnessResult, harness_lines
+from qlora_tui.runs.harness.harness_job import run_harness_tasks
 from qlora_tui.runs.task_metrics.task_evaluation import (
     DEFAULT_PROMPTS,
     TaskEvaluation,
@@ -23,18 +26,25 @@ from qlora_tui.runs.task_metrics.task_report import report_lines
 def run(args: argparse.Namespace) -> CommandResult:
     """Print the metrics of a run, after letting base and adapter answer where that was not done."""
     run = find_run(args.run_id)
+    if args.tasks is not None:
+        results = run_harness_tasks(run, args.tasks, _print_progress, chat=args.chat)
+        print(file=sys.stderr)
+        lines = harness_lines(run, results, args.rows)
+        return CommandResult(data=[_with_differences(result) for result in results], text="\n".join(lines))
     evaluation = None if args.again else read_task_evaluation(run)
     if evaluation is None or (args.prompts is not None and not _covers(evaluation, args.prompts)):
         evaluation = evaluate_task(run, args.prompts or DEFAULT_PROMPTS, _print_progress)
         print(file=sys.stderr)
-    return CommandResult(data=_as_data(evaluation), text="\n".join(report_lines(evaluation, args.rows)))
+    return CommandResult(
+        data=_with_differences(evaluation), text="\n".join(report_lines(evaluation, args.rows))
+    )
 
 
 def _covers(evaluation: TaskEvaluation, prompts: int) -> bool:
     return len(evaluation.rows) == prompts or len(evaluation.rows) == evaluation.validation_rows < prompts
 
 
-def _as_data(evaluation: TaskEvaluation) -> object:
+def _with_differences(evaluation: TaskEvaluation | HarnessResult) -> object:
     data = msgspec.to_builtins(evaluation)
     for metric, values in zip(evaluation.metrics, data["metrics"], strict=True):
         values |= {"difference": metric.difference, "comparison": metric.comparison}
@@ -58,6 +68,18 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--again", action="store_true", help="measure again, also where this adapter was measured before"
+    )
+    parser.add_argument(
+        "--tasks",
+        type=Path,
+        metavar="PATH",
+        help="instead do tasks of lm-eval with base and adapter: a .yaml file or a folder of them, with rows "
+        "in local files (needs the extra lm-eval)",
+    )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="with --tasks: write prompts as turns of the chat template, as in training",
     )
 
 

@@ -28,9 +28,6 @@ from qlora_tui.runs.task_metrics.intervals import (
 )
 from qlora_tui.runs.task_metrics.tool_call_texts import fits_tools, read_calls, same_calls
 
-MetricName: TypeAlias = Literal[
-    "valid tool calls", "accuracy", "valid JSON", "exact match", "token F1", "ended"
-]
 Comparison: TypeAlias = Literal["better", "worse", "unclear"]
 SIGNIFICANCE = 0.05
 _MAX_LABELS = 20
@@ -70,7 +67,7 @@ class TaskRow(Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Metric(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One metric of base and adapter on the same prompts."""
 
-    name: MetricName
+    name: str
     rows: int
     """Prompts it is computed on."""
     base: float
@@ -133,7 +130,7 @@ def measure_answers(rows: Sequence[TaskRow]) -> tuple[tuple[Metric, ...], tuple[
         metrics.append(_mean("token F1", plain))
     if rows:
         metrics.append(
-            _of_shares("ended", [row.base_ended for row in rows], [row.adapter_ended for row in rows])
+            compare_shares("ended", [row.base_ended for row in rows], [row.adapter_ended for row in rows])
         )
     return tuple(metrics), labels
 
@@ -157,15 +154,16 @@ _Judge: TypeAlias = Callable[[TaskRow, str, str], bool]
 """Judges an answer to a row, by its text and by its text with special tokens."""
 
 
-def _share(name: MetricName, rows: Sequence[TaskRow], judge: _Judge) -> Metric:
-    return _of_shares(
+def _share(name: str, rows: Sequence[TaskRow], judge: _Judge) -> Metric:
+    return compare_shares(
         name,
         [judge(row, row.base, row.base_raw) for row in rows],
         [judge(row, row.adapter, row.adapter_raw) for row in rows],
     )
 
 
-def _of_shares(name: MetricName, base: Sequence[bool], adapter: Sequence[bool]) -> Metric:
+def compare_shares(name: str, base: Sequence[bool], adapter: Sequence[bool]) -> Metric:
+    """The metric of answers that are right or wrong, on the same prompts."""
     rows = len(base)
     return Metric(
         name=name,
@@ -179,15 +177,23 @@ def _of_shares(name: MetricName, base: Sequence[bool], adapter: Sequence[bool]) 
     )
 
 
-def _mean(name: MetricName, rows: Sequence[TaskRow]) -> Metric:
-    base = [token_f1(row.base, row.reference) for row in rows]
-    adapter = [token_f1(row.adapter, row.reference) for row in rows]
+def _mean(name: str, rows: Sequence[TaskRow]) -> Metric:
+    return compare_means(
+        name,
+        [token_f1(row.base, row.reference) for row in rows],
+        [token_f1(row.adapter, row.reference) for row in rows],
+    )
+
+
+def compare_means(name: str, base: Sequence[float], adapter: Sequence[float]) -> Metric:
+    """The metric of answers with values from 0 to 1, on the same prompts."""
+    rows = len(base)
     return Metric(
         name=name,
-        rows=len(rows),
-        base=sum(base) / len(rows),
+        rows=rows,
+        base=sum(base) / rows,
         base_interval=_within_unit(mean_interval(base)),
-        adapter=sum(adapter) / len(rows),
+        adapter=sum(adapter) / rows,
         adapter_interval=_within_unit(mean_interval(adapter)),
         difference_interval=_bounded(
             mean_interval([after - before for before, after in zip(base, adapter, strict=True)]), -1.0, 1.0

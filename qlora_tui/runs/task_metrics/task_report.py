@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from qlora_tui.data.excluded_rows import RowPlace
 from qlora_tui.formatting import align_columns, pluralize
@@ -27,7 +27,7 @@ def report_lines(evaluation: TaskEvaluation, rows: int) -> list[str]:
         *(f"{_capitalized(describe_metric(metric))}." for metric in evaluation.metrics[:1]),
         f"{_capitalized(describe_loss(evaluation.loss))}.",
         "",
-        *align_columns([_HEADER, *map(_metric_cells, evaluation.metrics)]),
+        *metric_table(evaluation.metrics),
     ]
     if evaluation.labels:
         counts = [
@@ -48,16 +48,26 @@ def report_lines(evaluation: TaskEvaluation, rows: int) -> list[str]:
     return lines
 
 
+def metric_table(metrics: Sequence[Metric]) -> list[str]:
+    """Metrics of base and adapter with their intervals, one a line under a header."""
+    return align_columns([_HEADER, *map(_metric_cells, metrics)])
+
+
+def row_lines(name: str, texts: Mapping[str, str]) -> Iterator[str]:
+    """One row with its texts, by what they are."""
+    yield f"row {name}"
+    for label, text in texts.items():
+        yield f"  {label:<9} {' '.join(text.split())[:_SHOWN_CHARACTERS]}"
+
+
 def _row_lines(row: TaskRow) -> Iterator[str]:
-    yield f"row {RowPlace(row.file, row.row)}"
     texts = {
         "prompt": row.prompt[-_SHOWN_CHARACTERS:],
         "reference": row.reference_raw or row.reference,
         "base": row.base_raw or row.base,
         "adapter": row.adapter_raw or row.adapter,
     }
-    for label, text in texts.items():
-        yield f"  {label:<9} {' '.join(text.split())[:_SHOWN_CHARACTERS]}"
+    return row_lines(str(RowPlace(row.file, row.row)), texts)
 
 
 def _metric_cells(metric: Metric) -> tuple[str, ...]:
