@@ -13,7 +13,7 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.measuring import MeasuringStoppedError, StopSwitch
 from qlora_tui.runs.task_metrics.task_evaluation import LossChange, TaskEvaluation
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.screens.runs import evaluation_actions
+from qlora_tui.tui.screens import answer_measuring
 from tests.support.task_evaluations import a_row, put_evaluation
 from tests.tui.screen_assertions import wait_for_text, wait_until
 from tests.tui.workstation import open_runs
@@ -32,7 +32,7 @@ async def test_a_measures_answers_and_a_second_a_stops(
         assert stopped.wait(10)
         raise MeasuringStoppedError
 
-    monkeypatch.setattr(evaluation_actions, "evaluate_task", evaluate)
+    monkeypatch.setattr(answer_measuring, "evaluate_task", evaluate)
     app = make_app()
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await open_runs(app)

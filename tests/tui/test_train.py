@@ -17,12 +17,14 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Evaluated, PhaseChanged, Progress, RequestReceived, Started
 from qlora_tui.runs.status import State, read_status, write_status
+from qlora_tui.runs.task_metrics.task_evaluation import LossChange
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.modals import confirm
 from qlora_tui.tui.screens.train.output_tail import strip_escapes
 from qlora_tui.tui.screens.train.run_follower import RunFollower
 from qlora_tui.tui.screens.train.run_header import facts, state_line
 from qlora_tui.tui.screens.train.screen import TrainScreen, show_run
+from tests.support.task_evaluations import a_row, put_evaluation
 from tests.tui.fake_runs import BEGAN, TICKETS, FakeRun, write_fake_run
 from tests.tui.run_events import health_event, step_event
 from tests.tui.screen_assertions import text_of, wait_for_text
@@ -65,6 +67,27 @@ async def test_exact_answers_have_room_beside_best_and_last_loss(make_app: MakeA
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
         await wait_for_text(pilot, "★ best 1.", "◆ 1.", "exact 86%, base 12%")
+
+
+async def test_answers_of_an_ended_run_are_shown(make_app: MakeApp) -> None:
+    run = write_fake_run(FakeRun(state="finished", steps=60, total=60))
+    rows = [a_row("red", "green", "red", row=number) for number in range(1, 9)]
+    put_evaluation(run, rows, LossChange.of([2.0] * 8, [1.0] * 8, [1] * 8))
+    app = make_app()
+    async with app.run_test(size=(120, 40)) as pilot:
+        screen = await watching(app, run)
+        await wait_for_text(pilot, "finished")
+        assert screen.check_action("answers", ())
+        await pilot.press("a")
+        await wait_for_text(pilot, "Answers of adapter and base", "8 validation prompts", "exact match")
+
+
+async def test_answers_of_a_running_run_are_not_measured(make_app: MakeApp) -> None:
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        screen = await watching(app, write_fake_run(FakeRun(steps=100)))
+        await wait_for_text(pilot, "training")
+        assert not screen.check_action("answers", ())
 
 
 async def test_a_preference_run_shows_margin_and_share_preferred(make_app: MakeApp) -> None:

@@ -4,5 +4,5 @@ Every ``action_…`` method of a screen is in ``screen``, or in the ``…actions
 have a base class of the screen, ``…Actions``: it calls what the screen implements, and a package with several
 modules stacks them (``DataScreen``, ``DataActions``, ``RowActions``, ``WorkScreen``).
 ``base`` is what all screens share, ``registry`` declares every screen. ``modals`` has the dialogs that any
-screen may open.
+screen may open. ``answer_measuring`` lets Runs and Train measure answers.
 """

@@ -20,11 +20,11 @@ from qlora_tui.runs.run_summary import Listing, RunSummary
 from qlora_tui.runs.trash import Trash
 from qlora_tui.tui.folders import open_folder
 from qlora_tui.tui.key_names import key_name
+from qlora_tui.tui.screens.answer_measuring import EvaluationActions
 from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
 from qlora_tui.tui.screens.presets.preset_files import save_as
 from qlora_tui.tui.screens.runs.compare import MAX_COMPARED, CompareScreen
-from qlora_tui.tui.screens.runs.evaluation_actions import EvaluationActions
 from qlora_tui.tui.screens.runs.export_dialog import show_export_dialog
 from qlora_tui.tui.screens.runs.run_order import ORDERS
 from qlora_tui.tui.screens.runs.run_table import RunTable
@@ -33,6 +33,8 @@ from qlora_tui.tui.screens.train.screen import prepare_run, show_run
 
 class RunActions(EvaluationActions):
     """A screen with a run under the cursor."""
+
+    ANSWERS_COMMAND = "runs.evaluate"
 
     def __init__(self) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.tui.folders import open_folder
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.leaving import leave
+from qlora_tui.tui.screens.answer_measuring import EvaluationActions
 from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen, ask_search
 from qlora_tui.tui.screens.train.launch_pane import first_fix
@@ -35,8 +36,10 @@ _REQUEST_NOTICES: dict[control.Kind, str] = {
 _STOPPING_NOW = "The run stops now. It gives up the step in progress; the steps before it are saved."
 
 
-class TrainActions(LrFinderActions):
+class TrainActions(LrFinderActions, EvaluationActions):
     """A screen that watches a run, or prepares one."""
+
+    ANSWERS_COMMAND = "train.answers"
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,6 +77,11 @@ class TrainActions(LrFinderActions):
     @abstractmethod
     def poll_now(self) -> None:
         """Read the watched run, unless a read is in progress."""
+
+    def action_answers(self) -> None:
+        """Compare answers of the watched run's adapter and its base."""
+        if self.run is not None:
+            self.evaluate(self.run)
 
     def action_launch(self) -> None:
         """Launch or queue the recipe; failed checks are shown first."""

@@ -78,6 +78,14 @@ COMMANDS: tuple[Command, ...] = (
     ),
     _command("fix", "m", "fix", "Apply fix", "Apply the fix that a check or a run's latest warning names."),
     _command("chat", "c", "chat", "Chat", "Chat with this run's adapter.", cli_command="chat"),
+    _not_in_footer(
+        "answers",
+        "a",
+        "answers",
+        "Answers",
+        "Compare answers of this run's adapter and its base to validation prompts.",
+        cli_command="evaluate",
+    ),
     _command("another", "x", "watch_another", "Other run", "Watch another run.", cli_command="attach"),
     _command("prepare", "n", "prepare", "New run", "Prepare a new run: edit the recipe and see its checks."),
     _command("detach", "d", "detach", "Detach", "Leave the app, as Quit does. The run continues."),
@@ -118,6 +126,7 @@ _STATES: Mapping[str, Collection[State]] = {
     "stop": (*ACTIVE, "queued"),
     "resume": RESUMABLE,
     "chat": ("finished", "stopped", "paused"),
+    "answers": ("finished", "stopped"),
 }
 """States of the watched run that an action needs; one not listed is available in every state."""
 

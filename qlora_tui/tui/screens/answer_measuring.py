@@ -1,4 +1,4 @@
-"""The key of the Runs screen that compares answers of a run's adapter and its base."""
+"""The keys of Runs and Train that compare answers of a run's adapter and its base."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ROWS_SHOWN = 100
 class AnswersScreen(ModalScreen[None]):
     """The metrics of an evaluation, and every prompt with both answers."""
 
-    CSS_PATH = "../modals/modal.tcss"
+    CSS_PATH = "modals/modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q", "dismiss", "Close")]
 
     def __init__(self, evaluation: TaskEvaluation) -> None:
@@ -50,6 +50,8 @@ class AnswersScreen(ModalScreen[None]):
 class EvaluationActions(WorkScreen):
     """A screen with a run whose answers can be measured, one run at a time."""
 
+    ANSWERS_COMMAND: ClassVar[str]
+    """Id of the command that measures, whose key also stops."""
     answers_progress: tuple[str, str] | None = None
     """Id of the run that is measured, and how far that is; None while none is."""
     _switch: StopSwitch | None = None
@@ -74,7 +76,7 @@ class EvaluationActions(WorkScreen):
         self.answers_progress = run.id, "loading the model"
         self.notify(
             f"Base and adapter of {run.name} answer its validation prompts. "
-            f"Press {key_name('runs.evaluate')} to stop; the answers so far stay."
+            f"Press {key_name(self.ANSWERS_COMMAND)} to stop; the answers so far stay."
         )
 
         def on_progress(done: int, total: int) -> None:
@@ -83,7 +85,7 @@ class EvaluationActions(WorkScreen):
         try:
             return await asyncio.to_thread(evaluate_task, run, progress=on_progress, switch=switch)
         except MeasuringStoppedError:
-            self.notify(f"Stopped. Press {key_name('runs.evaluate')} to continue.")
+            self.notify(f"Stopped. Press {key_name(self.ANSWERS_COMMAND)} to continue.")
         except UserError as problem:
             self.notify(f"{problem.what} {problem.fix}", title=problem.title, severity="error")
         finally:
