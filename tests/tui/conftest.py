@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from inspect import iscoroutinefunction as is_async
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -18,7 +20,7 @@ from textual._compositor import Compositor, LayoutUpdate
 from textual.geometry import Region
 
 from qlora_tui.recipe.fields import replace_setting
-from qlora_tui.runs import liveness
+from qlora_tui.runs import liveness, measuring
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui import app, clock, system_monitor
 from qlora_tui.tui.app import QloraApp
@@ -168,3 +170,17 @@ def three_runs() -> list[RunDir]:
         ),
         write_fake_run(FakeRun(name="poems-c", state="lost", steps=60, total=300, began=BEGAN - 3000)),
     ]
+
+
+@pytest.fixture
+def endless_measurements(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
+    """The processes that measure runs, which do not end unless they are killed."""
+    children: list[subprocess.Popen[bytes]] = []
+
+    def sleeper(_argv: list[str], **how: Any) -> subprocess.Popen[bytes]:
+        children.append(subprocess.Popen(["sleep", "600"], **how))
+        return children[-1]
+
+    slow = SimpleNamespace(Popen=sleeper, PIPE=subprocess.PIPE, DEVNULL=subprocess.DEVNULL)
+    monkeypatch.setattr(measuring, "subprocess", slow)
+    return children
