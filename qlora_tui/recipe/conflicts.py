@@ -50,6 +50,8 @@ def find_conflicts(recipe: Recipe) -> list[Conflict]:
         )
     if recipe.lora.init_weights == "eva":
         conflicting += _eva_conflicts(recipe.lora)
+    if recipe.lora.init_weights == "loftq":
+        conflicting += _loftq_conflicts(recipe)
     if recipe.training.optimizer == "muon":
         conflicting += _muon_conflicts(recipe.lora)
     if recipe.preference_method is not None:
@@ -72,6 +74,46 @@ def _eva_conflicts(lora: Lora) -> list[Conflict]:
         )
         for path, is_set, why in settings
         if is_set
+    ]
+
+
+def _loftq_conflicts(recipe: Recipe) -> list[Conflict]:
+    method, preferences = recipe.quantization.method, recipe.data.preferences
+    settings = (
+        (
+            method not in ("nf4", "fp4"),
+            "quantization.method",
+            f"{method} weights have no 4-bit rounding error",
+            'set quantization.method = "nf4"',
+        ),
+        (
+            recipe.quantization.streamed_layers > 0,
+            "quantization.streamed_layers",
+            "streamed weights are not at hand together",
+            "set quantization.streamed_layers = 0",
+        ),
+        (bool(recipe.lora.init_from), "lora.init_from", "an earlier adapter has its weights", "leave it out"),
+        (
+            recipe.lora.use_dora,
+            "lora.use_dora",
+            "DoRA takes its magnitudes from the base alone",
+            "set lora.use_dora = false",
+        ),
+        (
+            preferences in ("dpo", "kto"),
+            "data.preferences",
+            f"{preferences} starts from its reference, the base without an adapter",
+            'set data.preferences = "orpo" or "simpo"',
+        ),
+    )
+    return [
+        Conflict(
+            ("lora.init_weights", path),
+            f'lora.init_weights = "loftq" and {path} do not go together: {why}',
+            f'set lora.init_weights = "random", or {fix}',
+        )
+        for conflicts, path, why, fix in settings
+        if conflicts
     ]
 
 

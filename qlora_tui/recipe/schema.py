@@ -185,11 +185,14 @@ class Lora(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         ),
     ] = ""
     init_weights: Annotated[
-        Literal["random", "eva"],
+        Literal["random", "eva", "loftq"],
         _about(
             "Initial weights",
-            "How A's matrices start. eva: as the main directions of each module's inputs on the training "
-            "data (arXiv 2410.07170), found by some tens of forward passes before the first step.",
+            "How the matrices start. eva: A as the main directions of each module's inputs on the training "
+            "data (arXiv 2410.07170), found by some tens of forward passes before the first step. loftq: A "
+            "and B as the 4-bit rounding error of each weight (arXiv 2310.08659), found by one "
+            "decomposition for each module; such an adapter belongs to the 4-bit base.",
+            "loftq: three copies of the largest adapted weight in 32 bits, before the first step.",
         ),
     ] = "random"
     trainable_tokens: Annotated[

@@ -13,6 +13,7 @@ from qlora_tui import paths
 from qlora_tui.catalog.adapter_fit import require_fit, trained_on
 from qlora_tui.catalog.context_length import context_length_warning
 from qlora_tui.catalog.local_models import ModelFiles, resolve_model
+from qlora_tui.catalog.loftq_fit import require_loftq_base
 from qlora_tui.data.token_lookup import check_tokens
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.formatting import (
@@ -137,6 +138,7 @@ def _lora(recipe: Recipe, files: ModelFiles) -> list[Check]:
     try:
         targets = resolve_targets(recipe.lora, files.architecture.targets)
         check_optimizer_of_experts(recipe.training.optimizer, targets)
+        require_loftq_base(recipe.lora, files.architecture)
         if files.gguf_file is None:
             check_tokens(recipe.lora.trainable_tokens, files.folder)
         if recipe.lora.init_from:

@@ -21,7 +21,8 @@
 ``adapter``               adds LoRA; ``initial_adapter_weights``: those of an earlier one; ``fused``: module
                           and adapter as one autograd function; ``trainable_tokens``: trained rows of
                           embedding and head; ``experts``: 4-bit experts of a mixture, and LoRA on them
-``eva``                   the main directions of the inputs of each module, as which A may start
+``eva``                   the main directions of the inputs of each module, as which A may start;
+                          ``loftq``: the rounding errors of 4-bit weights, as which A and B may
 ``dropout``               where a model draws random numbers
 ``packed_attention``      several samples in one sequence, each attending only to itself, in one call of
                           ``varlen_attention`` or one by one; ``padding``: to a multiple of tokens
