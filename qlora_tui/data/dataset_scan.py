@@ -44,6 +44,8 @@ class DatasetScanner:
             near_duplicates: whether near duplicates are searched.
         """
         self._excluded = excluded
+        self.last_row = 0
+        """Number of the last row that was read of the current file; 0 before its first."""
         self.counts = Counts()
         self.notes: dict[str, int] = {}
         """Number of conversations that were changed for the template, by kind."""
@@ -62,7 +64,9 @@ class DatasetScanner:
         skips = self._data.bad_rows == "skip"
         tally = self._counters.setdefault(place, ProblemCounter(*place, skips_bad_rows=skips))
         rows = raw_rows(file.path, position)
+        self.last_row = 0
         for outcomes in self._work(batches(file, rows, self._wants_sketches)):
+            self.last_row = outcomes[-1].row if outcomes else self.last_row
             included = [one for one in outcomes if one.row not in excluded]
             self.counts.excluded += len(outcomes) - len(included)
             for one in included:

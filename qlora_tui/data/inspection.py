@@ -115,15 +115,14 @@ class _Inspection:
             done = 0
             for file in self._files:
                 position = Position()
-                last_row = 0
                 for outcomes in examiner.scan(file, position):
-                    last_row = self._measure(outcomes) or last_row
+                    self._measure(outcomes)
                     if time.monotonic() >= due:
                         due = time.monotonic() + _NEXT_REPORT_S
                         self._note_errors(file, examiner, read=False)
                         yield self._report(examiner, False, (done + position.bytes) / (self._bytes or 1))
                 done += file.path.stat().st_size
-                self._last_rows[file.path] = last_row
+                self._last_rows[file.path] = examiner.last_row
                 self._note_errors(file, examiner, read=True)
             yield self._report(examiner, True, 1.0)
 
@@ -149,11 +148,10 @@ class _Inspection:
                 skips_bad_rows=self._data.bad_rows == "skip",
             )
 
-    def _measure(self, outcomes: list[RowResult]) -> int:
-        """Add the lengths; return the number of the last row."""
+    def _measure(self, outcomes: list[RowResult]) -> None:
+        """Add the lengths."""
         for one in outcomes:
             self._lengths.add(one.lengths, one.row)
-        return outcomes[-1].row if outcomes else 0
 
     def _file_report(self, file: SourceFile) -> FileReport:
         detection = file.detection

@@ -39,6 +39,8 @@ class FileSize(Struct, frozen=True):
     """Rows that are trained on, as far as is known without a tokenizer."""
     tokens: int
     """An estimate, with each sample cut to the length of a row."""
+    excluded: int = 0
+    """Rows that the source leaves out."""
 
 
 class QuickCheckResult(Struct, frozen=True):
@@ -77,10 +79,11 @@ def quick_check(
         tally = ProblemCounter(*place, skips_bad_rows=data.bad_rows == "skip")
         long_texts = LongTexts(*place)
         in_time = True
-        row_count = samples = tokens = 0
+        row_count = samples = tokens = excluded_count = 0
         left_out = (excluded or {}).get((file.source, file.path), frozenset())
         for row, one in conversations(file):
             if row.number in left_out:
+                excluded_count += 1
                 continue
             row_count += 1
             if isinstance(one, RowRejectedError):
@@ -95,7 +98,7 @@ def quick_check(
             if time.monotonic() >= deadline:
                 in_time = False
                 break
-        sizes.append(FileSize(file.source, row_count, samples, tokens))
+        sizes.append(FileSize(file.source, row_count, samples, tokens, excluded_count))
         problems = tally.problems()
         raise_first_error(problems)
         warnings += [problem for problem in problems if problem.kind in _SHOWN_BEFORE_RUN]

@@ -80,6 +80,8 @@ def _rows_used(sizes: Sequence[FileSize], sources: int, text: str) -> Check:
     """Say how many rows are trained on, where that is not all of them; ``text`` describes the sources."""
     trained = [size for size in sizes if size.source < sources]
     rows, used = sum(size.rows for size in trained), sum(size.samples for size in trained)
+    if excluded := sum(size.excluded for size in trained):
+        text = f"{text} {pluralize(excluded, 'row')} excluded."
     if used == rows:
         return Check(CheckKind.DATA, "ok", text)
     fix = "See why on the Data screen, or with `qlora-tui data inspect`."

@@ -59,6 +59,12 @@ def test_the_report_does_not_count_excluded_rows(tmp_path: Path) -> None:
     assert (whole.rows, whole.excluded) == (40, 0) and counts.tokens < whole.tokens
 
 
+def test_excluded_rows_at_the_end_are_still_rows(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", pairs(40))
+    (file,) = inspect(msgspec.structs.replace(source, excluded_rows="30-40")).files
+    assert file.last_row == 40
+
+
 def folder_of(path: Path) -> Source:
     (path / "more").mkdir()
     write(path / "a.jsonl", pairs(20, "a"))
@@ -125,4 +131,4 @@ def test_excluded_rows_neither_count_nor_block_a_launch(tmp_path: Path) -> None:
         quick_check(files, Data())
     excluded = excluded_by_file([Source(path=str(path), excluded_rows="1, 21")], [(0, path)])
     (size,) = quick_check(files, Data(), excluded).sizes
-    assert (size.rows, size.samples) == (19, 19)
+    assert (size.rows, size.samples, size.excluded) == (19, 19, 2)

@@ -8,6 +8,7 @@ from textual.binding import Binding, BindingType
 from textual.content import Content
 
 from qlora_tui.data.excluded_rows import Excluded, RowPlace, is_excluded
+from qlora_tui.formatting import truncate_middle
 from qlora_tui.runs.row_losses import RowClass, RowLoss, RowLosses
 from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.screens.modals.list_picker import ListPicker
@@ -21,6 +22,9 @@ SIGNS: dict[RowClass, tuple[str, str]] = {
     "learned": ("✓", "$success"),
 }
 """Sign and style of each class: the sign says it without color too."""
+
+_MIN_PLACE_WIDTH, _MAX_PLACE_WIDTH = 6, 22
+"""Columns of a row's number, with the name of its file where the source has several."""
 
 
 class RowChoice(NamedTuple):
@@ -46,6 +50,8 @@ class RowLossScreen(ListPicker[RowChoice]):
         self._rows = [row for row in losses.rows if row.source == source]
         self._marked: set[RowPlace] = set()
         self._excluded = excluded
+        widest = max((len(visible(str(row.place))) for row in self._rows), default=0)
+        self._place_width = min(max(_MIN_PLACE_WIDTH, widest), _MAX_PLACE_WIDTH)
         counts = {name: sum(row.row_class == name for row in self._rows) for name in SIGNS}
         words = "  ".join(f"{SIGNS[name][0]} {count:,} {name}" for name, count in counts.items() if count)
         self.HEADING = f"Rows of {losses.run}: {words}"
@@ -91,7 +97,7 @@ class RowLossScreen(ListPicker[RowChoice]):
         return Content.assemble(
             ("● " if row.place in self._marked else "  ", "$accent bold"),
             (f"{sign} ", style),
-            f"row {visible(str(row.place)):<6} ",
+            f"row {truncate_middle(visible(str(row.place)), self._place_width):<{self._place_width}} ",
             ("loss ", "dim"),
             f"{row.before:5.2f} → {row.after:5.2f} ",
             (f"other prompt {row.other_prompt:5.2f}  ", "dim"),
