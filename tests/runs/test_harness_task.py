@@ -20,6 +20,7 @@ from qlora_tui.runs.harness.harness_evaluation import (
 )
 from qlora_tui.runs.harness.harness_task import read_harness_tasks
 from qlora_tui.runs.harness.harness_templates import UnsafeTemplateError, check_template, sandbox
+from qlora_tui.runs.task_metrics.intervals import paired_share_interval
 from qlora_tui.runs.task_metrics.task_evaluation import adapter_hash
 
 CHOICE = """
@@ -147,6 +148,10 @@ def test_results_of_both_sides_are_paired_and_kept(run: RunDir) -> None:
     metrics, answers = compare_samples(records([0.0] * 12), records([1.0] * 10 + [0.0] * 2)[::-1])
     (metric,) = metrics
     assert (metric.name, metric.rows, metric.base, metric.comparison) == ("acc", 12, 0.0, "better")
+    halves = [1.0] * 6 + [0.0] * 6
+    (same,), _ = compare_samples(records(halves), records(halves)[::-1])
+    right = [value == 1.0 for value in halves]
+    assert same.difference_interval == paired_share_interval(right, right)
     assert answers[0].row == 1 and answers[0].base == "-1.50, -0.25"
     result = HarnessResult(
         task="colors",
