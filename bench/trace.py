@@ -112,6 +112,8 @@ class Case:
     method: str = "nf4"
     token_rows: int = 0
     """Tokens whose rows of embedding and head are trained."""
+    embeddings: bool = False
+    """Whether embedding and head are trained in whole."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ def recipe_of(case: Case) -> Recipe:
             target_modules=targets,
             dropout=case.dropout,
             trainable_tokens=tuple(f"token {n}" for n in range(case.token_rows)),
+            train_embeddings=case.embeddings,
         ),
         data=Data(max_length=case.length),
         training=Training(

@@ -24,7 +24,7 @@ _ALPHA = 8
 def require_fit(folder: Path, lora: Lora, architecture: Architecture) -> None:
     """Raise UserError where the adapter in ``folder`` differs from a new one of this recipe.
 
-    Routed experts and token rows are compared when the adapter is loaded
+    Routed experts, token rows, embedding and head are compared when the adapter is loaded
     (:mod:`qlora_tui.training.initial_adapter_weights`).
     """
     differences = adapter_differences(folder, lora, architecture)
@@ -60,6 +60,7 @@ def adapter_differences(folder: Path, lora: Lora, architecture: Architecture) ->
         for key, label, value in (
             ("use_rslora", "rsLoRA", lora.use_rslora),
             ("use_dora", "DoRA", lora.use_dora),
+            ("modules_to_save", "Train embeddings", lora.train_embeddings),
         )
         if bool(config.get(key)) != value
     ]

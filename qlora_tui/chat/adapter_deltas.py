@@ -28,6 +28,8 @@ _PART = re.compile(
 )
 ROWS = re.compile(r"base_model\.model\.(.+)\.token_adapter\.trainable_tokens_delta")
 """Name of a module's token rows in peft."""
+WHOLE = re.compile(r"base_model\.model\.(.+)\.weight")
+"""Name of the weight of a module that is trained in whole, in peft."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,28 @@ class EmbeddingRowDelta:
         return changed
 
 
-AdapterDeltas = dict[str, LoraDelta | EmbeddingRowDelta | ExpertDelta | FusedExpertDelta]
+@dataclass(frozen=True)
+class WholeMatrix:
+    """A weight that is trained in whole: of the embedding or the head (``lora.train_embeddings``)."""
+
+    weight: Tensor
+    """(vocabulary, width)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of the weight it replaces."""
+        return tuple(self.weight.shape)
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Return whether it replaces a weight of this shape."""
+        return shape == self.shape
+
+    def apply_to(self, weight: Tensor) -> Tensor:
+        """Return the trained weight in the dtype of ``weight``."""
+        return self.weight.to(weight.dtype)
+
+
+AdapterDeltas = dict[str, LoraDelta | EmbeddingRowDelta | WholeMatrix | ExpertDelta | FusedExpertDelta]
 """Updates by module name."""
 
 
@@ -108,7 +131,10 @@ def check_unchanged(folder: Path) -> None:
 
 
 def read_deltas(folder: Path) -> AdapterDeltas:
-    """Read all updates of an adapter. Raises UserError for one that is neither plain LoRA nor token rows."""
+    """Read all updates of an adapter.
+
+    Raises UserError for one that holds anything but LoRA, token rows, and whole matrices.
+    """
     check_unchanged(folder)
     try:
         config = load_adapter_config(folder)
@@ -120,7 +146,7 @@ def read_deltas(folder: Path) -> AdapterDeltas:
             fix="Use the adapter folder of a run, or another checkpoint.",
         ) from error
     parts: dict[str, dict[str, Tensor]] = {}
-    rows: dict[str, EmbeddingRowDelta] = {}
+    rows: dict[str, EmbeddingRowDelta | WholeMatrix] = {}
     for key, tensor in tensors.items():
         if match := ROWS.fullmatch(key):
             ids = _ids_of(match[1], config)
@@ -131,6 +157,9 @@ def read_deltas(folder: Path) -> AdapterDeltas:
                     fix="Use the adapter folder of a run, or another checkpoint.",
                 )
             rows[match[1]] = EmbeddingRowDelta(ids, tensor)
+            continue
+        if is_whole_matrix(key, config) and tensor.ndim == 2:
+            rows[WHOLE.sub(r"\1", key)] = WholeMatrix(tensor)
             continue
         match = _PART.fullmatch(key)
         if match is None:
@@ -156,6 +185,20 @@ def read_deltas(folder: Path) -> AdapterDeltas:
         else:
             updates[parameter] = _expert_update(parameter, part, config, folder)
     return updates
+
+
+def is_whole_matrix(key: str, config: dict[str, Any]) -> bool:
+    """Return whether ``key`` is the weight of a module that the adapter trains in whole.
+
+    Where the head is tied, peft names only the embedding and saves both.
+    """
+    match = WHOLE.fullmatch(key)
+    if match is None or ".lora_" in key:
+        return False
+    names = config.get("modules_to_save") or ()
+    return bool(names) and (
+        bool(config.get("ensure_weight_tying")) or any(f".{match[1]}".endswith(f".{name}") for name in names)
+    )
 
 
 def _ids_of(module: str, config: dict[str, Any]) -> tuple[int, ...]:

@@ -93,6 +93,30 @@ class TokenRowsForward:
         return with_rows(self._base, x, self._rows.get(self._active.adapter_name))
 
 
+class WholeModuleForward:
+    """Replacement of the ``forward`` of peft's module around one that adapters train in whole."""
+
+    def __init__(self, wrapper: Any, active: ActiveAdapter) -> None:
+        self._base = wrapper.original_module
+        self._copies = wrapper.modules_to_save
+        self._active = active
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        name = self._active.adapter_name
+        if name not in self._copies:
+            return self._base(*args, **kwargs)
+        return self._copies[name](*args, **kwargs)
+
+
+def fuse_whole_modules(model: nn.Module, active: ActiveAdapter) -> None:
+    """Make modules that adapters train in whole follow ``active``, not peft's own active adapter."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            vars(wrapper)["forward"] = WholeModuleForward(wrapper, active)
+
+
 def fuse_token_rows(model: nn.Module, adapter_name: str, active: ActiveAdapter) -> None:
     """Make embedding and head use the token rows of ``adapter_name``, if any."""
     for wrapper in row_wrappers(model):

@@ -10,8 +10,14 @@ from typing import Any
 
 from qlora_tui.catalog.adapter_config import CONFIG, WEIGHTS, load_adapter_config
 from qlora_tui.catalog.config_parser import load_config
-from qlora_tui.chat.adapter_deltas import ROWS, check_unchanged
-from qlora_tui.chat.adapter_forwards import ActiveAdapter, fuse_adapter, fuse_token_rows, restore_peft
+from qlora_tui.chat.adapter_deltas import ROWS, WHOLE, check_unchanged, is_whole_matrix
+from qlora_tui.chat.adapter_forwards import (
+    ActiveAdapter,
+    fuse_adapter,
+    fuse_token_rows,
+    fuse_whole_modules,
+    restore_peft,
+)
 from qlora_tui.chat.chat_types import BASE
 from qlora_tui.chat.expert_deltas import expert_parameter
 from qlora_tui.errors import EXIT_USAGE, UserError
@@ -53,6 +59,7 @@ class AdapterSet:
         self._load(adapter_name, Path(folder))
         self._loaded.add(adapter_name)
         fuse_token_rows(self._model, adapter_name, self._active)
+        fuse_whole_modules(self._model, self._active)
         self._fused = self._fused and fuse_adapter(self._model, adapter_name, self._active)
         if not self._fused:
             restore_peft(self._model)
@@ -191,12 +198,22 @@ def _check_fits(folder: Path, model: Any) -> None:
                 raise _unfit(folder, f"the weights of {name} are not of rank {rank}, which {CONFIG} says.")
         elif match := ROWS.fullmatch(key):
             name, side = match[1], "rows"
+        elif is_whole_matrix(key, config):
+            name, side = WHOLE.sub(r"\1", key), "whole"
         else:
             continue
-        # Rows of an adapter loaded earlier wrap it.
-        module = modules.get(f"{name}.token_adapter.base_layer") or modules.get(name)
+        # What adapters loaded earlier train of it wraps it.
+        wrapped = (
+            modules.get(f"{name}.{inner}") for inner in ("token_adapter.base_layer", "original_module")
+        )
+        module = next(filter(None, wrapped), modules.get(name))
         if module is None:
             raise _unfit(folder, f"the model has no {name}.")
+        if side == "whole":
+            if tuple(module.weight.shape) != tuple(shape):
+                ours, theirs = tuple(module.weight.shape), tuple(shape)
+                raise _unfit(folder, f"{name} is {ours} in the model and {theirs} in the adapter.")
+            continue
         if side == "rows":
             width = module.weight.shape[1]
         else:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qlora_tui.catalog.architecture_types import OutputHead
 from qlora_tui.catalog.safetensors_header import read_header
-from qlora_tui.chat.adapter_deltas import AdapterDeltas, EmbeddingRowDelta, LoraDelta
+from qlora_tui.chat.adapter_deltas import AdapterDeltas, EmbeddingRowDelta, LoraDelta, WholeMatrix
 from qlora_tui.chat.expert_deltas import ExpertDelta, FusedExpertDelta, stored_experts
 from qlora_tui.errors import UserError
 
@@ -59,13 +59,33 @@ def _without_stacks(deltas: AdapterDeltas, names: Collection[str]) -> AdapterDel
 
 
 def with_tied_head(deltas: AdapterDeltas, files: list[Path], head: OutputHead) -> AdapterDeltas:
-    """Return the updates, with the embedding's rows also for a tied head that the files store separately.
+    """Return the updates, with the embedding's also for a tied head that the files store separately.
 
-    transformers ties two stored matrices only while they are equal.
+    transformers ties two stored matrices only while they are equal. Raises UserError for an adapter that
+    trained the two apart.
     """
-    rows = next((update for update in deltas.values() if isinstance(update, EmbeddingRowDelta)), None)
+    if not head.tied:
+        return deltas
     is_stored = any(f"{head.name}.weight" in _shapes(file) for file in files)
-    return {head.name: rows, **deltas} if rows and head.tied and is_stored else deltas
+    _require_tied(deltas, head)
+    apart = {name: update for name, update in deltas.items() if name != head.name}
+    of_embedding = next((u for u in apart.values() if isinstance(u, EmbeddingRowDelta | WholeMatrix)), None)
+    return {head.name: of_embedding, **apart} if of_embedding and is_stored else apart
+
+
+def _require_tied(deltas: AdapterDeltas, head: OutputHead) -> None:
+    """Raise UserError where embedding and head, one matrix in the base, are not one in the adapter."""
+    shape = (head.out_features, head.in_features)
+    whole = {name: u.weight for name, u in deltas.items() if isinstance(u, WholeMatrix) and u.fits(shape)}
+    own = whole.pop(head.name, None)
+    if own is None and not whole:
+        return
+    if own is None or not whole or not all(own.equal(weight) for weight in whole.values()):
+        raise UserError(
+            "The adapter cannot be merged into this base",
+            what="It trained embedding and head apart, and the base has one matrix for both.",
+            fix="Use the adapter with peft, or train one with lora.train_embeddings, which keeps them one.",
+        )
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:

@@ -13,9 +13,10 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional
 
+from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.catalog.model_validation import weight_files
 from qlora_tui.chat.adapter_deltas import AdapterDeltas, EmbeddingRowDelta, read_deltas
-from qlora_tui.chat.base_weights import assign_deltas
+from qlora_tui.chat.base_weights import assign_deltas, with_tied_head
 from qlora_tui.chat.chat_types import BASE
 from qlora_tui.chat.effect import Effect, LayerChange
 from qlora_tui.chat.session import ChatSession, model_folder
@@ -161,6 +162,8 @@ def _layer_changes(session: ChatSession, adapter_name: str, deltas: AdapterDelta
     base = model_folder(session.source.recipe)
     adapter = Path(session.source.adapters[adapter_name])
     files = [base / name for name in weight_files(base)]
+    head = resolve_model(session.source.recipe.model.id).architecture.head
+    deltas = with_tied_head(deltas, files, head)
     squares: dict[int, tuple[float, float]] = {}
     for file, placed in assign_deltas(deltas, files, adapter).items():
         with safe_open(file, framework="pt") as content:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_tui.chat.adapter_forwards import LoraForward, TokenRowsForward
+from qlora_tui.chat.adapter_forwards import LoraForward, TokenRowsForward, WholeModuleForward
 from qlora_tui.chat.cpu_4bit import SingleTokenForward
 from qlora_tui.chat.decode_attention import NAME
 from qlora_tui.training.fused.patching import PatchedForwards
@@ -103,6 +103,7 @@ def _replaced(model: nn.Module) -> dict[nn.Module, Any]:
         module: forward
         for module in model.modules()
         if isinstance(
-            forward := vars(module).get("forward"), LoraForward | TokenRowsForward | SingleTokenForward
+            forward := vars(module).get("forward"),
+            LoraForward | TokenRowsForward | WholeModuleForward | SingleTokenForward,
         )
     }

@@ -405,8 +405,10 @@ class ChatSession:
     def change_base(self, change: Callable[[str, Tensor], Tensor]) -> None:
         """Replace each base weight by ``change(name, weight)``, named as in the model's files."""
         for name, parameter in self._model.named_parameters():
-            if "lora_" not in name and parameter.is_floating_point():
+            is_trained = "lora_" in name or ".modules_to_save." in name
+            if not is_trained and parameter.is_floating_point():
                 stored = name.removeprefix("base_model.model.").replace(".base_layer", "")
+                stored = stored.replace(".original_module", "")
                 parameter.copy_(change(stored, parameter.data))
 
     def count_tokens(self, text: str) -> int:

@@ -19,7 +19,13 @@ from torch import Tensor
 
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.catalog.model_validation import weight_files
-from qlora_tui.chat.adapter_deltas import AdapterDeltas, EmbeddingRowDelta, LoraDelta, read_deltas
+from qlora_tui.chat.adapter_deltas import (
+    AdapterDeltas,
+    EmbeddingRowDelta,
+    LoraDelta,
+    WholeMatrix,
+    read_deltas,
+)
 from qlora_tui.chat.base_weights import assign_deltas
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.expert_deltas import ExpertDelta, FusedExpertDelta
@@ -104,6 +110,7 @@ def export_lora(
     files = [base / name for name in weight_files(base)]
     adapter = Path(source.adapters[adapter_name])
     deltas = read_deltas(adapter)
+    _refuse_whole_matrices(deltas)
     placed = assign_deltas(deltas, files, adapter)
     updates: AdapterDeltas = {name: update for group in placed.values() for name, update in group.items()}
     names = TensorNames(text_config(base))
@@ -209,6 +216,17 @@ def _prove(
     return structs.replace(proof, name=f"On the {name}, the LoRA")
 
 
+def _refuse_whole_matrices(deltas: AdapterDeltas) -> None:
+    """Raise UserError for an adapter that trained embedding and head in whole."""
+    if any(isinstance(update, WholeMatrix) for update in deltas.values()):
+        raise UserError(
+            "A trained embedding cannot be exported as LoRA",
+            what="The adapter holds whole matrices (lora.train_embeddings), and llama.cpp's LoRA files only "
+            "updates of low rank.",
+            fix="Export the merged model instead: `qlora-tui export gguf`.",
+        )
+
+
 def _refuse_inexpressible(updates: AdapterDeltas, names: TensorNames) -> None:
     """Raise UserError for updates that a LoRA in a GGUF file cannot express."""
     fix = "Export the merged model instead: `qlora-tui export gguf`."
@@ -257,7 +275,7 @@ def _tensors(
             is_embedding = target.startswith("token_embd")
             down, up = _rows_as_lora(update, weights[name](), is_embedding=is_embedding)
         else:
-            raise TypeError(f"{name} is an update of experts")
+            raise TypeError(f"{name} is an update of experts or in whole")
         for side, values in (("a", down), ("b", up)):
             yield SourceTensor(f"{target}.lora_{side}", tuple(values.shape), values.clone)
 

@@ -129,7 +129,7 @@ def _training_sentences(facts: ExplainContext) -> dict[str, str]:
     return {
         "adapter": (
             f"{trained} trained parameters × {execution.adapter_itemsize} bytes{_copies(execution)}{start}: "
-            f"rank {_ranks(facts.recipe)} × (in + out) per target{_rows(facts.layout)}."
+            f"rank {_ranks(facts.recipe)} × (in + out) per target{_vocabulary(facts.layout)}."
         ),
         "gradients": f"One gradient per trained parameter: {trained} × {execution.adapter_itemsize} bytes.",
         "optimizer": f"{moments}{paged}.",
@@ -233,11 +233,12 @@ def _ranks(recipe: Recipe) -> str:
     return f"{recipe.lora.rank} ({own})" if recipe.lora.rank_pattern else f"{recipe.lora.rank}"
 
 
-def _rows(layout: Layout) -> str:
-    if not layout.token_rows:
-        return ""
+def _vocabulary(layout: Layout) -> str:
+    """What is trained of embedding and head."""
     where = "embedding and head" if layout.own_head else "embedding"
-    return f", and {layout.token_rows} rows of {where}"
+    if layout.trained_matrix:
+        return f", and all {_n(layout.trained_matrix * (1 + layout.own_head))} weights of {where}"
+    return f", and {layout.token_rows} rows of {where}" if layout.token_rows else ""
 
 
 def _n(count: int) -> str:

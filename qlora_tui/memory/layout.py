@@ -105,8 +105,10 @@ class Layout:
     logit_scale: bool
     token_rows: int
     """Number of tokens whose rows of embedding and head are trained."""
+    trained_matrix: int
+    """Elements of the head where embedding and head are trained in whole; else 0."""
     own_head: bool
-    """Whether the head is untied and has its own trained rows."""
+    """Whether the head is untied, and trained apart from the embedding."""
     adapter_parameters: int
     adapter_shapes: tuple[tuple[int, ...], ...]
     """Shape of each trained tensor."""
@@ -203,7 +205,7 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
         blocks.append(known[key])
     lora_tensors = tuple(map(prod, shapes))
     shapes += expert_shapes
-    shapes += row_shapes(recipe.lora, architecture)
+    shapes += vocabulary_shapes(recipe.lora, architecture)
     return Layout(
         blocks=tuple(blocks),
         tokens=rows * length,
@@ -217,6 +219,7 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
         softcap=architecture.final_logit_softcapping is not None,
         logit_scale=architecture.logit_scale is not None,
         token_rows=len(set(recipe.lora.trainable_tokens)),
+        trained_matrix=architecture.head.weight_params if recipe.lora.train_embeddings else 0,
         own_head=not architecture.head.tied,
         adapter_parameters=sum(map(prod, shapes)),
         adapter_shapes=tuple(shapes),
@@ -229,10 +232,11 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
     )
 
 
-def row_shapes(lora: Lora, architecture: Architecture) -> list[tuple[int, ...]]:
-    """Return the shape of each tensor of trained token rows: the embedding's, and an untied head's."""
-    rows = len(set(lora.trainable_tokens))
-    return [(rows, architecture.hidden_size)] * (1 if architecture.head.tied else 2) if rows else []
+def vocabulary_shapes(lora: Lora, architecture: Architecture) -> list[tuple[int, ...]]:
+    """Return the shape of what is trained of the embedding, rows or all, and of an untied head."""
+    head = architecture.head
+    rows = head.out_features if lora.train_embeddings else len(set(lora.trainable_tokens))
+    return [(rows, head.in_features)] * (1 if head.tied else 2) if rows else []
 
 
 def _kernel(architecture: Architecture, execution: ExecutionConfig) -> Kernel:

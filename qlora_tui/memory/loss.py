@@ -12,9 +12,12 @@ from qlora_tui.memory.ops import FLOAT, Ops
 def head_and_loss(
     ops: Ops, layout: Layout, execution: ExecutionConfig, hidden: Tensor, itemsize: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """Replay head and loss; return the scalar loss, and what the caller still holds (logits)."""
+    """Replay head and loss; return the scalar loss, and what is held after its backward.
+
+    That are logits that the caller refers to, and the gradient of a trained head.
+    """
     if execution.loss == "chunked":
-        return _chunked(ops, layout, execution, hidden, itemsize), []
+        return _chunked(ops, layout, execution, hidden, itemsize)
     if execution.loss == "liger":
         return _liger(ops, layout, execution, hidden, itemsize), []
     if execution.loss == "trl_chunked":
@@ -77,11 +80,14 @@ def _cross_entropy(ops: Ops, logits: Tensor) -> Tensor:
     return loss
 
 
-def _chunked(ops: Ops, layout: Layout, execution: ExecutionConfig, hidden: Tensor, itemsize: int) -> Tensor:
+def _chunked(
+    ops: Ops, layout: Layout, execution: ExecutionConfig, hidden: Tensor, itemsize: int
+) -> tuple[Tensor, list[Tensor]]:
     """Replay our loss (``training/chunked_loss.py``), with every token in the loss: the worst case.
 
     The positions in the loss are copied out; their gradient is computed one chunk of logits at a time, in
-    place.
+    place. The gradient of a trained head is held after the backward unless it is added to that of earlier
+    micro-steps.
     """
     rows = min(LOSS_CHUNK_ROWS, layout.tokens)
     numel, chunk, item = hidden.numel, rows * layout.vocabulary, "hidden_gradient"
@@ -95,7 +101,10 @@ def _chunked(ops: Ops, layout: Layout, execution: ExecutionConfig, hidden: Tenso
         states = _states_in_loss(ops, hidden, itemsize)
         hidden_gradient = ops.new(numel, gradient_itemsize)
         row_gradients = ops.new(layout.token_rows * layout.hidden, FLOAT)
+    with ops.meter.attribute_to("gradients"):
+        matrix_gradient = ops.new(layout.trained_matrix, FLOAT)
     with ops.meter.attribute_to("logits"):
+        narrow = ops.new(layout.trained_matrix, itemsize) if itemsize != FLOAT else None
         values = ops.new(layout.token_rows * layout.hidden, itemsize) if itemsize != FLOAT else None
         logits = ops.new(chunk, itemsize)
         own = ops.new(rows * layout.token_rows, FLOAT)
@@ -104,12 +113,12 @@ def _chunked(ops: Ops, layout: Layout, execution: ExecutionConfig, hidden: Tenso
         )
         del block
         product = ops.new(rows * layout.hidden, itemsize)
-        del product, own, logits, values
+        del product, own, logits, values, narrow
     with ops.meter.attribute_to(item):
-        node = ops.tape.node((states,), scaled, (hidden_gradient, row_gradients))
+        node = ops.tape.node((states,), scaled, (hidden_gradient, row_gradients, matrix_gradient))
     loss = ops.new(1, FLOAT)
     loss.node = node
-    return loss
+    return loss, [matrix_gradient] if layout.trained_matrix and not execution.accumulates else []
 
 
 def _states_in_loss(ops: Ops, hidden: Tensor, itemsize: int) -> Tensor:

@@ -131,11 +131,24 @@ class _Run:
             gradient = blocks.pop(recording.gradient, NOTHING)
             alive += blocks.values()
         alive.append(gradient)
+        alive += self._embedding_backward()
         allocated_bytes = self._optimize(first=first) + self._accumulate(first=first)
         for block in alive:
             allocator.free(block)
         # Small tensors were counted by the parts, not freed one at a time.
         allocator.small_bytes = small + allocated_bytes
+
+    def _embedding_backward(self) -> list[MemoryBlock]:
+        """Replay the gradient of a trained embedding; return what is alive after it."""
+        layout, execution = self._layout, self._execution
+        if not layout.trained_matrix:
+            return []
+        is_first = layout.own_head and not execution.accumulates
+        size = layout.trained_matrix * execution.adapter_itemsize
+        gradients = [self._allocator.malloc(size)] if is_first else []
+        for block in take_all(self._allocator, [layout.tokens * layout.hidden * FLOAT] * 3):
+            self._allocator.free(block)
+        return gradients
 
     def _forward(
         self, recording: Recording, x: MemoryBlock, parts: list[Blocks], *, owned: bool, whole: bool

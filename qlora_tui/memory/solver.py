@@ -196,6 +196,9 @@ def _offers(recipe: Recipe, architecture: Architecture, device: Device) -> Itera
         yield SavingOption("", steps, partial(_copying_cost, architecture=architecture, device=device))
     if recipe.data.max_length >= 2 * LENGTH_STEP:
         yield SavingOption("longer samples are cut or dropped", tuple(_shorter_rows(recipe)))
+    if lora.train_embeddings:
+        cost = "new words and characters are learned less well"
+        yield _single(cost, "Train embeddings off", "lora.train_embeddings", False)
     if lora.rank > RANKS[0]:
         smaller = [rank for rank in reversed(RANKS) if rank < lora.rank]
         steps = tuple((f"Rank {lora.rank} → {rank}", {"lora.rank": rank}) for rank in smaller)

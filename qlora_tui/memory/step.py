@@ -59,7 +59,7 @@ class Peak:
 
     phase: str
     """Phase of the peak: ``forward of layer 0``, ``loss forward``, ``loss backward``,
-    ``backward of layer 31``, ``optimizer step``, ``loading``."""
+    ``backward of layer 31``, ``backward of the embedding``, ``optimizer step``, ``loading``."""
     items: Items
 
     @property
@@ -139,7 +139,19 @@ def peak_candidates(
         ),
         embedding_is_separate=layout.modifies_embedding,
         every_layer=every_layer,
+        embedding_gradient=_embedding_gradient(layout, execution),
     )
+
+
+def _embedding_gradient(layout: Layout, execution: ExecutionConfig) -> Items:
+    """Return the bytes of the backward of a trained embedding (``training/trained_embeddings.py``): the
+    gradients of the rows as looked up, in fp32, sorted and summed, and a matrix where there is none yet."""
+    if not layout.trained_matrix:
+        return {}
+    looked_up = layout.tokens * layout.hidden * (execution.compute_itemsize + 3 * execution.adapter_itemsize)
+    is_first = layout.own_head and not execution.accumulates
+    matrix = layout.trained_matrix * execution.adapter_itemsize if is_first else 0
+    return {"activations": looked_up, "gradients": matrix}
 
 
 def layer_input_bytes(layout: Layout, execution: ExecutionConfig) -> int:
@@ -298,12 +310,14 @@ def _candidates(
     *,
     embedding_is_separate: bool,
     every_layer: bool,
+    embedding_gradient: Items,
 ) -> list[Peak]:
     """Return every phase that may be the peak. ``persistent`` is there in all of them.
 
     ``embedded`` is the embedding's output: it requires gradients, so the graph holds it as a leaf even where
     the first layer does not. Where something is added to it, it is always separate. ``token_row_bytes`` are
-    the bytes that trained rows of embedding and head keep from the start, and as gradients after the loss.
+    the bytes that trained rows of embedding and head keep from the start, and as gradients after the loss;
+    ``embedding_gradient`` what the backward of a trained embedding takes.
     """
     order, head, last = step_profile.layers, step_profile.head, len(step_profile.layers) - 1
     before = Counter(persistent)
@@ -331,4 +345,7 @@ def _candidates(
         candidates.append(Peak(f"backward of layer {index}", dict(items)))
         gradients += profile.gradient_bytes
         held.update(profile.held)
+    if embedding_gradient:
+        items = Counter(persistent) + held + Counter(gradients=gradients) + Counter(embedding_gradient)
+        candidates.append(Peak("backward of the embedding", dict(items)))
     return candidates

@@ -29,6 +29,8 @@ ALIASES = {
     "bnb_4bit_use_double_quant": "quantization.double_quantization",
     "cutoff_len": "data.max_length",
     "early_stopping_patience": "training.early_stopping",
+    "embedding_learning_rate": "training.embedding_learning_rate",
+    "embedding_lr": "training.embedding_learning_rate",
     "eval_steps": "training.eval_every",
     "gradient_accumulation_steps": "training.gradient_accumulation",
     "logging_steps": "training.log_every",
@@ -58,12 +60,16 @@ ALIASES = {
 VALUES: dict[str, dict[Any, str]] = {"training.gradient_checkpointing": {True: "on", False: "off"}}
 
 RELATED = {
+    "additional_target": "lora.train_embeddings",
     "attn_implementation": "model.attention",
     "batch_size": "training.micro_batch_size",
     "bnb_4bit_quant_type": "quantization.method",
     "dataset": "data.sources",
+    "embedding_lr_scale": "training.embedding_learning_rate",
     "load_in_4bit": "quantization.method",
     "load_in_8bit": "quantization.method",
+    "lora_modules_to_save": "lora.train_embeddings",
+    "modules_to_save": "lora.train_embeddings",
     "precision": "quantization.method",
     "trainable_token_indices": "lora.trainable_tokens",
     "validation_share": "data.validation_fraction",

@@ -54,6 +54,15 @@ def find_conflicts(recipe: Recipe) -> list[Conflict]:
         conflicting += _loftq_conflicts(recipe)
     if recipe.training.optimizer == "muon":
         conflicting += _muon_conflicts(recipe.lora)
+    if recipe.lora.train_embeddings and recipe.lora.trainable_tokens:
+        conflicting.append(
+            Conflict(
+                ("lora.train_embeddings", "lora.trainable_tokens"),
+                "lora.train_embeddings trains every row of embedding and head, and lora.trainable_tokens "
+                "names some of them",
+                "set lora.train_embeddings = false or leave lora.trainable_tokens out",
+            )
+        )
     if recipe.preference_method is not None:
         conflicting += _preference_conflicts(recipe)
     if recipe.quantization.streamed_layers:
@@ -121,6 +130,7 @@ def _muon_conflicts(lora: Lora) -> list[Conflict]:
     settings = (
         ("lora.use_dora", lora.use_dora, "vectors"),
         ("lora.trainable_tokens", bool(lora.trainable_tokens), "embeddings"),
+        ("lora.train_embeddings", lora.train_embeddings, "embeddings"),
     )
     return [
         Conflict(
@@ -142,6 +152,7 @@ def _preference_conflicts(recipe: Recipe) -> list[Conflict]:
         (recipe.training.replay_share > 0, "training.replay_share", "is above 0", "= 0"),
         (recipe.training.neftune_alpha > 0, "training.neftune_alpha", "is above 0", "= 0"),
         (recipe.lora.init_weights == "eva", "lora.init_weights", 'is "eva"', '= "random"'),
+        (recipe.lora.train_embeddings, "lora.train_embeddings", "is on", "= false"),
     )
     return [
         Conflict(

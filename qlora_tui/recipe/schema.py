@@ -204,6 +204,15 @@ class Lora(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             max_length=256,
         ),
     ] = ()
+    train_embeddings: Annotated[
+        bool,
+        _about(
+            "Train embeddings",
+            "Train the whole input embedding and output head too, at their own rate (Embedding LR): for a "
+            "new language or domain from plain text (continued pretraining).",
+            "4 bytes per weight of both, as much for gradients, and the optimizer's states.",
+        ),
+    ] = False
 
 
 class Source(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -500,6 +509,16 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             le=1000,
         ),
     ] = 1.0
+    embedding_learning_rate: Annotated[
+        float,
+        _about(
+            "Embedding LR",
+            "With Train embeddings: the rate of embedding and head, best 2 to 10 times below Learning rate. "
+            "0: a tenth of it.",
+            ge=0,
+            le=1,
+        ),
+    ] = 0.0
     neftune_alpha: Annotated[
         float,
         _about(

@@ -123,7 +123,17 @@ def check_host_memory(needed_bytes: int) -> Check:
 
 def several_gpus_problem(recipe: Recipe, gpus: int) -> UserError | None:
     """Return the error for a recipe that trains on one GPU only, and is to train on ``gpus``."""
-    if gpus == 1 or not recipe.quantization.streamed_layers:
+    if gpus == 1:
+        return None
+    if recipe.lora.train_embeddings:
+        return UserError(
+            "Trained embeddings need a run on one GPU",
+            what=f"lora.train_embeddings is on, and this run has {gpus} GPUs.",
+            why="The gradients of embedding and head are not summed over several GPUs.",
+            fix="Set lora.train_embeddings = false, or train on one GPU.",
+            exit_code=EXIT_USAGE,
+        )
+    if not recipe.quantization.streamed_layers:
         return None
     return UserError(
         "Streamed layers need a run on one GPU",

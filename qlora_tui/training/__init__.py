@@ -20,7 +20,8 @@
 ``streaming``             frozen layers that wait in host memory and pass through the device
 ``adapter``               adds LoRA; ``initial_adapter_weights``: those of an earlier one; ``fused``: module
                           and adapter as one autograd function; ``trainable_tokens``: trained rows of
-                          embedding and head; ``experts``: 4-bit experts of a mixture, and LoRA on them
+                          embedding and head, ``trained_embeddings``: both in whole; ``experts``: 4-bit
+                          experts of a mixture, and LoRA on them
 ``eva``                   the main directions of the inputs of each module, as which A may start;
                           ``loftq``: the rounding errors of 4-bit weights, as which A and B may
 ``dropout``               where a model draws random numbers

@@ -16,13 +16,14 @@ from qlora_tui.recipe.targets import alpha_of, rank_of, resolve_targets
 from qlora_tui.training.experts.expert_lora import as_fused_parameters, fuse_experts
 from qlora_tui.training.fused import use_fused
 from qlora_tui.training.trainable_tokens import init_untrained_rows, token_indices, use_trained_rows
+from qlora_tui.training.trained_embeddings import peft_options, use_fp32_copies
 
 
 def add_lora(model: Any, settings: Lora, architecture: Architecture, token_ids: Sequence[int] = ()) -> Any:
     """Add a LoRA adapter that does not change the model yet (B is 0). Draws from torch's random numbers.
 
     Also switches the model to the fused forwards (:mod:`.fused`). The weights of the adapter are fp32,
-    whatever dtype the model computes in.
+    whatever dtype the model computes in. With ``train_embeddings`` they include embedding and head.
 
     Args:
         token_ids: tokens whose rows of embedding and head are trained too; untrained ones start as the mean.
@@ -32,6 +33,7 @@ def add_lora(model: Any, settings: Lora, architecture: Architecture, token_ids: 
     targets = targets_by_name(model, settings, architecture)
     ranks = {name: rank_of(settings, module) for name, module in targets.items()}
     alphas = {name: alpha_of(settings, module) for name, module in targets.items()}
+    embeddings = peft_options(model) if settings.train_embeddings else {}
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=settings.rank,
@@ -48,6 +50,7 @@ def add_lora(model: Any, settings: Lora, architecture: Architecture, token_ids: 
         use_dora=settings.use_dora,
         bias="none",
         trainable_token_indices=token_indices(model, token_ids) if token_ids else None,
+        **embeddings,
     )
     with exact_target_names(model, config.target_modules), as_fused_parameters(model):
         adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
@@ -56,6 +59,8 @@ def add_lora(model: Any, settings: Lora, architecture: Architecture, token_ids: 
     if token_ids:
         init_untrained_rows(model)
         use_trained_rows(model)
+    if embeddings:
+        use_fp32_copies(model, tied=embeddings["ensure_weight_tying"])
     return adapted
 
 

@@ -13,6 +13,7 @@ Shapes for a packed sequence of 1,000 tokens, 600 in the loss, hidden size 576, 
     logits       (256, 49152)       of one chunk, in the dtype of the head: 24 MiB instead of 188 MiB in fp32
     logit_grads  (32, 49152)        fp32, of one block; written back into ``logits``
     grad         (600, 576)         logits @ W: the gradient of ``states``, ready before the backward
+    weight_grad  (49152, 576)       fp32, of a head that is trained: Σ over the chunks of logitsᵀ @ states
 """
 
 from __future__ import annotations
@@ -29,9 +30,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from qlora_tui.training.head_chunks import ChunkedHead, empty_gradient, pass_through_head
 from qlora_tui.training.packed_attention import pass_sample_lengths
 from qlora_tui.training.trainable_tokens import TokenRows, active_rows
+from qlora_tui.training.trained_embeddings import active_weight, add_gradient
 
 IGNORED = -100
 """Label of a token that is not in the loss."""
+_GRADIENT_ROWS = 4096
+"""Rows of a trained head whose gradient from one chunk is in memory at a time."""
 LossSumFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Computes the summed cross-entropy, fp32, of states (tokens, hidden) against targets (tokens,)."""
 
@@ -61,7 +65,7 @@ def use_chunked_loss(model: nn.Module, head: ChunkedHead, kernel: LossSumFn | No
     """Make ``model(labels=…)`` compute its loss in chunks. Without labels the model is unchanged.
 
     Args:
-        kernel: used in place of the chunks for tokens without weights and heads without trained token rows,
+        kernel: used in place of the chunks for tokens without weights and heads that are not trained,
             such as :func:`qlora_tui.training.liger.verified_liger_loss`.
     """
     reference_forward = model.forward
@@ -86,8 +90,17 @@ def use_chunked_loss(model: nn.Module, head: ChunkedHead, kernel: LossSumFn | No
         hidden = decoder(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         )[0]
-        token_rows = active_rows(self.get_output_embeddings())  # type: ignore[operator]  # a PreTrainedModel's method
-        total, trained = summed_loss(head, hidden, labels, loss_weights, token_rows, kernel, loss_positions)
+        module = self.get_output_embeddings()  # type: ignore[operator]  # a PreTrainedModel's method
+        total, trained = summed_loss(
+            head,
+            hidden,
+            labels,
+            loss_weights,
+            active_rows(module),
+            kernel,
+            loss_positions,
+            active_weight(module),
+        )
         items = trained if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=total / items)
 
@@ -142,6 +155,7 @@ def summed_loss(
     token_rows: TokenRows | None = None,
     kernel: LossSumFn | None = None,
     positions: Tensor | None = None,
+    matrix: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     """The weighted sum of the losses of all tokens in the loss, and the number of these tokens.
 
@@ -150,9 +164,10 @@ def summed_loss(
         labels: (batch, tokens), ``IGNORED`` for tokens that are not in the loss.
         loss_weights: (batch, tokens); None where each token counts 1.
         token_rows: trained rows that replace those of the head.
-        kernel: used where there are neither ``loss_weights`` nor ``token_rows``.
+        kernel: used where there are neither ``loss_weights`` nor trained weights of the head.
         positions: what :func:`loss_positions` finds in ``labels``; None finds it
             here, for which the CPU waits for the GPU.
+        matrix: (vocabulary, hidden), fp32: a trained head, in place of the frozen one.
 
     Returns:
         The sum, an fp32 scalar, and the number of tokens.
@@ -165,13 +180,15 @@ def summed_loss(
     targets = labels.flatten().index_select(0, positions + 1)
     if not len(targets):
         nothing = hidden.sum() * 0.0
-        return nothing if values is None else nothing + values.sum() * 0.0, 0
-    if kernel is not None and loss_weights is None and token_rows is None:
+        for weights in (values, matrix):
+            nothing = nothing if weights is None else nothing + weights.sum() * 0.0
+        return nothing, 0
+    if kernel is not None and loss_weights is None and token_rows is None and matrix is None:
         return kernel(states, targets), len(targets)
     selected_weights = None if loss_weights is None else loss_weights.flatten().index_select(0, positions + 1)
-    if values is not None and not torch.is_grad_enabled():
-        values = values.detach()
-    return chunked_sum(states, targets, head, selected_weights, ids, values), len(targets)
+    if not torch.is_grad_enabled():
+        values, matrix = (None if weights is None else weights.detach() for weights in (values, matrix))
+    return chunked_sum(states, targets, head, selected_weights, ids, values, matrix), len(targets)
 
 
 def select_states(hidden: Tensor, positions: Tensor) -> Tensor:
@@ -202,6 +219,7 @@ def chunked_sum(
     loss_weights: Tensor | None = None,
     ids: Tensor | None = None,
     values: Tensor | None = None,
+    matrix: Tensor | None = None,
 ) -> Tensor:
     """Σ weight · cross-entropy, an fp32 scalar.
 
@@ -211,9 +229,10 @@ def chunked_sum(
         loss_weights: (tokens,); None where each token counts 1.
         ids: (rows,), token ids whose rows of the head are replaced by ``values``.
         values: (rows, hidden).
+        matrix: (vocabulary, hidden), fp32, in place of the head's weight.
     """
     total: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]  # torch's own
-        states, targets, head, loss_weights, ids, values
+        states, targets, head, loss_weights, ids, values, matrix
     )
     return total
 
@@ -230,9 +249,11 @@ class _ChunkedLoss(torch.autograd.Function):
         loss_weights: Tensor | None,
         ids: Tensor | None,
         values: Tensor | None,
+        matrix: Tensor | None,
     ) -> Tensor:
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[5]
+        needs_grad = any(ctx.needs_input_grad[place] for place in (0, 5, 6))
         grad = empty_gradient(states) if needs_grad else None
+        weight_grad = torch.zeros_like(matrix) if matrix is not None and ctx.needs_input_grad[6] else None
         grad_rows = torch.zeros_like(values) if needs_grad and values is not None else None
         total = torch.zeros((), dtype=torch.float32, device=states.device)
 
@@ -247,9 +268,15 @@ class _ChunkedLoss(torch.autograd.Function):
             assert grad_rows is not None
             grad_rows.addmm_(row_logit_grads.t(), chunk.to(row_logit_grads.dtype))
 
-        pass_through_head(states, targets, head, ids, values, grad, sum_block, sum_rows)
+        def sum_weights(logit_grads: Tensor, chunk: Tensor) -> None:
+            if weight_grad is not None:
+                add_weight_gradient(weight_grad, logit_grads, chunk)
+
+        narrow = None if matrix is None else matrix.to(head.projection.weight.dtype)
+        pass_through_head(states, targets, head, ids, values, grad, sum_block, sum_rows, narrow, sum_weights)
         if grad is not None:
             ctx.save_for_backward(grad, grad_rows)
+        ctx.matrix, ctx.weight_grad = matrix, weight_grad
         ctx.dtype = states.dtype
         return total
 
@@ -257,4 +284,27 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad, grad_rows = ctx.saved_tensors
         rows = None if grad_rows is None else grad_rows * grad_outputs[0]
-        return (grad * grad_outputs[0]).to(ctx.dtype), None, None, None, None, rows
+        weight_grad, ctx.weight_grad = ctx.weight_grad, None
+        if weight_grad is not None:
+            # In place: a copy would be as large as the head.
+            weight_grad *= grad_outputs[0]
+            add_gradient(ctx.matrix, weight_grad)
+        return (grad * grad_outputs[0]).to(ctx.dtype), None, None, None, None, rows, None
+
+
+def add_weight_gradient(total: Tensor, logit_grads: Tensor, chunk: Tensor) -> None:
+    """Add the gradient of a head's weight from one chunk of tokens to ``total``.
+
+    Args:
+        total: (vocabulary, hidden), fp32.
+        logit_grads: (tokens, vocabulary).
+        chunk: (tokens, hidden), the input of the head, in the same dtype.
+    """
+    if chunk.dtype == total.dtype:
+        total.addmm_(logit_grads.t(), chunk)
+        return
+    # A sum over hundreds of tokens can exceed the largest number of fp16.
+    wide = chunk.float() if chunk.dtype == torch.float16 else chunk
+    for start in range(0, len(total), _GRADIENT_ROWS):
+        columns = logit_grads[:, start : start + _GRADIENT_ROWS].to(wide.dtype)
+        total[start : start + _GRADIENT_ROWS] += columns.t() @ wide

@@ -23,6 +23,7 @@ DESCRIPTIONS: dict[FastPath, str] = {
     "lora": "the fused LoRA layers",
     "experts": "the experts one at a time",
     "token rows": "the trained token rows",
+    "embeddings": "the trained embedding",
 }
 """Names of the paths in messages."""
 

@@ -45,6 +45,8 @@ def pass_through_head(
     grad: Tensor | None,
     on_block: Callable[[slice, Tensor, Tensor | None], None],
     on_rows: Callable[[slice, Tensor, Tensor], None],
+    matrix: Tensor | None = None,
+    on_chunk: Callable[[Tensor, Tensor], None] = lambda logit_grads, chunk: None,
 ) -> None:
     """Compute the loss of each token, a chunk of logits and then a block of losses at a time.
 
@@ -59,8 +61,13 @@ def pass_through_head(
             vocabulary), which it may change in place; None for these without ``grad``.
         on_rows: receives which tokens, the gradients at the logits of replaced rows (chunk, rows), and the
             chunk of ``states`` in the dtype of the head; not called without ``grad`` or ``values``.
+        matrix: (vocabulary, hidden), in place of the head's own weight, in its dtype.
+        on_chunk: receives the gradients at the logits of a chunk (chunk, vocabulary) and the chunk of
+            ``states``, both in the dtype of the head; not called without ``grad``.
     """
     weight, bias = head.projection.weight, head.projection.bias
+    if matrix is not None:
+        weight = matrix
     rows = None if values is None else values.to(weight.dtype)
     block = block_rows(states.device)
     for start in range(0, len(targets), LOSS_CHUNK_ROWS):
@@ -90,6 +97,7 @@ def pass_through_head(
             # Otherwise it would stay in memory beside that of the next block.
             del logit_grads
         if grad is not None:
+            on_chunk(logits, chunk)
             grad_chunk = (padded_logits @ weight)[: len(chunk)]
             if row_logit_grads is not None and rows is not None:
                 on_rows(slice(start, end), row_logit_grads, chunk)

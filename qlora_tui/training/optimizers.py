@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Training
+from qlora_tui.training.trained_embeddings import embedding_rate, trained_matrices
 
 MUON = "muon"
 OPTIMIZERS = {
@@ -28,7 +29,8 @@ OPTIMIZERS = {
 def create_optimizer(model: Any, arguments: TrainingArguments, training: Training) -> Optimizer | None:
     """Return the optimizer of a run; None where transformers creates it.
 
-    With ``training.lora_plus_ratio`` the groups are peft's, A's matrices first. Muon's steps are scaled to a
+    With ``training.lora_plus_ratio`` the groups are peft's, A's matrices first; a trained embedding and head
+    are the last group. Muon's steps are scaled to a
     root mean square of 0.2 times the rate (arXiv 2502.16982, section 2.2), about that of AdamW late in a long
     training; AdamW's first steps are up to five times as large.
 
@@ -36,7 +38,8 @@ def create_optimizer(model: Any, arguments: TrainingArguments, training: Trainin
         UserError: this version of torch has no Muon.
     """
     ratio, is_muon = training.lora_plus_ratio, training.optimizer == MUON
-    if ratio == 1 and not is_muon:
+    matrices = trained_matrices(model)
+    if ratio == 1 and not is_muon and not matrices:
         return None
     optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     if is_muon:
@@ -45,7 +48,7 @@ def create_optimizer(model: Any, arguments: TrainingArguments, training: Trainin
     if ratio == 1:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         plain: Optimizer = optimizer_class(trained, weight_decay=arguments.weight_decay, **options)
-        return plain
+        return _with_own_rate(plain, matrices, arguments, training)
     from peft.optimizers import create_loraplus_optimizer
 
     with_ratio: Optimizer = create_loraplus_optimizer(
@@ -55,7 +58,20 @@ def create_optimizer(model: Any, arguments: TrainingArguments, training: Trainin
         loraplus_weight_decay=arguments.weight_decay,
         **options,
     )
-    return with_ratio
+    return _with_own_rate(with_ratio, matrices, arguments, training)
+
+
+def _with_own_rate(
+    optimizer: Optimizer, matrices: list[Any], arguments: TrainingArguments, training: Training
+) -> Optimizer:
+    """Move embedding and head into a last group with their rate; an optimizer that has done no step yet."""
+    if matrices:
+        moved = set(map(id, matrices))
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
+        own = {"lr": embedding_rate(training), "weight_decay": arguments.weight_decay}
+        optimizer.add_param_group({"params": matrices, **own})
+    return optimizer
 
 
 def _muon() -> Any:

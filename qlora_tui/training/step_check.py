@@ -40,6 +40,10 @@ _LOSS_ROUNDING = 16 * torch.finfo(torch.float32).eps
 _ADAPTER_SHARE = 0.05
 """Approximate size of the adapter's output relative to its frozen module's: enough to make A's gradient
 meaningful."""
+_LARGE = 2**24
+"""Elements above which only some rows of a gradient are compared: a trained embedding has gigabytes."""
+_COMPARED_ROWS = 4096
+"""How many of them, besides those of the excerpt's tokens."""
 _FP16_LOSS_SCALE = 1024.0
 """Loss scale of the check, so that small gradients do not vanish in float16."""
 
@@ -242,14 +246,22 @@ class StepReference:
         torch.autograd.backward(loss * _FP16_LOSS_SCALE if self._device.dtype == torch.float16 else loss)
 
     def _take_gradients(self) -> Gradients:
-        """Move the gradients out of the model, as fp32 on the CPU."""
+        """Move the gradients out of the model, as fp32 on the CPU; of large matrices, some rows."""
         gradients = {
-            name: torch.zeros(p.shape) if p.grad is None else p.grad.detach().to("cpu", torch.float32)
+            name: self._compared(torch.zeros_like(p) if p.grad is None else p.grad.detach())
             for name, p in self._model.named_parameters()
             if p.requires_grad
         }
         self._model.zero_grad()
         return gradients
+
+    def _compared(self, gradient: Tensor) -> Tensor:
+        """What is compared of a gradient, as fp32 on the CPU."""
+        if gradient.numel() > _LARGE:
+            rows = set(range(0, len(gradient), max(1, len(gradient) // _COMPARED_ROWS)))
+            rows.update(token for ids in self._excerpt.ids for token in ids if token < len(gradient))
+            gradient = gradient[torch.tensor(sorted(rows), device=gradient.device)]
+        return gradient.to("cpu", torch.float32)
 
 
 @contextmanager

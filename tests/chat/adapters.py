@@ -20,7 +20,7 @@ def make_adapter(model: Path, folder: Path, seed: int = 1, strength: float = 0.3
     settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
     tuned = get_peft_model(base, LoraConfig(**settings | config))
     for name, parameter in tuned.named_parameters():
-        if "lora_B" in name or "trainable_tokens_delta" in name:
+        if "lora_B" in name or "trainable_tokens_delta" in name or ".modules_to_save." in name:
             torch.nn.init.normal_(parameter, std=strength)
     tuned.save_pretrained(str(folder))
     return folder

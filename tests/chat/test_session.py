@@ -236,6 +236,32 @@ def test_trained_token_rows_answer_as_in_peft_beside_other_adapters(
         assert text == reference(session, source, rows[adapter_name], SHORT.max_new_tokens)
 
 
+def test_a_trained_embedding_answers_as_in_peft_beside_other_adapters(
+    tiny_model: Path, tiny_source: ChatSource, tmp_path: Path
+) -> None:
+    from qlora_tui.chat.session import load_session
+    from tests.chat.adapters import make_adapter
+
+    whole = ["model.embed_tokens", "lm_head"]
+    more = {
+        adapter_name: str(
+            make_adapter(tiny_model, tmp_path / adapter_name, seed, modules_to_save=whole, use_dora=dora)
+        )
+        for adapter_name, seed, dora in (("step-5", 1, False), ("step-6", 2, True))
+    }
+    source = msgspec.structs.replace(tiny_source, adapters={**tiny_source.adapters, **more})
+    session = load_session(source)
+    order = ("adapter", "step-5", "base", "step-6")
+    texts = [said(session, adapter_name).text for adapter_name in (*order, *order)]
+    assert texts[:4] == texts[4:] and len(set(texts)) == 4
+    for adapter_name, text in zip(order, texts, strict=False):
+        if adapter_name != "base":
+            assert text == reference(session, source, source.adapters[adapter_name], SHORT.max_new_tokens)
+    assert not session.warning
+    alone = load_session(tiny_source)
+    assert texts[2] == said(alone, "base").text
+
+
 def test_packed_and_dequantized_4_bit_weights_give_the_same_scores(
     tiny_source: ChatSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,11 +37,20 @@ def test_the_printed_command_starts_one_trainer_per_gpu(call: Call, train: list[
     assert attached.code == 0 and "stopped at step 0" in attached.out
 
 
-def test_streamed_layers_on_several_gpus_are_refused_before_a_run(call: Call, train: list[str]) -> None:
-    streamed = [*train, "--print-command", "--set", "quantization.streamed_layers=2"]
+@pytest.mark.parametrize(
+    ("setting", "fix"),
+    [
+        ("quantization.streamed_layers=2", "streamed_layers to 0, or train on one GPU"),
+        ("lora.train_embeddings=true", "train_embeddings = false, or train on one GPU"),
+    ],
+)
+def test_settings_for_one_gpu_are_refused_with_several(
+    call: Call, train: list[str], setting: str, fix: str
+) -> None:
+    streamed = [*train, "--print-command", "--set", setting]
     refused = call(*streamed, "--gpus", "2")
     assert refused.code == 2 and "this run has 2 GPUs" in refused.err
-    assert "streamed_layers to 0, or train on one GPU" in refused.err
+    assert fix in refused.err
     assert all_runs() == []
     assert call(*streamed, "--gpus", "1").code == 0
 

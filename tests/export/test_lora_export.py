@@ -91,6 +91,7 @@ def test_adapters_of_other_families_are_applied_alike(
     [
         ({"use_dora": True}, False, "DoRA"),
         ({"trainable_token_indices": [3, 5]}, True, "token rows"),
+        ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, True, "trained embedding"),
     ],
 )
 def test_what_a_lora_file_cannot_express_is_refused(

@@ -34,6 +34,7 @@ def merged_by_peft(model: Path, adapter: str) -> dict[str, Any]:
         {"use_dora": True},
         {"alpha_pattern": {"v_proj": 32}},
         {"trainable_token_indices": {"embed_tokens": [1, 2, 300], "lm_head": [1, 2, 300]}},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
     ],
 )
 def test_a_merged_model_has_the_weights_that_peft_merges(
@@ -54,11 +55,21 @@ def test_a_merged_model_has_the_weights_that_peft_merges(
     assert ours.keys() == expected.keys()
     for name, weight in expected.items():
         torch.testing.assert_close(ours[name], weight, rtol=1e-5, atol=1e-6)
-    assert merged.changed_weights == 2 * 7 + len(config.get("trainable_token_indices", ()))
+    more = config.get("trainable_token_indices", config.get("modules_to_save", ()))
+    assert merged.changed_weights == 2 * 7 + len(more)
     assert statuses[0] == "Merging model.safetensors (1 of 1)" and len(statuses) == 2
 
 
-def test_rows_are_merged_into_a_tied_head_stored_separately(tiny_source: ChatSource, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"trainable_token_indices": [1, 2, 300]},
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ],
+)
+def test_a_tied_head_stored_separately_is_merged_too(
+    tiny_source: ChatSource, tmp_path: Path, config: dict[str, Any]
+) -> None:
     import torch
     import transformers
     from safetensors.torch import load_file, save_file
@@ -70,7 +81,7 @@ def test_rows_are_merged_into_a_tied_head_stored_separately(tiny_source: ChatSou
     weights = load_file(model / "model.safetensors")
     held = weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
     save_file(held, model / "model.safetensors", {"format": "pt"})
-    adapter = str(make_adapter(model, tmp_path / "adapter", trainable_token_indices=[1, 2, 300]))
+    adapter = str(make_adapter(model, tmp_path / "adapter", **config))
     recipe = msgspec.structs.replace(
         tiny_source.recipe, model=msgspec.structs.replace(tiny_source.recipe.model, id=str(model))
     )

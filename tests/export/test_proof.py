@@ -164,6 +164,20 @@ def test_right_files_are_exported(tmp_path: Path, kind: str, quantization: str) 
     assert proof.prompts == PROMPTS[kind]
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_trained_embedding_and_head_are_exported(tmp_path: Path, tied: bool) -> None:
+    whole = {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": tied}
+    source = make_source(tmp_path, adapter=whole, tie_word_embeddings=tied)
+    proof = export_gguf(source, "adapter", tmp_path / "out", ["F16"]).files[0].proof
+    assert proof is not None and proof.divergence < 1e-3 < 0.1 < proof.effect
+
+
+def test_an_embedding_trained_apart_from_a_tied_head_is_refused(tmp_path: Path) -> None:
+    source = make_source(tmp_path, adapter={"modules_to_save": ["embed_tokens"]}, tie_word_embeddings=True)
+    with pytest.raises(UserError, match="trained embedding and head apart"):
+        export_gguf(source, "adapter", tmp_path / "out", ["F16"])
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_file_is_refused(
     source_of: Callable[[str], ChatSource], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

@@ -293,6 +293,17 @@ def test_mixtures_fit_with_4_bit_experts(model: str, length: int, gib: int, adap
     assert wide.notes == ("The experts stay in 16 bits: quantization.experts is off.",)
 
 
+def test_frozen_embeddings_are_offered_where_they_are_trained() -> None:
+    trained = Recipe(lora=Lora(train_embeddings=True))
+    architecture, offer = qwen_7b(), "Train embeddings off"
+    more = estimate(trained, architecture).process_bytes - estimate(Recipe(), architecture).process_bytes
+    # Two matrices and their gradients, in fp32; paged states are not in the memory of the GPU.
+    assert more > 2 * architecture.head.weight_params * 8
+    labels = [change.label for change in cheapest_changes(trained, architecture, 12 * GIB)]
+    assert any(offer in label for label in labels)
+    assert all(offer not in change.label for change in cheapest_changes(Recipe(), architecture, 5 * GIB))
+
+
 def test_quantized_experts_are_offered_where_they_are_not() -> None:
     recipe = Recipe(quantization=Quantization(experts=False), data=Data(max_length=1024))
     architecture = parse_architecture(config("Qwen/Qwen3-30B-A3B"))

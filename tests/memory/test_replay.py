@@ -86,6 +86,14 @@ def test_the_replays_peak_equals_the_walks(
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("accumulation", [1, 8])
+def test_a_trained_embedding_is_replayed_as_it_is_walked(name: str, accumulation: int) -> None:
+    recipe = Recipe(lora=Lora(train_embeddings=True), training=Training(gradient_accumulation=accumulation))
+    estimated = estimate(recipe, parse_architecture(config(name)))
+    assert _replayed(recipe, name).allocated_bytes == pytest.approx(estimated.allocated_bytes, rel=0.01)
+
+
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("rows", [1, 4])
 def test_layers_between_equal_ones_need_no_full_replay(
     name: str, rows: int, monkeypatch: pytest.MonkeyPatch

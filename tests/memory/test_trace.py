@@ -93,6 +93,22 @@ def test_trained_rows_are_counted_with_their_gradients(family: str, tied: bool) 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("family", "tied"), [("Llama 3", True), ("Mistral", False), ("Gemma 3", True)])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_trained_embedding_and_head_are_counted(family: str, tied: bool, accumulation: int) -> None:
+    from qlora_tui.engine.trace_worker import trace_request
+
+    config = cut_config(family)
+    architecture = parse_architecture(config)
+    assert architecture.head.tied == tied
+    recipe = recipe_of(Case(family, length=512, embeddings=True))
+    recipe = replace_setting(recipe, "training.gradient_accumulation", accumulation)
+    traced = trace_request(TraceRequest(config=config, recipe=recipe)).figures()
+    closed = closed_form(recipe, architecture, trainer_execution(recipe, Device()))
+    assert closed == pytest.approx(traced, rel=0.01)
+
+
+@pytest.mark.slow
 def test_earlier_gradients_are_counted_in_the_next_forward() -> None:
     from qlora_tui.engine.trace_worker import trace_request
 

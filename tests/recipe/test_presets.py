@@ -17,6 +17,7 @@ from tests.recipe.strategies import recipes
 
 SHIPPED = [
     "balanced",
+    "continued-pretraining",
     "cpu-demo",
     "paper",
     "preference-dpo",
@@ -101,8 +102,8 @@ def test_an_unknown_preset_names_the_near_one() -> None:
         presets.find_preset("smal_card.toml")
     assert str(caught.value) == (
         'Unknown preset: There is no preset "smal_card.toml".\n'
-        "  The presets are balanced, cpu-demo, paper, preference-dpo, preference-orpo, quality, small-card, "
-        "style.\n"
+        "  The presets are balanced, continued-pretraining, cpu-demo, paper, preference-dpo, "
+        "preference-orpo, quality, small-card, style.\n"
         "  Did you mean small-card?"
     )
 

@@ -93,6 +93,7 @@ def test_the_weights_are_those_that_peft_loads(tiny_model: Path, adapter: Path) 
         ({"target_modules": ("q_proj",)}, "it adapts 12 modules that the recipe does not"),
         ({"use_rslora": True}, "rsLoRA is on in the recipe and off in the adapter"),
         ({"use_dora": True}, "DoRA is on in the recipe and off in the adapter"),
+        ({"train_embeddings": True}, "Train embeddings is on in the recipe and off in the adapter"),
     ],
 )
 def test_an_adapter_of_another_shape_is_refused(

@@ -9,9 +9,12 @@ from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
-PatchedPart: TypeAlias = Literal["lora", "mlp", "norms", "rotary", "experts", "token rows"]
+PatchedPart: TypeAlias = Literal["lora", "mlp", "norms", "rotary", "experts", "token rows", "embeddings"]
 """The kind of module that is replaced; each kind is switched as a whole."""
-PATCHED_PARTS: tuple[PatchedPart, ...] = ("norms", "rotary", "mlp", "lora", "experts", "token rows")
+PATCHED_PARTS: tuple[PatchedPart, ...] = (
+    *("norms", "rotary", "mlp", "lora", "experts"),
+    *("token rows", "embeddings"),
+)
 
 
 def patch_forward(module: nn.Module, forward: Callable[..., Any], part: PatchedPart) -> None:

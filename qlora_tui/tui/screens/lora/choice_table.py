@@ -18,7 +18,7 @@ from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.render.block_charts import bar
 from qlora_tui.tui.render.recipe_line import VERDICT_STYLE
-from qlora_tui.tui.screens.lora.totals import SAVED_BYTES, trained_parameters
+from qlora_tui.tui.screens.lora.totals import saved_bytes, trained_parameters
 from qlora_tui.tui.widgets.panel import Panel
 from qlora_tui.tui.widgets.static_update import update_if_changed
 
@@ -43,6 +43,7 @@ class ChoiceCost:
     name: str
     is_current: bool
     trained: int
+    saved_bytes: int
     total_bytes: int
     limit_bytes: int
     word: str
@@ -78,11 +79,13 @@ def choice_costs(recipe: Recipe, architecture: Architecture, budget: MemoryBudge
     for name, changed in _choices(recipe, architecture):
         try:
             estimated = estimate(changed, architecture, device=budget.device)
-            trained = trained_parameters(changed, architecture)
+            trained, saved = trained_parameters(changed, architecture), saved_bytes(changed, architecture)
         except UserError:
             continue
         word = check_fit(estimated, budget.bytes).word
-        costs.append(ChoiceCost(name, changed == recipe, trained, estimated.total_bytes, budget.bytes, word))
+        costs.append(
+            ChoiceCost(name, changed == recipe, trained, saved, estimated.total_bytes, budget.bytes, word)
+        )
     return tuple(costs)
 
 
@@ -104,7 +107,7 @@ def choice_lines(costs: tuple[ChoiceCost, ...], width: int) -> list[Content]:
     lines = [Content.styled(head, "dim")]
     for cost in costs:
         mark, style = ("▸", "bold") if cost.is_current else (" ", "")
-        disk = format_bytes(cost.trained * SAVED_BYTES)
+        disk = format_bytes(cost.saved_bytes)
         share = f"{bar(cost.total_bytes / cost.limit_bytes, cells)} " if drawn else ""
         lines.append(
             Content.assemble(

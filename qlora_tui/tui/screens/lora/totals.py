@@ -15,7 +15,7 @@ from qlora_tui.formatting import format_bytes, format_count
 from qlora_tui.memory import Device, Estimate, estimate
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import precision_of
-from qlora_tui.memory.layout import build_layout, row_shapes
+from qlora_tui.memory.layout import build_layout, vocabulary_shapes
 from qlora_tui.memory.parameter_memory import adapter_bytes, gradient_bytes, optimizer_bytes
 from qlora_tui.recipe.diff import diff_recipes, format_value
 from qlora_tui.recipe.fields import replace_setting
@@ -65,7 +65,16 @@ def format_delta(bytes_: int) -> str:
 def trained_parameters(recipe: Recipe, architecture: Architecture) -> int:
     """Trained parameters of the adapter. Raises UserError for targets that the model does not have."""
     chosen = match_modules(recipe.lora.target_modules, architecture.targets)
-    return adapter_parameters(chosen, recipe.lora) + sum(map(prod, row_shapes(recipe.lora, architecture)))
+    return adapter_parameters(chosen, recipe.lora) + sum(
+        map(prod, vocabulary_shapes(recipe.lora, architecture))
+    )
+
+
+def saved_bytes(recipe: Recipe, architecture: Architecture) -> int:
+    """Size of the saved adapter. peft saves a trained embedding that is tied to the head under both names."""
+    twice = recipe.lora.train_embeddings and architecture.head.tied
+    saved = trained_parameters(recipe, architecture) + (architecture.head.weight_params if twice else 0)
+    return saved * SAVED_BYTES
 
 
 def totals_text(recipe: Recipe, architecture: Architecture, estimate: Estimate) -> Content:
@@ -85,7 +94,7 @@ def totals_text(recipe: Recipe, architecture: Architecture, estimate: Estimate) 
     return Content.assemble(
         (f"{format_count(trained)}", "bold"),
         f" of {format_count(architecture.total_params)} parameters ({_percent(share)}) · ",
-        (format_bytes(trained * SAVED_BYTES), "bold"),
+        (format_bytes(saved_bytes(recipe, architecture)), "bold"),
         " on disk · ",
         (format_bytes(memory), "bold"),
         " in memory",
