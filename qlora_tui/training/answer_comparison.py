@@ -11,12 +11,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch.nn import functional
+import msgspec
 
 from qlora_tui.data.store import GOOD
 from qlora_tui.runs.events import AnswersCompared
-from qlora_tui.runs.task_metrics.answer_metrics import TaskRow, measure_answers
+from qlora_tui.runs.task_metrics.answer_metrics import measure_answers
 from qlora_tui.runs.task_metrics.intervals import MIN_ROWS
 from qlora_tui.runs.task_metrics.task_evaluation import (
     LossChange,
@@ -24,10 +23,7 @@ from qlora_tui.runs.task_metrics.task_evaluation import (
     adapter_hash,
     write_task_evaluation,
 )
-from qlora_tui.training.eval_mode import no_grad_eval
-from qlora_tui.training.forgetting.answer_logits import PromptAndAnswer, RowShape, answer_logits
 from qlora_tui.training.forgetting.greedy_answers import answer_greedily
-from qlora_tui.training.head_chunks import block_rows
 from qlora_tui.training.prepared_run import PreparedRun
 from qlora_tui.training.task_prompts import TaskPrompt, answer_limit, task_prompts
 from qlora_tui.training.task_rows import TaskRows
@@ -40,35 +36,73 @@ _BATCH_ROWS = 8
 _SEED = 0
 
 
-def compare_answers(
+def answer_validation(
     prepared: PreparedRun,
     model: Any,
     training_seconds: float,
     clock: Callable[[], float] = time.monotonic,
-) -> None:
-    """Write and report how base and adapter answer up to ``training.task_prompts`` validation prompts.
+) -> TaskEvaluation | None:
+    """Let base and adapter answer up to ``training.task_prompts`` validation prompts.
 
-    Nothing happens where references are free text, on several GPUs, and without validation data. An error,
-    such as too little memory, costs the answers and not the run, whose adapter is on the disk by now. Draws
-    no random numbers of torch, and changes no weight.
+    Draws no random numbers of torch, and changes no weight. An error, such as too little memory, costs the
+    answers and not the run, whose adapter is on the disk by now.
 
     Args:
         model: with the final adapter.
         training_seconds: how long the run has trained.
         clock: seconds that only grow.
+
+    Returns:
+        The answers without losses; None where references are free text, on several GPUs, without validation
+        data, and where there is not enough time.
     """
     samples = prepared.data.validation.of_side(GOOD)
     most = prepared.recipe.training.task_prompts
     if not most or not len(samples) or prepared.dist.world_size > 1:
-        return
+        return None
     try:
         prompts = task_prompts(samples, frozenset(prepared.tokenizer.turn_end_ids), most)
         texts = TaskRows(prepared.recipe.data, prepared.tokenizer)
         if not _can_be_right(prompts, texts):
-            return
-        _compare(prepared, model, prompts, texts, len(samples), RUN_SHARE * training_seconds, clock)
+            return None
+        return _evaluate(prepared, model, prompts, texts, len(samples), RUN_SHARE * training_seconds, clock)
     except Exception as error:
-        prepared.reporter.log(f"the answers were not compared: {type(error).__name__}: {error}")
+        _log_error(prepared, error)
+        return None
+
+
+def report_answers(prepared: PreparedRun, answers: TaskEvaluation | None, loss: LossChange | None) -> None:
+    """Write and report answers; an error costs them, and not the run.
+
+    Args:
+        answers: what :func:`answer_validation` returned.
+        loss: the loss of the validation rows; None where it was not compared.
+    """
+    if answers is None:
+        return
+    try:
+        write_task_evaluation(prepared.run, msgspec.structs.replace(answers, loss=loss or answers.loss))
+    except OSError as error:
+        _log_error(prepared, error)
+        return
+    first = answers.metrics[0]
+    prepared.reporter.emit(
+        AnswersCompared(
+            at=time.time(),
+            metric=first.name,
+            prompts=first.rows,
+            base=first.base,
+            adapter=first.adapter,
+            low=first.difference_interval.low,
+            high=first.difference_interval.high,
+            comparison=first.comparison,
+            seconds=answers.seconds,
+        )
+    )
+
+
+def _log_error(prepared: PreparedRun, error: Exception) -> None:
+    prepared.reporter.log(f"the answers were not compared: {type(error).__name__}: {error}")
 
 
 def _can_be_right(prompts: Sequence[TaskPrompt], texts: TaskRows) -> bool:
@@ -79,7 +113,7 @@ def _can_be_right(prompts: Sequence[TaskPrompt], texts: TaskRows) -> bool:
     return metrics[0].name != "token F1"
 
 
-def _compare(
+def _evaluate(
     prepared: PreparedRun,
     model: Any,
     prompts: Sequence[TaskPrompt],
@@ -87,14 +121,14 @@ def _compare(
     validation_rows: int,
     budget_s: float,
     clock: Callable[[], float],
-) -> None:
+) -> TaskEvaluation | None:
     reporter, run = prepared.reporter, prepared.run
     later = f"`qlora-tui evaluate {run.id}` measures them"
     if budget_s < _MIN_SECONDS:
         reporter.log(
             f"the answers were not compared: {RUN_SHARE:.0%} of so short a run is too little; {later}"
         )
-        return
+        return None
     reporter.phase("evaluating", "answers of base and adapter to validation prompts")
     started = clock()
     answered, limit = _answer(prepared, model, prompts, started + budget_s, clock)
@@ -103,40 +137,20 @@ def _compare(
             f"the answers were not compared: {len(answered)} of {len(prompts)} prompts were answered within "
             f"{RUN_SHARE:.0%} of the training time; {later}"
         )
-        return
-    order = sorted(answered)
-    chosen = [prompts[number] for number in order]
-    rows: list[TaskRow] = [texts.row(prompts[number], *answered[number]) for number in order]
-    after = _reference_losses(prepared, model, chosen)
-    with model.disable_adapter():
-        before = _reference_losses(prepared, model, chosen)
+        return None
+    rows = [texts.row(prompts[number], *answered[number]) for number in sorted(answered)]
     metrics, labels = measure_answers(rows)
-    evaluation = TaskEvaluation(
+    return TaskEvaluation(
         run=run.id,
         adapter=adapter_hash(run),
         max_new_tokens=limit,
         validation_rows=validation_rows,
         metrics=metrics,
         labels=labels,
-        loss=LossChange.of(before, after, [len(prompt.reference) for prompt in chosen]),
+        loss=LossChange.of([], [], []),
         rows=tuple(rows),
         seconds=clock() - started,
         is_partial=len(rows) < len(prompts),
-    )
-    write_task_evaluation(run, evaluation)
-    first = metrics[0]
-    reporter.emit(
-        AnswersCompared(
-            at=time.time(),
-            metric=first.name,
-            prompts=first.rows,
-            base=first.base,
-            adapter=first.adapter,
-            low=first.difference_interval.low,
-            high=first.difference_interval.high,
-            comparison=first.comparison,
-            seconds=evaluation.seconds,
-        )
     )
 
 
@@ -154,47 +168,23 @@ def _answer(
     order = random.Random(_SEED).sample(range(len(prompts)), len(prompts))
     answered: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
 
-    def answers(ids: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
-        seconds = max(0.0, deadline - clock())
+    def answers(ids: Sequence[Sequence[int]], seconds: float) -> list[tuple[int, ...]]:
         device = prepared.device.torch_device
-        return answer_greedily(model, ids, prepared.tokenizer, device, limit, max_seconds=seconds)
+        return answer_greedily(model, ids, prepared.tokenizer, device, limit, max_seconds=max(0.0, seconds))
 
     for start in range(0, len(order), _BATCH_ROWS):
         batch = order[start : start + _BATCH_ROWS]
         ids = [prompts[number].ids[-(context - limit) :] for number in batch]
-        after = answers(ids)
-        if clock() >= deadline:
+        began = clock()
+        # The base hardly ever ends sooner, so an adapter that needs more than half would leave too little.
+        most_s = (deadline - began) / 2
+        after = answers(ids, most_s)
+        if clock() - began >= most_s:
             break
         with model.disable_adapter():
-            before = answers(ids)
+            before = answers(ids, deadline - clock())
         if clock() >= deadline:
             break
         answered |= dict(zip(batch, zip(before, after, strict=True), strict=True))
         prepared.reporter.progress("evaluating", len(answered), len(prompts))
     return answered, limit
-
-
-def _reference_losses(prepared: PreparedRun, model: Any, prompts: Sequence[TaskPrompt]) -> list[float]:
-    """Sum of the losses of each reference's tokens, in nats."""
-    shape = RowShape(
-        packed=prepared.base.padding_free,
-        max_length=prepared.recipe.data.max_length,
-        multiple=prepared.device.row_multiple,
-        pad_id=prepared.pad_id,
-    )
-    device = prepared.device.torch_device
-    references = [PromptAndAnswer((*each.ids, *each.reference), len(each.ids)) for each in prompts]
-    losses = [0.0] * len(prompts)
-    with no_grad_eval(model):
-        for number, logits in answer_logits(model, references, shape, device):
-            targets = logits.new_tensor(prompts[number].reference).long()
-            rows = block_rows(device)
-            parts = zip(torch.split(logits, rows), torch.split(targets, rows), strict=True)
-            losses[number] = sum(
-                (
-                    float(functional.cross_entropy(part.float(), wanted, reduction="sum"))
-                    for part, wanted in parts
-                ),
-                start=0.0,
-            )
-    return losses

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.runs.energy import JOULES_PER_KWH, EnergyMeter
 from qlora_tui.runs.events import Finished, Paused, RunEnded, Stopped
-from qlora_tui.training.answer_comparison import compare_answers
+from qlora_tui.training.answer_comparison import answer_validation, report_answers
 from qlora_tui.training.callbacks import RunCallback
 from qlora_tui.training.compute_device import find_device
 from qlora_tui.training.control_requests import StepAbandoned, StopRequested
@@ -147,8 +147,8 @@ class TrainingAttempt:
         if callback.outcome == "stopped":
             return Stopped(at=time.time(), step=step, checksums=checksums)
         # Before the next, which may put the weights of the start into the model.
-        compare_answers(prepared, trainer.model, seconds)
-        compare_validation(prepared, trainer.model)
+        answers = answer_validation(prepared, trainer.model, seconds)
+        report_answers(prepared, answers, compare_validation(prepared, trainer.model))
         self._telemetry.stop()
         energy = EnergyMeter(run.telemetry_path)
         energy.read_all()

@@ -18,7 +18,7 @@ from qlora_tui.training.row_loss import token_losses
 _MAX_ROWS = 128
 
 
-def compare_validation(prepared: PreparedRun, model: Any) -> None:
+def compare_validation(prepared: PreparedRun, model: Any) -> LossChange | None:
     """Report the loss of up to 128 validation rows before and after training; of pairs the chosen side.
 
     Before training the model is its base, or has the adapter that the run started from. Left out with several
@@ -27,11 +27,14 @@ def compare_validation(prepared: PreparedRun, model: Any) -> None:
 
     Args:
         model: with the final adapter; it may have that of the start afterwards.
+
+    Returns:
+        What was reported; None where nothing was.
     """
     samples = prepared.data.validation.of_side(GOOD).spread(_MAX_ROWS)
     reporter = prepared.reporter
     if not len(samples) or prepared.dist.world_size > 1 or not prepared.recipe.learns_answers:
-        return
+        return None
     shape = RowShape(
         packed=prepared.base.padding_free,
         max_length=prepared.recipe.data.max_length,
@@ -56,7 +59,7 @@ def compare_validation(prepared: PreparedRun, model: Any) -> None:
             before = losses(1)
     except Exception as error:
         reporter.log(f"the validation rows were not compared: {type(error).__name__}: {error}")
-        return
+        return None
     change = LossChange.of(
         [sum(row) for row in before], [sum(row) for row in after], [len(row) for row in after]
     )
@@ -70,6 +73,7 @@ def compare_validation(prepared: PreparedRun, model: Any) -> None:
             high=change.interval.high,
         )
     )
+    return change
 
 
 @contextmanager

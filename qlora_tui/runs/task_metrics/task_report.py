@@ -25,7 +25,7 @@ def report_lines(evaluation: TaskEvaluation, rows: int) -> list[str]:
         f"{pluralize(len(evaluation.rows), 'validation prompt')} of {evaluation.run}, with greedy answers of "
         f"up to {evaluation.max_new_tokens:,} tokens.",
         *(f"{_capitalized(describe_metric(metric))}." for metric in evaluation.metrics[:1]),
-        f"{_capitalized(describe_loss(evaluation.loss))}.",
+        *([f"{_capitalized(describe_loss(evaluation.loss))}."] if evaluation.loss.rows else []),
         "",
         *metric_table(evaluation.metrics),
     ]
