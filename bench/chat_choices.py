@@ -1,6 +1,6 @@
 """Whether a run on choices of the chat does what was chosen: always the shorter of two answers.
 
-    python -m bench.chat_choices --data ALPACA.json [--prompts 60] [--tests 16] [--method orpo] [--json]
+    python -m bench.chat_choices --data ALPACA.json [--prompts 44] [--tests 32] [--method orpo] [--json]
 
 Lets the demo's model answer instructions twice each, at random, records the shorter answer of each pair as
 the better one, as the key of the chat does, prepares the run that the chat offers, and compares the number of
@@ -33,9 +33,9 @@ from qlora_tui.runs.chat_choices import Provenance, add_pair, recipe_on_choices
 from qlora_tui.runs.directory import create_run
 from qlora_tui.runs.task_metrics.intervals import mean_interval
 
-ANSWER_TOKENS = 64
-"""Most tokens of an answer that is chosen from."""
-TEST_TOKENS = 96
+ANSWER_TOKENS = 192
+"""Most tokens of an answer that is chosen from. With 64, most were cut off, and both were as long."""
+TEST_TOKENS = 192
 """Most tokens of an answer that is counted."""
 
 
@@ -43,8 +43,8 @@ def main() -> int:
     """Answer, choose, train, count; print the lengths."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--prompts", type=int, default=60, help="prompts that are answered twice")
-    parser.add_argument("--tests", type=int, default=16)
+    parser.add_argument("--prompts", type=int, default=44, help="prompts that are answered twice")
+    parser.add_argument("--tests", type=int, default=32)
     parser.add_argument("--method", default="", help="data.preferences of the run; empty: what the chat sets")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -96,7 +96,11 @@ def choose_shorter(recipe: Recipe, prompts: list[tuple[Message, ...]]) -> list[t
             list(stream)
             outcomes.append(stream.outcome)
         shorter, longer = sorted(outcomes, key=lambda outcome: outcome.new_tokens)
-        if shorter.new_tokens == longer.new_tokens or not shorter.text.strip():
+        if (
+            shorter.ending != "turn end"
+            or shorter.new_tokens == longer.new_tokens
+            or not shorter.text.strip()
+        ):
             continue
         provenance = Provenance(
             id=str(number),

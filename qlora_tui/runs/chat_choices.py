@@ -36,7 +36,7 @@ _MAX_BYTES = 1 << 28
 _PAIR_LEARNING_RATE = 1e-4
 """Most for a run on pairs: a higher one soon makes both answers unlikely."""
 _PAIR_EPOCHS = 3.0
-"""With a step for each row, twenty pairs are some thirty steps; at 16 pairs a step they would be two."""
+"""With a step for each packed row, 25 pairs are 27 steps; at 16 pairs a step they would be five."""
 
 
 class Provenance(Struct, frozen=True, kw_only=True):

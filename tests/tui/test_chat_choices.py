@@ -59,6 +59,21 @@ async def test_a_key_says_which_answer_is_better() -> None:
         assert len(rows("pairs")) == 1
 
 
+async def test_an_answer_cut_off_is_not_recorded_as_better() -> None:
+    finished(ADAPTER)
+    app = open_on("chat")
+    async with app.run_test(size=(100, 40), notifications=True) as pilot:
+        await wait_for_text(pilot, "not loaded yet")
+        turn = await answered(pilot, chat_of(app), "It is late.", "In Oslo, which")
+        await turn.answers[ADAPTER].end(replace(OUTCOME, text="In Oslo, which", ending="most tokens"))
+        await pilot.press("greater_than_sign")
+        await wait_for_text(pilot, "The better answer was cut off")
+        assert not choices_path(BASE_MODEL, "pairs").exists()
+        await pilot.press("less_than_sign")
+        await wait_for_text(pilot, "base · ✓ better")
+        assert len(rows("pairs")) == 1
+
+
 async def test_an_answer_is_edited_over_several_lines() -> None:
     finished(ADAPTER)
     app = open_on("chat")

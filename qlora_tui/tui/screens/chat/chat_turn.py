@@ -39,6 +39,10 @@ _LOOP = (
     "set a repetition penalty."
 )
 _MAX_PHRASE = 60
+_QUESTION = (
+    "Which answer is better? Esc, then {chat.prefer_left} left or {chat.prefer_right} right; "
+    "{chat.edit_answer} edits it."
+)
 
 
 class AdapterAnswer(Panel):
@@ -68,6 +72,11 @@ class AdapterAnswer(Panel):
         note = Static("", classes="answer-note")
         note.display = False
         yield note
+
+    @property
+    def was_cut(self) -> bool:
+        """Whether it ended for another reason than that the model ended its turn."""
+        return self.outcome is not None and self.outcome.ending in _ENDINGS
 
     @property
     def thought(self) -> str:
@@ -191,6 +200,11 @@ class ChatTurn(Vertical):
     ChatTurn Horizontal {
         height: auto;
     }
+    ChatTurn .question {
+        height: auto;
+        padding: 0 1;
+        display: none;
+    }
     """
 
     def __init__(self, prompt: str, adapter_names: tuple[str, ...], *, unfolded: bool = False) -> None:
@@ -215,3 +229,9 @@ class ChatTurn(Vertical):
         yield Static(f"▸ {self.prompt}", classes="prompt", markup=False)
         with Horizontal():
             yield from self.answers.values()
+        yield Static(highlight_keys(name_keys(_QUESTION), "dim"), classes="question")
+
+    def show_question(self, visible: bool) -> None:
+        """Name the keys that choose one of two answers, or take that away."""
+        texts = {answer.text.strip() for answer in self.answers.values()} - {""}
+        self.query_one(".question").display = visible and len(texts) > 1

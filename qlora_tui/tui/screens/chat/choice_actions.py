@@ -44,6 +44,14 @@ class ChoiceActions(ConversationScreen):
         if chosen.text.strip() == rejected.text.strip():
             self.notify("Both answers are the same: there is nothing to choose.")
             return
+        if chosen.was_cut:
+            self.notify(
+                f"The better answer was cut off: a model trained on it would stop there too. "
+                f"{key_name('chat.settings')} raises the limit and {key_name('chat.retry')} asks again, or "
+                f"{key_name('chat.edit_answer')} edits it.",
+                severity="warning",
+            )
+            return
         provenance = self._provenance(
             turn, {"chosen": chosen.adapter_name, "rejected": rejected.adapter_name}
         )
@@ -53,6 +61,7 @@ class ChoiceActions(ConversationScreen):
         except UserError as problem:
             self.qlora_app.show_error(problem)
             return
+        turn.show_question(False)
         chosen.show_judgment("better")
         rejected.show_judgment("")
         self._report("pairs", count, f"The answer of {chosen.adapter_name} is better")

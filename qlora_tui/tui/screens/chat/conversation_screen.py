@@ -165,6 +165,8 @@ class ConversationScreen(WorkScreen):
     @work(group="answers")
     async def _answer(self, prompt: str) -> None:
         turn = ChatTurn(prompt, self.pair.active, unfolded=self.unfolded)
+        if self.turns:
+            self.turns[-1].show_question(False)
         self.turns.append(turn)
         conversation = self.query_one("#conversation", VerticalScroll)
         await conversation.mount(turn)
@@ -186,6 +188,7 @@ class ConversationScreen(WorkScreen):
         except UserError as problem:
             for answer in turn.answers.values():
                 await answer.fail(problem)
+        turn.show_question(True)
         self._save_transcript(turn, sampling)
         self._set_idle()
 
