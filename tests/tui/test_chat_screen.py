@@ -318,7 +318,7 @@ async def test_the_question_closes_once_the_run_has_ended() -> None:
         await wait_for_text(pilot, "A run is training")
         write_status(busy, msgspec.structs.replace(read_status(busy), state="stopped"))
         await wait_until(pilot, lambda: "A run is training" not in text_of(app))
-        assert "Hello" in text_of(app)
+        await wait_for_text(pilot, "Hello")
 
 
 async def test_a_pasted_prompt_keeps_lines_and_up_recalls_the_last() -> None:
