@@ -97,6 +97,10 @@ GLOSSARY: dict[str, str] = {
         "weight-decomposed LoRA: the length of each row of a weight is trained apart from its "
         "direction. Often better at low ranks, always slower"
     ),
+    "embed": (
+        "whether the embedding and the output head are trained in whole too, at their own rate: for a new "
+        "language or domain from plain text. They take much more memory than an adapter"
+    ),
     "activations": (
         "what the layers compute on the way to the loss; the backward pass needs it, so it is kept "
         "or computed again"

@@ -24,6 +24,19 @@ STEP_ITEMSIZE: dict[str, int] = {"adamw": 4, "adafactor": 12, "muon": 8}
 """Bytes per element of a tensor during its step: AdamW's square root; Adafactor's squared gradient and the
 two factors of its update; Muon's gradient with momentum, and two matrices in bfloat16."""
 
+CPU_STEP_ITEMSIZE: dict[str, int] = {
+    **dict.fromkeys(("adamw_8bit", "paged_adamw_8bit", "lion_8bit"), 20),
+    **dict.fromkeys(("paged_adamw_32bit", "lion"), 12),
+}
+"""As ``STEP_ITEMSIZE``, on a CPU, where bitsandbytes 0.50 computes in torch: 8-bit states are dequantized.
+Measured as the growth of the process at the step of a matrix with 28 million elements."""
+
+
+def step_itemsize(execution: ExecutionConfig) -> int:
+    """Return the bytes per element of a tensor during its optimizer step."""
+    itemsizes = STEP_ITEMSIZE | CPU_STEP_ITEMSIZE if execution.device == "cpu" else STEP_ITEMSIZE
+    return itemsizes.get(execution.optimizer, 0)
+
 
 def round_to_block(size: int) -> int:
     """Round up to the allocator's block size."""
@@ -142,9 +155,9 @@ def state_sizes(shape: tuple[int, ...], execution: ExecutionConfig) -> tuple[int
 
 def optimizer_step_bytes(layout: Layout, execution: ExecutionConfig) -> int:
     """Return the temporary bytes of one optimizer step: torch's multi-tensor AdamW takes a square root of all
-    second moments at once (``_foreach_sqrt``); fused and bitsandbytes kernels need none. Others take one
-    tensor after the other."""
+    second moments at once (``_foreach_sqrt``); fused and bitsandbytes kernels need none on a GPU. Others take
+    one tensor after the other."""
     if execution.optimizer == "adamw" and execution.device == "cuda":
         return adapter_bytes(layout, execution)
     largest = max(layout.adapter_tensors, default=0)
-    return round_to_block(largest * STEP_ITEMSIZE.get(execution.optimizer, 0))
+    return round_to_block(largest * step_itemsize(execution))

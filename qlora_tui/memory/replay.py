@@ -18,7 +18,7 @@ from qlora_tui.memory.execution import ExecutionConfig
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.loading import load
 from qlora_tui.memory.ops import FLOAT
-from qlora_tui.memory.parameter_memory import STEP_ITEMSIZE, state_sizes
+from qlora_tui.memory.parameter_memory import state_sizes, step_itemsize
 from qlora_tui.memory.static_memory import input_bytes, mask_bytes, workspace_bytes
 from qlora_tui.memory.step import (
     PartProfile,
@@ -184,7 +184,7 @@ class _Run:
         if execution.optimizer == "adamw":
             for block in take_all(allocator, (count * execution.adapter_itemsize for count in sizes)):
                 allocator.free(block)
-        elif itemsize := STEP_ITEMSIZE.get(execution.optimizer):
+        elif itemsize := step_itemsize(execution):
             for count in sizes:
                 allocator.free(allocator.malloc(count * itemsize))
         return allocated_bytes

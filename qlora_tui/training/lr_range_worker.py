@@ -19,7 +19,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.gpu.library_imports import faster_imports
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.lr_range import LrRange, read_lr_range
+from qlora_tui.runs.lr_range import LrRange, RangeSettings, read_lr_range
 from qlora_tui.runs.measuring_worker import run_measurement
 from qlora_tui.training.failure import failure_event, is_out_of_memory
 
@@ -40,14 +40,7 @@ def measure(run: RunDir) -> None:
     """
     lr_range = read_lr_range(run.lr_range_path)
     assert lr_range is not None  # the parent wrote it
-    recipe = run.recipe()
-    for path, value in (
-        ("training.learning_rate", lr_range.settings.low),
-        ("training.max_steps", lr_range.settings.steps),
-        ("training.epochs", _MANY_EPOCHS),
-        ("training.report_to", "none"),
-    ):
-        recipe = replace_setting(recipe, path, value)
+    recipe = recipe_of_test(run.recipe(), lr_range.settings)
     meters: list[MemoryMeter] = []
     try:
         _measure(run, recipe, lr_range, meters)
@@ -56,6 +49,20 @@ def measure(run: RunDir) -> None:
             raise
         failed = failure_event(error, run, recipe, meters[0].estimate if meters else None)
         raise UserError(failed.title, what=failed.what, why=failed.why, fix=failed.fix) from error
+
+
+def recipe_of_test(recipe: Recipe, settings: RangeSettings) -> Recipe:
+    """Return the recipe that a test trains: at its lowest rate, from which all rates rise alike."""
+    low, training = settings.low, recipe.training
+    for path, value in (
+        ("training.learning_rate", low),
+        ("training.embedding_learning_rate", training.embedding_learning_rate / training.learning_rate * low),
+        ("training.max_steps", settings.steps),
+        ("training.epochs", _MANY_EPOCHS),
+        ("training.report_to", "none"),
+    ):
+        recipe = replace_setting(recipe, path, value)
+    return recipe
 
 
 def _measure(run: RunDir, recipe: Recipe, lr_range: LrRange, meters: list[MemoryMeter]) -> None:

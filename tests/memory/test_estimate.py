@@ -20,12 +20,15 @@ from qlora_tui.memory import (
     estimate,
     largest_model_size,
     largest_settings,
+    trainer_execution,
 )
 from qlora_tui.memory.budget import budget_for
 from qlora_tui.memory.estimate import LOADING, why_int8_is_larger
+from qlora_tui.memory.layout import build_layout
 from qlora_tui.memory.levels import CUDA_LIBRARIES_BYTES
+from qlora_tui.memory.parameter_memory import optimizer_step_bytes
 from qlora_tui.recipe.fields import replace_setting
-from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
+from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, RecipeOptimizer, Training
 from tests.catalog.configs import config
 from tests.memory.models import qwen_7b, tinyllama
 from tests.support.counting import count_allocations
@@ -174,6 +177,17 @@ def test_a_cpu_run_has_no_cuda_context() -> None:
     assert estimated.bytes_of("context") == 0
     assert estimated.bytes_of("runtime") > 0 and estimated.bytes_of("kernels") == 0
     assert estimated.execution.compute_itemsize == 4
+
+
+@pytest.mark.parametrize(("optimizer", "itemsize"), [("paged_adamw_8bit", 20), ("lion", 12), ("adamw", 0)])
+def test_steps_of_bitsandbytes_on_a_cpu_are_counted(optimizer: RecipeOptimizer, itemsize: int) -> None:
+    recipe = Recipe(lora=Lora(train_embeddings=True), training=Training(optimizer=optimizer))
+    architecture, cpu = qwen_7b(), Device(kind="cpu")
+    execution = trainer_execution(recipe, cpu, architecture)
+    step = optimizer_step_bytes(build_layout(recipe, architecture, execution), execution)
+    assert step == pytest.approx(itemsize * architecture.head.weight_params, abs=512)
+    on_gpu = trainer_execution(recipe, Device(), architecture)
+    assert not optimizer_step_bytes(build_layout(recipe, architecture, on_gpu), on_gpu)
 
 
 def test_a_cuda_build_of_torch_costs_memory_on_cpus_only() -> None:

@@ -28,6 +28,7 @@ from qlora_tui.runs.lr_suggestion import RangeCurve, format_rate, read_curve
 from qlora_tui.runs.measuring import MeasuringStoppedError, StopSwitch
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.status import Status, write_status
+from qlora_tui.training.lr_range_worker import recipe_of_test
 from tests.support.lr_range_worker_stub import curve_steps
 
 SETTINGS = RangeSettings()
@@ -169,3 +170,12 @@ def test_a_damaged_result_counts_as_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("rate", "text"), [(4.87e-4, "4.9e-4"), (1e-3, "1e-3"), (0.1, "1e-1")])
 def test_rates_have_two_digits(rate: float, text: str) -> None:
     assert format_rate(rate) == text
+
+
+@pytest.mark.parametrize(("embedding_rate", "lowest"), [(2e-5, 1e-7), (0.0, 0.0)])
+def test_rates_rise_from_the_same_ratio(embedding_rate: float, lowest: float) -> None:
+    changed = replace_setting(Recipe(), "training.learning_rate", 2e-4)
+    changed = replace_setting(changed, "training.embedding_learning_rate", embedding_rate)
+    training = recipe_of_test(changed, RangeSettings(low=1e-6)).training
+    assert training.learning_rate == 1e-6
+    assert training.embedding_learning_rate == pytest.approx(lowest)

@@ -200,7 +200,7 @@ async def test_each_key_steps_its_setting_and_the_totals_follow(small: str) -> N
 
 async def test_the_memory_cost_of_dora_is_shown(small: str) -> None:
     async with open_on("lora", model=small).run_test(size=(120, 40)) as pilot:
-        await pilot.press("tab", "G")
+        await pilot.press("tab", "G", "up")
         await wait_for_text(pilot, "DoRA", "iB. Better at low ranks")
 
 

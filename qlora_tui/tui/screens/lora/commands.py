@@ -60,6 +60,13 @@ COMMANDS: tuple[Command, ...] = (
         "DoRA",
         "Turn DoRA on or off: magnitude and direction are trained separately.",
     ),
+    _not_in_footer(
+        "embeddings",
+        "b",
+        "step_setting('lora.train_embeddings')",
+        "Embeddings",
+        "Train the whole embedding and head too, for a new language or domain, or leave them frozen.",
+    ),
 )
 
 HELP_TEXT = (

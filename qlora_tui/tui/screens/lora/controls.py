@@ -35,6 +35,7 @@ LORA_CONTROLS: tuple[LoraControl, ...] = (
     LoraControl("lora.dropout", ("lora.dropout_up", "lora.dropout_down")),
     LoraControl("lora.use_rslora", ("lora.rslora",)),
     LoraControl("lora.use_dora", ("lora.dora",)),
+    LoraControl("lora.train_embeddings", ("lora.embeddings",)),
 )
 
 
@@ -121,13 +122,22 @@ def _dora(lora: Lora) -> str:
     return "Better at low ranks, slower at all (DoRA paper)."
 
 
-_NAMES = {"lora.use_rslora": "rsLoRA", "lora.use_dora": "DoRA"}
+def _embeddings(lora: Lora) -> str:
+    return "For a new language or domain from plain text (Unsloth)."
+
+
+_NAMES = {
+    "lora.use_rslora": "rsLoRA",
+    "lora.use_dora": "DoRA",
+    "lora.train_embeddings": "embed",
+}
 _ADVICE = {
     "lora.rank": _rank,
     "lora.alpha": _alpha,
     "lora.dropout": _dropout,
     "lora.use_rslora": _rslora,
     "lora.use_dora": _dora,
+    "lora.train_embeddings": _embeddings,
 }
 
 
