@@ -16,18 +16,20 @@ from qlora_tui.runs.task_metrics.task_evaluation import (
 )
 
 _SHOWN_CHARACTERS = 300
+_OF_SIDES = (2, 4)
+"""Columns with the intervals of base and adapter."""
 _HEADER = ("", "base", "95% interval", "adapter", "95% interval", "change", "95% interval", "p", "")
 
 
-def report_lines(evaluation: TaskEvaluation, rows: int) -> list[str]:
-    """The report, with the answers to the first ``rows`` prompts."""
+def report_lines(evaluation: TaskEvaluation, rows: int, *, narrow: bool = False) -> list[str]:
+    """The report, with the answers to the first ``rows`` prompts; ``narrow`` is that of the table."""
     lines = [
         f"{pluralize(len(evaluation.rows), 'validation prompt')} of {evaluation.run}, with greedy answers of "
         f"up to {evaluation.max_new_tokens:,} tokens.",
         *(f"{_capitalized(describe_metric(metric))}." for metric in evaluation.metrics[:1]),
         *([f"{_capitalized(describe_loss(evaluation.loss))}."] if evaluation.loss.rows else []),
         "",
-        *metric_table(evaluation.metrics),
+        *metric_table(evaluation.metrics, narrow=narrow),
     ]
     if evaluation.labels:
         counts = [
@@ -48,9 +50,17 @@ def report_lines(evaluation: TaskEvaluation, rows: int) -> list[str]:
     return lines
 
 
-def metric_table(metrics: Sequence[Metric]) -> list[str]:
-    """Metrics of base and adapter with their intervals, one a line under a header."""
-    return align_columns([_HEADER, *map(_metric_cells, metrics)])
+def metric_table(metrics: Sequence[Metric], *, narrow: bool = False) -> list[str]:
+    """Metrics of base and adapter with their intervals, one a line under a header.
+
+    A narrow table has the interval of the change only, and short verdicts: 69 columns for the longest.
+    """
+    table = [_HEADER, *map(_metric_cells, metrics)]
+    if narrow:
+        table = [tuple(cell for number, cell in enumerate(row) if number not in _OF_SIDES) for row in table]
+        verdicts = ("", *(metric.comparison for metric in metrics))
+        table = [(*row[:-1], verdict) for row, verdict in zip(table, verdicts, strict=True)]
+    return align_columns(table)
 
 
 def row_lines(name: str, texts: Mapping[str, str]) -> Iterator[str]:

@@ -24,6 +24,8 @@ from qlora_tui.tui.widgets.vi_scroll import ViScroll
 from qlora_tui.visible import visible
 
 _ROWS_SHOWN = 100
+_WIDE_COLUMNS = 110
+"""Columns of the terminal from which a dialog holds all columns of the table."""
 
 
 class AnswersScreen(ModalScreen[None]):
@@ -40,7 +42,9 @@ class AnswersScreen(ModalScreen[None]):
         with ViScroll(classes="dialog wide") as dialog:
             dialog.border_title = "Answers of adapter and base"
             dialog.border_subtitle = dialog_keys(self.BINDINGS)
-            lines = (visible(line) for line in report_lines(self._evaluation, _ROWS_SHOWN))
+            narrow = self.app.size.width < _WIDE_COLUMNS
+            report = report_lines(self._evaluation, _ROWS_SHOWN, narrow=narrow)
+            lines = (visible(line) for line in report)
             yield Static(Content("\n".join(lines)))
 
     def on_mount(self) -> None:
