@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from statistics import fmean, pstdev
 
 from qlora_tui.formatting import format_float
-from qlora_tui.runs.lr_range import LrRange
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs.lr_range import LrRange, read_lr_range, stored_path
 
 METHOD = "a tenth of the rate with the lowest loss, as fastai's lr_find suggests (minimum / 10)"
 _REACH = 2
@@ -60,6 +61,15 @@ def read_curve(lr_range: LrRange) -> RangeCurve:
             f"{format_float(smoothed[lowest], 3)} at {format_rate(rates[lowest])}."
         )
     return RangeCurve(rates, losses, smoothed, start, lowest, suggested, problem)
+
+
+def suggested_rate(recipe: Recipe) -> float | None:
+    """Return what the stored test of a recipe suggests; None without a test or an answer. Never raises."""
+    try:
+        stored = read_lr_range(stored_path(recipe))
+    except OSError:
+        return None
+    return None if stored is None else read_curve(stored).suggested
 
 
 def format_rate(rate: float) -> str:

@@ -31,6 +31,7 @@ from qlora_tui.recipe.targets import check_optimizer_of_experts, resolve_targets
 from qlora_tui.recipe.toml import load, to_frozen_recipe
 from qlora_tui.runs.data_checks import check_data
 from qlora_tui.runs.initial_adapter import initial_adapter
+from qlora_tui.runs.lr_suggestion import suggested_rate
 from qlora_tui.runs.machine_checks import (
     Check,
     CheckKind,
@@ -95,7 +96,7 @@ def _settings(recipe: Recipe) -> list[Check]:
     missing = missing_tracker(recipe.training.report_to)
     return [
         *([Check.blocked(CheckKind.SETTINGS, missing)] if missing else []),
-        *_learning_rate(recipe.training.learning_rate),
+        *_learning_rate(recipe),
         *_reference_point(recipe),
         *(
             Check(CheckKind.SETTINGS, "error", f"{c.what}.", f"{c.fix[:1].upper()}{c.fix[1:]}.")
@@ -104,9 +105,10 @@ def _settings(recipe: Recipe) -> list[Check]:
     ]
 
 
-def _learning_rate(rate: float) -> list[Check]:
-    usual = Training().learning_rate
-    if rate <= usual * _HIGH_RATE:
+def _learning_rate(recipe: Recipe) -> list[Check]:
+    """Warn of a rate that is much higher than usual, and higher than a test of this recipe suggests."""
+    rate, usual = recipe.training.learning_rate, Training().learning_rate
+    if rate <= usual * _HIGH_RATE or rate <= (suggested_rate(recipe) or 0.0):
         return []
     text = f"Learning rate is {rate:g}, {rate / usual:,.0f} times the usual {usual:g}: the loss may diverge."
     fix = "Lower Learning rate (training.learning_rate)."

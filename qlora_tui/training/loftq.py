@@ -66,8 +66,8 @@ def start_at_rounding_errors(
 def low_rank_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return the factors of the best approximation of that rank: U·√S and √S·Vᵀ of the singular values S.
 
-    They come from the eigenvectors of the smaller of M·Mᵀ and Mᵀ·M, in a tenth of the time of all singular
-    vectors.
+    They come from the eigenvectors of the smaller of M·Mᵀ and Mᵀ·M, which takes less time than all singular
+    vectors do.
 
     Args:
         matrix: (outputs, inputs), fp32.

@@ -11,6 +11,7 @@ import pytest
 
 from qlora_tui import paths
 from qlora_tui.errors import UserError
+from qlora_tui.memory.budget import budget_for
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Recipe, Source
 from qlora_tui.runs import lr_range_job
@@ -22,10 +23,13 @@ from qlora_tui.runs.lr_range import (
     has_diverged,
     read_lr_range,
     stored_path,
+    write_lr_range,
 )
 from qlora_tui.runs.lr_range_job import measure_lr_range, read_stored
-from qlora_tui.runs.lr_suggestion import RangeCurve, format_rate, read_curve
+from qlora_tui.runs.lr_suggestion import RangeCurve, format_rate, read_curve, suggested_rate
+from qlora_tui.runs.machine_checks import Machine
 from qlora_tui.runs.measuring import MeasuringStoppedError, StopSwitch
+from qlora_tui.runs.preflight import preflight
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.status import Status, write_status
 from qlora_tui.training.lr_range_worker import recipe_of_test
@@ -159,6 +163,24 @@ def test_a_test_waits_for_the_run_in_training(recipe: Recipe, run: RunDir) -> No
     write_status(run, Status(state="running", at=1.0, process=process_identity()))
     with pytest.raises(UserError, match="in training"):
         measure_lr_range(recipe, SETTINGS)
+
+
+def test_a_high_rate_that_was_suggested_is_no_warning(recipe: Recipe) -> None:
+    high = replace_setting(recipe, "training.learning_rate", 4e-3)
+
+    def is_warned() -> bool:
+        checks = preflight(high, Machine(budget_for(None)), read_columnar=False)
+        return any("the loss may diverge" in check.text for check in checks)
+
+    assert is_warned()
+    steps = tuple(RangeStep(step.rate * 10, step.loss, step.untrained) for step in curve_steps(SETTINGS))
+    lr_range = LrRange(settings=SETTINGS, measured_at=0.0, steps=steps, diverged=True)
+    write_lr_range(stored_path(high), lr_range)
+    assert suggested_rate(high) == pytest.approx(4e-3, rel=0.3)
+    high = replace_setting(high, "training.learning_rate", suggested_rate(high))
+    assert not is_warned()
+    high = replace_setting(high, "training.learning_rate", 2e-2)
+    assert is_warned()
 
 
 def test_a_damaged_result_counts_as_none(tmp_path: Path) -> None:
