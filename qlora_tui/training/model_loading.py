@@ -65,6 +65,7 @@ def load_base(
     with _expert_quantization(folder, recipe):
         if stored is not None and quantized_cache.is_stored(stored):
             model = _load_stored(stored, device, attention_path, on_progress)
+        is_mapped = model is not None
         if model is None:
             settings = {}
             if quantization is not None and not _is_stored_quantized(folder):
@@ -74,7 +75,7 @@ def load_base(
                 quantized_cache.store(model, stored)
     # peft writes this into the adapter as its base model.
     model.config._name_or_path = model.name_or_path = str(folder)
-    if device.kind == "cpu" and quantization is not None:
+    if device.kind == "cpu" and quantization is not None and not is_mapped:
         _detach_from_mmap(model)
     return freeze(model)
 
@@ -169,7 +170,10 @@ def loading_progress(on_progress: ProgressCallback | None) -> Iterator[None]:
 
 
 def _detach_from_mmap(model: nn.Module) -> None:
-    """Copy weights that are not quantized: they are views that would keep the whole mapped file in memory."""
+    """Copy weights that are not quantized: they are views that would keep the whole mapped file in memory.
+
+    A file of stored weights has only what is used: its 4-bit weights stay views, and so do the others.
+    """
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.clone()

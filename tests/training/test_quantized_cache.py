@@ -170,6 +170,24 @@ def test_the_least_recently_used_weights_are_deleted(folder: Path, monkeypatch: 
     assert first.name in names and len(names) == 2 and not any("-fp4-" in name for name in names)
 
 
+def test_stored_weights_are_in_memory_once(folder: Path) -> None:
+    load(folder)
+    loaded = load(folder)
+    stored = stored_folder(folder)
+    assert stored is not None
+    mapped = [
+        range(*(int(end, 16) for end in line.split()[0].split("-")))
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(".safetensors") and str(stored) in line
+    ]
+    copied = [
+        name
+        for name, weight in loaded.named_parameters()
+        if not any(weight.data_ptr() in addresses for addresses in mapped)
+    ]
+    assert copied == []
+
+
 def test_a_limit_of_nothing_stores_nothing(folder: Path) -> None:
     settings.config_path().write_text("quantized_cache_gib = 0\n")
     load(folder)
