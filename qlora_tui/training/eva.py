@@ -18,7 +18,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.training.adapter import targets_by_name
 from qlora_tui.training.base_model import PreparedBase
 from qlora_tui.training.batches import StepPlan, collate, micro_batches, on_device
-from qlora_tui.training.chunked_loss import IGNORED
+from qlora_tui.training.chunked_loss import IGNORED, loss_positions
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.prepared_run import AttemptContext
 from qlora_tui.training.tokenized_dataset import TokenizedDataset
@@ -160,7 +160,8 @@ def _with_fewer_labels(batch: dict[str, Any]) -> dict[str, Any]:
     """The batch with its first :data:`_MAX_HASHED` labels only."""
     labels = batch["labels"]
     number = (labels >= 0).flatten().cumsum(0).view_as(labels)
-    return batch | {"labels": labels.masked_fill(number > _MAX_HASHED, IGNORED)}
+    fewer = labels.masked_fill(number > _MAX_HASHED, IGNORED)
+    return batch | {"labels": fewer, "loss_positions": loss_positions(fewer)}
 
 
 def _unusable(why: str) -> UserError:

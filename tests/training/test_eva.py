@@ -16,7 +16,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Lora
 from qlora_tui.training import eva
 from qlora_tui.training.adapter import add_lora, targets_by_name
-from qlora_tui.training.chunked_loss import IGNORED
+from qlora_tui.training.chunked_loss import IGNORED, loss_positions
 from qlora_tui.training.eva import main_directions, set_main_directions
 
 pytestmark = pytest.mark.slow
@@ -74,6 +74,18 @@ def test_the_directions_are_those_of_peft(tiny_model: Path, batches: list[dict[s
         orthonormal = ours[name] @ ours[name].T
         torch.testing.assert_close(orthonormal, torch.eye(RANK), rtol=1e-4, atol=1e-4)
     assert not any(parameter.any() for name, parameter in ours.items() if "lora_B" in name)
+
+
+def test_labels_cut_short_lose_their_places_in_the_loss(batches: list[dict[str, Any]]) -> None:
+    wide = []
+    for batch in batches:
+        labels = torch.cat([batch["labels"]] * 10)
+        wide.append({"labels": labels, "loss_positions": loss_positions(labels)})
+    counts = []
+    for batch in eva._Batches(wide, CPU):
+        assert torch.equal(batch["loss_positions"], loss_positions(batch["labels"]))
+        counts.append(len(batch["loss_positions"]))
+    assert counts == [64, 400, 400]
 
 
 def test_what_eva_cannot_do_is_explained(
