@@ -37,6 +37,8 @@ from tests.data.families import CHATML, FAMILIES, tokenizer_json
 from tests.data.test_fuzz import SEEDS
 from tests.fuzz.damage import damaged, mistyped
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
 CORPUS = Path(__file__).with_name("corpus")
 CONVERSATION = Conversation((Message("user", "Hi"), Message("assistant", "Hello")))
@@ -212,7 +214,6 @@ def test_damage_is_read_or_refused(
 
 
 @pytest.mark.parametrize("name", JSON_PARSERS)
-@pytest.mark.slow
 def test_a_value_of_a_wrong_type_is_read_or_refused(name: str, tmp_path: Path) -> None:
     wholes, parse = PARSERS[name]
     number = 0

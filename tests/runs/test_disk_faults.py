@@ -21,6 +21,8 @@ from qlora_tui.runs.status import ACTIVE, RESUMABLE, read_status
 from tests.runs import story
 from tests.support.power import FaultyDisk
 
+pytestmark = pytest.mark.slow
+
 CODES = [errno.ENOSPC, errno.EIO, errno.EDQUOT]
 
 

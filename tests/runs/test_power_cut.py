@@ -23,6 +23,8 @@ from tests.runs import story
 from tests.runs.test_damage import put_adapter
 from tests.support.power import MODES, Disk
 
+pytestmark = pytest.mark.slow
+
 Work = Callable[[], object]
 
 
