@@ -38,6 +38,8 @@ def adapted(model: Any, **lora: Any) -> Any:
 def by_hand(model: Any, ids: Any, labels: Any) -> tuple[float, list[Any]]:
     """The loss of the merged model with its own matrices trained, and their gradients."""
     plain = model.merge_and_unload()
+    for module in plain.modules():  # without our forwards, which the copies of embedding and head keep
+        vars(module).pop("forward", None)
     matrices = {id(w): w for w in (plain.get_input_embeddings().weight, plain.get_output_embeddings().weight)}
     for matrix in matrices.values():
         matrix.requires_grad_(True)
