@@ -31,8 +31,7 @@ def step_moments(
         ]
     else:
         moments = [_traced_moment("traced step", traced, traced.step_bytes)]
-    if not execution.accumulates or every_layer:
-        moments.append(_optimizer_moment(layout, execution, has_gradients=traced is None))
+    moments.append(_optimizer_moment(layout, execution, has_gradients=traced is None))
     return moments
 
 

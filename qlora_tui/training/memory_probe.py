@@ -95,6 +95,7 @@ def _step(trainer: RunTrainer) -> None:
     The states stay allocated, as they are in every step but the first.
     """
     optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    trainer.release_before_step()
     optimizer.step()
     for state in optimizer.state.values():
         for name, value in state.items():

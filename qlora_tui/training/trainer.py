@@ -28,11 +28,13 @@ from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.disk_errors import true_disk_errors
 from qlora_tui.training.embedding_noise import EmbeddingNoise
 from qlora_tui.training.failure import is_out_of_memory
+from qlora_tui.training.heap import release_free_memory
 from qlora_tui.training.lr_schedule import SCHEDULES, create_schedule, schedule_arguments
 from qlora_tui.training.optimizers import OPTIMIZERS, create_optimizer
 from qlora_tui.training.preference.objective import PreferenceObjective
 from qlora_tui.training.random_numbers import RandomNumberState
 from qlora_tui.training.step_dataset import StepData, StepDataset
+from qlora_tui.training.trained_embeddings import trained_matrices
 
 
 class RunArguments(TrainingArguments):
@@ -144,7 +146,16 @@ class RunTrainer(Trainer):
                 self.after_micro_batch(number, len(batches))
         self.tokens += inputs["tokens"]
         self._step_start = None
+        self.release_before_step()
         return total
+
+    def release_before_step(self) -> None:
+        """On a CPU, return what the backward has freed to the system before a trained embedding is updated.
+
+        The update takes several times its matrix, and glibc would take that beside its free pages.
+        """
+        if self.args.device.type == "cpu" and trained_matrices(self.model):  # type: ignore[arg-type]  # it is set
+            release_free_memory()
 
     def summed_loss(self, model: Any, batch: dict[str, Any], token_share: float = 1.0) -> torch.Tensor:
         """Sum of the losses of a micro-batch, to be divided by the loss weights of its step.

@@ -186,6 +186,8 @@ def test_steps_of_bitsandbytes_on_a_cpu_are_counted(optimizer: RecipeOptimizer, 
     execution = trainer_execution(recipe, cpu, architecture)
     step = optimizer_step_bytes(build_layout(recipe, architecture, execution), execution)
     assert step == pytest.approx(itemsize * architecture.head.weight_params, abs=512)
+    phase = estimate(replace_setting(recipe, "data.max_length", 128), architecture, device=cpu).peak_phase
+    assert (phase == "optimizer step") == bool(itemsize)
     on_gpu = trainer_execution(recipe, Device(), architecture)
     assert not optimizer_step_bytes(build_layout(recipe, architecture, on_gpu), on_gpu)
 
