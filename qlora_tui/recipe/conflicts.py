@@ -88,20 +88,21 @@ def _eva_conflicts(lora: Lora) -> list[Conflict]:
 
 def _loftq_conflicts(recipe: Recipe) -> list[Conflict]:
     method, preferences = recipe.quantization.method, recipe.data.preferences
+    # An adapter that began with LoftQ is read as it is: no weight is decomposed, and it is the reference.
+    is_new = not recipe.lora.init_from
     settings = (
         (
             method not in ("nf4", "fp4"),
             "quantization.method",
-            f"{method} weights have no 4-bit rounding error",
+            f'it is "{method}", which has no 4-bit rounding error',
             'set quantization.method = "nf4"',
         ),
         (
-            recipe.quantization.streamed_layers > 0,
+            is_new and recipe.quantization.streamed_layers > 0,
             "quantization.streamed_layers",
             "streamed weights are not at hand together",
             "set quantization.streamed_layers = 0",
         ),
-        (bool(recipe.lora.init_from), "lora.init_from", "an earlier adapter has its weights", "leave it out"),
         (
             recipe.lora.use_dora,
             "lora.use_dora",
@@ -109,7 +110,7 @@ def _loftq_conflicts(recipe: Recipe) -> list[Conflict]:
             "set lora.use_dora = false",
         ),
         (
-            preferences in ("dpo", "kto"),
+            is_new and preferences in ("dpo", "kto"),
             "data.preferences",
             f"{preferences} starts from its reference, the base without an adapter",
             'set data.preferences = "orpo" or "simpo"',

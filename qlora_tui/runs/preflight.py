@@ -28,9 +28,8 @@ from qlora_tui.memory.four_bit import require_4_bit_experts
 from qlora_tui.recipe.conflicts import find_conflicts
 from qlora_tui.recipe.schema import Lora, Recipe, Training
 from qlora_tui.recipe.targets import check_optimizer_of_experts, resolve_targets
-from qlora_tui.recipe.toml import load, to_frozen_recipe
 from qlora_tui.runs.data_checks import check_data
-from qlora_tui.runs.initial_adapter import initial_adapter
+from qlora_tui.runs.initial_adapter import initial_adapter, recipe_of_adapter, require_same_rounding
 from qlora_tui.runs.lr_suggestion import suggested_rate
 from qlora_tui.runs.machine_checks import (
     Check,
@@ -153,6 +152,7 @@ def _lora(recipe: Recipe, files: ModelFiles) -> list[Check]:
 def _initial_adapter(recipe: Recipe, files: ModelFiles) -> list[Check]:
     """Report an adapter to start from that differs from the recipe, or was trained on another model."""
     folder = initial_adapter(recipe.lora.init_from)
+    require_same_rounding(recipe, folder)
     try:
         require_fit(folder, recipe.lora, files.architecture)
     except UserError as problem:
@@ -167,13 +167,12 @@ def _initial_adapter(recipe: Recipe, files: ModelFiles) -> list[Check]:
 
 def _its_settings(lora: Lora, folder: Path) -> SuggestedFix | None:
     """The adapter's LoRA settings in place of the recipe's; None where its folder has no recipe."""
-    try:
-        theirs = to_frozen_recipe(load(folder / "recipe.toml"), origin=str(folder)).lora
-    except UserError:
+    theirs = recipe_of_adapter(folder)
+    if theirs is None:
         return None
     changes = {
         f"lora.{key}": value
-        for key, value in msgspec.structs.asdict(theirs).items()
+        for key, value in msgspec.structs.asdict(theirs.lora).items()
         if key not in ("init_from", "init_weights", "dropout") and value != getattr(lora, key)
     }
     return SuggestedFix("use the adapter's LoRA settings", changes=changes) if changes else None

@@ -221,7 +221,7 @@ def _add_adapter(
     set_seed(training.seed)
     model = add_lora(base.model, lora, files.architecture, token_ids(lora.trainable_tokens, tokenizer))
     set_main_directions(model, directions)
-    if lora.init_weights == "loftq" and context.checkpoint is None:
+    if lora.init_weights == "loftq" and not lora.init_from and context.checkpoint is None:
         _start_at_rounding_errors(context, base, files, model)
     if lora.init_from and context.checkpoint is None:
         load_initial_adapter(model, lora, files.architecture)

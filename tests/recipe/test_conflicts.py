@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.recipe.conflicts import check_conflicts, find_conflicts, require_runnable
@@ -34,7 +35,7 @@ def test_the_defaults_do_not_conflict() -> None:
         Recipe(data=Data(preferences="dpo"), lora=Lora(init_weights="eva")),
         Recipe(quantization=Quantization(method="int8"), lora=Lora(init_weights="loftq")),
         Recipe(quantization=STREAMED, lora=Lora(init_weights="loftq")),
-        Recipe(lora=Lora(init_weights="loftq", init_from="a-run")),
+        Recipe(quantization=Quantization(method="none"), lora=Lora(init_weights="loftq", init_from="a-run")),
         Recipe(lora=Lora(init_weights="loftq", use_dora=True)),
         Recipe(data=Data(preferences="kto"), lora=Lora(init_weights="loftq")),
         Recipe(data=Data(preferences="orpo", train_on="everything")),
@@ -51,6 +52,11 @@ def test_a_conflict_names_its_settings(recipe: Recipe) -> None:
         check_conflicts(recipe)
     assert all(path in str(caught.value) for path in conflict.paths)
     assert caught.value.exit_code == EXIT_USAGE
+
+
+@pytest.mark.parametrize("recipe", [Recipe(data=Data(preferences="dpo")), Recipe(quantization=STREAMED)])
+def test_an_adapter_of_loftq_is_trained_further(recipe: Recipe) -> None:
+    check_conflicts(replace(recipe, lora=Lora(init_weights="loftq", init_from="a-run")))
 
 
 def test_a_validation_file_is_enough_to_stop_early() -> None:
