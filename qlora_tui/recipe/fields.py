@@ -17,6 +17,23 @@ Kind = Literal["int", "float", "bool", "text", "choice", "texts", "tables", "nam
 numbers.
 """
 
+WITHOUT_EFFECT_ON_WEIGHTS = (
+    "name",
+    "note",
+    "training.log_every",
+    "training.eval_every",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "training.early_stopping",
+    "training.sample_prompts",
+    "training.general_prompts",
+    "training.task_prompts",
+    "training.forgetting_weight",
+    "training.gradient_checkpointing",
+    "quantization.streamed_layers",
+)
+"""Settings that change no trained step: what a run reports and saves, and how it uses memory."""
+
 
 class Field(Struct, frozen=True, kw_only=True):
     """One setting as declared in :mod:`qlora_tui.recipe.schema`."""

@@ -19,14 +19,13 @@ from qlora_tui.decoding import Count, decode_json
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.files import atomic_write, private_dir, read_regular
 from qlora_tui.recipe.absolute_paths import with_absolute_paths
-from qlora_tui.recipe.fields import get_setting, replace_setting
+from qlora_tui.recipe.fields import WITHOUT_EFFECT_ON_WEIGHTS, get_setting, replace_setting
 from qlora_tui.recipe.schema import Recipe
 
 _FORMAT = 1
 """Bump when the steps of a test change, so that earlier results no longer count."""
 _IGNORED = (
-    "name",
-    "note",
+    *WITHOUT_EFFECT_ON_WEIGHTS,
     "training.learning_rate",
     "training.lr_scheduler",
     "training.lr_cycles",
@@ -35,14 +34,6 @@ _IGNORED = (
     "training.warmup_ratio",
     "training.epochs",
     "training.max_steps",
-    "training.log_every",
-    "training.eval_every",
-    "training.checkpoint_every",
-    "training.keep_checkpoints",
-    "training.early_stopping",
-    "training.sample_prompts",
-    "training.general_prompts",
-    "training.forgetting_weight",
     "training.report_to",
 )
 """Settings that the test replaces, or that change no step."""

@@ -27,6 +27,7 @@ from qlora_tui.decoding import decode_json
 from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write, private_dir, publish, read_regular
 from qlora_tui.recipe.diff import diff_recipes
+from qlora_tui.recipe.fields import WITHOUT_EFFECT_ON_WEIGHTS
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import dump, parse, to_frozen_recipe
 from qlora_tui.runs.damage import MARKER, checkpoint_damage
@@ -35,26 +36,8 @@ from qlora_tui.runs.leftovers import CHECKPOINT_DRAFT
 from qlora_tui.training.distributed import DistributedContext
 
 _STATE = "state.json"
-_CHANGEABLE = frozenset(
-    {
-        "name",
-        "note",
-        "training.log_every",
-        "training.eval_every",
-        "training.checkpoint_every",
-        "training.keep_checkpoints",
-        "training.early_stopping",
-        "training.sample_prompts",
-        "training.general_prompts",
-        "training.task_prompts",
-        "training.forgetting_weight",
-        "training.gradient_checkpointing",
-        "quantization.streamed_layers",
-    }
-)
-"""Settings that may change before a resume, because they do not affect the trained weights."""
 _BATCH_SPLIT = frozenset({"training.micro_batch_size", "training.gradient_accumulation"})
-"""Settings that may change before a resume if their product, the effective batch, stays the same."""
+"""Settings that may change before a resume too, if their product, the effective batch, stays the same."""
 
 
 class CheckpointState(Struct, frozen=True, kw_only=True):
@@ -184,7 +167,7 @@ def prune(run: RunDir, keep: int, best_step: int | None) -> None:
 def require_unchanged(state: CheckpointState, recipe: Recipe, data_hash: str) -> None:
     """Raise UserError, naming the differences, where recipe or data are no longer those of the checkpoint."""
     before = to_frozen_recipe(parse(state.recipe, "the checkpoint's recipe"), "the checkpoint's recipe")
-    changes = [c for c in diff_recipes(before, recipe) if c.path not in _CHANGEABLE]
+    changes = [c for c in diff_recipes(before, recipe) if c.path not in WITHOUT_EFFECT_ON_WEIGHTS]
     if before.effective_batch == recipe.effective_batch:
         changes = [c for c in changes if c.path not in _BATCH_SPLIT]
     if changes:

@@ -123,6 +123,7 @@ def test_a_result_belongs_to_recipe_and_data(tmp_path: Path) -> None:
 
     before = stored_path(recipe)
     assert changed("training.learning_rate", 0.1) == changed("training.epochs", 9.0) == before
+    assert changed("training.task_prompts", 9) == changed("quantization.streamed_layers", 2) == before
     assert changed("lora.rank", 99) != before
     assert changed("training.optimizer", "lion") != before
     file.write_text("{}\n{}\n")
