@@ -15,6 +15,13 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def whole_number(text: str) -> int:
+    """Parse an integer of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError("it must be a whole number, 0 or more")
+    return int(text)
+
+
 def positive_float(text: str) -> float:
     """Parse a positive number, such as a size in GiB."""
     try:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import msgspec
 
-from qlora_tui.cli.arguments import positive_int
+from qlora_tui.cli.arguments import positive_int, whole_number
 from qlora_tui.cli.subcommand import CommandResult, Subcommand
 from qlora_tui.cli.terminal import show_in_place
+from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.runs.directory import find_run
 from qlora_tui.runs.harness.harness_evaluation import HarnessResult, harness_lines
 from qlora_tui.runs.harness.harness_job import run_harness_tasks
@@ -25,6 +26,7 @@ from qlora_tui.runs.task_metrics.task_report import report_lines
 
 def run(args: argparse.Namespace) -> CommandResult:
     """Print the metrics of a run, after letting base and adapter answer where that was not done."""
+    _require_fitting_options(args)
     run = find_run(args.run_id)
     if args.tasks is not None:
         results = run_harness_tasks(run, args.tasks, _print_progress, chat=args.chat)
@@ -38,6 +40,24 @@ def run(args: argparse.Namespace) -> CommandResult:
     return CommandResult(
         data=_with_differences(evaluation), text="\n".join(report_lines(evaluation, args.rows))
     )
+
+
+def _require_fitting_options(args: argparse.Namespace) -> None:
+    """Raise UserError for an option that would have no effect."""
+    if args.chat and args.tasks is None:
+        raise UserError(
+            "--chat needs --tasks",
+            what="Validation prompts are turns of the chat template already.",
+            fix="Leave --chat out, or name task files with --tasks.",
+            exit_code=EXIT_USAGE,
+        )
+    if args.prompts is not None and args.tasks is not None:
+        raise UserError(
+            "--prompts and --tasks exclude each other",
+            what="A task asks every row of its data file.",
+            fix="Leave --prompts out, and shorten the data file where it takes too long.",
+            exit_code=EXIT_USAGE,
+        )
 
 
 def _covers(evaluation: TaskEvaluation, prompts: int) -> bool:
@@ -64,7 +84,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help=f"most validation prompts to answer, spread over the data (default: {DEFAULT_PROMPTS})",
     )
     parser.add_argument(
-        "--rows", type=int, default=0, metavar="N", help="also print the first N prompts with both answers"
+        "--rows",
+        type=whole_number,
+        default=0,
+        metavar="N",
+        help="also print the first N prompts with both answers",
     )
     parser.add_argument(
         "--again", action="store_true", help="measure again, also where this adapter was measured before"

@@ -293,6 +293,21 @@ def test_an_empty_prompt_is_not_asked(call: Call, finished_run: RunDir) -> None:
     assert "The prompt is empty." in said.err
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--chat",), "--chat needs --tasks"),
+        (("--tasks", "t.yaml", "--prompts", "3"), "--prompts and --tasks exclude each other"),
+        (("--rows", "-1"), "0 or more"),
+    ],
+)
+def test_options_of_evaluate_without_an_effect_are_refused(
+    options: tuple[str, ...], words: str, call: Call, finished_run: RunDir
+) -> None:
+    said = call("evaluate", finished_run.id, *options)
+    assert said.code == 2 and words in said.err
+
+
 def test_a_learning_rate_needs_a_value_and_other_requests_none(call: Call, finished_run: RunDir) -> None:
     assert call("ask", finished_run.id, "learning-rate").code == 2
     assert call("ask", finished_run.id, "evaluate", "3").code == 2
