@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,12 +54,13 @@ def evaluate_harness(run: RunDir, path: Path, *, chat: bool) -> None:
     source = run_source(run)
     if ADAPTER not in source.adapters:
         raise no_adapter(run)
+    render_in_sandbox()
+    for task in tasks:
+        build_task(task)  # before the model is loaded, which takes longer
     session = load_session(source, streams=True)
     if session.compute_device.kind == "cpu":
         lower_priority()
     session.ensure_loaded(ADAPTER)
-    render_in_sandbox()
-    results = []
     for task in tasks:
         started = time.monotonic()
         done = 0
@@ -71,21 +74,20 @@ def evaluate_harness(run: RunDir, path: Path, *, chat: bool) -> None:
         for name in (BASE, ADAPTER):
             # Each side builds its own task: its requests hold the answers.
             built = build_task(task)
-            total = 2 * _count_requests(built)
+            with _failures_named(task):
+                total = 2 * _count_requests(built)
             samples.append(ask(SessionModel(session, name, partial(answered, total)), task, built, chat=chat))
         metrics, answers = compare_samples(*samples)
-        results.append(
-            HarnessResult(
-                task=task.name,
-                adapter=adapter_hash(run),
-                chat=chat,
-                rows=len(answers),
-                metrics=metrics,
-                answers=answers,
-                seconds=time.monotonic() - started,
-            )
+        result = HarnessResult(
+            task=task.name,
+            adapter=adapter_hash(run),
+            chat=chat,
+            rows=len(answers),
+            metrics=metrics,
+            answers=answers,
+            seconds=time.monotonic() - started,
         )
-    store_results(run, results)
+        store_results(run, [result])  # stays if a later task fails
 
 
 def render_in_sandbox() -> None:
@@ -109,17 +111,11 @@ def render_in_sandbox() -> None:
 
 def build_task(task: HarnessTask) -> Any:
     """The task as lm-eval runs it, on the rows of its files."""
-    from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
-    splits = {
-        split: Dataset.from_list([_value(row) for file in files for row in rows(file)])
-        for split, files in task.data_files.items()
-    }
-    try:
+    splits = {split: _read_rows(files) for split, files in task.data_files.items()}
+    with _failures_named(task):
         built = ConfigurableTask(config={**task.config, "custom_dataset": lambda: splits})
-    except Exception as error:
-        raise _failed(task, error) from error
     built.set_fewshot_seed(seed=_FEWSHOT_SEED)
     return built
 
@@ -128,7 +124,7 @@ def ask(model: Any, task: HarnessTask, built: Any, *, chat: bool) -> list[dict[s
     """lm-eval's record of each row: its metrics, target and responses."""
     from lm_eval.evaluator import evaluate
 
-    try:
+    with _failures_named(task):
         results = evaluate(
             model,
             {"tasks": {task.name: built}, "groups": {}, "group_map": {}},
@@ -137,10 +133,6 @@ def ask(model: Any, task: HarnessTask, built: Any, *, chat: bool) -> list[dict[s
             apply_chat_template=chat,
             fewshot_as_multiturn=chat,
         )
-    except UserError:
-        raise
-    except Exception as error:
-        raise _failed(task, error) from error
     assert results is not None
     return list(results["samples"][task.name])
 
@@ -152,23 +144,45 @@ def _count_requests(built: Any) -> int:
     return sum(len(built.doc_to_choice(doc)) for doc in built.eval_docs)
 
 
-def _value(row: Any) -> dict[str, Any]:
+def _read_rows(files: Sequence[Path]) -> Any:
+    """The rows of one split as a data set. Raises UserError."""
+    from datasets import Dataset
+
+    try:
+        return Dataset.from_list([_value(file, row) for file in files for row in rows(file)])
+    except (TypeError, ValueError) as error:  # pyarrow's are of both kinds
+        raise UserError(
+            "The task's data cannot be read",
+            what=f"{', '.join(map(str, files))}: {error}.",
+            why="All values of a column must be of one type.",
+            fix="Write them alike: all as numbers, or all as text.",
+        ) from error
+
+
+def _value(file: Path, row: Any) -> dict[str, Any]:
     if row.error or not isinstance(row.value, dict):
         raise UserError(
             "The task's data cannot be read",
-            what=row.error or f"Row {row.number} is no table of columns.",
+            what=f"{file}: {row.error or f'Row {row.number} is no table of columns.'}",
             fix="Correct the row.",
         )
     return dict(row.value)
 
 
-def _failed(task: HarnessTask, error: Exception) -> UserError:
-    return UserError(
-        "lm-eval cannot run the task",
-        what=f"{task.path}: {type(error).__name__}: {error}",
-        why="A column is missing, or the keys do not fit together.",
-        fix="Check the task file against the rows of its data.",
-    )
+@contextmanager
+def _failures_named(task: HarnessTask) -> Iterator[None]:
+    """Raise what lm-eval raises inside as a UserError that names the task's file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            "lm-eval cannot run the task",
+            what=f"{task.path}: {type(error).__name__}: {error}",
+            why="A column is missing, or the keys do not fit together.",
+            fix="Check the task file against the rows of its data.",
+        ) from error
 
 
 def _unsupported(why: str) -> UserError:

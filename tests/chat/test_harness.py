@@ -87,9 +87,37 @@ def test_tasks_compare_a_run_with_its_base(
     assert [metric.name for metric in colors.metrics] == ["acc", "acc_norm"]
     assert colors.answers[0].base != colors.answers[0].adapter
     assert [metric.name for metric in sentences.metrics] == ["exact_match"]
-    (tmp_path / "colors.yaml").write_text(CHOICE.replace("{{question}}", "{{missing}}"))
-    assert main(["evaluate", run.id, "--tasks", str(tmp_path / "colors.yaml")]) == 1
-    assert "'missing' is undefined" in capsys.readouterr().err
+    late = CHOICE.replace("[red, blue]", '"{{options}}"').replace("task: colors", "task: late")
+    assert late.count("options") == 1
+    lines = [{"question": "which", "options": options, "label": 0} for options in ("['a', 'b']", "a")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "colors.yaml").rename(tmp_path / "again.yaml")
+    (tmp_path / "again.yaml").write_text(
+        CHOICE.replace("colors", "again").replace("{{question}}", "{{label}}")
+    )
+    (tmp_path / "sentences.yaml").write_text(late)
+    assert main(["evaluate", run.id, "--tasks", str(tmp_path)]) == 1
+    assert "sentences.yaml" in capsys.readouterr().err
+    assert [result.task for result in read_results(run)] == ["colors", "sentences", "again"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "labels", "words"),
+    [("{{missing}}", (0, 1), "'missing' is undefined"), ("{{question}}", (0, "one"), "rows.jsonl")],
+)
+def test_a_task_that_does_not_fit_its_rows_is_refused(
+    prompt: str, labels: tuple[object, ...], words: str, tmp_path: Path
+) -> None:
+    from qlora_tui.chat.harness_worker import build_task
+    from qlora_tui.runs.harness.harness_task import read_harness_tasks
+
+    lines = [json.dumps({"question": "which", "label": label}) for label in labels]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    (tmp_path / "colors.yaml").write_text(CHOICE.replace("{{question}}", prompt))
+    [task] = read_harness_tasks(tmp_path)
+    with pytest.raises(UserError) as caught:
+        build_task(task)
+    assert words in caught.value.what
 
 
 def test_lm_eval_renders_templates_in_the_sandbox() -> None:
