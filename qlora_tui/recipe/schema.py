@@ -514,7 +514,7 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         _about(
             "Embedding LR",
             "With Train embeddings: the rate of embedding and head, best 2 to 10 times below Learning rate. "
-            "0: a tenth of it.",
+            "0: a tenth of Learning rate.",
             ge=0,
             le=1,
         ),

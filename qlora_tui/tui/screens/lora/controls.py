@@ -119,7 +119,7 @@ def _rslora(lora: Lora) -> str:
 
 
 def _dora(lora: Lora) -> str:
-    return "Better at low ranks, slower at all (DoRA paper)."
+    return "Better at low ranks, slower at every rank (DoRA paper)."
 
 
 def _embeddings(lora: Lora) -> str:
