@@ -6,6 +6,8 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from threading import Event
+from typing import Any
 
 import pytest
 from msgspec import structs
@@ -16,9 +18,11 @@ from qlora_tui.runs.control import take_requests
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Evaluated, PhaseChanged, Progress, RequestReceived, Started
+from qlora_tui.runs.measuring import MeasuringStoppedError, StopSwitch
 from qlora_tui.runs.status import State, read_status, write_status
-from qlora_tui.runs.task_metrics.task_evaluation import LossChange
+from qlora_tui.runs.task_metrics.task_evaluation import LossChange, TaskEvaluation
 from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.screens import answer_measuring
 from qlora_tui.tui.screens.modals import confirm
 from qlora_tui.tui.screens.train.output_tail import strip_escapes
 from qlora_tui.tui.screens.train.run_follower import RunFollower
@@ -80,6 +84,29 @@ async def test_answers_of_an_ended_run_are_shown(make_app: MakeApp) -> None:
         assert screen.check_action("answers", ())
         await pilot.press("a")
         await wait_for_text(pilot, "Answers of adapter and base", "8 validation prompts", "exact match")
+
+
+async def test_a_measurement_of_answers_shows_its_progress(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = Event()
+
+    def evaluate(run: RunDir, progress: Any, switch: StopSwitch) -> TaskEvaluation:
+        progress(3, 14)
+        monkeypatch.setattr(switch, "stop", stopped.set)
+        assert stopped.wait(10)
+        raise MeasuringStoppedError
+
+    monkeypatch.setattr(answer_measuring, "evaluate_task", evaluate)
+    run = write_fake_run(FakeRun(state="finished", steps=60, total=60))
+    app = make_app()
+    async with app.run_test(size=(80, 24), notifications=True) as pilot:
+        await watching(app, run)
+        await wait_for_text(pilot, "finished")
+        await pilot.press("a")
+        await wait_for_text(pilot, "Comparing answers: 3 of 14.   [a] stop")
+        await pilot.press("a")
+        await wait_for_text(pilot, "Stopped. Press [a] to continue.")
 
 
 async def test_answers_of_a_running_run_are_not_measured(make_app: MakeApp) -> None:

@@ -67,6 +67,11 @@ class EvaluationActions(WorkScreen):
         else:
             self._evaluate(run)
 
+    def progress_of(self, run_id: str) -> str:
+        """How far the measurement of this run's answers is; empty while there is none."""
+        measured_id, progress = self.answers_progress or ("", "")
+        return progress if run_id == measured_id else ""
+
     @work
     async def _evaluate(self, run: RunDir) -> None:
         evaluation = await asyncio.to_thread(read_task_evaluation, run)

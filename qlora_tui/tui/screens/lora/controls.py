@@ -123,7 +123,9 @@ def _dora(lora: Lora) -> str:
 
 
 def _embeddings(lora: Lora) -> str:
-    return "For a new language or domain from plain text (Unsloth)."
+    if lora.train_embeddings:
+        return "They learn at a tenth of the rate, as in Unsloth's example, unless another is set."
+    return "Unsloth trains them for continued pretraining."
 
 
 _NAMES = {

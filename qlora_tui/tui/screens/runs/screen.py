@@ -231,15 +231,11 @@ class RunsScreen(RunActions):
             return
         self.query_one("#run-graph", Graph).show(summary_plot(summary))
         width = max(20, self.query_one("#run-result").content_size.width)
-        self._show("run-result", result_lines(summary, clock.now(), width, self._progress_of(summary)))
+        self._show("run-result", result_lines(summary, clock.now(), width, self.progress_of(summary.id)))
         if files is not None:
             self._show("run-settings", settings_lines(files.recipe, width))
             self._show("run-files", files_lines(summary, files, width))
             self._show("run-log", log_lines(files))
-
-    def _progress_of(self, summary: RunSummary) -> str:
-        run_id, progress = self.answers_progress or ("", "")
-        return progress if run_id == summary.id else ""
 
     def _show(self, name: str, lines: list[Content]) -> None:
         update_if_changed(self.query_one(f"#{name}", Static), Content("\n").join(lines))

@@ -88,15 +88,19 @@ class LivePane(Vertical):
                 yield Panel(_GRAPH, LossGraph(empty="Reading the run…"), StartStages(), id="graph-panel")
                 yield Panel("", LogTail(_NO_EVENTS), keys=_LOG_KEYS, id="log-panel")
 
-    def show(self, snapshot: RunSnapshot, from_step: float = 0.0, active: str = "") -> None:
+    def show(
+        self, snapshot: RunSnapshot, from_step: float = 0.0, active: str = "", answers: str = ""
+    ) -> None:
         """Show the snapshot; unchanged parts are not painted again.
 
-        ``active``: the id of another run that is training now.
+        Args:
+            active: the id of another run that is training now.
+            answers: how far the comparison of this run's answers is; empty while they are not measured.
         """
         self._snapshot = snapshot
         self.query_one("#run-panel", Panel).show_title(truncate_middle(snapshot.view.run.name, _MAX_NAME))
         self.query_one(RunHeader).show(snapshot, clock.now())
-        self._show_outcome(snapshot, active)
+        self._show_outcome(snapshot, active, answers)
         self._show_graph(snapshot, from_step)
         self._show_side(snapshot)
         self.show_tab(self._front)
@@ -185,10 +189,10 @@ class LivePane(Vertical):
         log.anchor()
         log.focus()
 
-    def _show_outcome(self, snapshot: RunSnapshot, active: str) -> None:
+    def _show_outcome(self, snapshot: RunSnapshot, active: str, answers: str) -> None:
         outcome = outcome_text(snapshot)
         box = self.query_one("#run-outcome", Static)
-        content = Content("") if outcome is None else _outcome_content(outcome, active)
+        content = Content("") if outcome is None else _outcome_content(outcome, active, answers)
         update_if_changed(box, content)
         box.display = outcome is not None
 
@@ -256,7 +260,7 @@ def _health_note(snapshot: RunSnapshot) -> str:
     return f"!{len(snapshot.health)}" if snapshot.health else ""
 
 
-def _outcome_content(outcome: RunOutcomeText, active: str) -> Content:
+def _outcome_content(outcome: RunOutcomeText, active: str, answers: str) -> Content:
     """``active``: the id of the run that is training while this one has ended."""
     first, *others = outcome.text.splitlines() or [""]
     lines = [Content.styled(first, "bold $error" if outcome.is_error else ""), *map(Content, others)]
@@ -264,4 +268,7 @@ def _outcome_content(outcome: RunOutcomeText, active: str) -> Content:
     if active:
         watch = highlight_keys(f"   {key_name('train.another')} watch it")
         lines.append(Content.assemble(("● ", "$primary"), f"{active} is running now.", watch))
+    if answers:
+        stop = highlight_keys(f"   {key_name('train.answers')} stop")
+        lines.append(Content.assemble(("● ", "$primary"), f"Comparing answers: {answers}.", stop))
     return Content("\n").join(line for line in lines if line)

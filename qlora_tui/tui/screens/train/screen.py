@@ -187,7 +187,8 @@ class TrainScreen(TrainActions):
         self.snapshot = snapshot
         active = self.qlora_app.system_status.active
         another = active.id if active is not None and active != follower.run else ""
-        self.query_one(LivePane).show(snapshot, follower.from_step, another)
+        answers = self.progress_of(follower.run.id)
+        self.query_one(LivePane).show(snapshot, follower.from_step, another, answers)
         if (snapshot.status.state, snapshot.fix) != before:
             self.refresh_bindings()
 
