@@ -21,7 +21,13 @@ from msgspec import Struct
 from qlora_tui.checksums import mismatch, write_checksums
 from qlora_tui.data.dataset_report import Counts
 from qlora_tui.data.dataset_scan import DatasetScanner
-from qlora_tui.data.excluded_rows import EVERY_FILE, excluded_by_file, file_names, parse_excluded_rows
+from qlora_tui.data.excluded_rows import (
+    EVERY_FILE,
+    all_excluded,
+    excluded_by_file,
+    file_names,
+    parse_excluded_rows,
+)
 from qlora_tui.data.formats import RowFormat
 from qlora_tui.data.problems import DataProblem, raise_first_error
 from qlora_tui.data.render import RenderOptions
@@ -295,6 +301,8 @@ def _load(folder: Path, weights: Sequence[float], cached: bool) -> PreparedDatas
 
 
 def _nothing_left(counts: Counts, recipe: Recipe) -> UserError:
+    if counts.excluded and not counts.rows:
+        return all_excluded(counts.excluded)
     if counts.dropped and recipe.data.overflow == "drop":
         fix = 'Raise Sequence length (data.max_length), or cut long samples: data.overflow = "cut-right".'
     elif counts.dropped:

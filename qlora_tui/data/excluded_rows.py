@@ -23,6 +23,7 @@ import msgspec
 from qlora_tui.data.hub_dataset import is_hub_id
 from qlora_tui.data.row_numbers import format_row_numbers, parse_row_numbers
 from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.formatting import pluralize
 from qlora_tui.recipe.schema import Source
 
 _GROUP = re.compile(r'\s*(?:("(?:[^"\\]|\\.)*")\s*:|([^;:"]+):)?([^;:"]*)(?:;|\Z)')
@@ -163,6 +164,16 @@ def _groups(text: str) -> Iterator[tuple[str, str]]:
             )
         yield name, group[3]
         place = group.end()
+
+
+def all_excluded(count: int) -> UserError:
+    """Build the error for sources whose ``count`` rows are all excluded."""
+    return UserError(
+        "Nothing to train on",
+        what=f"All {pluralize(count, 'row')} of the data are excluded.",
+        fix="Correct excluded_rows of the source in the recipe, or clear it.",
+        exit_code=EXIT_USAGE,
+    )
 
 
 def _prefix(name: str) -> str:

@@ -22,7 +22,7 @@ def parse_row_numbers(text: str) -> frozenset[int]:
             raise UserError(
                 "No row numbers",
                 what=f"{part!r} in excluded_rows is neither a row number nor a range of them.",
-                fix='Write numbers and ranges with commas between them: "3, 17, 40-45".',
+                fix='Write numbers and ranges, "3, 17, 40-45"; rows of a file in a folder, "a.jsonl: 3, 17".',
                 exit_code=EXIT_USAGE,
             )
         numbers.update(range(first, last + 1))

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from qlora_tui.catalog.local_models import ModelFiles
 from qlora_tui.data.error_cache import Tokens, file_fingerprint, raise_cached_error, tokenizer_fingerprint
-from qlora_tui.data.excluded_rows import excluded_by_file
+from qlora_tui.data.excluded_rows import all_excluded, excluded_by_file
 from qlora_tui.data.hub_dataset import local_files
 from qlora_tui.data.preferences import (
     METHODS_FOR_PAIRS,
@@ -55,11 +55,15 @@ def check_data(recipe: Recipe, model_files: ModelFiles | None, *, read_columnar:
     checks = [_row_warning(warning) for warning in result.warnings]
     all_here = all(_local_files(source) is not None for source in every_source(data))
     complete = result.complete and all_here
+    trained = [size for size in result.sizes if size.source < len(data.sources)]
+    excluded = sum(size.excluded for size in trained)
+    if complete and excluded and not any(size.rows for size in trained):
+        return [Check.blocked(CheckKind.DATA, all_excluded(excluded))]
     if not complete:
         later = "Rows not read yet are checked when the run starts."
         checks.append(Check(CheckKind.DATA, "note", f"{'; '.join(descriptions)}. {later}"))
     elif not checks:
-        checks.append(_rows_used(result.sizes, len(data.sources), f"{'; '.join(descriptions)}."))
+        checks.append(_rows_used(trained, excluded, f"{'; '.join(descriptions)}."))
     return [*checks, *check_step_limit(recipe, result.sizes, complete=complete)]
 
 
@@ -76,11 +80,10 @@ def _data_fix(problem: UserError) -> SuggestedFix | None:
     return None
 
 
-def _rows_used(sizes: Sequence[FileSize], sources: int, text: str) -> Check:
+def _rows_used(trained: Sequence[FileSize], excluded: int, text: str) -> Check:
     """Say how many rows are trained on, where that is not all of them; ``text`` describes the sources."""
-    trained = [size for size in sizes if size.source < sources]
     rows, used = sum(size.rows for size in trained), sum(size.samples for size in trained)
-    if excluded := sum(size.excluded for size in trained):
+    if excluded:
         text = f"{text} {pluralize(excluded, 'row')} excluded."
     if used == rows:
         return Check(CheckKind.DATA, "ok", text)

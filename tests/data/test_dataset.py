@@ -263,6 +263,14 @@ def test_nothing_to_train_on_says_why(
     assert fix in caught.value.fix
 
 
+def test_a_run_whose_rows_are_all_excluded_says_so(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", pairs(3))
+    source = Source(path=str(tmp_path / "a.jsonl"), excluded_rows="1-9")
+    with pytest.raises(UserError) as caught:
+        prepare_dataset(recipe(source), family("chatml"))
+    assert "All 3 rows" in caught.value.what and "excluded_rows" in caught.value.fix
+
+
 def test_no_source_says_so() -> None:
     with pytest.raises(UserError, match="No data"):
         prepare_dataset(Recipe(), family("chatml"))

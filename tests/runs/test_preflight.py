@@ -121,6 +121,8 @@ def test_the_data_check_counts_rows_that_are_not_used(tmp_path: Path) -> None:
     assert _data_check(recipe).outcome == "ok"
     fewer = Recipe(data=Data(sources=(Source(path=str(rows), excluded_rows="2-4"),)))
     assert _data_check(fewer).outcome == "ok" and "3 rows excluded." in _data_check(fewer).text
+    none = Recipe(data=Data(sources=(Source(path=str(rows), excluded_rows="1-99"),)))
+    assert _data_check(none).problem is not None and "All 31 rows" in _data_check(none).text
 
 
 def test_memory_that_does_not_fit_comes_with_the_cheapest_fix(tmp_path: Path) -> None:
