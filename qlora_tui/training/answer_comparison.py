@@ -81,7 +81,8 @@ def report_answers(prepared: PreparedRun, answers: TaskEvaluation | None, loss: 
     if answers is None:
         return
     try:
-        write_task_evaluation(prepared.run, msgspec.structs.replace(answers, loss=loss or answers.loss))
+        whole = msgspec.structs.replace(answers, loss=loss or answers.loss, is_of_run=loss is not None)
+        write_task_evaluation(prepared.run, whole)
     except OSError as error:
         _log_error(prepared, error)
         return

@@ -26,6 +26,7 @@ from qlora_tui.runs.describe import describe
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import AnswersCompared
 from qlora_tui.runs.task_metrics.task_evaluation import LossChange, read_task_evaluation
+from qlora_tui.runs.task_metrics.task_report import report_lines
 from qlora_tui.training.answer_comparison import answer_validation, report_answers
 
 pytestmark = pytest.mark.slow
@@ -110,7 +111,8 @@ def test_answers_at_the_end_are_those_of_evaluate(ended: Callable[..., Ended]) -
     later = read_task_evaluation(end.run)
     assert at_end is not None and later is not None
     assert at_end.rows == later.rows and at_end.metrics == later.metrics and not at_end.is_partial
-    assert at_end.loss == LOSS
+    assert at_end.loss == LOSS and at_end.is_of_run
+    assert any("Validation loss" in line for line in report_lines(at_end, 0))
     assert isinstance(event, AnswersCompared) and event.metric == "accuracy" and event.prompts == 12
     assert describe(event, 1).startswith("answers to 12 validation prompts: accuracy 0% beside the base's 0%")
 

@@ -214,7 +214,9 @@ def test_a_loss_change_is_weighted_by_tokens() -> None:
     loss = LossChange.of([30.0, 2.0] * 4, [20.0, 2.0] * 4, [10, 1] * 4)
     assert (loss.rows, loss.before, loss.after) == pytest.approx((8, 32 / 11, 2.0))
     assert loss.is_lower and not loss.is_higher
-    assert describe_loss(loss).startswith("validation loss 2.91 → 2.00 on 8 rows (95% interval")
+    assert describe_loss(loss, "validation loss").startswith(
+        "validation loss 2.91 → 2.00 on 8 rows (95% interval"
+    )
     assert LossChange.of([1.0], [float("nan")], [1]).rows == 0
     assert not LossChange.of([1.0, 2.0] * 8, [2.0, 1.0] * 8, [1] * 16).is_lower
 

@@ -83,7 +83,9 @@ async def test_answers_of_an_ended_run_are_shown(make_app: MakeApp) -> None:
         await wait_for_text(pilot, "finished")
         assert screen.check_action("answers", ())
         await pilot.press("a")
-        await wait_for_text(pilot, "Answers of adapter and base", "8 validation prompts", "exact match")
+        await wait_for_text(
+            pilot, "Answers of adapter and base", "8 validation prompts", "Loss of the references"
+        )
 
 
 async def test_a_measurement_of_answers_shows_its_progress(

@@ -81,6 +81,8 @@ class TaskEvaluation(Struct, frozen=True, kw_only=True, omit_defaults=True):
     rows: tuple[TaskRow, ...]
     labels: tuple[LabelCount, ...] = ()
     seconds: float = 0.0
+    is_of_run: bool = False
+    """Whether the loss is that of validation rows at the end of the run, not of the references alone."""
     is_partial: bool = False
     """Whether the end of a run left prompts out, because it had no more time."""
     warning: str = ""
@@ -148,9 +150,9 @@ def describe_metric(metric: Metric) -> str:
     return f"{values} on {metric.rows:,} prompts ({change}){end}"
 
 
-def describe_loss(loss: LossChange) -> str:
-    """``validation loss 2.10 → 1.32 on 40 rows (95% interval −0.90 to −0.66)``."""
-    values = f"validation loss {loss.before:.2f} → {loss.after:.2f} on {pluralize(loss.rows, 'row')}"
+def describe_loss(loss: LossChange, name: str) -> str:
+    """``validation loss 2.10 → 1.32 on 40 rows (95% interval −0.90 to −0.66)``, with its name."""
+    values = f"{name} {loss.before:.2f} → {loss.after:.2f} on {pluralize(loss.rows, 'row')}"
     if loss.rows < MIN_ROWS:
         return f"{values}, too few to tell"
     low, high = loss.interval

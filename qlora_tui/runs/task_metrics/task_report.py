@@ -23,11 +23,12 @@ _HEADER = ("", "base", "95% interval", "adapter", "95% interval", "change", "95%
 
 def report_lines(evaluation: TaskEvaluation, rows: int, *, narrow: bool = False) -> list[str]:
     """The report, with the answers to the first ``rows`` prompts; ``narrow`` is that of the table."""
+    loss_name = "validation loss" if evaluation.is_of_run else "loss of the references"
     lines = [
         f"{pluralize(len(evaluation.rows), 'validation prompt')} of {evaluation.run}, with greedy answers of "
         f"up to {evaluation.max_new_tokens:,} tokens.",
         *(f"{_capitalized(describe_metric(metric))}." for metric in evaluation.metrics[:1]),
-        *([f"{_capitalized(describe_loss(evaluation.loss))}."] if evaluation.loss.rows else []),
+        *([f"{_capitalized(describe_loss(evaluation.loss, loss_name))}."] if evaluation.loss.rows else []),
         "",
         *metric_table(evaluation.metrics, narrow=narrow),
     ]
