@@ -20,6 +20,8 @@ from qlora_tui.cli.terminal import show_in_place
 from qlora_tui.cli.train import report_checks
 from qlora_tui.data.sources import every_source, paths_of
 from qlora_tui.recipe.conflicts import require_runnable
+from qlora_tui.recipe.fields import replace_setting
+from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.lr_range import LrRange, RangeSettings
 from qlora_tui.runs.lr_range_job import measure_lr_range, read_stored
 from qlora_tui.runs.lr_suggestion import METHOD, RangeCurve, format_rate, read_curve
@@ -27,6 +29,7 @@ from qlora_tui.runs.machine_checks import read_machine
 from qlora_tui.runs.preflight import preflight
 
 _DEFAULTS = RangeSettings()
+_MANY_EPOCHS = 1000.0
 _ROWS = 20
 """About how many steps are printed."""
 
@@ -41,12 +44,23 @@ def run(args: argparse.Namespace) -> CommandResult:
         paths_of(source)  # downloads a Hub dataset, so that its rows can be checked
     lr_range = None if args.again else read_stored(recipe)
     if lr_range is None or lr_range.settings != settings:
-        report_checks(preflight(recipe, read_machine(), read_columnar=True))
+        report_checks(preflight(_without_length(recipe), read_machine(), read_columnar=True))
         lr_range = measure_lr_range(recipe, settings, _print_progress)
         if sys.stderr.isatty():
             print(file=sys.stderr)
     curve = read_curve(lr_range)
     return CommandResult(data=_as_data(lr_range, curve), text=_as_text(lr_range, curve))
+
+
+def _without_length(recipe: Recipe) -> Recipe:
+    """The recipe without what the test replaces, on which checks would only give advice for a run."""
+    for path, value in (
+        ("training.learning_rate", Recipe().training.learning_rate),
+        ("training.max_steps", 0),
+        ("training.epochs", _MANY_EPOCHS),
+    ):
+        recipe = replace_setting(recipe, path, value)
+    return recipe
 
 
 def _print_progress(done: int, total: int, so_far: LrRange) -> None:

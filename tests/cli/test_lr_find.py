@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from qlora_tui.recipe.layering import build_recipe
+from qlora_tui.runs import lr_range_job
 from qlora_tui.runs.lr_range import LrRange, RangeSettings, stored_path, write_lr_range
 from tests.cli.conftest import Call
 from tests.support.lr_range_worker_stub import curve_steps
+from tests.tui.sample_data import readable_model
 
 
 @pytest.fixture
@@ -43,6 +45,19 @@ def test_other_rates_are_measured_again(call: Call, options: list[str]) -> None:
     said = call("lr-find", *options, "--steps", "30")
     assert said.code == 2
     assert "acme/tiny" in said.err
+
+
+def test_advice_for_the_length_of_a_run_is_left_out(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lr_range_job, "WORKER", "tests.support.lr_range_worker_stub")
+    monkeypatch.setenv("LR_RANGE_STEPS", "30")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 40)
+    options = ["--model", readable_model(tmp_path / "model"), "--data", str(rows)]
+    said = call("lr-find", *options, "--set", "training.max_steps=2", "--set", "training.learning_rate=0.5")
+    assert "30 of 60 steps" in said.out
+    assert "steps" not in said.err and "Learning rate" not in said.err
 
 
 def test_a_rate_that_is_none_is_explained(call: Call, options: list[str]) -> None:
