@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qlora_tui.chat.session import ChatSession
     from qlora_tui.training.task_prompts import TaskPrompt
 
-_FORMAT = 1
+_FORMAT = 2
 """Bump when the same model and prompt may be answered otherwise."""
 _HEAD_ROWS = 256
 """Vocabulary-wide rows computed at a time."""

@@ -123,6 +123,18 @@ def test_the_head_reads_contiguous_states_of_a_prompt_batch(base: Any, tokenizer
     assert len(seen) > 1 and all(seen)
 
 
+def test_answers_have_no_penalty_of_the_generation_config(base: Any, tokenizer: ChatTokenizer) -> None:
+    prompts = prompt_ids_of(tokenizer, *PROMPTS)
+    plain = answer_greedily(base, prompts, tokenizer, CPU)
+    settings = base.generation_config
+    before = settings.repetition_penalty, settings.no_repeat_ngram_size
+    settings.repetition_penalty, settings.no_repeat_ngram_size = 20.0, 1
+    try:
+        assert answer_greedily(base, prompts, tokenizer, CPU) == plain
+    finally:
+        settings.repetition_penalty, settings.no_repeat_ngram_size = before
+
+
 def test_answers_are_read_back_and_damaged_files_ignored(
     base: Any, tokenizer: ChatTokenizer, tmp_path: Path
 ) -> None:

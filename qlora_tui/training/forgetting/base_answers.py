@@ -37,7 +37,7 @@ from qlora_tui.training.head_chunks import block_rows
 from qlora_tui.training.quantized_cache import base_state, cache_name
 
 TOP_TOKENS = 64
-_FORMAT = 1
+_FORMAT = 2
 """Bump when prompts, answers or what is stored of them change."""
 
 

@@ -40,10 +40,13 @@ def answer_greedily(
             max_new_tokens=max_new_tokens,
             min_new_tokens=1,
             do_sample=False,
-            # The model's generation config may hold these, which greedy search rejects.
+            # The model's generation config may hold these, which greedy search rejects or which change the
+            # most likely token: Qwen2.5's penalizes what the prompt holds, such as the labels to choose from.
             temperature=None,
             top_p=None,
             top_k=None,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
             eos_token_id=list(tokenizer.turn_end_ids) or None,
             pad_token_id=pad,
             use_cache=True,
