@@ -189,7 +189,9 @@ def _format_report(report: Report, data: Data) -> str:
     for problem in report.problems:
         rows = ", ".join(f"{row:,}" for row in islice(problem.rows, _ROWS_NAMED))
         more = "…" if problem.count > _ROWS_NAMED else ""
-        where = f" ({'row' if len(problem.rows) == 1 else 'rows'} {rows}{more})" if rows else ""
+        # The files of a folder number their rows each for itself.
+        file = f" of {Path(problem.path).name}" if len(report.files) > 1 else ""
+        where = f" ({'row' if len(problem.rows) == 1 else 'rows'} {rows}{more}{file})" if rows else ""
         count = f"{problem.count:,}{where}"
         lines.append(f"{problem.severity}: {problem.title}: {count}{row_outcome(problem, data)}")
         if problem.example:

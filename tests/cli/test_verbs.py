@@ -308,6 +308,14 @@ def test_options_of_evaluate_without_an_effect_are_refused(
     assert said.code == 2 and words in said.err
 
 
+def test_rows_of_a_folder_are_named_with_their_file(call: Call, tmp_path: Path) -> None:
+    row, empty = '{"prompt": "a", "completion": "b"}\n', '{"prompt": "", "completion": ""}\n'
+    (tmp_path / "b.jsonl").write_text(row + empty)
+    assert "(row 2)" in call("data", "inspect", str(tmp_path)).out
+    (tmp_path / "a.jsonl").write_text(row.replace("a", "c"))
+    assert "(row 2 of b.jsonl)" in call("data", "inspect", str(tmp_path)).out
+
+
 def test_a_learning_rate_needs_a_value_and_other_requests_none(call: Call, finished_run: RunDir) -> None:
     assert call("ask", finished_run.id, "learning-rate").code == 2
     assert call("ask", finished_run.id, "evaluate", "3").code == 2
