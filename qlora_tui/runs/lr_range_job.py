@@ -18,6 +18,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import dump
 from qlora_tui.runs.directory import DRAFT, RunDir, all_runs
 from qlora_tui.runs.initial_adapter import with_initial_adapter
+from qlora_tui.runs.locks import PATIENCE_S, locked
 from qlora_tui.runs.lr_range import LrRange, RangeSettings, read_lr_range, stored_path, write_lr_range
 from qlora_tui.runs.measuring import MeasuringStoppedError, StopSwitch, measure_in_child
 from qlora_tui.runs.status import ACTIVE, read_status
@@ -41,13 +42,28 @@ def measure_lr_range(
 
     Raises:
         MeasuringStoppedError: the switch ended it.
-        UserError: the recipe, its data or its model cannot be trained, a run is in training, or memory ran
-            out.
+        UserError: the recipe, its data or its model cannot be trained, a run is in training or another test
+            under way, or memory ran out.
     """
     settings.check()
     require_runnable(recipe)
     _require_no_active_run()
-    switch = switch or StopSwitch()
+    with locked(stored_path(recipe).with_name(".lock"), patience_s=PATIENCE_S) as lock:
+        if lock is None:
+            raise UserError(
+                "Another test is under way",
+                what="It tries learning rates too, and uses the memory that this one needs.",
+                fix="Wait for its end, or stop it.",
+            )
+        return _measure(recipe, settings, progress, switch or StopSwitch())
+
+
+def _measure(
+    recipe: Recipe,
+    settings: RangeSettings,
+    progress: Callable[[int, int, LrRange], None],
+    switch: StopSwitch,
+) -> LrRange:
     # As an incomplete run, it is deleted later if this process is killed.
     folder = Path(tempfile.mkdtemp(prefix=f"{DRAFT}{os.getpid()}-", dir=paths.runs_dir()))
     run = RunDir(folder)

@@ -149,6 +149,23 @@ def test_a_stopped_test_leaves_nothing(recipe: Recipe, monkeypatch: pytest.Monke
     assert not list(paths.runs_dir().iterdir())
 
 
+def test_one_test_runs_at_a_time(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lr_range_job, "WORKER", STUB)
+    refused: list[str] = []
+
+    def measure_again(done: int, total: int, so_far: LrRange) -> None:
+        monkeypatch.setenv("LR_RANGE_STEPS", "1")  # so that a test that is not refused ends
+        with pytest.raises(UserError) as refusal:
+            measure_lr_range(recipe, SETTINGS)
+        refused.append(refusal.value.title)
+        switch.stop()
+
+    switch = StopSwitch()
+    with pytest.raises(MeasuringStoppedError):
+        measure_lr_range(recipe, SETTINGS, measure_again, switch)
+    assert refused and set(refused) == {"Another test is under way"}
+
+
 def test_a_killed_tests_folder_is_named_as_incomplete_runs_are(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,6 +43,21 @@ async def test_a_measures_answers_and_a_second_a_stops(
         await wait_for_text(pilot, "Stopped. Press [a] to continue.")
 
 
+async def test_two_keys_at_once_start_one_measurement(
+    make_app: MakeApp, three_runs: list[RunDir], endless_measurements: list[Popen[bytes]]
+) -> None:
+    app = make_app()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await open_runs(app)
+        await wait_for_text(pilot, "─ tickets-a ─")
+        assert isinstance(app.screen, answer_measuring.EvaluationActions)
+        app.screen.evaluate(three_runs[0])
+        app.screen.evaluate(three_runs[0])
+        await wait_until(pilot, lambda: bool(endless_measurements))
+        await pilot.pause(0.2)
+    assert len(endless_measurements) == 1
+
+
 async def test_answers_are_shown_with_their_evidence(make_app: MakeApp, three_runs: list[RunDir]) -> None:
     rows = [
         a_row(

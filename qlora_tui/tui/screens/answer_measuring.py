@@ -72,7 +72,8 @@ class EvaluationActions(WorkScreen):
         measured_id, progress = self.answers_progress or ("", "")
         return progress if run_id == measured_id else ""
 
-    @work
+    # Exclusive: a second key while the stored evaluation is read starts no second measurement.
+    @work(exclusive=True, group="evaluation")
     async def _evaluate(self, run: RunDir) -> None:
         evaluation = await asyncio.to_thread(read_task_evaluation, run)
         if evaluation is None:
