@@ -234,7 +234,9 @@ def test_requests_are_done_at_the_next_step(recipe: MakeRecipe, trainers: Traine
     wait_for(lambda: last_step(run) > asked_at + 1, seconds=60)
     control.send_request(run, "finish_epoch")
     assert trainer.wait() == 0
-    assert [e.step for e in events_of(run, Evaluated)][:2] == [0, asked_at]
+    evaluated_at = [each.step for each in events_of(run, Evaluated)][:2]
+    # A step may end between two requests.
+    assert evaluated_at in ([0, asked_at], [0, asked_at + 1])
     rates = {step.step: step.learning_rate for step in events_of(run, Step)}
     assert (rates[asked_at], rates[asked_at + 2]) == (2e-3, 5e-4)
     ending = events(run)[-1]

@@ -18,7 +18,7 @@ from qlora_tui.tui.draft import Draft
 from qlora_tui.tui.draft_saving import open_workbench
 from qlora_tui.tui.screens.presets.screen import PresetsScreen
 from qlora_tui.tui.widgets.vi_list import ViList
-from tests.tui.screen_assertions import wait_for_text
+from tests.tui.screen_assertions import wait_for_text, wait_until
 from tests.tui.workstation import config_folder, open_on, settle
 
 Snapshot = Callable[..., bool]
@@ -122,7 +122,9 @@ async def test_an_existing_preset_is_replaced_only_after_confirmation() -> None:
     save("tickets", Recipe(lora=Lora(rank=8)))
     before = mine("tickets").read_bytes()
     async with open_on("memory").run_test(size=(80, 24), notifications=True) as pilot:
-        await pilot.press("p", "s", *"tickets", "enter")
+        await pilot.press("p", "s")
+        await wait_until(pilot, lambda: isinstance(pilot.app.focused, Input))
+        await pilot.press(*"tickets", "enter")
         await wait_for_text(pilot, "You already have a preset tickets")
         await pilot.press("n")
         assert mine("tickets").read_bytes() == before
@@ -135,7 +137,9 @@ async def test_an_existing_preset_is_replaced_only_after_confirmation() -> None:
 
 async def test_the_command_for_a_saved_preset_quotes_its_name() -> None:
     async with open_on("memory").run_test(size=(120, 40), notifications=True) as pilot:
-        await pilot.press("p", "s", *"my", "space", *"sums", "enter")
+        await pilot.press("p", "s")
+        await wait_until(pilot, lambda: isinstance(pilot.app.focused, Input))
+        await pilot.press(*"my", "space", *"sums", "enter")
         await wait_for_text(pilot, "Saved the settings as my sums")
         said = " ".join(notice.message for notice in pilot.app._notifications)
         assert "without the model and the data" in said and "--preset 'my sums'." in said
