@@ -22,7 +22,7 @@ from qlora_tui.data.sources import every_source, paths_of
 from qlora_tui.recipe.conflicts import require_runnable
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs.lr_range import LrRange, RangeSettings
+from qlora_tui.runs.lr_range import LrRange, RangeSettings, at_learning_rate
 from qlora_tui.runs.lr_range_job import measure_lr_range, read_stored
 from qlora_tui.runs.lr_suggestion import METHOD, RangeCurve, format_rate, read_curve
 from qlora_tui.runs.machine_checks import read_machine
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> CommandResult:
         if sys.stderr.isatty():
             print(file=sys.stderr)
     curve = read_curve(lr_range)
-    return CommandResult(data=_as_data(lr_range, curve), text=_as_text(lr_range, curve))
+    return CommandResult(data=_as_data(lr_range, curve), text=_as_text(lr_range, curve, recipe))
 
 
 def _without_length(recipe: Recipe) -> Recipe:
@@ -84,7 +84,7 @@ def _as_data(lr_range: LrRange, curve: RangeCurve) -> dict[str, Any]:
     }
 
 
-def _as_text(lr_range: LrRange, curve: RangeCurve) -> str:
+def _as_text(lr_range: LrRange, curve: RangeCurve, recipe: Recipe) -> str:
     every = max(1, len(curve.rates) // _ROWS)
     shown = [i for i in range(len(curve.rates)) if i % every == 0 or i == curve.lowest]
     rows = [
@@ -103,7 +103,10 @@ def _as_text(lr_range: LrRange, curve: RangeCurve) -> str:
         curve.sentence,
     ]
     if curve.suggested is not None:
-        lines.append(f"Use it with --set training.learning_rate={format_rate(curve.suggested)}")
+        use = f"Use it with --set training.learning_rate={format_rate(curve.suggested)}"
+        if embedding_rate := at_learning_rate(recipe, curve.suggested).training.embedding_learning_rate:
+            use += f" --set training.embedding_learning_rate={format_rate(embedding_rate)}"
+        lines.append(use)
     return "\n".join(lines)
 
 

@@ -26,7 +26,6 @@ _FORMAT = 1
 """Bump when the steps of a test change, so that earlier results no longer count."""
 _IGNORED = (
     *WITHOUT_EFFECT_ON_WEIGHTS,
-    "training.learning_rate",
     "training.lr_scheduler",
     "training.lr_cycles",
     "training.lr_power",
@@ -123,9 +122,21 @@ def read_lr_range(path: Path) -> LrRange | None:
         return None
 
 
+def at_learning_rate(recipe: Recipe, rate: float) -> Recipe:
+    """Return the recipe at another learning rate; a rate of embedding and head keeps its ratio to it."""
+    training = recipe.training
+    embedding_rate = training.embedding_learning_rate / training.learning_rate * rate
+    for path, value in (
+        ("training.learning_rate", rate),
+        ("training.embedding_learning_rate", min(1.0, float(f"{embedding_rate:.3g}"))),
+    ):
+        recipe = replace_setting(recipe, path, value)
+    return recipe
+
+
 def stored_path(recipe: Recipe) -> Path:
     """Where the newest complete test of a recipe is stored, whether or not there is one."""
-    relevant = with_absolute_paths(recipe)
+    relevant = at_learning_rate(with_absolute_paths(recipe), Recipe().training.learning_rate)
     for path in _IGNORED:
         relevant = replace_setting(relevant, path, get_setting(Recipe(), path))
     stamps = [source_stamps(source) for source in every_source(relevant.data)]

@@ -19,7 +19,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.gpu.library_imports import faster_imports
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.lr_range import LrRange, RangeSettings, read_lr_range
+from qlora_tui.runs.lr_range import LrRange, RangeSettings, at_learning_rate, read_lr_range
 from qlora_tui.runs.measuring_worker import run_measurement
 from qlora_tui.training.failure import failure_event, is_out_of_memory
 
@@ -53,10 +53,8 @@ def measure(run: RunDir) -> None:
 
 def recipe_of_test(recipe: Recipe, settings: RangeSettings) -> Recipe:
     """Return the recipe that a test trains: at its lowest rate, from which all rates rise alike."""
-    low, training = settings.low, recipe.training
+    recipe = at_learning_rate(recipe, settings.low)
     for path, value in (
-        ("training.learning_rate", low),
-        ("training.embedding_learning_rate", training.embedding_learning_rate / training.learning_rate * low),
         ("training.max_steps", settings.steps),
         ("training.epochs", _MANY_EPOCHS),
         ("training.report_to", "none"),

@@ -20,6 +20,7 @@ from qlora_tui.runs.lr_range import (
     LrRange,
     RangeSettings,
     RangeStep,
+    at_learning_rate,
     has_diverged,
     read_lr_range,
     stored_path,
@@ -125,9 +126,19 @@ def test_a_result_belongs_to_recipe_and_data(tmp_path: Path) -> None:
     assert changed("training.learning_rate", 0.1) == changed("training.epochs", 9.0) == before
     assert changed("training.task_prompts", 9) == changed("quantization.streamed_layers", 2) == before
     assert changed("lora.rank", 99) != before
+    assert changed("training.embedding_learning_rate", 1e-5) != before
     assert changed("training.optimizer", "lion") != before
     file.write_text("{}\n{}\n")
     assert stored_path(recipe) != before
+
+
+def test_a_used_rate_keeps_the_embeddings_ratio_and_the_test() -> None:
+    recipe = replace_setting(Recipe(), "training.embedding_learning_rate", 3e-5)
+    at_rate = at_learning_rate(recipe, 1.4e-4)
+    assert at_rate.training.learning_rate == 1.4e-4
+    assert at_rate.training.embedding_learning_rate == 2.1e-5
+    assert stored_path(at_rate) == stored_path(recipe)
+    assert at_learning_rate(Recipe(), 0.1).training.embedding_learning_rate == 0
 
 
 def test_a_complete_test_is_stored_and_nothing_else(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qlora_tui.runs.lr_range import at_learning_rate
 from qlora_tui.runs.lr_suggestion import format_rate
 from qlora_tui.runs.machine_checks import Check
 from qlora_tui.tui.key_names import key_name
@@ -26,7 +27,7 @@ class LrFinderActions(WorkScreen):
 
         def on_result(rate: float | None) -> None:
             if rate is not None:
-                self.qlora_app.edit("training.learning_rate", rate)
+                self.qlora_app.load_recipe(at_learning_rate(self.qlora_app.workbench.recipe, rate))
                 self.notify(
                     f"Learning rate set to {format_rate(rate)}. Press {key_name('app.undo')} to undo."
                 )
