@@ -25,8 +25,9 @@ MakeApp = Callable[[], QloraApp]
 
 
 async def test_waiting_runs_stand_on_top_and_are_moved_and_withdrawn(
-    make_app: MakeApp, three_runs: list[RunDir]
+    make_app: MakeApp, three_runs: list[RunDir], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(actions, "ensure_runner", lambda: None)
     for name in ("first", "second"):
         run_queue.enqueue(write_fake_run(FakeRun(name=name, state="queued", steps=0, began=BEGAN - 5000)))
     app = make_app()

@@ -7,7 +7,7 @@ import pytest
 from qlora_tui.recipe.fields import fields
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.train.setting_notes import SettingNotes
-from tests.tui.screen_assertions import wait_for_text
+from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 
 FIELDS = [field for field in fields().values() if field.section == "training"]
 
@@ -29,5 +29,5 @@ async def test_train_explains_settings_in_a_large_window_only() -> None:
         await pilot.press("j", "j")
         await wait_for_text(pilot, "▸ Gradient accumulation  training.gradient_accumulation")
         await pilot.resize_terminal(120, 40)
-        shown = await wait_for_text(pilot, "Checks")
-        assert "What the settings do" not in shown
+        await wait_until(pilot, lambda: "What the settings do" not in text_of(pilot.app))
+        await wait_for_text(pilot, "Checks")
