@@ -28,6 +28,7 @@ def write_wheel(folder: Path, *files: str) -> Path:
     return wheel
 
 
+@pytest.mark.slow
 def test_a_repacked_wheel_installs_without_other_cuda_libraries(tmp_path: Path) -> None:
     other = "bitsandbytes/libbitsandbytes_cuda118.so"
     wheel = write_wheel(tmp_path, "bitsandbytes/__init__.py", CUDA, CPU, other)

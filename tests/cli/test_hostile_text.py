@@ -138,6 +138,7 @@ def test_own_sequences_pass_and_foreign_ones_do_not(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == "\x1b[1ma␛[2Jb\n"
 
 
+@pytest.mark.slow
 def test_on_a_real_terminal_nothing_foreign_is_obeyed(run: RunDir, data: Path) -> None:
     for words in (
         ["attach", "run", "--log"],

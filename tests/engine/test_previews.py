@@ -90,6 +90,7 @@ async def test_reports_get_better_until_every_row_is_counted(
     assert (plain.counts.rows, plain.lengths.unit) == (40, "characters")
 
 
+@pytest.mark.slow
 async def test_whoever_stops_listening_stops_the_reading(
     engine: EngineClient, tmp_path: Path, model: str
 ) -> None:

@@ -61,6 +61,7 @@ async def test_a_generated_name_loses_its_time_before_its_words(make_app: MakeAp
         assert "smollm2-135m-tickets-20261124-1609" in shown
 
 
+@pytest.mark.slow
 def test_hundreds_of_runs_are_listed_at_once_and_read_gradually() -> None:
     for number in range(300):
         write_fake_run(
