@@ -45,6 +45,7 @@ def families(chance: random.Random, count: int, sources: int) -> list[list[Conve
     return conversations
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32), sources=st.integers(1, 3), fraction=st.sampled_from([0.05, 0.2, 0.5]))
 def test_near_duplicates_stay_on_one_side_in_any_order(

@@ -129,6 +129,7 @@ def test_a_larger_gpu_fits_a_larger_class_of_model() -> None:
     assert [size.label for size in labels if size] == ["7B", "32B", "72B"]
 
 
+@pytest.mark.slow
 def test_nothing_fits_on_a_gpu_smaller_than_the_weights() -> None:
     largest = largest_settings(Recipe(), qwen_7b(), 2 * GIB)
     assert (largest.sequence_length, largest.micro_batch, largest.rank) == (0, 0, 0)
