@@ -24,8 +24,8 @@ from qlora_tui.training import chunked_loss, head_chunks
 from qlora_tui.training.accuracy import argmax_tokens
 from qlora_tui.training.adapter import add_lora
 from qlora_tui.training.model_loading import checkpoint_activations
-from qlora_tui.training.trainer import load_adapter, save_adapter
 from tests.support.trainer_processes import Trainers
+from tests.training.base_parameters import gradients_of_nothing, saved_logits
 from tests.training.conftest import MakeRecipe
 from tests.training.event_helpers import losses
 from tests.training.families import build, with_adapter
@@ -55,6 +55,10 @@ def adapted(model: Any) -> Any:
 
 def row_parameters(model: Any) -> Iterator[tuple[str, Any]]:
     return ((name, p) for name, p in model.named_parameters() if "trainable_tokens_delta" in name)
+
+
+def trained_rows(model: Any) -> list[Tensor]:
+    return [rows for _, rows in row_parameters(model)]
 
 
 def by_hand(model: Any, ids: Tensor, labels: Tensor) -> tuple[float, list[Tensor]]:
@@ -118,40 +122,14 @@ def test_only_rows_near_zero_are_initialized_to_the_mean() -> None:
 def test_plain_peft_reads_what_is_saved_and_says_the_same(
     model_type: str, tied: bool, tmp_path: Path
 ) -> None:
-    from peft import PeftModel
-
-    base = faint(model_type, tied=tied)
-    plain = copy.deepcopy(base)
-    model = adapted(base).eval()
-    for _, rows in row_parameters(model):
-        torch.nn.init.normal_(rows)
-    ids = torch.tensor([[5, 40, 7, 9, 251, 40]])
-    with torch.no_grad():
-        ours = model(ids).logits
-        with model.disable_adapter():
-            torch.testing.assert_close(model(ids).logits, plain(ids).logits)
-    save_adapter(model, tmp_path)
-    with torch.no_grad():
-        for _, rows in row_parameters(model):
-            rows.zero_()
-        load_adapter(model, tmp_path)
-        torch.testing.assert_close(model(ids).logits, ours)
-        theirs: Any = PeftModel.from_pretrained(plain, str(tmp_path))
-        logits = theirs.eval()(ids).logits
-    torch.testing.assert_close(logits, ours, rtol=1e-5, atol=1e-5)
+    _, ours, theirs = saved_logits(faint(model_type, tied=tied), adapted, trained_rows, tmp_path)
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
 
 
 def test_nothing_to_learn_leaves_every_row_a_gradient_of_zero() -> None:
     """Processes that train together wait for the gradient of each parameter."""
-    base = faint("llama", tied=False)
-    head = chunked_loss.find_head(base)
-    assert isinstance(head, head_chunks.ChunkedHead)
-    model = adapted(base)
-    chunked_loss.use_chunked_loss(base, head)
-    ids, labels = labeled(base)
-    nothing = torch.full_like(labels, chunked_loss.IGNORED)
-    model.train()(input_ids=ids, labels=nothing, num_items_in_batch=1).loss.backward()
-    assert all(rows.grad is not None and not rows.grad.any() for _, rows in row_parameters(model))
+    gradients = gradients_of_nothing(faint("llama", tied=False), adapted, trained_rows)
+    assert gradients and all(grad is not None and not grad.any() for grad in gradients)
 
 
 def test_finding_short_rows_does_not_copy_the_head() -> None:

@@ -18,8 +18,8 @@ from qlora_tui.runs.events import StepVerified
 from qlora_tui.training import chunked_loss, head_chunks
 from qlora_tui.training.adapter import add_lora
 from qlora_tui.training.trained_embeddings import embedding_rate, trained_matrices
-from qlora_tui.training.trainer import load_adapter, save_adapter
 from tests.support.trainer_processes import Trainers
+from tests.training.base_parameters import gradients_of_nothing, saved_logits
 from tests.training.conftest import MakeRecipe
 from tests.training.event_helpers import events_of, losses
 from tests.training.families import build, with_adapter
@@ -100,43 +100,20 @@ def test_a_16_bit_head_gets_the_gradient_of_its_product(dtype: Any, monkeypatch:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_plain_peft_reads_what_is_saved_and_says_the_same(tied: bool, tmp_path: Path) -> None:
-    from peft import PeftModel
-
     base = build("gemma3_text" if tied else "llama", tie_word_embeddings=tied).to(torch.bfloat16)
-    plain = copy.deepcopy(base)
-    model = adapted(base).eval()
-    for matrix in trained_matrices(model):
-        torch.nn.init.normal_(matrix)
-    ids = torch.tensor([[5, 40, 7, 9, 251, 40]])
-    with torch.no_grad():
-        ours = model(ids).logits
-        with model.disable_adapter():
-            torch.testing.assert_close(model(ids).logits, plain(ids).logits)
-            assert not trained_matrices(model)
-    save_adapter(model, tmp_path)
-    with torch.no_grad():
-        for matrix in trained_matrices(model):
-            matrix.zero_()
-        load_adapter(model, tmp_path)
-        torch.testing.assert_close(model(ids).logits, ours)
-        # In the dtype of the model, as the base: the LoRA part is rounded otherwise.
-        theirs: Any = PeftModel.from_pretrained(plain, str(tmp_path))
-        logits = theirs.eval()(ids).logits
-    assert ours.dtype == logits.dtype == torch.bfloat16
-    torch.testing.assert_close(logits, ours, rtol=0.02, atol=0.02 * float(ours.abs().max()))
+    model, ours, theirs = saved_logits(base, adapted, trained_matrices, tmp_path)
+    with model.disable_adapter():
+        assert not trained_matrices(model)
+    # In the dtype of the model, as the base: the LoRA part is rounded otherwise.
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    torch.testing.assert_close(theirs, ours, rtol=0.02, atol=0.02 * float(ours.abs().max()))
 
 
 def test_nothing_to_learn_leaves_a_gradient_of_zero() -> None:
     """Processes that train together wait for the gradient of each parameter."""
     base = build("llama", tie_word_embeddings=False)
-    head = chunked_loss.find_head(base)
-    assert isinstance(head, head_chunks.ChunkedHead)
-    model = adapted(base)
-    chunked_loss.use_chunked_loss(base, head)
-    ids, labels = labeled(base)
-    nothing = torch.full_like(labels, chunked_loss.IGNORED)
-    model.train()(input_ids=ids, labels=nothing, num_items_in_batch=1).loss.backward()
-    assert all(matrix.grad is not None and not matrix.grad.any() for matrix in trained_matrices(model))
+    gradients = gradients_of_nothing(base, adapted, trained_matrices)
+    assert gradients and all(grad is not None and not grad.any() for grad in gradients)
 
 
 @pytest.mark.parametrize(("optimizer", "ratio"), [("adamw", 1.0), ("paged_adamw_8bit", 8.0)])
