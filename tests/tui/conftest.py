@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from inspect import iscoroutinefunction as is_async
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,9 +23,12 @@ from textual.geometry import Region
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.runs import liveness, measuring
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.measuring import MeasuringStoppedError, StopSwitch
+from qlora_tui.runs.task_metrics.task_evaluation import TaskEvaluation
 from qlora_tui.tui import app, clock, system_monitor
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.first_steps import hide_guide
+from qlora_tui.tui.screens import answer_measuring
 from qlora_tui.tui.screens.train import screen as train
 from tests.tui.fake_runs import BEGAN, GIB, TICKETS, FakeRun, write_fake_run
 from tests.tui.sample_data import readable_model
@@ -184,3 +188,17 @@ def endless_measurements(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Pop
     slow = SimpleNamespace(Popen=sleeper, PIPE=subprocess.PIPE, DEVNULL=subprocess.DEVNULL)
     monkeypatch.setattr(measuring, "subprocess", slow)
     return children
+
+
+@pytest.fixture
+def answers_until_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A comparison of answers that stands at the third of 14 prompts until it is stopped."""
+    stopped = Event()
+
+    def evaluate(run: RunDir, progress: Callable[[int, int], None], switch: StopSwitch) -> TaskEvaluation:
+        progress(3, 14)
+        monkeypatch.setattr(switch, "stop", stopped.set)
+        assert stopped.wait(10)
+        raise MeasuringStoppedError
+
+    monkeypatch.setattr(answer_measuring, "evaluate_task", evaluate)

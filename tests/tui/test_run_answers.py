@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from subprocess import Popen
-from threading import Event
-from typing import Any
 
 import pytest
 
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.measuring import MeasuringStoppedError, StopSwitch
-from qlora_tui.runs.task_metrics.task_evaluation import LossChange, TaskEvaluation
+from qlora_tui.runs.task_metrics.task_evaluation import LossChange
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens import answer_measuring
 from tests.support.task_evaluations import a_row, put_evaluation
@@ -21,18 +18,8 @@ from tests.tui.workstation import open_runs
 MakeApp = Callable[[], QloraApp]
 
 
-async def test_a_measures_answers_and_a_second_a_stops(
-    make_app: MakeApp, three_runs: list[RunDir], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stopped = Event()
-
-    def evaluate(run: RunDir, progress: Any, switch: StopSwitch) -> TaskEvaluation:
-        progress(3, 14)
-        monkeypatch.setattr(switch, "stop", stopped.set)
-        assert stopped.wait(10)
-        raise MeasuringStoppedError
-
-    monkeypatch.setattr(answer_measuring, "evaluate_task", evaluate)
+@pytest.mark.usefixtures("answers_until_stopped")
+async def test_a_measures_answers_and_a_second_a_stops(make_app: MakeApp, three_runs: list[RunDir]) -> None:
     app = make_app()
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await open_runs(app)
@@ -54,7 +41,8 @@ async def test_two_keys_at_once_start_one_measurement(
         app.screen.evaluate(three_runs[0])
         app.screen.evaluate(three_runs[0])
         await wait_until(pilot, lambda: bool(endless_measurements))
-        await pilot.pause(0.2)
+        workers = [worker for worker in app.workers if worker.group == "evaluation"]
+        assert sum(not worker.is_finished for worker in workers) == 1
     assert len(endless_measurements) == 1
 
 

@@ -6,8 +6,6 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from threading import Event
-from typing import Any
 
 import pytest
 from msgspec import structs
@@ -18,11 +16,9 @@ from qlora_tui.runs.control import take_requests
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Evaluated, PhaseChanged, Progress, RequestReceived, Started
-from qlora_tui.runs.measuring import MeasuringStoppedError, StopSwitch
 from qlora_tui.runs.status import State, read_status, write_status
-from qlora_tui.runs.task_metrics.task_evaluation import LossChange, TaskEvaluation
+from qlora_tui.runs.task_metrics.task_evaluation import LossChange
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.screens import answer_measuring
 from qlora_tui.tui.screens.modals import confirm
 from qlora_tui.tui.screens.train.output_tail import strip_escapes
 from qlora_tui.tui.screens.train.run_follower import RunFollower
@@ -88,18 +84,8 @@ async def test_answers_of_an_ended_run_are_shown(make_app: MakeApp) -> None:
         )
 
 
-async def test_a_measurement_of_answers_shows_its_progress(
-    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stopped = Event()
-
-    def evaluate(run: RunDir, progress: Any, switch: StopSwitch) -> TaskEvaluation:
-        progress(3, 14)
-        monkeypatch.setattr(switch, "stop", stopped.set)
-        assert stopped.wait(10)
-        raise MeasuringStoppedError
-
-    monkeypatch.setattr(answer_measuring, "evaluate_task", evaluate)
+@pytest.mark.usefixtures("answers_until_stopped")
+async def test_a_measurement_of_answers_shows_its_progress(make_app: MakeApp) -> None:
     run = write_fake_run(FakeRun(state="finished", steps=60, total=60))
     app = make_app()
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
