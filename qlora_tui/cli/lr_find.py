@@ -22,14 +22,13 @@ from qlora_tui.data.sources import every_source, paths_of
 from qlora_tui.recipe.conflicts import require_runnable
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs.lr_range import LrRange, RangeSettings, at_learning_rate
+from qlora_tui.runs.lr_range import MANY_EPOCHS, LrRange, RangeSettings, at_learning_rate
 from qlora_tui.runs.lr_range_job import measure_lr_range, read_stored
 from qlora_tui.runs.lr_suggestion import METHOD, RangeCurve, format_rate, read_curve
 from qlora_tui.runs.machine_checks import read_machine
 from qlora_tui.runs.preflight import preflight
 
 _DEFAULTS = RangeSettings()
-_MANY_EPOCHS = 1000.0
 _ROWS = 20
 """About how many steps are printed."""
 
@@ -57,7 +56,7 @@ def _without_length(recipe: Recipe) -> Recipe:
     for path, value in (
         ("training.learning_rate", Recipe().training.learning_rate),
         ("training.max_steps", 0),
-        ("training.epochs", _MANY_EPOCHS),
+        ("training.epochs", MANY_EPOCHS),
     ):
         recipe = replace_setting(recipe, path, value)
     return recipe

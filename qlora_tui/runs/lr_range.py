@@ -36,6 +36,8 @@ _IGNORED = (
     "training.report_to",
 )
 """Settings that the test replaces, or that change no step."""
+MANY_EPOCHS = 1000.0
+"""Epochs of a test, which its number of steps ends."""
 _DIVERGED, _FAR_ABOVE_START = 2.0, 1.25
 """A test ends at this multiple of its lowest loss, if that is also this multiple of the loss before it.
 

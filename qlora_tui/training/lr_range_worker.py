@@ -19,16 +19,13 @@ from qlora_tui.errors import UserError
 from qlora_tui.gpu.library_imports import faster_imports
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.lr_range import LrRange, RangeSettings, at_learning_rate, read_lr_range
+from qlora_tui.runs.lr_range import MANY_EPOCHS, LrRange, RangeSettings, at_learning_rate, read_lr_range
 from qlora_tui.runs.measuring_worker import run_measurement
 from qlora_tui.training.failure import failure_event, is_out_of_memory
 
 if TYPE_CHECKING:
     from qlora_tui.recipe.schema import Recipe
     from qlora_tui.training.memory_meter import MemoryMeter
-
-
-_MANY_EPOCHS = 1000.0
 
 
 def measure(run: RunDir) -> None:
@@ -56,7 +53,7 @@ def recipe_of_test(recipe: Recipe, settings: RangeSettings) -> Recipe:
     recipe = at_learning_rate(recipe, settings.low)
     for path, value in (
         ("training.max_steps", settings.steps),
-        ("training.epochs", _MANY_EPOCHS),
+        ("training.epochs", MANY_EPOCHS),
         ("training.report_to", "none"),
     ):
         recipe = replace_setting(recipe, path, value)
