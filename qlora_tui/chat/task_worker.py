@@ -84,10 +84,11 @@ def evaluate(run: RunDir, most_prompts: int) -> None:
     )
     limit = answer_limit(max(len(prompt.reference) for prompt in prompts), session.context_length)
     ids = [prompt.ids[-(session.context_length - limit) :] for prompt in prompts]
+    adapter = adapter_hash(run)
     answers = [
         answer_all(
             ids,
-            _answer_store(session, "" if name == BASE else adapter_hash(run), limit),
+            _answer_store(session, "" if name == BASE else adapter, limit),
             limit,
             partial(session.greedy_batch, name, max_new_tokens=limit),
             partial(_send_done, number * len(prompts), total),
@@ -99,7 +100,7 @@ def evaluate(run: RunDir, most_prompts: int) -> None:
     metrics, labels = measure_answers(rows)
     evaluation = TaskEvaluation(
         run=run.id,
-        adapter=adapter_hash(run),
+        adapter=adapter,
         max_new_tokens=limit,
         validation_rows=len(samples),
         metrics=metrics,
