@@ -112,7 +112,8 @@ def _flash_obstacle(device: ComputeDevice) -> FlashObstacle | None:
         cuda=cuda,
         compute_itemsize=device.dtype.itemsize,
         ampere=cuda and varlen_attention.has_flash(device.torch_device),
-        torch_has_varlen=varlen_attention.find_kernel() is not None,
+        # Without a GPU it is not asked: importing that module takes a fifth of a second.
+        torch_has_varlen=cuda and varlen_attention.find_kernel() is not None,
     )
 
 
