@@ -251,8 +251,9 @@ def _loading(checkpoint: str | None) -> Iterator[None]:
 
 def save_adapter(model: Any, folder: Path) -> None:
     """Save weights and configuration of the adapter in peft's format, and nothing else."""
+    # peft would also write a model card, from a template that it compiles for each checkpoint.
+    model.create_or_update_model_card = lambda folder: None
     model.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)
 
 
 def load_adapter(model: Any, folder: Path) -> None:

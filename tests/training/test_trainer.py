@@ -52,6 +52,7 @@ LONG = {"training.epochs": 60.0, "training.checkpoint_every": 1000, "training.ev
 """Settings of a run long enough to receive requests."""
 
 
+@pytest.mark.usefixtures("quick_trainers")
 def test_submitted_runs_are_trained_in_order_in_the_background(recipe: MakeRecipe) -> None:
     runs = [actions.submit(recipe({"name": name, "training.epochs": 1.0})) for name in ("first", "second")]
     wait_for(lambda: read_status(runs[1]).state == "finished", seconds=180, saying="both runs to finish")
@@ -111,6 +112,7 @@ def test_the_adapter_loads_with_plain_peft(recipe: MakeRecipe, trainers: Trainer
     )
     assert loaded.returncode == 0, loaded.stderr
     assert loaded.stdout == "<|im_start|>user\nhi<|im_end|>\n\n"
+    assert list(run.path.rglob("README.md")) == []
     assert (run.adapter_dir / "recipe.toml").read_text() == run.recipe_path.read_text()
     sums = subprocess.run(["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=run.adapter_dir, check=False)
     assert sums.returncode == 0
