@@ -31,7 +31,6 @@ from qlora_tui.engine.protocol import (
 )
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.fields import source_fields
-from qlora_tui.training.gguf_conversion import cached_conversion
 
 
 class DataService:
@@ -103,6 +102,9 @@ def tokenizer_folder(model: str) -> Path:
         raise
     if files.gguf_file is None:
         return files.folder
+    # A third of the engine's imports, which few models need.
+    from qlora_tui.training.gguf_conversion import cached_conversion
+
     folder = cached_conversion(files.folder / files.gguf_file)
     if folder is None:
         raise UserError(
