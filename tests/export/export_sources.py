@@ -38,8 +38,10 @@ def make_source(
     **config: Any,
 ) -> ChatSource:
     """Write a random model with an adapter and a file of conversations; returns them as a run's result."""
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    torch.manual_seed(0)
     model = write_tokenizer(folder / "model", tokenizer, TEMPLATES[tokenizer])
     chat_tokenizer = ChatTokenizer.from_folder(model)
     vocabulary = chat_tokenizer.backend.get_vocab_size()
