@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from tests.support.nvml_stub import install_nvml_stub
-from tests.support.trainer_processes import runner_starts_quickly, trainers
+from tests.support.quick_starts import quick_workers, worker_server
+from tests.support.trainer_processes import quick_trainers, trainers
 
-__all__ = ["runner_starts_quickly", "trainers"]
+__all__ = ["quick_trainers", "quick_workers", "trainers", "worker_server"]
 
 _HOME_NUMBERS = itertools.count()
 

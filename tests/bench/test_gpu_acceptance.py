@@ -55,7 +55,7 @@ def left_behind(tmp_path: Path) -> list[str]:
     return commands
 
 
-@pytest.mark.usefixtures("runner_starts_quickly")
+@pytest.mark.usefixtures("quick_trainers")
 def test_every_check_runs_dry_on_a_cpu(tmp_path: Path, model: Path) -> None:
     process = acceptance(tmp_path, model, "--seconds", "3600")
     output, _ = process.communicate()

@@ -12,16 +12,16 @@ import pytest
 
 from bench import gpu_baselines
 from bench.baselines.job import TrainingJob
-from bench.support.random_model import random_model
+from bench.support.random_model import make_model
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_trainers")]
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    random_model(folder / "tiny", "tiny")
+    make_model(folder / "tiny", "tiny")
     return folder
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_trainers")]
 ROOT = Path(__file__).parents[2]
 SKIPPED = {"context", "step_float16", "out_of_memory"}
 

@@ -145,6 +145,7 @@ def test_batched_answers_are_those_of_the_chat(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_trainers")
 def test_evaluate_compares_a_run_with_its_base(
     tiny_source: ChatSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

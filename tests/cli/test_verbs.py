@@ -328,6 +328,7 @@ def test_the_app_needs_a_terminal_and_says_so(call: Call) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_trainers")
 def test_a_family_without_a_formula_is_traced(call: Call) -> None:
     model = str(CONFIGS / "LiquidAI__LFM2-350M.json")
     said = call("estimate", "--model", model, "--gpu-gib", "24", "--json")

@@ -19,7 +19,7 @@ QUICK_ROWS = [
     *("damaged data", "damaged preset", "damaged settings", "damaged model", "damaged GGUF", "damaged run"),
     *("command line", "terminal", "template", "code", "names"),
 ]
-ATTEMPTS = 24
+ATTEMPTS = 12
 
 
 def ended(
@@ -62,6 +62,7 @@ def test_damage_depends_on_the_seed_alone() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_trainers")
 def test_a_short_drill_with_a_fixed_seed_finds_nothing() -> None:
     command = [sys.executable, "-m", "bench.drill", "--json", "--attempts", f"{ATTEMPTS}", "--seed", "14"]
     done = subprocess.run([*command, "--only", *QUICK_ROWS], capture_output=True, text=True, cwd=ROOT)

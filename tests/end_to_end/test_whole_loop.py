@@ -48,6 +48,7 @@ def text_of(app: QloraApp, selector: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_trainers")
 async def test_a_user_gets_from_model_to_chat_with_the_adapter(tiny_model: Path, conversations: Path) -> None:
     app = QloraApp(Settings(model_folders=(str(tiny_model.parent),)))
     async with app.run_test(size=(120, 40)) as pilot:

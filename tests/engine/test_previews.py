@@ -25,6 +25,8 @@ from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Source
 from tests.tui.sample_data import readable_model, ticket, tickets, write_rows
 
+pytestmark = pytest.mark.usefixtures("quick_workers")
+
 
 @pytest_asyncio.fixture
 async def engine() -> AsyncIterator[EngineClient]:

@@ -55,6 +55,7 @@ def run(tmp_path: Path) -> RunDir:
     return run
 
 
+@pytest.mark.usefixtures("quick_trainers")
 def test_a_trained_run_is_exported_in_every_form(
     run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

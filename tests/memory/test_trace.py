@@ -161,6 +161,7 @@ async def test_what_cannot_be_traced_is_refused(key: str, value: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_trainers")
 @pytest.mark.parametrize("device", [Device(kind="cpu", native_bfloat16=True), Device(varlen=False)])
 async def test_a_step_is_traced_on_other_devices_too(device: Device) -> None:
     recipe = recipe_of(Case("Llama 3", length=512, rows=3, checkpointing=False))

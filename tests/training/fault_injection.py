@@ -1,4 +1,4 @@
-"""Faults to inject into a trainer process before it starts; see :mod:`tests.training.trainer_forkserver`."""
+"""Faults to inject into a trainer process before it starts; see :mod:`tests.support.forkserver`."""
 
 from __future__ import annotations
 

@@ -40,6 +40,7 @@ def run_with_two(recipe: Recipe, folder: Path, capsys: pytest.CaptureFixture[str
     return RunDir(Path(printed["path"]))
 
 
+@pytest.mark.usefixtures("quick_trainers")
 def test_two_processes_give_the_losses_of_one(
     recipe: MakeRecipe, trainers: Trainers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -72,7 +72,7 @@ def test_a_machine_restarted_in_mid_run_is_told_as_that(
     assert read_status(run).state == "finished"
 
 
-@pytest.mark.usefixtures("runner_starts_quickly")
+@pytest.mark.usefixtures("quick_trainers")
 def test_a_trainer_outlives_its_runner_and_starts_the_next_one(recipe: MakeRecipe) -> None:
     run = actions.submit(recipe(LONG))
     wait_for(lambda: last_step(run) >= 1, seconds=60)
@@ -117,7 +117,7 @@ def test_a_lack_of_memory_is_told_as_such(
     assert "cheapest change that should fit: Attention eager → auto" in ending.fix
 
 
-@pytest.mark.usefixtures("runner_starts_quickly")
+@pytest.mark.usefixtures("quick_trainers")
 def test_out_of_memory_during_training_resumes_smaller_from_the_checkpoint(
     recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,7 +141,7 @@ def test_out_of_memory_during_training_resumes_smaller_from_the_checkpoint(
     assert isinstance(events(run)[-1], Finished)
 
 
-@pytest.mark.usefixtures("runner_starts_quickly")
+@pytest.mark.usefixtures("quick_trainers")
 def test_a_run_that_cannot_fit_fails_with_the_cheapest_change(
     recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,7 +155,7 @@ def test_a_run_that_cannot_fit_fails_with_the_cheapest_change(
     assert "The cheapest change that should fit: Attention eager → auto saves" in ending.fix
 
 
-@pytest.mark.usefixtures("runner_starts_quickly")
+@pytest.mark.usefixtures("quick_trainers")
 def test_a_model_that_does_not_fit_is_loaded_only_once(
     recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,7 +33,7 @@ def test_kept_layers_do_not_change_what_is_learned(recipe: MakeRecipe, trainers:
     assert recomputed < partly == events_of(runs[1], MemoryMeasured)[-1].estimated_bytes
 
 
-@pytest.mark.usefixtures("runner_starts_quickly")
+@pytest.mark.usefixtures("quick_trainers")
 def test_a_run_out_of_memory_keeps_fewer_layers(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     inject_fault(monkeypatch, "inject_oom_with_kept_layers()")
     run = actions.submit(recipe({**WIDE, **AUTO}))

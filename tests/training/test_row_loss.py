@@ -90,6 +90,7 @@ def test_token_losses_are_those_of_the_whole_logits(adapted: Any) -> None:
         assert row == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.usefixtures("quick_trainers")
 def test_blame_measures_each_row_of_a_run(
     recipe: MakeRecipe, trainers: Trainers, capsys: pytest.CaptureFixture[str]
 ) -> None:

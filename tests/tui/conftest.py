@@ -56,6 +56,13 @@ def make_app() -> Callable[[], QloraApp]:
 
 
 @pytest.fixture(autouse=True)
+def engines_start_at_once(request: pytest.FixtureRequest) -> None:
+    """Engines that a screen starts have their imports behind them."""
+    if request.node.get_closest_marker("slow") is not None:
+        request.getfixturevalue("quick_workers")
+
+
+@pytest.fixture(autouse=True)
 def utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Show times of day in UTC."""
     monkeypatch.setenv("TZ", "UTC")

@@ -1,0 +1,142 @@
+"""``python -m tests.support.forkserver SOCKET MODULE…``: forks processes that have imported the modules.
+
+Each child is a real process that runs ``python -m MODULE`` from its first line, to be stopped, watched and
+killed like any other; it only skips the seconds of imports.
+
+A request through the Unix socket is a line of JSON with ``module``, ``arguments``, ``environment`` and
+``folder``, and the standard streams as file descriptors. The reply is the child's process id and, once it has
+ended, its exit code. ``BEFORE_TRAINER`` in the environment is code to run first: see
+:mod:`tests.training.fault_injection`. A child other than a trainer, which outlives who started it, is killed
+when the client has ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import sys
+import traceback
+import warnings
+from typing import Any
+
+TRAINER = "qlora_tui.training"
+
+
+def main() -> None:
+    """Serve on the socket named on the command line until standard input ends."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(sys.argv[1])
+    listener.listen()
+    for module in sys.argv[2:]:
+        importlib.import_module(module)
+    if "qlora_tui.training.attempt" in sys.argv:
+        _prepare_training()
+    # What is here now is in every child: a collection there need not go over it, and copy its pages.
+    gc.freeze()
+    print("ready", flush=True)
+    events = selectors.DefaultSelector()
+    events.register(listener, selectors.EVENT_READ)
+    events.register(sys.stdin, selectors.EVENT_READ)
+    while True:
+        for key, _ in events.select():
+            if key.fileobj is sys.stdin:
+                return
+            if key.fileobj is listener:
+                _start(events, listener.accept()[0])
+            elif events.get_map().get(key.fd) is not key:
+                continue  # unregistered since this call of select
+            elif isinstance(key.data, int):
+                # The client has ended.
+                events.unregister(key.fileobj)
+                os.kill(key.data, signal.SIGKILL)
+            else:
+                _end(events, key)
+
+
+def _prepare_training() -> None:
+    from transformers import conversion_mapping
+
+    from qlora_tui.training import attempt
+
+    # A trainer gives way to other programs, which here are the tests that wait for it.
+    vars(attempt)["lower_priority"] = lambda: None
+    # Built at the first load of a model, from hundreds of regular expressions.
+    conversion_mapping.get_checkpoint_conversion_mapping("llama")  # type: ignore[no-untyped-call]
+
+
+def _start(events: selectors.BaseSelector, client: socket.socket) -> None:
+    line, streams, _, _ = socket.recv_fds(client, 1 << 20, 3)
+    while not line.endswith(b"\n"):
+        line += client.recv(1 << 20)
+    request = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        _become(request, streams)
+    for stream in streams:
+        os.close(stream)
+    _reply(client, child)
+    events.register(os.pidfd_open(child), selectors.EVENT_READ, (child, client))
+    if request["module"] != TRAINER:
+        events.register(client, selectors.EVENT_READ, child)
+
+
+def _end(events: selectors.BaseSelector, key: selectors.SelectorKey) -> None:
+    child, client = key.data
+    _, status = os.waitpid(child, 0)
+    events.unregister(key.fileobj)
+    if client.fileno() in events.get_map():
+        events.unregister(client)
+    os.close(key.fd)
+    _reply(client, os.waitstatus_to_exitcode(status))
+    client.close()
+
+
+def _reply(client: socket.socket, number: int) -> None:
+    # The client may have been killed meanwhile.
+    with contextlib.suppress(OSError):
+        client.sendall(f"{number}\n".encode())
+
+
+def _become(request: dict[str, Any], streams: list[int]) -> None:
+    environment = request["environment"]
+    before = environment.pop("BEFORE_TRAINER", "")
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(request["folder"])
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    warnings.filterwarnings("ignore")
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    sys.argv = [request["module"], *request["arguments"]]
+    code = 1
+    try:
+        exec(before, {})
+        runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as end:
+        code = _exit_code(end)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def _exit_code(end: SystemExit) -> int:
+    """As the interpreter's: text is printed and counts as an error."""
+    if end.code is None or isinstance(end.code, int):
+        return end.code or 0
+    print(end.code, file=sys.stderr, flush=True)
+    return 1
+
+
+if __name__ == "__main__":
+    main()

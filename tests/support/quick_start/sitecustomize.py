@@ -1,0 +1,49 @@
+"""First on the path of a test's child processes: a process with its imports behind it does their work.
+
+Where this process runs by ``-m`` one of the modules in ``FORK_SERVERS``, the fork server of that module gets
+its arguments, environment, folder, and standard streams. This process ends as the forked one does, by the
+same signal if by one. See :mod:`tests.support.forkserver`.
+"""
+
+import os
+import sys
+
+
+def _module_and_arguments() -> tuple[str, list[str]]:
+    """Of this interpreter; an ``-m`` behind a script, such as torchrun, is the script's."""
+    for at, argument in enumerate(sys.orig_argv[1:-1], start=1):
+        if argument == "-m":
+            return sys.orig_argv[at + 1], sys.orig_argv[at + 2 :]
+        if not argument.startswith("-"):
+            break
+    return "", []
+
+
+_module, _arguments = _module_and_arguments()
+_servers = os.environ.get("FORK_SERVERS", "")
+if f'"{_module}"' in _servers:
+    import json
+    import signal
+    import socket
+
+    if _module.endswith("llama_worker"):
+        from qlora_tui.subprocesses import end_with_parent
+
+        end_with_parent()
+    client = socket.socket(socket.AF_UNIX)
+    client.connect(json.loads(_servers)[_module])
+    request = {
+        "module": _module,
+        "arguments": _arguments,
+        "environment": dict(os.environ),
+        "folder": os.getcwd(),  # noqa: PTH109 (its imports take longer than all of this)
+    }
+    socket.send_fds(client, [json.dumps(request).encode() + b"\n"], [0, 1, 2])
+    answers = client.makefile()
+    answers.readline()
+    code = int(answers.readline())
+    if code < 0:
+        if -code != signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)

@@ -1,0 +1,92 @@
+"""Fork servers: child processes of tests that have their imports behind them.
+
+See :mod:`tests.support.forkserver`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+QUICK_START = Path(__file__).parent / "quick_start"
+TRAINING_IMPORTS = (
+    "bitsandbytes",
+    "peft",
+    "transformers.models.llama.modeling_llama",
+    "qlora_tui.training.attempt",
+)
+TRAINING_MODULES = (
+    "qlora_tui.training",
+    "qlora_tui.training.row_loss_worker",
+    "qlora_tui.chat.task_worker",
+    "qlora_tui.engine.trace_worker",
+    "bench.acceptance.check",
+    "bench.acceptance.machine",
+    "bench.baselines.hf_trainer",
+    "bench.fast_paths",
+    "bench.gpu_probe",
+    "bench.gpu_probe.length_timer",
+    "bench.support.random_model",
+)
+"""Modules that need torch, where no test is about the start of their process."""
+WORKER_IMPORTS = ("qlora_tui.engine.server", "qlora_tui.export.llama_cpp.bindings")
+LLAMA_CPP = "llama_cpp_py_sync"
+WORKER_MODULES = ("qlora_tui.engine", "qlora_tui.export.llama_cpp.llama_worker")
+"""The same without torch."""
+
+
+class ForkServer:
+    """A process that has imported modules, and forks children which run others."""
+
+    def __init__(self, folder: Path, imports: tuple[str, ...]) -> None:
+        self.socket = folder / "forkserver"
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.forkserver", str(self.socket), *imports],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._ready = False
+
+    def wait_until_ready(self) -> None:
+        """Until children start at once."""
+        assert self._process.stdout is not None
+        if not self._ready:
+            assert self._process.stdout.readline() == "ready\n"
+            self._ready = True
+
+    def serve(self, modules: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+        """Have processes that this one starts from now on run ``modules`` in forked children."""
+        self.wait_until_ready()
+        served = json.loads(os.environ.get("FORK_SERVERS", "{}"))
+        served |= dict.fromkeys(modules, str(self.socket))
+        monkeypatch.setenv("FORK_SERVERS", json.dumps(served))
+        if str(QUICK_START) not in os.environ.get("PYTHONPATH", ""):
+            monkeypatch.setenv("PYTHONPATH", str(QUICK_START), prepend=os.pathsep)
+
+    def close(self) -> None:
+        """End the process that forks them."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+@pytest.fixture(scope="session")
+def worker_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    llama_cpp = (f"{LLAMA_CPP}._cffi_bindings",) if find_spec(LLAMA_CPP) else ()
+    started = ForkServer(tmp_path_factory.mktemp("workers"), (*WORKER_IMPORTS, *llama_cpp))
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def quick_workers(worker_server: ForkServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines and workers of llama.cpp start at once."""
+    worker_server.serve(WORKER_MODULES, monkeypatch)
