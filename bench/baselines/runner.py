@@ -97,7 +97,8 @@ def measure(python: str, way: str, job: TrainingJob, scratch: Path) -> Measureme
     first = last = None
     growth: Growth | None = None
     process: psutil.Process | None = None
-    cpu_s: list[float] = []
+    cpu_s: list[tuple[int, float]] = []
+    """Tokens and processor seconds at a step."""
     held = 0
     name = Path(job.out).name
     file = job.write(scratch / f"{name}.json")
@@ -111,9 +112,11 @@ def measure(python: str, way: str, job: TrainingJob, scratch: Path) -> Measureme
                 last = line
                 first = first or line
                 result.losses.append(line["loss"])
-                if process is not None:
-                    used = process.cpu_times()
-                    cpu_s.append(used.user + used.system)
+                # A short run may have ended before this line is read.
+                with suppress(psutil.NoSuchProcess):
+                    if process is not None:
+                        used = process.cpu_times()
+                        cpu_s.append((line["tokens"], used.user + used.system))
                 if "grad_norm" in line:
                     result.grad_norms.append(line["grad_norm"])
             case "data":
@@ -133,7 +136,8 @@ def measure(python: str, way: str, job: TrainingJob, scratch: Path) -> Measureme
     result.tokens = last["tokens"]
     seconds = last["at"] - first["at"]
     result.tokens_per_s = (last["tokens"] - first["tokens"]) / seconds
-    if cpu_s and cpu_s[-1] > cpu_s[0]:
-        result.tokens_per_cpu_s = (last["tokens"] - first["tokens"]) / (cpu_s[-1] - cpu_s[0])
+    if cpu_s and cpu_s[-1][1] > cpu_s[0][1]:
+        tokens, used_s = (after - before for before, after in zip(cpu_s[0], cpu_s[-1], strict=True))
+        result.tokens_per_cpu_s = tokens / used_s
     result.trained_per_s = (last["trained"] - first["trained"]) / seconds
     return result

@@ -33,6 +33,7 @@ def module(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 def baselines(models: Path, out: Path, *arguments: object) -> tuple[int, dict[str, list[dict[str, Any]]]]:
     common = ("--size", "tiny", "--models", models, "--row-tokens", 64, "--samples", 6, "--out", out)
     done = module("bench.gpu_baselines", *common, *arguments)
+    assert out.exists(), done.stderr
     return done.returncode, json.loads(out.read_text())
 
 
