@@ -6,9 +6,11 @@ few milliseconds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Literal
 
+import msgspec
 from msgspec import structs
 
 from qlora_tui.catalog.architecture_types import Architecture
@@ -31,6 +33,10 @@ Precision = Literal["nf4", "int8", "fp16"]
 PRECISIONS: tuple[Precision, ...] = ("nf4", "int8", "fp16")
 """Precisions that the Memory screen compares; fp16 means 16 bits of either kind."""
 
+
+CACHED = 512
+"""Estimates in the cache, of some kilobytes each; a solver asks for about a hundred."""
+_encode = msgspec.msgpack.Encoder().encode
 
 LOADING = "loading"
 """``Estimate.peak_phase`` where loading the model takes more memory than any training step."""
@@ -121,9 +127,46 @@ def estimate(
     a trace of this exact recipe, the step is taken from it instead of being replayed. With
     ``capacity_bytes``, the GPU's memory, the allocator releases free segments before it exceeds that. Raises
     UserError for target modules that the model does not have.
+
+    Results are cached: a solver asks for the same recipes after each change of another setting, and several
+    screens for the one that is edited.
     """
     device = device or Device()
     execution = execution or trainer_execution(recipe, device, architecture)
+    if traced is not None:
+        return _calculate(recipe, architecture, execution, device, traced, capacity_bytes)
+    key = _RecipeKey(recipe, _encode(recipe))
+    return cached_estimate(key, architecture, execution, device, capacity_bytes)
+
+
+@dataclass(frozen=True)
+class _RecipeKey:
+    """A recipe to look up. It cannot be hashed itself: it has dicts of patterns."""
+
+    recipe: Recipe = field(compare=False)
+    encoded: bytes
+
+
+@lru_cache(CACHED)
+def cached_estimate(
+    key: _RecipeKey,
+    architecture: Architecture,
+    execution: ExecutionConfig,
+    device: Device,
+    capacity_bytes: int | None,
+) -> Estimate:
+    """As :func:`estimate`, of complete arguments."""
+    return _calculate(key.recipe, architecture, execution, device, None, capacity_bytes)
+
+
+def _calculate(
+    recipe: Recipe,
+    architecture: Architecture,
+    execution: ExecutionConfig,
+    device: Device,
+    traced: StepTrace | None,
+    capacity_bytes: int | None,
+) -> Estimate:
     layout = build_layout(recipe, architecture, execution)
     resident = static_items(recipe, architecture, layout, execution)
     streamed = streamed_weights(recipe, architecture, execution)
