@@ -205,13 +205,13 @@ NOTES: dict[str, str] = {
     "answer-changed": "The template changes the answer's text.",
     "weights": "Answers count in the loss as the weights in the file say.",
     "reasoning-present": "The row has reasoning.",
-    "reasoning-learned": "Reasoning is in the loss.",
-    "reasoning-read": "Reasoning is read but not in the loss.",
+    "reasoning-learned": "Reasoning is learned.",
+    "reasoning-read": "Reasoning is only read.",
     "reasoning-left-out": "Reasoning is left out: data.thinking is off.",
     "reasoning-split": "The template drops reasoning from earlier turns: each gets its own sample.",
     "thinking-on": "Rendered with thinking on.",
-    "thinking-off": "Rendered with thinking off; an empty thought in the prompt is not in the loss.",
-    "thought-closed": "The template's prompt opens a thought: it is closed at once, and that is in the loss.",
+    "thinking-off": "Rendered with thinking off; an empty thought in the prompt is only read.",
+    "thought-closed": "The template's prompt opens a thought: it is closed at once, and that is learned.",
 }
 """Descriptions of what was changed for the template: the notes of a report and of a sample."""
 

@@ -39,7 +39,7 @@ def thinking_sentences(
 
 
 def _on_reasoning(rows: int, conversations: int, left_out: bool, notes: Mapping[str, int], data: Data) -> str:
-    where = "in the loss" if data.reasoning_in_loss else "not in the loss"
+    where = "to learn" if data.reasoning_in_loss else "only read"
     text = f"Reasoning: {rows:,} of {pluralize(conversations, 'row')}, {'left out' if left_out else where}"
     split = notes.get("reasoning-split", 0)
     if split:

@@ -25,7 +25,7 @@ class LengthCost:
     """The cost of one sequence length."""
 
     name: str
-    """``p90``, or ``now`` for the recipe's length."""
+    """``half``, ``90%``, ``99%`` or ``all`` of the samples are up to so long; ``now`` is the recipe's own."""
     length: int
     whole: float
     """Share of the samples that would not be truncated."""
@@ -46,7 +46,7 @@ def length_costs(
     stats = report.lengths
     if not stats.count or not report.template:
         return []
-    percentiles = {"p50": stats.p50, "p90": stats.p90, "p99": stats.p99, "most": stats.longest}
+    percentiles = {"half": stats.p50, "90%": stats.p90, "99%": stats.p99, "all": stats.longest}
     lengths = {name: _allowed(length) for name, length in percentiles.items()}
     lengths["now"] = recipe.data.max_length
     costs = []

@@ -18,7 +18,7 @@ def words(tmp_path: Path) -> tuple[str, ...]:
 
 def test_a_row_is_shown_as_the_settings_have_it(call: Call, words: tuple[str, ...]) -> None:
     shown = call("data", "show", *words, "--row", "2").out
-    assert "⟦<think>\nI count.\n</think>\n\n51⟧" in shown and "Reasoning is in the loss." in shown
+    assert "⟦<think>\nI count.\n</think>\n\n51⟧" in shown and "Reasoning is learned." in shown
     read = call("data", "show", *words, "--row", "2", "--reasoning-not-in-loss").out
     assert "<think>\nI count.\n</think>\n\n⟦51⟧" in read
     off = call("data", "show", *words, "--row", "2", "--thinking", "off").out
@@ -27,7 +27,7 @@ def test_a_row_is_shown_as_the_settings_have_it(call: Call, words: tuple[str, ..
 
 def test_a_file_is_looked_over_as_the_settings_have_it(call: Call, words: tuple[str, ...]) -> None:
     said = call("data", "inspect", *words).out
-    assert "Reasoning: 1 of 3 rows, in the loss." in said
+    assert "Reasoning: 1 of 3 rows, to learn." in said
     assert "Thinking: on for the 1 with reasoning, off for 2 (enable_thinking)." in said
     assert "note: Rendered with thinking" not in said
     report = call("data", "inspect", *words, "--thinking", "off", "--json").json

@@ -43,9 +43,9 @@ def test_rows_with_reasoning_are_counted_and_the_decision_reported(tmp_path: Pat
     source = rows(tmp_path, PLAIN, THOUGHT, (*THOUGHT, "Sure?", "<think>Yes.</think>Yes."))
     tokenizer = thinker("smollm3")
     auto = said(source, tokenizer)
-    assert "Reasoning: 2 of 3 rows, in the loss." in auto
+    assert "Reasoning: 2 of 3 rows, to learn." in auto
     assert "on for the 2 with reasoning, off for 1 (enable_thinking)" in auto
-    assert "not in the loss" in said(source, tokenizer, learn=False)
+    assert "only read" in said(source, tokenizer, learn=False)
     assert "2 of 3 rows, left out" in said(source, tokenizer, "off")
     assert "an empty thought is learned from 1 row without reasoning" in said(source, tokenizer, "on")
     assert "drops it from earlier turns" not in auto
@@ -62,7 +62,7 @@ def test_a_row_that_gives_no_sample_is_not_counted(tmp_path: Path) -> None:
     source = rows(tmp_path, THOUGHT, (THOUGHT[0] + " word" * 200, THOUGHT[1]))
     report = inspect(source, thinker("smollm3"), Data(max_length=64, overflow="drop"))
     assert report.counts.conversations == 1
-    assert "Reasoning: 1 of 1 row, in the loss." in report.thinking
+    assert "Reasoning: 1 of 1 row, to learn." in report.thinking
 
 
 def test_rows_without_reasoning_turn_thinking_off_and_say_so(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ async def test_a_row_shows_trained_tokens_and_keys_move_between_rows(model: str,
 async def test_figures_are_drawn_for_the_width_after_a_resize(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
     async with data_app(model, "tickets.jsonl").run_test(size=(200, 60)) as pilot:
-        await wait_for_text(pilot, "row 1 of 40", "in loss")
+        await wait_for_text(pilot, "row 1 of 40", "to learn")
         await pilot.resize_terminal(80, 24)
         await wait_until(pilot, lambda: "…" not in text_of(pilot.app).partition("Lengths")[2])
 
@@ -116,13 +116,13 @@ async def test_rows_left_out_are_counted_apart_from_those_cut(model: str, here: 
     write_rows(here / "pairs.jsonl", [{"prompt": p, "completion": c} for p, c in pairs])
     async with data_app(model, "pairs.jsonl", max_length=64).run_test(size=(120, 40)) as pilot:
         await wait_for_text(pilot, "2 from 3 rows, 1 left out")
-        await wait_for_text(pilot, "over 64: 1 cut right · 1", "answers only", "in loss only read  control")
+        await wait_for_text(pilot, "over 64: 1 cut right · 1", "answers only", "to learn only read  control")
 
 
 async def test_plain_text_is_not_called_answers_only(model: str, here: Path) -> None:
     (here / "book.txt").write_text("A long story.\n")
     async with data_app(model, "book.txt").run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "everything in loss")
+        await wait_for_text(pilot, "all tokens")
 
 
 async def test_keys_change_length_split_weight_and_loss_mask(model: str, here: Path) -> None:
@@ -165,7 +165,7 @@ async def test_costs_of_other_lengths_include_the_last_runs_time(model: str, her
     app = data_app(model, "tickets.jsonl", max_length=64)
     trained_before(app.workbench.recipe)
     async with app.run_test(size=(200, 60)) as pilot:
-        text = await wait_for_text(pilot, "max length", "▸ now", "p90", "memory        time", "fits")
+        text = await wait_for_text(pilot, "max length", "▸ now", "90%", "memory        time", "fits")
         assert "in all, about" in text
         (line,) = [line for line in text.splitlines() if "▸ now" in line]
         assert "64" in line
@@ -179,8 +179,8 @@ async def test_the_cost_of_a_length_fits_one_line(model: str, here: Path) -> Non
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "about 8 min")
         await pilot.press("v")
-        text = await wait_for_text(pilot, "▸ now", "p50")
-        lines = [line for line in text.splitlines() if any(f" {name}   " in line for name in ("now", "p50"))]
+        text = await wait_for_text(pilot, "▸ now", "half")
+        lines = [line for line in text.splitlines() if any(f" {name}   " in line for name in ("now", "half"))]
         assert len(lines) == 2
         assert all("MiB  fits" in line for line in lines)
 
@@ -222,9 +222,7 @@ async def test_the_statistics_can_fill_the_window(model: str, here: Path) -> Non
         await wait_for_text(pilot, "<|im_start|>", "No answer to learn")
 
 
-@pytest.mark.parametrize(
-    ("width", "end"), [(80, "calls-as-text"), (58, "tools-as-text …"), (45, "in loss …")]
-)
+@pytest.mark.parametrize(("width", "end"), [(80, "calls-as-text"), (58, "tools-as-text …"), (45, "tokens …")])
 def test_notes_on_a_row_never_end_in_the_middle(width: int, end: str) -> None:
     piece = Piece("a", in_loss=True, special=False)
     shown = Shown(1, ((piece,),), (256,), (62,), notes=("tools-as-text", "calls-as-text"))
@@ -237,4 +235,4 @@ def test_a_split_row_counts_all_its_tokens_in_the_loss(too_long: Any, in_loss: s
     trained = (256, 256, 256, 232) if too_long == "split" else (256,)
     shown = Shown(1, tuple((Piece("x", True, False),) for _ in trained), (1000,), trained)
     words = row_title(("", 1), None, shown, Data(max_length=256, overflow=too_long), 80).plain
-    assert f"{in_loss} tokens in loss" in words
+    assert f"learn {in_loss} tokens" in words

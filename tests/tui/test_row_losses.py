@@ -55,6 +55,9 @@ def test_looks_of_the_rows_of_a_run(
 
     async def list_rows(pilot: Pilot[Any]) -> None:
         await whole(pilot)
+        # Once the list is open, what is under it is not laid out again.
+        await wait_for_text(pilot, "Problems (5)")
+        await pilot.pause()
         await pilot.press("B")
         await wait_for_text(pilot, "never learned")
         await pilot.press("space")

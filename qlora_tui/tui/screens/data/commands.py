@@ -89,7 +89,7 @@ COMMANDS: tuple[Command, ...] = (
         "R",
         "step_setting('data.reasoning_in_loss')",
         "Reasoning",
-        "Include the reasoning in the loss, or only read it.",
+        "Learn the reasoning, or only read it.",
     ),
     _not_in_footer(
         "packing",
@@ -123,12 +123,13 @@ SAMPLE_KEYS = (
 )
 SOURCE_KEYS = (("data.open", "add"), ("data.replace", "replace"), ("data.remove", "remove"))
 TOTALS_KEYS = (("data.format", "format"), ("data.columns", "columns"))
-LENGTH_KEYS = (("data.longer", "longer"), ("data.shorter", "shorter"), ("data.too_long", "too long"))
+LENGTH_KEYS = (("data.longer", "longer"), ("data.shorter", "shorter"), ("data.too_long", "if too long"))
 PROBLEM_KEYS: tuple[tuple[str, str], ...] = (("data.problem", "next"), ("data.fix", "fix"))
 
 
-def problem_keys(*, skips: bool, has_bad_rows: bool) -> tuple[tuple[str, str], ...]:
-    """The keys for problems: with bad rows, also the one that leaves them out or refuses them."""
+def problem_keys(*, has_problems: bool, skips: bool, has_bad_rows: bool) -> tuple[tuple[str, str], ...]:
+    """The keys for problems of rows: with bad rows, also the one that leaves them out or refuses them."""
+    keys = PROBLEM_KEYS if has_problems else ()
     if skips:
-        return (*PROBLEM_KEYS, ("data.bad_rows", "refuse bad rows"))
-    return (*PROBLEM_KEYS, ("data.bad_rows", "skip bad rows")) if has_bad_rows else PROBLEM_KEYS
+        return (*keys, ("data.bad_rows", "refuse bad rows"))
+    return (*keys, ("data.bad_rows", "skip bad rows")) if has_bad_rows else keys

@@ -68,7 +68,7 @@ def _axis(edges: list[int], cut_at: int | None, cut: int, width: int) -> Content
     if cut_at is None:
         return Content.styled("0" + "─" * (width - 2 - len(end)) + f" {end}", "dim")
     if cut >= width:
-        mark = f"✂ {cut_at:,} →"
+        mark = f"✂ max {cut_at:,} →"
         line = "─" * max(1, width - len(end) - len(mark) - 3)
         return Content.assemble((f"0{line} {end} ", "dim"), mark)
     mark = f"✂ {cut_at:,}"

@@ -24,7 +24,7 @@ def cost_table(costs: list[LengthCost], width: int) -> Content:
     if not costs:
         return Content("")
     timed = width >= _TIMED_WIDTH and any(cost.seconds is not None for cost in costs)
-    head = f"{'  max length':<15}{'uncut':>6}  {'memory':>8}{'        time' if timed else ''}"
+    head = f"{'  max length':<15}{'whole':>6}  {'memory':>8}{'        time' if timed else ''}"
     lines = [Content.styled(head[:width], "dim")]
     for cost in costs:
         own = cost.name == "now"

@@ -12,6 +12,7 @@ from qlora_tui.data.problems import OVERFLOW_OUTCOMES, DataProblem, is_bad_row, 
 from qlora_tui.data.step_estimate import steps_per_epoch, total_steps
 from qlora_tui.formatting import format_percent, pluralize
 from qlora_tui.recipe.schema import Data, Recipe
+from qlora_tui.runs.suggested_fix import FEW_STEPS
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.block_charts import bar
 from qlora_tui.tui.render.labeled import labeled
@@ -55,7 +56,7 @@ def totals(
     )
     lines += _labeled("samples", samples, width)
     lines += _labeled("tokens", Content(f"{counts.tokens:,}"), width)
-    lines += _labeled("in loss", _in_loss(counts.trained_tokens, counts.tokens, width), width)
+    lines += _labeled("to learn", _to_learn(counts.trained_tokens, counts.tokens, width), width)
     if report.complete:
         lines += _labeled("steps", Content(steps_line(report, recipe) + time), width)
     lines += map(Content, report.thinking[:1] if brief else report.thinking)
@@ -72,7 +73,7 @@ def _labeled(label: str, text: Content, width: int) -> list[Content]:
     ]
 
 
-def _in_loss(trained: int, tokens: int, width: int) -> Content:
+def _to_learn(trained: int, tokens: int, width: int) -> Content:
     share = trained / tokens if tokens else 0.0
     text = f"{trained:,} ({format_percent(share)})" if tokens else "none"
     cells = min(_MAX_BAR, width - _LABEL - len(text) - 1)
@@ -81,7 +82,7 @@ def _in_loss(trained: int, tokens: int, width: int) -> Content:
 
 def _rules(data: Data, formats: set[str]) -> str:
     packing = "packed" if data.packing else "not packed"
-    scope = "answers only" if data.train_on == "assistant" and formats != {"text"} else "everything in loss"
+    scope = "answers only" if data.train_on == "assistant" and formats != {"text"} else "all tokens"
     if data.validation_path:
         held = f"validates on {Path(data.validation_path).name}"
     elif data.validation_fraction:
@@ -94,8 +95,8 @@ def _rules(data: Data, formats: set[str]) -> str:
 def lengths_line(report: Report, data: Data, width: int) -> Content:
     """The lines above the histogram: percentiles, and samples that are too long."""
     lengths = report.lengths
-    points = f"p50 {lengths.p50:,}  p90 {lengths.p90:,}  p99 {lengths.p99:,}"
-    most = f"  most {lengths.longest:,}"
+    points = f"half ≤{lengths.p50:,}  90% ≤{lengths.p90:,}  99% ≤{lengths.p99:,}"
+    most = f"  all ≤{lengths.longest:,}"
     unit = "tokens" if lengths.unit == "tokens" else "chars"
     # The longest is also at the end of the axis.
     line = next(
@@ -164,12 +165,26 @@ def no_problem_line(report: Report) -> Content:
     return Content.styled("No problems so far", "dim")
 
 
+def few_steps_line(report: Report, recipe: Recipe) -> Content | None:
+    """The warning that the whole run has too few steps, as before a launch; None where it has enough."""
+    if not report.complete or not report.counts.samples:
+        return None
+    _, steps = _steps(report, recipe)
+    if steps >= FEW_STEPS:
+        return None
+    return Content.styled(f"! About {pluralize(steps, 'step')}: too few to learn much", "$warning")
+
+
 def steps_line(report: Report, recipe: Recipe) -> str:
     """How many optimizer steps the data makes, roughly: packing is only known once it is done."""
     if not report.counts.samples:
         return "Nothing to train on"
+    a_pass, steps = _steps(report, recipe)
+    return f"about {a_pass:,} an epoch, {steps:,} in all"
+
+
+def _steps(report: Report, recipe: Recipe) -> tuple[int, int]:
+    """Optimizer steps of an epoch, and of the whole run."""
     a_pass = steps_per_epoch(report.counts.samples, report.counts.tokens, recipe)
     steps = total_steps(a_pass, recipe)
-    if recipe.training.max_steps:
-        steps = min(steps, recipe.training.max_steps)
-    return f"about {a_pass:,} an epoch, {steps:,} in all"
+    return a_pass, min(steps, recipe.training.max_steps or steps)

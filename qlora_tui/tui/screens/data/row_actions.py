@@ -55,7 +55,7 @@ class RowActions(WorkScreen):
         """Show the next row with a problem, from the first again after the last."""
         if not any(problem.rows for problem in self.problems):
             complete = self.report is not None and self.report.complete
-            self.notify("No problems found." if complete else "No problems so far. Still reading.")
+            self.notify("No row has a problem." if complete else "No problems so far. Still reading.")
             return
         self.go_to_next_problem(self.problems, by)
 

@@ -50,9 +50,10 @@ class DataScreen(DataActions):
     CSS_PATH = "data.tcss"
     EDITS_RECIPE = True
     HELP_TEXT = (
-        "The sample is shown as the model will see it. Tokens in the loss are bold and underlined, tokens "
-        "it only reads are dim, control tokens are reversed; ↵ is a line break in the loss. Bars hatched "
-        "▒ after ✂ are samples longer than the sequence length.\n"
+        "The sample is shown as the model will see it. What it is to learn (the tokens in the loss) is bold "
+        "and underlined, what it only reads is dim. Control tokens are reversed, those to learn in a color "
+        "too; ↵ is a line break to learn. packed: several samples share one sequence, and do not see each "
+        "other. Bars hatched ▒ after ✂ are samples longer than the sequence length.\n"
         "{data.open} adds a file to those of the recipe, {data.replace} opens one instead of them; "
         "{data.remove} removes the selected one. {data.bad_rows} leaves out rows that cannot be used. "
         "Press Enter on a problem to go to its next row. Tab moves between the lists."
@@ -128,7 +129,7 @@ class DataScreen(DataActions):
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """Go to the next row with the problem chosen."""
-        if event.option_list.id == "problems" and self.problems:
+        if event.option_list.id == "problems" and event.option_index < len(self.problems):
             self.go_to_next_problem([self.problems[event.option_index]], 1)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
@@ -272,6 +273,8 @@ class DataScreen(DataActions):
             report, self.problems, recipe.data, brief=short, bad_rows=self.bad_rows()
         )
         problems = self.query_one("#problems", ViList)
+        if few_steps := report_text.few_steps_line(report, recipe):
+            lines.append(("steps", few_steps))
         # Errors found later come before what the cursor was on.
         select = lines[0][0] if lines and not problems.has_focus else None
         problems.show(lines or [("none", report_text.no_problem_line(report))], select)
@@ -279,7 +282,11 @@ class DataScreen(DataActions):
         problems_panel = self.query_one("#problems-panel", Panel)
         problems_panel.show_title(count)
         skips = recipe.data.bad_rows == "skip"
-        problems_panel.show_keys(keys.problem_keys(skips=skips, has_bad_rows=bool(self.bad_rows())))
+        problems_panel.show_keys(
+            keys.problem_keys(
+                has_problems=bool(self.problems), skips=skips, has_bad_rows=bool(self.bad_rows())
+            )
+        )
         self._show_row_title()
 
     def _show(self, name: str, text: Content) -> None:

@@ -29,15 +29,17 @@ EMPTY = (
     "conversations."
 )
 PLAIN = Content.styled("The row as it is in the file:\n\n", "dim")
-NO_MODEL = "Select a model with {go.models} to see tokens, the chat template and what is in the loss.\n\n"
+NO_MODEL = "Select a model with {go.models} to see tokens, the chat template and what is to learn.\n\n"
 SIGNS = {"error": ("✗", "$error"), "warning": ("⚠", "$warning")}
+_CONTROL, _LEARNED_CONTROL = "reverse", "reverse bold underline $accent"
 _LEGEND = Content.assemble(
-    ("in loss", "bold underline $foreground"),
+    ("to learn", "bold underline $foreground"),
     " ",
     ("only read", "not bold dim $foreground"),
     " ",
-    (" control ", "not bold reverse $foreground"),
+    (" control ", f"not bold {_CONTROL} $foreground"),
 )
+_WIDE_LEGEND = _LEGEND + Content.styled(" control to learn ", _LEARNED_CONTROL)
 
 
 def sample(
@@ -120,7 +122,7 @@ def _row_problems(shown: Shown, problems: Sequence[DataProblem]) -> list[tuple[s
 def styled(piece: Piece) -> tuple[str, str]:
     text = piece.text
     if piece.special:
-        return text, "reverse bold underline" if piece.in_loss else "reverse"
+        return text, _LEARNED_CONTROL if piece.in_loss else _CONTROL
     if not piece.in_loss:
         return text, "dim"
     # Line breaks in the loss are invisible; only those at the edges are marked, to keep the text readable.
@@ -214,7 +216,7 @@ def source_line(source: Source, alone: bool) -> Content:
 
 
 def row_title(place: Place, report: Report | None, shown: Shown | None, data: Data, width: int) -> Content:
-    """The row number, its tokens in the loss, notes, and a legend of the styles, as far as they fit."""
+    """The row number, its tokens to learn, notes, and a legend of the styles, as far as they fit."""
     path, row = place
     of = name = ""
     if report and len(report.files) > 1:
@@ -232,14 +234,15 @@ def row_title(place: Place, report: Report | None, shown: Shown | None, data: Da
     if shown and shown.samples and shown.token_counts:
         most = max(shown.token_counts) if data.overflow == "split" else data.max_length
         rendered_tokens = sum(min(count, most) for count in shown.token_counts)
-        parts.append(f"{sum(shown.trained_counts):,} of {rendered_tokens:,} tokens in loss")
+        parts.append(f"learn {sum(shown.trained_counts):,} of {rendered_tokens:,} tokens")
     if shown:
         parts += shown.notes
     title = _join_to_width(parts, width)
     first, _, rest = title.partition(" · ")
     words = Content.assemble(first, (f" · {rest}" if rest else "", "not bold $foreground"))
-    if len(title) + _LEGEND.cell_length + 3 <= width:
-        return Content.assemble(words, "   ", _LEGEND)
+    for legend in (_WIDE_LEGEND, _LEGEND):
+        if len(title) + legend.cell_length + 3 <= width:
+            return Content.assemble(words, "   ", legend)
     return words
 
 
