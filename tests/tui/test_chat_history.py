@@ -193,7 +193,7 @@ async def test_a_wide_window_shows_settings_tokens_and_conversations() -> None:
     finished(ADAPTER)
     app = open_on("chat")
     async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "─ Settings ─", "both answer", "temperature 0.7", "None yet.")
+        await wait_for_text(pilot, "─ Sampling ─", "both answer", "temperature 0.7", "None yet.")
         screen = chat_of(app)
         with_fake_engine(screen)
         await pilot.press(*"Hello", "enter")

@@ -172,7 +172,7 @@ async def test_a_runs_adapters_are_shown_and_selected_by_key() -> None:
     finished(ADAPTER, "step-800", "step-400")
     app = open_on("chat")
     async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "qwen2.5-7b-tickets", "not loaded yet", "Type a message.")
+        await wait_for_text(pilot, "qwen2.5-7b-tickets", "not loaded yet", "Enter: send")
         screen = chat_of(app)
         await pilot.press("ctrl+t")
         assert ask_prompt(screen) == [ADAPTER]
@@ -180,7 +180,7 @@ async def test_a_runs_adapters_are_shown_and_selected_by_key() -> None:
         assert ask_prompt(screen) == [BASE, "step-800"]
         await pilot.press("V")
         assert ask_prompt(screen) == [ADAPTER, "step-800"]
-        text = await wait_for_text(pilot, "Adapter", "m Model")
+        text = await wait_for_text(pilot, "One answer", "m Model")
         assert "esc" not in text.splitlines()[-1]
 
 
@@ -195,7 +195,7 @@ async def test_digits_are_typed_until_escape_leaves_the_field() -> None:
     finished(ADAPTER)
     app = open_on("chat")
     async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "Esc: leave the field")
+        await wait_for_text(pilot, "Esc: leave the field, then [o]: sampling")
         await pilot.press("6")
         text = await wait_for_text(pilot, "Esc Leave field")
         assert app.screen.query_one(PromptBox).text == "6" and "Esc Stop" not in text
@@ -378,7 +378,7 @@ async def test_base_and_adapter_answer_side_by_side(
         answers = screen.turns[0].answers
         assert list(answers) == [BASE, ADAPTER]
         assert all(a.outcome is not None and a.outcome.new_tokens for a in answers.values())
-        await wait_for_text(pilot, "tok", "/s first", "saved in", "Which answer is better? Esc, then [<]")
+        await wait_for_text(pilot, "tok", "/s after", "saved in", "Which answer is better? Esc, then [<]")
         assert screen.run_dir is not None
         saved = transcript_path(screen.run_dir).read_text()
         assert saved.count("> what is red") == 1

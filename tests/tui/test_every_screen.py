@@ -225,7 +225,7 @@ async def test_a_keymap_with_former_names_of_commands_still_works() -> None:
     async with app.run_test(size=(120, 40)) as pilot:
         await app.action_go("chat")
         await pilot.press("question_mark")
-        await wait_for_text(pilot, "F9", "Switch the adapter off or on")
+        await wait_for_text(pilot, "F9", "Let only the adapter answer")
 
 
 async def test_ctrl_c_says_what_leaves_the_app() -> None:

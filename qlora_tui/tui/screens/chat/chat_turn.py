@@ -13,7 +13,7 @@ from qlora_tui.chat.chat_types import GenerationResult
 from qlora_tui.data.repetition import find_loop
 from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import format_duration, format_float, truncate_middle
+from qlora_tui.formatting import format_duration, truncate_middle
 from qlora_tui.tui.key_names import highlight_keys, name_keys
 from qlora_tui.tui.screens.chat.streaming_markdown import StreamingMarkdown
 from qlora_tui.tui.screens.chat.thought_view import ThoughtView
@@ -173,14 +173,15 @@ def answer_title(adapter_name: str, words: str) -> Content:
 
 
 def outcome_words(outcome: GenerationResult) -> str:
-    """``34 tok 12.1/s first 0.4 s``."""
-    speed = f" {format_float(outcome.tokens_per_s, 3)}/s" if outcome.tokens_per_s else ""
+    """``34 tok, 12/s after 0.4 s``: tokens, their number in a second, time before the first."""
+    per_s = outcome.tokens_per_s
+    speed = f", {per_s:.0f}/s" if per_s >= 10 else f", {per_s:.1f}/s" if per_s else ""
     first = (
         f"{outcome.first_token_s:.1f} s"
         if outcome.first_token_s < 10
         else format_duration(outcome.first_token_s)
     )
-    return f"{outcome.new_tokens} tok{speed} first {first}" if outcome.new_tokens else "nothing"
+    return f"{outcome.new_tokens} tok{speed} after {first}" if outcome.new_tokens else "nothing"
 
 
 class ChatTurn(Vertical):

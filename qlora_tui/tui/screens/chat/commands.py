@@ -21,13 +21,13 @@ COMMANDS: tuple[Command, ...] = (
         "adapter",
         "a,ctrl+t",
         "toggle_adapter",
-        "Adapter",
-        "Switch the adapter off or on: only one of the two answers.",
+        "One answer",
+        "Let only the adapter answer, or only the base.",
     ),
     _command(
         "source", "m", "choose_source", "Model", "Chat with another run, or with a model without an adapter."
     ),
-    _command("thinking", "t,ctrl+g", "thinking", "Think", "Turn thinking before the answer on or off."),
+    _command("thinking", "t,ctrl+g", "thinking", "Thinking", "Turn thinking before the answer on or off."),
     _not_in_footer("unfold", "z,ctrl+o", "unfold", "Thoughts", "Show or hide what the model thought."),
     _command("split", "s", "split", "Side by side", "Show both answers side by side, or only one."),
     _command(
@@ -81,7 +81,13 @@ COMMANDS: tuple[Command, ...] = (
         "Effect",
         "Measure on validation data how much the adapter changes the model.",
     ),
-    _command("settings", "o", "settings", "Options", "Set sampling options and the system prompt."),
+    _command(
+        "settings",
+        "o",
+        "settings",
+        "Sampling",
+        "Set temperature, other sampling options and the system prompt.",
+    ),
     _command("history", "h", "history", "History", "Continue a saved conversation."),
     _not_in_footer("search", "slash", "search", "Search", "Show only exchanges that contain a text."),
     _not_in_footer("copy", "y", "copy('right')", "Copy", "Copy the last answer of the adapter."),

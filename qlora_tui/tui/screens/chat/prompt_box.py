@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from textual import events
 from textual.binding import Binding, BindingType
+from textual.content import Content
 from textual.message import Message
 from textual.widgets import TextArea
 
@@ -42,7 +43,11 @@ class PromptBox(OwnKeysFirst, TextArea):
 
     def __init__(self, placeholder: str, *, id: str) -> None:
         super().__init__(
-            id=id, placeholder=placeholder, soft_wrap=True, show_line_numbers=False, tab_behavior="focus"
+            id=id,
+            placeholder=Content(placeholder),
+            soft_wrap=True,
+            show_line_numbers=False,
+            tab_behavior="focus",
         )
         self.cursor_blink = False
         self.highlight_cursor_line = False

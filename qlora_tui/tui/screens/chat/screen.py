@@ -54,7 +54,10 @@ class ChatScreen(ChatActions):
     MODE = "chat"
     CSS_PATH = "chat.tcss"
     HELP_TEXT = (
-        "Base and adapter answer the same prompt with the same seed, from one copy of the model. While "
+        "Base and adapter answer the same prompt with the same seed, from one copy of the model; "
+        "{chat.adapter} lets only one of them answer. Beside an answer are its tokens, their number in a "
+        "second, and how long the first was waited for. context is how many tokens a conversation can have. "
+        "While "
         "the prompt field has the focus, every character goes into it. {chat.stop} stops an answer; "
         "if none is running, {chat.leave} leaves the field, so that {go.home} to {go.chat} and the keys "
         "below work. {chat.write} returns to the field. Each conversation is saved in the chats folder "
@@ -88,7 +91,7 @@ class ChatScreen(ChatActions):
                 yield Panel("Message", PromptBox(name_keys(chat_text.HINT), id="prompt"), id="prompt-panel")
             with Vertical(id="chat-side"):
                 yield Panel(
-                    "Settings",
+                    "Sampling",
                     Static(id="side-settings"),
                     keys=(("chat.settings", "change"), ("chat.source", "model")),
                 )

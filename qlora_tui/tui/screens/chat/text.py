@@ -25,7 +25,7 @@ START = (
     "{chat.leave} leaves the field. Then {chat.history} continues a saved conversation, {chat.settings} sets "
     "sampling and system prompt, and {chat.source} selects another run or model."
 )
-HINT = "Type a message. Enter: send · Ctrl+J: new line · {chat.leave}: leave the field"
+HINT = "Enter: send · Ctrl+J: new line · {chat.leave}: leave the field, then {chat.settings}: sampling"
 STOPPED_LOADING = "Stopped loading the model. Press {chat.leave}, then {chat.retry}, to try again."
 UNLOADED = "Stopped because the model was unloaded. Press {chat.leave}, then {chat.retry}, to try again."
 _MIN_NAME_WIDTH = 16
@@ -48,9 +48,9 @@ def session_line(name: str, pair: AdapterPair, state: str, width: int) -> Conten
 
 
 def loaded_text(ready: ChatReady) -> str:
-    """``RTX 4090 bfloat16, 5.2 GiB, 32,768 tokens``."""
+    """``RTX 4090 bfloat16, 5.2 GiB, context 32,768``."""
     return (
-        f"{ready.device} {ready.dtype}, {format_bytes(ready.memory_bytes)}, {ready.context_tokens:,} tokens"
+        f"{ready.device} {ready.dtype}, {format_bytes(ready.memory_bytes)}, context {ready.context_tokens:,}"
     )
 
 
