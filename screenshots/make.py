@@ -1,9 +1,10 @@
 """Draws the pictures of README and docs: ``make screenshots``.
 
-The run is a real one of ``qlora-tui demo`` (``bench/support/recordings``), as its trainer wrote it. It is
-copied into a home of its own and shown by the app itself; nothing is drawn by hand. The data shown are the
-demo's, through the demo's tokenizer, so the demo's model must have been fetched. The chat needs a trained
-adapter: that of the newest demo on this machine (``make demo`` trains one).
+The runs are real ones of ``qlora-tui demo`` (``bench/support/recordings``), as their trainer wrote them, with
+empty files in place of the weights. They are copied into a home of its own and shown by the app itself;
+nothing is drawn by hand. The data shown are the demo's, through the demo's tokenizer, so the demo's model
+must have been fetched. The chat needs a trained adapter: that of the newest demo on this machine (``make
+demo`` trains one).
 """
 
 from __future__ import annotations
@@ -61,13 +62,13 @@ SMALL = "SmolLM2-135M-Instruct"
 PICTURES = (
     Picture("home", shows="▸ Enter"),
     Picture("models", shows="Qwen2.5-7B"),
-    Picture("data", shows="No problems found", model=SMALL),
+    Picture("data", shows="too few to learn much", model=SMALL),
     Picture("memory", shows="One training step"),
     Picture("lora", shows="q_proj"),
     Picture("train", shows="validation"),
     Picture("train", size=(80, 24), shows="step"),
-    Picture("runs", shows="demo"),
 )
+RUNS = Picture("runs", shows="2 checkpoints")
 _LOOP_SIZE = (100, 30)
 CHAT = Picture("chat", _LOOP_SIZE, shows="demo", model=SMALL, prompt="What is the capital of France?")
 BEFORE_THE_RUN = (
@@ -91,6 +92,8 @@ def main() -> int:
         lay_out_run(WATCHED_SHARE)
         for picture in PICTURES:
             save(f"{picture.name}.svg", asyncio.run(draw(picture)))
+        lay_out_earlier_runs()
+        save(f"{RUNS.name}.svg", asyncio.run(draw(RUNS)))
         frames = moving_frames()
         if demo is None:
             print("No picture of the chat: `make demo` trains the adapter that it needs.", file=sys.stderr)
@@ -111,6 +114,8 @@ def save(name: str, svg: str) -> None:
 
 def moving_frames() -> list[Frame]:
     """From the choice of a model to the end of the recorded run."""
+    from bench.support.recorded_runs import NAME
+
     clear_runs()
     frames = [Frame(asyncio.run(draw(picture)), seconds) for picture, seconds in BEFORE_THE_RUN]
     live = Picture("train", _LOOP_SIZE, shows="step", model=SMALL)
@@ -118,7 +123,7 @@ def moving_frames() -> list[Frame]:
         lay_out_run(step)
         frames.append(Frame(asyncio.run(draw(live)), WATCHED_S))
     clear_runs()
-    show_ended_run()
+    show_ended_run(NAME, time.time())
     frames.append(Frame(asyncio.run(draw(replace(live, mode="runs", shows="finished"))), ENDED_S))
     return frames
 
@@ -167,7 +172,7 @@ def clear_runs() -> None:
 
 def lay_out_run(wait_until: float) -> None:
     """Put the recorded run in place as it was at a step, or at a share of its steps, still in training."""
-    from bench.support.recorded_runs import STEPS, recorded_until
+    from bench.support.recorded_runs import STEPS, lay_out_saved, recorded_until
     from qlora_tui.runs.process import process_identity
 
     clear_runs()
@@ -177,15 +182,29 @@ def lay_out_run(wait_until: float) -> None:
     # The run is shown as if it were now: its clock is moved, nothing else.
     for path in (run.events_path, run.telemetry_path, run.status_path):
         shift_clock(path, time.time() - at)
+    lay_out_saved(run)
 
 
-def show_ended_run() -> None:
-    """Put the whole recorded run in place, as if it had just ended."""
-    from bench.support.recorded_runs import ENDED, recorded_run
+def lay_out_earlier_runs() -> None:
+    """Put the other recorded runs in place, as if they had ended some hours ago."""
+    from bench.support.recorded_runs import LONGER, NO_MEMORY, NOT_A_NUMBER, SHORTER
 
-    run = recorded_run()
+    for hours, name in enumerate((LONGER, SHORTER, NOT_A_NUMBER, NO_MEMORY), 1):
+        show_ended_run(name, time.time() - hours * 3600)
+
+
+def show_ended_run(name: str, ended: float) -> None:
+    """Put a whole recorded run in place, as if it had ended at that Unix time."""
+    from bench.support.recorded_runs import lay_out_saved, recorded_run
+    from qlora_tui.runs.status import read_status
+
+    run = recorded_run(name)
+    by = ended - read_status(run).at
     for path in (run.events_path, run.telemetry_path, run.status_path):
-        shift_clock(path, time.time() - ENDED)
+        shift_clock(path, by)
+    began = run.recipe_path.stat().st_mtime + by
+    os.utime(run.recipe_path, (began, began))
+    lay_out_saved(run)
 
 
 def shift_clock(path: Path, by: float) -> None:
