@@ -54,9 +54,15 @@ GLOSSARY: dict[str, str] = {
         "`data.packing` off too"
     ),
     "loss mask": (
-        "for each token, whether it is in the loss: `loss_mask` in code. The Data screen shows "
-        "these tokens bold and underlined; `trained_tokens` counts them"
+        "for each token, whether it is in the loss, so that the model learns to write it: `loss_mask` in "
+        "code. The Data screen calls these tokens to learn and the others only read, and shows them bold and "
+        "underlined; `trained_tokens` counts them"
     ),
+    "smoothed loss": (
+        'the running mean of the training loss, over a thirtieth of its steps (4 to 100); "loss" alone '
+        "is that of the last step"
+    ),
+    "best validation": "★: the lowest loss on the validation rows after training began, and its step",
     "micro-batch": "sequences that go through the model at once",
     "effective batch": "micro-batch × gradient accumulation: sequences for each optimizer step",
     "verified": "compared with transformers and peft on the model at hand, and equal within rounding",

@@ -11,6 +11,9 @@ from qlora_tui.runs.view import RunView
 
 _ENDED_REGULARLY: tuple[State, ...] = ("finished", "stopped", "paused")
 
+WORSE = "worse"
+"""Word of a result whose validation loss is higher than before training."""
+
 
 @dataclass(frozen=True)
 class ResultDefect:
@@ -31,7 +34,7 @@ def find_defect(view: RunView) -> ResultDefect | None:
     before = view.loss_before_training
     if last is not None and last.step and last.loss is not None and before is not None and last.loss > before:
         return ResultDefect(
-            "worse",
+            WORSE,
             f"The validation loss is {format_float(last.loss, 3)} at step {last.step:,}; before training it "
             f"was {format_float(before, 3)}.",
         )

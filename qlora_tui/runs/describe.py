@@ -129,7 +129,8 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
             return f"{event.severity}: {event.evidence} {event.remedy}"
         case RequestReceived():
             value = "" if event.value is None else f" {event.value:g}"
-            return f"requested: {event.request.replace('_', ' ')}{value}"
+            request = "sample answers" if event.request == "sample" else event.request.replace("_", " ")
+            return f"requested: {request}{value}"
         case Finished():
             sentence = (
                 f"finished at step {event.step:,} after {format_duration(event.seconds)}: {event.reason}"

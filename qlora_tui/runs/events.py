@@ -17,6 +17,8 @@ from qlora_tui.errors import UserError
 Phase: TypeAlias = Literal[
     "loading", "converting", "tokenizing", "probing", "training", "evaluating", "saving"
 ]
+ALL_STEPS_DONE = "all steps done"
+"""Reason of a run that ended as its recipe says."""
 STEP_PHASES: frozenset[Phase] = frozenset(("training", "evaluating", "saving"))
 """Phases that a run alternates between, from its first step to its last."""
 PREPARING_PHASES: frozenset[Phase] = frozenset(("loading", "converting", "tokenizing"))
@@ -305,7 +307,7 @@ class Finished(Event, tag="finished", frozen=True, kw_only=True):
     seconds: float
     """Training time of this attempt, without loading."""
     tokens_per_s: float
-    reason: str = "all steps done"
+    reason: str = ALL_STEPS_DONE
     energy_kwh: float | None = None
     """Energy of the GPU over the whole run, with loading and evaluation; None if it reports no power."""
     tokens_per_joule: float | None = None

@@ -47,6 +47,8 @@ class RunSummary:
     """Training loss of the last step."""
     queued_at: float
     """Unix time; 0 if the events are missing."""
+    started_at: float | None
+    """Unix time at which the last attempt began; None before the first."""
     model: str
     settings: str
     """``nf4 r16 2,048×2×8``: the settings in which runs most often differ."""
@@ -156,6 +158,7 @@ def summarize(run: RunDir) -> RunSummary:
         total_steps=view.total_steps,
         loss=view.loss,
         queued_at=view.queued_at or 0.0,
+        started_at=view.started_at,
         model=model,
         settings=settings,
         best=(best.loss, best.step) if best is not None and best.loss is not None else None,
@@ -195,6 +198,7 @@ def outline(run: RunDir) -> RunSummary:
         total_steps=status.total_steps,
         loss=status.loss,
         queued_at=0.0,
+        started_at=None,
         model="",
         settings="",
         best=None,

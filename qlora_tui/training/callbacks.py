@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qlora_tui.errors import UserError
 from qlora_tui.runs.control import Kind
-from qlora_tui.runs.events import Evaluated, SampleGenerated, Step
+from qlora_tui.runs.events import ALL_STEPS_DONE, Evaluated, SampleGenerated, Step
 from qlora_tui.training.batches import PlannedStep
 from qlora_tui.training.checkpoint_saver import CheckpointSaver, RunProgress
 from qlora_tui.training.control_requests import StopRequested
@@ -61,7 +61,7 @@ class RunCallback(TrainerCallback):
 
     def __init__(self, prepared: PreparedRun, trainer: RunTrainer) -> None:
         self.outcome: AttemptOutcome = "finished"
-        self.reason = "all steps done"
+        self.reason = ALL_STEPS_DONE
         self.progress = RunProgress()
         self._prepared = prepared
         self._trainer = trainer

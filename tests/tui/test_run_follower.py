@@ -6,7 +6,7 @@ import pytest
 
 from bench.support.recorded_runs import recorded_run
 from qlora_tui.runs.event_log import EventWriter
-from qlora_tui.runs.events import Health, Started
+from qlora_tui.runs.events import Finished, Health, Started
 from qlora_tui.tui.screens.train import run_follower
 from qlora_tui.tui.screens.train.run_follower import RunFollower
 from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
@@ -91,4 +91,6 @@ def test_every_step_of_a_recorded_real_run_is_there_once() -> None:
     assert picture.status.state == "finished"
     assert list(picture.envelopes.loss.xs) == list(range(1, 82))
     assert picture.best is not None and picture.best.step in {e.step for e in picture.evaluations}
+    assert isinstance(picture.view.ending, Finished)
+    assert picture.seconds_trained == pytest.approx(picture.view.ending.seconds, abs=0.1)
     assert picture.samples and picture.entries and picture.output and picture.telemetry

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,11 +23,13 @@ from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.render.block_charts import downsample
 from qlora_tui.tui.render.run_labels import result_label
 from qlora_tui.tui.screens.runs.run_order import ORDERS, in_order
+from qlora_tui.tui.screens.runs.run_preview import RunFiles, ending, result_lines, run_keys
+from qlora_tui.tui.screens.runs.run_table import best_loss
 from qlora_tui.tui.screens.runs.screen import RunsScreen
 from qlora_tui.tui.screens.train.screen import TrainScreen
 from qlora_tui.tui.system_monitor import SystemMonitor
 from tests.tui import fake_runs
-from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
+from tests.tui.fake_runs import BEGAN, FakeRun, last_at, write_fake_run
 from tests.tui.screen_assertions import style_of, text_of, wait_for_text, wait_until
 from tests.tui.workstation import open_runs
 
@@ -147,7 +150,7 @@ async def test_exact_answers_have_a_column_where_a_run_has_some(
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await open_runs(app)
-        assert "exact" not in await wait_for_text(pilot, "tickets-a", "best")
+        assert "exact" not in await wait_for_text(pilot, "tickets-a", "★ val")
         write_fake_run(FakeRun(name="labels", state="finished", steps=300, total=300, exact=(0.12, 0.97)))
         await wait_for_text(pilot, "labels", "exact", "97%")
 
@@ -210,7 +213,7 @@ async def test_the_filter_cuts_the_list_down(make_app: MakeApp, three_runs: list
 
 
 async def test_a_run_name_takes_the_space_that_other_columns_leave(make_app: MakeApp) -> None:
-    name = "smollm2-135m-instruct-customer-tickets"
+    name = "smollm2-135m-instruct-client-tickets"
     write_fake_run(FakeRun(name=name, state="finished", steps=5, total=5))
     app = make_app()
     async with app.run_test(size=(120, 40)) as pilot:
@@ -328,3 +331,43 @@ async def test_the_title_counts_runs_that_match(make_app: MakeApp, three_runs: l
         await wait_for_text(pilot, "3 runs, newest first")
         await pilot.press("slash", *"poems")
         await wait_for_text(pilot, "1 of 3 runs, newest first")
+
+
+def test_an_active_run_says_when_it_started() -> None:
+    what = FakeRun(steps=800)
+    rows = [line.plain.split() for line in result_lines(summarize(write_fake_run(what)), last_at(what), 60)]
+    assert [
+        "started",
+        *time.strftime("%H:%M,", time.localtime(BEGAN + 1)).split(),
+        "21",
+        "min",
+        "ago",
+    ] in rows
+
+
+def test_a_defect_is_followed_by_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fake_runs, "BEFORE_TRAINING", 1.1)
+    summary = summarize(write_fake_run(FakeRun(name="a", state="finished", steps=300, total=300)))
+    assert ending(summary).plain.rstrip().endswith("before training it was 1.1.")
+    limited = replace(summary, status=structs.replace(summary.status, detail="time limit reached"))
+    assert ending(limited).plain.endswith("it was 1.1. Time limit reached")
+    # The verdict beside it has the losses.
+    assert not ending(summary, beside_verdict=True).plain
+    assert not any(line.plain.startswith("before") for line in result_lines(summary, BEGAN, 60))
+
+
+@pytest.mark.parametrize(
+    ("loss", "shown"), [(0.00603, "0.00603*"), (2.634, "2.63*"), (6.034e-7, "6.03e-07*")]
+)
+def test_a_small_loss_is_whole_in_its_column(loss: float, shown: str) -> None:
+    summary = replace(summarize(write_fake_run(FakeRun(steps=5))), best=None, loss=loss)
+    assert best_loss(summary) == shown
+
+
+def test_chat_and_export_of_a_running_run_name_their_checkpoint() -> None:
+    run = write_fake_run(FakeRun(steps=300))
+    (run.checkpoints_dir / "step-200").mkdir(parents=True)
+    (run.checkpoints_dir / "step-200" / "complete").touch()
+    summary = summarize(run)
+    words = [verb for _, verb in run_keys(summary, RunFiles.read(summary))]
+    assert words == ["open", "chat with step 200", "export step 200"]

@@ -148,7 +148,7 @@ async def test_keys_ask_the_trainer_and_stop_asks_the_user_first(make_app: MakeA
         await pilot.press("enter", "y")
         assert ask_key(run)[-1] == "pause"
         await pilot.press("s")
-        await wait_for_text(pilot, "Stop the run?")
+        await wait_for_text(pilot, "Stop the run?", "adapter of this step")
         await pilot.press("n")
         assert "stop" not in ask_key(run)
         await pilot.press("s", "y")
@@ -308,7 +308,7 @@ async def test_omitted_log_lines_are_reported_in_a_narrow_window_too(make_app: M
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
-        await wait_for_text(pilot, "Tab next · / search · v level")
+        await wait_for_text(pilot, "Tab next · / search · v warnings")
         await pilot.press("slash", *"checkpoint", "enter", "v")
         await wait_for_text(pilot, "/checkpoint warnings only")
         await pilot.press("slash", *" of the hundredth step and all after it", "enter")
@@ -439,7 +439,7 @@ async def test_unknown_events_are_reported_and_skipped(make_app: MakeApp) -> Non
 
 @pytest.mark.parametrize(
     ("total", "now", "says"),
-    [(57, 0.0, "epoch 0/0.057"), (57, 0.01234, "epoch 0.012/0.057"), (2000, 1.3333, "epoch 1.33/2")],
+    [(57, 0.0, "epoch 0 of 0.057"), (57, 0.01234, "epoch 0.012 of 0.057"), (2000, 1.3333, "epoch 1.33 of 2")],
 )
 def test_epochs_are_shown_with_two_or_three_digits(total: int, now: float, says: str) -> None:
     picture = RunFollower(write_fake_run(FakeRun(steps=2))).poll()
@@ -531,9 +531,9 @@ async def test_a_click_on_the_name_of_a_tab_shows_it(make_app: MakeApp) -> None:
     app = make_app()
     async with app.run_test(size=(120, 40)) as pilot:
         await watching(app, run)
-        shown = await wait_for_text(pilot, "samples 2")
-        row, line = next((y, line) for y, line in enumerate(shown.splitlines()) if "samples 2" in line)
-        await pilot.click(offset=(line.index("samples"), row))
+        shown = await wait_for_text(pilot, "answers 2")
+        row, line = next((y, line) for y, line in enumerate(shown.splitlines()) if "answers 2" in line)
+        await pilot.click(offset=(line.index("answers"), row))
         await wait_for_text(pilot, "▸ My parcel is late.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from qlora_tui.formatting import format_float
 from qlora_tui.runs.run_summary import RunSummary
 from qlora_tui.tui.render.axis import Axis, rounded, so_far
 from qlora_tui.tui.render.plot import Curve, Mark, Plot, overall
@@ -22,10 +23,13 @@ def summary_plot(summary: RunSummary | None) -> Plot:
         broken,
     )
     marks: tuple[Mark, ...] = ()
+    legend: tuple[tuple[str, str], ...] = ()
     points = [loss]
     if summary.best is not None:
         best, step = summary.best
         marks = (Mark(step, best, "★", "$success bold"),)
+        name = "best" if summary.loss_to_beat is None else "lowest"
+        legend = ((f"★ {name} validation {format_float(best, 3)} at {step:,}", "$success bold"),)
         points.append(Envelope.of_points([float(step)], [best]))
     reach = overall(points)
     y = rounded(*reach, unit="loss") if reach else Axis(0.0, 1.0, "loss")
@@ -34,4 +38,5 @@ def summary_plot(summary: RunSummary | None) -> Plot:
         y,
         (Curve(loss, "loss", "$primary"),),
         marks,
+        legend,
     )

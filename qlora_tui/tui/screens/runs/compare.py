@@ -72,7 +72,7 @@ OUTCOMES = (
     *GENERAL_ANSWERS,
     "steps",
     "tokens/s",
-    "time",
+    "trained",
     "reason",
 )
 _DATA_SETTINGS = ("data.sources", "data.validation_path")

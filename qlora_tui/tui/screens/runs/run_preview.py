@@ -24,15 +24,16 @@ from qlora_tui.formatting import (
 )
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
+from qlora_tui.runs.defects import WORSE
 from qlora_tui.runs.describe import describe
 from qlora_tui.runs.event_log import events_backwards
-from qlora_tui.runs.events import Step
+from qlora_tui.runs.events import ALL_STEPS_DONE, Step
 from qlora_tui.runs.exports import Export, read_exports
 from qlora_tui.runs.run_summary import RunSummary
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.render.labeled import labeled
-from qlora_tui.tui.render.recipe_line import batch_words, data_words, preference_words, targets_words
+from qlora_tui.tui.render.recipe_line import data_words, preference_words, targets_words
 from qlora_tui.tui.render.run_labels import format_ago, result_label
 from qlora_tui.tui.screens.runs.export_choices import export_line
 
@@ -51,7 +52,8 @@ class RunFiles:
     recipe: Recipe | None
     """None if it cannot be read."""
     exports: tuple[Export, ...]
-    checkpoints: int
+    checkpoints: tuple[int, ...]
+    """Their steps, oldest first."""
     bytes: int
     """Size of everything in the folder."""
     log: tuple[tuple[float, str], ...]
@@ -67,10 +69,19 @@ class RunFiles:
         return cls(
             recipe,
             tuple(read_exports(summary.run)),
-            len(summary.run.checkpoints()),
+            tuple(step for step, _ in summary.run.checkpoints()),
             _size(summary.run.path),
             _log(summary),
         )
+
+
+def run_keys(summary: RunSummary, files: RunFiles | None) -> tuple[tuple[str, str], ...]:
+    """Keys of the panel, each with a verb. Of an active run, chat and export take the last checkpoint."""
+    step = f" step {files.checkpoints[-1]:,}" if files is not None and files.checkpoints else ""
+    if summary.status.state not in ACTIVE:
+        step = ""
+    chat = f"chat with{step}" if step else "chat"
+    return (("runs.open", "open"), ("runs.chat", chat), ("runs.export", f"export{step}"))
 
 
 def preview_title(summary: RunSummary) -> str:
@@ -93,15 +104,24 @@ def detail_lines(summary: RunSummary, exports: tuple[Export, ...]) -> list[Conte
     return [Content(" · ".join(facts)), second]
 
 
-def ending(summary: RunSummary) -> Content:
-    """Why it ended, and what is wrong with its result; empty where there is nothing to say."""
-    detail = Content.styled(summary.status.detail.replace("\n", " "), "dim")
-    wrong = Content.styled(f"{summary.defect.sentence} " if summary.defect else "", "$error")
+def ending(summary: RunSummary, *, beside_verdict: bool = False) -> Content:
+    """Why it ended, and what is wrong with its result; empty where there is nothing to say.
+
+    ``beside_verdict``: whether the verdict is shown too, which has the losses before and after training.
+    """
+    text = summary.status.detail.replace("\n", " ")
+    if summary.defect is not None:
+        text = "" if text == ALL_STEPS_DONE else f"{text[:1].upper()}{text[1:]}"
+    detail = Content.styled(text, "dim")
+    is_said = beside_verdict and summary.verdict is not None
+    wrong = (
+        summary.defect.sentence if summary.defect and not (is_said and summary.defect.word == WORSE) else ""
+    )
     fix = Content.assemble(("  ▸ ", "$accent"), summary.fix) if summary.fix else Content("")
     resume = ""
     if summary.status.state in RESUMABLE:
         resume = f"  {key_name('runs.resume')} resumes it."
-    return Content.assemble(wrong, detail, fix, highlight_keys(resume))
+    return Content.assemble((f"{wrong} " if wrong else "", "$error"), detail, fix, highlight_keys(resume))
 
 
 def result_lines(summary: RunSummary, now: float, width: int, answers: str = "") -> list[Content]:
@@ -109,10 +129,10 @@ def result_lines(summary: RunSummary, now: float, width: int, answers: str = "")
     status = summary.status
     sign, word, style = result_label(status.state, summary.defect)
     rows: list[tuple[str, Content | str]] = [("state", Content.styled(f"{sign} {word}", style))]
-    if status.at:
-        rows.append(
-            ("since" if status.state in ACTIVE else "ended", format_ago(status.at, now).removeprefix("at "))
-        )
+    # The status of an active run is as old as its last heartbeat.
+    is_active = status.state in ACTIVE
+    if at := summary.started_at if is_active else status.at:
+        rows.append(("started" if is_active else "ended", format_ago(at, now).removeprefix("at ")))
     if summary.total_steps:
         rows.append(("steps", f"{summary.step:,} of {summary.total_steps:,}"))
     if summary.best is not None:
@@ -120,7 +140,8 @@ def result_lines(summary: RunSummary, now: float, width: int, answers: str = "")
         rows.append(("best", f"validation {format_float(loss)} at step {step:,}"))
     elif summary.loss is not None:
         rows.append(("last", f"training {format_float(summary.loss)}"))
-    if summary.loss_to_beat is not None:
+    # The verdict has the loss before training too.
+    if summary.loss_to_beat is not None and summary.verdict is None:
         rows.append(("before", f"{format_float(summary.loss_to_beat)}, better than after"))
     if summary.accuracy is not None:
         rows.append(("exact", f"{format_percent(summary.accuracy)} of short answers"))
@@ -145,13 +166,14 @@ def settings_lines(recipe: Recipe | None, width: int) -> list[Content]:
         return [Content.styled("The recipe cannot be read.", "$error")]
     lora, training = recipe.lora, recipe.training
     limit = f", at most {training.max_steps:,} steps" if training.max_steps else ""
+    batch = f"{training.micro_batch_size} × {training.gradient_accumulation}"
     rows: list[tuple[str, Content | str]] = [
         ("model", short_model_name(recipe.model.id) or "none"),
         ("data", data_words(recipe)),
         ("precision", recipe.quantization.method),
         ("LoRA", f"{format_rank(lora)}  alpha {lora.alpha:g}  {targets_words(recipe, 24)}"),
-        ("batch", batch_words(recipe)),
-        ("rate", f"{training.learning_rate:g}  {training.lr_scheduler}"),
+        ("batch", f"{batch} of {recipe.data.max_length:,} tokens"),
+        ("lr", f"{training.learning_rate:g}  {training.lr_scheduler}"),
         ("epochs", f"{training.epochs:g}{limit}"),
     ]
     if method := preference_words(recipe):
@@ -163,7 +185,7 @@ def settings_lines(recipe: Recipe | None, width: int) -> list[Content]:
 
 def files_lines(summary: RunSummary, files: RunFiles, width: int) -> list[Content]:
     """Checkpoints, size and place of the run, and its exports."""
-    size = f"{format_bytes(files.bytes)}, {pluralize(files.checkpoints, 'checkpoint')}"
+    size = f"{format_bytes(files.bytes)}, {pluralize(len(files.checkpoints), 'checkpoint')}"
     rows = _rows([("size", size), ("folder", format_path(summary.run.path))], width)
     if not files.exports and not files.checkpoints and summary.status.state != "finished":
         return rows

@@ -28,6 +28,7 @@ from qlora_tui.tui.widgets.line_view import LineView
 MARKS = "ABCD"
 """Marks of runs selected to compare, unlike any sign of a state; the same letters are on their curves."""
 _CURVE_WIDTH = 12
+_LOSS_WIDTH = 9
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,13 @@ def when(summary: RunSummary, now: float) -> str:
     return time.strftime("%H:%M" if moment[:3] == today[:3] else "%d %b %H:%M", moment)
 
 
-def _best_loss(summary: RunSummary) -> str:
-    if summary.best is not None:
-        return format_float(summary.best[0], 3)
-    return "" if summary.loss is None else f"{format_float(summary.loss, 3)}*"
+def best_loss(summary: RunSummary) -> str:
+    """``2.78``, or ``2.63*`` for the last training loss where none was measured, in its column's width."""
+    loss, mark = (summary.loss, "*") if summary.best is None else (summary.best[0], "")
+    if loss is None:
+        return ""
+    texts = (f"{format_float(loss, digits)}{mark}" for digits in (3, 2, 1))
+    return next((text for text in texts if len(text) <= _LOSS_WIDTH), f"{loss:.0e}{mark}")
 
 
 def _accuracy(summary: RunSummary) -> str:
@@ -72,11 +76,11 @@ _COLUMNS = (
     _Column("model", 26, lambda s: s.model, min_width=150),
     _Column("settings", 22, lambda s: s.settings, min_width=115),
     _Column("steps", 13, _steps, min_width=130, right=True),
-    _Column("best", 6, _best_loss, right=True),
+    _Column("★ val", _LOSS_WIDTH, best_loss, right=True),
     _Column("exact", 5, _accuracy, right=True, show_if_empty=False),
     _Column("loss", _CURVE_WIDTH, lambda s: sparkline(s.losses, _CURVE_WIDTH) if s.losses else ""),
     _Column(
-        "time",
+        "trained",
         11,
         lambda s: "" if s.seconds is None else format_duration(s.seconds),
         min_width=WIDE_CELLS,

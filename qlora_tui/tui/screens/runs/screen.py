@@ -31,6 +31,7 @@ from qlora_tui.tui.screens.runs.run_preview import (
     log_lines,
     preview_title,
     result_lines,
+    run_keys,
     settings_lines,
 )
 from qlora_tui.tui.screens.runs.run_table import RunTable
@@ -54,8 +55,9 @@ class RunsScreen(RunActions):
     CSS_PATH = "runs.tcss"
     HELP_TEXT = (
         "The active run is listed first, then the queue in order, then the newest; {runs.sort} sorts those "
-        "that ended by loss, name, model or duration. best is the lowest "
-        "validation loss, or with * the last training loss if none was measured. exact is the share of "
+        "that ended by loss, name, model or duration. ★ val is the lowest "
+        "validation loss, or with * the last training loss if none was measured: the lower, "
+        "the better. trained is the time of all steps, without evaluations and pauses. exact is the share of "
         "short answers that were exactly right in the last evaluation. The small curve is scaled from the "
         "lowest to the highest loss of its run."
     )
@@ -83,16 +85,15 @@ class RunsScreen(RunActions):
                 "Run",
                 Static(id="run-detail"),
                 Graph(empty=" ", id="run-graph"),
-                keys=(("runs.open", "open"), ("runs.chat", "chat"), ("runs.export", "export")),
                 id="run-panel",
             )
             with VerticalScroll(id="preview-side", can_focus=False):
-                yield Panel("Result", Static(id="run-result"), keys=(("runs.evaluate", "answers"),))
+                yield Panel("Result", Static(id="run-result"), keys=(("runs.evaluate", "compare answers"),))
                 yield Panel("Settings", Static(id="run-settings"), keys=(("runs.rerun", "rerun"),))
                 yield Panel(
                     "Files",
                     Static(id="run-files"),
-                    keys=(("runs.copy", "copy"), ("runs.folder", "folder")),
+                    keys=(("runs.copy", "copy command"), ("runs.folder", "open folder")),
                     id="files-panel",
                 )
                 yield Panel("Log, newest first", Static(id="run-log"), id="log-panel")
@@ -224,8 +225,13 @@ class RunsScreen(RunActions):
     def _show_preview(self, summary: RunSummary) -> None:
         files = self._files[1] if self._files else None
         is_short = not self.query_one("#preview-side").display
-        self.query_one("#run-panel", Panel).show_title(preview_title(summary))
-        detail = detail_lines(summary, files.exports if files else ()) if is_short else [ending(summary)]
+        panel = self.query_one("#run-panel", Panel)
+        panel.show_title(preview_title(summary))
+        panel.show_keys(run_keys(summary, files))
+        if is_short:
+            detail = detail_lines(summary, files.exports if files else ())
+        else:
+            detail = [ending(summary, beside_verdict=True)]
         self._show("run-detail", detail)
         if is_short:
             return

@@ -108,7 +108,14 @@ class TrainActions(LrFinderActions, EvaluationActions):
         else:
             view = self.snapshot.view if self.snapshot else None
             if view is None or view.phase in STEP_PHASES:
-                outcome = "will save a checkpoint and its adapter, then stop. It can be resumed."
+                outcome = "will save a checkpoint and the adapter of this step, then stop. It can be resumed."
+                best = self.snapshot.best if self.snapshot else None
+                if (
+                    view is not None
+                    and best is not None
+                    and any(saved.step == best.step for saved in view.checkpoints)
+                ):
+                    outcome += f" Its best checkpoint, of step {best.step:,}, stays."
             elif view.checkpoints:
                 outcome = (
                     "has not trained a step since it was resumed. It can be resumed from its last checkpoint."

@@ -40,17 +40,17 @@ _LEVELS: tuple[tuple[str, frozenset[Level]], ...] = (
     ("warnings only", frozenset(("warning", "error"))),
     ("errors only", frozenset(("error",))),
 )
-TABS = ("log", "samples", "health", "output")
+TABS = ("log", "answers", "health", "output")
 _GRAPH = "Loss and pace"
 _GRAPH_KEYS = (("train.zoom_in", "zoom in"), ("train.zoom_out", "zoom out"))
-_LOG_KEYS = (("train.tab", "next"), ("train.search", "search"), ("train.level", "level"))
+_LOG_KEYS = (("train.tab", "next"), ("train.search", "search"), ("train.level", "warnings"))
 _MAX_NAME = 70
 """Cells of a run's name in a title; a window has at least 80."""
 _TITLE_FRAME = 4
 """Cells around the title of a panel."""
 _NO_EVENTS = "No events yet."
 _EMPTY = {
-    "samples": "No samples yet. Sample prompts (training.sample_prompts) are answered at each evaluation.",
+    "answers": "No answers yet. Sample prompts (training.sample_prompts) are answered at each evaluation.",
     "health": "No warnings.",
     "output": "No output yet.",
 }
@@ -83,7 +83,7 @@ class LivePane(Vertical):
                 yield Panel("Health", FactList(id="health", wraps=True), id="health-panel")
                 yield Panel("Setup", FactList(id="setup"), id="setup-panel")
                 yield Panel("Validation", FactList(id="evaluations"), id="evaluations-panel")
-                yield Panel("Samples", FactList(id="samples", wraps=True), id="samples-panel")
+                yield Panel("Answers", FactList(id="samples", wraps=True), id="samples-panel")
             with Vertical(id="live-main"):
                 yield Panel(_GRAPH, LossGraph(empty="Reading the run…"), StartStages(), id="graph-panel")
                 yield Panel("", LogTail(_NO_EVENTS), keys=_LOG_KEYS, id="log-panel")
@@ -147,7 +147,7 @@ class LivePane(Vertical):
         snapshot, panel = self._snapshot, self.query_one("#log-panel", Panel)
         if snapshot is None or not panel.size.width:
             return
-        notes = {"samples": str(len(snapshot.samples) or ""), "health": _health_note(snapshot)}
+        notes = {"answers": str(len(snapshot.samples) or ""), "health": _health_note(snapshot)}
         # The border at the bottom, where the keys are, is not there in a small window.
         has_border = panel.styles.border_bottom[0] not in ("", "none")
         keys = "" if has_border else " · ".join(f"{bare_key(key)} {verb}" for key, verb in _LOG_KEYS)
@@ -219,7 +219,7 @@ def _entries(snapshot: RunSnapshot, tab: str) -> Sequence[LogEntry]:
             return snapshot.entries
         case "output":
             return snapshot.output
-        case "samples":
+        case "answers":
             return _sample_entries(snapshot)
         case _:
             return _health_entries(snapshot)
@@ -257,7 +257,9 @@ def _health_note(snapshot: RunSnapshot) -> str:
     errors = sum(h.severity == "error" for h in snapshot.health)
     if errors:
         return f"✗{errors}"
-    return f"!{len(snapshot.health)}" if snapshot.health else ""
+    if snapshot.health:
+        return f"!{len(snapshot.health)}"
+    return "✓" if snapshot.step else ""
 
 
 def _outcome_content(outcome: RunOutcomeText, active: str, answers: str) -> Content:

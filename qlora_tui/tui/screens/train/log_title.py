@@ -12,7 +12,7 @@ from qlora_tui.formatting import truncate_middle
 def tabs_title(
     names: Sequence[str], front: str, notes: Mapping[str, str], *, filters: str, keys: str, width: int
 ) -> Content:
-    """``log │ samples 12 │ health !2``. A click on a name runs ``screen.show_tab('<name>')``.
+    """``log │ answers 12 │ health !2``. A click on a name runs ``screen.show_tab('<name>')``.
 
     Args:
         names: The tabs.

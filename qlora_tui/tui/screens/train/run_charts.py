@@ -37,7 +37,7 @@ def loss_plot(snapshot: RunSnapshot, from_step: float) -> Plot:
         y=y,
         curves=(
             Curve(envelopes.loss, "loss", "dim"),
-            Curve(envelopes.mean_loss, "mean", "$primary bold"),
+            Curve(envelopes.mean_loss, "smoothed", "$primary bold"),
         ),
         marks=tuple(marks),
         legend=_legend(snapshot),
@@ -102,7 +102,7 @@ def _legend(snapshot: RunSnapshot) -> tuple[tuple[str, str], ...]:
         return ()
     items = [
         (f"{format_float(snapshot.loss, 3)}", "dim"),
-        (f"━ mean {format_float(snapshot.mean_loss, 3)}", "$primary bold"),
+        (f"━ smoothed {format_float(snapshot.mean_loss, 3)}", "$primary bold"),
     ]
     best, last = snapshot.best, snapshot.evaluations[-1] if snapshot.evaluations else None
     exact = format_exact(None if last is None else last.accuracy, snapshot.view.base_accuracy)

@@ -26,6 +26,8 @@ from qlora_tui.tui.widgets.diff_widget import DiffWidget
 
 _LABEL = 8
 """Cells of the name before a value."""
+_ROWS_WITH_HEADS = 4
+"""Lines of the evaluations from which there is one for the heads of their columns."""
 _row = partial(labeled, cells=_LABEL)
 
 
@@ -93,7 +95,7 @@ def sample_lines(snapshot: RunSnapshot) -> list[Content]:
 def samples_title(snapshot: RunSnapshot) -> str:
     """Title of the panel of answers."""
     step = _sample_step(snapshot)
-    return "Samples" if step is None else f"Samples at step {step:,}"
+    return "Answers" if step is None else f"Answers at step {step:,}"
 
 
 def _sample_step(snapshot: RunSnapshot) -> int | None:
@@ -112,8 +114,8 @@ def setup_lines(snapshot: RunSnapshot, recipe: Recipe | None, width: int) -> lis
             _row("model", truncate_middle(short_model_name(recipe.model.id), width - _LABEL)),
             _row("data", truncate_middle(data_words(recipe), width - _LABEL)),
             _row("LoRA", f"{format_rank(recipe.lora)} α {recipe.lora.alpha:g} {targets_words(recipe, 16)}"),
-            _row("batch", f"{recipe.data.max_length:,} tok × {batch} × {accumulation}"),
-            _row("rate", schedule),
+            _row("batch", f"{batch} × {accumulation} of {recipe.data.max_length:,} tokens"),
+            _row("lr", schedule),
         ]
         if recipe.preference_method is not None:
             lines.append(_row("method", preference_words(recipe)))
@@ -138,6 +140,9 @@ def evaluation_lines(snapshot: RunSnapshot, rows: int) -> list[Content]:
     if not evaluations:
         return [Content.styled("None yet.", "dim")]
     lines = []
+    if rows >= _ROWS_WITH_HEADS:
+        lines.append(Content.styled(f"{'step':>7}  loss     {'change':>7}", "dim"))
+        rows -= 1
     for number in range(len(evaluations) - 1, max(-1, len(evaluations) - 1 - rows), -1):
         each = evaluations[number]
         before = evaluations[number - 1].loss if number else None

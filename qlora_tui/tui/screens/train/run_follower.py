@@ -62,6 +62,8 @@ class _DecimatedRun:
         self.smoother = BiasCorrectedEma()
         self.last_step = 0
         """The last step that was read."""
+        self.seconds_trained = 0.0
+        """Training time of all steps that were read."""
         self.step_stride = 1
         """Steps from one kept step to the next; a loss that is not a number is always kept."""
         self._due = 0
@@ -76,7 +78,9 @@ class _DecimatedRun:
     def add_steps(self) -> None:
         """Add the view's new steps, and leave only recent ones in it."""
         view, series = self.view, self.view.series
-        new = self._select(bisect_right(series.step, self.last_step))
+        first = bisect_right(series.step, self.last_step)
+        self.seconds_trained += series.seconds(first)
+        new = self._select(first)
         self.smoother.window = smoothing_window(view.total_steps)
         columns = (
             series.step,
@@ -213,6 +217,7 @@ class RunFollower:
             output=self._output.entries,
             telemetry=tuple(self._readings),
             energy_kwh=self._energy.kwh,
+            seconds_trained=decimated_run.seconds_trained,
             seconds_left=view.seconds_left,
             seconds_per_step=view.seconds_per_step,
             fix=suggest_fix(view.status.state, view.health, view.ending, self._recipe, view.plan),

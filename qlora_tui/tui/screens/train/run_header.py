@@ -9,7 +9,7 @@ from textual.content import Content
 from qlora_tui.formatting import abbreviate_home, format_duration, format_float, format_path, truncate_middle
 from qlora_tui.runs.defects import find_defect
 from qlora_tui.runs.describe import format_energy
-from qlora_tui.runs.events import Failed, Finished, phase_label
+from qlora_tui.runs.events import ALL_STEPS_DONE, Failed, Finished, phase_label
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.block_charts import bar
@@ -150,9 +150,9 @@ def _active_facts(snapshot: RunSnapshot, now: float) -> list[str]:
         facts.append(f"{snapshot.tokens_per_s:,.0f} tok/s")
     if view.data is not None and view.data.steps_per_epoch:
         all_epochs = view.total_steps / view.data.steps_per_epoch
-        facts.append(f"epoch {_epochs(snapshot.epoch)}/{_epochs(all_epochs)}")
+        facts.append(f"epoch {_epochs(snapshot.epoch)} of {_epochs(all_epochs)}")
     if view.started_at is not None:
-        facts.append(f"running for {format_duration(max(0.0, now - view.started_at))}")
+        facts.append(_time_so_far(snapshot, max(0.0, now - view.started_at)))
     if snapshot.fix is not None:
         facts.append(f"{key_name('train.fix')} {snapshot.fix.label}")
     if next_evaluation := _next_evaluation(snapshot):
@@ -160,6 +160,17 @@ def _active_facts(snapshot: RunSnapshot, now: float) -> list[str]:
     if snapshot.energy_kwh is not None:
         facts.append(f"{snapshot.energy_kwh:.2f} kWh")
     return facts or ["starting"]
+
+
+def _time_so_far(snapshot: RunSnapshot, since_start: float) -> str:
+    """``trained 13 min of 21 min``: the time of all steps, of that since the start."""
+    trained = snapshot.seconds_trained
+    if not trained:
+        return f"running for {format_duration(since_start)}"
+    # Earlier attempts have a part in the steps but not in the time since the last start; a clock may be set.
+    is_comparable = snapshot.view.attempt == 1 and trained <= since_start
+    of = f" of {format_duration(since_start)}" if is_comparable else ""
+    return f"trained {format_duration(trained)}{of}"
 
 
 def step_progress(snapshot: RunSnapshot) -> str:
@@ -226,7 +237,7 @@ def outcome_text(snapshot: RunSnapshot) -> RunOutcomeText | None:
     match state:
         case "finished":
             reason = view.ending.reason if isinstance(view.ending, Finished) else snapshot.status.detail
-            reason_text = "" if reason in ("", "all steps done") else f"{reason[:1].upper()}{reason[1:]}. "
+            reason_text = "" if reason in ("", ALL_STEPS_DONE) else f"{reason[:1].upper()}{reason[1:]}. "
             return RunOutcomeText(
                 f"{reason_text}Adapter: {format_path(view.run.adapter_dir)}",
                 f"▸ {chat} chat with it   {prepare}",

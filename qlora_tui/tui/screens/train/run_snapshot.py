@@ -57,6 +57,8 @@ class RunSnapshot:
     telemetry: tuple[Reading, ...]
     """The newest last."""
     energy_kwh: float | None
+    seconds_trained: float
+    """Training time of all steps, without evaluations and pauses."""
     seconds_left: float | None
     seconds_per_step: float | None
     """Recently; None until it is known."""
