@@ -172,7 +172,8 @@ def few_steps_line(report: Report, recipe: Recipe) -> Content | None:
     _, steps = _steps(report, recipe)
     if steps >= FEW_STEPS:
         return None
-    return Content.styled(f"! About {pluralize(steps, 'step')}: too few to learn much", "$warning")
+    # In one line of 37 cells: in a small window it is beside a scrollbar.
+    return Content.styled(f"! Only {pluralize(steps, 'step')}: too few to learn much", "$warning")
 
 
 def steps_line(report: Report, recipe: Recipe) -> str:
