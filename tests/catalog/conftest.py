@@ -15,18 +15,6 @@ import pytest
 from tests.catalog.fake_hub import FakeHub, FakeRepo, serve
 from tests.catalog.models import TINY, safetensors_bytes
 
-PRELUDE = """
-import json, sys
-from qlora_tui.catalog import download, hub, hub_files
-from qlora_tui.errors import UserError
-def trial(function, *arguments):
-    try:
-        return function(*arguments)
-    except UserError as problem:
-        return {"title": problem.title, "what": problem.what, "why": problem.why, "fix": problem.fix}
-print(json.dumps(trial(lambda: (%s)), default=str))
-"""
-
 Ask = Callable[..., Any]
 
 
@@ -61,15 +49,12 @@ def child_environ(hub: FakeHub, **changes: str) -> dict[str, str]:
 
 
 @pytest.fixture
-def ask(hub: FakeHub) -> Ask:
-    """``ask(expression)``: evaluate it in a fresh process; its value, or the UserError as a dict.
-
-    Within it ``trial(function, *arguments)`` does the same for one call.
-    """
+def ask(hub: FakeHub, quick_workers: None) -> Ask:
+    """``ask(expression)``: evaluate it in another process; see :mod:`tests.catalog.hub_question`."""
 
     def run(expression: str, **changes: str) -> Any:
         done = subprocess.run(
-            [sys.executable, "-c", PRELUDE % expression],
+            [sys.executable, "-m", "tests.catalog.hub_question", expression],
             env=child_environ(hub, **changes),
             cwd=Path(__file__).parents[2],
             capture_output=True,

@@ -35,7 +35,9 @@ def main() -> None:
     listener.bind(sys.argv[1])
     listener.listen()
     for module in sys.argv[2:]:
-        importlib.import_module(module)
+        # Some are optional, or belong to one version of a library.
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
     if "qlora_tui.training.attempt" in sys.argv:
         _prepare_training()
     # What is here now is in every child: a collection there need not go over it, and copy its pages.

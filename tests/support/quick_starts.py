@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -36,9 +35,21 @@ TRAINING_MODULES = (
     "bench.support.random_model",
 )
 """Modules that need torch, where no test is about the start of their process."""
-WORKER_IMPORTS = ("qlora_tui.engine.server", "qlora_tui.export.llama_cpp.bindings")
-LLAMA_CPP = "llama_cpp_py_sync"
-WORKER_MODULES = ("qlora_tui.engine", "qlora_tui.export.llama_cpp.llama_worker")
+WORKER_IMPORTS = (
+    "qlora_tui.engine.server",
+    "qlora_tui.export.llama_cpp.bindings",
+    "qlora_tui.catalog.hub",
+    "qlora_tui.catalog.hub_files",
+    # What the Hub's client imports; itself it reads the environment when it is imported.
+    *("asyncio", "httpx2", "httpcore2", "anyio", "yaml", "filelock", "tqdm.auto"),
+    "llama_cpp_py_sync._cffi_bindings",
+)
+WORKER_MODULES = (
+    "qlora_tui.engine",
+    "qlora_tui.export.hub_upload",
+    "qlora_tui.export.llama_cpp.llama_worker",
+    "tests.catalog.hub_question",
+)
 """The same without torch."""
 
 
@@ -80,8 +91,7 @@ class ForkServer:
 
 @pytest.fixture(scope="session")
 def worker_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
-    llama_cpp = (f"{LLAMA_CPP}._cffi_bindings",) if find_spec(LLAMA_CPP) else ()
-    started = ForkServer(tmp_path_factory.mktemp("workers"), (*WORKER_IMPORTS, *llama_cpp))
+    started = ForkServer(tmp_path_factory.mktemp("workers"), WORKER_IMPORTS)
     yield started
     started.close()
 

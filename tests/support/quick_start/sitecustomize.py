@@ -26,7 +26,7 @@ if f'"{_module}"' in _servers:
     import signal
     import socket
 
-    if _module.endswith("llama_worker"):
+    if _module.endswith(("llama_worker", "hub_upload")):
         from qlora_tui.subprocesses import end_with_parent
 
         end_with_parent()
