@@ -195,7 +195,7 @@ async def test_digits_are_typed_until_escape_leaves_the_field() -> None:
     finished(ADAPTER)
     app = open_on("chat")
     async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "Esc: leave the field, then [o]: sampling")
+        await wait_for_text(pilot, "Esc: leave, then [o]: sampling")
         await pilot.press("6")
         text = await wait_for_text(pilot, "Esc Leave field")
         assert app.screen.query_one(PromptBox).text == "6" and "Esc Stop" not in text

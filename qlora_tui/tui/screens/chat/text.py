@@ -25,7 +25,7 @@ START = (
     "{chat.leave} leaves the field. Then {chat.history} continues a saved conversation, {chat.settings} sets "
     "sampling and system prompt, and {chat.source} selects another run or model."
 )
-HINT = "Enter: send · Ctrl+J: new line · {chat.leave}: leave the field, then {chat.settings}: sampling"
+HINT = "Enter: send · Ctrl+J: new line · {chat.leave}: leave, then {chat.settings}: sampling"
 STOPPED_LOADING = "Stopped loading the model. Press {chat.leave}, then {chat.retry}, to try again."
 UNLOADED = "Stopped because the model was unloaded. Press {chat.leave}, then {chat.retry}, to try again."
 _MIN_NAME_WIDTH = 16
