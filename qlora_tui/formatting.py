@@ -20,7 +20,7 @@ def format_bytes(bytes_: int | None) -> str:
         if abs(bytes_) >= unit:
             amount = bytes_ / unit
             return f"{amount:.1f} {name}" if amount < 100 and name == "GiB" else f"{amount:.0f} {name}"
-    return f"{bytes_} B"
+    return f"{bytes_} bytes"
 
 
 def format_gib(bytes_: int | None) -> str:

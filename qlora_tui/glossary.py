@@ -64,7 +64,9 @@ GLOSSARY: dict[str, str] = {
     ),
     "best validation": "★: the lowest loss on the validation rows after training began, and its step",
     "micro-batch": "sequences that go through the model at once",
-    "effective batch": "micro-batch × gradient accumulation: sequences for each optimizer step",
+    "effective batch": (
+        "micro-batch × gradient accumulation: sequences for each optimizer step; `batch 1 × 8` on the screens"
+    ),
     "verified": "compared with transformers and peft on the model at hand, and equal within rounding",
     "effect": "how far the adapter moves the model: KL of next tokens, change of weights by layer",
     "forgetting": (
@@ -113,7 +115,7 @@ GLOSSARY: dict[str, str] = {
     ),
     "gradient checkpointing": (
         "only the input of each layer is kept in the forward pass; its activations are computed "
-        "again in the backward pass. Saves most of the memory, about a third slower"
+        "again in the backward pass. Saves most of the memory, about a third slower; `recompute` on Memory"
     ),
     "gradient": "how the loss changes with each trained parameter; the optimizer follows it downhill",
     "gradient accumulation": (

@@ -63,7 +63,7 @@ PICTURES = (
     Picture("home", shows="▸ Enter"),
     Picture("models", shows="Qwen2.5-7B"),
     Picture("data", shows="too few to learn much", model=SMALL),
-    Picture("memory", shows="One training step"),
+    Picture("memory", shows="Loading and a training step"),
     Picture("lora", shows="q_proj"),
     Picture("train", shows="validation"),
     Picture("train", size=(80, 24), shows="step"),

@@ -20,7 +20,13 @@ from qlora_tui import paths
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.catalog.gguf_header import read_gguf, to_hf_config
-from qlora_tui.catalog.model_validation import CONFIG, check_folder, model_problem, weight_files
+from qlora_tui.catalog.model_validation import (
+    CONFIG,
+    MissingFilesError,
+    check_folder,
+    model_problem,
+    weight_files,
+)
 from qlora_tui.catalog.safetensors_header import safetensors_damage
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.foreign_files import read_bounded
@@ -109,6 +115,18 @@ def resolve_model(model_id: str) -> ModelFiles:
                 "Delete the file and download or copy it again.",
             )
     return ModelFiles(model.id, model.path, None, model.source, model.architecture)
+
+
+def training_refusal(model_id: str) -> UserError | None:
+    """Return why a model cannot be trained, by the names and headers of its files; None if it can.
+
+    Also where its architecture is known, and so its estimate: of a Hub model that was not downloaded, or of a
+    folder without weights. A GGUF file whose architecture is known can be trained.
+    """
+    if model_id.endswith(".gguf"):
+        return None
+    model = _find_model(model_id)
+    return model_not_found(model_id) if model is None else model.refusal
 
 
 class ModelNotFoundError(UserError):
@@ -227,11 +245,12 @@ def _size_bytes(file: Path) -> int:
 
 
 def _incomplete_download(name: str) -> UserError:
-    return model_problem(
+    return MissingFilesError(
         "Incomplete download",
-        f"{name} is only partly in the cache.",
-        "A download was interrupted, or only single files were downloaded.",
-        f"Resume it here or with `qlora-tui download {name}`; finished files are not downloaded again.",
+        what=f"{name} is only partly in the cache.",
+        why="A download was interrupted, or only single files were downloaded.",
+        fix=f"Resume it on the Model screen or with `qlora-tui download {name}`; finished files are not "
+        "downloaded again.",
     )
 
 

@@ -41,6 +41,10 @@ _TRAINABLE_AS_STORED = {"bitsandbytes": None, MXFP4: "gpt_oss"}
 """``quant_method``: the only ``model_type`` of which it is read; None for any."""
 
 
+class MissingFilesError(UserError):
+    """Files of the model are missing that a download brings."""
+
+
 def model_problem(title: str, what: str, why: str, fix: str) -> UserError:
     """Build the error for a model that cannot be used."""
     return UserError(title, what=what, why=why, fix=fix)
@@ -156,11 +160,12 @@ def weights_problem(folder: Path, name: str) -> UserError | None:
         missing = [file for file in weight_names if not (folder / file).is_file()]
         if not missing:
             return None
-        return model_problem(
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        return MissingFilesError(
             "Incomplete download",
-            f"{name} lacks {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "") + ".",
-            "Its index names weights that are missing.",
-            "Download the model again; finished files are not downloaded again.",
+            what=f"{name} lacks {missing[0]}{more}.",
+            why="Its index names weights that are missing.",
+            fix="Download the model again; finished files are not downloaded again.",
         )
     return no_weights_problem((entry.name for entry in folder.iterdir()), name)
 
@@ -174,11 +179,11 @@ def no_weights_problem(files: Iterable[str], name: str) -> UserError:
             "Opening a pickle can run any code; qlora-tui reads safetensors only.",
             "Choose a copy of the model that is saved as safetensors.",
         )
-    return model_problem(
+    return MissingFilesError(
         "This model has no weights",
-        f"{name} has neither {SINGLE} nor {INDEX}.",
-        "There is nothing to train.",
-        "Download the model again.",
+        what=f"{name} has neither {SINGLE} nor {INDEX}.",
+        why="There is nothing to train.",
+        fix="Download the model again.",
     )
 
 

@@ -38,6 +38,8 @@ CACHED = 512
 """Estimates in the cache, of some kilobytes each; a solver asks for about a hundred."""
 _encode = msgspec.msgpack.Encoder().encode
 
+ADAPTER_ITEMS = ("adapter", "gradients", "optimizer", "optimizer_step")
+"""Keys of the items that training an adapter adds, with the 16-bit copies of its weights."""
 LOADING = "loading"
 """``Estimate.peak_phase`` where loading the model takes more memory than any training step."""
 
@@ -96,6 +98,11 @@ class Estimate:
     def step_bytes(self) -> int:
         """Return the bytes of the process in a training step, where loading may take more."""
         return self.process_bytes - self.bytes_of(LOADING)
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Return the bytes at the peak of the adapter, its gradients and the optimizer's states."""
+        return sum(map(self.bytes_of, ADAPTER_ITEMS))
 
     @property
     def correction_words(self) -> str:

@@ -15,10 +15,10 @@ from qlora_tui.recipe.schema import Recipe
 LABELS: dict[str, str] = {
     "weights": "Quantized weights",
     "scales": "Quantization scales",
-    "linear": "Linear weights",
+    "linear": "Unquantized linear",
     "embedding": "Embedding",
     "head": "Output head",
-    "norms": "Norms and routers",
+    "norms": "Other weights",
     "experts": "Experts",
     "vision": "Vision tower",
     "slots": "Streamed layers",
@@ -82,7 +82,7 @@ def _weight_sentences(facts: ExplainContext) -> dict[str, str]:
         "head": (
             f"{architecture.vocab_size:,} × {architecture.hidden_size:,} × {itemsize} bytes; never quantized."
         ),
-        "norms": "Norms and routers, in their own dtype.",
+        "norms": "Norms, routers and other parameters, in their own dtype.",
         "experts": _experts_sentence(facts, itemsize),
         "slots": (
             "Two buffers, each as large as the largest of the "

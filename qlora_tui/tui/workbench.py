@@ -49,6 +49,7 @@ class Workbench:
         self._undo: list[_EditState] = []
         self._redo: list[_EditState] = []
         self._architecture: tuple[str, Architecture | UserError] | None = None
+        self._refusal: tuple[str, UserError | None] | None = None
         self._compared: tuple[Recipe, Device, dict[Precision, Estimate] | UserError] | None = None
         self._traced: tuple[Recipe, Device, StepTrace] | None = None
 
@@ -132,9 +133,17 @@ class Workbench:
             self._architecture = (model, _read(model))
         return self._architecture[1]
 
+    def model_refusal(self) -> UserError | None:
+        """Why the recipe's model cannot be trained, though it may have an estimate; None if it can."""
+        model = self.recipe.model.id
+        if self._refusal is None or self._refusal[0] != model:
+            self._refusal = (model, _refusal_of(model))
+        return self._refusal[1]
+
     def forget_architecture(self) -> None:
-        """Read the config.json again when it is next needed: the model may have been downloaded since."""
+        """Read the model's files again when they are next needed: it may have been downloaded since."""
         self._architecture = None
+        self._refusal = None
         self._compared = None
 
     def comparison(self, device: Device) -> dict[Precision, Estimate] | UserError:
@@ -195,6 +204,14 @@ def _read(model: str) -> Architecture | UserError:
         return load_architecture(model)
     except UserError as problem:
         return problem
+
+
+def _refusal_of(model: str) -> UserError | None:
+    if not model:
+        return None
+    from qlora_tui.catalog.local_models import training_refusal
+
+    return training_refusal(model)
 
 
 def _with_model_and_data(recipe: Recipe, source: Recipe) -> Recipe:

@@ -120,7 +120,7 @@ def test_an_estimate_has_items_tiers_verdicts_and_what_fits(call: Call, qwen: Pa
 def test_an_estimate_itemizes_the_precision_of_the_recipe(call: Call, qwen: Path) -> None:
     said = call("estimate", "--model", str(qwen), "--gpu-gib", "24", "--set", "quantization.method=none")
     assert "\nfp16 (the recipe's)\n" in said.out
-    assert "Linear weights" in said.out and "Quantized weights" not in said.out
+    assert "Unquantized linear" in said.out and "Quantized weights" not in said.out
 
 
 def test_an_estimate_that_does_not_fit_names_the_cheapest_change(call: Call, qwen: Path) -> None:

@@ -107,7 +107,7 @@ def test_a_refused_type_ends_the_command_with_an_error(
     monkeypatch.setattr(forms, "export_form", lambda *arguments: written)
     assert main(["export", "gguf", run.id, str(tmp_path), "--quant", "Q8_0,Q2_K"]) == 1
     output = capsys.readouterr()
-    assert "m.gguf: 7 B" in output.out and "Refused: Q2_K: too far." in output.err
+    assert "m.gguf: 7 bytes" in output.out and "Refused: Q2_K: too far." in output.err
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

@@ -1,4 +1,4 @@
-"""A model folder with config and tokenizer but no weights, and data files to look at through it."""
+"""A model folder with config and tokenizer but no tensors, and data files to look at through it."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ async def test_a_missing_model_is_explained_above_the_row(here: Path) -> None:
 
 async def test_a_model_for_estimates_has_no_tokenizer(private_home: Path, here: Path) -> None:
     tickets(here / "tickets.jsonl")
-    config_only = str(config_folder(private_home, "Qwen__Qwen2.5-7B"))
+    config_only = str(config_folder(private_home, "Qwen__Qwen2.5-7B", has_weights=False))
     async with data_app(config_only, "tickets.jsonl").run_test(size=(120, 40)) as pilot:
         shown = await wait_for_text(pilot, "No tokenizer yet", "Qwen2.5-7B is selected for estimates only")
         assert "nothing to train" not in shown

@@ -16,6 +16,7 @@ from textual.pilot import Pilot
 from qlora_tui import paths
 from qlora_tui.demo import demo_model as demo_model
 from qlora_tui.demo.conversations import CONVERSATIONS
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.events import Failed
@@ -31,10 +32,15 @@ from qlora_tui.tui.screens.train.screen import TrainScreen, show_run
 from qlora_tui.tui.system_status import SystemStatus
 from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
 from tests.tui.screen_assertions import wait_for_text, wait_until
-from tests.tui.workstation import open_on
+from tests.tui.workstation import config_folder, open_on
 
 MakeApp = Callable[[], QloraApp]
 READY = Recipe(model=Model(id="m"), data=Data(sources=(Source(path=str(CONVERSATIONS)),)))
+
+
+def _ready(home: Path) -> Recipe:
+    """A recipe whose model is on this machine."""
+    return replace_setting(READY, "model.id", str(config_folder(home, "HuggingFaceTB__SmolLM2-135M")))
 
 
 def after(state: State, **how: Any) -> HomeState:
@@ -51,6 +57,7 @@ def after(state: State, **how: Any) -> HomeState:
         (HomeState(READY, 1, verdict="does not fit"), "app.go('memory')", ""),
         (HomeState(READY, 1, verdict="fits"), "prepare", ""),
         (HomeState(READY, 1, verdict="fits", data_error="Not UTF-8"), "app.go('data')", ""),
+        (HomeState(READY, 1, verdict="fits", model_error="No weights"), "app.go('models')", ""),
         (after("running"), "watch", ""),
         (after("finished", last_is_news=True), "chat", "export"),
         (after("finished"), "prepare", ""),
@@ -85,7 +92,7 @@ def test_home_says_where_runs_resume_and_how_failures_are_fixed() -> None:
 
 
 async def test_enter_resumes_a_stopped_run_until_another_recipe_is_edited(
-    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, private_home: Path
 ) -> None:
     monkeypatch.setattr(actions, "ensure_runner", lambda: None)
     run = write_fake_run(FakeRun(name="owls", state="stopped", steps=60, total=300, began=time.time()))
@@ -95,7 +102,7 @@ async def test_enter_resumes_a_stopped_run_until_another_recipe_is_edited(
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "Resume the run", "owls was stopped; it resumes from the checkpoint")
-        app.workbench.replace(READY)
+        app.workbench.replace(_ready(private_home))
         app.recipe_edited()
         os.utime(paths.state_dir() / "draft.toml", (time.time() + 3600,) * 2)
         await wait_for_text(pilot, "▸ Enter  Check the recipe", "[r]    Resume the run")
@@ -211,7 +218,7 @@ async def test_text_too_long_for_the_window_wraps(make_app: MakeApp) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "shown"), [((80, 24), 8), ((120, 40), 13), ((200, 60), 23)], ids=["80x24", "120x40", "200x60"]
+    ("size", "shown"), [((80, 24), 9), ((120, 40), 13), ((200, 60), 23)], ids=["80x24", "120x40", "200x60"]
 )
 async def test_as_many_earlier_runs_are_shown_as_fit(
     size: tuple[int, int], shown: int, make_app: MakeApp
@@ -328,10 +335,10 @@ async def test_every_named_key_leads_to_the_next_step(make_app: MakeApp) -> None
         await wait_for_text(pilot, "Its process is gone")
 
 
-async def test_the_check_step_closes_the_watched_run(make_app: MakeApp) -> None:
+async def test_the_check_step_closes_the_watched_run(make_app: MakeApp, private_home: Path) -> None:
     run = write_fake_run(FakeRun(name="owls", state="finished", steps=60, total=60))
     app = make_app()
-    app.workbench.replace(READY)
+    app.workbench.replace(_ready(private_home))
     async with app.run_test(size=(80, 24)) as pilot:
         await show_run(app, run)
         await wait_for_text(pilot, "[c] chat with it")
@@ -354,8 +361,7 @@ async def test_a_run_that_ended_while_away_is_reported(
             pilot,
             "finished",
             "while you were away",
-            "best validation loss",
-            "at step",
+            "★ best validation",
             "Chat with the adapter",
         )
 
@@ -367,8 +373,10 @@ async def test_the_queue_and_active_run_are_shown_and_enter_watches(
     run_queue.enqueue(write_fake_run(FakeRun(name="next-one", state="queued", steps=0)))
     app = make_app()
     async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "step 120 of 3,000", "1. next-one", "Watch the run")
-        await pilot.press("enter")
+        await wait_for_text(pilot, "step 120 of 3,000", "1. next-one", "Watch the run", "of the next run")
+        await pilot.press("4")
+        await wait_for_text(pilot, "next run: balanced · no model")
+        await pilot.press("0", "enter")
         await wait_for_text(pilot, "step 120/3,000")
         screen = app.screen
         assert isinstance(screen, TrainScreen)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from qlora_tui.tui.screens.lora.controls import (
 from qlora_tui.tui.screens.lora.module_table import ModuleTable, adapter_parameters, state, toggled
 from qlora_tui.tui.screens.lora.target_input import parse_targets
 from qlora_tui.tui.screens.lora.totals import MemoryDeltas, difference_text, totals_text
+from qlora_tui.tui.screens.memory.items_panel import item_lines
 from qlora_tui.tui.workbench import Workbench
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 from tests.tui.workstation import config_folder, config_of, go_to, open_on, settle
@@ -157,8 +159,8 @@ async def test_marked_modules_get_their_own_rank_and_u_undoes_it(small: str) -> 
         await wait_for_text(pilot, "◆◆◆■", "4.97M of 135M", "rank_pattern: none → 0-2.q_proj = 40")
         assert app.workbench.recipe.lora.rank_pattern == {"0-2.q_proj": 40}
         await pilot.press("E", *"64", "enter")
-        await wait_for_text(pilot, "40, alpha 64")
-        assert app.workbench.recipe.lora.alpha_pattern == {"2.q_proj": 64.0}
+        await wait_until(pilot, lambda: app.workbench.recipe.lora.alpha_pattern == {"2.q_proj": 64.0})
+        await wait_for_text(pilot, "trainable, rank 40,")
         await pilot.press("e", "enter")
         await pilot.pause()
         assert app.workbench.recipe.lora.rank_pattern == {"0-1.q_proj": 40}
@@ -383,3 +385,15 @@ def test_experts_are_rows_that_all_linear_leaves_alone() -> None:
     assert [state(row.modules, chosen) for row in table.rows] == ["all"] * 5 + ["none"] * 2
     down = table.rows[-1].modules[0]
     assert adapter_parameters([down], Lora(rank=4)) == 128 * 4 * (768 + 2048)
+
+
+async def test_adapter_takes_the_memory_that_memory_lists(small: str) -> None:
+    app = open_on("lora", model=small)
+    async with app.run_test(size=(120, 40)) as pilot:
+        shown = await wait_for_text(pilot, "in memory", "targets, at the rank marked above", "rsLoRA: ")
+        size = re.search(r"([\d.]+ \w+) in memory", shown)
+        assert size is not None
+    estimated = app.workbench.estimate(app.memory_budget.device)
+    assert estimated is not None
+    groups = [line.plain for _, line in item_lines(estimated, 70) if "Adapter" in line.plain]
+    assert f" {size[1]} " in groups[0]

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +21,7 @@ from qlora_tui.tui.screens.memory.fit_panel import FitPanel
 from qlora_tui.tui.screens.memory.items_panel import item_lines
 from qlora_tui.tui.screens.memory.screen import MemoryScreen
 from qlora_tui.tui.screens.memory.stacked_bar import parts_of, stacked_bar
+from qlora_tui.tui.screens.memory.text import peak_time
 from qlora_tui.tui.screens.memory.timeline_graph import timeline_lines
 from qlora_tui.tui.widgets.vi_list import HEADING, ViList
 from tests.support.counting import count_allocations
@@ -142,7 +145,7 @@ async def test_the_selected_item_is_explained_and_stays_selected(seven_billion: 
 
 async def test_a_long_explanation_is_shown_in_a_small_window(seven_billion: str) -> None:
     async with open_on("memory", model=seven_billion).run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "Quantized weights:", "backward of layer 27: torch")
+        await wait_for_text(pilot, "Quantized weights:", "backward of the last layer; PyTorch 6.1")
         await pilot.press("j", "j", "j")
         await wait_for_text(pilot, "Quantization scales: One scale per 64", "module.")
 
@@ -173,7 +176,7 @@ async def test_the_breakdown_follows_the_selected_bar(seven_billion: str) -> Non
     async with open_on("memory", model=seven_billion).run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "▸ NF4", "◂ recipe")
         await pilot.press("tab", "tab")
-        await wait_for_text(pilot, "▸ fp16", "Linear weights")
+        await wait_for_text(pilot, "▸ fp16", "Unquantized linear")
         await pilot.press("shift+tab")
         await wait_for_text(pilot, "▸ int8")
 
@@ -212,7 +215,7 @@ async def test_samples_beyond_the_context_length_warn_even_without_fit(
     model = str(config_folder(private_home, "TinyLlama__TinyLlama-1.1B-Chat-v1.0"))
     app = open_on("memory", model=model, gpu_gib=4)
     async with app.run_test(size=(80, 24)) as pilot:
-        assert "model's context" not in await wait_for_text(pilot, "checkpointing")
+        assert "model's context" not in await wait_for_text(pilot, "recompute")
         await pilot.press("s", "s")
         await wait_for_text(pilot, "! the model's context is 2,048", "(data.max_length)")
         await pilot.press("s", "s", "b", "b")
@@ -241,7 +244,7 @@ async def test_what_fits_is_shown_for_the_marked_precision(seven_billion: str) -
             await wait_for_text(pilot, f"▸ {precision}")
             await settle(pilot)
             line = next(line for line in text_of(pilot.app).splitlines() if " length " in line)
-            lengths.append(int(line.split()[-1].replace(",", "")))
+            lengths.append(int(line.split()[-2].replace(",", "")))
             await pilot.press("tab")
         assert len(set(lengths)) == 3
 
@@ -250,7 +253,7 @@ async def test_what_fits_is_shown_for_the_marked_precision(seven_billion: str) -
 async def test_a_peak_while_loading_is_named(seven_billion: str) -> None:
     async with open_with_gpu("memory", model=seven_billion).run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "Peak (NF4 and int8: while loading) against 32.0 GiB")
-        await wait_for_text(pilot, "while loading: ")
+        await wait_for_text(pilot, "while loading; PyTorch")
 
 
 async def test_the_gpu_and_what_is_free_of_it_are_named(
@@ -308,7 +311,7 @@ async def test_a_family_without_a_formula_is_traced(private_home: Path) -> None:
     app = open_on("memory", model=str(config_folder(private_home, "LiquidAI__LFM2-350M")))
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(
-            pilot, "Peak against 24.0 GiB (assumed); tracing a step…", "layers have no formula"
+            pilot, "Peak against 24.0 GiB (assumed; F3 changes it); tracing a step…", "layers have no formula"
         )
         # A key ends the trace, and there is no formula for the changed recipe either.
         await pilot.press("c")
@@ -355,10 +358,10 @@ async def test_the_side_is_as_wide_as_the_window_allows(
 async def test_what_the_run_needs_is_named_beside_what_it_uses(seven_billion: str) -> None:
     app = open_on("memory", model=seven_billion)
     async with app.run_test(size=(120, 40)) as pilot:
-        shown = await wait_for_text(pilot, "it uses", "recomputing")
+        shown = await wait_for_text(pilot, "will use", "recomputing")
         needed = app.workbench.comparison(app.memory_budget.device)
         assert isinstance(needed, dict)
-        assert f"The run needs at least {needed['nf4'].total_bytes / 2**30:.1f} GiB." in shown
+        assert f"The run needs {needed['nf4'].total_bytes / 2**30:.1f} GiB, and" in shown
 
 
 async def test_the_selected_item_stays_in_view_where_the_list_shrinks(seven_billion: str) -> None:
@@ -411,10 +414,12 @@ async def test_a_low_window_shows_step_or_items(seven_billion: str) -> None:
     app = open_on("memory", model=seven_billion)
     async with app.run_test(size=(80, 24)) as pilot:
         shown = await wait_for_text(pilot, "NF4 by item")
-        assert "One training step" not in shown
+        assert "Loading and a training step" not in shown
         await pilot.press("v")
         shown = await wait_for_text(
-            pilot, "One training step, fullest in backward of layer 27", "peak 6.3 GiB"
+            pilot,
+            "Loading and a training step (GiB), fullest in backward of the last layer",
+            "peak 6.3 GiB",
         )
         assert "NF4 by item" not in shown
         await pilot.press("tab")
@@ -426,7 +431,9 @@ async def test_a_low_window_shows_step_or_items(seven_billion: str) -> None:
 async def test_a_large_window_shows_the_step_below_the_items(seven_billion: str) -> None:
     app = open_on("memory", model=seven_billion, gpu_gib=12)
     async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "NF4 by item", "One training step", "limit 12.0 GiB", "peak 6.3 GiB")
+        await wait_for_text(
+            pilot, "NF4 by item", "Loading and a training step", "limit 12.0 GiB", "peak 6.3 GiB"
+        )
         await pilot.press("b", "b", "s", "s", "s")
         await wait_for_text(pilot, "NF4 does not fit", "limit 12.0 GiB")
 
@@ -444,3 +451,35 @@ def test_every_column_of_the_graph_is_filled_from_below(seven_billion: str, limi
         for above, below in pairwise(line.plain for line in lines[:-1]):
             for high, low in zip(above[5:], below[5:], strict=True):
                 assert low in "█▚▓▒░" or high not in "█▚▓▒░▁▂▃▄▅▆▇"
+
+
+@pytest.mark.parametrize(
+    ("phase", "words"),
+    [
+        ("loading", "while loading"),
+        ("backward of layer 27", "backward of the last layer"),
+        ("forward of layer 0", "forward of the first layer"),
+        ("backward of layer 12", "backward of layer 12"),
+        ("loss forward", "loss forward"),
+    ],
+)
+def test_the_time_of_the_peak_is_in_words(seven_billion: str, phase: str, words: str) -> None:
+    app = open_on("memory", model=seven_billion)
+    estimated = app.workbench.estimate(app.memory_budget.device)
+    assert estimated is not None
+    assert peak_time(replace(estimated, peak_phase=phase), layers=28) == words
+
+
+async def test_what_halving_saves_is_what_the_key_saves(seven_billion: str) -> None:
+    app = open_on("memory", model=seven_billion)
+    app.workbench.set("data.max_length", 16384)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        rows = re.findall(r" [sbr] [SBR] +(\S+) .* (\S+) *$", text_of(app), re.MULTILINE)
+        shown = dict(rows)
+        assert shown["micro-batch"] == "–" and float(shown["rank"]) < 0
+        before = app.workbench.estimate(app.memory_budget.device)
+        await pilot.press("S")
+        after = app.workbench.estimate(app.memory_budget.device)
+        assert before is not None and after is not None
+        assert shown["length"] == f"{(after.total_bytes - before.total_bytes) / 2**30:+.1f}"

@@ -134,7 +134,10 @@ async def test_a_rejected_model_says_why_and_is_for_planning_only() -> None:
         await wait_for_text(pilot, "On this machine (3)")
         await pilot.press("j", "j", "enter")
         await wait_for_text(
-            pilot, "This model has only pickled weights", "Model set to old/pickled, for estimates only"
+            pilot,
+            "This model has only pickled weights",
+            "▸ Choose a copy",
+            "Model set to old/pickled, for estimates only",
         )
         assert isinstance(app.screen, ModelsScreen)
 
@@ -162,7 +165,7 @@ async def test_enter_searches_the_hub_and_fetches_one_models_config(hub: FakeHub
         await pilot.press("enter")
         await wait_for_text(pilot, "[d]  Download", "layers     2", "license    apache-2.0", "fits")
         await pilot.press("enter")
-        await wait_for_text(pilot, "NF4", "of 24.0 GiB (assumed) fits")
+        await wait_for_text(pilot, "✗ cannot train", "NF4", "of 24.0 GiB (assumed) would fit")
         assert app.workbench.recipe.model.id == TINY
         assert [r.path for r in hub.requests if "resolve" in r.path and "config.json" not in r.path] == []
         await pilot.press("j", "enter")
@@ -299,11 +302,26 @@ async def test_a_config_alone_is_selected_for_estimates(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config_of("HuggingFaceTB__SmolLM2-135M")))
     app = open_on("models", model_folders=(str(tmp_path),))
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await wait_for_text(pilot, "This model has no weights", "Enter  Select it for estimates only")
+        await wait_for_text(
+            pilot,
+            "This model has no weights",
+            "▸ [/]  Find it on the Hub",
+            "Enter  Select it for estimates only",
+        )
         await pilot.press("enter")
         await wait_for_text(pilot, "Model set to planned, for estimates only. To train it")
         assert app.workbench.recipe.model.id == str(folder)
         assert isinstance(app.screen, ModelsScreen)
+
+
+async def test_a_cached_model_without_weights_is_downloaded_by_its_key() -> None:
+    snapshot = make_cached(hub_cache_dir(), TINY, config_of("HuggingFaceTB__SmolLM2-135M"))
+    (snapshot / "model.safetensors").unlink()
+    async with open_on("models").run_test(size=(200, 60)) as pilot:
+        shown = await wait_for_text(pilot, "▸ [d]  Download the missing files", "not in its files:")
+        assert f"huggingface.co/{TINY}" in shown
+        assert isinstance(pilot.app.screen, ModelsScreen)
+        assert pilot.app.screen.selected_hub_model == TINY
 
 
 async def test_folders_of_the_settings_are_looked_through(tmp_path: Path) -> None:

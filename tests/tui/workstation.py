@@ -21,11 +21,13 @@ from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-def config_folder(home: Path, published: str) -> Path:
-    """A folder with the config of a published model: enough for every estimate."""
+def config_folder(home: Path, published: str, *, has_weights: bool = True) -> Path:
+    """A folder with a published model's config, enough for every estimate, and a file without tensors."""
     folder = home / "models" / published.rpartition("__")[2]
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(CONFIGS / f"{published}.json", folder / "config.json")
+    if has_weights:
+        (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     return folder
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.cells import cell_len, set_cell_size
 
+from qlora_tui.errors import UserError
 from qlora_tui.formatting import short_model_name
 from qlora_tui.memory.estimate import Precision
 from qlora_tui.recipe.schema import Recipe
@@ -21,6 +22,8 @@ VERDICT_STYLE = {
 """Color of each verdict; the word or the sign is always shown too."""
 VERDICT_SIGN = {"fits": "✓", "tight": "!", "uncertain": "?", "does not fit": "✗"}
 """Where there is no room for the word."""
+CANNOT_TRAIN = "✗ cannot train"
+"""Beside an estimate of a model that has no weights here, or that cannot be trained for another reason."""
 _SEPARATOR = " · "
 _MIN_NAME = 9
 """Cells that a name is not shortened below."""
@@ -28,9 +31,10 @@ PRECISION_NAMES: dict[Precision, str] = {"nf4": "NF4", "int8": "int8", "fp16": "
 
 
 def recipe_line(workbench: Workbench, width: int | None = None) -> str:
-    """``balanced* · Qwen2.5-7B · tickets.jsonl · r16 all-linear · 2,048 tok × 2 × 8``.
+    """``balanced* · Qwen2.5-7B · tickets.jsonl · r16 all-linear · 2,048 tok · batch 2 × 8``.
 
-    To fit a ``width`` names are shortened, that of the data first; the numbers stay.
+    To fit a ``width`` the batch becomes ``× 2 × 8``, then names are shortened, that of the data first; the
+    numbers stay.
     """
     recipe = workbench.recipe
     star = "*" if workbench.modified else ""
@@ -39,8 +43,10 @@ def recipe_line(workbench: Workbench, width: int | None = None) -> str:
         short_model_name(recipe.model.id) or "no model",
         data_words(recipe),
         f"{format_rank(recipe.lora)} {targets_words(recipe, 16)}",
-        batch_words(recipe, "tok"),
+        batch_words(recipe),
     ]
+    if width is not None and cell_len(_SEPARATOR.join(parts)) > width:
+        parts[-1] = batch_words(recipe, short=True)
     for place in (2, 1, 0):
         over = 0 if width is None else cell_len(_SEPARATOR.join(parts)) - width
         name = parts[place]
@@ -51,17 +57,28 @@ def recipe_line(workbench: Workbench, width: int | None = None) -> str:
     return line if width is None else cut_cells(line, width)
 
 
+def verdict_words(word: str, *, can_train: bool) -> tuple[str, str]:
+    """The verdict with its color: a model that cannot be trained *would* fit."""
+    return ("would fit", "$text-muted") if word == "fits" and not can_train else (word, VERDICT_STYLE[word])
+
+
+def refusal_words(refusal: UserError) -> str:
+    """``✗ cannot train: this model has no weights``."""
+    return f"{CANNOT_TRAIN}: {refusal.title[:1].lower()}{refusal.title[1:]}"
+
+
 def cut_cells(text: str, width: int) -> str:
     """The beginning of ``text`` that fits ``width`` cells: Chinese characters, for example, take two."""
     return text if cell_len(text) <= width else set_cell_size(text, width).rstrip()
 
 
-def batch_words(recipe: Recipe, unit: str = "tokens") -> str:
-    """``1,024 tokens × 1 × 8``: sequence length, micro-batch size, gradient accumulation."""
-    training = recipe.training
-    return (
-        f"{recipe.data.max_length:,} {unit} × {training.micro_batch_size} × {training.gradient_accumulation}"
-    )
+def batch_words(recipe: Recipe, *, short: bool = False) -> str:
+    """``1,024 tok · batch 1 × 8``: sequence length, micro-batch size, gradient accumulation.
+
+    ``short``: ``1,024 tok × 1 × 8``, for 80 columns.
+    """
+    batch = f"{recipe.training.micro_batch_size} × {recipe.training.gradient_accumulation}"
+    return f"{recipe.data.max_length:,} tok {'×' if short else '· batch'} {batch}"
 
 
 def targets_words(recipe: Recipe, width: int) -> str:

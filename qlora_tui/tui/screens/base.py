@@ -120,8 +120,10 @@ class WorkScreen(Screen[None], CancelsWorkersFirst):
         self.query_one(TopBar).show_status(system_status)
         if self.EDITS_RECIPE:
             from qlora_tui.tui.widgets.guide import Guide
+            from qlora_tui.tui.widgets.recipe_strip import RecipeStrip
 
             self.query_one(Guide).show_or_hide()
+            self.query_one(RecipeStrip).show_running(is_running=system_status.active is not None)
         self.show_system_status(system_status)
 
     def _show_recipe_strip(self) -> None:

@@ -12,14 +12,23 @@ from qlora_tui.formatting import format_gib
 from qlora_tui.memory import Estimate, check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Precision, precision_of
+from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.key_names import command_key, key_name, pressable
 from qlora_tui.tui.render.block_charts import bar
-from qlora_tui.tui.render.recipe_line import PRECISION_NAMES, VERDICT_STYLE, cut_cells, recipe_line
+from qlora_tui.tui.render.recipe_line import (
+    CANNOT_TRAIN,
+    PRECISION_NAMES,
+    cut_cells,
+    recipe_line,
+    verdict_words,
+)
 from qlora_tui.tui.workbench import Workbench
 
 _ASSUMED = " (assumed)"
 _LEAST_BAR = 4
 """Cells below which a bar shows nothing."""
+_GAP = 2
+_NEXT_RUN = "next run: "
 _UNDO = ("app.undo", "Undo")
 _HINTS = ((("app.presets", "Presets"), _UNDO), (_UNDO,))
 """Commands with a label at the end of the first line, the most first."""
@@ -49,22 +58,32 @@ class RecipeStrip(Widget):
         self._shown: tuple[Precision, Precision] = ("nf4", "fp16")
         self._comparison: dict[Precision, Estimate] | UserError | None = None
         self._budget: MemoryBudget | None = None
+        self._can_train = True
+        self._is_running = False
+
+    def show_running(self, *, is_running: bool) -> None:
+        """In a wide window, say that the recipe is that of the next run while one is active."""
+        if is_running != self._is_running:
+            self._is_running = is_running
+            self.refresh()
 
     def show_recipe(self, workbench: Workbench, budget: MemoryBudget) -> None:
         """Show the current recipe and the available memory."""
-        shown = (recipe_line(workbench), workbench.comparison(budget.device), budget)
-        if shown != (self._recipe_line, self._comparison, self._budget):
+        can_train = workbench.model_refusal() is None
+        shown = (recipe_line(workbench), workbench.comparison(budget.device), budget, can_train)
+        if shown != (self._recipe_line, self._comparison, self._budget, self._can_train):
             self._bench = workbench
-            self._recipe_line, self._comparison, self._budget = shown
+            self._recipe_line, self._comparison, self._budget, self._can_train = shown
             own = precision_of(workbench.recipe)
             self._shown = ("nf4" if own == "fp16" else own, "fp16")
             self.refresh()
 
     def render(self) -> RenderResult:
         width = self.content_size.width
-        line, hint = self._line_and_hint(width)
-        gap = " " * (width - cell_len(line) - hint.cell_length)
-        return Content.assemble(line, gap, hint.stylize("dim"), "\n", self._cost_line(width))
+        prefix = _NEXT_RUN if self._is_running and self.size.width >= WIDE_CELLS else ""
+        line, hint = self._line_and_hint(width - len(prefix))
+        gap = " " * (width - len(prefix) - cell_len(line) - hint.cell_length)
+        return Content.assemble((prefix, "dim"), line, gap, hint.stylize("dim"), "\n", self._cost_line(width))
 
     def _line_and_hint(self, width: int) -> tuple[str, Content]:
         """The recipe, and the longest hint beside it; the last hint may shorten the name of the data."""
@@ -90,11 +109,18 @@ class RecipeStrip(Widget):
                 return Content.styled("The recipe has no model. Press Enter on one to select it.", "dim")
             message = f"{problem.what} {problem.fix}".replace("\n", " ")
             return Content.styled(cut_cells(message, width), "dim")
-        each = (width - 2) // len(self._shown)
+        head = () if self._can_train else (Content.styled(CANNOT_TRAIN, "$error"),)
         costs = [
-            _cost(PRECISION_NAMES[key], self._comparison[key], self._budget, each) for key in self._shown
+            _Cost(PRECISION_NAMES[key], self._comparison[key], self._budget, can_train=self._can_train)
+            for key in self._shown
         ]
-        return Content("  ").join(costs)
+        room = width - sum(part.cell_length + _GAP for part in head)
+        if sum(cost.least_width for cost in costs) + _GAP > room:
+            costs = costs[:1]
+        each = (room + _GAP) // len(costs) - _GAP
+        if len(costs) > 1:
+            each = min(each, room - _GAP - costs[1].least_width)
+        return Content(" " * _GAP).join([*head, *(cost.line(max(each, cost.least_width)) for cost in costs)])
 
 
 def _hint(command: str, label: str) -> Content:
@@ -103,17 +129,27 @@ def _hint(command: str, label: str) -> Content:
 
 
 def _essentials(line: str) -> list[str]:
-    """The parts of a recipe's line without the name of the data."""
-    parts = line.split(" · ")
+    """The parts of a recipe's line without the name of the data, the batch in its short form."""
+    parts = line.replace(" · batch ", " × ").split(" · ")
     return parts[:2] + parts[3:]
 
 
-def _cost(name: str, estimate: Estimate, budget: MemoryBudget, width: int) -> Content:
-    verdict = check_fit(estimate, budget.bytes)
-    figures = f"{format_gib(estimate.total_bytes)} of {format_gib(budget.bytes)} GiB"
-    free = width - len(name) - len(figures) - len(verdict.word) - 3
-    if budget.is_assumed and free >= len(_ASSUMED) + _LEAST_BAR:
-        figures, free = figures + _ASSUMED, free - len(_ASSUMED)
-    drawn = f"{bar(estimate.total_bytes / budget.bytes, free)} " if free >= _LEAST_BAR else ""
-    text = Content.assemble(f"{name} {drawn}{figures} ", (verdict.word, VERDICT_STYLE[verdict.word]))
-    return text.pad_right(max(0, width - text.cell_length))
+class _Cost:
+    """The memory of the recipe in one precision, with its verdict."""
+
+    def __init__(self, name: str, estimate: Estimate, budget: MemoryBudget, *, can_train: bool) -> None:
+        self._name = name
+        self._budget = budget
+        self._needed_bytes = estimate.total_bytes
+        self._figures = f"{format_gib(estimate.total_bytes)} of {format_gib(budget.bytes)} GiB"
+        self._verdict = verdict_words(check_fit(estimate, budget.bytes).word, can_train=can_train)
+        self.least_width = len(name) + len(self._figures) + len(self._verdict[0]) + 2
+
+    def line(self, width: int) -> Content:
+        """``NF4 ████░░░░ 6.3 of 24.0 GiB fits``, as many cells wide."""
+        figures, free = self._figures, width - self.least_width - 1
+        if self._budget.is_assumed and free >= len(_ASSUMED) + _LEAST_BAR:
+            figures, free = figures + _ASSUMED, free - len(_ASSUMED)
+        drawn = f"{bar(self._needed_bytes / self._budget.bytes, free)} " if free >= _LEAST_BAR else ""
+        text = Content.assemble(f"{self._name} {drawn}{figures} ", self._verdict)
+        return text.pad_right(max(0, width - text.cell_length))

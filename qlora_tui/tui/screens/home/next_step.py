@@ -17,6 +17,8 @@ class HomeState:
     """Number of models on this machine that can be trained."""
     verdict: str = ""
     """Verdict of the estimate; empty without an estimate."""
+    model_error: str = ""
+    """Why the model cannot be trained, in a few words; empty if it can as far as is known."""
     data_error: str = ""
     """Why the data cannot be trained on, in a few words; empty if it can as far as is known."""
     last_run: str = ""
@@ -86,7 +88,7 @@ def other_steps(now: HomeState, chosen: NextStep) -> tuple[NextStep, ...]:
         return (*resume, *((_prepare(now),) if _is_complete(now) else ()))
     if chosen.action == "chat":
         return (EXPORT,)
-    if chosen.action in ("prepare", "app.go('data')") and _can_resume(now):
+    if chosen.action in ("prepare", "app.go('data')", "app.go('models')") and _can_resume(now):
         return (_resume(now),)
     if now.recipe.model.id or now.last_state is not None or chosen not in (DEMO, SEARCH):
         return ()
@@ -117,6 +119,9 @@ def _prepare(now: HomeState) -> NextStep:
             return DEMO
         number = f"{now.local_models} model{'s are' if now.local_models > 1 else ' is'} on this machine"
         return NextStep("go.models", "app.go('models')", "Select a model", number)
+    if now.model_error:
+        why = f"{now.model_error}: no run can start"
+        return NextStep("go.models", "app.go('models')", "Get the model's weights, or select another", why)
     if not now.recipe.data.sources:
         return NextStep("go.data", "app.go('data')", "Select the training data", "the recipe has no data yet")
     if now.data_error:

@@ -105,9 +105,10 @@ class HomeReader:
             if system_status.active_or_last and status and status.state in RESUMABLE
             else []
         )
-        problem = data_error(workbench.recipe.data)
+        problem, refusal = data_error(workbench.recipe.data), workbench.model_refusal()
         state = HomeState(
             recipe=workbench.recipe,
+            model_error=refusal.title if refusal else "",
             data_error=problem.title if problem else "",
             local_models=self._local_models,
             verdict="" if estimate is None else check_fit(estimate, budget.bytes).word,

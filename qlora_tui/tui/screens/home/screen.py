@@ -103,8 +103,9 @@ class HomeScreen(HomeActions):
     HELP_TEXT = (
         "The GPU, the active run or how the last one ended, the queue, and the recipe you are preparing. "
         "{home.next} does the suggested next step.\n"
-        "In the recipe, 1,024 tok × 1 × 8 is sequence length × micro-batch × gradient accumulation, and "
-        "r16 the rank. {app.check_machine} tests whether this machine can train."
+        "In the recipe, 1,024 tok · batch 1 × 8 is the sequence length, and micro-batch × gradient "
+        "accumulation; r16 is the rank. ★ is the lowest validation loss.\n"
+        "{app.check_machine} tests whether this machine can train."
     )
     SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = COMMANDS
     FOOTER_APP_COMMANDS: ClassVar[frozenset[str]] = frozenset({"app.check_machine"})
@@ -118,7 +119,7 @@ class HomeScreen(HomeActions):
 
     def compose_body(self) -> Iterable[Widget]:
         with ViScroll(id="home"):
-            yield Panel("Next", Static(id="next"), id="next-panel")
+            yield Panel("Next step", Static(id="next"), id="next-panel")
             with Horizontal(id="home-top"):
                 yield Panel(
                     "Run",
@@ -128,9 +129,16 @@ class HomeScreen(HomeActions):
                     id="run-panel",
                 )
                 with Vertical(id="home-side"):
-                    yield Panel("Machine", Static(id="gpu"), keys=(("app.check_machine", "check"),))
+                    yield Panel(
+                        "Machine", Static(id="gpu"), keys=(("app.check_machine", "check this machine"),)
+                    )
                     yield Panel("Queue", Static(id="queue"), id="queue-panel")
-            yield Panel("Recipe", Static(id="recipe"), keys=(("app.presets", "presets"),), id="recipe-panel")
+            yield Panel(
+                "Recipe of the next run",
+                Static(id="recipe"),
+                keys=(("app.presets", "presets"),),
+                id="recipe-panel",
+            )
             yield Panel("Earlier runs", RecentRuns(), keys=(("go.runs", "all runs"),), id="recent-panel")
 
     def on_mount(self) -> None:
@@ -211,7 +219,7 @@ class HomeScreen(HomeActions):
         )
         workbench = self.qlora_app.workbench
         preset = f"{workbench.preset or 'defaults'}{'*' if workbench.modified else ''}"
-        self.query_one("#recipe-panel", Panel).show_title(f"Recipe · {preset}")
+        self.query_one("#recipe-panel", Panel).show_title(f"Recipe of the next run · {preset}")
         self.query_one("#recent-panel").display = bool(facts.recent)
         self.query_one(RecentRuns).show(facts.recent, clock.now())
 

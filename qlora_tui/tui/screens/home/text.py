@@ -32,11 +32,13 @@ from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.block_charts import bar, sparkline
 from qlora_tui.tui.render.labeled import labeled, meter
 from qlora_tui.tui.render.recipe_line import (
-    VERDICT_STYLE,
+    CANNOT_TRAIN,
     batch_words,
     data_words,
     recipe_line,
+    refusal_words,
     targets_words,
+    verdict_words,
 )
 from qlora_tui.tui.render.run_labels import format_ago, result_label
 from qlora_tui.tui.screens.home.next_step import NextStep
@@ -128,7 +130,7 @@ def _host_lines(host: HostFacts | None, width: int) -> list[Content]:
     share = host.memory_used_bytes / host.memory_bytes
     memory = f"{format_gib(host.memory_used_bytes)} of {format_gib(host.memory_bytes)} GiB"
     disk = "NA" if host.disk_free_bytes is None else f"{format_gib(host.disk_free_bytes)} GiB free"
-    return [meter("host", share, memory, _LABEL, width), labeled("disk", disk, _LABEL)]
+    return [meter("RAM", share, memory, _LABEL, width), labeled("disk", disk, _LABEL)]
 
 
 def run_lines(
@@ -147,11 +149,16 @@ def run_lines(
         loss = "" if summary.loss is None else f"   loss {format_float(summary.loss, 3)}"
         steps = f"step {summary.step:,} of {summary.total_steps:,}" if summary.total_steps else "preparing"
         left = "" if summary.seconds_left is None else f"   ETA {format_duration(summary.seconds_left)}"
-        return [first, Content(f"{bar(share, cells)} {steps}{loss}{left}")]
+        # A graph names its star itself.
+        best = "" if has_graph or summary.best is None else f"   {_best_words(summary)}"
+        line = f"{bar(share, cells)} {steps}{loss}"
+        if len(line + best + left) > width:
+            best = best.replace(" best validation", "").replace(" lowest validation", "")
+        return [first, Content(f"{line}{best}{left}")]
     lines = [first, *_ended(status.at, now, while_away=while_away)]
     if sum(line.cell_length for line in lines) + 2 <= width:
         lines = [Content("  ").join(lines)]
-    facts = _outcome(summary)
+    facts = _outcome(summary, has_graph=has_graph)
     if summary.losses and not has_graph:
         lines.append(Content.assemble((sparkline(summary.losses, cells), "$primary"), "  ", facts))
     elif facts:
@@ -170,10 +177,11 @@ def _ended(at: float, now: float, *, while_away: bool) -> list[Content]:
     return [Content.assemble(format_ago(at, now), ("  while you were away" if while_away else "", "$accent"))]
 
 
-def _outcome(summary: RunSummary) -> str:
+def _outcome(summary: RunSummary, *, has_graph: bool) -> str:
     facts = []
     if summary.best is not None:
-        facts.append(f"best validation loss {format_float(summary.best[0], 3)} at step {summary.best[1]:,}")
+        # A graph names its star itself.
+        facts += [] if has_graph else [_best_words(summary)]
         if summary.loss_to_beat is not None:
             facts.append(f"worse than before training ({format_float(summary.loss_to_beat, 3)})")
     elif summary.loss is not None:
@@ -185,12 +193,22 @@ def _outcome(summary: RunSummary) -> str:
     return "   ".join(facts)
 
 
+def _best_words(summary: RunSummary) -> str:
+    """``★ best validation 2.78 at 60``: the loss and its step."""
+    if summary.best is None:
+        return ""
+    loss, step = summary.best
+    name = "best" if summary.loss_to_beat is None else "lowest"
+    return f"★ {name} validation {format_float(loss, 3)} at {step:,}"
+
+
 def recent_lines(summaries: list[RunSummary], now: float, width: int) -> list[Content]:
-    """``✓ finished  qwen2.5-7b-tickets-20261123-0101  best 1.29  at 03:12, 4 h ago``, one under the other."""
+    """``✓ finished  qwen2.5-7b-tickets-20261123  best val. 1.29  at 03:12, 4 h ago``: a line for each."""
     columns: list[tuple[list[str], str]] = []
     if width >= _MIN_WIDTH_FOR_MODELS:
         columns += [([s.model for s in summaries], ""), ([s.settings for s in summaries], "")]
-    columns.append((["" if s.best is None else f"best {format_float(s.best[0], 3)}" for s in summaries], ""))
+    best = ["" if s.best is None else f"best val. {format_float(s.best[0], 3)}" for s in summaries]
+    columns.append((best, ""))
     if width >= _MIN_WIDTH_FOR_CURVES:
         columns.append(
             ([sparkline(s.losses, _SHORT_CURVE_WIDTH) if s.losses else "" for s in summaries], "$primary")
@@ -252,7 +270,11 @@ def recipe_lines(
     if isinstance(compared, UserError) and recipe.model.id:
         problem = Content.styled(f"{compared.what} {compared.fix}", "dim")
     if is_compact:
-        memory = problem if estimate is None else _memory_line(estimate, budget, width, label="")
+        memory = (
+            problem
+            if estimate is None
+            else _memory_line(estimate, budget, width, label="", refusal=workbench.model_refusal())
+        )
         return [Content(recipe_line(workbench)), *([memory] if memory else [])]
     architecture = workbench.architecture()
     size = (
@@ -266,27 +288,35 @@ def recipe_lines(
         ("model", short_model_name(recipe.model.id) or "none yet", size),
         ("data", data_words(recipe), ""),
         ("LoRA", f"{format_rank(lora)}  alpha {lora.alpha:g}  {targets_words(recipe, 40)}", ""),
-        ("batch", batch_words(recipe), rate),
+        ("length", batch_words(recipe), rate),
     ]
     lines = [
         labeled(name, Content.assemble(value, (f"   {note}" if note else "", "dim")), _LABEL)
         for name, value, note in rows
     ]
     if estimate is not None:
-        lines.append(_memory_line(estimate, budget, width, label="memory"))
+        refusal = workbench.model_refusal()
+        lines.append(_memory_line(estimate, budget, width, label="memory", refusal=refusal))
     elif problem is not None:
         lines.append(problem)
     return lines
 
 
-def _memory_line(estimate: Estimate, budget: MemoryBudget, width: int, label: str) -> Content:
-    word = check_fit(estimate, budget.bytes).word
+def _memory_line(
+    estimate: Estimate, budget: MemoryBudget, width: int, label: str, refusal: UserError | None
+) -> Content:
+    word, style = verdict_words(check_fit(estimate, budget.bytes).word, can_train=refusal is None)
     share = estimate.total_bytes / budget.bytes
     figures = f"{format_gib(estimate.total_bytes)} of {format_gib(budget.bytes)} GiB"
     head = f"{label:<{_LABEL}}" if label else ""
     cells = min(_CURVE_WIDTH, width - len(head) - len(figures) - len(word) - 4)
     drawn = f"{bar(share, cells)} " if cells >= _MIN_BAR else ""
-    return Content.assemble((head, "dim"), drawn, figures, "  ", (word, VERDICT_STYLE[word]))
+    line = Content.assemble((head, "dim"), drawn, figures, "  ", (word, style))
+    if refusal is None:
+        return line
+    reason = f"  {refusal_words(refusal)}"
+    has_room = line.cell_length + len(reason) <= width
+    return line + Content.styled(reason if has_room else f"  {CANNOT_TRAIN}", "$error")
 
 
 def next_lines(step: NextStep, others: tuple[NextStep, ...], width: int) -> list[Content]:

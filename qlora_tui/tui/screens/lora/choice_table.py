@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from textual.content import Content
 from textual.widgets import Static
@@ -30,7 +31,7 @@ _TARGETS = {
     "q, v": ("q_proj", "v_proj"),
 }
 _NAME = 15
-_WORDS = 61
+_WORDS = 62
 """Cells of a line without its bar."""
 _MAX_BAR = 40
 _MIN_BAR = 6
@@ -41,6 +42,7 @@ class ChoiceCost:
     """The recipe with another rank, or with other targets."""
 
     name: str
+    of: Literal["rank", "targets"]
     is_current: bool
     trained: int
     saved_bytes: int
@@ -76,7 +78,7 @@ class ChoicesPanel(Panel):
 def choice_costs(recipe: Recipe, architecture: Architecture, budget: MemoryBudget) -> tuple[ChoiceCost, ...]:
     """Compute an estimate for each choice, some 10 ms each; without those that the model does not have."""
     costs = []
-    for name, changed in _choices(recipe, architecture):
+    for of, name, changed in _choices(recipe, architecture):
         try:
             estimated = estimate(changed, architecture, device=budget.device)
             trained, saved = trained_parameters(changed, architecture), saved_bytes(changed, architecture)
@@ -84,35 +86,42 @@ def choice_costs(recipe: Recipe, architecture: Architecture, budget: MemoryBudge
             continue
         word = check_fit(estimated, budget.bytes).word
         costs.append(
-            ChoiceCost(name, changed == recipe, trained, saved, estimated.total_bytes, budget.bytes, word)
+            ChoiceCost(name, of, changed == recipe, trained, saved, estimated.total_bytes, budget.bytes, word)
         )
     return tuple(costs)
 
 
-def _choices(recipe: Recipe, architecture: Architecture) -> Iterator[tuple[str, Recipe]]:
+def _choices(
+    recipe: Recipe, architecture: Architecture
+) -> Iterator[tuple[Literal["rank", "targets"], str, Recipe]]:
     for rank in sorted({*_RANKS, recipe.lora.rank}):
-        yield f"rank {rank}", replace_setting(recipe, "lora.rank", rank)
+        yield "rank", f"rank {rank}", replace_setting(recipe, "lora.rank", rank)
     for name, targets in _TARGETS.items():
         if name == "all-linear" or set(targets) <= set(architecture.kinds()):
-            yield name, replace_setting(recipe, "lora.target_modules", targets)
+            yield "targets", name, replace_setting(recipe, "lora.target_modules", targets)
 
 
 def choice_lines(costs: tuple[ChoiceCost, ...], width: int) -> list[Content]:
-    """``▸ rank 16   40M   154 MiB  ███░░░░  6.3 GiB fits``: a line for each, the recipe's own marked."""
+    """``▸ rank 16   40M   154 MiB  ███░░░░  6.3 GiB fits``: a line for each, the recipe's own marked.
+
+    Ranks stand under the head of the columns, targets under one that says they are for the recipe's rank.
+    """
     if not costs:
         return []
     cells = min(_MAX_BAR, width - _WORDS)
     drawn = cells + 1 if cells >= _MIN_BAR else 0
-    head = f"  {'':<{_NAME}} {'trained':>8} {'on disk':>9}  {'':<{drawn}}{'memory':>9}"
+    head = f"  {'':<{_NAME}} {'trainable':>9} {'on disk':>9}  {'':<{drawn}}{'memory':>9}"
     lines = [Content.styled(head, "dim")]
-    for cost in costs:
+    for before, cost in zip((None, *costs), costs, strict=False):
+        if before is not None and cost.of != before.of:
+            lines += [Content(""), Content.styled("  targets, at the rank marked above", "dim")]
         mark, style = ("▸", "bold") if cost.is_current else (" ", "")
         disk = format_bytes(cost.saved_bytes)
         share = f"{bar(cost.total_bytes / cost.limit_bytes, cells)} " if drawn else ""
         lines.append(
             Content.assemble(
                 (mark, "bold $accent"),
-                (f" {cost.name:<{_NAME}} {format_count(cost.trained):>8} {disk:>9}  ", style),
+                (f" {cost.name:<{_NAME}} {format_count(cost.trained):>9} {disk:>9}  ", style),
                 (share, "$secondary"),
                 (f"{format_gib(cost.total_bytes):>5} GiB ", style),
                 (cost.word, VERDICT_STYLE[cost.word]),

@@ -15,7 +15,13 @@ COMMANDS: tuple[Command, ...] = (
         "Toggle",
         "Add or remove the adapter of the selected modules.",
     ),
-    _command("block", "x", "block", "Block", "Start selecting a block of layers; press again to toggle it."),
+    _command(
+        "block",
+        "x",
+        "block",
+        "Select layers",
+        "Start selecting a block of layers; press again to toggle it.",
+    ),
     _command("patterns", "i", "edit_targets", "Patterns", "Type target patterns, such as q,v or 8-23.q."),
     _command("all", "f", "all_linear", "All", "Select every linear module (all-linear)."),
     _not_in_footer(
@@ -77,5 +83,7 @@ HELP_TEXT = (
     "Tab goes to the settings, where Left and Right change the one under the cursor. In a large window, "
     "a panel explains it, or the kind of module under the cursor; and a table shows what other ranks and "
     "targets would cost.\n"
-    "An adapter adds B·A × alpha/rank to a weight. Only A and B are trained."
+    "An adapter adds B·A × alpha/rank to a weight. Only A and B are trained; their parameters are counted as "
+    "trainable. In memory is what Memory lists under Adapter: its weights and their 16-bit copy, gradients, "
+    "and optimizer states."
 )

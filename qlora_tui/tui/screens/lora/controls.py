@@ -1,7 +1,7 @@
 """The settings beside the module grid, each with a line of advice from the papers.
 
-LoRA: Hu et al. 2021, arXiv 2106.09685. QLoRA: Dettmers et al. 2023, arXiv 2305.14314. rsLoRA: Kalajdzievski
-2023, arXiv 2312.03732. DoRA: Liu et al. 2024, arXiv 2402.09353.
+LoRA: Hu et al. 2021, arXiv 2106.09685, section 7.2. QLoRA: Dettmers et al. 2023, arXiv 2305.14314, section 4.
+rsLoRA: Kalajdzievski 2023, arXiv 2312.03732. DoRA: Liu et al. 2024, arXiv 2402.09353.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def advice(path: str, lora: Lora) -> str:
 
 def _rank(lora: Lora) -> str:
     if lora.target_modules == (ALL_LINEAR,):
-        return "QLoRA (§4) saw no effect of rank with all layers adapted."
-    return "On q and v, ranks 1 to 8 did as well as 64 (LoRA §7.2)."
+        return "The QLoRA paper saw no effect of rank with all-linear."
+    return "On q and v, ranks 1 to 8 did as well as 64 (LoRA paper)."
 
 
 def _alpha(lora: Lora) -> str:
@@ -109,7 +109,7 @@ def _alpha(lora: Lora) -> str:
 
 
 def _dropout(lora: Lora) -> str:
-    return "QLoRA used 0.1 up to 13B and 0.05 above; 0 saves memory."
+    return "QLoRA paper: 0.1 to 13B, 0.05 above. 0 saves memory."
 
 
 def _rslora(lora: Lora) -> str:
@@ -146,5 +146,5 @@ _ADVICE = {
 def targets_advice(lora: Lora) -> str:
     """One line on the choice of modules."""
     if lora.target_modules == (ALL_LINEAR,):
-        return "QLoRA (§4) needed all layers to match full fine-tuning."
-    return "QLoRA (§4): fewer layers fell short of full fine-tuning."
+        return "The QLoRA paper needed all layers to match full fine-tuning."
+    return "In the QLoRA paper, fewer layers fell short of full fine-tuning."

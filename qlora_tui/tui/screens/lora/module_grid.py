@@ -42,7 +42,7 @@ LONGEST_KIND = 18
 _BOX_CELLS = 4
 """``[x] ``, before a kind's name."""
 _TRAINED_CELLS = 7
-"""Number of trained parameters, after a kind's shape."""
+"""Number of trainable parameters, after a kind's shape."""
 _GAP_CELLS = 7
 """Between that and the layers; the word ``layer`` is above it."""
 
@@ -206,7 +206,7 @@ class ModuleGrid(Widget, can_focus=True):
             text = f"{text[: len(shown) - 1]:<{len(shown) - 1}}→"
         if shown.start:
             text = f"←{text[1:]}"
-        trained = f"{'trained':>{_TRAINED_CELLS + 1}}{' layer':<{_GAP_CELLS}}"
+        trained = f" {'trainable':>{_TRAINED_CELLS}}{' layer':<{_GAP_CELLS}}"
         label = f"{'module':<{self._head_width - len(trained)}}{trained}"
         return Content.styled(label + text, "$text-muted")
 

@@ -18,6 +18,7 @@ from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
 from qlora_tui.recipe.targets import match_modules, resolve_targets, to_patterns
 from qlora_tui.tui.commands import Command
+from qlora_tui.tui.key_names import bare_key
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.lora.choice_table import ChoicesPanel, choice_costs
 from qlora_tui.tui.screens.lora.commands import COMMANDS, HELP_TEXT
@@ -65,8 +66,8 @@ class LoraScreen(WorkScreen):
     def compose_body(self) -> Iterable[Widget]:
         keys = (
             ("lora.toggle", "toggle"),
-            ("lora.block", "block"),
-            ("lora.patterns", "type"),
+            ("lora.block", "select layers"),
+            ("lora.patterns", "patterns"),
             ("lora.all", "all"),
         )
         with Horizontal(id="lora-parts"):
@@ -82,12 +83,15 @@ class LoraScreen(WorkScreen):
                 )
                 yield ChoicesPanel()
             with Vertical(id="lora-side"):
-                yield Panel("Settings", SettingsList(id="lora-settings"))
+                yield Panel("Settings", SettingsList(id="lora-settings"), id="lora-settings-panel")
                 yield TermPanel()
         yield Panel("Adapter", Static(id="lora-totals"), id="lora-cost")
 
     def on_mount(self) -> None:
         self.query_one("#targets-input").display = False
+        up, down = bare_key("lora.rank_up"), bare_key("lora.rank_down")
+        title = Content.assemble("Settings", (f": {up} raises, {down} lowers", "$text-muted not bold"))
+        self.query_one("#lora-settings-panel", Panel).show_title(title)
         self.query_one("#modules").focus()
 
     def on_resize(self) -> None:

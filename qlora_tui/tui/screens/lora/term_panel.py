@@ -1,6 +1,6 @@
 """What a setting, or the kind of module under the cursor, means: from the glossary, with advice.
 
-A high panel explains the other settings below it.
+The other settings are explained below it, those with the least known names first, as far as there is room.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from qlora_tui.tui.screens.lora.controls import LORA_CONTROLS, targets_advice, t
 from qlora_tui.tui.widgets.panel import Panel
 from qlora_tui.tui.widgets.static_update import update_if_changed
 
-_HIGH = 24
-"""Rows from which all settings are explained."""
+_LEAST_KNOWN = ("lora.use_rslora", "lora.use_dora", "lora.train_embeddings")
 
 
 class TermPanel(Panel):
@@ -30,8 +29,9 @@ class TermPanel(Panel):
         super().__init__("Term", self._meaning, id="term-panel")
 
     def on_resize(self) -> None:
+        # The panel knows its new size only after the layout.
         if self._shown[0]:
-            self._show_meaning()
+            self.call_after_refresh(self._show_meaning)
 
     def show_setting(self, path: str, advice: str) -> None:
         """Explain a setting."""
@@ -52,15 +52,21 @@ class TermPanel(Panel):
     def _show_meaning(self) -> None:
         term, advice = self._shown
         paragraphs = [Content.assemble(explain(term), "\n", (advice, "$text-muted"))]
-        if self.size.height >= _HIGH:
-            paths = (control.path for control in LORA_CONTROLS)
-            paragraphs += [one_line(path) for path in paths if term_of(path) != term]
+        width, room = self.content_size.width, self.content_size.height
+        others = [control.path for control in LORA_CONTROLS if term_of(control.path) != term]
+        for text in map(one_line, sorted(others, key=_order) if width else ()):
+            if sum(len(each.wrap(width)) + 1 for each in (*paragraphs, text)) - 1 <= room:
+                paragraphs.append(text)
         update_if_changed(self._meaning, Content("\n\n").join(paragraphs))
 
 
 def one_line(path: str) -> Content:
     """A setting explained without a panel."""
     return Content.assemble((f"{_title(path)}: ", "bold"), explain(term_of(path)))
+
+
+def _order(path: str) -> int:
+    return _LEAST_KNOWN.index(path) if path in _LEAST_KNOWN else len(_LEAST_KNOWN)
 
 
 def _title(path: str) -> str:

@@ -15,8 +15,7 @@ from qlora_tui.formatting import format_bytes, format_count
 from qlora_tui.memory import Device, Estimate, estimate
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import precision_of
-from qlora_tui.memory.layout import build_layout, vocabulary_shapes
-from qlora_tui.memory.parameter_memory import adapter_bytes, gradient_bytes, optimizer_bytes
+from qlora_tui.memory.layout import vocabulary_shapes
 from qlora_tui.recipe.diff import diff_recipes, format_value
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Lora, Recipe
@@ -78,25 +77,18 @@ def saved_bytes(recipe: Recipe, architecture: Architecture) -> int:
 
 
 def totals_text(recipe: Recipe, architecture: Architecture, estimate: Estimate) -> Content:
-    """``40M of 7.62B parameters (0.53 %) · 154 MiB on disk · 386 MiB in memory``.
+    """``40M of 7.62B parameters (0.53 %) · 154 MiB on disk · 464 MiB in memory``.
 
-    In memory are the adapter, its gradients and the optimizer's states, wherever the estimate's peak is.
+    In memory is what the Memory screen lists under Adapter: its share of the peak.
     """
     trained = trained_parameters(recipe, architecture)
-    execution = estimate.execution
-    layout = build_layout(recipe, architecture, execution)
-    memory = (
-        adapter_bytes(layout, execution)
-        + gradient_bytes(layout, execution)
-        + optimizer_bytes(layout, execution)
-    )
     share = trained / architecture.total_params
     return Content.assemble(
         (f"{format_count(trained)}", "bold"),
         f" of {format_count(architecture.total_params)} parameters ({_percent(share)}) · ",
         (format_bytes(saved_bytes(recipe, architecture)), "bold"),
         " on disk · ",
-        (format_bytes(memory), "bold"),
+        (format_bytes(estimate.adapter_bytes), "bold"),
         " in memory",
     )
 
@@ -137,7 +129,7 @@ def cursor_text(modules: Sequence[LinearModule], lora: Lora, *, in_block: bool) 
     """Describe the modules that the key for toggling would change."""
     if not modules:
         return Content.styled("No module here.", "$text-muted")
-    trained = f"{format_count(adapter_parameters(modules, lora))} trained if selected{_own(modules, lora)}"
+    trained = f"{format_count(adapter_parameters(modules, lora))} trainable{_own(modules, lora)}"
     if len(modules) == 1:
         only = modules[0]
         shape = f"{only.in_features:,} → {only.out_features:,}"

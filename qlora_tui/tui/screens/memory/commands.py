@@ -16,7 +16,7 @@ COMMANDS: tuple[Command, ...] = (
         "Previous precision",
         "Show the previous precision's breakdown.",
     ),
-    _command("use", "m", "use", "Use precision", "Train in the precision marked ▸."),
+    _command("use", "m", "use", "Train in this", "Train in the precision marked ▸."),
     _command(
         "apply",
         "a",
@@ -59,25 +59,27 @@ COMMANDS: tuple[Command, ...] = (
         "checkpointing",
         "c",
         "step_setting('training.gradient_checkpointing')",
-        "Checkpointing",
-        "Gradient checkpointing: auto, on or off.",
+        "Recompute",
+        "Recompute activations in the backward pass (gradient checkpointing): auto, on or off.",
     ),
 )
 
 HELP_TEXT = (
     "The bars show the predicted peak memory of a run, by what takes it: in a training step, or while "
     "loading where that takes more. The line below them is the peak of the bar marked ▸ with its range, "
-    "when it is reached, what torch reserves then, and what of that is in tensors. ◂ recipe marks the "
+    "when it is reached, what of it PyTorch holds, and what of that is in tensors. ◂ recipe marks the "
     "precision that the recipe trains in; {memory.use} changes it to the one marked ▸.\n"
     "The list divides that bar into items, and explains the one under the cursor. The graph shows when "
     "memory is needed: while the model is loaded, in the forward pass from the first layer to the last, "
     "in the loss, in the backward pass from the last layer to the first, and in the optimizer's step. "
+    "Parts thinner than a row of the graph are not drawn. "
     "In a low window, {memory.timeline} shows it in the place of the list.\n"
     "If the recipe does not fit, {memory.apply} applies the change that costs least, and "
     "{memory.choose} goes to the list of changes, where Enter applies one.\n"
     "Lower-case keys double a setting and capital keys halve it. 'max' is the largest value that "
-    "fits, in the precision marked ▸, with the other settings unchanged.\n"
-    "With checkpointing auto, the bars show every layer recomputed, which is what the run needs. As many "
+    "fits, in the precision marked ▸, with the other settings unchanged; '÷2 GiB' is what halving it saves.\n"
+    "recompute is gradient checkpointing: activations are computed again in the backward pass instead of "
+    "kept. With auto, the bars show every layer recomputed, which is what the run needs. As many "
     "layers as fit in the memory left keep their activations, which is faster: the run uses more then.\n"
     "'fits': even the upper end of the uncertainty fits. 'tight': less than 5% is left. 'uncertain': "
     "only a part of the range fits.\n"

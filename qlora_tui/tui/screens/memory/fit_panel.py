@@ -13,7 +13,7 @@ from qlora_tui.formatting import format_gib, format_percent
 from qlora_tui.memory import Estimate, KeptLayersPlan, MemorySaving, Verdict, check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.tui.key_names import bare_key, highlight_keys, key_name
-from qlora_tui.tui.render.recipe_line import VERDICT_STYLE
+from qlora_tui.tui.render.recipe_line import VERDICT_STYLE, refusal_words, verdict_words
 from qlora_tui.tui.screens.memory.solution import Solution
 from qlora_tui.tui.screens.memory.stacked_bar import spare_words
 from qlora_tui.tui.widgets.panel import Panel
@@ -46,17 +46,22 @@ class FitPanel(Panel):
         estimate: Estimate,
         budget: MemoryBudget,
         solution: Solution,
+        refusal: UserError | None,
         length_warning: UserError | None,
         *,
         is_recipe: bool,
     ) -> None:
-        """Show an estimate of the precision ``name``; ``is_recipe``: it is that of the recipe."""
+        """Show an estimate of the precision ``name``; ``is_recipe``: it is that of the recipe.
+
+        ``refusal``: why the model cannot be trained.
+        """
         verdict = check_fit(estimate, budget.bytes)
-        self.show_title(_verdict_title(verdict, name))
+        self.show_title(_verdict_title(verdict, name, can_train=refusal is None))
         self.choices.display = bool(solution.changes)
         self.choices.show(choice_lines(solution.changes, self.choices.scrollable_content_region.width))
-        notes = list(_notes(estimate, budget, solution, length_warning, is_recipe=is_recipe))
-        notes.append(Content.styled(f"Uncertainty: {verdict.reason}.", "$text-muted"))
+        notes = [] if refusal is None else [_refusal_text(refusal)]
+        notes += list(_notes(estimate, budget, solution, length_warning, is_recipe=is_recipe))
+        notes.append(Content.styled(_uncertainty(verdict), "$text-muted"))
         update_if_changed(self._notes, Content("\n").join(notes))
 
     def on_option_list_option_selected(self, event: ViList.OptionSelected) -> None:
@@ -127,10 +132,10 @@ def _kept_layers_text(plan: KeptLayersPlan, least_bytes: int) -> Content:
         )
     total, faster = format_gib(plan.estimate.total_bytes), format_percent(plan.speedup - 1)
     return Content.assemble(
-        f"The run needs at least {format_gib(least_bytes)} GiB. With memory free, it uses ",
+        f"The run needs {format_gib(least_bytes)} GiB, and will use ",
         (f"{total} GiB", "bold"),
-        f" to be about {faster} faster: {plan.kept_layers} of {plan.total_layers} layers keep their "
-        "activations instead of recomputing them.",
+        f" if they are free, to be about {faster} faster: {plan.kept_layers} of {plan.total_layers} layers "
+        "then keep their activations instead of recomputing them.",
     )
 
 
@@ -143,6 +148,19 @@ def _nothing_helps(least_bytes: int) -> Content:
     )
 
 
-def _verdict_title(verdict: Verdict, precision: str) -> Content:
+def _uncertainty(verdict: Verdict) -> str:
+    low, high = format_gib(verdict.low_bytes), format_gib(verdict.high_bytes)
+    return f"Expected: {low} to {high} GiB. Uncertain: {verdict.reason}."
+
+
+def _refusal_text(refusal: UserError) -> Content:
+    return Content.assemble(
+        (f"{refusal_words(refusal)}. ", "$error"),
+        highlight_keys(f"{key_name('go.models')} says what to do."),
+    )
+
+
+def _verdict_title(verdict: Verdict, precision: str, *, can_train: bool) -> Content:
     """``NF4 fits, 17.0 GiB to spare``: the verdict as a title."""
-    return Content.styled(f"{precision} {verdict.word}, {spare_words(verdict)}", VERDICT_STYLE[verdict.word])
+    word, style = verdict_words(verdict.word, can_train=can_train)
+    return Content.styled(f"{precision} {word}, {spare_words(verdict)}", style)

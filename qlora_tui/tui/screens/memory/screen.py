@@ -249,6 +249,8 @@ class MemoryScreen(WorkScreen):
             recipe_precision,
             self.qlora_app.memory_budget.bytes,
             self.size.width - _FRAME,
+            layers=self._layers,
+            can_train=self.qlora_app.workbench.model_refusal() is None,
         )
 
     def _refresh_offered_keys(self) -> None:
@@ -263,7 +265,12 @@ class MemoryScreen(WorkScreen):
         context = known.max_positions if known else None
         update_if_changed(
             self.query_one("#memory-settings", Static),
-            setting_controls(recipe, self._solution.fitting.get(self.precision), context),
+            setting_controls(
+                recipe,
+                self._solution.fitting.get(self.precision),
+                self._solution.halved.get(self.precision, {}),
+                context,
+            ),
         )
 
     def _show_fit(self) -> None:
@@ -274,6 +281,7 @@ class MemoryScreen(WorkScreen):
             self._estimate,
             budget,
             self._solution,
+            self.qlora_app.workbench.model_refusal(),
             context_length_warning(recipe.data.max_length, known) if known else None,
             is_recipe=self.precision == precision_of(recipe),
         )
@@ -281,6 +289,11 @@ class MemoryScreen(WorkScreen):
     def _architecture(self) -> Architecture | None:
         architecture = self.qlora_app.workbench.architecture()
         return None if isinstance(architecture, UserError) else architecture
+
+    @property
+    def _layers(self) -> int:
+        known = self._architecture()
+        return known.layers if known else 0
 
     def _recipe_fits(self) -> bool:
         estimate = self._compared[precision_of(self.qlora_app.workbench.recipe)]
@@ -297,4 +310,4 @@ class MemoryScreen(WorkScreen):
             traced = workbench.trace_on(budget.device) if self.precision == precision_of(recipe) else None
             moments = step_timeline(with_precision(recipe, self.precision), known, estimate, traced)
             self._timeline = (estimate, moments)
-        panel.show(self._timeline[1], budget.bytes, peak_time(estimate))
+        panel.show(self._timeline[1], budget.bytes, peak_time(estimate, self._layers))

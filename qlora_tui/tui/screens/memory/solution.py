@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.memory import (
+    Device,
     KeptLayersPlan,
     MemorySaving,
     WhatFits,
     cheapest_changes,
+    estimate,
     largest_settings,
     minimum_bytes,
     plan_kept_layers,
@@ -22,9 +24,12 @@ from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.conversion import Conversion
 from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of
 from qlora_tui.memory.streaming_cost import describe_host_memory
-from qlora_tui.recipe.fields import replace_setting
+from qlora_tui.recipe.fields import fields, get_setting, replace_setting
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.tui.setting_stepper import step_value
 
+HALVED_SETTINGS = ("data.max_length", "training.micro_batch_size", "lora.rank")
+"""Settings that keys of the Memory screen double and halve."""
 METHOD_OF_PRECISION = {"nf4": "nf4", "int8": "int8", "fp16": "none"}
 """Value of ``quantization.method`` for each precision."""
 TARGETS: tuple[tuple[str, ...], ...] = (
@@ -41,6 +46,8 @@ class Solution:
 
     fitting: Mapping[Precision, WhatFits] = field(default_factory=dict)
     """How far each setting could go, by precision."""
+    halved: Mapping[Precision, Mapping[str, int]] = field(default_factory=dict)
+    """What halving each setting changes, in bytes by its path, by precision; without those at their least."""
     changes: tuple[MemorySaving, ...] = ()
     """Changes that make the recipe fit, the cheapest first."""
     least_bytes: int = 0
@@ -64,6 +71,10 @@ def solve(recipe: Recipe, architecture: Architecture, budget: MemoryBudget, *, f
             )
             for precision in PRECISIONS
         },
+        halved={
+            precision: _halved(_in_precision(recipe, precision), architecture, device)
+            for precision in PRECISIONS
+        },
         changes=changes,
         least_bytes=0 if fits or changes else minimum_bytes(recipe, architecture, device=device),
         kept_layers=plan_kept_layers(recipe, architecture, available, device=device) if fits else None,
@@ -77,6 +88,19 @@ def next_targets(now: tuple[str, ...], kinds: Collection[str]) -> tuple[str, ...
     choices = [choice for choice in TARGETS if choice == TARGETS[0] or set(choice) <= set(kinds)]
     index = choices.index(now) + 1 if now in choices else 0
     return choices[index % len(choices)]
+
+
+def _halved(recipe: Recipe, architecture: Architecture, device: Device) -> dict[str, int]:
+    """Bytes that each setting's key for less would add, mostly fewer than 0."""
+    now = estimate(recipe, architecture, device=device).total_bytes
+    changed = {}
+    for path in HALVED_SETTINGS:
+        value = get_setting(recipe, path)
+        half = step_value(fields()[path], value, -1)
+        if half != value:
+            smaller = replace_setting(recipe, path, half)
+            changed[path] = estimate(smaller, architecture, device=device).total_bytes - now
+    return changed
 
 
 def _conversion(model_id: str) -> Conversion | None:

@@ -9,9 +9,9 @@ from textual.content import Content
 
 from qlora_tui.formatting import format_gib
 from qlora_tui.memory import Estimate, Verdict, check_fit
-from qlora_tui.memory.estimate import PRECISIONS, Precision
+from qlora_tui.memory.estimate import ADAPTER_ITEMS, PRECISIONS, Precision
 from qlora_tui.tui.breakpoints import WIDE_CELLS
-from qlora_tui.tui.render.recipe_line import PRECISION_NAMES, VERDICT_STYLE
+from qlora_tui.tui.render.recipe_line import PRECISION_NAMES, verdict_words
 
 _FRAME = 4
 """Cells of a panel's border and padding."""
@@ -31,7 +31,6 @@ class BarPart:
 
 
 _BASE = ("weights", "scales", "linear", "embedding", "head", "norms", "experts", "vision", "loading")
-_ADAPTER = ("adapter", "gradients", "optimizer", "optimizer_step")
 _ACTIVATIONS = (
     "checkpoints",
     "activations",
@@ -46,7 +45,7 @@ _ACTIVATIONS = (
 
 PARTS: tuple[BarPart, ...] = (
     BarPart("base weights", "█", "$primary", frozenset(_BASE)),
-    BarPart("adapter", "▚", "$accent", frozenset(_ADAPTER)),
+    BarPart("adapter", "▚", "$accent", frozenset(ADAPTER_ITEMS)),
     BarPart("activations", "▓", "$success", frozenset(_ACTIVATIONS)),
     BarPart("loss", "▒", "$warning", frozenset(("logits",))),
     BarPart("overhead", "░", "$secondary", frozenset()),
@@ -89,6 +88,8 @@ def precision_bars(
     recipe_precision: Precision,
     budget_bytes: int,
     width: int,
+    *,
+    can_train: bool,
 ) -> list[Content]:
     """``▸ NF4  ██▚▓▒·····   12.3 GiB fits  ◂ recipe``: a line of ``width`` cells for each precision.
 
@@ -100,7 +101,7 @@ def precision_bars(
     for precision in PRECISIONS:
         estimate = compared[precision]
         verdict = check_fit(estimate, budget_bytes)
-        word = verdict.word
+        word, style = verdict_words(verdict.word, can_train=can_train)
         spare = f"{spare_words(verdict):>{_SPARE}}" if has_spare else ""
         is_selected = precision == selected
         lines.append(
@@ -111,7 +112,7 @@ def precision_bars(
                 ),
                 stacked_bar(estimate, budget_bytes, bar_cells),
                 f" {format_gib(estimate.total_bytes):>6} GiB ",
-                (f"{word:<12}", VERDICT_STYLE[word]),
+                (f"{word:<12}", style),
                 (spare, "$text-muted"),
                 (" ◂ recipe" if precision == recipe_precision else "", "$accent"),
             )

@@ -15,6 +15,7 @@ from qlora_tui.tui.screens.memory.stacked_bar import PARTS, BarPart, part_of
 from qlora_tui.tui.widgets.diff_widget import DiffWidget
 from qlora_tui.tui.widgets.panel import Panel
 
+_TITLE = "Loading and a training step (GiB)"
 _SHARES: dict[Phase, int] = {"loading": 3, "forward": 5, "loss": 2, "backward": 7, "optimizer": 3}
 """Share of the width that each phase gets; how long it takes is not known."""
 _NAMES: dict[Phase, str] = {"loading": "load"}
@@ -65,16 +66,16 @@ class TimelinePanel(Panel):
 
     def __init__(self) -> None:
         self._graph = TimelineGraph()
-        super().__init__("One training step", self._graph, id="timeline-panel")
+        super().__init__(_TITLE, self._graph, id="timeline-panel")
 
     def show(self, moments: tuple[Moment, ...], limit_bytes: int, peak_time: str) -> None:
-        """Show the moments of a step. ``peak_time``: ``while loading``, or ``backward of layer 27``."""
+        """Show the moments of a step. ``peak_time``: ``while loading``, or ``backward of the last layer``."""
         is_in_step = peak_time != "while loading"
         peak = max(moment.total_bytes for moment in moments)
         when = f", fullest {'in ' if is_in_step else ''}{peak_time}"
         if not _is_limit_shown(peak, limit_bytes):
             when += f", far below the limit of {format_gib(limit_bytes)} GiB"
-        self.show_title(Content.assemble("One training step", (when, "$text-muted not bold")))
+        self.show_title(Content.assemble(_TITLE, (when, "$text-muted not bold")))
         self._graph.show(moments, limit_bytes)
 
 

@@ -29,7 +29,7 @@ class DownloadActions(WorkScreen):
     @property
     @abstractmethod
     def selected_hub_model(self) -> str:
-        """Id of the selected model, if it is a result from the Hub; else empty."""
+        """Id of the selected model, if it is a result from the Hub or lacks files of it; else empty."""
 
     @property
     @abstractmethod

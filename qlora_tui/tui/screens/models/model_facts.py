@@ -14,6 +14,7 @@ from textual.content import Content
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.hub import HubModel
 from qlora_tui.catalog.local_models import LocalModel, hub_cache_dir
+from qlora_tui.catalog.model_validation import MissingFilesError
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import (
     abbreviate_home,
@@ -56,17 +57,17 @@ def local_facts(model: LocalModel, *, is_current: bool) -> list[Content]:
     if is_current:
         lines.append(Content.assemble(("● ", "$accent bold"), ("The recipe's model", "bold")))
     if model.refusal:
-        lines += _refused(model.refusal)
+        lines += _refused(model.refusal, _download_step(model))
         if model.architecture and not is_current:
-            lines.append(_step("Enter", "Select it for estimates only"))
+            lines.append(_step("Enter", "Select it for estimates only", mark=" "))
     elif not is_current:
         lines.append(_step("Enter", "Select this model"))
     if model.architecture:
         lines += _architecture_lines(model.architecture)
     return [
         *lines,
-        _fact("license", read_license(model.path) or "not stated: see its page"),
-        _fact("files", f"{format_bytes(model.size_bytes)} in the {_PLACES[model.source]}"),
+        _fact("license", read_license(model.path) or _no_license(model)),
+        _fact("on disk", f"{format_bytes(model.size_bytes)} in the {_PLACES[model.source]}"),
         Content.styled(format_path(model.path), "dim"),
     ]
 
@@ -139,6 +140,12 @@ def read_license(path: Path) -> str:
     return match[1] if match else ""
 
 
+def _no_license(model: LocalModel) -> str:
+    """Where it may be read, if that is known."""
+    page = f": huggingface.co/{model.id}" if model.source == "hub cache" else ""
+    return f"not in its files{page}"
+
+
 def _step(key: str, text: str, mark: str = "▸") -> Content:
     return Content.assemble((f"{mark} {key}  ", "$accent bold"), (text, "bold" if mark == "▸" else ""))
 
@@ -168,10 +175,27 @@ def _to_fetch(known: HubFacts, speed: float | None) -> Content:
     return _step(key_name("models.download"), f"Download {format_bytes(missing)}{took}{part}")
 
 
-def _refused(problem: UserError) -> list[Content]:
+def can_be_completed(model: LocalModel) -> bool:
+    """Whether a download brings what the model lacks: it is one of the Hub's."""
+    return model.source == "hub cache" and isinstance(model.refusal, MissingFilesError)
+
+
+def _download_step(model: LocalModel) -> Content | None:
+    """The key that gets the files that a model lacks."""
+    if can_be_completed(model):
+        return _step(key_name("models.download"), "Download the missing files")
+    if isinstance(model.refusal, MissingFilesError):
+        return _step(key_name("models.filter"), "Find it on the Hub, to download it")
+    return None
+
+
+def _refused(problem: UserError, step: Content | None = None) -> list[Content]:
+    """What is wrong with a model, and what to do: ``step``, or as the problem says."""
     lines = [Content.styled(f"✗ {problem.title}", "$error"), Content(abbreviate_home(problem.what))]
     if problem.why:
         lines.append(Content.styled(abbreviate_home(problem.why), "$text-muted"))
-    if problem.fix:
+    if step is not None:
+        lines.append(step)
+    elif problem.fix:
         lines.append(Content.styled(f"▸ {abbreviate_home(problem.fix)}", "$accent"))
     return lines

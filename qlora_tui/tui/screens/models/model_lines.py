@@ -35,7 +35,7 @@ def local_lines(
 
     ``needs``: bytes and verdict of each model with the recipe, as far as they are known.
     """
-    columns = _model_columns("files", "from", width)
+    columns = _model_columns("on disk", "from", width)
     lines = [(f"{HEADING}local", _heading(f"On this machine ({len(models)})", columns, width))]
     for model in models:
         mark, style = ("✗", "$text-muted") if model.refusal else (" ", "")
@@ -67,7 +67,7 @@ def hub_lines(
             else f"The Hub was not searched for {query!r}. {how.capitalize()}"
         )
         return [(f"{HEADING}hub", Content(text))]
-    columns = [("size", 7), ("a month", 10), ("access", 13)]
+    columns = [("params", 7), ("a month", 10), ("access", 13)]
     columns += [("changed", 12), ("family", 14), ("license", 13)] if width >= _WIDE else []
     heading = _heading(f"On the Hub, for {query!r} ({len(models)})", columns, width)
     lines = [(f"{HEADING}hub", heading)]
@@ -115,7 +115,7 @@ def starter_lines(models: Sequence[Starter], width: int, *, with_demo: bool) -> 
 
 def _model_columns(bytes_label: str, last: str, width: int) -> list[tuple[str, int]]:
     """Return the columns of models whose architecture is known, as far as there is room for them."""
-    columns = [("size", 7), (bytes_label, 10), ("needs", 13)]
+    columns = [("params", 7), (bytes_label, 10), ("needs", 13)]
     return columns + ([("context", 10), ("family", 14), (last, 11)] if width >= _WIDE else [])
 
 

@@ -33,7 +33,7 @@ class ModelSide(Vertical):
     def compose(self) -> Iterable[Widget]:
         with Panel("Model", id="model-panel"), VerticalScroll(id="model-scroll", can_focus=False):
             yield Static(id="model-facts")
-        with Panel("Memory", keys=(("go.memory", "details"),), id="fit-panel"):
+        with Panel("Memory", keys=(("app.assume_gpu", "GPU size"), ("go.memory", "details")), id="fit-panel"):
             yield Static(id="fit")
         yield Panel("Storage", Static(id="storage"), id="storage-panel")
 

@@ -31,7 +31,13 @@ from qlora_tui.tui.screens.models.hub_queries import (
     validate_model_path,
 )
 from qlora_tui.tui.screens.models.listed_models import ListedModels
-from qlora_tui.tui.screens.models.model_facts import hub_facts, local_facts, starter_facts, storage_lines
+from qlora_tui.tui.screens.models.model_facts import (
+    can_be_completed,
+    hub_facts,
+    local_facts,
+    starter_facts,
+    storage_lines,
+)
 from qlora_tui.tui.screens.models.model_fit import need
 from qlora_tui.tui.screens.models.model_lines import DEMO_LINE, HUB, LOCAL, STARTER
 from qlora_tui.tui.screens.models.model_side import ModelSide
@@ -104,7 +110,9 @@ class ModelsScreen(DownloadActions):
         self._estimate_needs()
 
     def action_rescan(self) -> None:
-        """Look for models again."""
+        """Look for models again, and whether the recipe's can be trained."""
+        self.qlora_app.workbench.forget_architecture()
+        self._show_recipe_strip()
         self._start_scan()
 
     def action_filter(self) -> None:
@@ -165,6 +173,8 @@ class ModelsScreen(DownloadActions):
     @property
     def selected_hub_model(self) -> str:
         current = self.query_one(ViList).current or ""
+        if (local := self._models.local_model(current)) is not None and can_be_completed(local):
+            return local.id
         prefix, _, id_ = current.partition(":")
         return id_ if f"{prefix}:" in (HUB, STARTER) else ""
 
