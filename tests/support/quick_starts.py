@@ -24,11 +24,13 @@ TRAINING_IMPORTS = (
 TRAINING_MODULES = (
     "qlora_tui.training",
     "qlora_tui.training.row_loss_worker",
+    "qlora_tui.training.selftest",
     "qlora_tui.chat.task_worker",
     "qlora_tui.engine.trace_worker",
     "bench.acceptance.check",
     "bench.acceptance.machine",
     "bench.baselines.hf_trainer",
+    "bench.chat",
     "bench.fast_paths",
     "bench.gpu_probe",
     "bench.gpu_probe.length_timer",
