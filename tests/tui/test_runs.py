@@ -22,6 +22,7 @@ from qlora_tui.runs.view import RunView
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.render.block_charts import downsample
 from qlora_tui.tui.render.run_labels import result_label
+from qlora_tui.tui.render.summary_plot import summary_plot
 from qlora_tui.tui.screens.runs.run_order import ORDERS, in_order
 from qlora_tui.tui.screens.runs.run_preview import RunFiles, ending, result_lines, run_keys
 from qlora_tui.tui.screens.runs.run_table import best_loss
@@ -357,11 +358,20 @@ def test_a_defect_is_followed_by_a_sentence(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("loss", "shown"), [(0.00603, "0.00603*"), (2.634, "2.63*"), (6.034e-7, "6.03e-07*")]
+    ("loss", "shown"),
+    [(0.00603, "0.00603*"), (2.9, "2.90*"), (143.2, "143*"), (6.034e-7, "6.03e-07*"), (math.nan, "NaN*")],
 )
-def test_a_small_loss_is_whole_in_its_column(loss: float, shown: str) -> None:
+def test_a_loss_is_whole_in_its_column(loss: float, shown: str) -> None:
     summary = replace(summarize(write_fake_run(FakeRun(steps=5))), best=None, loss=loss)
     assert best_loss(summary) == shown
+
+
+def test_a_run_that_saved_nothing_offers_no_export() -> None:
+    summary = summarize(write_fake_run(FakeRun(state="failed", steps=0)))
+    assert [verb for _, verb in run_keys(summary, RunFiles.read(summary))] == ["open"]
+    assert summary_plot(summary).empty == "The run ended before its first step."
+    queued = replace(summary, status=structs.replace(summary.status, state="queued"))
+    assert summary_plot(queued).empty == "No steps yet."
 
 
 def test_chat_and_export_of_a_running_run_name_their_checkpoint() -> None:

@@ -6,15 +6,18 @@ import math
 
 from qlora_tui.formatting import format_float
 from qlora_tui.runs.run_summary import RunSummary
+from qlora_tui.runs.status import ACTIVE
 from qlora_tui.tui.render.axis import Axis, rounded, so_far
 from qlora_tui.tui.render.plot import Curve, Mark, Plot, overall
 from qlora_tui.tui.render.series import Envelope
 
 
 def summary_plot(summary: RunSummary | None) -> Plot:
-    """Return the plot of a run; without steps it says that there are none yet."""
+    """Return the plot of a run; without steps it says whether there will be any."""
     if summary is None or not summary.losses:
-        return Plot(Axis(0, 1), Axis(0, 1), empty="No steps yet.")
+        is_over = summary is not None and summary.status.state not in {*ACTIVE, "queued", "paused"}
+        empty = "The run ended before its first step." if is_over else "No steps yet."
+        return Plot(Axis(0, 1), Axis(0, 1), empty=empty)
     broken = tuple(not math.isfinite(loss) for loss in summary.losses)
     loss = Envelope(
         tuple(map(float, summary.steps)),

@@ -54,6 +54,7 @@ class RunFiles:
     exports: tuple[Export, ...]
     checkpoints: tuple[int, ...]
     """Their steps, oldest first."""
+    has_adapter: bool
     bytes: int
     """Size of everything in the folder."""
     log: tuple[tuple[float, str], ...]
@@ -70,13 +71,19 @@ class RunFiles:
             recipe,
             tuple(read_exports(summary.run)),
             tuple(step for step, _ in summary.run.checkpoints()),
+            summary.run.adapter_dir.is_dir(),
             _size(summary.run.path),
             _log(summary),
         )
 
 
 def run_keys(summary: RunSummary, files: RunFiles | None) -> tuple[tuple[str, str], ...]:
-    """Keys of the panel, each with a verb. Of an active run, chat and export take the last checkpoint."""
+    """Keys of the panel, each with a verb. Of an active run, chat and export take the last checkpoint.
+
+    A run that ended before it saved anything has nothing to chat with, nor to export.
+    """
+    if files is not None and not (files.checkpoints or files.has_adapter):
+        return (("runs.open", "open"),)
     step = f" step {files.checkpoints[-1]:,}" if files is not None and files.checkpoints else ""
     if summary.status.state not in ACTIVE:
         step = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -58,7 +59,10 @@ def best_loss(summary: RunSummary) -> str:
     loss, mark = (summary.loss, "*") if summary.best is None else (summary.best[0], "")
     if loss is None:
         return ""
-    texts = (f"{format_float(loss, digits)}{mark}" for digits in (3, 2, 1))
+    if not math.isfinite(loss):
+        return f"{format_float(loss)}{mark}"
+    # With their zeros, so that equal losses have equal widths.
+    texts = (f"{loss:#.{digits}g}".removesuffix(".") + mark for digits in (3, 2, 1))
     return next((text for text in texts if len(text) <= _LOSS_WIDTH), f"{loss:.0e}{mark}")
 
 
