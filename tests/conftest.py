@@ -115,3 +115,12 @@ def skip_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     half the time of some tests.
     """
     monkeypatch.setattr(os, "fsync", os.fstat)  # which rejects a closed descriptor too
+
+
+@pytest.fixture(autouse=True)
+def keep_priority(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave this process its priority where a test runs a worker's code in it.
+
+    A process cannot raise its priority again: all later tests would wait for those of other processes.
+    """
+    monkeypatch.setattr(os, "nice", lambda increment: 0)
