@@ -64,7 +64,7 @@ def test_preflight_reads_the_data_and_lists_earlier_queued_runs(tmp_path: Path) 
     rows.write_text('{"prompt": "a", "completion": "b"}\n')
     recipe = Recipe(data=Data(sources=(Source(path=str(rows)),)))
     checks = checks_by_kind(recipe, active="first", waiting=("other",))
-    text = f"tickets.jsonl, {rows.stat().st_size} B, prompt-completion."
+    text = f"tickets.jsonl, {rows.stat().st_size} bytes, prompt-completion."
     assert checks[CheckKind.DATA] == Check(CheckKind.DATA, "ok", text)
     assert checks[CheckKind.QUEUE].outcome == "note"
     assert "first and 1 more" in checks[CheckKind.QUEUE].text

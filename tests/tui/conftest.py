@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import psutil
 import pytest
@@ -87,21 +88,28 @@ def short_idle_checks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def unread_frames_are_not_painted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Paint a frame when a test reads the screen: without a terminal, nothing else looks at it.
+    """Paint a frame when a test reads the screen, once: without a terminal, nothing else looks at it.
 
     Painting took a third of the processor time of these tests. Pictures are painted as in a terminal.
     """
     if "snap_compare" in request.fixturenames:
         return
     paint = Compositor.render_update
+    painted: WeakKeyDictionary[Compositor, Any] = WeakKeyDictionary()
 
     def render_update(
         self: Compositor, full: bool = False, screen_stack: Any = None, simplify: bool = False
     ) -> Any:
-        if full:
+        if simplify:
             return paint(self, full, screen_stack, simplify)
-        if not self._dirty_regions:
+        if self._dirty_regions:
+            painted.pop(self, None)
+        elif not full:
             return None
+        if full:
+            if self not in painted:
+                painted[self] = paint(self, full, screen_stack)
+            return painted[self]
         self._dirty_regions.clear()
         return LayoutUpdate([], Region())
 
