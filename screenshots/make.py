@@ -73,7 +73,7 @@ _LOOP_SIZE = (100, 30)
 CHAT = Picture("chat", _LOOP_SIZE, shows="demo", model=SMALL, prompt="What is the capital of France?")
 BEFORE_THE_RUN = (
     (Picture("models", _LOOP_SIZE, shows=SMALL, model=SMALL), 2.5),
-    (Picture("data", _LOOP_SIZE, shows="p99", model=SMALL), 3.5),
+    (Picture("data", _LOOP_SIZE, shows="99% ≤", model=SMALL), 3.5),
     (Picture("memory", _LOOP_SIZE, shows="Settings and", model=SMALL), 3.0),
     (Picture("lora", _LOOP_SIZE, shows="q_proj", model=SMALL), 2.5),
 )
