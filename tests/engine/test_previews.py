@@ -115,8 +115,10 @@ async def test_whoever_stops_listening_stops_the_reading(
 
 
 async def test_no_machine_learning_library_is_loaded(
-    engine: EngineClient, tmp_path: Path, model: str
+    engine: EngineClient, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Not a forked engine: this is about its imports.
+    monkeypatch.setenv("FORK_SERVERS", "")
     await row(engine, tickets(tmp_path / "t.jsonl"), 1, model)
     assert engine.pid is not None
     mapped = {Path(m.path).name for m in psutil.Process(engine.pid).memory_maps()}

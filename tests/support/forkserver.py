@@ -7,7 +7,8 @@ A request through the Unix socket is a line of JSON with ``module``, ``arguments
 ``folder``, and the standard streams as file descriptors. The reply is the child's process id and, once it has
 ended, its exit code. ``BEFORE_TRAINER`` in the environment is code to run first: see
 :mod:`tests.training.fault_injection`. A child other than a trainer, which outlives who started it, is killed
-when the client has ended.
+when the client has ended. Its imports, its memory and what it reads from the environment at import time are
+the server's: a test about those sets ``FORK_SERVERS`` to an empty string.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ import warnings
 from typing import Any
 
 TRAINER = "qlora_tui.training"
+_REQUEST_S = 30.0
+"""Seconds in which a client sends its request."""
 
 
 def main() -> None:
@@ -74,9 +77,16 @@ def _prepare_training() -> None:
 
 
 def _start(events: selectors.BaseSelector, client: socket.socket) -> None:
+    client.settimeout(_REQUEST_S)
     line, streams, _, _ = socket.recv_fds(client, 1 << 20, 3)
-    while not line.endswith(b"\n"):
-        line += client.recv(1 << 20)
+    while not line.endswith(b"\n") and (more := client.recv(1 << 20)):
+        line += more
+    if not line.endswith(b"\n"):
+        # It was killed before it had asked.
+        client.close()
+        for stream in streams:
+            os.close(stream)
+        return
     request = json.loads(line)
     child = os.fork()
     if child == 0:
@@ -114,6 +124,8 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
     os.chdir(request["folder"])
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
+    # The server's sockets, and those of its other clients.
+    os.closerange(3, 1 << 16)
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     warnings.filterwarnings("ignore")

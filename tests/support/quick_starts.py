@@ -60,11 +60,14 @@ class ForkServer:
 
     def __init__(self, folder: Path, imports: tuple[str, ...]) -> None:
         self.socket = folder / "forkserver"
+        # What the libraries of the Hub read when they are imported, which is here.
+        private = {"HF_HOME": str(folder / "huggingface"), "HF_HUB_OFFLINE": "1"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.forkserver", str(self.socket), *imports],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env=os.environ | private | {"HF_HUB_DISABLE_TELEMETRY": "1"},
         )
         self._ready = False
 
@@ -88,7 +91,12 @@ class ForkServer:
         """End the process that forks them."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait()
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            raise
 
 
 @pytest.fixture(scope="session")
