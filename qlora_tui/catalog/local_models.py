@@ -126,7 +126,14 @@ def training_refusal(model_id: str) -> UserError | None:
     if model_id.endswith(".gguf"):
         return None
     model = _find_model(model_id)
-    return model_not_found(model_id) if model is None else model.refusal
+    if model is None:
+        # Without suggestions, which would look through all models.
+        return ModelNotFoundError(
+            "Model not found",
+            what=f"The model {model_id!r} is not on this machine.",
+            fix="Download it on the Model screen.",
+        )
+    return model.refusal
 
 
 class ModelNotFoundError(UserError):

@@ -49,7 +49,8 @@ class Workbench:
         self._undo: list[_EditState] = []
         self._redo: list[_EditState] = []
         self._architecture: tuple[str, Architecture | UserError] | None = None
-        self._refusal: tuple[str, UserError | None] | None = None
+        self._trainable: str | None = None
+        """A model that can be trained."""
         self._compared: tuple[Recipe, Device, dict[Precision, Estimate] | UserError] | None = None
         self._traced: tuple[Recipe, Device, StepTrace] | None = None
 
@@ -134,16 +135,21 @@ class Workbench:
         return self._architecture[1]
 
     def model_refusal(self) -> UserError | None:
-        """Why the recipe's model cannot be trained, though it may have an estimate; None if it can."""
+        """Why the recipe's model cannot be trained, though it may have an estimate; None if it can.
+
+        Only that it can is cached: what is missing may be downloaded by another program.
+        """
         model = self.recipe.model.id
-        if self._refusal is None or self._refusal[0] != model:
-            self._refusal = (model, _refusal_of(model))
-        return self._refusal[1]
+        if self._trainable == model:
+            return None
+        refusal = _refusal_of(model)
+        self._trainable = model if refusal is None else None
+        return refusal
 
     def forget_architecture(self) -> None:
         """Read the model's files again when they are next needed: it may have been downloaded since."""
         self._architecture = None
-        self._refusal = None
+        self._trainable = None
         self._compared = None
 
     def comparison(self, device: Device) -> dict[Precision, Estimate] | UserError:

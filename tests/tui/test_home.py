@@ -48,6 +48,12 @@ def after(state: State, **how: Any) -> HomeState:
     return HomeState(READY, 1, verdict="fits", last_run="a", last_state=state, **how)
 
 
+def test_a_model_that_a_download_cannot_mend_is_replaced() -> None:
+    state = HomeState(READY, 1, verdict="fits", model_error="This model is already quantized")
+    assert next_step(state).text == "Select another model"
+    assert next_step(replace(state, can_download=True)).text.startswith("Get the model's weights")
+
+
 @pytest.mark.parametrize(
     ("now", "action", "instead"),
     [

@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from qlora_tui import paths
+from qlora_tui.catalog.local_models import ModelNotFoundError
+from qlora_tui.catalog.model_validation import MissingFilesError
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe, Source
 from qlora_tui.tui.draft import Draft
 from qlora_tui.tui.draft_saving import open_workbench
+from qlora_tui.tui.render.recipe_line import refusal_words
 from qlora_tui.tui.workbench import Workbench
+from tests.tui.workstation import config_folder
 
 
 def test_a_draft_comes_back_as_it_was_left() -> None:
@@ -85,3 +91,20 @@ def test_opening_a_preset_keeps_model_and_data() -> None:
     assert workbench.recipe.model.id == "acme/tiny"
     assert workbench.recipe.data.sources[0].path == "rows.jsonl"
     assert not workbench.modified
+
+
+def test_a_model_whose_weights_arrive_can_be_trained(private_home: Path) -> None:
+    folder = config_folder(private_home, "HuggingFaceTB__SmolLM2-135M", has_weights=False)
+    workbench = Workbench()
+    workbench.set("model.id", str(folder))
+    refusal = workbench.model_refusal()
+    assert isinstance(refusal, MissingFilesError)
+    config_folder(private_home, "HuggingFaceTB__SmolLM2-135M")
+    assert workbench.model_refusal() is None
+    workbench.set("model.id", "nobody/nothing")
+    assert isinstance(workbench.model_refusal(), ModelNotFoundError)
+
+
+def test_a_refusal_keeps_its_abbreviation() -> None:
+    assert refusal_words(UserError("GGUF of parts", what="")) == "✗ cannot train: GGUF of parts"
+    assert refusal_words(UserError("No weights", what="")) == "✗ cannot train: no weights"

@@ -64,7 +64,10 @@ def verdict_words(word: str, *, can_train: bool) -> tuple[str, str]:
 
 def refusal_words(refusal: UserError) -> str:
     """``✗ cannot train: this model has no weights``."""
-    return f"{CANNOT_TRAIN}: {refusal.title[:1].lower()}{refusal.title[1:]}"
+    title = refusal.title
+    # An abbreviation, such as GGUF, stays as it is.
+    reason = title if title[1:2].isupper() else f"{title[:1].lower()}{title[1:]}"
+    return f"{CANNOT_TRAIN}: {reason}"
 
 
 def cut_cells(text: str, width: int) -> str:

@@ -19,6 +19,8 @@ class HomeState:
     """Verdict of the estimate; empty without an estimate."""
     model_error: str = ""
     """Why the model cannot be trained, in a few words; empty if it can as far as is known."""
+    can_download: bool = False
+    """Whether a download would give the model what it lacks."""
     data_error: str = ""
     """Why the data cannot be trained on, in a few words; empty if it can as far as is known."""
     last_run: str = ""
@@ -121,7 +123,8 @@ def _prepare(now: HomeState) -> NextStep:
         return NextStep("go.models", "app.go('models')", "Select a model", number)
     if now.model_error:
         why = f"{now.model_error}: no run can start"
-        return NextStep("go.models", "app.go('models')", "Get the model's weights, or select another", why)
+        step = "Get the model's weights, or select another" if now.can_download else "Select another model"
+        return NextStep("go.models", "app.go('models')", step, why)
     if not now.recipe.data.sources:
         return NextStep("go.data", "app.go('data')", "Select the training data", "the recipe has no data yet")
     if now.data_error:

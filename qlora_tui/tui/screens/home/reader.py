@@ -10,7 +10,8 @@ from itertools import islice
 
 from textual.content import Content
 
-from qlora_tui.catalog.local_models import list_local_models
+from qlora_tui.catalog.local_models import ModelNotFoundError, list_local_models
+from qlora_tui.catalog.model_validation import MissingFilesError
 from qlora_tui.memory import check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.recipe.schema import Recipe
@@ -109,6 +110,7 @@ class HomeReader:
         state = HomeState(
             recipe=workbench.recipe,
             model_error=refusal.title if refusal else "",
+            can_download=isinstance(refusal, MissingFilesError | ModelNotFoundError),
             data_error=problem.title if problem else "",
             local_models=self._local_models,
             verdict="" if estimate is None else check_fit(estimate, budget.bytes).word,
