@@ -80,7 +80,7 @@ def _show(args: argparse.Namespace) -> CommandResult | int:
         if side:
             print(f"{side}:")
         _print_marked([(piece.text, piece.in_loss) for piece in pieces])
-        count = f"\n{in_loss:,} of {tokens:,} tokens are in the loss: those between "
+        count = f"\n{in_loss:,} of {tokens:,} tokens are to learn: those between "
         _print_marked([(count, False), ("these marks", True), (".", False)])
     if shown.refused:
         print(shown.refused)
@@ -125,7 +125,7 @@ def _format_losses(losses: RowLosses, count: int) -> str:
 
 
 def _print_marked(pieces: Iterable[tuple[str, bool]]) -> None:
-    """Print a line with text in the loss bold and underlined, or in brackets if stdout is not a terminal."""
+    """Print a line with text to learn bold and underlined, or in brackets if stdout is not a terminal."""
     bold, plain = ("\x1b[1;4m", "\x1b[0m") if sys.stdout.isatty() else ("⟦", "⟧")
     for text, in_loss in pieces:
         if in_loss:
@@ -220,7 +220,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_json_argument(blame_parser)
     show_parser = actions.add_parser(
-        "show", help="one row as the model sees it, with the tokens in the loss marked"
+        "show", help="one row as the model sees it, with the tokens to learn marked"
     )
     show_parser.add_argument(
         "--row", type=positive_int, default=1, metavar="N", help="number of the row (default: 1)"

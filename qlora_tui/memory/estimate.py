@@ -285,8 +285,8 @@ def _notes(
     notes = []
     if items.get("int8_inputs"):
         notes.append(
-            "int8 keeps the inputs of its linear layers despite checkpointing: a small model or a "
-            "large batch takes more than in NF4 or 16 bits."
+            "int8 keeps the inputs of its linear layers although activations are recomputed: a small model "
+            "or a large batch takes more than in NF4 or 16 bits."
         )
     if layout.experts_in_16_bits and recipe.quantization.method != "none":
         notes.append(f"The experts stay in 16 bits: {_why_in_16_bits(recipe)}.")
@@ -343,4 +343,4 @@ def why_int8_is_larger(int8: Estimate, fp16: Estimate) -> str:
     """Return why a recipe takes more in int8 than in 16 bits; empty where it does not."""
     if int8.total_bytes <= fp16.total_bytes or not int8.bytes_of("int8_inputs"):
         return ""
-    return "int8 exceeds fp16: it keeps inputs of linear layers despite checkpointing."
+    return "int8 exceeds fp16: it keeps inputs of linear layers, which are not recomputed."

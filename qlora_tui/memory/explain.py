@@ -167,7 +167,7 @@ def _activation_sentences(facts: ExplainContext) -> dict[str, str]:
             if execution.own_fused
             else f"A target's input in the adapter's dtype: {tokens} × width × {adapter} bytes."
         ),
-        "int8_inputs": f"The int8 product keeps its input despite checkpointing: {tokens} × width.",
+        "int8_inputs": f"The int8 product keeps its input, which is not recomputed: {tokens} × width.",
         "dropout": (
             f"Kept of each target's input: {tokens} × width × 1 byte."
             if execution.own_fused

@@ -45,7 +45,7 @@ class MemorySaving:
     """One change to a recipe, and its effect."""
 
     label: str
-    """Label of the change: ``Checkpoint activations``, ``Micro-batch 4 → 2, accumulation 4 → 8``."""
+    """Label of the change: ``Recompute activations``, ``Micro-batch 4 → 2, accumulation 4 → 8``."""
     cost: str
     """Cost of the change in a few words: ``about a third slower``; empty where there is none."""
     settings: dict[str, Any]
@@ -181,7 +181,7 @@ def _offers(recipe: Recipe, architecture: Architecture, device: Device) -> Itera
     if training.micro_batch_size > 1:
         yield SavingOption("same effective batch, a little slower", tuple(_smaller_batches(recipe)))
     if training.gradient_checkpointing == "off":
-        yield _single("a third slower", "Checkpoint activations", "training.gradient_checkpointing", "on")
+        yield _single("a third slower", "Recompute activations", "training.gradient_checkpointing", "on")
     if device.kind == "cuda" and training.gradient_checkpointing in ("auto", "on"):
         step = ("Keep layer inputs in host memory", {"training.gradient_checkpointing": "offload"})
         yield SavingOption("", (step,), partial(_copying_cost, architecture=architecture, device=device))

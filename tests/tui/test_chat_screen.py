@@ -378,7 +378,7 @@ async def test_base_and_adapter_answer_side_by_side(
         answers = screen.turns[0].answers
         assert list(answers) == [BASE, ADAPTER]
         assert all(a.outcome is not None and a.outcome.new_tokens for a in answers.values())
-        await wait_for_text(pilot, "tok", "/s after", "saved in", "Which answer is better? Esc, then [<]")
+        await wait_for_text(pilot, "tok", ", wait", "saved in", "Which answer is better? Esc, then [<]")
         assert screen.run_dir is not None
         saved = transcript_path(screen.run_dir).read_text()
         assert saved.count("> what is red") == 1

@@ -173,7 +173,7 @@ def answer_title(adapter_name: str, words: str) -> Content:
 
 
 def outcome_words(outcome: GenerationResult) -> str:
-    """``34 tok, 12/s after 0.4 s``: tokens, their number in a second, time before the first."""
+    """``34 tok, 12/s, wait 0.4 s``: tokens, their number in a second, time before the first."""
     per_s = outcome.tokens_per_s
     speed = f", {per_s:.0f}/s" if per_s >= 10 else f", {per_s:.1f}/s" if per_s else ""
     first = (
@@ -181,7 +181,7 @@ def outcome_words(outcome: GenerationResult) -> str:
         if outcome.first_token_s < 10
         else format_duration(outcome.first_token_s)
     )
-    return f"{outcome.new_tokens} tok{speed} after {first}" if outcome.new_tokens else "nothing"
+    return f"{outcome.new_tokens} tok{speed}, wait {first}" if outcome.new_tokens else "nothing"
 
 
 class ChatTurn(Vertical):

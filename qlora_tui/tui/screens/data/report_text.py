@@ -95,7 +95,7 @@ def _rules(data: Data, formats: set[str]) -> str:
 def lengths_line(report: Report, data: Data, width: int) -> Content:
     """The lines above the histogram: percentiles, and samples that are too long."""
     lengths = report.lengths
-    points = f"half ≤{lengths.p50:,}  90% ≤{lengths.p90:,}  99% ≤{lengths.p99:,}"
+    points = f"median {lengths.p50:,}  90% ≤{lengths.p90:,}  99% ≤{lengths.p99:,}"
     most = f"  all ≤{lengths.longest:,}"
     unit = "tokens" if lengths.unit == "tokens" else "chars"
     # The longest is also at the end of the axis.

@@ -39,7 +39,8 @@ _LEGEND = Content.assemble(
     " ",
     (" control ", f"not bold {_CONTROL} $foreground"),
 )
-_WIDE_LEGEND = _LEGEND + Content.styled(" control to learn ", _LEARNED_CONTROL)
+_WIDE_LEGEND = _LEGEND + Content.styled(" to learn ", _LEARNED_CONTROL)
+"""A control token to learn stands beside one that is only read."""
 
 
 def sample(

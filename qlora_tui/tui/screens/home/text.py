@@ -49,6 +49,8 @@ _CURVE_WIDTH, _SHORT_CURVE_WIDTH = 24, 12
 _MAX_NAME_WIDTH = 44
 """Cells of a name or a model in the list of runs."""
 _STATE_WIDTH = 13
+_LEAST_WITH_ASSUMED = 50
+"""Cells of a line that has room to say that the size of the GPU is assumed."""
 _LABEL = 8
 """Cells of the name before a bar."""
 _MIN_BAR = 6
@@ -308,6 +310,8 @@ def _memory_line(
     word, style = verdict_words(check_fit(estimate, budget.bytes).word, can_train=refusal is None)
     share = estimate.total_bytes / budget.bytes
     figures = f"{format_gib(estimate.total_bytes)} of {format_gib(budget.bytes)} GiB"
+    if budget.is_assumed and width >= _LEAST_WITH_ASSUMED:
+        figures += " (assumed)"
     head = f"{label:<{_LABEL}}" if label else ""
     cells = min(_CURVE_WIDTH, width - len(head) - len(figures) - len(word) - 4)
     drawn = f"{bar(share, cells)} " if cells >= _MIN_BAR else ""

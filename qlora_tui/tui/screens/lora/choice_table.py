@@ -18,7 +18,7 @@ from qlora_tui.memory.verdict import check_fit
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.render.block_charts import bar
-from qlora_tui.tui.render.recipe_line import VERDICT_STYLE
+from qlora_tui.tui.render.recipe_line import verdict_words
 from qlora_tui.tui.screens.lora.totals import saved_bytes, trained_parameters
 from qlora_tui.tui.widgets.panel import Panel
 from qlora_tui.tui.widgets.static_update import update_if_changed
@@ -58,12 +58,13 @@ class ChoicesPanel(Panel):
     def __init__(self) -> None:
         self._table = Static(id="choices")
         self._costs: tuple[ChoiceCost, ...] = ()
+        self._can_train = True
         keys = (("lora.rank_up", "rank ×2"), ("lora.rank_down", "rank ÷2"))
         super().__init__("What other choices would cost", self._table, keys=keys, id="choices-panel")
 
-    def show(self, costs: tuple[ChoiceCost, ...]) -> None:
-        """Show these; nothing until they are known."""
-        self._costs = costs
+    def show(self, costs: tuple[ChoiceCost, ...], *, can_train: bool) -> None:
+        """Show these; nothing until they are known. ``can_train``: whether the model can be trained."""
+        self._costs, self._can_train = costs, can_train
         self._redraw()
 
     def on_resize(self) -> None:
@@ -71,7 +72,7 @@ class ChoicesPanel(Panel):
         self.call_after_refresh(self._redraw)
 
     def _redraw(self) -> None:
-        lines = choice_lines(self._costs, self._table.content_size.width)
+        lines = choice_lines(self._costs, self._table.content_size.width, can_train=self._can_train)
         update_if_changed(self._table, Content("\n").join(lines))
 
 
@@ -101,7 +102,7 @@ def _choices(
             yield "targets", name, replace_setting(recipe, "lora.target_modules", targets)
 
 
-def choice_lines(costs: tuple[ChoiceCost, ...], width: int) -> list[Content]:
+def choice_lines(costs: tuple[ChoiceCost, ...], width: int, *, can_train: bool = True) -> list[Content]:
     """``▸ rank 16   40M   154 MiB  ███░░░░  6.3 GiB fits``: a line for each, the recipe's own marked.
 
     Ranks stand under the head of the columns, targets under one that says they are for the recipe's rank.
@@ -124,7 +125,7 @@ def choice_lines(costs: tuple[ChoiceCost, ...], width: int) -> list[Content]:
                 (f" {cost.name:<{_NAME}} {format_count(cost.trained):>9} {disk:>9}  ", style),
                 (share, "$secondary"),
                 (f"{format_gib(cost.total_bytes):>5} GiB ", style),
-                (cost.word, VERDICT_STYLE[cost.word]),
+                verdict_words(cost.word, can_train=can_train),
             )
         )
     return lines

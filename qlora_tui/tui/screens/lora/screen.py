@@ -226,7 +226,8 @@ class LoraScreen(WorkScreen):
         self._show_controls_and_totals(recipe)
         if self.query_one(ChoicesPanel).display:
             costs = await asyncio.to_thread(choice_costs, recipe, architecture, budget)
-            self.query_one(ChoicesPanel).show(costs)
+            can_train = self.qlora_app.workbench.model_refusal() is None
+            self.query_one(ChoicesPanel).show(costs, can_train=can_train)
 
     def _deltas_for(self, recipe: Recipe) -> MemoryDeltas | None:
         return self._deltas[1] if self._deltas is not None and self._deltas[0] == recipe else None

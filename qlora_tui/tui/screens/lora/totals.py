@@ -77,7 +77,7 @@ def saved_bytes(recipe: Recipe, architecture: Architecture) -> int:
 
 
 def totals_text(recipe: Recipe, architecture: Architecture, estimate: Estimate) -> Content:
-    """``40M of 7.62B parameters (0.53 %) · 154 MiB on disk · 464 MiB in memory``.
+    """``40M of 7.62B parameters (0.53 %) · 154 MiB on disk · 464 MiB in memory with gradients…``.
 
     In memory is what the Memory screen lists under Adapter: its share of the peak.
     """
@@ -89,7 +89,7 @@ def totals_text(recipe: Recipe, architecture: Architecture, estimate: Estimate) 
         (format_bytes(saved_bytes(recipe, architecture)), "bold"),
         " on disk · ",
         (format_bytes(estimate.adapter_bytes), "bold"),
-        " in memory",
+        " in memory with gradients and optimizer",
     )
 
 

@@ -62,11 +62,11 @@ def local_facts(model: LocalModel, *, is_current: bool) -> list[Content]:
             lines.append(_step("Enter", "Select it for estimates only", mark=" "))
     elif not is_current:
         lines.append(_step("Enter", "Select this model"))
+    lines.append(_fact("license", read_license(model.path) or _no_license(model)))
     if model.architecture:
         lines += _architecture_lines(model.architecture)
     return [
         *lines,
-        _fact("license", read_license(model.path) or _no_license(model)),
         _fact("on disk", f"{format_bytes(model.size_bytes)} in the {_PLACES[model.source]}"),
         Content.styled(format_path(model.path), "dim"),
     ]
@@ -81,6 +81,7 @@ def hub_facts(model: HubModel, known: HubFacts | None, speed: float | None) -> l
         lines = [_step("Enter", "Load its details from the Hub")]
     else:
         lines = [_to_fetch(known, speed), _step("Enter", "Select it for estimates, not downloaded", mark=" ")]
+    lines.append(_fact("license", model.license or "NA"))
     if known and known.architecture:
         lines += _architecture_lines(known.architecture)
     else:
@@ -90,7 +91,6 @@ def hub_facts(model: HubModel, known: HubFacts | None, speed: float | None) -> l
         ]
     return [
         *lines,
-        _fact("license", model.license or "NA"),
         _fact("access", "gated: accept its license and log in" if model.gated else "no token needed"),
         _fact("downloads", f"{model.downloads:,} last month"),
         _fact("changed", model.modified or "NA"),
@@ -102,8 +102,8 @@ def starter_facts(model: Starter) -> list[Content]:
     return [
         _step(key_name("models.download"), f"Download about {format_bytes(model.download_bytes)}"),
         _step("Enter", "Find it on the Hub", mark=" "),
-        *_architecture_lines(model.architecture),
         _fact("license", model.license),
+        *_architecture_lines(model.architecture),
         _fact("access", "no token needed"),
     ]
 

@@ -15,7 +15,7 @@ from qlora_tui.memory.estimate import Precision, precision_of, why_int8_is_large
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
 from qlora_tui.tui.render.block_charts import bar
-from qlora_tui.tui.render.recipe_line import PRECISION_NAMES, VERDICT_SIGN, VERDICT_STYLE
+from qlora_tui.tui.render.recipe_line import PRECISION_NAMES, VERDICT_SIGN, verdict_words
 
 _LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 _LENGTH_CELLS, _FIGURE_CELLS = 9, 12
@@ -81,8 +81,11 @@ def _estimate(model: Architecture, recipe: Recipe, precision: Precision, device:
     return estimate(with_precision(recipe, precision), model, device=device)
 
 
-def fit_lines(fit: ModelFit, width: int) -> list[Content]:
-    """A line a length, with a bar of the first precision where there is room; signs are explained below."""
+def fit_lines(fit: ModelFit, width: int, *, can_train: bool = True) -> list[Content]:
+    """A line a length, with a bar of the first precision where there is room; signs are explained below.
+
+    ``can_train``: whether the model can be trained; otherwise it *would* fit.
+    """
     columns = _LENGTH_CELLS + len(fit.precisions) * (_FIGURE_CELLS + 1)
     cells = width - columns - 1
     names = "".join(f"{PRECISION_NAMES[each]:>{_FIGURE_CELLS - 2}}   " for each in fit.precisions)
@@ -98,9 +101,12 @@ def fit_lines(fit: ModelFit, width: int) -> list[Content]:
             parts.append((f" {bar(row.needs[0][0] / fit.budget.bytes, cells)}", "$secondary"))
         for bytes_, word in row.needs:
             parts.append((f"{format_bytes(bytes_):>{_FIGURE_CELLS - 2}} ", weight))
-            parts.append((f"{VERDICT_SIGN[word]} ", VERDICT_STYLE[word]))
+            parts.append((f"{VERDICT_SIGN[word]} ", verdict_words(word, can_train=can_train)[1]))
         lines.append(Content.assemble(*parts).rstrip())
     words = dict.fromkeys(word for row in fit.rows for _, word in row.needs)
-    legend = [part for word in words for part in ((VERDICT_SIGN[word], VERDICT_STYLE[word]), f" {word}   ")]
-    lines.append(Content.assemble(*legend).rstrip())
+    legend = Content("")
+    for word in words:
+        said, style = verdict_words(word, can_train=can_train)
+        legend += Content.assemble((VERDICT_SIGN[word], style), f" {said}   ")
+    lines.append(legend.rstrip())
     return [*lines, *(Content.styled(note, "dim") for note in fit.notes)]

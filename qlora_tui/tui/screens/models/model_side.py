@@ -29,6 +29,7 @@ class ModelSide(Vertical):
     def __init__(self) -> None:
         super().__init__(id="model-side")
         self._fit: ModelFit | None = None
+        self._can_train = True
 
     def compose(self) -> Iterable[Widget]:
         with Panel("Model", id="model-panel"), VerticalScroll(id="model-scroll", can_focus=False):
@@ -55,9 +56,11 @@ class ModelSide(Vertical):
         update_if_changed(self.query_one("#storage", Static), Content("\n").join(lines))
 
     @work(exclusive=True, group="fit")
-    async def estimate(self, model: Architecture | None, recipe: Recipe, budget: MemoryBudget) -> None:
+    async def estimate(
+        self, model: Architecture | None, recipe: Recipe, budget: MemoryBudget, *, can_train: bool
+    ) -> None:
         """Estimate and show the memory of a model; without one the panel is hidden."""
-        self._fit = None
+        self._fit, self._can_train = None, can_train
         if model is not None:
             self._fit = await asyncio.to_thread(model_fit, model, recipe, budget)
         self.query_one("#fit-panel").display = self._fit is not None
@@ -70,5 +73,5 @@ class ModelSide(Vertical):
             budget = self._fit.budget
             assumed = " (assumed)" if budget.is_assumed else ""
             panel.show_title(f"Memory needed, of {format_gib(budget.bytes)} GiB{assumed}")
-            lines = fit_lines(self._fit, width)
+            lines = fit_lines(self._fit, width, can_train=self._can_train)
             update_if_changed(self.query_one("#fit", Static), Content("\n").join(lines))

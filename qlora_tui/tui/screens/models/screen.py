@@ -292,7 +292,12 @@ class ModelsScreen(DownloadActions):
         known = self._models.hub_facts.get(hub.id) if hub is not None else None
         shown = local or starter or known
         architecture = None if shown is None else shown.architecture
-        side.estimate(architecture, self.qlora_app.workbench.recipe, self.qlora_app.memory_budget)
+        side.estimate(
+            architecture,
+            self.qlora_app.workbench.recipe,
+            self.qlora_app.memory_budget,
+            can_train=local is None or local.refusal is None,
+        )
 
     @work(exclusive=True, group="needs")
     async def _estimate_needs(self) -> None:

@@ -139,7 +139,10 @@ def result_lines(summary: RunSummary, now: float, width: int, answers: str = "")
     # The status of an active run is as old as its last heartbeat.
     is_active = status.state in ACTIVE
     if at := summary.started_at if is_active else status.at:
-        rows.append(("started" if is_active else "ended", format_ago(at, now).removeprefix("at ")))
+        since = (
+            "started" if is_active else {"queued": "queued", "paused": "paused"}.get(status.state, "ended")
+        )
+        rows.append((since, format_ago(at, now).removeprefix("at ")))
     if summary.total_steps:
         rows.append(("steps", f"{summary.step:,} of {summary.total_steps:,}"))
     if summary.best is not None:

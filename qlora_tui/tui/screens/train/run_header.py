@@ -163,14 +163,15 @@ def _active_facts(snapshot: RunSnapshot, now: float) -> list[str]:
 
 
 def _time_so_far(snapshot: RunSnapshot, since_start: float) -> str:
-    """``trained 13 min of 21 min``: the time of all steps, of that since the start."""
+    """``running 21 min, 13 min in steps``: the time since the start, and that of all steps."""
     trained = snapshot.seconds_trained
     if not trained:
-        return f"running for {format_duration(since_start)}"
+        return f"running {format_duration(since_start)}"
     # Earlier attempts have a part in the steps but not in the time since the last start; a clock may be set.
     is_comparable = snapshot.view.attempt == 1 and trained <= since_start
-    of = f" of {format_duration(since_start)}" if is_comparable else ""
-    return f"trained {format_duration(trained)}{of}"
+    if not is_comparable:
+        return f"{format_duration(trained)} in steps"
+    return f"running {format_duration(since_start)}, {format_duration(trained)} in steps"
 
 
 def step_progress(snapshot: RunSnapshot) -> str:

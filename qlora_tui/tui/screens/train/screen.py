@@ -57,8 +57,8 @@ class TrainScreen(TrainActions):
         "× steps where the loss was not a number. exact is the share of short answers that are right to the "
         "last token, beside that of the base model. Below, on the same steps: learning rate, gradient norm "
         "and tokens per second, each from zero to its highest value; the number beside it is the latest. "
-        "▲ under the memory bar is the estimate. trained is the time of all steps, of that since the start: "
-        "evaluations and checkpoints take the rest. The run continues when you leave the app.\n"
+        "▲ under the memory bar is the estimate. The time in steps is that of all steps; evaluations and "
+        "checkpoints take the rest of the time since the start. The run continues when you leave the app.\n"
         "An attempt is one process of the run: a resume, or a retry after memory ran out, starts another. "
         "Requests to a run have upper-case keys: the lower-case letters of vi scroll the log."
     )
