@@ -3,6 +3,8 @@
 PYTHON ?= python3
 # More than the cores of the smallest CI machine: a third of the tests' time is spent waiting for other processes.
 WORKERS ?= 3
+# Set in many containers. Each of a thousand child processes of the tests would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
