@@ -32,6 +32,7 @@ PLAIN = Content.styled("The row as it is in the file:\n\n", "dim")
 NO_MODEL = "Select a model with {go.models} to see tokens, the chat template and what is to learn.\n\n"
 SIGNS = {"error": ("✗", "$error"), "warning": ("⚠", "$warning")}
 _CONTROL, _LEARNED_CONTROL = "reverse", "reverse bold underline $accent"
+_LEARNED_BREAK = "bold underline $accent"
 _LEGEND = Content.assemble(
     ("to learn", "bold underline $foreground"),
     " ",
@@ -120,19 +121,21 @@ def _row_problems(shown: Shown, problems: Sequence[DataProblem]) -> list[tuple[s
     return [*shown.findings, *others]
 
 
-def styled(piece: Piece) -> tuple[str, str]:
+def styled(piece: Piece) -> Content:
     text = piece.text
     if piece.special:
-        return text, _LEARNED_CONTROL if piece.in_loss else _CONTROL
+        return Content.styled(text, _LEARNED_CONTROL if piece.in_loss else _CONTROL)
     if not piece.in_loss:
-        return text, "dim"
+        return Content.styled(text, "dim")
     # Line breaks in the loss are invisible; only those at the edges are marked, to keep the text readable.
     inner = text.strip("\n")
     if not inner:
-        return "↵\n" * len(text), "bold underline"
+        return Content.styled("↵\n" * len(text), _LEARNED_BREAK)
     before = len(text) - len(text.lstrip("\n"))
     after = len(text) - len(text.rstrip("\n"))
-    return "↵\n" * before + inner + "↵\n" * after, "bold underline"
+    return Content.assemble(
+        ("↵\n" * before, _LEARNED_BREAK), (inner, "bold underline"), ("↵\n" * after, _LEARNED_BREAK)
+    )
 
 
 def _cut_mark(shown: Shown, data: Data) -> tuple[str, str]:

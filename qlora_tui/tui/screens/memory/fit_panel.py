@@ -132,9 +132,9 @@ def _kept_layers_text(plan: KeptLayersPlan, least_bytes: int) -> Content:
         )
     total, faster = format_gib(plan.estimate.total_bytes), format_percent(plan.speedup - 1)
     return Content.assemble(
-        f"At least {format_gib(least_bytes)} GiB. Where {total} are free, the run takes ",
+        f"The run needs {format_gib(least_bytes)} GiB, and uses free memory, up to ",
         (f"{total} GiB", "bold"),
-        f" and is about {faster} faster: {plan.kept_layers} of {plan.total_layers} layers keep their "
+        f", to be about {faster} faster: {plan.kept_layers} of {plan.total_layers} layers keep their "
         "activations instead of recomputing them.",
     )
 
