@@ -110,3 +110,10 @@ def worker_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServ
 def quick_workers(worker_server: ForkServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines and workers of llama.cpp start at once."""
     worker_server.serve(WORKER_MODULES, monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def quick_workers_if_slow(request: pytest.FixtureRequest) -> None:
+    """The same for slow tests of the folders whose ``conftest`` imports this."""
+    if request.node.get_closest_marker("slow") is not None:
+        request.getfixturevalue("quick_workers")

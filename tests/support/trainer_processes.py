@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,34 +10,26 @@ import pytest
 
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.retry import RetryPlan
+from tests.support.quick_start.fork_request import ForkRequest
 from tests.support.quick_starts import TRAINING_IMPORTS, TRAINING_MODULES, ForkServer
 
 
 class Trainer:
     """One trainer process."""
 
-    def __init__(self, forkserver: Path, run: RunDir, arguments: list[str]) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(str(forkserver))
-        request = {
-            "module": "qlora_tui.training",
-            "arguments": [str(run.path), *arguments],
-            "environment": dict(os.environ),
-            "folder": str(Path.cwd()),
-        }
+    def __init__(self, server: Path, run: RunDir, arguments: list[str]) -> None:
         with Path(os.devnull).open("rb") as nothing, run.log_path.open("ab") as log:
             streams = [nothing.fileno(), log.fileno(), log.fileno()]
-            socket.send_fds(self._socket, [json.dumps(request).encode() + b"\n"], streams)
-        self._answers = self._socket.makefile()
-        self.pid = int(self._answers.readline())
+            self._request = ForkRequest(
+                str(server), "qlora_tui.training", [str(run.path), *arguments], streams
+            )
+        self.pid = self._request.pid
         self._code: int | None = None
 
     def wait(self) -> int:
         """Until it has ended; the exit code as ``subprocess`` gives it."""
         if self._code is None:
-            self._code = int(self._answers.readline())
-            self._answers.close()
-            self._socket.close()
+            self._code = self._request.wait()
         return self._code
 
 

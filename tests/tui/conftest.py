@@ -31,8 +31,11 @@ from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.first_steps import hide_guide
 from qlora_tui.tui.screens import answer_measuring
 from qlora_tui.tui.screens.train import screen as train
+from tests.support.quick_starts import quick_workers_if_slow
 from tests.tui.fake_runs import BEGAN, GIB, TICKETS, FakeRun, write_fake_run
 from tests.tui.sample_data import readable_model
+
+__all__ = ["quick_workers_if_slow"]
 
 FOLDER = Path(__file__).parent
 NOW = BEGAN + 3600.0
@@ -54,13 +57,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def make_app() -> Callable[[], QloraApp]:
     """The app as it starts, on whatever the private home holds by then."""
     return QloraApp
-
-
-@pytest.fixture(autouse=True)
-def engines_start_at_once(request: pytest.FixtureRequest) -> None:
-    """Engines that a screen starts have their imports behind them."""
-    if request.node.get_closest_marker("slow") is not None:
-        request.getfixturevalue("quick_workers")
 
 
 @pytest.fixture(autouse=True)

@@ -24,24 +24,14 @@ _servers = os.environ.get("FORK_SERVERS", "")
 if f'"{_module}"' in _servers:
     import json
     import signal
-    import socket
+
+    from fork_request import ForkRequest  # type: ignore[import-not-found]  # beside this file, on the path
 
     if _module.endswith(("llama_worker", "hub_upload")):
         from qlora_tui.subprocesses import end_with_parent
 
         end_with_parent()
-    client = socket.socket(socket.AF_UNIX)
-    client.connect(json.loads(_servers)[_module])
-    request = {
-        "module": _module,
-        "arguments": _arguments,
-        "environment": dict(os.environ),
-        "folder": os.getcwd(),  # noqa: PTH109 (its imports take longer than all of this)
-    }
-    socket.send_fds(client, [json.dumps(request).encode() + b"\n"], [0, 1, 2])
-    answers = client.makefile()
-    answers.readline()
-    code = int(answers.readline())
+    code = ForkRequest(json.loads(_servers)[_module], _module, _arguments, [0, 1, 2]).wait()
     if code < 0:
         if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)
