@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 
-from qlora_tui.formatting import format_duration
+from qlora_tui.formatting import format_duration, format_float
 from qlora_tui.runs.defects import ResultDefect
+from qlora_tui.runs.run_summary import RunSummary
 from qlora_tui.runs.status import State
 
 SIGNS: dict[State, tuple[str, str]] = {
@@ -29,6 +30,20 @@ def result_label(state: State, defect: ResultDefect | None) -> tuple[str, str, s
         return "!", defect.word, "$error"
     sign, style = SIGNS[state]
     return sign, state, style
+
+
+def best_words(summary: RunSummary) -> str:
+    """``★ best validation 2.78 at 60``: the loss and its step; empty where none was measured."""
+    if summary.best is None:
+        return ""
+    loss, step = summary.best
+    name = "best" if summary.loss_to_beat is None else "lowest"
+    return f"★ {name} validation {format_float(loss, 3)} at {step:,}"
+
+
+def no_steps_words(*, is_over: bool) -> str:
+    """What stands in place of a graph of no steps. ``is_over``: whether the run has ended."""
+    return "The run ended before its first step." if is_over else "No steps yet."
 
 
 def format_ago(at: float, now: float) -> str:

@@ -40,7 +40,7 @@ from qlora_tui.tui.render.recipe_line import (
     targets_words,
     verdict_words,
 )
-from qlora_tui.tui.render.run_labels import format_ago, result_label
+from qlora_tui.tui.render.run_labels import best_words, format_ago, result_label
 from qlora_tui.tui.screens.home.next_step import NextStep
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.workbench import Workbench
@@ -152,7 +152,7 @@ def run_lines(
         steps = f"step {summary.step:,} of {summary.total_steps:,}" if summary.total_steps else "preparing"
         left = "" if summary.seconds_left is None else f"   ETA {format_duration(summary.seconds_left)}"
         # A graph names its star itself.
-        best = "" if has_graph or summary.best is None else f"   {_best_words(summary)}"
+        best = "" if has_graph or summary.best is None else f"   {best_words(summary)}"
         line = f"{bar(share, cells)} {steps}{loss}"
         if len(line + best + left) > width:
             best = best.replace(" best validation", "").replace(" lowest validation", "")
@@ -183,7 +183,7 @@ def _outcome(summary: RunSummary, *, has_graph: bool) -> str:
     facts = []
     if summary.best is not None:
         # A graph names its star itself.
-        facts += [] if has_graph else [_best_words(summary)]
+        facts += [] if has_graph else [best_words(summary)]
         if summary.loss_to_beat is not None:
             facts.append(f"worse than before training ({format_float(summary.loss_to_beat, 3)})")
     elif summary.loss is not None:
@@ -193,15 +193,6 @@ def _outcome(summary: RunSummary, *, has_graph: bool) -> str:
     if summary.seconds is not None:
         facts.append(format_duration(summary.seconds))
     return "   ".join(facts)
-
-
-def _best_words(summary: RunSummary) -> str:
-    """``★ best validation 2.78 at 60``: the loss and its step."""
-    if summary.best is None:
-        return ""
-    loss, step = summary.best
-    name = "best" if summary.loss_to_beat is None else "lowest"
-    return f"★ {name} validation {format_float(loss, 3)} at {step:,}"
 
 
 def recent_lines(summaries: list[RunSummary], now: float, width: int) -> list[Content]:
