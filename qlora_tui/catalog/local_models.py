@@ -128,16 +128,16 @@ def training_refusal(model_id: str) -> UserError | None:
     model = _find_model(model_id)
     if model is None:
         # Without suggestions, which would look through all models.
-        return ModelNotFoundError(
-            "Model not found",
-            what=f"The model {model_id!r} is not on this machine.",
-            fix="Download it on the Model screen.",
-        )
+        return ModelNotFoundError(model_id, fix="Download it on the Model screen.")
     return model.refusal
 
 
 class ModelNotFoundError(UserError):
     """No model on this machine has the name."""
+
+    def __init__(self, model_id: str, *, why: str = "", fix: str) -> None:
+        what = f"The model {model_id!r} is not on this machine."
+        super().__init__("Model not found", what=what, why=why, fix=fix, exit_code=EXIT_USAGE)
 
 
 def model_not_found(model_id: str) -> ModelNotFoundError:
@@ -159,13 +159,11 @@ def model_not_found(model_id: str) -> ModelNotFoundError:
         else f"Download it on the Model screen, or with: qlora-tui download {model_id}"
     )
     return ModelNotFoundError(
-        "Model not found",
-        what=f"The model {model_id!r} is not on this machine.",
+        model_id,
         why="There is no such file or folder."
         if looks_like_path
         else f"Looked in {hub_cache_dir()} and {converted_dir()}.",
         fix=hint + advice,
-        exit_code=EXIT_USAGE,
     )
 
 
