@@ -1,7 +1,7 @@
 """Draws the pictures of README and docs: ``make screenshots``.
 
 The runs are real ones of ``qlora-tui demo`` (``bench/support/recordings``), as their trainer wrote them, with
-empty files in place of the weights. They are copied into a home of its own and shown by the app itself;
+empty files in place of the weights. They are copied into a separate home folder and shown by the app itself;
 nothing is drawn by hand. The data shown are the demo's, through the demo's tokenizer, so the demo's model
 must have been fetched. The chat needs a trained adapter: that of the newest demo on this machine (``make
 demo`` trains one).

@@ -112,9 +112,9 @@ def measure(python: str, way: str, job: TrainingJob, scratch: Path) -> Measureme
                 last = line
                 first = first or line
                 result.losses.append(line["loss"])
-                # A short run may have ended before this line is read.
-                with suppress(psutil.NoSuchProcess):
-                    if process is not None:
+                if process is not None:
+                    # A short run may have ended before this line is read.
+                    with suppress(psutil.NoSuchProcess):
                         used = process.cpu_times()
                         cpu_s.append((line["tokens"], used.user + used.system))
                 if "grad_norm" in line:

@@ -34,7 +34,7 @@ PRECISIONS: tuple[Precision, ...] = ("nf4", "int8", "fp16")
 """Precisions that the Memory screen compares; fp16 means 16 bits of either kind."""
 
 
-CACHED = 512
+_CACHED = 512
 """Estimates in the cache, of some kilobytes each; a solver asks for about a hundred."""
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -154,7 +154,7 @@ class _RecipeKey:
     encoded: bytes
 
 
-@lru_cache(CACHED)
+@lru_cache(_CACHED)
 def cached_estimate(
     key: _RecipeKey,
     architecture: Architecture,

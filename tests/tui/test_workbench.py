@@ -101,7 +101,7 @@ def test_a_model_whose_weights_arrive_can_be_trained(private_home: Path) -> None
     assert isinstance(refusal, MissingFilesError)
     config_folder(private_home, "HuggingFaceTB__SmolLM2-135M")
     assert workbench.model_refusal() is None
-    workbench.set("model.id", "nobody/nothing")
+    workbench.set("model.id", "org/missing")
     assert isinstance(workbench.model_refusal(), ModelNotFoundError)
 
 
