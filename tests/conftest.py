@@ -22,7 +22,7 @@ from tests.support.trainer_processes import quick_trainers, trainers
 __all__ = ["quick_trainers", "quick_workers", "trainers", "worker_server"]
 
 _HOME_NUMBERS = itertools.count()
-_ALL_SLOW = re.compile(r"^pytestmark = \[?\s*pytest\.mark\.slow\b", re.MULTILINE)
+ALL_SLOW = re.compile(r"^pytestmark = \[?\s*pytest\.mark\.slow\b", re.MULTILINE)
 
 # Tests run in parallel: OpenMP threads that spin while waiting would take cores from other tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -42,7 +42,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """Leave modules of which all tests are slow out of fast runs: importing them takes seconds."""
     if config.option.markexpr != "not slow" or collection_path.suffix != ".py":
         return None
-    return True if _ALL_SLOW.search(collection_path.read_text()) else None
+    return True if ALL_SLOW.search(collection_path.read_text()) else None
 
 
 # Before pytest-xdist reads the groups.

@@ -18,6 +18,8 @@ from qlora_tui.runs.directory import create_run
 from tests.export.export_sources import make_source
 from tests.export.gguf_files import hide_llama_cpp
 
+pytestmark = pytest.mark.slow
+
 CREATES = """\
 #!/bin/sh
 [ "$1 $2 $3 $4" = "create tickets:8b -f Modelfile" ] || exit 9
@@ -62,7 +64,6 @@ def without_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     hide_llama_cpp(monkeypatch)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("without_proof")
 def test_the_context_is_at_most_that_of_the_file(
     tmp_path: Path, install_ollama: Callable[[str], None]

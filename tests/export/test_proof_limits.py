@@ -23,6 +23,8 @@ from qlora_tui.export.reference import Reference, compared_rows
 from tests.export.published_tokenizers import write_tokenizer
 from tests.training.tiny_model import CHAT_TEMPLATE
 
+pytestmark = pytest.mark.slow
+
 
 def reference_of(effect: float) -> Reference:
     """A reference without rows."""

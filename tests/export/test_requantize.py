@@ -13,6 +13,8 @@ from qlora_tui.export.requantize import requantizer
 from qlora_tui.recipe.schema import Quantization
 from qlora_tui.tui.screens.runs import export_choices
 
+pytestmark = pytest.mark.slow
+
 GEMMA = parse_architecture(
     {
         "model_type": "gemma3",

@@ -24,6 +24,8 @@ from qlora_tui.runs.exports import COMPARED_TOKENS
 from tests.export.export_sources import make_source
 from tests.export.gguf_files import logits_at_all, write_base
 
+pytestmark = pytest.mark.slow
+
 
 class Model(nn.Module):
     """An output layer in a model."""
@@ -66,7 +68,6 @@ def test_answers_are_computed_again_from_files(
     assert kl_divergence(expected[7:], actual).max() < 1e-3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [{}, {"target_modules": ["q_proj", "lm_head"]}])
 def test_every_trained_position_of_every_row_is_stored(tmp_path: Path, adapter: dict[str, Any]) -> None:
     source = make_source(tmp_path, rows=8, adapter=adapter)
@@ -89,7 +90,6 @@ def test_every_trained_position_of_every_row_is_stored(tmp_path: Path, adapter: 
     assert not any(file.exists() for file in files)
 
 
-@pytest.mark.slow
 def test_a_model_that_computes_logits_otherwise_is_not_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,7 +110,6 @@ def test_a_model_that_computes_logits_otherwise_is_not_compared(
         pass
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("at_once", [1, 7, 64])
 def test_llama_cpp_computes_a_row_in_parts(tmp_path: Path, at_once: int) -> None:
     pytest.importorskip("llama_cpp_py_sync")

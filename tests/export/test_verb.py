@@ -20,8 +20,9 @@ from qlora_tui.export.unfinished_files import require_space
 from qlora_tui.runs.directory import create_run
 from qlora_tui.runs.exports import ExportRequest
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_merging_a_run_twice_is_a_usage_error(
     tiny_source: ChatSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,6 +23,8 @@ from qlora_tui.training.distributed import DistributedContext
 from qlora_tui.training.failure import failure_event
 from tests.support.power import FaultyDisk
 
+pytestmark = pytest.mark.slow
+
 ADAPTER = {"lora_A": torch.ones(64, 8)}
 OPTIMIZER = {"state": {n: torch.full((64, 8), float(n)) for n in range(4)}}
 STATE = CheckpointState(step=1, tokens=1, data_hash="d", padding_free=True, recipe="")

@@ -10,6 +10,8 @@ from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.memory_meter import MemoryMeter
 from tests.memory.models import tinyllama
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("grows", [True, False])
 def test_the_meter_follows_the_allocators_settings(monkeypatch: pytest.MonkeyPatch, grows: bool) -> None:

@@ -13,6 +13,8 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.trainer import training_arguments
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_model_is_not_wrapped_though_two_gpus_are_visible(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

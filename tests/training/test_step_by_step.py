@@ -19,6 +19,8 @@ from tests.support.trainer_processes import Trainers
 from tests.training.event_helpers import events, events_of
 from tests.training.tiny_model import make_tiny_gemma
 
+pytestmark = pytest.mark.slow
+
 STEPS = 4
 ROUNDING = {"llama": 2e-3, "gemma3": 1e-2}
 """Largest difference in fp32, of a loss or, as a share, of a gradient norm. Norm weights as large as those of
@@ -84,7 +86,6 @@ def differences(job: TrainingJob, trainers: Trainers, references: dict[str, Meas
     return [each for each in both if each.quantity.endswith("float32")]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_a_run_is_the_plain_script(
     family: str, job: TrainingJob, tiny_gemma: Path, trainers: Trainers, references: dict[str, Measurement]
@@ -132,7 +133,6 @@ MUTANTS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_wrong_step_differs_by_more_than_rounding(
     mutant: str,
@@ -147,7 +147,6 @@ def test_a_wrong_step_differs_by_more_than_rounding(
     assert max(each.difference for each in differing) > WRONG, [str(each) for each in differing]
 
 
-@pytest.mark.slow
 def test_a_wrong_norm_warns_and_trains_like_the_plain_script(
     job: TrainingJob,
     tiny_gemma: Path,

@@ -5,6 +5,8 @@ import pytest
 from qlora_tui.recipe.fields import fields
 from qlora_tui.training import lr_schedule, optimizers
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("setting", "names"),
