@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from tests.tui.workstation import open_on
 TUI = Path(__file__).parents[2] / "qlora_tui/tui"
 _COMMAND = re.compile(r"\{([a-z]+\.[a-z_]+)\}")
 _LOOKUPS = {"key_name", "key_names", "bare_key", "key_while_typing"}
+in_one_worker = pytest.mark.xdist_group("texts of the app")
+"""To read all modules once."""
 _KEY = re.compile(r"\[[A-Za-z0-9?/'+:-]\]|\bF\d{1,2}\b|\bCtrl\+\w")
 _FIXED = {
     "train/screen.py": ("[h]", "[l]", "[']"),
@@ -28,26 +31,29 @@ _FIXED = {
 """Keys of dialogs, fields and lists, which a keymap cannot change; check boxes; a type of GGUF file."""
 
 
+@cache
+def texts_of(path: Path) -> tuple[frozenset[str], frozenset[str]]:
+    """The strings of a module without its docstrings, and the ids in its calls for a key."""
+    texts: set[str] = set()
+    ids: set[str] = set()
+    docstrings: set[int] = set()
+    for node in ast.walk(ast.parse(path.read_text())):  # a statement comes before what it consists of
+        if isinstance(node, ast.Expr):
+            docstrings.add(id(node.value))
+        elif isinstance(node, ast.Constant):
+            if isinstance(node.value, str) and id(node) not in docstrings:
+                texts.add(node.value)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _LOOKUPS:
+            ids.update(str(arg.value) for arg in node.args if isinstance(arg, ast.Constant))
+    return frozenset(texts), frozenset(ids)
+
+
 def commands_named_in(path: Path) -> Iterator[str]:
     """Ids in the texts of a module, and in its calls for a key."""
-    for text in texts_of(path):
+    texts, ids = texts_of(path)
+    for text in texts:
         yield from _COMMAND.findall(text)
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _LOOKUPS:
-            yield from (str(arg.value) for arg in node.args if isinstance(arg, ast.Constant))
-
-
-def texts_of(path: Path) -> Iterator[str]:
-    """The strings of a module, without its docstrings."""
-    tree = ast.parse(path.read_text())
-    docstrings = {
-        id(node.value)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    }
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
-            yield node.value
+    yield from ids
 
 
 @pytest.mark.parametrize(
@@ -83,6 +89,7 @@ def test_a_dialogs_line_of_keys_follows_its_bindings() -> None:
     assert dialog_keys(bindings, "Tab next").plain == "Tab next · Ctrl+S apply · Esc close"
 
 
+@in_one_worker
 def test_every_command_that_a_text_names_exists() -> None:
     known = {command.id for _, commands in all_commands() for command in commands}
     named = {name for path in TUI.rglob("*.py") for name in commands_named_in(path)}
@@ -90,11 +97,12 @@ def test_every_command_that_a_text_names_exists() -> None:
     assert named - known == set()
 
 
+@in_one_worker
 def test_no_text_has_a_key_that_a_keymap_can_change() -> None:
     written = [
         f"{path.relative_to(TUI)}: {key} in {text!r}"
         for path in TUI.rglob("*.py")
-        for text in texts_of(path)
+        for text in texts_of(path)[0]
         for key in _KEY.findall(text)
         if not any(str(path).endswith(name) and key in keys for name, keys in _FIXED.items())
         and path.name != "key_names.py"
