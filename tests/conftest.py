@@ -23,6 +23,7 @@ __all__ = ["quick_trainers", "quick_workers", "trainers", "worker_server"]
 
 _HOME_NUMBERS = itertools.count()
 ALL_SLOW = re.compile(r"^pytestmark = \[?\s*pytest\.mark\.slow\b", re.MULTILINE)
+_LONGEST_ID = 60
 
 # Tests run in parallel: OpenMP threads that spin while waiting would take cores from other tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -43,6 +44,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if config.option.markexpr != "not slow" or collection_path.suffix != ".py":
         return None
     return True if ALL_SLOW.search(collection_path.read_text()) else None
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name a long text or bytes by its argument and length: workers send the id of a test several times."""
+    if isinstance(val, str | bytes) and len(val) > _LONGEST_ID:
+        return f"{argname} of {len(val)}"
+    return None
 
 
 # Before pytest-xdist reads the groups.

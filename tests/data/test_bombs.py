@@ -104,17 +104,19 @@ def test_a_text_that_compresses_well_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("many.jsonl", b"[" + b"[]," * MAX_VALUES_IN_LINE + b"1]"),
-        ("many.json", b"[[" + b"1," * (MAX_VALUES + MIB) + b"1]]"),
-        ("deep.jsonl", b'{"a":' * (DEEPEST + 1) + b"1" + b"}" * (DEEPEST + 1)),
-        ("deep.json", b'{"a":' * (DEEPEST + 1) + b"1" + b"}" * (DEEPEST + 1)),
-        ("deeper.json", b"[" * MIB),
-        ("deeper.jsonl", b"[" * MIB),
+        ("many.jsonl", lambda: b"[" + b"[]," * MAX_VALUES_IN_LINE + b"1]"),
+        ("many.json", lambda: b"[[" + b"1," * (MAX_VALUES + 1) + b"1]]"),
+        ("deep.jsonl", lambda: b'{"a":' * (DEEPEST + 1) + b"1" + b"}" * (DEEPEST + 1)),
+        ("deep.json", lambda: b'{"a":' * (DEEPEST + 1) + b"1" + b"}" * (DEEPEST + 1)),
+        ("deeper.json", lambda: b"[" * MIB),
+        ("deeper.jsonl", lambda: b"[" * MIB),
     ],
 )
-def test_too_many_or_too_deep_values_are_refused(tmp_path: Path, name: str, content: bytes) -> None:
+def test_too_many_or_too_deep_values_are_refused(
+    tmp_path: Path, name: str, content: Callable[[], bytes]
+) -> None:
     path = tmp_path / name
-    path.write_bytes(content)
+    path.write_bytes(content())
     assert "Line 1" in refusal(path)
 
 
