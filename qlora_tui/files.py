@@ -17,13 +17,14 @@ import os
 import shutil
 import stat
 from io import BufferedReader, BufferedWriter
+from itertools import takewhile
 from pathlib import Path
 
 
 def private_dir(path: Path) -> Path:
     """Create ``path`` and its parents, readable by the owner only, and return it."""
-    missing = [path, *path.parents]
-    for folder in reversed([p for p in missing if not p.exists()]):
+    missing = list(takewhile(lambda folder: not folder.exists(), (path, *path.parents)))
+    for folder in reversed(missing):
         folder.mkdir(mode=0o700, exist_ok=True)
     return path
 
