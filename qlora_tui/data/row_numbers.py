@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from itertools import groupby
+from itertools import chain, groupby
 
 from qlora_tui.errors import EXIT_USAGE, UserError
 
@@ -14,19 +14,21 @@ _MOST_ROWS = 10_000_000
 
 def parse_row_numbers(text: str) -> frozenset[int]:
     """The rows that a text names, from 1. Raises UserError for a text that is something else."""
-    numbers: set[int] = set()
+    ranges: list[range] = []
+    rows = 0
     for part in filter(None, (part.strip() for part in text.split(","))):
         match = _PART.fullmatch(part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if not 1 <= first <= last or len(numbers) + last - first >= _MOST_ROWS:
+        if not 1 <= first <= last or rows + last - first >= _MOST_ROWS:
             raise UserError(
                 "No row numbers",
                 what=f"{part!r} in excluded_rows is neither a row number nor a range of them.",
                 fix='Write numbers and ranges, "3, 17, 40-45"; rows of a file in a folder, "a.jsonl: 3, 17".',
                 exit_code=EXIT_USAGE,
             )
-        numbers.update(range(first, last + 1))
-    return frozenset(numbers)
+        ranges.append(range(first, last + 1))
+        rows += len(ranges[-1])
+    return frozenset(chain.from_iterable(ranges))
 
 
 def format_row_numbers(numbers: Iterable[int]) -> str:
