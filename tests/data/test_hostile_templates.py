@@ -38,7 +38,7 @@ HANGING = {
 RENDERED_ALONE = """
 import sys
 from qlora_tui.data import chat_template, template_guard
-template_guard.MAX_HUNG_CPU_S = template_guard.MAX_CPU_S = 0.5
+template_guard.MAX_HUNG_CPU_S = template_guard.MAX_CPU_S = float(sys.argv[3])
 template, rounds = chat_template.ChatTemplate(sys.argv[1], {}), int(sys.argv[2])
 for _ in range(rounds):
     template.render([{"role": "user", "content": "Hi"}])
@@ -79,6 +79,13 @@ FAILING = {
 }
 
 
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stop a rendering after a few hundredths of a second, which is what the test then takes."""
+    monkeypatch.setattr(template_guard, "MAX_CPU_S", 0.03)
+    monkeypatch.setattr(template_guard, "_LOOK_S", 0.01)
+
+
 def refusal(text: str) -> str:
     """Why the template gives nothing, compiled or rendered."""
     try:
@@ -89,16 +96,16 @@ def refusal(text: str) -> str:
         return str(broken)
 
 
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("name", SLOW)
-def test_a_template_without_end_is_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_guard, "MAX_CPU_S", 0.2)
+def test_a_template_without_end_is_stopped(name: str) -> None:
     assert "takes more than" in refusal(SLOW[name])
 
 
-def rendered_alone(text: str, rounds: int = 1) -> subprocess.CompletedProcess[str]:
+def rendered_alone(text: str, rounds: int = 1, limit_s: float = 0.2) -> subprocess.CompletedProcess[str]:
     """A finished process that rendered this template ``rounds`` times."""
     return subprocess.run(
-        [sys.executable, "-c", RENDERED_ALONE, text, str(rounds)],
+        [sys.executable, "-c", RENDERED_ALONE, text, str(rounds), str(limit_s)],
         stderr=subprocess.PIPE,
         text=True,
         timeout=60,
@@ -114,7 +121,9 @@ def test_a_template_stuck_in_one_operation_ends_its_process(name: str) -> None:
 
 @pytest.mark.slow
 def test_rendering_for_long_is_no_hanging() -> None:
-    done = rendered_alone("{% for m in messages %}{{ m.content * 1000 }}{% endfor %}", rounds=100_000)
+    done = rendered_alone(
+        "{% for m in messages %}{{ m.content * 1000 }}{% endfor %}", rounds=100_000, limit_s=0.5
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -136,8 +145,8 @@ def test_a_template_that_fails_is_told_in_words(name: str) -> None:
     assert refusal(FAILING[name]).startswith("The template ")
 
 
+@pytest.mark.usefixtures("brief")
 def test_a_template_that_was_stopped_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_guard, "MAX_CPU_S", 0.2)
     endless = ChatTemplate(ENDLESS, {})
     for tried in (endless, endless, endless.with_variables({"enable_thinking": False})):
         with pytest.raises(RowRejectedError):
@@ -145,6 +154,7 @@ def test_a_template_that_was_stopped_is_not_tried_again(monkeypatch: pytest.Monk
         monkeypatch.setattr(template_guard, "MAX_CPU_S", 1e9)
 
 
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("fault", [MemoryError, OSError, None], ids=["memory", "clock", "lost"])
 def test_a_template_is_stopped_where_the_first_attempt_fails(
     fault: type[Exception] | None, monkeypatch: pytest.MonkeyPatch
@@ -163,15 +173,14 @@ def test_a_template_is_stopped_where_the_first_attempt_fails(
         return 1
 
     monkeypatch.setattr(template_guard, "_raise_in", fails_once)
-    monkeypatch.setattr(template_guard, "MAX_CPU_S", 0.2)
     assert "takes more than" in refusal(ENDLESS)
 
 
+@pytest.mark.usefixtures("brief")
 def test_a_template_is_stopped_after_the_watcher_failed_to_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(template_guard, "_watch", template_guard._Watch())
-    monkeypatch.setattr(template_guard, "MAX_CPU_S", 0.2)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
         patch.setattr(threading.Thread, "start", _cannot_start)
         template_guard.Bounded().__enter__()
@@ -198,8 +207,8 @@ def test_a_template_that_exhausts_memory_is_not_tried_again(
     assert reasons[0] == reasons[1] and "takes more than" in reasons[0]
 
 
-def test_a_template_is_stopped_in_its_own_thread_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_guard, "MAX_CPU_S", 0.2)
+@pytest.mark.usefixtures("brief")
+def test_a_template_is_stopped_in_its_own_thread_only() -> None:
     reasons: list[str] = []
     thread = threading.Thread(target=lambda: reasons.append(refusal(ENDLESS)))
     thread.start()
