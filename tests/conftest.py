@@ -58,14 +58,15 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Group the slow tests of a module, which share its fixtures, and all tests that fork trainers.
 
-    Groups come first, the largest before the others; fast tests are last, one by one, so that no worker waits
-    for another at the end.
+    Groups come first, the largest before the others, then those of fast tests; the others are last, one by
+    one, so that no worker waits for another at the end.
     """
     for item in items:
         if item.get_closest_marker("slow") is not None:
             forks = "trainers" in getattr(item, "fixturenames", ())
             item.add_marker(pytest.mark.xdist_group("trainers" if forks else item.nodeid.partition("::")[0]))
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    markers = ("slow", "xdist_group")
+    items.sort(key=lambda item: [item.get_closest_marker(marker) is None for marker in markers])
 
 
 def pytest_collection_finish() -> None:
@@ -76,6 +77,12 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
     gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """Collect garbage once: pytest then does so five times, which took seconds, and finds nothing left."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +116,8 @@ def private_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
         # Set first, so that what the program sets in this process is undone after the test.
         monkeypatch.setenv(variable, "")
         monkeypatch.delenv(variable)
+    # Or argparse looks on the disk for a translation of each of its words.
+    monkeypatch.setenv("LANGUAGE", "C")
     for variable in ("HF_TOKEN", "HF_ENDPOINT", "NO_COLOR", "COLORTERM"):
         monkeypatch.delenv(variable, raising=False)
     install_nvml_stub(monkeypatch, "no_driver")
