@@ -41,6 +41,7 @@ def test_nothing_is_no_error(tmp_path: Path) -> None:
     assert list_local_models([tmp_path, tmp_path / "missing"]) == []
 
 
+@pytest.mark.slow
 def test_the_cache_is_where_the_library_says(tmp_path: Path) -> None:
     for settings in (
         {"HF_HUB_CACHE": str(tmp_path / "a")},

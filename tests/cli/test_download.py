@@ -9,12 +9,15 @@ import sys
 import threading
 from pathlib import Path
 
+import pytest
+
 from qlora_tui.catalog.local_models import hub_cache_dir, resolve_model
 from tests.catalog.conftest import child_environ, hub, tiny_repo
 from tests.catalog.fake_hub import FakeHub, sha256
 from tests.support.polling import wait_for
 
 __all__ = ["hub"]
+pytestmark = pytest.mark.slow
 
 MIB = 1 << 20
 ROOT = Path(__file__).parents[2]

@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.catalog.conftest import child_environ, hub
 from tests.catalog.fake_hub import FakeHub
 
 __all__ = ["hub"]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "hf_the_right_token"

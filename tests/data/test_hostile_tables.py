@@ -98,6 +98,7 @@ def read_damaged(kind: str, folder: Path) -> dict[str, int]:
     return outcomes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["arrow", "parquet"])
 def test_damaged_tables_are_read_or_refused_and_crash_nothing(tmp_path: Path, kind: str) -> None:
     # In a separate process: a crash there is a failure here.
