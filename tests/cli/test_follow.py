@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import threading
-import time
+from functools import partial
 
 import pytest
 
@@ -13,6 +12,7 @@ from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Finished, Health, Paused, Phase, PhaseChanged, Progress, Started
 from qlora_tui.runs.status import Status, write_status
 from tests.cli.conftest import Call
+from tests.support.polling import while_it_sleeps
 from tests.support.step_events import a_step
 from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
 
@@ -52,7 +52,7 @@ def test_plain_says_in_sentences_what_the_live_screen_shows(
         write_status(run, Status(state="finished", at=BEGAN))
 
     # It waits when it has said how the run stands.
-    monkeypatch.setattr(time, "sleep", lambda seconds: go_on())
+    while_it_sleeps(monkeypatch, go_on)
     said = call("attach", run.id, "--plain")
     first = said.out.splitlines()[0]
     assert first.startswith(f"{run.id}: training, step 640 of 3,000, loss ")
@@ -91,13 +91,7 @@ def test_each_phase_is_told_once_an_attempt(call: Call) -> None:
 
 def test_a_run_that_is_deleted_meanwhile_is_said(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_fake_run(FakeRun(state="running", steps=5))
-
-    def delete(seconds: float) -> None:
-        # Threads that earlier tests left sleep too, perhaps before the command has found the run.
-        if threading.current_thread() is threading.main_thread():
-            shutil.rmtree(run.path, ignore_errors=True)
-
-    monkeypatch.setattr(time, "sleep", delete)
+    while_it_sleeps(monkeypatch, partial(shutil.rmtree, run.path, ignore_errors=True))
     said = call("attach", run.id)
     assert said.code == 1
     assert "The run was deleted" in said.err and "resume" not in said.err

@@ -6,7 +6,6 @@ import fcntl
 import os
 import shutil
 import signal
-import time
 from collections.abc import Callable
 
 import pytest
@@ -18,6 +17,7 @@ from qlora_tui.runs import exports
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.exports import Export, ExportRequest, lock_path, read_exports, start_export
 from qlora_tui.tui.screens.runs.export_choices import export_detail
+from tests.support.polling import while_it_sleeps
 
 pytestmark = pytest.mark.slow
 
@@ -79,7 +79,7 @@ def test_a_job_waits_while_a_reader_probes_its_lock(run: RunDir, monkeypatch: py
     lock_path(export.folder).touch()
     reader = os.open(lock_path(export.folder), os.O_RDONLY)
     fcntl.flock(reader, fcntl.LOCK_SH)
-    monkeypatch.setattr(time, "sleep", lambda seconds: fcntl.flock(reader, fcntl.LOCK_UN))
+    while_it_sleeps(monkeypatch, lambda: fcntl.flock(reader, fcntl.LOCK_UN))
     do_job(export, monkeypatch, lambda on_status: None)
     os.close(reader)
     assert read_exports(run)[0].status.state == "finished"

@@ -214,7 +214,10 @@ def test_a_run_that_waits_is_not_repaired(run: RunDir) -> None:
     assert run.events_path.read_bytes() == damaged
 
 
-def test_a_run_whose_trainer_still_exits_is_not_repaired(finished: RunDir) -> None:
+def test_a_run_whose_trainer_still_exits_is_not_repaired(
+    finished: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora_tui.runs.repair.PATIENCE_S", 0.0)
     no_adapter(finished)
     with locked(finished.trainer_lock_path):
         (said,) = repair(finished)

@@ -64,7 +64,8 @@ def leave(draft: Path) -> Path:
     return draft
 
 
-def test_a_draft_is_held_by_one_at_a_time(draft: Path) -> None:
+def test_a_draft_is_held_by_one_at_a_time(draft: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drafts, "PATIENCE_S", 0.0)
     with held_draft(draft) as files, held_draft(draft) as second:
         assert files is not None and files.is_dir()
         assert second is None and not is_abandoned(draft)
@@ -151,6 +152,7 @@ def test_a_draft_deleted_while_it_is_locked_is_made_again(
             yield lock
 
     monkeypatch.setattr(drafts, "locked", delayed)
+    monkeypatch.setattr(drafts, "PATIENCE_S", 0.0)
     with held_draft(draft) as files:
         assert deleted and files is not None and files.is_dir()
         with held_draft(draft) as second:

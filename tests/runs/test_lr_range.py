@@ -162,6 +162,7 @@ def test_a_stopped_test_leaves_nothing(recipe: Recipe, monkeypatch: pytest.Monke
 
 def test_one_test_runs_at_a_time(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lr_range_job, "WORKER", STUB)
+    monkeypatch.setattr(lr_range_job, "PATIENCE_S", 0.0)
     refused: list[str] = []
 
     def measure_again(done: int, total: int, so_far: LrRange) -> None:

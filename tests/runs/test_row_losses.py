@@ -85,7 +85,8 @@ def test_contradictions_have_one_prompt_and_far_answers() -> None:
     assert find_contradictions(rows) == {0: 2, 2: 0, 3: 2}
 
 
-def test_a_run_is_not_deleted_while_it_is_measured(run: RunDir) -> None:
+def test_a_run_is_not_deleted_while_it_is_measured(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlora_tui.runs.measuring_worker.PATIENCE_S", 0.0)
     with measuring(run):
         with pytest.raises(UserError, match="is being measured"):
             actions.check_deletable(run)

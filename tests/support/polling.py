@@ -1,4 +1,4 @@
-"""Waiting for a condition, with a deadline."""
+"""Waiting for a condition, with a deadline, and what happens while the tested code waits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
+
+import pytest
 
 T = TypeVar("T")
 
@@ -24,3 +26,9 @@ def wait_for(what: Callable[[], T | None], *, seconds: float = 60.0, saying: str
         if time.monotonic() > deadline:
             raise AssertionError(f"waited {seconds} s for {saying or what}")
         pause.wait(0.02)
+
+
+def while_it_sleeps(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Call ``act`` where this thread would sleep; threads that earlier tests left sleep as they do."""
+    thread, sleep = threading.current_thread(), time.sleep
+    monkeypatch.setattr(time, "sleep", lambda s: act() if threading.current_thread() is thread else sleep(s))
