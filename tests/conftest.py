@@ -56,17 +56,19 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
 # Before pytest-xdist reads the groups.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group the slow tests of a module, which share its fixtures, and all tests that fork trainers.
+    """Group the tests of a module, which share its fixtures and caches, and all tests that fork trainers.
 
-    Groups come first, the largest before the others, then those of fast tests; the others are last, one by
-    one, so that no worker waits for another at the end.
+    Slow groups come first, the largest before the others; what is left at the end takes milliseconds, so that
+    no worker waits for another.
     """
     for item in items:
+        if item.get_closest_marker("xdist_group") is not None:
+            continue
+        group = item.nodeid.partition("::")[0]
         if item.get_closest_marker("slow") is not None:
-            forks = "trainers" in getattr(item, "fixturenames", ())
-            item.add_marker(pytest.mark.xdist_group("trainers" if forks else item.nodeid.partition("::")[0]))
-    markers = ("slow", "xdist_group")
-    items.sort(key=lambda item: [item.get_closest_marker(marker) is None for marker in markers])
+            group = "trainers" if "trainers" in getattr(item, "fixturenames", ()) else f"{group} slow"
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def pytest_collection_finish() -> None:
@@ -95,9 +97,16 @@ def signal_handlers() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@pytest.fixture
+def private_home(private_environment: Path) -> Path:
+    """The folder of config, state and caches; what the program keeps there it creates itself."""
+    private_environment.mkdir(mode=0o700)
+    return private_environment
+
+
 @pytest.fixture(autouse=True)
-def private_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Put config, state, cache and the Hugging Face cache in a new folder; no Hub, no GPU.
+def private_environment(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put config, state, cache and the Hugging Face cache in a folder to be created; no Hub, no GPU.
 
     A driver library stays loaded in the process. Without the stub here, a GPU that one test simulates would
     be seen by later tests, and so would a real one.
@@ -106,7 +115,6 @@ def private_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     homes.mkdir(exist_ok=True)
     # mktemp would look through all earlier ones: of thousands, that took seconds.
     home = homes / str(next(_HOME_NUMBERS))
-    home.mkdir(mode=0o700)
     for variable in ("CONFIG", "STATE", "CACHE"):
         monkeypatch.setenv(f"XDG_{variable}_HOME", str(home / variable.lower()))
     monkeypatch.setenv("HF_HOME", str(home / "huggingface"))

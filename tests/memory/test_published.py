@@ -13,8 +13,6 @@ from bench.published_rows import group_of, read_execution
 from bench.published_words import Unplaced
 from tests.catalog.configs import CONFIGS
 
-pytestmark = pytest.mark.xdist_group("published")  # each worker would estimate every row
-
 TABLE = Path(__file__).parent / "measured.csv"
 NO_FITCHECK = Path("/nonexistent")
 
