@@ -44,9 +44,6 @@ class MemoryBlock:
         self.before: MemoryBlock | None = None
         self.after: MemoryBlock | None = None
 
-    def __lt__(self, other: MemoryBlock) -> bool:
-        return self.address < other.address
-
 
 class CachingAllocator:
     """Used and free blocks, in segments that are kept."""
@@ -69,8 +66,8 @@ class CachingAllocator:
         """``capacity_bytes`` is the GPU memory available to it; None is unlimited."""
         self._expandable = expandable
         self._capacity_bytes = capacity_bytes
-        self._free: list[tuple[int, MemoryBlock]] = []
-        """Free blocks by size, then address."""
+        self._free: list[tuple[int, int, MemoryBlock]] = []
+        """Free blocks by size, then address, which no two of them share."""
         self._last: MemoryBlock | None = None
         """Block at the end of the growing segment."""
         self._address = HIGHEST
@@ -94,7 +91,8 @@ class CachingAllocator:
 
     def count(self, most: int, left: int = 0) -> None:
         """Count small tensors: at most ``most`` bytes at once, of which ``left`` bytes remain."""
-        self._most_small_bytes = max(self._most_small_bytes, self.small_bytes + most)
+        if self.small_bytes + most > self._most_small_bytes:
+            self._most_small_bytes = self.small_bytes + most
         self.small_bytes += left
         self._note()
 
@@ -129,38 +127,39 @@ class CachingAllocator:
             self.small_bytes -= block.size
             return
         self._large_bytes -= block.size
-        if block.before is not None and block.before.free:
-            earlier = block.before
+        earlier, later = block.before, block.after
+        if earlier is not None and earlier.free:
             self._withdraw(earlier)
             self._merge(earlier, block)
             block = earlier
-        if block.after is not None and block.after.free:
-            self._withdraw(block.after)
-            self._merge(block, block.after)
+        if later is not None and later.free:
+            self._withdraw(later)
+            self._merge(block, later)
         block.free = True
-        insort(self._free, (block.size, block))
+        insort(self._free, (block.size, block.address, block))
 
     def empty_cache(self) -> None:
         """Release the segments that are entirely free, like ``torch.cuda.empty_cache``.
 
         Free steps of a growing segment would be released too, but no caller uses both.
         """
-        for size, block in [] if self._expandable else list(self._free):
+        for size, _, block in [] if self._expandable else list(self._free):
             if block.before is None and block.after is None:
                 self._withdraw(block)
                 self._taken_bytes -= size
 
     def _note(self) -> None:
         allocated = self._large_bytes + self.small_bytes
-        self.most_allocated_bytes = max(self.most_allocated_bytes, allocated)
+        if allocated > self.most_allocated_bytes:
+            self.most_allocated_bytes = allocated
 
     def _find(self, size: int) -> MemoryBlock | None:
-        place = bisect_left(self._free, size, key=_size)
+        place = bisect_left(self._free, (size,))
         if place == len(self._free):
             return None
-        if self._expandable and self._free[place][1] is self._last and place + 1 < len(self._free):
+        if self._expandable and self._free[place][2] is self._last and place + 1 < len(self._free):
             place += 1  # the end counts with what it could grow to
-        return self._free.pop(place)[1]
+        return self._free.pop(place)[2]
 
     def _new(self, size: int) -> MemoryBlock:
         if not self._expandable:
@@ -194,7 +193,7 @@ class CachingAllocator:
         block.after, block.size = rest, size
         if self._last is block:
             self._last = rest
-        insort(self._free, (rest.size, rest))
+        insort(self._free, (rest.size, rest.address, rest))
 
     def _merge(self, block: MemoryBlock, later: MemoryBlock) -> None:
         block.size += later.size
@@ -205,8 +204,4 @@ class CachingAllocator:
             self._last = block
 
     def _withdraw(self, block: MemoryBlock) -> None:
-        self._free.pop(bisect_left(self._free, (block.size, block)))
-
-
-def _size(free: tuple[int, MemoryBlock]) -> int:
-    return free[0]
+        self._free.pop(bisect_left(self._free, (block.size, block.address)))
