@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support.nvml_stub import install_nvml_stub
 from tests.support.quick_starts import quick_workers, worker_server
@@ -27,6 +28,12 @@ _LONGEST_ID = 60
 
 # Tests run in parallel: OpenMP threads that spin while waiting would take cores from other tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Property tests run on a machine that may be busy: no example has a deadline.
+settings.register_profile(
+    "busy", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("busy")
 
 # A script's background jobs and ``nohup`` ignore these signals, and their children inherit that.
 for _number, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
@@ -82,8 +89,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_unconfigure() -> None:
-    """Collect garbage once: pytest then does so five times, which took seconds, and finds nothing left."""
-    gc.collect()
+    """Leave everything out of the five collections with which pytest ends: they took seconds."""
     gc.freeze()
 
 
