@@ -18,7 +18,8 @@ CODE = [
 PACKAGE = sorted((ROOT / "qlora_tui").rglob("*.py"))
 SAY_NOTHING = frozenset(("made", "found", "told", "kept", "asked", "among", "kept_apart"))
 """A participle or preposition does not say what a name holds."""
-BARE = re.compile(rf"\b_*(?:{'|'.join(SAY_NOTHING)})\b")
+BARE = re.compile(rf"\b_*(?:{'|'.join(SAY_NOTHING)})\s*(?:[=:,)\](]|[-+*/%@&|^<>]+=|in\b)")
+"""Such a word before what follows a target, a parameter or the name of a function."""
 SAME_IDEA = {
     "__init__": "every package has one",
     "__main__": "every program has one",

@@ -22,6 +22,7 @@ def result() -> dict[str, Any]:
     return estimator.run(TABLE, CONFIGS, NO_FITCHECK)
 
 
+@pytest.mark.slow
 def test_every_row_is_placed(result: dict[str, Any]) -> None:
     with TABLE.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -29,6 +30,7 @@ def test_every_row_is_placed(result: dict[str, Any]) -> None:
     assert len(result["rows"]) == len(rows)
 
 
+@pytest.mark.slow
 def test_errors_average_below_half_and_never_reach_minus_three_percent(result: dict[str, Any]) -> None:
     figures = result["summary"]["ours"]
     assert figures["mean_pct"] < 0.5
@@ -36,6 +38,7 @@ def test_errors_average_below_half_and_never_reach_minus_three_percent(result: d
     assert figures["worst_under_pct"] > -3
 
 
+@pytest.mark.slow
 def test_no_run_out_of_memory_was_predicted_to_fit(result: dict[str, Any]) -> None:
     assert len(result["out_of_memory"]) == 4
     assert all(row["said_it_would_not_fit"] for row in result["out_of_memory"])
@@ -56,6 +59,7 @@ def more() -> dict[str, Any]:
     return estimator.run(TABLE.with_name("measured_more.csv"), CONFIGS, NO_FITCHECK)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "id_",
     [f"m{number}" for number in (105, 109, 113, 117, 121, 123, 129, 132, 133, 137, 139, 141, 143, 145)],
@@ -65,24 +69,28 @@ def test_rows_of_older_versions_match_within_3_in_10_000(id_: str, more: dict[st
     assert abs(row["error_pct"]) < 0.03, row
 
 
+@pytest.mark.slow
 def test_a_full_gpu_decides_what_ran_and_what_did_not(more: dict[str, Any]) -> None:
     # 79.7 GiB of tensors went out of memory on a GPU of 80, and 69.3 with as much again in gaps ran.
     assert [row["id"] for row in more["out_of_memory"] if row["said_it_would_not_fit"]] == ["m112"]
     assert more["ran_but_said_not_to_fit"] == []
 
 
+@pytest.mark.slow
 def test_a_16_bit_base_on_a_gpu_matches_the_replay(more: dict[str, Any]) -> None:
     # Those whose allocator's gaps the replay finds: Liger's loss, and a Granite's.
     rows = {row["id"]: row["tier_error_pct"].get("process (nvidia-smi)", 99) for row in more["rows"]}
     assert [abs(rows[id_]) < 0.1 for id_ in ("m109", "m137", "m139")] == [True] * 3, rows
 
 
+@pytest.mark.slow
 def test_rows_without_a_length_have_a_reason_and_no_figure(more: dict[str, Any]) -> None:
     assert {row["id"]: row["why"] for row in more["unplaced"]} == dict.fromkeys(
         ("m147", "m149"), "seq_len is 'dataset': the longest batch decides, and the row does not give it"
     )
 
 
+@pytest.mark.slow
 def test_every_row_counts_in_the_group_whose_code_it_ran(
     result: dict[str, Any], more: dict[str, Any]
 ) -> None:

@@ -129,6 +129,7 @@ def test_a_tick_is_short_and_exact(value: float, step: float, text: str) -> None
     assert label(value, step) == text
 
 
+@pytest.mark.slow
 def test_a_million_steps_cost_no_more_than_ten_thousand() -> None:
     luck = random.Random(1)
     points = []

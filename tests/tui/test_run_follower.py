@@ -49,6 +49,7 @@ def test_a_followed_long_run_is_drawn_like_an_opened_one(
     assert len(texts) == len(set(texts)) and sum("seen on the way" in text for text in texts) == 1
 
 
+@pytest.mark.slow
 def test_hundreds_of_thousands_of_steps_are_held_as_a_sample() -> None:
     run = write_fake_run(FakeRun(steps=10, total=200_000))
     with EventWriter(run.events_path) as log:
