@@ -116,7 +116,15 @@ async def test_rows_left_out_are_counted_apart_from_those_cut(model: str, here: 
     write_rows(here / "pairs.jsonl", [{"prompt": p, "completion": c} for p, c in pairs])
     async with data_app(model, "pairs.jsonl", max_length=64).run_test(size=(120, 40)) as pilot:
         await wait_for_text(pilot, "2 from 3 rows, 1 left out")
-        await wait_for_text(pilot, "over 64: 1 cut right · 1", "answers only", "to learn only read  control")
+        await wait_for_text(
+            pilot, "over 64: 1 cut right · 1", "answers only", "only read   control    control to learn"
+        )
+
+
+async def test_too_few_steps_come_with_what_to_do(model: str, here: Path) -> None:
+    write_rows(here / "pairs.jsonl", [{"prompt": f"Why {n}?", "completion": f"So {n}."} for n in range(40)])
+    async with data_app(model, "pairs.jsonl").run_test(size=(120, 40)) as pilot:
+        await wait_for_text(pilot, "too few to learn much", "One step takes 8 sequences", "lower the batch")
 
 
 async def test_plain_text_is_not_called_answers_only(model: str, here: Path) -> None:
@@ -222,7 +230,7 @@ async def test_the_statistics_can_fill_the_window(model: str, here: Path) -> Non
         await wait_for_text(pilot, "<|im_start|>", "No answer to learn")
 
 
-@pytest.mark.parametrize(("width", "end"), [(80, "calls-as-text"), (58, "tools-as-text …"), (45, "tokens …")])
+@pytest.mark.parametrize(("width", "end"), [(80, "calls-as-text"), (58, "tools-as-text …"), (45, "learn …")])
 def test_notes_on_a_row_never_end_in_the_middle(width: int, end: str) -> None:
     piece = Piece("a", in_loss=True, special=False)
     shown = Shown(1, ((piece,),), (256,), (62,), notes=("tools-as-text", "calls-as-text"))
@@ -235,4 +243,4 @@ def test_a_split_row_counts_all_its_tokens_in_the_loss(too_long: Any, in_loss: s
     trained = (256, 256, 256, 232) if too_long == "split" else (256,)
     shown = Shown(1, tuple((Piece("x", True, False),) for _ in trained), (1000,), trained)
     words = row_title(("", 1), None, shown, Data(max_length=256, overflow=too_long), 80).plain
-    assert f"learn {in_loss} tokens" in words
+    assert f"{in_loss} tokens to learn" in words

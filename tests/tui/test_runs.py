@@ -334,6 +334,17 @@ async def test_the_title_counts_runs_that_match(make_app: MakeApp, three_runs: l
         await wait_for_text(pilot, "1 of 3 runs, newest first")
 
 
+async def test_the_title_explains_the_star_of_a_loss(make_app: MakeApp) -> None:
+    write_fake_run(FakeRun(name="measured", steps=300, total=300, state="finished"))
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await open_runs(app)
+        text = await wait_for_text(pilot, "1 run, newest first")
+        assert "training loss" not in text
+        write_fake_run(FakeRun(name="not-measured", steps=2, began=BEGAN + 9))
+        await wait_for_text(pilot, "2 runs, newest first · * training loss, not validated")
+
+
 def test_an_active_run_says_when_it_started() -> None:
     what = FakeRun(steps=800)
     rows = [line.plain.split() for line in result_lines(summarize(write_fake_run(what)), last_at(what), 60)]

@@ -15,7 +15,7 @@ from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.control import take_requests
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter
-from qlora_tui.runs.events import Evaluated, PhaseChanged, Progress, RequestReceived, Started
+from qlora_tui.runs.events import CheckpointSaved, Evaluated, PhaseChanged, Progress, RequestReceived, Started
 from qlora_tui.runs.status import State, read_status, write_status
 from qlora_tui.runs.task_metrics.task_evaluation import LossChange
 from qlora_tui.tui.app import QloraApp
@@ -435,6 +435,26 @@ async def test_unknown_events_are_reported_and_skipped(make_app: MakeApp) -> Non
     async with app.run_test(size=(120, 40)) as pilot:
         await watching(app, run)
         await wait_for_text(pilot, "! 1 line is not shown: another version")
+
+
+@pytest.mark.parametrize(
+    ("saved", "says"),
+    [
+        ((), ""),
+        ((20,), "checkpoint at 20"),
+        ((20, 40), "checkpoint at 40 ★"),
+        ((40, 45), "checkpoints at 40 ★, 45"),
+    ],
+)
+def test_the_best_and_the_newest_checkpoint_are_named(saved: tuple[int, ...], says: str) -> None:
+    run = write_fake_run(FakeRun(steps=10))
+    with EventWriter(run.events_path) as log:
+        for step in (20, 40):
+            log.append(Evaluated(at=BEGAN + step, step=step, loss=3.0 - 0.01 * step, best=True))
+        for step in saved:
+            log.append(CheckpointSaved(at=BEGAN + step, step=step, folder=f"checkpoints/step-{step}"))
+    now = facts(RunFollower(run).poll(), BEGAN + 60)
+    assert [fact for fact in now if fact.startswith("checkpoint")] == ([says] if says else [])
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ SIGNS: dict[State, tuple[str, str]] = {
     "gone": ("✗", "$error"),
 }
 """(sign, color) by state; the word is always shown too."""
+BEST = "★"
+"""The sign of the best evaluation."""
 
 
 def result_label(state: State, defect: ResultDefect | None) -> tuple[str, str, str]:
@@ -38,7 +40,7 @@ def best_words(summary: RunSummary) -> str:
         return ""
     loss, step = summary.best
     name = "best" if summary.loss_to_beat is None else "lowest"
-    return f"★ {name} validation {format_float(loss, 3)} at {step:,}"
+    return f"{BEST} {name} validation {format_float(loss, 3)} at {step:,}"
 
 
 def no_steps_words(*, is_over: bool) -> str:

@@ -41,7 +41,7 @@ _LOOP = (
 _MAX_PHRASE = 60
 _QUESTION = (
     "Which answer is better? Esc, then {chat.prefer_left} left or {chat.prefer_right} right; "
-    "{chat.edit_answer} edits it."
+    "{chat.edit_answer} edits the adapter's."
 )
 
 

@@ -165,15 +165,21 @@ def no_problem_line(report: Report) -> Content:
     return Content.styled("No problems so far", "dim")
 
 
-def few_steps_line(report: Report, recipe: Recipe) -> Content | None:
-    """The warning that the whole run has too few steps, as before a launch; None where it has enough."""
+def few_steps_line(report: Report, recipe: Recipe, *, brief: bool) -> Content | None:
+    """The warning that the whole run has too few steps, as before a launch; None where it has enough.
+
+    ``brief``: without what to do.
+    """
     if not report.complete or not report.counts.samples:
         return None
     _, steps = _steps(report, recipe)
     if steps >= FEW_STEPS:
         return None
     # In one line of 37 cells: in a small window it is beside a scrollbar.
-    return Content.styled(f"! Only {pluralize(steps, 'step')}: too few to learn much", "$warning")
+    warning = Content.styled(f"! Only {pluralize(steps, 'step')}: too few to learn much", "$warning")
+    batch = pluralize(recipe.effective_batch, "sequence")
+    fix = f"\n  ▸ One step takes {batch}: raise Epochs, or lower the batch."
+    return warning if brief else warning + Content.styled(fix, "dim")
 
 
 def steps_line(report: Report, recipe: Recipe) -> str:

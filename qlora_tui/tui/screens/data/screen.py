@@ -76,8 +76,10 @@ class DataScreen(DataActions):
 
     def compose_body(self) -> Iterable[Widget]:
         with Horizontal(id="data-body"):
-            with Panel("Sample", keys=keys.SAMPLE_KEYS, id="sample-panel"), ViScroll(id="sample-scroll"):
-                yield Static(id="sample")
+            with Panel("Sample", keys=keys.SAMPLE_KEYS, id="sample-panel"):
+                with ViScroll(id="sample-scroll"):
+                    yield Static(id="sample")
+                yield Static(data_text.LEGEND, id="legend")
             with VerticalScroll(id="data-side", can_focus=False):
                 with Vertical(id="file-facts"):
                     yield Panel("Sources", ViList(id="sources"), keys=keys.SOURCE_KEYS, id="sources-panel")
@@ -182,6 +184,7 @@ class DataScreen(DataActions):
                 compares = error.title.startswith(PAIRS_TITLE)
                 self.mapping_format = "preference" if compares else "prompt-completion"
                 self.fields = await self.previews.fields(wanted.source)
+                self.query_one("#legend").display = False
                 self.query_one("#sample", Static).update(data_text.unreadable_text(error, self.fields))
             return
         self.refused_preferences = ""
@@ -227,6 +230,7 @@ class DataScreen(DataActions):
 
     def _show_row(self) -> None:
         self._show_row_title()
+        self.query_one("#legend").display = bool(self.shown and self.shown.token_counts)
         if self.shown is None or self._request is None:
             return
         text = data_text.sample(self.shown, self.problems, self._request.data, self.token_changes())
@@ -273,7 +277,7 @@ class DataScreen(DataActions):
             report, self.problems, recipe.data, brief=short, bad_rows=self.bad_rows()
         )
         problems = self.query_one("#problems", ViList)
-        if few_steps := report_text.few_steps_line(report, recipe):
+        if few_steps := report_text.few_steps_line(report, recipe, brief=brief or (short and bool(lines))):
             lines.append(("steps", few_steps))
         # Errors found later come before what the cursor was on.
         select = lines[0][0] if lines and not problems.has_focus else None
@@ -295,6 +299,7 @@ class DataScreen(DataActions):
     def _clear_figures(self) -> None:
         self._costs, self._costs_key = [], None
         self.query_one("#data-body").add_class("-unreadable")
+        self.query_one("#legend").display = False
         for name in ("#lengths-line", "#histogram", "#data-totals", "#costs"):
             self._show(name, Content(""))
         self.query_one("#problems", ViList).show([])

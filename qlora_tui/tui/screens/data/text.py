@@ -33,15 +33,19 @@ NO_MODEL = "Select a model with {go.models} to see tokens, the chat template and
 SIGNS = {"error": ("✗", "$error"), "warning": ("⚠", "$warning")}
 _CONTROL, _LEARNED_CONTROL = "reverse", "reverse bold underline $accent"
 _LEARNED_BREAK = "bold underline $accent"
-_LEGEND = Content.assemble(
-    ("to learn", "bold underline $foreground"),
-    " ",
-    ("only read", "not bold dim $foreground"),
-    " ",
-    (" control ", f"not bold {_CONTROL} $foreground"),
+LEGEND = Content.assemble(
+    ("to learn", "bold underline"),
+    "  ",
+    ("only read", "dim"),
+    "  ",
+    (" control ", _CONTROL),
+    "  ",
+    (" control to learn ", _LEARNED_CONTROL),
+    "  ",
+    ("↵", _LEARNED_BREAK),
+    (" line break to learn", "dim"),
 )
-_WIDE_LEGEND = _LEGEND + Content.styled(" to learn ", _LEARNED_CONTROL)
-"""A control token to learn stands beside one that is only read."""
+"""The styles of a row's tokens."""
 
 
 def sample(
@@ -220,7 +224,7 @@ def source_line(source: Source, alone: bool) -> Content:
 
 
 def row_title(place: Place, report: Report | None, shown: Shown | None, data: Data, width: int) -> Content:
-    """The row number, its tokens to learn, notes, and a legend of the styles, as far as they fit."""
+    """The row number, its tokens to learn, and notes, as far as they fit."""
     path, row = place
     of = name = ""
     if report and len(report.files) > 1:
@@ -238,16 +242,12 @@ def row_title(place: Place, report: Report | None, shown: Shown | None, data: Da
     if shown and shown.samples and shown.token_counts:
         most = max(shown.token_counts) if data.overflow == "split" else data.max_length
         rendered_tokens = sum(min(count, most) for count in shown.token_counts)
-        parts.append(f"learn {sum(shown.trained_counts):,} of {rendered_tokens:,} tokens")
+        parts.append(f"{sum(shown.trained_counts):,} of {rendered_tokens:,} tokens to learn")
     if shown:
         parts += shown.notes
     title = _join_to_width(parts, width)
     first, _, rest = title.partition(" · ")
-    words = Content.assemble(first, (f" · {rest}" if rest else "", "not bold $foreground"))
-    for legend in (_WIDE_LEGEND, _LEGEND):
-        if len(title) + legend.cell_length + 3 <= width:
-            return Content.assemble(words, "   ", legend)
-    return words
+    return Content.assemble(first, (f" · {rest}" if rest else "", "not bold $foreground"))
 
 
 def _join_to_width(parts: Sequence[str], width: int) -> str:

@@ -2,5 +2,5 @@
 
 ``solution`` computes what fits and what would make it fit. Its panels: ``peak_panel`` with a ``stacked_bar``
 for each precision, ``items_panel``, ``fit_panel`` with the changes, ``timeline_graph`` with the memory over
-a training step. ``text`` has the words of titles and settings.
+a training step, ``settings_table``. ``text`` has the words of titles.
 """

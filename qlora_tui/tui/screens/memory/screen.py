@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from textual import work
 from textual.containers import Horizontal, Vertical
+from textual.content import Content
 from textual.message import Message
 from textual.widget import Widget
 from textual.widgets import Static
@@ -24,15 +25,16 @@ from qlora_tui.memory.timeline import Moment, step_timeline
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.commands import Command
-from qlora_tui.tui.key_names import key_name
+from qlora_tui.tui.key_names import bare_key, key_name
 from qlora_tui.tui.render.recipe_line import PRECISION_NAMES
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.memory.commands import COMMANDS, HELP_TEXT
 from qlora_tui.tui.screens.memory.fit_panel import FitPanel
 from qlora_tui.tui.screens.memory.items_panel import ItemsPanel
 from qlora_tui.tui.screens.memory.peak_panel import PeakPanel
+from qlora_tui.tui.screens.memory.settings_table import settings_table
 from qlora_tui.tui.screens.memory.solution import METHOD_OF_PRECISION, Solution, next_targets, solve
-from qlora_tui.tui.screens.memory.text import budget_words, peak_time, peak_words, setting_controls
+from qlora_tui.tui.screens.memory.text import budget_words, peak_time, peak_words
 from qlora_tui.tui.screens.memory.timeline_graph import TimelinePanel
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.model_problem import ModelProblem
@@ -87,10 +89,13 @@ class MemoryScreen(WorkScreen):
                 yield ItemsPanel()
                 with Vertical(id="memory-side"):
                     yield FitPanel()
-                    yield Panel("Settings and the most that fits", Static(id="memory-settings"))
+                    yield Panel("Settings", Static(id="memory-settings"), id="memory-settings-panel")
             yield TimelinePanel()
 
     def on_mount(self) -> None:
+        up, down = bare_key("memory.length_up"), bare_key("memory.length_down")
+        title = Content.assemble("Settings", (f": {up} doubles, {down} halves", "$text-muted not bold"))
+        self.query_one("#memory-settings-panel", Panel).show_title(title)
         self.query_one("#items").focus()
 
     def show_recipe(self, recipe: Recipe) -> None:
@@ -263,13 +268,15 @@ class MemoryScreen(WorkScreen):
     def _show_settings(self) -> None:
         recipe, known = self.qlora_app.workbench.recipe, self._architecture()
         context = known.max_positions if known else None
+        table = self.query_one("#memory-settings", Static)
         update_if_changed(
-            self.query_one("#memory-settings", Static),
-            setting_controls(
+            table,
+            settings_table(
                 recipe,
                 self._solution.fitting.get(self.precision),
-                self._solution.halved.get(self.precision, {}),
+                self._solution.lowered.get(self.precision, {}),
                 context,
+                table.content_size.width,
             ),
         )
 

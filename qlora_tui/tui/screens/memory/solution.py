@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.memory import (
@@ -30,6 +31,8 @@ from qlora_tui.tui.setting_stepper import step_value
 
 HALVED_SETTINGS = ("data.max_length", "training.micro_batch_size", "lora.rank")
 """Settings that keys of the Memory screen double and halve."""
+CYCLED_SETTINGS = ("lora.target_modules", "training.gradient_checkpointing")
+"""Settings of which one key selects the next choice."""
 METHOD_OF_PRECISION = {"nf4": "nf4", "int8": "int8", "fp16": "none"}
 """Value of ``quantization.method`` for each precision."""
 TARGETS: tuple[tuple[str, ...], ...] = (
@@ -41,13 +44,21 @@ TARGETS: tuple[tuple[str, ...], ...] = (
 
 
 @dataclass(frozen=True)
+class KeyEffect:
+    """What a key would do: the setting's next value, and the bytes that it adds, mostly fewer than 0."""
+
+    value: Any
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Solution:
     """What fits in the memory budget; empty until it is computed."""
 
     fitting: Mapping[Precision, WhatFits] = field(default_factory=dict)
     """How far each setting could go, by precision."""
-    halved: Mapping[Precision, Mapping[str, int]] = field(default_factory=dict)
-    """What halving each setting changes, in bytes by its path, by precision; without those at their least."""
+    lowered: Mapping[Precision, Mapping[str, KeyEffect]] = field(default_factory=dict)
+    """What halving a setting, or its next choice, changes, by its path; without those at their least."""
     changes: tuple[MemorySaving, ...] = ()
     """Changes that make the recipe fit, the cheapest first."""
     least_bytes: int = 0
@@ -71,8 +82,8 @@ def solve(recipe: Recipe, architecture: Architecture, budget: MemoryBudget, *, f
             )
             for precision in PRECISIONS
         },
-        halved={
-            precision: _halved(_in_precision(recipe, precision), architecture, device)
+        lowered={
+            precision: _lowered(_in_precision(recipe, precision), architecture, device)
             for precision in PRECISIONS
         },
         changes=changes,
@@ -90,17 +101,20 @@ def next_targets(now: tuple[str, ...], kinds: Collection[str]) -> tuple[str, ...
     return choices[index % len(choices)]
 
 
-def _halved(recipe: Recipe, architecture: Architecture, device: Device) -> dict[str, int]:
-    """Bytes that each setting's key for less would add, mostly fewer than 0."""
+def _lowered(recipe: Recipe, architecture: Architecture, device: Device) -> dict[str, KeyEffect]:
+    """What each setting's key for less would change, or its only key."""
     now = estimate(recipe, architecture, device=device).total_bytes
-    changed = {}
-    for path in HALVED_SETTINGS:
+    changes = {}
+    for path in (*HALVED_SETTINGS, *CYCLED_SETTINGS):
         value = get_setting(recipe, path)
-        half = step_value(fields()[path], value, -1)
-        if half != value:
-            smaller = replace_setting(recipe, path, half)
-            changed[path] = estimate(smaller, architecture, device=device).total_bytes - now
-    return changed
+        if path == "lora.target_modules":
+            lower = next_targets(value, architecture.kinds())
+        else:
+            lower = step_value(fields()[path], value, -1 if path in HALVED_SETTINGS else 1)
+        if lower != value:
+            total = estimate(replace_setting(recipe, path, lower), architecture, device=device).total_bytes
+            changes[path] = KeyEffect(lower, total - now)
+    return changes
 
 
 def _conversion(model_id: str) -> Conversion | None:

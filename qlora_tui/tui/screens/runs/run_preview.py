@@ -33,7 +33,7 @@ from qlora_tui.runs.run_summary import RunSummary
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.render.labeled import labeled
-from qlora_tui.tui.render.recipe_line import data_words, preference_words, targets_words
+from qlora_tui.tui.render.recipe_line import batch_words, data_words, preference_words, targets_words
 from qlora_tui.tui.render.run_labels import format_ago, result_label
 from qlora_tui.tui.screens.runs.export_choices import export_line
 
@@ -176,13 +176,12 @@ def settings_lines(recipe: Recipe | None, width: int) -> list[Content]:
         return [Content.styled("The recipe cannot be read.", "$error")]
     lora, training = recipe.lora, recipe.training
     limit = f", at most {training.max_steps:,} steps" if training.max_steps else ""
-    batch = f"{training.micro_batch_size} × {training.gradient_accumulation}"
     rows: list[tuple[str, Content | str]] = [
         ("model", short_model_name(recipe.model.id) or "none"),
         ("data", data_words(recipe)),
         ("precision", recipe.quantization.method),
         ("LoRA", f"{format_rank(lora)}  alpha {lora.alpha:g}  {targets_words(recipe, 24)}"),
-        ("batch", f"{batch} of {recipe.data.max_length:,} tokens"),
+        ("length", batch_words(recipe)),
         ("lr", f"{training.learning_rate:g}  {training.lr_scheduler}"),
         ("epochs", f"{training.epochs:g}{limit}"),
     ]

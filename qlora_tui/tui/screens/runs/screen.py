@@ -180,7 +180,8 @@ class RunsScreen(RunActions):
         summaries = [row for row in self.listing.summaries if row.id not in self.trash]
         matching = [row for row in summaries if self._filter in _search_text(row)]
         rows = in_order(matching, self.listing.waiting, self.order)
-        self._show_title(len(rows), len(summaries))
+        any_unmeasured = any(row.best is None and row.loss is not None for row in rows)
+        self._show_title(len(rows), len(summaries), any_unmeasured=any_unmeasured)
         self.set_class(not rows, "-empty")
         if not rows:
             text = "No run matches. Press Esc to show all." if summaries else _NO_RUNS
@@ -197,11 +198,12 @@ class RunsScreen(RunActions):
             self._footer_key = waits
             self.refresh_bindings()
 
-    def _show_title(self, shown: int, total: int) -> None:
+    def _show_title(self, shown: int, total: int, *, any_unmeasured: bool) -> None:
         number = pluralize(total, "run") if shown == total else f"{shown:,} of {pluralize(total, 'run')}"
-        title = Content.assemble(
-            "Runs", (f" · {number}, {self.order.label}" if total else "", "not bold $text-muted")
-        )
+        words = f" · {number}, {self.order.label}" if total else ""
+        if any_unmeasured:
+            words += " · * training loss, not validated"
+        title = Content.assemble("Runs", (words, "not bold $text-muted"))
         self.query_one("#runs-panel", Panel).show_title(title)
 
     def _show_detail(self) -> None:

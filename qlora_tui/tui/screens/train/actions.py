@@ -109,13 +109,9 @@ class TrainActions(LrFinderActions, EvaluationActions):
             view = self.snapshot.view if self.snapshot else None
             if view is None or view.phase in STEP_PHASES:
                 outcome = "will save a checkpoint and the adapter of this step, then stop. It can be resumed."
-                best = self.snapshot.best if self.snapshot else None
-                if (
-                    view is not None
-                    and best is not None
-                    and any(saved.step == best.step for saved in view.checkpoints)
-                ):
-                    outcome += f" Its best checkpoint, of step {best.step:,}, stays."
+                snapshot = self.snapshot
+                if snapshot is not None and snapshot.best is not None and snapshot.is_best_saved:
+                    outcome += f" Its best checkpoint, of step {snapshot.best.step:,}, stays."
             elif view.checkpoints:
                 outcome = (
                     "has not trained a step since it was resumed. It can be resumed from its last checkpoint."

@@ -20,7 +20,8 @@ from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.events import Failed
 from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.labeled import labeled
-from qlora_tui.tui.render.recipe_line import data_words, preference_words, targets_words
+from qlora_tui.tui.render.recipe_line import batch_words, data_words, preference_words, targets_words
+from qlora_tui.tui.render.run_labels import BEST
 from qlora_tui.tui.screens.train.run_snapshot import RunSnapshot
 from qlora_tui.tui.widgets.diff_widget import DiffWidget
 
@@ -106,15 +107,12 @@ def setup_lines(snapshot: RunSnapshot, recipe: Recipe | None, width: int) -> lis
     """What is trained on what, and how it is computed."""
     view, lines = snapshot.view, []
     if recipe is not None:
-        training = recipe.training
-        batch = snapshot.view.plan.micro_batch_size or training.micro_batch_size
-        accumulation = snapshot.view.plan.gradient_accumulation or training.gradient_accumulation
-        schedule = f"{training.learning_rate:g} {training.lr_scheduler}"
+        schedule = f"{recipe.training.learning_rate:g} {recipe.training.lr_scheduler}"
         lines += [
             _row("model", truncate_middle(short_model_name(recipe.model.id), width - _LABEL)),
             _row("data", truncate_middle(data_words(recipe), width - _LABEL)),
             _row("LoRA", f"{format_rank(recipe.lora)} α {recipe.lora.alpha:g} {targets_words(recipe, 16)}"),
-            _row("batch", f"{batch} × {accumulation} of {recipe.data.max_length:,} tokens"),
+            _row("length", batch_words(view.plan.apply_to(recipe))),
             _row("lr", schedule),
         ]
         if recipe.preference_method is not None:
@@ -152,7 +150,7 @@ def evaluation_lines(snapshot: RunSnapshot, rows: int) -> list[Content]:
         exact = "" if each.accuracy is None else f"{format_percent(each.accuracy):>5} exact"
         if each.reward_accuracy is not None:
             exact = f"{format_percent(each.reward_accuracy):>5} right"
-        star = " ★" if each is snapshot.best else "  "
+        star = f" {BEST}" if each is snapshot.best else "  "
         lines.append(
             Content.assemble(
                 (f"{each.step:>7,}  ", "dim"),

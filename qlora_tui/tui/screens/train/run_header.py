@@ -13,7 +13,7 @@ from qlora_tui.runs.events import ALL_STEPS_DONE, Failed, Finished, phase_label
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.block_charts import bar
-from qlora_tui.tui.render.run_labels import format_ago, result_label
+from qlora_tui.tui.render.run_labels import BEST, format_ago, result_label
 from qlora_tui.tui.screens.train.run_snapshot import RunSnapshot
 from qlora_tui.tui.widgets.diff_widget import DiffWidget
 
@@ -155,11 +155,24 @@ def _active_facts(snapshot: RunSnapshot, now: float) -> list[str]:
         facts.append(_time_so_far(snapshot, max(0.0, now - view.started_at)))
     if snapshot.fix is not None:
         facts.append(f"{key_name('train.fix')} {snapshot.fix.label}")
+    if checkpoints := _checkpoints(snapshot):
+        facts.append(checkpoints)
     if next_evaluation := _next_evaluation(snapshot):
         facts.append(f"next evaluation at {next_evaluation:,}")
     if snapshot.energy_kwh is not None:
         facts.append(f"{snapshot.energy_kwh:.2f} kWh")
     return facts or ["starting"]
+
+
+def _checkpoints(snapshot: RunSnapshot) -> str:
+    """``checkpoints at 60 ★, 70``: the best and the newest; empty before the first."""
+    if not snapshot.view.checkpoints:
+        return ""
+    newest = snapshot.view.checkpoints[-1].step
+    if snapshot.best is None or not snapshot.is_best_saved:
+        return f"checkpoint at {newest:,}"
+    best = f"{snapshot.best.step:,} {BEST}"
+    return f"checkpoint at {best}" if snapshot.best.step == newest else f"checkpoints at {best}, {newest:,}"
 
 
 def _time_so_far(snapshot: RunSnapshot, since_start: float) -> str:

@@ -80,6 +80,11 @@ class RunSnapshot:
         return is_asked and self.status.state in ACTIVE and self.view.phase in STEP_PHASES
 
     @property
+    def is_best_saved(self) -> bool:
+        """Whether there is a checkpoint of the best evaluation's step; the trainer keeps it."""
+        return self.best is not None and any(saved.step == self.best.step for saved in self.view.checkpoints)
+
+    @property
     def has_validation(self) -> bool:
         """Whether validation loss is measured, as far as is known."""
         return self.view.data is None or bool(self.view.data.validation_samples)
