@@ -2,9 +2,10 @@
 
 The runs are real ones of ``qlora-tui demo`` (``bench/support/recordings``), as their trainer wrote them, with
 empty files in place of the weights. They are copied into a separate home folder and shown by the app itself;
-nothing is drawn by hand. The data shown are the demo's, through the demo's tokenizer, so the demo's model
-must have been fetched. The chat needs a trained adapter: that of the newest demo on this machine (``make
-demo`` trains one).
+nothing is drawn by hand. Each is named for the time at which it is shown to have started. The data are those
+of these runs, through the demo's tokenizer, so the demo's model must have been fetched. Of the larger model
+there are the configuration, the license, and weights that are a header without contents. The chat needs a
+trained adapter: that of the newest demo on this machine (``make demo`` trains one).
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ from pathlib import Path
 
 from textual.pilot import Pilot
 
+from qlora_tui.runs.directory import RunDir
 from screenshots.motion import Frame, animate
 
 HERE = Path(__file__).parent
 HOME = Path(tempfile.gettempdir()) / "qlora-tui-pictures"
 """Always the same folder, since some screens show where a model is."""
+GPU_GIB = 12.0
+"""The memory that estimates are for, as there may be no GPU: here NF4 fits and fp16 does not."""
 WATCHED_SHARE = 0.87
 """How much of the recorded run the picture of the live screen shows."""
 QWEN = HERE.parent / "tests" / "configs" / "Qwen__Qwen2.5-7B.json"
@@ -74,7 +78,7 @@ CHAT = Picture("chat", _LOOP_SIZE, shows="demo", model=SMALL, prompt="What is th
 BEFORE_THE_RUN = (
     (Picture("models", _LOOP_SIZE, shows=SMALL, model=SMALL), 2.5),
     (Picture("data", _LOOP_SIZE, shows="99% ≤", model=SMALL), 3.5),
-    (Picture("memory", _LOOP_SIZE, shows="Settings and", model=SMALL), 3.0),
+    (Picture("memory", _LOOP_SIZE, shows="doubles", model=SMALL), 3.0),
     (Picture("lora", _LOOP_SIZE, shows="q_proj", model=SMALL), 2.5),
 )
 """The first frames of the moving picture, and how many seconds each is shown."""
@@ -130,18 +134,37 @@ def moving_frames() -> list[Frame]:
 
 @contextmanager
 def private_home(model: Path) -> Iterator[None]:
-    """Folders of its own, with the demo's model and the configuration of a larger one."""
+    """Folders of its own, with the demo's model and a larger one."""
     shutil.rmtree(HOME, ignore_errors=True)
     try:
         for kind in ("CONFIG", "STATE", "CACHE"):
             os.environ[f"XDG_{kind}_HOME"] = str(HOME / kind.lower())
         os.environ["HF_HOME"] = str(HOME / "huggingface")
-        (HOME / "models" / "Qwen2.5-7B").mkdir(parents=True)
-        shutil.copy(QWEN, HOME / "models" / "Qwen2.5-7B" / "config.json")
+        lay_out_larger_model(HOME / "models" / "Qwen2.5-7B")
         (HOME / "models" / SMALL).symlink_to(model)
         yield
     finally:
         shutil.rmtree(HOME, ignore_errors=True)
+
+
+def lay_out_larger_model(folder: Path) -> None:
+    """Write its configuration, its license, and a sparse file of weights with their names and shapes."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder.mkdir(parents=True)
+    shutil.copy(QWEN, folder / "config.json")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))  # type: ignore[no-untyped-call]
+    header, end = {}, 0
+    for name, tensor in model.state_dict().items():
+        begin, end = end, end + 2 * tensor.numel()
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
 
 
 def newest_demo() -> Path | None:
@@ -172,7 +195,7 @@ def clear_runs() -> None:
 
 def lay_out_run(wait_until: float) -> None:
     """Put the recorded run in place as it was at a step, or at a share of its steps, still in training."""
-    from bench.support.recorded_runs import STEPS, lay_out_saved, recorded_until
+    from bench.support.recorded_runs import STEPS, recorded_until
     from qlora_tui.runs.process import process_identity
 
     clear_runs()
@@ -180,9 +203,7 @@ def lay_out_run(wait_until: float) -> None:
         round(STEPS * wait_until if wait_until < 1 else wait_until), process=process_identity()
     )
     # The run is shown as if it were now: its clock is moved, nothing else.
-    for path in (run.events_path, run.telemetry_path, run.status_path):
-        shift_clock(path, time.time() - at)
-    lay_out_saved(run)
+    move_clock(run, time.time() - at)
 
 
 def lay_out_earlier_runs() -> None:
@@ -195,16 +216,25 @@ def lay_out_earlier_runs() -> None:
 
 def show_ended_run(name: str, ended: float) -> None:
     """Put a whole recorded run in place, as if it had ended at that Unix time."""
-    from bench.support.recorded_runs import lay_out_saved, recorded_run
+    from bench.support.recorded_runs import recorded_run
     from qlora_tui.runs.status import read_status
 
     run = recorded_run(name)
     by = ended - read_status(run).at
+    move_clock(run, by)
+
+
+def move_clock(run: RunDir, by: float) -> None:
+    """Show a run ``by`` seconds later, under the name that it would have then, with its checkpoints."""
+    from bench.support.recorded_runs import lay_out_saved
+
     for path in (run.events_path, run.telemetry_path, run.status_path):
         shift_clock(path, by)
-    began = run.recipe_path.stat().st_mtime + by
+    began = json.loads(run.events_path.read_text().partition("\n")[0])["at"]
     os.utime(run.recipe_path, (began, began))
-    lay_out_saved(run)
+    moved = RunDir(run.path.with_name(time.strftime("smollm2-135m-demo-%Y%m%d-%H%M", time.localtime(began))))
+    run.path.rename(moved.path)
+    lay_out_saved(moved)
 
 
 def shift_clock(path: Path, by: float) -> None:
@@ -221,12 +251,12 @@ def shift_clock(path: Path, by: float) -> None:
 
 async def draw(picture: Picture) -> str:
     """The SVG of one picture."""
-    from qlora_tui.demo.conversations import CONVERSATIONS
+    from bench.support.recorded_runs import CONVERSATIONS
     from qlora_tui.recipe.layering import build_recipe
     from qlora_tui.settings import Settings
     from qlora_tui.tui.app import QloraApp
 
-    app = QloraApp(Settings(model_folders=(str(HOME / "models"),), gpu_memory_gib=24.0))
+    app = QloraApp(Settings(model_folders=(str(HOME / "models"),), gpu_memory_gib=GPU_GIB))
     model = HOME / "models" / picture.model
     app.workbench.replace(build_recipe(preset="balanced", model=str(model), data=[str(CONVERSATIONS)]))
     async with app.run_test(size=picture.size) as pilot:

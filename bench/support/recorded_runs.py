@@ -22,6 +22,8 @@ from qlora_tui.runs.process import ProcessIdentity
 from qlora_tui.runs.status import Status, read_status, write_status
 from qlora_tui.runs.view import RunView
 
+CONVERSATIONS = Path(__file__).parent / "recordings" / "conversations.jsonl"
+"""The data of these runs: the demo's as they were then."""
 NAME = "smollm2-135m-demo-20261124-1609"
 STEPS = 81
 ENDED = 1_795_538_085.3
