@@ -17,6 +17,7 @@ import msgspec
 
 from qlora_tui import __version__
 from qlora_tui.cli.main import SUBCOMMANDS, _parser
+from qlora_tui.formatting import capitalize
 from qlora_tui.glossary import GLOSSARY
 from qlora_tui.recipe.fields import Field, fields, source_fields
 
@@ -196,7 +197,7 @@ def command_tree() -> Iterator[tuple[str, str, argparse.ArgumentParser]]:
 
 
 def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".") if text else ""
+    return capitalize(text) + ("" if text.endswith(".") else ".") if text else ""
 
 
 def cli_page() -> str:

@@ -89,6 +89,16 @@ def short_model_name(model_id: str) -> str:
     return _GGUF_ENDING.sub("", model_id.rstrip("/").rpartition("/")[2])
 
 
+def capitalize(text: str) -> str:
+    """The text with a capital first letter; the others stay as they are."""
+    return f"{text[:1].upper()}{text[1:]}"
+
+
+def uncapitalize(text: str) -> str:
+    """The text for the middle of a sentence, its first letter small; an abbreviation such as GGUF stays."""
+    return text if text[1:2].isupper() else f"{text[:1].lower()}{text[1:]}"
+
+
 def truncate_middle(text: str, width: int) -> str:
     """Shorten text in the middle: run names often begin alike and differ at the end."""
     if len(text) <= width:

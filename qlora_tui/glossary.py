@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from qlora_tui.formatting import capitalize
+
 GLOSSARY: dict[str, str] = {
     "recipe": (
         "every decision that defines a run: model, quantization, LoRA, data, training. Typed, validated, TOML"
@@ -147,4 +149,4 @@ GLOSSARY: dict[str, str] = {
 def explain(term: str) -> str:
     """Return the meaning as a sentence, without the marks of code."""
     meaning = GLOSSARY[term].replace("`", "")
-    return f"{meaning[0].upper()}{meaning[1:]}."
+    return f"{capitalize(meaning)}."

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_tui.formatting import abbreviate_home, short_model_name
+from qlora_tui.formatting import abbreviate_home, capitalize, short_model_name, uncapitalize
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,12 @@ def test_paths_in_the_home_folder_begin_with_a_tilde(text: str, shown: str) -> N
 )
 def test_a_models_short_name_has_no_hash_or_quantization(model_id: str, name: str) -> None:
     assert short_model_name(model_id) == name
+
+
+@pytest.mark.parametrize(
+    ("text", "small"),
+    [("Too large", "too large"), ("GGUF is not read", "GGUF is not read"), ("A", "a"), ("", "")],
+)
+def test_only_a_words_first_letter_is_lowered(text: str, small: str) -> None:
+    assert uncapitalize(text) == small
+    assert capitalize(small) == text

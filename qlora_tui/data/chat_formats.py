@@ -10,6 +10,7 @@ import msgspec
 
 from qlora_tui.data.conversation import Message, Role, RowRejectedError, ToolCall
 from qlora_tui.data.media import medium_of
+from qlora_tui.formatting import capitalize
 
 ROLE_KEYS = ("role", "from", "speaker")
 CONTENT_KEYS = ("content", "value", "text", "message", "parts")
@@ -158,7 +159,7 @@ def text_of(content: Any, where: str) -> str:
     text, reasoning, calls = _content_of(content, where)
     if reasoning or calls:
         kind = "reasoning" if reasoning else "tool_call"
-        raise RowRejectedError("unsupported-part", f"{_capitalized(where)} has a part of type {kind!r}.")
+        raise RowRejectedError("unsupported-part", f"{capitalize(where)} has a part of type {kind!r}.")
     return text
 
 
@@ -191,11 +192,9 @@ def _content_of(content: Any, where: str) -> tuple[str, str, tuple[ToolCall, ...
         elif text is not None and kind in _REASONING_PARTS:
             reasoning.append(text)
         elif (medium := medium_of(kind)) is not None:
-            raise RowRejectedError(
-                "media", f"{_capitalized(where)} holds {medium} (a part of type {kind!r})."
-            )
+            raise RowRejectedError("media", f"{capitalize(where)} holds {medium} (a part of type {kind!r}).")
         else:
-            raise RowRejectedError("unsupported-part", f"{_capitalized(where)} has a part of type {kind!r}.")
+            raise RowRejectedError("unsupported-part", f"{capitalize(where)} has a part of type {kind!r}.")
     return "".join(texts), "\n\n".join(reasoning), tuple(calls)
 
 
@@ -210,10 +209,6 @@ def _part_text(part: Mapping[str, Any]) -> str | None:
         texts = [_part_text(one) for one in value]
         return None if None in texts else "".join(filter(None, texts))
     return value if isinstance(value, str) else None
-
-
-def _capitalized(where: str) -> str:
-    return f"{where[:1].upper()}{where[1:]}"
 
 
 def _message(turn: Mapping[str, Any], number: int) -> Message:

@@ -14,6 +14,7 @@ from qlora_tui.data.problems import shorten
 from qlora_tui.data.read import first_rows
 from qlora_tui.data.row import Row
 from qlora_tui.errors import UserError
+from qlora_tui.formatting import uncapitalize
 from qlora_tui.recipe.schema import Source
 
 AUTO = "auto"
@@ -73,7 +74,7 @@ def _conversation(row: Row, layout: RowFormat) -> Conversation | None:
 def _reason(problem: UserError, format_: str) -> str:
     if problem.title == "Not in that format":
         return f"needs {' and '.join(PARTS[format_])}"
-    return f"{problem.title[:1].lower()}{problem.title[1:]}"
+    return uncapitalize(problem.title)
 
 
 def _example(conversation: Conversation) -> str:

@@ -25,6 +25,7 @@ from typing import Any
 
 from qlora_tui.data import memory_bound
 from qlora_tui.errors import UserError
+from qlora_tui.formatting import uncapitalize
 
 MAX_CPU_S = 5.0
 """Most processor seconds of one rendering. A long conversation takes some milliseconds."""
@@ -97,7 +98,7 @@ def hung_template(process: str) -> UserError:
     """Build the error for a ``process`` ("The trainer process") that was ended by ``HANG_SIGNAL``."""
     return UserError(
         "The chat template hangs",
-        what=f"{process} was ended: {HUNG[:1].lower()}{HUNG[1:]}",
+        what=f"{process} was ended: {uncapitalize(HUNG)}",
         why=f"It took {MAX_HUNG_CPU_S:.0f} seconds of processor time, and could not be stopped otherwise.",
         fix='Choose another template: model.chat_template = "chatml".',
     )

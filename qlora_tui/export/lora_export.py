@@ -49,7 +49,7 @@ from qlora_tui.export.reference import (
 )
 from qlora_tui.export.requantize import requantizer
 from qlora_tui.export.unfinished_files import draft_folder, publish_files, refuse_existing, require_space
-from qlora_tui.formatting import short_model_name
+from qlora_tui.formatting import capitalize, short_model_name
 from qlora_tui.runs.exports import COMPARED_TOKENS
 
 StatusFn = Callable[[str], None]
@@ -129,7 +129,7 @@ def export_lora(
         if proof and proof.problem:
             raise UserError(
                 "The exported adapter does not answer as the adapter does",
-                what=f"{proof.problem[0].upper()}{proof.problem[1:]}.",
+                what=f"{capitalize(proof.problem)}.",
                 fix="The file was not kept. Use `qlora-tui export gguf`, and report the model.",
             )
         size = path.stat().st_size

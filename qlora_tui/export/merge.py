@@ -40,6 +40,7 @@ from qlora_tui.export.unfinished_files import (
     require_space,
     unfinished_bytes,
 )
+from qlora_tui.formatting import capitalize
 from qlora_tui.runs.exports import COMPARED_TOKENS
 
 _SPARE_BYTES = 64 << 20
@@ -130,7 +131,7 @@ def merge(
         if not isinstance(check, str) and not check.agrees:
             raise UserError(
                 "The merged model does not answer like the adapter",
-                what=f"{check.sentence[0].upper()}{check.sentence[1:]}. It was not kept.",
+                what=f"{capitalize(check.sentence)}. It was not kept.",
                 why="The base stores its weights in an unknown layout, or its files are damaged.",
                 fix="Use the adapter instead, and report the model.",
             )

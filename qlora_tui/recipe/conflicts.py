@@ -5,6 +5,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.formatting import capitalize
 from qlora_tui.recipe.schema import Lora, Recipe
 
 
@@ -197,7 +198,7 @@ def check_conflicts(recipe: Recipe) -> None:
     raise UserError(
         "Conflicting settings",
         what="; ".join(conflict.what for conflict in conflicting) + ".",
-        fix="\n  ".join(f"{c.fix[:1].upper()}{c.fix[1:]}." for c in conflicting),
+        fix="\n  ".join(f"{capitalize(c.fix)}." for c in conflicting),
         exit_code=EXIT_USAGE,
     )
 

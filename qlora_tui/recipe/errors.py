@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.formatting import capitalize
 
 _MAX_SHOWN = 20
 """Maximum number of issues shown: a file with more is probably not a recipe."""
@@ -44,7 +45,7 @@ class InvalidRecipeError(UserError):
             super().__init__(
                 "Invalid recipe",
                 what=f"{only.where}: {only.message}",
-                fix=only.hint[:1].upper() + only.hint[1:],
+                fix=capitalize(only.hint),
                 exit_code=EXIT_USAGE,
             )
             return

@@ -18,6 +18,7 @@ from msgspec import Struct
 from qlora_tui import paths
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.files import atomic_write
+from qlora_tui.formatting import capitalize
 from qlora_tui.recipe import toml
 from qlora_tui.recipe.diff import DESCRIPTIVE
 from qlora_tui.recipe.schema import Data, Model, Recipe
@@ -104,7 +105,7 @@ def find_preset(name: str) -> Preset:
         "Unknown preset",
         what=f'There is no preset "{name}".',
         why=f"The presets are {', '.join(by_name) or 'none'}.",
-        fix=hint[:1].upper() + hint[1:],
+        fix=capitalize(hint),
         exit_code=EXIT_USAGE,
     )
 

@@ -26,6 +26,7 @@ from typing import Protocol, TypeVar
 from msgspec import Struct
 
 from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.formatting import capitalize
 from qlora_tui.recipe.schema import ALL_LINEAR, Lora
 from qlora_tui.recipe.suggestions import did_you_mean
 
@@ -333,5 +334,5 @@ def _no_match_error(text: str, pattern: _Pattern, modules: Sequence[Module], set
 
 
 def _problem(title: str, what: str, hint: str, why: str = "") -> UserError:
-    fix = hint[:1].upper() + hint[1:]
+    fix = capitalize(hint)
     return UserError(title, what=what, why=why, fix=fix, exit_code=EXIT_USAGE)

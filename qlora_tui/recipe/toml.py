@@ -16,6 +16,7 @@ import msgspec
 import tomli_w
 
 from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.formatting import capitalize
 from qlora_tui.recipe import aliases
 from qlora_tui.recipe.errors import InvalidRecipeError
 from qlora_tui.recipe.fields import Field, fields, get_setting
@@ -169,7 +170,7 @@ def _commented(text: str) -> str:
 def _comment(field: Field) -> list[str]:
     lines = [f"# {field.help}"]
     if field.kind in ("int", "float", "choice"):
-        lines.append(f"# {field.expected[:1].upper()}{field.expected[1:]}.")
+        lines.append(f"# {capitalize(field.expected)}.")
     if field.memory:
         lines.append(f"# Memory: {field.memory}")
     return lines

@@ -17,6 +17,7 @@ from qlora_tui.catalog.loftq_fit import require_loftq_base
 from qlora_tui.data.token_lookup import check_tokens
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.formatting import (
+    capitalize,
     format_count,
     format_gib,
     format_path,
@@ -98,7 +99,7 @@ def _settings(recipe: Recipe) -> list[Check]:
         *_learning_rate(recipe),
         *_reference_point(recipe),
         *(
-            Check(CheckKind.SETTINGS, "error", f"{c.what}.", f"{c.fix[:1].upper()}{c.fix[1:]}.")
+            Check(CheckKind.SETTINGS, "error", f"{c.what}.", f"{capitalize(c.fix)}.")
             for c in find_conflicts(recipe)
         ),
     ]

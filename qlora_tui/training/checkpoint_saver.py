@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from qlora_tui.errors import disk_problem
+from qlora_tui.formatting import uncapitalize
 from qlora_tui.runs.events import CheckpointSaved
 from qlora_tui.training import checkpoints
 from qlora_tui.training.checkpoints import CheckpointState
@@ -110,7 +111,7 @@ class CheckpointSaver:
     def _report_failure(self, step: int, error: OSError) -> None:
         reporter = self._prepared.reporter
         problem = disk_problem(error, self._prepared.run.checkpoints_dir)
-        reason = f"{problem.title[0].lower()}{problem.title[1:]}" if problem else str(error)
+        reason = uncapitalize(problem.title) if problem else str(error)
         reporter.log(f"checkpoint at step {step}: {error}")
         reporter.health(
             "disk_full" if is_full_disk(error) else "checkpoint_unwritten",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from qlora_tui.data.excluded_rows import RowPlace
-from qlora_tui.formatting import align_columns, pluralize
+from qlora_tui.formatting import align_columns, capitalize, pluralize
 from qlora_tui.runs.task_metrics.answer_metrics import Metric, TaskRow
 from qlora_tui.runs.task_metrics.intervals import Interval
 from qlora_tui.runs.task_metrics.task_evaluation import (
@@ -27,8 +27,8 @@ def report_lines(evaluation: TaskEvaluation, rows: int, *, narrow: bool = False)
     lines = [
         f"{pluralize(len(evaluation.rows), 'validation prompt')} of {evaluation.run}, with greedy answers of "
         f"up to {evaluation.max_new_tokens:,} tokens.",
-        *(f"{_capitalized(describe_metric(metric))}." for metric in evaluation.metrics[:1]),
-        *([f"{_capitalized(describe_loss(evaluation.loss, loss_name))}."] if evaluation.loss.rows else []),
+        *(f"{capitalize(describe_metric(metric))}." for metric in evaluation.metrics[:1]),
+        *([f"{capitalize(describe_loss(evaluation.loss, loss_name))}."] if evaluation.loss.rows else []),
         "",
         *metric_table(evaluation.metrics, narrow=narrow),
     ]
@@ -97,7 +97,3 @@ def _metric_cells(metric: Metric) -> tuple[str, ...]:
 
 def _range(interval: Interval) -> str:
     return "{:.0f} to {:.0f}".format(*(100 * edge for edge in interval))
-
-
-def _capitalized(text: str) -> str:
-    return text[:1].upper() + text[1:]

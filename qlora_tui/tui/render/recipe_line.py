@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.cells import cell_len, set_cell_size
 
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import short_model_name
+from qlora_tui.formatting import short_model_name, uncapitalize
 from qlora_tui.memory.estimate import Precision
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
@@ -65,10 +65,7 @@ def verdict_words(word: str, *, can_train: bool) -> tuple[str, str]:
 
 def refusal_words(refusal: UserError) -> str:
     """``✗ cannot train: this model has no weights``."""
-    title = refusal.title
-    # An abbreviation, such as GGUF, stays as it is.
-    reason = title if title[1:2].isupper() else f"{title[:1].lower()}{title[1:]}"
-    return f"{CANNOT_TRAIN}: {reason}"
+    return f"{CANNOT_TRAIN}: {uncapitalize(refusal.title)}"
 
 
 def cut_cells(text: str, width: int) -> str:

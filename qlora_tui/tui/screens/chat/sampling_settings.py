@@ -13,6 +13,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Input, Label, Static, TextArea
 
 from qlora_tui.chat.chat_types import Sampling
+from qlora_tui.formatting import uncapitalize
 from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.screens.chat.transcript import format_setting
 from qlora_tui.tui.widgets.text_field import TextField
@@ -103,4 +104,4 @@ def _words(error: Exception) -> str:
     if not where:
         return text
     name = where.rstrip("`")
-    return f"{_LABELS.get(name, name.replace('_', ' '))}: {what[0].lower()}{what[1:].replace('`', '')}."
+    return f"{_LABELS.get(name, name.replace('_', ' '))}: {uncapitalize(what).replace('`', '')}."

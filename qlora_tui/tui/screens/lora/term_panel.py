@@ -11,6 +11,7 @@ from textual.content import Content
 from textual.widgets import Static
 
 from qlora_tui.catalog.architecture_types import LinearModule
+from qlora_tui.formatting import capitalize
 from qlora_tui.glossary import GLOSSARY, explain
 from qlora_tui.recipe.schema import Lora
 from qlora_tui.tui.screens.lora.controls import LORA_CONTROLS, targets_advice, term_of
@@ -71,4 +72,4 @@ def _order(path: str) -> int:
 
 def _title(path: str) -> str:
     term = term_of(path)
-    return f"{term[0].upper()}{term[1:]}" if term.islower() else term
+    return capitalize(term) if term.islower() else term

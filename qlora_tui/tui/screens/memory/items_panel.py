@@ -5,7 +5,7 @@ from __future__ import annotations
 from textual.content import Content
 from textual.widgets import Static
 
-from qlora_tui.formatting import format_bytes, format_percent
+from qlora_tui.formatting import capitalize, format_bytes, format_percent
 from qlora_tui.glossary import explain
 from qlora_tui.memory import Estimate, Item
 from qlora_tui.tui.render.block_charts import bar
@@ -67,7 +67,7 @@ def item_lines(estimate: Estimate, width: int) -> list[tuple[str, Content]]:
     lines = []
     groups = [(part, size) for part, size in parts_of(estimate) if size]
     for part, size in sorted(groups, key=lambda group: -group[1]):
-        head = f"{part.glyph} {part.name[0].upper()}{part.name[1:]}"
+        head = f"{part.glyph} {capitalize(part.name)}"
         lines.append((f"{HEADING}{part.name}", _item_line(head, part, size, estimate, width)))
         items = [item for item in estimate.items if part_of(item.key) is part]
         for item in sorted(items, key=lambda item: -item.bytes):

@@ -16,6 +16,7 @@ from textual.widgets import Input, OptionList, Static
 from qlora_tui.catalog.hub import HubModel, search_models
 from qlora_tui.catalog.local_models import LocalModel, list_local_models
 from qlora_tui.errors import UserError
+from qlora_tui.formatting import uncapitalize
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
@@ -199,9 +200,7 @@ class ModelsScreen(DownloadActions):
         if model.refusal is not None:
             # A config alone is enough for estimates.
             fix = model.refusal.fix.partition(". ")[0].rstrip(".")
-            self.notify(
-                f"Model set to {model.name}, for estimates only. To train it: {fix[:1].lower()}{fix[1:]}."
-            )
+            self.notify(f"Model set to {model.name}, for estimates only. To train it: {uncapitalize(fix)}.")
         else:
             self.notify(
                 f"Model set to {model.name}. "

@@ -13,6 +13,7 @@ from textual.content import Content
 
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import (
+    capitalize,
     format_bytes,
     format_duration,
     format_float,
@@ -118,7 +119,7 @@ def ending(summary: RunSummary, *, beside_verdict: bool = False) -> Content:
     """
     text = summary.status.detail.replace("\n", " ")
     if summary.defect is not None:
-        text = "" if text == ALL_STEPS_DONE else f"{text[:1].upper()}{text[1:]}"
+        text = "" if text == ALL_STEPS_DONE else capitalize(text)
     detail = Content.styled(text, "dim")
     is_said = beside_verdict and summary.verdict is not None
     wrong = (

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection
 from functools import partial
 
+from qlora_tui.formatting import capitalize
 from qlora_tui.runs import actions as run_actions
 from qlora_tui.runs import control
 from qlora_tui.runs.directory import RunDir
@@ -198,7 +199,7 @@ class TrainActions(LrFinderActions, EvaluationActions):
         workbench = self.qlora_app.workbench
         if workbench.replace(fix.apply_to(workbench.recipe)):
             self.qlora_app.recipe_edited()
-            label = f"{fix.label[:1].upper()}{fix.label[1:]}"
+            label = capitalize(fix.label)
             self.notify(f"{label}. Press {key_name('app.undo')} to undo.")
 
     def _offer_next_run(self, run: RunDir, fix: SuggestedFix) -> None:
@@ -210,7 +211,7 @@ class TrainActions(LrFinderActions, EvaluationActions):
             self.action_prepare()
 
         text = f"This run's recipe replaces the one you are editing. Press {key_name('app.undo')} to undo."
-        self.app.push_screen(ConfirmScreen(f"{fix.label[:1].upper()}{fix.label[1:]}?", text), on_result)
+        self.app.push_screen(ConfirmScreen(f"{capitalize(fix.label)}?", text), on_result)
 
     async def action_chat(self) -> None:
         """Open the Chat screen with the adapter."""

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 from textual.content import Content
 
-from qlora_tui.formatting import abbreviate_home, format_duration, format_float, format_path, truncate_middle
+from qlora_tui.formatting import (
+    abbreviate_home,
+    capitalize,
+    format_duration,
+    format_float,
+    format_path,
+    truncate_middle,
+)
 from qlora_tui.runs.defects import find_defect
 from qlora_tui.runs.describe import format_energy
 from qlora_tui.runs.events import ALL_STEPS_DONE, Failed, Finished, phase_label
@@ -251,7 +258,7 @@ def outcome_text(snapshot: RunSnapshot) -> RunOutcomeText | None:
     match state:
         case "finished":
             reason = view.ending.reason if isinstance(view.ending, Finished) else snapshot.status.detail
-            reason_text = "" if reason in ("", ALL_STEPS_DONE) else f"{reason[:1].upper()}{reason[1:]}. "
+            reason_text = "" if reason in ("", ALL_STEPS_DONE) else f"{capitalize(reason)}. "
             return RunOutcomeText(
                 f"{reason_text}Adapter: {format_path(view.run.adapter_dir)}",
                 f"▸ {chat} chat with it   {prepare}",
