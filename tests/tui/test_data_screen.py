@@ -124,7 +124,7 @@ async def test_rows_left_out_are_counted_apart_from_those_cut(model: str, here: 
 async def test_too_few_steps_come_with_what_to_do(model: str, here: Path) -> None:
     write_rows(here / "pairs.jsonl", [{"prompt": f"Why {n}?", "completion": f"So {n}."} for n in range(40)])
     async with data_app(model, "pairs.jsonl").run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "too few to learn much", "One step takes 8 sequences", "lower the batch")
+        await wait_for_text(pilot, "too few to learn much", "On [5] Train, raise Epochs", "(now 8)")
 
 
 async def test_plain_text_is_not_called_answers_only(model: str, here: Path) -> None:

@@ -177,8 +177,11 @@ def few_steps_line(report: Report, recipe: Recipe, *, brief: bool) -> Content | 
         return None
     # In one line of 37 cells: in a small window it is beside a scrollbar.
     warning = Content.styled(f"! Only {pluralize(steps, 'step')}: too few to learn much", "$warning")
-    batch = pluralize(recipe.effective_batch, "sequence")
-    fix = f"\n  ▸ One step takes {batch}: raise Epochs, or lower the batch."
+    training = recipe.training
+    accumulation, micro_batch = training.gradient_accumulation, training.micro_batch_size
+    lower = f"accumulation (now {accumulation})" if accumulation > 1 else f"micro-batch (now {micro_batch})"
+    less = f", or lower {lower}" if recipe.effective_batch > 1 else ""
+    fix = f"\n  ▸ On {key_name('go.train')} Train, raise Epochs{less}."
     return warning if brief else warning + Content.styled(fix, "dim")
 
 

@@ -132,10 +132,10 @@ def _kept_layers_text(plan: KeptLayersPlan, least_bytes: int) -> Content:
         )
     total, faster = format_gib(plan.estimate.total_bytes), format_percent(plan.speedup - 1)
     return Content.assemble(
-        f"The run needs {format_gib(least_bytes)} GiB, and takes up to ",
+        f"The run needs {format_gib(least_bytes)} GiB. Where ",
         (f"{total} GiB", "bold"),
-        f" where that is free, to be about {faster} faster: {plan.kept_layers} of {plan.total_layers} layers "
-        "keep their activations instead of recomputing them.",
+        f" are free, it takes them and is about {faster} faster: {plan.kept_layers} of {plan.total_layers} "
+        "layers keep their activations instead of recomputing them.",
     )
 
 
