@@ -70,9 +70,9 @@ class ChatActions(ChoiceActions):
 
     async def action_stop(self) -> None:
         """Stop what is under way."""
-        for answer in self.answers:
-            answer.stop()
-        if not self.answers:
+        for request in self.open_requests:
+            request.stop()
+        if not self.open_requests:
             # A model that is loading cannot be interrupted, so its process is ended.
             self.show_header("Stopping")
             await self.engine.close()
@@ -159,8 +159,8 @@ class ChatActions(ChoiceActions):
 
     async def action_clear(self) -> None:
         """Begin a new conversation."""
-        for answer in self.answers:
-            answer.stop()
+        for request in self.open_requests:
+            request.stop()
         self.turns.clear()
         self.search = ""
         self.conversation_path = None

@@ -60,8 +60,8 @@ class ConversationScreen(WorkScreen):
         self.ready: ChatReady | None = None
         """The model that the engine has loaded; None while none is."""
         self.turns: list[ChatTurn] = []
-        self.answers: list[ReplyStream] = []
-        """Those under way."""
+        self.open_requests: list[ReplyStream] = []
+        """Those that the engine has not finished."""
         self.busy = False
         self.sampling = Sampling()
         self.system_prompt = ""
@@ -215,7 +215,7 @@ class ConversationScreen(WorkScreen):
                 thinking=self.thinking,
             )
         )
-        self.answers.append(request)
+        self.open_requests.append(request)
         try:
             async for reply in request:
                 if isinstance(reply, Text):
@@ -230,7 +230,7 @@ class ConversationScreen(WorkScreen):
         except UserError as problem:
             await turn.answers[adapter_name].fail(problem)
         finally:
-            self.answers.remove(request)
+            self.open_requests.remove(request)
 
     def _warn(self, warning: str) -> None:
         """Show the session's warnings once."""
@@ -244,7 +244,7 @@ class ConversationScreen(WorkScreen):
         try:
             await self._load()
             request = self.engine.ask(MeasureEffect(adapter_name=self.pair.right))
-            self.answers.append(request)
+            self.open_requests.append(request)
             try:
                 async for reply in request:
                     if isinstance(reply, StatusUpdate):
@@ -252,7 +252,7 @@ class ConversationScreen(WorkScreen):
                     elif isinstance(reply, EffectMeasured):
                         self.show_effect(reply.effect)
             finally:
-                self.answers.remove(request)
+                self.open_requests.remove(request)
         except EngineClosedError:
             self.show_effect(name_keys(chat_text.NOT_MEASURED))
         except UserError as problem:
