@@ -4,10 +4,10 @@ Each folder covers one concern. A package imports only packages listed before it
 
 recipe    every setting, declared once; reading and writing TOML; presets
 catalog   the supported model families, and parsing of ``config.json``
-gpu       GPU metrics from NVML
+gpu       GPU metrics through the driver of a vendor, such as NVML
 memory    memory estimates of a recipe, and the largest settings that fit
 data      conversations from files
-runs      run directories, events, queue, runner, control requests
+runs      run directories, events, queue, runner, control requests, retries
 training  the trainer process
 chat      answers of base and adapter
 export    merged models, GGUF and LoRA files, and their comparison

@@ -5,8 +5,9 @@ From the file to the report:
 * ``text_reader``, ``json_rows``, ``read``, ``row``, ``row_index``: rows from JSON, JSONL, CSV, TSV, Parquet,
   Arrow (``arrow_rows``) and text files, plain or compressed, within ``bounds`` and under a ``memory_bound``.
   ``hub_dataset`` and ``hub_fetch``: datasets of the Hub.
-* ``formats`` (with ``column_detection``, ``chat_formats``, ``pair_formats``, ``format_hints``): detects the
-  format of rows and builds conversations from them. ``preferences``, ``chosen_side`` and
+* ``formats`` (with ``column_detection`` and ``format_hints``): detects the format of rows and builds
+  conversations from them, ``chat_formats`` of lists of turns, ``pair_formats`` of columns for question and
+  answer. ``preferences``, ``chosen_side`` and
   ``preference_samples``: rows that compare or rate answers. ``unsupported`` and ``media``: recognized formats
   that cannot be trained on. ``conversation``: the conversation types. ``sources``: the recipe's sources as
   files with a format. ``format_choices``: what each format would read of a file.
@@ -14,7 +15,8 @@ From the file to the report:
   ``template_guard``), ``template_capabilities``, ``stock_templates``: a model's tokenizer and chat template,
   without transformers. ``thinking``: the thinking switch of a template, and the reasoning of a row.
   ``answer_decoder`` (with ``thought_splitter``): text of an answer without its thoughts.
-* ``assistant_spans`` (with ``thought_text``): which text is trained. ``sample_tokens``: token ids, and the
+* ``assistant_spans`` (with ``thought_text``): which text is trained, by the weights of turns that
+  ``chat_formats`` reads. ``sample_tokens``: token ids, and the
   loss mask. ``render``: both for a conversation.
 * ``row_result`` (with ``checks``, ``truncation``, ``near_duplicates``, ``problems``): one row rendered,
   truncated and checked; ``worker_pool`` (with ``worker``, ``length_prefixed``) runs this on all cores.

@@ -4,7 +4,7 @@
 ``model_card``; the arithmetic of every merge is ``apply_to`` of ``chat.adapter_deltas``. ``gguf_export``,
 checked beforehand by ``gguf_plan``, and ``lora_export`` write GGUF files with ``gguf_file``:
 ``merged_weights`` yields the weights, on the base that ``base_choice`` picks (``requantize`` rounds it as in
-training), and ``proof`` compares each file with the trained model's answers through ``llama_cpp``.
+training), and ``proof`` compares each GGUF file with the trained model's answers through ``llama_cpp``.
 ``reference`` chooses the validation rows and their positions; ``answer_files`` computes the answers.
 ``ollama_export`` adds a Modelfile, whose TEMPLATE ``ollama_template`` writes and ``go_template`` renders.
 ``adapter_folder`` copies an adapter that vLLM can serve. ``hub_export`` uploads what ``upload_files`` writes

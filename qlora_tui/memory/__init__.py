@@ -5,9 +5,10 @@ available memory, and call :func:`largest_settings` or :func:`cheapest_changes`;
 ``--json`` prints.
 
 ``execution``         which trainer's code runs; ``versions`` and ``trl_loss``: what its libraries do
-``step``              replays one step of it on ``autograd``, with ``layout``, ``decoder_layer``, ``ops``,
-                      ``attention``, ``linear`` and ``loss`` for what most families share; ``moe`` (of a
-                      ``mixture``), ``mla``, ``cohere`` and ``unsloth_kernels``: what some have;
+``step``              activations and gradients of one training step of it: each kind of layer once, on
+                      ``autograd``. ``layout`` and ``decoder_layer``: the layers; ``ops``, ``attention``,
+                      ``linear`` and ``loss``: what an operation allocates and saves; ``moe`` (of a
+                      ``mixture``), ``mla``, ``cohere`` and ``unsloth_kernels``: what some families have;
                       ``fused_lora`` and ``expert_loop``: our trainer's functions that save less memory.
                       ``step_trace`` has a traced step in its place.
 ``parameter_memory``  bytes of frozen weights with their quantization scales, adapter and optimizer states;

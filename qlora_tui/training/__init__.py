@@ -32,12 +32,12 @@
 ``token_losses``          the loss of each token by itself, for ``preference``: training on pairs of answers
                           or on rated ones
 ``equivalence_checks``    verifies packed attention (``attention_check``: layer by layer) and the chunked
-                          loss on the loaded model; ``liger`` verifies its own. Which loss a run asks for is
-                          decided in ``memory.execution``, so that the estimate knows it.
+                          loss on the loaded model; ``liger`` verifies its own
 ``row_loss``              loss of each training row, before and after a run, in ``row_loss_worker``
 ``agreement``             when two tensors count as equal
-``step_verification``     compares the first step with transformers and peft (``step_check``); switches
-                          off a fast path (``fast_paths``) that differs
+``step_verification``     before training, compares loss and gradients of the first micro-batch with those of
+                          transformers and peft (``step_check``), with fused layers and all other fast paths
+                          on; switches off a path (``fast_paths``) that differs
 ``batches``               samples (``tokenized_dataset``) to sequences to micro-batches, in an order that
                           resume can repeat; ``step_dataset``: an item for each optimizer step
 ``memory_probe``          one step on the longest batch before training; ``memory_meter``: peak memory;
@@ -48,13 +48,13 @@
 ``lr_range_trainer``      the same steps at a rising learning rate, in the process ``lr_range_worker``
 ``callbacks``             the ``TrainerCallback``: probe memory, then after each step report, evaluate
                           (``evaluation`` in ``eval_mode``, ``accuracy``; ``forgetting`` compares with the
-                          base), stop early, save (``checkpoint_saver``; ``disk_errors``: the cause of a
-                          failed write), handle ``control_requests``
+                          base), stop early, decide whether to save, handle ``control_requests``
 ``validation_change``     validation rows as before training and with the final adapter
 ``answer_comparison``     answers of base and adapter to validation prompts (``task_prompts``, ``task_rows``)
 ``random_numbers``        their state at the start of a step, for a stop that does not wait for its end
-``checkpoints``           writes a checkpoint completely or not at all, and finds the newest intact one, from
-                          which ``supervisor`` resumes exactly
+``checkpoints``           their folders: written completely or not at all, old ones deleted, the newest intact
+                          one found, from which ``supervisor`` resumes exactly; ``checkpoint_saver`` saves one
+                          and reports it, ``disk_errors``: the cause of a failed write
 ``health``                what goes wrong in a step or on the GPU: warnings, and the NaN that ends a run
 ``distributed``           one run on several GPUs
 ``final_adapter``         the adapter folder

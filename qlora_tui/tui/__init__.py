@@ -4,8 +4,8 @@ app            the frame: screens, themes, keys, and the polling that every scre
 workbench      the recipe being edited, and what follows from it (architecture, estimate)
 draft          the file that the recipe is kept in, which several apps may share; draft_saving opens and saves
                the workbench with it
-commands       how a command is declared; command_palette offers them; keymap lists them all and checks the
-               user's keymap, which settings reads and app applies
+commands       how a command is declared, and its former ids; command_palette offers them; keymap lists them
+               all and checks the user's keymap, which qlora_tui/settings.py reads and app applies
 key_names      keys inside sentences, as the user's keymap has them: [u], Enter
 system_monitor polls this machine's GPU and the list of runs once a second; system_status is what it returns
                (the figures of a run on Train come from its telemetry)
@@ -14,7 +14,7 @@ first_steps    the five steps of a new user, on Home and in the two lines of the
 leaving        what quitting says, and what it asks where deleted runs would be lost
 recipe_undo    the commands undo and redo, and what they report; the history is in workbench
 setting_stepper  the next value of a setting when its key is pressed
-textual_compat   every use of Textual's private API
+textual_compat   every use of Textual's private API, which tests/tui/test_textual_compat.py checks
 terminal_app     the base of app: what is sent to the terminal, and when
 screen_diff      sends only what differs from what the terminal shows
 visible_lines  the text layer: no line reaches the terminal with a control character;

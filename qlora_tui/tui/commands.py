@@ -165,7 +165,7 @@ EVERYWHERE: tuple[Command, ...] = (
         id="app.next_step",
         key="f7",
         action="app.next_step",
-        label="Next step",
+        label="Next guide step",
         help="Go to the next of the five steps to a run: model, data, memory, LoRA, launch.",
         in_footer=False,
     ),

@@ -1,10 +1,11 @@
 """Parts of a model as autograd functions that save less for the backward, and compute less, than the library.
 
-Each returns what the library's code returns. :mod:`.lora_linear`: a frozen linear layer and its adapter,
-whose weights :mod:`.adapter_casts` casts once per forward; :mod:`.lora_group`: several that share an input;
-:mod:`.gated_mlp`: the end of a gated MLP; :mod:`.rms_norm`: RMSNorm; :mod:`.rotary`: rotary positions;
-:mod:`.cpu_attention`: attention over packed samples on a CPU. On a GPU gated MLPs, norms and rotary positions
-use :mod:`.triton_kernels` where :mod:`.kernel_choice` allows it.
+Each returns what the library's code returns: a module is compared with the library's before it is replaced,
+and the whole step by ``training.step_verification``. :mod:`.lora_linear`: a frozen linear layer and its
+adapter, whose weights :mod:`.adapter_casts` casts once per forward; :mod:`.lora_group`: several that share
+an input; :mod:`.gated_mlp`: the end of a gated MLP; :mod:`.rms_norm`: RMSNorm; :mod:`.rotary`: rotary
+positions; :mod:`.cpu_attention`: attention over packed samples on a CPU. On a GPU gated MLPs, norms and
+rotary positions use :mod:`.triton_kernels` where :mod:`.kernel_choice` allows it.
 :class:`.patching.PatchedForwards` switches back to the library's forwards.
 """
 

@@ -4,7 +4,8 @@
 ``preference_losses``  the formulas, from log-probabilities of whole answers
 ``answer_scores``      these log-probabilities, with the adapter or without it
 ``mismatched``         answers after other prompts, from which KTO estimates how far the model has moved
-``objective``          the loss of a micro-batch, and how often and how clearly the better answer wins
+``objective``          the loss of a micro-batch, with the formula of the recipe's method, and how often and
+                       how clearly the better answer wins
 ``preference_steps``   what the trainer is given for each step; ``preference_validation``: the same loss on
                        the validation data
 

@@ -94,7 +94,7 @@ _COLUMNS = (
 _MIN_ENDING = 24
 """Cells from which the rest of a wide line says how a run ended."""
 _TIME_OF_NAME = re.compile(r"-\d{8}-\d{4}(?=(-\d+)?$)")
-"""Time in a generated name; it is also in the column ``when``."""
+"""Time in a generated name; it is also in the column "queued"."""
 _HEAD = 14
 """Cells of the mark and the state before the columns."""
 
