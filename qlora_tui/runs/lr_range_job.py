@@ -21,6 +21,7 @@ from qlora_tui.runs.initial_adapter import with_initial_adapter
 from qlora_tui.runs.locks import PATIENCE_S, locked
 from qlora_tui.runs.lr_range import LrRange, RangeSettings, read_lr_range, stored_path, write_lr_range
 from qlora_tui.runs.measuring import MeasuringStoppedError, StopSwitch, measure_in_child
+from qlora_tui.runs.spawn import training_lock_path
 from qlora_tui.runs.status import ACTIVE, read_status
 
 WORKER = "qlora_tui.training.lr_range_worker"
@@ -47,12 +48,12 @@ def measure_lr_range(
     """
     settings.check()
     require_runnable(recipe)
-    _require_no_active_run()
-    with locked(stored_path(recipe).with_name(".lock"), patience_s=PATIENCE_S) as lock:
+    with locked(training_lock_path(), patience_s=PATIENCE_S) as lock:
+        _require_no_active_run()
         if lock is None:
             raise UserError(
                 "Another test is under way",
-                what="It tries learning rates too, and uses the memory that this one needs.",
+                what="It, or a run that is about to start, uses the memory that this test needs.",
                 fix="Wait for its end, or stop it.",
             )
         return _measure(recipe, settings, progress, switch or StopSwitch())

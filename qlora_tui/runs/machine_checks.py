@@ -20,6 +20,8 @@ from qlora_tui.memory.budget import MemoryBudget, budget_for
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import all_runs
+from qlora_tui.runs.locks import is_locked
+from qlora_tui.runs.spawn import training_lock_path
 from qlora_tui.runs.status import ACTIVE, read_status
 from qlora_tui.runs.suggested_fix import SuggestedFix
 
@@ -89,6 +91,8 @@ class Machine:
     """Id of the run in training; empty without one."""
     waiting: tuple[str, ...] = ()
     """Ids of the queued runs, the next one first."""
+    tests_rates: bool = False
+    """Whether a learning-rate range test is under way, for which queued runs wait."""
 
     @property
     def free_bytes(self) -> int | None:
@@ -108,7 +112,9 @@ def read_machine(assumed_bytes: int | None = None) -> Machine:
         reason = error.what
     active = next((run.id for run in all_runs() if read_status(run).state in ACTIVE), "")
     waiting = tuple(run_queue.waiting())
-    return Machine(budget_for(gpu, assumed_bytes), gpu, used, reason, active, waiting)
+    # A run in training has the same lock.
+    tests_rates = not active and bool(is_locked(training_lock_path()))
+    return Machine(budget_for(gpu, assumed_bytes), gpu, used, reason, active, waiting, tests_rates)
 
 
 def check_host_memory(needed_bytes: int) -> Check:
@@ -217,6 +223,8 @@ def check_disk(folder: Path, needed_bytes: int, *, variable: str, name: str = ""
 def check_queue(machine: Machine) -> Check:
     """Report whether a run would start at once, or which run it waits for."""
     ahead = [*filter(None, [machine.active]), *machine.waiting]
+    if not ahead and machine.tests_rates:
+        return Check(CheckKind.QUEUE, "note", "It waits for the end of the learning-rate test under way.")
     if not ahead:
         return Check(CheckKind.QUEUE, "ok", "No other run: it starts at once.")
     more = f" and {len(ahead) - 1} more" if len(ahead) > 1 else ""

@@ -7,6 +7,7 @@ killed, the trainer continues, and the next runner takes over.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -25,7 +26,7 @@ from qlora_tui.runs.memory_advice import host_oom_kills
 from qlora_tui.runs.outcomes import determine_outcome, record_outcome
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.retry import RetryPlan, plan_resume, plan_retry
-from qlora_tui.runs.spawn import runner_lock_path, spawn_detached
+from qlora_tui.runs.spawn import runner_lock_path, spawn_detached, training_lock_path
 from qlora_tui.runs.status import ACTIVE, read_status
 from qlora_tui.runs.trainer_log import log_size
 
@@ -64,12 +65,20 @@ def _run_queue(skipped: set[str]) -> None:
     sweep()
     for run in all_runs():
         _guarded(run, _take_over)
-    while (run_ := _next(skipped)) is not None:
-        if not run_.recipe_path.exists():
-            run_queue.remove(run_)
-        elif not _guarded(run_, _begin):
-            # It stays in the queue: the next runner tries again.
-            skipped.add(run_.id)
+    while _next(skipped) is not None:
+        # A learning-rate range test uses the memory that the run needs.
+        with locked(training_lock_path(), patience_s=math.inf):
+            # The queue may have changed meanwhile.
+            if (run_ := _next(skipped)) is not None:
+                _train_next(run_, skipped)
+
+
+def _train_next(run: RunDir, skipped: set[str]) -> None:
+    if not run.recipe_path.exists():
+        run_queue.remove(run)
+    elif not _guarded(run, _begin):
+        # It stays in the queue: the next runner tries again.
+        skipped.add(run.id)
 
 
 def _next(skipped: set[str]) -> RunDir | None:

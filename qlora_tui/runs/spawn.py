@@ -15,6 +15,11 @@ def runner_lock_path() -> Path:
     return paths.state_dir() / "runner.lock"
 
 
+def training_lock_path() -> Path:
+    """Path of the file that a runner locks while it trains a queued run, and a learning-rate range test."""
+    return paths.state_dir() / "training.lock"
+
+
 def runner_log_path() -> Path:
     """Path of the runners' stdout and stderr."""
     return paths.state_dir() / "runner.log"
