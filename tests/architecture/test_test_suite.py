@@ -81,7 +81,10 @@ def test_modules_of_fast_tests_load_no_ml_library() -> None:
                 return f"{module} > {rest}"
         return ""
 
-    fast = [path for path in TESTS if path.name.startswith("test_") and not ALL_SLOW.search(path.read_text())]
+    tests = [
+        path for path in TESTS if path.name.startswith("test_") and not ALL_SLOW.search(path.read_text())
+    ]
+    fast = [*tests, *(path for path in TESTS if path.name == "conftest.py")]
     modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in fast]
     assert not [way for module in modules if (way := chain(module, {module}))], (
         "import it inside functions, or mark all tests of the module slow: pytestmark"
