@@ -11,6 +11,10 @@ MIB = 1 << 20
 _GGUF_ENDING = re.compile(r"(?:[.-](?:i?q\d\w*|b?f\d+))?(?:-[0-9a-f]{12}|\.gguf)$", re.IGNORECASE)
 """What the name of a GGUF file or of its conversion has after the model's: precision, hash or suffix."""
 
+_CODE_NAME = re.compile(r"[a-z]\w*[._]\w")
+_NAME = re.compile(r"\w+[A-Z0-9]")
+"""A first word that has a capital or a digit after its first letter."""
+
 
 def format_bytes(bytes_: int | None) -> str:
     """``9.1 GiB``, ``512 MiB``, ``14 KiB``; NA if unknown."""
@@ -90,13 +94,13 @@ def short_model_name(model_id: str) -> str:
 
 
 def capitalize(text: str) -> str:
-    """The text with a capital first letter; the others stay as they are."""
-    return f"{text[:1].upper()}{text[1:]}"
+    """The text with a capital first letter; a name with a dot or underscore, such as llama.cpp, stays."""
+    return text if _CODE_NAME.match(text) else f"{text[:1].upper()}{text[1:]}"
 
 
 def uncapitalize(text: str) -> str:
-    """The text for the middle of a sentence, its first letter small; an abbreviation such as GGUF stays."""
-    return text if text[1:2].isupper() else f"{text[:1].lower()}{text[1:]}"
+    """The text for the middle of a sentence, its first letter small; a name such as GGUF or LoRA stays."""
+    return text if _NAME.match(text) else f"{text[:1].lower()}{text[1:]}"
 
 
 def truncate_middle(text: str, width: int) -> str:

@@ -42,3 +42,13 @@ def test_a_models_short_name_has_no_hash_or_quantization(model_id: str, name: st
 def test_only_a_words_first_letter_is_lowered(text: str, small: str) -> None:
     assert uncapitalize(text) == small
     assert capitalize(small) == text
+
+
+@pytest.mark.parametrize("text", ["LoRA is too large", "DoRA", "Q4_K is not read", "NaN in a layer", "GGUF"])
+def test_a_name_keeps_its_capital_within_a_sentence(text: str) -> None:
+    assert uncapitalize(text) == text
+
+
+@pytest.mark.parametrize("text", ["llama.cpp splits it", "q_proj has no weights", "data.packing is on"])
+def test_a_name_of_code_stays_small_at_a_sentences_start(text: str) -> None:
+    assert capitalize(text) == text
