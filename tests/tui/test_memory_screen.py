@@ -15,11 +15,14 @@ from qlora_tui.memory import MeasuredRun, estimate, record_run
 from qlora_tui.memory.step_trace import StepTrace
 from qlora_tui.memory.timeline import step_timeline
 from qlora_tui.recipe.fields import get_setting
+from qlora_tui.recipe.schema import Lora, Recipe
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.memory import screen as memory
 from qlora_tui.tui.screens.memory.fit_panel import FitPanel
 from qlora_tui.tui.screens.memory.items_panel import item_lines
 from qlora_tui.tui.screens.memory.screen import MemoryScreen
+from qlora_tui.tui.screens.memory.settings_table import settings_table
+from qlora_tui.tui.screens.memory.solution import KeyEffect
 from qlora_tui.tui.screens.memory.stacked_bar import parts_of, stacked_bar
 from qlora_tui.tui.screens.memory.text import peak_time
 from qlora_tui.tui.screens.memory.timeline_graph import timeline_lines
@@ -492,3 +495,16 @@ async def test_each_setting_shows_what_its_key_saves(seven_billion: str, key: st
         after = app.workbench.estimate(app.memory_budget.device)
         assert before is not None and after is not None
         assert shown[1] == f"{(after.total_bytes - before.total_bytes) / 2**30:+.1f}"
+
+
+@pytest.mark.parametrize("width", [38, 40, 46])
+@pytest.mark.parametrize("bytes_", [0, -12 << 30])
+@pytest.mark.parametrize(
+    "names", ["q k v o gate up down", "q k v down", "all-linear", "layers.0.self_attn.q_proj"]
+)
+def test_each_setting_has_one_line_with_its_change(names: str, bytes_: int, width: int) -> None:
+    lora = Lora(target_modules=tuple(names.split()))
+    effect = {"lora.target_modules": KeyEffect(("all-linear",), bytes_)}
+    lines = settings_table(Recipe(lora=lora), None, effect, None, width).plain.splitlines()
+    assert {len(line) for line in lines} == {width}
+    assert re.search(r" (-12\.0|same)( GiB| need)?$", lines[4]), lines[4]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from textual.content import Content
 
-from qlora_tui.formatting import GIB
+from qlora_tui.formatting import GIB, pluralize
 from qlora_tui.memory import WhatFits
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.key_names import key_label
@@ -67,6 +68,10 @@ def _line(keys: Content, text: str, change: str, width: int) -> Content:
     # In a narrow window the names of targets leave no room for the unit.
     if len(text) + len(change) >= room:
         text, change = text.replace(" → ", "→"), change.removesuffix(" GiB")
+    if len(text) + len(change) >= room:
+        text, change = re.sub(" targets?→", "→", text), change.removesuffix(" need")
+    if len(text) + len(change) >= room:
+        text = f"{text[: max(0, room - len(change) - 2)]}… "
     return Content.assemble(
         keys, " " * max(1, _KEYS - keys.cell_length), text, change.rjust(room - len(text))
     )
@@ -90,4 +95,4 @@ def _choice_words(value: Any) -> str:
     if isinstance(value, str):
         return value
     names = ",".join(name.removesuffix("_proj") for name in value)
-    return names if len(names) <= len("all-linear") else f"{len(value)} targets"
+    return names if len(names) <= len("all-linear") else pluralize(len(value), "target")
