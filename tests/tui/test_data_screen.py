@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,31 @@ async def test_too_few_steps_come_with_what_to_do(model: str, here: Path) -> Non
     write_rows(here / "pairs.jsonl", [{"prompt": f"Why {n}?", "completion": f"So {n}."} for n in range(40)])
     async with data_app(model, "pairs.jsonl").run_test(size=(120, 40)) as pilot:
         await wait_for_text(pilot, "too few to learn much", "On [5] Train, raise Epochs", "(now 8)")
+
+
+async def test_few_steps_are_blamed_on_what_ends_the_run(model: str, here: Path) -> None:
+    write_rows(here / "pairs.jsonl", [{"prompt": f"Why {n}?", "completion": f"So {n}."} for n in range(400)])
+    app = data_app(model, "pairs.jsonl", packing=False)
+    app.workbench.set("training.max_steps", 5)
+    async with app.run_test(size=(120, 40)) as pilot:
+        text = await wait_for_text(pilot, "! Only 5 steps", "On [5] Train, raise Max steps.")
+        assert "raise Epochs" not in text
+
+
+async def test_few_steps_of_one_file_of_several_are_fine(model: str, here: Path) -> None:
+    for name, rows in (("few.jsonl", 8), ("many.jsonl", 400)):
+        write_rows(here / name, [{"prompt": f"Why {n}?", "completion": f"So {n}."} for n in range(rows)])
+    async with data_app(model, "few.jsonl", "many.jsonl").run_test(size=(120, 40)) as pilot:
+        await whole(pilot)
+        assert "too few to learn" not in await wait_for_text(pilot, "Mix of 2 files", "No problems found")
+
+
+async def test_the_legend_stays_where_only_later_rows_are_unreadable(model: str, here: Path) -> None:
+    rows = "".join(json.dumps({"prompt": "Why?", "completion": f"So {n}."}) + "\n" for n in range(30_000))
+    (here / "pairs.jsonl.gz").write_bytes(gzip.compress(rows.encode(), 0)[:-1000])
+    async with data_app(model, "pairs.jsonl.gz").run_test(size=(120, 40)) as pilot:
+        await whole(pilot)
+        await wait_for_text(pilot, "So 0.<|im_end|>↵", "✗ Damaged compressed", "control to learn", "─ row 1")
 
 
 async def test_plain_text_is_not_called_answers_only(model: str, here: Path) -> None:

@@ -172,17 +172,23 @@ def few_steps_line(report: Report, recipe: Recipe, *, brief: bool) -> Content | 
     """
     if not report.complete or not report.counts.samples:
         return None
-    _, steps = _steps(report, recipe)
+    if len(recipe.data.sources) > 1:  # the report is on one of them, and the run has steps of all
+        return None
+    a_pass, steps = _steps(report, recipe)
     if steps >= FEW_STEPS:
         return None
     # In one line of 37 cells: in a small window it is beside a scrollbar.
     warning = Content.styled(f"! Only {pluralize(steps, 'step')}: too few to learn much", "$warning")
+    if brief:
+        return warning
     training = recipe.training
     accumulation, micro_batch = training.gradient_accumulation, training.micro_batch_size
     lower = f"accumulation (now {accumulation})" if accumulation > 1 else f"micro-batch (now {micro_batch})"
     less = f", or lower {lower}" if recipe.effective_batch > 1 else ""
-    fix = f"\n  ▸ On {key_name('go.train')} Train, raise Epochs{less}."
-    return warning if brief else warning + Content.styled(fix, "dim")
+    # Where Max steps ends the run, neither more epochs nor smaller steps make it longer.
+    is_limited = steps < total_steps(a_pass, recipe)
+    change = "raise Max steps" if is_limited else f"raise Epochs{less}"
+    return warning + Content.styled(f"\n  ▸ On {key_name('go.train')} Train, {change}.", "dim")
 
 
 def steps_line(report: Report, recipe: Recipe) -> str:

@@ -299,12 +299,13 @@ class DataScreen(DataActions):
     def _clear_figures(self) -> None:
         self._costs, self._costs_key = [], None
         self.query_one("#data-body").add_class("-unreadable")
-        self.query_one("#legend").display = False
         for name in ("#lengths-line", "#histogram", "#data-totals", "#costs"):
             self._show(name, Content(""))
         self.query_one("#problems", ViList).show([])
         self.query_one("#problems-panel", Panel).show_title("Problems")
-        self.query_one("#sample-panel", Panel).show_title("Sample")
+        if self.shown is None:  # else a row is still shown, though not all of them can be read
+            self.query_one("#legend").display = False
+            self.query_one("#sample-panel", Panel).show_title("Sample")
 
     def _show_empty(self) -> None:
         self.query_one("#sources-panel", Panel).show_title("Source")
