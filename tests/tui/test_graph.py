@@ -105,6 +105,22 @@ def test_a_nan_curve_is_marked_and_an_empty_one_unscaled() -> None:
     assert NOT_A_NUMBER in text and "No steps yet." not in text
 
 
+@pytest.mark.parametrize("height", [6, 7, 11])
+def test_marks_and_labels_are_in_the_row_of_their_value(height: int) -> None:
+    for value in (2.0, 2.2, 2.78, 3.0, 3.4, 4.0, 5.0, 5.9, 6.0):
+        flat = Curve(envelope_of([value] * 40), "", "")
+        lines = [
+            line.plain
+            for line in plot(
+                Plot(Axis(0, 40), Axis(2, 6), (flat,), (Mark(20, value, "★", ""),)), width=44, height=height
+            )
+        ]
+        row = next(line for line in lines if "★" in line)
+        assert any("\u2801" <= each <= "\u28ff" for each in row), (value, lines)
+        labeled = [line for line in lines if line.strip().startswith(f"{value:g}┤")]
+        assert labeled in ([], [row])
+
+
 def test_marks_lie_over_curves_and_do_not_run_together() -> None:
     marks = tuple(Mark(x, 1.0, "◆", "") for x in range(40))
     lines = plot(Plot(Axis(0, 40), Axis(0, 2), (Curve(envelope_of([1.0] * 40), "", ""),), marks), 44, 8)

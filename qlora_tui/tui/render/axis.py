@@ -6,6 +6,8 @@ import math
 import re
 from dataclasses import dataclass
 
+DOTS_WIDE, DOTS_HIGH = 2, 4
+"""Dots of a braille character, of which curves are drawn."""
 _ROUND = (1.0, 2.0, 5.0)
 _FAR = 1e30
 _EPSILON = 1e-12
@@ -26,6 +28,16 @@ class Axis:
         """The cell that a value falls in: 0 is at ``low``; values outside are clamped to the edge."""
         share = (value - self.low) / (self.high - self.low)
         return min(max(round(share * (cells - 1)), 0), cells - 1)
+
+
+def column_of(value: float, x: Axis, columns: int) -> int:
+    """The column, from the left, with the dot of this value of a curve."""
+    return x.place(value, columns * DOTS_WIDE) // DOTS_WIDE
+
+
+def row_of(value: float, y: Axis, rows: int) -> int:
+    """The row, from the top, with the dot of this value of a curve."""
+    return rows - 1 - y.place(value, rows * DOTS_HIGH) // DOTS_HIGH
 
 
 def rounded(low: float, high: float, ticks: int = 12, unit: str = "") -> Axis:

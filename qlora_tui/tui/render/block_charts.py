@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from qlora_tui.tui.render.axis import Axis, rounded
+from qlora_tui.tui.render.axis import Axis, column_of, rounded
 from qlora_tui.tui.render.series import Envelope
 
 NOT_A_NUMBER = "×"
@@ -33,7 +33,7 @@ def over_axis(envelope: Envelope, x: Axis, columns: int) -> list[float | None]:
     for place, high, broken in zip(envelope.xs, envelope.highs, envelope.broken, strict=True):
         if not x.low <= place <= x.high:
             continue
-        column = x.place(place, columns)
+        column = column_of(place, x, columns)
         if before is not None:
             values[before + 1 : column] = [values[before]] * (column - before - 1)
         known = values[column] if column == before else None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from textual.content import Content
 
-from qlora_tui.tui.render.axis import Axis, ticks
+from qlora_tui.tui.render.axis import DOTS_HIGH, DOTS_WIDE, Axis, column_of, row_of, ticks
 from qlora_tui.tui.render.block_charts import NOT_A_NUMBER
 from qlora_tui.tui.render.series import Envelope
 
@@ -75,7 +75,7 @@ class _Canvas:
     def dots(self, x: int, low: int, high: int) -> None:
         """Set a column of dots; rows count from the top."""
         for y in range(low, high + 1):
-            cell = (x // 2, y // 4)
+            cell = (x // DOTS_WIDE, y // DOTS_HIGH)
             self.bits[cell] = self.bits.get(cell, 0) | _DOTS[x % 2][y % 4]
 
     def settle(self, style: str) -> None:
@@ -100,7 +100,7 @@ def plot(what: Plot, width: int, height: int) -> list[Content]:
     for number, curve in enumerate(what.curves):
         _set_glyphs(canvas, curve, what.x, what.y, number, len(what.curves))
     _set_marks(canvas, what)
-    labels = {rows - 1 - what.y.place(value, rows): text for value, text in scale}
+    labels = {row_of(value, what.y, rows): text for value, text in scale}
     lines = [_legend(what, labels_end, width)]
     for row in range(rows):
         text = labels.get(row)
@@ -135,7 +135,7 @@ def _scale(y: Axis, rows: int) -> list[tuple[float, str]]:
 
 
 def _draw_curve(canvas: _Canvas, curve: Curve, x: Axis, y: Axis) -> None:
-    dots_wide, dots_high = canvas.width * 2, canvas.height * 4
+    dots_wide, dots_high = canvas.width * DOTS_WIDE, canvas.height * DOTS_HIGH
     envelope = curve.envelope
     before: tuple[int, int, int] | None = None
     broken_columns = set()
@@ -147,7 +147,7 @@ def _draw_curve(canvas: _Canvas, curve: Curve, x: Axis, y: Axis) -> None:
             continue
         column = x.place(value, dots_wide)
         if broken:
-            broken_columns.add(column // 2)
+            broken_columns.add(column // DOTS_WIDE)
         if low > high:
             before = None
             continue
@@ -186,9 +186,9 @@ def _set_glyphs(canvas: _Canvas, curve: Curve, x: Axis, y: Axis, number: int, of
     for place, low, high in [*points, *points[-1:]]:
         if low > high or not x.low <= place <= x.high:
             continue
-        column = x.place(place, canvas.width)
+        column = column_of(place, x, canvas.width)
         if column >= due or place == curve.envelope.xs[-1]:
-            row = canvas.height - 1 - y.place((low + high) / 2, canvas.height)
+            row = row_of((low + high) / 2, y, canvas.height)
             canvas.cells[column, row] = (curve.glyph, curve.style)
             due = column + apart
 
@@ -198,9 +198,9 @@ def _set_marks(canvas: _Canvas, what: Plot) -> None:
     for mark in what.marks:
         if not (what.x.low <= mark.x <= what.x.high and math.isfinite(mark.y)):
             continue
-        column = what.x.place(mark.x, canvas.width)
+        column = column_of(mark.x, what.x, canvas.width)
         if column >= free_from.get(mark.symbol, 0):
-            row = canvas.height - 1 - what.y.place(mark.y, canvas.height)
+            row = row_of(mark.y, what.y, canvas.height)
             canvas.cells[column, row] = (mark.symbol, mark.style)
             free_from[mark.symbol] = column + _APART
 
@@ -237,7 +237,7 @@ def _foot(x: Axis, gutter: int, columns: int) -> Content:
     free_from = gutter
     end = gutter + columns - (len(x.unit) + 1)
     for value, label in ticks(x, max(1, columns // 14)):
-        start = gutter + x.place(value, columns) - len(label) // 2
+        start = gutter + column_of(value, x, columns) - len(label) // 2
         start = max(gutter, start)
         if start >= free_from and start + len(label) <= end:
             text[start : start + len(label)] = label
