@@ -71,6 +71,11 @@ def format_float(value: float | None, digits: int = 4) -> str:
     return "NaN" if value != value else f"{value:.{digits}g}"
 
 
+def format_loss(value: float, digits: int = 3) -> str:
+    """Format a loss for a column: ``2.90``, with its zeros, so that equal losses have equal widths."""
+    return f"{value:#.{digits}g}".removesuffix(".")
+
+
 def format_percent(part: float | None) -> str:
     """Format a share between 0 and 1 as ``97%``."""
     return "NA" if part is None else f"{part * 100:.0f}%"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_tui.formatting import abbreviate_home, capitalize, short_model_name, uncapitalize
+from qlora_tui.formatting import abbreviate_home, capitalize, format_loss, short_model_name, uncapitalize
 
 
 @pytest.mark.parametrize(
@@ -52,3 +52,10 @@ def test_a_name_keeps_its_capital_within_a_sentence(text: str) -> None:
 @pytest.mark.parametrize("text", ["llama.cpp splits it", "q_proj has no weights", "data.packing is on"])
 def test_a_name_of_code_stays_small_at_a_sentences_start(text: str) -> None:
     assert capitalize(text) == text
+
+
+@pytest.mark.parametrize(
+    ("loss", "text"), [(2.9, "2.90"), (143.2, "143"), (0.0103, "0.0103"), (12.0, "12.0")]
+)
+def test_a_loss_in_a_column_keeps_its_zeros(loss: float, text: str) -> None:
+    assert format_loss(loss) == text

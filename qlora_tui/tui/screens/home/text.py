@@ -18,6 +18,7 @@ from qlora_tui.formatting import (
     format_duration,
     format_float,
     format_gib,
+    format_loss,
     short_model_name,
     truncate_middle,
 )
@@ -200,7 +201,7 @@ def recent_lines(summaries: list[RunSummary], now: float, width: int) -> list[Co
     columns: list[tuple[list[str], str]] = []
     if width >= _MIN_WIDTH_FOR_MODELS:
         columns += [([s.model for s in summaries], ""), ([s.settings for s in summaries], "")]
-    best = ["" if s.best is None else f"best val. {format_float(s.best[0], 3)}" for s in summaries]
+    best = ["" if s.best is None else f"best val. {format_loss(s.best[0])}" for s in summaries]
     columns.append((best, ""))
     if width >= _MIN_WIDTH_FOR_CURVES:
         columns.append(

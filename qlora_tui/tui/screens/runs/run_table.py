@@ -16,7 +16,7 @@ from textual.geometry import Region, Size
 from textual.message import Message
 from textual.strip import Strip
 
-from qlora_tui.formatting import format_duration, format_float, format_percent, truncate_middle
+from qlora_tui.formatting import format_duration, format_float, format_loss, format_percent, truncate_middle
 from qlora_tui.runs.run_summary import RunSummary
 from qlora_tui.tui import clock
 from qlora_tui.tui.breakpoints import WIDE_CELLS
@@ -61,8 +61,7 @@ def best_loss(summary: RunSummary) -> str:
         return ""
     if not math.isfinite(loss):
         return f"{format_float(loss)}{mark}"
-    # With their zeros, so that equal losses have equal widths.
-    texts = (f"{loss:#.{digits}g}".removesuffix(".") + mark for digits in (3, 2, 1))
+    texts = (format_loss(loss, digits) + mark for digits in (3, 2, 1))
     return next((text for text in texts if len(text) <= _LOSS_WIDTH), f"{loss:.0e}{mark}")
 
 
