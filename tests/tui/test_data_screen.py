@@ -121,6 +121,9 @@ async def test_rows_left_out_are_counted_apart_from_those_cut(model: str, here: 
         await wait_for_text(
             pilot, "over 64: 1 cut right · 1", "answers only", "only read   control    control to learn"
         )
+        await pilot.press("l")
+        # No token of it is shown, whose style would need the legend.
+        assert "control to learn" not in await wait_for_text(pilot, "Nothing is left to learn within 64")
 
 
 async def test_too_few_steps_come_with_what_to_do(model: str, here: Path) -> None:

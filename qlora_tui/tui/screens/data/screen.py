@@ -230,7 +230,8 @@ class DataScreen(DataActions):
 
     def _show_row(self) -> None:
         self._show_row_title()
-        self.query_one("#legend").display = bool(self.shown and self.shown.token_counts)
+        shows_tokens = self.shown is not None and self.shown.token_counts and not self.shown.refused
+        self.query_one("#legend").display = bool(shows_tokens)
         if self.shown is None or self._request is None:
             return
         text = data_text.sample(self.shown, self.problems, self._request.data, self.token_changes())
