@@ -132,6 +132,17 @@ async def test_too_few_steps_come_with_what_to_do(model: str, here: Path) -> Non
         await wait_for_text(pilot, "too few to learn much", "On [5] Train, raise Epochs", "(now 8)")
 
 
+@pytest.mark.parametrize(("weight", "steps"), [(1.0, 5), (3.0, 15)])
+async def test_steps_count_the_weight_of_the_source(
+    model: str, here: Path, weight: float, steps: int
+) -> None:
+    write_rows(here / "pairs.jsonl", [{"prompt": f"Why {n}?", "completion": f"So {n}."} for n in range(40)])
+    app = data_app(model, "pairs.jsonl", packing=False, validation_fraction=0.0)
+    app.workbench.set("data.sources", (Source(path=str(here / "pairs.jsonl"), weight=weight),))
+    async with app.run_test(size=(120, 40)) as pilot:
+        await wait_for_text(pilot, f"about {steps} an epoch")
+
+
 async def test_few_steps_are_blamed_on_what_ends_the_run(model: str, here: Path) -> None:
     write_rows(here / "pairs.jsonl", [{"prompt": f"Why {n}?", "completion": f"So {n}."} for n in range(400)])
     app = data_app(model, "pairs.jsonl", packing=False)

@@ -17,7 +17,7 @@ from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.row_losses import MeasuredRow, classify, write_row_losses
 from qlora_tui.tui.screens.data.row_loss_list import RowLossScreen
-from qlora_tui.tui.screens.data.text import sample
+from qlora_tui.tui.screens.data.text import legend, sample
 from tests.tui.data_screen import data_app, screen_of, whole
 from tests.tui.fake_runs import FakeRun, write_fake_run
 from tests.tui.sample_data import tickets
@@ -155,7 +155,8 @@ def test_tokens_carry_marks_that_need_no_color() -> None:
         trained_counts=(3,),
         trained_texts=(("It", " left", " Oslo"),),
     )
-    plain = sample(shown, (), Data(), ((3.0, 0.5), (1.0, 0.9), (0.5, 1.5))).plain
-    assert plain.endswith("Where?▾It left ▴Oslo")
-    other_tokens = sample(shown, (), Data(), ((3.0, 0.5),)).plain
-    assert other_tokens == "Where?It left Oslo"
+    changes, changes_of_others = ((3.0, 0.5), (1.0, 0.9), (0.5, 1.5)), ((3.0, 0.5),)
+    assert sample(shown, (), Data(), changes).plain == "Where?▾It left ▴Oslo"
+    assert "▾fell by" in legend(shown, changes).plain
+    assert sample(shown, (), Data(), changes_of_others).plain == "Where?It left Oslo"
+    assert "to learn" in legend(shown, changes_of_others).plain

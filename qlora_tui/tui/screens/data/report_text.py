@@ -201,6 +201,8 @@ def steps_line(report: Report, recipe: Recipe) -> str:
 
 def _steps(report: Report, recipe: Recipe) -> tuple[int, int]:
     """Optimizer steps of an epoch, and of the whole run."""
-    a_pass = steps_per_epoch(report.counts.samples, report.counts.tokens, recipe)
+    sources = recipe.data.sources
+    weight = sources[0].weight if len(sources) == 1 else 1.0
+    a_pass = steps_per_epoch(report.counts.samples * weight, report.counts.tokens * weight, recipe)
     steps = total_steps(a_pass, recipe)
     return a_pass, min(steps, recipe.training.max_steps or steps)

@@ -79,7 +79,7 @@ class DataScreen(DataActions):
             with Panel("Sample", keys=keys.SAMPLE_KEYS, id="sample-panel"):
                 with ViScroll(id="sample-scroll"):
                     yield Static(id="sample")
-                yield Static(data_text.LEGEND, id="legend")
+                yield Static(id="legend")
             with VerticalScroll(id="data-side", can_focus=False):
                 with Vertical(id="file-facts"):
                     yield Panel("Sources", ViList(id="sources"), keys=keys.SOURCE_KEYS, id="sources-panel")
@@ -184,7 +184,7 @@ class DataScreen(DataActions):
                 compares = error.title.startswith(PAIRS_TITLE)
                 self.mapping_format = "preference" if compares else "prompt-completion"
                 self.fields = await self.previews.fields(wanted.source)
-                self.query_one("#legend").display = False
+                self._show_legend(Content(""))
                 self.query_one("#sample", Static).update(data_text.unreadable_text(error, self.fields))
             return
         self.refused_preferences = ""
@@ -230,16 +230,20 @@ class DataScreen(DataActions):
 
     def _show_row(self) -> None:
         self._show_row_title()
-        shows_tokens = self.shown is not None and self.shown.token_counts and not self.shown.refused
-        self.query_one("#legend").display = bool(shows_tokens)
+        changes = self.token_changes()
+        self._show_legend(data_text.legend(self.shown, changes))
         if self.shown is None or self._request is None:
             return
-        text = data_text.sample(self.shown, self.problems, self._request.data, self.token_changes())
+        text = data_text.sample(self.shown, self.problems, self._request.data, changes)
         if self._no_tokens is not None:
             text = Content.assemble(data_text.error_text(self._no_tokens), "\n\n", text)
         elif not self._request.model:
             text = Content.assemble(highlight_keys(name_keys(data_text.NO_MODEL), "dim"), text)
         self.query_one("#sample", Static).update(text)
+
+    def _show_legend(self, legend: Content) -> None:
+        self.query_one("#legend").display = bool(legend)
+        self._show("#legend", legend)
 
     def _show_row_title(self) -> None:
         if self._request is not None:
@@ -305,7 +309,7 @@ class DataScreen(DataActions):
         self.query_one("#problems", ViList).show([])
         self.query_one("#problems-panel", Panel).show_title("Problems")
         if self.shown is None:  # else a row is still shown, though not all of them can be read
-            self.query_one("#legend").display = False
+            self._show_legend(Content(""))
             self.query_one("#sample-panel", Panel).show_title("Sample")
 
     def _show_empty(self) -> None:

@@ -33,7 +33,7 @@ NO_MODEL = "Select a model with {go.models} to see tokens, the chat template and
 SIGNS = {"error": ("✗", "$error"), "warning": ("⚠", "$warning")}
 _CONTROL, _LEARNED_CONTROL = "reverse", "reverse bold underline $accent"
 _LEARNED_BREAK = "bold underline $accent"
-LEGEND = Content.assemble(
+_LEGEND = Content.assemble(
     ("to learn", "bold underline"),
     "  ",
     ("only read", "dim"),
@@ -79,8 +79,7 @@ def sample(
     if cut and data.overflow == "cut-left":
         parts.append(_cut_mark(shown, data))
     shaded = shaded_pieces(shown, changes)
-    if shaded:
-        parts += [CHANGES_LEGEND, "\n\n", *shaded]
+    parts += shaded
     for number, pieces in enumerate(shown.samples if not shaded else ()):
         if shown.sides:
             parts.append((f"{chr(10) if number else ''}──── {shown.sides[number]} ────\n", "dim"))
@@ -90,6 +89,13 @@ def sample(
     if cut and data.overflow == "cut-right":
         parts.append(_cut_mark(shown, data))
     return Content.assemble(*parts)
+
+
+def legend(shown: Shown | None, changes: Sequence[tuple[float, float]]) -> Content:
+    """What the styles of a row's tokens mean; empty where none is shown. ``changes``: see :func:`sample`."""
+    if shown is None or shown.refused or not shown.token_counts:
+        return Content("")
+    return CHANGES_LEGEND if shaded_pieces(shown, changes) else _LEGEND
 
 
 def shaded_pieces(shown: Shown, changes: Sequence[tuple[float, float]]) -> list[Content | tuple[str, str]]:
