@@ -43,6 +43,18 @@ template, rounds = chat_template.ChatTemplate(sys.argv[1], {}), int(sys.argv[2])
 for _ in range(rounds):
     template.render([{"role": "user", "content": "Hi"}])
 """
+RENDERED_THEN_PROFILED = """
+import sys
+from qlora_tui.data import chat_template, template_guard
+from qlora_tui.data.conversation import RowRejectedError
+template_guard.MAX_CPU_S = template_guard._LOOK_S = 0.02
+try:
+    chat_template.ChatTemplate(sys.argv[1], {}).render([{"role": "user", "content": "Hi"}])
+except RowRejectedError:
+    print("stopped")
+sys.setprofile(lambda *event: None)
+print((lambda: "profiled")())
+"""
 LARGE = {
     "width of %": "{{ '%0999999999d' % 1 }}",
     "width of a filter": "{{ '%0999999999d' | format(1) }}",
@@ -127,6 +139,21 @@ def test_rendering_for_long_is_no_hanging() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize(
+    ("template", "output"), [("{{ messages[0].content }}", "profiled\n"), (ENDLESS, "stopped\nprofiled\n")]
+)
+@pytest.mark.slow
+def test_code_after_a_rendering_can_be_profiled(template: str, output: str) -> None:
+    """With the interpreter's flag for an exception of a thread set, Python 3.11 hangs under a profiler."""
+    done = subprocess.run(
+        [sys.executable, "-c", RENDERED_THEN_PROFILED, template],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout == output
+
+
 @pytest.mark.parametrize("name", LARGE)
 @pytest.mark.slow
 def test_a_template_that_takes_all_memory_is_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,8 +191,7 @@ def test_a_template_is_stopped_where_the_first_attempt_fails(
     raise_in = template_guard._raise_in
 
     def fails_once(thread: object, exception: object) -> object:
-        if exception is not None:
-            calls.append(exception)
+        calls.append(exception)
         if len(calls) != 1:
             return raise_in(thread, exception)
         if fault is not None:
