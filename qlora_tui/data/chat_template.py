@@ -97,7 +97,7 @@ class ChatTemplate:
         bounded = Bounded()
         try:
             with bounded:
-                return self._template.render(
+                text = self._template.render(
                     messages=turns,
                     tools=tools,
                     documents=None,
@@ -108,6 +108,7 @@ class ChatTemplate:
             raise self._stop() from None
         except Exception as error:  # a template is a program by a third party and may raise anything
             raise self._rejection(error, bounded) from error
+        return _require_whole_characters(text)
 
     def render_marked(self, turns: Turns, tools: Tools | None = None) -> tuple[str, list[Span]]:
         """Render the conversation as text, with the spans of the template's own generation marks."""
@@ -128,7 +129,7 @@ class ChatTemplate:
                 raise self._stop() from None
             except Exception as error:
                 raise self._rejection(error, bounded) from error
-            return "".join(written), list(spans)
+            return _require_whole_characters("".join(written)), list(spans)
 
     def _rejection(self, error: Exception, bounded: Bounded) -> RowRejectedError:
         """The error of one row. A template that keeps running out of memory is not tried any longer."""
@@ -147,6 +148,20 @@ class ChatTemplate:
     def _stop(self) -> RowRejectedError:
         self._stopped.append(_TOO_SLOW)
         return RowRejectedError("template-refuses", _TOO_SLOW)
+
+
+def _require_whole_characters(text: str) -> str:
+    """Return the text. Raises ``RowRejectedError`` where it holds half of a surrogate pair.
+
+    Rows never do, but JSON and jinja read an escape of one in a template.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RowRejectedError(
+            "template-refuses", "The template writes half of a character, which no tokenizer can read."
+        ) from None
+    return text
 
 
 def _in_words(error: BaseException) -> str:

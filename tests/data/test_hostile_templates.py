@@ -88,6 +88,7 @@ FAILING = {
     "of a call": "{{ messages() }}",
     "of recursion": "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
     "of its own": "{{ raise_exception('no') }}",
+    "of half a character": "{{ messages[0].content ~ '\\ud800' }}",
 }
 
 
