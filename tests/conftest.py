@@ -119,7 +119,7 @@ def signal_handlers() -> Iterator[None]:
 @pytest.fixture
 def private_home(private_environment: Path) -> Path:
     """The folder of config, state and caches; what the program keeps there it creates itself."""
-    private_environment.mkdir(mode=0o700)
+    private_environment.mkdir(mode=0o700, exist_ok=True)
     return private_environment
 
 
