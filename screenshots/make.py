@@ -134,7 +134,7 @@ def moving_frames() -> list[Frame]:
 
 @contextmanager
 def private_home(model: Path) -> Iterator[None]:
-    """Folders of its own, with the demo's model and a larger one."""
+    """Set the app's folders to temporary ones, which hold the demo's model and a larger one."""
     shutil.rmtree(HOME, ignore_errors=True)
     try:
         for kind in ("CONFIG", "STATE", "CACHE"):

@@ -16,8 +16,8 @@ From the file to the report:
   without transformers. ``thinking``: the thinking switch of a template, and the reasoning of a row.
   ``answer_decoder`` (with ``thought_splitter``): text of an answer without its thoughts.
 * ``assistant_spans`` (with ``thought_text``): which text is trained, by the weights of turns that
-  ``chat_formats`` reads. ``sample_tokens``: token ids, and the
-  loss mask. ``render``: both for a conversation.
+  ``chat_formats`` reads. ``sample_tokens``: token ids, and the loss mask. ``render``: both for a
+  conversation.
 * ``row_result`` (with ``checks``, ``truncation``, ``near_duplicates``, ``problems``): one row rendered,
   truncated and checked; ``worker_pool`` (with ``worker``, ``length_prefixed``) runs this on all cores.
   ``dataset_scan`` (with ``key_table``, ``long_texts``): counts the rows in order and compares them with each

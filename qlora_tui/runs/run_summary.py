@@ -233,14 +233,9 @@ def short_model(recipe: Recipe) -> str:
 
 def short_settings(recipe: Recipe) -> str:
     """``nf4 r16 2,048×2×8``, for a narrow column of a list."""
-    batch = length_and_batch(recipe).replace(" tok × ", "×").replace(" × ", "×")
-    return f"{recipe.quantization.method} {format_rank(recipe.lora)} {batch}"
-
-
-def length_and_batch(recipe: Recipe) -> str:
-    """``2,048 tok × 2 × 8``: sequence length, micro-batch size, gradient accumulation."""
     training = recipe.training
-    return f"{recipe.data.max_length:,} tok × {training.micro_batch_size} × {training.gradient_accumulation}"
+    batch = f"{recipe.data.max_length:,}×{training.micro_batch_size}×{training.gradient_accumulation}"
+    return f"{recipe.quantization.method} {format_rank(recipe.lora)} {batch}"
 
 
 def _changed_at(run: RunDir) -> int:

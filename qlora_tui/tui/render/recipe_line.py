@@ -11,7 +11,6 @@ from qlora_tui.formatting import short_model_name, uncapitalize
 from qlora_tui.memory.estimate import Precision
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
-from qlora_tui.runs.run_summary import length_and_batch
 from qlora_tui.tui.workbench import Workbench
 
 VERDICT_STYLE = {
@@ -47,7 +46,7 @@ def recipe_line(workbench: Workbench, width: int | None = None) -> str:
         batch_words(recipe),
     ]
     if width is not None and cell_len(_SEPARATOR.join(parts)) > width:
-        parts[-1] = length_and_batch(recipe)
+        parts[-1] = batch_words(recipe, short=True)
     for place in (2, 1, 0):
         over = 0 if width is None else cell_len(_SEPARATOR.join(parts)) - width
         name = parts[place]
@@ -73,9 +72,13 @@ def cut_cells(text: str, width: int) -> str:
     return text if cell_len(text) <= width else set_cell_size(text, width).rstrip()
 
 
-def batch_words(recipe: Recipe) -> str:
-    """``1,024 tok · batch 1 × 8``: sequence length, micro-batch size, gradient accumulation."""
-    return length_and_batch(recipe).replace(" ×", " · batch", 1)
+def batch_words(recipe: Recipe, *, short: bool = False) -> str:
+    """``1,024 tok · batch 1 × 8``: sequence length, micro-batch size, gradient accumulation.
+
+    ``short``: ``1,024 tok × 1 × 8``, for 80 columns.
+    """
+    batch = f"{recipe.training.micro_batch_size} × {recipe.training.gradient_accumulation}"
+    return f"{recipe.data.max_length:,} tok {'×' if short else '· batch'} {batch}"
 
 
 def targets_words(recipe: Recipe, width: int) -> str:

@@ -33,10 +33,11 @@ NO_MODEL = "Select a model with {go.models} to see tokens, the chat template and
 SIGNS = {"error": ("✗", "$error"), "warning": ("⚠", "$warning")}
 _CONTROL, _LEARNED_CONTROL = "reverse", "reverse bold underline $accent"
 _LEARNED_BREAK = "bold underline $accent"
+_LEARNED, _READ = "bold underline", "dim"
 _LEGEND = Content.assemble(
-    ("to learn", "bold underline"),
+    ("to learn", _LEARNED),
     "  ",
-    ("only read", "dim"),
+    ("only read", _READ),
     "  ",
     (" control ", _CONTROL),
     "  ",
@@ -136,7 +137,7 @@ def styled(piece: Piece) -> Content:
     if piece.special:
         return Content.styled(text, _LEARNED_CONTROL if piece.in_loss else _CONTROL)
     if not piece.in_loss:
-        return Content.styled(text, "dim")
+        return Content.styled(text, _READ)
     # Line breaks in the loss are invisible; only those at the edges are marked, to keep the text readable.
     inner = text.strip("\n")
     if not inner:
@@ -144,7 +145,7 @@ def styled(piece: Piece) -> Content:
     before = len(text) - len(text.lstrip("\n"))
     after = len(text) - len(text.rstrip("\n"))
     return Content.assemble(
-        ("↵\n" * before, _LEARNED_BREAK), (inner, "bold underline"), ("↵\n" * after, _LEARNED_BREAK)
+        ("↵\n" * before, _LEARNED_BREAK), (inner, _LEARNED), ("↵\n" * after, _LEARNED_BREAK)
     )
 
 
