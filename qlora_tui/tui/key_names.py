@@ -89,6 +89,17 @@ def pressable(text: str, key: str) -> Content:
     return Content.styled(text, _pressing(key))
 
 
+def settings_title(up: tuple[str, str], down: tuple[str, str]) -> Content:
+    """``Settings: s doubles, S halves``, for a panel whose settings all have two such keys.
+
+    Args:
+        up: id of a command of one setting, and what it does.
+        down: the same of its opposite.
+    """
+    words = ", ".join(f"{bare_key(command_id)} {does}" for command_id, does in (up, down))
+    return Content.assemble("Settings", (f": {words}", "$text-muted not bold"))
+
+
 def key_label(command_id: str) -> Content:
     """The first key for a column of keys, in bold accent; a click presses it."""
     return pressable(bare_key(command_id), command_key(command_id)).stylize("bold $accent")

@@ -18,7 +18,7 @@ from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
 from qlora_tui.recipe.targets import match_modules, resolve_targets, to_patterns
 from qlora_tui.tui.commands import Command
-from qlora_tui.tui.key_names import bare_key
+from qlora_tui.tui.key_names import settings_title
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.lora.choice_table import ChoicesPanel, choice_costs
 from qlora_tui.tui.screens.lora.commands import COMMANDS, HELP_TEXT
@@ -89,8 +89,7 @@ class LoraScreen(WorkScreen):
 
     def on_mount(self) -> None:
         self.query_one("#targets-input").display = False
-        up, down = bare_key("lora.rank_up"), bare_key("lora.rank_down")
-        title = Content.assemble("Settings", (f": {up} raises, {down} lowers", "$text-muted not bold"))
+        title = settings_title(("lora.rank_up", "raises"), ("lora.rank_down", "lowers"))
         self.query_one("#lora-settings-panel", Panel).show_title(title)
         self.query_one("#modules").focus()
 

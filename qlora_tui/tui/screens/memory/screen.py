@@ -8,7 +8,6 @@ from typing import ClassVar
 
 from textual import work
 from textual.containers import Horizontal, Vertical
-from textual.content import Content
 from textual.message import Message
 from textual.widget import Widget
 from textual.widgets import Static
@@ -25,7 +24,7 @@ from qlora_tui.memory.timeline import Moment, step_timeline
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.commands import Command
-from qlora_tui.tui.key_names import bare_key, key_name
+from qlora_tui.tui.key_names import key_name, settings_title
 from qlora_tui.tui.render.recipe_line import PRECISION_NAMES
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.memory.commands import COMMANDS, HELP_TEXT
@@ -93,8 +92,7 @@ class MemoryScreen(WorkScreen):
             yield TimelinePanel()
 
     def on_mount(self) -> None:
-        up, down = bare_key("memory.length_up"), bare_key("memory.length_down")
-        title = Content.assemble("Settings", (f": {up} doubles, {down} halves", "$text-muted not bold"))
+        title = settings_title(("memory.length_up", "doubles"), ("memory.length_down", "halves"))
         self.query_one("#memory-settings-panel", Panel).show_title(title)
         self.query_one("#items").focus()
 
