@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from qlora_tui.gpu import wsl
 from tests.support.nvml_stub import install_nvml_stub
 from tests.support.quick_starts import quick_workers, worker_server
 from tests.support.trainer_processes import quick_trainers, trainers
@@ -125,7 +126,7 @@ def private_home(private_environment: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def private_environment(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Put config, state, cache and the Hugging Face cache in a folder to be created; no Hub, no GPU.
+    """Put config, state, cache and the Hugging Face cache in a folder to be created; no Hub, no GPU, no WSL2.
 
     A driver library stays loaded in the process. Without the stub here, a GPU that one test simulates would
     be seen by later tests, and so would a real one.
@@ -148,6 +149,8 @@ def private_environment(tmp_path_factory: pytest.TempPathFactory, monkeypatch: p
     for variable in ("HF_TOKEN", "HF_ENDPOINT", "NO_COLOR", "COLORTERM"):
         monkeypatch.delenv(variable, raising=False)
     install_nvml_stub(monkeypatch, "no_driver")
+    for path in ("_KERNEL_RELEASE", "_GPU_OF_WINDOWS"):
+        monkeypatch.setattr(wsl, path, home / "not WSL2")
     return home
 
 

@@ -6,6 +6,7 @@
 ``nvml``             ``Nvml``: the driver of NVIDIA GPUs, the only one supported
 ``visible_devices``  which GPU torch will use: CUDA_VISIBLE_DEVICES
 ``metrics_sampler``  ``MetricsSampler``: a thread that reads a GPU every second
+``wsl``              whether this is WSL2, and what is unsafe there
 ``torch_env``        environment variables and warning filters to set before torch is imported
 ``library_imports``  ``faster_imports()``, around imports of torch and the libraries on it
 

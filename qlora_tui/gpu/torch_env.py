@@ -11,6 +11,7 @@ import psutil
 
 from qlora_tui import paths
 from qlora_tui.gpu.visible_devices import PCI_BUS_ORDER_ENV
+from qlora_tui.gpu.wsl import is_wsl2
 
 _CPU_SAMPLE_S = 0.3
 _IDLE_MAX_CORES = 0.5
@@ -68,21 +69,31 @@ def configure_torch_env(extra: Mapping[str, str] = {}) -> None:
 def allocator_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables for torch's CUDA allocator that a trainer is to set.
 
-    Growing segments, or what the user set under either name; under the older name too where the installed
-    torch reads no other.
+    Growing segments except on WSL2, or what the user set under either name; under the older name too where
+    the installed torch reads no other.
     """
-    if _CUDA_ALLOCATOR in environ:
+    value = _allocator_settings(environ)
+    if _CUDA_ALLOCATOR in environ or not value:
         return {}
-    value = environ.get(_ALLOCATOR, _GROWING_SEGMENTS)
     names = (_ALLOCATOR,) if torch_version() >= _READS_ALLOCATOR else (_ALLOCATOR, _CUDA_ALLOCATOR)
     return {name: value for name in names if name not in environ}
 
 
 def grows_segments(environ: Mapping[str, str]) -> bool:
     """Return whether the CUDA allocator grows its segments in a trainer started with these variables."""
-    settings = environ.get(_CUDA_ALLOCATOR, environ.get(_ALLOCATOR, _GROWING_SEGMENTS))
+    settings = _allocator_settings(environ)
     values = dict(pair.split(":", 1) for pair in settings.replace(" ", "").split(",") if ":" in pair)
     return values.get("expandable_segments") == "True"
+
+
+def _allocator_settings(environ: Mapping[str, str]) -> str:
+    """Return the settings of the allocator in a trainer started with these variables.
+
+    The user's, else growing segments. WSL2 has torch's default: mapping them fails there on some drivers with
+    "device not ready" or "unknown error" (pytorch issue 192330).
+    """
+    own = environ.get(_CUDA_ALLOCATOR, environ.get(_ALLOCATOR))
+    return own if own is not None else "" if is_wsl2() else _GROWING_SEGMENTS
 
 
 def torch_version() -> tuple[int, ...]:

@@ -12,8 +12,9 @@ import psutil
 import pytest
 
 from qlora_tui import paths
-from qlora_tui.gpu import torch_env
+from qlora_tui.gpu import torch_env, wsl
 from qlora_tui.gpu.torch_env import allocator_variables, grows_segments, openmp_wait_policy
+from qlora_tui.memory.budget import budget_for
 
 
 @pytest.mark.parametrize(
@@ -89,6 +90,7 @@ def test_cudnn_attention_comes_after_flash_unless_the_user_chose(
     assert output.stdout.split() == expected
 
 
+GIB = 2**30
 NEW, OLD, GROWING = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
 
 
@@ -125,3 +127,32 @@ def test_allocator_settings_use_the_name_this_torch_reads(
 )
 def test_segments_grow_unless_the_user_said_otherwise(own: dict[str, str], grows: bool) -> None:
     assert grows_segments(own) is grows
+
+
+@pytest.mark.parametrize(
+    ("release", "is_wsl2"),
+    [
+        ("5.15.153.1-microsoft-standard-WSL2", True),
+        ("4.4.0-19041-Microsoft", True),
+        ("6.8.0-45-generic", False),
+        ("", False),
+    ],
+)
+def test_wsl2_grows_no_segments_unless_the_user_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, release: str, is_wsl2: bool
+) -> None:
+    (tmp_path / "osrelease").write_text(f"{release}\n")
+    monkeypatch.setattr(wsl, "_KERNEL_RELEASE", tmp_path / "osrelease")
+    assert (wsl.is_wsl2(), wsl.managed_memory_is_safe()) == (is_wsl2, not is_wsl2)
+    assert allocator_variables({}) == ({} if is_wsl2 else {NEW: GROWING})
+    assert (grows_segments({}), budget_for(None, GIB).device.expandable_segments) == (not is_wsl2,) * 2
+    assert allocator_variables({NEW: GROWING}) == {}
+    assert grows_segments({NEW: GROWING})
+
+
+def test_a_kernel_without_microsofts_name_is_known_by_its_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "dxg").touch()
+    monkeypatch.setattr(wsl, "_GPU_OF_WINDOWS", tmp_path / "dxg")
+    assert wsl.is_wsl2()
