@@ -11,6 +11,7 @@ from qlora_tui.gpu.errors import GpuUnavailableError
 from qlora_tui.gpu.metrics import GpuDevice
 from qlora_tui.gpu.torch_env import grows_segments
 from qlora_tui.gpu.visible_devices import default_cuda_device
+from qlora_tui.gpu.wsl import managed_memory_is_safe
 from qlora_tui.memory.calibration import correction_for
 from qlora_tui.memory.cpu import (
     liger_is_installed,
@@ -43,6 +44,7 @@ def budget_for(gpu: GpuDevice | None, assumed_bytes: int | None = None) -> Memor
         triton=triton_is_installed(),
         varlen=torch_has_varlen(),
         expandable_segments=grows_segments(os.environ),
+        managed_memory=managed_memory_is_safe(),
     )
     if assumed_bytes is not None:
         # Not this machine's GPU: corrections measured here do not apply.

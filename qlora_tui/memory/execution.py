@@ -62,6 +62,8 @@ class Device:
     """Whether Liger's kernels are installed, on a GPU."""
     expandable_segments: bool = True
     """Whether the CUDA allocator grows its segments, as the trainer requests where the user does not."""
+    managed_memory: bool = True
+    """Whether a paged optimizer keeps its states in CUDA's managed memory, as it does except on WSL2."""
     triton: bool = False
     """Whether Triton is installed, whose kernels compute norms, rotary positions and gated MLPs on a GPU."""
     varlen: bool = True
@@ -136,6 +138,8 @@ class ExecutionConfig:
     (``training/fused/triton_kernels.py``)."""
     expandable_segments: bool = True
     """Whether the allocator grows its segments (our trainer requests it), so that blocks are cut to size."""
+    managed_memory: bool = True
+    """Whether a paged optimizer keeps its states in CUDA's managed memory, outside torch's pool."""
     general_prompts: int = 0
     """General prompts that are answered between steps, for the forgetting curve."""
     name: str = "this trainer"
@@ -144,6 +148,11 @@ class ExecutionConfig:
     def separate_experts(self) -> bool:
         """Return whether each expert's matrices are linear modules, which bitsandbytes quantizes."""
         return self.transformers < FUSED_EXPERTS
+
+    @property
+    def pages_states(self) -> bool:
+        """Return whether the optimizer's states are in managed memory, outside torch's pool."""
+        return self.optimizer.startswith("paged") and self.device == "cuda" and self.managed_memory
 
 
 def trainer_execution(
@@ -187,6 +196,7 @@ def trainer_execution(
         capability=device.capability,
         cuda_libraries=device.cuda_libraries,
         expandable_segments=device.expandable_segments,
+        managed_memory=device.managed_memory,
         general_prompts=recipe.training.general_prompts,
     )
 

@@ -124,7 +124,7 @@ def _training_sentences(facts: ExplainContext) -> dict[str, str]:
             moments = f"Two 8-bit moments and their scales: {trained} × about 2 bytes"
         case _:
             moments = f"Two 32-bit moments: {trained} × 8 bytes"
-    paged = ", in managed memory that can move to the host" if execution.optimizer.startswith("paged") else ""
+    paged = ", in managed memory that can move to the host" if execution.pages_states else ""
     start = ", twice: the adapter that it starts from too" if facts.recipe.keeps_starting_adapter else ""
     return {
         "adapter": (

@@ -91,7 +91,7 @@ def tiers(
     allocated += unsplit
     slack = pool.reserved_bytes - pool.allocated_bytes
     reserved = allocated + slack
-    paged = optimizer_bytes(layout, execution) if execution.optimizer.startswith("paged") else 0
+    paged = optimizer_bytes(layout, execution) if execution.pages_states else 0
     context = context_bytes(execution)
     process = reserved + context + paged
     doubt = _uncertainty_bytes(allocated, layout)

@@ -177,7 +177,7 @@ class _Run:
         """
         allocator, execution, sizes = self._allocator, self._execution, self._layout.adapter_tensors
         before = allocator.small_bytes
-        if first and not execution.optimizer.startswith("paged"):
+        if first and not execution.pages_states:
             shapes = self._layout.adapter_shapes
             allocator.keep(size for shape in shapes for size in state_sizes(shape, execution))
         allocated_bytes = allocator.small_bytes - before

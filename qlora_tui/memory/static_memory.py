@@ -47,7 +47,7 @@ def static_items(
                 items[key] -= size
     if execution.device == "cuda":
         items["workspace"] = CUBLAS_HANDLES * workspace_bytes(execution)
-    if not (execution.optimizer.startswith("paged") and execution.device == "cuda"):
+    if not execution.pages_states:
         items["optimizer"] = optimizer_bytes(layout, execution)
     return {key: size for key, size in items.items() if size}
 

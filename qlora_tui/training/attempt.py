@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, TypeVar
 
 from qlora_tui.catalog.local_models import resolve_model
+from qlora_tui.gpu.wsl import managed_memory_is_safe
 from qlora_tui.runs.energy import JOULES_PER_KWH, EnergyMeter
 from qlora_tui.runs.events import Finished, Paused, RunEnded, Stopped
 from qlora_tui.training.answer_comparison import answer_validation, report_answers
@@ -104,6 +105,8 @@ class TrainingAttempt:
     def _train(self, prepared: PreparedRun) -> RunEnded:
         checkpoint = prepared.checkpoint
         trainer = create_trainer(prepared, RunTrainer)
+        if prepared.device.kind == "cuda" and not managed_memory_is_safe():
+            prepared.reporter.log("WSL2: optimizer states are not paged; they stay in the GPU's memory.")
         callback = RunCallback(prepared, trainer)
         trainer.add_callback(callback)
         tokens_before = trainer.tokens

@@ -19,6 +19,7 @@ from qlora_tui.gpu.driver import open_driver
 from qlora_tui.gpu.errors import GpuUnavailableError
 from qlora_tui.gpu.torch_env import grows_segments
 from qlora_tui.gpu.visible_devices import default_cuda_device
+from qlora_tui.gpu.wsl import managed_memory_is_safe
 from qlora_tui.memory import Device as EstimatedDevice
 from qlora_tui.memory import Estimate, MeasuredRun, correction_for, estimate, record_run, trainer_execution
 from qlora_tui.memory.cpu import liger_is_installed, torch_has_varlen, torch_is_for_cuda, triton_is_installed
@@ -196,6 +197,7 @@ def _as_estimated(device: ComputeDevice) -> EstimatedDevice:
         cuda_libraries=torch_is_for_cuda(),
         liger=cuda and liger_is_installed(),
         expandable_segments=grows_segments(os.environ),
+        managed_memory=managed_memory_is_safe(),
         triton=cuda and triton_is_installed(),
         varlen=torch_has_varlen(),
     )

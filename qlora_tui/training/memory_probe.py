@@ -13,6 +13,7 @@ import torch
 from qlora_tui.runs.events import LayersKept
 from qlora_tui.training import model_loading
 from qlora_tui.training.batches import PackedSamples, StepPlan, computed_tokens, micro_batches
+from qlora_tui.training.optimizers import reset_states
 from qlora_tui.training.prepared_run import PreparedRun
 from qlora_tui.training.tokenized_dataset import TokenizedDataset
 from qlora_tui.training.trainer import RunTrainer
@@ -97,11 +98,4 @@ def _step(trainer: RunTrainer) -> None:
     optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     trainer.release_before_step()
     optimizer.step()
-    for state in optimizer.state.values():
-        for name, value in state.items():
-            if torch.is_tensor(value):
-                # bitsandbytes' code tables are constants.
-                if not name.startswith("qmap"):
-                    value.zero_()
-            elif isinstance(value, int | float):
-                state[name] = type(value)(0)
+    reset_states(optimizer)

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
 
 from qlora_tui.errors import UserError
+from qlora_tui.gpu.wsl import managed_memory_is_safe
 from qlora_tui.recipe.schema import Training
 from qlora_tui.training.trained_embeddings import embedding_rate, trained_matrices
 
@@ -26,6 +27,44 @@ OPTIMIZERS = {
 """transformers' name of each choice of ``training.optimizer``."""
 
 
+def optimizer_class_and_options(arguments: TrainingArguments, model: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the class of transformers' choice and its options, not paged where that is unsafe.
+
+    The states then are in the GPU's own memory: the same values, from the same kernels.
+    """
+    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    if options.get("is_paged") and not managed_memory_is_safe():
+        options["is_paged"] = False
+    return optimizer_class, options
+
+
+def reset_states(optimizer: Any) -> None:
+    """Set the states of an optimizer to their initial values; they stay allocated."""
+    on_host = []
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            # bitsandbytes' code tables are constants.
+            if torch.is_tensor(value) and not name.startswith("qmap"):
+                if value.device.type == "cpu":
+                    on_host.append(value)
+                else:
+                    value.zero_()
+            elif isinstance(value, int | float):
+                state[name] = type(value)(0)
+    wait_for_gpu()
+    for value in on_host:
+        value.zero_()
+
+
+def wait_for_gpu() -> None:
+    """Wait until the GPU has done all that was queued; call it before the CPU touches optimizer states.
+
+    Paged ones are in managed memory: see :func:`~qlora_tui.gpu.wsl.managed_memory_is_safe`.
+    """
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch's own
+        torch.cuda.synchronize()
+
+
 def create_optimizer(model: Any, arguments: TrainingArguments, training: Training) -> Optimizer | None:
     """Return the optimizer of a run; None where transformers creates it.
 
@@ -41,7 +80,7 @@ def create_optimizer(model: Any, arguments: TrainingArguments, training: Trainin
     matrices = trained_matrices(model)
     if ratio == 1 and not is_muon and not matrices:
         return None
-    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    optimizer_class, options = optimizer_class_and_options(arguments, model)
     if is_muon:
         optimizer_class = _muon()
         options = {"lr": arguments.learning_rate, "adjust_lr_fn": "match_rms_adamw"}

@@ -30,7 +30,12 @@ from qlora_tui.training.embedding_noise import EmbeddingNoise
 from qlora_tui.training.failure import is_out_of_memory
 from qlora_tui.training.heap import release_free_memory
 from qlora_tui.training.lr_schedule import SCHEDULES, create_schedule, schedule_arguments
-from qlora_tui.training.optimizers import OPTIMIZERS, create_optimizer
+from qlora_tui.training.optimizers import (
+    OPTIMIZERS,
+    create_optimizer,
+    optimizer_class_and_options,
+    wait_for_gpu,
+)
 from qlora_tui.training.preference.objective import PreferenceObjective
 from qlora_tui.training.random_numbers import RandomNumberState
 from qlora_tui.training.step_dataset import StepData, StepDataset
@@ -116,6 +121,11 @@ class RunTrainer(Trainer):
         if self.optimizer is None:
             self.optimizer = create_optimizer(self.model, self.args, self._training)
         return super().create_optimizer(model)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
+        """Return what transformers creates an optimizer from."""
+        return optimizer_class_and_options(args, model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
         """Create the schedule of :mod:`.lr_schedule`."""
@@ -217,6 +227,7 @@ class RunTrainer(Trainer):
             if self.args.should_save:
                 save_adapter(self.model, folder)
                 self.state.save_to_json(str(folder / "trainer_state.json"))
+            wait_for_gpu()
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))

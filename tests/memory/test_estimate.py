@@ -333,3 +333,13 @@ def test_quantized_experts_are_offered_where_they_are_not() -> None:
     assert any(change.fits and change.settings == {"quantization.experts": True} for change in changes)
     dense = cheapest_changes(recipe, qwen_7b(), 6 * GIB)
     assert not any("quantization.experts" in change.settings for change in dense)
+
+
+def test_states_that_cannot_be_paged_are_in_torchs_memory() -> None:
+    recipe = Recipe(training=Training(optimizer="paged_adamw_8bit"))
+    paged, unpaged = (
+        estimate(recipe, qwen_7b(), device=Device(managed_memory=managed)) for managed in (True, False)
+    )
+    states = paged.bytes_of("optimizer")
+    assert unpaged.bytes_of("optimizer") == states > 0
+    assert unpaged.allocated_bytes == paged.allocated_bytes + states

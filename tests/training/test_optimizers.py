@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +17,7 @@ import torch
 
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.errors import UserError
+from qlora_tui.gpu import wsl
 from qlora_tui.memory.execution import Device, trainer_execution
 from qlora_tui.memory.parameter_memory import state_sizes
 from qlora_tui.recipe.schema import Lora, Recipe, Training
@@ -119,3 +123,28 @@ def test_a_trainer_refuses_muon_for_experts() -> None:
     unused: Any = None
     with pytest.raises(UserError, match="Not for experts"):
         preparation._add_adapter(context, unused, unused, files, unused, {})
+
+
+@pytest.mark.parametrize(
+    ("case", "exit_code", "states"),
+    [("too_early", -signal.SIGSEGV, ""), ("reset", 0, "[0, 0]"), ("save", 0, "[3, 3]")],
+)
+def test_paged_states_are_touched_once_the_gpu_is_done(case: str, exit_code: int, states: str) -> None:
+    command = [sys.executable, "-m", "tests.training.managed_states", case]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert (done.returncode, done.stdout.strip()) == (exit_code, states), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("optimizer", ["paged_adamw_8bit", "paged_adamw_32bit"])
+@pytest.mark.parametrize("ratio", [1.0, 2.0])
+def test_an_optimizer_pages_no_states_on_wsl2(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: Any, ratio: float
+) -> None:
+    def pages() -> bool:
+        trainer: Any = new_trainer(tiny_model, tmp_path, optimizer, lora_plus_ratio=ratio)
+        return bool(trainer.optimizer.is_paged)
+
+    assert pages()
+    (tmp_path / "osrelease").write_text("5.15.153.1-microsoft-standard-WSL2")
+    monkeypatch.setattr(wsl, "_KERNEL_RELEASE", tmp_path / "osrelease")
+    assert not pages()
