@@ -14,25 +14,42 @@ CUDA = torch.device("cuda")
 
 
 class FakeRuntime:
-    """Pins buffers, up to a number of bytes."""
+    """Pins buffers, up to a number of bytes. The error of a failed call waits for the next launch."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.pinned: dict[int, int] = {}
+        self.last_error = 0
 
     def register(self, address: int, size: int, flags: int) -> int:
         """CUDA's error 2 is a lack of memory."""
         if sum(self.pinned.values()) + size > self.limit_bytes:
+            self.last_error = 2
             return 2
         self.pinned[address] = size
         return 0
+
+    def unregister(self, address: int) -> int:
+        """CUDA's error 713 is that the memory is not registered."""
+        if self.pinned.pop(address, None) is None:
+            self.last_error = 713
+            return 713
+        return 0
+
+    def launch(self, *size: int, device: torch.device) -> torch.Tensor:
+        """torch.zeros on the GPU, whose launch raises the error that waits, once."""
+        code, self.last_error = self.last_error, 0
+        if code:
+            raise RuntimeError(f"CUDA error: {code}")
+        return torch.empty(size)
 
 
 @pytest.fixture
 def runtime(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
     fake = FakeRuntime(100)
-    functions = SimpleNamespace(cudaHostRegister=fake.register, cudaHostUnregister=fake.pinned.pop)
+    functions = SimpleNamespace(cudaHostRegister=fake.register, cudaHostUnregister=fake.unregister)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: functions)
+    monkeypatch.setattr(torch, "zeros", fake.launch)
     return fake
 
 
@@ -44,6 +61,7 @@ def test_a_refusal_is_reported_once_and_buffers_still_come(runtime: FakeRuntime)
     assert memory.refused == "CUDA error 2" and reasons == ["CUDA error 2"]
     # After a refusal no more is pinned: a step waits for its slowest copy anyway.
     assert list(runtime.pinned.values()) == [60]
+    assert runtime.launch(1, device=CUDA).numel() == 1
 
 
 def test_a_runtime_that_raises_is_a_refusal_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,6 +79,11 @@ def test_freed_memory_is_not_pinned_any_more(runtime: FakeRuntime) -> None:
     assert len(runtime.pinned) == 1
     del buffer
     assert not runtime.pinned and not memory.refused
+    # One that CUDA no longer knows leaves no error either.
+    buffer = memory.allocate(60)
+    runtime.pinned.clear()
+    del buffer
+    assert runtime.launch(1, device=CUDA).numel() == 1
 
 
 def test_a_cpu_pins_nothing(runtime: FakeRuntime) -> None:

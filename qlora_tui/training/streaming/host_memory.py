@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ class HostMemory:
 
     def __init__(self, device: torch.device, on_refused: Callable[[str], None] = lambda why: None) -> None:
         """``on_refused`` is called once, with the reason, where memory cannot be pinned."""
+        self._device = device
         self._pins = device.type == "cuda"
         self._on_refused = on_refused
         self.refused = ""
@@ -34,13 +36,13 @@ class HostMemory:
         """
         buffer = torch.empty(size_bytes, dtype=torch.uint8)
         if self._pins and not self.refused:
-            self.refused = _pin(buffer)
+            self.refused = _pin(buffer, self._device)
             if self.refused:
                 self._on_refused(self.refused)
         return buffer
 
 
-def _pin(buffer: Tensor) -> str:
+def _pin(buffer: Tensor, device: torch.device) -> str:
     """Pin a buffer; returns why that is refused, or an empty text."""
     try:
         result = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)  # type: ignore[no-untyped-call]  # torch's own
@@ -48,14 +50,26 @@ def _pin(buffer: Tensor) -> str:
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
     code = int(result)
     if code:
+        _clear_error(device)
         return f"CUDA error {code}"
     # Memory that is freed while it is registered could not be registered again at the same address.
-    weakref.finalize(buffer, _unpin, buffer.data_ptr()).atexit = False
+    weakref.finalize(buffer, _unpin, buffer.data_ptr(), device).atexit = False
     return ""
 
 
-def _unpin(address: int) -> None:
-    torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]  # torch's own
+def _unpin(address: int, device: torch.device) -> None:
+    if int(torch.cuda.cudart().cudaHostUnregister(address)):  # type: ignore[no-untyped-call]  # torch's own
+        _clear_error(device)
+
+
+def _clear_error(device: torch.device) -> None:
+    """Clear the error that CUDA's runtime keeps after a failed call.
+
+    The next kernel launch of the thread would raise it. ``torch/csrc/cuda/shared/cudart.cpp`` returns the
+    code and leaves the error; it binds no ``cudaGetLastError``, and a launch by torch reads and clears it.
+    """
+    with suppress(RuntimeError):
+        torch.zeros(1, device=device)
 
 
 def require_host_memory(needed_bytes: int) -> None:
