@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
-from qlora_tui.training.compute_device import ComputeDevice, host_memory_bytes
+from qlora_tui.training.compute_device import ComputeDevice, free_host_bytes
 
 _SHARE_OF_FREE_MEMORY = 0.25
 
@@ -34,7 +33,7 @@ def dequantize_on_cpu(model: Any, device: ComputeDevice) -> bool:
     wanted_bytes = (
         sum(layer.in_features * layer.out_features for _, _, layer in packed) * device.dtype.itemsize
     )
-    free_bytes = min(psutil.virtual_memory().available, host_memory_bytes())
+    free_bytes = free_host_bytes()
     if not packed or has_avx512bf16() or wanted_bytes > free_bytes * _SHARE_OF_FREE_MEMORY:
         return False
     for parent, name, layer in packed:

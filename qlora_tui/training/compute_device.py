@@ -117,6 +117,11 @@ def _flash_obstacle(device: ComputeDevice) -> FlashObstacle | None:
     )
 
 
+def free_host_bytes() -> int:
+    """Memory that is free for this process: the machine's, or the container's limit where that is lower."""
+    return min(int(psutil.virtual_memory().available), host_memory_bytes())
+
+
 def host_memory_bytes() -> int:
     """Memory this process may use: the machine's, or the container's limit where that is lower."""
     total = int(psutil.virtual_memory().total)

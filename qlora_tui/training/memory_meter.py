@@ -27,7 +27,7 @@ from qlora_tui.memory.execution import ExecutionConfig, Loss
 from qlora_tui.memory.kept_layers import KeptLayersPlan, plan_kept_layers
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.events import MemoryMeasured
-from qlora_tui.training.compute_device import ComputeDevice, host_memory_bytes
+from qlora_tui.training.compute_device import ComputeDevice, free_host_bytes
 from qlora_tui.training.library_versions import versions
 
 
@@ -177,8 +177,7 @@ class MemoryMeter:
             free, _ = torch.cuda.mem_get_info(self._device.torch_device)
             held = torch.cuda.memory_reserved(self._device.torch_device) + self._context_bytes()
             return int(free) + held
-        free = min(int(psutil.virtual_memory().available), host_memory_bytes())
-        return free + int(psutil.Process().memory_info().rss)
+        return free_host_bytes() + int(psutil.Process().memory_info().rss)
 
     def _context_bytes(self) -> int:
         """GPU memory of this process outside torch's pool; estimated where the driver does not report it."""

@@ -24,11 +24,12 @@ from qlora_tui.catalog.config_parser import load_config, parse_architecture
 from qlora_tui.catalog.model_validation import is_mxfp4, weight_files
 from qlora_tui.errors import UserError
 from qlora_tui.files import private_dir, publish
+from qlora_tui.formatting import format_bytes
 from qlora_tui.memory.four_bit import quantized_experts
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.locks import locked
 from qlora_tui.settings import load_settings
-from qlora_tui.training.compute_device import ComputeDevice
+from qlora_tui.training.compute_device import ComputeDevice, free_host_bytes
 
 _FORMAT = 1
 """Bump when the stored format changes, or which modules are quantized."""
@@ -39,6 +40,9 @@ _LIBRARIES = ("bitsandbytes", "transformers", "torch")
 _DRAFT = ".writing"
 _SPARE_BYTES = 1 << 30
 """Space that stays free on the disk."""
+_SHARD_BYTES = 10**9
+"""Largest file of weights, unless one tensor is larger. safetensors copies all tensors of a file from the GPU
+to host memory before it writes the first."""
 
 
 def quantized_dir() -> Path:
@@ -120,14 +124,20 @@ def mark_used(folder: Path) -> None:
 
 
 def store(model: Any, folder: Path) -> None:
-    """Write the weights of a loaded model, unless another process does, or they are too large.
+    """Write the weights of a loaded model, unless another process does, or disk or host memory is short.
 
     A full disk, or any other OSError, costs the stored weights and not the run.
     """
-    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    limit = limit_bytes()
+    sizes = [tensor.nbytes for tensor in model.state_dict().values()]
+    size, limit = sum(sizes), limit_bytes()
     try:
         if size > limit or shutil.disk_usage(folder.parent).free < 2 * size + _SPARE_BYTES:
+            return
+        if (free := free_host_bytes()) < min(size, max(_SHARD_BYTES, *sizes)):
+            print(
+                f"The quantized weights are not stored: host memory has {format_bytes(free)} free.",
+                flush=True,
+            )
             return
         with locked(folder.parent / ".lock") as lock:
             if lock is None or is_stored(folder):
@@ -135,7 +145,7 @@ def store(model: Any, folder: Path) -> None:
             draft = folder.parent / _DRAFT
             shutil.rmtree(draft, ignore_errors=True)
             try:
-                model.save_pretrained(private_dir(draft))
+                model.save_pretrained(private_dir(draft), max_shard_size=_SHARD_BYTES)
                 publish(draft, folder)
             finally:
                 shutil.rmtree(draft, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from tests.training.tiny_model import make_tiny_model
 pytestmark = pytest.mark.slow
 
 GIB = 1 << 30
+SHARD_BYTES = 20_000
 
 
 @pytest.fixture
@@ -186,6 +188,36 @@ def test_stored_weights_are_in_memory_once(folder: Path) -> None:
         if not any(weight.data_ptr() in addresses for addresses in mapped)
     ]
     assert copied == []
+
+
+def test_a_base_is_stored_file_by_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modeling_utils: Any = importlib.import_module("transformers.modeling_utils")
+    saved: list[int] = []
+    write = modeling_utils.safe_save_file
+
+    def count(tensors: dict[str, torch.Tensor], *args: Any, **settings: Any) -> None:
+        saved.append(sum(tensor.nbytes for tensor in tensors.values()))
+        write(tensors, *args, **settings)
+
+    monkeypatch.setattr(modeling_utils, "safe_save_file", count)
+    assert quantized_cache._SHARD_BYTES <= 10**9
+    monkeypatch.setattr(quantized_cache, "_SHARD_BYTES", SHARD_BYTES)
+    first = load(folder).state_dict()
+    largest = max(tensor.nbytes for tensor in first.values())
+    assert len(saved) > 1 and max(saved) <= max(SHARD_BYTES, largest)
+    again = load(folder).state_dict()
+    assert again.keys() == first.keys() and all(torch.equal(again[name], first[name]) for name in first)
+
+
+@pytest.mark.parametrize(("share", "folders"), [(0.9, 0), (1.0, 1)])
+def test_no_base_is_stored_with_less_memory_than_a_file_takes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, share: float, folders: int
+) -> None:
+    file_bytes = 5 * SHARD_BYTES
+    monkeypatch.setattr(quantized_cache, "_SHARD_BYTES", file_bytes)
+    monkeypatch.setattr(quantized_cache, "free_host_bytes", lambda: int(share * file_bytes))
+    load(folder)
+    assert len(stored_folders()) == folders
 
 
 def test_a_limit_of_nothing_stores_nothing(folder: Path) -> None:
