@@ -25,6 +25,7 @@ files          files that a kill or a power cut leaves whole; checksums: folders
 foreign_files  files of other programs, up to a size; decoding: JSON that may be damaged
 formatting     numbers, sizes and times as text; visible: text without control characters
 glossary       the words that the app explains
+installation   how packages are installed into the environment of this program
 subprocesses   starts a module in its own process; worker_messages: what such a process prints
 
 torch is imported only by training, chat, export and the engine process.

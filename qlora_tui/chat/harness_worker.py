@@ -19,6 +19,7 @@ from typing import Any
 from qlora_tui.data.read import rows
 from qlora_tui.errors import UserError
 from qlora_tui.gpu.library_imports import faster_imports
+from qlora_tui.installation import install_command
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.harness.harness_evaluation import HarnessResult, compare_samples, store_results
 from qlora_tui.runs.harness.harness_task import HarnessTask, read_harness_tasks
@@ -190,7 +191,7 @@ def _unsupported(why: str) -> UserError:
         "This lm-eval is not supported",
         what="Tasks are not run with the installed version.",
         why=why,
-        fix="Install one that is: pip install 'qlora-tui[lm-eval]'",
+        fix=f"Install one that is: `{install_command('qlora-tui[lm-eval]')}`.",
     )
 
 

@@ -9,6 +9,7 @@ import sys
 from qlora_tui import paths, subprocesses
 from qlora_tui.catalog.local_models import hub_cache_dir
 from qlora_tui.errors import UserError, disk_problem
+from qlora_tui.installation import PROGRAM, install_command
 from qlora_tui.runs.locks import locked
 from qlora_tui.runs.machine_checks import Check, CheckKind, check_disk, check_gpu, read_machine
 
@@ -64,5 +65,4 @@ def check_libraries() -> list[Check]:
     except (IndexError, ValueError, TypeError):
         last = (done.stderr.strip().splitlines() or ["It printed nothing."])[-1]
         text = f"The self-test ended with code {done.returncode}: {last}"
-        fix = f"{sys.executable} -m pip install --upgrade qlora-tui"
-        return [Check(CheckKind.LIBRARY, "error", text, fix)]
+        return [Check(CheckKind.LIBRARY, "error", text, install_command(PROGRAM))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from qlora_tui.errors import UserError
+from qlora_tui.installation import install_command
 
 TRACKER_NAMES = {
     "tensorboard": "TensorBoard",
@@ -22,5 +23,5 @@ def missing_tracker(report_to: str) -> UserError | None:
     return UserError(
         f"{TRACKER_NAMES[report_to]} is not installed",
         what=f'Report to (training.report_to) is "{report_to}", and its package is not installed.',
-        fix=f'Install it with `pip install {report_to}`, or set training.report_to = "none".',
+        fix=f'Install it with `{install_command(report_to)}`, or set training.report_to = "none".',
     )

@@ -16,8 +16,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from qlora_tui.gpu.torch_env import configure_torch_env
-
-_PIP = f"{sys.executable} -m pip install --upgrade"
+from qlora_tui.installation import install_command
 
 
 def main() -> int:
@@ -43,7 +42,7 @@ def _library(name: str) -> dict[str, str]:
     except PackageNotFoundError:
         return {"name": name, "outcome": "ok", "text": "version unknown"}
     except Exception as error:  # whatever a broken native library raises
-        return {"name": name, "outcome": "error", "text": f"{error}", "fix": f"{_PIP} {name}"}
+        return {"name": name, "outcome": "error", "text": f"{error}", "fix": install_command(name)}
 
 
 def _run_check(name: str, check: Callable[[], dict[str, str]]) -> dict[str, str]:
@@ -54,7 +53,7 @@ def _run_check(name: str, check: Callable[[], dict[str, str]]) -> dict[str, str]
             "name": name,
             "outcome": "error",
             "text": f"{type(error).__name__}: {error}",
-            "fix": f"{_PIP} torch bitsandbytes",
+            "fix": install_command("torch", "bitsandbytes"),
         }
 
 
@@ -101,7 +100,7 @@ def _nf4() -> dict[str, str]:
     finite = inputs.grad is not None and bool(torch.isfinite(inputs.grad).all())
     # NF4 of normal weights is off by about a tenth (QLoRA paper, section 3).
     if off > 0.2 or not finite:
-        return {"outcome": "error", "text": f"wrong by {off:.0%}", "fix": f"{_PIP} bitsandbytes"}
+        return {"outcome": "error", "text": f"wrong by {off:.0%}", "fix": install_command("bitsandbytes")}
     return {
         "outcome": "ok",
         "text": f"on {device}; the result is {off:.0%} off that of unquantized weights, as expected",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_tui.installation import install_command
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Evaluated, Step
@@ -69,7 +70,7 @@ def test_the_parquet_table_has_the_values_of_the_csv(tmp_path: Path) -> None:
 def test_a_png_needs_pillow(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
     write_fake_run(FakeRun(name="owls", state="finished", steps=60, total=60))
-    assert "pip install pillow" in call("runs", "save", "owls", str(tmp_path / "loss.png")).err
+    assert install_command("pillow") in call("runs", "save", "owls", str(tmp_path / "loss.png")).err
     assert not (tmp_path / "loss.png").exists()
 
 

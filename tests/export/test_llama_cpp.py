@@ -16,6 +16,7 @@ from qlora_tui.export.llama_cpp.availability import PACKAGE, install_hint
 from qlora_tui.export.llama_cpp.bindings import LlamaCpp, LlamaCppError
 from qlora_tui.export.llama_cpp.jobs import Compare, ComparedRow, Quantize, StoredAnswers
 from qlora_tui.export.lora_export import export_lora
+from qlora_tui.installation import install_command
 from tests.export.export_sources import make_source
 
 pytest.importorskip("llama_cpp_py_sync")
@@ -85,7 +86,7 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(llama_process, "is_installed", lambda: False)
     with pytest.raises(UserError, match=r"llama\.cpp is not installed") as missing:
         llama_process.quantize(Quantize("a", "b", "Q4_K_M"))
-    assert 'pip install "qlora-tui[export]"' in missing.value.fix
+    assert install_command("qlora-tui[export]") in missing.value.fix
 
 
 @pytest.fixture

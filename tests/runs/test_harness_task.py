@@ -10,6 +10,7 @@ import pytest
 
 from qlora_tui.cli import main
 from qlora_tui.errors import UserError
+from qlora_tui.installation import install_command
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.harness import harness_job
 from qlora_tui.runs.harness.harness_evaluation import (
@@ -174,7 +175,7 @@ def test_a_missing_extra_is_named(
 ) -> None:
     monkeypatch.setattr(harness_job, "find_spec", lambda name: None)
     assert main(["evaluate", run.id, "--tasks", str(a_task(tmp_path))]) == 1
-    assert "pip install 'qlora-tui[lm-eval]'" in capsys.readouterr().err
+    assert install_command("qlora-tui[lm-eval]") in capsys.readouterr().err
     assert json.loads((tmp_path / "rows.jsonl").read_text())["label"] == 0
 
 

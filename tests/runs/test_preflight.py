@@ -12,6 +12,7 @@ from qlora_tui import paths
 from qlora_tui.data.inspection import inspect
 from qlora_tui.data.quick_check import QuickCheckResult
 from qlora_tui.files import private_dir
+from qlora_tui.installation import install_command
 from qlora_tui.memory import Device
 from qlora_tui.memory.budget import MemoryBudget, budget_for
 from qlora_tui.recipe.schema import Data, Lora, Model, Preferences, Quantization, Recipe, Source, Training
@@ -266,7 +267,7 @@ def test_a_tracker_that_is_not_installed_blocks_the_launch(monkeypatch: pytest.M
     recipe = Recipe(training=Training(report_to="mlflow"))
     monkeypatch.setattr(tracker_packages, "find_spec", lambda name: None)
     check = checks_by_kind(recipe)[CheckKind.SETTINGS]
-    assert check.problem is not None and "`pip install mlflow`" in check.fix
+    assert check.problem is not None and install_command("mlflow") in check.fix
     monkeypatch.setattr(tracker_packages, "find_spec", lambda name: object())
     assert CheckKind.SETTINGS not in checks_by_kind(recipe)
 

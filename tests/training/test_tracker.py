@@ -15,6 +15,7 @@ pytest.importorskip("torch")
 from msgspec import structs
 
 from qlora_tui.errors import UserError
+from qlora_tui.installation import install_command
 from qlora_tui.recipe.schema import Data, Lora, Model, Recipe, Source, Training
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import Evaluated, Finished, Step
@@ -121,8 +122,9 @@ def test_a_variable_of_the_user_comes_first(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_missing_package_is_named_before_the_run(tmp_path: Path) -> None:
     run_tracker = RunTracker(RunDir(tmp_path), RECIPE, lambda error: None)
-    with pytest.raises(UserError, match="pip install mlflow"):
+    with pytest.raises(UserError, match="MLflow is not installed") as missing:
         run_tracker.start()
+    assert install_command("mlflow") in missing.value.fix
 
 
 def test_a_run_sends_its_steps_and_evaluations(

@@ -9,6 +9,8 @@ import platform
 import sys
 from importlib.util import find_spec
 
+from qlora_tui.installation import install_command
+
 PACKAGE = "llama-cpp-py-sync"
 _MODULE = "llama_cpp_py_sync"
 
@@ -23,4 +25,4 @@ def install_hint() -> str:
     # The marker of the extra in pyproject.toml.
     if sys.platform == "linux" and platform.machine() != "x86_64":
         return f"{PACKAGE}, which contains it, has no wheel for this machine (Linux {platform.machine()})."
-    return 'Install it with `pip install "qlora-tui[export]"`.'
+    return f"Install it with `{install_command('qlora-tui[export]')}`."

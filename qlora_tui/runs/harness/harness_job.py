@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from qlora_tui.errors import UserError
+from qlora_tui.installation import install_command
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.harness.harness_evaluation import HarnessResult, read_results
 from qlora_tui.runs.harness.harness_task import read_harness_tasks
@@ -34,7 +35,7 @@ def run_harness_tasks(
         raise UserError(
             "lm-eval is not installed",
             what="Task files are run by EleutherAI's lm-evaluation-harness, which is an extra.",
-            fix="Install it: pip install 'qlora-tui[lm-eval]'",
+            fix=f"Install it: `{install_command('qlora-tui[lm-eval]')}`.",
         )
     measure_in_child(WORKER, run, progress, (str(path.absolute()), *(["--chat"] if chat else [])))
     names = {task.name for task in tasks}

@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ET
 from typing import Any
 
 from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.installation import install_command
 
 _SCALE = 2
 """Pixels per unit of the SVG."""
@@ -24,7 +25,7 @@ def loss_png(svg: str) -> bytes:
         raise UserError(
             "Pillow is not installed",
             what="PNG pictures are drawn by Pillow.",
-            fix="Install it with `pip install pillow`, or save a picture as .svg.",
+            fix=f"Install it with `{install_command('pillow')}`, or save a picture as .svg.",
             exit_code=EXIT_USAGE,
         ) from None
     root = ET.fromstring(svg)
