@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from qlora_tui.errors import UserError
+from qlora_tui.gpu.wsl import is_wsl2
 from qlora_tui.memory.cpu import this_processor
 from qlora_tui.memory.execution import (
     BFLOAT16_CAPABILITY,
@@ -58,6 +59,8 @@ def find_device(recipe: Recipe, local_rank: int = 0) -> ComputeDevice:
     wanted = _DTYPES.get(recipe.quantization.compute_dtype)
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(local_rank)
+        if is_wsl2():
+            _limit_memory(local_rank)
         # Not torch.cuda.is_bf16_supported(), which is also true for GPUs that only emulate bfloat16.
         native_bfloat16 = (properties.major, properties.minor) >= BFLOAT16_CAPABILITY
         best = torch.bfloat16 if native_bfloat16 else torch.float16
@@ -75,6 +78,16 @@ def find_device(recipe: Recipe, local_rank: int = 0) -> ComputeDevice:
         total_bytes=host_memory_bytes(),
         dtype=wanted or best,
     )
+
+
+def _limit_memory(index: int) -> None:
+    """Let torch hold no more of a GPU's memory than is free, so that larger allocations fail.
+
+    The driver of Windows would give them system memory, through which a step takes many times as long.
+    """
+    free, total = torch.cuda.mem_get_info(index)
+    share = (free + torch.cuda.memory_reserved(index)) / total
+    torch.cuda.set_per_process_memory_fraction(min(1.0, share), index)
 
 
 def choose_attention(recipe: Recipe, device: ComputeDevice) -> AttentionPath:

@@ -73,6 +73,18 @@ def test_a_runtime_that_raises_is_a_refusal_too(monkeypatch: pytest.MonkeyPatch)
     assert len(memory.allocate(8)) == 8 and memory.refused == "operation not supported"
 
 
+def test_unpinned_memory_stays_usable(runtime: FakeRuntime) -> None:
+    reasons: list[str] = []
+    memory = HostMemory(CUDA, reasons.append)
+    buffer = memory.allocate(60)
+    pinned_before = memory.is_pinned
+    memory.unpin("copies are lost")
+    assert (pinned_before, memory.is_pinned, runtime.pinned) == (True, False, {})
+    assert reasons == [memory.refused] == ["copies are lost"]
+    del buffer
+    assert runtime.last_error == 0
+
+
 def test_freed_memory_is_not_pinned_any_more(runtime: FakeRuntime) -> None:
     memory = HostMemory(CUDA)
     buffer = memory.allocate(60)

@@ -20,9 +20,10 @@ from qlora_tui.recipe.schema import Model, Quantization, Recipe
 from qlora_tui.training.compute_device import find_device
 from qlora_tui.training.experts.experts_4bit import experts_4bit
 from qlora_tui.training.model_loading import checkpoint_activations, load_base
-from qlora_tui.training.streaming import host_memory
+from qlora_tui.training.streaming import host_memory, placement
 from qlora_tui.training.streaming.frozen_tensors import Extent, all_tensors, extent_of
 from qlora_tui.training.streaming.host_layer import lay_out
+from qlora_tui.training.streaming.host_memory import HostMemory
 from qlora_tui.training.streaming.layer_entry import StreamedLayerError
 from qlora_tui.training.streaming.layer_slots import LayerSlots, Pass
 from qlora_tui.training.streaming.placement import StreamedLayers, place_streamed
@@ -216,6 +217,46 @@ def test_memory_of_the_device_is_as_estimated(tmp_path: Path, quantization: Any)
 
 def holds(buffer: Tensor, extent: Extent) -> bool:
     return 0 <= extent.address - buffer.data_ptr() < buffer.numel()
+
+
+class Pinned(HostMemory):
+    """Host memory that is pinned until it is unpinned."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.is_unpinned = False
+
+    @property
+    def is_pinned(self) -> bool:
+        return not self.is_unpinned
+
+    def unpin(self, why: str) -> None:
+        super().unpin(why)
+        self.is_unpinned = True
+
+
+@pytest.mark.parametrize(("first_lost", "last_lost"), [(0, 0), (3, 3), (2, 2), (1, 10)])
+def test_layers_that_do_not_arrive_are_copied_from_other_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, first_lost: int, last_lost: int
+) -> None:
+    memories: list[Pinned] = []
+
+    def pinned(device: torch.device) -> Pinned:
+        memories.append(Pinned(device))
+        return memories[0]
+
+    class Lossy(RecordedCopies):
+        def wait_for(self, copied: Any) -> None:
+            if not first_lost <= copied.number <= last_lost:
+                super().wait_for(copied)
+
+    monkeypatch.setattr(placement, "HostMemory", pinned)
+    if last_lost == 10:
+        with pytest.raises(UserError, match="do not arrive"):
+            place_streamed(load(folder), 2, torch.device("cpu"), Lossy())
+        return
+    streamed = place_streamed(load(folder), 2, torch.device("cpu"), Lossy())
+    assert memories[0].is_unpinned is bool(last_lost) is bool(streamed.not_pinned)
 
 
 def test_a_streamed_layer_is_not_trained_without_recomputation(folder: Path) -> None:

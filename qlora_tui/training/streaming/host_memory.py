@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,19 @@ class HostMemory:
         self._on_refused = on_refused
         self.refused = ""
         """Why memory could not be pinned; empty where it was, or need not be."""
+        self._pinned: list[weakref.finalize[Any, Any]] = []
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether any buffer is pinned."""
+        return any(unpin.alive for unpin in self._pinned)
+
+    def unpin(self, why: str) -> None:
+        """Unpin all buffers, and pin no more; ``why`` becomes the reason."""
+        for unpin in self._pinned:
+            unpin()
+        self.refused = why
+        self._on_refused(why)
 
     def allocate(self, size_bytes: int) -> Tensor:
         """A uint8 vector of host memory.
@@ -39,6 +53,11 @@ class HostMemory:
             self.refused = _pin(buffer, self._device)
             if self.refused:
                 self._on_refused(self.refused)
+            else:
+                # Memory that is freed while it is registered could not be registered again at its address.
+                unpin = weakref.finalize(buffer, _unpin, buffer.data_ptr(), self._device)
+                unpin.atexit = False
+                self._pinned.append(unpin)
         return buffer
 
 
@@ -52,8 +71,6 @@ def _pin(buffer: Tensor, device: torch.device) -> str:
     if code:
         _clear_error(device)
         return f"CUDA error {code}"
-    # Memory that is freed while it is registered could not be registered again at the same address.
-    weakref.finalize(buffer, _unpin, buffer.data_ptr(), device).atexit = False
     return ""
 
 

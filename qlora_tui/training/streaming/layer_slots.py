@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 from qlora_tui.training.streaming.copy_devices import CopyDevice
@@ -57,6 +58,23 @@ class LayerSlots:
     def held(self) -> tuple[int | None, ...]:
         """The layer in each slot; None before the first."""
         return tuple(self._held)
+
+    def receives(self, place: int) -> bool:
+        """Whether the bytes of a layer arrive in its slot, which holds no layer afterwards.
+
+        They are copied twice: where such copies are lost, the first may not be.
+        """
+        slot, source = self._slot_of(place), self._layers[place]
+        assert source is not None
+        target = self._slots[slot][: source.numel()]
+        for _ in range(2):
+            target.zero_()
+            self._start_copy(place)
+            self._copies.wait_for(self._copied[slot])
+            self._held[slot] = self._copied[slot] = None
+            if not torch.equal(target.cpu(), source):
+                return False
+        return True
 
     def enter(self, place: int, purpose: Pass) -> None:
         """Have the layer in its slot before what is computed next, and start to copy the one after it.

@@ -85,10 +85,35 @@ def place_streamed(
         layer.write_to(buffer)
         # This frees the layer's own memory, before the next layer is copied.
         slots.add(place, layer, buffer)
+    _require_copies(slots, host_memory, (0, len(laid_out) - 1))
     _move_rest(model, device, laid_out)
     # accelerate compares it with the device that trains.
     model.hf_device_map = {"": device}
     return StreamedLayers(layers, slots, sum(layer.size_bytes for layer in laid_out), host_memory.refused)
+
+
+def _require_copies(slots: LayerSlots, host_memory: HostMemory, places: Sequence[int]) -> None:
+    """Compare layers that were copied to the device; unpin the memory where they did not arrive.
+
+    On WSL2 copies from pinned memory may do nothing, without an error (FreeToken issue 291).
+
+    Raises:
+        UserError: they do not arrive from other memory either.
+    """
+
+    def arrive() -> bool:
+        return all(slots.receives(place) for place in places)
+
+    if not host_memory.is_pinned or arrive():
+        return
+    host_memory.unpin("a layer that was copied from it did not arrive on the GPU")
+    if not arrive():
+        raise UserError(
+            "Layers do not arrive on the GPU",
+            what="A layer that was copied to the GPU differs there from the one in host memory.",
+            why="The driver reports no error. Training would use wrong weights.",
+            fix="Update the driver of the GPU, under WSL2 that of Windows, and restart the machine.",
+        )
 
 
 def decoder_layers(model: Any, setting: str = "quantization.streamed_layers") -> list[nn.Module]:
