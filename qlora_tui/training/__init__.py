@@ -26,7 +26,8 @@
                           ``loftq``: the rounding errors of 4-bit weights, as which A and B may
 ``dropout``               where a model draws random numbers
 ``packed_attention``      several samples in one sequence, each attending only to itself, in one call of
-                          ``varlen_attention`` or one by one; ``padding``: to a multiple of tokens
+                          ``varlen_attention`` or one by one; ``padding``: to a multiple of tokens;
+                          ``length_scaled_rope``: rotary frequencies of each sample's own length
 ``chunked_loss``          cross-entropy without the whole logits; ``liger``: Liger's kernel in its place
 ``head_chunks``           the output head, a few tokens at a time, for it and for ``token_losses``
 ``token_losses``          the loss of each token by itself, for ``preference``: training on pairs of answers

@@ -7,6 +7,7 @@ through :mod:`qlora_tui.training.packed_attention`.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,8 @@ _NAME = "qlora_check"
 """Name under which transformers knows the attention implementation that compares."""
 _WINDOW = 3
 """Length to which sliding windows and chunks of the model are shortened, in tokens."""
-_WINDOWS = ("sliding_window", "attention_chunk_size")
+_WINDOWS = re.compile(r"window(_size)?$|attention_chunk_size$")
+"""Names of settings that say how far back a token attends."""
 _SCORES = 3.0
 """Standard deviation of each head's scores: large enough for uneven weights, too small for one-hot ones."""
 _ROUNDINGS = 64.0
@@ -72,9 +74,8 @@ def short_windows(model: nn.Module) -> Iterator[None]:
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     former = []
     for holder in [*configs.values(), *model.modules()]:
-        for name in _WINDOWS:
-            window = vars(holder).get(name)
-            if isinstance(window, int) and window > _WINDOW:
+        for name, window in list(vars(holder).items()):
+            if _WINDOWS.search(name) and type(window) is int and window > _WINDOW:
                 former.append((holder, name, window))
                 setattr(holder, name, _WINDOW)
     try:

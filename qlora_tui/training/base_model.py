@@ -11,6 +11,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.training import chunked_loss, equivalence_checks, head_chunks, model_loading
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.fused.kernel_choice import allow_kernels, verify_kernels
+from qlora_tui.training.length_scaled_rope import scale_each_sample
 from qlora_tui.training.liger import verified_liger_loss
 from qlora_tui.training.packed_attention import PackedAttention, pass_sample_lengths
 from qlora_tui.training.streaming.placement import StreamedLayers, place_streamed
@@ -79,6 +80,7 @@ def prepare_base(
     reference_attention = model.config._attn_implementation
     loss_name = _use_loss(model, head, device, expected_loss, weighted)
     pass_sample_lengths(model)
+    scale_each_sample(model)
     packed = _use_packed_attention(model, attention_path, device)
     if packed is None:
         # Padded sequences do not need our attention, and the check of the first step needs the library's.

@@ -200,9 +200,12 @@ def collate(
     if padding_free:
         batch = {"loss_weights": torch.cat(weights)[None]} if weights else {}
         packed_labels = torch.cat(labels)[None]
+        positions = torch.cat([torch.arange(n) for n in lengths])[None]
+        # Frequencies may follow from the largest position: the padding must not make its sample longer.
+        positions[:, positions.shape[1] - more :] = 0
         return batch | {
             "input_ids": torch.cat(ids)[None],
-            "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+            "position_ids": positions,
             "labels": packed_labels,
             "loss_positions": loss_positions(packed_labels),
             "segments": lengths,

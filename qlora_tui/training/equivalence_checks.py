@@ -22,6 +22,8 @@ from qlora_tui.training.head_chunks import ChunkedHead, losses_and_grads
 
 _FIRST, _SECOND = 9, 7
 """Lengths of the two samples, in tokens."""
+_CONTEXTS = ("max_position_embeddings", "original_max_position_embeddings")
+"""Settings, anywhere in a config, that name a position from which rotary frequencies may be others."""
 _UNTRAINED = 3
 """Position of a token in the first sample that is not in the loss."""
 _ROUNDINGS = 16.0
@@ -44,12 +46,16 @@ def packing_is_isolated(model: Any, device: torch.device) -> bool:
     The noise of the model and its dtype is measured by running the sample once more with the library's
     attention, followed by tokens that it does not see: then every matrix product has as many rows as in a
     packed sequence. Our attention is compared with the library's layer by layer.
+
+    The positions of the other sample are beyond every context that the config names, and those of the sample
+    are not, so that few tokens show whether its frequencies follow from the other one's length.
     """
     first, other, second = _tokens(model, device)
+    beyond = _longest_context(model)
     with _eval_mode(model), short_windows(model):
         try:
-            packed = _second_in_row(model, first, second)
-            packed_after_other = _second_in_row(model, other, second)
+            packed = _second_in_row(model, first, second, beyond)
+            packed_after_other = _second_in_row(model, other, second, beyond)
             alone = model(input_ids=second, position_ids=_positions(second), segments=[_SECOND]).logits[0]
             longer = torch.cat([second, first], dim=1)
             expected = reference_logits(model, longer, _positions(longer))
@@ -165,9 +171,24 @@ def _tokens(model: nn.Module, device: torch.device) -> tuple[Tensor, Tensor, Ten
     return first.to(device), other.to(device), second.to(device)
 
 
-def _second_in_row(model: nn.Module, first: Tensor, second: Tensor) -> Tensor:
+def _longest_context(model: Any) -> int:
+    """The largest position that the config names as the end of a context; 0 without rotary positions."""
+    if not any(hasattr(module, "rope_type") for module in model.modules()):
+        return 0  # learned positions end there
+    return max(_contexts(model.config.get_text_config().to_dict()), default=0)
+
+
+def _contexts(settings: dict[str, Any]) -> Iterator[int]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _contexts(value)
+        elif name in _CONTEXTS and isinstance(value, int):
+            yield value
+
+
+def _second_in_row(model: nn.Module, first: Tensor, second: Tensor, first_position: int) -> Tensor:
     row = torch.cat([first, second], dim=1)
-    positions = torch.cat([_positions(first), _positions(second)], dim=1)
+    positions = torch.cat([first_position + _positions(first), _positions(second)], dim=1)
     logits: Tensor = model(input_ids=row, position_ids=positions, segments=[_FIRST, _SECOND]).logits
     return logits[0, _FIRST:]
 

@@ -139,7 +139,7 @@ def test_a_packed_batch_has_no_padding_or_cross_sample_labels() -> None:
 def test_a_packed_batch_is_padded_after_its_last_sample() -> None:
     batch = collate([(0, 2), (1,)], Fake([4, 6, 3]), padding_free=True, pad_id=9, multiple=8)
     assert batch["input_ids"].tolist() == [[0, 1, 2, 3, 2000, 2001, 2002, *range(1000, 1006), 9, 9, 9]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, *range(9)]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, *range(6), 0, 0, 0]]
     assert batch["labels"].tolist()[0][-4:] == [1005, -100, -100, -100]
     assert batch["segments"] == [4, 3, 9]
 

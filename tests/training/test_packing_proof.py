@@ -12,11 +12,15 @@ from torch import Tensor, nn
 from qlora_tui.training import (
     attention_check,
     equivalence_checks,
+    length_scaled_rope,
     model_loading,
     packed_attention,
 )
+from qlora_tui.training.batches import collate
 from qlora_tui.training.fused.cpu_attention import RowAttention
-from tests.training.trained_weights import CLAIMED, build_with_trained_weights
+from qlora_tui.training.step_check import Excerpt
+from tests.training.families import build
+from tests.training.trained_weights import CLAIMED, LENGTH_SCALED, build_with_trained_weights
 
 pytestmark = pytest.mark.slow
 
@@ -169,6 +173,45 @@ def test_a_faint_leak_through_another_layer_is_noticed(dtype: torch.dtype) -> No
         lambda module, given, out: out + 1e-3 * out.roll(1, dims=1)
     )
     assert not equivalence_checks.packing_is_isolated(model, CPU)
+
+
+@pytest.mark.parametrize("padding_free", [True, False])
+@pytest.mark.parametrize("name", LENGTH_SCALED)
+def test_frequencies_follow_from_the_length_of_each_sample(name: str, padding_free: bool) -> None:
+    model_type = name.split()[0]
+    settings = LENGTH_SCALED[name]
+    lengths = [9, 30, 24, 20, 21]
+    ids = torch.randint(300, (5, 30), generator=torch.Generator().manual_seed(7))
+    # Built again for each: the library remembers the longest sequence so far.
+    alone = [
+        build_with_trained_weights(model_type, **settings)(input_ids=ids[i : i + 1, :n], use_cache=False)
+        for i, n in enumerate(lengths)
+    ]
+    model = packing(model_type, torch.float32, **settings)
+    length_scaled_rope.scale_each_sample(model)
+    samples = Excerpt(
+        tuple(tuple(ids[i, :n].tolist()) for i, n in enumerate(lengths)),
+        tuple((1,) * n for n in lengths),
+        (None,) * len(lengths),
+    )
+    sequences = [tuple(range(5))] if padding_free else [(i,) for i in range(5)]
+    batch = collate(sequences, samples, padding_free=padding_free, pad_id=0, multiple=16)
+    given = {key: value for key, value in batch.items() if key not in ("labels", "loss_positions")}
+    logits = model(**given, **({} if padding_free else {"use_cache": False})).logits
+    computed = logits[0].split(batch["segments"]) if padding_free else logits
+    for i, n in enumerate(lengths):
+        torch.testing.assert_close(computed[i][:n], alone[i].logits[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", LENGTH_SCALED)
+def test_frequencies_that_follow_from_other_samples_are_noticed(name: str) -> None:
+    # Plain weights: sharp attention hides a change of frequencies.
+    model = build(name.split()[0], **LENGTH_SCALED[name])
+    model_loading.use_packed_attention(model)
+    packed_attention.pass_sample_lengths(model)
+    assert not equivalence_checks.packing_is_isolated(model, CPU)
+    length_scaled_rope.scale_each_sample(model)
+    assert equivalence_checks.packing_is_isolated(model, CPU)
 
 
 def test_windows_are_restored_after_an_error() -> None:

@@ -31,7 +31,7 @@ from qlora_tui.training.step_verification import (
     verify_step,
 )
 from tests.training.families import build
-from tests.training.trained_weights import CLAIMED, build_with_trained_weights
+from tests.training.trained_weights import CLAIMED, LENGTH_SCALED, build_with_trained_weights
 
 pytestmark = pytest.mark.slow
 
@@ -103,6 +103,20 @@ def test_every_family_with_heavy_tails_keeps_its_fast_paths(model_type: str, tmp
     for dtype in ["float32"] if model_type in _SATURATED else ["float32", "bfloat16"]:
         verified = verify(tmp_path / dtype, model_type, dtype, dropout=0.1)
         assert verified.agrees and verified.replaced == (), (dtype, verified.comparison)
+
+
+def test_samples_around_the_original_context_train_packed(tmp_path: Path) -> None:
+    """The longer sample of the excerpt has LongRoPE's long frequencies, the shorter one has not."""
+
+    def longrope(model_type: str, dtype: torch.dtype) -> Any:
+        return build(model_type, **LENGTH_SCALED["phi3 longrope"]).to(dtype)
+
+    model, base, device = adapted(tmp_path, "phi3", "float32", build=longrope)
+    assert base.padding_free
+    settings = base.model.config.rope_parameters
+    settings["original_max_position_embeddings"] = 16
+    verified = verify_step(model, base, excerpt(), device, 0, DistributedContext())
+    assert isinstance(verified, VerificationResult) and verified.agrees and verified.replaced == ()
 
 
 def no_offset(patch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,28 @@ CLAIMED: dict[str, dict[str, Any]] = {
 }
 """``model_type``: settings, of every text model in ``catalog/families``."""
 
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "original_max_position_embeddings": 20,
+    "short_factor": [1.0] * 8,
+    "long_factor": [1.0 + 2.0 * n for n in range(8)],
+}
+_DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 8.0}
+LENGTH_SCALED: dict[str, dict[str, Any]] = {
+    "phi3 longrope": {"max_position_embeddings": 64, "rope_parameters": _LONGROPE},
+    "llama dynamic": {"max_position_embeddings": 20, "rope_parameters": _DYNAMIC},
+    "gemma3_text dynamic": {
+        "max_position_embeddings": 20,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": _DYNAMIC,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        },
+    },
+}
+"""Rotary frequencies that follow from the length of a sequence, beyond 20 tokens."""
+
 
 def build_with_trained_weights(model_type: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
     """A tiny frozen model in eval mode, with weights as :func:`give_trained_weights` makes them."""

@@ -1,0 +1,103 @@
+"""Rotary positions whose frequencies follow from the length of a sequence, for several samples in one call.
+
+LongRoPE uses one set of frequencies up to the original context and another beyond it, dynamic NTK different
+frequencies for each length beyond it. transformers takes the length from the largest position of the whole
+call, and dynamic NTK also from earlier calls. So the result for a short sample depends on whether a long one
+is next to it, packed or padded. Here each sample has the frequencies of its length, as it has where it is
+alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_CALL_LENGTH = ("dynamic", "longrope")
+"""What the names of rope types contain whose frequencies ``transformers.modeling_rope_utils`` takes from the
+positions of a call (``dynamic_rope_update``)."""
+
+
+def scale_each_sample(model: Any) -> None:
+    """Make the model compute length-scaled positions sample by sample; other models stay as they are."""
+    rotary = [module for module in model.modules() if _scales_with_length(module)]
+    if not rotary:
+        return
+    lengths = _SampleLengths()
+    model.get_decoder().register_forward_pre_hook(lengths.take, with_kwargs=True)
+    for module in rotary:
+        _patch(module, lengths)
+
+
+def _scales_with_length(module: nn.Module) -> bool:
+    types = getattr(module, "rope_type", None)
+    names = types.values() if isinstance(types, dict) else [types]
+    return any(part in str(name) for name in names for part in _CALL_LENGTH)
+
+
+class _SampleLengths:
+    """Lengths of the samples of the call in progress, from its attention mask.
+
+    They are read when a layer is recomputed, too, so they stay until the next call.
+    """
+
+    def __init__(self) -> None:
+        self.packed: list[int] = []
+        """Lengths of the samples that lie end to end in one sequence."""
+        self.rows: list[int] = []
+        """Lengths of the samples of a padded batch, one in each row."""
+
+    def take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Read the mask of a call: a hook of the decoder."""
+        mask = kwargs.get("attention_mask")
+        self.packed, self.rows = [], []
+        if not torch.is_tensor(mask) or mask.is_meta:
+            return
+        if mask.dim() == 4 and mask.dtype == torch.int32:
+            self.packed = mask.flatten().diff().tolist()
+        elif mask.dim() == 2:
+            self.rows = mask.sum(-1).tolist()
+
+
+def _patch(module: Any, lengths: _SampleLengths) -> None:
+    original: Callable[..., Any] = module.forward
+
+    def of_sample(x: Tensor, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
+        _forget_lengths(module)
+        return original(x, positions, *args, **kwargs)
+
+    def forward(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if sum(lengths.packed) == position_ids.shape[-1]:
+            samples = list(torch.split(position_ids, lengths.packed, dim=-1))
+            return _joined([of_sample(x, each, *args, **kwargs) for each in samples], dim=1)
+        rows = position_ids.expand(*position_ids.shape[:-2], max(len(lengths.rows), 1), -1)
+        if len(set(lengths.rows)) > 1 and rows.shape[-2] == len(lengths.rows):
+            # What comes after the end of a sample is padding, whose positions are no one's.
+            samples = [
+                rows[..., i : i + 1, :].clamp(max=max(length - 1, 0)) for i, length in enumerate(lengths.rows)
+            ]
+            return _joined([of_sample(x, each, *args, **kwargs) for each in samples], dim=0)
+        return of_sample(x, position_ids, *args, **kwargs)
+
+    module.forward = forward
+
+
+def _forget_lengths(module: Any) -> None:
+    """Restore the frequencies of short sequences, which transformers keeps where a longer one came before."""
+    # A buffer, or in earlier versions of transformers an attribute.
+    names = [name for name in (*vars(module), *module._buffers) if name.endswith("original_inv_freq")]
+    for name in names:
+        prefix = name.removesuffix("original_inv_freq")
+        cached = f"{prefix}max_seq_len_cached"
+        if getattr(module, cached, module.original_max_seq_len) != module.original_max_seq_len:
+            setattr(module, f"{prefix}inv_freq", getattr(module, name).clone())
+            setattr(module, cached, module.original_max_seq_len)
+
+
+def _joined(tables: list[Any], *, dim: int) -> Any:
+    """The tables of all samples as one: cos and sin (rows, tokens, width), or one complex table."""
+    if torch.is_tensor(tables[0]):
+        return torch.cat(tables, dim=dim)
+    return tuple(torch.cat(parts, dim=dim) for parts in zip(*tables, strict=True))
