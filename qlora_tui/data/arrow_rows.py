@@ -21,7 +21,7 @@ from qlora_tui.data.bounds import (
     check_expansion,
 )
 from qlora_tui.data.memory_bound import memory_bound
-from qlora_tui.data.row import Row
+from qlora_tui.data.row import Row, distinct_names
 from qlora_tui.data.text_reader import Position
 from qlora_tui.errors import UserError
 
@@ -53,12 +53,15 @@ def arrow_rows(path: Path, kind: str, position: Position | None) -> Iterator[Row
     try:
         batches, names = _parquet(path, position) if kind == "parquet" else _stream(path, position)
         for batch in _validated(path, batches):
+            batch = batch.rename_columns(distinct_names(batch.schema.names))
             for piece in _pieces(batch, number + 1):
                 for value in piece.to_pylist():
                     number += 1
                     for column, labels in names.items():
-                        if isinstance(value.get(column), int) and 0 <= value[column] < len(labels):
-                            value[column] = labels[value[column]]
+                        if isinstance(value.get(column), int):
+                            # -1 is no label in the datasets library, as in GLUE's test splits.
+                            is_named = 0 <= value[column] < len(labels)
+                            value[column] = labels[value[column]] if is_named else None
                     yield Row(number=number, value=value)
     except (pyarrow.ArrowException, OSError, ValueError, SystemError, OverflowError, MemoryError) as error:
         says = " ".join(str(error).split()) or type(error).__name__

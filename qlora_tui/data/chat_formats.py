@@ -165,7 +165,7 @@ def text_of(content: Any, where: str) -> str:
 
 def _content_of(content: Any, where: str) -> tuple[str, str, tuple[ToolCall, ...]]:
     """Return text, reasoning and tool calls of a content, over all parts. Raises ``RowRejectedError``."""
-    if content is None:
+    if content is None or content != content:  # NaN is a missing value in tables of pandas
         return "", "", ()
     if isinstance(content, str):
         return content, "", ()

@@ -46,7 +46,7 @@ from qlora_tui.recipe.schema import PAIR_METHODS, Recipe, Source
 
 _MAX_UNUSED_AGE_S = 60 * 24 * 3600
 _MAX_UNFINISHED_AGE_S = 3 * 24 * 3600
-_RENDERING = 7
+_RENDERING = 8
 """Version of the rendering; increased when the same data and settings give different tokens or splits."""
 
 
@@ -74,6 +74,8 @@ class PreparedDataset(Struct, frozen=True):
     """Number of conversations that were changed for the template, by kind (see ``TokenizedSample.notes``)."""
     cached: bool
     """Whether the data set came from the cache."""
+    source_notes: tuple[str, ...] = ()
+    """What of the sources is read, and which files of a folder are not."""
 
 
 class _FileVersion(Struct, frozen=True):
@@ -117,14 +119,17 @@ def prepare_dataset(
     sources = every_source(recipe.data)
     validation_source = len(recipe.data.sources) if recipe.data.validation_path else None
     choice = recipe.data.preferences
-    files = [file for i, source in enumerate(sources) for file in open_source(source, choice, i)[0]]
+    opened = [open_source(source, choice, i) for i, source in enumerate(sources)]
+    files = [file for of_source, _ in opened for file in of_source]
+    notes = zip(sources, (note for _, note in opened), strict=True)
+    source_notes = tuple(f"{source.path}: {note}" for source, note in notes if note)
     versions = [_FileVersion.of(file.path) for file in files]
     folder = private_dir(cache_dir() / "tokenized") / _key(recipe, files, versions, tokenizer)[:32]
     weights = [source.weight for source in sources]
     cached = _load(folder, weights, cached=True)
     if cached is not None:
         (folder / "meta.json").touch()
-        return cached
+        return msgspec.structs.replace(cached, source_notes=source_notes)
     _forget_old_sets(folder.parent)
     temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
     try:
@@ -142,7 +147,7 @@ def prepare_dataset(
         shutil.rmtree(temporary, ignore_errors=True)
     prepared = _load(folder, weights, cached=False)
     assert prepared is not None
-    return prepared
+    return msgspec.structs.replace(prepared, source_notes=source_notes)
 
 
 def _forget_old_sets(folder: Path) -> None:

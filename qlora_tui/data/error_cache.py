@@ -28,7 +28,7 @@ _TOKENIZER_FILES = (
     "*/tool_use.jinja",
 )
 _MAX_AGE_S = 60 * 24 * 3600
-_READING = 3
+_READING = 4
 """Version of the row checks; increased when rows that were an error become readable."""
 
 _DECODER = msgspec.json.Decoder(DataProblem)

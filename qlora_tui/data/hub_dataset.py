@@ -21,6 +21,7 @@ from qlora_tui.files import atomic_write, private_dir
 from qlora_tui.gpu.torch_env import offline_variables_set
 from qlora_tui.paths import cache_dir
 
+TRAINING_SPLITS = ("train", "training", "train_sft", "sft")
 _ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")
 
 
@@ -56,7 +57,14 @@ def hub_files(name: str) -> tuple[list[Path], str]:
     if cached is None:
         cached = _fetch(name)
         atomic_write(_cache_path(name), msgspec.json.encode(cached))
-    return [Path(file) for file in cached.files], f"hub dataset {name}, split {cached.split}"
+    other = "" if cached.split in TRAINING_SPLITS else ", because it has none for training"
+    return [Path(file) for file in cached.files], f"hub dataset {name}, split {cached.split}{other}"
+
+
+def is_training_split(name: str) -> bool:
+    """Return whether the split of an earlier download is for training. Makes no request to the Hub."""
+    cached = _read_cached(name)
+    return cached is not None and cached.split in TRAINING_SPLITS
 
 
 def local_files(name: str) -> list[Path] | None:

@@ -10,9 +10,7 @@ import sys
 
 import msgspec
 
-from qlora_tui.data.hub_dataset import HubFailure, HubFiles
-
-_TRAINING = ("train", "training", "train_sft", "sft")
+from qlora_tui.data.hub_dataset import TRAINING_SPLITS, HubFailure, HubFiles
 
 
 def main(name: str) -> int:
@@ -22,7 +20,7 @@ def main(name: str) -> int:
     path, _, subset = name.partition(":")
     try:
         names = datasets.get_dataset_split_names(path, subset or None)
-        split = next((s for s in _TRAINING if s in names), names[0])
+        split = next((s for s in TRAINING_SPLITS if s in names), names[0])
         loaded = datasets.load_dataset(path, subset or None, split=split)
     except Exception as error:  # the library raises a dozen kinds, from its own to its HTTP client's
         _tell(_failure(error))

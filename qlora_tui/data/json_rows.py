@@ -1,5 +1,5 @@
 """Rows from a .json file without loading all of it: an array of rows, consecutive rows, or one object that
-holds the rows under a key."""
+holds the rows under a key. A syntax error ends the file: where the next row begins is unknown."""
 
 from __future__ import annotations
 
@@ -9,41 +9,42 @@ from collections.abc import Iterator
 from typing import Any
 
 from qlora_tui.data.bounds import DEEPEST, MAX_VALUES, is_too_deep
+from qlora_tui.data.chat_formats import turn_keys
 from qlora_tui.data.row import Row
-from qlora_tui.data.text_reader import NotUtf8, Stream
+from qlora_tui.data.text_reader import BOM, BrokenFileError, Stream
 
 _LARGEST_ROW_CHARACTERS = 64 << 20
 """Characters after which an unfinished value counts as broken rather than long."""
 _HOLDERS = ("data", "train", "rows", "examples", "conversations", "items", "samples", "instances")
 """Keys under which a whole data set is stored in one object."""
+_BLANK = " \t\r\n" + BOM
 
 
 def json_rows(stream: Stream) -> Iterator[Row]:
-    """Yield the rows of an array, of consecutive values (JSONL by another name), or under a key."""
+    """Yield the rows of an array, of consecutive values (JSONL by another name), or under a key.
+
+    Raises ``BrokenFileError`` at the first error of syntax.
+    """
     values = _Values(stream)
     number = 0
-    try:
-        for value in values:
-            if number == 0 and values.top_level and isinstance(value, dict) and values.at_end():
-                held = _held_rows(value)
-                if held is not None:
-                    for number, row in enumerate(held, 1):
-                        yield _row(number, row)
-                    return
-            number += 1
-            yield _row(number, value)
-    except _InvalidJsonError as error:
-        yield Row(
-            number=number + 1, kind="bad-json", error=f"Line {error.line} is not valid JSON: {error.reason}."
-        )
+    for value in values:
+        if number == 0 and values.top_level and isinstance(value, dict) and values.at_end():
+            held = _held_rows(value)
+            if held is not None:
+                for number, row in enumerate(held, 1):
+                    yield _row(number, row)
+                return
+        number += 1
+        yield _row(number, value, values)
 
 
-def _row(number: int, value: Any) -> Row:
-    if has_lone_surrogate(value):
-        return Row(
-            number=number, kind="bad-encoding", error=f"Row {number}: an escape names half a character."
-        )
-    return Row(number=number, value=value)
+def _row(number: int, value: Any, values: _Values | None = None) -> Row:
+    """Return a row. ``values`` knows its line; without them it is the row of a whole-file object."""
+    if not has_lone_surrogate(value):
+        return Row(number=number, value=value)
+    place = values.undecodable_byte() if values is not None else ""
+    what = place or f"Row {number} holds half of a character, or a byte that is not UTF-8"
+    return Row(number=number, kind="bad-encoding", error=f"{what}.")
 
 
 def has_lone_surrogate(value: Any) -> bool:
@@ -58,31 +59,31 @@ def has_lone_surrogate(value: Any) -> bool:
 
 
 def _held_rows(value: dict[str, Any]) -> list[Any] | None:
-    """Return the rows inside a whole-file object, or None where the object is itself a row."""
-    for name in _HOLDERS:
-        held = value.get(name)
-        if (
-            isinstance(held, list)
-            and held
-            and all(isinstance(v, dict) for v in held[:10])
-            and not _is_chat(held)
-        ):
-            return held
+    """Return the rows inside a whole-file object, or None where the object is itself a row.
+
+    Raises ``BrokenFileError`` where it holds two sets of rows, neither of them named as the training one.
+    """
+    sets = [name for name in _HOLDERS if _is_set_of_rows(value.get(name))]
+    if len(sets) > 1 and "train" not in sets:
+        what = f"rows under {sets[0]!r} and under {sets[1]!r}: keep one of them"
+        raise BrokenFileError("bad-row", 1, what)
+    if sets:
+        held: list[Any] = value["train" if "train" in sets else sets[0]]
+        return held
     columns = {k: v for k, v in value.items() if isinstance(v, list)}
-    if len(columns) == len(value) >= 2 and len({len(v) for v in columns.values()}) == 1:
+    is_table = len(columns) == len(value) >= 2 and len({len(v) for v in columns.values()}) == 1
+    if is_table and not any(map(turn_keys, columns.values())):  # else one conversation, with its tools
         return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
     return None
 
 
+def _is_set_of_rows(value: Any) -> bool:
+    is_objects = isinstance(value, list) and value and all(isinstance(v, dict) for v in value[:10])
+    return bool(is_objects) and not _is_chat(value)
+
+
 def _is_chat(values: list[Any]) -> bool:
     return any("role" in v or "from" in v for v in values[:10])
-
-
-class _InvalidJsonError(Exception):
-    def __init__(self, line: int, reason: str):
-        super().__init__(reason)
-        self.line = line
-        self.reason = reason
 
 
 class _Values:
@@ -90,10 +91,12 @@ class _Values:
 
     def __init__(self, stream: Stream):
         self._chunks = stream.chunks()
-        self._utf8 = codecs.getincrementaldecoder("utf-8")()
+        # A byte that is not UTF-8 becomes half of a surrogate pair, so that the values after it can be read.
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self._decode = json.JSONDecoder().raw_decode
         self._text = ""
         self._at = 0
+        self._value_at = 0
         self._line = 1
         self._ended = False
         self.top_level = True
@@ -123,19 +126,21 @@ class _Values:
             self._at += 1
             if mark == ",":
                 if self._next_character() == "]":
-                    raise _InvalidJsonError(self._line_at(self._at), "a comma before the closing bracket")
+                    raise self._broken(self._at, "a comma before the closing bracket")
                 continue
             if mark == "]":
+                if self._next_character():
+                    raise self._broken(self._at, "the array of rows has ended, and more follows")
                 return
             what = f"expected a comma or ], found {mark!r}" if mark else "the file ends inside the array"
-            raise _InvalidJsonError(self._line_at(self._at - 1), what)
+            raise self._broken(self._at - 1, what)
 
     def _value(self) -> Any:
         while True:
             try:
                 value, end = self._decode(self._text, self._at)
             except RecursionError:
-                raise _InvalidJsonError(self._line_at(self._at), "nested too deeply") from None
+                raise self._broken(self._at, "nested too deeply") from None
             except ValueError as error:
                 reason, position = _reason(error, self._at)
                 self._need_more(reason, position)
@@ -143,9 +148,9 @@ class _Values:
             if end == len(self._text) and not isinstance(value, dict | list) and self._more():
                 continue
             opened = self._text.count("[", self._at, end) + self._text.count("{", self._at, end)
-            self._at = end
+            self._value_at, self._at = self._at, end
             if opened > DEEPEST and is_too_deep(value):
-                raise _InvalidJsonError(self._line_at(self._at), "nested too deeply")
+                raise self._broken(self._at, "nested too deeply")
             return value
 
     def _need_more(self, reason: str, position: int) -> None:
@@ -153,13 +158,13 @@ class _Values:
         held, inside = len(self._text) - self._at, position - self._at
         cut_off = position >= len(self._text) - 16 or reason.startswith("Unterminated string")
         if held > _LARGEST_ROW_CHARACTERS or not cut_off or not self._more(held):
-            raise _InvalidJsonError(self._line_at(self._at + min(inside, held)), reason)
+            raise self._broken(self._at + min(inside, held), reason)
         if sum(map(self._text.count, ",[{")) > MAX_VALUES:
-            raise _InvalidJsonError(self._line_at(self._at), f"a value holds more than {MAX_VALUES:,} others")
+            raise self._broken(self._at, f"a value holds more than {MAX_VALUES:,} others")
 
     def _next_character(self) -> str:
         while True:
-            while self._at < len(self._text) and self._text[self._at] in " \t\r\n":
+            while self._at < len(self._text) and self._text[self._at] in _BLANK:
                 self._at += 1
             if self._at < len(self._text):
                 return self._text[self._at]
@@ -176,20 +181,22 @@ class _Values:
         while added < at_least and not self._ended:
             chunk = next(self._chunks, b"")
             self._ended = not chunk
-            piece = self._decoded(chunk, parts)
+            piece = self._utf8.decode(chunk, final=not chunk)
             added += len(piece)
             parts.append(piece)
         self._text = "".join(parts)
         self._at = 0
         return added > 0
 
-    def _decoded(self, chunk: bytes, parts: list[str]) -> str:
-        try:
-            return self._utf8.decode(chunk, final=not chunk)
-        except UnicodeDecodeError as error:
-            before = error.object[: error.start].count(b"\n") + sum(part.count("\n") for part in parts)
-            byte = error.object[error.start]
-            raise NotUtf8(self._line + before, f"byte 0x{byte:02x} is not UTF-8") from error
+    def undecodable_byte(self) -> str:
+        """Return line and value of the last value's first byte that is not UTF-8; empty if all are."""
+        for position in range(self._value_at, self._at):
+            if "\udc80" <= (half := self._text[position]) <= "\udcff":
+                return f"Line {self._line_at(position)}: byte 0x{ord(half) - 0xDC00:02x} is not UTF-8"
+        return ""
+
+    def _broken(self, position: int, reason: str) -> BrokenFileError:
+        return BrokenFileError("bad-json", self._line_at(position), reason)
 
     def _line_at(self, position: int) -> int:
         return self._line + self._text.count("\n", 0, position)

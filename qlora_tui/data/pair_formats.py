@@ -121,7 +121,7 @@ def _label(value: Any, names: tuple[str, ...]) -> str:
                 "wrong-format", f"The label {number} has no name: there are {len(names)} names, from 0."
             )
         value = names[number]
-    return "" if value is None else str(value)
+    return "" if value is None or value != value else str(value)  # NaN is a missing value
 
 
 def _pair(prompt: str, answer: str, prompt_name: str, answer_name: str) -> tuple[Message, Message]:

@@ -1,16 +1,17 @@
 """Rows from files: JSON, JSONL, CSV, TSV, Parquet and text, plain or compressed, and folders of them.
 
 Used by ``formats`` (for the first rows) and by ``dataset`` and ``inspection`` (to stream all of them). Only a
-chunk of the file is in memory at a time. A row that cannot be read is a ``Row`` with ``error`` set; a file
-that cannot be read at all raises ``UserError``.
+chunk of the file is in memory at a time. A row that cannot be read, and after which the next one can, is a
+``Row`` with ``error`` set; a file that cannot be read to its end raises ``UserError``.
 """
 
 from __future__ import annotations
 
 import csv
 import os
+import re
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import msgspec
@@ -27,8 +28,16 @@ from qlora_tui.data.bounds import (
     too_large,
 )
 from qlora_tui.data.json_rows import json_rows
-from qlora_tui.data.row import Line, Row
-from qlora_tui.data.text_reader import NotUtf8, Position, Stream, bad_utf8, opened
+from qlora_tui.data.row import Line, Row, distinct_names
+from qlora_tui.data.text_reader import (
+    BOM,
+    NUL_BYTES,
+    BrokenFileError,
+    Position,
+    Stream,
+    bad_utf8,
+    opened,
+)
 from qlora_tui.errors import UserError
 
 SUFFIXES = {
@@ -46,17 +55,21 @@ SUFFIXES = {
 """Format of a file by the end of its name (before ``.gz`` or ``.zst``)."""
 COMPRESSED = (".gz", ".zst", ".zstd")
 _EVALUATION_SPLITS = ("valid", "validation", "val", "test", "dev", "eval", "evaluation")
-_IGNORED = (
-    "readme",
-    "license",
-    "licence",
-    "dataset_info",
-    "dataset_infos",
-    "dataset_dict",
-    "state",
-    "sources",
-)
+_DOCUMENTS = ("readme", "license", "licence")
+"""Texts about the data, by the beginning of their names, in ``.md``, ``.txt`` or ``.text``."""
+_METADATA = {
+    "dataset_info.json": ("features", "splits", "builder_name", "file_name", "hf_hub_url", "ms_hub_url"),
+    "dataset_infos.json": ("features", "splits"),
+    "dataset_dict.json": ("splits",),
+    "state.json": ("_data_files", "_fingerprint"),
+}
+"""Files in which ``datasets`` and LLaMA-Factory describe data, each with keys of which it has one, at the top
+or one level below. A file of the same name that holds rows is data."""
+_MAX_METADATA_BYTES = 4 << 20
+_LEFT_OUT_NAMED = 5
+"""Files left out for one reason that a note names."""
 _MAX_CELLS = 1_000_000
+_BOM = BOM.encode()
 _FIRST_BYTES = 8 << 20
 _decode = msgspec.json.Decoder().decode
 
@@ -73,10 +86,10 @@ def kind_of(path: Path) -> str:
 
 
 def files_of(path: Path) -> tuple[list[Path], str]:
-    """Return the data files of ``path``, and a note on the files of a folder that were left out.
+    """Return the data files of ``path``, and a note that names what else a folder holds, with the reasons.
 
-    A folder gives its files, sorted by name, including subfolders. Where some names mark training files,
-    files whose names mark validation or test are left out.
+    A folder gives its files, sorted by name, including subfolders and linked ones. Where some names mark
+    training files, files whose names mark validation or test are left out.
     """
     if not path.exists():
         raise UserError(
@@ -85,40 +98,106 @@ def files_of(path: Path) -> tuple[list[Path], str]:
             fix="Check the path; relative paths start at the folder you are in.",
         )
     if not path.is_dir():
-        if not path.is_file():
-            raise UserError(
-                "Not a file",
-                what=f"{path} is a pipe, a socket or a device.",
-                why="Data is read more than once.",
-                fix="Save its content to a file, and name that.",
-            )
+        _check_regular(path)
         return [path], ""
-    # Unlike rglob, walk skips a folder that disappears during the search.
-    inside = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
-    files = sorted(p for p in inside if p.is_file() and kind_of(p) and _is_data(p.relative_to(path)))
+    left_out: dict[str, list[str]] = {}
+    files = []
+    for relative in _inside(path):
+        file = path / relative
+        if relative.name.startswith("."):
+            left_out.setdefault("hidden", []).append(str(relative))
+        elif not kind_of(file):
+            left_out.setdefault("of no known kind", []).append(str(relative))
+        elif _describes_data(file):
+            left_out.setdefault("about the data", []).append(str(relative))
+        elif os.path.lexists(file):  # else deleted since the search
+            _check_regular(file)
+            files.append(relative)
     if not files:
         raise UserError(
             "No data in the folder",
             what=f"{path} holds no file that ends in {', '.join(SUFFIXES)}, with or without .gz or .zst.",
+            why=_left_out_note(left_out),
             fix="Name a folder with data files, or a file.",
         )
-    training = [p for p in files if not _held_out(p)]
-    if not training or len(training) == len(files):
-        return files, ""
-    left = ", ".join(p.name for p in files if _held_out(p))
-    return training, f"skipped, because the name says validation or test: {left}"
+    training = [file for file in files if not _held_out(file)]
+    if training and len(training) < len(files):
+        held_out = [str(file) for file in files if _held_out(file)]
+        left_out = {"named as validation or test": held_out} | left_out
+        files = training
+    return [path / file for file in files], _left_out_note(left_out)
 
 
-def _is_data(path: Path) -> bool:
-    return (
-        not any(part.startswith(".") for part in path.parts)
-        and path.name.split(".")[0].lower() not in _IGNORED
+def _inside(folder: Path) -> list[Path]:
+    """Return all files in a folder and its subfolders, and the hidden subfolders, relative to it, sorted.
+
+    Raises ``UserError`` for a subfolder that cannot be searched. One that disappears meanwhile is skipped.
+    """
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise _cannot_read(Path(error.filename), error)
+
+    inside: list[Path] = []
+    searched = set()
+    for place, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        relative = Path(place).relative_to(folder)
+        state = Path(place).stat()
+        if (state.st_dev, state.st_ino) in searched:  # a link to a folder that was searched, or around it
+            subfolders.clear()
+            continue
+        searched.add((state.st_dev, state.st_ino))
+        hidden = [name for name in subfolders if name.startswith(".")]
+        subfolders[:] = sorted(name for name in subfolders if name not in hidden)
+        inside += [relative / name for name in (*names, *hidden)]
+    return sorted(inside)
+
+
+def _check_regular(path: Path) -> None:
+    if path.is_file():
+        return
+    is_dangling = path.is_symlink() and not path.exists()
+    what = "a link to a file that does not exist" if is_dangling else "a pipe, a socket or a device"
+    raise UserError(
+        "Not a file",
+        what=f"{path} is {what}.",
+        why="" if is_dangling else "Data is read more than once.",
+        fix="Fetch the file, or delete the link."
+        if is_dangling
+        else "Save its content to a file, and name that.",
     )
 
 
+def _describes_data(path: Path) -> bool:
+    """Return whether a file is about the data rather than data, by its name and, of JSON, its content."""
+    name = path.name.lower()
+    if name.split(".")[0] in _DOCUMENTS:
+        return kind_of(path) == "text"
+    keys = _METADATA.get(name)
+    try:
+        if keys is None or path.stat().st_size > _MAX_METADATA_BYTES:
+            return False
+        value = _decode(path.read_bytes())
+    except (OSError, msgspec.DecodeError, RecursionError):
+        return False  # read as data, which says what is wrong
+    levels = [value, *value.values()] if isinstance(value, dict) else []
+    return any(isinstance(level, dict) and key in level for level in levels for key in keys)
+
+
 def _held_out(path: Path) -> bool:
+    """Return whether the name of a file, or of a folder that holds it, marks it as validation or test."""
     words = path.name.lower().replace("-", "_").replace(".", "_").split("_")
-    return any(word in _EVALUATION_SPLITS for word in words)
+    folders = [folder.lower() for folder in path.parts[:-1]]
+    return any(word in _EVALUATION_SPLITS for word in (*words, *folders))
+
+
+def _left_out_note(left_out: dict[str, list[str]]) -> str:
+    """Return the names of files by why they are left out; empty where none is."""
+    parts = []
+    for reason, names in left_out.items():
+        more = f" and {len(names) - _LEFT_OUT_NAMED:,} more" if len(names) > _LEFT_OUT_NAMED else ""
+        parts.append(f"{', '.join(names[:_LEFT_OUT_NAMED])}{more} ({reason})")
+    return f"not read: {'; '.join(parts)}" if parts else ""
 
 
 def rows(path: Path, position: Position | None = None) -> Iterator[Row]:
@@ -161,16 +240,44 @@ def raw_rows(path: Path, position: Position | None = None) -> Iterator[Row | Lin
                     fix="Choose another file, or download this one again.",
                 )
             yield from _READERS[kind or _guess(stream)](stream)
-    except NotUtf8 as error:
-        yield Row(number=error.line, kind="bad-encoding", error=str(error))
+    except BrokenFileError as error:
+        why = "Where the next row begins is not known, so no row after it can be read."
+        raise unreadable(path, error.kind, f"Line {error.line}: {error}", why) from error
     except TooLarge as error:
         raise too_large(path, error) from error
     except OSError as error:
-        raise UserError(
-            "Cannot read the data",
-            what=f"{path}: {error.strerror or error}.",
-            fix="Check the file and its permissions.",
-        ) from error
+        raise _cannot_read(path, error) from error
+
+
+def _cannot_read(path: Path, error: OSError) -> UserError:
+    return UserError(
+        "Cannot read the data",
+        what=f"{path}: {error.strerror or error}.",
+        fix="Check the file and its permissions.",
+    )
+
+
+def unreadable(path: Path, kind: str, reason: str, why: str = "") -> UserError:
+    """Build the error for a file that cannot be read to its end, or of which no row can be read.
+
+    ``kind`` is that of ``Row``; ``reason`` names the line.
+    """
+    titles = {"bad-json": "Not valid JSON", "bad-encoding": "Not UTF-8", "bad-row": "Not a table"}
+    # Every other byte of a Western text in UTF-16 is NUL.
+    encoding = "UTF-16LE" if NUL_BYTES in reason else "LATIN1"
+    fixes = {
+        "bad-json": "Correct the line, or download the file again. If each line is a row, name the file "
+        ".jsonl: then its other rows can be read.",
+        "bad-encoding": f"Convert it: iconv -f {encoding} -t UTF-8 {path.name} > utf8-{path.name}",
+        "bad-row": "Check the separator and the quotes of the file. A quote inside a value is written twice, "
+        'and the value is in quotes: "a 5"" screen".',
+    }
+    return UserError(
+        titles.get(kind, "Cannot read"),
+        what=f"{path}: {reason.removesuffix('.')}.",
+        why=why,
+        fix=fixes.get(kind, ""),
+    )
 
 
 def _guess(stream: Stream) -> str:
@@ -185,7 +292,7 @@ def _jsonl_lines(stream: Stream) -> Iterator[Line]:
 
 def jsonl_row(number: int, line: bytes) -> Row | None:
     """Parse one line of a JSONL file; None for a blank one."""
-    line = line.strip()
+    line = line.removeprefix(_BOM).strip()
     if not line:
         return None
     if reason := bad_utf8(line):
@@ -203,21 +310,23 @@ def jsonl_row(number: int, line: bytes) -> Row | None:
 
 def _text_rows(stream: Stream) -> Iterator[Row]:
     """Yield paragraphs as rows; blank lines separate them."""
-    held: list[str] = []
-    start, size = 1, 0
-    for number, line in enumerate(stream.text_lines(), 1):
+    paragraph: list[str] = []
+    start, size, damage = 1, 0, ""
+    for number, (line, reason) in enumerate(chain(stream.text_lines(), [("", "")]), 1):
         if line.strip():
-            if not held:
-                start, size = number, 0
-            held.append(line.rstrip("\r\n"))
+            if not paragraph:
+                start, size, damage = number, 0, ""
+            paragraph.append(line.rstrip("\r\n"))
+            damage = damage or (f"Line {number}: {reason}." if reason else "")
             size += len(line)
             if size > LARGEST_ROW_BYTES:
                 raise row_too_large(f"the paragraph that begins on line {start:,}")
-        elif held:
-            yield Row(number=start, value={"text": "\n".join(held)})
-            held = []
-    if held:
-        yield Row(number=start, value={"text": "\n".join(held)})
+        elif paragraph:
+            if damage:
+                yield Row(number=start, kind="bad-encoding", error=damage)
+            else:
+                yield Row(number=start, value={"text": "\n".join(paragraph)})
+            paragraph = []
 
 
 def _csv_rows(stream: Stream) -> Iterator[Row]:
@@ -231,69 +340,121 @@ def _tsv_rows(stream: Stream) -> Iterator[Row]:
 def _table_rows(stream: Stream, delimiter: str | None) -> Iterator[Row]:
     csv.field_size_limit(LARGEST_ROW_BYTES)
     lines = stream.text_lines()
-    header_line = next(lines, "")
-    delimiter = delimiter or _delimiter(header_line)
-    fed = _FedLines(_chain(header_line, lines), delimiter)
-    reader = csv.reader(fed, delimiter=delimiter)
+    first = next(lines, ("", ""))
+    delimiter = delimiter or _delimiter(first[0])
+    table = _TableLines(chain([first], lines), delimiter)
+    # Otherwise a quote that is never closed takes in the rest of the file without an error.
+    reader = csv.reader(table, delimiter=delimiter, strict=True)
     header: list[str] = []
     number = 0
     while True:
-        fed.begin_row(number + 1)
+        table.begin_row(number + 1)
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
+            table.check_quotes()
+            if not header:
+                raise BrokenFileError("bad-row", table.first_line, "a line end inside the header") from error
             number += 1
             yield Row(
-                number=number, kind="bad-row", error=f"Row {number}, near line {reader.line_num}: {error}."
+                number=number,
+                kind="bad-row",
+                error=f"Row {number}, line {table.line}: a carriage return in a value without quotes.",
             )
             continue
         if not header:
-            header = [cell.strip() for cell in cells]
+            if table.damage:
+                raise BrokenFileError("bad-encoding", table.line, table.damage)
+            header = distinct_names([cell.strip() for cell in cells])
             continue
         if not any(cells):
             continue
         number += 1
-        if len(cells) != len(header):
-            yield Row(
-                number=number,
-                kind="bad-row",
-                error=f"Row {number}, line {reader.line_num}: {len(cells)} values for {len(header)} columns.",
-            )
-            continue
-        yield Row(number=number, value=dict(zip(header, cells, strict=True)))
+        where = f"Row {number}, line {table.line}"
+        if table.damage:
+            table.check_damage()
+            yield Row(number=number, kind="bad-encoding", error=table.damage)
+        elif len(cells) != len(header):
+            what = f"{len(cells)} values for {len(header)} columns"
+            yield Row(number=number, kind="bad-row", error=f"{where}: {what}.")
+        elif [cell.strip() for cell in cells] == header:
+            what = "the header again, as where tables were joined"
+            yield Row(number=number, kind="bad-row", error=f"{where}: {what}.")
+        else:
+            yield Row(number=number, value=dict(zip(header, cells, strict=True)))
 
 
-class _FedLines:
+class _TableLines:
     """Lines for a CSV reader, which joins as many as the quotes of a row require. Raises ``TooLarge``."""
 
-    def __init__(self, lines: Iterator[str], delimiter: str) -> None:
+    def __init__(self, lines: Iterator[tuple[str, str]], delimiter: str) -> None:
         self._lines = lines
         self._delimiter = delimiter
+        self.line = 0
+        """Number of the last line that was read."""
         self.begin_row(1)
 
     def begin_row(self, number: int) -> None:
         self._row, self._size, self._cells = number, 0, 0
+        self._row_lines: list[str] = []
+        self.first_line = self.line + 1
+        self.damage = ""
+        """Why the row is not text, with the line; empty where it is."""
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        line = next(self._lines)
+        line, reason = next(self._lines)
+        self.line += 1
+        self._row_lines.append(line)
+        if reason and not self.damage:
+            self.damage = f"Line {self.line}: {reason}."
         self._size += len(line)
         if self._size > LARGEST_ROW_BYTES:
-            raise row_too_large(f"row {self._row:,}")
+            opened_on = self._unclosed_quote()
+            hint = f"; the quote that opens on line {opened_on[0]:,} may not be closed" if opened_on else ""
+            raise TooLarge(f"{row_too_large(f'row {self._row:,}')}{hint}")
         if len(line) > _MAX_CELLS:
             self._cells += line.count(self._delimiter)
             if self._cells > _MAX_CELLS:
                 raise TooLarge(f"row {self._row:,} has more than {_MAX_CELLS:,} cells")
         return line
 
+    def check_quotes(self) -> None:
+        """Raise ``BrokenFileError`` with the line of the quote that no other closes, if there is one."""
+        if place := self._unclosed_quote():
+            line, text_follows_on = place
+            what = "a quote opens a value here"
+            closing = f"where it closes, on line {text_follows_on}, text follows" if text_follows_on else ""
+            raise BrokenFileError("bad-row", line, f"{what}, and {closing or 'is not closed'}")
 
-def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
+    def check_damage(self) -> None:
+        """Raise ``BrokenFileError`` where the bytes that are not text may hide an opening quote."""
+        hidden_quote = re.compile(
+            rf'(?:\A|\n|{re.escape(self._delimiter)})[^"{re.escape(self._delimiter)}]*\ufffd"'
+        )
+        if hidden_quote.search("".join(self._row_lines)):
+            raise BrokenFileError("bad-encoding", self.first_line, "bytes that are not UTF-8 before a quote")
+
+    def _unclosed_quote(self) -> tuple[int, int] | None:
+        """Return the line of the quote that no other closes, and that of text after a closing one, else 0."""
+        text = "".join(self._row_lines)
+        end = re.escape(self._delimiter) + r"\r\n"
+        # Possessive: a value never gives back what it has taken, so one pass is enough.
+        quoted = r'"(?:[^"]|"")*+"'
+        value = re.compile(rf'{quoted}(?=[{end}]|\Z)|[^{end}"][^{end}]*+|(?=[{end}]|\Z)')
+        at = 0
+        while at < len(text):
+            match = value.match(text, at)
+            if match is None:
+                closed = re.compile(quoted).match(text, at)
+                line = self.first_line + text.count("\n", 0, at)
+                return line, line + text.count("\n", at, closed.end()) if closed else 0
+            at = match.end() + 1
+        return None
 
 
 def _delimiter(header: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from msgspec import Struct
@@ -25,3 +26,15 @@ class Row(Struct, frozen=True):
     """Kind of error of a row that cannot be read: ``bad-json``, ``bad-encoding`` or ``bad-row``."""
     error: str = ""
     """Reason why the row cannot be read, naming the line."""
+
+
+def distinct_names(names: Sequence[str]) -> list[str]:
+    """Return the names of columns, where a repeated one gets a number, as in pandas: ``answer.1``."""
+    distinct: list[str] = []
+    for name in names:
+        number, unique = 0, name
+        while unique in distinct:
+            number += 1
+            unique = f"{name}.{number}"
+        distinct.append(unique)
+    return distinct

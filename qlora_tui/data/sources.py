@@ -14,10 +14,9 @@ from msgspec import Struct
 from qlora_tui.data.conversation import Conversation, RowRejectedError
 from qlora_tui.data.formats import SNIFFED_ROWS, Detection, detect, parse
 from qlora_tui.data.hub_dataset import hub_files, is_hub_id
-from qlora_tui.data.read import files_of, first_rows, kind_of, rows
+from qlora_tui.data.read import files_of, first_rows, kind_of, rows, unreadable
 from qlora_tui.data.row import Row
 from qlora_tui.data.text_reader import Position
-from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Source
 
 
@@ -37,7 +36,7 @@ def every_source(data: Data) -> list[Source]:
 
 
 def open_source(source: Source, preferences: str, index: int = 0) -> tuple[list[SourceFile], str]:
-    """Return the files of a source, each with its format, and a note on files that were left out.
+    """Return the files of a source, each with its format, and a note on what of the source is read.
 
     ``preferences`` is the recipe's ``data.preferences``. Raises ``UserError`` for a source that does not
     exist, is empty, has no usable field, or holds preferences that the recipe rejects.
@@ -83,7 +82,7 @@ def sniff(path: Path, source: Source, preferences: str) -> Detection:
     first = first_rows(path, SNIFFED_ROWS)
     readable = [row for row in first if not row.error]
     if not readable and first:
-        raise unreadable(path, first[0])
+        raise unreadable(path, first[0].kind, first[0].error)
     return detect(readable, str(path), source.format, source.columns, preferences)
 
 
@@ -101,21 +100,6 @@ def conversation_of(row: Row, file: SourceFile) -> Conversation | RowRejectedErr
         return parse(row, file.detection.layout, file.source)
     except RowRejectedError as refused:
         return refused
-
-
-def unreadable(path: Path, row: Row) -> UserError:
-    """Build the error for a file of which none of the first rows can be read."""
-    titles = {"bad-json": "Not valid JSON", "bad-encoding": "Not UTF-8", "bad-row": "Not a table"}
-    # Every other byte of a Western text in UTF-16 is NUL.
-    encoding = "UTF-16LE" if "NUL bytes" in row.error else "LATIN1"
-    fixes = {
-        "bad-json": "Fix the line, or download the file again.",
-        "bad-encoding": f"Convert it: iconv -f {encoding} -t UTF-8 {path.name} > utf8-{path.name}",
-        "bad-row": "Check the separator and the quotes of the file.",
-    }
-    return UserError(
-        titles.get(row.kind, "Cannot read"), what=f"{path}: {row.error}", fix=fixes.get(row.kind, "")
-    )
 
 
 def content_hash(path: Path) -> str:

@@ -1,14 +1,18 @@
-"""Opening of data files: decompression and UTF-8 decoding, with the line of an error."""
+"""Opening of data files: decompression and UTF-8 decoding, with the line of an error.
+
+Nothing that ends a file early passes for its end: a cut or damaged file raises.
+"""
 
 from __future__ import annotations
 
 import gzip
 import io
+import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, Literal, cast
 
 import zstandard
 
@@ -19,11 +23,19 @@ from qlora_tui.foreign_files import open_foreign
 CHUNK_BYTES = 1 << 20
 
 
-class NotUtf8(Exception):
-    """The text is not valid UTF-8 on ``line``."""
+BOM = "\ufeff"
+"""Byte order mark: at the start of a file, and inside one that was joined from several."""
+_FRAME_HEADER_BYTES = 18
+_CUT_OFF = "it ends in the middle of a block"
 
-    def __init__(self, line: int, reason: str):
-        super().__init__(f"Line {line}: {reason}.")
+
+class BrokenFileError(Exception):
+    """Nothing can be read of a file from ``line`` on, so its later rows are unknown."""
+
+    def __init__(self, kind: Literal["bad-json", "bad-encoding", "bad-row"], line: int, reason: str):
+        super().__init__(reason)
+        self.kind = kind
+        """What is wrong, as in ``Row.kind``."""
         self.line = line
 
 
@@ -37,11 +49,26 @@ class Position:
 class Stream:
     """A decompressed file, read once from start to end."""
 
-    def __init__(self, raw: BinaryIO, file: BinaryIO, position: Position | None):
+    def __init__(
+        self,
+        raw: BinaryIO,
+        file: BinaryIO,
+        position: Position | None,
+        check_whole: Callable[[], None] = lambda: None,
+    ):
+        """Open a stream.
+
+        Args:
+            raw: the decompressed file.
+            file: the file as stored on disk.
+            position: updated with the progress.
+            check_whole: raises ``EOFError`` where the file was cut off; called at its end.
+        """
         self._raw = raw
         self._file = file
         self._position = position
-        self._start = raw.read(CHUNK_BYTES)
+        self._check_whole = check_whole
+        self._start = self._next_chunk()
         if self._start.startswith(b"\xef\xbb\xbf"):
             self._start = self._start[3:]
 
@@ -59,7 +86,13 @@ class Stream:
             read_bytes += len(chunk)
             check_expansion(disk_bytes, read_bytes)
             yield chunk
-            chunk = self._raw.read(CHUNK_BYTES)
+            chunk = self._next_chunk()
+
+    def _next_chunk(self) -> bytes:
+        chunk = self._raw.read(CHUNK_BYTES)
+        if not chunk:
+            self._check_whole()
+        return chunk
 
     def lines(self) -> Iterator[bytes]:
         """Yield the content line by line, with line ends."""
@@ -83,15 +116,17 @@ class Stream:
         if last:
             yield last
 
-    def text_lines(self) -> Iterator[str]:
-        """Yield the decoded content line by line. Raises ``NotUtf8``."""
-        for number, line in enumerate(self.lines(), 1):
-            if b"\x00" in line:
-                raise NotUtf8(number, "NUL bytes, so this is not a text file")
-            try:
-                yield line.decode()
-            except UnicodeDecodeError as error:
-                raise NotUtf8(number, describe(error)) from error
+    def text_lines(self) -> Iterator[tuple[str, str]]:
+        """Yield the decoded content line by line, each with why it is not text; empty where it is.
+
+        Bytes that are not UTF-8 are replaced, so that the lines after them can be read.
+        """
+        for line in self.lines():
+            reason = bad_utf8(line) or (NUL_BYTES if b"\x00" in line else "")
+            yield line.decode(errors="replace").removeprefix(BOM), reason
+
+
+NUL_BYTES = "NUL bytes, so this is not UTF-8"
 
 
 def bad_utf8(line: bytes) -> str:
@@ -113,17 +148,19 @@ def opened(path: Path, position: Position | None = None) -> Iterator[Stream]:
     """Open the decompressed bytes of ``path``. Raises ``UserError`` where the compression is damaged."""
     with open_foreign(path) as file:
         start = file.peek(4)[:4]
+        is_zstd = False
         _refuse_utf16(path, start)
         if start[:2] == b"\x1f\x8b":
             raw = cast(BinaryIO, gzip.GzipFile(fileobj=file))
-        elif start == b"\x28\xb5\x2f\xfd":
+        elif is_zstd := start == b"\x28\xb5\x2f\xfd":
             raw = cast(BinaryIO, zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
         else:
             raw = cast(BinaryIO, file)
         try:
             if raw is not file:
                 raw = cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, raw)))
-            yield Stream(raw, file, position)
+            # The gzip module detects a cut file; the zstd reader takes it for one that ends there.
+            yield Stream(raw, file, position, lambda: _check_zstd_frames(file) if is_zstd else None)
         except (EOFError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as error:
             raise UserError(
                 "Damaged compressed file",
@@ -141,3 +178,31 @@ def _refuse_utf16(path: Path, start: bytes) -> None:
             why="Data files must be UTF-8.",
             fix=f"Convert it: iconv -f UTF-16 -t UTF-8 {path.name} > utf8-{path.name}",
         )
+
+
+def _check_zstd_frames(file: BinaryIO) -> None:
+    """Raise ``EOFError`` where the last frame of a zstd file is cut off, by the lengths of its blocks.
+
+    Format: RFC 8878, section 3.1.
+    """
+    end = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    while header := file.read(_FRAME_HEADER_BYTES):
+        start = file.tell() - len(header)
+        if header[1:4] == b"\x2a\x4d\x18":  # a skippable frame
+            file.seek(start + 8 + int.from_bytes(header[4:8], "little"))
+            continue
+        parameters = zstandard.get_frame_parameters(header)
+        file.seek(start + zstandard.frame_header_size(header))
+        is_last = False
+        while not is_last:
+            block = file.read(3)
+            if len(block) < 3:
+                raise EOFError(_CUT_OFF)
+            value = int.from_bytes(block, "little")
+            is_last, is_one_repeated_byte = bool(value & 1), value >> 1 & 3 == 1
+            file.seek(1 if is_one_repeated_byte else value >> 3, os.SEEK_CUR)
+        if parameters.has_checksum:
+            file.seek(4, os.SEEK_CUR)
+        if file.tell() > end:
+            raise EOFError(_CUT_OFF)

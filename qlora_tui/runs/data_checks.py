@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from qlora_tui.catalog.local_models import ModelFiles
 from qlora_tui.data.error_cache import Tokens, file_fingerprint, raise_cached_error, tokenizer_fingerprint
 from qlora_tui.data.excluded_rows import all_excluded, excluded_by_file
-from qlora_tui.data.hub_dataset import local_files
+from qlora_tui.data.hub_dataset import hub_files, is_training_split, local_files
 from qlora_tui.data.preferences import (
     METHODS_FOR_PAIRS,
     NOTHING_COMPARED_TITLE,
@@ -48,11 +48,12 @@ def check_data(recipe: Recipe, model_files: ModelFiles | None, *, read_columnar:
         result = _check_rows(_fingerprints(data), _reading_settings(data), read_columnar)
         if isinstance(result, UserError):
             raise result
+        checks = [Check(CheckKind.DATA, "note", note) for note in _source_notes(data)]
     except UserError as problem:
         return [Check.blocked(CheckKind.DATA, problem, _data_fix(problem))]
     except OSError as error:
         return [Check.blocked(CheckKind.DATA, _unreadable(error))]
-    checks = [_row_warning(warning) for warning in result.warnings]
+    checks += map(_row_warning, result.warnings)
     all_here = all(_local_files(source) is not None for source in every_source(data))
     complete = result.complete and all_here
     trained = [size for size in result.sizes if size.source < len(data.sources)]
@@ -62,7 +63,7 @@ def check_data(recipe: Recipe, model_files: ModelFiles | None, *, read_columnar:
     if not complete:
         later = "Rows not read yet are checked when the run starts."
         checks.append(Check(CheckKind.DATA, "note", f"{'; '.join(descriptions)}. {later}"))
-    elif not checks:
+    elif not result.warnings:
         checks.append(_rows_used(trained, excluded, f"{'; '.join(descriptions)}."))
     return [*checks, *check_step_limit(recipe, result.sizes, complete=complete)]
 
@@ -187,6 +188,21 @@ def _local_files(source: Source) -> list[Path] | None:
     if is_hub_dataset(source.path):
         return local_files(source.path)
     return files_of(Path(source.path).expanduser())[0]
+
+
+def _source_notes(data: Data) -> list[str]:
+    """Return which files of each source are not read, and which split of a Hub dataset without one for
+    training is."""
+    notes = []
+    for source in every_source(data):
+        if not is_hub_dataset(source.path):
+            _, note = files_of(Path(source.path).expanduser())
+        elif local_files(source.path) is not None and not is_training_split(source.path):
+            _, note = hub_files(source.path)
+        else:
+            note = ""
+        notes += [f"{source.path}: {note}."] if note else []
+    return notes
 
 
 def _describe_source(source: Source, preferences: str) -> str:

@@ -160,6 +160,8 @@ def _tokenize(context: AttemptContext, tokenizer: ChatTokenizer) -> PreparedData
         tokenizer,
         lambda progress: reporter.progress("tokenizing", round(progress.share * 100), 100),
     )
+    for note in data.source_notes:
+        reporter.log(note)
     for sentence in thinking_sentences(
         data.notes, data.counts.conversations, tokenizer.traits, context.recipe.data
     ):

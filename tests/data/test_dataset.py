@@ -85,6 +85,16 @@ def test_bad_rows_are_skipped_only_where_the_recipe_says_so(tmp_path: Path) -> N
         prepare_dataset(recipe(source), family("chatml"))
 
 
+def test_files_of_a_folder_that_are_not_read_are_noted(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", pairs(20))
+    write(tmp_path / "test.jsonl", pairs(20))
+    for cached in (False, True):
+        prepared = prepare_dataset(recipe(Source(path=str(tmp_path))), family("chatml"))
+        (note,) = prepared.source_notes
+        assert (prepared.cached, prepared.counts.rows) == (cached, 20)
+        assert note.endswith("not read: test.jsonl (named as validation or test)")
+
+
 def test_any_change_makes_another_set(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", pairs(20))
     base = prepare_dataset(recipe(source), family("chatml"))

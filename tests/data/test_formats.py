@@ -285,6 +285,8 @@ def test_labels_without_names_are_pointed_out() -> None:
         ({"instruction": " ", "output": "x"}, "empty-row"),
         ({"prompt": "x", "completion": None}, "empty-row"),
         ({"text": " "}, "empty-row"),
+        ({"prompt": "x", "completion": float("nan")}, "empty-row"),
+        ({"text": "x", "label": float("nan")}, "empty-row"),
     ],
 )
 def test_rows_that_cannot_be_learned_from_are_refused_by_kind(value: Any, kind: str) -> None:

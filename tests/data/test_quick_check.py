@@ -49,6 +49,15 @@ def test_skipped_bad_rows_are_warned_of_and_do_not_block(tmp_path: Path) -> None
     assert result.sizes[0].rows == 303 and result.sizes[0].samples == 301
 
 
+def test_a_bad_byte_in_the_middle_leaves_out_one_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"prompt,completion\n" + b"a,b\n" * 300 + b"\xe9,b\n" + b"a,b\n" * 699)
+    result = _look(path, data=Data(bad_rows="skip"))
+    assert (result.sizes[0].rows, result.sizes[0].samples) == (1000, 999)
+    with pytest.raises(UserError, match="row 301"):
+        _look(path)
+
+
 def test_the_error_of_a_bad_row_names_the_setting(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(_GOOD * 2 + "{bad\n")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -13,6 +14,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qlora_tui.data.problems import SKIP_BAD_ROWS
 from qlora_tui.data.read import files_of, kind_of, rows
 from qlora_tui.data.sources import open_source
 from qlora_tui.errors import UserError
@@ -37,6 +39,8 @@ TEXTS: dict[str, str] = {
     "german.csv": SEPARATED.format(";"),
     "rows.tsv": SEPARATED.format("\t"),
 }
+
+NUMBERED = b"".join(b'{"a": %d}\n' % number for number in range(60_000))
 
 
 def values(path: Path) -> list[object]:
@@ -82,15 +86,19 @@ def test_parquet_gives_the_same_rows_and_names_its_labels(tmp_path: Path) -> Non
     import pyarrow.parquet
 
     features = {"label": {"_type": "ClassLabel", "names": ["bad", "good"]}}
-    table = pyarrow.table({"text": ["x", "y"], "label": [1, 0]})
+    table = pyarrow.table({"text": ["x", "y", "z"], "label": [1, 0, -1]})
     info = json.dumps({"info": {"features": features}})
     pyarrow.parquet.write_table(
         table.replace_schema_metadata({"huggingface": info}), tmp_path / "named.parquet"
     )
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
+    twice = pyarrow.table([[1], [2]], names=["a", "a"])
+    pyarrow.parquet.write_table(twice, tmp_path / "twice.parquet")
+    assert values(tmp_path / "twice.parquet") == [{"a": 1, "a.1": 2}]
     assert values(tmp_path / "named.parquet") == [
         {"text": "x", "label": "good"},
         {"text": "y", "label": "bad"},
+        {"text": "z", "label": None},
     ]
     assert values(tmp_path / "rows.parquet") == ROWS
 
@@ -170,25 +178,132 @@ def test_a_bad_line_is_named_and_the_rest_is_read(tmp_path: Path) -> None:
         ('[\n{"a": 1},\n{"a": 2}', 3),
         ('[\n{"a": 1},\n]', 3),
         ('[\n{"a": "never ends', 2),
+        ('[\n{"a": 1}\n]\n[{"a": 2}]', 4),
+        ('{"a": 1}\n{"a": oops}\n{"a": 3}', 2),
+        ('{"data": [{"a": 1}],\n "rows": [{"a": 2}]}', 1),
         ("[" * 100_000, 1),
     ],
 )
-def test_broken_json_names_the_line(tmp_path: Path, text: str, line: int) -> None:
+def test_broken_json_is_an_error_of_the_file(tmp_path: Path, text: str, line: int) -> None:
     path = tmp_path / "bad.json"
     path.write_text(text)
-    last = list(rows(path))[-1]
-    assert last.kind == "bad-json"
-    assert last.error.startswith(f"Line {line} ")
+    with pytest.raises(UserError) as caught:
+        list(rows(path))
+    assert f"bad.json: Line {line}: " in caught.value.what
+    assert SKIP_BAD_ROWS not in caught.value.fix
 
 
-@pytest.mark.parametrize("name", ["latin.jsonl", "latin.json", "latin.csv", "latin.txt"])
-def test_latin_1_is_reported_with_its_line(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("latin.jsonl", 3),
+        ("latin.json", 3),
+        ("lines.json", 3),
+        ("latin.csv", 4),
+        ("latin.csv.gz", 4),
+        ("latin.tsv", 4),
+        ("latin.txt", 5),
+    ],
+)
+@pytest.mark.parametrize("damage", [b"\xfc", b"\x00"], ids=["latin-1", "nul"])
+def test_an_undecodable_byte_costs_only_its_row(tmp_path: Path, name: str, line: int, damage: bytes) -> None:
+    texts = ["a", "b", "?", "d", "e"]
+    layout = {
+        ".json": "[\n" + ",\n".join(f'{{"text": "{text}"}}' for text in texts[1:]) + "\n]",
+        ".csv": "text,n\n" + "".join(f'"{text}",1\n' for text in texts),
+        ".tsv": "text\tn\n" + "".join(f"{text}\t1\n" for text in texts),
+        ".txt": "\n\n".join(texts),
+    }
+    by_line = "".join(f'{{"text": "{text}"}}\n' for text in texts)
+    kind = next((end for end in layout if end in name and name != "lines.json" and ".jsonl" not in name), "")
+    content = layout.get(kind, by_line).encode().replace(b"?", damage)
     path = tmp_path / name
-    good = {"latin.json": '[\n{"text": "a"},\n', "latin.csv": "text\na\n"}.get(name, '{"text": "a"}\n\n')
-    path.write_bytes(good.encode() + '{"text": "Grüße"}'.encode("latin-1"))
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    if ".json" in name and damage == b"\x00" and not name.endswith(".jsonl"):
+        with pytest.raises(UserError, match=f"Line {line}: "):  # where a string ends is unknown
+            list(rows(path))
+        return
     read_rows = list(rows(path))
-    assert read_rows[-1].kind == "bad-encoding"
-    assert read_rows[-1].error.startswith("Line 3: byte 0xfc")
+    assert [row.value["text"] for row in read_rows if not row.error] == [
+        text for text in texts[kind == ".json" :] if text != "?"
+    ]
+    (bad,) = (row for row in read_rows if row.error)
+    assert bad.kind == ("bad-json" if damage == b"\x00" and not kind else "bad-encoding")
+    assert bad.error.startswith(f"Line {line}")
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "lines.json", "rows.csv", "rows.tsv"])
+def test_a_byte_put_anywhere_costs_one_row_or_the_file(tmp_path: Path, name: str) -> None:
+    content, path = TEXTS[name].encode(), tmp_path / name
+    refused = 0
+    for position in range(len(content) + 1):
+        path.write_bytes(content[:position] + b"\xff" + content[position:])
+        try:
+            read_rows = list(rows(path))
+        except UserError:
+            refused += 1
+            continue
+        bad = [row.number for row in read_rows if row.error]
+        assert [row.value for row in read_rows if row.number not in bad] == [
+            row for number, row in enumerate(ROWS, 1) if number not in bad
+        ], position
+        assert len(bad) == 1, position
+    assert refused < len(content)
+
+
+def test_an_undecodable_header_is_an_error_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "latin.csv"
+    path.write_bytes("größe,a\n1,2\n".encode("latin-1"))
+    with pytest.raises(UserError, match="iconv"):
+        list(rows(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('q,a\nq1,a1\nq2,"a2\nq3,a3\n', "Line 3: a quote opens a value here, and is not closed"),
+        ('q,a\n"q1\n",a1\n"q2\n","a2\n' + "q3,a3\n" * 99, "Line 5: a quote opens"),
+        (
+            'q,a\nq1,"a1\nq2,"a2"\nq3,a3\n',
+            "Line 2: a quote opens a value here, and where it closes, on line 3",
+        ),
+        ('q,a\nq1,"a"b\nq2,a2\n', "on line 2, text follows"),
+        ('q,"a\nq1,a1\n', "Line 1: a quote opens"),
+    ],
+)
+def test_a_quote_that_is_not_closed_is_named(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        list(rows(path))
+    assert caught.value.title == "Not a table" and words in caught.value.what
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("names.csv", "a,a,,\n1,2,,\n", [{"a": "1", "a.1": "2", "": "", ".1": ""}]),
+        ("quotes.csv", 'a,b\na 5" screen,"say ""hi"""\n', [{"a": 'a 5" screen', "b": 'say "hi"'}]),
+        ("joined.csv", "a,b\n1,2\n\ufeffa,b\n3,4\n", [{"a": "1", "b": "2"}, None, {"a": "3", "b": "4"}]),
+        ("mac.csv", "a,b\n1,2\rx\n3,4\n", [None, {"a": "3", "b": "4"}]),
+        ("joined.jsonl", '{"a": 1}\n\ufeff{"a": 2}\n', [{"a": 1}, {"a": 2}]),
+        ("joined.json", '{"a": 1}\n\ufeff{"a": 2}\n', [{"a": 1}, {"a": 2}]),
+        ("torn.jsonl", '{"a": 1}\n{"a": ', [{"a": 1}, None]),
+        ("glued.jsonl", '{"a": 1}{"a": 2}\n{"a": 3}', [None, {"a": 3}]),
+        ("sets.json", '{"train": [{"a": 1}], "data": [{"a": 2}]}', [{"a": 1}]),
+        (
+            "one.json",
+            json.dumps({"messages": [{"role": "user", "content": "a"}] * 2, "tools": [{}, {}]}),
+            [{"messages": [{"role": "user", "content": "a"}] * 2, "tools": [{}, {}]}],
+        ),
+    ],
+)
+def test_nothing_of_an_odd_file_is_lost(
+    tmp_path: Path, name: str, content: str, expected: list[object]
+) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    assert [None if row.error else row.value for row in rows(path)] == expected
 
 
 def test_a_csv_row_with_too_many_values_is_named(tmp_path: Path) -> None:
@@ -206,7 +321,10 @@ def test_a_csv_row_with_too_many_values_is_named(tmp_path: Path) -> None:
         ("empty.parquet", b"", "Empty file"),
         ("wide.csv", "a,b".encode("utf-16"), "Not UTF-8"),
         ("cut.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9999, mtime=0)[:-20], "Damaged compressed file"),
-        ("cut.jsonl.zst", b"\x28\xb5\x2f\xfd" + b"junk" * 9, "Damaged compressed file"),
+        ("junk.jsonl.zst", b"\x28\xb5\x2f\xfd" + b"junk" * 9, "Damaged compressed file"),
+        ("cut.jsonl.zst", zstandard.compress(NUMBERED)[:-9], "Damaged compressed file"),
+        ("half.jsonl.zst", zstandard.compress(NUMBERED)[: -len(NUMBERED) // 50], "Damaged compressed file"),
+        ("trailing.jsonl.gz", gzip.compress(b'{"a": 1}\n', mtime=0) + b"junk", "Damaged compressed file"),
         ("not.parquet", b"PAR1 but no more", "Cannot read the Parquet file"),
     ],
 )
@@ -225,21 +343,71 @@ def test_a_missing_file_says_so(tmp_path: Path) -> None:
         files_of(tmp_path / "nowhere.jsonl")
 
 
-def test_a_folder_yields_data_files_except_held_out_ones(tmp_path: Path) -> None:
-    for name in (
-        "b.jsonl",
-        "sub/a.csv.gz",
-        "README.md",
-        "train-validation.json",
-        "notes.pdf",
-        ".hidden.json",
-        "test.json",
-    ):
+FOLDER: dict[str, str] = {
+    "b.jsonl": "",
+    "license.csv": "",
+    "sources.jsonl": "",
+    "state.json": "[]",
+    "sub/a.csv.gz": "",
+    "sub/dataset_info.json": '{"text": "a row"}',
+    "README.md": "left out",
+    "dataset_info.json": '{"features": {}}',
+    "info/dataset_info.json": '{"alpaca": {"file_name": "a.json"}}',
+    "notes.pdf": "left out",
+    "rows.jsonl.bz2": "left out",
+    ".hidden.json": "left out",
+    ".git/config.json": "left out",
+    "test.json": "left out",
+    "dev_blog.csv": "left out",
+    "validation/rows.jsonl": "left out",
+}
+
+
+def test_every_file_of_a_folder_is_read_or_named(tmp_path: Path) -> None:
+    for name, content in FOLDER.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("{}")
+        (tmp_path / name).write_text(content)
+    (tmp_path / "elsewhere").symlink_to(tmp_path.parent / "elsewhere")
+    (tmp_path.parent / "elsewhere").mkdir()
+    (tmp_path.parent / "elsewhere/linked.jsonl").write_text("")
+    (tmp_path / "sub/around").symlink_to(tmp_path)
     files, note = files_of(tmp_path)
-    assert [p.name for p in files] == ["b.jsonl", "a.csv.gz"]
-    assert "test.json" in note
+    assert [str(path.relative_to(tmp_path)) for path in files] == [
+        "b.jsonl",
+        "elsewhere/linked.jsonl",
+        "license.csv",
+        "sources.jsonl",
+        "state.json",
+        "sub/a.csv.gz",
+        "sub/dataset_info.json",
+    ]
+    assert note == (
+        "not read: dev_blog.csv, test.json, validation/rows.jsonl (named as validation or test); "
+        ".git, .hidden.json (hidden); README.md, dataset_info.json, info/dataset_info.json (about the data); "
+        "notes.pdf, rows.jsonl.bz2 (of no known kind)"
+    )
+
+
+def test_a_subfolder_that_cannot_be_searched_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}")
+    (tmp_path / "locked").mkdir()
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if path.endswith("locked"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="locked: Permission denied"):
+        patch.setattr(os, "scandir", refuse)
+        files_of(tmp_path)
+
+
+def test_a_link_to_a_missing_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}")
+    (tmp_path / "more.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"more\.jsonl is a link to a file that does not exist"):
+        files_of(tmp_path)
 
 
 def test_a_folder_without_data_says_so(tmp_path: Path) -> None:

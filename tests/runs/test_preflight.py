@@ -96,6 +96,16 @@ def test_repaired_files_and_validation_files_are_checked_again(tmp_path: Path) -
     assert check.outcome == "error" and "held.jsonl, row 3" in check.text
 
 
+def test_files_of_a_folder_that_are_not_read_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name in ("rows.jsonl", "dev_blog.jsonl", "README.md"):
+        (folder / name).write_text('{"prompt": "a", "completion": "b"}\n')
+    note, *others = preflight_data(Recipe(data=Data(sources=(Source(path=str(folder)),))))
+    assert note.outcome == "note" and "dev_blog.jsonl" in note.text and "README.md" in note.text
+    assert [check.outcome for check in others] == ["ok"]
+
+
 def test_errors_of_an_earlier_inspection_are_reported_at_any_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +210,11 @@ def test_one_rated_answer_a_step_is_a_warning() -> None:
     assert check.suggested_fix is not None
 
 
+def preflight_data(recipe: Recipe) -> list[Check]:
+    checks = preflight(recipe, Machine(budget_for(None)), read_columnar=False)
+    return [check for check in checks if check.kind == CheckKind.DATA]
+
+
 def _data_check(recipe: Recipe) -> Check:
     return checks_by_kind(recipe)[CheckKind.DATA]
 
@@ -216,6 +231,8 @@ def test_a_dataset_of_the_hub_is_no_missing_file(tmp_path: Path) -> None:
     note = private_dir(paths.cache_dir() / "datasets") / "owner--set.json"
     note.write_text(json.dumps({"files": [str(fetched)], "split": "train"}))
     assert _data_check(recipe).text.startswith("owner/set, 2 KiB, arrow.")
+    note.write_text(json.dumps({"files": [str(fetched)], "split": "test"}))
+    assert "split test, because it has none for training" in _data_check(recipe).text
 
 
 def test_a_recipe_without_model_and_data_says_where_to_choose() -> None:
