@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from qlora_tui.engine.protocol import (
 )
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.export.gguf_chat import GgufDecoder, GgufModel
+from qlora_tui.training.heap import release_gpu_memory
 
 
 class ChatService:
@@ -115,9 +115,7 @@ class ChatService:
         for decoder in self._gguf_decoders.values():
             decoder.model.close()
         self._gguf_decoders.clear()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_gpu_memory()
 
     def _gguf(self, session: ChatSession, name: str) -> GgufDecoder:
         if name not in self._gguf_decoders:

@@ -6,7 +6,6 @@ matrix. The journal has the digest of each row: where an export was interrupted,
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import os
 import time
@@ -31,6 +30,7 @@ from qlora_tui.export.llama_cpp.stored_answers import (
     positions_at_once,
 )
 from qlora_tui.formatting import format_duration
+from qlora_tui.training.heap import release_gpu_memory
 
 _MAX_DIFFERENCE = 0.01
 """Most by which stored answers may differ from the model's own, as KL divergence in nats: 16-bit rounding."""
@@ -160,15 +160,10 @@ def _compute(
             journal.record(f"{_ENTRY}/{number}", _RowEntry(Digest.of(data), effects[-1]))
             report(number + 1, len(computed))
     del session
+    # A run may start during the export.
     release_gpu_memory()
     assert entry is not None
     return entry
-
-
-def release_gpu_memory() -> None:
-    """Return the memory of models that are no longer used to the GPU: a run may start during the export."""
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def _store_matrix(session: ChatSession, like: Tensor, folder: Path) -> tuple[StoredAnswers, Digest]:

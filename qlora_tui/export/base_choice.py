@@ -20,13 +20,13 @@ from qlora_tui.catalog.model_validation import weight_files
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import load_session, model_folder
 from qlora_tui.errors import EXIT_USAGE, UserError
-from qlora_tui.export.answer_files import release_gpu_memory
 from qlora_tui.export.journal import Journal
 from qlora_tui.export.reference import Reference, reason_of, reference_or_reason
 from qlora_tui.export.requantize import Requantizer, requantizer
 from qlora_tui.formatting import format_bytes
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.exports import COMPARED_TOKENS
+from qlora_tui.training.heap import release_gpu_memory
 
 _SPARE_BYTES = 1 << 30
 _ENTRY = "base"

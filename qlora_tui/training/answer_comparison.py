@@ -24,6 +24,7 @@ from qlora_tui.runs.task_metrics.task_evaluation import (
     write_task_evaluation,
 )
 from qlora_tui.training.forgetting.greedy_answers import answer_greedily
+from qlora_tui.training.heap import release_gpu_memory
 from qlora_tui.training.prepared_run import PreparedRun
 from qlora_tui.training.task_prompts import TaskPrompt, answer_limit, task_prompts
 from qlora_tui.training.task_rows import TaskRows
@@ -68,7 +69,8 @@ def answer_validation(
         return _evaluate(prepared, model, prompts, texts, len(samples), RUN_SHARE * training_seconds, clock)
     except Exception as error:
         _log_error(prepared, error)
-        return None
+    release_gpu_memory()
+    return None
 
 
 def report_answers(prepared: PreparedRun, answers: TaskEvaluation | None, loss: LossChange | None) -> None:

@@ -1,8 +1,9 @@
-"""Returns free memory of glibc's heap to the system."""
+"""Returns free memory: of glibc's heap to the system, and of torch's pool to the GPU."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 from collections.abc import Callable
 
 
@@ -23,3 +24,16 @@ def _malloc_trim() -> Callable[[int], int] | None:
     except (OSError, AttributeError):
         return None
     return trim
+
+
+def release_gpu_memory() -> None:
+    """Free tensors in reference cycles, and return the free memory of torch's pool to the GPU.
+
+    Call it where a model is no longer used, and where the failure of a computation was caught, once the
+    handler is left: until then the traceback holds the tensors of every frame.
+    """
+    # Imported here: this module is loaded before torch.
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()

@@ -21,6 +21,7 @@ from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.distributed import DistributedContext
 from qlora_tui.training.failure import is_out_of_memory
 from qlora_tui.training.fast_paths import DESCRIPTIONS, FastPath, FastPaths
+from qlora_tui.training.heap import release_gpu_memory
 from qlora_tui.training.memory_probe import longest_micro_batch
 from qlora_tui.training.prepared_run import PreparedRun
 from qlora_tui.training.reporter import Reporter
@@ -83,11 +84,11 @@ def verify_first_step(prepared: PreparedRun) -> PreparedBase:
             verified = verify_step(prepared.model, base, excerpt, device, prepared.pad_id, prepared.dist)
             break
         except StepNotComputedError as error:
+            tokens //= 2
             if not error.out_of_memory:
                 reporter.log("".join(traceback.format_exception(error)))
-                verified = str(error)
-                break
-            tokens //= 2
+                verified, tokens = str(error), 0
+        release_gpu_memory()
     seconds = time.perf_counter() - started
     if isinstance(verified, str):
         reporter.emit(StepVerified(at=time.time(), tokens=0, seconds=seconds, agrees=False, reason=verified))
@@ -163,7 +164,9 @@ def _compare_or_blame(reference: StepReference, *, packed: bool, pad_id: int) ->
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        return reference.failure(_describe_error(error))
+        failure = reference.failure(_describe_error(error))
+    release_gpu_memory()
+    return failure
 
 
 def _in_every_process(dist: DistributedContext, compute: Callable[[], T]) -> T:
@@ -175,7 +178,11 @@ def _in_every_process(dist: DistributedContext, compute: Callable[[], T]) -> T:
     failures = [each for each in dist.all_gather(failure) if each is not None]
     if failures:
         reason, out_of_memory = min(failures, key=lambda each: each[1])
-        raise StepNotComputedError(reason, out_of_memory=out_of_memory) from cause
+        try:
+            raise StepNotComputedError(reason, out_of_memory=out_of_memory) from cause
+        finally:
+            # Its traceback refers to this frame: the two would keep the tensors of the failed step.
+            del cause
     return value  # type: ignore[return-value]  # None only where that is what it computes
 
 

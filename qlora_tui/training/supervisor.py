@@ -5,7 +5,6 @@ torch is imported inside functions, so that a run shows as started, and can be s
 
 from __future__ import annotations
 
-import gc
 import os
 import time
 import traceback
@@ -31,6 +30,7 @@ from qlora_tui.training.checkpoints import Checkpoint, UnloadableCheckpoint
 from qlora_tui.training.control_requests import ControlRequests
 from qlora_tui.training.distributed import DistributedContext, distributed_context
 from qlora_tui.training.failure import failure_event
+from qlora_tui.training.heap import release_gpu_memory
 from qlora_tui.training.reporter import Reporter
 
 
@@ -112,7 +112,7 @@ def _run_attempts(
             finally:
                 estimate = attempt.meter.estimate if attempt.meter else None
             del attempt
-            gc.collect()
+            release_gpu_memory()
             checkpoint, more_damage = checkpoints.latest(run, before=checkpoint.step)
             number += 1
             _emit_started(reporter, recipe, checkpoint, number)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -14,7 +18,7 @@ from torch import Tensor
 
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.recipe.schema import Lora, Model, Quantization, Recipe
-from qlora_tui.training import head_chunks, packed_attention
+from qlora_tui.training import head_chunks, packed_attention, step_verification
 from qlora_tui.training.adapter import add_lora
 from qlora_tui.training.base_model import PreparedBase, prepare_base
 from qlora_tui.training.batches import PlannedStep, StepPlan
@@ -23,11 +27,13 @@ from qlora_tui.training.distributed import DistributedContext
 from qlora_tui.training.fast_paths import FastPaths
 from qlora_tui.training.fused import gated_mlp, lora_group, lora_linear, rms_norm
 from qlora_tui.training.model_loading import checkpoint_activations
-from qlora_tui.training.step_check import Excerpt, StepReference, excerpt_of, ready_to_compare
+from qlora_tui.training.step_check import Excerpt, StepComparison, StepReference, excerpt_of, ready_to_compare
 from qlora_tui.training.step_verification import (
     StepNotComputedError,
     VerificationResult,
     _first_sequences,
+    _in_every_process,
+    verify_first_step,
     verify_step,
 )
 from tests.training.families import build
@@ -274,6 +280,56 @@ def test_a_check_out_of_memory_leaves_every_path_unchanged(
     assert b and not any(p.any() for p in b.values())
     verdict = verify_step(model, base, excerpt(), device, 0, DistributedContext())
     assert isinstance(verdict, VerificationResult) and verdict.replaced == ("norms",)
+
+
+@contextmanager
+def no_collections() -> Iterator[None]:
+    """Collect no garbage inside, unless the code does so itself."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def test_a_failed_step_is_in_no_reference_cycle() -> None:
+    alive = []
+
+    def step() -> None:
+        activations = torch.ones(8)
+        alive.append(weakref.ref(activations))
+        raise MemoryError("no more")
+
+    with no_collections():
+        with pytest.raises(StepNotComputedError):
+            _in_every_process(DistributedContext(), step)
+        assert alive[0]() is None
+
+
+def test_each_try_begins_without_the_tensors_of_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames of other code may be in cycles too."""
+    alive: list[weakref.ref[Tensor]] = []
+    result = VerificationResult(StepComparison(1.0, 1.0, 0.0, 0.0, 0.0, ""))
+
+    def step(*args: Any) -> VerificationResult:
+        activations = torch.ones(8)
+        assert not any(tensor() is not None for tensor in alive)
+        alive.append(weakref.ref(activations))
+        if len(alive) == 3:
+            return result
+        error = StepNotComputedError("no more", out_of_memory=True)
+        raise error
+
+    monkeypatch.setattr(step_verification, "verify_step", step)
+    monkeypatch.setattr(step_verification, "_affordable_tokens", lambda *args: 64)
+    prepared: Any = MagicMock()
+    prepared.step_plan = StepPlan((PlannedStep(((0,), (1,)), 0.0, ends_epoch=True),), 1, 1)
+    prepared.samples = excerpt()
+    prepared.recipe.training.micro_batch_size = 2
+    with no_collections():
+        verify_first_step(prepared)
+    assert len(alive) == 3
 
 
 def test_a_path_that_raises_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
