@@ -15,7 +15,7 @@ NOT_LOCKED := torch triton setuptools cuda-bindings cuda-pathfinder cuda-toolkit
 	cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 \
 	nvjitlink nvshmem-cu13 nvtx)
 
-.PHONY: help demo test test-fast check drill run docs screenshots real-models real-exports bench-deps lock clean
+.PHONY: help demo test test-fast check check-kernels drill run docs screenshots real-models real-exports bench-deps lock clean
 
 help:
 	@echo "make demo         fine-tune a real small model, and see it work"
@@ -23,6 +23,7 @@ help:
 	@echo "make test         run every test"
 	@echo "make test-fast    the tests that take milliseconds: under a minute on 2 cores"
 	@echo "make check        lint, formatting, types, architecture"
+	@echo "make check-kernels compile the Triton kernels for each supported GPU, without one (fetches 0.5 GB)"
 	@echo "make drill        ten minutes of kills, damaged files, full disks and hostile input"
 	@echo "make docs         write the generated pages of docs/: settings, commands, keys, manual page"
 	@echo "make screenshots  draw the pictures of README and docs, from recorded runs"
@@ -56,6 +57,17 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The kernels of the fused parts, compiled for each GPU by the Triton of the oldest and of a recent torch: no GPU needed.
+TRITONS := 3.2 3.9
+
+.triton/%: | $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@.part "triton==$*.*"
+	mv $@.part $@
+
+check-kernels: $(addprefix .triton/,$(TRITONS))
+	@set -e; for triton in $^; do echo "Triton $${triton#.triton/}"; \
+		PYTHONPATH=$(CURDIR)/$$triton $(BIN)/pytest -n 2 -q tests/kernels; done
+
 drill: $(INSTALLED)
 	$(BIN)/python -m bench.drill
 
@@ -85,4 +97,4 @@ lock:
 		$(addprefix --no-emit-package ,$(NOT_LOCKED)) --output-file $(LOCK)
 
 clean:
-	rm -rf $(VENV) .bench-venv .lock-venv .mypy_cache .ruff_cache .pytest_cache build dist
+	rm -rf $(VENV) .triton .bench-venv .lock-venv .mypy_cache .ruff_cache .pytest_cache build dist

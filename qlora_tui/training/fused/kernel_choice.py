@@ -17,9 +17,10 @@ from torch.nn import functional
 
 _ROUNDINGS = 8.0
 """Units in the last place of the dtype, of the largest value of a row, by which a kernel may differ."""
-_TOKENS, _WIDTH = 5, 200
-_HEADS = 5
-"""Heads that a row of the check is divided into: of 40 columns, which are no power of two."""
+_TOKENS, _HEADS = 5, 5
+_WIDTHS: tuple[int, ...] = (200, 3000)
+"""Columns of the check: four short rows in a program and one in the next, and a row with more warps.
+Neither they nor the columns of a head are a power of two."""
 _verified: dict[tuple[torch.device, torch.dtype], ModuleType | None] = {}
 _is_allowed = True
 
@@ -64,12 +65,19 @@ def _working_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | N
 
 
 def _first_difference(kernels: ModuleType, device: torch.device, dtype: torch.dtype) -> str:
-    """The first kernel that computes something else than torch; empty where none does."""
+    """Return which kernel computes something else than torch, and where; empty if none does."""
+    for width in _WIDTHS:
+        if wrong := _difference(kernels, device, dtype, width):
+            return f"{wrong} in {width} columns"
+    return ""
+
+
+def _difference(kernels: ModuleType, device: torch.device, dtype: torch.dtype, width: int) -> str:
     generator = torch.Generator().manual_seed(0)
     x, up, grad = (
-        torch.randn(_TOKENS, _WIDTH, generator=generator).mul_(3).to(device, dtype) for _ in range(3)
+        torch.randn(_TOKENS, width, generator=generator).mul_(3).to(device, dtype) for _ in range(3)
     )
-    weight = torch.linspace(-2, 2, _WIDTH, device=device).to(dtype)
+    weight = torch.linspace(-2, 2, width, device=device).to(dtype)
     for offset in (0.0, 1.0):
         leaf = x.double().requires_grad_()
         inverse = torch.rsqrt(leaf.square().mean(-1, keepdim=True) + 1e-6)

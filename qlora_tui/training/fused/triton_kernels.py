@@ -6,9 +6,12 @@ or a block of elements, once. Values are converted to fp32 when they are loaded 
 rounds. Imports Triton, which CUDA builds of torch bring along; :mod:`.kernel_choice` decides whether the
 kernels are used.
 
-Under ``TRITON_INTERPRET=1`` the kernels run on the CPU, which is how they are tested: bfloat16 stores
-truncate there instead of rounding, and float16 ones round.
+`make check-kernels` compiles each launch for the supported GPUs, and runs the kernels on the CPU with
+Triton's interpreter (``TRITON_INTERPRET=1``): bfloat16 stores truncate there instead of rounding, and float16
+ones round. The compiler refuses what the interpreter accepts, such as parameters annotated with anything but
+``tl.constexpr``, so those of the kernels have no types.
 """
+# mypy: disable-error-code="no-untyped-def"
 
 from typing import Any, Literal, TypeAlias
 
@@ -19,65 +22,70 @@ from torch import Tensor
 
 GatedActivation: TypeAlias = Literal["silu", "gelu_tanh"]
 _BLOCK = 1024
-_WIDEST_ROW = 1 << 16
-"""Elements of a row that one program can hold."""
+_WIDEST_ROW = 1 << 14
+"""Elements of a row that one program can hold in the registers of its warps."""
+_ELEMENTS_PER_WARP = 512
+"""16 per thread: with eight times as many, the backward of a norm spills registers."""
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
 def _rms_forward(
-    x: Any,
-    weight: Any,
-    out: Any,
-    inv_rms: Any,
-    width: Any,
-    eps: Any,
-    offset: Any,
+    x,
+    weight,
+    out,
+    inv_rms,
+    rows,
+    width,
+    eps,
+    offset,
     FP32: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, BLOCK)
-    inside = i < width
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    i = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (i < width)
     values = tl.load(x + row * width + i, mask=inside, other=0.0).to(tl.float32)
-    inverse = tl.rsqrt(tl.sum(values * values, 0) / width + eps)
-    tl.store(inv_rms + row, inverse)
-    factor = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32) + offset
+    inverse = tl.rsqrt(tl.sum(values * values, 1, keep_dims=True) / width + eps)
+    tl.store(inv_rms + row, inverse, mask=row < rows)
+    factor = tl.load(weight + i, mask=i < width, other=0.0).to(tl.float32) + offset
     normed = values * inverse
     if not FP32:
         normed = normed.to(x.dtype.element_ty).to(tl.float32)
     tl.store(out + row * width + i, (normed * factor).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
 def _rms_backward(
-    grad: Any, x: Any, weight: Any, inv_rms: Any, out: Any, width: Any, offset: Any, BLOCK: tl.constexpr
-) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, BLOCK)
-    inside = i < width
-    inverse = tl.load(inv_rms + row)
+    grad, x, weight, inv_rms, out, rows, width, offset, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    i = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (i < width)
+    inverse = tl.load(inv_rms + row, mask=row < rows, other=0.0)
     normed = tl.load(x + row * width + i, mask=inside, other=0.0).to(tl.float32) * inverse
-    factor = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32) + offset
+    factor = tl.load(weight + i, mask=i < width, other=0.0).to(tl.float32) + offset
     scaled = tl.load(grad + row * width + i, mask=inside, other=0.0).to(tl.float32) * factor
-    projection = tl.sum(scaled * normed, 0) / width
+    projection = tl.sum(scaled * normed, 1, keep_dims=True) / width
     result = (scaled - normed * projection) * inverse
     tl.store(out + row * width + i, result.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _activate(gate: Any, SILU: tl.constexpr) -> Any:
+def _activate(gate, SILU: tl.constexpr):
     """The activation and its derivative."""
     if SILU:
         sigmoid = 1.0 / (1.0 + tl.exp(-gate))
         return gate * sigmoid, sigmoid * (1.0 + gate * (1.0 - sigmoid))
-    inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-    tanh = 2.0 / (1.0 + tl.exp(-2.0 * inner)) - 1.0
-    slope = 0.7978845608028654 * (1.0 + 0.134145 * gate * gate)
-    return 0.5 * gate * (1.0 + tanh), 0.5 * (1.0 + tanh) + 0.5 * gate * (1.0 - tanh * tanh) * slope
+    inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+    slope = 1.5957691216057308 * (1.0 + 0.134145 * gate * gate)
+    # 0.5 · (1 + tanh(x)) is sigmoid(2x). The complement by its own exponential: 1 - sigmoid loses all bits.
+    sigmoid, complement = 1.0 / (1.0 + tl.exp(-inner)), 1.0 / (1.0 + tl.exp(inner))
+    return gate * sigmoid, sigmoid + gate * sigmoid * complement * slope
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _gated_forward(gate: Any, up: Any, out: Any, count: Any, SILU: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def _gated_forward(gate, up, out, count, SILU: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     activated, _ = _activate(tl.load(gate + i, mask=inside, other=0.0).to(tl.float32), SILU)
@@ -87,9 +95,7 @@ def _gated_forward(gate: Any, up: Any, out: Any, count: Any, SILU: tl.constexpr,
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _gated_backward(
-    grad: Any, gate: Any, up: Any, grad_up: Any, count: Any, SILU: tl.constexpr, BLOCK: tl.constexpr
-) -> None:
+def _gated_backward(grad, gate, up, grad_up, count, SILU: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     upstream = tl.load(grad + i, mask=inside, other=0.0).to(tl.float32)
@@ -102,19 +108,19 @@ def _gated_backward(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _rotate_token(
-    x: Any,
-    out: Any,
-    x_head: Any,
-    heads: Any,
-    cos: Any,
-    sin: Any,
-    half: Any,
-    width: Any,
+    x,
+    out,
+    x_head,
+    heads,
+    cos,
+    sin,
+    half,
+    width,
     BACKWARD: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
-) -> None:
+):
     """Rotate the heads of one token, at ``x`` with ``x_head`` elements from head to head.
 
     Products are rounded to the wider dtype of x and cos, as torch rounds them, and sums to that of x.
@@ -144,33 +150,33 @@ def _rotate_token(
         tl.store(out + head * width + j, tl.load(x + head * x_head + j, mask=beyond), mask=beyond)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
 def _rotate(
-    q: Any,
-    k: Any,
-    cos: Any,
-    sin: Any,
-    out_q: Any,
-    out_k: Any,
-    tokens: Any,
-    half: Any,
-    width: Any,
-    q_heads: Any,
-    k_heads: Any,
-    q_row: Any,
-    q_head: Any,
-    q_token: Any,
-    k_row: Any,
-    k_head: Any,
-    k_token: Any,
-    cos_row: Any,
-    cos_token: Any,
+    q,
+    k,
+    cos,
+    sin,
+    out_q,
+    out_k,
+    tokens,
+    half,
+    width,
+    q_heads,
+    k_heads,
+    q_row,
+    q_head,
+    q_token,
+    k_row,
+    k_head,
+    k_token,
+    cos_row,
+    cos_token,
     BACKWARD: tl.constexpr,
     Q_HEADS: tl.constexpr,
     K_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
-) -> None:
+):
     place = tl.program_id(0).to(tl.int64)
     row, token = place // tokens, place % tokens
     cos += row * cos_row + token * cos_token
@@ -198,9 +204,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float, in_fp32: b
     dtype = x.dtype if in_fp32 else torch.promote_types(x.dtype, weight.dtype)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     inv_rms = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
-    width = rows.shape[1]
-    _rms_forward[(rows.shape[0],)](
-        rows, weight, out, inv_rms, width, eps, offset, FP32=in_fp32, BLOCK=_block_of(width)
+    count, width = rows.shape
+    tile, block = _tile_of(width)
+    _rms_forward[(triton.cdiv(count, tile),)](
+        rows,
+        weight,
+        out,
+        inv_rms,
+        count,
+        width,
+        eps,
+        offset,
+        FP32=in_fp32,
+        ROWS=tile,
+        BLOCK=block,
+        **_launch_options(tile * block),
     )
     return out, inv_rms
 
@@ -209,9 +227,20 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inv_rms: Tensor, 
     """The gradient of x, in its dtype and shape, for a frozen weight."""
     rows = x.contiguous().view(-1, x.shape[-1])
     out = torch.empty_like(rows)
-    width = rows.shape[1]
-    _rms_backward[(rows.shape[0],)](
-        grad.contiguous(), rows, weight, inv_rms, out, width, offset, BLOCK=_block_of(width)
+    count, width = rows.shape
+    tile, block = _tile_of(width)
+    _rms_backward[(triton.cdiv(count, tile),)](
+        grad.contiguous(),
+        rows,
+        weight,
+        inv_rms,
+        out,
+        count,
+        width,
+        offset,
+        ROWS=tile,
+        BLOCK=block,
+        **_launch_options(tile * block),
     )
     return out.view(x.shape)
 
@@ -222,7 +251,7 @@ def gated_product(gate: Tensor, up: Tensor, activation: GatedActivation) -> Tens
     out = torch.empty_like(gate)
     count = gate.numel()
     _gated_forward[(triton.cdiv(count, _BLOCK),)](
-        gate, up, out, count, SILU=activation == "silu", BLOCK=_BLOCK
+        gate, up, out, count, SILU=activation == "silu", BLOCK=_BLOCK, **_launch_options(_BLOCK)
     )
     return out
 
@@ -236,7 +265,14 @@ def gated_product_backward(
     grad_up = torch.empty_like(up)
     count = grad.numel()
     _gated_backward[(triton.cdiv(count, _BLOCK),)](
-        grad, gate, up, grad_up, count, SILU=activation == "silu", BLOCK=_BLOCK
+        grad,
+        gate,
+        up,
+        grad_up,
+        count,
+        SILU=activation == "silu",
+        BLOCK=_BLOCK,
+        **_launch_options(_BLOCK),
     )
     return grad, grad_up
 
@@ -262,6 +298,7 @@ def rotate(
     out_q, out_k = (
         torch.empty((batch, tokens, x.shape[1], width), dtype=x.dtype, device=x.device) for x in (q, k)
     )
+    q_heads, k_heads, half = (_power_of_2(size) for size in (q.shape[1], k.shape[1], rotary // 2))
     _rotate[(batch * tokens,)](
         q,
         k,
@@ -278,18 +315,34 @@ def rotate(
         *k.stride()[:3],
         *cos.stride()[:2],
         BACKWARD=backward,
-        Q_HEADS=_block_of(q.shape[1]),
-        K_HEADS=_block_of(k.shape[1]),
-        HALF=_block_of(rotary // 2),
-        REST=_block_of(width - rotary) if rotary < width else 0,
+        Q_HEADS=q_heads,
+        K_HEADS=k_heads,
+        HALF=half,
+        REST=_power_of_2(width - rotary) if rotary < width else 0,
+        **_launch_options(q_heads * half),
     )
     return out_q.transpose(1, 2), out_k.transpose(1, 2)
 
 
 def fits_row(width: int) -> bool:
-    """Whether a row of this width fits in one program."""
+    """Return whether a row of this width fits in one program."""
     return width <= _WIDEST_ROW
 
 
-def _block_of(width: int) -> int:
-    return int(triton.next_power_of_2(width))
+def _tile_of(width: int) -> tuple[int, int]:
+    """Return rows and columns of one program's tile, both powers of two.
+
+    A wide row has a program for itself; the short rows of head norms share one.
+    """
+    block = _power_of_2(width)
+    return max(1, _BLOCK // block), block
+
+
+def _launch_options(elements: int) -> dict[str, Any]:
+    """Return the warps for this many elements of a tile, and rounding of each product as in torch."""
+    warps = min(max(elements // _ELEMENTS_PER_WARP, 4), 16)
+    return {"num_warps": warps, "enable_fp_fusion": False}
+
+
+def _power_of_2(size: int) -> int:
+    return int(triton.next_power_of_2(size))

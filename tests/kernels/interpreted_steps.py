@@ -9,6 +9,8 @@ import itertools
 import json
 import os
 import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from qlora_tui.training.fused import kernel_choice, triton_kernels
 from qlora_tui.training.fused.patching import PatchedForwards
 from qlora_tui.training.fused.rotary import fuse_rotary
 from qlora_tui.training.model_loading import checkpoint_activations
+from tests.kernels.compiling import SOURCE, load
 from tests.training.families import build, with_adapter
 
 CPU = torch.device("cpu")
@@ -30,6 +33,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """A plain one, one with two tables of angles, one with norms of heads, one that rotates half of each head."""
 DTYPES = (torch.float32, torch.float16)
+WIDTHS = (20, 40, 200, 1040, 2500, 5000, 9000, 16380)
+"""One for each number of rows and warps of a program."""
+PLANTED_WIDTHS = kernel_choice._WIDTHS
+MUTANTS = {
+    "mean over the block": ("keep_dims=True) / width + eps", "keep_dims=True) / BLOCK + eps"),
+    "row without its last column": ("(row < rows) & (i < width)", "(row < rows) & (i < width - 1)"),
+    "weight without offset": ("other=0.0).to(tl.float32) + offset", "other=0.0).to(tl.float32)"),
+    "gradient without projection": ("(scaled - normed * projection)", "scaled"),
+    "every program its first row": ("+ tl.arange(0, ROWS)[:, None]", "+ 0 * tl.arange(0, ROWS)[:, None]"),
+    "derivative of gelu": ("0.134145", "0.044715"),
+    "derivative of silu": ("gate * (1.0 - sigmoid)", "(1.0 - sigmoid)"),
+    "rotation backward": ("high * sin_high, -(low * sin_low)", "-(high * sin_high), low * sin_low"),
+    "columns that are not rotated": ("if REST > 0:", "if REST < 0:"),
+}
+"""Changes of the source, as text before and after."""
 
 
 def step(
@@ -109,21 +127,15 @@ def left_to_torch() -> list[str]:
     return [family for family, model in models.items() if not len(PatchedForwards(model, "rotary"))]
 
 
-def mutant(name: str) -> bool:
-    """Whether the check before use refuses the kernels with one of them wrong."""
-    right = getattr(triton_kernels, name)
-
-    def wrong(*args: Any, **settings: Any) -> Any:
-        result = right(*args, **settings)
-        if isinstance(result, tuple):
-            return (result[0] * 1.05, *result[1:])
-        return result * 1.05
-
-    setattr(triton_kernels, name, wrong)
-    try:
-        return kernel_choice._working_kernels(CPU, torch.float32) is None
-    finally:
-        setattr(triton_kernels, name, right)
+def is_refused(right: str, wrong: str) -> bool:
+    """Whether the check before use refuses the kernels with this change of their source."""
+    source = SOURCE.read_text()
+    assert right in source, right
+    with TemporaryDirectory() as folder:
+        planted = Path(folder) / "planted.py"
+        planted.write_text(source.replace(right, wrong))
+        # The interpreter reads the source again at each launch.
+        return bool(kernel_choice._first_difference(load(planted), CPU, torch.float32))
 
 
 def main() -> None:
@@ -141,8 +153,13 @@ def main() -> None:
     )
     print(json.dumps({"case": "rotation", "roundings": error}), flush=True)
     print(json.dumps({"case": "left to torch", "families": left_to_torch()}), flush=True)
-    for name in KERNELS:
-        print(json.dumps({"case": f"mutant {name}", "refused": mutant(name)}), flush=True)
+    for dtype in DTYPES:
+        kernel_choice._WIDTHS = WIDTHS
+        wrong = kernel_choice._first_difference(triton_kernels, CPU, dtype)
+        print(json.dumps({"case": f"widths {str(dtype)[6:]}", "wrong": wrong}), flush=True)
+    kernel_choice._WIDTHS = PLANTED_WIDTHS
+    for name, change in MUTANTS.items():
+        print(json.dumps({"case": f"mutant {name}", "refused": is_refused(*change)}), flush=True)
     sys.exit(0)
 
 

@@ -30,7 +30,7 @@ TOLERANCES = {"float32": 1e-5, "float16": 2e-2}
 def results() -> dict[str, dict[str, Any]]:
     """The result of each case, from a process in which Triton interprets its kernels."""
     env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.training.triton_steps"]
+    command = [sys.executable, "-m", "tests.kernels.interpreted_steps"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -60,11 +60,15 @@ def test_families_with_other_rotations_keep_theirs(results: dict[str, dict[str, 
 
 
 @needs_triton
-@pytest.mark.parametrize(
-    "kernel", ["rms_norm", "rms_norm_backward", "gated_product", "gated_product_backward", "rotate"]
-)
-def test_a_wrong_kernel_is_refused(results: dict[str, dict[str, Any]], kernel: str) -> None:
-    assert results[f"mutant {kernel}"]["refused"]
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_rows_of_any_width_are_those_of_float64(results: dict[str, dict[str, Any]], dtype: str) -> None:
+    assert results[f"widths {dtype}"]["wrong"] == ""
+
+
+@needs_triton
+def test_wrong_kernels_are_refused(results: dict[str, dict[str, Any]]) -> None:
+    mutants = {case: result["refused"] for case, result in results.items() if case.startswith("mutant")}
+    assert len(mutants) == 9 and all(mutants.values()), mutants
 
 
 def test_kernels_are_not_used_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
