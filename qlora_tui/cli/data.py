@@ -20,7 +20,7 @@ from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
 from qlora_tui.formatting import pluralize
 from qlora_tui.recipe.layering import build_recipe
-from qlora_tui.recipe.schema import Data, Source
+from qlora_tui.recipe.schema import PAIR_METHODS, Data, Source
 from qlora_tui.recipe.toml import to_recipe
 from qlora_tui.runs.directory import find_run
 from qlora_tui.runs.row_loss_job import measure_row_losses
@@ -169,9 +169,11 @@ def _format_report(report: Report, data: Data) -> str:
     # Blank lines do not count as rows, so the last of 38 rows may be on line 51.
     by_line = sum(file.last_row for file in report.files) > counts.rows
     numbering = "; rows are numbered by their first line" if by_line else ""
-    lines.append(
-        f"{pluralize(counts.rows, 'row')}, {pluralize(counts.conversations, 'conversation')}{numbering}"
-    )
+    pairs = data.preferences in PAIR_METHODS and report.template
+    used = pluralize(counts.samples, "pair") if pairs else pluralize(counts.conversations, "conversation")
+    unused = counts.rows - counts.conversations
+    left_out = f", {pluralize(unused, 'row')} left out" if unused else ""
+    lines.append(f"{pluralize(counts.rows, 'row')}, {used}{left_out}{numbering}")
     if report.lengths and report.lengths.count:
         length = report.lengths
         lines.append(
@@ -179,7 +181,7 @@ def _format_report(report: Report, data: Data) -> str:
             f"99 % up to {length.p99:,}, longest {length.longest:,} (row {length.longest_row:,})"
         )
     if report.too_long:
-        lines.append(f"{report.too_long:,} longer than the sequence length")
+        lines.append(f"{pluralize(report.too_long, 'row')} longer than the sequence length")
     lines += report.thinking
     lines += [
         f"note: {NOTES.get(note, note)} ({pluralize(rows, 'row')})"

@@ -15,12 +15,13 @@ class Counts(Struct):
     conversations: int = 0
     """Rows that gave at least one sample."""
     samples: int = 0
+    """Samples, or pairs under a method that compares two answers."""
     tokens: int = 0
     trained_tokens: int = 0
     left_out: int = 0
     """Rows rejected: empty, without an answer, or rejected by the template."""
     dropped: int = 0
-    """Samples dropped because they are too long or nothing in them is left to learn."""
+    """Samples, or pairs, dropped because they are too long or nothing in them is left to learn."""
     cut: int = 0
     split: int = 0
     """Samples split into several rows."""
@@ -63,7 +64,7 @@ class Report(Struct, frozen=True):
     """Counts; tokens and samples are 0 without a tokenizer."""
     lengths: Lengths
     too_long: int
-    """Samples longer than ``max_length``."""
+    """Rows with a sample longer than ``max_length``."""
     problems: tuple[DataProblem, ...]
     notes: dict[str, int]
     template: str

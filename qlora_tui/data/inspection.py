@@ -97,6 +97,7 @@ class _Inspection:
         self._tokenizer = tokenizer
         self._data = data
         self._lengths = LengthCounter("tokens" if tokenizer else "characters")
+        self._too_long = 0
         self._last_rows: dict[Path, int] = {}
         unknown = untrained_problem(tokenizer.folder, tokenizer) if tokenizer and tokenizer.folder else None
         self._of_the_model = [unknown] if unknown else []
@@ -152,6 +153,7 @@ class _Inspection:
         """Add the lengths."""
         for one in outcomes:
             self._lengths.add(one.lengths, one.row)
+            self._too_long += any(length > self._data.max_length for length in one.lengths)
 
     def _file_report(self, file: SourceFile) -> FileReport:
         detection = file.detection
@@ -192,7 +194,7 @@ class _Inspection:
             share=min(1.0, share),
             counts=Counts(**{name: getattr(counts, name) for name in counts.__struct_fields__}),
             lengths=self._lengths.summary(),
-            too_long=self._lengths.above(self._data.max_length) if self._tokenizer else 0,
+            too_long=self._too_long if self._tokenizer else 0,
             problems=tuple(sorted(problems, key=lambda p: p.severity != "error")),
             notes=dict(examiner.notes),
             template=self._tokenizer.template_name if self._tokenizer else "",

@@ -276,12 +276,16 @@ class ProblemCounter:
         self._path = path
         self._rows: dict[str, list[int]] = {}
         self._counts: dict[str, int] = {}
+        self._last_row: dict[str, int] = {}
         self._examples: dict[str, str] = {}
 
     def add(self, kind: str, row: int, example: str = "") -> None:
-        """Count one more row with this problem."""
+        """Count one more row with this problem, once however often it has it. Rows come in order."""
+        if self._last_row.get(kind) == row:
+            return
+        self._last_row[kind] = row
         rows = self._rows.setdefault(kind, [])
-        if len(rows) < MAX_LISTED_ROWS and (not rows or rows[-1] != row):
+        if len(rows) < MAX_LISTED_ROWS:
             rows.append(row)
         self._counts[kind] = self._counts.get(kind, 0) + 1
         self._examples.setdefault(kind, shorten(example))

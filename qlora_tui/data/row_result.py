@@ -147,11 +147,8 @@ class RowProcessor:
         method = self._data.preferences
         if method != "refuse" and method != "chosen":
             rendered = last_samples(conversation, readable)
-            parts = [
-                self._truncate(conversation.row, sample, sample_problems, length_counts)
-                for sample in rendered
-            ]
-            sides = sides_of(conversation, [part[0] if part else None for part in parts], method)
+            fitted_sides = self._fitted_sides(conversation.row, rendered, sample_problems, length_counts)
+            sides = sides_of(conversation, fitted_sides, method)
             samples = [sample for sample, _ in sides]
             stored = [_stored(sample, side) for sample, side in sides]
         else:
@@ -193,6 +190,39 @@ class RowProcessor:
         split = truncate(sample, self._data.max_length, "split", self._tokenizer.bos_id)
         return LongText(length, len(split), sum(len(part.token_ids) for part in fitted))
 
+    def _fitted_sides(
+        self,
+        row: int,
+        sides: Sequence[TokenizedSample],
+        sample_problems: list[Finding],
+        length_counts: list[int],
+    ) -> list[TokenizedSample | None]:
+        """Return what the length limit leaves of each side of a preference row; None of one without room.
+
+        Counts pairs, which both sides share, or rated answers; reports the row once.
+        """
+        assert self._tokenizer is not None
+        limit = self._data.max_length
+        parts = [truncate(side, limit, self._data.overflow, self._tokenizer.bos_id) for side in sides]
+        fitted = [part[0] if part else None for part in parts]
+        is_over = [len(side.token_ids) > limit for side in sides]
+        if self._data.preferences in PAIR_METHODS:
+            compared = [(0, other) for other in range(1, len(sides))]
+        else:
+            compared = [(number, number) for number in range(len(sides))]
+        lost = [fitted[one] is None or fitted[other] is None for one, other in compared]
+        over = [is_over[one] or is_over[other] for one, other in compared]
+        length_counts[0] += sum(lost)
+        length_counts[1] += sum(long and not gone for long, gone in zip(over, lost, strict=True))
+        if any(is_over):
+            kind = "nothing-left" if any(lost) and self._data.overflow != "drop" else "too-long"
+            sample_problems.append((kind, self._over_limit(row, max(len(side.token_ids) for side in sides))))
+        return fitted
+
+    def _over_limit(self, row: int, length: int) -> str:
+        over = length - self._data.max_length
+        return f"Row {row} has {length:,} tokens, {over:,} over the limit."
+
     def _truncate(
         self, row: int, sample: TokenizedSample, sample_problems: list[Finding], length_counts: list[int]
     ) -> list[TokenizedSample]:
@@ -203,9 +233,7 @@ class RowProcessor:
         fitted = truncate(sample, limit, overflow, self._tokenizer.bos_id)
         if length > limit:
             kind = "too-long" if fitted or overflow == "drop" else "nothing-left"
-            sample_problems.append(
-                (kind, f"Row {row} has {length:,} tokens, {length - limit:,} over the limit.")
-            )
+            sample_problems.append((kind, self._over_limit(row, length)))
         if not fitted:
             length_counts[0] += 1
         elif length > limit:

@@ -107,7 +107,7 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
         case ValidationCompared():
             change = (
                 "too few rows to tell a change from chance"
-                if event.rows < MIN_ROWS
+                if event.rows < MIN_ROWS or event.low is None
                 else f"95% interval of the change {event.low:+.3f} to {event.high:+.3f}"
             )
             return (

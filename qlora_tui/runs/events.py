@@ -244,9 +244,9 @@ class ValidationCompared(Event, tag="validation_compared", frozen=True, kw_only=
     before: float
     """Of the base, or of the adapter that the run started from."""
     after: float
-    low: float
-    """95 % interval of after minus before, by the bootstrap over rows."""
-    high: float
+    low: float | None
+    """95 % interval of after minus before, by the bootstrap over rows; None for fewer than two."""
+    high: float | None
 
 
 class AnswersCompared(Event, tag="answers_compared", frozen=True, kw_only=True):

@@ -87,7 +87,7 @@ def gather_evidence(view: RunView, headline: TaskHeadline | None, recipe: Recipe
             rows=change.rows,
             before=change.before,
             after=change.after,
-            interval=Interval(change.low, change.high),
+            interval=None if change.low is None or change.high is None else Interval(change.low, change.high),
         )
     before, last = view.loss_before_training, view.last_evaluation
     after = None if last is None else last.loss

@@ -69,8 +69,8 @@ def compare_validation(prepared: PreparedRun, model: Any) -> LossChange | None:
             rows=change.rows,
             before=change.before,
             after=change.after,
-            low=change.interval.low,
-            high=change.interval.high,
+            low=change.interval.low if change.interval else None,
+            high=change.interval.high if change.interval else None,
         )
     )
     return change

@@ -269,7 +269,7 @@ def test_rows_rated_bad_are_counted_by_an_inspection(call: Call, tmp_path: Path)
     rows = [f'{{"prompt": "{n}?", "completion": "{n}", "label": {str(n > 2).lower()}}}' for n in range(9)]
     data.write_text("\n".join(rows))
     said = call("data", "inspect", str(data), "--set", "data.preferences=chosen")
-    assert said.code == 0 and "9 rows, 6 conversations" in said.out
+    assert said.code == 0 and "9 rows, 6 conversations, 3 rows left out" in said.out
     assert "warning: Left out: not rated good: 3 (rows 1, 2, 3)" in said.out
 
 

@@ -95,6 +95,28 @@ def test_a_pair_without_room_for_one_answer_is_left_out(tmp_path: Path) -> None:
     assert (stored.counts.samples, stored.counts.dropped) == (1, 1)
 
 
+@pytest.mark.parametrize(
+    ("method", "overflow", "samples", "dropped", "cut"),
+    [("dpo", "drop", 10, 20, 0), ("dpo", "cut-right", 30, 0, 20), ("kto", "drop", 30, 30, 0)],
+)
+def test_long_pairs_are_counted_once(
+    tmp_path: Path, method: Preferences, overflow: Any, samples: int, dropped: int, cut: int
+) -> None:
+    short, long = "This.", "That. " * 100
+    sides = [(short, "No."), (short, long), (long, f"{long}!")]
+    rows = [
+        {"prompt": f"Which {n}?", "chosen": chosen, "rejected": rejected}
+        for n, (chosen, rejected) in enumerate(sides * 10)
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = Data(preferences=method, overflow=overflow, max_length=64)
+    report = inspect(Source(path=str(file)), CHATML, data)
+    assert report.too_long == 20
+    assert (report.counts.samples, report.counts.dropped, report.counts.cut) == (samples, dropped, cut)
+    assert [problem.count for problem in report.problems if problem.kind == "too-long"] == [20]
+
+
 def test_kto_leaves_only_the_answer_without_room_out(tmp_path: Path) -> None:
     long = {"prompt": "Which?", "chosen": "This.", "rejected": "That. " * 100}
     stored = prepared(tmp_path, [long], "kto", overflow="drop", max_length=64)

@@ -218,6 +218,7 @@ def test_a_loss_change_is_weighted_by_tokens() -> None:
         "validation loss 2.91 → 2.00 on 8 rows (95% interval"
     )
     assert LossChange.of([1.0], [float("nan")], [1]).rows == 0
+    assert LossChange.of([1.0], [0.5], [1]).interval is None
     assert not LossChange.of([1.0, 2.0] * 8, [2.0, 1.0] * 8, [1] * 16).is_lower
 
 

@@ -102,6 +102,7 @@ def test_blame_measures_each_row_of_a_run(
     assert compared is not None and compared.rows == 6
     assert compared.before == pytest.approx(view.loss_before_training, abs=1e-3)
     assert compared.after == pytest.approx(view.evaluations[-1].loss, abs=1e-3)
+    assert compared.low is not None and compared.high is not None
     assert compared.low <= compared.after - compared.before <= compared.high < 0
     assert main(["data", "blame", run.id, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)

@@ -24,8 +24,6 @@ from qlora_tui.runs.task_metrics.intervals import MIN_ROWS, Interval, mean_inter
 DEFAULT_PROMPTS = 100
 """Validation prompts that are answered unless another number is asked for."""
 _MAX_BYTES = 1 << 26
-_UNKNOWN = 1e6
-"""Nats that stand for an unbounded interval, which JSON cannot hold."""
 
 
 class LossChange(Struct, frozen=True, kw_only=True):
@@ -34,8 +32,8 @@ class LossChange(Struct, frozen=True, kw_only=True):
     rows: int
     before: float
     after: float
-    interval: Interval
-    """Of after minus before, by the bootstrap over rows."""
+    interval: Interval | None
+    """Of after minus before, by the bootstrap over rows; None for fewer than two."""
 
     @classmethod
     def of(cls, before: Sequence[float], after: Sequence[float], tokens: Sequence[int]) -> LossChange:
@@ -52,18 +50,18 @@ class LossChange(Struct, frozen=True, kw_only=True):
             rows=len(rows),
             before=sum(old for old, _, _ in rows) / total,
             after=sum(new for _, new, _ in rows) / total,
-            interval=Interval(max(interval.low, -_UNKNOWN), min(interval.high, _UNKNOWN)),
+            interval=interval if isfinite(interval.low) else None,
         )
 
     @property
     def is_lower(self) -> bool:
         """Whether the loss fell, by more than chance."""
-        return self.rows >= MIN_ROWS and self.interval.high < 0
+        return self.interval is not None and self.rows >= MIN_ROWS and self.interval.high < 0
 
     @property
     def is_higher(self) -> bool:
         """Whether the loss rose, by more than chance."""
-        return self.rows >= MIN_ROWS and self.interval.low > 0
+        return self.interval is not None and self.rows >= MIN_ROWS and self.interval.low > 0
 
 
 class TaskEvaluation(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -153,7 +151,7 @@ def describe_metric(metric: Metric) -> str:
 def describe_loss(loss: LossChange, name: str) -> str:
     """``validation loss 2.10 → 1.32 on 40 rows (95% interval −0.90 to −0.66)``, with its name."""
     values = f"{name} {loss.before:.2f} → {loss.after:.2f} on {pluralize(loss.rows, 'row')}"
-    if loss.rows < MIN_ROWS:
+    if loss.rows < MIN_ROWS or loss.interval is None:
         return f"{values}, too few to tell"
     low, high = loss.interval
     change = f"95% interval of the change {low:+.2f} to {high:+.2f}"

@@ -49,7 +49,7 @@ def totals(
         return Content("\n").join([*lines, *map(Content, report.thinking)])
     unused = counts.rows - counts.conversations
     samples = Content.assemble(
-        f"{counts.samples:,} from {pluralize(counts.rows, 'row')}",
+        f"{counts.samples:,} {'pairs ' if recipe.trains_pairs else ''}from {pluralize(counts.rows, 'row')}",
         (f", {unused:,} left out" if unused > 0 else "", "$warning"),
         excluded,
         (reading, "bold"),
@@ -104,7 +104,7 @@ def lengths_line(report: Report, data: Data, width: int) -> Content:
     )
     if not report.too_long:
         return Content(line)
-    share = format_percent(report.too_long / lengths.count) if lengths.count else ""
+    share = format_percent(report.too_long / report.counts.rows)
     dropped = report.counts.dropped if data.overflow.startswith("cut") else 0
     outcomes = [f"{report.counts.cut:,} {OVERFLOW_OUTCOMES[data.overflow]}", f"{dropped:,} left out"]
     how = " · ".join(outcomes[not report.counts.cut :]) if dropped else OVERFLOW_OUTCOMES[data.overflow]
