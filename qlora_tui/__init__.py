@@ -22,6 +22,7 @@ settings       the user's ``config.toml``: theme, keymap, folders, notifications
 paths          the folders of runs, presets, drafts and caches
 errors         UserError, and exit codes
 files          files that a kill or a power cut leaves whole; checksums: folders that can be verified
+drafts         temporary folders with a marker, and all deleting; locks: file locks
 foreign_files  files of other programs, up to a size; decoding: JSON that may be damaged
 formatting     numbers, sizes and times as text; visible: text without control characters
 glossary       the words that the app explains

@@ -5,31 +5,30 @@
 
 from __future__ import annotations
 
-import shutil
+import errno
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qlora_tui.files import open_to_read, private_dir, publish, read_regular
+from qlora_tui.drafts import draft_path, held_draft, publish
+from qlora_tui.files import open_to_read, read_regular
 
 NAME = "SHA256SUMS"
 
 
 @contextmanager
-def checked_folder(final: Path, draft: Path) -> Iterator[Path]:
-    """Fill ``draft`` inside the ``with`` block; on exit it is published as ``final``, with checksums.
+def checked_folder(final: Path) -> Iterator[Path]:
+    """Fill a draft inside the ``with`` block; on exit it is published as ``final``, with checksums.
 
-    Raises OSError if it cannot be written. After any exception the draft is deleted and the previous content
-    of ``final`` is back in place.
+    Raises OSError if it cannot be written, or another process writes it. After any exception the draft is
+    deleted and the previous content of ``final`` is back in place.
     """
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
-        yield private_dir(draft)
+    with held_draft(draft_path(final)) as draft:
+        if draft is None:
+            raise BlockingIOError(errno.EAGAIN, "Another process writes it", str(final))
+        yield draft
         write_checksums(draft)
         publish(draft, final)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
 
 
 def write_checksums(folder: Path) -> None:

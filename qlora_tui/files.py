@@ -1,8 +1,6 @@
 """Crash-safe files: after a kill or a power cut a file has its old content or the new, never a mix.
 
 atomic_write     replaces one file
-publish          moves a finished folder into place after its files are synced to disk
-restore_earlier  puts the previous folder back if a crash interrupted ``publish``
 sync             flushes what was written so far to disk
 open_regular     opens a file, and refuses a pipe instead of waiting for it
 
@@ -14,11 +12,15 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import stat
 from io import BufferedReader, BufferedWriter
 from itertools import takewhile
 from pathlib import Path
+
+TEMPORARY = re.compile(r"\.qlora-tui-\w{8}\.tmp")
+"""Names of files that :func:`atomic_write` has not finished."""
 
 
 def private_dir(path: Path) -> Path:
@@ -41,7 +43,8 @@ def atomic_write(
     import tempfile  # takes 15 ms, which a start that writes nothing avoids
 
     data = content.encode() if isinstance(content, str) else content
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    # Without the file's own name, which may be as long as a name can be.
+    handle, name = tempfile.mkstemp(prefix=".qlora-tui-", suffix=".tmp", dir=path.parent)
     try:
         try:
             write_all(handle, data)
@@ -129,39 +132,3 @@ def sync_tree(folder: Path) -> None:
         elif entry.is_file():
             sync(entry)
     sync(folder)
-
-
-def publish(draft: Path, final: Path) -> None:
-    """Move a finished folder into place next to it, durably, and then delete the folder it replaces.
-
-    A crash in between leaves the previous folder under another name, where :func:`restore_earlier` finds it.
-    Raises OSError; the previous folder is then still in place.
-    """
-    sync_tree(draft)
-    earlier = earlier_folder(final)
-    if final.exists():
-        shutil.rmtree(earlier, ignore_errors=True)
-        final.rename(earlier)
-    try:
-        draft.rename(final)
-        sync(final.parent)
-    except OSError:
-        if not final.exists():
-            restore_earlier(final)
-        raise
-    shutil.rmtree(earlier, ignore_errors=True)
-
-
-def earlier_folder(final: Path) -> Path:
-    """Path where :func:`publish` keeps the previous ``final`` until the new one is on disk."""
-    return final.with_name(f".{final.name}.earlier")
-
-
-def restore_earlier(final: Path) -> bool:
-    """Put the previous folder back if nothing is in its place; return whether it was restored."""
-    earlier = earlier_folder(final)
-    if final.exists() or not earlier.exists():
-        return False
-    earlier.rename(final)
-    sync(final.parent)
-    return True

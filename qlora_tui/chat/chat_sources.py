@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from qlora_tui.chat.chat_types import ADAPTER, BASE, ChatSource
@@ -9,11 +10,11 @@ from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.recipe.schema import Recipe, Thinking
 from qlora_tui.recipe.toml import load, to_frozen_recipe
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.events import DataReady, decode
+from qlora_tui.runs.event_log import EventTail
+from qlora_tui.runs.events import DataReady
 from qlora_tui.runs.exports import read_exports
 
 _CONFIG = "adapter_config.json"
-_DATA_READY = b'"data_ready"'
 
 
 def run_source(run: RunDir) -> ChatSource:
@@ -70,13 +71,11 @@ def adapter_source(folder: Path, model: str | None = None) -> ChatSource:
 
 def _trained_thinking(run: RunDir) -> Thinking:
     """Return the thinking setting that a run's first event on its data records."""
-    try:
-        with run.events_path.open("rb") as events:
-            for line in events:
-                if _DATA_READY in line and isinstance(event := decode(line), DataReady):
-                    return event.thinking
-    except OSError:
-        pass
+    with suppress(OSError):
+        for event in EventTail(run.events_path).drain():
+            if isinstance(event, DataReady):
+                return event.thinking
+    # A run without that event has not read its data.
     return "auto"
 
 

@@ -6,6 +6,8 @@ be generated side by side.
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
@@ -49,8 +51,10 @@ from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.tokenizer_guard import panics_as_errors
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.formatting import short_model_name
+from qlora_tui.locks import hold_folder
 from qlora_tui.memory.execution import AttentionPath
 from qlora_tui.recipe.schema import Recipe, Thinking
+from qlora_tui.runs.directory import run_of
 from qlora_tui.training.compute_device import ComputeDevice, find_device
 from qlora_tui.training.experts.expert_lora import fuse_experts
 from qlora_tui.training.forgetting.greedy_answers import answer_greedily
@@ -81,6 +85,10 @@ class ChatSession:
         self._decoder = AnswerDecoder(tokenizer)
         self._model = model
         self._adapters = AdapterSet(model, source.adapters)
+        # The deletion of a run asks first while its adapter is loaded here.
+        for run in {run for path in source.adapters.values() if (run := run_of(Path(path))) is not None}:
+            if (handle := hold_folder(run.path)) is not None:
+                weakref.finalize(self, os.close, handle)
         self.head = ModelHead(model)
         self._caches: dict[str, PrefixCache] = {}
         self.steps: DecodeSteps | None = None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import shutil
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_tui import paths
 from qlora_tui.cli.subcommand import CommandResult, Subcommand, format_table
+from qlora_tui.drafts import discard
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes
 
@@ -26,6 +27,19 @@ KINDS = {
     "uploads": "exports that are not on the Hub yet; without them an interrupted upload starts over",
 }
 """Folders of the cache, and what is in them."""
+_NAMES = {
+    "quantized": r".+-[0-9a-f]{16}",
+    "models": r".+-[0-9a-f]{12}|SmolLM2-135M-Instruct",
+    "tokenized": r"[0-9a-f]{32}",
+    "datasets": r".+\.json",
+    "base-answers": r".+-[0-9a-f]{16}\.safetensors",
+    "task-answers": r".+-[0-9a-f]{16}\.jsonl",
+    "learning-rates": r"[0-9a-f]{16}\.json",
+    "configs": r".+\.json",
+    "findings": r"[0-9a-f]{32}\.json",
+    "uploads": r"[0-9a-f]{16}",
+}
+"""Names that this program gives to what it puts there. Anything else is neither listed nor deleted."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +85,11 @@ def list_items() -> list[CachedItem]:
     for kind in KINDS:
         folder = paths.cache_dir() / kind
         entries = folder.iterdir() if folder.is_dir() else ()
-        entries_of_kind = [_item(kind, path) for path in entries if not path.name.startswith(".")]
+        entries_of_kind = [
+            _item(kind, path)
+            for path in entries
+            if re.fullmatch(_NAMES[kind], path.name) and not path.is_symlink()
+        ]
         items += sorted(entries_of_kind, key=lambda item: -item.size_bytes)
     return items
 
@@ -85,7 +103,7 @@ def _delete(items: list[CachedItem]) -> None:
     for item in items:
         try:
             if item.path.is_dir():
-                shutil.rmtree(item.path)
+                discard(item.path)
             else:
                 item.path.unlink()
         except OSError as error:

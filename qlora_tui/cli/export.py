@@ -18,6 +18,7 @@ from qlora_tui.cli.subcommand import CommandResult, Subcommand, add_json_argumen
 from qlora_tui.cli.terminal import write_control
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
 from qlora_tui.formatting import truncate_middle
+from qlora_tui.locks import hold_folder
 from qlora_tui.runs.directory import find_run
 
 if TYPE_CHECKING:
@@ -37,10 +38,10 @@ def run(args: argparse.Namespace) -> CommandResult:
             exit_code=EXIT_USAGE,
         )
     from qlora_tui.chat.chat_sources import choose_adapter, run_source
+    from qlora_tui.drafts import can_continue, draft_path
     from qlora_tui.export.unfinished_files import export_problems
     from qlora_tui.gpu.library_imports import faster_imports
     from qlora_tui.gpu.torch_env import configure_torch_env
-    from qlora_tui.runs.drafts import can_continue, draft_path
     from qlora_tui.runs.exports import leave_gpu_to_runs, output_path
 
     request = _request(args)
@@ -50,6 +51,8 @@ def run(args: argparse.Namespace) -> CommandResult:
     if note := leave_gpu_to_runs():
         print(note, file=sys.stderr)
     configure_torch_env()
+    # Until this process ends: a deletion of the run asks first.
+    hold_folder(run.path)
     try:
         with export_problems(), _progress() as on_status:
             with faster_imports():

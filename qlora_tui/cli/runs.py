@@ -11,9 +11,9 @@ from qlora_tui.cli.check import check
 from qlora_tui.cli.follow import PLAIN_INTERVAL_S, follow, follow_plain
 from qlora_tui.cli.open_app import can_show_app, open_app
 from qlora_tui.cli.subcommand import CommandResult, Subcommand, add_json_argument, format_table
-from qlora_tui.errors import EXIT_USAGE, UserError
-from qlora_tui.formatting import format_float
-from qlora_tui.runs import actions, control, run_queue
+from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
+from qlora_tui.formatting import format_bytes, format_duration, format_float, pluralize
+from qlora_tui.runs import actions, control, run_queue, trash
 from qlora_tui.runs.describe import format_exact, format_rewards
 from qlora_tui.runs.directory import LAST, RunDir, all_runs, find_run
 from qlora_tui.runs.metrics_table import metrics_csv, metrics_parquet
@@ -38,21 +38,69 @@ def runs(args: argparse.Namespace) -> CommandResult:
     if args.action == "save":
         return _save(find_run(args.run_id), Path(args.file).expanduser())
     if args.action == "delete":
-        return _delete(find_run(args.run_id), confirmed=args.yes)
+        return _delete(find_run(args.run_id), confirmed=args.yes, in_use=args.in_use)
+    if args.action == "trash":
+        return _trash(empty=args.empty)
+    if args.action == "restore":
+        run = trash.restore(args.run_id)
+        return CommandResult(data={"run": run.id, "restored": True}, text=f"{run.id} is restored.")
     return _list()
 
 
-def _delete(run: RunDir, *, confirmed: bool) -> CommandResult:
+def _delete(run: RunDir, *, confirmed: bool, in_use: bool) -> CommandResult:
     actions.check_deletable(run)
-    if not confirmed:
+    uses = actions.uses_of(run)
+    if not confirmed or (uses and not in_use):
         raise UserError(
             "Not deleted",
             what=f"{run.name} would be deleted permanently, with its checkpoints and adapter.",
-            fix=f"`qlora-tui runs delete {run.id} --yes` deletes it.",
+            why=f"It is in use: {'; '.join(uses)}." if uses else "",
+            fix=f"`qlora-tui runs delete {run.id} --yes{' --in-use' if uses else ''}` deletes it.",
             exit_code=EXIT_USAGE,
         )
     actions.delete(run)
     return CommandResult(data={"run": run.id, "deleted": True}, text=f"{run.id} is deleted.")
+
+
+def _trash(*, empty: bool) -> CommandResult:
+    """List the runs that the app deleted and that can be restored, or delete them for good."""
+    trashed = trash.trashed_runs()
+    sizes = {each.run.path: each.size_bytes for each in trashed}
+    deleted = {each.run.path for each in trash.empty()} if empty else set()
+    data = {
+        "runs": [
+            {
+                "run": each.run.id,
+                "path": str(each.run.path),
+                "size_bytes": sizes[each.run.path],
+                "deleted_at": each.deleted_at,
+                "erased": each.run.path in deleted,
+            }
+            for each in trashed
+        ],
+        "total_bytes": sum(sizes.values()),
+    }
+    if empty:
+        freed = format_bytes(sum(sizes[path] for path in deleted))
+        text = f"Deleted {pluralize(len(deleted), 'run')} for good, {freed}."
+        if left := len(trashed) - len(deleted):
+            text += f" {pluralize(left, 'run')} could not be deleted: check the permissions in the trash."
+        return CommandResult(data, text, EXIT_FAILURE if left else 0)
+    if not trashed:
+        return CommandResult(data, "The trash is empty.")
+    rows = [
+        [
+            each.run.id,
+            format_bytes(sizes[each.run.path]),
+            f"{format_duration(each.age_s)} ago",
+            format_duration(max(0.0, trash.KEPT_S - each.age_s)),
+        ]
+        for each in trashed
+    ]
+    table = format_table(rows, ["run", "size", "deleted", "erased in"])
+    total = format_bytes(sum(sizes.values()))
+    fix = "`qlora-tui runs restore RUN` brings one back; `qlora-tui runs trash --empty` erases all."
+    return CommandResult(data, f"{table}\n\n{total} in all. {fix}")
 
 
 def _content(view: RunView, kind: str) -> bytes:
@@ -237,7 +285,9 @@ def _add_run_argument(parser: argparse.ArgumentParser) -> None:
 
 def _runs_arguments(parser: argparse.ArgumentParser) -> None:
     changes = parser.add_subparsers(
-        dest="action", metavar="rename|delete|save|check", help="without a subcommand, all runs are listed"
+        dest="action",
+        metavar="rename|delete|trash|restore|save|check",
+        help="without a subcommand, all runs are listed",
     )
     rename = changes.add_parser("rename", help="rename a run (its id does not change)")
     _add_run_argument(rename)
@@ -245,6 +295,17 @@ def _runs_arguments(parser: argparse.ArgumentParser) -> None:
     delete = changes.add_parser("delete", help="delete an ended run for good")
     _add_run_argument(delete)
     delete.add_argument("--yes", action="store_true", help="confirm: without this, nothing is deleted")
+    delete.add_argument(
+        "--in-use",
+        action="store_true",
+        help="also where a queued run starts from it, or a chat or an export has its adapter loaded",
+    )
+    trashed = changes.add_parser(
+        "trash", help="list the runs that the app deleted, with size and age; they can be restored for a week"
+    )
+    trashed.add_argument("--empty", action="store_true", help="delete them for good now")
+    restored = changes.add_parser("restore", help="bring a run back from the trash")
+    restored.add_argument("run_id", metavar="RUN", help="its id or name, or the beginning of one")
     save = changes.add_parser(
         "save",
         help="save the steps of a run as a table (.csv, .parquet) or its loss as a picture (.svg, .png)",
@@ -258,7 +319,7 @@ def _runs_arguments(parser: argparse.ArgumentParser) -> None:
     verify.add_argument(
         "--repair", action="store_true", help="repair what can be repaired and list the repairs"
     )
-    for change in (rename, delete, save, verify):
+    for change in (rename, delete, trashed, restored, save, verify):
         add_json_argument(change)
 
 

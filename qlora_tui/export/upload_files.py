@@ -27,6 +27,7 @@ from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.effect_measurement import measure_effect
 from qlora_tui.chat.session import chat_tokenizer, load_session
 from qlora_tui.decoding import decode_json
+from qlora_tui.drafts import discard, publish
 from qlora_tui.errors import UserError
 from qlora_tui.export.base_choice import refuse_without_base
 from qlora_tui.export.gguf_export import export_gguf
@@ -36,7 +37,6 @@ from qlora_tui.export.merge import merge
 from qlora_tui.export.merged_weights import merged_weights
 from qlora_tui.export.model_card import CardForm
 from qlora_tui.export.unfinished_files import draft_folder, require_space
-from qlora_tui.files import publish
 from qlora_tui.formatting import short_model_name
 
 UPLOADS = "uploads"
@@ -140,7 +140,8 @@ class UploadFolder:
     ) -> UploadFacts:
         """Write everything but the model card, unless an earlier try has. Raises UserError."""
         if not (self.path / _FACTS).is_file():
-            shutil.rmtree(self.path, ignore_errors=True)
+            if self.path.exists():
+                discard(self.path)
             files = self.draft / _FILES
             shutil.rmtree(files, ignore_errors=True)
             facts = _write(files, source, adapter_name, form, file_type, on_status, compared_tokens)

@@ -9,8 +9,6 @@ status          a run's current state
 status_summary  the state in a sentence, for a screen reader
 liveness        whether the process behind a run is still working
 process         identifies processes by start tick, boot and machine
-locks           file locks
-drafts          hidden folders for unfinished exports, one process at a time
 follow          waits for a run's next events, for the command line
 telemetry       GPU and host metrics during a run
 energy          adds up the measured power
@@ -23,8 +21,8 @@ tracker_packages whether an experiment tracker is installed
 machine_checks  checks GPU, disk and queue
 readiness       checks whether this machine can train at all
 control         sends a request to a running trainer
-trash           deleted runs, for an undo
-leftovers       deletes what killed processes left behind
+trash           deleted runs, which can be restored for a week
+leftovers       deletes what killed processes left behind, wherever this program writes
 damage          whether a checkpoint or an adapter is intact
 check           verifies runs
 repair          repairs the defects that a check reports

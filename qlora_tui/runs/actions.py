@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import shutil
+from pathlib import Path
 
+from qlora_tui import paths
+from qlora_tui.drafts import discard
 from qlora_tui.errors import EXIT_USAGE, UserError, disk_problems
-from qlora_tui.files import atomic_write, sync
+from qlora_tui.files import atomic_write
+from qlora_tui.locks import is_held, is_locked
 from qlora_tui.recipe.absolute_paths import with_absolute_paths
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import control, run_queue
 from qlora_tui.runs.directory import LAST, RunDir, all_runs, create_run
-from qlora_tui.runs.exports import delete_unfinished
+from qlora_tui.runs.exports import delete_unfinished, read_exports
 from qlora_tui.runs.initial_adapter import with_initial_adapter
-from qlora_tui.runs.locks import is_locked
 from qlora_tui.runs.spawn import ensure_runner
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, State, read_status
 
@@ -105,7 +106,16 @@ def _taken(run: RunDir, name: str) -> str:
 
 
 def check_deletable(run: RunDir) -> None:
-    """Raise UserError if the run is queued, in training, or being measured."""
+    """Raise UserError if the run is queued, in training, or being measured, or is a link to one elsewhere."""
+    if run.path.is_symlink():
+        target = run.path.resolve()
+        raise UserError(
+            "The run is elsewhere",
+            what=f"{run.path} is a link to {target}.",
+            why="Nothing outside the runs folder is deleted.",
+            fix=f"Delete both yourself: `rm -r {shlex.quote(str(target))} {shlex.quote(str(run.path))}`.",
+            exit_code=EXIT_USAGE,
+        )
     status = read_status(run)
     if status.state in ACTIVE or run.id in run_queue.waiting():
         raise UserError(
@@ -123,15 +133,39 @@ def check_deletable(run: RunDir) -> None:
         )
 
 
+def uses_of(run: RunDir) -> list[str]:
+    """Return what uses an ended run, in clauses: who deletes it should say so first."""
+    uses = [
+        f"{other.name}, which waits in the queue, starts from its adapter"
+        for other in map(_run, run_queue.waiting())
+        if _starts_from(other, run)
+    ]
+    if any(export.status.state == "running" for export in read_exports(run)):
+        uses.append("it is being exported")
+    elif is_held(run.path):
+        uses.append("its adapter is loaded for a chat or an export")
+    return uses
+
+
+def _run(run_id: str) -> RunDir:
+    return RunDir(paths.runs_dir() / run_id)
+
+
+def _starts_from(other: RunDir, run: RunDir) -> bool:
+    try:
+        init_from = other.recipe().lora.init_from
+    except (OSError, UserError):
+        # A recipe that cannot be read starts no training.
+        return False
+    return bool(init_from) and Path(init_from).resolve().is_relative_to(run.path.resolve())
+
+
 @disk_problems()
 def delete(run: RunDir) -> None:
     """Delete a run and everything it produced, permanently. Raises UserError until it has ended.
 
-    It leaves the runs folder in one step: if killed midway, a hidden folder remains for the next sweep.
+    It leaves the runs folder in one step: if killed midway, the rest is deleted by the next sweep.
     """
     check_deletable(run)
     delete_unfinished(run)
-    hidden = run.path.with_name(f".deleting-{os.getpid()}-{run.id}")
-    run.path.rename(hidden)
-    sync(hidden.parent)
-    shutil.rmtree(hidden)
+    discard(run.path)

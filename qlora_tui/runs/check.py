@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 
 from qlora_tui import paths
+from qlora_tui.drafts import kept_earlier
 from qlora_tui.errors import UserError
-from qlora_tui.files import earlier_folder, read_regular
+from qlora_tui.files import read_regular
 from qlora_tui.recipe.toml import parse, to_recipe
 from qlora_tui.runs import leftovers, repair
 from qlora_tui.runs.damage import adapter_damage, checkpoint_damage
@@ -59,17 +60,25 @@ def check_queue() -> CheckResult:
 
 
 def check_leftovers() -> CheckResult:
-    """List what killed processes left half written an hour ago or longer."""
-    defects = (
+    """List what killed processes left half written."""
+    defects = [
         Defect(f"{path} was left by a killed process", "a repair deletes it", partial(repair.delete, path))
         for path in leftovers.leftovers()
-    )
+    ]
+    defects += [
+        Defect(f"{path} may be what version 1.0 left half written", "nothing shows that; delete it yourself")
+        for path in leftovers.unmarked()
+    ]
     return CheckResult("leftovers", None, tuple(defects))
 
 
 def _moved_aside(run: RunDir) -> Iterator[Defect]:
     for final in leftovers.moved_aside(run):
-        what = f"{final.name} was moved to {earlier_folder(final).name} and the replacement is missing"
+        earlier = kept_earlier(final)
+        if earlier is None:
+            continue
+        place = earlier.relative_to(final.parent)
+        what = f"{final.name} was moved to {place} and the replacement is missing"
         yield Defect(what, "a repair moves it back", partial(repair.put_back, run, final))
 
 

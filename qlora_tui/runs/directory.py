@@ -18,14 +18,13 @@ runs/<id>/
 from __future__ import annotations
 
 import errno
-import os
 import re
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_tui import paths
+from qlora_tui.drafts import new_draft
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.files import atomic_write, private_dir, read_regular, sync, sync_tree
 from qlora_tui.formatting import short_model_name
@@ -35,8 +34,6 @@ from qlora_tui.runs.event_log import EventWriter, read_from
 from qlora_tui.runs.events import Queued, decode
 
 _FIRST_EVENT_BYTES = 1024
-DRAFT = ".new-"
-"""Name prefix of an incomplete run folder; its process's PID follows."""
 TRASH = ".deleted"
 """Folder, next to the runs, of deleted runs that can be restored: see :mod:`qlora_tui.runs.trash`."""
 
@@ -138,11 +135,6 @@ class RunDir:
     def adapter_dir(self) -> Path:
         return self.path / "adapter"
 
-    @property
-    def adapter_draft(self) -> Path:
-        """Folder where the trainer writes the adapter until it is complete."""
-        return self.path / ".adapter"
-
     def recipe(self) -> Recipe:
         """Read the recipe as it was when the run was queued. Raises UserError."""
         if self.recipe_path.exists() and not self.recipe_path.is_file():
@@ -170,6 +162,15 @@ class RunDir:
         return sorted(complete)
 
 
+def run_of(folder: Path) -> RunDir | None:
+    """Return the run whose adapter or checkpoint is in ``folder``; None if it is no run's."""
+    for parent in (folder.parent, folder.parent.parent):
+        run = RunDir(parent)
+        if folder in (run.adapter_dir, run.checkpoints_dir / folder.name) and run.recipe_path.is_file():
+            return run
+    return None
+
+
 LAST = "last"
 """Alias of the newest run."""
 
@@ -180,22 +181,16 @@ def create_run(recipe: Recipe) -> RunDir:
     It appears under its name once it is complete and on disk. Raises UserError if the disk is full or the
     directory cannot be written.
     """
-    import tempfile  # takes 15 ms, which a start that creates nothing avoids
-
     parent = paths.runs_dir()
-    draft: Path | None = None
     try:
-        # A unique draft name: another run may be created at the same moment.
-        draft = Path(tempfile.mkdtemp(prefix=f"{DRAFT}{os.getpid()}-", dir=parent))
-        for folder in ("control", "checkpoints"):
-            private_dir(draft / folder)
-        atomic_write(draft / "recipe.toml", dump(recipe))
-        with EventWriter(draft / "events.jsonl") as log:
-            log.append(Queued(at=time.time()))
-        return RunDir(_publish(draft, parent, recipe))
+        with new_draft(parent) as draft:
+            for folder in ("control", "checkpoints"):
+                private_dir(draft / folder)
+            atomic_write(draft / "recipe.toml", dump(recipe))
+            with EventWriter(draft / "events.jsonl") as log:
+                log.append(Queued(at=time.time()))
+            return RunDir(_publish(draft, parent, recipe))
     except OSError as error:
-        if draft is not None:
-            shutil.rmtree(draft, ignore_errors=True)
         raise UserError(
             "The run could not be created",
             what=f"{error.filename or parent}: {error.strerror}.",
@@ -282,7 +277,8 @@ def _free_name(parent: Path, recipe: Recipe) -> str:
     base = f"{slug}-{time.strftime('%Y%m%d-%H%M')}"
     name, number = base, 1
     # A deleted run may be restored under its name.
-    taken = {path.name for path in (*parent.iterdir(), *parent.glob(f"{TRASH}/*/*"))}
+    places = (parent.iterdir(), parent.glob(f"{TRASH}/*"), parent.glob(f"{TRASH}/*/*"))
+    taken = {path.name for place in places for path in place}
     while name in taken:
         number += 1
         name = f"{base}-{number}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -18,13 +17,14 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
+from qlora_tui import paths
 from qlora_tui.decoding import decode_json
+from qlora_tui.drafts import can_continue, delete_owned, discard, draft_path
 from qlora_tui.errors import UserError, disk_problems
 from qlora_tui.files import atomic_write, private_dir, read_regular
+from qlora_tui.locks import is_locked
 from qlora_tui.runs.control import terminate
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.drafts import can_continue, delete_abandoned, draft_path
-from qlora_tui.runs.locks import is_locked
 from qlora_tui.runs.process import ProcessIdentity
 from qlora_tui.runs.spawn import spawn_detached
 
@@ -141,19 +141,14 @@ def delete_export(export: Export) -> None:
 
     Raises UserError.
     """
-    out = output_path(export.request)
-    if out is not None and can_resume(export):
-        delete_abandoned(draft_path(out))
-    shutil.rmtree(export.folder)
+    delete_owned(export.folder)
+    discard(export.folder)
 
 
 def delete_unfinished(run: RunDir) -> None:
-    """Delete what the exports of a run left unfinished, as far as possible."""
-    for export in filter(can_resume, read_exports(run)):
-        out = output_path(export.request)
-        assert out is not None
-        with suppress(OSError, UserError):
-            delete_abandoned(draft_path(out))
+    """Delete what the exports of a run, which may be in the trash, left unfinished, as far as possible."""
+    for export in read_exports(run):
+        delete_owned(exports_dir(RunDir(paths.runs_dir() / run.id)) / export.folder.name)
 
 
 def restart_export(run: RunDir, export: Export) -> Export:
@@ -162,7 +157,9 @@ def restart_export(run: RunDir, export: Export) -> Export:
     It continues what the earlier one left.
     """
     again = start_export(run, export.request)
-    shutil.rmtree(export.folder, ignore_errors=True)
+    # What is left of the earlier one is a line in a list.
+    with suppress(OSError):
+        discard(export.folder)
     return again
 
 

@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qlora_tui.errors import UserError
+from qlora_tui.locks import is_locked
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.event_log import read_from
 from qlora_tui.runs.events import AnyEvent
-from qlora_tui.runs.locks import is_locked
 from qlora_tui.runs.spawn import ensure_runner, runner_lock_path, runner_log_path
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.runs.view import RunView
 
 POLL_S = 0.25
+_LOG_BYTES = 1 << 16
 GRACE_S = 10.0
 """Time in seconds that a runner may take to start, and to make way for the next."""
 
@@ -84,7 +86,8 @@ class _RunnerMonitor:
 
 def _last_line(log: Path) -> str:
     try:
-        lines = log.read_text(errors="replace").split("\n")
+        begin = max(0, log.stat().st_size - _LOG_BYTES)
+        lines = read_from(log, begin, _LOG_BYTES).decode(errors="replace").split("\n")
     except OSError:
         return ""
     return next((f"Its log ends: {line.strip()}" for line in reversed(lines) if line.strip()), "")

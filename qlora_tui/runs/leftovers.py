@@ -1,44 +1,43 @@
-"""Leftovers of killed processes in the runs folder: drafts to delete, previous folders to restore.
+"""What killed processes left, wherever this program writes: drafts to delete, previous folders to restore.
 
-Temporary views of models are in the system's temporary folder, and drafts of exports beside what they export.
-
-Only files that no process can be writing are touched. The trainer holds its run, so an earlier trainer's
-leftovers can go when the next one starts; an export holds its draft. Anything else must be an hour old,
-belong to a run that is not in training, and come from a process that has ended.
+Only what it can be shown to have made is deleted: folders with its marker that no process holds
+(:mod:`qlora_tui.drafts`), and temporary files with its name (:func:`qlora_tui.files.atomic_write`) that
+are an hour old. What a file in a run's folder says never decides what is deleted elsewhere.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from qlora_tui import paths
-from qlora_tui.errors import UserError
-from qlora_tui.files import restore_earlier
-from qlora_tui.runs.directory import DRAFT, TRASH, RunDir
-from qlora_tui.runs.drafts import (
+from qlora_tui.drafts import (
+    abandoned_in,
     can_continue,
     delete_abandoned,
-    draft_path,
+    final_path,
     is_abandoned,
+    kept_earlier,
+    restore_earlier,
     unfinished_drafts,
 )
-from qlora_tui.runs.exports import output_path, read_exports
-from qlora_tui.runs.status import ACTIVE, read_status
+from qlora_tui.errors import UserError
+from qlora_tui.files import TEMPORARY
+from qlora_tui.runs.directory import RunDir
 
 OLD_S = 3600.0
-"""Age in seconds of a leftover; no write takes so long."""
-_EARLIER = re.compile(r"\.(.+)\.earlier")
-_TEMPORARY = re.compile(r"\.(status\.json|heartbeat\.json|recipe\.toml|name)\.\w+")
-CHECKPOINT_DRAFT = ".writing-"
-"""Name prefix of an incomplete checkpoint folder; the checkpoint's name follows."""
-VIEW = "qlora-tui-view-"
-"""Name prefix of a temporary folder of links to a model; its process's PID follows."""
+"""Age in seconds of a leftover file; no write takes so long."""
+_EARLIER = re.compile(r"\.(.+)\.earlier", re.DOTALL)
+_UNMARKED = re.compile(
+    r"\.new-\d+-\w+|\.deleting-\d+-.+|\.adapter|\.(adapter|step-\d+)\.earlier|\.writing(-step-\d+)?"
+    r"|\.making-\w+",
+    re.DOTALL,
+)
+"""Names that version 1.0 gave to its temporary folders, which have no marker."""
 
 
 def restore(run: RunDir) -> list[Path]:
@@ -51,23 +50,24 @@ def restore(run: RunDir) -> list[Path]:
 
 def moved_aside(run: RunDir) -> list[Path]:
     """Paths of a missing adapter or checkpoint whose previous folder still exists."""
-    places = (
-        parent / match[1]
-        for parent in (run.path, run.checkpoints_dir)
-        for path in _listed(parent)
-        if (match := _EARLIER.fullmatch(path.name))
-    )
-    return [final for final in places if not final.exists()]
+    finals = []
+    for path in (*_listed(run.path), *_listed(run.checkpoints_dir)):
+        match = _EARLIER.fullmatch(path.name)
+        final = path.with_name(match[1]) if match else final_path(path)
+        if final != path and kept_earlier(final) is not None:
+            finals.append(final)
+    return list(dict.fromkeys(finals))
 
 
 def sweep_own(run: RunDir) -> None:
     """Delete what an earlier trainer of this run left half written. For the trainer that holds the run."""
-    for path in _trainers_drafts(run):
-        delete(path)
+    for folder in (run.path, run.checkpoints_dir):
+        for path in abandoned_in(folder):
+            delete(path)
 
 
 def sweep() -> list[Path]:
-    """Delete all leftovers that are old enough and that no process uses; return their paths."""
+    """Delete all leftovers that no process uses; return their paths."""
     swept = list(leftovers())
     for path in swept:
         delete(path)
@@ -76,64 +76,46 @@ def sweep() -> list[Path]:
 
 def leftovers() -> Iterator[Path]:
     """Yield all leftovers, in the runs folder and elsewhere, that :func:`sweep` would delete."""
-    yield from _views()
-    yield from _drafts_of_exports()
-    for path in _listed(paths.runs_dir()):
-        if path.name.startswith("."):
-            if path.name != TRASH and path.is_dir() and _is_old(path) and not _lives(path.name):
-                yield path
-        elif path.is_dir():
-            yield from leftovers_of(RunDir(path))
-
-
-def _views() -> Iterator[Path]:
-    """Yield folders of links left by killed processes of this user."""
     import tempfile  # takes 15 ms, which a start that sweeps nothing avoids
 
+    # Without a temporary folder, as on a full disk, nothing was left in it.
+    with suppress(OSError):
+        yield from abandoned_in(Path(tempfile.gettempdir()))
+    for draft in unfinished_drafts():
+        if is_abandoned(draft) and not can_continue(draft):
+            yield draft
+    for folder in _own_folders():
+        yield from abandoned_in(folder)
+        yield from (path for path in _listed(folder) if _is_old_file(path))
+
+
+def unmarked() -> Iterator[Path]:
+    """Yield folders whose names version 1.0 gave to what it had not finished, and which nothing deletes."""
+    for folder in _own_folders():
+        yield from (path for path in _listed(folder) if path.is_dir() and _UNMARKED.fullmatch(path.name))
+
+
+def _own_folders() -> Iterator[Path]:
+    """Yield every folder in which temporary files and folders are created, but for those of exports."""
+    yield paths.state_dir()
+    cache = paths.cache_dir()
+    for folder in (cache, *_listed(cache)):
+        if folder.is_dir() and not folder.is_symlink():
+            yield folder
+    yield paths.runs_dir()
+    for run in map(RunDir, _listed(paths.runs_dir())):
+        if not run.id.startswith(".") and run.path.is_dir():
+            yield run.path
+            yield run.checkpoints_dir
+
+
+def _is_old_file(path: Path) -> bool:
     try:
-        folder = Path(tempfile.gettempdir())
-    except OSError:  # the disk is full
-        return
-    for path in folder.glob(f"{VIEW}*"):
-        with suppress(OSError):
-            is_own_folder = path.is_dir() and not path.is_symlink() and path.lstat().st_uid == os.getuid()
-            if is_own_folder and _is_old(path) and not _lives(path.name, VIEW):
-                yield path
-
-
-def _drafts_of_exports() -> Iterator[Path]:
-    """Yield drafts of exports and uploads that were interrupted and cannot be continued, or not any more."""
-    drafts = [*(paths.cache_dir() / "uploads").glob(".*"), *unfinished_drafts()]
-    for folder in _listed(paths.runs_dir()):
-        for export in read_exports(RunDir(folder)):
-            out = output_path(export.request) if export.status.state in ("failed", "canceled") else None
-            if out is not None:
-                drafts.append(draft_path(out))
-    for draft in dict.fromkeys(drafts):
-        with suppress(OSError):
-            if is_abandoned(draft) and not can_continue(draft):
-                yield draft
-
-
-def leftovers_of(run: RunDir) -> list[Path]:
-    """Return all leftovers in one run's folder that :func:`sweep` would delete."""
-    left = [path for path in _listed(run.path) if _TEMPORARY.fullmatch(path.name)] + _trainers_drafts(run)
-    left = [path for path in left if _is_old(path)]
-    return left if left and read_status(run).state not in ACTIVE else []
-
-
-def _trainers_drafts(run: RunDir) -> list[Path]:
-    drafts = [run.adapter_draft] if run.adapter_draft.exists() else []
-    for path in (*_listed(run.path), *_listed(run.checkpoints_dir)):
-        match = _EARLIER.fullmatch(path.name)
-        if path.name.startswith(CHECKPOINT_DRAFT) or (match and path.with_name(match[1]).exists()):
-            drafts.append(path)
-    # Without its marker it is not a checkpoint: its deletion was interrupted.
-    return drafts + [
-        path
-        for path in _listed(run.checkpoints_dir)
-        if re.fullmatch(r"step-\d+", path.name) and not (path / "complete").exists()
-    ]
+        status = path.lstat()
+    except OSError:
+        return False
+    is_temporary = TEMPORARY.fullmatch(path.name) is not None and stat.S_ISREG(status.st_mode)
+    return is_temporary and time.time() - status.st_mtime > OLD_S
 
 
 def _listed(folder: Path) -> list[Path]:
@@ -143,26 +125,10 @@ def _listed(folder: Path) -> list[Path]:
         return []
 
 
-def _is_old(path: Path) -> bool:
-    try:
-        return time.time() - path.lstat().st_mtime > OLD_S
-    except OSError:
-        return False
-
-
-def _lives(name: str, prefix: str = DRAFT) -> bool:
-    """Whether the process is alive whose PID follows ``prefix`` in the name of its draft or view."""
-    match = re.match(rf"{re.escape(prefix)}(\d+)-", name)
-    return match is not None and Path(f"/proc/{match[1]}").exists()
-
-
 def delete(path: Path) -> None:
-    """Delete a file, or a folder and its contents, as far as possible."""
-    if is_abandoned(path):
-        with suppress(OSError, UserError):
-            delete_abandoned(path)
-    elif path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
+    """Delete a leftover as far as possible; what cannot be deleted takes room and does no other harm."""
+    with suppress(OSError, UserError):
+        if TEMPORARY.fullmatch(path.name):
             path.unlink()
+        else:
+            delete_abandoned(path)

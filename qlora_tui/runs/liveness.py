@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from qlora_tui.files import read_regular
 from qlora_tui.formatting import format_duration
+from qlora_tui.locks import is_locked
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.locks import is_locked
 from qlora_tui.runs.process import ProcessIdentity, machine_id, process_identity
 from qlora_tui.runs.spawn import runner_lock_path
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from qlora_tui import paths
+from qlora_tui.drafts import new_draft
 from qlora_tui.errors import UserError, disk_problems
 from qlora_tui.files import atomic_write
+from qlora_tui.locks import PATIENCE_S, locked
 from qlora_tui.recipe.absolute_paths import with_absolute_paths
 from qlora_tui.recipe.conflicts import require_runnable
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import dump
-from qlora_tui.runs.directory import DRAFT, RunDir, all_runs
+from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.initial_adapter import with_initial_adapter
-from qlora_tui.runs.locks import PATIENCE_S, locked
 from qlora_tui.runs.lr_range import LrRange, RangeSettings, read_lr_range, stored_path, write_lr_range
 from qlora_tui.runs.measuring import MeasuringStoppedError, StopSwitch, measure_in_child
 from qlora_tui.runs.spawn import training_lock_path
@@ -65,9 +62,25 @@ def _measure(
     progress: Callable[[int, int, LrRange], None],
     switch: StopSwitch,
 ) -> LrRange:
-    # As an incomplete run, it is deleted later if this process is killed.
-    folder = Path(tempfile.mkdtemp(prefix=f"{DRAFT}{os.getpid()}-", dir=paths.runs_dir()))
-    run = RunDir(folder)
+    with new_draft(paths.runs_dir()) as folder:
+        measured = _measure_in(RunDir(folder), recipe, settings, progress, switch)
+    if measured is None or not measured.steps:
+        raise UserError(
+            "The rates could not be tried",
+            what="The test ended without a single step.",
+            fix="Check the disk that holds the runs, and try again.",
+        )
+    write_lr_range(stored_path(recipe), measured)
+    return measured
+
+
+def _measure_in(
+    run: RunDir,
+    recipe: Recipe,
+    settings: RangeSettings,
+    progress: Callable[[int, int, LrRange], None],
+    switch: StopSwitch,
+) -> LrRange | None:
     lr_range = LrRange(settings=settings, measured_at=time.time())
 
     def on_progress(done: int, total: int) -> None:
@@ -78,21 +91,11 @@ def _measure(
         atomic_write(run.recipe_path, dump(with_initial_adapter(with_absolute_paths(recipe))))
         write_lr_range(run.lr_range_path, lr_range)
         measure_in_child(WORKER, run, on_progress, started=switch.attach, subject="the learning rates")
-        measured = read_lr_range(run.lr_range_path)
+        return read_lr_range(run.lr_range_path)
     except UserError as error:
         if switch.is_stopped:
             raise MeasuringStoppedError from error
         raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    if measured is None or not measured.steps:
-        raise UserError(
-            "The rates could not be tried",
-            what=f"{run.lr_range_path} holds no step.",
-            fix="Check the disk that holds it, and try again.",
-        )
-    write_lr_range(stored_path(recipe), measured)
-    return measured
 
 
 def read_stored(recipe: Recipe) -> LrRange | None:

@@ -16,11 +16,11 @@ from qlora_tui.gpu.driver import open_driver
 from qlora_tui.gpu.errors import GpuUnavailableError
 from qlora_tui.gpu.metrics import GpuDevice, GpuProcess
 from qlora_tui.gpu.visible_devices import default_cuda_device
+from qlora_tui.locks import is_locked
 from qlora_tui.memory.budget import MemoryBudget, budget_for
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import all_runs
-from qlora_tui.runs.locks import is_locked
 from qlora_tui.runs.spawn import training_lock_path
 from qlora_tui.runs.status import ACTIVE, read_status
 from qlora_tui.runs.suggested_fix import SuggestedFix

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from qlora_tui.errors import UserError
 from qlora_tui.gpu.torch_env import allocator_variables, configure_torch_env
+from qlora_tui.locks import PATIENCE_S, locked
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.locks import PATIENCE_S, locked
 from qlora_tui.subprocesses import end_with_parent
 from qlora_tui.worker_messages import send_error
 

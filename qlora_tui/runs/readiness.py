@@ -10,7 +10,7 @@ from qlora_tui import paths, subprocesses
 from qlora_tui.catalog.local_models import hub_cache_dir
 from qlora_tui.errors import UserError, disk_problem
 from qlora_tui.installation import PROGRAM, install_command
-from qlora_tui.runs.locks import locked
+from qlora_tui.locks import locked
 from qlora_tui.runs.machine_checks import Check, CheckKind, check_disk, check_gpu, read_machine
 
 _DISK_BYTES = 5 * 2**30

@@ -18,11 +18,11 @@ from typing import TypeAlias
 from qlora_tui import paths
 from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write, sync
+from qlora_tui.locks import PATIENCE_S, locked
 from qlora_tui.runs import leftovers, run_queue
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter, events_and_damage
 from qlora_tui.runs.events import Failed
-from qlora_tui.runs.locks import PATIENCE_S, locked
 from qlora_tui.runs.outcomes import determine_outcome, record_outcome
 from qlora_tui.runs.queue_entries import Entry, queue_lock
 from qlora_tui.runs.status import ACTIVE, State, is_stranded, read_status, write_status

@@ -18,10 +18,10 @@ from collections.abc import Callable
 from qlora_tui import paths
 from qlora_tui.errors import EXIT_FAILURE, UserError, disk_problem
 from qlora_tui.files import open_append
-from qlora_tui.runs import run_queue
+from qlora_tui.locks import PATIENCE_S, is_locked, locked
+from qlora_tui.runs import run_queue, trash
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.leftovers import sweep
-from qlora_tui.runs.locks import PATIENCE_S, is_locked, locked
 from qlora_tui.runs.memory_advice import host_oom_kills
 from qlora_tui.runs.outcomes import determine_outcome, record_outcome
 from qlora_tui.runs.process import process_identity
@@ -63,6 +63,7 @@ def main() -> int:
 
 def _run_queue(skipped: set[str]) -> None:
     sweep()
+    trash.empty(trash.KEPT_S)
     for run in all_runs():
         _guarded(run, _take_over)
     while _next(skipped) is not None:

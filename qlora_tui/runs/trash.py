@@ -1,103 +1,152 @@
-"""Deleted runs that can still be restored, until the app that deleted them exits.
+"""Deleted runs that can be restored for a week, whatever happens to the app that deleted them.
 
-``runs/.deleted/<owner>/<run id>``: inside the runs folder, so that deleting is a rename on the same disk.
-The owner holds a lock while it runs; a folder whose lock is free is abandoned and can be deleted.
+``runs/.deleted/<run id>``: inside the runs folder, so that deleting is a rename on the same disk. The file
+``deleted`` in the run's folder has the time; without it a folder is not ours to delete.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
-import shutil
+import re
 import time
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_tui import paths
-from qlora_tui.errors import UserError
-from qlora_tui.files import private_dir
+from qlora_tui.drafts import discard
+from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.files import atomic_write, private_dir, read_regular, sync
 from qlora_tui.runs.actions import check_deletable
 from qlora_tui.runs.directory import TRASH, RunDir
 from qlora_tui.runs.exports import delete_unfinished
 
-_LOCK = ".lock"
+KEPT_DAYS = 7
+KEPT_S = KEPT_DAYS * 24 * 3600.0
+"""Time for which a deleted run can be restored, in seconds."""
+_TIME = "deleted"
+_OWNER = re.compile(r"\d+-\d+")
+"""Version 1.0 had a folder with such a name for each app."""
 
 
-class Trash:
-    """Runs that one app has deleted, the most recent on top."""
+@dataclass(frozen=True)
+class TrashedRun:
+    """A deleted run that can be restored."""
 
-    def __init__(self) -> None:
-        self._folder: Path | None = None
-        self._lock = -1
-        self._deleted: list[str] = []
+    run: RunDir
+    """Its folder in the trash."""
+    deleted_at: float
+    """Unix time."""
 
-    def __len__(self) -> int:
-        return len(self._deleted)
+    @property
+    def age_s(self) -> float:
+        """Seconds since its deletion; 0 if the clock was set back."""
+        return max(0.0, time.time() - self.deleted_at)
 
-    def __contains__(self, run_id: str) -> bool:
-        return run_id in self._deleted
-
-    def put(self, run: RunDir) -> None:
-        """Move a run to the trash; raises UserError until it has ended, or on a disk error."""
-        check_deletable(run)
-        try:
-            run.path.rename(self._own_folder() / run.id)
-        except OSError as error:
-            raise _disk("The run was not deleted", run.path, error) from error
-        self._deleted.append(run.id)
-
-    def restore(self) -> RunDir | None:
-        """Restore the run that was deleted last; None if the trash is empty. Raises UserError."""
-        if not self._deleted:
-            return None
-        run = RunDir(paths.runs_dir() / self._deleted[-1])
-        try:
-            (self._own_folder() / run.id).rename(run.path)
-        except OSError as error:
-            raise _disk("The run was not restored", run.path, error) from error
-        self._deleted.pop()
-        return run
-
-    def empty(self) -> None:
-        """Delete the contents permanently."""
-        if self._folder is not None:
-            _delete_runs(self._folder)
-            os.close(self._lock)
-            self._folder, self._lock, self._deleted = None, -1, []
-
-    def _own_folder(self) -> Path:
-        if self._folder is None:
-            name = f"{time.time_ns()}-{os.getpid()}"
-            # The folder appears under its name once locked, so that another app starting now leaves it alone.
-            draft = private_dir(_home() / f".{name}")
-            self._lock = os.open(draft / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
-            self._folder = draft.rename(_home() / name)
-        return self._folder
+    @property
+    def size_bytes(self) -> int:
+        """Room that it takes; a file that cannot be looked at counts nothing."""
+        size = 0
+        for folder, _, names in os.walk(self.run.path):
+            for name in names:
+                with suppress(OSError):
+                    size += (Path(folder) / name).lstat().st_size
+        return size
 
 
-def empty_abandoned() -> None:
-    """Permanently delete the trash of apps that were killed."""
-    if not _home().exists():
-        return
-    for folder in _home().glob("[!.]*"):
-        try:
-            lock = os.open(folder / _LOCK, os.O_RDWR)
-        except OSError:
+def put(run: RunDir) -> None:
+    """Move a run to the trash; raises UserError until it has ended, or on a disk error."""
+    check_deletable(run)
+    trashed = private_dir(_home()) / run.id
+    try:
+        atomic_write(run.path / _TIME, f"{time.time():.0f}\n")
+        run.path.rename(trashed)
+        sync(trashed.parent)
+        sync(run.path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            (run.path / _TIME).unlink(missing_ok=True)
+        raise _disk("The run was not deleted", run.path, error) from error
+
+
+def trashed_runs() -> list[TrashedRun]:
+    """Return every run that can be restored, the one deleted last first."""
+    folders: list[Path] = []
+    for path in _listed(_home()):
+        folders += _listed(path) if _OWNER.fullmatch(path.name) else [path]
+    return sorted(
+        (TrashedRun(RunDir(path), _deleted_at(path)) for path in folders if _is_run(path)),
+        key=lambda each: each.deleted_at,
+        reverse=True,
+    )
+
+
+def restore(run_id: str) -> RunDir:
+    """Move a run out of the trash, by its id, its name or the beginning of either. Raises UserError."""
+    trashed = _find(run_id)
+    run = RunDir(paths.runs_dir() / trashed.run.id)
+    if os.path.lexists(run.path):
+        raise UserError("The run was not restored", what=f"{run.path} exists.", fix="Rename that folder.")
+    try:
+        trashed.run.path.rename(run.path)
+        sync(run.path.parent)
+        (run.path / _TIME).unlink(missing_ok=True)
+    except OSError as error:
+        raise _disk("The run was not restored", run.path, error) from error
+    return run
+
+
+def empty(older_than_s: float = 0.0) -> list[TrashedRun]:
+    """Delete runs in the trash for good, and what their exports left unfinished; return those deleted.
+
+    A run that cannot be deleted stays in the trash. Only those with the time of their deletion are deleted
+    by age.
+    """
+    deleted = []
+    for trashed in trashed_runs():
+        has_time = (trashed.run.path / _TIME).is_file()
+        if older_than_s and not (has_time and trashed.age_s > older_than_s):
             continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _delete_runs(folder)
-        except BlockingIOError:
-            pass
-        finally:
-            os.close(lock)
+        delete_unfinished(trashed.run)
+        with suppress(OSError):
+            discard(trashed.run.path)
+            deleted.append(trashed)
+    return deleted
 
 
-def _delete_runs(folder: Path) -> None:
-    """Delete a trash and what the exports of its runs left unfinished."""
-    for path in folder.glob("[!.]*"):
-        delete_unfinished(RunDir(path))
-    shutil.rmtree(folder, ignore_errors=True)
+def _find(run_id: str) -> TrashedRun:
+    trashed = trashed_runs()
+    matches = (
+        [each for each in trashed if each.run.id == run_id]
+        or [each for each in trashed if each.run.name == run_id]
+        or [each for each in trashed if each.run.id.startswith(run_id)]
+    )
+    if len(matches) == 1:
+        return matches[0]
+    what = f"{len(matches)} deleted runs begin with {run_id!r}." if matches else f"{run_id!r} is not in it."
+    raise UserError(
+        "Not in the trash", what=what, fix="`qlora-tui runs trash` lists what is.", exit_code=EXIT_USAGE
+    )
+
+
+def _is_run(path: Path) -> bool:
+    is_run = (path / _TIME).is_file() or RunDir(path).recipe_path.exists()
+    return path.is_dir() and not path.name.startswith(".") and is_run
+
+
+def _deleted_at(path: Path) -> float:
+    try:
+        return float(read_regular(path / _TIME, 64))
+    except (OSError, ValueError):
+        # A rename changes this time.
+        return path.lstat().st_ctime
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
 
 
 def _home() -> Path:

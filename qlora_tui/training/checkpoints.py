@@ -15,8 +15,9 @@ A resume is exact because ``trainer.RunTrainer`` restores adapter, optimizer, sc
 
 from __future__ import annotations
 
-import shutil
+import errno
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -24,15 +25,15 @@ from msgspec import Struct
 
 from qlora_tui.checksums import write_checksums
 from qlora_tui.decoding import decode_json
+from qlora_tui.drafts import discard, draft_files, draft_path, held_draft, publish
 from qlora_tui.errors import UserError
-from qlora_tui.files import atomic_write, private_dir, publish, read_regular
+from qlora_tui.files import atomic_write, private_dir, read_regular
 from qlora_tui.recipe.diff import diff_recipes
 from qlora_tui.recipe.fields import WITHOUT_EFFECT_ON_WEIGHTS
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import dump, parse, to_frozen_recipe
 from qlora_tui.runs.damage import MARKER, checkpoint_damage
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.leftovers import CHECKPOINT_DRAFT
 from qlora_tui.training.distributed import DistributedContext
 
 _STATE = "state.json"
@@ -99,15 +100,15 @@ def write(
         OSError: it cannot be written. An earlier checkpoint of the step is untouched then.
     """
     final = run.checkpoints_dir / f"step-{state.step}"
-    draft = private_dir(run.checkpoints_dir) / f"{CHECKPOINT_DRAFT}{final.name}"
     if not dist.is_main_process:
         dist.barrier()
-        save_checkpoint_files(draft)
+        save_checkpoint_files(draft_files(final))
         dist.barrier()
         return final
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
-        private_dir(draft)
+    private_dir(run.checkpoints_dir)
+    with held_draft(draft_path(final)) as draft:
+        if draft is None:
+            raise BlockingIOError(errno.EAGAIN, "Another process writes it", str(final))
         dist.barrier()
         save_checkpoint_files(draft)
         dist.barrier()
@@ -117,9 +118,6 @@ def write(
         atomic_write(draft / MARKER, msgspec.json.encode(sizes))
         # A checkpoint of this step may exist from an earlier attempt.
         publish(draft, final)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
     return final
 
 
@@ -154,14 +152,12 @@ def intact_folder(run: RunDir, step: int) -> Path | None:
 
 
 def prune(run: RunDir, keep: int, best_step: int | None) -> None:
-    """Delete all but the newest ``keep`` checkpoints and the best one, and unfinished drafts of a crash."""
+    """Delete all but the newest ``keep`` checkpoints and the best one."""
     for step, folder in run.checkpoints()[:-keep]:
         if step != best_step:
-            # Without its marker it no longer counts as a checkpoint, even if the deletion is interrupted.
-            (folder / MARKER).unlink(missing_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
-    for folder in run.checkpoints_dir.glob(f"{CHECKPOINT_DRAFT}*"):
-        shutil.rmtree(folder, ignore_errors=True)
+            # What cannot be deleted takes room and does no other harm.
+            with suppress(OSError):
+                discard(folder)
 
 
 def require_unchanged(state: CheckpointState, recipe: Recipe, data_hash: str) -> None:

@@ -7,11 +7,10 @@ Python files, templates. So they get a folder of links that holds nothing else.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from qlora_tui.catalog.adapter_config import load_adapter_config, with_exact_tar
 from qlora_tui.catalog.code_keys import adapter_without_code, without_code
 from qlora_tui.catalog.config_parser import load_config
 from qlora_tui.catalog.model_validation import INDEX, is_mxfp4, weight_files
+from qlora_tui.drafts import new_draft
 from qlora_tui.errors import UserError
-from qlora_tui.runs.leftovers import VIEW
 
 _CONFIGS = ("config.json", "generation_config.json")
 
@@ -78,13 +77,13 @@ def _say_dropped(file: Path, keys: list[str]) -> None:
 
 @contextmanager
 def _temporary() -> Iterator[Path]:
-    try:
-        view = tempfile.TemporaryDirectory(prefix=f"{VIEW}{os.getpid()}-")
-    except OSError as error:
-        raise UserError(
-            "Cannot create a temporary folder",
-            what=f"A temporary folder could not be created: {error.strerror or error}.",
-            fix="Free some space, or set TMPDIR to a writable folder.",
-        ) from error
-    with view as path:
-        yield Path(path)
+    with ExitStack() as stack:
+        try:
+            view = stack.enter_context(new_draft(Path(tempfile.gettempdir())))
+        except OSError as error:
+            raise UserError(
+                "Cannot create a temporary folder",
+                what=f"A temporary folder could not be created: {error.strerror or error}.",
+                fix="Free some space, or set TMPDIR to a writable folder.",
+            ) from error
+        yield view

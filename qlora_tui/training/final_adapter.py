@@ -43,7 +43,7 @@ def write_adapter(
     An earlier adapter is deleted once the new one is in its place. Raises OSError when it cannot be written.
     ``from_hub``: the base is named by its hub id, so that the adapter finds it on other machines.
     """
-    with checked_folder(run.adapter_dir, run.adapter_draft) as draft:
+    with checked_folder(run.adapter_dir) as draft:
         config = model.peft_config["default"]
         config.base_model_name_or_path = recipe.model.id if from_hub else str(model_folder)
         config.revision = recipe.model.revision if from_hub else None

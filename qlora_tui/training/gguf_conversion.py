@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import selectors
-import shutil
 import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import IO
@@ -21,13 +21,13 @@ from typing import IO
 from qlora_tui import subprocesses
 from qlora_tui.catalog.gguf_header import read_gguf
 from qlora_tui.catalog.local_models import converted_dir, resolve_model
+from qlora_tui.drafts import delete_abandoned, draft_path
 from qlora_tui.errors import UserError
 from qlora_tui.files import private_dir
 from qlora_tui.gpu.torch_env import OFFLINE
 from qlora_tui.memory.conversion import Conversion, Way, peak_bytes
 from qlora_tui.training import gguf_llama
 from qlora_tui.training.gguf_weights import ProgressCallback, all_known
-from qlora_tui.training.gguf_worker import draft_path
 from qlora_tui.worker_messages import read_messages
 
 _STOP_POLL_INTERVAL_S = 0.2
@@ -114,7 +114,8 @@ def convert_in_child(
             # Whatever ends the loop (a stop, Ctrl-C), the child must not outlive it.
             child.kill()
             child.communicate()
-            shutil.rmtree(draft_path(folder), ignore_errors=True)
+            with suppress(OSError, UserError):
+                delete_abandoned(draft_path(folder))
         if error is not None:
             raise error
         if code:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
-import shutil
 import sys
 import threading
 import time
@@ -20,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tui.catalog.gguf_header import read_gguf
+from qlora_tui.drafts import draft_path, held_draft, publish
 from qlora_tui.errors import UserError
-from qlora_tui.files import private_dir, publish
 from qlora_tui.training import gguf_llama
 from qlora_tui.training.clean_files import single_file_view
 from qlora_tui.training.failure import is_full_disk, is_out_of_memory
@@ -33,11 +32,6 @@ PROGRESS_INTERVAL_S = 0.2
 """Shortest time between two lines of progress, in seconds."""
 
 
-def draft_path(folder: Path) -> Path:
-    """The folder that becomes ``folder`` once it is complete."""
-    return folder.with_name(f".{folder.name}")
-
-
 def convert(file: Path, folder: Path, progress: ProgressCallback = lambda done, total: None) -> None:
     """Write ``folder`` completely or not at all. Raises UserError.
 
@@ -45,21 +39,20 @@ def convert(file: Path, folder: Path, progress: ProgressCallback = lambda done, 
     """
     from safetensors import SafetensorError  # no OSError, also where the disk is full
 
-    draft = draft_path(folder)
     with _conversion_lock(folder):
         if (folder / "config.json").exists():
             return
-        shutil.rmtree(draft, ignore_errors=True)
         try:
-            _convert(file, private_dir(draft), progress)
-            publish(draft, folder)
+            with held_draft(draft_path(folder)) as draft:
+                # Only who holds the lock writes it.
+                assert draft is not None
+                _convert(file, draft, progress)
+                publish(draft, folder)
         except (
             *(OSError, ValueError, KeyError, ImportError, NotImplementedError),
             *(MemoryError, RuntimeError, SafetensorError),
         ) as error:
             raise _problem(file, error) from error
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
 
 
 def _convert(file: Path, folder: Path, progress: ProgressCallback) -> None:
@@ -123,7 +116,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--ends-with-stdin", action="store_true", help="end when stdin is closed")
     given = parser.parse_args(arguments)
     if given.ends_with_stdin:
-        threading.Thread(target=_end_with_stdin, args=(draft_path(given.folder),), daemon=True).start()
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
     try:
         convert(given.file, given.folder, _throttled_progress())
     except UserError as problem:
@@ -147,11 +140,10 @@ def _throttled_progress() -> ProgressCallback:
     return progress
 
 
-def _end_with_stdin(draft: Path) -> None:
+def _end_with_stdin() -> None:
     """End this process when the parent, which holds the other end of stdin, is gone."""
     while os.read(0, 1024):
         pass
-    shutil.rmtree(draft, ignore_errors=True)
     os._exit(1)
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from qlora_tui.catalog.config_parser import load_config, parse_architecture
 from qlora_tui.catalog.model_validation import is_mxfp4
+from qlora_tui.drafts import discard
 from qlora_tui.errors import UserError
 from qlora_tui.memory.execution import AttentionPath
 from qlora_tui.memory.four_bit import require_4_bit_experts
@@ -101,7 +102,8 @@ def _load_stored(
             raise
         info = {"error": error}
     if any(info.values()):
-        quantized_cache.discard(stored)
+        with suppress(OSError):
+            discard(stored)
         return None
     quantized_cache.mark_used(stored)
     return model

@@ -22,12 +22,13 @@ import msgspec
 from qlora_tui import paths
 from qlora_tui.catalog.config_parser import load_config, parse_architecture
 from qlora_tui.catalog.model_validation import is_mxfp4, weight_files
+from qlora_tui.drafts import discard, draft_path, held_draft, publish
 from qlora_tui.errors import UserError
-from qlora_tui.files import private_dir, publish
+from qlora_tui.files import private_dir
 from qlora_tui.formatting import format_bytes
+from qlora_tui.locks import locked
 from qlora_tui.memory.four_bit import quantized_experts
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs.locks import locked
 from qlora_tui.settings import load_settings
 from qlora_tui.training.compute_device import ComputeDevice, free_host_bytes
 
@@ -37,7 +38,8 @@ _EXPERT_FORMAT = 1
 """Bump when the stored format of 4-bit experts changes."""
 _METHODS = ("nf4", "fp4")
 _LIBRARIES = ("bitsandbytes", "transformers", "torch")
-_DRAFT = ".writing"
+STORED = re.compile(r"[\w.-]+-[0-9a-f]{16}")
+"""Names of what is stored, as :func:`cache_name` makes them. Nothing else is ever deleted."""
 _SPARE_BYTES = 1 << 30
 """Space that stays free on the disk."""
 _SHARD_BYTES = 10**9
@@ -142,21 +144,14 @@ def store(model: Any, folder: Path) -> None:
         with locked(folder.parent / ".lock") as lock:
             if lock is None or is_stored(folder):
                 return
-            draft = folder.parent / _DRAFT
-            shutil.rmtree(draft, ignore_errors=True)
-            try:
-                model.save_pretrained(private_dir(draft), max_shard_size=_SHARD_BYTES)
+            with held_draft(draft_path(folder)) as draft:
+                if draft is None:
+                    return
+                model.save_pretrained(draft, max_shard_size=_SHARD_BYTES)
                 publish(draft, folder)
-            finally:
-                shutil.rmtree(draft, ignore_errors=True)
             _delete_beyond(limit, newest=folder)
     except (OSError, UserError) as error:
         print(f"The quantized weights are not stored: {error}", flush=True)
-
-
-def discard(folder: Path) -> None:
-    """Delete stored weights that cannot be read."""
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def limit_bytes() -> int:
@@ -169,7 +164,7 @@ def limit_bytes() -> int:
 
 def _delete_beyond(limit: int, *, newest: Path) -> None:
     """Delete the least recently used folders until the total is within ``limit`` bytes."""
-    folders = [path for path in newest.parent.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    folders = [path for path in newest.parent.iterdir() if STORED.fullmatch(path.name) and is_stored(path)]
     sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in folders}
     total = sum(sizes.values())
     for path in sorted(folders, key=lambda each: each.stat().st_mtime):

@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from qlora_tui.data.tokenizer_guard import is_panic
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
 from qlora_tui.gpu.library_imports import faster_imports
+from qlora_tui.locks import PATIENCE_S, locked
 from qlora_tui.memory import Estimate
 from qlora_tui.recipe.conflicts import require_runnable
 from qlora_tui.recipe.schema import Recipe
@@ -21,7 +22,6 @@ from qlora_tui.runs import leftovers
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventTail
 from qlora_tui.runs.events import Failed, RunEnded, Started
-from qlora_tui.runs.locks import PATIENCE_S, locked
 from qlora_tui.runs.outcomes import record_outcome
 from qlora_tui.runs.retry import RetryPlan
 from qlora_tui.runs.spawn import ensure_runner

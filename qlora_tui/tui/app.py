@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from qlora_tui.memory.budget import MemoryBudget
     from qlora_tui.recipe.schema import Recipe
     from qlora_tui.runs.directory import RunDir
-    from qlora_tui.runs.trash import Trash
     from qlora_tui.tui.draft import Draft
     from qlora_tui.tui.system_monitor import SystemMonitor
     from qlora_tui.tui.workbench import Workbench
@@ -76,6 +75,8 @@ class QloraApp(TerminalApp):
         self.system_status_changed: Signal[SystemStatus] = Signal(self, "system status changed")
         self._monitor: SystemMonitor | None = None
         self.disk_faults = DiskFaults()
+        self.deleted_runs: list[str] = []
+        """Ids of the runs that were deleted in this app and not restored, the last one last."""
         self._polling = False
         self._is_small = False
         self._loaded_theme_mtimes: tuple[tuple[str, int], ...] = ()
@@ -105,13 +106,6 @@ class QloraApp(TerminalApp):
 
         given = self.settings.gpu_memory_gib
         return budget_for(self.system_status.gpu, None if given is None else round(given * GIB))
-
-    @cached_property
-    def trash(self) -> Trash:
-        """Runs deleted in this app that can still be restored."""
-        from qlora_tui.runs.trash import Trash
-
-        return Trash()
 
     async def action_quit(self) -> None:
         """Leave the app; runs continue."""
@@ -344,6 +338,9 @@ class QloraApp(TerminalApp):
             system_status = await asyncio.to_thread(self._poll_in_thread)
         finally:
             self._polling = False
+        from qlora_tui.tui.draft_saving import tell_of_change
+
+        tell_of_change(self)
         for news in system_status.ended_runs:
             from qlora_tui.tui.run_notifications import notify_run_ended
 
@@ -367,8 +364,8 @@ class QloraApp(TerminalApp):
         from qlora_tui.tui.system_monitor import SystemMonitor
 
         if self._monitor is None:
-            from qlora_tui.runs.trash import empty_abandoned
+            from qlora_tui.runs import trash
 
-            empty_abandoned()
+            trash.empty(trash.KEPT_S)
             self._monitor = SystemMonitor()
         return self._monitor.poll_and_recover()

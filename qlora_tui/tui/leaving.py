@@ -1,36 +1,23 @@
-"""Leaving the app: what continues without it, and what would be lost."""
+"""Leaving the app: what continues without it."""
 
 from __future__ import annotations
 
 import shlex
 from typing import TYPE_CHECKING
 
-from qlora_tui.formatting import pluralize
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.status import ACTIVE, read_status
-from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
 
 
 def leave(app: QloraApp, run: RunDir | None) -> None:
-    """Leave at once, since nothing is lost; ask first where deleted runs could no longer be restored.
+    """Leave at once, since nothing is lost.
 
     The terminal then shows how to come back to ``run``, where it is active, or to the active run.
     """
-    farewell = _farewell(run if run is not None and _is_active(run) else app.system_status.active)
-    deleted = len(app.trash)
-    if not deleted:
-        app.exit(message=farewell)
-        return
-
-    def on_result(yes: bool | None) -> None:
-        if yes:
-            app.exit(message=farewell)
-
-    text = f"{pluralize(deleted, 'deleted run')} can be restored until you quit, and not after."
-    app.push_screen(ConfirmScreen("Quit?", text, "Quit"), on_result)
+    app.exit(message=_farewell(run if run is not None and _is_active(run) else app.system_status.active))
 
 
 def _is_active(run: RunDir) -> bool:

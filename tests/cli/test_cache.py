@@ -15,13 +15,14 @@ from tests.cli.conftest import Call
 def cached() -> dict[str, Path]:
     """A quantized base and tokenized data."""
     places = {
-        "quantized": paths.cache_dir() / "quantized" / "tiny-nf4-0123",
-        "tokenized": paths.cache_dir() / "tokenized" / "abcd",
+        "quantized": paths.cache_dir() / "quantized" / "tiny-nf4-0123456789abcdef",
+        "tokenized": paths.cache_dir() / "tokenized" / ("abcd" * 8),
     }
     for size, place in enumerate(places.values(), 1):
         place.mkdir(parents=True)
         (place / "file").write_bytes(b"x" * 1024 * size)
     (places["quantized"].parent / ".lock").touch()
+    (places["quantized"].parent / "mine").mkdir()
     return places
 
 
@@ -42,6 +43,7 @@ def test_clear_deletes_one_kind_only(call: Call, cached: dict[str, Path]) -> Non
     shown = call("cache", "--clear", "quantized")
     assert "Deleted 1 KiB of quantized" in shown.out
     assert not cached["quantized"].exists() and cached["tokenized"].exists()
+    assert (cached["quantized"].parent / "mine").exists()
 
 
 def test_an_empty_cache_says_where_it_would_be(call: Call) -> None:

@@ -352,11 +352,12 @@ def test_left_over_work_of_a_killed_process_does_not_disturb(tmp_path: Path) -> 
 def test_sets_nobody_asks_for_are_deleted_in_the_end(tmp_path: Path) -> None:
     old = prepare_dataset(recipe(write(tmp_path / "a.jsonl", pairs(20))), family("chatml")).folder
     fresh = prepare_dataset(recipe(write(tmp_path / "b.jsonl", pairs(21))), family("chatml")).folder
-    (dead := old.parent / ".making-dead").mkdir()
-    for path in (old / "meta.json", dead):
-        os.utime(path, (0, 0))
+    for mine in ("notes", "0" * 32):
+        (old.parent / mine).mkdir()
+    os.utime(old / "meta.json", (0, 0))
     prepare_dataset(recipe(write(tmp_path / "c.jsonl", pairs(22))), family("chatml"))
-    assert (old.exists(), fresh.exists(), dead.exists()) == (False, True, False)
+    assert (old.exists(), fresh.exists()) == (False, True)
+    assert (old.parent / "notes").exists() and (old.parent / ("0" * 32)).exists()
 
 
 def test_a_set_that_is_asked_for_is_kept(tmp_path: Path) -> None:

@@ -17,13 +17,13 @@ from qlora_tui.catalog.gguf_file_types import LADDER
 from qlora_tui.chat.adapter_deltas import LoraDelta
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import ChatSession
+from qlora_tui.drafts import draft_path
 from qlora_tui.errors import UserError
 from qlora_tui.export import gguf_export
 from qlora_tui.export.export_key import export_key
 from qlora_tui.export.gguf_export import export_gguf
 from qlora_tui.export.merge import merge
 from qlora_tui.export.merged_weights import MergedWeights
-from qlora_tui.runs.drafts import draft_path
 from tests.export.export_sources import make_source
 
 pytest.importorskip("llama_cpp_py_sync")

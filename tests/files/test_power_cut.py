@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from qlora_tui.checksums import checked_folder, mismatch
-from qlora_tui.files import atomic_write, restore_earlier
+from qlora_tui.drafts import restore_earlier
+from qlora_tui.files import atomic_write
 from tests.support.power import Disk
 
 
@@ -66,7 +67,7 @@ def test_a_published_folder_is_whole_after_any_cut(
 ) -> None:
     with monkeypatch.context() as watched:
         disk.watch(watched)
-        with checked_folder(root / "adapter", root / ".adapter") as draft:
+        with checked_folder(root / "adapter") as draft:
             fill(draft, "new")
     after, there = tmp_path / "after", {}
     for call, mode in disk.cuts(after):
@@ -80,12 +81,12 @@ def test_a_published_folder_is_whole_after_any_cut(
 def test_an_earlier_folder_stands_until_the_new_one_does(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with checked_folder(root / "adapter", root / ".adapter") as draft:
+    with checked_folder(root / "adapter") as draft:
         fill(draft, "old")
     disk = Disk(root)
     with monkeypatch.context() as watched:
         disk.watch(watched)
-        with checked_folder(root / "adapter", root / ".adapter") as draft:
+        with checked_folder(root / "adapter") as draft:
             fill(draft, "new")
     after, text = tmp_path / "after", {}
     for call, mode in disk.cuts(after):

@@ -48,7 +48,7 @@ def train(run: RunDir, reporter: Reporter, *steps: int) -> None:
 
 def finish(run: RunDir, reporter: Reporter, step: int) -> None:
     """Write the adapter and say so."""
-    with checked_folder(run.adapter_dir, run.adapter_draft) as draft:
+    with checked_folder(run.adapter_dir) as draft:
         put_adapter(draft)
     sums = digest(run.adapter_dir)
     _end(run, reporter, Finished(at=time.time(), step=step, seconds=1.0, tokens_per_s=1.0, checksums=sums))

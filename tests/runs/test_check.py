@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 
 from qlora_tui import paths
+from qlora_tui.drafts import draft_path, held_draft
+from qlora_tui.locks import locked
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, leftovers, run_queue
 from qlora_tui.runs.check import check_leftovers, check_queue, check_run
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventTail, last_event
 from qlora_tui.runs.events import AnyEvent, Failed, Finished
-from qlora_tui.runs.locks import locked
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.queue_entries import queue_dir
 from qlora_tui.runs.repair import apply_repairs
@@ -257,9 +258,10 @@ def test_entries_of_runs_that_are_gone_are_taken_out(finished: RunDir) -> None:
 def test_leftovers_are_deleted(finished: RunDir, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # Leftovers of this machine are not the test's.
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    draft = paths.runs_dir() / ".new-4194304-x"
-    draft.mkdir()
-    os.utime(draft, (1, 1))
+    draft = draft_path(paths.runs_dir() / "x")
+    with pytest.raises(KeyboardInterrupt), held_draft(draft, "key"):
+        raise KeyboardInterrupt
+    os.utime(draft / "key", (1, 1))
     assert [str(draft) in defect.what for defect in check_leftovers().defects] == [True]
     again, _ = apply_repairs(check_leftovers(), check_leftovers)
     assert again.defects == () and not draft.exists() and leftovers.sweep() == []

@@ -5,17 +5,18 @@ from __future__ import annotations
 import errno
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from qlora_tui import paths
+from qlora_tui.drafts import draft_path, held_draft, owned_by
 from qlora_tui.errors import UserError
 from qlora_tui.files import private_dir
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs import actions, exports, leftovers
+from qlora_tui.runs import actions, exports, leftovers, trash
 from qlora_tui.runs.directory import RunDir, create_run
-from qlora_tui.runs.drafts import draft_path, held_draft
 from qlora_tui.runs.exports import (
     ExportRequest,
     ExportState,
@@ -31,7 +32,6 @@ from qlora_tui.runs.exports import (
 )
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.status import Status, write_status
-from qlora_tui.runs.trash import Trash
 from tests.support.nvml_stub import install_nvml_stub
 
 
@@ -101,7 +101,9 @@ def test_drafts_of_killed_exports_are_swept(run: RunDir, tmp_path: Path) -> None
         start(run, out)
     upload = draft_path(private_dir(paths.cache_dir() / "uploads") / "key")
     for draft in (draft_path(dead), upload):
-        draft.mkdir()
+        with suppress(KeyboardInterrupt), held_draft(draft, "key"):
+            raise KeyboardInterrupt
+        os.utime(draft / "key", (0, 0))
     with held_draft(draft_path(alive)):
         # The temporary folder of this machine may have others.
         assert {upload, draft_path(dead)} <= set(leftovers.sweep())
@@ -110,9 +112,9 @@ def test_drafts_of_killed_exports_are_swept(run: RunDir, tmp_path: Path) -> None
 
 def unfinished(run: RunDir, out: Path, age_s: float = 0.0) -> Path:
     """The draft of a canceled export of a run, started so long ago."""
-    start(run, out, "canceled")
+    export = start(run, out, "canceled")
     draft = draft_path(out)
-    with pytest.raises(KeyboardInterrupt), held_draft(draft, "key"):
+    with pytest.raises(KeyboardInterrupt), owned_by(export.folder), held_draft(draft, "key"):
         raise KeyboardInterrupt
     os.utime(draft / "key", (0, time.time() - age_s))
     return draft
@@ -136,17 +138,15 @@ def test_deleting_an_export_deletes_what_it_left(run: RunDir, tmp_path: Path) ->
     drafts = [unfinished(run, tmp_path / name) for name in ("one", "two", "three")]
     delete_export(read_exports(run)[0])
     assert [draft.exists() for draft in drafts] == [True, True, False] and len(read_exports(run)) == 2
-    trash = Trash()
     trash.put(run)
     assert drafts[0].exists()
-    assert trash.restore() is not None
+    trash.restore(run.id)
     actions.delete(run)
     assert not any(draft.exists() for draft in drafts)
 
 
 def test_emptying_the_trash_deletes_unfinished_exports(run: RunDir, tmp_path: Path) -> None:
     draft = unfinished(run, tmp_path / "one")
-    trash = Trash()
     trash.put(run)
     trash.empty()
     assert not draft.exists()

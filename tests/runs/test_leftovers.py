@@ -1,35 +1,26 @@
+"""What killed processes left is deleted, and nothing that somebody else made."""
+
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from qlora_tui import paths
-from qlora_tui.recipe.schema import Recipe
+from qlora_tui.drafts import draft_path, earlier_path, held_draft, new_draft
+from qlora_tui.files import private_dir
 from qlora_tui.runs import leftovers
-from qlora_tui.runs.directory import RunDir, create_run
-from qlora_tui.runs.process import process_identity
-from qlora_tui.runs.status import Status, write_status
+from qlora_tui.runs.check import check_leftovers
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.exports import ExportRequest, delete_export, read_exports
 from qlora_tui.training.clean_files import single_file_view
 from tests.runs.test_damage import put_adapter, put_checkpoint
-
-NO_PROCESS = 4194304
-"""A number above the highest that Linux gives."""
-
-
-def left(path: Path, *, age_s: float = 2 * leftovers.OLD_S) -> Path:
-    """A file or, with a slash at the end of its name, a folder that a killed process left."""
-    if path.suffix:
-        path.touch()
-    else:
-        path.mkdir()
-        (path / "part").touch()
-    at = time.time() - age_s
-    os.utime(path, (at, at))
-    return path
 
 
 @pytest.fixture(autouse=True)
@@ -39,75 +30,135 @@ def own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
 
 
-def test_old_drafts_and_temporary_files_are_swept(run: RunDir) -> None:
-    runs = paths.runs_dir()
-    old = [
-        left(runs / f".new-{NO_PROCESS}-x"),
-        left(runs / ".tickets-20260101-0101"),
-        left(run.path / ".status.json.a8_x"),
-        left(run.path / ".heartbeat.json.b"),
-        left(run.adapter_draft),
-        left(run.checkpoints_dir / ".writing-step-5"),
-        left(run.checkpoints_dir / "step-4"),
+def _write_and_die(draft: Path) -> None:
+    with held_draft(draft) as files:
+        assert files is not None
+        (files / "part").write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed(draft: Path) -> Path:
+    """A draft as a process leaves it that is killed while it writes."""
+    process = multiprocessing.get_context("fork").Process(target=_write_and_die, args=(draft,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    return draft
+
+
+def foreign(folder: Path) -> Path:
+    """A folder of the user's, untouched for years."""
+    (folder / "files").mkdir(parents=True)
+    (folder / "files/thesis.txt").write_text("mine")
+    (folder / "lock").touch()
+    (folder / "key").write_text("key")
+    os.utime(folder, (1, 1))
+    return folder
+
+
+def test_what_killed_processes_left_is_swept(run: RunDir) -> None:
+    file = run.path / ".qlora-tui-a8_xy7z1.tmp"
+    file.touch()
+    os.utime(file, (1, 1))
+    dead = [
+        killed(draft)
+        for draft in (
+            paths.runs_dir() / ".qlora-tui-1.part",
+            draft_path(run.adapter_dir),
+            draft_path(run.checkpoints_dir / "step-5"),
+            draft_path(private_dir(paths.cache_dir() / "quantized") / "model-nf4-0123456789abcdef"),
+            Path(tempfile.gettempdir()) / ".qlora-tui-2.part",
+        )
     ]
-    assert sorted(leftovers.sweep()) == sorted(old)
-    assert not any(path.exists() for path in old)
+    assert sorted(leftovers.sweep()) == sorted([*dead, file])
+    assert not any(path.exists() for path in [*dead, file])
     assert run.recipe_path.exists() and run.checkpoints_dir.exists()
 
 
-def test_what_is_young_or_has_an_owner_stays(run: RunDir, recipe: Recipe) -> None:
-    trained = create_run(recipe)
-    write_status(trained, Status(state="running", at=1.0, process=process_identity()))
-    put_checkpoint(run.checkpoints_dir / "step-3")
-    put_adapter(run.adapter_dir)
-    stay = [
-        left(paths.runs_dir() / f".new-{os.getpid()}-x"),
-        left(paths.runs_dir() / ".deleted"),
-        left(run.path / ".status.json.young", age_s=60),
-        left(run.adapter_draft, age_s=60),
-        left(trained.adapter_draft),
-        left(run.path / "mine.txt"),
+def test_nothing_without_our_marker_is_swept(run: RunDir) -> None:
+    runs, temporary = paths.runs_dir(), Path(tempfile.gettempdir())
+    folders = [
+        *(
+            foreign(runs / name)
+            for name in (".git", ".stversions", ".new-9-x", ".deleting-9-x", ".notes.part")
+        ),
+        *(foreign(run.path / name) for name in (".adapter", ".adapter.part", ".adapter.earlier")),
+        *(foreign(run.checkpoints_dir / name) for name in (".writing-step-5", "step-4", ".step-4.part")),
+        *(
+            foreign(private_dir(paths.cache_dir() / "quantized") / name)
+            for name in (".writing", "mine", ".mine.part")
+        ),
+        foreign(private_dir(paths.cache_dir() / "uploads") / ".thesis.part"),
+        foreign(temporary / "qlora-tui-view-9-x"),
+        foreign(temporary / ".thesis.part"),
     ]
+    stays = run.path / ".status.json.old"
+    stays.touch()
+    os.utime(stays, (1, 1))
     assert leftovers.sweep() == []
-    assert all(path.exists() for path in stay)
+    leftovers.sweep_own(run)
+    assert all((folder / "files/thesis.txt").exists() for folder in folders) and stays.exists()
 
 
-def test_views_of_killed_processes_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_what_a_process_uses_stays(run: RunDir, tmp_path: Path) -> None:
     (tmp_path / "weights").touch()
-    dead = left(tmp_path / f"{leftovers.VIEW}{NO_PROCESS}-x")
-    (dead / "link").symlink_to(tmp_path / "weights")
-    os.utime(dead, (1, 1))
-    foreign = left(tmp_path / f"{leftovers.VIEW}{NO_PROCESS}-y")
-    os.chown(foreign, 12345, 12345) if os.geteuid() == 0 else foreign.rmdir()
-    (tmp_path / f"{leftovers.VIEW}{NO_PROCESS}-z").symlink_to(tmp_path)
-    left(tmp_path / f"{leftovers.VIEW}{os.getpid()}-x")
-    left(tmp_path / f"{leftovers.VIEW}{NO_PROCESS}-young", age_s=60)
-    left(tmp_path / "qlora-tui-drill-x")
-    with single_file_view(tmp_path / "weights") as view:
-        os.utime(view, (1, 1))
-        assert view.name.startswith(f"{leftovers.VIEW}{os.getpid()}-")
-        assert leftovers.sweep() == [dead]
-        assert view.exists() and (tmp_path / "weights").exists() and not dead.exists()
+    young = run.path / ".qlora-tui-a8_xy7z1.tmp"
+    young.touch()
+    with new_draft(paths.runs_dir()) as files, single_file_view(tmp_path / "weights") as view:
+        assert leftovers.sweep() == []
+        leftovers.sweep_own(run)
+        assert files.exists() and view.exists() and young.exists()
+    assert not files.parent.exists() and not view.parent.exists() and (tmp_path / "weights").exists()
+
+
+def test_no_file_of_a_run_decides_what_is_deleted_elsewhere(run: RunDir, tmp_path: Path) -> None:
+    out = tmp_path / "thesis"
+    theirs = foreign(draft_path(out))
+    ours = draft_path(tmp_path / "other")
+    with pytest.raises(KeyboardInterrupt), held_draft(ours, "key"):
+        raise KeyboardInterrupt
+    for number, target in enumerate((out, tmp_path / "other"), 1):
+        folder = private_dir(run.path / f"exports/{number:04d}")
+        (folder / "request.json").write_bytes(
+            msgspec.json.encode(ExportRequest(form="merge", out=str(target)))
+        )
+        (folder / "status.json").write_text('{"state": "failed", "at": 1.0}')
+    leftovers.sweep()
+    for export in read_exports(run):
+        delete_export(export)
+    assert (theirs / "files/thesis.txt").exists() and ours.exists()
 
 
 def test_a_trainer_sweeps_its_own_drafts_at_once(run: RunDir) -> None:
-    draft = left(run.adapter_draft, age_s=1)
-    stays = left(run.path / ".status.json.young", age_s=1)
+    draft = killed(draft_path(run.adapter_dir))
     leftovers.sweep_own(run)
-    assert not draft.exists() and stays.exists()
+    assert not draft.exists()
 
 
-def test_folders_moved_aside_are_restored_where_no_replacement_exists(run: RunDir) -> None:
-    put_adapter(run.path / ".adapter.earlier")
-    put_checkpoint(run.checkpoints_dir / ".step-3.earlier")
+@pytest.mark.parametrize("earlier", [lambda final: final.with_name(f".{final.name}.earlier"), earlier_path])
+def test_folders_moved_aside_are_restored_where_no_replacement_exists(
+    run: RunDir, earlier: Callable[[Path], Path]
+) -> None:
+    for final in (run.adapter_dir, run.checkpoints_dir / "step-3"):
+        place = earlier(final)
+        if place.parent != final.parent:
+            killed(place.parent)
+        (put_adapter if final == run.adapter_dir else put_checkpoint)(place)
     assert sorted(leftovers.restore(run)) == [run.adapter_dir, run.checkpoints_dir / "step-3"]
     assert run.adapter_dir.exists() and [step for step, _ in run.checkpoints()] == [3]
 
 
-def test_an_earlier_folder_goes_where_the_new_one_stands(run: RunDir) -> None:
-    put_adapter(run.adapter_dir)
-    earlier = put_adapter(run.path / ".adapter.earlier")
-    assert leftovers.restore(run) == []
-    leftovers.sweep_own(run)
-    assert run.adapter_dir.exists() and not earlier.exists()
+@pytest.mark.parametrize("is_replaced", [True, False])
+def test_a_sweep_deletes_no_last_copy(run: RunDir, *, is_replaced: bool) -> None:
+    draft = killed(draft_path(run.adapter_dir))
+    put_adapter(earlier_path(run.adapter_dir))
+    if is_replaced:
+        put_adapter(run.adapter_dir)
+    leftovers.sweep()
+    assert run.adapter_dir.exists() and not draft.exists()
+
+
+def test_unmarked_leftovers_of_an_earlier_version_are_reported(run: RunDir) -> None:
+    folder = foreign(run.path / ".adapter")
+    assert [str(folder) in defect.what for defect in check_leftovers().defects] == [True]
+    assert check_leftovers().defects[0].repair is None

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 import pytest
 from msgspec import structs
 
-from qlora_tui.runs import liveness, locks, process, runner
+from qlora_tui import locks
+from qlora_tui.runs import liveness, process, runner
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.process import ProcessIdentity, process_identity
 from qlora_tui.runs.status import Status, read_status, write_status

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qlora_tui import paths
+from qlora_tui.drafts import is_ours
 from qlora_tui.errors import UserError
 from qlora_tui.memory.budget import budget_for
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Recipe, Source
-from qlora_tui.runs import lr_range_job
+from qlora_tui.runs import lr_range_job, measuring
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.lr_range import (
     LrRange,
@@ -180,15 +179,21 @@ def test_one_test_runs_at_a_time(recipe: Recipe, monkeypatch: pytest.MonkeyPatch
     assert refused == ["Another test is under way"]
 
 
-def test_a_killed_tests_folder_is_named_as_incomplete_runs_are(
+def test_a_failed_tests_folder_is_a_draft_and_deleted(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lr_range_job, "WORKER", "no_such_module")
-    names: list[str] = []
-    monkeypatch.setattr(shutil, "rmtree", lambda path, **how: names.append(path.name))
+    drafts: list[list[Path]] = []
+    measure = measuring.measure_in_child
+
+    def measured(module: str, run: RunDir, *args: Any, **how: Any) -> None:
+        drafts.append([path for path in paths.runs_dir().iterdir() if is_ours(path)])
+        measure(module, run, *args, **how)
+
+    monkeypatch.setattr(lr_range_job, "measure_in_child", measured)
     with pytest.raises(UserError, match="No module named no_such_module"):
         measure_lr_range(recipe, SETTINGS)
-    assert names and names[0].startswith(f".new-{os.getpid()}-")
+    assert len(drafts[0]) == 1 and not list(paths.runs_dir().iterdir())
 
 
 def test_a_test_waits_for_the_run_in_training(recipe: Recipe, run: RunDir) -> None:

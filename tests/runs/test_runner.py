@@ -16,6 +16,7 @@ from msgspec import structs
 
 from qlora_tui import paths
 from qlora_tui.cli import main
+from qlora_tui.locks import is_locked, locked
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, run_queue, runner
@@ -23,7 +24,6 @@ from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.event_log import EventTail, last_event
 from qlora_tui.runs.events import Failed, Finished, Paused, Started
 from qlora_tui.runs.follow import follow_events
-from qlora_tui.runs.locks import is_locked, locked
 from qlora_tui.runs.machine_checks import check_queue, read_machine
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.spawn import runner_lock_path, training_lock_path

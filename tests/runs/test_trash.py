@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from qlora_tui import paths
 from qlora_tui.errors import UserError
-from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs import run_queue
+from qlora_tui.locks import hold_folder
+from qlora_tui.recipe.schema import Lora, Recipe
+from qlora_tui.runs import actions, run_queue, trash
 from qlora_tui.runs.directory import RunDir, all_runs, create_run
 from qlora_tui.runs.status import Status, write_status
-from qlora_tui.runs.trash import Trash, empty_abandoned
 
 DELETES = """
-import sys
+import os, signal, sys
 from pathlib import Path
+from qlora_tui.runs import trash
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.trash import Trash
-trash = Trash()
 trash.put(RunDir(Path(sys.argv[1])))
-print("deleted", flush=True)
-sys.stdin.read()
+os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
@@ -34,48 +35,80 @@ def ended(recipe: Recipe) -> RunDir:
     return run
 
 
-def test_what_was_deleted_last_comes_back_first(recipe: Recipe) -> None:
+def test_what_was_deleted_last_is_listed_first(recipe: Recipe) -> None:
     first, second = ended(recipe), ended(recipe)
-    trash = Trash()
-    trash.put(first)
-    trash.put(second)
+    for run, at in ((first, 1e9), (second, 2e9)):
+        trash.put(run)
+        (paths.runs_dir() / ".deleted" / run.id / "deleted").write_text(f"{at}")
     assert all_runs() == []
-    assert trash.restore() == second
-    assert trash.restore() == first
-    assert trash.restore() is None
-    assert set(all_runs()) == {first, second}
+    assert [each.run.id for each in trash.trashed_runs()] == [second.id, first.id]
+    assert all(each.size_bytes > 0 for each in trash.trashed_runs())
+    assert {trash.restore(second.id), trash.restore(first.name)} == {first, second} == set(all_runs())
+    assert not (first.path / "deleted").exists()
 
 
 def test_a_deleted_runs_id_is_not_reused(recipe: Recipe) -> None:
     run = ended(recipe)
-    trash = Trash()
     trash.put(run)
     assert create_run(recipe).id != run.id
-    assert trash.restore() == run
+    assert trash.restore(run.id) == run
 
 
 def test_a_waiting_run_is_not_deleted(recipe: Recipe) -> None:
     run = create_run(recipe)
     run_queue.enqueue(run)
     with pytest.raises(UserError, match="has not ended"):
-        Trash().put(run)
+        trash.put(run)
     assert run.path.exists()
 
 
-def test_a_killed_apps_trash_is_emptied_at_the_next_start(
-    recipe: Recipe,
-) -> None:
+def test_a_killed_apps_trash_can_be_restored(recipe: Recipe) -> None:
     run = ended(recipe)
-    app = subprocess.Popen(
-        [sys.executable, "-c", DELETES, str(run.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert app.stdout is not None and app.stdin is not None
-    with app.stdout, app.stdin:
-        assert app.stdout.readline() == b"deleted\n"
-        home = paths.runs_dir() / ".deleted"
-        empty_abandoned()
-        assert len(list(home.glob(f"*/{run.id}"))) == 1
-        app.send_signal(signal.SIGKILL)
-        app.wait()
-    empty_abandoned()
-    assert list(home.iterdir()) == []
+    app = subprocess.run([sys.executable, "-c", DELETES, str(run.path)], check=False)
+    assert app.returncode == -signal.SIGKILL and all_runs() == []
+    trash.empty(trash.KEPT_S)
+    assert trash.restore(run.id) == run and all_runs() == [run]
+
+
+def test_runs_are_erased_after_a_week(recipe: Recipe) -> None:
+    young, old, unknown = ended(recipe), ended(recipe), ended(recipe)
+    for run in (young, old, unknown):
+        trash.put(run)
+    home = paths.runs_dir() / ".deleted"
+    (home / old.id / "deleted").write_text(f"{time.time() - trash.KEPT_S - 1}")
+    (home / unknown.id / "deleted").unlink()
+    (home / "notes").mkdir()
+    assert [each.run.id for each in trash.empty(trash.KEPT_S)] == [old.id]
+    assert {each.run.id for each in trash.trashed_runs()} == {young.id, unknown.id}
+    assert len(trash.empty()) == 2 and [path.name for path in home.iterdir()] == ["notes"]
+
+
+def test_the_trash_of_an_earlier_version_can_be_restored(recipe: Recipe) -> None:
+    run = ended(recipe)
+    (paths.runs_dir() / ".deleted/123-45").mkdir(parents=True)
+    run.path.rename(paths.runs_dir() / ".deleted/123-45" / run.id)
+    assert trash.restore(run.id) == run and all_runs() == [run]
+
+
+def test_a_run_that_is_a_link_is_not_deleted(recipe: Recipe, tmp_path: Path) -> None:
+    run = ended(recipe)
+    target = run.path.rename(tmp_path / "bigger-disk")
+    run.path.symlink_to(target)
+    for delete in (trash.put, actions.delete):
+        with pytest.raises(UserError, match="bigger-disk"):
+            delete(run)
+    assert run.recipe_path.exists()
+
+
+def test_what_uses_a_run_is_named(recipe: Recipe) -> None:
+    run = ended(recipe)
+    assert actions.uses_of(run) == []
+    waits = create_run(recipe.__class__(name="further", lora=Lora(init_from=str(run.adapter_dir))))
+    run_queue.enqueue(waits)
+    handle = hold_folder(run.path)
+    assert handle is not None
+    uses = actions.uses_of(run)
+    assert len(uses) == 2 and uses[0].startswith(waits.name) and "chat" in uses[1]
+    os.close(handle)
+    run_queue.remove(waits)
+    assert actions.uses_of(run) == []

@@ -239,7 +239,7 @@ def test_a_full_disk_does_not_stop_the_load(
 
 
 def test_weights_that_another_process_stores_are_left_to_it(folder: Path) -> None:
-    from qlora_tui.runs.locks import locked
+    from qlora_tui.locks import locked
 
     with locked(quantized_cache.quantized_dir() / ".lock"):
         load(folder)

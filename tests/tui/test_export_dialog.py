@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from textual.pilot import Pilot
 
+from qlora_tui.drafts import draft_path, held_draft, owned_by
 from qlora_tui.runs import exports
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.drafts import draft_path, held_draft
 from qlora_tui.runs.exports import (
     Export,
     ExportRequest,
@@ -97,7 +97,11 @@ async def test_a_canceled_export_names_the_keys_that_resume_and_delete(
     folder = start_export(run, ExportRequest(form="merge", out=str(out))).folder
     status = ExportStatus(state="canceled", at=time.time(), activity="Merging model.safetensors (1 of 2)")
     write_export_status(folder, status)
-    with pytest.raises(KeyboardInterrupt), held_draft(draft_path(out), "key"):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        owned_by(folder),
+        held_draft(draft_path(out), "key"),
+    ):
         raise KeyboardInterrupt
     async with make_app().run_test(size=(120, 40)) as pilot:
         await open_dialog(pilot)

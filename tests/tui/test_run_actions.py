@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from qlora_tui import paths
+from qlora_tui.locks import hold_folder
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.presets import find_preset
 from qlora_tui.recipe.toml import dump
-from qlora_tui.runs import actions, run_queue
+from qlora_tui.runs import actions, run_queue, trash
 from qlora_tui.runs.directory import RunDir, all_runs, find_run
 from qlora_tui.runs.status import State, read_status
 from qlora_tui.tui import escapes
@@ -46,31 +49,45 @@ async def test_waiting_runs_stand_on_top_and_are_moved_and_withdrawn(
         assert run_queue.waiting() == ["second", "first"]
 
 
-async def test_quitting_asks_only_where_deleted_runs_would_be_lost(
-    make_app: MakeApp, three_runs: list[RunDir], monkeypatch: pytest.MonkeyPatch
+async def test_quitting_never_asks_and_keeps_deleted_runs(
+    make_app: MakeApp, three_runs: list[RunDir]
 ) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await open_runs(app)
         await wait_for_text(pilot, "tickets-a")
         await pilot.press("D", "q")
-        await wait_for_text(pilot, "Quit?", "1 deleted run can be restored until you quit")
-        await pilot.press("n", "u")
-        await wait_for_text(pilot, "tickets-a")
-        await pilot.press("q")
         await wait_until(pilot, lambda: not app.is_running)
+    assert [each.run.id for each in trash.trashed_runs()] == ["tickets-a"]
 
 
-async def test_u_restores_a_deleted_run_until_the_app_ends(
-    make_app: MakeApp, three_runs: list[RunDir]
-) -> None:
+def _are_left(number: int) -> bool:
+    return len(all_runs()) == number
+
+
+async def test_deleting_a_run_in_use_asks_first(make_app: MakeApp, three_runs: list[RunDir]) -> None:
+    handle = hold_folder(three_runs[0].path)
+    assert handle is not None
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await open_runs(app)
+        await wait_for_text(pilot, "tickets-a")
+        for key, left in (("n", 3), ("y", 2)):
+            await pilot.press("D")
+            await wait_for_text(pilot, "Delete the run?", "tickets-a is in use", "loaded for a chat")
+            await pilot.press(key)
+            await wait_until(pilot, partial(_are_left, left))
+    os.close(handle)
+
+
+async def test_u_restores_a_run_deleted_in_this_app(make_app: MakeApp, three_runs: list[RunDir]) -> None:
     app = make_app()
     actions.rename(three_runs[0], "tickets [/a]")
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
         await open_runs(app)
         await wait_for_text(pilot, "tickets [/a]")
         await pilot.press("D")
-        await wait_for_text(pilot, "tickets [/a] will be deleted when you quit. Press [u]")
+        await wait_for_text(pilot, "tickets [/a] is in the trash for 7 days. Press [u]")
         assert [run.id for run in all_runs()] == ["tickets-b", "poems-c"]
         await pilot.press("D", "u", "u")
         assert "is deleted" not in await wait_for_text(pilot, "Restored tickets [/a]", "✓ finished")
@@ -81,7 +98,7 @@ async def test_u_restores_a_deleted_run_until_the_app_ends(
         await pilot.press("g", "D")
         await pilot.pause()
     assert [run.id for run in all_runs()] == ["tickets-b", "poems-c"]
-    assert not any((paths.runs_dir() / ".deleted").iterdir())
+    assert [each.run.id for each in trash.trashed_runs()] == ["tickets-a"]
 
 
 async def test_a_deleted_run_leaves_the_list_before_the_next_reading(

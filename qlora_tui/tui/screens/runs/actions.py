@@ -13,11 +13,10 @@ from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.presets import OverwriteError
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions as run_actions
-from qlora_tui.runs import run_queue
+from qlora_tui.runs import run_queue, trash
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.initial_adapter import initial_adapter
 from qlora_tui.runs.run_summary import Listing, RunSummary
-from qlora_tui.runs.trash import Trash
 from qlora_tui.tui.folders import open_folder
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.answer_measuring import EvaluationActions
@@ -42,14 +41,6 @@ class RunActions(EvaluationActions):
         self.order = ORDERS[0]
         self.marked: tuple[str, ...] = ()
         """The runs selected for a comparison."""
-
-    @property
-    def trash(self) -> Trash:
-        """Runs that were deleted and can still be restored."""
-        return self.qlora_app.trash
-
-    def on_unmount(self) -> None:
-        self.trash.empty()
 
     @property
     @abstractmethod
@@ -187,24 +178,40 @@ class RunActions(EvaluationActions):
         )
 
     def action_delete(self) -> None:
-        """Move the run to the trash without asking; it can be restored until the app ends."""
+        """Move the run to the trash; ask first only where something else uses it."""
         summary = self.current
-        if summary is not None and self._act_on(summary.run, self.trash.put):
+        if summary is None:
+            return
+        uses = run_actions.uses_of(summary.run)
+        if not uses:
+            self._delete(summary)
+            return
+
+        def on_result(yes: bool | None) -> None:
+            if yes:
+                self._delete(summary)
+
+        text = f"{summary.name} is in use: {'; '.join(uses)}."
+        self.app.push_screen(ConfirmScreen("Delete the run?", text, "Delete"), on_result)
+
+    def _delete(self, summary: RunSummary) -> None:
+        if self._act_on(summary.run, trash.put):
+            self.qlora_app.deleted_runs.append(summary.id)
             self.show_listing()
             self.notify(
-                f"{summary.name} will be deleted when you quit. "
+                f"{summary.name} is in the trash for {trash.KEPT_DAYS} days. "
                 f"Press {key_name('runs.restore')} to restore it."
             )
 
     def action_restore(self) -> None:
-        """Undo the last deletion."""
+        """Restore the run that was deleted last."""
+        deleted = self.qlora_app.deleted_runs
         try:
-            run = self.trash.restore()
+            if deleted:
+                self.notify(f"Restored {trash.restore(deleted[-1]).name}.")
+                deleted.pop()
         except UserError as problem:
             self.qlora_app.show_error(problem)
-            return
-        if run is not None:
-            self.notify(f"Restored {run.name}.")
         self.refresh_runs()
 
     def action_copy(self, verb: str) -> None:

@@ -117,7 +117,7 @@ class RunsScreen(RunActions):
             return self.current is not None and self.current.status.state in RESUMABLE
         if action == "restore":
             # If nothing was deleted, ``u`` undoes a change of the recipe as on other screens.
-            return bool(self.trash)
+            return bool(self.qlora_app.deleted_runs)
         return super().check_action(action, parameters)
 
     def on_input_changed(self, event: Input.Changed) -> None:
@@ -177,7 +177,7 @@ class RunsScreen(RunActions):
         if self.listing is None:
             return
         # What was read before a run was deleted still lists it.
-        summaries = [row for row in self.listing.summaries if row.id not in self.trash]
+        summaries = [row for row in self.listing.summaries if row.id not in self.qlora_app.deleted_runs]
         matching = [row for row in summaries if self._filter in _search_text(row)]
         rows = in_order(matching, self.listing.waiting, self.order)
         any_unmeasured = any(row.best is None and row.loss is not None for row in rows)

@@ -40,6 +40,40 @@ def locked(path: Path, *, patience_s: float = 0.0) -> Iterator[IO[str] | None]:
         yield file
 
 
+def hold_folder(folder: Path) -> int | None:
+    """Say that this process uses a folder, until the descriptor is closed; None where that is not possible.
+
+    Any number of processes may.
+    """
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process says that it uses a folder; False too where the file system cannot tell."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return False
+
+
 def is_locked(path: Path) -> bool | None:
     """Whether a process holds the lock, on any machine that shares it; None if unknown."""
     try:

@@ -1,22 +1,24 @@
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import shutil
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
 import pytest
 
-from qlora_tui.runs import drafts
-from qlora_tui.runs.drafts import (
+from qlora_tui import drafts
+from qlora_tui.drafts import (
     KEPT_S,
     can_continue,
     delete_abandoned,
+    discard,
     draft_path,
     final_path,
     forget_key,
@@ -24,7 +26,9 @@ from qlora_tui.runs.drafts import (
     is_abandoned,
     unfinished_drafts,
 )
-from qlora_tui.runs.locks import locked
+from qlora_tui.errors import UserError
+from qlora_tui.locks import locked
+from tests.support.power import FaultyDisk
 
 
 @pytest.fixture
@@ -56,12 +60,42 @@ def test_ctrl_c_does_not_interrupt_the_deletion(draft: Path, monkeypatch: pytest
 
 def leave(draft: Path) -> Path:
     """A draft as a killed process leaves it."""
+    stack = ExitStack()
+    files = stack.enter_context(held_draft(draft))
+    assert files is not None
+    (files / "part").write_text("half")
+    saved = shutil.copytree(draft, draft.with_name("saved"))
+    stack.close()
+    return saved.rename(draft)
+
+
+@pytest.mark.parametrize("lock", ["", "mine", None])
+def test_a_folder_without_our_marker_is_refused_and_stays(draft: Path, lock: str | None) -> None:
     (draft / "files").mkdir(parents=True)
-    (draft / "lock").touch()
-    (draft / "files" / "part").write_text("half")
-    # Version 1.0 merged a model without a folder for its files.
-    (draft / "model.safetensors").write_text("half")
-    return draft
+    (draft / "files/thesis.txt").write_text("mine")
+    if lock is not None:
+        (draft / "lock").write_text(lock)
+    assert not is_abandoned(draft)
+    delete_abandoned(draft)
+    with pytest.raises(UserError, match="in the way"), held_draft(draft):
+        pass
+    assert (draft / "files/thesis.txt").exists()
+
+
+def test_a_draft_listed_by_an_earlier_version_is_continued(draft: Path) -> None:
+    interrupt(draft, "one")
+    (draft / "lock").write_text("")
+    with held_draft(draft, "one") as files:
+        assert files is not None and (files / "part").exists()
+
+
+def test_a_discarded_folder_is_gone_also_on_a_full_disk(draft: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for is_full in (False, True):
+        (draft.parent / "run/files").mkdir(parents=True)
+        if is_full:
+            FaultyDisk(monkeypatch, 1, errno.ENOSPC, lasting=True)
+        discard(draft.parent / "run")
+        assert list(draft.parent.iterdir()) == []
 
 
 def test_a_draft_is_held_by_one_at_a_time(draft: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,391 @@
+"""Temporary folders, the only ones that this program deletes on its own: ``.NAME.part``, with a marker.
+
+``lock`` in such a folder is its marker, a sentence of ours. The process that uses the folder holds a lock on
+it, which also makes one process at a time write to a name. ``files`` holds what the process writes, and
+``earlier`` what it replaces. A marked folder whose lock is free belongs to a process that was killed or
+canceled. A folder without the marker is somebody else's, whatever its name is, and is never touched.
+
+held_draft    a folder for what gets a certain name: an export, a checkpoint, an adapter
+new_draft     one with a name of its own
+publish       moves what is complete out of it, into place
+discard       deletes something of ours: into such a folder first, so that a kill leaves no half of it
+abandoned_in  what killed processes left in a folder
+
+An export that can continue names a key: a hash of all that its files depend on, which is in ``key``. A draft
+with one outlives a cancel and a kill, and the next export to that name with the same key gets its files. It
+is listed in the folder ``unfinished`` of the state, so that it is deleted even if it is never continued.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+import shutil
+import signal
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
+from pathlib import Path
+from typing import IO
+
+from qlora_tui import paths
+from qlora_tui.errors import UserError
+from qlora_tui.files import read_regular, sync, sync_tree
+from qlora_tui.locks import PATIENCE_S, is_locked, locked
+
+KEPT_S = 7 * 24 * 3600.0
+"""Time for which a draft can be continued after its export was interrupted, in seconds."""
+_LOCK = "lock"
+_MARK = "A temporary folder of qlora-tui, which deletes it once no process of its own has locked this file.\n"
+"""Content of the lock."""
+_FILES = "files"
+_EARLIER = "earlier"
+_KEY = "key"
+_NAME = re.compile(r"\.(.+)\.part", re.DOTALL)
+_NEW = re.compile(r"\.qlora-tui-[0-9a-f]{12}\.part")
+_OWNER: ContextVar[Path | None] = ContextVar("owner", default=None)
+
+
+def draft_path(out: Path) -> Path:
+    """Return the folder in which ``out`` is prepared."""
+    return out.with_name(f".{out.name}.part")
+
+
+def draft_files(out: Path) -> Path:
+    """Return the folder for files in the draft of ``out``."""
+    return draft_path(out) / _FILES
+
+
+def earlier_path(final: Path) -> Path:
+    """Return where :func:`publish` keeps the previous ``final`` until the next one is on the disk."""
+    return draft_path(final) / _EARLIER
+
+
+def final_path(path: Path) -> Path:
+    """Return what is prepared where ``path`` is a draft or in one; other paths as they are."""
+    for folder in (*reversed(path.parents), path):
+        if match := _NAME.fullmatch(folder.name):
+            return folder.with_name(match[1])
+    return path
+
+
+@contextmanager
+def held_draft(draft: Path, key: str = "") -> Iterator[Path | None]:
+    """Create a draft, in a folder that exists, and delete it afterwards, or what a killed process left in it.
+
+    With ``key``, the files of an interrupted export with the same key are still there, and Ctrl+C and SIGTERM
+    leave them for the next.
+
+    Yields the folder for files, otherwise empty; None if another process holds the draft.
+    Raises OSError, and UserError if the file system has no locks or a folder without our marker has the name.
+    """
+    with ExitStack() as stack:
+        deletion = ExitStack()
+        with _without_interruption():
+            is_held = _hold(stack, draft)
+            if is_held:
+                stack.enter_context(deletion)
+                deletion.callback(_delete_held, draft)
+        if not is_held:
+            yield None
+            return
+        files = draft / _FILES
+        if not key or _key_of(draft) != key or not files.is_dir():
+            _empty(draft)
+            files.mkdir(mode=0o700)
+        if files.lstat().st_uid != draft.lstat().st_uid:
+            # Where everybody may write, as in /tmp, its owner could replace the files.
+            raise PermissionError(errno.EPERM, "The folder belongs to another user", str(draft))
+        if key:
+            _list(draft)
+            (draft / _KEY).write_text(key)
+        try:
+            yield files
+        except Exception:
+            raise
+        except BaseException:
+            if _key_of(draft):
+                deletion.pop_all()
+            raise
+
+
+@contextmanager
+def owned_by(folder: Path) -> Iterator[None]:
+    """Let drafts with a key belong to a folder, with which :func:`delete_owned` deletes them."""
+    token = _OWNER.set(folder.absolute())
+    try:
+        yield
+    finally:
+        _OWNER.reset(token)
+
+
+@contextmanager
+def new_draft(parent: Path) -> Iterator[Path]:
+    """Create a draft in ``parent`` under a new name; yields the folder for files. Raises OSError."""
+    while True:
+        with held_draft(draft_path(parent / f"qlora-tui-{secrets.token_hex(6)}")) as files:
+            if files is not None:
+                yield files
+                return
+
+
+def publish(files: Path, final: Path) -> None:
+    """Move the finished files of the draft of ``final`` into place, durably.
+
+    What they replace is deleted with the draft; a crash in between leaves it where :func:`restore_earlier`
+    finds it. Raises OSError; the previous folder is then still in place.
+    """
+    sync_tree(files)
+    earlier = earlier_path(final)
+    if final.exists():
+        final.rename(earlier)
+    try:
+        files.rename(final)
+        sync(final.parent)
+    except OSError:
+        if not final.exists():
+            restore_earlier(final)
+        raise
+
+
+def restore_earlier(final: Path) -> bool:
+    """Put the previous folder back if nothing is in its place; return whether it was restored."""
+    earlier = kept_earlier(final)
+    if earlier is None:
+        return False
+    earlier.rename(final)
+    sync(final.parent)
+    return True
+
+
+def kept_earlier(final: Path) -> Path | None:
+    """Return where the previous folder is if nothing is in its place; None otherwise."""
+    # Version 1.0 used the second place.
+    places = (earlier_path(final), final.with_name(f".{final.name}.earlier"))
+    return None if final.exists() else next((place for place in places if place.is_dir()), None)
+
+
+def discard(path: Path) -> None:
+    """Delete a folder of ours; it leaves its name in one step. Raises OSError if any of it is left."""
+    try:
+        with new_draft(path.parent) as files:
+            path.rename(files / path.name)
+            sync(path.parent)
+            shutil.rmtree(files / path.name)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not path.exists():
+            raise
+        # A full disk has no room for another folder, and this is what makes some.
+        shutil.rmtree(path)
+
+
+def abandoned_in(folder: Path) -> list[Path]:
+    """Return the drafts in a folder that no process holds and nothing continues."""
+    try:
+        drafts = sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+    except OSError:
+        return []
+    return [
+        draft
+        for draft in drafts
+        # In a folder of everybody, such as /tmp, those of other users are theirs.
+        if is_abandoned(draft) and not can_continue(draft) and draft.lstat().st_uid == os.getuid()
+    ]
+
+
+def forget_key(path: Path) -> None:
+    """Let nothing continue the export whose draft ``path`` is in: it is complete."""
+    draft = next((folder for folder in path.parents if _NAME.fullmatch(folder.name)), None)
+    if draft is not None:
+        (draft / _KEY).unlink(missing_ok=True)
+
+
+def can_continue(draft: Path) -> bool:
+    """Return whether the next export to this name continues an interrupted one."""
+    try:
+        age = time.time() - (draft / _KEY).stat().st_mtime
+    except OSError:
+        return False
+    return age < KEPT_S and is_abandoned(draft)
+
+
+def unfinished_drafts(owner: Path | None = None) -> Iterator[Path]:
+    """Yield every draft with a key whose export was interrupted, or only those that belong to a folder."""
+    for entry in _listing().glob("*"):
+        with suppress(OSError, ValueError):
+            draft, *owners = map(Path, read_regular(entry).decode(errors="surrogateescape").split("\0"))
+            if owner is not None and owner not in owners:
+                continue
+            if is_abandoned(draft):
+                yield draft
+            elif not draft.exists():
+                entry.unlink()
+
+
+def delete_owned(folder: Path) -> None:
+    """Delete the interrupted drafts of a folder, as far as possible: those that the state's list names."""
+    for draft in unfinished_drafts(folder.absolute()):
+        with suppress(OSError, UserError):
+            delete_abandoned(draft)
+
+
+def _listing() -> Path:
+    return paths.state_dir() / "unfinished"
+
+
+def _list(draft: Path) -> None:
+    """Add a draft to the list; if the state cannot be written, it is not deleted later."""
+    with suppress(OSError):
+        _entry(draft).parent.mkdir(mode=0o700, exist_ok=True)
+        owner = _OWNER.get()
+        lines = [draft.absolute(), *([] if owner is None else [owner])]
+        _entry(draft).write_bytes(b"\0".join(map(os.fsencode, lines)))
+
+
+def _entry(draft: Path) -> Path:
+    import hashlib  # imports OpenSSL, which a start that exports nothing avoids
+
+    name = os.fsencode(draft.absolute())
+    return _listing() / hashlib.sha256(name).hexdigest()[:16]
+
+
+def _key_of(draft: Path) -> str:
+    try:
+        return read_regular(draft / _KEY).decode()
+    except (OSError, ValueError):
+        return ""
+
+
+def is_ours(draft: Path) -> bool:
+    """Whether a folder of a draft's name has our marker, or has nothing in it yet.
+
+    A draft that can be continued and was made before there were markers is in the list of the state.
+    """
+    try:
+        if not _NAME.fullmatch(draft.name) or not stat.S_ISDIR(draft.lstat().st_mode):
+            return False
+        lock = draft / _LOCK
+        names = [path.name for path in draft.iterdir()]
+        if not names:
+            return True
+        if not stat.S_ISREG(lock.lstat().st_mode):
+            return False
+        content = read_regular(lock, len(_MARK) + 1)
+        if content == _MARK.encode() or (names == [_LOCK] and not content):
+            return True
+        return _key_of(draft) != "" and _entry(draft).exists()
+    except OSError:
+        return False
+
+
+def is_abandoned(draft: Path) -> bool:
+    """Whether this is a draft of ours that exists and that no process holds."""
+    # Without a lock it is empty: nothing shows whose it is, unless its name does.
+    is_marked = (draft / _LOCK).exists() or _NEW.fullmatch(draft.name) is not None
+    return is_marked and is_ours(draft) and is_locked(draft / _LOCK) is False
+
+
+def delete_abandoned(draft: Path) -> None:
+    """Delete a draft unless a process holds it; does nothing where there is none. Raises OSError."""
+    if is_abandoned(draft):
+        with held_draft(draft):
+            pass
+
+
+def _hold(stack: ExitStack, draft: Path) -> bool:
+    """Lock a draft until ``stack`` is closed; False if another process has locked it."""
+    while True:
+        # Not exist_ok, which fails where the folder is deleted meanwhile.
+        with suppress(FileExistsError):
+            draft.mkdir(mode=0o700)
+        if not is_ours(draft):
+            if not os.path.lexists(draft):
+                continue
+            raise UserError(
+                "A folder of another program is in the way",
+                what=f"{draft} exists, and nothing in it says that qlora-tui made it.",
+                why="Only what this program can be shown to have made is ever replaced or deleted.",
+                fix="Move it away, or delete it if you know that you do not need it.",
+            )
+        try:
+            with ExitStack() as attempt:
+                lock = attempt.enter_context(locked(draft / _LOCK, patience_s=PATIENCE_S))
+                if lock is None:
+                    return False
+                # Its holder may have deleted this lock, and a third process created another.
+                if os.path.samestat(os.fstat(lock.fileno()), (draft / _LOCK).stat()):
+                    if not os.fstat(lock.fileno()).st_size:
+                        _mark(draft / _LOCK, lock)
+                    stack.enter_context(attempt.pop_all())
+                    return True
+        except FileNotFoundError:
+            # Its holder has deleted the folder just now.
+            continue
+        except OSError:
+            # Where there was no room for the lock, nothing is in it.
+            with suppress(OSError):
+                draft.rmdir()
+            raise
+
+
+def _mark(path: Path, lock: IO[str]) -> None:
+    """Write the marker. Raises OSError, and deletes the lock then."""
+    try:
+        lock.write(_MARK)
+        lock.flush()
+        # On the disk before any file, or a power cut would leave a folder that is nobody's.
+        os.fsync(lock.fileno())
+    except OSError:
+        path.unlink()
+        raise
+
+
+def _delete_held(draft: Path) -> None:
+    """Delete a draft as far as possible: the lock last, and nothing that another process adds after that."""
+    with _without_interruption(), suppress(OSError):
+        _empty(draft)
+        (draft / _LOCK).unlink()
+        draft.rmdir()
+        if os.path.lexists(_listing()):
+            _entry(draft).unlink()
+
+
+@contextmanager
+def _without_interruption() -> Iterator[None]:
+    """Deliver Ctrl+C and SIGTERM after the block.
+
+    Not by a signal mask: another thread would take the signal, and Python raise it in this one.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda number, frame: arrived.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        for arrived_number in dict.fromkeys(arrived):
+            signal.raise_signal(arrived_number)
+
+
+def _empty(draft: Path) -> None:
+    """Delete everything but the lock, as far as possible; what was to be replaced is put back first."""
+    match = _NAME.fullmatch(draft.name)
+    assert match is not None
+    restore_earlier(draft.with_name(match[1]))
+    for path in draft.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != _LOCK:
+            with suppress(OSError):
+                path.unlink()
