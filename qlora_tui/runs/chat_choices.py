@@ -2,9 +2,12 @@
 
 ``choices/`` in the state directory has two files for each base model, which any recipe can read:
 
-* ``MODEL.pairs.jsonl``: a prompt with the better answer (``chosen``) and the other (``rejected``);
-* ``MODEL.edits.jsonl``: a prompt with the answer as the user edited it (``completion``), the only part in the
-  loss.
+* ``MODEL-HASH.pairs.jsonl``: a prompt with the better answer (``chosen``) and the other (``rejected``);
+* ``MODEL-HASH.edits.jsonl``: a prompt with the answer as the user edited it (``completion``), the only part
+  in the loss.
+
+The hash tells models apart whose folders have one name. Version 1.0 wrote ``MODEL.pairs.jsonl`` for all of
+them: that file stays, and the rows of a base are copied from it to the base's own.
 
 Each row has its provenance: base, adapters, run, decoding settings, time. A turn that is judged again
 replaces its row.
@@ -12,6 +15,7 @@ replaces its row.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,8 +30,8 @@ from qlora_tui.data.conversation import Message
 from qlora_tui.errors import UserError, disk_problems
 from qlora_tui.files import atomic_write, private_dir, read_regular
 from qlora_tui.formatting import format_bytes
+from qlora_tui.locks import PATIENCE_S, locked
 from qlora_tui.recipe.schema import Recipe, Source
-from qlora_tui.runs.locks import PATIENCE_S, locked
 
 ChoiceKind: TypeAlias = Literal["pairs", "edits"]
 ENOUGH = 20
@@ -59,9 +63,18 @@ class Provenance(Struct, frozen=True, kw_only=True):
 
 
 def choices_path(base: str, kind: ChoiceKind) -> Path:
-    """The file of a base model's rows, whether or not it exists."""
-    name = re.sub(r"[^\w.-]+", "-", base.rstrip("/").rpartition("/")[2]) or "model"
-    return paths.state_dir() / "choices" / f"{name}.{kind}.jsonl"
+    """The file of a base model's rows, whether or not it exists: by its Hub id, or its folder."""
+    identity = hashlib.sha256(_identity(base).encode(errors="surrogateescape")).hexdigest()[:8]
+    return paths.state_dir() / "choices" / f"{_name(base)}-{identity}.{kind}.jsonl"
+
+
+def _name(base: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", base.rstrip("/").rpartition("/")[2])[:64] or "model"
+
+
+def _identity(base: str) -> str:
+    folder = Path(base)
+    return str(folder.resolve()) if folder.is_absolute() else base.rstrip("/")
 
 
 def add_pair(prompt: Sequence[Message], chosen: str, rejected: str, provenance: Provenance) -> int:
@@ -76,7 +89,7 @@ def add_pair(prompt: Sequence[Message], chosen: str, rejected: str, provenance: 
         "rejected": _turns([Message("assistant", rejected)]),
         "provenance": msgspec.to_builtins(provenance),
     }
-    return _put(choices_path(provenance.base, "pairs"), row, provenance.id)
+    return _put(provenance.base, "pairs", row, provenance.id)
 
 
 def add_edit(prompt: Sequence[Message], answer: str, provenance: Provenance) -> int:
@@ -90,13 +103,13 @@ def add_edit(prompt: Sequence[Message], answer: str, provenance: Provenance) -> 
         "completion": _turns([Message("assistant", answer)]),
         "provenance": msgspec.to_builtins(provenance),
     }
-    return _put(choices_path(provenance.base, "edits"), row, provenance.id)
+    return _put(provenance.base, "edits", row, provenance.id)
 
 
 def count_choices(base: str, kind: ChoiceKind) -> int:
     """Number of rows of a base model; 0 where the file cannot be read."""
     try:
-        return len(_lines(choices_path(base, kind)))
+        return len(_rows(base, kind))
     except OSError:
         return 0
 
@@ -109,7 +122,7 @@ def recipe_on_choices(recipe: Recipe, kind: ChoiceKind, run_id: str) -> Recipe:
         kind: pairs are trained with DPO, edits as they are.
         run_id: its id; empty to start with a new adapter.
     """
-    path = choices_path(recipe.model.id, kind)
+    path = _own_file(recipe.model.id, kind)
     # The run that was talked to may have learned from preferences, which edits are not.
     data = replace(recipe.data, sources=(Source(path=str(path)),), validation_path="", preferences="refuse")
     training = replace(recipe.training, max_steps=0)
@@ -129,7 +142,7 @@ def recipe_on_choices(recipe: Recipe, kind: ChoiceKind, run_id: str) -> Recipe:
         )
     return replace(
         recipe,
-        name=f"{path.name.partition('.')[0]}-{kind}",
+        name=f"{_name(recipe.model.id).partition('.')[0]}-{kind}",
         data=data,
         lora=lora,
         training=training,
@@ -145,9 +158,30 @@ def _lines(path: Path) -> list[bytes]:
     return [line for line in read_regular(path, _MAX_BYTES).splitlines() if line.strip()]
 
 
+def _rows(base: str, kind: ChoiceKind) -> list[bytes]:
+    """Rows of a base: of its own file, or before there is one, its part of version 1.0's. Raises OSError."""
+    path = choices_path(base, kind)
+    if path.exists():
+        return _lines(path)
+    shared = path.with_name(f"{_name(base)}.{kind}.jsonl")
+    identity = _identity(base)
+    rows = _lines(shared) if shared.exists() else []
+    return [line for line in rows if _identity(str(_provenance(line).get("base"))) == identity]
+
+
 @disk_problems()
-def _put(path: Path, row: dict[str, Any], turn_id: str) -> int:
+def _own_file(base: str, kind: ChoiceKind) -> Path:
+    """Return the file of a base's rows, which has those of version 1.0's file too. Raises UserError."""
+    path = choices_path(base, kind)
+    if not path.exists() and (rows := _rows(base, kind)):
+        atomic_write(path, b"\n".join(rows) + b"\n", durable=True)
+    return path
+
+
+@disk_problems()
+def _put(base: str, kind: ChoiceKind, row: dict[str, Any], turn_id: str) -> int:
     """Append a row, in place of an earlier one of the same turn; returns the number of rows."""
+    path = choices_path(base, kind)
     private_dir(path.parent)
     with locked(path.with_suffix(".lock"), patience_s=10 * PATIENCE_S) as lock:
         if lock is None:
@@ -164,9 +198,9 @@ def _put(path: Path, row: dict[str, Any], turn_id: str) -> int:
                     why="What is beyond would be lost, because the file is written again.",
                     fix="Move it away: the next choice starts another file.",
                 )
-            lines = _lines(path)
         except FileNotFoundError:
-            lines = []
+            pass
+        lines = _rows(base, kind)
         lines = [line for line in lines if _turn_of(line) != turn_id]
         lines.append(msgspec.json.encode(row))
         atomic_write(path, b"\n".join(lines) + b"\n", durable=True)
@@ -175,8 +209,13 @@ def _put(path: Path, row: dict[str, Any], turn_id: str) -> int:
 
 def _turn_of(line: bytes) -> str:
     """The turn that a row is of; empty for a row that something else wrote."""
+    return str(_provenance(line).get("id", ""))
+
+
+def _provenance(line: bytes) -> dict[str, Any]:
+    """Where a row is from; empty for a row that something else wrote."""
     try:
-        row = msgspec.json.decode(line)
-        return str(row["provenance"]["id"])
-    except (msgspec.DecodeError, KeyError, TypeError):
-        return ""
+        provenance = msgspec.json.decode(line)["provenance"]
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError, RecursionError):
+        return {}
+    return provenance if isinstance(provenance, dict) else {}

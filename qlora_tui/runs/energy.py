@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Struct
 
 from qlora_tui.decoding import UnixTime, decode_json
-from qlora_tui.runs.event_log import read_from
+from qlora_tui.runs.event_log import next_data, read_from
 
 JOULES_PER_KWH = 3.6e6
 _CHUNK_BYTES = 1 << 20
@@ -53,6 +53,10 @@ class EnergyMeter:
         for _ in range(MAX_CHUNKS):
             chunk = read_from(self._path, self._offset, _CHUNK_BYTES)
             end = chunk.rfind(b"\n") + 1
+            if not end and len(chunk) == _CHUNK_BYTES:
+                # A power cut left zeros: no line is so long.
+                self._offset = next_data(self._path, self._offset + len(chunk))
+                continue
             if not end:
                 self._is_behind = False
                 return

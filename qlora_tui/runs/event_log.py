@@ -78,13 +78,13 @@ class EventTail:
         chunk = read_from(self._path, self._offset, max_bytes)
         end = chunk.rfind(b"\n") + 1
         if not end and self._is_skipping:
-            self._offset += len(chunk)
+            self._offset = next_data(self._path, self._offset + len(chunk))
             return []
         if not end and len(chunk) == max_bytes:
             if max_bytes < LONGEST_LINE_BYTES:
                 return self.poll(max_bytes * 4)
             self._is_skipping = True
-            self._offset += len(chunk)
+            self._offset = next_data(self._path, self._offset + len(chunk))
             return []
         self._offset += end
         events = []
@@ -135,7 +135,7 @@ def events_backwards(path: Path, start: int = 0) -> Iterator[AnyEvent]:
         first = 0 if begin == start else chunk.find(b"\n") + 1
         if begin > start and first in (0, len(chunk)):
             if most >= LONGEST_LINE_BYTES:
-                end, torn, most = begin, True, _BACKWARDS_BYTES
+                end, torn, most = max(start, _data_before(path, begin)), True, _BACKWARDS_BYTES
             else:
                 most *= 8
             continue
@@ -163,6 +163,44 @@ def read_from(path: Path, offset: int, max_bytes: int) -> bytes:
         os.close(file)
 
 
+def next_data(path: Path, offset: int) -> int:
+    """Return ``offset``, or where the next data begins if there is a hole: it may be terabytes long."""
+    try:
+        file = open_regular(path)
+    except OSError:
+        return offset
+    try:
+        return os.lseek(file, offset, os.SEEK_DATA)
+    except OSError as error:
+        # ENXIO: nothing but a hole up to the end. Else the file system cannot tell.
+        return max(offset, os.fstat(file).st_size) if error.errno == errno.ENXIO else offset
+    finally:
+        os.close(file)
+
+
+def _data_before(path: Path, end: int) -> int:
+    """Return ``end``, or where the last data before it ends if there is a hole."""
+    try:
+        file = open_regular(path)
+    except OSError:
+        return end
+    try:
+        return _data_end(file, end)
+    finally:
+        os.close(file)
+
+
+def _data_end(file: int, end: int) -> int:
+    last = position = 0
+    try:
+        while position < end and (begin := os.lseek(file, position, os.SEEK_DATA)) < end:
+            position = os.lseek(file, begin, os.SEEK_HOLE)
+            last = min(position, end)
+    except OSError as error:
+        return last if error.errno == errno.ENXIO else end
+    return last
+
+
 def events_and_damage(path: Path) -> Iterator[tuple[bytes, bool]]:
     """Yield the readable part of each line and whether it is complete; events of other versions are complete.
 
@@ -177,7 +215,7 @@ def events_and_damage(path: Path) -> Iterator[tuple[bytes, bool]]:
                 yield (clean if is_event else b""), is_event and clean == line
             elif len(line) == LONGEST_LINE_BYTES:
                 while (rest := file.readline(LONGEST_LINE_BYTES)) and not rest.endswith(b"\n"):
-                    pass
+                    file.seek(next_data(path, file.tell()))
                 yield b"", False
 
 
@@ -195,11 +233,11 @@ def _cut_torn_end(file: int) -> None:
     size = os.fstat(file).st_size
     end = size
     while end > 0:
-        start = max(0, end - 4096)
+        start = max(0, end - _BACKWARDS_BYTES)
         newline = os.pread(file, end - start, start).rfind(b"\n")
         if newline >= 0:
             end = start + newline + 1
             break
-        end = start
+        end = _data_end(file, start)
     if end != size:
         os.ftruncate(file, end)

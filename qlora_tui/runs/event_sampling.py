@@ -1,4 +1,4 @@
-"""Fast reading of long runs: every event except steps, and an even sample of the steps.
+"""Fast reading of long runs: every fact, and an even sample of what a run has as much of as steps.
 
 A run of a million steps has events of 200 MB, which take seconds to decode and more memory than a screen
 should use. Lists and graphs read such runs through :meth:`qlora_tui.runs.view.RunView.from_sample`.
@@ -7,18 +7,23 @@ should use. Lists and graphs read such runs through :meth:`qlora_tui.runs.view.R
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_tui.runs.event_log import read_from
-from qlora_tui.runs.events import AnyEvent, decode
+from qlora_tui.runs.event_log import LONGEST_LINE_BYTES, next_data, read_from
+from qlora_tui.runs.events import SERIES, AnyEvent, decode
 
-_CHUNK_BYTES = 4 << 20
+_CHUNK_BYTES = LONGEST_LINE_BYTES
 _READ_WHOLE_BYTES = 256 << 10
 """Files up to this size are read in full: they have few steps to skip."""
 _MAX_BROKEN = 2000
 """Maximum number of steps without a finite loss that are kept in addition to the sample."""
-_NOT_A_STEP = re.compile(rb'"event":"(?:[^s]|s[^t]|st[^e])')
+_MAX_EACH = 16_384
+_MAX_EACH_BYTES = 16 << 20
+"""Most events of one kind that are read whole. What a file has more of is sampled as steps are, so that
+reading takes bounded memory, whatever is in it."""
+_BEGINNING = b'{"event":"'
 _BROKEN = b'"loss":null'
 
 
@@ -36,25 +41,29 @@ class SampledEvents:
 def sample_events(path: Path, steps: int) -> SampledEvents:
     """Return the events of a run in order, with about ``steps`` of its steps.
 
-    Steps whose loss is not finite, the last step and the last line are always included.
+    Steps whose loss is not finite, the last step and the last line are always included, and so is every event
+    that is not one of a series.
     """
     size = _end_of_lines(path)
-    every = 1 if size <= _READ_WHOLE_BYTES else max(1, size // steps)
+    sampler = _Sampler(1 if size <= _READ_WHOLE_BYTES else max(1, size // steps))
     events: list[AnyEvent] = []
-    offset = broken = unknown = 0
+    offset = unknown = 0
+    is_skipping = False
     while offset < size:
         chunk = read_from(path, offset, min(_CHUNK_BYTES, size - offset))
         end = chunk.rfind(b"\n") + 1
         if not end:
-            break
-        chunk = chunk[:end]
+            # Longer than any event; a power cut may have left terabytes of nothing.
+            is_skipping = True
+            offset = next_data(path, offset + len(chunk)) if chunk else size
+            continue
+        begin = 0
+        if is_skipping:
+            begin, is_skipping = chunk.index(b"\n") + 1, False
+            unknown += 1
         offset += end
-        starts = _starts(chunk, every, last=offset >= size)
-        if every > 1 and broken < _MAX_BROKEN:
-            starts_of_broken = _lines_with(_BROKEN, chunk, _MAX_BROKEN - broken)
-            broken += len(starts_of_broken)
-            starts |= starts_of_broken
-        for start in sorted(starts):
+        chunk = chunk[begin:end]
+        for start in sorted(sampler.starts(chunk, is_last=offset >= size)) if chunk else ():
             event = decode(chunk[start : chunk.index(b"\n", start)])
             if event is None:
                 unknown += 1
@@ -70,22 +79,58 @@ def _end_of_lines(path: Path) -> int:
     return start + read_from(path, start, size - start).rfind(b"\n") + 1
 
 
-def _starts(chunk: bytes, every: int, *, last: bool) -> set[int]:
-    """Offsets at which the chosen lines of a chunk of complete lines begin."""
-    if every == 1:
-        return {0, *(match.end() for match in re.finditer(b"\n", chunk[:-1]))}
-    chosen = {chunk.rfind(b"\n", 0, place) + 1 for place in range(0, len(chunk), every)}
-    chosen |= {chunk.rfind(b"\n", 0, match.start()) + 1 for match in _NOT_A_STEP.finditer(chunk)}
-    if last:
-        ends = (len(chunk) - 1, max(0, chunk.rfind(b'"event":"step"')))
-        chosen |= {chunk.rfind(b"\n", 0, end) + 1 for end in ends}
-    return chosen
+class _Sampler:
+    """Chooses lines of a file, chunk by chunk."""
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+        """Distance in bytes between two lines of the even sample; 1 for all lines."""
+        self._series = {str(kind.__struct_config__.tag).encode() for kind in SERIES}
+        self._count: Counter[bytes] = Counter()
+        self._bytes: Counter[bytes] = Counter()
+        self._broken = 0
+
+    def starts(self, chunk: bytes, *, is_last: bool) -> set[int]:
+        """Offsets at which the chosen lines of a chunk of complete lines begin."""
+        if self._every == 1:
+            return {0, *(match.end() for match in re.finditer(b"\n", chunk[:-1]))}
+        chosen = {chunk.rfind(b"\n", 0, place) + 1 for place in range(0, len(chunk), self._every)}
+        chosen |= self._facts(chunk) | self._broken_steps(chunk)
+        for tag in self._series:
+            # The last of a series is a fact too. Only that of the last chunk is wanted of steps, and of other
+            # kinds it is not known which chunk that is.
+            if is_last or tag not in _STEP_TAGS:
+                place = chunk.rfind(_BEGINNING + tag + b'"')
+                chosen |= {chunk.rfind(b"\n", 0, place) + 1} if place >= 0 else set()
+        return chosen | ({chunk.rfind(b"\n", 0, len(chunk) - 1) + 1} if is_last else set())
+
+    def _facts(self, chunk: bytes) -> set[int]:
+        """Every line that does not begin as one of a series does."""
+        series = b"|".join(re.escape(tag) for tag in sorted(self._series))
+        a_fact = re.compile(b"\n(?!" + re.escape(_BEGINNING) + b"(?:" + series + b')")')
+        facts: set[int] = set()
+        matches = [] if chunk.startswith(tuple(_BEGINNING + tag + b'"' for tag in self._series)) else [0]
+        matches += [match.end() for match in a_fact.finditer(chunk, 0, len(chunk) - 1)]
+        for start in matches:
+            tag = b""
+            if chunk.startswith(_BEGINNING, start):
+                tag = chunk[start + len(_BEGINNING) : chunk.find(b'"', start + len(_BEGINNING))][:32]
+            self._count[tag] += 1
+            self._bytes[tag] += chunk.index(b"\n", start) - start
+            if self._count[tag] <= _MAX_EACH and self._bytes[tag] <= _MAX_EACH_BYTES:
+                facts.add(start)
+            elif tag:
+                self._series.add(tag)
+        return facts
+
+    def _broken_steps(self, chunk: bytes) -> set[int]:
+        starts: set[int] = set()
+        place = chunk.find(_BROKEN)
+        while place >= 0 and self._broken < _MAX_BROKEN:
+            starts.add(chunk.rfind(b"\n", 0, place) + 1)
+            self._broken += 1
+            place = chunk.find(_BROKEN, place + 1)
+        return starts
 
 
-def _lines_with(text: bytes, chunk: bytes, most: int) -> set[int]:
-    starts: set[int] = set()
-    place = chunk.find(text)
-    while place >= 0 and len(starts) < most:
-        starts.add(chunk.rfind(b"\n", 0, place) + 1)
-        place = chunk.find(text, place + 1)
-    return starts
+_STEP_TAGS = {str(kind.__struct_config__.tag).encode() for kind in SERIES}

@@ -359,6 +359,8 @@ class Paused(Event, tag="paused", frozen=True, kw_only=True):
     step: Count
 
 
+SERIES: tuple[type[Event], ...] = (Step,)
+"""Events of which a run has any number: of a long run a sample is read. All others are facts of the run."""
 RunEnded: TypeAlias = Finished | Failed | Stopped | Paused
 AnyEvent: TypeAlias = (
     Queued

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 from qlora_tui import paths
 from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write, read_regular, sync
+from qlora_tui.locks import locked
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import dump, parse, read_text, to_recipe, validate
-from qlora_tui.runs.locks import locked
 
 if TYPE_CHECKING:
     from qlora_tui.tui.workbench import Workbench
@@ -47,6 +47,9 @@ class Draft:
     def __init__(self) -> None:
         self._known: str | None = None
         """What this app last read or wrote."""
+        self._seen: tuple[int, int] | None = None
+        """Inode and time of the file when it was last compared with that."""
+        self._aside: Path | None = None
 
     def load(self) -> SavedDraft:
         """Read the draft. One that cannot be read is moved aside, so that a save does not overwrite it."""
@@ -66,19 +69,40 @@ class Draft:
                 return SavedDraft(error=_move_aside(unreadable))
 
     def save(self, workbench: Workbench, *, replace: bool = False) -> bool:
-        """Write the workbench to the disk; False, with nothing written, where another app changed the draft.
+        """Write the workbench to the disk; False where another app changed the draft, which then stays.
 
-        With ``replace`` the other's change is overwritten. Raises OSError.
+        Both are on the disk afterwards: what is not in the draft is in :attr:`aside`, which with ``replace``
+        is the other app's. Raises OSError.
         """
         text = f"{_PRESET_COMMENT}{workbench.preset}\n{dump(workbench.recipe)}"
         with _draft_lock():
             on_disk = _content()
-            if on_disk is not None and on_disk not in (self._known, text) and not replace:
-                return False
+            if on_disk is not None and on_disk not in (self._known, text):
+                atomic_write(self.aside, _encoded(on_disk if replace else text), durable=True)
+                if not replace:
+                    return False
             if on_disk != text:
                 atomic_write(draft_path(), text, durable=True)
             self._known = text
         return True
+
+    @property
+    def aside(self) -> Path:
+        """Where the recipe is that lost against another app's."""
+        if self._aside is None:
+            self._aside = _free_name("other")
+        return self._aside
+
+    def is_changed_elsewhere(self) -> bool:
+        """Whether another app has changed the draft since the last call, and since this app wrote it."""
+        try:
+            status = draft_path().stat()
+            if self._known is None or self._seen == (status.st_ino, status.st_mtime_ns):
+                return False
+            self._seen = (status.st_ino, status.st_mtime_ns)
+            return _content() not in (self._known, None)
+        except OSError:
+            return False
 
 
 def draft_written_at() -> float:
@@ -111,9 +135,7 @@ def _read_draft() -> tuple[Recipe, str]:
 
 def _move_aside(problem: UserError) -> UserError:
     """Keep a draft that cannot be read under another name; what to say of it."""
-    aside = draft_path().with_name(f"{draft_path().name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
-    while aside.exists():
-        aside = aside.with_name(f"{aside.name}-2")
+    aside = _free_name("damaged")
     try:
         draft_path().rename(aside)
         sync(aside.parent)
@@ -123,6 +145,17 @@ def _move_aside(problem: UserError) -> UserError:
     return UserError(
         "The recipe being edited could not be read", what=problem.what, why=problem.why, fix=message
     )
+
+
+def _free_name(why: str) -> Path:
+    aside = draft_path().with_name(f"{draft_path().name}.{why}-{time.strftime('%Y%m%d-%H%M%S')}")
+    while aside.exists():
+        aside = aside.with_name(f"{aside.name}-2")
+    return aside
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode(errors="surrogateescape")
 
 
 @contextmanager

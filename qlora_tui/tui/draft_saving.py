@@ -58,7 +58,19 @@ def save_or_ask(app: QloraApp) -> None:
             _adopt(app, other_draft, other)
 
     changes = [str(change) for change in diff_recipes(app.workbench.recipe, other.recipe)]
-    app.push_screen(DraftChangedScreen(changes), on_result)
+    app.push_screen(DraftChangedScreen(changes, app.draft.aside), on_result)
+
+
+def tell_of_change(app: QloraApp) -> None:
+    """Say once for each change that another app has changed the draft, which this app does not show."""
+    from qlora_tui.tui.screens.modals.draft_changed import DraftChangedScreen
+
+    if not isinstance(app.screen, DraftChangedScreen) and app.draft.is_changed_elsewhere():
+        app.notify(
+            "Another app changed the recipe. This one shows its own, and your next edit asks whose stays.",
+            severity="warning",
+            timeout=10,
+        )
 
 
 def _adopt(app: QloraApp, other_draft: Draft, other: Workbench) -> None:

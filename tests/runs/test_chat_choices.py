@@ -13,6 +13,7 @@ from qlora_tui import paths
 from qlora_tui.data.conversation import Conversation, Message
 from qlora_tui.data.sources import conversations, open_source
 from qlora_tui.errors import UserError
+from qlora_tui.locks import locked
 from qlora_tui.recipe.conflicts import find_conflicts
 from qlora_tui.recipe.schema import Data, Lora, Recipe
 from qlora_tui.runs import chat_choices
@@ -25,7 +26,6 @@ from qlora_tui.runs.chat_choices import (
     count_choices,
     recipe_on_choices,
 )
-from qlora_tui.runs.locks import locked
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPT = (
@@ -88,7 +88,7 @@ def test_the_run_goes_on_from_the_adapter_on_choices_alone(kind: str) -> None:
     recipe = replace(recipe, model=replace(recipe.model, id=BASE))
     prepared = recipe_on_choices(recipe, "pairs" if kind == "pairs" else "edits", "owls")
     assert [source.path for source in prepared.data.sources] == [
-        str(paths.state_dir() / "choices" / f"SmolLM2-135M-Instruct.{kind}.jsonl")
+        str(choices_path(BASE, "pairs" if kind == "pairs" else "edits"))
     ]
     assert prepared.lora.init_from == "owls" and not prepared.data.validation_path
     assert recipe_on_choices(recipe, "edits", "").lora == recipe.lora
@@ -104,6 +104,32 @@ def test_choices_can_follow_a_run_of_any_method(kind: ChoiceKind, run_id: str) -
     prepared = recipe_on_choices(recipe, kind, run_id)
     assert prepared.data.preferences == ("dpo" if kind == "pairs" else "refuse")
     assert not find_conflicts(prepared)
+
+
+@pytest.mark.parametrize("other", ["evil/SmolLM2-135M-Instruct", "/models/b/SmolLM2-135M-Instruct"])
+def test_two_models_of_one_name_share_no_choices(other: str) -> None:
+    add_pair(PROMPT, "one", "two", provenance("chat/1"))
+    assert count_choices(other, "pairs") == 0 and choices_path(other, "pairs") != choices_path(BASE, "pairs")
+    assert add_pair(PROMPT, "one", "two", replace(provenance("chat/1"), base=other)) == 1
+    assert count_choices(BASE, "pairs") == 1
+
+
+@pytest.mark.parametrize("is_added", [True, False])
+def test_choices_of_an_earlier_version_are_split_by_model(*, is_added: bool) -> None:
+    add_pair(PROMPT, "one", "two", provenance("chat/1"))
+    own = choices_path(BASE, "pairs")
+    shared = own.with_name("SmolLM2-135M-Instruct.pairs.jsonl")
+    theirs = own.read_text().replace(BASE, "evil/SmolLM2-135M-Instruct")
+    shared.write_text(own.read_text() + theirs + '{"prompt": "mine"}\n')
+    own.unlink()
+    assert count_choices(BASE, "pairs") == 1
+    if is_added:
+        assert add_pair(PROMPT, "three", "four", provenance("chat/2")) == 2
+    recipe = Recipe()
+    recipe = replace(recipe, model=replace(recipe.model, id=BASE))
+    path = Path(recipe_on_choices(recipe, "pairs", "").data.sources[0].path)
+    assert path == own and len(path.read_text().splitlines()) == 1 + is_added
+    assert len(shared.read_text().splitlines()) == 3
 
 
 def test_a_file_that_cannot_be_read_whole_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:

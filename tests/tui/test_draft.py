@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from qlora_tui.recipe.toml import parse, to_recipe
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.draft import Draft, draft_path
 from qlora_tui.tui.draft_saving import open_workbench
@@ -37,7 +38,9 @@ def test_the_second_to_write_sees_that_the_draft_changed() -> None:
     two.set("lora.rank", 64)
     assert not second.save(two)
     assert rank_on_disk() == 8
+    assert to_recipe(parse(second.aside.read_text(), ""), "").lora.rank == 64
     assert second.save(two, replace=True)
+    assert to_recipe(parse(second.aside.read_text(), ""), "").lora.rank == 8, "nothing is lost"
     assert not first.save(one), "now the first has to be asked"
     assert rank_on_disk() == 64
 
@@ -132,6 +135,19 @@ async def test_the_app_says_that_the_draft_could_not_be_read(
         app.edit("lora.rank", 32)
         await pilot.pause()
         assert rank_on_disk() == 32 and sorted(moved_aside()) == sorted([content, content_of_another])
+
+
+async def test_the_app_says_that_another_changed_the_recipe(make_app: MakeApp) -> None:
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await wait_for_text(pilot, "balanced")
+        app.edit("lora.rank", 32)
+        assert not app.draft.is_changed_elsewhere()
+        edit_elsewhere(8)
+        await wait_until(
+            pilot, lambda: any("Another app changed" in said.message for said in app._notifications)
+        )
+        assert not app.draft.is_changed_elsewhere(), "it is said once"
 
 
 @pytest.mark.parametrize(("key", "mine", "on_disk"), [("m", 32, 32), ("t", 8, 8), ("escape", 32, 8)])
