@@ -55,7 +55,7 @@ def _steps(probe: Probe, size: str, **settings: Any) -> Answer:
     for key, value in settings.items():
         recipe = replace_setting(recipe, key.replace("__", "."), value)
     loaded = load_step_model(folder, recipe)
-    answer: Answer = {"attention": loaded.base.attention, "loss": loaded.base.loss}
+    answer: Answer = {"attention": loaded.base.attention, "loss": loaded.base.loss_description}
     for name, lengths in (_ROWS if probe.on_gpu else _CPU_ROWS).items():
         step = partial(loaded.run, lengths)
         milliseconds = probe.milliseconds(step, repeats=8)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.memory.estimate import Estimate, estimate
-from qlora_tui.memory.execution import Device, trainer_execution
+from qlora_tui.memory.execution import Device, ExecutionConfig, trainer_execution
 from qlora_tui.memory.layout import STYLES
 from qlora_tui.memory.verdict import check_fit
 from qlora_tui.recipe.schema import Recipe
@@ -48,6 +48,7 @@ def plan_kept_layers(
     free_bytes: int,
     *,
     device: Device | None = None,
+    execution: ExecutionConfig | None = None,
     limit: int | None = None,
 ) -> KeptLayersPlan | None:
     """Return how many layers can keep their activations; None unless ``gradient_checkpointing`` is ``auto``.
@@ -59,12 +60,13 @@ def plan_kept_layers(
 
     Args:
         free_bytes: memory of the device that nothing else uses, what this run already holds included.
+        execution: what the run executes, where that is not what the recipe leads to expect.
         limit: maximum number of layers to keep.
     """
     if recipe.training.gradient_checkpointing != "auto" or recipe.quantization.streamed_layers:
         return None
     device = device or Device()
-    execution = trainer_execution(recipe, device, architecture)
+    execution = execution or trainer_execution(recipe, device, architecture)
     available_bytes = int(free_bytes * CPU_SHARE) if device.kind == "cpu" else free_bytes
     most = architecture.layers if limit is None else min(limit, architecture.layers)
 

@@ -37,16 +37,27 @@ class PreparedBase:
     folder: Path
     attention: str
     """Description of the attention, for the run's events."""
-    loss: str
-    """The loss that the memory estimate assumes, or another one with the reason."""
-    padding_free: bool
-    """Whether a micro-batch is one sequence of isolated samples, with ``data.packing`` off too."""
+    loss: Loss
+    packed: PackedAttention | None
+    """What keeps the samples of a sequence apart; None where each has a padded sequence of its own."""
     reference_attention: str
     """The implementation in transformers for a single sample: ``sdpa`` or ``eager``."""
+    loss_reason: str = ""
+    """Why another loss than the expected one is used; empty where it is that one."""
     replaced: tuple[str, ...] = ()
     """Fast paths that are not used, because they differ from the library on this model."""
     streamed: StreamedLayers | None = None
     """The layers that wait in host memory; None where the whole model is on the device."""
+
+    @property
+    def padding_free(self) -> bool:
+        """Whether a micro-batch is one sequence of isolated samples, with ``data.packing`` off too."""
+        return self.packed is not None
+
+    @property
+    def loss_description(self) -> str:
+        """The loss, and the reason where it is not the expected one, for the run's events."""
+        return ": ".join(filter(None, (self.loss, self.loss_reason)))
 
 
 def prepare_base(
@@ -78,7 +89,7 @@ def prepare_base(
     ):
         head = "its computation between head and loss is not supported"
     reference_attention = model.config._attn_implementation
-    loss_name = _use_loss(model, head, device, expected_loss, weighted)
+    loss, loss_reason = _use_loss(model, head, device, expected_loss, weighted)
     pass_sample_lengths(model)
     scale_each_sample(model)
     packed = _use_packed_attention(model, attention_path, device)
@@ -91,8 +102,9 @@ def prepare_base(
         attention=_DESCRIPTIONS[packed]
         if packed
         else f"{reference_attention.replace('sdpa', 'SDPA')}, padded sequences",
-        loss=loss_name,
-        padding_free=packed is not None,
+        loss=loss,
+        loss_reason=loss_reason,
+        packed=packed,
         reference_attention=reference_attention,
         streamed=streamed,
     )
@@ -129,16 +141,16 @@ def _use_loss(
     device: ComputeDevice,
     expected_loss: Loss,
     weighted: bool,
-) -> str:
-    """Install the loss in the model; returns its description for the run's events."""
+) -> tuple[Loss, str]:
+    """Install the loss in the model; return it, and why it is not the expected one."""
     if isinstance(head, str):
         chunked_loss.use_weighted_loss(model)
-        return f"stock: {head}"
+        return "stock", head
     kernel: chunked_loss.LossSumFn | str | None = None
     if expected_loss == "liger":
         kernel = _NOT_WEIGHTED if weighted else verified_liger_loss(head, device.torch_device)
     if isinstance(kernel, str):
         chunked_loss.use_chunked_loss(model, head)
-        return f"chunked: {kernel}"
+        return "chunked", kernel
     chunked_loss.use_chunked_loss(model, head, kernel)
-    return expected_loss
+    return expected_loss, ""

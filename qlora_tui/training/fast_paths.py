@@ -41,7 +41,7 @@ class FastPaths:
                 partial(model_loading.set_attention, bare, bare.config._attn_implementation),
                 partial(model_loading.set_attention, bare, base.reference_attention),
             )
-        if not base.loss.startswith("stock"):
+        if base.loss != "stock":
             self._switches["loss"] = (
                 partial(vars(bare).__setitem__, "forward", vars(bare)["forward"]),
                 partial(chunked_loss.use_reference_loss, bare),

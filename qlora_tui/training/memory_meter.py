@@ -23,10 +23,10 @@ from qlora_tui.gpu.wsl import managed_memory_is_safe
 from qlora_tui.memory import Device as EstimatedDevice
 from qlora_tui.memory import Estimate, MeasuredRun, correction_for, estimate, record_run, trainer_execution
 from qlora_tui.memory.cpu import liger_is_installed, torch_has_varlen, torch_is_for_cuda, triton_is_installed
-from qlora_tui.memory.execution import ExecutionConfig, Loss
 from qlora_tui.memory.kept_layers import KeptLayersPlan, plan_kept_layers
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.events import MemoryMeasured
+from qlora_tui.training.base_model import PreparedBase
 from qlora_tui.training.compute_device import ComputeDevice, free_host_bytes
 from qlora_tui.training.library_versions import versions
 
@@ -38,35 +38,28 @@ class MemoryMeter:
         self._recipe = recipe
         self._architecture = architecture
         self._device = device
+        self.execution = trainer_execution(recipe, _as_estimated(device), architecture)
+        """What the run executes: what its recipe leads to expect, until :meth:`use` knows better."""
+        self.is_modelled = False
+        """Whether loss and code paths are known, and the estimate has a model of them."""
         self.estimate = self._estimate(recipe, corrected=True)
         """None where the model is not supported by the estimate."""
         self._longest_batch: Recipe | None = None
         """The recipe with its sequences as long as those of the longest micro-batch."""
         self._longest_batch_estimate: Estimate | None = None
-        self._is_as_expected = False
-        """Whether loss and code paths are those that the estimate assumes."""
 
-    @property
-    def expected_loss(self) -> Loss:
-        """The loss that the estimate assumes."""
-        return self._expected_execution.loss
+    def use(self, base: PreparedBase, *, triton: bool) -> None:
+        """Estimate with the loss, attention and kernels that the run really uses.
 
-    def set_loss(self, loss: str) -> None:
-        """Note which loss is used: with an unexpected one the peak says nothing about the estimate."""
-        self._is_as_expected = loss == self.expected_loss
-
-    @property
-    def expects_triton(self) -> bool:
-        """Whether the estimate assumes Triton's kernels."""
-        return self._expected_execution.triton
-
-    @property
-    def _expected_execution(self) -> ExecutionConfig:
-        return trainer_execution(self._recipe, _as_estimated(self._device), self._architecture)
-
-    def set_unexpected_path(self) -> None:
-        """Note that a code path differs from what the estimate assumes: the peak is not recorded."""
-        self._is_as_expected = False
+        Without a model of them, such as for padded sequences in place of packed ones or for replaced parts,
+        the estimate stays that of the expected code. No layers are kept then, and the peak is not recorded.
+        """
+        expected = self.execution
+        self.is_modelled = base.padding_free == expected.segments and set(base.replaced) <= {"loss"}
+        if self.is_modelled:
+            varlen, triton = base.packed == "varlen", expected.triton and triton
+            self.execution = replace(expected, loss=base.loss, varlen=varlen, triton=triton)
+            self.estimate = self._estimate(self._recipe, corrected=True)
 
     def measure(self, when: Literal["probe", "end"]) -> MemoryMeasured:
         """The peak so far and the estimate."""
@@ -100,7 +93,7 @@ class MemoryMeter:
     def plan_kept_layers(self, limit: int | None) -> KeptLayersPlan | None:
         """How many layers can keep their activations for the longest batch; all estimates then include them.
 
-        Call :meth:`set_longest_batch` first. None are kept where a code path differs from the estimate's.
+        Call :meth:`set_longest_batch` first. None are kept without a model of the run's code.
 
         Returns:
             None where the recipe does not leave it open, or the model is not supported by the estimate.
@@ -114,7 +107,8 @@ class MemoryMeter:
             self._architecture,
             self._free_bytes(),
             device=where,
-            limit=limit if self._is_as_expected else 0,
+            execution=self.execution,
+            limit=limit if self.is_modelled else 0,
         )
         if plan is not None and plan.kept_layers:
             self.estimate = plan.estimate
@@ -131,7 +125,7 @@ class MemoryMeter:
         family whose layers are guessed.
         """
         predicted, peak = self._longest_batch_estimate, self.measure("end")
-        if predicted is None or not (self._is_as_expected and predicted.exact):
+        if predicted is None or not (self.is_modelled and predicted.exact):
             return
         if ran_out and peak.measured_bytes <= predicted.process_bytes:
             return
@@ -161,11 +155,10 @@ class MemoryMeter:
         if corrected:
             where = replace(where, correction=correction_for(self._device.name))
         try:
-            execution = trainer_execution(recipe, where, self._architecture)
             return estimate(
                 recipe,
                 self._architecture,
-                execution=replace(execution, kept_layers=kept_layers),
+                execution=replace(self.execution, kept_layers=kept_layers),
                 device=where,
             )
         except UserError:

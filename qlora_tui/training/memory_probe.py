@@ -43,6 +43,13 @@ def probe_longest_batch(prepared: PreparedRun, trainer: RunTrainer) -> None:
 def _apply_kept_layers(prepared: PreparedRun) -> None:
     """Exempt layers from checkpointing as memory allows, if ``gradient_checkpointing`` is ``auto``."""
     plan = prepared.meter.plan_kept_layers(prepared.max_kept_layers)
+    if plan is not None and not prepared.meter.is_modelled:
+        replaced = ", ".join(prepared.base.replaced)
+        prepared.reporter.health(
+            "not_estimated",
+            f"The memory estimate has no model of this run's code ({replaced or prepared.base.attention}).",
+            "Every layer is recomputed in the backward pass. gradient_checkpointing = off would keep all.",
+        )
     if plan is None or not model_loading.apply_kept_layers(prepared.base.model, plan.kept_layers):
         return
     prepared.reporter.emit(

@@ -28,7 +28,7 @@ from qlora_tui.training.chunked_loss import find_head
 from qlora_tui.training.compute_device import ComputeDevice, choose_attention
 from qlora_tui.training.eva import run_directions, set_main_directions
 from qlora_tui.training.forgetting import replay_samples
-from qlora_tui.training.fused.kernel_choice import find_kernels
+from qlora_tui.training.fused.kernel_choice import find_kernels, kernel_remedy, refusal_of_kernels
 from qlora_tui.training.gguf_conversion import ConversionStopped, cached_conversion, convert_cached
 from qlora_tui.training.heap import release_free_memory
 from qlora_tui.training.initial_adapter_weights import load_initial_adapter
@@ -74,15 +74,20 @@ def prepare_run(
         recipe,
         device,
         attention_path,
-        meter.expected_loss,
+        meter.execution.loss,
         weighted=data.train.weighted,
         on_progress=lambda done, total: reporter.progress("loading", done, total),
     )
-    meter.set_loss(base.loss)
+    kernels = find_kernels(device.torch_device, device.dtype)
+    meter.use(base, triton=kernels is not None)
+    if refusal := refusal_of_kernels(device.torch_device, device.dtype):
+        reporter.health(
+            "kernels_refused",
+            f"The Triton kernels are not used on this GPU: {refusal}.",
+            "Steps are correct, but norms, rotary positions and gated MLPs are slower. " + kernel_remedy(),
+        )
     if recipe.preference_method is not None:
-        use_token_losses(base.model, base.loss if base.loss.startswith("stock") else find_head(base.model))
-    if meter.expects_triton and find_kernels(device.torch_device, device.dtype) is None:
-        meter.set_unexpected_path()
+        use_token_losses(base.model, base.loss_reason if base.loss == "stock" else find_head(base.model))
     _emit_environment(context, device, base)
     _emit_streamed(context, base, files)
     samples = _with_replay(context, data, base, tokenizer, device)
@@ -289,9 +294,9 @@ def _verify(prepared: PreparedRun) -> PreparedRun:
     base = _keep_padding(prepared, verify_first_step(prepared))
     if "loss" in base.replaced and prepared.recipe.preference_method is not None:
         # The forward that verification restored knows no losses of single tokens.
-        use_token_losses(base.model, base.loss)
+        use_token_losses(base.model, base.loss_reason)
     if base.replaced:
-        prepared.meter.set_unexpected_path()
+        prepared.meter.use(base, triton=prepared.meter.execution.triton)
     if (base.attention, base.loss) != (prepared.base.attention, prepared.base.loss):
         _emit_environment(prepared, prepared.device, base)
     step_plan = prepared.step_plan
@@ -307,7 +312,7 @@ def _keep_padding(context: AttemptContext, base: PreparedBase) -> PreparedBase:
         return base
     if base.padding_free:
         attention = f"{base.reference_attention}, padded sequences: as before the resume"
-        return replace(base, padding_free=False, attention=attention)
+        return replace(base, packed=None, attention=attention)
     context.reporter.health(
         "rows_differ",
         "Before the resume, samples were packed. Now packed attention does not pass its check, "
@@ -327,7 +332,7 @@ def _emit_environment(context: AttemptContext, device: ComputeDevice, base: Prep
             compute_dtype=device.dtype_name,
             attention=base.attention,
             optimizer=context.recipe.training.optimizer,
-            loss=base.loss,
+            loss=base.loss_description,
             versions=versions(),
             kernels="torch" if find_kernels(device.torch_device, device.dtype) is None else "triton",
         )

@@ -273,7 +273,7 @@ def _base_without(base: PreparedBase, replaced: Collection[FastPath]) -> Prepare
         attention = (
             f"{base.reference_attention}, padded sequences: packed sequences failed the first step's check"
         )
-        base = replace(base, padding_free=False, attention=attention)
+        base = replace(base, packed=None, attention=attention)
     if "loss" in replaced:
-        base = replace(base, loss="stock: the chunked loss failed the first step's check")
+        base = replace(base, loss="stock", loss_reason="the chunked loss failed the first step's check")
     return base

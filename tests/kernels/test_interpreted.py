@@ -10,9 +10,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
-import torch
-
-from qlora_tui.training.fused import kernel_choice
 
 pytestmark = pytest.mark.slow
 
@@ -69,8 +66,3 @@ def test_rows_of_any_width_are_those_of_float64(results: dict[str, dict[str, Any
 def test_wrong_kernels_are_refused(results: dict[str, dict[str, Any]]) -> None:
     mutants = {case: result["refused"] for case, result in results.items() if case.startswith("mutant")}
     assert len(mutants) == 9 and all(mutants.values()), mutants
-
-
-def test_kernels_are_not_used_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert kernel_choice.find_kernels(torch.device("cpu"), torch.float32) is None

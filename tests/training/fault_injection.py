@@ -95,6 +95,14 @@ def norm_without_offset() -> None:
     rms_norm._FusedRmsNorm.forward = staticmethod(forward)  # type: ignore[method-assign]
 
 
+def refuse_kernels() -> None:
+    """Let Triton refuse its kernels, as without a C compiler."""
+    from qlora_tui.training.fused import kernel_choice
+
+    reason = "No C compiler is found"
+    kernel_choice._try_kernels = lambda device, dtype: (None, reason)
+
+
 def samples_see_each_other() -> None:
     """Let packed attention treat a row as one sample, unnoticed by the checks of single parts."""
     whole = packed_attention.segment_mask

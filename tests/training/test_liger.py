@@ -282,7 +282,7 @@ def test_the_record_names_the_loss_that_is_used(
         expected_loss="liger",
         weighted=weighted,
     )
-    assert base.loss.startswith(record)
+    assert base.loss_description.startswith(record)
 
 
 def test_liger_is_planned_where_installed_suitable_and_worthwhile() -> None:

@@ -8,7 +8,11 @@ the model itself, in the first step of the run.
 from __future__ import annotations
 
 import os
+import shutil
+import sysconfig
+import traceback
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -17,11 +21,14 @@ from torch.nn import functional
 
 _ROUNDINGS = 8.0
 """Units in the last place of the dtype, of the largest value of a row, by which a kernel may differ."""
+_OLDEST_GPU = (7, 5)
+"""Compute capability from which Triton's compiler is supported."""
 _TOKENS, _HEADS = 5, 5
 _WIDTHS: tuple[int, ...] = (200, 3000)
 """Columns of the check: four short rows in a program and one in the next, and a row with more warps.
 Neither they nor the columns of a head are a power of two."""
 _verified: dict[tuple[torch.device, torch.dtype], ModuleType | None] = {}
+_refusals: dict[tuple[torch.device, torch.dtype], str] = {}
 _is_allowed = True
 
 
@@ -43,25 +50,43 @@ def find_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
 def verify_kernels(device: torch.device, dtype: torch.dtype) -> None:
     """Try the kernels for tensors of this dtype on this device, once per process."""
     if _is_allowed and (device, dtype) not in _verified:
-        _verified[device, dtype] = _working_kernels(device, dtype)
+        _verified[device, dtype], _refusals[device, dtype] = _try_kernels(device, dtype)
 
 
-def _working_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+def refusal_of_kernels(device: torch.device, dtype: torch.dtype) -> str:
+    """Return why kernels that were tried are not used; empty where they are, or were not tried."""
+    return _refusals.get((device, dtype), "") if _is_allowed else ""
+
+
+def kernel_remedy() -> str:
+    """Return what to do about refused kernels: Triton compiles their launcher with a C compiler."""
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+    headers = (Path(sysconfig.get_path("include")) / "Python.h").exists()
+    missing = [name for name, there in (("gcc", compiler), ("python3-dev", headers)) if not there]
+    if missing:
+        return f"Install what Triton compiles with, such as by `sudo apt install {' '.join(missing)}`."
+    return "trainer.log has the whole error. model.kernels = torch leaves them off without this warning."
+
+
+def _try_kernels(device: torch.device, dtype: torch.dtype) -> tuple[ModuleType | None, str]:
+    """Return the kernels, or why they are refused; neither where there is nothing to try."""
     # Triton's interpreter runs on a CPU, in tests.
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return None
+        return None, ""
+    # On older GPUs LLVM may end the process.
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _OLDEST_GPU:
+        return None, ""
     if find_spec("triton") is None:
-        return None
+        return None, ""
     try:
         from qlora_tui.training.fused import triton_kernels
 
         wrong = _first_difference(triton_kernels, device, dtype)
     except Exception as error:
-        wrong = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['?'])[0]}"
-    if wrong:
-        print(f"Triton's kernels are not used on {device} in {dtype}: {wrong}", flush=True)
-        return None
-    return triton_kernels
+        traceback.print_exception(error)
+        # A compiler shows the place in the source first.
+        wrong = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+    return (None, wrong) if wrong else (triton_kernels, "")
 
 
 def _first_difference(kernels: ModuleType, device: torch.device, dtype: torch.dtype) -> str:
