@@ -5,7 +5,7 @@
 * ``families/``: the structure of each model family, as tables, with which modules are quantized;
   ``family_spec`` and ``config_fields`` read them.
 * ``local_models``, ``model_validation``, ``gguf_header``: the models on this machine, whether each can be
-  trained, and finding one by name.
+  trained, and finding one by name; ``gguf_support``: what of a GGUF file would be lost.
 * ``gguf_file_types``: types of GGUF files that can be exported, with their sizes.
 * ``safetensors_header``: shapes and offsets of the tensors in a weights file, and whether it is complete.
 * ``adapter_config``: a LoRA adapter's config, checked before peft reads it.

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qlora_tui.catalog import gguf_support
 from qlora_tui.errors import UserError
 
 MAGIC = b"GGUF"
@@ -158,11 +159,12 @@ def read_gguf(path: Path) -> GgufHeader:
         raise _gguf_problem(path, "it is not a complete GGUF file of version 2 or 3") from None
 
 
-def _gguf_problem(path: Path, why: str) -> UserError:
+def _gguf_problem(path: Path, why: str, *, is_complete: bool = False) -> UserError:
+    fix = "Choose the model in the Hugging Face format"
     return UserError(
         "The GGUF file cannot be used",
         what=f"{path}: {why}.",
-        fix="Download the file again, or choose the model in the Hugging Face format.",
+        fix=f"{fix}." if is_complete else f"Download the file again, or {fix[0].lower()}{fix[1:]}.",
     )
 
 
@@ -201,18 +203,27 @@ def _tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...], int]:
 def to_hf_config(header: GgufHeader, path: Path) -> dict[str, Any]:
     """Convert the header to the form of ``config.json``, for ``parse_architecture``.
 
-    Raises UserError for an architecture that cannot be converted to a dense model.
+    Raises UserError for an architecture that cannot be converted to a dense model, and for a file with
+    something that the converted model would not have.
     """
     architecture = header.architecture
     if architecture not in MODEL_TYPES or header.values.get(f"{architecture}.expert_count"):
         mixture = " (a mixture of experts)" if architecture in MODEL_TYPES else ""
-        raise _gguf_problem(path, f"its architecture {architecture!r}{mixture} cannot be trained from GGUF")
+        raise _gguf_problem(
+            path, f"its architecture {architecture!r}{mixture} cannot be trained from GGUF", is_complete=True
+        )
     config: dict[str, Any] = {"model_type": MODEL_TYPES[architecture]}
     for key, name in CONFIG_KEYS.items():
         if f"{architecture}.{key}" in header.lengths:
-            raise _gguf_problem(path, f"{architecture}.{key} differs between layers, which is not supported")
+            raise _gguf_problem(
+                path, f"{architecture}.{key} differs between layers, which is not supported", is_complete=True
+            )
         if (value := header.values.get(f"{architecture}.{key}")) is not None:
             config[name] = value
+    if lost := gguf_support.not_understood(header, architecture):
+        raise _gguf_problem(
+            path, f"{lost} would be lost, and another model be trained than the file holds", is_complete=True
+        )
     if architecture == "llama" and "head_dim" not in config:
         config["head_dim"] = header.values.get("llama.rope.dimension_count")
     config.setdefault("vocab_size", header.vocab_size)

@@ -11,9 +11,9 @@ from typing import Literal
 
 from qlora_tui.formatting import MIB, format_bytes
 
-Way = Literal["plain", "streamed", "whole"]
-"""How the file is converted: all of it by this program (plain); tokenizer and configuration by transformers
-(streamed); or all of it by transformers, with every weight in memory at once (whole)."""
+Way = Literal["plain", "streamed"]
+"""How the file is converted: all of it by this program (plain), or tokenizer and config by transformers
+(streamed)."""
 PLAIN_BYTES = 50 * MIB
 """Python, numpy, tokenizers, and a block of rows in float32."""
 PLAIN_BYTES_PER_TOKEN = 4000
@@ -22,8 +22,6 @@ LIBRARIES_BYTES = 320 * MIB
 """Bytes of the libraries with torch and transformers."""
 BYTES_PER_TOKEN = 2000
 """Bytes per vocabulary token in transformers."""
-BYTES_PER_WEIGHT = 8
-"""Bytes per weight with all weights in memory: float32, and a copy."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +45,11 @@ class Conversion:
         )
 
 
-def peak_bytes(way: Way, *, file_bytes: int, vocabulary: int, weights: int) -> int:
+def peak_bytes(way: Way, *, file_bytes: int, vocabulary: int) -> int:
     """Return the largest resident set. The whole GGUF file is mapped, and counts as it is read.
 
-    Measured: 329 MiB for SmolLM2 135M in Q4_1 (plain), 995 for Gemma 3 270M in Q4_K_M (streamed), 3,161 for
-    the same file with all weights at once.
+    Measured: 329 MiB for SmolLM2 135M in Q4_1 (plain), 995 for Gemma 3 270M in Q4_K_M (streamed).
     """
     if way == "plain":
         return PLAIN_BYTES + file_bytes + vocabulary * PLAIN_BYTES_PER_TOKEN
-    rest = LIBRARIES_BYTES + file_bytes + vocabulary * BYTES_PER_TOKEN
-    return rest + (weights * BYTES_PER_WEIGHT if way == "whole" else 0)
+    return LIBRARIES_BYTES + file_bytes + vocabulary * BYTES_PER_TOKEN

@@ -27,7 +27,7 @@ from qlora_tui.files import private_dir
 from qlora_tui.gpu.torch_env import OFFLINE
 from qlora_tui.memory.conversion import Conversion, Way, peak_bytes
 from qlora_tui.training import gguf_llama
-from qlora_tui.training.gguf_weights import ProgressCallback, all_known
+from qlora_tui.training.gguf_weights import ProgressCallback
 from qlora_tui.worker_messages import read_messages
 
 _STOP_POLL_INTERVAL_S = 0.2
@@ -73,17 +73,17 @@ def pending_conversion(model_id: str) -> Conversion | None:
         file = files.folder / files.gguf_file
         if cached_conversion(file) is not None:
             return None
-        return Conversion(file.name, _peak_bytes(file, file.stat().st_size, files.architecture.total_params))
+        return Conversion(file.name, _peak_bytes(file, file.stat().st_size))
     except (UserError, OSError):
         return None
 
 
 @lru_cache(maxsize=4)
-def _peak_bytes(file: Path, file_bytes: int, weights: int) -> int:
+def _peak_bytes(file: Path, file_bytes: int) -> int:
     """Cached: the Memory screen calls it after each change, and a header has a hundred thousand tokens."""
     header = read_gguf(file)
-    method: Way = "plain" if gguf_llama.is_known(header) else "streamed" if all_known(header) else "whole"
-    return peak_bytes(method, file_bytes=file_bytes, vocabulary=header.vocab_size or 0, weights=weights)
+    method: Way = "plain" if gguf_llama.is_known(header) else "streamed"
+    return peak_bytes(method, file_bytes=file_bytes, vocabulary=header.vocab_size or 0)
 
 
 def convert_in_child(

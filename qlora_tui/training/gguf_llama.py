@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tui.catalog.gguf_header import GgufHeader
+from qlora_tui.catalog.gguf_support import rope_base
 from qlora_tui.training.gguf_tokenizer import KIND, tokenizer_from
-from qlora_tui.training.gguf_weights import ProgressCallback, all_known, weights_of, write_weights
+from qlora_tui.training.gguf_weights import ProgressCallback, weights_of, write_weights
 
 _NEEDED = (
     "tokenizer.chat_template",
@@ -21,14 +22,16 @@ _NEEDED = (
 
 
 def is_known(header: GgufHeader) -> bool:
-    """Whether the file is a plain Llama with a supported vocabulary, nothing missing and nothing unknown."""
+    """Whether the file is a plain Llama with a supported vocabulary, and nothing is missing.
+
+    What is unknown is refused before (``gguf_support``).
+    """
     kind = (header.values.get("tokenizer.ggml.model"), header.values.get("tokenizer.ggml.pre"))
     return (
         header.architecture == "llama"
         and kind == KIND
-        and header.values.get("llama.rope.scaling.type", "none") == "none"
         and all(key in header.values for key in _NEEDED)
-        and all_known(header)
+        and not any(tensor.endswith(".bias") for tensor in header.tensors)
     )
 
 
@@ -73,6 +76,7 @@ def _write_config(header: dict[str, Any], reader: Any, folder: Path) -> None:
         f"{name}_token_id": header[f"tokenizer.ggml.{key}_token_id"]
         for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
     }
+    heads = header["llama.attention.head_count"]
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -81,12 +85,13 @@ def _write_config(header: dict[str, Any], reader: Any, folder: Path) -> None:
         "hidden_size": header["llama.embedding_length"],
         "intermediate_size": header["llama.feed_forward_length"],
         "num_hidden_layers": header["llama.block_count"],
-        "num_attention_heads": header["llama.attention.head_count"],
+        "num_attention_heads": heads,
+        "head_dim": header.get("llama.rope.dimension_count") or header["llama.embedding_length"] // heads,
         "num_key_value_heads": header["llama.attention.head_count_kv"],
         "max_position_embeddings": header["llama.context_length"],
         # A float32 printed with as many digits as it holds, so that 1e-05 stays 1e-05.
         "rms_norm_eps": float(f"{header['llama.attention.layer_norm_rms_epsilon']:.6g}"),
-        "rope_theta": header["llama.rope.freq_base"],
+        "rope_theta": rope_base(header, "llama"),
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,

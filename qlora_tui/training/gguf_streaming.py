@@ -12,12 +12,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from qlora_tui.catalog.gguf_header import read_gguf
+from qlora_tui.catalog.gguf_support import rope_base
 from qlora_tui.training.clean_files import single_file_view
 from qlora_tui.training.gguf_weights import GgufTensor, ProgressCallback, weights_of, write_weights
 
 
 def write(file: Path, folder: Path, architecture: str, progress: ProgressCallback) -> None:
-    """Write the folder of a file for which ``gguf_weights.all_known`` holds.
+    """Write the folder of a file of a family whose tensors are known.
 
     Raises ValueError where the model that transformers builds from the configuration has other tensors.
     """
@@ -34,6 +36,10 @@ def write(file: Path, folder: Path, architecture: str, progress: ProgressCallbac
         AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
         config: Any = AutoConfig.from_pretrained(**place)
         reader = gguf.GGUFReader(str(view / file.name))
+    rope = config.rope_parameters
+    base = rope_base(read_gguf(file).values, architecture)
+    # transformers reads the base of some families only, and has others where the file names none.
+    rope.get("full_attention", rope)["rope_theta"] = base
     weights = weights_of(reader, architecture, config.num_attention_heads, config.num_key_value_heads)
     _write_config(config, folder, weights)
     write_weights(weights, folder / "model.safetensors", progress)

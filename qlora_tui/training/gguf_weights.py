@@ -1,20 +1,18 @@
 """Writes the weights of a GGUF file as one bfloat16 safetensors file, a block of rows at a time.
 
-Memory holds one float32 block of at most ``BLOCK_BYTES``, never the whole model. The tables below map tensor
-names of llama.cpp to those of transformers, and changes that llama.cpp's converter
-(``convert_hf_to_gguf.py``) makes to the values are undone.
+Memory holds one float32 block of at most ``BLOCK_BYTES``, never the whole model. Changes that llama.cpp's
+converter (``convert_hf_to_gguf.py``) makes to the values are undone.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.catalog.gguf_header import GgufHeader
+from qlora_tui.catalog.gguf_support import name_of
 
 BLOCK_BYTES = 16 * 2**20
 """Largest block of rows that is dequantized at once, in bytes of float32."""
@@ -22,39 +20,8 @@ ProgressCallback = Callable[[int, int], None]
 """Called with the bytes written and the total bytes of the safetensors file."""
 Shape = tuple[int, ...]
 
-_WHOLE_MODEL = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_LINEAR = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_TWO_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-_FOUR_NORMS = {
-    "attn_norm": "input_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_IN_A_LAYER = {
-    "llama": _LINEAR | _TWO_NORMS,
-    "qwen2": _LINEAR | _TWO_NORMS,
-    "qwen3": _LINEAR | _TWO_NORMS | _HEAD_NORMS,
-    "gemma2": _LINEAR | _FOUR_NORMS,
-    "gemma3": _LINEAR | _FOUR_NORMS | _HEAD_NORMS,
-}
-"""For each ``general.architecture``, the parts of a layer: llama.cpp's name to transformers' name."""
 _NORMS_PLUS_ONE = ("gemma2", "gemma3")
 """Architectures whose norms multiply by 1 + w in transformers, but by w in llama.cpp."""
-_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -75,23 +42,6 @@ class GgufTensor:
         for length in self.shape:
             count *= length
         return count
-
-
-def name_of(tensor: str, architecture: str | None) -> str | None:
-    """The name in transformers of a tensor in a GGUF file; None where it is unknown."""
-    parts = _IN_A_LAYER.get(architecture or "")
-    if parts is None:
-        return None
-    layer = _LAYER.fullmatch(tensor)
-    if layer is None:
-        return _WHOLE_MODEL.get(tensor)
-    part = parts.get(layer[2])
-    return part and f"model.layers.{layer[1]}.{part}.{layer[3]}"
-
-
-def all_known(header: GgufHeader) -> bool:
-    """Whether the name in transformers of every tensor is known."""
-    return all(name_of(tensor, header.architecture) for tensor in header.tensors)
 
 
 def weights_of(reader: Any, architecture: str, heads: int, kv_heads: int) -> list[GgufTensor]:

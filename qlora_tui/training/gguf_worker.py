@@ -16,16 +16,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from qlora_tui.catalog.gguf_header import read_gguf
+from qlora_tui.catalog.gguf_header import read_gguf, to_hf_config
 from qlora_tui.drafts import draft_path, held_draft, publish
 from qlora_tui.errors import UserError
 from qlora_tui.training import gguf_llama
-from qlora_tui.training.clean_files import single_file_view
 from qlora_tui.training.failure import is_full_disk, is_out_of_memory
-from qlora_tui.training.gguf_weights import ProgressCallback, all_known
-from qlora_tui.training.kernel_publishers import pin_publisher
+from qlora_tui.training.gguf_weights import ProgressCallback
 from qlora_tui.worker_messages import send_error, send_progress
 
 PROGRESS_INTERVAL_S = 0.2
@@ -57,33 +54,14 @@ def convert(file: Path, folder: Path, progress: ProgressCallback = lambda done, 
 
 def _convert(file: Path, folder: Path, progress: ProgressCallback) -> None:
     header = read_gguf(file)
+    to_hf_config(header, file)  # refuses what would be lost
     if gguf_llama.is_known(header):
         gguf_llama.write(file, folder, progress)
         return
-    if all_known(header):
-        from qlora_tui.training import gguf_streaming
+    from qlora_tui.training import gguf_streaming
 
-        assert header.architecture is not None
-        gguf_streaming.write(file, folder, header.architecture, progress)
-        return
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    pin_publisher()
-    with single_file_view(file) as view:
-        place: dict[str, Any] = {
-            "pretrained_model_name_or_path": str(view),
-            "gguf_file": file.name,
-            "local_files_only": True,
-            "trust_remote_code": False,
-        }
-        model = AutoModelForCausalLM.from_pretrained(
-            **place,
-            dtype=torch.bfloat16,
-            quantization_config=GgufConfig(gguf_file=file.name, dequantize=True),
-        )
-        AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
-        model.save_pretrained(folder)
+    assert header.architecture is not None
+    gguf_streaming.write(file, folder, header.architecture, progress)
 
 
 @contextmanager

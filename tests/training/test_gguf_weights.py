@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qlora_tui.catalog.gguf_header import read_gguf
-from qlora_tui.training import gguf_weights
-from qlora_tui.training.gguf_weights import all_known, weights_of, write_weights
+from qlora_tui.training import gguf_streaming, gguf_weights
+from qlora_tui.training.gguf_weights import weights_of, write_weights
 
 pytestmark = pytest.mark.slow
 
 HIDDEN, FEED_FORWARD, HEADS, KV_HEADS, VOCABULARY, LAYERS = 64, 96, 4, 2, 320, 2
-NORMS = {"llama": 2, "qwen2": 2, "qwen3": 2, "gemma2": 4, "gemma3": 4}
+NORMS = {"llama": 2, "qwen2": 2, "qwen3": 2, "phi3": 2, "starcoder2": 2, "gemma2": 4, "gemma3": 4}
 HEAD_NORMS = ("qwen3", "gemma3")
+UNTIED = ("qwen2", "phi3")
+BIASED = {
+    "qwen2": ("attn_q", "attn_k", "attn_v"),
+    "starcoder2": ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down"),
+}
 HEAD_DIM = {"qwen3": 128}
 """transformers reads no other for Qwen 3."""
 
 
-def write_model(path: Path, architecture: str) -> Path:
+def write_model(path: Path, architecture: str, rope_base: float = 10_000.0) -> Path:
     """A random model of two layers, norm weights as far from one as Gemma's."""
     import numpy as np
     from gguf import GGMLQuantizationType as Kind
@@ -38,9 +43,10 @@ def write_model(path: Path, architecture: str) -> Path:
     writer.add_key_length(head)
     writer.add_value_length(head)
     writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10_000.0)
+    writer.add_rope_freq_base(rope_base)
     writer.add_vocab_size(VOCABULARY)
     writer.add_token_list([f"t{i}" for i in range(VOCABULARY)])
+    writer.add_pad_token_id(0)
 
     def add(name: str, shape: tuple[int, ...], kind: Kind = Kind.Q8_0) -> None:
         values = random.standard_normal(shape, dtype=np.float32)
@@ -50,24 +56,29 @@ def write_model(path: Path, architecture: str) -> Path:
 
     add("token_embd.weight", (VOCABULARY, HIDDEN))
     add("output_norm.weight", (HIDDEN,), Kind.F32)
-    if architecture == "qwen2":
+    if architecture in UNTIED:
         add("output.weight", (VOCABULARY, HIDDEN))
+    if architecture == "starcoder2":
+        add("output_norm.bias", (HIDDEN,), Kind.F32)
     for layer in range(LAYERS):
         block = f"blk.{layer}"
-        add(f"{block}.attn_q.weight", (HEADS * head, HIDDEN))
-        add(f"{block}.attn_k.weight", (KV_HEADS * head, HIDDEN))
-        add(f"{block}.attn_v.weight", (KV_HEADS * head, HIDDEN))
-        add(f"{block}.attn_output.weight", (HIDDEN, HEADS * head))
-        if architecture == "qwen2":
-            add(f"{block}.attn_q.bias", (HEADS * head,), Kind.F32)
-            add(f"{block}.attn_k.bias", (KV_HEADS * head,), Kind.F32)
-            add(f"{block}.attn_v.bias", (KV_HEADS * head,), Kind.F32)
-        add(f"{block}.ffn_gate.weight", (FEED_FORWARD, HIDDEN))
-        add(f"{block}.ffn_up.weight", (FEED_FORWARD, HIDDEN))
-        add(f"{block}.ffn_down.weight", (HIDDEN, FEED_FORWARD))
+        rows = {"attn_q": HEADS * head, "attn_k": KV_HEADS * head, "attn_v": KV_HEADS * head}
+        rows |= {"attn_output": HIDDEN, "ffn_gate": FEED_FORWARD, "ffn_up": FEED_FORWARD, "ffn_down": HIDDEN}
+        if architecture == "phi3":
+            rows = {"attn_qkv": sum(rows.pop(f"attn_{part}") for part in "qkv"), **rows}
+            rows["ffn_up"] += rows.pop("ffn_gate")
+        if architecture == "starcoder2":
+            del rows["ffn_gate"]
+        columns = {"attn_output": HEADS * head, "ffn_down": FEED_FORWARD}
+        for name, length in rows.items():
+            add(f"{block}.{name}.weight", (length, columns.get(name, HIDDEN)))
+            if name in BIASED.get(architecture, ()):
+                add(f"{block}.{name}.bias", (length,), Kind.F32)
         names = ["attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm"][: NORMS[architecture]]
         for name in names:
             add(f"{block}.{name}.weight", (HIDDEN,), Kind.F32)
+            if architecture == "starcoder2":
+                add(f"{block}.{name}.bias", (HIDDEN,), Kind.F32)
         if architecture in HEAD_NORMS:
             for name in ("attn_q_norm", "attn_k_norm"):
                 add(f"{block}.{name}.weight", (head,), Kind.F32)
@@ -90,7 +101,6 @@ def test_every_weight_is_as_transformers_reads_it(
     # Blocks of five rows: the last one of each tensor is not full.
     monkeypatch.setattr(gguf_weights, "BLOCK_BYTES", 5 * 4 * HIDDEN)
     file = write_model(tmp_path / "model.gguf", architecture)
-    assert all_known(read_gguf(file))
     write_weights(
         weights_of(GGUFReader(file), architecture, HEADS, KV_HEADS),
         tmp_path / "model.safetensors",
@@ -102,12 +112,29 @@ def test_every_weight_is_as_transformers_reads_it(
         dtype=torch.bfloat16,
         quantization_config=GgufConfig(gguf_file=file.name, dequantize=True),
     ).state_dict()
-    if architecture != "qwen2":
+    if architecture not in UNTIED:
         del reference["lm_head.weight"]  # tied to the embeddings, and stored once
     weights = load_file(tmp_path / "model.safetensors")
     assert weights.keys() == reference.keys()
     for name, weight in weights.items():
         assert torch.equal(weight, reference[name]), name
+
+
+@pytest.mark.parametrize("architecture", ["starcoder2", "gemma3"])
+def test_the_rotary_base_of_the_file_is_used(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    class NoTokenizer:
+        from_pretrained = save_pretrained = classmethod(lambda cls, *args, **kwargs: cls)
+
+    monkeypatch.setattr(transformers, "AutoTokenizer", NoTokenizer)
+    file = write_model(tmp_path / "model.gguf", architecture, 999_999.0)
+    gguf_streaming.write(file, tmp_path, architecture, lambda done, total: None)
+    rope = json.loads((tmp_path / "config.json").read_text())["rope_parameters"]
+    assert rope.get("full_attention", rope)["rope_theta"] == 999_999
+    assert rope.get("sliding_attention", {}).get("rope_theta", 10_000) == 10_000
 
 
 def test_rounding_to_bfloat16_is_torchs() -> None:
@@ -122,10 +149,3 @@ def test_rounding_to_bfloat16_is_torchs() -> None:
     rounded = torch.from_numpy(gguf_weights._bfloat16(values).view(np.int16)).view(torch.bfloat16)
     assert torch.equal(rounded.isnan(), reference.isnan())
     assert torch.equal(rounded[~rounded.isnan()], reference[~reference.isnan()])
-
-
-def test_a_tensor_without_a_name_is_not_streamed(tmp_path: Path) -> None:
-    header = read_gguf(write_model(tmp_path / "model.gguf", "llama"))
-    assert all_known(header)
-    header.tensors["rope_freqs.weight"] = (8,)
-    assert not all_known(header)
