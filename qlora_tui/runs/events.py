@@ -285,8 +285,8 @@ class Health(Event, tag="health", frozen=True, kw_only=True):
     """A warning about the run, with evidence and remedy."""
 
     kind: str
-    """``nan_loss`` (of loss or gradient norm), ``exploding_gradient``, ``plateau``, ``gpu_idle``,
-    ``throttled``, ``disk_full``…"""
+    """``nan_loss`` (of loss or gradient norm), ``exploding_gradient``, ``gradients_overflow``, ``plateau``,
+    ``gpu_idle``, ``throttled``, ``disk_full``…"""
     severity: Literal["warning", "error"]
     evidence: str
     remedy: str

@@ -14,7 +14,7 @@ from qlora_tui.training.callbacks import RunCallback
 from qlora_tui.training.compute_device import find_device
 from qlora_tui.training.control_requests import StepAbandoned, StopRequested
 from qlora_tui.training.failure import is_out_of_memory
-from qlora_tui.training.final_adapter import load_best_weights, write_adapter
+from qlora_tui.training.final_adapter import load_best_weights, require_trained, write_adapter
 from qlora_tui.training.memory_meter import MemoryMeter
 from qlora_tui.training.preference.objective import PreferenceObjective
 from qlora_tui.training.preference.preference_steps import PreferenceSteps
@@ -137,6 +137,10 @@ class TrainingAttempt:
         keeps_best = recipe.training.early_stopping and callback.outcome == "finished"
         if keeps_best and best_step is not None and best_step != step:
             reason = f"{reason}; {load_best_weights(run, trainer.model, best_step)}"
+        if callback.outcome == "finished":
+            require_trained(
+                trainer.model, callback.progress.initial_weights, step, callback.overflow_monitor.skipped
+            )
         checksums = ""
         if prepared.dist.is_main_process:
             checksums = write_adapter(

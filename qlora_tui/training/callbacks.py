@@ -18,9 +18,11 @@ from qlora_tui.training.batches import PlannedStep
 from qlora_tui.training.checkpoint_saver import CheckpointSaver, RunProgress
 from qlora_tui.training.control_requests import StopRequested
 from qlora_tui.training.evaluation import Evaluator
+from qlora_tui.training.final_adapter import trained_weights_digest
 from qlora_tui.training.forgetting.base_divergence import BaseDivergence
 from qlora_tui.training.health import (
     ForgettingMonitor,
+    OverflowMonitor,
     StepMonitor,
     ValidationMonitor,
     check_general_answers,
@@ -70,6 +72,7 @@ class RunCallback(TrainerCallback):
         self._evaluator = Evaluator(prepared, trainer.model)
         self._saver = CheckpointSaver(prepared, trainer)
         self._monitor = StepMonitor()
+        self.overflow_monitor = OverflowMonitor()
         self._validation_monitor = ValidationMonitor()
         self._base_divergence = BaseDivergence(prepared, trainer.model)
         self._forgetting_monitor = ForgettingMonitor()
@@ -94,6 +97,8 @@ class RunCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Before the first step, with optimizer and scheduler restored: probe memory, then evaluate."""
+        if self._prepared.checkpoint is None:
+            self.progress.initial_weights = trained_weights_digest(self._trainer.model)
         probe_longest_batch(self._prepared, self._trainer)
         # The probe's batch is no step.
         self._take_rewards()
@@ -248,6 +253,16 @@ class RunCallback(TrainerCallback):
                 "Training diverged",
                 what=finding.evidence,
                 why=f"Training cannot recover from this; {hint}.",
+                fix=finding.remedy,
+            )
+        skipped = self._trainer.accelerator.optimizer_step_was_skipped
+        finding = self.overflow_monitor.check(step, is_skipped=skipped)
+        if finding is not None:
+            self._reporter.health(finding.kind, finding.evidence, finding.remedy, step=step, error=True)
+            raise UserError(
+                "The gradients overflow float16",
+                what=finding.evidence,
+                why="Such a step is skipped, so the adapter learns nothing.",
                 fix=finding.remedy,
             )
         for finding in self._monitor.check(step, loss, grad_norm):

@@ -32,6 +32,8 @@ class RunProgress:
     """Step of the last evaluation; -1 before the first."""
     checkpoint_step: int = -1
     """Step of the last checkpoint; -1 before the first."""
+    initial_weights: str = ""
+    """Digest of the trained weights before the first step; empty where an earlier version began the run."""
     ends_with_epoch: bool = False
     """Whether it was requested to finish at the end of the epoch."""
 
@@ -43,6 +45,7 @@ class RunProgress:
             best_score=state.best_score,
             loss_before_training=state.loss_before_training,
             scores_since_best=list(state.scores_since_best),
+            initial_weights=state.initial_weights,
             evaluated_step=state.step,
             checkpoint_step=state.step,
         )
@@ -87,6 +90,7 @@ class CheckpointSaver:
             best_step=progress.best_step,
             best_score=progress.best_score,
             loss_before_training=progress.loss_before_training,
+            initial_weights=progress.initial_weights,
             scores_since_best=tuple(progress.scores_since_best),
         )
         try:

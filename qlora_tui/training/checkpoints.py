@@ -55,6 +55,8 @@ class CheckpointState(Struct, frozen=True, kw_only=True):
     best_step: int | None = None
     best_score: float | None = msgspec.field(default=None, name="best_loss")
     loss_before_training: float | None = None
+    initial_weights: str = ""
+    """Digest of the trained weights before the first step; empty in checkpoints of earlier versions."""
     scores_since_best: tuple[float, ...] = msgspec.field(default=(), name="last_losses")
     """Scores of the evaluations since the best, for early stopping."""
 

@@ -20,6 +20,9 @@ _HISTORY = 20
 """Previous steps that a gradient norm is compared with."""
 _EXPLOSION = 20.0
 """Multiple of the median norm that counts as exploding: even clipped, such a step points the wrong way."""
+_SKIPPED_STEPS = 12
+"""Steps in a row that fp16 may skip. Each halves the loss scale, which begins at 65,536: these lead to 16."""
+OVERFLOW_REMEDY = 'Set quantization.compute_dtype to "bfloat16" on a GPU from RTX 30 on, else to "float32".'
 _QUIET_STEPS = 20
 """Steps before the same finding is reported again."""
 _PLATEAU_STEPS = 200
@@ -75,7 +78,7 @@ def find_non_finite(step: int, loss: float, grad_norm: float, *, norm_may_overfl
     """A finding that ends the run: a loss or a gradient norm that is NaN or infinite.
 
     ``norm_may_overflow``: under fp16 a step whose scaled gradients overflow is skipped and the scale lowered,
-    which is routine, however many times in a row.
+    which is routine: see :class:`OverflowMonitor`.
     """
     if not math.isfinite(loss):
         quantity, value = "loss", loss
@@ -89,6 +92,27 @@ def find_non_finite(step: int, loss: float, grad_norm: float, *, norm_may_overfl
         "Lower training.learning_rate or raise training.warmup_ratio, and start again. If it diverges again, "
         "change quantization.compute_dtype.",
     )
+
+
+class OverflowMonitor:
+    """Counts the steps that fp16 skips because their gradients overflow."""
+
+    def __init__(self) -> None:
+        self.skipped = 0
+        """Steps that were skipped."""
+        self._in_a_row = 0
+
+    def check(self, step: int, *, is_skipped: bool) -> Finding | None:
+        """A finding that ends the run: no smaller scale helps, and nothing is learned."""
+        self.skipped += is_skipped
+        self._in_a_row = self._in_a_row + 1 if is_skipped else 0
+        if self._in_a_row < _SKIPPED_STEPS:
+            return None
+        return Finding(
+            "gradients_overflow",
+            f"The gradients overflowed float16 in {self._in_a_row} steps in a row, up to step {step}.",
+            OVERFLOW_REMEDY,
+        )
 
 
 class ValidationMonitor:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 
 from qlora_tui.runs import control
 from qlora_tui.runs.control import Kind
@@ -108,6 +109,15 @@ def samples_see_each_other() -> None:
     whole = packed_attention.segment_mask
     equivalence_checks.packing_is_isolated = lambda *args: True
     vars(packed_attention)["segment_mask"] = lambda lengths: whole([sum(lengths)])
+
+
+def overflow_every_step() -> None:
+    """Let every step be skipped, as under fp16 where gradients overflow at any scale."""
+
+    def skip(self: AcceleratedOptimizer, closure: Any = None) -> None:
+        self._is_overflow = True
+
+    AcceleratedOptimizer.step = skip
 
 
 def no_reference_step() -> None:

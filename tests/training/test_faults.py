@@ -167,6 +167,29 @@ def test_a_model_that_does_not_fit_is_loaded_only_once(
     assert "smaller model" in ending.fix and len(events_of(run, Started)) == 1
 
 
+@pytest.mark.parametrize(
+    ("steps", "title", "last"),
+    [(24, "The gradients overflow float16", 12), (3, "Training changed nothing", 3)],
+)
+def test_a_run_whose_steps_are_all_skipped_fails(
+    recipe: MakeRecipe,
+    trainers: Trainers,
+    monkeypatch: pytest.MonkeyPatch,
+    steps: int,
+    title: str,
+    last: int,
+) -> None:
+    run = create_run(recipe({**LONG, "training.max_steps": steps, "training.checkpoint_every": 2}))
+    inject_fault(monkeypatch, "overflow_every_step()")
+    # The second attempt resumes, with no step that could change the adapter, or with the same fault.
+    for _ in range(2):
+        assert trainers.run(run) == 1
+        ending = events(run)[-1]
+        assert isinstance(ending, Failed) and (ending.title, ending.kind) == (title, "problem")
+        assert not run.adapter_dir.exists()
+    assert last_step(run) >= last
+
+
 def inject_fault(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """What happens to trainers from now on, one of :mod:`tests.training.fault_injection`."""
     monkeypatch.setenv("BEFORE_TRAINER", f"from tests.training.fault_injection import *; {fault}")

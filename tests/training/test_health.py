@@ -9,6 +9,7 @@ import pytest
 from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.training.health import (
     GpuMonitor,
+    OverflowMonitor,
     StepMonitor,
     ValidationMonitor,
     find_non_finite,
@@ -48,6 +49,14 @@ def test_the_finding_names_the_value_that_is_not_finite(
 ) -> None:
     finding = find_non_finite(7, loss, norm, norm_may_overflow=norm_may_overflow)
     assert (finding.evidence if finding else "") == evidence
+
+
+def test_only_steps_skipped_in_a_row_are_too_many() -> None:
+    monitor = OverflowMonitor()
+    skipped = [*[True] * 11, False, *[True] * 12]
+    findings = [monitor.check(step, is_skipped=is_skipped) for step, is_skipped in enumerate(skipped, 1)]
+    assert [finding is not None for finding in findings] == [*[False] * 23, True]
+    assert findings[-1] is not None and "12 steps in a row, up to step 24" in findings[-1].evidence
 
 
 def test_a_loss_of_exactly_zero_is_told() -> None:
