@@ -87,6 +87,7 @@ class CheckpointSaver:
             data_hash=prepared.data.data_hash,
             padding_free=prepared.base.padding_free,
             recipe=checkpoints.recipe_text(prepared.recipe),
+            base_hash=prepared.base_hash,
             best_step=progress.best_step,
             best_score=progress.best_score,
             loss_before_training=progress.loss_before_training,

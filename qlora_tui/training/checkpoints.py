@@ -16,6 +16,8 @@ A resume is exact because ``trainer.RunTrainer`` restores adapter, optimizer, sc
 from __future__ import annotations
 
 import errno
+import hashlib
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -23,11 +25,13 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from qlora_tui.catalog.local_models import ModelFiles
+from qlora_tui.catalog.model_validation import weight_files
 from qlora_tui.checksums import write_checksums
 from qlora_tui.decoding import decode_json
 from qlora_tui.drafts import discard, draft_files, draft_path, held_draft, publish
 from qlora_tui.errors import UserError
-from qlora_tui.files import atomic_write, private_dir, read_regular
+from qlora_tui.files import atomic_write, open_to_read, read_regular
 from qlora_tui.recipe.diff import diff_recipes
 from qlora_tui.recipe.fields import WITHOUT_EFFECT_ON_WEIGHTS
 from qlora_tui.recipe.schema import Recipe
@@ -37,6 +41,10 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.training.distributed import DistributedContext
 
 _STATE = "state.json"
+_HEADER = 1 << 20
+_SAMPLE = _END = 1 << 12
+_SAMPLES = 64
+"""What of a weight file is hashed to recognize it: its beginning, this many places in it, and its end."""
 _BATCH_SPLIT = frozenset({"training.micro_batch_size", "training.gradient_accumulation"})
 """Settings that may change before a resume too, if their product, the effective batch, stays the same."""
 
@@ -52,6 +60,8 @@ class CheckpointState(Struct, frozen=True, kw_only=True):
     """Whether each micro-batch was one sequence of isolated samples, which decides what a step holds."""
     recipe: str
     """The recipe as TOML."""
+    base_hash: str = ""
+    """Identity of the base's weight files (:func:`weights_identity`); version 1.0 did not record it."""
     best_step: int | None = None
     best_score: float | None = msgspec.field(default=None, name="best_loss")
     loss_before_training: float | None = None
@@ -107,7 +117,8 @@ def write(
         save_checkpoint_files(draft_files(final))
         dist.barrier()
         return final
-    private_dir(run.checkpoints_dir)
+    # Without its parents: a run that was deleted meanwhile is not made again.
+    run.checkpoints_dir.mkdir(mode=0o700, exist_ok=True)
     with held_draft(draft_path(final)) as draft:
         if draft is None:
             raise BlockingIOError(errno.EAGAIN, "Another process writes it", str(final))
@@ -160,6 +171,39 @@ def prune(run: RunDir, keep: int, best_step: int | None) -> None:
             # What cannot be deleted takes room and does no other harm.
             with suppress(OSError):
                 discard(folder)
+
+
+def weights_identity(files: ModelFiles) -> str:
+    """Return a hash of the size, the header and samples of each weight file of a base; it takes no time.
+
+    The place and the names of the files are not in it. Raises UserError where a file cannot be read.
+    """
+    names = (files.gguf_file,) if files.gguf_file is not None else weight_files(files.folder)
+    hashed = hashlib.sha256()
+    for name in names:
+        try:
+            with open_to_read(files.folder / name) as file:
+                size = file.seek(0, os.SEEK_END)
+                hashed.update(size.to_bytes(8, "little"))
+                for place in (0, *(size * number // _SAMPLES for number in range(1, _SAMPLES)), size - _END):
+                    file.seek(max(0, place))
+                    hashed.update(file.read(_HEADER if not place else _SAMPLE))
+        except OSError as error:
+            raise UserError(
+                "The weights cannot be read", what=f"{files.folder / name}: {error.strerror or error}."
+            ) from error
+    return hashed.hexdigest()
+
+
+def require_same_base(state: CheckpointState, files: ModelFiles, base_hash: str) -> None:
+    """Raise UserError where the base's weights are no longer those of the checkpoint."""
+    if state.base_hash and state.base_hash != base_hash:
+        raise UserError(
+            "The base model has changed",
+            what=f"The weights in {files.folder} are not those that the run had at step {state.step}.",
+            why="An adapter fits only the weights that it was trained on.",
+            fix="Restore the model's files, or start a new run.",
+        )
 
 
 def require_unchanged(state: CheckpointState, recipe: Recipe, data_hash: str) -> None:

@@ -23,7 +23,7 @@ from qlora_tui.training import model_loading, quantized_cache
 from qlora_tui.training.adapter import add_lora, targets_by_name, trained_parameters
 from qlora_tui.training.base_model import PreparedBase, prepare_base
 from qlora_tui.training.batches import plan_steps
-from qlora_tui.training.checkpoints import require_unchanged
+from qlora_tui.training.checkpoints import require_same_base, require_unchanged, weights_identity
 from qlora_tui.training.chunked_loss import find_head
 from qlora_tui.training.compute_device import ComputeDevice, choose_attention
 from qlora_tui.training.eva import run_directions, set_main_directions
@@ -56,6 +56,9 @@ def prepare_run(
         UserError: the recipe, the data or the model cannot be trained.
     """
     recipe, reporter = context.recipe, context.reporter
+    base_hash = weights_identity(files)
+    if context.checkpoint is not None:
+        require_same_base(context.checkpoint.state, files, base_hash)
     attention_path = choose_attention(recipe, device)
     folder = _model_folder(context, files)
     tokenizer = ChatTokenizer.from_folder(folder, recipe.model.chat_template)
@@ -98,6 +101,7 @@ def prepare_run(
         **vars(context),
         device=device,
         files=files,
+        base_hash=base_hash,
         tokenizer=tokenizer,
         data=data,
         samples=samples,

@@ -46,6 +46,8 @@ class PreparedRun(AttemptContext):
     device: ComputeDevice
     files: ModelFiles
     """Where the model came from."""
+    base_hash: str
+    """Identity of its weight files, which a resume compares."""
     tokenizer: ChatTokenizer
     data: PreparedDataset
     """Tokenized training and validation samples."""

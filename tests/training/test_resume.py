@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,22 @@ def test_changed_data_is_refused(recipe: MakeRecipe, trainers: Trainers, tiny_da
     assert trainers.run(again) == 1
     ending = events(again)[-1]
     assert isinstance(ending, Failed) and ending.title == "The data has changed"
+
+
+def test_a_changed_base_is_refused(recipe: MakeRecipe, trainers: Trainers, tmp_path: Path) -> None:
+    before = recipe(EVERY_STEP)
+    folder = shutil.copytree(before.model.id, tmp_path / "base")
+    model = msgspec.structs.replace(before.model, id=str(folder))
+    run = create_run(msgspec.structs.replace(before, model=model))
+    assert trainers.run(run) == 0
+    again, same = interrupted_at(run, 2), interrupted_at(run, 2, "same")
+    (folder / "README.md").write_text("touched")
+    os.utime(folder / "model.safetensors")
+    assert trainers.run(same) == 0
+    flip(folder / "model.safetensors", -1)
+    assert trainers.run(again) == 1
+    ending = events(again)[-1]
+    assert isinstance(ending, Failed) and ending.title == "The base model has changed"
 
 
 def test_a_damaged_checkpoint_is_skipped_for_the_previous_one(recipe: MakeRecipe, trainers: Trainers) -> None:
