@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from qlora_tui.decoding import decode_json
 from qlora_tui.errors import EXIT_USAGE, UserError, disk_problems
-from qlora_tui.files import atomic_write, open_regular, private_dir
+from qlora_tui.files import atomic_write, open_regular
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.process import ProcessIdentity
 from qlora_tui.runs.status import ACTIVE, read_status
@@ -64,7 +64,9 @@ def send_request(run: RunDir, kind: Kind, value: float | None = None) -> None:
     name = f"{time.time_ns():020d}-{os.getpid()}-{kind}.json"
     content = msgspec.json.encode(ControlRequest(kind=kind, value=value))
     try:
-        atomic_write(private_dir(run.control_dir) / name, content)
+        # Without its parents: a run that was deleted meanwhile is not made again.
+        run.control_dir.mkdir(mode=0o700, exist_ok=True)
+        atomic_write(run.control_dir / name, content)
     except OSError:
         # A stop needs no file: SIGTERM means the same. A run that is starting names its runner instead.
         if kind not in ("stop", "stop_now") or status.state != "running" or not terminate(status.process):

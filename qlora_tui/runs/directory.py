@@ -135,6 +135,14 @@ class RunDir:
     def adapter_dir(self) -> Path:
         return self.path / "adapter"
 
+    @property
+    def is_deleted(self) -> bool:
+        """Whether somebody has deleted its files: not where the disk that they are on is gone, too."""
+        try:
+            return self.path.parent.is_dir() and not (self.recipe_path.exists() or self.events_path.exists())
+        except OSError:
+            return False
+
     def recipe(self) -> Recipe:
         """Read the recipe as it was when the run was queued. Raises UserError."""
         if self.recipe_path.exists() and not self.recipe_path.is_file():

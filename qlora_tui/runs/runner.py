@@ -137,6 +137,9 @@ def _record_and_plan_retry(
     host_out_of_memory: bool = False,
 ) -> RetryPlan | None:
     """Record how an attempt ended; return a plan for the next attempt if less memory can help."""
+    if run.is_deleted:
+        print(f"{run.id}: it was deleted while it was in training", file=sys.stderr)
+        return None
     ending = determine_outcome(
         run,
         exit_code,

@@ -6,6 +6,7 @@ next one. Only the main process of a run reports; the others are mute.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -14,6 +15,7 @@ from contextlib import suppress
 
 import msgspec
 
+from qlora_tui.errors import EXIT_FAILURE
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import AnyEvent, Health, Phase, PhaseChanged, Progress, phase_label
@@ -21,6 +23,8 @@ from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.status import read_status, write_heartbeat, write_status
 
 HEARTBEAT_S = 1.0
+_BEATS_TO_BELIEVE = 3
+"""Heartbeats in a row at which the run's files are missing before the trainer ends: a network may hang."""
 _PROGRESS_S = 0.5
 """Shortest time between two Progress events, in seconds."""
 
@@ -40,6 +44,8 @@ class Reporter:
         self._is_in_status = False
         """Whether ``status.json`` names this process."""
         self._progress_at = 0.0
+        self._disk = run.path.parent.stat().st_dev
+        self._missing_beats = 0
         self._stopping = threading.Event()
         self._heartbeat_thread = threading.Thread(target=self._heartbeat_loop, name="heartbeat", daemon=True)
 
@@ -158,6 +164,10 @@ class Reporter:
             return
         with self._lock:
             status = msgspec.structs.replace(self._status, at=time.time())
+        self._missing_beats = self._missing_beats + 1 if self._is_deleted() else 0
+        if self._missing_beats:
+            # Anything written now would make a folder of it that is no run.
+            return
         with suppress(OSError):
             if not self._is_in_status:
                 write_status(self._run, status)
@@ -167,3 +177,22 @@ class Reporter:
     def _heartbeat_loop(self) -> None:
         while not self._stopping.wait(HEARTBEAT_S):
             self.write_heartbeat()
+            if self._missing_beats >= _BEATS_TO_BELIEVE:
+                self._end_without_run()
+
+    def _is_deleted(self) -> bool:
+        """Whether the run's files were deleted, from a disk that is still there."""
+        try:
+            return self._run.is_deleted and self._run.path.parent.stat().st_dev == self._disk
+        except OSError:
+            return False
+
+    def _end_without_run(self) -> None:
+        """End this process: there is nothing left to train for, and nowhere to say so but the log."""
+        self.log(f"{self._run.path} was deleted while it was in training: the trainer ends.")
+        # What was written after the recipe had gone kept the folder from being deleted.
+        with suppress(OSError):
+            for path in (self._run.heartbeat_path, self._run.telemetry_path, self._run.status_path):
+                path.unlink(missing_ok=True)
+            self._run.path.rmdir()
+        os._exit(EXIT_FAILURE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,6 +185,18 @@ def test_a_queue_entry_whose_run_was_deleted_is_passed_over(recipe: Recipe) -> N
     run = actions.submit(named(recipe, "plain"))
     wait_for(lambda: is_(run, "finished"))
     assert run_queue.waiting() == []
+
+
+def test_a_run_deleted_in_training_is_not_made_again(recipe: Recipe) -> None:
+    run = actions.submit(named(recipe, "waits"))
+    wait_for(lambda: is_(run, "running"))
+    process = read_status(run).process
+    assert process is not None
+    second = actions.submit(named(recipe, "plain"))
+    shutil.rmtree(run.path)
+    os.kill(process.pid, signal.SIGKILL)
+    wait_for(lambda: is_(second, "finished"))
+    assert not run.path.exists()
 
 
 def test_attaching_to_a_waiting_run_starts_a_runner(recipe: Recipe) -> None:
