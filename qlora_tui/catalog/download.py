@@ -63,7 +63,8 @@ def download(
             if not _is_here(plan, file):
                 _fetch(plan, file, report, retry_delays_s)
             _link(plan, file)
-        sync(plan.snapshot)
+        for folder in {plan.snapshot, *((plan.snapshot / file.name).parent for file in plan.files)}:
+            sync(folder)
         if revision != plan.commit:
             ref = plan.folder / "refs" / revision
             ref.parent.mkdir(parents=True, exist_ok=True)
@@ -102,9 +103,10 @@ def _link(plan: DownloadPlan, file: HubFile) -> None:
     pointer = plan.snapshot / file.name
     if pointer.is_file():
         return
+    pointer.parent.mkdir(exist_ok=True)
     pointer.unlink(missing_ok=True)
     try:
-        pointer.symlink_to(Path("../../blobs") / file.etag)
+        pointer.symlink_to(os.path.relpath(plan.blob(file), pointer.parent))
     except OSError:
         plan.blob(file).replace(pointer)
 

@@ -23,15 +23,15 @@ from qlora_tui.catalog.model_validation import (
     INDEX,
     MAX_INDEX_BYTES,
     SINGLE,
-    TOKENIZER_FILES,
     check_config,
     indexed_files,
+    is_tokenizer_file,
     no_weights_problem,
 )
 from qlora_tui.decoding import Count
 from qlora_tui.errors import EXIT_USAGE, UserError
 
-SMALL_FILES = frozenset((CONFIG, "generation_config.json", *TOKENIZER_FILES))
+_CONFIGS = (CONFIG, "generation_config.json")
 HASH = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 """Hash of a git blob or commit, or SHA-256."""
 REVISION = re.compile(r"\w[\w-]*(?:[./]\w[\w-]*)*")
@@ -117,7 +117,7 @@ def plan_download(model_id: str, revision: str = "main") -> DownloadPlan:
     if config is not None and (refusal := check_config(config, model_id)[1]) is not None:
         raise refusal
     weights = _weight_names(listed, model_id, commit)
-    small_files = [name for name in listed if name in SMALL_FILES]
+    small_files = [name for name in listed if name in _CONFIGS or is_tokenizer_file(name)]
     folder = hub_cache_dir() / f"models--{model_id.replace('/', '--')}"
     return DownloadPlan(model_id, commit, tuple(listed[name] for name in (*small_files, *weights)), folder)
 
@@ -135,12 +135,13 @@ def validate_revision(revision: str) -> str:
 
 
 def _parse_listing(info: Any) -> tuple[str, dict[str, HubFile]]:
-    """Return the commit and the files on the model's page, without subfolders."""
+    """Return the commit and the files on the model's page; of those in subfolders only chat templates."""
     try:
         page = msgspec.convert(info, _ModelPage)
     except msgspec.ValidationError:
         raise not_a_hub_problem() from None
-    files = [_to_file(sibling) for sibling in page.siblings if "/" not in sibling.rfilename]
+    names = ((sibling, sibling.rfilename) for sibling in page.siblings)
+    files = [_to_file(sibling) for sibling, name in names if "/" not in name or is_tokenizer_file(name)]
     if not all(HASH.fullmatch(etag) for etag in (page.sha, *(file.etag for file in files))):
         raise not_a_hub_problem()
     return page.sha, {file.name: file for file in files}

@@ -6,6 +6,8 @@ its list and lookup, and by ``hub`` for models not yet downloaded.
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,9 @@ TOKENIZER_FILES = (
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 """Files of a tokenizer and its chat template; a model has some of them."""
+_TEMPLATES = "additional_chat_templates"
+"""Folder of the templates other than the default one, such as ``tool_use.jinja``."""
+_TEMPLATE_FILE = re.compile(rf"chat_template\.(?:jinja|json)|{_TEMPLATES}/\w[\w.-]*\.jinja")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 CAUSAL_LM_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """Suffixes of the classes that generate text."""
@@ -185,6 +190,33 @@ def no_weights_problem(files: Iterable[str], name: str) -> UserError:
         why="There is nothing to train.",
         fix="Download the model again.",
     )
+
+
+def is_template_file(name: str) -> bool:
+    """Return whether ``name``, relative to a model folder, is that of a chat template's file."""
+    return _TEMPLATE_FILE.fullmatch(name) is not None
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Return whether ``name``, relative to a model folder, is that of a tokenizer or template file."""
+    return name in TOKENIZER_FILES or is_template_file(name)
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """Return the names of the files of a folder's tokenizer and chat templates, relative to it."""
+    templates = sorted(path.relative_to(folder).as_posix() for path in folder.glob(f"{_TEMPLATES}/*"))
+    return [
+        name
+        for name in (*TOKENIZER_FILES, *templates)
+        if is_tokenizer_file(name) and (folder / name).is_file()
+    ]
+
+
+def copy_files(origin: Path, destination: Path, names: Iterable[str]) -> None:
+    """Copy files by their names relative to a model folder. Raises ``OSError``."""
+    for name in names:
+        (destination / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(origin / name, destination / name)
 
 
 def weight_files(folder: Path) -> tuple[str, ...]:

@@ -70,7 +70,7 @@ def own_templates(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
         if isinstance(processor, str):
             named["default"] = processor
     if path.is_file():
-        named["default"] = _template_text(path)
+        named = {"default": _template_text(path)}  # in transformers it replaces those in the config
     tool_path = folder / "additional_chat_templates" / "tool_use.jinja"
     if tool_path.is_file():
         named["tool_use"] = _template_text(tool_path)

@@ -7,14 +7,13 @@ alpha for all modules, whatever ``rank_pattern`` and ``alpha_pattern`` say.
 from __future__ import annotations
 
 import shlex
-import shutil
 from pathlib import Path, PurePath
 
 from msgspec import Struct
 
 from qlora_tui.catalog.adapter_config import CONFIG, WEIGHTS, load_adapter_config
 from qlora_tui.catalog.local_models import resolve_model
-from qlora_tui.catalog.model_validation import MXFP4, TOKENIZER_FILES
+from qlora_tui.catalog.model_validation import MXFP4, copy_files, tokenizer_files
 from qlora_tui.chat.adapter_deltas import ROWS, check_unchanged
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.errors import UserError
@@ -54,10 +53,10 @@ def export_adapter_folder(source: ChatSource, adapter_name: str, out: Path) -> A
     with draft_folder(out) as draft:
         folder = draft / "adapter"
         folder.mkdir(mode=0o755)
-        for name in (CONFIG, WEIGHTS, "README.md", "generation_config.json", *TOKENIZER_FILES):
-            if (adapter / name).is_file():
-                shutil.copyfile(adapter / name, folder / name)
-        size = sum(file.stat().st_size for file in folder.iterdir())
+        others = (CONFIG, WEIGHTS, "README.md", "generation_config.json")
+        names = [name for name in others if (adapter / name).is_file()]
+        copy_files(adapter, folder, [*names, *tokenizer_files(adapter)])
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         publish_new(folder, out)
     flag = f" --max-lora-rank {rank}" if rank > _DEFAULT_RANK else ""
     base, module = shlex.quote(source.recipe.model.id), shlex.quote(f"{out.name}={out}")

@@ -11,7 +11,7 @@ import msgspec
 
 from qlora_tui import __version__
 from qlora_tui.catalog.adapter_config import CONFIG, WEIGHTS
-from qlora_tui.catalog.model_validation import TOKENIZER_FILES
+from qlora_tui.catalog.model_validation import tokenizer_files
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import model_folder
 from qlora_tui.export.llama_cpp.availability import PACKAGE
@@ -27,7 +27,7 @@ def export_key(source: ChatSource, adapter_name: str, *options: object) -> str:
     """
     parts: list[object] = [__version__, *map(_version, _PACKAGES), source.thinking, *options]
     parts.append(msgspec.json.encode(source.recipe).decode())
-    for name in (WEIGHTS, CONFIG, *TOKENIZER_FILES):
+    for name in (WEIGHTS, CONFIG, *tokenizer_files(Path(source.adapters[adapter_name]))):
         with suppress(FileNotFoundError), (Path(source.adapters[adapter_name]) / name).open("rb") as file:
             parts.append((name, hashlib.file_digest(file, "sha256").hexdigest()))
     parts += map(_stamp, sorted(model_folder(source.recipe).iterdir()))

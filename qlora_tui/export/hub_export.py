@@ -133,7 +133,8 @@ def export_hub(
             is_dequantized=facts.is_dequantized,
         )
         atomic_write(folder.files / CARD, card.encode())
-        sizes = {path.name: path.stat().st_size for path in sorted(folder.files.iterdir())}
+        paths = [path for path in sorted(folder.files.rglob("*")) if path.is_file()]
+        sizes = {path.relative_to(folder.files).as_posix(): path.stat().st_size for path in paths}
         _refuse_other_files(prepared, set(sizes))
         job = Upload(prepared.repo, str(folder.files), f"Upload the {form} form with qlora-tui")
         uploaded: Message | None = None

@@ -139,12 +139,16 @@ def upload(job: Upload) -> Iterator[Message]:
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi(endpoint=endpoint())
-    paths = sorted(Path(job.folder).iterdir())
+    paths = [path for path in sorted(Path(job.folder).rglob("*")) if path.is_file()]
+    names = [path.relative_to(job.folder).as_posix() for path in paths]
     with _translated(job.repo, has_begun=True):
         parent = api.model_info(job.repo).sha
-        operations = [CommitOperationAdd(path_in_repo=p.name, path_or_fileobj=str(p)) for p in paths]
+        operations = [
+            CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path))
+            for name, path in zip(names, paths, strict=True)
+        ]
         for number, (operation, path) in enumerate(zip(operations, paths, strict=True), 1):
-            yield Sending(path.name, number, len(paths), path.stat().st_size)
+            yield Sending(operation.path_in_repo, number, len(paths), path.stat().st_size)
             api.preupload_lfs_files(job.repo, additions=[operation], free_memory=False)
         commit = api.create_commit(
             job.repo, operations=operations, commit_message=job.message, parent_commit=parent

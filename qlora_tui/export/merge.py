@@ -9,7 +9,6 @@ is rounded to 4 bits and back first; the merged model is stored in 16 bits eithe
 from __future__ import annotations
 
 import shlex
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,12 +17,13 @@ from msgspec import Struct
 from torch import Tensor
 
 from qlora_tui.catalog.local_models import resolve_model
-from qlora_tui.catalog.model_validation import TOKENIZER_FILES, weight_files
+from qlora_tui.catalog.model_validation import copy_files, is_template_file, tokenizer_files, weight_files
 from qlora_tui.catalog.safetensors_header import read_header
 from qlora_tui.chat.adapter_deltas import AdapterDeltas, read_deltas
 from qlora_tui.chat.base_weights import assign_deltas, with_tied_head
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import model_folder
+from qlora_tui.data.tokenizer_files import own_templates, read_json_object
 from qlora_tui.errors import UserError
 from qlora_tui.export.base_choice import BaseChoice, BaseName, base_requantizer, choice_named
 from qlora_tui.export.export_key import export_key
@@ -44,7 +44,7 @@ from qlora_tui.formatting import capitalize
 from qlora_tui.runs.exports import COMPARED_TOKENS
 
 _SPARE_BYTES = 64 << 20
-_MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
+_MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
 
 
 class MergeResult(Struct, frozen=True, kw_only=True):
@@ -116,9 +116,8 @@ def merge(
             on_status(f"Merging {file.name} ({number} of {len(files)})")
             changes = _changes(file, placed[file], requantize, reader_of(files))
             write_merged(file, folder / file.name, changes, journal)
-        for origin, names in ((base, _MODEL_FILES), (adapter, TOKENIZER_FILES)):
-            for name in filter(partial(_is_in, origin), names):
-                shutil.copyfile(origin / name, folder / name)
+        copy_files(base, folder, [name for name in _MODEL_FILES if (base / name).is_file()])
+        _copy_tokenizer(base, adapter, folder)
         (folder / "README.md").write_text(
             render_model_card(
                 source.recipe,
@@ -135,7 +134,7 @@ def merge(
                 why="The base stores its weights in an unknown layout, or its files are damaged.",
                 fix="Use the adapter instead, and report the model.",
             )
-        size = sum(file.stat().st_size for file in folder.iterdir())
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         publish_new(folder, out)
     return MergeResult(
         folder=str(out),
@@ -161,8 +160,13 @@ def _changes(
     return {name: partial(change, name) for name in dict.fromkeys([*names, *updates])}
 
 
-def _is_in(folder: Path, name: str) -> bool:
-    return (folder / name).is_file()
+def _copy_tokenizer(base: Path, adapter: Path, folder: Path) -> None:
+    """Copy the adapter's tokenizer over the base's; its chat templates replace all of the base's."""
+    names = tokenizer_files(base)
+    if any(own_templates(adapter, read_json_object(adapter / "tokenizer_config.json"))):
+        names = [name for name in names if not is_template_file(name)]
+    copy_files(base, folder, names)
+    copy_files(adapter, folder, tokenizer_files(adapter))
 
 
 def _from_hub(source: ChatSource) -> bool:

@@ -21,7 +21,7 @@ from qlora_tui import __version__, paths
 from qlora_tui.catalog.adapter_config import CONFIG, WEIGHTS
 from qlora_tui.catalog.gguf_file_types import AUTO, LADDER, estimated_bytes
 from qlora_tui.catalog.local_models import resolve_model
-from qlora_tui.catalog.model_validation import TOKENIZER_FILES
+from qlora_tui.catalog.model_validation import copy_files, is_tokenizer_file, tokenizer_files
 from qlora_tui.chat.adapter_deltas import check_unchanged
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.effect_measurement import measure_effect
@@ -44,7 +44,7 @@ UPLOADS = "uploads"
 CARD = "README.md"
 _FACTS = "facts.json"
 _FILES = "files"
-_ADAPTER_FILES = (WEIGHTS, CONFIG, "generation_config.json", *TOKENIZER_FILES)
+_ADAPTER_FILES = (WEIGHTS, CONFIG, "generation_config.json")
 _CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", CONFIG)
 _BASE = "base_model_name_or_path"
 _PATH_KEYS = ("name_or_path", "_file")
@@ -96,7 +96,7 @@ def may_hold(form: CardForm, name: str) -> bool:
         return True
     match form:
         case "adapter":
-            return name in _ADAPTER_FILES
+            return name in _ADAPTER_FILES or is_tokenizer_file(name)
         case "merged":
             return not name.endswith(".gguf") and name not in (WEIGHTS, CONFIG)
         case "gguf":
@@ -212,9 +212,8 @@ def _write(
 def _copy_adapter(adapter: Path, files: Path) -> None:
     """Copy what loads the adapter, without the recipe and other files of the run."""
     check_unchanged(adapter)
-    for name in _ADAPTER_FILES:
-        if (adapter / name).is_file():
-            shutil.copyfile(adapter / name, files / name)
+    names = [name for name in _ADAPTER_FILES if (adapter / name).is_file()]
+    copy_files(adapter, files, [*names, *tokenizer_files(adapter)])
 
 
 def _remove_paths(files: Path, source: ChatSource) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qlora_tui.catalog.model_validation import TOKENIZER_FILES
+from qlora_tui.catalog.model_validation import copy_files, is_template_file, tokenizer_files
 from qlora_tui.checksums import checked_folder, digest
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import UserError
@@ -20,8 +20,7 @@ from qlora_tui.training import checkpoints
 from qlora_tui.training.health import OVERFLOW_REMEDY
 from qlora_tui.training.trainer import load_adapter, save_adapter
 
-_FILES = (*TOKENIZER_FILES, "generation_config.json")
-_TEMPLATES = "additional_chat_templates"
+_GENERATION = "generation_config.json"
 _TEMPLATE = "chat_template.jinja"
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers of the size of a weight."""
@@ -88,13 +87,12 @@ def write_adapter(
         config.base_model_name_or_path = recipe.model.id if from_hub else str(model_folder)
         config.revision = recipe.model.revision if from_hub else None
         save_adapter(model, draft)
-        for name in _FILES:
-            if (model_folder / name).is_file():
-                shutil.copyfile(model_folder / name, draft / name)
-        if tokenizer.has_own_template:
-            if (model_folder / _TEMPLATES).is_dir():
-                shutil.copytree(model_folder / _TEMPLATES, draft / _TEMPLATES)
-        else:
+        names = tokenizer_files(model_folder)
+        if (model_folder / _GENERATION).is_file():
+            names.append(_GENERATION)
+        if not tokenizer.has_own_template:
+            names = [name for name in names if not is_template_file(name)]
             (draft / _TEMPLATE).write_text(tokenizer.template.text)
+        copy_files(model_folder, draft, names)
         shutil.copyfile(run.recipe_path, draft / "recipe.toml")
     return digest(run.adapter_dir)

@@ -26,6 +26,8 @@ def tiny_repo(weights: int = 5000, **settings: Any) -> FakeRepo:
         "tokenizer.json": b'{"version": "1.0"}',
         "tokenizer_config.json": b"{}",
         "chat_template.jinja": b"{{ messages }}",
+        "additional_chat_templates/tool_use.jinja": b"{{ tools }}",
+        "additional_chat_templates/tool_use.py": b"raise SystemExit",
         "model.safetensors": safetensors_bytes(weights),
         "pytorch_model.bin": b"pickle",
         "modeling_tiny.py": b"raise SystemExit",

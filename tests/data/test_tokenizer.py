@@ -56,6 +56,14 @@ def test_a_template_for_tools_is_used_for_conversations_with_tools(tmp_path: Pat
     assert with_tools.notes == ()
 
 
+def test_a_template_file_replaces_those_of_the_config(tmp_path: Path) -> None:
+    named = [{"name": "default", "template": STRIPS}, {"name": "tool_use", "template": TOOLS}]
+    tokenizer = ChatTokenizer.from_folder(
+        folder(tmp_path, {"chat_template": named}, chat_template_jinja=CHATML)
+    )
+    assert tokenizer.template.text == CHATML and tokenizer.tool_template is tokenizer.template
+
+
 def test_special_tokens_are_read_in_every_spelling(tmp_path: Path) -> None:
     model_folder = folder(
         tmp_path,

@@ -27,6 +27,7 @@ from tests.export.gguf_files import hide_llama_cpp
 pytestmark = pytest.mark.slow
 
 BUSY = b'{"error": "Cannot create repo: another conflicting operation is in progress"}'
+TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"
 
 
 @pytest.fixture
@@ -46,6 +47,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 def run(tiny_source: ChatSource) -> RunDir:
     run = create_run(tiny_source.recipe)
     shutil.copytree(tiny_source.adapters["adapter"], run.adapter_dir)
+    (run.adapter_dir / "additional_chat_templates").mkdir()
+    (run.adapter_dir / TOOL_TEMPLATE).write_text("{{ tools }}")
     with EventWriter(run.events_path) as log:
         for step, loss in ((0, 2.5), (4, 1.25), (8, 1.5)):
             log.append(Evaluated(at=1, step=step, loss=loss))
@@ -79,6 +82,7 @@ def test_each_form_is_uploaded_with_a_card(
     assert result["url"] == f"{hub.url}/me/tickets"
     assert sorted({*result["files"], ".gitattributes"}) == sorted(repo.files)
     assert any(name.startswith(weights) or name.endswith(".gguf") for name in repo.files)
+    assert (TOOL_TEMPLATE in repo.files) == (form != "gguf")
     card = repo.files["README.md"].decode()
     assert f"library_name: {relation}" in card
     assert "| Validation loss | 2.500 before training, 1.250 best (step 4), 1.500 last |" in card

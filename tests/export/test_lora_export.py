@@ -135,9 +135,12 @@ def test_a_lora_is_compared_on_both_kinds_of_weights(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("rank, flag", [(4, ""), (16, ""), (24, " --max-lora-rank 32")])
 def test_a_folder_for_vllm_comes_with_its_command(tmp_path: Path, rank: int, flag: str) -> None:
     source = make_source(tmp_path, adapter={"r": rank})
+    tools = Path(source.adapters["adapter"]) / "additional_chat_templates/tool_use.jinja"
+    tools.parent.mkdir()
+    tools.write_text("{{ tools }}")
     written = export_adapter_folder(source, "adapter", tmp_path / "mine")
-    names = {file.name for file in (tmp_path / "mine").iterdir()}
-    assert names >= {"adapter_config.json", "adapter_model.safetensors"}
+    names = {file.name for file in (tmp_path / "mine").rglob("*")}
+    assert names >= {"adapter_config.json", "adapter_model.safetensors", "tool_use.jinja"}
     lora = f"--enable-lora --lora-modules mine={tmp_path}/mine"
     assert written.command == f"vllm serve {source.recipe.model.id} {lora}{flag}"
 

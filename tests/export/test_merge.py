@@ -120,17 +120,24 @@ def test_a_model_in_several_files_is_merged_file_by_file(
         torch.testing.assert_close(ours[name].float(), weight, rtol=2e-2, atol=1e-2)
 
 
-def test_the_folder_has_the_adapters_template_and_a_pathless_card(
-    tiny_source: ChatSource, tmp_path: Path
+def test_the_folder_has_the_adapters_templates_and_a_pathless_card(
+    tiny_model: Path, tiny_source: ChatSource, tmp_path: Path
 ) -> None:
     from qlora_tui.export.merge import merge
 
-    adapter = tmp_path / "adapter"
+    adapter, templates = tmp_path / "adapter", "additional_chat_templates"
     shutil.copytree(tiny_source.adapters["adapter"], adapter)
+    for folder, names in ((tiny_model, ("tool_use", "rag")), (adapter, ("tool_use",))):
+        (folder / templates).mkdir()
+        for name in names:
+            (folder / templates / f"{name}.jinja").write_text(f"of {folder.name}")
     (adapter / "chat_template.jinja").write_text("the adapter's")
     source = msgspec.structs.replace(tiny_source, adapters={"adapter": str(adapter)})
     out = Path(merge(source, "adapter", tmp_path / "out", base_name="original").folder)
+    shutil.rmtree(tiny_model / templates)
     assert (out / "chat_template.jinja").read_text() == "the adapter's"
+    assert [path.name for path in (out / templates).iterdir()] == ["tool_use.jinja"]
+    assert (out / templates / "tool_use.jinja").read_text() == "of adapter"
     assert (out / "tokenizer.json").is_file()
     card = (out / "README.md").read_text()
     assert "| Base model | model |" in card
