@@ -17,6 +17,9 @@ fused kernel. eager: transformers' own, which saves the scores."""
 ATTENTION_BLOCK_ROWS = 512
 """Queries whose scores our CPU backward holds at a time, twice (heads, rows, tokens): more would compute more
 of the masked upper triangle, fewer make the matrix products too small."""
+SAMPLE_PADDING_ROWS = 128
+"""Rows that the backward of the varlen kernel adds for each sample to its sums in float32 (``mha_varlen_bwd``
+in torch's ``flash_api.cpp``)."""
 EXTRA_COLUMNS = 3
 """Extra columns of queries and keys there, for the value subtracted from each score in 16-bit parts."""
 
@@ -35,6 +38,8 @@ class Heads:
     value_dim: int
     pieces: int = 1
     """Samples in one row, each attended separately (``training/packed_attention.py``) and concatenated."""
+    samples: int = 0
+    """Samples that one call of the varlen kernel attends to; 0 for other kernels."""
     softcap: bool = False
     sinks: bool = False
     """Whether a learned logit for each head takes part in the softmax (gpt-oss)."""
@@ -49,6 +54,12 @@ class Heads:
     def scores(self) -> int:
         """Return the number of elements in the whole score matrix."""
         return self.rows * self.heads * self.length * self.length
+
+
+def accumulator_width(head_dim: int) -> int:
+    """Return the columns of a head in the sums of the varlen kernel's backward: its ``head_size_rounded``."""
+    multiple = 32 if head_dim <= 128 else 64
+    return -(-head_dim // multiple) * multiple
 
 
 def attend(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, kernel: Kernel) -> Tensor:
@@ -125,12 +136,16 @@ def _fused(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, *, grouped: 
     sizes, itemsize = (q.numel, k.numel, v.numel), q.itemsize
     statistic = shape.rows * shape.heads * shape.length
     half = itemsize == 2
+    extra_rows = SAMPLE_PADDING_ROWS * shape.samples * shape.heads
+    sums_numel = sizes[0]
+    if shape.samples:
+        sums_numel = (statistic + extra_rows) * accumulator_width(shape.head_dim)
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        delta = ops.new(statistic, FLOAT)
+        delta = ops.new(statistic + extra_rows, FLOAT)
         # The gradient of q is summed over key blocks in float32 (dq_accum in flash_api.cpp, workspace_gq
         # in the CUTLASS kernel), unless everything is float32 already.
-        sums = ops.new(sizes[0], FLOAT) if half else None
+        sums = ops.new(sums_numel, FLOAT) if half else None
         gradients = [ops.new(size, itemsize) for size in sizes]
         if grouped:  # flash computes dk and dv for every query head, then sums over the groups
             spread = [

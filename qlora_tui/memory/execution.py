@@ -47,6 +47,10 @@ BFLOAT16_CAPABILITY = (8, 0)
 """Compute capability from which bfloat16 is computed natively (Ampere)."""
 
 
+CONSUMER_CAPABILITIES = (((8, 6), (8, 9)), ((12, 0), (12, 1)))
+"""First and last compute capability of RTX 30 and 40, and of RTX 50."""
+
+
 @dataclass(frozen=True)
 class Device:
     """The device of the run."""
@@ -118,6 +122,8 @@ class ExecutionConfig:
     """Whether the micro-batch is one long sequence of samples that do not attend to each other."""
     varlen: bool = False
     """Whether one kernel attends to all samples of such a sequence, instead of one at a time."""
+    samples: int = 0
+    """Samples in the micro-batch, as far as memory depends on it; 0 takes one for each sequence."""
     device: Literal["cuda", "cpu"] = "cuda"
     capability: tuple[int, int] = (8, 6)
     """CUDA compute capability of a GPU."""
@@ -212,6 +218,17 @@ def flash_obstacle(
     if not ampere:
         return "old GPU"
     return None if torch_has_varlen else "old torch"
+
+
+def flash_trains(capability: tuple[int, int], head_dim: int) -> bool:
+    """Return whether FlashAttention has a backward for heads of this width on a GPU from Ampere on.
+
+    torch refuses to train these (``check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120`` in
+    ``sdp_utils.cpp``), whose blocks do not fit in the shared memory of consumer cards; its varlen function
+    does not check.
+    """
+    consumer = any(first <= capability <= last for first, last in CONSUMER_CAPABILITIES)
+    return not (consumer and 192 < head_dim <= 224)
 
 
 def attention_path(attention: str, obstacle: FlashObstacle | None) -> AttentionPath:

@@ -13,7 +13,7 @@ from typing import Literal
 from qlora_tui.catalog.architecture_types import Architecture, LinearModule
 from qlora_tui.memory.attention import Heads, Kernel
 from qlora_tui.memory.decoder_layer import DecoderLayer
-from qlora_tui.memory.execution import ExecutionConfig
+from qlora_tui.memory.execution import ExecutionConfig, flash_trains
 from qlora_tui.memory.four_bit import expert_method
 from qlora_tui.memory.mixture import Mixture
 from qlora_tui.memory.ops import Linear
@@ -138,6 +138,10 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
             by_layer[module.layer].append(module)
     # The kernel for a whole row neither caps scores nor has sinks or dropout.
     softcap, sinks = architecture.model_type == "gemma2", architecture.model_type == "gpt_oss"
+    if execution.device == "cuda" and not flash_trains(execution.capability, architecture.head_dim):
+        # SDPA chooses its memory-efficient kernel, sample by sample.
+        attention: Kernel = "efficient" if execution.attention == "flash" else execution.attention
+        execution = replace(execution, attention=attention, varlen=False)
     in_one_call = execution.varlen and not (softcap or sinks or architecture.attention_dropout)
     heads = Heads(
         rows=rows,
@@ -147,6 +151,7 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
         head_dim=architecture.head_dim,
         value_dim=architecture.head_dim,
         pieces=rows if execution.segments and not in_one_call else 1,
+        samples=(execution.samples or rows) if in_one_call else 0,
         softcap=softcap,
         sinks=sinks,
         repeated_by=_repeated_by(architecture, execution),

@@ -79,7 +79,7 @@ class MemoryMeter:
             reserved_bytes=reserved,
         )
 
-    def set_longest_batch(self, sequences: int, tokens: int) -> None:
+    def set_longest_batch(self, sequences: int, tokens: int, samples: int) -> None:
         """Set the longest micro-batch of the run, whose estimate is what the peak is compared with.
 
         The recipe allows ``data.max_length`` tokens per sequence, but all of the data may be shorter.
@@ -87,6 +87,7 @@ class MemoryMeter:
         rows = sequences * (2 if self._recipe.trains_pairs else 1)
         data = structs.replace(self._recipe.data, max_length=max(1, -(-tokens // rows)))
         training = structs.replace(self._recipe.training, micro_batch_size=sequences)
+        self.execution = replace(self.execution, samples=samples)
         self._longest_batch = structs.replace(self._recipe, data=data, training=training)
         self._longest_batch_estimate = self._estimate(self._longest_batch, corrected=False)
 

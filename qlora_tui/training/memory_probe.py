@@ -32,7 +32,9 @@ def probe_longest_batch(prepared: PreparedRun, trainer: RunTrainer) -> None:
         prepared.step_plan, samples, prepared.recipe.training.micro_batch_size, padding_free=padding_free
     )
     prepared.meter.set_longest_batch(
-        len(sequences), computed_tokens(sequences, samples, padding_free=padding_free)
+        len(sequences),
+        computed_tokens(sequences, samples, padding_free=padding_free),
+        samples=sum(map(len, sequences)),
     )
     _apply_kept_layers(prepared)
     probe_memory(trainer, sequences, fresh=prepared.checkpoint is None)

@@ -220,12 +220,14 @@ def _sample_attention(
 def supports_grouped_heads(query: Tensor, masked: bool) -> bool:
     """Whether SDPA has a fused kernel for keys and values with fewer heads than queries.
 
-    On a GPU only FlashAttention is one: in 16 bits, from Ampere on, without a mask. Elsewhere torch would
-    write out all scores.
+    On a GPU only FlashAttention is one: in 16 bits, from Ampere on, without a mask, and not for every width.
+    Elsewhere torch would write out all scores.
     """
     if query.device.type != "cuda":
         return True
-    return not masked and query.element_size() == 2 and varlen_attention.has_flash(query.device)
+    if masked or query.element_size() != 2:
+        return False
+    return varlen_attention.trains_with_flash(query.device, query.shape[-1])
 
 
 def _eager_attention(

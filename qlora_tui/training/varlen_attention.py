@@ -16,14 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_tui.memory.execution import BFLOAT16_CAPABILITY
+from qlora_tui.memory.attention import SAMPLE_PADDING_ROWS, accumulator_width
+from qlora_tui.memory.execution import BFLOAT16_CAPABILITY, flash_trains
 
 _MAX_HEAD_WIDTH = 256
 """Widest head that the kernel supports (``check_head_dim_size_flash`` in torch's ``sdp_utils.cpp``)."""
 _WIDTH_MULTIPLE = 8
-_GRANULARITY = 128
-"""Tokens by which the backward may pad each sample's queries in its fp32 accumulator, which is indexed with
-32 bits."""
 
 
 @cache
@@ -37,10 +35,20 @@ def find_kernel() -> Callable[..., Any] | None:
     return varlen_attn if {"scale", "window_size"} <= has.keys() else None
 
 
-@cache
 def has_flash(device: torch.device) -> bool:
     """Whether the GPU runs FlashAttention-2: from Ampere on."""
-    return torch.cuda.get_device_capability(device) >= BFLOAT16_CAPABILITY
+    return capability_of(device) >= BFLOAT16_CAPABILITY
+
+
+def trains_with_flash(device: torch.device, head_width: int) -> bool:
+    """Whether the GPU runs FlashAttention-2, backward included, for heads of this width."""
+    return has_flash(device) and flash_trains(capability_of(device), head_width)
+
+
+@cache
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a GPU."""
+    return torch.cuda.get_device_capability(device)
 
 
 def supports(query: Tensor, value: Tensor, *, samples: int) -> bool:
@@ -48,10 +56,10 @@ def supports(query: Tensor, value: Tensor, *, samples: int) -> bool:
     _, heads, tokens, width = query.shape
     if query.device.type != "cuda" or query.element_size() != 2 or width != value.shape[-1]:
         return False
-    if width > _MAX_HEAD_WIDTH or width % _WIDTH_MULTIPLE or not has_flash(query.device):
+    if width > _MAX_HEAD_WIDTH or width % _WIDTH_MULTIPLE or not trains_with_flash(query.device, width):
         return False
-    padded_width = -(-width // 32) * 32
-    return (tokens + _GRANULARITY * samples) * heads * padded_width < 1 << 31
+    # The sums of the backward are indexed with 32 bits.
+    return (tokens + SAMPLE_PADDING_ROWS * samples) * heads * accumulator_width(width) < 1 << 31
 
 
 def attend(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.errors import UserError
@@ -343,3 +345,24 @@ def test_states_that_cannot_be_paged_are_in_torchs_memory() -> None:
     states = paged.bytes_of("optimizer")
     assert unpaged.bytes_of("optimizer") == states > 0
     assert unpaged.allocated_bytes == paged.allocated_bytes + states
+
+
+def test_the_backward_of_one_call_pads_each_sample() -> None:
+    recipe, architecture = Recipe(), qwen_7b()
+    execution = trainer_execution(recipe, Device(), architecture)
+    # So many that the sums of the gradient of the queries are the peak.
+    many, more = (
+        estimate(recipe, architecture, execution=replace(execution, samples=samples))
+        for samples in (10_000, 11_000)
+    )
+    rows = 1000 * 128 * architecture.heads
+    grown = more.allocated_bytes - many.allocated_bytes
+    assert grown == pytest.approx(rows * (architecture.head_dim + 1) * 4, rel=1e-3)
+
+
+@pytest.mark.parametrize(("capability", "kernel"), [((8, 0), "flash"), ((8, 9), "efficient")])
+def test_heads_that_flash_does_not_train_use_another_kernel(capability: tuple[int, int], kernel: str) -> None:
+    architecture = structs.replace(qwen_7b(), head_dim=224)
+    execution = trainer_execution(Recipe(), Device(capability=capability), architecture)
+    block = build_layout(Recipe(), architecture, execution).blocks[0]
+    assert (block.kernel, block.heads.samples > 0) == (kernel, kernel == "flash")

@@ -60,7 +60,7 @@ def test_only_code_without_a_model_costs_kept_layers_and_record(
     meter: MemoryMeter, settings: dict[str, Any], triton: bool, kept: int
 ) -> None:
     meter.use(base(**settings), triton=triton)
-    meter.set_longest_batch(1, 2048)
+    meter.set_longest_batch(1, 2048, samples=1)
     plan = meter.plan_kept_layers(None)
     assert plan is not None and plan.kept_layers == kept
     meter.record()

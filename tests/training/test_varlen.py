@@ -159,11 +159,10 @@ def test_where_samples_begin_is_copied_once_for_all_layers(kernel: Kernel) -> No
 
 
 def test_rows_too_long_for_the_kernel_are_attended_by_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(varlen_attention, "has_flash", lambda device: True)
-    query = torch.empty(1, 32, 4096, 128, dtype=torch.bfloat16, device="meta")
+    monkeypatch.setattr(varlen_attention, "capability_of", lambda device: (8, 6))
 
     class OnGpu:
-        shape, device = query.shape, torch.device("cuda", 0)
+        shape, device = torch.Size((1, 32, 4096, 128)), torch.device("cuda", 0)
 
         def element_size(self) -> int:
             return 2
@@ -174,11 +173,33 @@ def test_rows_too_long_for_the_kernel_are_attended_by_sample(monkeypatch: pytest
     assert not supports(samples=16)
     OnGpu.shape = torch.Size((1, 32, 4096, 129))
     assert not supports(samples=16)
+    # 192 columns are summed for 160.
+    OnGpu.shape = torch.Size((1, 32, 350_000, 160))
+    assert not supports(samples=1)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (12, 0)])
+@pytest.mark.parametrize("width", [128, 192, 200, 224, 256])
+def test_heads_without_a_backward_of_flash_do_not_use_it(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], width: int
+) -> None:
+    monkeypatch.setattr(varlen_attention, "capability_of", lambda device: capability)
+
+    class OnGpu:
+        shape, device = torch.Size((1, 8, 512, width)), torch.device("cuda", 0)
+
+        def element_size(self) -> int:
+            return 2
+
+    query: Any = OnGpu()
+    trains = capability in ((8, 0), (9, 0)) or width not in (200, 224)
+    assert varlen_attention.supports(query, query, samples=1) is trains
+    assert supports_grouped_heads(query, masked=False) is trains
 
 
 def test_heads_are_repeated_where_flash_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     class OnGpu:
-        device = torch.device("cuda", 0)
+        shape, device = torch.Size((1, 8, 512, 128)), torch.device("cuda", 0)
 
         def __init__(self, size: int) -> None:
             self.size = size
@@ -187,7 +208,7 @@ def test_heads_are_repeated_where_flash_does_not_run(monkeypatch: pytest.MonkeyP
             return self.size
 
     def supported(size: int, *, ampere: bool, masked: bool) -> bool:
-        monkeypatch.setattr(varlen_attention, "has_flash", lambda device: ampere)
+        monkeypatch.setattr(varlen_attention, "capability_of", lambda device: (8 if ampere else 7, 5))
         return supports_grouped_heads(OnGpu(size), masked)  # type: ignore[arg-type]
 
     assert supported(2, ampere=True, masked=False)
@@ -206,11 +227,11 @@ def recipe(attention: Any) -> Recipe:
 
 
 def test_auto_uses_what_the_gpu_runs(monkeypatch: pytest.MonkeyPatch, kernel: Kernel) -> None:
-    monkeypatch.setattr(varlen_attention, "has_flash", lambda device: True)
+    monkeypatch.setattr(varlen_attention, "capability_of", lambda device: (8, 6))
     assert choose_attention(recipe("auto"), gpu()) == "varlen"
     assert choose_attention(recipe("sdpa"), gpu()) == "segments"
     assert choose_attention(recipe("auto"), gpu(torch.float32)) == "segments"
-    monkeypatch.setattr(varlen_attention, "has_flash", lambda device: False)
+    monkeypatch.setattr(varlen_attention, "capability_of", lambda device: (7, 5))
     assert choose_attention(recipe("auto"), gpu()) == "segments"
 
 
@@ -220,7 +241,7 @@ def test_auto_uses_what_the_gpu_runs(monkeypatch: pytest.MonkeyPatch, kernel: Ke
 def test_flash_that_cannot_run_says_why(
     ampere: bool, has_kernel: bool, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(varlen_attention, "has_flash", lambda device: ampere)
+    monkeypatch.setattr(varlen_attention, "capability_of", lambda device: (8 if ampere else 7, 5))
     monkeypatch.setattr(varlen_attention, "find_kernel", lambda: varlen_reference if has_kernel else None)
     with pytest.raises(UserError) as refused:
         choose_attention(recipe("flash"), gpu())
@@ -240,7 +261,7 @@ def test_the_estimate_assumes_the_attention_that_the_trainer_chooses(
     has_kernel: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(varlen_attention, "has_flash", lambda device: ampere)
+    monkeypatch.setattr(varlen_attention, "capability_of", lambda device: (8 if ampere else 7, 5))
     monkeypatch.setattr(varlen_attention, "find_kernel", lambda: varlen_reference if has_kernel else None)
     wanted = Recipe(model=Model(attention=attention), quantization=Quantization(compute_dtype=compute_dtype))
     device = ComputeDevice(torch.device(kind), "a device", 8 << 30, getattr(torch, compute_dtype))
