@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qlora_tui.training.agreement import bitwise_equal, within_rounding
 from qlora_tui.training.attention_check import reference_logits, short_windows
 from qlora_tui.training.chunked_loss import IGNORED
+from qlora_tui.training.experts.experts_4bit import Experts4bit
 from qlora_tui.training.fused.patching import temporary_forwards
 from qlora_tui.training.head_chunks import ChunkedHead, losses_and_grads
 
@@ -76,8 +77,10 @@ def _allowed_leak(model: nn.Module, noise: Tensor) -> Tensor:
     """Share of each token's logits by which they may change when another sample changes."""
     if any(parameter.dtype == torch.int8 for parameter in model.parameters()):
         return noise.clamp(min=_INT8_LEAK)
-    has_experts = any(parameter.dim() == 3 for parameter in model.parameters())
-    return _NOISE * noise if has_experts else torch.zeros_like(noise)
+    # A family's own experts have parameters of three dimensions, those in 4 bits packed ones.
+    groups = any(isinstance(module, Experts4bit) for module in model.modules())
+    groups = groups or any(parameter.dim() == 3 for parameter in model.parameters())
+    return _NOISE * noise if groups else torch.zeros_like(noise)
 
 
 def _rms(logits: Tensor) -> Tensor:

@@ -26,7 +26,9 @@ from tests.training.trained_weights import CLAIMED
 pytestmark = pytest.mark.slow
 
 
-def verify(folder: Path, model_type: str, dtype: Any, targets: tuple[str, ...]) -> VerificationResult:
+def verify(
+    folder: Path, model_type: str, dtype: Any, targets: tuple[str, ...], *, packed: bool | None = None
+) -> VerificationResult:
     massive_channel(model_type, getattr(torch, dtype), **CLAIMED[model_type]).save_pretrained(folder)
     recipe = Recipe(
         model=Model(id=str(folder)),
@@ -35,6 +37,7 @@ def verify(folder: Path, model_type: str, dtype: Any, targets: tuple[str, ...]) 
     )
     device = find_device(recipe)
     base = prepare_base(folder, recipe, device, "segments", "chunked", weighted=False)
+    assert packed is None or base.padding_free == packed
     torch.manual_seed(0)
     model = add_lora(base.model, recipe.lora, resolve_model(str(folder)).architecture)
     checkpoint_activations(base.model, preserve_rng_state=False)
@@ -46,7 +49,7 @@ def verify(folder: Path, model_type: str, dtype: Any, targets: tuple[str, ...]) 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("model_type", ["deepseek_v2", "gpt_oss", "qwen3_moe"])
 def test_right_experts_pass(model_type: str, dtype: str, tmp_path: Path) -> None:
-    verified = verify(tmp_path, model_type, dtype, ("all-linear", *BOTH))
+    verified = verify(tmp_path, model_type, dtype, ("all-linear", *BOTH), packed=True)
     assert verified.agrees and verified.replaced == (), verified.comparison
 
 
