@@ -20,6 +20,7 @@ numbers.
 WITHOUT_EFFECT_ON_WEIGHTS = (
     "name",
     "note",
+    "training.first_step_differs",
     "training.log_every",
     "training.eval_every",
     "training.checkpoint_every",

@@ -400,6 +400,15 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "Keeps one hidden state per recomputed layer instead of every activation; with offload, two.",
         ),
     ] = "auto"
+    first_step_differs: Annotated[
+        Literal["stop", "continue"],
+        _about(
+            "Step check",
+            "What to do where loss and gradients of the first step differ from those of transformers and "
+            "peft even without any faster code. stop: train nothing. continue: train, with results that may "
+            "be wrong.",
+        ),
+    ] = "stop"
     log_every: Annotated[
         int, _about("Log every", "Steps between points of the loss graph.", ge=1, le=_MANY_STEPS)
     ] = 1

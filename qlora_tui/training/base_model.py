@@ -46,6 +46,8 @@ class PreparedBase:
     """Why another loss than the expected one is used; empty where it is that one."""
     replaced: tuple[str, ...] = ()
     """Fast paths that are not used, because they differ from the library on this model."""
+    router_loss_off: bool = False
+    """Whether the model would have added a loss that balances its experts, which a run does not train on."""
     streamed: StreamedLayers | None = None
     """The layers that wait in host memory; None where the whole model is on the device."""
 
@@ -83,6 +85,7 @@ def prepare_base(
     allow_kernels(recipe.model.kernels == "auto")
     verify_kernels(device.torch_device, device.dtype)
     model, streamed = _load(folder, recipe, device, attention_path, on_progress)
+    router_loss_off = _switch_off_router_loss(model)
     head = chunked_loss.find_head(model)
     if not isinstance(head, str) and not equivalence_checks.head_matches_model(
         model, head, device.torch_device
@@ -106,6 +109,7 @@ def prepare_base(
         loss_reason=loss_reason,
         packed=packed,
         reference_attention=reference_attention,
+        router_loss_off=router_loss_off,
         streamed=streamed,
     )
 
@@ -121,6 +125,18 @@ def _load(
     count = recipe.quantization.streamed_layers
     model = model_loading.load_base(folder, recipe, device, attention_path, on_progress, to_host=count > 0)
     return model, place_streamed(model, count, device.torch_device) if count else None
+
+
+def _switch_off_router_loss(model: Any) -> bool:
+    """Leave the loss that balances experts out of the model's loss; whether there was one.
+
+    It is a mean over tokens, and a micro-batch's loss is a sum, so it would be lost next to that.
+    """
+    config = model.config.get_text_config()
+    was_on = bool(getattr(config, "output_router_logits", False))
+    if was_on:
+        config.output_router_logits = False
+    return was_on
 
 
 def _use_packed_attention(

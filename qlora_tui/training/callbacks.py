@@ -104,6 +104,8 @@ class RunCallback(TrainerCallback):
         self._take_rewards()
         if self.progress.evaluated_step < 0:
             self._evaluate_and_sample(0, last=False)
+        elif self.progress.evaluation_due:
+            self._evaluate_and_sample(state.global_step, last=state.global_step == self._total_steps)
         few = too_few_steps(self._total_steps, self._prepared.recipe.training.max_steps)
         if few is not None and not state.global_step:
             self._reporter.health(few.kind, few.evidence, few.remedy)
@@ -286,9 +288,11 @@ class RunCallback(TrainerCallback):
         self.progress.evaluated_step = step
         if not self._evaluator.has_validation_data and not self._prepared.recipe.training.sample_prompts:
             return False
+        self.progress.evaluation_due = True
         self._reporter.phase("evaluating")
         best = self._evaluator.has_validation_data and self._evaluate(step, last=last)
         self._sample(step)
+        self.progress.evaluation_due = False
         self._overhead_s += time.perf_counter() - started_at
         return best
 

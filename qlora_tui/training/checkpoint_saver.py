@@ -30,6 +30,8 @@ class RunProgress:
     """Scores of the evaluations since the best, for early stopping."""
     evaluated_step: int = -1
     """Step of the last evaluation; -1 before the first."""
+    evaluation_due: bool = False
+    """Whether the evaluation at that step has begun and not ended: a stop may end it."""
     checkpoint_step: int = -1
     """Step of the last checkpoint; -1 before the first."""
     initial_weights: str = ""
@@ -47,6 +49,7 @@ class RunProgress:
             scores_since_best=list(state.scores_since_best),
             initial_weights=state.initial_weights,
             evaluated_step=state.step,
+            evaluation_due=state.evaluation_due,
             checkpoint_step=state.step,
         )
 
@@ -93,6 +96,7 @@ class CheckpointSaver:
             loss_before_training=progress.loss_before_training,
             initial_weights=progress.initial_weights,
             scores_since_best=tuple(progress.scores_since_best),
+            evaluation_due=progress.evaluation_due,
         )
         try:
             folder = checkpoints.write(

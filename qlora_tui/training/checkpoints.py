@@ -69,6 +69,8 @@ class CheckpointState(Struct, frozen=True, kw_only=True):
     """Digest of the trained weights before the first step; empty in checkpoints of earlier versions."""
     scores_since_best: tuple[float, ...] = msgspec.field(default=(), name="last_losses")
     """Scores of the evaluations since the best, for early stopping."""
+    evaluation_due: bool = False
+    """Whether a stop ended the evaluation at this step, which is then repeated."""
 
 
 _STATE_DECODER = msgspec.json.Decoder(CheckpointState)

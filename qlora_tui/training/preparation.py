@@ -89,6 +89,13 @@ def prepare_run(
             f"The Triton kernels are not used on this GPU: {refusal}.",
             "Steps are correct, but norms, rotary positions and gated MLPs are slower. " + kernel_remedy(),
         )
+    if base.router_loss_off:
+        reporter.health(
+            "router_loss_off",
+            "The model's config asks for a loss that balances its experts (output_router_logits), which is "
+            "switched off.",
+            "Routers are frozen, so nothing is lost. Leave them out of lora.target_modules.",
+        )
     if recipe.preference_method is not None:
         use_token_losses(base.model, base.loss_reason if base.loss == "stock" else find_head(base.model))
     _emit_environment(context, device, base)

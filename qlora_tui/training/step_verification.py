@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from qlora_tui.errors import UserError
 from qlora_tui.memory.execution import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS
 from qlora_tui.runs.events import StepVerified
 from qlora_tui.training.base_model import PreparedBase
@@ -36,6 +37,9 @@ _LIBRARY_LOGITS_BYTES = 20
 """Bytes per token and vocabulary entry at the peak of the library's step: logits in 16 bits and
 their gradient, log-softmax and two gradients of it in fp32; the rest is for activations. Measured: 16 to 20
 on Gemma-3-270M, whose vocabulary is 262,144."""
+
+
+_REPORT = "Please report the model and the versions of transformers and peft."
 
 
 T = TypeVar("T")
@@ -69,6 +73,9 @@ def verify_first_step(prepared: PreparedRun) -> PreparedBase:
     Returns:
         The base as the run may use it: ``padding_free`` is False where packed attention was replaced;
         the steps must then be planned again.
+
+    Raises:
+        UserError: the step differs without fast paths too, and the recipe stops there.
     """
     base, samples, step_plan = prepared.base, prepared.samples, prepared.step_plan
     device, reporter = prepared.device, prepared.reporter
@@ -94,6 +101,13 @@ def verify_first_step(prepared: PreparedRun) -> PreparedBase:
         reporter.emit(StepVerified(at=time.time(), tokens=0, seconds=seconds, agrees=False, reason=verified))
         return base
     _report(verified, excerpt.tokens, seconds, reporter)
+    if not verified.agrees and prepared.recipe.training.first_step_differs == "stop":
+        raise UserError(
+            "The first step is not that of transformers and peft",
+            what=f"{_difference(verified.comparison)} Without faster code of this program it differs too.",
+            why="The results of such a run may be wrong.",
+            fix=f"{_REPORT} `--set training.first_step_differs=continue` trains all the same.",
+        )
     return _base_without(base, verified.replaced)
 
 
@@ -242,26 +256,31 @@ def _report(verified: VerificationResult, tokens: int, seconds: float, reporter:
         return
     listed = " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
     because = f", because of {listed}" if verified.agrees and names else ""
-    if comparison.failure:
-        difference = f"ours could not be computed ({comparison.failure})."
-    else:
-        difference = (
-            f"loss {comparison.loss:.4f}, theirs {comparison.reference_loss:.4f} (rounding accounts for "
-            f"about {comparison.loss_noise:.2g}); a gradient differs by {comparison.gradient_difference:.2%} "
-            f"(rounding accounts for about {comparison.gradient_noise:.2%})."
-        )
-    evidence = f"The first step differs from that of transformers and peft{because}: {difference}"
-    report = "Please report the model and the versions of transformers and peft."
+    difference = _difference(comparison)
+    evidence = (
+        f"The first step differs from that of transformers and peft{because}: "
+        f"{difference[0].lower()}{difference[1:]}"
+    )
     if not verified.agrees:
         remedy = (
             "This run uses their code throughout, but even so the check fails: its results may be wrong. "
-            f"{report}"
+            f"{_REPORT}"
         )
     elif names:
-        remedy = f"This run uses their code instead: correct, but slower and using more memory. {report}"
+        remedy = f"This run uses their code instead: correct, but slower and using more memory. {_REPORT}"
     else:
-        remedy = f"Each part matches on its own, so this run keeps all of them. {report}"
+        remedy = f"Each part matches on its own, so this run keeps all of them. {_REPORT}"
     reporter.health("step_differs", evidence, remedy)
+
+
+def _difference(comparison: StepComparison) -> str:
+    if comparison.failure:
+        return f"Ours could not be computed ({comparison.failure})."
+    return (
+        f"Loss {comparison.loss:.4f}, theirs {comparison.reference_loss:.4f} (rounding accounts for "
+        f"about {comparison.loss_noise:.2g}); a gradient differs by {comparison.gradient_difference:.2%} "
+        f"(rounding accounts for about {comparison.gradient_noise:.2%})."
+    )
 
 
 def _base_without(base: PreparedBase, replaced: Collection[FastPath]) -> PreparedBase:

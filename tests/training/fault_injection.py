@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import resource
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,28 @@ def overflow_every_step() -> None:
         self._is_overflow = True
 
     AcceleratedOptimizer.step = skip
+
+
+def even_stock_code_differs() -> None:
+    """Let every step of ours differ from the library's, whichever paths it uses."""
+    stock = StepReference.compare
+
+    def compare(self: StepReference, **settings: Any) -> Any:
+        return replace(stock(self, **settings), loss=1e3)
+
+    StepReference.compare = compare  # type: ignore[method-assign]
+
+
+def request_within_evaluation(folder: str, step: int, kind: Kind) -> None:
+    """Put a request into ``control/`` as the evaluation after a step begins."""
+    stock = RunCallback._evaluate
+
+    def evaluate(self: RunCallback, at: int, **settings: Any) -> bool:
+        if at == step:
+            control.send_request(RunDir(Path(folder)), kind)
+        return stock(self, at, **settings)
+
+    RunCallback._evaluate = evaluate  # type: ignore[method-assign, assignment]
 
 
 def no_reference_step() -> None:

@@ -227,6 +227,21 @@ def test_a_check_that_cannot_run_does_not_end_the_run(
     assert losses(run) == losses(whole)
 
 
+@pytest.mark.parametrize(("setting", "code"), [("stop", 1), ("continue", 0)])
+def test_a_step_that_differs_with_stock_code_stops_the_run(
+    setting: str, code: int, recipe: MakeRecipe, trainers: Trainers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = create_run(recipe({"training.max_steps": 1, "training.first_step_differs": setting}))
+    inject_fault(monkeypatch, "even_stock_code_differs()")
+    assert trainers.run(run) == code
+    (event,) = events_of(run, StepVerified)
+    assert not event.agrees
+    ending = events(run)[-1]
+    assert isinstance(ending, Failed if code else Finished)
+    assert isinstance(ending, Finished) or "training.first_step_differs=continue" in ending.fix
+    assert len(losses(run)) == (not code)
+
+
 def test_a_check_short_of_memory_takes_fewer_tokens(
     recipe: MakeRecipe, trainers: Trainers, monkeypatch: pytest.MonkeyPatch
 ) -> None:

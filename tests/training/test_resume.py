@@ -14,7 +14,16 @@ import pytest
 from qlora_tui.checksums import write_checksums
 from qlora_tui.recipe.toml import dump
 from qlora_tui.runs.directory import RunDir, create_run
-from qlora_tui.runs.events import DataReady, Environment, Failed, Health, Started, StepVerified, Stopped
+from qlora_tui.runs.events import (
+    DataReady,
+    Environment,
+    Evaluated,
+    Failed,
+    Health,
+    Started,
+    StepVerified,
+    Stopped,
+)
 from qlora_tui.runs.retry import RetryPlan
 from tests.runs.test_damage import flip
 from tests.support.trainer_processes import Trainers
@@ -74,6 +83,24 @@ def test_a_step_given_up_is_repeated_exactly(
     assert losses(run).pop(3)  # the last step is reported, although it was not due
     expected = losses(whole)
     assert {n: loss for n, loss in losses(run).items() if n in expected} == pytest.approx(expected, abs=EXACT)
+
+
+def test_an_evaluation_that_a_stop_ended_is_repeated(
+    recipe: MakeRecipe, trainers: Trainers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = create_run(recipe({"training.eval_every": 2}))
+    assert trainers.run(whole) == 0
+    run = create_run(recipe({"training.eval_every": 2}))
+    with monkeypatch.context() as within:
+        request = f"request_within_evaluation({str(run.path)!r}, 2, 'stop_now')"
+        within.setenv("BEFORE_TRAINER", f"from tests.training.fault_injection import *; {request}")
+        assert trainers.run(run) == 0
+    assert isinstance(events(run)[-1], Stopped)
+    assert [event.step for event in events_of(run, Evaluated)] == [0]
+    assert trainers.run(run) == 0
+    expected = {event.step: event.loss for event in events_of(whole, Evaluated)}
+    again = {event.step: event.loss for event in events_of(run, Evaluated)}
+    assert again == pytest.approx(expected, abs=EXACT)
 
 
 def test_a_resumed_run_keeps_its_padded_rows(

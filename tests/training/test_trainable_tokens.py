@@ -23,6 +23,7 @@ from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.training import chunked_loss, head_chunks
 from qlora_tui.training.accuracy import argmax_tokens
 from qlora_tui.training.adapter import add_lora
+from qlora_tui.training.forgetting.base_divergence import equals_base
 from qlora_tui.training.model_loading import checkpoint_activations
 from tests.support.trainer_processes import Trainers
 from tests.training.base_parameters import gradients_of_nothing, saved_logits
@@ -116,6 +117,13 @@ def test_only_rows_near_zero_are_initialized_to_the_mean() -> None:
     for (_, rows), matrix in zip(row_parameters(adapted(base)), before, strict=True):
         assert torch.allclose(rows[0], matrix.mean(0), atol=1e-6)
         assert torch.equal(rows[1:], matrix[IDS[1:]])
+
+
+@pytest.mark.parametrize("ids", [IDS, IDS[1:]])
+def test_a_row_set_to_the_mean_is_a_change_of_the_base(ids: list[int]) -> None:
+    base = faint("llama", tied=False)
+    model = add_lora(base, Lora(rank=4), parse_architecture(base.config.to_dict()), ids)
+    assert equals_base(model) == (IDS[0] not in ids)
 
 
 @pytest.mark.parametrize(("model_type", "tied"), [("llama", True), ("llama", False), ("gemma3_text", True)])

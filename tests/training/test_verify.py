@@ -125,6 +125,16 @@ def test_samples_around_the_original_context_train_packed(tmp_path: Path) -> Non
     assert isinstance(verified, VerificationResult) and verified.agrees and verified.replaced == ()
 
 
+def test_a_loss_of_routers_is_switched_off(tmp_path: Path) -> None:
+    def balanced(model_type: str, dtype: torch.dtype) -> Any:
+        return build(model_type, **{**CLAIMED[model_type], "output_router_logits": True})
+
+    model, base, device = adapted(tmp_path, "qwen3_moe", "float32", build=balanced)
+    assert base.router_loss_off and not base.model.config.output_router_logits and base.loss == "chunked"
+    verified = verify_step(model, base, excerpt(), device, 0, DistributedContext())
+    assert isinstance(verified, VerificationResult) and verified.agrees and verified.replaced == ()
+
+
 def no_offset(patch: pytest.MonkeyPatch) -> None:
     """Gemma's norm multiplies by the weight alone."""
     patch.setattr(rms_norm, "_factor", lambda weight, variant: weight.float())

@@ -28,6 +28,7 @@ from qlora_tui.training.forgetting.general_prompts import GENERAL_PROMPTS
 from qlora_tui.training.forgetting.greedy_answers import answer_greedily
 from qlora_tui.training.head_chunks import block_rows
 from qlora_tui.training.prepared_run import PreparedRun
+from qlora_tui.training.trainable_tokens import row_wrappers, rows_of
 
 
 class DivergenceSums(NamedTuple):
@@ -155,10 +156,19 @@ class BaseDivergence:
 
 
 def equals_base(model: Any) -> bool:
-    """Whether the adapter of a peft model changes nothing yet: every second half of it is zero."""
+    """Whether the adapter of a peft model changes nothing yet.
+
+    Every second half of it is zero, and trained rows of tokens are those of the base.
+    """
     halves = [parameter for name, parameter in model.named_parameters() if ".lora_B." in name]
     others = any("lora_embedding" in name for name, _ in model.named_parameters())
-    return bool(halves) and not others and not any(bool(half.any()) for half in halves)
+    if not halves or others or any(bool(half.any()) for half in halves):
+        return False
+    return all(
+        torch.equal(rows.values, wrapper.original_module.weight[rows.ids].to(rows.values.dtype))
+        for wrapper in row_wrappers(model)
+        for rows in (rows_of(wrapper, "default"),)
+    )
 
 
 def compare_with_base(
