@@ -13,6 +13,9 @@ from msgspec import Meta, Struct
 from qlora_tui import paths
 from qlora_tui.errors import EXIT_USAGE, UserError
 
+GPU_VARIABLE = "QLORA_TUI_GPU"
+"""Environment variable that ``--gpu`` sets, for a command and its processes; it comes before ``gpu``."""
+
 
 class NotificationSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Notifications when a run finishes or fails."""
@@ -44,6 +47,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Most GiB of quantized base weights to store for later runs and chats. 0: none."""
     gpu_memory_gib: Annotated[float, Meta(gt=0)] | None = msgspec.field(default=None, name="card_gib")
     """GPU memory in GiB to estimate against, instead of this machine's."""
+    gpu: str | Annotated[int, Meta(ge=0)] = "auto"
+    """GPU to use: ``auto``, ``cpu``, or number, UUID or a part of the name of one of several."""
 
 
 def config_path() -> Path:

@@ -140,7 +140,7 @@ def private_environment(tmp_path_factory: pytest.TempPathFactory, monkeypatch: p
     monkeypatch.setenv("HF_HOME", str(home / "huggingface"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
-    for variable in ("TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+    for variable in ("TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "CUDA_VISIBLE_DEVICES", "QLORA_TUI_GPU"):
         # Set first, so that what the program sets in this process is undone after the test.
         monkeypatch.setenv(variable, "")
         monkeypatch.delenv(variable)

@@ -53,12 +53,17 @@ static struct Gpu gpus[] = {
     { "NVIDIA GeForce RTX 3060", "GPU-30600001-1111-2222-3333-444455556666", 12288 * MIB, 240 * MIB,
       1 * GIB, 8, 6, 170000, 1, 0, 0 },
 };
+static struct Gpu display_first[] = {
+    { "NVIDIA GeForce GT 1030", "GPU-10300001-1111-2222-3333-444455556666", 2048 * MIB, 60 * MIB,
+      300 * MIB, 6, 1, 30000, 1, 0, 0 },
+    RTX_4090("0001"),
+};
 static struct Gpu small_gpu[] = {
     { "NVIDIA GeForce RTX 2060", "GPU-20600001-1111-2222-3333-444455556666", 6144 * MIB, 200 * MIB,
       512 * MIB, 7, 5, 160000, 0, 0, 0 },
 };
 
-enum Play { PLAIN, IDLE, HOT, UNSUPPORTED, OLD_DRIVER, LOST, LOST_LATER, RECOVERS, BROKEN };
+enum Play { PLAIN, IDLE, HOT, EXCLUSIVE, PROHIBITED, SLICED, UNSUPPORTED, OLD_DRIVER, LOST, LOST_LATER, RECOVERS, BROKEN };
 static const struct Scenario {
     const char *name;
     int init_result;
@@ -68,6 +73,10 @@ static const struct Scenario {
 } scenarios[] = {
     { "one_gpu", SUCCESS, gpus, 1, PLAIN },              /* RTX 4090, training */
     { "two_gpus", SUCCESS, gpus, 2, PLAIN },         /* beside it an RTX 3060 that says little */
+    { "display_first", SUCCESS, display_first, 2, PLAIN }, /* a GT 1030 in the slot before the RTX 4090 */
+    { "exclusive", SUCCESS, gpus, 1, EXCLUSIVE },     /* RTX 4090, one program at a time */
+    { "prohibited", SUCCESS, gpus, 1, PROHIBITED },   /* RTX 4090, no program may compute */
+    { "sliced", SUCCESS, gpus, 1, SLICED },           /* divided by MIG */
     { "small_gpu", SUCCESS, small_gpu, 1, PLAIN },   /* RTX 2060, 6 GiB, no bf16 */
     { "idle", SUCCESS, gpus, 1, IDLE },               /* RTX 4090, nothing runs on it */
     { "hot", SUCCESS, gpus, 1, HOT },                 /* RTX 4090, held back by heat and power */
@@ -96,6 +105,8 @@ void nvmlStubReset(void)
     for (unsigned i = 0; i < sizeof gpus / sizeof *gpus; i++)
         gpus[i].ticks = gpus[i].process_calls = 0;
     small_gpu->ticks = small_gpu->process_calls = 0;
+    for (unsigned i = 0; i < sizeof display_first / sizeof *display_first; i++)
+        display_first[i].ticks = display_first[i].process_calls = 0;
 }
 
 int nvmlInitWithFlags(unsigned flags)
@@ -168,6 +179,17 @@ int nvmlSystemGetDriverVersion(char *version, unsigned size)
     return write_text(version, size, playing->play == OLD_DRIVER ? "470.57.02" : "550.54.14");
 }
 
+/* CUDA 12.4, as driver 550 has it, or 11.4. */
+int nvmlSystemGetCudaDriverVersion(int *version)
+{
+    if (!users)
+        return UNINITIALIZED;
+    if (playing->play == UNSUPPORTED)
+        return NOT_SUPPORTED;
+    *version = playing->play == OLD_DRIVER ? 11040 : 12040;
+    return SUCCESS;
+}
+
 int nvmlDeviceGetCount_v2(unsigned *count)
 {
     if (!users)
@@ -207,6 +229,23 @@ int nvmlDeviceGetCudaComputeCapability(nvmlDevice_t gpu, int *major, int *minor)
     MEET(gpu);
     *major = gpu->major;
     *minor = gpu->minor;
+    return SUCCESS;
+}
+
+int nvmlDeviceGetComputeMode(nvmlDevice_t gpu, unsigned *mode)
+{
+    MEET(gpu);
+    enum { SHARED = 0, NO_PROGRAM = 2, ONE_PROCESS = 3 };
+    *mode = playing->play == EXCLUSIVE ? ONE_PROCESS : playing->play == PROHIBITED ? NO_PROGRAM : SHARED;
+    return SUCCESS;
+}
+
+int nvmlDeviceGetMigMode(nvmlDevice_t gpu, unsigned *current, unsigned *pending)
+{
+    MEET(gpu);
+    if (playing->play != SLICED)
+        return NOT_SUPPORTED;
+    *current = *pending = 1;
     return SUCCESS;
 }
 

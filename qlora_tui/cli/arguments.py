@@ -6,6 +6,8 @@ import argparse
 
 GPU_GIB_HELP = "estimate for a GPU with this many GiB of memory"
 """Help of ``--gpu-gib``."""
+GPU_HELP = "GPU to use: its number, UUID or a part of its name (see nvidia-smi -L), auto, or cpu"
+"""Help of ``--gpu``."""
 
 
 def positive_int(text: str) -> int:

@@ -54,4 +54,4 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-SUBCOMMANDS = {"chat": Subcommand(run, _arguments)}
+SUBCOMMANDS = {"chat": Subcommand(run, _arguments, uses_gpu=True)}

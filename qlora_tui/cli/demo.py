@@ -93,4 +93,4 @@ def _format_result(result: DemoResult) -> str:
     return "\n".join(lines)
 
 
-SUBCOMMANDS = {"demo": Subcommand(run)}
+SUBCOMMANDS = {"demo": Subcommand(run, uses_gpu=True)}

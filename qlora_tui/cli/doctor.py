@@ -31,4 +31,4 @@ def _as_data(check: Check) -> dict[str, str]:
     return {"name": check.label, "outcome": check.outcome, "text": check.text, "fix": check.fix}
 
 
-SUBCOMMANDS = {"doctor": Subcommand(run)}
+SUBCOMMANDS = {"doctor": Subcommand(run, uses_gpu=True)}

@@ -198,4 +198,4 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-SUBCOMMANDS = {"estimate": Subcommand(run, _arguments)}
+SUBCOMMANDS = {"estimate": Subcommand(run, _arguments, uses_gpu=True)}

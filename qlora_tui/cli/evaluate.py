@@ -107,4 +107,4 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-SUBCOMMANDS = {"evaluate": Subcommand(run, _arguments)}
+SUBCOMMANDS = {"evaluate": Subcommand(run, _arguments, uses_gpu=True)}

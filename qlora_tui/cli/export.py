@@ -249,4 +249,4 @@ def _add_one_type(parser: argparse.ArgumentParser) -> None:
     )
 
 
-SUBCOMMANDS = {"export": Subcommand(run, _arguments)}
+SUBCOMMANDS = {"export": Subcommand(run, _arguments, uses_gpu=True)}

@@ -140,4 +140,4 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-SUBCOMMANDS = {"lr-find": Subcommand(run, _arguments)}
+SUBCOMMANDS = {"lr-find": Subcommand(run, _arguments, uses_gpu=True)}

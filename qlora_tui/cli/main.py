@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, NoReturn
 
 from qlora_tui import __version__, paths
-from qlora_tui.cli.arguments import GPU_GIB_HELP, positive_float
+from qlora_tui.cli.arguments import GPU_GIB_HELP, GPU_HELP, positive_float
 from qlora_tui.cli.open_app import open_app
 from qlora_tui.cli.terminal import visible_output
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, INTERNAL_ERROR, UserError, disk_problem
@@ -70,6 +70,10 @@ def _run(argv: list[str]) -> int:
         _check_command(argv)
         verb = next((word for word in argv if word in SUBCOMMANDS), None)
         args = _parser(verb).parse_args(_with_action(argv, verb))
+        if args.gpu:
+            from qlora_tui.settings import GPU_VARIABLE
+
+            os.environ[GPU_VARIABLE] = args.gpu
         if args.verb is None:
             return open_app(gpu_gib=args.gpu_gib, mouse=not args.no_mouse)
         result = args.run(args)
@@ -105,7 +109,7 @@ def _check_command(argv: Sequence[str]) -> None:
     """Raise UserError for an unknown command, with the closest one."""
     words = iter(argv)
     for word in words:
-        if word == "--gpu-gib":
+        if word in ("--gpu", "--gpu-gib"):
             next(words, None)
         elif not word.startswith("-"):
             if word in SUBCOMMANDS:
@@ -129,6 +133,7 @@ def _parser(name_called: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"qlora-tui {__version__}")
     parser.add_argument("--gpu-gib", type=positive_float, metavar="GIB", help=GPU_GIB_HELP)
+    parser.add_argument("--gpu", metavar="GPU", help=GPU_HELP)
     parser.add_argument("--no-mouse", action="store_true", help="leave the mouse to the terminal")
     parser.set_defaults(verb=None)
     verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", title="commands")
@@ -140,6 +145,8 @@ def _parser(name_called: str | None) -> argparse.ArgumentParser:
             sub.add_argument("--json", action="store_true", help=JSON_HELP)
             verb: Subcommand = import_module(f"qlora_tui.cli.{module}").SUBCOMMANDS[name]
             verb.arguments(sub)
+            if verb.uses_gpu:
+                sub.add_argument("--gpu", metavar="GPU", default=argparse.SUPPRESS, help=GPU_HELP)
             sub.set_defaults(run=verb.run)
     return parser
 

@@ -370,6 +370,6 @@ SUBCOMMANDS = {
     "attach": Subcommand(attach, _attach_arguments),
     "stop": Subcommand(stop, _stop_arguments),
     "pause": Subcommand(pause, _add_run_argument),
-    "resume": Subcommand(resume, _resume_arguments),
+    "resume": Subcommand(resume, _resume_arguments, uses_gpu=True),
     "ask": Subcommand(send_request, _request_arguments),
 }

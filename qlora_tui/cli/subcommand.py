@@ -38,6 +38,8 @@ class Subcommand:
     run: Callable[[argparse.Namespace], CommandResult | int]
     """Returns a result to print, or the exit code if it has already printed its output."""
     arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    uses_gpu: bool = False
+    """Whether it has the option ``--gpu``."""
 
 
 def print_result(result: CommandResult, *, as_json: bool) -> int:

@@ -12,9 +12,8 @@ from qlora_tui.cli.follow import follow
 from qlora_tui.cli.subcommand import CommandResult, Subcommand, add_recipe_arguments, recipe_from_args
 from qlora_tui.data.sources import every_source, paths_of
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
-from qlora_tui.gpu.driver import list_gpus
 from qlora_tui.gpu.errors import GpuUnavailableError
-from qlora_tui.gpu.visible_devices import cuda_device_order
+from qlora_tui.gpu.visible_devices import visible_gpus
 from qlora_tui.recipe.conflicts import require_runnable
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
@@ -121,7 +120,7 @@ def _launch(run: RunDir, gpus: int) -> list[str]:
 def _visible_gpu_count() -> int:
     """Number of GPUs that torch will see."""
     try:
-        return len(cuda_device_order(list_gpus()))
+        return len(visible_gpus())
     except GpuUnavailableError:
         return 0
 
@@ -149,4 +148,4 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-SUBCOMMANDS = {"train": Subcommand(run, _arguments)}
+SUBCOMMANDS = {"train": Subcommand(run, _arguments, uses_gpu=True)}

@@ -6,7 +6,7 @@ Every NVML failure is mapped to this exception, so that callers need not know NV
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from qlora_tui.errors import UserError
 
@@ -25,9 +25,29 @@ class GpuUnavailableReason(StrEnum):
     """The driver runs and finds no GPU, or not the requested one."""
     HIDDEN = "hidden"
     """CUDA_VISIBLE_DEVICES hides every GPU from torch."""
+    CPU_CHOSEN = "cpu_chosen"
+    """The user chose the CPU."""
+    NOT_PRESENT = "not_present"
+    """The machine has no GPU of the number, UUID or name that the user chose."""
+    SETTING = "setting"
+    """Which GPU the user chose cannot be read."""
+    MIG = "mig"
+    """torch uses a slice of a GPU (MIG), of which the driver reports little."""
+    NO_LIBRARY = "no_library"
+    """The driver runs, and its library that reports GPUs is not installed, as in some containers."""
     LOST = "lost"
     """The GPU was available and no longer responds."""
     OTHER = "other"
+
+    @property
+    def device(self) -> Literal["cpu", "unknown", "none"]:
+        """Return where a run would train: on the CPU, as meant; where torch decides; or nowhere.
+
+        ``none``: there is a GPU that cannot be used, and training on the CPU instead would surprise the user.
+        """
+        if self.value in ("no_driver", "no_device", "hidden", "cpu_chosen"):
+            return "cpu"
+        return "unknown" if self.value in ("mig", "no_library") else "none"
 
 
 class _Text(NamedTuple):
@@ -73,6 +93,36 @@ _TEXTS = {
         "CUDA_VISIBLE_DEVICES hides every GPU.",
         "",
         "Unset it, or set it to the index or UUID of a whole GPU; `nvidia-smi -L` lists them.",
+    ),
+    GpuUnavailableReason.CPU_CHOSEN: _Text(
+        "CPU chosen",
+        "The CPU is chosen.",
+        "",
+        "Choose a GPU with `--gpu auto`, or with gpu in config.toml.",
+    ),
+    GpuUnavailableReason.NOT_PRESENT: _Text(
+        "No such GPU",
+        "The chosen GPU is not there.",
+        "",
+        "Choose another: `--gpu`, CUDA_VISIBLE_DEVICES, or gpu in config.toml. `nvidia-smi -L` lists them.",
+    ),
+    GpuUnavailableReason.SETTING: _Text(
+        "Cannot use config.toml",
+        "Which GPU to use cannot be read.",
+        "",
+        "Correct config.toml, or use `--gpu`.",
+    ),
+    GpuUnavailableReason.MIG: _Text(
+        "Slice of a GPU",
+        "torch uses a slice of a GPU (MIG), which cannot be read.",
+        "",
+        "For estimates, enter its memory: GPU memory to assume in the settings, or `--gpu-gib`.",
+    ),
+    GpuUnavailableReason.NO_LIBRARY: _Text(
+        "GPU cannot be read",
+        "The NVIDIA driver runs, and its GPUs cannot be read.",
+        "libnvidia-ml.so.1 is missing: a container has it with NVIDIA_DRIVER_CAPABILITIES=compute,utility.",
+        "Add that capability. For estimates, enter the memory: `--gpu-gib`, or GPU memory to assume.",
     ),
     GpuUnavailableReason.LOST: _Text(
         "GPU lost",

@@ -6,9 +6,13 @@ shown as NA, never as 0.
 
 from __future__ import annotations
 
+from typing import Literal, TypeAlias
+
 import msgspec
 
 from qlora_tui.decoding import Count, UnixTime
+
+ComputeMode: TypeAlias = Literal["shared", "exclusive", "prohibited"]
 
 
 class GpuDevice(msgspec.Struct, frozen=True):
@@ -28,6 +32,12 @@ class GpuDevice(msgspec.Struct, frozen=True):
     """Version of the driver: ``550.54.14``."""
     reserved_bytes: int | None = None
     """Memory reserved by driver and firmware; no program can use it."""
+    cuda_version: str | None = None
+    """Newest CUDA that the driver supports: ``12.4``."""
+    compute_mode: ComputeMode | None = None
+    """How many programs may compute on it at a time (``nvidia-smi -c``)."""
+    is_sliced: bool = False
+    """Whether it is divided into slices (MIG), of which torch uses one."""
 
     @property
     def short_name(self) -> str:
@@ -39,13 +49,28 @@ class GpuDevice(msgspec.Struct, frozen=True):
         """Return the bytes available to programs, used or free; None where unknown."""
         return None if self.total_bytes is None else self.total_bytes - (self.reserved_bytes or 0)
 
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """Return the compute capability as numbers: ``(8, 9)``."""
+        return parse_version(self.compute_capability)
 
-class GpuProcess(msgspec.Struct, frozen=True):
+
+def parse_version(text: str | None) -> tuple[int, int] | None:
+    """Return major and minor number of a version such as ``12.4``; None for None."""
+    if text is None:
+        return None
+    major, _, minor = text.partition(".")
+    return int(major), int(minor.partition(".")[0] or 0)
+
+
+class GpuProcess(msgspec.Struct, frozen=True, omit_defaults=True):
     """A process that holds memory of the GPU."""
 
     pid: int
     """The host's process id; inside a container it may mean nothing."""
     memory_bytes: int | None = None
+    computes: bool = True
+    """False where it only draws, as a desktop does."""
 
 
 class GpuMetrics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -8,16 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason, from_nvml_error
-from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics, GpuProcess
+from qlora_tui.gpu.metrics import ComputeMode, GpuDevice, GpuMetrics, GpuProcess
 
 _FATAL = frozenset({1, 9, 15, 16, 18, 28})
 """Errors after which no other query makes sense: not initialized, driver not loaded, GPU lost, reset
 required, mismatch, GPU not found. Every other error affects only that query."""
 _INVALID_ARGUMENT = 2
+_COMPUTE_MODES: dict[int | None, ComputeMode] = {0: "shared", 1: "exclusive", 2: "prohibited", 3: "exclusive"}
+"""``nvmlComputeMode_t`` in ``nvml.h``: default, one thread, prohibited, one process."""
+_CONTROL_DEVICE = Path("/dev/nvidiactl")
+"""There while the kernel module is loaded, also in a container that was given a GPU."""
+_PCI_DEVICES = Path("/sys/bus/pci/devices")
+_NVIDIA = "0x10de"
+"""NVIDIA's number as a vendor of PCI devices."""
 
 _THERMAL = "thermal"
 _POWER_BRAKE = "power brake"
@@ -51,7 +59,7 @@ class Nvml:
         try:
             pynvml.nvmlInit()
         except pynvml.NVMLError as error:
-            raise from_nvml_error(error.value, str(error)) from error
+            raise _unavailable(error) from error
         self._open = True
 
     def __enter__(self) -> Self:
@@ -124,6 +132,8 @@ class Nvml:
         handle = self._handle(index)
         memory = self._memory(handle)
         capability = self._query("nvmlDeviceGetCudaComputeCapability", handle)
+        cuda = self._query("nvmlSystemGetCudaDriverVersion")
+        slices = self._query("nvmlDeviceGetMigMode", handle)
         return GpuDevice(
             index=index,
             name=self._query("nvmlDeviceGetName", handle) or f"GPU {index}",
@@ -133,6 +143,9 @@ class Nvml:
             driver=self._query("nvmlSystemGetDriverVersion"),
             # Only the second version of the struct has it.
             reserved_bytes=getattr(memory, "reserved", None),
+            cuda_version=None if not cuda else f"{cuda // 1000}.{cuda % 1000 // 10}",
+            compute_mode=_COMPUTE_MODES.get(self._query("nvmlDeviceGetComputeMode", handle)),
+            is_sliced=bool(slices and slices[0]),
         )
 
     def _handle(self, index: int) -> Any:
@@ -171,12 +184,36 @@ class Nvml:
         drawing = self._query("nvmlDeviceGetGraphicsRunningProcesses_v3", handle)
         if computing is None and drawing is None:
             return None
+        computing_pids = {process.pid for process in computing or ()}
         memory_by_pid: dict[int, int | None] = {}
         for process in [*(computing or ()), *(drawing or ())]:
             # A process that uses both is in both lists with the same total.
             memory_by_pid[process.pid] = memory_by_pid.get(process.pid) or process.usedGpuMemory
         largest_first = sorted(memory_by_pid.items(), key=lambda item: -(item[1] or 0))
-        return tuple(GpuProcess(pid, memory_bytes) for pid, memory_bytes in largest_first)
+        return tuple(
+            GpuProcess(pid, memory_bytes, computes=pid in computing_pids)
+            for pid, memory_bytes in largest_first
+        )
+
+
+def _unavailable(error: Any) -> GpuUnavailableError:
+    """Return the exception for a session that cannot be opened, by what the machine has."""
+    unavailable = from_nvml_error(error.value, str(error))
+    if unavailable.reason is GpuUnavailableReason.NO_DRIVER and _CONTROL_DEVICE.exists():
+        return GpuUnavailableError(GpuUnavailableReason.NO_LIBRARY)
+    if unavailable.reason is GpuUnavailableReason.NOT_LOADED and not _has_nvidia_card():
+        why = "A driver is installed, and the machine has no NVIDIA GPU."
+        return GpuUnavailableError(GpuUnavailableReason.NO_DEVICE, why)
+    return unavailable
+
+
+def _has_nvidia_card() -> bool:
+    """Return whether the PCI bus has a device of NVIDIA; also where the bus cannot be read."""
+    try:
+        vendors = [(device / "vendor").read_text().strip() for device in _PCI_DEVICES.iterdir()]
+    except OSError:
+        return True
+    return not vendors or _NVIDIA in vendors
 
 
 def describe_throttle(reasons: int) -> tuple[str, ...]:

@@ -1,36 +1,109 @@
-"""Detection of the GPU that torch will use, without importing torch.
+"""Which GPU torch will use, without importing torch.
 
-The trainer and every other process that loads torch must run with ``PCI_BUS_ORDER_ENV`` in its environment:
-by default CUDA numbers the fastest GPU first, so its device 0 may differ from NVML's.
+Of several GPUs it is the one that the user names (``--gpu``, CUDA_VISIBLE_DEVICES, or ``gpu`` in
+``config.toml``, in this order), or else the one with the most memory that is new enough. Every process that
+loads torch must run with ``PCI_BUS_ORDER_ENV`` and :func:`device_variables` in its environment: by default
+CUDA numbers the fastest GPU first, so its device 0 may differ from NVML's.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+from qlora_tui.errors import UserError
+from qlora_tui.formatting import pluralize
 from qlora_tui.gpu.driver import list_gpus
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.metrics import GpuDevice
+from qlora_tui.settings import GPU_VARIABLE, load_settings
 
 PCI_BUS_ORDER_ENV = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 """Environment that makes CUDA number GPUs like NVML and ``nvidia-smi``."""
 
+CPU = "cpu"
+"""Choice of the CPU, also on a machine with a GPU."""
+AUTO = "auto"
 _VARIABLE = "CUDA_VISIBLE_DEVICES"
+_LOCAL_RANK = "LOCAL_RANK"
+"""Set by ``torchrun``: this process is one of several, and computes on the GPU of this number."""
+_MIN_CAPABILITY = (7, 5)
+"""Lowest compute capability that CUDA 13 and all kernels of this program support (RTX 20)."""
+_variables_before: dict[str, str | None] = {}
+"""What the variables were that this process set with :func:`set_device_variables`."""
+
+
+@dataclass(frozen=True)
+class GpuChoice:
+    """The GPU that torch calls ``cuda:0``."""
+
+    gpu: GpuDevice
+    why: str = ""
+    """Why this one of several: ``GPU 1, the most memory of 2 GPUs``; empty if there is no other."""
+
+
+def choose_gpu(environ: Mapping[str, str] = os.environ) -> GpuChoice:
+    """Return the GPU that torch will use, and why. Raises ``GpuUnavailableError``."""
+    choice, source = _requested(environ)
+    if choice == CPU:
+        raise GpuUnavailableError(GpuUnavailableReason.CPU_CHOSEN, f"{source} is {CPU}.")
+    devices = list_gpus()
+    gpu = _usable(devices, environ)[0]
+    if gpu.is_sliced:
+        raise GpuUnavailableError(GpuUnavailableReason.MIG, f"{gpu.short_name} is divided into slices.")
+    if len(devices) == 1:
+        return GpuChoice(gpu)
+    rule = source if source else f"the most memory of {pluralize(len(devices), 'GPU')}"
+    return GpuChoice(gpu, f"GPU {gpu.index}, {rule}")
 
 
 def default_cuda_device(environ: Mapping[str, str] = os.environ) -> GpuDevice:
     """Return the GPU that torch calls ``cuda:0``. Raises ``GpuUnavailableError``."""
-    visible = cuda_device_order(list_gpus(), environ)
-    if not visible:
-        raise GpuUnavailableError(GpuUnavailableReason.HIDDEN, f'It is set to "{environ[_VARIABLE]}".')
-    return visible[0]
+    return choose_gpu(environ).gpu
+
+
+def visible_gpus(environ: Mapping[str, str] = os.environ) -> list[GpuDevice]:
+    """Return the GPUs for one run on several, in torch's order. Raises ``GpuUnavailableError``."""
+    return _usable(list_gpus(), environ)
+
+
+def device_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that make torch use the chosen GPU, or the CPU; empty where it will anyway."""
+    choice, _ = _requested(environ)
+    try:
+        if choice == CPU:
+            return {_VARIABLE: ""}
+        if _VARIABLE in environ and not choice:
+            return {}
+        devices = list_gpus()
+        gpus = _usable(devices, environ)
+    except GpuUnavailableError:
+        return {}
+    if len(devices) == 1 or gpus[0].is_sliced:
+        return {}
+    # By UUID: CUDA would number slices and lost GPUs in another way.
+    names = [gpu.uuid or str(gpu.index) for gpu in gpus]
+    return {_VARIABLE: ",".join(names if _LOCAL_RANK in environ else names[:1])}
+
+
+def set_device_variables() -> None:
+    """Set :func:`device_variables` in this process, before it loads torch."""
+    for name, value in device_variables(os.environ).items():
+        _variables_before.setdefault(name, os.environ.get(name))
+        os.environ[name] = value
+
+
+def without_choice(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return variables as they were before this process chose: for a process that chooses for itself."""
+    before = {name: value for name, value in _variables_before.items() if value is not None}
+    return {name: value for name, value in environ.items() if name not in _variables_before} | before
 
 
 def cuda_device_order(
     devices: Sequence[GpuDevice], environ: Mapping[str, str] = os.environ
 ) -> list[GpuDevice]:
-    """Return ``devices`` in torch's order: the first is ``cuda:0``. Empty when all are hidden.
+    """Return ``devices`` in the order of CUDA_VISIBLE_DEVICES, or of the PCI bus; empty if all are hidden.
 
     CUDA's rules (CUDA Programming Guide, "CUDA Environment Variables"): indices or UUIDs, which may be
     shortened while they stay unique; the first entry that matches no GPU ends the list. As in
@@ -50,9 +123,74 @@ def cuda_device_order(
     return visible
 
 
+def _requested(environ: Mapping[str, str]) -> tuple[str, str]:
+    """Return which GPU the user names, and where; empty choice and the variable where that decides.
+
+    Raises:
+        GpuUnavailableError: ``config.toml`` cannot be read.
+    """
+    option = environ.get(GPU_VARIABLE, "")
+    if option and option != AUTO:
+        return option, "--gpu"
+    if option or _VARIABLE in environ:
+        return "", _VARIABLE if _VARIABLE in environ else ""
+    try:
+        setting = str(load_settings().gpu)
+    except UserError as problem:
+        raise GpuUnavailableError(GpuUnavailableReason.SETTING, problem.what) from problem
+    return ("", "") if setting == AUTO else (setting, "gpu in config.toml")
+
+
+def _usable(devices: Sequence[GpuDevice], environ: Mapping[str, str]) -> list[GpuDevice]:
+    """Return the GPUs that torch is to see, the one to use first: at least one.
+
+    Raises:
+        GpuUnavailableError: none is visible, or the chosen one is not.
+    """
+    choice, source = _requested(environ)
+    visible = cuda_device_order(devices, environ)
+    if not visible:
+        raise _none_visible(environ[_VARIABLE], devices)
+    if choice:
+        gpu = _match_entry(choice, visible) or _match_name(choice, visible)
+        if gpu is None:
+            raise _not_present(source, choice, visible)
+        return [gpu]
+    if _VARIABLE in environ:
+        return visible  # in the order that the user gave
+    most_suitable = min(map(_suitability, visible))
+    suitable = [gpu for gpu in visible if _suitability(gpu) == most_suitable]
+    return sorted(suitable, key=lambda gpu: -(gpu.usable_bytes or 0))
+
+
+def _suitability(gpu: GpuDevice) -> tuple[bool, bool]:
+    """Return a sort key: whole GPUs before sliced ones, then new enough ones before others."""
+    return gpu.is_sliced, gpu.capability is not None and gpu.capability < _MIN_CAPABILITY
+
+
+def _none_visible(value: str, devices: Sequence[GpuDevice]) -> GpuUnavailableError:
+    first = value.split(",")[0].strip()
+    if first.startswith("MIG-"):
+        return GpuUnavailableError(GpuUnavailableReason.MIG, f'{_VARIABLE} is set to "{value}".')
+    if (first.isdecimal() or first.startswith("GPU-")) and _match_entry(first, devices) is None:
+        return _not_present(_VARIABLE, value, devices)
+    return GpuUnavailableError(GpuUnavailableReason.HIDDEN, f'It is set to "{value}".')
+
+
+def _not_present(source: str, choice: str, devices: Sequence[GpuDevice]) -> GpuUnavailableError:
+    there = ", ".join(f"{gpu.index}: {gpu.short_name}" for gpu in devices)
+    why = f'{source} is "{choice}", which names none, or several, of {there}.'
+    return GpuUnavailableError(GpuUnavailableReason.NOT_PRESENT, why)
+
+
 def _match_entry(entry: str, devices: Sequence[GpuDevice]) -> GpuDevice | None:
     if entry.startswith("GPU-"):
         matches = [gpu for gpu in devices if gpu.uuid is not None and gpu.uuid.startswith(entry)]
     else:
         matches = [gpu for gpu in devices if entry == str(gpu.index)]
+    return matches[0] if len(matches) == 1 else None
+
+
+def _match_name(choice: str, devices: Sequence[GpuDevice]) -> GpuDevice | None:
+    matches = [gpu for gpu in devices if choice.lower() in gpu.name.lower()]
     return matches[0] if len(matches) == 1 else None

@@ -48,14 +48,14 @@ def budget_for(gpu: GpuDevice | None, assumed_bytes: int | None = None) -> Memor
     )
     if assumed_bytes is not None:
         # Not this machine's GPU: corrections measured here do not apply.
-        device = cuda if gpu is None else replace(cuda, capability=_capability(gpu))
+        device = cuda if gpu is None else replace(cuda, capability=gpu.capability or Device().capability)
         return MemoryBudget(
             device, assumed_bytes, f"a GPU with {assumed_bytes / 2**30:.1f} GiB", is_assumed=True
         )
     if gpu is not None and gpu.usable_bytes is not None:
         device = replace(
             cuda,
-            capability=_capability(gpu),
+            capability=gpu.capability or Device().capability,
             correction=correction_for(gpu.name),
             speed=measured_speed(gpu.name),
             host_bytes=psutil.virtual_memory().total,
@@ -81,10 +81,3 @@ def local_budget(assumed_bytes: int | None = None) -> MemoryBudget:
     except GpuUnavailableError:
         gpu = None
     return budget_for(gpu, assumed_bytes)
-
-
-def _capability(gpu: GpuDevice) -> tuple[int, int]:
-    if gpu.compute_capability is None:
-        return Device().capability
-    major, _, minor = gpu.compute_capability.partition(".")
-    return int(major), int(minor or 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from qlora_tui.runs.exports import delete_unfinished, read_exports
 from qlora_tui.runs.initial_adapter import with_initial_adapter
 from qlora_tui.runs.spawn import ensure_runner
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, State, read_status
+from qlora_tui.settings import GPU_VARIABLE
 
 LONGEST_NAME = 60
 
@@ -25,7 +27,7 @@ LONGEST_NAME = 60
 @disk_problems()
 def submit(recipe: Recipe) -> RunDir:
     """Queue a new run and make sure a runner is active. The recipe should be ready to run."""
-    run = create_run(with_initial_adapter(with_absolute_paths(recipe)))
+    run = create_run(with_initial_adapter(with_absolute_paths(recipe)), _gpu())
     run_queue.enqueue(run)
     ensure_runner()
     return run
@@ -34,7 +36,7 @@ def submit(recipe: Recipe) -> RunDir:
 @disk_problems()
 def prepare(recipe: Recipe) -> RunDir:
     """Create a run without queueing it, for trainers that the user starts."""
-    run = create_run(with_initial_adapter(with_absolute_paths(recipe)))
+    run = create_run(with_initial_adapter(with_absolute_paths(recipe)), _gpu())
     run_queue.mark_not_queued(run, "Not queued: start it with the printed command.")
     return run
 
@@ -50,8 +52,15 @@ def resume(run: RunDir) -> None:
             fix=_instead_of_resuming(run, status.state),
             exit_code=EXIT_USAGE,
         )
+    if gpu := _gpu():
+        atomic_write(run.gpu_path, f"{gpu}\n", durable=True)
     run_queue.requeue(run)
     ensure_runner()
+
+
+def _gpu() -> str:
+    """The GPU that the user chose for what this process does (``--gpu``); empty if none was chosen."""
+    return os.environ.get(GPU_VARIABLE, "")
 
 
 def _instead_of_resuming(run: RunDir, state: State) -> str:

@@ -7,6 +7,7 @@ runs/<id>/
   status.json      the current state (:mod:`qlora_tui.runs.status`)
   heartbeat.json   the trainer's progress, once a second
   name             the run's name, if the user renamed it
+  gpu              the GPU that the user chose for this run, if any
   trainer.log      the trainer's output
   trainer.lock     locked by the trainer as long as it runs
   untold           present until the runner has handled the run's end
@@ -60,6 +61,18 @@ class RunDir:
     @property
     def name_path(self) -> Path:
         return self.path / "name"
+
+    @property
+    def gpu(self) -> str:
+        """The GPU that the user chose for this run (``--gpu``), or ``cpu``; empty if none was chosen."""
+        try:
+            return read_regular(self.gpu_path).decode().strip()
+        except (OSError, UnicodeDecodeError):
+            return ""
+
+    @property
+    def gpu_path(self) -> Path:
+        return self.path / "gpu"
 
     @property
     def recipe_path(self) -> Path:
@@ -183,8 +196,8 @@ LAST = "last"
 """Alias of the newest run."""
 
 
-def create_run(recipe: Recipe) -> RunDir:
-    """Create the directory of a run that will be queued.
+def create_run(recipe: Recipe, gpu: str = "") -> RunDir:
+    """Create the directory of a run that will be queued, for the GPU that the user chose, if any.
 
     It appears under its name once it is complete and on disk. Raises UserError if the disk is full or the
     directory cannot be written.
@@ -195,6 +208,8 @@ def create_run(recipe: Recipe) -> RunDir:
             for folder in ("control", "checkpoints"):
                 private_dir(draft / folder)
             atomic_write(draft / "recipe.toml", dump(recipe))
+            if gpu:
+                atomic_write(draft / "gpu", f"{gpu}\n")
             with EventWriter(draft / "events.jsonl") as log:
                 log.append(Queued(at=time.time()))
             return RunDir(_publish(draft, parent, recipe))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import IO
 
 from qlora_tui import paths, subprocesses
-from qlora_tui.gpu.visible_devices import PCI_BUS_ORDER_ENV
+from qlora_tui.gpu.visible_devices import PCI_BUS_ORDER_ENV, without_choice
 
 
 def runner_lock_path() -> Path:
@@ -43,5 +43,5 @@ def spawn_detached(module: str, *arguments: str, output: IO[bytes] | None) -> su
         stderr=None if output is None else subprocess.STDOUT,
         start_new_session=True,
         cwd="/",
-        env=subprocesses.subprocess_env() | PCI_BUS_ORDER_ENV,
+        env=without_choice(subprocesses.subprocess_env()) | PCI_BUS_ORDER_ENV,
     )

@@ -11,6 +11,7 @@ from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.gpu.torch_env import allocator_variables, configure_torch_env
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.retry import RetryPlan, parse_plan
+from qlora_tui.settings import GPU_VARIABLE
 from qlora_tui.training.supervisor import run_trainer
 
 _ENVIRONMENT = {
@@ -30,6 +31,10 @@ def main() -> int:
         plan = RetryPlan() if arguments.plan is None else parse_plan(arguments.plan)
         if not run.path.is_dir():
             raise UserError("No such run", what=f"{run.path} is not a run directory.", exit_code=EXIT_USAGE)
+        if run.gpu:
+            os.environ[GPU_VARIABLE] = run.gpu
+        else:  # That of the command that started the runner is for another run.
+            os.environ.pop(GPU_VARIABLE, None)
         configure_torch_env({**allocator_variables(os.environ), **_ENVIRONMENT})
         return run_trainer(run, plan)
     except UserError as problem:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_tui.runs import run_queue
+from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.directory import all_runs, find_run
 from qlora_tui.runs.status import RESUMABLE, read_status
 from tests.cli.conftest import Call
@@ -85,6 +85,21 @@ def test_every_gpu_is_used_unless_told_and_no_more(
     refused = call(*train, "--print-command", "--gpus", "3")
     assert refused.code == 2 and "Not enough GPUs" in refused.err
     assert len(all_runs()) == runs
+
+
+def test_the_chosen_gpu_is_stored_with_the_run(
+    call: Call, train: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_nvml_stub(monkeypatch, "one_gpu")
+    assert call("--gpu", "cpu", *train, "--print-command").code == 0
+    run = find_run("last")
+    assert run.gpu == "cpu"
+    monkeypatch.setattr(actions, "ensure_runner", lambda: None)
+    assert call("resume", run.id, "--gpu", "0").code == 0
+    assert run.gpu == "0"
+    monkeypatch.delenv("QLORA_TUI_GPU")
+    run_queue.cancel(run)
+    assert call("resume", run.id).code == 0 and run.gpu == "0"
 
 
 def test_a_number_of_gpus_is_for_the_printed_command(call: Call, train: list[str]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from qlora_tui.gpu import nvml
 from qlora_tui.gpu.driver import list_gpus
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics, GpuProcess
@@ -79,6 +80,8 @@ def test_a_gpu_tells_everything() -> None:
             compute_capability="8.9",
             driver="550.54.14",
             reserved_bytes=430 * MIB,
+            cuda_version="12.4",
+            compute_mode="shared",
         )
     ]
     first = msgspec.structs.replace(seen.readings[0], at=0.0)
@@ -97,7 +100,7 @@ def test_a_gpu_tells_everything() -> None:
         throttle=(),
         processes=(
             GpuProcess(4242, 7 * GIB + MIB),
-            GpuProcess(1001, 350 * MIB),
+            GpuProcess(1001, 350 * MIB, computes=False),
             GpuProcess(5151, 90 * MIB),
         ),
     )
@@ -156,15 +159,35 @@ def test_an_old_driver_is_asked_in_the_old_way() -> None:
         ("broken", GpuUnavailableReason.OTHER),
     ],
 )
-def test_each_way_to_have_no_gpu_has_its_own_sentences(scenario: str, reason: GpuUnavailableReason) -> None:
-    seen = look(scenario)
-    assert (seen.gpus, seen.readings) == ([], [])
-    assert seen.no_gpu is not None
-    reason_value, what, why, fix = seen.no_gpu
-    assert reason_value == reason
-    assert what and why and fix
+def test_each_way_to_have_no_gpu_has_its_own_sentences(
+    scenario: str, reason: GpuUnavailableReason, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_nvml_stub(monkeypatch, scenario)
+    with pytest.raises(GpuUnavailableError) as caught:
+        list_gpus()
+    error = caught.value
+    assert error.reason is reason
+    assert error.what and error.why and error.fix
     if reason is GpuUnavailableReason.OTHER:
-        assert why == "NVML says: Unknown Error."
+        assert error.why == "NVML says: Unknown Error."
+
+
+def test_a_driver_without_a_card_is_no_broken_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvml_stub(monkeypatch, "not_loaded")
+    monkeypatch.setattr(nvml, "_PCI_DEVICES", tmp_path)
+    for vendor, reason in (
+        ("0x8086", GpuUnavailableReason.NO_DEVICE),
+        ("0x10de", GpuUnavailableReason.NOT_LOADED),
+    ):
+        (tmp_path / vendor).mkdir()
+        (tmp_path / vendor / "vendor").write_text(f"{vendor}\n")
+        assert _reason(list_gpus) is reason
+
+
+def test_a_container_without_nvml_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvml_stub(monkeypatch, "no_driver")
+    monkeypatch.setattr(nvml, "_CONTROL_DEVICE", tmp_path)
+    assert _reason(list_gpus) is GpuUnavailableReason.NO_LIBRARY
 
 
 def test_a_gpu_lost_between_two_readings_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from qlora_tui import paths
 from qlora_tui.gpu import torch_env, wsl
 from qlora_tui.gpu.torch_env import allocator_variables, grows_segments, openmp_wait_policy
 from qlora_tui.memory.budget import budget_for
+from tests.support.nvml_stub import stub_env
 
 
 @pytest.mark.parametrize(
@@ -88,6 +89,16 @@ def test_cudnn_attention_comes_after_flash_unless_the_user_chose(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | own
     )
     assert output.stdout.split() == expected
+
+
+def test_torch_sees_the_chosen_gpu_only() -> None:
+    code = (
+        "import os; from qlora_tui.gpu.torch_env import configure_torch_env; configure_torch_env();"
+        "print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    )
+    env = os.environ | stub_env("display_first")
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert output.stdout.startswith("GPU-4090")
 
 
 GIB = 2**30

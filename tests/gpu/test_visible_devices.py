@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+
 import pytest
 
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.metrics import GpuDevice
-from qlora_tui.gpu.visible_devices import cuda_device_order, default_cuda_device
+from qlora_tui.gpu.visible_devices import (
+    choose_gpu,
+    cuda_device_order,
+    default_cuda_device,
+    device_variables,
+    set_device_variables,
+    visible_gpus,
+)
+from qlora_tui.runs.spawn import spawn_detached
+from qlora_tui.settings import GPU_VARIABLE, config_path
 from tests.support.nvml_stub import install_nvml_stub
 
+NOT_PRESENT = GpuUnavailableReason.NOT_PRESENT
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+RTX_4090, RTX_3060, GT_1030 = (
+    f"GPU-{number}0001-1111-2222-3333-444455556666" for number in (4090, 3060, 1030)
+)
 GPUS = [
     GpuDevice(0, "A", "GPU-aaaa1111-0000", None, None, None),
     GpuDevice(1, "B", "GPU-aaaa2222-0000", None, None, None),
@@ -39,6 +56,85 @@ GPUS = [
 def test_cuda_visible_devices(value: str | None, names: str) -> None:
     environ = {} if value is None else {"CUDA_VISIBLE_DEVICES": value}
     assert "".join(gpu.name for gpu in cuda_device_order(GPUS, environ)) == names
+
+
+@pytest.mark.parametrize(
+    ("scenario", "option", "variable", "setting", "name", "variables"),
+    [
+        ("one_gpu", "", None, "auto", "RTX 4090", {}),
+        ("two_gpus", "", None, "auto", "RTX 4090", {VISIBLE: RTX_4090}),
+        ("display_first", "", None, "auto", "RTX 4090", {VISIBLE: RTX_4090}),
+        ("display_first", "", "0", "auto", "GT 1030", {}),
+        ("display_first", "1030", None, "auto", "GT 1030", {VISIBLE: GT_1030}),
+        ("display_first", "", None, "0", "GT 1030", {VISIBLE: GT_1030}),
+        ("display_first", "auto", None, "0", "RTX 4090", {VISIBLE: RTX_4090}),
+        ("display_first", "GPU-1030", None, "1", "GT 1030", {VISIBLE: GT_1030}),
+        pytest.param("display_first", "", "0", "1", "GT 1030", {}, id="variable before setting"),
+        pytest.param(
+            "two_gpus", "3060", "0,1", "cpu", "RTX 3060", {VISIBLE: RTX_3060}, id="option before all"
+        ),
+        ("two_gpus", "2", None, "auto", NOT_PRESENT, {}),
+        ("two_gpus", "RTX", None, "auto", NOT_PRESENT, {}),
+        ("two_gpus", "", None, "RTX 5090", NOT_PRESENT, {}),
+        ("two_gpus", "", "7", "auto", NOT_PRESENT, {}),
+        ("two_gpus", "1", "0", "auto", NOT_PRESENT, {}),
+        ("two_gpus", "cpu", "0", "auto", GpuUnavailableReason.CPU_CHOSEN, {VISIBLE: ""}),
+        ("no_driver", "", None, "cpu", GpuUnavailableReason.CPU_CHOSEN, {VISIBLE: ""}),
+        ("two_gpus", "", "-1", "auto", GpuUnavailableReason.HIDDEN, {}),
+        ("two_gpus", "", "MIG-0c757cd7", "auto", GpuUnavailableReason.MIG, {}),
+        ("sliced", "", None, "auto", GpuUnavailableReason.MIG, {}),
+        ("no_driver", "", None, "auto", GpuUnavailableReason.NO_DRIVER, {}),
+    ],
+)
+def test_one_of_several_gpus_is_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+    scenario: str,
+    option: str,
+    variable: str | None,
+    setting: str,
+    name: str | GpuUnavailableReason,
+    variables: dict[str, str],
+) -> None:
+    install_nvml_stub(monkeypatch, scenario)
+    environ = {GPU_VARIABLE: option} | ({} if variable is None else {VISIBLE: variable})
+    config_path().write_text(f'gpu = "{setting}"\n')
+    if isinstance(name, GpuUnavailableReason):
+        with pytest.raises(GpuUnavailableError) as caught:
+            choose_gpu(environ)
+        assert caught.value.reason is name
+        if name is NOT_PRESENT:
+            assert f'"{option or variable or setting}"' in caught.value.why and "RTX 4090" in caught.value.why
+    else:
+        assert choose_gpu(environ).gpu.short_name == name
+    assert device_variables(environ) == variables
+
+
+def test_an_unreadable_setting_refuses_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvml_stub(monkeypatch, "one_gpu")
+    config_path().write_text("gpu = -1\n")
+    with pytest.raises(GpuUnavailableError) as caught:
+        choose_gpu({})
+    assert caught.value.reason is GpuUnavailableReason.SETTING and caught.value.reason.device == "none"
+    config_path().write_text("gpu = 0\n")
+    assert choose_gpu({}).gpu.index == 0
+
+
+def test_processes_of_torchrun_share_the_suitable_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = {"LOCAL_RANK": "0"}
+    install_nvml_stub(monkeypatch, "two_gpus")
+    assert device_variables(rank) == {VISIBLE: f"{RTX_4090},{RTX_3060}"}
+    install_nvml_stub(monkeypatch, "display_first")
+    assert device_variables(rank) == {VISIBLE: RTX_4090} and len(visible_gpus({})) == 1
+
+
+def test_a_process_started_later_chooses_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvml_stub(monkeypatch, "display_first")
+    set_device_variables()
+    assert os.environ[VISIBLE] == RTX_4090
+    environments = []
+    monkeypatch.setattr(subprocess, "Popen", lambda argv, **options: environments.append(options["env"]))
+    spawn_detached("qlora_tui.runs.runner", output=None)
+    assert VISIBLE not in environments[0]
 
 
 def test_the_first_visible_gpu_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ Without a C compiler, every scenario but ``no_driver`` skips the test.
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,9 @@ def install_nvml_stub(patch: pytest.MonkeyPatch, scenario: str, *, lost_after: i
     for name, value in environment.items():
         patch.setenv(name, value)
     patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    # Whatever hardware the machine of the test has.
+    patch.setattr("qlora_tui.gpu.nvml._CONTROL_DEVICE", Path("/nowhere"))
+    patch.setattr("qlora_tui.gpu.nvml._PCI_DEVICES", Path("/nowhere"))
     patch.setattr(pynvml, "nvmlLib", None)
     patch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
     patch.setattr(pynvml, "CDLL", lambda _name: ctypes.CDLL(str(library)))

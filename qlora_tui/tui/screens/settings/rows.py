@@ -60,6 +60,13 @@ ROWS = (
         "Most GiB of quantized base weights to keep, so that later runs load faster. 0: none.",
     ),
     SettingRow(
+        "gpu",
+        "GPU",
+        "text",
+        "Which of several to use: number, UUID or a part of its name. auto: the most memory. cpu: none.",
+        at_next_start=True,
+    ),
+    SettingRow(
         "notify.bell",
         "Bell",
         "bool",
