@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from qlora_tui.gpu.torch_env import torch_version
+from qlora_tui.gpu.torch_on_gpu import installed_torch
 
 _BFLOAT16_FLAGS = frozenset(("avx512_bf16", "amx_bf16"))
 """CPU flags; without one, bf16 matrix products are a hundred times slower than fp32 ones."""
@@ -22,13 +23,10 @@ class Processor:
     """Whether it multiplies bfloat16 in hardware; if not, the trainer computes in float32."""
 
 
-@cache
 def torch_is_for_cuda() -> bool:
     """Return whether the installed torch is a CUDA build. Does not import it."""
-    spec = find_spec("torch")
-    if spec is None or spec.origin is None:
-        return False
-    return (Path(spec.origin).parent / "lib" / "libtorch_cuda.so").exists()
+    torch = installed_torch()
+    return torch is not None and torch.platform == "cuda"
 
 
 @cache

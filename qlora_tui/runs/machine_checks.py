@@ -13,9 +13,10 @@ import psutil
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.formatting import format_bytes, format_gib, format_path
 from qlora_tui.gpu.driver import open_driver
-from qlora_tui.gpu.errors import GpuUnavailableError
+from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.metrics import GpuDevice, GpuProcess
-from qlora_tui.gpu.visible_devices import default_cuda_device
+from qlora_tui.gpu.torch_on_gpu import torch_problem, with_cpu_choice
+from qlora_tui.gpu.visible_devices import choose_gpu
 from qlora_tui.locks import is_locked
 from qlora_tui.memory.budget import MemoryBudget, budget_for
 from qlora_tui.recipe.schema import Recipe
@@ -86,7 +87,12 @@ class Machine:
     gpu: GpuDevice | None = None
     used_bytes: int | None = None
     """GPU memory in use now; None if unknown."""
-    no_gpu_reason: str = ""
+    gpu_choice: str = ""
+    """Why it is this one of several GPUs; empty if there is no other."""
+    no_gpu: GpuUnavailableError | None = None
+    """Why there is no GPU, or why ``gpu`` does not respond."""
+    gpu_problem: UserError | None = None
+    """Why torch cannot use ``gpu``."""
     active: str = ""
     """Id of the run in training; empty without one."""
     waiting: tuple[str, ...] = ()
@@ -103,18 +109,29 @@ class Machine:
 
 def read_machine(assumed_bytes: int | None = None) -> Machine:
     """Query driver and queue. ``assumed_bytes``: plan for a GPU of this size instead."""
-    gpu, used, reason = None, None, ""
+    choice, used, unavailable = None, None, None
     try:
-        gpu = default_cuda_device()
+        choice = choose_gpu()
         with open_driver() as driver:
-            used = driver.read(gpu.index).memory_used_bytes
+            used = driver.read(choice.gpu.index).memory_used_bytes
     except GpuUnavailableError as error:
-        reason = error.what
+        unavailable = error
+    gpu = choice.gpu if choice else None
     active = next((run.id for run in all_runs() if read_status(run).state in ACTIVE), "")
     waiting = tuple(run_queue.waiting())
     # A run in training has the same lock.
     tests_rates = not active and bool(is_locked(training_lock_path()))
-    return Machine(budget_for(gpu, assumed_bytes), gpu, used, reason, active, waiting, tests_rates)
+    return Machine(
+        budget=budget_for(gpu, assumed_bytes),
+        gpu=gpu,
+        used_bytes=used,
+        gpu_choice=choice.why if choice else "",
+        no_gpu=unavailable,
+        gpu_problem=torch_problem(gpu) if gpu else None,
+        active=active,
+        waiting=waiting,
+        tests_rates=tests_rates,
+    )
 
 
 def check_host_memory(needed_bytes: int) -> Check:
@@ -173,30 +190,54 @@ def host_memory_problem(needed_bytes: int, limit_bytes: int | None = None) -> Us
 
 
 def check_gpu(machine: Machine, needed_bytes: int = 0) -> Check:
-    """Check that there is a GPU and that other programs leave ``needed_bytes`` of its memory free."""
+    """Check that torch can use the GPU, and that other programs leave ``needed_bytes`` of its memory free."""
+    if machine.gpu_problem is not None:
+        return Check.blocked(CheckKind.GPU, machine.gpu_problem)
+    if machine.no_gpu is not None and machine.no_gpu.reason.device == "none":
+        return Check.blocked(CheckKind.GPU, with_cpu_choice(machine.no_gpu))
     if machine.gpu is None:
-        why = f" {machine.no_gpu_reason}" if machine.no_gpu_reason else ""
-        return Check(CheckKind.GPU, "warning", f"No GPU: runs train on the CPU, slowly.{why}")
-    name, free, used = machine.gpu.short_name, machine.free_bytes, machine.used_bytes
-    if machine.no_gpu_reason:
-        text = f"{name} does not respond: {machine.no_gpu_reason}"
-        return Check(CheckKind.GPU, "warning", text, "Run `qlora-tui doctor` to diagnose.")
-    if machine.active or used is None or used < _NOTABLE_BYTES:
+        return _without_gpu(machine.no_gpu)
+    gpu, free, used = machine.gpu, machine.free_bytes, machine.used_bytes
+    name = f"{gpu.short_name} ({machine.gpu_choice})" if machine.gpu_choice else gpu.short_name
+    if machine.active or (gpu.compute_mode != "exclusive" and (used is None or used < _NOTABLE_BYTES)):
         return Check(CheckKind.GPU, "ok", f"{name}, {format_gib(free)} GiB free.")
-    text = f"{name}: {format_gib(used)} GiB in use by {_gpu_processes(machine.gpu)}."
+    processes = _gpu_processes(gpu)
+    if gpu.compute_mode == "exclusive" and any(process.computes for process in processes):
+        text = f"{name} is in exclusive mode, and in use by {_format_processes(processes)}."
+        return Check(CheckKind.GPU, "error", text, "Close that program: one at a time may use this GPU.")
+    if used is None or used < _NOTABLE_BYTES:
+        return Check(CheckKind.GPU, "ok", f"{name}, {format_gib(free)} GiB free.")
+    text = f"{name}: {format_gib(used)} GiB in use by {_format_processes(processes)}."
     if free is not None and free < needed_bytes:
         fix = f"Close these programs: the run needs {format_gib(needed_bytes)} GiB."
         return Check(CheckKind.GPU, "error", text, fix)
     return Check(CheckKind.GPU, "warning", text, "Memory they allocate later is not available to this run.")
 
 
-def _gpu_processes(gpu: GpuDevice) -> str:
+def _without_gpu(error: GpuUnavailableError | None) -> Check:
+    """Return the check of a machine without a GPU that the driver reports."""
+    if error is None:
+        return Check(CheckKind.GPU, "warning", "No GPU: runs train on the CPU, slowly.")
+    if error.reason.device == "unknown":
+        problem = torch_problem(None)
+        if problem is not None:
+            return Check.blocked(CheckKind.GPU, problem)
+        return Check(CheckKind.GPU, "warning", f"Unknown GPU: {error.what} {error.why}".rstrip(), error.fix)
+    if error.reason is GpuUnavailableReason.CPU_CHOSEN:
+        return Check(CheckKind.GPU, "note", f"Runs train on the CPU: {error.why}")
+    return Check(CheckKind.GPU, "warning", f"No GPU: runs train on the CPU, slowly. {error.what}")
+
+
+def _gpu_processes(gpu: GpuDevice) -> tuple[GpuProcess, ...]:
     try:
         with open_driver() as driver:
-            processes = driver.read(gpu.index, processes=True).processes
+            return driver.read(gpu.index, processes=True).processes or ()
     except GpuUnavailableError:
-        processes = None
-    return ", ".join(_format_process(process) for process in (processes or ())[:3]) or "other programs"
+        return ()
+
+
+def _format_processes(processes: tuple[GpuProcess, ...]) -> str:
+    return ", ".join(_format_process(process) for process in processes[:3]) or "other programs"
 
 
 def _format_process(process: GpuProcess) -> str:

@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from qlora_tui.errors import UserError
+from qlora_tui.gpu.torch_on_gpu import architecture_problem, why_on_the_cpu
 from qlora_tui.gpu.wsl import is_wsl2
 from qlora_tui.memory.cpu import this_processor
 from qlora_tui.memory.execution import (
@@ -55,14 +56,22 @@ class ComputeDevice:
 
 
 def find_device(recipe: Recipe, local_rank: int = 0) -> ComputeDevice:
-    """The GPU of this process, or the CPU where there is none."""
+    """The GPU of this process, or the CPU where there is none or the user chose it.
+
+    Raises:
+        UserError: there is a GPU that torch cannot use.
+    """
     wanted = _DTYPES.get(recipe.quantization.compute_dtype)
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(local_rank)
+        capability = (properties.major, properties.minor)
+        problem = architecture_problem(properties.name, capability, torch.cuda.get_arch_list())
+        if problem is not None:
+            raise problem
         if is_wsl2():
             _limit_memory(local_rank)
         # Not torch.cuda.is_bf16_supported(), which is also true for GPUs that only emulate bfloat16.
-        native_bfloat16 = (properties.major, properties.minor) >= BFLOAT16_CAPABILITY
+        native_bfloat16 = capability >= BFLOAT16_CAPABILITY
         best = torch.bfloat16 if native_bfloat16 else torch.float16
         return ComputeDevice(
             torch_device=torch.device("cuda", local_rank),
@@ -70,6 +79,9 @@ def find_device(recipe: Recipe, local_rank: int = 0) -> ComputeDevice:
             total_bytes=properties.total_memory,
             dtype=wanted or best,
         )
+    problem = why_on_the_cpu()
+    if problem is not None:
+        raise problem
     cpu = this_processor()
     best = torch.bfloat16 if cpu.native_bfloat16 else torch.float32
     return ComputeDevice(

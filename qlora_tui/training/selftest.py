@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from typing import Any
 
 from qlora_tui.gpu.torch_env import configure_torch_env
@@ -28,8 +27,9 @@ def main() -> int:
     checks = [_library(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "datasets")]
     if all(check["outcome"] == "ok" for check in checks):
         checks += [_run_check("torch on the GPU", _gpu), _run_check("NF4 forward and backward", _nf4)]
-        checks.append(_run_check("flash attention", _flash))
-        checks.append(_run_check("copies to the GPU", _transfer))
+        if checks[-2]["outcome"] != "error":
+            checks.append(_run_check("flash attention", _flash))
+            checks.append(_run_check("copies to the GPU", _transfer))
     out.write(json.dumps(checks) + "\n")
     out.flush()
     return 0
@@ -60,27 +60,21 @@ def _run_check(name: str, check: Callable[[], dict[str, str]]) -> dict[str, str]
 def _gpu() -> dict[str, str]:
     import torch
 
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        return {"outcome": "ok", "text": f"CUDA {torch.version.cuda}, compute capability {major}.{minor}"}
-    if find_spec("pynvml") and _driver_answers():
-        return {
-            "outcome": "error",
-            "text": f"there is a GPU, but torch {torch.__version__} cannot use it",
-            "fix": "Install a CUDA build of torch that your driver supports: https://pytorch.org/get-started",
-        }
-    return {"outcome": "note", "text": f"torch {torch.__version__} runs on the CPU"}
-
-
-def _driver_answers() -> bool:
-    from qlora_tui.gpu.errors import GpuUnavailableError
-    from qlora_tui.gpu.visible_devices import default_cuda_device
+    from qlora_tui.errors import UserError
+    from qlora_tui.recipe.schema import Recipe
+    from qlora_tui.training.compute_device import find_device
 
     try:
-        default_cuda_device()
-    except GpuUnavailableError:
-        return False
-    return True
+        device = find_device(Recipe())
+    except UserError as problem:
+        return {"outcome": "error", "text": f"{problem.what} {problem.why}".rstrip(), "fix": problem.fix}
+    if device.kind == "cpu":
+        return {"outcome": "note", "text": f"torch {torch.__version__} runs on the CPU"}
+    major, minor = torch.cuda.get_device_capability()
+    return {
+        "outcome": "ok",
+        "text": f"{device.name}, CUDA {torch.version.cuda}, compute capability {major}.{minor}",
+    }
 
 
 def _nf4() -> dict[str, str]:

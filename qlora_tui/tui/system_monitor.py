@@ -10,10 +10,12 @@ import time
 from contextlib import suppress
 
 from qlora_tui import paths
+from qlora_tui.errors import UserError
 from qlora_tui.gpu.driver import GpuDriver, open_driver
 from qlora_tui.gpu.errors import GpuUnavailableError
-from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics
-from qlora_tui.gpu.visible_devices import default_cuda_device
+from qlora_tui.gpu.metrics import GpuMetrics
+from qlora_tui.gpu.torch_on_gpu import torch_problem
+from qlora_tui.gpu.visible_devices import GpuChoice, choose_gpu
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.notification import RunNotification, notification_for
@@ -39,8 +41,9 @@ class SystemMonitor:
         self._training: set[str] = set()
         """Ids of runs seen in training, whose end will be news."""
         self._driver: GpuDriver | None = None
-        self._gpu: GpuDevice | None = None
-        self._no_gpu_reason = ""
+        self._choice: GpuChoice | None = None
+        self._gpu_problem: UserError | None = None
+        self._no_gpu: GpuUnavailableError | None = None
         self._retry_at = 0.0
         self._stalled_since: float | None = None
         """Monotonic time since when runs have been waiting while none is active."""
@@ -50,7 +53,7 @@ class SystemMonitor:
 
         Never raises for a missing GPU or a damaged run.
         """
-        gpu, metrics, no_gpu_reason = self._read_gpu()
+        metrics = self._read_gpu()
         waiting_ids = tuple(run_queue.waiting())
         queued = frozenset(waiting_ids)
         statuses = [(run, self._status(run, is_queued=run.id in queued)) for run in self._all_runs()]
@@ -61,9 +64,11 @@ class SystemMonitor:
         self._restart_stalled_runner(is_stalled=bool(waiting_ids) and active[0] is None)
         return SystemStatus(
             is_known=True,
-            gpu=gpu,
+            gpu=self._choice.gpu if self._choice else None,
             gpu_metrics=metrics,
-            no_gpu_reason=no_gpu_reason,
+            gpu_choice=self._choice.why if self._choice else "",
+            no_gpu=self._no_gpu,
+            gpu_problem=self._gpu_problem,
             active=active[0],
             active_status=active[1],
             active_or_last=last[0],
@@ -100,22 +105,23 @@ class SystemMonitor:
             self._driver.close()
             self._driver = None
 
-    def _read_gpu(self) -> tuple[GpuDevice | None, GpuMetrics | None, str]:
-        if self._no_gpu_reason and time.monotonic() < self._retry_at:
-            return self._gpu, None, self._no_gpu_reason
+    def _read_gpu(self) -> GpuMetrics | None:
+        if self._no_gpu is not None and time.monotonic() < self._retry_at:
+            return None
         try:
+            if self._choice is None:
+                self._choice = choose_gpu()
+                self._gpu_problem = torch_problem(self._choice.gpu)
             if self._driver is None:
                 self._driver = open_driver()
-            if self._gpu is None:
-                self._gpu = default_cuda_device()
-            metrics = self._driver.read(self._gpu.index)
-            self._no_gpu_reason = ""
+            metrics = self._driver.read(self._choice.gpu.index)
         except GpuUnavailableError as problem:
             self.close()
-            self._no_gpu_reason = problem.what
+            self._no_gpu = problem
             self._retry_at = time.monotonic() + _RETRY_S
-            return self._gpu, None, self._no_gpu_reason
-        return self._gpu, metrics, ""
+            return None
+        self._no_gpu = None
+        return metrics
 
     def _all_runs(self) -> list[RunDir]:
         seen_at = paths.runs_dir().stat().st_mtime_ns

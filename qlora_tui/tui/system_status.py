@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from qlora_tui.errors import UserError
+    from qlora_tui.gpu.errors import GpuUnavailableError
     from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics
     from qlora_tui.memory.budget import MemoryBudget
     from qlora_tui.runs.directory import RunDir
@@ -22,8 +24,12 @@ class SystemStatus:
     """False before the first look: then nothing of the rest is known."""
     gpu: GpuDevice | None = None
     gpu_metrics: GpuMetrics | None = None
-    no_gpu_reason: str = ""
-    """Why there is no GPU, in a sentence."""
+    gpu_choice: str = ""
+    """Why it is this one of several GPUs; empty if there is no other."""
+    no_gpu: GpuUnavailableError | None = None
+    """Why there is no GPU, or why it does not respond."""
+    gpu_problem: UserError | None = None
+    """Why torch cannot use the GPU."""
     active: RunDir | None = None
     """The run in training."""
     active_status: Status | None = None
@@ -43,10 +49,17 @@ class SystemStatus:
             budget=budget,
             gpu=self.gpu,
             used_bytes=self.gpu_metrics.memory_used_bytes if self.gpu_metrics else None,
-            no_gpu_reason=self.no_gpu_reason,
+            gpu_choice=self.gpu_choice,
+            no_gpu=self.no_gpu,
+            gpu_problem=self.gpu_problem,
             active=self.active.id if self.active else "",
             waiting=self.waiting_ids,
         )
+
+    @property
+    def no_gpu_reason(self) -> str:
+        """Why there is no GPU, in a sentence; empty where there is one."""
+        return self.no_gpu.what if self.no_gpu else ""
 
     @property
     def has_no_runs(self) -> bool:

@@ -11,7 +11,7 @@ from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.directory import all_runs, find_run
 from qlora_tui.runs.status import RESUMABLE, read_status
 from tests.cli.conftest import Call
-from tests.support.nvml_stub import install_nvml_stub
+from tests.support.nvml_stub import install_nvml_stub, install_torch
 
 
 @pytest.fixture
@@ -80,11 +80,23 @@ def test_every_gpu_is_used_unless_told_and_no_more(
 ) -> None:
     assert call(*train, "--print-command", "--json").json["gpus"] == 1
     install_nvml_stub(monkeypatch, "two_gpus")
+    install_torch(monkeypatch, "12.4")
     assert call(*train, "--print-command", "--json").json["gpus"] == 2
     runs = len(all_runs())
     refused = call(*train, "--print-command", "--gpus", "3")
     assert refused.code == 2 and "Not enough GPUs" in refused.err
     assert len(all_runs()) == runs
+
+
+def test_a_gpu_that_torch_cannot_use_refuses_a_run(
+    call: Call, train: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_nvml_stub(monkeypatch, "one_gpu")
+    install_torch(monkeypatch, None)
+    refused = call(*train, "--print-command")
+    assert refused.code == 1 and "torch cannot use the GPU" in refused.err and all_runs() == []
+    missing = call(*train, "--print-command", "--gpu", "5090")
+    assert missing.code == 1 and '--gpu is "5090"' in missing.err and all_runs() == []
 
 
 def test_the_chosen_gpu_is_stored_with_the_run(

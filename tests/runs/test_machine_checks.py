@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.metrics import GpuDevice
 from qlora_tui.memory.budget import budget_for
-from qlora_tui.runs.machine_checks import Machine, check_disk, check_gpu, check_queue
+from qlora_tui.runs.machine_checks import Check, Machine, check_disk, check_gpu, check_queue, read_machine
+from tests.support.nvml_stub import install_nvml_stub, install_torch
 
 GIB = 1 << 30
 GPU = GpuDevice(
@@ -23,10 +27,31 @@ def machine(**facts: object) -> Machine:
     return Machine(budget_for(None), **facts)  # type: ignore[arg-type]
 
 
+def no_gpu(reason: GpuUnavailableReason) -> Check:
+    return check_gpu(machine(no_gpu=GpuUnavailableError(reason)))
+
+
 def test_no_gpu_is_a_warning_with_the_reason() -> None:
-    check = check_gpu(machine(no_gpu_reason="No NVIDIA driver found."))
-    assert check.outcome == "warning"
+    check = no_gpu(GpuUnavailableReason.NO_DRIVER)
+    assert check.outcome == "warning" and check.problem is None
     assert check.text == "No GPU: runs train on the CPU, slowly. No NVIDIA driver found."
+
+
+def test_a_gpu_that_cannot_be_used_blocks_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_torch(monkeypatch, "13.0")
+    for reason in GpuUnavailableReason:
+        check = no_gpu(reason)
+        assert (check.problem is not None) == (reason.device == "none"), reason
+        assert ("--gpu cpu" in check.fix) == (reason.device == "none"), reason
+
+
+def test_a_gpu_that_cannot_be_read_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_torch(monkeypatch, "13.0")
+    for reason in (GpuUnavailableReason.MIG, GpuUnavailableReason.NO_LIBRARY):
+        check = no_gpu(reason)
+        assert check.outcome == "warning" and check.text.startswith("Unknown GPU") and "CPU" not in check.text
+    install_torch(monkeypatch, None)
+    assert no_gpu(GpuUnavailableReason.MIG).problem is not None
 
 
 def test_a_free_gpu_is_ok_with_its_free_memory() -> None:
@@ -34,9 +59,32 @@ def test_a_free_gpu_is_ok_with_its_free_memory() -> None:
     assert (check.outcome, "GiB free" in check.text) == ("ok", True)
 
 
-def test_a_gpu_that_does_not_respond_is_a_warning() -> None:
-    check = check_gpu(machine(gpu=GPU, no_gpu_reason="GPU is lost."))
-    assert check.outcome == "warning" and "does not respond: GPU is lost." in check.text
+def test_a_gpu_that_does_not_respond_blocks_a_run() -> None:
+    check = check_gpu(machine(gpu=GPU, no_gpu=GpuUnavailableError(GpuUnavailableReason.LOST)))
+    assert check.problem is not None and check.problem.title == "GPU lost"
+
+
+def test_a_gpu_that_torch_cannot_use_blocks_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvml_stub(monkeypatch, "one_gpu")
+    install_torch(monkeypatch, None)
+    check = check_gpu(read_machine())
+    assert check.problem is not None and "RTX 4090" in check.text and "cu126" in check.fix
+    install_torch(monkeypatch, "12.4")
+    assert check_gpu(read_machine()).problem is None
+
+
+def test_the_chosen_gpu_of_several_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvml_stub(monkeypatch, "display_first")
+    install_torch(monkeypatch, "12.4")
+    assert check_gpu(read_machine()).text.startswith("RTX 4090 (GPU 1, the most memory of 2 GPUs)")
+
+
+def test_an_exclusive_gpu_in_use_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_torch(monkeypatch, "12.4")
+    install_nvml_stub(monkeypatch, "exclusive")
+    assert "exclusive mode" in check_gpu(read_machine()).text
+    install_nvml_stub(monkeypatch, "prohibited")
+    assert "-c DEFAULT" in check_gpu(read_machine()).fix
 
 
 def test_memory_of_other_programs_is_an_error_where_needed() -> None:

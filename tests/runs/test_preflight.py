@@ -12,6 +12,7 @@ from qlora_tui import paths
 from qlora_tui.data.inspection import inspect
 from qlora_tui.data.quick_check import QuickCheckResult
 from qlora_tui.files import private_dir
+from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.installation import install_command
 from qlora_tui.memory import Device
 from qlora_tui.memory.budget import MemoryBudget, budget_for
@@ -35,11 +36,11 @@ def test_preflight_names_what_is_missing_and_the_fix(tmp_path: Path) -> None:
     recipe = Recipe(
         model=Model(id="acme/nothing"), data=Data(sources=(Source(path=str(tmp_path / "none.jsonl")),))
     )
-    checks = checks_by_kind(recipe, no_gpu_reason="No driver.")
+    checks = checks_by_kind(recipe, no_gpu=GpuUnavailableError(GpuUnavailableReason.NO_DRIVER))
     model, data, gpu = checks[CheckKind.MODEL], checks[CheckKind.DATA], checks[CheckKind.GPU]
     assert model.outcome == "error" and "Download it" in model.fix and model.problem is not None
     assert data.outcome == "error" and "does not exist" in data.text and data.problem is not None
-    assert gpu.outcome == "warning" and "No driver." in gpu.text
+    assert gpu.outcome == "warning" and "No NVIDIA driver found." in gpu.text
     assert checks[CheckKind.DISK].outcome == "ok"
     assert "starts at once" in checks[CheckKind.QUEUE].text
 

@@ -12,6 +12,8 @@ import pytest
 
 from bench.support import nvml_stub
 from bench.support.nvml_stub import NoCompiler
+from qlora_tui.gpu.metrics import parse_version
+from qlora_tui.gpu.torch_on_gpu import TorchBuild
 
 
 def stub_env(scenario: str, *, lost_after: int = 100) -> dict[str, str]:
@@ -20,6 +22,13 @@ def stub_env(scenario: str, *, lost_after: int = 100) -> dict[str, str]:
         return nvml_stub.stub_env(scenario, lost_after=lost_after)
     except NoCompiler as error:
         pytest.skip(str(error))
+
+
+def install_torch(patch: pytest.MonkeyPatch, cuda: str | None) -> None:
+    """Make this process take the installed torch for a build with this CUDA, or for one for the CPU."""
+    version = f"2.13.0+{'cu' + cuda.replace('.', '') if cuda else 'cpu'}"
+    build = TorchBuild(version, "cuda" if cuda else "cpu", parse_version(cuda))
+    patch.setattr("qlora_tui.gpu.torch_on_gpu.installed_torch", lambda: build)
 
 
 def install_nvml_stub(patch: pytest.MonkeyPatch, scenario: str, *, lost_after: int = 100) -> None:

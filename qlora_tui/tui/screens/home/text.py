@@ -93,12 +93,12 @@ def gpu_lines(
     """
     gpu, metrics = system_status.gpu, system_status.gpu_metrics
     if gpu is None:
-        where = (
-            "Training runs on the CPU, slowly."
-            if budget.device.kind == "cpu"
-            else f"Estimates: {budget.name}."
-        )
-        lines = [Content.assemble(("No GPU", "bold"), ("" if host else f"   {where}", "dim"))]
+        device = "cpu" if system_status.no_gpu is None else system_status.no_gpu.reason.device
+        title = {"cpu": "No GPU", "unknown": "Unknown GPU", "none": "No GPU that can be used"}[device]
+        where = f"Estimates: {budget.name}."
+        if device == budget.device.kind:
+            where = "Training runs on the CPU, slowly."
+        lines = [Content.assemble((title, "bold"), ("" if host else f"   {where}", "dim"))]
         lines += [Content.styled(where, "dim")] if host else []
         if system_status.no_gpu_reason:
             lines.append(Content.styled(system_status.no_gpu_reason, "dim"))
@@ -107,6 +107,12 @@ def gpu_lines(
         lines = [
             Content.assemble((gpu.short_name, "bold"), ("   does not respond", "$warning")),
             Content.styled(system_status.no_gpu_reason, "dim"),
+        ]
+        return lines + _host_lines(host, width)
+    if system_status.gpu_problem is not None:
+        lines = [
+            Content.assemble((gpu.short_name, "bold"), (f"   {system_status.gpu_problem.title}", "$warning")),
+            Content.styled(system_status.gpu_problem.what, "dim"),
         ]
         return lines + _host_lines(host, width)
     use = "NA" if metrics.utilization_percent is None else f"{metrics.utilization_percent}%"

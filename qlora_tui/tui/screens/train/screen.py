@@ -211,7 +211,7 @@ class TrainScreen(TrainActions):
             self._budget,
             system_status.active,
             system_status.waiting_ids,
-            system_status.no_gpu_reason,
+            system_status.no_gpu,
             None if free is None else free >> 28,
         )
         if key != self._checks_key:

@@ -1,0 +1,227 @@
+"""Whether the installed torch can use a GPU, and if not, why and what to install instead.
+
+Asked before a launch, where torch is not imported, and in the processes that compute. A run on the CPU of a
+machine with a GPU takes weeks instead of hours, so it is never the answer to a GPU that cannot be used:
+only what the user chose.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from qlora_tui.errors import UserError
+from qlora_tui.gpu.errors import GpuUnavailableError
+from qlora_tui.gpu.metrics import GpuDevice, parse_version
+from qlora_tui.gpu.visible_devices import choose_gpu
+from qlora_tui.installation import torch_command
+
+ON_THE_CPU = 'To train on the CPU, choose it: `--gpu cpu`, or gpu = "cpu" in config.toml.'
+_TITLE = "torch cannot use the GPU"
+_DRIVERS = {11: "450", 12: "525", 13: "580"}
+"""First driver for each major version of CUDA, which runs every build for it (CUDA Toolkit release notes,
+"CUDA minor version compatibility")."""
+_OLDEST_CAPABILITIES = {11: (3, 5), 12: (5, 0), 13: (7, 5)}
+"""Lowest compute capability that each major version of CUDA compiles for."""
+_BLACKWELL = (10, 0)
+_BLACKWELL_CUDA = (12, 8)
+"""First CUDA that compiles for compute capability 10.0 and 12.0 (RTX 50)."""
+_ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)([af]?)")
+
+
+@dataclass(frozen=True)
+class TorchBuild:
+    """The installed torch."""
+
+    version: str
+    """``2.13.0+cpu``"""
+    platform: Literal["cuda", "rocm", "cpu", "unknown"]
+    cuda: tuple[int, int] | None = None
+    """The CUDA that it was built with."""
+
+
+@cache
+def installed_torch() -> TorchBuild | None:
+    """Return the installed torch, which is not imported; None without one."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        values = _constants(Path(spec.origin).with_name("version.py"))
+        name = str(values.get("__version__") or version("torch"))
+    except (OSError, SyntaxError, ValueError, PackageNotFoundError):
+        return TorchBuild("", "unknown")
+    if values.get("cuda"):
+        return TorchBuild(name, "cuda", parse_version(str(values["cuda"])))
+    if values.get("hip"):
+        return TorchBuild(name, "rocm")
+    return TorchBuild(name, "cpu" if "cuda" in values else "unknown")
+
+
+def torch_problem(gpu: GpuDevice | None) -> UserError | None:
+    """Return why the installed torch cannot use a GPU, as far as it is known before torch is imported.
+
+    Args:
+        gpu: None for a GPU that cannot be read.
+    """
+    torch = installed_torch()
+    if torch is None or torch.platform == "unknown":
+        return None
+    if torch.cuda is None:
+        built = "AMD GPUs" if torch.platform == "rocm" else "the CPU"
+        return _problem(
+            f"The GPU is {gpu.short_name if gpu else 'from NVIDIA'}, and the installed torch {torch.version} "
+            f"is built for {built}.",
+            "Runs would train on the CPU, many times slower.",
+            _install_fix(_build_for(gpu.capability, parse_version(gpu.cuda_version)) if gpu else ""),
+        )
+    if gpu is None:
+        return None
+    driver_cuda, capability = parse_version(gpu.cuda_version), gpu.capability
+    if driver_cuda is not None and driver_cuda[0] < torch.cuda[0]:
+        needed = _DRIVERS.get(torch.cuda[0], "")
+        other_build = _install_fix(_build_for(capability, driver_cuda))
+        return _problem(
+            f"Driver {gpu.driver or ''} supports CUDA {gpu.cuda_version}, and the installed torch "
+            f"{torch.version} is built with CUDA {_dotted(torch.cuda)}.",
+            f"CUDA {torch.cuda[0]} needs a newer driver{f', {needed} or later' if needed else ''}.",
+            f"Update the driver, or: {other_build}",
+        )
+    if capability is not None and (why := _why_not_compiled(capability, torch.cuda)):
+        return _no_code(gpu.short_name, capability, why, driver_cuda or torch.cuda)
+    if gpu.compute_mode == "prohibited":
+        return UserError(
+            "The GPU is closed to programs",
+            what=f"{gpu.short_name} is in compute mode Prohibited.",
+            why="Its administrator lets no program compute on it.",
+            fix=f"Change the mode: `sudo nvidia-smi -i {gpu.index} -c DEFAULT`. {ON_THE_CPU}",
+        )
+    return None
+
+
+def architecture_problem(
+    name: str, capability: tuple[int, int], architectures: Sequence[str]
+) -> UserError | None:
+    """Return why no code of torch runs on a GPU that torch sees; None where some does.
+
+    Args:
+        name: of the GPU.
+        capability: its compute capability.
+        architectures: what ``torch.cuda.get_arch_list()`` returns; empty where it says nothing.
+    """
+    if not architectures or any(_runs_on(architecture, capability) for architecture in architectures):
+        return None
+    torch = installed_torch()
+    # The driver supports at least the CUDA of this torch.
+    cuda = (torch and torch.cuda) or (12, 0)
+    return _no_code(name, capability, f"It has code for {', '.join(architectures)}.", cuda)
+
+
+def why_on_the_cpu() -> UserError | None:
+    """Return why this process must not compute on the CPU, where torch sees no GPU; None where it may.
+
+    It may where the machine has no GPU, or the user chose the CPU.
+    """
+    try:
+        gpu = choose_gpu().gpu
+    except GpuUnavailableError as error:
+        if error.reason.device == "cpu":
+            return None
+        if error.reason.device == "none":
+            return with_cpu_choice(error)
+        gpu = None
+    torch = installed_torch()
+    return torch_problem(gpu) or _problem(
+        f"The driver reports {gpu.short_name if gpu else 'a GPU'}, and the installed torch "
+        f"{torch.version if torch else ''} finds none.",
+        "Driver and torch may not fit together, or the container has no access to the GPU.",
+        "`qlora-tui doctor` tries both.",
+    )
+
+
+def with_cpu_choice(error: GpuUnavailableError) -> UserError:
+    """Return the error that refuses a run for a GPU that cannot be read."""
+    return UserError(error.title, what=error.what, why=error.why, fix=f"{error.fix} {ON_THE_CPU}")
+
+
+def _problem(what: str, why: str, fix: str) -> UserError:
+    return UserError(_TITLE, what=what, why=why, fix=f"{fix} {ON_THE_CPU}")
+
+
+def _no_code(name: str, capability: tuple[int, int], why: str, driver_cuda: tuple[int, int]) -> UserError:
+    torch = installed_torch()
+    return _problem(
+        f"{name} has compute capability {_dotted(capability)}, for which the installed torch "
+        f"{torch.version if torch else ''} has no code.",
+        why,
+        _install_fix(_build_for(capability, driver_cuda)),
+    )
+
+
+def _install_fix(build: str) -> str:
+    if not build:
+        return "Install a build of torch for this GPU and driver: https://pytorch.org/get-started."
+    return f"Install the build of torch for this GPU and driver: `{torch_command(build)}`."
+
+
+def _build_for(capability: tuple[int, int] | None, driver_cuda: tuple[int, int] | None) -> str:
+    """Return the newest build of torch, as in ``cu126``, that driver and GPU run; empty where none is known.
+
+    The builds for each CUDA are on an index of their own (https://download.pytorch.org/whl). Those for CUDA
+    12.6 still have code for GTX 10.
+    """
+    if driver_cuda is None or driver_cuda[0] < 12:
+        return ""
+    if capability is not None and capability < _OLDEST_CAPABILITIES[13]:
+        return "cu126"
+    if driver_cuda[0] >= 13:
+        return "cu130"
+    return "cu128" if capability is not None and capability >= _BLACKWELL else "cu126"
+
+
+def _why_not_compiled(capability: tuple[int, int], cuda: tuple[int, int]) -> str:
+    """Return why no build with this CUDA has code for a compute capability; empty where one may."""
+    oldest = _OLDEST_CAPABILITIES.get(cuda[0])
+    if oldest is not None and capability < oldest:
+        return f"CUDA {cuda[0]} compiles for compute capability {_dotted(oldest)} and newer."
+    if capability >= _BLACKWELL and cuda < _BLACKWELL_CUDA:
+        return f"Compute capability {_dotted(capability)} needs a build with CUDA {_dotted(_BLACKWELL_CUDA)}."
+    return ""
+
+
+def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Return whether code for an architecture such as ``sm_86`` or ``compute_90`` runs on a GPU.
+
+    Machine code runs on the same major version and its later minor ones, ``a`` on its own only, ``f`` within
+    its family; intermediate code (``compute``) is compiled for any later GPU (CUDA Programming Guide).
+    """
+    match = _ARCHITECTURE.fullmatch(architecture)
+    if match is None:
+        return True
+    kind, built_for, limit = match[1], (int(match[2]), int(match[3])), match[4]
+    if limit == "a":
+        return built_for == capability
+    if kind == "sm" or limit == "f":
+        return built_for[0] == capability[0] and built_for <= capability
+    return built_for <= capability
+
+
+def _constants(file: Path) -> dict[str, object]:
+    """Return the constants that a Python file assigns at its top level."""
+    values: dict[str, object] = {}
+    for statement in ast.parse(file.read_text("utf-8")).body:
+        if isinstance(statement, ast.Assign | ast.AnnAssign) and isinstance(statement.value, ast.Constant):
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            values |= {target.id: statement.value.value for target in targets if isinstance(target, ast.Name)}
+    return values
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
