@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qlora_tui.data import preferences
-from qlora_tui.data.chat_formats import EXCHANGES, are_alternate, turn_keys
+from qlora_tui.data.chat_formats import EXCHANGES, are_alternate, decoded, turn_keys
 
 PARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "preference": preferences.PARTS,
@@ -91,6 +91,8 @@ _NAMES_NO_SOURCE = ("prompt", "question", "text")
 """Next to one of these columns ``source`` is the origin of the row, not a text."""
 _ALTERNATING_COLUMNS = ("conversations", "conversation", "messages", "dialogs", "dialog", "dialogue", "data")
 """Columns whose plain texts alternate between user and assistant."""
+_PROSE = ("text", "instruction", "prompt", "question")
+"""Parts that are texts, or typed parts of text, and never an object."""
 _HALVES = ("prompt", "completion", *preferences.CHOSEN, *preferences.REJECTED)
 """Columns that may hold turns, but only half of a conversation, or one side of a comparison."""
 
@@ -185,11 +187,20 @@ def _pick(
             column in v
             and _turn_format(v[column], column, column in named) in kinds
             and (part != "label" or _is_label(v[column]))
+            and (part not in _PROSE or not _is_object(v[column]))
             for v in values
         )
         if column not in taken and 2 * fitting >= max(1, len(values)):
             return column
     return ""
+
+
+def _is_object(value: Any) -> bool:
+    """Return whether ``value`` is an object, or a list of objects that are neither turns nor typed parts."""
+    value = decoded(value)
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return not turn_keys(value) and "type" not in value[0] and "text" not in value[0]
+    return isinstance(value, dict)
 
 
 def _is_label(value: Any) -> bool:

@@ -10,6 +10,8 @@ from qlora_tui.data.chat_formats import ROLE_KEYS, is_role
 
 _MARKS = ("### Human:", "### Instruction:", "\n\nHuman:", "[INST]", "<|im_start|>", "USER:")
 """Markers that begin a question in conversations already rendered as one text."""
+PROMPTS = ("prompt", "instruction", "question", "query", "problem", "input")
+"""Columns that hold what is asked, whatever holds the answer."""
 _TREE = ("parent_id", "message_tree_id", "message_id")
 
 
@@ -35,8 +37,18 @@ def mapping_hint(values: Sequence[Mapping[str, Any]], columns: Sequence[str]) ->
     texts = [c for c in columns if _is_text(values, c)]
     if len(texts) < 2 and nested:
         return f"{nested!r} holds an object: put its fields in separate columns."
-    first, last = (texts[0], texts[-1]) if len(texts) > 1 else ("…", "…")
+    prose = [c for c in texts if has_words(values, c)]
+    texts = prose if len(prose) > 1 else texts  # rather than names and tags
+    first = next((c for c in columns if c.lower() in PROMPTS and c in texts), texts[0] if texts else "")
+    others = [c for c in texts if c != first]
+    first, last = (first, others[-1]) if others else ("…", "…")
     return f'Map the columns to their parts, as in columns = {{ prompt = "{first}", completion = "{last}" }}.'
+
+
+def has_words(values: Sequence[Mapping[str, Any]], column: str) -> bool:
+    """Return whether most rows have several words in a column, rather than a name, a tag or a number."""
+    count = sum(isinstance(v.get(column), str) and len(v[column].split()) > 1 for v in values)
+    return 2 * count >= max(1, len(values))
 
 
 def _is_text(values: Sequence[Mapping[str, Any]], column: str) -> bool:

@@ -24,7 +24,7 @@ from qlora_tui.data.excluded_rows import excluded_by_file
 from qlora_tui.data.length_stats import LengthCounter
 from qlora_tui.data.long_texts import max_characters
 from qlora_tui.data.preference_samples import last_samples, side_names
-from qlora_tui.data.problems import DataProblem, problem_of
+from qlora_tui.data.problems import DataProblem, none_used, problem_of
 from qlora_tui.data.render import RenderOptions, pieces, render, trained_texts
 from qlora_tui.data.row import Row
 from qlora_tui.data.row_index import row_at
@@ -174,6 +174,13 @@ class _Inspection:
             longest = self._lengths.summary().longest_row
             example = f"More than {most:,} tokens, which is the model's context."
             yield problem_of("beyond-context", over, longest, path, example)
+        counts = examiner.counts
+        if (
+            complete
+            and counts.rows == counts.left_out
+            and (none := none_used(counts.rows, examiner.problems()))
+        ):
+            yield none
         if complete and examiner.counts.rows == 1 and not self._is_one_long_text(examiner):
             row = max(self._last_rows.values())
             yield problem_of("one-row", 1, row, path, "There are no other rows to train or validate on.")

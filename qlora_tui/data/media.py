@@ -30,6 +30,12 @@ _PLACEHOLDER = re.compile(
     re.MULTILINE,
 )
 """Placeholders only in their usual positions: a question about HTML may contain ``<video>`` mid-sentence."""
+_EMBEDDED = re.compile(
+    r"<(img|image|video|audio)>(?P<path>[^\s<>]+)</\1>"  # Qwen-VL and Qwen-Audio
+    r"|<\|(?:image|vision|video|audio)\w*\|>"  # control tokens of a vision model
+    r"|<(?:image|video|audio)[ _]?\d+>"  # MMMU
+)
+"""Media inside a sentence; a path between tags is told from HTML by how it looks."""
 _CODE_BLOCK = re.compile(r"^[ \t]*(```|~~~).*?(?:^[ \t]*\1|\Z)", re.MULTILINE | re.DOTALL)
 """Fenced code blocks, as in Markdown."""
 _STRUCTS = ({"bytes", "path"}, {"array", "sampling_rate"}, {"array", "path", "sampling_rate"})
@@ -68,7 +74,11 @@ def placeholder(messages: Iterable[Message]) -> str:
     """
     for number, message in enumerate(messages, 1):
         text = message.content
-        if ">" not in text or message.role not in ("user", "assistant") or not _PLACEHOLDER.search(text):
+        if ">" not in text or message.role not in ("user", "assistant"):
+            continue
+        if message.role == "user" and (medium := _embedded(text)):
+            return f"Turn {number} has the placeholder {medium}."
+        if not _PLACEHOLDER.search(text):
             continue
         prose = _CODE_BLOCK.sub("\ncode\n", text)
         match = _PLACEHOLDER.search(prose)
@@ -77,6 +87,17 @@ def placeholder(messages: Iterable[Message]) -> str:
             continue
         if message.role == "user" or tag[0] == "<image>":
             return f"Turn {number} has the placeholder {tag[0]}."
+    return ""
+
+
+def _embedded(text: str) -> str:
+    """Return the first medium inside the sentences of a question; empty if there is none."""
+    if not _EMBEDDED.search(text):
+        return ""
+    for match in _EMBEDDED.finditer(_CODE_BLOCK.sub("\ncode\n", text)):
+        path = match["path"]
+        if path is None or "/" in path or path.lower().endswith(_ENDINGS):
+            return match[0]
     return ""
 
 

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from qlora_tui.errors import UserError
+from qlora_tui.formatting import pluralize
 from qlora_tui.recipe.schema import Data
 
 MAX_LISTED_ROWS = 1000
@@ -140,6 +142,11 @@ CHECKS: dict[str, CheckSpec] = {
         "warning",
         "Longer than the model's context",
         "Set data.max_length to the model's context or less, or choose a model with a longer one.",
+    ),
+    "none-used": CheckSpec(
+        "error",
+        "No row can be trained on",
+        "Correct the rows, or choose another file.",
     ),
     "one-row": CheckSpec(
         "warning",
@@ -322,18 +329,39 @@ def problem_of(kind: str, count: int, row: int, path: str, example: str) -> Data
     return DataProblem(kind, check.severity, check.title, count, (row,), example, check.fix, path=path)
 
 
+def none_used(rows: int, problems: Sequence[DataProblem]) -> DataProblem | None:
+    """Build the error for ``rows`` rows that are all left out; None if their ``problems`` do not say why."""
+    reasons = [problem for problem in problems if problem.kind in CHECKS and is_left_out(problem)]
+    if not reasons:
+        return None
+    most = max(reasons, key=lambda problem: problem.count)
+    example = f"All {rows:,} are left out. {most.title}, {pluralize(most.count, 'row')}: {most.example}"
+    check = CHECKS["none-used"]
+    return replace(most, kind="none-used", severity="error", title=check.title, count=rows, example=example)
+
+
+def is_left_out(problem: DataProblem) -> bool:
+    """Return whether the rows of a warning are left out."""
+    return problem.severity == "warning" and (problem.kind in BAD_ROWS or CHECKS[problem.kind].is_left_out)
+
+
 def raise_first_error(problems: Sequence[DataProblem]) -> None:
     """Raise ``UserError`` for the first problem that blocks a run."""
     for problem in problems:
         if problem.severity == "error":
-            rows = ", ".join(map(str, problem.rows[:5])) + (" and others" if problem.count > 5 else "")
-            word = "rows" if len(problem.rows) > 1 else "row"
-            raise UserError(
-                problem.title,
-                what=f"{problem.path}, {word} {rows}: {problem.example}",
-                why=f"{problem.count:,} rows of the file have this problem." if problem.count > 1 else "",
-                fix=problem.fix,
-            )
+            raise error_of(problem)
+
+
+def error_of(problem: DataProblem) -> UserError:
+    """Build the error for a problem that blocks a run."""
+    rows = ", ".join(map(str, problem.rows[:5])) + (" and others" if problem.count > 5 else "")
+    word = "rows" if len(problem.rows) > 1 else "row"
+    return UserError(
+        problem.title,
+        what=f"{problem.path}, {word} {rows}: {problem.example}",
+        why=f"{problem.count:,} rows of the file have this problem." if problem.count > 1 else "",
+        fix=problem.fix,
+    )
 
 
 def shorten(text: str) -> str:

@@ -41,6 +41,8 @@ class FileSize(Struct, frozen=True):
     """An estimate, with each sample cut to the length of a row."""
     excluded: int = 0
     """Rows that the source leaves out."""
+    left_out: int = 0
+    """Rows of which no tokenizer makes a sample: such as bad ones, and those without an answer."""
 
 
 class QuickCheckResult(Struct, frozen=True):
@@ -52,6 +54,8 @@ class QuickCheckResult(Struct, frozen=True):
     """Warnings of the kinds in ``_SHOWN_BEFORE_RUN``, on the rows that were read."""
     sizes: tuple[FileSize, ...] = ()
     """Data of each file that was reached, in order."""
+    problems: tuple[DataProblem, ...] = ()
+    """All kinds of problems, shown or not."""
 
 
 def quick_check(
@@ -72,22 +76,27 @@ def quick_check(
         UserError: the first file with rows that block a run.
     """
     deadline = time.monotonic() + time_limit_s
+    in_time = True
     warnings: list[DataProblem] = []
+    every_problem: list[DataProblem] = []
     sizes: list[FileSize] = []
     for file in files:
         place = file.source, str(file.path)
         tally = ProblemCounter(*place, skips_bad_rows=data.bad_rows == "skip")
         long_texts = LongTexts(*place)
-        in_time = True
-        row_count = samples = tokens = excluded_count = 0
+        row_count = samples = tokens = excluded_count = rejected = 0
         left_out = (excluded or {}).get((file.source, file.path), frozenset())
         for row, one in conversations(file):
             if row.number in left_out:
                 excluded_count += 1
                 continue
             row_count += 1
+            if not isinstance(one, RowRejectedError) and _has_no_answer(one, data):
+                tally.add("no-answer", row.number, "No assistant turn is in the loss.")
+                rejected += 1
             if isinstance(one, RowRejectedError):
                 tally.add(one.kind, row.number, one.reason)
+                rejected += 1
             elif long_text := estimated_long_text(one, data):
                 long_texts.add(row.number, long_text)
             elif one.messages and one.messages[-1].role == "user":
@@ -98,14 +107,19 @@ def quick_check(
             if time.monotonic() >= deadline:
                 in_time = False
                 break
-        sizes.append(FileSize(file.source, row_count, samples, tokens, excluded_count))
+        sizes.append(FileSize(file.source, row_count, samples, tokens, excluded_count, rejected))
         problems = tally.problems()
         raise_first_error(problems)
+        every_problem += problems
         warnings += [problem for problem in problems if problem.kind in _SHOWN_BEFORE_RUN]
         warnings += [long_texts.problem(data)] if len(long_texts) else []
         if not in_time:
-            return QuickCheckResult(False, tuple(warnings), tuple(sizes))
-    return QuickCheckResult(True, tuple(warnings), tuple(sizes))
+            break
+    return QuickCheckResult(in_time, tuple(warnings), tuple(sizes), tuple(every_problem))
+
+
+def _has_no_answer(conversation: Conversation, data: Data) -> bool:
+    return bool(conversation.messages) and data.train_on == "assistant" and not conversation.answers
 
 
 def _is_left_out(conversation: Conversation, data: Data) -> bool:
@@ -113,7 +127,7 @@ def _is_left_out(conversation: Conversation, data: Data) -> bool:
     messages = conversation.messages
     if not messages:
         return False
-    if data.train_on == "assistant" and not conversation.answers:
+    if _has_no_answer(conversation, data):
         return True
     limit = data.max_length * _MARGIN
     if data.overflow == "drop":

@@ -6,7 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qlora_tui.data.chat_formats import decoded, turn_keys
+from qlora_tui.data.chat_formats import EXCHANGES, decoded, messages_of, turn_keys
+from qlora_tui.data.conversation import RowRejectedError
+from qlora_tui.data.format_hints import PROMPTS, has_words
 from qlora_tui.errors import UserError
 
 _NUMBERED = re.compile(
@@ -18,6 +20,8 @@ _VERDICT = re.compile(
 )
 """Columns with a verdict: ``better_response_id``, ``overall_preference``, ``winner_model_a``, ``score_0``."""
 _RANKS = ("rank", "pm_score", "selected", "is_selected")
+_ANSWERS = ("response", "completion", "output", "answer", "generation", "text", "content")
+"""Keys of the answer in an item of a list of answers."""
 _Values = Sequence[Mapping[str, Any]]
 
 
@@ -55,17 +59,86 @@ def without_text(name: str, values: _Values) -> UserError | None:
             why="Here a chat template decides what is trained on.",
             fix="Convert it to messages, or join the segments into one text to learn all of it.",
         )
-    if columns & {"prompt", "question", "instruction"} and not _mostly(
-        values, lambda v: len([c for c in v.values() if isinstance(c, str | list)]) > 1
-    ):
-        names = ", ".join(sorted(columns))
+    if problem := _batch(name, values):
+        return problem
+    prompt = next((c for c in PROMPTS if _mostly(values, lambda v: _is_prompt(v.get(c)))), "")  # noqa: B023
+    if not prompt:
+        return None
+    if problem := _answers_in_items(name, values, prompt):
+        return problem
+    if any(c != prompt and (c.lower() in _ANSWERS or has_words(values, c)) for c in columns):
+        return None  # one of them may be the answer
+    return UserError(
+        "Prompts without answers",
+        what=f"{name} holds prompts and no answers, in the columns {', '.join(sorted(columns))}.",
+        why="Prompts alone are for reinforcement learning (PPO, GRPO), which is not supported.",
+        fix='Choose a file with answers, or name the column with them: columns = { completion = "…" }.',
+    )
+
+
+def _is_prompt(value: Any) -> bool:
+    """Return whether a cell is a text, or turns of which none is an answer."""
+    if not turn_keys(value):
+        return isinstance(value, str)
+    try:
+        return all(message.role != "assistant" for message in messages_of(value))
+    except RowRejectedError:
+        return False
+
+
+def _batch(name: str, values: _Values) -> UserError | None:
+    """Return the error for the requests, or the results, of a batch API."""
+    if not _mostly(values, lambda v: "custom_id" in v):
+        return None
+    objects = [c for v in values for c in v if isinstance(decoded(v[c]), dict)]
+    if not objects:
+        return None
+    holder, has_answers = objects[0], objects[0] in ("response", "result")
+    return UserError(
+        "Answers of a batch" if has_answers else "Requests of a batch",
+        what=f"{name} holds the {'results' if has_answers else 'requests'} of a batch API in {holder!r}, "
+        f"without the {'questions' if has_answers else 'answers'}.",
+        why="A row needs both.",
+        fix="Join requests and results by 'custom_id', each as messages that end with the assistant's.",
+    )
+
+
+def _answers_in_items(name: str, values: _Values, prompt: str) -> UserError | None:
+    """Return the error for rows whose answers are in the items of a list."""
+    for column in dict.fromkeys(c for v in values for c in v):
+        if column == prompt or not _mostly(values, lambda v: _answer_key(v.get(column)) is not None):  # noqa: B023
+            continue
+        key = next(filter(None, (_answer_key(v.get(column)) for v in values)), "")
+        first = next(items[0] for v in values if (items := decoded(v.get(column))))
+        if prompt_key := next((k for k in PROMPTS if isinstance(first, dict) and k in first), ""):
+            fields = f"{{input: .{prompt_key}, output: .{key}}}"
+            return UserError(
+                "Examples inside rows",
+                what=f"{name} holds the examples of each row in the list {column!r}.",
+                why="A row is one conversation.",
+                fix=f"Write a row for each: jq -c '{{instruction: .{prompt}}} + (.{column}[] | {fields})'.",
+            )
         return UserError(
-            "Prompts without answers",
-            what=f"{name} holds prompts and no answers, in the columns {names}.",
-            why="Prompts alone are for reinforcement learning (PPO, GRPO), which is not supported.",
-            fix='Choose a file with answers, or name the column with them: columns = { completion = "…" }.',
+            "Compared answers",
+            what=f"{name} holds several answers a row in {column!r}.",
+            why="Answers that may be the worse ones are never trained on.",
+            fix="Convert it: keep the better answer of each row, as columns prompt and completion; or the "
+            "better and a worse one, as prompt, chosen and rejected.",
         )
     return None
+
+
+def _answer_key(value: Any) -> str | None:
+    """Return the key of the answer in a list's items, empty where they are texts; None for no answers."""
+    items = decoded(value)
+    keys = turn_keys(items)
+    if not isinstance(items, list) or not items or (keys is not None and keys not in EXCHANGES):
+        return None
+    if all(isinstance(item, str) and len(item.split()) > 1 for item in items) and len(items) > 1:
+        return ""
+    if not all(isinstance(item, dict) for item in items):
+        return None
+    return next((key for key in _ANSWERS if all(isinstance(item.get(key), str) for item in items)), None)
 
 
 def _side_by_side(columns: Sequence[str]) -> str:
@@ -89,9 +162,16 @@ def _ranked(columns: Sequence[str], values: _Values, mapping: Mapping[str, str])
             if not isinstance(items, list) or len(items) < 2 or not isinstance(items[0], dict):
                 continue
             rank = next((key for key in _RANKS if key in items[0]), "")
+            if column.lower().removesuffix("s") in _ANSWERS and _scores_differ(items):
+                rank = rank or "score"
             if rank and not turn_keys(items) and column not in mapping.values():
                 return f"holds several answers a row in {column!r}; {rank!r} says how good each of them is."
     return ""
+
+
+def _scores_differ(items: Sequence[Any]) -> bool:
+    scores = [item["score"] for item in items if isinstance(item, dict) and "score" in item]
+    return len(scores) == len(items) and any(score != scores[0] for score in scores)
 
 
 def _steps(values: _Values) -> str:

@@ -19,7 +19,7 @@ from qlora_tui.data.preferences import (
     PAIRS_TITLE,
     RATED_TITLE,
 )
-from qlora_tui.data.problems import SKIP_BAD_ROWS, DataProblem
+from qlora_tui.data.problems import SKIP_BAD_ROWS, DataProblem, error_of, none_used
 from qlora_tui.data.quick_check import FileSize, QuickCheckResult, quick_check
 from qlora_tui.data.read import COLUMNAR, files_of, kind_of
 from qlora_tui.data.sources import SourceFile, every_source, is_hub_dataset, sniff
@@ -58,8 +58,13 @@ def check_data(recipe: Recipe, model_files: ModelFiles | None, *, read_columnar:
     complete = result.complete and all_here
     trained = [size for size in result.sizes if size.source < len(data.sources)]
     excluded = sum(size.excluded for size in trained)
-    if complete and excluded and not any(size.rows for size in trained):
+    rows = sum(size.rows for size in trained)
+    if complete and excluded and not rows:
         return [Check.blocked(CheckKind.DATA, all_excluded(excluded))]
+    if complete and rows == sum(size.left_out for size in trained):
+        reasons = [problem for problem in result.problems if problem.source < len(data.sources)]
+        if none := none_used(rows, reasons):
+            return [Check.blocked(CheckKind.DATA, error_of(none)), *checks]
     if not complete:
         later = "Rows not read yet are checked when the run starts."
         checks.append(Check(CheckKind.DATA, "note", f"{'; '.join(descriptions)}. {later}"))

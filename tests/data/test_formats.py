@@ -91,6 +91,17 @@ def test_questions_without_answers_are_no_conversation() -> None:
         read({"turns": ["Who?", "And why?"], "category": "x"})
 
 
+@pytest.mark.parametrize(("scores", "is_refused"), [((3, 3), False), ((3, 9), True)])
+def test_answers_with_different_scores_are_compared(scores: tuple[int, int], is_refused: bool) -> None:
+    answers = [{"text": "Hello", "score": scores[0]}, {"text": "Hey", "score": scores[1]}]
+    try:
+        assert read({"question": "Hi", "answers": answers})[1].messages == PLAIN
+    except UserError as error:
+        assert is_refused and error.title == "Compared answers"
+    else:
+        assert not is_refused
+
+
 def test_calls_are_the_answer_where_tools_are_offered() -> None:
     row = {"query": "Hi", "answers": '[{"name": "w", "arguments": {"a": 1}}]', "tools": '[{"name": "w"}]'}
     _, conversation = read(row)
@@ -136,6 +147,12 @@ def test_single_turn_rows_are_rejected_unlike_other_role_rows() -> None:
     [
         ({"translation": {"en": "a", "fr": "b"}, "id": "1"}, "'translation' holds an object"),
         ({"FAQ": "Hi", "Reply": "Hello"}, 'prompt = "FAQ", completion = "Reply"'),
+        (
+            {"name": "a", "story": "A long one.", "moral": "Be kind."},
+            'prompt = "story", completion = "moral"',
+        ),
+        ({"tag": "a", "Reply": "In a den.", "prompt": "Where do"}, 'prompt = "prompt", completion = "Reply"'),
+        ({"body": {"role": "x"}, "title": "A fox"}, "'body' holds an object"),
         ({"tokens": [1, 2]}, 'prompt = "…"'),
     ],
 )

@@ -60,8 +60,19 @@ def test_a_placeholder_is_named_with_its_turn(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "tag",
+    ["<img>a/b.jpeg</img>", "<audio>a.wav</audio>", "<|image_pad|>", "<|image_1|>", "<image 1>", "<image_2>"],
+)
+def test_a_medium_inside_a_sentence_is_named(tag: str) -> None:
+    assert placeholder((Message("user", f"Look at {tag} closely."),)) == f"Turn 1 has the placeholder {tag}."
+    assert not placeholder((Message("user", f"Why not write\n```\n{tag}\n```?"), Message("assistant", tag)))
+
+
+@pytest.mark.parametrize(
     "text",
     [
+        "Why is <img></img> wrong, and <img>text</img> too?",
+        "<video>Your browser plays none.</video>",
         "What does the <video> element do in HTML?",
         "Explain <audio> and <video> tags",
         "<video>\n  <source src='a.mp4'>\n</video>",

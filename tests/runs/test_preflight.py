@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from msgspec import structs
 
 from qlora_tui import paths
 from qlora_tui.data.inspection import inspect
@@ -135,6 +137,28 @@ def test_the_data_check_counts_rows_that_are_not_used(tmp_path: Path) -> None:
     assert _data_check(fewer).outcome == "ok" and "3 rows excluded." in _data_check(fewer).text
     none = Recipe(data=Data(sources=(Source(path=str(rows), excluded_rows="1-99"),)))
     assert _data_check(none).problem is not None and "All 31 rows" in _data_check(none).text
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "reason"),
+    [
+        ('{"messages": [{"role": "user", "content": "Why?"}]}', {}, "No answer to learn"),
+        ('{"prompt": "Why?", "completion": ""}', {}, "The completion is empty"),
+        ('{"prompt": "a", "completion": "b", "label": false}', {"preferences": "chosen"}, "rated bad"),
+        ('{"messages": [{"role": "wizard", "content": "b"}]}', {"bad_rows": "skip"}, "Unknown role"),
+    ],
+)
+def test_rows_that_would_all_be_left_out_block_a_launch(
+    tmp_path: Path, row: str, settings: dict[str, Any], reason: str
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(f"{row}\n" * 30)
+    source, data = Source(path=str(rows)), Data(**settings)
+    check = _data_check(Recipe(data=structs.replace(data, sources=(source,))))
+    assert check.outcome == "error" and check.problem is not None
+    assert check.problem.title == "No row can be trained on" and reason in check.text
+    (none_used,) = [p for p in inspect(source, None, data).problems if p.severity == "error"]
+    assert (none_used.kind, none_used.count) == ("none-used", 30)
 
 
 def test_memory_that_does_not_fit_comes_with_the_cheapest_fix(tmp_path: Path) -> None:
