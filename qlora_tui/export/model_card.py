@@ -63,7 +63,7 @@ def run_rows(run: RunDir) -> tuple[tuple[str, str], ...]:
         if scored[-1].step > 0:
             parts.append(f"{scored[-1].loss:.3f} last")
         rows.append(("Validation loss", ", ".join(parts)))
-    if view.accuracy is not None:
+    if view.accuracy is not None and view.trained_evaluation is not None:
         base = f" (base model {view.base_accuracy:.0%})" if view.base_accuracy is not None else ""
         rows.append(("Exact answers", f"{view.accuracy:.0%} of the validation rows{base}"))
     if view.environment:

@@ -50,8 +50,8 @@ class RunEvidence:
     """Stands for the loss in methods whose loss says nothing of how likely answers are."""
     loss: LossChange | None = None
     """Validation loss with its interval; None for runs of earlier versions and without validation data."""
-    losses: tuple[float, float] | None = None
-    """Validation loss before training and at its end, where both were measured, without an interval."""
+    losses: tuple[float, float | None] | None = None
+    """Validation loss before training and at its end, without an interval; None where not measured."""
     forgetting: float | None = None
     """Divergence from the base on general prompts, in nats; None where not measured."""
     forgot_much: bool = False
@@ -89,13 +89,12 @@ def gather_evidence(view: RunView, headline: TaskHeadline | None, recipe: Recipe
             after=change.after,
             interval=None if change.low is None or change.high is None else Interval(change.low, change.high),
         )
-    before, last = view.loss_before_training, view.last_evaluation
-    after = None if last is None else last.loss
+    before, last = view.loss_before_training, view.trained_evaluation
     return RunEvidence(
         preferences=preferences,
         loss=loss,
-        losses=None if before is None or after is None else (before, after),
-        forgetting=view.forgetting,
+        losses=None if before is None else (before, None if last is None else last.loss),
+        forgetting=None if last is None else last.forgetting,
         forgot_much=any(health.kind in _FORGETTING_WARNINGS for health in view.health),
         metric=headline.metrics[0] if headline is not None and headline.metrics else None,
     )
@@ -103,7 +102,7 @@ def gather_evidence(view: RunView, headline: TaskHeadline | None, recipe: Recipe
 
 def _preference_accuracy(view: RunView, recipe: Recipe) -> PreferenceAccuracy | None:
     """How often the better answer wins at the last evaluation; None without what it is compared with."""
-    last = view.last_evaluation
+    last = view.trained_evaluation
     if last is None or view.data is None:
         return None
     first, rows = view.evaluations[0], view.data.validation_samples
@@ -156,6 +155,8 @@ def _loss_words(evidence: RunEvidence) -> str:
         if evidence.losses is None:
             return f"{_LEARNED['unclear']}: no validation data"
         before, after = evidence.losses
+        if after is None:
+            return f"{_LEARNED['unclear']}: validation loss {before:.2f} before training, not measured since"
         return f"{_LEARNED['unclear']}: validation loss {before:.2f} → {after:.2f}, rows not compared"
     values = f"validation loss {loss.before:.2f} → {loss.after:.2f}"
     if loss.is_lower:

@@ -240,6 +240,12 @@ class RunView:
         return self.evaluations[-1] if self.evaluations else None
 
     @property
+    def trained_evaluation(self) -> Evaluated | None:
+        """The latest evaluation after training began; None where there is none to compare with the base."""
+        last = self.last_evaluation
+        return last if last is not None and last.step else None
+
+    @property
     def base_accuracy(self) -> float | None:
         """Share of exact answers of the base model: those of the untrained adapter, which adds zero."""
         return next((e.accuracy for e in self.evaluations if e.step == 0), None)

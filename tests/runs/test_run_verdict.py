@@ -191,6 +191,19 @@ def test_a_preference_run_is_judged_by_its_comparisons(
     assert gather_evidence(view, TaskHeadline(adapter="", metrics=(), loss=loss(0.5)), continued).loss is None
 
 
+@pytest.mark.parametrize("method", ["refuse", "dpo", "kto"])
+def test_a_measurement_before_training_alone_is_no_verdict(run: RunDir, method: Preferences) -> None:
+    recipe = Recipe(data=Data(preferences=method))
+    with EventWriter(run.events_path) as log:
+        log.append(data_ready(20))
+        log.append(Evaluated(at=1.0, step=0, loss=6.26, reward_accuracy=0.0, forgetting=0.0))
+    view = RunView(run)
+    view.refresh()
+    verdict = judge_run(gather_evidence(view, None, recipe))
+    expected = "validation loss 6.26 before training, not measured since."
+    assert verdict.sentence == f"Not enough evidence that it learned: {expected}"
+
+
 @pytest.mark.parametrize(("first_step", "rows"), [(3, 20), (0, 0)])
 def test_comparisons_without_a_start_or_rows_are_no_evidence(run: RunDir, first_step: int, rows: int) -> None:
     with EventWriter(run.events_path) as log:
