@@ -174,8 +174,9 @@ def _is_path(model_id: str) -> bool:
 def _find_model(model_id: str) -> LocalModel | None:
     if not model_id:
         return None
+    path = Path(model_id)
     try:
-        path = Path(model_id).expanduser().absolute()
+        path = path.expanduser().absolute()
         if path.suffix == ".gguf" and path.is_file():
             return _read_gguf_model(path)
         if path.is_dir() and (_is_path(model_id) or (path / CONFIG).is_file()):
@@ -186,6 +187,8 @@ def _find_model(model_id: str) -> LocalModel | None:
             return _read_cached_model(cached)
         if path.name == model_id and (converted := converted_dir() / model_id).is_dir():
             return _read_folder(converted, "converted", model_id, model_id)
+    except PermissionError as error:
+        return LocalModel(model_id, model_id, path, "folder", 0, None, _unreadable(path, error))
     except (
         OSError,
         ValueError,
@@ -276,6 +279,9 @@ def _folder_models(folders: Iterable[Path]) -> Iterator[LocalModel]:
 
 def _walk(folder: Path, depth: int) -> Iterator[LocalModel]:
     """Yield models in and below ``folder``. A folder that is a model is not searched further."""
+    if (refusal := _unsearchable(folder)) is not None:
+        yield LocalModel(str(folder), folder.name, folder, "folder", 0, None, refusal)
+        return
     files = list(_files(folder))
     if any(file.name in (CONFIG, "pytorch_model.bin") or file.suffix == ".safetensors" for file in files):
         yield _read_folder(folder, "folder", folder.name, str(folder))
@@ -285,6 +291,17 @@ def _walk(folder: Path, depth: int) -> Iterator[LocalModel]:
         for child in _subfolders(folder):
             if not child.name.startswith("."):
                 yield from _walk(child, depth - 1)
+
+
+def _unsearchable(folder: Path) -> UserError | None:
+    """Return why a folder cannot be searched for models; None if it can, or is none."""
+    try:
+        os.scandir(folder).close()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        return _unreadable(folder, error)
+    return None
 
 
 def _read_folder(folder: Path, source: ModelSource, name: str, model_id: str) -> LocalModel:

@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 
 from qlora_tui.data.conversation import Message, Role, RowRejectedError, ToolCall
-from qlora_tui.data.media import medium_of
-from qlora_tui.formatting import capitalize
+from qlora_tui.data.media import media_column, medium_of
+from qlora_tui.formatting import capitalize, uncapitalize
 
 ROLE_KEYS = ("role", "from", "speaker")
 CONTENT_KEYS = ("content", "value", "text", "message", "parts")
@@ -41,6 +41,7 @@ EXCHANGES = (
     *(("question", "answer"), ("prompt", "response"), ("instruction", "output")),
 )
 """Names under which some files keep a question and its answer as one item of a conversation."""
+_PAIR_ROLES: tuple[Role, Role] = ("user", "assistant")
 _CALL_ROLES = ("function_call", "tool_call")
 _PART_KEYS = ("text", "value", "thinking", "reasoning", "content")
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -114,6 +115,22 @@ def _unfolded(turns: list[Any]) -> list[Any]:
         for turn in turns
         for role, key in zip(("user", "assistant"), keys, strict=True)
     ]
+
+
+def history_of(value: Any) -> tuple[Message, ...]:
+    """Parse earlier turns: pairs of question and answer, or turns. Raises ``RowRejectedError``."""
+    history = decoded(value)
+    if history is None or history != history or history in ("", []):
+        return ()
+    if turn_keys(history):
+        return messages_of(history)
+    if not isinstance(history, list) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in history):
+        raise RowRejectedError("wrong-format", "The history is not a list of [question, answer] pairs.")
+    return tuple(
+        Message(role, text_of(text, "history"))
+        for pair in history
+        for role, text in zip(_PAIR_ROLES, pair, strict=True)
+    )
 
 
 def calls_of(value: Any) -> tuple[ToolCall, ...]:
@@ -225,7 +242,11 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
     content, reasoning, part_calls = _content_of(
         next((turn[k] for k in CONTENT_KEYS if k in turn), None), f"turn {number}"
     )
-    calls = part_calls + calls_of(turn.get("tool_calls") or turn.get("function_call"))
+    if medium := media_column(turn):
+        raise RowRejectedError("media", f"Turn {number}: {uncapitalize(medium)}")
+    calls = part_calls + _declared_calls(turn, number)
+    if calls and role != "assistant":
+        raise RowRejectedError("wrong-format", f"Turn {number} has tool calls, and its role is {name!r}.")
     if str(name).strip().lower() in _CALL_ROLES and not calls:
         calls = calls_of(content)
         content = "" if calls else content
@@ -235,10 +256,25 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
         train=weight > 0,
         weight=weight,
         reasoning=reasoning or next((turn[k] for k in _REASONING_KEYS if isinstance(turn.get(k), str)), ""),
-        tool_calls=calls if role == "assistant" else (),
+        tool_calls=calls,
         tool_call_id=str(turn.get("tool_call_id") or ""),
         name=str(turn.get("name") or "") if role == "tool" else "",
     )
+
+
+def _declared_calls(turn: Mapping[str, Any], number: int) -> tuple[ToolCall, ...]:
+    value = decoded(turn.get("tool_calls") or turn.get("function_call"))
+    calls = calls_of(value)
+    if not calls and not _is_blank(value):
+        raise RowRejectedError("wrong-format", f"Turn {number} has tool calls that cannot be read.")
+    return calls
+
+
+def _is_blank(value: Any) -> bool:
+    """Return whether nothing is in a value, such as an object whose fields are all null."""
+    if isinstance(value, dict | list):
+        return all(map(_is_blank, value.values() if isinstance(value, dict) else value))
+    return value is None or value == ""
 
 
 def _weight(turn: Mapping[str, Any]) -> float:

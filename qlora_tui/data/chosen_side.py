@@ -8,7 +8,15 @@ from typing import Any
 
 import msgspec
 
-from qlora_tui.data.chat_formats import CONTENT_KEYS, decoded, messages_of, text_of, tools_of, turn_keys
+from qlora_tui.data.chat_formats import (
+    CONTENT_KEYS,
+    decoded,
+    history_of,
+    messages_of,
+    text_of,
+    tools_of,
+    turn_keys,
+)
 from qlora_tui.data.conversation import Conversation, Message, RowRejectedError
 
 _SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ \t]?")
@@ -106,18 +114,11 @@ def _question(cells: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[dict
         messages = _before_answer(messages_of(cells["messages"]))
     else:
         messages = ()
-    history = decoded(cells.get("history"))
-    if isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        texts = [text_of(text, "history") for pair in history for text in pair]
-        messages = (*_alternating(texts), *messages)
+    messages = (*history_of(cells.get("history")), *messages)
     system = text_of(cells.get("system"), "the system prompt")
     if system.strip() and not (messages and messages[0].role == "system"):
         messages = (Message("system", system), *messages)
     return messages, tools
-
-
-def _alternating(texts: Sequence[str]) -> tuple[Message, ...]:
-    return tuple(Message("assistant" if n % 2 else "user", text) for n, text in enumerate(texts))
 
 
 def _alternatives(value: Any) -> list[Any]:

@@ -93,7 +93,14 @@ _ALTERNATING_COLUMNS = ("conversations", "conversation", "messages", "dialogs", 
 """Columns whose plain texts alternate between user and assistant."""
 _PROSE = ("text", "instruction", "prompt", "question")
 """Parts that are texts, or typed parts of text, and never an object."""
-_HALVES = ("prompt", "completion", *preferences.CHOSEN, *preferences.REJECTED)
+_PAIRED = frozenset(
+    name
+    for format_ in ("alpaca", "prompt-completion", "question-answer")
+    for names in PARTS[format_].values()
+    for name in names
+)
+"""Columns that hold the last question or its answer, next to a history."""
+_HALVES = ("prompt", "completion", "history", *preferences.CHOSEN, *preferences.REJECTED)
 """Columns that may hold turns, but only half of a conversation, or one side of a comparison."""
 
 
@@ -177,6 +184,8 @@ def _pick(
         candidates += [c for c in spelled.values() if c not in candidates and c.lower() not in _HALVES]
         if "completion" in spelled and "prompt" not in spelled:  # then this column is the whole conversation
             candidates.append(spelled["completion"])
+        if "history" in spelled and not spelled.keys() & _PAIRED:
+            candidates.append(spelled["history"])
         kinds: tuple[str, ...] = ("messages", "sharegpt") if by_hand else (format_,)
     elif part in ("prompt", "completion"):
         kinds = ("", "messages", "sharegpt")

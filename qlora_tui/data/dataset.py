@@ -46,7 +46,7 @@ from qlora_tui.paths import cache_dir
 from qlora_tui.recipe.schema import PAIR_METHODS, Recipe, Source
 
 _MAX_UNUSED_AGE_S = 60 * 24 * 3600
-_RENDERING = 8
+_RENDERING = 9
 """Version of the rendering; increased when the same data and settings give different tokens or splits."""
 
 

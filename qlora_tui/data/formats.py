@@ -14,7 +14,7 @@ from typing import Any
 from msgspec import Struct
 
 from qlora_tui.data import pair_formats, preferences
-from qlora_tui.data.chat_formats import messages_of, text_of, tools_of, turn_keys
+from qlora_tui.data.chat_formats import calls_of, decoded, messages_of, text_of, tools_of, turn_keys
 from qlora_tui.data.chosen_side import compared, preferred, rated
 from qlora_tui.data.column_detection import OPTIONAL, PARTS, detect_columns
 from qlora_tui.data.conversation import Conversation, Message, RowRejectedError
@@ -239,6 +239,8 @@ def _evidence(layout: RowFormat, values: list[dict[str, Any]], wanted: str) -> I
     unused = sorted({c for v in values for c in v} - used)
     if unused:
         yield f"not used: {', '.join(unused)}"
+    if layout.format == "question-answer" and (several := _several_answers(values, layout.columns)):
+        yield f"the first of several answers is trained on in {several} rows"
     if layout.format == "text" and (mark := written_out([v.get(layout.columns["text"]) for v in values])):
         yield f"the texts hold conversations ({mark}): as plain text, the questions are in the loss too"
     if layout.format == "preference":
@@ -259,6 +261,14 @@ def _evidence(layout: RowFormat, values: list[dict[str, Any]], wanted: str) -> I
         numbers = all(isinstance(v.get(layout.columns["label"]), int) for v in values)
         if numbers:
             yield f"labels are numbers without names: set columns.{LABEL_NAMES} to name them"
+
+
+def _several_answers(values: list[dict[str, Any]], columns: Mapping[str, str]) -> int:
+    """Count the rows with more than one answer."""
+    answers = [decoded(value.get(columns["answer"])) for value in values]
+    texts = [answer.get("text") if isinstance(answer, dict) else answer for answer in answers]
+    lists = [text for text in texts if isinstance(text, list)]
+    return sum(any(other != text[0] for other in text[1:]) for text in lists if not calls_of(text))
 
 
 def _check_mapping(mapping: Mapping[str, str], wanted: str, columns: tuple[str, ...], name: str) -> None:

@@ -56,6 +56,12 @@ def hub_files(name: str) -> tuple[list[Path], str]:
     cached = _read_cached(name)
     if cached is None:
         cached = _fetch(name)
+        if not cached.files:
+            raise UserError(
+                "No such data",
+                what=f"{name} has no files in the cache after its download: split {cached.split} is empty.",
+                fix="Choose another dataset, or download its files and name their folder.",
+            )
         atomic_write(_cache_path(name), msgspec.json.encode(cached))
     other = "" if cached.split in TRAINING_SPLITS else ", because it has none for training"
     return [Path(file) for file in cached.files], f"hub dataset {name}, split {cached.split}{other}"

@@ -8,7 +8,15 @@ from typing import Any
 
 import msgspec
 
-from qlora_tui.data.chat_formats import CONTENT_KEYS, calls_of, decoded, messages_of, text_of, turn_keys
+from qlora_tui.data.chat_formats import (
+    CONTENT_KEYS,
+    calls_of,
+    decoded,
+    history_of,
+    messages_of,
+    text_of,
+    turn_keys,
+)
 from qlora_tui.data.conversation import Message, RowRejectedError
 
 Cells = Mapping[str, Any]
@@ -22,7 +30,7 @@ def alpaca(cells: Cells) -> tuple[Message, ...]:
     prompt = f"{instruction}\n\n{given}" if instruction.strip() and given.strip() else instruction or given
     return (
         *_system(cells),
-        *_history(cells),
+        *history_of(cells.get("history")),
         *_pair(prompt, _text(cells, "output"), "instruction", "output"),
     )
 
@@ -33,7 +41,7 @@ def prompt_completion(cells: Cells) -> tuple[Message, ...]:
     if not turn_keys(prompt) and not turn_keys(completion):
         return (
             *_system(cells),
-            *_history(cells),
+            *history_of(cells.get("history")),
             *_pair(_text(cells, "prompt"), _text(cells, "completion"), "prompt", "completion"),
         )
     before = messages_of(prompt) if turn_keys(prompt) else (Message("user", _text(cells, "prompt")),)
@@ -60,7 +68,7 @@ def question_answer(cells: Cells) -> tuple[Message, ...]:
             answer = answer[0] if answer else ""
     question, context = _text(cells, "question"), _text(cells, "context")
     prompt = f"{context}\n\n{question}" if context.strip() else question
-    before = (*_system(cells), *_history(cells))
+    before = (*_system(cells), *history_of(cells.get("history")))
     if calls and prompt.strip():
         return (*before, Message("user", prompt), Message("assistant", "", tool_calls=calls))
     if question.strip() and (choices := _choices(cells.get("choices"))):
@@ -135,19 +143,6 @@ def _pair(prompt: str, answer: str, prompt_name: str, answer_name: str) -> tuple
 def _system(cells: Cells) -> tuple[Message, ...]:
     text = _text(cells, "system")
     return (Message("system", text),) if text.strip() else ()
-
-
-def _history(cells: Cells) -> list[Message]:
-    pairs = decoded(cells.get("history")) or []
-    if not isinstance(pairs, list) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
-        raise RowRejectedError("wrong-format", "The history is not a list of [question, answer] pairs.")
-    turns: list[Message] = []
-    for question, answered in pairs:
-        turns += [
-            Message("user", text_of(question, "history")),
-            Message("assistant", text_of(answered, "history")),
-        ]
-    return turns
 
 
 def _text(cells: Cells, part: str) -> str:

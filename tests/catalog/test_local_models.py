@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -88,6 +89,17 @@ def test_every_source_is_listed_with_its_facts(tmp_path: Path) -> None:
         assert model.architecture.total_params == TINY_PARAMS
         assert model.size_bytes > 200
         assert resolve_model(model.id).architecture == model.architecture
+
+
+def test_a_folder_that_may_not_be_read_is_listed_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("qlora_tui.catalog.local_models.os.scandir", refuse)
+    (model,) = [model for model in list_local_models([tmp_path]) if model.path == tmp_path]
+    assert model.refusal is not None and "Permission denied" in model.refusal.what
 
 
 def test_a_folder_that_is_a_model_is_listed_itself(tmp_path: Path) -> None:

@@ -296,6 +296,13 @@ def test_labels_without_names_are_pointed_out() -> None:
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
             "media",
         ),
+        ({"messages": [{"role": "user", "content": "x", "images": ["a.png"]}]}, "media"),
+        (
+            {"messages": [*CHAT, {"role": "assistant", "content": "x", "tool_calls": [{"id": 1}]}]},
+            "wrong-format",
+        ),
+        ({"messages": [{**CHAT[0], "tool_calls": [{"name": "f"}]}, CHAT[1]]}, "wrong-format"),
+        ({"instruction": "a", "output": "b", "history": "c"}, "wrong-format"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "unknown-role"),
         ({"messages": [{"role": "user", "content": ""}]}, "empty-row"),
         ({"instruction": "x", "output": "  "}, "empty-row"),
@@ -311,6 +318,26 @@ def test_rows_that_cannot_be_learned_from_are_refused_by_kind(value: Any, kind: 
         read(value)
     assert caught.value.kind == kind
     assert caught.value.reason.endswith(".")
+
+
+def test_fields_of_nulls_are_no_tool_calls() -> None:
+    call = {"name": None, "arguments": None}
+    turns = [{**turn, "function_call": call, "tool_calls": []} for turn in CHAT]
+    assert read({"messages": turns})[1].messages == PLAIN
+
+
+def test_a_history_of_turns_is_read() -> None:
+    row = {"instruction": "And?", "output": "So.", "history": CHAT}
+    assert [m.content for m in read(row)[1].messages] == ["Hi", "Hello", "And?", "So."]
+    assert read({"history": CHAT, "id": 1})[1].messages == PLAIN
+
+
+def test_the_evidence_says_that_other_answers_are_not_used() -> None:
+    rows = [
+        Row(1, {"question": "Q", "answers": {"text": ["a", "b"]}}),
+        Row(2, {"question": "Q", "answers": ["a"]}),
+    ]
+    assert "the first of several answers is trained on in 1 rows" in detect(rows, "file").evidence
 
 
 def test_a_part_that_is_not_text_is_named_precisely() -> None:

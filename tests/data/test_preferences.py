@@ -278,6 +278,12 @@ def test_a_column_of_the_users_own_name_can_rate(tmp_path: Path) -> None:
     assert [(p.kind, p.rows) for p in report.problems if p.kind == "rated-bad"] == [("rated-bad", (1, 2))]
 
 
+def test_a_history_that_cannot_be_read_is_refused() -> None:
+    row = {"prompt": "Which?", "chosen": "This.", "rejected": BAD}
+    with pytest.raises(RowRejectedError, match="The history"):
+        read({**row, "history": [["only one"]]})
+
+
 def test_the_format_can_be_set_by_hand() -> None:
     row = {"prompt": "Which?", "chosen": "This.", "rejected": BAD}
     assert read(row, wanted="preference").messages == read(row).messages
