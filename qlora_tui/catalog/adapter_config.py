@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from qlora_tui.catalog.code_keys import adapter_without_code
 from qlora_tui.catalog.config_parser import load_config
 from qlora_tui.catalog.safetensors_header import read_header
 from qlora_tui.decoding import Count
@@ -69,6 +70,7 @@ def load_adapter_config(folder: Path) -> dict[str, Any]:
     """Load the config of the adapter in ``folder``. Raises UserError where it cannot be used."""
     file = folder / CONFIG
     values = load_config(file)
+    adapter_without_code(values, str(file))  # refuses what changes the base
     try:
         config = msgspec.convert(values, _Schema)
     except (msgspec.ValidationError, OverflowError) as error:

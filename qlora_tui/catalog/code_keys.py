@@ -49,16 +49,21 @@ _ADAPTER_KEYS = frozenset(
         "use_qalora", "qalora_group_size", "alora_invocation_tokens", "use_bdlora", "peft_version",
     )
 )  # fmt: skip
-"""Keys that decide the values an adapter computes. Removed: modules to import (``megatron_core``,
-``auto_mapping``), repositories and revisions, files of statistics (``corda_config``, ``lora_ga_config``)."""
+"""Keys that decide the values an adapter computes."""
+_REMOVED_KEYS = frozenset(
+    (
+        "megatron_core", "megatron_config", "corda_config", "lora_ga_config", "eva_config", "loftq_config",
+        "runtime_config",
+    )
+)  # fmt: skip
+"""Modules to import, files of statistics and where to compute: an adapter is the same without them."""
 _ORIGIN = ("base_model_name_or_path", "revision", "auto_mapping")
 """Keys on an adapter's origin, which every adapter has and nothing here reads."""
 _PEFT_DEFAULTS = {"megatron_core": "megatron.core"}
 """Values that peft writes into every adapter."""
-_FROM_FILES = ("corda", "lora_ga")
-"""Initializations that change the base by statistics from another file."""
-_FROM_BASE = ("eva", "loftq")
-"""Initializations whose values the adapter's own weights replace."""
+_BASE_UNCHANGED = (None, True, False, "gaussian", "orthogonal", "eva")
+"""Initializations that set the matrices of an adapter alone, which its own weights then replace. All others
+of peft (``olora``, ``pissa``, ``corda``, ``loftq`` …) write into the weights of the base."""
 
 
 def without_code(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -119,18 +124,17 @@ def named_kernels(config: Mapping[str, Any]) -> str | None:
 def adapter_without_code(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
     """Return a LoRA adapter's config with only the keys that decide its values, and the removed keys.
 
-    Raises UserError where its values depend on a file that ``where``, the adapter's folder, does not contain.
+    Raises UserError where the adapter in ``where`` changes the base, or has a setting that is unknown here.
     """
-    init_method = config.get("init_lora_weights")
-    if init_method in _FROM_FILES:
+    if not_understood := _not_understood(config):
         raise UserError(
             "Cannot read the adapter",
-            what=f"{where}: init_lora_weights is {init_method!r}.",
-            why="Such an adapter changes the base with statistics from another file, which is not trusted.",
+            what=f"{where}: {not_understood}.",
+            why="The base would be changed, or the adapter compute something else, without a word.",
             fix="Convert it to a plain LoRA adapter with peft, or choose another.",
         )
     clean = {key: value for key, value in config.items() if key in _ADAPTER_KEYS}
-    if isinstance(init_method, str) and init_method.startswith(_FROM_BASE):
+    if config.get("init_lora_weights") is not None:
         clean["init_lora_weights"] = True
     dropped = [
         key
@@ -138,3 +142,18 @@ def adapter_without_code(config: Mapping[str, Any], where: str) -> tuple[dict[st
         if key not in _ADAPTER_KEYS and value not in (None, {}, False, _PEFT_DEFAULTS.get(key))
     ]
     return clean, [key for key in dropped if key not in _ORIGIN]
+
+
+def _not_understood(config: Mapping[str, Any]) -> str | None:
+    """The first setting with which peft would change the base, or which is unknown here, in words."""
+    init_method = config.get("init_lora_weights")
+    if not any(init_method is known or init_method == known for known in _BASE_UNCHANGED):
+        return f"init_lora_weights is {str(init_method)[:40]!r}, which changes the weights of the base"
+    if config.get("bias") not in (None, "none"):
+        return f"bias is {str(config['bias'])[:40]!r}, which changes the biases of the base"
+    for key in ("alora_invocation_tokens", "use_qalora", "use_bdlora"):
+        if config.get(key):
+            return f"{key} is set, which is not supported"
+    known = _ADAPTER_KEYS | _REMOVED_KEYS | set(_ORIGIN)
+    unknown = [key for key, value in config.items() if key not in known and value]
+    return f"{unknown[0][:40]!r} is set, which is unknown here" if unknown else None

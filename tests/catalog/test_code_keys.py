@@ -103,9 +103,28 @@ def test_of_an_adapter_only_what_decides_its_values_remains() -> None:
     assert dropped == list(evil)
 
 
-def test_an_adapter_begun_from_a_file_of_statistics_is_refused() -> None:
-    with pytest.raises(UserError, match="lora_ga"):
-        adapter_without_code({"init_lora_weights": "lora_ga"}, "here")
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("init_lora_weights", name) for name in ("olora", "pissa", "pissa_niter_1000000", "corda")),
+        *(("init_lora_weights", name) for name in ("loftq", "lora_ga", "mica", "of tomorrow")),
+        ("bias", "all"),
+        ("bias", "lora_only"),
+        ("alora_invocation_tokens", [1, 2]),
+        ("use_qalora", True),
+        ("arrow_config", {"top_k": 2}),
+        ("setting_of_tomorrow", 1),
+    ],
+)
+def test_an_adapter_that_changes_the_base_or_is_unknown_is_refused(key: str, value: Any) -> None:
+    with pytest.raises(UserError, match=key):
+        adapter_without_code({"peft_type": "LORA", key: value}, "here")
+
+
+@pytest.mark.parametrize("value", [True, False, None, "gaussian", "orthogonal", "eva"])
+def test_an_initialization_of_the_adapter_alone_is_not_repeated(value: Any) -> None:
+    clean, dropped = adapter_without_code({"init_lora_weights": value, "eva_config": {"rho": 2.0}}, "here")
+    assert clean["init_lora_weights"] in (True, None) and dropped == ["eva_config"]
 
 
 def test_keys_that_choose_code_are_found_in_lists_too() -> None:

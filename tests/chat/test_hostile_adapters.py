@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,23 @@ def test_a_config_that_takes_time_or_memory_is_harmless(name: str, base: Path, a
     else:
         with pytest.raises(UserError):
             load(base, adapter, HOSTILE[name])
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "eva", "olora", "pissa", "loftq"])
+def test_the_base_stays_as_it_is_whatever_the_initialization(init: Any, base: Path, adapter: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from qlora_tui.chat.adapters import AdapterSet
+
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "init_lora_weights": init}))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with suppress(UserError):
+        AdapterSet(model, {"adapter": str(adapter)}).ensure_loaded("adapter")
+    after = {name.replace(".base_layer", ""): value for name, value in model.state_dict().items()}
+    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 def test_chat_rejects_a_pipe_in_place_of_a_config(adapter: Path) -> None:
