@@ -38,6 +38,8 @@ class GpuDevice(msgspec.Struct, frozen=True):
     """How many programs may compute on it at a time (``nvidia-smi -c``)."""
     is_sliced: bool = False
     """Whether it is divided into slices (MIG), of which torch uses one."""
+    cores: int | None = None
+    """CUDA cores: 64 or 128 in each multiprocessor."""
 
     @property
     def short_name(self) -> str:
@@ -53,6 +55,13 @@ class GpuDevice(msgspec.Struct, frozen=True):
     def capability(self) -> tuple[int, int] | None:
         """Return the compute capability as numbers: ``(8, 9)``."""
         return parse_version(self.compute_capability)
+
+    @property
+    def multiprocessors(self) -> int | None:
+        """Return their number: Turing and the A100 have 64 cores in each, later chips 128."""
+        if self.cores is None or self.capability is None:
+            return None
+        return self.cores // (64 if self.capability <= (8, 0) else 128)
 
 
 def parse_version(text: str | None) -> tuple[int, int] | None:

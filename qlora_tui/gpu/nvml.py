@@ -146,6 +146,7 @@ class Nvml:
             cuda_version=None if not cuda else f"{cuda // 1000}.{cuda % 1000 // 10}",
             compute_mode=_COMPUTE_MODES.get(self._query("nvmlDeviceGetComputeMode", handle)),
             is_sliced=bool(slices and slices[0]),
+            cores=self._query("nvmlDeviceGetNumGpuCores", handle),
         )
 
     def _handle(self, index: int) -> Any:

@@ -48,14 +48,13 @@ def budget_for(gpu: GpuDevice | None, assumed_bytes: int | None = None) -> Memor
     )
     if assumed_bytes is not None:
         # Not this machine's GPU: corrections measured here do not apply.
-        device = cuda if gpu is None else replace(cuda, capability=gpu.capability or Device().capability)
+        device = cuda if gpu is None else _with_chip(cuda, gpu)
         return MemoryBudget(
             device, assumed_bytes, f"a GPU with {assumed_bytes / 2**30:.1f} GiB", is_assumed=True
         )
     if gpu is not None and gpu.usable_bytes is not None:
         device = replace(
-            cuda,
-            capability=gpu.capability or Device().capability,
+            _with_chip(cuda, gpu),
             correction=correction_for(gpu.name),
             speed=measured_speed(gpu.name),
             host_bytes=psutil.virtual_memory().total,
@@ -81,3 +80,9 @@ def local_budget(assumed_bytes: int | None = None) -> MemoryBudget:
     except GpuUnavailableError:
         gpu = None
     return budget_for(gpu, assumed_bytes)
+
+
+def _with_chip(device: Device, gpu: GpuDevice) -> Device:
+    """Return ``device`` with what the chip of this GPU decides, as far as its driver says so."""
+    capability = gpu.capability or device.capability
+    return replace(device, capability=capability, multiprocessors=gpu.multiprocessors)

@@ -19,7 +19,7 @@ from qlora_tui.memory.execution import Device, ExecutionConfig, trainer_executio
 from qlora_tui.memory.explain import LABELS, ExplainContext, explanations
 from qlora_tui.memory.general_answers import answers_moment
 from qlora_tui.memory.layout import STYLES, Layout, build_layout
-from qlora_tui.memory.levels import MemoryLevels, UncertaintyBand, context_bytes, corrected, tiers
+from qlora_tui.memory.levels import MemoryLevels, UncertaintyBand, context_range, corrected, tiers
 from qlora_tui.memory.moments import step_moments
 from qlora_tui.memory.parameter_memory import gradient_bytes
 from qlora_tui.memory.replay import replay
@@ -188,7 +188,7 @@ def _calculate(
     ]
     pool = None
     if execution.device == "cuda":
-        room = None if capacity_bytes is None else capacity_bytes - context_bytes(execution)
+        room = None if capacity_bytes is None else capacity_bytes - context_range(execution)[1]
         pool = replay(recipe, architecture, layout, execution, step_profile, room)
     fullest = max(moments, key=lambda moment: moment.total_bytes)
     items = _together(resident, fullest)

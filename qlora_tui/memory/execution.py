@@ -58,6 +58,8 @@ class Device:
     kind: Literal["cuda", "cpu"] = "cuda"
     capability: tuple[int, int] = (8, 6)
     """CUDA compute capability; 8.6 (RTX 30) where no GPU was found."""
+    multiprocessors: int | None = None
+    """Streaming multiprocessors of the GPU, on which the size of its CUDA context depends."""
     native_bfloat16: bool = False
     """Whether a CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX)."""
     cuda_libraries: bool = False
@@ -127,6 +129,8 @@ class ExecutionConfig:
     device: Literal["cuda", "cpu"] = "cuda"
     capability: tuple[int, int] = (8, 6)
     """CUDA compute capability of a GPU."""
+    multiprocessors: int | None = None
+    """Streaming multiprocessors of a GPU; None where they are unknown."""
     cuda_libraries: bool = False
     """Whether torch is a CUDA build, on a CPU."""
     library_kernels: bool = False
@@ -200,6 +204,7 @@ def trainer_execution(
         varlen=path == "varlen",
         device=device.kind,
         capability=device.capability,
+        multiprocessors=device.multiprocessors,
         cuda_libraries=device.cuda_libraries,
         expandable_segments=device.expandable_segments,
         managed_memory=device.managed_memory,

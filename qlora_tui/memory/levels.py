@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.memory.calibration import Correction
-from qlora_tui.memory.execution import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS, ExecutionConfig
+from qlora_tui.memory.execution import BFLOAT16_CAPABILITY, LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS, ExecutionConfig
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.onednn_cache import kernel_bytes
 from qlora_tui.memory.ops import FLOAT
@@ -14,14 +14,24 @@ from qlora_tui.memory.parameter_memory import optimizer_bytes
 from qlora_tui.memory.replay import Pool
 
 MIB = 1024 * 1024
-CONTEXT_BYTES = 141 * MIB
+T4_CONTEXT_BYTES = 141 * MIB
 """CUDA context with cuBLAS's and bitsandbytes' kernels loaded. Measured 133 to 147 MiB on a T4."""
 A100_CONTEXT_BYTES = 522 * MIB
 """CUDA context on an A100: memory of ten runs of a 16-bit base outside what the allocator reserved
 (fms-acceleration's ``a100_80gb_liger.csv`` and ``a100_80gb_granite.csv``; torch 2.4.1 with flash-attn and
 Triton)."""
-CONTEXT_UNCERTAINTY_BYTES = 400 * MIB
-"""Additional bytes that newer GPUs and drivers may take."""
+CONTEXT_MIB_PER_MULTIPROCESSOR = (2.95, 3.15)
+"""Context before any kernel is loaded, published: 107 MiB on an RTX 4060 Ti with 34 multiprocessors and 555
+on an RTX PRO 6000 with 188 (llama.cpp pull request 23604), 256 on an RTX 3090 with 82 (InvokeAI issue 9413),
+426 on an RTX 6000 Ada with 142 (unsloth-zoo pull request 1053): 3.15, 2.95, 3.12 and 3.00 each."""
+KERNELS_MIB = {False: (7, 29), True: (7, 203)}
+"""Loaded kernels without FlashAttention and with it. Calculated: what the measured contexts have beyond that
+of 40 multiprocessors (T4), and the A100's beyond that of 108."""
+MULTIPROCESSORS = {(7, 5): 72, (8, 6): 84, (8, 9): 142, (9, 0): 132, (12, 0): 188}
+"""Most multiprocessors of a GPU with this compute capability (TITAN RTX, RTX 3090 Ti, RTX 6000 Ada, H100 SXM,
+RTX PRO 6000), for GPUs that do not say how many they have."""
+UNKNOWN_CONTEXT_BYTES = 400 * MIB
+"""Additional bytes that other GPUs may take."""
 
 SLACK_UNCERTAINTY = 0.5
 """Uncertainty of the slack, as a share. The order in which weights are read and the addresses of segments
@@ -92,13 +102,16 @@ def tiers(
     slack = pool.reserved_bytes - pool.allocated_bytes
     reserved = allocated + slack
     paged = optimizer_bytes(layout, execution) if execution.pages_states else 0
-    context = context_bytes(execution)
+    context_low, context, context_high = context_range(execution)
     process = reserved + context + paged
     doubt = _uncertainty_bytes(allocated, layout)
     tensors = (
         "2 % of the tensors" if layout.exact else f"{architecture.model_type} layers estimated as Llama's"
     )
-    reason = f"{tensors}, half of the allocator's slack, and a CUDA context of 133 to 540 MiB"
+    reason = (
+        f"{tensors}, half of the allocator's slack, and a CUDA context of {context_low // MIB} to "
+        f"{context_high // MIB} MiB"
+    )
     added = {"unsplit": unsplit, "fragmentation": slack, "context": context}
     if paged:
         added["optimizer"] = paged
@@ -108,16 +121,31 @@ def tiers(
         process,
         added,
         UncertaintyBand(
-            process - doubt - slack,
-            process + doubt + int(slack * SLACK_UNCERTAINTY) + CONTEXT_UNCERTAINTY_BYTES,
+            process - doubt - slack - (context - context_low),
+            process + doubt + int(slack * SLACK_UNCERTAINTY) + (context_high - context),
             reason,
         ),
     )
 
 
-def context_bytes(execution: ExecutionConfig) -> int:
-    """Return the bytes of the CUDA context on the run's GPU. GPUs that were not measured count as a T4."""
-    return A100_CONTEXT_BYTES if execution.capability == (8, 0) else CONTEXT_BYTES
+def context_range(execution: ExecutionConfig) -> tuple[int, int, int]:
+    """Return the least, the expected and the most bytes of the CUDA context with its kernels.
+
+    Measured on a T4 and an A100. For others the middle of what is calculated from their multiprocessors;
+    where these are unknown, a T4's, and at most that of the largest GPU of the compute capability.
+    """
+    count, capability = execution.multiprocessors, execution.capability
+    if capability == (8, 0):
+        count = count or 108
+    (least, most), kernels = CONTEXT_MIB_PER_MULTIPROCESSOR, KERNELS_MIB[capability >= BFLOAT16_CAPABILITY]
+    low = int((least * (count or 40) + kernels[0]) * MIB)
+    largest = count or MULTIPROCESSORS.get(capability)
+    if largest is None:
+        return low, T4_CONTEXT_BYTES, T4_CONTEXT_BYTES + UNKNOWN_CONTEXT_BYTES
+    high = int((most * largest + kernels[1]) * MIB)
+    if capability == (8, 0):
+        return low, A100_CONTEXT_BYTES, max(high, A100_CONTEXT_BYTES)
+    return low, T4_CONTEXT_BYTES if count is None else (low + high) // 2, high
 
 
 def _on_cpu(

@@ -186,6 +186,9 @@ def _as_estimated(device: ComputeDevice) -> EstimatedDevice:
     return EstimatedDevice(
         kind=device.kind,
         capability=torch.cuda.get_device_capability(device.torch_device) if cuda else (0, 0),
+        multiprocessors=torch.cuda.get_device_properties(device.torch_device).multi_processor_count
+        if cuda
+        else None,
         native_bfloat16=device.dtype == torch.bfloat16,
         cuda_libraries=torch_is_for_cuda(),
         liger=cuda and liger_is_installed(),

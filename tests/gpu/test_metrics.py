@@ -69,3 +69,10 @@ def test_programs_cannot_have_what_the_driver_reserves(
 )
 def test_throttle_reasons_in_words(bits: int, words: tuple[str, ...]) -> None:
     assert describe_throttle(bits) == words
+
+
+def test_cores_say_how_many_multiprocessors_there_are() -> None:
+    chips = {(5888, "8.6"): 46, (6912, "8.0"): 108, (2560, "7.5"): 40, (None, "8.9"): None, (16, None): None}
+    for (cores, capability), multiprocessors in chips.items():
+        gpu = GpuDevice(0, "GPU", None, None, capability, None, cores=cores)
+        assert gpu.multiprocessors == multiprocessors

@@ -27,7 +27,7 @@ from qlora_tui.memory import (
 from qlora_tui.memory.budget import budget_for
 from qlora_tui.memory.estimate import LOADING, cached_estimate, why_int8_is_larger
 from qlora_tui.memory.layout import build_layout
-from qlora_tui.memory.levels import CUDA_LIBRARIES_BYTES
+from qlora_tui.memory.levels import CUDA_LIBRARIES_BYTES, context_range
 from qlora_tui.memory.parameter_memory import optimizer_step_bytes
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, RecipeOptimizer, Training
@@ -35,7 +35,7 @@ from tests.catalog.configs import config
 from tests.memory.models import qwen_7b, tinyllama
 from tests.support.counting import count_allocations
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 
 
 def test_items_add_up_to_what_must_be_free() -> None:
@@ -366,3 +366,26 @@ def test_heads_that_flash_does_not_train_use_another_kernel(capability: tuple[in
     execution = trainer_execution(Recipe(), Device(capability=capability), architecture)
     block = build_layout(Recipe(), architecture, execution).blocks[0]
     assert (block.kernel, block.heads.samples > 0) == (kernel, kernel == "flash")
+
+
+@pytest.mark.parametrize(
+    ("capability", "multiprocessors", "low", "expected", "high"),
+    [
+        pytest.param((7, 5), 40, 125, 140, 155, id="T4, measured 133 to 147"),
+        pytest.param((8, 0), 108, 325, 522, 543, id="A100, measured 522"),
+        pytest.param((8, 6), 28, 89, 190, 291, id="RTX 3060"),
+        pytest.param((8, 9), 128, 384, 495, 606, id="RTX 4090"),
+        pytest.param((12, 0), 170, 508, 623, 738, id="RTX 5090"),
+        pytest.param((8, 6), None, 125, 141, 467, id="an RTX 30 with any number"),
+        pytest.param((10, 3), None, 125, 141, 541, id="a GPU that is not known"),
+    ],
+)
+def test_the_context_grows_with_the_multiprocessors(
+    capability: tuple[int, int], multiprocessors: int | None, low: int, expected: int, high: int
+) -> None:
+    device = Device(capability=capability, multiprocessors=multiprocessors)
+    execution = trainer_execution(Recipe(), device)
+    assert [size // MIB for size in context_range(execution)] == [low, expected, high]
+    estimated = estimate(Recipe(), qwen_7b(), device=device)
+    assert estimated.bytes_of("context") // MIB == expected
+    assert f"a CUDA context of {low}" in estimated.band.reason
