@@ -166,6 +166,11 @@ def _print_result(result: CommandResult, *, as_json: bool) -> int:
 
 
 def _report_bug(error: Exception) -> int:
+    from qlora_tui.gpu.cuda_errors import cuda_problem
+
+    if (problem := cuda_problem(error)) is not None:
+        print(f"qlora-tui: {problem}", file=sys.stderr)
+        return problem.exit_code
     print(f"qlora-tui: {INTERNAL_ERROR}: {type(error).__name__}: {error}", file=sys.stderr)
     try:
         log = paths.log_path()

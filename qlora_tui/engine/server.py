@@ -39,6 +39,7 @@ from qlora_tui.engine.protocol import (
     encode,
 )
 from qlora_tui.errors import INTERNAL_ERROR, UserError
+from qlora_tui.gpu.cuda_errors import cuda_problem
 from qlora_tui.gpu.library_imports import faster_imports
 
 if TYPE_CHECKING:
@@ -109,7 +110,8 @@ class Server:
         except UserError as problem:
             reply = Failure.of(problem)
         except Exception as error:
-            reply = _internal_error(error)
+            problem_of_gpu = cuda_problem(error)
+            reply = Failure.of(problem_of_gpu) if problem_of_gpu else _internal_error(error)
         self._send(number, reply)
         if reply.final:
             del self._active[number]

@@ -6,6 +6,7 @@
 ``nvml``             ``Nvml``: the driver of NVIDIA GPUs, the only one supported
 ``visible_devices``  which GPU torch will use, of several: the user's choice, or the one with the most memory
 ``torch_on_gpu``     whether the installed torch can use it, and if not, why and what to install
+``cuda_errors``      errors of CUDA that the user can do something about
 ``metrics_sampler``  ``MetricsSampler``: a thread that reads a GPU every second
 ``wsl``              whether this is WSL2, and what is unsafe there
 ``torch_env``        environment variables and warning filters to set before torch is imported

@@ -80,19 +80,18 @@ def torch_problem(gpu: GpuDevice | None) -> UserError | None:
             f"The GPU is {gpu.short_name if gpu else 'from NVIDIA'}, and the installed torch {torch.version} "
             f"is built for {built}.",
             "Runs would train on the CPU, many times slower.",
-            _install_fix(_build_for(gpu.capability, parse_version(gpu.cuda_version)) if gpu else ""),
+            install_fix(gpu),
         )
     if gpu is None:
         return None
     driver_cuda, capability = parse_version(gpu.cuda_version), gpu.capability
     if driver_cuda is not None and driver_cuda[0] < torch.cuda[0]:
         needed = _DRIVERS.get(torch.cuda[0], "")
-        other_build = _install_fix(_build_for(capability, driver_cuda))
         return _problem(
             f"Driver {gpu.driver or ''} supports CUDA {gpu.cuda_version}, and the installed torch "
             f"{torch.version} is built with CUDA {_dotted(torch.cuda)}.",
             f"CUDA {torch.cuda[0]} needs a newer driver{f', {needed} or later' if needed else ''}.",
-            f"Update the driver, or: {other_build}",
+            f"Update the driver, or: {install_fix(gpu)}",
         )
     if capability is not None and (why := _why_not_compiled(capability, torch.cuda)):
         return _no_code(gpu.short_name, capability, why, driver_cuda or torch.cuda)
@@ -141,14 +140,20 @@ def why_on_the_cpu() -> UserError | None:
     return torch_problem(gpu) or _problem(
         f"The driver reports {gpu.short_name if gpu else 'a GPU'}, and the installed torch "
         f"{torch.version if torch else ''} finds none.",
-        "Driver and torch may not fit together, or the container has no access to the GPU.",
-        "`qlora-tui doctor` tries both.",
+        "The driver was left broken by a suspend or an update, or a container has no access to the GPU.",
+        "After a suspend: `sudo modprobe -r nvidia_uvm && sudo modprobe nvidia_uvm`; otherwise reboot.",
     )
 
 
 def with_cpu_choice(error: GpuUnavailableError) -> UserError:
     """Return the error that refuses a run for a GPU that cannot be read."""
     return UserError(error.title, what=error.what, why=error.why, fix=f"{error.fix} {ON_THE_CPU}")
+
+
+def install_fix(gpu: GpuDevice | None) -> str:
+    """Return which torch to install for a GPU and its driver, in a sentence; None: for one not known."""
+    build = "" if gpu is None else _build_for(gpu.capability, parse_version(gpu.cuda_version))
+    return _install_fix(build)
 
 
 def _problem(what: str, why: str, fix: str) -> UserError:

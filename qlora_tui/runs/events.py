@@ -21,6 +21,8 @@ ALL_STEPS_DONE = "all steps done"
 """Reason of a run that ended as its recipe says."""
 STEP_PHASES: frozenset[Phase] = frozenset(("training", "evaluating", "saving"))
 """Phases that a run alternates between, from its first step to its last."""
+GPU_LOST = "gpu_lost"
+"""Kind of :class:`Health` where the driver lost the GPU."""
 PREPARING_PHASES: frozenset[Phase] = frozenset(("loading", "converting", "tokenizing"))
 """Phases before the first batch is computed: their memory does not depend on the batch."""
 
@@ -286,7 +288,7 @@ class Health(Event, tag="health", frozen=True, kw_only=True):
 
     kind: str
     """``nan_loss`` (of loss or gradient norm), ``exploding_gradient``, ``gradients_overflow``, ``plateau``,
-    ``gpu_idle``, ``throttled``, ``disk_full``…"""
+    ``gpu_idle``, ``gpu_lost``, ``throttled``, ``disk_full``…"""
     severity: Literal["warning", "error"]
     evidence: str
     remedy: str
@@ -329,7 +331,7 @@ class Failed(Event, tag="failed", frozen=True, kw_only=True):
     """Phase in which memory ran out; None for other failures, and where it is unknown."""
 
     @classmethod
-    def from_problem(cls, problem: UserError, *, at: float, exit_code: int) -> Failed:
+    def from_problem(cls, problem: UserError, *, at: float, exit_code: int | None) -> Failed:
         """Record an exception as the event."""
         return cls(
             at=at,

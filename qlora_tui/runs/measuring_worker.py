@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qlora_tui.errors import UserError
+from qlora_tui.gpu.cuda_errors import cuda_problem
 from qlora_tui.gpu.torch_env import allocator_variables, configure_torch_env
 from qlora_tui.locks import PATIENCE_S, locked
 from qlora_tui.runs.directory import RunDir
@@ -31,6 +32,12 @@ def run_measurement(folder: Path, measure: Callable[[RunDir], None]) -> int:
     except UserError as problem:
         send_error(problem)
         return problem.exit_code
+    except RuntimeError as error:
+        problem_of_gpu = cuda_problem(error)
+        if problem_of_gpu is None:
+            raise
+        send_error(problem_of_gpu)
+        return problem_of_gpu.exit_code
     return 0
 
 

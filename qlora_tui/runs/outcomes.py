@@ -13,15 +13,27 @@ from contextlib import suppress
 from qlora_tui.data.template_guard import HANG_SIGNAL, hung_template
 from qlora_tui.errors import EXIT_DISK, UserError
 from qlora_tui.formatting import format_bytes
+from qlora_tui.gpu.cuda_errors import OUT_OF_MEMORY, CudaError, describe, error_in_log, sentence_in_log
+from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter, events_backwards
-from qlora_tui.runs.events import Failed, Finished, Paused, Queued, RunEnded, Started, Stopped
+from qlora_tui.runs.events import (
+    GPU_LOST,
+    Failed,
+    Finished,
+    Health,
+    Paused,
+    Queued,
+    RunEnded,
+    Started,
+    Stopped,
+)
 from qlora_tui.runs.memory_advice import describe_fix, last_phase
 from qlora_tui.runs.retry import last_plan
 from qlora_tui.runs.status import State, Status, read_status, write_status
 from qlora_tui.runs.telemetry import TelemetryTail
-from qlora_tui.runs.trainer_log import bitsandbytes_out_of_memory, quote_log_end
+from qlora_tui.runs.trainer_log import last_cuda_line, quote_log_end
 from qlora_tui.runs.view import RunView
 
 _STEPS = 64
@@ -62,6 +74,15 @@ def determine_outcome(
         )
     if exit_code == -HANG_SIGNAL:
         return Failed.from_problem(hung_template("The trainer process"), at=now, exit_code=exit_code)
+    # SIGABRT: C++ ends a process so, where CUDA fails while an exception is handled.
+    may_be_cuda = exit_code == -signal.SIGABRT or (exit_code or 0) > 0
+    cuda_line = last_cuda_line(run, log_from) if may_be_cuda and log_from is not None else ""
+    if sentence_in_log(cuda_line).startswith(OUT_OF_MEMORY):
+        what = "A library found no free GPU memory and ended the trainer."
+        return _out_of_memory(run, what, f"Its message: {cuda_line.strip()}.", exit_code, now)
+    problem = gpu_problem(run, error_in_log(cuda_line)) if exit_code != 0 else None
+    if problem is not None:
+        return Failed.from_problem(problem, at=now, exit_code=exit_code)
     if exit_code is None or exit_code < 0:
         by = "" if exit_code is None else f" by {_signal_name(-exit_code)}"
         what = f"The trainer process was ended{by} before it could save."
@@ -94,10 +115,6 @@ def determine_outcome(
             kind="problem",
             exit_code=exit_code,
         )
-    shortage = "" if log_from is None else bitsandbytes_out_of_memory(run, log_from)
-    if shortage:
-        what = "bitsandbytes found no free GPU memory and ended the trainer."
-        return _out_of_memory(run, what, f"Its message: {shortage}.", exit_code, now)
     return Failed(
         at=now,
         title="The trainer ended without a message",
@@ -145,7 +162,37 @@ def record_outcome(run: RunDir, ending: RunEnded, *, events_from: int | None = N
     )
 
 
-def _out_of_memory(run: RunDir, what: str, why: str, exit_code: int, now: float) -> Failed:
+def gpu_problem(run: RunDir, error: CudaError | None) -> UserError | None:
+    """Return what the GPU did to an attempt at a run, and how to go on; None where that did not end it.
+
+    Args:
+        run: its events say whether the driver lost the GPU.
+        error: what CUDA reported, if anything.
+    """
+    if _gpu_was_lost(run):
+        problem: UserError = GpuUnavailableError(GpuUnavailableReason.LOST)
+        fix = "Reboot; `sudo dmesg | grep -i xid` shows the driver's messages."
+    elif error is not None:
+        problem = describe(error)
+        fix = problem.fix
+    else:
+        return None
+    where = "continues from the last checkpoint" if run.checkpoints() else "starts the run again"
+    fix = f"{fix} `qlora-tui resume {run.id}` then {where}."
+    return UserError(problem.title, what=problem.what, why=problem.why, fix=fix)
+
+
+def _gpu_was_lost(run: RunDir) -> bool:
+    """Return whether the driver lost the GPU during the last attempt."""
+    for event in events_backwards(run.events_path):
+        if isinstance(event, Started | Queued):
+            break
+        if isinstance(event, Health) and event.kind == GPU_LOST:
+            return True
+    return False
+
+
+def _out_of_memory(run: RunDir, what: str, why: str, exit_code: int | None, now: float) -> Failed:
     """Failure of a trainer that was ended for lack of memory before it could say so."""
     recipe: Recipe | None = None
     with suppress(UserError):

@@ -6,16 +6,13 @@ length: only its end is read.
 
 from __future__ import annotations
 
-import re
-
+from qlora_tui.gpu.cuda_errors import sentence_in_log
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import read_from
 
 _LOG_BYTES = 1 << 16
 _LOG_LINES = 3
 """Lines of the log to quote."""
-_BITSANDBYTES_OUT_OF_MEMORY = re.compile(r"Error out of memory at line \d+ in file \S.*")
-"""What bitsandbytes writes before it calls ``exit(1)`` (``csrc/compat.cuh``, ``BNB_CHECK_RETURN``)."""
 
 
 def log_size(run: RunDir) -> int:
@@ -34,15 +31,15 @@ def quote_log_end(run: RunDir) -> str:
     return " / ".join(lines[-_LOG_LINES:]) or "(empty)"
 
 
-def bitsandbytes_out_of_memory(run: RunDir, log_from: int) -> str:
-    """Return bitsandbytes' message that CUDA is out of memory; empty if it is not in the log.
+def last_cuda_line(run: RunDir, log_from: int) -> str:
+    """Return the line with which a library ended the trainer for an error of CUDA; empty without one.
 
     Args:
         run: The run, whose trainer has exited.
         log_from: Size of the log when the trainer was started: earlier attempts do not count.
     """
     lines = _last_lines(run, log_from) or []
-    return next((line for line in reversed(lines) if _BITSANDBYTES_OUT_OF_MEMORY.fullmatch(line)), "")
+    return next((line for line in reversed(lines) if sentence_in_log(line)), "")
 
 
 def _last_lines(run: RunDir, log_from: int) -> list[str] | None:

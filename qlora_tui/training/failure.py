@@ -6,13 +6,15 @@ import errno
 import re
 import time
 
-from qlora_tui.errors import EXIT_DISK, UserError, disk_problem
+from qlora_tui.errors import EXIT_DISK, EXIT_FAILURE, UserError, disk_problem
 from qlora_tui.formatting import format_bytes
+from qlora_tui.gpu.cuda_errors import cuda_error
 from qlora_tui.memory import Estimate
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Failed, Phase
 from qlora_tui.runs.memory_advice import describe_fix, last_phase
+from qlora_tui.runs.outcomes import gpu_problem
 from qlora_tui.training.disk_errors import disk_error
 
 _MEMORY_WORDS = (
@@ -36,6 +38,9 @@ def failure_event(
         return _out_of_memory(error, last_phase(run), recipe, estimate, now)
     if isinstance(error, UserError):
         return Failed.from_problem(error, at=now, exit_code=error.exit_code)
+    gpu = gpu_problem(run, cuda_error(error))
+    if gpu is not None:
+        return Failed.from_problem(gpu, at=now, exit_code=EXIT_FAILURE)
     on_disk = disk_error(error)
     problem = on_disk and disk_problem(on_disk, run.path)
     if problem:

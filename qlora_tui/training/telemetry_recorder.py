@@ -10,11 +10,12 @@ from typing import Any
 import psutil
 
 from qlora_tui.files import open_append
-from qlora_tui.gpu.errors import GpuUnavailableError
+from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.gpu.metrics_sampler import MetricsSampler
 from qlora_tui.gpu.visible_devices import default_cuda_device
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.events import GPU_LOST
 from qlora_tui.runs.telemetry import Reading, encode
 from qlora_tui.training.health import GpuMonitor
 from qlora_tui.training.reporter import Reporter
@@ -59,6 +60,8 @@ class TelemetryRecorder:
 
     def _on_reading(self, reading: GpuMetrics | GpuUnavailableError) -> None:
         if isinstance(reading, GpuUnavailableError):
+            if reading.reason is GpuUnavailableReason.LOST:
+                self._reporter.health(GPU_LOST, f"{reading.what} {reading.why}", reading.fix, error=True)
             self._write(None)
             return
         for finding in self._watch.check(reading, time.monotonic()):

@@ -166,6 +166,17 @@ def test_a_bug_is_shown_once_without_a_writable_log(
     assert said.count("Traceback") == 1
 
 
+def test_a_gpu_that_fails_is_no_bug(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(run: object) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr("qlora_tui.cli.runs.find_run", broken)
+    assert main(["pause", "x"]) == 1
+    assert capsys.readouterr().err.startswith("qlora-tui: The GPU stopped computing: ")
+
+
 @pytest.fixture
 def no_runner(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runners that end at once; how many were started."""

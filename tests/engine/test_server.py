@@ -65,6 +65,17 @@ def test_an_unexpected_error_is_reported_and_the_engine_continues(ended: threadi
     assert (second.number, second.reply) == (2, Unloaded())
 
 
+def test_a_gpu_that_fails_is_no_internal_error(
+    ended: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(server: Server, on_status: object) -> object:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(Broken, "_with_torch", fail)
+    (reply,) = served(Broken, RequestEnvelope(1, LOAD))
+    assert isinstance(reply.reply, Failure) and reply.reply.title == "The GPU stopped computing"
+
+
 def test_nonsense_on_stdin_ends_the_engine(ended: threading.Event) -> None:
     questions = io.BytesIO(b"not json\n")
     threading.Thread(target=Server(questions, io.BytesIO()).run, daemon=True).start()

@@ -20,7 +20,7 @@ from qlora_tui.recipe.schema import Model, Recipe
 from qlora_tui.runs import memory_advice
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.event_log import EventWriter
-from qlora_tui.runs.events import Failed, PhaseChanged, Started
+from qlora_tui.runs.events import GPU_LOST, Failed, Health, PhaseChanged, Started
 from qlora_tui.runs.outcomes import determine_outcome
 from qlora_tui.runs.telemetry import Reading, encode
 from tests.tui.workstation import config_of
@@ -90,6 +90,7 @@ def test_a_process_killed_for_memory_is_reported_with_its_size(run: RunDir) -> N
     assert isinstance(other, Failed) and other.kind == "killed"
 
 
+NO_CODE, LOST = "No code for this GPU", "The GPU stopped computing"
 SHORTAGE = "Error out of memory at line 88 in file /src/csrc/ops.cu"
 
 
@@ -98,6 +99,41 @@ def test_a_trainer_that_bitsandbytes_ended_is_out_of_memory(run: RunDir) -> None
     ending = determine_outcome(run, 1, log_from=0)
     assert isinstance(ending, Failed) and ending.kind == "out_of_memory" and ending.exit_code == 1
     assert SHORTAGE in ending.why and "micro_batch_size" in ending.fix
+
+
+@pytest.mark.parametrize(
+    ("line", "exit_code", "title"),
+    [
+        (
+            "Error no kernel image is available for execution on the device at line 62 in file /s/ops.cu",
+            1,
+            NO_CODE,
+        ),
+        ("  what():  CUDA error: unspecified launch failure", -signal.SIGABRT, LOST),
+        ("  what():  CUDA error: unspecified launch failure", -signal.SIGTERM, "The trainer was killed"),
+        ("  what():  CUDA error: out of memory", -signal.SIGABRT, "Out of memory"),
+        ("Error invalid argument at line 62 in file /s/ops.cu", 1, "The trainer ended without a message"),
+    ],
+)
+def test_a_library_that_ends_the_trainer_is_understood(
+    run: RunDir, line: str, exit_code: int, title: str
+) -> None:
+    run.log_path.write_text(f"{line}\n")
+    ending = determine_outcome(run, exit_code, log_from=0)
+    assert isinstance(ending, Failed) and ending.title == title
+    assert (ending.kind == "problem") == (title in (NO_CODE, LOST))
+    assert (f"resume {run.id}" in ending.fix) == (title in (NO_CODE, LOST, "The trainer was killed"))
+
+
+def test_a_gpu_that_the_driver_lost_ends_its_attempt(run: RunDir) -> None:
+    with EventWriter(run.events_path) as log:
+        log.append(Health(at=1.0, kind=GPU_LOST, severity="error", evidence="Lost.", remedy="Reboot."))
+        ending = determine_outcome(run, -signal.SIGKILL)
+        assert isinstance(ending, Failed) and (ending.title, ending.kind) == ("GPU lost", "problem")
+        assert f"resume {run.id}" in ending.fix
+        log.append(Started(at=2.0, attempt=2, pid=1))
+    killed = determine_outcome(run, -signal.SIGKILL)
+    assert isinstance(killed, Failed) and killed.kind == "killed"
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,22 @@ from pathlib import Path
 
 import pytest
 
+from qlora_tui.gpu import cuda_errors
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.event_log import EventWriter
-from qlora_tui.runs.events import PhaseChanged
+from qlora_tui.runs.event_log import EventTail, EventWriter
+from qlora_tui.runs.events import Health, PhaseChanged
 from qlora_tui.training.failure import failure_event
+from qlora_tui.training.reporter import Reporter
+from qlora_tui.training.telemetry_recorder import TelemetryRecorder
+from tests.support.nvml_stub import install_nvml_stub
+from tests.support.polling import wait_for
 
 CPU = (
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
     "allocate 56623104 bytes. Error code 12 (Cannot allocate memory)"
 )
+BUG = "Unexpected error in the trainer"
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB."
 
 
@@ -37,6 +43,63 @@ def test_out_of_memory_records_the_phase_of_the_attempt(tmp_path: Path) -> None:
     ending = failure_event(RuntimeError(OUT_OF_MEMORY), run, Recipe(), None)
     assert ending.phase == "loading" and "smaller model" in ending.fix
     assert failure_event(RuntimeError("bug"), run, Recipe(), None).phase is None
+
+
+class AcceleratorError(RuntimeError):
+    """torch's, with CUDA's code."""
+
+    error_code = 719
+
+
+@pytest.mark.parametrize(
+    ("error", "title"),
+    [
+        (AcceleratorError("in words of a later version"), "The GPU stopped computing"),
+        (RuntimeError("CUDA error: unspecified launch failure\nCompile with…"), "The GPU stopped computing"),
+        (RuntimeError("CUDA driver error: unknown error"), "The GPU stopped computing"),
+        (
+            RuntimeError("Triton Error [CUDA]: the launch timed out and was terminated"),
+            "The GPU stopped computing",
+        ),
+        (
+            RuntimeError("CUDA error: no kernel image is available for execution on the device"),
+            "No code for this GPU",
+        ),
+        (RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"), "The GPU is busy"),
+        (
+            RuntimeError("Unexpected error from x. Error 802: system not yet initialized"),
+            "The GPUs are not ready",
+        ),
+        (
+            RuntimeError("CUDA error: CUDA driver version is insufficient for CUDA runtime version"),
+            "The NVIDIA driver does not fit",
+        ),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), BUG),
+        (RuntimeError("CUDA error: device-side assert triggered"), BUG),
+        (RuntimeError("unknown error"), BUG),
+    ],
+)
+def test_what_cuda_reports_says_how_to_go_on(tmp_path: Path, error: RuntimeError, title: str) -> None:
+    ending = failure_event(error, RunDir(tmp_path), None, None)
+    assert (ending.title, ending.kind) == (title, "bug" if title == BUG else "problem")
+    assert (f"resume {tmp_path.name}" in ending.fix) == (title != BUG)
+
+
+def test_a_gpu_lost_in_a_suspend_is_called_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_errors, "_suspended_before_s", cuda_errors._suspended_s() - 60)
+    assert "suspended" in failure_event(AcceleratorError(), RunDir(tmp_path), None, None).what
+
+
+def test_a_gpu_that_the_driver_loses_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvml_stub(monkeypatch, "lost_later", lost_after=12)
+    run = RunDir(tmp_path)
+    reporter = Reporter(run)
+    recorder = TelemetryRecorder(run, reporter)
+    recorder.start(on_gpu=True)
+    wait_for(lambda: any(isinstance(event, Health) for event in EventTail(run.events_path).drain()))
+    recorder.stop()
+    ending = failure_event(RuntimeError("whatever follows"), run, None, None)
+    assert (ending.title, ending.kind) == ("GPU lost", "problem")
 
 
 def test_what_onednn_cannot_do_is_no_lack_of_memory(tmp_path: Path) -> None:

@@ -1,0 +1,162 @@
+"""Errors of CUDA that are no bug of a program: what they mean, and what the user can do about them.
+
+CUDA names an error by a code and by a sentence that has not changed between its versions. torch gives the
+code from 2.8 on (``torch.AcceleratorError``); older versions, Triton and bitsandbytes give the sentence.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from enum import Enum
+from typing import NamedTuple
+
+from qlora_tui.errors import UserError
+from qlora_tui.gpu.errors import ErrorText, GpuUnavailableError
+from qlora_tui.gpu.torch_on_gpu import install_fix
+from qlora_tui.gpu.visible_devices import default_cuda_device
+from qlora_tui.installation import install_command
+
+OUT_OF_MEMORY = "out of memory"
+"""CUDA's sentence for ``cudaErrorMemoryAllocation``."""
+_SENTENCE = re.compile(r"(?:CUDA (?:driver )?error|Triton Error \[CUDA\]|Error \d+): (.+)")
+_BITSANDBYTES = re.compile(r"Error (.+) at line \d+ in file \S.*")
+"""What bitsandbytes writes before it calls ``exit(1)`` (``csrc/compat.cuh``, ``BNB_CHECK_RETURN``)."""
+_TERMINATED = re.compile(r"\s*what\(\):\s+CUDA (?:driver )?error: (.+)")
+"""What C++ writes before it aborts, where an error of CUDA is thrown while another one is handled."""
+_SUSPENSION_S = 1.0
+"""Time that the two clocks of the kernel may differ by without a suspension."""
+
+
+class CudaFailure(Enum):
+    """Kinds of errors that the user can do something about."""
+
+    NO_CODE = "no code"
+    DRIVER = "driver"
+    BUSY = "busy"
+    NOT_READY = "not ready"
+    LOST = "lost"
+
+
+_FAILURES = {
+    3: (CudaFailure.DRIVER, "initialization error"),
+    35: (CudaFailure.DRIVER, "CUDA driver version is insufficient for CUDA runtime version"),
+    46: (CudaFailure.BUSY, "CUDA-capable device(s) is/are busy or unavailable"),
+    100: (CudaFailure.DRIVER, "no CUDA-capable device is detected"),
+    209: (CudaFailure.NO_CODE, "no kernel image is available for execution on the device"),
+    214: (CudaFailure.LOST, "uncorrectable ECC error encountered"),
+    220: (CudaFailure.LOST, "uncorrectable NVLink error detected during the execution"),
+    222: (CudaFailure.DRIVER, "the provided PTX was compiled with an unsupported toolchain."),
+    702: (CudaFailure.LOST, "the launch timed out and was terminated"),
+    719: (CudaFailure.LOST, "unspecified launch failure"),
+    802: (CudaFailure.NOT_READY, "system not yet initialized"),
+    803: (CudaFailure.DRIVER, "system has unsupported display driver / cuda driver combination"),
+    804: (CudaFailure.DRIVER, "forward compatibility was attempted on non supported HW"),
+    999: (CudaFailure.LOST, "unknown error"),
+}
+"""Kind and sentence of each code, ``cudaError_t`` in ``driver_types.h``. Wrong addresses and assertions are
+left out: they are bugs."""
+
+
+class CudaError(NamedTuple):
+    """An error of CUDA that the user can do something about."""
+
+    failure: CudaFailure
+    sentence: str
+    """CUDA's own."""
+
+
+_TEXTS = {
+    CudaFailure.NO_CODE: ErrorText(
+        "No code for this GPU",
+        "torch or bitsandbytes has no code that this GPU can run.",
+        "It is built for GPUs of other compute capabilities.",
+        "{torch} If that does not help: `{bitsandbytes}`.",
+    ),
+    CudaFailure.DRIVER: ErrorText(
+        "The NVIDIA driver does not fit",
+        "CUDA could not use the driver.",
+        "It is older than a library needs, was updated without a reboot, or was left broken by a suspend.",
+        "Reboot. If that does not help, `qlora-tui doctor` compares driver and libraries.",
+    ),
+    CudaFailure.BUSY: ErrorText(
+        "The GPU is busy",
+        "CUDA could not get the GPU.",
+        "Another program has it in exclusive mode, or it is being reset.",
+        "Close the program that `nvidia-smi` lists, or share the GPU: `sudo nvidia-smi -c DEFAULT`.",
+    ),
+    CudaFailure.NOT_READY: ErrorText(
+        "The GPUs are not ready",
+        "CUDA waits for the service that connects the GPUs of this machine.",
+        "NVIDIA's fabric manager does not run.",
+        "Start it: `sudo systemctl start nvidia-fabricmanager`.",
+    ),
+    CudaFailure.LOST: ErrorText(
+        "The GPU stopped computing",
+        "The GPU was reset or lost while it computed.",
+        "Usual causes: power supply, heat, overclocked memory, a suspended machine, or the driver.",
+        "`sudo dmesg | grep -i xid` shows what the driver said. If `nvidia-smi` fails too, reboot.",
+    ),
+}
+
+
+def cuda_error(error: BaseException) -> CudaError | None:
+    """Return what an exception says of CUDA; None where it is no such error, or one for a bug report."""
+    code = getattr(error, "error_code", None)
+    if isinstance(code, int) and code in _FAILURES:
+        return CudaError(*_FAILURES[code])
+    match = _SENTENCE.search(str(error))
+    return _by_sentence(match[1]) if match else None
+
+
+def sentence_in_log(line: str) -> str:
+    """Return CUDA's sentence in a line that a library wrote before it ended the process; or an empty text."""
+    match = _BITSANDBYTES.fullmatch(line) or _TERMINATED.fullmatch(line)
+    return match[1] if match else ""
+
+
+def error_in_log(line: str) -> CudaError | None:
+    """Return the error in a line that a library wrote before it ended the process; None without one."""
+    return _by_sentence(sentence_in_log(line))
+
+
+def describe(error: CudaError) -> UserError:
+    """Return the error in words, without how to go on with a run."""
+    text = _TEXTS[error.failure]
+    why = f'CUDA says: "{error.sentence}". {text.why}'
+    if error.failure in (CudaFailure.LOST, CudaFailure.DRIVER) and was_suspended():
+        what = "The machine was suspended while the GPU computed, and the GPU lost what it held."
+        return UserError(text.title, what=what, why=f'CUDA says: "{error.sentence}".', fix=text.fix)
+    fix = text.fix
+    if error.failure is CudaFailure.NO_CODE:
+        try:
+            gpu = default_cuda_device()
+        except GpuUnavailableError:
+            gpu = None
+        fix = fix.format(torch=install_fix(gpu), bitsandbytes=install_command("bitsandbytes"))
+    return UserError(text.title, what=text.what, why=why, fix=fix)
+
+
+def cuda_problem(error: BaseException) -> UserError | None:
+    """Return an exception that CUDA raised in words; None where it is a bug, or not of CUDA."""
+    reported = cuda_error(error)
+    return None if reported is None else describe(reported)
+
+
+def was_suspended() -> bool:
+    """Return whether the machine was suspended since this process started."""
+    return _suspended_s() - _suspended_before_s > _SUSPENSION_S
+
+
+def _by_sentence(sentence: str) -> CudaError | None:
+    matches = (known for known in _FAILURES.values() if sentence.startswith(known[1]))
+    return next((CudaError(*known) for known in matches), None)
+
+
+def _suspended_s() -> float:
+    """Return how long the machine was suspended so far: one clock of the kernel counts it, one does not."""
+    clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+    return time.clock_gettime(clock) - time.monotonic()
+
+
+_suspended_before_s = _suspended_s()
