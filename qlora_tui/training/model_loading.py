@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qlora_tui.catalog.config_parser import load_config, parse_architecture
 from qlora_tui.catalog.model_validation import is_mxfp4
@@ -27,6 +27,7 @@ from qlora_tui.training.clean_files import model_view
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.dropout import draws_random_numbers
 from qlora_tui.training.failure import is_out_of_memory
+from qlora_tui.training.heap import release_gpu_memory
 from qlora_tui.training.kernel_publishers import pin_publisher
 
 ProgressCallback: TypeAlias = Callable[[int, int], None]
@@ -50,20 +51,19 @@ def load_base(
     Args:
         folder: from ``catalog.local_models.resolve_model``.
         on_progress: called with the number of tensors loaded, and of all.
-        to_host: leave it in host memory, quantized there unless it was stored by a load to the device.
+        to_host: leave it in host memory, quantized on the device weight by weight.
 
     Raises:
         UserError: it cannot be loaded.
     """
     quantization = _quantization_config(recipe.quantization, device)
     stored = quantized_cache.cache_path(folder, recipe, device)
-    if to_host:
-        on_host = replace(device, torch_device=torch.device("cpu"))
-        if not quantized_cache.is_stored(stored):
-            stored = quantized_cache.cache_path(folder, recipe, on_host)
-        device = on_host
+    quantizes_here: AbstractContextManager[None] = nullcontext()
+    if to_host and device.kind == "cuda":
+        quantizes_here = quantized_on(device.torch_device)
+        device = replace(device, torch_device=torch.device("cpu"))
     model = None
-    with _expert_quantization(folder, recipe):
+    with _expert_quantization(folder, recipe), quantizes_here:
         if stored is not None and quantized_cache.is_stored(stored):
             model = _load_stored(stored, device, attention_path, on_progress)
         is_mapped = model is not None
@@ -79,6 +79,36 @@ def load_base(
     if device.kind == "cpu" and quantization is not None and not is_mapped:
         _detach_from_mmap(model)
     return freeze(model)
+
+
+@contextmanager
+def quantized_on(device: torch.device) -> Iterator[None]:
+    """Quantize the weights of a base that is loaded to host memory inside on a GPU, one after another.
+
+    A CPU takes minutes for an 8B and hours for a 70B. Each weight is copied to the GPU, and what the kernel
+    makes of it is copied back: the bits of a base that is loaded to the GPU.
+    """
+    from bitsandbytes import functional
+
+    four_bit, eight_bit = functional.quantize_4bit, functional.int8_vectorwise_quant
+
+    def quantize_4bit(weight: Tensor, *args: Any, **options: Any) -> Any:
+        packed, state = four_bit(weight.to(device), *args, **options)
+        state.to(weight.device)
+        return packed.to(weight.device), state
+
+    def int8_vectorwise_quant(weight: Tensor, *args: Any, **options: Any) -> Any:
+        results = eight_bit(weight.to(device), *args, **options)
+        return tuple(each.to(weight.device) if isinstance(each, Tensor) else each for each in results)
+
+    functional.quantize_4bit = quantize_4bit
+    functional.int8_vectorwise_quant = int8_vectorwise_quant
+    try:
+        yield
+    finally:
+        functional.quantize_4bit, functional.int8_vectorwise_quant = four_bit, eight_bit
+        # The streamed layers' memory is not cut from what weights were copied to.
+        release_gpu_memory()
 
 
 def _expert_quantization(folder: Path, recipe: Recipe) -> AbstractContextManager[None]:

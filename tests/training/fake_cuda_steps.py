@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from qlora_tui.training import chunked_loss, equivalence_checks, model_loading, varlen_attention
+from qlora_tui.recipe.schema import Model, Quantization, Recipe
+from qlora_tui.training import (
+    chunked_loss,
+    equivalence_checks,
+    model_loading,
+    quantized_cache,
+    varlen_attention,
+)
 from qlora_tui.training.batches import mask_all_labels, on_device
+from qlora_tui.training.compute_device import find_device
 from qlora_tui.training.fused import lora_linear
+from qlora_tui.training.model_loading import load_base, quantized_on
 from qlora_tui.training.packed_attention import PackedAttention, pass_sample_lengths
-from tests.training.fake_cuda import FAKE_DEVICE, KIND, fake_cuda, move_to_fake_cuda, set_up, values
+from qlora_tui.training.streaming.frozen_tensors import all_tensors
+from tests.training.fake_cuda import (
+    FAKE_DEVICE,
+    KIND,
+    FakeCudaTensor,
+    fake_cuda,
+    move_to_fake_cuda,
+    set_up,
+    values,
+)
 from tests.training.families import FAMILIES, build, with_adapter
+from tests.training.trained_weights import CLAIMED
 from tests.training.varlen_reference import varlen_reference
 
 LENGTHS = [11, 17, 12]
@@ -189,6 +211,40 @@ def checked(family: str) -> dict[str, Any]:
     return {"loss_is_exact": is_exact, "padding_free": padding_free, "refused": log.refused}
 
 
+def quantized_there(method: Any, family: str = "llama", **settings: Any) -> dict[str, Any]:
+    """A base that is loaded to host memory, and on which devices its weights are quantized."""
+    devices: list[str] = []
+
+    def logged(quantize: Any) -> Any:
+        def run(weight: Tensor, *args: Any, **options: Any) -> Any:
+            devices.append(weight.device.type)
+            return quantize(weight, *args, **options)
+
+        return run
+
+    with tempfile.TemporaryDirectory() as folder:
+        build(family, **settings).save_pretrained(folder)
+        quantization = Quantization(method=method, compute_dtype="float32")
+        recipe = Recipe(model=Model(id=folder), quantization=quantization)
+        load = partial(load_base, Path(folder), recipe, find_device(recipe), "eager")
+        functional: Any = importlib.import_module("bitsandbytes.functional")
+        names = ("quantize_4bit", "int8_vectorwise_quant")
+        with (
+            patch.object(quantized_cache, "cache_path", lambda *args: None),
+            patch.multiple(functional, **{name: logged(getattr(functional, name)) for name in names}),
+            fake_cuda() as log,
+        ):
+            expected, on_cpu = all_tensors(load()), len(devices)
+            with quantized_on(torch.device(FAKE_DEVICE)):
+                tensors = all_tensors(load())
+    return {
+        "on_gpu": on_cpu > 0 and devices == on_cpu * ["cpu"] + on_cpu * [KIND],
+        "in_host_memory": not any(isinstance(tensor, FakeCudaTensor) for tensor in tensors),
+        "equal": len(tensors) == len(expected) and all(map(torch.equal, tensors, expected)),
+        "refused": log.refused,
+    }
+
+
 CASES: dict[str, Callable[[], dict[str, Any]]] = {
     # gpt-oss counts its experts' tokens in whole numbers, which only a real GPU can.
     **{family: partial(compare_with_cpu, family, packed()) for family in FAMILIES if family != "gpt_oss"},
@@ -203,6 +259,8 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "dropout": with_dropout,
     "one call": one_call,
     **{f"checks of {family}": partial(checked, family) for family in ("llama", "gemma2")},
+    **{f"loading in {method}": partial(quantized_there, method) for method in ("nf4", "fp4", "int8")},
+    "loading experts": partial(quantized_there, "nf4", "qwen3_moe", **CLAIMED["qwen3_moe"]),
 }
 
 

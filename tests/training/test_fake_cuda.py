@@ -53,6 +53,7 @@ CASES = [
     "one call",
 ]
 CHECKS = ["checks of llama", "checks of gemma2"]
+LOADED = ["loading in nf4", "loading in fp4", "loading in int8", "loading experts"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -72,5 +73,10 @@ def test_what_is_proved_before_training_is_proved_on_a_gpu(
     assert results[case] == {"loss_is_exact": True, "padding_free": True, "refused": []}
 
 
+@pytest.mark.parametrize("case", LOADED)
+def test_a_base_in_host_memory_is_quantized_on_the_gpu(results: dict[str, dict[str, Any]], case: str) -> None:
+    assert results[case] == {"on_gpu": True, "in_host_memory": True, "equal": True, "refused": []}
+
+
 def test_every_case_is_looked_at(results: dict[str, dict[str, Any]]) -> None:
-    assert list(results) == CASES + CHECKS
+    assert list(results) == CASES + CHECKS + LOADED

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from qlora_tui.recipe.schema import Model, Quantization, Recipe
 from qlora_tui.runs.directory import create_run
 from qlora_tui.runs.events import PhaseChanged
 from qlora_tui.settings import Settings
-from qlora_tui.training import quantized_cache
+from qlora_tui.training import model_loading, quantized_cache
 from qlora_tui.training.compute_device import find_device
 from qlora_tui.training.model_loading import load_base
 from tests.support.trainer_processes import Trainers
@@ -188,6 +190,25 @@ def test_stored_weights_are_in_memory_once(folder: Path) -> None:
         if not any(weight.data_ptr() in addresses for addresses in mapped)
     ]
     assert copied == []
+
+
+def test_a_base_for_host_memory_has_the_bits_of_the_gpu(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices: list[torch.device] = []
+
+    @contextmanager
+    def quantized_on(device: torch.device) -> Iterator[None]:
+        devices.append(device)
+        yield
+
+    monkeypatch.setattr(model_loading, "quantized_on", quantized_on)
+    recipe = recipe_of(folder)
+    gpu = replace(find_device(recipe), torch_device=torch.device("cuda", 0))
+    model = load_base(folder, recipe, gpu, "segments", to_host=True)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    assert devices == [gpu.torch_device]
+    assert stored_folders() == [quantized_cache.cache_path(folder, recipe, gpu)]
 
 
 def test_a_base_is_stored_file_by_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
