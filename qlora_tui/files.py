@@ -82,9 +82,9 @@ def write_all(handle: int, data: bytes) -> None:
 
 
 def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
-    """Open a regular file; refuse a pipe or a device, which may block a reader forever.
+    """Open a regular file; refuse a pipe, a device and a file of ``/proc``, which may block a reader forever.
 
-    Raises OSError, with EISDIR for a folder and ENXIO for a pipe or a device.
+    Raises OSError, with EISDIR for a folder and ENXIO for the others.
     """
     handle = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o600)
     mode = os.fstat(handle).st_mode
@@ -92,7 +92,20 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
         os.close(handle)
         code = errno.EISDIR if stat.S_ISDIR(mode) else errno.ENXIO
         raise OSError(code, os.strerror(code), str(path))
+    if _is_made_up(handle, flags):
+        os.close(handle)
+        raise OSError(errno.ENXIO, os.strerror(errno.ENXIO), str(path))
     return handle
+
+
+def _is_made_up(handle: int, flags: int) -> bool:
+    """Whether the kernel makes up what is read, as in ``/proc``: a file without a size that has content."""
+    if flags & os.O_ACCMODE != os.O_RDONLY or os.fstat(handle).st_size:
+        return False
+    try:
+        return bool(os.pread(handle, 1, 0)) and not os.fstat(handle).st_size
+    except OSError:
+        return True
 
 
 def read_regular(path: Path, max_bytes: int = 1 << 24) -> bytes:

@@ -26,7 +26,7 @@ from qlora_tui import subprocesses
 from qlora_tui.catalog.hub import endpoint, request_headers
 from qlora_tui.catalog.hub_errors import is_permanent, network_error, translate_hub_errors
 from qlora_tui.catalog.hub_files import DownloadPlan, HubFile, plan_download
-from qlora_tui.catalog.hub_responses import open_response, raise_for_status
+from qlora_tui.catalog.hub_responses import TooSlow, open_response, pieces, raise_for_status
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.files import atomic_write, sync
 
@@ -147,7 +147,7 @@ def _fetch(plan: DownloadPlan, file: HubFile, report: OnProgress, retry_delays_s
                     raise
                 failure = error
             size = partial.seek(0, os.SEEK_END)
-            if size > farthest:
+            if size > farthest and not isinstance(failure, TooSlow):
                 farthest = size
                 waits = iter(retry_delays_s)
             if size < file.size_bytes:
@@ -187,13 +187,15 @@ def _append(plan: DownloadPlan, file: HubFile, partial: IO[bytes], on_bytes: Cal
                 return
             raise_for_status(response)
             partial.truncate(0)
-        for chunk in response.iter_bytes(CHUNK_BYTES):
+        for chunk in pieces(response):
             size += len(chunk)
             if size > file.size_bytes:
                 raise _damaged(
                     plan, file, partial, f"is longer than the {file.size_bytes:,} bytes it should have"
                 )
             partial.write(chunk)
+            # The next download continues from here, however this process ends.
+            partial.flush()
             on_bytes(size)
 
 

@@ -6,20 +6,33 @@ bodies are read, up to a bound.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from queue import Empty, Queue
+from typing import Any, TypeVar
 
 TIMEOUT_S = 15
 """Seconds for connecting, and for each wait for data."""
+_HEADERS_S = 60.0
+"""Seconds for a response to begin, however often a piece of its headers arrives."""
+_WINDOW_S = 30.0
+_LEAST_BYTES = 30 << 10
+"""A server that sends less than this in a window of time is given up: at a byte a second nothing ends."""
 _MAX_REDIRECTS = 10
-_CHUNK_BYTES = 1 << 16
+T = TypeVar("T")
 _USED_HEADERS = ("x-error-code", "x-error-message", "x-request-id", "retry-after")
 """Headers that ``huggingface_hub`` uses to distinguish errors, and that messages here use."""
 
 
 class TooLong(Exception):
     """A body is longer than its bound."""
+
+
+class TooSlow(ConnectionError):
+    """A response begins or goes on so slowly that it would not end."""
 
 
 @contextmanager
@@ -41,7 +54,7 @@ def open_response(
         timeout=TIMEOUT_S,
     )
     for _ in range(_MAX_REDIRECTS + 1):
-        response = client.send(request, stream=True, follow_redirects=False)
+        response = _within(_HEADERS_S, partial(client.send, request, stream=True, follow_redirects=False))
         try:
             if response.next_request is None:
                 if response.headers.get("Content-Encoding", "identity") != "identity":
@@ -64,10 +77,44 @@ def raise_for_status(response: Any) -> None:
     hf_raise_for_status(type(response)(response.status_code, headers=headers, request=response.request))
 
 
+def pieces(response: Any) -> Iterator[bytes]:
+    """Yield the body of a response as it arrives. Raises TooSlow."""
+    began, size = time.monotonic(), 0
+    for part in response.iter_bytes():
+        yield part
+        size += len(part)
+        now = time.monotonic()
+        if now - began < _WINDOW_S:
+            continue
+        if size < _LEAST_BYTES:
+            raise TooSlow(f"only {size:,} bytes in {now - began:.0f} seconds")
+        began, size = now, 0
+
+
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    """Return what a call returns, in another thread. Raises TooSlow where it takes longer."""
+    done: Queue[tuple[T | None, BaseException | None]] = Queue()
+
+    def run() -> None:
+        try:
+            done.put((call(), None))
+        except BaseException as error:
+            done.put((None, error))
+
+    threading.Thread(target=run, name="request", daemon=True).start()
+    try:
+        answer, error = done.get(timeout=seconds)
+    except Empty:
+        raise TooSlow(f"no response in {seconds:.0f} seconds") from None
+    if error is not None:
+        raise error
+    return answer  # type: ignore[return-value]  # without an error there is an answer
+
+
 def read_body(response: Any, max_bytes: int) -> bytes:
     """Read the body of a response. Raises TooLong where it is longer than ``max_bytes``."""
     parts, size = [], 0
-    for part in response.iter_bytes(_CHUNK_BYTES):
+    for part in pieces(response):
         size += len(part)
         if size > max_bytes:
             raise TooLong(f"more than {max_bytes >> 20} MiB")

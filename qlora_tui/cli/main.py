@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 from qlora_tui import __version__, paths
 from qlora_tui.cli.arguments import GPU_GIB_HELP, GPU_HELP, positive_float
 from qlora_tui.cli.open_app import open_app
-from qlora_tui.cli.terminal import visible_output
+from qlora_tui.cli.terminal import open_missing_streams, visible_output
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, INTERNAL_ERROR, UserError, disk_problem
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ _ACTIONS: dict[str, tuple[str, ...]] = {"presets": ("show", "reference")}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0 done, 1 failed, 2 invalid call."""
+    open_missing_streams()
     with visible_output():
         return _run(list(sys.argv[1:] if argv is None else argv))
 

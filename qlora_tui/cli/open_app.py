@@ -37,11 +37,15 @@ def open_app(*, gpu_gib: float | None = None, mouse: bool = True, run: RunDir | 
     """
     # The app enables it again with its first frame: until then there is no garbage worth collecting.
     gc.disable()
-    if not _is_terminal():
+    if not can_show_app():
+        term = os.environ.get("TERM", "")
         raise UserError(
             "No terminal",
-            what="The app needs a terminal; this is not one.",
-            fix="Use a command: `qlora-tui --help` lists them.",
+            what=f"This terminal cannot show the app: TERM is {term or 'empty'}."
+            if _is_terminal()
+            else "The app needs a terminal; this is not one.",
+            fix="Use a command: `qlora-tui --help` lists them."
+            + (" Or set TERM, to xterm-256color for example." if _is_terminal() else ""),
             exit_code=2,
         )
     import msgspec

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -74,7 +75,9 @@ def cache_errors(
         note = _note(source, path, stamp, tokens if of_tokens else None, skips_bad_rows=skips_bad_rows)
         if first_error is not None:
             _forget_old(private_dir(note.parent))
-            atomic_write(note, msgspec.json.encode(first_error))
+            # A file whose name is not UTF-8 is refused by the recipe in any case.
+            with suppress(UnicodeEncodeError):
+                atomic_write(note, msgspec.json.encode(first_error))
         elif read:
             note.unlink(missing_ok=True)
 
@@ -104,7 +107,9 @@ def _note(source: Source, path: Path, stamp: Stamp, tokens: Tokens | None, *, sk
         # Only where there are any, so that earlier notes stay valid.
         *([source.excluded_rows] if source.excluded_rows else ()),
     )
-    return cache_dir() / "findings" / f"{hashlib.sha256(msgspec.json.encode(what)).hexdigest()[:32]}.json"
+    # In a name that is not UTF-8, bytes become surrogates.
+    key = hashlib.sha256(repr(what).encode(errors="surrogateescape")).hexdigest()[:32]
+    return cache_dir() / "findings" / f"{key}.json"
 
 
 def _forget_old(folder: Path) -> None:

@@ -6,6 +6,7 @@ A layer is a partial recipe as nested dicts, as ``tomllib`` returns it. ``load``
 
 from __future__ import annotations
 
+import errno
 import re
 import tomllib
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ import msgspec
 import tomli_w
 
 from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.files import read_regular
 from qlora_tui.formatting import capitalize
 from qlora_tui.recipe import aliases
 from qlora_tui.recipe.errors import InvalidRecipeError
@@ -53,13 +55,15 @@ def load(path: Path, *, on_note: Callable[[str], None] | None = None) -> dict[st
 def read_text(path: Path) -> str:
     """Read a small UTF-8 file. Raises UserError, exit code 2: missing, a directory, too large, not UTF-8."""
     try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_BYTES + 1)
+        content = read_regular(path, _MAX_BYTES + 1)
     except FileNotFoundError:
         raise _read_error(path, "there is no such file", _suggest_path(path)) from None
     except IsADirectoryError:
         raise _read_error(path, "it is a directory", "Name the TOML file in it.") from None
     except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) == errno.ENXIO:
+            fix = "Save the recipe as a file."
+            raise _read_error(path, "it is a pipe or a device, not a file", fix) from None
         raise _read_error(path, getattr(error, "strerror", None) or str(error), "") from None
     if len(content) > _MAX_BYTES:
         raise _read_error(path, "it is over 1 MB; recipes are small text files", "Name a recipe.")

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
+
+from msgspec import Struct
 
 from qlora_tui.runs.event_log import LONGEST_LINE_BYTES, next_data, read_from
 from qlora_tui.runs.events import SERIES, AnyEvent, decode
@@ -85,7 +89,7 @@ class _Sampler:
     def __init__(self, every: int) -> None:
         self._every = every
         """Distance in bytes between two lines of the even sample; 1 for all lines."""
-        self._series = {str(kind.__struct_config__.tag).encode() for kind in SERIES}
+        self._series = set(_STEP_TAGS)
         self._count: Counter[bytes] = Counter()
         self._bytes: Counter[bytes] = Counter()
         self._broken = 0
@@ -99,29 +103,37 @@ class _Sampler:
         for tag in self._series:
             # The last of a series is a fact too. Only that of the last chunk is wanted of steps, and of other
             # kinds it is not known which chunk that is.
-            if is_last or tag not in _STEP_TAGS:
+            if tag and (is_last or tag not in _STEP_TAGS):
                 place = chunk.rfind(_BEGINNING + tag + b'"')
                 chosen |= {chunk.rfind(b"\n", 0, place) + 1} if place >= 0 else set()
         return chosen | ({chunk.rfind(b"\n", 0, len(chunk) - 1) + 1} if is_last else set())
 
     def _facts(self, chunk: bytes) -> set[int]:
-        """Every line that does not begin as one of a series does."""
-        series = b"|".join(re.escape(tag) for tag in sorted(self._series))
-        a_fact = re.compile(b"\n(?!" + re.escape(_BEGINNING) + b"(?:" + series + b')")')
+        """Every line that is not one of a series, even where this version does not know what it is."""
         facts: set[int] = set()
-        matches = [] if chunk.startswith(tuple(_BEGINNING + tag + b'"' for tag in self._series)) else [0]
-        matches += [match.end() for match in a_fact.finditer(chunk, 0, len(chunk) - 1)]
-        for start in matches:
+        for start in self._candidates(chunk):
             tag = b""
             if chunk.startswith(_BEGINNING, start):
-                tag = chunk[start + len(_BEGINNING) : chunk.find(b'"', start + len(_BEGINNING))][:32]
+                tag = chunk[start + len(_BEGINNING) : chunk.find(b'"', start + len(_BEGINNING))]
+            tag = tag if tag in _TAGS else b""
             self._count[tag] += 1
             self._bytes[tag] += chunk.index(b"\n", start) - start
             if self._count[tag] <= _MAX_EACH and self._bytes[tag] <= _MAX_EACH_BYTES:
                 facts.add(start)
-            elif tag:
+            else:
                 self._series.add(tag)
         return facts
+
+    def _candidates(self, chunk: bytes) -> Iterator[int]:
+        """Offsets of lines that do not begin as one of a series does."""
+        if b"" in self._series:
+            # So many lines are unknown that only the known ones are looked for.
+            line = re.compile(re.escape(_BEGINNING) + _one_of(_TAGS - self._series) + b'"')
+        else:
+            line = re.compile(b"(?!" + re.escape(_BEGINNING) + _one_of(self._series) + b'")')
+        if line.match(chunk):
+            yield 0
+        yield from (match.end(1) for match in re.finditer(b"(\n)" + line.pattern, chunk[:-1]))
 
     def _broken_steps(self, chunk: bytes) -> set[int]:
         starts: set[int] = set()
@@ -133,4 +145,13 @@ class _Sampler:
         return starts
 
 
-_STEP_TAGS = {str(kind.__struct_config__.tag).encode() for kind in SERIES}
+def _one_of(tags: Set[bytes]) -> bytes:
+    return b"(?:" + b"|".join(map(re.escape, sorted(tags))) + b")"
+
+
+def _tags(kinds: Iterable[type[Struct]]) -> frozenset[bytes]:
+    return frozenset(str(kind.__struct_config__.tag).encode() for kind in kinds)
+
+
+_TAGS = _tags(get_args(AnyEvent))
+_STEP_TAGS = _tags(SERIES)

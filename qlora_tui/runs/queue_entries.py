@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_tui import paths
-from qlora_tui.files import private_dir
 
 _NAME = re.compile(r"([0-9]{20})\.([^./][^/]*)")
 
@@ -49,8 +48,8 @@ def stray_names() -> list[str]:
 
 
 def queue_dir() -> Path:
-    """Path of the queue's folder."""
-    return private_dir(paths.state_dir() / "queue")
+    """Path of the queue's folder, which the first entry creates: reading works on a read-only disk too."""
+    return paths.state_dir() / "queue"
 
 
 @contextmanager
@@ -69,8 +68,11 @@ def queue_lock() -> Iterator[None]:
 
 
 def _listed() -> list[os.DirEntry[str]]:
-    with os.scandir(queue_dir()) as listed:
-        return list(listed)
+    try:
+        with os.scandir(queue_dir()) as listed:
+            return list(listed)
+    except FileNotFoundError:
+        return []
 
 
 def _parsed(entry: os.DirEntry[str]) -> Entry | None:

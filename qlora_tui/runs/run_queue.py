@@ -12,7 +12,7 @@ import os
 import time
 from contextlib import suppress
 
-from qlora_tui.files import sync
+from qlora_tui.files import private_dir, sync
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Queued, Stopped
@@ -152,6 +152,7 @@ def _spread_out(line: list[Entry]) -> list[Entry]:
 
 
 def _create(entry: Entry) -> None:
+    private_dir(queue_dir())
     os.close(os.open(entry.path, os.O_WRONLY | os.O_CREAT, 0o600))
     sync(queue_dir())
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from threading import Event
 from typing import Any
 
 import pytest
 
+from qlora_tui.catalog import hub_responses
 from tests.catalog.configs import config
 from tests.catalog.conftest import Ask, tiny_repo
 from tests.catalog.fake_hub import FakeHub
@@ -209,3 +214,32 @@ def test_a_listing_with_odd_fields_is_said(changes: dict[str, Any], hub: FakeHub
     sibling = {"rfilename": "config.json", "size": 5, "blobId": "a" * 40, **changes}
     hub.bodies["/revision/"] = json.dumps({"sha": "a" * 40, "siblings": [sibling]}).encode()
     assert ask('hub_files.plan_download("org/tiny")')["title"] == "The response is not from a model Hub"
+
+
+class DrippingResponse:
+    """A body of which a piece arrives every second of a clock."""
+
+    def __init__(self, piece: bytes, clock: list[float]) -> None:
+        self._piece, self._clock = piece, clock
+
+    def iter_bytes(self) -> Iterator[bytes]:
+        for _ in range(100):
+            self._clock[0] += 1.0
+            yield self._piece
+
+
+@pytest.mark.parametrize(("piece_bytes", "pieces"), [(1, 30), (2_000, 100)])
+def test_a_body_that_drips_is_given_up(
+    piece_bytes: int, pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    read = []
+    with nullcontext() if pieces == 100 else pytest.raises(hub_responses.TooSlow):
+        read += list(hub_responses.pieces(DrippingResponse(b"a" * piece_bytes, clock)))
+    assert clock[0] == pieces
+
+
+def test_headers_that_drip_are_given_up() -> None:
+    with pytest.raises(hub_responses.TooSlow):
+        hub_responses._within(0.0, Event().wait)

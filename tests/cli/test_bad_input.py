@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -347,3 +349,23 @@ def test_a_binary_preset_is_rejected_with_its_line(call: Call) -> None:
         assert said.code == 2
         assert "bad.toml: line 2 is not UTF-8 text" in said.err
     assert "line 2 is not UTF-8 text" in call("presets").out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", [">&-", "<&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_internal_error(closed: str) -> None:
+    shell = f"{sys.executable} -m qlora_tui runs {closed}"
+    done = subprocess.run(["sh", "-c", shell], capture_output=True, check=False)
+    assert done.returncode == 0 and not done.stderr
+    assert not paths.log_path().exists()
+
+
+@pytest.mark.parametrize("term", ["dumb", ""])
+def test_a_terminal_that_moves_no_cursor_is_said(
+    call: Call, term: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for stream in (sys.stdin, sys.stdout):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", term)
+    said = call()
+    assert said.code == 2 and f"TERM is {term or 'empty'}" in said.err

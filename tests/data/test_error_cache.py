@@ -52,6 +52,14 @@ def test_errors_are_cached_apart_from_those_with_bad_rows_skipped(path: Path) ->
         raise_cached_error([(source, path)])
 
 
+def test_a_name_that_is_not_utf8_is_inspected_too(path: Path) -> None:
+    source = Source(path=str(path.with_name("rows\udcff.jsonl")))
+    odd = path.rename(source.path)
+    tokens = tokenizer_fingerprint(path.with_name("model\udcff"), "", "answers")
+    assert 401 in inspect(source).problems[0].rows
+    raise_cached_error([(source, odd)], tokens)
+
+
 def test_a_mended_file_is_not_refused(path: Path) -> None:
     source = Source(path=str(path))
     inspect(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,11 @@ def refusal_of(path: Path) -> str:
         toml.load(path)
     assert caught.value.exit_code == EXIT_USAGE
     return str(caught.value).replace(f"{path.parent}/", "")
+
+
+def test_a_pipe_is_no_recipe_and_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.toml")
+    assert "it is a pipe or a device" in refusal_of(tmp_path / "pipe.toml")
 
 
 @given(recipes())

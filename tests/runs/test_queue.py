@@ -3,6 +3,7 @@ from __future__ import annotations
 import time
 
 from qlora_tui import paths
+from qlora_tui.files import private_dir
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import create_run
@@ -116,7 +117,7 @@ STRAY = (
 
 def test_names_that_are_no_entries_are_ignored(recipe: Recipe) -> None:
     for name in STRAY:
-        (queue_dir() / name).touch()
+        (private_dir(queue_dir()) / name).touch()
     (queue_dir() / "00000000000000000005.folder").mkdir()
     (queue_dir() / "00000000000000000006.link").symlink_to("stray")
     assert run_queue.waiting() == []
@@ -144,3 +145,7 @@ def test_a_taken_run_is_starting_and_waits_no_longer(recipe: Recipe) -> None:
     run_queue.enqueue(run)
     run_queue.take(run, process_identity())
     assert run_queue.waiting() == [] and read_status(run).state == "starting"
+
+
+def test_reading_an_empty_queue_creates_nothing() -> None:
+    assert run_queue.waiting() == [] and not queue_dir().exists()

@@ -56,6 +56,19 @@ def test_facts_of_a_long_run_are_no_samples(run: RunDir) -> None:
     assert view.verified is not None and view.verified.replaced == ("lora",)
 
 
+@pytest.mark.parametrize("line", [b"garbage\n", b'{"event":"unheard","of":1}\n'])
+def test_any_number_of_unknown_lines_is_sampled(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, line: bytes
+) -> None:
+    monkeypatch.setattr(event_sampling, "_MAX_EACH", 100)
+    monkeypatch.setattr(event_sampling, "_CHUNK_BYTES", 1 << 16)
+    with run.events_path.open("ab") as file:
+        file.write(line * 40_000 + encode(Evaluated(at=1.0, step=1, loss=2.0)) + line * 40_000)
+    sampled = sample_events(run.events_path, 50)
+    assert 100 < sampled.unknown < 200
+    assert [type(event) for event in sampled.events] == [Queued, Evaluated]
+
+
 def test_any_number_of_one_kind_is_sampled(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_sampling, "_MAX_EACH", 100)
     with EventWriter(run.events_path) as log:
