@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 from qlora_tui import paths
 from qlora_tui.errors import EXIT_FAILURE, UserError, disk_problem
@@ -34,6 +37,8 @@ POLL_S = 0.5
 """Seconds between checks of a run that another process trains."""
 EXITING_S = 60.0
 """Seconds that a trainer may take to exit after recording its run's end."""
+_RELEASE_S = 2.0
+"""Seconds that the lock against a suspension may take to be released."""
 
 
 def main() -> int:
@@ -50,7 +55,8 @@ def main() -> int:
                 lock.truncate(0)
                 lock.write(f"{os.getpid()}\n")
                 lock.flush()
-                _run_queue(skipped)
+                with _awake():
+                    _run_queue(skipped)
             if _next(skipped) is None:
                 return 0
     except UserError as problem:
@@ -59,6 +65,32 @@ def main() -> int:
     except OSError as error:
         print(disk_problem(error) or error, file=sys.stderr)
         return EXIT_FAILURE
+
+
+@contextmanager
+def _awake() -> Iterator[None]:
+    """Keep the machine from suspending, if systemd runs here and lets this user: a GPU loses its memory then.
+
+    The lock is held by a child that ends with its input, so also with this process, however that ends.
+    """
+    program, holder = shutil.which("systemd-inhibit"), None
+    if program is not None:
+        options = ["--what=idle:sleep", "--mode=block", "--who=qlora-tui", "--why=A run is in training."]
+        with suppress(OSError):
+            holder = subprocess.Popen(
+                [program, *options, "cat"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                # A signal for this process group is not for the lock.
+                start_new_session=True,
+            )
+    try:
+        yield
+    finally:
+        if holder is not None:
+            with suppress(subprocess.TimeoutExpired):
+                holder.communicate(timeout=_RELEASE_S)
 
 
 def _run_queue(skipped: set[str]) -> None:

@@ -55,6 +55,23 @@ def test_queued_runs_are_taken_one_after_the_other(recipe: Recipe) -> None:
     assert run_queue.waiting() == []
 
 
+@pytest.mark.parametrize("is_allowed", [True, False])
+def test_the_machine_stays_awake_while_a_run_trains(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_allowed: bool
+) -> None:
+    holding = tmp_path / "holding"
+    command = f'echo "$1" > {holding}; cat; rm {holding}' if is_allowed else "exit 1"
+    program = tmp_path / "systemd-inhibit"
+    program.write_text(f"#!/bin/sh\n{command}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    run = actions.submit(named(recipe, "waits"))
+    wait_for(lambda: is_(run, "running") and holding.exists() == is_allowed)
+    let_go(run)
+    wait_for(lambda: is_(run, "finished"))
+    wait_for(lambda: not holding.exists())
+
+
 def test_a_trainer_killed_by_a_signal_is_told_as_killed(recipe: Recipe) -> None:
     run = actions.submit(named(recipe, "dies"))
     wait_for(lambda: is_(run, "failed"))
