@@ -31,6 +31,8 @@ _LARGEST_ROW_PYTHON_BYTES = 4 * LARGEST_ROW_BYTES
 _OBJECT_BYTES = 64
 """Bytes that a value takes as a Python object, in addition to its characters."""
 _DEEPEST_TYPE = 30
+_END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+"""Last bytes of an Arrow stream: the marker of a message, and a length of 0."""
 _BATCH_BYTES = 448 * MIB
 """Most bytes that reading one batch may take."""
 
@@ -176,6 +178,10 @@ def _stream(path: Path, position: Position | None) -> tuple[Iterator[Any], dict[
             yield batch
             if position is not None:
                 position.bytes = source.tell()
+        # The reader takes the end of the file for that of the stream.
+        source.seek(max(0, source.size() - len(_END_OF_STREAM)))
+        if source.read() != _END_OF_STREAM:
+            raise ValueError("it has no end mark, so its writer or a copy of it was cut off")
 
     return batches(), label_names(reader.schema.metadata or {})
 

@@ -29,13 +29,17 @@ MAX_EXPANSION = 1000
 compresses to between a third and a fiftieth."""
 
 
+class DamagedFileError(UserError):
+    """The content of a file cannot be read to its end, whenever it is tried."""
+
+
 class TooLarge(Exception):
     """Something in a file is over a bound; the message names the place in the file and the bound."""
 
 
-def too_large(path: Path, error: TooLarge) -> UserError:
+def too_large(path: Path, error: TooLarge) -> DamagedFileError:
     """Build the error shown to the user."""
-    return UserError(
+    return DamagedFileError(
         "Too large to read",
         what=f"{path}: {error}.",
         why="Such data is damaged, or built to exhaust memory.",

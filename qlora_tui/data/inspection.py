@@ -8,13 +8,14 @@ by ``qlora-tui data`` and the engine behind the Data screen.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
 from qlora_tui.catalog.config_parser import parse_architecture
+from qlora_tui.data.bounds import DamagedFileError
 from qlora_tui.data.checks import conversation_findings, sample_findings
 from qlora_tui.data.conversation import Conversation, RowRejectedError
 from qlora_tui.data.dataset_report import Counts, FileReport, Report, Shown
@@ -116,20 +117,33 @@ class _Inspection:
             done = 0
             for file in self._files:
                 position = Position()
-                for outcomes in examiner.scan(file, position):
-                    self._measure(outcomes)
-                    if time.monotonic() >= due:
-                        due = time.monotonic() + _NEXT_REPORT_S
-                        self._note_errors(file, examiner, read=False)
-                        yield self._report(examiner, False, (done + position.bytes) / (self._bytes or 1))
+                try:
+                    for outcomes in examiner.scan(file, position):
+                        self._measure(outcomes)
+                        if time.monotonic() >= due:
+                            due = time.monotonic() + _NEXT_REPORT_S
+                            self._note_errors(file, examiner.problems(), read=False)
+                            yield self._report(examiner, False, (done + position.bytes) / (self._bytes or 1))
+                except DamagedFileError as problem:
+                    damage = DataProblem(
+                        kind="damaged-file",
+                        severity="error",
+                        title=problem.title,
+                        count=1,
+                        rows=(),
+                        example=problem.what,
+                        fix=problem.fix,
+                        path=str(file.path),
+                    )
+                    self._note_errors(file, [damage], read=False)
+                    raise
                 done += file.path.stat().st_size
                 self._last_rows[file.path] = examiner.last_row
-                self._note_errors(file, examiner, read=True)
+                self._note_errors(file, examiner.problems(), read=True)
             yield self._report(examiner, True, 1.0)
 
-    def _note_errors(self, file: SourceFile, examiner: DatasetScanner, *, read: bool) -> None:
+    def _note_errors(self, file: SourceFile, problems: Sequence[DataProblem], *, read: bool) -> None:
         """Store errors for later launches, and their absence once the whole file was ``read``."""
-        problems = examiner.problems()
         if not read and not any(problem.severity == "error" for problem in problems):
             return
         one = self._tokenizer

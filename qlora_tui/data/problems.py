@@ -353,7 +353,9 @@ def raise_first_error(problems: Sequence[DataProblem]) -> None:
 
 
 def error_of(problem: DataProblem) -> UserError:
-    """Build the error for a problem that blocks a run."""
+    """Build the error for a problem that blocks a run; one without rows names its file itself."""
+    if not problem.rows:
+        return UserError(problem.title, what=problem.example, fix=problem.fix)
     rows = ", ".join(map(str, problem.rows[:5])) + (" and others" if problem.count > 5 else "")
     word = "rows" if len(problem.rows) > 1 else "row"
     return UserError(

@@ -20,6 +20,7 @@ from qlora_tui.data.arrow_rows import arrow_rows
 from qlora_tui.data.bounds import (
     DEEPEST,
     LARGEST_ROW_BYTES,
+    DamagedFileError,
     TooLarge,
     is_too_deep,
     line_over_bound,
@@ -102,7 +103,7 @@ def files_of(path: Path) -> tuple[list[Path], str]:
         return [path], ""
     left_out: dict[str, list[str]] = {}
     files = []
-    for relative in _inside(path):
+    for relative in files_inside(path):
         file = path / relative
         if relative.name.startswith("."):
             left_out.setdefault("hidden", []).append(str(relative))
@@ -128,7 +129,7 @@ def files_of(path: Path) -> tuple[list[Path], str]:
     return [path / file for file in files], _left_out_note(left_out)
 
 
-def _inside(folder: Path) -> list[Path]:
+def files_inside(folder: Path) -> list[Path]:
     """Return all files in a folder and its subfolders, and the hidden subfolders, relative to it, sorted.
 
     Raises ``UserError`` for a subfolder that cannot be searched. One that disappears meanwhile is skipped.
@@ -257,7 +258,7 @@ def _cannot_read(path: Path, error: OSError) -> UserError:
     )
 
 
-def unreadable(path: Path, kind: str, reason: str, why: str = "") -> UserError:
+def unreadable(path: Path, kind: str, reason: str, why: str = "") -> DamagedFileError:
     """Build the error for a file that cannot be read to its end, or of which no row can be read.
 
     ``kind`` is that of ``Row``; ``reason`` names the line.
@@ -272,7 +273,7 @@ def unreadable(path: Path, kind: str, reason: str, why: str = "") -> UserError:
         "bad-row": "Check the separator and the quotes of the file. A quote inside a value is written twice, "
         'and the value is in quotes: "a 5"" screen".',
     }
-    return UserError(
+    return DamagedFileError(
         titles.get(kind, "Cannot read"),
         what=f"{path}: {reason.removesuffix('.')}.",
         why=why,
@@ -295,7 +296,7 @@ def jsonl_row(number: int, line: bytes) -> Row | None:
     line = line.removeprefix(_BOM).strip()
     if not line:
         return None
-    if reason := bad_utf8(line):
+    if reason := bad_utf8(line) or (NUL_BYTES if b"\x00" in line else ""):
         return Row(number=number, kind="bad-encoding", error=f"Line {number}: {reason}.")
     if over := line_over_bound(line):
         return Row(number=number, kind="bad-json", error=f"Line {number} cannot be read: {over}.")

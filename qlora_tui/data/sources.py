@@ -14,9 +14,10 @@ from msgspec import Struct
 from qlora_tui.data.conversation import Conversation, RowRejectedError
 from qlora_tui.data.formats import SNIFFED_ROWS, Detection, detect, parse
 from qlora_tui.data.hub_dataset import hub_files, is_hub_id
-from qlora_tui.data.read import files_of, first_rows, kind_of, rows, unreadable
+from qlora_tui.data.read import files_inside, files_of, first_rows, kind_of, rows, unreadable
 from qlora_tui.data.row import Row
 from qlora_tui.data.text_reader import Position
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Source
 
 
@@ -64,15 +65,15 @@ def is_hub_dataset(name: str) -> bool:
 
 
 def source_stamps(source: Source) -> tuple[tuple[str, int, int], ...]:
-    """Return name, modification time and size of a source's files; empty for a Hub dataset or a missing file.
+    """Return path, modification time and size of a source's files; empty for a Hub dataset or a missing file.
 
     Two results differ if a file changed in between.
     """
     path = Path(source.path).expanduser()
     try:
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        stats = [(file.name, file.stat()) for file in files]
-    except OSError:
+        files = [path / name for name in files_inside(path)] if path.is_dir() else [path]
+        stats = [(str(file), file.stat()) for file in files]
+    except (OSError, UserError):
         return ()
     return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats)
 

@@ -16,7 +16,7 @@ from typing import BinaryIO, Literal, cast
 
 import zstandard
 
-from qlora_tui.data.bounds import LARGEST_ROW_BYTES, check_expansion, row_too_large
+from qlora_tui.data.bounds import LARGEST_ROW_BYTES, DamagedFileError, check_expansion, row_too_large
 from qlora_tui.errors import UserError
 from qlora_tui.foreign_files import open_foreign
 
@@ -25,6 +25,20 @@ CHUNK_BYTES = 1 << 20
 
 BOM = "\ufeff"
 """Byte order mark: at the start of a file, and inside one that was joined from several."""
+_BINARY = {
+    b"PK\x03\x04": ("a ZIP archive, as Excel workbooks are", "Unpack it, or save the sheet as CSV in UTF-8."),
+    b"BZh": ("compressed with bzip2", "Decompress it, or compress it with gzip or zstd."),
+    b"\xfd7zXZ\x00": ("compressed with xz", "Decompress it, or compress it with gzip or zstd."),
+    b"PAR1": ("a Parquet file", "Give it a name that ends in .parquet."),
+    b"ARROW1": ("an Arrow file", "Convert it to Parquet or JSONL."),
+    b"SQLite format 3\x00": ("an SQLite database", "Export the table as CSV or JSONL."),
+    b"\x80\x04\x95": (
+        "a pickle, which can run any code",
+        "Convert it to Parquet or JSONL where you trust it.",
+    ),
+}
+"""What a file is by its first bytes, and what to do with it."""
+_MAGIC_BYTES = 16
 _FRAME_HEADER_BYTES = 18
 _CUT_OFF = "it ends in the middle of a block"
 
@@ -149,7 +163,7 @@ def opened(path: Path, position: Position | None = None) -> Iterator[Stream]:
     with open_foreign(path) as file:
         start = file.peek(4)[:4]
         is_zstd = False
-        _refuse_utf16(path, start)
+        _refuse_binary(path, file.peek(_MAGIC_BYTES))
         if start[:2] == b"\x1f\x8b":
             raw = cast(BinaryIO, gzip.GzipFile(fileobj=file))
         elif is_zstd := start == b"\x28\xb5\x2f\xfd":
@@ -162,7 +176,7 @@ def opened(path: Path, position: Position | None = None) -> Iterator[Stream]:
             # The gzip module detects a cut file; the zstd reader takes it for one that ends there.
             yield Stream(raw, file, position, lambda: _check_zstd_frames(file) if is_zstd else None)
         except (EOFError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as error:
-            raise UserError(
+            raise DamagedFileError(
                 "Damaged compressed file",
                 what=f"{path} cannot be decompressed to its end: {error}.",
                 why="A download that was cut off is the usual cause.",
@@ -170,7 +184,8 @@ def opened(path: Path, position: Position | None = None) -> Iterator[Stream]:
             ) from error
 
 
-def _refuse_utf16(path: Path, start: bytes) -> None:
+def _refuse_binary(path: Path, start: bytes) -> None:
+    """Raise ``UserError`` for a file that is not text, by its first bytes."""
     if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise UserError(
             "Not UTF-8",
@@ -178,6 +193,9 @@ def _refuse_utf16(path: Path, start: bytes) -> None:
             why="Data files must be UTF-8.",
             fix=f"Convert it: iconv -f UTF-16 -t UTF-8 {path.name} > utf8-{path.name}",
         )
+    for magic, (what, fix) in _BINARY.items():
+        if start.startswith(magic):
+            raise UserError("Not a text file", what=f"{path} is {what}.", fix=fix)
 
 
 def _check_zstd_frames(file: BinaryIO) -> None:

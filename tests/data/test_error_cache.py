@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,6 +41,19 @@ def test_what_was_found_is_refused_with_its_row(path: Path) -> None:
     with pytest.raises(UserError) as raised:
         raise_cached_error([(source, path)])
     assert "row 401" in raised.value.what and raised.value.fix
+
+
+@pytest.mark.parametrize("bad_rows", ["refuse", "skip"])
+def test_a_file_that_ends_early_is_refused_before_a_launch(tmp_path: Path, bad_rows: Any) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(GOOD * 400 + "{bad\n" + GOOD)
+    source, skips = Source(path=str(path)), bad_rows == "skip"
+    with pytest.raises(UserError, match="Line 401"):
+        inspect(source, data=Data(bad_rows=bad_rows))
+    with pytest.raises(UserError, match="Line 401"):
+        raise_cached_error([(source, path)], skips_bad_rows=skips)
+    path.write_text(GOOD * 402)
+    raise_cached_error([(source, path)], skips_bad_rows=skips)
 
 
 def test_errors_are_cached_apart_from_those_with_bad_rows_skipped(path: Path) -> None:
