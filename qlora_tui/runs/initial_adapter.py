@@ -94,9 +94,16 @@ def _is_loftq(recipe: Recipe | None) -> bool:
 
 
 def _missing(init_from: str, what: str) -> UserError:
+    from qlora_tui.runs import trash  # which deletes through actions, which start runs from adapters
+
+    fix = "Name a run that has finished, or the folder of an adapter; a checkpoint is one too."
+    for each in trash.trashed_runs():
+        if each.run.id in (init_from, *Path(init_from).parts):
+            what = f"{what} {each.run.name} is in the trash."
+            fix = f"`qlora-tui runs restore {each.run.id}` brings it back."
     return UserError(
         "No adapter to start from",
         what=f"Start from (lora.init_from) is {init_from!r}: {what}",
-        fix="Name a run that has finished, or the folder of an adapter; a checkpoint is one too.",
+        fix=fix,
         exit_code=EXIT_USAGE,
     )

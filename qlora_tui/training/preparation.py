@@ -18,6 +18,7 @@ from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.untrained_tokens import token_ids
 from qlora_tui.recipe.targets import check_optimizer_of_experts, resolve_targets
 from qlora_tui.runs.events import AdapterReady, DataReady, Environment, LayersStreamed
+from qlora_tui.runs.initial_adapter import initial_adapter
 from qlora_tui.runs.machine_checks import several_gpus_problem
 from qlora_tui.training import model_loading, quantized_cache
 from qlora_tui.training.adapter import add_lora, targets_by_name, trained_parameters
@@ -56,6 +57,9 @@ def prepare_run(
         UserError: the recipe, the data or the model cannot be trained.
     """
     recipe, reporter = context.recipe, context.reporter
+    if recipe.lora.init_from and context.checkpoint is None:
+        # Before anything is loaded: it may have been deleted while this run waited.
+        initial_adapter(recipe.lora.init_from)
     base_hash = weights_identity(files)
     if context.checkpoint is not None:
         require_same_base(context.checkpoint.state, files, base_hash)

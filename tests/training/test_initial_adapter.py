@@ -22,13 +22,14 @@ from qlora_tui.errors import UserError
 from qlora_tui.memory.budget import budget_for
 from qlora_tui.recipe.schema import Lora, Recipe
 from qlora_tui.recipe.toml import dump
-from qlora_tui.runs import actions
+from qlora_tui.runs import actions, trash
 from qlora_tui.runs.damage import adapter_damage
 from qlora_tui.runs.directory import create_run
-from qlora_tui.runs.events import Evaluated, ValidationCompared
+from qlora_tui.runs.events import Evaluated, Failed, ValidationCompared
 from qlora_tui.runs.initial_adapter import with_initial_adapter
 from qlora_tui.runs.machine_checks import CheckKind, Machine
 from qlora_tui.runs.preflight import preflight
+from qlora_tui.runs.status import Status, write_status
 from qlora_tui.training.adapter import add_lora
 from qlora_tui.training.initial_adapter_weights import load_initial_adapter
 from qlora_tui.training.preference.starting_adapter import StartingAdapter
@@ -189,6 +190,23 @@ def test_a_missing_adapter_is_an_error(recipe: MakeRecipe, tmp_path: Path, named
         with_initial_adapter(wanted)
     checks = preflight(wanted, Machine(budget_for(None)), read_columnar=False)
     assert [each.outcome for each in checks if each.kind is CheckKind.LORA] == ["error"]
+
+
+def test_a_start_deleted_while_the_run_waited_is_said(
+    recipe: MakeRecipe, trainers: Trainers, adapter: Path
+) -> None:
+    first = create_run(recipe())
+    write_status(first, Status(state="finished", at=1.0))
+    shutil.copytree(adapter, first.adapter_dir)
+    waits = create_run(recipe({"lora.init_from": str(first.adapter_dir)}))
+    trash.put(first)
+    assert trainers.run(waits) != 0
+    (ending,) = events_of(waits, Failed)
+    assert ending.title == "No adapter to start from"
+    assert first.id in ending.what and f"runs restore {first.id}" in ending.fix
+    trash.empty()
+    assert trainers.run(waits) != 0
+    assert "does not exist" in events_of(waits, Failed)[-1].what
 
 
 def test_a_run_trains_an_earlier_adapter_further(recipe: MakeRecipe, trainers: Trainers) -> None:
