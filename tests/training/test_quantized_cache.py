@@ -192,7 +192,7 @@ def test_stored_weights_are_in_memory_once(folder: Path) -> None:
     assert copied == []
 
 
-def test_a_base_for_host_memory_has_the_bits_of_the_gpu(
+def test_a_base_for_host_memory_is_quantized_on_the_gpu(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     devices: list[torch.device] = []
@@ -231,7 +231,7 @@ def test_a_base_is_stored_file_by_file(folder: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(("share", "folders"), [(0.9, 0), (1.0, 1)])
-def test_no_base_is_stored_with_less_memory_than_a_file_takes(
+def test_no_base_is_stored_where_memory_is_short(
     folder: Path, monkeypatch: pytest.MonkeyPatch, share: float, folders: int
 ) -> None:
     file_bytes = 5 * SHARD_BYTES

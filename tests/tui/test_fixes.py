@@ -70,6 +70,7 @@ async def test_m_prepares_a_smaller_run_after_out_of_memory(make_app: MakeApp) -
     [
         ("plateau", "running", "stop this run"),
         ("nan_loss", "stopped", "prepare a run with learning rate 0.0001 instead of 0.0002"),
+        ("gradients_overflow", "failed", "compute dtype float32 instead of auto"),
         ("few_steps", "finished", "gradient accumulation 4 instead of 8"),
         ("worse_than_before", "running", "stop this run"),
         ("worse_than_before", "finished", "prepare a run with learning rate 2e-5 instead of 0.0002"),
