@@ -343,5 +343,7 @@ def _nothing_fits(
         "No usable field",
         what=f"No known format fits {name}: nothing to train on {what}.",
         why=f"Known formats: {', '.join(PARTS)}.",
-        fix=mapping_hint(values, columns),
+        fix=mapping_hint(values, columns)
+        if columns
+        else "A row is an object with named fields. A file that is one array of rows is named .json.",
     )

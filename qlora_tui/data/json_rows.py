@@ -11,7 +11,7 @@ from typing import Any
 from qlora_tui.data.bounds import DEEPEST, MAX_VALUES, is_too_deep
 from qlora_tui.data.chat_formats import turn_keys
 from qlora_tui.data.row import Row
-from qlora_tui.data.text_reader import BOM, BrokenFileError, Stream
+from qlora_tui.data.text_reader import BOM, NUL_BYTES, BrokenFileError, Stream
 
 _LARGEST_ROW_CHARACTERS = 64 << 20
 """Characters after which an unfinished value counts as broken rather than long."""
@@ -25,6 +25,8 @@ def json_rows(stream: Stream) -> Iterator[Row]:
 
     Raises ``BrokenFileError`` at the first error of syntax.
     """
+    if b"\x00" in stream.peek()[:4]:
+        raise BrokenFileError("bad-encoding", 1, NUL_BYTES)
     values = _Values(stream)
     number = 0
     for value in values:

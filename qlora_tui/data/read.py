@@ -40,6 +40,7 @@ from qlora_tui.data.text_reader import (
     opened,
 )
 from qlora_tui.errors import UserError
+from qlora_tui.formatting import pluralize
 
 SUFFIXES = {
     ".json": "json",
@@ -266,9 +267,11 @@ def unreadable(path: Path, kind: str, reason: str, why: str = "") -> DamagedFile
     titles = {"bad-json": "Not valid JSON", "bad-encoding": "Not UTF-8", "bad-row": "Not a table"}
     # Every other byte of a Western text in UTF-16 is NUL.
     encoding = "UTF-16LE" if NUL_BYTES in reason else "LATIN1"
+    other_name = "If each line is a row, name the file .jsonl: then its other rows can be read."
+    if kind_of(path) == "jsonl":
+        other_name = "If the file is one array of rows, name it .json."
     fixes = {
-        "bad-json": "Correct the line, or download the file again. If each line is a row, name the file "
-        ".jsonl: then its other rows can be read.",
+        "bad-json": f"Correct the line, or download the file again. {other_name}",
         "bad-encoding": f"Convert it: iconv -f {encoding} -t UTF-8 {path.name} > utf8-{path.name}",
         "bad-row": "Check the separator and the quotes of the file. A quote inside a value is written twice, "
         'and the value is in quotes: "a 5"" screen".',
@@ -367,7 +370,7 @@ def _table_rows(stream: Stream, delimiter: str | None) -> Iterator[Row]:
             continue
         if not header:
             if table.damage:
-                raise BrokenFileError("bad-encoding", table.line, table.damage)
+                raise BrokenFileError("bad-encoding", table.line, table.damage.partition(": ")[2])
             header = distinct_names([cell.strip() for cell in cells])
             continue
         if not any(cells):
@@ -378,7 +381,10 @@ def _table_rows(stream: Stream, delimiter: str | None) -> Iterator[Row]:
             table.check_damage()
             yield Row(number=number, kind="bad-encoding", error=table.damage)
         elif len(cells) != len(header):
-            what = f"{len(cells)} values for {len(header)} columns"
+            what = f"{pluralize(len(cells), 'value')} for {pluralize(len(header), 'column')}"
+            yield Row(number=number, kind="bad-row", error=f"{where}: {what}.")
+        elif any(cell.startswith(' "') for cell in cells):
+            what = "a space before an opening quote, so that the quotes are part of the value"
             yield Row(number=number, kind="bad-row", error=f"{where}: {what}.")
         elif [cell.strip() for cell in cells] == header:
             what = "the header again, as where tables were joined"

@@ -299,6 +299,7 @@ def test_a_quote_that_is_not_closed_is_named(tmp_path: Path, text: str, words: s
         ("names.csv", "a,a,,\n1,2,,\n", [{"a": "1", "a.1": "2", "": "", ".1": ""}]),
         ("quotes.csv", 'a,b\na 5" screen,"say ""hi"""\n', [{"a": 'a 5" screen', "b": 'say "hi"'}]),
         ("joined.csv", "a,b\n1,2\n\ufeffa,b\n3,4\n", [{"a": "1", "b": "2"}, None, {"a": "3", "b": "4"}]),
+        ("spaces.csv", 'a,b\n"1", "2"\n 3, 4\n', [None, {"a": " 3", "b": " 4"}]),
         ("mac.csv", "a,b\n1,2\rx\n3,4\n", [None, {"a": "3", "b": "4"}]),
         ("joined.jsonl", '{"a": 1}\n\ufeff{"a": 2}\n', [{"a": 1}, {"a": 2}]),
         ("joined.json", '{"a": 1}\n\ufeff{"a": 2}\n', [{"a": 1}, {"a": 2}]),
@@ -443,9 +444,19 @@ def test_kinds_go_by_the_end_of_the_name() -> None:
     assert {name: kind_of(Path(name)) for name in names} == names
 
 
-@pytest.mark.parametrize(("encoding", "named"), [("utf-16-le", "UTF-16LE"), ("latin-1", "LATIN1")])
-def test_the_remedy_names_the_encoding_it_is_likely_in(tmp_path: Path, encoding: str, named: str) -> None:
-    path = tmp_path / "rows.csv"
+@pytest.mark.parametrize(
+    ("name", "encoding", "named"),
+    [
+        ("rows.csv", "utf-16-le", "UTF-16LE"),
+        ("rows.csv", "latin-1", "LATIN1"),
+        ("rows.json", "utf-16-le", "UTF-16LE"),
+        ("rows.jsonl", "utf-16-le", "UTF-16LE"),
+    ],
+)
+def test_the_remedy_names_the_encoding_it_is_likely_in(
+    tmp_path: Path, name: str, encoding: str, named: str
+) -> None:
+    path = tmp_path / name
     path.write_bytes("question,answer\nété,oui\n".encode(encoding))
     with pytest.raises(UserError) as caught:
         open_source(Source(path=str(path)), "refuse")
