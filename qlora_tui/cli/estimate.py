@@ -24,7 +24,6 @@ from qlora_tui.memory import PRECISIONS, as_json, check_fit, compare
 from qlora_tui.memory.budget import MemoryBudget, local_budget
 from qlora_tui.memory.conversion import Conversion
 from qlora_tui.memory.estimate import precision_of
-from qlora_tui.memory.layout import STYLES
 from qlora_tui.memory.step_trace import StepTrace
 from qlora_tui.recipe.schema import Recipe
 
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> CommandResult:
             open_source(source, recipe.data.preferences)
     architecture = _architecture(recipe.model.id, recipe.model.revision)
     budget = local_budget(None if args.gpu_gib is None else round(args.gpu_gib * GIB))
-    trace = _optional_trace(recipe, architecture, budget, requested=args.trace)
+    trace = _traced_step(recipe, budget) if args.trace else None
     data = as_json(recipe, architecture, budget.bytes, device=budget.device, traced=trace)
     compared = compare(recipe, architecture, device=budget.device, traced=trace)
     # The name of a GPU given only by its size is that size.
@@ -99,6 +98,8 @@ def run(args: argparse.Namespace) -> CommandResult:
             "GiB. Choose a smaller model or a larger GPU."
         )
     lines += [f"note: {note}" for note in estimate.notes]
+    if not estimate.exact:
+        lines.append("note: --trace measures a step of the model itself, in seconds")
     lines += [f"warning: {warning}" for warning in data["warnings"]]
     return CommandResult(
         data={"model": recipe.model.id, "against": budget.name} | data, text="\n".join(lines)
@@ -146,30 +147,15 @@ TRACE_LABELS = {
 }
 
 
-def _optional_trace(
-    recipe: Recipe, architecture: Architecture, budget: MemoryBudget, *, requested: bool
-) -> StepTrace | None:
-    """Return the trace that was requested, or one to replace a formula that the model family lacks.
-
-    Raises UserError if a requested trace is not available.
-    """
-    without_formula = architecture.model_type not in STYLES
-    if not requested and not without_formula:
-        return None
-    why = f": {architecture.model_type} layers have no formula" if without_formula else ""
-    print(f"tracing a step{why}", file=sys.stderr)
+def _traced_step(recipe: Recipe, budget: MemoryBudget) -> StepTrace:
+    """Return a trace of the recipe's step. Raises UserError where it is not available."""
+    print("tracing a step", file=sys.stderr)
     # Including the event loop, they take half as long to load as the whole estimate takes.
     import asyncio
 
     from qlora_tui.engine.trace_client import trace_step
 
-    try:
-        return asyncio.run(trace_step(load_model_config(recipe.model.id), recipe, budget.device))
-    except UserError as problem:
-        if requested:
-            raise
-        print(f"not traced: {problem.what}", file=sys.stderr)
-        return None
+    return asyncio.run(trace_step(load_model_config(recipe.model.id), recipe, budget.device))
 
 
 def _trace_table(trace: dict[str, Any]) -> str:

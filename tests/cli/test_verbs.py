@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench.tiny_gguf import write_tiny_gguf
-from qlora_tui import paths
+from qlora_tui import paths, subprocesses
 from qlora_tui.catalog import hub
 from qlora_tui.cli import doctor
 from qlora_tui.cli.main import SUBCOMMANDS, main
@@ -329,9 +329,12 @@ def test_the_app_needs_a_terminal_and_says_so(call: Call) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_trainers")
-def test_a_family_without_a_formula_is_traced(call: Call) -> None:
-    model = str(CONFIGS / "LiquidAI__LFM2-350M.json")
-    said = call("estimate", "--model", model, "--gpu-gib", "24", "--json")
+def test_a_family_without_a_formula_is_traced_on_request(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    estimated = "estimate", "--model", str(CONFIGS / "LiquidAI__LFM2-350M.json"), "--gpu-gib", "24"
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocesses, "module_argv", None)
+        assert "--trace measures a step" in call(*estimated).out
+    said = call(*estimated, "--trace", "--json")
     trace, nf4 = said.json["trace"], said.json["precisions"]["nf4"]
     assert trace["precision"] == "nf4" and not trace["exact"] and nf4["exact"]
     assert trace["items"]["adapter"]["traced"] == trace["items"]["adapter"]["closed_form"] > 0

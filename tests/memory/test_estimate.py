@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -31,11 +33,31 @@ from qlora_tui.memory.levels import CUDA_LIBRARIES_BYTES, context_range
 from qlora_tui.memory.parameter_memory import optimizer_step_bytes
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, RecipeOptimizer, Training
-from tests.catalog.configs import config
+from tests.catalog.configs import CONFIGS, config
 from tests.memory.models import qwen_7b, tinyllama
 from tests.support.counting import count_allocations
 
 GIB, MIB = 2**30, 2**20
+
+
+def test_an_estimate_takes_few_calls_of_functions_in_every_family() -> None:
+    """80,000 take about 20 ms; the layers of Llama 70B are as many as any model's here."""
+    calls: dict[str, int] = {}
+
+    def count(frame: object, event: str, arg: object) -> None:
+        calls[file.stem] += event == "call"
+
+    for file in sorted(CONFIGS.glob("*.json")):
+        with suppress(UserError):
+            architecture = parse_architecture(json.loads(file.read_text()))
+            calls[file.stem] = 0
+            cached_estimate.cache_clear()
+            sys.setprofile(count)
+            try:
+                estimate(Recipe(), architecture)
+            finally:
+                sys.setprofile(None)
+    assert len(calls) > 60 and min(calls.values()) > 1000 and max(calls.values()) < 80_000, calls
 
 
 def test_items_add_up_to_what_must_be_free() -> None:

@@ -93,7 +93,7 @@ def test_a_trained_embedding_is_replayed_as_it_is_walked(name: str, accumulation
     assert _replayed(recipe, name).allocated_bytes == pytest.approx(estimated.allocated_bytes, rel=0.01)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, "google/gemma-3-12b-it", "Qwen/Qwen3.5-27B"])
 @pytest.mark.parametrize("rows", [1, 4])
 def test_layers_between_equal_ones_need_no_full_replay(
     name: str, rows: int, monkeypatch: pytest.MonkeyPatch
