@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from qlora_tui.training.streaming import host_memory
 from qlora_tui.training.streaming.host_memory import HostMemory
 
 pytestmark = pytest.mark.slow
@@ -71,6 +72,26 @@ def test_a_runtime_that_raises_is_a_refusal_too(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "cudart", unavailable)
     memory = HostMemory(CUDA)
     assert len(memory.allocate(8)) == 8 and memory.refused == "operation not supported"
+
+
+@pytest.mark.parametrize(("lost", "arrives"), [((), True), ((3,), False), ((0,), False)])
+def test_on_wsl2_copies_from_pinned_memory_are_tried(
+    runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch, lost: tuple[int, ...], arrives: bool
+) -> None:
+    copies: list[int] = []
+
+    def copied(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+        copies.append(len(copies))
+        return torch.zeros_like(values) if copies[-1] in lost else values.clone()
+
+    monkeypatch.setattr(host_memory, "_copied_there", copied)
+    memory = HostMemory(CUDA)
+    memory.allocate(60)
+    assert not copies
+    monkeypatch.setattr(host_memory, "is_wsl2", lambda: True)
+    buffer = memory.allocate(40)
+    assert memory.refused == ("" if arrives else "what was copied from it did not arrive on the GPU")
+    assert (buffer.data_ptr() in runtime.pinned) is arrives and runtime.last_error == 0
 
 
 def test_unpinned_memory_stays_usable(runtime: FakeRuntime) -> None:

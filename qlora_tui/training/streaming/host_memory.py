@@ -14,8 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_tui.gpu.wsl import is_wsl2
 from qlora_tui.runs.machine_checks import host_memory_problem
 from qlora_tui.training.compute_device import host_memory_bytes
+
+_END_BYTES = 256
+"""Bytes at each end of a buffer that are copied as a trial."""
 
 
 class HostMemory:
@@ -71,7 +75,31 @@ def _pin(buffer: Tensor, device: torch.device) -> str:
     if code:
         _clear_error(device)
         return f"CUDA error {code}"
+    if is_wsl2() and not _arrives(buffer, device):
+        _unpin(buffer.data_ptr(), device)
+        return "what was copied from it did not arrive on the GPU"
     return ""
+
+
+def _arrives(buffer: Tensor, device: torch.device) -> bool:
+    """Whether the ends of a new buffer reach the GPU, twice: overwrites them.
+
+    On WSL2 copies from pinned memory may do nothing, without an error (FreeToken issue 291).
+    """
+    ends = (buffer[:_END_BYTES], buffer[-_END_BYTES:])
+    for start in (1, 2):
+        for end in ends:
+            end.copy_(torch.arange(start, start + end.numel()))
+            if not torch.equal(_copied_there(end, device), end):
+                return False
+    return True
+
+
+def _copied_there(values: Tensor, device: torch.device) -> Tensor:
+    """The values that a GPU has after a copy, back in other memory."""
+    there = torch.empty_like(values, device=device).zero_()
+    there.copy_(values, non_blocking=True)
+    return there.cpu()
 
 
 def _unpin(address: int, device: torch.device) -> None:
