@@ -198,7 +198,15 @@ def _refuse_existing_model(name: str, why: str = "`ollama create` replaces it wi
         shown = subprocess.run(
             command, env=user_env(), stdin=subprocess.DEVNULL, capture_output=True, timeout=_SHOW_S
         )
-    except (OSError, subprocess.TimeoutExpired):
+    except subprocess.TimeoutExpired as error:
+        raise UserError(
+            "Ollama does not answer",
+            what=f"`ollama show {name}` did not end in {_SHOW_S} seconds.",
+            why=f"Whether it has a model {name} already, which would be replaced, is not known.",
+            fix="Look whether Ollama is running, or replace it with: qlora-tui export ollama … --replace",
+        ) from error
+    except OSError:
+        # Then it cannot create a model either, and says so.
         return
     if shown.returncode == 0:
         raise UserError(

@@ -113,13 +113,16 @@ def publish_new(draft: Path, final: Path) -> None:
 
 def publish_files(finals: Mapping[Path, Path]) -> None:
     """Give each finished file of the keys its name, all of them or none. Raises UserError and OSError."""
+    published: list[Path] = []
     try:
         for draft, final in finals.items():
             publish_file(draft, final)
+            published.append(final)
     except BaseException:
         for draft, final in finals.items():
+            # Only what was published here: another program may have written a file of that name meanwhile.
             with suppress(OSError):
-                if not draft.exists() or final.samefile(draft):
+                if final in published or final.samefile(draft):
                     final.unlink()
         raise
     for draft in finals:

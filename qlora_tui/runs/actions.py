@@ -15,7 +15,7 @@ from qlora_tui.recipe.absolute_paths import with_absolute_paths
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import control, run_queue
 from qlora_tui.runs.directory import LAST, RunDir, all_runs, create_run
-from qlora_tui.runs.exports import delete_unfinished, read_exports
+from qlora_tui.runs.exports import delete_unfinished, is_exported
 from qlora_tui.runs.initial_adapter import with_initial_adapter
 from qlora_tui.runs.spawn import ensure_runner
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, State, read_status
@@ -149,7 +149,7 @@ def uses_of(run: RunDir) -> list[str]:
         for other in map(_run, run_queue.waiting())
         if _starts_from(other, run)
     ]
-    if any(export.status.state == "running" for export in read_exports(run)):
+    if is_exported(run):
         uses.append("it is being exported")
     elif is_held(run.path):
         uses.append("its adapter is loaded for a chat or an export")

@@ -19,6 +19,7 @@ from qlora_tui.runs import leftovers, repair
 from qlora_tui.runs.damage import adapter_damage, checkpoint_damage
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import events_and_damage
+from qlora_tui.runs.exports import unreadable_exports
 from qlora_tui.runs.queue_entries import entries, queue_dir, stray_names
 from qlora_tui.runs.repair import CheckResult, Defect, fingerprint
 from qlora_tui.runs.status import ACTIVE, State, is_stranded, read_status, status_problem
@@ -37,6 +38,7 @@ def check_run(run: RunDir) -> CheckResult:
         *_checkpoints(run),
         *_adapter(run, state),
         *_status(run),
+        *_exports(run),
     ]
     return CheckResult(run.id, state, tuple(defects), run=run, seen=seen)
 
@@ -162,6 +164,12 @@ def _adapter(run: RunDir, state: State) -> Iterator[Defect]:
         else f"a repair lets `qlora-tui resume {run.id}` train it again: no checkpoint is intact"
     )
     yield Defect(f"adapter: {damage}", remedy, partial(repair.reopen, run, damage))
+
+
+def _exports(run: RunDir) -> Iterator[Defect]:
+    for folder in unreadable_exports(run):
+        what = f"exports/{folder.name} cannot be read, so no list shows it"
+        yield Defect(what, f"what it wrote is whole; delete the record: {folder}")
 
 
 def _status(run: RunDir) -> Iterator[Defect]:

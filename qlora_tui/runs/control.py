@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -115,13 +116,15 @@ def take_requests(run: RunDir) -> list[ControlRequest]:
         return []
     requests = []
     for path in paths:
-        with suppress(OSError, msgspec.MsgspecError):
+        try:
             request = _read(path)
             path.unlink()
             requests.append(request)
-            continue
-        with suppress(OSError):
-            path.unlink()
+        except (OSError, msgspec.MsgspecError) as error:
+            # Into the trainer's log: whoever made the request should find why nothing happened.
+            print(f"{path.name}: not a request that this version can take: {error}", file=sys.stderr)
+            with suppress(OSError):
+                path.unlink()
     return requests
 
 

@@ -64,11 +64,20 @@ class RunDir:
 
     @property
     def gpu(self) -> str:
-        """The GPU that the user chose for this run (``--gpu``), or ``cpu``; empty if none was chosen."""
+        """The GPU that the user chose for this run (``--gpu``), or ``cpu``; empty if none was chosen.
+
+        Raises UserError if the choice cannot be read: another GPU may be somebody else's.
+        """
         try:
             return read_regular(self.gpu_path).decode().strip()
-        except (OSError, UnicodeDecodeError):
+        except FileNotFoundError:
             return ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                "The choice of a GPU cannot be read",
+                what=f"{self.gpu_path}: {getattr(error, 'strerror', None) or error}.",
+                fix=f"Choose it again: `qlora-tui --gpu GPU resume {self.id}`.",
+            ) from error
 
     @property
     def gpu_path(self) -> Path:

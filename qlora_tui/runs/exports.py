@@ -172,6 +172,22 @@ def read_exports(run: RunDir) -> list[Export]:
     return [export for folder in folders if (export := _read(folder)) is not None]
 
 
+def is_exported(run: RunDir) -> bool:
+    """Whether a process exports the run, also one whose files cannot be read."""
+    if any(export.status.state == "running" for export in read_exports(run)):
+        return True
+    return any(is_locked(lock_path(folder)) for folder in unreadable_exports(run))
+
+
+def unreadable_exports(run: RunDir) -> list[Path]:
+    """Return the folders of exports that no list shows, because their files cannot be read."""
+    readable = {export.folder for export in read_exports(run)}
+    try:
+        return sorted(path for path in exports_dir(run).iterdir() if path.is_dir() and path not in readable)
+    except OSError:
+        return []
+
+
 def read_request(folder: Path) -> ExportRequest:
     """Return the request of an export's folder. Raises OSError and msgspec.MsgspecError."""
     return decode_json(read_regular(folder / "request.json"), _REQUESTS)

@@ -68,14 +68,19 @@ def sweep_own(run: RunDir) -> None:
 
 def sweep() -> list[Path]:
     """Delete all leftovers that no process uses; return their paths."""
-    swept = list(leftovers())
+    swept = leftovers()
     for path in swept:
         delete(path)
     return swept
 
 
-def leftovers() -> Iterator[Path]:
-    """Yield all leftovers, in the runs folder and elsewhere, that :func:`sweep` would delete."""
+def leftovers() -> list[Path]:
+    """Return all leftovers, in the runs folder and elsewhere, that :func:`sweep` would delete."""
+    # A draft of an export may be listed, and in one of our folders.
+    return list(dict.fromkeys(_leftovers()))
+
+
+def _leftovers() -> Iterator[Path]:
     import tempfile  # takes 15 ms, which a start that sweeps nothing avoids
 
     # Without a temporary folder, as on a full disk, nothing was left in it.

@@ -90,9 +90,11 @@ def restore(run_id: str) -> RunDir:
     try:
         trashed.run.path.rename(run.path)
         sync(run.path.parent)
-        (run.path / _TIME).unlink(missing_ok=True)
     except OSError as error:
         raise _disk("The run was not restored", run.path, error) from error
+    # It counts only in the trash.
+    with suppress(OSError):
+        (run.path / _TIME).unlink(missing_ok=True)
     return run
 
 

@@ -398,3 +398,10 @@ def test_of_several_files_all_or_none_get_their_names(tmp_path: Path) -> None:
         publish_files(finals)
     assert (tmp_path / "final-1").read_text() == "mine"
     assert not (tmp_path / "final-0").exists() and not (tmp_path / "final-2").exists()
+
+
+def test_a_file_of_another_program_outlives_a_failed_export(tmp_path: Path) -> None:
+    (tmp_path / "final").write_text("mine")
+    with pytest.raises(FileNotFoundError):
+        publish_files({tmp_path / "lost-draft": tmp_path / "final"})
+    assert (tmp_path / "final").read_text() == "mine"

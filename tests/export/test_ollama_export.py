@@ -127,6 +127,19 @@ def test_a_model_in_ollama_is_replaced_only_on_request(
     ).created
 
 
+def test_an_ollama_that_hangs_may_have_such_a_model(
+    tiny_source: ChatSource,
+    tmp_path: Path,
+    install_ollama: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ollama_export, "_SHOW_S", 0.1)
+    install_ollama("#!/bin/sh\nwhile :; do :; done\n")
+    with pytest.raises(UserError, match="Ollama does not answer"):
+        export_ollama(tiny_source, "adapter", "tickets", tmp_path / "out", "F16")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.usefixtures("without_proof")
 def test_a_model_that_appears_meanwhile_is_not_replaced(
     tiny_source: ChatSource, tmp_path: Path, install_ollama: Callable[[str], None]

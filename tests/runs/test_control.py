@@ -34,11 +34,14 @@ def test_requests_are_taken_once_in_the_order_they_were_made(running: RunDir) ->
     assert control.take_requests(running) == []
 
 
-def test_what_is_not_a_request_is_removed_and_harmless(running: RunDir) -> None:
+def test_what_is_not_a_request_is_removed_and_said(
+    running: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
     (running.control_dir / "0.json").write_text("not json")
     (running.control_dir / "1.json").write_text('{"kind": "self_destruct"}')
     assert control.take_requests(running) == []
     assert list(running.control_dir.iterdir()) == []
+    assert "0.json" in (said := capsys.readouterr().err) and "self_destruct" in said
 
 
 def test_poisoned_control_files_neither_fail_nor_block(running: RunDir, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from qlora_tui import paths
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, leftovers, run_queue
-from qlora_tui.runs.directory import all_runs, create_run, find_run
+from qlora_tui.runs.directory import RunDir, all_runs, create_run, find_run
 
 
 def test_the_frozen_recipe_is_the_recipe(recipe: Recipe) -> None:
@@ -144,3 +144,10 @@ def test_a_run_whose_deletion_is_interrupted_is_gone_or_whole(
             os.utime(path, (1, 1))
         leftovers.sweep()
         assert list(paths.runs_dir().iterdir()) == []
+
+
+def test_an_unreadable_choice_of_a_gpu_is_not_forgotten(run: RunDir) -> None:
+    assert run.gpu == ""
+    run.gpu_path.write_bytes(b"\xff")
+    with pytest.raises(UserError, match="cannot be read"):
+        _ = run.gpu

@@ -11,16 +11,20 @@ import msgspec
 import pytest
 
 from qlora_tui.errors import UserError
+from qlora_tui.locks import locked
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs import exports
+from qlora_tui.runs.check import check_run
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.exports import (
     Export,
     ExportRequest,
     cancel_export,
     exports_dir,
+    is_exported,
     read_exports,
     start_export,
+    unreadable_exports,
 )
 from tests.chat.adapters import make_adapter
 from tests.support.polling import wait_for
@@ -110,4 +114,8 @@ def test_unreadable_exports_are_left_out(run: RunDir) -> None:
     folder = exports_dir(run) / "0001"
     folder.mkdir(parents=True)
     (folder / "request.json").write_bytes(msgspec.json.encode({"form": "else"}))
-    assert read_exports(run) == []
+    assert read_exports(run) == [] and unreadable_exports(run) == [folder]
+    assert not is_exported(run)
+    with locked(folder / "lock"):
+        assert is_exported(run), "its process still works"
+    assert any("exports/0001" in defect.what for defect in check_run(run).defects)

@@ -166,6 +166,11 @@ def test_results_of_both_sides_are_paired_and_kept(run: RunDir) -> None:
     store_results(run, [result])
     store_results(run, [HarnessResult(**{**_fields(result), "task": "other"})])
     assert [each.task for each in read_results(run)] == ["colors", "other"]
+    whole = run.harness_results_path.read_bytes()
+    run.harness_results_path.write_bytes(whole[:-1])
+    store_results(run, [result])
+    assert (run.path / "damaged-harness_results.json").read_bytes() == whole[:-1]
+    store_results(run, [HarnessResult(**{**_fields(result), "task": "other"})])
     (run.adapter_dir / "adapter_model.safetensors").write_bytes(b"another")
     assert read_results(run) == ()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -83,7 +84,12 @@ def compare_samples(base: Samples, adapter: Samples) -> tuple[tuple[Metric, ...]
 
 
 def store_results(run: RunDir, results: Sequence[HarnessResult]) -> None:
-    """Add results to those of other tasks. Raises OSError."""
+    """Add results to those of other tasks; a file that cannot be read is moved aside. Raises OSError."""
+    with suppress(FileNotFoundError):
+        try:
+            decode_json(read_regular(run.harness_results_path, _MAX_BYTES), _RESULTS)
+        except ValueError:
+            run.harness_results_path.rename(run.path / f"damaged-{run.harness_results_path.name}")
     names = {result.task for result in results}
     others = [result for result in read_results(run) if result.task not in names]
     atomic_write(run.harness_results_path, msgspec.json.encode([*others, *results]))
