@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from qlora_tui.chat.chat_types import GREEDY, ChatSource
+from qlora_tui.chat.chat_types import GREEDY, ChatSource, Sampling
+from qlora_tui.cli.main import main
 from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.runs.directory import RunDir, create_run
 
@@ -38,6 +40,27 @@ def text(pieces: Iterator[TextChunk]) -> str:
 def typed(*lines: str) -> Iterator[str]:
     yield from lines
     raise EOFError
+
+
+@pytest.mark.parametrize("option", [("--greedy",), ("--seed", "7")])
+def test_an_answer_can_be_reproduced(
+    option: tuple[str, ...], run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qlora_tui.chat.repl import generate_once
+
+    ask = ("chat", run.id, "--prompt", PROMPT, "--json")
+    assert main([*ask, *option]) == 0
+    said = json.loads(capsys.readouterr().out)
+    sampling = msgspec.convert(said["sampling"], Sampling)
+    assert (sampling.temperature, sampling.seed) == ((0, None) if len(option) == 1 else (0.7, 7))
+    assert text(generate_once(run, PROMPT, sampling=sampling)) == said["answer"]
+
+
+@pytest.mark.parametrize("options", [("--greedy", "--seed", "7"), ("--seed", "-1"), ("--seed", str(2**32))])
+def test_what_is_no_seed_is_a_wrong_call(options: tuple[str, ...], run: RunDir) -> None:
+    with pytest.raises(SystemExit) as refused:
+        main(["chat", run.id, *options])
+    assert refused.value.code == 2
 
 
 def test_base_adapter_and_checkpoint_answer_differently(run: RunDir) -> None:
