@@ -125,13 +125,18 @@ def _load_stored(
     stored: Path, device: ComputeDevice, attention_path: AttentionPath, on_progress: ProgressCallback | None
 ) -> Any | None:
     """The model with weights that were quantized earlier; None where they cannot be read."""
+    model = None
     try:
         model, info = _load(stored, device, attention_path, on_progress, output_loading_info=True)
+        is_whole = not any(info.values())
     except Exception as error:  # whatever the libraries raise for a damaged file
         if is_out_of_memory(error):
             raise
-        info = {"error": error}
-    if any(info.values()):
+        is_whole = False
+    if not is_whole:
+        # The next load needs the memory of what was read.
+        del model
+        release_gpu_memory()
         with suppress(OSError):
             discard(stored)
         return None

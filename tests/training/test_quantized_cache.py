@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -156,6 +159,36 @@ def test_damaged_weights_are_quantized_again(
     quantizations.clear()
     load(folder)
     assert not quantizations
+
+
+@pytest.mark.parametrize("raises", [True, False])
+def test_what_was_read_of_damaged_weights_is_freed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, raises: bool
+) -> None:
+    load(folder)
+    alive: list[weakref.ref[torch.Tensor]] = []
+    load_files = model_loading._load
+
+    def damaged(*args: Any, output_loading_info: bool = False, **settings: Any) -> Any:
+        if not output_loading_info:
+            assert alive[0]() is None
+            return load_files(*args, **settings)
+        weights = torch.ones(8)
+        alive.append(weakref.ref(weights))
+        if raises:
+            raise OSError("damaged")
+        model = SimpleNamespace(weights=weights)
+        model.cycle = model
+        return model, {"missing_keys": {"lm_head.weight"}}
+
+    monkeypatch.setattr(model_loading, "_load", damaged)
+    gc.collect()
+    gc.disable()
+    try:
+        load(folder)
+    finally:
+        gc.enable()
+    assert alive
 
 
 def test_the_least_recently_used_weights_are_deleted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
