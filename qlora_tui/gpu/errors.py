@@ -8,7 +8,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Literal, NamedTuple
 
-from qlora_tui.errors import UserError
+from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
 
 
 class GpuUnavailableReason(StrEnum):
@@ -161,7 +161,14 @@ class GpuUnavailableError(UserError):
 
     def __init__(self, reason: GpuUnavailableReason, why: str = ""):
         text = _TEXTS[reason]
-        super().__init__(text.title, what=text.what, why=why or text.why, fix=text.fix)
+        is_wrong_call = reason is GpuUnavailableReason.NOT_PRESENT
+        super().__init__(
+            text.title,
+            what=text.what,
+            why=why or text.why,
+            fix=text.fix,
+            exit_code=EXIT_USAGE if is_wrong_call else EXIT_FAILURE,
+        )
         self.reason = reason
 
     def __reduce__(self) -> tuple[object, ...]:

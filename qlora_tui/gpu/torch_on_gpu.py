@@ -147,7 +147,8 @@ def why_on_the_cpu() -> UserError | None:
 
 def with_cpu_choice(error: GpuUnavailableError) -> UserError:
     """Return the error that refuses a run for a GPU that cannot be read."""
-    return UserError(error.title, what=error.what, why=error.why, fix=f"{error.fix} {ON_THE_CPU}")
+    fix = f"{error.fix} {ON_THE_CPU}"
+    return UserError(error.title, what=error.what, why=error.why, fix=fix, exit_code=error.exit_code)
 
 
 def install_fix(gpu: GpuDevice | None) -> str:

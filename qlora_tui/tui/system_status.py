@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from qlora_tui.errors import UserError
@@ -55,6 +55,16 @@ class SystemStatus:
             active=self.active.id if self.active else "",
             waiting=self.waiting_ids,
         )
+
+    @property
+    def trains_on(self) -> Literal["cpu", "unknown", "none"]:
+        """Where a run would train, where the driver reports no GPU for it."""
+        return "cpu" if self.no_gpu is None else self.no_gpu.reason.device
+
+    @property
+    def no_gpu_title(self) -> str:
+        """What there is in place of a GPU that the driver reports."""
+        return {"cpu": "no GPU", "unknown": "unknown GPU", "none": "no usable GPU"}[self.trains_on]
 
     @property
     def no_gpu_reason(self) -> str:

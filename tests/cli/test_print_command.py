@@ -96,7 +96,7 @@ def test_a_gpu_that_torch_cannot_use_refuses_a_run(
     refused = call(*train, "--print-command")
     assert refused.code == 1 and "torch cannot use the GPU" in refused.err and all_runs() == []
     missing = call(*train, "--print-command", "--gpu", "5090")
-    assert missing.code == 1 and '--gpu is "5090"' in missing.err and all_runs() == []
+    assert missing.code == 2 and '--gpu is "5090"' in missing.err and all_runs() == []
 
 
 def test_the_chosen_gpu_is_stored_with_the_run(

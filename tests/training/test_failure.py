@@ -83,6 +83,7 @@ def test_what_cuda_reports_says_how_to_go_on(tmp_path: Path, error: RuntimeError
     ending = failure_event(error, RunDir(tmp_path), None, None)
     assert (ending.title, ending.kind) == (title, "bug" if title == BUG else "problem")
     assert (f"resume {tmp_path.name}" in ending.fix) == (title != BUG)
+    assert "{" not in ending.fix and ("pytorch.org" in ending.fix) == (title == "No code for this GPU")
 
 
 def test_a_gpu_lost_in_a_suspend_is_called_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

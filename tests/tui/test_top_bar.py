@@ -6,11 +6,14 @@ import pytest
 from textual.app import App, ComposeResult
 
 from qlora_tui.gpu.metrics import GpuDevice
+from qlora_tui.memory.budget import budget_for
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.status import Status
+from qlora_tui.tui.screens.home.text import gpu_lines
+from qlora_tui.tui.system_monitor import SystemMonitor
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.top_bar import TopBar
-from tests.support.nvml_stub import install_nvml_stub
+from tests.support.nvml_stub import install_nvml_stub, install_torch
 from tests.tui.fake_runs import FakeRun, write_fake_run
 from tests.tui.screen_assertions import text_of, wait_for_text
 from tests.tui.workstation import open_on, open_with_gpu
@@ -30,6 +33,7 @@ async def test_the_line_never_wraps_and_the_map_is_whole(width: int) -> None:
 
 async def test_the_run_and_the_gpu_are_in_the_top_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     install_nvml_stub(monkeypatch, "one_gpu")
+    install_torch(monkeypatch, "12.4")
     write_fake_run(FakeRun(steps=1240))
     async with open_with_gpu("memory", model="").run_test(size=(160, 40)) as pilot:
         first = (await wait_for_text(pilot, "● 1,240/3,000 loss", "RTX 4090")).splitlines()[0]
@@ -66,6 +70,35 @@ async def test_nothing_is_repainted_while_nothing_changes() -> None:
 def test_a_gpu_that_says_nothing_is_na_and_never_zero() -> None:
     gpu = GpuDevice(0, "NVIDIA GeForce RTX 4090", None, None, None, None)
     assert "NA" in TopBar.status_options(SystemStatus(gpu=gpu))[0]
+
+
+@pytest.mark.parametrize(
+    ("scenario", "environ", "cuda", "bar", "home"),
+    [
+        ("one_gpu", {}, "12.4", "RTX 4090 91%", "RTX 4090"),
+        ("one_gpu", {}, None, "RTX 4090 unusable", "built for the CPU"),
+        ("no_driver", {}, None, "no GPU", "Training runs on the CPU"),
+        ("one_gpu", {"QLORA_TUI_GPU": "cpu"}, None, "no GPU", "The CPU is chosen"),
+        ("sliced", {}, "12.4", "unknown GPU", "a slice of a GPU"),
+        ("mismatch", {}, "12.4", "no usable GPU", "The NVIDIA driver was updated"),
+    ],
+)
+def test_a_gpu_that_cannot_be_used_is_not_called_missing(
+    monkeypatch: pytest.MonkeyPatch,
+    scenario: str,
+    environ: dict[str, str],
+    cuda: str | None,
+    bar: str,
+    home: str,
+) -> None:
+    install_nvml_stub(monkeypatch, scenario)
+    install_torch(monkeypatch, cuda)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    status = SystemMonitor().poll_and_recover()
+    assert bar in TopBar.status_options(status)[0]
+    lines = " ".join(line.plain for line in gpu_lines(status, budget_for(status.gpu), None, 80))
+    assert home in lines and ("CPU, slowly" in lines) == (bar == "no GPU")
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,9 @@ def _run_text(system_status: SystemStatus) -> str:
 
 def _gpu_text(system_status: SystemStatus) -> str:
     if system_status.gpu is None:
-        return "no GPU"
+        return system_status.no_gpu_title
+    if system_status.gpu_problem is not None:
+        return f"{system_status.gpu.short_name} unusable"
     metrics = system_status.gpu_metrics
     if metrics is None:
         return f"{system_status.gpu.short_name} NA"

@@ -14,6 +14,7 @@ from textual.content import Content
 from qlora_tui import paths
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import (
+    capitalize,
     format_count,
     format_duration,
     format_float,
@@ -93,10 +94,9 @@ def gpu_lines(
     """
     gpu, metrics = system_status.gpu, system_status.gpu_metrics
     if gpu is None:
-        device = "cpu" if system_status.no_gpu is None else system_status.no_gpu.reason.device
-        title = {"cpu": "No GPU", "unknown": "Unknown GPU", "none": "No GPU that can be used"}[device]
+        title = capitalize(system_status.no_gpu_title)
         where = f"Estimates: {budget.name}."
-        if device == budget.device.kind:
+        if system_status.trains_on == budget.device.kind:
             where = "Training runs on the CPU, slowly."
         lines = [Content.assemble((title, "bold"), ("" if host else f"   {where}", "dim"))]
         lines += [Content.styled(where, "dim")] if host else []
