@@ -242,7 +242,7 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
     content, reasoning, part_calls = _content_of(
         next((turn[k] for k in CONTENT_KEYS if k in turn), None), f"turn {number}"
     )
-    if medium := media_column(turn):
+    if len(turn) > 2 and (medium := media_column(turn)):  # more than a role and a content
         raise RowRejectedError("media", f"Turn {number}: {uncapitalize(medium)}")
     calls = part_calls + _declared_calls(turn, number)
     if calls and role != "assistant":

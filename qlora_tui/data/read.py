@@ -386,7 +386,7 @@ def _table_rows(stream: Stream, delimiter: str | None) -> Iterator[Row]:
         elif any(cell.startswith(' "') for cell in cells):
             what = "a space before an opening quote, so that the quotes are part of the value"
             yield Row(number=number, kind="bad-row", error=f"{where}: {what}.")
-        elif [cell.strip() for cell in cells] == header:
+        elif cells[0].strip() == header[0] and [cell.strip() for cell in cells] == header:
             what = "the header again, as where tables were joined"
             yield Row(number=number, kind="bad-row", error=f"{where}: {what}.")
         else:

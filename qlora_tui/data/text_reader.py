@@ -136,8 +136,11 @@ class Stream:
         Bytes that are not UTF-8 are replaced, so that the lines after them can be read.
         """
         for line in self.lines():
-            reason = bad_utf8(line) or (NUL_BYTES if b"\x00" in line else "")
-            yield line.decode(errors="replace").removeprefix(BOM), reason
+            try:
+                text, reason = line.decode(), NUL_BYTES if b"\x00" in line else ""
+            except UnicodeDecodeError as error:
+                text, reason = line.decode(errors="replace"), describe(error)
+            yield text.removeprefix(BOM), reason
 
 
 NUL_BYTES = "NUL bytes, so this is not UTF-8"

@@ -232,7 +232,8 @@ def test_every_note_has_words() -> None:
 def test_a_tally_keeps_the_first_rows_and_counts_the_rest() -> None:
     tally = ProblemCounter()
     for row in range(1, MAX_LISTED_ROWS + 51):
-        tally.add("duplicate", row, f"row\n{row}")
+        for example in ("row", "the same row"):
+            tally.add("duplicate", row, f"{example}\n{row}")
     tally.add("bad-json", 3)
     first, second = tally.problems()
     assert first.kind == "bad-json"
