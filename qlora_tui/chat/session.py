@@ -58,7 +58,7 @@ from qlora_tui.runs.directory import run_of
 from qlora_tui.training.compute_device import ComputeDevice, find_device
 from qlora_tui.training.experts.expert_lora import fuse_experts
 from qlora_tui.training.forgetting.greedy_answers import answer_greedily
-from qlora_tui.training.gguf_conversion import convert_cached
+from qlora_tui.training.gguf_conversion import cached_conversion, convert_cached
 from qlora_tui.training.model_loading import load_base
 from qlora_tui.training.streaming.placement import place_streamed
 
@@ -482,9 +482,12 @@ def model_folder(recipe: Recipe, on_status: StatusFn = lambda words: None) -> Pa
     files = resolve_model(recipe.model.id)
     if files.gguf_file is None:
         return files.folder
-    words = f"Converting {files.gguf_file}"
+    file = files.folder / files.gguf_file
+    if (converted := cached_conversion(file)) is not None:
+        return converted
+    words = f"Converting {file.name}"
     on_status(words)
-    return convert_cached(files.folder / files.gguf_file, every_tenth(on_status, words))
+    return convert_cached(file, every_tenth(on_status, words))
 
 
 def every_tenth(on_status: StatusFn, words: str) -> Callable[[int, int], None]:

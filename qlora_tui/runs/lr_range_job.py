@@ -9,7 +9,7 @@ from qlora_tui import paths
 from qlora_tui.drafts import new_draft
 from qlora_tui.errors import UserError, disk_problems
 from qlora_tui.files import atomic_write
-from qlora_tui.locks import PATIENCE_S, locked
+from qlora_tui.locks import PATIENCE_S, holder_of, locked, write_holder
 from qlora_tui.recipe.absolute_paths import with_absolute_paths
 from qlora_tui.recipe.conflicts import require_runnable
 from qlora_tui.recipe.schema import Recipe
@@ -18,7 +18,7 @@ from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.initial_adapter import with_initial_adapter
 from qlora_tui.runs.lr_range import LrRange, RangeSettings, read_lr_range, stored_path, write_lr_range
 from qlora_tui.runs.measuring import MeasuringStoppedError, StopSwitch, measure_in_child
-from qlora_tui.runs.spawn import training_lock_path
+from qlora_tui.runs.spawn import RATE_TEST, training_lock_path
 from qlora_tui.runs.status import ACTIVE, read_status
 
 WORKER = "qlora_tui.training.lr_range_worker"
@@ -48,11 +48,13 @@ def measure_lr_range(
     with locked(training_lock_path(), patience_s=PATIENCE_S) as lock:
         _require_no_active_run()
         if lock is None:
+            is_test = holder_of(training_lock_path()) == RATE_TEST
             raise UserError(
-                "Another test is under way",
-                what="It, or a run that is about to start, uses the memory that this test needs.",
+                "Another test is under way" if is_test else "A run starts or ends",
+                what="It uses the memory that this test needs.",
                 fix="Wait for its end, or stop it.",
             )
+        write_holder(lock, RATE_TEST)
         return _measure(recipe, settings, progress, switch or StopSwitch())
 
 

@@ -17,12 +17,12 @@ from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.metrics import GpuDevice, GpuProcess
 from qlora_tui.gpu.torch_on_gpu import torch_problem, with_cpu_choice
 from qlora_tui.gpu.visible_devices import choose_gpu
-from qlora_tui.locks import is_locked
+from qlora_tui.locks import holder_of
 from qlora_tui.memory.budget import MemoryBudget, budget_for
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import all_runs
-from qlora_tui.runs.spawn import training_lock_path
+from qlora_tui.runs.spawn import RATE_TEST, training_lock_path
 from qlora_tui.runs.status import ACTIVE, read_status
 from qlora_tui.runs.suggested_fix import SuggestedFix
 
@@ -119,8 +119,8 @@ def read_machine(assumed_bytes: int | None = None) -> Machine:
     gpu = choice.gpu if choice else None
     active = next((run.id for run in all_runs() if read_status(run).state in ACTIVE), "")
     waiting = tuple(run_queue.waiting())
-    # A run in training has the same lock.
-    tests_rates = not active and bool(is_locked(training_lock_path()))
+    # A runner has the same lock, also after the end of its run.
+    tests_rates = holder_of(training_lock_path()) == RATE_TEST
     return Machine(
         budget=budget_for(gpu, assumed_bytes),
         gpu=gpu,

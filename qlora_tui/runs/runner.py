@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from qlora_tui import paths
 from qlora_tui.errors import EXIT_FAILURE, UserError, disk_problem
 from qlora_tui.files import open_append
-from qlora_tui.locks import PATIENCE_S, is_locked, locked
+from qlora_tui.locks import PATIENCE_S, is_locked, locked, write_holder
 from qlora_tui.runs import run_queue, trash
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.leftovers import sweep
@@ -100,7 +100,9 @@ def _run_queue(skipped: set[str]) -> None:
         _guarded(run, _take_over)
     while _next(skipped) is not None:
         # A learning-rate range test uses the memory that the run needs.
-        with locked(training_lock_path(), patience_s=math.inf):
+        with locked(training_lock_path(), patience_s=math.inf) as lock:
+            if lock is not None:
+                write_holder(lock, "")
             # The queue may have changed meanwhile.
             if (run_ := _next(skipped)) is not None:
                 _train_next(run_, skipped)

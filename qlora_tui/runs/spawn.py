@@ -9,6 +9,9 @@ from typing import IO
 from qlora_tui import paths, subprocesses
 from qlora_tui.gpu.visible_devices import PCI_BUS_ORDER_ENV, without_choice
 
+RATE_TEST = "learning-rate test"
+"""What a learning-rate range test writes into the lock on training; a runner writes nothing."""
+
 
 def runner_lock_path() -> Path:
     """Path of the file that the runner holds a lock on."""

@@ -13,8 +13,8 @@ from qlora_tui.errors import UserError
 from qlora_tui.memory.budget import budget_for
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Recipe, Source
-from qlora_tui.runs import lr_range_job, measuring
-from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs import lr_range_job, measuring, run_queue, runner
+from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.lr_range import (
     LrRange,
     RangeSettings,
@@ -27,10 +27,11 @@ from qlora_tui.runs.lr_range import (
 )
 from qlora_tui.runs.lr_range_job import measure_lr_range, read_stored
 from qlora_tui.runs.lr_suggestion import RangeCurve, format_rate, read_curve, suggested_rate
-from qlora_tui.runs.machine_checks import Machine
+from qlora_tui.runs.machine_checks import Machine, read_machine
 from qlora_tui.runs.measuring import MeasuringStoppedError, StopSwitch
 from qlora_tui.runs.preflight import preflight
 from qlora_tui.runs.process import process_identity
+from qlora_tui.runs.spawn import RATE_TEST, training_lock_path
 from qlora_tui.runs.status import Status, write_status
 from qlora_tui.training.lr_range_worker import recipe_of_test
 from tests.support.lr_range_worker_stub import curve_steps
@@ -171,12 +172,31 @@ def test_one_test_runs_at_a_time(recipe: Recipe, monkeypatch: pytest.MonkeyPatch
         with pytest.raises(UserError) as refusal:
             measure_lr_range(recipe, SETTINGS)
         refused.append(refusal.value.title)
+        assert read_machine().tests_rates
         switch.stop()
 
     switch = StopSwitch()
     with pytest.raises(MeasuringStoppedError):
         measure_lr_range(recipe, SETTINGS, measure_again, switch)
-    assert refused == ["Another test is under way"]
+    assert refused == ["Another test is under way"] and not read_machine().tests_rates
+
+
+def test_a_runner_with_the_lock_is_no_test(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lr_range_job, "PATIENCE_S", 0.0)
+    held: list[bool] = []
+
+    def begin(run: RunDir) -> None:
+        held.append(read_machine().tests_rates)
+        with pytest.raises(UserError) as refused:
+            measure_lr_range(recipe, SETTINGS)
+        held.append(refused.value.title == "A run starts or ends")
+        run_queue.remove(run)
+
+    monkeypatch.setattr(runner, "_begin", begin)
+    training_lock_path().write_text(RATE_TEST)  # of a test that was killed
+    run_queue.enqueue(create_run(recipe))
+    runner._run_queue(set())
+    assert held == [False, True]
 
 
 def test_a_failed_tests_folder_is_a_draft_and_deleted(

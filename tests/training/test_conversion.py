@@ -17,6 +17,7 @@ import pytest
 from bench.tiny_gguf import write_tiny_gguf
 from qlora_tui import subprocesses
 from qlora_tui.errors import UserError
+from qlora_tui.recipe.schema import Model, Recipe
 from qlora_tui.training.gguf_conversion import (
     ConversionStopped,
     cached_conversion,
@@ -65,6 +66,10 @@ def test_a_file_is_converted_once(file: Path) -> None:
     written = (folder / "model.safetensors").stat().st_mtime_ns
     assert cached_conversion(file) == convert_cached(file) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
+    from qlora_tui.chat.session import model_folder
+
+    said: list[str] = []
+    assert model_folder(Recipe(model=Model(id=str(file))), said.append) == folder and not said
 
 
 def test_what_another_process_wrote_meanwhile_is_left_alone(file: Path, tmp_path: Path) -> None:
