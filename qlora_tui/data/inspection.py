@@ -177,7 +177,10 @@ class _Inspection:
             format=detection.layout.format,
             columns=detection.layout.columns,
             all_columns=detection.columns,
-            evidence=(*detection.evidence, self._note) if self._note else detection.evidence,
+            # Of the source, so with its first file only.
+            evidence=(*detection.evidence, self._note)
+            if self._note and file is self._files[0]
+            else detection.evidence,
             last_row=self._last_rows.get(file.path, 0),
         )
 

@@ -106,7 +106,9 @@ def files_of(path: Path) -> tuple[list[Path], str]:
     files = []
     for relative in files_inside(path):
         file = path / relative
-        if relative.name.startswith("."):
+        if file.is_dir() and not relative.name.startswith("."):
+            left_out.setdefault("a link to a folder around it", []).append(str(relative))
+        elif relative.name.startswith("."):
             left_out.setdefault("hidden", []).append(str(relative))
         elif not kind_of(file):
             left_out.setdefault("of no known kind", []).append(str(relative))
@@ -131,8 +133,10 @@ def files_of(path: Path) -> tuple[list[Path], str]:
 
 
 def files_inside(folder: Path) -> list[Path]:
-    """Return all files in a folder and its subfolders, and the hidden subfolders, relative to it, sorted.
+    """Return all files in a folder and its subfolders, relative to it and sorted.
 
+    Linked subfolders are searched, each once; hidden ones, and links to a folder around this one, are
+    returned in place of their files.
     Raises ``UserError`` for a subfolder that cannot be searched. One that disappears meanwhile is skipped.
     """
 
@@ -142,6 +146,7 @@ def files_inside(folder: Path) -> list[Path]:
 
     inside: list[Path] = []
     searched = set()
+    top = folder.resolve()
     for place, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
         relative = Path(place).relative_to(folder)
         state = Path(place).stat()
@@ -149,9 +154,14 @@ def files_inside(folder: Path) -> list[Path]:
             subfolders.clear()
             continue
         searched.add((state.st_dev, state.st_ino))
-        hidden = [name for name in subfolders if name.startswith(".")]
-        subfolders[:] = sorted(name for name in subfolders if name not in hidden)
-        inside += [relative / name for name in (*names, *hidden)]
+        skipped = [
+            name
+            for name in subfolders
+            if name.startswith(".")
+            or (Path(place, name).is_symlink() and top.is_relative_to(Path(place, name).resolve()))
+        ]
+        subfolders[:] = sorted(name for name in subfolders if name not in skipped)
+        inside += [relative / name for name in (*names, *skipped)]
     return sorted(inside)
 
 

@@ -304,7 +304,7 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         _about(
             "Bad rows",
             "Rows that cannot be read or have no text to train on, such as invalid JSON: refuse to train "
-            "while there are any, or skip them.",
+            "while there are any, or skip them. A file that cannot be read to its end is always refused.",
         ),
     ] = "refuse"
     train_on: Annotated[

@@ -388,11 +388,12 @@ def test_every_file_of_a_folder_is_read_or_named(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").symlink_to(tmp_path.parent / "elsewhere")
     (tmp_path.parent / "elsewhere").mkdir()
     (tmp_path.parent / "elsewhere/linked.jsonl").write_text("")
-    (tmp_path / "sub/around").symlink_to(tmp_path)
+    (tmp_path / "sub/around").symlink_to(tmp_path.parent)
+    (tmp_path / "again").symlink_to(tmp_path / "elsewhere")
     files, note = files_of(tmp_path)
     assert [str(path.relative_to(tmp_path)) for path in files] == [
+        "again/linked.jsonl",
         "b.jsonl",
-        "elsewhere/linked.jsonl",
         "license.csv",
         "sources.jsonl",
         "state.json",
@@ -402,7 +403,7 @@ def test_every_file_of_a_folder_is_read_or_named(tmp_path: Path) -> None:
     assert note == (
         "not read: dev_blog.csv, test.json, validation/rows.jsonl (named as validation or test); "
         ".git, .hidden.json (hidden); README.md, dataset_info.json, info/dataset_info.json (about the data); "
-        "notes.pdf, rows.jsonl.bz2 (of no known kind)"
+        "notes.pdf, rows.jsonl.bz2 (of no known kind); sub/around (a link to a folder around it)"
     )
 
 
