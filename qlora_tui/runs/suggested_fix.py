@@ -83,8 +83,8 @@ def _fix_for(kind: str, state: State, recipe: Recipe) -> SuggestedFix | None:
             return _next_run(recipe, half)
         case "gradients_overflow" if state not in ACTIVE:
             # Where the recipe asked for float16, the GPU may have bfloat16; where it did not, it has none.
-            asked = recipe.quantization.compute_dtype == "float16"
-            return _next_run(recipe, {"quantization.compute_dtype": "auto" if asked else "float32"})
+            was_chosen = recipe.quantization.compute_dtype == "float16"
+            return _next_run(recipe, {"quantization.compute_dtype": "auto" if was_chosen else "float32"})
         case "forgetting" | "general_answers" if state not in ACTIVE:
             share = min(_MOST_REPLAY, training.replay_share + _REPLAY)
             # Where half of the samples are replayed already, the rate is what is left.
