@@ -89,12 +89,18 @@ def check_space(plan: DownloadPlan) -> None:
 
 
 def _is_here(plan: DownloadPlan, file: HubFile) -> bool:
-    """Return whether the cache has all of ``file``, by size and hash. A damaged copy is deleted."""
+    """Return whether the cache has all of ``file``, by size and hash. A damaged blob is deleted.
+
+    What stands in the snapshot in place of a link may be the user's own version: it is moved aside.
+    """
     blob, pointer = plan.blob(file), plan.snapshot / file.name
     present = [path for path in (blob, pointer) if path.is_file()]
     damaged = [path for path in present if _size(path) != file.size_bytes or _hash(path, file) != file.etag]
     for path in damaged:
-        path.unlink(missing_ok=True)
+        if path == pointer and not path.is_symlink():
+            path.rename(path.with_name(f"{path.name}.replaced"))
+        else:
+            path.unlink(missing_ok=True)
     return len(present) > len(damaged)
 
 

@@ -8,6 +8,7 @@ tokens also depends on tokenizer and template.
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -114,8 +115,8 @@ def _note(source: Source, path: Path, stamp: Stamp, tokens: Tokens | None, *, sk
 
 def _forget_old(folder: Path) -> None:
     for note in folder.iterdir():
-        try:
-            if time.time() - note.stat().st_mtime > _MAX_AGE_S:
-                note.unlink()
-        except FileNotFoundError:
-            continue
+        if re.fullmatch(r"[0-9a-f]{32}\.json", note.name):
+            # One that another process deletes is gone; one that cannot be deleted takes a few bytes.
+            with suppress(OSError):
+                if time.time() - note.stat().st_mtime > _MAX_AGE_S:
+                    note.unlink()

@@ -233,6 +233,15 @@ def test_a_damaged_file_is_downloaded_again(
     assert (path / name).read_bytes() == whole
 
 
+def test_the_users_own_version_of_a_file_stays(hub: FakeHub, ask: Ask) -> None:
+    path = Path(ask(DOWNLOAD))
+    (path / "config.json").unlink()
+    (path / "config.json").write_text("mine")
+    assert ask(DOWNLOAD) == str(path)
+    assert (path / "config.json").read_bytes() == hub.repos["org/tiny"].files["config.json"]
+    assert (path / "config.json.replaced").read_text() == "mine"
+
+
 def test_a_file_is_synced_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = b"0123456789" * 1000
     file = HubFile("config.json", len(content), git_hash(content))
