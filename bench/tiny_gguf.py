@@ -13,7 +13,9 @@ TEMPLATE = (
 LAYERS, HIDDEN, FEED_FORWARD, HEADS, KV_HEADS = 2, 64, 96, 4, 2
 
 
-def write_tiny_gguf(path: Path, *, architecture: str = "llama", pre: str = "smollm") -> Path:
+def write_tiny_gguf(
+    path: Path, *, architecture: str = "llama", pre: str = "smollm", tool_template: str = ""
+) -> Path:
     """A random model with a vocabulary of bytes and a few words."""
     from gguf import GGUFWriter
     from tokenizers import pre_tokenizers
@@ -40,7 +42,8 @@ def write_tiny_gguf(path: Path, *, architecture: str = "llama", pre: str = "smol
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
-    writer.add_chat_template(TEMPLATE)
+    templates = {"default": TEMPLATE, "tool_use": tool_template}
+    writer.add_chat_template([{"name": name, "template": text} for name, text in templates.items() if text])
     _add_weights(writer, len(tokens))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -36,6 +36,8 @@ TOKENIZER_FILES = (
 """Files of a tokenizer and its chat template; a model has some of them."""
 _TEMPLATES = "additional_chat_templates"
 """Folder of the templates other than the default one, such as ``tool_use.jinja``."""
+TOOL_TEMPLATE = f"{_TEMPLATES}/tool_use.jinja"
+"""Template for conversations with tools, as transformers saves it."""
 _TEMPLATE_FILE = re.compile(rf"chat_template\.(?:jinja|json)|{_TEMPLATES}/\w[\w.-]*\.jinja")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 CAUSAL_LM_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")

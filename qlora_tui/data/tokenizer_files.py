@@ -14,6 +14,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from qlora_tui.catalog.config_parser import MAX_CONFIG_BYTES
+from qlora_tui.catalog.model_validation import TOOL_TEMPLATE
 from qlora_tui.data.tokenizer_guard import panics_as_errors
 from qlora_tui.errors import UserError
 from qlora_tui.foreign_files import read_bounded
@@ -71,7 +72,7 @@ def own_templates(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
             named["default"] = processor
     if path.is_file():
         named = {"default": _template_text(path)}  # in transformers it replaces those in the config
-    tool_path = folder / "additional_chat_templates" / "tool_use.jinja"
+    tool_path = folder / TOOL_TEMPLATE
     if tool_path.is_file():
         named["tool_use"] = _template_text(tool_path)
     return named.get("default", ""), named.get("tool_use", "") if named.get("default") else ""

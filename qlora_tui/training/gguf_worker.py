@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qlora_tui.catalog.gguf_header import read_gguf, to_hf_config
+from qlora_tui.catalog.model_validation import TOOL_TEMPLATE
 from qlora_tui.drafts import draft_path, held_draft, publish
 from qlora_tui.errors import UserError
 from qlora_tui.training import gguf_llama
@@ -57,11 +58,15 @@ def _convert(file: Path, folder: Path, progress: ProgressCallback) -> None:
     to_hf_config(header, file)  # refuses what would be lost
     if gguf_llama.is_known(header):
         gguf_llama.write(file, folder, progress)
-        return
-    from qlora_tui.training import gguf_streaming
+    else:
+        from qlora_tui.training import gguf_streaming
 
-    assert header.architecture is not None
-    gguf_streaming.write(file, folder, header.architecture, progress)
+        assert header.architecture is not None
+        gguf_streaming.write(file, folder, header.architecture, progress)
+    if tool_template := header.values.get("tokenizer.chat_template.tool_use"):
+        path = folder / TOOL_TEMPLATE
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(str(tool_template), encoding="utf-8")
 
 
 @contextmanager

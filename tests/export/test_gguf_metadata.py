@@ -10,7 +10,9 @@ from gguf import GGUFReader
 from msgspec.structs import replace
 
 from qlora_tui.catalog.local_models import hub_cache_dir
+from qlora_tui.catalog.model_validation import TOOL_TEMPLATE
 from qlora_tui.chat.chat_types import ChatSource
+from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.export.gguf_export import export_gguf
 from qlora_tui.export.lora_export import export_lora
 from tests.export.export_sources import make_source
@@ -34,6 +36,19 @@ def general_of(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyte
         return {name: field.contents() for name, field in fields.items() if name.startswith("general.")}
 
     return general_of
+
+
+def test_the_template_for_tools_is_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hide_llama_cpp(monkeypatch)
+    source = make_source(tmp_path)
+    base = Path(source.recipe.model.id)
+    tokenizer = ChatTokenizer.from_folder(base)
+    (base / TOOL_TEMPLATE).parent.mkdir()
+    (base / TOOL_TEMPLATE).write_text("{{ tools }}" + tokenizer.template.text)
+    export_gguf(source, "adapter", tmp_path / "out.gguf", ["F16"])
+    fields = GGUFReader(tmp_path / "out.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == tokenizer.template.text
+    assert fields["tokenizer.chat_template.tool_use"].contents().startswith("{{ tools }}")
 
 
 def test_a_base_from_the_hub_is_named_with_its_repository(tmp_path: Path, general_of: Any) -> None:

@@ -12,6 +12,7 @@ import pytest
 from bench.tiny_gguf import write_tiny_gguf
 from qlora_tui import subprocesses
 from qlora_tui.catalog.gguf_header import read_gguf
+from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import UserError
 from qlora_tui.training.gguf_llama import is_known
 from qlora_tui.training.gguf_worker import convert, main
@@ -100,6 +101,13 @@ def test_digits_stand_alone(folder: Path) -> None:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     # With the plain GPT-2 rule the space would go with the digits, and the longer token be missed.
     assert tokenizer.encode("the\n\n 34").tokens == ["the", "ĊĊĠ", "3", "4"]
+
+
+@pytest.mark.parametrize("pre", ["smollm", "qwen2"])
+def test_the_template_for_tools_comes_along(tmp_path: Path, pre: str) -> None:
+    convert(write_tiny_gguf(tmp_path / "tiny.gguf", pre=pre, tool_template="{{ tools }}"), tmp_path / "model")
+    tokenizer = ChatTokenizer.from_folder(tmp_path / "model")
+    assert tokenizer.tool_template.text == "{{ tools }}" != tokenizer.template.text
 
 
 def test_another_vocabulary_goes_the_general_way(tmp_path: Path) -> None:

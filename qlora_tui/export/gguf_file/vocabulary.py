@@ -56,6 +56,8 @@ class Vocabulary:
     strips_after_special: bool
     """Whether white space after a special token is dropped, as in Phi-3."""
     template: str
+    tool_template: str = ""
+    """Template for conversations with tools, where it is another one."""
     differences: tuple[KnownDifference, ...] = ()
     prompt_notes: tuple[str, ...] = ()
     """Sentences about prompts that llama.cpp renders otherwise from the same template."""
@@ -97,6 +99,7 @@ def read_vocabulary(tokenizer: ChatTokenizer, rows: int) -> Vocabulary:
         adds_space=not is_byte_level and _adds_space(tokenizer),
         strips_after_special=_strips_after_special(tokenizer, tokens),
         template=tokenizer.template.text,
+        tool_template="" if tokenizer.tool_template is tokenizer.template else tokenizer.tool_template.text,
         differences=tuple(_differences(content.get("normalizer") or {}, pre)),
         prompt_notes=tuple(_prompt_notes(tokenizer)),
     )

@@ -198,7 +198,8 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
     writer.add_add_bos_token(vocabulary.adds_bos)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(vocabulary.adds_space)
-    writer.add_chat_template(vocabulary.template)
+    templates = {"default": vocabulary.template, "tool_use": vocabulary.tool_template}
+    writer.add_chat_template([{"name": name, "template": text} for name, text in templates.items() if text])
 
 
 def _add_tensor_info(writer: Any, tensor: SourceTensor, kind: Any) -> None:
