@@ -53,6 +53,8 @@ class Detection(Struct, frozen=True):
     """Sentences for the Data screen."""
     columns: tuple[str, ...]
     """All columns seen, in order."""
+    note: str = ""
+    """What the file holds and is not read; empty for nothing."""
 
 
 def parts_of(format_: str) -> tuple[str, ...]:

@@ -8,6 +8,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from msgspec.structs import replace
+
 from qlora_tui.data.bounds import DEEPEST, MAX_VALUES, is_too_deep
 from qlora_tui.data.chat_formats import turn_keys
 from qlora_tui.data.row import Row
@@ -33,8 +35,10 @@ def json_rows(stream: Stream) -> Iterator[Row]:
         if number == 0 and values.top_level and isinstance(value, dict) and values.at_end():
             held = _held_rows(value)
             if held is not None:
+                others = [name for name, rows in value.items() if rows is not held and _is_set_of_rows(rows)]
+                note = f"not read: the rows under {', '.join(map(repr, others))}" if others else ""
                 for number, row in enumerate(held, 1):
-                    yield _row(number, row)
+                    yield replace(_row(number, row), file_note=note if number == 1 else "")
                 return
         number += 1
         yield _row(number, value, values)

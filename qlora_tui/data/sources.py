@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from qlora_tui.data.conversation import Conversation, RowRejectedError
 from qlora_tui.data.formats import SNIFFED_ROWS, Detection, detect, parse
@@ -43,7 +44,9 @@ def open_source(source: Source, preferences: str, index: int = 0) -> tuple[list[
     exist, is empty, has no usable field, or holds preferences that the recipe rejects.
     """
     paths, note = paths_of(source)
-    return [SourceFile(path, index, sniff(path, source, preferences)) for path in paths], note
+    files = [SourceFile(path, index, sniff(path, source, preferences)) for path in paths]
+    notes = [f"{file.path.name}: {file.detection.note}" for file in files if file.detection.note]
+    return files, "; ".join(filter(None, [note, *notes]))
 
 
 def open_file_of(source: Source, preferences: str, path: str = "") -> SourceFile:
@@ -84,7 +87,9 @@ def sniff(path: Path, source: Source, preferences: str) -> Detection:
     readable = [row for row in first if not row.error]
     if not readable and first:
         raise unreadable(path, first[0].kind, first[0].error)
-    return detect(readable, str(path), source.format, source.columns, preferences)
+    detection = detect(readable, str(path), source.format, source.columns, preferences)
+    note = first[0].file_note if first else ""
+    return replace(detection, note=note) if note else detection
 
 
 def conversations(

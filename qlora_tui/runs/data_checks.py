@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from qlora_tui.catalog.local_models import ModelFiles
 from qlora_tui.data.error_cache import Tokens, file_fingerprint, raise_cached_error, tokenizer_fingerprint
 from qlora_tui.data.excluded_rows import all_excluded, excluded_by_file
+from qlora_tui.data.formats import Detection
 from qlora_tui.data.hub_dataset import hub_files, is_training_split, local_files
 from qlora_tui.data.preferences import (
     METHODS_FOR_PAIRS,
@@ -207,6 +208,9 @@ def _source_notes(data: Data) -> list[str]:
         else:
             note = ""
         notes += [f"{source.path}: {note}."] if note else []
+        for path in _local_files(source) or ():
+            if kind_of(path) == "json" and (note := _detected(path, source, data.preferences).note):
+                notes.append(f"{path.name}: {note}.")
     return notes
 
 
@@ -215,17 +219,17 @@ def _describe_source(source: Source, preferences: str) -> str:
     if files is None:
         return f"{source.path}, which the run downloads from the Hub"
     kind = kind_of(files[0])
-    layout = kind if kind in COLUMNAR else _format_of(files[0], msgspec.json.encode(source), preferences)
+    layout = kind if kind in COLUMNAR else _detected(files[0], source, preferences).layout.format
     more = f" and {len(files) - 1} more" if len(files) > 1 else ""
     name = source.path if is_hub_dataset(source.path) else files[0].name
     return f"{name}{more}, {format_bytes(sum(f.stat().st_size for f in files))}, {layout}"
 
 
-def _format_of(path: Path, source: bytes, preferences: str) -> str:
-    """Return the format of a file; cached: Home and the Train screen ask often."""
-    return _sniffed_format(path, source, preferences, file_fingerprint(path))
+def _detected(path: Path, source: Source, preferences: str) -> Detection:
+    """Return what is detected of a file; cached: Home and the Train screen ask often."""
+    return _sniffed(path, msgspec.json.encode(source), preferences, file_fingerprint(path))
 
 
 @lru_cache(maxsize=16)
-def _sniffed_format(path: Path, source: bytes, preferences: str, _stamp: tuple[int, int]) -> str:
-    return sniff(path, msgspec.json.decode(source, type=Source), preferences).layout.format
+def _sniffed(path: Path, source: bytes, preferences: str, _stamp: tuple[int, int]) -> Detection:
+    return sniff(path, msgspec.json.decode(source, type=Source), preferences)

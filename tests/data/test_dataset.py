@@ -95,6 +95,14 @@ def test_files_of_a_folder_that_are_not_read_are_noted(tmp_path: Path) -> None:
         assert note.endswith("not read: test.jsonl (named as validation or test)")
 
 
+def test_other_sets_of_rows_in_one_file_are_noted(tmp_path: Path) -> None:
+    path = tmp_path / "sets.json"
+    path.write_text(json.dumps({"train": pairs(20), "test": pairs(3), "authors": ["a"]}))
+    prepared = prepare_dataset(recipe(Source(path=str(path))), family("chatml"))
+    assert prepared.counts.rows == 20
+    assert prepared.source_notes == (f"{path}: sets.json: not read: the rows under 'test'",)
+
+
 def test_any_change_makes_another_set(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", pairs(20))
     base = prepare_dataset(recipe(source), family("chatml"))
