@@ -20,6 +20,8 @@ from qlora_tui.cli.subcommand import (
 from qlora_tui.data.sources import is_hub_dataset, open_source
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.formatting import GIB, format_bytes, format_gib
+from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
+from qlora_tui.gpu.visible_devices import choose_gpu
 from qlora_tui.memory import PRECISIONS, as_json, check_fit, compare
 from qlora_tui.memory.budget import MemoryBudget, local_budget
 from qlora_tui.memory.conversion import Conversion
@@ -47,6 +49,8 @@ def run(args: argparse.Namespace) -> CommandResult:
         if not is_hub_dataset(source.path):
             open_source(source, recipe.data.preferences)
     architecture = _architecture(recipe.model.id, recipe.model.revision)
+    if args.gpu_gib is None:
+        _require_chosen_gpu()
     budget = local_budget(None if args.gpu_gib is None else round(args.gpu_gib * GIB))
     trace = _traced_step(recipe, budget) if args.trace else None
     data = as_json(recipe, architecture, budget.bytes, device=budget.device, traced=trace)
@@ -104,6 +108,15 @@ def run(args: argparse.Namespace) -> CommandResult:
     return CommandResult(
         data={"model": recipe.model.id, "against": budget.name} | data, text="\n".join(lines)
     )
+
+
+def _require_chosen_gpu() -> None:
+    """Raise GpuUnavailableError if the user chose a GPU that is not there."""
+    try:
+        choose_gpu()
+    except GpuUnavailableError as error:
+        if error.reason is GpuUnavailableReason.NOT_PRESENT:
+            raise
 
 
 def _architecture(model_id: str, revision: str) -> Architecture:

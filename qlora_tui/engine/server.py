@@ -38,8 +38,8 @@ from qlora_tui.engine.protocol import (
     decode_request,
     encode,
 )
-from qlora_tui.errors import INTERNAL_ERROR, UserError
-from qlora_tui.gpu.cuda_errors import cuda_problem
+from qlora_tui.errors import EXIT_FAILURE, INTERNAL_ERROR, UserError
+from qlora_tui.gpu.cuda_errors import breaks_process, cuda_problem
 from qlora_tui.gpu.library_imports import faster_imports
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ class Server:
                 self._advance(number)
 
     def _advance(self, number: int) -> None:
+        is_gpu_lost = False
         try:
             reply = next(self._active[number])
         except UserError as problem:
@@ -112,7 +113,11 @@ class Server:
         except Exception as error:
             problem_of_gpu = cuda_problem(error)
             reply = Failure.of(problem_of_gpu) if problem_of_gpu else _internal_error(error)
+            is_gpu_lost = breaks_process(error)
         self._send(number, reply)
+        if is_gpu_lost:
+            # The client starts another for its next request.
+            os._exit(EXIT_FAILURE)
         if reply.final:
             del self._active[number]
             del self._stops[number]

@@ -19,6 +19,8 @@ from qlora_tui.installation import install_command
 
 OUT_OF_MEMORY = "out of memory"
 """CUDA's sentence for ``cudaErrorMemoryAllocation``."""
+_MEMORY = 2
+"""Its code."""
 _SENTENCE = re.compile(r"(?:CUDA (?:driver )?error|Triton Error \[CUDA\]|Error \d+): (.+)")
 _BITSANDBYTES = re.compile(r"Error (.+) at line \d+ in file \S.*")
 """What bitsandbytes writes before it calls ``exit(1)`` (``csrc/compat.cuh``, ``BNB_CHECK_RETURN``)."""
@@ -107,6 +109,14 @@ def cuda_error(error: BaseException) -> CudaError | None:
         return CudaError(*_FAILURES[code])
     match = _SENTENCE.search(str(error))
     return _by_sentence(match[1]) if match else None
+
+
+def breaks_process(error: BaseException) -> bool:
+    """Return whether every later call of CUDA fails in this process, as after an error of a kernel."""
+    if getattr(error, "error_code", _MEMORY) != _MEMORY:
+        return True
+    match = _SENTENCE.search(str(error))
+    return match is not None and not match[1].startswith(OUT_OF_MEMORY)
 
 
 def sentence_in_log(line: str) -> str:

@@ -77,8 +77,8 @@ def torch_problem(gpu: GpuDevice | None) -> UserError | None:
     if torch.cuda is None:
         built = "AMD GPUs" if torch.platform == "rocm" else "the CPU"
         return _problem(
-            f"The GPU is {gpu.short_name if gpu else 'from NVIDIA'}, and the installed torch {torch.version} "
-            f"is built for {built}.",
+            f"This machine has an NVIDIA GPU{f', {gpu.short_name}' if gpu else ''}, and the installed torch "
+            f"{torch.version} is built for {built}.",
             "Runs would train on the CPU, many times slower.",
             install_fix(gpu),
         )

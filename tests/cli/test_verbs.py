@@ -24,6 +24,7 @@ from qlora_tui.runs.status import Status, write_status
 from qlora_tui.training.gguf_conversion import folder_of
 from qlora_tui.tui.app import QloraApp
 from tests.cli.conftest import CONFIGS, Call
+from tests.support.nvml_stub import install_nvml_stub
 from tests.support.step_events import a_step
 from tests.tui.fake_runs import FakeRun, write_fake_run
 
@@ -127,6 +128,15 @@ def test_an_estimate_that_does_not_fit_names_the_cheapest_change(call: Call, qwe
     said = call("estimate", "--model", str(qwen), "--gpu-gib", "8", "--set", "data.max_length=8192")
     assert "does not fit" in said.out
     assert "cheapest change that fits" in said.out
+
+
+def test_an_estimate_refuses_a_gpu_that_is_not_there(
+    call: Call, qwen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_nvml_stub(monkeypatch, "one_gpu")
+    refused = call("estimate", "--model", str(qwen), "--gpu", "5")
+    assert refused.code == 2 and "0: RTX 4090" in refused.err
+    assert "RTX 4090" in call("estimate", "--model", str(qwen), "--gpu", "4090").out
 
 
 def test_an_estimate_that_cannot_fit_says_what_it_needs(call: Call, qwen: Path) -> None:

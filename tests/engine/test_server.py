@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import queue
 import threading
 
 import pytest
@@ -65,15 +66,17 @@ def test_an_unexpected_error_is_reported_and_the_engine_continues(ended: threadi
     assert (second.number, second.reply) == (2, Unloaded())
 
 
-def test_a_gpu_that_fails_is_no_internal_error(
-    ended: threading.Event, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_whose_gpu_fails_says_so_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: queue.SimpleQueue[int] = queue.SimpleQueue()
+    monkeypatch.setattr(os, "_exit", codes.put)
+
     def fail(server: Server, on_status: object) -> object:
         raise RuntimeError("CUDA error: unspecified launch failure")
 
     monkeypatch.setattr(Broken, "_with_torch", fail)
     (reply,) = served(Broken, RequestEnvelope(1, LOAD))
     assert isinstance(reply.reply, Failure) and reply.reply.title == "The GPU stopped computing"
+    assert codes.get(timeout=5) == 1  # 0: because stdin closed
 
 
 def test_nonsense_on_stdin_ends_the_engine(ended: threading.Event) -> None:
