@@ -19,3 +19,23 @@ def no_grad_eval(model: Any) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+@contextmanager
+def frozen_eval(model: Any) -> Iterator[None]:
+    """Use eval mode inside, with nothing to train and so nothing to save, and restore both.
+
+    Gradients stay enabled where they are: the model computes as in a training step, which without them it
+    does not to the last bit (norms, gated MLPs, the padding of attention).
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    was_training = model.training
+    model.eval()
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        model.train(was_training)

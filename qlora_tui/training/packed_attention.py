@@ -191,8 +191,9 @@ def _sample_attention(
     sinks: Tensor | None,
 ) -> Tensor:
     tokens = query.shape[2]
-    if query.requires_grad and tokens % token_multiple(query.device, query.dtype):
-        # Padding is after all real tokens, which attend to earlier ones only.
+    if torch.is_grad_enabled() and tokens % token_multiple(query.device, query.dtype):
+        # Padding is after all real tokens, which attend to earlier ones only. The reference of a preference
+        # method, which requires no gradient, is padded as the step is, so that both round alike.
         query, key, value = (pad_tokens(x) for x in (query, key, value))
         return _sample_attention(query, key, value, dropout, scale, sliding_window, softcap, sinks)[
             :, :, :tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,10 +24,16 @@ from qlora_tui.recipe.schema import (
     Training,
 )
 from qlora_tui.training.batches import PlannedStep, StepPlan
+from qlora_tui.training.chunked_loss import find_head
+from qlora_tui.training.model_loading import checkpoint_activations
+from qlora_tui.training.preference.answer_scores import collate_answers
 from qlora_tui.training.preference.mismatched import MismatchedSamples
 from qlora_tui.training.preference.objective import PreferenceObjective, RewardSums
 from qlora_tui.training.preference.preference_steps import PreferenceSteps
+from qlora_tui.training.preference.starting_adapter import StartingAdapter
+from qlora_tui.training.token_losses import use_token_losses
 from tests.training.preference_data import TokenLists
+from tests.training.test_verify import adapted, massive_channel
 
 pytestmark = pytest.mark.slow
 
@@ -107,3 +114,34 @@ def test_processes_share_the_mismatched_answers_of_a_step(size: int) -> None:
     steps = [first_step("kto", ((0, 3), (5,), (2,)), rank, size) for rank in range(size)]
     assert [step["loss_weight_sum"] for step in steps] == [4] * size
     assert sum(len(batch["sides"]) for step in steps for batch in step["mismatched"]) == 4
+
+
+@pytest.mark.parametrize("further", [False, True])
+@pytest.mark.parametrize(
+    ("model_type", "method"), [("llama", "nf4"), ("qwen3", "none"), ("gemma3_text", "none")]
+)
+def test_rewards_are_zero_before_the_first_step(
+    model_type: str, method: str, further: bool, tmp_path: Path
+) -> None:
+    """To the last bit, in bfloat16: samples of lengths that are padded, some longer than a window."""
+    model, base, _ = adapted(
+        tmp_path, model_type, "bfloat16", method=method, build=massive_channel, dropout=0.0
+    )
+    use_token_losses(base.model, find_head(base.model))
+    checkpoint_activations(base.model)
+    if further:
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    generator = torch.Generator().manual_seed(3)
+    ids = [torch.randint(3, 300, (n,), generator=generator).tolist() for n in (100, 21, 37, 5)]
+    samples = TokenLists(
+        [(each, len(each) // 2, side) for each, side in zip(ids, (GOOD, BAD) * 2, strict=True)]
+    )
+    batch = collate_answers([(0, 1), (2, 3)], samples, padding_free=True, pad_id=0, multiple=1)
+    objective = PreferenceObjective("dpo", 0.1, 0.0, StartingAdapter.of(model) if further else None)
+    torch.autograd.backward(objective.summed_loss(model.train(), model, batch, 0.0))
+    sums = objective.take_sums()
+    assert (sums.compared, sums.right, sums.good_reward, sums.bad_reward) == (2, 0, 0, 0)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert trained and any(p.grad is not None and p.grad.any() for p in trained)

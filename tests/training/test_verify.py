@@ -82,13 +82,14 @@ def adapted(
     dtype: str,
     *,
     build: Callable[..., Any] = build_with_trained_weights,
+    method: Any = "none",
     **lora: Any,
 ) -> tuple[Any, PreparedBase, ComputeDevice]:
     """A model of the family, ready to train as a run would train it."""
     build(model_type, getattr(torch, dtype), **_SETTINGS.get(model_type, {})).save_pretrained(folder)
     recipe = Recipe(
         model=Model(id=str(folder)),
-        quantization=Quantization(method="none", compute_dtype=dtype),  # type: ignore[arg-type]  # of two
+        quantization=Quantization(method=method, compute_dtype=dtype),  # type: ignore[arg-type]  # of two
         lora=Lora(rank=4, alpha=8, **lora),
     )
     device = find_device(recipe)

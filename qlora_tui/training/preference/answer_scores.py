@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qlora_tui.data.store import GOOD
 from qlora_tui.training.batches import PackedSamples, collate, sum_loss_weights
-from qlora_tui.training.eval_mode import no_grad_eval
+from qlora_tui.training.eval_mode import frozen_eval
 from qlora_tui.training.preference.pairs import SidedDataset
 from qlora_tui.training.preference.starting_adapter import StartingAdapter
 
@@ -97,10 +97,12 @@ def score_with_reference(
 ) -> Tensor:
     """Log-probability of each answer before training, (answers,), without gradients.
 
+    Before the first step it equals that of the model to the last bit, so that rewards are 0 and not rounding.
+
     Args:
         peft_model: its base is the reference, with the adapter off.
         starting: the adapter that the run started from, which is then the reference on that base.
     """
     before = peft_model.disable_adapter() if starting is None else starting.in_place(peft_model)
-    with no_grad_eval(peft_model), before:
+    with before, frozen_eval(peft_model):
         return score_answers(peft_model, batch).log_probabilities

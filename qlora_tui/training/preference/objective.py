@@ -87,7 +87,7 @@ class PreferenceObjective:
         """Sum of the log-ratios of mismatched answers to the base, in nats, and their number."""
         with no_grad_eval(peft_model):
             scores = score_answers(peft_model, batch).log_probabilities
-        reference = score_with_reference(peft_model, batch, self._starting)
+            reference = score_with_reference(peft_model, batch, self._starting)
         return float((scores - reference).sum()), len(scores)
 
     def set_divergence(self, divergence: float) -> None:
