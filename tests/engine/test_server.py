@@ -76,7 +76,8 @@ def test_an_engine_whose_gpu_fails_says_so_and_ends(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Broken, "_with_torch", fail)
     (reply,) = served(Broken, RequestEnvelope(1, LOAD))
     assert isinstance(reply.reply, Failure) and reply.reply.title == "The GPU stopped computing"
-    assert codes.get(timeout=5) == 1  # 0: because stdin closed
+    # In either order: 0 because stdin closed, 1 because of the GPU.
+    assert {codes.get(timeout=5), codes.get(timeout=5)} == {0, 1}
 
 
 def test_nonsense_on_stdin_ends_the_engine(ended: threading.Event) -> None:
