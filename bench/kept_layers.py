@@ -20,13 +20,15 @@ import torch
 
 from bench.support.training_step import StepModel, load_step_model
 from qlora_tui.catalog.local_models import resolve_model
-from qlora_tui.memory.kept_layers import speedup
+from qlora_tui.memory import Device
+from qlora_tui.memory.step_choice import step_seconds as predicted_seconds
 from qlora_tui.recipe.schema import Data, Lora, Model, Recipe, Training
 from qlora_tui.training import model_loading
 from qlora_tui.training.compute_device import ComputeDevice
 
 SHARES = (0.0, 0.5, 1.0)
 """Shares of the layers that keep their activations."""
+CPU = Device(kind="cpu")
 SAMPLES = 4
 
 
@@ -62,7 +64,8 @@ def main() -> None:
             "layers": architecture.layers,
             "seconds": medians[count],
             "speedup": medians[0] / medians[count],
-            "predicted": speedup(recipe, architecture, count),
+            "predicted": predicted_seconds(recipe, architecture, CPU)
+            / predicted_seconds(recipe, architecture, CPU, count),
         }
         for count in counts
     ]

@@ -26,6 +26,7 @@ from qlora_tui.memory import PRECISIONS, as_json, check_fit, compare
 from qlora_tui.memory.budget import MemoryBudget, local_budget
 from qlora_tui.memory.conversion import Conversion
 from qlora_tui.memory.estimate import precision_of
+from qlora_tui.memory.explain import describe_speedup
 from qlora_tui.memory.step_trace import StepTrace
 from qlora_tui.recipe.schema import Recipe
 
@@ -87,8 +88,9 @@ def run(args: argparse.Namespace) -> CommandResult:
         lines += ["", conversion.words(estimate.process_bytes if on_cpu else None)]
     data["conversion"] = conversion and {"file": conversion.file, "peak_bytes": conversion.peak_bytes}
     lines += ["", *_what_fits(data["what_fits"])]
-    if data["kept_layers"]:
-        lines.append(_kept_layers(**data["kept_layers"]))
+    if (step := data["step"]) and step["description"]:
+        total, faster = format_gib(step["total_bytes"]), describe_speedup(step["speedup"])
+        lines.append(f"where {total} GiB are free, about {faster}: {step['description']}")
     for change in data["cheapest_changes"]:
         cost = f"; {change['cost']}" if change["cost"] else ""
         lines.append(
@@ -136,13 +138,6 @@ def _conversion(model_id: str) -> Conversion | None:
     from qlora_tui.training.gguf_conversion import pending_conversion
 
     return pending_conversion(model_id)
-
-
-def _kept_layers(count: int, layers: int, total_bytes: int, speedup: float) -> str:
-    words = f"gradient checkpointing: {count} of {layers} layers keep their activations"
-    return (
-        f"{words} ({format_gib(total_bytes)} GiB in all, about {speedup - 1:.0%} faster)" if count else words
-    )
 
 
 def _what_fits(largest: dict[str, Any]) -> list[str]:

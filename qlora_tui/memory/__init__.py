@@ -27,18 +27,18 @@ available memory, and call :func:`largest_settings` or :func:`cheapest_changes`;
                       with it
 ``streamed_layers``   layers that wait in host memory; ``streaming_cost``: what that costs in time, from
                       ``transfer_speed``, measured once per machine
-``solver``            finds what fits; ``kept_layers``: how many layers need no recomputation;
-                      ``model_sizes``: how large a model fits
+``solver``            finds what fits; ``model_sizes``: how large a model fits; ``step_choice``: the rows
+                      at a time, optimizer states and kept activations for which memory is free
 """
 
 from qlora_tui.memory.calibration import Correction, MeasuredRun, correction_for, record_run
 from qlora_tui.memory.estimate import PRECISIONS, Estimate, Item, compare, estimate
 from qlora_tui.memory.execution import Device, ExecutionConfig, trainer_execution
-from qlora_tui.memory.kept_layers import KeptLayersPlan, plan_kept_layers
 from qlora_tui.memory.levels import UncertaintyBand
 from qlora_tui.memory.model_sizes import ModelClass, largest_model_size
 from qlora_tui.memory.report import as_json
 from qlora_tui.memory.solver import MemorySaving, WhatFits, cheapest_changes, largest_settings, minimum_bytes
+from qlora_tui.memory.step_choice import KeptLayersPlan, StepChoice, choose_step, plan_kept_layers
 from qlora_tui.memory.verdict import Verdict, check_fit
 
 __all__ = [
@@ -52,12 +52,14 @@ __all__ = [
     "MeasuredRun",
     "MemorySaving",
     "ModelClass",
+    "StepChoice",
     "UncertaintyBand",
     "Verdict",
     "WhatFits",
     "as_json",
     "cheapest_changes",
     "check_fit",
+    "choose_step",
     "compare",
     "correction_for",
     "estimate",

@@ -33,6 +33,10 @@ AttentionPath = Literal["varlen", "segments", "eager"]
 """``varlen``: all samples of a packed sequence in one call of FlashAttention. ``segments``: one call per
 sample (:mod:`qlora_tui.training.packed_attention`). ``eager``: padded sequences, with transformers' code."""
 
+LEAN_OPTIMIZER: RecipeOptimizer = "paged_adamw_8bit"
+"""What ``optimizer = "auto"`` needs at least: two bytes for each trained parameter."""
+_OPTIMIZERS: dict[RecipeOptimizer, Optimizer] = {"adamw": "adamw_fused", "auto": LEAN_OPTIMIZER}
+
 FlashObstacle = Literal["no GPU", "float32", "old GPU", "old torch"]
 
 LOSS_CHUNK_ROWS = 256
@@ -197,7 +201,7 @@ def trainer_execution(
         offloads_inputs=recipe.training.gradient_checkpointing == "offload" and device.kind == "cuda",
         streamed_layers=recipe.quantization.streamed_layers,
         attention=attention,
-        optimizer="adamw_fused" if recipe.training.optimizer == "adamw" else recipe.training.optimizer,
+        optimizer=_OPTIMIZERS.get(recipe.training.optimizer, recipe.training.optimizer),
         accumulates=recipe.training.gradient_accumulation > 1,
         packing=recipe.data.packing,
         segments=path != "eager",

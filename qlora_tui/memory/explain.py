@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.memory.execution import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS, ExecutionConfig
@@ -11,6 +12,9 @@ from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.levels import TOKENIZER_BYTES_PER_TOKEN
 from qlora_tui.recipe.diff import format_value
 from qlora_tui.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from qlora_tui.memory.step_choice import StepChoice
 
 LABELS: dict[str, str] = {
     "weights": "Quantized weights",
@@ -48,6 +52,24 @@ LABELS: dict[str, str] = {
     "runtime": "Python and libraries",
 }
 """Label of each item, in the order of the stacked bar."""
+
+
+def describe_choice(choice: StepChoice) -> str:
+    """Return what a run does with free memory, where its recipe leaves that open; empty if nothing."""
+    recipe, training, words = choice.given, choice.recipe.training, []
+    if training.micro_batch_size != recipe.training.micro_batch_size:
+        split = f"{training.micro_batch_size} × {training.gradient_accumulation}"
+        words.append(f"batch {recipe.effective_batch} = {split}")
+    if recipe.training.optimizer == "auto" and training.optimizer == "adamw":
+        words.append("optimizer states in 32 bits")
+    if choice.kept and choice.kept_layers:
+        words.append(f"{choice.kept_layers} of {choice.kept.total_layers} layers not recomputed")
+    return ", ".join(words)
+
+
+def describe_speedup(speedup: float) -> str:
+    """Return ``33% faster``, or ``2.5 times as fast`` from twice on."""
+    return f"{speedup - 1:.0%} faster" if speedup < 2 else f"{speedup:.1f} times as fast"
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.context_length import context_length_warning
 from qlora_tui.memory.estimate import Estimate, compare, precision_of
 from qlora_tui.memory.execution import Device, trainer_execution
-from qlora_tui.memory.kept_layers import plan_kept_layers
+from qlora_tui.memory.explain import describe_choice
 from qlora_tui.memory.layout import STYLES
 from qlora_tui.memory.model_sizes import largest_model_size
 from qlora_tui.memory.solver import cheapest_changes, largest_settings, minimum_bytes
+from qlora_tui.memory.step_choice import choose_step
 from qlora_tui.memory.step_trace import StepTrace, closed_form
 from qlora_tui.memory.streaming_cost import describe_host_memory
 from qlora_tui.memory.verdict import check_fit
@@ -56,10 +57,8 @@ def as_json(
         ]
         if not changes and not check_fit(compared[precision_of(recipe)], available_bytes).fits_even_if_tight:
             least = minimum_bytes(recipe, architecture, device=device)
-    plan = (
-        None
-        if available_bytes is None
-        else plan_kept_layers(recipe, architecture, available_bytes, device=device)
+    choice = (
+        None if available_bytes is None else choose_step(recipe, architecture, available_bytes, device=device)
     )
     too_long = context_length_warning(recipe.data.max_length, architecture)
     return {
@@ -67,12 +66,16 @@ def as_json(
         "precisions": {name: one_as_json(result, available_bytes) for name, result in compared.items()},
         "trace": traced and trace_as_json(traced, recipe, architecture, device or Device()),
         "what_fits": fitting,
-        "kept_layers": plan
+        "step": choice
         and {
-            "count": plan.kept_layers,
-            "layers": plan.total_layers,
-            "total_bytes": plan.estimate.total_bytes,
-            "speedup": round(plan.speedup, 3),
+            "micro_batch_size": choice.recipe.training.micro_batch_size,
+            "gradient_accumulation": choice.recipe.training.gradient_accumulation,
+            "optimizer": choice.recipe.training.optimizer,
+            "kept_layers": choice.kept_layers,
+            "layers": architecture.layers,
+            "total_bytes": choice.estimate.total_bytes,
+            "speedup": round(choice.speedup, 3),
+            "description": describe_choice(choice),
         },
         "host_memory": describe_host_memory(recipe, architecture, device or Device()),
         "cheapest_changes": changes,

@@ -12,9 +12,9 @@ from dataclasses import replace
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.formatting import format_gib
 from qlora_tui.memory.execution import Device, ExecutionConfig, trainer_execution
-from qlora_tui.memory.kept_layers import products_per_token
 from qlora_tui.memory.parameter_memory import frozen_weights
 from qlora_tui.memory.step import residual_itemsize
+from qlora_tui.memory.step_choice import products_per_token
 from qlora_tui.memory.streamed_layers import SLOTS, streamed_weights
 from qlora_tui.memory.transfer_speed import TransferSpeed
 from qlora_tui.recipe.schema import Recipe

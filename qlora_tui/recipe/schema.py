@@ -15,6 +15,7 @@ ALL_LINEAR = "all-linear"
 Thinking = Literal["auto", "on", "off"]
 """Thinking mode. ``auto``: on for a training row that has reasoning; for a prompt, the template's default."""
 RecipeOptimizer = Literal[
+    "auto",
     "adamw",
     "adamw_8bit",
     "paged_adamw_32bit",
@@ -347,6 +348,15 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             le=65536,
         ),
     ] = 8
+    auto_micro_batch: Annotated[
+        bool,
+        _about(
+            "Auto micro-batch",
+            "On a GPU, take more rows in one pass and accumulate fewer passes, where that is faster and free "
+            "memory allows. The effective batch stays.",
+            "Only memory that is free.",
+        ),
+    ] = True
     epochs: Annotated[float, _about("Epochs", "Passes over the data.", gt=0, le=1000)] = 2.0
     max_steps: Annotated[
         int,
@@ -381,11 +391,12 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         RecipeOptimizer,
         _about(
             "Optimizer",
-            "AdamW with states in 32 or 8 bits, or paged; lion (a third of AdamW's rate, arXiv 2302.06675); "
+            "auto: AdamW with states in 32 bits if memory allows, else paged in 8 bits. adamw: 32 bits. "
+            "paged: states move to host memory in a spike; lion (a third of AdamW's rate, arXiv 2302.06675); "
             "adafactor; muon (five times AdamW's rate or more, arXiv 2502.16982).",
             "Bytes per trained parameter: AdamW 8, lion and muon 4, a quarter in 8 bits, adafactor near 0.",
         ),
-    ] = "paged_adamw_8bit"
+    ] = "auto"
     weight_decay: Annotated[float, _about("Weight decay", "AdamW weight decay.", ge=0, le=1)] = 0.0
     max_grad_norm: Annotated[
         float, _about("Max grad norm", "Clip gradients to this norm. 0: no clipping.", ge=0, le=1000)

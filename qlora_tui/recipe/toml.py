@@ -30,7 +30,7 @@ from qlora_tui.recipe.validation import find_issues
 _MAX_BYTES = 1_000_000
 """Maximum size of a recipe, normally a few KB; a larger file is a model or data given by mistake."""
 
-BEFORE: dict[str, Any] = {"quantization.experts": False}
+BEFORE: dict[str, Any] = {"quantization.experts": False, "training.auto_micro_batch": False}
 """What a setting was, in runs of versions that did not have it, where that is not its default."""
 
 _PLACE = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")

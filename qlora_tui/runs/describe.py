@@ -34,6 +34,7 @@ from qlora_tui.runs.events import (
     SampleGenerated,
     Started,
     Step,
+    StepChosen,
     StepVerified,
     Stopped,
     ValidationCompared,
@@ -70,6 +71,9 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
             return f"training {format_count(event.trained_parameters)} parameters ({share:.2%} of the model)"
         case StepVerified():
             return _format_verified(event)
+        case StepChosen():
+            split = f"{event.micro_batch_size} × {event.gradient_accumulation}"
+            return f"chosen for the free memory: batch {event.effective_batch} = {split}, {event.optimizer}"
         case LayersKept():
             return _format_kept(event)
         case LayersStreamed():

@@ -135,6 +135,16 @@ class StepVerified(Event, tag="step_verified", frozen=True, kw_only=True):
     """Why the two could not be compared."""
 
 
+class StepChosen(Event, tag="step_chosen", frozen=True, kw_only=True):
+    """How a step is computed, where the recipe leaves it to the free memory."""
+
+    micro_batch_size: Count
+    gradient_accumulation: Count
+    optimizer: str
+    effective_batch: Count
+    """Rows of a step, as in the recipe."""
+
+
 class LayersKept(Event, tag="layers_kept", frozen=True, kw_only=True):
     """How many layers keep their activations, where the recipe leaves it to the free memory."""
 
@@ -373,6 +383,7 @@ AnyEvent: TypeAlias = (
     | DataReady
     | AdapterReady
     | StepVerified
+    | StepChosen
     | LayersKept
     | LayersStreamed
     | MemoryMeasured

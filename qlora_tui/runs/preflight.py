@@ -23,8 +23,9 @@ from qlora_tui.formatting import (
     format_path,
     short_model_name,
 )
-from qlora_tui.memory import Estimate, cheapest_changes, check_fit, estimate, plan_kept_layers
+from qlora_tui.memory import Estimate, cheapest_changes, check_fit, choose_step, estimate
 from qlora_tui.memory.budget import MemoryBudget
+from qlora_tui.memory.explain import describe_choice
 from qlora_tui.memory.four_bit import require_4_bit_experts
 from qlora_tui.recipe.conflicts import find_conflicts
 from qlora_tui.recipe.schema import Lora, Recipe, Training
@@ -194,9 +195,9 @@ def _memory(recipe: Recipe, files: ModelFiles, budget: MemoryBudget) -> tuple[Ch
     verdict = check_fit(estimated, budget.bytes)
     needed, available = format_gib(verdict.needed_bytes), format_gib(budget.bytes)
     text = f"{verdict.word}: {needed} of {available} GiB of {budget.name}."
-    plan = plan_kept_layers(recipe, files.architecture, budget.bytes, device=budget.device)
-    if plan is not None and plan.kept_layers:
-        text += f" It will use {format_gib(plan.estimate.total_bytes)}, to recompute fewer layers."
+    choice = choose_step(recipe, files.architecture, budget.bytes, device=budget.device)
+    if chosen := describe_choice(choice):
+        text += f" It will use {format_gib(choice.estimate.total_bytes)} to be faster: {chosen}."
     match verdict.word:
         case "fits":
             check = Check(CheckKind.MEMORY, "ok", text)

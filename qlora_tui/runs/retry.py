@@ -30,6 +30,7 @@ from qlora_tui.runs.events import (
     LayersStreamed,
     RunEnded,
     Started,
+    StepChosen,
 )
 
 _KEPT_DIVISOR = 4
@@ -80,6 +81,8 @@ class RetryPlan(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_un
         if self.streamed_layers is not None:
             quantization = structs.replace(quantization, streamed_layers=self.streamed_layers)
         training = structs.replace(recipe.training, **self.overrides())
+        if self.micro_batch_size is not None:
+            training = structs.replace(training, auto_micro_batch=False)
         return structs.replace(recipe, quantization=quantization, training=training)
 
     def to_arguments(self) -> list[str]:
@@ -109,6 +112,12 @@ def last_plan(run: RunDir) -> RetryPlan:
     for event in EventTail(run.events_path).drain():
         if isinstance(event, Started) and event.micro_batch_size and event.gradient_accumulation:
             plan = RetryPlan.from_settings(event)
+        elif isinstance(event, StepChosen):
+            plan = structs.replace(
+                plan,
+                micro_batch_size=event.micro_batch_size,
+                gradient_accumulation=event.gradient_accumulation,
+            )
         elif isinstance(event, LayersKept):
             plan = structs.replace(plan, kept_layers=event.kept_layers)
         elif isinstance(event, LayersStreamed):

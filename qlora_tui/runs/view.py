@@ -12,6 +12,8 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from typing import Self
 
+from msgspec import structs
+
 from qlora_tui.runs import control
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventTail
@@ -40,6 +42,7 @@ from qlora_tui.runs.events import (
     SampleGenerated,
     Started,
     Step,
+    StepChosen,
     StepVerified,
     Stopped,
     ValidationCompared,
@@ -125,6 +128,8 @@ class RunView:
         self.attempt = 0
         self.started_at: float | None = None
         self.plan = RetryPlan()
+        self.step_chosen: StepChosen | None = None
+        """What the attempt does with free memory; None where the recipe leaves nothing open."""
         """Settings of the last attempt; empty where its event does not have them."""
         self.phase: Phase | None = None
         self.phase_detail = ""
@@ -278,6 +283,7 @@ class RunView:
                 self.attempt = event.attempt
                 self.started_at = event.at
                 self.plan = RetryPlan.from_settings(event) if event.micro_batch_size else RetryPlan()
+                self.step_chosen = None
                 self.ending, self.requested_ending, self.validation_change = None, "", None
                 self._truncate_to(event.resumed_from_step)
             case Queued():
@@ -310,6 +316,13 @@ class RunView:
             case RequestReceived():
                 self.requested_ending = (
                     event.request if event.request in control.ENDINGS else self.requested_ending
+                )
+            case StepChosen():
+                self.step_chosen = event
+                self.plan = structs.replace(
+                    self.plan,
+                    micro_batch_size=event.micro_batch_size,
+                    gradient_accumulation=event.gradient_accumulation,
                 )
             case LayersKept() | LayersStreamed():
                 pass

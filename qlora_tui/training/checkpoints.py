@@ -45,7 +45,9 @@ _HEADER = 1 << 20
 _SAMPLE = _END = 1 << 12
 _SAMPLES = 64
 """What of a weight file is hashed to recognize it: its beginning, this many places in it, and its end."""
-_BATCH_SPLIT = frozenset({"training.micro_batch_size", "training.gradient_accumulation"})
+_BATCH_SPLIT = frozenset(
+    {"training.micro_batch_size", "training.gradient_accumulation", "training.auto_micro_batch"}
+)
 """Settings that may change before a resume too, if their product, the effective batch, stays the same."""
 
 
@@ -71,6 +73,10 @@ class CheckpointState(Struct, frozen=True, kw_only=True):
     """Scores of the evaluations since the best, for early stopping."""
     evaluation_due: bool = False
     """Whether a stop ended the evaluation at this step, which is then repeated."""
+
+    def trained_recipe(self) -> Recipe:
+        """Return the recipe as it was trained until then. Raises UserError where the text is not one."""
+        return to_frozen_recipe(parse(self.recipe, "the checkpoint's recipe"), "the checkpoint's recipe")
 
 
 _STATE_DECODER = msgspec.json.Decoder(CheckpointState)
@@ -210,7 +216,7 @@ def require_same_base(state: CheckpointState, files: ModelFiles, base_hash: str)
 
 def require_unchanged(state: CheckpointState, recipe: Recipe, data_hash: str) -> None:
     """Raise UserError, naming the differences, where recipe or data are no longer those of the checkpoint."""
-    before = to_frozen_recipe(parse(state.recipe, "the checkpoint's recipe"), "the checkpoint's recipe")
+    before = state.trained_recipe()
     changes = [c for c in diff_recipes(before, recipe) if c.path not in WITHOUT_EFFECT_ON_WEIGHTS]
     if before.effective_batch == recipe.effective_batch:
         changes = [c for c in changes if c.path not in _BATCH_SPLIT]

@@ -23,7 +23,8 @@ from qlora_tui.gpu.wsl import managed_memory_is_safe
 from qlora_tui.memory import Device as EstimatedDevice
 from qlora_tui.memory import Estimate, MeasuredRun, correction_for, estimate, record_run, trainer_execution
 from qlora_tui.memory.cpu import liger_is_installed, torch_has_varlen, torch_is_for_cuda, triton_is_installed
-from qlora_tui.memory.kept_layers import KeptLayersPlan, plan_kept_layers
+from qlora_tui.memory.execution import LEAN_OPTIMIZER
+from qlora_tui.memory.step_choice import KeptLayersPlan, choose_step, plan_kept_layers, with_optimizer
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.events import MemoryMeasured
 from qlora_tui.training.base_model import PreparedBase
@@ -91,6 +92,33 @@ class MemoryMeter:
         self._longest_batch = structs.replace(self._recipe, data=data, training=training)
         self._longest_batch_estimate = self._estimate(self._longest_batch, corrected=False)
 
+    def set_recipe(self, recipe: Recipe) -> None:
+        """Estimate with what has been settled of the recipe."""
+        self._recipe = recipe
+        self.execution = trainer_execution(recipe, _as_estimated(self._device), self._architecture)
+        self.estimate = self._estimate(recipe, corrected=True)
+
+    def choose_step(
+        self, recipe: Recipe, longest: int, free_bytes: int, *, after_running_out: bool
+    ) -> Recipe:
+        """Return the recipe with the optimizer and the rows at a time for which memory is free.
+
+        Args:
+            longest: tokens of the longest sequence.
+            free_bytes: see :meth:`free_bytes`; with several processes, the least.
+            after_running_out: choose the least instead.
+        """
+        least = with_optimizer(recipe, LEAN_OPTIMIZER)
+        if after_running_out:
+            return least
+        measured = structs.replace(recipe, data=structs.replace(recipe.data, max_length=max(1, longest)))
+        device = self._corrected_device()
+        try:
+            choice = choose_step(measured, self._architecture, free_bytes, device=device)
+        except UserError:
+            return least
+        return structs.replace(recipe, training=choice.recipe.training)
+
     def plan_kept_layers(self, limit: int | None) -> KeptLayersPlan | None:
         """How many layers can keep their activations for the longest batch; all estimates then include them.
 
@@ -102,12 +130,11 @@ class MemoryMeter:
         recipe = self._longest_batch
         if recipe is None or self._longest_batch_estimate is None:
             return None
-        where = replace(_as_estimated(self._device), correction=correction_for(self._device.name))
         plan = plan_kept_layers(
             recipe,
             self._architecture,
-            self._free_bytes(),
-            device=where,
+            self.free_bytes(),
+            device=self._corrected_device(),
             execution=self.execution,
             limit=limit if self.is_modelled else 0,
         )
@@ -152,9 +179,7 @@ class MemoryMeter:
             )
 
     def _estimate(self, recipe: Recipe, *, corrected: bool, kept_layers: int = 0) -> Estimate | None:
-        where = _as_estimated(self._device)
-        if corrected:
-            where = replace(where, correction=correction_for(self._device.name))
+        where = self._corrected_device() if corrected else _as_estimated(self._device)
         try:
             return estimate(
                 recipe,
@@ -165,7 +190,10 @@ class MemoryMeter:
         except UserError:
             return None
 
-    def _free_bytes(self) -> int:
+    def _corrected_device(self) -> EstimatedDevice:
+        return replace(_as_estimated(self._device), correction=correction_for(self._device.name))
+
+    def free_bytes(self) -> int:
         """Memory of the device that no other process uses: free now, or held by this process."""
         if self._device.kind == "cuda":
             free, _ = torch.cuda.mem_get_info(self._device.torch_device)

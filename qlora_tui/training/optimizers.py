@@ -15,6 +15,7 @@ from qlora_tui.training.trained_embeddings import embedding_rate, trained_matric
 
 MUON = "muon"
 OPTIMIZERS = {
+    "auto": "paged_adamw_8bit",  # the least memory, where nothing chose for the free memory
     "adamw": "adamw_torch_fused",
     "adamw_8bit": "adamw_bnb_8bit",
     "paged_adamw_32bit": "paged_adamw_32bit",

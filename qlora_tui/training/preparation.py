@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
 from torch import Tensor
 from transformers import set_seed
 
@@ -16,8 +17,9 @@ from qlora_tui.data.dataset import PreparedDataset, prepare_dataset
 from qlora_tui.data.thinking_facts import prompt_thinking, thinking_sentences
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.untrained_tokens import token_ids
+from qlora_tui.memory.step_choice import with_micro_batch, with_optimizer
 from qlora_tui.recipe.targets import check_optimizer_of_experts, resolve_targets
-from qlora_tui.runs.events import AdapterReady, DataReady, Environment, LayersStreamed
+from qlora_tui.runs.events import AdapterReady, DataReady, Environment, LayersStreamed, StepChosen
 from qlora_tui.runs.initial_adapter import initial_adapter
 from qlora_tui.runs.machine_checks import several_gpus_problem
 from qlora_tui.training import model_loading, quantized_cache
@@ -66,7 +68,10 @@ def prepare_run(
     attention_path = choose_attention(recipe, device)
     folder = _model_folder(context, files)
     tokenizer = ChatTokenizer.from_folder(folder, recipe.model.chat_template)
+    context = _with_settled_step(context)
     data = _tokenize(context, tokenizer)
+    context = _choose_step(context, data, meter)
+    recipe = context.recipe
     context.requests.raise_if_stop_requested()
     # Free memory before the model is loaded.
     tokenizer.release_caches()
@@ -128,6 +133,42 @@ def prepare_run(
     context.requests.raise_if_stop_requested()
     release_free_memory()
     return prepared
+
+
+def _with_settled_step(context: AttemptContext) -> AttemptContext:
+    """Continue with the optimizer and the rows at a time that were chosen before the checkpoint."""
+    if context.checkpoint is None:
+        return context
+    recipe, training = context.recipe, context.recipe.training
+    before = context.checkpoint.state.trained_recipe()
+    recipe = with_optimizer(recipe, before.training.optimizer)
+    if training.auto_micro_batch and before.effective_batch == recipe.effective_batch:
+        recipe = with_micro_batch(recipe, before.training.micro_batch_size)
+    return replace(context, recipe=recipe)
+
+
+def _choose_step(context: AttemptContext, data: PreparedDataset, meter: MemoryMeter) -> AttemptContext:
+    """Settle what the recipe still leaves to the free memory: the optimizer, and the rows at a time."""
+    recipe, lengths = context.recipe, data.train.lengths()
+    if not (recipe.training.optimizer == "auto" or recipe.training.auto_micro_batch):
+        meter.set_recipe(recipe)
+        return context
+    longest = recipe.data.max_length if recipe.data.packing else min(max(lengths), recipe.data.max_length)
+    free_bytes = min(context.dist.all_gather(meter.free_bytes()))
+    chosen = meter.choose_step(recipe, longest, free_bytes, after_running_out=context.has_run_out)
+    training = chosen.training
+    recipe = structs.replace(recipe, training=training)
+    meter.set_recipe(recipe)
+    context.reporter.emit(
+        StepChosen(
+            at=time.time(),
+            micro_batch_size=training.micro_batch_size,
+            gradient_accumulation=training.gradient_accumulation,
+            optimizer=training.optimizer,
+            effective_batch=recipe.effective_batch,
+        )
+    )
+    return replace(context, recipe=recipe)
 
 
 def _check_streaming(context: AttemptContext, meter: MemoryMeter) -> None:

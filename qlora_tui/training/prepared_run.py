@@ -37,6 +37,8 @@ class AttemptContext:
     dist: DistributedContext
     max_kept_layers: int | None = None
     """The most layers that may keep their activations; a retry after running out of memory lowers it."""
+    has_run_out: bool = False
+    """Whether an earlier attempt ran out of memory."""
 
 
 @dataclass(frozen=True, kw_only=True)

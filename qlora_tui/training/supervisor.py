@@ -100,6 +100,7 @@ def _run_attempts(
                     requests=requests,
                     dist=dist,
                     max_kept_layers=plan.kept_layers,
+                    has_run_out=plan.micro_batch_size is not None,
                 )
             )
             try:

@@ -110,6 +110,7 @@ def test_a_preset_keeps_every_setting() -> None:
         "lora.init_weights",
         "lora.train_embeddings",
         "data.bad_rows",
+        "training.auto_micro_batch",
         "training.general_prompts",
         "training.task_prompts",
         "training.forgetting_weight",

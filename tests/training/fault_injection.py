@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
+from qlora_tui.memory import StepChoice
+from qlora_tui.memory.step_choice import with_micro_batch, with_optimizer
+from qlora_tui.recipe.schema import Recipe, RecipeOptimizer
 from qlora_tui.runs import control
 from qlora_tui.runs.control import Kind
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.training import equivalence_checks, model_loading, packed_attention
+from qlora_tui.training import equivalence_checks, memory_meter, model_loading, packed_attention
 from qlora_tui.training.callbacks import RunCallback
 from qlora_tui.training.fused import rms_norm
 from qlora_tui.training.step_check import StepReference
@@ -95,6 +98,16 @@ def norm_without_offset() -> None:
         return out
 
     rms_norm._FusedRmsNorm.forward = staticmethod(forward)  # type: ignore[method-assign]
+
+
+def choose_for_memory(rows: int, optimizer: RecipeOptimizer) -> None:
+    """Let the free memory be right for so many rows at a time, and for this optimizer."""
+
+    def choose(recipe: Recipe, *args: Any, **settings: Any) -> StepChoice:
+        chosen = with_optimizer(with_micro_batch(recipe, rows), optimizer)
+        return StepChoice(recipe, chosen, None, None, 1.0)  # type: ignore[arg-type]  # not estimated
+
+    memory_meter.choose_step = choose  # type: ignore[attr-defined]
 
 
 def refuse_kernels() -> None:

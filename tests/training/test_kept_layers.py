@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from qlora_tui.memory.execution import LEAN_OPTIMIZER
 from qlora_tui.runs import actions
 from qlora_tui.runs.directory import create_run
-from qlora_tui.runs.events import Failed, LayersKept, MemoryMeasured, Started
-from qlora_tui.runs.retry import RetryPlan, reduce_memory
+from qlora_tui.runs.events import Failed, LayersKept, MemoryMeasured, Started, StepChosen
+from qlora_tui.runs.retry import RetryPlan, last_plan, reduce_memory
 from qlora_tui.runs.status import read_status
 from tests.support.polling import wait_for
 from tests.support.trainer_processes import Trainers
@@ -17,6 +18,7 @@ from tests.training.test_faults import WIDE, inject_fault
 
 pytestmark = pytest.mark.slow
 
+LEFT_OPEN = {"training.optimizer": "auto", "training.gradient_accumulation": 4}
 AUTO = {"training.gradient_checkpointing": "auto"}
 
 
@@ -51,3 +53,16 @@ def test_the_last_resort_is_one_row_without_kept_layers(recipe: MakeRecipe) -> N
     while plan := reduce_memory(wide, plans[-1]):
         plans.append(plan)
     assert [(plan.kept_layers, plan.micro_batch_size) for plan in plans[1:]] == [(2, 2), (0, 2), (0, 1)]
+
+
+def test_a_retry_takes_the_least_memory(
+    recipe: MakeRecipe, trainers: Trainers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inject_fault(monkeypatch, "choose_for_memory(2, 'adamw')")
+    run = create_run(recipe(LEFT_OPEN))
+    assert trainers.run(run) == 0
+    assert last_plan(run).micro_batch_size == 2
+    retry = create_run(recipe(LEFT_OPEN))
+    assert trainers.run(retry, RetryPlan(micro_batch_size=1, gradient_accumulation=4)) == 0
+    (chosen,) = events_of(retry, StepChosen)
+    assert (chosen.micro_batch_size, chosen.optimizer) == (1, LEAN_OPTIMIZER)

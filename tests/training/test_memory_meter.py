@@ -34,7 +34,7 @@ def test_the_meter_follows_the_allocators_settings(monkeypatch: pytest.MonkeyPat
 def meter(monkeypatch: pytest.MonkeyPatch) -> MemoryMeter:
     """The meter of an 8B model on a GPU of 24 GiB, where the estimate expects Triton's kernels."""
     monkeypatch.setattr(memory_meter, "_as_estimated", lambda device: Device(capability=(8, 9), triton=True))
-    monkeypatch.setattr(MemoryMeter, "_free_bytes", lambda self: 24 << 30)
+    monkeypatch.setattr(MemoryMeter, "free_bytes", lambda self: 24 << 30)
     device = ComputeDevice(torch.device("cpu"), "RTX 4090", 24 << 30, torch.bfloat16)
     recipe = Recipe(data=Data(max_length=2048), training=Training(micro_batch_size=1))
     return MemoryMeter(recipe, parse_architecture(config("meta-llama/Llama-3.1-8B")), device)

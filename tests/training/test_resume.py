@@ -21,6 +21,7 @@ from qlora_tui.runs.events import (
     Failed,
     Health,
     Started,
+    StepChosen,
     StepVerified,
     Stopped,
 )
@@ -29,6 +30,7 @@ from tests.runs.test_damage import flip
 from tests.support.trainer_processes import Trainers
 from tests.training.conftest import MakeRecipe
 from tests.training.event_helpers import events, events_of, losses
+from tests.training.test_faults import inject_fault
 
 pytestmark = pytest.mark.slow
 
@@ -135,6 +137,23 @@ def test_a_smaller_micro_batch_learns_the_same(recipe: MakeRecipe, trainers: Tra
     started = events_of(again, Started)[-1]
     assert (started.micro_batch_size, started.gradient_checkpointing) == (1, "on")
     assert all(abs(loss - expected[n]) < 1e-4 for n, loss in losses(again).items())
+
+
+def test_what_was_chosen_for_free_memory_stays_through_a_resume(
+    recipe: MakeRecipe, trainers: Trainers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"training.optimizer": "auto", "training.gradient_accumulation": 4, **EVERY_STEP}
+    inject_fault(monkeypatch, "choose_for_memory(2, 'adamw')")
+    whole = create_run(recipe(settings))
+    assert trainers.run(whole) == 0
+    (chosen,) = events_of(whole, StepChosen)
+    assert (chosen.micro_batch_size, chosen.gradient_accumulation, chosen.optimizer) == (2, 2, "adamw")
+    expected = losses(whole)
+    again = interrupted_at(whole, len(expected) // 2)
+    inject_fault(monkeypatch, "choose_for_memory(4, 'adamw_8bit')")
+    assert trainers.run(again) == 0
+    assert events_of(again, Environment)[-1].optimizer == "adamw"
+    assert losses(again) == expected
 
 
 def test_a_changed_recipe_is_refused_with_the_difference(recipe: MakeRecipe, trainers: Trainers) -> None:

@@ -9,9 +9,10 @@ from textual.message import Message
 from textual.widgets import Static
 
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import format_gib, format_percent
-from qlora_tui.memory import Estimate, KeptLayersPlan, MemorySaving, Verdict, check_fit
+from qlora_tui.formatting import format_gib
+from qlora_tui.memory import Estimate, MemorySaving, StepChoice, Verdict, check_fit
 from qlora_tui.memory.budget import MemoryBudget
+from qlora_tui.memory.explain import describe_choice, describe_speedup
 from qlora_tui.tui.key_names import bare_key, highlight_keys, key_name
 from qlora_tui.tui.render.recipe_line import VERDICT_STYLE, refusal_words, verdict_words
 from qlora_tui.tui.screens.memory.solution import Solution
@@ -88,8 +89,8 @@ def _notes(
     if length_warning is not None:
         # The setting itself is shown among the settings.
         yield Content.styled(f"{length_warning.why} {length_warning.fix}", "$warning")
-    if solution.kept_layers is not None and is_recipe:
-        yield _kept_layers_text(solution.kept_layers, estimate.total_bytes)
+    if solution.step is not None and is_recipe:
+        yield _step_text(solution.step, estimate.total_bytes)
     if solution.host_memory and is_recipe:
         yield Content(solution.host_memory)
     yield from map(Content, estimate.notes)
@@ -121,21 +122,19 @@ def _hanging(line: Content, width: int) -> list[Content]:
     return [(Content("    ") if number else first) + part for number, part in enumerate(rest.wrap(width - 4))]
 
 
-def _kept_layers_text(plan: KeptLayersPlan, least_bytes: int) -> Content:
-    """How many layers need no recomputation, at what memory, and what that gains.
+def _step_text(choice: StepChoice, least_bytes: int) -> Content:
+    """What the run does with free memory, and what that gains.
 
-    ``least_bytes``: the memory with every layer recomputed, as the bars show it.
+    ``least_bytes``: the memory that it needs, as the bars show it.
     """
-    if not plan.kept_layers:
-        return Content(
-            "Gradient checkpointing recomputes every layer: too little memory is left to keep activations."
-        )
-    total, faster = format_gib(plan.estimate.total_bytes), format_percent(plan.speedup - 1)
+    chosen = describe_choice(choice)
+    if not chosen:
+        return Content("Too little memory is left to keep activations of layers, which are recomputed.")
+    total, faster = format_gib(choice.estimate.total_bytes), describe_speedup(choice.speedup)
     return Content.assemble(
         f"The run needs {format_gib(least_bytes)} GiB. Where ",
         (f"{total} GiB", "bold"),
-        f" are free, it takes them and is about {faster} faster: {plan.kept_layers} of {plan.total_layers} "
-        "layers keep their activations instead of recomputing them.",
+        f" are free, it takes them and is about {faster}: {chosen}.",
     )
 
 

@@ -12,14 +12,14 @@ from typing import Any
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.memory import (
     Device,
-    KeptLayersPlan,
     MemorySaving,
+    StepChoice,
     WhatFits,
     cheapest_changes,
+    choose_step,
     estimate,
     largest_settings,
     minimum_bytes,
-    plan_kept_layers,
 )
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.conversion import Conversion
@@ -63,8 +63,8 @@ class Solution:
     """Changes that make the recipe fit, the cheapest first."""
     least_bytes: int = 0
     """What the recipe still needs with every change; 0 if it fits or some change makes it fit."""
-    kept_layers: KeptLayersPlan | None = None
-    """The layers that need no recomputation; None if the recipe does not fit."""
+    step: StepChoice | None = None
+    """What the run does with free memory; None if the recipe does not fit."""
     host_memory: str = ""
     """What the recipe keeps in host memory and its cost, in sentences; empty where it keeps nothing."""
     conversion: Conversion | None = None
@@ -88,7 +88,7 @@ def solve(recipe: Recipe, architecture: Architecture, budget: MemoryBudget, *, f
         },
         changes=changes,
         least_bytes=0 if fits or changes else minimum_bytes(recipe, architecture, device=device),
-        kept_layers=plan_kept_layers(recipe, architecture, available, device=device) if fits else None,
+        step=choose_step(recipe, architecture, available, device=device) if fits else None,
         host_memory=describe_host_memory(recipe, architecture, device),
         conversion=_conversion(recipe.model.id),
     )

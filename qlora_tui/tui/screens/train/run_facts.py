@@ -18,6 +18,7 @@ from qlora_tui.formatting import (
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.events import Failed
+from qlora_tui.runs.view import RunView
 from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.labeled import labeled
 from qlora_tui.tui.render.recipe_line import batch_words, data_words, preference_words, targets_words
@@ -112,7 +113,7 @@ def setup_lines(snapshot: RunSnapshot, recipe: Recipe | None, width: int) -> lis
             _row("model", truncate_middle(short_model_name(recipe.model.id), width - _LABEL)),
             _row("data", truncate_middle(data_words(recipe), width - _LABEL)),
             _row("LoRA", f"{format_rank(recipe.lora)} α {recipe.lora.alpha:g} {targets_words(recipe, 16)}"),
-            _row("length", batch_words(view.plan.apply_to(recipe))),
+            _row("length", _batch(view, recipe)),
             _row("lr", schedule),
         ]
         if recipe.preference_method is not None:
@@ -130,6 +131,17 @@ def setup_lines(snapshot: RunSnapshot, recipe: Recipe | None, width: int) -> lis
             _row("loss", environment.loss),
         ]
     return lines
+
+
+def _batch(view: RunView, recipe: Recipe) -> str:
+    """``1,024 tok · batch 2 × 4, chosen``: as the attempt computes it."""
+    words = batch_words(view.plan.apply_to(recipe))
+    chosen = view.step_chosen
+    return (
+        f"{words}, chosen"
+        if chosen and chosen.micro_batch_size != recipe.training.micro_batch_size
+        else words
+    )
 
 
 def evaluation_lines(snapshot: RunSnapshot, rows: int) -> list[Content]:

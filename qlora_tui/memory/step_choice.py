@@ -1,0 +1,255 @@
+"""What a run does with free memory: more rows at a time, faster optimizer states, fewer layers recomputed.
+
+A recipe is estimated with the least that it needs: every layer recomputed, and with ``optimizer = "auto"``
+the smallest states. What is free beyond that buys speed:
+
+* With ``gradient_checkpointing = "auto"`` only as many layers are recomputed as must be, which otherwise
+  makes a step about a third slower. The layers that keep their activations are the last ones: their backward
+  comes first, so that their memory is free again when the others are recomputed.
+* With ``auto_micro_batch`` more rows pass at a time, and a step has fewer passes over the same rows.
+* With ``optimizer = "auto"`` AdamW's states are in 32 bits, in one kernel, instead of 8 bits and paged.
+
+All three compete for the same memory, so the fastest combination is chosen by the predicted time of a step.
+The trainer chooses rows and optimizer before it loads the model, and layers for its longest batch. After an
+out-of-memory error ``runs.retry`` lowers both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from msgspec import structs
+
+from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.memory.estimate import Estimate, estimate
+from qlora_tui.memory.execution import LEAN_OPTIMIZER, Device, ExecutionConfig, trainer_execution
+from qlora_tui.memory.layout import STYLES
+from qlora_tui.memory.verdict import check_fit
+from qlora_tui.recipe.schema import Recipe, RecipeOptimizer
+
+CPU_SHARE = 0.5
+"""Share of the free memory of a machine without a GPU that a run may take: other programs run there too."""
+_ATTENTION_BACKWARD = 2.5
+"""FLOPs of attention's backward relative to its forward: five matrix products instead of two, one of which
+recomputes the scores (FlashAttention-2, section 3.1)."""
+
+
+_MULTIPLICATIONS_PER_S = 30e12
+"""Of a GPU whose speed was not measured: between an RTX 3060 (about 12e12) and an RTX 4090 (about 70e12), as
+calculated from their specifications."""
+_LAUNCH_S = 4e-3
+"""Time in which a CPU launches the kernels of a layer for one micro-batch, however few tokens it has:
+calculated for a desktop, from 7.2 ms on a slow server."""
+_UNPACK_S = 4e-12
+"""Time to dequantize a 4-bit weight: 2.5 bytes read and written, at 0.6 TB/s (calculated)."""
+_LEAN_TENSOR_S = 8e-5
+"""Time that bitsandbytes' optimizers wait for the GPU after each tensor (calculated: 30 to 45 ms for 448)."""
+_FUSED_OPTIMIZER_S = 1e-3
+_NOTICEABLE = 1.01
+"""How much faster more rows at a time must be to be worth their memory."""
+
+
+@dataclass(frozen=True)
+class StepChoice:
+    """What a run does with the memory that is free."""
+
+    given: Recipe
+    recipe: Recipe
+    """``given`` with the chosen rows at a time, accumulation and optimizer."""
+    kept: KeptLayersPlan | None
+    """None where the recipe does not leave open which layers are recomputed."""
+    estimate: Estimate
+    """Memory of the run."""
+    speedup: float
+    """Predicted speed relative to the recipe with nothing but what it needs: 1.2 is 20 % faster."""
+
+    @property
+    def kept_layers(self) -> int:
+        """Layers that keep their activations although the recipe would allow to recompute them."""
+        return self.kept.kept_layers if self.kept else 0
+
+
+@dataclass(frozen=True)
+class KeptLayersPlan:
+    """How many layers keep their activations."""
+
+    kept_layers: int
+    total_layers: int
+    """Layers of the model."""
+    available_bytes: int
+    """Memory that the run may take."""
+    estimate: Estimate
+    """Memory of the run with them."""
+
+
+def choose_step(
+    recipe: Recipe,
+    architecture: Architecture,
+    free_bytes: int,
+    *,
+    device: Device | None = None,
+    optimizer: RecipeOptimizer | None = None,
+    max_kept_layers: int | None = None,
+) -> StepChoice:
+    """Return the fastest of what the recipe leaves open and the memory allows.
+
+    Only what leaves 5 % of the memory free at the upper end of the estimate's uncertainty range is chosen;
+    without such a choice, the recipe with the least memory. Nothing is chosen in a family whose layers the
+    estimate only approximates, nor with streamed layers: a run that lacks memory for its weights saves it.
+
+    Args:
+        free_bytes: memory of the device that nothing else uses, what this run already holds included.
+        optimizer: the one to use for ``auto``, where that was decided before.
+        max_kept_layers: maximum number of layers to keep.
+
+    Raises:
+        UserError: the estimate does not support the model.
+    """
+    device = device or Device()
+    least = with_optimizer(recipe, optimizer or LEAN_OPTIMIZER)
+    available = _available(free_bytes, device)
+
+    def chosen(candidate: Recipe) -> StepChoice:
+        kept = plan_kept_layers(candidate, architecture, free_bytes, device=device, limit=max_kept_layers)
+        result = kept.estimate if kept else estimate(candidate, architecture, device=device)
+        before = step_seconds(least, architecture, device)
+        after = step_seconds(candidate, architecture, device, kept.kept_layers if kept else 0)
+        return StepChoice(recipe, candidate, kept, result, before / after)
+
+    best = chosen(least)
+    if recipe.quantization.streamed_layers or not best.estimate.exact:
+        return best
+    optimizers = [least.training.optimizer]
+    if recipe.training.optimizer == "auto" and optimizer is None:
+        optimizers.append("adamw")
+    for rows in _micro_batches(recipe, device):
+        choices = [chosen(with_optimizer(with_micro_batch(recipe, rows), name)) for name in optimizers]
+        fitting = [choice for choice in choices if check_fit(choice.estimate, available).fits_with_margin]
+        if not fitting:
+            break
+        fastest = max(fitting, key=lambda choice: choice.speedup)
+        least_rows = rows == recipe.training.micro_batch_size
+        if fastest.speedup > best.speedup * (1 if least_rows else _NOTICEABLE):
+            best = fastest
+    return best
+
+
+def _micro_batches(recipe: Recipe, device: Device) -> list[int]:
+    """Return the rows at a time to try, the recipe's first: the divisors of a step's rows from there on.
+
+    On a CPU a step computes no faster with more of them.
+    """
+    least, rows = recipe.training.micro_batch_size, recipe.effective_batch
+    if device.kind == "cpu" or not recipe.training.auto_micro_batch:
+        return [least]
+    return [size for size in range(least, rows + 1) if rows % size == 0]
+
+
+def with_micro_batch(recipe: Recipe, rows: int) -> Recipe:
+    """Return the recipe with so many rows at a time and as many rows in a step as before."""
+    accumulation = recipe.effective_batch // rows
+    training = structs.replace(
+        recipe.training, micro_batch_size=rows, gradient_accumulation=accumulation, auto_micro_batch=False
+    )
+    return structs.replace(recipe, training=training)
+
+
+def with_optimizer(recipe: Recipe, optimizer: RecipeOptimizer) -> Recipe:
+    """Return the recipe with this optimizer in place of ``auto``."""
+    if recipe.training.optimizer != "auto":
+        return recipe
+    return structs.replace(recipe, training=structs.replace(recipe.training, optimizer=optimizer))
+
+
+def _available(free_bytes: int, device: Device) -> int:
+    return int(free_bytes * CPU_SHARE) if device.kind == "cpu" else free_bytes
+
+
+def plan_kept_layers(
+    recipe: Recipe,
+    architecture: Architecture,
+    free_bytes: int,
+    *,
+    device: Device | None = None,
+    execution: ExecutionConfig | None = None,
+    limit: int | None = None,
+) -> KeptLayersPlan | None:
+    """Return how many layers can keep their activations; None unless ``gradient_checkpointing`` is ``auto``.
+
+    Also None with streamed layers: a run that lacks memory for its weights recomputes every layer.
+
+    The most that still fit at the upper end of the estimate's uncertainty range. No layer is kept in a family
+    whose layers the estimate only approximates.
+
+    Args:
+        free_bytes: memory of the device that nothing else uses, what this run already holds included.
+        execution: what the run executes, where that is not what the recipe leads to expect.
+        limit: maximum number of layers to keep.
+    """
+    if recipe.training.gradient_checkpointing != "auto" or recipe.quantization.streamed_layers:
+        return None
+    device = device or Device()
+    execution = execution or trainer_execution(recipe, device, architecture)
+    available_bytes = _available(free_bytes, device)
+    most = architecture.layers if limit is None else min(limit, architecture.layers)
+
+    def estimated(count: int) -> Estimate:
+        return estimate(recipe, architecture, execution=replace(execution, kept_layers=count), device=device)
+
+    low, best, high = 0, estimated(0), most + 1
+    if not (best.exact and check_fit(best, available_bytes).fits_even_if_tight):
+        high = 1
+    while high - low > 1:
+        # The most at first: in many runs they fit.
+        count = most if high > most else (low + high) // 2
+        result = estimated(count)
+        if check_fit(result, available_bytes).fits_with_margin:
+            low, best = count, result
+        else:
+            high = count
+    return KeptLayersPlan(low, architecture.layers, available_bytes, best)
+
+
+def step_seconds(recipe: Recipe, architecture: Architecture, device: Device, kept_layers: int = 0) -> float:
+    """Return the predicted time of an optimizer step, to compare settings of one recipe with each other.
+
+    On a GPU a micro-batch takes the longer of computing and of launching its kernels; 4-bit weights are
+    dequantized in each pass. On a CPU only the products count.
+    """
+    training, layers = recipe.training, architecture.layers
+    recomputed = 0 if training.gradient_checkpointing == "off" else layers - kept_layers
+    once, again = products_per_token(recipe, architecture)
+    rate = device.speed.flops_per_s / 2 if device.speed else _MULTIPLICATIONS_PER_S
+    tokens = recipe.rows_per_pass * recipe.data.max_length
+    seconds = tokens * (once + recomputed * again) / rate
+    modules = [module for module in architecture.modules if module.layer is not None]
+    if device.kind == "cuda":
+        if recipe.quantization.method in ("nf4", "fp4"):
+            passes = 2 + recomputed / max(layers, 1)
+            seconds += _UNPACK_S * passes * sum(module.weight_params for module in modules)
+        seconds = max(seconds, _LAUNCH_S * layers)
+    fused = training.optimizer == "adamw"
+    # A and B of each module.
+    optimizer_s = _FUSED_OPTIMIZER_S if fused else _LEAN_TENSOR_S * 2 * len(modules)
+    return training.gradient_accumulation * seconds + optimizer_s
+
+
+def products_per_token(recipe: Recipe, architecture: Architecture) -> tuple[float, float]:
+    """Return the multiplications per token of forward and backward, and of the recomputation of one layer.
+
+    A frozen weight takes part in the forward, in its recomputation, and in the gradient of its input. The
+    recomputation ends before the down projection (``bench/kept_layers.py`` compares with measured steps).
+    """
+    # Half of the scores are masked.
+    attention = 2 * architecture.heads * architecture.head_dim * recipe.data.max_length / 2
+    weights = down = 0
+    # A norm after the MLP needs the output of the down projection.
+    style = STYLES.get(architecture.model_type)
+    ends_early = style is None or style.order in ("pre", "parallel")
+    for module in architecture.modules:
+        if module.layer is not None and module.part not in ("vision", "other"):
+            weights += module.weight_params
+            down += module.weight_params if ends_early and module.kind == "down_proj" else 0
+    layers = architecture.layers
+    once = 2 * weights + layers * (1 + _ATTENTION_BACKWARD) * attention + 2 * architecture.head.weight_params
+    return once, (weights - down) / max(layers, 1) + attention

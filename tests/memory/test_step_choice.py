@@ -1,0 +1,151 @@
+"""How many layers can keep their activations in the free memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.catalog.config_parser import parse_architecture
+from qlora_tui.memory import Device, check_fit, estimate, trainer_execution
+from qlora_tui.memory.execution import LEAN_OPTIMIZER
+from qlora_tui.memory.step_choice import (
+    KeptLayersPlan,
+    StepChoice,
+    choose_step,
+    plan_kept_layers,
+    step_seconds,
+)
+from qlora_tui.recipe.schema import Data, Recipe, Training
+from tests.catalog.configs import config
+
+GIB = 1 << 30
+RECIPE = Recipe(data=Data(max_length=2048), training=Training(micro_batch_size=1))
+
+
+@pytest.fixture(scope="module")
+def llama() -> Architecture:
+    return parse_architecture(config("meta-llama/Llama-3.1-8B"))
+
+
+def most_layers(architecture: Architecture, gib: float, **settings: Any) -> KeptLayersPlan:
+    result = plan_kept_layers(RECIPE, architecture, int(gib * GIB), **settings)
+    assert result is not None
+    return result
+
+
+def test_more_memory_keeps_more_layers(llama: Architecture) -> None:
+    counts = [most_layers(llama, gib).kept_layers for gib in (7, 10, 12, 16, 24)]
+    assert counts[0] == 0 and counts[-1] == llama.layers
+    assert counts == sorted(counts) and len(set(counts)) >= 4
+
+
+def test_one_layer_more_would_not_fit_for_certain(llama: Architecture) -> None:
+    available = 12 * GIB
+    result = most_layers(llama, 12)
+    assert check_fit(result.estimate, available).fits_with_margin
+    execution = trainer_execution(RECIPE, Device(), llama)
+    more = estimate(
+        RECIPE, llama, execution=replace(execution, kept_layers=result.kept_layers + 1), device=Device()
+    )
+    assert not check_fit(more, available).fits_with_margin
+
+
+def test_kept_layers_cost_as_much_as_without_checkpointing(llama: Architecture) -> None:
+    off = estimate(replace_checkpointing("off"), llama)
+    assert most_layers(llama, 80).estimate.process_bytes == pytest.approx(off.process_bytes, rel=0.01)
+
+
+def test_a_retry_limits_the_layers(llama: Architecture) -> None:
+    assert most_layers(llama, 24, limit=5).kept_layers == 5
+    assert most_layers(llama, 24, limit=0).kept_layers == 0
+
+
+@pytest.mark.parametrize("checkpointing", ["on", "off"])
+def test_a_recipe_that_decides_is_not_asked(llama: Architecture, checkpointing: str) -> None:
+    assert plan_kept_layers(replace_checkpointing(checkpointing), llama, 80 * GIB) is None
+
+
+def test_an_approximated_family_keeps_none(llama: Architecture) -> None:
+    from msgspec.structs import replace as with_fields
+
+    unknown = with_fields(llama, model_type="unheard-of")
+    assert most_layers(unknown, 80).kept_layers == 0
+
+
+def test_a_cpu_run_takes_half_of_the_free_memory(llama: Architecture) -> None:
+    cpu = Device(kind="cpu", native_bfloat16=True)
+    assert most_layers(llama, 24, device=cpu).available_bytes == 12 * GIB
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_step_is_faster_with_more_kept_layers(llama: Architecture, kind: Any) -> None:
+    times = [step_seconds(RECIPE, llama, Device(kind=kind), count) for count in range(llama.layers + 1)]
+    assert times == sorted(times, reverse=True)
+    # Two products with each weight instead of three, but for the down projection.
+    assert 1.25 < times[0] / times[-1] < 1.45
+
+
+@pytest.mark.parametrize("triton", [True, False])
+@pytest.mark.parametrize(("gib", "kept"), [(12, 16), (16, 32), (24, 32)])
+def test_an_8b_model_keeps_layers_with_any_kernels(
+    llama: Architecture, gib: int, kept: int, triton: bool
+) -> None:
+    free = int(gib * 0.95 * GIB)
+    choice = choose_step(RECIPE, llama, free, device=Device(triton=triton))
+    assert abs(choice.kept_layers - kept) <= 2
+
+
+def choice_of(model: str, gib: float, length: int = 1024, **settings: Any) -> StepChoice:
+    device = settings.pop("device", Device())
+    recipe = Recipe(data=Data(max_length=length), training=Training(**settings))
+    return choose_step(recipe, parse_architecture(config(model)), int(gib * GIB), device=device)
+
+
+@pytest.mark.parametrize("model", ["Qwen/Qwen2.5-0.5B", "meta-llama/Llama-3.1-8B"])
+@pytest.mark.parametrize(("rows", "accumulation"), [(1, 8), (2, 3), (1, 7)])
+def test_more_memory_is_never_slower_and_keeps_the_rows_of_a_step(
+    model: str, rows: int, accumulation: int
+) -> None:
+    choices = [
+        choice_of(model, gib, micro_batch_size=rows, gradient_accumulation=accumulation)
+        for gib in (8, 12, 16, 24, 48)
+    ]
+    assert {choice.recipe.effective_batch for choice in choices} == {rows * accumulation}
+    assert all(choice.recipe.training.micro_batch_size >= rows for choice in choices)
+    speeds = [choice.speedup for choice in choices]
+    assert speeds == sorted(speeds)
+    assert all(
+        check_fit(choice.estimate, int(gib * GIB)).fits_with_margin
+        for choice, gib in zip(choices[1:], (12, 16, 24, 48), strict=True)
+    )
+
+
+def test_a_small_model_takes_more_rows_and_full_states() -> None:
+    training = choice_of("Qwen/Qwen2.5-0.5B", 12).recipe.training
+    assert training.micro_batch_size > 1 and training.optimizer == "adamw"
+
+
+@pytest.mark.parametrize(
+    ("gib", "settings"),
+    [
+        (7, {}),
+        (24, {"auto_micro_batch": False, "optimizer": LEAN_OPTIMIZER}),
+        (24, {"device": Device(kind="cpu", native_bfloat16=True), "optimizer": LEAN_OPTIMIZER}),
+    ],
+    ids=["no memory", "nothing left open", "a CPU"],
+)
+def test_otherwise_a_step_stays_as_the_recipe_has_it(gib: float, settings: dict[str, Any]) -> None:
+    training = choice_of("meta-llama/Llama-3.1-8B", gib, **settings).recipe.training
+    assert (training.micro_batch_size, training.optimizer) == (1, LEAN_OPTIMIZER)
+
+
+def test_without_optimizer_states_decided_the_least_is_estimated(llama: Architecture) -> None:
+    lean = Recipe(training=Training(optimizer=LEAN_OPTIMIZER))
+    assert estimate(Recipe(), llama).process_bytes == estimate(lean, llama).process_bytes
+
+
+def replace_checkpointing(value: Any) -> Recipe:
+    return Recipe(data=RECIPE.data, training=Training(micro_batch_size=1, gradient_checkpointing=value))
