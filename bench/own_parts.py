@@ -306,13 +306,13 @@ def main() -> None:
 
 
 def _compare_pools(folder: Path) -> None:
-    from bench.support.random_model import make_tokenizer
     from qlora_tui.data.stock_templates import stock_template
+    from qlora_tui.training.random_model import write_tokenizer
 
     write_rows(folder / "rows.jsonl", DATA_ROWS)
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     texts = (folder / "rows.jsonl").read_text().splitlines()[:2000]
-    make_tokenizer(folder, texts, stock_template("chatml", special, begins_with_bos=False), vocab_size=8000)
+    write_tokenizer(folder, texts, stock_template("chatml", special, begins_with_bos=False), vocab_size=8000)
     for kill in ("", "", "worker"):
         for pool in POOLS:
             _again("workers", pool, str(folder), kill)

@@ -9,10 +9,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-from qlora_tui.data.stock_templates import stock_template
 from qlora_tui.demo.conversations import CONVERSATIONS
+from qlora_tui.training.random_model import write_random_model
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -25,8 +24,6 @@ SIZES: dict[str, dict[str, int]] = {
     | {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256},
 }
 """Shapes of Qwen2.5-0.5B, Qwen2.5-1.5B and Llama-3.1-8B, as plain Llamas."""
-
-_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 def random_model(folder: Path, size: str) -> Path:
@@ -48,32 +45,11 @@ def random_model(folder: Path, size: str) -> Path:
 
 
 def make_model(folder: Path, size: str) -> Path:
-    """Write weights, in bfloat16 and a shard a gigabyte, and a tokenizer trained on the demo's texts."""
+    """Write the model, with a tokenizer trained on the demo's texts."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    template = stock_template("chatml", _SPECIAL, begins_with_bos=False)
-    tokenizer = make_tokenizer(folder, CONVERSATIONS.read_text().splitlines(), template, vocab_size=512)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        **SIZES[size],
-        max_position_embeddings=8192,
-        tie_word_embeddings=size != "8b",
-        bos_token_id=None,
-        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
-        pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
-    )
-    # Where there is a GPU, made there: eight billion random numbers take a CPU minutes.
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(device):
-            model = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
-    model.save_pretrained(folder, max_shard_size="1GB")
-    return folder
+    texts, device = CONVERSATIONS.read_text().splitlines(), "cuda" if torch.cuda.is_available() else "cpu"
+    return write_random_model(folder, texts, device=device, **SIZES[size], tie_word_embeddings=size != "8b")
 
 
 def make_rows(path: Path, count: int, long_words: int = 0) -> Path:
@@ -87,30 +63,6 @@ def make_rows(path: Path, count: int, long_words: int = 0) -> Path:
         rows.append({"instruction": f"{number}. {question['content']}", "output": " ".join(words * more)})
     path.write_text(json.dumps(rows))
     return path
-
-
-def make_tokenizer(folder: Path, texts: list[str], template: str, *, vocab_size: int) -> Any:
-    """Write a byte-level BPE tokenizer of at most ``vocab_size`` tokens, from ``texts``; returns it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=_SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    )
-    fast.chat_template = template
-    folder.mkdir(parents=True, exist_ok=True)
-    fast.save_pretrained(folder)
-    return fast
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@
 ``health``                what goes wrong in a step or on the GPU: warnings, and the NaN that ends a run
 ``distributed``           one run on several GPUs
 ``final_adapter``         the adapter folder
-``selftest``              tests for ``qlora-tui doctor`` whether training works here
+``selftest``              trains a ``random_model`` of two layers for ``qlora-tui doctor``
 
 ``__main__``, ``supervisor`` and what they import load no torch, so the run shows as started at once.
 """

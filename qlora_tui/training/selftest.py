@@ -1,4 +1,4 @@
-"""``python -m qlora_tui.training.selftest``: tries on a few weights whether training works here.
+"""``python -m qlora_tui.training.selftest``: trains two layers, to see whether training works here.
 
 Prints one JSON list of checks on the last line; run by ``qlora-tui doctor``, so that a crash in a native
 library is a finding and not the doctor's end.
@@ -9,13 +9,28 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from pathlib import Path
 
+from qlora_tui import subprocesses
 from qlora_tui.gpu.torch_env import configure_torch_env
 from qlora_tui.installation import install_command
+from qlora_tui.recipe.schema import Data, Model, Quantization, Recipe, Source, Training
+from qlora_tui.runs.directory import create_run
+from qlora_tui.runs.event_log import EventTail
+from qlora_tui.runs.events import AnyEvent, Environment, Failed, Finished, Health, Step
+from qlora_tui.settings import GPU_VARIABLE
+from qlora_tui.training.random_model import write_random_model
+
+_ROWS = 40
+_LAYERS = 2
+Finding = dict[str, str]
+"""The arguments of a ``machine_checks.Check``."""
 
 
 def main() -> int:
@@ -26,9 +41,10 @@ def main() -> int:
     configure_torch_env()
     checks = [_library(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "datasets")]
     if all(check["outcome"] == "ok" for check in checks):
-        checks += [_run_check("torch on the GPU", _gpu), _run_check("NF4 forward and backward", _nf4)]
-        if checks[-2]["outcome"] != "error":
-            checks.append(_run_check("flash attention", _flash))
+        findings, on_gpu = _train()
+        checks += findings
+        if on_gpu:
+            checks += _train(streamed_layers=1)[0]
             checks.append(_run_check("copies to the GPU", _transfer))
     out.write(json.dumps(checks) + "\n")
     out.flush()
@@ -57,82 +73,97 @@ def _run_check(name: str, check: Callable[[], dict[str, str]]) -> dict[str, str]
         }
 
 
-def _gpu() -> dict[str, str]:
-    import torch
+def _train(*, streamed_layers: int = 0) -> tuple[list[Finding], bool]:
+    """Train a model of two layers by the real trainer, with the defaults of a recipe.
 
-    from qlora_tui.errors import UserError
-    from qlora_tui.recipe.schema import Recipe
-    from qlora_tui.training.compute_device import find_device
+    So what is tried is what a run does: its allocator, its choice of optimizer, attention and kernels, each
+    compared with the libraries, and with ``streamed_layers`` pinned memory.
 
-    try:
-        device = find_device(Recipe())
-    except UserError as problem:
-        return {"outcome": "error", "text": f"{problem.what} {problem.why}".rstrip(), "fix": problem.fix}
-    if device.kind == "cpu":
-        return {"outcome": "note", "text": f"torch {torch.__version__} runs on the CPU"}
-    major, minor = torch.cuda.get_device_capability()
-    return {
-        "outcome": "ok",
-        "text": f"{device.name}, CUDA {torch.version.cuda}, compute capability {major}.{minor}",
-    }
-
-
-def _nf4() -> dict[str, str]:
-    import bitsandbytes as bnb
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    dense = torch.randn(256, 256)
-    layer: Any = bnb.nn.Linear4bit(256, 256, bias=False, compute_dtype=torch.float32, quant_type="nf4")
-    layer.weight = bnb.nn.Params4bit(dense, requires_grad=False, quant_type="nf4")
-    layer = layer.to(device)
-    inputs = torch.randn(4, 256, device=device, requires_grad=True)
-    layer(inputs).square().sum().backward()
-    exact = (inputs.detach().cpu() @ dense.T).norm()
-    off = float((layer(inputs).detach().cpu() - inputs.detach().cpu() @ dense.T).norm() / exact)
-    finite = inputs.grad is not None and bool(torch.isfinite(inputs.grad).all())
-    # NF4 of normal weights is off by about a tenth (QLoRA paper, section 3).
-    if off > 0.2 or not finite:
-        return {"outcome": "error", "text": f"wrong by {off:.0%}", "fix": install_command("bitsandbytes")}
-    return {
-        "outcome": "ok",
-        "text": f"on {device}; the result is {off:.0%} off that of unquantized weights, as expected",
-    }
-
-
-def _flash() -> dict[str, str]:
-    import torch
-    from torch.nn.functional import scaled_dot_product_attention
-
-    from qlora_tui.recipe.schema import Recipe
-    from qlora_tui.training import varlen_attention
-    from qlora_tui.training.compute_device import find_device, why_no_flash
-    from qlora_tui.training.packed_attention import segment_mask
-
-    device = find_device(Recipe())
-    if reason := why_no_flash(device):
-        return {"outcome": "note", "text": f"attention uses SDPA. {reason}"}
-    lengths, width = [5, 9], 64
-    torch.manual_seed(0)
-    query, key, value = (
-        torch.randn(1, heads, sum(lengths), width, device=device.torch_device, dtype=device.dtype)
-        for heads in (4, 2, 2)
-    )
-    leaf = query.clone().requires_grad_()
-    out = varlen_attention.attend(leaf, key, value, segment_mask(lengths), width**-0.5, None)
-    out.float().square().sum().backward()  # type: ignore[no-untyped-call]  # torch's own
-    kv_samples = zip(*(torch.split(x.repeat_interleave(2, 1), lengths, 2) for x in (key, value)), strict=True)
-    parts = [
-        scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
-        for q, (k, v) in zip(torch.split(query, lengths, 2), kv_samples, strict=True)
+    Returns:
+        The findings, and whether it trained on a GPU. This process itself leaves the GPU alone meanwhile,
+        which may be for one process at a time.
+    """
+    name = "training with streamed layers" if streamed_layers else "training"
+    with tempfile.TemporaryDirectory(prefix="qlora-tui-doctor-") as folder, _own_folders(Path(folder)):
+        run = create_run(_recipe(Path(folder), streamed_layers), os.environ.get(GPU_VARIABLE, ""))
+        command = subprocesses.module_argv("qlora_tui.training", str(run.path))
+        env = subprocesses.subprocess_env()
+        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+        events = list(EventTail(run.events_path).drain())
+    findings = [
+        {"outcome": "warning", "text": event.evidence, "fix": event.remedy}
+        for event in events
+        if isinstance(event, Health)
     ]
-    exact = torch.cat(parts, 2)
-    off = float((out.detach().float() - exact.transpose(1, 2)).norm() / exact.norm())
-    finite = leaf.grad is not None and bool(torch.isfinite(leaf.grad).all())
-    if off > 0.02 or not finite:
-        return {"outcome": "error", "text": f"wrong by {off:.0%}", "fix": 'Set model.attention to "sdpa".'}
-    return {"outcome": "ok", "text": "one call for all samples of a packed sequence"}
+    if not any(isinstance(event, Finished) for event in events):
+        output = done.stdout.decode(errors="replace")
+        return [{"name": name} | _failure(events, done.returncode, output)], False
+    environment = next(event for event in events if isinstance(event, Environment))
+    findings.insert(0, _success(environment, events))
+    return [{"name": name} | finding for finding in findings], environment.device_kind == "cuda"
+
+
+def _success(environment: Environment, events: Sequence[AnyEvent]) -> Finding:
+    losses = [event.loss for event in events if isinstance(event, Step) and event.loss is not None]
+    kernels = ", Triton kernels" if environment.kernels == "triton" else ""
+    return {
+        "outcome": "ok",
+        "text": f"{len(losses)} steps of a model of two layers on {environment.device} in "
+        f"{environment.compute_dtype}, {environment.optimizer}, attention {environment.attention}{kernels}; "
+        f"loss {losses[0]:.2f} → {losses[-1]:.2f}",
+    }
+
+
+def _failure(events: Sequence[AnyEvent], code: int, output: str) -> Finding:
+    """What ended the run, by its last event; a trainer that was killed leaves none."""
+    failed = next((event for event in events if isinstance(event, Failed)), None)
+    if failed is not None:
+        return {"outcome": "error", "text": f"{failed.what} {failed.why}".strip(), "fix": failed.fix}
+    last = (output.strip().splitlines() or ["It printed nothing."])[-1]
+    return {
+        "outcome": "error",
+        "text": f"The trainer ended with code {code}: {last}",
+        "fix": install_command("torch", "bitsandbytes"),
+    }
+
+
+def _recipe(folder: Path, streamed_layers: int) -> Recipe:
+    """The default recipe, short, with a model and rows of its own in the folder."""
+    sums = [(number, 3 * number, 4 * number) for number in range(_ROWS)]
+    rows = [{"instruction": f"Add {a} and {b}.", "output": f"The sum is {c}."} for a, b, c in sums]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    model = write_random_model(
+        folder / "model",
+        [str(row) for row in rows],
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=_LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=512,
+    )
+    return Recipe(
+        model=Model(id=str(model)),
+        quantization=Quantization(streamed_layers=streamed_layers),
+        data=Data(sources=(Source(path=str(folder / "rows.json")),), max_length=64, validation_fraction=0.0),
+        training=Training(gradient_accumulation=1, epochs=1.0, general_prompts=0, task_prompts=0),
+    )
+
+
+@contextmanager
+def _own_folders(folder: Path) -> Iterator[None]:
+    """Keep runs, caches and measurements of this test apart from the user's."""
+    variables = {f"XDG_{kind}_HOME": str(folder / kind.lower()) for kind in ("CONFIG", "STATE", "CACHE")}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _transfer() -> dict[str, str]:

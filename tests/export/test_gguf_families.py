@@ -11,11 +11,11 @@ import torch
 from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bench.support.random_model import make_tokenizer
 from qlora_tui.errors import UserError
 from qlora_tui.export.gguf_file import families
 from qlora_tui.export.gguf_file.families import FAMILIES
 from qlora_tui.export.llama_cpp.bindings import LlamaCpp
+from qlora_tui.training.random_model import write_tokenizer
 from tests.export.gguf_files import divergence, logits_at_all, logits_of, write_base
 from tests.training.tiny_model import CHAT_TEMPLATE
 
@@ -83,7 +83,7 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
 
 def make_model(folder: Path, model_type: str, **settings: Any) -> Any:
     """Write a random model with weights and norms far from their initial values; returns it in float32."""
-    make_tokenizer(folder, [TEXT], CHAT_TEMPLATE, vocab_size=384)
+    write_tokenizer(folder, [TEXT], CHAT_TEMPLATE, vocab_size=384)
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **{**SIZES, **settings})
     model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.support.random_model import make_tokenizer
+from qlora_tui.training.random_model import write_tokenizer
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -25,7 +25,7 @@ def make_tiny_model(folder: Path, **config: Any) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = make_tokenizer(folder, [_TEXT], CHAT_TEMPLATE, vocab_size=384)
+    tokenizer = write_tokenizer(folder, [_TEXT], CHAT_TEMPLATE, vocab_size=384)
     torch.manual_seed(0)
     settings: dict[str, Any] = {
         "vocab_size": 384,
@@ -53,7 +53,7 @@ def make_tiny_gemma(folder: Path) -> Path:
     import torch
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-    tokenizer = make_tokenizer(folder, [_TEXT], CHAT_TEMPLATE, vocab_size=384)
+    tokenizer = write_tokenizer(folder, [_TEXT], CHAT_TEMPLATE, vocab_size=384)
     torch.manual_seed(0)
     config = Gemma3TextConfig(
         vocab_size=384,
@@ -87,7 +87,7 @@ def make_tiny_mixture(folder: Path) -> Path:
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    tokenizer = make_tokenizer(folder, [_TEXT], CHAT_TEMPLATE, vocab_size=384)
+    tokenizer = write_tokenizer(folder, [_TEXT], CHAT_TEMPLATE, vocab_size=384)
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
         vocab_size=384,
