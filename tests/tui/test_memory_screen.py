@@ -361,7 +361,7 @@ async def test_the_side_is_as_wide_as_the_window_allows(
 async def test_what_the_run_needs_is_named_beside_what_it_uses(seven_billion: str) -> None:
     app = open_on("memory", model=seven_billion)
     async with app.run_test(size=(120, 40)) as pilot:
-        shown = await wait_for_text(pilot, "The run needs", "recomputing")
+        shown = await wait_for_text(pilot, "The run needs", "not recomputed")
         needed = app.workbench.comparison(app.memory_budget.device)
         assert isinstance(needed, dict)
         assert f"The run needs {needed['nf4'].total_bytes / 2**30:.1f} GiB. Where" in shown
