@@ -40,6 +40,7 @@ from bench.support.child_processes import (
     run_within,
 )
 from bench.support.random_model import SIZES, make_rows, random_model
+from qlora_tui.gpu.visible_devices import set_device_variables
 
 _MIN_S = 2.0
 """Seconds that must be left for a check to be started."""
@@ -56,6 +57,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("gpu_acceptance.json"))
     args = parser.parse_args()
     until = time.monotonic() + args.seconds
+    # For all processes, those of other trainers too, and before the user's settings are out of reach.
+    set_device_variables()
     adopt_orphans()
     end_descendants_on_sigterm()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:

@@ -32,6 +32,7 @@ from bench.gpu_acceptance import write_report
 from bench.support.child_processes import adopt_orphans, end_descendants, end_descendants_on_sigterm
 from bench.support.random_model import SIZES, make_rows, random_model
 from bench.training import write_rows
+from qlora_tui.gpu.visible_devices import set_device_variables
 
 WAYS = ("qlora_tui_run", "unsloth_trainer", "hf_trainer", "trl_packed")
 _FIRST_RUN_S = 60.0
@@ -57,6 +58,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("gpu_baselines.json"))
     args = parser.parse_args()
     until = time.monotonic() + args.seconds
+    # For all processes, those of other trainers too, and before the user's settings are out of reach.
+    set_device_variables()
     adopt_orphans()
     end_descendants_on_sigterm()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import psutil
 
 from qlora_tui import paths
-from qlora_tui.gpu.visible_devices import PCI_BUS_ORDER_ENV, set_device_variables
+from qlora_tui.gpu.visible_devices import set_device_variables
 from qlora_tui.gpu.wsl import is_wsl2
 
 _CPU_SAMPLE_S = 0.3
@@ -54,7 +54,7 @@ def configure_torch_env(extra: Mapping[str, str] = {}) -> None:
     Hugging Face libraries are offline from here on.
     """
     kernels = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(ONEDNN_CACHE_CAPACITY), **FLASH_BEFORE_CUDNN}
-    for name, value in {**openmp_wait_policy(os.environ), **PCI_BUS_ORDER_ENV, **kernels, **extra}.items():
+    for name, value in {**openmp_wait_policy(os.environ), **kernels, **extra}.items():
         os.environ.setdefault(name, value)
     set_device_variables()
     for name, value in OFFLINE.items():

@@ -88,7 +88,9 @@ def device_variables(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def set_device_variables() -> None:
-    """Set :func:`device_variables` in this process, before it loads torch."""
+    """Set :func:`device_variables` and the order of the PCI bus in this process, before it loads torch."""
+    for name, value in PCI_BUS_ORDER_ENV.items():
+        os.environ.setdefault(name, value)
     for name, value in device_variables(os.environ).items():
         _variables_before.setdefault(name, os.environ.get(name))
         os.environ[name] = value

@@ -129,8 +129,10 @@ def test_processes_of_torchrun_share_the_suitable_gpus(monkeypatch: pytest.Monke
 
 def test_a_process_started_later_chooses_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     install_nvml_stub(monkeypatch, "display_first")
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "")
+    monkeypatch.delenv("CUDA_DEVICE_ORDER")
     set_device_variables()
-    assert os.environ[VISIBLE] == RTX_4090
+    assert (os.environ[VISIBLE], os.environ["CUDA_DEVICE_ORDER"]) == (RTX_4090, "PCI_BUS_ID")
     environments = []
     monkeypatch.setattr(subprocess, "Popen", lambda argv, **options: environments.append(options["env"]))
     spawn_detached("qlora_tui.runs.runner", output=None)
