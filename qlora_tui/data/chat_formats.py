@@ -49,6 +49,9 @@ _REASONING_PARTS = ("reasoning", "thinking")
 _CALL_PARTS = ("tool_call", "tool_calls", "function_call")
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _TRAIN_KEYS = ("train", "weight", "loss_weight", "loss")
+_FLAGS = {"": 0.0, "false": 0.0, "no": 0.0, "true": 1.0, "yes": 1.0}
+_SPAN_KEYS = ("train_detail",)
+"""Keys under which axolotl marks parts of a turn's text for training."""
 _LARGEST_WEIGHT = 1000
 
 
@@ -233,6 +236,11 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
     role = _ROLES.get(str(name).strip().lower())
     if role is None:
         raise RowRejectedError("unknown-role", f"Turn {number} has the role {name!r}.")
+    if spans := next((key for key in _SPAN_KEYS if turn.get(key)), ""):
+        what = (
+            f"Turn {number} marks parts of its text in {spans!r}: only whole turns can be trained on or not."
+        )
+        raise RowRejectedError("wrong-format", what)
     weight = _weight(turn)
     if not 0 <= weight <= _LARGEST_WEIGHT:
         raise RowRejectedError(
@@ -284,10 +292,14 @@ def _weight(turn: Mapping[str, Any]) -> float:
         if isinstance(value, bool | int | float):
             return float(value)
         if isinstance(value, str):
+            word = value.strip().lower()
+            if word in _FLAGS:
+                return _FLAGS[word]
             try:
-                return float(value)
+                return float(word)
             except ValueError:
-                return 0.0 if value.strip().lower() in ("", "false", "no") else 1.0
+                what = f"{key!r} of a turn is {value!r}, neither a number nor true or false."
+                raise RowRejectedError("wrong-format", what) from None
     return 1.0
 
 

@@ -240,6 +240,8 @@ def test_openai_tool_calls_reasoning_and_parts_are_read() -> None:
         ({"weight": 0}, False),
         ({"weight": 1.0}, True),
         ({"loss_weight": "0"}, False),
+        ({"train": "False"}, False),
+        ({"train": "yes"}, True),
         ({"loss": True}, True),
     ],
 )
@@ -302,6 +304,8 @@ def test_labels_without_names_are_pointed_out() -> None:
             "wrong-format",
         ),
         ({"messages": [{**CHAT[0], "tool_calls": [{"name": "f"}]}, CHAT[1]]}, "wrong-format"),
+        ({"messages": [CHAT[0], {**CHAT[1], "train": "high"}]}, "wrong-format"),
+        ({"messages": [CHAT[0], {**CHAT[1], "train_detail": [{"begin_offset": 0}]}]}, "wrong-format"),
         ({"instruction": "a", "output": "b", "history": "c"}, "wrong-format"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "unknown-role"),
         ({"messages": [{"role": "user", "content": ""}]}, "empty-row"),
