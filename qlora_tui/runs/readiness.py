@@ -8,9 +8,9 @@ import sys
 
 from qlora_tui import paths, subprocesses
 from qlora_tui.catalog.local_models import hub_cache_dir
+from qlora_tui.drafts import new_draft
 from qlora_tui.errors import UserError, disk_problem
 from qlora_tui.installation import PROGRAM, install_command
-from qlora_tui.locks import locked
 from qlora_tui.runs.machine_checks import Check, CheckKind, check_disk, check_gpu, read_machine
 
 _DISK_BYTES = 5 * 2**30
@@ -41,9 +41,8 @@ def _disks() -> list[Check]:
 def check_locks() -> Check:
     """Lock and release a file in the state folder: the runner cannot work without locks."""
     try:
-        path = paths.state_dir() / "lock-test"
-        with locked(path):
-            path.unlink()
+        with new_draft(paths.state_dir()):
+            pass
     except (UserError, OSError) as error:
         problem = error if isinstance(error, UserError) else disk_problem(error)
         fix = problem.fix if problem else "Point XDG_STATE_HOME at another disk."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ from qlora_tui.chat.chat_types import GREEDY, ChatSource, GenerationResult, Samp
 from qlora_tui.checksums import write_checksums
 from qlora_tui.data.conversation import Message
 from qlora_tui.errors import UserError
+from qlora_tui.locks import is_held
 from qlora_tui.recipe.schema import Model, Quantization, Recipe
+from qlora_tui.runs.directory import create_run
 from tests.chat.adapters import make_adapter
 from tests.runs.test_damage import flip
 from tests.training.tiny_model import make_tiny_model
@@ -195,6 +199,18 @@ def test_an_adapter_of_another_model_is_refused(
     with pytest.raises(UserError, match="does not fit"):
         fresh.ask(QUESTION, adapter_name="adapter")
     assert said(fresh).text == said(session).text
+
+
+def test_a_run_is_in_use_while_its_adapter_is_loaded(tiny_source: ChatSource) -> None:
+    from qlora_tui.chat.session import load_session
+
+    run = create_run(tiny_source.recipe)
+    adapter = shutil.copytree(tiny_source.adapters["adapter"], run.adapter_dir)
+    session = load_session(msgspec.structs.replace(tiny_source, adapters={"adapter": str(adapter)}))
+    assert is_held(run.path)
+    del session
+    gc.collect()
+    assert not is_held(run.path)
 
 
 def test_dora_and_plain_adapters_answer_as_in_peft(

