@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
+
 pytestmark = pytest.mark.slow
 
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "numpy", "pandas", "pyarrow")
@@ -71,3 +73,8 @@ def test_a_run_is_queued_without_the_estimate() -> None:
 def test_light_verbs_load_no_ml_library(words: list[str]) -> None:
     code = f"from qlora_tui.cli import main; code = main({words!r}); assert code == 0, code"
     assert not loaded_by(code) & {*HEAVY, "textual"}
+
+
+def test_no_module_shadows_the_standard_library() -> None:
+    modules = {path.stem for path in (ROOT / "qlora_tui").rglob("*.py")}
+    assert not modules & sys.stdlib_module_names - {"__main__"}

@@ -47,15 +47,6 @@ def reads_clock(tree: ast.AST, clocks: frozenset[str]) -> bool:
     )
 
 
-def test_test_names_have_at_most_ten_words() -> None:
-    assert [
-        f"{path.relative_to(ROOT)}: {name}"
-        for path in TESTS
-        for name in re.findall(r"^ *(?:async )?def (test_\w+)", path.read_text(), re.MULTILINE)
-        if len(name.split("_")) > 11
-    ] == []
-
-
 def imports_of(path: Path) -> Iterator[str]:
     """Every module that a module loads when it is imported, as far as it is named at the start of a line."""
     for package, names, module in IMPORT.findall(path.read_text()):

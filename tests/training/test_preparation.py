@@ -6,9 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from qlora_tui.recipe.schema import Data, Recipe, Source
 from qlora_tui.training.preparation import _tokenize
 from tests.data.families import family
+
+pytestmark = pytest.mark.slow
 
 
 def test_files_that_are_not_read_are_in_the_log(tmp_path: Path) -> None:
