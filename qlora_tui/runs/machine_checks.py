@@ -101,6 +101,12 @@ class Machine:
     """Whether a learning-rate range test is under way, for which queued runs wait."""
 
     @property
+    def trains_on_unknown_gpu(self) -> bool:
+        """Whether the driver reports no memory of the GPU that a run would use, and the user gave none."""
+        unknown = self.no_gpu is not None and self.no_gpu.reason.device == "unknown"
+        return unknown and not self.budget.is_assumed
+
+    @property
     def free_bytes(self) -> int | None:
         """Free GPU memory; None if unknown."""
         usable = self.gpu.usable_bytes if self.gpu else None

@@ -48,6 +48,12 @@ from qlora_tui.runs.tracker_packages import missing_tracker
 _HIGH_RATE = 10
 """Factor of the default learning rate above which LoRA training seldom stays stable."""
 _SPARE_BYTES = 1 << 30
+_UNKNOWN_MEMORY = Check(
+    CheckKind.MEMORY,
+    "warning",
+    "The memory of the GPU is unknown, so that nothing says whether the run fits.",
+    "Estimate for its size: `qlora-tui estimate --gpu-gib`, or GPU memory to assume in the settings.",
+)
 
 
 def preflight(recipe: Recipe, machine: Machine, *, read_columnar: bool) -> tuple[Check, ...]:
@@ -62,7 +68,7 @@ def preflight(recipe: Recipe, machine: Machine, *, read_columnar: bool) -> tuple
     if files is not None:
         checks += [*_stored_experts(recipe, files), *_lora(recipe, files), *_length(recipe, files)]
         memory, estimated = _memory(recipe, files, machine.budget)
-        checks.append(memory)
+        checks.append(_UNKNOWN_MEMORY if machine.trains_on_unknown_gpu else memory)
         # An assumed GPU is in another machine.
         if estimated is not None and estimated.host_bytes and not machine.budget.is_assumed:
             checks.append(check_host_memory(estimated.host_bytes))

@@ -47,6 +47,15 @@ def test_preflight_names_what_is_missing_and_the_fix(tmp_path: Path) -> None:
     assert "starts at once" in checks[CheckKind.QUEUE].text
 
 
+def test_the_memory_of_an_unknown_gpu_is_unknown(tmp_path: Path) -> None:
+    recipe = Recipe(model=Model(id=readable_model(tmp_path)))
+    sliced = GpuUnavailableError(GpuUnavailableReason.MIG)
+    assert "unknown" in checks_by_kind(recipe, no_gpu=sliced)[CheckKind.MEMORY].text
+    assert "this machine's memory" in checks_by_kind(recipe)[CheckKind.MEMORY].text
+    checks = preflight(recipe, Machine(budget_for(None, 8 << 30), no_gpu=sliced), read_columnar=False)
+    assert any("a GPU with 8.0 GiB" in check.text for check in checks)
+
+
 def test_the_checks_warn_of_samples_beyond_the_models_context(tmp_path: Path) -> None:
     recipe = Recipe(model=Model(id=readable_model(tmp_path)), data=Data(max_length=8193))
     length = checks_by_kind(recipe)[CheckKind.LENGTH]
