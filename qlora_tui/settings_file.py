@@ -45,7 +45,8 @@ def save_setting(name: str, value: Any) -> Settings:
         ) from error
     try:
         private_dir(path.parent)
-        atomic_write(path, text, durable=True)
+        # A link, as dotfiles are managed, stays one.
+        atomic_write(path.resolve() if path.exists() else path, text, durable=True)
     except OSError as error:
         raise UserError(
             "Setting not saved",

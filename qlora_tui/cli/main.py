@@ -88,12 +88,28 @@ def _run(argv: list[str]) -> int:
         # The reader (head, less) has closed the pipe: not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
+    except UnicodeEncodeError as error:
+        odd = next((word for word in argv if not _is_utf8(word)), None)
+        if odd is None:
+            return _report_bug(error)
+        print(f"qlora-tui: An argument is not UTF-8: {odd}", file=sys.stderr)
+        print("  It cannot be stored or sent so. Rename the file, or type it again.", file=sys.stderr)
+        return EXIT_USAGE
     except Exception as error:
         unwritable = disk_problem(error) if isinstance(error, OSError) else None
         if unwritable is None:
             return _report_bug(error)
         print(f"qlora-tui: {unwritable}", file=sys.stderr)
         return unwritable.exit_code
+
+
+def _is_utf8(word: str) -> bool:
+    """Whether a word has no bytes that are not UTF-8: they arrive as surrogates."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _with_action(argv: list[str], verb: str | None) -> list[str]:

@@ -174,7 +174,11 @@ def _list() -> CommandResult:
         if rows
         else "No runs yet. `qlora-tui train` starts one."
     )
-    return CommandResult(data={"runs": [_summary(view) for view in views], "queue": waiting}, text=text)
+    trash_bytes = trash.total_bytes()
+    if trash_bytes:
+        text += f"\n\nThe trash holds {format_bytes(trash_bytes)}: `qlora-tui runs trash`."
+    data = {"runs": [_summary(view) for view in views], "queue": waiting, "trash_bytes": trash_bytes}
+    return CommandResult(data=data, text=text)
 
 
 def attach(args: argparse.Namespace) -> int:

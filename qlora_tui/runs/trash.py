@@ -81,6 +81,11 @@ def trashed_runs() -> list[TrashedRun]:
     )
 
 
+def total_bytes() -> int:
+    """Return the room that all runs in the trash take."""
+    return sum(trashed.size_bytes for trashed in trashed_runs())
+
+
 def restore(run_id: str) -> RunDir:
     """Move a run out of the trash, by its id, its name or the beginning of either. Raises UserError."""
     trashed = _find(run_id)

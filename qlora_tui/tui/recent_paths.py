@@ -25,9 +25,9 @@ def load_recent(kind: str) -> list[Path]:
 
 
 def add_recent(kind: str, path: Path) -> None:
-    """Put one in front, where the disk allows it: nothing depends on it."""
+    """Put one in front, where disk and name allow it: nothing depends on it."""
     others = [known for known in load_recent(kind) if known != path]
-    with suppress(OSError):
+    with suppress(OSError, UnicodeEncodeError):
         atomic_write(_file(kind), msgspec.json.encode([str(p) for p in [path, *others][:_MAX_PATHS]]))
 
 

@@ -369,3 +369,8 @@ def test_a_terminal_that_moves_no_cursor_is_said(
     monkeypatch.setenv("TERM", term)
     said = call()
     assert said.code == 2 and f"TERM is {term or 'empty'}" in said.err
+
+
+def test_an_argument_that_is_not_utf8_is_said(call: Call) -> None:
+    said = call("models", "r\udcff")
+    assert said.code == 2 and "An argument is not UTF-8: r⟨U+DCFF⟩" in said.err

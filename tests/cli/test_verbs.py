@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from qlora_tui.catalog import hub
 from qlora_tui.cli import doctor
 from qlora_tui.cli.main import SUBCOMMANDS, main
 from qlora_tui.formatting import format_path
+from qlora_tui.locks import hold_folder
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
-from qlora_tui.runs import actions, run_queue
+from qlora_tui.runs import actions, run_queue, trash
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Evaluated, Failed, Finished, Started, StepVerified
@@ -227,6 +229,29 @@ def test_no_two_runs_can_be_given_one_name(call: Call, finished_run: RunDir) -> 
     assert call("runs", "rename", finished_run.id, other.id).code == 2
     assert call("runs", "rename", finished_run.id, "barn").code == 0
     assert call("runs", "rename", other.id, "barn").code == 2
+
+
+def test_the_trash_is_listed_restored_and_emptied(call: Call, finished_run: RunDir) -> None:
+    run = finished_run
+    trash.put(run)
+    assert "The trash holds" in call("runs").out
+    listed = call("runs", "trash")
+    assert run.id in listed.out and "KiB" in listed.out and "ago" in listed.out
+    assert call("runs", "restore", run.id[:6]).code == 0 and run.recipe_path.exists()
+    assert call("runs", "restore", run.id).code == 2
+    trash.put(run)
+    assert json.loads(call("runs", "trash", "--empty", "--json").out)["runs"][0]["erased"]
+    assert call("runs", "trash").out == "The trash is empty.\n"
+
+
+def test_deleting_a_run_in_use_needs_another_word(call: Call, finished_run: RunDir) -> None:
+    run = finished_run
+    handle = hold_folder(run.path)
+    assert handle is not None
+    refused = call("runs", "delete", run.id, "--yes")
+    assert refused.code == 2 and "--in-use" in refused.err and run.path.exists()
+    assert call("runs", "delete", run.id, "--yes", "--in-use").code == 0 and not run.path.exists()
+    os.close(handle)
 
 
 def test_an_empty_name_is_no_run(call: Call, finished_run: RunDir) -> None:

@@ -87,7 +87,7 @@ async def test_u_restores_a_run_deleted_in_this_app(make_app: MakeApp, three_run
         await open_runs(app)
         await wait_for_text(pilot, "tickets [/a]")
         await pilot.press("D")
-        await wait_for_text(pilot, "tickets [/a] is in the trash for 7 days. Press [u]")
+        await wait_for_text(pilot, "tickets [/a] is in the trash for 7 days, which holds", "KiB. Press [u]")
         assert [run.id for run in all_runs()] == ["tickets-b", "poems-c"]
         await pilot.press("D", "u", "u")
         assert "is deleted" not in await wait_for_text(pilot, "Restored tickets [/a]", "✓ finished")

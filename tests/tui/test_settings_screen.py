@@ -35,6 +35,10 @@ def test_saving_a_setting_keeps_comments_and_other_settings() -> None:
     text = config_path().read_text()
     assert text.startswith(FILE[: FILE.index("[keymap]")]) and '"train.stop" = "x"' in text
     assert save_setting("notify.bell", None).notify.bell
+    linked = config_path().rename(config_path().with_name("dotfiles.toml"))
+    config_path().symlink_to(linked)
+    save_setting("mouse", False)
+    assert config_path().is_symlink() and "mouse = false" in linked.read_text()
     assert "bell" not in config_path().read_text()
 
 

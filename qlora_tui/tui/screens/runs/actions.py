@@ -9,6 +9,7 @@ from collections.abc import Callable
 from textual.widgets import Input
 
 from qlora_tui.errors import UserError
+from qlora_tui.formatting import format_bytes
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.presets import OverwriteError
 from qlora_tui.recipe.schema import Recipe
@@ -199,8 +200,8 @@ class RunActions(EvaluationActions):
             self.qlora_app.deleted_runs.append(summary.id)
             self.show_listing()
             self.notify(
-                f"{summary.name} is in the trash for {trash.KEPT_DAYS} days. "
-                f"Press {key_name('runs.restore')} to restore it."
+                f"{summary.name} is in the trash for {trash.KEPT_DAYS} days, which holds "
+                f"{format_bytes(trash.total_bytes())}. Press {key_name('runs.restore')} to restore it."
             )
 
     def action_restore(self) -> None:
