@@ -79,7 +79,7 @@ def torch_problem(gpu: GpuDevice | None) -> UserError | None:
         return _problem(
             f"This machine has an NVIDIA GPU{f', {gpu.short_name}' if gpu else ''}, and the installed torch "
             f"{torch.version} is built for {built}.",
-            "Runs would train on the CPU, many times slower.",
+            "It cannot compute on this GPU, and the CPU is many times slower.",
             install_fix(gpu),
         )
     if gpu is None:
