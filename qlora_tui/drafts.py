@@ -382,7 +382,10 @@ def _empty(draft: Path) -> None:
     """Delete everything but the lock, as far as possible; what was to be replaced is put back first."""
     match = _NAME.fullmatch(draft.name)
     assert match is not None
-    restore_earlier(draft.with_name(match[1]))
+    final = draft.with_name(match[1])
+    if (draft / _EARLIER).is_dir() and not os.path.lexists(final):
+        (draft / _EARLIER).rename(final)
+        sync(final.parent)
     for path in draft.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

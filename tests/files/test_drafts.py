@@ -82,6 +82,15 @@ def test_a_folder_without_our_marker_is_refused_and_stays(draft: Path, lock: str
     assert (draft / "files/thesis.txt").exists()
 
 
+def test_a_hidden_folder_next_to_an_export_stays(draft: Path) -> None:
+    theirs = draft.parent / ".model.gguf.earlier"
+    theirs.mkdir()
+    with held_draft(draft):
+        pass
+    delete_abandoned(leave(draft))
+    assert list(draft.parent.iterdir()) == [theirs]
+
+
 def test_a_draft_listed_by_an_earlier_version_is_continued(draft: Path) -> None:
     interrupt(draft, "one")
     (draft / "lock").write_text("")
