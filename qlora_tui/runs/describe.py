@@ -208,9 +208,12 @@ class PhaseFilter:
 
 
 def unknown_lines(number: int) -> str:
-    """Message about lines that another version wrote."""
+    """Message about lines that this version cannot read."""
     lines = "1 line is" if number == 1 else f"{number:,} lines are"
-    return f"{lines} not shown: another version of qlora-tui wrote them. Update to read all of this run."
+    return (
+        f"{lines} not shown: another version of qlora-tui wrote them, or they are damaged. "
+        "`qlora-tui runs check` says which."
+    )
 
 
 def format_energy(ending: Finished) -> str:

@@ -34,9 +34,11 @@ def summarize_status(view: RunView, sample: Reading | None) -> str:
         parts.append(f"best {format_float(view.best.loss, 3)} at step {view.best.step:,}")
     if view.loss_to_beat is not None:
         parts.append(f"worse than before training ({format_float(view.loss_to_beat, 3)})")
-    if state == "running" and view.seconds_left is not None:
+    # Such as that the trainer is suspended: then nothing is left of its pace.
+    detail = view.status.detail if state == "running" else ""
+    if state == "running" and not detail and view.seconds_left is not None:
         parts.append(f"{format_duration(view.seconds_left)} left")
-    summary = f"{', '.join(parts)}."
+    summary = f"{', '.join(parts)}.{' ' if detail else ''}{detail}"
     return (
         summary if sample is None or state not in ("starting", "running") else f"{summary} {_machine(sample)}"
     )

@@ -56,7 +56,7 @@ def test_plain_says_in_sentences_what_the_live_screen_shows(
     said = call("attach", run.id, "--plain")
     first = said.out.splitlines()[0]
     assert first.startswith(f"{run.id}: training, step 640 of 3,000, loss ")
-    assert "validation loss" in first and "min left. GPU 9" in first and "61 °C." in first
+    assert "validation loss" in first and "Not responding" in first and "GPU 9" in first and "61 °C." in first
     assert said.out.count("not a number") == 1 and "Lower training.learning_rate" in said.out
     assert "step 641 of 3,000, loss 1.5" in said.out
     assert "warning: Hot. Wait." in said.out and "finished at step 641" in said.out

@@ -19,7 +19,10 @@ from qlora_tui.runs import liveness, process, runner
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.process import ProcessIdentity, process_identity
 from qlora_tui.runs.status import Status, read_status, write_status
+from qlora_tui.runs.status_summary import summarize_status
+from qlora_tui.runs.view import RunView
 from tests.support.polling import wait_for
+from tests.support.step_events import a_step
 
 HOUR = 3600.0
 
@@ -137,6 +140,14 @@ def test_a_suspended_trainer_is_said_to_be_suspended(run: RunDir, child: subproc
     status = says(run, there, age=5.0)
     assert status.state == "running"
     assert "Suspended" in status.detail and f"kill -CONT {child.pid}" in status.detail
+    view = RunView(run)
+    view.status = structs.replace(status, total_steps=100)
+    view.series.append(a_step(1))
+    view.series.append(a_step(2))
+    said = summarize_status(view, None)
+    assert "Suspended" in said and " left" not in said
+    view.status = structs.replace(view.status, detail="")
+    assert " left" in summarize_status(view, None)
 
 
 def test_an_old_heartbeat_of_a_live_trainer_is_told(run: RunDir) -> None:
