@@ -65,7 +65,9 @@ def tell_of_change(app: QloraApp) -> None:
     """Say once for each change that another app has changed the draft, which this app does not show."""
     from qlora_tui.tui.screens.modals.draft_changed import DraftChangedScreen
 
-    if not isinstance(app.screen, DraftChangedScreen) and app.draft.is_changed_elsewhere():
+    # While the app closes it has no screens.
+    is_asking = any(isinstance(screen, DraftChangedScreen) for screen in app.screen_stack)
+    if app.screen_stack and not is_asking and app.draft.is_changed_elsewhere():
         app.notify(
             "Another app changed the recipe. This one shows its own, and your next edit asks whose stays.",
             severity="warning",
