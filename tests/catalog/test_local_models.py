@@ -91,7 +91,7 @@ def test_every_source_is_listed_with_its_facts(tmp_path: Path) -> None:
         assert resolve_model(model.id).architecture == model.architecture
 
 
-def test_a_folder_that_may_not_be_read_is_listed_with_the_reason(
+def test_an_unreadable_folder_is_listed_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(path: object) -> None:

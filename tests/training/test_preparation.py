@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 
 from qlora_tui.recipe.schema import Data, Recipe, Source
-from qlora_tui.training.preparation import _tokenize
 from tests.data.families import family
 
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.slow
 def test_files_that_are_not_read_are_in_the_log(tmp_path: Path) -> None:
+    from qlora_tui.training.preparation import _tokenize
+
     for name in ("rows.jsonl", "dev_blog.jsonl"):
         (tmp_path / name).write_text('{"prompt": "a", "completion": "b"}\n' * 4)
     lines: list[str] = []
