@@ -15,7 +15,7 @@ from qlora_tui.memory import Device, estimate
 from qlora_tui.memory.budget import local_budget
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe, Source
-from qlora_tui.runs.events import Failed, Finished, LayersKept, MemoryMeasured, Started
+from qlora_tui.runs.events import Environment, Failed, Finished, LayersKept, MemoryMeasured, Started
 
 _MEAN_ERROR, _WORST_ERROR = 0.02, 0.05
 """Relative errors of the allocated memory that the estimate claims."""
@@ -47,9 +47,13 @@ GRID = [
 ]
 
 
-def estimated_device(context: CheckContext) -> Device:
-    """Return the device as the estimate knows it, without corrections from earlier runs."""
-    return replace(local_budget().device, correction=None)
+def estimated_device(triton: bool = True) -> Device:
+    """Return the device as the estimate knows it, without corrections from earlier runs.
+
+    ``triton``: whether its kernels are used.
+    """
+    device = local_budget().device
+    return replace(device, correction=None, triton=device.triton and triton)
 
 
 def grid(context: CheckContext) -> Outcome:
@@ -97,7 +101,8 @@ def _measured(context: CheckContext, cell: Cell, architecture: Any) -> dict[str,
         return {}
     measured = ended.events_of(MemoryMeasured)[-1]
     if context.has_gpu and cell.checkpointing != "auto":
-        estimated = estimate(recipe, architecture, device=estimated_device(context)).allocated_bytes
+        device = estimated_device(ended.events_of(Environment)[-1].kernels == "triton")
+        estimated = estimate(recipe, architecture, device=device).allocated_bytes
         counted = measured.allocated_bytes
     else:
         # How many layers are kept depends on the free memory, which the trainer knows.
@@ -138,7 +143,7 @@ def _too_large(context: CheckContext) -> Recipe:
     micro_batch = 1
     while micro_batch <= _MAX_MICRO_BATCH:
         recipe = replace_setting(recipe, "training.micro_batch_size", micro_batch)
-        needed = estimate(recipe, architecture, device=estimated_device(context)).allocated_bytes
+        needed = estimate(recipe, architecture, device=estimated_device()).allocated_bytes
         if needed > _TOO_MUCH * budget.bytes:
             return recipe
         micro_batch *= 2

@@ -11,6 +11,7 @@ context            GPU memory of a process beside torch's pool; whether NVML nam
 new_lengths        seconds of attention at each new length, with and without cuDNN first
 attention_kernels  which kernels take grouped heads, with and without a mask, and their memory
 varlen_attention   one flash call over a packed sequence beside one SDPA call a sample: speed and difference
+triton_kernels     whether Triton's kernels compile and agree; speed of a norm, ours and torch's
 four_bit           NF4 beside the CPU; speed of unpacking and of products; the same bits twice?
 step_small         0.5B: speed, peak, kernels, waits, share of time at work; with checkpointing
 step_small_kept    the same without checkpointing

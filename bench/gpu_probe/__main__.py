@@ -32,6 +32,7 @@ QUESTIONS: tuple[Callable[[Probe], Answer], ...] = (
     attention.new_lengths,
     attention.attention_kernels,
     attention.varlen_attention,
+    libraries.triton_kernels,
     libraries.four_bit,
     steps.step_small,
     steps.step_small_kept,

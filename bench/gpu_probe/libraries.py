@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from bench.gpu_probe.probe import Answer, Probe, relative_difference
 from qlora_tui.gpu.driver import open_driver
 from qlora_tui.gpu.visible_devices import default_cuda_device
 from qlora_tui.training.failure import is_out_of_memory
+from qlora_tui.training.fused.kernel_choice import find_kernels, refusal_of_kernels, verify_kernels
 
 _WEIGHT_SIZE = 4096
 _FILL_BYTES = 1 << 31
@@ -83,6 +85,23 @@ def four_bit(probe: Probe) -> Answer:
             "ms": round(probe.milliseconds(product), 4),
             "equal_twice": bool(torch.equal(product(), product())),
         }
+    return answer
+
+
+def triton_kernels(probe: Probe) -> Answer:
+    """Whether Triton's kernels compile and compute what torch does; speed of a norm, ours and torch's."""
+    if not probe.on_gpu:
+        return {"skipped": "Triton compiles for GPUs"}
+    device, answer = torch.device("cuda", torch.cuda.current_device()), {}
+    for dtype in (torch.bfloat16, torch.float16):
+        verify_kernels(device, dtype)
+        answer[str(dtype)[6:]] = refusal_of_kernels(device, dtype) or "used"
+    if (kernels := find_kernels(device, torch.bfloat16)) is not None:
+        x = torch.randn(2048, _WEIGHT_SIZE, device=device, dtype=torch.bfloat16)
+        weight = torch.ones(_WEIGHT_SIZE, device=device, dtype=torch.bfloat16)
+        ours = partial(kernels.rms_norm, x, weight, 1e-6, offset=0.0, in_fp32=False)
+        theirs = partial(torch.nn.functional.rms_norm, x, (_WEIGHT_SIZE,), weight, 1e-6)
+        answer["norm_ms"] = [round(probe.milliseconds(norm), 4) for norm in (ours, theirs)]
     return answer
 
 
