@@ -10,7 +10,6 @@
 * ``safetensors_header``: shapes and offsets of the tensors in a weights file, and whether it is complete.
 * ``adapter_config``: a LoRA adapter's config, checked before peft reads it.
 * ``adapter_fit``: whether an adapter can be trained further with a recipe.
-* ``loftq_fit``: whether an adapter of a model can start with LoftQ.
 * ``code_keys``: keys of configs that would choose which code runs, rejected or removed.
 * ``lookup``: an architecture by the model's name, with or without its weights; ``config_cache`` stores for
   it the configs from the Hub.

@@ -17,7 +17,6 @@ from qlora_tui.catalog.model_validation import MXFP4, copy_files, tokenizer_file
 from qlora_tui.chat.adapter_deltas import ROWS, check_unchanged
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.errors import UserError
-from qlora_tui.export.base_choice import refuse_without_base
 from qlora_tui.export.unfinished_files import draft_folder, publish_new, refuse_existing
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -46,7 +45,6 @@ class AdapterFolder(Struct, frozen=True, kw_only=True):
 def export_adapter_folder(source: ChatSource, adapter_name: str, out: Path) -> AdapterFolder:
     """Copy an adapter that vLLM can serve. Raises UserError, and leaves nothing under the name ``out``."""
     refuse_existing(out)
-    refuse_without_base(source.recipe)
     adapter = Path(source.adapters[adapter_name])
     check_unchanged(adapter)
     rank = _served_rank(adapter)

@@ -19,12 +19,11 @@ from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.catalog.model_validation import weight_files
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import load_session, model_folder
-from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.errors import UserError
 from qlora_tui.export.journal import Journal
 from qlora_tui.export.reference import Reference, reason_of, reference_or_reason
 from qlora_tui.export.requantize import Requantizer, requantizer
 from qlora_tui.formatting import format_bytes
-from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.exports import COMPARED_TOKENS
 from qlora_tui.training.heap import release_gpu_memory
 
@@ -66,33 +65,6 @@ class BaseChoice(Struct, frozen=True, kw_only=True):
         )
 
 
-_LOFTQ_CHOICE = BaseChoice(
-    chosen="dequantized",
-    unmeasured_because="the adapter began as their difference (LoftQ), which would then count twice",
-)
-
-
-def is_loftq(recipe: Recipe) -> bool:
-    """Whether the run's adapter began as the rounding errors of its 4-bit base."""
-    return recipe.lora.init_weights == "loftq"
-
-
-def refuse_without_base(recipe: Recipe) -> None:
-    """Raise UserError where an adapter means nothing beside the 16-bit base, as other programs load it."""
-    if is_loftq(recipe):
-        raise _holds_rounding_errors("exported without its base")
-
-
-def _holds_rounding_errors(how: str) -> UserError:
-    return UserError(
-        "This adapter belongs to its 4-bit base",
-        what=f"It cannot be {how}: it began as the rounding errors of the 4-bit weights (LoftQ).",
-        why="The 16-bit weights do not have these errors, and would be changed by them.",
-        fix="Use `qlora-tui export merge` or `export gguf`, which take the 4-bit weights, dequantized.",
-        exit_code=EXIT_USAGE,
-    )
-
-
 BaseName: TypeAlias = Literal["best", "original", "dequantized"]
 
 
@@ -110,10 +82,6 @@ def choice_named(
 
     Answers are compared at no more than ``compared_tokens``.
     """
-    if is_loftq(source.recipe):
-        if name == "original":
-            raise _holds_rounding_errors("merged into the original 16-bit weights")
-        return _LOFTQ_CHOICE
     if name != "best":
         return BaseChoice(chosen="original" if name == "original" else "dequantized")
     if requantizer(resolve_model(source.recipe.model.id).architecture, source.recipe.quantization) is None:
@@ -133,8 +101,6 @@ def recorded_choice(
     on_status: Callable[[str], None],
 ) -> BaseChoice:
     """Return the choice that the journal has, or measure and record it. Raises UserError."""
-    if is_loftq(source.recipe):
-        return _LOFTQ_CHOICE
     choice = journal.get(_ENTRY, BaseChoice) or choose_base(source, adapter_name, reference, on_status)
     if not choice.unmeasured_because:
         journal.record(_ENTRY, choice)

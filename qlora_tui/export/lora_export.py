@@ -32,7 +32,7 @@ from qlora_tui.chat.expert_deltas import ExpertDelta, FusedExpertDelta
 from qlora_tui.chat.session import chat_tokenizer, every_tenth, model_folder
 from qlora_tui.errors import UserError
 from qlora_tui.export.answer_files import row_progress
-from qlora_tui.export.base_choice import refuse_without_base, unquantized
+from qlora_tui.export.base_choice import unquantized
 from qlora_tui.export.export_key import export_key
 from qlora_tui.export.gguf_file.content import general_keys, gguf_content, text_config
 from qlora_tui.export.gguf_file.families import TensorNames
@@ -104,7 +104,6 @@ def export_lora(
     Raises UserError and leaves nothing under the name ``out``.
     """
     refuse_existing(out)
-    refuse_without_base(source.recipe)
     base = model_folder(source.recipe, on_status)
     require_mergeable(base)
     files = [base / name for name in weight_files(base)]

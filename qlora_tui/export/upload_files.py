@@ -29,7 +29,6 @@ from qlora_tui.chat.session import chat_tokenizer, load_session
 from qlora_tui.decoding import decode_json
 from qlora_tui.drafts import discard, publish
 from qlora_tui.errors import UserError
-from qlora_tui.export.base_choice import refuse_without_base
 from qlora_tui.export.gguf_export import export_gguf
 from qlora_tui.export.gguf_file.content import gguf_content
 from qlora_tui.export.gguf_plan import check_file_types
@@ -76,7 +75,6 @@ def check_form(
 ) -> None:
     """Raise UserError for what cannot be written, as far as that is known before anything is computed."""
     if form == "adapter":
-        refuse_without_base(source.recipe)
         check_unchanged(Path(source.adapters[adapter_name]))
         return
     kinds = LADDER if file_type == AUTO else (file_type,)

@@ -140,7 +140,7 @@ def _training_sentences(facts: ExplainContext) -> dict[str, str]:
             moments = "The second moment's mean of each row and column of each matrix"
         case "lion_8bit":
             moments = f"One 8-bit moment and its scales: {trained} × about 1 byte"
-        case "lion" | "muon":
+        case "lion":
             moments = f"One 32-bit moment: {trained} × 4 bytes"
         case optimizer if "8bit" in optimizer:
             moments = f"Two 8-bit moments and their scales: {trained} × about 2 bytes"

@@ -20,9 +20,9 @@ from qlora_tui.recipe.schema import Recipe
 SMALL_TENSOR = 4096
 """Elements below which bitsandbytes uses 32-bit optimizer states for a tensor."""
 STATE_BLOCK = 256
-STEP_ITEMSIZE: dict[str, int] = {"adamw": 4, "adafactor": 12, "muon": 8}
+STEP_ITEMSIZE: dict[str, int] = {"adamw": 4, "adafactor": 12}
 """Bytes per element of a tensor during its step: AdamW's square root; Adafactor's squared gradient and the
-two factors of its update; Muon's gradient with momentum, and two matrices in bfloat16."""
+two factors of its update."""
 
 CPU_STEP_ITEMSIZE: dict[str, int] = {
     **dict.fromkeys(("adamw_8bit", "paged_adamw_8bit", "lion_8bit"), 20),
@@ -140,16 +140,16 @@ def _state_bytes(shape: tuple[int, ...], execution: ExecutionConfig) -> int:
 def state_sizes(shape: tuple[int, ...], execution: ExecutionConfig) -> tuple[int, ...]:
     """Return the bytes of each state of one trained tensor: moments, and the scales of 8-bit ones.
 
-    AdamW has two moments; Lion (bitsandbytes ``lion.py``) and Muon (torch) have one; of Adafactor's second
-    moment transformers keeps the means of rows and columns, and a scalar.
+    AdamW has two moments; Lion (bitsandbytes ``lion.py``) has one; of Adafactor's second moment transformers
+    keeps the means of rows and columns, and a scalar.
     """
     count, optimizer = prod(shape), execution.optimizer
-    moments = 1 if optimizer in ("lion", "lion_8bit", "muon") else 2
+    moments = 1 if optimizer in ("lion", "lion_8bit") else 2
     if "8bit" in optimizer and count >= SMALL_TENSOR:
         return (*[count] * moments, *[-(-count // STATE_BLOCK) * 4] * moments)
     if optimizer == "adafactor":
         return (*[size * 4 for size in shape], 4)
-    in_adapter_dtype = optimizer == "muon" or (optimizer.startswith("adamw") and "8bit" not in optimizer)
+    in_adapter_dtype = optimizer.startswith("adamw") and "8bit" not in optimizer
     return (count * (execution.adapter_itemsize if in_adapter_dtype else 4),) * moments
 
 

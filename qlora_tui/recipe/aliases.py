@@ -4,6 +4,7 @@
 ``ALIASES``  keys of other trainers with the same meaning and values: read in any section or above the first
              one, with a note that names ours
 ``VALUES``   other spellings of a value: those of version 0.2 and of other trainers
+``REMOVED``  settings and values that this version no longer has: what to do instead
 ``RELATED``  keys of other trainers that need another value here: not read, but named in the error's hint
 """
 
@@ -59,6 +60,17 @@ ALIASES = {
 
 VALUES: dict[str, dict[Any, str]] = {"training.gradient_checkpointing": {True: "on", False: "off"}}
 
+REMOVED: dict[str, dict[str, str]] = {
+    "lora.init_weights": {
+        "random": "",
+        "eva": "leave it out, or name an adapter that peft initialized with EVA in lora.init_from",
+        "loftq": "leave it out, or train with LoftQ in peft (replace_lora_weights_loftq); an adapter that "
+        "began with it is exported by the version that trained it",
+    },
+    "training.optimizer": {"muon": 'write "adamw", or "lion", whose states are as small'},
+}
+"""By the value; empty where it is what every run does today, so that the setting is ignored."""
+
 RELATED = {
     "additional_target": "lora.train_embeddings",
     "attn_implementation": "model.attention",
@@ -96,6 +108,11 @@ def canonical_value(path: str, value: Any) -> Any:
     return spellings.get(value, value) if isinstance(value, bool) else value
 
 
+def is_ignored(path: str, value: Any) -> bool:
+    """Whether a removed setting has the value that every run has today."""
+    return path not in fields() and isinstance(value, str) and REMOVED.get(path, {}).get(value) == ""
+
+
 def canonical(layer: Mapping[str, Any]) -> dict[str, Any]:
     """Return the layer with our spelling of every key and value. ``layer`` has passed validation."""
     result: dict[str, Any] = {}
@@ -103,6 +120,8 @@ def canonical(layer: Mapping[str, Any]) -> dict[str, Any]:
         path = resolve(section, key)
         if path is not None:
             section, _, key = path.rpartition(".")
+        if is_ignored(f"{section}.{key}", value):
+            continue
         value = canonical_value(f"{section}.{key}", value)
         if section:
             result.setdefault(section, {})[key] = value

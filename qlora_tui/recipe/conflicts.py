@@ -6,7 +6,7 @@ from msgspec import Struct
 
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.formatting import capitalize
-from qlora_tui.recipe.schema import Lora, Recipe
+from qlora_tui.recipe.schema import Recipe
 
 
 class Conflict(Struct, frozen=True):
@@ -49,12 +49,6 @@ def find_conflicts(recipe: Recipe) -> list[Conflict]:
                 "lower training.warmup_ratio or training.lr_decay_share to a sum of at most 1",
             )
         )
-    if recipe.lora.init_weights == "eva":
-        conflicting += _eva_conflicts(recipe.lora)
-    if recipe.lora.init_weights == "loftq":
-        conflicting += _loftq_conflicts(recipe)
-    if recipe.training.optimizer == "muon":
-        conflicting += _muon_conflicts(recipe.lora)
     if recipe.lora.train_embeddings and recipe.lora.trainable_tokens:
         conflicting.append(
             Conflict(
@@ -71,81 +65,6 @@ def find_conflicts(recipe: Recipe) -> list[Conflict]:
     return conflicting
 
 
-def _eva_conflicts(lora: Lora) -> list[Conflict]:
-    settings = (
-        ("lora.init_from", bool(lora.init_from), "an earlier adapter has its weights"),
-        ("lora.rank_pattern", bool(lora.rank_pattern), "EVA gives all modules the same rank"),
-    )
-    return [
-        Conflict(
-            ("lora.init_weights", path),
-            f'lora.init_weights = "eva" and {path} are both set, and {why}',
-            f'set lora.init_weights = "random" or leave {path} out',
-        )
-        for path, is_set, why in settings
-        if is_set
-    ]
-
-
-def _loftq_conflicts(recipe: Recipe) -> list[Conflict]:
-    method, preferences = recipe.quantization.method, recipe.data.preferences
-    # An adapter that began with LoftQ is read as it is: no weight is decomposed, and it is the reference.
-    is_new = not recipe.lora.init_from
-    settings = (
-        (
-            method not in ("nf4", "fp4"),
-            "quantization.method",
-            f'it is "{method}", which has no 4-bit rounding error',
-            'set quantization.method = "nf4"',
-        ),
-        (
-            is_new and recipe.quantization.streamed_layers > 0,
-            "quantization.streamed_layers",
-            "streamed weights are not at hand together",
-            "set quantization.streamed_layers = 0",
-        ),
-        (
-            recipe.lora.use_dora,
-            "lora.use_dora",
-            "DoRA takes its magnitudes from the base alone",
-            "set lora.use_dora = false",
-        ),
-        (
-            is_new and preferences in ("dpo", "kto"),
-            "data.preferences",
-            f"{preferences} starts from its reference, the base without an adapter",
-            'set data.preferences = "orpo" or "simpo"',
-        ),
-    )
-    return [
-        Conflict(
-            ("lora.init_weights", path),
-            f'lora.init_weights = "loftq" and {path} do not go together: {why}',
-            f'set lora.init_weights = "random", or {fix}',
-        )
-        for conflicts, path, why, fix in settings
-        if conflicts
-    ]
-
-
-def _muon_conflicts(lora: Lora) -> list[Conflict]:
-    settings = (
-        ("lora.use_dora", lora.use_dora, "vectors"),
-        ("lora.trainable_tokens", bool(lora.trainable_tokens), "embeddings"),
-        ("lora.train_embeddings", lora.train_embeddings, "embeddings"),
-    )
-    return [
-        Conflict(
-            ("training.optimizer", path),
-            f'training.optimizer = "muon" makes the update of a matrix orthogonal, and {path} trains '
-            f"{trained} too",
-            f'set training.optimizer = "adamw" or leave {path} out',
-        )
-        for path, is_set, trained in settings
-        if is_set
-    ]
-
-
 def _preference_conflicts(recipe: Recipe) -> list[Conflict]:
     method = recipe.data.preferences
     settings = (
@@ -153,7 +72,6 @@ def _preference_conflicts(recipe: Recipe) -> list[Conflict]:
         (recipe.data.overflow == "split", "data.overflow", 'is "split"', '= "cut-right"'),
         (recipe.training.replay_share > 0, "training.replay_share", "is above 0", "= 0"),
         (recipe.training.neftune_alpha > 0, "training.neftune_alpha", "is above 0", "= 0"),
-        (recipe.lora.init_weights == "eva", "lora.init_weights", 'is "eva"', '= "random"'),
         (recipe.lora.train_embeddings, "lora.train_embeddings", "is on", "= false"),
     )
     return [

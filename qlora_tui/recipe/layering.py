@@ -137,6 +137,8 @@ def _parse_set(argument: str) -> tuple[dict[str, Any], list[RecipeIssue]]:
         return {}, [RecipeIssue(origin=origin, path=path, message=message, hint=hint)]
     section, _, key = path.rpartition(".")
     field = fields().get(aliases.resolve(section, key) or path)
+    if field is None and path in aliases.REMOVED:
+        return {}, find_issues({section: {key: _unquoted_text(raw.strip())}}, origin)
     if field is None:
         short_path = path if len(path) <= _MAX_SHOWN_CHARS else f"{path[:_MAX_SHOWN_CHARS]}…"
         return {}, [_unknown_setting(origin, short_path)]

@@ -23,7 +23,6 @@ RecipeOptimizer = Literal[
     "lion",
     "lion_8bit",
     "adafactor",
-    "muon",
 ]
 PreferenceMethod = Literal["orpo", "dpo", "simpo", "kto"]
 """How a run learns from both the better and the worse answers of preference data."""
@@ -185,17 +184,6 @@ class Lora(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "and targets must be those of the adapter. Empty: a new adapter.",
         ),
     ] = ""
-    init_weights: Annotated[
-        Literal["random", "eva", "loftq"],
-        _about(
-            "Initial weights",
-            "How the matrices start. eva: A as the main directions of each module's inputs on the training "
-            "data (arXiv 2410.07170), found by some tens of forward passes before the first step. loftq: A "
-            "and B as the 4-bit rounding error of each weight (arXiv 2310.08659), found by one "
-            "decomposition for each module; such an adapter belongs to the 4-bit base.",
-            "loftq: three copies of the largest adapted weight in 32 bits, before the first step.",
-        ),
-    ] = "random"
     trainable_tokens: Annotated[
         tuple[str, ...],
         _about(
@@ -393,8 +381,8 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "Optimizer",
             "auto: AdamW with states in 32 bits if memory allows, else paged in 8 bits. adamw: 32 bits. "
             "paged: states move to host memory in a spike; lion (a third of AdamW's rate, arXiv 2302.06675); "
-            "adafactor; muon (five times AdamW's rate or more, arXiv 2502.16982).",
-            "Bytes per trained parameter: AdamW 8, lion and muon 4, a quarter in 8 bits, adafactor near 0.",
+            "adafactor.",
+            "Bytes per trained parameter: AdamW 8, lion 4, a quarter in 8 bits, adafactor near 0.",
         ),
     ] = "auto"
     weight_decay: Annotated[float, _about("Weight decay", "AdamW weight decay.", ge=0, le=1)] = 0.0

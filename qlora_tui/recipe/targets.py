@@ -145,18 +145,6 @@ def _check_settings_of_experts(lora: Lora) -> None:
             )
 
 
-def check_optimizer_of_experts(optimizer: str, targets: Iterable[Module]) -> None:
-    """Raise UserError where Muon would train experts, whose matrices peft stacks into one."""
-    if optimizer == "muon" and any(module.part == "expert" for module in targets):
-        raise UserError(
-            "Not for experts",
-            what='training.optimizer is "muon", and lora.target_modules names experts.',
-            why="Muon makes the update of a matrix orthogonal, and peft stacks those of a layer's experts.",
-            fix='Set training.optimizer = "adamw", or target no experts.',
-            exit_code=EXIT_USAGE,
-        )
-
-
 def rank_of(lora: Lora, module: Module) -> int:
     """Rank that a module's adapter has if it gets one."""
     return _pattern_value(lora.rank_pattern, lora.rank, module)

@@ -72,8 +72,10 @@ def _check_section(section: str, table: Mapping[str, Any]) -> Iterator[_RawIssue
             yield from _check_value((section, key), path, fields()[path], value)
         elif setting := aliases.resolve(section, key):
             yield from _check_value((section, key), path, fields()[setting], value)
-        else:
-            yield (section, key), path, f"{path} is not a setting", suggestions.hint_for_key(section, key)
+        elif not aliases.is_ignored(path, value):
+            removed = _hint_for_removed(path, value)
+            hint = removed or suggestions.hint_for_key(section, key)
+            yield (section, key), path, f"{path} is not a setting{' anymore' if removed else ''}", hint
 
 
 def _check_value(key: Key, path: str, field: Field, value: Any) -> Iterator[_RawIssue]:
@@ -124,7 +126,13 @@ def _check_sources(key: Key, path: str, tables: list[Any] | tuple[Any, ...]) -> 
                 yield table_key, name, f"{name} has no {inner}", f"add {inner} = …, {field.expected}"
 
 
+def _hint_for_removed(path: str, value: Any) -> str:
+    return aliases.REMOVED.get(path, {}).get(value, "") if isinstance(value, str) else ""
+
+
 def _hint_for_value(field: Field, value: Any) -> str:
+    if hint := _hint_for_removed(field.path, value):
+        return hint
     if field.kind == "choice" and isinstance(value, str):
         return suggestions.did_you_mean(value, field.choices, '"{}"')
     if field.kind == "texts" and isinstance(value, str):

@@ -127,8 +127,6 @@ def recipe_on_choices(recipe: Recipe, kind: ChoiceKind, run_id: str) -> Recipe:
     data = replace(recipe.data, sources=(Source(path=str(path)),), validation_path="", preferences="refuse")
     training = replace(recipe.training, max_steps=0)
     lora = replace(recipe.lora, init_from=run_id)
-    if lora.init_weights != "random" and (run_id or kind == "pairs"):
-        lora = replace(lora, init_weights="random")
     if kind == "pairs":
         # Settings that conflict with a preference method, or suit few rows badly.
         data = replace(data, preferences="dpo", train_on="assistant", overflow="cut-right")

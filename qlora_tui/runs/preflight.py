@@ -13,7 +13,6 @@ from qlora_tui import paths
 from qlora_tui.catalog.adapter_fit import require_fit, trained_on
 from qlora_tui.catalog.context_length import context_length_warning
 from qlora_tui.catalog.local_models import ModelFiles, resolve_model
-from qlora_tui.catalog.loftq_fit import require_loftq_base
 from qlora_tui.data.token_lookup import check_tokens
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.formatting import (
@@ -29,9 +28,9 @@ from qlora_tui.memory.explain import describe_choice
 from qlora_tui.memory.four_bit import require_4_bit_experts
 from qlora_tui.recipe.conflicts import find_conflicts
 from qlora_tui.recipe.schema import Lora, Recipe, Training
-from qlora_tui.recipe.targets import check_optimizer_of_experts, resolve_targets
+from qlora_tui.recipe.targets import resolve_targets
 from qlora_tui.runs.data_checks import check_data
-from qlora_tui.runs.initial_adapter import initial_adapter, recipe_of_adapter, require_same_rounding
+from qlora_tui.runs.initial_adapter import initial_adapter, recipe_of_adapter
 from qlora_tui.runs.lr_suggestion import suggested_rate
 from qlora_tui.runs.machine_checks import (
     Check,
@@ -145,9 +144,7 @@ def _stored_experts(recipe: Recipe, files: ModelFiles) -> list[Check]:
 def _lora(recipe: Recipe, files: ModelFiles) -> list[Check]:
     """Report target patterns that match nothing, and trainable tokens missing from the tokenizer."""
     try:
-        targets = resolve_targets(recipe.lora, files.architecture.targets)
-        check_optimizer_of_experts(recipe.training.optimizer, targets)
-        require_loftq_base(recipe.lora, files.architecture)
+        resolve_targets(recipe.lora, files.architecture.targets)
         if files.gguf_file is None:
             check_tokens(recipe.lora.trainable_tokens, files.folder)
         if recipe.lora.init_from:
@@ -160,7 +157,6 @@ def _lora(recipe: Recipe, files: ModelFiles) -> list[Check]:
 def _initial_adapter(recipe: Recipe, files: ModelFiles) -> list[Check]:
     """Report an adapter to start from that differs from the recipe, or was trained on another model."""
     folder = initial_adapter(recipe.lora.init_from)
-    require_same_rounding(recipe, folder)
     try:
         require_fit(folder, recipe.lora, files.architecture)
     except UserError as problem:
@@ -181,7 +177,7 @@ def _its_settings(lora: Lora, folder: Path) -> SuggestedFix | None:
     changes = {
         f"lora.{key}": value
         for key, value in msgspec.structs.asdict(theirs.lora).items()
-        if key not in ("init_from", "init_weights", "dropout") and value != getattr(lora, key)
+        if key not in ("init_from", "dropout") and value != getattr(lora, key)
     }
     return SuggestedFix("use the adapter's LoRA settings", changes=changes) if changes else None
 

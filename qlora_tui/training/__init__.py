@@ -22,8 +22,6 @@
                           and adapter as one autograd function; ``trainable_tokens``: trained rows of
                           embedding and head, ``trained_embeddings``: both in whole; ``experts``: 4-bit
                           experts of a mixture, and LoRA on them
-``eva``                   the main directions of the inputs of each module, as which A may start;
-                          ``loftq``: the rounding errors of 4-bit weights, as which A and B may
 ``dropout``               where a model draws random numbers
 ``packed_attention``      several samples in one sequence, each attending only to itself, in one call of
                           ``varlen_attention`` or one by one; ``padding``: to a multiple of tokens;
@@ -44,8 +42,8 @@
 ``memory_probe``          one step on the longest batch before training; ``memory_meter``: peak memory;
                           ``heap``: returns free memory to the system
 ``trainer``               transformers' ``Trainer``, one item per optimizer step, and gradient clipping;
-                          ``optimizers``: which, Muon and LoRA+; ``lr_schedule``: the learning rate of
-                          each step; ``embedding_noise``: NEFTune
+                          ``optimizers``: which, and LoRA+; ``lr_schedule``: the learning rate of each step;
+                          ``embedding_noise``: NEFTune
 ``lr_range_trainer``      the same steps at a rising learning rate, in the process ``lr_range_worker``
 ``callbacks``             the ``TrainerCallback``: probe memory, then after each step report, evaluate
                           (``evaluation`` in ``eval_mode``, ``accuracy``; ``forgetting`` compares with the

@@ -1,4 +1,4 @@
-"""The optimizer of a run: its name in transformers, torch's Muon, and LoRA+ in place of one rate for all."""
+"""The optimizer of a run: its name in transformers, and LoRA+ in place of one rate for all."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ import torch
 from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
 
-from qlora_tui.errors import UserError
 from qlora_tui.gpu.wsl import managed_memory_is_safe
 from qlora_tui.recipe.schema import Training
 from qlora_tui.training.trained_embeddings import embedding_rate, trained_matrices
 
-MUON = "muon"
 OPTIMIZERS = {
     "auto": "paged_adamw_8bit",  # the least memory, where nothing chose for the free memory
     "adamw": "adamw_torch_fused",
@@ -23,7 +21,6 @@ OPTIMIZERS = {
     "lion": "lion_32bit",
     "lion_8bit": "lion_8bit",
     "adafactor": "adafactor",
-    MUON: "adamw_torch",  # transformers has no name for torch's own: see ``create_optimizer``
 }
 """transformers' name of each choice of ``training.optimizer``."""
 
@@ -70,21 +67,13 @@ def create_optimizer(model: Any, arguments: TrainingArguments, training: Trainin
     """Return the optimizer of a run; None where transformers creates it.
 
     With ``training.lora_plus_ratio`` the groups are peft's, A's matrices first; a trained embedding and head
-    are the last group. Muon's steps are scaled to a
-    root mean square of 0.2 times the rate (arXiv 2502.16982, section 2.2), about that of AdamW late in a long
-    training; AdamW's first steps are up to five times as large.
-
-    Raises:
-        UserError: this version of torch has no Muon.
+    are the last group.
     """
-    ratio, is_muon = training.lora_plus_ratio, training.optimizer == MUON
+    ratio = training.lora_plus_ratio
     matrices = trained_matrices(model)
-    if ratio == 1 and not is_muon and not matrices:
+    if ratio == 1 and not matrices:
         return None
     optimizer_class, options = optimizer_class_and_options(arguments, model)
-    if is_muon:
-        optimizer_class = _muon()
-        options = {"lr": arguments.learning_rate, "adjust_lr_fn": "match_rms_adamw"}
     if ratio == 1:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         plain: Optimizer = optimizer_class(trained, weight_decay=arguments.weight_decay, **options)
@@ -112,14 +101,3 @@ def _with_own_rate(
         own = {"lr": embedding_rate(training), "weight_decay": arguments.weight_decay}
         optimizer.add_param_group({"params": matrices, **own})
     return optimizer
-
-
-def _muon() -> Any:
-    muon = getattr(torch.optim, "Muon", None)
-    if muon is None:
-        raise UserError(
-            "No Muon in this version of torch",
-            what=f'training.optimizer is "{MUON}", and torch {torch.__version__} has none.',
-            fix='Install torch 2.9 or newer, or choose another optimizer, such as "adamw".',
-        )
-    return muon

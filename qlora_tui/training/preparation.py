@@ -8,35 +8,30 @@ from pathlib import Path
 from typing import Any
 
 from msgspec import structs
-from torch import Tensor
 from transformers import set_seed
 
 from qlora_tui.catalog.local_models import ModelFiles
-from qlora_tui.catalog.loftq_fit import require_loftq_base
 from qlora_tui.data.dataset import PreparedDataset, prepare_dataset
 from qlora_tui.data.thinking_facts import prompt_thinking, thinking_sentences
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.untrained_tokens import token_ids
 from qlora_tui.memory.step_choice import with_micro_batch, with_optimizer
-from qlora_tui.recipe.targets import check_optimizer_of_experts, resolve_targets
 from qlora_tui.runs.events import AdapterReady, DataReady, Environment, LayersStreamed, StepChosen
 from qlora_tui.runs.initial_adapter import initial_adapter
 from qlora_tui.runs.machine_checks import several_gpus_problem
 from qlora_tui.training import model_loading, quantized_cache
-from qlora_tui.training.adapter import add_lora, targets_by_name, trained_parameters
+from qlora_tui.training.adapter import add_lora, trained_parameters
 from qlora_tui.training.base_model import PreparedBase, prepare_base
 from qlora_tui.training.batches import plan_steps
 from qlora_tui.training.checkpoints import require_same_base, require_unchanged, weights_identity
 from qlora_tui.training.chunked_loss import find_head
 from qlora_tui.training.compute_device import ComputeDevice, choose_attention
-from qlora_tui.training.eva import run_directions, set_main_directions
 from qlora_tui.training.forgetting import replay_samples
 from qlora_tui.training.fused.kernel_choice import find_kernels, kernel_remedy, refusal_of_kernels
 from qlora_tui.training.gguf_conversion import ConversionStopped, cached_conversion, convert_cached
 from qlora_tui.training.heap import release_free_memory
 from qlora_tui.training.initial_adapter_weights import load_initial_adapter
 from qlora_tui.training.library_versions import versions
-from qlora_tui.training.loftq import start_at_rounding_errors
 from qlora_tui.training.memory_meter import MemoryMeter
 from qlora_tui.training.preference.starting_adapter import StartingAdapter
 from qlora_tui.training.prepared_run import AttemptContext, PreparedRun
@@ -111,8 +106,7 @@ def prepare_run(
     _emit_streamed(context, base, files)
     samples = _with_replay(context, data, base, tokenizer, device)
     step_plan = plan_steps(samples, recipe, padding_free=base.padding_free)
-    directions = run_directions(context, files, device, base, tokenizer, samples, step_plan)
-    model = _add_adapter(context, device, base, files, tokenizer, directions)
+    model = _add_adapter(context, device, base, files, tokenizer)
     prepared = PreparedRun(
         **vars(context),
         device=device,
@@ -274,18 +268,12 @@ def _add_adapter(
     base: PreparedBase,
     files: ModelFiles,
     tokenizer: ChatTokenizer,
-    directions: dict[str, Tensor],
 ) -> Any:
     training, lora = context.recipe.training, context.recipe.lora
-    check_optimizer_of_experts(training.optimizer, resolve_targets(lora, files.architecture.targets))
-    require_loftq_base(lora, files.architecture)
     # Seeded here, so that the initial adapter depends on the seed alone, not on random numbers that
     # earlier checks drew.
     set_seed(training.seed)
     model = add_lora(base.model, lora, files.architecture, token_ids(lora.trainable_tokens, tokenizer))
-    set_main_directions(model, directions)
-    if lora.init_weights == "loftq" and not lora.init_from and context.checkpoint is None:
-        _start_at_rounding_errors(context, base, files, model)
     if lora.init_from and context.checkpoint is None:
         load_initial_adapter(model, lora, files.architecture)
         context.reporter.log(f"The adapter starts from {lora.init_from}.")
@@ -306,23 +294,6 @@ def _add_adapter(
         )
     )
     return model
-
-
-def _start_at_rounding_errors(
-    context: AttemptContext, base: PreparedBase, files: ModelFiles, model: Any
-) -> None:
-    """Start the adapter with LoftQ. Raises UserError, and StopRequested as other preparations do."""
-    reporter = context.reporter
-    reporter.phase("loading", "the rounding errors of the 4-bit weights (LoftQ)")
-
-    def report_module(done: int, total: int) -> None:
-        reporter.progress("loading", done, total)
-        if context.dist.world_size == 1:
-            context.requests.raise_if_stop_requested()
-
-    targets = targets_by_name(model.base_model.model, context.recipe.lora, files.architecture)
-    share = start_at_rounding_errors(model, base.folder, targets, report_module)
-    reporter.log(f"The adapter makes up for {share:.0%} of the squared rounding errors of its weights.")
 
 
 def _starting_adapter(context: AttemptContext, model: Any) -> StartingAdapter | None:

@@ -138,3 +138,28 @@ def test_set_takes_aliases_in_any_section() -> None:
     assert parse_override("lora_target_modules=q_proj,v_proj") == {
         "lora": {"target_modules": ["q_proj", "v_proj"]}
     }
+
+
+@pytest.mark.parametrize(
+    ("setting", "fix"),
+    [
+        ('lora.init_weights = "loftq"', "Leave it out, or train with LoftQ in peft"),
+        ('lora.init_weights = "eva"', "Leave it out, or name an adapter that peft initialized"),
+        ('lora.init_weights = "xavier"', ""),
+        ('training.optimizer = "muon"', 'Write "adamw"'),
+    ],
+)
+def test_a_removed_setting_or_value_says_what_to_do_instead(tmp_path: Path, setting: str, fix: str) -> None:
+    with pytest.raises(InvalidRecipeError) as caught:
+        load(tmp_path, setting)
+    [issue] = caught.value.issues
+    assert issue.path == setting.partition(" ")[0] and issue.line == 1
+    assert caught.value.fix.startswith(fix)
+    with pytest.raises(InvalidRecipeError) as overridden:
+        parse_override(setting)
+    assert overridden.value.fix == caught.value.fix
+
+
+def test_a_removed_setting_is_ignored_where_it_changes_nothing(tmp_path: Path) -> None:
+    assert load(tmp_path, '[lora]\nrank = 8\ninit_weights = "random"') == ({"lora": {"rank": 8}}, [])
+    assert parse_override("lora.init_weights=random") == {}

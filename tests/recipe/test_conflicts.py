@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from msgspec.structs import replace
 
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.recipe.conflicts import check_conflicts, find_conflicts, require_runnable
@@ -25,19 +24,8 @@ def test_the_defaults_do_not_conflict() -> None:
         Recipe(model=Model(attention="flash"), quantization=Quantization(compute_dtype="float32")),
         Recipe(quantization=STREAMED, training=Training(gradient_checkpointing="off")),
         Recipe(quantization=STREAMED, lora=Lora(use_dora=True)),
-        Recipe(training=Training(optimizer="muon"), lora=Lora(use_dora=True)),
-        Recipe(training=Training(optimizer="muon"), lora=Lora(trainable_tokens=("<x>",))),
-        Recipe(training=Training(optimizer="muon"), lora=Lora(train_embeddings=True)),
         Recipe(lora=Lora(train_embeddings=True, trainable_tokens=("<x>",))),
         Recipe(data=Data(preferences="dpo"), lora=Lora(train_embeddings=True)),
-        Recipe(lora=Lora(init_weights="eva", init_from="a-run")),
-        Recipe(lora=Lora(init_weights="eva", rank_pattern={"q_proj": 4})),
-        Recipe(data=Data(preferences="dpo"), lora=Lora(init_weights="eva")),
-        Recipe(quantization=Quantization(method="int8"), lora=Lora(init_weights="loftq")),
-        Recipe(quantization=STREAMED, lora=Lora(init_weights="loftq")),
-        Recipe(quantization=Quantization(method="none"), lora=Lora(init_weights="loftq", init_from="a-run")),
-        Recipe(lora=Lora(init_weights="loftq", use_dora=True)),
-        Recipe(data=Data(preferences="kto"), lora=Lora(init_weights="loftq")),
         Recipe(data=Data(preferences="orpo", train_on="everything")),
         Recipe(data=Data(preferences="simpo", overflow="split")),
         Recipe(data=Data(preferences="kto"), training=Training(replay_share=0.1)),
@@ -52,11 +40,6 @@ def test_a_conflict_names_its_settings(recipe: Recipe) -> None:
         check_conflicts(recipe)
     assert all(path in str(caught.value) for path in conflict.paths)
     assert caught.value.exit_code == EXIT_USAGE
-
-
-@pytest.mark.parametrize("recipe", [Recipe(data=Data(preferences="dpo")), Recipe(quantization=STREAMED)])
-def test_an_adapter_of_loftq_is_trained_further(recipe: Recipe) -> None:
-    check_conflicts(replace(recipe, lora=Lora(init_weights="loftq", init_from="a-run")))
 
 
 def test_a_validation_file_is_enough_to_stop_early() -> None:

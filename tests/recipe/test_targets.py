@@ -224,13 +224,6 @@ def test_experts_are_named_by_projection_and_layers() -> None:
     )
 
 
-def test_muon_does_not_train_experts() -> None:
-    targets.check_optimizer_of_experts("muon", llama(1))
-    targets.check_optimizer_of_experts("adamw", mixture(1))
-    with pytest.raises(UserError, match="names experts"):
-        targets.check_optimizer_of_experts("muon", mixture(1))
-
-
 @pytest.mark.parametrize(("setting", "value"), [("dropout", 0.1), ("use_dora", True)])
 def test_settings_that_peft_lacks_for_experts_are_refused(setting: str, value: float) -> None:
     lora = Lora(target_modules=("experts.down_proj",), **{setting: value})  # type: ignore[arg-type]  # either

@@ -15,7 +15,7 @@ from qlora_tui.data.sources import conversations, open_source
 from qlora_tui.errors import UserError
 from qlora_tui.locks import locked
 from qlora_tui.recipe.conflicts import find_conflicts
-from qlora_tui.recipe.schema import Data, Lora, Recipe
+from qlora_tui.recipe.schema import Data, Recipe
 from qlora_tui.runs import chat_choices
 from qlora_tui.runs.chat_choices import (
     ChoiceKind,
@@ -100,7 +100,7 @@ def test_the_run_goes_on_from_the_adapter_on_choices_alone(kind: str) -> None:
 @pytest.mark.parametrize("run_id", ["owls", ""])
 @pytest.mark.parametrize("kind", ["pairs", "edits"])
 def test_choices_can_follow_a_run_of_any_method(kind: ChoiceKind, run_id: str) -> None:
-    recipe = Recipe(data=Data(preferences="kto"), lora=Lora(init_weights="eva"))
+    recipe = Recipe(data=Data(preferences="kto"))
     prepared = recipe_on_choices(recipe, kind, run_id)
     assert prepared.data.preferences == ("dpo" if kind == "pairs" else "refuse")
     assert not find_conflicts(prepared)

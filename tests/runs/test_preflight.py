@@ -347,9 +347,9 @@ def test_settings_with_which_experts_cannot_be_trained_are_errors(tmp_path: Path
     assert CheckKind.SETTINGS not in checks_by_kind(Recipe(model=model))
     in_16_bits = checks_by_kind(Recipe(model=model, quantization=Quantization(method="none")))
     assert "MXFP4" in in_16_bits[CheckKind.SETTINGS].text
-    lora, training = Lora(target_modules=("experts.down_proj",)), Training(optimizer="muon")
-    by_muon = checks_by_kind(Recipe(model=model, lora=lora, training=training))[CheckKind.LORA]
-    assert by_muon.outcome == "error" and "lora.target_modules names experts" in by_muon.text
+    lora = Lora(target_modules=("experts.down_proj",), use_dora=True)
+    with_dora = checks_by_kind(Recipe(model=model, lora=lora))[CheckKind.LORA]
+    assert with_dora.outcome == "error" and "lora.target_modules names experts" in with_dora.text
 
 
 def test_trainable_tokens_and_targets_are_checked_before_a_launch(tmp_path: Path) -> None:

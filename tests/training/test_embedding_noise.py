@@ -81,8 +81,7 @@ def test_a_run_with_several_methods_resumes_exactly(recipe: MakeRecipe, trainers
     methods = {
         "training.neftune_alpha": 5.0,
         "training.lora_plus_ratio": 4.0,
-        "training.optimizer": "muon",
-        "lora.init_weights": "eva",
+        "training.optimizer": "lion",
     }
     whole = create_run(recipe({**plain, **schedule, **methods}))
     assert trainers.run(whole) == 0

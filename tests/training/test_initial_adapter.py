@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             if parameter.requires_grad:
                 parameter.copy_(torch.randn_like(parameter))
     save_adapter(model, folder)
-    (folder / "recipe.toml").write_text(dump(Recipe(lora=structs.replace(LORA, init_weights="eva"))))
+    (folder / "recipe.toml").write_text(dump(Recipe(lora=LORA)))
     return folder
 
 
@@ -109,7 +110,6 @@ def test_an_adapter_of_another_shape_is_refused(
     assert check.outcome == "error" and words in check.text
     # The fix that one key applies.
     assert check.suggested_fix is not None
-    assert "lora.init_weights" not in check.suggested_fix.changes  # which an earlier adapter has no use for
     repaired = {
         **structs.asdict(lora),
         **{k.partition(".")[2]: v for k, v in check.suggested_fix.changes.items()},
@@ -190,6 +190,21 @@ def test_a_missing_adapter_is_an_error(recipe: MakeRecipe, tmp_path: Path, named
         with_initial_adapter(wanted)
     checks = preflight(wanted, Machine(budget_for(None)), read_columnar=False)
     assert [each.outcome for each in checks if each.kind is CheckKind.LORA] == ["error"]
+
+
+@pytest.mark.parametrize(("line", "refused"), [('init_weights = "loftq"', True), ("rank = 8", False)])
+def test_an_adapter_that_began_with_loftq_is_refused(
+    recipe: MakeRecipe, adapter: Path, tmp_path: Path, *, line: str, refused: bool
+) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter, folder)
+    (folder / "recipe.toml").write_text(f'[lora]\n{line}\n[training]\noptimizer = "of another version"\n')
+    wanted = structs.replace(recipe(), lora=structs.replace(LORA, init_from=str(folder)))
+    checks = preflight(wanted, Machine(budget_for(None)), read_columnar=False)
+    [check] = [each for each in checks if each.kind is CheckKind.LORA]
+    assert (check.outcome == "error") is refused
+    with pytest.raises(UserError, match="LoftQ") if refused else nullcontext():
+        with_initial_adapter(wanted)
 
 
 def test_a_start_deleted_while_the_run_waited_is_said(

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,18 +14,13 @@ pytest.importorskip("torch")
 
 import torch
 
-from qlora_tui.catalog.config_parser import parse_architecture
-from qlora_tui.errors import UserError
 from qlora_tui.gpu import wsl
 from qlora_tui.memory.execution import Device, trainer_execution
 from qlora_tui.memory.parameter_memory import state_sizes
-from qlora_tui.recipe.schema import Lora, Recipe, Training
-from qlora_tui.training import preparation
+from qlora_tui.recipe.schema import Recipe, Training
 from qlora_tui.training.optimizers import OPTIMIZERS
 from qlora_tui.training.trainer import RunTrainer
-from tests.training.families import build
 from tests.training.test_lora_plus import run_trainer
-from tests.training.trained_weights import CLAIMED
 
 pytestmark = pytest.mark.slow
 
@@ -93,36 +87,6 @@ def test_a_checkpoint_continues_each_optimizer_exactly(
     assert not all(
         torch.equal(ours, other) for ours, other in zip(trained(first), trained(third), strict=True)
     )
-
-
-def test_muon_steps_are_those_of_torch(tiny_model: Path, tmp_path: Path) -> None:
-    ours = new_trainer(tiny_model, tmp_path, "muon")
-    theirs = [parameter.detach().clone().requires_grad_() for parameter in trained(ours)]
-    step(ours, 1)
-    options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
-    muon: Any = torch.optim.Muon(theirs, **options)
-    for copy, parameter in zip(theirs, trained(ours), strict=True):
-        copy.grad = parameter.grad
-    muon.step()
-    assert all(torch.equal(a, b) for a, b in zip(theirs, trained(ours), strict=True))
-
-
-def test_muon_needs_a_torch_that_has_it(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(UserError, match=r"Install torch 2\.9"):
-        new_trainer(tiny_model, tmp_path, "muon")
-
-
-def test_a_trainer_refuses_muon_for_experts() -> None:
-    architecture = parse_architecture(build("qwen3_moe", **CLAIMED["qwen3_moe"]).config.to_dict())
-    targets = Lora(target_modules=("experts.down_proj",))
-    context: Any = SimpleNamespace(recipe=Recipe(lora=targets, training=Training(optimizer="muon")))
-    files: Any = SimpleNamespace(architecture=architecture)
-    unused: Any = None
-    with pytest.raises(UserError, match="Not for experts"):
-        preparation._add_adapter(context, unused, unused, files, unused, {})
 
 
 @pytest.mark.parametrize(

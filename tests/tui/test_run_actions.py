@@ -12,9 +12,7 @@ import pytest
 
 from qlora_tui import paths
 from qlora_tui.locks import hold_folder
-from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.presets import find_preset
-from qlora_tui.recipe.toml import dump
 from qlora_tui.runs import actions, run_queue, trash
 from qlora_tui.runs.directory import RunDir, all_runs, find_run
 from qlora_tui.runs.status import State, read_status
@@ -239,12 +237,10 @@ async def test_a_finished_run_is_trained_further(make_app: MakeApp, three_runs: 
         await wait_for_text(pilot, "No adapter to start from")
         run.adapter_dir.mkdir(exist_ok=True)
         (run.adapter_dir / "adapter_config.json").write_text("{}")
-        with_eva = replace_setting(run.recipe(), "lora.init_weights", "eva")
-        run.recipe_path.write_text(dump(with_eva))
         await pilot.press("escape", "T")
         await wait_for_text(pilot, "Micro-batch")
         lora = app.workbench.recipe.lora
-        assert (lora.init_from, lora.rank, lora.init_weights) == (run.id, 64, "random")
+        assert (lora.init_from, lora.rank) == (run.id, 64)
 
 
 async def test_a_runs_settings_are_saved_as_a_preset(make_app: MakeApp, three_runs: list[RunDir]) -> None:

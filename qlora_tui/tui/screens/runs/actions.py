@@ -139,7 +139,6 @@ class RunActions(EvaluationActions):
             return
         run = self.current.run
         if self.qlora_app.try_or_show_error(lambda: initial_adapter(run.id)):
-            recipe = replace_setting(recipe, "lora.init_weights", "random")
             await self._prepare(replace_setting(recipe, "lora.init_from", run.id))
 
     async def _prepare(self, recipe: Recipe) -> None:
