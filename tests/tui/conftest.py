@@ -21,6 +21,8 @@ from textual import _wait
 from textual._compositor import Compositor, LayoutUpdate
 from textual.geometry import Region
 
+from qlora_tui.memory import budget
+from qlora_tui.memory.cpu import Processor
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.runs import liveness, measuring
 from qlora_tui.runs.directory import RunDir
@@ -67,6 +69,12 @@ def utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     monkeypatch.undo()
     time.tzset()
+
+
+@pytest.fixture(autouse=True)
+def one_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Estimate for a CPU that computes bfloat16, whatever this machine has."""
+    monkeypatch.setattr(budget, "this_processor", lambda: Processor("CPU", native_bfloat16=True))
 
 
 @pytest.fixture(autouse=True)
