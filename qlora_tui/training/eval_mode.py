@@ -30,12 +30,15 @@ def frozen_eval(model: Any) -> Iterator[None]:
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     was_training = model.training
+    # transformers makes what the embedding returns require a gradient, for checkpointing.
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.detach())
     model.eval()
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
         yield
     finally:
+        hook.remove()
         for parameter in trained:
             parameter.requires_grad_(True)
         model.train(was_training)

@@ -26,7 +26,7 @@ from qlora_tui.recipe.schema import (
 from qlora_tui.training.batches import PlannedStep, StepPlan
 from qlora_tui.training.chunked_loss import find_head
 from qlora_tui.training.model_loading import checkpoint_activations
-from qlora_tui.training.preference.answer_scores import collate_answers
+from qlora_tui.training.preference.answer_scores import collate_answers, score_with_reference
 from qlora_tui.training.preference.mismatched import MismatchedSamples
 from qlora_tui.training.preference.objective import PreferenceObjective, RewardSums
 from qlora_tui.training.preference.preference_steps import PreferenceSteps
@@ -97,6 +97,9 @@ class NoTokens(nn.Module):
         assert per_token
         return SimpleNamespace(loss=self.weight[:0])
 
+    def get_input_embeddings(self) -> nn.Module:
+        return nn.Embedding(1, 1)
+
     def disable_adapter(self) -> nullcontext[None]:
         return nullcontext()
 
@@ -139,7 +142,9 @@ def test_rewards_are_zero_before_the_first_step(
         [(each, len(each) // 2, side) for each, side in zip(ids, (GOOD, BAD) * 2, strict=True)]
     )
     batch = collate_answers([(0, 1), (2, 3)], samples, padding_free=True, pad_id=0, multiple=1)
-    objective = PreferenceObjective("dpo", 0.1, 0.0, StartingAdapter.of(model) if further else None)
+    starting = StartingAdapter.of(model) if further else None
+    assert not score_with_reference(model, batch, starting).requires_grad
+    objective = PreferenceObjective("dpo", 0.1, 0.0, starting)
     torch.autograd.backward(objective.summed_loss(model.train(), model, batch, 0.0))
     sums = objective.take_sums()
     assert (sums.compared, sums.right, sums.good_reward, sums.bad_reward) == (2, 0, 0, 0)
