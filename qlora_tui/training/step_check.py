@@ -142,6 +142,8 @@ class StepReference:
         least = torch.finfo(device.dtype).eps * float(norms.square().mean().sqrt())
         self._least = max(least, torch.finfo(torch.float32).tiny)
         """Gradient norm below which a tensor's gradient is lost in the rounding of the others."""
+        self._matters = torch.finfo(device.dtype).eps ** 0.5 * float(norms.square().mean().sqrt())
+        """Change of a gradient that is noise by itself, small next to the whole gradient."""
         self._draws = 0
         self.loss = float(self._losses.sum()) / self._items
         self.loss_noise = _LOSS_ROUNDING * abs(self.loss)
@@ -207,13 +209,15 @@ class StepReference:
         return max(float(self._gradients[name].norm()), self._least)
 
     def _noise_of(self, name: str) -> float:
-        """The noise, floored at the smallest resolvable gradient. If noise dominates, the tensor cannot fail.
+        """The noise, floored at the smallest resolvable gradient.
 
-        That happens to queries and keys whose attention sees a single token: their exact gradient is 0, and
-        what is computed is rounding error.
+        If noise dominates, the tensor fails only where it matters to the whole gradient. That happens to
+        queries and keys whose attention sees a single token: their exact gradient is 0. What is computed is
+        the rounding of scores within attention, which no module's output shows, and which depends on the
+        order in which a processor adds.
         """
         noise = max(self._noise[name], self._least)
-        return noise if FACTOR * noise < self._size(name) else max(noise, self._size(name))
+        return noise if FACTOR * noise < self._size(name) else max(noise, self._size(name), self._matters)
 
     def _reference_step(self) -> tuple[Tensor, Gradients]:
         """Weighted loss of each token (tokens,), computed sample by sample, and the gradients of the mean."""
