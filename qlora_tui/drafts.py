@@ -47,6 +47,8 @@ _FILES = "files"
 _EARLIER = "earlier"
 _KEY = "key"
 _NAME = re.compile(r"\.(.+)\.part", re.DOTALL)
+_DELETION_S = 0.2
+"""Most seconds between the deletion of a lock and that of its folder."""
 _NEW = re.compile(r"\.qlora-tui-[0-9a-f]{12}\.part")
 _OWNER: ContextVar[Path | None] = ContextVar("owner", default=None)
 
@@ -299,12 +301,15 @@ def delete_abandoned(draft: Path) -> None:
 
 def _hold(stack: ExitStack, draft: Path) -> bool:
     """Lock a draft until ``stack`` is closed; False if another process has locked it."""
+    deadline = time.monotonic() + _DELETION_S
     while True:
         # Not exist_ok, which fails where the folder is deleted meanwhile.
         with suppress(FileExistsError):
             draft.mkdir(mode=0o700)
         if not is_ours(draft):
-            if not os.path.lexists(draft):
+            if not os.path.lexists(draft) or time.monotonic() < deadline:
+                # Its holder deletes it just now: between lock and folder nothing shows whose it is.
+                time.sleep(0.01)
                 continue
             raise UserError(
                 "A folder of another program is in the way",

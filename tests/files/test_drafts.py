@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -224,6 +225,16 @@ def test_processes_never_hold_a_draft_together(draft: Path) -> None:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert not list(draft.parent.iterdir())
+
+
+def test_a_draft_whose_deletion_is_under_way_is_waited_for(
+    draft: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The lock is gone, and the folder not yet.
+    (draft / "files").mkdir(parents=True)
+    monkeypatch.setattr(time, "sleep", lambda seconds: shutil.rmtree(draft))
+    with held_draft(draft) as files:
+        assert files is not None and not list(files.iterdir())
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
