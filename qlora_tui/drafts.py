@@ -47,7 +47,7 @@ _FILES = "files"
 _EARLIER = "earlier"
 _KEY = "key"
 _NAME = re.compile(r"\.(.+)\.part", re.DOTALL)
-_DELETION_S = 0.2
+_DELETION_S = 0.5
 """Most seconds between the deletion of a lock and that of its folder."""
 _NEW = re.compile(r"\.qlora-tui-[0-9a-f]{12}\.part")
 _OWNER: ContextVar[Path | None] = ContextVar("owner", default=None)
@@ -275,6 +275,9 @@ def is_ours(draft: Path) -> bool:
         names = [path.name for path in draft.iterdir()]
         if not names:
             return True
+        if _LOCK in names and not os.path.lexists(lock):
+            # Its holder deletes it just now: the lock goes last.
+            return is_ours(draft)
         if not stat.S_ISREG(lock.lstat().st_mode):
             return False
         content = read_regular(lock, len(_MARK) + 1)
