@@ -6,18 +6,15 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from qlora_tui.errors import UserError
-from qlora_tui.files import read_regular
 
 PATIENCE_S = 0.5
 """Seconds to retry, since :func:`is_locked` of another process may hold the lock for a moment."""
 _RETRY_S = 0.05
-_MOST_WORDS = 100
-"""Bytes read of what a holder wrote."""
 
 
 @contextmanager
@@ -94,25 +91,6 @@ def is_locked(path: Path) -> bool | None:
     finally:
         os.close(file)
     return False
-
-
-def write_holder(lock: IO[str], word: str) -> None:
-    """Write into a lock file what its holder does, for :func:`holder_of`. Failing to write is harmless."""
-    with suppress(OSError):
-        lock.seek(0)
-        lock.truncate()
-        lock.write(word)
-        lock.flush()
-
-
-def holder_of(path: Path) -> str | None:
-    """What the holder of a lock wrote into it; None where no process holds it, or that is unknown."""
-    if not is_locked(path):
-        return None
-    try:
-        return read_regular(path, _MOST_WORDS).decode(errors="replace")
-    except OSError:
-        return None
 
 
 def no_locks(path: Path, error: OSError) -> UserError:

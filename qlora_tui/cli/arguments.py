@@ -33,14 +33,3 @@ def positive_float(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError("it must be a size above 0, in GiB")
     return value
-
-
-def learning_rate(text: str) -> float:
-    """Parse a learning rate, above 0 and at most 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError("it must be a number above 0 and at most 1")
-    return value

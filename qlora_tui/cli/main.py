@@ -30,7 +30,6 @@ SUBCOMMANDS = {
     ),
     "presets": ("presets", "List presets, show one, or print every setting."),
     "train": ("train", "Queue a training run and follow it."),
-    "lr-find": ("lr_find", "Try rising learning rates on a recipe for some steps, and suggest one."),
     "runs": ("runs", "List every run and the queue; rename, save, delete or check them."),
     "attach": ("runs", "Watch a run in the app; into a pipe, or with --log, print its events."),
     "stop": ("runs", "Save a checkpoint and the adapter, and end a run."),

@@ -42,8 +42,6 @@ defects         what is wrong with the result of a run that ended regularly
 run_summary     a run in one line, for lists
 row_losses      the loss of each training row before and after a run, and its class
 row_loss_job    has it measured
-lr_range        the loss of real steps at a rising learning rate; lr_suggestion: the rate that it suggests
-lr_range_job    has it measured
 metrics_table   the steps of a run as a CSV or Parquet table
 harness         tasks of lm-eval, in files of the user
 task_metrics    what base and adapter answer to validation prompts, and whether the difference is chance

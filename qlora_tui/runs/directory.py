@@ -144,11 +144,6 @@ class RunDir:
         return self.path / "task_evaluation.json"
 
     @property
-    def lr_range_path(self) -> Path:
-        """A learning-rate range test; only in a folder that exists for one."""
-        return self.path / "lr_range.json"
-
-    @property
     def harness_results_path(self) -> Path:
         """What base and adapter did in tasks of lm-eval; only where they were run."""
         return self.path / "harness_results.json"

@@ -17,12 +17,10 @@ from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.metrics import GpuDevice, GpuProcess
 from qlora_tui.gpu.torch_on_gpu import torch_problem, with_cpu_choice
 from qlora_tui.gpu.visible_devices import choose_gpu
-from qlora_tui.locks import holder_of
 from qlora_tui.memory.budget import MemoryBudget, budget_for
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import all_runs
-from qlora_tui.runs.spawn import RATE_TEST, training_lock_path
 from qlora_tui.runs.status import ACTIVE, read_status
 from qlora_tui.runs.suggested_fix import SuggestedFix
 
@@ -97,8 +95,6 @@ class Machine:
     """Id of the run in training; empty without one."""
     waiting: tuple[str, ...] = ()
     """Ids of the queued runs, the next one first."""
-    tests_rates: bool = False
-    """Whether a learning-rate range test is under way, for which queued runs wait."""
 
     @property
     def trains_on_unknown_gpu(self) -> bool:
@@ -125,8 +121,6 @@ def read_machine(assumed_bytes: int | None = None) -> Machine:
     gpu = choice.gpu if choice else None
     active = next((run.id for run in all_runs() if read_status(run).state in ACTIVE), "")
     waiting = tuple(run_queue.waiting())
-    # A runner has the same lock, also after the end of its run.
-    tests_rates = holder_of(training_lock_path()) == RATE_TEST
     return Machine(
         budget=budget_for(gpu, assumed_bytes),
         gpu=gpu,
@@ -136,7 +130,6 @@ def read_machine(assumed_bytes: int | None = None) -> Machine:
         gpu_problem=torch_problem(gpu) if gpu else None,
         active=active,
         waiting=waiting,
-        tests_rates=tests_rates,
     )
 
 
@@ -270,8 +263,6 @@ def check_disk(folder: Path, needed_bytes: int, *, variable: str, name: str = ""
 def check_queue(machine: Machine) -> Check:
     """Report whether a run would start at once, or which run it waits for."""
     ahead = [*filter(None, [machine.active]), *machine.waiting]
-    if not ahead and machine.tests_rates:
-        return Check(CheckKind.QUEUE, "note", "It waits for the end of the learning-rate test under way.")
     if not ahead:
         return Check(CheckKind.QUEUE, "ok", "No other run: it starts at once.")
     more = f" and {len(ahead) - 1} more" if len(ahead) > 1 else ""

@@ -46,7 +46,6 @@ def measure_in_child(
     progress: Callable[[int, int], None],
     arguments: tuple[str, ...] = (),
     started: Callable[[subprocess.Popen[bytes]], object] = lambda child: None,
-    subject: str = "",
 ) -> None:
     """Run a worker's module on a run until it ends.
 
@@ -56,7 +55,6 @@ def measure_in_child(
         progress: called with what is done, and of how much.
         arguments: of the worker, after the folder.
         started: called with the child process; killing it ends the measurement with an error.
-        subject: what is measured, for an error; the run's id if empty.
 
     Raises:
         UserError: the worker reported it, or ended without saying why.
@@ -84,7 +82,7 @@ def measure_in_child(
     if code:
         raise UserError(
             "The measurement failed",
-            what=f"The process that measured {subject or run.id} ended with code {code}.",
+            what=f"The process that measured {run.id} ended with code {code}.",
             why=lines[-1] if lines else "",
             fix="Close other programs if the machine is short of memory, and try again.",
         )

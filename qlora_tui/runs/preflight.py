@@ -31,7 +31,6 @@ from qlora_tui.recipe.schema import Lora, Recipe, Training
 from qlora_tui.recipe.targets import resolve_targets
 from qlora_tui.runs.data_checks import check_data
 from qlora_tui.runs.initial_adapter import initial_adapter, recipe_of_adapter
-from qlora_tui.runs.lr_suggestion import suggested_rate
 from qlora_tui.runs.machine_checks import (
     Check,
     CheckKind,
@@ -112,9 +111,9 @@ def _settings(recipe: Recipe) -> list[Check]:
 
 
 def _learning_rate(recipe: Recipe) -> list[Check]:
-    """Warn of a rate that is much higher than usual, and higher than a test of this recipe suggests."""
+    """Warn of a rate that is much higher than usual."""
     rate, usual = recipe.training.learning_rate, Training().learning_rate
-    if rate <= usual * _HIGH_RATE or rate <= (suggested_rate(recipe) or 0.0):
+    if rate <= usual * _HIGH_RATE:
         return []
     text = f"Learning rate is {rate:g}, {rate / usual:,.0f} times the usual {usual:g}: the loss may diverge."
     fix = "Lower Learning rate (training.learning_rate)."

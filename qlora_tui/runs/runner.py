@@ -7,7 +7,6 @@ killed, the trainer continues, and the next runner takes over.
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import signal
@@ -21,7 +20,7 @@ from contextlib import contextmanager, suppress
 from qlora_tui import paths
 from qlora_tui.errors import EXIT_FAILURE, UserError, disk_problem
 from qlora_tui.files import open_append
-from qlora_tui.locks import PATIENCE_S, is_locked, locked, write_holder
+from qlora_tui.locks import PATIENCE_S, is_locked, locked
 from qlora_tui.runs import run_queue, trash
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.leftovers import sweep
@@ -29,7 +28,7 @@ from qlora_tui.runs.memory_advice import host_oom_kills
 from qlora_tui.runs.outcomes import determine_outcome, record_outcome
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.retry import RetryPlan, plan_resume, plan_retry
-from qlora_tui.runs.spawn import runner_lock_path, spawn_detached, training_lock_path
+from qlora_tui.runs.spawn import runner_lock_path, spawn_detached
 from qlora_tui.runs.status import ACTIVE, read_status
 from qlora_tui.runs.trainer_log import log_size
 
@@ -98,14 +97,8 @@ def _run_queue(skipped: set[str]) -> None:
     trash.empty(trash.KEPT_S)
     for run in all_runs():
         _guarded(run, _take_over)
-    while _next(skipped) is not None:
-        # A learning-rate range test uses the memory that the run needs.
-        with locked(training_lock_path(), patience_s=math.inf) as lock:
-            if lock is not None:
-                write_holder(lock, "")
-            # The queue may have changed meanwhile.
-            if (run_ := _next(skipped)) is not None:
-                _train_next(run_, skipped)
+    while (run_ := _next(skipped)) is not None:
+        _train_next(run_, skipped)
 
 
 def _train_next(run: RunDir, skipped: set[str]) -> None:

@@ -9,18 +9,10 @@ from typing import IO
 from qlora_tui import paths, subprocesses
 from qlora_tui.gpu.visible_devices import PCI_BUS_ORDER_ENV, without_choice
 
-RATE_TEST = "learning-rate test"
-"""What a learning-rate range test writes into the lock on training; a runner writes nothing."""
-
 
 def runner_lock_path() -> Path:
     """Path of the file that the runner holds a lock on."""
     return paths.state_dir() / "runner.lock"
-
-
-def training_lock_path() -> Path:
-    """Path of the file that a runner locks while it trains a queued run, and a learning-rate range test."""
-    return paths.state_dir() / "training.lock"
 
 
 def runner_log_path() -> Path:

@@ -44,7 +44,6 @@
 ``trainer``               transformers' ``Trainer``, one item per optimizer step, and gradient clipping;
                           ``optimizers``: which, and LoRA+; ``lr_schedule``: the learning rate of each step;
                           ``embedding_noise``: NEFTune
-``lr_range_trainer``      the same steps at a rising learning rate, in the process ``lr_range_worker``
 ``callbacks``             the ``TrainerCallback``: probe memory, then after each step report, evaluate
                           (``evaluation`` in ``eval_mode``, ``accuracy``; ``forgetting`` compares with the
                           base), stop early, decide whether to save, handle ``control_requests``

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.gpu.wsl import managed_memory_is_safe
@@ -28,8 +28,6 @@ from qlora_tui.training.validation_change import compare_validation
 
 if TYPE_CHECKING:
     from qlora_tui.training.tracker import RunTracker
-
-AnyTrainer = TypeVar("AnyTrainer", bound=RunTrainer)
 
 
 class TrainingAttempt:
@@ -104,7 +102,7 @@ class TrainingAttempt:
 
     def _train(self, prepared: PreparedRun) -> RunEnded:
         checkpoint = prepared.checkpoint
-        trainer = create_trainer(prepared, RunTrainer)
+        trainer = _create_trainer(prepared)
         if prepared.device.kind == "cuda" and not managed_memory_is_safe():
             prepared.reporter.log("WSL2: optimizer states are not paged; they stay in the GPU's memory.")
         callback = RunCallback(prepared, trainer)
@@ -173,15 +171,14 @@ class TrainingAttempt:
         )
 
 
-def create_trainer(prepared: PreparedRun, trainer_class: type[AnyTrainer]) -> AnyTrainer:
-    """Return a trainer of this class for the steps of a run."""
+def _create_trainer(prepared: PreparedRun) -> RunTrainer:
     recipe = prepared.recipe
     objective = PreferenceObjective.of(recipe, prepared.starting_adapter)
     steps = _answer_steps(prepared) if objective is None else PreferenceSteps(prepared)
     arguments = training_arguments(
         recipe, prepared.device, len(prepared.step_plan.steps), prepared.run.checkpoints_dir
     )
-    return trainer_class(prepared.model, arguments, steps, recipe.training, objective)
+    return RunTrainer(prepared.model, arguments, steps, recipe.training, objective)
 
 
 def _answer_steps(prepared: PreparedRun) -> StepDataset:

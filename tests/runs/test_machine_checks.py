@@ -109,6 +109,5 @@ def test_a_full_disk_is_an_error_that_names_the_variable(tmp_path: Path) -> None
 
 def test_a_waiting_run_is_named() -> None:
     assert check_queue(machine()).outcome == "ok"
-    assert "learning-rate test" in check_queue(machine(tests_rates=True)).text
     check = check_queue(machine(active="a", waiting=("b", "c")))
     assert (check.outcome, check.text) == ("note", "It waits for a and 2 more.")

@@ -17,7 +17,7 @@ from msgspec import structs
 
 from qlora_tui import paths
 from qlora_tui.cli import main
-from qlora_tui.locks import is_locked, locked
+from qlora_tui.locks import is_locked
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, run_queue, runner
@@ -25,9 +25,8 @@ from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.event_log import EventTail, last_event
 from qlora_tui.runs.events import Failed, Finished, Paused, Started
 from qlora_tui.runs.follow import follow_events
-from qlora_tui.runs.machine_checks import check_queue, read_machine
 from qlora_tui.runs.process import process_identity
-from qlora_tui.runs.spawn import runner_lock_path, training_lock_path
+from qlora_tui.runs.spawn import runner_lock_path
 from qlora_tui.runs.status import Status, read_status, write_status
 from qlora_tui.runs.view import RunView
 from tests.runs.conftest import let_go
@@ -232,27 +231,6 @@ def test_one_unwritable_run_does_not_hold_up_the_queue(recipe: Recipe) -> None:
     wait_for(lambda: not is_locked(runner_lock_path()))
     assert run_queue.waiting() == [bad.id], "the next runner tries it again"
     assert f"{bad.id}: [Errno" in (paths.state_dir() / "runner.log").read_text()
-
-
-def runner_has_opened(path: Path) -> bool:
-    try:
-        pid = int(runner_lock_path().read_text())
-        return any(file.readlink() == path for file in Path(f"/proc/{pid}/fd").iterdir())
-    except (OSError, ValueError):
-        return False
-
-
-def test_a_queued_run_waits_for_a_learning_rate_test(recipe: Recipe) -> None:
-    with locked(training_lock_path()):
-        assert "learning-rate test" in check_queue(read_machine()).text
-        removed = actions.submit(named(recipe, "plain"))
-        run = actions.submit(named(recipe, "plain"))
-        wait_for(lambda: runner_has_opened(training_lock_path()))
-        assert is_(run, "queued") and is_(removed, "queued")
-        assert run_queue.cancel(removed)
-    wait_for(lambda: is_(run, "finished"))
-    wait_for(lambda: not is_locked(runner_lock_path()))
-    assert is_(removed, "stopped")
 
 
 def test_a_file_system_without_locks_is_said(

@@ -171,7 +171,7 @@ async def test_help_names_each_shell_command_once(private_home: Path) -> None:
         await pilot.press("question_mark")
         await wait_for_text(pilot, "Help: Train")
         await pilot.press("G")
-        shown = await wait_for_text(pilot, "In a shell, qlora-tui has train, lr-find, stop, pause,")
+        shown = await wait_for_text(pilot, "In a shell, qlora-tui has train, stop, pause,")
         assert shown.count("attach") == 1
 
 

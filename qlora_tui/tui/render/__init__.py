@@ -9,7 +9,6 @@ recipe_line      a recipe in one line, shortened to a width for the recipe strip
 labeled          a label, a bar and a value in one line
 run_labels       the sign and color of each state of a run
 loss_svg         the loss of a run as an SVG picture; ``loss_png``: as PNG
-lr_plot          the graph of a learning-rate range test
 summary_plot     the loss graph of a run's summary
 strip_rendering  lines of text as Textual paints them
 """

@@ -21,8 +21,6 @@ class Axis:
     low: float
     high: float
     unit: str = ""
-    is_log: bool = False
-    """Whether values are powers of ten, which labels show as ``1e-4``."""
 
     def place(self, value: float, cells: int) -> int:
         """The cell that a value falls in: 0 is at ``low``; values outside are clamped to the edge."""
@@ -78,9 +76,6 @@ def tick_step(low: float, high: float, max_parts: int) -> float:
 def ticks(axis: Axis, most: int) -> list[tuple[float, str]]:
     """(value, label) of the round values of an axis, in order."""
     step = tick_step(axis.low, axis.high, most)
-    if axis.is_log:
-        powers = range(math.ceil(axis.low - 1e-9), math.floor(axis.high + 1e-9) + 1, max(1, round(step)))
-        return [(float(power), f"1e{power}") for power in powers]
     first = math.ceil(axis.low / step - 1e-9)
     last = math.floor(axis.high / step + 1e-9)
     return [(_clean(i * step), label(_clean(i * step), step)) for i in range(first, last + 1)]

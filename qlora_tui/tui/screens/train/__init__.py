@@ -5,6 +5,4 @@ large window. ``live_pane`` shows one: ``screen`` polls ``run_follower`` every `
 reads its events and telemetry (``output_tail`` the output of the trainer) and returns a ``run_snapshot``.
 ``run_header``, ``start_stages`` before the first step, ``loss_graph`` with the ``run_charts``, ``gpu_panel``,
 ``run_facts``, and ``log_tail`` under its ``log_title`` show it. ``run_picker`` chooses another.
-
-``lr_finder`` tries learning rates before a run; ``lr_finder_actions``: its key.
 """

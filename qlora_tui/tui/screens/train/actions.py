@@ -12,6 +12,7 @@ from qlora_tui.runs import actions as run_actions
 from qlora_tui.runs import control
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import STEP_PHASES
+from qlora_tui.runs.machine_checks import Check
 from qlora_tui.runs.status import ACTIVE, State, read_status
 from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.tui.folders import open_folder
@@ -22,7 +23,6 @@ from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
 from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen, ask_search
 from qlora_tui.tui.screens.train.launch_pane import first_fix
 from qlora_tui.tui.screens.train.live_pane import LivePane
-from qlora_tui.tui.screens.train.lr_finder_actions import LrFinderActions
 from qlora_tui.tui.screens.train.run_picker import RunPickerScreen
 from qlora_tui.tui.screens.train.run_snapshot import RunSnapshot
 
@@ -37,13 +37,15 @@ _REQUEST_NOTICES: dict[control.Kind, str] = {
 _STOPPING_NOW = "The run stops now. It gives up the step in progress; the steps before it are saved."
 
 
-class TrainActions(LrFinderActions, EvaluationActions):
+class TrainActions(EvaluationActions):
     """A screen that watches a run, or prepares one."""
 
     ANSWERS_COMMAND = "train.answers"
 
     def __init__(self) -> None:
         super().__init__()
+        self.checks: tuple[Check, ...] = ()
+        """What the last checks of the recipe found."""
         self.snapshot: RunSnapshot | None = None
         """The watched run as it was last read."""
         self.zoom = 0

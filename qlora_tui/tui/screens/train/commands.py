@@ -15,14 +15,6 @@ COMMANDS: tuple[Command, ...] = (
     _command(
         "launch", "t", "launch", "Launch", "Launch a run with this recipe, or queue it.", cli_command="train"
     ),
-    _command(
-        "find_rate",
-        "f",
-        "find_rate",
-        "Find rate",
-        "Try rising learning rates on this recipe for some steps, and suggest one.",
-        cli_command="lr-find",
-    ),
     _command("recheck", "f5", "recheck", "Check again", "Check again what the run needs."),
     _command(
         "stop",
@@ -116,9 +108,9 @@ COMMANDS: tuple[Command, ...] = (
 
 ACTION_NAMES = frozenset(command.action.partition("(")[0] for command in COMMANDS)
 """The action names of all commands."""
-_PREPARING = frozenset(("launch", "find_rate", "recheck", "watch_another", "next_tab"))
+_PREPARING = frozenset(("launch", "recheck", "watch_another", "next_tab"))
 """Actions available while a run is prepared; all others need a run to watch."""
-_PREPARING_ONLY = frozenset(("launch", "find_rate", "recheck"))
+_PREPARING_ONLY = frozenset(("launch", "recheck"))
 _STATES: Mapping[str, Collection[State]] = {
     "pause": ACTIVE,
     "request": ACTIVE,
