@@ -8,12 +8,15 @@ It is compared with one row at a time, every layer recomputed and 8-bit states: 
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.memory import Device, StepChoice, choose_step
 from qlora_tui.recipe.schema import Data, Recipe
-from tests.catalog.configs import config
 
+CONFIGS = Path(__file__).parents[1] / "tests" / "configs"
 MODELS = ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B", "meta-llama/Llama-3.1-8B")
 GIB = (8, 12, 16, 24)
 LENGTH = 1024
@@ -28,7 +31,9 @@ def main() -> None:
     print("| model | GPU | batch 8 | optimizer | layers kept | GiB | launches | GB unpacked | speed |")
     print("| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |")
     for model in MODELS:
-        architecture = parse_architecture(config(model))
+        architecture = parse_architecture(
+            json.loads((CONFIGS / f"{model.replace('/', '__')}.json").read_text())
+        )
         for gib in GIB:
             free, recipe = int(gib * SHARE * 2**30), Recipe(data=Data(max_length=LENGTH))
             choice = choose_step(recipe, architecture, free, device=Device(triton=True))
