@@ -1,8 +1,8 @@
-"""Score the memory estimate against published measurements, beside three other ways to estimate.
+"""Score the memory estimate against published measurements of transformers and peft.
 
     python -m bench.estimator [--csv TABLE ...] [--configs FOLDER] [--json]
 
-Without arguments it scores ``tests/memory/measured*.csv`` with the configs in ``tests/configs``. A table has
+Without arguments it scores ``tests/memory/measured.csv`` with the configs in ``tests/configs``. A table has
 a row a measurement: ``model_id, quant, double_quant, batch, seq_len, lora_r, targets, grad_ckpt, optimizer,
 attention, extra, gpu, measured_gb, unit, measure``; ``measure`` says which tier ``measured_gb`` is.
 ``--configs`` holds ``<org>__<name>/config.json`` or ``<org>__<name>.json``. Which code a row ran is read from
@@ -13,9 +13,7 @@ A row that ran out of memory has no figure: there the process tier is compared w
 the rows that ran. Where ``extra`` gives what the allocator reserved or the process held beside what was
 allocated (``peak_reserved_MiB``, ``process_MiB``, ``nvidia_smi_MiB``), those tiers are scored too.
 
-Baselines: ``fitcheck-llm`` 0.3.1 in ``.bench-venv`` (``make bench-deps``), fed the same config;
-``accelerate estimate-memory``'s rule for Adam (the largest of weights, weights and gradients, and four
-times the weights in training, at the row's precision); and half a byte a parameter plus 1.5 GB.
+The other estimator is ``fitcheck-llm`` 0.3.1 in ``.bench-venv`` (``make bench-deps``), fed the same config.
 """
 
 from __future__ import annotations
@@ -30,8 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.fitcheck import Answer, ask, question
-from bench.published_rows import GROUPS, find_config, group_of, read_execution
-from bench.published_words import Row, Unplaced
+from bench.published_rows import Row, Unplaced, find_config, read_execution
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_parser import load_config, parse_architecture
 from qlora_tui.errors import UserError
@@ -50,15 +47,11 @@ class Score:
     id: str
     model: str
     path: str
-    group: str
-    """Whose code ran: one of ``published_rows.GROUPS``."""
     measure: str
     measured_bytes: int | None
     """None where the run went out of memory."""
     ours_bytes: int
     fitcheck_bytes: int | None
-    accelerate_bytes: int
-    half_byte_bytes: int
     process_bytes: int
     phase: str
     capacity_bytes: int | None
@@ -110,19 +103,15 @@ def score(row: Row, architecture: Architecture, fitcheck: Answer | None) -> Scor
     measured = None
     if not _ran_out(row):
         measured = int(float(row["measured_gb"].replace(",", "")) * UNITS[row["unit"].strip().lower()])
-    width = 4 if execution.compute_itemsize == 4 else 2
     theirs = fitcheck and tiers.get("process") and _percent(fitcheck[1], tiers["process"])
     return Score(
         id=row["id"],
         model=row["model_id"],
         path=execution.name,
-        group=group_of(row, execution),
         measure=row["measure"],
         measured_bytes=measured,
         ours_bytes=_tier(estimated, row["measure"]),
         fitcheck_bytes=fitcheck and fitcheck[0],
-        accelerate_bytes=architecture.total_params * width * 4,
-        half_byte_bytes=architecture.total_params // 2 + 1_500_000_000,
         process_bytes=estimated.process_bytes,
         phase=estimated.peak_phase,
         capacity_bytes=capacity,
@@ -166,8 +155,7 @@ def run(tables: Path | Sequence[Path], configs: Path, fitcheck: Path) -> dict[st
             unplaced.append({"id": row["id"], "model": row["model_id"], "why": str(reason)})
     return {
         "rows": [_row(scored) for scored in scores],
-        "summary": {name: summary(scores, name) for name in ("ours", "fitcheck", "accelerate", "half_byte")},
-        "by_group": {group: _group(scores, group) for group in GROUPS},
+        "summary": {name: summary(scores, name) for name in ("ours", "fitcheck")},
         "by_path": _by_path(scores),
         "by_tier": _by_tier(scores),
         "out_of_memory": [_out_of_memory(scored) for scored in scores if scored.measured_bytes is None],
@@ -184,32 +172,17 @@ def _read_tables(tables: Sequence[Path]) -> Iterable[Row]:
             yield from csv.DictReader(file)
 
 
-def _group(scores: list[Score], group: str) -> dict[str, Any]:
-    """One group's errors in all and by path, and its runs that went out of memory."""
-    rows = [each for each in scores if each.group == group]
-    failed = [scored for scored in rows if scored.measured_bytes is None]
-    return {
-        **summary(rows, "ours"),
-        "by_path": _by_path(rows),
-        "out_of_memory": len(failed),
-        "out_of_memory_predicted": sum(bool(scored.exceeds_gpu_memory) for scored in failed),
-    }
-
-
 def _row(scored: Score) -> dict[str, Any]:
     return {
         "id": scored.id,
         "model": scored.model,
         "path": scored.path,
-        "group": scored.group,
         "measure": scored.measure,
         "measured_bytes": scored.measured_bytes,
         "ours_bytes": scored.ours_bytes,
         "peak_phase": scored.phase,
         "error_pct": scored.error(scored.ours_bytes),
         "fitcheck_error_pct": scored.error(scored.fitcheck_bytes),
-        "accelerate_error_pct": scored.error(scored.accelerate_bytes),
-        "half_byte_error_pct": scored.error(scored.half_byte_bytes),
         "tier_error_pct": scored.tier_errors,
         "fitcheck_process_error_pct": scored.fitcheck_process_error,
     }
@@ -261,28 +234,22 @@ def _print(result: dict[str, Any]) -> None:
     for row in result["rows"]:
         if row["measured_bytes"] is None:
             continue
-        others = "  ".join(
-            f"{'—' if row[key] is None else format(row[key], '+.1f'):>7}"
-            for key in ("fitcheck_error_pct", "accelerate_error_pct", "half_byte_error_pct")
-        )
+        theirs = "—" if row["fitcheck_error_pct"] is None else f"{row['fitcheck_error_pct']:+.1f}"
         print(
             f"{row['id']:6}{row['model'][-28:]:29}{row['measured_bytes'] / 2**30:8.3f} GiB"
-            f"{row['ours_bytes'] / 2**30:9.3f}{row['error_pct']:+8.2f} %   {others}   {row['peak_phase']:24}"
+            f"{row['ours_bytes'] / 2**30:9.3f}{row['error_pct']:+8.2f} %   {theirs:>7}   "
+            f"{row['peak_phase']:24}"
             + "  ".join(f"{tier} {error:+.1f}" for tier, error in row["tier_error_pct"].items())
         )
-    for group, figures in result["by_group"].items():
-        print(f"\n{GROUPS[group]}\n  {_figures(figures)}")
-        for path, path_figures in figures["by_path"].items():
-            print(f"  {_figures(path_figures)}  {path[:70]}")
-        if figures["out_of_memory"]:
-            predicted, failed = figures["out_of_memory_predicted"], figures["out_of_memory"]
-            print(f"  out of memory: {predicted} of {failed} predicted")
+    print("\nby the code that ran")
+    for path, figures in result["by_path"].items():
+        print(f"  {_figures(figures)}  {path[:70]}")
     print("\nby tier, where a row gives it")
     for tier, figures in result["by_tier"].items():
         print(f"  {_figures(figures)}  {tier}")
     print("\nin all")
     for name, figures in result["summary"].items():
-        print(f"  {_figures(figures)}  {name.replace('_', ' ')}")
+        print(f"  {_figures(figures)}  {name}")
     failed_rows = result["out_of_memory"]
     predicted = sum(bool(row["said_it_would_not_fit"]) for row in failed_rows)
     fits = sum(row["verdict"] in ("fits", "tight") for row in failed_rows)
@@ -307,7 +274,7 @@ def _figures(figures: dict[str, Any]) -> str:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Score the memory estimate against measurements.")
-    parser.add_argument("--csv", type=Path, nargs="+", default=sorted(TESTS.glob("memory/measured*.csv")))
+    parser.add_argument("--csv", type=Path, nargs="+", default=[TESTS / "memory" / "measured.csv"])
     parser.add_argument("--configs", type=Path, default=TESTS / "configs")
     parser.add_argument("--fitcheck", type=Path, default=Path(".bench-venv/bin/python"))
     parser.add_argument("--json", action="store_true")

@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.published_rows import read_execution
-from bench.published_words import Row
+from bench.published_rows import Row, read_execution
 
 Answer = tuple[int, int]
 """Bytes of tensors, and of the process."""

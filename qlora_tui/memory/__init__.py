@@ -4,11 +4,11 @@ Call :func:`estimate` (or :func:`compare` for NF4, int8 and 16 bits), :func:`che
 available memory, and call :func:`largest_settings` or :func:`cheapest_changes`; :func:`as_json` is what
 ``--json`` prints.
 
-``execution``         which trainer's code runs; ``versions`` and ``trl_loss``: what its libraries do
+``execution``         which trainer's code runs; ``versions``: what its libraries do
 ``step``              activations and gradients of one training step of it: each kind of layer once, on
                       ``autograd``. ``layout`` and ``decoder_layer``: the layers; ``ops``, ``attention``,
                       ``linear`` and ``loss``: what an operation allocates and saves; ``moe`` (of a
-                      ``mixture``), ``mla``, ``cohere`` and ``unsloth_kernels``: what some families have;
+                      ``mixture``), ``mla`` and ``cohere``: what some families have;
                       ``fused_lora`` and ``expert_loop``: our trainer's functions that save less memory.
                       ``step_trace`` has a traced step in its place.
 ``parameter_memory``  bytes of frozen weights with their quantization scales, adapter and optimizer states;

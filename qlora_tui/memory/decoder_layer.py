@@ -7,10 +7,9 @@ The names and lifetimes of the variables follow the library's, because they deci
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
-from qlora_tui.memory import cohere, fused_lora, unsloth_kernels
+from qlora_tui.memory import cohere, fused_lora
 from qlora_tui.memory.attention import Heads, Kernel, attend, repeated
 from qlora_tui.memory.autograd import Tensor
 from qlora_tui.memory.linear import group, linear, uses_fused_lora
@@ -121,8 +120,6 @@ def norm(ops: Ops, block: DecoderLayer, x: Tensor) -> Tensor:
         return cohere.layer_norm(ops, x)
     if block.norm == "layer":
         return ops.layer_norm(x, weight=block.norm_itemsize)
-    if ops.fused:
-        return unsloth_kernels.rms_norm(ops, x)
     return ops.rms_norm(x, weight=block.norm_itemsize, scale_in_float=block.norm == "float")
 
 
@@ -139,8 +136,7 @@ def _attention(ops: Ops, block: DecoderLayer, hidden_states: Tensor) -> Tensor:
     elif block.rotary and ops.triton and block.rotates_halves:
         query, key = ops.rotate_together(query, key)
     elif block.rotary:
-        rotate = partial(unsloth_kernels.rotate, ops) if ops.fused else ops.rotate
-        query, key = rotate(query), rotate(key)
+        query, key = ops.rotate(query), ops.rotate(key)
     key, value, heads = repeated(ops, key, value, block.heads)
     attended = attend(ops, query, key, value, heads, block.kernel)
     output = block.find("attention", "o_proj", "dense", "out_proj", "c_proj")
@@ -197,10 +193,7 @@ def _mlp(ops: Ops, block: DecoderLayer, x: Tensor, part: str) -> Tensor:
             both = linear(ops, x, whole)
             gate, up = ops.split(both, both.numel // 2, both.numel // 2)
             del both
-            if ops.fused_mlp:
-                product = unsloth_kernels.gated(ops, gate, up)
-            else:
-                product = ops.multiply(up, ops.activation(gate, block.activation))
+            product = ops.multiply(up, ops.activation(gate, block.activation))
             del gate, up
         elif down and uses_fused_lora(ops, down):
             gate_proj, up_proj = block.find(part, "gate_proj"), block.find(part, "up_proj")
@@ -220,9 +213,6 @@ def _mlp(ops: Ops, block: DecoderLayer, x: Tensor, part: str) -> Tensor:
 def _gated(ops: Ops, block: DecoderLayer, x: Tensor, part: str) -> Tensor:
     """Replay ``act_fn(gate_proj(x)) * up_proj(x)``: the activation's input is freed if nothing saved it."""
     gate, up = block.find(part, "gate_proj"), block.find(part, "up_proj")
-    if ops.fused_mlp:
-        gate_output = linear(ops, x, gate) if gate else x
-        return unsloth_kernels.gated(ops, gate_output, linear(ops, x, up) if up else x)
     together = group(ops, x, gate, up)
     activated_gate = ops.activation(_linear_of(ops, x, gate, together), block.activation)
     return ops.multiply(activated_gate, _linear_of(ops, x, up, together))

@@ -2,8 +2,8 @@
 
 The same recipe costs different amounts under different trainers: whether the frozen weights were cast to
 float32, which logits the loss keeps, which attention kernel runs. :func:`trainer_execution` returns what
-this project's trainer runs for a recipe and a :class:`Device`; ``bench/estimator.py`` describes other
-trainers.
+this project's trainer runs for a recipe and a :class:`Device`; ``bench/estimator.py`` compares what
+transformers and peft run with measurements of it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from qlora_tui.recipe.schema import Recipe, RecipeOptimizer
 if TYPE_CHECKING:
     from qlora_tui.catalog.architecture_types import Architecture
 
-Loss = Literal["stock", "chunked", "liger", "fused", "trl_chunked", "trl_tiled"]
+Loss = Literal["stock", "chunked", "liger"]
 """stock: the model's own or transformers' ``ForCausalLMLoss`` (``versions.loss_code`` says which).
-chunked: this project's, a few rows of logits at a time. liger: fused linear cross-entropy. fused: like
-stock, but one kernel instead of log-softmax and its gradient, which writes the gradient over the logits.
-trl_chunked, trl_tiled: TRL's own since 1.7 and 1.15 (``trl_loss.py``)."""
+chunked: this project's, a few rows of logits at a time. liger: Liger's fused linear cross-entropy, in our
+trainer."""
 
 Optimizer = Literal["adamw_fused", RecipeOptimizer]
-"""The recipe's ``adamw`` is ``adamw_fused`` here; ``adamw`` is that of other trainers."""
+"""The recipe's ``adamw`` is ``adamw_fused`` here; ``adamw`` takes many tensors at once."""
 
 AttentionPath = Literal["varlen", "segments", "eager"]
 """``varlen``: all samples of a packed sequence in one call of FlashAttention. ``segments``: one call per
@@ -97,8 +96,6 @@ class ExecutionConfig:
     cast_to_float32: bool = False
     """Whether norms, embedding, head and so the residual stream are in float32, as after peft's
     ``prepare_model_for_kbit_training``."""
-    norms_float32: bool = False
-    """Whether only the norms are in float32, as TRL leaves them after casting the rest back."""
     adapter_itemsize: int = 4
     """Bytes per element of the LoRA matrices, and so of their gradients."""
     autocast: bool = False
@@ -137,13 +134,6 @@ class ExecutionConfig:
     """Streaming multiprocessors of a GPU; None where they are unknown."""
     cuda_libraries: bool = False
     """Whether torch is a CUDA build, on a CPU."""
-    library_kernels: bool = False
-    """Whether RMSNorm and rotary kernels are fused (Unsloth's, Liger's, or those of FOAK, Fused Operations
-    and Kernels, a plugin of IBM's fms-acceleration)."""
-    foak_lora: bool = False
-    """Whether LoRA on 4-bit weights is one function (FOAK's)."""
-    liger_mlp: bool = False
-    """Whether the product of a gated MLP's halves is one function (Liger's)."""
     own_fused: bool = False
     """Whether our functions are used, which save less: adapters on 4- and 16-bit weights, gated MLPs,
     RMSNorm, and attention on a CPU (``training/fused``)."""

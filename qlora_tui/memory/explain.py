@@ -171,7 +171,7 @@ def _activation_sentences(facts: ExplainContext) -> dict[str, str]:
     execution, layout, layers = facts.execution, facts.layout, facts.architecture.layers
     tokens, hidden = f"{layout.tokens:,} tokens", f"{layout.hidden:,}"
     compute, adapter = execution.compute_itemsize, execution.adapter_itemsize
-    stream = 4 if execution.cast_to_float32 or execution.norms_float32 else compute
+    stream = 4 if execution.cast_to_float32 else compute
     return {
         "checkpoints": (
             f"Two layer inputs, to and from host memory: 2 × {tokens} × {hidden} × {stream} bytes."
@@ -217,8 +217,6 @@ def _logits_sentence(execution: ExecutionConfig, layout: Layout) -> str:
         )
     if execution.loss == "liger":
         return f"Liger processes some rows at a time, {vocabulary} logits per row."
-    if execution.loss in ("trl_chunked", "trl_tiled"):
-        return f"TRL processes some positions at a time, {vocabulary} logits each."
     return (
         f"All logits at once, in 32 bits, with log-softmax and gradients: "
         f"{layout.tokens:,} × {vocabulary} × 12 to 16 bytes."

@@ -195,9 +195,7 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
                 gated=architecture.gated,
                 intermediate=architecture.intermediate_size or 0,
                 hidden=architecture.hidden_size,
-                norm_itemsize=4
-                if execution.cast_to_float32 or execution.norms_float32
-                else execution.compute_itemsize,
+                norm_itemsize=4 if execution.cast_to_float32 else execution.compute_itemsize,
                 kernel=_kernel(architecture, execution),
                 rotary=1.0 if style.rotary else 0.0,
                 head_norms=style.head_norms,

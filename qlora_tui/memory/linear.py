@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlora_tui.memory import fused_lora, unsloth_kernels
+from qlora_tui.memory import fused_lora
 from qlora_tui.memory.autograd import Grads, Tensor
 from qlora_tui.memory.ops import FLOAT, Linear, Ops
 
@@ -11,8 +11,6 @@ def linear(ops: Ops, x: Tensor, module: Linear) -> Tensor:
     """Replay the whole module: base, and adapter where it is a target."""
     if not module.rank:
         return base(ops, x, module)
-    if ops.fused_lora and module.method in ("nf4", "fp4"):
-        return unsloth_kernels.lora(ops, x, module)
     if uses_fused_lora(ops, module):
         return fused_lora.linear(ops, x, module)
     result = base(ops, x, module)

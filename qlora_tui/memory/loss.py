@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from qlora_tui.memory import trl_loss
 from qlora_tui.memory.autograd import Grads, Tensor
 from qlora_tui.memory.execution import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS, ExecutionConfig, liger_rows
 from qlora_tui.memory.layout import Layout
@@ -19,22 +18,17 @@ def head_and_loss(
     if execution.loss == "chunked":
         return _chunked(ops, layout, execution, hidden, itemsize)
     if execution.loss == "liger":
-        return _liger(ops, layout, execution, hidden, itemsize), []
-    if execution.loss == "trl_chunked":
-        return trl_loss.chunked(ops, layout, hidden), []
-    if execution.loss == "trl_tiled":
-        return trl_loss.tiled(ops, layout, hidden), []
+        return _liger(ops, layout, hidden, itemsize), []
     logits = _head(ops, layout, hidden, layout.tokens, itemsize)
     with ops.meter.attribute_to("logits"):
         wide = logits if layout.loss_code == "narrow" else ops.cast(logits, FLOAT)
         if layout.loss_code == "rebound":
             logits = wide
-        if layout.loss_code == "padded" and execution.loss != "fused":
+        if layout.loss_code == "padded":
             source = wide
-        else:  # logits[..., :-1, :].contiguous(), which FOAK's loss still has
+        else:  # logits[..., :-1, :].contiguous()
             source = ops.copy(ops.slice(wide, wide.numel - layout.rows * layout.vocabulary))
-        loss = (_in_place if execution.loss == "fused" else _cross_entropy)(ops, source)
-        return loss, [logits] if execution.logits_alive_in_backward else []
+        return _cross_entropy(ops, source), [logits] if execution.logits_alive_in_backward else []
 
 
 def _head(ops: Ops, layout: Layout, hidden: Tensor, rows: int, itemsize: int) -> Tensor:
@@ -149,7 +143,7 @@ def _logits_gradient(ops: Ops, layout: Layout, numel: int, itemsize: int) -> Ten
     return likely
 
 
-def _liger(ops: Ops, layout: Layout, execution: ExecutionConfig, hidden: Tensor, itemsize: int) -> Tensor:
+def _liger(ops: Ops, layout: Layout, hidden: Tensor, itemsize: int) -> Tensor:
     """Replay Liger's fused linear cross-entropy: chunks of ``tokens / ceil(vocabulary / hidden)`` rows.
 
     Our trainer passes it the positions in the loss: in the worst case, all of them.
@@ -157,8 +151,8 @@ def _liger(ops: Ops, layout: Layout, execution: ExecutionConfig, hidden: Tensor,
     rows = liger_rows(layout.tokens, layout.hidden, layout.vocabulary)
     numel = hidden.numel
     with ops.meter.attribute_to("hidden_gradient"):
-        states = _states_in_loss(ops, hidden, itemsize) if execution.own_fused else hidden
-        if execution.own_fused and layout.logit_scale:
+        states = _states_in_loss(ops, hidden, itemsize)
+        if layout.logit_scale:
             states = ops.times_number(states)
         hidden_gradient = ops.new(numel, itemsize)
     with ops.meter.attribute_to("logits"):
@@ -166,14 +160,6 @@ def _liger(ops: Ops, layout: Layout, execution: ExecutionConfig, hidden: Tensor,
         del logits
     # Multiplied by the gradient of the loss in place (element_mul_kernel).
     node = ops.tape.node((states,), lambda grad, saved: (saved[0],), (hidden_gradient,))
-    loss = ops.new(1, FLOAT)
-    loss.node = node
-    return loss
-
-
-def _in_place(ops: Ops, logits: Tensor) -> Tensor:
-    """Replay one kernel over all logits that writes the gradient over them."""
-    node = ops.tape.node((logits,), lambda grad, saved: (saved[0],), (logits,))
     loss = ops.new(1, FLOAT)
     loss.node = node
     return loss

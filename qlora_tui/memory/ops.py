@@ -57,9 +57,6 @@ class Ops:
         dropout: float,
         autocast: bool,
         tokens: int,
-        fused: bool,
-        fused_lora: bool,
-        fused_mlp: bool,
         own_fused: bool,
         triton: bool,
         float16: bool,
@@ -75,9 +72,6 @@ class Ops:
         self.dropout = dropout
         self.autocast = autocast
         self.tokens = tokens
-        self.fused = fused
-        self.fused_lora = fused_lora
-        self.fused_mlp = fused_mlp
         self.own_fused = own_fused
         self.triton = triton
         self.float16 = float16

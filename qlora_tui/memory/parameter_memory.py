@@ -85,7 +85,6 @@ def frozen_weights(recipe: Recipe, architecture: Architecture, execution: Execut
             dense += round_to_block(module.weight_params * itemsize)
         dense += round_to_block(module.bias_params * itemsize)
     roles = {"expert": 0, "vision": 0, "other": 0}
-    norm_itemsize = 4 if execution.norms_float32 else itemsize
     for parameter in architecture.parameters:
         if parameter.role == "expert" and execution.separate_experts and method in ("nf4", "fp4"):
             packed += round_to_block(-(-parameter.params // 2))
@@ -96,8 +95,7 @@ def frozen_weights(recipe: Recipe, architecture: Architecture, execution: Execut
             roles["expert"] += sum(map(round_to_block, sizes))
             continue
         role = parameter.role if parameter.role in roles else "other"
-        own_itemsize = norm_itemsize if parameter.role == "norm" else itemsize
-        roles[role] += round_to_block(parameter.params * own_itemsize)
+        roles[role] += round_to_block(parameter.params * itemsize)
     return FrozenWeights(
         packed_bytes=packed,
         scale_bytes=scales,

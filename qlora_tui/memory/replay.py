@@ -24,7 +24,6 @@ from qlora_tui.memory.step import (
     PartProfile,
     StepProfile,
     adapter_copies,
-    embedding_itemsize,
     layer_input_bytes,
 )
 from qlora_tui.recipe.schema import Recipe
@@ -90,7 +89,7 @@ class _Run:
             ends = len(step_profile.layers)
         marked = _with_repetitions(step_profile.layers, ends)
         self._layers = [(layer.recording, not is_repeated) for layer, is_repeated in marked]
-        self._embedded_bytes = layout.tokens * layout.hidden * embedding_itemsize(execution)
+        self._embedded_bytes = layer_input_bytes(layout, execution)
         self._keeps_embedding = layout.modifies_embedding or not step_profile.layers[0].keeps_input
         self._inputs = (input_bytes(architecture, layout, execution), mask_bytes(layout, execution))
 

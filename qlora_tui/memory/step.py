@@ -78,9 +78,6 @@ def make_ops(meter: AllocationMeter, layout: Layout, execution: ExecutionConfig,
         dropout=dropout,
         autocast=execution.autocast,
         tokens=layout.tokens,
-        fused=execution.library_kernels,
-        fused_lora=execution.foak_lora,
-        fused_mlp=execution.liger_mlp,
         own_fused=execution.own_fused,
         triton=execution.triton,
         float16=execution.float16,
@@ -88,29 +85,23 @@ def make_ops(meter: AllocationMeter, layout: Layout, execution: ExecutionConfig,
 
 
 def residual_itemsize(execution: ExecutionConfig) -> int:
-    """Return the bytes per element of the residual stream: float32 once embeddings or norms were cast."""
-    return 4 if execution.cast_to_float32 or execution.norms_float32 else execution.compute_itemsize
-
-
-def embedding_itemsize(execution: ExecutionConfig) -> int:
-    """Return the bytes per element of the embedding's output, the first layer's input."""
+    """Return the bytes per element of the residual stream: float32 once embeddings and norms were cast."""
     return 4 if execution.cast_to_float32 else execution.compute_itemsize
 
 
 def profile_step(layout: Layout, execution: ExecutionConfig, dropout: float) -> StepProfile:
     """Replay each kind of layer once, and the head."""
-    profiles: dict[tuple[int, int, bool], PartProfile] = {}
+    profiles: dict[tuple[int, bool], PartProfile] = {}
     layers = []
-    itemsize = embedding_itemsize(execution)
+    itemsize = residual_itemsize(execution)
     first_kept = len(layout.blocks) - execution.kept_layers
     for index, block in enumerate(layout.blocks):
         checkpointed = execution.checkpointing and index < first_kept
-        key = (id(block), itemsize, checkpointed)
+        key = (id(block), checkpointed)
         if key not in profiles:
             run = partial(_layer, block=block)
             profiles[key] = _profile(layout, execution, dropout, run, itemsize, checkpointed=checkpointed)
         layers.append(profiles[key])
-        itemsize = residual_itemsize(execution)
     tail = partial(_tail, layout=layout, execution=execution)
     return StepProfile(
         tuple(layers), _profile(layout, execution, dropout, tail, itemsize, checkpointed=False)
@@ -121,7 +112,7 @@ def peak_candidates(
     step_profile: StepProfile, layout: Layout, execution: ExecutionConfig, *, every_layer: bool = False
 ) -> list[Peak]:
     """Return every candidate for the step's peak, in order of time; or ``every_layer``'s forward too."""
-    embedded = _embedded(layout, execution, embedding_itemsize(execution))
+    embedded = _embedded(layout, execution)
     token_row_bytes = Counter(
         activations=layout.tokens * layout.token_rows
     )  # trained row index of each token
@@ -167,9 +158,10 @@ def adapter_copies(layout: Layout, execution: ExecutionConfig) -> list[int]:
     return [round_to_block(count * execution.compute_itemsize) for count in layout.lora_tensors]
 
 
-def _embedded(layout: Layout, execution: ExecutionConfig, itemsize: int) -> Items:
+def _embedded(layout: Layout, execution: ExecutionConfig) -> Items:
     """Return the bytes of the embedding's output, and of the mask of GPT-2's dropout on it."""
     numel = layout.tokens * layout.hidden
+    itemsize = residual_itemsize(execution)
     mask = numel * (1 if execution.device == "cuda" else itemsize) if layout.embedding_dropout else 0
     return {"activations": numel * itemsize + mask}
 
@@ -188,8 +180,7 @@ def _tail(
     """Replay final norm, head and loss. The last layer's output is freed after the norm."""
     normed = norm(ops, layout.blocks[-1], inputs[0])
     inputs.clear()
-    itemsize = 4 if execution.cast_to_float32 else execution.compute_itemsize
-    return head_and_loss(ops, layout, execution, normed, itemsize)
+    return head_and_loss(ops, layout, execution, normed, residual_itemsize(execution))
 
 
 def _profile(
@@ -295,8 +286,11 @@ def _autocast_copies(layout: Layout, execution: ExecutionConfig) -> Items:
 
     A LoRA projection fused into one function casts separately and keeps nothing.
     """
-    casts_for_itself = execution.own_fused or execution.foak_lora
-    if not execution.autocast or casts_for_itself or execution.adapter_itemsize == execution.compute_itemsize:
+    if (
+        not execution.autocast
+        or execution.own_fused
+        or execution.adapter_itemsize == execution.compute_itemsize
+    ):
         return {}
     return {"adapter": layout.adapter_parameters * execution.compute_itemsize}
 

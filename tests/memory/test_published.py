@@ -1,4 +1,4 @@
-"""The estimate against published measurements of other people's code paths (a part of the table in use)."""
+"""The estimate against published measurements of transformers and peft (a part of the table in use)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from bench import estimator
-from bench.published_rows import group_of, read_execution
-from bench.published_words import Unplaced
+from bench.published_rows import Unplaced, read_execution
 from tests.catalog.configs import CONFIGS
 
 TABLE = Path(__file__).parent / "measured.csv"
@@ -40,8 +39,9 @@ def test_errors_average_below_half_and_never_reach_minus_three_percent(result: d
 
 @pytest.mark.slow
 def test_no_run_out_of_memory_was_predicted_to_fit(result: dict[str, Any]) -> None:
-    assert len(result["out_of_memory"]) == 4
+    assert len(result["out_of_memory"]) == 2
     assert all(row["said_it_would_not_fit"] for row in result["out_of_memory"])
+    assert result["ran_but_said_not_to_fit"] == []
 
 
 def test_an_unmatchable_row_is_listed_with_its_reason(tmp_path: Path) -> None:
@@ -53,65 +53,17 @@ def test_an_unmatchable_row_is_listed_with_its_reason(tmp_path: Path) -> None:
     assert result["unplaced"][0]["why"] == "no config for no/such-model"
 
 
-@pytest.fixture(scope="module")
-def more() -> dict[str, Any]:
-    """Rows of older versions of transformers, of mixed precision on 16-bit weights, and of a Granite."""
-    return estimator.run(TABLE.with_name("measured_more.csv"), CONFIGS, NO_FITCHECK)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "id_",
-    [f"m{number}" for number in (105, 109, 113, 117, 121, 123, 129, 132, 133, 137, 139, 141, 143, 145)],
-)
-def test_rows_of_older_versions_match_within_3_in_10_000(id_: str, more: dict[str, Any]) -> None:
-    (row,) = (row for row in more["rows"] if row["id"] == id_)
-    assert abs(row["error_pct"]) < 0.03, row
-
-
-@pytest.mark.slow
-def test_a_full_gpu_decides_what_ran_and_what_did_not(more: dict[str, Any]) -> None:
-    # 79.7 GiB of tensors went out of memory on a GPU of 80, and 69.3 with as much again in gaps ran.
-    assert [row["id"] for row in more["out_of_memory"] if row["said_it_would_not_fit"]] == ["m112"]
-    assert more["ran_but_said_not_to_fit"] == []
-
-
-@pytest.mark.slow
-def test_a_16_bit_base_on_a_gpu_matches_the_replay(more: dict[str, Any]) -> None:
-    # Those whose allocator's gaps the replay finds: Liger's loss, and a Granite's.
-    rows = {row["id"]: row["tier_error_pct"].get("process (nvidia-smi)", 99) for row in more["rows"]}
-    assert [abs(rows[id_]) < 0.1 for id_ in ("m109", "m137", "m139")] == [True] * 3, rows
-
-
-@pytest.mark.slow
-def test_rows_without_a_length_have_a_reason_and_no_figure(more: dict[str, Any]) -> None:
-    assert {row["id"]: row["why"] for row in more["unplaced"]} == dict.fromkeys(
-        ("m147", "m149"), "seq_len is 'dataset': the longest batch decides, and the row does not give it"
-    )
-
-
-@pytest.mark.slow
-def test_every_row_counts_in_the_group_whose_code_it_ran(
-    result: dict[str, Any], more: dict[str, Any]
-) -> None:
-    counted = [sum(figures["rows"] for figures in scored["by_group"].values()) for scored in (result, more)]
-    measured = [
-        [row for row in scored["rows"] if row["measured_bytes"] is not None] for scored in (result, more)
-    ]
-    assert counted == [len(rows) for rows in measured]
-    assert result["by_group"]["stock"]["rows"] == sum("fitcheck" in r["source_url"] for r in _table_rows())
-    assert more["by_group"]["foreign"]["rows"] == 11 and more["by_group"]["trl"]["rows"] == 3
+@pytest.mark.parametrize("id_", ["m071", "m093", "m098", "m101", "m137", "m143"])
+def test_rows_of_older_versions_match_within_4_in_10_000(id_: str, result: dict[str, Any]) -> None:
+    (row,) = (row for row in result["rows"] if row["id"] == id_)
+    assert abs(row["error_pct"]) < 0.04, row
 
 
 def test_bias_is_signed_and_low_estimates_are_counted() -> None:
     summary = estimator._summary([1.0, -4.0, None])
     assert summary["bias_pct"] == -1.5 and summary["mean_pct"] == 2.5
     assert summary["under_by_more_than_3_pct"] == 1 and summary["rows"] == 2
-
-
-def _table_rows() -> list[dict[str, str]]:
-    with TABLE.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if row["measured_gb"] != "OOM"]
 
 
 def _row(**changes: str) -> dict[str, str]:
@@ -149,9 +101,8 @@ def _row(**changes: str) -> dict[str, str]:
         ("gpu", "RTX 3090 24GB", "capability", (8, 6)),
         ("extra", "reentrant ckpt", "reentrant", True),
         ("extra", "non-reentrant ckpt", "reentrant", False),
-        ("extra", "bf16 compute; chunked loss", "loss", "chunked"),
         ("extra", "HF default loss (no chunking)", "loss", "stock"),
-        ("extra", "Liger fused linear cross-entropy", "loss", "liger"),
+        ("extra", "qlora-tui 0.9", "loss", "chunked"),
         ("extra", "QLoRA without fp32 upcast", "cast_to_float32", False),
         ("extra", "norms, embedding and head with fp32 upcast", "cast_to_float32", True),
         ("extra", "bnb_4bit_compute_dtype=torch.float32", "compute_itemsize", 4),
@@ -178,6 +129,10 @@ def test_a_row_is_read_by_its_words(column: str, text: str, field: str, value: o
         ("extra", "torch.compile; bf16", "compiled"),
         ("extra", "DeepSpeed ZeRO-3", "several GPUs"),
         ("extra", "Unsloth 2025.1", "Unsloth"),
+        ("extra", "FOAK: fused kernels; HF Trainer", "kernels of other"),
+        ("extra", "HF Trainer; use_liger_kernel", "kernels of other"),
+        ("extra", "TRL 0.22; bf16 compute", "TRL"),
+        ("extra", "bf16 compute; chunked loss", "chunks"),
         ("lora_r", "", "whole model"),
         ("extra", "2 GPUs; bf16", "several GPUs"),
         ("gpu", "2x A100 80GB", "several GPUs"),
@@ -185,7 +140,7 @@ def test_a_row_is_read_by_its_words(column: str, text: str, field: str, value: o
         ("extra", "LLaMA-Factory", "engine"),
         ("extra", "TRL DPO", "supervised"),
         ("extra", "modules_to_save=lm_head", "more than an adapter"),
-        ("seq_len", "up to 512", "seq_len"),
+        ("seq_len", "dataset", "the longest batch decides"),
         ("grad_ckpt", "every 2nd layer", "grad_ckpt"),
     ],
 )
@@ -203,34 +158,11 @@ def test_dropout_is_read_however_it_is_written(text: str, dropout: float) -> Non
 
 
 @pytest.mark.parametrize(
-    ("words", "norms_float32", "cast_to_float32", "adapter_itemsize", "reentrant"),
-    [
-        ("TRL 0.11.4; transformers 4.45.2; bf16 compute", True, False, 4, True),
-        ("TRL 0.11.4; transformers 4.45.2; fp16 compute", False, True, 4, True),
-        ("TRL; transformers 4.45.2; bf16 compute", True, False, 4, True),
-        ("TRL 0.25; prepare_model_for_kbit_training; bf16 compute", True, False, 4, False),
-        ("TRL 0.26; transformers 4.57; bf16 compute", False, False, 2, True),
-        ("TRL 0.27; transformers 4.57; bf16 compute", False, False, 2, False),
-        ("TRL; transformers 5.1; bf16 compute", False, False, 2, False),
-        ("HF Trainer; transformers 4.45; no upcast; bf16 compute", False, False, 4, True),
-    ],
-)
-def test_trl_prepares_a_quantized_model_as_its_version_does(
-    words: str, norms_float32: bool, cast_to_float32: bool, adapter_itemsize: int, reentrant: bool
-) -> None:
-    _, execution = read_execution(_row(extra=words))
-    assert (execution.norms_float32, execution.cast_to_float32) == (norms_float32, cast_to_float32)
-    assert (execution.adapter_itemsize, execution.reentrant) == (adapter_itemsize, reentrant)
-    assert execution.autocast and not execution.logits_alive_in_backward
-
-
-@pytest.mark.parametrize(
     ("words", "autocast", "held"),
     [
         ("plain loop; compute bf16", False, True),
         ("HF Trainer; compute bf16", False, False),
         ("HF Trainer; bf16=True", True, False),
-        ("TRL 0.22; compute bf16", True, False),
         ("LoRA fp32 by autocast_adapter_dtype; fp16 compute", False, True),
     ],
 )
@@ -239,44 +171,6 @@ def test_16_bit_weights_use_autocast_only_where_the_trainer_did(
 ) -> None:
     _, execution = read_execution(_row(extra=words, quant="none(bf16)", double_quant="", source_url=""))
     assert (execution.autocast, execution.logits_alive_in_backward) == (autocast, held)
-
-
-@pytest.mark.parametrize(
-    ("words", "loss", "kernels", "lora", "mlp", "group"),
-    [
-        ("FOAK: fused kernels; HF Trainer", "fused", True, True, False, "foreign"),
-        ("FOAK + Liger fused-linear-CE; HF Trainer", "liger", True, True, False, "foreign"),
-        ("TRL 0.22; use_liger_kernel", "liger", True, False, True, "foreign"),
-        ("TRL 0.22", "stock", False, False, False, "trl"),
-        ("TRL 1.6", "stock", False, False, False, "trl"),
-        ("TRL 1.7", "trl_chunked", False, False, False, "trl"),
-        ("TRL 1.15", "trl_tiled", False, False, False, "trl"),
-        ("TRL 1.15; HF default loss", "stock", False, False, False, "trl"),
-        ("plain loop", "stock", False, False, False, "stock"),
-        ("qlora-tui 0.9", "chunked", False, False, False, "ours"),
-    ],
-)
-def test_kernels_and_their_engine_are_read_from_the_words(
-    words: str, loss: str, kernels: bool, lora: bool, mlp: bool, group: str
-) -> None:
-    row = _row(extra=words, source_url="")
-    _, execution = read_execution(row)
-    assert (execution.loss, execution.library_kernels, execution.foak_lora, execution.liger_mlp) == (
-        loss,
-        kernels,
-        lora,
-        mlp,
-    )
-    assert group_of(row, execution) == group
-
-
-def test_foak_fuses_queries_keys_and_values_only_together() -> None:
-    words = {"extra": "FOAK: fused kernels; HF Trainer"}
-    assert read_execution(_row(**words, targets="q_proj k_proj v_proj"))[1].foak_lora
-    assert not read_execution(_row(**words, targets="q_proj v_proj"))[1].foak_lora
-    for targets in ("all-linear", "q_proj o_proj", "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"):
-        with pytest.raises(Unplaced, match="fused LoRA"):
-            read_execution(_row(**words, targets=targets))
 
 
 def test_one_gpu_of_a_numbered_series_is_one_gpu() -> None:
