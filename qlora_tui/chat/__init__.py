@@ -13,7 +13,6 @@ generation                 one answer, token by token (token_sampler, kv_cache, 
 effect_measurement         measures an adapter on validation conversations
 task_worker                what base and adapter answer to validation prompts (task_answers), in
                            a separate process
-harness_worker             tasks of lm-eval, done by base and adapter (harness_model: a session as its model)
 adapter_deltas             reads an adapter and computes merged weights, for export too (base_weights: which
                            weights of the base each update applies to; expert_deltas: updates of experts)
 repl                       the command line's chat

@@ -43,7 +43,6 @@ run_summary     a run in one line, for lists
 row_losses      the loss of each training row before and after a run, and its class
 row_loss_job    has it measured
 metrics_table   the steps of a run as a CSV or Parquet table
-harness         tasks of lm-eval, in files of the user
 task_metrics    what base and adapter answer to validation prompts, and whether the difference is chance
 measuring       measures a run in a child process; measuring_worker: that process, which holds the run's lock
 length_costs    memory and time at other sequence lengths

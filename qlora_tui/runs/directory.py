@@ -144,11 +144,6 @@ class RunDir:
         return self.path / "task_evaluation.json"
 
     @property
-    def harness_results_path(self) -> Path:
-        """What base and adapter did in tasks of lm-eval; only where they were run."""
-        return self.path / "harness_results.json"
-
-    @property
     def adapter_dir(self) -> Path:
         return self.path / "adapter"
 

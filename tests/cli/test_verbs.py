@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -23,11 +24,13 @@ from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Evaluated, Failed, Finished, Started, StepVerified
 from qlora_tui.runs.status import Status, write_status
+from qlora_tui.runs.task_metrics.task_evaluation import LossChange
 from qlora_tui.training.gguf_conversion import folder_of
 from qlora_tui.tui.app import QloraApp
 from tests.cli.conftest import CONFIGS, Call
 from tests.support.nvml_stub import install_nvml_stub
 from tests.support.step_events import a_step
+from tests.support.task_evaluations import a_row, put_evaluation
 from tests.tui.fake_runs import FakeRun, write_fake_run
 
 
@@ -328,19 +331,14 @@ def test_an_empty_prompt_is_not_asked(call: Call, finished_run: RunDir) -> None:
     assert "The prompt is empty." in said.err
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (("--chat",), "--chat needs --tasks"),
-        (("--tasks", "t.yaml", "--prompts", "3"), "--prompts and --tasks exclude each other"),
-        (("--rows", "-1"), "0 or more"),
-    ],
-)
-def test_options_of_evaluate_without_an_effect_are_refused(
-    options: tuple[str, ...], words: str, call: Call, finished_run: RunDir
-) -> None:
-    said = call("evaluate", finished_run.id, *options)
-    assert said.code == 2 and words in said.err
+@pytest.mark.parametrize("model", ["acme/tiny", "/models/tiny-Q4_K_M.gguf"])
+def test_evaluate_prints_the_command_of_lm_eval_for_the_adapter(call: Call, model: str) -> None:
+    run = create_run(Recipe(name="owls", model=Model(id=model)))
+    loss = LossChange(rows=0, before=0.0, after=0.0, interval=None)
+    put_evaluation(run, [a_row("red", "blue", "red")], loss)
+    words = shlex.split(call("evaluate", run.id).out.splitlines()[-1])
+    base = f"{model},peft={run.adapter_dir},dtype=auto" if model == "acme/tiny" else "MERGED"
+    assert words == f"lm_eval --model hf --model_args pretrained={base} --tasks TASKS".split()
 
 
 def test_rows_of_a_folder_are_named_with_their_file(call: Call, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from qlora_tui.data.excluded_rows import RowPlace
 from qlora_tui.formatting import align_columns, capitalize, pluralize
@@ -64,13 +64,6 @@ def metric_table(metrics: Sequence[Metric], *, narrow: bool = False) -> list[str
     return align_columns(table)
 
 
-def row_lines(name: str, texts: Mapping[str, str]) -> Iterator[str]:
-    """One row with its texts, by what they are."""
-    yield f"row {name}"
-    for label, text in texts.items():
-        yield f"  {label:<9} {' '.join(text.split())[:_SHOWN_CHARACTERS]}"
-
-
 def _row_lines(row: TaskRow) -> Iterator[str]:
     texts = {
         "prompt": row.prompt[-_SHOWN_CHARACTERS:],
@@ -78,7 +71,9 @@ def _row_lines(row: TaskRow) -> Iterator[str]:
         "base": row.base_raw or row.base,
         "adapter": row.adapter_raw or row.adapter,
     }
-    return row_lines(str(RowPlace(row.file, row.row)), texts)
+    yield f"row {RowPlace(row.file, row.row)}"
+    for label, text in texts.items():
+        yield f"  {label:<9} {' '.join(text.split())[:_SHOWN_CHARACTERS]}"
 
 
 def _metric_cells(metric: Metric) -> tuple[str, ...]:
