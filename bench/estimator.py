@@ -12,8 +12,6 @@ with a figure.
 A row that ran out of memory has no figure: there the process tier is compared with the GPU, and so it is for
 the rows that ran. Where ``extra`` gives what the allocator reserved or the process held beside what was
 allocated (``peak_reserved_MiB``, ``process_MiB``, ``nvidia_smi_MiB``), those tiers are scored too.
-
-The other estimator is ``fitcheck-llm`` 0.3.1 in ``.bench-venv`` (``make bench-deps``), fed the same config.
 """
 
 from __future__ import annotations
@@ -27,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.fitcheck import Answer, ask, question
 from bench.published_rows import Row, Unplaced, find_config, read_execution
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_parser import load_config, parse_architecture
@@ -51,20 +48,17 @@ class Score:
     measured_bytes: int | None
     """None where the run went out of memory."""
     ours_bytes: int
-    fitcheck_bytes: int | None
     process_bytes: int
     phase: str
     capacity_bytes: int | None
     verdict: str | None
     tier_errors: dict[str, float]
     """In percent, by tier, where the row gives it."""
-    fitcheck_process_error: float | None
 
-    def error(self, predicted: int | None) -> float | None:
+    @property
+    def error_pct(self) -> float | None:
         """Relative error in percent; positive is over."""
-        if predicted is None or not self.measured_bytes:
-            return None
-        return _percent(predicted, self.measured_bytes)
+        return _percent(self.ours_bytes, self.measured_bytes) if self.measured_bytes else None
 
     @property
     def exceeds_gpu_memory(self) -> bool | None:
@@ -95,7 +89,7 @@ def measured_tiers(row: Row) -> dict[str, float]:
     return {tier: float(match[1]) * 2**20 for tier, match in matches.items() if match}
 
 
-def score(row: Row, architecture: Architecture, fitcheck: Answer | None) -> Score:
+def score(row: Row, architecture: Architecture) -> Score:
     """Estimate one row. Raises Unplaced or UserError."""
     recipe, execution = read_execution(row)
     capacity, tiers = _capacity(row["gpu"]), measured_tiers(row)
@@ -103,7 +97,6 @@ def score(row: Row, architecture: Architecture, fitcheck: Answer | None) -> Scor
     measured = None
     if not _ran_out(row):
         measured = int(float(row["measured_gb"].replace(",", "")) * UNITS[row["unit"].strip().lower()])
-    theirs = fitcheck and tiers.get("process") and _percent(fitcheck[1], tiers["process"])
     return Score(
         id=row["id"],
         model=row["model_id"],
@@ -111,13 +104,11 @@ def score(row: Row, architecture: Architecture, fitcheck: Answer | None) -> Scor
         measure=row["measure"],
         measured_bytes=measured,
         ours_bytes=_tier(estimated, row["measure"]),
-        fitcheck_bytes=fitcheck and fitcheck[0],
         process_bytes=estimated.process_bytes,
         phase=estimated.peak_phase,
         capacity_bytes=capacity,
         verdict=None if capacity is None else check_fit(estimated, capacity).word,
         tier_errors={tier: _percent(_tier(estimated, tier), bytes_) for tier, bytes_ in tiers.items()},
-        fitcheck_process_error=theirs,
     )
 
 
@@ -135,27 +126,19 @@ def _capacity(gpu: str) -> int | None:
     return int(match[1]) * 2**30 if match else None
 
 
-def run(tables: Path | Sequence[Path], configs: Path, fitcheck: Path) -> dict[str, Any]:
+def run(tables: Path | Sequence[Path], configs: Path) -> dict[str, Any]:
     """Score whole tables; the JSON that ``--json`` prints."""
-    placed: list[tuple[Row, Path, Architecture]] = []
+    scores: list[Score] = []
     unplaced: list[dict[str, str]] = []
     for row in _read_tables([tables] if isinstance(tables, Path) else tables):
         try:
-            read_execution(row)
             config = find_config(row["model_id"], configs)
-            placed.append((row, config, parse_architecture(load_config(config))))
+            scores.append(score(row, parse_architecture(load_config(config))))
         except (Unplaced, UserError, KeyError, ValueError) as reason:
             unplaced.append({"id": row.get("id", "?"), "model": row.get("model_id", "?"), "why": str(reason)})
-    answers = ask([question(row, config) for row, config, _ in placed], fitcheck)
-    scores: list[Score] = []
-    for (row, _, architecture), answer in zip(placed, answers, strict=True):
-        try:
-            scores.append(score(row, architecture, answer))
-        except (Unplaced, UserError, KeyError, ValueError) as reason:
-            unplaced.append({"id": row["id"], "model": row["model_id"], "why": str(reason)})
     return {
         "rows": [_row(scored) for scored in scores],
-        "summary": {name: summary(scores, name) for name in ("ours", "fitcheck")},
+        "summary": _summary(scored.error_pct for scored in scores),
         "by_path": _by_path(scores),
         "by_tier": _by_tier(scores),
         "out_of_memory": [_out_of_memory(scored) for scored in scores if scored.measured_bytes is None],
@@ -181,10 +164,8 @@ def _row(scored: Score) -> dict[str, Any]:
         "measured_bytes": scored.measured_bytes,
         "ours_bytes": scored.ours_bytes,
         "peak_phase": scored.phase,
-        "error_pct": scored.error(scored.ours_bytes),
-        "fitcheck_error_pct": scored.error(scored.fitcheck_bytes),
+        "error_pct": scored.error_pct,
         "tier_error_pct": scored.tier_errors,
-        "fitcheck_process_error_pct": scored.fitcheck_process_error,
     }
 
 
@@ -199,12 +180,8 @@ def _out_of_memory(scored: Score) -> dict[str, Any]:
     }
 
 
-def summary(scores: Iterable[Score], name: str) -> dict[str, Any]:
-    """Mean of the absolute errors, their bias (the signed mean), the worst over and under, in percent."""
-    return _summary([each.error(getattr(each, f"{name}_bytes")) for each in scores])
-
-
 def _summary(errors: Iterable[float | None]) -> dict[str, Any]:
+    """Mean of the absolute errors, their bias (the signed mean), the worst over and under, in percent."""
     known = [error for error in errors if error is not None]
     if not known:
         nothing = ("mean_pct", "bias_pct", "worst_over_pct", "worst_under_pct")
@@ -221,23 +198,20 @@ def _summary(errors: Iterable[float | None]) -> dict[str, Any]:
 
 def _by_path(scores: list[Score]) -> dict[str, Any]:
     paths = dict.fromkeys(each.path for each in scores)
-    return {path: summary([scored for scored in scores if scored.path == path], "ours") for path in paths}
+    return {path: _summary(scored.error_pct for scored in scores if scored.path == path) for path in paths}
 
 
 def _by_tier(scores: list[Score]) -> dict[str, Any]:
-    summaries = {tier: _summary(each.tier_errors.get(tier) for each in scores) for tier in MEASURED_TIERS}
-    summaries["process, as fitcheck says"] = _summary(scored.fitcheck_process_error for scored in scores)
-    return summaries
+    return {tier: _summary(each.tier_errors.get(tier) for each in scores) for tier in MEASURED_TIERS}
 
 
 def _print(result: dict[str, Any]) -> None:
     for row in result["rows"]:
         if row["measured_bytes"] is None:
             continue
-        theirs = "—" if row["fitcheck_error_pct"] is None else f"{row['fitcheck_error_pct']:+.1f}"
         print(
             f"{row['id']:6}{row['model'][-28:]:29}{row['measured_bytes'] / 2**30:8.3f} GiB"
-            f"{row['ours_bytes'] / 2**30:9.3f}{row['error_pct']:+8.2f} %   {theirs:>7}   "
+            f"{row['ours_bytes'] / 2**30:9.3f}{row['error_pct']:+8.2f} %   "
             f"{row['peak_phase']:24}"
             + "  ".join(f"{tier} {error:+.1f}" for tier, error in row["tier_error_pct"].items())
         )
@@ -247,9 +221,7 @@ def _print(result: dict[str, Any]) -> None:
     print("\nby tier, where a row gives it")
     for tier, figures in result["by_tier"].items():
         print(f"  {_figures(figures)}  {tier}")
-    print("\nin all")
-    for name, figures in result["summary"].items():
-        print(f"  {_figures(figures)}  {name}")
+    print(f"\nin all\n  {_figures(result['summary'])}")
     failed_rows = result["out_of_memory"]
     predicted = sum(bool(row["said_it_would_not_fit"]) for row in failed_rows)
     fits = sum(row["verdict"] in ("fits", "tight") for row in failed_rows)
@@ -276,10 +248,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Score the memory estimate against measurements.")
     parser.add_argument("--csv", type=Path, nargs="+", default=[TESTS / "memory" / "measured.csv"])
     parser.add_argument("--configs", type=Path, default=TESTS / "configs")
-    parser.add_argument("--fitcheck", type=Path, default=Path(".bench-venv/bin/python"))
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    result = run(given.csv, given.configs, given.fitcheck)
+    result = run(given.csv, given.configs)
     if given.json:
         print(json.dumps(result, indent=1))
     else:
