@@ -24,21 +24,6 @@ _SILENCE_S = 0.02
 """What comes after so long without anything is another repaint; not every program marks its own."""
 
 
-class Link:
-    """A slow connection between program and user, computed rather than waited for."""
-
-    def __init__(self, bytes_per_s: float, delay_s: float) -> None:
-        self.delay_s = delay_s
-        """One way."""
-        self._bytes_per_s = bytes_per_s
-        self._free_at = 0.0
-
-    def arrival(self, sent_at: float, size: int) -> float:
-        """Return when the last of ``size`` bytes sent at ``sent_at`` arrives, after all sent before."""
-        self._free_at = max(sent_at, self._free_at) + size / self._bytes_per_s
-        return self._free_at + self.delay_s
-
-
 class Terminal:
     """Starts ``command`` on a terminal of ``columns`` × ``rows``; ends it on leaving the ``with`` block."""
 
@@ -49,7 +34,6 @@ class Terminal:
         columns: int = 80,
         rows: int = 24,
         env: Mapping[str, str] | None = None,
-        link: Link | None = None,
     ) -> None:
         self.started = time.perf_counter()
         self._screen, side = pty.openpty()
@@ -66,11 +50,6 @@ class Terminal:
         self.painted = bytearray()
         self.repaints = 0
         self._read_at = 0.0
-        self.seen_at = 0.0
-        """When what was read last was seen: at once, or at the end of the link."""
-        self.most_behind_s = 0.0
-        """The longest that anything painted took to be seen."""
-        self._link = link
 
     def __enter__(self) -> Self:
         return self
@@ -101,8 +80,6 @@ class Terminal:
             now = time.perf_counter()
             self.repaints += now - self._read_at > _SILENCE_S
             self._read_at = now
-            self.seen_at = self._link.arrival(now, len(piece)) if self._link else now
-            self.most_behind_s = max(self.most_behind_s, self.seen_at - now)
             self.painted += piece
             if _CAN_YOU_HOLD_FRAMES in piece:
                 os.write(self._screen, _YES)
@@ -127,15 +104,13 @@ class Terminal:
         return len(self.painted) - before
 
     def answer_s(self, key: str, shows: str, seconds: float = 10.0) -> float | None:
-        """Return seconds from a key until ``shows`` is seen, including both ways of the link; None: never."""
-        away = self._link.delay_s if self._link else 0.0
-        self.watch(away)
+        """Return seconds from a key until ``shows`` is painted; None: never."""
         before, pressed = len(self.painted), time.perf_counter()
         self.press(key)
         while time.perf_counter() < pressed + seconds:
             self.read(0.05)
             if self.painted.find(shows.encode(), before) >= 0:
-                return self.seen_at - pressed + away
+                return self._read_at - pressed
         return None
 
     def memory_bytes(self) -> int:
