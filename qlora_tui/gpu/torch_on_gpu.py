@@ -30,6 +30,16 @@ _DRIVERS = {11: "450", 12: "525", 13: "580"}
 "CUDA minor version compatibility")."""
 _OLDEST_CAPABILITIES = {11: (3, 5), 12: (5, 0), 13: (7, 5)}
 """Lowest compute capability that each major version of CUDA compiles for."""
+_TRIMMED_CUDA = (12, 8)
+"""First CUDA of PyTorch's own builds without code for GPUs that it could still compile for (pytorch issues
+157517 and 172352): they begin at 7.5, those of torch 2.8 to 2.10 at 7.0."""
+_BUILDS = {
+    "cu130": ((13, 0), ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_110", "sm_120")),
+    "cu126": ((12, 6), ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")),
+    "cu128": ((12, 8), ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")),
+}
+"""CUDA and architectures of PyTorch's own builds (``RELEASE.md`` of pytorch, "CUDA Support Matrix"), those to
+prefer first. Each is on a package index of its own (https://download.pytorch.org/whl)."""
 _BLACKWELL = (10, 0)
 _BLACKWELL_CUDA = (12, 8)
 """First CUDA that compiles for compute capability 10.0 and 12.0 (RTX 50)."""
@@ -93,7 +103,7 @@ def torch_problem(gpu: GpuDevice | None) -> UserError | None:
             f"CUDA {torch.cuda[0]} needs a newer driver{f', {needed} or later' if needed else ''}.",
             f"Update the driver, or: {install_fix(gpu)}",
         )
-    if capability is not None and (why := _why_not_compiled(capability, torch.cuda)):
+    if capability is not None and (why := _why_not_compiled(capability, torch)):
         return _no_code(gpu.short_name, capability, why, driver_cuda or torch.cuda)
     if gpu.compute_mode == "prohibited":
         return UserError(
@@ -152,7 +162,7 @@ def with_cpu_choice(error: GpuUnavailableError) -> UserError:
 
 
 def install_fix(gpu: GpuDevice | None) -> str:
-    """Return which torch to install for a GPU and its driver, in a sentence; None: for one not known."""
+    """Return which torch to install for a GPU and its driver, in sentences; None: for one not known."""
     build = "" if gpu is None else _build_for(gpu.capability, parse_version(gpu.cuda_version))
     return _install_fix(build)
 
@@ -172,32 +182,41 @@ def _no_code(name: str, capability: tuple[int, int], why: str, driver_cuda: tupl
 
 
 def _install_fix(build: str) -> str:
+    torch = installed_torch()
+    if build and torch and torch.cuda == _BUILDS[build][0]:
+        return "PyTorch has no other build for this GPU and driver: see https://pytorch.org/get-started."
     if not build:
         return "Install a build of torch for this GPU and driver: https://pytorch.org/get-started."
     return f"Install the build of torch for this GPU and driver: `{torch_command(build)}`."
 
 
 def _build_for(capability: tuple[int, int] | None, driver_cuda: tuple[int, int] | None) -> str:
-    """Return the newest build of torch, as in ``cu126``, that driver and GPU run; empty where none is known.
-
-    The builds for each CUDA are on an index of their own (https://download.pytorch.org/whl). Those for CUDA
-    12.6 still have code for GTX 10.
-    """
-    if driver_cuda is None or driver_cuda[0] < 12:
+    """Return the build of torch, as in ``cu126``, that driver and GPU run; empty where none is known."""
+    if driver_cuda is None:
         return ""
-    if capability is not None and capability < _OLDEST_CAPABILITIES[13]:
-        return "cu126"
-    if driver_cuda[0] >= 13:
-        return "cu130"
-    return "cu128" if capability is not None and capability >= _BLACKWELL else "cu126"
+    for build, (cuda, architectures) in _BUILDS.items():
+        has_code = capability is None or any(_runs_on(each, capability) for each in architectures)
+        if cuda[0] <= driver_cuda[0] and has_code:
+            return build
+    return ""
 
 
-def _why_not_compiled(capability: tuple[int, int], cuda: tuple[int, int]) -> str:
-    """Return why no build with this CUDA has code for a compute capability; empty where one may."""
-    oldest = _OLDEST_CAPABILITIES.get(cuda[0])
+def _why_not_compiled(capability: tuple[int, int], torch: TorchBuild) -> str:
+    """Return why an installed build for CUDA has no code for a compute capability; empty where it may."""
+    if torch.cuda is None:
+        return ""
+    oldest = _OLDEST_CAPABILITIES.get(torch.cuda[0])
     if oldest is not None and capability < oldest:
-        return f"CUDA {cuda[0]} compiles for compute capability {_dotted(oldest)} and newer."
-    if capability >= _BLACKWELL and cuda < _BLACKWELL_CUDA:
+        return f"CUDA {torch.cuda[0]} compiles for compute capability {_dotted(oldest)} and newer."
+    # Others compile for what they like: only PyTorch's own builds name CUDA in their version.
+    is_pytorchs = torch.version.endswith(f"+cu{torch.cuda[0]}{torch.cuda[1]}")
+    if is_pytorchs and torch.cuda >= _TRIMMED_CUDA:
+        numbers = parse_version(torch.version)
+        oldest = (7, 0) if numbers is not None and (2, 8) <= numbers < (2, 11) else (7, 5)
+        if capability < oldest:
+            cuda = _dotted(torch.cuda)
+            return f"This build for CUDA {cuda} has code for compute capability {_dotted(oldest)} and newer."
+    if capability >= _BLACKWELL and torch.cuda < _BLACKWELL_CUDA:
         return f"Compute capability {_dotted(capability)} needs a build with CUDA {_dotted(_BLACKWELL_CUDA)}."
     return ""
 

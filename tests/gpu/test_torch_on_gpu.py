@@ -13,6 +13,7 @@ from qlora_tui.gpu.metrics import GpuDevice
 from qlora_tui.gpu.torch_on_gpu import (
     TorchBuild,
     architecture_problem,
+    install_fix,
     installed_torch,
     torch_problem,
     why_on_the_cpu,
@@ -66,6 +67,10 @@ def test_the_build_is_read_from_its_version_file(
         (gpu("RTX 3090", "8.6", "11.4", "470.1"), "12.6", ("525", "pytorch.org/get-started")),
         (gpu("GTX 1080", "6.1", "13.0"), "13.0", ("capability 6.1", "7.5 and newer", "cu126")),
         (gpu("RTX 5070", "12.0", "12.8"), "12.4", ("capability 12.0", "CUDA 12.8", "cu128")),
+        (gpu("GTX 1080", "6.1", "13.0"), "12.8", ("capability 6.1", "7.5 and newer", "cu126")),
+        (gpu("GTX 1080", "6.1", "12.8"), "12.9", ("capability 6.1", "7.5 and newer", "cu126")),
+        (gpu("V100", "7.0", "13.0"), "12.8", ("capability 7.0", "7.5 and newer", "cu126")),
+        (gpu("V100", "7.0", "13.0"), "12.6", None),
     ],
 )
 def test_a_build_that_cannot_use_the_gpu_is_refused(
@@ -78,6 +83,36 @@ def test_a_build_that_cannot_use_the_gpu_is_refused(
     else:
         assert problem is not None and "--gpu cpu" in problem.fix
         assert [word for word in words if word not in str(problem)] == []
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "runs"),
+    [
+        ("2.7.1+", "7.0", False),
+        ("2.8.0+", "7.0", True),
+        ("2.8.0+", "6.1", False),
+        ("2.10.0+", "7.0", True),
+        ("2.11.0+", "7.0", False),
+        pytest.param("2.11.0", "6.1", True, id="a build of others"),
+    ],
+)
+def test_what_pytorch_builds_for_cuda_12_8_has_code_for(
+    monkeypatch: pytest.MonkeyPatch, version: str, capability: str, runs: bool
+) -> None:
+    install_torch(monkeypatch, "12.8", version)
+    assert (torch_problem(gpu("a GPU", capability, "12.8")) is None) == runs
+
+
+@pytest.mark.parametrize(
+    ("capability", "cuda", "build"),
+    [("11.0", "13.0", ""), ("9.0", "13.0", ""), ("11.0", "12.8", "cu130"), ("3.7", "13.0", "")],
+)
+def test_the_installed_build_is_no_remedy(
+    monkeypatch: pytest.MonkeyPatch, capability: str, cuda: str, build: str
+) -> None:
+    install_torch(monkeypatch, cuda)
+    fix = install_fix(gpu("a GPU", capability, "13.0"))
+    assert "pytorch.org" in fix and ("index-url" in fix) == bool(build) and build in fix
 
 
 @pytest.mark.parametrize(
@@ -103,7 +138,7 @@ def test_code_runs_on_later_gpus_by_the_rules_of_cuda(
     problem = architecture_problem("a GPU", capability, architectures)
     assert (problem is None) == runs
     if problem is not None:
-        assert architectures[0] in problem.why and "download.pytorch.org" in problem.fix
+        assert architectures[0] in problem.why and "pytorch.org" in problem.fix
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,13 @@ def stub_env(scenario: str, *, lost_after: int = 100) -> dict[str, str]:
         pytest.skip(str(error))
 
 
-def install_torch(patch: pytest.MonkeyPatch, cuda: str | None) -> None:
-    """Make this process take the installed torch for a build with this CUDA, or for one for the CPU."""
-    version = f"2.13.0+{'cu' + cuda.replace('.', '') if cuda else 'cpu'}"
+def install_torch(patch: pytest.MonkeyPatch, cuda: str | None, version: str = "2.13.0+") -> None:
+    """Make this process take the installed torch for a build with this CUDA, or for one for the CPU.
+
+    A ``version`` that ends with ``+`` gets the name that PyTorch gives its own builds.
+    """
+    if version.endswith("+"):
+        version += f"cu{cuda.replace('.', '')}" if cuda else "cpu"
     build = TorchBuild(version, "cuda" if cuda else "cpu", parse_version(cuda))
     patch.setattr("qlora_tui.gpu.torch_on_gpu.installed_torch", lambda: build)
 
