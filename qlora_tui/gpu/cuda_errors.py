@@ -6,6 +6,7 @@ code from 2.8 on (``torch.AcceleratorError``); older versions, Triton and bitsan
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from enum import Enum
@@ -13,8 +14,10 @@ from typing import NamedTuple
 
 from qlora_tui.errors import UserError
 from qlora_tui.gpu.errors import ErrorText, GpuUnavailableError
+from qlora_tui.gpu.torch_env import without_growing_segments
 from qlora_tui.gpu.torch_on_gpu import install_fix
 from qlora_tui.gpu.visible_devices import default_cuda_device
+from qlora_tui.gpu.wsl import is_wsl2
 from qlora_tui.installation import install_command
 
 OUT_OF_MEMORY = "out of memory"
@@ -37,27 +40,43 @@ class CudaFailure(Enum):
     DRIVER = "driver"
     BUSY = "busy"
     NOT_READY = "not ready"
+    LIBRARY = "library"
     LOST = "lost"
+    UNKNOWN = "unknown"
+    """As lost; under WSL2 the driver of Windows failed."""
 
 
 _FAILURES = {
     3: (CudaFailure.DRIVER, "initialization error"),
+    34: (CudaFailure.DRIVER, "CUDA driver is a stub library"),
     35: (CudaFailure.DRIVER, "CUDA driver version is insufficient for CUDA runtime version"),
+    36: (CudaFailure.DRIVER, "API call is not supported in the installed CUDA driver"),
     46: (CudaFailure.BUSY, "CUDA-capable device(s) is/are busy or unavailable"),
+    98: (CudaFailure.NO_CODE, "invalid device function"),
     100: (CudaFailure.DRIVER, "no CUDA-capable device is detected"),
+    200: (CudaFailure.NO_CODE, "device kernel image is invalid"),
     209: (CudaFailure.NO_CODE, "no kernel image is available for execution on the device"),
     214: (CudaFailure.LOST, "uncorrectable ECC error encountered"),
+    216: (CudaFailure.BUSY, "exclusive-thread device already in use by a different thread"),
+    218: (CudaFailure.NO_CODE, "a PTX JIT compilation failed"),
     220: (CudaFailure.LOST, "uncorrectable NVLink error detected during the execution"),
     222: (CudaFailure.DRIVER, "the provided PTX was compiled with an unsupported toolchain."),
+    223: (CudaFailure.NO_CODE, "PTX JIT compilation was disabled"),
+    600: (CudaFailure.UNKNOWN, "device not ready"),
     702: (CudaFailure.LOST, "the launch timed out and was terminated"),
     719: (CudaFailure.LOST, "unspecified launch failure"),
     802: (CudaFailure.NOT_READY, "system not yet initialized"),
     803: (CudaFailure.DRIVER, "system has unsupported display driver / cuda driver combination"),
     804: (CudaFailure.DRIVER, "forward compatibility was attempted on non supported HW"),
-    999: (CudaFailure.LOST, "unknown error"),
+    999: (CudaFailure.UNKNOWN, "unknown error"),
 }
 """Kind and sentence of each code, ``cudaError_t`` in ``driver_types.h``. Wrong addresses and assertions are
 left out: they are bugs."""
+_WITHOUT_CODE = (
+    (CudaFailure.BUSY, "all CUDA-capable devices are busy or unavailable"),
+    (CudaFailure.LIBRARY, "CUBLAS_STATUS_NOT_INITIALIZED"),
+)
+"""Kind and sentence of what has no code in torch: code 46 in CUDA before 12, and cuBLAS's own error."""
 
 
 class CudaError(NamedTuple):
@@ -93,6 +112,12 @@ _TEXTS = {
         "NVIDIA's fabric manager does not run.",
         "Start it: `sudo systemctl start nvidia-fabricmanager`.",
     ),
+    CudaFailure.LIBRARY: ErrorText(
+        "A CUDA library could not start",
+        "cuBLAS could not create its context on the GPU.",
+        "Usually too little of the GPU's memory is free; else driver and library do not fit each other.",
+        "Close the programs that `nvidia-smi` lists. If memory is free, `qlora-tui doctor` tests the GPU.",
+    ),
     CudaFailure.LOST: ErrorText(
         "The GPU stopped computing",
         "The GPU was reset or lost while it computed.",
@@ -100,6 +125,13 @@ _TEXTS = {
         "`sudo dmesg | grep -i xid` shows what the driver said. If `nvidia-smi` fails too, reboot.",
     ),
 }
+_TEXTS[CudaFailure.UNKNOWN] = _TEXTS[CudaFailure.LOST]
+_WINDOWS_DRIVER = ErrorText(
+    "The driver of Windows failed",
+    "CUDA failed in the NVIDIA driver of Windows, through which WSL2 uses the GPU.",
+    "Windows suspended or reset the GPU, or some of its driver's versions fail so.",
+    "Update the NVIDIA driver in Windows, and run `wsl --shutdown` there.",
+)
 
 
 def cuda_error(error: BaseException) -> CudaError | None:
@@ -132,12 +164,15 @@ def error_in_log(line: str) -> CudaError | None:
 
 def describe(error: CudaError) -> UserError:
     """Return the error in words, without how to go on with a run."""
-    text = _TEXTS[error.failure]
+    in_windows = error.failure is CudaFailure.UNKNOWN and is_wsl2()
+    text = _WINDOWS_DRIVER if in_windows else _TEXTS[error.failure]
     why = f'CUDA says: "{error.sentence}". {text.why}'
-    if error.failure in (CudaFailure.LOST, CudaFailure.DRIVER) and was_suspended():
+    if error.failure in (CudaFailure.LOST, CudaFailure.UNKNOWN, CudaFailure.DRIVER) and was_suspended():
         what = "The machine was suspended while the GPU computed, and the GPU lost what it held."
         return UserError(text.title, what=what, why=f'CUDA says: "{error.sentence}".', fix=text.fix)
     fix = text.fix
+    if in_windows and (setting := without_growing_segments(os.environ)):
+        fix = f"Set `{setting}`: growing segments fail on some versions of this driver. Otherwise: {fix}"
     if error.failure is CudaFailure.NO_CODE:
         try:
             gpu = default_cuda_device()
@@ -159,7 +194,7 @@ def was_suspended() -> bool:
 
 
 def _by_sentence(sentence: str) -> CudaError | None:
-    matches = (known for known in _FAILURES.values() if sentence.startswith(known[1]))
+    matches = (known for known in (*_FAILURES.values(), *_WITHOUT_CODE) if sentence.startswith(known[1]))
     return next((CudaError(*known) for known in matches), None)
 
 

@@ -87,6 +87,15 @@ def grows_segments(environ: Mapping[str, str]) -> bool:
     return values.get("expandable_segments") == "True"
 
 
+def without_growing_segments(environ: Mapping[str, str]) -> str:
+    """Return ``NAME=value`` that ends growing segments a user set; empty where these variables set none."""
+    name = _CUDA_ALLOCATOR if _CUDA_ALLOCATOR in environ else _ALLOCATOR
+    if name not in environ or not grows_segments(environ):
+        return ""
+    value = environ[name].replace(" ", "").replace(_GROWING_SEGMENTS, "expandable_segments:False")
+    return f"{name}={value}"
+
+
 def _allocator_settings(environ: Mapping[str, str]) -> str:
     """Return the settings of the allocator in a trainer started with these variables.
 
