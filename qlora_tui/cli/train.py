@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> CommandResult | int:
     return follow(new, as_json=args.json)
 
 
-def report_checks(checks: tuple[Check, ...]) -> None:
+def _report_checks(checks: tuple[Check, ...]) -> None:
     """Print what checks note on stderr. Raises UserError if a run with this recipe cannot start."""
     for check in checks:
         if check.problem is not None:
@@ -73,7 +73,7 @@ def _confirm(checks: tuple[Check, ...]) -> bool:
 
     For an error that the user may override, it prompts at a terminal, and only prints it in a script.
     """
-    report_checks(checks)
+    _report_checks(checks)
     if not errors(checks) or not (sys.stdin.isatty() and sys.stderr.isatty()):
         return True
     print("Launch anyway? [y/N] ", end="", file=sys.stderr, flush=True)
