@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
 import sys
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from enum import Enum
+from importlib.metadata import PackageNotFoundError, distribution, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, Self
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 PROGRAM = "qlora-tui"
 _TORCH_INDEX = "https://download.pytorch.org/whl/"
+_TORCH_BUILD = re.compile(r"cpu|xpu|cu\d+|rocm[\d.]+")
+_UV_FOR_TORCH = "0.9.19"
+"""First uv whose ``tool install`` has ``--torch-backend`` (uv pull request 17117); earlier ones ignore the
+variable UV_TORCH_BACKEND there, and refuse the option."""
+_RECEIPT = "uv-receipt.toml"
 
 
 class Installer(Enum):
@@ -25,42 +38,179 @@ class Installer(Enum):
 def installer() -> Installer:
     """Return what manages the environment of this process."""
     prefix = Path(sys.prefix)
-    if (prefix / "uv-receipt.toml").exists():
+    if (prefix / _RECEIPT).exists():
         return Installer.UV_TOOL
     if (prefix / "pipx_metadata.json").exists():
         return Installer.PIPX
     return Installer.UV if find_spec("pip") is None else Installer.PIP
 
 
+@dataclass(frozen=True)
+class _Package:
+    """A package to install, and where from."""
+
+    name: str
+    extras: tuple[str, ...] = ()
+    source: str = ""
+    """What follows the name: a specifier, ``" @ URL"`` or ``" ; marker"``."""
+    editable: str = ""
+    """Its folder, if it is used where it is."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Return the package of ``name`` or ``name[extra,extra]``."""
+        name, _, extras = text.partition("[")
+        return cls(name, tuple(filter(None, extras.rstrip("]").split(","))))
+
+    def words(self, editable_option: str = "--editable", *before: str) -> list[str]:
+        """Return the arguments that name this package; those ``before`` it where it is not editable."""
+        extras = f"[{','.join(self.extras)}]" if self.extras else ""
+        if self.editable:
+            return [editable_option, f"{self.editable}{extras}"]
+        return [*before, f"{self.name}{extras}{self.source}"]
+
+
+@dataclass(frozen=True)
+class _UvTool:
+    """What ``uv tool install`` was asked to install, of its receipt."""
+
+    packages: tuple[_Package, ...]
+    """This program first."""
+    python: str = ""
+
+    def command(self, *options: str) -> list[str]:
+        """Return the command that installs all of it; a shorter one would remove what it does not name."""
+        program, *others = self.packages
+        words = ["uv", "tool", "install", *options, *program.words()]
+        words += [word for each in others for word in each.words("--with-editable", "--with")]
+        return words + (["--python", self.python] if self.python else [])
+
+
 def install_command(*requirements: str) -> str:
     """Return the command that installs or upgrades packages, such as ``mlflow`` or ``qlora-tui[export]``.
 
-    An environment of uv or pipx is changed through these, and may have no pip.
+    An environment of uv or pipx is changed through these, and may have no pip. The program comes from where
+    it was installed from, be it a folder.
     """
-    of_program = [name for name in requirements if name.partition("[")[0] == PROGRAM] or [PROGRAM]
-    others = [name for name in requirements if name not in of_program]
+    packages = [_Package.parse(requirement) for requirement in requirements]
     match installer():
-        case Installer.UV_TOOL:
-            extra = [word for name in others for word in ("--with", name)]
-            words = ["uv", "tool", "install", "--upgrade", *of_program, *extra]
+        case Installer.UV_TOOL if tool := _uv_tool():
+            tool = replace(tool, packages=_with(tool.packages, packages))
+            build = _torch_build()
+            return shlex.join(tool.command("--upgrade", *(["--torch-backend", build] if build else [])))
         case Installer.PIPX:
-            words = ["pipx", "runpip", PROGRAM, "install", "--upgrade", *requirements]
+            begin = ["pipx", "runpip", PROGRAM, "install", "--upgrade"]
         case Installer.PIP:
-            words = [sys.executable, "-m", "pip", "install", "--upgrade", *requirements]
-        case Installer.UV:
-            words = ["uv", "pip", "install", "--python", sys.executable, "--upgrade", *requirements]
-    return shlex.join(words)
+            begin = [sys.executable, "-m", "pip", "install", "--upgrade"]
+        case _:
+            begin = ["uv", "pip", "install", "--python", sys.executable, "--upgrade"]
+    own = _installed_program()
+    packages = [replace(own, extras=each.extras) if each.name == PROGRAM else each for each in packages]
+    return shlex.join([*begin, *(word for each in packages for word in each.words())])
 
 
 def torch_command(build: str) -> str:
     """Return the command that replaces torch by a build of its own package index, such as ``cu126``."""
     match installer():
-        case Installer.UV_TOOL:
-            return f"UV_TORCH_BACKEND={build} uv tool install --reinstall {PROGRAM}"
+        case Installer.UV_TOOL if tool := _uv_tool():
+            return shlex.join(tool.command("--torch-backend", build, "--reinstall-package", "torch"))
         case Installer.PIPX:
             begin = ["pipx", "runpip", PROGRAM, "install", "--force-reinstall"]
         case Installer.PIP:
             begin = [sys.executable, "-m", "pip", "install", "--force-reinstall"]
-        case Installer.UV:
+        case _:
             begin = ["uv", "pip", "install", "--python", sys.executable, "--reinstall-package", "torch"]
     return shlex.join([*begin, "torch", "--index-url", f"{_TORCH_INDEX}{build}"])
+
+
+def torch_command_needs() -> str:
+    """Return what the command for torch needs, such as ``uv 0.9.19 or newer``; empty if nothing special."""
+    is_tool = installer() is Installer.UV_TOOL and _uv_tool() is not None
+    return f"uv {_UV_FOR_TORCH} or newer" if is_tool else ""
+
+
+def _uv_tool() -> _UvTool | None:
+    """Return what the receipt of uv says; None where it says something that cannot be repeated here.
+
+    Then packages are installed into the environment, of which the receipt does not know.
+    """
+    try:
+        tool = tomllib.loads((Path(sys.prefix) / _RECEIPT).read_text(encoding="utf-8"))["tool"]
+        packages = [_of_receipt(each) for each in tool["requirements"]]
+        programs = {entry.get("from", PROGRAM) for entry in tool.get("entrypoints", [])}
+        is_repeatable = tool.keys() <= {"requirements", "python", "entrypoints"} and programs <= {PROGRAM}
+        own = next(each for each in packages if each.name == PROGRAM)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration):
+        return None
+    others = [each for each in packages if each is not own]
+    return _UvTool((own, *others), str(tool.get("python", ""))) if is_repeatable else None
+
+
+def _of_receipt(entry: dict[str, Any]) -> _Package:
+    """Return a requirement of a receipt. Raises ValueError where it has what is not known here."""
+    entry = dict(entry)
+    name, extras = entry.pop("name"), tuple(entry.pop("extras", ()))
+    marker = entry.pop("marker", "")
+    if len(entry) > 1:
+        raise ValueError(entry)
+    source = ""
+    for kind, value in entry.items():
+        match kind:
+            case "editable":
+                return _Package(name, extras, editable=value)
+            case "specifier":
+                source = value
+            case "directory" | "path":
+                source = f" @ {Path(value).as_uri()}"
+            case "url":
+                source = f" @ {value}"
+            case "git":
+                source = f" @ {_git_url(value)}"
+            case _:
+                raise ValueError(kind)
+    return _Package(name, extras, f"{source} ; {marker}" if marker else source)
+
+
+def _git_url(value: str) -> str:
+    """Return the URL that installs from what a receipt says, as in ``https://host/repository?rev=main``."""
+    parts = urlsplit(value)
+    query = dict(parse_qsl(parts.query))
+    folder = query.pop("subdirectory", "")
+    if query.keys() - {"rev", "tag", "branch"}:
+        raise ValueError(value)
+    revision = "".join(f"@{each}" for each in query.values())
+    url = parts._replace(query="", fragment=f"subdirectory={folder}" if folder else "")
+    return "git+" + url._replace(path=f"{url.path}{revision}").geturl()
+
+
+def _with(packages: Iterable[_Package], added: Iterable[_Package]) -> tuple[_Package, ...]:
+    """Return packages with others added, and with their extras where they are there."""
+    merged = {each.name: each for each in packages}
+    for each in added:
+        there = merged.setdefault(each.name, each)
+        merged[each.name] = replace(there, extras=tuple(dict.fromkeys((*there.extras, *each.extras))))
+    return tuple(merged.values())
+
+
+def _installed_program() -> _Package:
+    """Return this program and where it was installed from (PEP 610)."""
+    try:
+        origin = json.loads(distribution(PROGRAM).read_text("direct_url.json") or "{}")
+        url, parts = origin["url"], urlsplit(origin["url"])
+        if origin.get("dir_info", {}).get("editable"):
+            return _Package(PROGRAM, editable=unquote(parts.path))
+        vcs = origin.get("vcs_info")
+        revision = f"@{vcs['requested_revision']}" if vcs and "requested_revision" in vcs else ""
+        folder = f"#subdirectory={origin['subdirectory']}" if origin.get("subdirectory") else ""
+        return _Package(PROGRAM, source=f" @ {vcs['vcs'] + '+' if vcs else ''}{url}{revision}{folder}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, PackageNotFoundError):
+        return _Package(PROGRAM)
+
+
+def _torch_build() -> str:
+    """Return the build of a torch from an index of its own, such as ``cu126``; empty for the usual index."""
+    try:
+        build = version("torch").partition("+")[2]
+    except PackageNotFoundError:
+        return ""
+    return build if _TORCH_BUILD.fullmatch(build) else ""

@@ -21,7 +21,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.gpu.errors import GpuUnavailableError
 from qlora_tui.gpu.metrics import GpuDevice, parse_version
 from qlora_tui.gpu.visible_devices import choose_gpu
-from qlora_tui.installation import torch_command
+from qlora_tui.installation import torch_command, torch_command_needs
 
 ON_THE_CPU = 'To train on the CPU, choose it: `--gpu cpu`, or gpu = "cpu" in config.toml.'
 _TITLE = "torch cannot use the GPU"
@@ -187,7 +187,8 @@ def _install_fix(build: str) -> str:
         return "PyTorch has no other build for this GPU and driver: see https://pytorch.org/get-started."
     if not build:
         return "Install a build of torch for this GPU and driver: https://pytorch.org/get-started."
-    return f"Install the build of torch for this GPU and driver: `{torch_command(build)}`."
+    needs = f" ({needed})" if (needed := torch_command_needs()) else ""
+    return f"Install the build of torch for this GPU and driver: `{torch_command(build)}`{needs}."
 
 
 def _build_for(capability: tuple[int, int] | None, driver_cuda: tuple[int, int] | None) -> str:
