@@ -90,7 +90,8 @@ def run(args: argparse.Namespace) -> CommandResult:
     lines += ["", *_what_fits(data["what_fits"])]
     if (step := data["step"]) and step["description"]:
         total, faster = format_gib(step["total_bytes"]), describe_speedup(step["speedup"])
-        lines.append(f"where {total} GiB are free, about {faster}: {step['description']}")
+        free = format_gib(step["least_free_bytes"])
+        lines.append(f"with {free} GiB free: takes {total} GiB, about {faster}: {step['description']}")
     for change in data["cheapest_changes"]:
         cost = f"; {change['cost']}" if change["cost"] else ""
         lines.append(

@@ -74,6 +74,7 @@ def as_json(
             "kept_layers": choice.kept_layers,
             "layers": architecture.layers,
             "total_bytes": choice.estimate.total_bytes,
+            "least_free_bytes": choice.least_free_bytes,
             "speedup": round(choice.speedup, 3),
             "description": describe_choice(choice),
         },

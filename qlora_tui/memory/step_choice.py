@@ -17,6 +17,7 @@ out-of-memory error ``runs.retry`` lowers both.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import isqrt
 
 from msgspec import structs
 
@@ -24,7 +25,7 @@ from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.memory.estimate import Estimate, estimate
 from qlora_tui.memory.execution import LEAN_OPTIMIZER, Device, ExecutionConfig, trainer_execution
 from qlora_tui.memory.layout import STYLES
-from qlora_tui.memory.verdict import check_fit
+from qlora_tui.memory.verdict import TIGHT_SHARE, check_fit
 from qlora_tui.recipe.schema import Recipe, RecipeOptimizer
 
 CPU_SHARE = 0.5
@@ -38,8 +39,8 @@ _MULTIPLICATIONS_PER_S = 30e12
 """Of a GPU whose speed was not measured: between an RTX 3060 (about 12e12) and an RTX 4090 (about 70e12), as
 calculated from their specifications."""
 _LAUNCH_S = 4e-3
-"""Time in which a CPU launches the kernels of a layer for one micro-batch, however few tokens it has:
-calculated for a desktop, from 7.2 ms on a slow server."""
+"""Time in which a CPU launches the kernels of a recomputed layer for one micro-batch, however few tokens it
+has: calculated for a desktop, from 7.2 ms on a slow server."""
 _UNPACK_S = 4e-12
 """Time to dequantize a 4-bit weight: 2.5 bytes read and written, at 0.6 TB/s (calculated)."""
 _LEAN_TENSOR_S = 8e-5
@@ -62,6 +63,12 @@ class StepChoice:
     """Memory of the run."""
     speedup: float
     """Predicted speed relative to the recipe with nothing but what it needs: 1.2 is 20 % faster."""
+
+    @property
+    def least_free_bytes(self) -> int:
+        """Free memory from which on this is chosen."""
+        share = CPU_SHARE if self.estimate.execution.device == "cpu" else 1
+        return int(self.estimate.band.high_bytes / (1 - TIGHT_SHARE) / share)
 
     @property
     def kept_layers(self) -> int:
@@ -88,8 +95,7 @@ def choose_step(
     free_bytes: int,
     *,
     device: Device | None = None,
-    optimizer: RecipeOptimizer | None = None,
-    max_kept_layers: int | None = None,
+    processes: int = 1,
 ) -> StepChoice:
     """Return the fastest of what the recipe leaves open and the memory allows.
 
@@ -99,28 +105,28 @@ def choose_step(
 
     Args:
         free_bytes: memory of the device that nothing else uses, what this run already holds included.
-        optimizer: the one to use for ``auto``, where that was decided before.
-        max_kept_layers: maximum number of layers to keep.
+        processes: processes of the run, with a GPU each, which share the passes of a step.
 
     Raises:
         UserError: the estimate does not support the model.
     """
     device = device or Device()
-    least = with_optimizer(recipe, optimizer or LEAN_OPTIMIZER)
+    least = with_optimizer(recipe, LEAN_OPTIMIZER)
     available = _available(free_bytes, device)
+    before = step_seconds(least, architecture, device, processes=processes)
 
     def chosen(candidate: Recipe) -> StepChoice:
-        kept = plan_kept_layers(candidate, architecture, free_bytes, device=device, limit=max_kept_layers)
+        kept = plan_kept_layers(candidate, architecture, free_bytes, device=device)
         result = kept.estimate if kept else estimate(candidate, architecture, device=device)
-        before = step_seconds(least, architecture, device)
-        after = step_seconds(candidate, architecture, device, kept.kept_layers if kept else 0)
+        layers = kept.kept_layers if kept else 0
+        after = step_seconds(candidate, architecture, device, layers, processes=processes)
         return StepChoice(recipe, candidate, kept, result, before / after)
 
     best = chosen(least)
     if recipe.quantization.streamed_layers or not best.estimate.exact:
         return best
     optimizers = [least.training.optimizer]
-    if recipe.training.optimizer == "auto" and optimizer is None:
+    if recipe.training.optimizer == "auto":
         optimizers.append("adamw")
     for rows in _micro_batches(recipe, device):
         choices = [chosen(with_optimizer(with_micro_batch(recipe, rows), name)) for name in optimizers]
@@ -137,12 +143,14 @@ def choose_step(
 def _micro_batches(recipe: Recipe, device: Device) -> list[int]:
     """Return the rows at a time to try, the recipe's first: the divisors of a step's rows from there on.
 
-    On a CPU a step computes no faster with more of them.
+    On a CPU a step computes no faster with more rows.
     """
     least, rows = recipe.training.micro_batch_size, recipe.effective_batch
     if device.kind == "cpu" or not recipe.training.auto_micro_batch:
         return [least]
-    return [size for size in range(least, rows + 1) if rows % size == 0]
+    small = [size for size in range(1, isqrt(rows) + 1) if rows % size == 0]
+    sizes = sorted({*small, *(rows // size for size in small)})
+    return [least, *(size for size in sizes if size > least)]
 
 
 def with_micro_batch(recipe: Recipe, rows: int) -> Recipe:
@@ -210,7 +218,9 @@ def plan_kept_layers(
     return KeptLayersPlan(low, architecture.layers, available_bytes, best)
 
 
-def step_seconds(recipe: Recipe, architecture: Architecture, device: Device, kept_layers: int = 0) -> float:
+def step_seconds(
+    recipe: Recipe, architecture: Architecture, device: Device, kept_layers: int = 0, *, processes: int = 1
+) -> float:
     """Return the predicted time of an optimizer step, to compare settings of one recipe with each other.
 
     On a GPU a micro-batch takes the longer of computing and of launching its kernels; 4-bit weights are
@@ -222,16 +232,18 @@ def step_seconds(recipe: Recipe, architecture: Architecture, device: Device, kep
     rate = device.speed.flops_per_s / 2 if device.speed else _MULTIPLICATIONS_PER_S
     tokens = recipe.rows_per_pass * recipe.data.max_length
     seconds = tokens * (once + recomputed * again) / rate
+    count = -(-training.gradient_accumulation // processes)
+    if device.kind == "cpu":
+        return count * seconds
     modules = [module for module in architecture.modules if module.layer is not None]
-    if device.kind == "cuda":
-        if recipe.quantization.method in ("nf4", "fp4"):
-            passes = 2 + recomputed / max(layers, 1)
-            seconds += _UNPACK_S * passes * sum(module.weight_params for module in modules)
-        seconds = max(seconds, _LAUNCH_S * layers)
+    # Forward and backward, and what is recomputed.
+    passes = 2 + recomputed / max(layers, 1)
+    if recipe.quantization.method in ("nf4", "fp4"):
+        seconds += _UNPACK_S * passes * sum(module.weight_params for module in modules)
+    seconds = max(seconds, _LAUNCH_S * layers * passes / 3)
     fused = training.optimizer == "adamw"
     # A and B of each module.
-    optimizer_s = _FUSED_OPTIMIZER_S if fused else _LEAN_TENSOR_S * 2 * len(modules)
-    return training.gradient_accumulation * seconds + optimizer_s
+    return count * seconds + (_FUSED_OPTIMIZER_S if fused else _LEAN_TENSOR_S * 2 * len(modules))
 
 
 def products_per_token(recipe: Recipe, architecture: Architecture) -> tuple[float, float]:
@@ -250,6 +262,9 @@ def products_per_token(recipe: Recipe, architecture: Architecture) -> tuple[floa
         if module.layer is not None and module.part not in ("vision", "other"):
             weights += module.weight_params
             down += module.weight_params if ends_early and module.kind == "down_proj" else 0
+    if architecture.experts is not None:
+        experts = sum(module.weight_params for module in architecture.expert_modules)
+        weights += experts * architecture.experts.per_token // architecture.experts.count
     layers = architecture.layers
     once = 2 * weights + layers * (1 + _ATTENTION_BACKWARD) * attention + 2 * architecture.head.weight_params
     return once, (weights - down) / max(layers, 1) + attention

@@ -73,7 +73,7 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
             return _format_verified(event)
         case StepChosen():
             split = f"{event.micro_batch_size} × {event.gradient_accumulation}"
-            return f"chosen for the free memory: batch {event.effective_batch} = {split}, {event.optimizer}"
+            return f"by the free memory: batch {event.effective_batch} = {split}, optimizer {event.optimizer}"
         case LayersKept():
             return _format_kept(event)
         case LayersStreamed():

@@ -23,7 +23,6 @@ from qlora_tui.formatting import (
     short_model_name,
 )
 from qlora_tui.memory import Estimate, cheapest_changes, check_fit, choose_step, estimate
-from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.explain import describe_choice
 from qlora_tui.memory.four_bit import require_4_bit_experts
 from qlora_tui.recipe.conflicts import find_conflicts
@@ -65,7 +64,7 @@ def preflight(recipe: Recipe, machine: Machine, *, read_columnar: bool) -> tuple
     estimated = None
     if files is not None:
         checks += [*_stored_experts(recipe, files), *_lora(recipe, files), *_length(recipe, files)]
-        memory, estimated = _memory(recipe, files, machine.budget)
+        memory, estimated = _memory(recipe, files, machine)
         checks.append(_UNKNOWN_MEMORY if machine.trains_on_unknown_gpu else memory)
         # An assumed GPU is in another machine.
         if estimated is not None and estimated.host_bytes and not machine.budget.is_assumed:
@@ -188,7 +187,8 @@ def _length(recipe: Recipe, files: ModelFiles) -> list[Check]:
     return [Check(CheckKind.LENGTH, "warning", f"{warning.what} {warning.why}", warning.fix)]
 
 
-def _memory(recipe: Recipe, files: ModelFiles, budget: MemoryBudget) -> tuple[Check, Estimate | None]:
+def _memory(recipe: Recipe, files: ModelFiles, machine: Machine) -> tuple[Check, Estimate | None]:
+    budget = machine.budget
     try:
         estimated = estimate(recipe, files.architecture, device=budget.device)
     except UserError as problem:
@@ -196,7 +196,10 @@ def _memory(recipe: Recipe, files: ModelFiles, budget: MemoryBudget) -> tuple[Ch
     verdict = check_fit(estimated, budget.bytes)
     needed, available = format_gib(verdict.needed_bytes), format_gib(budget.bytes)
     text = f"{verdict.word}: {needed} of {available} GiB of {budget.name}."
-    choice = choose_step(recipe, files.architecture, budget.bytes, device=budget.device)
+    # What an active run holds will be free again.
+    now = None if machine.active or budget.is_assumed else machine.free_bytes
+    free_bytes = budget.bytes if now is None else now
+    choice = choose_step(recipe, files.architecture, free_bytes, device=budget.device)
     if chosen := describe_choice(choice):
         text += f" It will use {format_gib(choice.estimate.total_bytes)} to be faster: {chosen}."
     match verdict.word:

@@ -25,6 +25,7 @@ from qlora_tui.memory import Estimate, MeasuredRun, correction_for, estimate, re
 from qlora_tui.memory.cpu import liger_is_installed, torch_has_varlen, torch_is_for_cuda, triton_is_installed
 from qlora_tui.memory.execution import LEAN_OPTIMIZER
 from qlora_tui.memory.step_choice import KeptLayersPlan, choose_step, plan_kept_layers, with_optimizer
+from qlora_tui.memory.transfer_speed import measured_speed
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.events import MemoryMeasured
 from qlora_tui.training.base_model import PreparedBase
@@ -99,7 +100,7 @@ class MemoryMeter:
         self.estimate = self._estimate(recipe, corrected=True)
 
     def choose_step(
-        self, recipe: Recipe, longest: int, free_bytes: int, *, after_running_out: bool
+        self, recipe: Recipe, longest: int, free_bytes: int, *, after_running_out: bool, processes: int
     ) -> Recipe:
         """Return the recipe with the optimizer and the rows at a time for which memory is free.
 
@@ -107,6 +108,7 @@ class MemoryMeter:
             longest: tokens of the longest sequence.
             free_bytes: see :meth:`free_bytes`; with several processes, the least.
             after_running_out: choose the least instead.
+            processes: processes of the run, which share the passes of a step.
         """
         least = with_optimizer(recipe, LEAN_OPTIMIZER)
         if after_running_out:
@@ -114,7 +116,7 @@ class MemoryMeter:
         measured = structs.replace(recipe, data=structs.replace(recipe.data, max_length=max(1, longest)))
         device = self._corrected_device()
         try:
-            choice = choose_step(measured, self._architecture, free_bytes, device=device)
+            choice = choose_step(measured, self._architecture, free_bytes, device=device, processes=processes)
         except UserError:
             return least
         return structs.replace(recipe, training=choice.recipe.training)
@@ -224,6 +226,7 @@ def _as_estimated(device: ComputeDevice) -> EstimatedDevice:
         managed_memory=managed_memory_is_safe(),
         triton=cuda and triton_is_installed(),
         varlen=torch_has_varlen(),
+        speed=measured_speed(device.name) if cuda else None,
     )
 
 

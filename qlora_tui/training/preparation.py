@@ -149,7 +149,16 @@ def _choose_step(context: AttemptContext, data: PreparedDataset, meter: MemoryMe
         return context
     longest = recipe.data.max_length if recipe.data.packing else min(max(lengths), recipe.data.max_length)
     free_bytes = min(context.dist.all_gather(meter.free_bytes()))
-    chosen = meter.choose_step(recipe, longest, free_bytes, after_running_out=context.has_run_out)
+    # Unlike GPUs would choose differently, and processes with unlike optimizers drift apart.
+    chosen = context.dist.broadcast(
+        meter.choose_step(
+            recipe,
+            longest,
+            free_bytes,
+            after_running_out=context.has_run_out,
+            processes=context.dist.world_size,
+        )
+    )
     training = chosen.training
     recipe = structs.replace(recipe, training=training)
     meter.set_recipe(recipe)

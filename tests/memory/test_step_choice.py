@@ -16,8 +16,11 @@ from qlora_tui.memory.step_choice import (
     StepChoice,
     choose_step,
     plan_kept_layers,
+    products_per_token,
     step_seconds,
 )
+from qlora_tui.memory.transfer_speed import TransferSpeed
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Recipe, Training
 from tests.catalog.configs import config
 
@@ -140,6 +143,48 @@ def test_a_small_model_takes_more_rows_and_full_states() -> None:
 def test_otherwise_a_step_stays_as_the_recipe_has_it(gib: float, settings: dict[str, Any]) -> None:
     training = choice_of("meta-llama/Llama-3.1-8B", gib, **settings).recipe.training
     assert (training.micro_batch_size, training.optimizer) == (1, LEAN_OPTIMIZER)
+
+
+@pytest.mark.parametrize("processes", [2, 4, 8])
+@pytest.mark.parametrize("model", ["Qwen/Qwen2.5-1.5B", "meta-llama/Llama-3.1-8B"])
+def test_no_process_waits_for_the_others(model: str, processes: int) -> None:
+    recipe = Recipe(data=Data(max_length=1024))
+    choice = choose_step(recipe, parse_architecture(config(model)), 80 * GIB, processes=processes)
+    assert choice.recipe.training.gradient_accumulation % processes == 0
+
+
+def test_more_rows_are_worth_it_where_launching_or_unpacking_takes_long() -> None:
+    def rows(model: str, **changes: Any) -> int:
+        recipe = Recipe(data=Data(max_length=512), training=Training(gradient_accumulation=64))
+        recipe = replace_setting(recipe, "quantization.method", changes.get("method", "nf4"))
+        speed = TransferSpeed(at=0, bytes_per_s=1e10, flops_per_s=changes.get("flops", 6e13))
+        device = Device(triton=True, speed=speed)
+        choice = choose_step(recipe, parse_architecture(config(model)), 200 * GIB, device=device)
+        return choice.recipe.training.micro_batch_size
+
+    fast = rows("Qwen/Qwen2.5-0.5B", method="none", flops=2e14)
+    slow = rows("Qwen/Qwen2.5-0.5B", method="none", flops=2e12)
+    assert fast > slow == 1
+    assert rows("meta-llama/Llama-3.1-8B") > rows("meta-llama/Llama-3.1-8B", method="none")
+
+
+def test_the_free_memory_that_is_named_is_enough() -> None:
+    choice = choice_of("meta-llama/Llama-3.1-8B", 24)
+    again = choice_of("meta-llama/Llama-3.1-8B", choice.least_free_bytes / GIB + 0.01)
+    less = choice_of("meta-llama/Llama-3.1-8B", choice.least_free_bytes / GIB - 0.1)
+    assert again.recipe == choice.recipe and less.recipe != choice.recipe
+
+
+def test_a_mixture_computes_the_experts_of_a_token() -> None:
+    mixtral = parse_architecture(config("mistralai/Mixtral-8x7B-v0.1"))
+    once, _ = products_per_token(RECIPE, mixtral)
+    # 12.9 billion active parameters, with their gradients' products (Mixtral's paper).
+    assert 2 * 12e9 < once < 2 * 16e9
+
+
+def test_many_rows_in_a_step_are_tried_in_no_time() -> None:
+    settings = {"micro_batch_size": 4096, "gradient_accumulation": 65536}
+    assert choice_of("Qwen/Qwen2.5-0.5B", 8, **settings).recipe.effective_batch == 4096 * 65536
 
 
 def test_without_optimizer_states_decided_the_least_is_estimated(llama: Architecture) -> None:

@@ -7,7 +7,7 @@ import pytest
 from qlora_tui.memory.execution import LEAN_OPTIMIZER
 from qlora_tui.runs import actions
 from qlora_tui.runs.directory import create_run
-from qlora_tui.runs.events import Failed, LayersKept, MemoryMeasured, Started, StepChosen
+from qlora_tui.runs.events import Environment, Failed, LayersKept, MemoryMeasured, Started, StepChosen
 from qlora_tui.runs.retry import RetryPlan, last_plan, reduce_memory
 from qlora_tui.runs.status import read_status
 from tests.support.polling import wait_for
@@ -66,3 +66,15 @@ def test_a_retry_takes_the_least_memory(
     assert trainers.run(retry, RetryPlan(micro_batch_size=1, gradient_accumulation=4)) == 0
     (chosen,) = events_of(retry, StepChosen)
     assert (chosen.micro_batch_size, chosen.optimizer) == (1, LEAN_OPTIMIZER)
+
+
+@pytest.mark.usefixtures("quick_trainers")
+def test_out_of_memory_after_a_checkpoint_halves_chosen_rows(
+    recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inject_fault(monkeypatch, "choose_for_memory(4, 'adamw'); inject_oom({3: 2})")
+    run = actions.submit(recipe({**LEFT_OPEN, "training.checkpoint_every": 1}))
+    wait_for(lambda: read_status(run).state == "finished", seconds=120, saying="the end")
+    assert [attempt.resumed_from_step for attempt in events_of(run, Started)] == [0, 2]
+    assert last_plan(run).micro_batch_size == 2
+    assert {event.optimizer for event in events_of(run, Environment)} == {"adamw"}

@@ -132,9 +132,9 @@ def _step_text(choice: StepChoice, least_bytes: int) -> Content:
         return Content("Too little memory is left to keep activations of layers, which are recomputed.")
     total, faster = format_gib(choice.estimate.total_bytes), describe_speedup(choice.speedup)
     return Content.assemble(
-        f"The run needs {format_gib(least_bytes)} GiB. Where ",
-        (f"{total} GiB", "bold"),
-        f" are free, it takes them and is about {faster}: {chosen}.",
+        f"The run needs {format_gib(least_bytes)} GiB. With ",
+        (f"{format_gib(choice.least_free_bytes)} GiB", "bold"),
+        f" free it takes {total} and is about {faster}: {chosen}.",
     )
 
 
