@@ -364,7 +364,7 @@ async def test_what_the_run_needs_is_named_beside_what_it_uses(seven_billion: st
         shown = await wait_for_text(pilot, "The run needs", "not recomputed")
         needed = app.workbench.comparison(app.memory_budget.device)
         assert isinstance(needed, dict)
-        assert f"The run needs {needed['nf4'].total_bytes / 2**30:.1f} GiB. Where" in shown
+        assert f"The run needs {needed['nf4'].total_bytes / 2**30:.1f} GiB. With" in shown
 
 
 async def test_the_selected_item_stays_in_view_where_the_list_shrinks(seven_billion: str) -> None:
