@@ -40,27 +40,27 @@ struct Gpu {
     const char *name, *uuid;
     unsigned long long total, reserved, base_used;
     int major, minor;
-    unsigned power_limit_mw;
+    unsigned power_limit_mw, cores;
     int says_little; /* neither fan nor power limit nor throttle reasons, like a laptop */
     unsigned ticks, process_calls;
 };
 
 #define RTX_4090(number) \
     { "NVIDIA GeForce RTX 4090", "GPU-4090" number "-1111-2222-3333-444455556666", 24564 * MIB, 430 * MIB, \
-      8 * GIB, 8, 9, 450000, 0, 0, 0 }
+      8 * GIB, 8, 9, 450000, 16384, 0, 0, 0 }
 static struct Gpu gpus[] = {
     RTX_4090("0001"),
     { "NVIDIA GeForce RTX 3060", "GPU-30600001-1111-2222-3333-444455556666", 12288 * MIB, 240 * MIB,
-      1 * GIB, 8, 6, 170000, 1, 0, 0 },
+      1 * GIB, 8, 6, 170000, 3584, 1, 0, 0 },
 };
 static struct Gpu display_first[] = {
     { "NVIDIA GeForce GT 1030", "GPU-10300001-1111-2222-3333-444455556666", 2048 * MIB, 60 * MIB,
-      300 * MIB, 6, 1, 30000, 1, 0, 0 },
+      300 * MIB, 6, 1, 30000, 384, 1, 0, 0 },
     RTX_4090("0001"),
 };
 static struct Gpu small_gpu[] = {
     { "NVIDIA GeForce RTX 2060", "GPU-20600001-1111-2222-3333-444455556666", 6144 * MIB, 200 * MIB,
-      512 * MIB, 7, 5, 160000, 0, 0, 0 },
+      512 * MIB, 7, 5, 160000, 1920, 0, 0, 0 },
 };
 
 enum Play { PLAIN, IDLE, HOT, EXCLUSIVE, PROHIBITED, SLICED, UNSUPPORTED, OLD_DRIVER, LOST, LOST_LATER, RECOVERS, BROKEN };
@@ -229,6 +229,18 @@ int nvmlDeviceGetCudaComputeCapability(nvmlDevice_t gpu, int *major, int *minor)
     MEET(gpu);
     *major = gpu->major;
     *minor = gpu->minor;
+    return SUCCESS;
+}
+
+/* No question that lost_after counts: those are of readings. */
+int nvmlDeviceGetNumGpuCores(nvmlDevice_t gpu, unsigned *cores)
+{
+    if (!users)
+        return UNINITIALIZED;
+    if (playing->play == UNSUPPORTED)
+        return NOT_SUPPORTED;
+    SINCE_NEWER_DRIVER;
+    *cores = gpu->cores;
     return SUCCESS;
 }
 

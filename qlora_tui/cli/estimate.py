@@ -114,11 +114,11 @@ def run(args: argparse.Namespace) -> CommandResult:
 
 
 def _require_chosen_gpu() -> None:
-    """Raise GpuUnavailableError if the user chose a GPU that is not there."""
+    """Raise GpuUnavailableError if the GPU that the user chose is not there, or the choice cannot be read."""
     try:
         choose_gpu()
     except GpuUnavailableError as error:
-        if error.reason is GpuUnavailableReason.NOT_PRESENT:
+        if error.reason in (GpuUnavailableReason.NOT_PRESENT, GpuUnavailableReason.SETTING):
             raise
 
 

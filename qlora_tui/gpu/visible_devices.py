@@ -131,16 +131,22 @@ def _requested(environ: Mapping[str, str]) -> tuple[str, str]:
     Raises:
         GpuUnavailableError: ``config.toml`` cannot be read.
     """
-    option = environ.get(GPU_VARIABLE, "")
+    option = _choice(environ.get(GPU_VARIABLE, ""))
     if option and option != AUTO:
         return option, "--gpu"
     if option or _VARIABLE in environ:
         return "", _VARIABLE if _VARIABLE in environ else ""
     try:
-        setting = str(load_settings().gpu)
+        setting = _choice(str(load_settings().gpu))
     except UserError as problem:
         raise GpuUnavailableError(GpuUnavailableReason.SETTING, problem.what) from problem
     return ("", "") if setting == AUTO else (setting, "gpu in config.toml")
+
+
+def _choice(text: str) -> str:
+    """Return a choice without space around it, and the words for CPU and automatic choice in lower case."""
+    text = text.strip()
+    return text.lower() if text.lower() in (CPU, AUTO) else text
 
 
 def _usable(devices: Sequence[GpuDevice], environ: Mapping[str, str]) -> list[GpuDevice]:
@@ -154,10 +160,10 @@ def _usable(devices: Sequence[GpuDevice], environ: Mapping[str, str]) -> list[Gp
     if not visible:
         raise _none_visible(environ[_VARIABLE], devices)
     if choice:
-        gpu = _match_entry(choice, visible) or _match_name(choice, visible)
-        if gpu is None:
-            raise _not_present(source, choice, visible)
-        return [gpu]
+        matches = _matches(choice, visible)
+        if len(matches) != 1:
+            raise _not_present(source, choice, visible, matches)
+        return matches
     if _VARIABLE in environ:
         return visible  # in the order that the user gave
     most_suitable = min(map(_suitability, visible))
@@ -179,9 +185,12 @@ def _none_visible(value: str, devices: Sequence[GpuDevice]) -> GpuUnavailableErr
     return GpuUnavailableError(GpuUnavailableReason.HIDDEN, f'It is set to "{value}".')
 
 
-def _not_present(source: str, choice: str, devices: Sequence[GpuDevice]) -> GpuUnavailableError:
-    there = ", ".join(f"{gpu.index}: {gpu.short_name}" for gpu in devices)
-    why = f'{source} is "{choice}", which names none, or several, of {there}.'
+def _not_present(
+    source: str, choice: str, devices: Sequence[GpuDevice], matches: Sequence[GpuDevice] = ()
+) -> GpuUnavailableError:
+    gpus = ", ".join(f"{gpu.index}: {gpu.short_name}" for gpu in matches or devices)
+    matched = "several GPUs" if matches else "none of the GPUs"
+    why = f'{source} is "{choice}", which matches {matched}: {gpus}.'
     return GpuUnavailableError(GpuUnavailableReason.NOT_PRESENT, why)
 
 
@@ -193,6 +202,10 @@ def _match_entry(entry: str, devices: Sequence[GpuDevice]) -> GpuDevice | None:
     return matches[0] if len(matches) == 1 else None
 
 
-def _match_name(choice: str, devices: Sequence[GpuDevice]) -> GpuDevice | None:
-    matches = [gpu for gpu in devices if choice.lower() in gpu.name.lower()]
-    return matches[0] if len(matches) == 1 else None
+def _matches(choice: str, devices: Sequence[GpuDevice]) -> list[GpuDevice]:
+    """Return the GPUs that the user may mean: by index, start of the UUID, or part of the name."""
+    by_index = _match_entry(choice, devices)
+    if by_index is not None:
+        return [by_index]
+    text = choice.lower()
+    return [gpu for gpu in devices if text in gpu.name.lower() or (gpu.uuid or "").lower().startswith(text)]

@@ -10,8 +10,10 @@ from qlora_tui import paths, subprocesses
 from qlora_tui.catalog.local_models import hub_cache_dir
 from qlora_tui.drafts import new_draft
 from qlora_tui.errors import UserError, disk_problem
+from qlora_tui.gpu.visible_devices import CPU
 from qlora_tui.installation import PROGRAM, install_command
 from qlora_tui.runs.machine_checks import Check, CheckKind, check_disk, check_gpu, read_machine
+from qlora_tui.settings import GPU_VARIABLE
 
 _DISK_BYTES = 5 * 2**30
 """Free space below which a model's download or a few checkpoints fill the disk."""
@@ -50,11 +52,11 @@ def check_locks() -> Check:
     return Check(CheckKind.LOCKS, "ok", f"work in {paths.state_dir()}")
 
 
-def check_libraries() -> list[Check]:
-    """Import, quantize, train and save a few weights, in a separate process."""
+def check_libraries(*, on_cpu: bool = False) -> list[Check]:
+    """Import, quantize, train and save a few weights, in a separate process; ``on_cpu``: not on the GPU."""
     done = subprocess.run(
         subprocesses.module_argv("qlora_tui.training.selftest"),
-        env=subprocesses.subprocess_env(),
+        env=subprocesses.subprocess_env() | ({GPU_VARIABLE: CPU} if on_cpu else {}),
         capture_output=True,
         text=True,
         check=False,

@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
@@ -25,10 +26,11 @@ from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Evaluated, Failed, Finished, Started, StepVerified
 from qlora_tui.runs.status import Status, write_status
 from qlora_tui.runs.task_metrics.task_evaluation import LossChange
+from qlora_tui.settings import GPU_VARIABLE, config_path
 from qlora_tui.training.gguf_conversion import folder_of
 from qlora_tui.tui.app import QloraApp
 from tests.cli.conftest import CONFIGS, Call
-from tests.support.nvml_stub import install_nvml_stub
+from tests.support.nvml_stub import install_nvml_stub, install_torch
 from tests.support.step_events import a_step
 from tests.support.task_evaluations import a_row, put_evaluation
 from tests.tui.fake_runs import FakeRun, write_fake_run
@@ -80,7 +82,7 @@ def test_locate_names_directories_that_are_private(call: Call) -> None:
 def test_the_doctor_looks_at_the_disks_where_things_will_lie(
     call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(doctor, "check_libraries", list)  # another test's, and slow
+    monkeypatch.setattr(doctor, "check_libraries", lambda on_cpu: [])  # another test's, and slow
     monkeypatch.delenv("HF_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
     texts = {check["name"]: check["text"] for check in call("doctor", "--json").json["checks"]}
@@ -90,6 +92,38 @@ def test_the_doctor_looks_at_the_disks_where_things_will_lie(
         ("disk for converted models and data", tmp_path / "elsewhere/qlora-tui"),
     ):
         assert format_path(folder) in texts[name]
+
+
+@pytest.mark.parametrize("choice", ["1", "7"])
+def test_the_doctor_reports_a_gpu_that_is_not_there_once(
+    call: Call, monkeypatch: pytest.MonkeyPatch, choice: str
+) -> None:
+    install_nvml_stub(monkeypatch, "two_gpus")
+    install_torch(monkeypatch, "12.4")
+    monkeypatch.setattr("qlora_tui.runs.readiness.subprocess.run", self_test)
+    monkeypatch.setenv(GPU_VARIABLE, choice)
+    checks = {check["name"]: check for check in call("doctor", "--json").json["checks"]}
+    assert [name for name, check in checks.items() if check["outcome"] == "error"] == ["GPU"] * (
+        choice == "7"
+    )
+    assert ('"7", which matches none of the GPUs: 0: RTX 4090' in checks["GPU"]["text"]) == (choice == "7")
+    assert checks["training"]["text"] == ("cpu" if choice == "7" else choice)
+
+
+def self_test(argv: list[str], *, env: dict[str, str], **options: object) -> CompletedProcess[str]:
+    """Answer as the self-test does: with the GPU that it was given."""
+    checks = [{"name": "training", "outcome": "ok", "text": env[GPU_VARIABLE]}]
+    return CompletedProcess(argv, 0, json.dumps(checks), "")
+
+
+@pytest.mark.parametrize("setting", ['["nope"]', '"nope"'])
+def test_an_estimate_for_a_gpu_that_cannot_be_chosen_is_refused(
+    call: Call, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    install_nvml_stub(monkeypatch, "two_gpus")
+    config_path().write_text(f"gpu = {setting}\n")
+    estimate = call("estimate", "--model", str(CONFIGS / "LiquidAI__LFM2-350M.json"))
+    assert estimate.code != 0 and "config.toml" in estimate.err and "gpu" in estimate.err
 
 
 def test_presets_are_listed_and_shown(call: Call) -> None:

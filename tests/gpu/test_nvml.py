@@ -82,8 +82,10 @@ def test_a_gpu_tells_everything() -> None:
             reserved_bytes=430 * MIB,
             cuda_version="12.4",
             compute_mode="shared",
+            cores=16384,
         )
     ]
+    assert seen.gpus[0].multiprocessors == 128
     first = msgspec.structs.replace(seen.readings[0], at=0.0)
     assert first == GpuMetrics(
         at=0.0,
@@ -142,7 +144,7 @@ def test_an_old_driver_is_asked_in_the_old_way() -> None:
     """Memory counts the reserve as used there, and process lists are missing."""
     seen = look("old_driver")
     reading = seen.readings[0]
-    assert seen.gpus[0].reserved_bytes is None
+    assert (seen.gpus[0].reserved_bytes, seen.gpus[0].multiprocessors) == (None, None)
     assert reading.memory_used_bytes == (8 * 1024 + 64 + 430) * MIB
     assert (reading.throttle, reading.processes) == ((), None)
 

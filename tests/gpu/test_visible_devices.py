@@ -66,6 +66,11 @@ def test_cuda_visible_devices(value: str | None, names: str) -> None:
         ("display_first", "", None, "auto", "RTX 4090", {VISIBLE: RTX_4090}),
         ("display_first", "", "0", "auto", "GT 1030", {}),
         ("display_first", "1030", None, "auto", "GT 1030", {VISIBLE: GT_1030}),
+        ("display_first", " gpu-1030 ", None, "auto", "GT 1030", {VISIBLE: GT_1030}),
+        ("display_first", " 0", None, "auto", "GT 1030", {VISIBLE: GT_1030}),
+        ("display_first", "Auto", None, "0", "RTX 4090", {VISIBLE: RTX_4090}),
+        ("display_first", "", None, " AUTO", "RTX 4090", {VISIBLE: RTX_4090}),
+        ("two_gpus", "CPU", None, "auto", GpuUnavailableReason.CPU_CHOSEN, {VISIBLE: ""}),
         ("display_first", "", None, "0", "GT 1030", {VISIBLE: GT_1030}),
         ("display_first", "auto", None, "0", "RTX 4090", {VISIBLE: RTX_4090}),
         ("display_first", "GPU-1030", None, "1", "GT 1030", {VISIBLE: GT_1030}),
@@ -104,6 +109,7 @@ def test_one_of_several_gpus_is_chosen(
         assert caught.value.reason is name
         if name is NOT_PRESENT:
             assert f'"{option or variable or setting}"' in caught.value.why and "RTX 4090" in caught.value.why
+            assert ("several" in caught.value.why) == (option == "RTX")
     else:
         assert choose_gpu(environ).gpu.short_name == name
     assert device_variables(environ) == variables

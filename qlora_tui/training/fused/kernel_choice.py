@@ -64,7 +64,8 @@ def kernel_remedy() -> str:
     headers = (Path(sysconfig.get_path("include")) / "Python.h").exists()
     missing = [name for name, there in (("gcc", compiler), ("python3-dev", headers)) if not there]
     if missing:
-        return f"Install what Triton compiles with, such as by `sudo apt install {' '.join(missing)}`."
+        packages = " ".join(missing)
+        return f"Install what Triton compiles with; on Debian and Ubuntu: `sudo apt install {packages}`."
     return "trainer.log has the whole error. model.kernels = torch leaves them off without this warning."
 
 
