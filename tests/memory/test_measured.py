@@ -11,6 +11,7 @@ from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.memory import Device, trainer_execution
 from qlora_tui.memory.layout import build_layout
 from qlora_tui.memory.step import peak_candidates, profile_step
+from qlora_tui.memory.step_trace import closed_form
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
 from tests.catalog.configs import config
 
@@ -81,6 +82,35 @@ def test_a_real_step_with_kept_layers_holds_what_was_predicted(kept_layers: int)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "checkpointing", "dtype"),
+    [
+        ("dpo", True, "float32"),
+        ("dpo", False, "bfloat16"),
+        ("kto", True, "bfloat16"),
+        ("orpo", False, "float32"),
+        ("simpo", True, "float32"),
+    ],
+)
+def test_a_real_step_on_preferences_holds_what_was_predicted(
+    method: Any, checkpointing: bool, dtype: Any
+) -> None:
+    recipe = Recipe(
+        quantization=Quantization(compute_dtype=dtype),
+        data=Data(max_length=256, preferences=method),
+        training=Training(
+            micro_batch_size=2,
+            gradient_checkpointing="on" if checkpointing else "off",
+            gradient_accumulation=1,
+            optimizer="adamw",
+        ),
+    )
+    execution = trainer_execution(recipe, Device(kind="cpu"))
+    predicted = closed_form(recipe, parse_architecture(TINY), execution)["step"]
+    assert predicted == pytest.approx(_measured(TINY, recipe, 0.0), rel=0.02)
+
+
+@pytest.mark.slow
 def test_a_real_135m_step_uses_the_predicted_memory() -> None:
     recipe = Recipe(
         quantization=Quantization(compute_dtype="float32"),
@@ -128,12 +158,16 @@ def _measured(values: dict[str, Any], recipe: Recipe, dropout: float, *, kept_la
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from qlora_tui.data.store import BAD, GOOD
     from qlora_tui.engine.trace_worker import StorageCounter
     from qlora_tui.training import model_loading
     from qlora_tui.training.adapter import add_lora
-    from qlora_tui.training.chunked_loss import find_head, use_chunked_loss
+    from qlora_tui.training.chunked_loss import IGNORED, find_head, loss_positions, use_chunked_loss
+    from qlora_tui.training.eval_mode import no_grad_eval
     from qlora_tui.training.head_chunks import ChunkedHead
     from qlora_tui.training.packed_attention import pass_sample_lengths
+    from qlora_tui.training.preference.objective import PreferenceObjective
+    from qlora_tui.training.token_losses import use_token_losses
 
     torch.manual_seed(0)
     factory: Any = AutoModelForCausalLM
@@ -152,13 +186,32 @@ def _measured(values: dict[str, Any], recipe: Recipe, dropout: float, *, kept_la
     assert isinstance(head, ChunkedHead)
     use_chunked_loss(model, head)
     pass_sample_lengths(model)
+    objective = PreferenceObjective.of(recipe)
+    if objective is not None:
+        use_token_losses(model, head)
     model = add_lora(model, recipe.lora, architecture).train()
-    rows, length = recipe.training.micro_batch_size, recipe.data.max_length
+    rows, length = recipe.rows_per_pass, recipe.data.max_length
     ids = torch.randint(0, 2048, (1, rows * length))
     positions = torch.arange(length).repeat(rows)[None]
+    batch: dict[str, Any] = {
+        "input_ids": ids,
+        "labels": ids,
+        "position_ids": positions,
+        "segments": [length] * rows,
+    }
+    if objective is None:
+        with StorageCounter() as storages:
+            model(**batch).loss.backward()
+        return int(storages.peak_bytes)
+    batch["labels"] = ids.masked_fill(positions == 0, IGNORED)
+    batch["loss_positions"] = loss_positions(batch["labels"])
+    batch |= {"sides": [GOOD, BAD] * (rows // 2), "answer_tokens": [length - 1] * rows}
     with StorageCounter() as storages:
-        loss = model(input_ids=ids, labels=ids, position_ids=positions, segments=[length] * rows).loss
-        loss.backward()
+        if objective.needs_divergence:
+            objective.divergence(model, batch)
+        torch.autograd.backward(objective.summed_loss(model, model, batch, 1.0))
+        with no_grad_eval(model):  # a validation
+            objective.summed_loss(model, model, batch, 1.0)
     return int(storages.peak_bytes)
 
 
