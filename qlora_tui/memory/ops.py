@@ -297,7 +297,9 @@ class Ops:
             del product, normed
             return (self._as(x_gradient, itemsize),)
 
+        squares = None if self.triton else self.new(numel, FLOAT)
         spread = self.new(self.tokens, FLOAT)
+        del squares
         wide = None if self.triton else self.new(numel, FLOAT)
         out = self.new(numel, itemsize) if wide is None else self._as(wide, itemsize)
         del wide

@@ -104,6 +104,17 @@ def test_no_form_is_taken_where_two_agree(dtype: torch.dtype, monkeypatch: pytes
     assert rms_norm._find_variant(FormulaRMSNorm(llama, dtype)) is None
 
 
+def test_wide_rows_are_as_exact_as_the_librarys() -> None:
+    x = torch.randn(200, 4096, generator=torch.Generator().manual_seed(0)).mul_(1.5).exp_()
+    exact = x.double() * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + 1e-6)
+    ours, _ = rms_norm._rms_norm(x, torch.ones(4096), 1e-6, FORMS[0])
+
+    def error(values: Tensor) -> float:
+        return float((values.double() / exact - 1).pow(2).mean().sqrt())
+
+    assert error(ours) < 1.1 * error(unit(x, 1e-6))
+
+
 def test_a_norm_is_restored_to_the_librarys_forward() -> None:
     model = nn.Sequential(FormulaRMSNorm(gemma, torch.float32), nn.Linear(WIDTH, 4))
     rms_norm.fuse_rms_norm(model)

@@ -105,8 +105,10 @@ def _example_rows(width: int, eps: float) -> Tensor:
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, variant: RmsNormVariant) -> tuple[Tensor, Tensor]:
     """The output, and 1 / root mean square of each row, fp32, computed by torch."""
-    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
-    inv_rms = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
+    # Not vector_norm: it adds in plain order, whose error grows with the row; mean adds pairwise.
+    squares = x.to(torch.float32, copy=True).square_()
+    inv_rms = squares.mean(-1, keepdim=True).add_(eps).rsqrt_()
+    del squares
     wide = x.to(torch.float32, copy=True).mul_(inv_rms)
     if variant.multiply_in_fp32:
         return wide.mul_(_factor(weight, variant)).to(x.dtype), inv_rms
