@@ -10,10 +10,12 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from torch import Tensor
 
 from qlora_tui.chat import decode_step, kv_cache
 from qlora_tui.chat.chat_types import ADAPTER, BASE, GREEDY, ChatSource, GenerationResult, Sampling
 from qlora_tui.chat.decode_step import DecodeSteps, Function, Record
+from qlora_tui.chat.kv_cache import GrowingLayer
 from qlora_tui.chat.session import ChatSession, load_session
 from qlora_tui.data.conversation import Message
 from qlora_tui.recipe.schema import Model, Quantization, Recipe
@@ -291,11 +293,61 @@ def test_a_cleared_cache_frees_its_buffers_at_once(
     assert buffers() is None
 
 
-def test_a_tape_refuses_what_waits_for_the_gpu() -> None:
-    number = torch.ones(1)
-
-    def reads() -> None:
-        number.fill_(float(number) + 1)
-
+@pytest.mark.parametrize(
+    "reads",
+    [
+        float,
+        bool,
+        Tensor.item,
+        Tensor.tolist,
+        Tensor.numpy,
+        Tensor.cpu,
+        torch.nonzero,
+        torch.unique,
+        torch.bincount,
+        lambda ones: ones.to("cpu"),
+        lambda ones: torch.equal(ones, ones),
+        lambda ones: torch.allclose(ones.float(), ones.float()),
+        lambda ones: ones[ones > 0],
+        lambda ones: ones.index_put_((ones > 0,), ones),
+        lambda ones: ones.masked_select(ones > 0),
+        lambda ones: torch.repeat_interleave(ones, ones),
+        lambda ones: torch.tensor([1], device=ones.device),
+        lambda ones: torch.tensor(1, device=ones.device),
+        lambda ones: ones.new_tensor([1]),
+        lambda ones: [1 for _ in range(ones)],
+    ],
+)
+def test_a_tape_refuses_what_waits_for_the_gpu(reads: Callable[[Tensor], object]) -> None:
+    ones = torch.ones(1, dtype=torch.long)
     with pytest.raises(RuntimeError, match="stream is capturing"):
-        record_tape(reads)
+        record_tape(lambda: (reads(ones), None)[1])
+
+
+def test_a_tape_takes_what_a_gpu_computes_alone() -> None:
+    ones = torch.ones(2, dtype=torch.long)
+
+    def computes() -> None:
+        ones.masked_fill_(ones > 5, 1)
+        ones.copy_(ones[ones - 1] * torch.tensor(1))
+        torch.repeat_interleave(ones[:1], ones[:1], output_size=1)
+
+    record_tape(computes)()
+
+
+@pytest.mark.parametrize("reads", [Tensor.tolist, lambda keys: torch.equal(keys, keys)])
+def test_a_layer_that_reads_keys_is_not_recorded(
+    family_source: Callable[[str], ChatSource],
+    monkeypatch: pytest.MonkeyPatch,
+    reads: Callable[[Tensor], object],
+) -> None:
+    update = GrowingLayer.update
+
+    def reading_update(layer: GrowingLayer, keys: Tensor, values: Tensor, *rest: Any, **named: Any) -> Any:
+        reads(keys)
+        return update(layer, keys, values, *rest, **named)
+
+    monkeypatch.setattr(GrowingLayer, "update", reading_update)
+    session = loaded(family_source("llama"))
+    assert answer(session).recorded_tokens == 0
+    assert "stream is capturing" in steps_of(session).why_not
