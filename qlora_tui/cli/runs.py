@@ -364,7 +364,10 @@ def _resume_arguments(parser: argparse.ArgumentParser) -> None:
 def _request_arguments(parser: argparse.ArgumentParser) -> None:
     _add_run_argument(parser)
     parser.add_argument(
-        "request", choices=list(_REQUESTS), help="what to request from the trainer after the current step"
+        "request",
+        choices=list(_REQUESTS),
+        help="what to request from the trainer after the current step; sample: answers to "
+        "training.sample_prompts, always with the most likely token, as with `chat --greedy`",
     )
     parser.add_argument("value", nargs="?", type=float, help="the new learning rate (only for learning-rate)")
 

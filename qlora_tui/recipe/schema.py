@@ -437,7 +437,11 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         ),
     ] = 0
     sample_prompts: Annotated[
-        tuple[str, ...], _about("Sample prompts", "Prompts to answer at each evaluation.")
+        tuple[str, ...],
+        _about(
+            "Sample prompts",
+            "Prompts to answer at each evaluation, always with the most likely token (`chat --greedy` too).",
+        ),
     ] = ()
     general_prompts: Annotated[
         int,

@@ -20,6 +20,7 @@ from qlora_tui.training.accuracy import (
 from qlora_tui.training.batches import PackedSamples, collate, on_device, sum_loss_weights, validation_batches
 from qlora_tui.training.chunked_loss import IGNORED
 from qlora_tui.training.eval_mode import no_grad_eval
+from qlora_tui.training.forgetting.greedy_answers import MOST_LIKELY
 from qlora_tui.training.preference.objective import PreferenceObjective, RewardSums
 from qlora_tui.training.preference.preference_validation import PreferenceValidator
 from qlora_tui.training.prepared_run import PreparedRun
@@ -171,11 +172,7 @@ def generate_samples(
                 input_ids=tokens,
                 attention_mask=torch.ones_like(tokens),
                 max_new_tokens=ANSWER_TOKENS,
-                do_sample=False,
-                # The model's generation config may hold a temperature, which greedy search rejects.
-                temperature=None,
-                top_p=None,
-                top_k=None,
+                **MOST_LIKELY,
                 eos_token_id=list(tokenizer.turn_end_ids) or None,
                 pad_token_id=tokenizer.pad_id if tokenizer.pad_id is not None else 0,
                 use_cache=True,

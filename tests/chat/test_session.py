@@ -49,6 +49,20 @@ def said(
     return outcome
 
 
+def test_the_trainers_samples_are_the_greedy_answers_of_chat(tiny_source: ChatSource) -> None:
+    from qlora_tui.chat.session import load_session
+    from qlora_tui.training.evaluation import ANSWER_TOKENS, generate_samples
+
+    session = load_session(tiny_source)
+    question = QUESTION[0].content
+    answer = said(session, sampling=msgspec.structs.replace(GREEDY, max_new_tokens=ANSWER_TOKENS)).text
+    settings = session._model.generation_config
+    settings.do_sample, settings.temperature, settings.repetition_penalty = True, 5.0, 8.0
+    settings.no_repeat_ngram_size = 1
+    ((_, sampled),) = generate_samples(session._model, session.tokenizer, (question,), session.device)
+    assert sampled and sampled == answer.strip()
+
+
 def reference(session: Any, source: ChatSource, adapter: str | None, tokens: int) -> str:
     """What plain transformers and peft say, greedily."""
     import torch

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.memory.general_answers import ANSWER_TOKENS
 from qlora_tui.training.eval_mode import no_grad_eval
+
+MOST_LIKELY: Final[dict[str, Any]] = {
+    "do_sample": False,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
+"""Arguments of ``generate`` for the most likely token. The model's generation config may hold these, which
+greedy search rejects or which change that token: Qwen2.5's penalizes what the prompt holds, such as the
+labels to choose from."""
 
 
 def answer_greedily(
@@ -39,14 +51,7 @@ def answer_greedily(
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             min_new_tokens=1,
-            do_sample=False,
-            # The model's generation config may hold these, which greedy search rejects or which change the
-            # most likely token: Qwen2.5's penalizes what the prompt holds, such as the labels to choose from.
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
+            **MOST_LIKELY,
             eos_token_id=list(tokenizer.turn_end_ids) or None,
             pad_token_id=pad,
             use_cache=True,
