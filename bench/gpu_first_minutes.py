@@ -16,7 +16,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,11 +30,8 @@ from bench.support.child_processes import (
 
 Result = Literal["ok", "wrong", "skipped"]
 _MARKS = {"ok": "✓", "wrong": "✗", "skipped": "–"}
-_QUESTIONS = ("machine", "context", "triton_kernels", "four_bit", "varlen_attention", "out_of_memory")
 _CHECKS = ("loop", "float16", "resume")
 _DRY_RUN_S = 3600.0
-_LINE = 110
-"""Characters of a verdict."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class Verdict:
     fix: str = ""
 
     def __str__(self) -> str:
-        line = f"{_MARKS[self.result]} {self.name:<20} {self.text[:_LINE]}"
+        line = f"{_MARKS[self.result]} {self.name:<20} {self.text}"
         return f"{line}\n  {'':<20} ▸ {self.fix}" if self.fix and self.result == "wrong" else line
 
 
@@ -59,10 +56,89 @@ def doctor_verdicts(report: dict[str, Any]) -> Iterator[Verdict]:
 
 
 def probe_verdicts(answers: dict[str, Any]) -> Iterator[Verdict]:
-    """Yield what each question of the probe was answered."""
+    """Yield what each question of the probe was answered, in a sentence."""
     for name, answer in answers.items():
-        facts = ", ".join(f"{key} {value}" for key, value in answer.items() if key != "seconds")
-        yield Verdict(name, _probe_result(name, answer), answer.get("failed") or facts)
+        text = answer.get("failed") or answer.get("skipped") or _SENTENCES[name](answer)
+        yield Verdict(name, _probe_result(name, answer), " ".join(text.split()))
+
+
+def _machine(answer: dict[str, Any]) -> str:
+    """Return what runs here."""
+    if not answer["has_gpu"]:
+        return f"torch {answer['torch']} sees no GPU"
+    grows = "grows" if answer.get("expandable_segments") else "does not grow"
+    return (
+        f"torch {answer['torch']} with CUDA {answer['cuda']} sees {answer['visible_gpus']} GPU(s), the first "
+        f"{answer['gpu']} with driver {answer.get('driver', 'unknown')}; the allocator {grows} its segments"
+    )
+
+
+def _context(answer: dict[str, Any]) -> str:
+    """Return what a process takes of the GPU's memory besides its tensors."""
+    if not answer["names_process"]:
+        return "NVML does not report the memory of this process"
+    return (
+        f"a process takes {answer['context_mib']} MiB besides its tensors, {answer['with_cublas_mib']} MiB "
+        f"with cuBLAS, whose workspace takes {answer['workspace_mib']} MiB of the tensors"
+    )
+
+
+def _triton_kernels(answer: dict[str, Any]) -> str:
+    """Return what became of the kernels in each dtype, and how fast a norm is."""
+    words = [
+        f"used in {dtype}" if (what := answer[dtype]) == "used" else f"refused in {dtype}: {what}"
+        for dtype in ("bfloat16", "float16")
+    ]
+    if "norm_ms" in answer:
+        ours, theirs = answer["norm_ms"]
+        words.append(f"a norm takes {ours} ms, {theirs} ms in torch")
+    return "; ".join(words)
+
+
+def _four_bit(answer: dict[str, Any]) -> str:
+    """Return how NF4 compares with the CPU's, how fast it is, and whether it repeats its products."""
+    products = {name: each for name, each in answer.items() if name.endswith(" rows")}
+    differ = [name for name, each in products.items() if not each["equal_twice"]]
+    repeats = f"products of {', '.join(differ)} are not repeated bit by bit" if differ else "products repeat"
+    times = ", ".join(f"{name} in {each['ms']} ms" for name, each in products.items())
+    return (
+        f"NF4 differs from the CPU's by {answer['difference_from_cpu']:.2g}, unpacks "
+        f"{answer['unpack_gb_s']} GB/s; {repeats}: {times}"
+    )
+
+
+def _varlen_attention(answer: dict[str, Any]) -> str:
+    """Return how fast packed samples are in one call and one by one."""
+    words, refusals = [], {}
+    for name, row in answer.items():
+        if not name.endswith(" samples"):
+            continue
+        for kind, how in (("in_one_call", "in one call"), ("by_sample", "one by one")):
+            if f"{kind}_ms" in row:
+                words.append(f"{name} {how} take {row[f'{kind}_ms']} ms")
+            else:
+                refusals[how] = row[kind]
+    return "; ".join([*words, *(f"refused {how}: {why}" for how, why in refusals.items())])
+
+
+def _out_of_memory(answer: dict[str, Any]) -> str:
+    """Return whether each way to fill the GPU is recognized."""
+    cases = {name: each for name, each in answer.items() if name != "seconds"}
+    return "; ".join(
+        f"a {name} on a full GPU raises {each['type']}, {'' if each['recognized'] else 'not '}recognized"
+        for name, each in cases.items()
+    )
+
+
+_SENTENCES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "machine": _machine,
+    "context": _context,
+    "triton_kernels": _triton_kernels,
+    "four_bit": _four_bit,
+    "varlen_attention": _varlen_attention,
+    "out_of_memory": _out_of_memory,
+}
+"""The sentence of each question, from the fields of its answer."""
 
 
 def _probe_result(name: str, answer: dict[str, Any]) -> Result:
@@ -88,7 +164,8 @@ def acceptance_verdicts(report: dict[str, Any]) -> Iterator[Verdict]:
 
 
 _STEPS: tuple[tuple[str, float, Any], ...] = (
-    ("doctor", 90, doctor_verdicts),
+    # The self-test trains twice, and Triton may compile from a cold disk.
+    ("doctor", 180, doctor_verdicts),
     ("probe", 150, probe_verdicts),
     ("acceptance", 300, acceptance_verdicts),
 )
@@ -97,7 +174,7 @@ _STEPS: tuple[tuple[str, float, Any], ...] = (
 
 def commands(folder: Path, *, size: str) -> dict[str, list[str]]:
     """Return the command of each step; all but doctor write their report to ``<step>.json``."""
-    probe = ("--only", *_QUESTIONS, "--models", folder / "models", "--out", folder / "probe.json")
+    probe = ("--only", *_SENTENCES, "--models", folder / "models", "--out", folder / "probe.json")
     acceptance = ("--size", size, "--model", folder / "models" / size, "--only", *_CHECKS)
     seconds = _DRY_RUN_S if size == "tiny" else 290
     return {
