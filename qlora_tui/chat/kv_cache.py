@@ -21,6 +21,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from qlora_tui.training.length_scaled_rope import frequency_switch
+
 if TYPE_CHECKING:
     from qlora_tui.chat.decode_step import DecodeStep
 
@@ -134,6 +136,7 @@ class PrefixCache:
 
     def __init__(self, config: Any, free_bytes: FreeBytesFn | None = None, max_tokens: int = 1 << 30) -> None:
         self._config = config
+        self._switch = frequency_switch(config.get_text_config())
         self._free_bytes = free_bytes
         self._max_tokens = max_tokens
         self.clear()
@@ -181,6 +184,11 @@ class PrefixCache:
             self._size.tokens = _aligned(tokens + _STRIDE_TOKENS)
             self._cut_windows()
 
+    def outdated_by(self, new_tokens: int) -> bool:
+        """Return whether the cached keys have the frequencies of a shorter text than with ``new_tokens``."""
+        count = len(self.token_ids)
+        return self._switch is not None and 0 < count <= self._switch < count + new_tokens
+
     def add_step(self, token_id: int) -> None:
         """Note a token that a decoding step has added to the buffers."""
         self.token_ids.append(token_id)
@@ -191,6 +199,8 @@ class PrefixCache:
 
         The last token is always processed again, because its logits give the first token of the answer.
         """
+        if self._switch is not None and len(prompt) <= self._switch < len(self.token_ids):
+            self.clear()
         known = reusable_prefix(self.token_ids, prompt)
         if known < len(self.token_ids):
             if known and self.growing_layers is not None:

@@ -278,6 +278,9 @@ class ChatSession:
     @torch.inference_mode()
     def next_logits(self, adapter_name: str, token_ids: list[int], prefix_cache: PrefixCache) -> Tensor:
         """Return the logits (1, vocabulary) after ``token_ids``, which are added to the cache."""
+        if prefix_cache.outdated_by(len(token_ids)):
+            token_ids = prefix_cache.token_ids + token_ids
+            prefix_cache.clear()
         if len(token_ids) == 1 and (step := self._step(adapter_name, prefix_cache)):
             token = torch.tensor([token_ids], device=self.device)
             if (logits := self._run(step, token, prefix_cache)) is not None:
@@ -312,6 +315,8 @@ class ChatSession:
         Returns its id and the logits (1, vocabulary) after it, which the next call overwrites; None where no
         step is recorded, and nothing was processed.
         """
+        if prefix_cache.outdated_by(1):
+            return None
         step = self._step(adapter_name, prefix_cache)
         if self.steps is None or step is None:
             return None

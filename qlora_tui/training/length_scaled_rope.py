@@ -31,6 +31,23 @@ def scale_each_sample(model: Any) -> None:
         _patch(module, lengths)
 
 
+def frequency_switch(config: Any) -> int | None:
+    """Return the length in tokens beyond which LongRoPE has other frequencies; None without LongRoPE.
+
+    Dynamic NTK has the same frequencies up to the context length, which no chat exceeds.
+    """
+    parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    groups = [parameters, *(each for each in parameters.values() if isinstance(each, dict))]
+    return min(
+        (
+            group["original_max_position_embeddings"]
+            for group in groups
+            if group.get("rope_type") == "longrope"
+        ),
+        default=None,
+    )
+
+
 def _scales_with_length(module: nn.Module) -> bool:
     types = getattr(module, "rope_type", None)
     names = types.values() if isinstance(types, dict) else [types]

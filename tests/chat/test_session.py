@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 
 from qlora_tui.chat.chat_types import GREEDY, ChatSource, GenerationResult, Sampling
 from qlora_tui.checksums import write_checksums
@@ -20,7 +21,9 @@ from qlora_tui.recipe.schema import Model, Quantization, Recipe
 from qlora_tui.runs.directory import create_run
 from tests.chat.adapters import make_adapter
 from tests.runs.test_damage import flip
+from tests.training.families import build
 from tests.training.tiny_model import make_tiny_model
+from tests.training.trained_weights import LENGTH_SCALED
 
 pytestmark = pytest.mark.slow
 
@@ -47,6 +50,23 @@ def said(
     outcome = reply.outcome
     assert isinstance(outcome, GenerationResult)
     return outcome
+
+
+def test_keys_follow_the_frequencies_of_the_whole_conversation(tiny_source: ChatSource, session: Any) -> None:
+    from qlora_tui.chat.session import ChatSession
+
+    model = build("phi3", **LENGTH_SCALED["phi3 longrope"])
+    source = msgspec.structs.replace(tiny_source, adapters={})
+    chat = ChatSession(source, model, session.tokenizer, session.compute_device)
+    ids, cache = [3 + 7 * n % 250 for n in range(40)], chat._new_cache()
+
+    def is_that_of_one_pass(count: int) -> bool:
+        start = len(cache.token_ids)
+        logits = chat.next_logits("base", ids[start:count], cache)
+        return torch.allclose(logits, model(input_ids=torch.tensor([ids[:count]])).logits[:, -1], atol=1e-4)
+
+    assert [is_that_of_one_pass(count) for count in (15, 20, 21, 22, 40)] == [True] * 5
+    assert cache.reuse(ids[:12]) == 0 and is_that_of_one_pass(12)
 
 
 def test_the_trainers_samples_are_the_greedy_answers_of_chat(tiny_source: ChatSource) -> None:

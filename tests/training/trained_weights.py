@@ -107,7 +107,11 @@ _LONGROPE = {
 }
 _DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 8.0}
 LENGTH_SCALED: dict[str, dict[str, Any]] = {
-    "phi3 longrope": {"max_position_embeddings": 64, "rope_parameters": _LONGROPE},
+    "phi3 longrope": {
+        "max_position_embeddings": 64,
+        "original_max_position_embeddings": 20,
+        "rope_parameters": _LONGROPE,
+    },
     "llama dynamic": {"max_position_embeddings": 20, "rope_parameters": _DYNAMIC},
     "gemma3_text dynamic": {
         "max_position_embeddings": 20,
