@@ -71,7 +71,6 @@ _READ = {
 }
 """Keys of every architecture that the converted config has."""
 _ABOUT_THE_FILE = {
-    "attention.causal",
     "rope.scaling.finetuned",
     "rope.scaling.original_context_length",
     "tensor_data_layout",
@@ -144,6 +143,7 @@ def _computed(values: dict[str, Any], architecture: str) -> dict[str, Any]:
         "attention.value_length": width,
         "rope.dimension_count": width,
         "attention.scale": width**-0.5 if width else 0.0,
+        "attention.causal": True,
         "rope.scaling.type": "none",
         "rope.scaling.factor": 1.0,
         "rope.scaling.attn_factor": 1.0,

@@ -11,6 +11,7 @@ import re
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 from qlora_tui import paths
@@ -111,7 +112,10 @@ def empty(older_than_s: float = 0.0) -> list[TrashedRun]:
     """
     deleted = []
     for trashed in trashed_runs():
-        has_time = (trashed.run.path / _TIME).is_file()
+        path = trashed.run.path
+        has_time = (path / _TIME).is_file()
+        if not has_time and not _OWNER.fullmatch(path.parent.name):
+            continue  # not put there by this program
         if older_than_s and not (has_time and trashed.age_s > older_than_s):
             continue
         delete_unfinished(trashed.run)
@@ -142,11 +146,11 @@ def _is_run(path: Path) -> bool:
 
 
 def _deleted_at(path: Path) -> float:
-    try:
-        return float(read_regular(path / _TIME, 64))
-    except (OSError, ValueError):
-        # A rename changes this time.
-        return path.lstat().st_ctime
+    with suppress(OSError, ValueError):
+        if isfinite(deleted_at := float(read_regular(path / _TIME, 64))):
+            return deleted_at
+    # A rename changes this time.
+    return path.lstat().st_ctime
 
 
 def _listed(folder: Path) -> list[Path]:

@@ -50,6 +50,8 @@ class Draft:
         self._seen: tuple[int, int] | None = None
         """Inode and time of the file when it was last compared with that."""
         self._aside: Path | None = None
+        self._is_settled = False
+        """Whether the draft was written since the last conflict: the next one needs another file."""
 
     def load(self) -> SavedDraft:
         """Read the draft. One that cannot be read is moved aside, so that a save does not overwrite it."""
@@ -78,12 +80,14 @@ class Draft:
         with _draft_lock():
             on_disk = _content()
             if on_disk is not None and on_disk not in (self._known, text):
+                if self._is_settled:
+                    self._aside, self._is_settled = None, False
                 atomic_write(self.aside, _encoded(on_disk if replace else text), durable=True)
                 if not replace:
                     return False
             if on_disk != text:
                 atomic_write(draft_path(), text, durable=True)
-            self._known = text
+            self._known, self._is_settled = text, True
         return True
 
     @property

@@ -91,6 +91,7 @@ def test_a_file_of_which_nothing_is_lost_is_accepted(architecture: str, tmp_path
         ("llama", {}, ("rope_freqs.weight",), "the tensor rope_freqs.weight"),
         ("llama", {"rope.dimension_count": 128, **_WIDTHS}, (), "llama.attention.key_length of 256"),
         ("llama", {"attention.temperature_scale": 0.1}, (), "llama.attention.temperature_scale (0.1)"),
+        ("qwen2", {"attention.causal": False}, (), "qwen2.attention.causal of"),
         ("qwen2", {"rope.scaling.type": "yarn"}, (), "qwen2.rope.scaling.type of yarn"),
         ("qwen3", {"attention.key_length": 64}, (), "qwen3.attention.key_length of 64 (only 128)"),
         ("phi3", {"attention.sliding_window": 2047}, (), "phi3.attention.sliding_window of 2047"),

@@ -81,7 +81,7 @@ def test_runs_are_erased_after_a_week(recipe: Recipe) -> None:
     assert [each.run.id for each in trash.empty(trash.KEPT_S)] == [old.id]
     assert {each.run.id for each in trash.trashed_runs()} == {young.id, unknown.id}
     assert [each.run.id for each in trash.empty(1e-9)] == [young.id], "of the other the time is not known"
-    assert len(trash.empty()) == 1 and [path.name for path in home.iterdir()] == ["notes"]
+    assert trash.empty() == [] and {path.name for path in home.iterdir()} == {"notes", unknown.id}
 
 
 def test_the_trash_of_an_earlier_version_can_be_restored(recipe: Recipe) -> None:
@@ -113,3 +113,12 @@ def test_what_uses_a_run_is_named(recipe: Recipe) -> None:
     os.close(handle)
     run_queue.remove(waits)
     assert actions.uses_of(run) == []
+
+
+@pytest.mark.parametrize("time", ["inf", "-inf", "nan", "yesterday"])
+def test_a_time_that_is_none_is_that_of_the_folder(recipe: Recipe, time: str) -> None:
+    run = create_run(recipe)
+    trash.put(run)
+    (paths.runs_dir() / ".deleted" / run.id / "deleted").write_text(time)
+    (trashed,) = trash.trashed_runs()
+    assert 0 <= trashed.age_s < 60

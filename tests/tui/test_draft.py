@@ -43,6 +43,12 @@ def test_the_second_to_write_sees_that_the_draft_changed() -> None:
     assert to_recipe(parse(second.aside.read_text(), ""), "").lora.rank == 8, "nothing is lost"
     assert not first.save(one), "now the first has to be asked"
     assert rank_on_disk() == 64
+    assert first.save(one, replace=True)
+    kept_aside = {second.aside, first.aside}
+    two.set("lora.rank", 32)
+    assert not second.save(two)
+    ranks = [to_recipe(parse(path.read_text(), ""), "").lora.rank for path in (*kept_aside, second.aside)]
+    assert sorted(ranks) == [8, 32, 64], "each conflict has a file"
 
 
 def test_the_same_edit_in_two_apps_is_no_conflict() -> None:
