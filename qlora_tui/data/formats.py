@@ -25,6 +25,7 @@ from qlora_tui.data.problems import CHECKS
 from qlora_tui.data.row import Row
 from qlora_tui.data.unsupported import compared_answers, without_text
 from qlora_tui.errors import UserError
+from qlora_tui.formatting import pluralize
 from qlora_tui.recipe.schema import PAIR_METHODS, PREFERENCE_METHODS
 
 SNIFFED_ROWS = 200
@@ -242,7 +243,7 @@ def _evidence(layout: RowFormat, values: list[dict[str, Any]], wanted: str) -> I
     if unused:
         yield f"not used: {', '.join(unused)}"
     if layout.format == "question-answer" and (several := _several_answers(values, layout.columns)):
-        yield f"the first of several answers is trained on in {several} rows"
+        yield f"the first of several answers is trained on in {pluralize(several, 'row')}"
     if layout.format == "text" and (mark := written_out([v.get(layout.columns["text"]) for v in values])):
         yield f"the texts hold conversations ({mark}): as plain text, the questions are in the loss too"
     if layout.format == "preference":

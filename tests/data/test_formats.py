@@ -341,7 +341,7 @@ def test_the_evidence_says_that_other_answers_are_not_used() -> None:
         Row(1, {"question": "Q", "answers": {"text": ["a", "b"]}}),
         Row(2, {"question": "Q", "answers": ["a"]}),
     ]
-    assert "the first of several answers is trained on in 1 rows" in detect(rows, "file").evidence
+    assert "the first of several answers is trained on in 1 row" in detect(rows, "file").evidence
 
 
 def test_a_part_that_is_not_text_is_named_precisely() -> None:
