@@ -173,14 +173,26 @@ def tools_of(value: Any) -> tuple[dict[str, Any], ...]:
 
 
 def text_of(content: Any, where: str) -> str:
-    """Return the text of a content: a string, nothing, or a list of typed parts that must all be text."""
+    """Return the text of a cell: a string, nothing, or a list of typed parts that must all be text.
+
+    Raises ``RowRejectedError`` for several texts: joined, alternative answers would become one.
+    """
     if isinstance(content, str):
         return content
     text, reasoning, calls = _content_of(content, where)
+    if (count := count_texts(content)) > 1:
+        raise RowRejectedError("wrong-format", f"{capitalize(where)} is a list of {count} texts, not one.")
     if reasoning or calls:
         kind = "reasoning" if reasoning else "tool_call"
         raise RowRejectedError("unsupported-part", f"{capitalize(where)} has a part of type {kind!r}.")
     return text
+
+
+def count_texts(value: Any) -> int:
+    """Count the texts in a list, plain or in objects without a type; typed parts make up one text."""
+    if not isinstance(value, list):
+        return 0
+    return sum(isinstance(one, str) or (isinstance(one, Mapping) and "type" not in one) for one in value)
 
 
 def _content_of(content: Any, where: str) -> tuple[str, str, tuple[ToolCall, ...]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qlora_tui.data import preferences
-from qlora_tui.data.chat_formats import EXCHANGES, are_alternate, decoded, turn_keys
+from qlora_tui.data.chat_formats import EXCHANGES, are_alternate, count_texts, decoded, turn_keys
 
 PARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "preference": preferences.PARTS,
@@ -93,6 +93,8 @@ _ALTERNATING_COLUMNS = ("conversations", "conversation", "messages", "dialogs", 
 """Columns whose plain texts alternate between user and assistant."""
 _PROSE = ("text", "instruction", "prompt", "question")
 """Parts that are texts, or typed parts of text, and never an object."""
+_ANSWERS = ("output", "completion")
+"""Parts that are one answer, as a text or turns, and never a list of alternative answers."""
 _PAIRED = frozenset(
     name
     for format_ in ("alpaca", "prompt-completion", "question-answer")
@@ -197,6 +199,7 @@ def _pick(
             and _turn_format(v[column], column, column in named) in kinds
             and (part != "label" or _is_label(v[column]))
             and (part not in _PROSE or not _is_object(v[column]))
+            and (part not in _ANSWERS or turn_keys(v[column]) is not None or count_texts(v[column]) < 2)
             for v in values
         )
         if column not in taken and 2 * fitting >= max(1, len(values)):

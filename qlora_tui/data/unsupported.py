@@ -106,9 +106,9 @@ def _batch(name: str, values: _Values) -> UserError | None:
 def _answers_in_items(name: str, values: _Values, prompt: str) -> UserError | None:
     """Return the error for rows whose answers are in the items of a list."""
     for column in dict.fromkeys(c for v in values for c in v):
-        if column == prompt or not _mostly(values, lambda v: _answer_key(v.get(column)) is not None):  # noqa: B023
+        if column == prompt or not _mostly(values, lambda v: _answer_key(column, v.get(column)) is not None):  # noqa: B023
             continue
-        key = next(filter(None, (_answer_key(v.get(column)) for v in values)), "")
+        key = next(filter(None, (_answer_key(column, v.get(column)) for v in values)), "")
         first = next(items[0] for v in values if (items := decoded(v.get(column))))
         if prompt_key := next((k for k in PROMPTS if isinstance(first, dict) and k in first), ""):
             fields = f"{{input: .{prompt_key}, output: .{key}}}"
@@ -120,7 +120,7 @@ def _answers_in_items(name: str, values: _Values, prompt: str) -> UserError | No
             )
         return UserError(
             "Compared answers",
-            what=f"{name} holds several answers a row in {column!r}.",
+            what=f"{name} holds a list of answers in each row, in {column!r}.",
             why="Answers that may be the worse ones are never trained on.",
             fix="Convert it: keep the better answer of each row, as columns prompt and completion; or the "
             "better and a worse one, as prompt, chosen and rejected.",
@@ -128,17 +128,26 @@ def _answers_in_items(name: str, values: _Values, prompt: str) -> UserError | No
     return None
 
 
-def _answer_key(value: Any) -> str | None:
-    """Return the key of the answer in a list's items, empty where they are texts; None for no answers."""
+def _answer_key(column: str, value: Any) -> str | None:
+    """Return the key of the answer in a list's items, empty where they are texts; None for no answers.
+
+    Texts are answers where the column is named so, or where each has several words, unlike tags.
+    """
     items = decoded(value)
     keys = turn_keys(items)
     if not isinstance(items, list) or not items or (keys is not None and keys not in EXCHANGES):
         return None
-    if all(isinstance(item, str) and len(item.split()) > 1 for item in items) and len(items) > 1:
-        return ""
+    if all(isinstance(item, str) for item in items):
+        have_words = len(items) > 1 and all(len(item.split()) > 1 for item in items)
+        is_answer = have_words or _is_named_answer(column)
+        return "" if is_answer else None
     if not all(isinstance(item, dict) for item in items):
         return None
     return next((key for key in _ANSWERS if all(isinstance(item.get(key), str) for item in items)), None)
+
+
+def _is_named_answer(column: str) -> bool:
+    return column.lower().removesuffix("s") in _ANSWERS
 
 
 def _side_by_side(columns: Sequence[str]) -> str:
@@ -162,7 +171,7 @@ def _ranked(columns: Sequence[str], values: _Values, mapping: Mapping[str, str])
             if not isinstance(items, list) or len(items) < 2 or not isinstance(items[0], dict):
                 continue
             rank = next((key for key in _RANKS if key in items[0]), "")
-            if column.lower().removesuffix("s") in _ANSWERS and _scores_differ(items):
+            if _is_named_answer(column) and _scores_differ(items):
                 rank = rank or "score"
             if rank and not turn_keys(items) and column not in mapping.values():
                 return f"holds several answers a row in {column!r}; {rank!r} says how good each of them is."

@@ -162,6 +162,61 @@ def test_a_refusal_says_how_these_columns_are_mapped(value: Any, words: str) -> 
     assert words in raised.value.fix
 
 
+TEXTS = ["Red.", "Blue."]
+
+
+@pytest.mark.parametrize(
+    ("value", "columns"),
+    [
+        ({"instruction": "Hi", "output": TEXTS}, {}),
+        ({"instruction": TEXTS, "output": "Hello"}, {}),
+        ({"instruction": "Hi", "output": "Hello", "input": TEXTS}, {}),
+        ({"instruction": "Hi", "output": [{"text": text} for text in TEXTS]}, {}),
+        ({"prompt": "Hi", "completion": TEXTS}, {}),
+        ({"prompt": TEXTS, "completion": "Hello"}, {}),
+        ({"prompt": "Hi", "chosen": TEXTS, "rejected": "No"}, {}),
+        ({"question": TEXTS, "answer": "Hello"}, {}),
+        ({"text": TEXTS, "label": "colors"}, {}),
+        ({"text": TEXTS}, {}),
+        ({"a": "Hi", "b": TEXTS}, {"prompt": "a", "completion": "b"}),
+    ],
+)
+def test_several_texts_in_a_cell_are_never_joined(value: Any, columns: dict[str, str]) -> None:
+    detection = detect([Row(1, dict.fromkeys(value, "a b"))], "file", "auto", columns, "chosen")
+    with pytest.raises(RowRejectedError, match="a list of 2 texts") as caught:
+        parse(Row(2, value), detection.layout)
+    assert caught.value.kind == "wrong-format"
+
+
+def test_one_text_in_a_list_and_typed_parts_are_a_text() -> None:
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    for answer in (["Hello"], parts):
+        assert read({"instruction": "Hi", "output": answer})[1].messages == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answers"),
+    [
+        ("instruction", "output"),
+        ("instruction", "response"),
+        ("prompt", "completion"),
+        ("prompt", "completions"),
+        ("prompt", "responses"),
+        ("query", "Generations"),
+    ],
+)
+@pytest.mark.parametrize("texts", [TEXTS, ["Bright red.", "Deep blue."]])
+def test_lists_of_answers_stop_whatever_their_length(prompt: str, answers: str, texts: list[str]) -> None:
+    with pytest.raises(UserError, match="Compared answers") as raised:
+        read({prompt: "Hi", answers: texts})
+    assert repr(answers) in raised.value.what
+
+
+def test_one_answer_in_a_list_is_no_prompt_alone() -> None:
+    with pytest.raises(UserError, match="Compared answers"):
+        read({"prompt": "Hi", "completions": ["Hello"]})
+
+
 def test_conversations_written_out_as_text_are_told() -> None:
     for text, reported in (("### Human: a### Assistant: b", True), ("Once upon a time", False)):
         said = detect([Row(1, {"text": text})], "f").evidence
