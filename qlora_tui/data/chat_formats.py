@@ -137,7 +137,10 @@ def history_of(value: Any) -> tuple[Message, ...]:
 
 
 def calls_of(value: Any) -> tuple[ToolCall, ...]:
-    """Parse tool calls in any of the usual spellings; empty for anything else."""
+    """Parse tool calls in any of the usual spellings; empty for anything else.
+
+    Raises ``RowRejectedError`` for a call whose arguments are not a JSON object.
+    """
     value = decoded(value)
     if isinstance(value, dict):
         value = [value]
@@ -148,11 +151,25 @@ def calls_of(value: Any) -> tuple[ToolCall, ...]:
         call = item.get("function", item) if isinstance(item, dict) else None
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
             return ()
-        arguments = decoded(call.get("arguments", call.get("parameters", {})))
-        calls.append(
-            ToolCall(call["name"], {} if arguments in (None, "") else arguments, str(item.get("id") or ""))
-        )
+        calls.append(ToolCall(call["name"], _arguments_of(call), str(item.get("id") or "")))
     return tuple(calls)
+
+
+def are_calls(value: Any) -> bool:
+    """Return whether ``value`` is tool calls, also where their arguments cannot be read."""
+    try:
+        return bool(calls_of(value))
+    except RowRejectedError:
+        return True
+
+
+def _arguments_of(call: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = decoded(call.get("arguments", call.get("parameters")))
+    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+        return {}
+    if not isinstance(arguments, dict):
+        raise RowRejectedError("wrong-format", f"The arguments of {call['name']!r} are no JSON object.")
+    return arguments
 
 
 def tools_of(value: Any) -> tuple[dict[str, Any], ...]:
@@ -301,17 +318,16 @@ def _weight(turn: Mapping[str, Any]) -> float:
     """Return the loss weight of a turn: the first flag that is set, else 1."""
     for key in _TRAIN_KEYS:
         value = turn.get(key)
-        if isinstance(value, bool | int | float):
-            return float(value)
-        if isinstance(value, str):
-            word = value.strip().lower()
-            if word in _FLAGS:
-                return _FLAGS[word]
-            try:
-                return float(word)
-            except ValueError:
-                what = f"{key!r} of a turn is {value!r}, neither a number nor true or false."
-                raise RowRejectedError("wrong-format", what) from None
+        if value is None:
+            continue
+        word = value.strip().lower() if isinstance(value, str) else value
+        if isinstance(word, str) and word in _FLAGS:
+            return _FLAGS[word]
+        try:
+            return float(word)
+        except (TypeError, ValueError, OverflowError):
+            what = f"{key!r} of a turn is {value!r}, neither a number nor true or false."
+            raise RowRejectedError("wrong-format", what) from None
     return 1.0
 
 

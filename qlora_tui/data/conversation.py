@@ -14,7 +14,7 @@ class ToolCall(Struct, frozen=True):
 
     name: str
     arguments: Any = {}
-    """The parsed JSON arguments, nearly always an object."""
+    """The parsed JSON arguments: an object in a row of data, any value in a generated answer."""
     id: str = ""
 
 

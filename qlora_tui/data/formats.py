@@ -14,7 +14,7 @@ from typing import Any
 from msgspec import Struct
 
 from qlora_tui.data import pair_formats, preferences
-from qlora_tui.data.chat_formats import calls_of, decoded, messages_of, text_of, tools_of, turn_keys
+from qlora_tui.data.chat_formats import are_calls, decoded, messages_of, text_of, tools_of, turn_keys
 from qlora_tui.data.chosen_side import compared, preferred, rated
 from qlora_tui.data.column_detection import OPTIONAL, PARTS, detect_columns
 from qlora_tui.data.conversation import Conversation, Message, RowRejectedError
@@ -271,7 +271,7 @@ def _several_answers(values: list[dict[str, Any]], columns: Mapping[str, str]) -
     answers = [decoded(value.get(columns["answer"])) for value in values]
     texts = [answer.get("text") if isinstance(answer, dict) else answer for answer in answers]
     lists = [text for text in texts if isinstance(text, list)]
-    return sum(any(other != text[0] for other in text[1:]) for text in lists if not calls_of(text))
+    return sum(any(other != text[0] for other in text[1:]) for text in lists if not are_calls(text))
 
 
 def _check_mapping(mapping: Mapping[str, str], wanted: str, columns: tuple[str, ...], name: str) -> None:

@@ -305,6 +305,42 @@ def test_flags_say_which_turns_train(flag: dict[str, Any], trains: bool) -> None
     assert read({"messages": turns})[1].messages[1].train is trains
 
 
+@pytest.mark.parametrize("key", ["train", "weight", "loss_weight", "loss"])
+@pytest.mark.parametrize("value", ["high", [1], [], {"x": 0}, {}])
+def test_a_flag_that_is_no_number_is_refused(key: str, value: Any) -> None:
+    with pytest.raises(RowRejectedError, match=f"'{key}' of a turn is") as caught:
+        read({"messages": [CHAT[0], {**CHAT[1], key: value}]})
+    assert caught.value.kind == "wrong-format"
+
+
+def test_a_flag_of_null_is_not_set() -> None:
+    assert read({"messages": [CHAT[0], {**CHAT[1], "train": None, "weight": 0}]})[1].messages[1].weight == 0
+
+
+@pytest.mark.parametrize("arguments", ["{bad", "[1]", "Rome", '"Rome"', [1], 3, '{"a": 1} {'])
+@pytest.mark.parametrize("shape", ["messages", "role", "part", "answer"])
+def test_arguments_that_are_no_object_are_refused(arguments: Any, shape: str) -> None:
+    call = {"name": "f", "arguments": arguments}
+    rows = {
+        "messages": {"messages": [CHAT[0], {**CHAT[1], "tool_calls": [{"id": "c", "function": call}]}]},
+        "role": {"conversations": [SHAREGPT[0], {"from": "function_call", "value": json.dumps(call)}]},
+        "part": {"messages": [CHAT[0], {"role": A, "content": [{"type": "tool_call", "value": call}]}]},
+        "answer": {"question": "Hi", "answers": json.dumps([call]), "tools": '[{"name": "f"}]'},
+    }
+    row = Row(1, rows[shape])
+    layout = detect([row], "file").layout
+    with pytest.raises(RowRejectedError, match="arguments of 'f' are no JSON object") as caught:
+        parse(row, layout)
+    assert caught.value.kind == "wrong-format"
+
+
+@pytest.mark.parametrize("arguments", ["", " ", None, "{}", {}])
+def test_a_call_may_have_no_arguments(arguments: Any) -> None:
+    calls = [{"name": "f", "arguments": arguments}]
+    messages = read({"messages": [CHAT[0], {**CHAT[1], "tool_calls": calls}]})[1].messages
+    assert messages[1].tool_calls == (ToolCall("f"),)
+
+
 @pytest.mark.parametrize("weight", [-1, 2000, float("nan"), float("inf")])
 def test_a_weight_that_can_be_no_weight_is_refused(weight: float) -> None:
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": weight}]
@@ -359,7 +395,6 @@ def test_labels_without_names_are_pointed_out() -> None:
             "wrong-format",
         ),
         ({"messages": [{**CHAT[0], "tool_calls": [{"name": "f"}]}, CHAT[1]]}, "wrong-format"),
-        ({"messages": [CHAT[0], {**CHAT[1], "train": "high"}]}, "wrong-format"),
         ({"messages": [CHAT[0], {**CHAT[1], "train_detail": [{"begin_offset": 0}]}]}, "wrong-format"),
         ({"instruction": "a", "output": "b", "history": "c"}, "wrong-format"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "unknown-role"),
