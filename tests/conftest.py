@@ -154,6 +154,14 @@ def private_environment(tmp_path_factory: pytest.TempPathFactory, monkeypatch: p
     return home
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_gpu() -> Iterator[None]:
+    """Let fixtures of modules see no GPU either, nor the stub that an earlier test loaded here."""
+    with pytest.MonkeyPatch.context() as patch:
+        install_nvml_stub(patch, "no_driver")
+        yield
+
+
 @pytest.fixture(autouse=True)
 def skip_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make fsync in this process return at once.
