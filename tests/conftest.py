@@ -155,9 +155,12 @@ def private_environment(tmp_path_factory: pytest.TempPathFactory, monkeypatch: p
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_gpu() -> Iterator[None]:
-    """Let fixtures of modules see no GPU either, nor the stub that an earlier test loaded here."""
+def environment_of_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep fixtures of modules from the user's folders, from a GPU, and from a stub loaded earlier."""
+    home = tmp_path_factory.mktemp("modules")
     with pytest.MonkeyPatch.context() as patch:
+        for variable in ("CONFIG", "STATE", "CACHE"):
+            patch.setenv(f"XDG_{variable}_HOME", str(home / variable.lower()))
         install_nvml_stub(patch, "no_driver")
         yield
 
