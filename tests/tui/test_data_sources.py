@@ -22,7 +22,7 @@ from tests.tui.workstation import open_on, settle
     [
         (None, ("✗ No such data", "odd.jsonl does not exist.", "▸ Check the path", "[o] open")),
         ([], ("✗ Empty file", "odd.jsonl is empty.", "[x] remove this one")),
-        (["{oops"] * 3, ("✗ Not valid JSON", "Line 1 is not valid JSON", "▸ Fix the line")),
+        (["{oops"] * 3, ("✗ Not valid JSON", "Line 1 is not valid JSON", "▸ Correct the line")),
         ([{"a": "b"}] * 3, ("✗ No usable field", "Its rows contain:", "[c] map the columns")),
     ],
 )

@@ -119,7 +119,7 @@ async def test_types_that_need_llama_cpp_say_so(
     async with make_app().run_test(size=(100, 30)) as pilot:
         await open_dialog(pilot)
         await pilot.press("enter")
-        await wait_for_text(pilot, "✗ Needs llama.cpp. Install it with", "qlora-tui[export]")
+        await wait_for_text(pilot, "✗ Needs llama.cpp. Install it with", "[export]")
         assert read_exports(run) == []
 
 
