@@ -60,7 +60,7 @@ def put(run: RunDir) -> None:
     check_deletable(run)
     trashed = private_dir(_home()) / run.id
     try:
-        atomic_write(run.path / _TIME, f"{time.time():.0f}\n")
+        atomic_write(run.path / _TIME, f"{int(time.time())}\n")
         run.path.rename(trashed)
         sync(trashed.parent)
         sync(run.path.parent)
