@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from msgspec import structs
 from transformers import set_seed
 
 from qlora_tui.catalog.local_models import ModelFiles
@@ -150,7 +149,7 @@ def _choose_step(context: AttemptContext, data: PreparedDataset, meter: MemoryMe
     longest = recipe.data.max_length if recipe.data.packing else min(max(lengths), recipe.data.max_length)
     free_bytes = min(context.dist.all_gather(meter.free_bytes()))
     # Unlike GPUs would choose differently, and processes with unlike optimizers drift apart.
-    chosen = context.dist.broadcast(
+    recipe = context.dist.broadcast(
         meter.choose_step(
             recipe,
             longest,
@@ -159,8 +158,7 @@ def _choose_step(context: AttemptContext, data: PreparedDataset, meter: MemoryMe
             processes=context.dist.world_size,
         )
     )
-    training = chosen.training
-    recipe = structs.replace(recipe, training=training)
+    training = recipe.training
     meter.set_recipe(recipe)
     context.reporter.emit(
         StepChosen(
