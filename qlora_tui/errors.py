@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 EXIT_FAILURE = 1
 """Exit code: the call was valid but failed."""
@@ -24,7 +25,16 @@ INTERNAL_ERROR = "Internal error"
 class UserError(Exception):
     """An error that the user can act on."""
 
-    def __init__(self, title: str, *, what: str, why: str = "", fix: str = "", exit_code: int = EXIT_FAILURE):
+    def __init__(
+        self,
+        title: str,
+        *,
+        what: str,
+        why: str = "",
+        fix: str = "",
+        code: str = "",
+        exit_code: int = EXIT_FAILURE,
+    ):
         super().__init__(title)
         self.title = title
         """A few words: ``Out of GPU memory``."""
@@ -34,6 +44,8 @@ class UserError(Exception):
         """One sentence: why, if known."""
         self.fix = fix
         """One sentence: what to do about it."""
+        self.code = code
+        """Kind of the error, as ``preference-pairs``, for code that decides by it: texts may be reworded."""
         self.exit_code = exit_code
 
     def __str__(self) -> str:
@@ -41,12 +53,20 @@ class UserError(Exception):
         parts = [f"{self.title}: {self.what}", self.why, self.fix]
         return "\n  ".join(part for part in parts if part)
 
+    def fields(self) -> dict[str, Any]:
+        """Return the arguments that construct an equal error, as strings and a number."""
+        return {name: getattr(self, name) for name in ("title", "what", "why", "fix", "code", "exit_code")}
+
+    def replace(self, **changes: Any) -> UserError:
+        """Return a copy with other texts, as a plain UserError."""
+        return UserError(**self.fields() | changes)
+
     def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild, (self.title, self.what, self.why, self.fix, self.exit_code))
+        return (_rebuild, (self.fields(),))
 
 
-def _rebuild(title: str, what: str, why: str, fix: str, exit_code: int) -> UserError:
-    return UserError(title, what=what, why=why, fix=fix, exit_code=exit_code)
+def _rebuild(fields: dict[str, Any]) -> UserError:
+    return UserError(**fields)
 
 
 _LONGEST_SHOWN = 300
@@ -97,7 +117,8 @@ def disk_problem(
         fix = f"Create that folder, or {elsewhere}."
     if error.errno == errno.ENOSPC and _lacks_inodes(Path(where)):
         why, fix = "The disk has space, but no inodes left: it holds too many files.", "Delete some files."
-    return UserError(title, what=f"{where}: {error.strerror or os.strerror(error.errno)}.", why=why, fix=fix)
+    what = f"{where}: {error.strerror or os.strerror(error.errno)}."
+    return UserError(title, what=what, why=why, fix=fix, code=errno.errorcode[error.errno].lower())
 
 
 @contextmanager

@@ -50,13 +50,10 @@ def fetch_architecture(model_id: str, revision: str = "main") -> Architecture:
     try:
         config = fetch_config(model_id, revision)
     except UserError as problem:
-        raise UserError(
-            problem.title,
+        raise problem.replace(
             what=f"{model_id} is not on this machine. {problem.what}",
-            why=problem.why,
             fix=f"{problem.fix} An estimate needs only the model's config.json: "
             "copy it into a folder and give that folder as the model.",
-            exit_code=problem.exit_code,
         ) from problem
     architecture = parse_architecture(config)
     with suppress(OSError):

@@ -138,7 +138,7 @@ def _is_trainable_as_stored(method: Any, model_type: Any) -> bool:
 
 
 def _with_model_name(problem: UserError, name: str) -> UserError:
-    return UserError(problem.title, what=f"{name}: {problem.what}", why=problem.why, fix=problem.fix)
+    return problem.replace(what=f"{name}: {problem.what}")
 
 
 def _no_config(files: set[str], name: str) -> UserError:

@@ -30,7 +30,7 @@ _ROWS_NAMED = 8
 
 
 def run(args: argparse.Namespace) -> CommandResult | int:
-    """Inspect or show. With ``--json``, an error is also an object on stdout: title, what, why and fix."""
+    """Inspect or show. With ``--json``, an error is also an object on stdout: its fields."""
     try:
         if args.action == "show":
             return _show(args)
@@ -42,8 +42,7 @@ def run(args: argparse.Namespace) -> CommandResult | int:
         if not args.json:
             raise
         print(f"qlora-tui: {problem}", file=sys.stderr)
-        error = {name: getattr(problem, name) for name in ("title", "what", "why", "fix")}
-        return CommandResult(data={"error": error}, text="", exit_code=problem.exit_code)
+        return CommandResult(data={"error": problem.fields()}, text="", exit_code=problem.exit_code)
     raise UserError(
         "Missing subcommand",
         what="`data` needs a subcommand: inspect, show or blame.",

@@ -73,6 +73,10 @@ class Report(Struct, frozen=True):
     """Sentences on the reasoning in the rows and how the template handles it."""
 
 
+NO_SUCH_ROW = "no-such-row"
+"""Code of the error for a row number past the end of a file."""
+
+
 class Shown(Struct, frozen=True):
     """One row as the model sees it."""
 

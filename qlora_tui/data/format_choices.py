@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from qlora_tui.data.column_detection import PARTS
 from qlora_tui.data.conversation import Conversation, RowRejectedError
-from qlora_tui.data.formats import SNIFFED_ROWS, RowFormat, detect, parse
+from qlora_tui.data.formats import NOT_IN_FORMAT, SNIFFED_ROWS, RowFormat, detect, parse
 from qlora_tui.data.problems import shorten
 from qlora_tui.data.read import first_rows
 from qlora_tui.data.row import Row
@@ -72,7 +72,7 @@ def _conversation(row: Row, layout: RowFormat) -> Conversation | None:
 
 
 def _reason(problem: UserError, format_: str) -> str:
-    if problem.title == "Not in that format":
+    if problem.code == NOT_IN_FORMAT:
         return f"needs {' and '.join(PARTS[format_])}"
     return uncapitalize(problem.title)
 

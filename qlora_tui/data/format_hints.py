@@ -12,6 +12,8 @@ _MARKS = ("### Human:", "### Instruction:", "\n\nHuman:", "[INST]", "<|im_start|
 """Markers that begin a question in conversations already rendered as one text."""
 PROMPTS = ("prompt", "instruction", "question", "query", "problem", "input")
 """Columns that hold what is asked, whatever holds the answer."""
+UNMAPPED_COLUMNS = "unmapped-columns"
+"""Code of the error for rows that can be trained on once their columns are mapped by hand."""
 _TREE = ("parent_id", "message_tree_id", "message_id")
 
 
@@ -31,18 +33,22 @@ def written_out(texts: Sequence[Any]) -> str:
     return common_mark[0][0].strip() if common_mark and 2 * common_mark[0][1] >= len(strings) else ""
 
 
-def mapping_hint(values: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """Suggest how to map these columns by hand, with their own names where they can be guessed."""
+def mapping_hint(values: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> tuple[str, str]:
+    """Suggest how to map these columns by hand, with their own names if they can be guessed.
+
+    Returns the fix and the code of the error: :data:`UNMAPPED_COLUMNS`, if mapping helps.
+    """
     nested = next((c for c in columns if any(isinstance(value.get(c), dict) for value in values)), "")
     texts = [c for c in columns if _is_text(values, c)]
     if len(texts) < 2 and nested:
-        return f"{nested!r} holds an object: put its fields in separate columns."
+        return f"{nested!r} holds an object: put its fields in separate columns.", ""
     prose = [c for c in texts if has_words(values, c)]
     texts = prose if len(prose) > 1 else texts  # rather than names and tags
     first = next((c for c in columns if c.lower() in PROMPTS and c in texts), texts[0] if texts else "")
     others = [c for c in texts if c != first]
     first, last = (first, others[-1]) if others else ("…", "…")
-    return f'Map the columns to their parts, as in columns = {{ prompt = "{first}", completion = "{last}" }}.'
+    example = f'columns = {{ prompt = "{first}", completion = "{last}" }}'
+    return f"Map the columns to their parts, as in {example}.", UNMAPPED_COLUMNS
 
 
 def has_words(values: Sequence[Mapping[str, Any]], column: str) -> bool:

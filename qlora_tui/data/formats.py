@@ -31,6 +31,8 @@ from qlora_tui.recipe.schema import PAIR_METHODS, PREFERENCE_METHODS
 SNIFFED_ROWS = 200
 _COLUMNS_NAMED = 12
 
+NOT_IN_FORMAT = "not-in-format"
+"""Code of the error for rows that lack the parts of the format that was asked for."""
 LABEL_NAMES = "label_names"
 """A part that is not a column: the names of integer labels in order, separated by commas."""
 
@@ -341,12 +343,15 @@ def _nothing_fits(
             what=f"{name} is not in the format {wanted}, which needs {needs}.",
             why=f"Searched {what}.",
             fix='Map the columns by hand, or let format = "auto" choose.',
+            code=NOT_IN_FORMAT,
         )
+    fix, code = "A row is an object with named fields. A file that is one array of rows is named .json.", ""
+    if columns:
+        fix, code = mapping_hint(values, columns)
     return UserError(
         "No usable field",
         what=f"No known format fits {name}: nothing to train on {what}.",
         why=f"Known formats: {', '.join(PARTS)}.",
-        fix=mapping_hint(values, columns)
-        if columns
-        else "A row is an object with named fields. A file that is one array of rows is named .json.",
+        fix=fix,
+        code=code,
     )

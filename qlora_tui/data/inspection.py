@@ -18,7 +18,7 @@ from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.data.bounds import DamagedFileError
 from qlora_tui.data.checks import conversation_findings, sample_findings
 from qlora_tui.data.conversation import Conversation, RowRejectedError
-from qlora_tui.data.dataset_report import Counts, FileReport, Report, Shown
+from qlora_tui.data.dataset_report import NO_SUCH_ROW, Counts, FileReport, Report, Shown
 from qlora_tui.data.dataset_scan import DatasetScanner
 from qlora_tui.data.error_cache import cache_errors, file_fingerprint, tokenizer_fingerprint
 from qlora_tui.data.excluded_rows import excluded_by_file
@@ -76,7 +76,10 @@ def row_of(source: Source, row: int, data: Data, path: str = "") -> tuple[Source
     found_row = row_at(file.path, row)
     if found_row is None:
         raise UserError(
-            "No such row", what=f"{file.path} ends before row {row}.", fix="Choose a smaller number."
+            "No such row",
+            what=f"{file.path} ends before row {row}.",
+            fix="Choose a smaller number.",
+            code=NO_SUCH_ROW,
         )
     return file, found_row
 

@@ -52,11 +52,16 @@ unless the column is one of ``_ALWAYS_RATINGS``."""
 _GOOD = ("true", "1", "1.0", "yes", "good", "desirable", "chosen", "accepted", "thumbs_up")
 _BAD = ("false", "0", "0.0", "-1", "-1.0", "no", "bad", "undesirable", "rejected", "thumbs_down")
 
-NOTHING_COMPARED_TITLE = "No preferences in the data"
-METHODS_FOR_PAIRS = 'To learn from both sides, set data.preferences = "orpo" (or "dpo", "simpo").'
-"""Sentence of the first of these errors, which only those that a method resolves have."""
-TITLES = (PAIRS_TITLE, RATED_TITLE) = ("Preference data", "Rated answers")
-"""Titles of the errors that ``data.preferences = "chosen"`` resolves."""
+PAIRS = "preference-pairs"
+"""Code of the error for rows that compare answers: a method for pairs resolves it."""
+RATED = "rated-answers"
+"""Code of the error for rows that rate answers: ``data.preferences = "kto"`` resolves it."""
+NOTHING_COMPARED = "nothing-compared"
+"""Code of the error for a preference method on data without preferences."""
+UNMAPPED_SIDES = "unmapped-sides"
+"""Code of the errors for pairs whose columns must be mapped by hand."""
+_PAIRS_TITLE = "Preference data"
+_RATED_TITLE = "Rated answers"
 
 
 def preference_columns(values: Sequence[Mapping[str, Any]], mapping: Mapping[str, str]) -> dict[str, str]:
@@ -154,30 +159,34 @@ def preference_problem(
     having = sum(_is_answer(value.get(rejected)) for value in values)
     if "chosen" not in columns:
         return UserError(
-            PAIRS_TITLE + " without a chosen side",
+            _PAIRS_TITLE + " without a chosen side",
             what=f"{name} holds rejected answers in {rejected!r}, and no column with chosen ones.",
             why="Rejected answers are never trained on.",
             fix='Say which column is better: columns = { chosen = "…", '
             f'rejected = "{rejected}" }}, or choose another file.',
+            code=UNMAPPED_SIDES,
         )
     return UserError(
-        PAIRS_TITLE,
+        _PAIRS_TITLE,
         what=f"{name} compares answers: {columns['chosen']!r} is preferred to {rejected!r} in {having} of "
         f"the first {len(values)} rows.",
         why="Unless data.preferences is set, a run trains on answers without comparing them.",
-        fix=f"{METHODS_FOR_PAIRS} {_choice('chosen')}",
+        fix='To learn from both sides, set data.preferences = "orpo" (or "dpo", "simpo"). '
+        f"{_choice('chosen')}",
+        code=PAIRS,
     )
 
 
 def rated_problem(name: str, column: str, good: int, bad: int) -> UserError:
     """Build the error on why rows with rated answers are not trained on without opt-in."""
     return UserError(
-        RATED_TITLE,
+        _RATED_TITLE,
         what=f"{name} rates its answers: of the first {good + bad} rows, {column!r} calls {good} good and "
         f"{bad} bad.",
         why="Unless data.preferences is set, a run trains on answers without their ratings.",
         fix='To learn from both kinds, set data.preferences = "kto". '
         f"{_choice('good')} If {column!r} means something else, rename or remove that column.",
+        code=RATED,
     )
 
 
@@ -188,19 +197,21 @@ def unusable_problem(name: str, method: str, *, rated: bool) -> UserError:
     """
     if rated:
         return UserError(
-            RATED_TITLE,
+            _RATED_TITLE,
             what=f'{name} rates its answers, and data.preferences = "{method}" compares two answers to one '
             "prompt.",
             fix='To learn from ratings, set data.preferences = "kto". ' + _choice("good"),
+            code=RATED,
         )
     needs = "rated answers or pairs" if method == "kto" else "a chosen and a rejected answer in each row"
     return UserError(
-        NOTHING_COMPARED_TITLE,
+        "No preferences in the data",
         what=f'data.preferences = "{method}" needs {needs}, and {name} has neither a rejected side nor '
         "ratings.",
         why="Nothing says which answers are better.",
         fix='Choose a file with preferences, name its columns, or set data.preferences = "refuse" to train '
         "on the answers as they are.",
+        code=NOTHING_COMPARED,
     )
 
 
@@ -250,10 +261,11 @@ def compared_columns(
         return {}
     if mapping and not sides and not mapping.keys() <= own.keys():
         raise UserError(
-            PAIRS_TITLE,
+            _PAIRS_TITLE,
             what=f"{name} compares answers, but columns names parts of another format: {', '.join(mapping)}.",
             why=f"{compared['rejected']!r} holds rejected answers.",
             fix='Name the sides, as in columns = { chosen = "…", rejected = "…" }, or leave columns out.',
+            code=UNMAPPED_SIDES,
         )
     return compared | own
 
@@ -290,12 +302,13 @@ def no_prompt_problem(
     ]
     example = others[0] if others else "…"
     return UserError(
-        f"{PAIRS_TITLE} without a prompt",
+        f"{_PAIRS_TITLE} without a prompt",
         what=f"{name} has answers in {compared['chosen']!r} and {compared['rejected']!r}, and no column with "
         "the question.",
         why=f"Its columns are {', '.join(columns)}.",
         fix=f'Say which column holds it: columns = {{ prompt = "{example}", chosen = "{compared["chosen"]}", '
         f'rejected = "{compared["rejected"]}" }}.',
+        code=UNMAPPED_SIDES,
     )
 
 

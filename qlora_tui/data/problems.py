@@ -30,6 +30,8 @@ class CheckSpec(Struct, frozen=True):
     fix: str
     is_left_out: bool = False
     """Whether a row with this problem is left out. The rows of other warnings are used."""
+    says_outcome: bool = False
+    """Whether the title says what becomes of the row."""
 
 
 CHECKS: dict[str, CheckSpec] = {
@@ -93,12 +95,14 @@ CHECKS: dict[str, CheckSpec] = {
         "Left out: not rated good",
         'data.preferences = "chosen" trains on answers that are rated good only.',
         is_left_out=True,
+        says_outcome=True,
     ),
     "same-answers": CheckSpec(
         "warning",
         "Left out: the chosen answer is also the rejected one",
         "The row prefers neither. Remove it from the file.",
         is_left_out=True,
+        says_outcome=True,
     ),
     "ends-with-user": CheckSpec(
         "warning",
@@ -192,8 +196,6 @@ BAD_ROWS = frozenset(
     ("bad-json", "bad-encoding", "bad-row", "wrong-format", "unsupported-part", "media", "unknown-role")
 )
 """Errors of single rows, which ``data.bad_rows = "skip"`` leaves out."""
-SKIP_BAD_ROWS = 'data.bad_rows = "skip"'
-
 
 OVERFLOW_OUTCOMES = {
     "drop": "left out",
@@ -258,12 +260,14 @@ def check_of(kind: str, *, skips_bad_rows: bool) -> CheckSpec:
         return check
     if skips_bad_rows:
         return CheckSpec("warning", check.title, "The row is left out.", is_left_out=True)
-    return CheckSpec(check.severity, check.title, f"{check.fix} Or leave such rows out: {SKIP_BAD_ROWS}.")
+    return CheckSpec(
+        check.severity, check.title, f'{check.fix} Or leave such rows out: data.bad_rows = "skip".'
+    )
 
 
 def row_outcome(problem: DataProblem, data: Data) -> str:
     """Return what becomes of rows with a problem, such as ``, left out``; empty where the title says it."""
-    if problem.title.startswith("Left out"):
+    if problem.kind in CHECKS and CHECKS[problem.kind].says_outcome:
         return ""
     if problem.severity == "error":
         return ", run blocked"
@@ -353,7 +357,10 @@ def raise_first_error(problems: Sequence[DataProblem]) -> None:
 
 
 def error_of(problem: DataProblem) -> UserError:
-    """Build the error for a problem that blocks a run; one without rows names its file itself."""
+    """Build the error for a problem that blocks a run, with its kind as the code.
+
+    An error without rows is one of a whole file, which its text names.
+    """
     if not problem.rows:
         return UserError(problem.title, what=problem.example, fix=problem.fix)
     rows = ", ".join(map(str, problem.rows[:5])) + (" and others" if problem.count > 5 else "")
@@ -363,6 +370,7 @@ def error_of(problem: DataProblem) -> UserError:
         what=f"{problem.path}, {word} {rows}: {problem.example}",
         why=f"{problem.count:,} rows of the file have this problem." if problem.count > 1 else "",
         fix=problem.fix,
+        code=problem.kind,
     )
 
 

@@ -202,22 +202,24 @@ class Failure(EngineReply, frozen=True, kw_only=True, tag="failure"):
     what: str
     why: str = ""
     fix: str = ""
+    code: str = ""
     exit_code: int = 1
 
     @classmethod
     def of(cls, problem: UserError) -> Failure:
         """Convert a UserError to a reply."""
-        return cls(
-            title=problem.title,
-            what=problem.what,
-            why=problem.why,
-            fix=problem.fix,
-            exit_code=problem.exit_code,
-        )
+        return cls(**problem.fields())
 
     def problem(self) -> UserError:
         """Convert the reply back to a UserError."""
-        return UserError(self.title, what=self.what, why=self.why, fix=self.fix, exit_code=self.exit_code)
+        return UserError(
+            self.title,
+            what=self.what,
+            why=self.why,
+            fix=self.fix,
+            code=self.code,
+            exit_code=self.exit_code,
+        )
 
 
 AnyRequest: TypeAlias = (

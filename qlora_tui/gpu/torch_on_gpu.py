@@ -157,8 +157,7 @@ def why_on_the_cpu() -> UserError | None:
 
 def with_cpu_choice(error: GpuUnavailableError) -> UserError:
     """Return the error that refuses a run for a GPU that cannot be read."""
-    fix = f"{error.fix} {ON_THE_CPU}"
-    return UserError(error.title, what=error.what, why=error.why, fix=fix, exit_code=error.exit_code)
+    return error.replace(fix=f"{error.fix} {ON_THE_CPU}")
 
 
 def install_fix(gpu: GpuDevice | None) -> str:

@@ -15,12 +15,11 @@ from qlora_tui.data.excluded_rows import all_excluded, excluded_by_file
 from qlora_tui.data.formats import Detection
 from qlora_tui.data.hub_dataset import hub_files, is_training_split, local_files
 from qlora_tui.data.preferences import (
-    METHODS_FOR_PAIRS,
-    NOTHING_COMPARED_TITLE,
-    PAIRS_TITLE,
-    RATED_TITLE,
+    NOTHING_COMPARED,
+    PAIRS,
+    RATED,
 )
-from qlora_tui.data.problems import SKIP_BAD_ROWS, DataProblem, error_of, none_used
+from qlora_tui.data.problems import BAD_ROWS, DataProblem, error_of, none_used
 from qlora_tui.data.quick_check import FileSize, QuickCheckResult, quick_check
 from qlora_tui.data.read import COLUMNAR, files_of, kind_of
 from qlora_tui.data.sources import SourceFile, every_source, is_hub_dataset, sniff
@@ -76,13 +75,13 @@ def check_data(recipe: Recipe, model_files: ModelFiles | None, *, read_columnar:
 
 def _data_fix(problem: UserError) -> SuggestedFix | None:
     """Return the change of a setting that makes the data usable, where there is one."""
-    if SKIP_BAD_ROWS in problem.fix:
+    if problem.code in BAD_ROWS:
         return SuggestedFix("leave bad rows out", changes={"data.bad_rows": "skip"})
-    if problem.title == PAIRS_TITLE and METHODS_FOR_PAIRS in problem.fix:
+    if problem.code == PAIRS:
         return SuggestedFix("train on both answers with ORPO", changes={"data.preferences": "orpo"})
-    if problem.title == RATED_TITLE:
+    if problem.code == RATED:
         return SuggestedFix("train on all answers with KTO", changes={"data.preferences": "kto"})
-    if problem.title == NOTHING_COMPARED_TITLE:
+    if problem.code == NOTHING_COMPARED:
         return SuggestedFix("train on the answers as they are", changes={"data.preferences": "refuse"})
     return None
 

@@ -329,12 +329,13 @@ class Finished(Event, tag="finished", frozen=True, kw_only=True):
 
 
 class Failed(Event, tag="failed", frozen=True, kw_only=True):
-    """The run ended with an error: the what, why and fix of a UserError."""
+    """The run ended with an error: the fields of a UserError."""
 
     title: str
     what: str
     why: str = ""
     fix: str = ""
+    code: str = ""
     kind: Literal["problem", "out_of_memory", "killed", "lost", "bug"] = "problem"
     exit_code: int | None = None
     phase: Phase | None = None
@@ -343,18 +344,11 @@ class Failed(Event, tag="failed", frozen=True, kw_only=True):
     @classmethod
     def from_problem(cls, problem: UserError, *, at: float, exit_code: int | None) -> Failed:
         """Record an exception as the event."""
-        return cls(
-            at=at,
-            title=problem.title,
-            what=problem.what,
-            why=problem.why,
-            fix=problem.fix,
-            exit_code=exit_code,
-        )
+        return cls(at=at, **problem.fields() | {"exit_code": exit_code})
 
     def problem(self) -> UserError:
         """Convert the event to the exception it records."""
-        return UserError(self.title, what=self.what, why=self.why, fix=self.fix)
+        return UserError(self.title, what=self.what, why=self.why, fix=self.fix, code=self.code)
 
 
 class Stopped(Event, tag="stopped", frozen=True, kw_only=True):

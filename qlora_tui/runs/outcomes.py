@@ -178,8 +178,7 @@ def gpu_problem(run: RunDir, error: CudaError | None) -> UserError | None:
     else:
         return None
     where = "continues from the last checkpoint" if run.checkpoints() else "starts the run again"
-    fix = f"{fix} `qlora-tui resume {run.id}` then {where}."
-    return UserError(problem.title, what=problem.what, why=problem.why, fix=fix)
+    return problem.replace(fix=f"{fix} `qlora-tui resume {run.id}` then {where}.")
 
 
 def _gpu_was_lost(run: RunDir) -> bool:

@@ -40,7 +40,7 @@ class DiskFaults:
         problem = disk_problem(error) if isinstance(error, OSError) else None
         if problem is None:
             return False
-        if time.monotonic() - self._reported_at.get(problem.title, -REPEAT_S) >= REPEAT_S:
-            self._reported_at[problem.title] = time.monotonic()
+        if time.monotonic() - self._reported_at.get(problem.code, -REPEAT_S) >= REPEAT_S:
+            self._reported_at[problem.code] = time.monotonic()
             app.notify(str(problem), severity="error", timeout=10)
         return True

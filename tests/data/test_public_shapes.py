@@ -20,7 +20,7 @@ import pytest
 
 from qlora_tui.data.conversation import Conversation, Message, RowRejectedError, ToolCall
 from qlora_tui.data.inspection import inspect
-from qlora_tui.data.preferences import TITLES
+from qlora_tui.data.preferences import PAIRS, RATED
 from qlora_tui.data.sources import conversations, open_source
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Source
@@ -107,7 +107,7 @@ def test_a_public_shape_is_read_right_or_refused(tmp_path: Path, name: str) -> N
     for words in shape.get("says", ()):
         assert words in str(problem)
     if "chosen" in shape:
-        assert ("--set data.preferences=chosen" in problem.fix) == (problem.title in TITLES)
+        assert ("--set data.preferences=chosen" in problem.fix) == (problem.code in (PAIRS, RATED))
         check_read(source, Data(preferences="chosen"), shape["chosen"])
     else:
         with pytest.raises(UserError, match=shape["stop"]):

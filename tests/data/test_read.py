@@ -15,7 +15,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_tui.data.problems import SKIP_BAD_ROWS
+from qlora_tui.data.problems import BAD_ROWS
 from qlora_tui.data.read import files_of, kind_of, rows
 from qlora_tui.data.sources import open_source
 from qlora_tui.errors import UserError
@@ -204,7 +204,7 @@ def test_broken_json_is_an_error_of_the_file(tmp_path: Path, text: str, line: in
     with pytest.raises(UserError) as caught:
         list(rows(path))
     assert f"bad.json: Line {line}: " in caught.value.what
-    assert SKIP_BAD_ROWS not in caught.value.fix
+    assert caught.value.code not in BAD_ROWS
 
 
 @pytest.mark.parametrize(

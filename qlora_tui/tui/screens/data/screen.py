@@ -14,8 +14,8 @@ from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import OptionList, Static
 
-from qlora_tui.data.dataset_report import Report, Shown
-from qlora_tui.data.preferences import PAIRS_TITLE
+from qlora_tui.data.dataset_report import NO_SUCH_ROW, Report, Shown
+from qlora_tui.data.preferences import PAIRS, UNMAPPED_SIDES
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.length_costs import LengthCost
@@ -174,14 +174,14 @@ class DataScreen(DataActions):
         try:
             shown, problem = await self.previews.row(wanted, row, path)
         except UserError as error:
-            if error.title == "No such row" and self.shown is not None:
+            if error.code == NO_SUCH_ROW and self.shown is not None:
                 self.path, self.row = self.shown.path, self.shown.row
                 self.notify(error.what)
                 self._show_row_title()
             else:
                 self.shown, self.unreadable_source = None, wanted.source
                 self.refused_preferences = data_text.refused_preferences(error)
-                compares = error.title.startswith(PAIRS_TITLE)
+                compares = error.code in (PAIRS, UNMAPPED_SIDES)
                 self.mapping_format = "preference" if compares else "prompt-completion"
                 self.fields = await self.previews.fields(wanted.source)
                 self._show_legend(Content(""))

@@ -9,7 +9,9 @@ from typing import Literal
 from textual.content import Content
 
 from qlora_tui.data.dataset_report import Piece, Report, Shown
-from qlora_tui.data.preferences import PAIRS_TITLE, TITLES
+from qlora_tui.data.format_hints import UNMAPPED_COLUMNS
+from qlora_tui.data.formats import NOT_IN_FORMAT
+from qlora_tui.data.preferences import PAIRS, RATED, UNMAPPED_SIDES
 from qlora_tui.data.problems import CHECKS, DataProblem, check_of
 from qlora_tui.data.sources import is_hub_dataset
 from qlora_tui.errors import UserError
@@ -176,9 +178,7 @@ def error_text(error: UserError) -> Content:
 
 def refused_preferences(error: UserError) -> Literal["", "pairs", "ratings"]:
     """The kind of preferences for which a file is refused until the recipe says how to train on them."""
-    if error.title not in TITLES:
-        return ""
-    return "pairs" if error.title == PAIRS_TITLE else "ratings"
+    return "pairs" if error.code == PAIRS else "ratings" if error.code == RATED else ""
 
 
 def unreadable_text(error: UserError, fields: dict[str, str]) -> Content:
@@ -188,21 +188,16 @@ def unreadable_text(error: UserError, fields: dict[str, str]) -> Content:
         (key_name("data.open"), "open another file"),
         (key_name("data.remove"), "remove this one"),
     ]
-    if fields and error.fix.startswith(("Say which column", "Map the columns")):
+    if fields and error.code in (UNMAPPED_COLUMNS, UNMAPPED_SIDES, NOT_IN_FORMAT):
         # The fix is for the recipe as a file; here there is a key for it.
-        error = UserError(
-            error.title,
-            what=error.what,
-            why=error.why,
-            fix=f"Press {key_name('data.columns')} to map the columns.",
-        )
+        error = error.replace(fix=f"Press {key_name('data.columns')} to map the columns.")
     if kind := refused_preferences(error):
         sides = "chosen or on both answers" if kind == "pairs" else "good or on all answers"
         fix = f"Press {key_name('data.fix')} to train on the {sides}."
-        error = UserError(error.title, what=error.what, why=error.why, fix=fix)
+        error = error.replace(fix=fix)
         keys = [(key_name("data.fix"), "choose how to train on them"), *keys]
     parts: list[Content | tuple[str, str]] = [error_text(error)]
-    if fields and error.title not in TITLES:
+    if fields and error.code not in (PAIRS, RATED):
         parts.append(("\n\nIts rows contain:", ""))
         parts += [
             part for name, held in fields.items() for part in ((f"\n  {name}  ", "bold"), (held, "dim"))

@@ -16,7 +16,6 @@ from textual.widgets import Input, OptionList, Static
 from qlora_tui.catalog.hub import HubModel, search_models
 from qlora_tui.catalog.local_models import LocalModel, list_local_models
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import uncapitalize
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
@@ -199,8 +198,7 @@ class ModelsScreen(DownloadActions):
         self.qlora_app.edit("model.revision", "main")
         if model.refusal is not None:
             # A config alone is enough for estimates.
-            fix = model.refusal.fix.partition(". ")[0].rstrip(".")
-            self.notify(f"Model set to {model.name}, for estimates only. To train it: {uncapitalize(fix)}.")
+            self.notify(f"Model set to {model.name}, for estimates only. {model.refusal.fix}")
         else:
             self.notify(
                 f"Model set to {model.name}. "
