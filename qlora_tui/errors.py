@@ -19,7 +19,7 @@ EXIT_USAGE = 2
 EXIT_DISK = 74
 """Exit code of a trainer that the disk failed (``EX_IOERR`` of sysexits.h): its events may not say so."""
 INTERNAL_ERROR = "Internal error"
-"""Title of an exception that is a bug in this program. The fault drill searches for it."""
+"""Title of an exception that is a bug in this program."""
 
 
 class UserError(Exception):

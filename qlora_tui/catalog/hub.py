@@ -1,10 +1,10 @@
 """Search on the Hub, and configs of its models. Uses the server in ``HF_ENDPOINT``.
 
-Requests go through ``huggingface_hub``'s session and errors, but not through its ``HfApi``. ``python -m
-bench.own_parts hub`` compares them (huggingface_hub 2.4, 2 cores): ``HfApi`` reports a refused connection
-or a status of 500 after 23 s (here 0.2 s), waits forever for a server that never responds (here 15 s), and
-reads a response of any length (1 GiB took 2.4 GiB of memory; here at most ``MAX_BYTES``). Both report
-offline mode at once.
+Requests go through ``huggingface_hub``'s session and errors, but not through its ``HfApi``. Measured at
+commit 7720e8a0 (huggingface_hub 2.4, 2 cores): ``HfApi`` reports a refused connection or a status of
+500 after 23 s (here 0.2 s), waits forever for a server that never responds (here 15 s), and reads a
+response of any length (1 GiB took 2.4 GiB of memory; here at most ``MAX_BYTES``). Both report offline mode
+at once.
 
 ``huggingface_hub`` takes 0.12 s to import, so every function here imports it when called; it reads
 ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` once, at that import.

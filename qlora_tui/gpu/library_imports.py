@@ -1,4 +1,4 @@
-"""Faster imports of torch, transformers, peft and bitsandbytes; see bench/library_imports.py for figures."""
+"""Faster imports of torch, transformers, peft and bitsandbytes."""
 
 from __future__ import annotations
 

@@ -250,7 +250,7 @@ def products_per_token(recipe: Recipe, architecture: Architecture) -> tuple[floa
     """Return the multiplications per token of forward and backward, and of the recomputation of one layer.
 
     A frozen weight takes part in the forward, in its recomputation, and in the gradient of its input. The
-    recomputation ends before the down projection (``bench/kept_layers.py`` compares with measured steps).
+    recomputation ends before the down projection.
     """
     # Half of the scores are masked.
     attention = 2 * architecture.heads * architecture.head_dim * recipe.data.max_length / 2

@@ -19,7 +19,7 @@ import qlora_tui
 ROOT = Path(__file__).parents[2]
 THIS_RUN = ("PYTHONPATH", "PYTEST_ADDOPTS")
 """Variables of the run of these tests, which are not for those of the sdist."""
-TESTS_OF_THE_SDIST = ("tests/recipe/test_presets.py", "tests/drill", "tests/memory/test_published.py")
+TESTS_OF_THE_SDIST = ("tests/recipe/test_presets.py", "tests/bench", "tests/memory/test_published.py")
 """Fast ones, among them some that import ``bench``."""
 
 pytestmark = pytest.mark.slow

@@ -351,6 +351,20 @@ def test_a_binary_preset_is_rejected_with_its_line(call: Call) -> None:
     assert "line 2 is not UTF-8 text" in call("presets").out
 
 
+@pytest.mark.parametrize("depth", ["", "../", "../../../"])
+@pytest.mark.parametrize(
+    "words", ["presets show", "attach", "resume", "stop", "runs delete", "runs check", "chat", "export lora"]
+)
+def test_no_name_leads_out_of_its_folder(words: str, depth: str, private_home: Path, call: Call) -> None:
+    secret = private_home / "state" / "qlora-tui" / "secret.toml"
+    secret.parent.mkdir(parents=True)
+    secret.write_text('name = "SECRET-CONTENT"\n')
+    for name in (f"{depth}secret", f"{depth}secret.toml", str(secret)[:-5], str(secret), "..", "."):
+        said = call(*words.split(), name)
+        assert said.code in (1, 2) and "SECRET-CONTENT" not in said.out + said.err
+    assert secret.exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("closed", [">&-", "<&-", "<&- >&- 2>&-"])
 def test_closed_streams_are_no_internal_error(closed: str) -> None:

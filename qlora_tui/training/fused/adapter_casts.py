@@ -2,8 +2,7 @@
 
 The weights are fp32, because small updates would vanish in 16 bits, and their products are in 16 bits.
 Without the copies a step casts each of them three times (forward, recomputation, backward), in kernels that
-take a GPU longer to launch than to run: 42 of some 300 launches per layer (``bench/launches.py``). Here one
-call casts all of them.
+take a GPU longer to launch than to run: 42 of some 300 launches per layer. Here one call casts all of them.
 """
 
 from __future__ import annotations

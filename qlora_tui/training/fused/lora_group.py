@@ -2,7 +2,7 @@
 
 Their A matrices are multiplied as the rows of one matrix, and the gradients of their common input are added
 by the products themselves, where autograd would add three tensors. Per layer and step that saves some 20
-kernels (``bench/launches.py``), and on a CPU products too thin to be efficient.
+kernels, and on a CPU products too thin to be efficient.
 
 Shapes of SmolLM2-135M's attention at rank 16, for a packed sequence of 100 tokens::
 
