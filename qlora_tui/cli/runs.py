@@ -110,8 +110,7 @@ def _content(view: RunView, kind: str) -> bytes:
     if kind == ".parquet":
         return metrics_parquet(view)
     # Only here: the rest of this module needs no drawing.
-    from qlora_tui.tui.render.loss_png import loss_png
-    from qlora_tui.tui.render.loss_svg import loss_svg
+    from qlora_tui.tui.render.loss import loss_png, loss_svg
 
     svg = loss_svg(view)
     return svg.encode() if kind == ".svg" else loss_png(svg)

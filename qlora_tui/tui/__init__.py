@@ -9,8 +9,6 @@ commands       how a command is declared, and its former ids; command_palette of
 key_names      keys inside sentences, as the user's keymap has them: [u], Enter
 system_monitor polls this machine's GPU and the list of runs once a second; system_status is what it returns
                (the figures of a run on Train come from its telemetry)
-first_steps    the five steps of a new user, on Home and in the two lines of the guide; guide_actions are its
-               commands
 leaving        what quitting says, and what it asks where deleted runs would be lost
 recipe_undo    the commands undo and redo, and what they report; the history is in workbench
 setting_stepper  the next value of a setting when its key is pressed

@@ -18,7 +18,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.formatting import GIB
 from qlora_tui.settings import Settings
 from qlora_tui.tui import escapes, themes
-from qlora_tui.tui.breakpoints import TALL_CELLS, VERY_WIDE_CELLS, WIDE_CELLS
+from qlora_tui.tui.breakpoints import TALL_CELLS, VERY_WIDE_CELLS, WIDE_CELLS, is_too_small
 from qlora_tui.tui.command_palette import CommandProvider
 from qlora_tui.tui.commands import EVERYWHERE, with_current_ids
 from qlora_tui.tui.disk_faults import DiskFaults
@@ -26,7 +26,6 @@ from qlora_tui.tui.key_names import key_names
 from qlora_tui.tui.monochrome import TWO_COLORS
 from qlora_tui.tui.recipe_undo import redo_recipe, undo_recipe
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.screens.modals.too_small import TooSmallScreen, is_too_small
 from qlora_tui.tui.screens.registry import NUMBERED_SCREENS, make_screen
 from qlora_tui.tui.shutdown import install_shutdown_handlers
 from qlora_tui.tui.system_status import SystemStatus
@@ -229,7 +228,7 @@ class QloraApp(TerminalApp):
 
     def show_error(self, problem: UserError) -> None:
         """Show an error in a modal."""
-        from qlora_tui.tui.screens.modals.error import ErrorScreen
+        from qlora_tui.tui.screens.modals.dialogs import ErrorScreen
 
         self.push_screen(ErrorScreen(problem))
 
@@ -245,9 +244,13 @@ class QloraApp(TerminalApp):
     def on_resize(self, event: Resize) -> None:
         """Cover the screen while the window is too small for it."""
         was_small, self._is_small = self._is_small, is_too_small(event.size)
-        if self._is_small and not was_small:
+        if self._is_small == was_small:
+            return
+        from qlora_tui.tui.screens.modals.dialogs import TooSmallScreen
+
+        if self._is_small:
             self.call_after_refresh(self.push_screen, TooSmallScreen())
-        elif not self._is_small and isinstance(self.screen, TooSmallScreen):
+        elif isinstance(self.screen, TooSmallScreen):
             self.pop_screen()
 
     def intercept_error(self, error: Exception) -> bool:
@@ -290,7 +293,7 @@ class QloraApp(TerminalApp):
 
     def action_assume_gpu(self) -> None:
         """Ask for the memory of a GPU to estimate for."""
-        from qlora_tui.tui.screens.modals.assume_gpu import ask_gpu_size
+        from qlora_tui.tui.screens.modals.dialogs import ask_gpu_size
 
         ask_gpu_size(self)
 
@@ -308,18 +311,6 @@ class QloraApp(TerminalApp):
     def action_undo(self) -> None:
         """Undo the last change to the recipe."""
         undo_recipe(self)
-
-    async def action_next_step(self) -> None:
-        """Go to the next of the first steps."""
-        from qlora_tui.tui.guide_actions import go_to_next_step
-
-        await go_to_next_step(self)
-
-    def action_guide(self) -> None:
-        """Hide or show the guide through the first steps."""
-        from qlora_tui.tui.guide_actions import toggle_guide
-
-        toggle_guide(self)
 
     def action_redo(self) -> None:
         """Redo the change that was undone."""

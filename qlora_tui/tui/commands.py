@@ -162,22 +162,6 @@ EVERYWHERE: tuple[Command, ...] = (
         cli_command="doctor",
     ),
     Command(
-        id="app.next_step",
-        key="f7",
-        action="app.next_step",
-        label="Next guide step",
-        help="Go to the next of the five steps to a run: model, data, memory, LoRA, launch.",
-        in_footer=False,
-    ),
-    Command(
-        id="app.guide",
-        key="f8",
-        action="app.guide",
-        label="Guide",
-        help="Hide or show the guide through the first steps, which ends with the first run.",
-        in_footer=False,
-    ),
-    Command(
         id="app.repaint",
         key="ctrl+l",
         action="app.repaint",

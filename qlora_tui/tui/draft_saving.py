@@ -12,7 +12,7 @@ from qlora_tui.tui.workbench import FIRST_PRESET, Workbench
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
-    from qlora_tui.tui.screens.modals.draft_changed import DraftChoice
+    from qlora_tui.tui.screens.modals.dialogs import DraftChoice
 
 
 def open_workbench(draft: Draft) -> Workbench:
@@ -40,7 +40,7 @@ def save_or_ask(app: QloraApp) -> None:
 
     Raises OSError.
     """
-    from qlora_tui.tui.screens.modals.draft_changed import DraftChangedScreen
+    from qlora_tui.tui.screens.modals.dialogs import DraftChangedScreen
 
     if app.draft.save(app.workbench) or isinstance(app.screen, DraftChangedScreen):
         return
@@ -63,7 +63,7 @@ def save_or_ask(app: QloraApp) -> None:
 
 def tell_of_change(app: QloraApp) -> None:
     """Say once for each change that another app has changed the draft, which this app does not show."""
-    from qlora_tui.tui.screens.modals.draft_changed import DraftChangedScreen
+    from qlora_tui.tui.screens.modals.dialogs import DraftChangedScreen
 
     # While the app closes it has no screens.
     is_asking = any(isinstance(screen, DraftChangedScreen) for screen in app.screen_stack)

@@ -13,7 +13,7 @@ from rich.control import Control
 from textual.strip import Strip
 
 from qlora_tui.tui.textual_compat import ChopsUpdate, CompositorUpdate, LayoutUpdate
-from qlora_tui.tui.widgets.diff_widget import changed_cells
+from qlora_tui.tui.widgets.line_widgets import changed_cells
 
 
 class TerminalContents:

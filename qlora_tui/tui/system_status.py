@@ -72,11 +72,6 @@ class SystemStatus:
         return self.no_gpu.what if self.no_gpu else ""
 
     @property
-    def has_no_runs(self) -> bool:
-        """Whether it is known that this machine has no run, not even one in the queue."""
-        return self.is_known and self.active_or_last is None and not self.waiting_ids
-
-    @property
     def free_bytes(self) -> int | None:
         """Free memory of the GPU; None without a GPU."""
         used = self.gpu_metrics.memory_used_bytes if self.gpu_metrics else None

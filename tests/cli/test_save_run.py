@@ -15,8 +15,7 @@ from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Evaluated, Step
 from qlora_tui.runs.metrics_table import metrics_csv, metrics_parquet
 from qlora_tui.runs.view import RunView
-from qlora_tui.tui.render.loss_png import loss_png
-from qlora_tui.tui.render.loss_svg import loss_svg, running_mean
+from qlora_tui.tui.render.loss import loss_png, loss_svg, running_mean
 from tests.cli.conftest import Call
 from tests.tui.fake_runs import FakeRun, write_fake_run
 

@@ -30,7 +30,6 @@ from qlora_tui.runs.measuring import MeasuringStoppedError, StopSwitch
 from qlora_tui.runs.task_metrics.task_evaluation import TaskEvaluation
 from qlora_tui.tui import app, clock, system_monitor
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.first_steps import hide_guide
 from qlora_tui.tui.screens import answer_measuring
 from qlora_tui.tui.screens.train import screen as train
 from tests.support.quick_starts import quick_workers_if_slow
@@ -124,12 +123,6 @@ def unread_frames_are_not_painted(request: pytest.FixtureRequest, monkeypatch: p
 def old_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
     """The runs of these tests are months old: none is said not to respond, unless a test is about that."""
     monkeypatch.setattr(liveness, "SILENT_S", math.inf)
-
-
-@pytest.fixture(autouse=True)
-def guide_hidden(private_home: Path) -> None:
-    """The guide of a new user takes two lines of each screen: hidden, unless a test is about it."""
-    hide_guide(hidden=True)
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ from qlora_tui.recipe.schema import Source
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Failed
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.render.plot import plot as draw
-from qlora_tui.tui.render.run_labels import SIGNS
+from qlora_tui.tui.render.charts import plot as draw
+from qlora_tui.tui.render.labels import SIGNS
 from qlora_tui.tui.screens.runs.compare import compare_plot, comparison_table, differing, read
 from qlora_tui.tui.screens.runs.run_table import MARKS
 from qlora_tui.tui.screens.runs.screen import RunsScreen

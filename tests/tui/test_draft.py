@@ -11,7 +11,7 @@ from qlora_tui.recipe.toml import parse, to_recipe
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.draft import Draft, draft_path
 from qlora_tui.tui.draft_saving import open_workbench
-from qlora_tui.tui.screens.modals.draft_changed import DraftChangedScreen
+from qlora_tui.tui.screens.modals.dialogs import DraftChangedScreen
 from tests.support.power import FaultyDisk
 from tests.tui.screen_assertions import wait_for_text, wait_until
 

@@ -7,7 +7,7 @@ from textual.app import App, ComposeResult
 from textual.pilot import Pilot
 
 from qlora_tui.tui.screens.chat.prompt_box import PromptBox
-from qlora_tui.tui.widgets.text_field import TextField
+from qlora_tui.tui.widgets.controls import TextField
 from tests.tui.screen_assertions import wait_until
 
 

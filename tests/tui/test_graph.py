@@ -10,11 +10,22 @@ from hypothesis import strategies as st
 from rich.segment import Segment
 from textual.strip import Strip
 
-from qlora_tui.tui.render.axis import Axis, label, rounded, so_far, ticks
-from qlora_tui.tui.render.block_charts import NOT_A_NUMBER, blocks, over_axis
-from qlora_tui.tui.render.plot import Curve, Mark, Plot, plot
+from qlora_tui.tui.render.charts import (
+    NOT_A_NUMBER,
+    Axis,
+    Curve,
+    Mark,
+    Plot,
+    blocks,
+    label,
+    over_axis,
+    plot,
+    rounded,
+    so_far,
+    ticks,
+)
 from qlora_tui.tui.render.series import MAX_POINTS, BiasCorrectedEma, DecimatedSeries, Envelope
-from qlora_tui.tui.widgets.diff_widget import changed_cells
+from qlora_tui.tui.widgets.line_widgets import changed_cells
 
 ANY_FLOATS = st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=600)
 

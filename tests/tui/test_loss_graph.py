@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from qlora_tui.tui.render.axis import Axis
-from qlora_tui.tui.render.plot import Curve, Plot
+from qlora_tui.tui.render.charts import Axis, Curve, Plot
 from qlora_tui.tui.render.series import Envelope
 from qlora_tui.tui.screens.train.loss_graph import LossGraph, StepChart
 

@@ -26,7 +26,7 @@ from qlora_tui.tui.screens.memory.solution import KeyEffect
 from qlora_tui.tui.screens.memory.stacked_bar import parts_of, stacked_bar
 from qlora_tui.tui.screens.memory.text import peak_time
 from qlora_tui.tui.screens.memory.timeline_graph import timeline_lines
-from qlora_tui.tui.widgets.vi_list import HEADING, ViList
+from qlora_tui.tui.widgets.controls import HEADING, ViList
 from tests.support.counting import count_allocations
 from tests.support.nvml_stub import install_nvml_stub
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until

@@ -22,7 +22,7 @@ from qlora_tui.catalog.starter_models import STARTER_MODELS
 from qlora_tui.tui.screens.models import downloads, model_facts, starter_choice
 from qlora_tui.tui.screens.models.model_facts import read_license
 from qlora_tui.tui.screens.models.screen import ModelsScreen
-from qlora_tui.tui.widgets.vi_list import ViList
+from qlora_tui.tui.widgets.controls import ViList
 from tests.catalog.conftest import tiny_repo
 from tests.catalog.fake_hub import FakeHub, serve
 from tests.catalog.models import make_cached, make_model

@@ -17,7 +17,7 @@ from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.draft import Draft
 from qlora_tui.tui.draft_saving import open_workbench
 from qlora_tui.tui.screens.presets.screen import PresetsScreen
-from qlora_tui.tui.widgets.vi_list import ViList
+from qlora_tui.tui.widgets.controls import ViList
 from tests.tui.screen_assertions import wait_for_text, wait_until
 from tests.tui.workstation import config_folder, open_on, settle
 

@@ -20,9 +20,9 @@ from qlora_tui.runs.run_summary import SummaryCache, summarize
 from qlora_tui.runs.status import State, read_status, write_status
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.render.block_charts import downsample
-from qlora_tui.tui.render.run_labels import result_label
-from qlora_tui.tui.render.summary_plot import summary_plot
+from qlora_tui.tui.render.charts import downsample
+from qlora_tui.tui.render.labels import result_label
+from qlora_tui.tui.render.loss import summary_plot
 from qlora_tui.tui.screens.runs.run_order import ORDERS, in_order
 from qlora_tui.tui.screens.runs.run_preview import RunFiles, ending, result_lines, run_keys
 from qlora_tui.tui.screens.runs.run_table import best_loss

@@ -7,8 +7,8 @@ import pytest
 from rich.cells import cell_len
 
 from qlora_tui.recipe.schema import Source
-from qlora_tui.tui.render.block_charts import bar
-from qlora_tui.tui.render.recipe_line import recipe_line
+from qlora_tui.tui.render.charts import bar
+from qlora_tui.tui.render.labels import recipe_line
 from qlora_tui.tui.workbench import Workbench
 from tests.tui.screen_assertions import wait_for_text
 from tests.tui.workstation import config_folder, open_on

@@ -12,7 +12,7 @@ from qlora_tui.runs.status import Status
 from qlora_tui.tui.screens.home.text import gpu_lines
 from qlora_tui.tui.system_monitor import SystemMonitor
 from qlora_tui.tui.system_status import SystemStatus
-from qlora_tui.tui.widgets.top_bar import TopBar
+from qlora_tui.tui.widgets.bars import TopBar
 from tests.support.nvml_stub import install_nvml_stub, install_torch
 from tests.tui.fake_runs import FakeRun, write_fake_run
 from tests.tui.screen_assertions import text_of, wait_for_text

@@ -19,7 +19,7 @@ from qlora_tui.runs.events import CheckpointSaved, Evaluated, PhaseChanged, Prog
 from qlora_tui.runs.status import State, read_status, write_status
 from qlora_tui.runs.task_metrics.task_evaluation import LossChange
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.screens.modals import confirm
+from qlora_tui.tui.screens.modals import dialogs
 from qlora_tui.tui.screens.train.output_tail import strip_escapes
 from qlora_tui.tui.screens.train.run_follower import RunFollower
 from qlora_tui.tui.screens.train.run_header import facts, state_line
@@ -226,7 +226,7 @@ async def test_a_requested_stop_is_shown_until_the_run_ends(make_app: MakeApp) -
 async def test_the_stop_question_closes_when_the_run_finishes(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(confirm, "CHECK_INTERVAL_S", 0.1)
+    monkeypatch.setattr(dialogs, "CHECK_INTERVAL_S", 0.1)
     run = write_fake_run(FakeRun(steps=50))
     app = make_app()
     async with app.run_test(size=(80, 24), notifications=True) as pilot:

@@ -11,7 +11,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe, Source
 from qlora_tui.tui.draft import Draft
 from qlora_tui.tui.draft_saving import open_workbench
-from qlora_tui.tui.render.recipe_line import refusal_words
+from qlora_tui.tui.render.labels import refusal_words
 from qlora_tui.tui.workbench import Workbench
 from tests.tui.workstation import config_folder
 

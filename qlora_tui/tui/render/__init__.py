@@ -1,14 +1,8 @@
 """Text and numbers for widgets. Nothing here imports a widget of this app.
 
-axis             round ranges, ticks and labels
-series           columns of numbers, decimated to what a graph can show
-plot             a graph in braille dots
-block_charts     bars, columns and sparklines in block characters
-recipe_line      a recipe in one line, shortened to a width for the recipe strip; names of precisions,
-                 colors of verdicts
-labeled          a label, a bar and a value in one line
-run_labels       the sign and color of each state of a run
-loss_svg         the loss of a run as an SVG picture; ``loss_png``: as PNG
-summary_plot     the loss graph of a run's summary
-strip_rendering  lines of text as Textual paints them
+charts   axes, graphs in braille dots, bars, columns and sparklines in block characters
+series   columns of numbers, decimated to what a graph can show
+columns  tables of lines: columns declared once, cut and left out to fit a width
+labels   how recipes, verdicts, states of runs and errors are said on every screen
+loss     the loss of a run as a graph, an SVG file and a PNG file
 """

@@ -20,7 +20,7 @@ from qlora_tui.runs.task_metrics.task_job import evaluate_task
 from qlora_tui.runs.task_metrics.task_report import report_lines
 from qlora_tui.tui.key_names import dialog_keys, key_name
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.widgets.vi_scroll import ViScroll
+from qlora_tui.tui.widgets.controls import ViScroll
 from qlora_tui.visible import visible
 
 _ROWS_SHOWN = 100

@@ -1,4 +1,4 @@
-"""The base of every screen: top bar, recipe strip and guide, body, footer."""
+"""The base of every screen: top bar, recipe strip, body, footer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from textual.widget import Widget
 from qlora_tui.tui import gc_tuning
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.system_status import SystemStatus
-from qlora_tui.tui.widgets.command_footer import CommandFooter
-from qlora_tui.tui.widgets.top_bar import TopBar
+from qlora_tui.tui.widgets.bars import CommandFooter, TopBar
 
 if TYPE_CHECKING:
     from qlora_tui.recipe.schema import Recipe
@@ -69,11 +68,9 @@ class WorkScreen(Screen[None], CancelsWorkersFirst):
         yield TopBar(self.MODE)
         if self.EDITS_RECIPE:
             # Imported here: Home is painted first, has no strip, and need not wait for the memory package.
-            from qlora_tui.tui.widgets.guide import Guide
             from qlora_tui.tui.widgets.recipe_strip import RecipeStrip
 
             yield RecipeStrip(self.MODE)
-            yield Guide(self.MODE)
         yield from self.compose_body()
         yield CommandFooter(self.FOOTER_APP_COMMANDS)
 
@@ -119,17 +116,13 @@ class WorkScreen(Screen[None], CancelsWorkersFirst):
             return
         self.query_one(TopBar).show_status(system_status)
         if self.EDITS_RECIPE:
-            from qlora_tui.tui.widgets.guide import Guide
             from qlora_tui.tui.widgets.recipe_strip import RecipeStrip
 
-            self.query_one(Guide).show_or_hide()
             self.query_one(RecipeStrip).show_running(is_running=system_status.active is not None)
         self.show_system_status(system_status)
 
     def _show_recipe_strip(self) -> None:
         if self.EDITS_RECIPE:
-            from qlora_tui.tui.widgets.guide import Guide
             from qlora_tui.tui.widgets.recipe_strip import RecipeStrip
 
             self.query_one(RecipeStrip).show_recipe(self.qlora_app.workbench, self.qlora_app.memory_budget)
-            self.query_one(Guide).show_progress()

@@ -8,25 +8,20 @@ from textual.content import Content
 from textual.widget import Widget
 
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import format_gib
-from qlora_tui.memory import Estimate, check_fit
+from qlora_tui.memory import Estimate
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Precision, precision_of
 from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.key_names import command_key, key_name, pressable
-from qlora_tui.tui.render.block_charts import bar
-from qlora_tui.tui.render.recipe_line import (
+from qlora_tui.tui.render.labels import (
     CANNOT_TRAIN,
     PRECISION_NAMES,
+    FitLine,
     cut_cells,
     recipe_line,
-    verdict_words,
 )
 from qlora_tui.tui.workbench import Workbench
 
-_ASSUMED = " (assumed)"
-_LEAST_BAR = 4
-"""Cells below which a bar shows nothing."""
 _GAP = 2
 _NEXT_RUN = "next run: "
 _UNDO = ("app.undo", "Undo")
@@ -111,7 +106,7 @@ class RecipeStrip(Widget):
             return Content.styled(cut_cells(message, width), "dim")
         head = () if self._can_train else (Content.styled(CANNOT_TRAIN, "$error"),)
         costs = [
-            _Cost(PRECISION_NAMES[key], self._comparison[key], self._budget, can_train=self._can_train)
+            FitLine(PRECISION_NAMES[key], self._comparison[key], self._budget, can_train=self._can_train)
             for key in self._shown
         ]
         room = width - sum(part.cell_length + _GAP for part in head)
@@ -120,7 +115,9 @@ class RecipeStrip(Widget):
         each = (room + _GAP) // len(costs) - _GAP
         if len(costs) > 1:
             each = min(each, room - _GAP - costs[1].least_width)
-        return Content(" " * _GAP).join([*head, *(cost.line(max(each, cost.least_width)) for cost in costs)])
+        lines = [cost.draw(max(each, cost.least_width)) for cost in costs]
+        padded = [line.pad_right(max(0, each - line.cell_length)) for line in lines]
+        return Content(" " * _GAP).join([*head, *padded])
 
 
 def _hint(command: str, label: str) -> Content:
@@ -132,24 +129,3 @@ def _essentials(line: str) -> list[str]:
     """The parts of a recipe's line without the name of the data, the batch in its short form."""
     parts = line.replace(" · batch ", " × ").split(" · ")
     return parts[:2] + parts[3:]
-
-
-class _Cost:
-    """The memory of the recipe in one precision, with its verdict."""
-
-    def __init__(self, name: str, estimate: Estimate, budget: MemoryBudget, *, can_train: bool) -> None:
-        self._name = name
-        self._budget = budget
-        self._needed_bytes = estimate.total_bytes
-        self._figures = f"{format_gib(estimate.total_bytes)} of {format_gib(budget.bytes)} GiB"
-        self._verdict = verdict_words(check_fit(estimate, budget.bytes).word, can_train=can_train)
-        self.least_width = len(name) + len(self._figures) + len(self._verdict[0]) + 2
-
-    def line(self, width: int) -> Content:
-        """``NF4 ████░░░░ 6.3 of 24.0 GiB fits``, as many cells wide."""
-        figures, free = self._figures, width - self.least_width - 1
-        if self._budget.is_assumed and free >= len(_ASSUMED) + _LEAST_BAR:
-            figures, free = figures + _ASSUMED, free - len(_ASSUMED)
-        drawn = f"{bar(self._needed_bytes / self._budget.bytes, free)} " if free >= _LEAST_BAR else ""
-        text = Content.assemble(f"{self._name} {drawn}{figures} ", self._verdict)
-        return text.pad_right(max(0, width - text.cell_length))

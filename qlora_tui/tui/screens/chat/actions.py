@@ -20,7 +20,7 @@ from qlora_tui.tui.screens.chat.sampling_settings import ChatSettingsScreen
 from qlora_tui.tui.screens.chat.saved_conversations import SavedConversation, list_conversations
 from qlora_tui.tui.screens.chat.source_picker import ChatSourceScreen, chat_runs
 from qlora_tui.tui.screens.chat.system_prompts import load_system_prompts, remember_system_prompt
-from qlora_tui.tui.screens.modals.text_prompt import ask_search
+from qlora_tui.tui.screens.modals.dialogs import ask_search
 
 
 class ChatActions(ChoiceActions):

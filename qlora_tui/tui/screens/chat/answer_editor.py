@@ -11,7 +11,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Static, TextArea
 
 from qlora_tui.tui.key_names import dialog_keys
-from qlora_tui.tui.widgets.text_field import OwnKeysFirst
+from qlora_tui.tui.widgets.controls import OwnKeysFirst
 
 
 class AnswerArea(OwnKeysFirst, TextArea):

@@ -41,7 +41,7 @@ from qlora_tui.tui.screens.chat.adapter_pair import AdapterPair
 from qlora_tui.tui.screens.chat.chat_turn import ChatTurn
 from qlora_tui.tui.screens.chat.prompt_box import PromptBox
 from qlora_tui.tui.screens.chat.saved_conversations import new_conversation_path, save_conversation
-from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
+from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen
 from qlora_tui.tui.system_status import SystemStatus
 
 _WARNING_S = 20.0

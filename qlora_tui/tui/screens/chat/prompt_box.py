@@ -10,7 +10,7 @@ from textual.content import Content
 from textual.message import Message
 from textual.widgets import TextArea
 
-from qlora_tui.tui.widgets.text_field import OwnKeysFirst
+from qlora_tui.tui.widgets.controls import OwnKeysFirst
 
 
 class PromptBox(OwnKeysFirst, TextArea):

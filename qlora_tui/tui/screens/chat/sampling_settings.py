@@ -16,7 +16,7 @@ from qlora_tui.chat.chat_types import Sampling
 from qlora_tui.formatting import uncapitalize
 from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.screens.chat.transcript import format_setting
-from qlora_tui.tui.widgets.text_field import TextField
+from qlora_tui.tui.widgets.controls import TextField
 
 _HELP = {
     "temperature": "0: only the most likely token",

@@ -30,8 +30,8 @@ from qlora_tui.tui.screens.chat.commands import COMMANDS
 from qlora_tui.tui.screens.chat.prompt_box import PromptBox
 from qlora_tui.tui.screens.chat.saved_conversations import list_conversations
 from qlora_tui.tui.screens.chat.source_picker import chat_runs
+from qlora_tui.tui.widgets.line_widgets import update_if_changed
 from qlora_tui.tui.widgets.panel import Panel
-from qlora_tui.tui.widgets.static_update import update_if_changed
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp

@@ -12,7 +12,7 @@ from qlora_tui.chat.chat_types import GenerationResult, Sampling
 from qlora_tui.engine.protocol import ChatReady
 from qlora_tui.formatting import format_bytes, format_duration, format_float, format_path, truncate_middle
 from qlora_tui.recipe.schema import Thinking
-from qlora_tui.tui.render.labeled import labeled, meter
+from qlora_tui.tui.render.charts import labeled, meter
 from qlora_tui.tui.screens.chat.adapter_pair import AdapterPair
 from qlora_tui.tui.screens.chat.saved_conversations import SavedConversation
 from qlora_tui.tui.screens.chat.text import answering_text, thinking_text

@@ -12,7 +12,7 @@ from qlora_tui.engine.protocol import ChatReady
 from qlora_tui.formatting import format_bytes, format_float, format_path, truncate_middle
 from qlora_tui.recipe.schema import Thinking
 from qlora_tui.tui.key_names import name_keys
-from qlora_tui.tui.render.block_charts import blocks, downsample
+from qlora_tui.tui.render.charts import blocks, downsample
 from qlora_tui.tui.screens.chat.adapter_pair import AdapterPair
 
 NOTHING_TO_CHAT_WITH = (

@@ -20,7 +20,7 @@ from qlora_tui.tui.screens.data.format_picker import FormatPickerScreen
 from qlora_tui.tui.screens.data.preference_picker import PreferencePickerScreen
 from qlora_tui.tui.screens.data.previews import DataPreviews
 from qlora_tui.tui.screens.data.row_loss_actions import RowLossActions
-from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
+from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen
 
 _VIEWS = ("both", "figures", "sample")
 

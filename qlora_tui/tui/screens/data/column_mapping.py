@@ -13,7 +13,7 @@ from textual.widgets import Input, Label, Static
 
 from qlora_tui.data.formats import parts_of
 from qlora_tui.tui.key_names import dialog_keys
-from qlora_tui.tui.widgets.text_field import TextField
+from qlora_tui.tui.widgets.controls import TextField
 
 
 class ColumnMappingScreen(ModalScreen[dict[str, str]]):

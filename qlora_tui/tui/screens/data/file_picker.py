@@ -16,8 +16,7 @@ from textual.widgets import Input, OptionList, Static
 from qlora_tui.formatting import format_bytes, format_path
 from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.recent_paths import add_recent, load_recent
-from qlora_tui.tui.widgets.text_field import TextField
-from qlora_tui.tui.widgets.vi_list import ViList
+from qlora_tui.tui.widgets.controls import TextField, ViList
 
 _SHOWN = 500
 """Entries of one folder; type to find the others."""

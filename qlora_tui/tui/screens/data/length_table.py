@@ -13,7 +13,7 @@ from qlora_tui.formatting import format_bytes, format_duration, format_percent
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.length_costs import LengthCost, last_throughput, length_costs
-from qlora_tui.tui.render.recipe_line import VERDICT_SIGN, VERDICT_STYLE
+from qlora_tui.tui.render.labels import VERDICT_SIGN, VERDICT_STYLE
 
 _TIMED_WIDTH = 46
 """Least width in cells with a time column; the time at the recipe's length is shown above, too."""

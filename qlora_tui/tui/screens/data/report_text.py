@@ -14,8 +14,7 @@ from qlora_tui.formatting import format_percent, pluralize
 from qlora_tui.recipe.schema import Data, Recipe
 from qlora_tui.runs.suggested_fix import FEW_STEPS
 from qlora_tui.tui.key_names import key_name
-from qlora_tui.tui.render.block_charts import bar
-from qlora_tui.tui.render.labeled import labeled
+from qlora_tui.tui.render.charts import bar, labeled
 from qlora_tui.tui.screens.data.text import SIGNS
 
 _ROWS_NAMED = 3

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.data import row_navigation
-from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
+from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen
 
 if TYPE_CHECKING:
     from qlora_tui.data.dataset_report import Report, Shown

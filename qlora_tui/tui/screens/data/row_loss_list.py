@@ -12,7 +12,7 @@ from qlora_tui.formatting import truncate_middle
 from qlora_tui.runs.row_losses import RowClass, RowLoss, RowLosses
 from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.screens.modals.list_picker import ListPicker
-from qlora_tui.tui.widgets.vi_list import ViList
+from qlora_tui.tui.widgets.controls import ViList
 from qlora_tui.visible import visible
 
 SIGNS: dict[RowClass, tuple[str, str]] = {

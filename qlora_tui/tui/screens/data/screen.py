@@ -28,10 +28,9 @@ from qlora_tui.tui.screens.data.actions import DataActions
 from qlora_tui.tui.screens.data.histogram import histogram
 from qlora_tui.tui.screens.data.length_table import LengthCostReader, cost_table, total_time
 from qlora_tui.tui.screens.data.previews import PreviewRequest
+from qlora_tui.tui.widgets.controls import ViList, ViScroll
+from qlora_tui.tui.widgets.line_widgets import update_if_changed
 from qlora_tui.tui.widgets.panel import Panel
-from qlora_tui.tui.widgets.static_update import update_if_changed
-from qlora_tui.tui.widgets.vi_list import ViList
-from qlora_tui.tui.widgets.vi_scroll import ViScroll
 
 _TALL = 50
 """Height of a terminal, in lines, from which each problem is listed with its fix."""

@@ -13,7 +13,7 @@ from qlora_tui.recipe.schema import Source
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.data.file_picker import FilePickerScreen
 from qlora_tui.tui.screens.data.row_actions import RowActions
-from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
+from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen
 
 DATA_ENDINGS = (
     ".json",

@@ -14,8 +14,6 @@ from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.base import WorkScreen
 
 if TYPE_CHECKING:
-    from textual.widgets import OptionList
-
     from qlora_tui.tui.screens.home.next_step import NextStep
 
 # Everything else is imported where it is used: the first frame does not wait for it.
@@ -33,12 +31,6 @@ class HomeActions(WorkScreen):
     @abstractmethod
     def start_reading(self) -> None:
         """Read what is shown, unless that is being done."""
-
-    async def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        """Find a model worth starting with on the Hub."""
-        from qlora_tui.tui.screens.models.screen import find_on_hub
-
-        await find_on_hub(self.qlora_app, event.option_id or "")
 
     async def action_next(self) -> None:
         """Do the next step."""
@@ -89,7 +81,7 @@ class HomeActions(WorkScreen):
     def action_demo(self) -> None:
         """Fetch the demo's model, if it is not there, and prepare a run of it."""
         from qlora_tui.demo.demo_model import is_ready
-        from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
+        from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen
 
         def on_result(yes: bool | None) -> None:
             if yes:

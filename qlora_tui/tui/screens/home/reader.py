@@ -14,14 +14,11 @@ from qlora_tui.catalog.local_models import ModelNotFoundError, list_local_models
 from qlora_tui.catalog.model_validation import MissingFilesError
 from qlora_tui.memory import check_fit
 from qlora_tui.memory.budget import MemoryBudget
-from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.data_checks import data_error
 from qlora_tui.runs.run_summary import RunSummary, SummaryCache
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui.draft import draft_written_at
-from qlora_tui.tui.first_steps import FirstSteps, first_steps_lines
 from qlora_tui.tui.screens.home.next_step import HomeState, NextStep, next_step, other_steps
-from qlora_tui.tui.screens.home.starters import starter_lines
 from qlora_tui.tui.screens.home.text import (
     HostFacts,
     gpu_lines,
@@ -30,7 +27,6 @@ from qlora_tui.tui.screens.home.text import (
     recipe_lines,
     run_lines,
 )
-from qlora_tui.tui.screens.models.starter_choice import Starter, starters
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.workbench import Workbench
 
@@ -61,8 +57,6 @@ class HomeFacts:
     """The active or last run."""
     recent: tuple[RunSummary, ...]
     """The runs before it, the newest first."""
-    starters: tuple[tuple[str, Content], ...] = ()
-    """(id, line) of models worth starting with, where there is no model and no run yet."""
 
 
 class HomeReader:
@@ -74,8 +68,6 @@ class HomeReader:
         self._started_at = started_at
         self._summaries = SummaryCache()
         self._local_models: int | None = None
-        self._starters: tuple[object, tuple[Starter, ...]] | None = None
-        """Models worth starting with, for a recipe and a budget."""
 
     def invalidate_models(self) -> None:
         """Count the local models again at the next read."""
@@ -125,8 +117,7 @@ class HomeReader:
         step = next_step(state)
         host = None if layout.is_compact else HostFacts.read()
         if summary is None:
-            progress = FirstSteps.of(workbench.recipe, state.verdict, has_data_error=bool(state.data_error))
-            run = first_steps_lines(progress)
+            run = [Content.styled("No runs yet.", "dim")]
         else:
             run = run_lines(summary, while_away, now, layout.left, has_graph=not layout.is_compact)
         lines = {
@@ -136,21 +127,12 @@ class HomeReader:
             "queue": queue_lines(system_status.waiting_ids),
             "recipe": recipe_lines(workbench, budget, estimate, layout.wide, is_compact=layout.is_compact),
         }
-        is_new = summary is None and not workbench.recipe.model.id and not self._local_models
         return HomeFacts(
             {name: tuple(texts) for name, texts in lines.items()},
             step,
             summary,
             self._recent(system_status),
-            self._starter_lines(workbench.recipe, budget, layout.left) if is_new else (),
         )
-
-    def _starter_lines(
-        self, recipe: Recipe, budget: MemoryBudget, width: int
-    ) -> tuple[tuple[str, Content], ...]:
-        if self._starters is None or self._starters[0] != (recipe, budget):
-            self._starters = ((recipe, budget), starters(recipe, budget))
-        return tuple(starter_lines(self._starters[1], budget, width))
 
     def _recent(self, system_status: SystemStatus) -> tuple[RunSummary, ...]:
         """The runs before the last."""

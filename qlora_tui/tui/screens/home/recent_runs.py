@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from textual.content import Content
 
-from qlora_tui.tui.widgets.diff_widget import DiffWidget
+from qlora_tui.tui.widgets.line_widgets import DiffWidget
 
 if TYPE_CHECKING:
     from qlora_tui.runs.run_summary import RunSummary

@@ -21,10 +21,9 @@ from qlora_tui.tui.screens.home.actions import HomeActions
 from qlora_tui.tui.screens.home.commands import COMMANDS
 from qlora_tui.tui.screens.home.recent_runs import RecentRuns
 from qlora_tui.tui.system_status import SystemStatus
-from qlora_tui.tui.widgets.graph import Graph
+from qlora_tui.tui.widgets.controls import ViScroll
+from qlora_tui.tui.widgets.line_widgets import Graph, update_if_changed
 from qlora_tui.tui.widgets.panel import Panel
-from qlora_tui.tui.widgets.static_update import update_if_changed
-from qlora_tui.tui.widgets.vi_scroll import ViScroll
 
 if TYPE_CHECKING:
     from qlora_tui.recipe.schema import Recipe
@@ -63,10 +62,6 @@ class HomeScreen(HomeActions):
         }
         #home-side {
             width: 42;
-        }
-        #starters {
-            height: auto;
-            margin-top: 1;
         }
         #queue-panel {
             height: 1fr;
@@ -203,13 +198,12 @@ class HomeScreen(HomeActions):
 
     def _show_run(self, facts: HomeFacts) -> None:
         """What of the run and of earlier ones is more than text."""
-        from qlora_tui.tui.render.summary_plot import summary_plot
+        from qlora_tui.tui.render.loss import summary_plot
 
         is_new = facts.last is None
         panel = self.query_one("#run-panel", Panel)
-        panel.show_title("First steps" if is_new else "Run" if self._is_active else "Last run")
+        panel.show_title("Run" if is_new or self._is_active else "Last run")
         panel.show_keys(() if is_new else self._run_keys)
-        self._show_starters(facts.starters)
         graph = self.query_one("#run-graph", Graph)
         graph.visible = not is_new
         graph.show(summary_plot(facts.last))
@@ -222,20 +216,6 @@ class HomeScreen(HomeActions):
         self.query_one("#recipe-panel", Panel).show_title(f"Recipe of the next run · {preset}")
         self.query_one("#recent-panel").display = bool(facts.recent)
         self.query_one(RecentRuns).show(facts.recent, clock.now())
-
-    def _show_starters(self, lines: tuple[tuple[str, Content], ...]) -> None:
-        """Show models worth starting with; none removes the list."""
-        if not lines:
-            self.query("#starters").remove()
-            return
-        from qlora_tui.tui.widgets.vi_list import ViList  # not needed for the first frame
-
-        shown = self.query("#starters").results(ViList)
-        starters = next(shown, None)
-        if starters is None:
-            starters = ViList(id="starters")
-            self.query_one("#run-panel").mount(starters, after="#run")
-        starters.show(lines)
 
     @property
     def _is_active(self) -> bool:

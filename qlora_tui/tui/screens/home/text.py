@@ -23,7 +23,7 @@ from qlora_tui.formatting import (
     short_model_name,
     truncate_middle,
 )
-from qlora_tui.memory import Estimate, check_fit
+from qlora_tui.memory import Estimate
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.directory import RunDir
@@ -31,18 +31,19 @@ from qlora_tui.runs.events import phase_label
 from qlora_tui.runs.run_summary import RunSummary
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.tui.key_names import key_name
-from qlora_tui.tui.render.block_charts import bar, sparkline
-from qlora_tui.tui.render.labeled import labeled, meter
-from qlora_tui.tui.render.recipe_line import (
+from qlora_tui.tui.render.charts import bar, labeled, meter, sparkline
+from qlora_tui.tui.render.labels import (
     CANNOT_TRAIN,
+    FitLine,
     batch_words,
+    best_words,
     data_words,
+    format_ago,
     recipe_line,
     refusal_words,
+    result_label,
     targets_words,
-    verdict_words,
 )
-from qlora_tui.tui.render.run_labels import best_words, format_ago, result_label
 from qlora_tui.tui.screens.home.next_step import NextStep
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.workbench import Workbench
@@ -51,11 +52,8 @@ _CURVE_WIDTH, _SHORT_CURVE_WIDTH = 24, 12
 _MAX_NAME_WIDTH = 44
 """Cells of a name or a model in the list of runs."""
 _STATE_WIDTH = 13
-_LEAST_WITH_ASSUMED = 50
-"""Cells of a line that has room to say that the size of the GPU is assumed."""
 _LABEL = 8
 """Cells of the name before a bar."""
-_MIN_BAR = 6
 _OUTCOME_STYLE = {"better": "$success", "worse": "$error", "unclear": "$warning"}
 _MIN_WIDTH_FOR_CURVES, _MIN_WIDTH_FOR_MODELS = 90, 140
 """Cells from which the list of runs has curves, and models and settings."""
@@ -305,15 +303,9 @@ def recipe_lines(
 def _memory_line(
     estimate: Estimate, budget: MemoryBudget, width: int, label: str, refusal: UserError | None
 ) -> Content:
-    word, style = verdict_words(check_fit(estimate, budget.bytes).word, can_train=refusal is None)
-    share = estimate.total_bytes / budget.bytes
-    figures = f"{format_gib(estimate.total_bytes)} of {format_gib(budget.bytes)} GiB"
-    if budget.is_assumed and width >= _LEAST_WITH_ASSUMED:
-        figures += " (assumed)"
-    head = f"{label:<{_LABEL}}" if label else ""
-    cells = min(_CURVE_WIDTH, width - len(head) - len(figures) - len(word) - 4)
-    drawn = f"{bar(share, cells)} " if cells >= _MIN_BAR else ""
-    line = Content.assemble((head, "dim"), drawn, figures, "  ", (word, style))
+    head = Content.styled(f"{label:<{_LABEL}}" if label else "", "dim")
+    fit = FitLine("", estimate, budget, can_train=refusal is None)
+    line = head + fit.draw(width - head.cell_length, _CURVE_WIDTH)
     if refusal is None:
         return line
     reason = f"  {refusal_words(refusal)}"

@@ -17,11 +17,11 @@ from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.verdict import check_fit
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.tui.render.block_charts import bar
-from qlora_tui.tui.render.recipe_line import verdict_words
+from qlora_tui.tui.render.charts import bar
+from qlora_tui.tui.render.labels import verdict_words
 from qlora_tui.tui.screens.lora.totals import saved_bytes, trained_parameters
+from qlora_tui.tui.widgets.line_widgets import update_if_changed
 from qlora_tui.tui.widgets.panel import Panel
-from qlora_tui.tui.widgets.static_update import update_if_changed
 
 _RANKS = (4, 8, 16, 32, 64, 128, 256)
 _TARGETS = {

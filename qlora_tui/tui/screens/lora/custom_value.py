@@ -14,7 +14,7 @@ from qlora_tui.recipe.fields import fields, get_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import assign_pattern_values, to_patterns
 from qlora_tui.tui.screens.lora.target_input import validate_number
-from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
+from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen
 
 
 def custom_value_prompt(

@@ -30,7 +30,7 @@ from qlora_tui.tui.screens.lora.module_table import (
     state,
     toggled,
 )
-from qlora_tui.tui.widgets.cursor_keys import ROW_KEYS
+from qlora_tui.tui.widgets.controls import ROW_KEYS
 
 BOXES = {ALL: "[x]", SOME: "[-]", NONE: "[ ]"}
 CELLS = {ALL: "■", SOME: "▒", NONE: "·"}

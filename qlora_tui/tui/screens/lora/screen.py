@@ -36,10 +36,10 @@ from qlora_tui.tui.screens.lora.totals import (
     format_delta,
     memory_deltas,
 )
+from qlora_tui.tui.widgets.controls import TextField
+from qlora_tui.tui.widgets.line_widgets import update_if_changed
 from qlora_tui.tui.widgets.model_problem import ModelProblem
 from qlora_tui.tui.widgets.panel import Panel
-from qlora_tui.tui.widgets.static_update import update_if_changed
-from qlora_tui.tui.widgets.text_field import TextField
 
 SETTLED_S = 0.1
 """Seconds without a key before the memory deltas are computed."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 from textual.binding import Binding, BindingType
 from textual.message import Message
 
-from qlora_tui.tui.widgets.vi_list import ViList
+from qlora_tui.tui.widgets.controls import ViList
 
 
 class SettingsList(ViList):

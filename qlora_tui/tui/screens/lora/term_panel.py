@@ -15,8 +15,8 @@ from qlora_tui.formatting import capitalize
 from qlora_tui.glossary import GLOSSARY, explain
 from qlora_tui.recipe.schema import Lora
 from qlora_tui.tui.screens.lora.controls import LORA_CONTROLS, targets_advice, term_of
+from qlora_tui.tui.widgets.line_widgets import update_if_changed
 from qlora_tui.tui.widgets.panel import Panel
-from qlora_tui.tui.widgets.static_update import update_if_changed
 
 _LEAST_KNOWN = ("lora.use_rslora", "lora.use_dora", "lora.train_embeddings")
 

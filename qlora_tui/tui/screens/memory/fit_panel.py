@@ -14,12 +14,12 @@ from qlora_tui.memory import Estimate, MemorySaving, StepChoice, Verdict, check_
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.explain import describe_choice, describe_speedup
 from qlora_tui.tui.key_names import bare_key, highlight_keys, key_name
-from qlora_tui.tui.render.recipe_line import VERDICT_STYLE, refusal_words, verdict_words
+from qlora_tui.tui.render.labels import VERDICT_STYLE, refusal_words, verdict_words
 from qlora_tui.tui.screens.memory.solution import Solution
 from qlora_tui.tui.screens.memory.stacked_bar import spare_words
+from qlora_tui.tui.widgets.controls import ViList
+from qlora_tui.tui.widgets.line_widgets import update_if_changed
 from qlora_tui.tui.widgets.panel import Panel
-from qlora_tui.tui.widgets.static_update import update_if_changed
-from qlora_tui.tui.widgets.vi_list import ViList
 
 
 class FitPanel(Panel):

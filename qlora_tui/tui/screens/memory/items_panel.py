@@ -8,11 +8,11 @@ from textual.widgets import Static
 from qlora_tui.formatting import capitalize, format_bytes, format_percent
 from qlora_tui.glossary import explain
 from qlora_tui.memory import Estimate, Item
-from qlora_tui.tui.render.block_charts import bar
+from qlora_tui.tui.render.charts import bar
 from qlora_tui.tui.screens.memory.stacked_bar import BarPart, part_of, parts_of
+from qlora_tui.tui.widgets.controls import HEADING, ViList
+from qlora_tui.tui.widgets.line_widgets import update_if_changed
 from qlora_tui.tui.widgets.panel import Panel
-from qlora_tui.tui.widgets.static_update import update_if_changed
-from qlora_tui.tui.widgets.vi_list import HEADING, ViList
 
 BAR_WIDTH = 24
 _MIN_BAR = 4

@@ -12,8 +12,8 @@ from qlora_tui.memory.estimate import Precision, why_int8_is_larger
 from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.screens.memory.stacked_bar import legend, precision_bars
 from qlora_tui.tui.screens.memory.text import levels_line
+from qlora_tui.tui.widgets.line_widgets import update_if_changed
 from qlora_tui.tui.widgets.panel import Panel
-from qlora_tui.tui.widgets.static_update import update_if_changed
 
 _FRAME = 4
 """Cells of a panel's border and padding."""

@@ -25,7 +25,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.key_names import key_name, settings_title
-from qlora_tui.tui.render.recipe_line import PRECISION_NAMES
+from qlora_tui.tui.render.labels import PRECISION_NAMES
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.memory.commands import COMMANDS, HELP_TEXT
 from qlora_tui.tui.screens.memory.fit_panel import FitPanel
@@ -36,9 +36,9 @@ from qlora_tui.tui.screens.memory.solution import METHOD_OF_PRECISION, Solution,
 from qlora_tui.tui.screens.memory.text import budget_words, peak_time, peak_words
 from qlora_tui.tui.screens.memory.timeline_graph import TimelinePanel
 from qlora_tui.tui.system_status import SystemStatus
+from qlora_tui.tui.widgets.line_widgets import update_if_changed
 from qlora_tui.tui.widgets.model_problem import ModelProblem
 from qlora_tui.tui.widgets.panel import Panel
-from qlora_tui.tui.widgets.static_update import update_if_changed
 
 SETTLED_S = 0.15
 """Seconds without a key before the slow computations start."""

@@ -11,7 +11,7 @@ from qlora_tui.formatting import format_gib
 from qlora_tui.memory import Estimate, Verdict, check_fit
 from qlora_tui.memory.estimate import ADAPTER_ITEMS, PRECISIONS, Precision
 from qlora_tui.tui.breakpoints import WIDE_CELLS
-from qlora_tui.tui.render.recipe_line import PRECISION_NAMES, verdict_words
+from qlora_tui.tui.render.labels import PRECISION_NAMES, verdict_words
 
 _FRAME = 4
 """Cells of a panel's border and padding."""

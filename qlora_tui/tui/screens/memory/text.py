@@ -9,7 +9,7 @@ from qlora_tui.memory import Estimate
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import LOADING, Precision
 from qlora_tui.tui.key_names import key_name
-from qlora_tui.tui.render.recipe_line import PRECISION_NAMES
+from qlora_tui.tui.render.labels import PRECISION_NAMES
 from qlora_tui.tui.system_status import SystemStatus
 
 

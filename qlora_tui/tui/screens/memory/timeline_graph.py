@@ -9,10 +9,9 @@ from textual.content import Content
 
 from qlora_tui.formatting import format_gib
 from qlora_tui.memory.timeline import PHASES, Moment, Phase
-from qlora_tui.tui.render.axis import Axis, ticks
-from qlora_tui.tui.render.plot import join_cells
+from qlora_tui.tui.render.charts import Axis, join_cells, ticks
 from qlora_tui.tui.screens.memory.stacked_bar import PARTS, BarPart, part_of
-from qlora_tui.tui.widgets.diff_widget import DiffWidget
+from qlora_tui.tui.widgets.line_widgets import DiffWidget
 from qlora_tui.tui.widgets.panel import Panel
 
 _TITLE = "Loading and a training step (GiB)"

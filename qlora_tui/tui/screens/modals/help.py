@@ -16,8 +16,8 @@ from qlora_tui.tui.commands import EVERYWHERE, Command
 from qlora_tui.tui.key_names import dialog_keys, highlight_keys, name_keys, short_key
 from qlora_tui.tui.keymap import Table, all_commands
 from qlora_tui.tui.screens.registry import SCREENS
-from qlora_tui.tui.widgets.static_update import update_if_changed
-from qlora_tui.tui.widgets.vi_scroll import ViScroll
+from qlora_tui.tui.widgets.controls import ViScroll
+from qlora_tui.tui.widgets.line_widgets import update_if_changed
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp

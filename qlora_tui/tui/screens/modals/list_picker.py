@@ -14,8 +14,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Input, OptionList, Static
 
 from qlora_tui.tui.key_names import dialog_keys
-from qlora_tui.tui.widgets.text_field import TextField
-from qlora_tui.tui.widgets.vi_list import ViList
+from qlora_tui.tui.widgets.controls import TextField, ViList
 
 Picked = TypeVar("Picked")
 

@@ -19,7 +19,7 @@ from qlora_tui.runs.readiness import check_libraries, check_system
 from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.screens.base import CancelsWorkersFirst
 from qlora_tui.tui.screens.train.launch_pane import SIGNS
-from qlora_tui.tui.widgets.vi_scroll import ViScroll
+from qlora_tui.tui.widgets.controls import ViScroll
 
 _SHOWN_FIRST = ("error", "warning", "note", "ok")
 _TESTING = "Testing the libraries on a few real weights. This takes some seconds…"

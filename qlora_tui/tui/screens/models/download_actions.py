@@ -11,12 +11,12 @@ from textual.widgets import Static
 
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
+from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen
 from qlora_tui.tui.screens.models import downloads
 from qlora_tui.tui.screens.models.download_line import download_lines
 from qlora_tui.tui.screens.models.downloads import DEMO, Download
 from qlora_tui.tui.screens.models.hub_queries import demo_name
-from qlora_tui.tui.widgets.static_update import update_if_changed
+from qlora_tui.tui.widgets.line_widgets import update_if_changed
 
 
 class DownloadActions(WorkScreen):

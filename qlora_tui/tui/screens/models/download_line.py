@@ -8,7 +8,7 @@ from textual.content import Content
 
 from qlora_tui.formatting import format_bytes, format_duration
 from qlora_tui.tui.key_names import key_name
-from qlora_tui.tui.render.block_charts import bar
+from qlora_tui.tui.render.charts import bar
 from qlora_tui.tui.screens.models.downloads import Download
 
 LINES = 3

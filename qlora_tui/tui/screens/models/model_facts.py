@@ -24,7 +24,7 @@ from qlora_tui.formatting import (
     format_path,
 )
 from qlora_tui.tui.key_names import key_name
-from qlora_tui.tui.render.labeled import labeled
+from qlora_tui.tui.render.charts import labeled
 from qlora_tui.tui.screens.models.starter_choice import Starter
 
 _LICENSE = re.compile(r"^license:\s*[\"']?([\w.+-]+)", re.MULTILINE)

@@ -14,8 +14,8 @@ from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Precision, precision_of, why_int8_is_larger, with_precision
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
-from qlora_tui.tui.render.block_charts import bar
-from qlora_tui.tui.render.recipe_line import PRECISION_NAMES, VERDICT_SIGN, verdict_words
+from qlora_tui.tui.render.charts import bar
+from qlora_tui.tui.render.labels import PRECISION_NAMES, VERDICT_SIGN, verdict_words
 
 _LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 _LENGTH_CELLS, _FIGURE_CELLS = 9, 12

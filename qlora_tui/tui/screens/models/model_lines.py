@@ -12,9 +12,9 @@ from qlora_tui.catalog.local_models import LocalModel
 from qlora_tui.demo.wheel_download import SMOLLM2
 from qlora_tui.formatting import format_bytes, format_count, truncate_middle
 from qlora_tui.tui.key_names import key_name
-from qlora_tui.tui.render.recipe_line import VERDICT_SIGN, VERDICT_STYLE
+from qlora_tui.tui.render.labels import VERDICT_SIGN, VERDICT_STYLE
 from qlora_tui.tui.screens.models.starter_choice import Starter
-from qlora_tui.tui.widgets.vi_list import HEADING
+from qlora_tui.tui.widgets.controls import HEADING
 
 LOCAL, HUB, STARTER = "local:", "hub:", "starter:"
 """Prefixes of line ids, before the path or the Hub id."""

@@ -16,8 +16,8 @@ from qlora_tui.formatting import format_gib
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.screens.models.model_fit import ModelFit, fit_lines, model_fit
+from qlora_tui.tui.widgets.line_widgets import update_if_changed
 from qlora_tui.tui.widgets.panel import Panel
-from qlora_tui.tui.widgets.static_update import update_if_changed
 
 _TALL = 31
 """Rows from which there is room for the third panel."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from textual import work
 from textual.containers import Horizontal, Vertical
@@ -20,7 +20,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.recent_paths import add_recent, load_recent
-from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
+from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen
 from qlora_tui.tui.screens.models import downloads
 from qlora_tui.tui.screens.models.commands import COMMANDS
 from qlora_tui.tui.screens.models.download_actions import DownloadActions
@@ -42,12 +42,8 @@ from qlora_tui.tui.screens.models.model_fit import need
 from qlora_tui.tui.screens.models.model_lines import DEMO_LINE, HUB, LOCAL, STARTER
 from qlora_tui.tui.screens.models.model_side import ModelSide
 from qlora_tui.tui.screens.models.starter_choice import starters
+from qlora_tui.tui.widgets.controls import TextField, ViList
 from qlora_tui.tui.widgets.panel import Panel
-from qlora_tui.tui.widgets.text_field import TextField
-from qlora_tui.tui.widgets.vi_list import ViList
-
-if TYPE_CHECKING:
-    from qlora_tui.tui.app import QloraApp
 
 EMPTY = (
     "No models on this machine yet. Press {models.download} to download one of these, or {models.filter} to "
@@ -312,12 +308,3 @@ class ModelsScreen(DownloadActions):
 def _list_models(folders: list[Path]) -> list[LocalModel]:
     """The models in these folders, in those opened lately, and where they are always looked for."""
     return list_local_models([*folders, *load_recent("models")])
-
-
-async def find_on_hub(app: QloraApp, model_id: str) -> None:
-    """Go to the Model screen with a name in the search field: Enter searches the Hub for it."""
-    await app.switch_mode("models")
-    if isinstance(app.screen, ModelsScreen):
-        field = app.screen.query_one(Input)
-        field.value = model_id
-        field.focus()

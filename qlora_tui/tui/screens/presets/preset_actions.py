@@ -17,9 +17,7 @@ from qlora_tui.formatting import format_path
 from qlora_tui.recipe.presets import OverwriteError, Preset, PresetSnapshot, delete, restore, take_snapshot
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.key_names import key_name
-from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
-from qlora_tui.tui.screens.modals.error import ErrorScreen
-from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
+from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen, ErrorScreen, TextPromptScreen
 from qlora_tui.tui.screens.presets.preset_files import edit, export_preset, import_preset, save_as
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from qlora_tui.recipe.diff import DESCRIPTIVE, diff_recipes
 from qlora_tui.recipe.fields import fields
 from qlora_tui.recipe.presets import Preset
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.tui.render.block_charts import bar
-from qlora_tui.tui.render.recipe_line import VERDICT_SIGN, VERDICT_STYLE
+from qlora_tui.tui.render.charts import bar
+from qlora_tui.tui.render.labels import VERDICT_SIGN, VERDICT_STYLE
 
 _NEED_WIDTH = 30
 """Cells of the list from which it has the memory."""

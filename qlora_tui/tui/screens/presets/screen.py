@@ -22,8 +22,7 @@ from qlora_tui.tui.screens.presets.commands import COMMANDS
 from qlora_tui.tui.screens.presets.preset_actions import PresetActions
 from qlora_tui.tui.screens.presets.preset_preview import preset_line, preset_need, preview
 from qlora_tui.tui.screens.registry import PRESETS
-from qlora_tui.tui.widgets.text_field import TextField
-from qlora_tui.tui.widgets.vi_list import ViList
+from qlora_tui.tui.widgets.controls import TextField, ViList
 
 if TYPE_CHECKING:
     pass

@@ -21,8 +21,7 @@ from qlora_tui.runs.run_summary import Listing, RunSummary
 from qlora_tui.tui.folders import open_folder
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.answer_measuring import EvaluationActions
-from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
-from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
+from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen, TextPromptScreen
 from qlora_tui.tui.screens.presets.preset_files import save_as
 from qlora_tui.tui.screens.runs.compare import MAX_COMPARED, CompareScreen
 from qlora_tui.tui.screens.runs.export_dialog import show_export_dialog

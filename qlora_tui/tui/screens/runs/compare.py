@@ -28,13 +28,12 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Failed
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.key_names import dialog_keys
-from qlora_tui.tui.render.axis import Axis, rounded, so_far
-from qlora_tui.tui.render.plot import Curve, Plot, overall
+from qlora_tui.tui.render.charts import Axis, Curve, Plot, overall, rounded, so_far
 from qlora_tui.tui.render.series import BiasCorrectedEma, DecimatedSeries, Envelope
 from qlora_tui.tui.screens.base import CancelsWorkersFirst
 from qlora_tui.tui.screens.runs.run_table import MARKS
 from qlora_tui.tui.screens.train.run_follower import smoothing_window
-from qlora_tui.tui.widgets.graph import Graph
+from qlora_tui.tui.widgets.line_widgets import Graph
 
 MAX_COMPARED = len(MARKS)
 _STEPS = 800

@@ -44,8 +44,7 @@ from qlora_tui.tui.screens.runs.export_choices import (
     proposed_target,
     request_for,
 )
-from qlora_tui.tui.widgets.text_field import TextField
-from qlora_tui.tui.widgets.vi_list import HEADING, ViList
+from qlora_tui.tui.widgets.controls import HEADING, TextField, ViList
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp

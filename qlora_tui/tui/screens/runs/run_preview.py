@@ -33,9 +33,15 @@ from qlora_tui.runs.exports import Export, read_exports
 from qlora_tui.runs.run_summary import RunSummary
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
-from qlora_tui.tui.render.labeled import labeled
-from qlora_tui.tui.render.recipe_line import batch_words, data_words, preference_words, targets_words
-from qlora_tui.tui.render.run_labels import format_ago, result_label
+from qlora_tui.tui.render.charts import labeled
+from qlora_tui.tui.render.labels import (
+    batch_words,
+    data_words,
+    format_ago,
+    preference_words,
+    result_label,
+    targets_words,
+)
 from qlora_tui.tui.screens.runs.export_choices import export_line
 
 _LABEL = 10

@@ -20,11 +20,10 @@ from qlora_tui.formatting import format_duration, format_float, format_loss, for
 from qlora_tui.runs.run_summary import RunSummary
 from qlora_tui.tui import clock
 from qlora_tui.tui.breakpoints import WIDE_CELLS
-from qlora_tui.tui.render.block_charts import sparkline
-from qlora_tui.tui.render.run_labels import result_label
-from qlora_tui.tui.render.strip_rendering import render_line
-from qlora_tui.tui.widgets.cursor_keys import LIST_KEYS
-from qlora_tui.tui.widgets.line_view import LineView
+from qlora_tui.tui.render.charts import sparkline
+from qlora_tui.tui.render.labels import result_label
+from qlora_tui.tui.widgets.controls import LIST_KEYS
+from qlora_tui.tui.widgets.line_widgets import LineView, render_line
 
 MARKS = "ABCD"
 """Marks of runs selected to compare, unlike any sign of a state; the same letters are on their curves."""

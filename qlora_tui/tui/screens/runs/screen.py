@@ -19,7 +19,7 @@ from qlora_tui.runs.status import RESUMABLE
 from qlora_tui.tui import clock
 from qlora_tui.tui.commands import Command
 from qlora_tui.tui.key_names import name_keys
-from qlora_tui.tui.render.summary_plot import summary_plot
+from qlora_tui.tui.render.loss import summary_plot
 from qlora_tui.tui.screens.runs.actions import RunActions
 from qlora_tui.tui.screens.runs.commands import COMMANDS
 from qlora_tui.tui.screens.runs.run_order import in_order
@@ -36,10 +36,9 @@ from qlora_tui.tui.screens.runs.run_preview import (
 )
 from qlora_tui.tui.screens.runs.run_table import RunTable
 from qlora_tui.tui.system_status import SystemStatus
-from qlora_tui.tui.widgets.graph import Graph
+from qlora_tui.tui.widgets.controls import TextField
+from qlora_tui.tui.widgets.line_widgets import Graph, update_if_changed
 from qlora_tui.tui.widgets.panel import Panel
-from qlora_tui.tui.widgets.static_update import update_if_changed
-from qlora_tui.tui.widgets.text_field import TextField
 
 _NO_RUNS = "No runs yet. Press {go.train} to launch one."
 _FILES_INTERVAL_S = 5.0

@@ -19,7 +19,7 @@ from qlora_tui.settings import Settings, config_path
 from qlora_tui.settings_file import save_setting
 from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.run_notifications import notify_run_ended
-from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen
+from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen
 from qlora_tui.tui.screens.settings.commands import COMMANDS
 from qlora_tui.tui.screens.settings.rows import (
     ROWS,
@@ -30,7 +30,7 @@ from qlora_tui.tui.screens.settings.rows import (
     typed_value,
 )
 from qlora_tui.tui.themes import theme_names
-from qlora_tui.tui.widgets.vi_list import ViList
+from qlora_tui.tui.widgets.controls import ViList
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp

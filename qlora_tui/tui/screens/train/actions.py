@@ -19,8 +19,7 @@ from qlora_tui.tui.folders import open_folder
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.leaving import leave
 from qlora_tui.tui.screens.answer_measuring import EvaluationActions
-from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
-from qlora_tui.tui.screens.modals.text_prompt import TextPromptScreen, ask_search
+from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen, TextPromptScreen, ask_search
 from qlora_tui.tui.screens.train.launch_pane import first_fix
 from qlora_tui.tui.screens.train.live_pane import LivePane
 from qlora_tui.tui.screens.train.run_picker import RunPickerScreen

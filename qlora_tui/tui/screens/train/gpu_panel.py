@@ -16,9 +16,8 @@ from textual.content import Content
 from qlora_tui.formatting import format_bytes, format_gib
 from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.runs.telemetry import Reading
-from qlora_tui.tui.render.block_charts import bar, blocks
-from qlora_tui.tui.render.labeled import labeled
-from qlora_tui.tui.widgets.diff_widget import DiffWidget
+from qlora_tui.tui.render.charts import bar, blocks, labeled
+from qlora_tui.tui.widgets.line_widgets import DiffWidget
 
 _HOT_C = 83
 _LABEL = 8

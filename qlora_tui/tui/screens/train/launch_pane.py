@@ -19,13 +19,12 @@ from qlora_tui.runs.machine_checks import Check, CheckKind, Outcome
 from qlora_tui.runs.preflight import errors
 from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.tui.key_names import highlight_keys, key_name
-from qlora_tui.tui.screens.modals.confirm import ConfirmScreen
+from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen
 from qlora_tui.tui.screens.train.setting_notes import SettingNotes
 from qlora_tui.tui.screens.train.settings_form import SettingsForm
-from qlora_tui.tui.widgets.diff_widget import DiffWidget
+from qlora_tui.tui.widgets.controls import ViScroll
+from qlora_tui.tui.widgets.line_widgets import DiffWidget, update_if_changed
 from qlora_tui.tui.widgets.panel import Panel
-from qlora_tui.tui.widgets.static_update import update_if_changed
-from qlora_tui.tui.widgets.vi_scroll import ViScroll
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp

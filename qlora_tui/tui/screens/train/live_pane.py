@@ -32,8 +32,8 @@ from qlora_tui.tui.screens.train.run_facts import (
 from qlora_tui.tui.screens.train.run_header import RunHeader, RunOutcomeText, outcome_text
 from qlora_tui.tui.screens.train.run_snapshot import RunSnapshot
 from qlora_tui.tui.screens.train.start_stages import StartStages, is_starting
+from qlora_tui.tui.widgets.line_widgets import update_if_changed
 from qlora_tui.tui.widgets.panel import Panel
-from qlora_tui.tui.widgets.static_update import update_if_changed
 
 _LEVELS: tuple[tuple[str, frozenset[Level]], ...] = (
     ("", frozenset(SIGNS)),

@@ -12,9 +12,8 @@ from textual.content import Content
 from textual.geometry import Size
 from textual.strip import Strip
 
-from qlora_tui.tui.render.strip_rendering import render_line
 from qlora_tui.tui.textual_compat import follow_end
-from qlora_tui.tui.widgets.line_view import LineView
+from qlora_tui.tui.widgets.line_widgets import LineView, render_line
 
 Level: TypeAlias = Literal["info", "warning", "error"]
 

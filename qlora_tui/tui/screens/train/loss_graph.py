@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 
 from textual.content import Content
 
-from qlora_tui.tui.render.axis import Axis
-from qlora_tui.tui.render.plot import Curve, Plot, curve_rows, plot
+from qlora_tui.tui.render.charts import Axis, Curve, Plot, curve_rows, plot
 from qlora_tui.tui.render.series import Envelope
-from qlora_tui.tui.widgets.diff_widget import DiffWidget
+from qlora_tui.tui.widgets.line_widgets import DiffWidget
 
 _MIN_ROWS, _TALL_ROWS, _SPACED_ROWS = 9, 20, 30
 """Rows from which there are charts, from which they are two rows high, and from which they stand apart."""

@@ -6,10 +6,19 @@ import math
 
 from qlora_tui.formatting import format_float
 from qlora_tui.runs.describe import format_exact, format_rewards
-from qlora_tui.tui.render.axis import Axis, label, rounded, so_far, tick_step
-from qlora_tui.tui.render.block_charts import NOT_A_NUMBER
-from qlora_tui.tui.render.plot import Curve, Mark, Plot, overall
-from qlora_tui.tui.render.run_labels import BEST, no_steps_words
+from qlora_tui.tui.render.charts import (
+    NOT_A_NUMBER,
+    Axis,
+    Curve,
+    Mark,
+    Plot,
+    label,
+    overall,
+    rounded,
+    so_far,
+    tick_step,
+)
+from qlora_tui.tui.render.labels import BEST, no_steps_words
 from qlora_tui.tui.render.series import Envelope
 from qlora_tui.tui.screens.train.loss_graph import StepChart
 from qlora_tui.tui.screens.train.run_snapshot import RunSnapshot

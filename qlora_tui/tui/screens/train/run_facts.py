@@ -20,11 +20,10 @@ from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.events import Failed
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.key_names import highlight_keys, key_name
-from qlora_tui.tui.render.labeled import labeled
-from qlora_tui.tui.render.recipe_line import batch_words, data_words, preference_words, targets_words
-from qlora_tui.tui.render.run_labels import BEST
+from qlora_tui.tui.render.charts import labeled
+from qlora_tui.tui.render.labels import BEST, batch_words, data_words, preference_words, targets_words
 from qlora_tui.tui.screens.train.run_snapshot import RunSnapshot
-from qlora_tui.tui.widgets.diff_widget import DiffWidget
+from qlora_tui.tui.widgets.line_widgets import DiffWidget
 
 _LABEL = 8
 """Cells of the name before a value."""

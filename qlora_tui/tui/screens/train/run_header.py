@@ -19,10 +19,10 @@ from qlora_tui.runs.describe import format_energy
 from qlora_tui.runs.events import ALL_STEPS_DONE, Failed, Finished, phase_label
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.tui.key_names import highlight_keys, key_name
-from qlora_tui.tui.render.block_charts import bar
-from qlora_tui.tui.render.run_labels import BEST, format_ago, result_label
+from qlora_tui.tui.render.charts import bar
+from qlora_tui.tui.render.labels import BEST, format_ago, result_label
 from qlora_tui.tui.screens.train.run_snapshot import RunSnapshot
-from qlora_tui.tui.widgets.diff_widget import DiffWidget
+from qlora_tui.tui.widgets.line_widgets import DiffWidget
 
 _MIN_BAR = 8
 _STEP_BAR = 8

@@ -10,7 +10,7 @@ from textual.content import Content
 from qlora_tui.formatting import truncate_middle
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.status import read_status
-from qlora_tui.tui.render.run_labels import SIGNS
+from qlora_tui.tui.render.labels import SIGNS
 from qlora_tui.tui.screens.modals.list_picker import ListPicker
 
 _NAME_WIDTH = 38

@@ -15,9 +15,8 @@ from textual.strip import Strip
 from qlora_tui.recipe.diff import format_value
 from qlora_tui.recipe.fields import Field, get_setting
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.tui.render.strip_rendering import render_line
-from qlora_tui.tui.widgets.cursor_keys import LIST_KEYS
-from qlora_tui.tui.widgets.line_view import LineView
+from qlora_tui.tui.widgets.controls import LIST_KEYS
+from qlora_tui.tui.widgets.line_widgets import LineView, render_line
 
 _LETTERS = "asdfghjklqwertyuiopzxcvbnmASDFGHJKLQWERTYUIOPZXCVBNM"
 """The home row first."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from textual.content import Content
 
 from qlora_tui.recipe.fields import Field
-from qlora_tui.tui.widgets.diff_widget import DiffWidget
+from qlora_tui.tui.widgets.line_widgets import DiffWidget
 
 _INDENT = 2
 

@@ -23,7 +23,7 @@ from qlora_tui.recipe.layering import parse_override
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.screens.train.setting_list import SettingList
 from qlora_tui.tui.setting_stepper import step_value
-from qlora_tui.tui.widgets.text_field import TextField
+from qlora_tui.tui.widgets.controls import TextField
 
 _TEXT_SEPARATOR = " | "
 """Between the items of a list of texts while it is edited."""

@@ -10,9 +10,9 @@ from textual.geometry import Size
 from qlora_tui.formatting import abbreviate_home, format_duration, truncate_middle
 from qlora_tui.runs.events import Phase, PhaseChanged, phase_label
 from qlora_tui.runs.status import ACTIVE
-from qlora_tui.tui.render.block_charts import bar
+from qlora_tui.tui.render.charts import bar
 from qlora_tui.tui.screens.train.run_snapshot import RunSnapshot
-from qlora_tui.tui.widgets.diff_widget import DiffWidget
+from qlora_tui.tui.widgets.line_widgets import DiffWidget
 
 _TO_COME: dict[Phase, str] = {
     "loading": "the model's weights",

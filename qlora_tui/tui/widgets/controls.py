@@ -1,15 +1,20 @@
-"""A list of options that also listens to the keys of vi."""
+"""Lists, scrolled text and text fields, with arrow keys and the keys of vi."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import ClassVar
 
+from textual import events
 from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.message import Message
-from textual.widgets import OptionList
+from textual.widget import Widget
+from textual.widgets import Input, OptionList
 from textual.widgets.option_list import Option
+
+from qlora_tui.tui.textual_compat import bindings_of_widget
 
 HEADING = "heading:"
 
@@ -82,3 +87,62 @@ class ViList(OptionList):
             self.highlighted = ids.index(wanted)
         elif choices:
             self.highlighted = next((index for index in choices if index >= place), choices[-1])
+
+
+class ViScroll(VerticalScroll):
+    """Text longer than its window."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("j", "scroll_down", show=False),
+        Binding("k", "scroll_up", show=False),
+        Binding("g", "scroll_home", show=False),
+        Binding("G", "scroll_end", show=False),
+        Binding("ctrl+d", "page_down", show=False),
+        Binding("ctrl+u", "page_up", show=False),
+    ]
+
+
+_PAGE_ROWS = 10
+_ALL_ROWS = 100_000
+"""More rows than there are in any list."""
+
+ROW_KEYS = (
+    Binding("up,k", "move(-1)", show=False),
+    Binding("down,j", "move(1)", show=False),
+    Binding("pageup,ctrl+u", f"move({-_PAGE_ROWS})", show=False),
+    Binding("pagedown,ctrl+d", f"move({_PAGE_ROWS})", show=False),
+    Binding("g", f"move({-_ALL_ROWS})", show=False),
+    Binding("G", f"move({_ALL_ROWS})", show=False),
+)
+"""Keys from row to row, where Home and End have another meaning."""
+
+LIST_KEYS = (
+    *ROW_KEYS,
+    Binding("home", f"move({-_ALL_ROWS})", show=False),
+    Binding("end", f"move({_ALL_ROWS})", show=False),
+)
+"""Keys of a list with one item per row."""
+
+
+class OwnKeysFirst:
+    """Runs a field's own key bindings in the order of the keys.
+
+    Textual inserts a letter at once, but lets backspace and enter bubble up to the app and back as bindings.
+    Of keys that arrive together, as over a slow link, letters would overtake them: what was typed after a
+    backspace would be deleted by it. https://github.com/Textualize/textual/issues/6605
+    """
+
+    async def on_key(self, event: events.Key) -> None:
+        assert isinstance(self, Widget)
+        for binding in bindings_of_widget(self, event.key):
+            if await self.app.run_action(binding.action, self):
+                event.stop()
+                event.prevent_default()
+                return
+
+
+class TextField(OwnKeysFirst, Input):
+    """A line of text. Its cursor does not blink: nothing is sent over a slow link while nothing changes."""
+
+    def on_mount(self) -> None:
+        self.cursor_blink = False

@@ -1,20 +1,213 @@
-"""A line graph in braille: two by four dots a cell, honest axes, gaps where there is nothing.
-
-:func:`plot` is a function from traces to lines of text; the widget ``graph`` shows it. A value that
-is not a number breaks the curve and is marked below it; a stretch without a value has no line.
-"""
+"""Charts of text: axes with round ranges, curves in braille dots, bars and columns in block characters."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from textual.content import Content
 
-from qlora_tui.tui.render.axis import DOTS_HIGH, DOTS_WIDE, Axis, column_of, row_of, ticks
-from qlora_tui.tui.render.block_charts import NOT_A_NUMBER
 from qlora_tui.tui.render.series import Envelope
+
+DOTS_WIDE, DOTS_HIGH = 2, 4
+"""Dots of a braille character, of which curves are drawn."""
+_ROUND = (1.0, 2.0, 5.0)
+_FAR = 1e30
+_EPSILON = 1e-12
+"""An axis goes no further, and no finer, so that its arithmetic stays finite."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis from ``low`` to ``high``, both shown, with its ``unit``: ``step``, ``loss``, ``tok/s``."""
+
+    low: float
+    high: float
+    unit: str = ""
+
+    def place(self, value: float, cells: int) -> int:
+        """The cell that a value falls in: 0 is at ``low``; values outside are clamped to the edge."""
+        share = (value - self.low) / (self.high - self.low)
+        return min(max(round(share * (cells - 1)), 0), cells - 1)
+
+
+def column_of(value: float, x: Axis, columns: int) -> int:
+    """The column, from the left, with the dot of this value of a curve."""
+    return x.place(value, columns * DOTS_WIDE) // DOTS_WIDE
+
+
+def row_of(value: float, y: Axis, rows: int) -> int:
+    """The row, from the top, with the dot of this value of a curve."""
+    return rows - 1 - y.place(value, rows * DOTS_HIGH) // DOTS_HIGH
+
+
+def rounded(low: float, high: float, ticks: int = 12, unit: str = "") -> Axis:
+    """The smallest axis around these values that begins and ends at a round number.
+
+    It moves only when a value leaves it, so that a graph holds still.
+    """
+    low, high = (min(max(value, -_FAR), _FAR) for value in (low, high))
+    size = max(abs(low), abs(high))
+    if high - low <= max(size * 1e-9, _EPSILON):
+        spread = size * 0.1 if size > _EPSILON else 1.0
+        low, high = low - spread, high + spread
+    step = tick_step(low, high, ticks)
+    return Axis(
+        _clean(math.floor(low / step + 1e-9) * step), _clean(math.ceil(high / step - 1e-9) * step), unit
+    )
+
+
+def so_far(done: float, total: float, unit: str = "") -> Axis:
+    """From 0 to the next round number of steps (1, 2, 5, 10…), at most the whole run.
+
+    A run that began shows its first steps wide, and the axis changes a dozen times in its life.
+    """
+    reach = 10.0
+    while reach < done:
+        power = 10 ** math.floor(math.log10(reach) + 1e-9)
+        reach = next(power * r for r in (*_ROUND, 10.0) if power * r > reach * 1.001)
+    return Axis(0.0, min(reach, total) if total >= max(done, 1) else max(reach, 1.0), unit)
+
+
+def tick_step(low: float, high: float, max_parts: int) -> float:
+    """The smallest of 1, 2, 5 × 10ⁿ that divides the range into at most ``max_parts`` parts."""
+    rough = (high - low) / max(1, max_parts)
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(power * r for r in (*_ROUND, 10.0) if power * r >= rough * (1 - 1e-9))
+
+
+def ticks(axis: Axis, most: int) -> list[tuple[float, str]]:
+    """(value, label) of the round values of an axis, in order."""
+    step = tick_step(axis.low, axis.high, most)
+    first = math.ceil(axis.low / step - 1e-9)
+    last = math.floor(axis.high / step + 1e-9)
+    return [(_clean(i * step), label(_clean(i * step), step)) for i in range(first, last + 1)]
+
+
+def label(value: float, step: float) -> str:
+    """The shortest label that differs from its neighbors: ``1.25``, ``400``, ``12k``, ``1.5M``."""
+    if value == 0:
+        return "0"
+    size = max(abs(value), step)
+    for unit, letter, least in ((1e9, "G", 1e9), (1e6, "M", 1e6), (1e3, "k", 1e4)):
+        if size >= least:
+            return f"{value / unit:.{_decimals(step / unit)}f}{letter}"
+    if size < 1e-3:
+        return re.sub(r"\.?0*e-0?", "e-", f"{value:.2e}")
+    return f"{value:,.{_decimals(step)}f}"
+
+
+def _decimals(step: float) -> int:
+    return max(0, -math.floor(math.log10(step) + 1e-9))
+
+
+def _clean(value: float) -> float:
+    # 3 × 0.1 is 0.30000000000000004; a tick is 0.3.
+    return float(f"{value:.12g}")
+
+
+NOT_A_NUMBER = "×"
+"""Drawn at the foot of a chart where a value was NaN or infinite."""
+_BAR_EIGHTHS = " ▏▎▍▌▋▊▉"
+_COLUMN_EIGHTHS = " ▁▂▃▄▅▆▇█"
+_BROKEN = -1
+
+
+def bar(part: float, width: int) -> str:
+    """``part`` (0 to 1, more is cut) of ``width`` cells: full blocks, an eighth, then dots."""
+    eighths = round(min(max(part, 0.0), 1.0) * width * 8)
+    full, rest = divmod(eighths, 8)
+    text = "█" * full + (_BAR_EIGHTHS[rest] if rest else "")
+    return text + "░" * (width - len(text))
+
+
+def over_axis(envelope: Envelope, x: Axis, columns: int) -> list[float | None]:
+    """The highest value of each column; one between two samples holds the earlier, NaN where one broke."""
+    values: list[float | None] = [None] * columns
+    if not columns:
+        return values
+    before: int | None = None
+    for place, high, broken in zip(envelope.xs, envelope.highs, envelope.broken, strict=True):
+        if not x.low <= place <= x.high:
+            continue
+        column = column_of(place, x, columns)
+        if before is not None:
+            values[before + 1 : column] = [values[before]] * (column - before - 1)
+        known = values[column] if column == before else None
+        if broken or (known is not None and math.isnan(known)):
+            values[column] = math.nan
+        else:
+            values[column] = high if known is None else max(known, high)
+        before = column
+    return values
+
+
+def blocks(values: Sequence[float | None], low: float, high: float, height: int) -> list[str]:
+    """Rows of block characters from the top; None is an empty column, the lowest value still a line."""
+    levels = height * 8
+    rows = []
+    filled = [_level(value, low, high, levels) for value in values]
+    for row in range(height - 1, -1, -1):
+        line = ""
+        for level in filled:
+            if level == _BROKEN:
+                line += NOT_A_NUMBER if row == 0 else " "
+            else:
+                line += _COLUMN_EIGHTHS[min(max(level - row * 8, 0), 8)]
+        rows.append(line)
+    return rows
+
+
+def _level(value: float | None, low: float, high: float, levels: int) -> int:
+    if value is None:
+        return 0
+    if not math.isfinite(value):
+        return _BROKEN
+    share = (value - low) / (high - low) if high > low else 0.0
+    return max(1, round(min(max(share, 0.0), 1.0) * levels))
+
+
+def downsample(values: Sequence[float], columns: int) -> list[float | None]:
+    """One mean per column, from first to last; NaN where any was not a number, None where there are fewer."""
+    if not values:
+        return [None] * columns
+    count = min(columns, len(values))
+    edges = [round(i * len(values) / count) for i in range(count + 1)]
+    means: list[float | None] = []
+    for start, end in pairwise(edges):
+        part = values[start:end]
+        means.append(sum(part) / len(part) if all(map(math.isfinite, part)) else math.nan)
+    return means + [None] * (columns - count)
+
+
+def sparkline(losses: tuple[float, ...], width: int) -> str:
+    """Draw losses as a sparkline, scaled from the lowest to the highest of this run."""
+    means = downsample(losses, width)
+    finite = [mean for mean in means if mean is not None and mean == mean]
+    if not finite:
+        return blocks(means, 0.0, 1.0, 1)[0]
+    axis = rounded(min(finite), max(finite))
+    return blocks(means, axis.low, axis.high, 1)[0]
+
+
+_MIN_BAR = 6
+"""Cells below which a bar is left out: it could not be read."""
+
+
+def labeled(label: str, value: str | Content, cells: int) -> Content:
+    """``model   SmolLM2-135M``: the label is padded to ``cells``."""
+    return Content.assemble((f"{label:<{cells}}", "dim"), value)
+
+
+def meter(label: str, share: float, value: str, cells: int, width: int) -> Content:
+    """``memory  ████░░░░ 18.2 of 24.0 GiB``: the bar takes what label and value leave of ``width``."""
+    of_bar = width - cells - len(value) - 1
+    drawn = f"{bar(share, of_bar)} " if of_bar >= _MIN_BAR else ""
+    return labeled(label, Content.assemble((drawn, "$secondary"), value), cells)
+
 
 _APART = 3
 """Cells between two marks of one kind, so that many do not become a line."""

@@ -1,0 +1,212 @@
+"""How recipes, verdicts, states of runs and errors are said on every screen."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from rich.cells import cell_len, set_cell_size
+from textual.content import Content
+
+from qlora_tui.errors import UserError
+from qlora_tui.formatting import (
+    abbreviate_home,
+    format_duration,
+    format_float,
+    format_gib,
+    short_model_name,
+    uncapitalize,
+)
+from qlora_tui.memory import Estimate, check_fit
+from qlora_tui.memory.budget import MemoryBudget
+from qlora_tui.memory.estimate import Precision
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.targets import format_rank
+from qlora_tui.runs.defects import ResultDefect
+from qlora_tui.runs.run_summary import RunSummary
+from qlora_tui.runs.status import State
+from qlora_tui.tui.render.charts import bar
+from qlora_tui.tui.workbench import Workbench
+
+VERDICT_STYLE = {
+    "fits": "$success",
+    "tight": "$warning",
+    "uncertain": "$warning",
+    "does not fit": "$error",
+}
+"""Color of each verdict; the word or the sign is always shown too."""
+VERDICT_SIGN = {"fits": "✓", "tight": "!", "uncertain": "?", "does not fit": "✗"}
+"""Where there is no room for the word."""
+CANNOT_TRAIN = "✗ cannot train"
+"""Beside an estimate of a model that has no weights here, or that cannot be trained for another reason."""
+_SEPARATOR = " · "
+_MIN_NAME = 9
+"""Cells that a name is not shortened below."""
+_MIN_BAR = 4
+"""Cells below which a bar shows nothing."""
+_ASSUMED = " (assumed)"
+PRECISION_NAMES: dict[Precision, str] = {"nf4": "NF4", "int8": "int8", "fp16": "fp16"}
+
+
+def recipe_line(workbench: Workbench, width: int | None = None) -> str:
+    """``balanced* · Qwen2.5-7B · tickets.jsonl · r16 all-linear · 2,048 tok · batch 2 × 8``.
+
+    To fit a ``width`` the batch becomes ``× 2 × 8``, then names are shortened, that of the data first; the
+    numbers stay.
+    """
+    recipe = workbench.recipe
+    star = "*" if workbench.modified else ""
+    parts = [
+        f"{workbench.preset or 'defaults'}{star}",
+        short_model_name(recipe.model.id) or "no model",
+        data_words(recipe),
+        f"{format_rank(recipe.lora)} {targets_words(recipe, 16)}",
+        batch_words(recipe),
+    ]
+    if width is not None and cell_len(_SEPARATOR.join(parts)) > width:
+        parts[-1] = batch_words(recipe, short=True)
+    for place in (2, 1, 0):
+        over = 0 if width is None else cell_len(_SEPARATOR.join(parts)) - width
+        name = parts[place]
+        cells = cell_len(name)
+        if over > 0 and cells > _MIN_NAME + 1:
+            parts[place] = cut_cells(name, max(_MIN_NAME, cells - over - 1)).rstrip(".-_ ") + "…"
+    line = _SEPARATOR.join(parts)
+    return line if width is None else cut_cells(line, width)
+
+
+def verdict_words(word: str, *, can_train: bool) -> tuple[str, str]:
+    """The verdict with its color: a model that cannot be trained *would* fit."""
+    return ("would fit", "$text-muted") if word == "fits" and not can_train else (word, VERDICT_STYLE[word])
+
+
+def refusal_words(refusal: UserError) -> str:
+    """``✗ cannot train: this model has no weights``."""
+    return f"{CANNOT_TRAIN}: {uncapitalize(refusal.title)}"
+
+
+class FitLine:
+    """The memory of a recipe, of what there is, with the verdict: ``NF4 ████░░░░ 6.3 of 24.0 GiB fits``."""
+
+    def __init__(self, label: str, estimate: Estimate, budget: MemoryBudget, *, can_train: bool) -> None:
+        self._label = label
+        self._budget = budget
+        self._needed_bytes = estimate.total_bytes
+        self._figures = f"{format_gib(estimate.total_bytes)} of {format_gib(budget.bytes)} GiB"
+        self._verdict = verdict_words(check_fit(estimate, budget.bytes).word, can_train=can_train)
+        self.least_width = len(label) + len(self._figures) + len(self._verdict[0]) + 1 + bool(label)
+
+    def draw(self, width: int, max_bar: int | None = None) -> Content:
+        """The line, with a bar and with a note that the memory is assumed as far as there is room."""
+        figures, free = self._figures, width - self.least_width - 1
+        if self._budget.is_assumed and free >= len(_ASSUMED) + _MIN_BAR:
+            figures, free = figures + _ASSUMED, free - len(_ASSUMED)
+        cells = free if max_bar is None else min(free, max_bar)
+        drawn = f"{bar(self._needed_bytes / self._budget.bytes, cells)} " if cells >= _MIN_BAR else ""
+        label = (f"{self._label} " if self._label else "", "")
+        return Content.assemble(label, f"{drawn}{figures} ", self._verdict)
+
+
+def error_content(error: UserError, *, step: Content | None = None, is_spaced: bool = False) -> Content:
+    """An error in place of what could not be shown: its title, what happened, why, and what to do.
+
+    Args:
+        error: The error.
+        step: The key that resolves it, in place of what the error says to do.
+        is_spaced: Whether empty lines are around what happened.
+    """
+    gap = "\n\n" if is_spaced else "\n"
+    fix = Content.styled(f"▸ {abbreviate_home(error.fix)}", "$accent") if error.fix else Content("")
+    return Content.assemble(
+        (f"✗ {error.title}{gap}", "$error bold"),
+        abbreviate_home(error.what),
+        (f"\n{abbreviate_home(error.why)}" if error.why else "", "dim"),
+        gap if step or fix else "",
+        step or fix,
+    )
+
+
+def cut_cells(text: str, width: int) -> str:
+    """The beginning of ``text`` that fits ``width`` cells: Chinese characters, for example, take two."""
+    return text if cell_len(text) <= width else set_cell_size(text, width).rstrip()
+
+
+def batch_words(recipe: Recipe, *, short: bool = False) -> str:
+    """``1,024 tok · batch 1 × 8``: sequence length, micro-batch size, gradient accumulation.
+
+    ``short``: ``1,024 tok × 1 × 8``, for 80 columns.
+    """
+    batch = f"{recipe.training.micro_batch_size} × {recipe.training.gradient_accumulation}"
+    return f"{recipe.data.max_length:,} tok {'×' if short else '· batch'} {batch}"
+
+
+def targets_words(recipe: Recipe, width: int) -> str:
+    """The target modules, or their number where the names are longer than ``width``."""
+    patterns = recipe.lora.target_modules
+    names = ",".join(patterns)
+    return names if len(names) <= width else f"{len(patterns)} targets"
+
+
+def preference_words(recipe: Recipe) -> str:
+    """``DPO β 0.1``: how preferences are trained on; empty where answers alone are."""
+    method, training = recipe.preference_method, recipe.training
+    if method is None:
+        return ""
+    beta = f" β {training.preference_beta:g}" if training.preference_beta else ""
+    gamma = f" γ {training.simpo_gamma:g}" if method == "simpo" else ""
+    return f"{'SimPO' if method == 'simpo' else method.upper()}{beta}{gamma}"
+
+
+def data_words(recipe: Recipe) -> str:
+    """Name of the first data file, and how many more there are."""
+    sources = recipe.data.sources
+    if not sources:
+        return "no data"
+    more = f" +{len(sources) - 1}" if len(sources) > 1 else ""
+    return Path(sources[0].path).name + more
+
+
+SIGNS: dict[State, tuple[str, str]] = {
+    "queued": ("◌", "dim"),
+    "starting": ("●", "$primary"),
+    "running": ("●", "$primary"),
+    "finished": ("✓", "$success"),
+    "failed": ("✗", "$error"),
+    "stopped": ("■", "$warning"),
+    "paused": ("‖", "$warning"),
+    "lost": ("?", "$error"),
+    "unreadable": ("?", "$error"),
+    "gone": ("✗", "$error"),
+}
+"""(sign, color) by state; the word is always shown too."""
+BEST = "★"
+"""The sign of the best evaluation."""
+
+
+def result_label(state: State, defect: ResultDefect | None) -> tuple[str, str, str]:
+    """(sign, word, color) of a run's state, or of what is wrong with its result."""
+    if defect is not None:
+        return "!", defect.word, "$error"
+    sign, style = SIGNS[state]
+    return sign, state, style
+
+
+def best_words(summary: RunSummary) -> str:
+    """``★ best validation 2.78 at 60``: the loss and its step; empty where none was measured."""
+    if summary.best is None:
+        return ""
+    loss, step = summary.best
+    name = "best" if summary.loss_to_beat is None else "lowest"
+    return f"{BEST} {name} validation {format_float(loss, 3)} at {step:,}"
+
+
+def no_steps_words(*, is_over: bool) -> str:
+    """What stands in place of a graph of no steps. ``is_over``: whether the run has ended."""
+    return "The run ended before its first step." if is_over else "No steps yet."
+
+
+def format_ago(at: float, now: float) -> str:
+    """``at 03:12, 4 h ago``; the day beside it when it was another."""
+    moment, today = time.localtime(at), time.localtime(now)
+    day = "" if moment[:3] == today[:3] else time.strftime("%d %b ", moment)
+    return f"at {day}{time.strftime('%H:%M', moment)}, {format_duration(max(0.0, now - at))} ago"

@@ -1,0 +1,232 @@
+"""Dialogs over any screen: yes or no, a line of text, an error, whose recipe stays, a window too small."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import msgspec
+from textual import work
+from textual.app import App, ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical
+from textual.events import Resize
+from textual.markup import escape
+from textual.screen import ModalScreen
+from textual.widgets import Input, Static
+
+from qlora_tui.errors import UserError
+from qlora_tui.formatting import abbreviate_home, format_path
+from qlora_tui.tui.breakpoints import MIN_SIZE
+from qlora_tui.tui.key_names import dialog_keys
+from qlora_tui.tui.widgets.controls import TextField, ViScroll
+
+if TYPE_CHECKING:
+    from qlora_tui.tui.app import QloraApp
+
+CHECK_INTERVAL_S = 1.0
+"""Seconds between two checks whether a question is outdated."""
+_YES = Binding("y", "dismiss(True)", "Yes")
+_ENTER = Binding("enter", "confirm", "Yes")
+_NO = Binding("n,escape", "dismiss(False)", "No")
+_MAX_CHANGES = 8
+DraftChoice = Literal["mine", "theirs"]
+
+
+class ConfirmScreen(ModalScreen[bool]):
+    """Returns True for yes. Esc is no; Enter is yes only if ``harmless``."""
+
+    CSS_PATH = "modal.tcss"
+    BINDINGS: ClassVar[list[BindingType]] = [_YES, _ENTER, _NO]
+
+    def __init__(
+        self,
+        title: str,
+        text: str,
+        yes: str = "Yes",
+        no: str = "No",
+        *,
+        harmless: bool = False,
+        is_outdated: Callable[[], bool] | None = None,
+    ) -> None:
+        """``is_outdated``: called every second in a thread; once it is true, the question closes as no."""
+        super().__init__()
+        self._is_outdated = is_outdated
+        self._title = title
+        self._text = text
+        self._yes = yes
+        self._no = no
+        self._harmless = harmless
+
+    def on_mount(self) -> None:
+        if self._is_outdated is not None:
+            self.set_interval(CHECK_INTERVAL_S, self._check_outdated)
+
+    @work(exclusive=True)
+    async def _check_outdated(self) -> None:
+        if self._is_outdated is not None and await asyncio.to_thread(self._is_outdated):
+            self.dismiss(False)
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="dialog") as dialog:
+            dialog.border_title = self._title
+            yes = replace(_ENTER if self._harmless else _YES, description=self._yes)
+            dialog.border_subtitle = dialog_keys([yes, replace(_NO, description=self._no)])
+            yield Static(self._text, markup=False)
+
+    def action_confirm(self) -> None:
+        """Answer yes by Enter, if nothing can be lost."""
+        if self._harmless:
+            self.dismiss(True)
+
+
+class TextPromptScreen(ModalScreen[str | None]):
+    """Returns the text; None if cancelled. ``validate`` returns what is wrong, or an empty string."""
+
+    CSS_PATH = "modal.tcss"
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Cancel")]
+
+    def __init__(
+        self, title: str, text: str, value: str = "", validate: Callable[[str], str] = lambda _: ""
+    ) -> None:
+        super().__init__()
+        self._title = title
+        self._text = text
+        self._value = value
+        self._validate = validate
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="dialog") as dialog:
+            dialog.border_title = escape(self._title)
+            dialog.border_subtitle = dialog_keys(self.BINDINGS, "Enter apply")
+            yield Static(self._text, markup=False)
+            yield TextField(self._value, compact=True)
+            yield Static("", id="prompt-error", markup=False)
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        wrong = self._validate(event.value)
+        if wrong:
+            self.query_one("#prompt-error", Static).update(f"✗ {wrong}")
+        else:
+            self.dismiss(event.value)
+
+
+def ask_search(app: App[object], things: str, before: str, show: Callable[[str], None]) -> None:
+    """Ask for a text, and pass it to ``show``: an empty one shows everything again.
+
+    Args:
+        app: The app.
+        things: What is searched, in the plural: ``lines``.
+        before: The text that was searched for last.
+        show: Called unless the question is cancelled.
+    """
+    text = f"Show only {things} with this text. Leave empty to show all."
+    app.push_screen(
+        TextPromptScreen("Search", text, before), lambda given: None if given is None else show(given)
+    )
+
+
+def ask_gpu_size(app: QloraApp) -> None:
+    """Ask, then show every estimate against the answer."""
+
+    def on_result(text: str | None) -> None:
+        if text is None:
+            return
+        size = float(text) if text.strip() else None
+        app.settings = msgspec.structs.replace(app.settings, gpu_memory_gib=size)
+        app.recipe_changed.publish(app.workbench.recipe)
+        app.notify(f"Estimates are for {app.memory_budget.name}.")
+
+    now = app.settings.gpu_memory_gib
+    text = "Memory of the GPU in GiB, such as 12 or 24. Leave empty to use this machine's. It is not saved."
+    value = "" if now is None else f"{now:g}"
+    app.push_screen(TextPromptScreen("Assume another GPU size", text, value, _gpu_size_error), on_result)
+
+
+def _gpu_size_error(text: str) -> str:
+    """Return what is wrong with a typed size, or an empty string."""
+    if not text.strip():
+        return ""
+    try:
+        size = float(text)
+    except ValueError:
+        return "Enter a number of GiB, such as 12."
+    return "" if size > 0 and math.isfinite(size) else "It must be above 0."
+
+
+class ErrorScreen(ModalScreen[None]):
+    """Closed by any of Escape, Enter and q."""
+
+    CSS_PATH = "modal.tcss"
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,enter,q", "dismiss", "Close")]
+
+    def __init__(self, problem: UserError) -> None:
+        super().__init__()
+        self._problem = problem
+
+    def compose(self) -> ComposeResult:
+        with ViScroll(classes="dialog") as dialog:
+            dialog.border_title = self._problem.title
+            dialog.border_subtitle = dialog_keys(self.BINDINGS)
+            yield Static(abbreviate_home(self._problem.what), markup=False)
+            if self._problem.why:
+                yield Static(abbreviate_home(self._problem.why), markup=False, classes="muted")
+            if self._problem.fix:
+                yield Static(f"▸ {abbreviate_home(self._problem.fix)}", markup=False, classes="fix")
+
+
+class DraftChangedScreen(ModalScreen[DraftChoice | None]):
+    """Returns the choice; None if it was postponed, so that the next edit asks again."""
+
+    CSS_PATH = "modal.tcss"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("m", "dismiss('mine')", "Keep mine"),
+        Binding("t", "dismiss('theirs')", "Use theirs"),
+        Binding("escape", "dismiss(None)", "Decide later"),
+    ]
+
+    def __init__(self, changes: list[str], aside: Path) -> None:
+        super().__init__()
+        self._changes = changes
+        self._aside = aside
+        """File with the recipe that is not chosen."""
+
+    def compose(self) -> ComposeResult:
+        shown = self._changes[:_MAX_CHANGES]
+        if len(self._changes) > _MAX_CHANGES:
+            shown.append(f"and {len(self._changes) - _MAX_CHANGES} more")
+        with Vertical(classes="dialog") as dialog:
+            dialog.border_title = "Another app changed the recipe"
+            dialog.border_subtitle = dialog_keys(self.BINDINGS)
+            yield Static(
+                f"Both stay on the disk: yours is in {format_path(self._aside)} until you choose, and then "
+                "the one that you did not choose. Changes from yours to theirs:",
+                markup=False,
+            )
+            yield Static("\n".join(shown) or "Only the preset it started from differs.", markup=False)
+
+
+class TooSmallScreen(ModalScreen[None]):
+    """Covers any screen; the app closes it when the window is large enough."""
+
+    CSS_PATH = "modal.tcss"
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter,escape", "dismiss", "Show it cut off")]
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="dialog") as dialog:
+            dialog.border_title = "This window is too small"
+            yield Static(markup=False)
+            # On a line that wraps: the border of a narrow window would cut it.
+            yield Static(dialog_keys(self.BINDINGS), markup=False, classes="fix")
+
+    def on_resize(self, event: Resize) -> None:
+        """Show the size."""
+        size = event.size
+        self.query(Static).first().update(
+            f"It is {size.width}×{size.height}; the screens need {MIN_SIZE.width}×{MIN_SIZE.height}. "
+            "Enlarge the window or reduce the font size. Runs continue either way."
+        )

@@ -1,0 +1,184 @@
+"""The first and the last line of every screen: screens and status above, keys below."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TypeAlias
+
+from textual.app import App, RenderResult
+from textual.binding import ActiveBinding
+from textual.content import Content
+from textual.events import Click
+from textual.screen import Screen
+from textual.widget import Widget
+
+from qlora_tui.formatting import format_float, format_gib
+from qlora_tui.tui.breakpoints import WIDE_CELLS
+from qlora_tui.tui.commands import NAVIGATION
+from qlora_tui.tui.key_names import bare_key, short_key
+from qlora_tui.tui.system_status import SystemStatus
+from qlora_tui.tui.widgets.line_widgets import DiffWidget
+
+
+class TopBar(Widget):
+    """Never wraps: the status is cut to what fits beside the screens; Home can be a digit only."""
+
+    DEFAULT_CSS = """
+    TopBar {
+        dock: top;
+        height: 1;
+        background: $panel;
+        link-style: none;
+        link-color: $foreground;
+    }
+    """
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self._mode = mode
+        self._status = SystemStatus()
+
+    def show_status(self, system_status: SystemStatus) -> None:
+        """Repaint if what is shown has changed."""
+        before = self.status_options(self._status)
+        self._status = system_status
+        if self.status_options(system_status) != before:
+            self.refresh()
+
+    def render(self) -> RenderResult:
+        navigation = self._navigation()
+        width_left = self.size.width - navigation.cell_length - 1
+        system_status = next((p for p in self.status_options(self._status) if len(p) <= width_left), "")
+        gap = " " * max(1, self.size.width - navigation.cell_length - len(system_status))
+        return Content.assemble(navigation, gap, system_status)
+
+    def _navigation(self) -> Content:
+        parts: list[Content | str] = []
+        for command in NAVIGATION:
+            mode = command.id.removeprefix("go.")
+            is_current = mode == self._mode
+            # In a narrow window the status needs the cells of a word more.
+            is_bare = mode == "home" and not is_current and self.size.width < WIDE_CELLS
+            text = f" {bare_key(command.id)} " if is_bare else f" {bare_key(command.id)} {command.label} "
+            style = "reverse bold" if is_current else ""
+            parts.append(Content.styled(text, style).stylize(f"@click=app.go('{mode}')"))
+        return Content.assemble(*parts)
+
+    @staticmethod
+    def status_options(system_status: SystemStatus) -> list[str]:
+        """Possible texts, the longest first."""
+        run = _run_text(system_status)
+        gpu = _gpu_text(system_status)
+        short_run = run.split(" loss ")[0]
+        waiting = len(system_status.waiting_ids) if system_status.active is not None else 0
+        with_queue = [f"{text} · {waiting} waiting   {gpu}" for text in (run, short_run) if waiting]
+        options = [*with_queue, f"{run}   {gpu}", f"{short_run}   {gpu}", run, short_run, gpu, ""]
+        return [option.strip() + " " for option in options]
+
+
+def _run_text(system_status: SystemStatus) -> str:
+    status = system_status.active_status
+    if status is None:
+        return f"{len(system_status.waiting_ids)} waiting" if system_status.waiting_ids else ""
+    from qlora_tui.runs.events import STEP_PHASES, phase_label  # not needed for the first frame
+
+    # An attempt that has just started shows its phase.
+    if not status.step or status.phase not in STEP_PHASES:
+        return f"● {phase_label(status.phase or status.state)}"
+    loss = f" loss {format_float(status.loss, 3)}" if status.loss is not None else ""
+    return f"● {status.step:,}/{status.total_steps:,}{loss}"
+
+
+def _gpu_text(system_status: SystemStatus) -> str:
+    if system_status.gpu is None:
+        return system_status.no_gpu_title
+    if system_status.gpu_problem is not None:
+        return f"{system_status.gpu.short_name} unusable"
+    metrics = system_status.gpu_metrics
+    if metrics is None:
+        return f"{system_status.gpu.short_name} NA"
+    use = "NA" if metrics.utilization_percent is None else f"{metrics.utilization_percent}%"
+    temperature = "" if metrics.temperature_c is None else f" {metrics.temperature_c}°"
+    memory = f"{format_gib(metrics.memory_used_bytes)}/{format_gib(metrics.memory_total_bytes)}G"
+    return f"{system_status.gpu.short_name} {use} {memory}{temperature}"
+
+
+_MARGIN = 1
+_GAP, _NARROW_GAP = 3, 1
+"""Cells between two keys, where all fit and where not."""
+_Items: TypeAlias = list[tuple[Content, ActiveBinding]]
+
+
+class CommandFooter(DiffWidget):
+    """``s Stop   z Pause   ^P Palette``; keys that do not fit are in the help. A click presses a key."""
+
+    DEFAULT_CSS = """
+    CommandFooter {
+        dock: bottom;
+        height: 1;
+        background: $panel;
+    }
+    """
+
+    def __init__(self, also: Collection[str] = ()) -> None:
+        """``also``: ids of commands of the app that are shown after the screen's own."""
+        super().__init__()
+        self._also = also
+        self._screen_bindings: list[ActiveBinding] = []
+        self._app_bindings: list[ActiveBinding] = []
+
+    def on_mount(self) -> None:
+        self.screen.bindings_updated_signal.subscribe(self, self._bindings_changed, immediate=True)
+
+    def on_unmount(self) -> None:
+        self.screen.bindings_updated_signal.unsubscribe(self)
+
+    def _bindings_changed(self, screen: Screen[object]) -> None:
+        shown: dict[str, ActiveBinding] = {}
+        for active in screen.active_bindings.values():
+            if active.binding.show or active.binding.id in self._also:
+                shown.setdefault(active.binding.action, active)
+        own = [active for active in shown.values() if not isinstance(active.node, App)]
+        of_app = [active for active in shown.values() if isinstance(active.node, App)]
+        also = [active for active in of_app if active.binding.id in self._also]
+        self._screen_bindings = [*own, *also]
+        self._app_bindings = [active for active in of_app if active not in also]
+        self.redraw()
+
+    def draw(self, width: int, height: int) -> list[Content]:
+        own, of_app, gap = self._fitting_items(width)
+        left, right = (Content(" " * gap).join(item for item, _ in items) for items in (own, of_app))
+        space = width - 2 * _MARGIN - left.cell_length - right.cell_length
+        return [Content.assemble(" " * _MARGIN, left, " " * max(gap, space), right)]
+
+    def on_click(self, event: Click) -> None:
+        own, of_app, gap = self._fitting_items(self.size.width)
+        width_of_app = sum(item.cell_length + gap for item, _ in of_app) - gap
+        for items, x in ((own, _MARGIN), (of_app, self.size.width - _MARGIN - width_of_app)):
+            for item, active in items:
+                if x <= event.x < x + item.cell_length:
+                    self.app.simulate_key(active.binding.key)
+                    return
+                x += item.cell_length + gap
+
+    def _fitting_items(self, width: int) -> tuple[_Items, _Items, int]:
+        """Items of the screen and of the app that fit ``width``, and the cells between two.
+
+        The gap becomes narrow before a key is dropped; the screen's last keys are dropped first.
+        """
+        own = [(self._item(active), active) for active in self._screen_bindings]
+        of_app = [(self._item(active), active) for active in self._app_bindings]
+        room = width - 2 * _MARGIN
+        for gap in (_GAP, _NARROW_GAP):
+            if sum(item.cell_length + gap for item, _ in (*own, *of_app)) - gap <= room:
+                return own, of_app, gap
+        while own and sum(item.cell_length + _NARROW_GAP for item, _ in (*own, *of_app)) > room + _NARROW_GAP:
+            own.pop()
+        return own, of_app, _NARROW_GAP
+
+    def _item(self, active: ActiveBinding) -> Content:
+        dim = "" if active.enabled else " dim"
+        return Content.assemble(
+            (short_key(active.binding.key), f"$footer-key-foreground bold{dim}"),
+            (f" {active.binding.description}", f"$footer-description-foreground{dim}"),
+        )
