@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -20,9 +20,6 @@ from qlora_tui.cli.main import SUBCOMMANDS, _parser
 from qlora_tui.formatting import capitalize
 from qlora_tui.glossary import GLOSSARY
 from qlora_tui.recipe.fields import Field, fields, source_fields
-
-if TYPE_CHECKING:
-    from qlora_tui.tui.keymap import Table
 
 HERE = Path(__file__).parent
 _NOTICE = "<!-- Written by `make docs`. Do not edit. -->\n"
@@ -240,7 +237,7 @@ def _cell(text: str) -> str:
 
 def keys_page() -> str:
     """Every command of every screen, with its key and the name a keymap calls it by."""
-    from qlora_tui.tui.keymap import all_commands
+    from qlora_tui.tui.commands import commands_by_screen
 
     lines = [
         _NOTICE,
@@ -248,27 +245,22 @@ def keys_page() -> str:
         "",
         _KEYS_INTRODUCTION,
     ]
-    for heading, commands in all_commands():
-        if not commands:
-            continue
+    for heading, commands in commands_by_screen():
         lines += ["", f"## {heading}", "", "| key | command | what it does |", "| --- | --- | --- |"]
         for command in commands:
             keys = " ".join(f"`{key}`" for key in command.key.split(","))
             lines.append(f"| {keys} | `{command.id}` | {_cell(command.help)} |")
     lines += ["", "## Keys by letter", "", "What each letter does, by screen.", ""]
-    lines += ["| key | commands |", "| --- | --- |", *_keys_by_letter(all_commands())]
-    return "\n".join(lines) + "\n"
-
-
-def _keys_by_letter(tables: list[Table]) -> Iterator[str]:
     letters: dict[str, list[str]] = {}
-    for heading, commands in tables:
+    for heading, commands in commands_by_screen():
         for command in commands:
             for key in command.key.split(","):
                 if len(key) == 1 and key.isalpha():
                     letters.setdefault(key, []).append(f"{heading}: {command.label}")
+    lines += ["| key | commands |", "| --- | --- |"]
     for letter in sorted(letters, key=lambda letter: (letter.lower(), letter.isupper())):
-        yield f"| `{letter}` | {', '.join(letters[letter])} |"
+        lines.append(f"| `{letter}` | {', '.join(letters[letter])} |")
+    return "\n".join(lines) + "\n"
 
 
 # The glossary

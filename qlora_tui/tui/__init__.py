@@ -4,8 +4,8 @@ app            the frame: screens, themes, keys, and the polling that every scre
 workbench      the recipe being edited, and what follows from it (architecture, estimate)
 draft          the file that the recipe is kept in, which several apps may share; draft_saving opens and saves
                the workbench with it
-commands       how a command is declared, and its former ids; command_palette offers them; keymap lists them
-               all and checks the user's keymap, which qlora_tui/settings.py reads and app applies
+commands       every screen and every command, read from commands.toml; command_palette offers them; keymap
+               checks the user's keymap, which qlora_tui/settings.py reads and app applies
 key_names      keys inside sentences, as the user's keymap has them: [u], Enter
 system_monitor polls this machine's GPU and the list of runs once a second; system_status is what it returns
                (the figures of a run on Train come from its telemetry)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from functools import cached_property, partial
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import msgspec
 from textual import work
 from textual.app import App
 from textual.binding import BindingType
@@ -20,13 +20,12 @@ from qlora_tui.settings import Settings
 from qlora_tui.tui import escapes, themes
 from qlora_tui.tui.breakpoints import TALL_CELLS, VERY_WIDE_CELLS, WIDE_CELLS, is_too_small
 from qlora_tui.tui.command_palette import CommandProvider
-from qlora_tui.tui.commands import EVERYWHERE, with_current_ids
+from qlora_tui.tui.commands import EVERYWHERE, NUMBERED_SCREENS
 from qlora_tui.tui.disk_faults import DiskFaults
 from qlora_tui.tui.key_names import key_names
 from qlora_tui.tui.monochrome import TWO_COLORS
 from qlora_tui.tui.recipe_undo import redo_recipe, undo_recipe
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.screens.registry import NUMBERED_SCREENS, make_screen
 from qlora_tui.tui.shutdown import install_shutdown_handlers
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.terminal_app import TerminalApp
@@ -45,13 +44,20 @@ if TYPE_CHECKING:
 SYSTEM_POLL_INTERVAL_S = 1.0
 
 
+def _make_screen(mode: str) -> WorkScreen:
+    """Import the class of a numbered screen, and create the screen."""
+    module = import_module(f"qlora_tui.tui.screens.{mode}.screen")
+    screen: WorkScreen = getattr(module, f"{mode.title()}Screen")()
+    return screen
+
+
 class QloraApp(TerminalApp):
     """The terminal workstation."""
 
     TITLE = "qlora-tui"
     CSS_PATH = "app.tcss"
     MODES: ClassVar[dict[str, Any]] = {
-        entry.name: partial(make_screen, entry.name) for entry in NUMBERED_SCREENS
+        entry.name: partial(_make_screen, entry.name) for entry in NUMBERED_SCREENS
     }
     DEFAULT_MODE = "home"
     COMMANDS: ClassVar[set[Any]] = {CommandProvider}
@@ -67,8 +73,7 @@ class QloraApp(TerminalApp):
     def __init__(self, settings: Settings | None = None, *, watched_run: RunDir | None = None) -> None:
         super().__init__()
         self._watched_run = watched_run
-        settings = settings or Settings()
-        self.settings = msgspec.structs.replace(settings, keymap=with_current_ids(settings.keymap))
+        self.settings = settings or Settings()
         self.system_status = SystemStatus()
         self.recipe_changed: Signal[Recipe] = Signal(self, "recipe changed")
         self.system_status_changed: Signal[SystemStatus] = Signal(self, "system status changed")
@@ -143,9 +148,11 @@ class QloraApp(TerminalApp):
 
     @work
     async def _report_keymap_errors(self) -> None:
-        from qlora_tui.tui.keymap import report_keymap_errors
+        from qlora_tui.tui.keymap import validate_keymap
 
-        await report_keymap_errors(self)
+        await self.shown.wait()
+        for problem in validate_keymap(self.settings.keymap):
+            self.notify(problem, severity="warning", timeout=10)
 
     def _leave(self, exit_code: int) -> None:
         self.exit(return_code=exit_code)
@@ -165,8 +172,7 @@ class QloraApp(TerminalApp):
 
     def apply_settings(self, settings: Settings) -> None:
         """Use settings that were changed while the app runs."""
-        before = self.settings
-        self.settings = msgspec.structs.replace(settings, keymap=with_current_ids(settings.keymap))
+        before, self.settings = self.settings, settings
         if self._wanted_theme in self.available_themes:
             self.theme = self._wanted_theme
         if settings.gpu_memory_gib != before.gpu_memory_gib:
@@ -269,11 +275,11 @@ class QloraApp(TerminalApp):
         if isinstance(here, WorkScreen):
             self.push_screen(screen_help(here.MODE, here.HELP_TEXT, here.SCREEN_COMMANDS))
 
-    async def action_keys(self) -> None:
+    def action_keys(self) -> None:
         """Show every key of every screen."""
         from qlora_tui.tui.screens.modals.help import all_keys_screen
 
-        self.push_screen(await all_keys_screen())
+        self.push_screen(all_keys_screen())
 
     def action_help_quit(self) -> None:
         """Notify which key quits the app: Ctrl+C does not."""

@@ -13,10 +13,9 @@ from textual.command import DiscoveryHit, Hit, Hits, Provider
 from textual.fuzzy import Matcher
 from textual.markup import escape
 
-from qlora_tui.tui.commands import EVERYWHERE, Command
+from qlora_tui.tui.commands import EVERYWHERE, SCREENS, Command, screen_commands
 from qlora_tui.tui.key_names import bare_key
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.screens.registry import SCREENS, screen_commands
 from qlora_tui.tui.themes import theme_names
 
 if TYPE_CHECKING:
@@ -50,12 +49,14 @@ class CommandProvider(Provider):
             title = f"Theme: {name}"
             if (score := matcher.match(title)) > 0:
                 yield Hit(score, matcher.highlight(title), partial(self._use_theme, name), help=_THEME_HELP)
-        for screen, command in await asyncio.to_thread(_commands_of_other_screens, self.screen):
-            title = self._title(command, f" on {screen.label}")
+        mode = self.screen.MODE if isinstance(self.screen, WorkScreen) else ""
+        others = ((entry, command) for entry in SCREENS for command in screen_commands(entry.name))
+        for entry, command in others:
+            title = self._title(command, f" on {entry.label}")
             score = _OTHER_SCREEN_FACTOR * _score(matcher, query, title, command)
-            if score > 0:
-                help_ = f"Opens {screen.label}. {command.help}"
-                yield Hit(score, matcher.highlight(title), partial(self._run, screen), help=escape(help_))
+            if entry.name != mode and score > 0:
+                opening, help_ = entry.opened_by, f"Opens {entry.label}. {command.help}"
+                yield Hit(score, matcher.highlight(title), partial(self._run, opening), help=escape(help_))
 
     def _commands(self) -> tuple[Command, ...]:
         here = self.screen.SCREEN_COMMANDS if isinstance(self.screen, WorkScreen) else ()
@@ -82,15 +83,3 @@ def _score(matcher: Matcher, query: str, title: str, command: Command) -> float:
     words = command.help.casefold().split()
     in_help = all(any(word.startswith(part) for word in words) for part in query.casefold().split())
     return matcher.match(title) or (_HELP_SCORE if in_help else 0.0)
-
-
-def _commands_of_other_screens(here: object) -> list[tuple[Command, Command]]:
-    """The commands of the other screens, each after the one that opens it. Some have yet to be imported."""
-    mode = here.MODE if isinstance(here, WorkScreen) else ""
-    opening = {command.id: command for command in EVERYWHERE}
-    return [
-        (opening[entry.open_command], command)
-        for entry in SCREENS
-        if entry.name != mode
-        for command in screen_commands(entry.name)
-    ]

@@ -1,18 +1,13 @@
-"""One declaration a command: its key, its line in the footer, the palette and the help screen.
-
-A screen lists its commands in ``SCREEN_COMMANDS`` (Textual has another ``COMMANDS``, for the palette);
-:class:`~qlora_tui.tui.screens.base.WorkScreen` turns them into bindings. A user's keymap names them by
-``id``.
-"""
+"""Every command and every screen, as ``commands.toml`` declares them."""
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from textual.binding import Binding
-
-from qlora_tui.tui.screens.registry import NUMBERED_SCREENS, PRESETS, SETTINGS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +24,14 @@ class Command:
     """The label in the footer: one or two words."""
     help: str
     """A sentence, for the palette and the help screen."""
-    in_footer: bool = True
-    cli_command: str = ""
+    footer: bool = True
+    """Whether the footer shows it."""
+    cli: str = ""
     """The command of the command line that does the same, such as ``runs rename``."""
 
     def binding(self) -> Binding:
         """Convert to a Textual binding."""
-        return Binding(self.key, self.action, self.label, show=self.in_footer, tooltip=self.help, id=self.id)
+        return Binding(self.key, self.action, self.label, show=self.footer, tooltip=self.help, id=self.id)
 
     def keys(self, keymap: Mapping[str, str]) -> list[str]:
         """The keys from the user's keymap, or else the default ones."""
@@ -43,175 +39,62 @@ class Command:
 
 
 @dataclass(frozen=True)
-class ScreenCommands:
-    """Declares the commands of one screen: ``ScreenCommands("train")("stop", "s", "stop", "Stop", "…")``."""
+class ScreenEntry:
+    """A screen: its class is ``NameScreen`` in ``screens/name/screen.py``."""
 
-    screen: str
-    """The mode of the screen, and the first part of each id."""
-    in_footer: bool = True
-    """Whether the footer shows these commands."""
+    name: str
+    """Its package, its mode in the app, and the first part of the ids of its commands."""
+    opened_by: Command
 
-    def __call__(
-        self, name: str, key: str, action: str, label: str, help: str, *, cli_command: str = ""
-    ) -> Command:
-        return Command(
-            id=f"{self.screen}.{name}",
-            key=key,
-            action=action,
-            label=label,
-            help=help,
-            in_footer=self.in_footer,
-            cli_command=cli_command,
+    @property
+    def label(self) -> str:
+        """The name that users see."""
+        return self.opened_by.label
+
+    @property
+    def is_modal(self) -> bool:
+        """Whether it opens over any screen, and has no mode and no digit."""
+        return self not in NUMBERED_SCREENS
+
+
+def _read() -> dict[str, tuple[Command, ...]]:
+    """The commands of each section."""
+    sections = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+    return {
+        section: tuple(
+            Command(**{"id": f"{section}.{name}", "action": _action(section, name), **row})
+            for name, row in rows.items()
         )
-
-
-NAVIGATION: tuple[Command, ...] = tuple(
-    Command(
-        id=entry.open_command,
-        key=str(number),
-        action=f"app.go('{entry.name}')",
-        label=entry.label,
-        help=entry.help,
-        in_footer=False,
-    )
-    for number, entry in enumerate(NUMBERED_SCREENS)
-)
-"""The numbered screens."""
-
-FOLDER_COMMAND = (
-    "folder",
-    "O",
-    "folder",
-    "Open folder",
-    "Open the run's folder; over SSH, copy the command that goes there.",
-)
-"""The command of screens that show a run: id, key, action, label and help."""
-
-EVERYWHERE: tuple[Command, ...] = (
-    *NAVIGATION,
-    Command(
-        id="app.palette",
-        key="ctrl+p",
-        action="app.command_palette",
-        label="Palette",
-        help="Find any command by name.",
-    ),
-    Command(
-        id="app.help",
-        key="question_mark",
-        action="app.help",
-        label="Help",
-        help="Show the keys of this screen and explain its terms.",
-    ),
-    Command(
-        id="app.keys",
-        key="f1",
-        action="app.keys",
-        label="All keys",
-        help="Show every key of every screen, and the name to change it by in config.toml.",
-        in_footer=False,
-    ),
-    Command(
-        id=PRESETS.open_command,
-        key="p",
-        action="app.presets",
-        label=PRESETS.label,
-        help=PRESETS.help,
-        in_footer=False,
-        cli_command="presets",
-    ),
-    Command(
-        id="app.undo",
-        key="u",
-        action="app.undo",
-        label="Undo",
-        help="Undo the last change to the recipe.",
-        in_footer=False,
-    ),
-    Command(
-        id="app.redo",
-        key="ctrl+r",
-        action="app.redo",
-        label="Redo",
-        help="Redo the change that was undone.",
-        in_footer=False,
-    ),
-    Command(
-        id=SETTINGS.open_command,
-        key="f6",
-        action="app.settings",
-        label=SETTINGS.label,
-        help=SETTINGS.help,
-        in_footer=False,
-    ),
-    Command(
-        id="app.assume_gpu",
-        key="f3",
-        action="app.assume_gpu",
-        label="Assume GPU size",
-        help="Show estimates and fits for a GPU with another memory size, as --gpu-gib does.",
-        in_footer=False,
-    ),
-    Command(
-        id="app.check_machine",
-        key="f4",
-        action="app.check_machine",
-        label="Check this machine",
-        help="Test GPU, disks, file locks and libraries, and suggest fixes.",
-        in_footer=False,
-        cli_command="doctor",
-    ),
-    Command(
-        id="app.repaint",
-        key="ctrl+l",
-        action="app.repaint",
-        label="Repaint",
-        help="Redraw the screen.",
-        in_footer=False,
-    ),
-    Command(
-        id="app.dismiss",
-        key="escape",
-        action="app.dismiss_notifications",
-        label="Clear notifications",
-        help="Dismiss notifications.",
-        in_footer=False,
-    ),
-    Command(
-        id="app.suspend",
-        key="ctrl+z",
-        action="app.suspend_process",
-        label="Suspend",
-        help="Suspend the app. The shell command fg resumes it.",
-        in_footer=False,
-    ),
-    Command(
-        id="app.quit",
-        key="q",
-        action="app.quit",
-        label="Quit",
-        help="Quit the app. Runs continue without it.",
-        in_footer=False,
-    ),
-)
-"""Commands of the app itself, on every screen."""
-
-FORMER_IDS: Mapping[str, str] = {
-    "app.clear_notes": "app.dismiss",
-    "chat.left": "chat.left_adapter",
-    "chat.right": "chat.next_adapter",
-    "chat.voice": "chat.adapter",
-    "data.back": "data.previous_problem",
-    "data.mend": "data.fix",
-    "runs.undelete": "runs.restore",
-    "train.rate": "train.learning_rate",
-    "train.remedy": "train.fix",
-}
-"""Ids that released versions had, and what they are now: a keymap with them still works."""
-
-
-def with_current_ids(keymap: Mapping[str, str]) -> dict[str, str]:
-    """Replace former ids of commands by the present ones; where a keymap has both, the present one counts."""
-    return {FORMER_IDS.get(name, name): keys for name, keys in keymap.items()} | {
-        name: keys for name, keys in keymap.items() if name not in FORMER_IDS
+        for section, rows in sections.items()
     }
+
+
+def _action(section: str, name: str) -> str:
+    """The Textual action of a command that does not name one."""
+    return f"app.go('{name}')" if section == "go" else f"app.{name}" if section == "app" else name
+
+
+_SECTIONS = _read()
+EVERYWHERE: tuple[Command, ...] = (*_SECTIONS["go"], *_SECTIONS["app"])
+"""Commands of the app itself, on every screen."""
+COMMANDS: Mapping[str, Command] = {
+    command.id: command for commands in _SECTIONS.values() for command in commands
+}
+"""All commands by id."""
+NUMBERED_SCREENS = tuple(ScreenEntry(command.id.removeprefix("go."), command) for command in _SECTIONS["go"])
+"""The numbered screens, in the order of their digits, from 0."""
+SCREENS = (
+    *NUMBERED_SCREENS,
+    *(ScreenEntry(name, COMMANDS[f"app.{name}"]) for name in _SECTIONS if f"app.{name}" in COMMANDS),
+)
+"""Every screen; those that open over the others come last."""
+
+
+def screen_commands(name: str) -> tuple[Command, ...]:
+    """The commands of a screen."""
+    return _SECTIONS[name]
+
+
+def commands_by_screen() -> list[tuple[str, tuple[Command, ...]]]:
+    """Headings, and the commands under each: those of the app, then those of each screen."""
+    return [("Everywhere", EVERYWHERE), *((entry.label, _SECTIONS[entry.name]) for entry in SCREENS)]

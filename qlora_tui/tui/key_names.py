@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
 
 from textual.binding import Binding, BindingType
 from textual.content import Content
@@ -16,16 +15,13 @@ from textual.keys import _character_to_key, format_key
 from textual.style import Style
 
 from qlora_tui.settings import Settings
-from qlora_tui.tui.commands import EVERYWHERE, Command
-from qlora_tui.tui.screens.registry import screen_commands
+from qlora_tui.tui.commands import COMMANDS
 from qlora_tui.tui.textual_compat import active_app
 
 _KEYS = re.compile(
     r"\[[^\s\[\]]{1,3}\]|\b(?:Enter|Esc|Tab|Space|Backspace|F\d{1,2}|(?:Ctrl|Alt|Shift)\+\w+)(?![\w-])"
 )
 _COMMAND = re.compile(r"\{([a-z]+\.[a-z_]+)\}")
-_APP_PREFIXES = ("app", "go")
-"""First parts of the ids in ``EVERYWHERE``."""
 
 
 def key_name(command_id: str) -> str:
@@ -122,14 +118,7 @@ def _textual_key(shown: str) -> str:
 
 
 def _keys(command_id: str) -> list[str]:
-    return _commands(command_id.partition(".")[0])[command_id].keys(_keymap())
-
-
-@cache
-def _commands(prefix: str) -> dict[str, Command]:
-    """The commands of the app, or of one screen, by id."""
-    commands = EVERYWHERE if prefix in _APP_PREFIXES else screen_commands(prefix)
-    return {command.id: command for command in commands}
+    return COMMANDS[command_id].keys(_keymap())
 
 
 def _keymap() -> Mapping[str, str]:

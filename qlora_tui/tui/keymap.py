@@ -1,54 +1,31 @@
-"""All commands by screen, and checks of the user's keymap."""
+"""Checks of the user's keymap."""
 
 from __future__ import annotations
 
-import asyncio
 import unicodedata
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
 
 from textual.keys import KEY_NAME_REPLACEMENTS, Keys
 
-from qlora_tui.tui.commands import EVERYWHERE, Command
+from qlora_tui.tui.commands import COMMANDS, SCREENS, commands_by_screen
 from qlora_tui.tui.key_names import key_name
-from qlora_tui.tui.screens.registry import SCREENS, screen_commands
 
-if TYPE_CHECKING:
-    from qlora_tui.tui.app import QloraApp
-
-Table = tuple[str, tuple[Command, ...]]
-"""A heading, and the commands under it."""
 _MODIFIERS = frozenset(("ctrl", "shift", "alt", "meta", "super", "hyper"))
 _KEY_NAMES = frozenset((*(key.value for key in Keys), *KEY_NAME_REPLACEMENTS.values()))
 
 
-def all_commands() -> list[Table]:
-    """The commands of the app, then of each screen. Some are imported here, so call it in a thread."""
-    screens = [(entry.label, screen_commands(entry.name)) for entry in SCREENS]
-    return [("Everywhere", EVERYWHERE), *screens]
-
-
-async def report_keymap_errors(app: QloraApp) -> None:
-    """Report entries of the user's keymap that do nothing or conflict, once the app is shown."""
-    await app.shown.wait()
-    for problem in await asyncio.to_thread(validate_keymap, app.settings.keymap):
-        app.notify(problem, severity="warning", timeout=10)
-
-
 def validate_keymap(keymap: Mapping[str, str]) -> list[str]:
     """A sentence for each unknown command, each unknown key, and each key that two commands share."""
-    tables = all_commands()
-    known = [command.id for _, commands in tables for command in commands]
-    problems = [_unknown_command(name, known) for name in keymap if name not in known]
+    problems = [_unknown_command(name) for name in keymap if name not in COMMANDS]
     for name, keys in keymap.items():
         problems += [_invalid_key(name, key) for key in keys.split(",") if not _is_key(key)]
-    return problems + [_key_conflict(key, *pair) for key, pair in _shared_keys(tables, keymap)]
+    return problems + [_key_conflict(key, *pair) for key, pair in _shared_keys(keymap)]
 
 
-def _shared_keys(tables: list[Table], keymap: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, str]]]:
+def _shared_keys(keymap: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, str]]]:
     """Keys that a command of the keymap shares with another command on the same screen."""
-    everywhere, *screens = tables
+    everywhere, *screens = commands_by_screen()
     # In a modal, the app's own keys do nothing.
     without_app_keys = {"Everywhere", *(entry.label for entry in SCREENS if entry.is_modal)}
     for heading, commands in [everywhere, *screens]:
@@ -75,8 +52,8 @@ def _is_character(name: str) -> bool:
     return name == name.lower()
 
 
-def _unknown_command(name: str, known: list[str]) -> str:
-    near = get_close_matches(name, known, 1)
+def _unknown_command(name: str) -> str:
+    near = get_close_matches(name, COMMANDS, 1)
     meant = f" Did you mean {near[0]}?" if near else ""
     listed = f"Press {key_name('app.keys')} to list all commands."
     return f"config.toml: {name} in [keymap] is not a command.{meant} {listed}"

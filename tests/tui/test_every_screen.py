@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Health
 from qlora_tui.runs.status import State
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.commands import FORMER_IDS
-from qlora_tui.tui.keymap import all_commands, validate_keymap
+from qlora_tui.tui.commands import SCREENS, ScreenEntry, screen_commands
+from qlora_tui.tui.keymap import validate_keymap
 from qlora_tui.tui.screens.train.screen import show_run
 from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
 from tests.tui.sample_data import readable_model, tickets
@@ -201,6 +202,15 @@ async def test_a_key_of_ones_own_is_named_wherever_keys_are(private_home: Path) 
         await wait_for_text(pilot, "presets.undo")
 
 
+@pytest.mark.parametrize("screen", SCREENS, ids=lambda screen: screen.name)
+def test_every_command_has_its_action(screen: ScreenEntry) -> None:
+    module = import_module(f"qlora_tui.tui.screens.{screen.name}.screen")
+    screen_class = getattr(module, f"{screen.name.title()}Screen")
+    for command in (*screen_commands(screen.name), screen.opened_by):
+        namespace, _, action = command.action.partition("(")[0].rpartition(".")
+        assert hasattr(QloraApp if namespace else screen_class, f"action_{action}"), command.id
+
+
 def test_a_keymap_with_mistakes_gets_a_sentence_for_each() -> None:
     assert validate_keymap({"train.stop": "f9", "train.pause": "ctrl+x,f10"}) == []
     (unwritten,) = validate_keymap({"train.stop": "^x"})
@@ -215,17 +225,6 @@ def test_a_keymap_with_mistakes_gets_a_sentence_for_each() -> None:
     assert validate_keymap({"train.stop": "z", "train.pause": "s"}) == []
     (everywhere,) = validate_keymap({"train.stop": "q"})
     assert "train.stop and app.quit both have the key q" in everywhere
-
-
-async def test_a_keymap_with_former_names_of_commands_still_works() -> None:
-    app = open_on("home", keymap={"chat.voice": "f9", "data.mend": "f8", "data.fix": "f7", "app.undo": "z"})
-    assert app.settings.keymap == {"chat.adapter": "f9", "data.fix": "f7", "app.undo": "z"}
-    known = {command.id for _, commands in all_commands() for command in commands}
-    assert known.issuperset(FORMER_IDS.values()) and not known.intersection(FORMER_IDS)
-    async with app.run_test(size=(120, 40)) as pilot:
-        await app.action_go("chat")
-        await pilot.press("question_mark")
-        await wait_for_text(pilot, "F9", "Let only the adapter answer")
 
 
 async def test_ctrl_c_says_what_leaves_the_app() -> None:

@@ -11,7 +11,7 @@ from textual.screen import Screen
 from textual.widget import Widget
 
 from qlora_tui.tui import gc_tuning
-from qlora_tui.tui.commands import Command
+from qlora_tui.tui.commands import Command, screen_commands
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.bars import CommandFooter, TopBar
 
@@ -35,7 +35,7 @@ class CancelsWorkersFirst(Widget):
 
 
 class WorkScreen(Screen[None], CancelsWorkersFirst):
-    """A numbered screen. Subclasses define ``MODE``, ``SCREEN_COMMANDS`` and ``compose_body``.
+    """A numbered screen. Subclasses define ``MODE`` and ``compose_body``.
 
     Textual calls the ``on_mount`` and ``on_screen_resume`` of every class of a screen, this one's last: a
     subclass must not call ``super()``, or they run twice and it is subscribed twice.
@@ -44,7 +44,7 @@ class WorkScreen(Screen[None], CancelsWorkersFirst):
     MODE: ClassVar[str]
     """The name in ``app.MODES``."""
     SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = ()
-    """What the user can do on this screen: bindings, footer, palette and help follow from them."""
+    """What the user can do on this screen, from ``commands.toml``."""
     FOOTER_APP_COMMANDS: ClassVar[frozenset[str]] = frozenset()
     """Ids of the app's commands that are useful here, so that the footer shows them."""
     HELP_TEXT: ClassVar[str] = ""
@@ -56,6 +56,8 @@ class WorkScreen(Screen[None], CancelsWorkersFirst):
     AUTO_FOCUS = ""
 
     def __init_subclass__(cls, **options: Any) -> None:
+        if hasattr(cls, "MODE"):
+            cls.SCREEN_COMMANDS = screen_commands(cls.MODE)
         cls.BINDINGS = [command.binding() for command in cls.SCREEN_COMMANDS]
         super().__init_subclass__(**options)
 

@@ -14,7 +14,7 @@ from textual.widget import Widget
 
 from qlora_tui.formatting import format_float, format_gib
 from qlora_tui.tui.breakpoints import WIDE_CELLS
-from qlora_tui.tui.commands import NAVIGATION
+from qlora_tui.tui.commands import NUMBERED_SCREENS
 from qlora_tui.tui.key_names import bare_key, short_key
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.line_widgets import DiffWidget
@@ -54,14 +54,14 @@ class TopBar(Widget):
 
     def _navigation(self) -> Content:
         parts: list[Content | str] = []
-        for command in NAVIGATION:
-            mode = command.id.removeprefix("go.")
-            is_current = mode == self._mode
+        for screen in NUMBERED_SCREENS:
+            is_current = screen.name == self._mode
             # In a narrow window the status needs the cells of a word more.
-            is_bare = mode == "home" and not is_current and self.size.width < WIDE_CELLS
-            text = f" {bare_key(command.id)} " if is_bare else f" {bare_key(command.id)} {command.label} "
+            is_bare = screen.name == "home" and not is_current and self.size.width < WIDE_CELLS
+            key = bare_key(screen.opened_by.id)
+            text = f" {key} " if is_bare else f" {key} {screen.label} "
             style = "reverse bold" if is_current else ""
-            parts.append(Content.styled(text, style).stylize(f"@click=app.go('{mode}')"))
+            parts.append(Content.styled(text, style).stylize(f"@click={screen.opened_by.action}"))
         return Content.assemble(*parts)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Chat: ``screen`` and its ``commands``; ``actions`` is what its keys do.
+"""Chat: ``screen``; ``actions`` is what its keys do.
 
 ``conversation_screen``, the base class of ``actions`` and ``screen``, sends requests to the engine and
 receives the answers token by token. ``adapter_pair`` says which adapters answer, ``text`` formats the

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, cast
 
 from textual import work
 from textual.containers import Horizontal, Vertical, VerticalScroll
@@ -21,12 +21,10 @@ from qlora_tui.formatting import truncate_middle
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui import clock
 from qlora_tui.tui.breakpoints import TALL_CELLS
-from qlora_tui.tui.commands import Command
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.screens.chat import side_text, transcript
 from qlora_tui.tui.screens.chat import text as chat_text
 from qlora_tui.tui.screens.chat.actions import ChatActions
-from qlora_tui.tui.screens.chat.commands import COMMANDS
 from qlora_tui.tui.screens.chat.prompt_box import PromptBox
 from qlora_tui.tui.screens.chat.saved_conversations import list_conversations
 from qlora_tui.tui.screens.chat.source_picker import chat_runs
@@ -71,7 +69,6 @@ class ChatScreen(ChatActions):
         "the base model's (0: identical). The columns show for each layer how far its weights moved, "
         "relative to their size."
     )
-    SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = COMMANDS
 
     def __init__(self) -> None:
         super().__init__()

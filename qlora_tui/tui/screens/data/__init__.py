@@ -1,4 +1,4 @@
-"""Data: ``screen`` shows a sample, lengths and problems; ``commands`` are its keys.
+"""Data: ``screen`` shows a sample, lengths and problems.
 
 ``source_actions`` changes the sources, ``actions`` how they are read; ``row_actions`` goes from row to row
 (by ``row_navigation``). ``row_loss_actions`` lists the rows by what a run learned of them

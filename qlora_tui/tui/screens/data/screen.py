@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import ClassVar
 
 from textual import work
 from textual.containers import Horizontal, Vertical, VerticalScroll
@@ -19,9 +18,7 @@ from qlora_tui.data.preferences import PAIRS, UNMAPPED_SIDES
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.length_costs import LengthCost
-from qlora_tui.tui.commands import Command
 from qlora_tui.tui.key_names import highlight_keys, name_keys
-from qlora_tui.tui.screens.data import commands as keys
 from qlora_tui.tui.screens.data import report_text
 from qlora_tui.tui.screens.data import text as data_text
 from qlora_tui.tui.screens.data.actions import DataActions
@@ -41,6 +38,26 @@ _TITLE_FRAME = 6
 _SETTLE_S = 0.1
 """Seconds to wait, since a key held down changes the recipe many times."""
 
+# Keys in the borders of the panels, with a verb for each.
+_SAMPLE_KEYS = (
+    ("data.previous", "previous"),
+    ("data.next", "next row"),
+    ("data.goto", "go to"),
+    ("data.view", "view"),
+)
+_SOURCE_KEYS = (("data.open", "add"), ("data.replace", "replace"), ("data.remove", "remove"))
+_TOTALS_KEYS = (("data.format", "format"), ("data.columns", "columns"))
+_LENGTH_KEYS = (("data.longer", "longer"), ("data.shorter", "shorter"), ("data.too_long", "if too long"))
+_PROBLEM_KEYS: tuple[tuple[str, str], ...] = (("data.problem", "next"), ("data.fix", "fix"))
+
+
+def _problem_keys(*, has_problems: bool, skips: bool, has_bad_rows: bool) -> tuple[tuple[str, str], ...]:
+    """The keys for problems of rows: with bad rows, also the one that leaves them out or refuses them."""
+    keys = _PROBLEM_KEYS if has_problems else ()
+    if skips:
+        return (*keys, ("data.bad_rows", "refuse bad rows"))
+    return (*keys, ("data.bad_rows", "skip bad rows")) if has_bad_rows else keys
+
 
 class DataScreen(DataActions):
     """Sources, one sample at a time, lengths and problems."""
@@ -57,7 +74,6 @@ class DataScreen(DataActions):
         "{data.remove} removes the selected one. {data.bad_rows} leaves out rows that cannot be used. "
         "Press Enter on a problem to go to its next row. Tab moves between the lists."
     )
-    SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = keys.COMMANDS
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,22 +91,20 @@ class DataScreen(DataActions):
 
     def compose_body(self) -> Iterable[Widget]:
         with Horizontal(id="data-body"):
-            with Panel("Sample", keys=keys.SAMPLE_KEYS, id="sample-panel"):
+            with Panel("Sample", keys=_SAMPLE_KEYS, id="sample-panel"):
                 with ViScroll(id="sample-scroll"):
                     yield Static(id="sample")
                 yield Static(id="legend")
             with VerticalScroll(id="data-side", can_focus=False):
                 with Vertical(id="file-facts"):
-                    yield Panel("Sources", ViList(id="sources"), keys=keys.SOURCE_KEYS, id="sources-panel")
-                    yield Panel("Tokens", Static(id="data-totals"), keys=keys.TOTALS_KEYS, id="totals-panel")
+                    yield Panel("Sources", ViList(id="sources"), keys=_SOURCE_KEYS, id="sources-panel")
+                    yield Panel("Tokens", Static(id="data-totals"), keys=_TOTALS_KEYS, id="totals-panel")
                 with Vertical(id="length-facts"):
-                    with Panel("Lengths", keys=keys.LENGTH_KEYS, id="lengths-panel"):
+                    with Panel("Lengths", keys=_LENGTH_KEYS, id="lengths-panel"):
                         yield Static(id="lengths-line")
                         yield Static(id="histogram")
                         yield Static(id="costs")
-                    yield Panel(
-                        "Problems", ViList(id="problems"), keys=keys.PROBLEM_KEYS, id="problems-panel"
-                    )
+                    yield Panel("Problems", ViList(id="problems"), keys=_PROBLEM_KEYS, id="problems-panel")
 
     def on_mount(self) -> None:
         self.query_one("#sample-scroll").focus()
@@ -291,9 +305,7 @@ class DataScreen(DataActions):
         problems_panel.show_title(count)
         skips = recipe.data.bad_rows == "skip"
         problems_panel.show_keys(
-            keys.problem_keys(
-                has_problems=bool(self.problems), skips=skips, has_bad_rows=bool(self.bad_rows())
-            )
+            _problem_keys(has_problems=bool(self.problems), skips=skips, has_bad_rows=bool(self.bad_rows()))
         )
         self._show_row_title()
 

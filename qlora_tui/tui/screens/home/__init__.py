@@ -1,4 +1,4 @@
-"""Home: ``screen``, its ``commands`` and ``actions``; ``reader`` gathers what it shows, ``text`` formats it.
+"""Home: ``screen`` and ``actions``; ``reader`` gathers what it shows, ``text`` formats it.
 The layout in narrow windows is in the CSS of ``screen``.
 
 ``next_step`` decides what Enter does; the key of the guide follows ``tui.first_steps``. ``starters`` offers

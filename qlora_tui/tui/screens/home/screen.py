@@ -16,9 +16,7 @@ from textual.widgets import Static
 
 from qlora_tui import paths
 from qlora_tui.tui import clock
-from qlora_tui.tui.commands import Command
 from qlora_tui.tui.screens.home.actions import HomeActions
-from qlora_tui.tui.screens.home.commands import COMMANDS
 from qlora_tui.tui.screens.home.recent_runs import RecentRuns
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.controls import ViScroll
@@ -102,7 +100,6 @@ class HomeScreen(HomeActions):
         "accumulation; r16 is the rank. ★ is the lowest validation loss.\n"
         "{app.check_machine} tests whether this machine can train."
     )
-    SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = COMMANDS
     FOOTER_APP_COMMANDS: ClassVar[frozenset[str]] = frozenset({"app.check_machine"})
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""LoRA: ``screen`` and its ``commands``.
+"""LoRA: ``screen``.
 
 ``module_grid`` is the widget with a check box for each module, over a ``module_table``; ``custom_value`` asks
 for their own rank. ``settings_list`` has the settings beside it, ``controls`` their words and

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from typing import ClassVar
 
 from textual import work
 from textual.containers import Horizontal, Vertical
@@ -17,11 +16,9 @@ from qlora_tui.errors import UserError
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
 from qlora_tui.recipe.targets import match_modules, resolve_targets, to_patterns
-from qlora_tui.tui.commands import Command
 from qlora_tui.tui.key_names import settings_title
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.lora.choice_table import ChoicesPanel, choice_costs
-from qlora_tui.tui.screens.lora.commands import COMMANDS, HELP_TEXT
 from qlora_tui.tui.screens.lora.controls import setting_advice, setting_lines
 from qlora_tui.tui.screens.lora.custom_value import custom_value, custom_value_prompt
 from qlora_tui.tui.screens.lora.module_grid import ModuleGrid
@@ -51,8 +48,18 @@ class LoraScreen(WorkScreen):
     MODE = "lora"
     CSS_PATH = "lora.tcss"
     EDITS_RECIPE = True
-    HELP_TEXT = HELP_TEXT
-    SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = COMMANDS
+    HELP_TEXT = (
+        "Each row is a kind of linear module, each cell one layer: ■ gets an adapter, · stays frozen. On "
+        "a name, {lora.toggle} selects or deselects the whole kind; on a cell, only that layer. "
+        "{lora.block} starts a block of cells; pressed again, it toggles the block. The first row stands "
+        "for every kind. {lora.rank_here} gives the selected modules a custom rank, shown as ◆.\n"
+        "Tab goes to the settings, where Left and Right change the one under the cursor. In a large window, "
+        "a panel explains it, or the kind of module under the cursor; and a table shows what other ranks and "
+        "targets would cost.\n"
+        "An adapter adds B·A × alpha/rank to a weight. Only A and B are trained; their parameters are "
+        "counted as trainable. In memory is what Memory lists under Adapter: its weights and their 16-bit "
+        "copy, gradients, and optimizer states."
+    )
 
     def __init__(self) -> None:
         super().__init__()

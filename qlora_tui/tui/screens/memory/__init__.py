@@ -1,4 +1,4 @@
-"""Memory: ``screen`` and its ``commands``.
+"""Memory: ``screen``.
 
 ``solution`` computes what fits and what would make it fit. Its panels: ``peak_panel`` with a
 ``stacked_bar`` for each precision, ``items_panel``, ``fit_panel`` with the changes that make it fit,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from textwrap import wrap
 from typing import TYPE_CHECKING, ClassVar, cast
 
@@ -12,10 +11,8 @@ from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-from qlora_tui.tui.commands import EVERYWHERE, Command
+from qlora_tui.tui.commands import EVERYWHERE, SCREENS, Command, commands_by_screen
 from qlora_tui.tui.key_names import dialog_keys, highlight_keys, name_keys, short_key
-from qlora_tui.tui.keymap import Table, all_commands
-from qlora_tui.tui.screens.registry import SCREENS
 from qlora_tui.tui.widgets.controls import ViScroll
 from qlora_tui.tui.widgets.line_widgets import update_if_changed
 
@@ -39,7 +36,9 @@ class HelpScreen(ModalScreen[None]):
     CSS_PATH = "modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q,question_mark", "dismiss", "Close")]
 
-    def __init__(self, title: str, text: str, *tables: Table, names: bool = False) -> None:
+    def __init__(
+        self, title: str, text: str, *tables: tuple[str, tuple[Command, ...]], names: bool = False
+    ) -> None:
         """``names``: with what a keymap calls each command."""
         super().__init__()
         self._title = title
@@ -86,7 +85,7 @@ class HelpScreen(ModalScreen[None]):
             lines += [
                 Content((" " * len(head) if below else head) + piece) for below, piece in enumerate(pieces)
             ]
-        names = dict.fromkeys(command.cli_command for command in commands if command.cli_command)
+        names = dict.fromkeys(command.cli for command in commands if command.cli)
         if names and not self._names:
             in_shell = f"In a shell, qlora-tui has {', '.join(names)}."
             lines += [Content.styled(f" {piece}", "dim") for piece in wrap(in_shell, width_left - 2)]
@@ -94,14 +93,13 @@ class HelpScreen(ModalScreen[None]):
 
 
 def screen_help(name: str, text: str, commands: tuple[Command, ...]) -> HelpScreen:
-    """Help of a screen of the registry; the keys of the app do nothing in one that is a modal."""
+    """Help of a screen; the keys of the app do nothing in one that is a modal."""
     entry = next(entry for entry in SCREENS if entry.name == name)
     if entry.is_modal:
         return HelpScreen(entry.label, text, ("Keys", commands))
     return HelpScreen(entry.label, text, ("On this screen", commands), ("Everywhere", EVERYWHERE))
 
 
-async def all_keys_screen() -> HelpScreen:
+def all_keys_screen() -> HelpScreen:
     """Every key of every screen, with the names of the commands."""
-    tables = await asyncio.to_thread(all_commands)
-    return HelpScreen("all keys", _KEYMAP_TEXT, *tables, names=True)
+    return HelpScreen("all keys", _KEYMAP_TEXT, *commands_by_screen(), names=True)

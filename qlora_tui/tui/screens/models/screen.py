@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from pathlib import Path
-from typing import ClassVar
 
 from textual import work
 from textual.containers import Horizontal, Vertical
@@ -17,12 +16,10 @@ from qlora_tui.catalog.hub import HubModel, search_models
 from qlora_tui.catalog.local_models import LocalModel, list_local_models
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.tui.commands import Command
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.recent_paths import add_recent, load_recent
 from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen
 from qlora_tui.tui.screens.models import downloads
-from qlora_tui.tui.screens.models.commands import COMMANDS
 from qlora_tui.tui.screens.models.download_actions import DownloadActions
 from qlora_tui.tui.screens.models.hub_queries import (
     demo_model,
@@ -68,7 +65,6 @@ class ModelsScreen(DownloadActions):
         "model to start with, or on a result to see its details. A download continues when you leave the "
         "screen or the app; if it was stopped, {models.download} resumes it."
     )
-    SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = COMMANDS
 
     def __init__(self) -> None:
         super().__init__()

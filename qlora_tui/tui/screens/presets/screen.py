@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
@@ -15,18 +15,15 @@ from qlora_tui.recipe.presets import (
     Preset,
     list_presets,
 )
+from qlora_tui.tui.commands import screen_commands
 from qlora_tui.tui.key_names import bare_key
 from qlora_tui.tui.recipe_undo import notify_opened
 from qlora_tui.tui.screens.modals.help import screen_help
-from qlora_tui.tui.screens.presets.commands import COMMANDS
 from qlora_tui.tui.screens.presets.preset_actions import PresetActions
 from qlora_tui.tui.screens.presets.preset_preview import preset_line, preset_need, preview
-from qlora_tui.tui.screens.registry import PRESETS
 from qlora_tui.tui.widgets.controls import TextField, ViList
 
-if TYPE_CHECKING:
-    pass
-
+_COMMANDS = screen_commands("presets")
 HELP_TEXT = (
     "A preset is part of a recipe. Opening one keeps your model and data; the preview lists what would "
     "change. Saving one leaves out model and data. Your own preset replaces a shipped one of the same "
@@ -41,7 +38,7 @@ class PresetsScreen(PresetActions):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "leave", "Close"),
         Binding("question_mark", "help", "Help"),
-        *(command.binding() for command in COMMANDS),
+        *(command.binding() for command in _COMMANDS),
     ]
 
     def __init__(self) -> None:
@@ -112,7 +109,7 @@ class PresetsScreen(PresetActions):
 
     def action_help(self) -> None:
         """Show the keys of this list."""
-        self.app.push_screen(screen_help(PRESETS.name, HELP_TEXT, COMMANDS))
+        self.app.push_screen(screen_help("presets", HELP_TEXT, _COMMANDS))
 
     def action_leave(self) -> None:
         """Leave the name field first, then the filter, then the screen."""
@@ -169,7 +166,7 @@ class PresetsScreen(PresetActions):
             self.query_one("#preview", Static).update(shown)
 
 
-_SHOWN = [command for command in COMMANDS if command.in_footer and command.id != "presets.filter"]
+_SHOWN = [command for command in _COMMANDS if command.footer and command.id != "presets.filter"]
 """Commands named in the lower border: there is no footer in a modal."""
 
 

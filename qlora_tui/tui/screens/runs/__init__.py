@@ -1,4 +1,4 @@
-"""Runs: ``screen`` and its ``commands``; ``actions`` is what its keys do, ``run_table`` lists runs
+"""Runs: ``screen``; ``actions`` is what its keys do, ``run_table`` lists runs
 (``_COLUMNS``).
 
 ``run_order`` sorts them, ``run_preview`` formats what is shown of one. ``compare`` shows up to four runs side

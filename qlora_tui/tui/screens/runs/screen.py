@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable
-from typing import ClassVar
 
 from textual import work
 from textual.containers import Horizontal, VerticalScroll
@@ -17,11 +16,9 @@ from qlora_tui.formatting import pluralize
 from qlora_tui.runs.run_summary import RunSummary, SummaryCache
 from qlora_tui.runs.status import RESUMABLE
 from qlora_tui.tui import clock
-from qlora_tui.tui.commands import Command
 from qlora_tui.tui.key_names import name_keys
 from qlora_tui.tui.render.loss import summary_plot
 from qlora_tui.tui.screens.runs.actions import RunActions
-from qlora_tui.tui.screens.runs.commands import COMMANDS
 from qlora_tui.tui.screens.runs.run_order import in_order
 from qlora_tui.tui.screens.runs.run_preview import (
     RunFiles,
@@ -60,7 +57,6 @@ class RunsScreen(RunActions):
         "short answers that were exactly right in the last evaluation. The small curve is scaled from the "
         "lowest to the highest loss of its run."
     )
-    SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = COMMANDS
 
     def __init__(self) -> None:
         super().__init__()

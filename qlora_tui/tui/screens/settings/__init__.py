@@ -1,1 +1,1 @@
-"""Settings of the app: ``screen`` changes them, ``commands`` are its keys, ``rows`` declares them."""
+"""Settings of the app: ``screen`` changes them, ``rows`` declares them."""

@@ -17,10 +17,10 @@ from qlora_tui.formatting import format_path
 from qlora_tui.runs.notification import RunNotification
 from qlora_tui.settings import Settings, config_path
 from qlora_tui.settings_file import save_setting
+from qlora_tui.tui.commands import screen_commands
 from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.run_notifications import notify_run_ended
 from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen
-from qlora_tui.tui.screens.settings.commands import COMMANDS
 from qlora_tui.tui.screens.settings.rows import (
     ROWS,
     SettingRow,
@@ -35,6 +35,7 @@ from qlora_tui.tui.widgets.controls import ViList
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
 
+_COMMANDS = screen_commands("settings")
 _LABEL = max(len(row.label) for row in ROWS) + 2
 
 
@@ -43,7 +44,7 @@ class SettingsScreen(ModalScreen[None]):
 
     CSS_PATH = "../modals/modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [
-        *(command.binding() for command in COMMANDS),
+        *(command.binding() for command in _COMMANDS),
         Binding("escape,q", "dismiss", "Close"),
     ]
 

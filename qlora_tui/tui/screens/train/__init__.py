@@ -1,4 +1,4 @@
-"""Train: ``screen`` and its ``commands``; ``actions`` is what its keys do.
+"""Train: ``screen``; ``actions`` is what its keys do.
 
 ``launch_pane`` prepares a run: ``settings_form`` over a ``setting_list``, with ``setting_notes`` in a
 large window. ``live_pane`` shows one: ``screen`` polls ``run_follower`` every ``RUN_POLL_INTERVAL_S``, which

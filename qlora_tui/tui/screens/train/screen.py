@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from textual import work
 from textual.widget import Widget
@@ -15,15 +15,9 @@ from qlora_tui.memory.budget import MemoryBudget, budget_for
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.preflight import preflight
-from qlora_tui.runs.status import RESUMABLE
-from qlora_tui.tui.commands import Command
+from qlora_tui.runs.status import ACTIVE, RESUMABLE, State
 from qlora_tui.tui.draft import draft_written_at
 from qlora_tui.tui.screens.train.actions import TrainActions
-from qlora_tui.tui.screens.train.commands import (
-    ACTION_NAMES,
-    COMMANDS,
-    is_available,
-)
 from qlora_tui.tui.screens.train.launch_pane import LaunchPane, first_fix, launch
 from qlora_tui.tui.screens.train.live_pane import LivePane
 from qlora_tui.tui.screens.train.run_charts import zoom_start
@@ -35,6 +29,19 @@ if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
 
 RUN_POLL_INTERVAL_S = 1.0
+_PREPARING = frozenset(("launch", "recheck", "watch_another", "next_tab"))
+"""Actions available while a run is prepared; all others need a run to watch."""
+_PREPARING_ONLY = frozenset(("launch", "recheck"))
+_STATES: Mapping[str, Collection[State]] = {
+    "pause": ACTIVE,
+    "request": ACTIVE,
+    "learning_rate": ACTIVE,
+    "stop": (*ACTIVE, "queued"),
+    "resume": RESUMABLE,
+    "chat": ("finished", "stopped", "paused"),
+    "answers": ("finished", "stopped"),
+}
+"""States of the watched run that an action needs; one not listed is available in every state."""
 
 
 class TrainScreen(TrainActions):
@@ -61,7 +68,6 @@ class TrainScreen(TrainActions):
         "An attempt is one process of the run: a resume, or a retry after memory ran out, starts another. "
         "Requests to a run have upper-case keys: the lower-case letters of vi scroll the log."
     )
-    SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = COMMANDS
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,9 +143,12 @@ class TrainScreen(TrainActions):
             return self.snapshot is not None and self.snapshot.fix is not None
         if action == "chat" and self.state in ("stopped", "paused") and self.snapshot is not None:
             return bool(self.snapshot.view.checkpoints)
-        if action in ACTION_NAMES:
-            return is_available(action, self.run is not None, self.state)
-        return super().check_action(action, parameters)
+        if self.run is None:
+            is_own = any(action == command.action.partition("(")[0] for command in self.SCREEN_COMMANDS)
+            return action in _PREPARING or not is_own
+        if action in _PREPARING_ONLY:
+            return False
+        return action not in _STATES or self.state in _STATES[action]
 
     def on_settings_form_edited(self, event: SettingsForm.Edited) -> None:
         """Change the recipe."""
