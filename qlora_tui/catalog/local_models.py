@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -34,6 +35,8 @@ from qlora_tui.foreign_files import read_bounded
 ModelSource = Literal["hub cache", "folder", "gguf", "converted"]
 _PREFIX_CHARACTERS = 3
 """From so many characters the beginning of a name counts as a close match."""
+_UNCHECKED_CONVERSION = re.compile(r".+-[0-9a-f]{12}")
+"""Names of conversions before ``gguf_support`` refused files of which something would be lost."""
 MAX_DEPTH = 3
 """Levels searched below a named folder: publisher, model, file."""
 
@@ -186,7 +189,7 @@ def _find_model(model_id: str) -> LocalModel | None:
         if (cached := hub_cache_dir() / _cached_name(model_id)).is_dir():
             return _read_cached_model(cached)
         if path.name == model_id and (converted := converted_dir() / model_id).is_dir():
-            return _read_folder(converted, "converted", model_id, model_id)
+            return _read_converted(converted)
     except PermissionError as error:
         return LocalModel(model_id, model_id, path, "folder", 0, None, _unreadable(path, error))
     except (
@@ -265,7 +268,20 @@ def _incomplete_download(name: str) -> UserError:
 def _converted_models() -> Iterator[LocalModel]:
     for folder in _subfolders(converted_dir()):
         if not folder.name.startswith("."):
-            yield _read_folder(folder, "converted", folder.name, folder.name)
+            yield _read_converted(folder)
+
+
+def _read_converted(folder: Path) -> LocalModel:
+    model = _read_folder(folder, "converted", folder.name, folder.name)
+    if _UNCHECKED_CONVERSION.fullmatch(folder.name) and model.refusal is None:
+        refusal = model_problem(
+            "Converted by an earlier version",
+            f"{folder} was made from a GGUF file without a check of what would be lost.",
+            "Such a model may lack a scaling of positions or of attention.",
+            "Choose the GGUF file: it is checked, and converted again. Then delete this folder.",
+        )
+        return msgspec.structs.replace(model, refusal=refusal)
+    return model
 
 
 def _folder_models(folders: Iterable[Path]) -> Iterator[LocalModel]:

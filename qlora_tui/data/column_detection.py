@@ -163,7 +163,10 @@ def _pair_of(values: list[dict[str, Any]]) -> tuple[str, str] | None:
             continue
         if one in spelled and other in spelled:
             pair = spelled[one], spelled[other]
-            having = sum(all(isinstance(v.get(c), str) for c in pair) for v in values)
+            # A list of completions is one of the pair too: its rows are refused, not read as plain text.
+            having = sum(
+                isinstance(v.get(pair[0]), str) and isinstance(v.get(pair[1]), str | list) for v in values
+            )
             if 2 * having >= max(1, len(values)):
                 return pair
     return None

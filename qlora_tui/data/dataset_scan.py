@@ -8,12 +8,14 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 
+from msgspec.structs import replace
+
 from qlora_tui.data.dataset_report import Counts
 from qlora_tui.data.excluded_rows import ExcludedByFile
 from qlora_tui.data.key_table import KeyTable
 from qlora_tui.data.long_texts import LongTexts
 from qlora_tui.data.near_duplicates import NearDuplicates
-from qlora_tui.data.problems import DataProblem, ProblemCounter
+from qlora_tui.data.problems import DataProblem, ProblemCounter, none_used
 from qlora_tui.data.read import raw_rows
 from qlora_tui.data.row_result import RowResult, batches
 from qlora_tui.data.sources import SourceFile
@@ -53,6 +55,7 @@ class DatasetScanner:
         self._work = work
         self._sketched = sketched
         self._counters: dict[tuple[int, str], ProblemCounter] = {}
+        self._unused_files: list[DataProblem] = []
         self._long_texts: dict[tuple[int, str], LongTexts] = {}
         self._seen, self._seen_in_validation = KeyTable(), KeyTable()
         self._near = NearDuplicates() if near_duplicates else None
@@ -64,6 +67,7 @@ class DatasetScanner:
         skips = self._data.bad_rows == "skip"
         tally = self._counters.setdefault(place, ProblemCounter(*place, skips_bad_rows=skips))
         rows = raw_rows(file.path, position)
+        rows_before, left_out_before = self.counts.rows, self.counts.left_out
         self.last_row = 0
         for outcomes in self._work(batches(file, rows, self._wants_sketches)):
             self.last_row = outcomes[-1].row if outcomes else self.last_row
@@ -72,11 +76,18 @@ class DatasetScanner:
             for one in included:
                 self._count(tally, file, one)
             yield included
+        row_count = self.counts.rows - rows_before
+        if row_count == self.counts.left_out - left_out_before and (
+            unused := none_used(row_count, tally.problems())
+        ):
+            self._unused_files.append(replace(unused, severity="warning"))
 
     def problems(self) -> list[DataProblem]:
         """Return all problems, errors first."""
         problems = [problem for tally in self._counters.values() for problem in tally.problems()]
         problems += [long.problem(self._data) for long in self._long_texts.values()]
+        if self.counts.conversations:  # else it is an error of all files together
+            problems += self._unused_files
         return sorted(problems, key=lambda p: p.severity != "error")
 
     def _wants_sketches(self) -> bool:

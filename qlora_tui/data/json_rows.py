@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from msgspec.structs import replace
@@ -38,16 +38,37 @@ def json_rows(stream: Stream) -> Iterator[Row]:
                 others = [name for name, rows in value.items() if rows is not held and _is_set_of_rows(rows)]
                 note = f"not read: the rows under {', '.join(map(repr, others))}" if others else ""
                 for number, row in enumerate(held, 1):
-                    yield replace(_row(number, row), file_note=note if number == 1 else "")
+                    first = _row(number, row)
+                    if number == 1:
+                        first = replace(first, file_note=note, warnings=repeated_key_warning(values.repeated))
+                    yield first
                 return
         number += 1
         yield _row(number, value, values)
 
 
+def without_repeats(pairs: list[tuple[str, Any]], repeated: list[str]) -> dict[str, Any]:
+    """Return the object of these keys and values, and add keys that come twice to ``repeated``."""
+    decoded = dict(pairs)
+    if len(decoded) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated.extend(key for number, key in enumerate(keys) if key in keys[:number])
+    return decoded
+
+
+def repeated_key_warning(repeated: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Return the warning for keys that come twice in a row; empty where none does."""
+    if not repeated:
+        return ()
+    return (("repeated-key", f"The key {repeated[0]!r} comes twice in one object; the last value is read."),)
+
+
 def _row(number: int, value: Any, values: _Values | None = None) -> Row:
     """Return a row. ``values`` knows its line; without them it is the row of a whole-file object."""
     if not has_lone_surrogate(value):
-        return Row(number=number, value=value)
+        return Row(
+            number=number, value=value, warnings=repeated_key_warning(values.repeated if values else ())
+        )
     place = values.undecodable_byte() if values is not None else ""
     what = place or f"Row {number} holds half of a character, or a byte that is not UTF-8"
     return Row(number=number, kind="bad-encoding", error=f"{what}.")
@@ -99,7 +120,11 @@ class _Values:
         self._chunks = stream.chunks()
         # A byte that is not UTF-8 becomes half of a surrogate pair, so that the values after it can be read.
         self._utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        self._decode = json.JSONDecoder().raw_decode
+        self.repeated: list[str] = []
+        """Keys that come twice in an object of the last value."""
+        self._decode = json.JSONDecoder(
+            object_pairs_hook=lambda pairs: without_repeats(pairs, self.repeated)
+        ).raw_decode
         self._text = ""
         self._at = 0
         self._value_at = 0
@@ -143,6 +168,7 @@ class _Values:
 
     def _value(self) -> Any:
         while True:
+            self.repeated.clear()
             try:
                 value, end = self._decode(self._text, self._at)
             except RecursionError:

@@ -42,6 +42,15 @@ CHECKS: dict[str, CheckSpec] = {
     ),
     "bad-encoding": CheckSpec("error", "Not UTF-8", "Convert the file: iconv -f LATIN1 -t UTF-8 OLD > NEW."),
     "bad-row": CheckSpec("error", "Not a row", "A row is an object with named fields and a value for each."),
+    "rows-in-value": CheckSpec(
+        "warning",
+        "Rows inside one value",
+        "A quote may be open by mistake: look at these lines. A quote inside a value is written twice: "
+        '"a 5"" screen".',
+    ),
+    "repeated-key": CheckSpec(
+        "warning", "A key comes twice", "Only the last of its values is read. Rename or remove the others."
+    ),
     "wrong-format": CheckSpec(
         "error",
         "Not in the format of the rest",

@@ -11,11 +11,12 @@ from collections.abc import Iterable, Sequence
 from itertools import takewhile
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from qlora_tui.data.conversation import Conversation, Message, RowRejectedError
 from qlora_tui.data.excluded_rows import ExcludedByFile
 from qlora_tui.data.long_texts import BYTES_PER_TOKEN, LongTexts, estimated_long_text
-from qlora_tui.data.problems import BAD_ROWS, DataProblem, ProblemCounter, raise_first_error
+from qlora_tui.data.problems import BAD_ROWS, DataProblem, ProblemCounter, none_used, raise_first_error
 from qlora_tui.data.sources import SourceFile, conversations
 from qlora_tui.recipe.schema import Data
 
@@ -25,6 +26,7 @@ _TEMPLATE_TOKENS = 5
 _MARGIN = 1.25
 """Factor of the length limit above which an estimated length is taken to be over it."""
 _SHOWN_BEFORE_RUN = BAD_ROWS | {"rated-bad", "same-answers", "long-text", "ends-with-user"}
+_SHOWN_BEFORE_RUN |= {"rows-in-value", "repeated-key"}
 """Warnings on rows that are left out or cut, also shown before a run."""
 
 
@@ -79,6 +81,7 @@ def quick_check(
     in_time = True
     warnings: list[DataProblem] = []
     every_problem: list[DataProblem] = []
+    unused_files: list[DataProblem] = []
     sizes: list[FileSize] = []
     for file in files:
         place = file.source, str(file.path)
@@ -91,6 +94,8 @@ def quick_check(
                 excluded_count += 1
                 continue
             row_count += 1
+            for kind, example in row.warnings:
+                tally.add(kind, row.number, example)
             if not isinstance(one, RowRejectedError) and _has_no_answer(one, data):
                 tally.add("no-answer", row.number, "No assistant turn is in the loss.")
                 rejected += 1
@@ -115,6 +120,10 @@ def quick_check(
         warnings += [long_texts.problem(data)] if len(long_texts) else []
         if not in_time:
             break
+        if row_count == rejected and (unused := none_used(row_count, problems)):
+            unused_files.append(replace(unused, severity="warning"))
+    if any(size.samples for size in sizes):  # else it is an error of all files together
+        warnings += unused_files
     return QuickCheckResult(in_time, tuple(warnings), tuple(sizes), tuple(every_problem))
 
 

@@ -8,11 +8,13 @@ chunk of the file is in memory at a time. A row that cannot be read, and after w
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -28,7 +30,7 @@ from qlora_tui.data.bounds import (
     row_too_large,
     too_large,
 )
-from qlora_tui.data.json_rows import json_rows
+from qlora_tui.data.json_rows import json_rows, repeated_key_warning, without_repeats
 from qlora_tui.data.row import Line, Row, distinct_names
 from qlora_tui.data.text_reader import (
     BOM,
@@ -56,7 +58,9 @@ SUFFIXES = {
 }
 """Format of a file by the end of its name (before ``.gz`` or ``.zst``)."""
 COMPRESSED = (".gz", ".zst", ".zstd")
-_EVALUATION_SPLITS = ("valid", "validation", "val", "test", "dev", "eval", "evaluation")
+_VALIDATION = ("valid", "validation", "val", "dev", "eval", "evaluation")
+_HELD_OUT = (*_VALIDATION, "test", "heldout", "holdout")
+"""Words in the names of files, and of folders that hold them, that are not for training."""
 _DOCUMENTS = ("readme", "license", "licence")
 """Texts about the data, by the beginning of their names, in ``.md``, ``.txt`` or ``.text``."""
 _METADATA = {
@@ -71,9 +75,13 @@ _MAX_METADATA_BYTES = 4 << 20
 _LEFT_OUT_NAMED = 5
 """Files left out for one reason that a note names."""
 _MAX_CELLS = 1_000_000
+_LEAST_LINES_INSIDE = 5
+"""Fewer lines inside a value that look like rows are taken for its text."""
 _BOM = BOM.encode()
 _FIRST_BYTES = 8 << 20
 _decode = msgspec.json.Decoder().decode
+_KEYS = (b'":', b'" :', b'"\t:')
+"""What follows a key, and may be inside a string too."""
 
 COLUMNAR = ("parquet", "arrow")
 """Formats whose reader is slow to import and takes memory that the app should not hold."""
@@ -87,11 +95,12 @@ def kind_of(path: Path) -> str:
     return SUFFIXES.get(Path(name).suffix, "")
 
 
-def files_of(path: Path) -> tuple[list[Path], str]:
+def files_of(path: Path, *, validation: bool = False) -> tuple[list[Path], str]:
     """Return the data files of ``path``, and a note that names what else a folder holds, with the reasons.
 
-    A folder gives its files, sorted by name, including subfolders and linked ones. Where some names mark
-    training files, files whose names mark validation or test are left out.
+    A folder gives its files, sorted by name, including subfolders and linked ones. Where only some names mark
+    files as held out of training, these are left out; for ``validation`` the others are, and those for tests
+    where some are for validation.
     """
     if not path.exists():
         raise UserError(
@@ -124,12 +133,15 @@ def files_of(path: Path) -> tuple[list[Path], str]:
             why=_left_out_note(left_out),
             fix="Name a folder with data files, or a file.",
         )
-    training = [file for file in files if not _held_out(file)]
-    if training and len(training) < len(files):
-        held_out = [str(file) for file in files if _held_out(file)]
-        left_out = {"named as validation or test": held_out} | left_out
-        files = training
-    return [path / file for file in files], _left_out_note(left_out)
+    held_out = [file for file in files if _is_named(file, _HELD_OUT)]
+    if validation:
+        chosen = [file for file in files if _is_named(file, _VALIDATION)] or held_out or files
+    else:
+        chosen = [file for file in files if file not in held_out] or files
+    if others := [str(file) for file in files if file not in chosen]:
+        reason = "not named as validation" if validation else "named as validation or test"
+        left_out = {reason: others} | left_out
+    return [path / file for file in chosen], _left_out_note(left_out)
 
 
 def files_inside(folder: Path) -> list[Path]:
@@ -196,11 +208,10 @@ def _describes_data(path: Path) -> bool:
     return any(isinstance(level, dict) and key in level for level in levels for key in keys)
 
 
-def _held_out(path: Path) -> bool:
-    """Return whether the name of a file, or of a folder that holds it, marks it as validation or test."""
-    words = path.name.lower().replace("-", "_").replace(".", "_").split("_")
-    folders = [folder.lower() for folder in path.parts[:-1]]
-    return any(word in _EVALUATION_SPLITS for word in (*words, *folders))
+def _is_named(path: Path, words: Sequence[str]) -> bool:
+    """Return whether a word in the name of a file, or of a folder that holds it, is one of ``words``."""
+    name = path.as_posix().lower().replace("held-out", "heldout").replace("held_out", "heldout")
+    return any(word in words for word in re.split(r"[^a-z]+", name.replace("hold-out", "holdout")))
 
 
 def _left_out_note(left_out: dict[str, list[str]]) -> str:
@@ -317,9 +328,25 @@ def jsonl_row(number: int, line: bytes) -> Row | None:
         value = _decode(line)
         if line.count(b"[") + line.count(b"{") > DEEPEST and is_too_deep(value):
             raise RecursionError("nested too deeply")
-        return Row(number=number, value=value)
+        return Row(number=number, value=value, warnings=repeated_keys(line, value))
     except (msgspec.DecodeError, RecursionError) as error:
         return Row(number=number, kind="bad-json", error=f"Line {number} is not valid JSON: {error}.")
+
+
+def repeated_keys(line: bytes, value: Any) -> tuple[tuple[str, str], ...]:
+    """Return the warning on the first key that comes twice in an object of a line, of which ``value`` was
+    decoded; empty for none."""
+    if sum(map(line.count, _KEYS)) <= _count_keys(value):
+        return ()
+    repeated: list[str] = []
+    json.loads(line, object_pairs_hook=lambda pairs: without_repeats(pairs, repeated))
+    return repeated_key_warning(repeated)
+
+
+def _count_keys(value: Any) -> int:
+    if isinstance(value, dict):
+        return len(value) + sum(map(_count_keys, value.values()))
+    return sum(map(_count_keys, value)) if isinstance(value, list) else 0
 
 
 def _text_rows(stream: Stream) -> Iterator[Row]:
@@ -387,12 +414,16 @@ def _table_rows(stream: Stream, delimiter: str | None) -> Iterator[Row]:
             continue
         number += 1
         where = f"Row {number}, line {table.line}"
+        warnings: tuple[tuple[str, str], ...] = ()
+        if table.line - table.first_line > _LEAST_LINES_INSIDE and _holds_rows(cells, len(header), delimiter):
+            taken = f"Row {number} takes lines {table.first_line:,} to {table.line:,}"
+            warnings = (("rows-in-value", f"{taken}, and each of those inside would be a row."),)
         if table.damage:
             table.check_damage()
-            yield Row(number=number, kind="bad-encoding", error=table.damage)
+            yield Row(number=number, kind="bad-encoding", error=table.damage, warnings=warnings)
         elif len(cells) != len(header):
             what = f"{pluralize(len(cells), 'value')} for {pluralize(len(header), 'column')}"
-            yield Row(number=number, kind="bad-row", error=f"{where}: {what}.")
+            yield Row(number=number, kind="bad-row", error=f"{where}: {what}.", warnings=warnings)
         elif any(cell.startswith(' "') for cell in cells):
             what = "a space before an opening quote, so that the quotes are part of the value"
             yield Row(number=number, kind="bad-row", error=f"{where}: {what}.")
@@ -400,7 +431,24 @@ def _table_rows(stream: Stream, delimiter: str | None) -> Iterator[Row]:
             what = "the header again, as where tables were joined"
             yield Row(number=number, kind="bad-row", error=f"{where}: {what}.")
         else:
-            yield Row(number=number, value=dict(zip(header, cells, strict=True)))
+            yield Row(number=number, value=dict(zip(header, cells, strict=True)), warnings=warnings)
+
+
+def _holds_rows(cells: list[str], width: int, delimiter: str) -> bool:
+    """Return whether all lines inside one value would be rows: a stray quote may have opened it.
+
+    A line of prose or code seldom has just as many separators, and none of them before a space.
+    """
+    for cell in cells if width > 1 else ():
+        inside = cell.split("\n")[1:-1]
+        if len(inside) >= _LEAST_LINES_INSIDE and all(
+            line.count(delimiter) == width - 1
+            and f"{delimiter} " not in line
+            and line.strip()[-1:] != delimiter
+            for line in inside
+        ):
+            return True
+    return False
 
 
 class _TableLines:

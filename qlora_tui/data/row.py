@@ -26,6 +26,8 @@ class Row(Struct, frozen=True):
     """Kind of error of a row that cannot be read: ``bad-json``, ``bad-encoding`` or ``bad-row``."""
     error: str = ""
     """Reason why the row cannot be read, naming the line."""
+    warnings: tuple[tuple[str, str], ...] = ()
+    """Kind (see ``problems.CHECKS``) and example of what reading it may have lost."""
     file_note: str = ""
     """What else the file holds and is not read, on its first row."""
 

@@ -98,9 +98,11 @@ class RowProcessor:
         usable = [one for one in read if isinstance(one, Conversation)]
         rendered = iter(self._render([each for one in usable for each in (one, *one.rejected)]))
         return [
-            RowResult(row.number, (one.kind, one.reason))
+            RowResult(row.number, (one.kind, one.reason), messages=row.warnings)
             if isinstance(one, RowRejectedError)
-            else self._row_result(one, [next(rendered) for _ in (one, *one.rejected)], batch.sketched)
+            else self._row_result(
+                one, [next(rendered) for _ in (one, *one.rejected)], batch.sketched, row.warnings
+            )
             for row, one in zip(rows, read, strict=True)
         ]
 
@@ -114,9 +116,10 @@ class RowProcessor:
         conversation: Conversation,
         rendered_sides: Sequence[list[TokenizedSample] | RowRejectedError],
         sketched: bool,
+        warnings: tuple[Finding, ...],
     ) -> RowResult:
         """Return the result of a row from the samples of its conversation, then those of rejected ones."""
-        findings = tuple(conversation_findings(conversation))
+        findings = (*warnings, *conversation_findings(conversation))
         key = group_key(conversation, self._seed)
         sketch_bytes = minhash_sketch(conversation).tobytes() if sketched else b""
         readable: list[list[TokenizedSample]] = []

@@ -31,9 +31,13 @@ class SourceFile(Struct, frozen=True):
     detection: Detection
 
 
+class ValidationSource(Source, frozen=True, kw_only=True):
+    """What ``data.validation_path`` names. Of a folder, the files are read that are named as validation."""
+
+
 def every_source(data: Data) -> list[Source]:
     """Return what a run reads: the sources, then the validation file."""
-    validation = [Source(path=data.validation_path)] if data.validation_path else []
+    validation = [ValidationSource(path=data.validation_path)] if data.validation_path else []
     return [*data.sources, *validation]
 
 
@@ -58,7 +62,9 @@ def open_file_of(source: Source, preferences: str, path: str = "") -> SourceFile
 
 def paths_of(source: Source) -> tuple[list[Path], str]:
     """Return the files of a source, with a note; downloads a Hub dataset. Raises ``UserError``."""
-    return hub_files(source.path) if is_hub_dataset(source.path) else files_of(Path(source.path).expanduser())
+    if is_hub_dataset(source.path):
+        return hub_files(source.path)
+    return files_of(Path(source.path).expanduser(), validation=isinstance(source, ValidationSource))
 
 
 def is_hub_dataset(name: str) -> bool:

@@ -21,8 +21,8 @@ from qlora_tui.data.preferences import (
 )
 from qlora_tui.data.problems import BAD_ROWS, DataProblem, error_of, none_used
 from qlora_tui.data.quick_check import FileSize, QuickCheckResult, quick_check
-from qlora_tui.data.read import COLUMNAR, files_of, kind_of
-from qlora_tui.data.sources import SourceFile, every_source, is_hub_dataset, sniff
+from qlora_tui.data.read import COLUMNAR, kind_of
+from qlora_tui.data.sources import SourceFile, every_source, is_hub_dataset, paths_of, sniff
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.formatting import format_bytes, pluralize
 from qlora_tui.recipe.schema import Data, Recipe, Source
@@ -192,7 +192,7 @@ def _local_files(source: Source) -> list[Path] | None:
     """Files of a source; None for a Hub dataset that the run will download."""
     if is_hub_dataset(source.path):
         return local_files(source.path)
-    return files_of(Path(source.path).expanduser())[0]
+    return paths_of(source)[0]
 
 
 def _source_notes(data: Data) -> list[str]:
@@ -201,7 +201,7 @@ def _source_notes(data: Data) -> list[str]:
     notes = []
     for source in every_source(data):
         if not is_hub_dataset(source.path):
-            _, note = files_of(Path(source.path).expanduser())
+            _, note = paths_of(source)
         elif local_files(source.path) is not None and not is_training_split(source.path):
             _, note = hub_files(source.path)
         else:

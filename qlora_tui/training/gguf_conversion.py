@@ -161,10 +161,13 @@ def _child_death_error(file: Path, code: int, errors: IO[bytes]) -> UserError:
 
 
 def folder_of(file: Path) -> Path:
-    """The folder of a file's conversion: other files of the same name, or changed ones, get other folders."""
+    """The folder of a file's conversion: other files of the same name, or changed ones, get other folders.
+
+    The 12 digits of earlier versions are refused by :mod:`qlora_tui.catalog.local_models`.
+    """
     try:
         stat = file.stat()
     except OSError as error:
         raise UserError("GGUF file not found", what=f"{file}: {error.strerror}.") from error
-    key = hashlib.sha256(f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    key = hashlib.sha256(f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:16]
     return private_dir(converted_dir()) / f"{file.stem}-{key}"

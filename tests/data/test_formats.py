@@ -49,6 +49,7 @@ def read(value: Any, wanted: str = "auto", columns: dict[str, str] | None = None
         ({"dialogue": "Hi", "summary": "Hello", "id": "1"}, "prompt-completion"),
         ({"article": "Hi", "highlights": "Hello"}, "prompt-completion"),
         ({"text": "Hi", "summary": "Hello", "title": "x"}, "prompt-completion"),
+        ({"text": "Hi", "summary": ["Hello"], "title": "x"}, "prompt-completion"),
         ({"question": "Hi", "answers": [{"text": "Hello", "score": 3}]}, "question-answer"),
         ({"text": "Hi", "label": "Hello"}, "label"),
         ({"sentence": "Hi", "label": 1, "label_text": "Hello"}, "label"),
@@ -186,6 +187,16 @@ def test_several_texts_in_a_cell_are_never_joined(value: Any, columns: dict[str,
     with pytest.raises(RowRejectedError, match="a list of 2 texts") as caught:
         parse(Row(2, value), detection.layout)
     assert caught.value.kind == "wrong-format"
+
+
+@pytest.mark.parametrize("summary", [["a", "b"], [], json.dumps(["a", "b"])])
+def test_a_list_of_summaries_never_makes_plain_text_of_the_article(summary: Any) -> None:
+    rows = [Row(n, {"article": "A long text", "text": "A long text", "summary": summary}) for n in (1, 2)]
+    layout = detect(rows, "file").layout
+    assert layout.columns["completion"] == "summary"
+    if isinstance(summary, list):
+        with pytest.raises(RowRejectedError):
+            parse(rows[0], layout)
 
 
 def test_one_text_in_a_list_and_typed_parts_are_a_text() -> None:

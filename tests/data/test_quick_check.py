@@ -88,6 +88,23 @@ def test_checks_skipped_for_time_are_reported_and_do_not_block(tmp_path: Path) -
     assert not _look(path, patience_s=0.0).complete
 
 
+def test_what_reading_hides_is_warned_of_before_a_run(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('prompt,completion\na,"5\n' + "a,b\n" * 20 + 'a,b"\n')
+    (swallowed,) = _look(path).warnings
+    twice = tmp_path / "rows.jsonl"
+    twice.write_text(_GOOD + '{"prompt": "a", "completion": "b", "completion": "c"}\n')
+    (repeated,) = _look(twice).warnings
+    assert (swallowed.kind, repeated.kind, repeated.rows) == ("rows-in-value", "repeated-key", (2,))
+
+
+def test_a_file_of_which_no_row_is_used_is_warned_of(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(_GOOD * 3)
+    (tmp_path / "b.jsonl").write_text('{"prompt": "a", "completion": ""}\n' * 2)
+    (warning,) = _look(tmp_path).warnings
+    assert (warning.kind, warning.count, warning.path) == ("none-used", 2, str(tmp_path / "b.jsonl"))
+
+
 def test_what_settings_leave_out_and_cut_is_counted(tmp_path: Path) -> None:
     path = tmp_path / "rated.jsonl"
     rated = '{"prompt": "a", "completion": "b", "label": %s}\n'

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from qlora_tui.data.problems import BAD_ROWS
 from qlora_tui.data.read import files_of, kind_of, rows
-from qlora_tui.data.sources import open_source
+from qlora_tui.data.sources import every_source, open_source, paths_of
 from qlora_tui.errors import UserError
-from qlora_tui.recipe.schema import Source
+from qlora_tui.recipe.schema import Data, Source
 
 ROWS = [{"prompt": f"Frage {n} — 你好", "completion": "a\nb"} for n in range(3)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -321,6 +321,59 @@ def test_nothing_of_an_odd_file_is_lost(
     assert [None if row.error else row.value for row in rows(path)] == expected
 
 
+@pytest.mark.parametrize(
+    ("header", "lines", "width"),
+    [("q,a", [f"q{n},a{n}" for n in range(300)], 2), ("a\tb\tc", ["1\t2\t3"] * 9, 3)],
+)
+def test_rows_inside_one_value_are_reported_with_their_lines(
+    tmp_path: Path, header: str, lines: list[str], width: int
+) -> None:
+    mark = "\t" if "\t" in header else ","
+    path = tmp_path / ("rows.tsv" if mark == "\t" else "rows.csv")
+    first, last = mark.join(["x"] * (width - 1)) + f'{mark}"12', lines[-1] + '"'
+    path.write_text("\n".join([header, lines[0], first, *lines, last, lines[0]]))
+    before, swallowing, after = rows(path)
+    assert not before.warnings and not after.warnings
+    ((kind, example),) = swallowing.warnings
+    assert kind == "rows-in-value" and f"lines 3 to {4 + len(lines)}" in example
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Dear Ann,\n\nthanks, and see you.\nI bring wine,\nbread, cheese\nand a book.\n\nYours,\nBob",
+        "Roses are red,\nviolets are blue,\nsugar is sweet,\nand so are you.\n" * 3,
+        "1, 2\n3, 4\n5, 6",
+        "def f(a, b):\n    return a\n\nprint(f(1, 2))\n" * 4,
+    ],
+)
+def test_an_answer_of_several_lines_is_not_reported(tmp_path: Path, answer: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(f'q,a\nq1,"{answer}"\nq2,a2\n')
+    assert [row.warnings for row in rows(path)] == [(), ()]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        (
+            "rows.jsonl",
+            '{"q": "1", "a": "x", "a": "y"}\n{"q": "\\"a\\": \\"a\\":", "a": "{\\"b\\":1}"}',
+            ["'a'", ""],
+        ),
+        ("rows.json", '[{"q": "1", "a": {"b": 1, "b": 2}}, {"q": "1"}]', ["'b'", ""]),
+        ("lines.json", '{"q": "1"}\n{"q": "1", "q": "2"}', ["", "'q'"]),
+        ("held.json", '{"data": [{"q": "1"}], "data": [{"q": "2"}, {"q": "3"}]}', ["'data'", ""]),
+    ],
+)
+def test_a_repeated_key_is_reported(tmp_path: Path, name: str, text: str, expected: list[str]) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    found = [dict(row.warnings).get("repeated-key", "") for row in rows(path)]
+    assert [bool(example) for example in found] == [bool(key) for key in expected]
+    assert all(key in example for key, example in zip(expected, found, strict=True))
+
+
 def test_a_csv_row_with_too_many_values_is_named(tmp_path: Path) -> None:
     path = tmp_path / "ragged.csv"
     path.write_text("a,b\n1,2\n1,2,3\n4,5\n")
@@ -378,6 +431,9 @@ FOLDER: dict[str, str] = {
     "test.json": "left out",
     "dev_blog.csv": "left out",
     "validation/rows.jsonl": "left out",
+    "test_data/rows.jsonl": "left out",
+    "heldout/rows.jsonl": "left out",
+    "held-out.jsonl": "left out",
 }
 
 
@@ -401,10 +457,31 @@ def test_every_file_of_a_folder_is_read_or_named(tmp_path: Path) -> None:
         "sub/dataset_info.json",
     ]
     assert note == (
-        "not read: dev_blog.csv, test.json, validation/rows.jsonl (named as validation or test); "
+        "not read: dev_blog.csv, held-out.jsonl, heldout/rows.jsonl, test.json, test_data/rows.jsonl "
+        "and 1 more (named as validation or test); "
         ".git, .hidden.json (hidden); README.md, dataset_info.json, info/dataset_info.json (about the data); "
         "notes.pdf, rows.jsonl.bz2 (of no known kind); sub/around (a link to a folder around it)"
     )
+
+
+@pytest.mark.parametrize(
+    ("names", "validated"),
+    [
+        (("train.jsonl", "test.jsonl", "dev.jsonl"), ["dev.jsonl"]),
+        (("train.jsonl", "test_data/a.jsonl"), ["test_data/a.jsonl"]),
+        (("a.jsonl", "b.jsonl"), ["a.jsonl", "b.jsonl"]),
+    ],
+)
+def test_a_validation_folder_gives_the_files_named_so(
+    tmp_path: Path, names: tuple[str, ...], validated: list[str]
+) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    (source,) = every_source(Data(validation_path=str(tmp_path)))
+    paths, note = paths_of(source)
+    assert [str(path.relative_to(tmp_path)) for path in paths] == validated
+    assert ("not read: " in note) == (len(validated) < len(names))
 
 
 def test_a_subfolder_that_cannot_be_searched_is_refused(tmp_path: Path) -> None:
