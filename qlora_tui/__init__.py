@@ -27,7 +27,7 @@ foreign_files  files of other programs, up to a size; decoding: JSON that may be
 formatting     numbers, sizes and times as text; visible: text without control characters
 glossary       the words that the app explains
 installation   how packages are installed into the environment of this program
-subprocesses   starts a module in its own process; worker_messages: what such a process prints
+subprocesses   starts a module in its own process; worker: runs functions of this program in one
 
 torch is imported only by training, chat, export and the engine process.
 """

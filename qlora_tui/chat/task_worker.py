@@ -1,16 +1,12 @@
-"""The process in which base and adapter answer the validation prompts of a run.
+"""The job in which base and adapter answer the validation prompts of a run.
 
-``python -m qlora_tui.chat.task_worker RUN_DIR PROMPTS`` loads the run's base with its final adapter, measures
-the loss of each reference with both, lets both answer greedily in batches, and writes the file of
-:mod:`qlora_tui.runs.task_metrics.task_evaluation`. Answers are stored as they come, so that another try
-continues. Progress, and the error that ends it, are lines of JSON on stdout
-(:mod:`qlora_tui.worker_messages`).
+It loads the run's base with its final adapter, measures the loss of each reference with both, lets both
+answer greedily in batches, and writes the file of :mod:`qlora_tui.runs.task_metrics.task_evaluation`, which
+starts it. Answers are stored as they come, so that another try continues.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -19,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.gpu.library_imports import faster_imports
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.measuring_worker import no_adapter, run_measurement
-from qlora_tui.worker_messages import send_progress
+from qlora_tui.runs.measuring import measuring, no_adapter
+from qlora_tui.worker import Report
 
 if TYPE_CHECKING:
     from qlora_tui.chat.session import ChatSession
@@ -32,13 +28,21 @@ _HEAD_ROWS = 256
 """Vocabulary-wide rows computed at a time."""
 
 
-def evaluate(run: RunDir, most_prompts: int) -> None:
+def evaluate(folder: Path, most_prompts: int, report: Report) -> None:
     """Let base and adapter answer up to ``most_prompts`` validation prompts, and write the result.
 
     Raises:
-        UserError: the run has no adapter, no validation data or no prompts, or cannot be read.
+        UserError: the run has no adapter, no validation data or no prompts, is in use, or cannot be read.
         OSError: the result cannot be written.
     """
+    with measuring(folder) as run:
+        answer_prompts(run, most_prompts, report)
+
+
+def answer_prompts(
+    run: RunDir, most_prompts: int, report: Report = lambda done, total, text="": None
+) -> None:
+    """Do the job of :func:`evaluate` in this process, on a run that nothing else changes."""
     with faster_imports():
         from qlora_tui.chat.chat_sources import run_source
         from qlora_tui.chat.chat_types import ADAPTER, BASE
@@ -78,7 +82,7 @@ def evaluate(run: RunDir, most_prompts: int) -> None:
     for name in (BASE, ADAPTER):
         session.check(name, list(prompts[0].ids))
     total = 2 * len(prompts)
-    send_progress(0, total)
+    report(0, total)
     before, after = (
         [_reference_loss(session, name, prompt) for prompt in prompts] for name in (BASE, ADAPTER)
     )
@@ -91,7 +95,7 @@ def evaluate(run: RunDir, most_prompts: int) -> None:
             _answer_store(session, "" if name == BASE else adapter, limit),
             limit,
             partial(session.greedy_batch, name, max_new_tokens=limit),
-            partial(_send_done, number * len(prompts), total),
+            partial(_report_done, report, number * len(prompts), total),
         )
         for number, name in enumerate((BASE, ADAPTER))
     ]
@@ -113,8 +117,8 @@ def evaluate(run: RunDir, most_prompts: int) -> None:
     write_task_evaluation(run, evaluation)
 
 
-def _send_done(before: int, total: int, done: int) -> None:
-    send_progress(before + done, total)
+def _report_done(report: Report, before: int, total: int, done: int) -> None:
+    report(before + done, total)
 
 
 def _answer_store(session: ChatSession, adapter: str, limit: int) -> Any:
@@ -152,16 +156,3 @@ def _reference_loss(session: ChatSession, adapter_name: str, prompt: TaskPrompt)
             float(functional.cross_entropy(session.head.logits(part), wanted, reduction="sum"))
             for part, wanted in parts
         )
-
-
-def main() -> int:
-    """Evaluate one run; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m qlora_tui.chat.task_worker", description=__doc__)
-    parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("prompts", type=int, help="most prompts to answer")
-    arguments = parser.parse_args()
-    return run_measurement(arguments.run, partial(evaluate, most_prompts=arguments.prompts))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -23,8 +23,7 @@ from qlora_tui.recipe.layering import build_recipe
 from qlora_tui.recipe.schema import PAIR_METHODS, Data, Source
 from qlora_tui.recipe.toml import to_recipe
 from qlora_tui.runs.directory import find_run
-from qlora_tui.runs.row_loss_job import measure_row_losses
-from qlora_tui.runs.row_losses import RowLosses, read_row_losses
+from qlora_tui.runs.row_losses import RowLosses, measure_row_losses, read_row_losses
 
 _ROWS_NAMED = 8
 

@@ -15,9 +15,9 @@ from qlora_tui.runs.directory import RunDir, find_run
 from qlora_tui.runs.task_metrics.task_evaluation import (
     DEFAULT_PROMPTS,
     TaskEvaluation,
+    evaluate_task,
     read_task_evaluation,
 )
-from qlora_tui.runs.task_metrics.task_job import evaluate_task
 from qlora_tui.runs.task_metrics.task_report import report_lines
 
 

@@ -41,10 +41,9 @@ run_verdict     whether a run worked, in one sentence
 defects         what is wrong with the result of a run that ended regularly
 run_summary     a run in one line, for lists
 row_losses      the loss of each training row before and after a run, and its class
-row_loss_job    has it measured
 metrics_table   the steps of a run as a CSV or Parquet table
 task_metrics    what base and adapter answer to validation prompts, and whether the difference is chance
-measuring       measures a run in a child process; measuring_worker: that process, which holds the run's lock
+measuring       measures a run in a process of its own, with the run's lock held
 length_costs    memory and time at other sequence lengths
 exports         exports of adapters that run in the background
 suggested_fix   a fix for a warning that one key applies

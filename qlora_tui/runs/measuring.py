@@ -1,88 +1,89 @@
-"""Measures something of a run that has ended, in a child process that loads the model.
+"""Measuring a run that has ended, in a process that loads the model.
 
-The child holds the run's lock meanwhile: no trainer changes the adapter while it is measured, nothing else
-measures it, and the run is not deleted.
+:func:`measure_in_child` starts the job, and :func:`measuring` is what the job does around its work: it holds
+the run's lock meanwhile, so no trainer changes the adapter, nothing else measures the run, and it is not
+deleted.
 """
 
 from __future__ import annotations
 
-import subprocess
-import tempfile
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-from qlora_tui import subprocesses
 from qlora_tui.errors import UserError
+from qlora_tui.locks import PATIENCE_S, locked
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.worker_messages import read_messages
-
-
-class MeasuringStoppedError(Exception):
-    """A measurement was stopped by its :class:`StopSwitch`."""
-
-
-class StopSwitch:
-    """Ends a measurement from another thread."""
-
-    def __init__(self) -> None:
-        self.is_stopped = False
-        self._child: subprocess.Popen[bytes] | None = None
-
-    def attach(self, child: subprocess.Popen[bytes]) -> None:
-        """Let :meth:`stop` end this process, at once where that was called before."""
-        self._child = child
-        if self.is_stopped:
-            child.kill()
-
-    def stop(self) -> None:
-        """End the process of the measurement."""
-        self.is_stopped = True
-        if self._child is not None:
-            self._child.kill()
+from qlora_tui.worker import run_job
 
 
 def measure_in_child(
-    module: str,
+    job: str,
     run: RunDir,
-    progress: Callable[[int, int], None],
-    arguments: tuple[str, ...] = (),
-    started: Callable[[subprocess.Popen[bytes]], object] = lambda child: None,
+    *arguments: object,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Run a worker's module on a run until it ends.
+    """Run a job on a run until it ends.
 
     Args:
-        module: such as ``qlora_tui.training.row_loss_worker``.
-        run: its folder is the worker's first argument.
+        job: function of the run's folder.
+        run: it has ended with an adapter.
+        arguments: of the function, after the folder.
         progress: called with what is done, and of how much.
-        arguments: of the worker, after the folder.
-        started: called with the child process; killing it ends the measurement with an error.
+        should_stop: ends it within a second.
 
     Raises:
-        UserError: the worker reported it, or ended without saying why.
+        JobStopped: ``should_stop`` returned true.
+        UserError: the job reported it, or ended without saying why.
     """
-    with tempfile.TemporaryFile() as errors:
-        child = subprocess.Popen(
-            subprocesses.module_argv(module, str(run.path), *arguments),
-            env=subprocesses.subprocess_env(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-        )
-        assert child.stdout is not None
-        started(child)
+    run_job(
+        job,
+        run.path,
+        *arguments,
+        result=type(None),
+        title="The measurement failed",
+        subject=f"The process that measured {run.id}",
+        fix="Close other programs if the machine is short of memory, and try again.",
+        on_progress=lambda message: progress(message.done, message.total),
+        should_stop=should_stop,
+    )
+
+
+@contextmanager
+def measuring(folder: Path) -> Iterator[RunDir]:
+    """Provide the run in a folder while its lock is held, with torch set up and errors of the GPU in words.
+
+    Raises:
+        UserError: it is being trained or measured, or the GPU failed.
+    """
+    # Only the job needs them: the app imports this module to start it.
+    from qlora_tui.gpu.cuda_errors import cuda_problem
+    from qlora_tui.gpu.torch_env import allocator_variables, configure_torch_env
+
+    configure_torch_env({**allocator_variables(os.environ), "HF_HUB_OFFLINE": "1"})
+    run = RunDir(folder.absolute())
+    with locked(run.trainer_lock_path, patience_s=PATIENCE_S) as lock:
+        if lock is None:
+            raise UserError(
+                "The run is in use",
+                what=f"{run.id} is being trained or measured.",
+                fix="Wait until that has ended, and try again.",
+            )
         try:
-            error = read_messages(child.stdout, progress)
-            code = child.wait()
-        finally:
-            child.kill()
-            child.communicate()
-        errors.seek(0)
-        lines = errors.read().decode(errors="replace").strip().splitlines()
-    if error is not None:
-        raise error
-    if code:
-        raise UserError(
-            "The measurement failed",
-            what=f"The process that measured {run.id} ended with code {code}.",
-            why=lines[-1] if lines else "",
-            fix="Close other programs if the machine is short of memory, and try again.",
-        )
+            yield run
+        except RuntimeError as error:
+            problem = cuda_problem(error)
+            if problem is None:
+                raise
+            raise problem from error
+
+
+def no_adapter(run: RunDir) -> UserError:
+    """Build the error for a run without an adapter to measure."""
+    return UserError(
+        "The run has no adapter",
+        what=f"{run.id} has not ended yet, or ended without one.",
+        fix="Wait for its end, or resume it.",
+    )

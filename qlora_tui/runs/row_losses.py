@@ -2,13 +2,15 @@
 
 ``row_losses.json`` in the run's folder has a record for each row, the most suspicious first, and
 ``row_losses.f32`` the loss of each trained token: little-endian floats, those of a row before training and
-then those after it. ``training.row_loss_worker`` writes both; commands and the Data screen read them.
+then those after it. ``training.row_loss_worker`` writes both, as a job; commands and the Data screen read
+them.
 """
 
 from __future__ import annotations
 
 import sys
 from array import array
+from collections.abc import Callable
 from statistics import median
 from typing import Literal, TypeAlias
 
@@ -17,10 +19,13 @@ from msgspec import Struct
 
 from qlora_tui.data.excluded_rows import RowPlace
 from qlora_tui.decoding import Count, decode_json
+from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write, read_regular
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.measuring import measure_in_child
 
 RowClass: TypeAlias = Literal["learned", "never learned", "memorized", "contradicting"]
+_JOB = "qlora_tui.training.row_loss_worker:measure"
 MEMORIZED = 0.1
 """Nats per token up to which a row is memorized: each of its tokens is predicted with 90 % and more."""
 _UNRELATED = 0.25
@@ -151,6 +156,33 @@ def write_row_losses(run: RunDir, losses: RowLosses, tokens: array[float]) -> No
 
 
 _ROW_LOSSES = msgspec.json.Decoder(RowLosses)
+
+
+def measure_row_losses(
+    run: RunDir,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> RowLosses:
+    """Measure all training rows of a run, which takes about as long as training on them once.
+
+    Args:
+        run: it has ended with an adapter.
+        progress: called with the passes over samples done, and of all.
+        should_stop: ends it within a second.
+
+    Raises:
+        JobStopped: ``should_stop`` returned true.
+        UserError: the run has no adapter, is in use, or its data or model cannot be read.
+    """
+    measure_in_child(_JOB, run, progress=progress, should_stop=should_stop)
+    losses = read_row_losses(run)
+    if losses is None:
+        raise UserError(
+            "The rows could not be measured",
+            what=f"{run.row_losses_path} cannot be read.",
+            fix="Check the disk that holds it, and try again.",
+        )
+    return losses
 
 
 def read_row_losses(run: RunDir) -> RowLosses | None:

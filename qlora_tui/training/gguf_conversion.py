@@ -1,22 +1,16 @@
-"""Converts a GGUF file once, in a child process, with progress, and stoppable.
+"""Converts a GGUF file once, in a process of its own, with progress, and stoppable.
 
 The trainer, the chat and the demo call this, without the memory that a conversion needs. torch is not
-imported here. The child is :mod:`qlora_tui.training.gguf_worker`. It ends when this process does, however
-that ends: it holds the read end of a pipe whose only write end is here.
+imported here. The job is :mod:`qlora_tui.training.gguf_worker`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import selectors
-import signal
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import IO
 
 from qlora_tui import subprocesses
 from qlora_tui.catalog.gguf_header import read_gguf
@@ -28,14 +22,7 @@ from qlora_tui.gpu.torch_env import OFFLINE
 from qlora_tui.memory.conversion import Conversion, Way, peak_bytes
 from qlora_tui.training import gguf_llama
 from qlora_tui.training.gguf_weights import ProgressCallback
-from qlora_tui.worker_messages import read_messages
-
-_STOP_POLL_INTERVAL_S = 0.2
-"""How often ``should_stop`` is called while the child is silent, in seconds."""
-
-
-class ConversionStopped(Exception):
-    """``should_stop`` returned True. Nothing is left of the conversion."""
+from qlora_tui.worker import run_job
 
 
 def convert_cached(
@@ -46,7 +33,7 @@ def convert_cached(
     """The folder of 16-bit safetensors for a GGUF file, which is converted if it was not earlier.
 
     Raises:
-        ConversionStopped: ``should_stop`` returned True.
+        JobStopped: ``should_stop`` returned true; nothing is left of the conversion.
         UserError: the file cannot be converted.
     """
     folder = folder_of(file)
@@ -92,72 +79,23 @@ def convert_in_child(
     progress: ProgressCallback = lambda done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Write ``folder`` from ``file`` in a child process. Raises UserError and ConversionStopped."""
-    command = subprocesses.module_argv(
-        "qlora_tui.training.gguf_worker", "--ends-with-stdin", str(file), str(folder)
-    )
-    with tempfile.TemporaryFile() as errors:
-        child = subprocess.Popen(
-            command,
-            env=subprocesses.subprocess_env() | OFFLINE,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            # A separate session, because Ctrl-C in a terminal is for this process, which then ends the child.
-            start_new_session=True,
+    """Write ``folder`` from ``file`` in a process of its own. Raises UserError and JobStopped."""
+    try:
+        run_job(
+            "qlora_tui.training.gguf_worker:convert",
+            file,
+            folder,
+            result=type(None),
+            title="The GGUF file could not be converted",
+            subject=f"The process that converted {file}",
+            fix="Close other programs if the machine is short of memory, and try again.",
+            on_progress=lambda message: progress(message.done, message.total),
+            should_stop=should_stop,
+            environ=subprocesses.subprocess_env() | OFFLINE,
         )
-        assert child.stdout is not None
-        try:
-            error = read_messages(_lines(child.stdout, should_stop), progress)
-            code = child.wait()
-        finally:
-            # Whatever ends the loop (a stop, Ctrl-C), the child must not outlive it.
-            child.kill()
-            child.communicate()
-            with suppress(OSError, UserError):
-                delete_abandoned(draft_path(folder))
-        if error is not None:
-            raise error
-        if code:
-            raise _child_death_error(file, code, errors)
-
-
-def _lines(output: IO[bytes], should_stop: Callable[[], bool]) -> Iterator[bytes]:
-    """Yield complete lines until the output ends. Raises ConversionStopped."""
-    partial_line = b""
-    with selectors.DefaultSelector() as selector:
-        selector.register(output, selectors.EVENT_READ)
-        while True:
-            if should_stop():
-                raise ConversionStopped
-            if not selector.select(_STOP_POLL_INTERVAL_S):
-                continue
-            piece = output.read1(65_536)  # type: ignore[attr-defined]  # a pipe is a BufferedReader
-            if not piece:
-                return
-            *lines, partial_line = (partial_line + piece).split(b"\n")
-            yield from lines
-
-
-def _child_death_error(file: Path, code: int, errors: IO[bytes]) -> UserError:
-    """The error for a child that ended without reporting one."""
-    title = "The GGUF file could not be converted"
-    if code == -signal.SIGKILL:
-        return UserError(
-            title,
-            what=f"The process that converted {file} was killed.",
-            why="The machine most likely ran out of memory.",
-            fix="Close other programs and try again.",
-        )
-    errors.seek(0)
-    lines = errors.read().decode(errors="replace").strip().splitlines()
-    ending = f"exit code {code}" if code > 0 else f"signal {-code}"
-    return UserError(
-        title,
-        what=f"The process that converted {file} ended with {ending}.",
-        why=lines[-1] if lines else "",
-        fix="Run `qlora-tui doctor` to check the installation.",
-    )
+    finally:
+        with suppress(OSError, UserError):
+            delete_abandoned(draft_path(folder))
 
 
 def folder_of(file: Path) -> Path:

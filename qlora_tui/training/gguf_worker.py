@@ -1,18 +1,13 @@
-"""The process that converts a GGUF file to a folder of 16-bit safetensors.
+"""The job that converts a GGUF file to a folder of 16-bit safetensors.
 
-:mod:`qlora_tui.training.gguf_conversion` starts ``python -m qlora_tui.training.gguf_worker FILE FOLDER``, so
-that the memory of the conversion is released with the process. transformers can dequantize a GGUF file but
+:mod:`qlora_tui.training.gguf_conversion` starts it, so that the memory of the conversion is released with the
+process. transformers can dequantize a GGUF file but
 not quantize it to NF4 at the same time, so the weights are written to disk in between.
 """
 
 from __future__ import annotations
 
-import argparse
 import fcntl
-import os
-import sys
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,13 +19,10 @@ from qlora_tui.errors import UserError
 from qlora_tui.training import gguf_llama
 from qlora_tui.training.failure import is_full_disk, is_out_of_memory
 from qlora_tui.training.gguf_weights import ProgressCallback
-from qlora_tui.worker_messages import send_error, send_progress
-
-PROGRESS_INTERVAL_S = 0.2
-"""Shortest time between two lines of progress, in seconds."""
+from qlora_tui.worker import Report
 
 
-def convert(file: Path, folder: Path, progress: ProgressCallback = lambda done, total: None) -> None:
+def convert(file: Path, folder: Path, report: Report = lambda done, total, text="": None) -> None:
     """Write ``folder`` completely or not at all. Raises UserError.
 
     Waits for another process that is converting the same file, and then does nothing.
@@ -44,7 +36,7 @@ def convert(file: Path, folder: Path, progress: ProgressCallback = lambda done, 
             with held_draft(draft_path(folder)) as draft:
                 # Only who holds the lock writes it.
                 assert draft is not None
-                _convert(file, draft, progress)
+                _convert(file, draft, report)
                 publish(draft, folder)
         except (
             *(OSError, ValueError, KeyError, ImportError, NotImplementedError),
@@ -89,46 +81,3 @@ def _problem(file: Path, error: Exception) -> UserError:
     else:
         fix = "Choose the model's safetensors folder or Hub id instead."
     return UserError("The GGUF file could not be converted", what=f"{file}: {reason}", fix=fix)
-
-
-def main(arguments: list[str]) -> int:
-    """Convert, with progress on stdout, and an error on stderr too. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m qlora_tui.training.gguf_worker", description=__doc__)
-    parser.add_argument("file", type=Path, help="the GGUF file")
-    parser.add_argument("folder", type=Path, help="the folder to write")
-    parser.add_argument("--ends-with-stdin", action="store_true", help="end when stdin is closed")
-    given = parser.parse_args(arguments)
-    if given.ends_with_stdin:
-        threading.Thread(target=_end_with_stdin, daemon=True).start()
-    try:
-        convert(given.file, given.folder, _throttled_progress())
-    except UserError as problem:
-        send_error(problem)
-        print(problem, file=sys.stderr)
-        return problem.exit_code
-    return 0
-
-
-def _throttled_progress() -> ProgressCallback:
-    """A callback that prints progress at most every ``PROGRESS_INTERVAL_S`` and at the end."""
-    reported_at = -PROGRESS_INTERVAL_S
-
-    def progress(done: int, total: int) -> None:
-        nonlocal reported_at
-        now = time.monotonic()
-        if now - reported_at >= PROGRESS_INTERVAL_S or done == total:
-            reported_at = now
-            send_progress(done, total)
-
-    return progress
-
-
-def _end_with_stdin() -> None:
-    """End this process when the parent, which holds the other end of stdin, is gone."""
-    while os.read(0, 1024):
-        pass
-    os._exit(1)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -27,7 +27,7 @@ from qlora_tui.training.chunked_loss import find_head
 from qlora_tui.training.compute_device import ComputeDevice, choose_attention
 from qlora_tui.training.forgetting import replay_samples
 from qlora_tui.training.fused.kernel_choice import find_kernels, kernel_remedy, refusal_of_kernels
-from qlora_tui.training.gguf_conversion import ConversionStopped, cached_conversion, convert_cached
+from qlora_tui.training.gguf_conversion import cached_conversion, convert_cached
 from qlora_tui.training.heap import release_free_memory
 from qlora_tui.training.initial_adapter_weights import load_initial_adapter
 from qlora_tui.training.library_versions import versions
@@ -41,6 +41,7 @@ from qlora_tui.training.streaming.input_offload import InputOffload, offload_inp
 from qlora_tui.training.streaming.placement import decoder_layers
 from qlora_tui.training.token_losses import use_token_losses
 from qlora_tui.training.tokenized_dataset import TokenizedDataset
+from qlora_tui.worker import JobStopped
 
 
 def prepare_run(
@@ -208,7 +209,7 @@ def _convert(context: AttemptContext, file: Path) -> None:
             lambda done, total: reporter.progress("converting", done * 100 // total, 100),
             should_stop,
         )
-    except ConversionStopped:
+    except JobStopped:
         requests.raise_if_stop_requested()
         raise
     reporter.phase("loading", context.recipe.model.id)

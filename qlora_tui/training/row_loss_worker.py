@@ -1,36 +1,37 @@
-"""The process that measures the loss of each training row before and after a run.
+"""The job that measures the loss of each training row before and after a run.
 
-``python -m qlora_tui.training.row_loss_worker RUN_DIR`` loads the run's base with its final adapter,
-passes over the training samples three times without gradients, and writes the files of
-:mod:`qlora_tui.runs.row_losses`. Progress, and the error that ends it, are lines of JSON on stdout
-(:mod:`qlora_tui.worker_messages`).
+It loads the run's base with its final adapter, passes over the training samples three times without
+gradients, and writes the files of :mod:`qlora_tui.runs.row_losses`, which starts it.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_tui.gpu.library_imports import faster_imports
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.measuring_worker import no_adapter, run_measurement
-from qlora_tui.worker_messages import send_progress
+from qlora_tui.runs.measuring import measuring, no_adapter
+from qlora_tui.worker import Report
 
 if TYPE_CHECKING:
     from qlora_tui.data.tokenizer import ChatTokenizer
     from qlora_tui.training.tokenized_dataset import TokenizedDataset
 
 
-def measure(run: RunDir) -> None:
-    """Measure all training rows of a run, and write the result.
+def measure(folder: Path, report: Report) -> None:
+    """Measure all training rows of the run in a folder, and write the result.
 
     Raises:
-        UserError: the run has no adapter, or its data or model cannot be read.
+        UserError: the run has no adapter, is in use, or its data or model cannot be read.
         OSError: the result cannot be written.
     """
+    with measuring(folder) as run:
+        _measure(run, report)
+
+
+def _measure(run: RunDir, report: Report) -> None:
     with faster_imports():
         from qlora_tui.catalog.local_models import resolve_model
         from qlora_tui.data.contradictions import find_contradictions
@@ -78,7 +79,7 @@ def measure(run: RunDir) -> None:
             dataset,
             shape,
             where,
-            lambda done, total: send_progress(passes_done * total + done, 3 * total),
+            lambda done, total: report(passes_done * total + done, 3 * total),
         )
 
     with model.disable_adapter():
@@ -111,14 +112,3 @@ def _texts(samples: TokenizedDataset, i: int, tokenizer: ChatTokenizer) -> tuple
         for side in (0, 1)
     )
     return read, trained
-
-
-def main() -> int:
-    """Measure one run; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m qlora_tui.training.row_loss_worker", description=__doc__)
-    parser.add_argument("run", type=Path, help="run directory")
-    return run_measurement(parser.parse_args().run, measure)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -18,7 +18,7 @@ pytest.importorskip("torch")
 import torch
 
 from qlora_tui.chat.chat_types import ChatSource
-from qlora_tui.chat.task_worker import evaluate
+from qlora_tui.chat.task_worker import answer_prompts
 from qlora_tui.data.dataset import prepare_dataset
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.recipe.schema import Data, Quantization, Source
@@ -107,7 +107,7 @@ def test_answers_at_the_end_are_those_of_evaluate(ended: Callable[..., Ended]) -
     at_end = read_task_evaluation(end.run)
     assert not end.lines
     (event,) = end.events
-    evaluate(end.run, 64)
+    answer_prompts(end.run, 64)
     later = read_task_evaluation(end.run)
     assert at_end is not None and later is not None
     assert at_end.rows == later.rows and at_end.metrics == later.metrics and not at_end.is_partial

@@ -12,7 +12,7 @@ import pytest
 
 from qlora_tui.chat.chat_types import GREEDY, ChatSource
 from qlora_tui.chat.task_answers import BATCH_ROWS, AnswerStore, answer_all
-from qlora_tui.chat.task_worker import evaluate
+from qlora_tui.chat.task_worker import answer_prompts
 from qlora_tui.cli import main
 from qlora_tui.data.conversation import Message
 from qlora_tui.errors import UserError
@@ -179,7 +179,7 @@ def test_a_run_without_adapter_or_prompts_is_refused(tiny_source: ChatSource, tm
     data = Data(sources=(Source(path=str(file)),), validation_path=str(file))
     run = create_run(msgspec.structs.replace(tiny_source.recipe, data=data))
     with pytest.raises(UserError, match="The run has no adapter"):
-        evaluate(run, 4)
+        answer_prompts(run, 4)
     shutil.copytree(tiny_source.adapters["adapter"], run.adapter_dir)
     with pytest.raises(UserError, match="No prompts to answer"):
-        evaluate(run, 4)
+        answer_prompts(run, 4)

@@ -9,7 +9,7 @@ from qlora_tui.data.excluded_rows import RowPlace
 from qlora_tui.errors import UserError
 from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.measuring_worker import measuring
+from qlora_tui.runs.measuring import measuring
 from qlora_tui.runs.row_losses import (
     MeasuredRow,
     classify,
@@ -86,9 +86,10 @@ def test_contradictions_have_one_prompt_and_far_answers() -> None:
 
 
 def test_a_run_is_not_deleted_while_it_is_measured(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qlora_tui.runs.measuring_worker.PATIENCE_S", 0.0)
-    with measuring(run):
+    monkeypatch.setattr("qlora_tui.runs.measuring.PATIENCE_S", 0.0)
+    monkeypatch.setattr("qlora_tui.gpu.torch_env.configure_torch_env", lambda variables: None)
+    with measuring(run.path):
         with pytest.raises(UserError, match="is being measured"):
             actions.check_deletable(run)
-        with pytest.raises(UserError, match="is being trained or measured"), measuring(run):
+        with pytest.raises(UserError, match="is being trained or measured"), measuring(run.path):
             pass

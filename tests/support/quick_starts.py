@@ -23,9 +23,9 @@ TRAINING_IMPORTS = (
 )
 TRAINING_MODULES = (
     "qlora_tui.training",
-    "qlora_tui.training.row_loss_worker",
+    "qlora_tui.training.row_loss_worker:measure",
     "qlora_tui.training.selftest",
-    "qlora_tui.chat.task_worker",
+    "qlora_tui.chat.task_worker:evaluate",
     "qlora_tui.engine.trace_worker",
     "bench.acceptance.check",
     "bench.acceptance.machine",
@@ -36,7 +36,7 @@ TRAINING_MODULES = (
     "bench.gpu_probe.length_timer",
     "bench.support.random_model",
 )
-"""Modules that need torch, where no test is about the start of their process."""
+"""Modules and jobs that need torch, if no test is about the start of their process."""
 WORKER_IMPORTS = (
     "qlora_tui.engine.server",
     "qlora_tui.export.llama_cpp.bindings",

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
+import resource
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench.tiny_gguf import write_tiny_gguf
-from qlora_tui import subprocesses
 from qlora_tui.catalog.gguf_header import read_gguf
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import UserError
+from qlora_tui.training.gguf_conversion import convert_in_child
 from qlora_tui.training.gguf_llama import is_known
-from qlora_tui.training.gguf_worker import convert, main
+from qlora_tui.training.gguf_worker import convert
 
 pytestmark = pytest.mark.slow
 
@@ -124,37 +123,16 @@ def test_what_cannot_be_converted_is_refused_and_leaves_nothing(tmp_path: Path) 
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_file_that_is_not_gguf_ends_in_one_sentence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "broken.gguf"
-    file.write_bytes(json.dumps({"not": "a model"}).encode())
-    assert main([str(file), str(tmp_path / "converted")]) == 1
-    assert "The GGUF file cannot be used" in capsys.readouterr().err
-
-
 def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing(file: Path, tmp_path: Path) -> None:
     """Here a limit on the size of a file, which the weights are the first to reach."""
-    done = subprocess.run(
-        [
-            *("bash", "-c", 'ulimit -f 64 && exec "$@"', "-"),
-            *subprocesses.module_argv("qlora_tui.training.gguf_worker", str(file), str(tmp_path / "folder")),
-        ],
-        env=subprocesses.subprocess_env(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert "too large" in done.stderr and "Traceback" not in done.stderr
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, before[1]))
+    try:
+        with pytest.raises(UserError, match="too large"):
+            convert_in_child(file, tmp_path / "folder")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_wrong_number_of_arguments_is_a_wrong_call(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as raised:
-        main([])
-    assert raised.value.code == 2
-    assert "usage" in capsys.readouterr().err
 
 
 def test_a_header_is_read_once_for_tokenizer_config_and_weights(

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from inspect import iscoroutinefunction as is_async
 from pathlib import Path
-from threading import Event
 from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,17 +20,18 @@ from textual import _wait
 from textual._compositor import Compositor, LayoutUpdate
 from textual.geometry import Region
 
+from qlora_tui import worker
 from qlora_tui.memory import budget
 from qlora_tui.memory.cpu import Processor
 from qlora_tui.recipe.fields import replace_setting
-from qlora_tui.runs import liveness, measuring
+from qlora_tui.runs import liveness
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.measuring import MeasuringStoppedError, StopSwitch
 from qlora_tui.runs.task_metrics.task_evaluation import TaskEvaluation
 from qlora_tui.tui import app, clock, system_monitor
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens import answer_measuring
 from qlora_tui.tui.screens.train import screen as train
+from qlora_tui.worker import JobStopped
 from tests.support.quick_starts import quick_workers_if_slow
 from tests.tui.fake_runs import BEGAN, GIB, TICKETS, FakeRun, write_fake_run
 from tests.tui.sample_data import readable_model
@@ -198,19 +198,22 @@ def endless_measurements(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Pop
         return children[-1]
 
     slow = SimpleNamespace(Popen=sleeper, PIPE=subprocess.PIPE, DEVNULL=subprocess.DEVNULL)
-    monkeypatch.setattr(measuring, "subprocess", slow)
+    monkeypatch.setattr(worker, "subprocess", slow)
     return children
 
 
 @pytest.fixture
 def answers_until_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     """A comparison of answers that stands at the third of 14 prompts until it is stopped."""
-    stopped = Event()
 
-    def evaluate(run: RunDir, progress: Callable[[int, int], None], switch: StopSwitch) -> TaskEvaluation:
+    def evaluate(
+        run: RunDir, progress: Callable[[int, int], None], should_stop: Callable[[], bool]
+    ) -> TaskEvaluation:
         progress(3, 14)
-        monkeypatch.setattr(switch, "stop", stopped.set)
-        assert stopped.wait(10)
-        raise MeasuringStoppedError
+        ends_at = time.monotonic() + 10
+        while not should_stop():
+            assert time.monotonic() < ends_at
+            time.sleep(0.01)
+        raise JobStopped
 
     monkeypatch.setattr(answer_measuring, "evaluate_task", evaluate)

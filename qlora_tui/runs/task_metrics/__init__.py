@@ -6,5 +6,4 @@
 ``answer_metrics``     chooses metrics by what the reference answers look like, and computes them
 ``task_evaluation``    the file of an evaluation, and the sentences on it
 ``task_report``        the report as text
-``task_job``           starts the measurement, ``chat.task_worker``, in a process with torch
 """

@@ -1,11 +1,11 @@
 """The file of an evaluation, ``task_evaluation.json`` in the run's folder, and what it says in sentences.
 
-Written by ``chat.task_worker``; commands, Home and Runs read it.
+Written by ``chat.task_worker``, as a job; commands, Home and Runs read it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import isfinite
 from typing import TypeVar
 
@@ -14,13 +14,16 @@ from msgspec import Struct
 
 from qlora_tui.checksums import digest
 from qlora_tui.decoding import decode_json
+from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write, read_regular
 from qlora_tui.formatting import pluralize
 from qlora_tui.runs.damage import WEIGHTS
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.measuring import measure_in_child
 from qlora_tui.runs.task_metrics.answer_metrics import LabelCount, Metric, TaskRow
 from qlora_tui.runs.task_metrics.intervals import MIN_ROWS, Interval, mean_interval
 
+_JOB = "qlora_tui.chat.task_worker:evaluate"
 DEFAULT_PROMPTS = 100
 """Validation prompts that are answered unless another number is asked for."""
 _MAX_BYTES = 1 << 26
@@ -93,6 +96,35 @@ class TaskHeadline(Struct, frozen=True, kw_only=True):
     adapter: str
     metrics: tuple[Metric, ...]
     loss: LossChange
+
+
+def evaluate_task(
+    run: RunDir,
+    prompts: int = DEFAULT_PROMPTS,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> TaskEvaluation:
+    """Let base and adapter answer validation prompts of a run. Answers of an earlier try are used again.
+
+    Args:
+        run: it has ended with an adapter.
+        prompts: most prompts, spread evenly over the validation data.
+        progress: called with the number of answers there are, and of all.
+        should_stop: ends it within a second; the answers so far stay.
+
+    Raises:
+        JobStopped: ``should_stop`` returned true.
+        UserError: the run has no adapter, no validation data or no prompts, is in use, or cannot be read.
+    """
+    measure_in_child(_JOB, run, prompts, progress=progress, should_stop=should_stop)
+    evaluation = read_task_evaluation(run)
+    if evaluation is None:
+        raise UserError(
+            "The answers could not be measured",
+            what=f"{run.task_evaluation_path} cannot be read.",
+            fix="Check the disk that holds it, and try again.",
+        )
+    return evaluation
 
 
 def adapter_hash(run: RunDir) -> str:

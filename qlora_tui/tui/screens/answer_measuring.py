@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from threading import Event
 from typing import ClassVar
 
 from textual import work
@@ -14,14 +15,13 @@ from textual.widgets import Static
 
 from qlora_tui.errors import UserError
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.measuring import MeasuringStoppedError, StopSwitch
-from qlora_tui.runs.task_metrics.task_evaluation import TaskEvaluation, read_task_evaluation
-from qlora_tui.runs.task_metrics.task_job import evaluate_task
+from qlora_tui.runs.task_metrics.task_evaluation import TaskEvaluation, evaluate_task, read_task_evaluation
 from qlora_tui.runs.task_metrics.task_report import report_lines
 from qlora_tui.tui.key_names import dialog_keys, key_name
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.widgets.controls import ViScroll
 from qlora_tui.visible import visible
+from qlora_tui.worker import JobStopped
 
 _ROWS_SHOWN = 100
 _WIDE_COLUMNS = 110
@@ -58,12 +58,13 @@ class EvaluationActions(WorkScreen):
     """Id of the command that measures, whose key also stops."""
     answers_progress: tuple[str, str] | None = None
     """Id of the run that is measured, and how far that is; None while none is."""
-    _switch: StopSwitch | None = None
+    _stop: Event | None = None
+    """Ends the measurement; None while there is none."""
 
     def evaluate(self, run: RunDir) -> None:
         """Show the answers of a run; measure them first where that was not done, or stop measuring."""
-        if self._switch is not None:
-            self._switch.stop()
+        if self._stop is not None:
+            self._stop.set()
         else:
             self._evaluate(run)
 
@@ -82,7 +83,7 @@ class EvaluationActions(WorkScreen):
             self.app.push_screen(AnswersScreen(evaluation))
 
     async def _measure(self, run: RunDir) -> TaskEvaluation | None:
-        self._switch = switch = StopSwitch()
+        self._stop = stop = Event()
         self.answers_progress = run.id, "loading the model"
         self.notify(
             f"Base and adapter of {run.name} answer its validation prompts. "
@@ -93,13 +94,13 @@ class EvaluationActions(WorkScreen):
             self.answers_progress = run.id, f"{done:,} of {total:,}"
 
         try:
-            return await asyncio.to_thread(evaluate_task, run, progress=on_progress, switch=switch)
-        except MeasuringStoppedError:
+            return await asyncio.to_thread(evaluate_task, run, progress=on_progress, should_stop=stop.is_set)
+        except JobStopped:
             self.notify(f"Stopped. Press {key_name(self.ANSWERS_COMMAND)} to continue.")
         except UserError as problem:
             self.notify(f"{problem.what} {problem.fix}", title=problem.title, severity="error")
         finally:
             # Leaving the app cancels this worker, but not its thread, for whose end the app would wait.
-            switch.stop()
-            self._switch = self.answers_progress = None
+            stop.set()
+            self._stop = self.answers_progress = None
         return None

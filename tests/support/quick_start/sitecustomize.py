@@ -1,8 +1,8 @@
 """First on the path of a test's child processes: a process with its imports behind it does their work.
 
-Where this process runs by ``-m`` one of the modules in ``FORK_SERVERS``, the fork server of that module gets
-its arguments, environment, folder, and standard streams. This process ends as the forked one does, by the
-same signal if by one. See :mod:`tests.support.forkserver`.
+Where this process runs by ``-m`` one of the modules in ``FORK_SERVERS``, or one of the jobs, the fork server
+of that module gets its arguments, environment, folder, and standard streams. This process ends as the forked
+one does, by the same signal if by one. See :mod:`tests.support.forkserver`.
 """
 
 import os
@@ -20,8 +20,9 @@ def _module_and_arguments() -> tuple[str, list[str]]:
 
 
 _module, _arguments = _module_and_arguments()
+_served = _arguments[0] if _module == "qlora_tui.worker" else _module
 _servers = os.environ.get("FORK_SERVERS", "")
-if f'"{_module}"' in _servers:
+if f'"{_served}"' in _servers:
     import json
     import signal
 
@@ -31,7 +32,7 @@ if f'"{_module}"' in _servers:
         from qlora_tui.subprocesses import end_with_parent
 
         end_with_parent()
-    code = ForkRequest(json.loads(_servers)[_module], _module, _arguments, [0, 1, 2]).wait()
+    code = ForkRequest(json.loads(_servers)[_served], _module, _arguments, [0, 1, 2]).wait()
     if code < 0:
         if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)

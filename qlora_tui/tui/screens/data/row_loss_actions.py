@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from threading import Event
 
 import msgspec
 from textual import work
@@ -14,9 +15,7 @@ from qlora_tui.formatting import pluralize
 from qlora_tui.recipe.schema import Source
 from qlora_tui.runs import actions as run_actions
 from qlora_tui.runs.directory import RunDir, all_runs
-from qlora_tui.runs.measuring import StopSwitch
-from qlora_tui.runs.row_loss_job import measure_row_losses
-from qlora_tui.runs.row_losses import RowLosses, read_row_losses, token_changes
+from qlora_tui.runs.row_losses import RowLosses, measure_row_losses, read_row_losses, token_changes
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.data.row_loss_list import RowChoice, RowLossScreen
 from qlora_tui.tui.screens.data.source_actions import SourceActions
@@ -69,16 +68,16 @@ class RowLossActions(SourceActions):
                 f"Measuring the rows of {run.name}, about as long as training on them once. "
                 "The list opens when it is done."
             )
-            switch = StopSwitch()
+            stop = Event()
             try:
-                losses = await asyncio.to_thread(measure_row_losses, run, started=switch.attach)
+                losses = await asyncio.to_thread(measure_row_losses, run, should_stop=stop.is_set)
             except UserError as problem:
                 self.notify(f"{problem.what} {problem.fix}", title=problem.title, severity="error")
                 return
             finally:
                 self._measuring = False
                 # Leaving the app cancels this worker, but not its thread, for whose end the app would wait.
-                switch.stop()
+                stop.set()
         self._show_losses(losses, run, number, source)
 
     def token_changes(self) -> tuple[tuple[float, float], ...]:

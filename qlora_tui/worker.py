@@ -1,0 +1,302 @@
+"""Jobs in processes of their own: ``python -m qlora_tui.worker MODULE:FUNCTION``.
+
+A job is a plain function of this package, named by its import path, with annotated arguments. They arrive as
+one line of JSON on stdin; a job with a parameter ``report`` may say how far it is. Each line on stdout is a
+:data:`Message`: any number of :class:`Progress`, then a :class:`Result` or a :class:`Failure`. What libraries
+print goes to stderr.
+
+:func:`run_job` starts a job, follows it to its end, and kills it if it is interrupted. The job also ends with
+the process that started it, however that ends, because its stdin does. A job of :func:`start_detached`
+outlives that process.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import inspect
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any, Protocol, TypeAlias, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from qlora_tui import subprocesses
+from qlora_tui.decoding import decode_json
+from qlora_tui.errors import UserError
+
+PROGRESS_INTERVAL_S = 0.2
+"""Shortest time between two messages that differ only in numbers, and how often ``should_stop`` is asked."""
+PROGRAM = "qlora_tui.worker"
+_DETACHED = "--detached"
+_LAST_BYTES = 65_536
+
+T = TypeVar("T")
+
+
+class Progress(Struct, frozen=True, tag="progress", omit_defaults=True):
+    """How far a job is."""
+
+    done: int = 0
+    total: int = 0
+    """In the unit of the job: bytes, rows, passes over samples."""
+    text: str = ""
+    """Current activity: the file, or a sentence."""
+
+
+class Result(Struct, frozen=True, tag="result"):
+    """What the function returned."""
+
+    value: msgspec.Raw
+
+
+class Failure(Struct, frozen=True, tag="failure", omit_defaults=True):
+    """The fields of the UserError that ended the job."""
+
+    title: str
+    what: str
+    why: str = ""
+    fix: str = ""
+    code: str = ""
+    exit_code: int = 1
+
+    def error(self) -> UserError:
+        """Return it as the exception."""
+        return UserError(
+            self.title,
+            what=self.what,
+            why=self.why,
+            fix=self.fix,
+            code=self.code,
+            exit_code=self.exit_code,
+        )
+
+
+Message: TypeAlias = Progress | Result | Failure
+_DECODER: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message)
+
+
+class Report(Protocol):
+    """What a job calls to say how far it is."""
+
+    def __call__(self, done: int, total: int, text: str = "") -> None:
+        """Send a :class:`Progress`."""
+
+
+class JobStopped(Exception):
+    """``should_stop`` ended a job."""
+
+
+def run_job(
+    job: str,
+    *arguments: object,
+    result: type[T],
+    title: str,
+    subject: str,
+    fix: str = "",
+    on_progress: Callable[[Progress], object] = lambda progress: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    deadline_s: float | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> T:
+    """Run a job to its end in a process of its own, and return its result.
+
+    Args:
+        job: ``qlora_tui.module:function``.
+        arguments: of the function: paths, or what JSON can hold.
+        result: type that the function returns.
+        title: of the error if the process ends without a result.
+        subject: what the process is, in that error: ``The process that converted x.gguf``.
+        fix: of that error.
+        on_progress: called with each message; what it raises ends the job.
+        should_stop: asked several times a second, also while the job is silent.
+        deadline_s: seconds after which the job is killed.
+        environ: its environment, by default that of this process.
+
+    Raises:
+        JobStopped: ``should_stop`` returned true.
+        UserError: the job reported it, or it died, or took too long.
+    """
+    died = UserError(title, what=f"{subject} ended early.", fix=fix)
+    outcome: Message | None = None
+    with tempfile.TemporaryFile() as errors, _start(job, arguments, errors, environ) as child:
+        assert child.stdout is not None
+        try:
+            for message in _messages(child.stdout, should_stop, deadline_s):
+                if isinstance(message, Progress):
+                    on_progress(message)
+                else:
+                    outcome = message
+            code = child.wait()
+        except TimeoutError:
+            raise died.replace(what=f"{subject} did not end within {deadline_s:,.0f} seconds.") from None
+        finally:
+            # Whatever interrupts the wait, the child must not outlive it.
+            child.kill()
+        last_line = _last_line(errors)
+    if isinstance(outcome, Failure):
+        raise outcome.error()
+    if code == -signal.SIGKILL:
+        why = "The machine most likely ran out of memory."
+        raise died.replace(
+            what=f"{subject} was killed.", why=why, fix=fix or "Close other programs and try again."
+        )
+    if code or not isinstance(outcome, Result):
+        ending = f"code {code}" if code >= 0 else signal.Signals(-code).name
+        raise died.replace(what=f"{subject} ended with {ending}.", why=last_line)
+    return msgspec.json.decode(outcome.value, type=result)
+
+
+def start_detached(
+    job: str, *arguments: object, stdout: int | IO[bytes], stderr: int | IO[bytes] | None
+) -> subprocess.Popen[bytes]:
+    """Start a job that outlives this process and its terminal."""
+    child = _start(job, arguments, stderr, stdout=stdout, detached=True)
+    assert child.stdin is not None
+    with suppress(BrokenPipeError):
+        child.stdin.close()
+    return child
+
+
+def decode_message(line: bytes) -> Message | None:
+    """Decode one line of a job's stdout; None if it is not a message."""
+    try:
+        return decode_json(line, _DECODER)
+    except msgspec.MsgspecError:
+        return None
+
+
+def _start(
+    job: str,
+    arguments: tuple[object, ...],
+    stderr: int | IO[bytes] | None,
+    environ: Mapping[str, str] | None = None,
+    *,
+    stdout: int | IO[bytes] = subprocess.PIPE,
+    detached: bool = False,
+) -> subprocess.Popen[bytes]:
+    child = subprocess.Popen(
+        subprocesses.module_argv(PROGRAM, job, *((_DETACHED,) if detached else ())),
+        env=dict(environ) if environ is not None else subprocesses.subprocess_env(),
+        stdin=subprocess.PIPE,
+        stdout=stdout,
+        stderr=stderr,
+        # Ctrl-C in a terminal is for this process, which then ends the job.
+        start_new_session=True,
+    )
+    assert child.stdin is not None
+    with suppress(BrokenPipeError):
+        child.stdin.write(msgspec.json.encode(arguments, enc_hook=_encode_path) + b"\n")
+        child.stdin.flush()
+    return child
+
+
+def _messages(
+    output: IO[bytes], should_stop: Callable[[], bool], deadline_s: float | None
+) -> Iterator[Message]:
+    """Yield messages until the output ends. Raises JobStopped and TimeoutError."""
+    ends_at = None if deadline_s is None else time.monotonic() + deadline_s
+    partial_line = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(output, selectors.EVENT_READ)
+        while True:
+            if should_stop():
+                raise JobStopped
+            if ends_at is not None and time.monotonic() > ends_at:
+                raise TimeoutError
+            if not selector.select(PROGRESS_INTERVAL_S):
+                continue
+            piece = output.read1(65_536)  # type: ignore[attr-defined]  # a pipe is a BufferedReader
+            if not piece:
+                return
+            *lines, partial_line = (partial_line + piece).split(b"\n")
+            yield from filter(None, map(decode_message, lines))
+
+
+def _last_line(errors: IO[bytes]) -> str:
+    errors.seek(max(0, errors.seek(0, os.SEEK_END) - _LAST_BYTES))
+    return (errors.read().decode(errors="replace").strip().splitlines() or [""])[-1]
+
+
+def _encode_path(value: object) -> bytes:
+    if isinstance(value, Path):
+        return os.fsencode(value)  # a name need not be UTF-8
+    raise NotImplementedError(type(value))
+
+
+def _decode_path(kind: type, value: str) -> Path:
+    assert kind is Path
+    return Path(os.fsdecode(base64.b64decode(value)))
+
+
+class _Messages:
+    """The worker's side of stdout. Also the ``report`` of its job."""
+
+    def __init__(self, output: IO[bytes]) -> None:
+        self._output: IO[bytes] | None = output
+        self._sent = Progress()
+        self._sent_at = -PROGRESS_INTERVAL_S
+
+    def __call__(self, done: int, total: int, text: str = "") -> None:
+        progress, now = Progress(done, total, text), time.monotonic()
+        if progress.text != self._sent.text or done == total or now - self._sent_at >= PROGRESS_INTERVAL_S:
+            self._sent, self._sent_at = progress, now
+            self.send(progress)
+
+    def send(self, message: Message) -> None:
+        """Write a line, unless the reader has gone: a detached job goes on without it."""
+        if self._output is not None:
+            try:
+                self._output.write(msgspec.json.encode(message) + b"\n")
+                self._output.flush()
+            except BrokenPipeError:
+                self._output = None
+
+
+def main(job: str, *flags: str) -> int:
+    """Run the job on the arguments from stdin; return the exit code."""
+    messages = _Messages(os.fdopen(os.dup(1), "wb"))
+    os.dup2(2, 1)
+    arguments = sys.stdin.buffer.readline()
+    if _DETACHED not in flags:
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
+    try:
+        value = _call(job, arguments, messages)
+    except UserError as error:
+        messages.send(Failure(**error.fields()))
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    messages.send(Result(msgspec.Raw(msgspec.json.encode(value))))
+    return 0
+
+
+def _end_with_stdin() -> None:
+    while os.read(0, 1024):
+        pass
+    os._exit(1)
+
+
+def _call(job: str, encoded: bytes, report: Report) -> Any:
+    module, _, name = job.partition(":")
+    function = getattr(importlib.import_module(module), name)
+    parameters = list(inspect.signature(function).parameters)
+    hints = typing.get_type_hints(function)
+    types = tuple(hints[parameter] for parameter in parameters if parameter != "report")
+    arguments = msgspec.json.decode(encoded, type=tuple[types], dec_hook=_decode_path)  # type: ignore[valid-type]
+    return function(*arguments, **({"report": report} if "report" in parameters else {}))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
