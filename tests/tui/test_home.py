@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +15,6 @@ from textual.drivers.headless_driver import HeadlessDriver
 from textual.pilot import Pilot
 
 from qlora_tui import paths
-from qlora_tui.demo import demo_model as demo_model
 from qlora_tui.demo.conversations import CONVERSATIONS
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
@@ -28,6 +28,7 @@ from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.home.next_step import DEMO, HomeState, next_step, other_steps
 from qlora_tui.tui.screens.home.screen import HomeScreen
 from qlora_tui.tui.screens.modals import machine_report
+from qlora_tui.tui.screens.models import downloads
 from qlora_tui.tui.screens.train.screen import TrainScreen, show_run
 from qlora_tui.tui.system_status import SystemStatus
 from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
@@ -139,15 +140,16 @@ async def test_a_new_user_is_offered_the_demo_or_the_hub(make_app: MakeApp) -> N
 async def test_enter_starts_the_demo_download_once_and_keeps_the_screen(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    began, go_on = [], threading.Event()
+    began = []
+    says = 'echo \'{"event":"saying","text":"Fetching"}\'; until [ -e go ]; do sleep 0.05; done; '
+    done = f'echo \'{{"event":"done","path":"{tmp_path}/model"}}\''
 
-    def fetch(tell: Callable[[str], None]) -> Path:
+    def start() -> downloads.Download:
         began.append(1)
-        tell("Fetching")
-        go_on.wait(30)
-        return tmp_path / "model"
+        child = subprocess.Popen(["sh", "-c", says + done], cwd=tmp_path, stdout=subprocess.PIPE)
+        return downloads.Download(downloads.DEMO, "demo", child)
 
-    monkeypatch.setattr(demo_model, "ensure_model", fetch)
+    monkeypatch.setattr(downloads, "start_demo", start)
     app = make_app()
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
         await wait_for_text(pilot, DEMO.text)
@@ -156,7 +158,7 @@ async def test_enter_starts_the_demo_download_once_and_keeps_the_screen(
         await pilot.press("enter", "d")
         assert isinstance(app.screen, HomeScreen)
         await pilot.press("1")
-        go_on.set()
+        (tmp_path / "go").touch()
         await wait_for_text(pilot, "Downloaded the demo model")
         assert app.current_mode == "models"
         assert app.workbench.recipe.model.id == str(tmp_path / "model")

@@ -19,7 +19,7 @@ from textual.widgets import Input
 
 from qlora_tui.catalog.local_models import converted_dir, hub_cache_dir
 from qlora_tui.catalog.starter_models import STARTER_MODELS
-from qlora_tui.tui.screens.models import downloads, model_facts, starter_choice
+from qlora_tui.tui.screens.models import downloads, model_facts, model_list
 from qlora_tui.tui.screens.models.model_facts import read_license
 from qlora_tui.tui.screens.models.screen import ModelsScreen
 from qlora_tui.tui.widgets.controls import ViList
@@ -208,7 +208,7 @@ async def test_a_model_to_start_with_is_found_or_downloaded(
     hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     smallest = replace(STARTER_MODELS[0], id=TINY)
-    monkeypatch.setattr(starter_choice, "STARTER_MODELS", (smallest,))
+    monkeypatch.setattr(model_list, "STARTER_MODELS", (smallest,))
     app = open_on("models")
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await wait_for_text(pilot, "Worth starting with", "(demo)", TINY, "942 MiB")
@@ -313,7 +313,7 @@ async def test_a_config_alone_is_selected_for_estimates(tmp_path: Path) -> None:
             "Enter  Select it for estimates only",
         )
         await pilot.press("enter")
-        await wait_for_text(pilot, "Model set to planned, for estimates only. To train it")
+        await wait_for_text(pilot, "Model set to planned, for estimates only.")
         assert app.workbench.recipe.model.id == str(folder)
         assert isinstance(app.screen, ModelsScreen)
 

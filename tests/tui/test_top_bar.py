@@ -9,7 +9,7 @@ from qlora_tui.gpu.metrics import GpuDevice
 from qlora_tui.memory.budget import budget_for
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.status import Status
-from qlora_tui.tui.screens.home.text import gpu_lines
+from qlora_tui.tui.screens.home.reader import gpu_lines
 from qlora_tui.tui.system_monitor import SystemMonitor
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.bars import TopBar

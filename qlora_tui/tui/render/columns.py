@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from rich.cells import cell_len
-from textual.content import Content
-
-from qlora_tui.formatting import truncate_middle
+from textual.content import Content, Span
 
 Row = TypeVar("Row")
 
@@ -23,10 +21,13 @@ class Column(Generic[Row]):
     title: str = ""
     width: int | None = None
     """In cells; None is as wide as its widest text, or as its title."""
+    min_width: int = 1
     max_width: int | None = None
     """The most cells of a column as wide as its texts."""
+    shrinks: bool = False
+    """Whether it gives up cells, down to ``min_width``, where the columns are too wide together."""
     fills: bool = False
-    """Whether it takes what the others leave of the line, ``width`` at least."""
+    """Whether it takes all that the others leave of the line, ``min_width`` at least."""
     right: bool = False
     """Whether its texts are aligned at the right."""
     style: str = ""
@@ -36,7 +37,9 @@ class Column(Generic[Row]):
     """Cells of the line from which it is shown."""
 
 
-def table(columns: Sequence[Column[Row]], rows: Sequence[Row], width: int) -> list[Content]:
+def table(
+    columns: Sequence[Column[Row]], rows: Sequence[Row], width: int, title_style: str = "dim"
+) -> list[Content]:
     """A line of titles, if there are any, and a line for each row, of ``width`` cells at most if that can be.
 
     Texts that are too long are cut in their middle, since names differ at their ends.
@@ -46,25 +49,26 @@ def table(columns: Sequence[Column[Row]], rows: Sequence[Row], width: int) -> li
     widths = [_width(column, cells) for column, cells in zip(columns, texts, strict=True)]
     gaps = [column.gap if number else 0 for number, column in enumerate(columns)]
     for number, column in enumerate(columns):
-        if column.fills:
-            others = sum(widths) - widths[number] + sum(gaps)
-            widths[number] = max(column.width or 1, width - others)
+        left = width - sum(gaps) - sum(widths) + widths[number]
+        if column.fills or (column.shrinks and left < widths[number]):
+            widths[number] = max(column.min_width, left)
     lines = []
     if any(column.title for column in columns):
         titles: list[str | Content] = [column.title for column in columns]
-        lines.append(Content("").join(_cells(columns, titles, widths, gaps)).rstrip().stylize("dim"))
+        lines.append(Content("").join(_cells(columns, titles, widths, gaps)).rstrip().stylize(title_style))
     for number in range(len(rows)):
         lines.append(Content("").join(_cells(columns, [cells[number] for cells in texts], widths, gaps)))
     return lines
 
 
 def fit_cells(text: Content, width: int) -> Content:
-    """Cut a text in its middle to ``width`` cells; one with wide characters or several styles at its end."""
+    """Cut a text to ``width`` cells, in its middle; one with wide characters at its end."""
     if text.cell_length <= width:
         return text
-    if len(text.spans) <= 1 and text.cell_length == len(text):
-        return Content.styled(truncate_middle(text.plain, width), text.spans[0].style if text.spans else "")
-    return text.truncate(width, ellipsis=True)
+    if text.cell_length != len(text) or width < 3:
+        return text.truncate(width, ellipsis=True)
+    end = width // 2
+    return text[: width - end - 1] + "…" + text[len(text) - end :]
 
 
 def _width(column: Column[Row], texts: Sequence[str | Content]) -> int:
@@ -81,5 +85,15 @@ def _cells(
     for column, text, width, gap in zip(columns, texts, widths, gaps, strict=True):
         cell = fit_cells(Content.styled(text, column.style) if isinstance(text, str) else text, width)
         missing = width - cell.cell_length
-        cells.append(cell.pad_left(gap + missing) if column.right else cell.pad_right(missing).pad_left(gap))
+        cell = _padded(cell, gap + missing, 0) if column.right else _padded(cell, 0, missing).pad_left(gap)
+        cells.append(cell)
     return cells
+
+
+def _padded(text: Content, left: int, right: int) -> Content:
+    """Add spaces; the styles that a text begins and ends with reach over them."""
+    spans = [
+        Span(start + left if start else 0, end + left + (right if end == len(text) else 0), style)
+        for start, end, style in text.spans
+    ]
+    return Content(f"{' ' * left}{text.plain}{' ' * right}", spans)

@@ -1,6 +1,4 @@
-"""Home: ``screen`` and ``actions``; ``reader`` gathers what it shows, ``text`` formats it.
-The layout in narrow windows is in the CSS of ``screen``.
+"""Home: ``screen``; ``reader`` gathers what it shows and formats it.
 
-``next_step`` decides what Enter does; the key of the guide follows ``tui.first_steps``. ``starters`` offers
-models to new users. ``recent_runs`` is the list of earlier runs.
+``next_step`` decides what Enter does.
 """

@@ -15,16 +15,21 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from qlora_tui import paths
+from qlora_tui.errors import UserError
 from qlora_tui.tui import clock
-from qlora_tui.tui.screens.home.actions import HomeActions
-from qlora_tui.tui.screens.home.recent_runs import RecentRuns
+from qlora_tui.tui.key_names import key_name
+from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.controls import ViScroll
-from qlora_tui.tui.widgets.line_widgets import Graph, update_if_changed
+from qlora_tui.tui.widgets.line_widgets import DiffWidget, Graph, update_if_changed
 from qlora_tui.tui.widgets.panel import Panel
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from qlora_tui.recipe.schema import Recipe
+    from qlora_tui.runs.run_summary import RunSummary
+    from qlora_tui.tui.screens.home.next_step import NextStep
     from qlora_tui.tui.screens.home.reader import HomeFacts, HomeLayout, HomeReader
     from qlora_tui.tui.workbench import Workbench
 
@@ -36,7 +41,28 @@ _FRAME = 5
 _SHORT_FRAME = 3
 
 
-class HomeScreen(HomeActions):
+class RecentRuns(DiffWidget):
+    """The runs before the last, as many as there is room for."""
+
+    def __init__(self) -> None:
+        super().__init__(id="recent-runs")
+        self._summaries: tuple[RunSummary, ...] = ()
+        self._now = 0.0
+
+    def show(self, summaries: tuple[RunSummary, ...], now: float) -> None:
+        """Show these; ``now`` is the Unix time that ages are counted to."""
+        self._summaries, self._now = summaries, now
+        self.redraw()
+
+    def draw(self, width: int, height: int) -> list[Content]:
+        if not self._summaries:
+            return []
+        from qlora_tui.tui.screens.home.reader import recent_lines  # not needed for the first frame
+
+        return recent_lines(list(self._summaries[:height]), self._now, width)
+
+
+class HomeScreen(WorkScreen):
     """GPU, last run, queue, recipe, next step."""
 
     MODE = "home"
@@ -104,6 +130,9 @@ class HomeScreen(HomeActions):
 
     def __init__(self) -> None:
         super().__init__()
+        self.suggestion: NextStep | None = None
+        self.downloading_demo = False
+        """Whether the demo model is being downloaded; the next step shows its progress."""
         self._reader: HomeReader | None = None
         self._started_at = clock.now()
         self._seen_at = _load_last_seen() or self._started_at
@@ -175,6 +204,100 @@ class HomeScreen(HomeActions):
         for panel, lines in facts.lines.items():
             self._show_lines(panel, lines)
         self._show_run(facts)
+
+    async def action_next(self) -> None:
+        """Do the next step."""
+        if self.suggestion is not None and not self.downloading_demo:
+            await self.run_action(self.suggestion.action)
+
+    async def action_watch(self) -> None:
+        """Watch the active run, or see the last one."""
+        from qlora_tui.tui.screens.train.screen import show_run
+
+        if self.qlora_app.system_status.active_or_last is not None:
+            await show_run(self.qlora_app, self.qlora_app.system_status.active_or_last)
+
+    async def action_resume(self) -> None:
+        """Queue the last run again, and watch it."""
+        from qlora_tui.runs import actions as run_actions
+
+        last = self.qlora_app.system_status.active_or_last
+        if last is None:
+            return
+        try:
+            run_actions.resume(last)
+        except UserError as problem:
+            self.qlora_app.show_error(problem)
+            return
+        await self.action_watch()
+
+    async def action_prepare(self) -> None:
+        """Open Train with the recipe and its checks."""
+        from qlora_tui.tui.screens.train.screen import prepare_run
+
+        await prepare_run(self.qlora_app)
+
+    async def action_chat(self) -> None:
+        """Talk to the last run's adapter."""
+        from qlora_tui.tui.screens.chat.screen import show_chat
+
+        if self.qlora_app.system_status.active_or_last is not None:
+            await show_chat(self.qlora_app, self.qlora_app.system_status.active_or_last)
+
+    def action_export(self) -> None:
+        """Export the last run's adapter."""
+        from qlora_tui.tui.screens.runs.export_dialog import show_export_dialog
+
+        if self.qlora_app.system_status.active_or_last is not None:
+            show_export_dialog(self.qlora_app, self.qlora_app.system_status.active_or_last)
+
+    async def action_demo(self) -> None:
+        """Fetch the demo's model, if it is not there, and prepare a run of it."""
+        from qlora_tui.demo.demo_model import is_ready, model_folder
+        from qlora_tui.tui.screens.models.downloads import ask_for_demo
+
+        def download() -> None:
+            self.downloading_demo = True
+            self._download_demo()
+
+        if self.downloading_demo:
+            return
+        if is_ready():
+            await self._prepare_demo(model_folder())
+            return
+        then = (
+            " Then sets the recipe to it and to the 133 conversations that come with the app; "
+            f"press {key_name('app.undo')} to undo. Training starts only when you launch it."
+        )
+        ask_for_demo(self.app, then, download)
+
+    @work(group="demo")
+    async def _download_demo(self) -> None:
+        from qlora_tui.tui.screens.models import downloads
+
+        download = downloads.start_demo()
+        try:
+            async for _ in download.follow():
+                self.query_one("#next", Static).update(f"{download.status_text}…")
+        finally:
+            self.downloading_demo = False
+            self.start_reading()
+        if download.problem is not None:
+            self.qlora_app.show_error(download.problem)
+        elif download.path is not None:
+            await self._prepare_demo(download.path)
+
+    async def _prepare_demo(self, model: Path) -> None:
+        from qlora_tui.demo.demo_run import demo_recipe
+
+        self.qlora_app.load_recipe(demo_recipe(model))
+        if self.is_current:
+            await self.action_prepare()
+        else:
+            self.notify(
+                "Downloaded the demo model and set the recipe to it. "
+                f"Press {key_name('go.train')} to check and launch a run."
+            )
 
     def _facts(self, workbench: Workbench, system_status: SystemStatus, size: Size) -> HomeFacts:
         from qlora_tui.tui.screens.home.reader import HomeReader

@@ -1,6 +1,5 @@
-"""Model: ``screen`` shows ``listed_models`` (``model_lines``) and one (``model_side``).
+"""Model: ``screen`` shows ``model_list`` and the facts of one model.
 
-``model_facts`` describes it, ``model_fit`` estimates its memory. ``starter_choice`` are models of the Hub to
-start with. ``hub_queries`` asks the Hub; ``downloads`` are child processes, which ``download_actions`` starts
-and ``download_line`` shows.
+``model_list`` lists models of this machine, results of the Hub, and models to start with; ``model_facts``
+describes one and estimates its memory. ``downloads`` are child processes, with the panel that shows them.
 """

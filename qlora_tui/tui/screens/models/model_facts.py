@@ -1,31 +1,47 @@
-"""Details of one model: architecture, license, files, download."""
+"""The panels beside the list of models: facts of one model, its memory by length, room on the disk."""
 
 from __future__ import annotations
 
+import asyncio
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from textual import work
+from textual.containers import Vertical, VerticalScroll
 from textual.content import Content
+from textual.widget import Widget
+from textual.widgets import Static
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.hub import HubModel
+from qlora_tui.catalog.hub_files import plan_download
 from qlora_tui.catalog.local_models import LocalModel, hub_cache_dir
+from qlora_tui.catalog.lookup import fetch_architecture
 from qlora_tui.catalog.model_validation import MissingFilesError
+from qlora_tui.demo.wheel_download import SMOLLM2
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import (
-    abbreviate_home,
     format_bytes,
     format_count,
     format_duration,
+    format_gib,
     format_path,
 )
+from qlora_tui.memory import Device, check_fit, estimate
+from qlora_tui.memory.budget import MemoryBudget
+from qlora_tui.memory.estimate import Precision, precision_of, why_int8_is_larger, with_precision
+from qlora_tui.recipe.fields import replace_setting
+from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
 from qlora_tui.tui.key_names import key_name
-from qlora_tui.tui.render.charts import labeled
-from qlora_tui.tui.screens.models.starter_choice import Starter
+from qlora_tui.tui.render.charts import bar, labeled
+from qlora_tui.tui.render.columns import Column, table
+from qlora_tui.tui.render.labels import PRECISION_NAMES, VERDICT_SIGN, error_content, verdict_words
+from qlora_tui.tui.widgets.line_widgets import update_if_changed
+from qlora_tui.tui.widgets.panel import Panel
 
 _LICENSE = re.compile(r"^license:\s*[\"']?([\w.+-]+)", re.MULTILINE)
 _PLACES = {
@@ -57,12 +73,13 @@ def local_facts(model: LocalModel, *, is_current: bool) -> list[Content]:
     if is_current:
         lines.append(Content.assemble(("● ", "$accent bold"), ("The recipe's model", "bold")))
     if model.refusal:
-        lines += _refused(model.refusal, _download_step(model))
+        lines.append(error_content(model.refusal, step=_download_step(model)))
         if model.architecture and not is_current:
             lines.append(_step("Enter", "Select it for estimates only", mark=" "))
     elif not is_current:
         lines.append(_step("Enter", "Select this model"))
-    lines.append(_fact("license", read_license(model.path) or _no_license(model)))
+    page = f": huggingface.co/{model.id}" if model.source == "hub cache" else ""
+    lines.append(_fact("license", read_license(model.path) or f"not in its files{page}"))
     if model.architecture:
         lines += _architecture_lines(model.architecture)
     return [
@@ -76,7 +93,7 @@ def hub_facts(model: HubModel, known: HubFacts | None, speed: float | None) -> l
     """Details of a model on the Hub; ``known`` is what was loaded with Enter."""
     refusal = model.refusal or (known.problem if known else None)
     if refusal:
-        lines = _refused(refusal)
+        lines = [error_content(refusal)]
     elif known is None:
         lines = [_step("Enter", "Load its details from the Hub")]
     else:
@@ -97,13 +114,13 @@ def hub_facts(model: HubModel, known: HubFacts | None, speed: float | None) -> l
     ]
 
 
-def starter_facts(model: Starter) -> list[Content]:
+def starter_facts(license_: str, architecture: Architecture, download_bytes: int) -> list[Content]:
     """Details of a model to start with, before the Hub was asked."""
     return [
-        _step(key_name("models.download"), f"Download about {format_bytes(model.download_bytes)}"),
+        _step(key_name("models.download"), f"Download about {format_bytes(download_bytes)}"),
         _step("Enter", "Find it on the Hub", mark=" "),
-        _fact("license", model.license),
-        *_architecture_lines(model.architecture),
+        _fact("license", license_),
+        *_architecture_lines(architecture),
         _fact("access", "no token needed"),
     ]
 
@@ -138,12 +155,6 @@ def read_license(path: Path) -> str:
     except OSError:
         return ""
     return match[1] if match else ""
-
-
-def _no_license(model: LocalModel) -> str:
-    """Where it may be read, if that is known."""
-    page = f": huggingface.co/{model.id}" if model.source == "hub cache" else ""
-    return f"not in its files{page}"
 
 
 def _step(key: str, text: str, mark: str = "▸") -> Content:
@@ -189,13 +200,189 @@ def _download_step(model: LocalModel) -> Content | None:
     return None
 
 
-def _refused(problem: UserError, step: Content | None = None) -> list[Content]:
-    """What is wrong with a model, and what to do: ``step``, or as the problem says."""
-    lines = [Content.styled(f"✗ {problem.title}", "$error"), Content(abbreviate_home(problem.what))]
-    if problem.why:
-        lines.append(Content.styled(abbreviate_home(problem.why), "$text-muted"))
-    if step is not None:
-        lines.append(step)
-    elif problem.fix:
-        lines.append(Content.styled(f"▸ {abbreviate_home(problem.fix)}", "$accent"))
-    return lines
+def fetch_hub_facts(model_id: str) -> HubFacts:
+    """Fetch architecture and file sizes in a few requests; an error is in ``problem``."""
+    try:
+        plan = plan_download(model_id)
+        architecture = fetch_architecture(model_id, plan.commit)
+    except UserError as problem:
+        return HubFacts(None, 0, 0, problem)
+    return HubFacts(architecture, plan.total_bytes, plan.done_bytes)
+
+
+def validate_model_path(text: str) -> str:
+    """Return why a typed path cannot be used, or an empty string."""
+    path = Path(text.strip()).expanduser()
+    if not text.strip() or path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return ""
+    if path.is_file():
+        return f"{path.name} is neither a folder nor a .gguf file."
+    return f"{path} does not exist."
+
+
+def demo_facts() -> list[Content]:
+    """Describe the demo model and its download."""
+    size = f"{format_bytes(SMOLLM2.download_bytes)} from the package index"
+    return [
+        Content.assemble(
+            (f"▸ {key_name('models.download')}  ", "$accent bold"), (f"Download {size}", "bold")
+        ),
+        Content("llama, 135M parameters, license apache-2.0"),
+        Content("Small enough to train on a CPU in minutes."),
+        Content.styled(f"Converted, it takes {format_bytes(SMOLLM2.converted_bytes)}.", "dim"),
+    ]
+
+
+_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+_LENGTH_CELLS, _FIGURE_CELLS = 9, 12
+_MIN_BAR = 6
+
+
+@dataclass(frozen=True)
+class LengthFit:
+    """The memory at one sequence length: bytes and verdict in each precision."""
+
+    length: int
+    is_current: bool
+    """Whether it is the recipe's."""
+    needs: tuple[tuple[int, str], ...]
+
+
+@dataclass(frozen=True)
+class ModelFit:
+    """Memory of one model with a recipe."""
+
+    precisions: tuple[Precision, ...]
+    rows: tuple[LengthFit, ...]
+    budget: MemoryBudget
+    notes: tuple[str, ...] = ()
+    """What explains the figures, in sentences."""
+
+
+def model_fit(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> ModelFit:
+    """Estimate each length up to the model's context; takes some milliseconds for each."""
+    usable = _with_targets(model, recipe, budget.device)
+    note = "" if usable is recipe else "with all-linear: it does not have the recipe's targets"
+    precision = precision_of(recipe)
+    precisions: tuple[Precision, ...] = (precision, "nf4" if precision == "fp16" else "fp16")
+    own = recipe.data.max_length
+    lengths = sorted({own, *(length for length in _LENGTHS if length <= (model.max_positions or length))})
+    rows, reason = [], ""
+    for length in lengths:
+        changed = replace_setting(usable, "data.max_length", length)
+        estimates = [
+            estimate(with_precision(changed, each), model, device=budget.device) for each in precisions
+        ]
+        needs = tuple((each.total_bytes, check_fit(each, budget.bytes).word) for each in estimates)
+        rows.append(LengthFit(length, length == own, needs))
+        if precision == "int8":
+            reason = reason or why_int8_is_larger(*estimates)
+    return ModelFit(precisions, tuple(rows), budget, tuple(filter(None, (note, reason))))
+
+
+def need(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> tuple[int, str]:
+    """Bytes and verdict of a model with the recipe as it is."""
+    estimated = estimate(_with_targets(model, recipe, budget.device), model, device=budget.device)
+    return estimated.total_bytes, check_fit(estimated, budget.bytes).word
+
+
+def _with_targets(model: Architecture, recipe: Recipe, device: Device) -> Recipe:
+    """The recipe, or one with all linear modules where its targets are another model's."""
+    try:
+        estimate(recipe, model, device=device)
+    except UserError:
+        return replace_setting(recipe, "lora.target_modules", (ALL_LINEAR,))
+    return recipe
+
+
+def fit_lines(fit: ModelFit, width: int, *, can_train: bool = True) -> list[Content]:
+    """A line for each length, with a bar of the first precision if there is room; signs are explained below.
+
+    ``can_train``: whether the model can be trained; otherwise it *would* fit.
+    """
+
+    def length(row: LengthFit) -> Content:
+        weight = "bold" if row.is_current else ""
+        return Content.assemble(
+            ("▸" if row.is_current else " ", "bold $accent"), (f"{row.length:,}".rjust(8), weight)
+        )
+
+    def figure(row: LengthFit, number: int) -> Content:
+        bytes_, word = row.needs[number]
+        style = verdict_words(word, can_train=can_train)[1]
+        return Content.assemble(
+            (f"{format_bytes(bytes_)} ", "bold" if row.is_current else ""), (VERDICT_SIGN[word], style)
+        )
+
+    cells = width - _LENGTH_CELLS - len(fit.precisions) * (_FIGURE_CELLS + 1) - 1
+    columns = [Column(title="length".rjust(_LENGTH_CELLS), text=length)]
+    if cells >= _MIN_BAR:
+        share = lambda row: bar(row.needs[0][0] / fit.budget.bytes, cells)  # noqa: E731
+        columns.append(Column(text=share, style="$secondary", gap=1))
+    for number, precision in enumerate(fit.precisions):
+        title, text = f"{PRECISION_NAMES[precision]}  ", partial(figure, number=number)
+        columns.append(Column(title=title, text=text, width=_FIGURE_CELLS, right=True, gap=min(number, 1)))
+    legend = Content("")
+    for word in dict.fromkeys(word for row in fit.rows for _, word in row.needs):
+        name, style = verdict_words(word, can_train=can_train)
+        legend += Content.assemble((VERDICT_SIGN[word], style), f" {name}   ")
+    notes = [Content.styled(note, "dim") for note in fit.notes]
+    return [*table(columns, fit.rows, width), legend.rstrip(), *notes]
+
+
+_TALL = 31
+"""Rows from which there is room for the third panel."""
+
+
+class ModelSide(Vertical):
+    """Shows one model; its memory is estimated in a thread."""
+
+    def __init__(self) -> None:
+        super().__init__(id="model-side")
+        self._fit: ModelFit | None = None
+        self._can_train = True
+
+    def compose(self) -> Iterable[Widget]:
+        with Panel("Model", id="model-panel"), VerticalScroll(id="model-scroll", can_focus=False):
+            yield Static(id="model-facts")
+        with Panel("Memory", keys=(("app.assume_gpu", "GPU size"), ("go.memory", "details")), id="fit-panel"):
+            yield Static(id="fit")
+        yield Panel("Storage", Static(id="storage"), id="storage-panel")
+
+    def on_mount(self) -> None:
+        self.query_one("#fit-panel").display = False
+
+    def on_resize(self) -> None:
+        self.query_one("#storage-panel").display = self.size.height >= _TALL
+        # The width of the panel inside follows.
+        self.call_after_refresh(self._show_fit)
+
+    def show(self, title: str, lines: Sequence[Content]) -> None:
+        """Show these facts."""
+        self.query_one("#model-panel", Panel).show_title(title)
+        update_if_changed(self.query_one("#model-facts", Static), Content("\n").join(lines))
+
+    def show_storage(self, lines: Sequence[Content]) -> None:
+        """Show what models take on the disk."""
+        update_if_changed(self.query_one("#storage", Static), Content("\n").join(lines))
+
+    @work(exclusive=True, group="fit")
+    async def estimate(
+        self, model: Architecture | None, recipe: Recipe, budget: MemoryBudget, *, can_train: bool
+    ) -> None:
+        """Estimate and show the memory of a model; without one the panel is hidden."""
+        self._fit, self._can_train = None, can_train
+        if model is not None:
+            self._fit = await asyncio.to_thread(model_fit, model, recipe, budget)
+        self.query_one("#fit-panel").display = self._fit is not None
+        self.call_after_refresh(self._show_fit)
+
+    def _show_fit(self) -> None:
+        panel = self.query_one("#fit-panel", Panel)
+        width = panel.content_size.width
+        if self._fit is not None and width:
+            budget = self._fit.budget
+            assumed = " (assumed)" if budget.is_assumed else ""
+            panel.show_title(f"Memory needed, of {format_gib(budget.bytes)} GiB{assumed}")
+            lines = fit_lines(self._fit, width, can_train=self._can_train)
+            update_if_changed(self.query_one("#fit", Static), Content("\n").join(lines))

@@ -14,31 +14,28 @@ from textual.widgets import Input, OptionList, Static
 
 from qlora_tui.catalog.hub import HubModel, search_models
 from qlora_tui.catalog.local_models import LocalModel, list_local_models
+from qlora_tui.demo.wheel_download import SMOLLM2
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.recent_paths import add_recent, load_recent
+from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen
 from qlora_tui.tui.screens.models import downloads
-from qlora_tui.tui.screens.models.download_actions import DownloadActions
-from qlora_tui.tui.screens.models.hub_queries import (
-    demo_model,
-    demo_name,
-    fetch_hub_facts,
-    validate_model_path,
-)
-from qlora_tui.tui.screens.models.listed_models import ListedModels
+from qlora_tui.tui.screens.models.downloads import DEMO, DownloadsPanel
 from qlora_tui.tui.screens.models.model_facts import (
+    ModelSide,
     can_be_completed,
+    demo_facts,
+    fetch_hub_facts,
     hub_facts,
     local_facts,
+    need,
     starter_facts,
     storage_lines,
+    validate_model_path,
 )
-from qlora_tui.tui.screens.models.model_fit import need
-from qlora_tui.tui.screens.models.model_lines import DEMO_LINE, HUB, LOCAL, STARTER
-from qlora_tui.tui.screens.models.model_side import ModelSide
-from qlora_tui.tui.screens.models.starter_choice import starters
+from qlora_tui.tui.screens.models.model_list import DEMO_LINE, HUB, LOCAL, STARTER, ListedModels, starters
 from qlora_tui.tui.widgets.controls import TextField, ViList
 from qlora_tui.tui.widgets.panel import Panel
 
@@ -50,7 +47,7 @@ SEARCH = "{models.filter} type a name; Enter also searches the Hub"
 LIST_KEYS = (("models.filter", "search"), ("models.open", "open path"), ("models.rescan", "rescan"))
 
 
-class ModelsScreen(DownloadActions):
+class ModelsScreen(WorkScreen):
     """A list with the hub's results under it, beside the facts of the model under the cursor."""
 
     MODE = "models"
@@ -83,13 +80,11 @@ class ModelsScreen(DownloadActions):
                         )
                     yield Static(highlight_keys(name_keys(EMPTY)), id="models-empty")
                     yield ViList(id="models-list")
-                stop = (("models.cancel", "stop"),)
-                yield Panel("Downloads", Static(id="downloads"), keys=stop, id="downloads-panel")
+                yield DownloadsPanel()
             yield ModelSide()
 
     def on_mount(self) -> None:
         self.query_one("#models-empty").display = False
-        self.query_one("#downloads-panel").display = False
         self.query_one(ViList).focus()
         self.action_rescan()
 
@@ -164,23 +159,39 @@ class ModelsScreen(DownloadActions):
 
     @property
     def selected_hub_model(self) -> str:
+        """Id of the selected model, if it is a result from the Hub or lacks files of it; else empty."""
         current = self.query_one(ViList).current or ""
         if (local := self._models.local_model(current)) is not None and can_be_completed(local):
             return local.id
         prefix, _, id_ = current.partition(":")
         return id_ if f"{prefix}:" in (HUB, STARTER) else ""
 
-    @property
-    def has_local_models(self) -> bool:
-        return bool(self._models.local)
+    def action_download(self) -> None:
+        """Download the selected model, or the demo model if there is no other."""
+        panel = self.query_one(DownloadsPanel)
+        if self.selected_hub_model:
+            panel.start(self.selected_hub_model)
+        elif not self._models.local:
+            downloads.ask_for_demo(self.app, "", lambda: panel.start(DEMO))
+        else:
+            self.notify("This model is already on this machine. Models to download are under 'On the Hub'.")
 
-    async def show_downloaded(self, path: Path) -> None:
-        # What was typed to find it on the Hub may not be in its name here.
-        self.query_one(Input).value = ""
-        await self._scan(select=path)
+    def action_cancel(self) -> None:
+        """Stop the newest download; it can be resumed."""
+        self.query_one(DownloadsPanel).stop_newest()
 
-    def forget_hub_facts(self, model_id: str) -> None:
-        self._models.hub_facts.pop(model_id, None)
+    async def on_downloads_panel_ended(self, event: DownloadsPanel.Ended) -> None:
+        """List a downloaded model and select it, or show why there is none."""
+        download = event.download
+        if download.problem is not None:
+            self._models.hub_facts.pop(download.id, None)
+            self.qlora_app.show_error(download.problem)
+        elif download.path is not None:
+            self.notify(f"Downloaded {download.name}. Press Enter to select it.")
+            self.qlora_app.workbench.forget_architecture()
+            # What was typed to find it on the Hub may not be in its name here.
+            self.query_one(Input).value = ""
+            await self._scan(select=download.path)
 
     def _choose(self, model: LocalModel) -> None:
         if model.refusal is not None and model.architecture is None:
@@ -218,7 +229,7 @@ class ModelsScreen(DownloadActions):
         if choose is not None:
             folders.append(choose)
         is_first = self._models.local is None
-        self._models.local = await asyncio.to_thread(_list_models, folders)
+        self._models.local = await asyncio.to_thread(list_local_models, [*folders, *load_recent("models")])
         if is_first and select is None:
             select = next((m.path for m in self._models.local if current in (m.id, str(m.path))), None)
         within = [m for m in self._models.local if choose is not None and m.path.is_relative_to(choose)]
@@ -271,11 +282,12 @@ class ModelsScreen(DownloadActions):
         elif hub is not None:
             title, lines = hub.id, hub_facts(hub, self._models.hub_facts.get(hub.id), downloads.last_speed())
         elif starter is not None:
-            title, lines = starter.id, starter_facts(starter)
+            title = starter.id
+            lines = starter_facts(starter.license, starter.architecture, starter.download_bytes)
         elif self._models.local is None or self._models.local:
             title, lines = "Model", []
         else:
-            title, lines = demo_name(), demo_model()
+            title, lines = SMOLLM2.name, demo_facts()
         side = self.query_one(ModelSide)
         side.show(title, lines)
         known = self._models.hub_facts.get(hub.id) if hub is not None else None
@@ -299,8 +311,3 @@ class ModelsScreen(DownloadActions):
         if self._models.lists_starters:
             self._models.starters = await asyncio.to_thread(starters, recipe, budget)
         self._show_list()
-
-
-def _list_models(folders: list[Path]) -> list[LocalModel]:
-    """The models in these folders, in those opened lately, and where they are always looked for."""
-    return list_local_models([*folders, *load_recent("models")])

@@ -1,0 +1,269 @@
+"""The list of the Model screen: models of this machine, and results of the Hub or models to start with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from textual.content import Content
+
+from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.catalog.hub import HubModel
+from qlora_tui.catalog.local_models import LocalModel
+from qlora_tui.catalog.starter_models import STARTER_MODELS
+from qlora_tui.demo.wheel_download import SMOLLM2
+from qlora_tui.formatting import format_bytes, format_count
+from qlora_tui.memory.budget import MemoryBudget
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.tui.key_names import key_name
+from qlora_tui.tui.render.columns import Column, table
+from qlora_tui.tui.render.labels import VERDICT_SIGN, VERDICT_STYLE
+from qlora_tui.tui.screens.models.model_facts import HubFacts, need
+from qlora_tui.tui.widgets.controls import HEADING
+
+LOCAL, HUB, STARTER = "local:", "hub:", "starter:"
+"""Prefixes of line ids, before the path or the Hub id."""
+DEMO_LINE = "demo:"
+"""Id of the demo model's line."""
+_WIDE = 100
+"""Cells of the list from which it has all columns."""
+_SOURCES = {"hub cache": "cache", "folder": "folder", "gguf": "GGUF", "converted": "converted"}
+_MAX_STARTERS = 5
+_MAX_STARTER_PARAMETERS_ON_CPU = 2_000_000_000
+"""Above, a step on a processor takes minutes."""
+_BYTES_PER_WEIGHT = 2
+"""Of the files on the Hub, which are in 16 bits."""
+
+
+@dataclass(frozen=True)
+class Starter:
+    """A model on the Hub worth starting with, and what it needs with the recipe as it is."""
+
+    id: str
+    license: str
+    architecture: Architecture
+    needs_bytes: int
+    verdict: str
+
+    @property
+    def download_bytes(self) -> int:
+        """Size of its files."""
+        return self.architecture.total_params * _BYTES_PER_WEIGHT
+
+
+def starters(recipe: Recipe, budget: MemoryBudget) -> tuple[Starter, ...]:
+    """The largest models of a short list that fit, from small to large; else its smallest. Takes a thread."""
+    all_models = []
+    for model in STARTER_MODELS:
+        architecture = model.architecture()
+        all_models.append(Starter(model.id, model.license, architecture, *need(architecture, recipe, budget)))
+    on_cpu = budget.device.kind == "cpu"
+    fitting = [
+        starter
+        for starter in all_models
+        if starter.verdict == "fits"
+        and not (on_cpu and starter.architecture.total_params > _MAX_STARTER_PARAMETERS_ON_CPU)
+    ]
+    return tuple(fitting[-_MAX_STARTERS:] or all_models[:1])
+
+
+@dataclass
+class ListedModels:
+    """Both lists, and what was found out about their models."""
+
+    local: list[LocalModel] | None = None
+    """None until the machine was searched."""
+    hub: list[HubModel] | None = None
+    """None without a search."""
+    query: str = ""
+    """What the Hub was searched for."""
+    hub_facts: dict[str, HubFacts] = field(default_factory=dict)
+    """Details of models on the Hub by id, where they were asked for."""
+    needs: dict[Path, tuple[int, str]] = field(default_factory=dict)
+    """Bytes and verdict of each model of this machine with the recipe as it is."""
+    starters: tuple[Starter, ...] = ()
+    """Models to start with, listed until the Hub is searched."""
+
+    @property
+    def lists_starters(self) -> bool:
+        """Whether models to start with take the place of results: until the Hub is searched."""
+        return self.hub is None and not self.query
+
+    def local_model(self, id_: str | None) -> LocalModel | None:
+        """The model of this machine with this id of a line."""
+        return next((m for m in self.local or () if LOCAL + str(m.path) == id_), None)
+
+    def hub_model(self, id_: str | None) -> HubModel | None:
+        """The model on the Hub with this id of a line."""
+        return next((m for m in self.hub or () if HUB + m.id == id_), None)
+
+    def starter(self, id_: str | None) -> Starter | None:
+        """The model to start with that has this id of a line."""
+        return next((m for m in self.starters if STARTER + m.id == id_), None)
+
+    def copy_here(self, model: HubModel) -> LocalModel | None:
+        """The copy on this machine of a model on the Hub, where it can be trained."""
+        return next((m for m in self.local or () if m.id == model.id and m.refusal is None), None)
+
+    def lines(self, words: str, chosen: str, width: int) -> list[tuple[str, Content]]:
+        """(id, line) of each model with ``words`` in its name: those of this machine, then those of the Hub.
+
+        Until the Hub is searched, models to start with take the place of its results.
+
+        Args:
+            words: In lower case. Results of the Hub stay whatever is typed after they were searched for.
+            chosen: The id of the recipe's model.
+            width: Cells of a line.
+        """
+        local = [model for model in self.local or () if words in model.name.lower()]
+        lines = _local_lines(local, chosen, width, self.needs) if self.local else []
+        here = frozenset(model.id for model in self.local or () if model.refusal is None)
+        to_start = [m for m in self.starters if m.id not in here and words in m.id.lower()]
+        if to_start and self.lists_starters:
+            return [*lines, *_starter_lines(to_start, width, with_demo=not self.local and not words)]
+        return [*lines, *_hub_lines(self.hub, self.query, width, here)]
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A model in the list; texts of columns in their order."""
+
+    id: str
+    mark: str
+    name: str
+    texts: tuple[str | Content, ...]
+    is_refused: bool = False
+
+    @property
+    def title(self) -> Content:
+        """The mark and the name."""
+        style = "$text-muted" if self.is_refused else ""
+        return Content.assemble(
+            (f"{self.mark} ", "$accent bold" if self.mark == "●" else style), (self.name, style)
+        )
+
+    def text(self, number: int) -> str | Content:
+        """The text of a column."""
+        text = self.texts[number]
+        return Content.styled(text, "$text-muted") if self.is_refused and isinstance(text, str) else text
+
+
+def _local_lines(
+    models: Sequence[LocalModel], chosen: str, width: int, needs: Mapping[Path, tuple[int, str]]
+) -> list[tuple[str, Content]]:
+    """A heading and a line for each model; ● marks the recipe's, ✗ those that cannot be trained."""
+    rows = []
+    for model in models:
+        mark = "●" if chosen in (model.id, str(model.path)) else "✗" if model.refusal else " "
+        needed = Content.styled("cannot train", "$error") if model.refusal else _need(needs.get(model.path))
+        texts = _architecture_texts(model.architecture, format_bytes(model.size_bytes), needed)
+        source = _SOURCES[model.source]
+        rows.append(
+            _Line(LOCAL + str(model.path), mark, model.name, (*texts, source), model.refusal is not None)
+        )
+    return _lines(f"On this machine ({len(models)})", _architecture_columns("on disk", "from"), rows, width)
+
+
+def _starter_lines(models: Sequence[Starter], width: int, *, with_demo: bool) -> list[tuple[str, Content]]:
+    """A heading and a line for each model to start with, in the columns of the models of this machine.
+
+    ``with_demo``: whether the first is the demo's model, which comes from the Python package index.
+    """
+    rows = []
+    if with_demo:
+        demo = ("135M", format_bytes(SMOLLM2.download_bytes), "", "8,192", "llama", "apache-2.0")
+        rows.append(_Line(DEMO_LINE, " ", f"{SMOLLM2.name} (demo)", demo))
+    for model in models:
+        needed = _need((model.needs_bytes, model.verdict))
+        texts = _architecture_texts(model.architecture, format_bytes(model.download_bytes), needed)
+        rows.append(_Line(STARTER + model.id, " ", model.id, (*texts, model.license)))
+    columns = _architecture_columns("download", "license")
+    return _lines("Worth starting with, to download", columns, rows, width)
+
+
+def _hub_lines(
+    models: Sequence[HubModel] | None, query: str, width: int, present: frozenset[str]
+) -> list[tuple[str, Content]]:
+    """A heading and a line for each result; ``models`` is None without a search, or if it failed."""
+    if models is None:
+        how = f"press {key_name('models.filter')}, type a name, then Enter"
+        text = (
+            f"The Hub was not searched for {query!r}. {how.capitalize()}" if query else f"On the Hub: {how}"
+        )
+        return [(f"{HEADING}hub", Content(text))]
+    rows = [
+        _Line(
+            HUB + model.id,
+            "✗" if model.refusal else " ",
+            model.id,
+            (
+                format_count(model.parameters),
+                f"↓{format_count(model.downloads)}" if model.downloads else "",
+                "here" if model.id in present else "gated" if model.gated else "",
+                model.modified,
+                model.model_type or "",
+                model.license or "",
+            ),
+            model.refusal is not None,
+        )
+        for model in models
+    ]
+    columns = (
+        ("params", 7, 0),
+        ("a month", 10, 0),
+        ("access", 13, 0),
+        ("changed", 12, _WIDE),
+        ("family", 14, _WIDE),
+        ("license", 13, _WIDE),
+    )
+    return _lines(f"On the Hub, for {query!r} ({len(models)})", columns, rows, width)
+
+
+def _architecture_columns(bytes_title: str, last: str) -> tuple[tuple[str, int, int], ...]:
+    """(title, cells, width from which it is shown) of columns about models whose architecture is known."""
+    return (
+        ("params", 7, 0),
+        (bytes_title, 10, 0),
+        ("needs", 13, 0),
+        ("context", 10, _WIDE),
+        ("family", 14, _WIDE),
+        (last, 11, _WIDE),
+    )
+
+
+def _architecture_texts(
+    model: Architecture | None, bytes_: str, needed: str | Content
+) -> tuple[str | Content, ...]:
+    if model is None:
+        return ("NA", bytes_, needed, "NA", "NA")
+    context = "NA" if model.max_positions is None else f"{model.max_positions:,}"
+    return (format_count(model.total_params), bytes_, needed, context, model.model_type)
+
+
+def _need(need: tuple[int, str] | None) -> str | Content:
+    if need is None:
+        return ""
+    bytes_, word = need
+    return Content.assemble(f"{format_bytes(bytes_)} ", (VERDICT_SIGN[word], VERDICT_STYLE[word]))
+
+
+def _lines(
+    heading: str, columns: Sequence[tuple[str, int, int]], rows: Sequence[_Line], width: int
+) -> list[tuple[str, Content]]:
+    """(id, line) of a heading with the titles of columns, and of each model."""
+    names = Column[_Line](title=heading, text=lambda row: row.title, fills=True, min_width=10)
+    figures = [
+        Column[_Line](
+            title=title,
+            text=partial(_Line.text, number=number),
+            width=cells - 1,
+            right=True,
+            gap=1,
+            shown_from=shown_from,
+        )
+        for number, (title, cells, shown_from) in enumerate(columns)
+    ]
+    ids = (f"{HEADING}{heading}", *(row.id for row in rows))
+    return list(zip(ids, table([names, *figures], rows, width, title_style=""), strict=True))
