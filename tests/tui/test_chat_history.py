@@ -21,7 +21,6 @@ from qlora_tui.tui.screens.chat.saved_conversations import (
     SavedTurn,
     list_conversations,
     new_conversation_path,
-    save_conversation,
 )
 from qlora_tui.tui.screens.chat.screen import ChatScreen
 from qlora_tui.tui.screens.chat.system_prompts import load_system_prompts
@@ -172,33 +171,12 @@ async def test_a_saved_conversation_is_opened_and_continued() -> None:
         assert [turn.prompt for turn in saved.turns] == ["Hello", "Again"]
 
 
-async def test_without_a_saved_conversation_there_is_none_to_open() -> None:
-    finished(ADAPTER)
-    app = open_on("chat")
-    async with app.run_test(size=(80, 24), notifications=True) as pilot:
-        await wait_for_text(pilot, "not loaded yet")
-        await pilot.press("escape", "h")
-        await wait_for_text(pilot, "No conversation with this run has been saved yet.")
-
-
 def test_an_unreadable_conversation_is_left_out() -> None:
     run = finished(ADAPTER)
     folder = transcript_path(run).parent
     folder.mkdir()
     (folder / "20261123-021320.json").write_text('{"at": 1')
     assert list_conversations(run) == []
-
-
-async def test_a_wide_window_shows_settings_tokens_and_conversations() -> None:
-    finished(ADAPTER)
-    app = open_on("chat")
-    async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "─ Sampling ─", "both answer", "temperature 0.7", "None yet.")
-        screen = chat_of(app)
-        with_fake_engine(screen)
-        await pilot.press(*"Hello", "enter")
-        await rest(pilot, screen)
-        await wait_for_text(pilot, "8,192 tokens", "20 read, 40 written, 27.3/s", "just now    Hello")
 
 
 async def test_tokens_of_a_prompt_are_estimated_then_counted() -> None:
@@ -248,15 +226,6 @@ async def test_system_prompts_are_offered_again_in_another_session() -> None:
             await pilot.press("enter")
             await wait_for_text(pilot, "system: Be ki")
     assert load_system_prompts() == ["Be kind."]
-
-
-async def test_all_saved_conversations_are_beside_the_chat() -> None:
-    run = finished(ADAPTER)
-    for number in range(3):
-        path = new_conversation_path(run)
-        save_conversation(path, [saved_turn(f"Question {number}")], "")
-    async with open_on("chat").run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "not loaded yet", "Question 0", "Question 1", "Question 2")
 
 
 def saved_turn(prompt: str) -> ChatTurn:

@@ -19,28 +19,19 @@ from textual.widgets import Input
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.chat import chat_memory
 from qlora_tui.chat.chat_types import ADAPTER, BASE, Sampling
-from qlora_tui.chat.effect import LayerChange
-from qlora_tui.data.thought_splitter import TextChunk
-from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs.status import read_status, write_status
-from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.chat import chat_turn, conversation_screen
-from qlora_tui.tui.screens.chat import text as words
 from qlora_tui.tui.screens.chat.adapter_pair import AdapterPair
 from qlora_tui.tui.screens.chat.chat_turn import ChatTurn
 from qlora_tui.tui.screens.chat.prompt_box import PromptBox
 from qlora_tui.tui.screens.chat.screen import ChatScreen, show_chat
 from qlora_tui.tui.screens.chat.transcript import append_exchange, transcript_path
-from tests.chat.measured import EFFECT
-from tests.tui.chat_screen import OUTCOME, chat_of, finished, rest, with_adapters
+from tests.tui.chat_screen import chat_of, finished, rest, with_adapters
 from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
 from tests.tui.sample_data import tickets
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
-from tests.tui.workstation import config_of, open_on, settle
-
-Snapshot = Callable[..., bool]
-SIZES = [(80, 24), (120, 40)]
+from tests.tui.workstation import config_of, open_on
 
 
 def ask_prompt(screen: ChatScreen) -> list[str]:
@@ -66,26 +57,6 @@ def test_a_base_alone_has_nobody_to_switch_to() -> None:
     )
 
 
-async def test_the_header_says_in_words_which_adapters_answer(make_app: Callable[[], QloraApp]) -> None:
-    run = finished(ADAPTER)
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await show_chat(app, run)
-        await wait_for_text(pilot, "both answer")
-        await pilot.press("escape", "s")
-        await wait_for_text(pilot, "only adapter answers")
-        await pilot.press("a")
-        await wait_for_text(pilot, "only base answers")
-
-
-async def test_a_run_without_an_adapter_says_that_the_base_answers(make_app: Callable[[], QloraApp]) -> None:
-    run = write_fake_run(FakeRun(state="stopped", steps=0))
-    app = make_app()
-    async with app.run_test(size=(80, 24), notifications=True) as pilot:
-        await show_chat(app, run)
-        await wait_for_text(pilot, "no adapter", "only the base")
-
-
 def test_the_transcript_has_the_answers_and_the_sampling(set_clock: Callable[[float], None]) -> None:
     run = finished(ADAPTER)
     sampling = Sampling(seed=2_400_670_123, temperature=0)
@@ -96,76 +67,6 @@ def test_the_transcript_has_the_answers_and_the_sampling(set_clock: Callable[[fl
     for part in ("> Where?\n> Now.", *answers, "seed 2400670123", "Be kind."):
         assert part in text
     assert append_exchange(None, "?", {BASE: "!"}, sampling).parent.parent.name == "qlora-tui"
-
-
-def test_the_verdict_has_its_figures_under_it() -> None:
-    layers = tuple(LayerChange(layer=n, relative=(n + 1) / 3000) for n in range(30))
-    measured = msgspec.structs.replace(EFFECT, layers=layers)
-    sentence, figures = str(words.effect_text(measured, 78)).splitlines()
-    assert sentence == measured.sentence
-    assert figures == "KL 0.41 nats · layers moved: 0 ▁▁▁▁▁▂▂▂▂▃▃▃▃▄▄▅▅▅▅▆▆▆▆▇▇▇▇██ 29, most 1% in 29"
-    assert len(figures) <= 78
-    assert len(str(words.effect_text(measured, 200)).splitlines()[1]) == len(figures) + 1
-    alone = msgspec.structs.replace(measured, layers=())
-    assert str(words.effect_text(alone, 78)).splitlines()[1] == "KL 0.41 nats"
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_looks_of_nobody(snap_compare: Snapshot, size: tuple[int, int]) -> None:
-    assert snap_compare(open_on("chat"), terminal_size=size, run_before=settle)
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_looks_of_an_exchange(
-    snap_compare: Snapshot, set_clock: Callable[[float], None], size: tuple[int, int]
-) -> None:
-    finished(ADAPTER, "step-800")
-
-    async def said(pilot: Pilot[Any]) -> None:
-        await wait_for_text(pilot, "not loaded yet")
-        screen = chat_of(pilot.app)
-        turn = ChatTurn("Where is my parcel?", (BASE, ADAPTER))
-        screen.turns.append(turn)
-        await screen.query_one("#conversation").mount(turn)
-        screen.show_header()
-        await turn.answers[ADAPTER].append_text(TextChunk(OUTCOME.text))
-        await turn.answers[ADAPTER].end(OUTCOME)
-        await turn.answers[BASE].append_text(TextChunk("I cannot know that."))
-        cut = msgspec.structs.replace(OUTCOME, text="I cannot know that.", ending="most tokens")
-        await turn.answers[BASE].end(cut)
-        screen.set_focus(None)
-        await settle(pilot)
-
-    assert snap_compare(open_on("chat"), terminal_size=size, run_before=said)
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_looks_of_an_answer_that_failed(snap_compare: Snapshot, size: tuple[int, int]) -> None:
-    finished(ADAPTER)
-
-    async def failed(pilot: Pilot[Any]) -> None:
-        await wait_for_text(pilot, "not loaded yet")
-        screen = chat_of(pilot.app)
-        turn = ChatTurn("Where is my parcel?", (BASE, ADAPTER))
-        screen.turns.append(turn)
-        await screen.query_one("#conversation").mount(turn)
-        screen.show_header()
-        for answer in turn.answers.values():
-            await answer.fail(UserError("Out of GPU memory", what="No room.", why="A run.", fix="Pause it."))
-        pilot.app.screen.set_focus(None)
-        await settle(pilot)
-
-    assert snap_compare(open_on("chat"), terminal_size=size, run_before=failed)
-
-
-async def test_without_a_run_the_screen_says_what_to_do() -> None:
-    app = open_on("chat")
-    async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "Nothing to chat with yet.", "Press [5] to launch")
-        footer = (await wait_for_text(pilot, "m Model")).splitlines()[-1]
-        assert "Write" not in footer
-        await pilot.press("0")
-        assert app.current_mode == "home"
 
 
 async def test_a_runs_adapters_are_shown_and_selected_by_key() -> None:
@@ -182,13 +83,6 @@ async def test_a_runs_adapters_are_shown_and_selected_by_key() -> None:
         assert ask_prompt(screen) == [ADAPTER, "step-800"]
         text = await wait_for_text(pilot, "One answer", "m Model")
         assert "esc" not in text.splitlines()[-1]
-
-
-async def test_the_sampling_is_shown_before_the_first_prompt() -> None:
-    finished(ADAPTER)
-    async with open_on("home").run_test(size=(80, 24)) as pilot:
-        await pilot.press("7")
-        await wait_for_text(pilot, "temp 0.7 · top-p 0.95")
 
 
 async def test_digits_are_typed_until_escape_leaves_the_field() -> None:
@@ -463,11 +357,3 @@ async def test_a_missing_model_is_explained_in_place_of_the_answer(tiny: tuple[P
         await wait_for_text(pilot, "✗ Model not found", "▸", "hello")
         assert "hello" in text_of(pilot.app)
         assert not screen.busy
-
-
-def test_a_long_run_name_leaves_the_state_in_view() -> None:
-    name = "qwen2.5-7b-instruct-support-tickets-with-many-words-20261123-0212"
-    pair = AdapterPair.of((BASE, ADAPTER))
-    line = words.session_line(name, pair, "not loaded yet", 78).plain
-    assert len(line) <= 78
-    assert line.startswith("qwen2.5-7b-") and "20261123-0212  " in line and line.endswith("not loaded yet")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -11,7 +11,6 @@ import pytest
 from textual.pilot import Pilot
 
 from qlora_tui.chat.chat_types import ADAPTER, BASE, GenerationResult, Sampling, ThinkingSupport
-from qlora_tui.data.conversation import Message
 from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.engine.protocol import ChatReady
 from qlora_tui.recipe.schema import Data, Recipe
@@ -21,9 +20,8 @@ from qlora_tui.tui.screens.chat.transcript import append_exchange
 from tests.tui.chat_screen import OUTCOME, chat_of, finished, with_adapters
 from tests.tui.fake_runs import FakeRun, write_fake_run
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
-from tests.tui.workstation import open_on, settle
+from tests.tui.workstation import open_on
 
-Snapshot = Callable[..., bool]
 WHY = "I look at the ticket:\n\n1. It was sorted on Sunday.\n2. It left **Oslo** on Monday."
 THOUGHT = msgspec.structs.replace(OUTCOME, thought=WHY, thought_tokens=340, thought_s=12.3)
 CUT = msgspec.structs.replace(
@@ -81,35 +79,6 @@ async def exchange(
     return turn
 
 
-@pytest.mark.parametrize("unfolded", [False, True], ids=["folded", "unfolded"])
-@pytest.mark.parametrize("size", [(80, 24), (120, 40)])
-def test_looks_of_a_thought(
-    snap_compare: Snapshot, set_clock: Callable[[float], None], size: tuple[int, int], unfolded: bool
-) -> None:
-    finished(ADAPTER, "step-800")
-
-    async def said(pilot: Pilot[Any]) -> None:
-        await wait_for_text(pilot, "not loaded yet")
-        screen = chat_of(pilot.app)
-        screen.ready = ready(SWITCH)
-        screen.show_header()
-        turn = ChatTurn("Where is my parcel?", (BASE, ADAPTER))
-        screen.turns.append(turn)
-        await screen.query_one("#conversation").mount(turn)
-        screen.show_header()
-        await turn.answers[BASE].append_text(TextChunk("Okay, the", True, 512))
-        await turn.answers[BASE].end(CUT)
-        await turn.answers[ADAPTER].append_text(TextChunk(WHY, True, 340))
-        await turn.answers[ADAPTER].append_text(TextChunk(OUTCOME.text))
-        await turn.answers[ADAPTER].end(THOUGHT)
-        if unfolded:
-            await screen.action_unfold()
-        screen.set_focus(None)
-        await settle(pilot)
-
-    assert snap_compare(open_on("chat"), terminal_size=size, run_before=said)
-
-
 async def test_a_thought_is_one_line_until_it_is_expanded() -> None:
     async with chatting(SWITCH) as (pilot, screen):
         await exchange(screen, TextChunk(WHY, True, 340), TextChunk("On the road."), outcome=THOUGHT)
@@ -122,37 +91,6 @@ async def test_a_thought_is_one_line_until_it_is_expanded() -> None:
         await pilot.press("escape", "z")
         await wait_for_text(pilot, "▸ Thought for 12 s")
         assert "sorted on Sunday" not in text_of(pilot.app)
-
-
-async def test_an_unfolded_thought_grows_and_so_does_the_next() -> None:
-    async with chatting(SWITCH) as (pilot, screen):
-        await pilot.press("ctrl+o")
-        turn = await exchange(screen, TextChunk("I look ", True, 2))
-        await wait_for_text(pilot, "▾ Thinking for", "2 tokens", "I look")
-        await turn.answers[ADAPTER].append_text(TextChunk("at it.", True, 4))
-        await turn.answers[ADAPTER].append_text(TextChunk("Here."))
-        await wait_for_text(pilot, "▾ Thought for", "4 tokens", "I look at it.", "Here.")
-        assert (turn.answers[ADAPTER].thought, turn.answers[ADAPTER].text) == ("I look at it.", "Here.")
-
-
-async def test_a_folded_thought_is_whole_when_unfolded_in_the_middle() -> None:
-    async with chatting(SWITCH) as (pilot, screen):
-        turn = await exchange(screen, TextChunk("I look ", True, 2), TextChunk("at ", True, 3))
-        await pilot.press("ctrl+o")
-        await turn.answers[ADAPTER].append_text(TextChunk("it.", True, 4))
-        await pilot.press("ctrl+o", "ctrl+o")
-        await wait_for_text(pilot, "I look at it.")
-        assert text_of(pilot.app).count("I look") == 1
-
-
-async def test_a_thought_without_an_end_says_what_to_press() -> None:
-    async with chatting(SWITCH) as (pilot, screen):
-        await exchange(screen, TextChunk("Okay, the", True, 512), outcome=CUT)
-        await wait_for_text(pilot, "▸ Unfinished: 20 s, 512 tokens", "Press [o] to raise it, or [t]")
-        # It is not sent back as if it were an answer.
-        following = ChatTurn("And now?", (ADAPTER,))
-        screen.turns.append(following)
-        assert screen._conversation(following, ADAPTER) == (Message("user", "And now?"),)
 
 
 async def test_thoughts_are_sent_back_beside_the_answers_they_led_to() -> None:

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import replace
 
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Source
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.events import Failed
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.render.charts import plot as draw
 from qlora_tui.tui.render.labels import SIGNS
@@ -19,17 +17,6 @@ from tests.tui.screen_assertions import wait_for_text
 from tests.tui.workstation import open_runs
 
 MakeApp = Callable[[], QloraApp]
-
-
-async def test_comparing_one_marked_run_asks_for_another(make_app: MakeApp, three_runs: list[RunDir]) -> None:
-    app = make_app()
-    async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await open_runs(app)
-        await wait_for_text(pilot, "tickets-a")
-        await pilot.press("v")
-        await wait_for_text(pilot, "Mark two to four runs with Space to compare them.")
-        await pilot.press("space", "v")
-        await wait_for_text(pilot, "Mark another run with Space to compare them.")
 
 
 async def test_two_marked_runs_are_compared_with_only_what_differs(
@@ -49,15 +36,6 @@ async def test_two_marked_runs_are_compared_with_only_what_differs(
         assert isinstance(app.screen, RunsScreen)
 
 
-def test_a_comparison_says_why_a_run_failed(three_runs: list[RunDir]) -> None:
-    failed = Failed(at=0.0, title="The loss is not a number", what="At step 640 it was nan.")
-    run = write_fake_run(FakeRun(name="tickets-nan", state="failed", steps=640, failed=failed))
-    assert "reason" not in comparison_table([read(three_runs[0])] * 2, 100).plain
-    shown = comparison_table([read(run), read(three_runs[0])], 120).plain
-    assert "reason" in shown
-    assert "The loss is not a number: At step 640" in shown
-
-
 def test_a_comparison_of_different_data_says_that_losses_differ(three_runs: list[RunDir]) -> None:
     other = replace_setting(TICKETS, "data.sources", (Source(path="/data/poems.jsonl"),))
     run = write_fake_run(FakeRun(name="poems", state="finished", steps=60, total=60, recipe=other))
@@ -72,24 +50,6 @@ def test_a_model_by_name_and_by_path_is_no_difference(three_runs: list[RunDir]) 
         for model_id in ("SmolLM2-135M-fa7256748bd9", "/models/converted/SmolLM2-135M-fa7256748bd9")
     )
     assert differing([by_name, by_path]) == []
-
-
-def test_short_answer_runs_are_compared_by_exact_answers(three_runs: list[RunDir]) -> None:
-    labels = write_fake_run(
-        FakeRun(name="labels", state="finished", steps=300, total=300, exact=(0.12, 0.97))
-    )
-    assert "exact answers" not in comparison_table([read(run) for run in three_runs], 100).plain
-    shown = comparison_table([read(labels), read(three_runs[0])], 100).plain
-    assert re.search(r"exact answers +97%", shown) and re.search(r"exact, base model +12%", shown)
-
-
-def test_preference_runs_are_compared_by_answers_preferred(three_runs: list[RunDir]) -> None:
-    recipe = replace_setting(TICKETS, "data.preferences", "dpo")
-    run = write_fake_run(FakeRun(name="pairs", state="finished", steps=300, total=300, recipe=recipe))
-    shown = comparison_table([read(run), read(three_runs[0])], 100).plain
-    assert re.search(r"better answer preferred +90%", shown) and re.search(r"margin +0\.8", shown)
-    assert "Their methods (Preference data) differ" in shown
-    assert "preferred" not in comparison_table([read(run) for run in three_runs], 100).plain
 
 
 def test_curves_differ_by_their_symbols_and_not_by_color_alone(three_runs: list[RunDir]) -> None:

@@ -98,28 +98,12 @@ async def test_the_fix_key_splits_a_long_text(model: str, here: Path) -> None:
         assert "Long text" not in text_of(app)
 
 
-async def test_the_fix_key_is_off_without_a_fixable_problem(model: str, here: Path) -> None:
-    tickets(here / "tickets.jsonl")
-    app = data_app(model, "tickets.jsonl", max_length=1024)
-    async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "Duplicate row: 1 row, used")
-        before = app.workbench.recipe
-        await pilot.press("m")
-        assert app.workbench.recipe == before
-
-
 async def test_without_a_model_rows_are_shown_as_stored(here: Path) -> None:
     tickets(here / "tickets.jsonl")
     async with data_app("", "tickets.jsonl").run_test(size=(80, 24)) as pilot:
         await wait_for_text(
             pilot, "Select a model with [1]", "Where is parcel 1?", "chars", "40, 39 conversations"
         )
-
-
-async def test_a_missing_model_is_explained_above_the_row(here: Path) -> None:
-    tickets(here / "tickets.jsonl")
-    async with data_app("org/none", "tickets.jsonl").run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "✗ Model not found", "Where is parcel 1?", "40, 39 conversations")
 
 
 async def test_a_model_for_estimates_has_no_tokenizer(private_home: Path, here: Path) -> None:
@@ -191,22 +175,6 @@ async def test_formats_are_offered_with_the_rows_they_read(model: str, here: Pat
         await wait_for_text(pilot, "prompt-completion        3 rows  now")
         await pilot.press("escape")
     assert app.workbench.recipe.data.sources[0].format == "prompt-completion"
-
-
-async def test_a_missing_file_has_no_formats_to_choose(model: str, here: Path) -> None:
-    app = data_app(model, "gone.jsonl")
-    async with app.run_test(size=(80, 24)) as pilot:
-        await pilot.press("f")
-        await wait_for_text(pilot, "No such data", "gone.jsonl does not exist")
-
-
-async def test_a_broken_row_has_the_sign_of_its_problem(model: str, here: Path) -> None:
-    write_rows(here / "tickets.jsonl", [ticket(1), "{bad", ticket(2)])
-    async with data_app(model, "tickets.jsonl").run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "✗ Not valid JSON")
-        await pilot.press("n")
-        await wait_for_text(pilot, "row 2 of 3")
-        assert "⚠ Not valid JSON" not in text_of(pilot.app)
 
 
 async def test_single_turn_rows_do_not_open_the_column_mapping(model: str, here: Path) -> None:

@@ -14,7 +14,7 @@ from tests.data.fake_dataset_hub import dataset_hub
 from tests.tui.data_screen import data_app, screen_of
 from tests.tui.sample_data import ticket, tickets, write_rows
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
-from tests.tui.workstation import open_on, settle
+from tests.tui.workstation import open_on
 
 
 @pytest.mark.parametrize(
@@ -148,15 +148,6 @@ async def test_a_file_is_found_by_partial_name_and_remembered(model: str, here: 
             "tickets.jsonl",
             "tickets.jsonl",
         ]
-
-
-async def test_the_file_dialogs_keys_are_not_covered_by_notifications(model: str, here: Path) -> None:
-    app = data_app(model)
-    async with app.run_test(size=(80, 24)) as pilot:
-        await settle(pilot)
-        await pilot.press("o")
-        await wait_for_text(pilot, "Enter open · Tab complete · Ctrl+O open folder · Esc close")
-        assert app.screen.query_one("#keys").region.bottom < 6
 
 
 async def test_a_path_can_be_typed_completed_or_chosen_as_folder(model: str, here: Path) -> None:

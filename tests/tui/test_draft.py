@@ -143,19 +143,6 @@ async def test_the_app_says_that_the_draft_could_not_be_read(
         assert rank_on_disk() == 32 and sorted(moved_aside()) == sorted([content, content_of_another])
 
 
-async def test_the_app_says_that_another_changed_the_recipe(make_app: MakeApp) -> None:
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "balanced")
-        app.edit("lora.rank", 32)
-        assert not app.draft.is_changed_elsewhere()
-        edit_elsewhere(8)
-        await wait_until(
-            pilot, lambda: any("Another app changed" in said.message for said in app._notifications)
-        )
-        assert not app.draft.is_changed_elsewhere(), "it is said once"
-
-
 @pytest.mark.parametrize(("key", "mine", "on_disk"), [("m", 32, 32), ("t", 8, 8), ("escape", 32, 8)])
 async def test_the_app_asks_whose_recipe_stays(make_app: MakeApp, key: str, mine: int, on_disk: int) -> None:
     app = make_app()

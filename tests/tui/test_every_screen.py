@@ -10,16 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from qlora_tui.recipe.schema import Source
-from qlora_tui.runs.event_log import EventWriter
-from qlora_tui.runs.events import Health
-from qlora_tui.runs.status import State
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.commands import SCREENS, ScreenEntry, screen_commands
 from qlora_tui.tui.keymap import validate_keymap
-from qlora_tui.tui.screens.train.screen import show_run
-from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
-from tests.tui.sample_data import readable_model, tickets
+from tests.tui.sample_data import readable_model
 from tests.tui.screen_assertions import wait_for_text, wait_until
 from tests.tui.workstation import open_on
 
@@ -36,44 +30,6 @@ async def test_a_digit_typed_while_a_screen_opens_switches_screens(private_home:
             app.simulate_key("0")
             await opening
             await wait_until(pilot, lambda: app.current_mode == "home")
-
-
-async def test_palette_and_help_are_visible_in_a_narrow_window(private_home: Path) -> None:
-    app = open_on("home", model=readable_model(private_home))
-    app.workbench.set("data.sources", (Source(path=str(tickets(private_home / "tickets.jsonl"))),))
-    async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, *WAY_OUT)
-        for key in "1234567":
-            await pilot.press(key)
-            await wait_for_text(pilot, *WAY_OUT)
-
-
-async def test_palette_and_help_are_in_view_beside_every_run(make_app: Callable[[], QloraApp]) -> None:
-    states: tuple[State, ...] = ("queued", "running", "failed", "paused", "finished", "lost")
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        for state in states:
-            run = write_fake_run(
-                FakeRun(name=f"run-{state}", state=state, steps=0 if state == "queued" else 50)
-            )
-            with EventWriter(run.events_path) as log:
-                # Something for the Fix key.
-                log.append(
-                    Health(at=BEGAN, kind="exploding_gradient", severity="warning", evidence="", remedy="")
-                )
-            await show_run(app, run)
-            await wait_for_text(pilot, run.id, "x Other run", *WAY_OUT)
-
-
-async def test_in_a_narrow_window_the_screens_own_keys_give_way(private_home: Path) -> None:
-    app = open_on("data", model=readable_model(private_home))
-    async with app.run_test(size=(80, 24)) as pilot:
-        assert "c Columns" in (await wait_for_text(pilot, *WAY_OUT)).splitlines()[-1]
-        await pilot.resize_terminal(62, 24)
-        await wait_for_text(pilot, "too small")
-        await pilot.press("enter")
-        last = (await wait_for_text(pilot, *WAY_OUT)).splitlines()[-1]
-        assert "o Add" in last and "c Columns" not in last
 
 
 async def test_a_click_on_a_key_in_the_footer_presses_it(private_home: Path) -> None:
@@ -95,15 +51,6 @@ async def test_a_click_on_a_key_anywhere_presses_it(private_home: Path, words: s
         y = next(number for number, line in enumerate(lines) if words in line)
         await pilot.click(offset=(lines[y].index(words), y))
         await wait_for_text(pilot, shown)
-
-
-async def test_a_double_click_selects_text_and_shows_it(private_home: Path) -> None:
-    app = open_on("models", model=readable_model(private_home))
-    async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "SmolLM2-135M")
-        await pilot.click("#model-facts", times=2)
-        await wait_until(pilot, lambda: bool(app.screen.get_selected_text()))
-        await wait_for_text(pilot, "SmolLM2-135M")
 
 
 async def test_a_key_in_a_dialogs_border_can_be_clicked(private_home: Path) -> None:
@@ -160,32 +107,6 @@ async def test_the_palette_lists_and_opens_other_screens_commands(
         await wait_for_text(pilot, "Filter (/)")
 
 
-async def test_the_palette_finds_words_and_not_letters_of_the_help() -> None:
-    async with open_on("home").run_test(size=(80, 24)) as pilot:
-        await pilot.press("ctrl+p", *"theme")
-        shown = await wait_for_text(pilot, "Theme: harbour", "Settings")
-        assert "Repaint" not in shown and "Suspend" not in shown
-
-
-async def test_help_names_each_shell_command_once(private_home: Path) -> None:
-    async with open_on("train").run_test(size=(80, 60)) as pilot:
-        await pilot.press("question_mark")
-        await wait_for_text(pilot, "Help: Train")
-        await pilot.press("G")
-        shown = await wait_for_text(pilot, "In a shell, qlora-tui has train, stop, pause,")
-        assert shown.count("attach") == 1
-
-
-async def test_help_is_scrolled_by_the_keys_of_vi(private_home: Path) -> None:
-    async with open_on("runs").run_test(size=(80, 24)) as pilot:
-        await pilot.press("question_mark")
-        await wait_for_text(pilot, "Help: Runs", "Watch the run")
-        await pilot.press("G")
-        await wait_for_text(pilot, "Quit the app. Runs continue without it.")
-        await pilot.press("g")
-        await wait_for_text(pilot, "Watch the run")
-
-
 async def test_a_key_of_ones_own_is_named_wherever_keys_are(private_home: Path) -> None:
     app = open_on("home", keymap={"home.demo": "x", "train.stopp": "y"})
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
@@ -225,20 +146,3 @@ def test_a_keymap_with_mistakes_gets_a_sentence_for_each() -> None:
     assert validate_keymap({"train.stop": "z", "train.pause": "s"}) == []
     (everywhere,) = validate_keymap({"train.stop": "q"})
     assert "train.stop and app.quit both have the key q" in everywhere
-
-
-async def test_ctrl_c_says_what_leaves_the_app() -> None:
-    async with open_on("home", keymap={"app.quit": "x"}).run_test(size=(80, 24), notifications=True) as pilot:
-        await pilot.press("ctrl+c")
-        await wait_for_text(pilot, "Press [x] to quit the app")
-
-
-@pytest.mark.parametrize(
-    ("key", "command"), [("0", "F4 Check this machine"), ("3", "F3 Assume GPU size"), ("5", "F5 Check again")]
-)
-async def test_function_keys_are_in_the_footer_where_they_help(
-    make_app: Callable[[], QloraApp], key: str, command: str
-) -> None:
-    async with make_app().run_test(size=(120, 40)) as pilot:
-        await pilot.press(key)
-        assert command in (await wait_for_text(pilot, command)).splitlines()[-1]

@@ -9,14 +9,11 @@ from pathlib import Path
 import pytest
 from textual.pilot import Pilot
 
-from qlora_tui.drafts import draft_path, held_draft, owned_by
 from qlora_tui.runs import exports
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.exports import (
-    Export,
     ExportRequest,
     ExportStatus,
-    Form,
     read_exports,
     start_export,
     write_export_status,
@@ -90,28 +87,6 @@ async def test_a_canceled_export_is_started_again_with_one_key(
         assert [export.folder for export in read_exports(run)] == [again.folder]
 
 
-async def test_a_canceled_export_names_the_keys_that_resume_and_delete(
-    run: RunDir, make_app: Callable[[], QloraApp], tmp_path: Path
-) -> None:
-    out = tmp_path / "merged"
-    folder = start_export(run, ExportRequest(form="merge", out=str(out))).folder
-    status = ExportStatus(state="canceled", at=time.time(), activity="Merging model.safetensors (1 of 2)")
-    write_export_status(folder, status)
-    with (
-        pytest.raises(KeyboardInterrupt),
-        owned_by(folder),
-        held_draft(draft_path(out), "key"),
-    ):
-        raise KeyboardInterrupt
-    async with make_app().run_test(size=(120, 40)) as pilot:
-        await open_dialog(pilot)
-        await pilot.press("up")
-        await wait_for_text(pilot, "canceled at: Merging", "[r] resumes", "r resume · D delete")
-        await pilot.press("D")
-        await wait_for_text(pilot, "Deleted")
-        assert read_exports(run) == [] and not draft_path(out).exists()
-
-
 async def test_types_that_need_llama_cpp_say_so(
     run: RunDir, make_app: Callable[[], QloraApp], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,10 +150,3 @@ async def test_a_key_checks_an_export_at_fewer_tokens(run: RunDir, make_app: Cal
         await wait_for_text(pilot, "Starting")
         (export,) = read_exports(run)
         assert export.request.compared_tokens == 2_000
-
-
-@pytest.mark.parametrize("form", ["merge", "hub-merged"])
-def test_the_line_of_an_export_fits_80_columns(form: Form) -> None:
-    status = ExportStatus(state="finished", at=0, bytes=7_000)
-    export = Export(Path("0001"), ExportRequest(form=form, out="name" * 30), status)
-    assert export_choices.export_line(export).cell_length <= 66

@@ -16,9 +16,6 @@ from qlora_tui.tui.render.charts import (
     Curve,
     Mark,
     Plot,
-    blocks,
-    label,
-    over_axis,
     plot,
     rounded,
     so_far,
@@ -132,30 +129,6 @@ def test_marks_and_labels_are_in_the_row_of_their_value(height: int) -> None:
         assert labeled in ([], [row])
 
 
-def test_marks_lie_over_curves_and_do_not_run_together() -> None:
-    marks = tuple(Mark(x, 1.0, "◆", "") for x in range(40))
-    lines = plot(Plot(Axis(0, 40), Axis(0, 2), (Curve(envelope_of([1.0] * 40), "", ""),), marks), 44, 8)
-    text = "\n".join(line.plain for line in lines)
-    assert 5 < text.count("◆") < 20
-    assert "◆◆" not in text
-
-
-@pytest.mark.parametrize(
-    ("done", "total", "high"), [(0, 3000, 10), (11, 3000, 20), (1240, 3000, 2000), (2500, 3000, 3000)]
-)
-def test_the_step_axis_grows_in_round_numbers(done: int, total: int, high: int) -> None:
-    assert so_far(done, total) == Axis(0.0, high)
-
-
-@pytest.mark.parametrize(
-    ("value", "step", "text"),
-    [(0, 5, "0"), (400, 200, "400"), (1.2, 0.2, "1.2"), (12_000, 4000, "12k"), (1.5e6, 5e5, "1.5M"),
-     (2e-4, 1e-4, "2e-4"), (1.5e-4, 5e-5, "1.5e-4")],
-)  # fmt: skip
-def test_a_tick_is_short_and_exact(value: float, step: float, text: str) -> None:
-    assert label(value, step) == text
-
-
 @pytest.mark.slow
 def test_a_million_steps_cost_no_more_than_ten_thousand() -> None:
     luck = random.Random(1)
@@ -219,16 +192,6 @@ def test_a_running_mean_starts_at_the_first_value_skipping_nan() -> None:
     (mean,) = smoother.smooth([2.0])
     assert 2.0 < mean < 4.0
     assert smoother.mean == mean
-
-
-def test_a_strip_is_scaled_from_its_fixed_zero() -> None:
-    assert blocks([98.0] * 3, 0.0, 100.0, 1) == ["███"]
-    assert blocks([0.0, None, 50.0, math.nan], 0.0, 100.0, 1) == ["▁ ▄×"]
-
-
-def test_a_strip_holds_each_value_until_the_next() -> None:
-    envelope = Envelope((0.0, 10.0), (1.0, 2.0), (1.0, 2.0), (False, False))
-    assert over_axis(envelope, Axis(0, 20), 5) == [1.0, 1.0, 2.0, None, None]
 
 
 def test_only_the_cells_that_changed_are_painted() -> None:

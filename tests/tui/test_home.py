@@ -6,13 +6,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from textual.drivers.headless_driver import HeadlessDriver
-from textual.pilot import Pilot
 
 from qlora_tui import paths
 from qlora_tui.demo.conversations import CONVERSATIONS
@@ -30,7 +28,6 @@ from qlora_tui.tui.screens.home.screen import HomeScreen
 from qlora_tui.tui.screens.modals import machine_report
 from qlora_tui.tui.screens.models import downloads
 from qlora_tui.tui.screens.train.screen import TrainScreen, show_run
-from qlora_tui.tui.system_status import SystemStatus
 from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
 from tests.tui.screen_assertions import wait_for_text, wait_until
 from tests.tui.workstation import config_folder
@@ -90,14 +87,6 @@ def test_the_next_step_is_the_sensible_one(now: HomeState, action: str, instead:
     assert [other.action for other in other_steps(now, step)] == instead.split()
 
 
-def test_home_says_where_runs_resume_and_how_failures_are_fixed() -> None:
-    stopped = next_step(after("stopped", last_checkpoint=1200, last_total_steps=3000))
-    assert stopped.why == "a was stopped; it resumes from the checkpoint at step 1,200 of 3,000"
-    assert next_step(after("paused")).why == "a is paused; it resumes from the beginning"
-    assert next_step(after("failed", last_fix="Free some space.")).why == "Free some space."
-    assert next_step(after("failed")).why == "a failed"
-
-
 async def test_enter_resumes_a_stopped_run_until_another_recipe_is_edited(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, private_home: Path
 ) -> None:
@@ -117,14 +106,6 @@ async def test_enter_resumes_a_stopped_run_until_another_recipe_is_edited(
         await wait_until(pilot, lambda: run_queue.waiting() == [run.id])
         await wait_for_text(pilot, "owls", "queued")
         assert isinstance(app.screen, TrainScreen)
-
-
-async def test_a_failed_run_is_shown_with_its_fix(make_app: MakeApp) -> None:
-    write_fake_run(FakeRun(name="owls", state="failed", steps=60, total=300))
-    async with make_app().run_test(size=(80, 24)) as pilot:
-        await wait_for_text(
-            pilot, "See what went wrong", "Close it and resume, or halve training.micro_batch_size."
-        )
 
 
 async def test_a_new_user_is_offered_the_demo_or_the_hub(make_app: MakeApp) -> None:
@@ -195,67 +176,6 @@ async def test_a_first_runs_result_is_news_in_the_first_session(make_app: MakeAp
         assert "while you were away" not in shown
 
 
-async def test_text_too_long_for_the_window_wraps(make_app: MakeApp) -> None:
-    write_fake_run(FakeRun(name="owls", state="failed", steps=120, total=640))
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        shown = await wait_for_text(pilot, "Out of GPU memory")
-        lines = shown.splitlines()
-        begins = next(n for n, line in enumerate(lines) if "Out of GPU memory" in line)
-        assert "there was." in lines[begins + 1]
-
-
-@pytest.mark.parametrize(
-    ("size", "shown"), [((80, 24), 9), ((120, 40), 13), ((200, 60), 23)], ids=["80x24", "120x40", "200x60"]
-)
-async def test_as_many_earlier_runs_are_shown_as_fit(
-    size: tuple[int, int], shown: int, make_app: MakeApp
-) -> None:
-    now = time.time()
-    for number in range(30):
-        write_fake_run(
-            FakeRun(
-                name=f"keeper-of-the-lights-{number:02}", state="finished", began=now - 9e4 * (30 - number)
-            )
-        )
-    async with make_app().run_test(size=size) as pilot:
-        said = await wait_for_text(pilot, "keeper-of-the-lights-29", "keeper-of-the-lights-28")
-        lines = [line for line in said.splitlines() if "keeper-of-the-lights" in line and "best" in line]
-        assert len(lines) == shown
-        assert len({line.index("best") for line in lines}) == 1
-        assert all(("Qwen2.5-7B" in line) == (size[0] == 200) and "d" in line for line in lines)
-        assert pilot.app.screen.query_one("#home").max_scroll_y == 0
-
-
-@pytest.mark.parametrize("size", [(80, 36), (80, 24), (14, 30)], ids=["80x36", "80x24", "14x30"])
-async def test_a_long_reason_leaves_room_for_fewer_runs(size: tuple[int, int], make_app: MakeApp) -> None:
-    now = time.time()
-    for number in range(24):
-        write_fake_run(FakeRun(name=f"run-{number:02}", state="finished", began=now - 9e4 * (30 - number)))
-    failed = Failed(at=now - 50, title="It failed", what=" ".join(["ninechars"] * 13 + ["nine"]))
-    write_fake_run(FakeRun(name="owls", state="failed", began=now - 100, failed=failed))
-    app = make_app()
-    async with app.run_test(size=size) as pilot:
-        if size[0] < 60:
-            await wait_for_text(pilot, "cut off")
-            return
-        await wait_for_text(pilot, "owls", "ninechars")
-        home, recent = (pilot.app.screen.query_one(f"#{name}") for name in ("home", "recent-panel"))
-        seen = set()
-        for _ in range(3):
-            before = app.system_status
-            await wait_until(pilot, partial(_is_not, app, before))
-            await pilot.pause()
-            seen.add((home.scrollable_content_region.width, recent.size.height, home.max_scroll_y))
-        assert len(seen) == 1
-        await pilot.press("G")
-        assert home.scroll_offset.y == home.max_scroll_y
-
-
-def _is_not(app: QloraApp, before: SystemStatus) -> bool:
-    return app.system_status is not before
-
-
 async def test_before_the_first_poll_no_runs_or_steps_are_shown(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,18 +231,6 @@ def test_the_run_that_changed_last_is_the_one_shown() -> None:
     look.close()
 
 
-async def test_every_named_key_leads_to_the_next_step(make_app: MakeApp) -> None:
-    write_fake_run(FakeRun(name="owls", state="lost", steps=60))
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        shown = await wait_for_text(pilot, "See what went wrong")
-        assert "also" not in shown
-        await pilot.press("5", "n")
-        await wait_for_text(pilot, "Micro-batch")
-        await pilot.press("0", "enter")
-        await wait_for_text(pilot, "Its process is gone")
-
-
 async def test_the_check_step_closes_the_watched_run(make_app: MakeApp, private_home: Path) -> None:
     run = write_fake_run(FakeRun(name="owls", state="finished", steps=60, total=60))
     app = make_app()
@@ -334,24 +242,6 @@ async def test_the_check_step_closes_the_watched_run(make_app: MakeApp, private_
         await wait_for_text(pilot, "Check the recipe")
         await pilot.press("enter")
         await wait_for_text(pilot, "Micro-batch")
-
-
-async def test_a_run_that_ended_while_away_is_reported(
-    make_app: MakeApp, set_clock: Callable[[float], None]
-) -> None:
-    seen = paths.state_dir() / "seen"
-    seen.touch()
-    os.utime(seen, (BEGAN, BEGAN))
-    write_fake_run(FakeRun(state="finished", steps=300, total=300))
-    set_clock(BEGAN + 8000)
-    async with make_app().run_test(size=(80, 24)) as pilot:
-        await wait_for_text(
-            pilot,
-            "finished",
-            "while you were away",
-            "★ best validation",
-            "Chat with the adapter",
-        )
 
 
 async def test_the_queue_and_active_run_are_shown_and_enter_watches(
@@ -369,18 +259,6 @@ async def test_the_queue_and_active_run_are_shown_and_enter_watches(
         screen = app.screen
         assert isinstance(screen, TrainScreen)
         assert screen.run == run
-
-
-async def test_a_run_whose_files_are_damaged_is_still_named(make_app: MakeApp) -> None:
-    run = write_fake_run(FakeRun(state="failed", steps=20))
-    run.recipe_path.write_text("lora = 3\n")
-    run.status_path.write_text("{")
-
-    async def check(pilot: Pilot[None]) -> None:
-        await wait_for_text(pilot, run.id, "failed")
-
-    async with make_app().run_test(size=(80, 24)) as pilot:
-        await check(pilot)
 
 
 async def test_the_machine_is_checked_in_the_app(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,16 +44,6 @@ async def test_the_form_edits_the_recipe_and_checks_what_is_typed(make_app: Make
         assert app.workbench.recipe.training.micro_batch_size == 1
 
 
-async def test_settings_are_called_by_their_labels(make_app: MakeApp) -> None:
-    async with make_app().run_test(size=(120, 40)) as pilot:
-        await pilot.press("5")
-        await wait_for_text(pilot, "0 (no limit)", "0 (at the end of each epoch)")
-        await pilot.press("enter")
-        await wait_for_text(pilot, "Name: a text of at most 80 characters.")
-        await pilot.press("escape", "j", "enter", *"xx", "enter")
-        await wait_for_text(pilot, "✗ Micro-batch size must be a whole number")
-
-
 async def test_a_letter_jumps_to_a_visible_setting_and_nothing_else(make_app: MakeApp) -> None:
     app = make_app()
     async with app.run_test(size=(120, 40)) as pilot:
@@ -176,27 +166,3 @@ async def test_the_checks_ignore_an_assumed_gpu(private_home: Path) -> None:
     app = open_on("train", model=readable_model(private_home), gpu_gib=12)
     async with app.run_test(size=(120, 40)) as pilot:
         await wait_for_text(pilot, "of 32.0 GiB of this", "No GPU: runs train on the CPU")
-
-
-async def test_the_main_action_leads_to_what_is_missing(make_app: MakeApp) -> None:
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await pilot.press("5")
-        await wait_for_text(pilot, "─Launch─", "✗ Not ready: model, data.   ▸ [1] choose a model")
-        await pilot.press("1")
-        await wait_for_text(pilot, "No models on this machine yet")
-
-
-async def test_all_checks_are_reached_with_keys_in_a_small_window(
-    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    many = tuple(Check(CheckKind.DATA, "warning", f"problem {number}.") for number in range(20))
-    monkeypatch.setattr(train_module, "preflight", lambda *_, **__: many)
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await pilot.press("5")
-        await wait_for_text(pilot, "problem 0.", "20 warnings to read first")
-        await pilot.press("tab", "G")
-        await wait_for_text(pilot, "problem 19.")
-        await pilot.press("tab", "j")
-        await wait_for_text(pilot, "▸ Micro-batch size")

@@ -1,38 +1,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from textual.pilot import Pilot
 from textual.widgets import Input
 
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.errors import UserError
-from qlora_tui.memory import Device, estimate
-from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Lora, Recipe
 from qlora_tui.recipe.targets import match_modules
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.lora.choice_table import choice_costs, choice_lines
-from qlora_tui.tui.screens.lora.controls import (
-    LORA_CONTROLS,
-    advice,
-    changed_scale,
-    setting_advice,
-    setting_lines,
-)
 from qlora_tui.tui.screens.lora.module_table import ModuleTable, adapter_parameters, state, toggled
 from qlora_tui.tui.screens.lora.target_input import parse_targets
-from qlora_tui.tui.screens.lora.totals import MemoryDeltas, difference_text, totals_text
 from qlora_tui.tui.screens.memory.items_panel import item_lines
-from qlora_tui.tui.workbench import Workbench
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
-from tests.tui.workstation import config_folder, config_of, go_to, open_on, settle
+from tests.tui.workstation import config_folder, config_of, open_on
 
-Snapshot = Callable[..., bool]
 SMALL = "HuggingFaceTB__SmolLM2-135M"
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -49,22 +34,6 @@ def table() -> ModuleTable:
 
 def targets(app: QloraApp) -> tuple[str, ...]:
     return app.workbench.recipe.lora.target_modules
-
-
-@pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 60)])
-def test_looks_of_a_choice_of_layers(
-    snap_compare: Snapshot, private_home: Path, size: tuple[int, int]
-) -> None:
-    app = open_on("home", model=str(config_folder(private_home, "Qwen__Qwen2.5-7B")))
-    app.workbench.set("lora.target_modules", ("q_proj", "v_proj", "8-23.o_proj"))
-    app.workbench.set("lora.rank", 32)
-
-    async def move(pilot: Pilot[Any]) -> None:
-        await go_to(pilot, "4", "every kind")
-        await pilot.press("down", "right", "right", "x", "right", "right", "down")
-        await settle(pilot)
-
-    assert snap_compare(app, terminal_size=size, run_before=move)
 
 
 async def test_without_a_model_the_settings_can_still_be_changed() -> None:
@@ -91,16 +60,6 @@ async def test_space_toggles_a_kind_a_layer_and_a_module(small: str) -> None:
         await pilot.press("u", "g", "end", "space")
         assert targets(app) == ("0-28.all-linear",)
         await wait_for_text(pilot, "7 modules")
-
-
-async def test_page_keys_move_in_the_grid_as_in_lists(small: str) -> None:
-    app = open_on("lora", model=small)
-    async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "210 modules")
-        await pilot.press("pagedown", "space")
-        assert targets(app) == KINDS[:-1]
-        await pilot.press("u", "ctrl+u", "j", "space")
-        assert targets(app) == KINDS[1:]
 
 
 async def test_a_block_of_cells_is_toggled_and_can_be_left(small: str) -> None:
@@ -200,50 +159,6 @@ async def test_each_key_steps_its_setting_and_the_totals_follow(small: str) -> N
         await wait_for_text(pilot, "LoRA settings as in preset balanced")
 
 
-async def test_the_memory_cost_of_dora_is_shown(small: str) -> None:
-    async with open_on("lora", model=small).run_test(size=(120, 40)) as pilot:
-        await pilot.press("tab", "G", "up")
-        await wait_for_text(pilot, "DoRA", "iB. Better at low ranks")
-
-
-async def test_fewer_targets_never_cost_more_than_the_preset(small: str) -> None:
-    app = open_on("lora", model=small)
-    app.workbench.set("training.micro_batch_size", 16)
-    app.workbench.set("lora.target_modules", ("8-23.q_proj",))
-    async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "vs balanced: -")
-
-
-async def test_few_trained_parameters_have_memory_though_loading_peaks(small: str) -> None:
-    app = open_on("lora", model=small)
-    app.workbench.set("lora.target_modules", ("8-9.q_proj",))
-    app.workbench.set("training.optimizer", "adamw")
-    app.workbench.set("data.max_length", 16)
-    architecture = app.workbench.architecture()
-    assert not isinstance(architecture, UserError)
-    estimated = estimate(app.workbench.recipe, architecture, device=Device(kind="cpu"))
-    assert estimated.peak_phase == "loading"
-    assert "576 KiB in memory" in str(totals_text(app.workbench.recipe, architecture, estimated))
-
-
-def test_differences_that_do_not_fit_are_counted() -> None:
-    workbench = Workbench()
-    assert str(difference_text(workbench, None, 78)) == "LoRA settings as in preset balanced"
-    for path, value in (
-        ("lora.rank", 8),
-        ("lora.target_modules", ("q_proj", "k_proj", "v_proj", "o_proj")),
-        ("lora.rank_pattern", {"4-7.q_proj": 64}),
-        ("lora.alpha_pattern", {"7.q_proj": 8}),
-        ("lora.use_dora", True),
-    ):
-        workbench.set(path, value)
-    text = difference_text(workbench, MemoryDeltas(0, -5 << 20), 78)
-    assert str(text).startswith("vs balanced: -5 MiB · rank: 16 → 8 · targets: all-linear → q_proj, ")
-    assert str(text).endswith(" · 2 more")
-    assert len(text.wrap(78)) == 2
-    assert "more" not in str(difference_text(workbench, None, 200))
-
-
 async def test_a_click_selects_and_on_a_box_toggles(small: str) -> None:
     app = open_on("lora", model=small)
     async with app.run_test(size=(80, 24)) as pilot:
@@ -307,26 +222,6 @@ def test_patterns_that_mean_nothing_are_refused(table: ModuleTable, text: str) -
         parse_targets(text, table.modules)
 
 
-def test_every_settings_advice_fits_80_columns() -> None:
-    for lora in (Lora(), Lora(rank=1024, use_rslora=True), Lora(rank=1024, target_modules=("q_proj",))):
-        for knob in LORA_CONTROLS:
-            assert 20 < len(advice(knob.path, lora)) <= 59, advice(knob.path, lora)
-
-
-def test_doubling_the_rank_says_that_alpha_stays() -> None:
-    base = Recipe()
-    doubled = replace_setting(base, "lora.rank", 32)
-    assert changed_scale(base.lora, base.lora) == ""
-    said = "Scales the update by 1 instead of 2: alpha is unchanged."
-    assert changed_scale(doubled.lora, base.lora) == said
-    both = replace_setting(doubled, "lora.alpha", 64.0)
-    assert changed_scale(both.lora, base.lora) == ""
-    assert setting_advice("lora.alpha", doubled, base, "") == said
-    lines = dict(setting_lines(doubled, base, "", 78))
-    assert lines["lora.alpha"].plain.endswith(said)
-    assert "Scales" not in dict(setting_lines(doubled, base, "", 38))["lora.alpha"].plain
-
-
 async def test_the_setting_under_the_cursor_is_explained_and_stepped(small: str) -> None:
     app = open_on("lora", model=small)
     async with app.run_test(size=(120, 40)) as pilot:
@@ -344,15 +239,6 @@ async def test_the_setting_under_the_cursor_is_explained_and_stepped(small: str)
         await wait_for_text(pilot, "─ Rank ─", "The number of columns of A and B")
 
 
-async def test_a_small_window_explains_the_setting_under_the_modules(small: str) -> None:
-    async with open_on("lora", model=small).run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "210 modules")
-        await pilot.press("tab")
-        await wait_for_text(pilot, "Rank: The number of columns of A and B.")
-        await pilot.press("tab")
-        await wait_for_text(pilot, "210 modules")
-
-
 async def test_other_ranks_and_targets_have_their_cost(small: str) -> None:
     app = open_on("lora", model=small)
     async with app.run_test(size=(120, 40)) as pilot:
@@ -366,16 +252,6 @@ async def test_other_ranks_and_targets_have_their_cost(small: str) -> None:
     assert costs[-1].trained == costs[2].trained
     for width in (40, 74, 135):
         assert max(line.cell_length for line in choice_lines(costs, width)) <= max(width, 60)
-
-
-async def test_layers_are_two_cells_wide_where_there_is_room(small: str) -> None:
-    app = open_on("lora", model=small)
-    async with app.run_test(size=(200, 60)) as pilot:
-        await wait_for_text(pilot, "[x] q_proj", "■ ■ ■ ■")
-        grid = app.screen.query_one("#modules")
-        cells = str(grid.render()).splitlines()[2].index("■")
-        await pilot.click("#modules", offset=(cells + 2 * 3, 2), times=2)
-        assert targets(app)[0] == "0-2,4-29.q_proj"
 
 
 def test_experts_are_rows_that_all_linear_leaves_alone() -> None:

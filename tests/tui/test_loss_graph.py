@@ -34,16 +34,3 @@ def test_a_spike_has_one_column_in_graph_and_charts() -> None:
     assert len(lines) == 24
     peaks = [spike_at(line) for line in (lines[3], lines[-5], lines[-3])]
     assert peaks == [peaks[0]] * 3
-
-
-def test_charts_have_their_last_value_and_their_highest() -> None:
-    lines = drawn(80, 24)
-    assert lines[-5].startswith("           10┤")
-    assert lines[-4].startswith("lr       1e-4│")
-    assert lines[-2].startswith("tok/s  12,345│")
-
-
-def test_in_few_rows_only_values_of_charts_remain() -> None:
-    lines = drawn(80, 8)
-    assert len(lines) == 8
-    assert lines[-1] == "lr 1e-4   tok/s 12,345"

@@ -5,10 +5,9 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,8 @@ from tests.catalog.fake_hub import FakeHub, serve
 from tests.catalog.models import make_cached, make_model
 from tests.support.polling import wait_for
 from tests.tui.screen_assertions import text_of, wait_for_text
-from tests.tui.workstation import config_of, go_to, open_on, settle
+from tests.tui.workstation import config_of, open_on, settle
 
-Snapshot = Callable[..., bool]
 TINY = "org/tiny"
 
 
@@ -68,22 +66,6 @@ def make_three() -> None:
     (pickled / "pytorch_model.bin").write_bytes(b"pickle")
 
 
-@pytest.mark.parametrize("size", [(80, 24), (120, 40)])
-def test_looks_of_models_on_this_machine(snap_compare: Snapshot, size: tuple[int, int]) -> None:
-    make_three()
-    app = open_on("home", model="Qwen/Qwen2.5-7B-Instruct")
-    assert snap_compare(
-        app, terminal_size=size, run_before=partial(go_to, key="1", text="Worth starting with")
-    )
-
-
-def test_looks_of_an_empty_machine(snap_compare: Snapshot) -> None:
-    app = open_on("home")
-    assert snap_compare(
-        app, terminal_size=(80, 24), run_before=partial(go_to, key="1", text="Worth starting with")
-    )
-
-
 async def test_the_selected_model_is_marked_in_the_list() -> None:
     make_three()
     app = open_on("models")
@@ -106,26 +88,6 @@ async def test_the_selected_model_is_marked_in_the_list() -> None:
         await wait_for_text(pilot, "● Qwen/Qwen2.5-7B-Instruct", "balanced · Qwen2.5-7B-Instruct")
         await pilot.press("u")
         assert app.workbench.recipe.model.id == ""
-
-
-async def test_a_converted_model_chosen_by_its_path_is_marked() -> None:
-    make_three()
-    app = open_on("models")
-    async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "  SmolLM2-135M-Instruct")
-        app.edit("model.id", str(converted_dir() / "SmolLM2-135M-Instruct"))
-        await wait_for_text(pilot, "● SmolLM2-135M-Instruct")
-
-
-async def test_names_use_the_full_width_after_a_resize() -> None:
-    make_cached(
-        hub_cache_dir(), "a-maker/of-very-long-names-for-its-models-7B", config_of("Qwen__Qwen2.5-7B")
-    )
-    app = open_on("models")
-    async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "On this machine (1)", "a-maker/of-very-long-names")
-        await pilot.resize_terminal(80, 24)
-        await wait_for_text(pilot, "a-maker/of-very-long-names-for-its-models-7B ")
 
 
 async def test_a_rejected_model_says_why_and_is_for_planning_only() -> None:

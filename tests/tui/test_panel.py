@@ -5,13 +5,11 @@ from textual.app import ComposeResult
 from textual.color import Color
 from textual.widgets import Input, Static
 
-from qlora_tui.settings import Settings
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.themes import load_themes
 from qlora_tui.tui.widgets.panel import Panel
-from tests.tui.screen_assertions import text_of
-from tests.tui.style_dump import contrast
+from tests.tui.contrast import contrast
 
 XTERM_LEVELS = (0x00, 0x5F, 0x87, 0xAF, 0xD7, 0xFF)
 XTERM_GRAYS = tuple(range(0x08, 0xEF, 10))
@@ -23,19 +21,6 @@ class TwoPanels(WorkScreen):
     def compose_body(self) -> ComposeResult:
         yield Panel("Run [a] of 2", Input(), keys=(("app.undo", "undo it"),), id="first")
         yield Panel("Other", Static("text"), id="other")
-
-
-@pytest.mark.parametrize("size", [(120, 40), (80, 24), (120, 24), (80, 40)])
-async def test_borders_appear_only_where_there_is_room(size: tuple[int, int]) -> None:
-    app = QloraApp(Settings(keymap={"app.undo": "ctrl+y"}))
-    async with app.run_test(size=size) as pilot:
-        await app.push_screen(TwoPanels())
-        await pilot.pause()
-        shown = text_of(app)
-        has_room = size == (120, 40)
-        assert "Run [a] of 2" in shown and "Other" in shown
-        assert ("╭─ Run [a] of 2 ─" in shown) == has_room
-        assert ("Ctrl+Y undo it" in shown) == has_room
 
 
 async def test_the_panel_with_the_focus_has_another_border() -> None:

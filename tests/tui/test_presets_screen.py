@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,7 @@ from qlora_tui.tui.draft_saving import open_workbench
 from qlora_tui.tui.screens.presets.screen import PresetsScreen
 from qlora_tui.tui.widgets.controls import ViList
 from tests.tui.screen_assertions import wait_for_text, wait_until
-from tests.tui.workstation import config_folder, open_on, settle
-
-Snapshot = Callable[..., bool]
+from tests.tui.workstation import config_folder, open_on
 
 
 def mine(name: str) -> Path:
@@ -37,39 +34,6 @@ async def go_to(pilot: Pilot[Any], name: str) -> None:
     await pilot.press("g")
     while list_.current != name:
         await pilot.press("j")
-
-
-@pytest.mark.parametrize("size", [(80, 24), (120, 40)])
-def test_looks(snap_compare: Snapshot, private_home: Path, size: tuple[int, int]) -> None:
-    save("tickets", Recipe(lora=Lora(rank=8)), note="For support tickets.")
-    app = open_on("memory", model=str(config_folder(private_home, "Qwen__Qwen2.5-7B")))
-
-    async def open_it(pilot: Pilot[Any]) -> None:
-        await settle(pilot)
-        await go_to(pilot, "paper")
-        await settle(pilot)
-
-    assert snap_compare(app, terminal_size=size, run_before=open_it)
-
-
-async def test_help_opens_over_the_presets_and_closes_to_them() -> None:
-    async with open_on("lora").run_test(size=(80, 24)) as pilot:
-        await pilot.press("p", "question_mark")
-        await wait_for_text(pilot, "Help: Presets", "It is checked when you return")
-        await pilot.press("escape")
-        await wait_for_text(pilot, "Presets", "balanced")
-
-
-async def test_a_preview_longer_than_its_window_is_scrolled(private_home: Path) -> None:
-    app = open_on("memory", model=str(config_folder(private_home, "Qwen__Qwen2.5-7B")))
-    app.workbench.set("lora.rank_pattern", {f"{layer}.q_proj": 8 for layer in range(28)})
-    async with app.run_test(size=(80, 24)) as pilot:
-        await go_to(pilot, "paper")
-        await wait_for_text(pilot, "The QLoRA paper's settings")
-        await pilot.press(*"J" * 16)
-        assert "The QLoRA paper's settings" not in await wait_for_text(pilot, "training.max_grad_norm")
-        await pilot.press(*"K" * 16)
-        await wait_for_text(pilot, "The QLoRA paper's settings")
 
 
 async def test_opening_a_preset_keeps_model_and_data_and_is_undone(private_home: Path) -> None:
@@ -133,16 +97,6 @@ async def test_an_existing_preset_is_replaced_only_after_confirmation() -> None:
         # Now it is the one that is open: saving it again needs no question.
         await pilot.press("s", "enter")
         await wait_for_text(pilot, "Saved the settings as tickets")
-
-
-async def test_the_command_for_a_saved_preset_quotes_its_name() -> None:
-    async with open_on("memory").run_test(size=(120, 40), notifications=True) as pilot:
-        await pilot.press("p", "s")
-        await wait_until(pilot, lambda: isinstance(pilot.app.focused, Input))
-        await pilot.press(*"my", "space", *"sums", "enter")
-        await wait_for_text(pilot, "Saved the settings as my sums")
-        said = " ".join(notice.message for notice in pilot.app._notifications)
-        assert "without the model and the data" in said and "--preset 'my sums'." in said
 
 
 async def test_a_deletion_is_undone_exactly_and_shipped_presets_stay() -> None:
@@ -276,24 +230,3 @@ async def test_the_filter_shows_presets_that_contain_a_text() -> None:
         await wait_for_text(pilot, "cpu-demo", "balanced")
         await pilot.press("slash", *"pape", "enter", "enter")
         await wait_for_text(pilot, " paper · no model")
-
-
-async def test_opening_a_preset_and_undoing_it_are_announced() -> None:
-    async with open_on("memory").run_test(size=(120, 40), notifications=True) as pilot:
-        await go_to(pilot, "paper")
-        await pilot.press("enter")
-        await wait_for_text(pilot, "Opened paper:", "settings changed. Press [u] to undo.")
-        await pilot.press("u")
-        await wait_for_text(pilot, "Undone: the preset is balanced again", "Press Ctrl+R to redo")
-        await pilot.press("u")
-        await wait_for_text(pilot, "Nothing to undo: the recipe was not changed.")
-
-
-async def test_undoing_a_deletion_is_announced() -> None:
-    save("tickets", Recipe())
-    async with open_on("memory").run_test(size=(120, 40), notifications=True) as pilot:
-        await pilot.press("p", "u")
-        await wait_for_text(pilot, "No preset was changed here. Press Esc, then [u]")
-        await go_to(pilot, "tickets")
-        await pilot.press("D", "u")
-        await wait_for_text(pilot, "Undone. Restored your preset tickets.")

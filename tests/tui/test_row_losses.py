@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from textual.pilot import Pilot
 
 from qlora_tui.data.dataset_report import Piece, Shown
 from qlora_tui.files import private_dir
@@ -16,14 +13,11 @@ from qlora_tui.recipe.schema import Data, Recipe, Source
 from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.row_losses import MeasuredRow, classify, write_row_losses
-from qlora_tui.tui.screens.data.row_loss_list import RowLossScreen
 from qlora_tui.tui.screens.data.text import legend, sample
 from tests.tui.data_screen import data_app, screen_of, whole
 from tests.tui.fake_runs import FakeRun, write_fake_run
 from tests.tui.sample_data import tickets
 from tests.tui.screen_assertions import wait_for_text, wait_until
-
-Snapshot = Callable[..., bool]
 
 
 def measured_run(file: Path, name: str = "") -> RunDir:
@@ -45,25 +39,6 @@ def measured_run(file: Path, name: str = "") -> RunDir:
     ]
     write_row_losses(run, *classify(run.id, rows, 4.0))
     return run
-
-
-@pytest.mark.parametrize("size", [(80, 24), (120, 40)])
-def test_looks_of_the_rows_of_a_run(
-    snap_compare: Snapshot, model: str, here: Path, size: tuple[int, int]
-) -> None:
-    measured_run(tickets(here / "tickets.jsonl"))
-
-    async def list_rows(pilot: Pilot[Any]) -> None:
-        await whole(pilot)
-        # Once the list is open, what is under it is not laid out again.
-        await wait_for_text(pilot, "Problems (5)")
-        await pilot.pause()
-        await pilot.press("B")
-        await wait_for_text(pilot, "never learned")
-        await pilot.press("space")
-
-    app = data_app(model, "tickets.jsonl", max_length=128)
-    assert snap_compare(app, terminal_size=size, run_before=list_rows)
 
 
 async def test_marked_rows_are_left_out_and_the_run_queued(
@@ -118,18 +93,6 @@ async def test_enter_shows_a_row_of_the_list(model: str, here: Path) -> None:
         await pilot.press("enter")
         await whole(pilot)
         assert screen_of(app).row == 7
-
-
-async def test_rows_without_a_run_say_what_to_do(model: str, here: Path) -> None:
-    tickets(here / "tickets.jsonl")
-    app = data_app(model, "tickets.jsonl", max_length=128)
-    async with app.run_test(size=(120, 40)) as pilot:
-        await whole(pilot)
-        await pilot.press("B")
-        await wait_until(
-            pilot, lambda: any("Train on it first" in toast.message for toast in app._notifications)
-        )
-        assert not isinstance(app.screen, RowLossScreen)
 
 
 async def test_leaving_the_app_ends_the_measurement(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -24,14 +23,13 @@ from qlora_tui.tui.render.charts import downsample
 from qlora_tui.tui.render.labels import result_label
 from qlora_tui.tui.render.loss import summary_plot
 from qlora_tui.tui.screens.runs.run_order import ORDERS, in_order
-from qlora_tui.tui.screens.runs.run_preview import RunFiles, ending, result_lines, run_keys
-from qlora_tui.tui.screens.runs.run_table import best_loss
+from qlora_tui.tui.screens.runs.run_preview import RunFiles, run_keys
 from qlora_tui.tui.screens.runs.screen import RunsScreen
 from qlora_tui.tui.screens.train.screen import TrainScreen
 from qlora_tui.tui.system_monitor import SystemMonitor
 from tests.tui import fake_runs
-from tests.tui.fake_runs import BEGAN, FakeRun, last_at, write_fake_run
-from tests.tui.screen_assertions import style_of, text_of, wait_for_text, wait_until
+from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
+from tests.tui.screen_assertions import text_of, wait_for_text
 from tests.tui.workstation import open_runs
 
 MakeApp = Callable[[], QloraApp]
@@ -52,17 +50,6 @@ def test_a_summary_is_read_again_only_when_a_file_changed(three_runs: list[RunDi
     assert summaries.get(three_runs[0]) is first
     write_fake_run(FakeRun(name="tickets-a", state="stopped", steps=10, total=300))
     assert summaries.get(three_runs[0]).status.state == "stopped"
-
-
-async def test_a_generated_name_loses_its_time_before_its_words(make_app: MakeApp) -> None:
-    for name in ("smollm2-135m-tickets-20261124-1609", "smollm2-135m-tickets-20261124-1609-2"):
-        write_fake_run(FakeRun(name=name, state="finished", steps=5, total=5))
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await open_runs(app)
-        shown = await wait_for_text(pilot, "smollm2-135m-tickets ", "smollm2-135m-tickets-2 ")
-        # In full in the title below, for the one under the cursor.
-        assert "smollm2-135m-tickets-20261124-1609" in shown
 
 
 @pytest.mark.slow
@@ -133,29 +120,6 @@ async def test_the_cursor_is_on_the_newest_run_when_coming_back(make_app: MakeAp
         await wait_for_text(pilot, "─ new-one ─")
 
 
-async def test_runs_of_the_same_name_show_their_time(make_app: MakeApp) -> None:
-    for minutes in (0, 184):
-        name = f"smollm2-135m-tickets-{time.strftime('%Y%m%d-%H%M', time.localtime(BEGAN + 60 * minutes))}"
-        write_fake_run(FakeRun(name=name, state="finished", steps=5, total=5, began=BEGAN + 60 * minutes))
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await open_runs(app)
-        shown = await wait_for_text(pilot, "smollm2-135m-tickets ")
-        lines = [line for line in shown.splitlines() if "smollm2-135m-tickets " in line]
-        assert len(lines) == len(set(lines)) == 2
-
-
-async def test_exact_answers_have_a_column_where_a_run_has_some(
-    make_app: MakeApp, three_runs: list[RunDir]
-) -> None:
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await open_runs(app)
-        assert "exact" not in await wait_for_text(pilot, "tickets-a", "★ val")
-        write_fake_run(FakeRun(name="labels", state="finished", steps=300, total=300, exact=(0.12, 0.97)))
-        await wait_for_text(pilot, "labels", "exact", "97%")
-
-
 def test_a_decimated_curve_marks_nan_and_leaves_gaps() -> None:
     assert downsample([4.0, 2.0], 4) == [4.0, 2.0, None, None]
     means = downsample([1.0, 3.0, float("nan"), 1.0], 2)
@@ -186,19 +150,6 @@ async def test_the_list_shows_outcomes_and_enter_opens_one(
         assert isinstance(app.screen, TrainScreen)
 
 
-async def test_the_cursor_is_visible_once_the_list_has_focus(
-    make_app: MakeApp, three_runs: list[RunDir]
-) -> None:
-    async with make_app().run_test(size=(120, 40)) as pilot:
-        await pilot.press("6")
-        await wait_for_text(pilot, "poems-c")
-        await wait_until(pilot, lambda: bool(style_of(pilot.app, "tickets-a").reverse))
-        await pilot.press("slash")
-        await wait_until(pilot, lambda: not style_of(pilot.app, "tickets-a").reverse)
-        await pilot.press("escape")
-        await wait_until(pilot, lambda: bool(style_of(pilot.app, "tickets-a").reverse))
-
-
 async def test_the_filter_cuts_the_list_down(make_app: MakeApp, three_runs: list[RunDir]) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
@@ -211,26 +162,6 @@ async def test_the_filter_cuts_the_list_down(make_app: MakeApp, three_runs: list
         await wait_for_text(pilot, "tickets-a")
         await pilot.press("slash", *"nothing")
         await wait_for_text(pilot, "No run matches")
-
-
-async def test_a_run_name_takes_the_space_that_other_columns_leave(make_app: MakeApp) -> None:
-    name = "smollm2-135m-instruct-client-tickets"
-    write_fake_run(FakeRun(name=name, state="finished", steps=5, total=5))
-    app = make_app()
-    async with app.run_test(size=(120, 40)) as pilot:
-        await open_runs(app)
-        # In the list, and below it.
-        await wait_until(pilot, lambda: text_of(app).count(name) == 2)
-
-
-async def test_a_long_reason_of_the_selected_run_is_shown_whole(make_app: MakeApp) -> None:
-    run = write_fake_run(FakeRun(name="owls", state="lost", steps=5))
-    detail = "The process is gone: " + "it wrote no last event, " * 4 + "and the machine restarted since."
-    write_status(run, structs.replace(read_status(run), detail=detail))
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await open_runs(app)
-        await wait_for_text(pilot, "restarted since.")
 
 
 def test_a_second_poll_stats_each_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,40 +197,6 @@ def test_a_run_renamed_or_queued_elsewhere_is_seen_next_poll(three_runs: list[Ru
     assert listing.summaries[0].status.state == "queued"
 
 
-@pytest.mark.parametrize("size", [(120, 40), (200, 60)])
-async def test_the_run_under_the_cursor_is_previewed(
-    make_app: MakeApp, three_runs: list[RunDir], size: tuple[int, int]
-) -> None:
-    app = make_app()
-    async with app.run_test(size=size) as pilot:
-        await open_runs(app)
-        await wait_for_text(
-            pilot,
-            "─ tickets-a ─",
-            "─ Result ─",
-            "300 of 300",
-            "cosine",
-            "Not exported yet: [e] writes a GGUF.",
-        )
-        await pilot.press("j")
-        shown = await wait_for_text(
-            pilot, "─ tickets-b ─", "120 of 300", "0.0001  cosine", "Close it and resume"
-        )
-        assert ("checkpoint at step 120" in shown) == (size == (200, 60))
-
-
-async def test_a_small_window_has_facts_below_the_list(make_app: MakeApp, three_runs: list[RunDir]) -> None:
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await open_runs(app)
-        shown = await wait_for_text(
-            pilot,
-            "Qwen2.5-7B-Instruct · nf4 r16 2,048×2×8 · 0.42 kWh",
-            "It learned: validation loss 2.71 → 1.2",
-        )
-        assert "Result" not in shown
-
-
 async def test_sorting_keeps_the_cursor_on_its_run(make_app: MakeApp, three_runs: list[RunDir]) -> None:
     def order() -> list[str]:
         return sorted(("tickets-a", "tickets-b", "poems-c"), key=text_of(app).index)
@@ -323,58 +220,6 @@ def test_the_active_run_and_the_queue_stay_above_sorted_runs(three_runs: list[Ru
         names = [row.name for row in in_order(listing.summaries, listing.waiting, order)]
         assert names[:2] == ["at-work", "next-one"], order.label
     assert names[2:] == ["tickets-a", "tickets-b", "poems-c"]
-
-
-async def test_the_title_counts_runs_that_match(make_app: MakeApp, three_runs: list[RunDir]) -> None:
-    app = make_app()
-    async with app.run_test(size=(120, 40)) as pilot:
-        await open_runs(app)
-        await wait_for_text(pilot, "3 runs, newest first")
-        await pilot.press("slash", *"poems")
-        await wait_for_text(pilot, "1 of 3 runs, newest first")
-
-
-async def test_the_title_explains_the_star_of_a_loss(make_app: MakeApp) -> None:
-    write_fake_run(FakeRun(name="measured", steps=300, total=300, state="finished"))
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await open_runs(app)
-        text = await wait_for_text(pilot, "1 run, newest first")
-        assert "training loss" not in text
-        write_fake_run(FakeRun(name="not-measured", steps=2, began=BEGAN + 9))
-        await wait_for_text(pilot, "2 runs, newest first · * training loss, not validated")
-
-
-def test_an_active_run_says_when_it_started() -> None:
-    what = FakeRun(steps=800)
-    rows = [line.plain.split() for line in result_lines(summarize(write_fake_run(what)), last_at(what), 60)]
-    assert [
-        "started",
-        *time.strftime("%H:%M,", time.localtime(BEGAN + 1)).split(),
-        "21",
-        "min",
-        "ago",
-    ] in rows
-
-
-def test_a_defect_is_followed_by_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fake_runs, "BEFORE_TRAINING", 1.1)
-    summary = summarize(write_fake_run(FakeRun(name="a", state="finished", steps=300, total=300)))
-    assert ending(summary).plain.rstrip().endswith("before training it was 1.1.")
-    limited = replace(summary, status=structs.replace(summary.status, detail="time limit reached"))
-    assert ending(limited).plain.endswith("it was 1.1. Time limit reached")
-    # The verdict beside it has the losses.
-    assert not ending(summary, beside_verdict=True).plain
-    assert not any(line.plain.startswith("before") for line in result_lines(summary, BEGAN, 60))
-
-
-@pytest.mark.parametrize(
-    ("loss", "shown"),
-    [(0.00603, "0.00603*"), (2.9, "2.90*"), (143.2, "143*"), (6.034e-7, "6.03e-07*"), (math.nan, "NaN*")],
-)
-def test_a_loss_is_whole_in_its_column(loss: float, shown: str) -> None:
-    summary = replace(summarize(write_fake_run(FakeRun(steps=5))), best=None, loss=loss)
-    assert best_loss(summary) == shown
 
 
 def test_a_run_that_saved_nothing_offers_no_export() -> None:

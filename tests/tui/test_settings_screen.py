@@ -90,13 +90,6 @@ async def test_a_typed_number_is_checked_and_saved(make_app: MakeApp) -> None:
         assert load_settings().gpu_memory_gib == 12
 
 
-async def test_a_test_notification_is_shown(make_app: MakeApp) -> None:
-    app = make_app()
-    async with app.run_test(size=(80, 24), notifications=True) as pilot:
-        await pilot.press("f6", "t")
-        await wait_for_text(pilot, "This is a test")
-
-
 async def test_the_palette_offers_every_theme(make_app: MakeApp) -> None:
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
@@ -106,13 +99,3 @@ async def test_the_palette_offers_every_theme(make_app: MakeApp) -> None:
         await pilot.press("enter")
         await wait_until(pilot, lambda: app.theme == "ember")
         assert load_settings().theme == "ember"
-
-
-async def test_what_a_dialog_is_about_stays_in_view(make_app: MakeApp) -> None:
-    app = make_app()
-    async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "Recipe", "balanced")
-        await pilot.press("f6")
-        await wait_for_text(pilot, "Settings")
-        assert app.screen.styles.background.a == 0
-        assert [type(screen).__name__ for screen in app.screen_stack] == ["HomeScreen", "SettingsScreen"]

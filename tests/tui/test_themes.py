@@ -8,9 +8,9 @@ from textual.color import Color
 from qlora_tui import paths
 from qlora_tui.settings import Settings
 from qlora_tui.tui.themes import load_themes
+from tests.tui.contrast import MIN_CONTRAST, contrast
 from tests.tui.screen_assertions import wait_for_text, wait_until
-from tests.tui.style_dump import MIN_CONTRAST, contrast
-from tests.tui.workstation import config_folder, open_on
+from tests.tui.workstation import open_on
 
 TEXT = ("foreground", "primary", "secondary", "warning", "error", "success", "accent")
 GROUNDS = ("background", "surface", "panel")
@@ -29,10 +29,6 @@ background = "#000000"
 surface = "#1c1c1c"
 panel = "#262626"
 """
-
-
-def test_black_on_white_is_the_most_contrast_there_is() -> None:
-    assert contrast(Color.parse("#000000"), Color.parse("#ffffff")) == pytest.approx(21)
 
 
 def test_every_shipped_theme_loads() -> None:
@@ -73,17 +69,6 @@ def test_a_theme_of_16_colors_names_nothing_else(name: str) -> None:
     assert all(color.startswith("ansi_") for color in colors)
 
 
-@pytest.mark.parametrize("name", [theme.name for theme in SHIPPED])
-async def test_every_theme_can_be_switched_to_while_the_app_runs(name: str, private_home: Path) -> None:
-    app = open_on("memory", model=str(config_folder(private_home, "HuggingFaceTB__SmolLM2-135M")))
-    async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "▸ NF4")
-        app.theme = name
-        await wait_for_text(pilot, "▸ NF4")
-        await pilot.press("p")
-        await wait_for_text(pilot, "Enter open")
-
-
 def test_the_users_theme_replaces_a_shipped_one_of_its_name() -> None:
     _write("harbour", MINE.format(name="harbour", foreground="#eeeeee"))
     themes, problems = load_themes()
@@ -117,12 +102,6 @@ async def test_the_app_opens_with_a_broken_theme_and_reports_it() -> None:
         await wait_for_text(pilot, "Theme not loaded")
 
 
-def test_what_is_no_color_is_named() -> None:
-    _write("bad", MINE.format(name="bad", foreground="grey"))
-    _, problems = load_themes()
-    assert [problem.what.rpartition(": ")[2] for problem in problems] == ["foreground is not a color."]
-
-
 async def test_a_users_theme_without_variables_works(private_home: Path) -> None:
     _write("mine", MINE.format(name="mine", foreground="#eeeeee"))
     app = open_on("memory", theme="mine")
@@ -143,13 +122,6 @@ async def test_an_edited_theme_applies_at_once_and_errors_are_named(
         _write("mine", "name = ")
         await wait_for_text(pilot, "Theme not loaded")
         assert app.theme == "mine"
-
-
-async def test_a_theme_of_textual_can_be_configured(private_home: Path) -> None:
-    app = open_on("memory", theme="nord")
-    async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "The recipe has no model")
-        assert app.theme == "nord"
 
 
 async def test_the_configured_theme_is_applied_once_it_is_fixed(private_home: Path) -> None:

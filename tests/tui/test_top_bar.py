@@ -1,14 +1,10 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from textual.app import App, ComposeResult
 
 from qlora_tui.gpu.metrics import GpuDevice
 from qlora_tui.memory.budget import budget_for
-from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.status import Status
 from qlora_tui.tui.screens.home.reader import gpu_lines
 from qlora_tui.tui.system_monitor import SystemMonitor
 from qlora_tui.tui.system_status import SystemStatus
@@ -38,14 +34,6 @@ async def test_the_run_and_the_gpu_are_in_the_top_bar(monkeypatch: pytest.Monkey
     async with open_with_gpu("memory", model="").run_test(size=(160, 40)) as pilot:
         first = (await wait_for_text(pilot, "● 1,240/3,000 loss", "RTX 4090")).splitlines()[0]
         assert first.rstrip().endswith("°")
-
-
-async def test_in_a_narrow_window_the_least_important_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    install_nvml_stub(monkeypatch, "one_gpu")
-    write_fake_run(FakeRun(steps=1240))
-    async with open_with_gpu("memory", model="").run_test(size=(80, 24)) as pilot:
-        first = (await wait_for_text(pilot, "● 1,240/3,000")).splitlines()[0]
-        assert "RTX" not in first
 
 
 async def test_nothing_is_repainted_while_nothing_changes() -> None:
@@ -99,24 +87,3 @@ def test_a_gpu_that_cannot_be_used_is_not_called_missing(
     assert bar in TopBar.status_options(status)[0]
     lines = " ".join(line.plain for line in gpu_lines(status, budget_for(status.gpu), None, 80))
     assert home in lines and ("CPU, slowly" in lines) == (bar == "no GPU")
-
-
-@pytest.mark.parametrize(
-    ("status", "says"),
-    [
-        (Status(state="starting", at=1.0, step=1240, total_steps=3000), "● starting"),
-        (Status(state="running", at=1.0, phase="loading", step=1240, total_steps=3000), "● loading"),
-        (Status(state="running", at=1.0, phase="training", total_steps=3000), "● training"),
-        (Status(state="running", at=1.0, phase="saving", step=1240, total_steps=3000), "● 1,240/3,000"),
-    ],
-)
-def test_a_run_that_only_begins_again_says_what_it_does(status: Status, says: str) -> None:
-    assert TopBar.status_options(SystemStatus(active_status=status))[2].strip() == says
-
-
-def test_the_queue_is_counted_beside_the_active_run() -> None:
-    status = Status(state="running", at=1.0, phase="training", step=1240, total_steps=3000)
-    active = RunDir(Path("runs/at-work"))
-    options = TopBar.status_options(SystemStatus(active=active, active_status=status, waiting_ids=("a", "b")))
-    assert options[0].startswith("● 1,240/3,000 · 2 waiting")
-    assert "waiting" not in options[2]

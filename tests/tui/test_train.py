@@ -5,24 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 from msgspec import structs
 
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.runs import actions, run_queue
-from qlora_tui.runs.control import take_requests
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter
-from qlora_tui.runs.events import CheckpointSaved, Evaluated, PhaseChanged, Progress, RequestReceived, Started
-from qlora_tui.runs.status import State, read_status, write_status
+from qlora_tui.runs.events import Evaluated, PhaseChanged, Progress, Started
+from qlora_tui.runs.status import read_status, write_status
 from qlora_tui.runs.task_metrics.task_evaluation import LossChange
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.modals import dialogs
 from qlora_tui.tui.screens.train.output_tail import strip_escapes
 from qlora_tui.tui.screens.train.run_follower import RunFollower
-from qlora_tui.tui.screens.train.run_header import facts, state_line
 from qlora_tui.tui.screens.train.screen import TrainScreen, show_run
 from tests.support.task_evaluations import a_row, put_evaluation
 from tests.tui.fake_runs import BEGAN, TICKETS, FakeRun, write_fake_run
@@ -59,14 +56,6 @@ async def test_an_active_run_is_shown_from_its_files_and_followed(
             log.append(step_event(101))
             log.append(Evaluated(at=BEGAN + 191, step=101, loss=0.5, best=True))
         await wait_for_text(pilot, "step 101/3,000", "★ best validation 0.5 at 101")
-
-
-async def test_exact_answers_have_room_beside_best_and_last_loss(make_app: MakeApp) -> None:
-    run = write_fake_run(FakeRun(steps=2640, exact=(0.12, 0.97)))
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await watching(app, run)
-        await wait_for_text(pilot, "★ best 1.", "◆ 1.", "exact 86%, base 12%")
 
 
 async def test_answers_of_an_ended_run_are_shown(make_app: MakeApp) -> None:
@@ -168,19 +157,6 @@ async def test_a_second_stop_gives_up_the_step(make_app: MakeApp) -> None:
     assert ask_key(run) == ["stop", "stop_now"]
 
 
-async def test_micro_batches_of_a_long_step_are_shown(make_app: MakeApp) -> None:
-    run = write_fake_run(FakeRun(steps=1))
-    status = structs.replace(read_status(run), micro_batch=3, micro_batches=8)
-    write_status(run, status)
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        screen = await watching(app, run)
-        await wait_for_text(pilot, "this step ███░░░░░ 3/8")
-        assert screen.snapshot is not None
-        quick = replace(screen.snapshot, seconds_per_step=1.5)
-        assert not any("this step" in fact for fact in facts(quick, BEGAN))
-
-
 async def test_stopping_before_the_first_step_promises_no_checkpoint(make_app: MakeApp) -> None:
     run = write_fake_run(FakeRun(steps=0))
     with EventWriter(run.events_path) as log:
@@ -192,35 +168,6 @@ async def test_stopping_before_the_first_step_promises_no_checkpoint(make_app: M
         await pilot.press("s")
         shown = await wait_for_text(pilot, "Stop the run?", "nothing is saved", "from step 0")
         assert "save a checkpoint" not in shown
-
-
-async def test_a_run_stopped_before_its_first_step_offers_no_chat(make_app: MakeApp) -> None:
-    run = write_fake_run(FakeRun(state="stopped", steps=0))
-    app = make_app()
-    async with app.run_test(size=(120, 40)) as pilot:
-        await watching(app, run)
-        shown = await wait_for_text(pilot, "[r] resume from step 0", "r Resume")
-        assert "c Chat" not in shown
-
-
-async def test_a_requested_stop_is_shown_until_the_run_ends(make_app: MakeApp) -> None:
-    run = write_fake_run(FakeRun(steps=50))
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await watching(app, run)
-        await wait_for_text(pilot, "step 50/3,000")
-        await pilot.press("F")
-        await wait_for_text(pilot, "Stopping at the end of this epoch")
-        await pilot.press("s", "y")
-        await wait_for_text(pilot, "training  Stopping after this step")
-        assert [request.kind for request in take_requests(run)] == ["finish_epoch", "stop"]
-        with EventWriter(run.events_path) as log:
-            log.append(RequestReceived(at=BEGAN + 500, request="stop"))
-        await pilot.pause(0.3)
-        await wait_for_text(pilot, "Stopping after this step")
-        write_status(run, structs.replace(read_status(run), state="stopped", process=None))
-        await wait_for_text(pilot, "stopped")
-        assert "Stopping" not in text_of(app)
 
 
 async def test_the_stop_question_closes_when_the_run_finishes(
@@ -303,18 +250,6 @@ async def test_tab_switches_log_tabs_and_slash_searches(make_app: MakeApp) -> No
         await wait_for_text(pilot, "warnings only", "No line matches")
 
 
-async def test_omitted_log_lines_are_reported_in_a_narrow_window_too(make_app: MakeApp) -> None:
-    run = write_fake_run(FakeRun(steps=450, health=True))
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await watching(app, run)
-        await wait_for_text(pilot, "Tab next · / search · v warnings")
-        await pilot.press("slash", *"checkpoint", "enter", "v")
-        await wait_for_text(pilot, "/checkpoint warnings only")
-        await pilot.press("slash", *" of the hundredth step and all after it", "enter")
-        await wait_for_text(pilot, "…")
-
-
 async def test_the_log_of_another_run_is_shown_whole(make_app: MakeApp) -> None:
     first, second = (
         write_fake_run(FakeRun(steps=50)),
@@ -357,32 +292,6 @@ async def test_another_run_is_chosen_from_a_list(make_app: MakeApp) -> None:
         await wait_for_text(pilot, "Out of GPU memory", "Another program took", "[r] resume from step 0")
 
 
-async def test_the_last_of_many_runs_is_visible_under_the_cursor(make_app: MakeApp) -> None:
-    run = write_fake_run(FakeRun(steps=50))
-    for number in range(29):
-        write_fake_run(
-            FakeRun(name=f"older-{number:02}", state="finished", steps=3, began=BEGAN - 9000 - 60 * number)
-        )
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await watching(app, run)
-        await pilot.press("x")
-        await wait_for_text(pilot, "Watch another run", "older-00")
-        await pilot.press("G")
-        await wait_for_text(pilot, "older-28")
-
-
-async def test_a_run_that_failed_early_is_not_shown_as_complete(make_app: MakeApp) -> None:
-    run = write_fake_run(FakeRun(state="failed", steps=0))
-    with EventWriter(run.events_path) as log:
-        log.append(Progress(at=BEGAN, phase="tokenizing", done=100, total=100))
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await watching(app, run)
-        shown = await wait_for_text(pilot, "[r] resume from step 0")
-        assert "███" not in shown.splitlines()[2]
-
-
 async def test_deleting_a_watched_run_is_reported_and_others_are_offered(make_app: MakeApp) -> None:
     run = write_fake_run(FakeRun(name="owls", state="stopped", steps=50))
     app = make_app()
@@ -395,85 +304,9 @@ async def test_deleting_a_watched_run_is_reported_and_others_are_offered(make_ap
         await wait_for_text(pilot, f"{run.id} was deleted.", "Micro-batch")
 
 
-async def test_after_a_deletion_key_5_shows_the_active_run(make_app: MakeApp) -> None:
-    old = write_fake_run(FakeRun(name="old", state="stopped", steps=50, began=BEGAN - 9000))
-    at_work = write_fake_run(FakeRun(steps=60))
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await watching(app, old)
-        await wait_for_text(pilot, "stopped")
-        await pilot.press("6")
-        shutil.rmtree(old.path)
-        await pilot.press("5")
-        await wait_for_text(pilot, at_work.id, "step 60/3,000")
-
-
 def test_a_progress_bar_is_shown_in_its_last_state() -> None:
     assert strip_escapes("Map: 1%\rMap: 100%\r") == "Map: 100%"
     assert strip_escapes("\x1b[31mred\x1b[0m \x1b]0;title\x07text\x00") == "red text"
-
-
-async def test_the_log_is_at_its_end_when_reopened(make_app: MakeApp) -> None:
-    run = write_fake_run(FakeRun(steps=2))
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await watching(app, run)
-        await wait_for_text(pilot, "step 2/3,000")
-        await pilot.press("0")
-        with EventWriter(run.events_path) as log:
-            for step in range(3, 30):
-                log.append(Evaluated(at=BEGAN + 191, step=step, loss=9 - 0.1 * step, best=True))
-        await pilot.press("5")
-        await wait_for_text(pilot, "step 29: validation loss 6.1")
-
-
-async def test_unknown_events_are_reported_and_skipped(make_app: MakeApp) -> None:
-    run = write_fake_run(FakeRun(steps=50))
-    with run.events_path.open("ab") as file:
-        file.write(b'{"event":"teleported","at":1}\n')
-    app = make_app()
-    async with app.run_test(size=(120, 40)) as pilot:
-        await watching(app, run)
-        await wait_for_text(pilot, "! 1 line is not shown: another version")
-
-
-@pytest.mark.parametrize(
-    ("saved", "says"),
-    [
-        ((), ""),
-        ((20,), "checkpoint at 20"),
-        ((20, 40), "checkpoint at 40 ★"),
-        ((40, 45), "checkpoints at 40 ★, 45"),
-    ],
-)
-def test_the_best_and_the_newest_checkpoint_are_named(saved: tuple[int, ...], says: str) -> None:
-    run = write_fake_run(FakeRun(steps=10))
-    with EventWriter(run.events_path) as log:
-        for step in (20, 40):
-            log.append(Evaluated(at=BEGAN + step, step=step, loss=3.0 - 0.01 * step, best=True))
-        for step in saved:
-            log.append(CheckpointSaved(at=BEGAN + step, step=step, folder=f"checkpoints/step-{step}"))
-    now = facts(RunFollower(run).poll(), BEGAN + 60)
-    assert [fact for fact in now if fact.startswith("checkpoint")] == ([says] if says else [])
-
-
-@pytest.mark.parametrize(
-    ("total", "now", "says"),
-    [(57, 0.0, "epoch 0 of 0.057"), (57, 0.01234, "epoch 0.012 of 0.057"), (2000, 1.3333, "epoch 1.33 of 2")],
-)
-def test_epochs_are_shown_with_two_or_three_digits(total: int, now: float, says: str) -> None:
-    picture = RunFollower(write_fake_run(FakeRun(steps=2))).poll()
-    assert picture.view.data is not None
-    picture.view.data = structs.replace(picture.view.data, steps_per_epoch=1000, total_steps=total)
-    assert says in facts(replace(picture, epoch=now), BEGAN + 60)
-
-
-def test_a_requested_stop_replaces_the_detail_of_the_phase() -> None:
-    picture = RunFollower(write_fake_run(FakeRun(state="running", steps=0))).poll()
-    picture.view.phase, picture.view.phase_detail = "loading", "SmolLM2 on a CPU"
-    assert "loading  SmolLM2 on a CPU" in state_line(picture).plain
-    stopping = state_line(replace(picture, ending_request="stop")).plain
-    assert "loading  Stopping" in stopping and "SmolLM2" not in stopping
 
 
 async def test_the_last_run_is_shown_until_the_recipe_is_edited(make_app: MakeApp) -> None:
@@ -486,19 +319,6 @@ async def test_the_last_run_is_shown_until_the_recipe_is_edited(make_app: MakeAp
         app.edit("lora.rank", 32)
         await pilot.press("5")
         await wait_for_text(pilot, "Micro-batch", "Not ready")
-
-
-async def test_the_log_scrolls_with_the_keys_of_vi(make_app: MakeApp) -> None:
-    run = write_fake_run(FakeRun(steps=2000))
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await watching(app, run)
-        await wait_for_text(pilot, "checkpoint at step 2,000")
-        await pilot.press("g")
-        await wait_for_text(pilot, "queued", "attempt 1")
-        await pilot.press("k", "e", "f", "G")
-        await wait_for_text(pilot, "checkpoint at step 2,000")
-        assert ask_key(run) == []
 
 
 async def test_a_run_that_loads_shows_stages_with_progress_and_time(
@@ -524,43 +344,3 @@ async def test_a_run_that_loads_shows_stages_with_progress_and_time(
             log.append(PhaseChanged(at=BEGAN + 60, phase="training"))
             log.append(step_event(1))
         await wait_for_text(pilot, "Loss and pace", "tok/s")
-
-
-async def test_an_ended_run_names_the_one_that_is_running_now(make_app: MakeApp) -> None:
-    old = write_fake_run(FakeRun(name="old", state="stopped", steps=50, began=BEGAN - 9000))
-    at_work = write_fake_run(FakeRun(name="quick-one", steps=60))
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await watching(app, old)
-        await wait_for_text(pilot, "stopped", f"{at_work.id} is running now.   [x] watch it")
-        await pilot.press("x", "enter")
-        await wait_for_text(pilot, "quick-one", "step 60/3,000")
-
-
-@pytest.mark.parametrize("state", ["running", "failed", "paused", "lost", "finished"])
-async def test_log_and_loss_share_the_smallest_window(make_app: MakeApp, state: State) -> None:
-    run = write_fake_run(FakeRun(state=state, steps=100, total=100 if state == "finished" else 300))
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await watching(app, run)
-        await wait_for_text(pilot, "─Loss and pace─", " log │", "└0", "lr ", "grad ", "tok/s ", "memory ")
-
-
-async def test_a_click_on_the_name_of_a_tab_shows_it(make_app: MakeApp) -> None:
-    run = write_fake_run(FakeRun(steps=450))
-    app = make_app()
-    async with app.run_test(size=(120, 40)) as pilot:
-        await watching(app, run)
-        shown = await wait_for_text(pilot, "answers 2")
-        row, line = next((y, line) for y, line in enumerate(shown.splitlines()) if "answers 2" in line)
-        await pilot.click(offset=(line.index("answers"), row))
-        await wait_for_text(pilot, "▸ My parcel is late.")
-
-
-async def test_a_waiting_run_shows_what_it_will_do(make_app: MakeApp) -> None:
-    run = write_fake_run(FakeRun(state="queued", steps=0))
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await watching(app, run)
-        shown = await wait_for_text(pilot, "Waiting", "▸ waiting    the runs before it in the queue")
-        assert "· loading" in shown and "· training" in shown

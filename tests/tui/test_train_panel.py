@@ -48,36 +48,6 @@ def test_a_missing_gpu_value_is_na_and_never_zero() -> None:
         assert " 0" not in text.replace(" 0%", "")
 
 
-def test_utilization_is_drawn_from_0_to_100_with_gaps() -> None:
-    samples = tuple(sample(float(second)) for second in (*range(10), *range(15, 20)))
-    util = drawn(MachineState("RTX 4090", samples), width=45, height=10)[0]
-    assert util == "util    " + "▄" * 10 + " " * 5 + "▄" * 5 + " 50%"
-
-
-def test_the_estimate_is_a_tick_under_the_memory() -> None:
-    lines = drawn(MachineState("RTX 4090", (sample(1.0),), estimate_bytes=12 * GIB), width=40)
-    tick = next(line for line in lines if "estimate" in line)
-    # In the middle of a bar of 15 cells that begins at 8.
-    assert tick.index("▲") == 15
-    full = drawn(MachineState("RTX 4090", (sample(1.0),), estimate_bytes=30 * GIB), width=40)
-    assert next(line for line in full if "estimate" in line).index("▲") == 22
-
-
-def test_a_throttled_and_hot_gpu_says_so_in_words() -> None:
-    hot = sample(1.0, temperature_c=90, throttle=("power cap", "thermal"))
-    text = "\n".join(drawn(MachineState("RTX 4090", (hot,)), width=44))
-    assert "90 °C hot" in text
-    assert "slowed  by power cap, thermal" in text
-
-
-def test_without_a_gpu_the_trainers_cpu_share_is_shown() -> None:
-    here = Reading(at=1.0, rss_bytes=2 * GIB, cpu_percent=150.0)
-    text = "\n".join(drawn(MachineState("AMD EPYC", (here,), None, 16 * GIB, 2)))
-    assert "150% of 2 cores" in text
-    assert "2.0 of 16.0 GiB" in text
-    assert "No GPU in this run." in text
-
-
 def test_energy_is_summed_over_readings_and_not_over_pauses() -> None:
     run = write_fake_run(FakeRun(steps=0))
     seconds = [*range(100), *range(5000, 5100)]

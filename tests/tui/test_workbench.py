@@ -11,7 +11,6 @@ from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe, Source
 from qlora_tui.tui.draft import Draft
 from qlora_tui.tui.draft_saving import open_workbench
-from qlora_tui.tui.render.labels import refusal_words
 from qlora_tui.tui.workbench import Workbench
 from tests.tui.workstation import config_folder
 
@@ -103,8 +102,3 @@ def test_a_model_whose_weights_arrive_can_be_trained(private_home: Path) -> None
     assert workbench.model_refusal() is None
     workbench.set("model.id", "org/missing")
     assert isinstance(workbench.model_refusal(), ModelNotFoundError)
-
-
-def test_a_refusal_keeps_its_abbreviation() -> None:
-    assert refusal_words(UserError("GGUF of parts", what="")) == "✗ cannot train: GGUF of parts"
-    assert refusal_words(UserError("No weights", what="")) == "✗ cannot train: no weights"

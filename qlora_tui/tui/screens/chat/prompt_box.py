@@ -24,6 +24,7 @@ class PromptBox(OwnKeysFirst, TextArea):
         padding: 0 1;
         background: $surface;
         scrollbar-size-vertical: 1;
+        & .text-area--placeholder { color: $text-muted; }
     }
     """
     BINDINGS: ClassVar[list[BindingType]] = [

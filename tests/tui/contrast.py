@@ -1,14 +1,10 @@
-"""A screen as text: its characters, and how each stretch of a line is drawn."""
+"""Colors of what a screen shows: their kinds, and the contrast of words to their background."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import groupby
-from operator import itemgetter
-from string import ascii_letters
 from typing import Any
 
-from rich.segment import Segment
 from rich.style import Style
 from textual.color import Color
 
@@ -16,25 +12,6 @@ from tests.tui.screen_assertions import segments_of
 
 MIN_CONTRAST = 4.5
 """For text, WCAG 2.1, 1.4.3."""
-
-
-def styles_of(app: Any) -> str:
-    """Return a line for each line of the screen: letters for styles with their cell counts, and a key."""
-    return styles_in(segments_of(app))
-
-
-def styles_in(painted: list[list[Segment]]) -> str:
-    """Describe what a screen painted, as :func:`styles_of` does."""
-    letters: dict[str, str] = {}
-    lines = []
-    for line in painted:
-        lengths = [(str(_seen(one.style)), len(one.text)) for one in line if one.text]
-        runs = [
-            (letters.setdefault(style, _letter(len(letters))), sum(length for _, length in run))
-            for style, run in groupby(lengths, key=itemgetter(0))
-        ]
-        lines.append(" ".join(f"{letter}{count}" for letter, count in runs))
-    return "\n".join([*lines, "", *(f"{letter}: {style}" for style, letter in letters.items())])
 
 
 def illegible(app: Any) -> set[str]:
@@ -78,7 +55,3 @@ def _luminance(color: Color) -> float:
 def _seen(style: Style | None) -> Style:
     """Without what a click runs."""
     return Style() if style is None else style.clear_meta_and_links()
-
-
-def _letter(number: int) -> str:
-    return ascii_letters[number]

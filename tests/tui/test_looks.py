@@ -1,0 +1,254 @@
+"""Each screen as a picture at two sizes; and legible in every theme."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import msgspec
+import pytest
+from textual.pilot import Pilot
+
+from qlora_tui import paths
+from qlora_tui.catalog.local_models import hub_cache_dir
+from qlora_tui.chat.chat_types import ADAPTER, BASE
+from qlora_tui.data.thought_splitter import TextChunk
+from qlora_tui.recipe.presets import save
+from qlora_tui.recipe.schema import Lora, Recipe, Source
+from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.screens.chat.chat_turn import ChatTurn
+from qlora_tui.tui.themes import load_themes
+from tests.catalog.models import make_cached
+from tests.tui.chat_screen import OUTCOME, chat_of, finished
+from tests.tui.contrast import colors_of, illegible
+from tests.tui.data_screen import data_app, whole
+from tests.tui.fake_runs import BEGAN, FakeRun, last_at, write_fake_run
+from tests.tui.run_states import lost, no_memory, not_a_number, three_runs, watching
+from tests.tui.sample_data import readable_model, tickets, write_rows
+from tests.tui.screen_assertions import segments_of, wait_for_text, wait_until
+from tests.tui.test_row_losses import measured_run
+from tests.tui.workstation import config_folder, config_of, go_to, open_on, settle
+
+pytestmark = pytest.mark.usefixtures("same_machine", "here")
+
+Before: TypeAlias = Callable[[Pilot[Any]], Awaitable[None]]
+Scene: TypeAlias = Callable[[Path, Callable[[float], None]], tuple[QloraApp, Before]]
+"""Takes the private home and what sets the clock; returns an app, and how it comes to show something."""
+
+SHIPPED = {path.stem for path in paths.shipped_dir("themes").glob("*.toml")}
+TRUECOLOR = [theme.name for theme in load_themes()[0] if not theme.ansi and theme.name in SHIPPED]
+
+
+def keys(pressed: str, *texts: str) -> Before:
+    """Press keys, and wait for texts."""
+
+    async def before(pilot: Pilot[Any]) -> None:
+        await settle(pilot)
+        await pilot.press(*pressed.split())
+        await wait_for_text(pilot, *texts)
+        await settle(pilot)
+
+    return before
+
+
+def home(_home: Path, _set_clock: object) -> tuple[QloraApp, Before]:
+    three_runs()
+    seen = paths.state_dir() / "seen"
+    seen.touch()
+    os.utime(seen, (BEGAN - 1000, BEGAN - 1000))
+    return QloraApp(), keys("", "while you were away", "tickets-b", "poems-c")
+
+
+def models(_home: Path, _set_clock: object) -> tuple[QloraApp, Before]:
+    name, pickled = "Qwen/Qwen2.5-7B-Instruct", "old/pickled"
+    snapshot = make_cached(hub_cache_dir(), name, config_of("Qwen__Qwen2.5-7B"), shards=2)
+    (snapshot / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Qwen\n")
+    snapshot = make_cached(hub_cache_dir(), pickled, config_of("openai-community__gpt2"))
+    (snapshot / "model.safetensors").rename(snapshot / "pytorch_model.bin")
+    return open_on("home", model=name), keys("1", "Worth starting with")
+
+
+def data(home: Path, _set_clock: object) -> tuple[QloraApp, Before]:
+    tickets(Path("tickets.jsonl"))
+    write_rows(Path("mail.jsonl"), [{"prompt": "a", "completion": "b"}])
+    two = (Source(path="tickets.jsonl", weight=2), "mail.jsonl")
+
+    async def before(pilot: Pilot[Any]) -> None:
+        await whole(pilot)
+        await pilot.press("N")
+        await whole(pilot)
+
+    return data_app(readable_model(home), *two, max_length=128), before
+
+
+def row_losses(home: Path, _set_clock: object) -> tuple[QloraApp, Before]:
+    measured_run(tickets(Path("tickets.jsonl").absolute()))
+
+    async def before(pilot: Pilot[Any]) -> None:
+        await whole(pilot)
+        # Once the list is open, what is under it is not laid out again.
+        await wait_for_text(pilot, "Problems (5)")
+        await pilot.pause()
+        await pilot.press("B")
+        await wait_for_text(pilot, "never learned")
+        await pilot.press("space")
+
+    return data_app(readable_model(home), "tickets.jsonl", max_length=128), before
+
+
+def memory(home: Path, _set_clock: object) -> tuple[QloraApp, Before]:
+    app = open_on("memory", model=str(config_folder(home, "Qwen__Qwen2.5-7B")), gpu_gib=12)
+    app.workbench.set("data.max_length", 8192)
+    app.workbench.set("training.micro_batch_size", 4)
+    return app, settle
+
+
+def lora(home: Path, _set_clock: object) -> tuple[QloraApp, Before]:
+    app = open_on("home", model=str(config_folder(home, "Qwen__Qwen2.5-7B")))
+    app.workbench.set("lora.target_modules", ("q_proj", "v_proj", "8-23.o_proj"))
+    app.workbench.set("lora.rank", 32)
+
+    async def before(pilot: Pilot[Any]) -> None:
+        await go_to(pilot, "4", "every kind")
+        await pilot.press("down", "right", "right", "x", "right", "right", "down")
+        await settle(pilot)
+
+    return app, before
+
+
+def launch(home: Path, _set_clock: object) -> tuple[QloraApp, Before]:
+    app = open_on("home", model=str(config_folder(home, "Qwen__Qwen2.5-7B")))
+    return app, keys("5", "Not ready")
+
+
+def train(_home: Path, set_clock: Callable[[float], None]) -> tuple[QloraApp, Before]:
+    running = FakeRun()
+    # Otherwise the pace would be that of a run whose last step was an hour ago.
+    set_clock(last_at(running) + 1)
+    return QloraApp(), watching(write_fake_run(running))
+
+
+def runs(_home: Path, _set_clock: object) -> tuple[QloraApp, Before]:
+    three_runs()
+    return QloraApp(), keys("6 j space", "tickets-a", "poems-c", "queue 1")
+
+
+def comparison(_home: Path, _set_clock: object) -> tuple[QloraApp, Before]:
+    three_runs()
+    return QloraApp(), keys("6 j space space space v", "3 runs compared", "Learning rate")
+
+
+def chat(_home: Path, _set_clock: object) -> tuple[QloraApp, Before]:
+    finished(ADAPTER, "step-800")
+
+    async def before(pilot: Pilot[Any]) -> None:
+        await wait_for_text(pilot, "not loaded yet")
+        screen = chat_of(pilot.app)
+        turn = ChatTurn("Where is my parcel?", (BASE, ADAPTER))
+        screen.turns.append(turn)
+        await screen.query_one("#conversation").mount(turn)
+        screen.show_header()
+        await turn.answers[ADAPTER].append_text(TextChunk(OUTCOME.text))
+        await turn.answers[ADAPTER].end(OUTCOME)
+        await turn.answers[BASE].append_text(TextChunk("I cannot know that."))
+        cut = msgspec.structs.replace(OUTCOME, text="I cannot know that.", ending="most tokens")
+        await turn.answers[BASE].end(cut)
+        screen.set_focus(None)
+        await settle(pilot)
+
+    return open_on("chat"), before
+
+
+def presets(home: Path, _set_clock: object) -> tuple[QloraApp, Before]:
+    save("tickets", Recipe(lora=Lora(rank=8)), note="For support tickets.")
+    app = open_on("memory", model=str(config_folder(home, "Qwen__Qwen2.5-7B")))
+    return app, keys("p g j j", "Enter open")
+
+
+PICTURES: dict[str, Scene] = {
+    scene.__name__: scene
+    for scene in (
+        *(home, models, data, row_losses, memory, lora, launch, train, runs, comparison, chat, presets),
+    )
+}
+
+
+def over(pressed: str, text: str) -> Scene:
+    """A dialog, or another look of a screen, over runs and a model."""
+
+    def scene(home: Path, _set_clock: object) -> tuple[QloraApp, Before]:
+        three_runs()
+        return open_on("home", model=str(config_folder(home, "Qwen__Qwen2.5-7B"))), keys(pressed, text)
+
+    return scene
+
+
+def watched(make: Callable[[], Any]) -> Scene:
+    """A run on Train."""
+
+    def scene(_home: Path, set_clock: Callable[[float], None]) -> tuple[QloraApp, Before]:
+        run, now = make()
+        set_clock(now)
+        return QloraApp(), watching(run)
+
+    return scene
+
+
+SCENES = PICTURES | {
+    "a filter": over("6 slash", "Part of a name"),
+    "sampling": over("7 o", "Sampling"),
+    "help": over("3 question_mark", "Help: Memory"),
+    "all keys": over("f1", "Help: all keys"),
+    "a file": over("2 o", "Tab complete"),
+    "settings": over("f6", "Settings"),
+    "a lost run": watched(lost),
+    "no memory": watched(no_memory),
+    "not a number": watched(not_a_number),
+}
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40)], ids=["80x24", "120x40"])
+@pytest.mark.parametrize("scene", PICTURES)
+def test_looks(
+    snap_compare: Callable[..., bool],
+    private_home: Path,
+    set_clock: Callable[[float], None],
+    scene: str,
+    size: tuple[int, int],
+) -> None:
+    set_clock(BEGAN + 6000)
+    app, before = PICTURES[scene](private_home, set_clock)
+    assert snap_compare(app, terminal_size=size, run_before=before)
+
+
+@pytest.mark.parametrize("scene", SCENES)
+async def test_every_word_stands_out_in_every_theme(
+    scene: str, private_home: Path, set_clock: Callable[[float], None]
+) -> None:
+    set_clock(BEGAN + 6000)
+    app, before = SCENES[scene](private_home, set_clock)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await before(pilot)
+        # Every theme is on every second screen; what a theme makes of a color is the same on each.
+        for theme in TRUECOLOR[list(SCENES).index(scene) % 2 :: 2]:
+            await dressed(pilot, theme)
+            assert not illegible(app), theme
+        await dressed(pilot, "terminal-dark")
+        assert colors_of(app) <= {"default", "standard"}
+
+
+async def dressed(pilot: Pilot[Any], theme: str) -> None:
+    """Switch to another theme, and wait until all of the screen has its colors."""
+    app, before = pilot.app, segments_of(pilot.app)
+    if app.theme != theme:
+        app.theme = theme
+        await wait_until(pilot, lambda: segments_of(app) != before)
+    seen: list[object] = []
+
+    def stays() -> bool:
+        seen.append(segments_of(app))
+        return len(seen) > 3 and seen[-1] == seen[-2] == seen[-3]
+
+    await wait_until(pilot, stays)
