@@ -22,7 +22,18 @@ class AllocationPhase:
 
     @cached_property
     def _large(self) -> tuple[Event, ...]:
-        return tuple(event for event in self.events if abs(event[1]) > SMALL)
+        """Return the events of large storages, without one that is freed at once for another of its size.
+
+        That one gets the same block, so the first changes nothing.
+        """
+        large: list[Event] = []
+        for event in self.events:
+            if abs(event[1]) > SMALL:
+                size = event[1]
+                if len(large) > 1 and large[-2][1] == size > 0 and large[-1] == (large[-2][0], -size):
+                    del large[-2:]
+                large.append(event)
+        return tuple(large)
 
     @cached_property
     def _lasting(self) -> tuple[Event, ...]:

@@ -94,7 +94,7 @@ class CachingAllocator:
         if self.small_bytes + most > self._most_small_bytes:
             self._most_small_bytes = self.small_bytes + most
         self.small_bytes += left
-        self._note()
+        self.most_allocated_bytes = max(self.most_allocated_bytes, self._large_bytes + self.small_bytes)
 
     def keep(self, sizes: Iterable[int]) -> None:
         """Allocate permanent tensors."""
@@ -107,18 +107,36 @@ class CachingAllocator:
         self.count(small, small)
 
     def malloc(self, size: int) -> MemoryBlock:
-        """Allocate a tensor."""
+        """Allocate a tensor in the smallest free block that is large enough, or in new memory.
+
+        One call, like ``free``: an estimate makes ten thousand of each.
+        """
         size = -(-size // ALLOCATION_BYTES) * ALLOCATION_BYTES
         if size <= SMALL:
             self.count(size, size)
             return MemoryBlock(0, size)
-        block = self._find(size) or self._new(size)
+        free = self._free
+        place = bisect_left(free, (size,))
+        if place == len(free):
+            block = self._new(size)
+        else:
+            if self._expandable and free[place][2] is self._last and place + 1 < len(free):
+                place += 1  # the end counts with what it could grow to
+            block = free.pop(place)[2]
         left = block.size - size
         if left and (self._expandable or left > SMALL):
-            self._split(block, size)
+            rest, later = MemoryBlock(block.address + size, left), block.after
+            rest.free, rest.before, rest.after = True, block, later
+            if later is not None:
+                later.before = rest
+            block.after, block.size = rest, size
+            if self._last is block:
+                self._last = rest
+            insort(free, (left, rest.address, rest))
         block.free = False
         self._large_bytes += block.size
-        self._note()
+        if self._large_bytes + self.small_bytes > self.most_allocated_bytes:
+            self.most_allocated_bytes = self._large_bytes + self.small_bytes
         return block
 
     def free(self, block: MemoryBlock) -> None:
@@ -127,16 +145,26 @@ class CachingAllocator:
             self.small_bytes -= block.size
             return
         self._large_bytes -= block.size
-        earlier, later = block.before, block.after
-        if earlier is not None and earlier.free:
-            self._withdraw(earlier)
-            self._merge(earlier, block)
-            block = earlier
+        free, earlier, later = self._free, block.before, block.after
         if later is not None and later.free:
-            self._withdraw(later)
-            self._merge(block, later)
+            del free[bisect_left(free, (later.size, later.address))]
+            block.size += later.size
+            block.after = later.after
+            if later.after is not None:
+                later.after.before = block
+            if self._last is later:
+                self._last = block
+        if earlier is not None and earlier.free:
+            del free[bisect_left(free, (earlier.size, earlier.address))]
+            earlier.size += block.size
+            earlier.after = block.after
+            if block.after is not None:
+                block.after.before = earlier
+            if self._last is block:
+                self._last = earlier
+            block = earlier
         block.free = True
-        insort(self._free, (block.size, block.address, block))
+        insort(free, (block.size, block.address, block))
 
     def empty_cache(self) -> None:
         """Release the segments that are entirely free, like ``torch.cuda.empty_cache``.
@@ -147,19 +175,6 @@ class CachingAllocator:
             if block.before is None and block.after is None:
                 self._withdraw(block)
                 self._taken_bytes -= size
-
-    def _note(self) -> None:
-        allocated = self._large_bytes + self.small_bytes
-        if allocated > self.most_allocated_bytes:
-            self.most_allocated_bytes = allocated
-
-    def _find(self, size: int) -> MemoryBlock | None:
-        place = bisect_left(self._free, (size,))
-        if place == len(self._free):
-            return None
-        if self._expandable and self._free[place][2] is self._last and place + 1 < len(self._free):
-            place += 1  # the end counts with what it could grow to
-        return self._free.pop(place)[2]
 
     def _new(self, size: int) -> MemoryBlock:
         if not self._expandable:
@@ -184,24 +199,6 @@ class CachingAllocator:
             last = self._last = block
         self._taken_bytes += more
         return last
-
-    def _split(self, block: MemoryBlock, size: int) -> None:
-        rest = MemoryBlock(block.address + size, block.size - size)
-        rest.free, rest.before, rest.after = True, block, block.after
-        if block.after is not None:
-            block.after.before = rest
-        block.after, block.size = rest, size
-        if self._last is block:
-            self._last = rest
-        insort(self._free, (rest.size, rest.address, rest))
-
-    def _merge(self, block: MemoryBlock, later: MemoryBlock) -> None:
-        block.size += later.size
-        block.after = later.after
-        if later.after is not None:
-            later.after.before = block
-        if self._last is later:
-            self._last = block
 
     def _withdraw(self, block: MemoryBlock) -> None:
         self._free.pop(bisect_left(self._free, (block.size, block.address)))

@@ -6,6 +6,7 @@ blocks of 256 for the scales of a double quantization), and ``training/experts/e
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal
 
 from qlora_tui.catalog.architecture_types import Architecture
@@ -22,6 +23,7 @@ CODE_BYTES = 16 * 4
 NESTED_CODE_BYTES = 256 * 4
 
 
+@lru_cache(maxsize=256)
 def four_bit_scale_sizes(weights: int, nested: bool) -> tuple[int, ...]:
     """Return the bytes of each tensor of scales and code tables in one 4-bit module."""
     blocks = -(-weights // BLOCK)
@@ -58,6 +60,7 @@ def quantized_experts(settings: Quantization, architecture: Architecture) -> Lit
     if (
         settings.method not in ("nf4", "fp4")
         or not settings.experts
+        or architecture.experts is None
         or architecture.quantized_as == "bitsandbytes"
     ):
         return "none"

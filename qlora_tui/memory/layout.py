@@ -161,7 +161,8 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
     for module in architecture.expert_modules:
         if module.layer is not None:
             experts[module.layer].append(module)
-    known: dict[tuple[tuple[Linear, ...], Mixture | None], DecoderLayer] = {}
+    known: dict[tuple[tuple[int, ...], Mixture | None], DecoderLayer] = {}
+    """Layers by their modules, of which equal ones are the same object."""
     linear_cache: dict[tuple[object, ...], Linear] = {}
     routed = _mixture(recipe, architecture, execution)
     blocks = []
@@ -183,7 +184,7 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
                 if rank:
                     width = rank * module.copies
                     expert_shapes += [(width, module.in_features), (module.out_features, width)]
-        key = (linears, of_layer)
+        key = (tuple(map(id, linears)), of_layer)
         if key not in known:
             known[key] = DecoderLayer(
                 linears=linears,

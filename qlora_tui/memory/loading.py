@@ -92,10 +92,10 @@ def _quantize(
     weights = _in_natural_order(architecture, execution.separate_experts)
     a_weight = 1.0 if method == "int8" else 0.5
     packs_experts = expert_method(recipe, architecture, execution) != "none"
-    whole = sum(
-        weight.count * (a_weight if weight.rows or (weight.experts and packs_experts) else READ_BYTES)
-        for weight in weights
-    )
+    whole = 0.0
+    for weight in weights:
+        is_packed = weight.rows or (weight.experts and packs_experts)
+        whole += weight.count * (a_weight if is_packed else READ_BYTES)
     allocator.free(allocator.malloc(int(whole)))
     quantized: dict[str, MemoryBlock] = {}
     for weight in weights:
@@ -142,5 +142,10 @@ def _in_natural_order(architecture: Architecture, separate_experts: bool) -> tup
     return tuple(sorted(_weights(architecture, separate_experts), key=_natural))
 
 
+_NUMBERS = re.compile(r"(\d+)")
+
+
 def _natural(weight: _Weight) -> list[int | str]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", weight.name)]
+    parts: list[int | str] = [*_NUMBERS.split(weight.name)]
+    parts[1::2] = map(int, parts[1::2])
+    return parts

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from math import prod
 
-from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.catalog.architecture_types import Architecture, LinearModule, Parameter
 from qlora_tui.memory.autograd import ALLOCATION_BYTES
 from qlora_tui.memory.execution import ExecutionConfig
 from qlora_tui.memory.four_bit import expert_method, expert_tensor_sizes, four_bit_scale_sizes
@@ -69,33 +69,45 @@ class FrozenWeights:
 
 def frozen_weights(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> FrozenWeights:
     """Compute the bytes of every base model parameter, in the dtype it has during training."""
-    method = recipe.quantization.method
+    method, nested = recipe.quantization.method, recipe.quantization.double_quantization
     packed = scales = dense = vision = 0
     itemsize = 4 if execution.cast_to_float32 else execution.compute_itemsize
+    # A model has hundreds of modules, but few that differ.
+    kinds: dict[tuple[object, ...], tuple[LinearModule, int]] = {}
     for module in architecture.modules:
+        is_vision = module.part == "vision"
+        key = (module.in_features, module.out_features, module.bias, module.quantizable, is_vision)
+        kinds[key] = (module, kinds[key][1] + 1 if key in kinds else 1)
+    for module, count in kinds.values():
+        weights, rows = module.weight_params, module.out_features
         if module.quantizable and method in ("nf4", "fp4"):
-            packed += round_to_block(-(-module.weight_params // 2))
-            scales += four_bit_scale_bytes(module.weight_params, recipe.quantization.double_quantization)
+            packed += count * round_to_block(-(-weights // 2))
+            scales += count * four_bit_scale_bytes(weights, nested)
         elif module.quantizable and method == "int8":
-            packed += round_to_block(module.weight_params)
-            scales += round_to_block(module.out_features * 4)
+            packed += count * round_to_block(weights)
+            scales += count * round_to_block(rows * 4)
         elif module.part == "vision":
-            vision += round_to_block(module.weight_params * itemsize)
+            vision += count * round_to_block(weights * itemsize)
         else:
-            dense += round_to_block(module.weight_params * itemsize)
-        dense += round_to_block(module.bias_params * itemsize)
+            dense += count * round_to_block(weights * itemsize)
+        dense += count * round_to_block(module.bias_params * itemsize)
     roles = {"expert": 0, "vision": 0, "other": 0}
+    separate = execution.separate_experts and method in ("nf4", "fp4")
+    stacked = expert_method(recipe, architecture, execution) != "none"
+    shapes: dict[tuple[str, tuple[int, ...]], tuple[Parameter, int]] = {}
     for parameter in architecture.parameters:
-        if parameter.role == "expert" and execution.separate_experts and method in ("nf4", "fp4"):
-            packed += round_to_block(-(-parameter.params // 2))
-            scales += four_bit_scale_bytes(parameter.params, recipe.quantization.double_quantization)
-            continue
-        if parameter.is_expert_matrices and expert_method(recipe, architecture, execution) != "none":
-            sizes = expert_tensor_sizes(parameter.shape, recipe.quantization.double_quantization)
-            roles["expert"] += sum(map(round_to_block, sizes))
-            continue
-        role = parameter.role if parameter.role in roles else "other"
-        roles[role] += round_to_block(parameter.params * itemsize)
+        shape = (parameter.role, parameter.shape)
+        shapes[shape] = (parameter, shapes[shape][1] + 1 if shape in shapes else 1)
+    for parameter, count in shapes.values():
+        if parameter.role == "expert" and separate:
+            packed += count * round_to_block(-(-parameter.params // 2))
+            scales += count * four_bit_scale_bytes(parameter.params, nested)
+        elif parameter.is_expert_matrices and stacked:
+            sizes = expert_tensor_sizes(parameter.shape, nested)
+            roles["expert"] += count * sum(map(round_to_block, sizes))
+        else:
+            role = parameter.role if parameter.role in roles else "other"
+            roles[role] += count * round_to_block(parameter.params * itemsize)
     return FrozenWeights(
         packed_bytes=packed,
         scale_bytes=scales,

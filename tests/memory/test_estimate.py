@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from msgspec import structs
 
-from qlora_tui.catalog.config_parser import parse_architecture
+from qlora_tui.catalog.config_parser import known_model_types, parse_architecture
 from qlora_tui.errors import UserError
 from qlora_tui.memory import (
     Device,
@@ -40,24 +40,53 @@ from tests.support.counting import count_allocations
 GIB, MIB = 2**30, 2**20
 
 
-def test_an_estimate_takes_few_calls_of_functions_in_every_family() -> None:
-    """80,000 take about 20 ms; the layers of Llama 70B are as many as any model's here."""
-    calls: dict[str, int] = {}
+DEVICES = {
+    "growing segments": Device(),
+    "fixed segments": Device(expandable_segments=False),
+    "a CPU": Device(kind="cpu"),
+}
+MOST_CALLS = 80_000
+"""Calls of functions in one estimate, in about 20 to 40 ms."""
+
+
+def _calls_of_an_estimate(model: dict[str, Any], device: Device) -> int:
+    architecture = parse_architecture(model)
+    calls = 0
 
     def count(frame: object, event: str, arg: object) -> None:
-        calls[file.stem] += event == "call"
+        nonlocal calls
+        calls += event == "call"
 
+    cached_estimate.cache_clear()
+    sys.setprofile(count)
+    try:
+        estimate(Recipe(), architecture, device=device)
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+def test_an_estimate_takes_few_calls_of_functions(device: Device) -> None:
+    """The layers of Llama 70B are as many as any model's here."""
+    calls = {}
     for file in sorted(CONFIGS.glob("*.json")):
         with suppress(UserError):
-            architecture = parse_architecture(json.loads(file.read_text()))
-            calls[file.stem] = 0
-            cached_estimate.cache_clear()
-            sys.setprofile(count)
-            try:
-                estimate(Recipe(), architecture)
-            finally:
-                sys.setprofile(None)
-    assert len(calls) > 60 and min(calls.values()) > 1000 and max(calls.values()) < 80_000, calls
+            calls[file.stem] = _calls_of_an_estimate(json.loads(file.read_text()), device)
+    assert len(calls) > 60 and min(calls.values()) > 1000 and max(calls.values()) < MOST_CALLS, calls
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+def test_an_estimate_of_class_defaults_takes_few_calls_of_functions(device: Device) -> None:
+    from transformers import AutoConfig
+
+    calls = {}
+    for model_type in sorted(known_model_types()):
+        defaults = json.loads(AutoConfig.for_model(model_type).to_json_string(use_diff=False))
+        with suppress(UserError):
+            calls[model_type] = _calls_of_an_estimate(defaults, device)
+    assert "deepseek_v3" in calls and max(calls.values()) < MOST_CALLS, calls
 
 
 def test_items_add_up_to_what_must_be_free() -> None:
