@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from qlora_tui.memory import Device, ExecutionConfig, trainer_execution
-from qlora_tui.memory.execution import Optimizer
-from qlora_tui.memory.versions import CURRENT, Version
+from qlora_tui.memory.execution import CURRENT, Optimizer, Version
 from qlora_tui.recipe.schema import ALL_LINEAR, Data, Lora, Quantization, Recipe, Training
 
 Row = dict[str, str]

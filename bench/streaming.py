@@ -24,7 +24,7 @@ from bench.support.recorded_copies import RecordedCopies
 from qlora_tui.catalog.config_parser import load_config, parse_architecture
 from qlora_tui.demo.demo_model import ensure_model
 from qlora_tui.memory.execution import Device, trainer_execution
-from qlora_tui.memory.streamed_layers import streamed_weights
+from qlora_tui.memory.weights import streamed_weights
 from qlora_tui.recipe.schema import Lora, Model, Quantization, Recipe
 from qlora_tui.training.adapter import add_lora
 from qlora_tui.training.chunked_loss import find_head, use_chunked_loss

@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.memory import Device, trainer_execution
-from qlora_tui.memory.step_trace import closed_form
+from qlora_tui.memory.estimate import closed_form
 from qlora_tui.recipe.schema import Data, Lora, Model, Quantization, Recipe, Training
 
 CONFIGS = Path(__file__).parent.parent / "tests" / "configs"

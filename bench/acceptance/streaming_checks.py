@@ -10,7 +10,7 @@ from bench.acceptance.runs import EndedRun, short_recipe, train
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.memory import estimate, trainer_execution
 from qlora_tui.memory.budget import local_budget
-from qlora_tui.memory.streaming_cost import slowdown
+from qlora_tui.memory.step_choice import slowdown
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.events import MemoryMeasured, Step
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_tui.memory.cpu import this_processor
+from qlora_tui.memory.budget import this_processor
 from qlora_tui.training.agreement import within_rounding
 from qlora_tui.training.experts.expert_lora import is_parameter_wrapper
 from qlora_tui.training.fused.patching import temporary_forwards

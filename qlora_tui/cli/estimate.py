@@ -24,10 +24,10 @@ from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.visible_devices import choose_gpu
 from qlora_tui.memory import PRECISIONS, as_json, check_fit, compare
 from qlora_tui.memory.budget import MemoryBudget, local_budget
-from qlora_tui.memory.conversion import Conversion
 from qlora_tui.memory.estimate import precision_of
 from qlora_tui.memory.explain import describe_speedup
-from qlora_tui.memory.step_trace import StepTrace
+from qlora_tui.memory.levels import Conversion
+from qlora_tui.memory.step import StepTrace
 from qlora_tui.recipe.schema import Recipe
 
 _LARGEST_ITEMS = 12

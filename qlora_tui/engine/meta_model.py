@@ -10,7 +10,7 @@ from torch import nn
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.code_keys import without_code
 from qlora_tui.engine.trace_client import TraceRequest
-from qlora_tui.memory.four_bit import quantized_experts
+from qlora_tui.memory.weights import quantized_experts
 from qlora_tui.recipe.schema import Recipe
 
 

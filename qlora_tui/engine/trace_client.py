@@ -15,7 +15,7 @@ from qlora_tui.engine.log_file import open_log, truncated_log
 from qlora_tui.engine.protocol import Failure
 from qlora_tui.errors import UserError
 from qlora_tui.memory.execution import Device, trainer_execution
-from qlora_tui.memory.step_trace import StepTrace, check_traceable
+from qlora_tui.memory.step import StepTrace, check_traceable
 from qlora_tui.recipe.schema import Recipe
 
 

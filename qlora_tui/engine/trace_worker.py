@@ -36,7 +36,7 @@ from qlora_tui.engine.trace_client import TraceRequest
 from qlora_tui.errors import UserError
 from qlora_tui.gpu.library_imports import faster_imports
 from qlora_tui.memory.execution import LOSS_BLOCK_ROWS
-from qlora_tui.memory.step_trace import StepTrace
+from qlora_tui.memory.step import StepTrace
 
 
 def trace_request(request: TraceRequest) -> StepTrace:

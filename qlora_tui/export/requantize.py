@@ -14,7 +14,7 @@ from torch import Tensor
 from qlora_tui.catalog.architecture_types import Architecture, inner_name
 from qlora_tui.catalog.safetensors_header import read_header
 from qlora_tui.chat.expert_deltas import GRANITE, MATRICES
-from qlora_tui.memory.four_bit import quantized_experts
+from qlora_tui.memory.weights import quantized_experts
 from qlora_tui.recipe.schema import Quantization
 
 TensorReader: TypeAlias = Callable[[str], Tensor]

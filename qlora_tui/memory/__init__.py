@@ -4,42 +4,38 @@ Call :func:`estimate` (or :func:`compare` for NF4, int8 and 16 bits), :func:`che
 available memory, and call :func:`largest_settings` or :func:`cheapest_changes`; :func:`as_json` is what
 ``--json`` prints.
 
-``execution``         which trainer's code runs; ``versions``: what its libraries do
-``step``              activations and gradients of one training step of it: each kind of layer once, on
-                      ``autograd``. ``layout`` and ``decoder_layer``: the layers; ``ops``, ``attention``,
-                      ``linear`` and ``loss``: what an operation allocates and saves; ``moe`` (of a
-                      ``mixture``), ``mla`` and ``cohere``: what some families have;
-                      ``fused_lora`` and ``expert_loop``: our trainer's functions that save less memory.
-                      ``step_trace`` has a traced step in its place.
-``parameter_memory``  bytes of frozen weights with their quantization scales, adapter and optimizer states;
-                      ``static_memory`` lists them as items, with the batch and workspaces;
-                      ``four_bit``: which weights are quantized to 4 bits, and their tensors
-``replay``            puts ``loading`` and the ``allocation_trace`` of each part on a model of CUDA's
-                      ``allocator``
-``conversion``        the peak of converting a GGUF file
-``levels``            from tensors to what the GPU sees (on a CPU with ``onednn_cache``)
-``general_answers``   what the forgetting curve computes between two steps
-``moments``           the times of a step that may be its peak; ``timeline``: all of them, from loading to the
-                      optimizer
-``calibration``       corrects by measurements of past runs
-``explain``           a sentence for each item; ``report``: the JSON output
-``budget``            the memory of the device (``cpu`` describes a CPU); ``verdict`` compares the estimate
-                      with it
-``streamed_layers``   layers that wait in host memory; ``streaming_cost``: what that costs in time, from
-                      ``transfer_speed``, measured once per machine
-``solver``            finds what fits; ``model_sizes``: how large a model fits; ``step_choice``: the rows
-                      at a time, optimizer states and kept activations for which memory is free
+``estimate``       items, levels and uncertainty of one recipe; its verdict for a memory; its timeline
+``execution``      which trainer's code runs, and what the versions of transformers do
+``weights``        bytes of the frozen weights, in 4 bits, streamed from host memory, or as they are
+``static_memory``  all that is there through a step: weights, adapter, optimizer states, batch, workspaces
+``step``           activations and gradients of one training step: each kind of layer once, and the loss
+``layers``         the layer of each family, replayed on ``autograd`` by ``ops``, ``linear``, ``attention``
+                   and ``experts``: what each operation allocates, saves and frees
+``replay``         puts loading and two steps on a model of CUDA's ``allocator``
+``levels``         from tensors to what the GPU sees, or the system of a CPU; converting a GGUF file
+``calibration``    measurements of past runs and of copies on this machine, and the correction from them
+``explain``        a sentence for each item; ``report``: the JSON output
+``budget``         the memory of the device, and its CPU or GPU
+``solver``         what fits: settings, changes, sizes of models
+``step_choice``    the rows at a time, optimizer states and recomputed layers for which memory is free; time
+                   that streaming costs
 """
 
 from qlora_tui.memory.calibration import Correction, MeasuredRun, correction_for, record_run
-from qlora_tui.memory.estimate import PRECISIONS, Estimate, Item, compare, estimate
+from qlora_tui.memory.estimate import PRECISIONS, Estimate, Item, Verdict, check_fit, compare, estimate
 from qlora_tui.memory.execution import Device, ExecutionConfig, trainer_execution
 from qlora_tui.memory.levels import UncertaintyBand
-from qlora_tui.memory.model_sizes import ModelClass, largest_model_size
 from qlora_tui.memory.report import as_json
-from qlora_tui.memory.solver import MemorySaving, WhatFits, cheapest_changes, largest_settings, minimum_bytes
+from qlora_tui.memory.solver import (
+    MemorySaving,
+    ModelClass,
+    WhatFits,
+    cheapest_changes,
+    largest_model_size,
+    largest_settings,
+    minimum_bytes,
+)
 from qlora_tui.memory.step_choice import KeptLayersPlan, StepChoice, choose_step, plan_kept_layers
-from qlora_tui.memory.verdict import Verdict, check_fit
 
 __all__ = [
     "PRECISIONS",

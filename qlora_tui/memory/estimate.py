@@ -2,10 +2,18 @@
 
 The Memory screen, the CLI, the runner and the demo call ``estimate``. Everything is pure Python and takes a
 few milliseconds.
+
+Comparison of an estimate with the available memory, including its uncertainty.
+
+Memory of the process over time: the model is loaded, then one training step runs.
+
+The estimate is the maximum of this series. The parts of a step follow one another as they are replayed; how
+long each takes is not known here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal
@@ -17,16 +25,20 @@ from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.memory.calibration import MIN_RUNS, Correction
 from qlora_tui.memory.execution import Device, ExecutionConfig, trainer_execution
 from qlora_tui.memory.explain import LABELS, ExplainContext, explanations
-from qlora_tui.memory.general_answers import answers_moment
-from qlora_tui.memory.layout import STYLES, Layout, build_layout
+from qlora_tui.memory.layers import STYLES, Layout, build_layout
 from qlora_tui.memory.levels import MemoryLevels, UncertaintyBand, context_range, corrected, tiers
-from qlora_tui.memory.moments import step_moments
-from qlora_tui.memory.parameter_memory import gradient_bytes
 from qlora_tui.memory.replay import replay
-from qlora_tui.memory.static_memory import FROZEN, static_items
-from qlora_tui.memory.step import Peak, layer_input_bytes, profile_step
-from qlora_tui.memory.step_trace import StepTrace
-from qlora_tui.memory.streamed_layers import StreamedWeights, streamed_weights
+from qlora_tui.memory.static_memory import FROZEN, gradient_bytes, static_items
+from qlora_tui.memory.step import (
+    Peak,
+    StepTrace,
+    answers_moment,
+    layer_input_bytes,
+    peak_candidates,
+    profile_step,
+    step_moments,
+)
+from qlora_tui.memory.weights import StreamedWeights, streamed_weights
 from qlora_tui.recipe.schema import Recipe
 
 Precision = Literal["nf4", "int8", "fp16"]
@@ -344,3 +356,151 @@ def why_int8_is_larger(int8: Estimate, fp16: Estimate) -> str:
     if int8.total_bytes <= fp16.total_bytes or not int8.bytes_of("int8_inputs"):
         return ""
     return "int8 exceeds fp16: it keeps inputs of linear layers, which are not recomputed."
+
+
+TIGHT_SHARE = 0.05
+"""Margin of a fit that is not tight, as a share of the memory: with less left, another process or a longer
+sequence can end the run."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The verdict in one word, and its basis."""
+
+    word: Literal["fits", "tight", "does not fit", "uncertain"]
+    needed_bytes: int
+    low_bytes: int
+    high_bytes: int
+    available_bytes: int
+    reason: str
+    """Reason for the width of the uncertainty range."""
+
+    @property
+    def spare_bytes(self) -> int:
+        """Return the bytes left over; negative where it does not fit."""
+        return self.available_bytes - self.needed_bytes
+
+    @property
+    def fits_even_if_tight(self) -> bool:
+        """Return whether the upper end of the range fits, with or without a margin."""
+        return self.word in ("fits", "tight")
+
+    @property
+    def fits_with_margin(self) -> bool:
+        """Return whether the upper end of the range leaves 5 % of the memory free (``TIGHT_SHARE``)."""
+        return self.word == "fits"
+
+
+def check_fit(estimated: Estimate, available_bytes: int) -> Verdict:
+    """Compare an estimate's range with the memory.
+
+    ``fits`` means that even the upper end of the range leaves 5 % of the memory free; ``tight``, that it
+    leaves less; ``uncertain``, that only the lower end fits.
+    """
+    band = estimated.band
+    word: Literal["fits", "tight", "does not fit", "uncertain"]
+    if band.low_bytes > available_bytes:
+        word = "does not fit"
+    elif band.high_bytes > available_bytes:
+        word = "uncertain"
+    elif band.high_bytes > available_bytes * (1 - TIGHT_SHARE):
+        word = "tight"
+    else:
+        word = "fits"
+    return Verdict(
+        word, estimated.process_bytes, band.low_bytes, band.high_bytes, available_bytes, band.reason
+    )
+
+
+Phase = Literal["loading", "forward", "loss", "backward", "optimizer"]
+PHASES: tuple[Phase, ...] = ("loading", "forward", "loss", "backward", "optimizer")
+OVERHEAD = "overhead"
+"""Item of a moment for all that is not in tensors: context, libraries, and the allocator's slack."""
+LOADING_PARTS = 8
+"""Moments that loading is divided into."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Memory of the process at one time."""
+
+    phase: Phase
+    name: str
+    """``backward of layer 31``, as in :attr:`.step.Peak.phase`."""
+    items: Mapping[str, int]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.items.values())
+
+
+def step_timeline(
+    recipe: Recipe, architecture: Architecture, estimated: Estimate, traced: StepTrace | None = None
+) -> tuple[Moment, ...]:
+    """Return the moments of loading and of a step, in order of time.
+
+    Args:
+        recipe: The recipe, in the precision of the estimate.
+        architecture: Its model.
+        estimated: Its estimate; the largest moment is its peak.
+        traced: A trace of this exact recipe, if the estimate was made with one.
+    """
+    execution = estimated.execution
+    layout = build_layout(recipe, architecture, execution)
+    resident = static_items(recipe, architecture, layout, execution)
+    frozen = {key: size for key, size in resident.items() if key in FROZEN}
+    if traced is None and execution.accumulates:
+        resident["gradients"] = gradient_bytes(layout, execution)
+    profile = profile_step(layout, execution, recipe.lora.dropout)
+    peaks = step_moments(profile, layout, execution, traced, every_layer=True)
+    most = max(peak.total_bytes for peak in peaks) + sum(resident.values())
+    outside = {OVERHEAD: estimated.step_bytes - most}
+    moments = _loading(frozen, loading_bytes(recipe, architecture, execution), estimated)
+    moments += [
+        Moment(_phase_of(peak.phase), peak.phase, _sum(resident, peak.items, outside)) for peak in peaks
+    ]
+    moments.append(Moment("optimizer", "after the step", _sum(resident, outside)))
+    return tuple(moments)
+
+
+def _loading(frozen: dict[str, int], read_bytes: int, estimated: Estimate) -> list[Moment]:
+    """Return the loading of the weights, which is fullest when the last ones are read."""
+    read = {"loading": read_bytes}
+    outside = {OVERHEAD: estimated.loading_process_bytes - sum(frozen.values()) - read_bytes}
+    parts = []
+    for part in range(1, LOADING_PARTS + 1):
+        loaded = {key: size * part // LOADING_PARTS for key, size in frozen.items()}
+        parts.append(Moment("loading", LOADING, _sum(loaded, read, outside)))
+    return parts
+
+
+def _sum(*parts: Mapping[str, int]) -> dict[str, int]:
+    items: dict[str, int] = {}
+    for part in parts:
+        for key, size in part.items():
+            items[key] = items.get(key, 0) + size
+    return {key: size for key, size in items.items() if size}
+
+
+def _phase_of(peak: str) -> Phase:
+    """Return the phase of a peak by its words: ``loss backward`` belongs to the loss."""
+    phases: tuple[Phase, ...] = ("loss", "forward", "backward")
+    return next((phase for phase in phases if phase in peak), "optimizer")
+
+
+def closed_form(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> dict[str, int]:
+    """Return the estimate's own values of the figures in a trace: frozen weights, adapter, gradients, and the
+    step's peak beyond weights and adapter."""
+    layout = build_layout(recipe, architecture, execution)
+    resident = static_items(recipe, architecture, layout, execution)
+    gradients = gradient_bytes(layout, execution)
+    step = max(
+        peak.total_bytes
+        for peak in peak_candidates(profile_step(layout, execution, recipe.lora.dropout), layout, execution)
+    )
+    return {
+        "frozen": sum(resident.get(key, 0) for key in FROZEN),
+        "adapter": resident["adapter"],
+        "gradients": gradients,
+        "step": step + (gradients if execution.accumulates else 0),
+    }

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.memory.execution import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS, ExecutionConfig
-from qlora_tui.memory.four_bit import expert_method
-from qlora_tui.memory.layout import Layout
+from qlora_tui.memory.layers import Layout
 from qlora_tui.memory.levels import TOKENIZER_BYTES_PER_TOKEN
+from qlora_tui.memory.weights import expert_method
 from qlora_tui.recipe.diff import format_value
 from qlora_tui.recipe.schema import Recipe
 
@@ -94,7 +94,7 @@ def explanations(facts: ExplainContext) -> dict[str, str]:
 
 def _weight_sentences(facts: ExplainContext) -> dict[str, str]:
     recipe, architecture, execution = facts.recipe, facts.architecture, facts.execution
-    itemsize = 4 if execution.cast_to_float32 else execution.compute_itemsize
+    itemsize = execution.residual_itemsize
     int8 = recipe.quantization.method == "int8"
     return {
         "weights": f"{_n(architecture.quantizable_params)} linear weights × {1 if int8 else 0.5} byte.",

@@ -1,19 +1,66 @@
-"""Memory levels from tensors to what the GPU sees: allocated, reserved, process, and their uncertainty."""
+"""Memory levels from tensors to what the GPU sees: allocated, reserved, process, and their uncertainty.
+
+Memory of oneDNN on a CPU: the code it generates for each shape of a bfloat16 product.
+
+torch passes bfloat16 products to oneDNN, float32 ones to MKL, which generates no code. Measured with torch
+2.13: each new shape adds 0.57 MB to the heap, of which 0.3 are freed when oneDNN's cache evicts the shape.
+The rest, a code buffer of 256 KiB per kernel, stays (cpu/x64/brgemm/brgemm_containers.cpp keeps every
+kernel).
+
+Memory of converting a GGUF file, in a separate process before the first run.
+
+It is compared with a run's peak and never added to it: the conversion process ends before the trainer loads
+anything.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.formatting import MIB, format_bytes
+from qlora_tui.gpu.torch_env import ONEDNN_CACHE_CAPACITY
 from qlora_tui.memory.calibration import Correction
 from qlora_tui.memory.execution import BFLOAT16_CAPABILITY, LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS, ExecutionConfig
-from qlora_tui.memory.layout import Layout
-from qlora_tui.memory.onednn_cache import kernel_bytes
+from qlora_tui.memory.layers import Layout
 from qlora_tui.memory.ops import FLOAT
-from qlora_tui.memory.parameter_memory import optimizer_bytes
 from qlora_tui.memory.replay import Pool
+from qlora_tui.memory.static_memory import optimizer_bytes
 
-MIB = 1024 * 1024
+KEPT_BYTES = 300 * 1024
+KERNEL_BYTES = 268 * 1024
+TOKEN_MULTIPLE = 32
+"""Multiple of tokens to which rows, samples and loss chunks are padded (training/padding.py): a kernel takes
+milliseconds to generate, and without padding there would be some 10 for each new length of a sample, some 25
+for each of a row."""
+ATTENTION_PRODUCTS = 5
+"""Products for each sample length: those of attention's backward (training/fused/cpu_attention.py). The
+forward generates no kernel."""
+FULL_ROWS = 4
+"""Number of lengths that packed sequences have: all are nearly full."""
+
+
+def kernel_bytes(layout: Layout, execution: ExecutionConfig) -> int:
+    """Return the heap bytes after a run with samples of every length; 0 except for bfloat16 on a CPU."""
+    if execution.device != "cpu" or execution.compute_itemsize != 2 or execution.float16:
+        return 0
+    lengths = -(-layout.length // TOKEN_MULTIPLE)
+    rows = min(FULL_ROWS, lengths) if execution.packing else lengths
+    chunks = min(lengths, LOSS_CHUNK_ROWS // TOKEN_MULTIPLE)
+    shapes = _products(layout) * rows + ATTENTION_PRODUCTS * lengths + 2 * chunks
+    return ONEDNN_CACHE_CAPACITY * KEPT_BYTES + shapes * KERNEL_BYTES
+
+
+def _products(layout: Layout) -> int:
+    """Count the product shapes over one row: two with each weight, three with each half of an adapter."""
+    linears = {linear for block in layout.blocks for linear in block.linears}
+    weights = {(linear.inputs, linear.outputs) for linear in linears}
+    halves = {(linear.inputs, "A") for linear in linears if linear.rank}
+    halves |= {(linear.outputs, "B") for linear in linears if linear.rank}
+    return 2 * len(weights) + 3 * len(halves)
+
+
 T4_CONTEXT_BYTES = 141 * MIB
 """CUDA context with cuBLAS's and bitsandbytes' kernels loaded. Measured 133 to 147 MiB on a T4."""
 A100_CONTEXT_BYTES = 522 * MIB
@@ -216,3 +263,47 @@ def _uncertainty_bytes(allocated: int, layout: Layout) -> int:
     wide parallel layer of GPT-J keeps 27 % more at 16,384 tokens.
     """
     return allocated // (50 if layout.exact else 3)
+
+
+Way = Literal["plain", "streamed"]
+"""How the file is converted: all of it by this program (plain), or tokenizer and config by transformers
+(streamed)."""
+PLAIN_BYTES = 50 * MIB
+"""Python, numpy, tokenizers, and a block of rows in float32."""
+PLAIN_BYTES_PER_TOKEN = 4000
+"""Bytes per vocabulary token: Python lists of words and merges, and the tokenizer built from them."""
+LIBRARIES_BYTES = 320 * MIB
+"""Bytes of the libraries with torch and transformers."""
+BYTES_PER_TOKEN = 2000
+"""Bytes per vocabulary token in transformers."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A pending conversion."""
+
+    file: str
+    """Name of the GGUF file."""
+    peak_bytes: int
+    """Largest resident set of the conversion process."""
+
+    def words(self, run_bytes: int | None) -> str:
+        """Return one sentence. ``run_bytes`` is the peak of a run on the CPU, with which the conversion's is
+        compared; None for a run on a GPU, whose memory it does not use."""
+        beside = "of the machine's memory"
+        if run_bytes is not None:
+            beside = "more than the run" if self.peak_bytes > run_bytes else "less than the run"
+        return (
+            f"Before the first run {self.file} is converted in a separate process: "
+            f"{format_bytes(self.peak_bytes)}, {beside}."
+        )
+
+
+def peak_bytes(way: Way, *, file_bytes: int, vocabulary: int) -> int:
+    """Return the largest resident set. The whole GGUF file is mapped, and counts as it is read.
+
+    Measured: 329 MiB for SmolLM2 135M in Q4_1 (plain), 995 for Gemma 3 270M in Q4_K_M (streamed).
+    """
+    if way == "plain":
+        return PLAIN_BYTES + file_bytes + vocabulary * PLAIN_BYTES_PER_TOKEN
+    return LIBRARIES_BYTES + file_bytes + vocabulary * BYTES_PER_TOKEN

@@ -6,16 +6,13 @@ from typing import Any
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.context_length import context_length_warning
-from qlora_tui.memory.estimate import Estimate, compare, precision_of
+from qlora_tui.memory.estimate import Estimate, check_fit, closed_form, compare, precision_of
 from qlora_tui.memory.execution import Device, trainer_execution
 from qlora_tui.memory.explain import describe_choice
-from qlora_tui.memory.layout import STYLES
-from qlora_tui.memory.model_sizes import largest_model_size
-from qlora_tui.memory.solver import cheapest_changes, largest_settings, minimum_bytes
-from qlora_tui.memory.step_choice import choose_step
-from qlora_tui.memory.step_trace import StepTrace, closed_form
-from qlora_tui.memory.streaming_cost import describe_host_memory
-from qlora_tui.memory.verdict import check_fit
+from qlora_tui.memory.layers import STYLES
+from qlora_tui.memory.solver import cheapest_changes, largest_model_size, largest_settings, minimum_bytes
+from qlora_tui.memory.step import StepTrace
+from qlora_tui.memory.step_choice import choose_step, describe_host_memory
 from qlora_tui.recipe.schema import Recipe
 
 

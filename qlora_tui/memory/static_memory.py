@@ -1,14 +1,90 @@
-"""Memory that is constant through a step: weights, adapter, optimizer states, batch, workspace."""
+"""Memory that is constant through a step: weights, adapter, optimizer states, batch, workspace.
+
+Memory that is constant through the run: the frozen model, the adapter, the optimizer's states.
+
+Sources: bitsandbytes ``optim/optimizer.py`` (8-bit states from 4,096 elements on, ``min_8bit_size``), QLoRA
+(arXiv 2305.14314, section 3).
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+from math import prod
+
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.memory.execution import ExecutionConfig
-from qlora_tui.memory.layout import Layout
-from qlora_tui.memory.parameter_memory import adapter_bytes, frozen_weights, optimizer_bytes, round_to_block
-from qlora_tui.memory.step import residual_itemsize
-from qlora_tui.memory.streamed_layers import streamed_weights
+from qlora_tui.memory.layers import Layout
+from qlora_tui.memory.weights import frozen_weights, round_to_block, streamed_weights
 from qlora_tui.recipe.schema import Recipe
+
+SMALL_TENSOR = 4096
+"""Elements below which bitsandbytes uses 32-bit optimizer states for a tensor."""
+STATE_BLOCK = 256
+STEP_ITEMSIZE: dict[str, int] = {"adamw": 4, "adafactor": 12}
+"""Bytes per element of a tensor during its step: AdamW's square root; Adafactor's squared gradient and the
+two factors of its update."""
+
+CPU_STEP_ITEMSIZE: dict[str, int] = {
+    **dict.fromkeys(("adamw_8bit", "paged_adamw_8bit", "lion_8bit"), 20),
+    **dict.fromkeys(("paged_adamw_32bit", "lion"), 12),
+}
+"""As ``STEP_ITEMSIZE``, on a CPU, where bitsandbytes 0.50 computes in torch: 8-bit states are dequantized.
+Measured as the growth of the process at the step of a matrix with 28 million elements."""
+
+
+def step_itemsize(execution: ExecutionConfig) -> int:
+    """Return the bytes per element of a tensor during its optimizer step."""
+    itemsizes = STEP_ITEMSIZE | CPU_STEP_ITEMSIZE if execution.device == "cpu" else STEP_ITEMSIZE
+    return itemsizes.get(execution.optimizer, 0)
+
+
+def adapter_bytes(layout: Layout, execution: ExecutionConfig) -> int:
+    """Return the bytes of the trained matrices."""
+    sizes = Counter(layout.adapter_tensors).items()
+    return sum(times * round_to_block(count * execution.adapter_itemsize) for count, times in sizes)
+
+
+def gradient_bytes(layout: Layout, execution: ExecutionConfig) -> int:
+    """Return the bytes of the gradients, which have their parameters' dtype."""
+    return adapter_bytes(layout, execution)
+
+
+def optimizer_bytes(layout: Layout, execution: ExecutionConfig) -> int:
+    """Return the bytes of all states. Paged states take the same bytes in managed memory."""
+    return sum(
+        times * _state_bytes(shape, execution) for shape, times in Counter(layout.adapter_shapes).items()
+    )
+
+
+def _state_bytes(shape: tuple[int, ...], execution: ExecutionConfig) -> int:
+    return sum(round_to_block(size) for size in state_sizes(shape, execution))
+
+
+def state_sizes(shape: tuple[int, ...], execution: ExecutionConfig) -> tuple[int, ...]:
+    """Return the bytes of each state of one trained tensor: moments, and the scales of 8-bit ones.
+
+    AdamW has two moments; Lion (bitsandbytes ``lion.py``) has one; of Adafactor's second moment transformers
+    keeps the means of rows and columns, and a scalar.
+    """
+    count, optimizer = prod(shape), execution.optimizer
+    moments = 1 if optimizer in ("lion", "lion_8bit") else 2
+    if "8bit" in optimizer and count >= SMALL_TENSOR:
+        return (*[count] * moments, *[-(-count // STATE_BLOCK) * 4] * moments)
+    if optimizer == "adafactor":
+        return (*[size * 4 for size in shape], 4)
+    in_adapter_dtype = optimizer.startswith("adamw") and "8bit" not in optimizer
+    return (count * (execution.adapter_itemsize if in_adapter_dtype else 4),) * moments
+
+
+def optimizer_step_bytes(layout: Layout, execution: ExecutionConfig) -> int:
+    """Return the temporary bytes of one optimizer step: torch's multi-tensor AdamW takes a square root of all
+    second moments at once (``_foreach_sqrt``); fused and bitsandbytes kernels need none on a GPU. Others take
+    one tensor after the other."""
+    if execution.optimizer == "adamw" and execution.device == "cuda":
+        return adapter_bytes(layout, execution)
+    largest = max(layout.adapter_tensors, default=0)
+    return round_to_block(largest * step_itemsize(execution))
+
 
 FROZEN = ("weights", "scales", "linear", "embedding", "head", "norms", "experts", "vision", "slots")
 """Items that belong to the base model."""
@@ -59,12 +135,12 @@ def workspace_bytes(execution: ExecutionConfig) -> int:
 
 def input_bytes(architecture: Architecture, layout: Layout, execution: ExecutionConfig) -> int:
     """Return the bytes of ids, labels, shifted labels and positions, 8 each, and of the rotary tables."""
-    tables = 2 * layout.length * architecture.head_dim * residual_itemsize(execution)
+    tables = 2 * layout.length * architecture.head_dim * execution.residual_itemsize
     return 4 * round_to_block(layout.tokens * 8) + round_to_block(tables)
 
 
 def mask_bytes(layout: Layout, execution: ExecutionConfig) -> int:
     """Return the bytes of eager attention's mask, in the hidden states' dtype."""
     if execution.attention == "eager":
-        return round_to_block(layout.length * layout.length * residual_itemsize(execution))
+        return round_to_block(layout.length * layout.length * execution.residual_itemsize)
     return 0

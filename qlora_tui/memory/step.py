@@ -2,6 +2,17 @@
 
 In layer ``l`` the bytes alive are those that earlier layers keep, the gradients of later layers, and the
 layer's own. The first two are sums over layers, so one replay of each kind is enough.
+
+The output head and the loss, as each code path computes them.
+
+The moments of a training step that may be its peak: from the replayed step, or from a trace of it.
+
+Memory of the answers to general prompts, for the forgetting curve: computed between two steps.
+
+The answers are computed together, without gradients, so what counts beside the model are the keys and values
+of all of them. Comparing with the answers takes less than a step of the same tokens.
+
+A traced step (``engine/trace.py``) as input of the estimate, and the same figures by the closed form.
 """
 
 from __future__ import annotations
@@ -12,14 +23,228 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from qlora_tui.memory.allocation_trace import Recording, build_phase, without_input_gradient
-from qlora_tui.memory.autograd import ActivationCheckpoint, AllocationMeter, Node, Storage, Tensor, backward
-from qlora_tui.memory.decoder_layer import DecoderLayer, norm, run_block
-from qlora_tui.memory.execution import ExecutionConfig
-from qlora_tui.memory.layout import Layout
-from qlora_tui.memory.loss import head_and_loss
-from qlora_tui.memory.ops import Ops
-from qlora_tui.memory.parameter_memory import round_to_block
+from msgspec import Struct
+
+from qlora_tui.errors import UserError
+from qlora_tui.memory.allocator import Recording, build_phase, without_input_gradient
+from qlora_tui.memory.autograd import (
+    ActivationCheckpoint,
+    AllocationMeter,
+    Grads,
+    Node,
+    Storage,
+    Tensor,
+    backward,
+)
+from qlora_tui.memory.execution import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS, ExecutionConfig, liger_rows
+from qlora_tui.memory.layers import DecoderLayer, Layout, norm, run_block
+from qlora_tui.memory.ops import FLOAT, Ops
+from qlora_tui.memory.static_memory import gradient_bytes, optimizer_step_bytes
+from qlora_tui.memory.weights import round_to_block
+from qlora_tui.recipe.schema import Recipe
+
+
+class StepTrace(Struct, frozen=True, kw_only=True, tag_field="reply", tag="traced"):
+    """Peak bytes of a step, in storages."""
+
+    parameter_bytes: int
+    """Frozen weights as stored, including scales."""
+    adapter_bytes: int
+    forward_bytes: int
+    """Peak of the forward beyond weights and adapter; including gradients of an earlier micro-step."""
+    backward_bytes: int
+    """Peak of the backward beyond weights and adapter, including gradients."""
+    gradient_bytes: int
+    kept_bytes: int
+    """Bytes alive between forward and backward."""
+
+    @property
+    def step_bytes(self) -> int:
+        """Return the larger of both peaks, beyond weights and adapter."""
+        return max(self.forward_bytes, self.backward_bytes)
+
+    def figures(self) -> dict[str, int]:
+        """Return the figures under the keys of :func:`closed_form`."""
+        return {
+            "frozen": self.parameter_bytes,
+            "adapter": self.adapter_bytes,
+            "gradients": self.gradient_bytes,
+            "step": self.step_bytes,
+        }
+
+
+def check_traceable(recipe: Recipe, execution: ExecutionConfig) -> None:
+    """Raise UserError for recipes that the meta device cannot run."""
+    if recipe.quantization.method == "int8":
+        raise UserError(
+            "An int8 step cannot be traced",
+            what="bitsandbytes has no 8-bit product for tensors without values.",
+            fix="Trace it with quantization.method = nf4 or none; the estimate itself covers int8.",
+        )
+    if execution.float16:
+        raise UserError(
+            "A float16 step cannot be traced",
+            what="Tensors without values do not support what a float16 step adds, such as autocast.",
+            fix="Trace it with quantization.compute_dtype = bfloat16; the estimate itself covers float16.",
+        )
+
+
+def head_and_loss(
+    ops: Ops, layout: Layout, execution: ExecutionConfig, hidden: Tensor, itemsize: int
+) -> tuple[Tensor, list[Tensor]]:
+    """Replay head and loss; return the scalar loss, and what is held after its backward.
+
+    That are logits that the caller refers to, and the gradient of a trained head.
+    """
+    if execution.loss == "chunked":
+        return _chunked(ops, layout, execution, hidden, itemsize)
+    if execution.loss == "liger":
+        return _liger(ops, layout, hidden, itemsize), []
+    logits = _head(ops, layout, hidden, layout.tokens, itemsize)
+    with ops.meter.attribute_to("logits"):
+        wide = logits if layout.loss_code == "narrow" else ops.cast(logits, FLOAT)
+        if layout.loss_code == "rebound":
+            logits = wide
+        if layout.loss_code == "padded":
+            source = wide
+        else:  # logits[..., :-1, :].contiguous()
+            source = ops.copy(ops.slice(wide, wide.numel - layout.rows * layout.vocabulary))
+        return _cross_entropy(ops, source), [logits] if execution.logits_alive_in_backward else []
+
+
+def _head(ops: Ops, layout: Layout, hidden: Tensor, rows: int, itemsize: int) -> Tensor:
+    """Replay ``lm_head(hidden)`` and the family's operations on the logits."""
+    numel, weight = rows * layout.hidden, None
+    if ops.autocast:
+        if itemsize != ops.compute:  # a weight in float32, which the product saves in autocast's dtype
+            weight = ops.new(layout.vocabulary * layout.hidden, ops.compute, "head")
+        itemsize = ops.compute
+        hidden = ops.cast(hidden, itemsize)
+
+    def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        return (ops.new(numel, itemsize),)
+
+    with ops.meter.attribute_to("logits"):
+        node = ops.tape.node((hidden,), fn, (weight,))
+        logits = ops.new(rows * layout.vocabulary, itemsize)
+        logits.node = node
+        if layout.logit_scale:
+            logits = ops.times_number(logits)
+        if layout.softcap:
+            logits = ops.times_number(logits)
+            logits = ops.activation(logits, "relu")  # tanh: saves its result
+            logits = ops.times_number(logits)
+    return logits
+
+
+def _cross_entropy(ops: Ops, logits: Tensor) -> Tensor:
+    """Replay log-softmax (saved) and the gradients of both its steps: three tensors at the peak."""
+    numel, itemsize = logits.numel, logits.itemsize
+
+    def softmax_grad(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        return (ops.new(numel, itemsize),)
+
+    def pick_grad(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        return (ops.new(numel, itemsize),)
+
+    likely = ops.new(numel, itemsize)
+    likely.node = ops.tape.node((logits,), softmax_grad, (likely,))
+    node = ops.tape.node((likely,), pick_grad, (likely,))
+    loss = ops.new(1, FLOAT)
+    loss.node = node
+    return loss
+
+
+def _chunked(
+    ops: Ops, layout: Layout, execution: ExecutionConfig, hidden: Tensor, itemsize: int
+) -> tuple[Tensor, list[Tensor]]:
+    """Replay our loss (``training/chunked_loss.py``), with every token in the loss: the worst case.
+
+    The positions in the loss are copied out; their gradient is computed one chunk of logits at a time, in
+    place. The gradient of a trained head is held after the backward unless it is added to that of earlier
+    micro-steps.
+    """
+    rows = min(LOSS_CHUNK_ROWS, layout.tokens)
+    numel, chunk, item = hidden.numel, rows * layout.vocabulary, "hidden_gradient"
+    gradient_itemsize = FLOAT if execution.float16 else itemsize
+
+    def scaled(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        gradient = ops.new(numel, gradient_itemsize)
+        return (gradient if gradient_itemsize == itemsize else ops.new(numel, itemsize),)
+
+    with ops.meter.attribute_to(item):
+        states = _states_in_loss(ops, hidden, itemsize)
+        hidden_gradient = ops.new(numel, gradient_itemsize)
+        row_gradients = ops.new(layout.token_rows * layout.hidden, FLOAT)
+    with ops.meter.attribute_to("gradients"):
+        matrix_gradient = ops.new(layout.trained_matrix, FLOAT)
+    with ops.meter.attribute_to("logits"):
+        narrow = ops.new(layout.trained_matrix, itemsize) if itemsize != FLOAT else None
+        values = ops.new(layout.token_rows * layout.hidden, itemsize) if itemsize != FLOAT else None
+        logits = ops.new(chunk, itemsize)
+        own = ops.new(rows * layout.token_rows, FLOAT)
+        block = _logits_gradient(
+            ops, layout, min(LOSS_BLOCK_ROWS[execution.device], rows) * layout.vocabulary, itemsize
+        )
+        del block
+        product = ops.new(rows * layout.hidden, itemsize)
+        del product, own, logits, values, narrow
+    with ops.meter.attribute_to(item):
+        node = ops.tape.node((states,), scaled, (hidden_gradient, row_gradients, matrix_gradient))
+    loss = ops.new(1, FLOAT)
+    loss.node = node
+    return loss, [matrix_gradient] if layout.trained_matrix and not execution.accumulates else []
+
+
+def _states_in_loss(ops: Ops, hidden: Tensor, itemsize: int) -> Tensor:
+    """Replay the selection of the hidden states at the positions in the loss, as a copy."""
+    numel = hidden.numel
+
+    def spread(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        # The gradient of a masked index is a full tensor of zeros with the rows filled in.
+        return (ops.new(numel, itemsize),)
+
+    cut = hidden.view(ops.tape.node((hidden,), spread))
+    node = ops.tape.node((cut,), spread, (None,))
+    states = ops.new(numel, itemsize)
+    states.node = node
+    return states
+
+
+def _logits_gradient(ops: Ops, layout: Layout, numel: int, itemsize: int) -> Tensor:
+    """Replay the gradient of a block of logits, in float32 like all intermediate values."""
+    logits, capped = ops.new(numel, FLOAT) if itemsize != FLOAT else None, None
+    if layout.logit_scale:
+        logits = ops.new(numel, FLOAT)
+    if layout.softcap:
+        capped = ops.new(numel, FLOAT)
+        logits = ops.new(numel, FLOAT)
+    likely = ops.new(numel, FLOAT)
+    del logits, capped
+    return likely
+
+
+def _liger(ops: Ops, layout: Layout, hidden: Tensor, itemsize: int) -> Tensor:
+    """Replay Liger's fused linear cross-entropy: chunks of ``tokens / ceil(vocabulary / hidden)`` rows.
+
+    Our trainer passes it the positions in the loss: in the worst case, all of them.
+    """
+    rows = liger_rows(layout.tokens, layout.hidden, layout.vocabulary)
+    numel = hidden.numel
+    with ops.meter.attribute_to("hidden_gradient"):
+        states = _states_in_loss(ops, hidden, itemsize)
+        if layout.logit_scale:
+            states = ops.times_number(states)
+        hidden_gradient = ops.new(numel, itemsize)
+    with ops.meter.attribute_to("logits"):
+        logits = ops.new(rows * layout.vocabulary, itemsize)
+        del logits
+    # Multiplied by the gradient of the loss in place (element_mul_kernel).
+    node = ops.tape.node((states,), lambda grad, saved: (saved[0],), (hidden_gradient,))
+    loss = ops.new(1, FLOAT)
+    loss.node = node
+    return loss
+
 
 Items = dict[str, int]
 
@@ -84,16 +309,11 @@ def make_ops(meter: AllocationMeter, layout: Layout, execution: ExecutionConfig,
     )
 
 
-def residual_itemsize(execution: ExecutionConfig) -> int:
-    """Return the bytes per element of the residual stream: float32 once embeddings and norms were cast."""
-    return 4 if execution.cast_to_float32 else execution.compute_itemsize
-
-
 def profile_step(layout: Layout, execution: ExecutionConfig, dropout: float) -> StepProfile:
     """Replay each kind of layer once, and the head."""
     profiles: dict[tuple[int, bool], PartProfile] = {}
     layers = []
-    itemsize = residual_itemsize(execution)
+    itemsize = execution.residual_itemsize
     first_kept = len(layout.blocks) - execution.kept_layers
     for index, block in enumerate(layout.blocks):
         checkpointed = execution.checkpointing and index < first_kept
@@ -147,7 +367,7 @@ def _embedding_gradient(layout: Layout, execution: ExecutionConfig) -> Items:
 
 def layer_input_bytes(layout: Layout, execution: ExecutionConfig) -> int:
     """Return the bytes of the hidden states between two layers."""
-    return layout.tokens * layout.hidden * residual_itemsize(execution)
+    return layout.tokens * layout.hidden * execution.residual_itemsize
 
 
 def adapter_copies(layout: Layout, execution: ExecutionConfig) -> list[int]:
@@ -161,7 +381,7 @@ def adapter_copies(layout: Layout, execution: ExecutionConfig) -> list[int]:
 def _embedded(layout: Layout, execution: ExecutionConfig) -> Items:
     """Return the bytes of the embedding's output, and of the mask of GPT-2's dropout on it."""
     numel = layout.tokens * layout.hidden
-    itemsize = residual_itemsize(execution)
+    itemsize = execution.residual_itemsize
     mask = numel * (1 if execution.device == "cuda" else itemsize) if layout.embedding_dropout else 0
     return {"activations": numel * itemsize + mask}
 
@@ -180,7 +400,7 @@ def _tail(
     """Replay final norm, head and loss. The last layer's output is freed after the norm."""
     normed = norm(ops, layout.blocks[-1], inputs[0])
     inputs.clear()
-    return head_and_loss(ops, layout, execution, normed, residual_itemsize(execution))
+    return head_and_loss(ops, layout, execution, normed, execution.residual_itemsize)
 
 
 def _profile(
@@ -343,3 +563,59 @@ def _candidates(
         items = Counter(persistent) + held + Counter(gradients=gradients) + Counter(embedding_gradient)
         candidates.append(Peak("backward of the embedding", dict(items)))
     return candidates
+
+
+def step_moments(
+    step_profile: StepProfile,
+    layout: Layout,
+    execution: ExecutionConfig,
+    traced: StepTrace | None = None,
+    *,
+    every_layer: bool = False,
+) -> list[Peak]:
+    """Return the moments in order of time, without what is there all the time.
+
+    With ``every_layer`` there is one for the forward of each layer, not only of the first and the last. Of a
+    trace only the larger peak counts; with ``every_layer`` it has a moment for forward and backward each.
+    """
+    if traced is None:
+        moments = peak_candidates(step_profile, layout, execution, every_layer=every_layer)
+    elif every_layer:
+        moments = [
+            _traced_moment("traced forward", traced, traced.forward_bytes),
+            _traced_moment("traced backward", traced, traced.backward_bytes),
+        ]
+    else:
+        moments = [_traced_moment("traced step", traced, traced.step_bytes)]
+    moments.append(_optimizer_moment(layout, execution, has_gradients=traced is None))
+    return moments
+
+
+def _traced_moment(phase: str, traced: StepTrace, size: int) -> Peak:
+    gradients = min(traced.gradient_bytes, size)
+    return Peak(phase, {"gradients": gradients, "activations": size - gradients})
+
+
+def _optimizer_moment(layout: Layout, execution: ExecutionConfig, *, has_gradients: bool) -> Peak:
+    """Return the optimizer step. Gradients that are accumulated are there all the time, unless traced."""
+    is_counted = execution.accumulates and has_gradients
+    return Peak(
+        "optimizer step",
+        {
+            "gradients": 0 if is_counted else gradient_bytes(layout, execution),
+            "optimizer_step": optimizer_step_bytes(layout, execution),
+        },
+    )
+
+
+ANSWER_TOKENS = 48
+"""Most tokens of an answer."""
+PROMPT_TOKENS = 64
+"""Tokens that the longest general prompt takes at most, with what most chat templates put around it."""
+
+
+def answers_moment(layout: Layout, execution: ExecutionConfig) -> Peak:
+    """Return the moment when all general prompts are being answered, beyond the static memory."""
+    tokens = execution.general_prompts * (PROMPT_TOKENS + ANSWER_TOKENS)
+    widths = (b.heads.kv_heads * (b.heads.head_dim + b.heads.value_dim) for b in layout.blocks)
+    return Peak("answers to general prompts", {"kv_cache": tokens * sum(widths) * execution.compute_itemsize})

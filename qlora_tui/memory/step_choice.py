@@ -12,6 +12,12 @@ the smallest states. What is free beyond that buys speed:
 All three compete for the same memory, so the fastest combination is chosen by the predicted time of a step.
 The trainer chooses rows and optimizer before it loads the model, and layers for its longest batch. After an
 out-of-memory error ``runs.retry`` lowers both.
+
+How much slower a run is with streamed layers or offloaded inputs, from measured speeds and its arithmetic.
+
+Copies run beside the computation, so a step takes the longer of the two. Of S streamed layers, a micro-batch
+copies each twice, forward and backward, but for the two that are still in the buffers at either turn:
+2 (S - 2) copies.
 """
 
 from __future__ import annotations
@@ -22,10 +28,12 @@ from math import isqrt
 from msgspec import structs
 
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.memory.estimate import Estimate, estimate
+from qlora_tui.formatting import format_gib
+from qlora_tui.memory.calibration import TransferSpeed
+from qlora_tui.memory.estimate import TIGHT_SHARE, Estimate, check_fit, estimate
 from qlora_tui.memory.execution import LEAN_OPTIMIZER, Device, ExecutionConfig, trainer_execution
-from qlora_tui.memory.layout import STYLES
-from qlora_tui.memory.verdict import TIGHT_SHARE, check_fit
+from qlora_tui.memory.layers import STYLES
+from qlora_tui.memory.weights import SLOTS, frozen_weights, streamed_weights
 from qlora_tui.recipe.schema import Recipe, RecipeOptimizer
 
 CPU_SHARE = 0.5
@@ -268,3 +276,73 @@ def products_per_token(recipe: Recipe, architecture: Architecture) -> tuple[floa
     layers = architecture.layers
     once = 2 * weights + layers * (1 + _ATTENTION_BACKWARD) * attention + 2 * architecture.head.weight_params
     return once, (weights - down) / max(layers, 1) + attention
+
+
+_FLOPS_PER_PRODUCT = 2
+"""A multiplication and an addition."""
+_PASSES = 2
+"""Times that a layer is needed in a micro-batch: forward, and recomputation with backward."""
+_NOTICEABLE_SLOWDOWN = 1.05
+
+
+def copied_bytes(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> int:
+    """Return the bytes that a micro-batch copies: streamed layers, and offloaded inputs twice."""
+    size = _PASSES * _input_bytes(recipe, architecture, execution) if execution.offloads_inputs else 0
+    streamed = streamed_weights(recipe, architecture, replace(execution, kept_layers=0))
+    if streamed is not None:
+        count = len(streamed.indices)
+        size += _PASSES * max(0, count - SLOTS) * streamed.host_bytes // count
+    return size
+
+
+def _input_bytes(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> int:
+    """Return the bytes of the inputs of all layers in a micro-batch."""
+    width = architecture.hidden_size * execution.residual_itemsize
+    return architecture.layers * _tokens(recipe) * width
+
+
+def _tokens(recipe: Recipe) -> int:
+    return recipe.training.micro_batch_size * recipe.data.max_length
+
+
+def slowdown(
+    recipe: Recipe, architecture: Architecture, execution: ExecutionConfig, speed: TransferSpeed
+) -> float:
+    """Return the time of a step with streamed layers, relative to one with all of them on the device."""
+    tokens = _tokens(recipe)
+    once, again = products_per_token(recipe, architecture)
+    flops = _FLOPS_PER_PRODUCT * tokens * (once + architecture.layers * again)
+    compute_s = flops / speed.flops_per_s
+    copy_s = copied_bytes(recipe, architecture, execution) / speed.bytes_per_s
+    return max(copy_s, compute_s) / compute_s
+
+
+def describe_slowdown(
+    recipe: Recipe, architecture: Architecture, execution: ExecutionConfig, speed: TransferSpeed | None
+) -> str:
+    """Describe what streaming costs: ``about 1.6× slower``, or what measures it."""
+    if speed is None:
+        return "slower: `qlora-tui doctor` measures how much"
+    factor = slowdown(recipe, architecture, execution, speed)
+    return f"about {factor:.1f}× slower" if factor >= _NOTICEABLE_SLOWDOWN else "about as fast"
+
+
+def describe_host_memory(recipe: Recipe, architecture: Architecture, device: Device) -> str:
+    """Describe what a recipe keeps in host memory beside a GPU, and its cost; empty where it keeps nothing.
+
+    ``20 of 32 layers are streamed: 4.9 GiB of host memory hold the base. A step is about 1.6× slower.``
+    """
+    execution = trainer_execution(recipe, device, architecture)
+    streamed = streamed_weights(recipe, architecture, execution)
+    sentences = []
+    if streamed is not None and device.kind == "cuda":
+        base = frozen_weights(recipe, architecture, execution).total_bytes
+        layers = f"{len(streamed.indices)} of {architecture.layers} layers"
+        sentences.append(f"{layers} are streamed: {format_gib(base)} GiB of host memory hold the base.")
+    if execution.offloads_inputs:
+        size = _input_bytes(recipe, architecture, execution)
+        sentences.append(f"Layer inputs take {format_gib(size)} GiB of host memory.")
+    if not sentences:
+        return ""
+    cost = describe_slowdown(recipe, architecture, execution, device.speed)
+    return " ".join((*sentences, f"A step is {cost}."))

@@ -24,7 +24,7 @@ from qlora_tui.formatting import (
 )
 from qlora_tui.memory import Estimate, cheapest_changes, check_fit, choose_step, estimate
 from qlora_tui.memory.explain import describe_choice
-from qlora_tui.memory.four_bit import require_4_bit_experts
+from qlora_tui.memory.weights import require_4_bit_experts
 from qlora_tui.recipe.conflicts import find_conflicts
 from qlora_tui.recipe.schema import Lora, Recipe, Training
 from qlora_tui.recipe.targets import resolve_targets

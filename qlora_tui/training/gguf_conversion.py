@@ -19,7 +19,7 @@ from qlora_tui.drafts import delete_abandoned, draft_path
 from qlora_tui.errors import UserError
 from qlora_tui.files import private_dir
 from qlora_tui.gpu.torch_env import OFFLINE
-from qlora_tui.memory.conversion import Conversion, Way, peak_bytes
+from qlora_tui.memory.levels import Conversion, Way, peak_bytes
 from qlora_tui.training import gguf_llama
 from qlora_tui.training.gguf_weights import ProgressCallback
 from qlora_tui.worker import run_job

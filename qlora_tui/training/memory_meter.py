@@ -22,10 +22,15 @@ from qlora_tui.gpu.visible_devices import default_cuda_device
 from qlora_tui.gpu.wsl import managed_memory_is_safe
 from qlora_tui.memory import Device as EstimatedDevice
 from qlora_tui.memory import Estimate, MeasuredRun, correction_for, estimate, record_run, trainer_execution
-from qlora_tui.memory.cpu import liger_is_installed, torch_has_varlen, torch_is_for_cuda, triton_is_installed
+from qlora_tui.memory.budget import (
+    liger_is_installed,
+    torch_has_varlen,
+    torch_is_for_cuda,
+    triton_is_installed,
+)
+from qlora_tui.memory.calibration import measured_speed
 from qlora_tui.memory.execution import LEAN_OPTIMIZER
 from qlora_tui.memory.step_choice import KeptLayersPlan, choose_step, plan_kept_layers, with_optimizer
-from qlora_tui.memory.transfer_speed import measured_speed
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.events import MemoryMeasured
 from qlora_tui.training.base_model import PreparedBase

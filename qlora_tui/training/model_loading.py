@@ -20,7 +20,7 @@ from qlora_tui.catalog.model_validation import is_mxfp4
 from qlora_tui.drafts import discard
 from qlora_tui.errors import UserError
 from qlora_tui.memory.execution import AttentionPath
-from qlora_tui.memory.four_bit import require_4_bit_experts
+from qlora_tui.memory.weights import require_4_bit_experts
 from qlora_tui.recipe.schema import Quantization, Recipe
 from qlora_tui.training import packed_attention, quantized_cache
 from qlora_tui.training.clean_files import model_view

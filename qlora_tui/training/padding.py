@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qlora_tui.memory.onednn_cache import TOKEN_MULTIPLE
+from qlora_tui.memory.levels import TOKEN_MULTIPLE
 
 
 def token_multiple(device: torch.device, dtype: torch.dtype) -> int:

@@ -27,7 +27,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.files import private_dir
 from qlora_tui.formatting import format_bytes
 from qlora_tui.locks import locked
-from qlora_tui.memory.four_bit import quantized_experts
+from qlora_tui.memory.weights import quantized_experts
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.settings import load_settings
 from qlora_tui.training.compute_device import ComputeDevice, free_host_bytes

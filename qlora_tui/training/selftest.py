@@ -168,7 +168,7 @@ def _own_folders(folder: Path) -> Iterator[None]:
 
 def _transfer() -> dict[str, str]:
     """Measure what the estimate says of streamed layers, and record it."""
-    from qlora_tui.memory.transfer_speed import record_speed
+    from qlora_tui.memory.calibration import record_speed
     from qlora_tui.recipe.schema import Recipe
     from qlora_tui.training.compute_device import find_device
     from qlora_tui.training.streaming.speed_measurement import measure_speed

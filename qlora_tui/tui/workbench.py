@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qlora_tui.catalog.architecture_types import Architecture
     from qlora_tui.memory import Device, Estimate
     from qlora_tui.memory.estimate import Precision
-    from qlora_tui.memory.step_trace import StepTrace
+    from qlora_tui.memory.step import StepTrace
 
 # The first frame shows neither architecture nor estimate, so it does not wait for their packages:
 # they are imported where they are first needed.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_tui.memory.allocator import MIB, CachingAllocator
+from qlora_tui.formatting import MIB
+from qlora_tui.memory.allocator import CachingAllocator
 
 
 def _plain() -> CachingAllocator:

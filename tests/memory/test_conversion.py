@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_tui.memory.conversion import Conversion, Way, peak_bytes
+from qlora_tui.memory.levels import Conversion, Way, peak_bytes
 
 MIB = 2**20
 

@@ -28,9 +28,9 @@ from qlora_tui.memory import (
 )
 from qlora_tui.memory.budget import budget_for
 from qlora_tui.memory.estimate import LOADING, cached_estimate, why_int8_is_larger
-from qlora_tui.memory.layout import build_layout
+from qlora_tui.memory.layers import build_layout
 from qlora_tui.memory.levels import CUDA_LIBRARIES_BYTES, context_range
-from qlora_tui.memory.parameter_memory import optimizer_step_bytes
+from qlora_tui.memory.static_memory import optimizer_step_bytes
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, RecipeOptimizer, Training
 from tests.catalog.configs import CONFIGS, config

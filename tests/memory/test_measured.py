@@ -9,9 +9,9 @@ import pytest
 
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.memory import Device, trainer_execution
-from qlora_tui.memory.layout import build_layout
+from qlora_tui.memory.estimate import closed_form
+from qlora_tui.memory.layers import build_layout
 from qlora_tui.memory.step import peak_candidates, profile_step
-from qlora_tui.memory.step_trace import closed_form
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
 from tests.catalog.configs import config
 

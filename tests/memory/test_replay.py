@@ -11,7 +11,7 @@ import pytest
 from bench.published_rows import find_config, read_execution
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.memory import Device, estimate, replay, trainer_execution
-from qlora_tui.memory.layout import build_layout
+from qlora_tui.memory.layers import build_layout
 from qlora_tui.memory.replay import Pool
 from qlora_tui.memory.step import profile_step
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training

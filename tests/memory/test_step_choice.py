@@ -10,6 +10,7 @@ import pytest
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.memory import Device, check_fit, estimate, trainer_execution
+from qlora_tui.memory.calibration import TransferSpeed
 from qlora_tui.memory.execution import LEAN_OPTIMIZER
 from qlora_tui.memory.step_choice import (
     KeptLayersPlan,
@@ -19,7 +20,6 @@ from qlora_tui.memory.step_choice import (
     products_per_token,
     step_seconds,
 )
-from qlora_tui.memory.transfer_speed import TransferSpeed
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Recipe, Training
 from tests.catalog.configs import config

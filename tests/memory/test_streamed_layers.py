@@ -9,10 +9,10 @@ import pytest
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.memory import Device, as_json, cheapest_changes, estimate, plan_kept_layers, trainer_execution
-from qlora_tui.memory.streamed_layers import streamed_indices, streamed_weights
-from qlora_tui.memory.streaming_cost import copied_bytes, describe_host_memory, describe_slowdown, slowdown
-from qlora_tui.memory.timeline import step_timeline
-from qlora_tui.memory.transfer_speed import TransferSpeed, measured_speed, record_file, record_speed
+from qlora_tui.memory.calibration import TransferSpeed, measured_speed, record_speed, speed_file
+from qlora_tui.memory.estimate import step_timeline
+from qlora_tui.memory.step_choice import copied_bytes, describe_host_memory, describe_slowdown, slowdown
+from qlora_tui.memory.weights import streamed_indices, streamed_weights
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Recipe, Training
 from tests.catalog.configs import config
@@ -145,7 +145,7 @@ def test_a_measured_speed_is_that_of_its_gpu() -> None:
     record_speed("A", SPEED)
     record_speed("B", replace_speed(1.0))
     assert measured_speed("A") == SPEED and measured_speed("C") is None
-    record_file().write_bytes(b'{"A": ')
+    speed_file().write_bytes(b'{"A": ')
     assert measured_speed("A") is None
 
 

@@ -19,7 +19,8 @@ from qlora_tui.engine.protocol import Failure
 from qlora_tui.engine.trace_client import TraceRequest, trace_step
 from qlora_tui.errors import UserError
 from qlora_tui.memory import Device, trainer_execution
-from qlora_tui.memory.step_trace import StepTrace, closed_form
+from qlora_tui.memory.estimate import closed_form
+from qlora_tui.memory.step import StepTrace
 from qlora_tui.recipe.fields import replace_setting
 
 WORST_SHOWN = 5

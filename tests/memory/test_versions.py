@@ -9,10 +9,15 @@ from msgspec import structs
 
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.memory import estimate
-from qlora_tui.memory.execution import ExecutionConfig
-from qlora_tui.memory.layout import build_layout
+from qlora_tui.memory.execution import (
+    ExecutionConfig,
+    Version,
+    copies_for_sdpa,
+    loss_code,
+    repeats_heads_in_layer,
+)
+from qlora_tui.memory.layers import build_layout
 from qlora_tui.memory.step import profile_step
-from qlora_tui.memory.versions import Version, copies_for_sdpa, loss_code, repeats_heads_in_layer
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
 from tests.catalog.configs import config
 

@@ -11,7 +11,7 @@ from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.chat.adapters import AdapterSet
 from qlora_tui.memory import trainer_execution
 from qlora_tui.memory.execution import Device
-from qlora_tui.memory.layout import build_layout
+from qlora_tui.memory.layers import build_layout
 from qlora_tui.recipe.schema import Lora, Recipe
 from qlora_tui.recipe.targets import match_modules
 from tests.catalog.configs import config as config_of

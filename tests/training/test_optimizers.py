@@ -16,7 +16,7 @@ import torch
 
 from qlora_tui.gpu import wsl
 from qlora_tui.memory.execution import Device, trainer_execution
-from qlora_tui.memory.parameter_memory import state_sizes
+from qlora_tui.memory.static_memory import state_sizes
 from qlora_tui.recipe.schema import Recipe, Training
 from qlora_tui.training.optimizers import OPTIMIZERS
 from qlora_tui.training.trainer import RunTrainer

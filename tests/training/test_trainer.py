@@ -16,8 +16,8 @@ import pytest
 from qlora_tui import cli
 from qlora_tui.catalog.lookup import load_architecture
 from qlora_tui.memory import Device, estimate
+from qlora_tui.memory.budget import this_processor
 from qlora_tui.memory.calibration import load_runs
-from qlora_tui.memory.cpu import this_processor
 from qlora_tui.recipe.schema import Recipe, Source
 from qlora_tui.runs import actions, control
 from qlora_tui.runs.damage import checkpoint_damage

@@ -22,7 +22,7 @@ from textual.geometry import Region
 
 from qlora_tui import worker
 from qlora_tui.memory import budget
-from qlora_tui.memory.cpu import Processor
+from qlora_tui.memory.budget import Processor
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.runs import liveness
 from qlora_tui.runs.directory import RunDir

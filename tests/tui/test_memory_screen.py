@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qlora_tui.memory import MeasuredRun, estimate, record_run
-from qlora_tui.memory.step_trace import StepTrace
+from qlora_tui.memory.step import StepTrace
 from qlora_tui.recipe.fields import get_setting
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.memory import screen as memory

@@ -21,7 +21,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from qlora_tui.memory.four_bit import BLOCK, NESTED_BLOCK
+from qlora_tui.memory.weights import BLOCK, NESTED_BLOCK
 
 PACKED = ""
 ABSMAX, NESTED_ABSMAX, OFFSET = "_absmax", "_nested_absmax", "_offset"

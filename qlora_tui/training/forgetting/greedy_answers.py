@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.memory.general_answers import ANSWER_TOKENS
+from qlora_tui.memory.step import ANSWER_TOKENS
 from qlora_tui.training.eval_mode import no_grad_eval
 
 MOST_LIKELY: Final[dict[str, Any]] = {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_tui.errors import UserError
-from qlora_tui.memory.streamed_layers import streamed_indices
+from qlora_tui.memory.weights import streamed_indices
 from qlora_tui.training.streaming.copy_devices import CopyDevice, copies_for
 from qlora_tui.training.streaming.frozen_tensors import (
     Extent,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from qlora_tui.memory.transfer_speed import TransferSpeed
+from qlora_tui.memory.calibration import TransferSpeed
 from qlora_tui.training.compute_device import ComputeDevice
 
 _COPIED_BYTES = 256 << 20

@@ -14,7 +14,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes, format_count, format_gib
 from qlora_tui.memory import estimate
 from qlora_tui.memory.budget import MemoryBudget
-from qlora_tui.memory.verdict import check_fit
+from qlora_tui.memory.estimate import check_fit
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.render.charts import bar

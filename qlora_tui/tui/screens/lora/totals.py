@@ -15,7 +15,7 @@ from qlora_tui.formatting import format_bytes, format_count
 from qlora_tui.memory import Device, Estimate, estimate
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import precision_of
-from qlora_tui.memory.layout import vocabulary_shapes
+from qlora_tui.memory.layers import vocabulary_shapes
 from qlora_tui.recipe.diff import diff_recipes, format_value
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Lora, Recipe

@@ -22,9 +22,9 @@ from qlora_tui.memory import (
     minimum_bytes,
 )
 from qlora_tui.memory.budget import MemoryBudget
-from qlora_tui.memory.conversion import Conversion
 from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of
-from qlora_tui.memory.streaming_cost import describe_host_memory
+from qlora_tui.memory.levels import Conversion
+from qlora_tui.memory.step_choice import describe_host_memory
 from qlora_tui.recipe.fields import fields, get_setting, replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.setting_stepper import step_value

@@ -1,0 +1,280 @@
+"""Weights in 4 bits: which are quantized, and the sizes of their tensors.
+
+Sources: bitsandbytes ``functional.py`` (``quantize_4bit`` with blocks of 64, ``quantize_blockwise`` with
+blocks of 256 for the scales of a double quantization), and ``training/experts/expert_storage.py``.
+
+Which decoder layers wait in host memory, and what they take there and on the device.
+
+Their frozen weights pass through two buffers of the device (``training/streaming``), each as large as the
+largest of them. Norms, biases, adapters, embeddings and head stay on the device.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from msgspec import structs
+
+from qlora_tui.catalog.architecture_types import Architecture, LinearModule, Parameter
+from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.memory.autograd import ALLOCATION_BYTES
+from qlora_tui.memory.execution import ExecutionConfig
+from qlora_tui.recipe.schema import Quantization, Recipe
+
+BLOCK = 64
+"""Weights that share one scale (``blocksize`` of Linear4bit)."""
+NESTED_BLOCK = 256
+"""Scales that share one scale, with double quantization."""
+CODE_BYTES = 16 * 4
+"""The sixteen values of NF4 or FP4, stored by each module."""
+NESTED_CODE_BYTES = 256 * 4
+
+
+@lru_cache(maxsize=256)
+def four_bit_scale_sizes(weights: int, nested: bool) -> tuple[int, ...]:
+    """Return the bytes of each tensor of scales and code tables in one 4-bit module."""
+    blocks = -(-weights // BLOCK)
+    if not nested:
+        return (blocks * 4, CODE_BYTES)
+    return (blocks, -(-blocks // NESTED_BLOCK) * 4, CODE_BYTES, NESTED_CODE_BYTES, 4)
+
+
+def expert_method(
+    recipe: Recipe, architecture: Architecture, execution: ExecutionConfig
+) -> Literal["nf4", "fp4", "none"]:
+    """Return how the trainer stores fused experts; only this project's quantizes them."""
+    return quantized_experts(recipe.quantization, architecture) if execution.own_fused else "none"
+
+
+def expert_tensor_sizes(shape: tuple[int, ...], nested: bool) -> tuple[int, ...]:
+    """Return the bytes of each tensor of a stack of 4-bit matrices: weights, then scales.
+
+    ``shape`` is (experts, rows, columns). Code tables are shared by all modules.
+    """
+    experts, weights = shape[0], shape[1] * shape[2]
+    packed, blocks = -(-weights // 2), -(-weights // BLOCK)
+    if not nested:
+        return (experts * packed, experts * blocks * 4)
+    return (experts * packed, experts * blocks, experts * -(-blocks // NESTED_BLOCK) * 4, experts * 4)
+
+
+def quantized_experts(settings: Quantization, architecture: Architecture) -> Literal["nf4", "fp4", "none"]:
+    """Return how the fused experts of a mixture are quantized.
+
+    ``none`` also for a model without experts, and for files that bitsandbytes quantized already: these hold
+    the experts as it left them.
+    """
+    if (
+        settings.method not in ("nf4", "fp4")
+        or not settings.experts
+        or architecture.experts is None
+        or architecture.quantized_as == "bitsandbytes"
+    ):
+        return "none"
+    has_experts = any(parameter.is_expert_matrices for parameter in architecture.parameters)
+    return settings.method if has_experts else "none"
+
+
+def require_4_bit_experts(settings: Quantization, architecture: Architecture) -> None:
+    """Raise UserError where experts that are stored in MXFP4 would be read in 16 bits."""
+    if architecture.quantized_as != "mxfp4" or quantized_experts(settings, architecture) != "none":
+        return
+    is_method = settings.method not in ("nf4", "fp4")
+    setting = f'method is "{settings.method}"' if is_method else "experts is false"
+    remedy = 'method = "nf4"' if is_method else "experts = true"
+    raise UserError(
+        "This model's experts need 4 bits",
+        what=f"quantization.{setting}, and the model stores its experts in 4-bit floats (MXFP4).",
+        why="They are read into 4 bits, one by one; in 16 bits they would take four times the memory.",
+        fix=f"Set quantization.{remedy}.",
+        exit_code=EXIT_USAGE,
+    )
+
+
+def round_to_block(size: int) -> int:
+    """Round up to the allocator's block size."""
+    return -(-size // ALLOCATION_BYTES) * ALLOCATION_BYTES
+
+
+@dataclass(frozen=True)
+class FrozenWeights:
+    """Bytes of the frozen model, by kind."""
+
+    packed_bytes: int
+    """Quantized linear weights."""
+    scale_bytes: int
+    """Scales, nested scales and code tables of the quantized weights."""
+    dense_bytes: int
+    """Linear weights and biases kept in 16 bits (or more)."""
+    embedding_bytes: int
+    head_bytes: int
+    norm_and_other_bytes: int
+    """Norms, MoE routers, convolutions and other parameters that are not quantized."""
+    expert_bytes: int
+    """Fused experts: in 16 bits (or more), or quantized, with their scales."""
+    vision_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Return the bytes of the whole model."""
+        return sum(vars(self).values())
+
+
+def frozen_weights(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> FrozenWeights:
+    """Compute the bytes of every base model parameter, in the dtype it has during training."""
+    method, nested = recipe.quantization.method, recipe.quantization.double_quantization
+    packed = scales = dense = vision = 0
+    itemsize = execution.residual_itemsize
+    # A model has hundreds of modules, but few that differ.
+    kinds: dict[tuple[object, ...], tuple[LinearModule, int]] = {}
+    for module in architecture.modules:
+        is_vision = module.part == "vision"
+        key = (module.in_features, module.out_features, module.bias, module.quantizable, is_vision)
+        kinds[key] = (module, kinds[key][1] + 1 if key in kinds else 1)
+    for module, count in kinds.values():
+        weights, rows = module.weight_params, module.out_features
+        if module.quantizable and method in ("nf4", "fp4"):
+            packed += count * round_to_block(-(-weights // 2))
+            scales += count * four_bit_scale_bytes(weights, nested)
+        elif module.quantizable and method == "int8":
+            packed += count * round_to_block(weights)
+            scales += count * round_to_block(rows * 4)
+        elif module.part == "vision":
+            vision += count * round_to_block(weights * itemsize)
+        else:
+            dense += count * round_to_block(weights * itemsize)
+        dense += count * round_to_block(module.bias_params * itemsize)
+    roles = {"expert": 0, "vision": 0, "other": 0}
+    separate = execution.separate_experts and method in ("nf4", "fp4")
+    stacked = expert_method(recipe, architecture, execution) != "none"
+    shapes: dict[tuple[str, tuple[int, ...]], tuple[Parameter, int]] = {}
+    for parameter in architecture.parameters:
+        shape = (parameter.role, parameter.shape)
+        shapes[shape] = (parameter, shapes[shape][1] + 1 if shape in shapes else 1)
+    for parameter, count in shapes.values():
+        if parameter.role == "expert" and separate:
+            packed += count * round_to_block(-(-parameter.params // 2))
+            scales += count * four_bit_scale_bytes(parameter.params, nested)
+        elif parameter.is_expert_matrices and stacked:
+            sizes = expert_tensor_sizes(parameter.shape, nested)
+            roles["expert"] += count * sum(map(round_to_block, sizes))
+        else:
+            role = parameter.role if parameter.role in roles else "other"
+            roles[role] += count * round_to_block(parameter.params * itemsize)
+    return FrozenWeights(
+        packed_bytes=packed,
+        scale_bytes=scales,
+        dense_bytes=dense,
+        embedding_bytes=sum(round_to_block(table.params * itemsize) for table in architecture.embeddings),
+        head_bytes=round_to_block(architecture.head.own_params * itemsize),
+        norm_and_other_bytes=roles["other"],
+        expert_bytes=roles["expert"],
+        vision_bytes=vision + roles["vision"],
+    )
+
+
+def four_bit_scale_bytes(weights: int, nested: bool) -> int:
+    """Return the bytes of scales and code tables of one 4-bit module."""
+    return sum(round_to_block(size) for size in four_bit_scale_sizes(weights, nested))
+
+
+SLOTS = 2
+"""Buffers of the device that streamed layers pass through in turn."""
+_MIN_DIMENSIONS = 2
+"""Dimensions from which a parameter moves: norms have one."""
+
+
+@dataclass(frozen=True)
+class StreamedWeights:
+    """Memory of the streamed layers."""
+
+    indices: tuple[int, ...]
+    """The streamed layers, in order."""
+    host_bytes: int
+    """Host memory that holds them."""
+    slot_bytes: int
+    """Buffers of the device that they pass through."""
+    items: dict[str, int]
+    """Bytes of each item of the estimate that are in host memory instead of on a GPU."""
+
+
+def streamed_indices(layers: int, count: int) -> tuple[int, ...]:
+    """Return ``count`` of ``layers`` layers, at equal distances.
+
+    Between two of them a copy has the time in which the layers between compute.
+    """
+    count = min(count, layers)
+    return tuple((2 * number + 1) * layers // (2 * count) for number in range(count))
+
+
+def streamed_weights(
+    recipe: Recipe, architecture: Architecture, execution: ExecutionConfig
+) -> StreamedWeights | None:
+    """Return the memory of the streamed layers; None where the recipe streams none."""
+    indices = streamed_indices(architecture.layers, recipe.quantization.streamed_layers)
+    if not indices:
+        return None
+    by_layer = _weights_by_layer(recipe.quantization, architecture, execution)
+    items: Counter[str] = Counter()
+    for index in indices:
+        items.update(by_layer[index])
+    sizes = [sum(by_layer[index].values()) for index in indices]
+    return StreamedWeights(indices, sum(sizes), min(SLOTS, len(sizes)) * max(sizes), dict(items))
+
+
+def moves(architecture: Architecture, recipe: Recipe) -> frozenset[str]:
+    """Return the full names of the parameters that are in host memory."""
+    indices = set(streamed_indices(architecture.layers, recipe.quantization.streamed_layers))
+    modules = {f"{m.name}.weight" for m in architecture.modules if m.layer in indices and m.part != "vision"}
+    return frozenset(
+        modules
+        | {
+            parameter.name
+            for parameter in architecture.parameters
+            if parameter.layer in indices and _parameter_moves(parameter.role, parameter.shape)
+        }
+    )
+
+
+@lru_cache(maxsize=16)
+def _weights_by_layer(
+    quantization: Quantization, architecture: Architecture, execution: ExecutionConfig
+) -> tuple[dict[str, int], ...]:
+    """Return the bytes of the weights of each layer that can move, by item of the estimate."""
+    recipe = Recipe(quantization=quantization)
+    by_layer = []
+    for index in range(architecture.layers):
+        layer = structs.replace(
+            architecture,
+            modules=tuple(
+                structs.replace(module, bias=False)
+                for module in architecture.modules
+                if module.layer == index and module.part != "vision"
+            ),
+            embeddings=(),
+            parameters=tuple(
+                parameter
+                for parameter in architecture.parameters
+                if parameter.layer == index and _parameter_moves(parameter.role, parameter.shape)
+            ),
+        )
+        by_layer.append(_items(frozen_weights(recipe, layer, execution)))
+    return tuple(by_layer)
+
+
+def _items(weights: FrozenWeights) -> dict[str, int]:
+    items = {
+        "weights": weights.packed_bytes,
+        "scales": weights.scale_bytes,
+        "linear": weights.dense_bytes,
+        "norms": weights.norm_and_other_bytes,
+        "experts": weights.expert_bytes,
+    }
+    return {key: size for key, size in items.items() if size}
+
+
+def _parameter_moves(role: str, shape: tuple[int, ...]) -> bool:
+    return role != "vision" and len(shape) >= _MIN_DIMENSIONS
