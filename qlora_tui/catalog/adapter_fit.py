@@ -25,7 +25,7 @@ def require_fit(folder: Path, lora: Lora, architecture: Architecture) -> None:
     """Raise UserError where the adapter in ``folder`` differs from a new one of this recipe.
 
     Routed experts, token rows, embedding and head are compared when the adapter is loaded
-    (:mod:`qlora_tui.training.initial_adapter_weights`).
+    (:mod:`qlora_tui.training.adapter`).
     """
     differences = adapter_differences(folder, lora, architecture)
     if differences:

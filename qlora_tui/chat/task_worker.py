@@ -20,7 +20,7 @@ from qlora_tui.worker import Report
 
 if TYPE_CHECKING:
     from qlora_tui.chat.session import ChatSession
-    from qlora_tui.training.task_prompts import TaskPrompt
+    from qlora_tui.training.answer_comparison import TaskPrompt
 
 _FORMAT = 2
 """Bump when the same model and prompt may be answered otherwise."""
@@ -56,9 +56,8 @@ def answer_prompts(
             adapter_hash,
             write_task_evaluation,
         )
+        from qlora_tui.training.answer_comparison import TaskRows, answer_limit, task_prompts
         from qlora_tui.training.priority import lower_priority
-        from qlora_tui.training.task_prompts import answer_limit, task_prompts
-        from qlora_tui.training.task_rows import TaskRows
 
     started = time.monotonic()
     source = run_source(run)

@@ -6,8 +6,8 @@
 ``supervisor``            one trainer per run, the heartbeat, and one event for every error (``failure``)
 ``reporter``              writes events, status and log; ``telemetry_recorder``: the machine once a second
 ``tracker``               sends events to TensorBoard, Weights & Biases, Trackio or MLflow
-``attempt``               one attempt at a run: prepare, train, finish; ``preparation`` loads data, model
-                          and adapter into a ``PreparedRun`` (``prepared_run``), which all else reads
+``attempt``               one attempt at a run: set up, train, finish; ``setup`` loads data, model and
+                          adapter into the ``run``, which all else reads
 ``compute_device``        the GPU or CPU and the compute dtype; ``library_versions``: the libraries in use
 ``priority``              lowers the CPU priority of a trainer on the CPU
 ``base_model``            the base model with its loss and attention; ``model_loading``: quantized and frozen
@@ -18,7 +18,7 @@
                           ``gguf_weights`` writes the tensors of known families, ``gguf_llama`` (with
                           ``gguf_tokenizer``) the rest of a plain Llama, ``gguf_streaming`` that of the others
 ``streaming``             frozen layers that wait in host memory and pass through the device
-``adapter``               adds LoRA; ``initial_adapter_weights``: those of an earlier one; ``fused``: module
+``adapter``               adds LoRA, reads and writes its weights and the final folder; ``fused``: module
                           and adapter as one autograd function; ``trainable_tokens``: trained rows of
                           embedding and head, ``trained_embeddings``: both in whole; ``experts``: 4-bit
                           experts of a mixture, and LoRA on them
@@ -28,7 +28,7 @@
                           ``length_scaled_rope``: rotary frequencies of each sample's own length
 ``chunked_loss``          cross-entropy without the whole logits; ``liger``: Liger's kernel in its place
 ``head_chunks``           the output head, a few tokens at a time, for it and for ``token_losses``
-``token_losses``          the loss of each token by itself, for ``preference``: training on pairs of answers
+``token_losses``          the loss of each token by itself, for ``preferences``: training on pairs of answers
                           or on rated ones
 ``equivalence_checks``    verifies packed attention (``attention_check``: layer by layer) and the chunked
                           loss on the loaded model; ``liger`` verifies its own
@@ -37,25 +37,19 @@
 ``step_verification``     before training, compares loss and gradients of the first micro-batch with those of
                           transformers and peft (``step_check``), with fused layers and all other fast paths
                           on; switches off a path (``fast_paths``) that differs
-``batches``               samples (``tokenized_dataset``) to sequences to micro-batches, in an order that
-                          resume can repeat; ``step_dataset``: an item for each optimizer step
-``memory_probe``          one step on the longest batch before training; ``memory_meter``: peak memory;
-                          ``heap``: returns free memory to the system
-``trainer``               transformers' ``Trainer``, one item per optimizer step, and gradient clipping;
-                          ``optimizers``: which, and LoRA+; ``lr_schedule``: the learning rate of each step;
-                          ``embedding_noise``: NEFTune
-``callbacks``             the ``TrainerCallback``: probe memory, then after each step report, evaluate
-                          (``evaluation`` in ``eval_mode``, ``accuracy``; ``forgetting`` compares with the
-                          base), stop early, decide whether to save, handle ``control_requests``
-``validation_change``     validation rows as before training and with the final adapter
-``answer_comparison``     answers of base and adapter to validation prompts (``task_prompts``, ``task_rows``)
-``random_numbers``        their state at the start of a step, for a stop that does not wait for its end
+``batches``               samples to sequences to micro-batches to steps, in an order that resume can repeat
+``memory_meter``          peak memory beside its estimate; ``heap``: returns free memory to the system
+``trainer``               one optimizer step, and the state that a checkpoint holds; ``optimizers``: which,
+                          LoRA+, and the learning rate of each step; ``embedding_noise``: NEFTune
+``loop``                  all steps, and between them: report, evaluate, save, handle ``control_requests``
+``evaluation``            validation, and what training changed of it; ``scoring``: losses and logits without
+                          training; ``answers``: greedy ones; ``forgetting``: compares with the base
+``answer_comparison``     answers of base and adapter to validation prompts
 ``checkpoints``           their folders: written completely or not at all, old ones deleted, the newest intact
-                          one found, from which ``supervisor`` resumes exactly; ``checkpoint_saver`` saves one
-                          and reports it, ``disk_errors``: the cause of a failed write
+                          one found, from which ``supervisor`` resumes exactly; ``disk_errors``: the cause of
+                          a failed write
 ``health``                what goes wrong in a step or on the GPU: warnings, and the NaN that ends a run
 ``distributed``           one run on several GPUs
-``final_adapter``         the adapter folder
 ``selftest``              trains a ``random_model`` of two layers for ``qlora-tui doctor``
 
 ``__main__``, ``supervisor`` and what they import load no torch, so the run shows as started at once.

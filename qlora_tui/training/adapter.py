@@ -1,20 +1,48 @@
-"""LoRA on top of the frozen model."""
+"""LoRA on top of the frozen model.
+
+Starts a run from the weights of another adapter (``lora.init_from``).
+
+Writes the result, ``adapter/``, which plain peft can load.
+
+The adapter that a run starts from (``lora.init_from``) as the reference of DPO and KTO.
+
+The reference is what the model was before the run, so where an adapter is trained further it is that adapter
+and not the base. Its weights are kept beside those that change, and take their place for a pass. The first
+attempt writes them to the run's folder, so that a resume compares with the same ones.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
 
+from qlora_tui.catalog.adapter_config import WEIGHTS, load_adapter_config
+from qlora_tui.catalog.adapter_fit import misfit, require_fit
 from qlora_tui.catalog.architecture_types import Architecture, LinearModule, inner_name
+from qlora_tui.catalog.model_validation import copy_files, is_template_file, tokenizer_files
+from qlora_tui.checksums import checked_folder, digest
+from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import UserError
-from qlora_tui.recipe.schema import Lora
+from qlora_tui.files import atomic_write, read_regular
+from qlora_tui.formatting import pluralize
+from qlora_tui.recipe.schema import Lora, Recipe
 from qlora_tui.recipe.targets import alpha_of, rank_of, resolve_targets
+from qlora_tui.runs.damage import checksum_damage
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.training import checkpoints
 from qlora_tui.training.experts.expert_lora import as_fused_parameters, fuse_experts
 from qlora_tui.training.fused import use_fused
+from qlora_tui.training.health import OVERFLOW_REMEDY
 from qlora_tui.training.trainable_tokens import init_untrained_rows, token_indices, use_trained_rows
 from qlora_tui.training.trained_embeddings import peft_options, use_fp32_copies
 
@@ -114,3 +142,182 @@ def trained_parameters(model: nn.Module) -> int:
 def _int_if_whole(alpha: float) -> float:
     """A whole float as an int, which is what other programs expect in ``adapter_config.json``."""
     return int(alpha) if alpha == int(alpha) else alpha
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """Save weights and configuration of the adapter in peft's format, and nothing else."""
+    # peft would also write a model card, from a template that it compiles for each checkpoint.
+    model.create_or_update_model_card = lambda folder: None
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+
+
+def load_adapter(model: Any, folder: Path) -> None:
+    """Replace the adapter weights of the model by saved ones."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+
+
+def load_initial_adapter(model: Any, lora: Lora, architecture: Architecture) -> None:
+    """Replace the weights of a new adapter by those in the folder ``lora.init_from``, which is only read.
+
+    Raises:
+        UserError: they are damaged, or not of the same modules, shapes and tokens.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    folder = Path(lora.init_from)
+    require_fit(folder, lora, architecture)
+    if damage := checksum_damage(folder):
+        raise _damaged(folder, damage)
+    tokens = load_adapter_config(folder).get("trainable_token_indices")
+    if tokens != model.peft_config["default"].trainable_token_indices:
+        raise misfit(folder, "it trains the rows of other tokens (lora.trainable_tokens)")
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise _damaged(folder, str(error)) from error
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    for name in sorted(expected.keys() ^ weights.keys()):
+        raise misfit(folder, f"only {'the recipe' if name in expected else 'it'} has {name}")
+    for name, tensor in expected.items():
+        if tensor.shape != weights[name].shape:
+            shapes = f"{tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
+            raise misfit(folder, f"{name} has the shape {shapes}")
+    set_peft_model_state_dict(model, weights)
+
+
+def _damaged(folder: Path, damage: str) -> UserError:
+    return UserError(
+        "The adapter is damaged",
+        what=f"{folder}: {damage}.",
+        why="It has changed since it was written; a disk or copy error is the usual cause.",
+        fix="Start from another adapter, or from a checkpoint of its run.",
+    )
+
+
+_GENERATION = "generation_config.json"
+_TEMPLATE = "chat_template.jinja"
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers of the size of a weight."""
+
+
+def load_best_weights(run: RunDir, model: Any, step: int) -> str:
+    """Load the adapter weights of the best step from its checkpoint.
+
+    Returns:
+        Which step the adapter is from, for the user. It stays that of the last step where the checkpoint of
+        the best step is missing, as after a full disk.
+    """
+    folder = checkpoints.intact_folder(run, step)
+    if folder is None:
+        return (
+            f"the adapter is from the last step, because the checkpoint of the best step, {step}, is missing"
+        )
+    load_adapter(model, folder)
+    return f"the adapter is from the best step, {step}"
+
+
+def trained_weights_digest(model: Any) -> str:
+    """Return a digest of all trained weights, which is the same on every device."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            # Sums of the bits, as integers: a copy of a trained embedding would take gigabytes.
+            bits = parameter.detach().view(_INTEGERS[parameter.element_size()])
+            digest.update(f"{name} {int(bits.sum(dtype=torch.int64))} ".encode())
+    return digest.hexdigest()
+
+
+def require_trained(model: Any, initial_weights: str, steps: int, skipped: int) -> None:
+    """Raise UserError where the trained weights are those from before the first step.
+
+    Args:
+        initial_weights: their digest; empty where it is unknown.
+        steps: the steps of the run.
+        skipped: how many of them fp16 skipped.
+    """
+    if trained_weights_digest(model) != initial_weights:
+        return
+    overflow = "The gradients overflowed float16, and such a step is skipped."
+    raise UserError(
+        "Training changed nothing",
+        what=f"After {pluralize(steps, 'step')} the adapter is the one that training began with.",
+        why=overflow if skipped else "The gradients were 0, or steps smaller than a weight can hold.",
+        fix=OVERFLOW_REMEDY
+        if skipped
+        else "Check the loss masks on the Data screen, and raise training.learning_rate.",
+    )
+
+
+def write_adapter(
+    run: RunDir, model: Any, recipe: Recipe, model_folder: Path, tokenizer: ChatTokenizer, *, from_hub: bool
+) -> str:
+    """Write adapter, tokenizer, chat template and recipe, on the disk on return; the hash of their checksums.
+
+    An earlier adapter is deleted once the new one is in its place. Raises OSError when it cannot be written.
+    ``from_hub``: the base is named by its hub id, so that the adapter finds it on other machines.
+    """
+    with checked_folder(run.adapter_dir) as draft:
+        config = model.peft_config["default"]
+        config.base_model_name_or_path = recipe.model.id if from_hub else str(model_folder)
+        config.revision = recipe.model.revision if from_hub else None
+        save_adapter(model, draft)
+        names = tokenizer_files(model_folder)
+        if (model_folder / _GENERATION).is_file():
+            names.append(_GENERATION)
+        if not tokenizer.has_own_template:
+            names = [name for name in names if not is_template_file(name)]
+            (draft / _TEMPLATE).write_text(tokenizer.template.text)
+        copy_files(model_folder, draft, names)
+        shutil.copyfile(run.recipe_path, draft / "recipe.toml")
+    return digest(run.adapter_dir)
+
+
+class StartingAdapter:
+    """Weights of the trained parameters at the start of a run."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        """``weights``: by the names of the parameters, on their devices."""
+        self._weights = dict(weights)
+
+    @classmethod
+    def of(cls, model: Any) -> StartingAdapter:
+        """Copy the trained parameters of a model."""
+        return cls({name: p.detach().clone() for name, p in _trained(model)})
+
+    @classmethod
+    def read(cls, path: Path, model: Any) -> StartingAdapter:
+        """Read what :meth:`write` wrote. Raises UserError for a file that is missing or does not fit."""
+        try:
+            weights = load(read_regular(path))
+            return cls({name: weights[name].reshape(p.shape).to(p) for name, p in _trained(model)})
+        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+            raise UserError(
+                "The starting adapter cannot be read",
+                what=f"{path}: {error}",
+                why="The run compares its answers with those of the adapter that it started from.",
+                fix="Restore the file, or start a new run with the same recipe.",
+            ) from error
+
+    def write(self, path: Path) -> None:
+        """Write the weights as safetensors. Raises OSError."""
+        atomic_write(path, save({name: weight.contiguous().cpu() for name, weight in self._weights.items()}))
+
+    @contextmanager
+    def in_place(self, model: Any) -> Iterator[None]:
+        """Give a model these weights inside, without gradients; its own are there again afterwards."""
+        own = {name: p.data for name, p in _trained(model)}
+        try:
+            for name, p in _trained(model):
+                p.data = self._weights[name]
+            yield
+        finally:
+            for name, p in _trained(model):
+                p.data = own[name]
+
+
+def _trained(model: Any) -> list[tuple[str, Any]]:
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]

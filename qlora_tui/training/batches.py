@@ -17,6 +17,13 @@ Without isolation each sample is a sequence, padded to the longest::
 
     input_ids      [[c _ _] [b b _] [a a a]]    (3, 3)
     attention_mask [[1 0 0] [1 1 0] [1 1 1]]
+
+With preference methods a chosen and a rejected answer to one prompt share a sequence. The store holds the
+chosen side of pair ``k`` as sample ``2k`` and the rejected side as ``2k + 1``::
+
+    pairs       0     1     2
+    samples    0 1   2 3   4 5
+    sequences  (0, 1, 4, 5) and (2, 3): pairs 0 and 2 packed together
 """
 
 from __future__ import annotations
@@ -26,15 +33,83 @@ import random
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, NotRequired, Protocol, TypeAlias, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
 
+from qlora_tui.data.store import GOOD
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.training.chunked_loss import IGNORED, loss_positions
-from qlora_tui.training.preference.pairs import Pairs, SidedDataset, members
-from qlora_tui.training.tokenized_dataset import TokenizedDataset
+
+
+class TokenizedDataset(Protocol):
+    """The interface of a tokenized data set; ``qlora_tui.data.store.Samples`` implements it."""
+
+    def __len__(self) -> int: ...
+
+    def token_ids(self, i: int, /) -> Sequence[int]:
+        """Token ids of sample ``i``."""
+
+    def loss_mask(self, i: int, /) -> Sequence[int]:
+        """1 for each token in the loss, else 0."""
+
+    def weights(self, i: int, /) -> Sequence[float] | None:
+        """Weight of each token in the loss; None where each token in the loss has weight 1."""
+
+    def length(self, i: int, /) -> int:
+        """Length of sample ``i`` in tokens."""
+
+    def epoch(self, epoch: int, seed: int, /) -> Sequence[int]:
+        """Indices of all samples in the random order of one epoch."""
+
+
+class SidedDataset(TokenizedDataset, Protocol):
+    """Tokenized samples that are good or bad answers; ``qlora_tui.data.store.Samples`` is one."""
+
+    def side(self, i: int, /) -> int:
+        """``GOOD`` or ``BAD`` of :mod:`qlora_tui.data.store`."""
+
+    def of_side(self, side: int, /) -> SidedDataset:
+        """The samples of one side, in order."""
+
+
+class Pairs:
+    """The pairs of a data set, numbered from 0."""
+
+    def __init__(self, samples: SidedDataset) -> None:
+        self._samples = samples
+        self._chosen = samples.of_side(GOOD)
+
+    def __len__(self) -> int:
+        return len(self._samples) // 2
+
+    def length(self, pair: int) -> int:
+        """Tokens of both sides."""
+        return sum(self._samples.length(i) for i in members((pair,)))
+
+    def epoch(self, epoch: int, seed: int) -> Sequence[int]:
+        """The pairs in the random order of one epoch."""
+        return self._chosen.epoch(epoch, seed)
+
+
+def members(pairs: Sequence[int]) -> tuple[int, ...]:
+    """The samples of these pairs, the chosen side of each first."""
+    return tuple(i for pair in pairs for i in (2 * pair, 2 * pair + 1))
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """How samples are laid out in the inputs of a model."""
+
+    packed: bool
+    """Whether a row may hold several samples, which attend to themselves only."""
+    max_length: int
+    """Tokens of the run's own rows."""
+    multiple: int = 1
+    """Multiple of tokens that a packed row is padded to."""
+    pad_id: int = 0
+
 
 PackedSamples: TypeAlias = tuple[int, ...]
 """Indices of the samples in one sequence; a single one without packing."""
@@ -127,19 +202,33 @@ def micro_batches(sequences: Sequence[PackedSamples], size: int) -> list[Sequenc
 
 
 def validation_batches(
-    samples: TokenizedDataset, size: int, max_length: int, *, padding_free: bool, pairs: bool = False
+    samples: TokenizedDataset, size: int, shape: RowShape, *, pairs: bool = False
 ) -> list[list[PackedSamples]]:
     """All validation samples once, in micro-batches of ``size`` sequences; ``pairs`` stay in one of them."""
     units = Pairs(cast("SidedDataset", samples)) if pairs else samples
     everything = range(len(units))
-    if padding_free:
-        capacity = max_length * (2 if pairs else 1)
+    if shape.packed:
+        capacity = shape.max_length * (2 if pairs else 1)
         sequences = pack(everything, [units.length(i) for i in everything], capacity)
     else:
         sequences = sorted(((i,) for i in everything), key=lambda sequence: units.length(sequence[0]))
     if pairs:
         sequences = [members(sequence) for sequence in sequences]
     return [list(batch) for batch in micro_batches(sequences, size)]
+
+
+def longest_micro_batch(
+    step_plan: StepPlan, samples: TokenizedDataset, size: int, *, padding_free: bool
+) -> list[PackedSamples]:
+    """The sequences of the micro-batch with most computed tokens, padding included."""
+    longest: list[PackedSamples] = []
+    most = 0
+    for step in step_plan.steps:
+        for sequences in micro_batches(step.sequences, size):
+            tokens = computed_tokens(sequences, samples, padding_free=padding_free)
+            if tokens > most:
+                most, longest = tokens, list(sequences)
+    return longest
 
 
 def count_tokens(sequences: Sequence[PackedSamples], samples: TokenizedDataset) -> int:
@@ -166,21 +255,11 @@ def computed_tokens(
     return len(lengths) * max(lengths)
 
 
-def collate(
-    sequences: Sequence[PackedSamples],
-    samples: TokenizedDataset,
-    *,
-    padding_free: bool,
-    pad_id: int,
-    multiple: int = 1,
-) -> dict[str, Any]:
+def collate(sequences: Sequence[PackedSamples], samples: TokenizedDataset, shape: RowShape) -> dict[str, Any]:
     """Tensors of one micro-batch, on the CPU: the arguments of the model's forward.
 
-    The module's docstring shows an example of both shapes.
-
-    Args:
-        padding_free: one sequence of isolated samples instead of padded sequences.
-        multiple: the last sample of a packed sequence is padded so that the sequence has a multiple of it.
+    The module's docstring shows an example of both shapes. The last sample of a packed sequence is padded to
+    the multiple of the shape.
 
     Returns:
         Packed: ``input_ids``, ``position_ids`` and ``labels`` of (1, tokens), and ``segments``, the lengths
@@ -192,12 +271,12 @@ def collate(
     weights = [torch.tensor(list(token_weights)) for token_weights in weighted if token_weights is not None]
     ids = [_tensor(samples.token_ids(i)) for sequence in sequences for i in sequence]
     labels = [_labels(i, tokens, samples) for i, tokens in zip(_samples_of(sequences), ids, strict=True)]
-    if padding_free:
-        more = -sum(map(len, ids)) % multiple
-        for parts, value in ((ids, pad_id), (labels, IGNORED), *([(weights, 0)] if weights else [])):
+    if shape.packed:
+        more = -sum(map(len, ids)) % shape.multiple
+        for parts, value in ((ids, shape.pad_id), (labels, IGNORED), *([(weights, 0)] if weights else [])):
             parts[-1] = nn.functional.pad(parts[-1], (0, more), value=value)
     lengths = [len(tokens) for tokens in ids]
-    if padding_free:
+    if shape.packed:
         batch = {"loss_weights": torch.cat(weights)[None]} if weights else {}
         packed_labels = torch.cat(labels)[None]
         positions = torch.cat([torch.arange(n) for n in lengths])[None]
@@ -214,7 +293,7 @@ def collate(
     batch = {"loss_weights": _padded(weights, longest, 0)} if weights else {}
     padded_labels = _padded(labels, longest, IGNORED)
     return batch | {
-        "input_ids": _padded(ids, longest, pad_id),
+        "input_ids": _padded(ids, longest, shape.pad_id),
         "attention_mask": _padded([torch.ones(n, dtype=torch.long) for n in lengths], longest, 0),
         "labels": padded_labels,
         "loss_positions": loss_positions(padded_labels),
@@ -287,3 +366,70 @@ def _group_by_length(
     shuffle.shuffle(whole)
     rest = [step for step in steps if len(step) < effective_batch]
     return [sequence for step in whole + rest for sequence in step]
+
+
+class StepData(TypedDict):
+    """The data of one optimizer step, for one process."""
+
+    micro_batches: list[dict[str, Any]]
+    loss_weight_sum: float
+    """Sum of the loss weights of the whole step, over all processes: the divisor of the summed loss."""
+    tokens: int
+    """Real tokens of the whole step, over all processes."""
+    token_share: NotRequired[float]
+    """Of a preference method: its comparisons divided by the trained tokens of good answers."""
+    mismatched: NotRequired[list[dict[str, Any]]]
+    """Of KTO: micro-batches of answers after other prompts, for this process."""
+
+
+class Steps:
+    """The steps of a plan, collated: item ``n`` is step ``n + 1``."""
+
+    def __init__(
+        self,
+        step_plan: StepPlan,
+        samples: TokenizedDataset,
+        shape: RowShape,
+        *,
+        micro_batch: int,
+        pairs: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """
+        Args:
+            micro_batch: sequences of a micro-batch.
+            pairs: whether two samples in turn are compared.
+            rank: number of this process among ``world_size``, which share the micro-batches of a step.
+        """
+        self.step_plan = step_plan
+        self._samples = samples
+        self._shape = shape
+        self._micro_batch = micro_batch
+        self._pairs = pairs
+        self._rank = rank
+        self._world_size = world_size
+
+    def __len__(self) -> int:
+        return len(self.step_plan.steps)
+
+    def __getitem__(self, n: int) -> StepData:
+        sequences = self.step_plan.steps[n].sequences
+        return StepData(
+            micro_batches=self._micro_batches(sequences),
+            loss_weight_sum=sum_loss_weights(sequences, self._samples),
+            tokens=count_tokens(sequences, self._samples),
+        )
+
+    def _micro_batches(self, sequences: Sequence[PackedSamples]) -> list[dict[str, Any]]:
+        """Collate this process's share of the micro-batches of a step."""
+        groups = micro_batches(sequences, self._micro_batch)
+        batches = [self.collate(group) for group in groups[self._rank :: self._world_size]]
+        # Every process must run the same number of backward passes, in which DDP reduces the gradients.
+        for _ in range(len(batches), math.ceil(len(groups) / self._world_size)):
+            batches.append(mask_all_labels(self.collate(groups[0])))
+        return batches
+
+    def collate(self, sequences: Sequence[PackedSamples]) -> dict[str, Any]:
+        """Collate the sequences of one micro-batch."""
+        return collate(sequences, self._samples, self._shape)

@@ -2,15 +2,15 @@
 
 checkpoints/step-N/
   adapter_model.safetensors, adapter_config.json   loads with plain peft
-  optimizer.pt, scheduler.pt, rng_state.pth, …     transformers' own, read back without running pickled code
+  optimizer.pt, scheduler.pt, rng_state.pth, …     of :mod:`.trainer`, read without running pickled code
   state.json                                       :class:`CheckpointState`
   SHA256SUMS                                       a checksum of each of these files
   complete                                         every file and its size; written last
 
 A folder is written under a hidden name, flushed to the disk, and then renamed. Importing this loads no torch.
 
-A resume is exact because ``trainer.RunTrainer`` restores adapter, optimizer, schedule and random numbers,
-``callbacks.RunCallback`` the state, and ``batches.plan_steps`` plans the same steps again from the seed.
+A resume is exact because :class:`.trainer.Trainer` restores adapter, optimizer, schedule and random numbers,
+:class:`.loop.Loop` the state, and :func:`.batches.plan_steps` plans the same steps again from the seed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _BATCH_SPLIT = frozenset(
 
 
 class CheckpointState(Struct, frozen=True, kw_only=True):
-    """What a resumed run needs beyond the files of transformers."""
+    """What a resumed run needs beyond the files of the trainer."""
 
     step: int
     tokens: int

@@ -1,33 +1,61 @@
-"""Validation loss, exact matches where answers are short, and answers to the recipe's sample prompts."""
+"""Validation: loss, exact matches of short answers, rewards of a preference method; the change by training.
+
+Greedy search gives a short answer exactly if each of its tokens is the most likely one after the tokens
+before it. The validation pass computes hidden states at all these positions anyway, so nothing is generated:
+every validation sample is counted, at the price of one projection of its answer tokens.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from qlora_tui.data.conversation import Message
-from qlora_tui.data.render import prompt_ids
-from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.recipe.schema import Thinking
-from qlora_tui.training.accuracy import (
-    argmax_tokens,
-    exact_answers,
-    has_short_answers,
-    last_hidden_states,
+from qlora_tui.data.store import GOOD
+from qlora_tui.runs.events import ValidationCompared
+from qlora_tui.runs.task_metrics.task_evaluation import LossChange
+from qlora_tui.training.adapter import load_initial_adapter
+from qlora_tui.training.batches import (
+    PackedSamples,
+    RowShape,
+    TokenizedDataset,
+    collate,
+    on_device,
+    sum_loss_weights,
+    validation_batches,
 )
-from qlora_tui.training.batches import PackedSamples, collate, on_device, sum_loss_weights, validation_batches
 from qlora_tui.training.chunked_loss import IGNORED
-from qlora_tui.training.eval_mode import no_grad_eval
-from qlora_tui.training.forgetting.greedy_answers import MOST_LIKELY
-from qlora_tui.training.preference.objective import PreferenceObjective, RewardSums
-from qlora_tui.training.preference.preference_validation import PreferenceValidator
-from qlora_tui.training.prepared_run import PreparedRun
-from qlora_tui.training.tokenized_dataset import TokenizedDataset
+from qlora_tui.training.preferences import (
+    PreferenceObjective,
+    RewardSums,
+    collate_answers,
+    count_comparisons,
+    mismatched_batches,
+)
+from qlora_tui.training.run import Run
+from qlora_tui.training.scoring import no_grad_eval, token_losses
 
-ANSWER_TOKENS = 96
-"""Largest number of tokens of a sampled answer."""
+SHORT_TOKENS = 16
+"""Tokens in the loss, ends of turns included, up to which the answer of a sample counts as short."""
+_CHUNK_ROWS = 256
+"""Rows of logits in memory at a time."""
+_MAX_ROWS = 128
+"""Rows that are compared before and after training."""
+
+
+class ValidationResult(NamedTuple):
+    """What one validation measured."""
+
+    loss: float
+    """Mean over the tokens in the loss, or over the comparisons of a preference method."""
+    accuracy: float | None = None
+    """Share of exact answers, where all are short."""
+    rewards: RewardSums = RewardSums()
+    """Of a preference method; otherwise of nothing."""
 
 
 class ValidationSums(NamedTuple):
@@ -43,33 +71,18 @@ class ValidationSums(NamedTuple):
     """Samples with a short answer."""
 
 
-class ValidationResult(NamedTuple):
-    """What one validation measured."""
-
-    loss: float
-    """Mean over the tokens in the loss, or over the comparisons of a preference method."""
-    accuracy: float | None = None
-    """Share of exact answers, where all are short."""
-    rewards: RewardSums = RewardSums()
-    """Of a preference method; otherwise of nothing."""
-
-
 class Evaluator:
-    """Evaluates a run's model and samples from it, as often as the recipe says."""
+    """Validates a run's model, whenever asked. Each process computes its share of the batches."""
 
-    def __init__(self, prepared: PreparedRun, model: Any) -> None:
-        samples = prepared.data.validation
-        self._prepared = prepared
-        self._model = model
+    def __init__(self, run: Run) -> None:
+        samples, recipe = run.data.validation, run.recipe
+        self._run = run
         self._batches = validation_batches(
-            samples,
-            prepared.recipe.training.micro_batch_size,
-            prepared.recipe.data.max_length,
-            padding_free=prepared.base.padding_free,
+            samples, recipe.training.micro_batch_size, run.shape, pairs=recipe.trains_pairs
         )
-        objective = PreferenceObjective.of(prepared.recipe, prepared.starting_adapter)
-        self._preferences = None if objective is None else PreferenceValidator(prepared, objective)
-        turn_ends = frozenset(prepared.tokenizer.turn_end_ids)
+        self._objective = PreferenceObjective.of(recipe, run.starting_adapter)
+        """Not that of the trainer, whose sums are of training steps."""
+        turn_ends = frozenset(run.tokenizer.turn_end_ids)
         self._short_answers_end = turn_ends if has_short_answers(samples) else None
 
     @property
@@ -78,53 +91,60 @@ class Evaluator:
         return bool(self._batches)
 
     def evaluate(self) -> ValidationResult:
-        """Validate; each process of the run computes its share of the batches."""
-        if self._preferences is not None:
-            return self._evaluate_preferences(self._preferences)
-        prepared = self._prepared
-        dist = prepared.dist
+        """Validate the model as it is. Raises StepAbandoned where the run is to stop at once."""
+        run = self._run
+        if self._objective is not None:
+            return self._evaluate_preferences(self._objective)
         local_sums = evaluate(
-            self._model,
-            prepared.data.validation,
-            self._batches[dist.rank :: dist.world_size],
-            padding_free=prepared.base.padding_free,
-            pad_id=prepared.pad_id,
-            multiple=prepared.device.row_multiple,
-            device=prepared.device.torch_device,
-            progress=self._report_progress,
-            short_answers_end=self._short_answers_end,
+            run.model,
+            run.data.validation,
+            self._batches[self._mine],
+            run.shape,
+            run.device.torch_device,
+            self._report_progress,
+            self._short_answers_end,
         )
-        total, loss_weight_sum, exact, answered = dist.all_reduce_sum(local_sums)
+        total, loss_weight_sum, exact, answered = run.dist.all_reduce_sum(local_sums)
         return ValidationResult(total / (loss_weight_sum or 1), exact / answered if answered else None)
 
-    def _evaluate_preferences(self, validator: PreferenceValidator) -> ValidationResult:
-        loss, rewards = validator.evaluate(self._model, self._report_progress)
-        return ValidationResult(loss, rewards=rewards)
+    def _evaluate_preferences(self, objective: PreferenceObjective) -> ValidationResult:
+        """Mean loss of a pair or rated answer, and the rewards. KTO's reference point is that of all rows."""
+        run, samples, shape, where = self._run, self._run.data.validation, self._run.shape, self._mine
+        members = [i for batch in self._batches for sequence in batch for i in sequence]
+        comparisons = count_comparisons(members, samples, pairs=run.recipe.trains_pairs)
+        device = run.device.torch_device
+        if objective.needs_divergence:
+            size = run.recipe.training.micro_batch_size
+            mismatched = mismatched_batches(samples, members, size, shape)[where]
+            parts = [objective.divergence(run.model, on_device(batch, device)) for batch in mismatched]
+            moved, count = run.dist.all_reduce_sum(
+                (sum(part[0] for part in parts), float(sum(part[1] for part in parts)))
+            )
+            objective.set_divergence(moved / (count or 1))
+        total, batches = 0.0, self._batches[where]
+        with no_grad_eval(run.model):
+            for done, sequences in enumerate(batches, 1):
+                batch = on_device(collate_answers(sequences, samples, shape), device)
+                total += float(objective.summed_loss(run.model, run.model, batch, comparisons.token_share))
+                self._report_progress(done, len(batches))
+        total, *sums = run.dist.all_reduce_sum((total, *objective.take_sums()))
+        return ValidationResult(total / (comparisons.compared or 1), rewards=RewardSums(*sums))
+
+    @property
+    def _mine(self) -> slice:
+        """The share of this process."""
+        return slice(self._run.dist.rank, None, self._run.dist.world_size)
 
     def _report_progress(self, done: int, total: int) -> None:
-        self._prepared.reporter.progress("evaluating", done, total)
-        self._prepared.requests.raise_if_stop_now()
-
-    def sample(self) -> Iterator[tuple[str, str]]:
-        """The sample prompts of the recipe, each with the model's greedy answer."""
-        prepared = self._prepared
-        return generate_samples(
-            self._model,
-            prepared.tokenizer,
-            prepared.recipe.training.sample_prompts,
-            prepared.device.torch_device,
-            prepared.thinking,
-        )
+        self._run.reporter.progress("evaluating", done, total)
+        self._run.requests.raise_if_stop_now()
 
 
 def evaluate(
     model: Any,
     samples: TokenizedDataset,
     batches: Sequence[Sequence[PackedSamples]],
-    *,
-    padding_free: bool,
-    pad_id: int,
-    multiple: int,
+    shape: RowShape,
     device: torch.device,
     progress: Callable[[int, int], None],
     short_answers_end: frozenset[int] | None,
@@ -137,7 +157,7 @@ def evaluate(
     total, loss_weight_sum, exact, answered = 0.0, 0.0, 0, 0
     with no_grad_eval(model), last_hidden_states(model) as hidden:
         for done, sequences in enumerate(batches, 1):
-            batch = collate(sequences, samples, padding_free=padding_free, pad_id=pad_id, multiple=multiple)
+            batch = collate(sequences, samples, shape)
             weight_sum = sum_loss_weights(sequences, samples)
             if weight_sum:
                 tensors = on_device(batch, device)
@@ -156,26 +176,132 @@ def evaluate(
     return ValidationSums(total, loss_weight_sum, exact, answered)
 
 
-def generate_samples(
-    model: Any,
-    tokenizer: ChatTokenizer,
-    prompts: Sequence[str],
-    device: torch.device,
-    thinking: Thinking = "auto",
-) -> Iterator[tuple[str, str]]:
-    """Yield (prompt, greedy answer) for each prompt. Draws no random numbers."""
-    for prompt in prompts:
-        ids = prompt_ids([Message("user", prompt)], tokenizer, thinking=thinking)
-        tokens = torch.tensor([ids], device=device)
-        with no_grad_eval(model):
-            output = model.generate(
-                input_ids=tokens,
-                attention_mask=torch.ones_like(tokens),
-                max_new_tokens=ANSWER_TOKENS,
-                **MOST_LIKELY,
-                eos_token_id=list(tokenizer.turn_end_ids) or None,
-                pad_token_id=tokenizer.pad_id if tokenizer.pad_id is not None else 0,
-                use_cache=True,
-            )
-        new = [i for i in output[0, len(ids) :].tolist() if i not in tokenizer.special_ids]
-        yield prompt, tokenizer.decode(new).strip()
+def has_short_answers(samples: TokenizedDataset) -> bool:
+    """Whether every sample has a short answer, so that exact-match accuracy is meaningful."""
+    return len(samples) > 0 and all(sum(samples.loss_mask(i)) <= SHORT_TOKENS for i in range(len(samples)))
+
+
+@contextmanager
+def last_hidden_states(model: Any) -> Iterator[list[Tensor]]:
+    """Collect the decoder's output in the last forward of a peft model: a list with one tensor."""
+    hidden: list[Tensor] = []
+
+    def save(module: Any, args: Any, output: Any) -> None:
+        hidden[:] = [output[0]]
+
+    hook = model.get_base_model().get_decoder().register_forward_hook(save)
+    try:
+        yield hidden
+    finally:
+        hook.remove()
+
+
+def argmax_tokens(model: Any, logits: Tensor | None, hidden: Tensor, wanted: Tensor) -> Tensor:
+    """The most likely token at each position that ``wanted`` selects.
+
+    Scaling and capping of logits is skipped, because it does not change which one is largest.
+
+    Args:
+        logits: (batch, tokens, vocabulary); None where the loss was computed in chunks, without whole logits.
+        hidden: (batch, tokens, hidden), the input of the head.
+        wanted: (batch, tokens - 1), bool.
+
+    Returns:
+        (positions,), token ids.
+    """
+    if logits is not None:
+        return logits[:, :-1][wanted].argmax(-1)
+    head = model.get_base_model().get_output_embeddings()
+    # Where rows of the head are trained, peft copies the whole matrix at each access to its weight.
+    weight = getattr(head, "original_module", head).weight
+    states = hidden[:, :-1][wanted].to(weight.dtype)
+    return torch.cat([head(chunk).argmax(-1) for chunk in torch.split(states, _CHUNK_ROWS)])
+
+
+def exact_answers(
+    predicted: Tensor, labels: Tensor, segments: Sequence[int] | None, turn_ends: frozenset[int]
+) -> tuple[int, int]:
+    """How many samples were answered exactly, and how many have an answer.
+
+    What a chat template writes after the end of a turn is not part of an answer.
+
+    Args:
+        predicted: (positions,), one for each label in ``labels[:, 1:]`` that is not ignored.
+        labels: (batch, tokens).
+        segments: lengths of the samples packed into the one sequence; None where each sequence is a sample.
+    """
+    wanted = labels[:, 1:] != IGNORED
+    wrong = torch.zeros_like(labels, dtype=torch.bool)
+    wrong[:, 1:][wanted] = predicted != labels[:, 1:][wanted]
+    answered = labels != IGNORED
+    for end in turn_ends:
+        wrong[:, 1:] &= labels[:, :-1] != end
+    if segments is None:
+        parts = list(zip(wrong, answered, strict=True))
+    else:
+        lengths = list(segments)
+        parts = list(zip(torch.split(wrong[0], lengths), torch.split(answered[0], lengths), strict=True))
+    answers = [part for part in parts if part[1].any()]
+    return sum(not bool(part[0].any()) for part in answers), len(answers)
+
+
+def compare_validation(run: Run) -> LossChange | None:
+    """Report the loss of up to 128 validation rows before and after training; of pairs the chosen side.
+
+    Before training the model is its base, or has the adapter that the run started from. Left out with several
+    GPUs, and for methods that do not make answers likelier. An error, such as too little memory, costs the
+    comparison and not the run, whose adapter is on the disk by now.
+
+    ``run.model`` has the final adapter; afterwards it may have that of the start.
+
+    Returns:
+        What was reported; None where nothing was.
+    """
+    samples = run.data.validation.of_side(GOOD).spread(_MAX_ROWS)
+    reporter = run.reporter
+    if not len(samples) or run.dist.world_size > 1 or not run.recipe.learns_answers:
+        return None
+    reporter.phase("evaluating", "validation rows, as before training and now")
+
+    def losses(passes_done: int) -> list[tuple[float, ...]]:
+        return token_losses(
+            run.model,
+            samples,
+            run.shape,
+            run.device.torch_device,
+            lambda done, total: reporter.progress("evaluating", passes_done * total + done, 2 * total),
+        )
+
+    try:
+        after = losses(0)
+        with _as_before_training(run):
+            before = losses(1)
+    except Exception as error:
+        reporter.log(f"the validation rows were not compared: {type(error).__name__}: {error}")
+        return None
+    change = LossChange.of(
+        [sum(row) for row in before], [sum(row) for row in after], [len(row) for row in after]
+    )
+    reporter.emit(
+        ValidationCompared(
+            at=time.time(),
+            rows=change.rows,
+            before=change.before,
+            after=change.after,
+            low=change.interval.low if change.interval else None,
+            high=change.interval.high if change.interval else None,
+        )
+    )
+    return change
+
+
+@contextmanager
+def _as_before_training(run: Run) -> Iterator[None]:
+    """Turn the adapter off inside, or give the model the one that the run started from, for good."""
+    lora = run.recipe.lora
+    if lora.init_from:
+        load_initial_adapter(run.model, lora, run.files.architecture)
+        yield
+    else:
+        with run.model.disable_adapter():
+            yield

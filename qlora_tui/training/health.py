@@ -1,6 +1,6 @@
 """Detects what goes wrong in training; each finding has its evidence and a remedy.
 
-Pure functions of numbers: :mod:`qlora_tui.training.callbacks` passes loss and gradient norm of each step,
+Pure functions of numbers: :mod:`qlora_tui.training.loop` passes loss and gradient norm of each step,
 :mod:`qlora_tui.training.telemetry_recorder` the metrics of the GPU.
 """
 

@@ -1,57 +1,104 @@
-"""The optimizer of a run: its name in transformers, and LoRA+ in place of one rate for all."""
+"""The optimizer of a run, LoRA+, and the learning rate of each step."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
-from transformers import Trainer, TrainingArguments
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
+from transformers.trainer_pt_utils import get_parameter_names
 
 from qlora_tui.gpu.wsl import managed_memory_is_safe
 from qlora_tui.recipe.schema import Training
 from qlora_tui.training.trained_embeddings import embedding_rate, trained_matrices
 
-OPTIMIZERS = {
-    "auto": "paged_adamw_8bit",  # the least memory, where nothing chose for the free memory
-    "adamw": "adamw_torch_fused",
-    "adamw_8bit": "adamw_bnb_8bit",
-    "paged_adamw_32bit": "paged_adamw_32bit",
-    "paged_adamw_8bit": "paged_adamw_8bit",
-    "lion": "lion_32bit",
-    "lion_8bit": "lion_8bit",
-    "adafactor": "adafactor",
+_ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
+_NOT_DECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+"""Names of parameters without weight decay, as in transformers' ``Trainer``."""
+
+SCHEDULES = {
+    "cosine": "cosine",
+    "linear": "linear",
+    "polynomial": "polynomial",
+    "cosine_with_restarts": "cosine_with_restarts",
+    "wsd": "warmup_stable_decay",
+    "constant": "constant_with_warmup",
 }
-"""transformers' name of each choice of ``training.optimizer``."""
+"""transformers' name of each choice of ``training.lr_scheduler``."""
 
 
-def optimizer_class_and_options(arguments: TrainingArguments, model: Any) -> tuple[Any, dict[str, Any]]:
-    """Return the class of transformers' choice and its options, not paged where that is unsafe.
+def create_optimizer(model: Any, training: Training) -> Optimizer:
+    """Return the optimizer of a run, with the options of transformers' ``Trainer``.
 
-    The states then are in the GPU's own memory: the same values, from the same kernels.
+    With ``training.lora_plus_ratio`` the groups are peft's, A's matrices first; a trained embedding and head
+    are the last group.
     """
-    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
-    if options.get("is_paged") and not managed_memory_is_safe():
-        options["is_paged"] = False
-    return optimizer_class, options
+    optimizer_class, options = _class_and_options(training)
+    options["lr"] = training.learning_rate
+    matrices = trained_matrices(model)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer: Optimizer
+    if training.lora_plus_ratio != 1:
+        from peft.optimizers import create_loraplus_optimizer
+
+        optimizer = create_loraplus_optimizer(
+            model,
+            optimizer_class,
+            loraplus_lr_ratio=training.lora_plus_ratio,
+            loraplus_weight_decay=training.weight_decay,
+            **options,
+        )
+    elif matrices:
+        optimizer = optimizer_class(list(trained.values()), weight_decay=training.weight_decay, **options)
+    else:
+        decayed = set(get_parameter_names(model, [nn.LayerNorm], _NOT_DECAYED))  # type: ignore[no-untyped-call]
+        groups = [
+            {
+                "params": [p for name, p in trained.items() if (name in decayed) == decays],
+                "weight_decay": decay,
+            }
+            for decays, decay in ((True, training.weight_decay), (False, 0.0))
+        ]
+        return optimizer_class(groups, **options)  # type: ignore[no-any-return]
+    if matrices:
+        moved = set(map(id, matrices))
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
+        own = {"lr": embedding_rate(training), "weight_decay": training.weight_decay}
+        optimizer.add_param_group({"params": matrices, **own})
+    return optimizer
 
 
-def reset_states(optimizer: Any) -> None:
-    """Set the states of an optimizer to their initial values; they stay allocated."""
-    on_host = []
-    for state in optimizer.state.values():
-        for name, value in state.items():
-            # bitsandbytes' code tables are constants.
-            if torch.is_tensor(value) and not name.startswith("qmap"):
-                if value.device.type == "cpu":
-                    on_host.append(value)
-                else:
-                    value.zero_()
-            elif isinstance(value, int | float):
-                state[name] = type(value)(0)
-    wait_for_gpu()
-    for value in on_host:
-        value.zero_()
+def _class_and_options(training: Training) -> tuple[Any, dict[str, Any]]:
+    """The class of the recipe's optimizer, and its options."""
+    import bitsandbytes.optim
+    from transformers.optimization import Adafactor
+
+    # Not paged, the states are in the GPU's own memory: the same values, from the same kernels.
+    paged = {"is_paged": managed_memory_is_safe()}
+    adamw, lion = bitsandbytes.optim.AdamW, bitsandbytes.optim.Lion
+    of_lion = {"betas": _ADAM["betas"], "is_paged": False}
+    match training.optimizer:
+        case "adamw":
+            return torch.optim.AdamW, {**_ADAM, "fused": True}
+        case "adamw_8bit":
+            return adamw, {**_ADAM, "optim_bits": 8, "is_paged": False}
+        case "paged_adamw_32bit":
+            return adamw, {**_ADAM, "optim_bits": 32, **paged}
+        case "auto" | "paged_adamw_8bit":  # the least memory, where nothing chose for the free memory
+            return adamw, {**_ADAM, "optim_bits": 8, **paged}
+        case "lion":
+            return lion, {**of_lion, "optim_bits": 32}
+        case "lion_8bit":
+            return lion, {**of_lion, "optim_bits": 8}
+        case "adafactor":
+            return Adafactor, {"scale_parameter": False, "relative_step": False}
 
 
 def wait_for_gpu() -> None:
@@ -63,41 +110,38 @@ def wait_for_gpu() -> None:
         torch.cuda.synchronize()
 
 
-def create_optimizer(model: Any, arguments: TrainingArguments, training: Training) -> Optimizer | None:
-    """Return the optimizer of a run; None where transformers creates it.
+def warmup_steps(training: Training, steps: int) -> int:
+    """The steps in which the learning rate rises, of all ``steps`` of a run."""
+    return math.ceil(steps * training.warmup_ratio)
 
-    With ``training.lora_plus_ratio`` the groups are peft's, A's matrices first; a trained embedding and head
-    are the last group.
+
+def create_schedule(optimizer: Optimizer, training: Training, steps: int) -> LambdaLR:
+    """Return transformers' schedule for a run of ``steps`` optimizer steps, without its first rate of zero.
+
+    The warm-up is shifted by one step for that.
     """
-    ratio = training.lora_plus_ratio
-    matrices = trained_matrices(model)
-    if ratio == 1 and not matrices:
-        return None
-    optimizer_class, options = optimizer_class_and_options(arguments, model)
-    if ratio == 1:
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        plain: Optimizer = optimizer_class(trained, weight_decay=arguments.weight_decay, **options)
-        return _with_own_rate(plain, matrices, arguments, training)
-    from peft.optimizers import create_loraplus_optimizer
-
-    with_ratio: Optimizer = create_loraplus_optimizer(
-        model,
-        optimizer_class,
-        loraplus_lr_ratio=ratio,
-        loraplus_weight_decay=arguments.weight_decay,
-        **options,
-    )
-    return _with_own_rate(with_ratio, matrices, arguments, training)
+    warmup = warmup_steps(training, steps)
+    total = max(steps, warmup + 1)  # the polynomial divides by the steps after the warm-up
+    name: Any = SCHEDULES[training.lr_scheduler]
+    stock: Any = get_scheduler(name, optimizer, warmup, total, _schedule_options(training, steps))
+    return LambdaLR(optimizer, [partial(_shifted_warmup, share, warmup) for share in stock.lr_lambdas])
 
 
-def _with_own_rate(
-    optimizer: Optimizer, matrices: list[Any], arguments: TrainingArguments, training: Training
-) -> Optimizer:
-    """Move embedding and head into a last group with their rate; an optimizer that has done no step yet."""
-    if matrices:
-        moved = set(map(id, matrices))
-        for group in optimizer.param_groups:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
-        own = {"lr": embedding_rate(training), "weight_decay": arguments.weight_decay}
-        optimizer.add_param_group({"params": matrices, **own})
-    return optimizer
+def _schedule_options(training: Training, steps: int) -> dict[str, Any]:
+    """``scheduler_specific_kwargs`` of transformers for the recipe's schedule."""
+    match training.lr_scheduler:
+        case "cosine_with_restarts":
+            return {"num_cycles": training.lr_cycles}
+        case "polynomial":
+            return {"power": training.lr_power, "lr_end": 0.0}
+        case "wsd":
+            decay = min(round(training.lr_decay_share * steps), steps - warmup_steps(training, steps))
+            # 1-sqrt ended lowest of the shapes compared in arXiv 2405.18392, section 3.
+            return {"num_decay_steps": decay, "decay_type": "1-sqrt"}
+        case _:
+            return {}
+
+
+def _shifted_warmup(share_at: Callable[[int], float], warmup: int, step: int) -> float:
+    """Return the share of the peak learning rate at ``step``, which counts from 0."""
+    return share_at(step + 1 if step < warmup else step)

@@ -17,7 +17,7 @@ from qlora_tui.worker import Report
 
 if TYPE_CHECKING:
     from qlora_tui.data.tokenizer import ChatTokenizer
-    from qlora_tui.training.tokenized_dataset import TokenizedDataset
+    from qlora_tui.training.batches import TokenizedDataset
 
 
 def measure(folder: Path, report: Report) -> None:
@@ -40,14 +40,14 @@ def _measure(run: RunDir, report: Report) -> None:
         from qlora_tui.data.tokenizer import ChatTokenizer
         from qlora_tui.data.untrained_tokens import token_ids
         from qlora_tui.runs.row_losses import MeasuredRow, classify, write_row_losses
-        from qlora_tui.training.adapter import add_lora
+        from qlora_tui.training.adapter import add_lora, load_adapter
         from qlora_tui.training.base_model import prepare_base
+        from qlora_tui.training.batches import RowShape
         from qlora_tui.training.compute_device import choose_attention, find_device
-        from qlora_tui.training.forgetting.answer_logits import RowShape
         from qlora_tui.training.gguf_conversion import convert_cached
         from qlora_tui.training.priority import lower_priority
-        from qlora_tui.training.row_loss import OtherPrompts, token_losses
-        from qlora_tui.training.trainer import load_adapter
+        from qlora_tui.training.row_loss import OtherPrompts
+        from qlora_tui.training.scoring import token_losses
 
     started = time.monotonic()
     recipe = run.recipe()

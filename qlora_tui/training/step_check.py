@@ -20,11 +20,17 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from qlora_tui.training.batches import PackedSamples, collate, on_device, sum_loss_weights
+from qlora_tui.training.batches import (
+    PackedSamples,
+    RowShape,
+    TokenizedDataset,
+    collate,
+    on_device,
+    sum_loss_weights,
+)
 from qlora_tui.training.chunked_loss import IGNORED
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.dropout import dropout_settings
-from qlora_tui.training.tokenized_dataset import TokenizedDataset
 
 Gradients: TypeAlias = dict[str, Tensor]
 """Gradient of each trained parameter, by its name in the model."""
@@ -179,9 +185,8 @@ class StepReference:
         sequences = (
             [(0, 1)] if packed and len(self._excerpt) == 2 else [(i,) for i in range(len(self._excerpt))]
         )
-        batch = collate(
-            sequences, self._excerpt, padding_free=packed, pad_id=pad_id, multiple=self._device.row_multiple
-        )
+        shape = RowShape(packed, self._excerpt.tokens, self._device.row_multiple, pad_id)
+        batch = collate(sequences, self._excerpt, shape)
         with _autocast(self._device):
             sent = on_device(batch, self._device.torch_device)
             loss = self._model(**sent, num_items_in_batch=1).loss / self._items

@@ -17,17 +17,22 @@ from qlora_tui.errors import UserError
 from qlora_tui.memory.execution import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS
 from qlora_tui.runs.events import StepVerified
 from qlora_tui.training.base_model import PreparedBase
-from qlora_tui.training.batches import PackedSamples, StepPlan, count_tokens, micro_batches
+from qlora_tui.training.batches import (
+    PackedSamples,
+    StepPlan,
+    TokenizedDataset,
+    count_tokens,
+    longest_micro_batch,
+    micro_batches,
+)
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.distributed import DistributedContext
 from qlora_tui.training.failure import is_out_of_memory
 from qlora_tui.training.fast_paths import DESCRIPTIONS, FastPath, FastPaths
 from qlora_tui.training.heap import release_gpu_memory
-from qlora_tui.training.memory_probe import longest_micro_batch
-from qlora_tui.training.prepared_run import PreparedRun
 from qlora_tui.training.reporter import Reporter
+from qlora_tui.training.run import Run
 from qlora_tui.training.step_check import Excerpt, StepComparison, StepReference, excerpt_of, ready_to_compare
-from qlora_tui.training.tokenized_dataset import TokenizedDataset
 
 _MAX_TOKENS = {"cpu": 128, "cuda": 512}
 """Largest number of tokens in the excerpt: a second or two of computing on either device."""
@@ -65,10 +70,10 @@ class VerificationResult:
     """Whether the step, with these paths replaced, agrees with the library's."""
 
 
-def verify_first_step(prepared: PreparedRun) -> PreparedBase:
+def verify_first_step(run: Run) -> PreparedBase:
     """Compare the run's first micro-batch with transformers and peft, and report the result.
 
-    ``prepared.model`` is left with the fast paths that computed the same.
+    ``run.model`` is left with the fast paths that computed the same.
 
     Returns:
         The base as the run may use it: ``padding_free`` is False where packed attention was replaced;
@@ -77,9 +82,9 @@ def verify_first_step(prepared: PreparedRun) -> PreparedBase:
     Raises:
         UserError: the step differs without fast paths too, and the recipe stops there.
     """
-    base, samples, step_plan = prepared.base, prepared.samples, prepared.step_plan
-    device, reporter = prepared.device, prepared.reporter
-    micro_batch = prepared.recipe.training.micro_batch_size
+    base, samples, step_plan = run.base, run.samples, run.step_plan
+    device, reporter = run.device, run.reporter
+    micro_batch = run.recipe.training.micro_batch_size
     started = time.perf_counter()
     sequences = _first_sequences(step_plan, samples, micro_batch)
     longest = longest_micro_batch(step_plan, samples, micro_batch, padding_free=base.padding_free)
@@ -88,7 +93,7 @@ def verify_first_step(prepared: PreparedRun) -> PreparedBase:
     while tokens >= _MIN_TOKENS:
         excerpt = excerpt_of(sequences, samples, tokens=tokens)
         try:
-            verified = verify_step(prepared.model, base, excerpt, device, prepared.pad_id, prepared.dist)
+            verified = verify_step(run.model, base, excerpt, device, run.shape.pad_id, run.dist)
             break
         except StepNotComputedError as error:
             tokens //= 2
@@ -101,7 +106,7 @@ def verify_first_step(prepared: PreparedRun) -> PreparedBase:
         reporter.emit(StepVerified(at=time.time(), tokens=0, seconds=seconds, agrees=False, reason=verified))
         return base
     _report(verified, excerpt.tokens, seconds, reporter)
-    if not verified.agrees and prepared.recipe.training.first_step_differs == "stop":
+    if not verified.agrees and run.recipe.training.first_step_differs == "stop":
         raise UserError(
             "The first step is not that of transformers and peft",
             what=f"{_difference(verified.comparison)} Without faster code of this program it differs too.",

@@ -87,31 +87,29 @@ def _run_attempts(
         require_runnable(recipe)
         reporter.phase("loading", "libraries")
         with faster_imports():
-            from qlora_tui.training.attempt import TrainingAttempt
-            from qlora_tui.training.prepared_run import AttemptContext
+            from qlora_tui.training.attempt import run_attempt
+            from qlora_tui.training.run import Run
 
         while True:
-            attempt = TrainingAttempt(
-                AttemptContext(
-                    run=run,
-                    recipe=recipe,
-                    checkpoint=checkpoint,
-                    reporter=reporter,
-                    requests=requests,
-                    dist=dist,
-                    max_kept_layers=plan.kept_layers,
-                    has_run_out=plan.micro_batch_size is not None,
-                )
+            attempt = Run(
+                directory=run,
+                recipe=recipe,
+                checkpoint=checkpoint,
+                reporter=reporter,
+                requests=requests,
+                dist=dist,
+                max_kept_layers=plan.kept_layers,
+                has_run_out=plan.micro_batch_size is not None,
             )
             try:
-                return attempt.run()
+                return run_attempt(attempt)
             except UnloadableCheckpoint as error:
                 # With several processes, the others may have loaded the checkpoint and wait for this one.
                 if checkpoint is None or dist.world_size > 1:
                     raise
                 damage = [error.what.rstrip(".")]
             finally:
-                estimate = attempt.meter.estimate if attempt.meter else None
+                estimate = attempt.meter.estimate if hasattr(attempt, "meter") else None
             del attempt
             release_gpu_memory()
             checkpoint, more_damage = checkpoints.latest(run, before=checkpoint.step)

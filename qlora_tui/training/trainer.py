@@ -1,206 +1,199 @@
-"""transformers' ``Trainer``, which is given whole optimizer steps instead of batches.
+"""One optimizer step, and the state that a resume needs: weights, optimizer, schedule and random numbers.
 
-One item of its data loader is a whole optimizer step, already split into micro-batches, and the run is one
-long epoch. So transformers counts in steps, and its own code handles resuming, clipping, mixed precision,
-optimizers, schedules and several processes.
+accelerate wraps model and optimizer: it scales the loss under fp16, and averages gradients over processes.
+Which steps there are, and what happens between them, is in :mod:`.loop`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-)
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from transformers import set_seed
+from transformers.trainer_pt_utils import safe_globals
 
-from qlora_tui.recipe.schema import Recipe, Training
-from qlora_tui.training.batches import on_device
+from qlora_tui.recipe.schema import Training
+from qlora_tui.training.adapter import load_adapter, save_adapter
+from qlora_tui.training.batches import StepData, on_device
 from qlora_tui.training.checkpoints import UnloadableCheckpoint
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.disk_errors import true_disk_errors
 from qlora_tui.training.embedding_noise import EmbeddingNoise
 from qlora_tui.training.failure import is_out_of_memory
-from qlora_tui.training.heap import release_free_memory
-from qlora_tui.training.lr_schedule import SCHEDULES, create_schedule, schedule_arguments
-from qlora_tui.training.optimizers import (
-    OPTIMIZERS,
-    create_optimizer,
-    optimizer_class_and_options,
-    wait_for_gpu,
-)
-from qlora_tui.training.preference.objective import PreferenceObjective
-from qlora_tui.training.random_numbers import RandomNumberState
-from qlora_tui.training.step_dataset import StepData, StepDataset
+from qlora_tui.training.heap import release_free_memory, release_gpu_memory
+from qlora_tui.training.optimizers import create_optimizer, create_schedule, wait_for_gpu, warmup_steps
+from qlora_tui.training.preferences import PreferenceObjective
 from qlora_tui.training.trained_embeddings import trained_matrices
 
 
-class RunArguments(TrainingArguments):
-    """``TrainingArguments`` of a process that uses one GPU, though it may see several."""
+class StepResult(NamedTuple):
+    """What one optimizer step computed."""
 
-    @property
-    def n_gpu(self) -> int:
-        """Number of GPUs of this process; for several ``Trainer`` would use ``DataParallel``."""
-        visible: int = super().n_gpu
-        return min(visible, 1)
-
-
-def training_arguments(recipe: Recipe, device: ComputeDevice, steps: int, folder: Path) -> TrainingArguments:
-    """The recipe as ``TrainingArguments``; evaluation and checkpoints are done by ``RunCallback``."""
-    training = recipe.training
-    return RunArguments(
-        output_dir=str(folder),
-        num_train_epochs=1,
-        max_steps=steps,
-        per_device_train_batch_size=1,
-        learning_rate=training.learning_rate,
-        lr_scheduler_type=SCHEDULES[training.lr_scheduler],
-        lr_scheduler_kwargs=schedule_arguments(training, steps),
-        warmup_steps=training.warmup_ratio,  # below 1 it is a share of the steps
-        optim=OPTIMIZERS[training.optimizer],
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,  # a norm that is NaN ends the run: health.find_non_finite
-        seed=training.seed,
-        fp16=device.kind == "cuda" and device.dtype == torch.float16,
-        use_cpu=device.kind == "cpu",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        eval_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        ddp_find_unused_parameters=False,
-    )
+    loss: float
+    """Mean over the tokens in the loss, by weight, over all processes."""
+    grad_norm: float
+    """Norm of the gradient before clipping."""
+    learning_rate: float
+    """The learning rate of this step."""
 
 
-class RunTrainer(Trainer):
-    """Trains the planned steps of a run.
+class Trainer:
+    """Computes optimizer steps of a model.
 
     Args:
-        training: the settings that ``TrainingArguments`` has no place for: optimizer, LoRA+, NEFTune.
-        objective: that of a preference method, whose batches ``steps`` has; None for cross-entropy.
+        model: a ``PeftModel``.
+        steps: optimizer steps of the whole run.
+        objective: that of a preference method, whose batches the steps have; None for cross-entropy.
     """
 
     def __init__(
         self,
         model: Any,
-        args: TrainingArguments,
-        steps: StepDataset,
         training: Training,
+        device: ComputeDevice,
+        steps: int,
         objective: PreferenceObjective | None = None,
     ) -> None:
-        super().__init__(model=model, args=args, train_dataset=steps)
-        self.objective: PreferenceObjective | None = objective
-        self.remove_callback(PrinterCallback)
-        self.steps = steps
+        set_seed(training.seed)
+        release_gpu_memory()
+        self.model = model
+        self.objective = objective
+        self.step = 0
+        """Optimizer steps done, over all attempts."""
         self.tokens = 0
         """Real tokens trained on so far, over all attempts and processes."""
-        self.after_micro_batch: Callable[[int, int], None] = lambda done, total: None
-        """Called with the micro-batches done and in all, except after the last of a step."""
+        self.uses_fp16 = device.kind == "cuda" and device.dtype == torch.float16
         self._training = training
+        self._steps = steps
+        self._device = device.torch_device
         self._noise = EmbeddingNoise(model, training.neftune_alpha)
         self._step_start: RandomNumberState | None = None
         """Random numbers at the start of the step in progress."""
-
-    def get_train_dataloader(self) -> DataLoader[StepData]:
-        """The steps in order. A separate generator, so that it draws none of the run's random numbers."""
-        return DataLoader(
-            self.steps, batch_size=1, shuffle=False, collate_fn=_first, generator=torch.Generator()
+        self._accelerator = Accelerator(
+            mixed_precision="fp16" if self.uses_fp16 else "no",
+            cpu=device.kind == "cpu",
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=False)],
         )
+        self.wrapped, self.optimizer = self._accelerator.prepare(model, create_optimizer(model, training))
+        """The model as it is called in a step, in DDP's wrapper where there are several processes."""
+        self.schedule = create_schedule(self.optimizer, training, steps)
+        self.wrapped.zero_grad()
 
-    def create_optimizer(self, model: Any = None) -> Any:
-        """Create the optimizer of :mod:`.optimizers`, or transformers' own."""
-        if self.optimizer is None:
-            self.optimizer = create_optimizer(self.model, self.args, self._training)
-        return super().create_optimizer(model)
+    @property
+    def skipped_step(self) -> bool:
+        """Whether fp16 skipped the last step, because its gradients overflowed."""
+        return bool(self._accelerator.optimizer_step_was_skipped)
 
-    @staticmethod
-    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
-        """Return what transformers creates an optimizer from."""
-        return optimizer_class_and_options(args, model)
+    def train_step(
+        self, data: StepData, after_micro_batch: Callable[[int, int], None] = lambda done, total: None
+    ) -> StepResult:
+        """Do one optimizer step.
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
-        """Create the schedule of :mod:`.lr_schedule`."""
-        scheduled: Any = self.optimizer if optimizer is None else optimizer
-        self.lr_scheduler = create_schedule(scheduled, self.args, num_training_steps)
-        return self.lr_scheduler
+        Args:
+            after_micro_batch: called with the micro-batches done and in all, except after the last.
+        """
+        loss = self.accumulate_gradients(data, after_micro_batch)
+        limit = self._training.max_grad_norm or float("inf")
+        grad_norm = self._accelerator.clip_grad_norm_(self.wrapped.parameters(), limit)
+        self.optimizer.step()
+        learning_rate = self.schedule.get_last_lr()[0]
+        if not self.skipped_step:
+            self.schedule.step()
+        self.wrapped.zero_grad()
+        self.step += 1
+        mean_loss = self._accelerator.gather(loss.reshape(1)).mean()
+        return StepResult(float(mean_loss), float(grad_norm), float(learning_rate))
 
-    def training_step(
-        self, model: Any, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None
+    def accumulate_gradients(
+        self, data: StepData, after_micro_batch: Callable[[int, int], None]
     ) -> torch.Tensor:
         """Forward and backward over all micro-batches of a step; returns the weighted mean loss."""
-        batches = inputs["micro_batches"]
-        weight_sum = inputs["loss_weight_sum"] or 1
-        # DDP averages gradients over processes, but ``weight_sum`` is that of all: they must be summed.
-        share = self.accelerator.num_processes / weight_sum
-        self._step_start = RandomNumberState.capture(self.args.device)
-        model.train()
+        batches = data["micro_batches"]
+        # DDP averages gradients over processes, but the divisor is that of all: they must be summed.
+        share = self._accelerator.num_processes / (data["loss_weight_sum"] or 1)
+        self._step_start = RandomNumberState.capture(self._device)
+        self.wrapped.train()
         if self.objective is not None and self.objective.needs_divergence:
-            self._estimate_divergence(self.objective, inputs["mismatched"])
-        total = torch.zeros((), device=self.args.device)
+            self._estimate_divergence(self.objective, data["mismatched"])
+        total = torch.zeros((), device=self._device)
         for number, batch in enumerate(batches, 1):
             last = number == len(batches)
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                loss = self.summed_loss(model, batch, inputs.get("token_share", 1.0)) * share
-                self.accelerator.backward(loss)
+            with contextlib.nullcontext() if last else self._accelerator.no_sync(self.wrapped):
+                loss = self.summed_loss(batch, data.get("token_share", 1.0)) * share
+                self._accelerator.backward(loss)
             total += loss.detach()
             if not last:
-                self.after_micro_batch(number, len(batches))
-        self.tokens += inputs["tokens"]
+                after_micro_batch(number, len(batches))
+        self.tokens += data["tokens"]
         self._step_start = None
-        self.release_before_step()
+        self._release_before_step()
         return total
 
-    def release_before_step(self) -> None:
-        """On a CPU, return what the backward has freed to the system before a trained embedding is updated.
-
-        The update takes several times its matrix, and glibc would take that beside its free pages.
-        """
-        if self.args.device.type == "cpu" and trained_matrices(self.model):  # type: ignore[arg-type]  # it is set
-            release_free_memory()
-
-    def summed_loss(self, model: Any, batch: dict[str, Any], token_share: float = 1.0) -> torch.Tensor:
+    def summed_loss(self, batch: dict[str, Any], token_share: float = 1.0) -> torch.Tensor:
         """Sum of the losses of a micro-batch, to be divided by the loss weights of its step.
 
         Args:
-            token_share: what a token of ORPO's cross-entropy counts beside a pair.
+            token_share: what a token of ORPO's cross-entropy counts next to a pair.
         """
-        tensors = on_device(batch, self.args.device)
+        tensors = on_device(batch, self._device)
         if self.objective is not None:
-            return self.objective.summed_loss(model, self.model, tensors, token_share)
+            return self.objective.summed_loss(self.wrapped, self.model, tensors, token_share)
         with self._noise.scaled_for(tensors):
             # 1: the model returns the summed loss; the caller divides it by the step's loss weights.
-            loss: torch.Tensor = model(**tensors, num_items_in_batch=1).loss
+            loss: torch.Tensor = self.wrapped(**tensors, num_items_in_batch=1).loss
         return loss
 
     def _estimate_divergence(self, objective: PreferenceObjective, mismatched: list[dict[str, Any]]) -> None:
         """Estimate KTO's reference point from all answers of a step, over all processes."""
-        parts = [objective.divergence(self.model, on_device(batch, self.args.device)) for batch in mismatched]
+        parts = [objective.divergence(self.model, on_device(batch, self._device)) for batch in mismatched]
         sums = torch.tensor([[total, count] for total, count in parts] or [[0.0, 0.0]]).sum(0)
-        total, count = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
+        total, count = self._accelerator.reduce(sums.to(self._device), "sum").tolist()
         objective.set_divergence(total / count if count else 0.0)
+
+    def _release_before_step(self) -> None:
+        """On a CPU, return what the backward has freed to the system before a trained embedding is updated.
+
+        The update takes several times its matrix, and glibc would take that in addition to its free pages.
+        """
+        if self._device.type == "cpu" and trained_matrices(self.model):
+            release_free_memory()
+
+    def try_step(self, batch: dict[str, Any], *, fresh: bool) -> None:
+        """Compute a step of one micro-batch for its memory, and restore everything that it changes.
+
+        Args:
+            batch: on the CPU.
+            fresh: update the weights too, without loss scaling; the optimizer's states then stay allocated,
+                as in every step but the first. A resumed run has them already.
+        """
+        items = max(1, int((batch["labels"][:, 1:] >= 0).sum()))
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        before = [p.detach().to("cpu", copy=True) for p in trained] if fresh else []
+        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
+            self.wrapped.train()
+            torch.autograd.backward(self.summed_loss(batch) / items)
+            if fresh:
+                bare = getattr(self.optimizer, "optimizer", self.optimizer)
+                self._release_before_step()
+                bare.step()
+                _reset_states(bare)
+        self.wrapped.zero_grad()
+        with torch.no_grad():
+            for parameter, value in zip(trained, before, strict=False):
+                parameter.copy_(value)
 
     def undo_unfinished_step(self) -> None:
         """Restore what the step in progress has changed: gradients and random numbers."""
         if self._step_start is not None:
-            self._step_start.restore(self.args.device)
+            self._step_start.restore(self._device)
             self._step_start = None
-        self.model.zero_grad(set_to_none=True)  # type: ignore[union-attr]  # it is set
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Pass logs to the callbacks without keeping them.
-
-        transformers would append each to ``state.log_history``, which every checkpoint would hold again.
-        """
-        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+        self.model.zero_grad(set_to_none=True)
 
     def set_learning_rate(self, value: float) -> None:
         """Change the learning rate of the steps to come, and let it decay as it would have.
@@ -208,72 +201,120 @@ class RunTrainer(Trainer):
         ``value`` is the rate of the next step; during warm-up, and with restarts, which return to the peak,
         it is the peak. With LoRA+ it is the rate of A's matrices, and B's keep their ratio to it.
         """
-        scheduler: Any = self.lr_scheduler
-        share = scheduler.get_last_lr()[0] / scheduler.base_lrs[0]
+        schedule: Any = self.schedule
+        share = schedule.get_last_lr()[0] / schedule.base_lrs[0]
         if share <= 0:
             return
-        warming_up = self.state.global_step < self.args.get_warmup_steps(self.state.max_steps)
-        restarts = self.args.lr_scheduler_type == SCHEDULES["cosine_with_restarts"]
+        warming_up = self.step < warmup_steps(self._training, self._steps)
+        restarts = self._training.lr_scheduler == "cosine_with_restarts"
         peak = value if warming_up or restarts else value / share
-        factor = peak / scheduler.base_lrs[0]
-        scheduler.base_lrs = [base * factor for base in scheduler.base_lrs]
-        scheduler._last_lr = [base * share for base in scheduler.base_lrs]
-        for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+        factor = peak / schedule.base_lrs[0]
+        schedule.base_lrs = [base * factor for base in schedule.base_lrs]
+        schedule._last_lr = [base * share for base in schedule.base_lrs]
+        for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
             group["lr"] = rate
 
-    def save_checkpoint_files(self, folder: Path) -> None:
-        """Write adapter, optimizer, schedule, random numbers and counters. Raises OSError."""
+    def save(self, folder: Path) -> None:
+        """Write the files of this process that :meth:`load` reads. Raises OSError."""
         with true_disk_errors():
-            if self.args.should_save:
-                save_adapter(self.model, folder)
-                self.state.save_to_json(str(folder / "trainer_state.json"))
             wait_for_gpu()
-            self._save_optimizer_and_scheduler(str(folder))
-            self._save_scaler(str(folder))
-            self._save_rng_state(str(folder))
+            if self._accelerator.is_main_process:
+                save_adapter(self.model, folder)
+                torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+                torch.save(self.schedule.state_dict(), folder / "scheduler.pt")
+                if self._accelerator.scaler is not None:
+                    torch.save(self._accelerator.scaler.state_dict(), folder / "scaler.pt")
+            torch.save(RandomNumberState.capture(self._device)._asdict(), folder / self._random_numbers_file)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        with _loading(resume_from_checkpoint):
-            load_adapter(self.model, Path(resume_from_checkpoint))
+    def load(self, folder: Path) -> None:
+        """Restore weights, optimizer, schedule and loss scale. Raises UnloadableCheckpoint."""
+        with _loading(folder):
+            load_adapter(self.model, folder)
+            # Read to host memory, unless several processes would each read it there.
+            is_shared = self._accelerator.num_processes > 1
+            where = self._device if is_shared and self._device.type != "cpu" else "cpu"
+            self.optimizer.load_state_dict(
+                torch.load(folder / "optimizer.pt", map_location=where, weights_only=True)
+            )
+            self.schedule.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
+            if self._accelerator.scaler is not None and (folder / "scaler.pt").is_file():
+                self._accelerator.scaler.load_state_dict(torch.load(folder / "scaler.pt", weights_only=True))
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with _loading(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
+    def load_random_numbers(self, folder: Path) -> None:
+        """Draw the random numbers that followed a checkpoint. Raises UnloadableCheckpoint."""
+        with _loading(folder):
+            file = folder / self._random_numbers_file
+            # A checkpoint of another number of processes has none for this one.
+            if file.is_file():
+                with safe_globals():  # type: ignore[no-untyped-call]  # transformers'
+                    state = torch.load(file, weights_only=True)
+                RandomNumberState.read(state, self._device).restore(self._device)
 
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        with _loading(checkpoint):
-            super()._load_scaler(checkpoint)
+    @property
+    def _random_numbers_file(self) -> str:
+        rank = self._accelerator.process_index
+        return "rng_state.pth" if self._accelerator.num_processes == 1 else f"rng_state_{rank}.pth"
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _loading(checkpoint):
-            super()._load_rng_state(checkpoint)
+
+class RandomNumberState(NamedTuple):
+    """The random numbers of a process at one moment."""
+
+    python: tuple[Any, ...]
+    numpy: Any
+    cpu: torch.Tensor
+    cuda: torch.Tensor | None = None
+    """Of the training device; None on the CPU."""
+
+    @classmethod
+    def capture(cls, device: torch.device) -> RandomNumberState:
+        """The state now, without waiting for the device."""
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
+
+    @classmethod
+    def read(cls, state: dict[str, Any], device: torch.device) -> RandomNumberState:
+        """The state in a checkpoint; in one of several processes an earlier version kept that of each GPU."""
+        cuda = state.get("cuda")
+        return cls(
+            state["python"],
+            state["numpy"],
+            state["cpu"],
+            cuda[device.index or 0] if isinstance(cuda, list) else cuda,
+        )
+
+    def restore(self, device: torch.device) -> None:
+        """Draw the same random numbers again."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(self.cuda, device)
 
 
 @contextlib.contextmanager
-def _loading(checkpoint: str | None) -> Iterator[None]:
+def _loading(folder: Path) -> Iterator[None]:
     """Raise UnloadableCheckpoint for every error in loading a checkpoint except out of memory."""
     try:
         yield
     except Exception as error:
-        if checkpoint is None or is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise
-        raise UnloadableCheckpoint(Path(checkpoint), error) from error
+        raise UnloadableCheckpoint(folder, error) from error
 
 
-def save_adapter(model: Any, folder: Path) -> None:
-    """Save weights and configuration of the adapter in peft's format, and nothing else."""
-    # peft would also write a model card, from a template that it compiles for each checkpoint.
-    model.create_or_update_model_card = lambda folder: None
-    model.save_pretrained(str(folder), save_embedding_layers=False)
-
-
-def load_adapter(model: Any, folder: Path) -> None:
-    """Replace the adapter weights of the model by saved ones."""
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
-
-
-def _first(items: list[StepData]) -> StepData:
-    return items[0]
+def _reset_states(optimizer: Any) -> None:
+    """Set the states of an optimizer to their initial values; they stay allocated."""
+    on_host = []
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            # bitsandbytes' code tables are constants.
+            if torch.is_tensor(value) and not name.startswith("qmap"):
+                if value.device.type == "cpu":
+                    on_host.append(value)
+                else:
+                    value.zero_()
+            elif isinstance(value, int | float):
+                state[name] = type(value)(0)
+    wait_for_gpu()
+    for value in on_host:
+        value.zero_()

@@ -73,15 +73,14 @@ class Ended:
         self.events: list[Any] = []
         recipe = run.recipe()
         training = msgspec.structs.replace(recipe.training, task_prompts=task_prompts)
-        self._prepared: Any = SimpleNamespace(
-            run=run,
+        self._run: Any = SimpleNamespace(
+            directory=run,
+            model=model,
             data=prepare_dataset(recipe, tokenizer),
             recipe=msgspec.structs.replace(recipe, training=training),
             tokenizer=tokenizer,
-            base=SimpleNamespace(padding_free=False),
-            device=SimpleNamespace(row_multiple=1, torch_device=torch.device("cpu")),
+            device=SimpleNamespace(torch_device=torch.device("cpu")),
             dist=SimpleNamespace(world_size=1),
-            pad_id=0,
             reporter=SimpleNamespace(
                 phase=lambda phase, detail: None,
                 progress=lambda phase, done, total: None,
@@ -93,8 +92,8 @@ class Ended:
     def compare(self, training_seconds: float = 1e6, tick: float = 0.0) -> None:
         """Compare the answers; each look at the clock takes ``tick`` seconds."""
         ticks = count()
-        answers = answer_validation(self._prepared, self.model, training_seconds, lambda: tick * next(ticks))
-        report_answers(self._prepared, answers, LOSS)
+        answers = answer_validation(self._run, training_seconds, lambda: tick * next(ticks))
+        report_answers(self._run, answers, LOSS)
 
 
 def test_answers_at_the_end_are_those_of_evaluate(ended: Callable[..., Ended]) -> None:

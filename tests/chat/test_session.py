@@ -71,11 +71,11 @@ def test_keys_follow_the_frequencies_of_the_whole_conversation(tiny_source: Chat
 
 def test_the_trainers_samples_are_the_greedy_answers_of_chat(tiny_source: ChatSource) -> None:
     from qlora_tui.chat.session import load_session
-    from qlora_tui.training.evaluation import ANSWER_TOKENS, generate_samples
+    from qlora_tui.training.answers import SAMPLE_TOKENS, generate_samples
 
     session = load_session(tiny_source)
     question = QUESTION[0].content
-    answer = said(session, sampling=msgspec.structs.replace(GREEDY, max_new_tokens=ANSWER_TOKENS)).text
+    answer = said(session, sampling=msgspec.structs.replace(GREEDY, max_new_tokens=SAMPLE_TOKENS)).text
     settings = session._model.generation_config
     settings.do_sample, settings.temperature, settings.repetition_penalty = True, 5.0, 8.0
     settings.no_repeat_ngram_size = 1

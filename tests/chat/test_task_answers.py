@@ -19,7 +19,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Source
 from qlora_tui.runs.directory import create_run
 from qlora_tui.runs.task_metrics.task_evaluation import read_task_evaluation
-from qlora_tui.training.task_prompts import answer_limit, last_answer, task_prompts
+from qlora_tui.training.answer_comparison import answer_limit, last_answer, task_prompts
 
 END = frozenset({9})
 

@@ -163,10 +163,10 @@ def _measured(values: dict[str, Any], recipe: Recipe, dropout: float, *, kept_la
     from qlora_tui.training import model_loading
     from qlora_tui.training.adapter import add_lora
     from qlora_tui.training.chunked_loss import IGNORED, find_head, loss_positions, use_chunked_loss
-    from qlora_tui.training.eval_mode import no_grad_eval
     from qlora_tui.training.head_chunks import ChunkedHead
     from qlora_tui.training.packed_attention import pass_sample_lengths
-    from qlora_tui.training.preference.objective import PreferenceObjective
+    from qlora_tui.training.preferences import PreferenceObjective
+    from qlora_tui.training.scoring import no_grad_eval
     from qlora_tui.training.token_losses import use_token_losses
 
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qlora_tui.training import chunked_loss, head_chunks
-from qlora_tui.training.trainer import load_adapter, save_adapter
+from qlora_tui.training.adapter import load_adapter, save_adapter
 from tests.training.test_numerics import labeled
 
 Trained = Callable[[Any], Iterable[Tensor]]

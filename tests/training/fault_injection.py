@@ -18,10 +18,10 @@ from qlora_tui.runs import control
 from qlora_tui.runs.control import Kind
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.training import equivalence_checks, memory_meter, model_loading, packed_attention
-from qlora_tui.training.callbacks import RunCallback
 from qlora_tui.training.fused import rms_norm
+from qlora_tui.training.loop import Loop
 from qlora_tui.training.step_check import StepReference
-from qlora_tui.training.trainer import RunTrainer
+from qlora_tui.training.trainer import Trainer
 
 _CLONE_NEWNS = 0x00020000
 _MS_REC, _MS_PRIVATE = 0x4000, 1 << 18
@@ -30,40 +30,40 @@ _MS_REC, _MS_PRIVATE = 0x4000, 1 << 18
 
 def inject_oom(fits: dict[int, float]) -> None:
     """Raise out of memory where a step has more rows than fit: ``{step: rows}``; checkpointing doubles it."""
-    train = RunTrainer.training_step
+    train = Trainer.train_step
 
-    def step(self: RunTrainer, model: Any, inputs: Any, items: Any = None) -> torch.Tensor:
-        rows = self.steps._micro_batch / (2 if model.is_gradient_checkpointing else 1)
-        if rows > fits.get(self.state.global_step + 1, rows):
+    def step(self: Trainer, *arguments: Any) -> Any:
+        rows = self._training.micro_batch_size / (2 if self.model.is_gradient_checkpointing else 1)
+        if rows > fits.get(self.step + 1, rows):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return train(self, model, inputs, items)
+        return train(self, *arguments)
 
-    RunTrainer.training_step = step  # type: ignore[method-assign, assignment]
+    Trainer.train_step = step  # type: ignore[method-assign, assignment]
 
 
 def request_within_step(folder: str, step: int, kind: Kind) -> None:
     """Put a request into ``control/`` after the first micro-batch of a step."""
-    hook = RunCallback._after_micro_batch
+    hook = Loop._after_micro_batch
 
-    def after_micro_batch(self: RunCallback, done: int, total: int) -> None:
-        if done == 1 and self._trainer.state.global_step == step - 1:
+    def after_micro_batch(self: Loop, done: int, total: int) -> None:
+        if done == 1 and self.trainer.step == step - 1:
             control.send_request(RunDir(Path(folder)), kind)
         hook(self, done, total)
 
-    RunCallback._after_micro_batch = after_micro_batch  # type: ignore[method-assign]
+    Loop._after_micro_batch = after_micro_batch  # type: ignore[method-assign]
 
 
 def inject_oom_with_kept_layers() -> None:
     """Raise out of memory where a layer keeps its activations despite gradient checkpointing."""
-    train = RunTrainer.training_step
+    train = Trainer.train_step
 
-    def step(self: RunTrainer, model: Any, inputs: Any, items: Any = None) -> torch.Tensor:
-        layers = model.get_base_model().model.layers
+    def step(self: Trainer, *arguments: Any) -> Any:
+        layers = self.model.get_base_model().model.layers
         if not all(layer.gradient_checkpointing for layer in layers):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return train(self, model, inputs, items)
+        return train(self, *arguments)
 
-    RunTrainer.training_step = step  # type: ignore[method-assign, assignment]
+    Trainer.train_step = step  # type: ignore[method-assign, assignment]
 
 
 def no_memory_for_the_model() -> None:
@@ -146,14 +146,14 @@ def even_stock_code_differs() -> None:
 
 def request_within_evaluation(folder: str, step: int, kind: Kind) -> None:
     """Put a request into ``control/`` as the evaluation after a step begins."""
-    stock = RunCallback._evaluate
+    stock = Loop._evaluate
 
-    def evaluate(self: RunCallback, at: int, **settings: Any) -> bool:
-        if at == step:
+    def evaluate(self: Loop, **settings: Any) -> bool:
+        if self.trainer.step == step:
             control.send_request(RunDir(Path(folder)), kind)
-        return stock(self, at, **settings)
+        return stock(self, **settings)
 
-    RunCallback._evaluate = evaluate  # type: ignore[method-assign, assignment]
+    Loop._evaluate = evaluate  # type: ignore[method-assign]
 
 
 def no_reference_step() -> None:

@@ -17,8 +17,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from qlora_tui.training.optimizers import reset_states
-from qlora_tui.training.trainer import RunTrainer
+from qlora_tui.training import trainer as trainer_module
+from qlora_tui.training.trainer import Trainer
 
 _NO_ACCESS, _READ_WRITE = 0, mmap.PROT_READ | mmap.PROT_WRITE
 
@@ -77,19 +77,19 @@ def too_early(optimizer: Any) -> None:
 def save(optimizer: Any) -> None:
     """Write a checkpoint."""
 
-    def nothing(folder: str) -> None: ...
-
-    def write(folder: str) -> None:
-        torch.save([state["state1"] for state in optimizer.state.values()], Path(folder) / "optimizer.pt")
-
     trainer: Any = SimpleNamespace(
-        args=SimpleNamespace(should_save=False),
-        _save_optimizer_and_scheduler=write,
-        _save_scaler=nothing,
-        _save_rng_state=nothing,
+        model=None,
+        optimizer=SimpleNamespace(state_dict=lambda: [state["state1"] for state in optimizer.state.values()]),
+        schedule=SimpleNamespace(state_dict=dict),
+        _accelerator=SimpleNamespace(is_main_process=True, scaler=None),
+        _device=torch.device("cpu"),
+        _random_numbers_file="rng_state.pth",
     )
-    with tempfile.TemporaryDirectory() as folder:
-        RunTrainer.save_checkpoint_files(trainer, Path(folder))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.object(trainer_module, "save_adapter", lambda model, to: None),
+    ):
+        Trainer.save(trainer, Path(folder))
 
 
 def main() -> None:
@@ -100,7 +100,7 @@ def main() -> None:
         patch.object(torch.cuda, "synchronize", GPU.synchronize),
     ):
         GPU.launch()
-        {"too_early": too_early, "reset": reset_states, "save": save}[sys.argv[1]](states)
+        {"too_early": too_early, "reset": trainer_module._reset_states, "save": save}[sys.argv[1]](states)
     GPU.synchronize()
     print(
         [

@@ -15,8 +15,8 @@ import torch
 from qlora_tui.runs.directory import create_run
 from qlora_tui.runs.events import Evaluated, SampleGenerated
 from qlora_tui.runs.view import RunView
-from qlora_tui.training.accuracy import exact_answers
 from qlora_tui.training.chunked_loss import IGNORED
+from qlora_tui.training.evaluation import exact_answers
 from tests.support.trainer_processes import Trainers
 from tests.training.conftest import MakeRecipe
 from tests.training.event_helpers import events_of

@@ -54,8 +54,7 @@ def _deepseek(config: dict[str, Any]) -> Any:
 def test_shared_experts_are_adapted_and_routed_ones_are_not(targets: tuple[str, ...], tmp_path: Path) -> None:
     import torch
 
-    from qlora_tui.training.adapter import add_lora, trained_parameters
-    from qlora_tui.training.trainer import load_adapter, save_adapter
+    from qlora_tui.training.adapter import add_lora, load_adapter, save_adapter, trained_parameters
 
     config = config_of("deepseek-ai/DeepSeek-V2-Lite") | TINY
     architecture, lora = parse_architecture(config), Lora(rank=4, target_modules=targets)

@@ -14,7 +14,9 @@ pytest.importorskip("torch")
 
 from qlora_tui.recipe.schema import Data, Recipe, Training
 from qlora_tui.training.batches import (
+    RowShape,
     StepPlan,
+    Steps,
     collate,
     computed_tokens,
     count_tokens,
@@ -24,7 +26,6 @@ from qlora_tui.training.batches import (
     sum_loss_weights,
     validation_batches,
 )
-from qlora_tui.training.step_dataset import StepDataset
 
 pytestmark = pytest.mark.slow
 
@@ -62,6 +63,7 @@ def lengths_of(count: int, least: int, most: int) -> list[int]:
     return [numbers.randint(least, most) for _ in range(count)]
 
 
+PACKED = RowShape(packed=True, max_length=64)
 LENGTHS = lengths_of(50, 2, 60)
 
 
@@ -127,7 +129,7 @@ def test_rows_that_must_be_padded_lie_beside_their_like() -> None:
 
 def test_a_packed_batch_has_no_padding_or_cross_sample_labels() -> None:
     fake = Fake([4, 6, 3])
-    batch = collate([(0, 2), (1,)], fake, padding_free=True, pad_id=0)
+    batch = collate([(0, 2), (1,)], fake, PACKED)
     assert batch["input_ids"].tolist() == [[0, 1, 2, 3, 2000, 2001, 2002, *range(1000, 1006)]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4, 5]]
     assert batch["labels"].tolist() == [
@@ -137,7 +139,9 @@ def test_a_packed_batch_has_no_padding_or_cross_sample_labels() -> None:
 
 
 def test_a_packed_batch_is_padded_after_its_last_sample() -> None:
-    batch = collate([(0, 2), (1,)], Fake([4, 6, 3]), padding_free=True, pad_id=9, multiple=8)
+    batch = collate(
+        [(0, 2), (1,)], Fake([4, 6, 3]), RowShape(packed=True, max_length=64, multiple=8, pad_id=9)
+    )
     assert batch["input_ids"].tolist() == [[0, 1, 2, 3, 2000, 2001, 2002, *range(1000, 1006), 9, 9, 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, *range(6), 0, 0, 0]]
     assert batch["labels"].tolist()[0][-4:] == [1005, -100, -100, -100]
@@ -145,14 +149,14 @@ def test_a_packed_batch_is_padded_after_its_last_sample() -> None:
 
 
 def test_a_padded_micro_batch_learns_nothing_from_padding() -> None:
-    batch = collate([(0,), (1,)], Fake([2, 4]), padding_free=False, pad_id=7)
+    batch = collate([(0,), (1,)], Fake([2, 4]), RowShape(packed=False, max_length=64, pad_id=7))
     assert batch["input_ids"].tolist() == [[0, 1, 7, 7], [1000, 1001, 1002, 1003]]
     assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
     assert batch["labels"].tolist() == [[-100, 1, -100, -100], [-100, -100, 1002, 1003]]
 
 
 def test_validation_sees_every_sample_once() -> None:
-    batches = validation_batches(Fake(LENGTHS), 2, 64, padding_free=True)
+    batches = validation_batches(Fake(LENGTHS), 2, PACKED)
     assert sorted(i for batch in batches for row in batch for i in row) == list(range(50))
 
 
@@ -163,15 +167,7 @@ def test_a_step_is_the_same_however_it_is_split(processes: int, micro_batch: int
     schedule = plan_steps(fake, recipe(micro_batch_size=2), padding_free=True)
     for n, step in enumerate(schedule.steps):
         shares = [
-            StepDataset(
-                schedule,
-                fake,
-                micro_batch=micro_batch,
-                padding_free=True,
-                pad_id=0,
-                rank=rank,
-                world_size=processes,
-            )[n]
+            Steps(schedule, fake, PACKED, micro_batch=micro_batch, rank=rank, world_size=processes)[n]
             for rank in range(processes)
         ]
         in_loss = [

@@ -16,7 +16,7 @@ from qlora_tui.checksums import digest
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import DataReady, Evaluated, Finished
 from qlora_tui.runs.status import read_status
-from qlora_tui.training.final_adapter import load_best_weights
+from qlora_tui.training.adapter import load_best_weights
 from tests.support.trainer_processes import Trainers
 from tests.training.conftest import MakeRecipe
 from tests.training.event_helpers import events, events_of

@@ -18,8 +18,8 @@ from qlora_tui.chat.chat_types import BASE
 from qlora_tui.chat.logits_check import library_code
 from qlora_tui.export.requantize import reader_of, requantizer
 from qlora_tui.recipe.schema import Quantization
+from qlora_tui.training.adapter import save_adapter
 from qlora_tui.training.experts.expert_lora import fuse_experts
-from qlora_tui.training.trainer import save_adapter
 from tests.training.families import build
 from tests.training.test_experts import BOTH, adapted, assert_close, dequantized, load
 from tests.training.trained_weights import CLAIMED

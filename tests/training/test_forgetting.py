@@ -16,13 +16,14 @@ from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import Evaluated, PhaseChanged
 from qlora_tui.runs.view import RunView
 from qlora_tui.training import packed_attention
-from qlora_tui.training.checkpoint_saver import RunProgress
+from qlora_tui.training.answers import answer_greedily
+from qlora_tui.training.batches import RowShape
 from qlora_tui.training.forgetting import base_answers
-from qlora_tui.training.forgetting.answer_logits import RowShape, answer_logits
 from qlora_tui.training.forgetting.base_answers import BaseAnswer
 from qlora_tui.training.forgetting.base_divergence import compare_with_base, divergence_of_top
-from qlora_tui.training.forgetting.greedy_answers import answer_greedily
 from qlora_tui.training.health import ForgettingMonitor
+from qlora_tui.training.loop import RunProgress
+from qlora_tui.training.scoring import answer_logits
 from tests.support.trainer_processes import Trainers
 from tests.training.conftest import MakeRecipe
 from tests.training.event_helpers import events_of

@@ -31,10 +31,7 @@ from qlora_tui.runs.initial_adapter import with_initial_adapter
 from qlora_tui.runs.machine_checks import CheckKind, Machine
 from qlora_tui.runs.preflight import preflight
 from qlora_tui.runs.status import Status, write_status
-from qlora_tui.training.adapter import add_lora
-from qlora_tui.training.initial_adapter_weights import load_initial_adapter
-from qlora_tui.training.preference.starting_adapter import StartingAdapter
-from qlora_tui.training.trainer import save_adapter
+from qlora_tui.training.adapter import StartingAdapter, add_lora, load_initial_adapter, save_adapter
 from tests.support.trainer_processes import Trainers
 from tests.training.conftest import MakeRecipe
 from tests.training.event_helpers import events_of, losses

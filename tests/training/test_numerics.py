@@ -13,7 +13,7 @@ from torch import Tensor
 from qlora_tui.recipe.schema import Lora, Quantization, Recipe
 from qlora_tui.training import chunked_loss, equivalence_checks, head_chunks, model_loading, packed_attention
 from qlora_tui.training.compute_device import find_device
-from qlora_tui.training.eval_mode import no_grad_eval
+from qlora_tui.training.scoring import no_grad_eval
 from tests.training.families import FAMILIES, build
 
 pytestmark = pytest.mark.slow

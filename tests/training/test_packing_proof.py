@@ -16,7 +16,7 @@ from qlora_tui.training import (
     model_loading,
     packed_attention,
 )
-from qlora_tui.training.batches import collate
+from qlora_tui.training.batches import RowShape, collate
 from qlora_tui.training.fused.cpu_attention import RowAttention
 from qlora_tui.training.step_check import Excerpt
 from tests.training.families import build
@@ -195,7 +195,7 @@ def test_frequencies_follow_from_the_length_of_each_sample(name: str, padding_fr
         (None,) * len(lengths),
     )
     sequences = [tuple(range(5))] if padding_free else [(i,) for i in range(5)]
-    batch = collate(sequences, samples, padding_free=padding_free, pad_id=0, multiple=16)
+    batch = collate(sequences, samples, RowShape(padding_free, 64, multiple=16))
     given = {key: value for key, value in batch.items() if key not in ("labels", "loss_positions")}
     logits = model(**given, **({} if padding_free else {"use_cache": False})).logits
     computed = logits[0].split(batch["segments"]) if padding_free else logits

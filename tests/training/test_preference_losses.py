@@ -9,7 +9,7 @@ import torch
 
 from qlora_tui.training import chunked_loss, head_chunks
 from qlora_tui.training.head_chunks import ChunkedHead
-from qlora_tui.training.preference.preference_losses import logistic_loss, odds_ratio_loss, prospect_loss
+from qlora_tui.training.preferences import logistic_loss, odds_ratio_loss, prospect_loss
 from qlora_tui.training.token_losses import token_losses
 
 pytestmark = pytest.mark.slow

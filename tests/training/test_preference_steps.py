@@ -17,20 +17,21 @@ from torch import nn
 from qlora_tui.data.store import BAD, GOOD
 from qlora_tui.recipe.schema import (
     PREFERENCE_METHODS,
-    Data,
     PreferenceMethod,
     Preferences,
-    Recipe,
-    Training,
 )
-from qlora_tui.training.batches import PlannedStep, StepPlan
+from qlora_tui.training.adapter import StartingAdapter
+from qlora_tui.training.batches import PlannedStep, RowShape, StepPlan
 from qlora_tui.training.chunked_loss import find_head
 from qlora_tui.training.model_loading import checkpoint_activations
-from qlora_tui.training.preference.answer_scores import collate_answers, score_with_reference
-from qlora_tui.training.preference.mismatched import MismatchedSamples
-from qlora_tui.training.preference.objective import PreferenceObjective, RewardSums
-from qlora_tui.training.preference.preference_steps import PreferenceSteps
-from qlora_tui.training.preference.starting_adapter import StartingAdapter
+from qlora_tui.training.preferences import (
+    MismatchedSamples,
+    PreferenceObjective,
+    PreferenceSteps,
+    RewardSums,
+    collate_answers,
+    score_with_reference,
+)
 from qlora_tui.training.token_losses import use_token_losses
 from tests.training.preference_data import TokenLists
 from tests.training.test_verify import adapted, massive_channel
@@ -52,16 +53,17 @@ SAMPLES = TokenLists(
 
 def first_step(method: Preferences, sequences: tuple[tuple[int, ...], ...], rank: int, size: int) -> Any:
     """The first step of one of ``size`` processes, in micro-batches of one sequence."""
-    prepared: Any = SimpleNamespace(
-        recipe=Recipe(data=Data(preferences=method, max_length=8), training=Training(micro_batch_size=1)),
-        step_plan=StepPlan((PlannedStep(sequences, 1.0, True),), len(sequences), 1),
-        samples=SAMPLES,
-        base=SimpleNamespace(padding_free=True),
-        pad_id=0,
-        device=SimpleNamespace(row_multiple=1),
-        dist=SimpleNamespace(rank=rank, world_size=size),
-    )
-    return PreferenceSteps(prepared)[0]
+    plan = StepPlan((PlannedStep(sequences, 1.0, True),), len(sequences), 1)
+    pairs = method != "kto"
+    return PreferenceSteps(
+        plan,
+        SAMPLES,
+        RowShape(packed=True, max_length=8),
+        micro_batch=1,
+        pairs=pairs,
+        rank=rank,
+        world_size=size,
+    )[0]
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -141,7 +143,7 @@ def test_rewards_are_zero_before_the_first_step(
     samples = TokenLists(
         [(each, len(each) // 2, side) for each, side in zip(ids, (GOOD, BAD) * 2, strict=True)]
     )
-    batch = collate_answers([(0, 1), (2, 3)], samples, padding_free=True, pad_id=0, multiple=1)
+    batch = collate_answers([(0, 1), (2, 3)], samples, RowShape(packed=True, max_length=200))
     starting = StartingAdapter.of(model) if further else None
     assert not score_with_reference(model, batch, starting).requires_grad
     objective = PreferenceObjective("dpo", 0.1, 0.0, starting)

@@ -125,9 +125,8 @@ def test_loss_and_gradients_are_those_of_trl(
 ) -> None:
     import torch
 
-    from qlora_tui.training.preference.answer_scores import collate_answers
-    from qlora_tui.training.preference.mismatched import MismatchedSamples
-    from qlora_tui.training.preference.objective import PreferenceObjective
+    from qlora_tui.training.batches import RowShape
+    from qlora_tui.training.preferences import MismatchedSamples, PreferenceObjective, collate_answers
 
     model = our_model(recipe({"quantization.method": "none"}), tiny_model)
     trainer = their_trainer(method, model, tiny_model, tmp_path)
@@ -137,7 +136,7 @@ def test_loss_and_gradients_are_those_of_trl(
     torch.autograd.backward(expected)
 
     samples = token_lists(method, batch)
-    settings: dict[str, Any] = {"padding_free": True, "pad_id": 0, "multiple": 1}
+    shape = RowShape(packed=True, max_length=64)
     objective = PreferenceObjective(method, BETA, GAMMA)
     everything = tuple(range(len(samples)))
     comparisons = len(samples) if method == "kto" else len(samples) // 2
@@ -146,9 +145,9 @@ def test_loss_and_gradients_are_those_of_trl(
         mismatched = _trl_mismatched(batch)
         other = MismatchedSamples(samples, everything, 64)
         assert sorted(other.length(i) for i in everything) == sorted(map(mismatched.length, everything))
-        divergence, count = objective.divergence(model, collate_answers([everything], mismatched, **settings))
+        divergence, count = objective.divergence(model, collate_answers([everything], mismatched, shape))
         objective.set_divergence(divergence / count)
-    ours = collate_answers([everything], samples, **settings)
+    ours = collate_answers([everything], samples, shape)
     good = sum(sum(samples.loss_mask(i)) for i in everything if samples.side(i) == GOOD)
     loss = objective.summed_loss(model, model, ours, comparisons / good) / comparisons
     torch.autograd.backward(loss)
@@ -177,16 +176,17 @@ def test_a_further_trained_adapter_is_compared_with_its_start(
 ) -> None:
     import torch
 
-    from qlora_tui.training.preference.answer_scores import (
+    from qlora_tui.training.adapter import StartingAdapter
+    from qlora_tui.training.batches import RowShape
+    from qlora_tui.training.preferences import (
         collate_answers,
         score_answers,
         score_with_reference,
     )
-    from qlora_tui.training.preference.starting_adapter import StartingAdapter
 
     model = our_model(recipe({"quantization.method": "none", "lora.dropout": 0.5}), tiny_model).eval()
     samples = TokenLists([([5, 6, 7, 8], 2, GOOD), ([5, 6, 9], 2, BAD)])
-    batch = collate_answers([(0, 1)], samples, padding_free=True, pad_id=0, multiple=1)
+    batch = collate_answers([(0, 1)], samples, RowShape(packed=True, max_length=64))
     with torch.no_grad():
         start = score_answers(model, batch).log_probabilities
         StartingAdapter.of(model).write(tmp_path / "adapter.safetensors")

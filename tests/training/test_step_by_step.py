@@ -96,10 +96,7 @@ def test_a_run_is_the_plain_script(
         assert each.difference <= ROUNDING[family], str(each)
 
 
-UNVERIFIED = (
-    "from qlora_tui.training import preparation\n"
-    "preparation.verify_first_step = lambda prepared: prepared.base\n"
-)
+UNVERIFIED = "from qlora_tui.training import setup\nsetup.verify_first_step = lambda run: run.base\n"
 """Without the check before the first step, which would replace a wrong part."""
 MUTANTS = {
     "a norm without its offset": (
@@ -119,17 +116,15 @@ MUTANTS = {
         "packed_attention.segment_mask = lambda lengths: whole([sum(lengths)])"
     ),
     "a first step without a rate": (
-        "from qlora_tui.training import lr_schedule\n"
-        "lr_schedule._shifted_warmup = lambda share_at, warmup, step: share_at(step)"
+        "from qlora_tui.training import optimizers\n"
+        "optimizers._shifted_warmup = lambda share_at, warmup, step: share_at(step)"
     ),
     "gradients of half the size": (
         "from qlora_tui.training.chunked_loss import _ChunkedLoss\n"
         "stock = _ChunkedLoss.backward\n"
         "_ChunkedLoss.backward = staticmethod(lambda ctx, grad: stock(ctx, grad / 2))"
     ),
-    "another initial adapter": (
-        "from qlora_tui.training import preparation\npreparation.set_seed = lambda seed: None"
-    ),
+    "another initial adapter": ("from qlora_tui.training import setup\nsetup.set_seed = lambda seed: None"),
 }
 
 

@@ -21,8 +21,8 @@ from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Lora, Source
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.training import chunked_loss, head_chunks
-from qlora_tui.training.accuracy import argmax_tokens
 from qlora_tui.training.adapter import add_lora
+from qlora_tui.training.evaluation import argmax_tokens
 from qlora_tui.training.forgetting.base_divergence import equals_base
 from qlora_tui.training.model_loading import checkpoint_activations
 from tests.support.trainer_processes import Trainers

@@ -23,8 +23,8 @@ from tests.training.base_parameters import gradients_of_nothing, saved_logits
 from tests.training.conftest import MakeRecipe
 from tests.training.event_helpers import events_of, losses
 from tests.training.families import build, with_adapter
-from tests.training.test_lora_plus import groups, run_trainer
 from tests.training.test_numerics import close, labeled
+from tests.training.test_optimizers import DECAY, PEAK, groups, new_trainer
 from tests.training.test_resume import interrupted_at
 from tests.training.tiny_model import make_tiny_model
 
@@ -117,18 +117,16 @@ def test_nothing_to_learn_leaves_a_gradient_of_zero() -> None:
 
 
 @pytest.mark.parametrize(("optimizer", "ratio"), [("adamw", 1.0), ("paged_adamw_8bit", 8.0)])
-def test_embedding_and_head_have_their_own_rate(tmp_path: Path, optimizer: str, ratio: float) -> None:
+def test_embedding_and_head_have_their_own_rate(optimizer: str, ratio: float) -> None:
     model = adapted(build("llama", tie_word_embeddings=False))
-    trainer = run_trainer(model, tmp_path, optimizer, lora_plus_ratio=ratio, embedding_learning_rate=3e-5)
-    trainer.create_optimizer_and_scheduler(4)
+    trainer = new_trainer(model, optimizer, lora_plus_ratio=ratio, embedding_learning_rate=3e-5)
     *others, (names, rate, decay) = groups(model, trainer.optimizer)
-    assert (rate, decay) == (3e-5, 0.1)
+    assert (rate, decay) == (3e-5, DECAY)
     assert len(names) == 2 and all("modules_to_save" in name for name in names)
-    assert [rate for _, rate, _ in others] == ([1e-3] if ratio == 1 else [1e-3, 8e-3])
+    assert [rate for _, rate, _ in others] == ([PEAK] if ratio == 1 else [PEAK, 8 * PEAK])
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == names.union(*(names for names, _, _ in others))
-    trainer.state.max_steps = 4
-    trainer.set_learning_rate(5e-4)
+    trainer.set_learning_rate(PEAK / 2)
     assert groups(model, trainer.optimizer)[-1][1] == pytest.approx(1.5e-5)
 
 

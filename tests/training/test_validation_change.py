@@ -11,7 +11,8 @@ pytest.importorskip("torch")
 
 from qlora_tui.data.store import GOOD
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.training.validation_change import compare_validation
+from qlora_tui.training.batches import RowShape
+from qlora_tui.training.evaluation import compare_validation
 from tests.training.preference_data import TokenLists
 
 pytestmark = pytest.mark.slow
@@ -30,16 +31,16 @@ class Unselected(TokenLists):
 def reported(model: Any, samples: int = 1, world_size: int = 1) -> list[str]:
     """Names and texts that the reporter gets."""
     lines: list[str] = []
-    prepared: Any = SimpleNamespace(
+    run: Any = SimpleNamespace(
         data=SimpleNamespace(validation=Unselected([([1, 2], 1, GOOD)] * samples)),
         recipe=Recipe(),
-        base=SimpleNamespace(padding_free=True),
-        device=SimpleNamespace(row_multiple=1, torch_device="cpu"),
+        model=model,
+        shape=RowShape(packed=True, max_length=64),
+        device=SimpleNamespace(torch_device="cpu"),
         dist=SimpleNamespace(world_size=world_size),
-        pad_id=0,
         reporter=SimpleNamespace(phase=lambda phase, detail: lines.append(phase), log=lines.append),
     )
-    compare_validation(prepared, model)
+    compare_validation(run)
     return lines
 
 

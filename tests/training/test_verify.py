@@ -334,12 +334,12 @@ def test_each_try_begins_without_the_tensors_of_the_last(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(step_verification, "verify_step", step)
     monkeypatch.setattr(step_verification, "_affordable_tokens", lambda *args: 64)
-    prepared: Any = MagicMock()
-    prepared.step_plan = StepPlan((PlannedStep(((0,), (1,)), 0.0, ends_epoch=True),), 1, 1)
-    prepared.samples = excerpt()
-    prepared.recipe.training.micro_batch_size = 2
+    run: Any = MagicMock()
+    run.step_plan = StepPlan((PlannedStep(((0,), (1,)), 0.0, ends_epoch=True),), 1, 1)
+    run.samples = excerpt()
+    run.recipe.training.micro_batch_size = 2
     with no_collections():
-        verify_first_step(prepared)
+        verify_first_step(run)
     assert len(alive) == 3
 
 

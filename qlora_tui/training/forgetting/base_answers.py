@@ -29,12 +29,12 @@ from qlora_tui.data.render import prompt_ids
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.files import atomic_write, private_dir
 from qlora_tui.recipe.schema import Recipe, Thinking
+from qlora_tui.training.answers import answer_greedily
+from qlora_tui.training.batches import RowShape
 from qlora_tui.training.compute_device import ComputeDevice
-from qlora_tui.training.eval_mode import no_grad_eval
-from qlora_tui.training.forgetting.answer_logits import PromptAndAnswer, RowShape, answer_logits
-from qlora_tui.training.forgetting.greedy_answers import answer_greedily
 from qlora_tui.training.head_chunks import block_rows
 from qlora_tui.training.quantized_cache import base_state, cache_name
+from qlora_tui.training.scoring import PromptAndAnswer, answer_logits, no_grad_eval
 
 TOP_TOKENS = 64
 _FORMAT = 2

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from qlora_tui.runs.events import GeneralAnswers
-from qlora_tui.training.eval_mode import no_grad_eval
+from qlora_tui.training.answers import answer_greedily
+from qlora_tui.training.batches import RowShape
 from qlora_tui.training.forgetting import base_answers
 from qlora_tui.training.forgetting.answer_checks import AnswerCounts, GeneralAnswer, count_answers
-from qlora_tui.training.forgetting.answer_logits import RowShape, answer_logits
 from qlora_tui.training.forgetting.base_answers import BaseAnswer
 from qlora_tui.training.forgetting.general_prompts import GENERAL_PROMPTS
-from qlora_tui.training.forgetting.greedy_answers import answer_greedily
 from qlora_tui.training.head_chunks import block_rows
-from qlora_tui.training.prepared_run import PreparedRun
+from qlora_tui.training.run import Run
+from qlora_tui.training.scoring import answer_logits, no_grad_eval
 from qlora_tui.training.trainable_tokens import row_wrappers, rows_of
 
 
@@ -46,19 +46,12 @@ class DivergenceSums(NamedTuple):
 class BaseDivergence:
     """Compares a run's model with its base, whenever it is asked."""
 
-    def __init__(self, prepared: PreparedRun, model: Any) -> None:
-        self._prepared = prepared
-        self._model = model
-        self._shape = RowShape(
-            packed=prepared.base.padding_free,
-            max_length=prepared.recipe.data.max_length,
-            multiple=prepared.device.row_multiple,
-            pad_id=prepared.pad_id,
-        )
-        count = prepared.recipe.training.general_prompts
-        self._prompts = base_answers.prompt_tokens(
-            GENERAL_PROMPTS[:count], prepared.tokenizer, prepared.thinking
-        )
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._model = run.model
+        self._shape = run.shape
+        count = run.recipe.training.general_prompts
+        self._prompts = base_answers.prompt_tokens(GENERAL_PROMPTS[:count], run.tokenizer, run.thinking)
         self._answers: tuple[BaseAnswer, ...] | None = None
 
     def count_answers(self) -> GeneralAnswers | None:
@@ -70,7 +63,7 @@ class BaseDivergence:
         Returns:
             None where the chat template refuses all prompts.
         """
-        prepared, dist = self._prepared, self._prepared.dist
+        run, dist = self._run, self._run.dist
         if not self._prompts:
             return None
         if self._answers is None:
@@ -79,9 +72,7 @@ class BaseDivergence:
         mine = slice(dist.rank, None, dist.world_size)
         answers: list[tuple[int, ...]] = []
         if ids[mine]:
-            answers = answer_greedily(
-                self._model, ids[mine], prepared.tokenizer, prepared.device.torch_device
-            )
+            answers = answer_greedily(self._model, ids[mine], run.tokenizer, run.device.torch_device)
         base = [answer.ids[answer.prompt_tokens :] for answer in self._answers[mine]]
         counts = [*self._count(texts[mine], answers), *self._count(texts[mine], base)]
         total = [int(count) for count in dist.all_reduce_sum(tuple(counts))]
@@ -101,7 +92,7 @@ class BaseDivergence:
         )
 
     def _count(self, prompts: Sequence[str], answers: Sequence[Sequence[int]]) -> AnswerCounts:
-        tokenizer = self._prepared.tokenizer
+        tokenizer = self._run.tokenizer
         return count_answers(
             GeneralAnswer(
                 prompt,
@@ -117,41 +108,41 @@ class BaseDivergence:
         The base's answers are computed when they are first needed, or read from the cache. Each process of
         the run compares its share of them. Before training the model is its base, and nothing is computed.
         """
-        prepared = self._prepared
+        run = self._run
         if not self._prompts or equals_base(self._model):
             return 0.0, None
         if self._answers is None:
             self._answers = self._base_answers()
-        dist = prepared.dist
+        dist = run.dist
         local_sums = compare_with_base(
             self._model,
             self._answers[dist.rank :: dist.world_size],
-            frozenset(prepared.tokenizer.turn_end_ids),
+            frozenset(run.tokenizer.turn_end_ids),
             self._shape,
-            prepared.device.torch_device,
+            run.device.torch_device,
         )
         divergence, places, turns, turns_ended = dist.all_reduce_sum(local_sums)
         return divergence / max(places, 1), turns_ended / turns if turns else None
 
     def _base_answers(self) -> tuple[BaseAnswer, ...]:
-        prepared = self._prepared
+        run = self._run
         prompts = tuple(self._prompts.values())
-        path = base_answers.cache_path(prepared.base.folder, prepared.recipe, prepared.device, prompts)
+        path = base_answers.cache_path(run.base.folder, run.recipe, run.device, prompts)
         answers = base_answers.read(path, prompts)
         if answers is None:
-            prepared.reporter.phase("evaluating", "the base's answers to general prompts, once for this base")
+            run.reporter.phase("evaluating", "the base's answers to general prompts, once for this base")
             with self._model.disable_adapter():
                 answers = base_answers.compute(
                     self._model,
                     prompts,
-                    prepared.tokenizer,
+                    run.tokenizer,
                     self._shape,
-                    prepared.device.torch_device,
-                    lambda done, total: prepared.reporter.progress("evaluating", done, total),
+                    run.device.torch_device,
+                    lambda done, total: run.reporter.progress("evaluating", done, total),
                 )
-            if prepared.dist.is_main_process:
+            if run.dist.is_main_process:
                 base_answers.write(path, answers)
-            prepared.reporter.phase("evaluating")
+            run.reporter.phase("evaluating")
         return answers
 
 

@@ -25,10 +25,10 @@ from qlora_tui.decoding import decode_json
 from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write, read_regular
 from qlora_tui.recipe.schema import Thinking
+from qlora_tui.training.answers import answer_greedily
+from qlora_tui.training.batches import TokenizedDataset
 from qlora_tui.training.forgetting.base_answers import prompt_tokens
-from qlora_tui.training.forgetting.greedy_answers import answer_greedily
 from qlora_tui.training.forgetting.replay_prompts import REPLAY_PROMPTS
-from qlora_tui.training.tokenized_dataset import TokenizedDataset
 
 REPLAY_TOKENS = 64
 """Most tokens of an answer."""

@@ -1,4 +1,4 @@
-"""Greedy answers to a batch of prompts, in a few tokens each."""
+"""Greedy answers of a model: to a batch of prompts, and to the sample prompts of a recipe."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from typing import Any, Final
 
 import torch
 
+from qlora_tui.data.conversation import Message
+from qlora_tui.data.render import prompt_ids
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.memory.step import ANSWER_TOKENS
-from qlora_tui.training.eval_mode import no_grad_eval
+from qlora_tui.recipe.schema import Thinking
+from qlora_tui.training.scoring import no_grad_eval
 
+SAMPLE_TOKENS = 96
+"""Most tokens of an answer to a sample prompt."""
 MOST_LIKELY: Final[dict[str, Any]] = {
     "do_sample": False,
     "temperature": None,
@@ -32,6 +37,8 @@ def answer_greedily(
     device: torch.device,
     max_new_tokens: int = ANSWER_TOKENS,
     max_seconds: float | None = None,
+    *,
+    may_be_empty: bool = False,
 ) -> list[tuple[int, ...]]:
     """The greedy answers to prompts, at most ``max_new_tokens`` tokens each; each with its turn end.
 
@@ -40,6 +47,7 @@ def answer_greedily(
     Args:
         prompts: token ids.
         max_seconds: time after which no answer is continued; None: no limit.
+        may_be_empty: whether the turn end may come first.
     """
     pad = tokenizer.pad_id if tokenizer.pad_id is not None else 0
     length = max(map(len, prompts))
@@ -50,7 +58,7 @@ def answer_greedily(
             input_ids=tokens,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
-            min_new_tokens=1,
+            min_new_tokens=0 if may_be_empty else 1,
             **MOST_LIKELY,
             eos_token_id=list(tokenizer.turn_end_ids) or None,
             pad_token_id=pad,
@@ -82,3 +90,17 @@ def _contiguous_head_input(model: Any) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def generate_samples(
+    model: Any,
+    tokenizer: ChatTokenizer,
+    prompts: Sequence[str],
+    device: torch.device,
+    thinking: Thinking = "auto",
+) -> Iterator[tuple[str, str]]:
+    """Yield (prompt, greedy answer) for each prompt. Draws no random numbers."""
+    for prompt in prompts:
+        ids = prompt_ids([Message("user", prompt)], tokenizer, thinking=thinking)
+        (answer,) = answer_greedily(model, [ids], tokenizer, device, SAMPLE_TOKENS, may_be_empty=True)
+        yield prompt, tokenizer.decode([i for i in answer if i not in tokenizer.special_ids]).strip()

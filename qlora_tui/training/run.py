@@ -1,8 +1,8 @@
-"""What the parts of the trainer pass to each other: an attempt's inputs, and the run once it is loaded."""
+"""One attempt at a run: what it was given, and what :mod:`.setup` has loaded for it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from qlora_tui.catalog.local_models import ModelFiles
@@ -11,25 +11,24 @@ from qlora_tui.data.thinking_facts import prompt_thinking
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.recipe.schema import Recipe, Thinking
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.training.adapter import StartingAdapter
 from qlora_tui.training.base_model import PreparedBase
-from qlora_tui.training.batches import StepPlan
+from qlora_tui.training.batches import RowShape, StepPlan, TokenizedDataset
 from qlora_tui.training.checkpoints import Checkpoint
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.control_requests import ControlRequests
 from qlora_tui.training.distributed import DistributedContext
 from qlora_tui.training.memory_meter import MemoryMeter
-from qlora_tui.training.preference.starting_adapter import StartingAdapter
 from qlora_tui.training.reporter import Reporter
-from qlora_tui.training.tokenized_dataset import TokenizedDataset
 
 
-@dataclass(frozen=True, kw_only=True)
-class AttemptContext:
-    """The inputs of one attempt at a run, and its connections to the outside."""
+@dataclass(kw_only=True, eq=False, repr=False)
+class Run:
+    """All that training, validation and saving read. What has no value at first is set by ``setup``."""
 
-    run: RunDir
+    directory: RunDir
     recipe: Recipe
-    """As this attempt trains it, with the retry plan applied."""
+    """As this attempt trains it: with the retry plan, and with what ``setup`` chooses for the free memory."""
     checkpoint: Checkpoint | None
     """Where the attempt resumes; None at the beginning of a run."""
     reporter: Reporter
@@ -40,35 +39,36 @@ class AttemptContext:
     has_run_out: bool = False
     """Whether an earlier attempt ran out of memory."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class PreparedRun(AttemptContext):
-    """An attempt with model and data loaded and verified: all that training, validation and saving read."""
-
-    device: ComputeDevice
-    files: ModelFiles
+    device: ComputeDevice = field(init=False)
+    files: ModelFiles = field(init=False)
     """Where the model came from."""
-    base_hash: str
+    base_hash: str = field(init=False)
     """Identity of its weight files, which a resume compares."""
-    tokenizer: ChatTokenizer
-    data: PreparedDataset
+    meter: MemoryMeter = field(init=False)
+    tokenizer: ChatTokenizer = field(init=False)
+    data: PreparedDataset = field(init=False)
     """Tokenized training and validation samples."""
-    samples: TokenizedDataset
-    """The training samples of ``data``, with the base's answers where some are replayed."""
-    base: PreparedBase
+    base: PreparedBase = field(init=False)
     """The frozen base model, with the loss and attention that were verified on it."""
-    model: Any
-    """The base model with its adapter (``peft.PeftModel``)."""
-    step_plan: StepPlan
+    samples: TokenizedDataset = field(init=False)
+    """The training samples of ``data``, with the base's answers where some are replayed."""
+    step_plan: StepPlan = field(init=False)
     """The sequences of every optimizer step of the run."""
-    meter: MemoryMeter
-    starting_adapter: StartingAdapter | None = None
+    model: Any = field(init=False)
+    """The base model with its adapter (``peft.PeftModel``)."""
+    starting_adapter: StartingAdapter | None = field(init=False)
     """The adapter that the run started from, where it compares its answers with that one's."""
 
     @property
-    def pad_id(self) -> int:
-        """The token that fills sequences; its value does not matter where the tokenizer has none."""
-        return self.tokenizer.pad_id or 0
+    def shape(self) -> RowShape:
+        """How samples are laid out in the model's inputs."""
+        return RowShape(
+            packed=self.base.padding_free,
+            # The value does not matter where the tokenizer has no such token.
+            pad_id=self.tokenizer.pad_id or 0,
+            multiple=self.device.row_multiple,
+            max_length=self.recipe.data.max_length,
+        )
 
     @property
     def thinking(self) -> Thinking:

@@ -1,0 +1,412 @@
+"""Training on preferences: ORPO, DPO and SimPO on pairs of answers, KTO on rated ones.
+
+The losses take log-probabilities of whole answers, with the adapter and without it: the reference of DPO and
+KTO is the base, the same model with its adapter off, computed in the step without gradients. So no second
+model is loaded, and nothing has to be kept for a resume. If an adapter is trained further, the reference is
+that adapter as it was (:class:`.adapter.StartingAdapter`).
+
+* ORPO: Hong et al. 2024, "ORPO: Monolithic Preference Optimization without Reference Model", eq. 4, 6 and 7
+* DPO: Rafailov et al. 2023, "Direct Preference Optimization", eq. 7
+* SimPO: Meng et al. 2024, "SimPO: Simple Preference Optimization with a Reference-Free Reward", eq. 6
+* KTO: Ethayarajh et al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization", eq. 7 and 8
+
+A reward is how much a model likes an answer: β times its mean log-probability (ORPO, SimPO) or β times its
+log-ratio to the reference (DPO, KTO). Rewards are counted while losses are computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from qlora_tui.data.store import GOOD
+from qlora_tui.recipe.schema import PreferenceMethod, Recipe
+from qlora_tui.training.adapter import StartingAdapter
+from qlora_tui.training.batches import (
+    PackedSamples,
+    RowShape,
+    SidedDataset,
+    StepData,
+    Steps,
+    collate,
+    count_tokens,
+    sum_loss_weights,
+    validation_batches,
+)
+from qlora_tui.training.scoring import frozen_eval, no_grad_eval
+
+
+class AnswerScores(NamedTuple):
+    """Log-probabilities of the answers of a micro-batch, in the order of its samples."""
+
+    log_probabilities: Tensor
+    """Weighted sum over the tokens of each answer, in nats, fp32 (answers,)."""
+    weights: Tensor
+    """Sum of the weights of its tokens, fp32 (answers,): their number, where the data sets no weights."""
+
+    @property
+    def means(self) -> Tensor:
+        """Mean log-probability of a token of each answer, (answers,)."""
+        return self.log_probabilities / self.weights.clamp(min=1e-6)
+
+
+class Comparisons(NamedTuple):
+    """What the losses of a step, or of a validation, are weighted by."""
+
+    compared: int
+    """Pairs, or rated answers: the divisor of the summed losses."""
+    token_share: float
+    """``compared`` divided by the trained tokens of good answers: what a token of ORPO's cross-entropy counts
+    beside a pair."""
+
+
+def count_comparisons(answers: Sequence[int], samples: SidedDataset, *, pairs: bool) -> Comparisons:
+    """Count the comparisons of some samples; with ``pairs``, two of them are one."""
+    compared = len(answers) // 2 if pairs else len(answers)
+    good = [(i,) for i in answers if samples.side(i) == GOOD]
+    return Comparisons(compared, compared / (sum_loss_weights(good, samples) or 1))
+
+
+def collate_answers(
+    sequences: Sequence[PackedSamples], samples: SidedDataset, shape: RowShape
+) -> dict[str, Any]:
+    """Collate a micro-batch (:func:`qlora_tui.training.batches.collate`), and say where its answers are.
+
+    Returns:
+        Its tensors, and lists with an entry for each sample: ``sides``, ``GOOD`` or ``BAD``, and
+        ``answer_tokens``, the number of its tokens in the loss.
+    """
+    batch = collate(sequences, samples, shape)
+    members = [i for sequence in sequences for i in sequence]
+    return batch | {
+        "sides": [samples.side(i) for i in members],
+        "answer_tokens": [sum(samples.loss_mask(i)[1:]) for i in members],
+    }
+
+
+def score_answers(model: Any, batch: dict[str, Any]) -> AnswerScores:
+    """Compute the log-probability of each answer of a micro-batch on the model's device.
+
+    Args:
+        model: a model, perhaps in wrappers, with :func:`~qlora_tui.training.token_losses.use_token_losses`.
+        batch: from :func:`collate_answers`.
+    """
+    inputs = {k: v for k, v in batch.items() if k not in ("sides", "answer_tokens", "loss_weights")}
+    losses: Tensor = model(per_token=True, **inputs).loss
+    counts: list[int] = batch["answer_tokens"]
+    if not counts:
+        nothing = losses.sum()[None][:0]
+        return AnswerScores(nothing, nothing.detach())
+    if "loss_weights" in batch:
+        token_weights = batch["loss_weights"].flatten().index_select(0, batch["loss_positions"] + 1)
+        losses = losses * token_weights
+        weights = torch.stack([part.sum() for part in torch.split(token_weights, counts)])
+    else:
+        weights = torch.tensor(counts, dtype=torch.float32, device=losses.device)
+    # Split and not scattered: a sum by atomic additions would differ from run to run.
+    sums = torch.stack([part.sum() for part in torch.split(losses, counts)])
+    return AnswerScores(-sums, weights)
+
+
+def score_with_reference(
+    peft_model: Any, batch: dict[str, Any], starting: StartingAdapter | None = None
+) -> Tensor:
+    """Log-probability of each answer before training, (answers,), without gradients.
+
+    Before the first step it equals that of the model to the last bit, so that rewards are 0 and not rounding.
+
+    Args:
+        peft_model: its base is the reference, with the adapter off.
+        starting: the adapter that the run started from, which is then the reference on that base.
+    """
+    before = peft_model.disable_adapter() if starting is None else starting.in_place(peft_model)
+    with before, frozen_eval(peft_model):
+        return score_answers(peft_model, batch).log_probabilities
+
+
+class MismatchedSamples:
+    """Each answer after the prompt of another sample, from which KTO estimates its reference point.
+
+    The divergence of the model from its base is estimated on answers that do not belong to their prompts
+    (KTO's paper, section 4.1): sample ``k`` here is the prompt of ``order[k]`` with the answer of
+    ``order[k - 1]``, so that the answers of a step are used once each. An answer begins at the first trained
+    token.
+    """
+
+    def __init__(self, samples: SidedDataset, order: Sequence[int], max_length: int) -> None:
+        """``max_length``: tokens of a sample; a longer prompt loses its beginning."""
+        self._samples = samples
+        self._order = tuple(order)
+        self._max_length = max_length
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def token_ids(self, i: int, /) -> Sequence[int]:
+        """Token ids of sample ``i``."""
+        answer = self._answer(i)
+        prompt = list(self._samples.token_ids(self._order[i]))[: self._prompt_tokens(self._order[i])]
+        return [*prompt[max(0, len(prompt) + len(answer) - self._max_length) :], *answer]
+
+    def loss_mask(self, i: int, /) -> Sequence[int]:
+        """1 for each token in the loss, else 0."""
+        before = self._order[i - 1]
+        mask = list(self._samples.loss_mask(before))[self._prompt_tokens(before) :]
+        return [0] * (self.length(i) - len(mask)) + mask
+
+    def weights(self, i: int, /) -> None:
+        """None: each token in the loss counts as one."""
+
+    def length(self, i: int, /) -> int:
+        """Length of sample ``i`` in tokens."""
+        return min(self._max_length, self._prompt_tokens(self._order[i]) + len(self._answer(i)))
+
+    def epoch(self, epoch: int, seed: int, /) -> Sequence[int]:
+        """All samples in order."""
+        return range(len(self))
+
+    def side(self, i: int, /) -> int:
+        """``GOOD`` for all: they are only scored."""
+        return GOOD
+
+    def of_side(self, side: int, /) -> MismatchedSamples:
+        """These samples: all are of one side."""
+        return self
+
+    def _answer(self, i: int) -> list[int]:
+        before = self._order[i - 1]
+        return list(self._samples.token_ids(before))[self._prompt_tokens(before) :]
+
+    def _prompt_tokens(self, sample: int) -> int:
+        return list(self._samples.loss_mask(sample)).index(1)
+
+
+_DEFAULT_BETA: dict[PreferenceMethod, float] = {"orpo": 0.1, "dpo": 0.1, "simpo": 2.0, "kto": 0.1}
+_LARGEST_LOG_PROBABILITY = -1e-7
+"""At 0, a certain answer, the odds would be infinite."""
+
+
+def beta_of(recipe: Recipe) -> float:
+    """The recipe's ``training.preference_beta``, or where it is 0 that of the method's paper."""
+    method = recipe.preference_method
+    assert method is not None
+    return recipe.training.preference_beta or _DEFAULT_BETA[method]
+
+
+def odds_ratio_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """ORPO's second term; the first is the cross-entropy of the chosen answer.
+
+    Args:
+        chosen: mean log-probability of each token of the chosen answers, (pairs,).
+        rejected: mean log-probability of each token of the rejected answers, (pairs,).
+    """
+    return -beta * logsigmoid(_log_odds(chosen) - _log_odds(rejected))
+
+
+def _log_odds(log_probability: Tensor) -> Tensor:
+    """log(p / (1 - p)), exact for p near 0 and near 1 (Mächler 2012, "Computing log(1 - exp(-|a|))")."""
+    x = log_probability.clamp(max=_LARGEST_LOG_PROBABILITY)
+    near_one = x > -math.log(2)
+    # The branch that is not taken must be finite too, or its gradient is NaN.
+    large, small = torch.where(near_one, x, -1.0), torch.where(near_one, -1.0, x)
+    return x - torch.where(near_one, torch.log(-torch.expm1(large)), torch.log1p(-torch.exp(small)))
+
+
+def logistic_loss(chosen: Tensor, rejected: Tensor, margin: float = 0.0) -> Tensor:
+    """-log σ(chosen - rejected - margin): the loss of DPO, and with a margin that of SimPO.
+
+    Args:
+        chosen: rewards of the chosen answers, (pairs,): β times the log-ratio to the reference, or in SimPO
+            β times the mean log-probability of each token.
+        rejected: rewards of the rejected answers, (pairs,).
+        margin: SimPO's γ.
+    """
+    return -logsigmoid(chosen - rejected - margin)
+
+
+def prospect_loss(rewards: Tensor, is_good: Tensor, moved: Tensor) -> Tensor:
+    """KTO's loss with both weights 1: a good answer should be above the reference point, a bad one below.
+
+    Args:
+        rewards: β times the log-ratio of each answer to the reference, (answers,).
+        is_good: bool, (answers,).
+        moved: the reference point, a scalar: β times the estimated divergence from the reference.
+    """
+    distance = torch.where(is_good, rewards - moved, moved - rewards)
+    return 1 - torch.sigmoid(distance)
+
+
+class RewardSums(NamedTuple):
+    """Sums over answers, which can be added over micro-batches and processes."""
+
+    right: float = 0.0
+    """Pairs whose chosen answer has the higher reward; rated answers on their side of the reference point."""
+    compared: float = 0.0
+    """Pairs, or rated answers."""
+    good_reward: float = 0.0
+    good: float = 0.0
+    """Chosen or good answers."""
+    bad_reward: float = 0.0
+    bad: float = 0.0
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of comparisons that the model gets right; None where there were none."""
+        return self.right / self.compared if self.compared else None
+
+    @property
+    def margin(self) -> float | None:
+        """Mean reward of good answers less that of bad ones; None where one kind is missing."""
+        if not (self.good and self.bad):
+            return None
+        return self.good_reward / self.good - self.bad_reward / self.bad
+
+
+class PreferenceObjective:
+    """Computes the loss of a preference method for a peft model."""
+
+    def __init__(
+        self,
+        method: PreferenceMethod,
+        beta: float,
+        gamma: float,
+        starting: StartingAdapter | None = None,
+    ) -> None:
+        """
+        Args:
+            gamma: SimPO's margin.
+            starting: the adapter that the run started from; None where it started from the base.
+        """
+        self.method = method
+        self._beta = beta
+        self._gamma = gamma
+        self._starting = starting
+        self._moved = 0.0
+        self._sums: Tensor | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe, starting: StartingAdapter | None = None) -> PreferenceObjective | None:
+        """The objective of a recipe; None where it trains on answers alone."""
+        method = recipe.preference_method
+        return None if method is None else cls(method, beta_of(recipe), recipe.training.simpo_gamma, starting)
+
+    @property
+    def needs_divergence(self) -> bool:
+        """Whether :meth:`set_divergence` is called before the losses of a step."""
+        return self.method == "kto"
+
+    def divergence(self, peft_model: Any, batch: dict[str, Any]) -> tuple[float, int]:
+        """Sum of the log-ratios of mismatched answers to the base, in nats, and their number."""
+        with no_grad_eval(peft_model):
+            scores = score_answers(peft_model, batch).log_probabilities
+            reference = score_with_reference(peft_model, batch, self._starting)
+        return float((scores - reference).sum()), len(scores)
+
+    def set_divergence(self, divergence: float) -> None:
+        """Set the divergence from the base in nats; a negative estimate counts as 0, as in KTO's paper."""
+        self._moved = max(0.0, divergence)
+
+    def summed_loss(self, model: Any, peft_model: Any, batch: dict[str, Any], token_share: float) -> Tensor:
+        """Sum of the losses of a micro-batch's pairs or rated answers, an fp32 scalar.
+
+        Args:
+            model: ``peft_model``, or a wrapper such as DDP's.
+            peft_model: gives the reference.
+            batch: from :func:`~qlora_tui.training.preferences.collate_answers`, on the device.
+            token_share: pairs divided by tokens of chosen answers, of the whole step: what a token of ORPO's
+                cross-entropy counts beside a pair.
+        """
+        reference = None
+        if self.method in ("dpo", "kto"):
+            reference = score_with_reference(peft_model, batch, self._starting)
+        scores = score_answers(model, batch)
+        if not batch["sides"]:
+            return scores.log_probabilities.sum()
+        logs = scores.log_probabilities
+        rewards = self._beta * (scores.means if reference is None else logs - reference)
+        if self.method == "kto":
+            return self._rated(rewards, batch["sides"])
+        chosen, rejected = rewards[0::2], rewards[1::2]
+        self._count_pairs(chosen.detach(), rejected.detach())
+        if self.method == "orpo":
+            means = scores.means
+            cross_entropy = -logs[0::2].sum() * token_share
+            return cross_entropy + odds_ratio_loss(means[0::2], means[1::2], self._beta).sum()
+        return logistic_loss(chosen, rejected, self._gamma if self.method == "simpo" else 0.0).sum()
+
+    def _rated(self, rewards: Tensor, sides: list[int]) -> Tensor:
+        is_good = torch.tensor([side == GOOD for side in sides], device=rewards.device)
+        moved = torch.tensor(self._beta * self._moved, device=rewards.device)
+        above, values = rewards.detach() > moved, rewards.detach()
+        self._add(
+            (above == is_good).sum(),
+            torch.tensor(len(sides)),
+            values[is_good].sum(),
+            is_good.sum(),
+            values[~is_good].sum(),
+            (~is_good).sum(),
+        )
+        return prospect_loss(rewards, is_good, moved).sum()
+
+    def _count_pairs(self, chosen: Tensor, rejected: Tensor) -> None:
+        pairs = torch.tensor(len(chosen))
+        self._add((chosen > rejected).sum(), pairs, chosen.sum(), pairs, rejected.sum(), pairs)
+
+    def _add(self, *values: Tensor) -> None:
+        """Add to the sums on their device, which is not waited for."""
+        device = values[0].device
+        added = torch.stack([value.to(device, torch.float64) for value in values])
+        self._sums = added if self._sums is None else self._sums + added
+
+    def take_sums(self) -> RewardSums:
+        """The sums since the last call, which are then 0."""
+        sums, self._sums = self._sums, None
+        return RewardSums() if sums is None else RewardSums(*sums.tolist())
+
+
+class PreferenceSteps(Steps):
+    """The steps of a preference run, collated; ``samples`` are a ``SidedDataset``.
+
+    ``loss_weight_sum`` of a step is the number of its pairs, or rated answers.
+    """
+
+    def __getitem__(self, n: int) -> StepData:
+        sequences = self.step_plan.steps[n].sequences
+        members = [i for sequence in sequences for i in sequence]
+        comparisons = count_comparisons(members, self._sided, pairs=self._pairs)
+        return StepData(
+            micro_batches=self._micro_batches(sequences),
+            loss_weight_sum=comparisons.compared,
+            tokens=count_tokens(sequences, self._sided),
+            token_share=comparisons.token_share,
+            mismatched=[] if self._pairs else self._mismatched(members),
+        )
+
+    def collate(self, sequences: Sequence[PackedSamples]) -> dict[str, Any]:
+        """Collate the sequences of one micro-batch; see :func:`collate_answers`."""
+        return collate_answers(sequences, self._sided, self._shape)
+
+    def _mismatched(self, members: list[int]) -> list[dict[str, Any]]:
+        """This process's share of the mismatched answers of a step; none of a single sample."""
+        if len(members) < 2:
+            return []
+        batches = mismatched_batches(self._sided, members, self._micro_batch, self._shape)
+        return batches[self._rank :: self._world_size]
+
+    @property
+    def _sided(self) -> SidedDataset:
+        return cast("SidedDataset", self._samples)
+
+
+def mismatched_batches(
+    samples: SidedDataset, order: Sequence[int], size: int, shape: RowShape
+) -> list[dict[str, Any]]:
+    """Micro-batches of ``size`` samples of :class:`MismatchedSamples`, for KTO's reference point."""
+    mismatched = MismatchedSamples(samples, order, shape.max_length)
+    batches = validation_batches(mismatched, size, shape)
+    return [collate_answers(sequences, mismatched, shape) for sequences in batches]

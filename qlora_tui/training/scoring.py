@@ -1,0 +1,175 @@
+"""Scores tokens with a model as it is, without training it: losses of samples, and logits at answers.
+
+Where a run isolates packed samples, answers lie end to end in rows, as its training samples do. On a CPU all
+rows have one length, for which oneDNN makes its kernels once: one answer at a time, each length costs it some
+25 kernels, which take longer to make than the products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_tui.training.batches import PackedSamples, RowShape, TokenizedDataset, collate, on_device, pack
+from qlora_tui.training.chunked_loss import find_head
+from qlora_tui.training.packed_attention import segment_mask
+from qlora_tui.training.token_losses import token_losses as each_token_loss
+
+
+@contextmanager
+def no_grad_eval(model: Any) -> Iterator[None]:
+    """Use eval mode without gradients inside, and restore the mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def frozen_eval(model: Any) -> Iterator[None]:
+    """Use eval mode inside, with nothing to train and so nothing to save, and restore both.
+
+    Gradients stay enabled where they are: the model computes as in a training step, which without them it
+    does not to the last bit (norms, gated MLPs, the padding of attention).
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    was_training = model.training
+    # transformers makes what the embedding returns require a gradient, for checkpointing.
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.detach())
+    model.eval()
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        hook.remove()
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        model.train(was_training)
+
+
+ROW_TOKENS = 384
+"""Most tokens of a row, of which some 250 are of answers: as many as the chunked loss projects at a time."""
+
+
+@dataclass(frozen=True)
+class PromptAndAnswer:
+    """Token ids of a prompt with its answer."""
+
+    ids: tuple[int, ...]
+    prompt_tokens: int
+
+    @property
+    def places(self) -> range:
+        """Places whose next token is one of the answer."""
+        return range(self.prompt_tokens - 1, len(self.ids) - 1)
+
+
+def answer_logits(
+    model: Any, answers: Sequence[PromptAndAnswer], shape: RowShape, device: torch.device
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield each answer's number and its logits, in the order of the rows.
+
+    Logits are (answer tokens, vocabulary) in the dtype of the head, at the places whose next token is one of
+    the answer.
+    """
+    lengths = [len(answer.ids) for answer in answers]
+    capacity = max(*lengths, min(shape.max_length, ROW_TOKENS)) if lengths else 0
+    rows: list[PackedSamples] = (
+        pack(range(len(answers)), lengths, capacity) if shape.packed else [(i,) for i in range(len(answers))]
+    )
+    length = -(-capacity // shape.multiple) * shape.multiple if shape.multiple > 1 and shape.packed else 0
+    for row in rows:
+        parts = [answers[i] for i in row]
+        logits = _row_logits(model, parts, shape, length, device)
+        start = 0
+        for number, part in zip(row, parts, strict=True):
+            yield number, logits[start : start + len(part.places)]
+            start += len(part.places)
+
+
+def _row_logits(
+    model: Any, parts: Sequence[PromptAndAnswer], shape: RowShape, length: int, device: torch.device
+) -> Tensor:
+    """Logits at all answers of one row, (answer tokens and padding, vocabulary)."""
+    ids = [token for part in parts for token in part.ids]
+    lengths = [len(part.ids) for part in parts]
+    more = max(0, length - len(ids))
+    lengths[-1] += more
+    starts = [sum(lengths[:number]) for number in range(len(lengths))]
+    places = [start + place for start, part in zip(starts, parts, strict=True) for place in part.places]
+    places += places[-1:] * (-len(places) % shape.multiple)
+    settings: dict[str, Any] = {"use_cache": False}
+    if shape.packed:
+        positions = [place for each in lengths for place in range(each)]
+        settings = {"segments": lengths, "position_ids": torch.tensor([positions], device=device)}
+    logits: Tensor = model(
+        input_ids=torch.tensor([ids + [shape.pad_id] * more], device=device),
+        logits_to_keep=torch.tensor(places, device=device),
+        **settings,
+    ).logits
+    return logits[0]
+
+
+def token_losses(
+    model: Any,
+    samples: TokenizedDataset,
+    shape: RowShape,
+    device: torch.device,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[tuple[float, ...]]:
+    """Cross-entropy of each trained token of each sample, in nats.
+
+    The first token of a sample has none, since it is predicted from nothing; it is left out.
+
+    Args:
+        model: a peft model, with its adapter enabled or disabled.
+        progress: called with the number of samples done, and of all.
+    """
+    numbers = range(len(samples))
+    rows = (
+        pack(numbers, [samples.length(i) for i in numbers], shape.max_length)
+        if shape.packed
+        else [(i,) for i in numbers]
+    )
+    losses: list[tuple[float, ...]] = [()] * len(samples)
+    done = 0
+    with no_grad_eval(model):
+        for row in rows:
+            batch = collate([row], samples, shape)
+            values = _row_losses(model, on_device(batch, device)).tolist()
+            for i in row:
+                count = sum(samples.loss_mask(i)[1:])
+                losses[i], values = tuple(values[:count]), values[count:]
+            done += len(row)
+            progress(done, len(samples))
+    return losses
+
+
+def _row_losses(model: Any, batch: dict[str, Any]) -> Tensor:
+    """Loss of each trained token of one row, (tokens,), fp32."""
+    bare = model.get_base_model()
+    positions: Tensor = batch["loss_positions"]
+    targets = batch["labels"].flatten().index_select(0, positions + 1)
+    inputs = {"input_ids": batch["input_ids"], "use_cache": False}
+    if "segments" in batch:
+        inputs |= {
+            "position_ids": batch["position_ids"],
+            "attention_mask": segment_mask(batch["segments"]),
+        }
+    head = find_head(bare)
+    if isinstance(head, str):
+        inputs.pop("attention_mask", None)
+        more = {"segments": batch["segments"]} if "segments" in batch else {}
+        logits = bare(**inputs, **more, logits_to_keep=positions).logits[0]
+        return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    states = bare.get_decoder()(**inputs)[0].flatten(0, 1).index_select(0, positions)
+    return each_token_loss(states, targets, head)

@@ -1,0 +1,402 @@
+"""Loads what a run trains with: tokenized data, the base model, its adapter and the plan of all steps."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from qlora_tui.catalog.local_models import resolve_model
+from qlora_tui.data.dataset import PreparedDataset, prepare_dataset
+from qlora_tui.data.thinking_facts import prompt_thinking, thinking_sentences
+from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.data.untrained_tokens import token_ids
+from qlora_tui.memory.execution import AttentionPath
+from qlora_tui.memory.step_choice import with_micro_batch, with_optimizer
+from qlora_tui.runs.events import AdapterReady, DataReady, Environment, LayersStreamed, StepChosen
+from qlora_tui.runs.initial_adapter import initial_adapter
+from qlora_tui.runs.machine_checks import several_gpus_problem
+from qlora_tui.training import model_loading, quantized_cache
+from qlora_tui.training.adapter import StartingAdapter, add_lora, load_initial_adapter, trained_parameters
+from qlora_tui.training.base_model import PreparedBase, prepare_base
+from qlora_tui.training.batches import TokenizedDataset, plan_steps
+from qlora_tui.training.checkpoints import require_same_base, require_unchanged, weights_identity
+from qlora_tui.training.chunked_loss import find_head
+from qlora_tui.training.compute_device import choose_attention
+from qlora_tui.training.forgetting import replay_samples
+from qlora_tui.training.fused.kernel_choice import find_kernels, kernel_remedy, refusal_of_kernels
+from qlora_tui.training.gguf_conversion import cached_conversion, convert_cached
+from qlora_tui.training.heap import release_free_memory
+from qlora_tui.training.library_versions import versions
+from qlora_tui.training.memory_meter import MemoryMeter
+from qlora_tui.training.run import Run
+from qlora_tui.training.step_verification import verify_first_step
+from qlora_tui.training.streaming.copy_devices import copies_for
+from qlora_tui.training.streaming.host_memory import HostMemory, require_host_memory
+from qlora_tui.training.streaming.input_offload import InputOffload, offload_inputs
+from qlora_tui.training.streaming.placement import decoder_layers
+from qlora_tui.training.token_losses import use_token_losses
+from qlora_tui.worker import JobStopped
+
+
+def setup(run: Run) -> None:
+    """Load data and model onto ``run.device``, and verify the first step.
+
+    Raises:
+        StopRequested: a stop or pause was requested meanwhile.
+        UserError: the recipe, the data or the model cannot be trained.
+    """
+    run.reporter.phase("loading", run.recipe.model.id)
+    run.files = resolve_model(run.recipe.model.id)
+    run.meter = MemoryMeter(run.recipe, run.files.architecture, run.device)
+    _check_inputs(run)
+    attention_path = choose_attention(run.recipe, run.device)
+    folder = _model_folder(run)
+
+    run.tokenizer = ChatTokenizer.from_folder(folder, run.recipe.model.chat_template)
+    _keep_earlier_choices(run)
+    run.data = _tokenize(run)
+    _choose_step(run)
+    run.requests.raise_if_stop_requested()
+    # Free memory before the model is loaded.
+    run.tokenizer.release_caches()
+    release_free_memory()
+
+    _check_streaming(run)
+    run.base = _load_base(run, folder, attention_path)
+    run.samples = _with_replay(run)
+    run.step_plan = plan_steps(run.samples, run.recipe, padding_free=run.base.padding_free)
+    run.model = _add_adapter(run)
+    run.starting_adapter = _starting_adapter(run)
+    release_free_memory()
+
+    _verify(run)
+    _report_data(run)
+    run.requests.raise_if_stop_requested()
+    release_free_memory()
+
+
+def _check_inputs(run: Run) -> None:
+    """Raise UserError where an initial adapter is gone, or the base has changed since the checkpoint."""
+    if run.recipe.lora.init_from and run.checkpoint is None:
+        # Before anything is loaded: it may have been deleted while this run waited.
+        initial_adapter(run.recipe.lora.init_from)
+    run.base_hash = weights_identity(run.files)
+    if run.checkpoint is not None:
+        require_same_base(run.checkpoint.state, run.files, run.base_hash)
+
+
+def _model_folder(run: Run) -> Path:
+    """The folder to load; the main process first converts a GGUF file for all.
+
+    Raises:
+        StopRequested: a stop or pause was requested meanwhile.
+    """
+    if run.files.gguf_file is None:
+        return run.files.folder
+    file = run.files.folder / run.files.gguf_file
+    if run.dist.is_main_process and cached_conversion(file) is None:
+        run.reporter.phase("converting", f"{file.name} to 16-bit safetensors")
+
+        def should_stop() -> bool:
+            # All processes of a run poll together, and the others are waiting at the barrier.
+            if run.dist.world_size == 1:
+                run.requests.poll()
+            return run.requests.stop_kind() is not None
+
+        try:
+            convert_cached(
+                file,
+                lambda done, total: run.reporter.progress("converting", done * 100 // total, 100),
+                should_stop,
+            )
+        except JobStopped:
+            run.requests.raise_if_stop_requested()
+            raise
+        run.reporter.phase("loading", run.recipe.model.id)
+    run.dist.barrier()
+    return convert_cached(file)
+
+
+def _keep_earlier_choices(run: Run) -> None:
+    """Continue with the optimizer and the rows at a time that were chosen before the checkpoint."""
+    if run.checkpoint is None:
+        return
+    recipe, before = run.recipe, run.checkpoint.state.trained_recipe()
+    is_same_step = before.effective_batch == recipe.effective_batch
+    run.recipe = with_optimizer(recipe, before.training.optimizer)
+    if recipe.training.auto_micro_batch and is_same_step:
+        run.recipe = with_micro_batch(run.recipe, before.training.micro_batch_size)
+
+
+def _tokenize(run: Run) -> PreparedDataset:
+    reporter = run.reporter
+    reporter.phase("tokenizing")
+    data = prepare_dataset(
+        run.recipe,
+        run.tokenizer,
+        lambda progress: reporter.progress("tokenizing", round(progress.share * 100), 100),
+    )
+    for note in data.source_notes:
+        reporter.log(note)
+    for sentence in thinking_sentences(
+        data.notes, data.counts.conversations, run.tokenizer.traits, run.recipe.data
+    ):
+        reporter.log(sentence)
+    if run.checkpoint is not None:
+        require_unchanged(run.checkpoint.state, run.recipe, data.data_hash)
+    return data
+
+
+def _choose_step(run: Run) -> None:
+    """Settle what the recipe still leaves to the free memory: the optimizer, and the rows at a time."""
+    recipe, lengths = run.recipe, run.data.train.lengths()
+    if not (recipe.training.optimizer == "auto" or recipe.training.auto_micro_batch):
+        run.meter.set_recipe(recipe)
+        return
+    longest = recipe.data.max_length if recipe.data.packing else min(max(lengths), recipe.data.max_length)
+    free_bytes = min(run.dist.all_gather(run.meter.free_bytes()))
+    # Unlike GPUs would choose differently, and processes with unlike optimizers drift apart.
+    run.recipe = run.dist.broadcast(
+        run.meter.choose_step(
+            recipe,
+            longest,
+            free_bytes,
+            after_running_out=run.has_run_out,
+            processes=run.dist.world_size,
+        )
+    )
+    training = run.recipe.training
+    run.meter.set_recipe(run.recipe)
+    run.reporter.emit(
+        StepChosen(
+            at=time.time(),
+            micro_batch_size=training.micro_batch_size,
+            gradient_accumulation=training.gradient_accumulation,
+            optimizer=training.optimizer,
+            effective_batch=run.recipe.effective_batch,
+        )
+    )
+
+
+def _check_streaming(run: Run) -> None:
+    """Raise UserError where layers cannot be streamed, or inputs offloaded, on this machine."""
+    if problem := several_gpus_problem(run.recipe, run.dist.world_size):
+        raise problem
+    if run.meter.estimate is not None and run.meter.estimate.host_bytes:
+        require_host_memory(run.meter.estimate.host_bytes)
+
+
+def _load_base(run: Run, folder: Path, attention_path: AttentionPath) -> PreparedBase:
+    """Load the frozen base, and report what it computes with."""
+    recipe, device, reporter = run.recipe, run.device, run.reporter
+    is_stored = quantized_cache.is_stored(quantized_cache.cache_path(folder, recipe, device))
+    reporter.phase(
+        "loading", f"{recipe.model.id} on {device.name}{', quantized earlier' if is_stored else ''}"
+    )
+    base = prepare_base(
+        folder,
+        recipe,
+        device,
+        attention_path,
+        run.meter.execution.loss,
+        weighted=run.data.train.weighted,
+        on_progress=lambda done, total: reporter.progress("loading", done, total),
+    )
+    run.meter.use(base, triton=find_kernels(device.torch_device, device.dtype) is not None)
+    if refusal := refusal_of_kernels(device.torch_device, device.dtype):
+        reporter.health(
+            "kernels_refused",
+            f"The Triton kernels are not used on this GPU: {refusal}.",
+            "Steps are correct, but norms, rotary positions and gated MLPs are slower. " + kernel_remedy(),
+        )
+    if base.router_loss_off:
+        reporter.health(
+            "router_loss_off",
+            "The model's config asks for a loss that balances its experts (output_router_logits), which is "
+            "switched off.",
+            "Routers are frozen, so nothing is lost. Leave them out of lora.target_modules.",
+        )
+    if recipe.preference_method is not None:
+        use_token_losses(base.model, base.loss_reason if base.loss == "stock" else find_head(base.model))
+    _report_environment(run, base)
+    if base.streamed is not None:
+        reporter.emit(
+            LayersStreamed(
+                at=time.time(),
+                streamed_layers=len(base.streamed),
+                layers=run.files.architecture.layers,
+                host_bytes=base.streamed.host_bytes,
+                slot_bytes=base.streamed.slot_bytes,
+            )
+        )
+        if base.streamed.not_pinned:
+            _warn_not_pinned(run, "streamed layers", base.streamed.not_pinned)
+    return base
+
+
+def _with_replay(run: Run) -> TokenizedDataset:
+    """The training samples, with the base's answers among them if the recipe replays some.
+
+    The first attempt of a run computes and writes them. Raises StopRequested where a stop or pause was
+    requested meanwhile, and OSError where they cannot be written.
+    """
+    recipe, path, train = run.recipe, run.directory.replay_path, run.data.train
+    count = replay_samples.replayed(len(train), recipe.training.replay_share)
+    if not count:
+        return train
+
+    def report_progress(done: int, total: int) -> None:
+        run.reporter.progress("loading", done, total)
+        if run.dist.world_size == 1:
+            run.requests.raise_if_stop_requested()
+
+    if run.dist.is_main_process and run.checkpoint is None:
+        run.reporter.phase("loading", "the base's answers to replay")
+        rows = replay_samples.compute_rows(
+            run.base.model,
+            count,
+            run.tokenizer,
+            prompt_thinking(recipe.data.thinking, run.data.notes),
+            recipe.data.max_length,
+            run.device.torch_device,
+            report_progress,
+        )
+        replay_samples.write_rows(path, rows)
+    run.dist.barrier()
+    return replay_samples.ReplaySamples(train, replay_samples.read_rows(path), recipe.training.replay_share)
+
+
+def _add_adapter(run: Run) -> Any:
+    training, lora, base = run.recipe.training, run.recipe.lora, run.base
+    architecture = run.files.architecture
+    # Seeded here, so that the initial adapter depends on the seed alone, not on random numbers that
+    # earlier checks drew.
+    set_seed(training.seed)
+    model = add_lora(base.model, lora, architecture, token_ids(lora.trainable_tokens, run.tokenizer))
+    if lora.init_from and run.checkpoint is None:
+        load_initial_adapter(model, lora, architecture)
+        run.reporter.log(f"The adapter starts from {lora.init_from}.")
+    if training.gradient_checkpointing != "off":
+        model_loading.checkpoint_activations(base.model)
+    if training.gradient_checkpointing == "offload" and run.device.kind == "cuda":
+        where = run.device.torch_device
+        memory = HostMemory(where, lambda why: _warn_not_pinned(run, "offloaded inputs", why))
+        offload = InputOffload(copies_for(where), memory.allocate)
+        offload_inputs(decoder_layers(base.model, "training.gradient_checkpointing"), offload)
+    if base.streamed is not None:
+        base.streamed.use_checkpoints()
+    run.reporter.emit(
+        AdapterReady(
+            at=time.time(),
+            trained_parameters=trained_parameters(model),
+            total_parameters=architecture.total_params,
+        )
+    )
+    return model
+
+
+def _starting_adapter(run: Run) -> StartingAdapter | None:
+    """The reference of a run that trains an adapter further; None where that is the base, or there is none.
+
+    Raises:
+        UserError: the file that the first attempt wrote cannot be read.
+        OSError: it cannot be written.
+    """
+    if not run.recipe.keeps_starting_adapter:
+        return None
+    path = run.directory.starting_adapter_path
+    if run.checkpoint is not None:
+        return StartingAdapter.read(path, run.model)
+    starting = StartingAdapter.of(run.model)
+    if run.dist.is_main_process:
+        starting.write(path)
+    return starting
+
+
+def _verify(run: Run) -> None:
+    """Compare the first step with transformers and peft, and leave out the fast paths that failed."""
+    run.requests.raise_if_stop_requested()
+    run.reporter.phase("probing", "the first step, against transformers and peft")
+    before, base = run.base, _keep_padding(run, verify_first_step(run))
+    if "loss" in base.replaced and run.recipe.preference_method is not None:
+        # The forward that verification restored knows no losses of single tokens.
+        use_token_losses(base.model, base.loss_reason)
+    if base.replaced:
+        run.meter.use(base, triton=run.meter.execution.triton)
+    if (base.attention, base.loss) != (before.attention, before.loss):
+        _report_environment(run, base)
+    if base.padding_free != before.padding_free:
+        run.step_plan = plan_steps(run.samples, run.recipe, padding_free=base.padding_free)
+    run.base = base
+
+
+def _keep_padding(run: Run, base: PreparedBase) -> PreparedBase:
+    """Keep padding in a resumed run: packed sequences would hold other samples than its first steps did."""
+    checkpoint = run.checkpoint
+    if checkpoint is None or checkpoint.state.padding_free == base.padding_free:
+        return base
+    if base.padding_free:
+        attention = f"{base.reference_attention}, padded sequences: as before the resume"
+        return replace(base, packed=None, attention=attention)
+    run.reporter.health(
+        "rows_differ",
+        "Before the resume, samples were packed. Now packed attention does not pass its check, "
+        "and sequences are padded.",
+        "Some samples of this epoch may be repeated and others skipped. Start a new run to avoid it.",
+    )
+    return base
+
+
+def _report_environment(run: Run, base: PreparedBase) -> None:
+    device = run.device
+    run.reporter.emit(
+        Environment(
+            at=time.time(),
+            device=device.name,
+            device_kind=device.kind,
+            device_total_bytes=device.total_bytes,
+            compute_dtype=device.dtype_name,
+            attention=base.attention,
+            optimizer=run.recipe.training.optimizer,
+            loss=base.loss_description,
+            versions=versions(),
+            kernels="torch" if find_kernels(device.torch_device, device.dtype) is None else "triton",
+        )
+    )
+
+
+def _warn_not_pinned(run: Run, what: str, why: str) -> None:
+    setting = "quantization.streamed_layers" if what == "streamed layers" else "data.max_length"
+    run.reporter.health(
+        "not_pinned",
+        f"The host memory of {what} could not be pinned: {why}. Copies to the GPU do not overlap with its "
+        "computation, so steps take longer.",
+        f"Close other programs that hold pinned memory, or lower {setting}.",
+    )
+
+
+def _report_data(run: Run) -> None:
+    data, train, total_steps = run.data, run.data.train, len(run.step_plan.steps)
+    sides = 2 if run.recipe.trains_pairs else 1
+    run.reporter.emit(
+        DataReady(
+            at=time.time(),
+            samples=len(train) // sides,
+            validation_samples=len(data.validation) // sides,
+            tokens=sum(train.lengths()),
+            trained_tokens=sum(train.trained_count(i) for i in range(len(train))),
+            rows=run.step_plan.sequences_per_epoch,
+            steps_per_epoch=run.step_plan.steps_per_epoch,
+            total_steps=total_steps,
+            data_hash=data.data_hash,
+            dropped=data.counts.dropped,
+            cut=data.counts.cut,
+            thinking=run.thinking,
+            replayed=replay_samples.replayed(len(train), run.recipe.training.replay_share),
+        )
+    )
+    run.reporter.update(total_steps=total_steps)
