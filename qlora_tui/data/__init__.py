@@ -3,7 +3,8 @@
 From the file to the report:
 
 * ``text_reader``, ``json_rows``, ``read``, ``row``, ``row_index``: rows from JSON, JSONL, CSV, TSV, Parquet,
-  Arrow (``arrow_rows``) and text files, plain or compressed, within ``bounds`` and under a ``memory_bound``.
+  Arrow (``arrow_rows``) and text files, plain or compressed, within ``bounds``. ``confined``: the child
+  processes with limits in which foreign input is worked on.
   ``hub_dataset`` and ``hub_fetch``: datasets of the Hub.
 * ``formats`` (with ``column_detection`` and ``format_hints``): detects the format of rows and builds
   conversations from them, ``chat_formats`` of lists of turns, ``pair_formats`` of columns for question and
@@ -11,15 +12,15 @@ From the file to the report:
   ``preference_samples``: rows that compare or rate answers. ``unsupported`` and ``media``: recognized formats
   that cannot be trained on. ``conversation``: the conversation types. ``sources``: the recipe's sources as
   files with a format. ``format_choices``: what each format would read of a file.
-* ``tokenizer`` (with ``tokenizer_files``, ``word_cache`` and ``tokenizer_guard``), ``chat_template`` (with
-  ``template_guard``), ``template_capabilities``, ``stock_templates``: a model's tokenizer and chat template,
+* ``tokenizer`` (with ``tokenizer_files``, ``word_cache`` and ``tokenizer_guard``), ``chat_template``,
+  ``template_capabilities``, ``stock_templates``: a model's tokenizer and chat template,
   without transformers. ``thinking``: the thinking switch of a template, and the reasoning of a row.
   ``answer_decoder`` (with ``thought_splitter``): text of an answer without its thoughts.
 * ``assistant_spans`` (with ``thought_text``): which text is trained, by the weights of turns that
   ``chat_formats`` reads. ``sample_tokens``: token ids, and the loss mask. ``render``: both for a
   conversation.
 * ``row_result`` (with ``checks``, ``truncation``, ``near_duplicates``, ``problems``): one row rendered,
-  truncated and checked; ``worker_pool`` (with ``worker``, ``length_prefixed``) runs this on all cores.
+  truncated and checked; ``worker_pool`` runs this on all cores.
   ``dataset_scan`` (with ``key_table``, ``long_texts``): counts the rows in order and compares them with each
   other. ``untrained_tokens``: tokens that the model has never learned; ``token_lookup``: checks that a
   tokenizer has a token.

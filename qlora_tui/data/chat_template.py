@@ -2,36 +2,31 @@
 
 The environment (sandbox, block trimming, ``tojson``, ``raise_exception``, ``strftime_now``, the
 ``generation`` tag) follows ``transformers/utils/chat_template_utils.py``; a test checks that both render the
-same. Two things differ: the date is pinned, so that the same row gives the same tokens every day, and time
-and memory are bounded (:mod:`qlora_tui.data.template_guard`).
+same. Two things differ: the date is pinned, so that the same row gives the same tokens every day, and a
+template is compiled and rendered in a child process that is killed if it takes too long
+(:mod:`qlora_tui.data.confined`).
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Any, Protocol, cast
+from functools import lru_cache
+from typing import Any, Protocol, TypeVar, cast
 
 import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
-from jinja2.filters import make_attrgetter
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from qlora_tui.data.confined import Confined, KilledError
 from qlora_tui.data.conversation import RowRejectedError
-from qlora_tui.data.template_guard import (
-    MAX_ADDED_MEMORY_BYTES,
-    MAX_CPU_S,
-    Bounded,
-    TemplateStopped,
-    check_number,
-    multiplied,
-    raised,
-)
+
+T = TypeVar("T")
 
 PINNED_DATE = datetime(2024, 7, 26)
 """Today, for templates that print it: the date Llama 3's template falls back to."""
@@ -42,10 +37,12 @@ Tools = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]
 """Start and end, in characters."""
 
-
-_MAX_WASTED_S = 3.0
-"""Processor time that renderings which run out of memory may take together."""
-_TOO_SLOW = f"The template takes more than {MAX_CPU_S:.0f} seconds for one conversation."
+MAX_CPU_S = 5.0
+"""Most processor seconds of one rendering. A long conversation takes some milliseconds."""
+MAX_MEMORY_BYTES = 256 << 20
+_MAX_EXHAUSTED = 3
+"""Renderings out of memory after which a template is not tried again: each may take seconds."""
+_renderer = Confined(__name__, cpu_s=MAX_CPU_S, memory_bytes=MAX_MEMORY_BYTES)
 
 
 class TemplateCompileError(Exception):
@@ -58,27 +55,12 @@ class ChatTemplate:
     def __init__(self, text: str, variables: Mapping[str, Any]):
         self.text = text
         self._variables = dict(variables)
-        self._marks = _GenerationSpans()
-        self._wasted_s: list[float] = []
-        """Processor time of each rendering that ran out of memory; shared by copies, as ``_stopped`` is."""
-        self._stopped: list[str] = []
-        """Why the template is no longer rendered: one rendering took too long."""
-        environment = _environment(self._marks)
+        self._failures: list[str] = []
+        """Why renderings were killed or out of memory; shared by copies."""
         try:
-            with Bounded():
-                # Jinja computes constant expressions here.
-                tree = environment.parse(text)
-                code = environment.compile(tree, filename="<the model's chat template>")
-            self.literals = "\0".join(_literals(tree))
-            """All text that the template itself writes, joined."""
-            self.names = frozenset(name.name for name in tree.find_all(jinja2.nodes.Name))
-            """Every variable that the template reads or sets."""
-            self._template = jinja2.Template.from_code(environment, code, environment.globals)
-        except TemplateStopped:
-            raise TemplateCompileError(_TOO_SLOW) from None
-        except (jinja2.TemplateError, RecursionError, MemoryError, OverflowError) as error:
-            raise TemplateCompileError(str(error) or type(error).__name__) from error
-        self.has_generation_marks = self._marks.in_template
+            self.literals, self.names, self.has_generation_marks = self._call(_facts)
+        except RowRejectedError as refused:
+            raise TemplateCompileError(refused.reason) from None
 
     def with_variables(self, variables: Mapping[str, Any]) -> ChatTemplate:
         """Return this compiled template with more variables set, such as ``enable_thinking=False``."""
@@ -93,61 +75,89 @@ class ChatTemplate:
 
         Raises ``RowRejectedError`` with the template's own message where it rejects the conversation.
         """
-        self._refuse_if_stopped()
-        bounded = Bounded()
-        try:
-            with bounded:
-                text = self._template.render(
-                    messages=turns,
-                    tools=tools,
-                    documents=None,
-                    add_generation_prompt=prompt,
-                    **self._variables,
-                )
-        except TemplateStopped:
-            raise self._stop() from None
-        except Exception as error:  # a template is a program by a third party and may raise anything
-            raise self._rejection(error, bounded) from error
-        return _require_whole_characters(text)
+        return self._call(_rendered, self._variables, turns, tools, prompt)
 
     def render_marked(self, turns: Turns, tools: Tools | None = None) -> tuple[str, list[Span]]:
         """Render the conversation as text, with the spans of the template's own generation marks."""
-        self._refuse_if_stopped()
-        with self._marks.collected() as (written, spans):
-            bounded = Bounded()
-            try:
-                with bounded:
-                    for piece in self._template.generate(
-                        messages=turns,
-                        tools=tools,
-                        documents=None,
-                        add_generation_prompt=False,
-                        **self._variables,
-                    ):
-                        written.append(piece)
-            except TemplateStopped:
-                raise self._stop() from None
-            except Exception as error:
-                raise self._rejection(error, bounded) from error
-            return _require_whole_characters("".join(written)), list(spans)
+        return self._call(_rendered_with_marks, self._variables, turns, tools)
 
-    def _rejection(self, error: Exception, bounded: Bounded) -> RowRejectedError:
-        """The error of one row. A template that keeps running out of memory is not tried any longer."""
-        reason = _in_words(error)
-        if isinstance(error, MemoryError):
-            self._wasted_s.append(bounded.seconds())
-            if sum(self._wasted_s) > _MAX_WASTED_S:
-                self._stopped.append(reason)
-        return RowRejectedError("template-refuses", reason)
+    def _call(self, function: Callable[..., T], *arguments: Any) -> T:
+        # Otherwise each row of a large file would take as long as the first.
+        if len(self._failures) >= _MAX_EXHAUSTED:
+            raise RowRejectedError("template-refuses", self._failures[-1])
+        try:
+            return _renderer.call(function, self.text, *arguments)
+        except KilledError as killed:
+            reason = f"The template fails: {killed}."
+            if killed.timed_out:
+                reason = f"The template takes more than {_renderer.cpu_s:g} seconds for one conversation."
+            self._failures += [reason] * _MAX_EXHAUSTED
+        except MemoryError:
+            taken = f"more than {_renderer.memory_bytes >> 20} MiB for one conversation"
+            self._failures.append(f"The template takes {taken}.")
+        raise RowRejectedError("template-refuses", self._failures[-1])
 
-    def _refuse_if_stopped(self) -> None:
-        # Otherwise each row of a large file would take that long.
-        if self._stopped:
-            raise RowRejectedError("template-refuses", self._stopped[0])
 
-    def _stop(self) -> RowRejectedError:
-        self._stopped.append(_TOO_SLOW)
-        return RowRejectedError("template-refuses", _TOO_SLOW)
+class _CompiledTemplate:
+    """A template in the process that renders it."""
+
+    def __init__(self, text: str) -> None:
+        self.marks = _GenerationSpans()
+        environment = _environment(self.marks)
+        tree = environment.parse(text)
+        code = environment.compile(tree, filename="<the model's chat template>")
+        self.literals = "\0".join(_literals(tree))
+        """All text that the template itself writes, joined."""
+        self.names = frozenset(name.name for name in tree.find_all(jinja2.nodes.Name))
+        """Every variable that the template reads or sets."""
+        self.template = jinja2.Template.from_code(environment, code, environment.globals)
+
+
+_compiled = lru_cache(maxsize=16)(_CompiledTemplate)
+
+
+def _facts(text: str) -> tuple[str, frozenset[str], bool]:
+    """Return what a template writes itself, its variables, and whether it marks what is generated."""
+    try:
+        compiled = _compiled(text)
+    except (jinja2.TemplateError, RecursionError, OverflowError) as error:
+        raise RowRejectedError("template-refuses", str(error) or type(error).__name__) from None
+    return compiled.literals, compiled.names, compiled.marks.in_template
+
+
+def _rendered(text: str, variables: dict[str, Any], turns: Turns, tools: Tools | None, prompt: bool) -> str:
+    with _errors_in_words():
+        return _require_whole_characters(
+            _compiled(text).template.render(
+                messages=turns, tools=tools, documents=None, add_generation_prompt=prompt, **variables
+            )
+        )
+
+
+def _rendered_with_marks(
+    text: str, variables: dict[str, Any], turns: Turns, tools: Tools | None
+) -> tuple[str, list[Span]]:
+    compiled = _compiled(text)
+    with _errors_in_words(), compiled.marks.collected() as (written, spans):
+        for piece in compiled.template.generate(
+            messages=turns, tools=tools, documents=None, add_generation_prompt=False, **variables
+        ):
+            written.append(piece)
+        return _require_whole_characters("".join(written)), list(spans)
+
+
+@contextmanager
+def _errors_in_words() -> Iterator[None]:
+    """Raise ``RowRejectedError`` for what a template, which is a program by a third party, may raise."""
+    try:
+        yield
+    except (RowRejectedError, MemoryError):
+        raise
+    except Exception as error:
+        reason = f"The template fails: {type(error).__name__}: {error}"
+        if isinstance(error, jinja2.TemplateError) and error.message:
+            reason = f"The template says: {error.message}"
+        raise RowRejectedError("template-refuses", reason) from None
 
 
 def _require_whole_characters(text: str) -> str:
@@ -162,14 +172,6 @@ def _require_whole_characters(text: str) -> str:
             "template-refuses", "The template writes half of a character, which no tokenizer can read."
         ) from None
     return text
-
-
-def _in_words(error: BaseException) -> str:
-    if isinstance(error, MemoryError):
-        return f"The template takes more than {MAX_ADDED_MEMORY_BYTES >> 20} MiB for one conversation."
-    if isinstance(error, jinja2.TemplateError) and error.message:
-        return f"The template says: {error.message}"
-    return f"The template fails: {type(error).__name__}: {error}"
 
 
 class _GenerationSpans:
@@ -215,15 +217,6 @@ class _GenerationTag(jinja2.ext.Extension):
 
 class _Environment(ImmutableSandboxedEnvironment):
     marks: _GenerationSpans
-    intercepted_binops = frozenset(("*", "**"))
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Compute a product or power whose numbers stay within the bound."""
-        return raised(left, right) if operator == "**" else multiplied(left, right)
-
-    def call(self, *args: Any, **kwargs: Any) -> Any:
-        """Call as the sandbox does, and reject results that are numbers over the bound."""
-        return check_number(super().call(*args, **kwargs))
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         """Look up as the sandbox does, but the item first: ``message.role`` is never an attribute."""
@@ -238,22 +231,9 @@ def _environment(marks: _GenerationSpans) -> _Environment:
     )
     environment.marks = marks
     environment.filters["tojson"] = _tojson
-    as_number = environment.filters["int"]
-    environment.filters["sum"] = _sum
-    environment.filters["int"] = lambda *args, **kwargs: check_number(as_number(*args, **kwargs))
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = PINNED_DATE.strftime
     return environment
-
-
-@jinja2.pass_environment
-def _sum(environment: jinja2.Environment, values: Any, attribute: Any = None, start: Any = 0) -> Any:
-    """Sum like jinja2's filter, in steps that can be interrupted: adding lists copies the sum each time."""
-    attribute_of = make_attrgetter(environment, attribute) if attribute is not None else None
-    total = start
-    for value in values:
-        total = total + (attribute_of(value) if attribute_of else value)
-    return total
 
 
 def _literals(tree: jinja2.nodes.Template) -> Iterator[str]:

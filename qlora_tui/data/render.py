@@ -19,7 +19,6 @@ from qlora_tui.data.bounds import MAX_CHARACTERS
 from qlora_tui.data.chat_template import ChatTemplate
 from qlora_tui.data.conversation import Conversation, Message, RowRejectedError
 from qlora_tui.data.dataset_report import Piece
-from qlora_tui.data.memory_bound import memory_bound
 from qlora_tui.data.sample_tokens import (
     TokenizedSample,
     mark_control_tokens,
@@ -28,7 +27,6 @@ from qlora_tui.data.sample_tokens import (
     tokenize_sample,
 )
 from qlora_tui.data.template_capabilities import TemplateCapabilities, adapt_conversation
-from qlora_tui.data.template_guard import MAX_ADDED_MEMORY_BYTES
 from qlora_tui.data.thinking import (
     reasoning_of,
     resolve_thinking,
@@ -82,9 +80,7 @@ def render_many(
     conversations: Sequence[Conversation], tokenizer: ChatTokenizer, options: RenderOptions = DEFAULT
 ) -> Iterator[list[TokenizedSample] | RowRejectedError]:
     """Return the samples of each conversation, in order, or the error that explains why it gives none."""
-    with memory_bound(MAX_ADDED_MEMORY_BYTES):
-        # Once for all of them: setting it for each rendering would take longer than rendering.
-        rendered = [_render_or_reject(conversation, tokenizer, options) for conversation in conversations]
+    rendered = [_render_or_reject(conversation, tokenizer, options) for conversation in conversations]
     samples = [sample for one in rendered if isinstance(one, RenderedConversation) for sample in one.samples]
     marked = iter(
         tokenizer.encode_marked([sample.text for sample in samples], list(map(span_edges, samples)))

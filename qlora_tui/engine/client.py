@@ -21,7 +21,6 @@ from typing import Self
 import msgspec
 
 from qlora_tui import subprocesses
-from qlora_tui.data.template_guard import HANG_SIGNAL, hung_template
 from qlora_tui.engine.log_file import open_log, truncated_log
 from qlora_tui.engine.protocol import (
     AnyReply,
@@ -198,8 +197,6 @@ class ReplyStream(AsyncIterator["AnyReply"]):
 
 
 def _lost_error(exit_code: int) -> UserError:
-    if exit_code == -HANG_SIGNAL:
-        return hung_template("The engine")
     log = truncated_log()
     killed = exit_code < 0
     return UserError(

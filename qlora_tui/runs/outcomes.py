@@ -10,7 +10,6 @@ import signal
 import time
 from contextlib import suppress
 
-from qlora_tui.data.template_guard import HANG_SIGNAL, hung_template
 from qlora_tui.errors import EXIT_DISK, UserError
 from qlora_tui.formatting import format_bytes
 from qlora_tui.gpu.cuda_errors import OUT_OF_MEMORY, CudaError, describe, error_in_log, sentence_in_log
@@ -72,8 +71,6 @@ def determine_outcome(
             fix=resume,
             kind="lost",
         )
-    if exit_code == -HANG_SIGNAL:
-        return Failed.from_problem(hung_template("The trainer process"), at=now, exit_code=exit_code)
     # SIGABRT: C++ ends a process so, where CUDA fails while an exception is handled.
     may_be_cuda = exit_code == -signal.SIGABRT or (exit_code or 0) > 0
     cuda_line = last_cuda_line(run, log_from) if may_be_cuda and log_from is not None else ""

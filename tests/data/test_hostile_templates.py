@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import threading
+from collections.abc import Iterator
 
 import pytest
 
-from qlora_tui.data import chat_template, template_guard
+from qlora_tui.data import chat_template
 from qlora_tui.data.chat_template import ChatTemplate, TemplateCompileError
+from qlora_tui.data.confined import Confined
 from qlora_tui.data.conversation import Conversation, Message, RowRejectedError
 from qlora_tui.data.render import prompt_ids, render
 from tests.data.families import CHATML, tokenizer_for
@@ -27,34 +27,12 @@ SLOW = {
     "filters": "{{ ([range(99999)] * 99999) | map('sum') | sum }}",
     "lipsum": "{{ lipsum(n=99999999) }}",
     "sum of lists": "{{ ([[0] * 2000] * 20000) | sum(start=[]) | length }}",
-}
-HANGING = {
     "comparison": "{% set ns = namespace(a=[0], b=[0]) %}{% for i in range(60) %}"
     "{% set ns.a = [ns.a, ns.a] %}{% set ns.b = [ns.b, ns.b] %}{% endfor %}{{ ns.a == ns.b }}",
     "hash": "{% set ns = namespace(a=(0,)) %}{% for i in range(60) %}"
     "{% set ns.a = (ns.a, ns.a) %}{% endfor %}{{ {ns.a: 1} | length }}",
+    "power": "{{ 9 ** (9 ** 9) }}",
 }
-"""What no other thread can interrupt."""
-RENDERED_ALONE = """
-import sys
-from qlora_tui.data import chat_template, template_guard
-template_guard.MAX_HUNG_CPU_S = template_guard.MAX_CPU_S = float(sys.argv[3])
-template, rounds = chat_template.ChatTemplate(sys.argv[1], {}), int(sys.argv[2])
-for _ in range(rounds):
-    template.render([{"role": "user", "content": "Hi"}])
-"""
-RENDERED_THEN_PROFILED = """
-import sys
-from qlora_tui.data import chat_template, template_guard
-from qlora_tui.data.conversation import RowRejectedError
-template_guard.MAX_CPU_S = template_guard._LOOK_S = 0.02
-try:
-    chat_template.ChatTemplate(sys.argv[1], {}).render([{"role": "user", "content": "Hi"}])
-except RowRejectedError:
-    print("stopped")
-sys.setprofile(lambda *event: None)
-print((lambda: "profiled")())
-"""
 LARGE = {
     "width of %": "{{ '%0999999999d' % 1 }}",
     "width of a filter": "{{ '%0999999999d' | format(1) }}",
@@ -76,12 +54,6 @@ LARGE = {
     "join": "{{ ('a' * 99999) | join('b' * 99999) }}",
     "batch": "{{ [1] | batch(9999999999, 1) | list | length }}",
 }
-NUMBERS = {
-    "power": "{{ 9 ** (9 ** 9) }}",
-    "squares": GROWING.format(start="9", step="ns.x * ns.x", show="{{ ns.x > 1 }}"),
-    "parsed": "{{ ('f' * 9999) | int(base=16) // 3 }}",
-    "from bytes": "{{ (1).from_bytes(('a' * 9999).encode(), 'little') // 3 }}",
-}
 FAILING = {
     "of a variable": "{{ nothing.at.all }}",
     "of an index": "{{ messages[9].content }}",
@@ -93,10 +65,12 @@ FAILING = {
 
 
 @pytest.fixture
-def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stop a rendering after a few hundredths of a second, which is what the test then takes."""
-    monkeypatch.setattr(template_guard, "MAX_CPU_S", 0.03)
-    monkeypatch.setattr(template_guard, "_LOOK_S", 0.01)
+def brief(monkeypatch: pytest.MonkeyPatch) -> Iterator[Confined]:
+    """End a rendering after a tenth of a second, which is what the test then takes, or at 32 MiB."""
+    child = Confined("qlora_tui.data.chat_template", cpu_s=0.1, memory_bytes=32 << 20)
+    monkeypatch.setattr(chat_template, "_renderer", child)
+    yield child
+    child.close()
 
 
 def refusal(text: str) -> str:
@@ -112,60 +86,14 @@ def refusal(text: str) -> str:
 @pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("name", SLOW)
 def test_a_template_without_end_is_stopped(name: str) -> None:
-    assert "takes more than" in refusal(SLOW[name])
+    assert "takes more than 0.1 seconds" in refusal(SLOW[name])
 
 
-def rendered_alone(text: str, rounds: int = 1, limit_s: float = 0.2) -> subprocess.CompletedProcess[str]:
-    """A finished process that rendered this template ``rounds`` times."""
-    return subprocess.run(
-        [sys.executable, "-c", RENDERED_ALONE, text, str(rounds), str(limit_s)],
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=60,
-    )
-
-
-@pytest.mark.parametrize("name", HANGING)
-def test_a_template_stuck_in_one_operation_ends_its_process(name: str) -> None:
-    done = rendered_alone(HANGING[name])
-    assert done.returncode == -template_guard.HANG_SIGNAL
-    assert "the model's chat template" in done.stderr
-
-
-@pytest.mark.slow
-def test_rendering_for_long_is_no_hanging() -> None:
-    done = rendered_alone(
-        "{% for m in messages %}{{ m.content * 1000 }}{% endfor %}", rounds=100_000, limit_s=0.5
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-@pytest.mark.parametrize(
-    ("template", "output"), [("{{ messages[0].content }}", "profiled\n"), (ENDLESS, "stopped\nprofiled\n")]
-)
-@pytest.mark.slow
-def test_code_after_a_rendering_can_be_profiled(template: str, output: str) -> None:
-    """With the interpreter's flag for an exception of a thread set, Python 3.11 hangs under a profiler."""
-    done = subprocess.run(
-        [sys.executable, "-c", RENDERED_THEN_PROFILED, template],
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=60,
-    )
-    assert done.stdout == output
-
-
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("name", LARGE)
 @pytest.mark.slow
-def test_a_template_that_takes_all_memory_is_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_guard, "MAX_CPU_S", 1.0)
-    monkeypatch.setattr(template_guard, "MAX_ADDED_MEMORY_BYTES", 32 << 20)
+def test_a_template_that_takes_all_memory_is_stopped(name: str) -> None:
     assert re.search("takes more than|Error", refusal(LARGE[name]))
-
-
-@pytest.mark.parametrize("name", NUMBERS)
-def test_arithmetic_that_nothing_can_end_is_refused(name: str) -> None:
-    assert "more than 4,096 bits" in refusal(NUMBERS[name])
 
 
 @pytest.mark.parametrize("name", FAILING)
@@ -173,75 +101,48 @@ def test_a_template_that_fails_is_told_in_words(name: str) -> None:
     assert refusal(FAILING[name]).startswith("The template ")
 
 
-@pytest.mark.usefixtures("brief")
-def test_a_template_that_was_stopped_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    endless = ChatTemplate(ENDLESS, {})
-    for tried in (endless, endless, endless.with_variables({"enable_thinking": False})):
-        with pytest.raises(RowRejectedError):
+def test_a_template_that_was_stopped_is_not_tried_again(
+    brief: Confined, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endless = ChatTemplate(SLOW["loops"], {})
+    with pytest.raises(RowRejectedError):
+        endless.render(TURNS)
+    monkeypatch.setattr(brief, "call", None)
+    for tried in (endless, endless.with_variables({"enable_thinking": False})):
+        with pytest.raises(RowRejectedError, match="takes more than"):
             tried.render(TURNS)
-        monkeypatch.setattr(template_guard, "MAX_CPU_S", 1e9)
 
 
-@pytest.mark.usefixtures("brief")
-@pytest.mark.parametrize("fault", [MemoryError, OSError, None], ids=["memory", "clock", "lost"])
-def test_a_template_is_stopped_where_the_first_attempt_fails(
-    fault: type[Exception] | None, monkeypatch: pytest.MonkeyPatch
+def test_a_template_that_exhausts_memory_thrice_is_not_tried_again(
+    brief: Confined, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The watching thread has no memory or clock at first, or Python drops the exception."""
-    calls: list[object] = []
-    raise_in = template_guard._raise_in
-
-    def fails_once(thread: object, exception: object) -> object:
-        calls.append(exception)
-        if len(calls) != 1:
-            return raise_in(thread, exception)
-        if fault is not None:
-            raise fault
-        return 1
-
-    monkeypatch.setattr(template_guard, "_raise_in", fails_once)
-    assert "takes more than" in refusal(ENDLESS)
-
-
-@pytest.mark.usefixtures("brief")
-def test_a_template_is_stopped_after_the_watcher_failed_to_start(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(template_guard, "_watch", template_guard._Watch())
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr(threading.Thread, "start", _cannot_start)
-        template_guard.Bounded().__enter__()
-    assert "takes more than" in refusal(ENDLESS)
-
-
-def _cannot_start(thread: threading.Thread) -> None:
-    raise RuntimeError("can't start new thread")
-
-
-def test_a_template_that_exhausts_memory_is_not_tried_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(template_guard, "MAX_CPU_S", 1e9)
-    monkeypatch.setattr(template_guard, "MAX_ADDED_MEMORY_BYTES", 32 << 20)
-    monkeypatch.setattr(chat_template, "_MAX_WASTED_S", 0.0)
-    template = ChatTemplate(LARGE["sum of texts"], {})
-    reasons = []
-    for _ in range(2):
+    template, reasons = ChatTemplate("{{ 'a' * 9999999999 }}", {}), set()
+    for number in range(4):
+        if number == 3:
+            monkeypatch.setattr(brief, "call", None)
         with pytest.raises(RowRejectedError) as refused:
             template.render(TURNS)
-        reasons.append(refused.value.reason)
-        monkeypatch.setattr(template_guard, "MAX_ADDED_MEMORY_BYTES", 1 << 62)
-    assert reasons[0] == reasons[1] and "takes more than" in reasons[0]
+        reasons.add(refused.value.reason)
+    assert reasons == {"The template takes more than 32 MiB for one conversation."}
 
 
-@pytest.mark.usefixtures("brief")
-def test_a_template_is_stopped_in_its_own_thread_only() -> None:
-    reasons: list[str] = []
-    thread = threading.Thread(target=lambda: reasons.append(refusal(ENDLESS)))
-    thread.start()
-    while thread.is_alive():
-        assert ChatTemplate(CHATML, {}).render(TURNS)
-    assert "takes more than" in reasons[0]
+def test_other_templates_are_rendered_after_one_was_killed(brief: Confined) -> None:
+    good = ChatTemplate(CHATML, {})
+    expected, first_pid = good.render(TURNS), brief.pid
+    refusal(SLOW["loops"])
+    assert good.render(TURNS) == expected
+    assert brief.pid not in (None, first_pid)
+
+
+def test_threads_take_turns(brief: Confined) -> None:
+    good = ChatTemplate(CHATML, {})
+    threads = [threading.Thread(target=refusal, args=(SLOW["loops"],)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    rendered = {good.render(TURNS) for _ in range(100)}
+    for thread in threads:
+        thread.join()
+    assert len(rendered) == 1
 
 
 @pytest.mark.parametrize("text", ["hello", "{{ bos_token }}", "{% for m in messages %}{% endfor %}"])
@@ -251,7 +152,3 @@ def test_a_template_that_ignores_its_messages_is_refused_in_words(text: str) -> 
     with pytest.raises(RowRejectedError, match="omits the assistant's turns"):
         render(conversation, tokenizer)
     prompt_ids([Message("user", "Hi")], tokenizer)
-
-
-def test_the_reason_of_the_time_bound_names_it() -> None:
-    assert "5 seconds" in chat_template._TOO_SLOW

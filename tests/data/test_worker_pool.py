@@ -14,17 +14,16 @@ from typing import Any
 import psutil
 import pytest
 
-from qlora_tui.data import worker_pool
+from qlora_tui.data import chat_template, worker_pool
+from qlora_tui.data.confined import Confined
 from qlora_tui.data.dataset import prepare_dataset
 from qlora_tui.data.inspection import inspect
 from qlora_tui.data.read import raw_rows
 from qlora_tui.data.row_result import Batch, RowProcessor, batches
 from qlora_tui.data.sources import open_source
-from qlora_tui.data.template_guard import HANG_SIGNAL
-from qlora_tui.data.worker_pool import WorkerPool, open_worker_pool
-from qlora_tui.errors import UserError
+from qlora_tui.data.worker_pool import open_worker_pool
 from qlora_tui.recipe.schema import Data, Recipe, Source
-from tests.data.families import family
+from tests.data.families import CHATML, family, tokenizer_for
 from tests.support.polling import wait_for
 
 pytestmark = pytest.mark.slow
@@ -53,17 +52,20 @@ def written(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def by_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Process even the smallest file in two children, from its first row on."""
+def by_two(monkeypatch: pytest.MonkeyPatch) -> list[Confined]:
+    """Process even the smallest file in two children, from its first row on; returns them."""
     monkeypatch.setattr(worker_pool, "MIN_PARALLEL_BYTES", 0)
     monkeypatch.setattr(worker_pool, "cores", lambda: 2)
-    introduced = WorkerPool.work
+    children: list[Confined] = []
 
-    def work(self: WorkerPool, given: Any) -> Any:
-        wait_for(lambda: self.ready)
-        return introduced(self, given)
+    class Started(Confined):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.start()
+            children.append(self)
 
-    monkeypatch.setattr(WorkerPool, "work", work)
+    monkeypatch.setattr(worker_pool, "Confined", Started)
+    return children
 
 
 def recipe(path: Path) -> Recipe:
@@ -102,45 +104,18 @@ def test_a_report_is_the_same_with_and_without_a_model(
     assert [inspect(source, tokenizer) for tokenizer in (None, family("strips"))] == here
 
 
-@pytest.mark.usefixtures("by_two")
-def test_what_a_dead_child_had_is_done_here(tmp_path: Path) -> None:
+def test_what_a_dead_child_had_is_done_here(tmp_path: Path, by_two: list[Confined]) -> None:
     path = written(tmp_path)
     outcomes = RowProcessor(Data(), family("chatml"))
     expected = [outcomes.process(batch) for batch in in_batches(path)]
-    pool = WorkerPool(outcomes, 2)
-    try:
-        results = []
-        for number, one in enumerate(pool.work(in_batches(path))):
-            if number == 0:
-                pool.children[0].kill()
-            elif number == 3:
-                pool.children[1].kill()
+    results = []
+    with open_worker_pool(outcomes, 1) as work:
+        for number, one in enumerate(work(in_batches(path))):
+            for child in by_two[: number + 1]:
+                if child.pid is not None:
+                    os.kill(child.pid, signal.SIGKILL)
             results.append(one)
-    finally:
-        pool.close()
     assert results == expected
-
-
-@pytest.mark.usefixtures("by_two")
-def test_a_dead_child_is_given_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = written(tmp_path)
-    sent = []
-    ask = worker_pool._request
-
-    def noted(child: Any, what: bytes) -> bytes:
-        sent.append(child)
-        return ask(child, what)
-
-    pool = WorkerPool(RowProcessor(Data(), family("chatml")), 2)
-    try:
-        wait_for(lambda: pool._alive == 2)
-        monkeypatch.setattr(worker_pool, "_request", noted)
-        pool.children[0].kill()
-        list(pool.work(in_batches(path)))
-    finally:
-        pool.close()
-    assert sent.count(pool.children[0]) <= 1
-    assert pool.children[1] in sent
 
 
 def test_long_rows_are_few_in_a_batch_whatever_the_file(tmp_path: Path) -> None:
@@ -154,78 +129,64 @@ def test_children_that_never_start_are_not_waited_for(
 ) -> None:
     monkeypatch.setattr(worker_pool, "MIN_PARALLEL_BYTES", 0)
     monkeypatch.setattr(worker_pool, "cores", lambda: 2)
-    monkeypatch.setattr(worker_pool, "MODULE", "qlora_tui.no_such_module")
+    monkeypatch.setattr(worker_pool, "__name__", "qlora_tui.no_such_module")
     outcomes = RowProcessor(Data(), family("chatml"))
     path = written(tmp_path)
     with open_worker_pool(outcomes, 1) as work:
         assert list(work(in_batches(path))) == [outcomes.process(batch) for batch in in_batches(path)]
 
 
-@pytest.mark.usefixtures("by_two")
-def test_no_child_is_left_when_the_reading_ends_early(tmp_path: Path) -> None:
+def test_no_child_is_left_when_the_reading_ends_early(tmp_path: Path, by_two: list[Confined]) -> None:
     path = written(tmp_path)
-    before = set(psutil.Process().children(recursive=True))
     with open_worker_pool(RowProcessor(Data(), family("chatml")), 1) as work:
         next(work(in_batches(path)))
-        assert len(set(psutil.Process().children(recursive=True)) - before) == 2
-    assert set(psutil.Process().children(recursive=True)) <= before
+        pids = [child.pid or 0 for child in by_two]
+        assert len(pids) == 2 and all(map(psutil.pid_exists, pids))
+    assert not any(map(psutil.pid_exists, pids))
 
 
-def test_children_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("by_two")
+def test_a_row_that_kills_a_child_is_named(tmp_path: Path) -> None:
+    """The child renders in place and is killed; here the template is rendered in a child of its own."""
+    path = written(tmp_path)
+    endless = "{{ (messages | length) ** (9 ** 9) }}"
+    hanging = f"{{% if messages[1:] and 'é 77 ' in messages[1].content %}}{endless}{{% endif %}}"
+    renderer = Confined("qlora_tui.data.chat_template", cpu_s=0.5, memory_bytes=1 << 28)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat_template, "_renderer", renderer)
+        patch.setattr(worker_pool, "_BATCH_CPU_S", 1.0)
+        report = inspect(Source(path=str(path)), tokenizer_for(hanging + CHATML))
+    (refused,) = (problem for problem in report.problems if problem.kind == "template-refuses")
+    assert refused.rows and "takes more than 0.5 seconds" in refused.example
+
+
+def test_children_end_with_a_parent_that_is_killed() -> None:
     script = (
-        "from qlora_tui.data.row_result import RowProcessor\n"
-        "from qlora_tui.data.worker_pool import WorkerPool\n"
-        "from qlora_tui.recipe.schema import Data\n"
-        "made = WorkerPool(RowProcessor(Data(), None), 2)\n"
-        "print(*(child.pid for child in made.children), flush=True)\n"
+        "from qlora_tui.data.confined import Confined\n"
+        "child = Confined('qlora_tui.data.row_result', cpu_s=9, memory_bytes=1 << 28)\n"
+        "child.start()\n"
+        "print(child.pid, flush=True)\n"
         "input()\n"
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True
     )
     assert parent.stdout is not None
-    pids = [int(pid) for pid in parent.stdout.readline().split()]
-    assert len(pids) == 2
+    pid = int(parent.stdout.readline())
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
-    wait_for(lambda: not any(map(psutil.pid_exists, pids)))
+    wait_for(lambda: not psutil.pid_exists(pid))
 
 
 def test_a_child_loads_nothing_heavy() -> None:
     script = (
-        "import sys, qlora_tui.data.worker, qlora_tui.data.row_result\n"
+        "import sys, qlora_tui.data.confined, qlora_tui.data.row_result, qlora_tui.data.arrow_rows\n"
         "print(*({'torch', 'transformers', 'numpy', 'textual', 'pyarrow'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 
 
-def test_small_data_starts_no_other_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_pool, "WorkerPool", None)
+def test_small_data_starts_no_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_pool, "Confined", None)
     prepare_dataset(recipe(written(tmp_path)), family("chatml"))
-
-
-@pytest.mark.usefixtures("by_two")
-def test_children_live_through_their_work(tmp_path: Path) -> None:
-    path = written(tmp_path)
-    pool = WorkerPool(RowProcessor(Data(), family("chatml")), 2)
-    try:
-        wait_for(lambda: pool._alive == 2)
-        list(pool.work(in_batches(path)))
-        assert pool._alive == 2
-    finally:
-        pool.close()
-
-
-@pytest.mark.usefixtures("by_two")
-def test_a_template_that_hangs_a_child_is_named(tmp_path: Path) -> None:
-    path = written(tmp_path)
-    pool = WorkerPool(RowProcessor(Data(), family("chatml")), 2)
-    try:
-        wait_for(lambda: pool._alive == 2)
-        with pytest.raises(UserError, match="The chat template hangs"):
-            for _ in pool.work(in_batches(path)):
-                for child in pool.children:
-                    child.send_signal(HANG_SIGNAL)
-    finally:
-        pool.close()

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import pytest
 
 from qlora_tui.catalog.config_parser import parse_architecture
-from qlora_tui.data.template_guard import HANG_SIGNAL
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Model, Recipe
 from qlora_tui.runs import memory_advice
@@ -173,13 +172,6 @@ def test_only_settings_that_shrink_the_model_are_named(method: str, double: bool
         replace_setting(recipe, "quantization.double_quantization", double), "loading"
     )
     assert named in fix and fix.count("quantization.") == (1 if named else 0)
-
-
-def test_a_template_that_hung_the_trainer_is_named(run: RunDir) -> None:
-    ending = determine_outcome(run, -HANG_SIGNAL)
-    assert isinstance(ending, Failed)
-    assert ending.title == "The chat template hangs"
-    assert "model.chat_template" in ending.fix
 
 
 def test_before_nothing_is_said_to_help_checkpointing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

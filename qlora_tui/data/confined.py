@@ -1,0 +1,240 @@
+"""The one bound on work that foreign input decides: a child process with limits, which is killed at them.
+
+A chat template is a program by a third party, a table a memory image whose lengths anyone may write, and a
+tokenizer a program of a library without limits. Each call to a ``Confined`` child may take so much processor
+time, which the kernel counts, and so much memory. ``chat_template`` renders in one child, ``arrow_rows``
+reads tables in another, and ``worker_pool`` processes rows in several, where templates are rendered in place.
+
+A child needs no care: it ends when its parent does, however that ends, after the call that it is in.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from qlora_tui import paths, subprocesses
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+T = TypeVar("T")
+TIME_SIGNAL = signal.SIGPROF
+"""Signal with which the kernel ends a child whose call takes too long; no other code sends it."""
+_STATUS = Path("/proc/self/status")
+_in_child = False
+"""Whether this process is a child: calls then run in place."""
+_iterators: dict[int, Iterator[Any]] = {}
+"""In a child: what ``Confined.iterate`` reads."""
+
+
+class KilledError(Exception):
+    """The child was ended in the middle of a call."""
+
+    def __init__(self, exit_code: int):
+        timed_out = exit_code == -TIME_SIGNAL
+        name = signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
+        super().__init__("it takes too much processor time" if timed_out else f"its process ended by {name}")
+        self.timed_out = timed_out
+        """Whether it took too much processor time."""
+
+
+class Confined:
+    """A child process for one kind of work, started by the first call and by the next one after its end."""
+
+    def __init__(
+        self,
+        module: str,
+        *,
+        cpu_s: float,
+        memory_bytes: int,
+        prepare: Callable[[], None] | None = None,
+    ):
+        """Start nothing yet.
+
+        Args:
+            module: imported by the child before its memory is limited.
+            cpu_s: most processor seconds of one call.
+            memory_bytes: most memory in addition to what a child holds at its start.
+            prepare: called in each child at its start, without limits; it is pickled.
+        """
+        self.cpu_s = cpu_s
+        self.memory_bytes = memory_bytes
+        self._module = module
+        self._prepare = prepare
+        self._lock = threading.RLock()
+        self._numbers = count()
+        self._connection: Connection | None = None
+        self._child: subprocess.Popen[bytes] | None = None
+        self._owner = 0
+        """Process that started the child; a fork of it starts another."""
+
+    @property
+    def pid(self) -> int | None:
+        """PID of the child; None without one."""
+        return self._child.pid if self._child is not None else None
+
+    def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Return what ``function``, of a module, returns in the child for these arguments.
+
+        Raises what it raises, ``MemoryError`` over the bound, and ``KilledError`` where the child ends.
+        """
+        if _in_child:
+            return function(*arguments)
+        with self._lock:
+            connection = self._connected()
+            try:
+                connection.send((function, arguments))
+                done, value = connection.recv()
+            except (EOFError, OSError):
+                killed = KilledError(self._child.wait() if self._child is not None else -signal.SIGKILL)
+                self.close()
+                raise killed from None
+            except BaseException:
+                self.close()  # what it replies would be taken for the reply to the next call
+                raise
+        if not done:
+            raise value
+        result: T = value
+        return result
+
+    def iterate(self, function: Callable[..., Iterator[T]], *arguments: Any) -> Iterator[T]:
+        """Yield what ``function`` yields in the child; each item is one call."""
+        if _in_child:
+            yield from function(*arguments)
+            return
+        number = next(self._numbers)
+        self.call(_begin, number, function, arguments)
+        child = self._child
+        try:
+            while True:
+                if self._child is not child:
+                    raise KilledError(-signal.SIGKILL)
+                if not (item := self.call(_advance, number)):
+                    return
+                yield item[0]
+        finally:
+            if self._child is child and child is not None:
+                with suppress(KilledError):
+                    self.call(_end, number)
+
+    def start(self) -> None:
+        """Start the child, and wait until it is ready. Raises ``KilledError``."""
+        self.call(_nothing)
+
+    def close(self) -> None:
+        """End the child, also in the middle of another thread's call."""
+        child = self._child
+        if child is not None and self._owner == os.getpid():
+            child.kill()
+            child.wait()
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+            self._connection = self._child = None
+
+    def _connected(self) -> Connection:
+        if self._connection is None or self._owner != os.getpid():
+            self._connection = self._start()
+        return self._connection
+
+    def _start(self) -> Connection:
+        from multiprocessing.connection import Connection
+
+        if not self._owner:
+            atexit.register(self.close)
+        self._owner = os.getpid()
+        ours, theirs = socket.socketpair()
+        log = paths.log_path()
+        # A library's last message may contain text of a row: to the log.
+        with theirs, (log if os.access(log.parent, os.W_OK) else Path(os.devnull)).open("ab") as errors:
+            self._child = subprocess.Popen(
+                subprocesses.module_argv("qlora_tui.data.confined", str(theirs.fileno()), self._module),
+                env={**subprocesses.subprocess_env(), "TOKENIZERS_PARALLELISM": "false"},
+                stdin=subprocess.DEVNULL,
+                stdout=errors,
+                stderr=errors,
+                pass_fds=[theirs.fileno()],
+                # Ctrl-C is for this process, which then ends its children.
+                start_new_session=True,
+            )
+        connection = Connection(ours.detach())
+        connection.send((self.cpu_s, self.memory_bytes, self._prepare))
+        return connection
+
+
+def _nothing() -> None:
+    """Do nothing, in a child that is ready."""
+
+
+def _begin(number: int, function: Callable[..., Iterator[Any]], arguments: tuple[Any, ...]) -> None:
+    _iterators[number] = function(*arguments)
+
+
+def _advance(number: int) -> tuple[Any, ...]:
+    """Return the next item, alone in a tuple; an empty one at the end."""
+    for item in _iterators[number]:
+        return (item,)
+    return ()
+
+
+def _end(number: int) -> None:
+    _iterators.pop(number, None)
+
+
+def _serve(connection: Connection, module: str) -> None:
+    """Answer calls until the parent closes the connection."""
+    global _in_child
+    _in_child = True
+    importlib.import_module(module)
+    cpu_s, memory_bytes, prepare = connection.recv()
+    if prepare is not None:
+        prepare()
+    _limit_memory(memory_bytes)
+    while True:
+        function, arguments = connection.recv()
+        signal.setitimer(signal.ITIMER_PROF, cpu_s)
+        try:
+            reply = True, function(*arguments)
+        except Exception as error:
+            reply = False, error
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        try:
+            connection.send(reply)
+        except MemoryError as error:
+            connection.send((False, error))
+
+
+def _limit_memory(more_bytes: int) -> None:
+    """Let this process hold ``more_bytes`` more than now, where the kernel counts that."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with suppress(OSError, ValueError, IndexError):
+        held = int(_STATUS.read_bytes().partition(b"VmData:")[2].split(maxsplit=1)[0]) << 10
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (held + more_bytes, hard))
+
+
+def main() -> None:
+    """Serve the connection whose number is the first argument."""
+    from multiprocessing.connection import Connection
+
+    # The module that pickled functions name, rather than __main__.
+    confined = importlib.import_module("qlora_tui.data.confined")
+    with suppress(EOFError, OSError):
+        confined._serve(Connection(int(sys.argv[1])), sys.argv[2])
+
+
+if __name__ == "__main__":
+    main()
