@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from pathlib import Path
 
 PYTHONPATH = "PYTHONPATH"
-_PR_SET_PDEATHSIG = 1
-"""Option of ``prctl`` (linux/prctl.h): the signal that a process gets when its parent ends."""
 _PACKAGE = str(Path(__file__).parents[1])
 
 
@@ -22,14 +19,6 @@ def subprocess_env() -> dict[str, str]:
     """This process's environment, extended so that a child finds this package and prints unbuffered."""
     paths = dict.fromkeys((_PACKAGE, *filter(None, os.environ.get(PYTHONPATH, "").split(os.pathsep))))
     return {**os.environ, PYTHONPATH: os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
-
-
-def end_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends, even by SIGKILL. Only on Linux."""
-    if sys.platform == "linux":
-        import ctypes  # not needed by the app, which imports this module
-
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def user_env() -> dict[str, str]:

@@ -60,6 +60,10 @@ class Result(Struct, frozen=True, tag="result"):
 
     value: msgspec.Raw
 
+    def decode(self, kind: type[T]) -> T:
+        """Return the value, which has this type."""
+        return _decode(self.value, kind)
+
 
 class Failure(Struct, frozen=True, tag="failure", omit_defaults=True):
     """The fields of the UserError that ended the job."""
@@ -108,6 +112,8 @@ def run_job(
     on_progress: Callable[[Progress], object] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
     deadline_s: float | None = None,
+    log_lines: int = 0,
+    shows_stderr: bool = False,
     environ: Mapping[str, str] | None = None,
 ) -> T:
     """Run a job to its end in a process of its own, and return its result.
@@ -122,6 +128,8 @@ def run_job(
         on_progress: called with each message; what it raises ends the job.
         should_stop: asked several times a second, also while the job is silent.
         deadline_s: seconds after which the job is killed.
+        log_lines: last lines of its stderr to add to an error that says no reason.
+        shows_stderr: whether its stderr is this process's, for progress bars of a library.
         environ: its environment, by default that of this process.
 
     Raises:
@@ -130,7 +138,10 @@ def run_job(
     """
     died = UserError(title, what=f"{subject} ended early.", fix=fix)
     outcome: Message | None = None
-    with tempfile.TemporaryFile() as errors, _start(job, arguments, errors, environ) as child:
+    with (
+        tempfile.TemporaryFile() as errors,
+        _start(job, arguments, None if shows_stderr else errors, environ) as child,
+    ):
         assert child.stdout is not None
         try:
             for message in _messages(child.stdout, should_stop, deadline_s):
@@ -144,9 +155,10 @@ def run_job(
         finally:
             # Whatever interrupts the wait, the child must not outlive it.
             child.kill()
-        last_line = _last_line(errors)
+        log = _last_lines(errors, log_lines or 1)
     if isinstance(outcome, Failure):
-        raise outcome.error()
+        error = outcome.error()
+        raise error if error.why or not log_lines else error.replace(why=log)
     if code == -signal.SIGKILL:
         why = "The machine most likely ran out of memory."
         raise died.replace(
@@ -154,18 +166,23 @@ def run_job(
         )
     if code or not isinstance(outcome, Result):
         ending = f"code {code}" if code >= 0 else signal.Signals(-code).name
-        raise died.replace(what=f"{subject} ended with {ending}.", why=last_line)
-    return msgspec.json.decode(outcome.value, type=result)
+        raise died.replace(what=f"{subject} ended with {ending}.", why=log)
+    return outcome.decode(result)
 
 
 def start_detached(
-    job: str, *arguments: object, stdout: int | IO[bytes], stderr: int | IO[bytes] | None
+    job: str,
+    *arguments: object,
+    stdout: int | IO[bytes],
+    stderr: int | IO[bytes] | None,
+    environ: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start a job that outlives this process and its terminal."""
-    child = _start(job, arguments, stderr, stdout=stdout, detached=True)
+    child = _start(job, arguments, stderr, environ, stdout=stdout, detached=True)
     assert child.stdin is not None
     with suppress(BrokenPipeError):
         child.stdin.close()
+    child.stdin = None
     return child
 
 
@@ -197,7 +214,7 @@ def _start(
     )
     assert child.stdin is not None
     with suppress(BrokenPipeError):
-        child.stdin.write(msgspec.json.encode(arguments, enc_hook=_encode_path) + b"\n")
+        child.stdin.write(_encode(arguments) + b"\n")
         child.stdin.flush()
     return child
 
@@ -224,15 +241,23 @@ def _messages(
             yield from filter(None, map(decode_message, lines))
 
 
-def _last_line(errors: IO[bytes]) -> str:
+def _last_lines(errors: IO[bytes], count: int) -> str:
     errors.seek(max(0, errors.seek(0, os.SEEK_END) - _LAST_BYTES))
-    return (errors.read().decode(errors="replace").strip().splitlines() or [""])[-1]
+    return " ".join(errors.read().decode(errors="replace").strip().splitlines()[-count:])
 
 
 def _encode_path(value: object) -> bytes:
     if isinstance(value, Path):
         return os.fsencode(value)  # a name need not be UTF-8
     raise NotImplementedError(type(value))
+
+
+def _encode(value: object) -> bytes:
+    return msgspec.json.encode(value, enc_hook=_encode_path)
+
+
+def _decode(value: msgspec.Raw, kind: type[T]) -> T:
+    return msgspec.json.decode(value, type=kind, dec_hook=_decode_path)
 
 
 def _decode_path(kind: type, value: str) -> Path:
@@ -275,10 +300,12 @@ def main(job: str, *flags: str) -> int:
         value = _call(job, arguments, messages)
     except UserError as error:
         messages.send(Failure(**error.fields()))
+        if _DETACHED in flags:
+            print(error, file=sys.stderr)  # for a log: nobody may be reading the messages
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    messages.send(Result(msgspec.Raw(msgspec.json.encode(value))))
+    messages.send(Result(msgspec.Raw(_encode(value))))
     return 0
 
 
@@ -293,8 +320,9 @@ def _call(job: str, encoded: bytes, report: Report) -> Any:
     function = getattr(importlib.import_module(module), name)
     parameters = list(inspect.signature(function).parameters)
     hints = typing.get_type_hints(function)
-    types = tuple(hints[parameter] for parameter in parameters if parameter != "report")
-    arguments = msgspec.json.decode(encoded, type=tuple[types], dec_hook=_decode_path)  # type: ignore[valid-type]
+    typed = [hints[parameter] for parameter in parameters if parameter != "report"]
+    given = msgspec.json.decode(encoded, type=list[msgspec.Raw])
+    arguments = [_decode(value, kind) for value, kind in zip(given, typed, strict=False)]
     return function(*arguments, **({"report": report} if "report" in parameters else {}))
 
 

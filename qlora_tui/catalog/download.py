@@ -1,8 +1,6 @@
-"""Download of a model from the Hub, in a separate process: ``python -m qlora_tui.catalog.download ID``.
+"""Download of a model from the Hub, as a job that outlives the process that starts it.
 
-It prints one JSON object per line: ``start`` and ``progress`` (``done_bytes``, ``total_bytes``, ``file``),
-then ``done`` (``path``) or ``problem`` (``title``, ``what``, ``why``, ``fix``). It continues when the reader
-of its output exits. ``huggingface_hub`` 2 restarts a file after its process has died; here partial files are
+``huggingface_hub`` 2 restarts a file after its process has died; here partial files are
 kept and resumed, and checked against their hash when complete.
 """
 
@@ -13,25 +11,20 @@ import hashlib
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-import msgspec
-
-from qlora_tui import subprocesses
 from qlora_tui.catalog.hub import endpoint, request_headers
 from qlora_tui.catalog.hub_errors import is_permanent, network_error, translate_hub_errors
 from qlora_tui.catalog.hub_files import DownloadPlan, HubFile, plan_download
 from qlora_tui.catalog.hub_responses import TooSlow, open_response, pieces, raise_for_status
-from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write, sync
+from qlora_tui.worker import Report, start_detached
 
-OnProgress = Callable[[int, int, str], None]
-"""Callback with the bytes so far, the total bytes, and the name of the current file."""
 CHUNK_BYTES = 1 << 20
 RESERVED_BYTES = 256 << 20
 """Bytes left free on the disk."""
@@ -39,26 +32,25 @@ RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 15.0)
 """Delays between attempts after a connection error without progress."""
 MAX_REQUESTS = 1000
 """Most requests for one file. Each resumes where the previous one stopped."""
-PROGRESS_EVERY_S = 0.25
 
 
 def download(
     model_id: str,
-    on_progress: OnProgress | None = None,
+    report: Report = lambda done, total, text="": None,
     retry_delays_s: tuple[float, ...] = RETRY_DELAYS_S,
     revision: str = "main",
 ) -> Path:
     """Download a revision of ``model_id`` into the Hugging Face cache; return the folder to load.
 
-    Resumes an earlier attempt. Raises UserError on failure; downloaded data is kept.
+    Resumes an earlier attempt. ``report`` gets bytes, and the name of the current file. Raises UserError on
+    failure; downloaded data is kept.
     """
     plan = plan_download(model_id, revision)
     check_space(plan)
-    report = on_progress or (lambda done, total, file: None)
     with translate_hub_errors(model_id):
         plan.snapshot.mkdir(parents=True, exist_ok=True)
         (plan.folder / "blobs").mkdir(exist_ok=True)
-        report(plan.done_bytes, plan.total_bytes, "")
+        report(plan.done_bytes, plan.total_bytes)
         for file in plan.files:
             if not _is_here(plan, file):
                 _fetch(plan, file, report, retry_delays_s)
@@ -132,7 +124,7 @@ def _open_partial(plan: DownloadPlan, file: HubFile) -> Iterator[IO[bytes]]:
         yield partial
 
 
-def _fetch(plan: DownloadPlan, file: HubFile, report: OnProgress, retry_delays_s: tuple[float, ...]) -> None:
+def _fetch(plan: DownloadPlan, file: HubFile, report: Report, retry_delays_s: tuple[float, ...]) -> None:
     """Download all of ``file``, through any number of disconnects, as long as each request makes progress."""
     before = plan.done_bytes - min(file.size_bytes, _size(plan.partial(file)))
 
@@ -224,66 +216,8 @@ def _size(path: Path) -> int:
         return 0
 
 
-def spawn(model_id: str) -> subprocess.Popen[bytes]:
-    """Start a download that outlives this process and its terminal. Its JSON lines are on ``stdout``."""
-    return subprocess.Popen(
-        subprocesses.module_argv("qlora_tui.catalog.download", model_id),
-        env=subprocesses.subprocess_env(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
+def start_download(model_id: str) -> subprocess.Popen[bytes]:
+    """Start a download that outlives this process and its terminal. Its messages are on ``stdout``."""
+    return start_detached(
+        "qlora_tui.catalog.download:download", model_id, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
-
-
-class _JsonLinesWriter:
-    """Writes JSON lines to stdout until the reader closes the pipe."""
-
-    def __init__(self) -> None:
-        self.has_reader = True
-        self.last_s = 0.0
-
-    def write(self, event: str, **values: Any) -> None:
-        if not self.has_reader:
-            return
-        try:
-            sys.stdout.buffer.write(msgspec.json.encode({"event": event, **values}) + b"\n")
-            sys.stdout.buffer.flush()
-        except BrokenPipeError:
-            self.has_reader = False
-            # What is still buffered would raise again at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-    def progress(self, done_bytes: int, total_bytes: int, file: str) -> None:
-        now_s = time.monotonic()
-        first = not file
-        if first or done_bytes == total_bytes or now_s - self.last_s >= PROGRESS_EVERY_S:
-            self.last_s = now_s
-            event = "start" if first else "progress"
-            self.write(event, done_bytes=done_bytes, total_bytes=total_bytes, file=file)
-
-
-def main(arguments: list[str]) -> int:
-    """Run the command line with one model id. Returns the exit code."""
-    writer = _JsonLinesWriter()
-    try:
-        if len(arguments) != 1:
-            raise UserError(
-                "Wrong number of arguments",
-                what=f"Expected one model id, got {len(arguments)}.",
-                fix="python -m qlora_tui.catalog.download publisher/model",
-                exit_code=EXIT_USAGE,
-            )
-        path = download(arguments[0], writer.progress)
-    except UserError as problem:
-        texts = {"title": problem.title, "what": problem.what, "why": problem.why, "fix": problem.fix}
-        writer.write("problem", **texts)
-        return problem.exit_code
-    except KeyboardInterrupt:
-        return 130
-    writer.write("done", path=str(path))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

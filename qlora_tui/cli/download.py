@@ -54,15 +54,16 @@ class _DownloadProgress:
         self._printed_s = 0.0
         self._open = False
 
-    def update(self, done_bytes: int, total_bytes: int, file: str) -> None:
-        self.total_bytes = total_bytes
+    def update(self, done: int, total: int, text: str = "") -> None:
+        """Show the bytes so far, and the file."""
+        self.total_bytes = total
         now_s = time.monotonic()
-        if done_bytes < total_bytes and now_s - self._printed_s < (
+        if done < total and now_s - self._printed_s < (
             _TERMINAL_INTERVAL_S if self._is_terminal else _LOG_INTERVAL_S
         ):
             return
         self._printed_s = now_s
-        line = f"{format_bytes(done_bytes)} of {format_bytes(total_bytes)}  {file}".rstrip()
+        line = f"{format_bytes(done)} of {format_bytes(total)}  {text}".rstrip()
         self._open = self._is_terminal
         # Clear to the end of the line: file names differ in length.
         if self._is_terminal:

@@ -5,7 +5,7 @@ From the file to the report:
 * ``text_reader``, ``json_rows``, ``read``, ``row``, ``row_index``: rows from JSON, JSONL, CSV, TSV, Parquet,
   Arrow (``arrow_rows``) and text files, plain or compressed, within ``bounds``. ``confined``: the child
   processes with limits in which foreign input is worked on.
-  ``hub_dataset`` and ``hub_fetch``: datasets of the Hub.
+  ``hub_dataset``: datasets of the Hub.
 * ``formats`` (with ``column_detection`` and ``format_hints``): detects the format of rows and builds
   conversations from them, ``chat_formats`` of lists of turns, ``pair_formats`` of columns for question and
   answer. ``preferences``, ``chosen_side`` and

@@ -8,18 +8,17 @@ next use makes no request to the Hub.
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 
 import msgspec
 from msgspec import Struct
 
-from qlora_tui import subprocesses
 from qlora_tui.decoding import decode_json
 from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write, private_dir
-from qlora_tui.gpu.torch_env import offline_variables_set
+from qlora_tui.gpu.torch_env import online_environ
 from qlora_tui.paths import cache_dir
+from qlora_tui.worker import run_job
 
 TRAINING_SPLITS = ("train", "training", "train_sft", "sft")
 _ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")
@@ -32,15 +31,7 @@ class HubFiles(Struct, frozen=True):
     split: str
 
 
-class HubFailure(Struct, frozen=True):
-    """Why the child process found no files."""
-
-    reason: str
-    fix: str
-
-
 _FILES = msgspec.json.Decoder(HubFiles)
-_FAILURE = msgspec.json.Decoder(HubFailure)
 
 
 def is_hub_id(name: str) -> bool:
@@ -92,28 +83,44 @@ def _read_cached(name: str) -> HubFiles | None:
 
 
 def _fetch(name: str) -> HubFiles:
-    # The child process may use the network, even where this process holds a model and is offline.
-    environment = {
-        key: value for key, value in subprocesses.subprocess_env().items() if key not in offline_variables_set
-    }
-    done = subprocess.run(
-        subprocesses.module_argv("qlora_tui.data.hub_fetch", name),
-        env=environment,
-        capture_output=True,
-        stdin=subprocess.DEVNULL,
-        check=False,
+    return run_job(
+        "qlora_tui.data.hub_dataset:download_split",
+        name,
+        result=HubFiles,
+        title="No such data",
+        subject=f"The process that downloads {name}",
+        fix="Check the name and the connection.",
+        environ=online_environ(),
     )
-    last = done.stdout.splitlines()[-1] if done.stdout else b""
+
+
+def download_split(name: str) -> HubFiles:
+    """Download the training split of a dataset, as a job. Raises UserError.
+
+    ``trust_remote_code`` is never set, so the library refuses a dataset that is a script.
+    """
+    import datasets
+
+    path, _, subset = name.partition(":")
     try:
-        if done.returncode == 0:
-            return decode_json(last, _FILES)
-        failure = decode_json(last, _FAILURE)
-    except msgspec.MsgspecError:
-        failure = HubFailure(
-            (done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"])[-1], ""
-        )
-    raise UserError(
-        "No such data",
-        what=f"{name} is neither a local file nor a dataset that the Hub provides: {failure.reason}",
-        fix=failure.fix or "Check the name and the connection.",
-    )
+        names = datasets.get_dataset_split_names(path, subset or None)
+        split = next((s for s in TRAINING_SPLITS if s in names), names[0])
+        loaded = datasets.load_dataset(path, subset or None, split=split)
+    except Exception as error:  # the library raises a dozen kinds, from its own to its HTTP client's
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            "No such data",
+            what=f"{name} is neither a local file nor a dataset that the Hub provides: {text[:400]}",
+            fix=_fix(text, type(error).__name__),
+        ) from None
+    return HubFiles(tuple(file["filename"] for file in loaded.cache_files), split)
+
+
+def _fix(text: str, kind: str) -> str:
+    if "Missing config name" in text:
+        return "Add the subset after a colon: owner/name:subset."
+    if "Gated" in kind or "401" in text or "403" in text or "gated" in text:
+        return "Accept its terms on its page, then log in: hf auth login."
+    if "script" in text:
+        return "Dataset scripts are never run. Download the data files and use their paths."
+    return "Check the name and the connection."

@@ -16,6 +16,7 @@ from qlora_tui.demo.wheel_download import SMOLLM2, WheelAsset, check_free_space,
 from qlora_tui.files import private_dir
 from qlora_tui.paths import cache_dir
 from qlora_tui.training.gguf_conversion import convert_in_child
+from qlora_tui.worker import Report
 
 FILES = ("config.json", "tokenizer.json", "model.safetensors")
 
@@ -53,6 +54,11 @@ def ensure_model(on_status: Callable[[str], None], asset: WheelAsset = SMOLLM2) 
         on_status(f"Converting {asset.name} to 16-bit safetensors")
         convert_in_child(file, folder)
     return folder
+
+
+def download_model(report: Report) -> Path:
+    """Do what :func:`ensure_model` does, as a job that outlives the process that starts it."""
+    return ensure_model(lambda text: report(0, 0, text))
 
 
 @contextmanager

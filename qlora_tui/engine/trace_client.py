@@ -1,22 +1,18 @@
-"""Client of the trace worker, a child process that loads torch, traces a step and exits. Loads no torch."""
+"""Starts the job that traces a step with torch, in a process of its own. Loads no torch."""
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from threading import Event
 from typing import Any
 
-import msgspec
 from msgspec import Struct
 
-from qlora_tui import subprocesses
 from qlora_tui.catalog.config_parser import parse_architecture
-from qlora_tui.engine.log_file import open_log, truncated_log
-from qlora_tui.engine.protocol import Failure
-from qlora_tui.errors import UserError
 from qlora_tui.memory.execution import Device, trainer_execution
 from qlora_tui.memory.step import StepTrace, check_traceable
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.worker import run_job
 
 
 class TraceRequest(Struct, kw_only=True):
@@ -51,31 +47,18 @@ async def trace_step(config: dict[str, Any], recipe: Recipe, device: Device) -> 
         dtype="bfloat16" if execution.compute_itemsize == 2 else "float32",
         varlen=execution.varlen,
     )
+    stop = Event()
     try:
-        answer = msgspec.json.decode(await _answer(msgspec.json.encode(request)), type=StepTrace | Failure)
-    except (OSError, msgspec.MsgspecError) as error:
-        raise UserError(
-            "The step could not be traced",
-            what="The tracing process did not answer.",
-            fix=f"Its last output is in {truncated_log()}; `qlora-tui doctor` checks the installation.",
-        ) from error
-    if isinstance(answer, Failure):
-        raise answer.problem()
-    return answer
-
-
-async def _answer(request: bytes) -> bytes:
-    with open_log() as log:
-        child = await asyncio.create_subprocess_exec(
-            *subprocesses.module_argv("qlora_tui.engine.trace_worker"),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=log,
-            env=subprocesses.subprocess_env(),
+        return await asyncio.to_thread(
+            run_job,
+            "qlora_tui.engine.trace_worker:trace",
+            request,
+            result=StepTrace,
+            title="The step could not be traced",
+            subject="The tracing process",
+            fix="Run `qlora-tui doctor` to check the installation.",
+            should_stop=stop.is_set,
         )
-    try:
-        output, _ = await child.communicate(request)
     finally:
-        with suppress(ProcessLookupError):
-            child.kill()
-    return output
+        # A canceled task leaves its thread, which then ends the process.
+        stop.set()

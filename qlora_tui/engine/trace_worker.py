@@ -7,22 +7,18 @@ a weak reference reports when its storage is freed, so the peak follows from act
 Where torch chooses an implementation by device, ``meta`` would take a slower path than a GPU.
 :class:`_DeviceKernels` makes the GPU's choices instead (fused attention, fused dropout, one-pass softmax).
 
-Run as a child: ``python -m qlora_tui.engine.trace_worker`` reads a :class:`TraceRequest` as JSON from stdin
-and writes a :class:`StepTrace` or a :class:`Failure`. :mod:`qlora_tui.engine.trace_client` starts it.
+:func:`trace` is a job, which :mod:`qlora_tui.engine.trace_client` starts.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import sys
-import traceback
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -31,12 +27,26 @@ from torch.utils._pytree import tree_iter
 
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.engine.meta_model import build, inputs
-from qlora_tui.engine.protocol import Failure
 from qlora_tui.engine.trace_client import TraceRequest
 from qlora_tui.errors import UserError
 from qlora_tui.gpu.library_imports import faster_imports
 from qlora_tui.memory.execution import LOSS_BLOCK_ROWS
 from qlora_tui.memory.step import StepTrace
+
+
+def trace(request: TraceRequest) -> StepTrace:
+    """Do the job. Raises UserError for a model that the libraries cannot build."""
+    try:
+        with faster_imports():
+            import peft  # noqa: F401
+        return trace_request(request)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+        raise UserError(
+            "The step could not be traced",
+            what=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
+            why=f"transformers {version('transformers')} cannot run this model without its weights.",
+            fix="The estimate without a trace is still valid.",
+        ) from error
 
 
 def trace_request(request: TraceRequest) -> StepTrace:
@@ -225,39 +235,3 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
     if not training or not p:
         return input
     return torch.native_dropout(input, p, True)[0]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Redirect output of libraries away from stdout, which must hold only the reply."""
-    before, sys.stdout = sys.stdout, sys.stderr
-    try:
-        yield
-    finally:
-        sys.stdout = before
-
-
-def main() -> None:
-    """Read one request from stdin and write one reply to stdout."""
-    request = msgspec.json.decode(sys.stdin.buffer.read(), type=TraceRequest)
-    answer: StepTrace | Failure
-    with _quiet():
-        try:
-            with faster_imports():
-                import peft  # noqa: F401
-            answer = trace_request(request)
-        except UserError as problem:
-            answer = Failure.of(problem)
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
-            traceback.print_exc()
-            answer = Failure(
-                title="The step could not be traced",
-                what=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
-                why=f"transformers {version('transformers')} cannot run this model without its weights.",
-                fix="The estimate without a trace is still valid.",
-            )
-    sys.stdout.buffer.write(msgspec.json.encode(answer))
-
-
-if __name__ == "__main__":
-    main()

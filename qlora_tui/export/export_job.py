@@ -1,13 +1,12 @@
-"""The process of a background export: ``python -m qlora_tui.export.export_job FOLDER``.
+"""The job of a background export, in a process that outlives the one that starts it.
 
-``FOLDER`` is described in :mod:`qlora_tui.runs.exports`. SIGTERM cancels the export.
+Its folder is described in :mod:`qlora_tui.runs.exports`. SIGTERM cancels the export.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -121,7 +120,3 @@ def _reporter(folder: Path, status: ExportStatus) -> Callable[[str], None]:
 def _cancel(number: int, frame: FrameType | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise _Canceled
-
-
-if __name__ == "__main__":
-    run_job(Path(sys.argv[1]))

@@ -7,44 +7,31 @@ continues with the same bytes.
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
+from typing import TypeVar
 
-import msgspec
 from msgspec import Struct
 
-from qlora_tui import subprocesses
 from qlora_tui.catalog.hub import validate_model_id
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.chat.chat_types import ADAPTER, ChatSource
 from qlora_tui.chat.session import model_folder
-from qlora_tui.decoding import decode_json
 from qlora_tui.drafts import discard
 from qlora_tui.errors import UserError
 from qlora_tui.export.gguf_file.content import base_license
-from qlora_tui.export.hub_upload import (
-    NO_XET,
-    Job,
-    Message,
-    Prepare,
-    Prepared,
-    Sending,
-    Upload,
-    Uploaded,
-    UploadFailure,
-)
+from qlora_tui.export.hub_upload import NO_XET, Prepared, Uploaded
 from qlora_tui.export.model_card import CardForm, CardResults, render_model_card, run_rows
 from qlora_tui.export.upload_files import CARD, check_form, may_hold, upload_files
 from qlora_tui.files import atomic_write
 from qlora_tui.formatting import format_bytes
-from qlora_tui.gpu.torch_env import offline_variables_set
+from qlora_tui.gpu.torch_env import online_environ
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.exports import COMPARED_TOKENS
-
-_MESSAGES: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message)
+from qlora_tui.worker import run_job
 
 StatusFn = Callable[[str], None]
+T = TypeVar("T")
 
 
 class HubExport(Struct, frozen=True, kw_only=True):
@@ -114,8 +101,8 @@ def export_hub(
     from_hub = resolve_model(source.recipe.model.id).source == "hub cache"
     with upload_files(source, adapter_name, form, file_type) as folder:
         on_status(f"Creating {repo} on the Hub")
-        prepared = _last(_messages(Prepare(repo, is_public, source.recipe.model.id if from_hub else "")))
-        assert isinstance(prepared, Prepared)
+        base = source.recipe.model.id if from_hub else ""
+        prepared = _run("prepare", repo, is_public, base, result=Prepared)
         # Before minutes of work; exactly once the names are known.
         _refuse_other_files(prepared, {name for name in prepared.files if may_hold(form, name)})
         facts = folder.write(source, adapter_name, form, file_type, on_status, compared_tokens)
@@ -136,13 +123,8 @@ def export_hub(
         paths = [path for path in sorted(folder.files.rglob("*")) if path.is_file()]
         sizes = {path.relative_to(folder.files).as_posix(): path.stat().st_size for path in paths}
         _refuse_other_files(prepared, set(sizes))
-        job = Upload(prepared.repo, str(folder.files), f"Upload the {form} form with qlora-tui")
-        uploaded: Message | None = None
-        for uploaded in _messages(job):
-            if isinstance(uploaded, Sending):
-                place = f"{uploaded.number} of {uploaded.files}"
-                on_status(f"Uploading {uploaded.file} ({place}): {format_bytes(uploaded.bytes)}")
-        assert isinstance(uploaded, Uploaded)
+        message = f"Upload the {form} form with qlora-tui"
+        uploaded = _run("upload", prepared.repo, folder.files, message, result=Uploaded, on_status=on_status)
         with suppress(OSError):
             discard(folder.path)
     return HubExport(
@@ -181,37 +163,15 @@ def _require_token() -> None:
         )
 
 
-def _messages(job: Job) -> Iterator[Message]:
-    """Run a job in a process of its own. Raises the UserError that it reports."""
-    inherited = subprocesses.subprocess_env()
-    environ = NO_XET | {name: inherited[name] for name in inherited.keys() - offline_variables_set}
-    child = subprocess.Popen(
-        subprocesses.module_argv("qlora_tui.export.hub_upload"),
-        env=environ,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+def _run(job: str, *arguments: object, result: type[T], on_status: StatusFn = lambda activity: None) -> T:
+    return run_job(
+        f"qlora_tui.export.hub_upload:{job}",
+        *arguments,
+        result=result,
+        title="The upload ended early",
+        subject="Its process",
+        fix="Run the same command again: files already sent are not sent again.",
+        on_progress=lambda message: on_status(message.text),
+        shows_stderr=True,
+        environ=NO_XET | online_environ(),
     )
-    try:
-        assert child.stdin is not None
-        assert child.stdout is not None
-        with child.stdin as jobs:
-            jobs.write(msgspec.json.encode(job))
-        for line in child.stdout:
-            message = decode_json(line, _MESSAGES)
-            if isinstance(message, UploadFailure):
-                raise UserError(message.title, what=message.what, why=message.why, fix=message.fix)
-            yield message
-        if child.wait():
-            raise UserError(
-                "The upload ended early",
-                what=f"Its process ended with code {child.returncode}.",
-                fix="Run the same command again: files already sent are not sent again.",
-            )
-    finally:
-        # Whatever interrupts the wait, the child must not outlive it.
-        child.kill()
-        child.wait()
-
-
-def _last(messages: Iterator[Message]) -> Message:
-    return list(messages)[-1]

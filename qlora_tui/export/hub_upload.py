@@ -1,9 +1,8 @@
-"""Upload to the Hub, in a process of its own: ``python -m qlora_tui.export.hub_upload``, one job on stdin.
+"""Upload to the Hub, by jobs that :mod:`qlora_tui.export.hub_export` starts.
 
-:mod:`qlora_tui.export.hub_export` starts it. The process that exports is offline, and holds torch and the
-model; this one has neither. It writes JSON lines on stdout. The token is read as ``huggingface_hub`` does
-(``HF_TOKEN``, or the file of ``hf auth login``), and never written: messages hold no text of the client,
-which has signed addresses in it.
+The process that exports is offline, and holds torch and the model; that of a job has neither. The token is
+read as ``huggingface_hub`` does (``HF_TOKEN``, or the file of ``hf auth login``), and never written: messages
+hold no text of the client, which has signed addresses in it.
 
 Requests go through ``HfApi``: LFS files that the Hub has already are not sent again, each request is retried
 five times with growing waits (23 s), and all files are committed together at the end. ``hf_xet`` is off
@@ -21,14 +20,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from msgspec import Struct
 
 from qlora_tui.catalog.hub import endpoint
 from qlora_tui.catalog.hub_errors import network_error, translate_hub_errors
-from qlora_tui.decoding import decode_json
 from qlora_tui.errors import UserError
-from qlora_tui.subprocesses import end_with_parent
+from qlora_tui.formatting import format_bytes
+from qlora_tui.worker import Report
 
 NO_XET = {"HF_HUB_DISABLE_XET": "1"}
 TAG = "qlora-tui"
@@ -39,25 +37,7 @@ _MAX_BUSY = 4
 """Most answers that another operation is in progress: ``HfApi`` asks again without a pause or an end."""
 
 
-class Prepare(Struct, frozen=True, tag="prepare"):
-    """Create the repository unless it exists, and see what it holds."""
-
-    repo: str
-    """``name`` or ``owner/name``."""
-    is_public: bool
-    base: str = ""
-    """Hub id of the base model, whose license is looked up; empty if it is not from the Hub."""
-
-
-class Upload(Struct, frozen=True, tag="upload"):
-    """Send every file of a folder in one commit."""
-
-    repo: str
-    folder: str
-    message: str
-
-
-class Prepared(Struct, frozen=True, tag="prepared"):
+class Prepared(Struct, frozen=True):
     """A repository that can be written to."""
 
     repo: str
@@ -68,50 +48,37 @@ class Prepared(Struct, frozen=True, tag="prepared"):
     base_license: str = ""
 
 
-class Sending(Struct, frozen=True, tag="sending"):
-    """A file is sent next."""
-
-    file: str
-    number: int
-    files: int
-    bytes: int
-
-
-class Uploaded(Struct, frozen=True, tag="uploaded"):
+class Uploaded(Struct, frozen=True):
     """All files are in the repository."""
 
     url: str
     commit: str
 
 
-class UploadFailure(Struct, frozen=True, tag="failure"):
-    """The texts of a UserError."""
-
-    title: str
-    what: str
-    why: str
-    fix: str
-
-
-Job = Prepare | Upload
-Message = Prepared | Sending | Uploaded | UploadFailure
-_JOBS: msgspec.json.Decoder[Job] = msgspec.json.Decoder(Job)
-
-
 class _StillBusy(Exception):
     pass
 
 
-def prepare(job: Prepare) -> Prepared:
-    """Create the repository. Raises UserError where it cannot be written to, or holds something else."""
+def prepare(repo_name: str, is_public: bool, base: str) -> Prepared:
+    """Create the repository unless it exists, and see what it holds.
+
+    Args:
+        repo_name: ``name`` or ``owner/name``.
+        is_public: Whether everybody may read it.
+        base: Hub id of the base model, whose license is looked up; empty if it is not from the Hub.
+
+    Raises:
+        UserError: it cannot be written to, or holds something else.
+    """
     from huggingface_hub import HfApi
 
+    _configure_client()
     api = HfApi(endpoint=endpoint())
-    with _translated(job.repo):
-        repo = str(api.create_repo(job.repo, private=not job.is_public, exist_ok=True).repo_id)
+    with _translated(repo_name):
+        repo = str(api.create_repo(repo_name, private=not is_public, exist_ok=True).repo_id)
         info = api.model_info(repo)
     files = tuple(entry.rfilename for entry in info.siblings or () if entry.rfilename != _LEFT_BY_THE_HUB)
-    if not job.is_public and not info.private:
+    if not is_public and not info.private:
         raise UserError(
             "The repository is public",
             what=f"{repo} exists already, and everybody can read it.",
@@ -126,34 +93,34 @@ def prepare(job: Prepare) -> Prepared:
             fix="Choose another name, or delete the repository on its settings page.",
         )
     base_license = ""
-    if job.base:
+    if base:
         # The card then names none: the upload does not need it.
-        with suppress(UserError), _translated(job.base):
-            tags = api.model_info(job.base).tags or ()
+        with suppress(UserError), _translated(base):
+            tags = api.model_info(base).tags or ()
             base_license = next((tag[8:] for tag in tags if tag.startswith("license:")), "")
     return Prepared(repo, files, not info.private, base_license)
 
 
-def upload(job: Upload) -> Iterator[Message]:
-    """Send the files, the small ones with the commit. Raises UserError; sent files stay on the Hub."""
+def upload(repo: str, folder: Path, message: str, report: Report) -> Uploaded:
+    """Send every file of a folder in one commit. Raises UserError; sent files stay on the Hub."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
+    _configure_client()
     api = HfApi(endpoint=endpoint())
-    paths = [path for path in sorted(Path(job.folder).rglob("*")) if path.is_file()]
-    names = [path.relative_to(job.folder).as_posix() for path in paths]
-    with _translated(job.repo, has_begun=True):
-        parent = api.model_info(job.repo).sha
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    with _translated(repo, has_begun=True):
+        parent = api.model_info(repo).sha
         operations = [
             CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path))
             for name, path in zip(names, paths, strict=True)
         ]
         for number, (operation, path) in enumerate(zip(operations, paths, strict=True), 1):
-            yield Sending(operation.path_in_repo, number, len(paths), path.stat().st_size)
-            api.preupload_lfs_files(job.repo, additions=[operation], free_memory=False)
-        commit = api.create_commit(
-            job.repo, operations=operations, commit_message=job.message, parent_commit=parent
-        )
-    yield Uploaded(f"{endpoint()}/{job.repo}", str(commit.oid))
+            place, size = f"{number} of {len(paths)}", format_bytes(path.stat().st_size)
+            report(number - 1, len(paths), f"Uploading {operation.path_in_repo} ({place}): {size}")
+            api.preupload_lfs_files(repo, additions=[operation], free_memory=False)
+        commit = api.create_commit(repo, operations=operations, commit_message=message, parent_commit=parent)
+    return Uploaded(f"{endpoint()}/{repo}", str(commit.oid))
 
 
 @contextmanager
@@ -289,31 +256,3 @@ def _configure_client() -> None:
         )
 
     set_client_factory(client)
-
-
-def _write(message: Message) -> None:
-    sys.stdout.buffer.write(msgspec.json.encode(message) + b"\n")
-    sys.stdout.buffer.flush()
-
-
-def main() -> int:
-    """Run the job on stdin. Returns the exit code."""
-    try:
-        job = decode_json(sys.stdin.buffer.read(), _JOBS)
-        _configure_client()
-        if isinstance(job, Prepare):
-            _write(prepare(job))
-        else:
-            for message in upload(job):
-                _write(message)
-    except UserError as problem:
-        _write(UploadFailure(problem.title, problem.what, problem.why, problem.fix))
-        return problem.exit_code
-    except (KeyboardInterrupt, BrokenPipeError):
-        return 130
-    return 0
-
-
-if __name__ == "__main__":
-    end_with_parent()
-    sys.exit(main())

@@ -34,8 +34,7 @@ outcomes        how an attempt ended
 trainer_log     the end of a trainer's log
 memory_advice   what the user can do after memory ran out
 retry           what the next attempt changes after memory ran out
-notification    what to report about a run's end
-notify          sends it to a command or a webhook
+notify          reports a run's end to a command or a webhook
 chat_choices    answers that the user chose or edited in the chat, as data to train on
 run_verdict     whether a run worked, in one sentence
 defects         what is wrong with the result of a run that ended regularly

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -26,7 +27,8 @@ from qlora_tui.locks import is_locked
 from qlora_tui.runs.control import terminate
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.process import ProcessIdentity
-from qlora_tui.runs.spawn import spawn_detached
+from qlora_tui.runs.spawn import detached_environ
+from qlora_tui.worker import start_detached
 
 Form: TypeAlias = Literal[
     "merge", "gguf", "lora", "adapter", "ollama", "hub-adapter", "hub-merged", "hub-gguf"
@@ -125,7 +127,13 @@ def start_export(run: RunDir, request: ExportRequest) -> Export:
     status = ExportStatus(state="running", at=time.time(), activity="Starting")
     write_export_status(folder, status)
     with (folder / "log").open("wb") as log:
-        spawn_detached("qlora_tui.export.export_job", str(folder), output=log)
+        start_detached(
+            "qlora_tui.export.export_job:run_job",
+            folder,
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+            environ=detached_environ(),
+        )
     return Export(folder, request, status)
 
 

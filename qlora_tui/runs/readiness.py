@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 
 from qlora_tui import paths, subprocesses
@@ -14,7 +12,9 @@ from qlora_tui.gpu.visible_devices import CPU
 from qlora_tui.installation import PROGRAM, install_command
 from qlora_tui.runs.machine_checks import Check, CheckKind, check_disk, check_gpu, read_machine
 from qlora_tui.settings import GPU_VARIABLE
+from qlora_tui.worker import run_job
 
+_SELFTEST_S = 1800.0
 _DISK_BYTES = 5 * 2**30
 """Free space below which a model's download or a few checkpoints fill the disk."""
 
@@ -54,16 +54,15 @@ def check_locks() -> Check:
 
 def check_libraries(*, on_cpu: bool = False) -> list[Check]:
     """Import, quantize, train and save a few weights, in a separate process; ``on_cpu``: not on the GPU."""
-    done = subprocess.run(
-        subprocesses.module_argv("qlora_tui.training.selftest"),
-        env=subprocesses.subprocess_env() | ({GPU_VARIABLE: CPU} if on_cpu else {}),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     try:
-        return [Check(CheckKind.LIBRARY, **entry) for entry in json.loads(done.stdout.splitlines()[-1])]
-    except (IndexError, ValueError, TypeError):
-        last = (done.stderr.strip().splitlines() or ["It printed nothing."])[-1]
-        text = f"The self-test ended with code {done.returncode}: {last}"
-        return [Check(CheckKind.LIBRARY, "error", text, install_command(PROGRAM))]
+        return run_job(
+            "qlora_tui.training.selftest:check_training",
+            result=list[Check],
+            title="The self-test failed",
+            subject="The self-test",
+            fix=install_command(PROGRAM),
+            deadline_s=_SELFTEST_S,
+            environ=subprocesses.subprocess_env() | ({GPU_VARIABLE: CPU} if on_cpu else {}),
+        )
+    except UserError as error:
+        return [Check(CheckKind.LIBRARY, "error", f"{error.what} {error.why}".strip(), error.fix)]

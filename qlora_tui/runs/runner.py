@@ -31,6 +31,7 @@ from qlora_tui.runs.retry import RetryPlan, plan_resume, plan_retry
 from qlora_tui.runs.spawn import runner_lock_path, spawn_detached
 from qlora_tui.runs.status import ACTIVE, read_status
 from qlora_tui.runs.trainer_log import log_size
+from qlora_tui.worker import start_detached
 
 POLL_S = 0.5
 """Seconds between checks of a run that another process trains."""
@@ -193,7 +194,7 @@ def _notify(run: RunDir) -> None:
     try:
         # Before notifying: if this runner is killed now, the next one must not notify again.
         run.unreported_path.unlink(missing_ok=True)
-        spawn_detached("qlora_tui.runs.notify", str(run.path), output=None)
+        start_detached("qlora_tui.runs.notify:notify", run.path, stdout=subprocess.DEVNULL, stderr=None)
     except OSError as error:
         print(f"{run.id}: the notification failed: {error}", file=sys.stderr)
 

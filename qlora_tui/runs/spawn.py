@@ -38,5 +38,10 @@ def spawn_detached(module: str, *arguments: str, output: IO[bytes] | None) -> su
         stderr=None if output is None else subprocess.STDOUT,
         start_new_session=True,
         cwd="/",
-        env=without_choice(subprocesses.subprocess_env()) | PCI_BUS_ORDER_ENV,
+        env=detached_environ(),
     )
+
+
+def detached_environ() -> dict[str, str]:
+    """Environment of a process that outlives this one: without the GPU chosen for this one."""
+    return without_choice(subprocesses.subprocess_env()) | PCI_BUS_ORDER_ENV

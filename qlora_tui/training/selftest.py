@@ -1,7 +1,6 @@
-"""``python -m qlora_tui.training.selftest``: trains two layers, to see whether training works here.
+"""A job of ``qlora-tui doctor`` that trains two layers, to see whether training works here.
 
-Prints one JSON list of checks on the last line; run by ``qlora-tui doctor``, so that a crash in a native
-library is a finding and not the doctor's end.
+It runs in a process of its own, so that a crash in a native library is a finding and not the doctor's end.
 """
 
 from __future__ import annotations
@@ -10,9 +9,8 @@ import importlib
 import json
 import os
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,63 +22,49 @@ from qlora_tui.recipe.schema import Data, Model, Quantization, Recipe, Source, T
 from qlora_tui.runs.directory import create_run
 from qlora_tui.runs.event_log import EventTail
 from qlora_tui.runs.events import AnyEvent, Environment, Failed, Finished, Health, Step
+from qlora_tui.runs.machine_checks import Check, CheckKind, Outcome
 from qlora_tui.settings import GPU_VARIABLE
 from qlora_tui.training.random_model import write_random_model
 
 _ROWS = 40
 _LAYERS = 2
-Finding = dict[str, str]
-"""The arguments of a ``machine_checks.Check``."""
 
 
-def main() -> int:
-    """Run every check; always 0, since the findings are the outcome."""
-    # Libraries print to stdout, where only the checks may be.
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+def check_training() -> list[Check]:
+    """Import the libraries, and train if that works."""
     configure_torch_env()
     checks = [_library(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "datasets")]
-    if all(check["outcome"] == "ok" for check in checks):
-        findings, on_gpu = _train()
-        checks += findings
+    if all(check.outcome == "ok" for check in checks):
+        trained, on_gpu = _train()
+        checks += trained
         if on_gpu:
             checks += _train(streamed_layers=1)[0]
-            checks.append(_run_check("copies to the GPU", _transfer))
-    out.write(json.dumps(checks) + "\n")
-    out.flush()
-    return 0
+            checks.append(_transfer())
+    return checks
 
 
-def _library(name: str) -> dict[str, str]:
+def _check(name: str, outcome: Outcome, text: str, fix: str = "") -> Check:
+    return Check(CheckKind.LIBRARY, outcome, text, fix, name=name)
+
+
+def _library(name: str) -> Check:
     try:
         importlib.import_module(name)
-        return {"name": name, "outcome": "ok", "text": version(name)}
+        return _check(name, "ok", version(name))
     except PackageNotFoundError:
-        return {"name": name, "outcome": "ok", "text": "version unknown"}
+        return _check(name, "ok", "version unknown")
     except Exception as error:  # whatever a broken native library raises
-        return {"name": name, "outcome": "error", "text": f"{error}", "fix": install_command(name)}
+        return _check(name, "error", f"{error}", install_command(name))
 
 
-def _run_check(name: str, check: Callable[[], dict[str, str]]) -> dict[str, str]:
-    try:
-        return {"name": name} | check()
-    except Exception as error:  # a failure is the finding
-        return {
-            "name": name,
-            "outcome": "error",
-            "text": f"{type(error).__name__}: {error}",
-            "fix": install_command("torch", "bitsandbytes"),
-        }
-
-
-def _train(*, streamed_layers: int = 0) -> tuple[list[Finding], bool]:
+def _train(*, streamed_layers: int = 0) -> tuple[list[Check], bool]:
     """Train a model of two layers by the real trainer, with the defaults of a recipe.
 
     So what is tried is what a run does: its allocator, its choice of optimizer, attention and kernels, each
     compared with the libraries, and with ``streamed_layers`` pinned memory.
 
     Returns:
-        The findings, and whether it trained on a GPU. This process itself leaves the GPU alone meanwhile,
+        The checks, and whether it trained on a GPU. This process itself leaves the GPU alone meanwhile,
         which may be for one process at a time.
     """
     name = "training with streamed layers" if streamed_layers else "training"
@@ -90,41 +74,36 @@ def _train(*, streamed_layers: int = 0) -> tuple[list[Finding], bool]:
         env = subprocesses.subprocess_env()
         done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
         events = list(EventTail(run.events_path).drain())
-    findings = [
-        {"outcome": "warning", "text": event.evidence, "fix": event.remedy}
-        for event in events
-        if isinstance(event, Health)
-    ]
     if not any(isinstance(event, Finished) for event in events):
-        output = done.stdout.decode(errors="replace")
-        return [{"name": name} | _failure(events, done.returncode, output)], False
+        return [*_warnings(name, events), _failure(name, events, done)], False
     environment = next(event for event in events if isinstance(event, Environment))
-    findings.insert(0, _success(environment, events))
-    return [{"name": name} | finding for finding in findings], environment.device_kind == "cuda"
+    return [_success(name, environment, events), *_warnings(name, events)], environment.device_kind == "cuda"
 
 
-def _success(environment: Environment, events: Sequence[AnyEvent]) -> Finding:
+def _warnings(name: str, events: Sequence[AnyEvent]) -> list[Check]:
+    health = (event for event in events if isinstance(event, Health))
+    return [_check(name, "warning", event.evidence, event.remedy) for event in health]
+
+
+def _success(name: str, environment: Environment, events: Sequence[AnyEvent]) -> Check:
     losses = [event.loss for event in events if isinstance(event, Step) and event.loss is not None]
     kernels = ", Triton kernels" if environment.kernels == "triton" else ""
-    return {
-        "outcome": "ok",
-        "text": f"{len(losses)} steps of a model of two layers on {environment.device} in "
+    text = (
+        f"{len(losses)} steps of a model of two layers on {environment.device} in "
         f"{environment.compute_dtype}, {environment.optimizer}, attention {environment.attention}{kernels}; "
-        f"loss {losses[0]:.2f} → {losses[-1]:.2f}",
-    }
+        f"loss {losses[0]:.2f} → {losses[-1]:.2f}"
+    )
+    return _check(name, "ok", text)
 
 
-def _failure(events: Sequence[AnyEvent], code: int, output: str) -> Finding:
-    """What ended the run, by its last event; a trainer that was killed leaves none."""
+def _failure(name: str, events: Sequence[AnyEvent], done: subprocess.CompletedProcess[bytes]) -> Check:
+    """Say what ended the run, by its last event; a trainer that was killed leaves none."""
     failed = next((event for event in events if isinstance(event, Failed)), None)
     if failed is not None:
-        return {"outcome": "error", "text": f"{failed.what} {failed.why}".strip(), "fix": failed.fix}
-    last = (output.strip().splitlines() or ["It printed nothing."])[-1]
-    return {
-        "outcome": "error",
-        "text": f"The trainer ended with code {code}: {last}",
-        "fix": install_command("torch", "bitsandbytes"),
-    }
+        return _check(name, "error", f"{failed.what} {failed.why}".strip(), failed.fix)
+    last = (done.stdout.decode(errors="replace").strip().splitlines() or ["It printed nothing."])[-1]
+    text = f"The trainer ended with code {done.returncode}: {last}"
+    return _check(name, "error", text, install_command("torch", "bitsandbytes"))
 
 
 def _recipe(folder: Path, streamed_layers: int) -> Recipe:
@@ -166,25 +145,25 @@ def _own_folders(folder: Path) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _transfer() -> dict[str, str]:
+def _transfer() -> Check:
     """Measure what the estimate says of streamed layers, and record it."""
     from qlora_tui.memory.calibration import record_speed
-    from qlora_tui.recipe.schema import Recipe
     from qlora_tui.training.compute_device import find_device
     from qlora_tui.training.streaming.speed_measurement import measure_speed
 
-    device = find_device(Recipe())
-    if device.kind == "cpu":
-        return {"outcome": "note", "text": "not measured: streamed layers save memory on a GPU only"}
-    speed = measure_speed(device)
-    record_speed(device.name, speed)
+    name = "copies to the GPU"
+    try:
+        device = find_device(Recipe())
+        if device.kind == "cpu":
+            return _check(name, "note", "not measured: streamed layers save memory on a GPU only")
+        speed = measure_speed(device)
+        record_speed(device.name, speed)
+    except Exception as error:  # a failure is the finding
+        text = f"{type(error).__name__}: {error}"
+        return _check(name, "error", text, install_command("torch", "bitsandbytes"))
     copies, products = f"{speed.bytes_per_s / 1e9:.1f} GB/s", f"{speed.flops_per_s / 1e12:.1f} TFLOP/s"
-    return {
-        "outcome": "ok",
-        "text": f"{copies} from pinned memory, and {products} in {device.dtype_name}: how much slower "
-        "streamed layers are follows from both",
-    }
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    text = (
+        f"{copies} from pinned memory, and {products} in {device.dtype_name}: how much slower "
+        "streamed layers are follows from both"
+    )
+    return _check(name, "ok", text)

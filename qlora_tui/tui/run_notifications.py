@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from qlora_tui.tui import escapes
 
 if TYPE_CHECKING:
-    from qlora_tui.runs.notification import RunNotification
+    from qlora_tui.runs.notify import RunNotification
     from qlora_tui.tui.app import QloraApp
 
 

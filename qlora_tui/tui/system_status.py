@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from qlora_tui.memory.budget import MemoryBudget
     from qlora_tui.runs.directory import RunDir
     from qlora_tui.runs.machine_checks import Machine
-    from qlora_tui.runs.notification import RunNotification
+    from qlora_tui.runs.notify import RunNotification
     from qlora_tui.runs.status import Status
 
 

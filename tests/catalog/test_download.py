@@ -9,15 +9,16 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import pytest
 
 from qlora_tui.catalog import download
-from qlora_tui.catalog.download import spawn
+from qlora_tui.catalog.download import start_download
 from qlora_tui.catalog.hub_files import DownloadPlan, HubFile
 from qlora_tui.catalog.local_models import hub_cache_dir, list_local_models, resolve_model
 from qlora_tui.errors import UserError
+from qlora_tui.worker import Failure, Message, Progress, Result, decode_message, start_detached
 from tests.catalog.configs import config
 from tests.catalog.conftest import Ask, child_environ, tiny_repo
 from tests.catalog.fake_hub import FakeHub, FakeRepo, git_hash, sha256
@@ -41,22 +42,20 @@ MIB = 1 << 20
 ROOT = Path(__file__).parents[2]
 
 
-def _command(hub: FakeHub, *arguments: str, **changes: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "qlora_tui.catalog.download", *arguments],
-        env=child_environ(hub, **changes),
-        cwd=ROOT,
+def _start(hub: FakeHub) -> subprocess.Popen[bytes]:
+    return start_detached(
+        "qlora_tui.catalog.download:download",
+        "org/tiny",
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        environ=child_environ(hub),
     )
 
 
-def _events(hub: FakeHub, *arguments: str, **changes: str) -> tuple[int, list[dict[str, Any]]]:
-    child = _command(hub, *arguments, **changes)
-    out, err = child.communicate(timeout=60)
-    assert "Traceback" not in err
-    return child.returncode, [json.loads(line) for line in out.splitlines()]
+def _messages(hub: FakeHub) -> list[Message]:
+    out, err = _start(hub).communicate(timeout=60)
+    assert b"Traceback" not in err
+    return [message for line in out.splitlines() if (message := decode_message(line))]
 
 
 def _wait_for_half(weights: bytes) -> int:
@@ -162,16 +161,16 @@ def test_a_killed_download_goes_on_the_next_time(hub: FakeHub) -> None:
     hub.repos["org/tiny"] = tiny_repo(6 * MIB)
     weights = hub.repos["org/tiny"].files["model.safetensors"]
     hub.stalls = threading.Event()
-    child = _command(hub, "org/tiny")
+    child = _start(hub)
     have = _wait_for_half(weights)
     child.kill()
     child.communicate()
     hub.stalls.set()
     hub.requests.clear()
-    code, events = _events(hub, "org/tiny")
-    assert (code, events[-1]["event"]) == (0, "done")
+    *_, result = _messages(hub)
+    assert isinstance(result, Result)
     assert hub.ranges(sha256(weights)) == [f"bytes={have}-"]
-    assert Path(events[-1]["path"], "model.safetensors").read_bytes() == weights
+    assert (result.decode(Path) / "model.safetensors").read_bytes() == weights
 
 
 def test_a_store_without_ranges_starts_over_and_gets_it_right(hub: FakeHub, ask: Ask) -> None:
@@ -274,17 +273,14 @@ def test_the_token_is_sent_to_the_hub_only(hub: FakeHub, ask: Ask) -> None:
     assert all(request.token == hub.token for request in hub.requests if request not in store)
 
 
-def test_progress_is_told_in_lines_of_json(hub: FakeHub) -> None:
+def test_progress_reaches_all_bytes(hub: FakeHub) -> None:
     hub.repos["org/tiny"] = tiny_repo(4 * MIB)
-    code, events = _events(hub, "org/tiny")
-    assert code == 0
-    assert [event["event"] for event in (events[0], events[-1])] == ["start", "done"]
-    progress = [event for event in events if event["event"] in ("start", "progress")]
-    done = [event["done_bytes"] for event in progress]
+    *progress, result = _messages(hub)
+    assert isinstance(result, Result)
+    done = [message.done for message in progress if isinstance(message, Progress)]
     total = sum(len(hub.repos["org/tiny"].files[name]) for name in FETCHED)
     assert done == sorted(done)
     assert (done[0], done[-1]) == (0, total)
-    assert {event["total_bytes"] for event in progress} == {total}
 
 
 def test_a_spawned_download_goes_on_when_nobody_reads_its_output(
@@ -294,10 +290,10 @@ def test_a_spawned_download_goes_on_when_nobody_reads_its_output(
     monkeypatch.delenv("HF_HUB_OFFLINE")
     hub.repos["org/tiny"] = tiny_repo(4 * MIB)
     hub.stalls = threading.Event()
-    child = spawn("org/tiny")
+    child = start_download("org/tiny")
     assert os.getsid(child.pid) == child.pid
     assert child.stdout is not None
-    assert json.loads(child.stdout.readline())["event"] == "start"
+    assert isinstance(decode_message(child.stdout.readline()), Progress)
     child.stdout.close()
     hub.stalls.set()
     assert child.wait(60) == 0
@@ -307,42 +303,40 @@ def test_a_spawned_download_goes_on_when_nobody_reads_its_output(
 def test_two_downloads_of_one_model_do_not_mix(hub: FakeHub) -> None:
     hub.repos["org/tiny"] = tiny_repo(4 * MIB)
     hub.stalls = threading.Event()
-    first = _command(hub, "org/tiny")
+    first = _start(hub)
     _wait_for_half(hub.repos["org/tiny"].files["model.safetensors"])
-    code, events = _events(hub, "org/tiny")
-    assert code == 1
-    assert events[-1]["title"] == "The model is already being downloaded"
+    *_, failure = _messages(hub)
+    assert isinstance(failure, Failure) and failure.title == "The model is already being downloaded"
     hub.stalls.set()
     first.communicate(timeout=60)
     assert first.returncode == 0
     assert resolve_model("org/tiny")
 
 
-def _refused(hub: FakeHub, repo: FakeRepo) -> dict[str, Any]:
+def _refused(hub: FakeHub, repo: FakeRepo) -> Failure:
     hub.repos["org/tiny"] = repo
-    code, events = _events(hub, "org/tiny")
-    assert code == 1
+    (failure,) = _messages(hub)
+    assert isinstance(failure, Failure)
     assert not hub_cache_dir().exists()
-    assert [event["event"] for event in events] == ["problem"]
-    return events[0]
+    return failure
 
 
 def test_a_model_of_pickles_is_refused_before_anything_is_fetched(hub: FakeHub) -> None:
     repo = tiny_repo()
     del repo.files["model.safetensors"]
-    assert _refused(hub, repo)["title"] == "This model has only pickled weights"
+    assert _refused(hub, repo).title == "This model has only pickled weights"
 
 
 def test_a_model_needing_its_own_code_is_never_downloaded(hub: FakeHub) -> None:
     repo = tiny_repo()
     repo.files["config.json"] = json.dumps(config("internlm/internlm2_5-7b")).encode()
-    assert _refused(hub, repo)["title"] == "This model needs its own code"
+    assert _refused(hub, repo).title == "This model needs its own code"
 
 
 def test_a_gated_model_is_refused_with_guidance(hub: FakeHub) -> None:
     refused = _refused(hub, tiny_repo(gated=True))
-    assert refused["title"] == "The model is gated"
-    assert f"{hub.url}/org/tiny" in refused["fix"]
+    assert refused.title == "The model is gated"
+    assert f"{hub.url}/org/tiny" in refused.fix
 
 
 def test_a_full_disk_is_told_before_anything_is_fetched(hub: FakeHub, ask: Ask) -> None:
@@ -384,9 +378,3 @@ def test_a_page_with_odd_hashes_is_not_a_hub(hub: FakeHub, ask: Ask) -> None:
         " [{'rfilename': 'config.json', 'size': 1, 'blobId': '../../x'}]})"
     )
     assert problem["title"] == "The response is not from a model Hub"
-
-
-@pytest.mark.parametrize("arguments", [(), ("a/b", "c/d")])
-def test_a_wrong_call_is_told(hub: FakeHub, arguments: tuple[str, ...]) -> None:
-    code, events = _events(hub, *arguments)
-    assert (code, events[0]["title"]) == (2, "Wrong number of arguments")

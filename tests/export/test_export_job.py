@@ -31,7 +31,7 @@ WRITTEN = forms.Written(
 
 @pytest.fixture
 def run(tiny_source: ChatSource, monkeypatch: pytest.MonkeyPatch) -> RunDir:
-    monkeypatch.setattr(exports, "spawn_detached", lambda *args, **how: None)
+    monkeypatch.setattr(exports, "start_detached", lambda *args, **how: None)
     run = create_run(tiny_source.recipe)
     shutil.copytree(tiny_source.adapters["adapter"], run.adapter_dir)
     return run

@@ -214,7 +214,7 @@ def test_a_cancel_in_the_proof_can_be_resumed(
         if words.startswith("Asking llama.cpp") and "row 1 of" in words:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(exports, "spawn_detached", lambda *args, **how: None)
+    monkeypatch.setattr(exports, "start_detached", lambda *args, **how: None)
     monkeypatch.setattr(export_job, "_reporter", lambda folder, status: report)
     request, out = request_for("gguf", tmp_path)
     children = psutil.Process().children()
@@ -231,7 +231,7 @@ def test_a_cancel_in_the_proof_can_be_resumed(
 def test_a_cancel_says_what_it_left_at_every_moment(
     run: RunDir, forkserver: Forkserver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exports, "spawn_detached", lambda *args, **how: None)
+    monkeypatch.setattr(exports, "start_detached", lambda *args, **how: None)
     request, out = request_for("adapter", tmp_path)
     _, moments = forkserver.run(start_export(run, request).folder, out.parent)
     whole = content(out)

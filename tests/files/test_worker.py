@@ -116,7 +116,7 @@ def test_a_job_ends_with_its_parent_unless_it_is_detached(tmp_path: Path, surviv
 def start(marker: str, detached: bool) -> None:
     """Start :func:`sleep`, and wait for its end."""
     if detached:
-        child = start_detached(f"{_HERE}:sleep", Path(marker), stdout=subprocess.DEVNULL, stderr=None)
+        child = start_detached(f"{_HERE}:sleep", Path(marker), stdout=subprocess.DEVNULL, stderr=2)
         child.wait()
     else:
         run("sleep", Path(marker), result=type(None))

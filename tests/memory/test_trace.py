@@ -6,21 +6,15 @@ or all, dropout 0 and 0.05: each pair of settings here, all 32 combinations in `
 
 from __future__ import annotations
 
-import io
-import sys
-from types import SimpleNamespace
-
 import msgspec
 import pytest
 
 from bench.trace import FAMILIES, OTHERS, Case, compare, cut_config, grid, quicken_collections, recipe_of
 from qlora_tui.catalog.config_parser import parse_architecture
-from qlora_tui.engine.protocol import Failure
 from qlora_tui.engine.trace_client import TraceRequest, trace_step
 from qlora_tui.errors import UserError
 from qlora_tui.memory import Device, trainer_execution
 from qlora_tui.memory.estimate import closed_form
-from qlora_tui.memory.step import StepTrace
 from qlora_tui.recipe.fields import replace_setting
 
 WORST_SHOWN = 5
@@ -142,16 +136,13 @@ def test_both_sides_of_a_pair_are_counted(checkpointing: bool) -> None:
 
 
 @pytest.mark.slow
-def test_a_model_that_cannot_be_built_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_tui.engine import trace_worker
+def test_a_model_that_cannot_be_built_is_reported() -> None:
+    from qlora_tui.engine.trace_worker import trace
 
     request = TraceRequest(config=cut_config("GPT-2") | {"n_head": 7}, recipe=recipe_of(Case("GPT-2")))
-    out = io.BytesIO()
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(msgspec.json.encode(request))))
-    monkeypatch.setattr(sys, "stdout", SimpleNamespace(buffer=out))
-    trace_worker.main()
-    answer = msgspec.json.decode(out.getvalue(), type=StepTrace | Failure)
-    assert isinstance(answer, Failure) and answer.what and answer.fix
+    with pytest.raises(UserError) as caught:
+        trace(request)
+    assert caught.value.what and caught.value.fix
 
 
 @pytest.mark.parametrize("key, value", [("method", "int8"), ("compute_dtype", "float16")])

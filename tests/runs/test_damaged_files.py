@@ -17,7 +17,7 @@ from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.energy import EnergyMeter
 from qlora_tui.runs.event_log import EventTail, last_event
 from qlora_tui.runs.events import Finished, Started, encode
-from qlora_tui.runs.notification import notification_for
+from qlora_tui.runs.notify import notification_for
 from qlora_tui.runs.outcomes import determine_outcome
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.status import read_status, write_status
@@ -42,7 +42,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return 0
 
     monkeypatch.setattr(runner, "_train", train)
-    monkeypatch.setattr(runner, "spawn_detached", lambda *arguments, **options: None)
+    monkeypatch.setattr(runner, "start_detached", lambda *arguments, **options: None)
     return ids
 
 

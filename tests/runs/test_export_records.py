@@ -37,7 +37,7 @@ from tests.support.nvml_stub import install_nvml_stub
 
 @pytest.fixture(autouse=True)
 def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exports, "spawn_detached", lambda *args, **how: None)
+    monkeypatch.setattr(exports, "start_detached", lambda *args, **how: None)
 
 
 def start(run: RunDir, out: Path, state: ExportState = "running") -> exports.Export:

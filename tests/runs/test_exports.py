@@ -99,7 +99,7 @@ def test_an_export_that_fails_says_why(run: RunDir, tmp_path: Path, monkeypatch:
 
     out = tmp_path / "tiny.gguf"
     out.write_text("mine")
-    monkeypatch.setattr(exports, "spawn_detached", lambda *args, **how: None)
+    monkeypatch.setattr(exports, "start_detached", lambda *args, **how: None)
     monkeypatch.setattr(signal, "signal", lambda *args: None)
     export = start_export(run, ExportRequest(form="gguf", out=str(out), file_type="F16"))
     with pytest.raises(UserError, match="could not be canceled"):

@@ -23,7 +23,7 @@ from qlora_tui.runs import actions, notify
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Evaluated, Failed, Finished, RunEnded, Stopped
-from qlora_tui.runs.notification import RunNotification, notification_for
+from qlora_tui.runs.notify import RunNotification, notification_for
 from qlora_tui.runs.status import read_status
 from qlora_tui.settings import config_path
 from tests.runs.conftest import let_go

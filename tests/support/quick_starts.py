@@ -24,9 +24,9 @@ TRAINING_IMPORTS = (
 TRAINING_MODULES = (
     "qlora_tui.training",
     "qlora_tui.training.row_loss_worker:measure",
-    "qlora_tui.training.selftest",
+    "qlora_tui.training.selftest:check_training",
     "qlora_tui.chat.task_worker:evaluate",
-    "qlora_tui.engine.trace_worker",
+    "qlora_tui.engine.trace_worker:trace",
     "bench.acceptance.check",
     "bench.acceptance.machine",
     "bench.baselines.hf_trainer",
@@ -48,8 +48,11 @@ WORKER_IMPORTS = (
 )
 WORKER_MODULES = (
     "qlora_tui.engine",
-    "qlora_tui.export.hub_upload",
-    "qlora_tui.export.llama_cpp.llama_worker",
+    "qlora_tui.export.hub_upload:prepare",
+    "qlora_tui.export.hub_upload:upload",
+    "qlora_tui.export.llama_cpp.llama_worker:load",
+    "qlora_tui.export.llama_cpp.llama_worker:quantize",
+    "qlora_tui.export.llama_cpp.llama_worker:compare",
     "tests.catalog.hub_question",
 )
 """The same without torch."""

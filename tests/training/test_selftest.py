@@ -17,8 +17,8 @@ pytestmark = pytest.mark.slow
 def test_a_run_of_two_layers_shows_that_training_works() -> None:
     findings, on_gpu = selftest._train()
     (finding,) = findings
-    assert finding["outcome"] == "ok" and "adamw" in finding["text"] and not on_gpu
-    first, last = map(float, finding["text"].rpartition("loss ")[2].split(" → "))
+    assert finding.outcome == "ok" and "adamw" in finding.text and not on_gpu
+    first, last = map(float, finding.text.rpartition("loss ")[2].split(" → "))
     assert last < first
     assert not (state_dir() / "runs").exists()
 
@@ -38,12 +38,12 @@ def test_what_a_run_reports_is_a_finding(
     argv = [sys.executable, "-c", f"{fault}; {run}"]
     monkeypatch.setattr(subprocesses, "module_argv", lambda module, *args: [*argv, *args])
     findings, _ = selftest._train()
-    assert findings[-1]["outcome"] == outcome
-    assert text in findings[-1]["text"] and fix in findings[-1]["fix"]
+    assert findings[-1].outcome == outcome
+    assert text in findings[-1].text and fix in findings[-1].fix
 
 
 def test_a_trainer_that_dies_is_a_finding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     dying = [sys.executable, "-c", "import sys; sys.exit('no kernel image')"]
     monkeypatch.setattr(subprocesses, "module_argv", lambda module, *args: dying)
     ((finding,), _) = selftest._train()
-    assert finding["outcome"] == "error" and "code 1: no kernel image" in finding["text"] and finding["fix"]
+    assert finding.outcome == "error" and "code 1: no kernel image" in finding.text and finding.fix

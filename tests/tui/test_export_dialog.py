@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RunDir:
-    monkeypatch.setattr(exports, "spawn_detached", lambda *args, **how: None)
+    monkeypatch.setattr(exports, "start_detached", lambda *args, **how: None)
     monkeypatch.setenv("HOME", str(tmp_path))
     run = write_fake_run(FakeRun(name="tickets", state="finished", steps=10, total=10))
     run.adapter_dir.mkdir(exist_ok=True)

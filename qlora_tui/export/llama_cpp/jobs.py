@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Literal
 
 from msgspec import Struct
 
@@ -32,11 +32,7 @@ class ComparedPrompt(Struct, frozen=True):
     """The prompt as the chat template renders it, without the begin token."""
 
 
-class Load(Struct, frozen=True, tag=True):
-    """Load the library, and do nothing with it."""
-
-
-class Quantize(Struct, frozen=True, tag=True):
+class Quantize(Struct, frozen=True):
     """Quantize a GGUF file."""
 
     source: str
@@ -69,7 +65,7 @@ class StoredAnswers(Struct, frozen=True, kw_only=True):
         return self.width * (4 if self.dtype == "float32" else 2)
 
 
-class Compare(Struct, frozen=True, tag=True):
+class Compare(Struct, frozen=True):
     """Compare a GGUF file's tokens and logits with those of the trained model."""
 
     model: str
@@ -84,29 +80,14 @@ class Compare(Struct, frozen=True, tag=True):
     """Compute attention in float32 throughout instead of llama.cpp's defaults."""
 
 
-Job: TypeAlias = Load | Quantize | Compare
-
-
-class Loaded(Struct, frozen=True, tag=True):
-    """Result of ``Load``."""
-
-
-class Quantized(Struct, frozen=True, tag=True):
-    """Result of ``Quantize``."""
+class Quantized(Struct, frozen=True):
+    """A quantized file."""
 
     bytes: int
 
 
-class RowsCompared(Struct, frozen=True, tag=True):
-    """How far a comparison is, before its result."""
-
-    done: int
-    """Number of rows."""
-    total: int
-
-
-class Compared(Struct, frozen=True, tag=True):
-    """Result of ``Compare``. Divergences are of the file from the reference, in nats."""
+class Compared(Struct, frozen=True):
+    """What a comparison found. Divergences are of the file from the reference, in nats."""
 
     template: str
     """The file's chat template."""
@@ -132,12 +113,3 @@ class Compared(Struct, frozen=True, tag=True):
     turns_ended: int
     """Number of these at which the file ranks a turn end first."""
     turns_ended_by_reference: int
-
-
-class LlamaFailure(Struct, frozen=True, tag=True):
-    """Why llama.cpp did not do a job."""
-
-    why: str
-
-
-JobResult: TypeAlias = Loaded | Quantized | Compared | LlamaFailure

@@ -1,57 +1,55 @@
-"""The process that runs one job with llama.cpp: JSON on stdin, JSON on stdout, llama.cpp's log on stderr."""
+"""Jobs that :mod:`.llama_process` runs in processes of their own: an assertion in llama.cpp ends a
+process."""
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
+from qlora_tui.errors import UserError
 from qlora_tui.export.llama_cpp.bindings import LlamaCpp, LlamaCppError, LlamaModel
-from qlora_tui.export.llama_cpp.jobs import (
-    Compare,
-    Compared,
-    ComparedPrompt,
-    Job,
-    JobResult,
-    LlamaFailure,
-    Load,
-    Loaded,
-    Quantize,
-    Quantized,
-    RowsCompared,
-)
+from qlora_tui.export.llama_cpp.jobs import Compare, Compared, ComparedPrompt, Quantize, Quantized
 from qlora_tui.export.llama_cpp.stored_answers import (
     AnswerReader,
     kl_divergence,
     log_softmax,
     positions_at_once,
 )
-from qlora_tui.subprocesses import end_with_parent
+from qlora_tui.worker import Report
 
 
-def run(job: Job, on_progress: Callable[[int, int], None] = lambda done, total: None) -> JobResult:
-    """Run a job. ``on_progress`` gets the rows compared and in all."""
+def load() -> None:
+    """Load the library, and do nothing with it. Raises UserError."""
+    with _errors():
+        LlamaCpp()
+
+
+def quantize(job: Quantize) -> Quantized:
+    """Quantize a GGUF file. Raises UserError."""
+    with _errors():
+        LlamaCpp().quantize(job.source, job.target, job.file_type)
+        return Quantized(Path(job.target).stat().st_size)
+
+
+def compare(job: Compare, report: Report) -> Compared:
+    """Compare a GGUF file with stored answers; ``report`` gets the rows compared. Raises UserError."""
+    context = max(len(row.computed_ids) for row in job.rows)
+    with _errors(), LlamaCpp().open(job.model, context=context, lora=job.lora, exact=job.exact) as model:
+        return _compare(model, job, report)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
     try:
-        llama = LlamaCpp()
-        match job:
-            case Load():
-                return Loaded()
-            case Quantize():
-                llama.quantize(job.source, job.target, job.file_type)
-                return Quantized(Path(job.target).stat().st_size)
-            case Compare():
-                context = max(len(row.computed_ids) for row in job.rows)
-                with llama.open(job.model, context=context, lora=job.lora, exact=job.exact) as model:
-                    return _compare(model, job, on_progress)
+        yield
     except (LlamaCppError, OSError) as error:
-        return LlamaFailure(str(error))
+        raise UserError("llama.cpp failed", what=f"llama.cpp: {error}.") from error
 
 
-def _compare(model: LlamaModel, job: Compare, on_progress: Callable[[int, int], None]) -> Compared:
+def _compare(model: LlamaModel, job: Compare, report: Report) -> Compared:
     reference, vocabulary = AnswerReader(job.reference), job.reference.vocabulary
     ends = np.array(job.end_ids)
     computed = sum(bool(row.positions) for row in job.rows)
@@ -72,7 +70,7 @@ def _compare(model: LlamaModel, job: Compare, on_progress: Callable[[int, int], 
             choices.append(logits.argmax(-1))
         targets += [row.ids[place + 1] for place in row.positions]
         done += 1
-        on_progress(done, computed)
+        report(done, computed)
     whole, chosen, expected_chosen = (
         np.concatenate(parts) for parts in (divergences, choices, expected_choices)
     )
@@ -98,23 +96,3 @@ def _different_prompts(model: LlamaModel, prompts: Sequence[ComparedPrompt]) -> 
     if not rendered or None in rendered:
         return None
     return sum(ours.text != theirs for ours, theirs in zip(prompts, rendered, strict=True))
-
-
-def main() -> None:
-    """Run the job on stdin; a line of JSON for each progress, and one for the result."""
-    job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
-    # llama.cpp prints to stdout too: give it stderr, and write the result to what was stdout.
-    results = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-
-    def write(message: RowsCompared | JobResult) -> None:
-        results.write(msgspec.json.encode(message) + b"\n")
-        results.flush()
-
-    write(run(job, lambda done, total: write(RowsCompared(done, total))))
-    results.close()
-
-
-if __name__ == "__main__":
-    end_with_parent()
-    main()

@@ -28,10 +28,6 @@ if f'"{_served}"' in _servers:
 
     from fork_request import ForkRequest  # type: ignore[import-not-found]  # beside this file, on the path
 
-    if _module.endswith(("llama_worker", "hub_upload")):
-        from qlora_tui.subprocesses import end_with_parent
-
-        end_with_parent()
     code = ForkRequest(json.loads(_servers)[_served], _module, _arguments, [0, 1, 2]).wait()
     if code < 0:
         if -code != signal.SIGKILL:

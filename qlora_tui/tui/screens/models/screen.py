@@ -16,6 +16,7 @@ from qlora_tui.catalog.hub import HubModel, search_models
 from qlora_tui.catalog.local_models import LocalModel, list_local_models
 from qlora_tui.demo.wheel_download import SMOLLM2
 from qlora_tui.errors import UserError
+from qlora_tui.formatting import uncapitalize
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.recent_paths import add_recent, load_recent
@@ -201,7 +202,10 @@ class ModelsScreen(WorkScreen):
         self.qlora_app.edit("model.revision", "main")
         if model.refusal is not None:
             # A config alone is enough for estimates.
-            self.notify(f"Model set to {model.name}, for estimates only. {model.refusal.fix}")
+            self.notify(
+                f"Model set to {model.name}, for estimates only. "
+                f"To train it: {uncapitalize(model.refusal.fix)}"
+            )
         else:
             self.notify(
                 f"Model set to {model.name}. "

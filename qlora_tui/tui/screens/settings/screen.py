@@ -14,7 +14,7 @@ from textual.widgets import Static
 
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_path
-from qlora_tui.runs.notification import RunNotification
+from qlora_tui.runs.notify import RunNotification
 from qlora_tui.settings import Settings, config_path
 from qlora_tui.settings_file import save_setting
 from qlora_tui.tui.commands import screen_commands
