@@ -238,6 +238,10 @@ class QloraApp(TerminalApp):
 
         self.push_screen(ErrorScreen(problem))
 
+    def notify_error(self, problem: UserError) -> None:
+        """Notify of an error that comes while the user does something else."""
+        self.notify(f"{problem.what} {problem.fix}", title=problem.title, severity="error")
+
     def try_or_show_error(self, act: Callable[[], object]) -> bool:
         """Call ``act``; show an error in a modal and return False if it fails."""
         try:

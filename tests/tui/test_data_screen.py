@@ -12,7 +12,7 @@ from qlora_tui.data.dataset_report import Piece, Shown
 from qlora_tui.recipe.schema import Data, Recipe, Source
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Finished
-from qlora_tui.tui.screens.data.text import row_title
+from qlora_tui.tui.screens.data.sample import row_title
 from tests.tui.data_screen import data_app, screen_of
 from tests.tui.fake_runs import FakeRun, write_fake_run
 from tests.tui.sample_data import ticket, tickets, write_rows

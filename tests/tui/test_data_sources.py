@@ -9,7 +9,7 @@ import pytest
 from textual.widgets import Input
 
 from qlora_tui.demo.conversations import CONVERSATIONS
-from qlora_tui.tui.screens.data.file_picker import FilePickerScreen
+from qlora_tui.tui.screens.data.dialogs import FilePickerScreen
 from tests.data.fake_dataset_hub import dataset_hub
 from tests.tui.data_screen import data_app, screen_of
 from tests.tui.sample_data import ticket, tickets, write_rows

@@ -13,7 +13,7 @@ from qlora_tui.recipe.schema import Data, Recipe, Source
 from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.row_losses import MeasuredRow, classify, write_row_losses
-from qlora_tui.tui.screens.data.text import legend, sample
+from qlora_tui.tui.screens.data.sample import legend, sample
 from tests.tui.data_screen import data_app, screen_of, whole
 from tests.tui.fake_runs import FakeRun, write_fake_run
 from tests.tui.sample_data import tickets

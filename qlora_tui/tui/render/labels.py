@@ -179,6 +179,8 @@ SIGNS: dict[State, tuple[str, str]] = {
     "gone": ("✗", "$error"),
 }
 """(sign, color) by state; the word is always shown too."""
+SEVERITY_SIGNS = {"error": ("✗", "$error"), "warning": ("⚠", "$warning")}
+"""(sign, color) by the severity of a problem with data."""
 BEST = "★"
 """The sign of the best evaluation."""
 

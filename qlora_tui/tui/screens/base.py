@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from textual.app import ComposeResult
 from textual.messages import Prune
-from textual.screen import Screen
+from textual.screen import ModalScreen, Screen
 from textual.widget import Widget
 
 from qlora_tui.tui import gc_tuning
 from qlora_tui.tui.commands import Command, screen_commands
+from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.bars import CommandFooter, TopBar
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from qlora_tui.recipe.schema import Recipe
     from qlora_tui.tui.app import QloraApp
 
+Answer = TypeVar("Answer")
 _FREEZE_AFTER_S = 4.0
 """Seconds after a screen is first shown; by then its long-lived objects exist."""
 
@@ -100,6 +102,22 @@ class WorkScreen(Screen[None], CancelsWorkersFirst):
 
         value = get_setting(self.qlora_app.workbench.recipe, path)
         self.qlora_app.edit(path, step_value(fields()[path], value, direction))
+
+    def ask(self, dialog: ModalScreen[Answer | None], then: Callable[[Answer], object]) -> None:
+        """Open a dialog, and call ``then`` with its answer; not if it was closed, or answered with no.
+
+        It is open at once: keys that were typed ahead go into it.
+        """
+
+        def on_result(answer: Answer | None) -> None:
+            if answer is not None and answer is not False:
+                then(answer)
+
+        self.app.push_screen(dialog, on_result)
+
+    def notify_undoable(self, text: str) -> None:
+        """Say what was changed in the recipe, and the key that undoes it."""
+        self.notify(f"{text} Press {key_name('app.undo')} to undo.")
 
     def show_recipe(self, recipe: Recipe) -> None:
         """Show the recipe after it changed, or when this screen becomes current."""

@@ -1,9 +1,6 @@
-"""Data: ``screen`` shows a sample, lengths and problems.
+"""Data: ``screen`` has the sources, the keys and what changes the recipe.
 
-``source_actions`` changes the sources, ``actions`` how they are read; ``row_actions`` goes from row to row
-(by ``row_navigation``). ``row_loss_actions`` lists the rows by what a run learned of them
-(``row_loss_list``). ``previews`` asks the engines for rows and reports; ``text`` formats rows and sources,
-with the style of each token and the legend of these styles; ``token_changes`` shades tokens by what a run
-learned, ``report_text`` what is known of a whole source, ``histogram`` and ``length_table`` its lengths.
-``file_picker``, ``column_mapping``, ``format_picker`` and ``preference_picker`` are windows of this screen.
+``previews`` asks the engines for rows and reports. ``sample`` shows a row with the styles of its tokens,
+``report`` a whole source: totals, lengths and problems. ``row_losses`` lists rows by what a run learned of
+them; the other ``dialogs`` open files and say how they are read.
 """

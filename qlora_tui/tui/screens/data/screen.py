@@ -3,63 +3,75 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
+import msgspec
 from textual import work
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.content import Content
 from textual.widget import Widget
-from textual.widgets import OptionList, Static
+from textual.widgets import OptionList
 
 from qlora_tui.data.dataset_report import NO_SUCH_ROW, Report, Shown
+from qlora_tui.data.excluded_rows import RowPlace, file_names, parse_excluded_rows, without_rows
+from qlora_tui.data.format_choices import AUTO
 from qlora_tui.data.preferences import PAIRS, UNMAPPED_SIDES
+from qlora_tui.data.problems import DataProblem
+from qlora_tui.data.sources import is_hub_dataset
+from qlora_tui.demo.conversations import CONVERSATIONS
 from qlora_tui.errors import UserError
-from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs.length_costs import LengthCost
-from qlora_tui.tui.key_names import highlight_keys, name_keys
-from qlora_tui.tui.screens.data import report_text
-from qlora_tui.tui.screens.data import text as data_text
-from qlora_tui.tui.screens.data.actions import DataActions
-from qlora_tui.tui.screens.data.histogram import histogram
-from qlora_tui.tui.screens.data.length_table import LengthCostReader, cost_table, total_time
-from qlora_tui.tui.screens.data.previews import PreviewRequest
-from qlora_tui.tui.widgets.controls import ViList, ViScroll
-from qlora_tui.tui.widgets.line_widgets import update_if_changed
+from qlora_tui.formatting import format_bytes, pluralize
+from qlora_tui.recipe.fields import source_fields
+from qlora_tui.recipe.schema import Recipe, Source
+from qlora_tui.runs.length_costs import LengthCost, last_throughput, length_costs
+from qlora_tui.tui.key_names import key_name
+from qlora_tui.tui.render.labels import error_content
+from qlora_tui.tui.screens.base import WorkScreen
+from qlora_tui.tui.screens.data.dialogs import (
+    ColumnMappingScreen,
+    FilePickerScreen,
+    FormatPickerScreen,
+    PreferencePickerScreen,
+)
+from qlora_tui.tui.screens.data.previews import DataPreviews, PreviewRequest
+from qlora_tui.tui.screens.data.report import LengthsPanel, ProblemsPanel, TotalsPanel, bad_row_count
+from qlora_tui.tui.screens.data.row_losses import (
+    MeasuredRows,
+    RowLossScreen,
+    measure_rows,
+    newest_run_on,
+    read_measured_rows,
+)
+from qlora_tui.tui.screens.data.sample import (
+    SamplePanel,
+    neighbor,
+    next_problem,
+    parse_place,
+    refused_preferences,
+    unreadable_text,
+)
+from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen
+from qlora_tui.tui.widgets.controls import ViList
 from qlora_tui.tui.widgets.panel import Panel
 
 _TALL = 50
 """Height of a terminal, in lines, from which each problem is listed with its fix."""
 _COSTS_HEIGHT = 36
 """Height from which there is room for the table of lengths."""
-_TITLE_FRAME = 6
-"""Cells of a panel's corners and of the spaces around its title."""
 _SETTLE_S = 0.1
 """Seconds to wait, since a key held down changes the recipe many times."""
-
-# Keys in the borders of the panels, with a verb for each.
-_SAMPLE_KEYS = (
-    ("data.previous", "previous"),
-    ("data.next", "next row"),
-    ("data.goto", "go to"),
-    ("data.view", "view"),
-)
 _SOURCE_KEYS = (("data.open", "add"), ("data.replace", "replace"), ("data.remove", "remove"))
-_TOTALS_KEYS = (("data.format", "format"), ("data.columns", "columns"))
-_LENGTH_KEYS = (("data.longer", "longer"), ("data.shorter", "shorter"), ("data.too_long", "if too long"))
-_PROBLEM_KEYS: tuple[tuple[str, str], ...] = (("data.problem", "next"), ("data.fix", "fix"))
+_VIEWS = ("both", "figures", "sample")
+_DATA_ENDINGS = (
+    *(".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".text", ".md"),
+    *(".gz", ".zst", ".zstd"),
+)
 
 
-def _problem_keys(*, has_problems: bool, skips: bool, has_bad_rows: bool) -> tuple[tuple[str, str], ...]:
-    """The keys for problems of rows: with bad rows, also the one that leaves them out or refuses them."""
-    keys = _PROBLEM_KEYS if has_problems else ()
-    if skips:
-        return (*keys, ("data.bad_rows", "refuse bad rows"))
-    return (*keys, ("data.bad_rows", "skip bad rows")) if has_bad_rows else keys
-
-
-class DataScreen(DataActions):
+class DataScreen(WorkScreen):
     """Sources, one sample at a time, lengths and problems."""
 
     MODE = "data"
@@ -77,34 +89,45 @@ class DataScreen(DataActions):
 
     def __init__(self) -> None:
         super().__init__()
+        self.previews = DataPreviews()
         self._request: PreviewRequest | None = None
+        self.source_number = 0
+        """Number of the selected source in the recipe."""
         self.report: Report | None = None
+        """What is known of the whole source, so far."""
         self.shown: Shown | None = None
+        """The row on the screen; None until one was read."""
         self.row = 1
         self.path = ""
         """The file of the source that the row is from; empty is its first."""
         self._no_tokens: UserError | None = None
         """Why the row is shown as it is in the file although a model is selected."""
+        self._unreadable_source: Source | None = None
+        """The source that was read last, if nothing of it could be read."""
+        self._fields: dict[str, str] = {}
+        """Columns of a file in no known format, for the mapping by hand."""
+        self._mapping_format = "prompt-completion"
+        """The format to map columns for if the unreadable source has the format ``auto``."""
+        self._refused_preferences: Literal["", "pairs", "ratings"] = ""
+        """The kind of preferences for which the source is refused, and which the recipe can train on."""
+        self._measured: MeasuredRows | None = None
+        """What a run learned of the rows, once they were listed: their tokens are shaded."""
+        self._measuring = False
         self._costs: list[LengthCost] = []
         self._costs_key: object = None
-        self._cost_reader = LengthCostReader()
+        self._throughputs: dict[str, float | None] = {}
+        """How fast each model was trained last."""
 
     def compose_body(self) -> Iterable[Widget]:
         with Horizontal(id="data-body"):
-            with Panel("Sample", keys=_SAMPLE_KEYS, id="sample-panel"):
-                with ViScroll(id="sample-scroll"):
-                    yield Static(id="sample")
-                yield Static(id="legend")
+            yield SamplePanel()
             with VerticalScroll(id="data-side", can_focus=False):
                 with Vertical(id="file-facts"):
                     yield Panel("Sources", ViList(id="sources"), keys=_SOURCE_KEYS, id="sources-panel")
-                    yield Panel("Tokens", Static(id="data-totals"), keys=_TOTALS_KEYS, id="totals-panel")
+                    yield TotalsPanel()
                 with Vertical(id="length-facts"):
-                    with Panel("Lengths", keys=_LENGTH_KEYS, id="lengths-panel"):
-                        yield Static(id="lengths-line")
-                        yield Static(id="histogram")
-                        yield Static(id="costs")
-                    yield Panel("Problems", ViList(id="problems"), keys=_PROBLEM_KEYS, id="problems-panel")
+                    yield LengthsPanel()
+                    yield ProblemsPanel()
 
     def on_mount(self) -> None:
         self.query_one("#sample-scroll").focus()
@@ -114,27 +137,34 @@ class DataScreen(DataActions):
         """The engines go with the screen."""
         await self.previews.close()
 
+    def on_resize(self) -> None:
+        # Once the panels have their new widths, for which bars and titles are drawn.
+        self.call_after_refresh(self._show_report)
+        self.call_after_refresh(self._show_row)
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        return self._can_fix if action == "fix" else super().check_action(action, parameters)
+
+    # Sources
+
     def show_recipe(self, recipe: Recipe) -> None:
         sources = recipe.data.sources
         self.source_number = min(self.source_number, max(0, len(sources) - 1))
-        lines = [(str(n), data_text.source_line(s, len(sources) == 1)) for n, s in enumerate(sources)]
+        lines = [(str(n), _source_line(source, len(sources) == 1)) for n, source in enumerate(sources)]
         self.query_one("#sources", ViList).show(lines, select=str(self.source_number))
         title = f"Mix of {len(sources)} files" if len(sources) > 1 else "Source"
         self.query_one("#sources-panel", Panel).show_title(title)
         self.query_one("#data-body").set_class(not sources, "-empty")
         if not sources:
-            self._show_empty()
+            self._request = self.report = self.shown = None
+            self._clear_figures()
+            self.query_one(SamplePanel).show_empty()
             return
         wanted = PreviewRequest.of(recipe, self.source_number)
         if wanted != self._request:
             self._set_request(wanted)
-        self.show_report()
+        self._show_report()
         self._update_costs()
-
-    def on_resize(self) -> None:
-        # Once the panels have their new widths, for which bars and titles are drawn.
-        self.call_after_refresh(self.show_report)
-        self.call_after_refresh(self._show_row)
 
     def on_option_list_option_highlighted(self, event: OptionList.OptionHighlighted) -> None:
         """Look at another source."""
@@ -142,13 +172,209 @@ class DataScreen(DataActions):
             self.source_number = event.option_index
             self.show_recipe(self.qlora_app.workbench.recipe)
 
+    @property
+    def source(self) -> Source | None:
+        """The selected source."""
+        sources = self.qlora_app.workbench.recipe.data.sources
+        return sources[self.source_number] if sources else None
+
+    def action_open(self, replaces: bool = False) -> None:
+        """Add a file, a folder or a dataset of the hub to the sources, or train on it alone."""
+        sources = self.qlora_app.workbench.recipe.data.sources
+        folder = Path(sources[-1].path).expanduser().parent if sources else None
+        start = folder if folder is not None and folder.is_dir() else None
+        title = "Train on other data" if replaces else "Add data" if sources else "Open data"
+        picker = FilePickerScreen(title, "data", _DATA_ENDINGS, start, is_hub_dataset)
+        self.ask(picker, self._replace_sources if replaces else self.add_source)
+
+    def _replace_sources(self, path: Path) -> None:
+        """Train on a path, and on nothing else."""
+        sources = self.qlora_app.workbench.recipe.data.sources
+        self._set_only_source(path)
+        if sources:
+            names = Path(sources[0].path).name if len(sources) == 1 else f"{len(sources)} files"
+            self.notify_undoable(f"Replaced {names} by {path.name}.")
+
+    def add_source(self, path: Path) -> None:
+        """Add a path to the sources, and select it.
+
+        It replaces a selected source that cannot be read, with which no run could start, and the demo's data
+        if that is the only source.
+        """
+        sources = self.qlora_app.workbench.recipe.data.sources
+        if [Path(source.path) for source in sources] == [CONVERSATIONS] and path != CONVERSATIONS:
+            self._set_only_source(path)
+            self.notify_undoable("Replaced the demo's data.")
+            return
+        selected = self.source
+        if selected is not None and selected == self._unreadable_source:
+            self._change_source(Source(path=str(path)))
+            if selected.path != str(path):
+                self.notify_undoable(f"Replaced {Path(selected.path).name}.")
+            return
+        self.source_number = len(sources)
+        self.qlora_app.edit("data.sources", (*sources, Source(path=str(path))))
+        if sources:
+            self.notify(
+                f"Added {path.name}: the recipe trains on {len(sources) + 1} files. "
+                f"Press {key_name('app.undo')} to undo, {key_name('data.replace')} to replace files."
+            )
+
+    def _set_only_source(self, path: Path) -> None:
+        self.source_number = 0
+        self.qlora_app.edit("data.sources", (Source(path=str(path)),))
+
+    def _change_source(self, source: Source) -> None:
+        """Replace the selected source in the recipe."""
+        sources = list(self.qlora_app.workbench.recipe.data.sources)
+        sources[self.source_number] = source
+        self.qlora_app.edit("data.sources", tuple(sources))
+
+    def action_remove(self) -> None:
+        """Remove the selected source from the recipe."""
+        source = self.source
+        if source is not None:
+            sources = list(self.qlora_app.workbench.recipe.data.sources)
+            del sources[self.source_number]
+            self.qlora_app.edit("data.sources", tuple(sources))
+            self.notify_undoable(f"Removed {Path(source.path).name}.")
+
+    def action_reload(self) -> None:
+        """Read the source again, whether it changed or not."""
+        if self._request is not None:
+            self._set_request(self._request)
+            self.notify("Reading the data again.")
+
+    def action_weight(self) -> None:
+        """Ask how often the rows of the source are seen."""
+        source = self.source
+        if source is None:
+            return
+        field = source_fields()["weight"]
+
+        def validate(text: str) -> str:
+            try:
+                msgspec.convert(float(text), field.type)
+            except (ValueError, msgspec.ValidationError):
+                return f"{field.expected}."
+            return ""
+
+        title = f"Weight of {Path(source.path).name}"
+        prompt = TextPromptScreen(title, field.help, f"{source.weight:g}", validate)
+        self.ask(
+            prompt, lambda text: self._change_source(msgspec.structs.replace(source, weight=float(text)))
+        )
+
+    @work(exclusive=True, group="formats")
+    async def action_format(self) -> None:
+        """Choose the format in which the rows are read, by how many each of them reads."""
+        source = self.source
+        if source is None:
+            return
+        preferences = self.qlora_app.workbench.recipe.data.preferences
+        try:
+            choices = await self.previews.formats(source, preferences)
+        except UserError as problem:
+            self.qlora_app.show_error(problem)
+            return
+        format_ = await self.app.push_screen_wait(FormatPickerScreen(choices, source.format))
+        if format_ is not None and format_ != source.format:
+            self._change_source(msgspec.convert(msgspec.to_builtins(source) | {"format": format_}, Source))
+            self.notify_undoable("Format detected." if format_ == AUTO else f"Read as {format_}.")
+
+    def action_columns(self) -> None:
+        """Map the columns to prompt, answer, and so on."""
+        source = self.source
+        if source is None:
+            return
+        if self.report is not None and self.report.files:
+            file = self.report.files[0]
+            screen = ColumnMappingScreen(file.format, file.all_columns, {**file.columns, **source.columns})
+        elif self._fields:
+            format_ = self._mapping_format if source.format == "auto" else source.format
+            screen = ColumnMappingScreen(format_, tuple(self._fields), source.columns)
+        else:
+            self.notify("Columns cannot be mapped until the file can be read.")
+            return
+        self.ask(
+            screen, lambda columns: self._change_source(msgspec.structs.replace(source, columns=columns))
+        )
+
+    def action_validation(self) -> None:
+        """Ask for a share of the rows, or a file, to validate on."""
+        data = self.qlora_app.workbench.recipe.data
+
+        def validate(text: str) -> str:
+            if _share(text) is not None or Path(text).expanduser().exists():
+                return ""
+            return "Enter a share below 1, or the path of an existing file."
+
+        def apply(text: str) -> None:
+            share = _share(text)
+            if share is None:
+                self.qlora_app.edit("data.validation_path", str(Path(text).expanduser().resolve()))
+            else:
+                self.qlora_app.edit("data.validation_path", "")
+                self.qlora_app.edit("data.validation_fraction", share)
+
+        help_ = "A share of the rows, such as 0.05 (0 for none), or the path of a validation file."
+        now = data.validation_path or f"{data.validation_fraction:g}"
+        self.ask(TextPromptScreen("Validation", help_, now, validate), apply)
+
+    # Rows
+
+    def action_row(self, by: int) -> None:
+        """Show a neighboring row."""
+        place = neighbor((self.path, self.row), by, self.report.files if self.report else ())
+        if self.shown is None or place != (self.path, self.row):
+            self._go_to_row(*place)
+
+    def action_go_to(self) -> None:
+        """Ask for a row's number."""
+        files = self.report.files if self.report else ()
+
+        def validate(text: str) -> str:
+            return "" if parse_place(text, self.path, files) else "Enter a row number."
+
+        def go(text: str) -> None:
+            if place := parse_place(text, self.path, files):
+                self._go_to_row(*place)
+
+        help_ = "The row number, from 1."
+        if len(files) > 1:
+            help_ += " To go to another file, put a part of its name before the number."
+        self.ask(TextPromptScreen("Go to a row", help_, "", validate), go)
+
+    def action_problem(self, by: int) -> None:
+        """Show the next row with a problem, from the first again after the last."""
+        if not any(problem.rows for problem in self.problems):
+            complete = self.report is not None and self.report.complete
+            self.notify("No row has a problem." if complete else "No problems so far. Still reading.")
+        else:
+            self._go_to_problem(self.problems, by)
+
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """Go to the next row with the problem chosen."""
         if event.option_list.id == "problems" and event.option_index < len(self.problems):
-            self.go_to_next_problem([self.problems[event.option_index]], 1)
+            self._go_to_problem([self.problems[event.option_index]], 1)
 
-    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        return self.can_fix if action == "fix" else super().check_action(action, parameters)
+    def _go_to_problem(self, problems: Sequence[DataProblem], by: int) -> None:
+        files = self.report.files if self.report else ()
+        place = next_problem(problems, (self.path, self.row), by, files)
+        if place is not None:
+            self._go_to_row(*place)
+
+    def _go_to_row(self, path: str, row: int) -> None:
+        if self._request is not None:
+            self.path, self.row = path, row
+            self._show_place()
+            self._fetch_row(self._request, path, row)
+
+    @work
+    async def _start(self) -> None:
+        # Started before a file is selected; an error is reported when one is.
+        with suppress(UserError):
+            await self.previews.start()
 
     def _set_request(self, wanted: PreviewRequest) -> None:
         """Look at another source, or with other settings."""
@@ -156,31 +382,14 @@ class DataScreen(DataActions):
         if before is None or before.source != wanted.source:
             if before is None or before.source.path != wanted.source.path:
                 self.path, self.row = "", 1
-                self.measured = None
-            self.report = None
-            self.shown = None
-            self.fields = {}
+                self._measured = None
+            self.report = self.shown = None
+            self._fields = {}
             self._clear_figures()
-            self.query_one("#sample", Static).update(data_text.reading(wanted.source))
+            doing = "Loading from the Hub…" if is_hub_dataset(wanted.source.path) else "Reading…"
+            self.query_one(SamplePanel).show_text(Content.styled(doing, "dim"))
         self._fetch_row(wanted, self.path, self.row)
         self._inspect(wanted)
-
-    def go_to_row(self, path: str, row: int) -> None:
-        """Read and show another row."""
-        if self._request is not None:
-            self.path, self.row = path, row
-            self._show_row_title()
-            self._fetch_row(self._request, path, row)
-
-    def reload(self) -> None:
-        if self._request is not None:
-            self._set_request(self._request)
-
-    @work
-    async def _start(self) -> None:
-        # Started before a file is selected; an error is reported when one is.
-        with suppress(UserError):
-            await self.previews.start()
 
     @work(exclusive=True, group="row")
     async def _fetch_row(self, wanted: PreviewRequest, path: str, row: int) -> None:
@@ -190,38 +399,55 @@ class DataScreen(DataActions):
             if error.code == NO_SUCH_ROW and self.shown is not None:
                 self.path, self.row = self.shown.path, self.shown.row
                 self.notify(error.what)
-                self._show_row_title()
+                self._show_place()
             else:
-                self.shown, self.unreadable_source = None, wanted.source
-                self.refused_preferences = data_text.refused_preferences(error)
+                self.shown, self._unreadable_source = None, wanted.source
+                self._refused_preferences = refused_preferences(error)
                 compares = error.code in (PAIRS, UNMAPPED_SIDES)
-                self.mapping_format = "preference" if compares else "prompt-completion"
-                self.fields = await self.previews.fields(wanted.source)
-                self._show_legend(Content(""))
-                self.query_one("#sample", Static).update(data_text.unreadable_text(error, self.fields))
+                self._mapping_format = "preference" if compares else "prompt-completion"
+                self._fields = await self.previews.fields(wanted.source)
+                panel = self.query_one(SamplePanel)
+                panel.show_legend(Content(""))
+                panel.show_text(unreadable_text(error, self._fields))
             return
-        self.refused_preferences = ""
+        self._refused_preferences = ""
         self.shown, self.path, self.row, self._no_tokens = shown, shown.path, shown.row, problem
-        self.unreadable_source = None
+        self._unreadable_source = None
         self._show_row()
         self.query_one("#sample-scroll").scroll_home(animate=False)
+
+    def _show_row(self) -> None:
+        self._show_place()
+        if self._request is None:
+            return
+        place = RowPlace(self._file_names().get(self.path, ""), self.row)
+        changes = () if self._measured is None else self._measured.token_changes(place)
+        panel = self.query_one(SamplePanel)
+        panel.show_row(self.shown, self.problems, self._request, changes, self._no_tokens)
+
+    def _show_place(self) -> None:
+        if self._request is not None:
+            place = self.path, self.row
+            self.query_one(SamplePanel).show_place(place, self.report, self.shown, self._request.data)
+
+    # The whole source
 
     @work(exclusive=True, group="inspect")
     async def _inspect(self, wanted: PreviewRequest) -> None:
         await asyncio.sleep(_SETTLE_S)
         try:
             async for report in self.previews.reports(wanted):
-                news = self.report is None or report.problems != self.report.problems
+                has_news = self.report is None or report.problems != self.report.problems
                 self.report = report
-                self.show_report()
-                if news:
+                self._show_report()
+                if has_news:
                     self._show_row()
         except UserError as error:
             self.report = None
             self._clear_figures()
             # If not even a row can be read, the error is shown in place of the sample.
             if self.shown is not None:
-                self.query_one("#data-totals", Static).update(data_text.error_text(error))
+                self.query_one(TotalsPanel).show_text(error_content(error, is_spaced=True))
             return
         self._update_costs()
 
@@ -232,99 +458,190 @@ class DataScreen(DataActions):
         if self.report is None or not self.report.complete or key == self._costs_key:
             return
         self._costs_key = key
-        self._costs_of(self.report, recipe)
+        self._read_costs(self.report, recipe)
 
     @work(exclusive=True, group="costs")
-    async def _costs_of(self, report: Report, recipe: Recipe) -> None:
-        architecture = self.qlora_app.workbench.architecture()
-        budget = self.qlora_app.memory_budget
-        self._costs = await self._cost_reader.read(report, recipe, architecture, budget)
-        self.show_report()
+    async def _read_costs(self, report: Report, recipe: Recipe) -> None:
+        architecture, budget = self.qlora_app.workbench.architecture(), self.qlora_app.memory_budget
+        model = recipe.model.id
+        if model not in self._throughputs:
+            self._throughputs[model] = await asyncio.to_thread(last_throughput, model)
+        speed = self._throughputs[model]
+        self._costs = await asyncio.to_thread(length_costs, report, recipe, architecture, budget, speed)
+        self._show_report()
 
-    def _show_row(self) -> None:
-        self._show_row_title()
-        changes = self.token_changes()
-        self._show_legend(data_text.legend(self.shown, changes))
-        if self.shown is None or self._request is None:
-            return
-        text = data_text.sample(self.shown, self.problems, self._request.data, changes)
-        if self._no_tokens is not None:
-            text = Content.assemble(data_text.error_text(self._no_tokens), "\n\n", text)
-        elif not self._request.model:
-            text = Content.assemble(highlight_keys(name_keys(data_text.NO_MODEL), "dim"), text)
-        self.query_one("#sample", Static).update(text)
-
-    def _show_legend(self, legend: Content) -> None:
-        self.query_one("#legend").display = bool(legend)
-        self._show("#legend", legend)
-
-    def _show_row_title(self) -> None:
-        if self._request is not None:
-            panel = self.query_one("#sample-panel", Panel)
-            place = self.path, self.row
-            width = panel.size.width - _TITLE_FRAME
-            panel.show_title(data_text.row_title(place, self.report, self.shown, self._request.data, width))
-
-    def show_report(self) -> None:
+    def _show_report(self) -> None:
         """Show lengths and problems, as far as the source was read."""
         report, recipe = self.report, self.qlora_app.workbench.recipe
         body = self.query_one("#data-body")
-        alone = body.has_class("-figures")
-        body.set_class(not (self.has_class("-narrow") or self.size.height < _COSTS_HEIGHT) or alone, "-costs")
+        alone, is_narrow = body.has_class("-figures"), self.has_class("-narrow")
+        body.set_class(not (is_narrow or self.size.height < _COSTS_HEIGHT) or alone, "-costs")
         if report is None:
             return
         body.remove_class("-unreadable")
-        brief = self.has_class("-narrow") and not alone
-        width = self.query_one("#lengths-panel").content_size.width
+        narrow = is_narrow and not alone
         height = 6 if self.size.height >= _TALL else 4 if self.has_class("-tall") else 3
-        cut = recipe.data.max_length if report.template else None
-        self._show("#lengths-line", report_text.lengths_line(report, recipe.data, width))
-        self._show("#histogram", histogram(report.lengths, cut, width, height))
-        time = total_time(self._costs) if report.complete else ""
-        facts_width = self.query_one("#totals-panel").content_size.width
+        self.query_one(LengthsPanel).show(report, recipe.data, self._costs, height)
+        totals = self.query_one(TotalsPanel)
         evidence = alone or self.has_class("-very-wide")
-        figures = report_text.totals(report, recipe, facts_width, time, brief=brief, evidence=evidence)
-        self._show("#data-totals", figures)
-        self._show("#costs", cost_table(self._costs, width) if report.complete else Content(""))
+        totals.show(report, recipe, self._costs, brief=narrow, evidence=evidence)
         name = Path(self._request.source.path).name if self._request else ""
-        several = len(recipe.data.sources) > 1
-        self.query_one("#totals-panel", Panel).show_title(f"Tokens of {name}" if several else "Tokens")
+        totals.show_title(f"Tokens of {name}" if len(recipe.data.sources) > 1 else "Tokens")
         # In a short window, the fix is shown above a row that has the problem.
-        short = brief or (self.size.height < _TALL and not alone)
-        lines = report_text.problem_lines(
-            report, self.problems, recipe.data, brief=short, bad_rows=self.bad_rows()
-        )
-        problems = self.query_one("#problems", ViList)
-        if few_steps := report_text.few_steps_line(report, recipe, brief=brief or (short and bool(lines))):
-            lines.append(("steps", few_steps))
-        # Errors found later come before what the cursor was on.
-        select = lines[0][0] if lines and not problems.has_focus else None
-        problems.show(lines or [("none", report_text.no_problem_line(report))], select)
-        count = f"Problems ({len(lines)})" if lines else "Problems"
-        problems_panel = self.query_one("#problems-panel", Panel)
-        problems_panel.show_title(count)
-        skips = recipe.data.bad_rows == "skip"
-        problems_panel.show_keys(
-            _problem_keys(has_problems=bool(self.problems), skips=skips, has_bad_rows=bool(self.bad_rows()))
-        )
-        self._show_row_title()
-
-    def _show(self, name: str, text: Content) -> None:
-        update_if_changed(self.query_one(name, Static), text)
+        brief = narrow or (self.size.height < _TALL and not alone)
+        self.query_one(ProblemsPanel).show(report, self.problems, recipe, brief=brief, narrow=narrow)
+        self._show_place()
 
     def _clear_figures(self) -> None:
         self._costs, self._costs_key = [], None
         self.query_one("#data-body").add_class("-unreadable")
-        for name in ("#lengths-line", "#histogram", "#data-totals", "#costs"):
-            self._show(name, Content(""))
-        self.query_one("#problems", ViList).show([])
-        self.query_one("#problems-panel", Panel).show_title("Problems")
+        recipe = self.qlora_app.workbench.recipe
+        self.query_one(TotalsPanel).show_text(Content(""))
+        self.query_one(LengthsPanel).show(None, recipe.data, [], 0)
+        self.query_one(ProblemsPanel).show(None, (), recipe, brief=True, narrow=True)
         if self.shown is None:  # else a row is still shown, though not all of them can be read
-            self._show_legend(Content(""))
-            self.query_one("#sample-panel", Panel).show_title("Sample")
+            panel = self.query_one(SamplePanel)
+            panel.show_legend(Content(""))
+            panel.show_title("Sample")
 
-    def _show_empty(self) -> None:
-        self.query_one("#sources-panel", Panel).show_title("Source")
-        self._request = self.report = self.shown = None
-        self._clear_figures()
-        self.query_one("#sample", Static).update(highlight_keys(name_keys(data_text.EMPTY)))
+    def action_view(self) -> None:
+        """Show the sample, the statistics, or both."""
+        body = self.query_one("#data-body")
+        now = next((view for view in _VIEWS if body.has_class(f"-{view}")), "both")
+        body.set_class(False, f"-{now}")
+        body.set_class(True, f"-{_VIEWS[(_VIEWS.index(now) + 1) % len(_VIEWS)]}")
+        self.call_after_refresh(self._show_report)
+
+    # Problems
+
+    @property
+    def problems(self) -> tuple[DataProblem, ...]:
+        """The problems in the report, except those that the recipe already fixes."""
+        problems = self.report.problems if self.report else ()
+        trained = set(self.qlora_app.workbench.recipe.lora.trainable_tokens)
+        return tuple(p for p in problems if not p.tokens or not trained.issuperset(p.tokens))
+
+    @property
+    def _can_fix(self) -> bool:
+        """Whether one setting fixes any of the problems."""
+        problems = self.problems
+        can_change = any(problem.split_rows or problem.tokens for problem in problems)
+        return bool(self._refused_preferences or bad_row_count(problems) or can_change)
+
+    def action_fix(self) -> None:
+        """Change the setting that fixes the first problem which has such a fix."""
+        if self._refused_preferences:
+            rated = self._refused_preferences == "ratings"
+            self.ask(PreferencePickerScreen(rated=rated), self._set_preferences)
+        elif bad_row_count(self.problems):
+            self.action_bad_rows()
+        elif any(problem.split_rows for problem in self.problems):
+            self.qlora_app.edit("data.overflow", "split")
+            self.notify_undoable("Long texts are split into rows.")
+        elif tokens := [token for problem in self.problems for token in problem.tokens]:
+            now = self.qlora_app.workbench.recipe.lora.trainable_tokens
+            self.qlora_app.edit("lora.trainable_tokens", tuple(dict.fromkeys((*now, *tokens))))
+            self.notify_undoable(f"Embedding and head will be trained for {', '.join(tokens)}.")
+
+    def _set_preferences(self, choice: str) -> None:
+        self.qlora_app.edit("data.preferences", choice)
+        chosen = "Trains on the better answers only."
+        self.notify_undoable(chosen if choice == "chosen" else f"Trains with {choice}.")
+
+    def action_bad_rows(self) -> None:
+        """Leave rows out that cannot be used, or refuse to train while there are any."""
+        bad_rows = bad_row_count(self.problems)
+        skips = self.qlora_app.workbench.recipe.data.bad_rows == "skip"
+        self.qlora_app.edit("data.bad_rows", "refuse" if skips else "skip")
+        if skips:
+            self.notify_undoable("No run starts while the data has bad rows.")
+        elif bad_rows:
+            self.notify_undoable(f"Runs leave {pluralize(bad_rows, 'bad row')} out.")
+        else:
+            self.notify_undoable("Runs leave bad rows out, if there are any.")
+
+    # What a run learned of the rows
+
+    def action_row_losses(self) -> None:
+        """List the rows of the source by what the newest run on it learned of them."""
+        if self._measuring:
+            self.notify("The rows are being measured. The list opens when they are.")
+        elif self.source is not None:
+            self._list_rows(self.source)
+
+    @work
+    async def _list_rows(self, source: Source) -> None:
+        run_and_number = await asyncio.to_thread(newest_run_on, source)
+        if run_and_number is None:
+            self.notify("No run with an adapter trained on this file. Train on it first.", severity="warning")
+            return
+        run, number = run_and_number
+        has_files = any(self._file_names().values())
+        measured = await asyncio.to_thread(read_measured_rows, run, number, has_files=has_files)
+        if measured is None:
+            self._measuring = True
+            self.notify(
+                f"Measuring the rows of {run.name}, about as long as training on them once. "
+                "The list opens when it is done."
+            )
+            try:
+                measured = await measure_rows(run, number)
+            except UserError as problem:
+                self.qlora_app.notify_error(problem)
+                return
+            finally:
+                self._measuring = False
+        self._measured = measured
+        excluded = parse_excluded_rows(source.excluded_rows)
+        choice = await self.app.push_screen_wait(RowLossScreen(measured.losses, number, excluded))
+        if choice is None:
+            return
+        if choice.excluded:
+            await self._queue_without(measured, choice.excluded)
+        else:
+            names = self._file_names().items()
+            path = next((path for path, name in names if name == choice.place.file), "")
+            self._go_to_row(path, choice.place.row)
+
+    async def _queue_without(self, measured: MeasuredRows, rows: tuple[RowPlace, ...]) -> None:
+        """Leave rows out of the recipe, and queue the run again without them."""
+        try:
+            queued, trained = await asyncio.to_thread(measured.queue_without, rows)
+        except UserError as problem:
+            self.qlora_app.notify_error(problem)
+            return
+        source = self.source
+        if source is not None and Path(source.path).absolute() == Path(trained.path).absolute():
+            self._change_source(without_rows(source, rows))
+        self.notify(
+            f"Queued {queued.name} without {pluralize(len(rows), 'row')}; the recipe leaves them out too. "
+            f"Press {key_name('app.undo')} to undo that."
+        )
+
+    def _file_names(self) -> dict[str, str]:
+        """Name in the source of each of its files, by path; empty until a report was read."""
+        if self.report is None or self.source is None:
+            return {}
+        paths = [Path(file.path) for file in self.report.files]
+        return dict(zip(map(str, paths), file_names(self.source.path, paths), strict=True))
+
+
+def _source_line(source: Source, alone: bool) -> Content:
+    """A source in the list; its weight unless it is 1 and there are no others."""
+    path = Path(source.path)
+    weight = "" if alone and source.weight == 1 else f"  weight {source.weight:g}"
+    if is_hub_dataset(source.path):
+        return Content.assemble(source.path, ("  hub", "dim"), (weight, "bold"))
+    try:
+        size = "folder" if path.is_dir() else format_bytes(path.stat().st_size)
+    except OSError:
+        size = "missing"
+    return Content.assemble(path.name, (f"  {size}", "dim"), (weight, "bold"))
+
+
+def _share(text: str) -> float | None:
+    try:
+        share = float(text)
+    except ValueError:
+        return None
+    return share if 0 <= share < 1 else None

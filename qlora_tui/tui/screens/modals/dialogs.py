@@ -37,7 +37,7 @@ _MAX_CHANGES = 8
 DraftChoice = Literal["mine", "theirs"]
 
 
-class ConfirmScreen(ModalScreen[bool]):
+class ConfirmScreen(ModalScreen[bool | None]):
     """Returns True for yes. Esc is no; Enter is yes only if ``harmless``."""
 
     CSS_PATH = "modal.tcss"

@@ -1,21 +1,27 @@
-"""Selects a file or folder by a typed path, part of a name, or browsing; recent ones first."""
+"""Dialogs of the Data screen: files, columns, the format of rows, and how preferences are trained on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Vertical
+from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.content import Content
 from textual.screen import ModalScreen
-from textual.widgets import Input, OptionList, Static
+from textual.suggester import SuggestFromList
+from textual.widgets import Input, Label, OptionList, Static
 
+from qlora_tui.data.format_choices import AUTO, FormatChoice
+from qlora_tui.data.formats import parts_of
 from qlora_tui.formatting import format_bytes, format_path
+from qlora_tui.recipe.schema import Preferences
 from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.recent_paths import add_recent, load_recent
+from qlora_tui.tui.render.columns import Column, table
+from qlora_tui.tui.screens.modals.list_picker import ListPicker
 from qlora_tui.tui.widgets.controls import TextField, ViList
 
 _SHOWN = 500
@@ -23,7 +29,7 @@ _SHOWN = 500
 _RECENT = 6
 
 
-class FilePickerScreen(ModalScreen[Path]):
+class FilePickerScreen(ModalScreen[Path | None]):
     """Returns the chosen path; None when closed with Escape."""
 
     CSS_PATH = "file_picker.tcss"
@@ -183,3 +189,113 @@ def _size(path: Path) -> str:
         return format_bytes(path.stat().st_size)
     except OSError:
         return ""
+
+
+_PAIRS: dict[Preferences, tuple[str, str]] = {
+    "orpo": ("ORPO", "learn the chosen answers, and to prefer them"),
+    "dpo": ("DPO", "prefer the chosen answers, near the base model"),
+    "simpo": ("SimPO", "as DPO without the base model: shorter steps"),
+}
+_RATED: dict[Preferences, tuple[str, str]] = {
+    "kto": ("KTO", "prefer good answers to bad ones, near the base"),
+}
+_LINE_WIDTH = 200
+"""Cells of a line, which the dialog cuts."""
+
+
+class ColumnMappingScreen(ModalScreen[dict[str, str] | None]):
+    """A field for each part of a format; returns the mapping, or None when closed with Escape."""
+
+    CSS_PATH = ["../modals/modal.tcss", "../modals/fields.tcss"]  # noqa: RUF012
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Close")]
+
+    def __init__(self, format_: str, columns: tuple[str, ...], mapping: dict[str, str]) -> None:
+        super().__init__()
+        self._format = format_
+        self._columns = columns
+        self._mapping = mapping
+
+    def compose(self) -> ComposeResult:
+        with VerticalScroll(classes="dialog", can_focus=False) as dialog:
+            dialog.border_title = f"Columns of {self._format}"
+            dialog.border_subtitle = dialog_keys(self.BINDINGS, "Tab next", "→ complete", "Enter apply")
+            yield Static(f"Columns in the file: {', '.join(self._columns)}", markup=False, classes="muted")
+            for part in parts_of(self._format):
+                with Horizontal(classes="field"):
+                    yield Label(part.replace("_", " "))
+                    yield TextField(
+                        self._mapping.get(part, ""),
+                        name=part,
+                        placeholder="none",
+                        compact=True,
+                        suggester=SuggestFromList(self._columns, case_sensitive=False),
+                    )
+
+    def on_input_submitted(self) -> None:
+        """Take what the fields say; an empty one leaves the part out."""
+        given = {field.name or "": field.value.strip() for field in self.query(Input)}
+        self.dismiss({part: column for part, column in given.items() if column})
+
+
+class FormatPickerScreen(ListPicker[str]):
+    """Returns the chosen format; None when closed with Escape."""
+
+    ENTER = "read as"
+    DIALOG_CLASSES = "dialog wide"
+
+    def __init__(self, choices: Sequence[FormatChoice], now: str) -> None:
+        super().__init__()
+        self.HEADING = f"Format: how the first {choices[0].rows:,} rows are read"
+        self.selected = now
+        self._choices = choices
+
+    def lines(self) -> list[tuple[str, Content]]:
+        columns = (
+            Column[FormatChoice](text=_reads),
+            Column[FormatChoice](text=self._format_name, gap=1),
+            Column[FormatChoice](text=lambda choice: f"{choice.read:,} rows", right=True),
+            Column[FormatChoice](text=self._now, width=3, style="$accent"),
+            Column[FormatChoice](text=lambda choice: choice.problem or choice.example, style="dim"),
+        )
+        lines = table(columns, self._choices, _LINE_WIDTH)
+        return [(choice.format, line.rstrip()) for choice, line in zip(self._choices, lines, strict=True)]
+
+    def picked(self, id_: str) -> str:
+        return id_
+
+    def _now(self, choice: FormatChoice) -> str:
+        return "now" if choice.format == self.selected else ""
+
+    def _format_name(self, choice: FormatChoice) -> Content:
+        name = f"{AUTO}: {choice.detected}" if choice.detected else choice.format
+        return Content.styled(name, "bold" if self._now(choice) else "")
+
+
+def _reads(choice: FormatChoice) -> Content:
+    """Whether a format reads all rows, some or none."""
+    if not choice.read:
+        return Content.styled("✗", "$error")
+    return Content.styled("✓", "$success") if choice.read == choice.rows else Content.styled("!", "$warning")
+
+
+class PreferencePickerScreen(ListPicker[str]):
+    """Returns a value of ``data.preferences``; None when closed with Escape."""
+
+    ENTER = "choose"
+    DIALOG_CLASSES = "dialog wide"
+
+    def __init__(self, *, rated: bool) -> None:
+        """``rated``: the answers are rated, not compared in pairs."""
+        super().__init__()
+        self.HEADING = "Good and bad answers" if rated else "Chosen and rejected answers"
+        better_only = ("good only" if rated else "chosen only", "train on these answers as if they were all")
+        self._choices = (_RATED if rated else _PAIRS) | {"chosen": better_only}
+
+    def lines(self) -> list[tuple[str, Content]]:
+        return [
+            (choice, Content.assemble((f"{name:<12}", "bold"), (text, "dim")))
+            for choice, (name, text) in self._choices.items()
+        ]
+
+    def picked(self, id_: str) -> str:
+        return id_

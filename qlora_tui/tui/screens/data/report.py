@@ -1,0 +1,383 @@
+"""What the Data screen shows of a whole source: totals, lengths with what they cost, and problems."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from textual.content import Content
+from textual.widgets import Static
+
+from qlora_tui.data.dataset_report import Report
+from qlora_tui.data.length_stats import Lengths
+from qlora_tui.data.problems import OVERFLOW_OUTCOMES, DataProblem, is_bad_row, row_outcome
+from qlora_tui.data.step_estimate import steps_per_epoch, total_steps
+from qlora_tui.formatting import format_bytes, format_duration, format_percent, pluralize
+from qlora_tui.recipe.schema import Data, Recipe
+from qlora_tui.runs.length_costs import LengthCost
+from qlora_tui.runs.suggested_fix import FEW_STEPS
+from qlora_tui.tui.key_names import key_name
+from qlora_tui.tui.render.charts import bar, blocks, labeled
+from qlora_tui.tui.render.columns import Column, table
+from qlora_tui.tui.render.labels import SEVERITY_SIGNS, VERDICT_SIGN, VERDICT_STYLE
+from qlora_tui.tui.widgets.controls import ViList
+from qlora_tui.tui.widgets.line_widgets import update_if_changed
+from qlora_tui.tui.widgets.panel import Panel
+
+_TOTALS_KEYS = (("data.format", "format"), ("data.columns", "columns"))
+_LENGTH_KEYS = (("data.longer", "longer"), ("data.shorter", "shorter"), ("data.too_long", "if too long"))
+_PROBLEM_KEYS = (("data.problem", "next"), ("data.fix", "fix"))
+_ROWS_NAMED = 3
+_LABEL = 9
+"""Cells of the column of labels."""
+_MIN_BAR, _MAX_BAR = 6, 24
+_MAX_HISTOGRAM = 72
+"""Columns beyond which bars only get fatter."""
+_HATCHED = str.maketrans("▄▅▆▇█", "▒▒▒▒▒")
+_TIMED_WIDTH = 46
+"""Least width in cells with a time column; the time at the recipe's length is shown above, too."""
+
+
+class TotalsPanel(Panel):
+    """The detected format and the resulting samples, tokens and steps."""
+
+    def __init__(self) -> None:
+        self._totals = Static(id="data-totals")
+        super().__init__("Tokens", self._totals, keys=_TOTALS_KEYS, id="totals-panel")
+
+    def show(
+        self, report: Report, recipe: Recipe, costs: list[LengthCost], *, brief: bool, evidence: bool
+    ) -> None:
+        """Show the totals of a report; see :func:`totals`."""
+        now = next((cost for cost in costs if cost.name == "now" and cost.seconds is not None), None)
+        time = f", about {format_duration(now.seconds)}" if now and report.complete else ""
+        width = self.content_size.width
+        self.show_text(totals(report, recipe, width, time, brief=brief, evidence=evidence))
+
+    def show_text(self, text: Content) -> None:
+        """Show a text in place of totals."""
+        update_if_changed(self._totals, text)
+
+
+class LengthsPanel(Panel):
+    """The distribution of lengths, and what other sequence lengths would cost."""
+
+    def __init__(self) -> None:
+        self._parts = [Static(id=name) for name in ("lengths-line", "histogram", "costs")]
+        super().__init__("Lengths", *self._parts, keys=_LENGTH_KEYS, id="lengths-panel")
+
+    def show(self, report: Report | None, data: Data, costs: list[LengthCost], height: int) -> None:
+        """Show a report with a histogram of so many lines, or nothing."""
+        texts = [Content("")] * len(self._parts)
+        if report is not None:
+            width = self.content_size.width
+            cut = data.max_length if report.template else None
+            texts = [
+                lengths_line(report, data, width),
+                histogram(report.lengths, cut, width, height),
+                cost_table(costs if report.complete else [], width),
+            ]
+        for part, text in zip(self._parts, texts, strict=True):
+            update_if_changed(part, text)
+
+
+class ProblemsPanel(Panel):
+    """Each kind of problem with what becomes of its rows."""
+
+    def __init__(self) -> None:
+        self._list = ViList(id="problems")
+        super().__init__("Problems", self._list, keys=_PROBLEM_KEYS, id="problems-panel")
+
+    def show(
+        self,
+        report: Report | None,
+        problems: Sequence[DataProblem],
+        recipe: Recipe,
+        *,
+        brief: bool,
+        narrow: bool,
+    ) -> None:
+        """Show these problems of a report, or nothing without one.
+
+        Args:
+            report: The report.
+            problems: Those that the recipe does not fix already.
+            recipe: What the rows are used for.
+            brief: Whether to leave out fixes.
+            narrow: Whether to leave out also what to do about too few steps.
+        """
+        if report is None:
+            self._list.show([])
+            self.show_title("Problems")
+            return
+        bad_rows = bad_row_count(problems)
+        lines, unsaid = [], bad_rows
+        for problem in problems:
+            # Only the first problem with bad rows says that one key leaves all of them out.
+            skipped, unsaid = (unsaid, 0) if is_bad_row(problem) else (0, unsaid)
+            several = len(report.files) > 1
+            line = problem_line(problem, recipe.data, brief=brief, several=several, bad_rows=skipped)
+            lines.append((f"{problem.kind} {problem.path}", line))
+        if few_steps := few_steps_line(report, recipe, brief=narrow or (brief and bool(lines))):
+            lines.append(("steps", few_steps))
+        # Errors found later come before what the cursor was on.
+        select = lines[0][0] if lines and not self._list.has_focus else None
+        none = ("✓ No problems found", "$success") if report.complete else ("No problems so far", "dim")
+        self._list.show(lines or [("none", Content.assemble(none))], select)
+        self.show_title(f"Problems ({len(lines)})" if lines else "Problems")
+        keys = _PROBLEM_KEYS if problems else ()
+        if recipe.data.bad_rows == "skip":
+            keys = (*keys, ("data.bad_rows", "refuse bad rows"))
+        elif bad_rows:
+            keys = (*keys, ("data.bad_rows", "skip bad rows"))
+        self.show_keys(keys)
+
+
+def bad_row_count(problems: Sequence[DataProblem]) -> int:
+    """Number of rows for which no run can start, and which could be left out."""
+    return sum(problem.count for problem in problems if is_bad_row(problem))
+
+
+def totals(
+    report: Report, recipe: Recipe, width: int, time: str = "", *, brief: bool = False, evidence: bool = True
+) -> Content:
+    """The detected format and the resulting samples and tokens.
+
+    ``evidence``: what the format was recognized by. ``brief`` leaves out all sentences on reasoning but the
+    first.
+    """
+    counts, data = report.counts, recipe.data
+    lines: list[Content] = []
+    for file in report.files[:1]:
+        more = f", {len(report.files)} files" if len(report.files) > 1 else ""
+        # A column that is called like the format says nothing more.
+        columns = ", ".join(name for name in file.columns.values() if name != file.format)
+        why = "; ".join(file.evidence) if evidence else columns
+        text = Content.assemble((file.format, "bold"), (f"{': ' if why else ''}{why}{more}", "dim"))
+        lines += _labeled("format", text, width)
+    reading = "" if report.complete else f"  ({format_percent(report.share)} read)"
+    excluded = f", {counts.excluded:,} excluded" if counts.excluded else ""
+    if not report.template:
+        conversations = pluralize(counts.conversations, "conversation")
+        lines += _labeled("rows", Content(f"{counts.rows:,}, {conversations}{excluded}{reading}"), width)
+        return Content("\n").join([*lines, *map(Content, report.thinking)])
+    unused = counts.rows - counts.conversations
+    samples = Content.assemble(
+        f"{counts.samples:,} {'pairs ' if recipe.trains_pairs else ''}from {pluralize(counts.rows, 'row')}",
+        (f", {unused:,} left out" if unused > 0 else "", "$warning"),
+        excluded,
+        (reading, "bold"),
+    )
+    lines += _labeled("samples", samples, width)
+    lines += _labeled("tokens", Content(f"{counts.tokens:,}"), width)
+    lines += _labeled("to learn", _to_learn(counts.trained_tokens, counts.tokens, width), width)
+    if report.complete:
+        lines += _labeled("steps", Content(steps_line(report, recipe) + time), width)
+    lines += map(Content, report.thinking[:1] if brief else report.thinking)
+    lines.append(Content.styled(_rules(data, {file.format for file in report.files}), "dim"))
+    return Content("\n").join(lines)
+
+
+def _labeled(label: str, text: Content, width: int) -> list[Content]:
+    """A label and its text, whose further lines are below the first."""
+    first, *others = text.wrap(max(10, width - _LABEL)) or [Content("")]
+    return [
+        labeled(label, first, _LABEL),
+        *(Content(" " * _LABEL) + other for other in others),
+    ]
+
+
+def _to_learn(trained: int, tokens: int, width: int) -> Content:
+    share = trained / tokens if tokens else 0.0
+    text = f"{trained:,} ({format_percent(share)})" if tokens else "none"
+    cells = min(_MAX_BAR, width - _LABEL - len(text) - 1)
+    return Content.assemble((f"{bar(share, cells)} " if cells >= _MIN_BAR else "", "$secondary"), text)
+
+
+def _rules(data: Data, formats: set[str]) -> str:
+    packing = "packed" if data.packing else "not packed"
+    scope = "answers only" if data.train_on == "assistant" and formats != {"text"} else "all tokens"
+    if data.validation_path:
+        held = f"validates on {Path(data.validation_path).name}"
+    elif data.validation_fraction:
+        held = f"{format_percent(data.validation_fraction)} validation"
+    else:
+        held = "no validation"
+    return f"{scope} · {packing} · {held}"
+
+
+def lengths_line(report: Report, data: Data, width: int) -> Content:
+    """The lines above the histogram: percentiles, and samples that are too long."""
+    lengths = report.lengths
+    points = f"median {lengths.p50:,}  90% ≤{lengths.p90:,}  99% ≤{lengths.p99:,}"
+    most = f"  all ≤{lengths.longest:,}"
+    unit = "tokens" if lengths.unit == "tokens" else "chars"
+    # The longest is also at the end of the axis.
+    line = next(
+        (words for words in (f"{unit}: {points}{most}", f"{unit} {points}") if len(words) <= width), points
+    )
+    if not report.too_long:
+        return Content(line)
+    share = format_percent(report.too_long / report.counts.rows)
+    dropped = report.counts.dropped if data.overflow.startswith("cut") else 0
+    outcomes = [f"{report.counts.cut:,} {OVERFLOW_OUTCOMES[data.overflow]}", f"{dropped:,} left out"]
+    how = " · ".join(outcomes[not report.counts.cut :]) if dropped else OVERFLOW_OUTCOMES[data.overflow]
+    over = f"✂ {report.too_long:,} ({share}) over {data.max_length:,}: {how}"
+    return Content.assemble(line, "\n", (over, "$warning"))
+
+
+def problem_line(
+    problem: DataProblem, data: Data, *, brief: bool = False, several: bool = False, bad_rows: int = 0
+) -> Content:
+    """One kind of problem in the list with what becomes of its rows, and its fix unless ``brief``.
+
+    ``several``: the source has several files, so the problem's file is named. ``bad_rows``: how many rows the
+    fix leaves out, of all problems; 0 where another line says so.
+    """
+    sign, style = SEVERITY_SIGNS[problem.severity]
+    rows = ", ".join(f"{row:,}" for row in problem.rows[:_ROWS_NAMED])
+    more = "…" if problem.count > _ROWS_NAMED else ""
+    where = f"  row {rows}{more}" if rows and not brief else ""
+    if several and problem.path:
+        where = f"  {Path(problem.path).name}{where}"
+    return Content.assemble(
+        (f"{sign} {problem.title}", style),
+        (f": {pluralize(problem.count, 'row')}", "bold"),
+        row_outcome(problem, data),
+        (where, "dim"),
+        (f"\n  ▸ {key_name('data.fix')} {fix}" if (fix := _fix_label(problem, bad_rows)) else "", "$accent"),
+        ("" if brief or not problem.fix else f"\n  ▸ {problem.fix}", "dim"),
+    )
+
+
+def _fix_label(problem: DataProblem, bad_rows: int) -> str:
+    """What the key for fixes does about the problem; empty if nothing."""
+    if is_bad_row(problem):
+        return f"leave {pluralize(bad_rows, 'bad row')} out" if bad_rows else ""
+    if problem.split_rows:
+        return f"split into {'about ' if problem.is_estimate else ''}{pluralize(problem.split_rows, 'row')}"
+    return f"train {', '.join(problem.tokens)}" if problem.tokens else ""
+
+
+def few_steps_line(report: Report, recipe: Recipe, *, brief: bool) -> Content | None:
+    """The warning that the run has too few steps, if it has; ``brief``: without what to do."""
+    if not report.complete or not report.counts.samples:
+        return None
+    if len(recipe.data.sources) > 1:  # the report is on one of them, and the run has steps of all
+        return None
+    a_pass, steps = _steps(report, recipe)
+    if steps >= FEW_STEPS:
+        return None
+    # In one line of 37 cells: in a small window it is beside a scrollbar.
+    warning = Content.styled(f"! Only {pluralize(steps, 'step')}: too few to learn much", "$warning")
+    if brief:
+        return warning
+    training = recipe.training
+    accumulation, micro_batch = training.gradient_accumulation, training.micro_batch_size
+    lower = f"accumulation (now {accumulation})" if accumulation > 1 else f"micro-batch (now {micro_batch})"
+    less = f", or lower {lower}" if recipe.effective_batch > 1 else ""
+    # Where Max steps ends the run, neither more epochs nor smaller steps make it longer.
+    is_limited = steps < total_steps(a_pass, recipe)
+    change = "raise Max steps" if is_limited else f"raise Epochs{less}"
+    return warning + Content.styled(f"\n  ▸ On {key_name('go.train')} Train, {change}.", "dim")
+
+
+def steps_line(report: Report, recipe: Recipe) -> str:
+    """How many optimizer steps the data makes, roughly: packing is only known once it is done."""
+    if not report.counts.samples:
+        return "Nothing to train on"
+    a_pass, steps = _steps(report, recipe)
+    return f"about {a_pass:,} an epoch, {steps:,} in all"
+
+
+def _steps(report: Report, recipe: Recipe) -> tuple[int, int]:
+    """Optimizer steps of an epoch, and of the whole run."""
+    sources = recipe.data.sources
+    weight = sources[0].weight if len(sources) == 1 else 1.0
+    a_pass = steps_per_epoch(report.counts.samples * weight, report.counts.tokens * weight, recipe)
+    steps = total_steps(a_pass, recipe)
+    return a_pass, min(steps, recipe.training.max_steps or steps)
+
+
+def histogram(lengths: Lengths, cut_at: int | None, width: int, height: int) -> Content:
+    """Draw the lengths of samples in ``height`` lines of bars and one of an axis.
+
+    Bars beyond ``cut_at`` are hatched; the axis labels it in its place, or has an arrow if all
+    samples are shorter. Without ``cut_at`` nothing is marked.
+    """
+    bins = lengths.histogram
+    if not bins or width < 8:
+        return Content("")
+    width = min(width, _MAX_HISTOGRAM)
+    edges = [0, *(bin_.up_to for bin_ in bins)]
+    cut = width if cut_at is None else _column(edges, cut_at, width)
+    counts = [bins[column * len(bins) // width].count or None for column in range(width)]
+    rows = blocks(counts, 0.0, max(bin_.count for bin_ in bins), height)
+    lines = [
+        Content.assemble((row[:cut], "$primary"), (row[cut:].translate(_HATCHED), "$warning")) for row in rows
+    ]
+    return Content("\n").join([*lines, _axis(edges, cut_at, cut, width)])
+
+
+def _column(edges: list[int], length: int, width: int) -> int:
+    """Column of a length on the axis, ``width`` if it is beyond the end. All bins are equally wide."""
+    for number, (low, high) in enumerate(pairwise(edges)):
+        if length < high:
+            return round((number + (length - low) / (high - low)) * width / (len(edges) - 1))
+    return width
+
+
+def _axis(edges: list[int], cut_at: int | None, cut: int, width: int) -> Content:
+    """``0───────✂ 1,024────2,300``."""
+    tail = len(edges) > 2 and edges[-1] - edges[-2] > edges[1]
+    end = f"{'⋯ ' if tail else ''}{edges[-1]:,}"
+    if cut_at is None:
+        return Content.styled("0" + "─" * (width - 2 - len(end)) + f" {end}", "dim")
+    if cut >= width:
+        mark = f"✂ max {cut_at:,} →"
+        line = "─" * max(1, width - len(end) - len(mark) - 3)
+        return Content.assemble((f"0{line} {end} ", "dim"), mark)
+    mark = f"✂ {cut_at:,}"
+    place = min(max(1, cut), width - len(mark))
+    width_right = width - place - len(mark)
+    right = "─" * (width_right - len(end) - 1) + f" {end}" if width_right > len(end) else "─" * width_right
+    return Content.assemble(("0" + "─" * (place - 1), "dim"), (mark, "$warning bold"), (right, "dim"))
+
+
+def cost_table(costs: list[LengthCost], width: int) -> Content:
+    """A line for each length; the recipe's own is marked."""
+    if not costs:
+        return Content("")
+    timed = width >= _TIMED_WIDTH and any(cost.seconds is not None for cost in costs)
+
+    def verdict(cost: LengthCost) -> Content:
+        if cost.verdict is None:
+            return Content("")
+        word = cost.verdict.word
+        room = width - (45 if timed else 33)
+        return Content.styled(word if len(word) <= room else VERDICT_SIGN[word], VERDICT_STYLE[word])
+
+    def in_weight(text: Callable[[LengthCost], str]) -> Callable[[LengthCost], Content]:
+        return lambda cost: Content.styled(text(cost), "bold" if cost.name == "now" else "")
+
+    def name(cost: LengthCost) -> str:
+        return f"{'▸' if cost.name == 'now' else ' '} {cost.name:<5}{cost.length:>8,}"
+
+    columns = [
+        Column(title="  max length", text=in_weight(name), width=15),
+        Column(
+            title="whole", text=in_weight(lambda cost: format_percent(cost.whole)), width=6, right=True, gap=0
+        ),
+        Column(
+            title="memory",
+            text=in_weight(lambda cost: format_bytes(cost.verdict.needed_bytes) if cost.verdict else "NA"),
+            width=8,
+            right=True,
+        ),
+        Column(text=verdict),
+    ]
+    if timed:
+        seconds = in_weight(lambda cost: format_duration(cost.seconds))
+        columns.insert(3, Column(title="time", text=seconds, width=12, right=True, gap=0))
+    return Content("\n").join(table(columns, costs, width))

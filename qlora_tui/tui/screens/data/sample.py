@@ -1,0 +1,347 @@
+"""One row of the data as the model will see it: its panel, the styles of its tokens, and its neighbors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from textual.content import Content
+from textual.widget import Widget
+from textual.widgets import Static
+
+from qlora_tui.data.dataset_report import FileReport, Piece, Report, Shown
+from qlora_tui.data.format_hints import UNMAPPED_COLUMNS
+from qlora_tui.data.formats import NOT_IN_FORMAT
+from qlora_tui.data.preferences import PAIRS, RATED, UNMAPPED_SIDES
+from qlora_tui.data.problems import CHECKS, DataProblem, check_of
+from qlora_tui.errors import UserError
+from qlora_tui.recipe.schema import Data
+from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
+from qlora_tui.tui.render.labels import SEVERITY_SIGNS, error_content
+from qlora_tui.tui.screens.data.previews import PreviewRequest
+from qlora_tui.tui.widgets.controls import ViScroll
+from qlora_tui.tui.widgets.line_widgets import update_if_changed
+from qlora_tui.tui.widgets.panel import Panel
+
+Place: TypeAlias = tuple[str, int]
+"""A file, and a row of it; an empty path is the first file."""
+Changes: TypeAlias = Sequence[tuple[float, float]]
+"""Loss of each token in the loss before and after a run, which shades it; empty if not measured."""
+
+_EMPTY = (
+    "No data yet.\n\nPress {data.open} to open a file (JSON, JSONL, CSV, TSV, Parquet or text, also "
+    "compressed with gzip or zstd), a folder of such files, or a dataset from the Hub.\n\n"
+    "The format is detected: conversations (messages, ShareGPT), instructions (Alpaca), prompt and "
+    "completion, question and answer, text and label, plain text.\n\n"
+    "Every row is then shown here exactly as the model will see it.\n\n"
+    "To try it without a file of your own, press {go.home} for Home and then {home.demo} for the demo's "
+    "conversations."
+)
+_PLAIN = Content.styled("The row as it is in the file:\n\n", "dim")
+_NO_MODEL = "Select a model with {go.models} to see tokens, the chat template and what is to learn.\n\n"
+_KEYS = (
+    ("data.previous", "previous"),
+    ("data.next", "next row"),
+    ("data.goto", "go to"),
+    ("data.view", "view"),
+)
+_TITLE_FRAME = 6
+"""Cells of a panel's corners and of the spaces around its title."""
+
+_CONTROL, _LEARNED_CONTROL = "reverse", "reverse bold underline $accent"
+_LEARNED_BREAK = "bold underline $accent"
+_LEARNED, _READ = "bold underline", "dim"
+_LEGEND = Content.assemble(
+    ("to learn", _LEARNED),
+    "  ",
+    ("only read", _READ),
+    "  ",
+    (" control ", _CONTROL),
+    "  ",
+    (" control to learn ", _LEARNED_CONTROL),
+    "  ",
+    ("↵", _LEARNED_BREAK),
+    (" line break to learn", "dim"),
+)
+"""The styles of a row's tokens."""
+_FELL = 2.0
+"""Nats by which the loss of a token falls that was learned."""
+_ROSE = 0.5
+"""Nats by which the loss of a token rises that became less likely."""
+_FALL_MARK, _RISE_MARK = "▾", "▴"
+_CHANGES_LEGEND = Content.assemble(
+    ("Loss in nats: ", "dim"),
+    (f"{_FALL_MARK}fell by {_FELL:g} or more", "bold $success"),
+    "  ",
+    ("between", "underline"),
+    "  ",
+    (f"{_RISE_MARK}rose by {_ROSE:g} or more", "bold reverse $error"),
+)
+
+
+class SamplePanel(Panel):
+    """A row, or why there is none, with the legend of its styles."""
+
+    def __init__(self) -> None:
+        super().__init__("Sample", keys=_KEYS, id="sample-panel")
+
+    def compose(self) -> Iterable[Widget]:
+        with ViScroll(id="sample-scroll"):
+            yield Static(id="sample")
+        yield Static(id="legend")
+
+    def show_row(
+        self,
+        shown: Shown | None,
+        problems: Sequence[DataProblem],
+        request: PreviewRequest,
+        changes: Changes,
+        no_tokens: UserError | None,
+    ) -> None:
+        """Show a row with its legend; without one the text stays.
+
+        ``no_tokens``: why the row is shown as it is in the file although a model is selected.
+        """
+        self.show_legend(legend(shown, changes))
+        if shown is None:
+            return
+        text = sample(shown, problems, request.data, changes)
+        if no_tokens is not None:
+            text = Content.assemble(error_content(no_tokens, is_spaced=True), "\n\n", text)
+        elif not request.model:
+            text = Content.assemble(highlight_keys(name_keys(_NO_MODEL), "dim"), text)
+        self.show_text(text)
+
+    def show_text(self, text: Content) -> None:
+        """Show a text in place of a row."""
+        self.query_one("#sample", Static).update(text)
+
+    def show_empty(self) -> None:
+        """Say how data is opened."""
+        self.show_text(highlight_keys(name_keys(_EMPTY)))
+
+    def show_legend(self, text: Content) -> None:
+        """Say what the styles mean; an empty text hides the line."""
+        line = self.query_one("#legend", Static)
+        line.display = bool(text)
+        update_if_changed(line, text)
+
+    def show_place(self, place: Place, report: Report | None, shown: Shown | None, data: Data) -> None:
+        """Say in the title which row it is, its tokens to learn, and notes, as far as they fit."""
+        self.show_title(row_title(place, report, shown, data, self.size.width - _TITLE_FRAME))
+
+
+def sample(shown: Shown, problems: Sequence[DataProblem], data: Data, changes: Changes = ()) -> Content:
+    """The row as the model will see it, below its problems."""
+    parts: list[Content | str | tuple[str, str]] = []
+    for kind, example in _row_problems(shown, problems):
+        check = check_of(kind, skips_bad_rows=data.bad_rows == "skip") if kind in CHECKS else None
+        sign, style = SEVERITY_SIGNS[check.severity if check else "warning"]
+        parts.append((f"{sign} {check.title if check else kind}", f"{style} bold"))
+        parts.append((f"  {example}" if example else "", "dim"))
+        parts += [("\n  ▸ ", "$accent"), (check.fix, "dim")] if check and check.fix else []
+        parts.append("\n")
+    if parts:
+        parts.append("\n")
+    if shown.refused:
+        text = "This row cannot be used.\n\n" if data.bad_rows == "refuse" else "This row is left out.\n\n"
+        return Content.assemble(*parts, (text, "bold"), shown.refused)
+    if not shown.token_counts:
+        parts.insert(0, _PLAIN)
+    lost = sum(max(0, count - data.max_length) for count in shown.token_counts)
+    mark = f"✂ {lost:,} more tokens do not fit in {data.max_length:,}"
+    if lost and data.overflow == "cut-left":
+        parts.append((f"{mark}\n", "$warning"))
+    shaded = _shaded_pieces(shown, changes)
+    parts += shaded
+    for number, pieces in enumerate(shown.samples if not shaded else ()):
+        if shown.sides:
+            parts.append((f"{chr(10) if number else ''}──── {shown.sides[number]} ────\n", "dim"))
+        elif number:
+            parts.append(("\n──── next sample of this row ────\n", "dim"))
+        parts += [_styled(piece) for piece in pieces]
+    if lost and data.overflow == "cut-right":
+        parts.append((f"\n{mark}", "$warning"))
+    return Content.assemble(*parts)
+
+
+def legend(shown: Shown | None, changes: Changes) -> Content:
+    """What the styles of a row's tokens mean; empty without tokens."""
+    if shown is None or shown.refused or not shown.token_counts:
+        return Content("")
+    return _CHANGES_LEGEND if _shaded_pieces(shown, changes) else _LEGEND
+
+
+def unreadable_text(error: UserError, fields: dict[str, str]) -> Content:
+    """The error for a file that cannot be read, with its columns and the keys that may help."""
+    keys = [
+        (key_name("data.reload"), "read it again"),
+        (key_name("data.open"), "open another file"),
+        (key_name("data.remove"), "remove this one"),
+    ]
+    if fields and error.code in (UNMAPPED_COLUMNS, UNMAPPED_SIDES, NOT_IN_FORMAT):
+        # The fix is for the recipe as a file; here there is a key for it.
+        error = error.replace(fix=f"Press {key_name('data.columns')} to map the columns.")
+    if kind := refused_preferences(error):
+        sides = "chosen or on both answers" if kind == "pairs" else "good or on all answers"
+        error = error.replace(fix=f"Press {key_name('data.fix')} to train on the {sides}.")
+        keys = [(key_name("data.fix"), "choose how to train on them"), *keys]
+    parts: list[Content | tuple[str, str]] = [error_content(error, is_spaced=True)]
+    if fields and not kind:
+        parts.append(("\n\nIts rows contain:", ""))
+        parts += [
+            part for name, example in fields.items() for part in ((f"\n  {name}  ", "bold"), (example, "dim"))
+        ]
+        keys = [
+            (key_name("data.columns"), "map the columns"),
+            (key_name("data.format"), "read it in another format"),
+            *keys,
+        ]
+    parts.append(("\n\n", ""))
+    parts += [part for key, does in keys for part in ((key, "$accent bold"), (f" {does}   ", "dim"))]
+    return Content.assemble(*parts)
+
+
+def refused_preferences(error: UserError) -> Literal["", "pairs", "ratings"]:
+    """The kind of preferences for which a file is refused until the recipe says how to train on them."""
+    return "pairs" if error.code == PAIRS else "ratings" if error.code == RATED else ""
+
+
+def row_title(place: Place, report: Report | None, shown: Shown | None, data: Data, width: int) -> Content:
+    """The row number, its tokens to learn, and notes, as far as they fit."""
+    path, row = place
+    of = name = ""
+    if report and len(report.files) > 1:
+        file = next((file for file in report.files if file.path == path), report.files[0])
+        name = f"{Path(file.path).name} "
+        of = f" of {file.last_row:,}" if file.last_row else ""
+    elif report and report.complete:
+        # In a file with blank lines rows are called by their lines, of which there are more.
+        rows = report.counts.rows + report.counts.excluded
+        of = f" of {max(rows, report.files[0].last_row):,}"
+    elif report:
+        # A jump may go beyond what has been read so far.
+        of = f" of {max(row, report.counts.rows):,} or more"
+    parts = [f"{name}row {row:,}{of}"]
+    if shown and shown.samples and shown.token_counts:
+        most = max(shown.token_counts) if data.overflow == "split" else data.max_length
+        rendered_tokens = sum(min(count, most) for count in shown.token_counts)
+        parts.append(f"{sum(shown.trained_counts):,} of {rendered_tokens:,} tokens to learn")
+    if shown:
+        parts += shown.notes
+    lengths = (count for count in range(len(parts), 1, -1))
+    titles = (" · ".join(parts[:count]) + (" …" if count < len(parts) else "") for count in lengths)
+    title = next((title for title in titles if len(title) <= width), parts[0])
+    first, _, rest = title.partition(" · ")
+    return Content.assemble(first, (f" · {rest}" if rest else "", "not bold $foreground"))
+
+
+def neighbor(place: Place, by: int, files: Sequence[FileReport]) -> Place:
+    """The next or previous row, or the same one at either end.
+
+    The last row of a file is known once it has been read.
+    """
+    path, row = place
+    number = _file_number(path, files)
+    # Rows of a JSONL file are lines, some of them blank: only the last is sure to be there.
+    if by > 0 and files and row >= (files[number].last_row or row + 1):
+        return (files[number + 1].path, 1) if number + 1 < len(files) else place
+    if by < 0 and row == 1:
+        return (files[number - 1].path, max(1, files[number - 1].last_row)) if number else place
+    return path, max(1, row + by)
+
+
+def parse_place(text: str, path: str, files: Sequence[FileReport]) -> Place | None:
+    """The place a user names: ``17``, or ``part-2 17``, with a part of a file's name."""
+    name, _, digits = text.strip().rpartition(" ")
+    digits = digits.replace(",", "")
+    if not digits.isdigit() or int(digits) < 1:
+        return None
+    if name.strip():
+        matches = (file.path for file in files if name.strip().lower() in Path(file.path).name.lower())
+        path = next(matches, "")
+        return (path, int(digits)) if path else None
+    return path, int(digits)
+
+
+def next_problem(
+    problems: Sequence[DataProblem], place: Place, by: int, files: Sequence[FileReport]
+) -> Place | None:
+    """The next place with one of these problems, after the last the first again; None if none has a row."""
+    places = sorted({(_file_number(p.path, files), row) for p in problems for row in p.rows})
+    if not places:
+        return None
+    here = _file_number(place[0], files), place[1]
+    if by > 0:
+        number, row = next((one for one in places if one > here), places[0])
+    else:
+        number, row = next((one for one in reversed(places) if one < here), places[-1])
+    return (files[number].path if files else ""), row
+
+
+def _file_number(path: str, files: Sequence[FileReport]) -> int:
+    return next((n for n, file in enumerate(files) if file.path == path), 0)
+
+
+def _row_problems(shown: Shown, problems: Sequence[DataProblem]) -> list[tuple[str, str]]:
+    """(kind, example) of each problem of this row."""
+    seen = {kind for kind, _ in shown.findings}
+    here = (p for p in problems if p.path in ("", shown.path))
+    others = [(p.kind, "") for p in here if shown.row in p.rows and p.kind not in seen]
+    return [*shown.findings, *others]
+
+
+def _styled(piece: Piece) -> Content:
+    text = piece.text
+    if piece.special:
+        return Content.styled(text, _LEARNED_CONTROL if piece.in_loss else _CONTROL)
+    if not piece.in_loss:
+        return Content.styled(text, _READ)
+    # Line breaks in the loss are invisible; only those at the edges are marked, to keep the text readable.
+    inner = text.strip("\n")
+    if not inner:
+        return Content.styled("↵\n" * len(text), _LEARNED_BREAK)
+    before = len(text) - len(text.lstrip("\n"))
+    after = len(text) - len(text.rstrip("\n"))
+    return Content.assemble(
+        ("↵\n" * before, _LEARNED_BREAK), (inner, _LEARNED), ("↵\n" * after, _LEARNED_BREAK)
+    )
+
+
+def _shaded_pieces(shown: Shown, changes: Changes) -> list[Content | tuple[str, str]]:
+    """The one sample of a row with its tokens shaded; empty if the losses are of other tokens."""
+    if len(shown.samples) != 1 or len(shown.trained_texts) != 1 or not changes:
+        return []
+    texts = shown.trained_texts[0]
+    if len(texts) != len(changes):
+        return []
+    tokens = list(zip(texts, changes, strict=True))
+    parts: list[Content | tuple[str, str]] = []
+    for piece in shown.samples[0]:
+        taken = 0
+        if piece.in_loss:
+            length = 0
+            while taken < len(tokens) and length < len(piece.text):
+                length += len(tokens[taken][0])
+                taken += 1
+        here, tokens = tokens[:taken], tokens[taken:]
+        if here and "".join(text for text, _ in here) == piece.text and not piece.special:
+            parts += [_shaded(text, after - before) for text, (before, after) in here]
+        else:
+            # A special token, or a character that is split over several tokens.
+            parts.append(_styled(piece))
+    return parts
+
+
+def _shaded(text: str, change: float) -> Content:
+    """A token in the style of its change, with a mark that says it without color."""
+    # The mark is between a space and the word, not before the space.
+    word = text.lstrip(" ")
+    space = text[: len(text) - len(word)]
+    word = word.replace("\n", "↵\n")
+    if change <= -_FELL:
+        return Content.assemble(space, (_FALL_MARK, "$success"), (word, "bold underline $success"))
+    if change >= _ROSE:
+        return Content.assemble(space, (_RISE_MARK, "$error"), (word, "bold reverse $error"))
+    return Content.assemble(space, (word, "underline"))
