@@ -89,9 +89,10 @@ def attend(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, kernel: Kern
             if k.numel == q.numel and shape.heads == shape.kv_heads:
                 k, v = ops.copy(k), ops.copy(v)
         if shape.pieces > 1:
-            q, k, v = (_split(ops, tensor) for tensor in (q, k, v))
+            # Views, whose gradients are joined in a copy.
+            q, k, v = (ops.slice(tensor, tensor.numel) for tensor in (q, k, v))
         out = _fused(ops, q, k, v, shape, grouped=grouped and kernel == "flash")
-        return _joined(ops, out) if shape.pieces > 1 else out
+        return ops.join(out) if shape.pieces > 1 else out
     return _written_out(ops, q, k, v, shape, math=kernel == "math")
 
 
@@ -102,33 +103,12 @@ def repeated(ops: Ops, k: Tensor, v: Tensor, shape: Heads) -> tuple[Tensor, Tens
     return _repeat(ops, k, shape), _repeat(ops, v, shape), replace(shape, kv_heads=shape.heads)
 
 
-def _split(ops: Ops, x: Tensor) -> Tensor:
-    """Replay ``split``: views; the gradients of the pieces are joined in a copy."""
-    numel, itemsize = x.numel, x.itemsize
-    return x.view(ops.tape.node((x,), lambda grad, saved: (ops.new(numel, itemsize),)))
-
-
-def _joined(ops: Ops, x: Tensor) -> Tensor:
-    """Replay ``cat``: a copy; its gradient is passed on in views."""
-    out = ops.new(x.numel, x.itemsize)
-    out.node = ops.tape.node((x,), lambda grad, saved: (grad.view(None),))
-    return out
-
-
 def _repeat(ops: Ops, x: Tensor, shape: Heads) -> Tensor:
     """Replay ``repeat_kv``: each key and value head copied for the query heads that share it."""
     groups = shape.heads // max(shape.kv_heads, 1)
     if groups <= 1:
         return x
-    small, itemsize, numel = x.numel, x.itemsize, x.numel * groups
-
-    def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        return (ops.new(small, itemsize),)
-
-    node = ops.tape.node((x,), fn)
-    out = ops.new(numel, itemsize)
-    out.node = node
-    return out
+    return ops.apply(x, numel=x.numel * groups, itemsize=x.itemsize)
 
 
 def _fused(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, *, grouped: bool) -> Tensor:
@@ -207,8 +187,7 @@ def _sample_backward(ops: Ops, numel: int, shared: int, itemsize: int, shape: He
             triangle = ops.new(block * (end - start), itemsize) if start else None
             del triangle
         v_gradient = ops.new(seen, itemsize)
-        with ops.meter.attribute_to("scores"):
-            scores = ops.new(block * end, itemsize)
+        scores = ops.new(block * end, itemsize, "scores")
         q_gradient, k_gradient = ops.new(block * shape.head_dim, itemsize), ops.new(seen, itemsize)
         del v_gradient, q_gradient, k_gradient, weights, scores, copies
     del laid_out, sums
@@ -231,14 +210,14 @@ def _written_out(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, *, mat
             if shape.heads == shape.kv_heads:
                 k, v = ops.copy(k), ops.copy(v)
     with ops.meter.attribute_to("scores"):
-        weights = _product(ops, q, _broadcast(ops, k, shape) if math else k, scores)
+        weights = ops.product(q, _broadcast(ops, k, shape) if math else k, scores)
         if not math:
             weights = ops.times_number(weights)
         if shape.softcap:
             weights = ops.times_number(ops.activation(ops.times_number(weights), "tanh"))
-        weights = _masked(ops, weights)
+        weights = ops.copy(weights)  # plus the mask
         weights = ops.cast(_softmax(ops, weights, FLOAT), q.itemsize)
-    out = ops.cast(_product(ops, weights, _broadcast(ops, v, shape) if math else v, numel), itemsize)
+    out = ops.cast(ops.product(weights, _broadcast(ops, v, shape) if math else v, numel), itemsize)
     if not math:
         ops.returned_extra = weights
     # (rows, heads, length, dim) becomes (rows, length, heads × dim): a copy.
@@ -262,11 +241,7 @@ def _eager_attention(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads) ->
         _unfused_attention(ops, one, *(last for _, last in halves)),
     )
     del halves
-    # cat's backward hands out views of the gradient.
-    node = ops.tape.node(parts, lambda grad, saved: (grad.view(None), grad.view(None)))
-    out = ops.new(parts[0].numel + parts[1].numel, q.itemsize)
-    out.node = node
-    return out
+    return ops.join(*parts)
 
 
 def _other_samples_unfused(ops: Ops, one: Heads, samples: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -307,7 +282,7 @@ def _unfused_attention(ops: Ops, shape: Heads, q: Tensor, k: Tensor, v: Tensor) 
     k, v = _repeat(ops, k, shape), _repeat(ops, v, shape)
     with ops.meter.attribute_to("scores"):
         allowed = ops.new(shape.length * shape.length, 1)
-        weights = ops.times_number(_product(ops, q, k, scores))
+        weights = ops.times_number(ops.product(q, k, scores))
         if shape.softcap:
             weights = ops.times_number(ops.activation(ops.times_number(weights), "tanh"))
         mask = ops.new(shape.length * shape.length, 1)
@@ -322,28 +297,8 @@ def _unfused_attention(ops: Ops, shape: Heads, q: Tensor, k: Tensor, v: Tensor) 
         weights = ops.cast(_softmax(ops, weights, FLOAT), itemsize)
         if shape.sinks:
             weights = ops.slice(weights, scores)
-    out = _product(ops, weights, v, q.numel // shape.head_dim * shape.value_dim)
+    out = ops.product(weights, v, q.numel // shape.head_dim * shape.value_dim)
     del weights, k, v, allowed, mask
-    return out
-
-
-def _product(ops: Ops, a: Tensor, b: Tensor, numel: int) -> Tensor:
-    sizes, itemsize = (a.numel, b.numel), a.itemsize
-
-    def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        return (ops.new(sizes[0], itemsize), ops.new(sizes[1], itemsize))
-
-    node = ops.tape.node((a, b), fn, (a, b))
-    out = ops.new(numel, itemsize)
-    out.node = node
-    return out
-
-
-def _masked(ops: Ops, x: Tensor) -> Tensor:
-    """Replay ``scores + mask``: a sum with a tensor that needs no gradient."""
-    node = ops.tape.node((x,), lambda grad, saved: (grad,))
-    out = ops.new(x.numel, x.itemsize)
-    out.node = node
     return out
 
 
@@ -371,53 +326,41 @@ def latent_attention(
     shape: Heads,
     kernel: Kernel,
     hidden_states: Tensor,
-    norm_itemsize: int,
 ) -> Tensor:
     """Compute the attention output before the output projection."""
     down, up = linears["kv_a_proj_with_mqa"], linears["kv_b_proj"]
     heads, tokens = shape.heads, ops.tokens
     value_dim = linears["o_proj"].inputs // heads
     rope = down.outputs - up.inputs
-    query = _queries(ops, linears, hidden_states, norm_itemsize)
+    query = _queries(ops, linears, hidden_states)
     head_dim = query.numel // tokens // heads
     compressed = linear(ops, hidden_states, down)
-    latent = ops.rms_norm(ops.slice(compressed, tokens * up.inputs), weight=norm_itemsize)
+    latent = ops.rms_norm(ops.slice(compressed, tokens * up.inputs))
     turned = _turned(ops, ops.slice(query, tokens * heads * rope))
     key_turned = _turned(ops, ops.slice(compressed, tokens * rope))
     del compressed
     passed = ops.slice(query, tokens * heads * (head_dim - rope))
-    query = _filled(ops, tokens * heads * head_dim, passed, turned)
+    query = ops.apply(passed, turned, numel=tokens * heads * head_dim, itemsize=passed.itemsize)
     del passed, turned
     both = linear(ops, latent, up)
     del latent
-    key = _filled(
-        ops, tokens * heads * head_dim, ops.slice(both, tokens * heads * (head_dim - rope)), key_turned
-    )
+    passed = ops.slice(both, tokens * heads * (head_dim - rope))
+    key = ops.apply(passed, key_turned, numel=tokens * heads * head_dim, itemsize=passed.itemsize)
+    del passed
     value = ops.slice(both, tokens * heads * value_dim)
     del both, key_turned
     own = replace(shape, kv_heads=heads, head_dim=head_dim, value_dim=value_dim)
     return attend(ops, query, key, value, own, kernel)
 
 
-def _queries(ops: Ops, linears: dict[str, Linear], x: Tensor, norm_itemsize: int) -> Tensor:
+def _queries(ops: Ops, linears: dict[str, Linear], x: Tensor) -> Tensor:
     """Replay the query projection, or two with a norm between."""
     if "q_proj" in linears:
         return linear(ops, x, linears["q_proj"])
-    narrow = ops.rms_norm(linear(ops, x, linears["q_a_proj"]), weight=norm_itemsize)
+    narrow = ops.rms_norm(linear(ops, x, linears["q_a_proj"]))
     return linear(ops, narrow, linears["q_b_proj"])
 
 
 def _turned(ops: Ops, x: Tensor) -> Tensor:
     """Replay rotary positions as a product of complex numbers, in float32."""
     return ops.cast(ops.scale(ops.cast(x, FLOAT)), x.itemsize)
-
-
-def _filled(ops: Ops, numel: int, *parts: Tensor) -> Tensor:
-    """Replay a tensor assembled from parts; each takes a copy of its share of the gradient."""
-    sizes = [(part.numel, part.itemsize) for part in parts]
-    node = ops.tape.node(
-        parts, lambda grad, saved: tuple(ops.new(count, itemsize) for count, itemsize in sizes)
-    )
-    out = ops.new(numel, parts[0].itemsize)
-    out.node = node
-    return out

@@ -1,16 +1,9 @@
-"""The routed experts of a layer, as the estimate replays them.
-
-Fused experts computed one at a time, as ``training/experts/routed_function.py`` does.
-
-The rows of one expert are replayed, as each frees its own before the next. Tokens are assumed to spread
-evenly over the experts.
-
-A mixture of experts instead of the MLP.
+"""The routed experts of a layer, in place of its MLP.
 
 transformers 5 keeps the experts as two fused 3-D parameters and sorts the tokens by expert
 (``integrations/moe.py``, ``grouped_mm_experts_forward``); before, each expert was a separate module and
-processed its tokens in turn. Fused experts in 4 bits, or with adapters, are in :mod:`.expert_loop`. Tokens
-are assumed to spread evenly over the experts.
+processed its tokens in turn. Fused experts in 4 bits, or with adapters, are computed one at a time, as
+``training/experts/routed_function.py`` does. Tokens are assumed to spread evenly over the experts.
 """
 
 from __future__ import annotations
@@ -21,6 +14,9 @@ from qlora_tui.memory.autograd import Grads, Tensor
 from qlora_tui.memory.linear import linear
 from qlora_tui.memory.ops import FLOAT, Linear, Ops
 from qlora_tui.memory.weights import BLOCK
+
+INDEX = 8
+"""Bytes of an index."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +38,6 @@ class Mixture:
     """Quantization of separate experts."""
     expert_method: str = "none"
     """Quantization of fused experts."""
-    biased: bool = False
-    """Whether fused experts have biases."""
     ranks: tuple[int, ...] = ()
     """Ranks of the adapters on gate and up, and on down, of fused experts; 0 without."""
 
@@ -53,190 +47,26 @@ class Mixture:
         return self.expert_method != "none" or any(self.ranks)
 
 
-INDEX = 8
-"""Bytes of an index."""
-
-
-def routed_experts(ops: Ops, config: Mixture, x: Tensor, weights: Tensor) -> Tensor:
-    """Replay the function for hidden states x and the routing weights of all slots."""
-    loop = _Loop(ops, config, x, weights)
-    order = ops.new(loop.slots, INDEX)
-    sorted_experts = ops.new(loop.slots, INDEX)
-    del sorted_experts
-    tokens, counts = ops.new(loop.slots, INDEX), ops.new(config.experts, INDEX)
-    total = ops.new(x.numel, FLOAT)
-    both = ops.new(loop.slots * loop.both_width, loop.itemsize)
-    memory = loop.memory()
-    loop.forward_of_one(memory)
-    del memory
-    out = ops.new(x.numel, x.itemsize)
-    del total
-    leaves = [leaf for rank in config.ranks if rank for leaf in ops.adapter_leaves(x)]
-    out.node = ops.tape.node((x, weights, *leaves), loop.backward, (x, weights, both, order, tokens, counts))
-    return out
-
-
-class _Loop:
-    """Sizes of one layer's experts, and what their function allocates."""
-
-    def __init__(self, ops: Ops, config: Mixture, x: Tensor, weights: Tensor) -> None:
-        self._ops, self._config = ops, config
-        self.slots = ops.tokens * config.per_token
-        self.rows = -(-self.slots // config.experts)
-        self.both_width = 2 * config.intermediate
-        self.itemsize = ops.compute if ops.autocast else x.itemsize
-        self._numel, self._entered = x.numel, x.itemsize
-        self._weights_itemsize = weights.itemsize
-        ranks = config.ranks or (0, 0)
-        self._projections = (
-            (config.hidden, self.both_width, ranks[0]),
-            (config.intermediate, config.hidden, ranks[1]),
-        )
-        """Inputs, outputs and rank of each projection."""
-
-    def memory(self) -> Tensor | None:
-        """Memory for one dequantized matrix, which all share on a GPU."""
-        if self._config.expert_method == "none" or self._ops.device == "cpu":
-            return None
-        with self._ops.meter.attribute_to("dequantized"):
-            return self._ops.new(max(i * o for i, o, _ in self._projections), self.itemsize)
-
-    def forward_of_one(self, memory: Tensor | None) -> None:
-        """Replay the forward of one expert."""
-        ops, rows = self._ops, self.rows
-        gathered = ops.new(rows * self._config.hidden, self.itemsize)
-        projected = self._product(0, rows)
-        del gathered
-        inner = self._gate()
-        del projected
-        out = self._product(1, rows)
-        wide = ops.new(out.numel, FLOAT)
-        del out, inner, wide
-
-    def backward(self, grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        """Replay the backward of all experts."""
-        ops, config = self._ops, self._config
-        weights = ops.new(self.slots, FLOAT)
-        grad_x, grad_weights = ops.new(self._numel, FLOAT), ops.new(self.slots, FLOAT)
-        with ops.meter.attribute_to("gradients"):
-            factors = [
-                ops.new(config.experts * rank * width, ops.adapter)
-                for inputs, outputs, rank in self._projections
-                if rank
-                for width in (inputs, outputs)
-            ]
-        memory = self.memory()
-        self._backward_of_one()
-        del memory
-        out = ops.new(self._numel, self._entered) if self._entered != FLOAT else grad_x
-        del grad_x, weights
-        if self._weights_itemsize != FLOAT:
-            grad_weights = ops.new(self.slots, self._weights_itemsize)
-        return (out, grad_weights, *factors)
-
-    def _backward_of_one(self) -> None:
-        ops, rows, itemsize = self._ops, self.rows, self.itemsize
-        inner_numel = rows * self._config.intermediate
-        grad_out = ops.new(rows * self._config.hidden, itemsize)
-        unit = self._input_gradient(1, rows)
-        activated, inner = ops.new(inner_numel, itemsize), ops.new(inner_numel, itemsize)
-        product = ops.new(inner_numel, itemsize)
-        del product
-        if self._projections[1][2]:
-            weighted = ops.new(grad_out.numel, itemsize)
-            self._factor_gradients(1, rows)
-            del weighted
-        del grad_out
-        grad_gate, grad_up = ops.new(inner_numel, itemsize), ops.new(inner_numel, itemsize)
-        del activated
-        grad_both = ops.new(2 * inner_numel, itemsize)
-        del grad_gate, grad_up, inner, unit
-        if self._projections[0][2]:
-            gathered = ops.new(rows * self._config.hidden, itemsize)
-            self._factor_gradients(0, rows)
-            del gathered
-        grad_x = self._input_gradient(0, rows)
-        wide = ops.new(grad_x.numel, FLOAT)
-        del wide, grad_x, grad_both
-
-    def _product(self, at: int, rows: int) -> Tensor:
-        """Replay the outputs of one projection of an expert."""
-        _, outputs, rank = self._projections[at]
-        scales, matrix = self._matrix(at)
-        out = self._ops.new(rows * outputs, self.itemsize)
-        del scales, matrix
-        self._adapter(at, rows, rank)
-        return out
-
-    def _input_gradient(self, at: int, rows: int) -> Tensor:
-        """Replay the gradient of the inputs of one projection of an expert."""
-        inputs, _, rank = self._projections[at]
-        scales, matrix = self._matrix(at)
-        out = self._ops.new(rows * inputs, self.itemsize)
-        del scales, matrix
-        self._adapter(at, rows, rank)
-        return out
-
-    def _matrix(self, at: int) -> tuple[Tensor | None, Tensor | None]:
-        """Replay dequantizing a matrix: its scales, then on a CPU the matrix."""
-        if self._config.expert_method == "none":
-            return None, None
-        inputs, outputs, _ = self._projections[at]
-        with self._ops.meter.attribute_to("dequantized"):
-            scales = self._ops.new(-(-inputs * outputs // BLOCK), FLOAT)
-            on_cpu = self._ops.device == "cpu"
-            return scales, self._ops.new(inputs * outputs, self.itemsize) if on_cpu else None
-
-    def _adapter(self, at: int, rows: int, rank: int) -> None:
-        """Replay adding an adapter's part to a product."""
-        if not rank:
-            return
-        inputs, outputs, _ = self._projections[at]
-        with self._ops.meter.attribute_to("adapter_inputs"):
-            a, b = self._ops.new(rank * inputs, self.itemsize), self._ops.new(rank * outputs, self.itemsize)
-            thin = self._ops.new(rows * rank, self.itemsize)
-        del a, b, thin
-
-    def _factor_gradients(self, at: int, rows: int) -> None:
-        """Replay the gradients of an expert's factors, which are then written into those of all experts."""
-        inputs, outputs, rank = self._projections[at]
-        with self._ops.meter.attribute_to("gradients"):
-            a, b = self._ops.new(rank * inputs, self.itemsize), self._ops.new(rank * outputs, self.itemsize)
-            thin = self._ops.new(rows * rank, self.itemsize)
-            of_factor = self._ops.new(rank * max(inputs, outputs), self.itemsize)
-        del a, b, thin, of_factor
-
-    def _gate(self) -> Tensor:
-        """Replay the activation of an expert's rows."""
-        ops, numel = self._ops, self.rows * self._config.intermediate
-        activated = ops.new(numel, self.itemsize)
-        inner = ops.new(numel, self.itemsize)
-        del activated
-        return inner
-
-
 def mixture(ops: Ops, config: Mixture, x: Tensor) -> Tensor:
     """Replay the routed experts of the layer."""
     weights = _route(ops, config, x)
     if config.separate:
         return _in_turn(ops, config, x, weights)
     if config.one_at_a_time:
-        return routed_experts(ops, config, x, weights)
+        return _one_at_a_time(ops, config, x, weights)
     return _grouped(ops, config, x, weights)
 
 
 def _route(ops: Ops, config: Mixture, x: Tensor) -> Tensor:
     """Replay router logits, their softmax in float32 (saved), and the chosen weights."""
-    tokens, numel, itemsize = ops.tokens, x.numel, x.itemsize
-    logits = ops.new(tokens * config.experts, itemsize)
-    logits.node = ops.tape.node((x,), lambda grad, saved: (ops.new(numel, itemsize),), (None,))
+    itemsize = x.itemsize
+    logits = ops.new(ops.tokens * config.experts, itemsize)
+    gradient = (x.numel, itemsize)
+    logits.node = ops.tape.node((x,), lambda grad, saved: (ops.new(*gradient),), (None,))
     wide = ops.cast(logits, FLOAT)
     likely = ops.activation(wide, "tanh")  # softmax: saves its result
     del wide
-    every = tokens * config.experts
-    node = ops.tape.node((likely,), lambda grad, saved: (ops.new(every, FLOAT),))
-    chosen = ops.new(tokens * config.per_token, FLOAT)
-    chosen.node = node
+    chosen = ops.apply(likely, numel=ops.tokens * config.per_token, itemsize=FLOAT)
     return chosen if config.wide_weights else ops.cast(chosen, itemsize)
 
 
@@ -244,25 +74,19 @@ def _grouped(ops: Ops, config: Mixture, x: Tensor, weights: Tensor) -> Tensor:
     slots = ops.tokens * config.per_token
     tokens, itemsize = ops.tokens, x.itemsize
     # The gathered rows, and gpt-oss's biases per row, stay bound to names until the function ends.
-    gathered = _index(ops, x, slots * config.hidden)
+    gathered = ops.linear_map(x, slots * config.hidden)
     bias = ops.new(slots * 2 * config.intermediate, itemsize) if config.clamped else None
-    both = _product(ops, gathered, slots, config.hidden, 2 * config.intermediate)
+    both = ops.linear_map(gathered, slots * 2 * config.intermediate)
     inner = _clamped(ops, both, config) if config.clamped else _gate(ops, both, config)
     del both
     if bias:
         bias = ops.new(slots * config.hidden, itemsize)
-    out = _product(ops, inner, slots, config.intermediate, config.hidden)
+    out = ops.linear_map(inner, slots * config.hidden)
     del inner
     out = weighted(ops, out, weights)
-    out = _index(ops, out, slots * config.hidden)
-    summed = out.itemsize
-    node = ops.tape.node(
-        # The gradient of a sum is expanded, and materialized where it is used.
-        (out,),
-        lambda grad, saved: (ops.new(slots * config.hidden, summed),),
-    )
-    total = ops.new(tokens * config.hidden, summed)
-    total.node = node
+    out = ops.linear_map(out, slots * config.hidden)
+    # The gradient of a sum is expanded, and materialized where it is used.
+    total = ops.apply(out, numel=tokens * config.hidden, itemsize=out.itemsize)
     return ops.cast(total, itemsize)
 
 
@@ -281,24 +105,6 @@ def _clamped(ops: Ops, both: Tensor, config: Mixture) -> Tensor:
     return ops.multiply(ops.times_number(up), gated)
 
 
-def _index(ops: Ops, x: Tensor, numel: int) -> Tensor:
-    """Replay ``x[rows]``: a copy; its gradient is added into zeros."""
-    whole, itemsize = x.numel, x.itemsize
-    node = ops.tape.node((x,), lambda grad, saved: (ops.new(whole, itemsize),), (None,))
-    out = ops.new(numel, itemsize)
-    out.node = node
-    return out
-
-
-def _product(ops: Ops, x: Tensor, rows: int, inputs: int, outputs: int) -> Tensor:
-    """Replay one grouped matrix product over all experts; with frozen weights no input is saved."""
-    itemsize = x.itemsize
-    node = ops.tape.node((x,), lambda grad, saved: (ops.new(rows * inputs, itemsize),), (None,))
-    out = ops.new(rows * outputs, itemsize)
-    out.node = node
-    return out
-
-
 def weighted(ops: Ops, x: Tensor, weights: Tensor) -> Tensor:
     """Replay the product with each slot's routing weight, which needs a gradient: saves expert outputs."""
     numel, rows, back = x.numel, weights.numel, x.itemsize
@@ -315,10 +121,7 @@ def weighted(ops: Ops, x: Tensor, weights: Tensor) -> Tensor:
         del spread
         return (x_gradient, ops.new(rows, itemsize))
 
-    node = ops.tape.node((x, weights), fn, (x, weights))
-    out = ops.new(numel, itemsize)
-    out.node = node
-    return out
+    return ops.apply(x, weights, numel=numel, itemsize=itemsize, backward=fn, save=(x, weights))
 
 
 def _in_turn(ops: Ops, config: Mixture, x: Tensor, weights: Tensor) -> Tensor:
@@ -326,15 +129,15 @@ def _in_turn(ops: Ops, config: Mixture, x: Tensor, weights: Tensor) -> Tensor:
     rows = ops.tokens * config.per_token // config.experts
     hidden, inner = config.hidden, config.intermediate
     total = ops.new(x.numel, x.itemsize)
-    whole, itemsize = x.numel, x.itemsize
+    itemsize = x.itemsize
     for expert in range(config.experts):
-        state = _index(ops, x, rows * hidden)
+        state = ops.linear_map(x, rows * hidden)
         gated = ops.activation(_expert(ops, config, state, "w1", hidden, inner), config.activation)
         product = ops.multiply(gated, _expert(ops, config, state, "w3", hidden, inner))
         del gated, state
         out = _expert(ops, config, product, "w2", inner, hidden)
         del product
-        part = _index(ops, weights, rows)
+        part = ops.linear_map(weights, rows)
         out = weighted(ops, out, part)
         # index_add_ in place: the part's gradient is the selected rows of the sum's.
         joined = ops.tape.node(
@@ -342,10 +145,149 @@ def _in_turn(ops: Ops, config: Mixture, x: Tensor, weights: Tensor) -> Tensor:
         )
         total = total.view(joined)
         del out, part
-    del whole
     return total
 
 
 def _expert(ops: Ops, config: Mixture, x: Tensor, name: str, inputs: int, outputs: int) -> Tensor:
     method = config.method if config.method in ("nf4", "fp4", "int8") else "none"
     return linear(ops, x, Linear(name, inputs, outputs, method))  # type: ignore[arg-type]  # a Linear module
+
+
+def _one_at_a_time(ops: Ops, config: Mixture, x: Tensor, weights: Tensor) -> Tensor:
+    """Replay our function for hidden states x and the routing weights of all slots."""
+    loop = _Loop(ops, config, x, weights)
+    order = ops.new(loop.slots, INDEX)
+    sorted_experts = ops.new(loop.slots, INDEX)
+    del sorted_experts
+    tokens, counts = ops.new(loop.slots, INDEX), ops.new(config.experts, INDEX)
+    total = ops.new(x.numel, FLOAT)
+    both = loop.new(loop.slots * 2 * config.intermediate)
+    memory = loop.matrix_memory()
+    loop.forward_of_one()
+    del memory
+    out = ops.new(x.numel, x.itemsize)
+    del total
+    leaves = [leaf for rank in config.ranks if rank for leaf in ops.adapter_leaves(x)]
+    out.node = ops.tape.node((x, weights, *leaves), loop.backward, (x, weights, both, order, tokens, counts))
+    return out
+
+
+@dataclass(frozen=True)
+class _Projection:
+    """A matrix of each expert, with the rank of its adapter."""
+
+    inputs: int
+    outputs: int
+    rank: int
+
+
+class _Loop:
+    """Sizes of one layer's experts, and what our function allocates for one of them."""
+
+    def __init__(self, ops: Ops, config: Mixture, x: Tensor, weights: Tensor) -> None:
+        self._ops, self._config = ops, config
+        self.slots = ops.tokens * config.per_token
+        self._rows = -(-self.slots // config.experts)
+        self._itemsize = ops.compute if ops.autocast else x.itemsize
+        self._numel, self._entered = x.numel, x.itemsize
+        self._weights_itemsize = weights.itemsize
+        ranks = config.ranks or (0, 0)
+        self._up = _Projection(config.hidden, 2 * config.intermediate, ranks[0])
+        self._down = _Projection(config.intermediate, config.hidden, ranks[1])
+
+    def new(self, numel: int, item: str | None = None) -> Tensor:
+        """Allocate a tensor in the dtype of the products."""
+        return self._ops.new(numel, self._itemsize, item)
+
+    def matrix_memory(self) -> Tensor | None:
+        """Allocate the memory for a dequantized matrix, which all share on a GPU."""
+        if self._config.expert_method == "none" or self._ops.device == "cpu":
+            return None
+        return self.new(max(each.inputs * each.outputs for each in (self._up, self._down)), "dequantized")
+
+    def forward_of_one(self) -> None:
+        """Replay the forward of one expert."""
+        gathered = self.new(self._rows * self._config.hidden)
+        projected = self._product(self._up, self._up.outputs)
+        del gathered
+        inner = self._gate()
+        del projected
+        out = self._product(self._down, self._down.outputs)
+        wide = self._ops.new(out.numel, FLOAT)
+        del out, inner, wide
+
+    def backward(self, grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        """Replay the backward of all experts."""
+        ops = self._ops
+        weights = ops.new(self.slots, FLOAT)
+        grad_x, grad_weights = ops.new(self._numel, FLOAT), ops.new(self.slots, FLOAT)
+        factors = [
+            ops.new(self._config.experts * each.rank * width, ops.adapter, "gradients")
+            for each in (self._up, self._down)
+            if each.rank
+            for width in (each.inputs, each.outputs)
+        ]
+        memory = self.matrix_memory()
+        self._backward_of_one()
+        del memory
+        out = ops.new(self._numel, self._entered) if self._entered != FLOAT else grad_x
+        del grad_x, weights
+        if self._weights_itemsize != FLOAT:
+            grad_weights = ops.new(self.slots, self._weights_itemsize)
+        return (out, grad_weights, *factors)
+
+    def _backward_of_one(self) -> None:
+        inner_numel, numel = self._rows * self._config.intermediate, self._rows * self._config.hidden
+        grad_out = self.new(numel)
+        unit = self._product(self._down, self._down.inputs)
+        activated, inner = self.new(inner_numel), self.new(inner_numel)
+        product = self.new(inner_numel)
+        del product
+        if self._down.rank:
+            weighted = self.new(numel)
+            self._factor_gradients(self._down)
+            del weighted
+        del grad_out
+        grad_gate, grad_up = self.new(inner_numel), self.new(inner_numel)
+        del activated
+        grad_both = self.new(2 * inner_numel)
+        del grad_gate, grad_up, inner, unit
+        if self._up.rank:
+            gathered = self.new(numel)
+            self._factor_gradients(self._up)
+            del gathered
+        grad_x = self._product(self._up, self._up.inputs)
+        wide = self._ops.new(numel, FLOAT)
+        del wide, grad_x, grad_both
+
+    def _product(self, projection: _Projection, width: int) -> Tensor:
+        """Replay the product of an expert's rows with a matrix, or of their gradients with it, and with its
+        adapter. A matrix is dequantized from its scales, on a CPU in memory of its own."""
+        scales = matrix = None
+        if self._config.expert_method != "none":
+            weights = projection.inputs * projection.outputs
+            scales = self._ops.new(-(-weights // BLOCK), FLOAT, "dequantized")
+            matrix = self.new(weights, "dequantized") if self._ops.device == "cpu" else None
+        out = self.new(self._rows * width)
+        del scales, matrix
+        if projection.rank:
+            factors = self._factors(projection, "adapter_inputs")
+            del factors
+        return out
+
+    def _factors(self, projection: _Projection, item: str) -> list[Tensor]:
+        """Replay tensors of the sizes of A, B and the inputs times A of one expert."""
+        widths = (projection.inputs, projection.outputs, self._rows)
+        return [self.new(projection.rank * width, item) for width in widths]
+
+    def _factor_gradients(self, projection: _Projection) -> None:
+        """Replay the gradients of an expert's factors, which are then written into those of all experts."""
+        gradients = self._factors(projection, "gradients")
+        of_factor = self.new(projection.rank * max(projection.inputs, projection.outputs), "gradients")
+        del gradients, of_factor
+
+    def _gate(self) -> Tensor:
+        """Replay the activation of an expert's rows."""
+        activated, inner = (self.new(self._rows * self._config.intermediate) for _ in range(2))
+        del activated
+        return inner

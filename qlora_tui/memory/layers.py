@@ -1,11 +1,8 @@
-"""One decoder layer of each family, following its ``forward`` in transformers.
+"""The decoder layers of a model, and the replay of one, following its ``forward`` in transformers.
 
-A :class:`DecoderLayer` describes the structure of a family's layer; :func:`run_block` replays it on a tape.
-The names and lifetimes of the variables follow the library's, because they decide when a tensor is freed.
-
-Builds the layers that a replayed step runs, from an architecture and the code path.
-
-A new model family gets an entry in :data:`STYLES`.
+:func:`build_layout` makes the layers that a run executes, from an architecture and the code path;
+:func:`run_block` replays one on a tape. Names and lifetimes of the variables follow the library's, because
+they decide when a tensor is freed. A new model family gets an entry in :data:`STYLES`.
 """
 
 from __future__ import annotations
@@ -16,8 +13,6 @@ from math import prod
 from typing import Literal
 
 from qlora_tui.catalog.architecture_types import Architecture, LinearModule
-from qlora_tui.memory import linear as fused_lora
-from qlora_tui.memory import ops as cohere
 from qlora_tui.memory.attention import Heads, attend, latent_attention, repeated
 from qlora_tui.memory.autograd import Tensor
 from qlora_tui.memory.execution import (
@@ -32,7 +27,7 @@ from qlora_tui.memory.execution import (
     repeats_heads_in_sdpa,
 )
 from qlora_tui.memory.experts import Mixture, mixture, weighted
-from qlora_tui.memory.linear import group, linear, uses_fused_lora
+from qlora_tui.memory.linear import gated, group, linear, uses_fused_lora
 from qlora_tui.memory.ops import Linear, Ops
 from qlora_tui.memory.weights import expert_method
 from qlora_tui.recipe.schema import Lora, Recipe
@@ -43,39 +38,86 @@ TRITON_ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 
 
 @dataclass(frozen=True)
+class LayerStyle:
+    """Structure of a family's layer; sizes come from the architecture."""
+
+    norm: Literal["rms", "float", "layer", "cohere"] = "rms"
+    """float: an RMSNorm that multiplies by its weight in float32 (Gemma, OLMo-2). cohere: a LayerNorm written
+    out in float32, and rotary positions in float32 too."""
+    order: Literal["pre", "parallel", "sandwich", "post"] = "pre"
+    """pre: norm before each half. parallel: both halves read the layer's input, normalized. sandwich: norms
+    on both sides of each half (Gemma 2 and 3). post: norms after each half (OLMo-2)."""
+    head_norms: bool = False
+    """Whether queries and keys are normalized, per head (Qwen3, Gemma 3) or over the full width (OLMo-2)."""
+    rotary: bool = True
+    rotates_halves: bool = True
+    """Whether rotary positions pair the halves of a head, as our kernel does, not even and odd columns."""
+    residual_scale: bool = False
+    """Whether each half is multiplied by a number before it is added (Granite)."""
+    keeps_attention_output: bool = False
+    """Whether ``forward()`` keeps the attention output alive until it returns (StableLM)."""
+
+
+STYLES: dict[str, LayerStyle] = {
+    "llama": LayerStyle(),
+    "mistral": LayerStyle(),
+    "qwen2": LayerStyle(),
+    "smollm3": LayerStyle(),
+    "qwen3": LayerStyle(head_norms=True),
+    "ernie4_5": LayerStyle(rotates_halves=False),
+    "phi3": LayerStyle(),
+    "gemma": LayerStyle(norm="float"),
+    "gemma2": LayerStyle(norm="float", order="sandwich"),
+    "gemma3": LayerStyle(norm="float", order="sandwich", head_norms=True),
+    "gemma3_text": LayerStyle(norm="float", order="sandwich", head_norms=True),
+    "mixtral": LayerStyle(),
+    "qwen2_moe": LayerStyle(),
+    "qwen3_moe": LayerStyle(head_norms=True),
+    "gpt_oss": LayerStyle(rotates_halves=False),
+    "deepseek_v2": LayerStyle(),
+    "granite": LayerStyle(residual_scale=True),
+    "olmo2": LayerStyle(norm="float", order="post", head_norms=True),
+    "stablelm": LayerStyle(norm="layer", keeps_attention_output=True),
+    "opt": LayerStyle(norm="layer", rotary=False),
+    "gpt2": LayerStyle(norm="layer", rotary=False),
+    "gpt_bigcode": LayerStyle(norm="layer", rotary=False),
+    "starcoder2": LayerStyle(norm="layer"),
+    "arcee": LayerStyle(),
+    "ministral3": LayerStyle(),
+    "helium": LayerStyle(rotates_halves=False),
+    "glm": LayerStyle(rotates_halves=False),
+    "glm4": LayerStyle(order="sandwich", rotates_halves=False),
+    "nemotron": LayerStyle(norm="layer"),
+    "hunyuan_v1_dense": LayerStyle(head_norms=True),
+    "olmo3": LayerStyle(norm="float", order="post", head_norms=True),
+    "exaone4": LayerStyle(order="post", head_norms=True),
+    "cohere2": LayerStyle(norm="cohere", order="parallel"),
+    "olmoe": LayerStyle(head_norms=True),
+    "phi": LayerStyle(norm="layer", order="parallel"),
+    "gpt_neox": LayerStyle(norm="layer", order="parallel"),
+    "falcon": LayerStyle(norm="layer", order="parallel"),
+    "cohere": LayerStyle(norm="cohere", order="parallel"),
+}
+"""Families with an implemented layer; any other is replayed as Llama's and marked as approximate."""
+GPT_2 = ("gpt2", "gpt_bigcode")
+"""Families that apply dropout to the embedding too."""
+
+
+@dataclass(frozen=True)
 class DecoderLayer:
     """Structure of one layer."""
 
     linears: tuple[Linear, ...]
     heads: Heads
-    norm: Literal["rms", "float", "layer", "cohere"]
-    """float: an RMSNorm that multiplies by its weight in float32 (Gemma, OLMo-2). cohere: a LayerNorm written
-    out in float32, and rotary positions in float32 too."""
-    order: Literal["pre", "parallel", "sandwich", "post"]
-    """pre: norm before each half. parallel: both halves read the layer's input, normalized. sandwich: norms
-    on both sides of each half (Gemma 2 and 3). post: norms after each half (OLMo-2)."""
+    style: LayerStyle
     two_norms: bool
     """Whether parallel halves have a norm each (GPT-NeoX) or share one (Phi-2)."""
     activation: str
     gated: bool
-    intermediate: int
-    hidden: int
-    norm_itemsize: int
-    """Bytes per element of the norms' weights."""
     kernel: Kernel
-    rotary: float = 1.0
-    """Share of each head that rotates; 0 without rotary positions."""
-    rotates_halves: bool = True
-    """Whether rotary positions pair the halves of a head, as our kernel does, not even and odd columns."""
-    head_norms: Literal["no", "head", "full"] = "no"
-    """RMSNorm on queries and keys: per head (Qwen3, Gemma 3) or over the full width (OLMo-2)."""
-    residual_scale: bool = False
-    """Whether each half is multiplied by a number before it is added (Granite)."""
-    keeps_attention_output: bool = False
-    """Whether ``forward()`` keeps the attention output alive until it returns (StableLM)."""
-    mixture: Mixture | None = None
+    mixture: Mixture | None
     """Routed experts instead of the MLP."""
-    dropout: float = 0.0
+    dropout: float
     """Rate of the base model's own dropout on the output of each half."""
 
     def find(self, part: str, *names: str) -> Linear | None:
@@ -95,23 +137,23 @@ def run_block(ops: Ops, block: DecoderLayer, hidden_states: Tensor) -> Tensor:
 
 
 def _run(ops: Ops, block: DecoderLayer, hidden_states: Tensor) -> Tensor:
-    if block.order == "parallel":
+    if block.style.order == "parallel":
         return _parallel(ops, block, hidden_states)
     residual = hidden_states
-    if block.order != "post":
+    if block.style.order != "post":
         hidden_states = norm(ops, block, hidden_states)
     hidden_states = _attention(ops, block, hidden_states)
     hidden_states = ops.dropout_residual(hidden_states, block.dropout)
-    if block.order in ("post", "sandwich"):
+    if block.style.order in ("post", "sandwich"):
         hidden_states = norm(ops, block, hidden_states)
-    held = hidden_states if block.keeps_attention_output else None
+    held = hidden_states if block.style.keeps_attention_output else None
     hidden_states = _add(ops, block, residual, hidden_states)
     residual = hidden_states
-    if block.order != "post":
+    if block.style.order != "post":
         hidden_states = norm(ops, block, hidden_states)
     hidden_states = _feed_forward(ops, block, hidden_states)
     hidden_states = ops.dropout_residual(hidden_states, block.dropout)
-    if block.order in ("post", "sandwich"):
+    if block.style.order in ("post", "sandwich"):
         hidden_states = norm(ops, block, hidden_states)
     output = _add(ops, block, residual, hidden_states)
     del held
@@ -129,33 +171,31 @@ def _parallel(ops: Ops, block: DecoderLayer, hidden_states: Tensor) -> Tensor:
 
 
 def _add(ops: Ops, block: DecoderLayer, residual: Tensor, hidden_states: Tensor) -> Tensor:
-    if block.residual_scale:
+    if block.style.residual_scale:
         hidden_states = ops.times_number(hidden_states)
     return ops.add(residual, hidden_states)
 
 
 def norm(ops: Ops, block: DecoderLayer, x: Tensor) -> Tensor:
     """Replay the family's normalization."""
-    if block.norm == "cohere":
-        return cohere.layer_norm(ops, x)
-    if block.norm == "layer":
-        return ops.layer_norm(x, weight=block.norm_itemsize)
-    return ops.rms_norm(x, weight=block.norm_itemsize, scale_in_float=block.norm == "float")
+    if block.style.norm == "cohere":
+        return ops.cohere_norm(x)
+    if block.style.norm == "layer":
+        return ops.layer_norm(x)
+    return ops.rms_norm(x, scale_in_float=block.style.norm == "float")
 
 
 def _attention(ops: Ops, block: DecoderLayer, hidden_states: Tensor) -> Tensor:
     if block.find("attention", "kv_b_proj"):
         linears = {module.name: module for module in block.linears if module.part == "attention"}
-        attended = latent_attention(
-            ops, linears, block.heads, block.kernel, hidden_states, block.norm_itemsize
-        )
+        attended = latent_attention(ops, linears, block.heads, block.kernel, hidden_states)
         return linear(ops, attended, linears["o_proj"])
     query, key, value = _project(ops, block, hidden_states)
-    if block.norm == "cohere":
-        query, key = cohere.rotate(ops, query, key)
-    elif block.rotary and ops.triton and block.rotates_halves:
+    if block.style.norm == "cohere":
+        query, key = ops.rotate_in_float(query, key)
+    elif block.style.rotary and ops.triton and block.style.rotates_halves:
         query, key = ops.rotate_together(query, key)
-    elif block.rotary:
+    elif block.style.rotary:
         query, key = ops.rotate(query), ops.rotate(key)
     key, value, heads = repeated(ops, key, value, block.heads)
     attended = attend(ops, query, key, value, heads, block.kernel)
@@ -183,7 +223,7 @@ def _project(ops: Ops, block: DecoderLayer, hidden_states: Tensor) -> tuple[Tens
     projections: list[Tensor] = []
     for part in parts:
         x = _linear_of(ops, hidden_states, part, grouped)
-        if block.head_norms != "no" and len(projections) < 2:
+        if block.style.head_norms and len(projections) < 2:
             x = norm(ops, block, x)
         projections.append(x)
         del x
@@ -215,27 +255,22 @@ def _mlp(ops: Ops, block: DecoderLayer, x: Tensor, part: str) -> Tensor:
             del both
             product = ops.multiply(up, ops.activation(gate, block.activation))
             del gate, up
-        elif down and uses_fused_lora(ops, down):
+        else:
             gate_proj, up_proj = block.find(part, "gate_proj"), block.find(part, "up_proj")
             together = group(ops, x, gate_proj, up_proj)
-            gate = _linear_of(ops, x, gate_proj, together)
-            one_kernel = ops.triton and block.activation in TRITON_ACTIVATIONS
-            up = _linear_of(ops, x, up_proj, together)
-            return fused_lora.gated(ops, gate, up, down, one_kernel=one_kernel)
-        else:
-            product = _gated(ops, block, x, part)
+            if down and uses_fused_lora(ops, down):
+                gate = _linear_of(ops, x, gate_proj, together)
+                one_kernel = ops.triton and block.activation in TRITON_ACTIVATIONS
+                up = _linear_of(ops, x, up_proj, together)
+                return gated(ops, gate, up, down, one_kernel=one_kernel)
+            # The activation's input is freed if nothing saved it.
+            activated_gate = ops.activation(_linear_of(ops, x, gate_proj, together), block.activation)
+            product = ops.multiply(activated_gate, _linear_of(ops, x, up_proj, together))
+            del activated_gate
     else:
         wide = block.find(part, "up_proj", "fc1", "dense_h_to_4h", "c_fc")
         product = ops.activation(linear(ops, x, wide) if wide else x, block.activation)
     return linear(ops, product, down) if down else product
-
-
-def _gated(ops: Ops, block: DecoderLayer, x: Tensor, part: str) -> Tensor:
-    """Replay ``act_fn(gate_proj(x)) * up_proj(x)``: the activation's input is freed if nothing saved it."""
-    gate, up = block.find(part, "gate_proj"), block.find(part, "up_proj")
-    together = group(ops, x, gate, up)
-    activated_gate = ops.activation(_linear_of(ops, x, gate, together), block.activation)
-    return ops.multiply(activated_gate, _linear_of(ops, x, up, together))
 
 
 def _linear_of(ops: Ops, x: Tensor, module: Linear | None, together: dict[str, Tensor]) -> Tensor:
@@ -243,64 +278,6 @@ def _linear_of(ops: Ops, x: Tensor, module: Linear | None, together: dict[str, T
     if module is None:
         return x
     return together.pop(module.name) if module.name in together else linear(ops, x, module)
-
-
-@dataclass(frozen=True)
-class LayerStyle:
-    """Structure of a family's layer; sizes come from the architecture."""
-
-    norm: Literal["rms", "float", "layer", "cohere"] = "rms"
-    order: Literal["pre", "parallel", "sandwich", "post"] = "pre"
-    head_norms: Literal["no", "head", "full"] = "no"
-    rotary: bool = True
-    rotates_halves: bool = True
-    residual_scale: bool = False
-    keeps_attention_output: bool = False
-
-
-STYLES: dict[str, LayerStyle] = {
-    "llama": LayerStyle(),
-    "mistral": LayerStyle(),
-    "qwen2": LayerStyle(),
-    "smollm3": LayerStyle(),
-    "qwen3": LayerStyle(head_norms="head"),
-    "ernie4_5": LayerStyle(rotates_halves=False),
-    "phi3": LayerStyle(),
-    "gemma": LayerStyle(norm="float"),
-    "gemma2": LayerStyle(norm="float", order="sandwich"),
-    "gemma3": LayerStyle(norm="float", order="sandwich", head_norms="head"),
-    "gemma3_text": LayerStyle(norm="float", order="sandwich", head_norms="head"),
-    "mixtral": LayerStyle(),
-    "qwen2_moe": LayerStyle(),
-    "qwen3_moe": LayerStyle(head_norms="head"),
-    "gpt_oss": LayerStyle(rotates_halves=False),
-    "deepseek_v2": LayerStyle(),
-    "granite": LayerStyle(residual_scale=True),
-    "olmo2": LayerStyle(norm="float", order="post", head_norms="full"),
-    "stablelm": LayerStyle(norm="layer", keeps_attention_output=True),
-    "opt": LayerStyle(norm="layer", rotary=False),
-    "gpt2": LayerStyle(norm="layer", rotary=False),
-    "gpt_bigcode": LayerStyle(norm="layer", rotary=False),
-    "starcoder2": LayerStyle(norm="layer"),
-    "arcee": LayerStyle(),
-    "ministral3": LayerStyle(),
-    "helium": LayerStyle(rotates_halves=False),
-    "glm": LayerStyle(rotates_halves=False),
-    "glm4": LayerStyle(order="sandwich", rotates_halves=False),
-    "nemotron": LayerStyle(norm="layer"),
-    "hunyuan_v1_dense": LayerStyle(head_norms="head"),
-    "olmo3": LayerStyle(norm="float", order="post", head_norms="full"),
-    "exaone4": LayerStyle(order="post", head_norms="head"),
-    "cohere2": LayerStyle(norm="cohere", order="parallel"),
-    "olmoe": LayerStyle(head_norms="full"),
-    "phi": LayerStyle(norm="layer", order="parallel"),
-    "gpt_neox": LayerStyle(norm="layer", order="parallel"),
-    "falcon": LayerStyle(norm="layer", order="parallel"),
-    "cohere": LayerStyle(norm="cohere", order="parallel"),
-}
-"""Families with an implemented layer; any other is replayed as Llama's and marked as approximate."""
-GPT_2 = ("gpt2", "gpt_bigcode")
-"""Families that apply dropout to the embedding too."""
 
 
 @dataclass(frozen=True)
@@ -405,20 +382,11 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
             known[key] = DecoderLayer(
                 linears=linears,
                 heads=heads,
-                norm=style.norm,
-                order=style.order,
+                style=style,
                 two_norms=_layer_norms(architecture) > 1,
                 activation=architecture.activation,
                 gated=architecture.gated,
-                intermediate=architecture.intermediate_size or 0,
-                hidden=architecture.hidden_size,
-                norm_itemsize=execution.residual_itemsize,
                 kernel=_kernel(architecture, execution),
-                rotary=1.0 if style.rotary else 0.0,
-                head_norms=style.head_norms,
-                rotates_halves=style.rotates_halves,
-                residual_scale=style.residual_scale,
-                keeps_attention_output=style.keeps_attention_output,
                 mixture=of_layer,
                 dropout=architecture.residual_dropout,
             )
@@ -503,7 +471,6 @@ def _mixture(recipe: Recipe, architecture: Architecture, execution: ExecutionCon
         separate=execution.separate_experts,
         method=recipe.quantization.method,
         expert_method=expert_method(recipe, architecture, execution),
-        biased=any(p.role == "expert" and not p.is_expert_matrices for p in architecture.parameters),
     )
 
 
@@ -516,7 +483,6 @@ def _linear(
         module.in_features,
         module.out_features,
         module.part,
-        module.bias,
         module.quantizable,
         rank,
     )
@@ -527,7 +493,6 @@ def _linear(
             outputs=module.out_features,
             method=recipe.quantization.method if module.quantizable else "none",
             part=module.part,
-            bias=module.bias,
             rank=rank,
             dora=recipe.lora.use_dora and rank > 0,
         )

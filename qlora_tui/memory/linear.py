@@ -63,8 +63,7 @@ def _group_backward(
     inputs, rank = modules[0].inputs, sum(module.rank for module in modules)
     rows = numel // inputs
     parts = [ops.new(rows * module.rank, itemsize) for module in modules]
-    with ops.meter.attribute_to("gradients"):
-        grads_b = [ops.new(module.rank * module.outputs, itemsize) for module in modules]
+    grads_b = [ops.new(module.rank * module.outputs, itemsize, "gradients") for module in modules]
     grad_xa = ops.new(rows * rank, itemsize)
     narrow = _narrowed(ops, numel, entered, itemsize)
     with ops.meter.attribute_to("gradients"):
@@ -103,8 +102,7 @@ def gated(ops: Ops, gate: Tensor, up: Tensor, module: Linear, *, one_kernel: boo
     def product_fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
         activated = None if one_kernel else ops.new(numel, itemsize)
         product = ops.new(numel, itemsize)
-        with ops.meter.attribute_to("dropout"):
-            dropped = ops.new(numel, itemsize) if ops.dropout else None
+        dropped = ops.new(numel, itemsize, "dropout") if ops.dropout else None
         grad_a = _gradient(ops, module.rank * module.inputs, itemsize)
         del dropped, product
         _adapter_grad(ops, numel, itemsize)
@@ -153,11 +151,9 @@ def _adapter_inputs(
 ) -> tuple[Tensor | None, Tensor]:
     """Replay the product with A; return the dropout mask, and the inputs times A."""
     narrow = _narrowed(ops, numel, entered, itemsize)
-    with ops.meter.attribute_to("dropout"):
-        saved_mask = ops.new(numel, 1) if ops.dropout else None
-        dropped = ops.new(numel, itemsize) if ops.dropout else None
-    with ops.meter.attribute_to("adapter_inputs"):
-        xa = ops.new(numel // module.inputs * module.rank, itemsize)
+    saved_mask = ops.new(numel, 1, "dropout") if ops.dropout else None
+    dropped = ops.new(numel, itemsize, "dropout") if ops.dropout else None
+    xa = ops.new(numel // module.inputs * module.rank, itemsize, "adapter_inputs")
     del dropped, narrow
     return saved_mask, xa
 
@@ -165,9 +161,8 @@ def _adapter_inputs(
 def _adapter_grad(ops: Ops, numel: int, itemsize: int) -> None:
     """Replay adding the adapter's gradient of the inputs, in place where there is no dropout."""
     if ops.dropout:
-        with ops.meter.attribute_to("dropout"):
-            through = ops.new(numel, itemsize)
-            masked = ops.new(numel, itemsize)
+        through = ops.new(numel, itemsize, "dropout")
+        masked = ops.new(numel, itemsize, "dropout")
         del through, masked
 
 
@@ -182,10 +177,8 @@ def _linear_backward(
     """Replay the backward; return the gradients of the inputs, of A and of B."""
     narrow = _narrowed(ops, numel, entered, itemsize)
     grad_xa = ops.new(numel // module.inputs * module.rank, itemsize)
-    with ops.meter.attribute_to("gradients"):
-        grad_b = ops.new(module.rank * module.outputs, itemsize)
-    with ops.meter.attribute_to("dropout"):
-        dropped = ops.new(numel, itemsize) if ops.dropout else None
+    grad_b = ops.new(module.rank * module.outputs, itemsize, "gradients")
+    dropped = ops.new(numel, itemsize, "dropout") if ops.dropout else None
     with ops.meter.attribute_to("gradients"):
         grad_a = ops.new(module.rank * module.inputs, itemsize)
         del dropped
@@ -210,9 +203,8 @@ def _narrowed(ops: Ops, numel: int, entered: int, itemsize: int) -> Tensor | Non
 
 def _gradient(ops: Ops, weights: int, itemsize: int) -> Tensor:
     """Replay the gradient of an adapter's weight: computed in the compute dtype, cast to the adapter's."""
-    with ops.meter.attribute_to("gradients"):
-        gradient = ops.new(weights, itemsize)
-        return gradient if itemsize == ops.adapter else ops.new(weights, ops.adapter)
+    gradient = ops.new(weights, itemsize, "gradients")
+    return gradient if itemsize == ops.adapter else ops.new(weights, ops.adapter, "gradients")
 
 
 def _weight(ops: Ops, module: Linear, itemsize: int) -> Tensor | None:
@@ -266,27 +258,25 @@ def base(ops: Ops, x: Tensor, module: Linear) -> Tensor:
         return _four_bit(ops, x, module)
     if module.method == "int8":
         return _eight_bit(ops, x, module)
-    return _dense(ops, x, module, ops.weight)
+    return _dense(ops, x, module)
 
 
 def _rows(x: Tensor, module: Linear) -> int:
     return x.numel // module.inputs
 
 
-def _dense(ops: Ops, x: Tensor, module: Linear, itemsize: int) -> Tensor:
+def _dense(ops: Ops, x: Tensor, module: Linear) -> Tensor:
     """Replay ``F.linear`` with a frozen weight: the backward needs only the weight."""
     if ops.autocast:
         x = ops.cast(x, ops.compute)
-        itemsize = ops.compute
-    numel = x.numel
-
-    def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        return (ops.new(numel, itemsize),)
-
-    node = ops.tape.node((x,), fn, (None,))
-    out = ops.new(_rows(x, module) * module.outputs, max(itemsize, x.itemsize))
-    out.node = node
-    return out
+    gradient, outputs = (x.numel, ops.compute), _rows(x, module) * module.outputs
+    return ops.apply(
+        x,
+        numel=outputs,
+        itemsize=max(ops.compute, x.itemsize),
+        backward=lambda grad, saved: (ops.new(*gradient),),
+        save=(None,),
+    )
 
 
 def _four_bit(ops: Ops, x: Tensor, module: Linear) -> Tensor:
@@ -375,17 +365,15 @@ def _trained(ops: Ops, x: Tensor, inputs: int, outputs: int, rows: int, itemsize
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
         toward_input = ops.new(numel, itemsize) if needs else None
-        with ops.meter.attribute_to("gradients"):
-            gradient = ops.new(weights, itemsize)
-            # Under autocast the weight was cast, and its gradient is cast back.
-            toward_weight = gradient if itemsize == adapter else ops.new(weights, adapter)
+        gradient = ops.new(weights, itemsize, "gradients")
+        # Under autocast the weight was cast, and its gradient is cast back.
+        toward_weight = gradient if itemsize == adapter else ops.new(weights, adapter, "gradients")
         return (toward_input, toward_weight)
 
     weight = Tensor(x.storage, 0, adapter, ops.tape.leaf())
     cast = None
     if itemsize != adapter:  # the product saves autocast's copy
-        with ops.meter.attribute_to("adapter"):
-            cast = ops.new(weights, itemsize)
+        cast = ops.new(weights, itemsize, "adapter")
     node = ops.tape.node((x, weight), fn, (x, cast))
     out = ops.new(rows * outputs, itemsize)
     out.node = node
@@ -397,15 +385,9 @@ def _dropout(ops: Ops, x: Tensor) -> Tensor:
     if not ops.dropout:
         return x
     numel, itemsize = x.numel, x.itemsize
-
-    def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        return (ops.new(numel, itemsize),)
-
-    with ops.meter.attribute_to("dropout"):
-        mask = ops.new(numel, 1 if ops.device == "cuda" else itemsize)
-    node = ops.tape.node((x,), fn, (mask,))
-    with ops.meter.attribute_to("dropout"):
-        out = ops.new(numel, itemsize)
+    mask = ops.new(numel, 1 if ops.device == "cuda" else itemsize, "dropout")
+    node = ops.tape.node((x,), lambda grad, saved: (ops.new(numel, itemsize),), (mask,))
+    out = ops.new(numel, itemsize, "dropout")
     out.node = node
     return out
 
@@ -426,11 +408,10 @@ def _dora(ops: Ops, x: Tensor, result: Tensor, module: Linear) -> Tensor:
 
 def _times_magnitude(ops: Ops, x: Tensor, module: Linear) -> Tensor:
     numel, itemsize = x.numel, max(x.itemsize, FLOAT)
-
-    def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        return (ops.new(numel, itemsize),)
-
-    node = ops.tape.node((x,), fn, (x,))
-    out = ops.new(numel, itemsize)
-    out.node = node
-    return out
+    return ops.apply(
+        x,
+        numel=numel,
+        itemsize=itemsize,
+        backward=lambda grad, saved: (ops.new(numel, itemsize),),
+        save=(x,),
+    )

@@ -1,18 +1,8 @@
 """One training step: each kind of layer is replayed once, then the peak is searched over the whole step.
 
 In layer ``l`` the bytes alive are those that earlier layers keep, the gradients of later layers, and the
-layer's own. The first two are sums over layers, so one replay of each kind is enough.
-
-The output head and the loss, as each code path computes them.
-
-The moments of a training step that may be its peak: from the replayed step, or from a trace of it.
-
-Memory of the answers to general prompts, for the forgetting curve: computed between two steps.
-
-The answers are computed together, without gradients, so what counts beside the model are the keys and values
-of all of them. Comparing with the answers takes less than a step of the same tokens.
-
-A traced step (``engine/trace.py``) as input of the estimate, and the same figures by the closed form.
+layer's own. The first two are sums over layers, so one replay of each kind is enough. A step traced on the
+meta device (``engine/trace_worker.py``) can take the place of the replayed one.
 """
 
 from __future__ import annotations
@@ -43,208 +33,10 @@ from qlora_tui.memory.static_memory import gradient_bytes, optimizer_step_bytes
 from qlora_tui.memory.weights import round_to_block
 from qlora_tui.recipe.schema import Recipe
 
-
-class StepTrace(Struct, frozen=True, kw_only=True, tag_field="reply", tag="traced"):
-    """Peak bytes of a step, in storages."""
-
-    parameter_bytes: int
-    """Frozen weights as stored, including scales."""
-    adapter_bytes: int
-    forward_bytes: int
-    """Peak of the forward beyond weights and adapter; including gradients of an earlier micro-step."""
-    backward_bytes: int
-    """Peak of the backward beyond weights and adapter, including gradients."""
-    gradient_bytes: int
-    kept_bytes: int
-    """Bytes alive between forward and backward."""
-
-    @property
-    def step_bytes(self) -> int:
-        """Return the larger of both peaks, beyond weights and adapter."""
-        return max(self.forward_bytes, self.backward_bytes)
-
-    def figures(self) -> dict[str, int]:
-        """Return the figures under the keys of :func:`closed_form`."""
-        return {
-            "frozen": self.parameter_bytes,
-            "adapter": self.adapter_bytes,
-            "gradients": self.gradient_bytes,
-            "step": self.step_bytes,
-        }
-
-
-def check_traceable(recipe: Recipe, execution: ExecutionConfig) -> None:
-    """Raise UserError for recipes that the meta device cannot run."""
-    if recipe.quantization.method == "int8":
-        raise UserError(
-            "An int8 step cannot be traced",
-            what="bitsandbytes has no 8-bit product for tensors without values.",
-            fix="Trace it with quantization.method = nf4 or none; the estimate itself covers int8.",
-        )
-    if execution.float16:
-        raise UserError(
-            "A float16 step cannot be traced",
-            what="Tensors without values do not support what a float16 step adds, such as autocast.",
-            fix="Trace it with quantization.compute_dtype = bfloat16; the estimate itself covers float16.",
-        )
-
-
-def head_and_loss(
-    ops: Ops, layout: Layout, execution: ExecutionConfig, hidden: Tensor, itemsize: int
-) -> tuple[Tensor, list[Tensor]]:
-    """Replay head and loss; return the scalar loss, and what is held after its backward.
-
-    That are logits that the caller refers to, and the gradient of a trained head.
-    """
-    if execution.loss == "chunked":
-        return _chunked(ops, layout, execution, hidden, itemsize)
-    if execution.loss == "liger":
-        return _liger(ops, layout, hidden, itemsize), []
-    logits = _head(ops, layout, hidden, layout.tokens, itemsize)
-    with ops.meter.attribute_to("logits"):
-        wide = logits if layout.loss_code == "narrow" else ops.cast(logits, FLOAT)
-        if layout.loss_code == "rebound":
-            logits = wide
-        if layout.loss_code == "padded":
-            source = wide
-        else:  # logits[..., :-1, :].contiguous()
-            source = ops.copy(ops.slice(wide, wide.numel - layout.rows * layout.vocabulary))
-        return _cross_entropy(ops, source), [logits] if execution.logits_alive_in_backward else []
-
-
-def _head(ops: Ops, layout: Layout, hidden: Tensor, rows: int, itemsize: int) -> Tensor:
-    """Replay ``lm_head(hidden)`` and the family's operations on the logits."""
-    numel, weight = rows * layout.hidden, None
-    if ops.autocast:
-        if itemsize != ops.compute:  # a weight in float32, which the product saves in autocast's dtype
-            weight = ops.new(layout.vocabulary * layout.hidden, ops.compute, "head")
-        itemsize = ops.compute
-        hidden = ops.cast(hidden, itemsize)
-
-    def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        return (ops.new(numel, itemsize),)
-
-    with ops.meter.attribute_to("logits"):
-        node = ops.tape.node((hidden,), fn, (weight,))
-        logits = ops.new(rows * layout.vocabulary, itemsize)
-        logits.node = node
-        if layout.logit_scale:
-            logits = ops.times_number(logits)
-        if layout.softcap:
-            logits = ops.times_number(logits)
-            logits = ops.activation(logits, "relu")  # tanh: saves its result
-            logits = ops.times_number(logits)
-    return logits
-
-
-def _cross_entropy(ops: Ops, logits: Tensor) -> Tensor:
-    """Replay log-softmax (saved) and the gradients of both its steps: three tensors at the peak."""
-    numel, itemsize = logits.numel, logits.itemsize
-
-    def softmax_grad(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        return (ops.new(numel, itemsize),)
-
-    def pick_grad(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        return (ops.new(numel, itemsize),)
-
-    likely = ops.new(numel, itemsize)
-    likely.node = ops.tape.node((logits,), softmax_grad, (likely,))
-    node = ops.tape.node((likely,), pick_grad, (likely,))
-    loss = ops.new(1, FLOAT)
-    loss.node = node
-    return loss
-
-
-def _chunked(
-    ops: Ops, layout: Layout, execution: ExecutionConfig, hidden: Tensor, itemsize: int
-) -> tuple[Tensor, list[Tensor]]:
-    """Replay our loss (``training/chunked_loss.py``), with every token in the loss: the worst case.
-
-    The positions in the loss are copied out; their gradient is computed one chunk of logits at a time, in
-    place. The gradient of a trained head is held after the backward unless it is added to that of earlier
-    micro-steps.
-    """
-    rows = min(LOSS_CHUNK_ROWS, layout.tokens)
-    numel, chunk, item = hidden.numel, rows * layout.vocabulary, "hidden_gradient"
-    gradient_itemsize = FLOAT if execution.float16 else itemsize
-
-    def scaled(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        gradient = ops.new(numel, gradient_itemsize)
-        return (gradient if gradient_itemsize == itemsize else ops.new(numel, itemsize),)
-
-    with ops.meter.attribute_to(item):
-        states = _states_in_loss(ops, hidden, itemsize)
-        hidden_gradient = ops.new(numel, gradient_itemsize)
-        row_gradients = ops.new(layout.token_rows * layout.hidden, FLOAT)
-    with ops.meter.attribute_to("gradients"):
-        matrix_gradient = ops.new(layout.trained_matrix, FLOAT)
-    with ops.meter.attribute_to("logits"):
-        narrow = ops.new(layout.trained_matrix, itemsize) if itemsize != FLOAT else None
-        values = ops.new(layout.token_rows * layout.hidden, itemsize) if itemsize != FLOAT else None
-        logits = ops.new(chunk, itemsize)
-        own = ops.new(rows * layout.token_rows, FLOAT)
-        block = _logits_gradient(
-            ops, layout, min(LOSS_BLOCK_ROWS[execution.device], rows) * layout.vocabulary, itemsize
-        )
-        del block
-        product = ops.new(rows * layout.hidden, itemsize)
-        del product, own, logits, values, narrow
-    with ops.meter.attribute_to(item):
-        node = ops.tape.node((states,), scaled, (hidden_gradient, row_gradients, matrix_gradient))
-    loss = ops.new(1, FLOAT)
-    loss.node = node
-    return loss, [matrix_gradient] if layout.trained_matrix and not execution.accumulates else []
-
-
-def _states_in_loss(ops: Ops, hidden: Tensor, itemsize: int) -> Tensor:
-    """Replay the selection of the hidden states at the positions in the loss, as a copy."""
-    numel = hidden.numel
-
-    def spread(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        # The gradient of a masked index is a full tensor of zeros with the rows filled in.
-        return (ops.new(numel, itemsize),)
-
-    cut = hidden.view(ops.tape.node((hidden,), spread))
-    node = ops.tape.node((cut,), spread, (None,))
-    states = ops.new(numel, itemsize)
-    states.node = node
-    return states
-
-
-def _logits_gradient(ops: Ops, layout: Layout, numel: int, itemsize: int) -> Tensor:
-    """Replay the gradient of a block of logits, in float32 like all intermediate values."""
-    logits, capped = ops.new(numel, FLOAT) if itemsize != FLOAT else None, None
-    if layout.logit_scale:
-        logits = ops.new(numel, FLOAT)
-    if layout.softcap:
-        capped = ops.new(numel, FLOAT)
-        logits = ops.new(numel, FLOAT)
-    likely = ops.new(numel, FLOAT)
-    del logits, capped
-    return likely
-
-
-def _liger(ops: Ops, layout: Layout, hidden: Tensor, itemsize: int) -> Tensor:
-    """Replay Liger's fused linear cross-entropy: chunks of ``tokens / ceil(vocabulary / hidden)`` rows.
-
-    Our trainer passes it the positions in the loss: in the worst case, all of them.
-    """
-    rows = liger_rows(layout.tokens, layout.hidden, layout.vocabulary)
-    numel = hidden.numel
-    with ops.meter.attribute_to("hidden_gradient"):
-        states = _states_in_loss(ops, hidden, itemsize)
-        if layout.logit_scale:
-            states = ops.times_number(states)
-        hidden_gradient = ops.new(numel, itemsize)
-    with ops.meter.attribute_to("logits"):
-        logits = ops.new(rows * layout.vocabulary, itemsize)
-        del logits
-    # Multiplied by the gradient of the loss in place (element_mul_kernel).
-    node = ops.tape.node((states,), lambda grad, saved: (saved[0],), (hidden_gradient,))
-    loss = ops.new(1, FLOAT)
-    loss.node = node
-    return loss
-
+ANSWER_TOKENS = 48
+"""Most tokens of an answer to a general prompt, for the forgetting curve."""
+PROMPT_TOKENS = 64
+"""Tokens that the longest general prompt takes at most, with what most chat templates put around it."""
 
 Items = dict[str, int]
 
@@ -280,7 +72,7 @@ class StepProfile:
 
 @dataclass(frozen=True)
 class Peak:
-    """Peak of the step, beyond the static memory."""
+    """A moment that may be the peak of the step, beyond the static memory."""
 
     phase: str
     """Phase of the peak: ``forward of layer 0``, ``loss forward``, ``loss backward``,
@@ -292,77 +84,161 @@ class Peak:
         return sum(self.items.values())
 
 
-def make_ops(meter: AllocationMeter, layout: Layout, execution: ExecutionConfig, dropout: float) -> Ops:
-    """Create the operations as this trainer code runs them."""
-    return Ops(
-        meter,
-        compute=execution.compute_itemsize,
-        weight=execution.compute_itemsize,
-        adapter=execution.adapter_itemsize,
-        device=execution.device,
-        dropout=dropout,
-        autocast=execution.autocast,
-        tokens=layout.tokens,
-        own_fused=execution.own_fused,
-        triton=execution.triton,
-        float16=execution.float16,
-    )
+class StepTrace(Struct, frozen=True, kw_only=True, tag_field="reply", tag="traced"):
+    """Peak bytes of a traced step, in storages."""
+
+    parameter_bytes: int
+    """Frozen weights as stored, including scales."""
+    adapter_bytes: int
+    forward_bytes: int
+    """Peak of the forward beyond weights and adapter; including gradients of an earlier micro-step."""
+    backward_bytes: int
+    """Peak of the backward beyond weights and adapter, including gradients."""
+    gradient_bytes: int
+    kept_bytes: int
+    """Bytes alive between forward and backward."""
+
+    @property
+    def step_bytes(self) -> int:
+        """Return the larger of both peaks, beyond weights and adapter."""
+        return max(self.forward_bytes, self.backward_bytes)
+
+    def figures(self) -> dict[str, int]:
+        """Return the figures under the keys of :func:`.estimate.closed_form`."""
+        return {
+            "frozen": self.parameter_bytes,
+            "adapter": self.adapter_bytes,
+            "gradients": self.gradient_bytes,
+            "step": self.step_bytes,
+        }
 
 
-def profile_step(layout: Layout, execution: ExecutionConfig, dropout: float) -> StepProfile:
-    """Replay each kind of layer once, and the head."""
-    profiles: dict[tuple[int, bool], PartProfile] = {}
-    layers = []
-    itemsize = execution.residual_itemsize
-    first_kept = len(layout.blocks) - execution.kept_layers
-    for index, block in enumerate(layout.blocks):
-        checkpointed = execution.checkpointing and index < first_kept
-        key = (id(block), checkpointed)
-        if key not in profiles:
-            run = partial(_layer, block=block)
-            profiles[key] = _profile(layout, execution, dropout, run, itemsize, checkpointed=checkpointed)
-        layers.append(profiles[key])
-    tail = partial(_tail, layout=layout, execution=execution)
-    return StepProfile(
-        tuple(layers), _profile(layout, execution, dropout, tail, itemsize, checkpointed=False)
-    )
+def check_traceable(recipe: Recipe, execution: ExecutionConfig) -> None:
+    """Raise UserError for recipes that the meta device cannot run."""
+    if recipe.quantization.method == "int8":
+        raise UserError(
+            "An int8 step cannot be traced",
+            what="bitsandbytes has no 8-bit product for tensors without values.",
+            fix="Trace it with quantization.method = nf4 or none; the estimate itself covers int8.",
+        )
+    if execution.float16:
+        raise UserError(
+            "A float16 step cannot be traced",
+            what="Tensors without values do not support what a float16 step adds, such as autocast.",
+            fix="Trace it with quantization.compute_dtype = bfloat16; the estimate itself covers float16.",
+        )
+
+
+def step_moments(
+    step_profile: StepProfile,
+    layout: Layout,
+    execution: ExecutionConfig,
+    traced: StepTrace | None = None,
+    *,
+    every_layer: bool = False,
+) -> list[Peak]:
+    """Return the moments that may be the peak, in order of time, without what is there all the time.
+
+    With ``every_layer`` there is one for the forward of each layer, not only of the first and the last, and
+    of a trace both its forward and its backward, not only the larger.
+    """
+    if traced is None:
+        moments = peak_candidates(step_profile, layout, execution, every_layer=every_layer)
+    else:
+        sizes = {"traced step": traced.step_bytes}
+        if every_layer:
+            sizes = {"traced forward": traced.forward_bytes, "traced backward": traced.backward_bytes}
+        moments = []
+        for phase, size in sizes.items():
+            gradients = min(traced.gradient_bytes, size)
+            moments.append(Peak(phase, {"gradients": gradients, "activations": size - gradients}))
+    # Accumulated gradients are there all the time, and in a trace they are part of its figures.
+    is_counted = execution.accumulates and traced is None
+    optimizer = {
+        "gradients": 0 if is_counted else gradient_bytes(layout, execution),
+        "optimizer_step": optimizer_step_bytes(layout, execution),
+    }
+    return [*moments, Peak("optimizer step", optimizer)]
+
+
+def answers_moment(layout: Layout, execution: ExecutionConfig) -> Peak:
+    """Return the moment when all general prompts are being answered, for the forgetting curve.
+
+    They are answered together, between two steps and without gradients, so what counts are their keys and
+    values. Comparing the answers takes less than a step of the same tokens.
+    """
+    tokens = execution.general_prompts * (PROMPT_TOKENS + ANSWER_TOKENS)
+    widths = (b.heads.kv_heads * (b.heads.head_dim + b.heads.value_dim) for b in layout.blocks)
+    return Peak("answers to general prompts", {"kv_cache": tokens * sum(widths) * execution.compute_itemsize})
 
 
 def peak_candidates(
     step_profile: StepProfile, layout: Layout, execution: ExecutionConfig, *, every_layer: bool = False
 ) -> list[Peak]:
-    """Return every candidate for the step's peak, in order of time; or ``every_layer``'s forward too."""
-    embedded = _embedded(layout, execution)
-    token_row_bytes = Counter(
-        activations=layout.tokens * layout.token_rows
-    )  # trained row index of each token
-    if not execution.accumulates:
-        token_row_bytes["gradients"] = layout.token_rows * layout.hidden * execution.adapter_itemsize
-    return _candidates(
-        step_profile,
-        _autocast_copies(layout, execution),
-        embedded,
-        token_row_bytes,
-        Counter(
-            adapter=sum(adapter_copies(layout, execution)),
-            # One more than that of the layer at work: on its way to or from the host.
-            checkpoints=layer_input_bytes(layout, execution) if execution.offloads_inputs else 0,
-        ),
-        embedding_is_separate=layout.modifies_embedding,
-        every_layer=every_layer,
-        embedding_gradient=_embedding_gradient(layout, execution),
+    """Return every moment of forward and backward that may be the peak, in order of time."""
+    order, head, last = step_profile.layers, step_profile.head, len(step_profile.layers) - 1
+    persistent = Counter(
+        adapter=sum(adapter_copies(layout, execution)),
+        # One more than that of the layer at work: on its way to or from the host.
+        checkpoints=layer_input_bytes(layout, execution) if execution.offloads_inputs else 0,
     )
+    cast = _autocast_copies(layout, execution)
+    before = Counter(persistent)
+    candidates: list[Peak] = []
+    below: list[Counter[str]] = []
+    for index, profile in enumerate(order):
+        below.append(Counter(before))
+        if every_layer or index in (0, last):
+            items = before + cast + Counter(profile.forward)
+            candidates.append(Peak(f"forward of layer {index}", dict(items)))
+        before.update(profile.retained)
+        if not index:
+            # The embedding's output requires gradients, so the graph holds it as a leaf even where the first
+            # layer does not; where something is added to it, it is always separate.
+            if layout.modifies_embedding or not profile.keeps_input:
+                before["activations"] += _embedded_bytes(layout, execution)
+            before["activations"] += layout.tokens * layout.token_rows  # trained row index of each token
+    candidates.append(Peak("loss forward", dict(before + cast + Counter(head.forward))))
+    candidates.append(Peak("loss backward", dict(before + Counter(head.backward))))
+    held = Counter(head.held)
+    gradients = 0 if execution.accumulates else layout.token_rows * layout.hidden * execution.adapter_itemsize
+    for index in range(last, -1, -1):
+        profile = order[index]
+        items = below[index] + held + Counter(profile.backward) + Counter(gradients=gradients)
+        candidates.append(Peak(f"backward of layer {index}", dict(items)))
+        gradients += profile.gradient_bytes
+        held.update(profile.held)
+    if layout.trained_matrix:
+        items = persistent + held + Counter(gradients=gradients) + _embedding_gradient(layout, execution)
+        candidates.append(Peak("backward of the embedding", dict(items)))
+    return candidates
 
 
-def _embedding_gradient(layout: Layout, execution: ExecutionConfig) -> Items:
+def _embedding_gradient(layout: Layout, execution: ExecutionConfig) -> Counter[str]:
     """Return the bytes of the backward of a trained embedding (``training/trained_embeddings.py``): the
     gradients of the rows as looked up, in fp32, sorted and summed, and a matrix where there is none yet."""
-    if not layout.trained_matrix:
-        return {}
     looked_up = layout.tokens * layout.hidden * (execution.compute_itemsize + 3 * execution.adapter_itemsize)
     is_first = layout.own_head and not execution.accumulates
     matrix = layout.trained_matrix * execution.adapter_itemsize if is_first else 0
-    return {"activations": looked_up, "gradients": matrix}
+    return Counter(activations=looked_up, gradients=matrix)
+
+
+def _autocast_copies(layout: Layout, execution: ExecutionConfig) -> Counter[str]:
+    """Return the bytes of autocast's copies of trained float32 weights, kept until the loss is computed.
+
+    A LoRA projection fused into one function casts separately and keeps nothing.
+    """
+    casts = execution.autocast and execution.adapter_itemsize != execution.compute_itemsize
+    if not casts or execution.own_fused:
+        return Counter()
+    return Counter(adapter=layout.adapter_parameters * execution.compute_itemsize)
+
+
+def _embedded_bytes(layout: Layout, execution: ExecutionConfig) -> int:
+    """Return the bytes of the embedding's output, and of the mask of GPT-2's dropout on it."""
+    numel, itemsize = layout.tokens * layout.hidden, execution.residual_itemsize
+    mask = numel * (1 if execution.device == "cuda" else itemsize) if layout.embedding_dropout else 0
+    return numel * itemsize + mask
 
 
 def layer_input_bytes(layout: Layout, execution: ExecutionConfig) -> int:
@@ -378,16 +254,24 @@ def adapter_copies(layout: Layout, execution: ExecutionConfig) -> list[int]:
     return [round_to_block(count * execution.compute_itemsize) for count in layout.lora_tensors]
 
 
-def _embedded(layout: Layout, execution: ExecutionConfig) -> Items:
-    """Return the bytes of the embedding's output, and of the mask of GPT-2's dropout on it."""
-    numel = layout.tokens * layout.hidden
-    itemsize = execution.residual_itemsize
-    mask = numel * (1 if execution.device == "cuda" else itemsize) if layout.embedding_dropout else 0
-    return {"activations": numel * itemsize + mask}
-
-
 ForwardFn = Callable[[Ops, list[Tensor]], tuple[Tensor, list[Tensor]]]
 """Forward of a part. Its input comes in a list, so that the part itself can drop it."""
+
+
+def profile_step(layout: Layout, execution: ExecutionConfig, dropout: float) -> StepProfile:
+    """Replay each kind of layer once, and the head."""
+    profiles: dict[tuple[int, bool], PartProfile] = {}
+    layers = []
+    first_kept = len(layout.blocks) - execution.kept_layers
+    for index, block in enumerate(layout.blocks):
+        checkpointed = execution.checkpointing and index < first_kept
+        key = (id(block), checkpointed)
+        if key not in profiles:
+            run = partial(_layer, block=block)
+            profiles[key] = _profile(layout, execution, dropout, run, checkpointed=checkpointed)
+        layers.append(profiles[key])
+    tail = partial(_tail, layout=layout, execution=execution)
+    return StepProfile(tuple(layers), _profile(layout, execution, dropout, tail, checkpointed=False))
 
 
 def _layer(ops: Ops, inputs: list[Tensor], *, block: DecoderLayer) -> tuple[Tensor, list[Tensor]]:
@@ -400,24 +284,18 @@ def _tail(
     """Replay final norm, head and loss. The last layer's output is freed after the norm."""
     normed = norm(ops, layout.blocks[-1], inputs[0])
     inputs.clear()
-    return head_and_loss(ops, layout, execution, normed, execution.residual_itemsize)
+    return _head_and_loss(ops, layout, execution, normed)
 
 
 def _profile(
-    layout: Layout,
-    execution: ExecutionConfig,
-    dropout: float,
-    run: ForwardFn,
-    itemsize: int,
-    *,
-    checkpointed: bool,
+    layout: Layout, execution: ExecutionConfig, dropout: float, run: ForwardFn, *, checkpointed: bool
 ) -> PartProfile:
-    """Replay one part; ``itemsize`` is that of its input."""
+    """Replay one part."""
     meter = AllocationMeter()
-    ops = make_ops(meter, layout, execution, dropout)
+    ops = Ops(meter, execution, tokens=layout.tokens, dropout=dropout)
     profile = PartProfile()
-    upstream = Node(0, "upstream", (), _no_gradients)
-    x = ops.new(layout.tokens * layout.hidden, itemsize, "checkpoints" if checkpointed else None)
+    upstream = Node(0, "upstream", (), lambda grad, saved: ())
+    x = ops.new(layout.tokens * layout.hidden, ops.residual, "checkpoints" if checkpointed else None)
     x.node = upstream
     input_storage = weakref.ref(x.storage)
     recording = profile.recording
@@ -497,125 +375,121 @@ def _recompute(run: ForwardFn, ops: Ops, x: Tensor) -> Tensor:
     return run(ops, [x])[0]
 
 
-def _no_gradients(grad: Tensor, saved: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    return ()
+def _head_and_loss(
+    ops: Ops, layout: Layout, execution: ExecutionConfig, hidden: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """Replay head and loss; return the scalar loss, and what is held after its backward: logits that the
+    caller refers to, and the gradient of a trained head."""
+    if execution.loss == "chunked":
+        return _chunked(ops, layout, execution, hidden)
+    if execution.loss == "liger":
+        return _liger(ops, layout, hidden), []
+    logits = _logits(ops, layout, hidden)
+    with ops.meter.attribute_to("logits"):
+        wide = logits if layout.loss_code == "narrow" else ops.cast(logits, FLOAT)
+        if layout.loss_code == "rebound":
+            logits = wide
+        if layout.loss_code == "padded":
+            source = wide
+        else:  # logits[..., :-1, :].contiguous()
+            source = ops.copy(ops.slice(wide, wide.numel - layout.rows * layout.vocabulary))
+        # log-softmax, which both steps save, and the gradients of both: three tensors at the peak.
+        likely = ops.apply(source, numel=source.numel, itemsize=source.itemsize, saves_result=True)
+        loss = ops.apply(likely, numel=1, itemsize=FLOAT, save=(likely,))
+    return loss, [logits] if execution.logits_alive_in_backward else []
 
 
-def _autocast_copies(layout: Layout, execution: ExecutionConfig) -> Items:
-    """Return the bytes of autocast's copies of trained float32 weights, kept until the loss is computed.
+def _logits(ops: Ops, layout: Layout, hidden: Tensor) -> Tensor:
+    """Replay ``lm_head(hidden)`` and the family's operations on the logits."""
+    weight = None
+    if ops.autocast:
+        if ops.residual != ops.compute:  # a weight in float32, which the product saves in autocast's dtype
+            weight = ops.new(layout.vocabulary * layout.hidden, ops.compute, "head")
+        hidden = ops.cast(hidden, ops.compute)
+    numel, itemsize = layout.tokens * layout.vocabulary, hidden.itemsize
+    with ops.meter.attribute_to("logits"):
+        logits = ops.apply(hidden, numel=numel, itemsize=itemsize, save=(weight,))
+        if layout.logit_scale:
+            logits = ops.times_number(logits)
+        if layout.softcap:
+            logits = ops.times_number(logits)
+            logits = ops.activation(logits, "tanh")
+            logits = ops.times_number(logits)
+    return logits
 
-    A LoRA projection fused into one function casts separately and keeps nothing.
+
+def _chunked(
+    ops: Ops, layout: Layout, execution: ExecutionConfig, hidden: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """Replay our loss (``training/chunked_loss.py``), with every token in the loss: the worst case.
+
+    The positions in the loss are copied out; their gradient is computed one chunk of logits at a time, in
+    place. The gradient of a trained head is held after the backward unless it is added to that of earlier
+    micro-steps.
     """
-    if (
-        not execution.autocast
-        or execution.own_fused
-        or execution.adapter_itemsize == execution.compute_itemsize
-    ):
-        return {}
-    return {"adapter": layout.adapter_parameters * execution.compute_itemsize}
+    itemsize, numel, item = ops.residual, hidden.numel, "hidden_gradient"
+    rows = min(LOSS_CHUNK_ROWS, layout.tokens)
+    gradient_itemsize = FLOAT if execution.float16 else itemsize
+
+    def scaled(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        gradient = ops.new(numel, gradient_itemsize)
+        return (ops.cast_gradient(gradient, itemsize),)
+
+    with ops.meter.attribute_to(item):
+        states = _states_in_loss(ops, hidden)
+        hidden_gradient = ops.new(numel, gradient_itemsize)
+        row_gradients = ops.new(layout.token_rows * layout.hidden, FLOAT)
+    with ops.meter.attribute_to("gradients"):
+        matrix_gradient = ops.new(layout.trained_matrix, FLOAT)
+    with ops.meter.attribute_to("logits"):
+        narrow = ops.new(layout.trained_matrix, itemsize) if itemsize != FLOAT else None
+        values = ops.new(layout.token_rows * layout.hidden, itemsize) if itemsize != FLOAT else None
+        logits = ops.new(rows * layout.vocabulary, itemsize)
+        own = ops.new(rows * layout.token_rows, FLOAT)
+        block = min(LOSS_BLOCK_ROWS[execution.device], rows) * layout.vocabulary
+        _logits_gradient(ops, layout, block, itemsize)
+        product = ops.new(rows * layout.hidden, itemsize)
+        del product, own, logits, values, narrow
+    with ops.meter.attribute_to(item):
+        node = ops.tape.node((states,), scaled, (hidden_gradient, row_gradients, matrix_gradient))
+    loss = ops.new(1, FLOAT)
+    loss.node = node
+    return loss, [matrix_gradient] if layout.trained_matrix and not execution.accumulates else []
 
 
-def _candidates(
-    step_profile: StepProfile,
-    autocast_copies: Items,
-    embedded: Items,
-    token_row_bytes: Items,
-    persistent: Counter[str],
-    *,
-    embedding_is_separate: bool,
-    every_layer: bool,
-    embedding_gradient: Items,
-) -> list[Peak]:
-    """Return every phase that may be the peak. ``persistent`` is there in all of them.
+def _states_in_loss(ops: Ops, hidden: Tensor) -> Tensor:
+    """Replay the selection of the hidden states at the positions in the loss, as a copy; the gradient of a
+    masked index is a full tensor of zeros with the rows filled in."""
+    return ops.linear_map(ops.slice(hidden, hidden.numel), hidden.numel)
 
-    ``embedded`` is the embedding's output: it requires gradients, so the graph holds it as a leaf even where
-    the first layer does not. Where something is added to it, it is always separate. ``token_row_bytes`` are
-    the bytes that trained rows of embedding and head keep from the start, and as gradients after the loss;
-    ``embedding_gradient`` what the backward of a trained embedding takes.
+
+def _logits_gradient(ops: Ops, layout: Layout, numel: int, itemsize: int) -> None:
+    """Replay the gradient of a block of logits, in float32 like all intermediate values."""
+    logits, capped = ops.new(numel, FLOAT) if itemsize != FLOAT else None, None
+    if layout.logit_scale:
+        logits = ops.new(numel, FLOAT)
+    if layout.softcap:
+        capped = ops.new(numel, FLOAT)
+        logits = ops.new(numel, FLOAT)
+    likely = ops.new(numel, FLOAT)
+    del logits, capped, likely
+
+
+def _liger(ops: Ops, layout: Layout, hidden: Tensor) -> Tensor:
+    """Replay Liger's fused linear cross-entropy: chunks of ``tokens / ceil(vocabulary / hidden)`` rows.
+
+    Our trainer passes it the positions in the loss: in the worst case, all of them.
     """
-    order, head, last = step_profile.layers, step_profile.head, len(step_profile.layers) - 1
-    before = Counter(persistent)
-    cast = Counter(autocast_copies)
-    candidates: list[Peak] = []
-    below: list[Counter[str]] = []
-    for index, profile in enumerate(order):
-        below.append(Counter(before))
-        if every_layer or index in (0, last):
-            candidates.append(
-                Peak(f"forward of layer {index}", dict(before + cast + Counter(profile.forward)))
-            )
-        before.update(profile.retained)
-        if not index and (embedding_is_separate or not profile.keeps_input):
-            before.update(embedded)
-        if not index:
-            before["activations"] += token_row_bytes["activations"]
-    candidates.append(Peak("loss forward", dict(before + cast + Counter(head.forward))))
-    candidates.append(Peak("loss backward", dict(before + Counter(head.backward))))
-    held = Counter(head.held)
-    gradients = token_row_bytes["gradients"]
-    for index in range(last, -1, -1):
-        profile = order[index]
-        items = below[index] + held + Counter(profile.backward) + Counter(gradients=gradients)
-        candidates.append(Peak(f"backward of layer {index}", dict(items)))
-        gradients += profile.gradient_bytes
-        held.update(profile.held)
-    if embedding_gradient:
-        items = Counter(persistent) + held + Counter(gradients=gradients) + Counter(embedding_gradient)
-        candidates.append(Peak("backward of the embedding", dict(items)))
-    return candidates
-
-
-def step_moments(
-    step_profile: StepProfile,
-    layout: Layout,
-    execution: ExecutionConfig,
-    traced: StepTrace | None = None,
-    *,
-    every_layer: bool = False,
-) -> list[Peak]:
-    """Return the moments in order of time, without what is there all the time.
-
-    With ``every_layer`` there is one for the forward of each layer, not only of the first and the last. Of a
-    trace only the larger peak counts; with ``every_layer`` it has a moment for forward and backward each.
-    """
-    if traced is None:
-        moments = peak_candidates(step_profile, layout, execution, every_layer=every_layer)
-    elif every_layer:
-        moments = [
-            _traced_moment("traced forward", traced, traced.forward_bytes),
-            _traced_moment("traced backward", traced, traced.backward_bytes),
-        ]
-    else:
-        moments = [_traced_moment("traced step", traced, traced.step_bytes)]
-    moments.append(_optimizer_moment(layout, execution, has_gradients=traced is None))
-    return moments
-
-
-def _traced_moment(phase: str, traced: StepTrace, size: int) -> Peak:
-    gradients = min(traced.gradient_bytes, size)
-    return Peak(phase, {"gradients": gradients, "activations": size - gradients})
-
-
-def _optimizer_moment(layout: Layout, execution: ExecutionConfig, *, has_gradients: bool) -> Peak:
-    """Return the optimizer step. Gradients that are accumulated are there all the time, unless traced."""
-    is_counted = execution.accumulates and has_gradients
-    return Peak(
-        "optimizer step",
-        {
-            "gradients": 0 if is_counted else gradient_bytes(layout, execution),
-            "optimizer_step": optimizer_step_bytes(layout, execution),
-        },
+    rows = liger_rows(layout.tokens, layout.hidden, layout.vocabulary)
+    with ops.meter.attribute_to("hidden_gradient"):
+        states = _states_in_loss(ops, hidden)
+        if layout.logit_scale:
+            states = ops.times_number(states)
+        hidden_gradient = ops.new(hidden.numel, ops.residual)
+    with ops.meter.attribute_to("logits"):
+        logits = ops.new(rows * layout.vocabulary, ops.residual)
+        del logits
+    # Multiplied by the gradient of the loss in place (element_mul_kernel).
+    return ops.apply(
+        states, numel=1, itemsize=FLOAT, backward=lambda grad, saved: (saved[0],), save=(hidden_gradient,)
     )
-
-
-ANSWER_TOKENS = 48
-"""Most tokens of an answer."""
-PROMPT_TOKENS = 64
-"""Tokens that the longest general prompt takes at most, with what most chat templates put around it."""
-
-
-def answers_moment(layout: Layout, execution: ExecutionConfig) -> Peak:
-    """Return the moment when all general prompts are being answered, beyond the static memory."""
-    tokens = execution.general_prompts * (PROMPT_TOKENS + ANSWER_TOKENS)
-    widths = (b.heads.kv_heads * (b.heads.head_dim + b.heads.value_dim) for b in layout.blocks)
-    return Peak("answers to general prompts", {"kv_cache": tokens * sum(widths) * execution.compute_itemsize})
