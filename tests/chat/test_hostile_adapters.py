@@ -67,8 +67,8 @@ def load(base: Path, adapter: Path, changes: dict[str, Any]) -> None:
 
 
 def test_any_config_value_is_read_or_rejected(base: Path, adapter: Path) -> None:
-    for key in KEYS:
-        for value in WRONG_VALUES:
+    for number, key in enumerate(KEYS):
+        for value in WRONG_VALUES[number % 3 :: 3]:
             try:
                 load(base, adapter, {key: value})
             except UserError as refused:

@@ -25,7 +25,7 @@ from qlora_tui.tui.workbench import Workbench
 from tests.support.polling import wait_for
 
 ROOT = Path(__file__).parents[2]
-STEPS = 300
+STEPS = 60
 
 
 class Terminal:

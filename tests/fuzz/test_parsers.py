@@ -39,7 +39,7 @@ from tests.fuzz.damage import damaged, mistyped
 
 pytestmark = pytest.mark.slow
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "30"))
 CORPUS = Path(__file__).with_name("corpus")
 CONVERSATION = Conversation((Message("user", "Hi"), Message("assistant", "Hello")))
 fuzzed = settings(

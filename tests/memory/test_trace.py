@@ -1,7 +1,8 @@
 """The closed form against a traced step: transformers, peft and this project's trainer on the meta device.
 
-Every family, over two batch shapes, with and without checkpointing, chunked and stock loss, targets q and v
-or all, dropout 0 and 0.05: each pair of settings here, all 32 combinations in ``bench/trace.py``.
+Eight families that differ, over two batch shapes, with and without checkpointing, chunked and stock loss,
+targets q and v or all, dropout 0 and 0.05: each pair of settings here, all 32 combinations in
+``bench/trace.py``. The other families in two cases.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from qlora_tui.memory.estimate import closed_form
 from qlora_tui.recipe.fields import replace_setting
 
 WORST_SHOWN = 5
+DIFFERENT = ("Llama 3", "Qwen 2.5", "Mixtral", "Gemma 2", "Gemma 3", "Phi-3", "GPT-2", "DeepSeek-V2")
+"""Families whose layers differ in what the closed form counts, such as biases, experts, windows and caps."""
 FEW_EXPERTS = 8
 """A trace runs an expert after the other. All of them are in the case without quantization and in the test of
 adapters on experts."""
@@ -32,7 +35,7 @@ def traces() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("traces")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DIFFERENT)
 def test_the_closed_form_averages_below_one_percent_error(family: str) -> None:
     cases = list(grid([family], "pairs"))
     assert len(cases) == 6
@@ -46,16 +49,16 @@ def test_the_closed_form_averages_below_one_percent_error(family: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("traces")
-@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize("family", [name for name in (*FAMILIES, *OTHERS) if name not in DIFFERENT])
 def test_a_further_family_is_within_three_percent(family: str) -> None:
     for case in grid([family], "two"):
-        result = compare(case)
+        result = compare(case, FEW_EXPERTS)
         assert abs(result.error_pct) < 3, result
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("traces")
-@pytest.mark.parametrize(("family", "is_4_bit"), [("Qwen 3 MoE", True), ("Mixtral", False)])
+@pytest.mark.parametrize(("family", "is_4_bit"), [("Mixtral", True), ("Mixtral", False)])
 def test_adapters_on_experts_are_counted(family: str, is_4_bit: bool) -> None:
     from qlora_tui.engine.trace_worker import trace_request
 

@@ -42,8 +42,3 @@ def test_a_gpu_that_torch_cannot_use_is_no_cpu_run(recipe: MakeRecipe) -> None:
     assert isinstance(ending, Failed) and ending.kind == "problem"
     assert ending.title == "torch cannot use the GPU" and "RTX 4090" in ending.what
     assert "cu126" in ending.fix and "--gpu cpu" in ending.fix
-
-
-def test_the_cpu_that_the_user_chose_trains(recipe: MakeRecipe) -> None:
-    ending = train(create_run(recipe({"training.max_steps": 2}), gpu="cpu"))
-    assert isinstance(ending, Finished)

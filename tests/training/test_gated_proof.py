@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qlora_tui.training.fused import gated_mlp
-from tests.training.trained_weights import CLAIMED, build_with_trained_weights
+from tests.training.trained_weights import build_with_trained_weights, in_turns
 
 pytestmark = pytest.mark.slow
 
@@ -125,8 +125,7 @@ def test_each_layer_is_tested_by_itself() -> None:
     assert [gated_mlp.is_gated(layer) for layer in layers] == [True, False]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("model_type", CLAIMED)
+@pytest.mark.parametrize(("model_type", "dtype"), in_turns(DTYPES))
 def test_all_gated_mlps_without_dropout_are_recognized(model_type: str, dtype: torch.dtype) -> None:
     parts = {"gate_proj", "up_proj", "down_proj", "act_fn"}
     modules = build_with_trained_weights(model_type, dtype).modules()

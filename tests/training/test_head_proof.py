@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qlora_tui.training import chunked_loss, equivalence_checks, head_chunks
-from tests.training.trained_weights import CLAIMED, build_with_trained_weights
+from tests.training.trained_weights import build_with_trained_weights, in_turns
 
 pytestmark = pytest.mark.slow
 
@@ -27,8 +27,7 @@ def head_of(model: Any) -> head_chunks.ChunkedHead:
     return head
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("model_type", CLAIMED)
+@pytest.mark.parametrize(("model_type", "dtype"), in_turns(DTYPES))
 def test_the_head_of_every_family_is_proved(model_type: str, dtype: torch.dtype) -> None:
     model = build_with_trained_weights(model_type, dtype)
     assert equivalence_checks.head_matches_model(model, head_of(model), CPU)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qlora_tui.training.fused import rms_norm
 from qlora_tui.training.fused.patching import PatchedForwards
-from tests.training.trained_weights import CLAIMED, build_with_trained_weights, trained_norm_weight
+from tests.training.trained_weights import build_with_trained_weights, in_turns, trained_norm_weight
 
 pytestmark = pytest.mark.slow
 
@@ -125,8 +125,7 @@ def test_a_norm_is_restored_to_the_librarys_forward() -> None:
     assert "forward" not in vars(model[0]) and len(PatchedForwards(model, "norms")) == 0
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("model_type", CLAIMED)
+@pytest.mark.parametrize(("model_type", "dtype"), in_turns(DTYPES))
 def test_a_familys_trained_norms_give_the_librarys_values(model_type: str, dtype: torch.dtype) -> None:
     model = build_with_trained_weights(model_type, dtype)
     norms = [m for m in model.modules() if is_known(m)]

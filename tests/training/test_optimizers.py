@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -136,14 +135,11 @@ def test_a_checkpoint_continues_each_optimizer_exactly(
     assert not all(map(torch.equal, trained(first), trained(third)))
 
 
-@pytest.mark.parametrize(
-    ("case", "exit_code", "states"),
-    [("too_early", -signal.SIGSEGV, ""), ("reset", 0, "[0, 0]"), ("save", 0, "[3, 3]")],
-)
-def test_paged_states_are_touched_once_the_gpu_is_done(case: str, exit_code: int, states: str) -> None:
+@pytest.mark.parametrize(("case", "states"), [("reset", "[0, 0]"), ("save", "[3, 3]")])
+def test_paged_states_are_touched_once_the_gpu_is_done(case: str, states: str) -> None:
     command = [sys.executable, "-m", "tests.training.managed_states", case]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert (done.returncode, done.stdout.strip()) == (exit_code, states), done.stderr[-2000:]
+    assert (done.returncode, done.stdout.strip()) == (0, states), done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("optimizer", ["paged_adamw_8bit", "paged_adamw_32bit"])

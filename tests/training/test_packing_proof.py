@@ -20,7 +20,7 @@ from qlora_tui.training.batches import RowShape, collate
 from qlora_tui.training.fused.cpu_attention import RowAttention
 from qlora_tui.training.step_check import Excerpt
 from tests.training.families import build
-from tests.training.trained_weights import CLAIMED, LENGTH_SCALED, build_with_trained_weights
+from tests.training.trained_weights import LENGTH_SCALED, build_with_trained_weights, in_turns
 
 pytestmark = pytest.mark.slow
 
@@ -38,8 +38,7 @@ def packing(model_type: str, dtype: torch.dtype, **settings: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("model_type", CLAIMED)
+@pytest.mark.parametrize(("model_type", "dtype"), in_turns(DTYPES))
 def test_every_family_that_keeps_samples_apart_is_proved(model_type: str, dtype: torch.dtype) -> None:
     model = packing(model_type, dtype)
     implementation = model.config._attn_implementation

@@ -23,23 +23,14 @@ def test_a_run_of_two_layers_shows_that_training_works() -> None:
     assert not (state_dir() / "runs").exists()
 
 
-@pytest.mark.parametrize(
-    ("injected", "outcome", "text", "fix"),
-    [
-        ("refuse_kernels()", "warning", "No C compiler is found", "model.kernels"),
-        ("no_memory_for_the_model()", "error", "memory", ""),
-    ],
-)
-def test_what_a_run_reports_is_a_finding(
-    monkeypatch: pytest.MonkeyPatch, injected: str, outcome: str, text: str, fix: str
-) -> None:
-    fault = f"from tests.training.fault_injection import *; {injected}"
+def test_what_a_run_reports_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    fault = "from tests.training.fault_injection import *; refuse_kernels()"
     run = "import runpy; runpy.run_module('qlora_tui.training', run_name='__main__', alter_sys=True)"
     argv = [sys.executable, "-c", f"{fault}; {run}"]
     monkeypatch.setattr(subprocesses, "module_argv", lambda module, *args: [*argv, *args])
     findings, _ = selftest._train()
-    assert findings[-1].outcome == outcome
-    assert text in findings[-1].text and fix in findings[-1].fix
+    assert findings[-1].outcome == "warning"
+    assert "No C compiler" in findings[-1].text and "model.kernels" in findings[-1].fix
 
 
 def test_a_trainer_that_dies_is_a_finding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

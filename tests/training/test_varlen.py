@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -248,32 +249,29 @@ def test_flash_that_cannot_run_says_why(
     assert why in (refused.value.why or "")
 
 
-@pytest.mark.parametrize("attention", ["auto", "flash", "sdpa", "eager"])
-@pytest.mark.parametrize("compute_dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("kind", ["cuda", "cpu"])
 @pytest.mark.parametrize("ampere", [True, False])
 @pytest.mark.parametrize("has_kernel", [True, False])
 def test_the_estimate_assumes_the_attention_that_the_trainer_chooses(
-    attention: Any,
-    compute_dtype: Any,
-    kind: Any,
-    ampere: bool,
-    has_kernel: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    ampere: bool, has_kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(varlen_attention, "capability_of", lambda device: (8 if ampere else 7, 5))
     monkeypatch.setattr(varlen_attention, "find_kernel", lambda: varlen_reference if has_kernel else None)
-    wanted = Recipe(model=Model(attention=attention), quantization=Quantization(compute_dtype=compute_dtype))
-    device = ComputeDevice(torch.device(kind), "a device", 8 << 30, getattr(torch, compute_dtype))
-    capability = (8, 6) if ampere else (7, 5)
-    execution = trainer_execution(wanted, Device(kind=kind, capability=capability, varlen=has_kernel))
-    assumed = "varlen" if execution.varlen else "segments" if execution.segments else "eager"
-    try:
-        chosen = choose_attention(wanted, device)
-    except UserError:
-        assert attention == "flash" and assumed == "segments"
-    else:
-        assert chosen == assumed
+    attentions, dtypes = ("auto", "flash", "sdpa", "eager"), ("bfloat16", "float16", "float32")
+    every: Any = product(attentions, dtypes, ("cuda", "cpu"))
+    for attention, compute_dtype, kind in every:
+        wanted = Recipe(
+            model=Model(attention=attention), quantization=Quantization(compute_dtype=compute_dtype)
+        )
+        device = ComputeDevice(torch.device(kind), "a device", 8 << 30, getattr(torch, compute_dtype))
+        capability = (8, 6) if ampere else (7, 5)
+        execution = trainer_execution(wanted, Device(kind=kind, capability=capability, varlen=has_kernel))
+        assumed = "varlen" if execution.varlen else "segments" if execution.segments else "eager"
+        try:
+            chosen = choose_attention(wanted, device)
+        except UserError:
+            assert attention == "flash" and assumed == "segments"
+        else:
+            assert chosen == assumed
 
 
 def test_the_installed_torch_has_the_kernel() -> None:

@@ -199,18 +199,17 @@ def multiplier_forgotten_in_backward(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(head_chunks, "losses_and_grads", wrong)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("mutate", "model_type", "path"),
+    ("mutate", "model_type", "path", "dtype"),
     [
-        (no_offset, "gemma3_text", "norms"),
-        (norm_without_projection, "llama", "norms"),
-        (gate_and_up_swapped, "qwen3", "mlp"),
-        (scale_dropped, "mistral", "lora"),
-        (columns_swapped, "llama", "lora"),
-        (samples_not_separated, "llama", "packed attention"),
-        (soft_cap_forgotten, "gemma2", "loss"),
-        (multiplier_forgotten_in_backward, "granite", "loss"),
+        (no_offset, "gemma3_text", "norms", "bfloat16"),
+        (norm_without_projection, "llama", "norms", "float32"),
+        (gate_and_up_swapped, "qwen3", "mlp", "bfloat16"),
+        (scale_dropped, "mistral", "lora", "bfloat16"),
+        (columns_swapped, "llama", "lora", "float32"),
+        (samples_not_separated, "llama", "packed attention", "bfloat16"),
+        (soft_cap_forgotten, "gemma2", "loss", "bfloat16"),
+        (multiplier_forgotten_in_backward, "granite", "loss", "float32"),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )

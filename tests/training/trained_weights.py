@@ -6,6 +6,8 @@ cap, scores near 0. Trained models have heavy tails everywhere.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -157,3 +159,8 @@ def trained_norm_weight(width: int, generator: torch.Generator | None = None) ->
     weight[:: max(width // 8, 1)] *= 50
     weight[width // 2] = 2000.0
     return weight
+
+
+def in_turns(dtypes: Sequence[torch.dtype]) -> list[tuple[str, torch.dtype]]:
+    """Each family with one of the dtypes, which take turns."""
+    return list(zip(CLAIMED, cycle(dtypes), strict=False))
