@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qlora_tui.tui.render.charts import Axis, Curve, Plot
 from qlora_tui.tui.render.series import Envelope
-from qlora_tui.tui.screens.train.loss_graph import LossGraph, StepChart
+from qlora_tui.tui.screens.train.run_graph import LossGraph, StepChart
 
 SPIKE = Envelope(
     tuple(float(step) for step in range(101)),

@@ -22,9 +22,8 @@ from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.render.charts import downsample
 from qlora_tui.tui.render.labels import result_label
 from qlora_tui.tui.render.loss import summary_plot
-from qlora_tui.tui.screens.runs.run_order import ORDERS, in_order
 from qlora_tui.tui.screens.runs.run_preview import RunFiles, run_keys
-from qlora_tui.tui.screens.runs.screen import RunsScreen
+from qlora_tui.tui.screens.runs.screen import ORDERS, RunsScreen, in_order
 from qlora_tui.tui.screens.train.screen import TrainScreen
 from qlora_tui.tui.system_monitor import SystemMonitor
 from tests.tui import fake_runs

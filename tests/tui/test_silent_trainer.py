@@ -11,8 +11,8 @@ import pytest
 from qlora_tui.runs import liveness, status
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.screens.train.run_header import state_line
-from qlora_tui.tui.screens.train.run_snapshot import RunSnapshot
+from qlora_tui.tui.screens.train.run_follower import RunSnapshot
+from qlora_tui.tui.screens.train.run_panels import state_line
 from tests.tui.fake_runs import FakeRun, write_fake_run
 from tests.tui.screen_assertions import wait_for_text
 

@@ -18,8 +18,7 @@ from qlora_tui.runs.status import read_status, write_status
 from qlora_tui.runs.task_metrics.task_evaluation import LossChange
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.modals import dialogs
-from qlora_tui.tui.screens.train.output_tail import strip_escapes
-from qlora_tui.tui.screens.train.run_follower import RunFollower
+from qlora_tui.tui.screens.train.run_follower import RunFollower, strip_escapes
 from qlora_tui.tui.screens.train.screen import TrainScreen, show_run
 from tests.support.task_evaluations import a_row, put_evaluation
 from tests.tui.fake_runs import BEGAN, TICKETS, FakeRun, write_fake_run

@@ -21,6 +21,7 @@ from textual.widgets import Input, Static
 
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import abbreviate_home, format_path
+from qlora_tui.recipe.presets import OverwriteError
 from qlora_tui.tui.breakpoints import MIN_SIZE
 from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.widgets.controls import TextField, ViScroll
@@ -82,6 +83,26 @@ class ConfirmScreen(ModalScreen[bool | None]):
         """Answer yes by Enter, if nothing can be lost."""
         if self._harmless:
             self.dismiss(True)
+
+
+async def write_or_ask(app: QloraApp, write: Callable[[bool], object]) -> bool:
+    """Call ``write(False)``; if it would overwrite something, ask, then call ``write(True)``.
+
+    An error is shown. Returns whether it was written. Call it in a worker.
+    """
+    try:
+        try:
+            write(False)
+        except OverwriteError as problem:
+            text = f"{problem.what} {problem.why}".strip()
+            question = ConfirmScreen(problem.title, text, yes="Replace it", no="Keep it")
+            if not await app.push_screen_wait(question):
+                return False
+            write(True)
+    except UserError as problem:
+        app.show_error(problem)
+        return False
+    return True
 
 
 class TextPromptScreen(ModalScreen[str | None]):

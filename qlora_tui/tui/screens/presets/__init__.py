@@ -1,4 +1,4 @@
-"""Presets: ``screen`` lists them, ``preset_actions`` changes files.
+"""Presets: ``screen`` lists them, ``preset_files`` saves, imports, exports and edits their files.
 
-``preset_files`` imports, exports and edits them. ``preset_preview`` says what opening one would change.
+``preset_preview`` shows what opening one would change.
 """

@@ -44,16 +44,17 @@ def import_preset(path: Path, *, overwrite: bool = False) -> PresetSnapshot:
     return before
 
 
-def export_preset(preset: Preset, target: Path) -> Path:
+def export_preset(preset: Preset, target: Path, *, overwrite: bool = False) -> None:
     """Copy a preset's file to ``target``, a file or a folder. Raises UserError."""
     target = target / preset.path.name if target.is_dir() else target
+    if not overwrite and target.exists():
+        raise OverwriteError("File already exists", what=f"{target} would be replaced.")
     try:
         atomic_write(target, preset.path.read_bytes())
     except OSError as error:
         raise UserError(
             "Preset not exported", what=f"{target}: {error.strerror or error}.", fix="Choose another path."
         ) from error
-    return target
 
 
 def editor() -> list[str]:

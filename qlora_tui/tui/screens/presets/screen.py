@@ -2,28 +2,56 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
-from typing import ClassVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, cast
 
-from textual.app import ComposeResult
+from textual import work
+from textual.app import ComposeResult, SuspendNotSupported
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.content import Content
+from textual.screen import ModalScreen
 from textual.widgets import Input, Static
 
+from qlora_tui.formatting import format_path
 from qlora_tui.recipe.presets import (
     Preset,
+    PresetSnapshot,
+    delete,
     list_presets,
+    restore,
+    take_snapshot,
 )
+from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import screen_commands
-from qlora_tui.tui.key_names import bare_key
+from qlora_tui.tui.key_names import bare_key, key_name
 from qlora_tui.tui.recipe_undo import notify_opened
+from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen, write_or_ask
 from qlora_tui.tui.screens.modals.help import screen_help
-from qlora_tui.tui.screens.presets.preset_actions import PresetActions
+from qlora_tui.tui.screens.presets.preset_files import edit, export_preset, import_preset, save_as
 from qlora_tui.tui.screens.presets.preset_preview import preset_line, preset_need, preview
 from qlora_tui.tui.widgets.controls import TextField, ViList
 
+if TYPE_CHECKING:
+    from qlora_tui.tui.app import QloraApp
+
+
+@dataclass(frozen=True)
+class _PresetChange:
+    """A change of a user's preset file, for undo."""
+
+    before: PresetSnapshot
+    after: PresetSnapshot
+    previous_preset: tuple[str, Recipe] | None
+    """The preset that the recipe had started from when it was saved."""
+
+
 _COMMANDS = screen_commands("presets")
+_SHOWN = [command for command in _COMMANDS if command.footer and command.id != "presets.filter"]
+"""Commands named in the lower border: there is no footer in a modal."""
 HELP_TEXT = (
     "A preset is part of a recipe. Opening one keeps your model and data; the preview lists what would "
     "change. Saving one leaves out model and data. Your own preset replaces a shipped one of the same "
@@ -31,7 +59,7 @@ HELP_TEXT = (
 )
 
 
-class PresetsScreen(PresetActions):
+class PresetsScreen(ModalScreen[None]):
     """Shipped presets and the user's own, beside what opening one would change."""
 
     CSS_PATH = "presets.tcss"
@@ -43,8 +71,15 @@ class PresetsScreen(PresetActions):
 
     def __init__(self) -> None:
         super().__init__()
+        self._undo: list[_PresetChange] = []
+        """Changes made in this window, oldest first."""
         self._presets: list[Preset] = []
         self._filter = ""
+
+    @property
+    def qlora_app(self) -> QloraApp:
+        """The app, typed."""
+        return cast("QloraApp", self.app)
 
     @property
     def current(self) -> Preset | None:
@@ -105,10 +140,9 @@ class PresetsScreen(PresetActions):
             return
         name, _, note = event.value.partition(":")
         if name.strip():
-            self.save(name.strip(), note.strip(), overwrite=False)
+            self._save(name.strip(), note.strip())
 
     def action_help(self) -> None:
-        """Show the keys of this list."""
         self.app.push_screen(screen_help("presets", HELP_TEXT, _COMMANDS))
 
     def action_leave(self) -> None:
@@ -124,7 +158,6 @@ class PresetsScreen(PresetActions):
         self.query_one(ViList).focus()
 
     def action_filter(self) -> None:
-        """Show only presets that contain a text."""
         field = self.query_one("#preset-filter", Input)
         field.display = True
         field.focus()
@@ -134,7 +167,6 @@ class PresetsScreen(PresetActions):
         self.query_one("#preview-side").scroll_relative(y=3 * lines, animate=False)
 
     def action_save_as(self) -> None:
-        """Ask for a name."""
         self.query_one("#save-line").display = True
         self.query_one("#save-name", Input).focus()
 
@@ -165,9 +197,100 @@ class PresetsScreen(PresetActions):
             )
             self.query_one("#preview", Static).update(shown)
 
+    def action_delete(self) -> None:
+        preset = self.current
+        if preset is not None and self.qlora_app.try_or_show_error(
+            lambda: self._remember(delete(preset.name))
+        ):
+            self.notify(f"Deleted {preset.name}. Press {key_name('presets.undo')} here to undo.")
+            self.refresh_list()
 
-_SHOWN = [command for command in _COMMANDS if command.footer and command.id != "presets.filter"]
-"""Commands named in the lower border: there is no footer in a modal."""
+    @work
+    async def action_undo(self) -> None:
+        if not self._undo:
+            key = key_name("app.undo")
+            self.notify(f"No preset was changed here. Press Esc, then {key} to undo changes of the recipe.")
+            return
+        change = self._undo[-1]
+        before = change.before
+        # What was edited since is somebody's work: then restore asks.
+        is_unchanged = take_snapshot(before.name) == change.after
+        if not await write_or_ask(
+            self.qlora_app, lambda sure: restore(before, overwrite=sure or is_unchanged)
+        ):
+            return
+        self._undo.pop()
+        if change.previous_preset is not None:
+            self.qlora_app.workbench.undo_saved_as(before.name, change.previous_preset)
+            self.qlora_app.recipe_edited()
+        self.refresh_list(before.name)
+        done = "Removed" if before.content is None else "Restored"
+        self.notify(f"Undone. {done} your preset {before.name}.")
+
+    def _remember(self, before: PresetSnapshot, previous_preset: tuple[str, Recipe] | None = None) -> None:
+        self._undo.append(_PresetChange(before, take_snapshot(before.name), previous_preset))
+
+    def action_edit(self) -> None:
+        preset = self.current
+        if preset is None:
+            return
+        try:
+            with self.app.suspend():
+                tried = self.qlora_app.try_or_show_error(lambda: edit(preset))
+        except SuspendNotSupported:
+            self.notify(
+                "This terminal cannot run an editor inside the app. "
+                f"Edit the file yourself: {format_path(preset.path)}",
+                severity="warning",
+            )
+            return
+        self.refresh_list(preset.name)
+        after = self.current
+        if tried and after is not None and after.problem is not None:
+            self.qlora_app.show_error(after.problem)
+
+    @work
+    async def action_import_preset(self) -> None:
+        path = await self._ask_path("Import a preset", "Path of a TOML file:")
+        if path is not None and await write_or_ask(
+            self.qlora_app, lambda sure: self._remember(import_preset(path, overwrite=sure))
+        ):
+            self.refresh_list(path.stem)
+            self.notify(f"Imported {path.stem}. Press {key_name('presets.undo')} here to undo.")
+
+    @work
+    async def action_export_preset(self) -> None:
+        preset = self.current
+        if preset is None:
+            return
+        target = await self._ask_path(f"Export {preset.name}", "Path of a file or folder:")
+        if target is not None and await write_or_ask(
+            self.qlora_app, lambda sure: export_preset(preset, target, overwrite=sure)
+        ):
+            file = target / preset.path.name if target.is_dir() else target
+            self.notify(f"Exported to {file}.")
+
+    @work
+    async def _save(self, name: str, note: str) -> None:
+        """Save the recipe as a preset; ask before another is replaced."""
+        workbench = self.qlora_app.workbench
+
+        def write(sure: bool) -> None:
+            before = save_as(name, workbench.recipe, note=note, own=workbench.preset, overwrite=sure)
+            self._remember(before, workbench.saved_as(name))
+
+        if await write_or_ask(self.qlora_app, write):
+            self.qlora_app.recipe_edited()
+            self.notify(
+                f"Saved the settings as {name}, without the model and the data. Use it with "
+                f"--preset {shlex.quote(name)}. Press {key_name('presets.undo')} here to undo."
+            )
+            self.action_leave()
+            self.refresh_list(name)
+
+    async def _ask_path(self, title: str, words: str) -> Path | None:
+        text = await self.app.push_screen_wait(TextPromptScreen(title, words))
+        return Path(text.strip()).expanduser() if text and text.strip() else None
 
 
 def _key_hints(hints: Iterable[tuple[str, str]]) -> Content:

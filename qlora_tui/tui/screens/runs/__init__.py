@@ -1,6 +1,5 @@
-"""Runs: ``screen``; ``actions`` is what its keys do, ``run_table`` lists runs
-(``_COLUMNS``).
+"""Runs: ``screen`` with its ``run_table``, and ``run_preview``, which formats what is shown of one.
 
-``run_order`` sorts them, ``run_preview`` formats what is shown of one. ``compare`` shows up to four runs side
-by side; ``export_dialog`` exports one, in a form that ``export_choices`` lists.
+``compare`` shows up to four runs side by side. ``export_dialog`` writes one for other programs; it offers the
+``export_choices``.
 """

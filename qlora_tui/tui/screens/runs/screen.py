@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import shlex
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from textual import work
 from textual.containers import Horizontal, VerticalScroll
@@ -12,14 +16,25 @@ from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Input, Static
 
-from qlora_tui.formatting import pluralize
-from qlora_tui.runs.run_summary import RunSummary, SummaryCache
-from qlora_tui.runs.status import RESUMABLE
+from qlora_tui.errors import UserError
+from qlora_tui.formatting import format_bytes, pluralize
+from qlora_tui.recipe.fields import replace_setting
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs import actions as run_actions
+from qlora_tui.runs import run_queue, trash
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.initial_adapter import initial_adapter
+from qlora_tui.runs.run_summary import Listing, RunSummary, SummaryCache
+from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui import clock
-from qlora_tui.tui.key_names import name_keys
+from qlora_tui.tui.folders import open_folder
+from qlora_tui.tui.key_names import key_name, name_keys
 from qlora_tui.tui.render.loss import summary_plot
-from qlora_tui.tui.screens.runs.actions import RunActions
-from qlora_tui.tui.screens.runs.run_order import in_order
+from qlora_tui.tui.screens.answer_measuring import EvaluationActions
+from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen, TextPromptScreen, write_or_ask
+from qlora_tui.tui.screens.presets.preset_files import save_as
+from qlora_tui.tui.screens.runs.compare import MAX_COMPARED, CompareScreen
+from qlora_tui.tui.screens.runs.export_dialog import show_export_dialog
 from qlora_tui.tui.screens.runs.run_preview import (
     RunFiles,
     detail_lines,
@@ -32,6 +47,7 @@ from qlora_tui.tui.screens.runs.run_preview import (
     settings_lines,
 )
 from qlora_tui.tui.screens.runs.run_table import RunTable
+from qlora_tui.tui.screens.train.screen import prepare_run, show_run
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.controls import TextField
 from qlora_tui.tui.widgets.line_widgets import Graph, update_if_changed
@@ -44,10 +60,34 @@ _READ_BUDGET_S = 0.3
 """A look takes about so long at most; hundreds of runs are read in several."""
 
 
-class RunsScreen(RunActions):
+@dataclass(frozen=True)
+class _Order:
+    """An order, and how the title of the list says it."""
+
+    label: str
+    key: Callable[[RunSummary], Any] | None
+    """None keeps the order of the listing."""
+
+
+def _best_loss(summary: RunSummary) -> float:
+    loss = summary.loss if summary.best is None else summary.best[0]
+    return math.inf if loss is None or math.isnan(loss) else loss
+
+
+_ORDERS = (
+    _Order("newest first", None),
+    _Order("lowest loss first", _best_loss),
+    _Order("by name", lambda summary: summary.name.casefold()),
+    _Order("by model and settings", lambda summary: (summary.model.casefold(), summary.settings)),
+    _Order("longest training first", lambda summary: -(summary.seconds or 0.0)),
+)
+
+
+class RunsScreen(EvaluationActions):
     """A list with what runs or waits on top, and a preview of the run under the cursor."""
 
     MODE = "runs"
+    ANSWERS_COMMAND = "runs.evaluate"
     CSS_PATH = "runs.tcss"
     HELP_TEXT = (
         "The active run is listed first, then the queue in order, then the newest; {runs.sort} sorts those "
@@ -60,6 +100,10 @@ class RunsScreen(RunActions):
 
     def __init__(self) -> None:
         super().__init__()
+        self.listing: Listing | None = None
+        self.order = _ORDERS[0]
+        self.marked: tuple[str, ...] = ()
+        """The runs selected for a comparison."""
         self._summaries = SummaryCache()
         self._filter = ""
         self._reading = False
@@ -174,7 +218,7 @@ class RunsScreen(RunActions):
         # What was read before a run was deleted still lists it.
         summaries = [row for row in self.listing.summaries if row.id not in self.qlora_app.deleted_runs]
         matching = [row for row in summaries if self._filter in _search_text(row)]
-        rows = in_order(matching, self.listing.waiting, self.order)
+        rows = _in_order(matching, self.listing.waiting, self.order)
         any_unmeasured = any(row.best is None and row.loss is not None for row in rows)
         self._show_title(len(rows), len(summaries), any_unmeasured=any_unmeasured)
         self.set_class(not rows, "-empty")
@@ -245,6 +289,169 @@ class RunsScreen(RunActions):
 
     def _is_waiting(self, summary: RunSummary) -> bool:
         return self.listing is not None and summary.id in self.listing.waiting
+
+    async def action_open(self) -> None:
+        if self.current is not None:
+            await show_run(self.qlora_app, self.current.run)
+
+    def action_mark(self) -> None:
+        if self.current is None:
+            return
+        name = self.current.id
+        if name in self.marked:
+            self.marked = tuple(marked for marked in self.marked if marked != name)
+        elif len(self.marked) == MAX_COMPARED:
+            self.notify(f"At most {MAX_COMPARED} runs can be compared.", severity="warning")
+        else:
+            self.marked = (*self.marked, name)
+        self.show_listing()
+        self.query_one(RunTable).action_move(1)
+
+    def action_compare(self) -> None:
+        if len(self.marked) < 2:
+            another = "Mark another run" if self.marked else "Mark two to four runs"
+            self.notify(f"{another} with {key_name('runs.mark')} to compare them.")
+            return
+        known = {summary.id: summary.run for summary in self.listing.summaries} if self.listing else {}
+        self.app.push_screen(CompareScreen([known[name] for name in self.marked if name in known]))
+
+    def action_sort(self) -> None:
+        self.order = _ORDERS[(_ORDERS.index(self.order) + 1) % len(_ORDERS)]
+        self.show_listing()
+
+    def action_filter(self) -> None:
+        self.add_class("-filtering")
+        self.query_one("#runs-filter", Input).focus()
+
+    async def action_chat(self) -> None:
+        from qlora_tui.tui.screens.chat.screen import show_chat
+
+        if self.current is not None:
+            await show_chat(self.qlora_app, self.current.run)
+
+    def action_evaluate(self) -> None:
+        if self.current is not None:
+            self.evaluate(self.current.run)
+
+    def action_export(self) -> None:
+        if self.current is not None:
+            show_export_dialog(self.qlora_app, self.current.run)
+
+    def action_move(self, places: int) -> None:
+        """Move the run in the queue."""
+        if self.current is not None:
+            run_queue.move(self.current.run, places)
+            self.refresh_runs()
+
+    def action_withdraw(self) -> None:
+        if self.current is not None and self._act_on(self.current.run, run_actions.stop):
+            self.notify(f"Removed from the queue. Press {key_name('runs.resume')} to queue it again.")
+
+    def action_resume(self) -> None:
+        if self.current is not None and self._act_on(self.current.run, run_actions.resume):
+            self.notify(f"Queued. Press {key_name('runs.withdraw')} to remove it from the queue.")
+
+    async def action_rerun(self) -> None:
+        if (recipe := self._recipe()) is not None:
+            await self._prepare(recipe)
+
+    async def action_train_further(self) -> None:
+        recipe = self._recipe()
+        if recipe is None or self.current is None:
+            return
+        run = self.current.run
+        if self.qlora_app.try_or_show_error(lambda: initial_adapter(run.id)):
+            await self._prepare(replace_setting(recipe, "lora.init_from", run.id))
+
+    async def _prepare(self, recipe: Recipe) -> None:
+        """Load a recipe, and show the checks before its launch."""
+        if self.qlora_app.load_recipe(recipe):
+            self.notify(f"Loaded the run's recipe. Press {key_name('app.undo')} to undo.")
+        await prepare_run(self.qlora_app)
+
+    @work
+    async def action_save_preset(self) -> None:
+        recipe = self._recipe()
+        if recipe is None:
+            return
+        text = "Name of the preset. Model and data are left out."
+        name = await self.app.push_screen_wait(TextPromptScreen("Save as a preset", text))
+        if name and await write_or_ask(self.qlora_app, lambda sure: save_as(name, recipe, overwrite=sure)):
+            self.notify(f"Saved as {name}. Press {key_name('app.presets')} to see your presets.")
+
+    @work
+    async def action_rename(self) -> None:
+        summary = self.current
+        if summary is None:
+            return
+        text = "The new name. The folder keeps its name."
+        prompt = TextPromptScreen("Rename the run", text, summary.name, run_actions.validate_name)
+        name = await self.app.push_screen_wait(prompt)
+        if name is not None:
+            self._act_on(summary.run, lambda run: run_actions.rename(run, name))
+
+    @work
+    async def action_delete(self) -> None:
+        """Move the run to the trash; ask first only if something else uses it."""
+        summary = self.current
+        if summary is None:
+            return
+        if uses := run_actions.uses_of(summary.run):
+            text = f"{summary.name} is in use: {'; '.join(uses)}."
+            if not await self.app.push_screen_wait(ConfirmScreen("Delete the run?", text, "Delete")):
+                return
+        if self._act_on(summary.run, trash.put):
+            self.qlora_app.deleted_runs.append(summary.id)
+            self.show_listing()
+            self.notify(
+                f"{summary.name} is in the trash for {trash.KEPT_DAYS} days, which holds "
+                f"{format_bytes(trash.total_bytes())}. Press {key_name('runs.restore')} to restore it."
+            )
+
+    def action_restore(self) -> None:
+        deleted = self.qlora_app.deleted_runs
+        try:
+            if deleted:
+                self.notify(f"Restored {trash.restore(deleted[-1]).name}.")
+                deleted.pop()
+        except UserError as problem:
+            self.qlora_app.show_error(problem)
+        self.refresh_runs()
+
+    def action_copy(self, verb: str) -> None:
+        """Copy the command that shows the run in a terminal, or that trains it again."""
+        if self.current is not None:
+            run = self.current.run
+            words = run.id if verb == "attach" else str(run.recipe_path)
+            self.app.copy_to_clipboard(f"qlora-tui {verb} {shlex.quote(words)}")
+
+    def action_folder(self) -> None:
+        if self.current is not None:
+            open_folder(self.qlora_app, self.current.run.path)
+
+    def _recipe(self) -> Recipe | None:
+        if self.current is None:
+            return None
+        try:
+            return self.current.run.recipe()
+        except UserError as problem:
+            self.qlora_app.show_error(problem)
+            return None
+
+    def _act_on(self, run: RunDir, act: Callable[[RunDir], None]) -> bool:
+        """Call ``act``, show an error if it fails, and reload the list either way."""
+        succeeded = self.qlora_app.try_or_show_error(lambda: act(run))
+        self.refresh_runs()
+        return succeeded
+
+
+def _in_order(summaries: Sequence[RunSummary], waiting: Collection[str], order: _Order) -> list[RunSummary]:
+    """Sort the runs that ended; the active one and the queue stay above them."""
+    if order.key is None:
+        return list(summaries)
+    first = [row for row in summaries if row.status.state in ACTIVE or row.id in waiting]
+    ended = [row for row in summaries if row not in first]
+    return first + sorted(ended, key=order.key)
 
 
 def _search_text(summary: RunSummary) -> str:

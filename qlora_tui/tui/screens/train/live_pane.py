@@ -17,21 +17,22 @@ from qlora_tui.runs.status import ACTIVE
 from qlora_tui.tui import clock
 from qlora_tui.tui.key_names import bare_key, highlight_keys, key_name
 from qlora_tui.tui.screens.train.gpu_panel import GpuPanel, MachineState
-from qlora_tui.tui.screens.train.log_tail import SIGNS, Level, LogEntry, LogTail
-from qlora_tui.tui.screens.train.log_title import tabs_title
-from qlora_tui.tui.screens.train.loss_graph import LossGraph
-from qlora_tui.tui.screens.train.run_charts import loss_plot, step_charts
-from qlora_tui.tui.screens.train.run_facts import (
+from qlora_tui.tui.screens.train.log_tail import SIGNS, Level, LogEntry, LogTail, tabs_title
+from qlora_tui.tui.screens.train.run_follower import RunSnapshot
+from qlora_tui.tui.screens.train.run_graph import LossGraph, loss_plot, step_charts
+from qlora_tui.tui.screens.train.run_panels import (
     FactList,
+    RunHeader,
+    RunOutcomeText,
+    StartStages,
     evaluation_lines,
     health_lines,
+    is_starting,
+    outcome_text,
     sample_lines,
     samples_title,
     setup_lines,
 )
-from qlora_tui.tui.screens.train.run_header import RunHeader, RunOutcomeText, outcome_text
-from qlora_tui.tui.screens.train.run_snapshot import RunSnapshot
-from qlora_tui.tui.screens.train.start_stages import StartStages, is_starting
 from qlora_tui.tui.widgets.line_widgets import update_if_changed
 from qlora_tui.tui.widgets.panel import Panel
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias
 
@@ -12,6 +12,7 @@ from textual.content import Content
 from textual.geometry import Size
 from textual.strip import Strip
 
+from qlora_tui.formatting import truncate_middle
 from qlora_tui.tui.textual_compat import follow_end
 from qlora_tui.tui.widgets.line_widgets import LineView, render_line
 
@@ -139,3 +140,30 @@ class LogTail(LineView):
         return [
             (head if number == 0 else Content(" " * indent)) + piece for number, piece in enumerate(pieces)
         ]
+
+
+def tabs_title(
+    names: Sequence[str], front: str, notes: Mapping[str, str], *, filters: str, keys: str, width: int
+) -> Content:
+    """``log │ answers 12 │ health !2``. A click on a name runs ``screen.show_tab('<name>')``.
+
+    Args:
+        names: The tabs.
+        front: The one that is shown.
+        notes: What follows a name.
+        filters: What hides lines now. It is shown even where it has to be shortened.
+        keys: Hints for keys, where they are not in the border below; left out first.
+        width: Cells that there are.
+    """
+    parts = []
+    for name in names:
+        text = f" {name}{' ' if notes.get(name) else ''}{notes.get(name, '')} "
+        style = "reverse bold" if name == front else "not bold $text-muted"
+        parts.append(Content.styled(text, style).stylize(f"@click=screen.show_tab('{name}')"))
+    line = Content.styled("│", "not bold $text-muted").join(parts)
+    room = width - line.cell_length - 2
+    if filters:
+        line += Content.styled(f"  {truncate_middle(filters, max(1, room))}", "bold $foreground")
+    elif keys and len(keys) <= room:
+        line += Content.styled(f"  {keys}", "not bold $text-muted")
+    return line

@@ -1,6 +1,5 @@
 """Follows one run for the screen: each poll reads its files and returns a :class:`RunSnapshot`.
 
-The screen polls every ``RUN_POLL_INTERVAL_S`` (``screen.py``).
 :class:`RunFollower` is used in a thread, one call at a time. Everything of a size that grows with the run
 stays in it; a snapshot holds only what is shown.
 """
@@ -8,9 +7,12 @@ stays in it; a snapshot holds only what is shown.
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
@@ -18,8 +20,11 @@ from qlora_tui.runs import control
 from qlora_tui.runs.describe import PhaseFilter, describe, unknown_lines
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.energy import EnergyMeter
+from qlora_tui.runs.event_log import read_from
 from qlora_tui.runs.events import (
+    STEP_PHASES,
     AnyEvent,
+    Evaluated,
     Failed,
     Health,
     PhaseChanged,
@@ -28,13 +33,12 @@ from qlora_tui.runs.events import (
     Started,
     Step,
 )
-from qlora_tui.runs.suggested_fix import suggest_fix
+from qlora_tui.runs.status import ACTIVE, Status
+from qlora_tui.runs.suggested_fix import SuggestedFix, suggest_fix
 from qlora_tui.runs.telemetry import Reading, TelemetryTail
 from qlora_tui.runs.view import RunView
-from qlora_tui.tui.render.series import BiasCorrectedEma, DecimatedSeries
+from qlora_tui.tui.render.series import BiasCorrectedEma, DecimatedSeries, Envelope
 from qlora_tui.tui.screens.train.log_tail import Level, LogEntry
-from qlora_tui.tui.screens.train.output_tail import OutputTail
-from qlora_tui.tui.screens.train.run_snapshot import RunSnapshot, StepEnvelopes
 
 LONG_BYTES = 8 << 20
 """Size of an event log, some 40,000 steps, above which only a sample of the steps is read."""
@@ -50,6 +54,85 @@ _MAX_STAGES = 12
 """Phases that are kept of an attempt, more than there are before its first step."""
 _MAX_ANSWERS = 60
 """Answers to the sample prompts that are kept."""
+_OUTPUT_BYTES = 128 << 10
+"""Of the end of the output that a first read takes."""
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+
+
+@dataclass(frozen=True)
+class StepEnvelopes:
+    """What is drawn over the steps."""
+
+    loss: Envelope
+    mean_loss: Envelope
+    """Running mean of the loss."""
+    learning_rate: Envelope
+    grad_norm: Envelope
+    tokens_per_s: Envelope
+    reward_margin: Envelope
+
+
+@dataclass(frozen=True)
+class RunSnapshot:
+    """The state of a run at one moment, for the live screen."""
+
+    view: RunView
+    """Only its single values are for the screen: its columns change in the follower's thread."""
+    status: Status
+    envelopes: StepEnvelopes
+    step: int
+    epoch: float
+    loss: float | None
+    """Of the last step, like the next five."""
+    mean_loss: float | None
+    learning_rate: float | None
+    grad_norm: float | None
+    tokens_per_s: float | None
+    reward_margin: float
+    """NaN without a preference method."""
+    evaluations: tuple[Evaluated, ...]
+    best: Evaluated | None
+    samples: tuple[SampleGenerated, ...]
+    health: tuple[Health, ...]
+    entries: Sequence[LogEntry]
+    """Log lines so far; only appended to."""
+    output: Sequence[LogEntry]
+    """The end of the trainer's own output."""
+    telemetry: tuple[Reading, ...]
+    """The newest last."""
+    energy_kwh: float | None
+    seconds_trained: float
+    """Training time of all steps, without evaluations and pauses."""
+    seconds_left: float | None
+    seconds_per_step: float | None
+    """Recently; None until it is known."""
+    fix: SuggestedFix | None
+    """What one key can do about the latest warning."""
+    step_stride: int
+    """Steps from one drawn step to the next: more than 1 in a very long run."""
+    stages: tuple[PhaseChanged, ...] = ()
+    """The first phases of this attempt."""
+    recipe: Recipe | None = None
+    """None if it cannot be read."""
+    ending_request: str = ""
+    """The request to end the run that waits or was taken, one of ``control.ENDINGS``; empty without one."""
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the run will stop after the step or evaluation in progress, as requested."""
+        is_asked = self.ending_request in ("stop", "stop_now")
+        return is_asked and self.status.state in ACTIVE and self.view.phase in STEP_PHASES
+
+    @property
+    def is_best_saved(self) -> bool:
+        """Whether there is a checkpoint of the best evaluation's step; the trainer keeps it."""
+        return self.best is not None and any(saved.step == self.best.step for saved in self.view.checkpoints)
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether validation loss is measured, as far as is known."""
+        return self.view.data is None or bool(self.view.data.validation_samples)
 
 
 class _DecimatedRun:
@@ -256,3 +339,33 @@ def _level(event: AnyEvent) -> Level:
     if isinstance(event, Failed):
         return "error"
     return event.severity if isinstance(event, Health) else "info"
+
+
+class OutputTail:
+    """Reads a growing text file on from where it stopped; the first look takes only its end."""
+
+    def __init__(self, path: Path, max_lines: int) -> None:
+        self.entries: list[LogEntry] = []
+        """Appended to; replaced by a shorter list when it has become too long."""
+        self._path = path
+        self._max_lines = max_lines
+        self._offset: int | None = None
+
+    def read(self) -> None:
+        """Take in the whole lines that are new."""
+        if self._offset is None:
+            size = self._path.stat().st_size if self._path.exists() else 0
+            self._offset = max(0, size - _OUTPUT_BYTES)
+        chunk = read_from(self._path, self._offset, _OUTPUT_BYTES * 4)
+        end = chunk.rfind(b"\n") + 1
+        self._offset += end
+        lines = chunk[:end].decode("utf-8", "replace").split("\n")[:-1]
+        self.entries += [LogEntry(None, "info", strip_escapes(line)) for line in lines]
+        if len(self.entries) > 2 * self._max_lines:
+            self.entries = self.entries[-self._max_lines :]
+
+
+def strip_escapes(line: str) -> str:
+    """Remove colors and cursor moves; a progress bar becomes its last state."""
+    shown = _ESCAPES.sub("", line).rstrip("\r").rpartition("\r")[2]
+    return _CONTROLS.sub("", shown.expandtabs(4))

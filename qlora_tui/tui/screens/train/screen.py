@@ -1,32 +1,63 @@
-"""Train: prepare and launch a run, or watch one. Each half is a separate pane."""
+"""Train: prepare and launch a run in one pane, or watch one in the other."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING
+import shlex
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
 
 from textual import work
+from textual.binding import Binding, BindingType
+from textual.content import Content
 from textual.widget import Widget
 
 from qlora_tui.data.sources import every_source, source_stamps
 from qlora_tui.errors import UserError
+from qlora_tui.formatting import capitalize, truncate_middle
 from qlora_tui.memory.budget import MemoryBudget, budget_for
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs import actions as run_actions
+from qlora_tui.runs import control
+from qlora_tui.runs.directory import RunDir, all_runs
+from qlora_tui.runs.events import STEP_PHASES
+from qlora_tui.runs.machine_checks import Check
 from qlora_tui.runs.preflight import preflight
-from qlora_tui.runs.status import ACTIVE, RESUMABLE, State
+from qlora_tui.runs.status import ACTIVE, RESUMABLE, State, read_status
+from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.tui.draft import draft_written_at
-from qlora_tui.tui.screens.train.actions import TrainActions
+from qlora_tui.tui.folders import open_folder
+from qlora_tui.tui.key_names import key_name
+from qlora_tui.tui.leaving import leave
+from qlora_tui.tui.render.labels import SIGNS
+from qlora_tui.tui.screens.answer_measuring import EvaluationActions
+from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen, TextPromptScreen, ask_search
+from qlora_tui.tui.screens.modals.list_picker import ListPicker
 from qlora_tui.tui.screens.train.launch_pane import LaunchPane, first_fix, launch
 from qlora_tui.tui.screens.train.live_pane import LivePane
-from qlora_tui.tui.screens.train.run_charts import zoom_start
-from qlora_tui.tui.screens.train.run_follower import RunFollower
+from qlora_tui.tui.screens.train.run_follower import RunFollower, RunSnapshot
+from qlora_tui.tui.screens.train.run_graph import zoom_start
 from qlora_tui.tui.screens.train.settings_form import SettingsForm
 from qlora_tui.tui.system_status import SystemStatus
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
+
+
+_NAME_WIDTH = 38
+"""Cells of a name; together with state and steps as wide as the dialog."""
+_MAX_LISTED = 30
+"""Number of runs listed; the Runs screen lists all."""
+_MAX_ZOOM = 6
+_REQUEST_NOTICES: dict[control.Kind, str] = {
+    "checkpoint": "The run will save a checkpoint after this step.",
+    "evaluate": "The run will measure the validation loss after this step.",
+    "sample": "The run will answer the sample prompts after this step.",
+    "finish_epoch": "The run will stop at the end of this epoch.",
+}
+"""Notification for each kind of request."""
+
 
 RUN_POLL_INTERVAL_S = 1.0
 _PREPARING = frozenset(("launch", "recheck", "watch_another", "next_tab"))
@@ -44,10 +75,11 @@ _STATES: Mapping[str, Collection[State]] = {
 """States of the watched run that an action needs; one not listed is available in every state."""
 
 
-class TrainScreen(TrainActions):
+class TrainScreen(EvaluationActions):
     """The recipe with its checks, or a run being watched."""
 
     MODE = "train"
+    ANSWERS_COMMAND = "train.answers"
     CSS_PATH = "train.tcss"
     EDITS_RECIPE = True
     HELP_TEXT = (
@@ -71,6 +103,12 @@ class TrainScreen(TrainActions):
 
     def __init__(self) -> None:
         super().__init__()
+        self.checks: tuple[Check, ...] = ()
+        """What the last checks of the recipe found."""
+        self.snapshot: RunSnapshot | None = None
+        """The watched run as it was last read."""
+        self._zoom = 0
+        """How many times the steps shown are halved."""
         self._follower: RunFollower | None = None
         self._polling = False
         self._is_pinned = False
@@ -100,6 +138,11 @@ class TrainScreen(TrainActions):
         """The run being watched; None while one is prepared."""
         return self._follower.run if self._follower else None
 
+    @property
+    def state(self) -> State | None:
+        """State of the run being watched."""
+        return self.snapshot.status.state if self.snapshot else None
+
     def attach(self, run: RunDir) -> None:
         """Watch a run."""
         self._is_pinned, self._ended_at = True, None
@@ -107,7 +150,7 @@ class TrainScreen(TrainActions):
             self._follow(run)
 
     def _follow(self, run: RunDir) -> None:
-        self._follower, self.snapshot, self.zoom = RunFollower(run), None, 0
+        self._follower, self.snapshot, self._zoom = RunFollower(run), None, 0
         self._show_pane()
         self.poll_now()
 
@@ -154,15 +197,6 @@ class TrainScreen(TrainActions):
         """Change the recipe."""
         self.qlora_app.edit(event.path, event.value)
 
-    def prepare(self) -> None:
-        self._stop_watching()
-        self._is_pinned = True
-        self.show_recipe(self.qlora_app.workbench.recipe)
-
-    def check_again(self) -> None:
-        self._checks_key = None
-        self.show_recipe(self.qlora_app.workbench.recipe)
-
     def _stop_watching(self) -> None:
         """Watch no run until one becomes active."""
         self._follower = self.snapshot = self._ended_at = None
@@ -185,7 +219,7 @@ class TrainScreen(TrainActions):
     @work(group="poll")
     async def _poll(self, follower: RunFollower) -> None:
         step = self.snapshot.step if self.snapshot else 0
-        follower.from_step = zoom_start(step, self.zoom)
+        follower.from_step = zoom_start(step, self._zoom)
         try:
             snapshot = await asyncio.to_thread(follower.poll)
         finally:
@@ -237,8 +271,12 @@ class TrainScreen(TrainActions):
         self.query_one(LaunchPane).show_checks(self.checks, recipe)
         self.refresh_bindings()
 
+    def action_answers(self) -> None:
+        if self.run is not None:
+            self.evaluate(self.run)
+
     @work(exclusive=True, group="launch")
-    async def launch_recipe(self) -> None:
+    async def action_launch(self) -> None:
         await self._run_checks(self.qlora_app.workbench.recipe, self.qlora_app.system_status)
         try:
             run = await launch(self.qlora_app, self.checks)
@@ -247,6 +285,203 @@ class TrainScreen(TrainActions):
             return
         if run is not None:
             self.attach(run)
+
+    def action_recheck(self) -> None:
+        self._checks_key = None
+        self.show_recipe(self.qlora_app.workbench.recipe)
+        self.notify("Checking again.")
+
+    def action_stop(self) -> None:
+        snapshot = self.snapshot
+        if snapshot is not None and snapshot.is_stopping:
+            now = "The run stops now. It gives up the step in progress; the steps before it are saved."
+            self._act_on_run(partial(run_actions.stop, now=True), now)
+        elif self.state == "queued":
+            again = f"Press {key_name('train.resume')} to queue it again."
+            self._act_on_run(run_actions.stop, f"Removed from the queue. {again}")
+        else:
+            after_step = " after this step" if snapshot is None or snapshot.view.phase in STEP_PHASES else ""
+            outcome = _outcome_of_stopping(snapshot)
+            self._confirm("Stop the run?", outcome, run_actions.stop, f"The run will stop{after_step}.")
+
+    def action_pause(self) -> None:
+        outcome = "will save a checkpoint after this step and free the GPU."
+        outcome += f" Press {key_name('train.resume')} to resume it."
+        self._confirm("Pause the run?", outcome, run_actions.pause, "The run will pause after this step.")
+
+    def action_resume(self) -> None:
+        has_checkpoint = self.snapshot is not None and bool(self.snapshot.view.checkpoints)
+        origin = "resume from its last checkpoint" if has_checkpoint else "start from step 0"
+        self._act_on_run(run_actions.resume, f"Queued. The run will {origin}.")
+
+    def action_request(self, kind: control.Kind) -> None:
+        """Send a request to the trainer."""
+        self._act_on_run(lambda run: control.send_request(run, kind), _REQUEST_NOTICES[kind])
+
+    def action_learning_rate(self) -> None:
+        now = self.snapshot.learning_rate if self.snapshot else None
+        self._prompt_for_rate("" if now is None else f"{now:.3g}")
+
+    @work
+    async def _prompt_for_rate(self, proposed: str) -> None:
+        text = "The new peak. The schedule continues from it."
+        prompt = TextPromptScreen("Learning rate", text, proposed, _rate_problem)
+        if typed := await self.app.push_screen_wait(prompt):
+            rate = float(typed)
+            self._act_on_run(
+                lambda run: control.send_request(run, "set_learning_rate", rate),
+                f"The learning rate will change to {rate:g} after this step.",
+            )
+
+    def action_fix(self) -> None:
+        if self.run is None:
+            self._fix_recipe()
+            return
+        fix = self.snapshot.fix if self.snapshot else None
+        if fix is None:
+            return
+        if fix.rate is not None:
+            self._prompt_for_rate(f"{fix.rate:g}")
+        elif fix.stop:
+            self.action_stop()
+        else:
+            self._offer_next_run(self.run, fix)
+
+    def _fix_recipe(self) -> None:
+        fix = first_fix(self.checks)
+        workbench = self.qlora_app.workbench
+        if fix is not None and workbench.replace(fix.apply_to(workbench.recipe)):
+            self.qlora_app.recipe_edited()
+            self.notify(f"{capitalize(fix.label)}. Press {key_name('app.undo')} to undo.")
+
+    @work
+    async def _offer_next_run(self, run: RunDir, fix: SuggestedFix) -> None:
+        text = f"This run's recipe replaces the one you are editing. Press {key_name('app.undo')} to undo."
+        if await self.app.push_screen_wait(ConfirmScreen(f"{capitalize(fix.label)}?", text)):
+            if self.qlora_app.workbench.replace(fix.apply_to(run.recipe())):
+                self.qlora_app.recipe_edited()
+            self.action_prepare()
+
+    async def action_chat(self) -> None:
+        from qlora_tui.tui.screens.chat.screen import show_chat
+
+        if self.run is not None:
+            await show_chat(self.qlora_app, self.run)
+
+    @work
+    async def action_watch_another(self) -> None:
+        run = await self.app.push_screen_wait(RunPickerScreen(self.run))
+        if run is not None:
+            self.attach(run)
+
+    def action_prepare(self) -> None:
+        self._stop_watching()
+        self._is_pinned = True
+        self.show_recipe(self.qlora_app.workbench.recipe)
+
+    def action_detach(self) -> None:
+        leave(self.qlora_app, self.run)
+
+    def action_next_tab(self, places: int) -> None:
+        """Show the next tab under the graph; before a run, go between recipe and checks."""
+        if self.run is not None:
+            self.query_one(LivePane).next_tab(places)
+        elif places > 0:
+            self.focus_next()
+        else:
+            self.focus_previous()
+
+    def action_show_tab(self, name: str) -> None:
+        """Show a tab by its name."""
+        self.query_one(LivePane).show_tab(name)
+
+    def action_zoom(self, direction: int) -> None:
+        """Zoom in to the last half of the steps (1), or out (-1)."""
+        self._zoom = min(max(self._zoom + direction, 0), _MAX_ZOOM)
+        self.poll_now()
+
+    def action_level(self) -> None:
+        self.query_one(LivePane).next_level()
+
+    def action_search(self) -> None:
+        pane = self.query_one(LivePane)
+        ask_search(self.app, "lines", pane.search, pane.search_for)
+
+    def action_folder(self) -> None:
+        if self.run is not None:
+            open_folder(self.qlora_app, self.run.path)
+
+    def action_copy_command(self) -> None:
+        if self.run is not None:
+            self.app.copy_to_clipboard(f"qlora-tui attach {shlex.quote(self.run.id)}")
+
+    @work
+    async def _confirm(self, title: str, outcome: str, act: Callable[[RunDir], None], done: str) -> None:
+        """Ask, then act; the question is closed when the run is no longer active."""
+        run = self.run
+        if run is None:
+            return
+        question = ConfirmScreen(
+            title, f"{run.id} {outcome}", is_outdated=lambda: read_status(run).state not in ACTIVE
+        )
+        if await self.app.push_screen_wait(question):
+            self._act_on_run(act, done)
+
+    def _act_on_run(self, act: Callable[[RunDir], None], done: str) -> None:
+        run = self.run
+        if run is None or not self.qlora_app.try_or_show_error(lambda: act(run)):
+            return
+        if done:
+            self.notify(done)
+        self.poll_now()
+
+
+class RunPickerScreen(ListPicker[RunDir]):
+    """Returns the selected run; None when closed with Escape."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("q", "dismiss(None)", show=False)]
+    HEADING = "Watch another run"
+    ENTER = "watch"
+    EMPTY = "There are no other runs."
+
+    def __init__(self, now: RunDir | None) -> None:
+        super().__init__()
+        self._runs = {run.id: run for run in [run for run in all_runs() if run != now][:_MAX_LISTED]}
+
+    def lines(self) -> list[tuple[str, Content]]:
+        return [(id_, _run_line(run)) for id_, run in self._runs.items()]
+
+    def picked(self, id_: str) -> RunDir:
+        return self._runs[id_]
+
+
+def _run_line(run: RunDir) -> Content:
+    status = read_status(run)
+    sign, style = SIGNS[status.state]
+    steps = f"  {status.step:,}/{status.total_steps:,}" if status.total_steps else ""
+    name = truncate_middle(run.name, _NAME_WIDTH)
+    return Content.assemble((f"{sign} {status.state:<10} ", style), name, (steps, "dim"))
+
+
+def _outcome_of_stopping(snapshot: RunSnapshot | None) -> str:
+    """What the question says becomes of the run."""
+    if snapshot is None or snapshot.view.phase in STEP_PHASES:
+        best = ""
+        if snapshot is not None and snapshot.best is not None and snapshot.is_best_saved:
+            best = f" Its best checkpoint, of step {snapshot.best.step:,}, stays."
+        return f"will save a checkpoint and the adapter of this step, then stop. It can be resumed.{best}"
+    if snapshot.view.checkpoints:
+        return "has not trained a step since it was resumed. It can be resumed from its last checkpoint."
+    return "has not trained a step yet, so nothing is saved. If resumed, it starts from step 0."
+
+
+def _rate_problem(text: str) -> str:
+    """Return what is wrong with a typed learning rate, or an empty string."""
+    try:
+        rate = float(text)
+    except ValueError:
+        return "Enter a number, such as 1e-4."
+    return "" if 0 < rate <= 1 else "It must be above 0 and at most 1."
 
 
 async def show_run(app: QloraApp, run: RunDir) -> None:
@@ -260,4 +495,4 @@ async def prepare_run(app: QloraApp) -> None:
     """Go to the Train screen and prepare a run there."""
     await app.switch_mode("train")
     if isinstance(app.screen, TrainScreen):
-        app.screen.prepare()
+        app.screen.action_prepare()

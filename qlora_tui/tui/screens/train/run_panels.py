@@ -1,27 +1,47 @@
-"""The header of the live screen: state and progress of a run, and how it ended."""
+"""Panels of the live screen besides graph, log and machine: state, progress and outcome in the header,
+the stages before the first step, warnings, setup, evaluations and answers.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 from textual.content import Content
+from textual.geometry import Size
 
 from qlora_tui.formatting import (
     abbreviate_home,
     capitalize,
+    format_count,
     format_duration,
     format_float,
     format_path,
+    format_percent,
+    short_model_name,
     truncate_middle,
 )
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.defects import find_defect
 from qlora_tui.runs.describe import format_energy
-from qlora_tui.runs.events import ALL_STEPS_DONE, Failed, Finished, phase_label
+from qlora_tui.runs.events import ALL_STEPS_DONE, Failed, Finished, Phase, PhaseChanged, phase_label
 from qlora_tui.runs.status import ACTIVE
+from qlora_tui.runs.view import RunView
 from qlora_tui.tui.key_names import highlight_keys, key_name
-from qlora_tui.tui.render.charts import bar
-from qlora_tui.tui.render.labels import BEST, format_ago, result_label
-from qlora_tui.tui.screens.train.run_snapshot import RunSnapshot
+from qlora_tui.tui.render.charts import bar, labeled
+from qlora_tui.tui.render.labels import (
+    BEST,
+    batch_words,
+    data_words,
+    format_ago,
+    preference_words,
+    result_label,
+    targets_words,
+)
+from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 from qlora_tui.tui.widgets.line_widgets import DiffWidget
 
 _MIN_BAR = 8
@@ -282,3 +302,267 @@ def outcome_text(snapshot: RunSnapshot) -> RunOutcomeText | None:
             return RunOutcomeText(snapshot.status.detail, offer, is_error=True)
         case _:
             return None
+
+
+_LABEL = 8
+"""Cells of the name before a value."""
+_ROWS_WITH_HEADS = 4
+"""Lines of the evaluations from which there is one for the heads of their columns."""
+_row = partial(labeled, cells=_LABEL)
+
+
+class FactList(DiffWidget):
+    """Lines that a panel shows, cut to its size."""
+
+    def __init__(self, *, id: str | None = None, wraps: bool = False) -> None:
+        """``wraps``: whether long lines go on in the next, indented."""
+        super().__init__(id=id)
+        self._lines: list[Content] = []
+        self._wraps = wraps
+
+    def show(self, lines: list[Content]) -> None:
+        """Show these; repaints only what changed."""
+        width = self.size.width
+        before, self._lines = len(self._fitted(width)), lines
+        if len(self._fitted(width)) != before:
+            self.refresh(layout=True)
+        self.redraw()
+
+    def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
+        return len(self._fitted(width))
+
+    def draw(self, width: int, height: int) -> list[Content]:
+        lines = self._fitted(width)
+        if self._wraps and len(lines) > height > 0:
+            lines[height - 1] = Content.styled("… the rest is in the tabs", "dim")
+        return lines
+
+    def _fitted(self, width: int) -> list[Content]:
+        if not self._wraps or width <= 2:
+            return [line.truncate(width, ellipsis=True) for line in self._lines]
+        wrapped: list[Content] = []
+        for line in self._lines:
+            first, *rest = line.wrap(width - 2) or [Content("")]
+            wrapped += [first, *(Content("  ") + piece for piece in rest)]
+        return wrapped
+
+
+def health_lines(snapshot: RunSnapshot) -> list[Content]:
+    """The latest warning of each kind, the newest first."""
+    latest = {health.kind: health for health in snapshot.health}
+    lines = []
+    if isinstance(snapshot.view.ending, Failed):
+        lines.append(Content.styled(f"✗ {snapshot.view.ending.title}.", "$error"))
+    for health in sorted(latest.values(), key=lambda health: health.step, reverse=True):
+        sign, style = ("✗", "$error") if health.severity == "error" else ("!", "$warning")
+        lines.append(Content.assemble((f"{sign} {health.evidence}", style), f" ▸ {health.remedy}"))
+    if snapshot.fix is not None:
+        lines.append(highlight_keys(f"▸ {key_name('train.fix')} {snapshot.fix.label}"))
+    return lines or [Content.assemble(("✓ ", "$success"), ("No warnings.", "dim"))]
+
+
+def sample_lines(snapshot: RunSnapshot) -> list[Content]:
+    """The answers to the sample prompts at the last evaluation."""
+    step = _sample_step(snapshot)
+    lines: list[Content] = []
+    for sample in snapshot.samples:
+        if sample.step == step:
+            lines.append(Content.styled(f"▸ {sample.prompt}", "bold"))
+            lines += [Content(f"  {line}") for line in sample.answer.splitlines()]
+    return lines or [Content.styled("None yet.", "dim")]
+
+
+def samples_title(snapshot: RunSnapshot) -> str:
+    """Title of the panel of answers."""
+    step = _sample_step(snapshot)
+    return "Answers" if step is None else f"Answers at step {step:,}"
+
+
+def _sample_step(snapshot: RunSnapshot) -> int | None:
+    return snapshot.samples[-1].step if snapshot.samples else None
+
+
+def setup_lines(snapshot: RunSnapshot, recipe: Recipe | None, width: int) -> list[Content]:
+    """What is trained on what, and how it is computed."""
+    view, lines = snapshot.view, []
+    if recipe is not None:
+        schedule = f"{recipe.training.learning_rate:g} {recipe.training.lr_scheduler}"
+        lines += [
+            _row("model", truncate_middle(short_model_name(recipe.model.id), width - _LABEL)),
+            _row("data", truncate_middle(data_words(recipe), width - _LABEL)),
+            _row("LoRA", f"{format_rank(recipe.lora)} α {recipe.lora.alpha:g} {targets_words(recipe, 16)}"),
+            _row("length", _batch(view, recipe)),
+            _row("lr", schedule),
+        ]
+        if recipe.preference_method is not None:
+            lines.append(_row("method", preference_words(recipe)))
+    if view.adapter is not None:
+        share = view.adapter.trained_parameters / view.adapter.total_parameters
+        lines.append(_row("trains", f"{format_count(view.adapter.trained_parameters)} weights, {share:.2%}"))
+    if view.data is not None:
+        lines.append(_row("samples", f"{view.data.samples:,}, {view.data.validation_samples:,} to validate"))
+    if view.environment is not None:
+        environment = view.environment
+        lines += [
+            _row("compute", environment.compute_dtype),
+            _row("optim", environment.optimizer),
+            _row("loss", environment.loss),
+        ]
+    return lines
+
+
+def _batch(view: RunView, recipe: Recipe) -> str:
+    """``1,024 tok · batch 2 × 4, chosen``: as the attempt computes it."""
+    words = batch_words(view.plan.apply_to(recipe))
+    chosen = view.step_chosen
+    return (
+        f"{words}, chosen"
+        if chosen and chosen.micro_batch_size != recipe.training.micro_batch_size
+        else words
+    )
+
+
+def evaluation_lines(snapshot: RunSnapshot, rows: int) -> list[Content]:
+    """A line for each evaluation, the newest first: loss, its change, exact or right answers."""
+    evaluations = snapshot.evaluations
+    if not evaluations:
+        return [Content.styled("None yet.", "dim")]
+    lines = []
+    if rows >= _ROWS_WITH_HEADS:
+        lines.append(Content.styled(f"{'step':>7}  loss     {'change':>7}", "dim"))
+        rows -= 1
+    for number in range(len(evaluations) - 1, max(-1, len(evaluations) - 1 - rows), -1):
+        each = evaluations[number]
+        before = evaluations[number - 1].loss if number else None
+        change = ""
+        if each.loss is not None and before is not None and math.isfinite(each.loss - before):
+            change = f"{each.loss - before:+.3f}"
+        exact = "" if each.accuracy is None else f"{format_percent(each.accuracy):>5} exact"
+        if each.reward_accuracy is not None:
+            exact = f"{format_percent(each.reward_accuracy):>5} right"
+        star = f" {BEST}" if each is snapshot.best else "  "
+        lines.append(
+            Content.assemble(
+                (f"{each.step:>7,}  ", "dim"),
+                f"{format_float(math.nan if each.loss is None else each.loss, 4):<6}",
+                (star, "$success bold"),
+                (f" {change:>7}", "dim"),
+                exact,
+            )
+        )
+    return lines
+
+
+_TO_COME: dict[Phase, str] = {
+    "loading": "the model's weights",
+    "tokenizing": "the rows of the data",
+    "probing": "the first step, and the memory of the longest batch",
+    "evaluating": "validation loss before training",
+    "training": "the first step",
+}
+"""What each stage is about, in the order in which a run first comes to them."""
+_STAGE_CELLS = 13
+"""Cells of a sign and the name of a stage."""
+_MAX_BAR = 30
+_MIN_WIDTH_FOR_BAR = 60
+
+
+def is_starting(snapshot: RunSnapshot) -> bool:
+    """Whether the run waits or is active, and has no step to draw yet."""
+    return snapshot.status.state in (*ACTIVE, "queued") and not snapshot.envelopes.loss.xs
+
+
+class StartStages(DiffWidget):
+    """One line for each stage, shown instead of an empty graph."""
+
+    DEFAULT_CSS = """
+    StartStages {
+        height: auto;
+    }
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._snapshot: RunSnapshot | None = None
+        self._now = 0.0
+        self._line_count = 0
+
+    def show(self, snapshot: RunSnapshot, now: float) -> None:
+        """Show how far the run is; ``now`` is the Unix time that the current stage is timed to."""
+        self._snapshot, self._now = snapshot, now
+        count = len(stage_lines(snapshot, now, self.size.width))
+        if count != self._line_count:
+            self._line_count = count
+            self.refresh(layout=True)
+        self.redraw()
+
+    def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
+        return self._line_count
+
+    def draw(self, width: int, height: int) -> list[Content]:
+        if self._snapshot is None:
+            return []
+        # In a small window, what is done gives way to what is to come.
+        return stage_lines(self._snapshot, self._now, width)[-height:]
+
+
+def stage_lines(snapshot: RunSnapshot, now: float, width: int) -> list[Content]:
+    """``✓ loading    libraries   4 s``: what is done, what is at work with its progress, what comes."""
+    stages = snapshot.stages
+    if snapshot.status.state == "queued":
+        stages = ()
+        lines = [_stage_line("▸", "waiting", "the runs before it in the queue", "", width, "bold $primary")]
+    elif not stages:
+        lines = [_stage_line("▸", "starting", "the trainer's process", "", width, "bold $primary")]
+    else:
+        lines = [
+            _stage_line(
+                "✓", phase_label(stage.phase), _about(stage), format_duration(after.at - stage.at), width
+            )
+            for stage, after in pairwise(stages)
+        ]
+        lines += _current(snapshot, now, width)
+    seen = {stage.phase for stage in stages}
+    for phase, what in _TO_COME.items():
+        # Without validation data nothing is evaluated.
+        skipped = phase == "evaluating" and ("training" in seen or not snapshot.has_validation)
+        if phase not in seen and not skipped:
+            lines.append(_stage_line("·", phase_label(phase), what, "", width, "dim"))
+    return lines
+
+
+def _current(snapshot: RunSnapshot, now: float, width: int) -> list[Content]:
+    stage, progress = snapshot.stages[-1], snapshot.view.progress
+    seconds = max(0.0, now - stage.at)
+    lines = [
+        _stage_line(
+            "▸", phase_label(stage.phase), _about(stage), format_duration(seconds), width, "bold $primary"
+        )
+    ]
+    if progress is not None and progress.phase == stage.phase and progress.total:
+        share = progress.done / progress.total
+        left = seconds * (1 - share) / share if 0 < share < 1 and seconds >= 1 else None
+        text = f"{progress.done:,} of {progress.total:,}"
+        if left is not None:
+            text += f"   about {format_duration(left)} left"
+        cells = min(_MAX_BAR, width - _STAGE_CELLS - len(text) - 2) if width >= _MIN_WIDTH_FOR_BAR else 0
+        drawn = f"{bar(share, cells)} " if cells > 0 else ""
+        lines.append(Content.assemble(" " * _STAGE_CELLS, (drawn, "$primary"), text))
+    return lines
+
+
+def _about(stage: PhaseChanged) -> str:
+    return stage.detail or _TO_COME.get(stage.phase, "the file to 16-bit weights")
+
+
+def _stage_line(sign: str, name: str, what: str, seconds: str, width: int, style: str = "") -> Content:
+    room = width - _STAGE_CELLS - len(seconds) - 2
+    text = truncate_middle(abbreviate_home(what), max(8, min(room, 52)))
+    sign_style = style or "$success"
+    pad = " " * max(2, min(room, 52) - len(text) + 2) if seconds else ""
+    return Content.assemble(
+        (f"{sign} ", sign_style),
+        (f"{name:<{_STAGE_CELLS - 2}}", style),
+        (text, "" if style.startswith("bold") else "dim"),
+        (pad + seconds, "" if style.startswith("bold") else "dim"),
+    )
